@@ -1,0 +1,122 @@
+"""Builds valm_kernels._native with one build.ninja for host and CUDA code.
+
+The module has no PyTorch headers, so one build serves every torch version and pip's build isolation needs
+only pybind11 and ninja. VALM_KERNELS_CUDA=auto|on|off chooses the CUDA part: "auto" (the default) builds it
+when nvcc is found, "on" without nvcc is an error. The GPU itself is never looked at.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+HOST_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wextra"]
+# One binary for every x86-64: a file whose stem ends in one of these is compiled for that instruction set
+# and called only after a run-time check. Never -march=native.
+ISA_FLAGS = {
+    "_avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "_avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
+    "_avx512bf16": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma", "-mf16c"],
+    "_avx512vnni": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c"],
+}
+# Machine code for A100 and H100, and PTX that newer chips compile at load time.
+CUDA_ARCHS = ["arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90", "arch=compute_90,code=compute_90"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v"]
+
+
+def find_nvcc() -> str | None:
+    """The nvcc to build with, or None for a CPU-only build, as VALM_KERNELS_CUDA asks."""
+    choice = os.environ.get("VALM_KERNELS_CUDA", "auto")
+    if choice not in ("auto", "on", "off"):
+        raise SystemExit(f"VALM_KERNELS_CUDA must be auto, on or off, but is {choice!r}")
+    if choice == "off":
+        return None
+    candidates = [shutil.which("nvcc")]
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+    candidates += [str(Path(home) / "bin" / "nvcc") for home in homes]
+    nvcc = next((c for c in candidates if c and Path(c).exists()), None)
+    if nvcc is None and choice == "on":
+        raise SystemExit(
+            "VALM_KERNELS_CUDA=on, but nvcc is neither on PATH nor under CUDA_HOME. Install the CUDA "
+            "toolkit, or build with VALM_KERNELS_CUDA=auto for the CPU only."
+        )
+    return nvcc
+
+
+def host_flags(source: Path) -> list[str]:
+    if platform.machine() in ("x86_64", "AMD64"):
+        for suffix, flags in ISA_FLAGS.items():
+            if source.stem.endswith(suffix):
+                return HOST_FLAGS + flags
+    return HOST_FLAGS
+
+
+class NinjaBuild(build_ext):
+    """build_ext whose compiler calls all go through ninja."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import ninja
+        import pybind11
+
+        nvcc = find_nvcc()
+        print(f"valm_kernels: building {'CPU and CUDA code, ' + nvcc if nvcc else 'CPU code only'}")
+        build_dir = Path(self.build_temp).resolve()
+        build_dir.mkdir(parents=True, exist_ok=True)
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        output.parent.mkdir(parents=True, exist_ok=True)
+        includes = [ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
+        (build_dir / "build.ninja").write_text(self.ninja_file(nvcc, includes, output))
+        subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build_dir)], check=True)
+
+    def ninja_file(self, nvcc: str | None, includes: list, output: Path) -> str:
+        cxx = os.environ.get("CXX", "c++")
+        include_flags = " ".join(f'-I"{path}"' for path in includes)
+        defines = "-DVALM_KERNELS_CUDA" if nvcc else ""
+        lines = [
+            "ninja_required_version = 1.5",
+            f"rule host\n  command = {cxx} -MMD -MF $out.d $flags {defines} {include_flags} -c $in -o $out",
+            "  depfile = $out.d\n  deps = gcc",
+        ]
+        if nvcc:
+            gencode = " ".join(f"-gencode {arch}" for arch in CUDA_ARCHS)
+            lines += [
+                f"rule cuda\n  command = {nvcc} -MD -MF $out.d {' '.join(NVCC_FLAGS)} {gencode} {defines} "
+                f"{include_flags} -c $in -o $out",
+                "  depfile = $out.d\n  deps = gcc",
+                f"rule link\n  command = {nvcc} -shared -cudart static -Xcompiler -fopenmp $in -o $out",
+            ]
+        else:
+            lines += [f"rule link\n  command = {cxx} -shared -fopenmp $in -o $out"]
+
+        objects = []
+        for source in sorted((ROOT / "csrc").rglob("*.c*")):
+            if source.suffix not in (".cpp", ".cu") or (source.suffix == ".cu" and not nvcc):
+                continue
+            name = str(source.relative_to(ROOT / "csrc").with_suffix(source.suffix + ".o"))
+            objects.append(name.replace(os.sep, "."))
+            rule = "cuda" if source.suffix == ".cu" else "host"
+            lines.append(f"build {objects[-1]}: {rule} {ninja_path(source)}")
+            if rule == "host":
+                lines.append(f"  flags = {' '.join(host_flags(source))}")
+        lines.append(f"build {ninja_path(output)}: link {' '.join(objects)}")
+        lines.append(f"default {ninja_path(output)}")
+        return "\n".join(lines) + "\n"
+
+
+def ninja_path(path: Path) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+setup(
+    ext_modules=[Extension("valm_kernels._native", sources=["csrc/bindings.cpp"])],
+    cmdclass={"build_ext": NinjaBuild},
+)
