@@ -1,0 +1,184 @@
+"""What every benchmark shares: a result is checked before it is timed, and each row is set beside its peers.
+
+    pytest benchmarks/ --benchmark-only                       # a few minutes on any machine
+    pytest benchmarks/ --benchmark-only --full                # the large sizes too
+    pytest benchmarks/ --benchmark-only --results FILE.csv    # also keep the rows, with the machine they came from
+
+A benchmark is one test per implementation of one case; `group` names the case:
+
+    @pytest.mark.parametrize("name", IMPLEMENTATIONS)
+    def bench_forward(measure, name):
+        measure(group="forward B4 H12 T1024", name=name, function=..., check=..., flop=..., bytes_moved=...)
+
+The rows of a group are printed together, with their time as a multiple of the group's first row (ours). A large
+size is marked `@pytest.mark.full`.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+
+@dataclass
+class Row:
+    group: str
+    name: str
+    median_ms: float
+    min_ms: float
+    rounds: int
+    gb_per_s: float | None
+    gflop_per_s: float | None
+    share_of_roof: float | None
+    time_over_first: float
+    note: str
+
+
+ROWS: list[Row] = []
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="run the large benchmark sizes too")
+    parser.addoption("--results", type=Path, help="write the benchmark rows to this CSV file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "full: a large size, run with --full only")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--full"):
+        for item in items:
+            if item.get_closest_marker("full"):
+                item.add_marker(pytest.mark.skip(reason="a large size: run with --full"))
+
+
+@cache
+def machine() -> str:
+    """The hardware and versions the numbers of this run belong to."""
+    processor = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        flags = next((line for line in lines if line.startswith("flags")), "").split()
+        isa = [
+            flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16") if flag in flags
+        ]
+        processor = f"{names[0] if names else processor} ({' '.join(isa)})"
+    parts = [f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"]
+    if torch.cuda.is_available():
+        parts.append(torch.cuda.get_device_name())
+    return "; ".join([*parts, f"torch {torch.__version__}", f"Python {platform.python_version()}"])
+
+
+@cache
+def roofs() -> tuple[float, float]:
+    """(float32 FLOP/s of a large matrix product, bytes/s of a parallel sum), measured here and now on the CPU."""
+    matrix = torch.randn(1536, 1536)
+    integers = torch.ones(1 << 25, dtype=torch.int64)
+
+    def best(function: Callable[[], Any]) -> float:
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return 2 * 1536**3 / best(lambda: matrix @ matrix), integers.numel() * 8 / best(integers.sum)
+
+
+@pytest.fixture
+def measure(benchmark: Any) -> Callable[..., None]:
+    """Check a function's result, then time it: `measure(group, name, function, check, flop, bytes_moved)`."""
+
+    def run(
+        *,
+        group: str,
+        name: str,
+        function: Callable[[], Any],
+        check: Callable[[Any], None],
+        flop: float | None = None,
+        bytes_moved: float | None = None,
+        rounds: int = 10,
+        note: str = "",
+    ) -> None:
+        check(function())
+        benchmark.group = group
+        benchmark.pedantic(function, rounds=rounds, warmup_rounds=1)
+        if benchmark.stats is None:  # --benchmark-disable
+            return
+        stats = benchmark.stats.stats
+        peak_flops, peak_bytes = roofs()
+        least = max((flop or 0) / peak_flops, (bytes_moved or 0) / peak_bytes)
+        first = next((row for row in ROWS if row.group == group), None)
+        ROWS.append(
+            Row(
+                group=group,
+                name=name,
+                median_ms=stats.median * 1e3,
+                min_ms=stats.min * 1e3,
+                rounds=stats.rounds,
+                gb_per_s=bytes_moved / stats.median / 1e9 if bytes_moved else None,
+                gflop_per_s=flop / stats.median / 1e9 if flop else None,
+                share_of_roof=least / stats.median if least else None,
+                time_over_first=stats.median * 1e3 / first.median_ms if first else 1.0,
+                note=note,
+            )
+        )
+
+    return run
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if not ROWS:
+        return
+    write = terminalreporter.write_line
+    terminalreporter.section("measured beside its peers")
+    write(machine())
+    peak_flops, peak_bytes = roofs()
+    write(
+        f"roof: {peak_flops / 1e9:.0f} GFLOP/s float32 matrix product, {peak_bytes / 1e9:.1f} GB/s parallel sum"
+    )
+    width = max(len(row.name) for row in ROWS)
+    groups = list(dict.fromkeys(row.group for row in ROWS))
+    for group in groups:
+        write(f"\n{group}")
+        write(f"  {'':<{width}}  median ms      GB/s   GFLOP/s   of roof   time / first row's")
+        for row in ROWS:
+            if row.group != group:
+                continue
+            gb = f"{row.gb_per_s:9.1f}" if row.gb_per_s else " " * 9
+            gflop = f"{row.gflop_per_s:9.1f}" if row.gflop_per_s else " " * 9
+            roof = f"{row.share_of_roof:8.0%}" if row.share_of_roof else " " * 8
+            write(
+                f"  {row.name:<{width}} {row.median_ms:10.3f} {gb} {gflop}  {roof}   "
+                f"{row.time_over_first:6.2f} x  {row.note}"
+            )
+    if path := config.getoption("--results"):
+        write_results(path)
+        write(f"\nwritten: {path}")
+
+
+def write_results(path: Path) -> None:
+    """One CSV row per measurement, the machine in a column of its own, so that files can be joined."""
+    partial = path.with_suffix(".tmp")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=[*Row.__dataclass_fields__, "machine"])
+        writer.writeheader()
+        for row in ROWS:
+            cells = {
+                key: f"{cell:.4g}" if isinstance(cell, float) else cell for key, cell in asdict(row).items()
+            }
+            writer.writerow({**cells, "machine": machine()})
+    os.replace(partial, path)
