@@ -71,9 +71,7 @@ def machine() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
         flags = next((line for line in lines if line.startswith("flags")), "").split()
-        isa = [
-            flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16") if flag in flags
-        ]
+        isa = [flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16") if flag in flags]
         processor = f"{names[0] if names else processor} ({' '.join(isa)})"
     parts = [f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"]
     if torch.cuda.is_available():
@@ -147,9 +145,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.section("measured beside its peers")
     write(machine())
     peak_flops, peak_bytes = roofs()
-    write(
-        f"roof: {peak_flops / 1e9:.0f} GFLOP/s float32 matrix product, {peak_bytes / 1e9:.1f} GB/s parallel sum"
-    )
+    write(f"roof: {peak_flops / 1e9:.0f} GFLOP/s float32 matrix product, {peak_bytes / 1e9:.1f} GB/s parallel sum")
     width = max(len(row.name) for row in ROWS)
     groups = list(dict.fromkeys(row.group for row in ROWS))
     for group in groups:
@@ -177,8 +173,6 @@ def write_results(path: Path) -> None:
         writer = csv.DictWriter(file, fieldnames=[*Row.__dataclass_fields__, "machine"])
         writer.writeheader()
         for row in ROWS:
-            cells = {
-                key: f"{cell:.4g}" if isinstance(cell, float) else cell for key, cell in asdict(row).items()
-            }
+            cells = {key: f"{cell:.4g}" if isinstance(cell, float) else cell for key, cell in asdict(row).items()}
             writer.writerow({**cells, "machine": machine()})
     os.replace(partial, path)

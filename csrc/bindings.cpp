@@ -19,9 +19,8 @@ PYBIND11_MODULE(_native, m) {
                               reinterpret_cast<const float*>(database), n_rows, dim, k, threads,
                               reinterpret_cast<float*>(scores), reinterpret_cast<int64_t*>(indices));
         },
-        py::call_guard<py::gil_scoped_release>(), py::arg("queries"), py::arg("n_queries"),
-        py::arg("database"), py::arg("n_rows"), py::arg("dim"), py::arg("k"), py::arg("threads"),
-        py::arg("scores"), py::arg("indices"));
+        py::call_guard<py::gil_scoped_release>(), py::arg("queries"), py::arg("n_queries"), py::arg("database"),
+        py::arg("n_rows"), py::arg("dim"), py::arg("k"), py::arg("threads"), py::arg("scores"), py::arg("indices"));
 
 #ifdef VALM_KERNELS_CUDA
     m.attr("built_with_cuda") = true;

@@ -19,8 +19,8 @@ bool better(const Candidate& a, const Candidate& b) {
 
 }  // namespace
 
-void ip_topk_cpu(const float* queries, int64_t n_queries, const float* database, int64_t n_rows, int64_t dim,
-                 int64_t k, int threads, float* scores, int64_t* indices) {
+void ip_topk_cpu(const float* queries, int64_t n_queries, const float* database, int64_t n_rows, int64_t dim, int64_t k,
+                 int threads, float* scores, int64_t* indices) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int64_t q = 0; q < n_queries; ++q) {
         const float* query = queries + q * dim;

@@ -20,8 +20,8 @@ std::vector<std::string> cuda_devices() {
             throw std::runtime_error(cudaGetErrorString(status));
         }
         std::ostringstream line;
-        line << prop.name << ", sm_" << prop.major << prop.minor << ", " << prop.multiProcessorCount
-             << " SMs, " << (prop.totalGlobalMem >> 20) << " MiB";
+        line << prop.name << ", sm_" << prop.major << prop.minor << ", " << prop.multiProcessorCount << " SMs, "
+             << (prop.totalGlobalMem >> 20) << " MiB";
         lines.push_back(line.str());
     }
     return lines;
