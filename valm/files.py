@@ -1,0 +1,58 @@
+"""Files that are either whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from valm.errors import ValmError
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, moved to it when the block ends well and removed when it does not.
+
+    Killed at any point, `path` holds either what it held before or everything that was written; only a
+    `.tmp` file, which the next try overwrites, can be left.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` as indented JSON, all or nothing."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, what: str) -> Any:
+    """The JSON value in `path`; `what` says what the file is in the ValmError for one that cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValmError(f"cannot read {what} {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValmError(f"{what} {path} is damaged, it is not JSON: {error}") from error
+
+
+def writable_folder(path: str | os.PathLike) -> Path:
+    """The folder `path`, made if it is not there. Raises ValmError where nothing can be written."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValmError(f"cannot make the output folder {path}: {error.strerror}") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise ValmError(f"cannot write into the output folder {path}: permission denied")
+    return path
