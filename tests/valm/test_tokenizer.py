@@ -1,0 +1,85 @@
+import html
+
+import ftfy
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from open_clip.tokenizer import SimpleTokenizer, basic_clean
+from transformers import AutoTokenizer
+
+from valm.tokenizer import clip_tokenizer, prune_tokenizer
+
+TEXTS = [
+    "The color of a sunflower is yellow.",
+    "it’s “fine” ﬁsh — 12.5% don't 'tis, WE'LL",
+    "  a\n\tb  c ",
+    "日本語 テスト 😀👍 café naïve",
+    "</w> w",
+    "",
+]
+LETTERS = st.sampled_from(
+    "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789'’“”.,;:!?-–—/() \n\téüñçøßЖя中语あ😀½€"
+)
+WORDS = st.sampled_from(["the", "color", "of", "sunflower's", "Don't", "unbelievable", "x1y2", "&amp;", "ﬂower"])
+ANY_TEXT = st.lists(st.one_of(WORDS, st.text(LETTERS, max_size=8)), max_size=12).map(" ".join)
+
+
+tokenizer = clip_tokenizer()
+simple = SimpleTokenizer()
+
+
+def ids_of(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_vocabulary_has_clips_size_and_eot_is_the_largest_id():
+    assert len(tokenizer) == 49408
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (49406, 49407, 49407)
+    assert tokenizer("a")["input_ids"][0] == 49406
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_ids_equal_open_clips(text):
+    assert ids_of(tokenizer, text) == simple.encode(text)
+
+
+@settings(max_examples=300, deadline=None)
+@given(ANY_TEXT)
+def test_ids_equal_open_clips_on_any_cleaned_text(text):
+    assert ids_of(tokenizer, basic_clean(text)) == simple.encode(text)
+    if html.unescape(text) == text and ftfy.fix_encoding(text) == text:
+        assert ids_of(tokenizer, text) == simple.encode(text)
+
+
+def test_decoding_gives_the_words_back():
+    ids = tokenizer("A Sunflower is yellow.")["input_ids"]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "a sunflower is yellow ."
+
+
+def test_pruned_tokenizer_cuts_its_texts_as_before_and_others_still():
+    pruned = prune_tokenizer(tokenizer, TEXTS)
+    assert len(pruned) < 800
+    assert pruned.eos_token_id == len(pruned) - 1
+    for text in TEXTS:
+        assert pruned.tokenize(text) == tokenizer.tokenize(text)
+    other = "zebra ÿ 龘"
+    assert pruned.decode(ids_of(pruned, other)) == tokenizer.decode(ids_of(tokenizer, other))
+
+
+def test_pruning_by_nothing_leaves_the_bytes():
+    assert len(prune_tokenizer(tokenizer, [])) == 514
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_saved_folder_opens_with_auto_tokenizer(pruned, tmp_path):
+    original = prune_tokenizer(tokenizer, TEXTS) if pruned else tokenizer
+    original.save_pretrained(tmp_path)
+    opened = AutoTokenizer.from_pretrained(tmp_path)
+    for text in TEXTS:
+        assert opened(text)["input_ids"] == original(text)["input_ids"]
+    assert (opened.bos_token, opened.eos_token, opened.pad_token) == (
+        "<|startoftext|>",
+        "<|endoftext|>",
+        "<|endoftext|>",
+    )
+    assert opened.padding_side == "left"

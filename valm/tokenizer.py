@@ -1,0 +1,95 @@
+"""The tokenizer of CLIP as a Hugging Face tokenizer, and the same one cut down to the pieces a corpus needs.
+
+VaLM reads text in CLIP's own pieces, so that one position of the language model is one position of the
+text tower that asks for pictures (the published model does the same). The pieces come from the file that
+open_clip carries, so nothing is downloaded.
+"""
+
+import gzip
+import json
+
+import open_clip.tokenizer
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+SOT = "<|startoftext|>"
+EOT = "<|endoftext|>"
+
+# How many merges of the file CLIP uses: 49,408 pieces less 2 x 256 bytes and the two special ones.
+NUM_MERGES = 49408 - 2 * 256 - 2
+
+# A word, one digit, or a run of anything else; blanks separate and vanish.
+WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+# What open_clip's cleaning (ftfy) does to single characters. Its repair of wrongly decoded text and of HTML
+# entities looks at whole strings and has no place in a tokenizer file: `open_clip.tokenizer.basic_clean`.
+CHARACTER_FIXES = [
+    ("[\u2018\u2019\u201a\u201b\u02bc]", "'"),
+    ("[\u201c\u201d\u201e\u201f]", '"'),
+    ("\ufb00", "ff"),
+    ("\ufb01", "fi"),
+    ("\ufb02", "fl"),
+    ("\ufb03", "ffi"),
+    ("\ufb04", "ffl"),
+    ("[\ufb05\ufb06]", "st"),
+]
+
+
+def clip_tokenizer() -> PreTrainedTokenizerFast:
+    """CLIP's tokenizer: 49,408 pieces, lower-cased text, the ids of open_clip's `SimpleTokenizer`.
+
+    `tokenizer(text)` starts with SOT, as `generate()` needs; EOT ends a document and is the caller's to add.
+    It pads on the left and with EOT. EOT is the largest id, which open_clip's pooling relies on.
+    """
+    with gzip.open(open_clip.tokenizer.default_bpe(), "rt", encoding="utf-8") as file:
+        lines = file.read().split("\n")
+    merges = [tuple(line.split()) for line in lines[1 : 1 + NUM_MERGES]]
+    return _build(merges)
+
+
+def prune_tokenizer(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> PreTrainedTokenizerFast:
+    """The same tokenizer with only the pieces that `texts` need, beside all single bytes.
+
+    The texts are cut as before; any other text still can be, into smaller pieces. Ids are given anew.
+    A merge is kept when a piece of the texts is made with it. What a merge made always remains inside a piece,
+    so all merges that the texts went through are kept, and being fewer they never come in another order.
+    """
+    merges = [tuple(merge) for merge in json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]]
+    parts = {left + right: (left, right) for left, right in merges}
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    pending = tokenizer.convert_ids_to_tokens(sorted({id for ids in encoded for id in ids}))
+    needed = set()
+    while pending:
+        piece = pending.pop()
+        if piece in parts and piece not in needed:
+            needed.add(piece)
+            pending.extend(parts[piece])
+    return _build([merge for merge in merges if "".join(merge) in needed])
+
+
+def _build(merges: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
+    alphabet = list(open_clip.tokenizer.bytes_to_unicode().values())  # 256 bytes, the printable ones first
+    pieces = alphabet + [character + "</w>" for character in alphabet]
+    pieces += ["".join(merge) for merge in merges] + [SOT, EOT]
+    ids = {piece: id for id, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges, end_of_word_suffix="</w>"))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC()]
+        + [normalizers.Replace(Regex(pattern), text) for pattern, text in CHARACTER_FIXES]
+        + [normalizers.Lowercase()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.ByteLevel(), decoders.Replace("</w>", " "), decoders.Strip(" ", 0, 1)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{SOT} $A", pair=f"{SOT} $A {SOT} $B", special_tokens=[(SOT, ids[SOT])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=SOT, eos_token=EOT, pad_token=EOT, padding_side="left"
+    )
