@@ -1,0 +1,256 @@
+"""A CLIP as this project uses it: an open_clip model, its tokenizer and its image transform."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.model import set_model_preprocess_cfg
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerFast
+
+from valm.errors import ValmError
+from valm.files import atomic_path, read_json, writable_folder, write_json
+from valm.tokenizer import clip_tokenizer
+
+CONFIG_FILE = "open_clip_config.json"
+WEIGHTS_FILE = "open_clip_model.safetensors"
+TEXT_BATCH = 256
+
+
+class Clip:
+    """An open_clip model in eval mode, with the tokenizer its text tower was trained with.
+
+    model: any open_clip model (`CLIP`, `CustomTextCLIP`); kept in the precision and on the device it has.
+    tokenizer: CLIP's BPE or a pruned one (valm/tokenizer.py); its bos is SOT and its eos is EOT.
+    model_cfg: the `model_cfg` that built the model, as in open_clip's own config files.
+
+    open_clip finds the EOT, whose state is the text feature, in one of two ways: the largest id of the row
+    (`pool_type` "argmax", the default) or `text_cfg.eos_id` (`pool_type` "eos"). A tokenizer that disagrees
+    would silently pool another token, so it is refused with ValmError.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        tokenizer: PreTrainedTokenizerFast,
+        model_cfg: dict[str, Any],
+        name: str = "clip",
+    ):
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.model_cfg = model_cfg
+        self.name = name
+        self.transform = image_transform_v2(PreprocessCfg(**self._preprocess_cfg()), is_train=False)
+        self._check_tokenizer()
+
+    @classmethod
+    def create(
+        cls,
+        model_cfg: dict[str, Any] | str,
+        tokenizer: PreTrainedTokenizerFast | None = None,
+        *,
+        preprocess_cfg: dict[str, Any] | None = None,
+        name: str = "clip",
+    ) -> Clip:
+        """A CLIP with random weights: to train, or to test with.
+
+        model_cfg: `model_cfg` of an open_clip config, or the name of one of open_clip's architectures.
+            Its vocabulary size is set to the tokenizer's; where EOT is not the largest id, so is its pooling.
+        tokenizer: CLIP's own 49,408 pieces by default.
+        preprocess_cfg: mean, std, interpolation, ... as in open_clip's config files.
+        Raises ValmError for an architecture that open_clip does not know.
+        """
+        if isinstance(model_cfg, str):
+            name, model_cfg = model_cfg, open_clip.get_model_config(model_cfg)
+            if model_cfg is None:
+                raise ValmError(f"open_clip has no architecture named {name!r}; see open_clip.list_models()")
+        tokenizer = tokenizer or clip_tokenizer()
+        text_cfg = {**model_cfg["text_cfg"], "vocab_size": len(tokenizer)}
+        if tokenizer.eos_token_id != len(tokenizer) - 1:
+            text_cfg |= {"pool_type": "eos", "eos_id": tokenizer.eos_token_id}
+        model_cfg = {**model_cfg, "text_cfg": text_cfg}
+        arguments = {key: value for key, value in model_cfg.items() if key != "custom_text"}
+        model = (open_clip.CustomTextCLIP if model_cfg.get("custom_text") else open_clip.CLIP)(**arguments)
+        size = {"size": model.visual.image_size}
+        set_model_preprocess_cfg(model, {**asdict(PreprocessCfg()), **(preprocess_cfg or {}), **size})
+        return cls(model, tokenizer, model_cfg, name)
+
+    @classmethod
+    def load(cls, source: str | os.PathLike, *, device: str | torch.device = "cpu") -> Clip:
+        """Loads a CLIP in float32.
+
+        source: a folder in open_clip's format (`open_clip_config.json`, the weights, and `tokenizer.json`
+            where it is not CLIP's own), also written `local-dir:FOLDER`; nothing is downloaded for it.
+            Or `hf-hub:ORGANISATION/MODEL`, or `ARCHITECTURE:WEIGHTS` out of open_clip's list
+            (`ViT-B-32:laion2b_s34b_b79k`): open_clip downloads these.
+        Raises ValmError where it is not there, is damaged, or reads text with a tokenizer other than CLIP's.
+        """
+        source = os.fspath(source)
+        folder = Path(source.removeprefix("local-dir:"))
+        if folder.is_dir():
+            return cls._load_folder(folder, device)
+        model_name, weights = source, None
+        if not source.startswith("hf-hub:"):
+            model_name, _, weights = source.partition(":")
+            tags = open_clip.list_pretrained_tags_by_model(model_name)
+            if weights not in tags:
+                known = f"; weights of {model_name}: {', '.join(tags)}" if tags else ""
+                raise ValmError(
+                    f"no CLIP at {source!r}: it is neither a folder, nor hf-hub:ORGANISATION/MODEL, nor one of "
+                    f"open_clip's ARCHITECTURE:WEIGHTS{known}"
+                )
+        with _load_errors(source):
+            model_cfg = open_clip.get_model_config(model_name)
+        tokenizer = _default_tokenizer(model_cfg, source)
+        with _load_errors(source):
+            model = open_clip.create_model(model_name, weights, device=device)
+        return cls(model, tokenizer, model_cfg, source)
+
+    @classmethod
+    def _load_folder(cls, folder: Path, device: str | torch.device) -> Clip:
+        config = read_json(folder / CONFIG_FILE, "the CLIP configuration")
+        if not isinstance(config, dict) or not isinstance(config.get("model_cfg"), dict):
+            raise ValmError(f"{folder / CONFIG_FILE} has no model_cfg: it is not an open_clip configuration")
+        if not any(file.suffix in (".safetensors", ".bin", ".pth") for file in folder.iterdir()):
+            raise ValmError(f"the CLIP folder {folder} has no weights; expected {WEIGHTS_FILE}")
+        with _load_errors(str(folder)):
+            if (folder / "tokenizer.json").exists():
+                tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+            else:
+                tokenizer = _default_tokenizer(config["model_cfg"], str(folder))
+            model = open_clip.create_model(f"local-dir:{folder}", device=device)
+        return cls(model, tokenizer, config["model_cfg"], config.get("name", folder.resolve().name))
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes open_clip's own folder format and the tokenizer; `open_clip.create_model("local-dir:FOLDER")`
+        reads it too. The configuration is written last: a folder that has one is whole."""
+        folder = writable_folder(folder)
+        with atomic_path(folder / WEIGHTS_FILE) as temporary:
+            tensors = {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
+            save_file(tensors, temporary)
+        self.tokenizer.save_pretrained(folder)
+        config = {"name": self.name, "model_cfg": self.model_cfg, "preprocess_cfg": self._preprocess_cfg()}
+        write_json(folder / CONFIG_FILE, config)
+
+    @torch.no_grad()
+    def encode_images(self, images: list[Image.Image] | torch.Tensor) -> torch.Tensor:
+        """Image features, (n, E) float32, L2-normalised, on the model's device.
+
+        images: pictures of any size and mode, or the (n, 3, H, W) tensor that `transform` made of them.
+        """
+        if not isinstance(images, torch.Tensor):
+            images = torch.stack([self.transform(image) for image in images])
+        images = images.to(self.device, self.model.logit_scale.dtype)
+        return F.normalize(self.model.encode_image(images).float(), dim=-1)
+
+    @torch.no_grad()
+    def encode_texts(self, texts: list[str]) -> torch.Tensor:
+        """Text features as CLIP was trained to give them (the state at EOT), (n, E) float32, L2-normalised.
+
+        Of a text longer than the context the first `context_length - 2` tokens are read.
+        """
+        ids = self.token_ids(texts).to(self.device)
+        parts = [F.normalize(self.model.encode_text(part).float(), dim=-1) for part in ids.split(TEXT_BATCH)]
+        return torch.cat(parts)
+
+    def token_ids(self, texts: list[str]) -> torch.Tensor:
+        """SOT, the text, EOT for each text, filled up with EOT: (n, context_length) int64.
+
+        open_clip pools the first EOT, and a causal text tower never sees what comes after it.
+        """
+        rows = torch.full((len(texts), self.context_length), self.tokenizer.eos_token_id, dtype=torch.int64)
+        rows[:, 0] = self.tokenizer.bos_token_id
+        for row, text in zip(rows, texts, strict=True):
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"][: self.context_length - 2]
+            row[1 : 1 + len(ids)] = torch.tensor(ids, dtype=torch.int64)
+        return rows
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.logit_scale.device
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that the text tower sees at once, SOT and EOT included."""
+        return self.model.context_length
+
+    @property
+    def embed_dim(self) -> int:
+        """E, the width of the space that images and texts share."""
+        return self.model_cfg["embed_dim"]
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """SHA-256 over the names, types, shapes and bytes of all weights, however they were stored.
+
+        Computed once: a Clip is taken to be trained when it is asked for its hash.
+        """
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            # as bytes, because numpy has no bfloat16; flat, because a scalar has no axis to view
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def _preprocess_cfg(self) -> dict[str, Any]:
+        known = {field.name for field in fields(PreprocessCfg)}
+        return {key: value for key, value in self.model.visual.preprocess_cfg.items() if key in known}
+
+    def _check_tokenizer(self) -> None:
+        eot, vocabulary = self.tokenizer.eos_token_id, len(self.tokenizer)
+        text_cfg = self.model_cfg["text_cfg"]
+        pool_type = text_cfg.get("pool_type", "argmax")
+        if self.tokenizer.bos_token_id is None or eot is None:
+            raise ValmError(f"the tokenizer of {self.name} names no bos (SOT) or no eos (EOT) token")
+        if vocabulary > self.model.vocab_size:
+            raise ValmError(
+                f"the tokenizer of {self.name} has {vocabulary} pieces, its text tower only {self.model.vocab_size}"
+            )
+        if pool_type == "argmax" and eot != vocabulary - 1:
+            raise ValmError(
+                f"{self.name} pools the text at the largest id (pool_type argmax), but EOT is {eot} of {vocabulary} "
+                f"pieces; set text_cfg pool_type to eos and eos_id to {eot}"
+            )
+        if pool_type == "eos" and text_cfg.get("eos_id") != eot:
+            raise ValmError(f"text_cfg eos_id of {self.name} is {text_cfg.get('eos_id')}, but EOT is {eot}")
+
+
+def _default_tokenizer(model_cfg: dict[str, Any], name: str) -> PreTrainedTokenizerFast:
+    """CLIP's own tokenizer, for an open_clip configuration that asks for no other."""
+    text_cfg = model_cfg.get("text_cfg", {})
+    other = text_cfg.get("hf_tokenizer_name") or text_cfg.get("hf_model_name")
+    if other:
+        raise ValmError(
+            f"{name} reads text with the tokenizer of {other}; only CLIPs with CLIP's own BPE are supported"
+        )
+    return clip_tokenizer()
+
+
+@contextmanager
+def _load_errors(name: str) -> Iterator[None]:
+    """One sentence for whatever open_clip, safetensors or tokenizers raise (each has types of its own), and no
+    logging meanwhile: open_clip logs through the root logger, which would install a handler in the process."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    except ValmError:
+        raise
+    except Exception as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise ValmError(f"cannot load the CLIP {name}: {first_line}") from error
+    finally:
+        logging.disable(previous)
