@@ -1,0 +1,255 @@
+"""The public function visual_fusion_attn: argument checks and the choice of an implementation."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from valm_kernels.visual_fusion.op import fused_attention
+from valm_kernels.visual_fusion.reference import reference_attention
+
+IMPLS = ("auto", "triton", "cpu", "reference")
+MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
+MAX_IMAGES = 64
+
+
+def visual_fusion_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    image_k: Tensor | None,
+    image_v: Tensor | None,
+    *,
+    image_index: Tensor | None = None,
+    image_mask: Tensor | None = None,
+    image_k_bias: Tensor | None = None,
+    image_v_bias: Tensor | None = None,
+    image_logit_bias: Tensor | None = None,
+    first_key: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    return_lse: bool = False,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of every token over its text and its own K images, with one softmax over both.
+
+    For query i of head h, its text keys j and its images k (equations 3 to 7 of Wang et al., "Visually-Augmented
+    Language Modeling", with several heads, a prefix, first_key and image_logit_bias added)::
+
+        s_ij = scale * q_i . k_j                            first_key_i <= j <= i + (Tk - Tq)
+        t_ik = scale * q_i . (image_k_ik + image_k_bias) + image_logit_bias_h
+        [a_i | b_i] = softmax([s_i | t_i])
+        out_i = sum_j a_ij v_j + sum_k b_ik (image_v_ik + image_v_bias)
+        lse_i = log(sum_j exp s_ij + sum_k exp t_ik)
+
+    A query that sees neither text nor image gets zeros, lse -inf and zero gradient.
+
+    Args:
+        q: (B, Hq, Tq, D) float32, float16 or bfloat16 (float64 too for "cpu" and "reference"), 8 <= D <= 256.
+            Any strides.
+        k, v: (B, Hkv, Tk, D), dtype of q. Tk >= Tq (the first Tk - Tq keys are a prefix, e.g. a cache); Hq is a
+            multiple of Hkv (grouped-query attention).
+        image_k, image_v: keys and values of the images, dtype of q. Dense layout (B, Hkv, Tq, K, D), or pooled
+            layout (Hkv, U, D) together with image_index. 0 <= K <= 64. Both None means no images.
+        image_index: (B, Tq, K) int32 or int64 rows of the pool; -1 = no image in this slot. Selects the pooled
+            layout. On CPU an index outside [-1, U) raises; on CUDA it is undefined behaviour.
+        image_mask: (B, Tq, K) bool, dense layout only; False = no image in this slot.
+        image_k_bias, image_v_bias: (Hkv, D) added to every image's key / value; dtype of q or float32.
+        image_logit_bias: (Hq,) float32 added to every image score of a head (float64 beside a float64 q).
+        first_key: (B, Tq) int32, the first text key that each query sees: left padding, packed documents and
+            sliding windows. It need not be monotone; values <= 0 mean all keys. It limits text only: mask the
+            images of a padding query by image_index or image_mask.
+        causal: False lets every query see all keys from first_key on.
+        scale: factor of the scores, 1 / sqrt(D) by default.
+        return_lse: return (out, lse) instead of out.
+        impl: "auto" takes "triton" for CUDA tensors and "cpu" for CPU tensors. A name asks for exactly that
+            implementation: nothing ever falls back to another one.
+
+    Returns:
+        out (B, Hq, Tq, D) in the dtype of q; with return_lse also lse (B, Hq, Tq), float32 (float64 for float64
+        inputs). Both are differentiable once: a double backward raises, except in impl="reference".
+        Under torch.autocast q, k, v, image_k and image_v are cast to the autocast dtype first.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has the wrong shape, device or value, or impl cannot serve these tensors.
+    """
+    tensors = {"q": q, "k": k, "v": v, "image_k": image_k, "image_v": image_v}
+    options = {
+        "image_index": image_index,
+        "image_mask": image_mask,
+        "image_k_bias": image_k_bias,
+        "image_v_bias": image_v_bias,
+        "image_logit_bias": image_logit_bias,
+        "first_key": first_key,
+    }
+    _check_tensors(tensors, options)
+    device_type = q.device.type
+    # torch.library.register_autocast knows one fixed dtype and would cast the float32 biases too, so the
+    # cast that an autocast region asks for happens here, for all implementations alike.
+    if torch.is_autocast_enabled(device_type) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+        tensors = {name: None if t is None else t.to(dtype) for name, t in tensors.items()}
+    _check_dtypes(tensors, options)
+    _check_text_shapes(**{name: tensors[name] for name in ("q", "k", "v")})
+    num_images = _check_image_shapes(tensors, options)
+    _check_bias_shapes(q, k, options)
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal must be a bool, got {type(causal).__name__}")
+    if scale is not None and not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
+    chosen = _choose_impl(impl, q)
+
+    if num_images == 0:
+        tensors["image_k"] = tensors["image_v"] = None
+        options = dict.fromkeys(options) | {"first_key": first_key}
+    arguments = (
+        *tensors.values(),
+        *options.values(),
+        causal,
+        q.shape[-1] ** -0.5 if scale is None else float(scale),
+    )
+    with torch.autocast(device_type, enabled=False):
+        if chosen == "reference":
+            out, lse = reference_attention(*arguments)
+        else:
+            out, lse = fused_attention(*arguments, chosen)
+    return (out, lse) if return_lse else out
+
+
+def _choose_impl(impl: str, q: Tensor) -> str:
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
+    on_cuda = q.device.type == "cuda"
+    if impl == "auto":
+        impl = "triton" if on_cuda else "cpu"
+    if impl == "cpu" and q.device.type != "cpu":
+        raise ValueError(f'impl="cpu" needs CPU tensors, but q is on {q.device}; use impl="auto"')
+    if impl == "triton":
+        if not on_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(
+                f'impl="triton" needs CUDA tensors, but q is on {q.device}; use impl="auto" (CPU tensors are '
+                "served only by Triton's interpreter, with TRITON_INTERPRET=1 set before Python starts)"
+            )
+        if q.dtype == torch.float64:
+            raise TypeError('impl="triton" does not take float64; use float32, or impl="reference"')
+    return impl
+
+
+def _check_tensors(tensors: dict, options: dict) -> None:
+    for name, tensor in (tensors | options).items():
+        if tensor is None:
+            if name in ("q", "k", "v"):
+                raise TypeError(f"{name} must be a tensor, got None")
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.device != tensors["q"].device:
+            raise ValueError(f"{name} must be on the device of q, {tensors['q'].device}, but is on {tensor.device}")
+
+
+def _check_dtypes(tensors: dict, options: dict) -> None:
+    dtype = tensors["q"].dtype
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        raise TypeError(f"q must be float32, float16, bfloat16 or float64, got {dtype}")
+    for name in ("k", "v", "image_k", "image_v"):
+        if tensors[name] is not None and tensors[name].dtype != dtype:
+            raise TypeError(f"{name} must have the dtype of q, {dtype}, got {tensors[name].dtype}")
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    allowed = {
+        "image_index": (torch.int32, torch.int64),
+        "image_mask": (torch.bool,),
+        "image_k_bias": (dtype, wide),
+        "image_v_bias": (dtype, wide),
+        "image_logit_bias": (wide,),
+        "first_key": (torch.int32,),
+    }
+    for name, dtypes in allowed.items():
+        tensor = options[name]
+        if tensor is not None and tensor.dtype not in dtypes:
+            names = " or ".join(dict.fromkeys(str(d) for d in dtypes))
+            raise TypeError(f"{name} must be {names} beside a {dtype} q, got {tensor.dtype}")
+
+
+def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str) -> None:
+    if tuple(tensor.shape) != expected:
+        raise ValueError(f"{name} must have shape {meaning} = {expected}, got {tuple(tensor.shape)}")
+
+
+def _check_text_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, tensor, meaning in (("q", q, "(B, Hq, Tq, D)"), ("k", k, "(B, Hkv, Tk, D)"), ("v", v, "(B, Hkv, Tk, D)")):
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must have 4 dimensions {meaning}, got shape {tuple(tensor.shape)}")
+        if 0 in tensor.shape:
+            raise ValueError(f"{name} must have no empty dimension, got shape {tuple(tensor.shape)}")
+    batch, query_heads, num_queries, head_dim = q.shape
+    _, kv_heads, num_keys, _ = k.shape
+    if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"q must have a head_dim D from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {head_dim}")
+    _check_shape("k", k, (batch, kv_heads, num_keys, head_dim), "(B, Hkv, Tk, D)")
+    _check_shape("v", v, tuple(k.shape), "(B, Hkv, Tk, D) of k")
+    if query_heads % kv_heads:
+        raise ValueError(f"q must have a multiple of k's {kv_heads} heads, got {query_heads}")
+    if num_keys < num_queries:
+        raise ValueError(f"k must have at least as many tokens as q (Tk >= Tq), got {num_keys} < {num_queries}")
+
+
+def _check_image_shapes(tensors: dict, options: dict) -> int:
+    """Checks image_k, image_v, image_index and image_mask; returns K."""
+    q, k, image_k, image_v = (tensors[name] for name in ("q", "k", "image_k", "image_v"))
+    image_index, image_mask = options["image_index"], options["image_mask"]
+    batch, _, num_queries, head_dim = q.shape
+    kv_heads = k.shape[1]
+
+    if image_index is not None and image_mask is not None:
+        raise ValueError("image_mask belongs to the dense layout; in the pooled layout put -1 into image_index instead")
+    slots_name, slots = ("image_index", image_index) if image_index is not None else ("image_mask", image_mask)
+    if slots is not None:
+        if slots.dim() != 3:
+            raise ValueError(f"{slots_name} must have 3 dimensions (B, Tq, K), got shape {tuple(slots.shape)}")
+        _check_shape(slots_name, slots, (batch, num_queries, slots.shape[2]), "(B, Tq, K)")
+
+    if (image_k is None) != (image_v is None):
+        missing, given = ("image_k", "image_v") if image_k is None else ("image_v", "image_k")
+        raise ValueError(f"{missing} must be given together with {given}, got None")
+    if image_k is None:
+        if slots is not None and slots.shape[2] > 0:
+            raise ValueError(f"image_k must be given for the {slots.shape[2]} slots of {slots_name}, got None")
+        return 0
+
+    if image_index is None:
+        if image_k.dim() != 5:
+            hint = "; the pooled layout (Hkv, U, D) needs image_index" if image_k.dim() == 3 else ""
+            raise ValueError(
+                f"image_k must have 5 dimensions (B, Hkv, Tq, K, D), got shape {tuple(image_k.shape)}{hint}"
+            )
+        num_images = image_k.shape[3]
+        _check_shape("image_k", image_k, (batch, kv_heads, num_queries, num_images, head_dim), "(B, Hkv, Tq, K, D)")
+        if image_mask is not None:
+            _check_shape("image_mask", image_mask, (batch, num_queries, num_images), "(B, Tq, K)")
+    else:
+        if image_k.dim() != 3:
+            raise ValueError(
+                f"image_k must have 3 dimensions (Hkv, U, D) beside image_index, got shape {tuple(image_k.shape)}"
+            )
+        num_images = image_index.shape[2]
+        _check_shape("image_k", image_k, (kv_heads, image_k.shape[1], head_dim), "(Hkv, U, D)")
+    _check_shape("image_v", image_v, tuple(image_k.shape), "that of image_k")
+    if num_images > MAX_IMAGES:
+        raise ValueError(f"image_k must have at most {MAX_IMAGES} images per token (K), got {num_images}")
+    return num_images
+
+
+def _check_bias_shapes(q: Tensor, k: Tensor, options: dict) -> None:
+    batch, query_heads, num_queries, head_dim = q.shape
+    expected = {
+        "image_k_bias": ((k.shape[1], head_dim), "(Hkv, D)"),
+        "image_v_bias": ((k.shape[1], head_dim), "(Hkv, D)"),
+        "image_logit_bias": ((query_heads,), "(Hq,)"),
+        "first_key": ((batch, num_queries), "(B, Tq)"),
+    }
+    for name, (shape, meaning) in expected.items():
+        if options[name] is not None:
+            _check_shape(name, options[name], shape, meaning)

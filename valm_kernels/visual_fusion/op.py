@@ -1,0 +1,114 @@
+"""visual_fusion_attn as PyTorch operators: define, kernels, fake kernels and autograd formula.
+
+Layouts that the fake kernels promise and every implementation keeps:
+out is empty_like(q); lse is contiguous; the gradients of q, k and v are `empty_tokens_first`; all other
+gradients are empty_like their input. The gradient of an absent input is an empty tensor.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from valm_kernels.visual_fusion import cpu
+
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? image_k, Tensor? image_v, Tensor? image_index, Tensor? image_mask, "
+    "Tensor? image_k_bias, Tensor? image_v_bias, Tensor? image_logit_bias, Tensor? first_key, "
+    "bool causal, float scale, str impl"
+)
+# Positions, among the inputs, of the tensors that have a gradient.
+_DIFFERENTIABLE = (0, 1, 2, 3, 4, 7, 8, 9)
+
+_library = torch.library.Library("valm_kernels", "DEF")
+_library.define(f"visual_fusion_attn({_INPUTS}) -> (Tensor out, Tensor lse)")
+_library.define(
+    f"visual_fusion_attn_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_INPUTS}) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_forward_op = torch.ops.valm_kernels.visual_fusion_attn.default
+_backward_op = torch.ops.valm_kernels.visual_fusion_attn_backward.default
+
+
+def fused_attention(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """(out, lse) of already checked inputs: those of the operator, the last one "cpu" or "triton"."""
+    return _forward_op(*inputs)
+
+
+def empty_tokens_first(like: Tensor) -> Tensor:
+    """An uninitialised (B, H, T, D) tensor whose memory is (B, T, H, D): what a projection's backward reads."""
+    batch, heads, tokens, dim = like.shape
+    return like.new_empty(batch, tokens, heads, dim).transpose(1, 2)
+
+
+def _implementation(impl: str) -> tuple[Any, Any]:
+    """(forward, backward) of one implementation; Triton is imported only where it is used."""
+    if impl == "cpu":
+        return cpu.forward, cpu.backward
+    from valm_kernels.visual_fusion import triton_backward, triton_forward
+
+    return triton_forward.forward, triton_backward.backward
+
+
+def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+    *arguments, impl = inputs
+    return _implementation(impl)[0](*arguments)
+
+
+def _backward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    *arguments, impl = inputs
+    gradients = _implementation(impl)[1](grad_out, grad_lse, out, lse, *arguments)
+    return tuple(grad_out.new_empty(0) if g is None else g for g in gradients)
+
+
+def _forward_fake(*inputs: Any) -> tuple[Tensor, Tensor]:
+    q = inputs[0]
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+def _backward_fake(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *inputs: Any
+) -> tuple[Tensor, ...]:
+    q, k, v, *rest = (inputs[i] for i in _DIFFERENTIABLE)
+    return (
+        *(empty_tokens_first(t) for t in (q, k, v)),
+        *(grad_out.new_empty(0) if t is None else torch.empty_like(t) for t in rest),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    # Without this an unused lse would come back as a gradient of zeros, and the backward would pay for it.
+    ctx.set_materialize_grads(False)
+    *tensors, ctx.causal, ctx.scale, ctx.impl = inputs
+    ctx.save_for_backward(*output, *tensors)
+
+
+def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    out, lse, *tensors = ctx.saved_tensors
+    inputs = (*tensors, ctx.causal, ctx.scale, ctx.impl)
+    if grad_out is None and grad_lse is None:
+        return (None,) * len(inputs)
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    gradients = _backward_op(grad_out, grad_lse, out, lse, *inputs)
+    of_input = dict(zip(_DIFFERENTIABLE, gradients, strict=True))
+    return tuple(of_input.get(i) if ctx.needs_input_grad[i] else None for i in range(len(inputs)))
+
+
+def _no_double_backward(ctx: Any, *gradients: Tensor) -> None:
+    raise NotImplementedError(
+        'visual_fusion_attn can be differentiated once only; for second derivatives use impl="reference"'
+    )
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("visual_fusion_attn", _forward, _device)
+    _library.impl("visual_fusion_attn_backward", _backward, _device)
+torch.library.register_fake("valm_kernels::visual_fusion_attn", _forward_fake, lib=_library)
+torch.library.register_fake("valm_kernels::visual_fusion_attn_backward", _backward_fake, lib=_library)
+torch.library.register_autograd(
+    "valm_kernels::visual_fusion_attn", _autograd, setup_context=_setup_context, lib=_library
+)
+torch.library.register_autograd("valm_kernels::visual_fusion_attn_backward", _no_double_backward, lib=_library)

@@ -1,0 +1,124 @@
+"""The executable specification of visual_fusion_attn: eager PyTorch in the dtype of its inputs.
+
+In float64 it is what every other implementation is measured against; in 16 bits it rounds where eager
+attention rounds (scores and weights), which is the yardstick for their errors.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def attention_weights(
+    q: Tensor,
+    k: Tensor,
+    image_k: Tensor | None,
+    image_index: Tensor | None = None,
+    image_mask: Tensor | None = None,
+    image_k_bias: Tensor | None = None,
+    image_logit_bias: Tensor | None = None,
+    first_key: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The joint softmax of visual_fusion_attn itself, for pictures and explanations.
+
+    Arguments as in visual_fusion_attn. Returns text_weights (B, Hq, Tq, Tk), image_weights (B, Hq, Tq, K) and
+    lse (B, Hq, Tq), in float32 (float64 for float64 inputs); the two weights of a query sum to 1 together, or
+    to 0 where the query sees nothing.
+    """
+    _, query_heads, num_queries, head_dim = q.shape
+    num_keys = k.shape[2]
+    group = query_heads // k.shape[1]
+    scale = head_dim**-0.5 if scale is None else scale
+
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = scale * (q @ k.repeat_interleave(group, 1).transpose(-1, -2)).to(wide)  # (B, Hq, Tq, Tk)
+    visible = text_visible(num_queries, num_keys, first_key, causal, q.device)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    if image_k is not None:
+        images, present = _images(image_k, q.shape[0], image_index, image_mask)
+        if image_k_bias is not None:
+            images = images + image_k_bias[:, None, None].to(images.dtype)
+        images = images.repeat_interleave(group, 1)  # (B, Hq, Tq, K, D)
+        image_scores = scale * (images @ q.unsqueeze(-1)).squeeze(-1).to(wide)  # (B, Hq, Tq, K)
+        if image_logit_bias is not None:
+            image_scores = image_scores + image_logit_bias[:, None, None]
+        if present is not None:
+            image_scores = image_scores.masked_fill(~present[:, None], -torch.inf)
+        scores = torch.cat([scores, image_scores], -1)  # (B, Hq, Tq, Tk + K)
+
+    # A query that sees nothing has only -inf scores: its weights are 0 and carry no gradient.
+    empty = (scores == -torch.inf).all(-1, keepdim=True)
+    lse = scores.masked_fill(empty, 0).logsumexp(-1, keepdim=True)
+    weights = torch.exp(scores - lse).masked_fill(empty, 0)
+    lse = lse.masked_fill(empty, -torch.inf).squeeze(-1)
+    return weights[..., :num_keys], weights[..., num_keys:], lse
+
+
+def reference_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    image_k: Tensor | None,
+    image_v: Tensor | None,
+    image_index: Tensor | None,
+    image_mask: Tensor | None,
+    image_k_bias: Tensor | None,
+    image_v_bias: Tensor | None,
+    image_logit_bias: Tensor | None,
+    first_key: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """out (B, Hq, Tq, D) and lse (B, Hq, Tq), with gradients by autograd. Arguments as in visual_fusion_attn."""
+    text_weights, image_weights, lse = attention_weights(
+        q, k, image_k, image_index, image_mask, image_k_bias, image_logit_bias, first_key, causal, scale
+    )
+    group = q.shape[1] // k.shape[1]
+    out = text_weights.to(q.dtype) @ v.repeat_interleave(group, 1)  # (B, Hq, Tq, D)
+    if image_v is not None:
+        images, _ = _images(image_v, q.shape[0], image_index, image_mask)
+        if image_v_bias is not None:
+            images = images + image_v_bias[:, None, None].to(images.dtype)
+        images = images.repeat_interleave(group, 1)  # (B, Hq, Tq, K, D)
+        out = out + (image_weights.to(q.dtype).unsqueeze(-2) @ images).squeeze(-2)
+    return out, lse
+
+
+def text_visible(
+    num_queries: int, num_keys: int, first_key: Tensor | None, causal: bool, device: torch.device
+) -> Tensor:
+    """(B or 1, 1, Tq, Tk) bool: which text keys each query sees."""
+    key = torch.arange(num_keys, device=device)
+    query = torch.arange(num_queries, device=device)[:, None]
+    visible = key <= query + (num_keys - num_queries) if causal else torch.ones_like(key == query)
+    visible = visible[None, None]
+    if first_key is not None:
+        visible = visible & (key >= first_key[:, None, :, None])
+    return visible
+
+
+def check_image_index(image_index: Tensor, pool_size: int) -> None:
+    """Raises ValueError for an index outside [-1, pool_size). Reads the values, so CUDA would wait here."""
+    if image_index.numel() == 0:
+        return
+    low, high = (int(x) for x in torch.aminmax(image_index))
+    if low < -1 or high >= pool_size:
+        wrong = low if low < -1 else high
+        raise ValueError(
+            f"image_index must be -1 (no image) or a row of the pool from 0 to {pool_size - 1}, got {wrong}"
+        )
+
+
+def _images(
+    image: Tensor, batch: int, image_index: Tensor | None, image_mask: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The images of every query, (B, Hkv, Tq, K, D), and which slots hold one, (B, Tq, K) or None for all."""
+    if image_index is None:
+        return image, image_mask
+    check_image_index(image_index, image.shape[1])
+    padded = torch.nn.functional.pad(image, (0, 0, 0, 1))  # (Hkv, U + 1, D): index -1 reads the zero row
+    gathered = padded[:, image_index.long()]  # (Hkv, B, Tq, K, D)
+    return gathered.transpose(0, 1), image_index >= 0
