@@ -1,0 +1,204 @@
+"""ip_topk against its specification in float64, on odd and adversarial data, and its refusals."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from valm_kernels import TopK, ip_topk, merge_topk
+from valm_kernels.topk import reference
+
+
+def normals(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_same(actual: TopK, expected: tuple) -> None:
+    """Bit for bit."""
+    assert torch.equal(actual[1], expected[1])
+    assert torch.equal(actual[0], expected[0])
+
+
+def adversarial(kind: str, rows: int, dim: int) -> torch.Tensor:
+    """Databases that defeat a threshold, a bound or a tie rule."""
+    random = normals(rows, dim, seed=1)
+    if kind == "ascending":
+        return random[(random @ normals(dim)).argsort()]
+    if kind == "equal":
+        return random[:1].repeat(rows, 1)
+    if kind == "duplicates":
+        return random[torch.arange(rows) % 7]
+    if kind == "six decades":
+        return random * 10 ** torch.linspace(-3, 3, rows)[torch.randperm(rows)][:, None]
+    if kind == "hidden by an offset":
+        return random * 1e-3 + 100 * normals(1, dim, seed=2)
+    if kind == "denormal":
+        return random * 1e-40
+    if kind == "huge":
+        return random * 5e37
+    if kind == "outlier dimension":
+        random[:, 3] *= 300
+        return random
+    if kind == "integers":  # many exact ties
+        return random.mul(2).round()
+    assert kind == "zero"
+    return torch.zeros(rows, dim)
+
+
+ADVERSARIAL = (
+    "ascending",
+    "equal",
+    "duplicates",
+    "six decades",
+    "hidden by an offset",
+    "denormal",
+    "huge",
+    "outlier dimension",
+    "integers",
+    "zero",
+)
+
+
+def test_the_score_is_the_float64_sum_rounded_once():
+    queries, database = normals(9, 100), normals(50, 100, seed=1)
+    scores = reference.exact_scores(queries, database)
+    expected = [[math.fsum((q.double() * row.double()).tolist()) for row in database] for q in queries]
+    # the float64 sum is off by far less than half a float32 ulp, so at most the rounding of a near-tie differs
+    assert torch.equal(scores, torch.tensor(expected, dtype=torch.float64).float())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 700),
+    dim=st.integers(8, 130),
+    n_queries=st.integers(0, 30),
+    k=st.integers(1, 128),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    seed=st.integers(0, 99),
+)
+def test_cpu_is_the_reference_bit_for_bit(rows, dim, n_queries, k, dtype, seed):
+    k = min(k, rows)
+    queries = normals(n_queries, dim, seed=seed).to(dtype)
+    database = normals(rows, dim, seed=seed + 1).to(dtype)
+    assert_same(ip_topk(queries, database, k, impl="cpu"), ip_topk(queries, database, k, impl="reference"))
+
+
+@pytest.mark.parametrize("kind", ADVERSARIAL)
+@pytest.mark.parametrize("n_queries", [1, 19])
+def test_adversarial_data(kind, n_queries):
+    database, queries = adversarial(kind, 1500, 72), normals(n_queries, 72)
+    queries[0] = normals(72)  # the one that "ascending" is sorted by
+    assert_same(ip_topk(queries, database, 8, impl="cpu"), ip_topk(queries, database, 8, impl="reference"))
+
+
+def test_ties_go_to_the_lower_row():
+    database = torch.ones(300, 8)
+    assert ip_topk(torch.ones(2, 8), database, 5).indices.tolist() == [[0, 1, 2, 3, 4]] * 2
+    # 2^24 + 1 is no float32: the scores are equal only after rounding, and the later row's is larger before it
+    database = torch.zeros(40, 8)
+    database[30, 0], database[31, :2] = 2.0**24, torch.tensor([2.0**24, 1.0])
+    for impl in ("cpu", "reference"):
+        result = ip_topk(torch.ones(8), database, 2, impl=impl)
+        assert result.indices.tolist() == [30, 31]
+        assert result.scores.tolist() == [2.0**24, 2.0**24]
+
+
+def test_leading_dimensions_strides_and_one_query():
+    queries, database = normals(4, 24, 3, 2).transpose(0, 1).movedim(0, -1), normals(24, 60).T
+    result = ip_topk(queries, database, 3)
+    assert result.scores.shape == result.indices.shape == (4, 3, 2, 3)
+    assert_same(result, ip_topk(queries.contiguous(), database.contiguous(), 3, impl="reference"))
+    assert_same(ip_topk(queries[0, 0, 0], database, 3), (result.scores[0, 0, 0], result.indices[0, 0, 0]))
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_empty_and_non_finite_queries(impl):
+    database = normals(20, 16)
+    empty = ip_topk(torch.empty(3, 0, 16), database, 4, impl=impl)
+    assert empty.scores.shape == empty.indices.shape == (3, 0, 4)
+    queries = normals(4, 16)
+    clean = ip_topk(queries, database, 4, impl=impl)
+    queries[1, 3], queries[2, 5] = torch.nan, -torch.inf
+    result = ip_topk(queries, database, 4, impl=impl)
+    assert result.scores[1:3].isnan().all() and (result.indices[1:3] == -1).all()
+    assert_same((result.scores[[0, 3]], result.indices[[0, 3]]), (clean.scores[[0, 3]], clean.indices[[0, 3]]))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_non_finite_row_is_refused_with_its_number(value):
+    database = normals(3000, 400)
+    database[2777, 399] = value
+    with pytest.raises(ValueError, match=r"row 2777 holds NaN or infinity"):
+        ip_topk(normals(2, 400), database, 1)
+    finite = torch.full((20, 64), 3e38)  # its float32 sum overflows, its numbers do not
+    assert ip_topk(torch.zeros(64), finite, 1).scores.item() == 0
+
+
+def test_numpy_in_numpy_out():
+    queries, database = normals(5, 16), normals(40, 16)
+    expected = ip_topk(queries, database, 3)
+    frozen = database.numpy()[::-1]
+    frozen.flags.writeable = False
+    result = ip_topk(queries.numpy(), frozen, 3)
+    assert isinstance(result.scores, np.ndarray) and isinstance(result.indices, np.ndarray)
+    assert np.array_equal(result.scores, expected.scores.numpy())
+    assert np.array_equal(result.indices, 39 - expected.indices.numpy())
+
+
+Q, D = torch.ones(2, 16), torch.ones(5, 16)
+REFUSALS = {
+    "k 0": (ValueError, r"k is 0, expected 1 to 128", lambda: ip_topk(Q, D, 0)),
+    "k above N": (ValueError, r"k is 6, but the database has only 5 rows", lambda: ip_topk(Q, D, 6)),
+    "k above 128": (ValueError, r"k is 129, expected 1 to 128", lambda: ip_topk(Q, torch.ones(200, 16), 129)),
+    "k no int": (TypeError, r"k must be an int, but is a float", lambda: ip_topk(Q, D, 2.0)),
+    "other E": (ValueError, r"queries must have shape \(\.\.\., 16\)", lambda: ip_topk(torch.ones(2, 15), D, 1)),
+    "small E": (ValueError, r"E = 7, expected 8 to 2048", lambda: ip_topk(Q, torch.ones(5, 7), 1)),
+    "large E": (ValueError, r"E = 2049", lambda: ip_topk(Q, torch.ones(5, 2049), 1)),
+    "one row": (ValueError, r"database must have shape \(N, E\)", lambda: ip_topk(Q, torch.ones(16), 1)),
+    "empty": (ValueError, r"database is empty", lambda: ip_topk(Q, torch.ones(0, 16), 1)),
+    "float64": (TypeError, r"queries has dtype torch.float64", lambda: ip_topk(Q.double(), D, 1)),
+    "integers": (TypeError, r"database has dtype torch.int8", lambda: ip_topk(Q, D.to(torch.int8), 1)),
+    "list": (TypeError, r"queries must be a torch tensor or a numpy array, but is a list", lambda: ip_topk([1], D, 1)),
+    "strings": (TypeError, r"queries must hold floating-point", lambda: ip_topk(np.array(["a"]), D, 1)),
+    "impl": (ValueError, r"impl is 'gpu', expected one of auto, cpu", lambda: ip_topk(Q, D, 1, impl="gpu")),
+    "cuda on cpu": (ValueError, r"impl='cuda' needs tensors on cuda", lambda: ip_topk(Q, D, 1, impl="cuda")),
+    "device": (ValueError, r"queries are on meta", lambda: ip_topk(Q.to("meta"), D, 1)),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_wrong_arguments_are_refused(case):
+    error, message, call = REFUSALS[case]
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_merge_is_the_search_of_the_whole():
+    queries, database = normals(6, 16).mul(2).round(), normals(90, 16, seed=1).round()  # with ties
+    queries[4, 0] = torch.nan
+    bounds = [0, 3, 40, 90]
+    shards = [ip_topk(queries, database[a:b], min(8, b - a)) for a, b in pairwise(bounds)]
+    whole = ip_topk(queries, database, 8)
+    for order in ([0, 1, 2], [2, 0, 1]):
+        merged = merge_topk([shards[i] for i in order], [bounds[i] for i in order], 8)
+        assert torch.equal(merged.indices, whole.indices)
+        assert torch.equal(merged.scores.nan_to_num(7e7), whole.scores.nan_to_num(7e7))
+
+
+def test_merge_fills_up_and_refuses():
+    one = ip_topk(torch.ones(1, 8), torch.ones(1, 8), 1)
+    missing = TopK(torch.full((1, 2), -torch.inf), torch.full((1, 2), -1))
+    merged = merge_topk([missing, one], [0, 10], 3)
+    assert merged.indices.tolist() == [[10, -1, -1]] and merged.scores.tolist() == [[8, -torch.inf, -torch.inf]]
+    with pytest.raises(ValueError, match="2 results and 1 offsets"):
+        merge_topk([one, one], [0], 1)
+    with pytest.raises(ValueError, match="k is 3, expected 1 to the 2 columns"):
+        merge_topk([one, one], [0, 1], 3)
+    with pytest.raises(ValueError, match="different queries"):
+        merge_topk([one, ip_topk(torch.ones(2, 8), torch.ones(1, 8), 1)], [0, 1], 1)

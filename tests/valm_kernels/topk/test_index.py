@@ -1,0 +1,232 @@
+"""FlatIPIndex: what it stores, what it finds, and what it says of a damaged file or a full disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from valm_kernels import FlatIPIndex, ip_topk
+
+DTYPES = ("float32", "float16", "bfloat16", "int8")
+
+
+def normals(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def stored_values(index: FlatIPIndex) -> torch.Tensor:
+    """The rows as the float32 numbers that are searched."""
+    from valm_kernels.topk.reference import dequantise
+
+    return dequantise(index._rows, index._row_scale)
+
+
+def assert_same_answers(a: FlatIPIndex, b: FlatIPIndex, queries: torch.Tensor, k: int) -> None:
+    found, expected = a.search(queries, k), b.search(queries, k)
+    assert torch.equal(found.indices, expected.indices)
+    assert torch.equal(found.scores, expected.scores)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_search_is_exact_over_what_is_stored(dtype):
+    database, queries = normals(700, 40), normals(2, 9, 40, seed=1)
+    index = FlatIPIndex(database, dtype)
+    assert (len(index), index.dim, index.dtype) == (700, 40, dtype)
+    stored = stored_values(index)
+    worst = (stored - database).abs().amax(1) / database.abs().amax(1)
+    assert worst.max() <= {"float32": 0, "float16": 2**-11, "bfloat16": 2**-8, "int8": 0.5 / 127 + 1e-6}[dtype]
+    expected = ip_topk(queries, stored, 6, impl="reference")
+    result = index.search(queries, 6)
+    assert torch.equal(result.indices, expected.indices)
+    assert torch.equal(result.scores, expected.scores)
+
+
+def test_fitting_memory_is_not_copied(tmp_path):
+    database = normals(30, 16)
+    assert FlatIPIndex(database)._rows.data_ptr() == database.data_ptr()
+    np.save(tmp_path / "shard.npy", database.half().numpy())
+    shard = np.load(tmp_path / "shard.npy", mmap_mode="r")
+    index = FlatIPIndex(shard)
+    assert index._rows.data_ptr() == shard.__array_interface__["data"][0]
+    assert_same_answers(index, FlatIPIndex(database, "float16"), normals(3, 16), 4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_add(dtype):
+    database, queries = normals(90, 24), normals(5, 24, seed=1)
+    index = FlatIPIndex(database[:50], dtype)
+    index.search(queries, 7)
+    index.add(database[50:51])
+    index.add(database[51:].numpy())
+    index.add(torch.empty(0, 24))
+    assert_same_answers(index, FlatIPIndex(database, dtype), queries, 7)
+    with pytest.raises(ValueError, match=r"vectors must have shape \(M, 24\), but have shape \(3, 25\)"):
+        index.add(torch.ones(3, 25))
+    with pytest.raises(ValueError, match="row 2 holds NaN or infinity"):
+        index.add(torch.tensor([[0.0] * 24, [1.0] * 24, [torch.inf] * 24]))
+    assert len(index) == 90
+
+
+def test_rows_that_are_not_finite_are_refused_with_their_number():
+    database = normals(40, 16)
+    database[33, 2] = 1e6
+    with pytest.raises(ValueError, match=r"stored as float16, row 33 holds"):
+        FlatIPIndex(database, "float16")
+    database[33, 2] = torch.nan
+    with pytest.raises(ValueError, match="database row 33 holds NaN"):
+        FlatIPIndex(database, "int8")
+
+
+def test_wrong_arguments_are_refused():
+    with pytest.raises(ValueError, match="dtype is 'float8', expected one of float32"):
+        FlatIPIndex(normals(4, 16), "float8")
+    with pytest.raises(ValueError, match="database is empty"):
+        FlatIPIndex(torch.empty(0, 16))
+    with pytest.raises(TypeError, match=r"database has dtype torch.int64"):
+        FlatIPIndex(torch.ones(4, 16, dtype=torch.int64))
+    with pytest.raises(ValueError, match="k is 5, but the database has only 4 rows"):
+        FlatIPIndex(normals(4, 16)).search(normals(16), 5)
+
+
+def test_numpy_queries_and_repr():
+    index = FlatIPIndex(normals(30, 16).numpy(), "float16")
+    result = index.search(normals(2, 16).numpy(), 3)
+    assert isinstance(result.indices, np.ndarray) and result.indices.shape == (2, 3)
+    assert "30 rows of 16 float16 on cpu" in repr(index)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mmap", [False, True])
+def test_save_and_load(tmp_path, dtype, mmap):
+    index = FlatIPIndex(normals(60, 24), dtype)
+    index.save(tmp_path / "index")
+    loaded = FlatIPIndex.load(tmp_path / "index", mmap=mmap)
+    assert (len(loaded), loaded.dim, loaded.dtype) == (60, 24, dtype)
+    assert_same_answers(loaded, index, normals(4, 24, seed=1), 9)
+    loaded.add(normals(3, 24, seed=2))
+    assert len(loaded) == 63
+
+
+def test_saving_again_leaves_one_index(tmp_path):
+    FlatIPIndex(normals(60, 24), "int8").save(tmp_path)
+    second = FlatIPIndex(normals(50, 16), "float16")
+    second.save(tmp_path)
+    second.save(tmp_path)
+    assert sorted(file.suffix for file in tmp_path.iterdir()) == [".json", ".npy"]
+    assert_same_answers(FlatIPIndex.load(tmp_path), second, normals(2, 16), 3)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    FlatIPIndex(normals(60, 24), "float16").save(tmp_path / "index")
+    return tmp_path / "index"
+
+
+def edit_manifest(folder, **changes) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, **changes}))
+
+
+def test_truncated_altered_and_missing_files(saved):
+    (rows,) = saved.glob("rows-*.npy")
+    content = rows.read_bytes()
+    rows.write_bytes(content[:-100])
+    for mmap in (False, True):
+        with pytest.raises(ValueError, match=f"has {len(content) - 100} bytes, {len(content)} were saved"):
+            FlatIPIndex.load(saved, mmap=mmap)
+    rows.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match="its checksum differs"):
+        FlatIPIndex.load(saved)
+    with pytest.raises(ValueError, match="its checksum differs"):
+        FlatIPIndex.load(saved, mmap=True, verify=True)
+    rows.unlink()
+    with pytest.raises(ValueError, match=r"rows-\w+.npy is missing"):
+        FlatIPIndex.load(saved)
+
+
+def test_manifests_that_do_not_fit(saved, tmp_path):
+    good = (saved / "manifest.json").read_text()
+    with pytest.raises(FileNotFoundError, match=r"is not a saved index: it has no manifest.json"):
+        FlatIPIndex.load(tmp_path)
+    edit_manifest(saved, version=99)
+    with pytest.raises(ValueError, match="has format version 99, this code reads version 1"):
+        FlatIPIndex.load(saved)
+    (saved / "manifest.json").write_text(good)
+    edit_manifest(saved, dtype="float32")
+    with pytest.raises(ValueError, match=r"holds float16 of shape \(60, 24\), manifest.json asks for <f4"):
+        FlatIPIndex.load(saved)
+    edit_manifest(saved, dtype="float8")
+    with pytest.raises(ValueError, match=r"manifest.json is damaged: KeyError\('float8'\)"):
+        FlatIPIndex.load(saved)
+    (saved / "manifest.json").write_text(good)
+    edit_manifest(saved, dtype="float16", arrays={})
+    with pytest.raises(ValueError, match="lists no array 'rows'"):
+        FlatIPIndex.load(saved)
+    (saved / "manifest.json").write_text('{"format": "something else"}')
+    with pytest.raises(ValueError, match="does not describe a valm flat inner-product index"):
+        FlatIPIndex.load(saved)
+    (saved / "manifest.json").write_text(good[:40])
+    with pytest.raises(ValueError, match="it is not JSON"):
+        FlatIPIndex.load(saved)
+
+
+def test_a_full_disk_leaves_the_old_index(saved):
+    """A file-size limit in a process of its own stands for the full disk: write() fails half-way through the rows."""
+    before = {file.name: file.read_bytes() for file in saved.iterdir()}
+    code = (
+        "import sys, torch; from valm_kernels import FlatIPIndex\n"
+        "index = FlatIPIndex(torch.ones(5000, 24))\n"
+        "try: index.save(sys.argv[1])\n"
+        "except OSError as error: sys.exit(str(error))\n"
+    )
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that write() reports EFBIG
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    done = subprocess.run([sys.executable, "-c", code, saved], preexec_fn=limit, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "cannot save the index" in done.stderr and str(saved) in done.stderr
+    assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
+    FlatIPIndex.load(saved)
+
+
+def test_a_failing_write_leaves_the_old_index(saved, monkeypatch):
+    """ENOSPC at the very last step, when the new rows are already there."""
+    before = {file.name: file.read_bytes() for file in saved.iterdir()}
+    real = os.replace
+
+    def full(source, target):
+        if str(target).endswith("manifest.json"):
+            raise OSError(28, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        FlatIPIndex(normals(9, 16)).save(saved)
+    assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
+
+
+def test_read_only_folder(tmp_path):
+    folder = tmp_path / "index"
+    folder.mkdir()
+    folder.chmod(0o555)
+    tmp_path.chmod(0o755)
+    code = (
+        "import os, sys, torch; from valm_kernels import FlatIPIndex\n"
+        "if os.geteuid() == 0: os.setgid(65534); os.setuid(65534)\n"
+        "try: FlatIPIndex(torch.ones(5, 24)).save(sys.argv[1])\n"
+        "except OSError as error: sys.exit(str(error))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "cannot save the index" in done.stderr and "Permission denied" in done.stderr
+    assert list(folder.iterdir()) == []

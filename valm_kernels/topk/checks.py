@@ -1,0 +1,82 @@
+"""Argument checks shared by `ip_topk` and `FlatIPIndex`: each error names the argument, what came and what was
+expected.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MAX_K = 128
+MIN_DIM, MAX_DIM = 8, 2048
+# Rows are counted in 32 bits; larger databases are several indexes and a `merge_topk`.
+MAX_ROWS = 2**31 - 1
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Values looked at together where a whole tensor is scanned (4 MiB of float32).
+SCAN_VALUES = 1 << 20
+
+
+def as_tensor(value: Tensor | np.ndarray, name: str) -> Tensor:
+    """`value` as a tensor over the same memory. Raises TypeError for what is neither tensor nor array."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{name} must be a torch tensor or a numpy array, but is a {type(value).__name__}")
+    if value.dtype.kind not in "fi" or not value.dtype.isnative:
+        raise TypeError(f"{name} must hold floating-point numbers, but has numpy dtype {value.dtype}")
+    if not all(stride > 0 for stride in value.strides) or not value.flags.writeable:
+        return _read_only_tensor(value)
+    return torch.from_numpy(value)
+
+
+def _read_only_tensor(array: np.ndarray) -> Tensor:
+    """A tensor over a read-only array (a memory-mapped file): torch has no such thing, and warns; nobody writes."""
+    array = np.ascontiguousarray(array)
+    interface = dict(array.__array_interface__)
+    interface["data"] = (interface["data"][0], False)
+    view = type("ReadOnlyMemory", (), {"__array_interface__": interface, "owner": array})()
+    return torch.from_numpy(np.asarray(view))
+
+
+def check_float(tensor: Tensor, name: str) -> None:
+    if tensor.dtype not in FLOAT_DTYPES:
+        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
+        raise TypeError(f"{name} has dtype {tensor.dtype}, expected one of {expected}; convert it first")
+
+
+def check_database(database: Tensor) -> None:
+    if database.dim() != 2:
+        raise ValueError(f"database must have shape (N, E), but has shape {tuple(database.shape)}")
+    rows, dim = database.shape
+    if rows == 0:
+        raise ValueError("database is empty: it has no rows to search")
+    if rows > MAX_ROWS:
+        raise ValueError(f"database has {rows} rows, at most {MAX_ROWS} fit; split it and join by merge_topk")
+    if not MIN_DIM <= dim <= MAX_DIM:
+        raise ValueError(f"database has E = {dim}, expected {MIN_DIM} to {MAX_DIM}")
+
+
+def check_search(queries: Tensor, rows: int, dim: int, device: torch.device, k: int) -> None:
+    check_float(queries, "queries")
+    if queries.dim() == 0 or queries.shape[-1] != dim:
+        raise ValueError(f"queries must have shape (..., {dim}) as the database, but have {tuple(queries.shape)}")
+    if queries.device != device:
+        raise ValueError(f"queries are on {queries.device}, the database is on {device}; move one of them")
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"k must be an int, but is a {type(k).__name__}")
+    if not 1 <= k <= MAX_K:
+        raise ValueError(f"k is {k}, expected 1 to {MAX_K}")
+    if k > rows:
+        raise ValueError(f"k is {k}, but the database has only {rows} rows")
+
+
+def check_finite(rows: Tensor, what: str) -> None:
+    """Raises ValueError with the number of the first row of (N, E) that holds NaN or infinity."""
+    step = max(1, SCAN_VALUES // rows.shape[1])
+    for start in range(0, rows.shape[0], step):
+        # a sum is finite unless a term is not, or it overflows; float64 does not
+        broken = ~rows[start : start + step].sum(1, dtype=torch.float64).isfinite()
+        if broken.any():
+            row = start + int(broken.nonzero()[0])
+            raise ValueError(f"{what} row {row} holds NaN or infinity; every stored number must be finite")

@@ -1,0 +1,60 @@
+"""Executable specification of exact top-K inner product search, in plain PyTorch.
+
+csrc/topk/exact.hpp says the same in C++; the two agree bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+EXACT_LANES = 32
+# A chunk holds at most this many float64 partial sums (64 MiB).
+PARTIAL_SUMS_PER_CHUNK = 1 << 23
+
+
+def exact_scores(queries: Tensor, rows: Tensor) -> Tensor:
+    """Scores of queries (Q, E) and rows (N, E), both float32: (Q, N) float32.
+
+    The sum of the products in float64, in one fixed order: `EXACT_LANES` interleaved partial sums, joined
+    pairwise (l with l + 16, then l + 8, ...), and rounded once to float32; −0 becomes +0.
+    """
+    padding = (0, -queries.shape[-1] % EXACT_LANES)
+    queries = torch.nn.functional.pad(queries.double(), padding)  # [Q, S·32]
+    rows = torch.nn.functional.pad(rows.double(), padding)  # [N, S·32]
+    lanes = queries.new_zeros(queries.shape[0], rows.shape[0], EXACT_LANES)  # [Q, N, 32]
+    for start in range(0, queries.shape[-1], EXACT_LANES):
+        step = slice(start, start + EXACT_LANES)
+        lanes += queries[:, None, step] * rows[None, :, step]
+    while lanes.shape[-1] > 1:
+        low, high = lanes.chunk(2, dim=-1)
+        lanes = low + high
+    return lanes[..., 0].float() + 0.0
+
+
+def dequantise(rows: Tensor, row_scale: Tensor | None) -> Tensor:
+    """Stored rows (N, E) as the float32 values that are searched; int8 rows times their scale (N,)."""
+    rows = rows.float()
+    return rows if row_scale is None else rows * row_scale[:, None]
+
+
+def ip_topk(queries: Tensor, database: Tensor, row_scale: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """The k best rows of each query by (score falling, index rising): scores and indices, both (Q, k).
+
+    queries (Q, E) and database (N, E) in any float dtype, or database int8 with row_scale (N,). A query that is
+    not finite gets scores NaN and indices −1.
+    """
+    queries = queries.float()
+    chunk = max(1, PARTIAL_SUMS_PER_CHUNK // EXACT_LANES // max(1, queries.shape[0]))
+    best_scores = queries.new_empty(queries.shape[0], 0)
+    best_indices = best_scores.long()
+    for start in range(0, database.shape[0], chunk):
+        scale = None if row_scale is None else row_scale[start : start + chunk]
+        scores = exact_scores(queries, dequantise(database[start : start + chunk], scale))
+        indices = torch.arange(start, start + scores.shape[1], device=queries.device).expand_as(scores)
+        # earlier rows stand first and the sort is stable, so equal scores stay in order of their index
+        scores, order = torch.cat([best_scores, scores], 1).sort(dim=1, descending=True, stable=True)
+        best_scores = scores[:, :k]
+        best_indices = torch.cat([best_indices, indices], 1).gather(1, order[:, :k])
+    broken = ~queries.isfinite().all(1, keepdim=True)
+    return best_scores.masked_fill(broken, torch.nan), best_indices.masked_fill(broken, -1)

@@ -1,0 +1,144 @@
+"""Named arrays in a folder: one npy file each and a manifest.json that says which files, and their checksums.
+
+A file's name carries its checksum, so a new save never touches the files of the one before. The manifest, replaced
+in one step, is the commit: until then the folder is the old index, after it the new one. No pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+FORMAT = "valm flat inner-product index"
+VERSION = 1
+MANIFEST = "manifest.json"
+
+
+class _HashingFile:
+    """What numpy writes goes to the file and into its checksum."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.sha256 = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> None:
+        self.sha256.update(data)
+        self.file.write(data)
+
+
+def write_folder(path: Path, arrays: dict[str, np.ndarray], properties: dict[str, Any]) -> None:
+    """Writes the arrays and the manifest, all or nothing. Raises OSError naming the folder."""
+    written: list[Path] = []
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        old_files = _referenced_files(path)
+        entries = {}
+        for name, array in arrays.items():
+            file, entry = _write_array(path, name, array, written)
+            entries[name] = {"file": file.name, **entry}
+        manifest = {"format": FORMAT, "version": VERSION, **properties, "arrays": entries}
+        temporary = path / f"{MANIFEST}.{os.getpid()}.tmp"
+        written.append(temporary)
+        with temporary.open("w", encoding="utf-8") as text:
+            json.dump(manifest, text, indent=2)
+            text.flush()
+            os.fsync(text.fileno())
+        os.replace(temporary, path / MANIFEST)
+        _sync_folder(path)
+    except OSError as error:
+        for file in written:
+            file.unlink(missing_ok=True)
+        raise OSError(
+            error.errno, f"cannot save the index, what {path} held before is untouched: {error.strerror}", str(path)
+        ) from error
+    for name in old_files - {entry["file"] for entry in entries.values()}:
+        (path / name).unlink(missing_ok=True)
+
+
+def _write_array(path: Path, name: str, array: np.ndarray, written: list[Path]) -> tuple[Path, dict[str, Any]]:
+    temporary = path / f"{name}.{os.getpid()}.tmp"
+    written.append(temporary)
+    with temporary.open("wb") as file:
+        hashing = _HashingFile(file)
+        np.lib.format.write_array(hashing, array, allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
+    sha256 = hashing.sha256.hexdigest()
+    final = path / f"{name}-{sha256[:16]}.npy"
+    if not final.exists():  # the same content under the old manifest must outlive a failure
+        written.append(final)
+    os.replace(temporary, final)
+    return final, {"bytes": final.stat().st_size, "sha256": sha256}
+
+
+def _referenced_files(path: Path) -> set[str]:
+    """Files of the index that is there now; none where there is none that this version can read."""
+    try:
+        manifest = read_manifest(path)
+    except (FileNotFoundError, ValueError):
+        return set()
+    return {entry["file"] for entry in manifest["arrays"].values()}
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a saved folder. Raises FileNotFoundError or ValueError saying what is wrong with it."""
+    file = path / MANIFEST
+    if not file.exists():
+        raise FileNotFoundError(f"{path} is not a saved index: it has no {MANIFEST}")
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged, it is not JSON: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"{file} does not describe a {FORMAT}")
+    if manifest.get("version") != VERSION:
+        raise ValueError(
+            f"{file} has format version {manifest.get('version')!r}, this code reads version {VERSION}; "
+            "save the index again from its vectors"
+        )
+    return manifest
+
+
+def read_array(
+    path: Path, manifest: dict[str, Any], name: str, *, shape: tuple[int, ...], dtype: str, mmap: bool, verify: bool
+) -> np.ndarray:
+    """One array of a saved folder, memory-mapped or read. Raises ValueError where it is not what was saved."""
+    entry = manifest["arrays"].get(name)
+    if entry is None:
+        raise ValueError(f"{path / MANIFEST} is damaged: it lists no array {name!r}")
+    file = path / entry["file"]
+    if not file.exists():
+        raise ValueError(f"{path} is damaged: {file.name} is missing")
+    if file.stat().st_size != entry["bytes"]:
+        raise ValueError(f"{file} is damaged: it has {file.stat().st_size} bytes, {entry['bytes']} were saved")
+    if verify:
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256") if hasattr(hashlib, "file_digest") else _digest(stream)
+        if digest.hexdigest() != entry["sha256"]:
+            raise ValueError(f"{file} is damaged: its checksum differs from the one saved in {MANIFEST}")
+    # copy-on-write: torch wants memory it could write to
+    array = np.load(file, mmap_mode="c" if mmap else None, allow_pickle=False)
+    if array.shape != shape or array.dtype != np.dtype(dtype):
+        raise ValueError(
+            f"{file} holds {array.dtype} of shape {array.shape}, {MANIFEST} asks for {dtype} of shape {shape}"
+        )
+    return array
+
+
+def _digest(stream: BinaryIO) -> Any:  # hashlib.file_digest came with Python 3.11
+    sha256 = hashlib.sha256()
+    while chunk := stream.read(1 << 20):
+        sha256.update(chunk)
+    return sha256
