@@ -1,0 +1,257 @@
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_clip import make_clip
+
+from valm.errors import ValmError
+from valm.retrieval import encoding
+from valm.retrieval.knowledge_base import ImageKnowledgeBase, build_from_folder
+
+COUNT = 23
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """23 small pictures; three more that cannot be read: cut short, not a picture, too large."""
+    folder = tmp_path_factory.mktemp("pictures")
+    generator = np.random.default_rng(0)
+    for index in range(COUNT):
+        pixels = generator.integers(0, 256, (24 + index, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"p{index:02d}.png")
+        (folder / f"p{index:02d}.txt").write_text(f"picture number {index}")
+    whole = (folder / "p05.png").read_bytes()
+    (folder / "p05_cut.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "p09_text.jpg").write_text("this is no picture")
+    Image.new("1", (9000, 9000)).save(folder / "p11_bomb.png")
+    return folder
+
+
+def build(folder, out, clip, **options):
+    return build_from_folder(folder, out, clip, **{"shard_size": 6, "batch_size": 4, "progress": False, **options})
+
+
+@pytest.fixture(scope="module")
+def kb(folder, clip, tmp_path_factory):
+    return build(folder, tmp_path_factory.mktemp("kb"), clip)
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+
+
+def test_vectors_and_items(kb, folder, clip):
+    assert (len(kb), kb.dim) == (COUNT, clip.embed_dim)
+    assert kb.vectors().shape == (COUNT, clip.embed_dim)
+    assert kb.vectors().dtype == np.float16
+    expected = clip.encode_images([Image.open(folder / f"p{index:02d}.png") for index in range(COUNT)]).numpy()
+    # half of float16's spacing below 1, and float32 noise of another batch size
+    assert np.abs(kb.vectors().astype(np.float32) - expected).max() <= 2**-12 + 1e-5
+    for index in range(COUNT):
+        item = kb.item(index)
+        assert (item.id, item.uri) == (index, f"p{index:02d}.png")
+        assert (item.caption, item.width, item.height) == (f"picture number {index}", 40, 24 + index)
+        assert max(kb.thumbnail(index).size) == min(64, max(40, 24 + index))
+
+
+def test_gather_across_shards(kb):
+    ids = np.array([22, 0, 7, 7, 13, 5, 6])
+    assert np.array_equal(kb.gather(ids), kb.vectors()[ids])
+    assert kb.gather(np.array([], np.int64)).shape == (0, kb.dim)
+    for bad in ([-1], [0, COUNT]):
+        with pytest.raises(IndexError, match="picture ids go from 0 to 22"):
+            kb.gather(np.array(bad))
+    for read in (kb.item, kb.thumbnail):
+        with pytest.raises(IndexError, match="got 23"):
+            read(COUNT)
+
+
+def test_bad_pictures_are_listed(kb):
+    skipped = {entry["uri"]: entry["reason"] for entry in kb.skipped()}
+    assert set(skipped) == {"p05_cut.png", "p09_text.jpg", "p11_bomb.png"}
+    assert kb.manifest["skipped"] == 3
+    assert "truncated" in skipped["p05_cut.png"]
+    assert "not a picture" in skipped["p09_text.jpg"]
+    assert "9000 x 9000 pixels" in skipped["p11_bomb.png"]
+
+
+def test_one_shard_is_not_copied(folder, clip, tmp_path):
+    kb = build(folder, tmp_path, clip, shard_size=100, thumbnails=0)
+    assert isinstance(kb.vectors(), np.memmap)
+    assert kb.thumbnail(0) is None
+
+
+def test_worker_processes_give_the_same_files(kb, folder, clip, tmp_path):
+    build(folder, tmp_path, clip, workers=2)
+    assert contents(tmp_path) == contents(kb.path)
+
+
+def test_opened_again(kb, folder, clip):
+    before = contents(kb.path)
+    assert len(build(folder, kb.path, clip)) == COUNT  # a finished build is opened, not done again
+    opened = ImageKnowledgeBase.open(kb.path)
+    assert np.array_equal(opened.vectors(), kb.vectors())
+    assert opened.fingerprint == kb.fingerprint
+    assert contents(kb.path) == before
+
+
+def killed_build(folder, out, clip, replaces):
+    """A build that is killed at its `replaces`-th finished file."""
+    done = 0
+    replace = os.replace
+
+    def counting(*paths):
+        nonlocal done
+        if done == replaces:
+            os.kill(os.getpid(), signal.SIGKILL)
+        done += 1
+        replace(*paths)
+
+    os.replace = counting
+    torch.set_num_threads(1)
+    build(folder, out, clip)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+def test_a_killed_build_goes_on_to_the_same_bytes(kb, folder, clip, tmp_path):
+    fork = multiprocessing.get_context("fork")
+    for replaces in (0, 1, 2, 5, 9, 3):
+        process = fork.Process(target=killed_build, args=(folder, tmp_path, clip, replaces))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        with pytest.raises(ValmError, match=r"is unfinished; run its build again|has no manifest\.json"):
+            ImageKnowledgeBase.open(tmp_path)
+    assert json.loads((tmp_path / "build.json").read_text())["pieces_done"] > 1
+    build(folder, tmp_path, clip)
+    assert contents(tmp_path) == contents(kb.path)
+
+
+def test_resuming_does_not_encode_again(folder, clip, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(encoding._Decoder, "__getitem__", stop_at("p12.png", encoding._Decoder.__getitem__))
+        with pytest.raises(KeyboardInterrupt):
+            build(folder, tmp_path, clip)
+    read = []
+    original = encoding._Decoder.__getitem__
+    monkeypatch.setattr(
+        encoding._Decoder, "__getitem__", lambda self, i: read.append(self.records[i].uri) or original(self, i)
+    )
+    build(folder, tmp_path, clip)
+    # sorted, p12.png is the sixteenth: the two shards of six before it were whole
+    assert len(read) == COUNT + 3 - 12
+
+
+def stop_at(uri, original):
+    def stopping(self, index):
+        if self.records[index].uri == uri:
+            raise KeyboardInterrupt
+        return original(self, index)
+
+    return stopping
+
+
+def test_another_plan_is_refused(kb, folder, clip, tokenizer, tmp_path):
+    with pytest.raises(ValmError, match="already holds a knowledge base of other pictures or settings"):
+        build(folder, kb.path, clip, shard_size=5)
+    with pytest.raises(ValmError, match="already holds a knowledge base"):
+        build(folder, kb.path, make_clip(tokenizer, seed=1))
+    (tmp_path / "build.json").write_text(json.dumps({"plan": {"source": "other"}}))
+    with pytest.raises(ValmError, match="holds an unfinished build of other pictures"):
+        build(folder, tmp_path, clip)
+    with pytest.raises(ValmError, match="is not empty"):
+        build(folder, folder, clip)
+    with pytest.raises(ValmError, match="cannot make the output folder"):
+        build(folder, folder / "p00.png" / "kb", clip)
+
+
+def test_nothing_readable(clip, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "x.png").write_text("no")
+    with pytest.raises(ValmError, match=r"none of the 1 pictures could be read; the first, x\.png: not a picture"):
+        build(tmp_path / "pictures", tmp_path / "kb", clip)
+    assert contents(tmp_path / "kb") == {}
+
+
+def test_encoder_check(kb, clip, tokenizer):
+    kb.check_encoder(clip)
+    with pytest.raises(ValmError, match=r"was built with the CLIP tiny \(weights [0-9a-f]{12}\), not with tiny"):
+        kb.check_encoder(make_clip(tokenizer, seed=1))
+
+
+@pytest.fixture
+def copied(kb, tmp_path):
+    for name, content in contents(kb.path).items():
+        (tmp_path / name).write_bytes(content)
+    return tmp_path
+
+
+def edit_manifest(folder, **changes):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, **changes}))
+
+
+def test_damage_is_found_when_opening(copied):
+    with pytest.raises(ValmError, match=r"no knowledge base at .*nowhere"):
+        ImageKnowledgeBase.open(copied / "nowhere")
+    edit_manifest(copied, count=7)
+    with pytest.raises(ValmError, match="says 7 pictures, but its shards have 23"):
+        ImageKnowledgeBase.open(copied)
+    edit_manifest(copied, version=99)
+    with pytest.raises(ValmError, match="has format version 99, this valm reads 1"):
+        ImageKnowledgeBase.open(copied)
+    edit_manifest(copied, format="other")
+    with pytest.raises(ValmError, match="is not the manifest of a knowledge base"):
+        ImageKnowledgeBase.open(copied)
+    (copied / "manifest.json").write_text("{")
+    with pytest.raises(ValmError, match="is damaged"):
+        ImageKnowledgeBase.open(copied)
+    (copied / "manifest.json").unlink()
+    with pytest.raises(ValmError, match=r"is not a knowledge base: it has no manifest\.json"):
+        ImageKnowledgeBase.open(copied)
+
+
+def test_cut_and_missing_files_are_named(copied):
+    file = copied / "vectors-00001.npy"
+    content = file.read_bytes()
+    file.write_bytes(content[:-10])
+    with pytest.raises(ValmError, match=rf"vectors-00001\.npy has {len(content) - 10} bytes instead of {len(content)}"):
+        ImageKnowledgeBase.open(copied)
+    file.unlink()
+    with pytest.raises(ValmError, match=r"vectors-00001\.npy is missing"):
+        ImageKnowledgeBase.open(copied)
+
+
+def test_changed_content_is_named_by_verify(copied):
+    assert ImageKnowledgeBase.open(copied).verify(progress=False) == []
+    for name in ("vectors-00001.npy", "items-00002.parquet"):
+        content = bytearray((copied / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (copied / name).write_bytes(content)
+    assert ImageKnowledgeBase.open(copied).verify(progress=False) == ["vectors-00001.npy", "items-00002.parquet"]
+
+
+def test_overwritten_files_of_the_same_size(copied):
+    for name in ("vectors-00000.npy", "items-00000.parquet"):
+        (copied / name).write_bytes(bytes((copied / name).stat().st_size))
+    kb = ImageKnowledgeBase.open(copied)
+    with pytest.raises(ValmError, match=r"vectors-00000\.npy is damaged"):
+        kb.gather(np.array([0]))
+    with pytest.raises(ValmError, match=r"items-00000\.parquet is damaged"):
+        kb.item(0)
+
+
+@pytest.mark.skipif("VALM_EVAL_DATA" not in os.environ, reason="needs flickr8k_1000: set VALM_EVAL_DATA")
+def test_flickr8k(clip, tmp_path):
+    kb = build(Path(os.environ["VALM_EVAL_DATA"]) / "flickr8k_1000", tmp_path, clip, shard_size=400, batch_size=64)
+    assert (len(kb), kb.manifest["skipped"]) == (1000, 0)
+    assert kb.item(0).uri == "images/1000268201_693b08cb0e.jpg"
+    assert len(kb.item(0).caption.splitlines()) == 5
+    assert kb.item(0).caption.startswith("A child in a pink dress is climbing up a set of stairs")

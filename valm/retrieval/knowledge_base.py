@@ -1,0 +1,226 @@
+"""The image knowledge base: CLIP image vectors on disk with what is known of each picture."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from tqdm import tqdm
+
+from valm.errors import ValmError
+from valm.files import read_json
+from valm.retrieval.clip import Clip
+from valm.retrieval.encoding import Record, encode_records
+from valm.retrieval.pictures import find_pictures, one_line, read_captions, utf8
+from valm.retrieval.shards import BUILD_FILE, FORMAT, MANIFEST_FILE, VERSION, Item, KnowledgeBaseWriter, file_entry
+
+# Shards kept open at once: each memory map holds a file descriptor, and 1,024 is a common limit.
+OPEN_SHARDS = 256
+OPEN_TABLES = 16
+
+
+class ImageKnowledgeBase:
+    """A knowledge base opened from its folder (see `valm.retrieval.shards` for the files in it).
+
+    Vectors are memory-mapped and items read when asked for, so opening costs a look at each file's size.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any]):
+        self.path = path
+        self.manifest = manifest
+        self._shards = [shard for shard in manifest["shards"] if shard["count"]]
+        self._ends = np.cumsum([shard["count"] for shard in self._shards])
+        self._vectors = functools.lru_cache(OPEN_SHARDS)(self._open_vectors)
+        self._table = functools.lru_cache(OPEN_TABLES)(self._read_table)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike) -> ImageKnowledgeBase:
+        """Opens the knowledge base in folder `path`.
+
+        Checks format, version, counts, and the size and header of every file; contents are checked by `verify`.
+        Raises ValmError, naming the file, where one of these is wrong.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise ValmError(f"no knowledge base at {path}: there is no such folder")
+        if not (path / MANIFEST_FILE).exists():
+            unfinished = (path / BUILD_FILE).exists()
+            raise ValmError(
+                f"the knowledge base {path} is unfinished; run its build again, it goes on where it stopped"
+                if unfinished
+                else f"{path} is not a knowledge base: it has no {MANIFEST_FILE}; make one with `valm kb build`"
+            )
+        manifest = read_json(path / MANIFEST_FILE, "the manifest")
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            raise ValmError(f"{path / MANIFEST_FILE} is not the manifest of a knowledge base")
+        if manifest.get("version") != VERSION:
+            raise ValmError(
+                f"the knowledge base {path} has format version {manifest.get('version')}, this valm reads {VERSION}"
+            )
+        total = sum(shard["count"] for shard in manifest["shards"])
+        if total != manifest["count"]:
+            raise ValmError(f"{path / MANIFEST_FILE} says {manifest['count']} pictures, but its shards have {total}")
+        for entry in _files(manifest):
+            file = path / entry["name"]
+            found = file.stat().st_size if file.exists() else None
+            if found != entry["bytes"]:
+                state = "is missing" if found is None else f"has {found} bytes instead of {entry['bytes']}"
+                raise ValmError(f"the knowledge base {path} is damaged: {entry['name']} {state}; build it again")
+        return cls(path, manifest)
+
+    def __len__(self) -> int:
+        return self.manifest["count"]
+
+    @property
+    def dim(self) -> int:
+        """E, the width of the vectors."""
+        return self.manifest["dim"]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the manifest, which has the checksums of all other files: names this very knowledge base."""
+        return file_entry(self.path / MANIFEST_FILE)["sha256"]
+
+    def gather(self, ids: np.ndarray) -> np.ndarray:
+        """Vectors of the pictures `ids` (n,) int64: (n, E) float16. Raises IndexError for an id that is none."""
+        ids = np.asarray(ids, dtype=np.int64)
+        if len(ids) and not (ids.min() >= 0 and ids.max() < len(self)):
+            raise IndexError(f"picture ids go from 0 to {len(self) - 1}, got {ids.min()} to {ids.max()}")
+        out = np.empty((len(ids), self.dim), np.float16)
+        shards = np.searchsorted(self._ends, ids, side="right")
+        for shard in np.unique(shards):
+            here = shards == shard
+            out[here] = self._vectors(int(shard))[ids[here] - self._start(int(shard))]
+        return out
+
+    def vectors(self) -> np.ndarray:
+        """All vectors, (N, E) float16: the memory map itself where there is one shard, else a copy in memory."""
+        if len(self._shards) == 1:
+            return self._vectors(0)
+        return np.concatenate([self._vectors(shard) for shard in range(len(self._shards))])
+
+    def item(self, id: int) -> Item:
+        """What is known of picture `id`. Raises IndexError for an id that is none."""
+        shard, row = self._locate(id)
+        return Item(**self._table(shard, "items").slice(row, 1).to_pylist()[0])
+
+    def thumbnail(self, id: int) -> Image.Image | None:
+        """The small picture of `id`, or None where the knowledge base was built without. IndexError as `item`."""
+        shard, row = self._locate(id)
+        table = self._table(shard, "thumbnails")
+        return None if table is None else Image.open(io.BytesIO(table["jpeg"][row].as_py()))
+
+    def skipped(self) -> list[dict[str, str]]:
+        """`uri` and `reason` of every picture of the source that could not be read."""
+        names = [entry["name"] for entry in _files(self.manifest) if entry["name"].startswith("skipped-")]
+        return [entry for name in names for entry in read_json(self.path / name, "the list of skipped pictures")]
+
+    def check_encoder(self, clip: Clip) -> None:
+        """Raises ValmError where the pictures were encoded by a CLIP other than `clip`."""
+        built_with = self.manifest["clip"]
+        if built_with["weights_hash"] != clip.weights_hash:
+            raise ValmError(
+                f"the knowledge base {self.path} was built with the CLIP {built_with['name']} (weights "
+                f"{built_with['weights_hash'][:12]}), not with {clip.name} ({clip.weights_hash[:12]}); load that CLIP "
+                f"or build the knowledge base again"
+            )
+
+    def verify(self, *, progress: bool = True) -> list[str]:
+        """Reads every file and returns the names of those whose content is not what was written."""
+        files = tqdm(_files(self.manifest), desc="verify", unit=" files", disable=not progress)
+        return [entry["name"] for entry in files if file_entry(self.path / entry["name"]) != entry]
+
+    def _start(self, shard: int) -> int:
+        return int(self._ends[shard]) - self._shards[shard]["count"]
+
+    def _locate(self, id: int) -> tuple[int, int]:
+        if not 0 <= id < len(self):
+            raise IndexError(f"picture ids go from 0 to {len(self) - 1}, got {id}")
+        shard = int(np.searchsorted(self._ends, id, side="right"))
+        return shard, id - self._start(shard)
+
+    def _file(self, shard: int, kind: str) -> Path | None:
+        names = (entry["name"] for entry in self._shards[shard]["files"])
+        return next((self.path / name for name in names if name.startswith(f"{kind}-")), None)
+
+    def _open_vectors(self, shard: int) -> np.ndarray:
+        file = self._file(shard, "vectors")
+        expected = (self._shards[shard]["count"], self.dim)
+        try:
+            vectors = np.load(file, mmap_mode="r", allow_pickle=False)
+        except ValueError as error:
+            raise ValmError(f"{file} is damaged: {error}; build the knowledge base again") from error
+        if vectors.shape != expected or vectors.dtype != np.float16:
+            raise ValmError(f"{file} holds {vectors.dtype} {vectors.shape}, the manifest says float16 {expected}")
+        return vectors
+
+    def _read_table(self, shard: int, kind: str) -> pa.Table | None:
+        file = self._file(shard, kind)
+        if file is None:
+            return None
+        try:
+            return pq.read_table(file, memory_map=True)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ValmError(f"{file} is damaged: {one_line(str(error))}; build the knowledge base again") from error
+
+
+def build_from_folder(
+    folder: str | os.PathLike,
+    out: str | os.PathLike,
+    clip: Clip,
+    *,
+    captions: str | os.PathLike | None = None,
+    batch_size: int = 64,
+    shard_size: int = 16384,
+    thumbnails: int = 64,
+    workers: int | None = None,
+    progress: bool = True,
+) -> ImageKnowledgeBase:
+    """Encodes every picture under `folder` and writes a knowledge base to `out`.
+
+    captions: a table of captions; without it they are looked for as `read_captions` says.
+    shard_size: pictures in a shard, which is also what a killed build has to do again. The result of a build that
+        was killed and run again is the same to the byte. A build that was already finished is opened.
+    thumbnails: longer side of the small pictures that are kept; 0 keeps none.
+    workers: processes that decode pictures; None chooses by the number of pictures and cores, 0 decodes here.
+    Pictures that cannot be read are left out and listed (`skipped()`).
+    Raises ValmError for a folder that is missing or without (readable) pictures, and for an `out` that cannot be
+    written or holds something else.
+    """
+    folder = Path(folder)
+    pictures = find_pictures(folder)
+    caption_of = read_captions(folder, pictures, Path(captions) if captions is not None else None)
+    records = [Record(utf8(picture), caption_of.get(picture, ""), folder / picture) for picture in pictures]
+    fingerprint = hashlib.sha256()
+    for record in records:
+        fingerprint.update(json.dumps([record.uri, record.caption, record.file.stat().st_size]).encode())
+    plan = {
+        "source": "folder",
+        "fingerprint": fingerprint.hexdigest(),
+        "clip": clip.weights_hash,
+        "batch_size": batch_size,
+        "shard_size": shard_size,
+        "thumbnails": thumbnails,
+    }
+    writer = KnowledgeBaseWriter(out, plan, {"name": clip.name, "weights_hash": clip.weights_hash}, clip.embed_dim)
+    if not writer.finished:
+        pieces = [records[start : start + shard_size] for start in range(0, len(records), shard_size)]
+        done = sum(map(len, pieces[: writer.pieces_done]))
+        with tqdm(total=len(records), initial=done, desc="encode", unit=" pictures", disable=not progress) as bar:
+            for piece in pieces[writer.pieces_done :]:
+                writer.add_piece(encode_records(piece, clip, batch_size, thumbnails, workers, bar))
+        writer.finish()
+    return ImageKnowledgeBase.open(out)
+
+
+def _files(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    return [entry for shard in manifest["shards"] for entry in shard["files"]]
