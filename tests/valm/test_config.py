@@ -1,0 +1,37 @@
+import pytest
+from transformers import AutoConfig
+
+from valm.config import ValmConfig
+
+
+def test_save_and_load_keep_every_value(tmp_path):
+    config = ValmConfig(
+        n_embd=64, n_head=4, n_layer=3, image_dim=12, num_images=1, blind=True, fusion_scale="embed_dim"
+    )
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(loaded, ValmConfig)
+    assert loaded.to_dict() | {"_name_or_path": ""} == config.to_dict()
+
+
+@pytest.mark.parametrize("layer, index", [(-2, 10), (0, 0), (11, 11), (-12, 0)])
+def test_fusion_layer_counts_from_both_ends(layer, index):
+    assert ValmConfig(fusion_layer=layer).fusion_index == index
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"fusion_layer": 12}, "fusion_layer must name one of the 12 blocks"),
+        ({"fusion_scale": "none"}, "fusion_scale must be one of"),
+        ({"num_images": 65}, "num_images must be from 0 to 64"),
+        ({"num_images": -1}, "num_images must be from 0 to 64"),
+        ({"image_dim": 0}, "image_dim must be at least 1"),
+        ({"blind": True}, "blind needs num_images = 1"),
+        ({"add_cross_attention": True}, "add_cross_attention must be False"),
+        ({"n_embd": 100, "n_head": 3}, "n_embd must be n_head times"),
+    ],
+)
+def test_impossible_values_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ValmConfig(**arguments)

@@ -1,0 +1,327 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel
+
+from tests.valm.models import BOS, EOS, VOCAB, random_ids, random_images, tiny_config, tiny_model
+from valm.model import VaLMCache, VaLMForCausalLM
+
+
+def close(actual, expected):
+    """Equal up to the order of float32 sums: the logits here have a size of about 10."""
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+class HashRetriever:
+    """Pictures that depend on the last two tokens of the document only, found in one call or token by token."""
+
+    k, dim, size = 3, 24, 50
+
+    def __init__(self):
+        self.pool = torch.randn(self.size, self.dim, generator=torch.Generator().manual_seed(1))
+
+    def _find(self, ids, previous):  # (B, t), (B,)
+        before = torch.cat([previous[:, None], ids[:, :-1]], 1)
+        before = before.masked_fill(ids == BOS, 0)
+        index = (ids * 7 + before * 3)[..., None] + torch.arange(self.k)
+        return SimpleNamespace(image_pool=self.pool, image_index=index % self.size)
+
+    def __call__(self, ids, attention_mask=None):
+        return self._find(ids, torch.zeros_like(ids[:, 0]))
+
+    def start(self, batch):
+        return HashState(torch.zeros(batch, dtype=torch.int64))
+
+    def step(self, ids, state):
+        found = self._find(ids, state.previous)
+        state.previous = ids[:, -1]
+        return found
+
+
+class HashState:
+    def __init__(self, previous):
+        self.previous = previous
+
+    def reorder(self, beam_idx):
+        self.previous = self.previous[beam_idx]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+def gpt2_with_weights_of(model):
+    config = GPT2Config(
+        **{k: v for k, v in model.config.to_dict().items() if k in GPT2Config().to_dict() and k != "model_type"}
+    )
+    gpt2 = GPT2LMHeadModel(config).eval()
+    names = gpt2.load_state_dict(model.state_dict(), strict=False)
+    assert not names.missing_keys
+    return gpt2, names.unexpected_keys
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("inverse", [False, True])
+def test_without_pictures_it_is_gpt2(attention, inverse):
+    model = tiny_model(num_images=0, scale_attn_by_inverse_layer_idx=inverse)
+    model.set_attn_implementation(attention)
+    gpt2, other = gpt2_with_weights_of(model)
+    assert other == []
+    ids = random_ids(3, 20)
+    out = model(ids, labels=ids)
+    expected = gpt2(ids, labels=ids)
+    close(out.logits, expected.logits)
+    close(out.loss, expected.loss)
+
+
+def test_from_gpt2_keeps_its_logits_until_the_pictures_open():
+    torch.manual_seed(0)
+    gpt2 = GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCAB, n_positions=32, n_embd=32, n_layer=3, n_head=4, bos_token_id=BOS)
+    ).eval()
+    model = VaLMForCausalLM.from_gpt2(gpt2, image_dim=24, num_images=3, image_logit_bias_init=-30.0).eval()
+    ids = random_ids(2, 12)
+    pool, index = random_images(model.config, 2, 12)
+    close(model(ids, image_pool=pool, image_index=index).logits, gpt2(ids).logits)
+    with torch.no_grad():
+        model.transformer.h[1].attn.image_logit_bias.fill_(3.0)
+    opened = model(ids, image_pool=pool, image_index=index).logits
+    assert (opened - gpt2(ids).logits).abs().max() > 1e-3
+
+
+def test_one_seed_gives_valm_and_gpt2_the_same_shared_weights():
+    torch.manual_seed(5)
+    valm = VaLMForCausalLM(tiny_config()).state_dict()
+    torch.manual_seed(5)
+    gpt2 = VaLMForCausalLM(tiny_config(num_images=0)).state_dict()
+    assert set(gpt2) < set(valm)
+    for name, weight in gpt2.items():
+        assert torch.equal(weight, valm[name]), name
+    assert valm["transformer.h.1.attn.image_proj"].std() > 0.1
+    # GPT-2's scheme: what adds to the residual stream starts smaller by sqrt(2 x layers)
+    for name in ("h.0.attn.c_proj", "h.1.attn.c_proj", "h.2.mlp.c_proj"):
+        assert gpt2[f"transformer.{name}.weight"].std().item() == pytest.approx(0.02 / 6**0.5, rel=0.1)
+
+
+def test_a_future_token_changes_no_earlier_logit(model):
+    ids = random_ids(2, 12)
+    pool, index = random_images(model.config, 2, 12)
+    before = model(ids, image_pool=pool, image_index=index).logits
+    changed = ids.clone()
+    changed[:, 7] = (ids[:, 7] + 1) % BOS
+    after = model(changed, image_pool=pool, image_index=index).logits
+    assert torch.equal(after[:, :7], before[:, :7])
+    assert (after[:, 7:] - before[:, 7:]).abs().amax(-1).min() > 1e-4
+
+
+def test_a_tokens_pictures_change_its_own_logits_and_those_after_it_only(model):
+    ids = random_ids(2, 12)
+    pool, index = random_images(model.config, 2, 12)
+    before = model(ids, image_pool=pool, image_index=index).logits
+    changed = index.clone()
+    changed[:, 7] = (index[:, 7] + 2) % len(pool)
+    after = model(ids, image_pool=pool, image_index=changed).logits
+    assert torch.equal(after[:, :7], before[:, :7])
+    assert (after[:, 7] - before[:, 7]).abs().amax(-1).min() > 1e-3
+    assert (after[:, 8:] - before[:, 8:]).abs().max() > 1e-4  # through the block after the fusion block
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_on_either_side_changes_nothing(side, attention):
+    model = tiny_model()
+    model.set_attn_implementation(attention)
+    lengths = [9, 4, 1]
+    pool, index = random_images(model.config, 3, 9)
+    ids = torch.full((3, 9), EOS)
+    mask = torch.zeros(3, 9, dtype=torch.int64)
+    rows = [random_ids(1, n, seed=n)[0] for n in lengths]
+    where = [slice(9 - n, 9) if side == "left" else slice(0, n) for n in lengths]
+    for i, (row, place) in enumerate(zip(rows, where, strict=True)):
+        ids[i, place], mask[i, place] = row, 1
+    logits = model(ids, mask, image_pool=pool, image_index=index).logits
+    assert logits.isfinite().all()
+    for i, (row, place) in enumerate(zip(rows, where, strict=True)):
+        alone = model(row[None], image_pool=pool, image_index=index[i : i + 1, place]).logits
+        close(logits[i : i + 1, place], alone)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_documents_do_not_see_each_other(attention):
+    model = tiny_model()
+    model.set_attn_implementation(attention)
+    documents = [random_ids(1, n, seed=n) for n in (5, 1, 8, 3)]
+    pool, index = random_images(model.config, 1, 17)
+    packed = model(torch.cat(documents, 1), image_pool=pool, image_index=index).logits
+    begin = 0
+    for document in documents:
+        end = begin + document.shape[1]
+        alone = model(document, image_pool=pool, image_index=index[:, begin:end]).logits
+        close(packed[:, begin:end], alone)
+        begin = end
+
+
+def test_packed_documents_may_be_longer_than_the_positions_together(model):
+    assert model(random_ids(1, 20).repeat(1, 3)).logits.shape == (1, 60, VOCAB)
+    with pytest.raises(ValueError, match="a document of at least 33 tokens"):
+        model(random_ids(1, 33))
+
+
+@pytest.mark.parametrize("chunks", [[12], [1] * 12, [5, 1, 4, 2]])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_reading_in_pieces_with_the_cache_equals_reading_at_once(chunks, attention):
+    model = tiny_model()
+    model.set_attn_implementation(attention)
+    ids = random_ids(3, 12)
+    ids[1, 6] = BOS  # a second document begins
+    mask = torch.ones_like(ids)
+    ids[2, :4], mask[2, :4] = EOS, 0  # left padding
+    ids[2, 4] = BOS
+    pool, index = random_images(model.config, 3, 12)
+    expected = model(ids, mask, image_pool=pool, image_index=index).logits
+    cache, begin, logits = None, 0, []
+    for chunk in chunks:
+        end = begin + chunk
+        out = model(
+            ids[:, begin:end],
+            mask[:, :end],
+            image_pool=pool,
+            image_index=index[:, begin:end],
+            cache=cache,
+            use_cache=True,
+        )
+        cache, begin = out.cache, end
+        logits.append(out.logits)
+    real = mask.bool()
+    close(torch.cat(logits, 1)[real], expected[real])
+
+
+def greedy(model, ids, steps):
+    for _ in range(steps):
+        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+    return ids
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_generate_with_a_retriever_equals_reading_it_all_again(use_cache):
+    model = tiny_model()
+    model.set_retriever(HashRetriever())
+    ids = random_ids(3, 5)
+    expected = greedy(model, ids, 10)
+    out = model.generate(ids, max_new_tokens=10, do_sample=False, eos_token_id=None, use_cache=use_cache)
+    assert torch.equal(out, expected)
+    model.set_retriever(None)
+    assert not torch.equal(greedy(model, ids, 10), expected)
+
+
+def test_generate_continues_left_padded_prompts_as_it_does_each_alone():
+    model = tiny_model()
+    model.set_retriever(HashRetriever())
+    prompts = [random_ids(1, n, seed=n) for n in (6, 3)]
+    padded = torch.cat([prompts[0], torch.cat([torch.full((1, 3), EOS), prompts[1]], 1)])
+    mask = torch.ones_like(padded)
+    mask[1, :3] = 0
+    out = model.generate(padded, attention_mask=mask, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    for row, prompt in zip(out, prompts, strict=True):
+        alone = model.generate(prompt, max_new_tokens=8, do_sample=False, eos_token_id=None)
+        assert torch.equal(row[-8:], alone[0, -8:])
+
+
+def test_beam_search_moves_cache_and_retriever_together():
+    model = tiny_model()
+    model.set_retriever(HashRetriever())
+    ids = random_ids(2, 5)
+    arguments = {"max_new_tokens": 8, "num_beams": 4, "do_sample": False, "eos_token_id": None}
+    with_cache = model.generate(ids, **arguments)
+    assert torch.equal(with_cache, model.generate(ids, **arguments, use_cache=False))
+    assert not torch.equal(with_cache, model.generate(ids, **(arguments | {"num_beams": 1})))
+
+
+def test_generate_refuses_right_padding(model):
+    ids = random_ids(2, 4)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    with pytest.raises(ValueError, match="pad on the left"):
+        model.generate(ids, attention_mask=mask, max_new_tokens=2)
+
+
+def test_save_and_load(tmp_path, model):
+    model.save_pretrained(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(loaded, VaLMForCausalLM)
+    ids = random_ids(2, 6)
+    pool, index = random_images(model.config, 2, 6)
+    assert torch.equal(
+        loaded(ids, image_pool=pool, image_index=index).logits, model(ids, image_pool=pool, image_index=index).logits
+    )
+
+
+def test_fusion_attention_gives_the_weights_of_the_forward_pass(model):
+    ids = random_ids(2, 6)
+    pool, index = random_images(model.config, 2, 6)
+    text, images = model.fusion_attention(ids, pool, index)
+    assert text.shape == (2, 4, 6, 6) and images.shape == (2, 4, 6, 3)
+    close(text.sum(-1) + images.sum(-1), torch.ones(2, 4, 6))
+    with torch.no_grad():  # a closed head gives pictures no weight
+        closed = tiny_model()
+        closed.transformer.h[1].attn.image_logit_bias.fill_(-1e4)
+    assert closed.fusion_attention(ids, pool, index)[1].max() == 0
+    assert (images.sum(-1) > 0).any()
+
+
+def test_all_parameters_learn():
+    model = tiny_model().train()
+    ids = random_ids(2, 8)
+    pool, index = random_images(model.config, 2, 8)
+    model(ids, image_pool=pool, image_index=index, labels=ids).loss.backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    ids = random_ids(2, 8)
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_model(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0).train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        pool, index = random_images(model.config, 2, 8)
+        model(ids, image_pool=pool, image_index=index, labels=ids).loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        close(a, b)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"image_pool": torch.zeros(3, 24)}, "must be given together"),
+        ({"image_pool": torch.zeros(3, 25), "image_index": torch.zeros(2, 5, 3).long()}, "image_dim = 24"),
+        ({"image_pool": torch.zeros(3, 24), "image_index": torch.zeros(2, 4, 3).long()}, "image_index must have shape"),
+        ({"image_pool": torch.zeros(3, 24), "image_index": torch.full((2, 5, 3), 3)}, "image_index must be -1"),
+        ({"attention_mask": torch.ones(2, 6)}, "attention_mask must have shape"),
+    ],
+)
+def test_wrong_inputs_are_named(model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        model(random_ids(2, 5), **arguments)
+
+
+def test_gpt2_refuses_pictures_and_a_foreign_cache_is_refused(model):
+    with pytest.raises(ValueError, match="num_images = 0"):
+        tiny_model(num_images=0)(
+            random_ids(1, 3), image_pool=torch.zeros(3, 24), image_index=torch.zeros(1, 3, 3).long()
+        )
+    with pytest.raises(TypeError, match="must be a VaLMCache"):
+        model(random_ids(1, 3), cache=DynamicCache())
+    with pytest.raises(NotImplementedError, match="assisted decoding"):
+        VaLMCache().crop(1)
+
+
+@pytest.mark.parametrize("name, value", [("k", 5), ("dim", 7)])
+def test_a_retriever_that_does_not_fit_is_refused(model, name, value):
+    retriever = HashRetriever()
+    setattr(retriever, name, value)
+    with pytest.raises(ValueError, match=rf"retriever.{name} is {value}, but this model was made for"):
+        model.set_retriever(retriever)

@@ -1,0 +1,70 @@
+"""The configuration of VaLM: that of GPT-2 and what the pictures need."""
+
+from transformers import AutoConfig, GPT2Config
+
+FUSION_SCALES = ("head_dim", "embed_dim")
+
+
+class ValmConfig(GPT2Config):
+    """GPT-2 with one block that also attends to retrieved pictures (Wang et al. 2022, section 2.3).
+
+    Takes every argument of `GPT2Config` and, as keywords:
+
+    Args:
+        image_dim: dimension E of an image vector. When it is not the model's width, one input projection is added.
+        num_images: K, the pictures each token sees. 0 is the baseline GPT-2*: a GPT-2 with no trace of pictures.
+        fusion_layer: index of the fusion block, negative from the end; the paper puts it last but one.
+        fusion_scale: "head_dim" scales scores in the fusion block by 1/sqrt(head_dim), as in every other block;
+            "embed_dim" by 1/sqrt(n_embd), as the published code does (3.5 times flatter with 12 heads).
+        blind: each token sees its own retrieval query as its one "picture" and nothing is searched
+            (Blind-VaLM, Ontalvilla et al. 2024). Needs num_images = 1.
+        image_logit_bias_init: initial value of the number each head adds to its scores of pictures. 0 as
+            published; -20 starts a pretrained language model with its pictures closed.
+
+    Raises:
+        ValueError: an argument has a value that no model can have.
+    """
+
+    model_type = "valm"
+
+    def __init__(
+        self,
+        image_dim: int = 768,
+        num_images: int = 4,
+        fusion_layer: int = -2,
+        fusion_scale: str = "head_dim",
+        blind: bool = False,
+        image_logit_bias_init: float = 0.0,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.image_dim = image_dim
+        self.num_images = num_images
+        self.fusion_layer = fusion_layer
+        self.fusion_scale = fusion_scale
+        self.blind = blind
+        self.image_logit_bias_init = image_logit_bias_init
+        if image_dim < 1:
+            raise ValueError(f"image_dim must be at least 1, got {image_dim}")
+        if not 0 <= num_images <= 64:
+            raise ValueError(f"num_images must be from 0 to 64, got {num_images}")
+        if not -self.n_layer <= fusion_layer < self.n_layer:
+            raise ValueError(f"fusion_layer must name one of the {self.n_layer} blocks, got {fusion_layer}")
+        if fusion_scale not in FUSION_SCALES:
+            raise ValueError(f"fusion_scale must be one of {FUSION_SCALES}, got {fusion_scale!r}")
+        if blind and num_images != 1:
+            raise ValueError(f"blind needs num_images = 1 (the query is the one picture), got {num_images}")
+        if self.add_cross_attention:
+            raise ValueError("add_cross_attention must be False: VaLM is a decoder without an encoder")
+        if self.n_embd % self.n_head or not 8 <= self.n_embd // self.n_head <= 256:
+            raise ValueError(
+                f"n_embd must be n_head times a head dimension from 8 to 256, got {self.n_embd} and {self.n_head} heads"
+            )
+
+    @property
+    def fusion_index(self) -> int:
+        """Index of the fusion block, counted from the first block."""
+        return self.fusion_layer % self.n_layer
+
+
+AutoConfig.register(ValmConfig.model_type, ValmConfig)

@@ -1,0 +1,129 @@
+"""The fusion block: a GPT-2 block whose attention also sees the pictures of each token.
+
+For the token at position i, with the block's own W_k and W_v for text and pictures alike
+(Wang et al. 2022, equations 3-7)::
+
+    image_k = W_k LN_img(z) + b^K_img      image_v = W_v LN_img(z) + b^V_img
+    [a_i | b_i] = softmax([scale q_i k_j | scale q_i image_k_ik + image_logit_bias])
+    out_i = sum_j a_ij v_j + sum_k b_ik image_v_ik
+
+The pictures z of a batch come as a pool without repetitions. They are projected once and then found by index.
+There is no dropout on these attention weights (published: 0.1); the residual dropouts are those of GPT-2.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Block
+
+from valm.config import ValmConfig
+from valm_kernels import visual_fusion_attn
+from valm_kernels.visual_fusion.reference import attention_weights
+
+
+class VisualFusionAttention(GPT2Attention):
+    """GPT-2's self-attention joined with attention over pictures in one softmax.
+
+    Besides GPT-2's weights it has LN_img, a key and a value bias for pictures, one number per head that opens or
+    closes them, and a projection where the image vectors have another dimension than the model. With
+    num_images = 0 it has none of these.
+    """
+
+    def __init__(self, config: ValmConfig, layer_idx: int):
+        super().__init__(config, layer_idx=layer_idx)
+        if config.fusion_scale == "embed_dim":
+            self.scaling = self.embed_dim**-0.5
+        elif config.scale_attn_by_inverse_layer_idx:
+            self.scaling = self.head_dim**-0.5 / (layer_idx + 1)
+        else:
+            self.scaling = self.head_dim**-0.5
+        if config.num_images == 0:
+            return
+        self.image_proj = None
+        if config.image_dim != self.embed_dim:
+            self.image_proj = nn.Parameter(torch.empty(self.embed_dim, config.image_dim))
+        self.ln_img = nn.LayerNorm(self.embed_dim, eps=config.layer_norm_epsilon)
+        self.image_k_bias = nn.Parameter(torch.zeros(self.num_heads, self.head_dim))
+        self.image_v_bias = nn.Parameter(torch.zeros(self.num_heads, self.head_dim))
+        self.image_logit_bias = nn.Parameter(torch.full((self.num_heads,), float(config.image_logit_bias_init)))
+
+    def forward(
+        self,
+        hidden_states: Tensor,  # (B, T, C)
+        image_pool: Tensor | None,  # (U, E)
+        image_index: Tensor | None,  # (B, T, K) rows of the pool, -1 = no picture
+        first_key: Tensor | None,  # (B, T) int32, None = all keys
+        cache: Cache | None,
+    ) -> Tensor:  # (B, T, C)
+        q, k, v = self._project_text(hidden_states)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
+        image_k, image_v = self._project_images(image_pool)
+        out = visual_fusion_attn(
+            q,
+            k,
+            v,
+            image_k,
+            image_v,
+            **self._image_terms(image_pool, image_index),
+            first_key=first_key,
+            scale=self.scaling,
+        )
+        # (B, H, T, D) -> (B, T, C)
+        return self.resid_dropout(self.c_proj(out.transpose(1, 2).flatten(2)))
+
+    def weights(
+        self, hidden_states: Tensor, image_pool: Tensor, image_index: Tensor, first_key: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The joint attention weights over text, (B, H, T, T), and over pictures, (B, H, T, K); float32."""
+        q, k, _ = self._project_text(hidden_states)
+        image_k, _ = self._project_images(image_pool)
+        terms = self._image_terms(image_pool, image_index)
+        del terms["image_v_bias"]
+        text, images, _ = attention_weights(q, k, image_k, **terms, first_key=first_key, scale=self.scaling)
+        return text, images
+
+    def _project_text(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
+        """(B, T, C) -> q, k, v, each (B, H, T, D)."""
+        qkv = self.c_attn(hidden_states).split(self.split_size, dim=-1)
+        return tuple(x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in qkv)
+
+    def _project_images(self, pool: Tensor | None) -> tuple[Tensor | None, ...]:
+        """(U, E) -> image_k, image_v, each (H, U, D)."""
+        if pool is None:
+            return None, None
+        weight = self.c_attn.weight[:, self.split_size :]  # (C, 2 C): W_k and W_v, shared with the text
+        pool = pool.to(weight.dtype)
+        if self.image_proj is not None:
+            pool = nn.functional.linear(pool, self.image_proj)  # (U, C)
+        kv = (self.ln_img(pool) @ weight).split(self.split_size, dim=-1)
+        return tuple(x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(0, 1) for x in kv)
+
+    def _image_terms(self, pool: Tensor | None, index: Tensor | None) -> dict[str, Tensor]:
+        if pool is None:
+            return {}
+        return {
+            "image_index": index,
+            "image_k_bias": self.image_k_bias,
+            "image_v_bias": self.image_v_bias,
+            "image_logit_bias": self.image_logit_bias.to(torch.promote_types(pool.dtype, torch.float32)),
+        }
+
+
+class VisualFusionBlock(GPT2Block):
+    """A pre-LN GPT-2 block around `VisualFusionAttention`: attention, residual, MLP, residual."""
+
+    def __init__(self, config: ValmConfig, layer_idx: int):
+        super().__init__(config, layer_idx=layer_idx)
+        self.attn = VisualFusionAttention(config, layer_idx)
+
+    def forward(
+        self,
+        hidden_states: Tensor,  # (B, T, C)
+        image_pool: Tensor | None,  # (U, E)
+        image_index: Tensor | None,  # (B, T, K)
+        first_key: Tensor | None,  # (B, T)
+        cache: Cache | None,
+    ) -> Tensor:  # (B, T, C)
+        hidden_states = hidden_states + self.attn(self.ln_1(hidden_states), image_pool, image_index, first_key, cache)
+        return hidden_states + self.mlp(self.ln_2(hidden_states))
