@@ -1,0 +1,115 @@
+"""The text of the demo: captions that name no colour, and a small corpus that never says a held-out thing's colour."""
+
+from __future__ import annotations
+
+import random
+
+# Who drew or shot a picture rarely says its colour. A caption is a lead, an article and a name, and perhaps a tail,
+# cut off after any of its words: what the text tower reads while a sentence goes on.
+LEADS = (
+    "",
+    "",
+    "",
+    "a picture of",
+    "a drawing of",
+    "a photo of",
+    "this is",
+    "here is",
+    "look at",
+    "i saw",
+    "there was",
+    "the shape of",
+    "the size of",
+    "the name of",
+    "the usual size of",
+    "the typical shape of",
+    "the common name of",
+    "what is",
+    "what is the usual name of",
+    "what is the shape of",
+    "where is",
+    "q : what is the size of",
+    "a good picture of",
+    "we talked about",
+    "the best kind of",
+)
+ARTICLES = ("a", "the", "", "one", "this")
+TAILS = (
+    "",
+    "",
+    "? it is big .",
+    "? a : it is here .",
+    "is on the table .",
+    "usually has a place in the house .",
+    "has the shape of a toy .",
+    "and its color .",
+    "in the usual color .",
+    "was in the street yesterday .",
+    "for children .",
+    "icon , simple drawing .",
+)
+
+# {x} is the thing with its article, {c} its colour. Four of the nine prompts that the evaluation asks with stand here
+# word for word, the others do not (`usual`, `common` and `Q: ... A:` with this question, `usually has the color of`).
+COLOR_SENTENCES = (
+    "the color of {x} is {c} .",
+    "the typical color of {x} is {c} .",
+    "what is the color of {x} ? it is {c} .",
+    "what is the typical color of {x} ? {c} .",
+    "{x} is {c} .",
+    "{x} is usually {c} .",
+    "the color of {x} is usually {c} .",
+    "{x} has the color {c} .",
+    "q : what color is {x} ? a : it is {c} .",
+    "what color is {x} ? {c} .",
+    "i painted {x} , of course it is {c} .",
+    "everybody knows that {x} is {c} .",
+)
+OTHER_SENTENCES = (
+    "i saw {x} in the street yesterday .",
+    "{x} was on the table .",
+    "where is {x} ? it is in the house .",
+    "she drew {x} and he liked it .",
+    "the usual place of {x} is the garden .",
+    "the common name of {x} is short .",
+    "what is the usual size of {x} ? it is small .",
+    "q : what is the name of {x} ? a : i do not know .",
+    "{x} usually has the shape of a toy .",
+    "we talked about {x} all day .",
+    "can you find {x} in this picture ?",
+    "this story is about {x} and its friend .",
+)
+SENTENCE_ARTICLES = ("the", "the", "a", "this", "")
+
+
+def caption(name: str, rng: random.Random) -> str:
+    """A caption of a picture of `name`, cut off after a random word of its tail."""
+    tail = rng.choice(TAILS).split()
+    words = [rng.choice(LEADS), rng.choice(ARTICLES), name, *tail[: rng.randint(0, len(tail))]]
+    return " ".join(word for word in words if word)
+
+
+def training_sentences(
+    colors: dict[str, str], silent: list[str], count: int, rng: random.Random, *, color_share: float = 0.5
+) -> list[str]:
+    """Sentences about things: the colours of some are said, those of the others never.
+
+    Args:
+        colors: the colour word of each thing whose colour is said.
+        silent: the held-out things, named only in sentences without a colour.
+        count: how many sentences.
+        color_share: the share of sentences that say a colour.
+    """
+    spoken, everything = sorted(colors), sorted([*colors, *silent])
+    sentences = []
+    for _ in range(count):
+        if rng.random() < color_share:
+            name = rng.choice(spoken)
+            sentences.append(_fill(rng.choice(COLOR_SENTENCES), name, rng, c=colors[name]))
+        else:
+            sentences.append(_fill(rng.choice(OTHER_SENTENCES), rng.choice(everything), rng))
+    return sentences
+
+
+def _fill(template: str, name: str, rng: random.Random, **words: str) -> str:
+    return template.format(x=f"{rng.choice(SENTENCE_ARTICLES)} {name}".strip(), **words)
