@@ -86,6 +86,7 @@ def visual_fusion_attn(
         "first_key": first_key,
     }
     _check_tensors(tensors, options)
+    impl = _choose_impl(impl, q)
     device_type = q.device.type
     # torch.library.register_autocast knows one fixed dtype and would cast the float32 biases too, so the
     # cast that an autocast region asks for happens here, for all implementations alike.
@@ -100,7 +101,6 @@ def visual_fusion_attn(
         raise TypeError(f"causal must be a bool, got {type(causal).__name__}")
     if scale is not None and not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
-    chosen = _choose_impl(impl, q)
 
     if num_images == 0:
         tensors["image_k"] = tensors["image_v"] = None
@@ -112,10 +112,10 @@ def visual_fusion_attn(
         q.shape[-1] ** -0.5 if scale is None else float(scale),
     )
     with torch.autocast(device_type, enabled=False):
-        if chosen == "reference":
+        if impl == "reference":
             out, lse = reference_attention(*arguments)
         else:
-            out, lse = fused_attention(*arguments, chosen)
+            out, lse = fused_attention(*arguments, impl)
     return (out, lse) if return_lse else out
 
 

@@ -1,0 +1,190 @@
+"""Random inputs of visual_fusion_attn, and the comparison of an implementation with the reference on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tests.tolerance import assert_accurate
+from valm_kernels import visual_fusion_attn
+
+DIFFERENTIABLE = ("q", "k", "v", "image_k", "image_v", "image_k_bias", "image_v_bias", "image_logit_bias")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A shape and a layout; `inputs` fills it with seeded random numbers.
+
+    The image values and the cotangent of out have mean 1, so that the loss likes images: the gradients of the biases
+    are sums over all tokens, and sums of terms with random signs would mostly compare rounding errors.
+    """
+
+    batch: int = 2
+    query_heads: int = 4
+    kv_heads: int = 2
+    num_queries: int = 40
+    prefix: int = 0  # Tk - Tq
+    head_dim: int = 16
+    num_images: int = 3
+    pool_size: int | None = None  # None: dense layout
+    first_key: str | None = None  # a name of FIRST_KEYS
+    causal: bool = True
+    biases: bool = True
+    gaps: bool = True  # some slots hold no image
+    tokens_first: bool = True  # memory (B, T, H, D), as a projection leaves it
+    seed: int = 0
+
+    @property
+    def num_keys(self) -> int:
+        return self.num_queries + self.prefix
+
+    def inputs(self, dtype: torch.dtype = torch.float64) -> dict[str, Tensor | bool | None]:
+        """Keyword arguments. The same numbers whatever the dtype: 16-bit values that every dtype holds exactly."""
+        generator = torch.Generator().manual_seed(self.seed)
+        wide = torch.promote_types(dtype, torch.float32)
+
+        def normal(*shape: int, mean: float = 0, dtype: torch.dtype = dtype) -> Tensor:
+            return (torch.randn(shape, generator=generator) + mean).bfloat16().half().to(dtype)
+
+        def tokens(heads: int, length: int) -> Tensor:
+            if self.tokens_first:
+                return normal(self.batch, length, heads, self.head_dim).transpose(1, 2)
+            return normal(self.batch, heads, length, self.head_dim)
+
+        inputs: dict[str, Tensor | bool | None] = {
+            "q": tokens(self.query_heads, self.num_queries),
+            "k": tokens(self.kv_heads, self.num_keys),
+            "v": tokens(self.kv_heads, self.num_keys),
+            "image_k": None,
+            "image_v": None,
+            "causal": self.causal,
+        }
+        slots = (self.batch, self.num_queries, self.num_images)
+        if self.num_images and self.pool_size is None:
+            shape = (self.batch, self.num_queries, self.num_images, self.kv_heads, self.head_dim)
+            for name, mean in (("image_k", 0), ("image_v", 1)):
+                inputs[name] = normal(*shape, mean=mean).permute(0, 3, 1, 2, 4)
+            if self.gaps:
+                inputs["image_mask"] = torch.rand(slots, generator=generator) < 0.7
+        elif self.num_images:
+            for name, mean in (("image_k", 0), ("image_v", 1)):
+                inputs[name] = normal(self.pool_size, self.kv_heads, self.head_dim, mean=mean).transpose(0, 1)
+            lowest = -1 if self.gaps else 0
+            inputs["image_index"] = torch.randint(lowest, self.pool_size, slots, generator=generator)
+        if self.biases:
+            inputs["image_k_bias"] = normal(self.kv_heads, self.head_dim, dtype=wide)
+            inputs["image_v_bias"] = normal(self.kv_heads, self.head_dim, dtype=wide)
+            inputs["image_logit_bias"] = normal(self.query_heads, dtype=wide)
+        if self.first_key:
+            inputs["first_key"] = FIRST_KEYS[self.first_key](self, generator)
+        return inputs
+
+
+def _documents(problem: Problem, generator: torch.Generator) -> Tensor:
+    """Documents of uneven length, other ones in each batch row; the first one sees the prefix."""
+    position = torch.arange(problem.num_queries)
+    rows = []
+    for row in range(problem.batch):
+        starts = torch.tensor([0, 7 + row, 19, 20, 75 - row, 133])
+        start = starts[(position[:, None] >= starts).sum(-1) - 1]
+        rows.append(torch.where(start == 0, 0, start + problem.prefix))
+    return torch.stack(rows).int()
+
+
+def _left_padding(problem: Problem, generator: torch.Generator) -> Tensor:
+    pads = torch.randint(0, problem.num_keys, (problem.batch, 1), generator=generator)
+    return pads.expand(-1, problem.num_queries).int().contiguous()
+
+
+def _sliding_window(problem: Problem, generator: torch.Generator) -> Tensor:
+    window = torch.arange(problem.num_queries) + problem.prefix - 5
+    return window.expand(problem.batch, -1).int()
+
+
+def _random(problem: Problem, generator: torch.Generator) -> Tensor:
+    """Not monotone, and beyond the last visible key for many queries: these see no text."""
+    return torch.randint(-3, problem.num_keys + 2, (problem.batch, problem.num_queries), generator=generator).int()
+
+
+FIRST_KEYS = {
+    "documents": _documents,
+    "left_padding": _left_padding,
+    "sliding_window": _sliding_window,
+    "random": _random,
+}
+
+
+def solve(
+    inputs: dict[str, Tensor | bool | None], impl: str, cotangents: tuple[Tensor, Tensor | None]
+) -> dict[str, Tensor]:
+    """out, lse and the gradient of every input by `impl`; cotangents are those of out and lse (None: lse unused)."""
+    leaves = {name: inputs[name].detach().requires_grad_() for name in DIFFERENTIABLE if inputs.get(name) is not None}
+    out, lse = visual_fusion_attn(**{**inputs, **leaves}, impl=impl, return_lse=True)
+    used = {name: leaf for name, leaf in leaves.items() if inputs["image_k"] is not None or name in ("q", "k", "v")}
+    outputs = (out, lse) if cotangents[1] is not None else (out,)
+    cotangents = [c.to(o.dtype) for c, o in zip(cotangents, outputs, strict=False)]
+    gradients = torch.autograd.grad(outputs, list(used.values()), cotangents)
+    return {"out": out.detach(), "lse": lse.detach()} | dict(zip(used, gradients, strict=True))
+
+
+def cotangents(problem: Problem, with_lse: bool = True) -> tuple[Tensor, Tensor | None]:
+    generator = torch.Generator().manual_seed(problem.seed + 1)
+    shape = (problem.batch, problem.query_heads, problem.num_queries)
+    grad_out = (torch.randn((*shape, problem.head_dim), generator=generator) + 1).bfloat16().half().double()
+    grad_lse = torch.randn(shape, generator=generator).bfloat16().half().double()
+    return grad_out, grad_lse if with_lse else None
+
+
+def assert_solves(impl: str, problem: Problem, dtype: torch.dtype, with_lse: bool = True) -> dict[str, Tensor]:
+    """Checks `impl` on the problem in `dtype`, forward and backward, against float64; returns its results."""
+    grads = cotangents(problem, with_lse)
+    truth = solve(problem.inputs(torch.float64), "reference", grads)
+    eager = solve(problem.inputs(dtype), "reference", grads)
+    actual = solve(problem.inputs(dtype), impl, grads)
+    assert actual.keys() == truth.keys()
+    for name, tensor in actual.items():
+        assert tensor.dtype == eager[name].dtype, f"{name}: {tensor.dtype}, expected {eager[name].dtype}"
+        assert_accurate(name, tensor, eager[name], truth[name], tensor.dtype if name == "lse" else dtype)
+    return actual
+
+
+# What an implementation has to get right, by name. Sizes cross the borders of 16-, 32-, 64- and 128-wide tiles.
+PROBLEMS = {
+    "dense": Problem(),
+    "pooled": Problem(pool_size=11),
+    "no images": Problem(num_images=0),
+    "one image": Problem(num_images=1, biases=False, gaps=False),
+    "one token": Problem(num_queries=1),
+    "decode": Problem(num_queries=1, prefix=300, pool_size=5),
+    "decode few": Problem(num_queries=5, prefix=129),
+    "prefix": Problem(prefix=37, pool_size=11),
+    "not causal": Problem(causal=False, prefix=3),
+    "multi-head": Problem(query_heads=3, kv_heads=3, pool_size=300),
+    "multi-query": Problem(query_heads=4, kv_heads=1),
+    "smallest head": Problem(head_dim=8, num_queries=65),
+    "odd head": Problem(head_dim=13, num_queries=33),
+    "wide head": Problem(head_dim=80, pool_size=9, num_images=8),
+    "widest head": Problem(head_dim=256, num_queries=20, num_images=5),
+    "many images": Problem(num_images=64, num_queries=17, pool_size=40),
+    "heads first": Problem(tokens_first=False, num_queries=130),
+    "documents": Problem(first_key="documents", num_queries=150, pool_size=11),
+    "documents with prefix": Problem(first_key="documents", num_queries=80, prefix=16),
+    "left padding": Problem(first_key="left_padding", num_queries=70),
+    "left padding decode": Problem(first_key="left_padding", num_queries=1, prefix=60, batch=3),
+    "sliding window": Problem(first_key="sliding_window", num_queries=200, pool_size=11),
+    "random first_key": Problem(first_key="random", num_queries=150),
+    "random first_key with prefix": Problem(first_key="random", num_queries=70, prefix=20, pool_size=3),
+    "random first_key not causal": Problem(first_key="random", num_queries=70, causal=False, num_images=0),
+}
+
+
+def slots_without_images(problem: Problem, inputs: dict[str, Tensor | bool | None]) -> dict:
+    """The same inputs with no image in any slot."""
+    if problem.pool_size is None:
+        return {**inputs, "image_mask": torch.zeros_like(inputs["image_mask"])}
+    return {**inputs, "image_index": torch.full_like(inputs["image_index"], -1)}
+
+
+__all__ = ["PROBLEMS", "Problem", "assert_solves", "cotangents", "replace", "slots_without_images", "solve"]

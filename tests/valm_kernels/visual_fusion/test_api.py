@@ -1,0 +1,290 @@
+import os
+
+import pytest
+import torch
+
+from tests.valm_kernels.visual_fusion.problems import Problem
+from valm_kernels import visual_fusion_attn
+
+DENSE = Problem(batch=2, query_heads=4, kv_heads=2, num_queries=5, prefix=2, head_dim=8, num_images=3)
+POOLED = Problem(batch=2, query_heads=4, kv_heads=2, num_queries=5, prefix=2, head_dim=8, num_images=3, pool_size=6)
+
+without_interpreter = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="Triton's interpreter serves CPU tensors"
+)
+
+
+def zeros(*shape, dtype=torch.float32, device=None):
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+# problem, changed arguments, error, what its message says
+WRONG = {
+    "q not a tensor": (DENSE, {"q": [1.0]}, TypeError, "q must be a tensor, got list"),
+    "q None": (DENSE, {"q": None}, TypeError, "q must be a tensor, got None"),
+    "k None": (DENSE, {"k": None}, TypeError, "k must be a tensor, got None"),
+    "v None": (DENSE, {"v": None}, TypeError, "v must be a tensor, got None"),
+    "image_index not a tensor": (POOLED, {"image_index": 3}, TypeError, "image_index must be a tensor, got int"),
+    # rank
+    "q rank": (DENSE, {"q": zeros(4, 5, 8)}, ValueError, r"q must have 4 dimensions .* got shape \(4, 5, 8\)"),
+    "k rank": (DENSE, {"k": zeros(2, 7, 8)}, ValueError, "k must have 4 dimensions"),
+    "v rank": (DENSE, {"v": zeros(2, 7, 8)}, ValueError, "v must have 4 dimensions"),
+    "image_k rank": (DENSE, {"image_k": zeros(2, 5, 3, 8)}, ValueError, "image_k must have 5 dimensions"),
+    "image_k pooled rank": (POOLED, {"image_k": zeros(6, 8)}, ValueError, "image_k must have 3 dimensions"),
+    "image_v rank": (DENSE, {"image_v": zeros(2, 2, 5, 24)}, ValueError, "image_v must have shape that of image_k"),
+    "image_index rank": (
+        POOLED,
+        {"image_index": zeros(2, 5, dtype=torch.int64)},
+        ValueError,
+        "image_index must have 3 dimensions",
+    ),
+    "image_mask rank": (
+        DENSE,
+        {"image_mask": zeros(2, 5, dtype=torch.bool)},
+        ValueError,
+        "image_mask must have 3 dimensions",
+    ),
+    "image_k_bias rank": (DENSE, {"image_k_bias": zeros(16)}, ValueError, "image_k_bias must have shape"),
+    "image_v_bias rank": (DENSE, {"image_v_bias": zeros(16)}, ValueError, "image_v_bias must have shape"),
+    "image_logit_bias rank": (DENSE, {"image_logit_bias": zeros(4, 1)}, ValueError, "image_logit_bias must have shape"),
+    "first_key rank": (DENSE, {"first_key": zeros(5, dtype=torch.int32)}, ValueError, "first_key must have shape"),
+    # shape
+    "empty batch": (DENSE, {"q": zeros(0, 4, 5, 8)}, ValueError, "q must have no empty dimension"),
+    "no queries": (DENSE, {"q": zeros(2, 4, 0, 8)}, ValueError, "q must have no empty dimension"),
+    "no keys": (DENSE, {"k": zeros(2, 2, 0, 8)}, ValueError, "k must have no empty dimension"),
+    "k batch": (DENSE, {"k": zeros(3, 2, 7, 8)}, ValueError, "k must have shape"),
+    "k head_dim": (DENSE, {"k": zeros(2, 2, 7, 9)}, ValueError, r"k must have shape .* \(2, 2, 7, 8\), got"),
+    "v length": (DENSE, {"v": zeros(2, 2, 6, 8)}, ValueError, "v must have shape"),
+    "heads": (DENSE, {"q": zeros(2, 3, 5, 8)}, ValueError, "q must have a multiple of k's 2 heads, got 3"),
+    "more queries than keys": (DENSE, {"q": zeros(2, 4, 8, 8)}, ValueError, "k must have at least as many tokens"),
+    "head_dim small": (
+        DENSE,
+        {"q": zeros(2, 4, 5, 4), "k": zeros(2, 2, 7, 4), "v": zeros(2, 2, 7, 4)},
+        ValueError,
+        "from 8 to 256, got 4",
+    ),
+    "head_dim large": (
+        DENSE,
+        {"q": zeros(2, 4, 5, 257), "k": zeros(2, 2, 7, 257), "v": zeros(2, 2, 7, 257)},
+        ValueError,
+        "from 8 to 256, got 257",
+    ),
+    "image_k tokens": (DENSE, {"image_k": zeros(2, 2, 7, 3, 8)}, ValueError, "image_k must have shape"),
+    "image_k heads": (DENSE, {"image_k": zeros(2, 4, 5, 3, 8)}, ValueError, "image_k must have shape"),
+    "image_k pooled heads": (POOLED, {"image_k": zeros(4, 6, 8)}, ValueError, "image_k must have shape"),
+    "image_v pool": (POOLED, {"image_v": zeros(2, 7, 8)}, ValueError, "image_v must have shape"),
+    "image_v images": (DENSE, {"image_v": zeros(2, 2, 5, 4, 8)}, ValueError, "image_v must have shape"),
+    "too many images": (
+        DENSE,
+        {"image_k": zeros(2, 2, 5, 65, 8), "image_v": zeros(2, 2, 5, 65, 8), "image_mask": None},
+        ValueError,
+        "at most 64 images per token .* got 65",
+    ),
+    "image_index tokens": (
+        POOLED,
+        {"image_index": zeros(2, 6, 3, dtype=torch.int64)},
+        ValueError,
+        "image_index must have shape",
+    ),
+    "image_mask tokens": (
+        DENSE,
+        {"image_mask": zeros(2, 7, 3, dtype=torch.bool)},
+        ValueError,
+        "image_mask must have shape",
+    ),
+    "image_mask images": (
+        DENSE,
+        {"image_mask": zeros(2, 5, 4, dtype=torch.bool)},
+        ValueError,
+        "image_mask must have shape",
+    ),
+    "image_k_bias heads": (DENSE, {"image_k_bias": zeros(4, 8)}, ValueError, "image_k_bias must have shape"),
+    "image_v_bias dim": (DENSE, {"image_v_bias": zeros(2, 9)}, ValueError, "image_v_bias must have shape"),
+    "image_logit_bias heads": (DENSE, {"image_logit_bias": zeros(2)}, ValueError, "image_logit_bias must have shape"),
+    "first_key tokens": (DENSE, {"first_key": zeros(2, 7, dtype=torch.int32)}, ValueError, "first_key must have shape"),
+    # dtype
+    "q integer": (DENSE, {"q": zeros(2, 4, 5, 8, dtype=torch.int64)}, TypeError, "q must be float32, .*int64"),
+    "q complex": (DENSE, {"q": zeros(2, 4, 5, 8, dtype=torch.complex64)}, TypeError, "q must be float32"),
+    "k dtype": (DENSE, {"k": zeros(2, 2, 7, 8, dtype=torch.bfloat16)}, TypeError, "k must have the dtype of q"),
+    "v dtype": (DENSE, {"v": zeros(2, 2, 7, 8, dtype=torch.float16)}, TypeError, "v must have the dtype of q"),
+    "image_k dtype": (
+        DENSE,
+        {"image_k": zeros(2, 2, 5, 3, 8, dtype=torch.float64)},
+        TypeError,
+        "image_k must have the dtype of q",
+    ),
+    "image_v integer": (
+        DENSE,
+        {"image_v": zeros(2, 2, 5, 3, 8, dtype=torch.int32)},
+        TypeError,
+        "image_v must have the dtype of q",
+    ),
+    "image_index dtype": (
+        POOLED,
+        {"image_index": zeros(2, 5, 3)},
+        TypeError,
+        "image_index must be torch.int32 or torch.int64",
+    ),
+    "image_mask dtype": (
+        DENSE,
+        {"image_mask": zeros(2, 5, 3, dtype=torch.uint8)},
+        TypeError,
+        "image_mask must be torch.bool",
+    ),
+    "image_k_bias dtype": (
+        DENSE,
+        {"image_k_bias": zeros(2, 8, dtype=torch.bfloat16)},
+        TypeError,
+        "image_k_bias must be torch.float32 beside",
+    ),
+    "image_v_bias dtype": (
+        DENSE,
+        {"image_v_bias": zeros(2, 8, dtype=torch.float64)},
+        TypeError,
+        "image_v_bias must be torch.float32",
+    ),
+    "image_logit_bias dtype": (
+        DENSE,
+        {"image_logit_bias": zeros(4, dtype=torch.int64)},
+        TypeError,
+        "image_logit_bias must be torch.float32",
+    ),
+    "first_key dtype": (
+        DENSE,
+        {"first_key": zeros(2, 5, dtype=torch.int64)},
+        TypeError,
+        "first_key must be torch.int32",
+    ),
+    # device
+    **{
+        f"{name} device": (DENSE, {name: zeros(2, 2, 7, 8, device="meta")}, ValueError, f"{name} must be on the device")
+        for name in ("k", "v", "image_k", "image_v", "image_k_bias", "image_v_bias", "image_logit_bias", "first_key")
+    },
+    "image_index device": (POOLED, {"image_index": zeros(1, device="meta")}, ValueError, "image_index must be on"),
+    "image_mask device": (DENSE, {"image_mask": zeros(1, device="meta")}, ValueError, "image_mask must be on"),
+    # combinations
+    "mask beside index": (
+        POOLED,
+        {"image_mask": zeros(2, 5, 3, dtype=torch.bool)},
+        ValueError,
+        "image_mask belongs to the dense layout",
+    ),
+    "pool without index": (POOLED, {"image_index": None}, ValueError, "the pooled layout .* needs image_index"),
+    "dense with index": (
+        DENSE,
+        {"image_mask": None, "image_index": zeros(2, 5, 3, dtype=torch.int64)},
+        ValueError,
+        "image_k must have 3 dimensions",
+    ),
+    "image_v missing": (DENSE, {"image_v": None}, ValueError, "image_v must be given together with image_k"),
+    "image_k missing": (DENSE, {"image_k": None}, ValueError, "image_k must be given together with image_v"),
+    "index without images": (
+        POOLED,
+        {"image_k": None, "image_v": None},
+        ValueError,
+        "image_k must be given for the 3 slots of image_index",
+    ),
+    # values
+    "index too large": (
+        POOLED,
+        {"image_index": torch.full((2, 5, 3), 6)},
+        ValueError,
+        "image_index must be -1 .* from 0 to 5, got 6",
+    ),
+    "index too small": (
+        POOLED,
+        {"image_index": torch.full((2, 5, 3), -2)},
+        ValueError,
+        "image_index must be -1 .* got -2",
+    ),
+    "causal": (DENSE, {"causal": 1}, TypeError, "causal must be a bool, got int"),
+    "scale": (DENSE, {"scale": "0.1"}, TypeError, "scale must be a number or None, got str"),
+    "impl": (DENSE, {"impl": "flash"}, ValueError, "impl must be one of 'auto', 'triton', 'cpu', 'reference', got"),
+}
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_argument(case, impl):
+    problem, changes, error, message = WRONG[case]
+    with pytest.raises(error, match=message):
+        visual_fusion_attn(**{**problem.inputs(torch.float32), "impl": impl, **changes})
+
+
+def test_cpu_implementation_refuses_other_devices():
+    q = zeros(1, 1, 2, 8, device="meta")
+    with pytest.raises(ValueError, match='impl="cpu" needs CPU tensors, but q is on meta'):
+        visual_fusion_attn(q, q, q, None, None, impl="cpu")
+
+
+@without_interpreter
+def test_triton_refuses_cpu_tensors():
+    with pytest.raises(ValueError, match='impl="triton" needs CUDA tensors, but q is on cpu'):
+        visual_fusion_attn(**DENSE.inputs(torch.float32), impl="triton")
+
+
+def test_triton_refuses_float64(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(TypeError, match='impl="triton" does not take float64'):
+        visual_fusion_attn(**DENSE.inputs(torch.float64), impl="triton")
+
+
+def test_auto_is_the_cpu_implementation_for_cpu_tensors():
+    inputs = POOLED.inputs(torch.float32)
+    assert visual_fusion_attn(**inputs).equal(visual_fusion_attn(**inputs, impl="cpu"))
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_every_way_to_have_no_images(impl):
+    inputs = Problem(num_images=0, num_queries=5, biases=False).inputs(torch.float32)
+    expected = visual_fusion_attn(**inputs, impl=impl)
+    dense, pool = zeros(2, 2, 5, 0, 16), zeros(2, 7, 16)
+    index, mask = zeros(2, 5, 0, dtype=torch.int64), zeros(2, 5, 0, dtype=torch.bool)
+    for images in (
+        {"image_k": dense, "image_v": dense},
+        {"image_k": dense, "image_v": dense, "image_mask": mask},
+        {"image_k": pool, "image_v": pool, "image_index": index},
+        {"image_index": index},
+        {"image_logit_bias": zeros(4), "image_k_bias": zeros(2, 16), "image_v_bias": zeros(2, 16)},
+    ):
+        assert visual_fusion_attn(**{**inputs, **images}, impl=impl).equal(expected)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_scale_defaults_to_inverse_root_of_head_dim(impl):
+    inputs = DENSE.inputs(torch.float32)
+    default = visual_fusion_attn(**inputs, impl=impl)
+    assert default.equal(visual_fusion_attn(**inputs, scale=8**-0.5, impl=impl))
+    assert not default.allclose(visual_fusion_attn(**inputs, scale=1, impl=impl))
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_runs_in_its_dtype(impl, dtype):
+    inputs = POOLED.inputs(torch.float32)
+    inputs["k"] = inputs["k"].to(dtype)  # what a cached key looks like beside a float32 query
+    inputs["image_logit_bias"].requires_grad_()
+    inputs["q"].requires_grad_()
+    with torch.autocast("cpu", dtype=dtype):
+        out, lse = visual_fusion_attn(**inputs, return_lse=True, impl=impl)
+    assert out.dtype == dtype and lse.dtype == torch.float32
+    cast = {name: t.to(dtype) if name in ("q", "k", "v", "image_k", "image_v") else t for name, t in inputs.items()}
+    assert out.equal(visual_fusion_attn(**cast, impl=impl))
+    gradients = torch.autograd.grad(out.float().square().sum(), (inputs["q"], inputs["image_logit_bias"]))
+    assert [g.dtype for g in gradients] == [torch.float32, torch.float32]
+
+
+def test_autocast_leaves_float64_alone():
+    inputs = DENSE.inputs(torch.float64)
+    expected = visual_fusion_attn(**inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert visual_fusion_attn(**inputs).equal(expected)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_float32_biases_beside_16_bit_tensors(impl):
+    inputs = DENSE.inputs(torch.bfloat16)
+    assert inputs["image_k_bias"].dtype == torch.float32
+    narrow = {**inputs, "image_k_bias": inputs["image_k_bias"].bfloat16()}
+    narrow["image_v_bias"] = inputs["image_v_bias"].bfloat16()
+    assert visual_fusion_attn(**inputs, impl=impl).equal(visual_fusion_attn(**narrow, impl=impl))

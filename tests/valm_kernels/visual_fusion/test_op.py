@@ -1,0 +1,128 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.valm_kernels.visual_fusion.problems import DIFFERENTIABLE, PROBLEMS, cotangents, solve
+from valm_kernels import visual_fusion_attn
+from valm_kernels.visual_fusion import cpu
+from valm_kernels.visual_fusion.op import empty_tokens_first
+
+forward_op = torch.ops.valm_kernels.visual_fusion_attn.default
+backward_op = torch.ops.valm_kernels.visual_fusion_attn_backward.default
+
+NAMES = ("dense", "pooled", "no images", "prefix", "documents", "heads first")
+
+
+def op_arguments(inputs, impl="cpu"):
+    order = ("q", "k", "v", "image_k", "image_v", "image_index", "image_mask")
+    order += ("image_k_bias", "image_v_bias", "image_logit_bias", "first_key")
+    tensors = [inputs.get(name) for name in order]
+    if inputs["image_k"] is None:
+        tensors[5:10] = [None] * 5
+    return *tensors, inputs["causal"], 0.25, impl
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(name, dtype):
+    inputs = PROBLEMS[name].inputs(dtype)
+    for key in DIFFERENTIABLE:
+        if inputs.get(key) is not None:
+            inputs[key].requires_grad_()
+    torch.library.opcheck(forward_op, op_arguments(inputs))
+
+
+@pytest.mark.parametrize("with_lse", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck_backward(name, with_lse):
+    problem = PROBLEMS[name]
+    arguments = op_arguments(problem.inputs(torch.float32))
+    out, lse = forward_op(*arguments)
+    grad_out, grad_lse = cotangents(problem, with_lse)
+    grads = (grad_out.float(), grad_lse.float() if with_lse else None)
+    torch.library.opcheck(backward_op, (*grads, out, lse, *arguments))
+
+
+@pytest.mark.parametrize(
+    ("name", "return_lse", "backend"),
+    [
+        ("pooled", True, "inductor"),
+        ("dense", False, "aot_eager"),
+        ("pooled", False, "aot_eager"),
+        ("documents", True, "aot_eager"),
+        ("no images", True, "aot_eager"),
+    ],
+)
+def test_compiles_whole_forward_and_backward(name, return_lse, backend):
+    inputs = PROBLEMS[name].inputs(torch.float32)
+    names = [n for n in DIFFERENTIABLE if inputs.get(n) is not None]
+    if inputs["image_k"] is None:
+        names = ["q", "k", "v"]
+
+    def loss(*tensors):
+        result = visual_fusion_attn(**{**inputs, **dict(zip(names, tensors, strict=True))}, return_lse=return_lse)
+        return result[0].sin().sum() + result[1].sin().sum() if return_lse else result.sin().sum()
+
+    torch.compiler.reset()
+    leaves = [inputs[n].requires_grad_() for n in names]
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    actual = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend=backend)(*leaves), leaves)
+    for leaf, a, e in zip(names, actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5, msg=leaf)
+
+
+def test_compiles_with_dynamic_shapes():
+    torch.compiler.reset()
+    compiled = torch.compile(visual_fusion_attn, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (9, 17, 33):
+        inputs = replace(PROBLEMS["pooled"], num_queries=length).inputs(torch.float32)
+        torch.testing.assert_close(compiled(**inputs), visual_fusion_attn(**inputs), rtol=1e-6, atol=1e-6)
+
+
+def test_double_backward_raises():
+    inputs = PROBLEMS["dense"].inputs(torch.float32)
+    inputs["q"].requires_grad_()
+    (gradient,) = torch.autograd.grad(visual_fusion_attn(**inputs).sin().sum(), inputs["q"], create_graph=True)
+    with pytest.raises(NotImplementedError, match="differentiated once only"):
+        gradient.sum().backward()
+
+
+def test_only_lse_used():
+    problem = PROBLEMS["pooled"]
+    inputs = problem.inputs(torch.float64)
+    gradients = {}
+    for impl in ("cpu", "reference"):
+        q = inputs["q"].clone().requires_grad_()
+        _, lse = visual_fusion_attn(**{**inputs, "q": q}, return_lse=True, impl=impl)
+        (gradients[impl],) = torch.autograd.grad(lse.sum(), q)
+    torch.testing.assert_close(gradients["cpu"], gradients["reference"], rtol=1e-12, atol=1e-12)
+
+
+def test_unused_lse_costs_nothing(monkeypatch):
+    seen = []
+    original = cpu.backward
+    monkeypatch.setattr(cpu, "backward", lambda *a: seen.append(a[1]) or original(*a))
+    problem = PROBLEMS["dense"]
+    solve(problem.inputs(torch.float32), "cpu", cotangents(problem, with_lse=False))
+    assert seen == [None]
+
+
+def test_inputs_without_gradient_get_none():
+    inputs = PROBLEMS["dense"].inputs(torch.float32)
+    inputs["v"].requires_grad_()
+    visual_fusion_attn(**inputs).sum().backward()
+    assert inputs["v"].grad is not None and inputs["q"].grad is None
+
+
+@pytest.mark.parametrize("tokens_first", [True, False])
+def test_layouts(tokens_first):
+    """out is laid out like q, the gradients as a projection's backward reads them."""
+    problem = replace(PROBLEMS["dense"], tokens_first=tokens_first)
+    results = solve(problem.inputs(torch.float32), "cpu", cotangents(problem))
+    inputs = problem.inputs(torch.float32)
+    assert results["out"].stride() == inputs["q"].stride()
+    assert results["lse"].is_contiguous()
+    for name in ("q", "k", "v"):
+        assert results[name].stride() == empty_tokens_first(inputs[name]).stride(), name
+    assert results["image_k"].stride() == inputs["image_k"].stride()

@@ -1,0 +1,112 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.valm_kernels.visual_fusion.problems import PROBLEMS, Problem
+from valm_kernels import visual_fusion_attn
+from valm_kernels.visual_fusion.reference import attention_weights
+
+SMALL = Problem(num_queries=5, prefix=2, head_dim=8, num_images=2, first_key="random")
+
+
+def by_the_formula(inputs, scale):
+    """out and lse token by token, number by number, as the docstring of visual_fusion_attn writes them."""
+    q, k, v = (inputs[name] for name in "qkv")
+    batch, heads, num_queries, _ = q.shape
+    group, prefix = heads // k.shape[1], k.shape[2] - num_queries
+    out, lse = torch.zeros_like(q), torch.full(q.shape[:3], -math.inf, dtype=q.dtype)
+    for b in range(batch):
+        for h in range(heads):
+            for i in range(num_queries):
+                pairs = []  # (score, value)
+                first = int(inputs["first_key"][b, i]) if inputs.get("first_key") is not None else 0
+                last = i + prefix if inputs["causal"] else k.shape[2] - 1
+                for j in range(max(first, 0), last + 1):
+                    pairs.append((scale * q[b, h, i].dot(k[b, h // group, j]), v[b, h // group, j]))
+                slots = inputs.get("image_index", inputs.get("image_mask"))
+                for n in range(slots.shape[2]):
+                    if "image_index" in inputs:
+                        row = int(slots[b, i, n])
+                        if row < 0:
+                            continue
+                        key, value = (inputs[x][h // group, row] for x in ("image_k", "image_v"))
+                    else:
+                        if not slots[b, i, n]:
+                            continue
+                        key, value = (inputs[x][b, h // group, i, n] for x in ("image_k", "image_v"))
+                    key = key + inputs["image_k_bias"][h // group]
+                    score = scale * q[b, h, i].dot(key) + inputs["image_logit_bias"][h]
+                    pairs.append((score, value + inputs["image_v_bias"][h // group]))
+                if pairs:
+                    total = sum(math.exp(score) for score, _ in pairs)
+                    out[b, h, i] = sum(math.exp(score) / total * value for score, value in pairs)
+                    lse[b, h, i] = math.log(total)
+    return out, lse
+
+
+@pytest.mark.parametrize("pool_size", [None, 3])
+@pytest.mark.parametrize("causal", [True, False])
+def test_is_the_formula(pool_size, causal):
+    inputs = replace(SMALL, pool_size=pool_size, causal=causal).inputs()
+    out, lse = visual_fusion_attn(**inputs, scale=0.7, return_lse=True, impl="reference")
+    expected_out, expected_lse = by_the_formula(inputs, 0.7)
+    torch.testing.assert_close(out, expected_out, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("pool_size", [None, 3])
+def test_gradcheck_twice(pool_size):
+    problem = replace(SMALL, batch=1, query_heads=2, num_queries=3, pool_size=pool_size)
+    inputs = problem.inputs()
+    names = [n for n, t in inputs.items() if isinstance(t, torch.Tensor) and t.is_floating_point()]
+
+    def function(*tensors):
+        out, lse = visual_fusion_attn(
+            **{**inputs, **dict(zip(names, tensors, strict=True))}, return_lse=True, impl="reference"
+        )
+        return out, lse.masked_fill(lse == -torch.inf, 0)
+
+    leaves = [inputs[n].clone().requires_grad_() for n in names]
+    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
+def test_without_images_it_is_ordinary_attention():
+    inputs = replace(PROBLEMS["no images"], kv_heads=4).inputs()
+    expected = torch.nn.functional.scaled_dot_product_attention(inputs["q"], inputs["k"], inputs["v"], is_causal=True)
+    torch.testing.assert_close(visual_fusion_attn(**inputs, impl="reference"), expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["dense", "pooled", "random first_key"])
+def test_attention_weights_are_those_of_the_operation(name):
+    inputs = PROBLEMS[name].inputs()
+    arguments = {key: value for key, value in inputs.items() if key not in ("v", "image_v", "image_v_bias")}
+    text, image, lse = attention_weights(**arguments)
+    sums = text.sum(-1) + image.sum(-1)
+    torch.testing.assert_close(sums, (lse > -torch.inf).double(), rtol=1e-13, atol=1e-13)
+    assert lse.equal(visual_fusion_attn(**inputs, return_lse=True, impl="reference")[1])
+    future = torch.ones(text.shape[-2:], dtype=torch.bool).triu(1)
+    assert (text[..., future] == 0).all()
+    if "image_mask" in inputs:
+        present = inputs["image_mask"]
+    else:
+        present = inputs["image_index"] >= 0
+    assert (image[~present[:, None].expand_as(image)] == 0).all()
+    # all values equal: the output is that value, whatever the weights
+    ones = {**inputs, "v": torch.ones_like(inputs["v"]), "image_v": torch.ones_like(inputs["image_v"])}
+    ones["image_v_bias"] = torch.zeros_like(inputs["image_v_bias"])
+    torch.testing.assert_close(visual_fusion_attn(**ones, impl="reference")[..., 0], sums, rtol=1e-13, atol=1e-13)
+
+
+def test_a_strongly_negative_logit_bias_closes_the_images():
+    inputs = PROBLEMS["dense"].inputs()
+    closed = {**inputs, "image_logit_bias": torch.full((4,), -1e4, dtype=torch.float64)}
+    without = {name: inputs[name] for name in ("q", "k", "v")} | {"image_k": None, "image_v": None}
+    torch.testing.assert_close(
+        visual_fusion_attn(**closed, impl="reference"),
+        visual_fusion_attn(**without, impl="reference"),
+        rtol=1e-13,
+        atol=1e-13,
+    )
