@@ -64,10 +64,11 @@ class NinjaBuild(build_ext):
     """build_ext whose compiler calls all go through ninja."""
 
     def build_extension(self, ext: Extension) -> None:
+        nvcc = find_nvcc()
+
         import ninja
         import pybind11
 
-        nvcc = find_nvcc()
         print(f"valm_kernels: building {'CPU and CUDA code, ' + nvcc if nvcc else 'CPU code only'}")
         build_dir = Path(self.build_temp).resolve()
         build_dir.mkdir(parents=True, exist_ok=True)

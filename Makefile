@@ -1,0 +1,55 @@
+# Every target sets up what it needs in a virtual environment of its own (.venv); nothing else is touched.
+PYTHON ?= python3
+VENV ?= .venv
+DEMO_OUTPUT ?= demo-output
+BIN := $(VENV)/bin
+# What an editable install is built from: a change here installs again.
+SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.c*' -o -name '*.h*')
+
+.PHONY: help demo test test-all bench gpu-check lint format clean
+
+help:
+	@echo "make demo       train and evaluate a small VaLM on real pictures, on the CPU, into $(DEMO_OUTPUT)/"
+	@echo "make test       the tests, without the slow ones"
+	@echo "make test-all   every test"
+	@echo "make bench      the benchmarks, beside their peers"
+	@echo "make gpu-check  on a machine with a GPU: GPU tests, compute-sanitizer, GPU benchmarks, one result file"
+	@echo "make lint       ruff and clang-format; make format applies them"
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp file for each extra of pyproject.toml.
+$(VENV)/.installed-%: $(SOURCES) | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	@touch $@
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/valm demo --out $(DEMO_OUTPUT)
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-all: $(VENV)/.installed-test
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.installed-test
+	$(BIN)/python -m pytest benchmarks/ --benchmark-only
+
+lint: $(VENV)/.installed-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	git ls-files '*.cpp' '*.hpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: $(VENV)/.installed-lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files '*.cpp' '*.hpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format -i
+
+# The linters alone, without the package and its dependencies.
+$(VENV)/.installed-lint: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet 'ruff>=0.14' 'clang-format>=19'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build valm.egg-info valm_kernels/_native*.so
