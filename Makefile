@@ -36,6 +36,13 @@ test-all: $(VENV)/.installed-test
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only
 
+gpu-check: $(VENV)/.installed-test
+	@$(BIN)/python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || \
+	    { echo "gpu-check needs a CUDA device, and torch sees none here"; exit 1; }
+	$(BIN)/python -m pytest -m gpu
+	compute-sanitizer --error-exitcode 1 --target-processes all $(BIN)/python -m pytest -m 'gpu and not slow'
+	$(BIN)/python -m pytest benchmarks/ --benchmark-only --device cuda --results benchmarks/results/gpu.csv
+
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -49,6 +49,7 @@ ROWS: list[Row] = []
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run the large benchmark sizes too")
+    parser.addoption("--device", default="cpu", choices=["cpu", "cuda"], help="where the operations run")
     parser.addoption("--results", type=Path, help="write the benchmark rows to this CSV file")
 
 
@@ -80,24 +81,31 @@ def machine() -> str:
 
 
 @cache
-def roofs() -> tuple[float, float]:
-    """(float32 FLOP/s of a large matrix product, bytes/s of a parallel sum), measured here and now on the CPU."""
-    matrix = torch.randn(1536, 1536)
-    integers = torch.ones(1 << 25, dtype=torch.int64)
+def roofs(device: torch.device) -> tuple[float, float]:
+    """(float32 FLOP/s of a large matrix product, bytes/s of a parallel sum), measured here and now on `device`."""
+    matrix = torch.randn(1536, 1536, device=device)
+    integers = torch.ones(1 << 25, dtype=torch.int64, device=device)
 
     def best(function: Callable[[], Any]) -> float:
         times = []
         for _ in range(5):
             start = time.perf_counter()
             function()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
         return min(times)
 
     return 2 * 1536**3 / best(lambda: matrix @ matrix), integers.numel() * 8 / best(integers.sum)
 
 
+@pytest.fixture(scope="session")
+def device(pytestconfig: pytest.Config) -> torch.device:
+    return torch.device(pytestconfig.getoption("--device"))
+
+
 @pytest.fixture
-def measure(benchmark: Any) -> Callable[..., None]:
+def measure(benchmark: Any, device: torch.device) -> Callable[..., None]:
     """Check a function's result, then time it: `measure(group, name, function, check, flop, bytes_moved)`."""
 
     def run(
@@ -111,13 +119,19 @@ def measure(benchmark: Any) -> Callable[..., None]:
         rounds: int = 10,
         note: str = "",
     ) -> None:
-        check(function())
+        def finished() -> Any:
+            result = function()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            return result
+
+        check(finished())
         benchmark.group = group
-        benchmark.pedantic(function, rounds=rounds, warmup_rounds=1)
+        benchmark.pedantic(finished, rounds=rounds, warmup_rounds=1)
         if benchmark.stats is None:  # --benchmark-disable
             return
         stats = benchmark.stats.stats
-        peak_flops, peak_bytes = roofs()
+        peak_flops, peak_bytes = roofs(device)
         least = max((flop or 0) / peak_flops, (bytes_moved or 0) / peak_bytes)
         first = next((row for row in ROWS if row.group == group), None)
         ROWS.append(
@@ -144,7 +158,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     write = terminalreporter.write_line
     terminalreporter.section("measured beside its peers")
     write(machine())
-    peak_flops, peak_bytes = roofs()
+    peak_flops, peak_bytes = roofs(torch.device(config.getoption("--device")))
     write(f"roof: {peak_flops / 1e9:.0f} GFLOP/s float32 matrix product, {peak_bytes / 1e9:.1f} GB/s parallel sum")
     width = max(len(row.name) for row in ROWS)
     groups = list(dict.fromkeys(row.group for row in ROWS))
