@@ -1,6 +1,6 @@
 import pytest
-from tiny_clip import TEXTS, make_clip
 
+from tests.valm.retrieval.tiny_clip import TEXTS, make_clip
 from valm.retrieval.clip import Clip
 from valm.tokenizer import clip_tokenizer, prune_tokenizer
 

@@ -6,8 +6,8 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from tiny_clip import TINY, make_clip
 
+from tests.valm.retrieval.tiny_clip import TINY, make_clip
 from valm.errors import ValmError
 from valm.retrieval.clip import Clip
 from valm.tokenizer import clip_tokenizer

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_clip import make_clip
 
+from tests.valm.retrieval.tiny_clip import make_clip
 from valm.errors import ValmError
 from valm.retrieval import encoding
 from valm.retrieval.knowledge_base import ImageKnowledgeBase, build_from_folder
