@@ -168,6 +168,11 @@ class VaLMForCausalLM(VaLMPreTrainedModel, GenerationMixin):
         model.load_state_dict(gpt2.state_dict(), strict=False)
         return model
 
+    @property
+    def has_retriever(self) -> bool:
+        """Whether the model finds its pictures itself."""
+        return self._retriever is not None
+
     def set_retriever(self, retriever) -> None:
         """Let `retriever` (a `valm.retrieval.retriever.Retriever`, or None) find the pictures of every token.
 

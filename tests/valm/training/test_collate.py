@@ -1,0 +1,80 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.valm.models import tiny_model
+from tests.valm.training.documents import TOKENIZER, Vectors, documents
+from valm.errors import ValmError
+from valm.training.collate import IGNORED, NO_IMAGE, Collator, tokenize_documents
+
+
+def random_documents(lengths, num_images=2, seed=0):
+    random = np.random.default_rng(seed)
+    made = []
+    for length in lengths:
+        images = random.integers(0, 12, (length, num_images)).astype(np.uint32)
+        images[random.random(images.shape) < 0.3] = NO_IMAGE
+        ids = random.integers(0, 500, length)
+        ids[0] = TOKENIZER.bos_token_id
+        made.append({"input_ids": ids, "image_ids": images})
+    return made
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.sampled_from([None, 1, 9, 16]), st.integers(0, 99))
+def test_every_token_keeps_its_pictures_and_every_picture_comes_once(lengths, row_length, seed):
+    made, kb = random_documents(lengths, seed=seed), Vectors()
+    batch = Collator(TOKENIZER, kb, row_length)(made)
+    real = batch["attention_mask"].bool()
+    # documents follow one another, row by row
+    ids = np.concatenate([document["input_ids"] for document in made])
+    assert batch["input_ids"][real].tolist() == ids.tolist()
+    images = np.concatenate([document["image_ids"] for document in made])
+    index = batch["image_index"][real].numpy()
+    assert ((index < 0) == (images == NO_IMAGE)).all()
+    assert (batch["image_index"][~real] == -1).all()
+    present = index >= 0
+    assert np.array_equal(batch["image_pool"].numpy()[index[present]], kb.vectors[images[present]])
+    assert len(batch["image_pool"]) == len(np.unique(images[images != NO_IMAGE]))
+    if row_length is None:
+        assert batch["input_ids"].shape == (len(lengths), max(lengths))
+    else:
+        assert batch["input_ids"].shape[1] <= max(row_length, max(lengths))
+        assert batch["input_ids"].shape[0] <= len(lengths)
+
+
+def test_labels_leave_out_padding_and_the_start_of_documents():
+    batch = Collator(TOKENIZER, None, row_length=8)(random_documents([3, 4, 6]))
+    assert batch["input_ids"].shape == (2, 7)
+    learned = batch["labels"] != IGNORED
+    assert learned.int().tolist() == [[0, 1, 1, 0, 1, 1, 1], [0, 1, 1, 1, 1, 1, 0]]
+    assert torch.equal(batch["labels"][learned], batch["input_ids"][learned])
+    assert "image_pool" not in batch
+
+
+@pytest.mark.parametrize("row_length", [None, 40])
+def test_packing_changes_no_loss(row_length):
+    model = tiny_model(vocab_size=len(TOKENIZER), bos_token_id=TOKENIZER.bos_token_id)
+    made, kb = documents(), Vectors()
+    rows = Collator(TOKENIZER, kb, row_length)(made)
+    each = [Collator(TOKENIZER, kb)([document]) for document in made]
+    lengths = [(batch["labels"] != IGNORED).sum() for batch in each]
+    expected = sum(model(**b).loss * n for b, n in zip(each, lengths, strict=True)) / sum(lengths)
+    torch.testing.assert_close(model(**rows).loss, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_documents_without_pictures_and_foreign_pictures_are_refused():
+    with pytest.raises(ValmError, match="have no image_ids"):
+        Collator(TOKENIZER, Vectors())([{"input_ids": [1, 2]}])
+    with pytest.raises(ValmError, match="belong to another knowledge base: picture ids go from 0 to 2"):
+        Collator(TOKENIZER, Vectors(3))(documents())
+
+
+def test_documents_are_cut_to_the_models_length():
+    cut = tokenize_documents(["red blue red blue red", "", "sea"], TOKENIZER, 4)
+    assert [len(document) for document in cut] == [4, 3, 3]
+    whole = [TOKENIZER.bos_token_id, *TOKENIZER("red blue red blue red", add_special_tokens=False)["input_ids"]]
+    assert cut[0] + cut[1] == [*whole, TOKENIZER.eos_token_id]
+    assert tokenize_documents([], TOKENIZER, 4) == []

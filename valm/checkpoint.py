@@ -1,0 +1,87 @@
+"""A checkpoint folder: config, weights and tokenizer, in the files that Hugging Face reads."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from valm.config import ValmConfig
+from valm.errors import ValmError
+from valm.files import read_json, writable_folder
+from valm.model import VaLMForCausalLM
+
+CONFIG_FILE = "config.json"
+
+
+def save_checkpoint(model: VaLMForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: str | os.PathLike) -> Path:
+    """Writes `folder`; `load_checkpoint` and `AutoModelForCausalLM.from_pretrained` read it.
+
+    All files are written into a folder of their own first and then moved, the config last: a folder that the
+    writer was killed in has none and so is no checkpoint.
+
+    Raises:
+        ValmError: the folder cannot be written.
+    """
+    folder = writable_folder(folder)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp-") as temporary, _quiet_transformers():
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        (folder / CONFIG_FILE).unlink(missing_ok=True)
+        for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == CONFIG_FILE):
+            with open(file, "rb+") as opened:
+                os.fsync(opened.fileno())
+            os.replace(file, folder / file.name)
+    return folder
+
+
+def load_checkpoint(folder: str | os.PathLike) -> tuple[VaLMForCausalLM, PreTrainedTokenizerFast]:
+    """The model, in eval mode, and the tokenizer that `save_checkpoint` wrote.
+
+    Raises:
+        ValmError: there is no whole VaLM checkpoint, or its config, weights and tokenizer do not belong together.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValmError(f"there is no checkpoint folder {folder}")
+    if not (folder / CONFIG_FILE).is_file():
+        raise ValmError(f"{folder} is no checkpoint: it has no {CONFIG_FILE}")
+    kind = read_json(folder / CONFIG_FILE, "the config").get("model_type")
+    if kind != ValmConfig.model_type:
+        raise ValmError(f"{folder} holds a model of type {kind!r}, expected {ValmConfig.model_type!r}")
+    try:
+        with _quiet_transformers():
+            model, report = VaLMForCausalLM.from_pretrained(
+                folder, output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True
+            )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises many kinds, each for one damaged file
+        raise ValmError(f"the checkpoint {folder} cannot be read: {str(error).splitlines()[0]}") from error
+    wrong = [f"{name} {sorted(map(str, found))[0]}" for name, found in report.items() if found]
+    if wrong:
+        raise ValmError(f"the weights in {folder} are not those of its {CONFIG_FILE}: {'; '.join(wrong)}")
+    if len(tokenizer) != model.config.vocab_size:
+        raise ValmError(
+            f"the tokenizer in {folder} has {len(tokenizer)} pieces, "
+            f"but the model's vocab_size is {model.config.vocab_size}"
+        )
+    return model.eval(), tokenizer
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without transformers' bar for every file and its table of weights that do not fit."""
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()

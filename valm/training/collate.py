@@ -1,0 +1,99 @@
+"""From documents to batches: padded or packed rows, with every picture of the batch held once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from valm.errors import ValmError
+from valm.retrieval.knowledge_base import ImageKnowledgeBase
+
+# What stands in a document's image_ids where fewer than K pictures were found; ids are stored as uint32.
+NO_IMAGE = 2**32 - 1
+
+# What PyTorch's cross entropy leaves out.
+IGNORED = -100
+
+
+def tokenize_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, max_length: int) -> list[list[int]]:
+    """Each text as SOT, its pieces and EOT; one longer than `max_length` tokens is cut into documents of that length.
+
+    Texts without any piece are left out.
+    """
+    documents = []
+    for ids in tokenizer(list(texts))["input_ids"] if texts else []:
+        if len(ids) < 2:
+            continue
+        ids.append(tokenizer.eos_token_id)
+        documents += [ids[begin : begin + max_length] for begin in range(0, len(ids), max_length)]
+    return documents
+
+
+class Collator:
+    """Turns a list of documents into the arguments of `VaLMForCausalLM.forward`.
+
+    A document is a dict with `input_ids` (T,) and, where pictures were retrieved, `image_ids` (T, K): ids in the
+    knowledge base, NO_IMAGE in empty slots. The batch has
+
+    - input_ids, attention_mask, labels (B, L) int64; labels leave out padding and SOT, which nobody could foresee;
+    - with a knowledge base: image_pool (U, E) float16, the vectors of the pictures in this batch, each once, and
+      image_index (B, L, K) int64 into it, -1 = none.
+
+    kb: where the vectors are; None for a model that sees no pictures, or that finds them itself (`set_retriever`).
+    row_length: None gives each document a row of its own, as long as the longest. A number puts as many documents
+        as fit, in their order, into rows of at most that length: the model keeps documents apart at each SOT.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, kb: ImageKnowledgeBase | None, row_length: int | None = None
+    ):
+        self.bos, self.pad = tokenizer.bos_token_id, tokenizer.pad_token_id
+        self.kb = kb
+        self.row_length = row_length
+
+    def __call__(self, documents: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Raises ValmError for a document without image_ids where there is a knowledge base, or a picture not in it."""
+        places, shape = self._places([len(document["input_ids"]) for document in documents])
+        ids = np.full(shape, self.pad, dtype=np.int64)
+        mask = np.zeros(shape, dtype=np.int64)
+        for document, place in zip(documents, places, strict=True):
+            ids[place] = document["input_ids"]
+            mask[place] = 1
+        labels = np.where((mask == 1) & (ids != self.bos), ids, IGNORED)
+        labels[:, 0] = IGNORED  # no token stands before it
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        if self.kb is not None:
+            batch |= self._images(documents, places, shape)
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+    def _places(self, lengths: list[int]) -> tuple[list[tuple[int, slice]], tuple[int, int]]:
+        """Where each document goes, (row, columns), and the shape of the batch."""
+        limit = self.row_length or 0
+        row, end, width, places = -1, 0, 0, []
+        for length in lengths:
+            if row < 0 or end + length > limit:
+                row, end = row + 1, 0
+            places.append((row, slice(end, end + length)))
+            end += length
+            width = max(width, end)
+        return places, (row + 1, width)
+
+    def _images(self, documents: list[dict[str, Any]], places: list, shape: tuple[int, int]) -> dict[str, np.ndarray]:
+        if any("image_ids" not in document for document in documents):
+            raise ValmError("the documents have no image_ids: retrieve them first, or train without a knowledge base")
+        slots = np.full((*shape, documents[0]["image_ids"].shape[1]), NO_IMAGE, dtype=np.uint32)  # (B, L, K)
+        for document, place in zip(documents, places, strict=True):
+            slots[place] = document["image_ids"]
+        images, index = np.unique(slots, return_inverse=True)  # ascending, so NO_IMAGE comes last
+        index = index.reshape(slots.shape).astype(np.int64)
+        if images[-1] == NO_IMAGE:
+            images = images[:-1]
+            index[index == len(images)] = -1
+        try:
+            return {"image_pool": self.kb.gather(images.astype(np.int64)), "image_index": index}
+        except IndexError as error:
+            raise ValmError(f"the documents' image_ids belong to another knowledge base: {error}") from error
