@@ -1,0 +1,29 @@
+"""Runs the tests of the Triton kernels under Triton's interpreter.
+
+Triton decides on import whether its kernels are compiled or interpreted, so the interpreter needs a process of its own.
+By hand:  TRITON_INTERPRET=1 pytest tests/valm_kernels/visual_fusion/test_triton_forward.py
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton comes for Linux only")
+
+FOLDER = Path(__file__).parent
+
+
+@pytest.mark.parametrize("file", ["test_triton_forward.py"])
+def test_kernels_under_interpreter(file):
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", FOLDER / file],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=FOLDER.parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+    assert "skipped" not in run.stdout, run.stdout

@@ -1,0 +1,118 @@
+"""What the Triton kernels of `visual_fusion_attn` share: the rows of a program, the keys and images a row may see.
+
+A program owns BLOCK_M rows. A row is one query of one head; the heads of a group (grouped-query attention) are
+neighbouring rows, so that a key or value tile is loaded once for all of them:
+
+    row m of a tile that starts at position t  ->  position t + m / BLOCK_G,   head i_h * G + m % BLOCK_G
+
+BLOCK_G is the group size G rounded up to a power of two. Rows past the last position or head repeat the last one, so
+loads need no mask; such rows are masked only where something is stored or summed.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+# exp2 and log2 are single instructions; scores are kept in units of log 2
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def tile_rows(i_t, i_h, Tq, G: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Position and head (int64 [BM]) of the rows of the tile at position i_t, and whether they are rows at all."""
+    o_m = tl.arange(0, BLOCK_M)
+    o_t = i_t + o_m // BLOCK_G
+    o_g = o_m % BLOCK_G
+    m_row = (o_t < Tq) & (o_g < G)
+    o_t = tl.minimum(o_t, Tq - 1).to(tl.int64)
+    o_h = i_h * G + tl.minimum(o_g, G - 1)
+    return o_t, o_h, m_row
+
+
+@triton.jit
+def visible_keys(first_key, i_b, o_t, Tq, Tk, CAUSAL: tl.constexpr):
+    """First and last key, both inclusive, that each row may see ([BM] each). Nothing is seen where first > last."""
+    if CAUSAL:
+        b_last = o_t.to(tl.int32) + (Tk - Tq)
+    else:
+        b_last = tl.full(o_t.shape, Tk - 1, tl.int32)
+    if first_key is not None:
+        b_first = tl.maximum(tl.load(first_key + i_b * Tq + o_t), 0).to(tl.int32)
+    else:
+        b_first = tl.zeros(o_t.shape, tl.int32)
+    return b_first, b_last
+
+
+@triton.jit
+def key_tile_range(b_first, b_last, lo, hi, BLOCK_N: tl.constexpr):
+    """The key tiles, within keys lo..hi (lo on a tile border), that a set of rows needs.
+
+    Returns begin <= full_begin <= full_end <= end: in the tiles of [begin, full_begin) and [full_end, end) some row
+    sees only a part, in [full_begin, full_end) all rows see every key. Every bound but `end` is on a tile border.
+    """
+    begin = tl.maximum(tl.min(b_first, 0), lo)
+    begin = begin // BLOCK_N * BLOCK_N
+    end = tl.maximum(tl.minimum(tl.max(b_last, 0) + 1, hi), begin)
+    full_begin = tl.cdiv(tl.maximum(tl.max(b_first, 0), begin), BLOCK_N) * BLOCK_N
+    full_begin = tl.minimum(full_begin, tl.cdiv(end, BLOCK_N) * BLOCK_N)
+    full_end = tl.minimum(tl.min(b_last, 0) + 1, hi) // BLOCK_N * BLOCK_N
+    full_end = tl.maximum(full_end, full_begin)
+    return begin, full_begin, full_end, end
+
+
+@triton.jit
+def image_rows(image_index, image_mask, i_b, o_t, i_k, Tq, K):
+    """Slot of the i_k-th image of each row in the image tensor (int64 [BM]) and whether there is one ([BM]).
+
+    With image_index the image tensor is a pool and the slot is the index into it; without, the slot is i_k itself.
+    """
+    o_ik = (i_b * Tq + o_t) * K + i_k
+    if image_index is not None:
+        o_slot = tl.load(image_index + o_ik).to(tl.int64)
+        m_image = o_slot >= 0
+    else:
+        o_slot = tl.zeros(o_t.shape, tl.int64) + i_k
+        m_image = o_slot >= 0
+        if image_mask is not None:
+            m_image = tl.load(image_mask + o_ik) != 0
+    return o_slot, m_image
+
+
+def image_strides(image: torch.Tensor | None, pooled: bool) -> tuple[int, int, int, int]:
+    """Strides (batch, head, position, slot) by which the kernels address a dense image tensor or a pool."""
+    if image is None:
+        return 0, 0, 0, 0
+    if pooled:
+        return 0, image.stride(0), 0, image.stride(1)
+    return image.stride(0), image.stride(1), image.stride(2), image.stride(3)
+
+
+def unit_stride(x: torch.Tensor | None) -> torch.Tensor | None:
+    """x, copied only if its last dimension is strided: the kernels read rows of contiguous elements."""
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
+def contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
+    """x without gaps: the small tensors (index, mask, biases, first_key, lse) are addressed without strides."""
+    return None if x is None else x.contiguous()
+
+
+def input_precision(dtype: torch.dtype) -> str:
+    """How float32 tile products are computed: tf32 in three terms, since one tf32 term keeps only 11 bits."""
+    return "tf32x3" if dtype == torch.float32 else "ieee"
+
+
+def architecture(device: torch.device) -> int:
+    """Compute capability as one number, 90 for 9.0; under the interpreter that of the oldest supported card."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs the chip runs side by side at the least; 1 under the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

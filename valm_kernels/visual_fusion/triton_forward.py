@@ -1,0 +1,357 @@
+"""Forward of `visual_fusion_attn` in Triton: one pass over a query tile's images and then over its text keys.
+
+For a row (query i of head h), with scores in units of log 2 and a running maximum m:
+
+    t_k = scale q.(image_k_k + image_k_bias) + image_logit_bias      s_j = scale q.k_j
+    l   = sum_k 2^(t_k - m) + sum_j 2^(s_j - m)
+    out = (sum_k 2^(t_k - m) (image_v_k + image_v_bias) + sum_j 2^(s_j - m) v_j) / l,      lse = (m + log2 l) ln 2
+
+The K images of a row belong to that row alone, so their scores are element-wise sums; they enter the softmax first.
+The text keys are shared by all rows of the tile and go through tensor-core products (FlashAttention-2, Dao 2023,
+algorithm 1). image_k_bias adds the same q.image_k_bias to every image score, and image_v_bias is weighted by the sum of
+the image weights, which after the image loop is l: neither bias is ever added to an image vector.
+
+Where too few tiles exist to fill the chip (decoding) the keys are split; each split writes a float32 partial result
+with its own lse, and `_merge_kernel` joins them. Split 0 takes the images.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from valm_kernels.visual_fusion.triton_common import (
+    LN2,
+    LOG2E,
+    architecture,
+    contiguous,
+    image_rows,
+    image_strides,
+    input_precision,
+    key_tile_range,
+    multiprocessors,
+    tile_rows,
+    unit_stride,
+    visible_keys,
+)
+from valm_kernels.visual_fusion.triton_tiles import block_d, tiles_for
+
+# A row's running maximum before its first key. Finite, so that 2^(-inf - m) is 0 and not NaN while no key was seen.
+NO_SCORE = tl.constexpr(-1.0e30)
+
+# Up to this many rows per key-value head (queries x group) the tiles of "decode" are taken.
+DECODE_ROWS = 16
+# Bounds of a split: shorter ones gain less than the merge costs, and the merge reads the splits of a row one by one.
+# Chosen by arithmetic, not yet measured on a card.
+MIN_KEYS_PER_SPLIT = 256
+MAX_SPLITS = 64
+
+
+def key_splits(programs: int, k_len: int, multiprocessors: int) -> int:
+    """Into how many parts the keys are split: as few as give every multiprocessor two programs."""
+    wanted = triton.cdiv(2 * multiprocessors, programs)
+    if programs >= multiprocessors:
+        return 1
+    return max(1, min(wanted, k_len // MIN_KEYS_PER_SPLIT, MAX_SPLITS))
+
+
+@triton.jit
+def _text_tiles(
+    b_acc,
+    b_m,
+    b_l,
+    b_q,
+    p_k,
+    p_v,
+    stride_kn,
+    stride_vn,
+    b_first,
+    b_last,
+    begin,
+    end,
+    Tk,
+    scale_log2,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """Takes the key tiles of [begin, end) into the running softmax. MASKED: some row may not see all their keys."""
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    for i_n in range(begin, end, BLOCK_N):
+        o_n = i_n + tl.arange(0, BLOCK_N)
+        m_n = m_d[None, :]
+        if MASKED:
+            m_n = m_n & (o_n < Tk)[:, None]
+        o_row = o_n.to(tl.int64)[:, None]
+        # [BN, BD]
+        b_k = tl.load(p_k + o_row * stride_kn + o_d[None, :], mask=m_n, other=0.0)
+        # [BM, BN]
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=INPUT_PRECISION) * scale_log2
+        if MASKED:
+            b_s = tl.where((o_n[None, :] >= b_first[:, None]) & (o_n[None, :] <= b_last[:, None]), b_s, float("-inf"))
+        b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
+        b_alpha = tl.exp2(b_m - b_m_new)
+        b_p = tl.exp2(b_s - b_m_new[:, None])
+        b_l = b_l * b_alpha + tl.sum(b_p, 1)
+        b_v = tl.load(p_v + o_row * stride_vn + o_d[None, :], mask=m_n, other=0.0)
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], input_precision=INPUT_PRECISION)
+        b_m = b_m_new
+    return b_acc, b_m, b_l
+
+
+@triton.jit
+def _forward_kernel(
+    q,
+    k,
+    v,
+    image_k,
+    image_v,
+    image_index,
+    image_mask,
+    image_k_bias,
+    image_v_bias,
+    image_logit_bias,
+    first_key,
+    out,
+    lse,
+    stride_q,  # (batch, head, position), as for k and v
+    stride_k,
+    stride_v,
+    stride_ik,  # (batch, head, position, slot)
+    stride_iv,
+    stride_o,  # (split, batch, head, position)
+    Hkv,
+    Tq,
+    Tk,
+    K,
+    keys_per_split,  # a multiple of BLOCK_N
+    scale_log2,
+    D: tl.constexpr,
+    G: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    n_tiles = tl.cdiv(Tq, BLOCK_M // BLOCK_G)
+    i_bh = (tl.program_id(0) // n_tiles).to(tl.int64)
+    i_b, i_h = i_bh // Hkv, i_bh % Hkv
+    # under a causal mask the last tiles are the longest: they start first
+    i_m = n_tiles - 1 - tl.program_id(0) % n_tiles
+    i_s = tl.program_id(1).to(tl.int64)
+
+    o_t, o_h, m_row = tile_rows(i_m * (BLOCK_M // BLOCK_G), i_h, Tq, G, BLOCK_G, BLOCK_M)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    p_q = q + i_b * stride_q[0] + o_h * stride_q[1] + o_t * stride_q[2]
+    # [BM, BD]
+    b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_d[None, :], other=0.0)
+
+    b_m = tl.full([BLOCK_M], NO_SCORE, tl.float32)
+    b_l = tl.zeros([BLOCK_M], tl.float32)
+    b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    if image_k is not None:
+        b_qf = b_q.to(tl.float32)
+        # what all image scores of a row share, [BM]
+        b_t0 = tl.zeros([BLOCK_M], tl.float32)
+        if image_k_bias is not None:
+            b_kb = tl.load(image_k_bias + i_h * D + o_d, mask=m_d, other=0.0).to(tl.float32)
+            b_t0 += tl.sum(b_qf * b_kb[None, :], 1) * scale_log2
+        if image_logit_bias is not None:
+            b_t0 += tl.load(image_logit_bias + o_h).to(tl.float32) * LOG2E
+        p_ik = image_k + i_b * stride_ik[0] + i_h * stride_ik[1] + o_t * stride_ik[2]
+        p_iv = image_v + i_b * stride_iv[0] + i_h * stride_iv[1] + o_t * stride_iv[2]
+        for i_k in range(0, tl.where(i_s == 0, K, 0)):
+            o_slot, m_image = image_rows(image_index, image_mask, i_b, o_t, i_k, Tq, K)
+            m_id = m_image[:, None] & m_d[None, :]
+            # [BM, BD]
+            b_ik = tl.load((p_ik + o_slot * stride_ik[3])[:, None] + o_d[None, :], mask=m_id, other=0.0).to(tl.float32)
+            b_iv = tl.load((p_iv + o_slot * stride_iv[3])[:, None] + o_d[None, :], mask=m_id, other=0.0).to(tl.float32)
+            # [BM]
+            b_t = tl.where(m_image, tl.sum(b_qf * b_ik, 1) * scale_log2 + b_t0, float("-inf"))
+            b_m_new = tl.maximum(b_m, b_t)
+            b_alpha = tl.exp2(b_m - b_m_new)
+            b_p = tl.exp2(b_t - b_m_new)
+            b_l = b_l * b_alpha + b_p
+            b_acc = b_acc * b_alpha[:, None] + b_p[:, None] * b_iv
+            b_m = b_m_new
+        if image_v_bias is not None:
+            b_vb = tl.load(image_v_bias + i_h * D + o_d, mask=m_d, other=0.0).to(tl.float32)
+            b_acc += b_l[:, None] * b_vb[None, :]
+
+    lo = tl.program_id(1) * keys_per_split
+    hi = tl.minimum(lo + keys_per_split, Tk)
+    b_first, b_last = visible_keys(first_key, i_b, o_t, Tq, Tk, CAUSAL)
+    begin, full_begin, full_end, end = key_tile_range(b_first, b_last, lo, hi, BLOCK_N)
+    p_k = k + i_b * stride_k[0] + i_h * stride_k[1]
+    p_v = v + i_b * stride_v[0] + i_h * stride_v[1]
+    # without first_key every row sees the keys from lo on, and only the end needs a mask
+    for i_part in tl.static_range(0 if first_key is not None else 1, 3):
+        b_acc, b_m, b_l = _text_tiles(
+            b_acc,
+            b_m,
+            b_l,
+            b_q,
+            p_k,
+            p_v,
+            stride_k[2],
+            stride_v[2],
+            b_first,
+            b_last,
+            begin if i_part == 0 else (full_begin if i_part == 1 else full_end),
+            tl.minimum(full_begin, end) if i_part == 0 else (full_end if i_part == 1 else end),
+            Tk,
+            scale_log2,
+            D,
+            BLOCK_D,
+            BLOCK_N,
+            i_part != 1,
+            INPUT_PRECISION,
+        )
+
+    # a row that saw nothing: out 0, lse -inf
+    b_seen = b_l > 0.0
+    b_l = tl.where(b_seen, b_l, 1.0)
+    b_acc = b_acc / b_l[:, None]
+    b_lse = tl.where(b_seen, (b_m + tl.log2(b_l)) * LN2, float("-inf"))
+    p_o = out + i_s * stride_o[0] + i_b * stride_o[1] + o_h * stride_o[2] + o_t * stride_o[3]
+    tl.store(p_o[:, None] + o_d[None, :], b_acc.to(out.dtype.element_ty), mask=m_row[:, None] & m_d[None, :])
+    p_l = lse + ((i_s * (tl.num_programs(0) // n_tiles) + i_b * Hkv) * G + o_h) * Tq + o_t
+    tl.store(p_l, b_lse, mask=m_row)
+
+
+@triton.jit
+def _merge_kernel(
+    out_part,  # (splits, rows, D) float32
+    lse_part,  # (splits, rows) float32
+    out,
+    lse,
+    stride_o,  # (batch, head, position)
+    Hq,
+    Tq,
+    n_rows,
+    n_splits,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Joins the splits of one row: each counts with 2^(its lse - the joint lse)."""
+    i_r = tl.program_id(0).to(tl.int64)
+    o_s = tl.arange(0, BLOCK_S)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    b_lses = tl.load(lse_part + o_s * n_rows + i_r, mask=o_s < n_splits, other=float("-inf")) * LOG2E
+    b_m = tl.maximum(tl.max(b_lses, 0), NO_SCORE)
+    b_l = tl.sum(tl.exp2(b_lses - b_m), 0)
+    b_seen = b_l > 0.0
+    b_l = tl.where(b_seen, b_l, 1.0)
+    b_acc = tl.zeros([BLOCK_D], tl.float32)
+    o_part = i_r
+    for _ in range(0, n_splits):
+        b_weight = tl.exp2(tl.load(lse_part + o_part) * LOG2E - b_m)
+        b_acc += b_weight * tl.load(out_part + o_part * D + o_d, mask=m_d, other=0.0)
+        o_part += n_rows
+    b_acc = b_acc / b_l
+    i_b, i_h, i_t = i_r // (Hq * Tq), i_r // Tq % Hq, i_r % Tq
+    p_o = out + i_b * stride_o[0] + i_h * stride_o[1] + i_t * stride_o[2]
+    tl.store(p_o + o_d, b_acc.to(out.dtype.element_ty), mask=m_d)
+    tl.store(lse + i_r, tl.where(b_seen, (b_m + tl.log2(b_l)) * LN2, float("-inf")))
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    image_k: torch.Tensor | None,
+    image_v: torch.Tensor | None,
+    image_index: torch.Tensor | None,
+    image_mask: torch.Tensor | None,
+    image_k_bias: torch.Tensor | None,
+    image_v_bias: torch.Tensor | None,
+    image_logit_bias: torch.Tensor | None,
+    first_key: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out (B, Hq, Tq, D), laid out as q, and lse (B, Hq, Tq) float32, of arguments that api.py has checked."""
+    out = torch.empty_like(q)
+    q, k, v, image_k, image_v = (unit_stride(x) for x in (q, k, v, image_k, image_v))
+    batch, q_heads, q_len, head_dim = q.shape
+    kv_heads, k_len = k.shape[1:3]
+    block_g = triton.next_power_of_2(q_heads // kv_heads)
+    decode = q_len * block_g <= DECODE_ROWS
+    tiles = tiles_for("decode" if decode else "forward", architecture(q.device), head_dim, q.dtype)
+    block_m = max(tiles.block_m, block_g)
+    programs = triton.cdiv(q_len * block_g, block_m) * batch * kv_heads
+    splits = key_splits(programs, k_len, multiprocessors(q.device))
+    keys_per_split = triton.cdiv(triton.cdiv(k_len, splits), tiles.block_n) * tiles.block_n
+    splits = triton.cdiv(k_len, keys_per_split)
+
+    lse = torch.empty(batch, q_heads, q_len, dtype=torch.float32, device=q.device)
+    if splits == 1:
+        out_part, lse_part = out.unsqueeze(0), lse
+    else:
+        out_part = torch.empty(splits, *q.shape, dtype=torch.float32, device=q.device)
+        lse_part = torch.empty(splits, *lse.shape, dtype=torch.float32, device=q.device)
+    with torch.cuda.device_of(q):
+        _forward_kernel[(programs, splits)](
+            q,
+            k,
+            v,
+            image_k,
+            image_v,
+            contiguous(image_index),
+            contiguous(image_mask),
+            contiguous(image_k_bias),
+            contiguous(image_v_bias),
+            contiguous(image_logit_bias),
+            contiguous(first_key),
+            out_part,
+            lse_part,
+            q.stride()[:3],
+            k.stride()[:3],
+            v.stride()[:3],
+            image_strides(image_k, image_index is not None),
+            image_strides(image_v, image_index is not None),
+            out_part.stride()[:4],
+            kv_heads,
+            q_len,
+            k_len,
+            0 if image_k is None else (image_k.shape[3] if image_index is None else image_index.shape[2]),
+            keys_per_split,
+            scale * LOG2E.value,
+            D=head_dim,
+            G=q_heads // kv_heads,
+            CAUSAL=causal,
+            INPUT_PRECISION=input_precision(q.dtype),
+            BLOCK_D=block_d(head_dim),
+            BLOCK_G=block_g,
+            BLOCK_M=block_m,
+            BLOCK_N=tiles.block_n,
+            num_warps=tiles.num_warps,
+            num_stages=tiles.num_stages,
+        )
+        if splits > 1:
+            _merge_kernel[(lse.numel(),)](
+                out_part,
+                lse_part,
+                out,
+                lse,
+                out.stride()[:3],
+                q_heads,
+                q_len,
+                lse.numel(),
+                splits,
+                D=head_dim,
+                BLOCK_D=block_d(head_dim),
+                BLOCK_S=triton.next_power_of_2(splits),
+                num_warps=1,
+            )
+    return out, lse

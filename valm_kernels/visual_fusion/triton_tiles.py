@@ -1,0 +1,28 @@
+"""Tile sizes, warps and pipeline stages of the Triton kernels, by architecture, head dimension and dtype."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """BLOCK_M query rows by BLOCK_N keys, computed by num_warps warps; num_stages loads of tiles in flight."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def block_d(head_dim: int) -> int:
+    """Columns of a tile: the head dimension rounded up to a power of two that tile products accept."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def tiles_for(kernel: str, arch: int, head_dim: int, dtype: torch.dtype) -> Tiles:
+    """The tiles of `kernel` ("forward", "decode", "query", "key") on compute capability `arch`."""
+    return Tiles(64, 64, 4, 2)
