@@ -1,0 +1,161 @@
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.valm.models import tiny_model
+from valm.errors import ValmError
+from valm.evaluation import color
+from valm.evaluation.color import COLORS, PROMPTS, ColorItem, evaluate_color, load_color_terms, load_memory_color
+from valm.tokenizer import clip_tokenizer, prune_tokenizer
+
+TOKENIZER = prune_tokenizer(clip_tokenizer(), [*PROMPTS, " ".join(COLORS), "sea sun cat snow"])
+ITEMS = [
+    ColorItem("sun", "yellow", "the"),
+    ColorItem("sea", "blue", "the"),
+    ColorItem("cat", "black", "a"),
+    ColorItem("snow", "white", ""),
+    ColorItem("polar bear", "white", "a"),
+]
+
+DATA = os.environ.get("VALM_EVAL_DATA")
+needs_data = pytest.mark.skipif(not DATA, reason="VALM_EVAL_DATA does not say where the evaluation sets are")
+
+
+def a_model(**arguments):
+    ids = {"vocab_size": len(TOKENIZER), "bos_token_id": TOKENIZER.bos_token_id, "num_images": 0}
+    return tiny_model(**(ids | arguments))
+
+
+def answering(monkeypatch, score):
+    """Replaces the model: score(prompt, answer) is the log-probability. Returns the texts that were asked."""
+    asked = []
+
+    def log_probs(model, tokenizer, prompts, answers, **arguments):
+        asked.append((prompts, arguments))
+        return torch.tensor([[float(score(prompt, answer)) for answer in answers] for prompt in prompts])
+
+    monkeypatch.setattr(color, "answer_log_probs", log_probs)
+    return asked
+
+
+@needs_data
+def test_memory_color_is_as_published():
+    items = load_memory_color(Path(DATA) / "eval/object_color/memory_color_data.csv")
+    counts = {"white": 25, "green": 19, "yellow": 18, "red": 11, "grey": 8, "brown": 8, "black": 7, "blue": 4}
+    assert Counter(item.color for item in items) == counts | {"purple": 3, "pink": 3, "orange": 3}
+    assert len(items) == 109
+    assert items[1] == ColorItem("ocean", "blue", "the")
+    assert Counter(item.descriptor for item in items)[""] == 54
+
+
+@needs_data
+def test_color_terms_is_as_published():
+    items = load_color_terms(Path(DATA) / "eval/object_color/color-concrete-objects.csv")
+    counts = {"white": 10, "brown": 10, "green": 9, "grey": 6, "black": 6, "yellow": 4, "red": 3, "blue": 2}
+    assert Counter(item.color for item in items) == counts | {"pink": 1, "orange": 1}
+    assert items[1] == ColorItem("banana", "yellow", None)
+
+
+@needs_data
+def test_published_protocol_on_the_real_sets():
+    tokenizer = clip_tokenizer()
+    model = tiny_model(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, num_images=0)
+    terms = load_color_terms(Path(DATA) / "eval/object_color/color-concrete-objects.csv")
+    result = evaluate_color(model, tokenizer, terms, protocol="published")
+    assert len(result.candidates) == 10 and "purple" not in result.candidates
+    assert result.majority == pytest.approx(10 / 52)
+    assert result.accuracy.value * 9 * 52 == pytest.approx(round(result.accuracy.value * 9 * 52))
+    assert result.vote is result.calibrated is result.calibrated_vote is None
+    fair = evaluate_color(model, tokenizer, terms)
+    assert fair.candidates == COLORS
+
+
+def test_all_answers_right_and_all_wrong(monkeypatch):
+    right = {item.item: item.color for item in ITEMS}
+    answering(monkeypatch, lambda prompt, answer: any(n in prompt and c == answer for n, c in right.items()))
+    result = evaluate_color(None, TOKENIZER, ITEMS)
+    assert result.accuracy.value == result.vote.value == result.calibrated.value == result.calibrated_vote.value == 1
+    assert (result.accuracy.low, result.accuracy.high) == (1, 1)
+    assert (result.majority, result.majority_color) == (0.4, "white")
+    assert result.predictions == tuple((item.color,) * 9 for item in ITEMS)
+    answering(monkeypatch, lambda prompt, answer: answer == "purple")
+    assert evaluate_color(None, TOKENIZER, ITEMS).accuracy.value == 0
+
+
+def test_prompts_of_the_two_protocols(monkeypatch):
+    asked = answering(monkeypatch, lambda prompt, answer: 0)
+    items = [
+        ColorItem("banana", "yellow"),
+        ColorItem("fur", "white", "the inside of a"),
+        ColorItem("snow", "white", ""),
+    ]
+    evaluate_color(None, TOKENIZER, items, protocol="published")
+    evaluate_color(None, TOKENIZER, items, protocol="fair")
+    (published, arguments), (fair, fair_arguments) = asked
+    assert published[0] == "Q: What is the color of [DESCRIPTOR] banana? A: It is"
+    assert fair[0] == "Q: What is the color of the banana? A: It is"
+    assert fair[9 + 4] == "The color of the inside of a fur is"
+    assert published[18 + 8] == fair[18 + 8] == "snow usually has the color of"
+    assert (arguments["bos"], fair_arguments["bos"]) == (False, True)
+
+
+def test_calibration_takes_out_a_colour_that_is_always_likely(monkeypatch):
+    right = {item.item: item.color for item in ITEMS}
+
+    def score(prompt, answer):
+        return 5 * (answer == "green") + any(n in prompt and c == answer for n, c in right.items())
+
+    answering(monkeypatch, score)
+    result = evaluate_color(None, TOKENIZER, ITEMS)
+    assert result.accuracy.value == 0
+    assert result.calibrated.value == result.calibrated_vote.value == 1
+
+
+def test_the_vote_is_by_count_and_equal_counts_go_to_the_likelier():
+    scores = np.log(
+        [
+            [[0.9, 0.1], [0.4, 0.6], [0.4, 0.6]],  # two of three for the second, though the first is likelier over all
+            [[0.9, 0.1], [0.4, 0.6], [0.5, 0.5]],
+        ]
+    )
+    assert color._vote(scores).tolist() == [1, 0]
+    assert color._vote(scores[:, :2]).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("protocol", ["published", "fair"])
+def test_with_a_real_model_it_is_reproducible_and_writes_json(protocol):
+    first = evaluate_color(a_model(), TOKENIZER, ITEMS, protocol=protocol)
+    again = evaluate_color(a_model(), TOKENIZER, ITEMS, protocol=protocol, batch_size=3)
+    assert first == again
+    written = json.loads(json.dumps(first.to_json()))
+    assert written["accuracy"]["value"] == first.accuracy.value
+    assert written["items"][0] == {"item": "sun", "color": "yellow", "descriptor": "the"}
+    assert len(written["predictions"]) == 5 and len(written["predictions"][0]) == 9
+
+
+@pytest.mark.parametrize(
+    "items, arguments, message",
+    [
+        ([], {}, "no items"),
+        (ITEMS, {"protocol": "other"}, "protocol must be one of"),
+        (ITEMS, {"prompts": ["the color is"]}, r"has no \[ITEM\]"),
+        ([ColorItem("sea", "turquoise")], {}, "the colour of 'sea' is 'turquoise', expected one of"),
+        ([ColorItem("sea", "turquoise")], {"protocol": "published"}, "pieces for this tokenizer"),
+    ],
+)
+def test_wrong_arguments_are_named(items, arguments, message):
+    with pytest.raises(ValmError, match=message):
+        evaluate_color(a_model(), TOKENIZER, items, **arguments)
+
+
+def test_wrong_files_are_named(tmp_path):
+    with pytest.raises(ValmError, match="cannot read"):
+        load_memory_color(tmp_path / "nothing.csv")
+    (tmp_path / "other.csv").write_text("thing,colour\nsea,blue\n")
+    with pytest.raises(ValmError, match=r"has the columns \['thing', 'colour'\], expected"):
+        load_color_terms(tmp_path / "other.csv")

@@ -1,0 +1,62 @@
+import numpy as np
+import pytest
+import torch
+
+from tests.valm.models import tiny_model
+from valm.errors import ValmError
+from valm.evaluation.scoring import Accuracy, answer_log_probs, answer_pieces
+from valm.tokenizer import clip_tokenizer, prune_tokenizer
+
+TOKENIZER = prune_tokenizer(clip_tokenizer(), ["the color of the sea is blue", "red"])
+
+
+def a_model(**arguments):
+    return tiny_model(vocab_size=len(TOKENIZER), bos_token_id=TOKENIZER.bos_token_id, **({"num_images": 0} | arguments))
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_scores_are_those_of_reading_each_text_alone(bos):
+    model = a_model()
+    prompts = ["the sea is", "the color of the sea is", "red", "the"]
+    answers = ["blue", "red", "bluered", "blur", "blued"]  # one piece and several, some with a common beginning
+    scores = answer_log_probs(model, TOKENIZER, prompts, answers, bos=bos, batch_size=2)
+    lengths = [len(pieces) for pieces in answer_pieces(TOKENIZER, answers)]
+    assert lengths[:2] == [1, 1] and min(lengths[2:]) > 1
+    for i, prompt in enumerate(prompts):
+        for j, answer in enumerate(answers):
+            ids = TOKENIZER(f"{prompt} {answer}", add_special_tokens=bos, return_tensors="pt")["input_ids"]
+            log_probs = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None]).squeeze(1)
+            torch.testing.assert_close(scores[i, j], log_probs[-lengths[j] :].sum(), rtol=1e-5, atol=1e-5)
+
+
+def test_no_batch_size_changes_a_score():
+    prompts = ["the sea is", "red", "blue", "the color of", "red is"]
+    one = answer_log_probs(a_model(), TOKENIZER, prompts, ["blue", "reds"], batch_size=1)
+    all_at_once = answer_log_probs(a_model(), TOKENIZER, prompts, ["blue", "reds"], batch_size=64)
+    torch.testing.assert_close(one, all_at_once, rtol=1e-5, atol=1e-5)
+
+
+def test_empty_texts_and_a_model_without_its_pictures_are_refused():
+    with pytest.raises(ValmError, match="answer '' has no pieces"):
+        answer_log_probs(a_model(), TOKENIZER, ["a"], ["red", ""])
+    with pytest.raises(ValmError, match="prompt '' has no pieces"):
+        answer_log_probs(a_model(), TOKENIZER, [""], ["red"], bos=False)
+    with pytest.raises(ValmError, match="give it a retriever first"):
+        answer_log_probs(a_model(num_images=3), TOKENIZER, ["a"], ["red"])
+
+
+def test_interval_holds_the_true_share_about_95_times_in_100():
+    random = np.random.default_rng(0)
+    held = 0
+    for seed in range(100):
+        accuracy = Accuracy.of(random.random(100) < 0.6, seed)
+        held += accuracy.low <= 0.6 <= accuracy.high
+    assert 88 <= held <= 100
+
+
+def test_prompts_of_an_item_do_not_make_the_interval_narrower():
+    right = np.random.default_rng(0).random(50) < 0.5
+    alone, nine_times = Accuracy.of(right), Accuracy.of(np.repeat(right[:, None], 9, axis=1))
+    assert alone == nine_times
+    assert alone.high - alone.low > 0.2
+    assert str(Accuracy(0.5, 0.25, 0.75)) == "0.500 [0.250, 0.750]"

@@ -1,0 +1,108 @@
+"""What all evaluations share: how likely an answer is after a prompt, and how far few items can be trusted."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from valm.errors import ValmError
+from valm.model import VaLMForCausalLM
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Share of right answers, with the 95 % interval of a bootstrap over items."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, right: np.ndarray, seed: int = 0) -> Accuracy:
+        """right: (items,) or (items, prompts) bool. The prompts of an item are drawn together, being no independent
+        tries."""
+        per_item = right.reshape(len(right), -1).mean(1)
+        draws = np.random.default_rng(seed).multinomial(len(right), np.full(len(right), 1 / len(right)), RESAMPLES)
+        low, high = np.quantile(draws @ per_item / len(right), [0.025, 0.975])
+        return cls(float(per_item.mean()), float(low), float(high))
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def answer_pieces(tokenizer: PreTrainedTokenizerFast, answers: Sequence[str]) -> list[list[int]]:
+    """The ids of each answer as a further word of a text."""
+    before = ":"
+    skip = len(tokenizer(before, add_special_tokens=False)["input_ids"])
+    return [tokenizer(f"{before} {answer}", add_special_tokens=False)["input_ids"][skip:] for answer in answers]
+
+
+@torch.no_grad()
+def answer_log_probs(
+    model: VaLMForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    *,
+    bos: bool = True,
+    batch_size: int = 64,
+    progress: str | None = None,
+) -> torch.Tensor:
+    """log p(answer | prompt), summed over the answer's pieces: (prompts, answers) float32.
+
+    Only texts of equal length share a batch, so there is no padding and no score depends on the batch.
+
+    Args:
+        bos: begin each prompt with SOT, as every document in training does.
+        progress: what the progress bar is called, None for no bar.
+
+    Raises:
+        ValmError: an empty prompt or answer, or a model that sees pictures but was given no retriever.
+    """
+    check_model(model)
+    pieces = answer_pieces(tokenizer, answers)
+    start = [tokenizer.bos_token_id] if bos else []
+    texts = [start + ids for ids in tokenizer(list(prompts), add_special_tokens=False)["input_ids"]]
+    for kind, given, ids in (("prompt", prompts, texts), ("answer", answers, pieces)):
+        if [] in ids:
+            raise ValmError(f"{kind} {given[ids.index([])]!r} has no pieces")
+
+    # Answers that agree up to their last piece are read off the same text: one-piece answers off the prompt itself.
+    by_head = defaultdict(list)
+    for i, ids in enumerate(pieces):
+        by_head[tuple(ids[:-1])].append(i)
+    scores = torch.empty(len(texts), len(answers))
+    with tqdm(total=len(by_head) * len(texts), desc=progress, unit="text", disable=progress is None) as bar:
+        for head, members in by_head.items():
+            ids = torch.tensor([pieces[i] for i in members], device=model.device)  # (answers here, pieces)
+            for rows in _equal_lengths(texts, batch_size):
+                batch = torch.tensor([texts[row] + list(head) for row in rows], device=model.device)
+                logits = model(batch, logits_to_keep=len(head) + 1).logits.float()  # (b, pieces, V)
+                log_probs = logits.log_softmax(-1)[:, torch.arange(len(head) + 1), ids]  # (b, answers here, pieces)
+                scores[torch.tensor(rows)[:, None], torch.tensor(members)] = log_probs.sum(-1).cpu()
+                bar.update(len(rows))
+    return scores
+
+
+def check_model(model: VaLMForCausalLM) -> None:
+    """Raises ValmError for a model whose scores would be taken without the pictures it was trained with."""
+    if model.config.num_images > 0 and not model.has_retriever:
+        raise ValmError(f"this model sees {model.config.num_images} pictures a token: give it a retriever first")
+
+
+def _equal_lengths(texts: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
+    """Numbers of texts, in batches of one length each."""
+    by_length = defaultdict(list)
+    for row, text in enumerate(texts):
+        by_length[len(text)].append(row)
+    for rows in by_length.values():
+        for begin in range(0, len(rows), batch_size):
+            yield rows[begin : begin + batch_size]
