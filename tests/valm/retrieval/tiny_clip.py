@@ -15,10 +15,11 @@ TINY = {
 }
 
 
-def make_clip(tokenizer, seed=0, **text_cfg) -> Clip:
+def make_clip(tokenizer, seed=0, custom_text=False, **text_cfg) -> Clip:
     """A tiny CLIP whose random weights are large enough that every part of the text tower matters."""
     torch.manual_seed(seed)
-    clip = Clip.create({**TINY, "text_cfg": {**TINY["text_cfg"], **text_cfg}}, tokenizer, name="tiny")
+    model_cfg = {**TINY, "custom_text": custom_text, "text_cfg": {**TINY["text_cfg"], **text_cfg}}
+    clip = Clip.create(model_cfg, tokenizer, name="tiny")
     for name, parameter in clip.model.named_parameters():
         if not name.startswith("visual") and parameter.ndim > 1:
             parameter.data.mul_(4)

@@ -1,0 +1,217 @@
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.valm.retrieval.tiny_clip import TEXTS, make_clip
+from valm.retrieval import context
+from valm.retrieval.context import ContextEncoder
+
+# Two units in the last place of float32 at 1. The text tower runs in float64 where two ways of asking for the same
+# query are compared, so nothing but the last rounding may differ.
+TOLERANCE = 2 * 2**-23
+TOKENS = st.integers(0, 47)
+ROWS = st.lists(st.lists(TOKENS, min_size=1, max_size=60), min_size=1, max_size=4)
+fixed = settings(max_examples=40, deadline=None, derandomize=True)
+
+
+@pytest.fixture(scope="module", params=["eot", "state"])
+def encoder(request, clip):
+    return ContextEncoder(clip, query=request.param, dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def pool(clip):
+    """What numbers of a drawn row stand for: words with sentence ends among them, now and then SOT or EOT."""
+    words = clip.tokenizer("".join(TEXTS), add_special_tokens=False)["input_ids"]
+    return [*words[:40], *([clip.tokenizer.bos_token_id, clip.tokenizer.eos_token_id] * 4)]
+
+
+def alone(encoder, row):
+    return encoder(torch.tensor([row]))[0]
+
+
+def close(found, expected):
+    return found.shape == expected.shape and torch.allclose(found, expected, rtol=0, atol=TOLERANCE)
+
+
+@fixed
+@given(rows=ROWS, data=st.data())
+def test_a_query_is_the_same_in_a_padded_batch(encoder, pool, rows, data):
+    rows = [[pool[number] for number in row] for row in rows]
+    length = max(map(len, rows)) + data.draw(st.integers(0, 3))
+    ids = torch.tensor(pool)[torch.arange(len(rows) * length).reshape(len(rows), -1) % len(pool)]
+    mask = torch.zeros(len(rows), length, dtype=torch.int64)
+    before = [data.draw(st.integers(0, length - len(row))) for row in rows]
+    for n, (row, start) in enumerate(zip(rows, before, strict=True)):
+        ids[n, start : start + len(row)] = torch.tensor(row)
+        mask[n, start : start + len(row)] = 1
+    queries = encoder(ids, mask)
+    assert (queries[mask == 0] == 0).all()
+    for n, (row, start) in enumerate(zip(rows, before, strict=True)):
+        assert close(queries[n, start : start + len(row)], alone(encoder, row))
+
+
+@fixed
+@given(row=st.lists(TOKENS, min_size=2, max_size=80), future=st.lists(TOKENS, min_size=1, max_size=20), data=st.data())
+def test_a_query_does_not_depend_on_the_future(encoder, pool, row, future, data):
+    length = data.draw(st.integers(1, len(row) - 1))
+    row, future = ([pool[number] for number in numbers] for numbers in (row, future))
+    whole = alone(encoder, row)
+    assert close(alone(encoder, row[:length]), whole[:length])
+    assert close(alone(encoder, row[:length] + future)[:length], whole[:length])
+
+
+@fixed
+@given(rows=ROWS, data=st.data())
+def test_a_query_is_the_same_step_by_step(encoder, pool, rows, data):
+    """Rows of a batch with paddings between, read in steps of any length, and exchanged as beam search does."""
+    rows = [[pool[number] for number in row] for row in rows]
+    expected = [alone(encoder, row) for row in rows]
+    cache = encoder.new_cache(len(rows))
+    order = list(range(len(rows)))  # which row stands in which place
+    done = [0] * len(rows)
+    while any(done[row] < len(rows[row]) for row in order):
+        width = data.draw(st.sampled_from([1, 1, 1, 2, 7, 30]))
+        ids = torch.full((len(rows), width), pool[0])
+        mask = torch.zeros(len(rows), width, dtype=torch.bool)
+        for place, row in enumerate(order):
+            given = rows[row][done[row] : done[row] + width]
+            ids[place, width - len(given) :] = torch.tensor(given, dtype=torch.int64)
+            mask[place, width - len(given) :] = True
+        queries = encoder.step(ids, cache, mask)
+        for place, row in enumerate(order):
+            assert close(queries[place, mask[place]], expected[row][done[row] : done[row] + width])
+        done = [min(at + width, len(row)) for at, row in zip(done, rows, strict=True)]
+        beam_idx = data.draw(st.permutations(range(len(rows))))
+        order = [order[place] for place in beam_idx]
+        cache.reorder(torch.tensor(beam_idx))
+
+
+def test_beams_that_share_a_past_go_their_own_ways(encoder, pool):
+    start, ends = pool[:25], (pool[25:35], pool[30:40])
+    cache = encoder.new_cache(2)
+    encoder.step(torch.tensor([start, pool[5:30]]), cache)
+    cache.reorder(torch.tensor([0, 0]))
+    for at in range(10):
+        queries = encoder.step(torch.tensor([[end[at]] for end in ends]), cache)
+        for row, end in enumerate(ends):
+            assert close(queries[row, 0], alone(encoder, start + end)[25 + at])
+
+
+def prefixes(clip, words):
+    """SOT, prefix, EOT of every prefix, the empty one first: what open_clip is given."""
+    rows = torch.full((len(words) + 1, clip.context_length), clip.tokenizer.eos_token_id)
+    rows[:, 0] = clip.tokenizer.bos_token_id
+    for length in range(len(words) + 1):
+        rows[length, 1 : 1 + length] = torch.tensor(words[:length])
+    return rows
+
+
+def errors(found, expected):
+    """Largest and root mean square."""
+    difference = found.double() - expected
+    return torch.stack([difference.abs().max(), difference.square().mean().sqrt()])
+
+
+@pytest.mark.parametrize("custom_text", [False, True])
+def test_eot_queries_are_clips_own_features_of_every_prefix(tokenizer, custom_text):
+    pooling = {"pool_type": "eos", "eos_id": tokenizer.eos_token_id} if custom_text else {}
+    clip = make_clip(tokenizer, custom_text=custom_text, **pooling)
+    limit = clip.context_length - 2
+    words = tokenizer(TEXTS[0], add_special_tokens=False)["input_ids"][:limit]
+    rows = prefixes(clip, words)
+
+    def found(dtype):
+        # one segment: it does not end before it is full
+        encoder = ContextEncoder(clip, min_tokens=limit, dtype=dtype)
+        queries = alone(encoder, [tokenizer.bos_token_id, *words, tokenizer.eos_token_id])
+        assert close(queries[-1], queries[-2])  # at EOT: the whole text
+        return queries[:-1]
+
+    with torch.no_grad():
+        expected = copy.deepcopy(clip.model).double().encode_text(rows, normalize=True)
+        assert close(found(torch.float64).double(), expected)
+        for dtype in (torch.float32, torch.bfloat16):
+            eager = copy.deepcopy(clip.model).to(dtype).encode_text(rows, normalize=True)
+            rounding = 2 * torch.finfo(dtype).eps * expected.abs().max()
+            assert (errors(found(dtype), expected) <= 2 * errors(eager, expected) + rounding).all()
+
+
+def test_state_queries_are_the_towers_states(clip, tokenizer):
+    """At EOT the state is CLIP's feature; at any other token that of the tower with the token's position pooled."""
+    words = tokenizer(TEXTS[0], add_special_tokens=False)["input_ids"][:10]
+    row = [tokenizer.bos_token_id, *words, tokenizer.eos_token_id]
+    found = alone(ContextEncoder(clip, query="state", min_tokens=18, dtype=torch.float64), row)
+    model = copy.deepcopy(clip.model).double()
+    rows = prefixes(clip, words)[-1:].expand(len(row), -1)
+    with torch.no_grad():
+        assert close(found[-1:].double(), model.encode_text(rows[:1], normalize=True))
+        model.text_pool_type, model.text_eos_id = "none", None
+        states = torch.nn.functional.normalize(model.encode_text(rows[:1]), dim=-1)[0, : len(row)]
+    assert close(found.double(), states)
+
+
+def test_queries_are_unit_vectors_that_training_may_use(clip, pool):
+    queries = ContextEncoder(clip)(torch.tensor([pool[:30]]))
+    assert torch.allclose(queries.norm(dim=-1), torch.ones(1, 30))
+    assert not queries.requires_grad
+    assert not queries.is_inference()
+
+
+def test_documents_do_not_see_each_other(encoder, clip, pool):
+    sot, eot = clip.tokenizer.bos_token_id, clip.tokenizer.eos_token_id
+    first, second = [sot, *pool[:13], eot], [sot, *pool[20:31], eot]
+    both = alone(encoder, first + second)
+    assert close(both, torch.cat([alone(encoder, first), alone(encoder, second)]))
+    # text without SOT is read as if it had one, after EOT too
+    assert close(alone(encoder, first[1:]), alone(encoder, first)[1:])
+    assert close(alone(encoder, first + second[1:]), torch.cat([both[: len(first)], both[len(first) + 1 :]]))
+
+
+def test_segments_carry_the_last_tokens_over(clip, pool):
+    """The first token after a full segment is read behind the last four of it, and behind nothing else."""
+    encoder = ContextEncoder(clip, min_tokens=18, overlap=4, dtype=torch.float64)
+    words = pool[:30]
+    found = alone(encoder, words)
+    assert close(found[18:20], alone(encoder, words[14:20])[4:])
+    bare = ContextEncoder(clip, min_tokens=18, overlap=0, dtype=torch.float64)
+    assert close(alone(bare, words)[18:20], alone(bare, words[18:20]))
+
+
+def test_segments_are_encoded_together(clip, pool, monkeypatch):
+    """Rows of like length make one call of the tower, and a call has no more tokens than allowed."""
+    encoder = ContextEncoder(clip)
+    calls = []
+    run = encoder.tower.run
+    monkeypatch.setattr(encoder.tower, "run", lambda ids, **options: calls.append(ids.shape) or run(ids, **options))
+    ids = torch.tensor([pool[:9], pool[9:18], pool[18:27], pool[27:36]])
+    together = encoder(ids)
+    assert calls == [(4, 10)]  # SOT and nine tokens
+    monkeypatch.setattr(context, "BUCKET_TOKENS", 20)
+    calls.clear()
+    apart = encoder(ids)
+    assert calls == [(2, 10), (2, 10)]
+    assert torch.allclose(together, apart, atol=1e-4)
+
+
+def test_wrong_arguments(clip, pool):
+    with pytest.raises(ValueError, match="query must be one of 'eot', 'state', got 'mean'"):
+        ContextEncoder(clip, query="mean")
+    with pytest.raises(ValueError, match="overlap must be from 0 to 17"):
+        ContextEncoder(clip, overlap=18)
+    with pytest.raises(ValueError, match="min_tokens must be at least 1"):
+        ContextEncoder(clip, min_tokens=0)
+    encoder = ContextEncoder(clip)
+    for wrong in (torch.zeros(3, dtype=torch.int64), torch.zeros(1, 3)):
+        with pytest.raises(ValueError, match=r"input_ids must be \(B, T\) int64"):
+            encoder(wrong)
+    with pytest.raises(ValueError, match=r"attention_mask must have the shape of input_ids \(1, 3\), got \(1, 2\)"):
+        encoder(torch.zeros(1, 3, dtype=torch.int64), torch.ones(1, 2))
+    with pytest.raises(ValueError, match="input_ids has -1, but the CLIP tiny has 589 pieces"):
+        encoder(torch.tensor([[1, -1]]))
+    assert encoder(torch.tensor([[1, -1]]), torch.tensor([[1, 0]])).shape == (1, 2, 16)  # padding may be anything
+    with pytest.raises(ValueError, match="input_ids has 2 rows, the cache 1"):
+        encoder.step(torch.zeros(2, 3, dtype=torch.int64), encoder.new_cache(1))

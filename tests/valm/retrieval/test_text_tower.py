@@ -1,0 +1,55 @@
+import pytest
+import torch
+
+from tests.valm.retrieval.tiny_clip import TINY, make_clip
+from valm.errors import ValmError
+from valm.retrieval.clip import Clip
+from valm.retrieval.text_tower import TextTower
+
+
+def refusal(clip):
+    with pytest.raises(ValmError, match=r"the CLIP .* cannot give context queries: ") as caught:
+        TextTower(clip, torch.float32)
+    return str(caught.value).partition(": ")[2]
+
+
+def custom(tokenizer, **text_cfg):
+    return Clip.create({**TINY, "custom_text": True, "text_cfg": {**TINY["text_cfg"], **text_cfg}}, tokenizer)
+
+
+def test_towers_that_look_ahead_or_pool_elsewhere_are_refused(tokenizer):
+    assert "bidirectional" in refusal(custom(tokenizer, no_causal_mask=True))
+    assert "class token" in refusal(custom(tokenizer, embed_cls=True))
+    assert "pooled by 'last'" in refusal(custom(tokenizer, pool_type="last"))
+    assert "CustomResidualAttentionBlock" in refusal(custom(tokenizer, qk_norm=True))
+
+
+def test_hugging_face_towers_are_refused(tokenizer):
+    clip = make_clip(tokenizer)
+    # open_clip's wrapper downloads a model to build itself, so only its type is made here
+    from open_clip.hf_model import HFTextEncoder
+
+    clip.model.text = HFTextEncoder.__new__(HFTextEncoder)
+    torch.nn.Module.__init__(clip.model.text)
+    assert "Hugging Face encoder" in refusal(clip)
+
+
+def test_projections(tokenizer):
+    """A linear map with a bias, and none at all: as open_clip applies them."""
+    for options in ({"proj_bias": True}, {"proj_type": "none", "width": 16}):
+        clip = custom(tokenizer, **options)
+        if options.get("proj_bias"):
+            torch.nn.init.normal_(clip.model.text.text_projection.bias)
+        ids = clip.token_ids(["a red apple"])
+        tower = TextTower(clip, torch.float32)
+        states, _ = tower.run(ids, eot_stream=False)
+        eot = ids[0].tolist().index(clip.tokenizer.eos_token_id)
+        torch.testing.assert_close(tower.project(states[0, eot : eot + 1]), clip.encode_texts(["a red apple"]))
+
+
+def test_the_clip_itself_is_not_changed(clip):
+    before = clip.model.token_embedding.weight.dtype
+    tower = TextTower(clip, torch.bfloat16)
+    assert tower.embedding.weight.dtype == tower.positions.dtype == torch.bfloat16
+    assert clip.model.token_embedding.weight.dtype == before == torch.float32
+    assert TextTower(clip, torch.float32).embedding.weight is clip.model.token_embedding.weight

@@ -1,0 +1,131 @@
+"""open_clip's causal text tower, run on two streams at once and on keys and values kept from before."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from open_clip.hf_model import HFTextEncoder
+from open_clip.transformer import ResidualAttentionBlock
+from torch import Tensor
+
+from valm.errors import ValmError
+from valm.retrieval.clip import Clip
+from valm_kernels import visual_fusion_attn
+
+KeyValues = list[tuple[Tensor, Tensor]]  # of each layer: keys and values (N, H, T, D)
+
+
+class TextTower:
+    """The text tower of `clip` in `dtype`, its last projection in float32 at least.
+
+    Any open_clip text transformer whose feature is the state at EOT under a causal mask will do. Refused, with
+    ValmError, are towers that would see later tokens (bidirectional ones: SigLIP, CLIPA, most MobileCLIPs, Hugging
+    Face encoders), those that pool elsewhere (CoCa's class token after the text), and blocks other than the
+    standard pre-LN one.
+    """
+
+    def __init__(self, clip: Clip, dtype: torch.dtype):
+        tower = getattr(clip.model, "text", clip.model)
+        _check(tower, clip.name)
+        pieces = torch.nn.ModuleDict(
+            {"embedding": tower.token_embedding, "blocks": tower.transformer.resblocks, "norm": tower.ln_final}
+        )
+        if next(pieces.parameters()).dtype != dtype:
+            pieces = copy.deepcopy(pieces).to(dtype)
+        self.embedding: torch.nn.Embedding = pieces["embedding"]
+        self.blocks: torch.nn.ModuleList = pieces["blocks"]
+        self.norm = pieces["norm"]
+        self.positions = tower.positional_embedding.to(dtype)  # (context_length, W)
+        self.wide = torch.promote_types(dtype, torch.float32)
+        projection = tower.text_projection
+        if isinstance(projection, torch.nn.Linear):  # some towers have one, with a bias
+            self.projection, self.projection_bias = projection.weight.T.to(self.wide), projection.bias.to(self.wide)
+        else:
+            self.projection = None if projection is None else projection.to(self.wide)  # (W, E)
+            self.projection_bias = None
+        self.eot = clip.tokenizer.eos_token_id
+        self.heads = self.blocks[0].attn.num_heads
+        self.head_dim = self.blocks[0].attn.head_dim
+
+    def run(
+        self, ids: Tensor, *, eot_stream: bool, start: Tensor | None = None, past: KeyValues | None = None
+    ) -> tuple[Tensor, KeyValues]:
+        """Final hidden states of N rows of tokens, before the last LayerNorm.
+
+        ids: (N, T) int64, filled up on the right with any id.
+        eot_stream: False gives the state of each token. True gives, for each token, the state of an EOT put
+            right after it: a second stream of EOTs runs along, and the one after position t sees the text up to
+            t and itself, through `visual_fusion_attn` with its own key as the one "image".
+        start: (N,) int64, how many tokens of each row came before; past: their keys and values (N, H, P, D), P the
+            largest start, those of a row with fewer in the last places (in any order: positions are in them).
+        Returns states (N, T, W) and the keys and values of the tokens given.
+        """
+        rows, length = ids.shape
+        positions = torch.arange(length, device=ids.device)
+        first_key = None
+        if start is not None:
+            positions = positions + start[:, None]
+            longest = past[0][0].shape[2]
+            # where all rows are equally long the argument would only cost time
+            if (start != longest).any():
+                first_key = (longest - start).int()[:, None].expand(rows, length)
+        limit = len(self.positions) - 1  # beyond it there is only filling
+        hidden = self.embedding(ids) + self.positions[positions.clamp(max=limit)]  # (N, T, W)
+        if eot_stream:
+            ends = self.embedding.weight[self.eot] + self.positions[(positions + 1).clamp(max=limit)]
+            hidden = torch.cat([hidden, ends.expand_as(hidden)])  # (2N, T, W)
+
+        present = []
+        for layer, block in enumerate(self.blocks):
+            attention = block.attn
+            projected = F.linear(block.ln_1(hidden), attention.in_proj_weight, attention.in_proj_bias)
+            # (3, N or 2N, H, T, D)
+            q, k, v = projected.unflatten(-1, (3, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+            present.append((k[:rows], v[:rows]))
+            keys, values = present[-1]
+            if past is not None:
+                keys, values = (torch.cat(both, 2) for both in zip(past[layer], present[-1], strict=True))
+            mixed = []
+            text_is_needed = not (eot_stream and block is self.blocks[-1])
+            if text_is_needed:
+                mixed.append(visual_fusion_attn(q[:rows], keys, values, None, None, first_key=first_key))
+            if eot_stream:
+                own_k, own_v = k[rows:].unsqueeze(3), v[rows:].unsqueeze(3)  # (N, H, T, 1, D)
+                mixed.append(visual_fusion_attn(q[rows:], keys, values, own_k, own_v, first_key=first_key))
+            if not text_is_needed:
+                hidden = hidden[rows:]
+            mixed = torch.cat(mixed) if len(mixed) > 1 else mixed[0]
+            hidden = hidden + block.ls_1(attention.out_proj(mixed.transpose(1, 2).flatten(2)))
+            hidden = hidden + block.ls_2(block.mlp(block.ln_2(hidden)))
+        return hidden, present
+
+    def project(self, states: Tensor) -> Tensor:
+        """Text features (n, E) float32, L2-normalised, of final hidden states (n, W)."""
+        features = self.norm(states).to(self.wide)
+        if self.projection is not None:
+            features = features @ self.projection
+        if self.projection_bias is not None:
+            features = features + self.projection_bias
+        return F.normalize(features, dim=-1).float()
+
+
+def _check(tower: torch.nn.Module, name: str) -> None:
+    """Raises ValmError for a text tower that cannot give queries, with the reason."""
+
+    def refuse(reason: str) -> ValmError:
+        return ValmError(f"the CLIP {name} cannot give context queries: {reason}")
+
+    if isinstance(tower, HFTextEncoder):
+        raise refuse("its text tower is a Hugging Face encoder, in which a token sees those after it")
+    if tower.attn_mask is None:
+        raise refuse("its text tower is bidirectional, a token sees those after it")
+    if getattr(tower, "cls_emb", None) is not None:
+        raise refuse("its text feature is the state of a class token after the text, not of EOT")
+    pool_type = tower.text_pool_type if hasattr(tower, "text_pool_type") else tower.pool_type
+    if pool_type not in ("argmax", "eos"):
+        raise refuse(f"its text feature is pooled by {pool_type!r}, not at EOT")
+    for block in tower.transformer.resblocks:
+        if type(block) is not ResidualAttentionBlock:
+            raise refuse(f"its text tower has blocks of type {type(block).__name__}, not the standard one")
