@@ -1,7 +1,10 @@
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.valm.retrieval.tiny_clip import TEXTS, make_clip
 from valm.retrieval.clip import Clip
+from valm.retrieval.knowledge_base import build_from_folder
 from valm.tokenizer import clip_tokenizer, prune_tokenizer
 
 
@@ -13,3 +16,19 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def clip(tokenizer) -> Clip:
     return make_clip(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def make_kb(clip, tmp_path_factory):
+    """Knowledge bases of pictures of one colour each, so that their vectors differ clearly."""
+
+    def make(count):
+        folder = tmp_path_factory.mktemp("colours")
+        generator = np.random.default_rng(0)
+        for index in range(count):
+            colour = tuple(generator.integers(0, 256, 3).tolist())
+            Image.new("RGB", (32, 32), colour).save(folder / f"{index:04d}.png")
+        out = tmp_path_factory.mktemp("kb")
+        return build_from_folder(folder, out, clip, shard_size=max(1, count // 2), progress=False)
+
+    return make

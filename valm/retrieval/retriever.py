@@ -1,0 +1,87 @@
+"""From token ids to pictures: a query per token, the K nearest of the knowledge base, each vector once."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from valm.errors import ValmError
+from valm.retrieval.context import ContextCache, ContextEncoder
+from valm.retrieval.knowledge_base import ImageKnowledgeBase
+from valm.retrieval.shards import Item
+from valm_kernels import FlatIPIndex
+
+
+class Retrieved(NamedTuple):
+    """The pictures of a batch of tokens, as `visual_fusion_attn` takes them in its pooled layout.
+
+    image_pool: (U, E) float32, the vectors of all pictures of the batch, each once.
+    image_index: (B, T, K) int64, the K pictures of each token as rows of the pool, best first; -1 = none.
+    image_ids: (U,) int64, which picture of the knowledge base each row of the pool is.
+    scores: (B, T, K) float32, inner product of query and picture; -inf = none.
+    """
+
+    image_pool: Tensor
+    image_index: Tensor
+    image_ids: Tensor
+    scores: Tensor
+
+
+class Retriever:
+    """Finds the `k` pictures of `kb` nearest to the context query of every token, exactly.
+
+    Raises ValmError where the knowledge base was built with another CLIP than the encoder's, or has fewer than `k`
+    pictures.
+    """
+
+    def __init__(self, encoder: ContextEncoder, kb: ImageKnowledgeBase, k: int):
+        kb.check_encoder(encoder.clip)
+        if not 1 <= k <= len(kb):
+            raise ValmError(f"k must be from 1 to the {len(kb)} pictures of {kb.path}, got {k}")
+        self.encoder = encoder
+        self.kb = kb
+        self.k = k
+        self.index = FlatIPIndex(kb.vectors(), device=encoder.clip.device)
+
+    @property
+    def dim(self) -> int:
+        """E, the width of the vectors."""
+        return self.kb.dim
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Retrieved:
+        """Pictures for every token of a batch; arguments and errors as in `ContextEncoder.__call__`."""
+        return self._pooled(*self.nearest(self.encoder(input_ids, attention_mask)))
+
+    def start(self, batch: int) -> ContextCache:
+        """The state that `step` goes on from, for `batch` rows of text; it has `reorder(beam_idx)`."""
+        return self.encoder.new_cache(batch)
+
+    def step(self, input_ids: Tensor, state: ContextCache, attention_mask: Tensor | None = None) -> Retrieved:
+        """Pictures for the next tokens (B, T) of each row; what came before is in `state`."""
+        return self._pooled(*self.nearest(self.encoder.step(input_ids, state, attention_mask)))
+
+    def nearest(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids in the knowledge base (..., K) int64 and scores (..., K) float32 for queries (..., E).
+
+        A query of zeros, which is padding, has none: ids -1 and scores -inf.
+        """
+        shape = (*queries.shape[:-1], self.k)
+        ids = torch.full(shape, -1, dtype=torch.int64, device=queries.device)
+        scores = torch.full(shape, -torch.inf, device=queries.device)
+        asked = queries.any(-1)
+        scores[asked], ids[asked] = self.index.search(queries[asked], self.k)
+        return ids, scores
+
+    def search(self, text: str, k: int) -> list[tuple[float, Item]]:
+        """The `k` pictures nearest to CLIP's own feature of `text`, with their scores, best first."""
+        scores, ids = self.index.search(self.encoder.clip.encode_texts([text]), min(k, len(self.kb)))
+        return [(score, self.kb.item(id)) for score, id in zip(scores[0].tolist(), ids[0].tolist(), strict=True)]
+
+    def _pooled(self, ids: Tensor, scores: Tensor) -> Retrieved:
+        image_ids, image_index = torch.unique(ids, return_inverse=True)
+        if len(image_ids) and image_ids[0] == -1:  # ascending, so "none" comes first
+            image_ids, image_index = image_ids[1:], image_index - 1
+        vectors = torch.from_numpy(self.kb.gather(image_ids.cpu().numpy()))
+        return Retrieved(vectors.to(ids.device, torch.float32), image_index, image_ids, scores)
