@@ -67,9 +67,7 @@ class CorpusRetrieval:
     def check_knowledge_base(self, kb: ImageKnowledgeBase) -> None:
         """Raises ValmError where the image ids are not those of `kb`."""
         if self.manifest["knowledge_base"] != kb.fingerprint:
-            raise ValmError(
-                f"the retrieval {self.path} was done with another knowledge base than {kb.path}; do it again"
-            )
+            raise ValmError(f"{self.path} was retrieved from another knowledge base than {kb.path}; do it again")
 
     def _load(self, name: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
         try:
