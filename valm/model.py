@@ -228,6 +228,8 @@ class VaLMForCausalLM(VaLMPreTrainedModel, GenerationMixin):
         if position_ids is None:
             past = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(past, past + input_ids.shape[1], device=input_ids.device) - first_key
+            if present is not None:
+                position_ids = position_ids.masked_fill(~present, 0)
         if position_ids.device.type == "cpu" and int(position_ids.max()) >= config.n_positions:
             raise ValueError(
                 f"input_ids has a document of at least {int(position_ids.max()) + 1} tokens, "

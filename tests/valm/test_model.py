@@ -165,6 +165,9 @@ def test_packed_documents_do_not_see_each_other(attention):
 
 def test_packed_documents_may_be_longer_than_the_positions_together(model):
     assert model(random_ids(1, 20).repeat(1, 3)).logits.shape == (1, 60, VOCAB)
+    padded = torch.cat([random_ids(1, 20), torch.full((1, 40), EOS)], 1)
+    logits = model(padded, torch.arange(60)[None] < 20).logits
+    close(logits[:, :20], model(padded[:, :20]).logits)
     with pytest.raises(ValueError, match="a document of at least 33 tokens"):
         model(random_ids(1, 33))
 
