@@ -48,11 +48,13 @@ class Clip:
         tokenizer: PreTrainedTokenizerFast,
         model_cfg: dict[str, Any],
         name: str = "clip",
+        source: str | None = None,
     ):
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.model_cfg = model_cfg
         self.name = name
+        self.source = source  # what `load` finds it by: set by `load` and `save`
         self.transform = image_transform_v2(PreprocessCfg(**self._preprocess_cfg()), is_train=False)
         self._check_tokenizer()
 
@@ -117,7 +119,7 @@ class Clip:
         tokenizer = _default_tokenizer(model_cfg, source)
         with _load_errors(source):
             model = open_clip.create_model(model_name, weights, device=device)
-        return cls(model, tokenizer, model_cfg, source)
+        return cls(model, tokenizer, model_cfg, name=source, source=source)
 
     @classmethod
     def _load_folder(cls, folder: Path, device: str | torch.device) -> Clip:
@@ -132,7 +134,7 @@ class Clip:
             else:
                 tokenizer = _default_tokenizer(config["model_cfg"], str(folder))
             model = open_clip.create_model(f"local-dir:{folder}", device=device)
-        return cls(model, tokenizer, config["model_cfg"], config.get("name", folder.resolve().name))
+        return cls(model, tokenizer, config["model_cfg"], config.get("name", folder.resolve().name), str(folder))
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes open_clip's own folder format and the tokenizer; `open_clip.create_model("local-dir:FOLDER")`
@@ -144,6 +146,7 @@ class Clip:
         self.tokenizer.save_pretrained(folder)
         config = {"name": self.name, "model_cfg": self.model_cfg, "preprocess_cfg": self._preprocess_cfg()}
         write_json(folder / CONFIG_FILE, config)
+        self.source = str(folder)
 
     @torch.no_grad()
     def encode_images(self, images: list[Image.Image] | torch.Tensor) -> torch.Tensor:

@@ -134,6 +134,21 @@ class ImageKnowledgeBase:
                 f"or build the knowledge base again"
             )
 
+    def load_clip(self, source: str | os.PathLike | None = None) -> Clip:
+        """The CLIP that encoded the pictures, from where it was then, or from `source` (see `Clip.load`).
+
+        Raises ValmError where it is not there or is another one.
+        """
+        if source is None:
+            source = self.manifest["clip"]["source"]
+            if source is None:
+                raise ValmError(f"the knowledge base {self.path} does not say where its CLIP is: give its folder")
+            if (self.path / source).is_dir():
+                source = self.path / source
+        clip = Clip.load(source)
+        self.check_encoder(clip)
+        return clip
+
     def verify(self, *, progress: bool = True) -> list[str]:
         """Reads every file and returns the names of those whose content is not what was written."""
         files = tqdm(_files(self.manifest), desc="verify", unit=" files", disable=not progress)
@@ -211,7 +226,7 @@ def build_from_folder(
         "shard_size": shard_size,
         "thumbnails": thumbnails,
     }
-    writer = KnowledgeBaseWriter(out, plan, {"name": clip.name, "weights_hash": clip.weights_hash}, clip.embed_dim)
+    writer = KnowledgeBaseWriter(out, plan, _clip_entry(clip, out), clip.embed_dim)
     if not writer.finished:
         pieces = [records[start : start + shard_size] for start in range(0, len(records), shard_size)]
         done = sum(map(len, pieces[: writer.pieces_done]))
@@ -220,6 +235,14 @@ def build_from_folder(
                 writer.add_piece(encode_records(piece, clip, batch_size, thumbnails, workers, bar))
         writer.finish()
     return ImageKnowledgeBase.open(out)
+
+
+def _clip_entry(clip: Clip, out: str | os.PathLike) -> dict[str, str | None]:
+    """What the manifest says of the encoder; a folder is named from `out`, so that the two can be moved together."""
+    source = clip.source
+    if source is not None and Path(source).is_dir():
+        source = Path(os.path.relpath(source, out)).as_posix()
+    return {"name": clip.name, "weights_hash": clip.weights_hash, "source": source}
 
 
 def _files(manifest: dict[str, Any]) -> list[dict[str, Any]]:

@@ -81,13 +81,13 @@ class KnowledgeBaseWriter:
 
     out: folder to write; new, empty, or holding the unfinished build of the same plan.
     plan: everything the result depends on, as JSON: a build goes on only under the plan it was begun with.
-    clip: name and weights hash of the encoder; dim: width of its vectors.
+    clip: name, weights hash and source of the encoder; dim: width of its vectors.
 
     `pieces_done` says how many pieces of the source are on disk already.
     Raises ValmError where `out` holds something else or cannot be written.
     """
 
-    def __init__(self, out: str | os.PathLike, plan: dict[str, Any], clip: dict[str, str], dim: int):
+    def __init__(self, out: str | os.PathLike, plan: dict[str, Any], clip: dict[str, str | None], dim: int):
         self.out = writable_folder(out)
         self.plan = plan
         self.clip = clip

@@ -186,6 +186,25 @@ def test_encoder_check(kb, clip, tokenizer):
         kb.check_encoder(make_clip(tokenizer, seed=1))
 
 
+def test_the_clip_is_found_again(kb, folder, clip, tokenizer, tmp_path):
+    saved = make_clip(tokenizer)
+    with pytest.raises(ValmError, match="does not say where its CLIP is"):
+        build(folder, tmp_path / "unsaved", saved).load_clip()
+    saved.save(tmp_path / "one" / "clip")
+    built = build(folder, tmp_path / "one" / "kb", saved)
+    assert built.load_clip().weights_hash == clip.weights_hash
+    assert kb.load_clip(tmp_path / "one" / "clip").weights_hash == clip.weights_hash
+    (tmp_path / "one").rename(tmp_path / "moved")
+    moved = ImageKnowledgeBase.open(tmp_path / "moved" / "kb")
+    assert moved.load_clip().weights_hash == clip.weights_hash
+    make_clip(tokenizer, seed=1).save(tmp_path / "moved" / "clip")
+    with pytest.raises(ValmError, match="was built with the CLIP tiny"):
+        moved.load_clip()
+    (tmp_path / "moved" / "clip").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValmError, match="no CLIP at"):
+        moved.load_clip()
+
+
 @pytest.fixture
 def copied(kb, tmp_path):
     for name, content in contents(kb.path).items():
