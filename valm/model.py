@@ -12,7 +12,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block, GPT2PreTrainedModel
 
 from valm.config import ValmConfig
+from valm.errors import ValmError
 from valm.fusion import VisualFusionAttention, VisualFusionBlock
+from valm.retrieval.context import ContextCache
+from valm.retrieval.retriever import BlindRetriever, Retriever
 
 
 class VaLMCache(DynamicCache):
@@ -21,7 +24,7 @@ class VaLMCache(DynamicCache):
     def __init__(self):
         super().__init__()
         self.first_key: Tensor | None = None  # (B,) int32, the first key of the document being read
-        self.retrieval = None  # the retriever's own state, moved along with the beams
+        self.retrieval: ContextCache | None = None  # the retriever's state, moved along with the beams
 
     is_croppable = False
 
@@ -148,7 +151,7 @@ class VaLMForCausalLM(VaLMPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.transformer = VaLMModel(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self._retriever = None
+        self._retriever: Retriever | BlindRetriever | None = None
         self.post_init()
 
     @classmethod
@@ -169,25 +172,28 @@ class VaLMForCausalLM(VaLMPreTrainedModel, GenerationMixin):
         return model
 
     @property
-    def has_retriever(self) -> bool:
-        """Whether the model finds its pictures itself."""
-        return self._retriever is not None
+    def retriever(self) -> Retriever | BlindRetriever | None:
+        """What finds the pictures where none are given to `forward`."""
+        return self._retriever
 
-    def set_retriever(self, retriever) -> None:
-        """Let `retriever` (a `valm.retrieval.retriever.Retriever`, or None) find the pictures of every token.
+    def set_retriever(self, retriever: Retriever | BlindRetriever | None) -> None:
+        """Let `retriever` find the pictures of every token; a blind model takes a `BlindRetriever`. None: no longer.
 
         Raises:
-            ValueError: it finds another number of pictures, or vectors of another dimension, than the model takes.
+            ValmError: it finds other pictures than the model takes: blind or not, how many, of which dimension.
         """
         if retriever is not None:
-            for name, found, expected in (
-                ("k", retriever.k, self.config.num_images),
-                ("dim", retriever.dim, self.config.image_dim),
-            ):
-                if found != expected:
-                    raise ValueError(
-                        f"retriever.{name} is {found}, but this model was made for {expected} "
-                        f"({'num_images' if name == 'k' else 'image_dim'} in its config)"
+            config = self.config
+            if config.blind != isinstance(retriever, BlindRetriever):
+                kind = "a BlindRetriever" if config.blind else "a Retriever"
+                raise ValmError(
+                    f"this model needs {kind} (blind={config.blind} in its config), got a {type(retriever).__name__}"
+                )
+            for name, found, option in (("k", retriever.k, "num_images"), ("dim", retriever.dim, "image_dim")):
+                if found != getattr(config, option):
+                    raise ValmError(
+                        f"retriever.{name} is {found}, but this model was made for {getattr(config, option)} "
+                        f"({option} in its config)"
                     )
         self._retriever = retriever
 
@@ -316,7 +322,8 @@ class VaLMForCausalLM(VaLMPreTrainedModel, GenerationMixin):
         else:
             if cache.retrieval is None:
                 cache.retrieval = self._retriever.start(input_ids.shape[0])
-            found = self._retriever.step(input_ids, cache.retrieval)
+            new_mask = attention_mask[:, -input_ids.shape[1] :] if attention_mask is not None else None
+            found = self._retriever.step(input_ids, cache.retrieval, new_mask)
         return found.image_pool.to(input_ids.device), found.image_index.to(input_ids.device)
 
     def _check_images(

@@ -1,11 +1,11 @@
-from types import SimpleNamespace
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from tests.valm.models import BOS, EOS, VOCAB, random_ids, random_images, tiny_config, tiny_model
+from valm.errors import ValmError
 from valm.model import VaLMCache, VaLMForCausalLM
+from valm.retrieval.retriever import Retrieved
 
 
 def close(actual, expected):
@@ -25,7 +25,7 @@ class HashRetriever:
         before = torch.cat([previous[:, None], ids[:, :-1]], 1)
         before = before.masked_fill(ids == BOS, 0)
         index = (ids * 7 + before * 3)[..., None] + torch.arange(self.k)
-        return SimpleNamespace(image_pool=self.pool, image_index=index % self.size)
+        return Retrieved(self.pool, index % self.size, torch.arange(self.size), torch.zeros(index.shape))
 
     def __call__(self, ids, attention_mask=None):
         return self._find(ids, torch.zeros_like(ids[:, 0]))
@@ -33,7 +33,7 @@ class HashRetriever:
     def start(self, batch):
         return HashState(torch.zeros(batch, dtype=torch.int64))
 
-    def step(self, ids, state):
+    def step(self, ids, state, attention_mask=None):
         found = self._find(ids, state.previous)
         state.previous = ids[:, -1]
         return found
@@ -326,5 +326,5 @@ def test_gpt2_refuses_pictures_and_a_foreign_cache_is_refused(model):
 def test_a_retriever_that_does_not_fit_is_refused(model, name, value):
     retriever = HashRetriever()
     setattr(retriever, name, value)
-    with pytest.raises(ValueError, match=rf"retriever.{name} is {value}, but this model was made for"):
+    with pytest.raises(ValmError, match=rf"retriever.{name} is {value}, but this model was made for"):
         model.set_retriever(retriever)

@@ -94,7 +94,7 @@ def answer_log_probs(
 
 def check_model(model: VaLMForCausalLM) -> None:
     """Raises ValmError for a model whose scores would be taken without the pictures it was trained with."""
-    if model.config.num_images > 0 and not model.has_retriever:
+    if model.config.num_images > 0 and model.retriever is None:
         raise ValmError(f"this model sees {model.config.num_images} pictures a token: give it a retriever first")
 
 

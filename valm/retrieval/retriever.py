@@ -85,3 +85,42 @@ class Retriever:
             image_ids, image_index = image_ids[1:], image_index - 1
         vectors = torch.from_numpy(self.kb.gather(image_ids.cpu().numpy()))
         return Retrieved(vectors.to(ids.device, torch.float32), image_index, image_ids, scores)
+
+
+class BlindRetriever:
+    """Blind-VaLM (Ontalvilla et al. 2024): the query of a token is itself its one "picture", and nothing is searched.
+
+    Used as a `Retriever` is; image_ids are all -1, as no knowledge base has these pictures.
+    """
+
+    k = 1
+
+    def __init__(self, encoder: ContextEncoder):
+        self.encoder = encoder
+
+    @property
+    def dim(self) -> int:
+        """E, the width of the queries."""
+        return self.encoder.clip.embed_dim
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Retrieved:
+        """The query of every token of a batch; arguments and errors as in `ContextEncoder.__call__`."""
+        return self._pooled(self.encoder(input_ids, attention_mask))
+
+    def start(self, batch: int) -> ContextCache:
+        """The state that `step` goes on from, for `batch` rows of text; it has `reorder(beam_idx)`."""
+        return self.encoder.new_cache(batch)
+
+    def step(self, input_ids: Tensor, state: ContextCache, attention_mask: Tensor | None = None) -> Retrieved:
+        """The queries of the next tokens (B, T) of each row; what came before is in `state`."""
+        return self._pooled(self.encoder.step(input_ids, state, attention_mask))
+
+    @staticmethod
+    def _pooled(queries: Tensor) -> Retrieved:
+        asked = queries.any(-1)  # (B, T): padding has a query of zeros
+        pool = queries[asked]  # (U, E)
+        index = torch.full(asked.shape, -1, device=queries.device)
+        index[asked] = torch.arange(len(pool), device=queries.device)
+        ones = torch.ones(asked.shape, device=queries.device)  # a normalised query and itself
+        scores = ones.masked_fill(~asked, -torch.inf)
+        return Retrieved(pool, index[..., None], torch.full((len(pool),), -1, device=queries.device), scores[..., None])

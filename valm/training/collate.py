@@ -10,10 +10,8 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from valm.errors import ValmError
+from valm.retrieval.cache import NO_IMAGE
 from valm.retrieval.knowledge_base import ImageKnowledgeBase
-
-# What stands in a document's image_ids where fewer than K pictures were found; ids are stored as uint32.
-NO_IMAGE = 2**32 - 1
 
 # What PyTorch's cross entropy leaves out.
 IGNORED = -100

@@ -15,6 +15,7 @@ from valm.checkpoint import save_checkpoint
 from valm.errors import ValmError
 from valm.files import writable_folder
 from valm.model import VaLMForCausalLM
+from valm.retrieval.cache import CorpusRetrieval
 from valm.retrieval.knowledge_base import ImageKnowledgeBase
 from valm.training.collate import Collator
 
@@ -137,12 +138,14 @@ def _check(
         raise ValmError(f"the tokenizer has {len(tokenizer)} pieces, but the model's vocab_size is {config.vocab_size}")
     if kb is not None and config.num_images == 0:
         raise ValmError("a model with num_images = 0 (GPT-2*) sees no pictures: train it without a knowledge base")
-    if kb is None and config.num_images > 0 and not model.has_retriever:
+    if kb is None and config.num_images > 0 and model.retriever is None:
         raise ValmError(f"this model sees {config.num_images} pictures a token: give a knowledge base or a retriever")
     if kb is not None and kb.dim != config.image_dim:
         raise ValmError(
             f"the knowledge base has vectors of dimension {kb.dim}, but the model's image_dim is {config.image_dim}"
         )
+    if kb is not None and isinstance(dataset, CorpusRetrieval):
+        dataset.check_knowledge_base(kb)
     found = dataset[0].get("image_ids")
     if kb is not None and found is not None and found.shape[1] != config.num_images:
         raise ValmError(

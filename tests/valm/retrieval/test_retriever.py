@@ -5,7 +5,7 @@ import torch
 from tests.valm.retrieval.tiny_clip import TEXTS, make_clip
 from valm.errors import ValmError
 from valm.retrieval.context import ContextEncoder
-from valm.retrieval.retriever import Retriever
+from valm.retrieval.retriever import BlindRetriever, Retriever
 
 K = 3
 
@@ -85,3 +85,20 @@ def test_what_does_not_fit_is_refused(retriever, tokenizer):
         Retriever(retriever.encoder, retriever.kb, 0)
     with pytest.raises(ValmError, match="was built with the CLIP tiny"):
         Retriever(ContextEncoder(make_clip(tokenizer, seed=1)), retriever.kb, K)
+
+
+def test_the_blind_retriever_gives_each_token_its_query(clip, batch):
+    ids, mask = batch
+    blind = BlindRetriever(ContextEncoder(clip))
+    queries = blind.encoder(ids, mask)
+    found = blind(ids, mask)
+    real = mask.bool()
+    assert torch.equal(found.image_pool[found.image_index[..., 0]][real], queries[real])
+    assert (found.image_index[~real] == -1).all() and (found.scores[~real] == -torch.inf).all()
+    assert len(found.image_pool) == int(mask.sum())
+    assert (found.image_ids == -1).all()
+    state = blind.start(2)
+    steps = [blind.step(ids[:, i : i + 1], state, mask[:, i : i + 1]) for i in range(ids.shape[1])]
+    stepped = torch.cat([step.image_pool for step in steps])
+    by_step = queries.transpose(0, 1)[real.T]  # the order in which single steps come
+    torch.testing.assert_close(stepped, by_step)

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from tests.valm.models import tiny_model
 from tests.valm.training.documents import TOKENIZER, Vectors, documents
 from valm.errors import ValmError
-from valm.training.collate import IGNORED, NO_IMAGE, Collator, tokenize_documents
+from valm.retrieval.cache import NO_IMAGE
+from valm.training.collate import IGNORED, Collator, tokenize_documents
 
 
 def random_documents(lengths, num_images=2, seed=0):

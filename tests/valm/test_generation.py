@@ -1,0 +1,72 @@
+"""The model with a real CLIP, knowledge base and retriever: token by token equals all at once."""
+
+import pytest
+import torch
+
+from tests.valm.models import tiny_model
+from tests.valm.retrieval.tiny_clip import TEXTS
+from valm.retrieval.context import ContextEncoder
+from valm.retrieval.retriever import BlindRetriever, Retriever
+
+
+@pytest.fixture(scope="module", params=["nearest", "blind"])
+def model(request, clip, make_kb):
+    encoder = ContextEncoder(clip)
+    blind = request.param == "blind"
+    retriever = BlindRetriever(encoder) if blind else Retriever(encoder, make_kb(30), 3)
+    tokenizer = clip.tokenizer
+    model = tiny_model(
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        image_dim=clip.embed_dim,
+        num_images=retriever.k,
+        blind=blind,
+        n_positions=64,
+    )
+    model.set_retriever(retriever)
+    return model
+
+
+def again_from_the_start(model, ids, steps):
+    for _ in range(steps):
+        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+    return ids
+
+
+def test_generate_equals_reading_it_all_again(model, tokenizer):
+    ids = tokenizer(TEXTS[0], return_tensors="pt")["input_ids"][:, :10]
+    out = model.generate(ids, max_new_tokens=25, do_sample=False, eos_token_id=None)  # more than a segment of this CLIP
+    assert torch.equal(out, again_from_the_start(model, ids, 25))
+
+
+def test_left_padded_prompts_continue_as_each_alone(model, tokenizer):
+    batch = tokenizer(["a red apple lies", "the sky is blue! is the grass green?"], padding=True, return_tensors="pt")
+    assert not batch["attention_mask"][0, 0]
+    out = model.generate(**batch, max_new_tokens=10, do_sample=False, eos_token_id=None)
+    for row, mask, continued in zip(batch["input_ids"], batch["attention_mask"], out, strict=True):
+        prompt = row[mask.bool()][None]
+        assert torch.equal(continued[-10:], again_from_the_start(model, prompt, 10)[0, -10:])
+
+
+def test_beams_with_the_cache_equal_beams_without(model, tokenizer):
+    ids = tokenizer(["a red apple", "the sky is"], return_tensors="pt")["input_ids"]
+    arguments = {"max_new_tokens": 10, "num_beams": 3, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(ids, **arguments), model.generate(ids, **arguments, use_cache=False))
+
+
+def test_the_pictures_matter(model, tokenizer):
+    ids = tokenizer(TEXTS[0], return_tensors="pt")["input_ids"]
+    found = model.retriever(ids)
+    given = model(ids, image_pool=found.image_pool, image_index=found.image_index).logits
+    torch.testing.assert_close(model(ids).logits, given)
+    other = model(ids, image_pool=-found.image_pool, image_index=found.image_index).logits
+    assert (other - given).abs().max() > 1e-2
+
+
+def test_blind_and_seeing_models_take_their_own_kind_of_retriever(model, clip, make_kb):
+    encoder = ContextEncoder(clip)
+    wrong = Retriever(encoder, make_kb(3), 1) if model.config.blind else BlindRetriever(encoder)
+    with pytest.raises(ValueError, match=r"this model needs a (Blind)?Retriever"):
+        model.set_retriever(wrong)
