@@ -43,23 +43,23 @@ def empty_tokens_first(like: Tensor) -> Tensor:
     return like.new_empty(batch, tokens, heads, dim).transpose(1, 2)
 
 
+def _implementation(impl: str) -> tuple[Any, Any]:
+    """(forward, backward) of one implementation; Triton is imported only where it is used."""
+    if impl == "cpu":
+        return cpu.forward, cpu.backward
+    from valm_kernels.visual_fusion import triton_backward, triton_forward
+
+    return triton_forward.forward, triton_backward.backward
+
+
 def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
     *arguments, impl = inputs
-    if impl == "cpu":
-        return cpu.forward(*arguments)
-    # Triton is imported only where it is used.
-    from valm_kernels.visual_fusion import triton_forward
-
-    return triton_forward.forward(*arguments)
+    return _implementation(impl)[0](*arguments)
 
 
 def _backward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     *arguments, impl = inputs
-    if impl == "cpu":
-        backward = cpu.backward
-    else:
-        from valm_kernels.visual_fusion.triton_backward import backward
-    gradients = backward(grad_out, grad_lse, out, lse, *arguments)
+    gradients = _implementation(impl)[1](grad_out, grad_lse, out, lse, *arguments)
     return tuple(grad_out.new_empty(0) if g is None else g for g in gradients)
 
 

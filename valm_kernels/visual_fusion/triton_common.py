@@ -11,9 +11,14 @@ loads need no mask; such rows are masked only where something is stored or summe
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from valm_kernels.visual_fusion.triton_tiles import block_d
 
 # exp2 and log2 are single instructions; scores are kept in units of log 2
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -81,7 +86,52 @@ def image_rows(image_index, image_mask, i_b, o_t, i_k, Tq, K):
     return o_slot, m_image
 
 
-def image_strides(image: torch.Tensor | None, pooled: bool) -> tuple[int, int, int, int]:
+@triton.jit
+def load_lse(lse, o_row, m_row):
+    """lse of rows in units of log 2; +inf where a row sees nothing or is none, so that all its weights become 0."""
+    b_lse = tl.load(lse + o_row, mask=m_row, other=float("-inf"))
+    return tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E)
+
+
+def kernel_inputs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    image_k: Tensor | None,
+    image_v: Tensor | None,
+    *options: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """The tensors from q to first_key as kernels read them: rows are contiguous, the small tensors have no gaps."""
+    return (*(unit_stride(x) for x in (q, k, v, image_k, image_v)), *(contiguous(x) for x in options))
+
+
+def kernel_constants(q: Tensor, k: Tensor, causal: bool) -> dict[str, Any]:
+    """The compile-time arguments that all attention kernels share, but for the tiles."""
+    head_dim, group = q.shape[3], q.shape[1] // k.shape[1]
+    return {
+        "D": head_dim,
+        "G": group,
+        "CAUSAL": causal,
+        # one tf32 term keeps 11 bits of a float32 product, three keep nearly all
+        "INPUT_PRECISION": "tf32x3" if q.dtype == torch.float32 else "ieee",
+        "BLOCK_D": block_d(head_dim),
+        "BLOCK_G": triton.next_power_of_2(group),
+    }
+
+
+def num_images(image_k: Tensor | None, image_index: Tensor | None) -> int:
+    """K of either layout."""
+    if image_index is not None:
+        return image_index.shape[2]
+    return 0 if image_k is None else image_k.shape[3]
+
+
+def strides(x: Tensor) -> tuple[int, int, int]:
+    """Strides (batch, head, position) of a (B, H, T, D) tensor."""
+    return x.stride()[:3]
+
+
+def image_strides(image: Tensor | None, pooled: bool) -> tuple[int, int, int, int]:
     """Strides (batch, head, position, slot) by which the kernels address a dense image tensor or a pool."""
     if image is None:
         return 0, 0, 0, 0
@@ -90,19 +140,14 @@ def image_strides(image: torch.Tensor | None, pooled: bool) -> tuple[int, int, i
     return image.stride(0), image.stride(1), image.stride(2), image.stride(3)
 
 
-def unit_stride(x: torch.Tensor | None) -> torch.Tensor | None:
+def unit_stride(x: Tensor | None) -> Tensor | None:
     """x, copied only if its last dimension is strided: the kernels read rows of contiguous elements."""
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
-def contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
+def contiguous(x: Tensor | None) -> Tensor | None:
     """x without gaps: the small tensors (index, mask, biases, first_key, lse) are addressed without strides."""
     return None if x is None else x.contiguous()
-
-
-def input_precision(dtype: torch.dtype) -> str:
-    """How float32 tile products are computed: tf32 in three terms, since one tf32 term keeps only 11 bits."""
-    return "tf32x3" if dtype == torch.float32 else "ieee"
 
 
 def architecture(device: torch.device) -> int:

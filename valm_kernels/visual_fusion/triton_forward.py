@@ -20,22 +20,24 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from valm_kernels.visual_fusion.triton_common import (
     LN2,
     LOG2E,
     architecture,
-    contiguous,
     image_rows,
     image_strides,
-    input_precision,
+    kernel_constants,
+    kernel_inputs,
     key_tile_range,
     multiprocessors,
+    num_images,
+    strides,
     tile_rows,
-    unit_stride,
     visible_keys,
 )
-from valm_kernels.visual_fusion.triton_tiles import block_d, tiles_for
+from valm_kernels.visual_fusion.triton_tiles import tiles_for
 
 # A row's running maximum before its first key. Finite, so that 2^(-inf - m) is 0 and not NaN while no key was seen.
 NO_SCORE = tl.constexpr(-1.0e30)
@@ -266,26 +268,29 @@ def _merge_kernel(
 
 
 def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    image_k: torch.Tensor | None,
-    image_v: torch.Tensor | None,
-    image_index: torch.Tensor | None,
-    image_mask: torch.Tensor | None,
-    image_k_bias: torch.Tensor | None,
-    image_v_bias: torch.Tensor | None,
-    image_logit_bias: torch.Tensor | None,
-    first_key: torch.Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    image_k: Tensor | None,
+    image_v: Tensor | None,
+    image_index: Tensor | None,
+    image_mask: Tensor | None,
+    image_k_bias: Tensor | None,
+    image_v_bias: Tensor | None,
+    image_logit_bias: Tensor | None,
+    first_key: Tensor | None,
     causal: bool,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """out (B, Hq, Tq, D), laid out as q, and lse (B, Hq, Tq) float32, of arguments that api.py has checked."""
     out = torch.empty_like(q)
-    q, k, v, image_k, image_v = (unit_stride(x) for x in (q, k, v, image_k, image_v))
+    images = (image_k, image_v, image_index, image_mask, image_k_bias, image_v_bias, image_logit_bias)
+    inputs = kernel_inputs(q, k, v, *images, first_key)
+    q, k, v, image_k, image_v, *_ = inputs
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, k_len = k.shape[1:3]
-    block_g = triton.next_power_of_2(q_heads // kv_heads)
+    constants = kernel_constants(q, k, causal)
+    block_g = constants["BLOCK_G"]
     decode = q_len * block_g <= DECODE_ROWS
     tiles = tiles_for("decode" if decode else "forward", architecture(q.device), head_dim, q.dtype)
     block_m = max(tiles.block_m, block_g)
@@ -302,55 +307,37 @@ def forward(
         lse_part = torch.empty(splits, *lse.shape, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
         _forward_kernel[(programs, splits)](
-            q,
-            k,
-            v,
-            image_k,
-            image_v,
-            contiguous(image_index),
-            contiguous(image_mask),
-            contiguous(image_k_bias),
-            contiguous(image_v_bias),
-            contiguous(image_logit_bias),
-            contiguous(first_key),
+            *inputs,
             out_part,
             lse_part,
-            q.stride()[:3],
-            k.stride()[:3],
-            v.stride()[:3],
-            image_strides(image_k, image_index is not None),
-            image_strides(image_v, image_index is not None),
+            *(strides(x) for x in (q, k, v)),
+            *(image_strides(x, image_index is not None) for x in (image_k, image_v)),
             out_part.stride()[:4],
             kv_heads,
             q_len,
             k_len,
-            0 if image_k is None else (image_k.shape[3] if image_index is None else image_index.shape[2]),
+            num_images(image_k, image_index),
             keys_per_split,
             scale * LOG2E.value,
-            D=head_dim,
-            G=q_heads // kv_heads,
-            CAUSAL=causal,
-            INPUT_PRECISION=input_precision(q.dtype),
-            BLOCK_D=block_d(head_dim),
-            BLOCK_G=block_g,
+            **constants,
             BLOCK_M=block_m,
             BLOCK_N=tiles.block_n,
-            num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages,
+            **tiles.options(),
         )
         if splits > 1:
-            _merge_kernel[(lse.numel(),)](
+            rows = lse.numel()
+            _merge_kernel[(rows,)](
                 out_part,
                 lse_part,
                 out,
                 lse,
-                out.stride()[:3],
+                strides(out),
                 q_heads,
                 q_len,
-                lse.numel(),
+                rows,
                 splits,
                 D=head_dim,
-                BLOCK_D=block_d(head_dim),
+                BLOCK_D=constants["BLOCK_D"],
                 BLOCK_S=triton.next_power_of_2(splits),
                 num_warps=1,
             )

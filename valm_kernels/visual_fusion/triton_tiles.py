@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -16,6 +17,10 @@ class Tiles:
     block_n: int
     num_warps: int
     num_stages: int
+
+    def options(self) -> dict[str, Any]:
+        """Launch options. Fused multiply-add is asked for by name: its default differs between Triton versions."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
 def block_d(head_dim: int) -> int:

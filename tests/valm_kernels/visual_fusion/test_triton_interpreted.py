@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="Triton comes for Linux only")
 FOLDER = Path(__file__).parent
 
 
-@pytest.mark.parametrize("file", ["test_triton_forward.py"])
+@pytest.mark.parametrize("file", ["test_triton_forward.py", "test_triton_backward.py"])
 def test_kernels_under_interpreter(file):
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", FOLDER / file],

@@ -1,0 +1,81 @@
+"""The kernels under Triton's interpreter, forward and backward; test_triton_interpreted.py starts the process."""
+
+import os
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("run by test_triton_interpreted.py with TRITON_INTERPRET=1", allow_module_level=True)
+
+from tests.valm_kernels.visual_fusion.problems import PROBLEMS, Problem, assert_solves
+from tests.valm_kernels.visual_fusion.small_tiles import use_small_tiles
+from valm_kernels import visual_fusion_attn
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_agrees_with_float64_reference(monkeypatch, name):
+    use_small_tiles(monkeypatch, PROBLEMS[name])
+    assert_solves("triton", PROBLEMS[name], torch.float32)
+
+
+# The interpreter computes bfloat16 products wrongly; bfloat16 shares the kernels.
+@pytest.mark.parametrize("name", ["dense", "pooled", "no images", "odd head", "multi-query"])
+def test_agrees_in_float16(monkeypatch, name):
+    use_small_tiles(monkeypatch, PROBLEMS[name])
+    assert_solves("triton", PROBLEMS[name], torch.float16, with_lse=False)
+
+
+def gradients(inputs, grad_out):
+    """Gradients by name of all floating inputs for a given gradient of the output."""
+    leaves = {n: t.detach().requires_grad_() for n, t in inputs.items() if torch.is_tensor(t) and t.is_floating_point()}
+    out = visual_fusion_attn(**{**inputs, **leaves}, impl="triton")
+    return dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), grad_out), strict=True))
+
+
+def test_first_key_skips_whole_tiles(monkeypatch):
+    """Queries that see no key of a tile are not read for it, and keys that a query tile does not see neither."""
+    problem = Problem(batch=1, num_queries=96, num_images=0, biases=False)
+    use_small_tiles(monkeypatch, problem)  # tiles of 32
+    inputs = problem.inputs(torch.float32)
+    inputs["first_key"] = torch.arange(96)[None].int() // 32 * 32  # three documents of a tile each
+    grad_out = torch.ones(1, 4, 96, 16)
+    expected = gradients(inputs, grad_out)
+    inputs["q"][:, :, :32] = torch.nan
+    inputs["v"][:, :, :32] = torch.nan
+    actual = gradients(inputs, grad_out)
+    for name in ("q", "k", "v"):
+        assert torch.equal(actual[name][:, :, 32:], expected[name][:, :, 32:]), name
+
+
+@pytest.mark.parametrize("layout", ["dense", "pooled"])
+def test_any_strides(monkeypatch, layout):
+    use_small_tiles(monkeypatch, PROBLEMS[layout])
+    inputs = PROBLEMS[layout].inputs(torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    row = torch.randn(16, generator=generator)
+    plain = gradients(inputs, row.expand_as(inputs["q"]).contiguous())
+    strided = {
+        n: torch.stack([t, t], -1)[..., 0] if torch.is_tensor(t) and t.is_floating_point() else t
+        for n, t in inputs.items()
+    }
+    if layout == "pooled":
+        strided["image_index"] = inputs["image_index"].int().transpose(0, 2).contiguous().transpose(0, 2)
+    assert inputs.keys() == strided.keys()
+    for name, gradient in gradients(strided, row.expand_as(inputs["q"])).items():
+        assert torch.equal(gradient, plain[name]), name
+
+
+@pytest.mark.parametrize("bias", ["image_k_bias", "image_v_bias", "image_logit_bias"])
+def test_each_bias_alone(monkeypatch, bias):
+    """An absent bias is one of zeros, for the result and for every other gradient."""
+    problem = Problem(num_queries=20)
+    use_small_tiles(monkeypatch, problem)
+    inputs = problem.inputs(torch.float32)
+    others = {"image_k_bias", "image_v_bias", "image_logit_bias"} - {bias}
+    grad_out = torch.randn(inputs["q"].shape, generator=torch.Generator().manual_seed(0))
+    zeros = gradients({**inputs, **{name: torch.zeros_like(inputs[name]) for name in others}}, grad_out)
+    alone = gradients({name: t for name, t in inputs.items() if name not in others}, grad_out)
+    assert set(zeros) - set(alone) == others
+    for name, gradient in alone.items():
+        assert torch.equal(gradient, zeros[name]), name

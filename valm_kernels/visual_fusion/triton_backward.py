@@ -1,0 +1,90 @@
+"""Backward of `visual_fusion_attn` in Triton, without atomics: every gradient is the same in every run.
+
+With the joint lse, all weights are recomputed one tile at a time (FlashAttention-2, Dao 2023, algorithm 2). For a row:
+
+    a_j  = exp(s_j - lse)     da_j = do.v_j                              ds_j = a_j (da_j - delta)
+    b_k  = exp(t_k - lse)     db_k = do.(image_v_k + image_v_bias)       dt_k = b_k (db_k - delta)
+    delta = do.out - dlse     (softmax backward; dlse_i enters every score of its row with weight a_j or b_k)
+
+    dq = scale (sum_j ds_j k_j + sum_k dt_k (image_k_k + image_k_bias))
+    dk_j = scale sum_rows ds_j q        dv_j = sum_rows a_j do
+    dimage_k_k = scale dt_k q           dimage_v_k = b_k do              (summed over the heads of a group)
+    dimage_k_bias = scale sum dt_k q    dimage_v_bias = sum b_k do       dimage_logit_bias = sum dt_k
+
+Three kernels, by what their programs own:
+- query tiles (triton_backward_query.py): dq, delta, one partial sum of each bias gradient per program, and of the
+  images either their gradients (dense layout: an image belongs to one query) or dt and b (pooled layout);
+- key tiles (triton_backward_key.py): dk and dv;
+- images of the pool (triton_backward_pool.py): dimage_k and dimage_v from dt and b.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from valm_kernels.visual_fusion.op import empty_tokens_first
+from valm_kernels.visual_fusion.triton_backward_key import key_gradients
+from valm_kernels.visual_fusion.triton_backward_pool import pool_gradients
+from valm_kernels.visual_fusion.triton_backward_query import query_gradients
+from valm_kernels.visual_fusion.triton_common import contiguous, kernel_inputs, unit_stride
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    image_k: Tensor | None,
+    image_v: Tensor | None,
+    image_index: Tensor | None,
+    image_mask: Tensor | None,
+    image_k_bias: Tensor | None,
+    image_v_bias: Tensor | None,
+    image_logit_bias: Tensor | None,
+    first_key: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, image_k, image_v, image_k_bias, image_v_bias and image_logit_bias; None where absent.
+
+    out and lse are what `forward` returned for the same arguments. The layouts are those that op.py promises.
+    """
+    dq, dk, dv = (empty_tokens_first(x) for x in (q, k, v))
+    dimage_k, dimage_v = (None if x is None else torch.empty_like(x) for x in (image_k, image_v))
+    images = (image_k, image_v, image_index, image_mask, image_k_bias, image_v_bias, image_logit_bias)
+    inputs = kernel_inputs(q, k, v, *images, first_key)
+    q, k, v, *_, image_index, _, _, _, _, first_key = inputs
+    grad_out, out = unit_stride(grad_out), unit_stride(out)
+    grad_lse, lse = contiguous(grad_lse), contiguous(lse)
+
+    with torch.cuda.device_of(q):
+        results = query_gradients(inputs, out, lse, grad_out, grad_lse, dq, dimage_k, dimage_v, causal, scale)
+        if image_index is not None:
+            image_dt, image_b = results.image_dt, results.image_b
+            pool_gradients(q, grad_out, image_dt, image_b, image_index, dimage_k, dimage_v, scale)
+        key_gradients(q, k, v, first_key, lse, results.delta, grad_out, dk, dv, causal, scale)
+    logit_partial = results.image_logit_bias
+    if logit_partial is not None:
+        # a group's rows are padded to a power of two
+        logit_partial = logit_partial[..., : q.shape[1] // k.shape[1]]
+    return (
+        dq,
+        dk,
+        dv,
+        dimage_k,
+        dimage_v,
+        _sum_of_programs(results.image_k_bias, image_k_bias),
+        _sum_of_programs(results.image_v_bias, image_v_bias),
+        _sum_of_programs(logit_partial, image_logit_bias),
+    )
+
+
+def _sum_of_programs(partial: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """The gradient of `bias`, in its dtype, from partial sums with two more leading dimensions."""
+    if partial is None or bias is None:
+        return None
+    return torch.empty_like(bias).copy_(partial.sum((0, 1)).reshape(bias.shape))

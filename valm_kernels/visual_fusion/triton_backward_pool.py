@@ -1,0 +1,115 @@
+"""Gradients of the image pool: a segmented reduction over the slots that name an image.
+
+The maths is in triton_backward.py. The slots (b, t, k) are sorted by image once; a program then owns one image of one
+key-value head and sums dt q and b do over its slots in that order, so the result is the same in every run.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from valm_kernels.visual_fusion.triton_common import strides
+from valm_kernels.visual_fusion.triton_tiles import block_d
+
+# Slots per step of a program, and its warps. Chosen by arithmetic, not yet measured on a card.
+SLOTS = 16
+WARPS = 2
+
+
+@triton.jit
+def _pool_kernel(
+    q,
+    grad_out,
+    image_dt,  # (B, Hq, K, Tq)
+    image_b,
+    order,  # slots (b, t, k), flattened, sorted by image
+    segment,  # (U + 1): where the slots of an image begin in `order`
+    dimage_k,
+    dimage_v,
+    stride_q,  # (batch, head, position)
+    stride_do,
+    stride_dik,  # (head, image)
+    stride_div,
+    Hkv,
+    Tq,
+    K,
+    scale,
+    D: tl.constexpr,
+    G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    i_u = (tl.program_id(0) // Hkv).to(tl.int64)
+    i_h = (tl.program_id(0) % Hkv).to(tl.int64)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    begin = tl.load(segment + i_u)
+    end = tl.load(segment + i_u + 1)
+    b_dk = tl.zeros([BLOCK_E, BLOCK_D], tl.float32)
+    b_dv = tl.zeros([BLOCK_E, BLOCK_D], tl.float32)
+    for i_e in range(begin, end, BLOCK_E):
+        o_e = i_e + tl.arange(0, BLOCK_E)
+        m_e = o_e < end
+        m_ed = m_e[:, None] & m_d[None, :]
+        o_slot = tl.load(order + o_e, mask=m_e, other=0)
+        o_b, o_t, o_k = o_slot // (Tq * K), o_slot // K % Tq, o_slot % K
+        for i_g in range(0, G):
+            i_hq = i_h * G + i_g
+            o_coefficient = ((o_b * Hkv * G + i_hq) * K + o_k) * Tq + o_t
+            # [BE]
+            b_dt = tl.load(image_dt + o_coefficient, mask=m_e, other=0.0)
+            b_b = tl.load(image_b + o_coefficient, mask=m_e, other=0.0)
+            # [BE, BD]
+            p_q = q + o_b * stride_q[0] + i_hq * stride_q[1] + o_t * stride_q[2]
+            p_do = grad_out + o_b * stride_do[0] + i_hq * stride_do[1] + o_t * stride_do[2]
+            b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_ed, other=0.0).to(tl.float32)
+            b_do = tl.load(p_do[:, None] + o_d[None, :], mask=m_ed, other=0.0).to(tl.float32)
+            b_dk += b_dt[:, None] * b_q
+            b_dv += b_b[:, None] * b_do
+    p_dik = dimage_k + i_h * stride_dik[0] + i_u * stride_dik[1] + o_d
+    p_div = dimage_v + i_h * stride_div[0] + i_u * stride_div[1] + o_d
+    tl.store(p_dik, (tl.sum(b_dk, 0) * scale).to(dimage_k.dtype.element_ty), mask=m_d)
+    tl.store(p_div, tl.sum(b_dv, 0).to(dimage_v.dtype.element_ty), mask=m_d)
+
+
+def pool_gradients(
+    q: Tensor,
+    grad_out: Tensor,
+    image_dt: Tensor,
+    image_b: Tensor,
+    image_index: Tensor,
+    dimage_k: Tensor,
+    dimage_v: Tensor,
+    scale: float,
+) -> None:
+    """Fills dimage_k and dimage_v (Hkv, U, D)."""
+    kv_heads, pool_size, head_dim = dimage_k.shape
+    image, order = torch.sort(image_index.flatten(), stable=True)
+    # slots without an image are -1: they come first, before the segment of image 0
+    segment = torch.searchsorted(image, torch.arange(pool_size + 1, dtype=image.dtype, device=image.device))
+    _pool_kernel[(pool_size * kv_heads,)](
+        q,
+        grad_out,
+        image_dt,
+        image_b,
+        order,
+        segment,
+        dimage_k,
+        dimage_v,
+        strides(q),
+        strides(grad_out),
+        dimage_k.stride()[:2],
+        dimage_v.stride()[:2],
+        kv_heads,
+        q.shape[2],
+        image_index.shape[2],
+        scale,
+        D=head_dim,
+        G=q.shape[1] // kv_heads,
+        BLOCK_D=block_d(head_dim),
+        BLOCK_E=SLOTS,
+        num_warps=WARPS,
+    )

@@ -1,0 +1,324 @@
+"""Gradients that belong to queries: dq, delta and all of the images'; the maths is in triton_backward.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from valm_kernels.visual_fusion.triton_common import (
+    LOG2E,
+    architecture,
+    image_rows,
+    image_strides,
+    kernel_constants,
+    key_tile_range,
+    load_lse,
+    num_images,
+    strides,
+    tile_rows,
+    visible_keys,
+)
+from valm_kernels.visual_fusion.triton_tiles import tiles_for
+
+
+@triton.jit
+def _query_text_tiles(
+    b_dq,
+    b_q,
+    b_do,
+    b_lse,
+    b_delta,
+    p_k,
+    p_v,
+    stride_kn,
+    stride_vn,
+    b_first,
+    b_last,
+    begin,
+    end,
+    Tk,
+    scale_log2,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """Adds the key tiles of [begin, end) to dq / scale. MASKED: some row may not see all their keys."""
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    for i_n in range(begin, end, BLOCK_N):
+        o_n = i_n + tl.arange(0, BLOCK_N)
+        m_n = m_d[None, :]
+        if MASKED:
+            m_n = m_n & (o_n < Tk)[:, None]
+        o_row = o_n.to(tl.int64)[:, None]
+        # [BN, BD]
+        b_k = tl.load(p_k + o_row * stride_kn + o_d[None, :], mask=m_n, other=0.0)
+        b_v = tl.load(p_v + o_row * stride_vn + o_d[None, :], mask=m_n, other=0.0)
+        # [BM, BN]
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=INPUT_PRECISION) * scale_log2
+        b_p = tl.exp2(b_s - b_lse[:, None])
+        if MASKED:
+            b_p = tl.where((o_n[None, :] >= b_first[:, None]) & (o_n[None, :] <= b_last[:, None]), b_p, 0.0)
+        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=INPUT_PRECISION)
+        b_ds = b_p * (b_dp - b_delta[:, None])
+        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=INPUT_PRECISION)
+    return b_dq
+
+
+@triton.jit
+def _query_kernel(
+    q,
+    k,
+    v,
+    image_k,
+    image_v,
+    image_index,
+    image_mask,
+    image_k_bias,
+    image_v_bias,
+    image_logit_bias,
+    first_key,
+    out,
+    lse,
+    grad_out,
+    grad_lse,
+    dq,
+    delta,  # (B, Hq, Tq), for _key_kernel
+    dimage_k,  # dense layout: (B, Hkv, Tq, K, D)
+    dimage_v,
+    image_dt,  # pooled layout: dt and b, (B, Hq, K, Tq)
+    image_b,
+    dimage_k_bias,  # partial sums, (tiles, B, Hkv, D)
+    dimage_v_bias,
+    dimage_logit_bias,  # (tiles, B, Hkv, BLOCK_G)
+    stride_q,  # (batch, head, position), as for all but the images
+    stride_k,
+    stride_v,
+    stride_ik,  # (batch, head, position, slot)
+    stride_iv,
+    stride_o,
+    stride_do,
+    stride_dq,
+    stride_dik,
+    stride_div,
+    Hkv,
+    Tq,
+    Tk,
+    K,
+    scale,
+    scale_log2,
+    D: tl.constexpr,
+    G: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    BLOCK_T: tl.constexpr = BLOCK_M // BLOCK_G
+    n_tiles = tl.cdiv(Tq, BLOCK_T)
+    i_bh = (tl.program_id(0) // n_tiles).to(tl.int64)
+    i_b, i_h = i_bh // Hkv, i_bh % Hkv
+    # under a causal mask the last tiles are the longest: they start first
+    i_m = n_tiles - 1 - tl.program_id(0) % n_tiles
+
+    o_t, o_h, m_row = tile_rows(i_m * BLOCK_T, i_h, Tq, G, BLOCK_G, BLOCK_M)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    p_q = q + i_b * stride_q[0] + o_h * stride_q[1] + o_t * stride_q[2]
+    p_o = out + i_b * stride_o[0] + o_h * stride_o[1] + o_t * stride_o[2]
+    p_do = grad_out + i_b * stride_do[0] + o_h * stride_do[1] + o_t * stride_do[2]
+    # [BM, BD]
+    b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_d[None, :], other=0.0)
+    b_o = tl.load(p_o[:, None] + o_d[None, :], mask=m_d[None, :], other=0.0)
+    b_do = tl.load(p_do[:, None] + o_d[None, :], mask=m_d[None, :], other=0.0)
+    # [BM]
+    o_row = (i_b * Hkv * G + o_h) * Tq + o_t
+    b_lse = load_lse(lse, o_row, m_row)
+    b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
+    if grad_lse is not None:
+        b_delta -= tl.load(grad_lse + o_row)
+    # where lse is -inf its gradient may be anything
+    b_delta = tl.where(b_lse == float("inf"), 0.0, b_delta)
+    tl.store(delta + o_row, b_delta, mask=m_row)
+
+    b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if image_k is not None:
+        b_qf = b_q.to(tl.float32)
+        b_dof = b_do.to(tl.float32)
+        # what all images of a row share in their score and in db, [BM]
+        b_t0 = tl.zeros([BLOCK_M], tl.float32)
+        b_db0 = -b_delta
+        if image_k_bias is not None:
+            b_kb = tl.load(image_k_bias + i_h * D + o_d, mask=m_d, other=0.0).to(tl.float32)
+            b_t0 += tl.sum(b_qf * b_kb[None, :], 1) * scale_log2
+        if image_logit_bias is not None:
+            b_t0 += tl.load(image_logit_bias + o_h).to(tl.float32) * LOG2E
+        if image_v_bias is not None:
+            b_vb = tl.load(image_v_bias + i_h * D + o_d, mask=m_d, other=0.0).to(tl.float32)
+            b_db0 += tl.sum(b_dof * b_vb[None, :], 1)
+        b_dt_sum = tl.zeros([BLOCK_M], tl.float32)
+        b_b_sum = tl.zeros([BLOCK_M], tl.float32)
+        p_ik = image_k + i_b * stride_ik[0] + i_h * stride_ik[1] + o_t * stride_ik[2]
+        p_iv = image_v + i_b * stride_iv[0] + i_h * stride_iv[1] + o_t * stride_iv[2]
+        # one row per position: where the gradients of a group's shared images go, [BT]
+        o_t1 = i_m * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
+        m_t1 = (o_t1 < Tq)[:, None] & m_d[None, :]
+        for i_k in range(0, K):
+            o_slot, m_image = image_rows(image_index, image_mask, i_b, o_t, i_k, Tq, K)
+            m_id = m_image[:, None] & m_d[None, :]
+            # [BM, BD]
+            b_ik = tl.load((p_ik + o_slot * stride_ik[3])[:, None] + o_d[None, :], mask=m_id, other=0.0).to(tl.float32)
+            b_iv = tl.load((p_iv + o_slot * stride_iv[3])[:, None] + o_d[None, :], mask=m_id, other=0.0).to(tl.float32)
+            # [BM]
+            b_t = tl.sum(b_qf * b_ik, 1) * scale_log2 + b_t0
+            b_b = tl.where(m_image, tl.exp2(b_t - b_lse), 0.0)
+            b_dt = b_b * (tl.sum(b_dof * b_iv, 1) + b_db0)
+            b_dq += b_dt[:, None] * b_ik
+            b_dt_sum += b_dt
+            b_b_sum += b_b
+            if image_index is None:
+                # [BT, BD]
+                b_dik = tl.sum(tl.reshape((b_dt * scale)[:, None] * b_qf, [BLOCK_T, BLOCK_G, BLOCK_D]), 1)
+                b_div = tl.sum(tl.reshape(b_b[:, None] * b_dof, [BLOCK_T, BLOCK_G, BLOCK_D]), 1)
+                p_dik = (
+                    dimage_k + i_b * stride_dik[0] + i_h * stride_dik[1] + o_t1 * stride_dik[2] + i_k * stride_dik[3]
+                )
+                p_div = (
+                    dimage_v + i_b * stride_div[0] + i_h * stride_div[1] + o_t1 * stride_div[2] + i_k * stride_div[3]
+                )
+                tl.store(p_dik[:, None] + o_d[None, :], b_dik.to(dimage_k.dtype.element_ty), mask=m_t1)
+                tl.store(p_div[:, None] + o_d[None, :], b_div.to(dimage_v.dtype.element_ty), mask=m_t1)
+            else:
+                o_coefficient = ((i_b * Hkv * G + o_h) * K + i_k) * Tq + o_t
+                tl.store(image_dt + o_coefficient, b_dt, mask=m_row)
+                tl.store(image_b + o_coefficient, b_b, mask=m_row)
+        i_part = i_m * (tl.num_programs(0) // n_tiles) + i_bh
+        if image_k_bias is not None:
+            b_dq += b_dt_sum[:, None] * b_kb[None, :]
+            tl.store(dimage_k_bias + i_part * D + o_d, tl.sum((b_dt_sum * scale)[:, None] * b_qf, 0), mask=m_d)
+        if image_v_bias is not None:
+            tl.store(dimage_v_bias + i_part * D + o_d, tl.sum(b_b_sum[:, None] * b_dof, 0), mask=m_d)
+        if image_logit_bias is not None:
+            o_g = tl.arange(0, BLOCK_G)
+            b_dlogit = tl.sum(tl.reshape(b_dt_sum, [BLOCK_T, BLOCK_G]), 0)
+            tl.store(dimage_logit_bias + i_part * BLOCK_G + o_g, b_dlogit)
+
+    b_first, b_last = visible_keys(first_key, i_b, o_t, Tq, Tk, CAUSAL)
+    begin, full_begin, full_end, end = key_tile_range(b_first, b_last, 0, Tk, BLOCK_N)
+    p_k = k + i_b * stride_k[0] + i_h * stride_k[1]
+    p_v = v + i_b * stride_v[0] + i_h * stride_v[1]
+    # without first_key every row sees the keys from the first on, and only the end needs a mask
+    for i_part in tl.static_range(0 if first_key is not None else 1, 3):
+        b_dq = _query_text_tiles(
+            b_dq,
+            b_q,
+            b_do,
+            b_lse,
+            b_delta,
+            p_k,
+            p_v,
+            stride_k[2],
+            stride_v[2],
+            b_first,
+            b_last,
+            begin if i_part == 0 else (full_begin if i_part == 1 else full_end),
+            tl.minimum(full_begin, end) if i_part == 0 else (full_end if i_part == 1 else end),
+            Tk,
+            scale_log2,
+            D,
+            BLOCK_D,
+            BLOCK_N,
+            i_part != 1,
+            INPUT_PRECISION,
+        )
+    p_dq = dq + i_b * stride_dq[0] + o_h * stride_dq[1] + o_t * stride_dq[2]
+    tl.store(p_dq[:, None] + o_d[None, :], (b_dq * scale).to(dq.dtype.element_ty), mask=m_row[:, None] & m_d[None, :])
+
+
+@dataclass(frozen=True)
+class QueryResults:
+    """What `query_gradients` computes besides the gradients it fills, all float32; None where an input is absent."""
+
+    delta: Tensor  # (B, Hq, Tq)
+    image_dt: Tensor | None  # pooled layout: dt and b, (B, Hq, K, Tq)
+    image_b: Tensor | None
+    # one partial sum of the bias gradients per program
+    image_k_bias: Tensor | None  # (tiles, B, Hkv, D)
+    image_v_bias: Tensor | None
+    image_logit_bias: Tensor | None  # (tiles, B, Hkv, BLOCK_G)
+
+
+def query_gradients(
+    inputs: tuple[Tensor | None, ...],
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    dq: Tensor,
+    dimage_k: Tensor | None,
+    dimage_v: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> QueryResults:
+    """Fills dq and, in the dense layout, dimage_k and dimage_v. inputs are those of `kernel_inputs`."""
+    q, k, v, image_k, image_v, image_index, _, image_k_bias, image_v_bias, image_logit_bias, _ = inputs
+    batch, q_heads, q_len, head_dim = q.shape
+    kv_heads, k_len = k.shape[1:3]
+    pooled = image_index is not None
+    constants = kernel_constants(q, k, causal)
+    block_g = constants["BLOCK_G"]
+    tiles = tiles_for("query", architecture(q.device), head_dim, q.dtype)
+    block_m = max(tiles.block_m, block_g)
+    row_tiles = triton.cdiv(q_len * block_g, block_m)
+    images = num_images(image_k, image_index)
+
+    def scratch(wanted: bool, *size: int) -> Tensor | None:
+        return torch.empty(size, dtype=torch.float32, device=q.device) if wanted else None
+
+    results = QueryResults(
+        delta=scratch(True, batch, q_heads, q_len),
+        image_dt=scratch(pooled, batch, q_heads, images, q_len),
+        image_b=scratch(pooled, batch, q_heads, images, q_len),
+        image_k_bias=scratch(image_k_bias is not None, row_tiles, batch, kv_heads, head_dim),
+        image_v_bias=scratch(image_v_bias is not None, row_tiles, batch, kv_heads, head_dim),
+        image_logit_bias=scratch(image_logit_bias is not None, row_tiles, batch, kv_heads, block_g),
+    )
+    _query_kernel[(row_tiles * batch * kv_heads,)](
+        *inputs,
+        out,
+        lse,
+        grad_out,
+        grad_lse,
+        dq,
+        results.delta,
+        dimage_k,
+        dimage_v,
+        results.image_dt,
+        results.image_b,
+        results.image_k_bias,
+        results.image_v_bias,
+        results.image_logit_bias,
+        *(strides(x) for x in (q, k, v)),
+        *(image_strides(x, pooled) for x in (image_k, image_v)),
+        *(strides(x) for x in (out, grad_out, dq)),
+        *(image_strides(x, pooled) for x in (dimage_k, dimage_v)),
+        kv_heads,
+        q_len,
+        k_len,
+        images,
+        scale,
+        scale * LOG2E.value,
+        **constants,
+        BLOCK_M=block_m,
+        BLOCK_N=tiles.block_n,
+        **tiles.options(),
+    )
+    return results
