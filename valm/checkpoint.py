@@ -1,4 +1,4 @@
-"""A checkpoint folder: config, weights and tokenizer, in the files that Hugging Face reads."""
+"""A checkpoint folder: config, weights and tokenizer in Hugging Face's files, and a note on where its pictures are."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ from transformers.utils import logging
 
 from valm.config import ValmConfig
 from valm.errors import ValmError
-from valm.files import read_json, writable_folder
+from valm.files import read_json, writable_folder, write_json
 from valm.model import VaLMForCausalLM
+from valm.retrieval.context import ContextEncoder
+from valm.retrieval.knowledge_base import ImageKnowledgeBase
+from valm.retrieval.retriever import Retriever
 
 CONFIG_FILE = "config.json"
+RETRIEVAL_FILE = "retrieval.json"
 
 
 def save_checkpoint(model: VaLMForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: str | os.PathLike) -> Path:
@@ -40,11 +44,27 @@ def save_checkpoint(model: VaLMForCausalLM, tokenizer: PreTrainedTokenizerFast, 
     return folder
 
 
-def load_checkpoint(folder: str | os.PathLike) -> tuple[VaLMForCausalLM, PreTrainedTokenizerFast]:
+def save_retrieval(folder: str | os.PathLike, retriever: Retriever) -> None:
+    """Notes in the checkpoint `folder` where its pictures are, relative to it: the two can be moved together."""
+    kb = os.path.relpath(retriever.kb.path, folder)
+    write_json(Path(folder) / RETRIEVAL_FILE, {"knowledge_base": kb, "query": retriever.encoder.query})
+
+
+def load_checkpoint(
+    folder: str | os.PathLike,
+    *,
+    kb: str | os.PathLike | None = None,
+    clip: str | None = None,
+) -> tuple[VaLMForCausalLM, PreTrainedTokenizerFast]:
     """The model, in eval mode, and the tokenizer that `save_checkpoint` wrote.
 
+    A model that sees pictures gets its retriever: with the knowledge base that `save_retrieval` noted, or `kb`; and
+    with the CLIP which that was built with, found where it was then, or at `clip` (see `Clip.load`). Without
+    any knowledge base it has none, and needs `image_pool` in each call.
+
     Raises:
-        ValmError: there is no whole VaLM checkpoint, or its config, weights and tokenizer do not belong together.
+        ValmError: there is no whole VaLM checkpoint, or its config, weights, tokenizer, knowledge base and CLIP do
+            not belong together.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -70,7 +90,36 @@ def load_checkpoint(folder: str | os.PathLike) -> tuple[VaLMForCausalLM, PreTrai
             f"the tokenizer in {folder} has {len(tokenizer)} pieces, "
             f"but the model's vocab_size is {model.config.vocab_size}"
         )
+    if model.config.num_images == 0 and kb is not None:
+        raise ValmError(f"the model in {folder} sees no pictures (GPT-2*), so it takes no knowledge base")
+    if model.config.num_images > 0:
+        _add_retriever(model, tokenizer, folder, kb, clip)
     return model.eval(), tokenizer
+
+
+def _add_retriever(
+    model: VaLMForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    kb: str | os.PathLike | None,
+    clip: str | None,
+) -> None:
+    noted = folder / RETRIEVAL_FILE
+    query = "eot"
+    if noted.exists():
+        retrieval = read_json(noted, "the note on retrieval")
+        query = retrieval["query"]
+        kb = folder / retrieval["knowledge_base"] if kb is None else kb
+    if kb is None:
+        return
+    opened = ImageKnowledgeBase.open(kb)
+    encoder = ContextEncoder(opened.load_clip(clip), query=query)
+    if encoder.clip.tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise ValmError(f"the model in {folder} and the CLIP of {kb} read text with different tokenizers")
+    try:
+        model.set_retriever(Retriever(encoder, opened, model.config.num_images))
+    except ValueError as error:
+        raise ValmError(f"the model in {folder} and the knowledge base {kb} do not fit: {error}") from error
 
 
 @contextmanager
