@@ -1,1 +1,48 @@
 """VaLM: a causal language model that looks at retrieved pictures while it reads (Wang et al. 2022)."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from valm.checkpoint import load_checkpoint, save_checkpoint
+    from valm.config import ValmConfig
+    from valm.errors import ValmError
+    from valm.model import VaLMForCausalLM
+    from valm.retrieval.clip import Clip
+    from valm.retrieval.context import ContextEncoder
+    from valm.retrieval.knowledge_base import ImageKnowledgeBase
+    from valm.retrieval.retriever import Retriever
+
+# Where each public name is. They are imported when first asked for: the command line sets up the process before
+# torch is loaded, and answers --help without it.
+_MODULES = {
+    "Clip": "valm.retrieval.clip",
+    "ContextEncoder": "valm.retrieval.context",
+    "ImageKnowledgeBase": "valm.retrieval.knowledge_base",
+    "Retriever": "valm.retrieval.retriever",
+    "VaLMForCausalLM": "valm.model",
+    "ValmConfig": "valm.config",
+    "ValmError": "valm.errors",
+    "load_checkpoint": "valm.checkpoint",
+    "save_checkpoint": "valm.checkpoint",
+}
+
+__all__ = [
+    "Clip",
+    "ContextEncoder",
+    "ImageKnowledgeBase",
+    "Retriever",
+    "VaLMForCausalLM",
+    "ValmConfig",
+    "ValmError",
+    "load_checkpoint",
+    "save_checkpoint",
+]
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module 'valm' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
