@@ -1,36 +1,406 @@
+// Exact top-K inner product search on the CPU. Blocks of rows are shared out to threads; each holds every query of a
+// group against its block (the first pass), collects the rows that may belong to the answer, and scores them
+// exactly, best bound first, until the bounds fall below what it has. A query's kth best score so far is shared, so
+// that each thread profits from the others' finds.
+#include <omp.h>
+
 #include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
 #include <functional>
+#include <limits>
+#include <memory>
+#include <numeric>
 
 #include "topk/exact.hpp"
-#include "topk/topk.hpp"
+#include "topk/query.hpp"
 
 namespace valm {
 
-void ip_topk_cpu(const float* queries, int64_t n_queries, const float* database, int64_t n_rows, int64_t dim, int64_t k,
-                 int threads, float* scores, int64_t* indices) {
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (int64_t q = 0; q < n_queries; ++q) {
-        const float* query = queries + q * dim;
-        std::vector<uint64_t> heap;  // worst kept candidate in front
-        heap.reserve(k + 1);
-        for (int64_t row = 0; row < n_rows; ++row) {
-            const float* vector = database + row * dim;
-            const float score = exact_score(query, [vector](int64_t e) { return vector[e]; }, dim);
-            const uint64_t candidate = candidate_key(score, static_cast<uint32_t>(row));
-            if (static_cast<int64_t>(heap.size()) == k && candidate < heap.front()) continue;
-            heap.push_back(candidate);
-            std::push_heap(heap.begin(), heap.end(), std::greater<>());
-            if (static_cast<int64_t>(heap.size()) > k) {
-                std::pop_heap(heap.begin(), heap.end(), std::greater<>());
-                heap.pop_back();
+namespace {
+
+// Queries done together: their integers (192 KiB at E = 768) stay in the second-level cache.
+constexpr int64_t kGroup = 256;
+// Over all threads, so that their buffers stay below 32 MiB.
+constexpr int64_t kGroupTimesThreads = 8192;
+// Rows collected for a query before they are scored.
+constexpr int kBuffer = 256;
+// A block's packed rows, or its plain ones where they are not packed: a share of the second-level cache.
+constexpr int64_t kBlockBytes = 256 << 10;
+// Up to this many queries, unpacked rows are multiplied as float32; above it packing them first is cheaper.
+constexpr int64_t kFloatQueries = 3;
+constexpr auto kInterruptInterval = std::chrono::milliseconds(50);
+
+struct Candidate {
+    float upper;
+    uint32_t position;
+};
+
+// What one thread knows of one query.
+struct Find {
+    uint32_t candidates = 0;  // in its buffer
+    uint32_t kept = 0;        // in its heap
+    uint64_t kth = 0;         // key that theta was made from
+    bool after = false;
+    float theta = -std::numeric_limits<float>::infinity();
+};
+
+// One thread's part: its buffers, and its copy of the tiles, whose thresholds are its own.
+struct Worker {
+    std::vector<Find> finds;            // (group)
+    std::vector<Candidate> candidates;  // (group, kBuffer)
+    std::vector<uint64_t> heaps;        // (group, k) the worst in front
+    std::vector<Tile> tiles;
+    std::vector<uint8_t> codes;  // a block packed in this call
+    std::vector<float> stats;
+};
+
+class Search {
+  public:
+    Search(const Rows& rows, const FirstPass* first_pass, int64_t k, const Kernels& kernels, int threads)
+        : rows_(rows), kernels_(kernels), k_(k), threads_(threads), steps_((rows.dim + 3) / 4), workers_(threads) {
+        if (first_pass != nullptr) {
+            first_pass_ = *first_pass;
+        } else {
+            centre_.resize(2 * rows.dim);
+            first_pass_ = {nullptr, nullptr, centre_.data(), centre_.data() + rows.dim, rows.count, nullptr, nullptr};
+            find_centre(rows, first_pass_.centre, first_pass_.axis);
+            padded_centre_ = std::make_unique<PaddedCentre>(first_pass_, rows.dim);
+        }
+        packed_ = first_pass != nullptr;
+    }
+
+    // Answers all queries; false where `interrupted` ended it.
+    bool run(const float* queries, int64_t n_queries, const std::function<bool()>& interrupted, float* scores,
+             int64_t* indices);
+
+    int64_t broken_row() const { return broken_ < rows_.count ? broken_.load() : -1; }
+
+  private:
+    void start_group(const std::vector<int64_t>& members, const float* queries);
+    bool search_group(const std::function<bool()>& interrupted);
+    void search_block(Worker& worker, int64_t block, size_t first_tile, size_t last_tile);
+    void float_block(Worker& worker, int64_t begin, int64_t end);
+    void collect(Worker& worker, int64_t query, float upper, int64_t position, Tile* tile, int in_tile);
+    void settle(Worker& worker, int64_t query);
+    void refresh(Find& find, int64_t query, uint64_t kth, bool after);
+    void finish_group(float* scores, int64_t* indices);
+    int64_t row_at(int64_t position) const { return first_pass_.row == nullptr ? position : first_pass_.row[position]; }
+
+    const Rows rows_;
+    FirstPass first_pass_;
+    const Kernels& kernels_;
+    const int64_t k_;
+    const int threads_;
+    const int64_t steps_;
+    bool packed_;
+    bool float_pass_ = false;
+    int64_t block_rows_ = 0, n_blocks_ = 0;
+    std::vector<float> centre_;  // and axis, of a database that comes unpacked
+    std::unique_ptr<PaddedCentre> padded_centre_;
+    std::atomic<int64_t> broken_{std::numeric_limits<int64_t>::max()};
+
+    // the group at hand
+    std::vector<Query> group_;
+    std::vector<float> values_;        // (group, dim padded)
+    std::vector<int16_t> integers_;    // (group, steps * 4)
+    std::vector<int16_t> tile_codes_;  // the integers interleaved, in bytes where the kernels take bytes
+    std::vector<Tile> tiles_;
+    std::vector<std::atomic<uint64_t>> kth_ = std::vector<std::atomic<uint64_t>>(kGroup);
+    std::vector<Worker> workers_;
+};
+
+bool Search::run(const float* queries, int64_t n_queries, const std::function<bool()>& interrupted, float* scores,
+                 int64_t* indices) {
+    const int64_t dim = rows_.dim;
+    float_pass_ = !packed_ && n_queries <= kFloatQueries;
+    const int64_t row_bytes = float_pass_ ? dim * element_bytes(rows_.element) : steps_ * 4;
+    block_rows_ = std::max<int64_t>(1, kBlockBytes / (row_bytes * kPanelRows)) * kPanelRows;
+    n_blocks_ = (first_pass_.count + block_rows_ - 1) / block_rows_;
+    const int64_t group = std::clamp<int64_t>(kGroupTimesThreads / threads_, kMaxTile, kGroup);
+
+    std::vector<int64_t> members;
+    for (int64_t q = 0; q < n_queries || !members.empty(); ++q) {
+        if (q < n_queries) {
+            const float* query = queries + q * dim;
+            if (std::all_of(query, query + dim, [](float value) { return std::isfinite(value); })) {
+                members.push_back(q);
+            } else {
+                std::fill_n(scores + q * k_, k_, std::numeric_limits<float>::quiet_NaN());
+                std::fill_n(indices + q * k_, k_, int64_t{-1});
             }
         }
-        std::sort(heap.begin(), heap.end(), std::greater<>());
-        for (int64_t i = 0; i < k; ++i) {
-            scores[q * k + i] = key_score(heap[i]);
-            indices[q * k + i] = key_row(heap[i]);
+        if (static_cast<int64_t>(members.size()) == group || (q + 1 >= n_queries && !members.empty())) {
+            start_group(members, queries);
+            if (!search_group(interrupted)) return false;
+            if (broken_row() >= 0) return true;
+            finish_group(scores, indices);
+            members.clear();
         }
     }
+    return true;
+}
+
+void Search::start_group(const std::vector<int64_t>& members, const float* queries) {
+    const int64_t dim = rows_.dim, count = static_cast<int64_t>(members.size());
+    const int64_t padded = (dim + kExactLanes - 1) / kExactLanes * kExactLanes;
+    const int levels = query_levels(kernels_, dim);
+    group_.assign(count, {});
+    values_.assign(count * padded, 0);
+    integers_.resize(count * steps_ * 4);
+#pragma omp parallel for num_threads(threads_)
+    for (int64_t i = 0; i < count; ++i) {
+        float* values = values_.data() + i * padded;
+        std::copy_n(queries + members[i] * dim, dim, values);
+        group_[i] = float_pass_ ? prepare_float_query(values, dim)
+                                : prepare_query(values, first_pass_, dim, levels, integers_.data() + i * steps_ * 4);
+        group_[i].output = members[i];
+        kth_[i] = 0;
+    }
+
+    tiles_.clear();
+    tile_codes_.resize(count * steps_ * 4);
+    const int64_t n_tiles = float_pass_ ? 0 : (count + kernels_.tile_queries - 1) / kernels_.tile_queries;
+    for (int64_t t = 0; t < n_tiles; ++t) {
+        const int64_t begin = t * count / n_tiles, end = (t + 1) * count / n_tiles;
+        Tile tile = {};
+        tile.count = static_cast<int>(end - begin);
+        int16_t* words = tile_codes_.data() + begin * steps_ * 4;
+        int8_t* bytes = reinterpret_cast<int8_t*>(words);
+        tile.codes = words;
+        for (int j = 0; j < tile.count; ++j) {
+            const Query& query = group_[begin + j];
+            tile.start[j] = query.start;
+            tile.along[j] = query.along;
+            tile.length[j] = query.length;
+            tile.error[j] = query.error;
+            const int16_t* g = integers_.data() + (begin + j) * steps_ * 4;
+            for (int64_t step = 0; step < steps_; ++step, g += 4) {
+                const int64_t at = (step * tile.count + j) * 4;
+                if (kernels_.byte_queries) {
+                    for (int i = 0; i < 4; ++i) bytes[at + i] = static_cast<int8_t>(g[i]);
+                } else {
+                    const int16_t ordered[4] = {g[0], g[2], g[1], g[3]};
+                    std::copy_n(ordered, 4, words + at);
+                }
+            }
+        }
+        tiles_.push_back(tile);
+    }
+
+    for (Worker& worker : workers_) {
+        worker.finds.assign(count, {});
+        worker.candidates.resize(count * kBuffer);
+        worker.heaps.resize(count * k_);
+        worker.tiles = tiles_;
+        if (!packed_ && !float_pass_) {
+            worker.codes.resize(block_rows_ * steps_ * 4);
+            worker.stats.resize(block_rows_ * kStats);
+        }
+    }
+}
+
+bool Search::search_group(const std::function<bool()>& interrupted) {
+    // Few blocks: share out the tiles of a block too.
+    const int64_t n_tiles = std::max<int64_t>(1, static_cast<int64_t>(tiles_.size()));
+    const int64_t slices = std::clamp<int64_t>(4 * threads_ / n_blocks_, 1, n_tiles);
+    // Blocks are taken in an order that no sorted database foils, near the golden section of their number apart.
+    int64_t stride = std::max<int64_t>(1, static_cast<int64_t>(0.618 * static_cast<double>(n_blocks_)));
+    while (std::gcd(stride, n_blocks_) != 1) ++stride;
+
+    std::atomic<int64_t> next{0};
+    std::atomic<bool> stopped{false};
+#pragma omp parallel num_threads(threads_)
+    {
+        Worker& worker = workers_[omp_get_thread_num()];
+        auto asked = std::chrono::steady_clock::now();
+        for (int64_t task = next++; task < n_blocks_ * slices && !stopped; task = next++) {
+            const int64_t block = task / slices * stride % n_blocks_, slice = task % slices;
+            search_block(worker, block, slice * n_tiles / slices, (slice + 1) * n_tiles / slices);
+            if (omp_get_thread_num() != 0) continue;
+            const auto now = std::chrono::steady_clock::now();
+            if (now - asked < kInterruptInterval) continue;
+            asked = now;
+            if (interrupted()) stopped = true;
+        }
+        for (int64_t query = 0; query < static_cast<int64_t>(group_.size()) && !stopped; ++query) {
+            settle(worker, query);
+        }
+    }
+    return !stopped;
+}
+
+void Search::search_block(Worker& worker, int64_t block, size_t first_tile, size_t last_tile) {
+    const int64_t begin = block * block_rows_, end = std::min(begin + block_rows_, first_pass_.count);
+    if (float_pass_) return float_block(worker, begin, end);
+
+    FirstPass here = first_pass_;
+    const int64_t panels = (end - begin + kPanelRows - 1) / kPanelRows;
+    const int64_t first_panel = begin / kPanelRows;
+    if (packed_) {
+        here.codes += begin * steps_ * 4;
+        here.stats += begin * kStats;
+    } else {
+        here.codes = worker.codes.data();
+        here.stats = worker.stats.data();
+        for (int64_t panel = 0; panel < panels; ++panel) {
+            const int64_t bad = pack_panel(kernels_, rows_, here, *padded_centre_, first_panel + panel, panel);
+            int64_t first = broken_;
+            while (bad >= 0 && bad < first && !broken_.compare_exchange_weak(first, bad)) {
+            }
+        }
+    }
+
+    const int64_t first_query = static_cast<int64_t>(first_tile * group_.size() / worker.tiles.size());
+    int64_t query = first_query;
+    for (size_t t = first_tile; t < last_tile; ++t) {
+        Tile& tile = worker.tiles[t];
+        for (int j = 0; j < tile.count; ++j, ++query) {
+            Find& find = worker.finds[query];
+            const uint64_t kth = kth_[query].load(std::memory_order_relaxed);
+            refresh(find, query, kth, row_at(begin) > key_row(kth));
+            tile.theta[j] = find.theta;
+        }
+    }
+    Kept kept;
+    for (int64_t panel = 0; panel < panels; ++panel) {
+        const uint8_t* codes = here.codes + panel * steps_ * kPanelRows * 4;
+        const float* stats = here.stats + panel * kStats * kPanelRows;
+        const int64_t rows_here = std::min<int64_t>(kPanelRows, end - begin - panel * kPanelRows);
+        const uint32_t real = rows_here == kPanelRows ? ~0u : (1u << rows_here) - 1;
+        query = first_query;
+        for (size_t t = first_tile; t < last_tile; query += worker.tiles[t].count, ++t) {
+            Tile& tile = worker.tiles[t];
+            uint32_t hits = kernels_.pass(codes, stats, steps_, tile, kept);
+            for (; hits != 0; hits &= hits - 1) {
+                const int j = __builtin_ctz(hits);
+                for (uint32_t mask = kept.mask[j] & real; mask != 0; mask &= mask - 1) {
+                    const int row = __builtin_ctz(mask);
+                    collect(worker, query + j, kept.upper[j][row], begin + panel * kPanelRows + row, &tile, j);
+                }
+            }
+        }
+    }
+}
+
+void Search::float_block(Worker& worker, int64_t begin, int64_t end) {
+    const double error = float_error(rows_.dim);
+    for (int64_t query = 0; query < static_cast<int64_t>(group_.size()); ++query) {
+        Find& find = worker.finds[query];
+        const uint64_t kth = kth_[query].load(std::memory_order_relaxed);
+        refresh(find, query, kth, begin > key_row(kth));
+        const Query& values = group_[query];
+        for (int64_t row = begin; row < end; ++row) {
+            float product, square;
+            kernels_.dot(rows_, row, values.values, &product, &square);
+            if (!std::isfinite(square) && !row_is_finite(rows_, row)) {
+                int64_t first = broken_;
+                while (row < first && !broken_.compare_exchange_weak(first, row)) {
+                }
+                continue;
+            }
+            // the square underflows below 1e-19, which the slack covers; it is itself off by the same share
+            const double reach = values.norm * (std::sqrt(static_cast<double>(square)) * (1 + error) + 1e-18);
+            const float upper = static_cast<float>((product + error * reach) * (1 + (product < 0 ? -1e-7 : 1e-7)));
+            if (!(upper < find.theta)) collect(worker, query, upper, row, nullptr, 0);
+        }
+    }
+}
+
+void Search::collect(Worker& worker, int64_t query, float upper, int64_t position, Tile* tile, int in_tile) {
+    Find& find = worker.finds[query];
+    if (upper < find.theta) return;  // theta rose since the kernel saw it
+    worker.candidates[query * kBuffer + find.candidates++] = {upper, static_cast<uint32_t>(position)};
+    if (find.candidates < kBuffer) return;
+    settle(worker, query);
+    const uint64_t kth = kth_[query].load(std::memory_order_relaxed);
+    refresh(find, query, kth, key_row(kth) <= row_at(position));  // of the rows that follow
+    if (tile != nullptr) tile->theta[in_tile] = find.theta;
+}
+
+// Brings find.theta up to date.
+void Search::refresh(Find& find, int64_t query, uint64_t kth, bool after) {
+    if (kth == find.kth && after == find.after) return;
+    find.kth = kth;
+    find.after = after;
+    find.theta = threshold(group_[query], kth, after);
+}
+
+// Scores the collected rows exactly, best bound first, as far as the bounds reach; empties the buffer.
+void Search::settle(Worker& worker, int64_t query) {
+    Find& find = worker.finds[query];
+    Candidate* candidates = worker.candidates.data() + query * kBuffer;
+    uint64_t* heap = worker.heaps.data() + query * k_;
+    std::sort(candidates, candidates + find.candidates, [](const Candidate& a, const Candidate& b) {
+        // NaN, from a bound that overflowed, first
+        const float upper_a = std::isnan(a.upper) ? std::numeric_limits<float>::infinity() : a.upper;
+        const float upper_b = std::isnan(b.upper) ? std::numeric_limits<float>::infinity() : b.upper;
+        return upper_a > upper_b || (upper_a == upper_b && a.position < b.position);
+    });
+    uint64_t kth = kth_[query].load(std::memory_order_relaxed);
+    float before = threshold(group_[query], kth, false), after = threshold(group_[query], kth, true);
+    for (const Candidate* c = candidates; c != candidates + find.candidates; ++c) {
+        if (c->upper < before) break;
+        const int64_t row = row_at(c->position);
+        if (c->upper < after && row > key_row(kth)) continue;
+        const float score = kernels_.exact(rows_, row, group_[query].values);
+        const uint64_t key = candidate_key(score, static_cast<uint32_t>(row));
+        if (find.kept == k_) {
+            if (key < heap[0]) continue;
+            std::pop_heap(heap, heap + k_, std::greater<>());
+            --find.kept;
+        }
+        heap[find.kept++] = key;
+        std::push_heap(heap, heap + find.kept, std::greater<>());
+        if (find.kept < k_ || heap[0] <= kth) continue;
+        kth = kth_[query].load(std::memory_order_relaxed);
+        while (heap[0] > kth && !kth_[query].compare_exchange_weak(kth, heap[0], std::memory_order_relaxed)) {
+        }
+        kth = std::max(kth, heap[0]);
+        before = threshold(group_[query], kth, false);
+        after = threshold(group_[query], kth, true);
+    }
+    find.candidates = 0;
+}
+
+// Joins the threads' finds. The k best of the first rows hold the first row of every group in the answer: a row
+// better than a first row, or equal to it and before it, is better than all rows of its group.
+void Search::finish_group(float* scores, int64_t* indices) {
+#pragma omp parallel for num_threads(threads_)
+    for (int64_t query = 0; query < static_cast<int64_t>(group_.size()); ++query) {
+        std::vector<uint64_t> keys;
+        for (const Worker& worker : workers_) {
+            const uint64_t* heap = worker.heaps.data() + query * k_;
+            keys.insert(keys.end(), heap, heap + worker.finds[query].kept);
+        }
+        std::sort(keys.begin(), keys.end(), std::greater<>());
+        if (static_cast<int64_t>(keys.size()) > k_) keys.resize(k_);
+        if (first_pass_.next_duplicate != nullptr) {
+            for (size_t i = 0, first_rows = keys.size(); i < first_rows; ++i) {
+                int32_t row = first_pass_.next_duplicate[key_row(keys[i])];
+                for (int64_t n = 1; n < k_ && row != 0; ++n, row = first_pass_.next_duplicate[row]) {
+                    keys.push_back(candidate_key(key_score(keys[i]), static_cast<uint32_t>(row)));
+                }
+            }
+            std::sort(keys.begin(), keys.end(), std::greater<>());
+        }
+        const int64_t at = group_[query].output * k_;
+        for (int64_t i = 0; i < k_; ++i) {
+            scores[at + i] = key_score(keys[i]);
+            indices[at + i] = key_row(keys[i]);
+        }
+    }
+}
+
+}  // namespace
+
+int64_t ip_topk_cpu(const float* queries, int64_t n_queries, const Rows& rows, const FirstPass* first_pass, int64_t k,
+                    const std::string& isa, int threads, const std::function<bool()>& interrupted, float* scores,
+                    int64_t* indices) {
+    Search search(rows, first_pass, k, kernels_for(isa), threads);
+    search.run(queries, n_queries, interrupted, scores, indices);
+    return search.broken_row();
 }
 
 }  // namespace valm

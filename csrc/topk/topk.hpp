@@ -1,16 +1,60 @@
-// The one C++ interface of exact top-K inner product search.
+// The one C++ interface of exact top-K inner product search. Shapes and dtypes are checked by the caller.
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
 namespace valm {
 
-// For each query the k database rows of largest inner product, by (score falling, row index rising).
-// queries (Q, E), database (N, E): float32, row-major. scores (Q, k) float32, indices (Q, k) int64.
-void ip_topk_cpu(const float* queries, int64_t n_queries, const float* database, int64_t n_rows, int64_t dim, int64_t k,
-                 int threads, float* scores, int64_t* indices);
+enum class Element { kFloat32, kFloat16, kBFloat16, kInt8 };
+
+// The element of "float32", "float16", "bfloat16" or "int8".
+Element element_of(const std::string& dtype);
+
+// Stored rows (count, dim), row-major. An int8 element stands for itself times its row's scale.
+struct Rows {
+    const void* data;
+    const float* scale;  // (count), int8 only
+    Element element;
+    int64_t count, dim;
+};
+
+// The copy of the rows that the first pass reads: centred, 8 bits an element, in panels of kPanelRows rows.
+// first_pass.hpp says what the numbers mean and proves the bound that they carry.
+struct FirstPass {
+    uint8_t* codes;  // (panels, ceil(dim / 4), kPanelRows, 4)
+    float* stats;    // (panels, kStats, kPanelRows)
+    float* centre;   // (dim)
+    float* axis;     // (dim)
+    int64_t count;   // rows packed
+    // Where the database holds equal rows, only the first of them is packed.
+    const int32_t* row;             // (count) row of a packed position, rising; null: the position itself
+    const int32_t* next_duplicate;  // (rows) the next equal row, 0 at the last; null: none are equal
+};
+
+constexpr int kPanelRows = 32;
+constexpr int kStats = 4;
+
+// Groups equal rows: fills FirstPass::row with the first row of each group (room for rows.count) and
+// next_duplicate (rows.count). Returns how many groups there are.
+int64_t find_duplicates(const Rows& rows, int threads, int32_t* row, int32_t* next_duplicate);
+
+// Fills first_pass.codes, stats, centre and axis. Returns the first row that holds NaN or infinity, or -1.
+int64_t pack(const Rows& rows, const FirstPass& first_pass, const std::string& isa, int threads);
+
+// For each query the k best rows by (score falling, row rising), scored as exact.hpp says: scores (n_queries, k),
+// indices (n_queries, k); NaN and -1 for a query that is not finite. queries (n_queries, rows.dim).
+// Without first_pass the rows are prepared block by block in this call, and checked: returns the first row that
+// holds NaN or infinity, or -1. `interrupted` is called on the calling thread about every 50 ms; where it returns
+// true the search ends early, its result undefined.
+int64_t ip_topk_cpu(const float* queries, int64_t n_queries, const Rows& rows, const FirstPass* first_pass, int64_t k,
+                    const std::string& isa, int threads, const std::function<bool()>& interrupted, float* scores,
+                    int64_t* indices);
+
+// Instruction sets that this machine runs, best first: names for `isa` above.
+std::vector<std::string> cpu_isas();
 
 // One line per visible CUDA device; throws std::runtime_error with CUDA's own message when there is none.
 std::vector<std::string> cuda_devices();

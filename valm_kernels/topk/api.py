@@ -11,6 +11,7 @@ from torch import Tensor
 
 from valm_kernels.topk import op, reference  # noqa: F401  (op registers the operator)
 from valm_kernels.topk.checks import as_tensor, check_database, check_float, check_search
+from valm_kernels.topk.cpu import FirstPass
 
 IMPLS = ("auto", "cpu", "cuda", "reference")
 
@@ -50,11 +51,16 @@ def ip_topk(queries: Tensor | np.ndarray, database: Tensor | np.ndarray, k: int,
     check_float(rows, "database")
     flat = as_tensor(queries, "queries")
     check_search(flat, *rows.shape, rows.device, k)
-    return like_queries(queries, *search(flat, rows, None, k, impl))
+    return like_queries(queries, *search(flat, rows, None, k, impl=impl))
 
 
 def search(
-    queries: Tensor, rows: Tensor, row_scale: Tensor | None, k: int, impl: str = "auto"
+    queries: Tensor,
+    rows: Tensor,
+    row_scale: Tensor | None,
+    k: int,
+    first_pass: FirstPass | None = None,
+    impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Dispatch of checked arguments: scores and indices (..., k) of queries (..., E)."""
     if impl not in IMPLS:
@@ -62,8 +68,12 @@ def search(
     if impl in ("cpu", "cuda") and rows.device.type != impl:
         raise ValueError(f"impl={impl!r} needs tensors on {impl}, but the database is on {rows.device}")
     flat = queries.reshape(-1, queries.shape[-1])  # [Q, E]
-    function = reference.ip_topk if impl == "reference" else torch.ops.valm_kernels.ip_topk
-    scores, indices = function(flat, rows, row_scale, k)
+    if impl == "reference":
+        scores, indices = reference.ip_topk(flat, rows, row_scale, k)
+    elif first_pass is None:
+        scores, indices = torch.ops.valm_kernels.ip_topk(flat, rows, row_scale, k)
+    else:
+        scores, indices = torch.ops.valm_kernels.packed_ip_topk(flat, rows, row_scale, *first_pass, k)
     shape = (*queries.shape[:-1], k)
     return scores.reshape(shape), indices.reshape(shape)
 

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from valm_kernels.topk import storage
+from valm_kernels.topk import cpu, storage
 from valm_kernels.topk.api import TopK, like_queries, search
 from valm_kernels.topk.checks import as_tensor, check_database, check_finite, check_float, check_search
+from valm_kernels.topk.reference import dequantise
 
 # Stored dtype: torch's type, and numpy's in the file (numpy has no bfloat16).
 DTYPES = {
@@ -20,11 +21,13 @@ DTYPES = {
     "bfloat16": (torch.bfloat16, "<u2"),
     "int8": (torch.int8, "|i1"),
 }
-NAMES = {dtype: name for name, (dtype, _) in DTYPES.items()}
 
 
 class FlatIPIndex:
     """Exact top-K inner product search over stored rows.
+
+    On the CPU it keeps, besides the rows, their packed copy for a first pass (E bytes and 16 more a row), which also
+    goes into the files that `save` writes.
 
     Args:
         database: (N, E) float32, float16 or bfloat16 tensor, or a numpy array (a memory-mapped one too); E from 8
@@ -32,6 +35,8 @@ class FlatIPIndex:
         dtype: what is stored: "float32", "float16", "bfloat16" or "int8" (symmetric, one float32 scale per row;
             the search is exact over the dequantised rows). None keeps the database's own.
         device: where it is kept and searched. None keeps the database's own.
+        pack: False keeps no packed copy: every search reads and prepares the rows block by block, slower, for a
+            memory-mapped database whose copy would not fit into memory either.
 
     Raises:
         TypeError: a wrong type or dtype.
@@ -43,15 +48,18 @@ class FlatIPIndex:
         database: Tensor | np.ndarray,
         dtype: str | None = None,
         device: torch.device | str | None = None,
+        *,
+        pack: bool = True,
     ) -> None:
         rows = as_tensor(database, "database")
         check_database(rows)
         check_float(rows, "database")
-        dtype = NAMES[rows.dtype] if dtype is None else dtype
+        dtype = cpu.DTYPE_NAMES[rows.dtype] if dtype is None else dtype
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
-        check_finite(rows, "database")
         self._rows, self._row_scale = store(rows, dtype, torch.device(rows.device if device is None else device))
+        self._pack = pack and self.device.type == "cpu"
+        self._first_pass = cpu.pack(self._rows, self._row_scale) if self._pack else None
 
     def __len__(self) -> int:
         return self._rows.shape[0]
@@ -59,7 +67,7 @@ class FlatIPIndex:
     def __repr__(self) -> str:
         return (
             f"FlatIPIndex({len(self)} rows of {self.dim} {self.dtype} on {self.device}, "
-            f"{self.bytes_per_row} bytes a row)"
+            f"{self.bytes_per_row:.0f} bytes a row)"
         )
 
     @property
@@ -68,16 +76,21 @@ class FlatIPIndex:
 
     @property
     def dtype(self) -> str:
-        return NAMES[self._rows.dtype]
+        return cpu.DTYPE_NAMES[self._rows.dtype]
 
     @property
     def device(self) -> torch.device:
         return self._rows.device
 
     @property
-    def bytes_per_row(self) -> int:
-        """All that is kept for a row."""
-        return self._rows.element_size() * self.dim + (0 if self._row_scale is None else 4)
+    def bytes_per_row(self) -> float:
+        """All that is kept, over the number of rows: the rows, their scales and the packed copy."""
+        kept = [self._rows, self._row_scale, *(self._first_pass or ())]
+        return sum(array.nbytes for array in kept if array is not None) / len(self)
+
+    def dequantised(self) -> Tensor:
+        """The stored rows as the float32 numbers (N, E) that are searched."""
+        return dequantise(self._rows, self._row_scale)
 
     def search(self, queries: Tensor | np.ndarray, k: int) -> TopK:
         """The k best rows of each query (..., E), as `ip_topk` defines them.
@@ -87,10 +100,13 @@ class FlatIPIndex:
         """
         flat = as_tensor(queries, "queries")
         check_search(flat, len(self), self.dim, self.device, k)
-        return like_queries(queries, *search(flat, self._rows, self._row_scale, k))
+        if self._pack and self._first_pass is None:  # rows were added
+            self._first_pass = cpu.pack(self._rows, self._row_scale)
+        return like_queries(queries, *search(flat, self._rows, self._row_scale, k, self._first_pass))
 
     def add(self, vectors: Tensor | np.ndarray) -> None:
-        """Appends rows (M, E); they get the numbers from `len(index)` on. Copies the stored rows once.
+        """Appends rows (M, E); they get the numbers from `len(index)` on. Copies the stored rows, and the next search
+        packs them anew, so add many at a time.
 
         Raises:
             TypeError, ValueError: as the constructor.
@@ -99,9 +115,9 @@ class FlatIPIndex:
         check_float(rows, "vectors")
         if rows.dim() != 2 or rows.shape[1] != self.dim:
             raise ValueError(f"vectors must have shape (M, {self.dim}), but have shape {tuple(rows.shape)}")
-        check_finite(rows, "vectors")
-        rows, row_scale = store(rows, self.dtype, self.device)
+        rows, row_scale = store(rows, self.dtype, self.device, "vectors")
         self._rows = torch.cat([self._rows, rows])
+        self._first_pass = None
         if self._row_scale is not None:
             self._row_scale = torch.cat([self._row_scale, row_scale])
 
@@ -111,10 +127,16 @@ class FlatIPIndex:
         Raises:
             OSError: nothing could be written, or not all; what the folder held before is untouched.
         """
-        arrays = {"rows": self._rows.view(torch.int16) if self.dtype == "bfloat16" else self._rows}
-        if self._row_scale is not None:
-            arrays["row_scale"] = self._row_scale
-        contents = {name: array.cpu().numpy() for name, array in arrays.items()}
+        if self._pack and self._first_pass is None:
+            self._first_pass = cpu.pack(self._rows, self._row_scale)
+        arrays = {"rows": self._rows, "row_scale": self._row_scale}
+        if self._first_pass is not None:
+            arrays |= self._first_pass._asdict()
+        contents = {
+            name: (array.view(torch.int16) if array.dtype == torch.bfloat16 else array).cpu().numpy()
+            for name, array in arrays.items()
+            if array is not None
+        }
         contents["rows"] = contents["rows"].view(DTYPES[self.dtype][1])
         storage.write_folder(Path(path), contents, {"dtype": self.dtype, "count": len(self), "dim": self.dim})
 
@@ -140,34 +162,54 @@ class FlatIPIndex:
             FileNotFoundError: there is no saved index.
             ValueError: it is damaged, or of a format version that this code does not read.
         """
-        folder = Path(path)
-        manifest = storage.read_manifest(folder)
-        try:
-            dtype, count, dim = manifest["dtype"], int(manifest["count"]), int(manifest["dim"])
-            torch_dtype, file_dtype = DTYPES[dtype]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{folder / storage.MANIFEST} is damaged: {error!r}") from error
-        options = {"mmap": mmap, "verify": not mmap if verify is None else verify}
-        rows = storage.read_array(folder, manifest, "rows", shape=(count, dim), dtype=file_dtype, **options)
+        folder = storage.Folder(Path(path), mmap=mmap, verify=not mmap if verify is None else verify)
+        dtype, count, dim = folder.properties({"dtype": str, "count": int, "dim": int})
+        if dtype not in DTYPES:
+            raise ValueError(f"{folder.manifest_path} is damaged: it says dtype {dtype!r}")
+        torch_dtype, file_dtype = DTYPES[dtype]
+        rows = folder.read("rows", file_dtype, (count, dim))
         index = cls.__new__(cls)
-        if dtype == "bfloat16":
-            rows = rows.view(np.int16)
-        index._rows = as_tensor(rows, "rows").view(torch_dtype).to(device)
+        # torch has no use for uint16: the bits of a bfloat16 come as int16
+        rows = rows.view(np.int16) if dtype == "bfloat16" else rows
+        index._rows = torch.from_numpy(rows).view(torch_dtype).to(device)
         index._row_scale = None
         if dtype == "int8":
-            scale = storage.read_array(folder, manifest, "row_scale", shape=(count,), dtype="<f4", **options)
-            index._row_scale = as_tensor(scale, "row_scale").to(device)
+            index._row_scale = torch.from_numpy(folder.read("row_scale", "<f4", (count,))).to(device)
+        index._pack = "codes" in folder and index.device.type == "cpu"
+        index._first_pass = _read_first_pass(folder, count, dim) if index._pack else None
         return index
 
 
-def store(rows: Tensor, dtype: str, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Finite float rows (N, E) in the stored dtype, and for int8 their scales (N,)."""
-    if dtype == "int8":
-        scale = rows.abs().amax(1).float() / 127  # [N]
-        step = scale.masked_fill(scale == 0, 1)
-        codes = (rows.float() / step[:, None]).round_().clamp_(-127, 127).to(torch.int8)
-        return codes.to(device), scale.to(device)
-    stored = rows.to(dtype=DTYPES[dtype][0]).contiguous()
-    if stored.dtype != rows.dtype:
-        check_finite(stored, f"database, stored as {dtype},")
-    return stored.to(device), None
+def _read_first_pass(folder: storage.Folder, count: int, dim: int) -> cpu.FirstPass:
+    first_rows = next_duplicate = None
+    packed = count
+    if "first_rows" in folder:
+        first_rows = torch.from_numpy(folder.read("first_rows", "<i4", (None,)))
+        next_duplicate = torch.from_numpy(folder.read("next_duplicate", "<i4", (count,)))
+        packed = len(first_rows)
+    panels = -(-packed // cpu.PANEL_ROWS)
+    return cpu.FirstPass(
+        codes=torch.from_numpy(folder.read("codes", "|u1", (panels, -(-dim // 4), cpu.PANEL_ROWS, 4))),
+        stats=torch.from_numpy(folder.read("stats", "<f4", (panels, cpu.STATS, cpu.PANEL_ROWS))),
+        frame=torch.from_numpy(folder.read("frame", "<f4", (2, dim))),
+        first_rows=first_rows,
+        next_duplicate=next_duplicate,
+    )
+
+
+def store(rows: Tensor, dtype: str, device: torch.device, what: str = "database") -> tuple[Tensor, Tensor | None]:
+    """Float rows (N, E) in the stored dtype, and for int8 their scales (N,). Raises ValueError with the number of a
+    row that is not finite, or not in the stored dtype.
+    """
+    if rows.dtype == DTYPES[dtype][0]:
+        check_finite(rows, what)
+        return rows.contiguous().to(device), None
+    if dtype != "int8":
+        stored = rows.to(DTYPES[dtype][0]).contiguous()
+        check_finite(stored, f"{what}, stored as {dtype},")
+        return stored.to(device), None
+    check_finite(rows, what)
+    scale = rows.abs().amax(1).float() / 127  # [N]
+    step = scale.masked_fill(scale == 0, 1)
+    codes = (rows.float() / step[:, None]).round_().clamp_(-127, 127).to(torch.int8)
+    return codes.to(device), scale.to(device)

@@ -1,5 +1,5 @@
-"""`ip_topk` as a torch operator, so that it can be compiled and exported. Arguments are checked before, in api.py;
-whether the numbers are finite is checked here, where there are numbers.
+"""The searches as torch operators, so that they can be compiled and exported. Arguments are checked before, in api.py
+and index.py; whether the numbers are finite is checked where they are read.
 """
 
 from __future__ import annotations
@@ -7,39 +7,40 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from valm_kernels.native import native
-from valm_kernels.topk.checks import check_finite
-from valm_kernels.topk.reference import dequantise
+from valm_kernels.topk import cpu
 
 torch.library.define(
     "valm_kernels::ip_topk",
     "(Tensor queries, Tensor database, Tensor? row_scale, int k) -> (Tensor scores, Tensor indices)",
 )
+torch.library.define(
+    "valm_kernels::packed_ip_topk",
+    "(Tensor queries, Tensor database, Tensor? row_scale, Tensor codes, Tensor stats, Tensor frame, "
+    "Tensor? first_rows, Tensor? next_duplicate, int k) -> (Tensor scores, Tensor indices)",
+)
 
 
 @torch.library.register_fake("valm_kernels::ip_topk")
-def _fake(queries: Tensor, database: Tensor, row_scale: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+def _ip_topk_fake(queries: Tensor, database: Tensor, row_scale: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
     shape = (queries.shape[0], k)
     return queries.new_empty(shape, dtype=torch.float32), queries.new_empty(shape, dtype=torch.int64)
 
 
 @torch.library.impl("valm_kernels::ip_topk", "CPU")
-def _cpu(queries: Tensor, database: Tensor, row_scale: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-    if row_scale is None:
-        check_finite(database, "database")
-    queries = queries.float().contiguous()
-    rows = dequantise(database, row_scale).contiguous()
-    scores = queries.new_empty(queries.shape[0], k)
-    indices = scores.new_empty(scores.shape, dtype=torch.int64)
-    native().ip_topk_cpu(
-        queries.data_ptr(),
-        queries.shape[0],
-        rows.data_ptr(),
-        *rows.shape,
-        k,
-        torch.get_num_threads(),
-        scores.data_ptr(),
-        indices.data_ptr(),
-    )
-    broken = ~queries.isfinite().all(1, keepdim=True)
-    return scores.masked_fill_(broken, torch.nan), indices.masked_fill_(broken, -1)
+def _ip_topk_cpu(queries: Tensor, database: Tensor, row_scale: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    return cpu.search(queries, database.contiguous(), row_scale, None, k)
+
+
+@torch.library.register_fake("valm_kernels::packed_ip_topk")
+def _packed_ip_topk_fake(
+    queries: Tensor, database: Tensor, row_scale: Tensor | None, *first_pass_and_k: Tensor | int | None
+) -> tuple[Tensor, Tensor]:
+    return _ip_topk_fake(queries, database, row_scale, first_pass_and_k[-1])
+
+
+@torch.library.impl("valm_kernels::packed_ip_topk", "CPU")
+def _packed_ip_topk_cpu(
+    queries: Tensor, database: Tensor, row_scale: Tensor | None, *first_pass_and_k: Tensor | int | None
+) -> tuple[Tensor, Tensor]:
+    *first_pass, k = first_pass_and_k
+    return cpu.search(queries, database, row_scale, cpu.FirstPass(*first_pass), k)

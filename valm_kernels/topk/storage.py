@@ -103,6 +103,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is damaged, it is not JSON: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{file} does not describe a {FORMAT}")
+    if not isinstance(manifest.get("arrays"), dict):
+        raise ValueError(f"{file} is damaged: it lists no arrays")
     if manifest.get("version") != VERSION:
         raise ValueError(
             f"{file} has format version {manifest.get('version')!r}, this code reads version {VERSION}; "
@@ -111,34 +113,54 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def read_array(
-    path: Path, manifest: dict[str, Any], name: str, *, shape: tuple[int, ...], dtype: str, mmap: bool, verify: bool
-) -> np.ndarray:
-    """One array of a saved folder, memory-mapped or read. Raises ValueError where it is not what was saved."""
-    entry = manifest["arrays"].get(name)
-    if entry is None:
-        raise ValueError(f"{path / MANIFEST} is damaged: it lists no array {name!r}")
-    file = path / entry["file"]
-    if not file.exists():
-        raise ValueError(f"{path} is damaged: {file.name} is missing")
-    if file.stat().st_size != entry["bytes"]:
-        raise ValueError(f"{file} is damaged: it has {file.stat().st_size} bytes, {entry['bytes']} were saved")
-    if verify:
-        with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256") if hasattr(hashlib, "file_digest") else _digest(stream)
-        if digest.hexdigest() != entry["sha256"]:
-            raise ValueError(f"{file} is damaged: its checksum differs from the one saved in {MANIFEST}")
-    # copy-on-write: torch wants memory it could write to
-    array = np.load(file, mmap_mode="c" if mmap else None, allow_pickle=False)
-    if array.shape != shape or array.dtype != np.dtype(dtype):
-        raise ValueError(
-            f"{file} holds {array.dtype} of shape {array.shape}, {MANIFEST} asks for {dtype} of shape {shape}"
-        )
-    return array
+class Folder:
+    """A saved folder, opened: its arrays memory-mapped or read, and where `verify`, held against their checksums.
+
+    Raises FileNotFoundError where there is none, and ValueError, now or from any method, where it is damaged.
+    """
+
+    def __init__(self, path: Path, *, mmap: bool, verify: bool) -> None:
+        self.path, self.mmap, self.verify = path, mmap, verify
+        self.manifest_path = path / MANIFEST
+        self._manifest = read_manifest(path)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._manifest["arrays"]
+
+    def properties(self, types: dict[str, type]) -> list[Any]:
+        """The manifest's values of these names, each of its type."""
+        for name, expected in types.items():
+            if not isinstance(self._manifest.get(name), expected):
+                raise ValueError(f"{self.manifest_path} is damaged: {name} is {self._manifest.get(name)!r}")
+        return [self._manifest[name] for name in types]
+
+    def read(self, name: str, dtype: str, shape: tuple[int | None, ...]) -> np.ndarray:
+        """One array, of this dtype and shape; None stands for any size."""
+        if name not in self:
+            raise ValueError(f"{self.manifest_path} is damaged: it lists no array {name!r}")
+        entry = self._manifest["arrays"][name]
+        file = self.path / entry["file"]
+        if not file.exists():
+            raise ValueError(f"{self.path} is damaged: {file.name} is missing")
+        if file.stat().st_size != entry["bytes"]:
+            raise ValueError(f"{file} is damaged: it has {file.stat().st_size} bytes, {entry['bytes']} were saved")
+        if self.verify:
+            with file.open("rb") as stream:
+                if _digest(stream) != entry["sha256"]:
+                    raise ValueError(f"{file} is damaged: its checksum differs from the one saved in {MANIFEST}")
+        # copy-on-write, since torch wants memory that could be written
+        array = np.load(file, mmap_mode="c" if self.mmap else None, allow_pickle=False)
+        fits = len(array.shape) == len(shape) and all(b in (a, None) for a, b in zip(array.shape, shape, strict=True))
+        if not fits or array.dtype != np.dtype(dtype):
+            raise ValueError(
+                f"{file} holds {array.dtype} of shape {array.shape}, {MANIFEST} asks for {np.dtype(dtype)} of shape "
+                f"{shape}"
+            )
+        return array
 
 
-def _digest(stream: BinaryIO) -> Any:  # hashlib.file_digest came with Python 3.11
+def _digest(stream: BinaryIO) -> str:
     sha256 = hashlib.sha256()
     while chunk := stream.read(1 << 20):
         sha256.update(chunk)
-    return sha256
+    return sha256.hexdigest()

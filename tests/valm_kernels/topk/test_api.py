@@ -11,58 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.valm_kernels.topk.databases import normals
 from valm_kernels import TopK, ip_topk, merge_topk
 from valm_kernels.topk import reference
-
-
-def normals(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def assert_same(actual: TopK, expected: tuple) -> None:
     """Bit for bit."""
     assert torch.equal(actual[1], expected[1])
     assert torch.equal(actual[0], expected[0])
-
-
-def adversarial(kind: str, rows: int, dim: int) -> torch.Tensor:
-    """Databases that defeat a threshold, a bound or a tie rule."""
-    random = normals(rows, dim, seed=1)
-    if kind == "ascending":
-        return random[(random @ normals(dim)).argsort()]
-    if kind == "equal":
-        return random[:1].repeat(rows, 1)
-    if kind == "duplicates":
-        return random[torch.arange(rows) % 7]
-    if kind == "six decades":
-        return random * 10 ** torch.linspace(-3, 3, rows)[torch.randperm(rows)][:, None]
-    if kind == "hidden by an offset":
-        return random * 1e-3 + 100 * normals(1, dim, seed=2)
-    if kind == "denormal":
-        return random * 1e-40
-    if kind == "huge":
-        return random * 5e37
-    if kind == "outlier dimension":
-        random[:, 3] *= 300
-        return random
-    if kind == "integers":  # many exact ties
-        return random.mul(2).round()
-    assert kind == "zero"
-    return torch.zeros(rows, dim)
-
-
-ADVERSARIAL = (
-    "ascending",
-    "equal",
-    "duplicates",
-    "six decades",
-    "hidden by an offset",
-    "denormal",
-    "huge",
-    "outlier dimension",
-    "integers",
-    "zero",
-)
 
 
 def test_the_score_is_the_float64_sum_rounded_once():
@@ -87,14 +44,6 @@ def test_cpu_is_the_reference_bit_for_bit(rows, dim, n_queries, k, dtype, seed):
     queries = normals(n_queries, dim, seed=seed).to(dtype)
     database = normals(rows, dim, seed=seed + 1).to(dtype)
     assert_same(ip_topk(queries, database, k, impl="cpu"), ip_topk(queries, database, k, impl="reference"))
-
-
-@pytest.mark.parametrize("kind", ADVERSARIAL)
-@pytest.mark.parametrize("n_queries", [1, 19])
-def test_adversarial_data(kind, n_queries):
-    database, queries = adversarial(kind, 1500, 72), normals(n_queries, 72)
-    queries[0] = normals(72)  # the one that "ascending" is sorted by
-    assert_same(ip_topk(queries, database, 8, impl="cpu"), ip_topk(queries, database, 8, impl="reference"))
 
 
 def test_ties_go_to_the_lower_row():

@@ -13,20 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from tests.valm_kernels.topk.databases import normals
 from valm_kernels import FlatIPIndex, ip_topk
 
 DTYPES = ("float32", "float16", "bfloat16", "int8")
-
-
-def normals(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def stored_values(index: FlatIPIndex) -> torch.Tensor:
-    """The rows as the float32 numbers that are searched."""
-    from valm_kernels.topk.reference import dequantise
-
-    return dequantise(index._rows, index._row_scale)
 
 
 def assert_same_answers(a: FlatIPIndex, b: FlatIPIndex, queries: torch.Tensor, k: int) -> None:
@@ -40,7 +30,7 @@ def test_search_is_exact_over_what_is_stored(dtype):
     database, queries = normals(700, 40), normals(2, 9, 40, seed=1)
     index = FlatIPIndex(database, dtype)
     assert (len(index), index.dim, index.dtype) == (700, 40, dtype)
-    stored = stored_values(index)
+    stored = index.dequantised()
     worst = (stored - database).abs().amax(1) / database.abs().amax(1)
     assert worst.max() <= {"float32": 0, "float16": 2**-11, "bfloat16": 2**-8, "int8": 0.5 / 127 + 1e-6}[dtype]
     expected = ip_topk(queries, stored, 6, impl="reference")
@@ -62,6 +52,7 @@ def test_fitting_memory_is_not_copied(tmp_path):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_add(dtype):
     database, queries = normals(90, 24), normals(5, 24, seed=1)
+    database[70:] = database[:20]
     index = FlatIPIndex(database[:50], dtype)
     index.search(queries, 7)
     index.add(database[50:51])
@@ -100,13 +91,17 @@ def test_numpy_queries_and_repr():
     index = FlatIPIndex(normals(30, 16).numpy(), "float16")
     result = index.search(normals(2, 16).numpy(), 3)
     assert isinstance(result.indices, np.ndarray) and result.indices.shape == (2, 3)
-    assert "30 rows of 16 float16 on cpu" in repr(index)
+    assert "30 rows of 16 float16 on cpu, " in repr(index)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mmap", [False, True])
-def test_save_and_load(tmp_path, dtype, mmap):
-    index = FlatIPIndex(normals(60, 24), dtype)
+@pytest.mark.parametrize("equal_rows", [False, True])
+def test_save_and_load(tmp_path, dtype, mmap, equal_rows):
+    database = normals(60, 24)
+    if equal_rows:
+        database[30:] = database[:30]
+    index = FlatIPIndex(database, dtype)
     index.save(tmp_path / "index")
     loaded = FlatIPIndex.load(tmp_path / "index", mmap=mmap)
     assert (len(loaded), loaded.dim, loaded.dtype) == (60, 24, dtype)
@@ -115,12 +110,25 @@ def test_save_and_load(tmp_path, dtype, mmap):
     assert len(loaded) == 63
 
 
+def test_without_a_packed_copy(tmp_path):
+    database, queries = normals(500, 24), normals(9, 24, seed=1)
+    packed, plain = FlatIPIndex(database, "float16"), FlatIPIndex(database, "float16", pack=False)
+    assert_same_answers(plain, packed, queries, 9)
+    assert plain.bytes_per_row == 48
+    assert packed.bytes_per_row > plain.bytes_per_row + 24
+    plain.save(tmp_path)
+    loaded = FlatIPIndex.load(tmp_path, mmap=True)
+    assert loaded.bytes_per_row == 48
+    assert_same_answers(loaded, packed, queries, 9)
+
+
 def test_saving_again_leaves_one_index(tmp_path):
     FlatIPIndex(normals(60, 24), "int8").save(tmp_path)
     second = FlatIPIndex(normals(50, 16), "float16")
     second.save(tmp_path)
     second.save(tmp_path)
-    assert sorted(file.suffix for file in tmp_path.iterdir()) == [".json", ".npy"]
+    listed = json.loads((tmp_path / "manifest.json").read_text())["arrays"].values()
+    assert {file.name for file in tmp_path.iterdir()} == {"manifest.json", *(entry["file"] for entry in listed)}
     assert_same_answers(FlatIPIndex.load(tmp_path), second, normals(2, 16), 3)
 
 
@@ -161,14 +169,17 @@ def test_manifests_that_do_not_fit(saved, tmp_path):
         FlatIPIndex.load(saved)
     (saved / "manifest.json").write_text(good)
     edit_manifest(saved, dtype="float32")
-    with pytest.raises(ValueError, match=r"holds float16 of shape \(60, 24\), manifest.json asks for <f4"):
+    with pytest.raises(ValueError, match=r"holds float16 of shape \(60, 24\), manifest.json asks for float32"):
         FlatIPIndex.load(saved)
     edit_manifest(saved, dtype="float8")
-    with pytest.raises(ValueError, match=r"manifest.json is damaged: KeyError\('float8'\)"):
+    with pytest.raises(ValueError, match=r"manifest.json is damaged: it says dtype 'float8'"):
         FlatIPIndex.load(saved)
     (saved / "manifest.json").write_text(good)
     edit_manifest(saved, dtype="float16", arrays={})
     with pytest.raises(ValueError, match="lists no array 'rows'"):
+        FlatIPIndex.load(saved)
+    edit_manifest(saved, count="60")
+    with pytest.raises(ValueError, match="is damaged: count is '60'"):
         FlatIPIndex.load(saved)
     (saved / "manifest.json").write_text('{"format": "something else"}')
     with pytest.raises(ValueError, match="does not describe a valm flat inner-product index"):

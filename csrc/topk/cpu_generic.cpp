@@ -1,0 +1,102 @@
+// The kernels in plain C++, for any processor.
+#include "topk/kernels.hpp"
+
+namespace valm {
+namespace {
+
+// Four floats and loops that a compiler turns into whatever vectors there are.
+struct Vector {
+    static constexpr int kWidth = 4;
+    float lane[kWidth];
+
+    struct Doubles {
+        static constexpr int kWidth = 4;
+        double lane[kWidth];
+    };
+
+    template <class Function>
+    static Vector make(Function function) {
+        Vector result;
+        for (int i = 0; i < kWidth; ++i) result.lane[i] = function(i);
+        return result;
+    }
+    static Vector all(float value) {
+        return make([=](int) { return value; });
+    }
+    static Vector load(const float* p) {
+        return make([=](int i) { return p[i]; });
+    }
+    static Vector load_half(const uint16_t* p) {
+        return make([=](int i) { return half_to_float(p[i]); });
+    }
+    static Vector load_bfloat(const uint16_t* p) {
+        return make([=](int i) { return bfloat_to_float(p[i]); });
+    }
+    static Vector load_byte(const int8_t* p) {
+        return make([=](int i) { return static_cast<float>(p[i]); });
+    }
+    void store(float* p) const { memcpy(p, lane, sizeof lane); }
+    friend Vector operator+(Vector a, Vector b) {
+        return make([=](int i) { return a.lane[i] + b.lane[i]; });
+    }
+    friend Vector operator-(Vector a, Vector b) {
+        return make([=](int i) { return a.lane[i] - b.lane[i]; });
+    }
+    friend Vector operator*(Vector a, Vector b) {
+        return make([=](int i) { return a.lane[i] * b.lane[i]; });
+    }
+    static Vector fma(Vector a, Vector b, Vector c) {
+        return make([=](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
+    }
+    static Vector max(Vector a, Vector b) {
+        return make([=](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+    }
+    Vector abs() const {
+        return make([this](int i) { return std::fabs(lane[i]); });
+    }
+    float largest() const { return std::fmax(std::fmax(lane[0], lane[1]), std::fmax(lane[2], lane[3])); }
+    float sum() const { return (lane[0] + lane[1]) + (lane[2] + lane[3]); }
+    Vector round_to_bytes(uint8_t* bytes) const {
+        const Vector rounded = make([this](int i) { return std::nearbyint(lane[i]); });
+        for (int i = 0; i < kWidth; ++i) bytes[i] = static_cast<uint8_t>(static_cast<int>(rounded.lane[i]) + 128);
+        return rounded;
+    }
+    static void add_products(Vector a, Vector b, Doubles* sums) {
+        for (int i = 0; i < kWidth; ++i) {
+            sums->lane[i] += static_cast<double>(a.lane[i]) * static_cast<double>(b.lane[i]);
+        }
+    }
+};
+
+uint32_t pass(const uint8_t* codes, const float* stats, int64_t steps, const Tile& tile, Kept& kept) {
+    uint32_t kept_queries = 0;
+    for (int j = 0; j < tile.count; ++j) {
+        int32_t sums[kPanelRows];
+        for (int row = 0; row < kPanelRows; ++row) sums[row] = tile.start[j];
+        for (int64_t step = 0; step < steps; ++step) {
+            const int16_t* g = static_cast<const int16_t*>(tile.codes) + (step * tile.count + j) * 4;
+            const uint8_t* c = codes + step * kPanelRows * 4;
+            for (int row = 0; row < kPanelRows; ++row) {  // g is stored in the order 0 2 1 3
+                sums[row] += c[row * 4] * g[0] + c[row * 4 + 2] * g[1] + c[row * 4 + 1] * g[2] + c[row * 4 + 3] * g[3];
+            }
+        }
+        uint32_t mask = 0;
+        for (int row = 0; row < kPanelRows; ++row) {
+            float upper = static_cast<float>(sums[row]) * stats[kStep * kPanelRows + row];
+            upper += tile.along[j] * stats[kAlong * kPanelRows + row];
+            upper += tile.length[j] * stats[kLength * kPanelRows + row];
+            upper += tile.error[j] * stats[kError * kPanelRows + row];
+            kept.upper[j][row] = upper;
+            mask |= static_cast<uint32_t>(!(upper < tile.theta[j])) << row;
+        }
+        kept.mask[j] = mask;
+        kept_queries |= static_cast<uint32_t>(mask != 0) << j;
+    }
+    return kept_queries;
+}
+
+}  // namespace
+
+const Kernels kGeneric = {"generic", false, kMaxTile, pass, pack_row<Vector>, dot<Vector>, exact<Vector>};
+
+}  // namespace valm

@@ -1,0 +1,167 @@
+"""The native search on every instruction set this machine has: exact on adversarial data, on every path; its memory,
+its threads, its interruption.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from tests.valm_kernels.topk.databases import ADVERSARIAL, adversarial, normals
+from valm_kernels import FlatIPIndex, ip_topk
+from valm_kernels.native import native
+from valm_kernels.topk import cpu
+
+ISAS = native().cpu_isas()
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, monkeypatch):
+    monkeypatch.setenv("VALM_KERNELS_ISA", request.param)
+    return request.param
+
+
+def assert_same(actual, expected) -> None:
+    assert torch.equal(actual[1], expected[1])
+    assert torch.equal(actual[0], expected[0])
+
+
+@pytest.mark.parametrize("kind", ADVERSARIAL)
+def test_exact_whatever_the_data(isa, kind):
+    """Packed in an index, packed in the call, and as float32 (few queries), each against the specification."""
+    dim, k = 72, 8
+    database, queries = adversarial(kind, 1500, dim), normals(19, dim)
+    queries[0] = normals(dim)  # what "ascending" is sorted by
+    expected = ip_topk(queries, database, k, impl="reference")
+    assert_same(FlatIPIndex(database).search(queries, k), expected)
+    assert_same(ip_topk(queries, database, k), expected)
+    for i in range(3):
+        assert_same(ip_topk(queries[i], database, k), (expected.scores[i], expected.indices[i]))
+
+
+@pytest.mark.parametrize("scale", [1e-41, 1e-20, 1e20, 1e37])
+def test_exact_whatever_the_size_of_a_query(isa, scale):
+    database, queries = normals(600, 40), normals(5, 40, seed=1) * scale
+    queries[4] = 0
+    expected = ip_topk(queries, database, 8, impl="reference")
+    assert_same(FlatIPIndex(database).search(queries, 8), expected)
+    assert_same(ip_topk(queries[:2], database, 8), (expected.scores[:2], expected.indices[:2]))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
+@pytest.mark.parametrize("dim", [8, 33, 250, 2048])
+def test_exact_for_every_stored_dtype_and_odd_sizes(isa, dtype, dim):
+    database = normals(170, dim) + normals(dim, seed=2)
+    index = FlatIPIndex(database, dtype)
+    queries = normals(7, dim, seed=1)
+    expected = ip_topk(queries, index.dequantised(), 128, impl="reference")
+    assert_same(index.search(queries, 128), expected)
+    assert_same(index.search(queries[0], 1), (expected.scores[0, :1], expected.indices[0, :1]))
+    plain = FlatIPIndex(database, dtype, pack=False)
+    assert_same(plain.search(queries, 128), expected)
+    assert_same(plain.search(queries[:2], 128), (expected.scores[:2], expected.indices[:2]))
+
+
+def test_more_queries_than_one_group(isa):
+    database, queries = normals(300, 16), normals(700, 16, seed=1)
+    queries[[3, 255, 256, 699], 5] = torch.nan
+    result, expected = FlatIPIndex(database).search(queries, 5), ip_topk(queries, database, 5, impl="reference")
+    assert torch.equal(result.indices, expected.indices)
+    assert torch.equal(result.scores.nan_to_num(7e7), expected.scores.nan_to_num(7e7))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_the_answer_does_not_depend_on_the_threads(threads):
+    database, queries = adversarial("integers", 20_000, 16), normals(40, 16)
+    index = FlatIPIndex(database)
+    expected = index.search(queries, 20)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        assert_same(index.search(queries, 20), expected)
+        assert_same(ip_topk(queries, database, 20), expected)
+        assert_same(ip_topk(queries[0], database, 20), (expected.scores[0], expected.indices[0]))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("n_queries", [1, 9])
+def test_a_non_finite_row_is_refused_in_the_call_that_packs(isa, n_queries):
+    database = normals(900, 24)
+    database[700, 3], database[800, 1] = -torch.inf, torch.nan
+    with pytest.raises(ValueError, match="database row 700 holds NaN or infinity"):
+        ip_topk(normals(n_queries, 24), database, 2)
+
+
+def test_an_instruction_set_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setenv("VALM_KERNELS_ISA", "avx1024")
+    with pytest.raises(ValueError, match=r"VALM_KERNELS_ISA is 'avx1024', this machine runs .*generic"):
+        ip_topk(normals(8), normals(3, 8), 1)
+
+
+def test_other_python_threads_run_during_a_search():
+    index = FlatIPIndex(normals(30_000, 64), pack=False)
+    queries = normals(2000, 64)
+    stop, counted = threading.Event(), [0]
+
+    def count():
+        while not stop.is_set():
+            counted[0] += 1
+            time.sleep(0)
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    try:
+        before = counted[0]
+        index.search(queries, 4)
+        assert counted[0] - before > 10
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_control_c_ends_a_search():
+    code = (
+        "import torch, os, signal, threading\n"
+        "from valm_kernels import FlatIPIndex\n"
+        "index = FlatIPIndex(torch.randn(20_000, 64))\n"
+        "threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
+        "index.search(torch.randn(600_000, 64), 100)\n"
+    )
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "KeyboardInterrupt" in done.stderr
+    assert done.returncode == -signal.SIGINT or done.returncode == 130
+    assert time.monotonic() - start < 30  # whole, it would take minutes
+
+
+def test_a_forked_child_searches():
+    index, query = FlatIPIndex(normals(5000, 32)), normals(32)
+    expected = index.search(query, 3).indices.tolist()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if index.search(query, 3).indices.tolist() == expected and cpu.cpu_threads() == 1 else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_working_memory_stays_below_64_mib():
+    code = (
+        "import resource, torch\n"
+        "from valm_kernels import FlatIPIndex, ip_topk\n"
+        "database, queries = torch.randn(20_000, 512), torch.randn(600, 512)\n"
+        "index = FlatIPIndex(database)\n"
+        "index.search(queries[:5], 2); ip_topk(queries[:5], database[:500], 2)\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "for search in (index.search, lambda q, k: ip_topk(q, database, k)): search(queries, 128)\n"
+        "answer = 2 * 600 * 128 * 12\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 - answer)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 64 << 20

@@ -1,0 +1,128 @@
+"""The native CPU search: from checked tensors to pointers, and the packed copy that makes repeated searches fast."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from valm_kernels.native import native
+
+DTYPE_NAMES = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.int8: "int8",
+}
+PANEL_ROWS = 32  # csrc/topk/topk.hpp
+STATS = 4
+_process = os.getpid()
+
+
+class FirstPass(NamedTuple):
+    """What the first pass reads: the rows centred, in 8 bits an element; see csrc/topk/first_pass.hpp.
+
+    codes (panels, ceil(E / 4), 32, 4) uint8 · stats (panels, 4, 32) float32 · frame (2, E) float32, the centre and
+    the axis · and where rows are equal, so that only the first of each group is packed: first_rows (packed rows,)
+    int32 and next_duplicate (N,) int32.
+    """
+
+    codes: Tensor
+    stats: Tensor
+    frame: Tensor
+    first_rows: Tensor | None
+    next_duplicate: Tensor | None
+
+
+def cpu_isa() -> str:
+    """The instruction set that searches use: the best one here, or what the environment variable VALM_KERNELS_ISA
+    asks for. Raises ValueError where this machine does not run that.
+    """
+    usable = native().cpu_isas()
+    asked = os.environ.get("VALM_KERNELS_ISA")
+    if asked is None:
+        return usable[0]
+    if asked not in usable:
+        raise ValueError(f"VALM_KERNELS_ISA is {asked!r}, this machine runs {', '.join(usable)}")
+    return asked
+
+
+def cpu_threads() -> int:
+    """torch's thread count; 1 in a forked child, where OpenMP's threads are gone and waiting for them never ends."""
+    return torch.get_num_threads() if os.getpid() == _process else 1
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _native_rows(rows: Tensor, row_scale: Tensor | None) -> object:
+    return native().Rows(rows.data_ptr(), _pointer(row_scale), DTYPE_NAMES[rows.dtype], *rows.shape)
+
+
+def _native_first_pass(first_pass: FirstPass, count: int) -> object:
+    codes, stats, frame, first_rows, next_duplicate = first_pass
+    count = count if first_rows is None else first_rows.shape[0]
+    return native().FirstPass(
+        codes.data_ptr(),
+        stats.data_ptr(),
+        frame[0].data_ptr(),
+        frame[1].data_ptr(),
+        count,
+        _pointer(first_rows),
+        _pointer(next_duplicate),
+    )
+
+
+def _refuse(row: int) -> None:
+    if row >= 0:
+        raise ValueError(f"database row {row} holds NaN or infinity; every stored number must be finite")
+
+
+def pack(rows: Tensor, row_scale: Tensor | None) -> FirstPass:
+    """The first pass's copy of contiguous rows (N, E). Raises ValueError with the number of a non-finite row."""
+    count, dim = rows.shape
+    native_rows = _native_rows(rows, row_scale)
+    first_rows = torch.empty(count, dtype=torch.int32)
+    next_duplicate = torch.empty(count, dtype=torch.int32)
+    different = native().find_duplicates(native_rows, cpu_threads(), first_rows.data_ptr(), next_duplicate.data_ptr())
+    if different == count:
+        first_rows = next_duplicate = None
+    else:
+        first_rows = first_rows[:different].clone()
+    panels = -(-different // PANEL_ROWS)
+    first_pass = FirstPass(
+        codes=torch.empty(panels, -(-dim // 4), PANEL_ROWS, 4, dtype=torch.uint8),
+        stats=torch.empty(panels, STATS, PANEL_ROWS),
+        frame=torch.empty(2, dim),
+        first_rows=first_rows,
+        next_duplicate=next_duplicate,
+    )
+    _refuse(native().pack(native_rows, _native_first_pass(first_pass, count), cpu_isa(), cpu_threads()))
+    return first_pass
+
+
+def search(
+    queries: Tensor, rows: Tensor, row_scale: Tensor | None, first_pass: FirstPass | None, k: int
+) -> tuple[Tensor, Tensor]:
+    """Scores and indices (Q, k) of queries (Q, E) over contiguous rows; without first_pass they are prepared, and
+    checked, block by block.
+    """
+    queries = queries.float().contiguous()
+    scores = queries.new_empty(queries.shape[0], k)
+    indices = scores.new_empty(scores.shape, dtype=torch.int64)
+    broken_row = native().ip_topk_cpu(
+        queries.data_ptr(),
+        queries.shape[0],
+        _native_rows(rows, row_scale),
+        None if first_pass is None else _native_first_pass(first_pass, rows.shape[0]),
+        k,
+        cpu_isa(),
+        cpu_threads(),
+        scores.data_ptr(),
+        indices.data_ptr(),
+    )
+    _refuse(broken_row)
+    return scores, indices
