@@ -18,16 +18,18 @@ IGNORED = -100
 
 
 def tokenize_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, max_length: int) -> list[list[int]]:
-    """Each text as SOT, its pieces and EOT; one longer than `max_length` tokens is cut into documents of that length.
+    """Each text as a document: SOT, its pieces, EOT. One longer than `max_length` tokens is cut into several.
 
-    Texts without any piece are left out.
+    Each part of a cut text begins with SOT too, so that it can be packed behind any other document. Texts without any
+    piece are left out.
     """
     documents = []
-    for ids in tokenizer(list(texts))["input_ids"] if texts else []:
-        if len(ids) < 2:
+    for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []:
+        if not ids:
             continue
         ids.append(tokenizer.eos_token_id)
-        documents += [ids[begin : begin + max_length] for begin in range(0, len(ids), max_length)]
+        step = max_length - 1
+        documents += [[tokenizer.bos_token_id, *ids[begin : begin + step]] for begin in range(0, len(ids), step)]
     return documents
 
 
@@ -54,7 +56,10 @@ class Collator:
         self.row_length = row_length
 
     def __call__(self, documents: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Raises ValmError for a document without image_ids where there is a knowledge base, or a picture not in it."""
+        """Raises ValmError for a document without image_ids where there is a knowledge base, a picture not in it, and
+        a document to be packed that does not begin with SOT."""
+        if self.row_length is not None and any(document["input_ids"][0] != self.bos for document in documents):
+            raise ValmError("a document does not begin with SOT: packed, it would be read on from the one before it")
         places, shape = self._places([len(document["input_ids"]) for document in documents])
         ids = np.full(shape, self.pad, dtype=np.int64)
         mask = np.zeros(shape, dtype=np.int64)

@@ -73,9 +73,15 @@ def test_documents_without_pictures_and_foreign_pictures_are_refused():
         Collator(TOKENIZER, Vectors(3))(documents())
 
 
+def test_packing_a_document_that_does_not_begin_with_sot_is_refused():
+    with pytest.raises(ValmError, match="does not begin with SOT"):
+        Collator(TOKENIZER, None, 8)([{"input_ids": [1, 2]}])
+    assert Collator(TOKENIZER, None)([{"input_ids": [1, 2]}])["labels"].tolist() == [[IGNORED, 2]]
+
+
 def test_documents_are_cut_to_the_models_length():
     cut = tokenize_documents(["red blue red blue red", "", "sea"], TOKENIZER, 4)
-    assert [len(document) for document in cut] == [4, 3, 3]
-    whole = [TOKENIZER.bos_token_id, *TOKENIZER("red blue red blue red", add_special_tokens=False)["input_ids"]]
-    assert cut[0] + cut[1] == [*whole, TOKENIZER.eos_token_id]
+    sot, eot = TOKENIZER.bos_token_id, TOKENIZER.eos_token_id
+    red, blue, sea = TOKENIZER("red blue sea", add_special_tokens=False)["input_ids"]
+    assert cut == [[sot, red, blue, red], [sot, blue, red, eot], [sot, sea, eot]]
     assert tokenize_documents([], TOKENIZER, 4) == []
