@@ -257,7 +257,7 @@ def run_eval(arguments: argparse.Namespace) -> None:
             print(f"  calibrated          {result.calibrated}")
             print(f"  calibrated vote     {result.calibrated_vote}")
         print(
-            f"  always {result.majority_color!r}{'':<{max(0, 11 - len(result.majority_color))}} {result.majority:.3f}"
+            f"  always {result.majority_answer!r}{'':<{max(0, 11 - len(result.majority_answer))}} {result.majority:.3f}"
         )
     if arguments.out:
         write_json(arguments.out, results)

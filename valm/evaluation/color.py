@@ -19,17 +19,14 @@ from __future__ import annotations
 
 import csv
 import os
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from valm.errors import ValmError
-from valm.evaluation.scoring import Accuracy, answer_log_probs, answer_pieces
+from valm.evaluation.choice import ChoiceResult, ask, check_protocol
 from valm.model import VaLMForCausalLM
 
 PROMPTS = (
@@ -46,8 +43,6 @@ PROMPTS = (
 
 COLORS = ("white", "yellow", "green", "red", "grey", "brown", "black", "blue", "purple", "pink", "orange")
 
-PROTOCOLS = ("published", "fair")
-
 
 @dataclass(frozen=True)
 class ColorItem:
@@ -60,31 +55,10 @@ class ColorItem:
 
 
 @dataclass(frozen=True)
-class ColorResult:
-    """Accuracies with their 95 % intervals over items, and every answer.
+class ColorResult(ChoiceResult):
+    """A `ChoiceResult` whose answers are colours."""
 
-    accuracy: over all items and prompts together. vote: over items, each answered by most of its prompts.
-    calibrated, calibrated_vote: the same after dividing each colour's probability by its mean over the items, prompt
-    by prompt, which takes out how often a colour is said at all (no label is used). None in the published protocol.
-    majority: share of the most frequent colour, what always answering majority_color would get.
-    predictions: a colour for each item and prompt.
-    """
-
-    protocol: str
-    prompts: tuple[str, ...]
-    candidates: tuple[str, ...]
     items: tuple[ColorItem, ...]
-    predictions: tuple[tuple[str, ...], ...]
-    accuracy: Accuracy
-    vote: Accuracy | None
-    calibrated: Accuracy | None
-    calibrated_vote: Accuracy | None
-    majority: float
-    majority_color: str
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything as plain dicts, lists, strings and numbers."""
-        return asdict(self)
 
 
 def load_memory_color(path: str | os.PathLike) -> list[ColorItem]:
@@ -125,53 +99,20 @@ def evaluate_color(
         ValmError: no items, a prompt without [ITEM], an item whose colour is no candidate, or, in the published
             protocol, a colour that is not one piece for this tokenizer.
     """
-    if protocol not in PROTOCOLS:
-        raise ValmError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}")
+    check_protocol(protocol, items, prompts)
     fair = protocol == "fair"
-    if not items:
-        raise ValmError("there are no items to ask for")
-    for prompt in prompts:
-        if "[ITEM]" not in prompt:
-            raise ValmError(f"prompt {prompt!r} has no [ITEM]")
-    candidates = COLORS if fair else tuple(dict.fromkeys(item.color for item in items))
-    for item in items:
-        if item.color not in candidates:
-            raise ValmError(f"the colour of {item.item!r} is {item.color!r}, expected one of {', '.join(candidates)}")
-    if not fair:
-        for color, pieces in zip(candidates, answer_pieces(tokenizer, candidates), strict=True):
-            if len(pieces) != 1:
-                raise ValmError(
-                    f"{color!r} is {len(pieces)} pieces for this tokenizer, and the published protocol compares single "
-                    "pieces: use protocol='fair'"
-                )
-
-    texts = [_fill(prompt, item, fair) for item in items for prompt in prompts]
-    scores = answer_log_probs(
-        model, tokenizer, texts, candidates, bos=fair, batch_size=batch_size, progress=progress
-    ).numpy()
-    scores = scores.reshape(len(items), len(prompts), len(candidates)).astype(np.float64)
-    gold = np.array([candidates.index(item.color) for item in items])  # (items,)
-    predicted = scores.argmax(-1)  # (items, prompts)
-    vote = calibrated = calibrated_vote = None
-    if fair:
-        vote = Accuracy.of(_vote(scores) == gold)
-        without_prior = scores - _log_prior(scores)
-        calibrated = Accuracy.of(without_prior.argmax(-1) == gold[:, None])
-        calibrated_vote = Accuracy.of(_vote(without_prior) == gold)
-    majority_color, count = Counter(item.color for item in items).most_common(1)[0]
-    return ColorResult(
-        protocol=protocol,
-        prompts=tuple(prompts),
-        candidates=candidates,
-        items=tuple(items),
-        predictions=tuple(tuple(candidates[i] for i in row) for row in predicted),
-        accuracy=Accuracy.of(predicted == gold[:, None]),
-        vote=vote,
-        calibrated=calibrated,
-        calibrated_vote=calibrated_vote,
-        majority=count / len(items),
-        majority_color=majority_color,
+    right = [item.color for item in items]
+    asked = ask(
+        model,
+        tokenizer,
+        [[_fill(prompt, item, fair) for prompt in prompts] for item in items],
+        right,
+        COLORS if fair else tuple(dict.fromkeys(right)),
+        fair=fair,
+        batch_size=batch_size,
+        progress=progress,
     )
+    return ColorResult(protocol=protocol, prompts=tuple(prompts), items=tuple(items), **asked)
 
 
 def _fill(prompt: str, item: ColorItem, fair: bool) -> str:
@@ -179,20 +120,6 @@ def _fill(prompt: str, item: ColorItem, fair: bool) -> str:
     if descriptor is None:
         descriptor = "the" if fair else "[DESCRIPTOR]"
     return " ".join(prompt.replace("[DESCRIPTOR]", descriptor).replace("[ITEM]", item.item).split())
-
-
-def _vote(scores: np.ndarray) -> np.ndarray:
-    """(items, prompts, candidates) -> (items,): what most prompts answer; among equals, what is likelier over all."""
-    log_probs = scores - np.logaddexp.reduce(scores, axis=-1, keepdims=True)  # among the candidates
-    votes = np.eye(scores.shape[-1])[scores.argmax(-1)].sum(1)  # (items, candidates)
-    likely = np.exp(log_probs).mean(1)  # below 1, so it decides between equal votes only
-    return (votes + likely).argmax(-1)
-
-
-def _log_prior(scores: np.ndarray) -> np.ndarray:
-    """(items, prompts, candidates) -> (1, prompts, candidates): log of each candidate's mean probability over items."""
-    log_probs = scores - np.logaddexp.reduce(scores, axis=-1, keepdims=True)
-    return np.logaddexp.reduce(log_probs, axis=0, keepdims=True) - np.log(len(scores))
 
 
 def _read_csv(path: str | os.PathLike, columns: list[str]) -> list[dict[str, str]]:

@@ -3,13 +3,12 @@ import os
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from tests.valm.models import tiny_model
 from valm.errors import ValmError
-from valm.evaluation import color
+from valm.evaluation import choice
 from valm.evaluation.color import COLORS, PROMPTS, ColorItem, evaluate_color, load_color_terms, load_memory_color
 from valm.tokenizer import clip_tokenizer, prune_tokenizer
 
@@ -39,7 +38,7 @@ def answering(monkeypatch, score):
         asked.append((prompts, arguments))
         return torch.tensor([[float(score(prompt, answer)) for answer in answers] for prompt in prompts])
 
-    monkeypatch.setattr(color, "answer_log_probs", log_probs)
+    monkeypatch.setattr(choice, "answer_log_probs", log_probs)
     return asked
 
 
@@ -81,7 +80,7 @@ def test_all_answers_right_and_all_wrong(monkeypatch):
     result = evaluate_color(None, TOKENIZER, ITEMS)
     assert result.accuracy.value == result.vote.value == result.calibrated.value == result.calibrated_vote.value == 1
     assert (result.accuracy.low, result.accuracy.high) == (1, 1)
-    assert (result.majority, result.majority_color) == (0.4, "white")
+    assert (result.majority, result.majority_answer) == (0.4, "white")
     assert result.predictions == tuple((item.color,) * 9 for item in ITEMS)
     answering(monkeypatch, lambda prompt, answer: answer == "purple")
     assert evaluate_color(None, TOKENIZER, ITEMS).accuracy.value == 0
@@ -104,29 +103,6 @@ def test_prompts_of_the_two_protocols(monkeypatch):
     assert (arguments["bos"], fair_arguments["bos"]) == (False, True)
 
 
-def test_calibration_takes_out_a_colour_that_is_always_likely(monkeypatch):
-    right = {item.item: item.color for item in ITEMS}
-
-    def score(prompt, answer):
-        return 5 * (answer == "green") + any(n in prompt and c == answer for n, c in right.items())
-
-    answering(monkeypatch, score)
-    result = evaluate_color(None, TOKENIZER, ITEMS)
-    assert result.accuracy.value == 0
-    assert result.calibrated.value == result.calibrated_vote.value == 1
-
-
-def test_the_vote_is_by_count_and_equal_counts_go_to_the_likelier():
-    scores = np.log(
-        [
-            [[0.9, 0.1], [0.4, 0.6], [0.4, 0.6]],  # two of three for the second, though the first is likelier over all
-            [[0.9, 0.1], [0.4, 0.6], [0.5, 0.5]],
-        ]
-    )
-    assert color._vote(scores).tolist() == [1, 0]
-    assert color._vote(scores[:, :2]).tolist() == [0, 0]
-
-
 @pytest.mark.parametrize("protocol", ["published", "fair"])
 def test_with_a_real_model_it_is_reproducible_and_writes_json(protocol):
     first = evaluate_color(a_model(), TOKENIZER, ITEMS, protocol=protocol)
@@ -142,9 +118,10 @@ def test_with_a_real_model_it_is_reproducible_and_writes_json(protocol):
     "items, arguments, message",
     [
         ([], {}, "no items"),
+        (ITEMS, {"prompts": []}, "no prompts"),
         (ITEMS, {"protocol": "other"}, "protocol must be one of"),
         (ITEMS, {"prompts": ["the color is"]}, r"has no \[ITEM\]"),
-        ([ColorItem("sea", "turquoise")], {}, "the colour of 'sea' is 'turquoise', expected one of"),
+        ([ColorItem("sea", "turquoise")], {}, "the answer 'turquoise' is not one of white"),
         ([ColorItem("sea", "turquoise")], {"protocol": "published"}, "pieces for this tokenizer"),
     ],
 )
