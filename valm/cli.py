@@ -186,19 +186,14 @@ def run_train(arguments: argparse.Namespace) -> None:
         texts = arguments.corpus.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise ValmError(f"the corpus {arguments.corpus} is not UTF-8 text: {error}") from error
-    writable_folder(arguments.out)
+    if any(writable_folder(arguments.out).iterdir()):
+        raise ValmError(f"the output folder {arguments.out} is not empty; choose another")
     kb = ImageKnowledgeBase.open(arguments.kb) if arguments.kb else None
     if kb is not None:
         clip = kb.load_clip(arguments.clip)
         tokenizer = clip.tokenizer
     else:
         tokenizer = Clip.load(arguments.clip).tokenizer if arguments.clip else clip_tokenizer()
-    documents = tokenize_documents(texts, tokenizer, arguments.context)
-    dataset = [{"input_ids": document} for document in documents]
-    if kb is not None:
-        retriever = Retriever(ContextEncoder(clip, query=arguments.query), kb, arguments.images)
-        dataset = retrieve_corpus(documents, retriever, arguments.out / "retrieval")
-    torch.manual_seed(arguments.seed)
     config = ValmConfig(
         vocab_size=len(tokenizer),
         n_positions=arguments.context,
@@ -211,6 +206,12 @@ def run_train(arguments: argparse.Namespace) -> None:
         image_dim=kb.dim if kb is not None else arguments.width,
         num_images=arguments.images if kb is not None else 0,
     )
+    documents = tokenize_documents(texts, tokenizer, arguments.context)
+    dataset = [{"input_ids": document} for document in documents]
+    if kb is not None:
+        retriever = Retriever(ContextEncoder(clip, query=arguments.query), kb, arguments.images)
+        dataset = retrieve_corpus(documents, retriever, arguments.out / "retrieval")
+    torch.manual_seed(arguments.seed)
     losses = train(
         VaLMForCausalLM(config),
         dataset,

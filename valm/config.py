@@ -2,6 +2,8 @@
 
 from transformers import AutoConfig, GPT2Config
 
+from valm.errors import ValmError
+
 FUSION_SCALES = ("head_dim", "embed_dim")
 
 
@@ -22,7 +24,7 @@ class ValmConfig(GPT2Config):
             published; -20 starts a pretrained language model with its pictures closed.
 
     Raises:
-        ValueError: an argument has a value that no model can have.
+        ValmError: an argument has a value that no model can have.
     """
 
     model_type = "valm"
@@ -45,19 +47,19 @@ class ValmConfig(GPT2Config):
         self.blind = blind
         self.image_logit_bias_init = image_logit_bias_init
         if image_dim < 1:
-            raise ValueError(f"image_dim must be at least 1, got {image_dim}")
+            raise ValmError(f"image_dim must be at least 1, got {image_dim}")
         if not 0 <= num_images <= 64:
-            raise ValueError(f"num_images must be from 0 to 64, got {num_images}")
+            raise ValmError(f"num_images must be from 0 to 64, got {num_images}")
         if not -self.n_layer <= fusion_layer < self.n_layer:
-            raise ValueError(f"fusion_layer must name one of the {self.n_layer} blocks, got {fusion_layer}")
+            raise ValmError(f"fusion_layer must name one of the {self.n_layer} blocks, got {fusion_layer}")
         if fusion_scale not in FUSION_SCALES:
-            raise ValueError(f"fusion_scale must be one of {FUSION_SCALES}, got {fusion_scale!r}")
+            raise ValmError(f"fusion_scale must be one of {FUSION_SCALES}, got {fusion_scale!r}")
         if blind and num_images != 1:
-            raise ValueError(f"blind needs num_images = 1 (the query is the one picture), got {num_images}")
+            raise ValmError(f"blind needs num_images = 1 (the query is the one picture), got {num_images}")
         if self.add_cross_attention:
-            raise ValueError("add_cross_attention must be False: VaLM is a decoder without an encoder")
+            raise ValmError("add_cross_attention must be False: VaLM is a decoder without an encoder")
         if self.n_embd % self.n_head or not 8 <= self.n_embd // self.n_head <= 256:
-            raise ValueError(
+            raise ValmError(
                 f"n_embd must be n_head times a head dimension from 8 to 256, got {self.n_embd} and {self.n_head} heads"
             )
 

@@ -1,0 +1,174 @@
+"""The valm command on a tiny CLIP: the whole way once, then one sentence for each wrong input."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from tests.valm.retrieval.tiny_clip import make_clip
+from valm.cli import main
+from valm.tokenizer import clip_tokenizer, prune_tokenizer
+
+THINGS = {"apple": "red", "sea": "blue", "leaf": "green", "lemon": "yellow", "coal": "black", "snow": "white"}
+SIZE = ["--layers", "3", "--width", "32", "--heads", "4", "--context", "32", "--steps", "3", "--batch-size", "4"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with pictures, a CLIP, a corpus, a table of colours, a knowledge base and two checkpoints."""
+    root = tmp_path_factory.mktemp("world")
+    texts = [f"the color of the {name} is {color}" for name, color in THINGS.items()]
+    (root / "pictures").mkdir()
+    for name, color in THINGS.items():
+        Image.new("RGB", (40, 40), color).save(root / "pictures" / f"{name}.png")
+        (root / "pictures" / f"{name}.txt").write_text(f"a {name}")
+    (root / "corpus.txt").write_text("\n".join(texts))
+    rows = [f"{i},the ,{name},{color}" for i, (name, color) in enumerate(THINGS.items(), 1)]
+    (root / "colors.csv").write_text("\n".join(["Index,Descriptor,Item,Color", *rows]))
+    make_clip(prune_tokenizer(clip_tokenizer(), texts)).save(root / "clip")
+    build = ["kb", "build", root / "pictures", "--clip", root / "clip", "--out", root / "kb"]
+    assert run(*build) == 0
+    assert run("train", root / "corpus.txt", "--out", root / "valm", "--kb", root / "kb", "-k", "2", *SIZE) == 0
+    assert run("train", root / "corpus.txt", "--out", root / "gpt2", "--clip", root / "clip", *SIZE) == 0
+    return root
+
+
+@pytest.fixture
+def copy_of(world, tmp_path):
+    """Copies part of the world, to be damaged."""
+
+    def copy(*names):
+        for name in names:
+            shutil.copytree(world / name, tmp_path / name)
+        return tmp_path
+
+    return copy
+
+
+def run(*arguments) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def test_kb_info_names_size_and_encoder(world, capsys):
+    assert run("kb", "info", world / "kb") == 0
+    out = capsys.readouterr().out
+    assert "6 pictures, 16 dimensions" in out
+    assert "the CLIP tiny" in out
+
+
+def test_kb_search_lists_the_nearest_pictures(world, capsys):
+    assert run("kb", "search", world / "kb", "the apple", "-k", "3") == 0
+    lines = capsys.readouterr().out.splitlines()
+    scores = [float(line.split()[0]) for line in lines]
+    assert len(lines) == 3 and scores == sorted(scores, reverse=True)
+    assert all(line.split()[1].removesuffix(".png") in THINGS for line in lines)
+
+
+@pytest.mark.parametrize("model", ["valm", "gpt2"])
+def test_eval_prints_accuracies_and_writes_the_answers(world, tmp_path, capsys, model):
+    out = tmp_path / "answers.json"
+    assert run("eval", world / model, "--memory-color", world / "colors.csv", "--out", out) == 0
+    printed = capsys.readouterr().out
+    assert "MemoryColor, 6 things, 9 prompts, fair protocol" in printed
+    answers = json.loads(out.read_text())["MemoryColor"]
+    assert f"{answers['accuracy']['value']:.3f}" in printed
+    assert len(answers["predictions"]) == 6
+
+
+@pytest.mark.parametrize("options", [[], ["--beams", "2"], ["--sample", "--seed", "3"]])
+def test_generate_continues_the_prompt(world, capsys, options):
+    assert run("generate", world / "valm", "the color of the apple", "--max-new-tokens", 4, *options) == 0
+    assert capsys.readouterr().out.startswith("the color of the apple")
+
+
+def test_checkpoint_and_knowledge_base_move_together(copy_of, capsys):
+    root = copy_of("valm", "kb", "clip")
+    assert run("generate", root / "valm", "the sea", "--max-new-tokens", 2) == 0
+
+
+def test_every_command_answers_help(capsys):
+    for command in (["demo"], ["kb"], ["kb", "build"], ["train"], ["eval"], ["generate"]):
+        with pytest.raises(SystemExit) as stop:
+            main([*command, "--help"])
+        assert stop.value.code == 0
+
+
+def test_help_does_not_wait_for_torch():
+    script = "import sys, valm.cli; valm.cli.build_parser(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def wrong_inputs():
+    """name -> (arguments, what the sentence must say); {world} and {tmp} are the folders."""
+    kb_build = ["kb", "build", "{world}/pictures", "--clip", "{world}/clip", "--out", "{tmp}/kb"]
+    train = ["train", "{world}/corpus.txt", "--out", "{tmp}/model", *SIZE]
+    return {
+        "folder of pictures missing": ([*kb_build[:2], "{tmp}/none", *kb_build[3:]], "no folder {tmp}/none"),
+        "folder without pictures": ([*kb_build[:2], "{tmp}", *kb_build[3:]], "no pictures in {tmp}"),
+        "no such CLIP": ([*kb_build[:4], "{tmp}/none", *kb_build[5:]], "no CLIP at '{tmp}/none'"),
+        "output holds something else": ([*kb_build[:-1], "{world}/clip"], "is not empty"),
+        "no such knowledge base": (["kb", "info", "{tmp}/none"], "no knowledge base at {tmp}/none"),
+        "not a knowledge base": (["kb", "search", "{world}/clip", "x"], "is not a knowledge base"),
+        "knowledge base of another CLIP": (
+            ["kb", "search", "{world}/kb", "x", "--clip", "{tmp}/other"],
+            "was built with",
+        ),
+        "corpus missing": (["train", "{tmp}/none.txt", "--out", "{tmp}/model"], "none.txt"),
+        "corpus without text": (["train", "{tmp}/empty.txt", "--out", "{tmp}/model"], "no documents"),
+        "corpus not text": (["train", "{world}/pictures/sea.png", "--out", "{tmp}/model"], "is not UTF-8"),
+        "impossible heads": ([*train, "--clip", "{world}/clip", "--heads", "5"], "n_embd"),
+        "more images than there are": ([*train, "--kb", "{world}/kb", "-k", "7"], "k must be from 1 to the 6"),
+        "output of another training": ([*train[:3], "{world}/gpt2", *SIZE], "is not empty"),
+        "no such checkpoint": (["generate", "{tmp}/none", "x"], "no checkpoint folder {tmp}/none"),
+        "not a checkpoint": (["generate", "{world}/kb", "x"], "is no checkpoint"),
+        "pictures for a model without": (["generate", "{world}/gpt2", "x", "--kb", "{world}/kb"], "sees no pictures"),
+        "nothing to evaluate": (["eval", "{world}/gpt2"], "--memory-color"),
+        "table missing": (["eval", "{world}/gpt2", "--memory-color", "{tmp}/none.csv"], "none.csv"),
+        "table of something else": (["eval", "{world}/gpt2", "--memory-color", "{world}/corpus.txt"], "columns"),
+        "output is a file": ([*train[:3], "{world}/corpus.txt", "--clip", "{world}/clip"], "{world}/corpus.txt"),
+    }
+
+
+@pytest.mark.parametrize("name", wrong_inputs())
+def test_wrong_input_is_one_sentence(world, tmp_path, capsys, name):
+    (tmp_path / "empty.txt").write_text("\n\n")
+    if "{tmp}/other" in wrong_inputs()[name][0]:
+        make_clip(prune_tokenizer(clip_tokenizer(), ["another"]), seed=1).save(tmp_path / "other")
+    arguments, expected = wrong_inputs()[name]
+    arguments = [argument.format(world=world, tmp=tmp_path) for argument in arguments]
+    before = sorted(os.listdir(tmp_path))
+    assert main(arguments) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("valm: error: ") and expected.format(world=world, tmp=tmp_path) in error
+    left = set(os.listdir(tmp_path)) - set(before)
+    assert not any((tmp_path / name / "config.json").exists() for name in left)
+    assert not any((tmp_path / name / "manifest.json").exists() for name in left)
+
+
+def test_a_config_of_another_model_is_one_sentence(copy_of, capsys):
+    root = copy_of("gpt2")
+    config = json.loads((root / "gpt2" / "config.json").read_text())
+    (root / "gpt2" / "config.json").write_text(json.dumps(config | {"n_embd": 64}))
+    assert run("generate", root / "gpt2", "x") == 1
+    assert "are not those of its config.json" in capsys.readouterr().err
+
+
+def test_a_corrupt_picture_is_named_and_left_out(world, tmp_path, capsys):
+    shutil.copytree(world / "pictures", tmp_path / "pictures")
+    (tmp_path / "pictures" / "sea.png").write_bytes(b"not a picture")
+    assert run("kb", "build", tmp_path / "pictures", "--clip", world / "clip", "--out", tmp_path / "kb") == 0
+    out = capsys.readouterr().out
+    assert "5 pictures" in out and "sea.png" in out
+
+
+def test_the_command_itself_has_no_traceback(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "valm", "kb", "info", tmp_path / "none"], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("valm: error: ")
