@@ -1,9 +1,11 @@
+import open_clip
 import pytest
 import torch
 
 from tests.valm.retrieval.tiny_clip import TINY, make_clip
 from valm.errors import ValmError
 from valm.retrieval.clip import Clip
+from valm.retrieval.context import ContextEncoder
 from valm.retrieval.text_tower import TextTower
 
 
@@ -53,3 +55,29 @@ def test_the_clip_itself_is_not_changed(clip):
     assert tower.embedding.weight.dtype == tower.positions.dtype == torch.bfloat16
     assert clip.model.token_embedding.weight.dtype == before == torch.float32
     assert TextTower(clip, torch.float32).embedding.weight is clip.model.token_embedding.weight
+
+
+LONG_TEXT = "The colour of a ripe banana is yellow, and that of the sky over the sea is blue on a clear day, he said."
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["ViT-B-32-quickgelu", "ViT-L-14", "RN50x16"])
+def test_towers_of_full_size(architecture):
+    """Every prefix of 25 tokens as open_clip encodes it, and the same token by token. Random weights."""
+    torch.manual_seed(0)
+    clip = Clip.create({**open_clip.get_model_config(architecture), "vision_cfg": TINY["vision_cfg"]})
+    words = clip.tokenizer(LONG_TEXT, add_special_tokens=False)["input_ids"][:25]
+    rows = torch.full((len(words), 77), clip.tokenizer.eos_token_id)
+    rows[:, 0] = clip.tokenizer.bos_token_id
+    for n in range(len(words)):
+        rows[n, 1 : 2 + n] = torch.tensor(words[: n + 1])
+    encoder = ContextEncoder(clip)
+    found = encoder(torch.tensor([words]))[0]
+    cache = encoder.new_cache(1)
+    steps = torch.cat([encoder.step(torch.tensor([[word]]), cache)[0] for word in words])
+    with torch.no_grad():
+        eager = clip.model.encode_text(rows, normalize=True)
+        exact = clip.model.double().encode_text(rows, normalize=True)
+    allowed = 2 * (eager - exact).abs().max() + 2 * torch.finfo(torch.float32).eps * exact.abs().max()
+    assert (found - exact).abs().max() <= allowed
+    assert (steps - exact).abs().max() <= allowed
