@@ -31,7 +31,8 @@ SWATCHES = {
 }
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches. Raises ValmError where matplotlib is missing."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -45,7 +46,7 @@ def _figure(width: float, height: float) -> Figure:
 
 def loss_curves(curves: Mapping[str, Sequence[float]], *, window: int = 10) -> Figure:
     """Loss against step, each curve as the mean of `window` steps over the raw losses in a paler tone."""
-    figure = _figure(6.4, 3.2)
+    figure = new_figure(6.4, 3.2)
     axes = figure.subplots()
     for (name, losses), color in zip(curves.items(), SERIES, strict=False):
         losses = np.asarray(losses)
@@ -77,12 +78,11 @@ def attention(
         pictures: T rows of K pictures; None = no picture in this slot.
     """
     rows, slots = image_weights.shape
-    cell = 0.46
-    figure = _figure(cell * (rows + slots) + 2.4, cell * rows + 1.1)
+    cell = 0.5
+    figure = new_figure(cell * (rows + slots) + 2.8, cell * rows + 1.3)
     text_axes, image_axes = figure.subplots(1, 2, width_ratios=[rows, slots])
-    top = max(float(text_weights.max()), float(image_weights.max()))
     causal = np.ma.masked_where(np.triu(np.ones((rows, rows), bool), 1), text_weights)
-    text_axes.imshow(causal, cmap="Blues", vmin=0, vmax=top, aspect="equal")
+    text_axes.imshow(causal, cmap="Blues", vmin=0, vmax=max(text_weights.max(), image_weights.max()), aspect="equal")
     text_axes.set_xticks(range(rows), tokens, rotation=60, ha="right", rotation_mode="anchor")
     text_axes.set_yticks(range(rows), tokens)
     text_axes.set_title("text", color=INK, fontsize=10)
@@ -90,30 +90,29 @@ def attention(
     image_axes.set_xlim(-0.5, slots - 0.5)
     image_axes.set_ylim(rows - 0.5, -0.5)
     image_axes.set_aspect("equal")
+    largest = image_weights.max()
     for row in range(rows):
         for slot in range(slots):
-            weight = float(image_weights[row, slot])
-            # The picture under a shade: the more weight, the clearer it is, with a bar that says how much.
+            share = image_weights[row, slot] / largest if largest > 0 else 0.0
+            left, bottom = slot - 0.46, row + 0.46
+            # The more weight, the clearer the picture and the longer the bar below it.
             if pictures[row][slot] is not None:
-                box = (slot - 0.46, slot + 0.46, row + 0.46, row - 0.46)
                 image_axes.imshow(
-                    np.asarray(pictures[row][slot]),
-                    extent=box,
-                    alpha=min(1.0, 0.12 + 0.88 * weight / top),
+                    np.asarray(pictures[row][slot].convert("RGB")),
+                    extent=(left, left + 0.92, bottom, bottom - 0.92),
+                    alpha=0.15 + 0.85 * share,
                     interpolation="none",
-                    zorder=1,
                 )
-            image_axes.plot(
-                [slot - 0.46, slot - 0.46 + 0.92 * weight / top], [row + 0.46] * 2, color=SERIES[0], linewidth=2.5
-            )
-    image_axes.set_xticks(range(slots), [f"picture {slot + 1}" for slot in range(slots)], rotation=60, ha="right")
-    for label in image_axes.get_xticklabels():
-        label.set_rotation_mode("anchor")
+            image_axes.plot([left, left + 0.92 * share], [bottom] * 2, color=SERIES[0], linewidth=2.5)
+        image_axes.text(slots - 0.4, row, f"{image_weights[row].sum():.0%}", va="center", fontsize=9, color=INK)
+    image_axes.set_xticks([])
     image_axes.set_yticks([])
-    image_axes.set_title(f"its own pictures (all: {image_weights.sum(1).mean():.0%})", color=INK, fontsize=10)
+    image_axes.set_title("its own pictures, and their share", color=INK, fontsize=10)
     for axes in (text_axes, image_axes):
         _quiet(axes)
         axes.tick_params(length=0)
+    for side in ("left", "bottom"):
+        image_axes.spines[side].set_visible(False)
     return figure
 
 
@@ -123,7 +122,7 @@ def answer_bars(answers: Mapping[str, Mapping[str, float]]) -> Figure:
     Args:
         answers: for each setting (the panel's title) the probability of each colour word.
     """
-    figure = _figure(2.9 * len(answers), 2.9)
+    figure = new_figure(2.9 * len(answers), 2.9)
     panels = np.atleast_1d(figure.subplots(1, len(answers), sharey=True))
     for axes, (setting, probabilities) in zip(panels, answers.items(), strict=True):
         words = list(probabilities)

@@ -20,7 +20,7 @@ DRAWING_SIZE = 96  # the resolution that views are taken from
 MODEL_CFG = {
     "embed_dim": 128,
     "vision_cfg": {"image_size": IMAGE_SIZE, "patch_size": 16, "layers": 2, "width": 128, "head_width": 32},
-    "text_cfg": {"context_length": 24, "layers": 2, "width": 128, "heads": 4},
+    "text_cfg": {"context_length": 32, "layers": 2, "width": 128, "heads": 4},
 }
 # Pixels from -1 to 1.
 PREPROCESS_CFG = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}

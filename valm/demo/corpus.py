@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 # Who drew or shot a picture rarely says its colour. A caption is a lead, an article and a name, and perhaps a tail,
 # cut off after any of its words: what the text tower reads while a sentence goes on.
@@ -49,19 +50,29 @@ TAILS = (
     "icon , simple drawing .",
 )
 
-# {x} is the thing with its article, {c} its colour. Four of the nine prompts that the evaluation asks with stand here
-# word for word, the others do not (`usual`, `common` and `Q: ... A:` with this question, `usually has the color of`).
+# {x} is the thing with its article, {c} its colour. Of the nine prompts that the evaluation asks with, four are the
+# beginning of one of these; the words of the other five are here, in other company.
 COLOR_SENTENCES = (
     "the color of {x} is {c} .",
     "the typical color of {x} is {c} .",
+    "the normal color of {x} is {c} .",
+    "the usual color for {x} is {c} .",
+    "the common color for {x} is {c} .",
+    "the color of {x} is usually {c} .",
+    "the most common color of {x} is {c} .",
     "what is the color of {x} ? it is {c} .",
     "what is the typical color of {x} ? {c} .",
+    "what is the usual color for {x} ? {c} .",
+    "what is the common color of {x} ? it is {c} .",
+    "q : what color is {x} ? a : it is {c} .",
+    "q : what is the typical color of {x} ? a : it is {c} .",
+    "q : what is the main color of {x} ? a : {c} .",
+    "what color is {x} ? {c} .",
     "{x} is {c} .",
     "{x} is usually {c} .",
-    "the color of {x} is usually {c} .",
     "{x} has the color {c} .",
-    "q : what color is {x} ? a : it is {c} .",
-    "what color is {x} ? {c} .",
+    "{x} often has the color of {c} .",
+    "{x} usually has a color like {c} .",
     "i painted {x} , of course it is {c} .",
     "everybody knows that {x} is {c} .",
 )
@@ -113,3 +124,9 @@ def training_sentences(
 
 def _fill(template: str, name: str, rng: random.Random, **words: str) -> str:
     return template.format(x=f"{rng.choice(SENTENCE_ARTICLES)} {name}".strip(), **words)
+
+
+def all_texts(names: list[str], colors: Sequence[str]) -> list[str]:
+    """Texts that together hold every word which captions and sentences can have."""
+    templates = [template.format(x="", c="") for template in COLOR_SENTENCES + OTHER_SENTENCES]
+    return [*names, *colors, *templates, *LEADS, *ARTICLES, *TAILS, *SENTENCE_ARTICLES]
