@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "image_attn/image_attn.hpp"
 #include "topk/topk.hpp"
 
 namespace py = pybind11;
@@ -56,6 +57,10 @@ PYBIND11_MODULE(_native, m) {
               if (PyErr_Occurred()) throw py::error_already_set();
               return broken_row;
           });
+
+    m.def("image_attn_forward", &valm::image_attn_forward, py::call_guard<py::gil_scoped_release>());
+    m.def("image_attn_backward", &valm::image_attn_backward, py::call_guard<py::gil_scoped_release>());
+    m.def("image_attn_isas", &valm::image_attn_isas);
 
 #ifdef VALM_KERNELS_CUDA
     m.attr("built_with_cuda") = true;

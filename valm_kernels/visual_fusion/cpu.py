@@ -13,11 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from valm_kernels.native import native
+from valm_kernels.visual_fusion.layout import empty_rows_like, whole_rows
 from valm_kernels.visual_fusion.reference import check_image_index, text_visible
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -57,23 +60,14 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """out and joint lse; arguments as in visual_fusion_attn, already checked but for the values of image_index."""
-    if image_index is not None:
-        check_image_index(image_index, image_k.shape[1])
-    q, k, v = (_unit_last_stride(t) for t in (q, k, v))
+    q, k, v = (whole_rows(t) for t in (q, k, v))
     out, lse = _text_forward(q, k, v, first_key, causal, scale)
-    if image_k is None:
-        return out, lse
-
-    scores, _, values, _ = _image_scores(
-        q, image_k, image_v, image_index, image_mask, image_k_bias, image_v_bias, image_logit_bias, scale
-    )
-    joint = torch.logaddexp(lse, scores.logsumexp(-1))
-    base = joint.masked_fill(joint == -torch.inf, 0)  # a query that sees nothing: every exp below is 0
-    weights = torch.exp(scores - base.unsqueeze(-1))
-    grouped = weights.unflatten(1, (values.shape[1], -1))  # (B, Hkv, G, Tq, K)
-    image_out = torch.einsum("bhgtk,bhtkd->bhgtd", grouped, values).flatten(1, 2)
-    joined = out * torch.exp(lse - base).unsqueeze(-1) + image_out
-    return out.copy_(joined), joint
+    if image_k is not None:
+        images = _ImageBranch(
+            q, image_k, image_v, image_index, image_mask, image_k_bias, image_v_bias, image_logit_bias, scale
+        )
+        images.run("forward", out=out, lse=lse)
+    return out, lse
 
 
 def backward(
@@ -96,90 +90,86 @@ def backward(
     scale: float,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, image_k, image_v, image_k_bias, image_v_bias and image_logit_bias; None where absent."""
-    grad_out, out, q, k, v = (_unit_last_stride(t) for t in (grad_out, out, q, k, v))
+    grad_out, out, q, k, v = (whole_rows(t) for t in (grad_out, out, q, k, v))
     # exp(score - lse) has to be 0, not NaN, where a query sees nothing.
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)
     grad_q, grad_k, grad_v = _text_backward(grad_out, grad_lse, out, lse, q, k, v, first_key, causal, scale)
     if image_k is None:
         return grad_q, grad_k, grad_v, None, None, None, None, None
 
-    scores, keys, values, slots = _image_scores(
+    images = _ImageBranch(
         q, image_k, image_v, image_index, image_mask, image_k_bias, image_v_bias, image_logit_bias, scale
     )
-    kv_heads = keys.shape[1]
-    weights = torch.exp(scores - lse.unsqueeze(-1)).unflatten(1, (kv_heads, -1))  # (B, Hkv, G, Tq, K)
-    wide_q = q.to(lse.dtype).unflatten(1, (kv_heads, -1))
-    wide_grad = grad_out.to(lse.dtype).unflatten(1, (kv_heads, -1))
-    delta = (grad_out.to(lse.dtype) * out).sum(-1)
-    if grad_lse is not None:
-        delta = delta - grad_lse
-    grad_weights = torch.einsum("bhgtd,bhtkd->bhgtk", wide_grad, values)
-    grad_scores = weights * (grad_weights - delta.unflatten(1, (kv_heads, -1)).unsqueeze(-1))
-    grad_q += scale * torch.einsum("bhgtk,bhtkd->bhgtd", grad_scores, keys).flatten(1, 2)
-    grad_keys = scale * torch.einsum("bhgtk,bhgtd->bhtkd", grad_scores, wide_q)
-    grad_values = torch.einsum("bhgtk,bhgtd->bhtkd", weights, wide_grad)
-
-    def of_bias(bias: Tensor | None, gradient: Tensor) -> Tensor | None:
-        return None if bias is None else gradient.to(bias.dtype)
-
-    grad_k_bias = of_bias(image_k_bias, grad_keys.sum((0, 2, 3)))
-    grad_v_bias = of_bias(image_v_bias, grad_values.sum((0, 2, 3)))
-    grad_logit_bias = of_bias(image_logit_bias, grad_scores.sum((0, 3, 4)).flatten())
-    if slots is not None:
-        grad_keys = _pool_gradient(grad_keys, slots, image_k)
-        grad_values = _pool_gradient(grad_values, slots, image_v)
-    return (
-        grad_q,
-        grad_k,
-        grad_v,
-        torch.empty_like(image_k).copy_(grad_keys),
-        torch.empty_like(image_v).copy_(grad_values),
-        grad_k_bias,
-        grad_v_bias,
-        grad_logit_bias,
+    biases = (image_k_bias, image_v_bias, image_logit_bias)
+    gradients = [empty_rows_like(t) for t in (image_k, image_v)]
+    bias_gradients = [None if b is None else lse.new_empty(b.shape) for b in biases]
+    images.run(
+        "backward",
+        out=out,
+        lse=lse,
+        grad_out=grad_out,
+        grad_lse=grad_lse,
+        grad_q=grad_q,
+        grad_image_k=gradients[0],
+        grad_image_v=gradients[1],
+        grad_image_k_bias=bias_gradients[0],
+        grad_image_v_bias=bias_gradients[1],
+        grad_image_logit_bias=bias_gradients[2],
     )
+    bias_gradients = [None if b is None else g.to(b.dtype) for b, g in zip(biases, bias_gradients, strict=True)]
+    return grad_q, grad_k, grad_v, *gradients, *bias_gradients
 
 
-def _image_scores(
-    q: Tensor,
-    image_k: Tensor,
-    image_v: Tensor,
-    image_index: Tensor | None,
-    image_mask: Tensor | None,
-    image_k_bias: Tensor | None,
-    image_v_bias: Tensor | None,
-    image_logit_bias: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Scores (B, Hq, Tq, K), keys and values (B, Hkv, Tq, K, D) with their biases, pool rows (B, Tq, K) or None."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    slots, present = None, image_mask
-    if image_index is not None:
-        present = image_index >= 0
-        slots = torch.where(present, image_index, image_k.shape[1]).long()
-        image_k, image_v = (
-            torch.nn.functional.pad(t, (0, 0, 0, 1))[:, slots].transpose(0, 1) for t in (image_k, image_v)
-        )
-    keys, values = image_k.to(dtype), image_v.to(dtype)
-    if image_k_bias is not None:
-        keys = keys + image_k_bias[:, None, None]
-    if image_v_bias is not None:
-        values = values + image_v_bias[:, None, None]
-    grouped = q.to(dtype).unflatten(1, (keys.shape[1], -1))
-    scores = scale * torch.einsum("bhgtd,bhtkd->bhgtk", grouped, keys).flatten(1, 2)
-    if image_logit_bias is not None:
-        scores = scores + image_logit_bias[:, None, None]
-    if present is not None:
-        scores = scores.masked_fill(~present[:, None], -torch.inf)
-    return scores, keys, values, slots
+@cache
+def _isa() -> str:
+    """The fastest instruction set of this machine that the native image branch is built for."""
+    return native().image_attn_isas()[0]
 
 
-def _pool_gradient(gradient: Tensor, slots: Tensor, pool: Tensor) -> Tensor:
-    """Sums the gradients (B, Hkv, Tq, K, D) of all slots that read one pool row into (Hkv, U, D)."""
-    heads, rows, dim = pool.shape
-    total = gradient.new_zeros(heads, rows + 1, dim)
-    total.index_add_(1, slots.flatten(), gradient.transpose(0, 1).flatten(1, 3))
-    return total[:, :rows]
+class _ImageBranch:
+    """The native image branch with its inputs in the form that csrc/image_attn/image_attn.hpp asks for."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        image_k: Tensor,
+        image_v: Tensor,
+        image_index: Tensor | None,
+        image_mask: Tensor | None,
+        image_k_bias: Tensor | None,
+        image_v_bias: Tensor | None,
+        image_logit_bias: Tensor | None,
+        scale: float,
+    ) -> None:
+        if image_index is None:
+            kv_heads, num_images, pool_rows = image_k.shape[1], image_k.shape[3], -1
+        else:
+            kv_heads, num_images, pool_rows = image_k.shape[0], image_index.shape[2], image_k.shape[1]
+            check_image_index(image_index, pool_rows)
+            image_index = image_index.int()
+        batch, query_heads, num_queries, head_dim = q.shape
+        self.dtype = str(q.dtype).removeprefix("torch.")
+        self.sizes = (batch, query_heads, kv_heads, num_queries, num_images, head_dim, pool_rows)
+        self.scale = scale
+        wide = torch.promote_types(q.dtype, torch.float32)
+        biases = (image_k_bias, image_v_bias, image_logit_bias)
+        image_k_bias, image_v_bias, image_logit_bias = (None if b is None else b.to(wide).contiguous() for b in biases)
+        self.inputs = {
+            "q": q,
+            "image_k": whole_rows(image_k),
+            "image_v": whole_rows(image_v),
+            "image_index": None if image_index is None else image_index.contiguous(),
+            "image_mask": None if image_mask is None else image_mask.contiguous(),
+            "image_k_bias": image_k_bias,
+            "image_v_bias": image_v_bias,
+            "image_logit_bias": image_logit_bias,
+        }
+
+    def run(self, direction: str, **tensors: Tensor | None) -> None:
+        tensors |= self.inputs
+        function = native().image_attn_forward if direction == "forward" else native().image_attn_backward
+        addresses = {name: (t.data_ptr(), t.stride()) for name, t in tensors.items() if t is not None}
+        function(_isa(), self.dtype, self.sizes, self.scale, torch.get_num_threads(), addresses)
 
 
 def text_segments(
@@ -329,8 +319,3 @@ def _covers(segment: TextSegment, q: Tensor) -> bool:
 def _additive(visible: Tensor | None, q: Tensor) -> Tensor | None:
     """The kernel's mask: it refuses booleans, and takes 2 or 4 dimensions only."""
     return None if visible is None else q.new_zeros(visible.shape).masked_fill(~visible, -torch.inf)
-
-
-def _unit_last_stride(tensor: Tensor) -> Tensor:
-    """The flash kernel reads a last dimension of any other stride wrongly."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

@@ -1,8 +1,6 @@
 """visual_fusion_attn as PyTorch operators: define, kernels, fake kernels and autograd formula.
 
-Layouts that the fake kernels promise and every implementation keeps:
-out is empty_like(q); lse is contiguous; the gradients of q, k and v are `empty_tokens_first`; all other
-gradients are empty_like their input. The gradient of an absent input is an empty tensor.
+The gradient of an absent input is an empty tensor here; layout.py says how the others lie in memory.
 """
 
 from __future__ import annotations
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor
 
 from valm_kernels.visual_fusion import cpu
+from valm_kernels.visual_fusion.layout import empty_rows_like, empty_tokens_first
 
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? image_k, Tensor? image_v, Tensor? image_index, Tensor? image_mask, "
@@ -37,12 +36,6 @@ def fused_attention(*inputs: Any) -> tuple[Tensor, Tensor]:
     return _forward_op(*inputs)
 
 
-def empty_tokens_first(like: Tensor) -> Tensor:
-    """An uninitialised (B, H, T, D) tensor whose memory is (B, T, H, D): what a projection's backward reads."""
-    batch, heads, tokens, dim = like.shape
-    return like.new_empty(batch, tokens, heads, dim).transpose(1, 2)
-
-
 def _implementation(impl: str) -> tuple[Any, Any]:
     """(forward, backward) of one implementation; Triton is imported only where it is used."""
     if impl == "cpu":
@@ -65,7 +58,7 @@ def _backward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tenso
 
 def _forward_fake(*inputs: Any) -> tuple[Tensor, Tensor]:
     q = inputs[0]
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    return empty_rows_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 def _backward_fake(
@@ -74,7 +67,7 @@ def _backward_fake(
     q, k, v, *rest = (inputs[i] for i in _DIFFERENTIABLE)
     return (
         *(empty_tokens_first(t) for t in (q, k, v)),
-        *(grad_out.new_empty(0) if t is None else torch.empty_like(t) for t in rest),
+        *(grad_out.new_empty(0) if t is None else empty_rows_like(t) for t in rest),
     )
 
 

@@ -167,7 +167,7 @@ PROBLEMS = {
     "odd head": Problem(head_dim=13, num_queries=33),
     "wide head": Problem(head_dim=80, pool_size=9, num_images=8),
     "widest head": Problem(head_dim=256, num_queries=20, num_images=5),
-    "many images": Problem(num_images=64, num_queries=17, pool_size=40),
+    "many images": Problem(num_images=64, num_queries=20, pool_size=40),
     "heads first": Problem(tokens_first=False, num_queries=130),
     "documents": Problem(first_key="documents", num_queries=150, pool_size=11),
     "documents with prefix": Problem(first_key="documents", num_queries=80, prefix=16),

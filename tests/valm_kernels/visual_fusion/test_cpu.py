@@ -5,6 +5,8 @@ from hypothesis import strategies as st
 
 from tests.valm_kernels.visual_fusion.problems import PROBLEMS, Problem, assert_solves, cotangents, solve
 from valm_kernels import visual_fusion_attn
+from valm_kernels.native import native
+from valm_kernels.visual_fusion import cpu
 from valm_kernels.visual_fusion.cpu import text_segments
 from valm_kernels.visual_fusion.reference import text_visible
 
@@ -18,6 +20,49 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_agrees_with_float64_reference(name, dtype):
     assert_solves("cpu", PROBLEMS[name], dtype)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["dense", "pooled", "odd head", "wide head", "heads first"])
+@pytest.mark.parametrize("isa", native().image_attn_isas())
+def test_every_instruction_set(isa, name, dtype, monkeypatch):
+    monkeypatch.setattr(cpu, "_isa", lambda: isa)
+    if dtype == torch.float64:
+        assert_is_the_reference(PROBLEMS[name].inputs(), cotangents(PROBLEMS[name]))
+    else:
+        assert_solves("cpu", PROBLEMS[name], dtype)
+
+
+def assert_is_the_reference(inputs, grads):
+    """In float64 both differ by the order of their sums only: by a few hundred units in the last place."""
+    truth = solve(inputs, "reference", grads)
+    for name, tensor in solve(inputs, "cpu", grads).items():
+        finite = truth[name].isfinite()
+        assert tensor[~finite].equal(truth[name][~finite]), name
+        if finite.any():
+            error = (tensor - truth[name])[finite].abs().max() / truth[name][finite].abs().max().clamp(min=1e-3)
+            assert error < 1e-13, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("isa", native().image_attn_isas())
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_16_bit_numbers_are_read_and_rounded_as_pytorch_does(dtype, isa, monkeypatch):
+    """With one image and hardly any text, out is the image's value plus a float32 bias: the reading and the rounding
+    of every 16-bit number can be seen."""
+    monkeypatch.setattr(cpu, "_isa", lambda: isa)
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    values = numbers[numbers.isfinite()]
+    values = torch.cat([values, values.new_zeros(-len(values) % 64)]).view(1, 1, -1, 1, 64)  # (B, H, T, K, D)
+    token = values.new_zeros(1, 1, values.shape[2], 64)
+    opened = torch.tensor([200.0])  # an image score so high that the text's weight is 0
+    out = visual_fusion_attn(token, token, token, torch.zeros_like(values), values, image_logit_bias=opened, impl="cpu")
+    assert out.equal(values.squeeze(3))
+    generator = torch.Generator().manual_seed(0)
+    bias = torch.randn(1, 64, generator=generator) * 2.0 ** torch.randint(-24, 10, (1, 64), generator=generator)
+    out = visual_fusion_attn(
+        token, token, token, torch.zeros_like(values), values, image_logit_bias=opened, image_v_bias=bias, impl="cpu"
+    )
+    assert out.equal((values.squeeze(3).float() + bias).to(dtype))
 
 
 @pytest.mark.parametrize("name", ["dense", "pooled", "prefix", "documents", "random first_key"])
@@ -72,13 +117,7 @@ def test_any_shape_and_stride(data, **sizes):
     for name in ("q", "k", "v", "image_k", "image_v", "image_index", "image_mask"):
         if inputs.get(name) is not None:
             inputs[name] = restride(inputs[name], data.draw(st.permutations(range(inputs[name].dim()))))
-    truth = solve(inputs, "reference", cotangents(problem))
-    for name, tensor in solve(inputs, "cpu", cotangents(problem)).items():
-        finite = truth[name].isfinite()
-        assert tensor[~finite].equal(truth[name][~finite]), name
-        if finite.any():  # both sum in float64, in another order: a few hundred units in the last place
-            error = (tensor - truth[name])[finite].abs().max() / truth[name][finite].abs().max().clamp(min=1e-3)
-            assert error < 1e-13, f"{name}: {error:.1e}"
+    assert_is_the_reference(inputs, cotangents(problem))
 
 
 def restride(tensor, order):

@@ -6,7 +6,7 @@ import torch
 from tests.valm_kernels.visual_fusion.problems import DIFFERENTIABLE, PROBLEMS, cotangents, solve
 from valm_kernels import visual_fusion_attn
 from valm_kernels.visual_fusion import cpu
-from valm_kernels.visual_fusion.op import empty_tokens_first
+from valm_kernels.visual_fusion.layout import empty_tokens_first
 
 forward_op = torch.ops.valm_kernels.visual_fusion_attn.default
 backward_op = torch.ops.valm_kernels.visual_fusion_attn_backward.default

@@ -1,0 +1,41 @@
+// The image branch of visual_fusion_attn on CPU: every token's attention over its own K images, joined with a text
+// part that is already there. Formulas and names are those of valm_kernels/visual_fusion/cpu.py.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace valm {
+
+// Named tensors as Python hands them over: address and strides in elements. A missing name is an absent tensor.
+// The last dimension of every tensor has stride 1.
+using TensorMap = std::map<std::string, std::pair<std::uintptr_t, std::vector<int64_t>>>;
+
+struct ImageAttnSizes {
+    int64_t batch, query_heads, kv_heads, queries, images, head_dim;
+    int64_t pool_rows;  // the pooled layout; -1 in the dense one
+};
+
+// isa is one of image_attn_isas(); dtype is that of q, k, v, the images and their gradients: "float32", "float16",
+// "bfloat16" or "float64". All others ("wide") are float64 beside float64 and float32 otherwise, but image_index
+// (int32) and image_mask (bool).
+//
+// in:      q (B, Hq, T, D); image_k, image_v (B, Hkv, T, K, D) or (Hkv, U, D); image_index or image_mask (B, T, K);
+//          wide image_k_bias, image_v_bias (Hkv, D), image_logit_bias (Hq)
+// in, out: out (B, Hq, T, D), wide lse (B, Hq, T): those of the text come in, the joint ones leave
+void image_attn_forward(const std::string& isa, const std::string& dtype, const std::vector<int64_t>& sizes,
+                        double scale, int threads, const TensorMap& tensors);
+
+// in:      as above, and the joint out and lse (+inf for a query that sees nothing), grad_out, wide grad_lse or none
+// in, out: grad_q: the text's share comes in, the sum leaves
+// out:     grad_image_k, grad_image_v, and those wide gradients of the three biases that are given
+void image_attn_backward(const std::string& isa, const std::string& dtype, const std::vector<int64_t>& sizes,
+                         double scale, int threads, const TensorMap& tensors);
+
+// The instruction sets that this machine can run, the fastest first: "avx512", "avx2", "generic".
+std::vector<std::string> image_attn_isas();
+
+}  // namespace valm

@@ -1,0 +1,9 @@
+#if defined(__x86_64__)
+#include "image_attn/kernels.hpp"
+
+namespace valm {
+
+extern const ImageAttnKernels image_attn_avx512 = kKernels;
+
+}  // namespace valm
+#endif

@@ -1,0 +1,7 @@
+#include "image_attn/kernels.hpp"
+
+namespace valm {
+
+extern const ImageAttnKernels image_attn_generic = kKernels;
+
+}  // namespace valm
