@@ -5,6 +5,7 @@ The gradient of an absent input is an empty tensor here; layout.py says how the 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -53,6 +54,10 @@ def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
 def _backward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     *arguments, impl = inputs
     gradients = _implementation(impl)[1](grad_out, grad_lse, out, lse, *arguments)
+    return _present(grad_out, gradients)
+
+
+def _present(grad_out: Tensor, gradients: Iterable[Tensor | None]) -> tuple[Tensor, ...]:
     return tuple(grad_out.new_empty(0) if g is None else g for g in gradients)
 
 
@@ -64,11 +69,11 @@ def _forward_fake(*inputs: Any) -> tuple[Tensor, Tensor]:
 def _backward_fake(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *inputs: Any
 ) -> tuple[Tensor, ...]:
-    q, k, v, *rest = (inputs[i] for i in _DIFFERENTIABLE)
-    return (
-        *(empty_tokens_first(t) for t in (q, k, v)),
-        *(grad_out.new_empty(0) if t is None else empty_rows_like(t) for t in rest),
-    )
+    q, k, v, image_k, image_v, *biases = (inputs[i] for i in _DIFFERENTIABLE)
+    gradients = [empty_tokens_first(t) for t in (q, k, v)]
+    gradients += [None if t is None else empty_rows_like(t) for t in (image_k, image_v)]
+    gradients += [None if t is None else t.new_empty(t.shape) for t in biases]
+    return _present(grad_out, gradients)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

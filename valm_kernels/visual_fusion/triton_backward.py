@@ -23,7 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from valm_kernels.visual_fusion.op import empty_tokens_first
+from valm_kernels.visual_fusion.layout import empty_rows_like, empty_tokens_first
 from valm_kernels.visual_fusion.triton_backward_key import key_gradients
 from valm_kernels.visual_fusion.triton_backward_pool import pool_gradients
 from valm_kernels.visual_fusion.triton_backward_query import query_gradients
@@ -51,10 +51,10 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, image_k, image_v, image_k_bias, image_v_bias and image_logit_bias; None where absent.
 
-    out and lse are what `forward` returned for the same arguments. The layouts are those that op.py promises.
+    out and lse are what `forward` returned for the same arguments. The layouts are those of layout.py.
     """
     dq, dk, dv = (empty_tokens_first(x) for x in (q, k, v))
-    dimage_k, dimage_v = (None if x is None else torch.empty_like(x) for x in (image_k, image_v))
+    dimage_k, dimage_v = (None if x is None else empty_rows_like(x) for x in (image_k, image_v))
     images = (image_k, image_v, image_index, image_mask, image_k_bias, image_v_bias, image_logit_bias)
     inputs = kernel_inputs(q, k, v, *images, first_key)
     q, k, v, *_, image_index, _, _, _, _, first_key = inputs
@@ -87,4 +87,4 @@ def _sum_of_programs(partial: Tensor | None, bias: Tensor | None) -> Tensor | No
     """The gradient of `bias`, in its dtype, from partial sums with two more leading dimensions."""
     if partial is None or bias is None:
         return None
-    return torch.empty_like(bias).copy_(partial.sum((0, 1)).reshape(bias.shape))
+    return partial.sum((0, 1)).reshape(bias.shape).to(bias.dtype).contiguous()

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from valm_kernels.visual_fusion.layout import empty_rows_like
 from valm_kernels.visual_fusion.triton_common import (
     LN2,
     LOG2E,
@@ -283,7 +284,7 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """out (B, Hq, Tq, D), laid out as q, and lse (B, Hq, Tq) float32, of arguments that api.py has checked."""
-    out = torch.empty_like(q)
+    out = empty_rows_like(q)
     images = (image_k, image_v, image_index, image_mask, image_k_bias, image_v_bias, image_logit_bias)
     inputs = kernel_inputs(q, k, v, *images, first_key)
     q, k, v, image_k, image_v, *_ = inputs
