@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from valm.retrieval.clip import Clip
 from valm.retrieval.pictures import one_line, read_picture, thumbnail_bytes
-from valm.retrieval.shards import Piece
+from valm.retrieval.shards import ITEM_SCHEMA, Piece
 
 # Below this many pictures they are decoded in this process: starting others takes longer.
 WORKERS_FROM_PICTURES = 512
@@ -50,8 +51,7 @@ def encode_records(
     """Decodes and encodes the pictures of `records`; arguments as in `build_from_folder`, `bar` is moved on."""
     if workers is None:
         workers = min(os.cpu_count() or 1, MAX_WORKERS) if len(records) >= WORKERS_FROM_PICTURES else 0
-    piece = Piece(np.empty((0, clip.embed_dim), np.float32), [], [] if thumbnails else None, [])
-    vectors = [piece.vectors]
+    vectors, items, small, skipped = [np.empty((0, clip.embed_dim), np.float32)], [], [], []
     decoder = _Decoder(records, clip, thumbnails)
     for batch, pixels in DataLoader(decoder, batch_size, collate_fn=_collate, num_workers=workers):
         if len(pixels):
@@ -59,16 +59,16 @@ def encode_records(
         for decoded in batch:
             record = decoded.record
             if decoded.reason:
-                piece.skipped.append({"uri": record.uri, "reason": decoded.reason})
+                skipped.append({"uri": record.uri, "reason": decoded.reason})
                 continue
             size = {"width": decoded.width, "height": decoded.height}
-            piece.items.append({"uri": record.uri, "caption": record.caption, **size})
-            if thumbnails:
-                piece.thumbnails.append(decoded.thumbnail)
+            items.append({"uri": record.uri, "caption": record.caption, **size})
+            small.append(decoded.thumbnail)
         bar.update(len(batch))
-        if piece.skipped:
-            bar.set_postfix(skipped=len(piece.skipped))
-    return piece._replace(vectors=np.concatenate(vectors))
+        if skipped:
+            bar.set_postfix(skipped=len(skipped))
+    table = pa.Table.from_pylist(items, schema=ITEM_SCHEMA)
+    return Piece(np.concatenate(vectors), table, small if thumbnails else None, skipped)
 
 
 class _Decoder(Dataset):

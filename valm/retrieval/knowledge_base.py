@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,18 @@ from valm.files import read_json
 from valm.retrieval.clip import Clip
 from valm.retrieval.encoding import Record, encode_records
 from valm.retrieval.pictures import find_pictures, one_line, read_captions, utf8
-from valm.retrieval.shards import BUILD_FILE, FORMAT, MANIFEST_FILE, VERSION, Item, KnowledgeBaseWriter, file_entry
+from valm.retrieval.shards import (
+    BUILD_FILE,
+    FORMAT,
+    ITEM_SCHEMA,
+    MANIFEST_FILE,
+    VERSION,
+    Item,
+    KnowledgeBaseWriter,
+    Piece,
+    clip_entry,
+    file_entry,
+)
 
 # Shards kept open at once: each memory map holds a file descriptor, and 1,024 is a common limit.
 OPEN_SHARDS = 256
@@ -154,6 +166,20 @@ class ImageKnowledgeBase:
         files = tqdm(_files(self.manifest), desc="verify", unit=" files", disable=not progress)
         return [entry["name"] for entry in files if file_entry(self.path / entry["name"]) != entry]
 
+    def pieces(self) -> Iterator[Piece]:
+        """The pieces it was written from, one after the other: what `KnowledgeBaseWriter.add_piece` takes."""
+        shard = 0  # counts those with pictures, as everything else here does
+        for entry in self.manifest["shards"]:
+            names = [file["name"] for file in entry["files"] if file["name"].startswith("skipped-")]
+            skipped = [bad for name in names for bad in read_json(self.path / name, "the list of skipped pictures")]
+            if not entry["count"]:
+                yield Piece(np.empty((0, self.dim), np.float16), ITEM_SCHEMA.empty_table(), None, skipped)
+                continue
+            small = self._read_table(shard, "thumbnails")
+            items = self._read_table(shard, "items").select(ITEM_SCHEMA.names)
+            yield Piece(self._open_vectors(shard), items, None if small is None else small["jpeg"].to_pylist(), skipped)
+            shard += 1
+
     def _start(self, shard: int) -> int:
         return int(self._ends[shard]) - self._shards[shard]["count"]
 
@@ -226,7 +252,7 @@ def build_from_folder(
         "shard_size": shard_size,
         "thumbnails": thumbnails,
     }
-    writer = KnowledgeBaseWriter(out, plan, _clip_entry(clip, out), clip.embed_dim)
+    writer = KnowledgeBaseWriter(out, plan, clip_entry(clip, out), clip.embed_dim)
     if not writer.finished:
         pieces = [records[start : start + shard_size] for start in range(0, len(records), shard_size)]
         done = sum(map(len, pieces[: writer.pieces_done]))
@@ -235,14 +261,6 @@ def build_from_folder(
                 writer.add_piece(encode_records(piece, clip, batch_size, thumbnails, workers, bar))
         writer.finish()
     return ImageKnowledgeBase.open(out)
-
-
-def _clip_entry(clip: Clip, out: str | os.PathLike) -> dict[str, str | None]:
-    """What the manifest says of the encoder; a folder is named from `out`, so that the two can be moved together."""
-    source = clip.source
-    if source is not None and Path(source).is_dir():
-        source = Path(os.path.relpath(source, out)).as_posix()
-    return {"name": clip.name, "weights_hash": clip.weights_hash, "source": source}
 
 
 def _files(manifest: dict[str, Any]) -> list[dict[str, Any]]:

@@ -23,21 +23,15 @@ import pyarrow.parquet as pq
 
 from valm.errors import ValmError
 from valm.files import atomic_path, read_json, writable_folder, write_json
+from valm.retrieval.clip import Clip
 
 FORMAT = "valm image knowledge base"
 VERSION = 1
 MANIFEST_FILE = "manifest.json"
 BUILD_FILE = "build.json"
 
-ITEM_SCHEMA = pa.schema(
-    [
-        ("id", pa.int64()),
-        ("uri", pa.string()),
-        ("caption", pa.string()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-    ]
-)
+# Columns of the items of a piece; on disk `id` stands before them.
+ITEM_SCHEMA = pa.schema([("uri", pa.string()), ("caption", pa.string()), ("width", pa.int32()), ("height", pa.int32())])
 
 
 @dataclass(frozen=True)
@@ -57,14 +51,22 @@ class Item:
 class Piece(NamedTuple):
     """A fixed part of the source (some pictures, one tar file), encoded.
 
-    vectors: (n, E) float, L2-normalised. items: the n pictures of these, without their ids, which count on.
+    vectors: (n, E) float, L2-normalised. items: what is known of the n pictures, ITEM_SCHEMA.
     thumbnails: n JPEGs, or None. skipped: {uri, reason} of each picture that could not be read.
     """
 
     vectors: np.ndarray
-    items: list[dict[str, Any]]
+    items: pa.Table
     thumbnails: list[bytes] | None
     skipped: list[dict[str, str]]
+
+
+def clip_entry(clip: Clip, out: str | os.PathLike) -> dict[str, str | None]:
+    """What the manifest says of the encoder; a folder is named from `out`, so that the two can be moved together."""
+    source = clip.source
+    if source is not None and Path(source).is_dir():
+        source = Path(os.path.relpath(source, out)).as_posix()
+    return {"name": clip.name, "weights_hash": clip.weights_hash, "source": source}
 
 
 def file_entry(path: Path) -> dict[str, Any]:
@@ -81,7 +83,7 @@ class KnowledgeBaseWriter:
 
     out: folder to write; new, empty, or holding the unfinished build of the same plan.
     plan: everything the result depends on, as JSON: a build goes on only under the plan it was begun with.
-    clip: name, weights hash and source of the encoder; dim: width of its vectors.
+    clip: the encoder, as `clip_entry` describes it; dim: width of its vectors.
 
     `pieces_done` says how many pieces of the source are on disk already.
     Raises ValmError where `out` holds something else or cannot be written.
@@ -128,16 +130,17 @@ class KnowledgeBaseWriter:
         files = []
         if piece.skipped:
             files.append(self._write_json(f"skipped-{number}.json", piece.skipped))
-        if piece.items:
+        count = len(piece.items)
+        if count:
             with atomic_path(self.out / f"vectors-{number}.npy") as temporary, open(temporary, "wb") as file:
-                np.save(file, piece.vectors.astype(np.float16))
+                np.save(file, piece.vectors.astype(np.float16, copy=False))
             files.append(file_entry(self.out / f"vectors-{number}.npy"))
-            rows = [{"id": id, **item} for id, item in enumerate(piece.items, start=self.count)]
-            files.append(self._write_table(f"items-{number}.parquet", pa.Table.from_pylist(rows, schema=ITEM_SCHEMA)))
+            ids = pa.array(range(self.count, self.count + count), pa.int64())
+            files.append(self._write_table(f"items-{number}.parquet", piece.items.add_column(0, "id", ids)))
             if piece.thumbnails is not None:
                 table = pa.table({"jpeg": pa.array(piece.thumbnails, pa.binary())})
                 files.append(self._write_table(f"thumbnails-{number}.parquet", table))
-        self.shards.append({"count": len(piece.items), "files": files})
+        self.shards.append({"count": count, "files": files})
         self.skipped += len(piece.skipped)
         self.pieces_done += 1
         self._save_state()
@@ -145,11 +148,15 @@ class KnowledgeBaseWriter:
     def finish(self) -> None:
         """Writes the manifest: from here on the folder is a knowledge base. Raises ValmError if it is empty."""
         if self.count == 0:
-            first = read_json(self.out / "skipped-00000.json", "the list of skipped pictures")[0]
-            for file in [BUILD_FILE, *(entry["name"] for shard in self.shards for entry in shard["files"])]:
-                (self.out / file).unlink()
+            names = [entry["name"] for shard in self.shards for entry in shard["files"]]
+            skipped = [bad for name in names for bad in read_json(self.out / name, "the list of skipped pictures")]
+            for name in [BUILD_FILE, *names]:
+                (self.out / name).unlink()
+            if not skipped:
+                raise ValmError("the source has no pictures")
+            first = skipped[0]
             raise ValmError(
-                f"none of the {self.skipped} pictures could be read; the first, {first['uri']}: {first['reason']}"
+                f"none of the {len(skipped)} pictures could be read; the first, {first['uri']}: {first['reason']}"
             )
         manifest = {
             "format": FORMAT,

@@ -1,0 +1,190 @@
+import io
+import json
+import tarfile
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from tests.valm.retrieval.tiny_clip import make_clip
+from valm.errors import ValmError
+from valm.retrieval import builders
+from valm.retrieval.builders import build_from_embeddings, build_from_webdataset, merge
+from valm.retrieval.knowledge_base import ImageKnowledgeBase
+
+
+def png(seed):
+    pixels = np.random.default_rng(seed).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_tar(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.fixture
+def tars(tmp_path):
+    """Two archives as img2dataset writes them, with a broken picture, a second picture of a sample, odd names."""
+    folder = tmp_path / "tars"
+    folder.mkdir()
+    write_tar(
+        folder / "00000.tar",
+        [
+            ("000.png", png(0)),
+            ("000.txt", b"a red  apple\n"),
+            ("000.json", b'{"caption": "a red apple", "url": "x"}'),
+            ("001.png", b"broken"),
+            ("002.json", b'{"caption": null}'),
+            ("002.png", png(2)),
+            ("002.mask.png", png(99)),
+        ],
+    )
+    write_tar(
+        folder / "00001.tar", [("../../escape.png", png(3)), ("b/004.json", b'{"caption": "4"}'), ("b/004.png", png(4))]
+    )
+    return folder
+
+
+def test_webdataset(tars, clip, tmp_path):
+    kb = build_from_webdataset(tars, tmp_path / "kb", clip, progress=False)
+    assert [(kb.item(i).uri, kb.item(i).caption) for i in range(len(kb))] == [
+        ("00000.tar/000.png", "a red apple"),
+        ("00000.tar/002.png", ""),
+        ("00001.tar/../../escape.png", ""),
+        ("00001.tar/b/004.png", "4"),
+    ]
+    assert [entry["uri"] for entry in kb.skipped()] == ["00000.tar/001.png"]
+    expected = clip.encode_images([Image.open(io.BytesIO(png(seed))) for seed in (0, 2, 3, 4)]).numpy()
+    assert np.abs(kb.vectors() - expected).max() <= 2**-12 + 1e-5
+    assert kb.thumbnail(3).size == (30, 20)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["kb", "tars"]  # nothing was unpacked
+    assert len(build_from_webdataset([tars / "00001.tar"], tmp_path / "one", clip, progress=False)) == 2
+
+
+def test_an_archive_that_is_cut_is_listed(tars, clip, tmp_path):
+    whole = (tars / "00001.tar").read_bytes()
+    (tars / "00001.tar").write_bytes(whole[:1300])
+    (tars / "00002.tar").write_bytes(b"this is not an archive")
+    kb = build_from_webdataset(tars, tmp_path / "kb", clip, progress=False)
+    assert [kb.item(i).uri for i in range(len(kb))] == ["00000.tar/000.png", "00000.tar/002.png"]
+    skipped = {entry["uri"]: entry["reason"] for entry in kb.skipped()}
+    assert set(skipped) == {"00000.tar/001.png", "00001.tar/../../escape.png", "00001.tar", "00002.tar"}
+    assert skipped["00001.tar"].startswith("the archive ends early")
+
+
+def test_a_webdataset_build_goes_on(tars, clip, tmp_path, monkeypatch):
+    whole = build_from_webdataset(tars, tmp_path / "whole", clip, progress=False)
+    read_tar = builders._read_tar
+
+    def killed(path):
+        if path.name == "00001.tar":
+            raise KeyboardInterrupt
+        return read_tar(path)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(builders, "_read_tar", killed)
+        build_from_webdataset(tars, tmp_path / "kb", clip, progress=False)
+    kb = build_from_webdataset(tars, tmp_path / "kb", clip, progress=False)
+    assert kb.fingerprint == whole.fingerprint
+
+
+def test_wrong_webdatasets(clip, tmp_path):
+    with pytest.raises(ValmError, match="no tar files in"):
+        build_from_webdataset(tmp_path, tmp_path / "kb", clip)
+    with pytest.raises(ValmError, match=r"cannot read .*missing\.tar"):
+        build_from_webdataset([tmp_path / "missing.tar"], tmp_path / "kb", clip)
+    write_tar(tmp_path / "empty.tar", [("a.txt", b"a")])
+    with pytest.raises(ValmError, match="the source has no pictures"):
+        build_from_webdataset(tmp_path, tmp_path / "kb", clip, progress=False)
+
+
+def write_embeddings(folder, number, vectors, **columns):
+    for name in ("img_emb", "metadata"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    np.save(folder / "img_emb" / f"img_emb_{number}.npy", vectors)
+    pq.write_table(pa.table(columns), folder / "metadata" / f"metadata_{number}.parquet")
+
+
+def test_embeddings(clip, tmp_path):
+    vectors = np.random.default_rng(0).normal(size=(5, clip.embed_dim)).astype(np.float16)
+    vectors[1], vectors[3, 2] = 0, np.nan
+    write_embeddings(
+        tmp_path, 10, vectors[:2], url=["http://a", "http://b"], caption=["a", None], original_width=[3, 4]
+    )
+    write_embeddings(tmp_path, 2, vectors[2:], image_path=["c.jpg", "d.jpg", "e.jpg"])
+    kb = build_from_embeddings(tmp_path, tmp_path / "kb", clip, progress=False)
+    items = [kb.item(index) for index in range(len(kb))]
+    assert [item.uri for item in items] == ["c.jpg", "e.jpg", "http://a"]  # file 2 comes before file 10
+    assert (items[2].caption, items[2].width, items[0].caption, items[0].width) == ("a", 3, "", 0)
+    expected = vectors[[2, 4, 0]].astype(np.float64)
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    assert np.abs(kb.vectors() - expected).max() <= 2**-11
+    assert [entry["uri"] for entry in kb.skipped()] == ["d.jpg", "http://b"]
+    assert kb.thumbnail(0) is None
+
+
+def test_wrong_embeddings(clip, tmp_path):
+    with pytest.raises(ValmError, match="no embeddings in"):
+        build_from_embeddings(tmp_path, tmp_path / "kb", clip)
+    vectors = np.ones((2, clip.embed_dim), np.float16)
+
+    def fails(message, number=0):
+        with pytest.raises(ValmError, match=message):
+            build_from_embeddings(tmp_path, tmp_path / f"kb-{message[:5]}", clip, progress=False)
+
+    write_embeddings(tmp_path, 0, vectors, url=["a"])
+    fails(r"img_emb_0\.npy has 2 vectors, but .*metadata_0\.parquet 1 rows")
+    write_embeddings(tmp_path, 0, vectors[:, :3], url=["a", "b"])
+    fails(r"holds float16 \(2, 3\), expected floats \(N, 16\) for this CLIP")
+    write_embeddings(tmp_path, 0, vectors, url=["a", "b"])
+    (tmp_path / "metadata" / "metadata_0.parquet").write_bytes(b"PAR1")
+    fails(r"cannot read .*img_emb_0\.npy and .*metadata_0\.parquet")
+    (tmp_path / "metadata" / "metadata_0.parquet").unlink()
+    fails(r"img_emb_0\.npy has no metadata: expected metadata/metadata_0\.parquet")
+
+
+def test_merge(tars, clip, tokenizer, make_kb, tmp_path):
+    first = build_from_webdataset(tars, tmp_path / "first", clip, progress=False)
+    second = make_kb(9)
+    kb = merge([first.path, second.path], tmp_path / "kb", progress=False)
+    assert len(kb) == len(first) + len(second)
+    assert np.array_equal(kb.vectors(), np.concatenate([first.vectors(), second.vectors()]))
+    assert [kb.item(i).id for i in range(len(kb))] == list(range(len(kb)))
+    assert kb.item(len(first) + 2).uri == second.item(2).uri
+    assert kb.thumbnail(len(first)).size == second.thumbnail(0).size
+    assert kb.skipped() == first.skipped()
+    assert kb.verify(progress=False) == []
+    assert ImageKnowledgeBase.open(kb.path).manifest["clip"]["weights_hash"] == clip.weights_hash
+
+    other = build_from_webdataset(tars, tmp_path / "other", make_clip(tokenizer, seed=1), progress=False)
+    with pytest.raises(ValmError, match="merge only those of one CLIP"):
+        merge([first.path, other.path], tmp_path / "never")
+    with pytest.raises(ValmError, match="nothing to merge"):
+        merge([], tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+
+
+def test_a_merge_goes_on(make_kb, tmp_path, monkeypatch):
+    parts = [make_kb(4).path, make_kb(6).path]
+    whole = merge(parts, tmp_path / "whole", progress=False)
+    add_piece = builders.KnowledgeBaseWriter.add_piece
+
+    def killed(self, piece):
+        if self.pieces_done == 2:
+            raise KeyboardInterrupt
+        add_piece(self, piece)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(builders.KnowledgeBaseWriter, "add_piece", killed)
+        merge(parts, tmp_path / "kb", progress=False)
+    state = json.loads((tmp_path / "kb" / "build.json").read_text())
+    assert state["pieces_done"] == 2
+    assert merge(parts, tmp_path / "kb", progress=False).fingerprint == whole.fingerprint

@@ -1,0 +1,236 @@
+"""Knowledge bases from what large collections come in: webdataset tars, ready embeddings, other knowledge bases."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tarfile
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from valm.errors import ValmError
+from valm.retrieval.clip import Clip
+from valm.retrieval.encoding import Record, encode_records
+from valm.retrieval.knowledge_base import ImageKnowledgeBase
+from valm.retrieval.pictures import PICTURE_SUFFIXES, one_line
+from valm.retrieval.shards import ITEM_SCHEMA, KnowledgeBaseWriter, Piece, clip_entry
+
+# Rows of embeddings that are normalised at once.
+BLOCK_ROWS = 1 << 16
+
+
+def build_from_webdataset(
+    tars: str | os.PathLike | list[str | os.PathLike],
+    out: str | os.PathLike,
+    clip: Clip,
+    *,
+    batch_size: int = 64,
+    thumbnails: int = 64,
+    workers: int | None = None,
+    progress: bool = True,
+) -> ImageKnowledgeBase:
+    """Encodes the pictures in tar files, as img2dataset and webdataset write them; one shard for each tar.
+
+    tars: a folder of `*.tar` files, or the files. In each, members whose names agree up to the first dot belong
+        together: a picture, and its caption in `.txt` or as `caption` in `.json`.
+    The other arguments, and what a killed build does, as in `build_from_folder`. Nothing is unpacked, so names in
+    an archive can be anything. Of an archive that is cut short, the rest is listed as skipped.
+    Raises ValmError where there is no tar or no readable picture, and for an `out` as `build_from_folder` does.
+    """
+    if not isinstance(tars, list):
+        folder = Path(tars)
+        tars = sorted(folder.glob("*.tar"))
+        if not tars:
+            raise ValmError(f"no tar files in {folder}; looked for files ending in .tar")
+    tars = [Path(tar) for tar in tars]
+    plan = {
+        "source": "webdataset",
+        "fingerprint": _fingerprint(tars),
+        "clip": clip.weights_hash,
+        "batch_size": batch_size,
+        "thumbnails": thumbnails,
+    }
+    writer = KnowledgeBaseWriter(out, plan, clip_entry(clip, out), clip.embed_dim)
+    if not writer.finished:
+        first = writer.pieces_done
+        with tqdm(desc="encode", unit=" pictures", disable=not progress) as bar:
+            found = 0
+            for number, tar in enumerate(tars[first:], start=1):
+                records, damage = _read_tar(tar)
+                found += len(records)
+                # how many there will be, guessed from the tars seen so far
+                bar.total = round(found * (len(tars) - first) / number)
+                piece = encode_records(records, clip, batch_size, thumbnails, workers, bar)
+                writer.add_piece(piece._replace(skipped=piece.skipped + damage))
+        writer.finish()
+    return ImageKnowledgeBase.open(out)
+
+
+def build_from_embeddings(
+    folder: str | os.PathLike, out: str | os.PathLike, clip: Clip, *, progress: bool = True
+) -> ImageKnowledgeBase:
+    """A knowledge base of embeddings that are there already, in clip-retrieval's layout; one shard for each file.
+
+    folder: has `img_emb/*.npy` (N, E) and `metadata/*.parquet` with the same numbers in their names. Of the
+        metadata, `url` or else `image_path` becomes the uri, `caption` and `width`, `height` (or
+        `original_width`, `original_height`) are taken where they are there.
+    clip: the CLIP that made the embeddings. That it did cannot be checked beyond the width of the vectors.
+    Vectors are L2-normalised; one that is zero or not finite is skipped and listed.
+    Raises ValmError where files are missing, do not fit together or are damaged.
+    """
+    folder = Path(folder)
+    vector_files = sorted((folder / "img_emb").glob("*.npy"), key=_number)
+    metadata = {_number(file): file for file in (folder / "metadata").glob("*.parquet")}
+    if not vector_files:
+        raise ValmError(f"no embeddings in {folder}; expected img_emb/*.npy and metadata/*.parquet")
+    for file in vector_files:
+        if _number(file) not in metadata:
+            raise ValmError(f"{file} has no metadata: expected metadata/metadata_{file.stem.split('_')[-1]}.parquet")
+    files = [file for vectors in vector_files for file in (vectors, metadata[_number(vectors)])]
+    plan = {"source": "embeddings", "fingerprint": _fingerprint(files), "clip": clip.weights_hash}
+    writer = KnowledgeBaseWriter(out, plan, clip_entry(clip, out), clip.embed_dim)
+    if not writer.finished:
+        for file in tqdm(vector_files[writer.pieces_done :], desc="copy", unit=" files", disable=not progress):
+            writer.add_piece(_embeddings_piece(file, metadata[_number(file)], clip.embed_dim))
+        writer.finish()
+    return ImageKnowledgeBase.open(out)
+
+
+def merge(parts: list[str | os.PathLike], out: str | os.PathLike, *, progress: bool = True) -> ImageKnowledgeBase:
+    """Joins knowledge bases of one CLIP into a new one; pictures are counted on in the order of `parts`.
+
+    Raises ValmError for no parts, parts of different CLIPs, and an `out` as `build_from_folder` does.
+    """
+    opened = [ImageKnowledgeBase.open(part) for part in parts]
+    if not opened:
+        raise ValmError("nothing to merge: name at least one knowledge base")
+    first = opened[0].manifest["clip"]
+    for kb in opened[1:]:
+        other = kb.manifest["clip"]
+        if other["weights_hash"] != first["weights_hash"]:
+            raise ValmError(
+                f"{opened[0].path} was built with the CLIP {first['name']} (weights {first['weights_hash'][:12]}) but "
+                f"{kb.path} with {other['name']} ({other['weights_hash'][:12]}); merge only those of one CLIP"
+            )
+    plan = {"source": "merge", "parts": [kb.fingerprint for kb in opened]}
+    source = first["source"]
+    if source is not None and (opened[0].path / source).is_dir():
+        source = Path(os.path.relpath(opened[0].path / source, out)).as_posix()
+    writer = KnowledgeBaseWriter(out, plan, {**first, "source": source}, opened[0].dim)
+    if not writer.finished:
+        total = sum(len(kb.manifest["shards"]) for kb in opened)
+        pieces = (piece for kb in opened for piece in kb.pieces())
+        for number, piece in enumerate(tqdm(pieces, desc="merge", total=total, unit=" shards", disable=not progress)):
+            if number >= writer.pieces_done:
+                writer.add_piece(piece)
+        writer.finish()
+    return ImageKnowledgeBase.open(out)
+
+
+def _read_tar(path: Path) -> tuple[list[Record], list[dict[str, str]]]:
+    """Where the pictures of a tar file are, with their captions; and what is wrong with the file."""
+    pictures: dict[str, tarfile.TarInfo] = {}
+    captions: dict[str, str] = {}
+    damage = []
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if not member.isfile():
+                    continue
+                name = PurePosixPath(member.name)
+                stem, _, extension = name.name.partition(".")
+                key, suffix = str(name.parent / stem), f".{extension.lower()}"
+                if suffix in PICTURE_SUFFIXES:
+                    pictures[key] = member
+                elif suffix in (".txt", ".json"):
+                    text = tar.extractfile(member).read().decode("utf-8", errors="replace")
+                    caption = one_line(_caption_of(text) if suffix == ".json" else text)
+                    if caption:
+                        captions[key] = caption
+    except (tarfile.TarError, OSError) as error:
+        damage.append({"uri": path.name, "reason": f"the archive ends early: {one_line(str(error))}"})
+    records = [
+        Record(f"{path.name}/{member.name}", captions.get(key, ""), path, member.offset_data, member.size)
+        for key, member in pictures.items()
+    ]
+    return records, damage
+
+
+def _caption_of(text: str) -> str:
+    """`caption` in a JSON object; img2dataset writes null for pictures without."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return ""
+    caption = value.get("caption") if isinstance(value, dict) else None
+    return caption if isinstance(caption, str) else ""
+
+
+def _embeddings_piece(vector_file: Path, metadata_file: Path, dim: int) -> Piece:
+    try:
+        raw = np.load(vector_file, mmap_mode="r", allow_pickle=False)
+        metadata = pq.read_table(metadata_file)
+        items = _items(metadata, vector_file)
+    except (OSError, ValueError, pa.ArrowInvalid) as error:
+        raise ValmError(f"cannot read {vector_file} and {metadata_file}: {one_line(str(error))}") from error
+    if raw.ndim != 2 or raw.shape[1] != dim or raw.dtype.kind != "f":
+        raise ValmError(f"{vector_file} holds {raw.dtype} {raw.shape}, expected floats (N, {dim}) for this CLIP")
+    if len(metadata) != len(raw):
+        raise ValmError(f"{vector_file} has {len(raw)} vectors, but {metadata_file} {len(metadata)} rows")
+    vectors = np.empty(raw.shape, np.float16)
+    good = np.empty(len(raw), bool)
+    for start in range(0, len(raw), BLOCK_ROWS):
+        block = raw[start : start + BLOCK_ROWS].astype(np.float32)
+        norms = np.linalg.norm(block, axis=1)
+        usable = np.isfinite(norms) & (norms > 0)
+        good[start : start + len(block)] = usable
+        vectors[start : start + len(block)] = block / np.where(usable, norms, 1)[:, None]
+    bad = items.filter(pa.array(~good))["uri"].to_pylist()
+    skipped = [{"uri": uri, "reason": "its embedding is zero or not finite"} for uri in bad]
+    return Piece(vectors[good], items.filter(pa.array(good)), None, skipped)
+
+
+def _items(metadata: pa.Table, vector_file: Path) -> pa.Table:
+    """The metadata's columns under our names; what is missing is empty or 0."""
+
+    def column(names: list[str], default: Any, type: pa.DataType) -> pa.Array:
+        name = next((name for name in names if name in metadata.column_names), None)
+        if name is None:
+            return pa.array([default] * len(metadata), type)
+        return metadata[name].cast(type).fill_null(default)
+
+    rows = [f"{vector_file.name}/{row}" for row in range(len(metadata))]
+    uri = pa.array(rows) if not {"url", "image_path"} & set(metadata.column_names) else None
+    return pa.table(
+        {
+            "uri": column(["url", "image_path"], "", pa.string()) if uri is None else uri,
+            "caption": column(["caption"], "", pa.string()),
+            "width": column(["width", "original_width"], 0, pa.int32()),
+            "height": column(["height", "original_height"], 0, pa.int32()),
+        },
+        schema=ITEM_SCHEMA,
+    )
+
+
+def _fingerprint(files: list[Path]) -> str:
+    """SHA-256 over names and sizes. Raises ValmError for a file that is missing."""
+    digest = hashlib.sha256()
+    for file in files:
+        try:
+            digest.update(json.dumps([file.name, file.stat().st_size]).encode())
+        except OSError as error:
+            raise ValmError(f"cannot read {file}: {error.strerror}") from error
+    return digest.hexdigest()
+
+
+def _number(file: Path) -> int:
+    """The number that ends the file's name: img_emb_12.npy comes after img_emb_2.npy."""
+    match = re.search(r"(\d+)$", file.stem)
+    return int(match[1]) if match else 0
