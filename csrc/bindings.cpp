@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include "image_attn/image_attn.hpp"
+#include "topk/cuda.hpp"
 #include "topk/topk.hpp"
 
 namespace py = pybind11;
@@ -65,6 +66,16 @@ PYBIND11_MODULE(_native, m) {
 #ifdef VALM_KERNELS_CUDA
     m.attr("built_with_cuda") = true;
     m.def("cuda_devices", &valm::cuda_devices);
+    m.def("cuda_row_norms", [](int device, const valm::Rows& rows, uintptr_t norms, uintptr_t stream) {
+        valm::cuda_row_norms(device, rows, reinterpret_cast<float*>(norms), stream);
+    });
+    m.def("cuda_topk_workspace", &valm::cuda_topk_workspace);
+    m.def("ip_topk_cuda", [](int device, uintptr_t queries, int64_t n_queries, const valm::Rows& rows, uintptr_t norms,
+                             int k, uintptr_t workspace, uintptr_t scores, uintptr_t indices, uintptr_t stream) {
+        valm::ip_topk_cuda(device, reinterpret_cast<const float*>(queries), n_queries, rows,
+                           reinterpret_cast<const float*>(norms), k, reinterpret_cast<void*>(workspace),
+                           reinterpret_cast<float*>(scores), reinterpret_cast<int64_t*>(indices), stream);
+    });
 #else
     m.attr("built_with_cuda") = false;
 #endif

@@ -56,7 +56,4 @@ int64_t ip_topk_cpu(const float* queries, int64_t n_queries, const Rows& rows, c
 // Instruction sets that this machine runs, best first: names for `isa` above.
 std::vector<std::string> cpu_isas();
 
-// One line per visible CUDA device; throws std::runtime_error with CUDA's own message when there is none.
-std::vector<std::string> cuda_devices();
-
 }  // namespace valm

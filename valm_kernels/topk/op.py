@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from valm_kernels.topk import cpu
+from valm_kernels.topk import cpu, cuda
 
 torch.library.define(
     "valm_kernels::ip_topk",
@@ -29,6 +29,9 @@ def _ip_topk_fake(queries: Tensor, database: Tensor, row_scale: Tensor | None, k
 @torch.library.impl("valm_kernels::ip_topk", "CPU")
 def _ip_topk_cpu(queries: Tensor, database: Tensor, row_scale: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
     return cpu.search(queries, database.contiguous(), row_scale, None, k)
+
+
+torch.library.impl("valm_kernels::ip_topk", "CUDA", cuda.ip_topk)
 
 
 @torch.library.register_fake("valm_kernels::packed_ip_topk")

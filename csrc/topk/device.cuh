@@ -1,0 +1,88 @@
+// The instructions that the top-K kernels use and plain C++ lacks. tests/ has a second file of this name with the
+// same functions in plain C++, so that the kernels also run where there is no GPU.
+#pragma once
+
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace valm {
+
+constexpr unsigned kWholeWarp = 0xffffffffu;
+
+__device__ inline uint4* dynamic_shared() {
+    extern __shared__ uint4 shared_memory[];
+    return shared_memory;
+}
+
+__device__ inline void sync_warp() { __syncwarp(kWholeWarp); }
+__device__ inline bool any_in_warp(bool value) { return __any_sync(kWholeWarp, value); }
+
+template <class T>
+__device__ inline T shuffle_xor(T value, int mask) {
+    return __shfl_xor_sync(kWholeWarp, value, mask);
+}
+
+// Returns the old value.
+__device__ inline uint64_t atomic_max(uint64_t* address, uint64_t value) {
+    return atomicMax(reinterpret_cast<unsigned long long*>(address), static_cast<unsigned long long>(value));
+}
+
+// Two floats rounded to the nearest 16-bit value; `low` in the lower half of the word.
+__device__ inline uint32_t pack_float16(float low, float high) {
+    uint32_t word;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
+}
+
+__device__ inline uint32_t pack_bfloat16(float low, float high) {
+    uint32_t word;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
+}
+
+__device__ inline float float16_value(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+
+enum class MmaInput { kFloat16, kBFloat16 };
+
+// sums (16 x 8) += a (16 x 16) b (16 x 8), the PTX instruction mma.m16n8k16 with float32 sums. With g = lane / 4 and
+// t = lane % 4, a lane holds
+//   a:    rows g, g + 8, g, g + 8 of columns 2t and 2t + 1 (first two words), 2t + 8 and 2t + 9 (last two)
+//   b:    column g of rows 2t and 2t + 1 (first word), 2t + 8 and 2t + 9 (second)
+//   sums: row g of columns 2t and 2t + 1, then row g + 8 of the same columns
+template <MmaInput kInput>
+__device__ inline void mma_m16n8k16(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    if constexpr (kInput == MmaInput::kFloat16) {
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    } else {
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    }
+}
+
+inline void check_cuda(cudaError_t status, const char* what) {
+    if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+using Stream = cudaStream_t;
+
+template <class Argument>
+void launch(void (*kernel)(Argument), dim3 grid, int threads, size_t shared_bytes, Stream stream,
+            const Argument& argument) {
+    // Above 48 KiB a kernel must ask for its shared memory. Allowed while a CUDA graph is being captured.
+    check_cuda(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+        "shared memory of a top-K kernel");
+    kernel<<<grid, threads, shared_bytes, stream>>>(argument);
+    check_cuda(cudaGetLastError(), "launch of a top-K kernel");
+}
+
+}  // namespace valm

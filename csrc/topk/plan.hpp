@@ -1,0 +1,108 @@
+// How a search on a CUDA device is cut into blocks, and where its working memory lies. Plain C++, no GPU needed.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "topk/topk.hpp"
+
+namespace valm {
+
+struct DeviceLimits {
+    int multiprocessors;
+    int64_t shared_per_block;           // bytes a block may ask for
+    int64_t shared_per_multiprocessor;  // bytes
+};
+
+constexpr int kWarp = 32;
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
+// Elements of a row that a warp multiplies at a time.
+constexpr int kSlab = 32;
+// Rows of a warp in the first pass: 4 mma tiles of 8.
+constexpr int kRowTiles = 4;
+constexpr int kBlockRows = kWarps * kRowTiles * 8;
+// The exact scan: 4 lanes to a row, and as many queries at a time.
+constexpr int kScanQueries = 4;
+constexpr int kScanRows = kWarps * 8;
+
+struct Plan {
+    int slabs;         // of a row, even: the first pass keeps two in flight
+    int query_tiles;   // of 16 queries in a block of the first pass: 4, 2 or 1
+    int query_blocks;  // blocks that share a part of the database
+    int splits;        // parts of the database
+    int kept;          // candidates that a part passes on for each query
+    int capacity;      // of a pool, a power of two
+    int scan_blocks;   // of the exact scan
+    int64_t lists;     // candidate lists in the workspace
+    bool first_pass;   // false: the queries do not fit into shared memory, all are searched by the exact scan
+    int64_t first_pass_shared, merge_shared, scan_shared;  // bytes
+    // Workspace: offsets and size in bytes.
+    int64_t packed, errors, exponents, thresholds, candidates, redo, bytes;
+};
+
+// Blocks of the first pass that share a multiprocessor, by their registers. float32 rows take more.
+constexpr int first_pass_residents(int query_tiles, Element element) {
+    return query_tiles == 1 && element != Element::kFloat32 ? 2 : 1;
+}
+
+inline int query_terms(Element element) { return element == Element::kFloat32 ? 2 : 1; }
+
+inline int64_t pool_bytes(int queries, int capacity) { return int64_t{queries} * (capacity * 8 + 12); }
+
+inline Plan make_plan(int64_t n_queries, const Rows& rows, int k, const DeviceLimits& limits) {
+    const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+    Plan plan{};
+    plan.slabs = static_cast<int>(2 * ceil_div(rows.dim, 2 * kSlab));
+    plan.capacity = k <= 16 ? 64 : k <= 64 ? 128 : 256;
+    plan.kept = k <= 16 ? 32 : k <= 64 ? 96 : 192;
+
+    const int64_t query_bytes = int64_t{16} * plan.slabs * kSlab * 2 * query_terms(rows.element);  // of 16 queries
+    const auto first_pass_shared = [&](int tiles) {
+        // the packed queries, their pools, their error factors
+        return tiles * query_bytes + pool_bytes(16 * tiles, plan.capacity) + 16 * tiles * 4;
+    };
+    plan.query_tiles = n_queries > 32 ? 4 : n_queries > 16 ? 2 : 1;
+    while (plan.query_tiles > 1 && first_pass_shared(plan.query_tiles) > limits.shared_per_block) plan.query_tiles /= 2;
+    plan.first_pass_shared = first_pass_shared(plan.query_tiles);
+    plan.first_pass = plan.first_pass_shared <= limits.shared_per_block;
+    plan.query_blocks = static_cast<int>(ceil_div(n_queries, 16 * plan.query_tiles));
+
+    // As many parts as give the shortest longest way: waves of blocks x row tiles of a block.
+    const int by_registers = first_pass_residents(plan.query_tiles, rows.element);
+    const int by_shared = static_cast<int>(limits.shared_per_multiprocessor / (plan.first_pass_shared + 1024));
+    const int64_t resident = int64_t{limits.multiprocessors} * std::max(1, std::min(by_registers, by_shared));
+    const int64_t row_tiles = ceil_div(rows.count, kBlockRows);
+    const int64_t most_splits = std::min(row_tiles, std::max<int64_t>(1, 4 * resident / plan.query_blocks));
+    int64_t best = INT64_MAX;
+    for (int64_t splits = 1; splits <= most_splits; ++splits) {
+        const int64_t way = ceil_div(plan.query_blocks * splits, resident) * ceil_div(row_tiles, splits);
+        if (way < best) {
+            best = way;
+            plan.splits = static_cast<int>(splits);
+        }
+    }
+    plan.scan_blocks = static_cast<int>(std::min<int64_t>(2 * limits.multiprocessors, ceil_div(rows.count, kScanRows)));
+    plan.lists =
+        std::max(4 * ceil_div(n_queries, kScanQueries) * plan.splits, int64_t{kScanQueries} * plan.scan_blocks);
+    plan.merge_shared = pool_bytes(1, plan.capacity);
+    plan.scan_shared = pool_bytes(kScanQueries, plan.capacity) + int64_t{kScanQueries} * plan.slabs * kSlab * 8;
+
+    const int64_t padded_queries = int64_t{plan.query_blocks} * plan.query_tiles * 16;
+    int64_t at = 0;
+    const auto place = [&](int64_t bytes) {
+        const int64_t offset = at;
+        at += ceil_div(bytes, 256) * 256;
+        return offset;
+    };
+    plan.packed = place(padded_queries / 16 * query_bytes);
+    plan.errors = place(padded_queries * 4);
+    plan.exponents = place(padded_queries * 4);
+    plan.thresholds = place(padded_queries * 8);
+    plan.candidates = place(plan.lists * plan.kept * 8);
+    plan.redo = place((n_queries + 1) * 4);
+    plan.bytes = at;
+    return plan;
+}
+
+}  // namespace valm

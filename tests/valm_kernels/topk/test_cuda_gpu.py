@@ -1,0 +1,98 @@
+"""Top-K search on a CUDA device: the reference's answer bit for bit. tests/valm_kernels/topk_cuda/ runs the same
+kernels without a device.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests.valm_kernels.topk_cuda.problems import ADVERSARIAL, DTYPES, adversarial, normals
+from valm_kernels import FlatIPIndex, TopK, ip_topk
+from valm_kernels.topk import cuda, reference
+from valm_kernels.topk.index import store
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def assert_same(actual: TopK | tuple, expected: TopK | tuple) -> None:
+    assert torch.equal(actual[1].cpu(), expected[1].cpu())
+    torch.testing.assert_close(actual[0].cpu(), expected[0].cpu(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("n_queries", "n_rows", "dim", "k"),
+    [
+        (1, 1, 8, 1),
+        (1, 50_000, 768, 8),
+        (16, 20_000, 512, 16),
+        (33, 9_999, 61, 40),
+        (166, 30_000, 768, 8),
+        (70, 20_000, 2048, 4),
+        (5, 20_000, 64, 128),
+        (1000, 3_000, 96, 3),
+    ],
+)
+def test_agrees_with_the_reference(dtype, n_queries, n_rows, dim, k):
+    rows, row_scale = store(normals(n_rows, dim, seed=1), dtype, torch.device("cuda"))
+    queries = normals(n_queries, dim).cuda()
+    assert_same(cuda.ip_topk(queries, rows, row_scale, k), reference.ip_topk(queries, rows, row_scale, k))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ADVERSARIAL)
+def test_adversarial_rows(kind, dtype):
+    rows, row_scale = store(adversarial(kind, 40_000, 64, dtype), dtype, torch.device("cuda"))
+    queries = normals(20, 64).cuda()
+    queries[3] = 0
+    queries[4, 2] = torch.nan
+    assert_same(cuda.ip_topk(queries, rows, row_scale, 8), reference.ip_topk(queries, rows, row_scale, 8))
+
+
+def test_public_functions_use_it():
+    queries, database = normals(2, 3, 64), normals(5000, 64, seed=1)
+    expected = ip_topk(queries, database, 5)
+    for impl in ("auto", "cuda"):
+        result = ip_topk(queries.cuda(), database.cuda(), 5, impl=impl)
+        assert result.scores.is_cuda and result.indices.is_cuda
+        assert_same(result, expected)
+    index = FlatIPIndex(database, device="cuda")
+    assert_same(index.search(queries.cuda(), 5), expected)
+    index.add(10 * database[:3])
+    assert_same(index.search(queries.cuda(), 5), ip_topk(queries, torch.cat([database, 10 * database[:3]]), 5))
+
+
+def test_compiles_and_passes_opcheck():
+    queries, database = normals(4, 32).cuda(), normals(500, 32, seed=1).cuda()
+    torch.library.opcheck(torch.ops.valm_kernels.ip_topk.default, (queries, database, None, 3))
+    compiled = torch.compile(lambda q, d: ip_topk(q, d, 3), fullgraph=True)
+    assert_same(compiled(queries, database), ip_topk(queries, database, 3))
+
+
+def test_in_a_cuda_graph_and_on_another_stream():
+    queries, database = normals(4, 64).cuda(), normals(20_000, 64, seed=1).half().cuda()
+    norms = cuda.row_norms(database, None)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        assert_same(cuda.ip_topk(queries, database, None, 8, norms=norms), ip_topk(queries, database, 8))
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = cuda.ip_topk(queries, database, None, 8, norms=norms)
+    for seed in range(3):
+        queries.copy_(normals(4, 64, seed=seed))
+        graph.replay()
+        assert_same(captured, reference.ip_topk(queries, database, None, 8))
+
+
+def test_numpy_rows_on_a_device():
+    database = np.random.default_rng(0).standard_normal((300, 24), dtype=np.float32)
+    index = FlatIPIndex(database, dtype="float16", device="cuda")
+    queries = torch.from_numpy(database[:4]).cuda()
+    assert index.search(queries, 1).indices.flatten().tolist() == [0, 1, 2, 3]

@@ -1,0 +1,148 @@
+"""The CUDA kernels, run as plain C++ under several thread schedules: the reference's answer bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.valm_kernels.topk_cuda.problems import ADVERSARIAL, DTYPES, adversarial, normals
+from tests.valm_kernels.topk_cuda.simulator import ORDERS
+from valm_kernels.topk import cuda, reference
+from valm_kernels.topk.index import store
+
+
+def assert_exact(queries: torch.Tensor, rows: torch.Tensor, k: int, row_scale: torch.Tensor | None = None) -> None:
+    scores, indices = cuda.ip_topk(queries, rows, row_scale, k)
+    expected_scores, expected_indices = reference.ip_topk(queries, rows, row_scale, k)
+    assert torch.equal(indices, expected_indices)
+    torch.testing.assert_close(scores, expected_scores, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("n_queries", "n_rows", "dim", "k"),
+    [
+        (1, 1, 8, 1),  # less of everything than a tile
+        (1, 1700, 72, 8),  # one query, several parts
+        (17, 520, 136, 17),  # blocks of 32 queries
+        (70, 300, 48, 3),  # blocks of 64
+        (3, 700, 40, 128),  # the largest pools
+        (2, 257, 61, 40),  # an odd number of elements, filled up
+    ],
+)
+def test_agrees_with_the_reference(simulate, library, order, dtype, n_queries, n_rows, dim, k):
+    simulator = simulate(library, order)
+    rows, row_scale = store(normals(n_rows, dim, seed=1), dtype, torch.device("cpu"))
+    assert_exact(normals(n_queries, dim), rows, min(k, n_rows), row_scale)
+    assert simulator.redone == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_schedules(simulate, library, seed):
+    simulate(library, "random", seed=seed, multiprocessors=5)
+    assert_exact(normals(20, 64, seed=seed), normals(1300, 64, seed=9).half(), 10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_16_bit_queries(simulate, library, dtype):
+    simulator = simulate(library)
+    assert_exact(normals(5, 64).to(dtype), normals(600, 64, seed=1).to(dtype), 8)
+    assert simulator.redone == 0
+
+
+@pytest.mark.parametrize("order", ["rising", "random"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ADVERSARIAL)
+def test_adversarial_rows(simulate, library, order, dtype, kind):
+    simulator = simulate(library, order)
+    stored, row_scale = store(adversarial(kind, 900, 40, dtype), dtype, torch.device("cpu"))
+    queries = normals(2, 40)
+    assert_exact(queries, stored, 8, row_scale)
+    if kind in ("equal", "duplicates"):
+        assert simulator.redone == 2  # more ties than a candidate list has room for
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adversarial_queries(simulate, library, dtype):
+    simulate(library)
+    queries = normals(12, 40)
+    queries[0] = 0
+    queries[1] *= 1e-38
+    queries[2] *= 1e-43  # subnormal
+    queries[3] *= 1e38
+    queries[4, 1:] = 0  # one element
+    queries[5] *= torch.logspace(-30, 0, 40)
+    queries[6, 7] = torch.nan
+    queries[7, 0] = torch.inf
+    queries[8] = -queries[9]
+    rows, row_scale = store(normals(400, 40, seed=1), dtype, torch.device("cpu"))
+    assert_exact(queries, rows, 5, row_scale)
+
+
+def test_a_zero_query_needs_no_second_scan(simulate, library):
+    simulator = simulate(library)
+    assert_exact(torch.zeros(1, 64), normals(900, 64).half(), 16)
+    assert simulator.redone == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_rows_that_are_not_finite_are_never_returned(simulate, library, dtype):
+    simulate(library)
+    queries, rows = normals(3, 24), normals(300, 24, seed=1).to(DTYPES[dtype])
+    clean = torch.arange(300) % 3 == 0
+    broken = rows.clone()
+    broken[~clean, 5] = torch.tensor([torch.nan, torch.inf, -torch.inf] * 67)[: int((~clean).sum())].to(rows.dtype)
+    scores, indices = cuda.ip_topk(queries, broken, None, 120)
+    expected_scores, expected_indices = reference.ip_topk(queries, rows[clean], None, 100)
+    assert torch.equal(scores[:, :100], expected_scores)
+    assert torch.equal(indices[:, :100], expected_indices * 3)
+    assert (scores[:, 100:] == -torch.inf).all() and (indices[:, 100:] == -1).all()
+
+
+def test_rows_that_are_not_finite_in_the_exact_scan(simulate, library):
+    simulator = simulate(library)
+    rows = torch.ones(300, 16)
+    rows[::2, 3] = torch.inf
+    scores, indices = cuda.ip_topk(torch.ones(1, 16), rows, None, 4)
+    assert simulator.redone == 1
+    assert indices.tolist() == [[1, 3, 5, 7]] and scores.tolist() == [[16.0] * 4]
+
+
+@pytest.mark.parametrize("n_queries", [1, 9])
+def test_queries_too_long_for_shared_memory_are_scanned_exactly(simulate, library, n_queries):
+    simulator = simulate(library, shared_bytes=16 * 1024)
+    queries = normals(n_queries, 512)
+    queries[0, 0] = torch.nan
+    assert_exact(queries, normals(200, 512, seed=1), 7)
+    assert simulator.redone == n_queries - 1
+
+
+def test_queries_of_several_launches(simulate, library, monkeypatch):
+    simulate(library)
+    monkeypatch.setattr(cuda, "QUERIES_PER_LAUNCH", 4)
+    assert_exact(normals(10, 16), normals(100, 16, seed=1), 3)
+    scores, indices = cuda.ip_topk(normals(0, 16), normals(100, 16), None, 3)
+    assert scores.shape == indices.shape == (0, 3)
+
+
+def test_views_are_copied_where_the_kernels_cannot_read_them(simulate, library):
+    simulate(library)
+    queries, rows = normals(40, 5).T, normals(300, 42, seed=1).half()
+    assert_exact(queries, rows[:, 1:41], 3)
+    assert_exact(queries, rows.flatten()[1 : 1 + 200 * 40].view(200, 40), 3)
+
+
+def test_row_norms_are_upper_bounds(simulate, library):
+    simulate(library)
+    for dtype in DTYPES:
+        rows, row_scale = store(normals(100, 40) * torch.logspace(-3, 3, 100)[:, None], dtype, torch.device("cpu"))
+        exact = reference.dequantise(rows, row_scale).double().norm(dim=1)
+        norms = cuda.row_norms(rows, row_scale).double()
+        assert (norms >= exact).all() and (norms <= exact * (1 + 2**-19) + 2**-95).all()
+
+
+def test_native_code_without_cuda_says_so(monkeypatch):
+    monkeypatch.setattr(cuda, "native", lambda: type("Native", (), {"built_with_cuda": False}))
+    with pytest.raises(ImportError, match="built without CUDA"):
+        cuda.code()

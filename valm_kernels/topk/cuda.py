@@ -1,0 +1,96 @@
+"""Exact top-K inner product search on CUDA devices: csrc/topk/kernel.cuh, called on torch's current stream.
+
+Nothing waits for the device, and all memory comes from torch, so a search can be captured in a CUDA graph. The kernels
+also run without a GPU, as plain C++: tests/valm_kernels/topk_cuda/.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from valm_kernels.native import native
+from valm_kernels.topk.cpu import DTYPE_NAMES
+
+# The kernels load 8 elements at once.
+DIM_MULTIPLE = 8
+# Bounds the workspace, which grows by about 2 E + 8 KiB bytes a query.
+QUERIES_PER_LAUNCH = 1 << 14
+
+
+def code() -> ModuleType:
+    """The native module. Raises ImportError where it has no CUDA code."""
+    module = native()
+    if not module.built_with_cuda:
+        raise ImportError(
+            "the native code of valm_kernels was built without CUDA: put nvcc on the PATH and build it again, or "
+            "choose impl='reference'"
+        )
+    return module
+
+
+def aligned(values: Tensor) -> Tensor:
+    """(N, E) as the kernels read it: contiguous, at a multiple of 16 bytes, E filled up with zeros to a multiple of 8,
+    which changes no score. A copy only where needed.
+    """
+    missing = -values.shape[1] % DIM_MULTIPLE
+    if missing:
+        return torch.nn.functional.pad(values, (0, missing))
+    values = values.contiguous()
+    return values if values.data_ptr() % 16 == 0 else values.clone()
+
+
+def row_norms(rows: Tensor, row_scale: Tensor | None) -> Tensor:
+    """What a search needs to know of each row of (N, E), beside the row: an upper bound of its norm, NaN where it is
+    not finite. (N,) float32.
+    """
+    rows = aligned(rows)
+    norms = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
+    stream = torch.cuda.current_stream(rows.device).cuda_stream
+    code().cuda_row_norms(rows.device.index, _native_rows(rows, row_scale), norms.data_ptr(), stream)
+    return norms
+
+
+def ip_topk(
+    queries: Tensor, rows: Tensor, row_scale: Tensor | None, k: int, *, norms: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The k best rows (N, E) of each query (Q, E) by (score falling, index rising): scores and indices, both (Q, k).
+
+    `norms` is what `row_norms` returned for these rows, or None to find out now. A row that is not finite is never
+    returned; where fewer than k are left, score −inf and index −1 fill up. A query that is not finite gets
+    scores NaN and indices −1.
+    """
+    queries, rows = aligned(queries.float()), aligned(rows)
+    if norms is None:
+        norms = row_norms(rows, row_scale)
+    scores = torch.empty(queries.shape[0], k, dtype=torch.float32, device=rows.device)
+    indices = torch.empty(queries.shape[0], k, dtype=torch.int64, device=rows.device)
+    device, native_rows = rows.device.index, _native_rows(rows, row_scale)
+    stream = torch.cuda.current_stream(rows.device).cuda_stream
+    for start in range(0, queries.shape[0], QUERIES_PER_LAUNCH):
+        part = slice(start, start + QUERIES_PER_LAUNCH)
+        count = queries[part].shape[0]
+        workspace = torch.empty(
+            code().cuda_topk_workspace(device, count, native_rows, k), dtype=torch.uint8, device=rows.device
+        )
+        code().ip_topk_cuda(
+            device,
+            queries[part].data_ptr(),
+            count,
+            native_rows,
+            norms.data_ptr(),
+            k,
+            workspace.data_ptr(),
+            scores[part].data_ptr(),
+            indices[part].data_ptr(),
+            stream,
+        )
+    return scores, indices
+
+
+def _native_rows(rows: Tensor, row_scale: Tensor | None) -> Any:
+    scale = 0 if row_scale is None else row_scale.data_ptr()
+    return code().Rows(rows.data_ptr(), scale, DTYPE_NAMES[rows.dtype], *rows.shape)
