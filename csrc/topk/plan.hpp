@@ -82,7 +82,7 @@ inline Plan make_plan(int64_t n_queries, const Rows& rows, int k, const DeviceLi
             plan.splits = static_cast<int>(splits);
         }
     }
-    plan.scan_blocks = static_cast<int>(std::min<int64_t>(2 * limits.multiprocessors, ceil_div(rows.count, kScanRows)));
+    plan.scan_blocks = static_cast<int>(std::min<int64_t>(limits.multiprocessors, ceil_div(rows.count, kScanRows)));
     plan.lists =
         std::max(4 * ceil_div(n_queries, kScanQueries) * plan.splits, int64_t{kScanQueries} * plan.scan_blocks);
     plan.merge_shared = pool_bytes(1, plan.capacity);

@@ -16,7 +16,7 @@ __device__ inline int scan_splits(const Search& s, int groups) {
 }
 
 template <class Format>
-__global__ __launch_bounds__(kThreads) void exact_scan_kernel(Search s) {
+__global__ __launch_bounds__(kThreads, 1) void exact_scan_kernel(Search s) {
     const int groups = scan_groups(s);
     if (groups == 0) return;
     const int splits = scan_splits(s, groups);
