@@ -5,7 +5,6 @@ its threads, its interruption.
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -129,17 +128,17 @@ def test_other_python_threads_run_during_a_search():
 
 def test_control_c_ends_a_search():
     code = (
-        "import torch, os, signal, threading\n"
+        "import time, torch, os, signal, threading\n"
         "from valm_kernels import FlatIPIndex\n"
-        "index = FlatIPIndex(torch.randn(20_000, 64))\n"
-        "threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
-        "index.search(torch.randn(600_000, 64), 100)\n"
+        "index, queries = FlatIPIndex(torch.randn(10_000, 64)), torch.randn(4_000, 64)\n"
+        "start = time.monotonic(); index.search(queries, 100); part = time.monotonic() - start\n"
+        "threading.Timer(part, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
+        "start = time.monotonic()\n"
+        "try: index.search(queries.repeat(20, 1), 100)\n"
+        "except KeyboardInterrupt: print((time.monotonic() - start) / part)\n"
     )
-    start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "KeyboardInterrupt" in done.stderr
-    assert done.returncode == -signal.SIGINT or done.returncode == 130
-    assert time.monotonic() - start < 30  # whole, it would take minutes
+    assert float(done.stdout) < 10, done.stderr  # interrupted after one twentieth of the search
 
 
 def test_a_forked_child_searches():
