@@ -17,16 +17,14 @@ a colour's own frequency    -                                            taken o
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from valm.errors import ValmError
 from valm.evaluation.choice import ChoiceResult, ask, check_protocol
+from valm.evaluation.files import read_csv
 from valm.model import VaLMForCausalLM
 
 PROMPTS = (
@@ -67,8 +65,8 @@ def load_memory_color(path: str | os.PathLike) -> list[ColorItem]:
     Raises:
         ValmError: the file is missing or has other columns.
     """
-    rows = _read_csv(path, ["Index", "Descriptor", "Item", "Color"])
-    return [ColorItem(row["Item"].strip(), row["Color"].strip(), row["Descriptor"].strip()) for row in rows]
+    rows = read_csv(path, ["Index", "Descriptor", "Item", "Color"])
+    return [ColorItem(row["Item"], row["Color"], row["Descriptor"]) for row in rows]
 
 
 def load_color_terms(path: str | os.PathLike) -> list[ColorItem]:
@@ -77,7 +75,7 @@ def load_color_terms(path: str | os.PathLike) -> list[ColorItem]:
     Raises:
         ValmError: the file is missing or has other columns.
     """
-    return [ColorItem(row["object"].strip(), row["color"].strip()) for row in _read_csv(path, ["object", "color"])]
+    return [ColorItem(row["object"], row["color"]) for row in read_csv(path, ["object", "color"])]
 
 
 def evaluate_color(
@@ -120,15 +118,3 @@ def _fill(prompt: str, item: ColorItem, fair: bool) -> str:
     if descriptor is None:
         descriptor = "the" if fair else "[DESCRIPTOR]"
     return " ".join(prompt.replace("[DESCRIPTOR]", descriptor).replace("[ITEM]", item.item).split())
-
-
-def _read_csv(path: str | os.PathLike, columns: list[str]) -> list[dict[str, str]]:
-    path = Path(path)
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            if reader.fieldnames != columns:
-                raise ValmError(f"{path} has the columns {reader.fieldnames}, expected {columns}")
-            return list(reader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValmError(f"cannot read {path}: {error}") from error

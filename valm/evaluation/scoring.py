@@ -83,7 +83,7 @@ def answer_log_probs(
     with tqdm(total=len(by_head) * len(texts), desc=progress, unit="text", disable=progress is None) as bar:
         for head, members in by_head.items():
             ids = torch.tensor([pieces[i] for i in members], device=model.device)  # (answers here, pieces)
-            for rows in _equal_lengths(texts, batch_size):
+            for rows in equal_lengths(texts, batch_size):
                 batch = torch.tensor([texts[row] + list(head) for row in rows], device=model.device)
                 logits = model(batch, logits_to_keep=len(head) + 1).logits.float()  # (b, pieces, V)
                 log_probs = logits.log_softmax(-1)[:, torch.arange(len(head) + 1), ids]  # (b, answers here, pieces)
@@ -98,7 +98,7 @@ def check_model(model: VaLMForCausalLM) -> None:
         raise ValmError(f"this model sees {model.config.num_images} pictures a token: give it a retriever first")
 
 
-def _equal_lengths(texts: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
+def equal_lengths(texts: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
     """Numbers of texts, in batches of one length each."""
     by_length = defaultdict(list)
     for row, text in enumerate(texts):

@@ -1,0 +1,100 @@
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.valm.models import tiny_model
+from valm.errors import ValmError
+from valm.evaluation.language import LAST_WORD, evaluate_lambada, load_lambada, perplexity
+from valm.tokenizer import clip_tokenizer, prune_tokenizer
+from valm.training.collate import Collator, tokenize_documents
+
+DATA = os.environ.get("VALM_EVAL_DATA")
+TEXTS = ["the sea is blue and the sun is red", "a red sun", "the sea", "blue is the sea and red is the sunset"]
+TOKENIZER = prune_tokenizer(clip_tokenizer(), ["the sea is blue and the sun is red a"])
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(vocab_size=len(TOKENIZER), bos_token_id=TOKENIZER.bos_token_id, num_images=0)
+
+
+def test_perplexity_is_that_of_each_text_alone_and_of_the_training_loss(model):
+    documents = tokenize_documents(TEXTS, TOKENIZER, 32)
+    found = perplexity(model, documents, batch_size=2)
+    nats = 0.0
+    for document in documents:
+        ids = torch.tensor([document])
+        nats -= model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None]).double().sum().item()
+    assert found.tokens == sum(len(document) - 1 for document in documents)
+    assert found.nats == pytest.approx(nats, rel=1e-5)
+    batch = Collator(TOKENIZER, None)([{"input_ids": document} for document in documents])
+    assert found.perplexity == pytest.approx(math.exp(model(**batch).loss.item()), rel=1e-5)
+
+
+def test_no_batch_size_and_no_order_changes_perplexity(model):
+    documents = tokenize_documents(TEXTS * 2, TOKENIZER, 32)
+    one = perplexity(model, documents, batch_size=1)
+    assert perplexity(model, documents[::-1], batch_size=16).nats == pytest.approx(one.nats, rel=1e-6)
+
+
+def test_nothing_to_score_and_missing_pictures_are_refused(model):
+    with pytest.raises(ValmError, match="no document of at least two tokens"):
+        perplexity(model, [[1]])
+    seeing = tiny_model(vocab_size=len(TOKENIZER))
+    with pytest.raises(ValmError, match="give it a retriever first"):
+        perplexity(seeing, [[1, 2]])
+
+
+def greedy(model, text, pieces, bos):
+    ids = TOKENIZER(text, add_special_tokens=bos, return_tensors="pt")["input_ids"]
+    for _ in range(pieces):
+        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+    return ids[0, -pieces:]
+
+
+def test_lambada_counts_words_that_greedy_decoding_would_write(model):
+    # the model's own continuation as the last word, where decoding and encoding it again gives the same pieces
+    written = []
+    for text in TEXTS:
+        for pieces in (1, 2, 3):
+            ids = greedy(model, text, pieces, bos=True)
+            word = TOKENIZER.decode(ids)
+            if word and " " not in word and TOKENIZER(word, add_special_tokens=False)["input_ids"] == ids.tolist():
+                written.append(f"{text} {word}")
+    if written:
+        assert evaluate_lambada(model, TOKENIZER, written).accuracy.value == 1
+    for passage, pieces in (("the sea is blue", 1), ("the sea is bluered", 2)):
+        word = TOKENIZER(passage, add_special_tokens=False)["input_ids"][-pieces:]
+        expected = greedy(model, "the sea is", pieces, bos=True).tolist() == word
+        assert evaluate_lambada(model, TOKENIZER, [passage]).accuracy.value == expected
+
+
+def test_published_lambada_scores_the_last_piece_without_sot(model):
+    passage = "the sea is sunset"
+    ids = TOKENIZER(passage, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    log_probs = model(ids[:, :-1]).logits[0, -1].log_softmax(-1)
+    result = evaluate_lambada(model, TOKENIZER, [passage], protocol="published")
+    assert result.perplexity == pytest.approx(math.exp(-log_probs[ids[0, -1]].item()), rel=1e-5)
+    assert result.accuracy.value == (log_probs.argmax() == ids[0, -1])
+    assert evaluate_lambada(model, TOKENIZER, [passage]).perplexity != pytest.approx(result.perplexity)
+
+
+def test_lambada_refuses_what_has_no_last_word(model):
+    with pytest.raises(ValmError, match="must end in a word"):
+        evaluate_lambada(model, TOKENIZER, ["sea"])
+    with pytest.raises(ValmError, match="no passages"):
+        evaluate_lambada(model, TOKENIZER, [])
+    with pytest.raises(ValmError, match="protocol must be one of"):
+        evaluate_lambada(model, TOKENIZER, TEXTS, protocol="other")
+
+
+@pytest.mark.skipif(not DATA, reason="VALM_EVAL_DATA does not say where the evaluation sets are")
+def test_last_words_of_the_real_set_are_of_several_pieces_as_often_as_published():
+    passages = load_lambada(Path(DATA) / "eval/lambada/lambada_test.jsonl")
+    tokenizer = clip_tokenizer()
+    words = [LAST_WORD.search(passage)[0] for passage in passages]
+    several = sum(len(ids) > 1 for ids in tokenizer(words, add_special_tokens=False)["input_ids"])
+    assert (len(passages), several) == (5153, 656)

@@ -1,0 +1,45 @@
+"""Reading the files of evaluation sets: what is wrong with one is said with its line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+
+from valm.errors import ValmError
+
+
+def read_lines(path: str | os.PathLike) -> list[str]:
+    """The lines of a UTF-8 text file that are not empty. Raises ValmError for a file that cannot be read."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValmError(f"cannot read {path}: {error}") from error
+    return [line for line in lines if line.strip()]
+
+
+def read_csv(path: str | os.PathLike, columns: list[str]) -> list[dict[str, str]]:
+    """The rows of a CSV file with exactly these columns, without blanks around values. Raises ValmError for others."""
+    reader = csv.DictReader(read_lines(path))
+    if reader.fieldnames != columns:
+        raise ValmError(f"{path} has the columns {reader.fieldnames}, expected {columns}")
+    rows = list(reader)
+    for number, row in enumerate(rows, 2):
+        if None in row or None in row.values():
+            raise ValmError(f"{path}, row {number}: expected {len(columns)} values")
+    return [{name: value.strip() for name, value in row.items()} for row in rows]
+
+
+def read_json_lines(path: str | os.PathLike, keys: set[str]) -> list[dict[str, str]]:
+    """One JSON object a line, each with at least these keys and texts as their values. Raises ValmError for others."""
+    rows = []
+    for number, line in enumerate(read_lines(path), 1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValmError(f"{path}, line {number}: not JSON: {error}") from error
+        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in keys):
+            raise ValmError(f"{path}, line {number}: expected an object with texts for {', '.join(sorted(keys))}")
+        rows.append(row)
+    return rows
