@@ -17,7 +17,7 @@ from valm.files import read_json, writable_folder, write_json
 from valm.model import VaLMForCausalLM
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.knowledge_base import ImageKnowledgeBase
-from valm.retrieval.retriever import Retriever
+from valm.retrieval.retriever import BlindRetriever, Retriever
 
 CONFIG_FILE = "config.json"
 RETRIEVAL_FILE = "retrieval.json"
@@ -117,7 +117,8 @@ def _add_retriever(
     if encoder.clip.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise ValmError(f"the model in {folder} and the CLIP of {kb} read text with different tokenizers")
     try:
-        model.set_retriever(Retriever(encoder, opened, model.config.num_images))
+        blind = model.config.blind
+        model.set_retriever(BlindRetriever(encoder) if blind else Retriever(encoder, opened, model.config.num_images))
     except ValueError as error:
         raise ValmError(f"the model in {folder} and the knowledge base {kb} do not fit: {error}") from error
 

@@ -48,28 +48,24 @@ def test_nothing_to_score_and_missing_pictures_are_refused(model):
         perplexity(seeing, [[1, 2]])
 
 
-def greedy(model, text, pieces, bos):
-    ids = TOKENIZER(text, add_special_tokens=bos, return_tensors="pt")["input_ids"]
-    for _ in range(pieces):
-        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
-    return ids[0, -pieces:]
-
-
-def test_lambada_counts_words_that_greedy_decoding_would_write(model):
-    # the model's own continuation as the last word, where decoding and encoding it again gives the same pieces
-    written = []
-    for text in TEXTS:
-        for pieces in (1, 2, 3):
-            ids = greedy(model, text, pieces, bos=True)
-            word = TOKENIZER.decode(ids)
-            if word and " " not in word and TOKENIZER(word, add_special_tokens=False)["input_ids"] == ids.tolist():
-                written.append(f"{text} {word}")
-    if written:
-        assert evaluate_lambada(model, TOKENIZER, written).accuracy.value == 1
-    for passage, pieces in (("the sea is blue", 1), ("the sea is bluered", 2)):
-        word = TOKENIZER(passage, add_special_tokens=False)["input_ids"][-pieces:]
-        expected = greedy(model, "the sea is", pieces, bos=True).tolist() == word
-        assert evaluate_lambada(model, TOKENIZER, [passage]).accuracy.value == expected
+def test_lambada_counts_the_passages_whose_last_word_the_model_knows():
+    passages = ["the sea is blue", "red is the sunset", "a sun and a blues"]
+    model = tiny_model(vocab_size=len(TOKENIZER), bos_token_id=TOKENIZER.bos_token_id, num_images=0).train()
+    batch = Collator(TOKENIZER, None)(
+        [{"input_ids": document} for document in tokenize_documents(passages, TOKENIZER, 32)]
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    model.eval()
+    assert len(TOKENIZER("sunset", add_special_tokens=False)["input_ids"]) > 1
+    known = evaluate_lambada(model, TOKENIZER, passages)
+    assert known.accuracy.value == 1 and known.perplexity < 2
+    other = ["the sea is red", "red is the suns", "a sun and a blue"]  # the last begins as the known word does
+    assert evaluate_lambada(model, TOKENIZER, other).accuracy.value == 0
+    assert evaluate_lambada(model, TOKENIZER, [*passages, *other]).accuracy.value == 0.5
 
 
 def test_published_lambada_scores_the_last_piece_without_sot(model):
