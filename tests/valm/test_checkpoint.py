@@ -2,12 +2,17 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from tests.valm.models import tiny_model
 from valm import checkpoint
-from valm.checkpoint import load_checkpoint, save_checkpoint
+from valm.checkpoint import load_checkpoint, save_checkpoint, save_retrieval
 from valm.errors import ValmError
+from valm.retrieval.clip import Clip
+from valm.retrieval.context import ContextEncoder
+from valm.retrieval.knowledge_base import build_from_folder
+from valm.retrieval.retriever import BlindRetriever, Retriever
 from valm.tokenizer import clip_tokenizer, prune_tokenizer
 
 TOKENIZER = prune_tokenizer(clip_tokenizer(), ["the sea is blue"])
@@ -104,3 +109,49 @@ def test_damaged_weights_and_a_foreign_tokenizer_are_refused(tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ValmError, match="cannot be read"):
         load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("blind", [False, True])
+def test_a_checkpoint_finds_its_pictures_again(tmp_path, clip, blind):
+    clip.save(tmp_path / "clip")
+    (tmp_path / "pictures").mkdir()
+    for name, colour in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
+        Image.new("RGB", (32, 32), colour).save(tmp_path / "pictures" / f"{name}.png")
+    kb = build_from_folder(tmp_path / "pictures", tmp_path / "kb", Clip.load(tmp_path / "clip"), progress=False)
+    encoder = ContextEncoder(kb.load_clip(), query="state")
+    tokenizer = encoder.clip.tokenizer
+    model = tiny_model(
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        image_dim=kb.dim,
+        num_images=1 if blind else 2,
+        blind=blind,
+    )
+    seeing = Retriever(encoder, kb, 1 if blind else 2)
+    model.set_retriever(BlindRetriever(encoder) if blind else seeing)
+    save_checkpoint(model, tokenizer, tmp_path / "model")
+    save_retrieval(tmp_path / "model", seeing)
+    ids = tokenizer("a red apple", return_tensors="pt")["input_ids"]
+    expected = model(ids).logits
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for name in ("model", "kb", "clip"):  # all of it together
+        (tmp_path / name).rename(moved / name)
+    loaded, _ = load_checkpoint(moved / "model")
+    torch.testing.assert_close(loaded(ids).logits, expected)
+    assert load_checkpoint(moved / "model", clip=moved / "clip")[0].retriever.encoder.query == "state"
+
+
+def test_pictures_that_do_not_fit_are_refused(tmp_path, clip, make_kb):
+    kb = make_kb(3)
+    save_checkpoint(tiny_model(num_images=0, vocab_size=len(TOKENIZER)), TOKENIZER, tmp_path / "gpt2")
+    with pytest.raises(ValmError, match="sees no pictures"):
+        load_checkpoint(tmp_path / "gpt2", kb=kb.path)
+    clip.save(tmp_path / "clip")
+    save_checkpoint(a_model(image_dim=kb.dim), TOKENIZER, tmp_path / "other")
+    with pytest.raises(ValmError, match="different tokenizers"):
+        load_checkpoint(tmp_path / "other", kb=kb.path, clip=tmp_path / "clip")
+    same = tiny_model(vocab_size=len(clip.tokenizer), image_dim=kb.dim + 1)
+    save_checkpoint(same, clip.tokenizer, tmp_path / "wide")
+    with pytest.raises(ValmError, match=r"do not fit: retriever\.dim is"):
+        load_checkpoint(tmp_path / "wide", kb=kb.path, clip=tmp_path / "clip")
