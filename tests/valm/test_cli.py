@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 
 import pytest
 from PIL import Image
@@ -68,6 +69,33 @@ def test_kb_search_lists_the_nearest_pictures(world, capsys):
     assert all(line.split()[1].removesuffix(".png") in THINGS for line in lines)
 
 
+def test_kb_search_draws_a_contact_sheet(world, tmp_path, capsys):
+    assert run("kb", "search", world / "kb", "the apple", "--sheet", tmp_path / "sheet.png") == 0
+    assert Image.open(tmp_path / "sheet.png").width > 400
+
+
+def test_kb_verify_and_merge(world, tmp_path, capsys):
+    assert run("kb", "verify", world / "kb") == 0
+    assert "all 6 pictures are as they were written" in capsys.readouterr().out
+    assert run("kb", "merge", world / "kb", world / "kb", "--out", tmp_path / "both") == 0
+    assert "12 pictures" in capsys.readouterr().out
+    vectors = bytearray((tmp_path / "both" / "vectors-00001.npy").read_bytes())
+    vectors[-1] ^= 1
+    (tmp_path / "both" / "vectors-00001.npy").write_bytes(vectors)
+    assert run("kb", "verify", tmp_path / "both") == 1
+    assert "is damaged, build it again: vectors-00001.npy" in capsys.readouterr().err
+
+
+def test_kb_build_from_archives(world, tmp_path, capsys):
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars" / "00000.tar", "w") as tar:
+        for file in sorted((world / "pictures").iterdir()):
+            tar.add(file, file.name)
+    build = ["kb", "build", tmp_path / "tars", "--clip", world / "clip", "--out", tmp_path / "kb"]
+    assert run(*build, "--format", "webdataset") == 0
+    assert "6 pictures" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("model", ["valm", "gpt2"])
 def test_eval_prints_accuracies_and_writes_the_answers(world, tmp_path, capsys, model):
     out = tmp_path / "answers.json"
@@ -110,6 +138,13 @@ def wrong_inputs():
     return {
         "folder of pictures missing": ([*kb_build[:2], "{tmp}/none", *kb_build[3:]], "no folder {tmp}/none"),
         "folder without pictures": ([*kb_build[:2], "{tmp}", *kb_build[3:]], "no pictures in {tmp}"),
+        "no tar files": ([*kb_build, "--format", "webdataset"], "no tar files in {world}/pictures"),
+        "no embeddings": ([*kb_build, "--format", "embeddings"], "no embeddings in {world}/pictures"),
+        "captions of archives": ([*kb_build, "--format", "webdataset", "--captions", "x.csv"], "--captions is for"),
+        "sheet of no known kind": (
+            ["kb", "search", "{world}/kb", "x", "--sheet", "{tmp}/sheet.abc"],
+            "cannot write the picture {tmp}/sheet.abc: unknown file extension",
+        ),
         "no such CLIP": ([*kb_build[:4], "{tmp}/none", *kb_build[5:]], "no CLIP at '{tmp}/none'"),
         "output holds something else": ([*kb_build[:-1], "{world}/clip"], "is not empty"),
         "no such knowledge base": (["kb", "info", "{tmp}/none"], "no knowledge base at {tmp}/none"),
