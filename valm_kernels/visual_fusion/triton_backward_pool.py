@@ -112,4 +112,5 @@ def pool_gradients(
         BLOCK_D=block_d(head_dim),
         BLOCK_E=SLOTS,
         num_warps=WARPS,
+        enable_fp_fusion=True,
     )

@@ -341,5 +341,6 @@ def forward(
                 BLOCK_D=constants["BLOCK_D"],
                 BLOCK_S=triton.next_power_of_2(splits),
                 num_warps=1,
+                enable_fp_fusion=True,
             )
     return out, lse

@@ -124,7 +124,7 @@ def solve(
     out, lse = visual_fusion_attn(**{**inputs, **leaves}, impl=impl, return_lse=True)
     used = {name: leaf for name, leaf in leaves.items() if inputs["image_k"] is not None or name in ("q", "k", "v")}
     outputs = (out, lse) if cotangents[1] is not None else (out,)
-    cotangents = [c.to(o.dtype) for c, o in zip(cotangents, outputs, strict=False)]
+    cotangents = [c.to(o) for c, o in zip(cotangents, outputs, strict=False)]
     gradients = torch.autograd.grad(outputs, list(used.values()), cotangents)
     return {"out": out.detach(), "lse": lse.detach()} | dict(zip(used, gradients, strict=True))
 
@@ -137,12 +137,15 @@ def cotangents(problem: Problem, with_lse: bool = True) -> tuple[Tensor, Tensor 
     return grad_out, grad_lse if with_lse else None
 
 
-def assert_solves(impl: str, problem: Problem, dtype: torch.dtype, with_lse: bool = True) -> dict[str, Tensor]:
-    """Checks `impl` on the problem in `dtype`, forward and backward, against float64; returns its results."""
+def assert_solves(
+    impl: str, problem: Problem, dtype: torch.dtype, with_lse: bool = True, device: str = "cpu"
+) -> dict[str, Tensor]:
+    """Checks `impl` on `device` on the problem in `dtype`, forward and backward, against float64 on the CPU."""
     grads = cotangents(problem, with_lse)
     truth = solve(problem.inputs(torch.float64), "reference", grads)
     eager = solve(problem.inputs(dtype), "reference", grads)
-    actual = solve(problem.inputs(dtype), impl, grads)
+    inputs = {n: t.to(device) if isinstance(t, Tensor) else t for n, t in problem.inputs(dtype).items()}
+    actual = {name: tensor.cpu() for name, tensor in solve(inputs, impl, grads).items()}
     assert actual.keys() == truth.keys()
     for name, tensor in actual.items():
         assert tensor.dtype == eager[name].dtype, f"{name}: {tensor.dtype}, expected {eager[name].dtype}"

@@ -16,10 +16,9 @@ pytest.importorskip("triton", reason="Triton comes for Linux only")
 FOLDER = Path(__file__).parent
 
 
-@pytest.mark.parametrize("file", ["test_triton_forward.py", "test_triton_backward.py"])
-def test_kernels_under_interpreter(file):
+def run_interpreted(file: str, marker: str) -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", FOLDER / file],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", marker, FOLDER / file],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=FOLDER.parents[2],
         capture_output=True,
@@ -27,3 +26,13 @@ def test_kernels_under_interpreter(file):
     )
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
     assert "skipped" not in run.stdout, run.stdout
+
+
+@pytest.mark.parametrize("file", ["test_triton_forward.py", "test_triton_backward.py"])
+def test_kernels_under_interpreter(file):
+    run_interpreted(file, "not slow")
+
+
+@pytest.mark.slow
+def test_kernels_under_interpreter_on_all_problems():
+    run_interpreted("test_triton_backward.py", "slow")

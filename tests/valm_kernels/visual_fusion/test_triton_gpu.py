@@ -1,0 +1,87 @@
+"""The Triton kernels on a card, with the tiles they are meant to have: `make gpu-check` runs these."""
+
+import pytest
+import torch
+
+from tests.valm_kernels.visual_fusion.problems import PROBLEMS, Problem, assert_solves, cotangents, solve
+from valm_kernels import visual_fusion_attn
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+LARGE = {
+    "dense": Problem(query_heads=3, kv_heads=3, num_queries=1000, head_dim=64, num_images=8),
+    "pooled": Problem(query_heads=3, kv_heads=3, num_queries=1000, head_dim=64, num_images=8, pool_size=700),
+    "grouped": Problem(query_heads=8, kv_heads=2, num_queries=700, prefix=77, head_dim=128, pool_size=300),
+    "group of six": Problem(query_heads=6, kv_heads=1, num_queries=400, head_dim=96),
+    "documents": Problem(num_queries=1024, head_dim=64, first_key="documents", pool_size=50),
+    "widest": Problem(num_queries=300, head_dim=256, num_images=4),
+    "decode": Problem(num_queries=1, prefix=5000, head_dim=64, num_images=4),
+    "decode grouped": Problem(query_heads=8, kv_heads=1, num_queries=2, prefix=3000, head_dim=128, pool_size=9),
+}
+
+
+def on_card(problem, dtype):
+    inputs = problem.inputs(dtype)
+    return {name: t.cuda() if isinstance(t, torch.Tensor) else t for name, t in inputs.items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_agrees_with_float64_reference(name, dtype):
+    assert_solves("triton", PROBLEMS[name], dtype, device="cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", LARGE)
+def test_agrees_on_large_problems(name, dtype):
+    assert_solves("triton", LARGE[name], dtype, device="cuda")
+
+
+@pytest.mark.parametrize("name", ["dense", "pooled", "decode"])
+def test_every_run_gives_the_same_bits(name):
+    grads = cotangents(LARGE[name])
+    first, second = (solve(on_card(LARGE[name], torch.bfloat16), "triton", grads) for _ in range(2))
+    for result, tensor in first.items():
+        assert torch.equal(tensor, second[result]), result
+
+
+@pytest.mark.parametrize("name", ["dense", "pooled", "decode"])
+def test_host_never_waits_and_a_graph_replays(name):
+    """Forward and backward are captured in a CUDA graph, and replaying it on other values gives their result."""
+    inputs = on_card(LARGE[name], torch.bfloat16)
+    grads = tuple(g.cuda() for g in cotangents(LARGE[name]))
+    torch.use_deterministic_algorithms(False)  # filling fresh memory would be captured too
+    expected = solve(inputs, "triton", grads)
+    q = inputs["q"].clone()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        solve({**inputs, "q": q}, "triton", grads)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    q.zero_()
+    with torch.cuda.graph(graph):
+        captured = solve({**inputs, "q": q}, "triton", grads)
+    q.copy_(inputs["q"])
+    graph.replay()
+    for result, tensor in expected.items():
+        assert torch.equal(captured[result], tensor), result
+
+
+@pytest.mark.parametrize("name", ["dense", "pooled"])
+def test_compiles_without_a_graph_break(name):
+    inputs = on_card(LARGE[name], torch.bfloat16)
+    grads = cotangents(LARGE[name])
+
+    def loss(q):
+        out, lse = visual_fusion_attn(**{**inputs, "q": q}, impl="triton", return_lse=True)
+        return (out * grads[0].to(out)).sum() + (lse * grads[1].to(lse)).sum()
+
+    eager, compiled = (inputs["q"].clone().requires_grad_() for _ in range(2))
+    loss(eager).backward()
+    torch.compile(loss, fullgraph=True)(compiled).backward()
+    assert torch.equal(compiled.grad, eager.grad)
