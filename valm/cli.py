@@ -136,9 +136,8 @@ def run_demo(arguments: argparse.Namespace) -> None:
 
 
 def run_kb_build(arguments: argparse.Namespace) -> None:
-    from valm.retrieval.builders import build_from_embeddings, build_from_webdataset
+    from valm.retrieval.builders import build_from_embeddings, build_from_folder, build_from_webdataset
     from valm.retrieval.clip import Clip
-    from valm.retrieval.knowledge_base import build_from_folder
 
     if arguments.captions is not None and arguments.format != "pictures":
         raise ValmError(f"--captions is for --format pictures; {arguments.format} bring their own")

@@ -3,8 +3,8 @@ import pytest
 from PIL import Image
 
 from tests.valm.retrieval.tiny_clip import TEXTS, make_clip
+from valm.retrieval.builders import build_from_folder
 from valm.retrieval.clip import Clip
-from valm.retrieval.knowledge_base import build_from_folder
 from valm.tokenizer import clip_tokenizer, prune_tokenizer
 
 

@@ -9,9 +9,9 @@ from tests.valm.models import tiny_model
 from valm import checkpoint
 from valm.checkpoint import load_checkpoint, save_checkpoint, save_retrieval
 from valm.errors import ValmError
+from valm.retrieval.builders import build_from_folder
 from valm.retrieval.clip import Clip
 from valm.retrieval.context import ContextEncoder
-from valm.retrieval.knowledge_base import build_from_folder
 from valm.retrieval.retriever import BlindRetriever, Retriever
 from valm.tokenizer import clip_tokenizer, prune_tokenizer
 

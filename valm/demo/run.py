@@ -39,10 +39,10 @@ from valm.errors import ValmError
 from valm.evaluation.color import PROMPTS, ColorItem, evaluate_color
 from valm.files import writable_folder, write_json
 from valm.model import VaLMForCausalLM
+from valm.retrieval.builders import build_from_folder
 from valm.retrieval.cache import retrieve_corpus
 from valm.retrieval.clip import Clip
 from valm.retrieval.context import ContextEncoder
-from valm.retrieval.knowledge_base import build_from_folder
 from valm.retrieval.retriever import Retriever
 from valm.tokenizer import clip_tokenizer, prune_tokenizer
 from valm.training.collate import tokenize_documents

@@ -1,4 +1,4 @@
-"""Knowledge bases from what large collections come in: webdataset tars, ready embeddings, other knowledge bases."""
+"""Knowledge bases from a folder of pictures, webdataset tars, ready embeddings, and other knowledge bases."""
 
 from __future__ import annotations
 
@@ -19,11 +19,60 @@ from valm.errors import ValmError
 from valm.retrieval.clip import Clip
 from valm.retrieval.encoding import Record, encode_records
 from valm.retrieval.knowledge_base import ImageKnowledgeBase
-from valm.retrieval.pictures import PICTURE_SUFFIXES, one_line
+from valm.retrieval.pictures import PICTURE_SUFFIXES, find_pictures, one_line, read_captions, utf8
 from valm.retrieval.shards import ITEM_SCHEMA, KnowledgeBaseWriter, Piece, clip_entry
 
 # Rows of embeddings that are normalised at once.
 BLOCK_ROWS = 1 << 16
+
+
+def build_from_folder(
+    folder: str | os.PathLike,
+    out: str | os.PathLike,
+    clip: Clip,
+    *,
+    captions: str | os.PathLike | None = None,
+    batch_size: int = 64,
+    shard_size: int = 16384,
+    thumbnails: int = 64,
+    workers: int | None = None,
+    progress: bool = True,
+) -> ImageKnowledgeBase:
+    """Encodes every picture under `folder` and writes a knowledge base to `out`.
+
+    captions: a table of captions; without it they are looked for as `read_captions` says.
+    shard_size: pictures in a shard, which is also what a killed build has to do again. The result of a build that
+        was killed and run again is the same to the byte. A build that was already finished is opened.
+    thumbnails: longer side of the small pictures that are kept; 0 keeps none.
+    workers: processes that decode pictures; None chooses by the number of pictures and cores, 0 decodes here.
+    Pictures that cannot be read are left out and listed (`skipped()`).
+    Raises ValmError for a folder that is missing or without (readable) pictures, and for an `out` that cannot be
+    written or holds something else.
+    """
+    folder = Path(folder)
+    pictures = find_pictures(folder)
+    caption_of = read_captions(folder, pictures, Path(captions) if captions is not None else None)
+    records = [Record(utf8(picture), caption_of.get(picture, ""), folder / picture) for picture in pictures]
+    fingerprint = hashlib.sha256()
+    for record in records:
+        fingerprint.update(json.dumps([record.uri, record.caption, record.file.stat().st_size]).encode())
+    plan = {
+        "source": "folder",
+        "fingerprint": fingerprint.hexdigest(),
+        "clip": clip.weights_hash,
+        "batch_size": batch_size,
+        "shard_size": shard_size,
+        "thumbnails": thumbnails,
+    }
+    writer = KnowledgeBaseWriter(out, plan, clip_entry(clip, out), clip.embed_dim)
+    if not writer.finished:
+        pieces = [records[start : start + shard_size] for start in range(0, len(records), shard_size)]
+        done = sum(map(len, pieces[: writer.pieces_done]))
+        with tqdm(total=len(records), initial=done, desc="encode", unit=" pictures", disable=not progress) as bar:
+            for piece in pieces[writer.pieces_done :]:
+                writer.add_piece(encode_records(piece, clip, batch_size, thumbnails, workers, bar))
+        writer.finish()
+    return ImageKnowledgeBase.open(out)
 
 
 def build_from_webdataset(

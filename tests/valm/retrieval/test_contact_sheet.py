@@ -2,8 +2,8 @@ import dataclasses
 
 from PIL import Image
 
+from valm.retrieval.builders import build_from_folder
 from valm.retrieval.contact_sheet import CELL, contact_sheet
-from valm.retrieval.knowledge_base import build_from_folder
 
 
 def test_pictures_stand_in_rows(make_kb):

@@ -13,7 +13,8 @@ from PIL import Image
 from tests.valm.retrieval.tiny_clip import make_clip
 from valm.errors import ValmError
 from valm.retrieval import encoding
-from valm.retrieval.knowledge_base import ImageKnowledgeBase, build_from_folder
+from valm.retrieval.builders import build_from_folder
+from valm.retrieval.knowledge_base import ImageKnowledgeBase
 
 COUNT = 23
 
