@@ -26,6 +26,8 @@ constexpr int64_t kGroup = 256;
 constexpr int64_t kGroupTimesThreads = 8192;
 // Rows collected for a query before they are scored.
 constexpr int kBuffer = 256;
+// Candidates scored exactly before the others' bounds are tightened, if more than as many are in reach.
+constexpr int kScoredFirst = 32;
 // A block's packed rows, or its plain ones where they are not packed: a share of the second-level cache.
 constexpr int64_t kBlockBytes = 256 << 10;
 // Up to this many queries, unpacked rows are multiplied as float32; above it packing them first is cheaper.
@@ -36,6 +38,14 @@ struct Candidate {
     float upper;
     uint32_t position;
 };
+
+// Highest bound first, among equal ones the lower row; NaN, from a bound that overflowed, before all.
+bool better_bound(const Candidate& a, const Candidate& b) {
+    constexpr float kInfinity = std::numeric_limits<float>::infinity();
+    const float upper_a = std::isnan(a.upper) ? kInfinity : a.upper;
+    const float upper_b = std::isnan(b.upper) ? kInfinity : b.upper;
+    return upper_a > upper_b || (upper_a == upper_b && a.position < b.position);
+}
 
 // What one thread knows of one query.
 struct Find {
@@ -84,6 +94,20 @@ class Search {
     void float_block(Worker& worker, int64_t begin, int64_t end);
     void collect(Worker& worker, int64_t query, float upper, int64_t position, Tile* tile, int in_tile);
     void settle(Worker& worker, int64_t query);
+    void score(Worker& worker, int64_t query, const Candidate* begin, const Candidate* end);
+    bool offer(Worker& worker, int64_t query, uint64_t key);
+    float float_upper(int64_t query, int64_t row);
+    // The key of a query's kth best so far, and the bounds that rows before and after it are held against.
+    struct Bar {
+        uint64_t kth;
+        float before, after;
+    };
+    Bar bar_of(int64_t query) const;
+    void report_broken(int64_t row) {
+        int64_t first = broken_;
+        while (row < first && !broken_.compare_exchange_weak(first, row)) {
+        }
+    }
     void refresh(Find& find, int64_t query, uint64_t kth, bool after);
     void finish_group(float* scores, int64_t* indices);
     int64_t row_at(int64_t position) const { return first_pass_.row == nullptr ? position : first_pass_.row[position]; }
@@ -246,9 +270,7 @@ void Search::search_block(Worker& worker, int64_t block, size_t first_tile, size
         here.stats = worker.stats.data();
         for (int64_t panel = 0; panel < panels; ++panel) {
             const int64_t bad = pack_panel(kernels_, rows_, here, *padded_centre_, first_panel + panel, panel);
-            int64_t first = broken_;
-            while (bad >= 0 && bad < first && !broken_.compare_exchange_weak(first, bad)) {
-            }
+            if (bad >= 0) report_broken(bad);
         }
     }
 
@@ -285,24 +307,12 @@ void Search::search_block(Worker& worker, int64_t block, size_t first_tile, size
 }
 
 void Search::float_block(Worker& worker, int64_t begin, int64_t end) {
-    const double error = float_error(rows_.dim);
     for (int64_t query = 0; query < static_cast<int64_t>(group_.size()); ++query) {
         Find& find = worker.finds[query];
         const uint64_t kth = kth_[query].load(std::memory_order_relaxed);
         refresh(find, query, kth, begin > key_row(kth));
-        const Query& values = group_[query];
         for (int64_t row = begin; row < end; ++row) {
-            float product, square;
-            kernels_.dot(rows_, row, values.values, &product, &square);
-            if (!std::isfinite(square) && !row_is_finite(rows_, row)) {
-                int64_t first = broken_;
-                while (row < first && !broken_.compare_exchange_weak(first, row)) {
-                }
-                continue;
-            }
-            // the square underflows below 1e-19, which the slack covers; it is itself off by the same share
-            const double reach = values.norm * (std::sqrt(static_cast<double>(square)) * (1 + error) + 1e-18);
-            const float upper = static_cast<float>((product + error * reach) * (1 + (product < 0 ? -1e-7 : 1e-7)));
+            const float upper = float_upper(query, row);
             if (!(upper < find.theta)) collect(worker, query, upper, row, nullptr, 0);
         }
     }
@@ -327,41 +337,71 @@ void Search::refresh(Find& find, int64_t query, uint64_t kth, bool after) {
     find.theta = threshold(group_[query], kth, after);
 }
 
-// Scores the collected rows exactly, best bound first, as far as the bounds reach; empties the buffer.
+// Scores the collected rows exactly, best bound first, as far as the bounds reach; empties the buffer. Where the
+// first ones leave many, float32 products tighten the others' bounds before.
 void Search::settle(Worker& worker, int64_t query) {
-    Find& find = worker.finds[query];
-    Candidate* candidates = worker.candidates.data() + query * kBuffer;
-    uint64_t* heap = worker.heaps.data() + query * k_;
-    std::sort(candidates, candidates + find.candidates, [](const Candidate& a, const Candidate& b) {
-        // NaN, from a bound that overflowed, first
-        const float upper_a = std::isnan(a.upper) ? std::numeric_limits<float>::infinity() : a.upper;
-        const float upper_b = std::isnan(b.upper) ? std::numeric_limits<float>::infinity() : b.upper;
-        return upper_a > upper_b || (upper_a == upper_b && a.position < b.position);
-    });
-    uint64_t kth = kth_[query].load(std::memory_order_relaxed);
-    float before = threshold(group_[query], kth, false), after = threshold(group_[query], kth, true);
-    for (const Candidate* c = candidates; c != candidates + find.candidates; ++c) {
-        if (c->upper < before) break;
-        const int64_t row = row_at(c->position);
-        if (c->upper < after && row > key_row(kth)) continue;
-        const float score = kernels_.exact(rows_, row, group_[query].values);
-        const uint64_t key = candidate_key(score, static_cast<uint32_t>(row));
-        if (find.kept == k_) {
-            if (key < heap[0]) continue;
-            std::pop_heap(heap, heap + k_, std::greater<>());
-            --find.kept;
-        }
-        heap[find.kept++] = key;
-        std::push_heap(heap, heap + find.kept, std::greater<>());
-        if (find.kept < k_ || heap[0] <= kth) continue;
-        kth = kth_[query].load(std::memory_order_relaxed);
-        while (heap[0] > kth && !kth_[query].compare_exchange_weak(kth, heap[0], std::memory_order_relaxed)) {
-        }
-        kth = std::max(kth, heap[0]);
-        before = threshold(group_[query], kth, false);
-        after = threshold(group_[query], kth, true);
+    Candidate* const begin = worker.candidates.data() + query * kBuffer;
+    Candidate* end = begin + worker.finds[query].candidates;
+    worker.finds[query].candidates = 0;
+    Candidate* const rest = std::min(begin + kScoredFirst, end);
+    std::partial_sort(begin, rest, end, better_bound);
+    score(worker, query, begin, rest);
+
+    const auto in_reach = [bar = bar_of(query).before](const Candidate& c) { return !(c.upper < bar); };
+    end = std::partition(rest, end, in_reach);
+    if (end - rest > kScoredFirst) {
+        for (Candidate* c = rest; c != end; ++c) c->upper = std::min(c->upper, float_upper(query, row_at(c->position)));
+        end = std::partition(rest, end, in_reach);
     }
-    find.candidates = 0;
+    std::sort(rest, end, better_bound);
+    score(worker, query, rest, end);
+}
+
+// Scores candidates that stand in the order of their bounds, and stops where the bounds fall below the kth best.
+void Search::score(Worker& worker, int64_t query, const Candidate* begin, const Candidate* end) {
+    Bar bar = bar_of(query);
+    for (const Candidate* c = begin; c != end && !(c->upper < bar.before); ++c) {
+        const int64_t row = row_at(c->position);
+        if (c->upper < bar.after && row > key_row(bar.kth)) continue;
+        const float score = kernels_.exact(rows_, row, group_[query].values);
+        if (offer(worker, query, candidate_key(score, static_cast<uint32_t>(row)))) bar = bar_of(query);
+    }
+}
+
+// Takes a scored row into the thread's heap; true where that may have raised the query's kth best.
+bool Search::offer(Worker& worker, int64_t query, uint64_t key) {
+    Find& find = worker.finds[query];
+    uint64_t* heap = worker.heaps.data() + query * k_;
+    if (find.kept == k_) {
+        if (key < heap[0]) return false;
+        std::pop_heap(heap, heap + k_, std::greater<>());
+        --find.kept;
+    }
+    heap[find.kept++] = key;
+    std::push_heap(heap, heap + find.kept, std::greater<>());
+    if (find.kept < k_) return false;
+    uint64_t kth = kth_[query].load(std::memory_order_relaxed);
+    while (heap[0] > kth && !kth_[query].compare_exchange_weak(kth, heap[0], std::memory_order_relaxed)) {
+    }
+    return true;
+}
+
+Search::Bar Search::bar_of(int64_t query) const {
+    const uint64_t kth = kth_[query].load(std::memory_order_relaxed);
+    return {kth, threshold(group_[query], kth, false), threshold(group_[query], kth, true)};
+}
+
+// An upper bound from a float32 product, in the query's unit as those of the first pass.
+float Search::float_upper(int64_t query, int64_t row) {
+    const Query& q = group_[query];
+    float product, square;
+    kernels_.dot(rows_, row, q.values, &product, &square);
+    if (!std::isfinite(square) && !row_is_finite(rows_, row)) report_broken(row);
+    // the square is off by the same share as the product; where it underflows the row is below 1e-18
+    const double error = float_error(rows_.dim);
+    const double reach = q.norm * (std::sqrt(static_cast<double>(square)) * (1 + error) + 1e-18);
+    const double upper = (product + error * reach - q.base) / q.unit;
+    return static_cast<float>(upper + std::abs(upper) * 0x1p-22);
 }
 
 // Joins the threads' finds. The k best of the first rows hold the first row of every group in the answer: a row

@@ -17,18 +17,17 @@ constexpr int64_t kMaxDim = 2048;
 
 inline float half_to_float(uint16_t half) {
     const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
-    const uint32_t magnitude = half & 0x7fffu;
-    float value;
-    if (magnitude >= 0x7c00u) {  // infinity, NaN
-        const uint32_t bits = sign | 0x7f800000u | (magnitude & 0x3ffu) << 13;
-        memcpy(&value, &bits, sizeof value);
-        return value;
-    }
+    const uint32_t magnitude = static_cast<uint32_t>(half & 0x7fffu) << 13;
     // the exponent's bias is corrected by a product, which also normalises what is denormal
-    const uint32_t bits = magnitude << 13;
-    memcpy(&value, &bits, sizeof value);
+    float value;
+    memcpy(&value, &magnitude, sizeof value);
     value *= 0x1p112f;
-    return sign ? -value : value;
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    bits = magnitude < 0x0f800000u ? bits : magnitude | 0x7f800000u;  // infinity and NaN
+    bits |= sign;
+    memcpy(&value, &bits, sizeof value);
+    return value;
 }
 
 inline float bfloat_to_float(uint16_t bfloat) {
