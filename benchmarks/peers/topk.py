@@ -1,0 +1,84 @@
+"""What others would use for top-K inner product on the CPU. Each entry takes a float32 database (N, E) and returns a
+search of float32 queries (Q, E) for k rows, whose result is the indices (Q, k).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+Search = Callable[[Tensor, int], Tensor]
+
+
+def torch_float32(database: Tensor) -> Search:
+    return lambda queries, k: (queries @ database.T).topk(k).indices
+
+
+def torch_bfloat16(database: Tensor) -> Search:
+    rounded = database.bfloat16()
+    return lambda queries, k: (queries.bfloat16() @ rounded.T).topk(k).indices
+
+
+def _faiss_search(index: object, blas_threshold: int) -> Search:
+    import faiss
+
+    faiss.omp_set_num_threads(torch.get_num_threads())
+
+    def search(queries: Tensor, k: int) -> Tensor:
+        # from this many queries on faiss multiplies matrices; below, it takes dot products one by one
+        before = faiss.cvar.distance_compute_blas_threshold
+        faiss.cvar.distance_compute_blas_threshold = blas_threshold
+        try:
+            return torch.from_numpy(index.search(queries.numpy(), k)[1])
+        finally:
+            faiss.cvar.distance_compute_blas_threshold = before
+
+    return search
+
+
+def _faiss_flat(database: Tensor, blas_threshold: int) -> Search:
+    faiss = pytest.importorskip("faiss")
+    index = faiss.IndexFlatIP(database.shape[1])
+    index.add(database.numpy())
+    return _faiss_search(index, blas_threshold)
+
+
+def faiss_flat(database: Tensor) -> Search:
+    return _faiss_flat(database, blas_threshold=20)  # its default
+
+
+def faiss_flat_tuned(database: Tensor) -> Search:
+    return _faiss_flat(database, blas_threshold=1)
+
+
+def faiss_float16(database: Tensor) -> Search:
+    faiss = pytest.importorskip("faiss")
+    quantizer = faiss.ScalarQuantizer.QT_fp16
+    index = faiss.IndexScalarQuantizer(database.shape[1], quantizer, faiss.METRIC_INNER_PRODUCT)
+    index.add(database.numpy())
+    return _faiss_search(index, blas_threshold=20)
+
+
+def usearch_exact(database: Tensor) -> Search:
+    usearch = pytest.importorskip("usearch.index")
+    rows, threads = database.numpy(), torch.get_num_threads()
+
+    def search(queries: Tensor, k: int) -> Tensor:
+        found = usearch.search(rows, queries.numpy(), k, usearch.MetricKind.IP, exact=True, threads=threads)
+        return torch.from_numpy(np.atleast_2d(found.keys).astype(np.int64))
+
+    return search
+
+
+PEERS: dict[str, Callable[[Tensor], Search]] = {
+    "torch float32 mm + topk": torch_float32,
+    "torch bfloat16 mm + topk": torch_bfloat16,
+    "faiss IndexFlatIP": faiss_flat,
+    "faiss IndexFlatIP, tuned": faiss_flat_tuned,
+    "faiss fp16 quantizer": faiss_float16,
+    "usearch exact": usearch_exact,
+}
