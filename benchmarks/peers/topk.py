@@ -23,19 +23,19 @@ def torch_bfloat16(database: Tensor) -> Search:
     return lambda queries, k: (queries.bfloat16() @ rounded.T).topk(k).indices
 
 
+# From this many elements of the queries on, faiss multiplies matrices; below, it takes dot products one by one.
+FAISS_BLAS_THRESHOLD = 128_000  # its default
+FAISS_TUNED_BLAS_THRESHOLD = 1
+
+
 def _faiss_search(index: object, blas_threshold: int) -> Search:
     import faiss
 
     faiss.omp_set_num_threads(torch.get_num_threads())
 
     def search(queries: Tensor, k: int) -> Tensor:
-        # from this many queries on faiss multiplies matrices; below, it takes dot products one by one
-        before = faiss.cvar.distance_compute_blas_threshold
         faiss.cvar.distance_compute_blas_threshold = blas_threshold
-        try:
-            return torch.from_numpy(index.search(queries.numpy(), k)[1])
-        finally:
-            faiss.cvar.distance_compute_blas_threshold = before
+        return torch.from_numpy(index.search(queries.numpy(), k)[1])
 
     return search
 
@@ -48,11 +48,11 @@ def _faiss_flat(database: Tensor, blas_threshold: int) -> Search:
 
 
 def faiss_flat(database: Tensor) -> Search:
-    return _faiss_flat(database, blas_threshold=20)  # its default
+    return _faiss_flat(database, FAISS_BLAS_THRESHOLD)
 
 
 def faiss_flat_tuned(database: Tensor) -> Search:
-    return _faiss_flat(database, blas_threshold=1)
+    return _faiss_flat(database, FAISS_TUNED_BLAS_THRESHOLD)
 
 
 def faiss_float16(database: Tensor) -> Search:
@@ -60,7 +60,7 @@ def faiss_float16(database: Tensor) -> Search:
     quantizer = faiss.ScalarQuantizer.QT_fp16
     index = faiss.IndexScalarQuantizer(database.shape[1], quantizer, faiss.METRIC_INNER_PRODUCT)
     index.add(database.numpy())
-    return _faiss_search(index, blas_threshold=20)
+    return _faiss_search(index, FAISS_BLAS_THRESHOLD)
 
 
 def usearch_exact(database: Tensor) -> Search:
