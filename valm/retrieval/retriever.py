@@ -9,6 +9,7 @@ from torch import Tensor
 
 from valm.errors import ValmError
 from valm.retrieval.context import ContextCache, ContextEncoder
+from valm.retrieval.index import FaissIndex
 from valm.retrieval.knowledge_base import ImageKnowledgeBase
 from valm.retrieval.shards import Item
 from valm_kernels import FlatIPIndex
@@ -30,20 +31,21 @@ class Retrieved(NamedTuple):
 
 
 class Retriever:
-    """Finds the `k` pictures of `kb` nearest to the context query of every token, exactly.
+    """Finds the `k` pictures of `kb` nearest to the context query of every token.
 
+    index: what searches; by default exactly (`FlatIPIndex`), or a `valm.retrieval.index.FaissIndex` of `kb`.
     Raises ValmError where the knowledge base was built with another CLIP than the encoder's, or has fewer than `k`
     pictures.
     """
 
-    def __init__(self, encoder: ContextEncoder, kb: ImageKnowledgeBase, k: int):
+    def __init__(self, encoder: ContextEncoder, kb: ImageKnowledgeBase, k: int, index: FaissIndex | None = None):
         kb.check_encoder(encoder.clip)
         if not 1 <= k <= len(kb):
             raise ValmError(f"k must be from 1 to the {len(kb)} pictures of {kb.path}, got {k}")
         self.encoder = encoder
         self.kb = kb
         self.k = k
-        self.index = FlatIPIndex(kb.vectors(), device=encoder.clip.device)
+        self.index = FlatIPIndex(kb.vectors(), device=encoder.clip.device) if index is None else index
 
     @property
     def dim(self) -> int:
