@@ -174,13 +174,6 @@ __device__ inline void multiply(const uint4* packed, int slab, int slabs, int la
     }
 }
 
-// Tells the other parts of the database how good a part's last kept key is, and takes up the best of theirs: no key
-// below can be among the best of the whole. By one warp.
-__device__ inline void share_threshold(uint64_t* shared_by_parts, uint64_t* threshold, int lane) {
-    if (lane == 0) *threshold = max(*threshold, atomic_max(shared_by_parts, *threshold));
-    sync_warp();
-}
-
 // A block takes 16 kQueryTiles queries and every splits-th tile of 256 rows. Strided, so that the blocks of different
 // queries that run together read the same rows, and sorted databases spread over all blocks.
 template <class Format, int kQueryTiles>
@@ -206,6 +199,13 @@ __global__ __launch_bounds__(kThreads,
         errors[thread] = open ? error : 0.0f;
     }
     __syncthreads();
+
+    // Tells the other parts of the database how good this one's last kept key is, and takes up the best of theirs: no
+    // key below can be among the best of the whole.
+    const auto share_threshold = [&](int query) {
+        uint64_t& threshold = pools.thresholds[query];
+        threshold = max(threshold, atomic_max(s.thresholds + first_query + query, threshold));
+    };
 
     const int64_t warp_row = static_cast<int64_t>(split) * kBlockRows + warp * (kRowTiles * 8);
     RowStream<Format> stream(s, warp_row + g, t);
@@ -263,7 +263,7 @@ __global__ __launch_bounds__(kThreads,
                 }
             }
         }
-        while (true) {
+        const auto offer = [&] {
             uint32_t turned_away = 0;
 #pragma unroll
             for (int m = 0; m < kQueryTiles; ++m) {
@@ -284,19 +284,14 @@ __global__ __launch_bounds__(kThreads,
                 pending[m] = again;
                 turned_away |= again;
             }
-            if (!__syncthreads_or(turned_away != 0)) break;
-            for (int query = warp; query < kQueries; query += kWarps) {
-                if (!pools.full(query)) continue;
-                pools.flush(query, lane);
-                share_threshold(s.thresholds + first_query + query, pools.thresholds + query, lane);
-            }
-            __syncthreads();
-        }
+            return turned_away != 0;
+        };
+        pools.take(offer, share_threshold);
     }
 
     for (int query = warp; query < kQueries && first_query + query < s.n_queries; query += kWarps) {
         pools.flush(query, lane);
-        share_threshold(s.thresholds + first_query + query, pools.thresholds + query, lane);
+        if (lane == 0) share_threshold(query);
         uint64_t* const list =
             s.candidates + (static_cast<int64_t>(first_query + query) * s.plan.splits + split) * s.plan.kept;
         for (int i = lane; i < s.plan.kept; i += kWarp) list[i] = pools.query_keys(query)[i];
@@ -350,8 +345,7 @@ __global__ __launch_bounds__(kThreads) void merge_kernel(Search s) {
             for (int mask = kExactLanes / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
             exact_key = candidate_key(exact_round(sum), row);
         }
-        sync_warp();
-        if (lane == 0) keys[i] = exact_key;
+        if (lane == 0) keys[i] = exact_key;  // the shuffles have let every lane read the old one
     }
     __syncthreads();
     if (warp == 0) sort_descending(keys, s.plan.capacity, lane);

@@ -74,12 +74,8 @@ __global__ __launch_bounds__(kThreads, 1) void exact_scan_kernel(Search s) {
             }
             bool pending = row < s.rows.count && s.row_norms[there] == s.row_norms[there];
             const uint64_t key = candidate_key(exact_round(sum), static_cast<uint32_t>(row));
-            while (true) {
-                if (pending) pending = !pools.offer(t, key);
-                if (!__syncthreads_or(pending)) break;
-                if (warp < kScanQueries && pools.full(warp)) pools.flush(warp, lane);
-                __syncthreads();
-            }
+            // t by value: by reference, the compiler moves sums to local memory
+            pools.take([&, t] { return pending = pending && !pools.offer(t, key); }, [](int) {});
         }
 
         if (warp < kScanQueries) {
@@ -101,7 +97,6 @@ static __global__ __launch_bounds__(kThreads) void exact_merge_kernel(Search s) 
     for (int slot = blockIdx.x; slot < s.redo[0]; slot += gridDim.x) {
         select_best(pools, s.candidates + slot * keys_of_query, keys_of_query, 0);
         write_answer(s, s.redo[1 + slot], pools.keys);
-        __syncthreads();
     }
 }
 

@@ -33,6 +33,7 @@ struct Pools {
     uint64_t* keys;        // (queries, capacity)
     uint64_t* thresholds;  // (queries); a key must be above it
     uint32_t* counts;      // (queries); above capacity once offers have been turned away
+    int queries;
     int capacity;
     int kept;
 
@@ -40,6 +41,7 @@ struct Pools {
         : keys(static_cast<uint64_t*>(memory)),
           thresholds(keys + static_cast<size_t>(queries) * capacity),
           counts(reinterpret_cast<uint32_t*>(thresholds + queries)),
+          queries(queries),
           capacity(capacity),
           kept(kept) {}
 
@@ -60,8 +62,6 @@ struct Pools {
         return true;
     }
 
-    __device__ bool full(int query) const { return counts[query] >= static_cast<uint32_t>(capacity); }
-
     // By one warp: sorts the pool and keeps the best. Unused places are zero, which is below every key.
     __device__ void flush(int query, int lane) const {
         uint64_t* const pool = query_keys(query);
@@ -70,30 +70,39 @@ struct Pools {
         sort_descending(pool, capacity, lane);
         if (lane == 0) {
             counts[query] = min(count, kept);
-            if (count >= kept && pool[kept - 1] > thresholds[query]) thresholds[query] = pool[kept - 1];
+            if (count >= kept) thresholds[query] = max(thresholds[query], pool[kept - 1]);
         }
-        sync_warp();
+    }
+
+    // By the whole block: `offer()` offers what this thread has and says whether some was turned away, until nothing
+    // is. `flushed(query)` is called by the warp, and on the lane, that set the query's threshold.
+    template <class Offer, class Flushed>
+    __device__ void take(Offer offer, Flushed flushed) const {
+        const int lane = threadIdx.x % kWarp;
+        while (__syncthreads_or(offer())) {
+            for (int query = threadIdx.x / kWarp; query < queries; query += kWarps) {
+                if (counts[query] < static_cast<uint32_t>(capacity)) continue;
+                flush(query, lane);
+                if (lane == 0) flushed(query);
+            }
+            __syncthreads();
+        }
     }
 };
 
 // A threshold that no key passes, for the places of a tile that hold no query.
 __device__ inline uint64_t closed_threshold() { return candidate_key(INFINITY, 0); }
 
-// The best `kept` of `count` keys in device memory, sorted, in pool 0 of `pools`; by the whole block. Zeros are no
-// keys. `threshold`: only keys above it are wanted.
+// The best `kept` of `count` keys in device memory, sorted, in the one pool of `pools`; by the whole block. Zeros are
+// no keys. `threshold`: only keys above it are wanted.
 __device__ inline void select_best(const Pools& pools, const uint64_t* keys, int64_t count, uint64_t threshold) {
-    const int thread = threadIdx.x, threads = blockDim.x;
+    const int thread = threadIdx.x;
     if (thread == 0) pools.reset(0, threshold);
     __syncthreads();
-    for (int64_t start = 0; start < count; start += threads) {
+    for (int64_t start = 0; start < count; start += kThreads) {
         bool pending = start + thread < count;
         const uint64_t key = pending ? keys[start + thread] : 0;
-        while (true) {
-            if (pending) pending = !pools.offer(0, key);
-            if (!__syncthreads_or(pending)) break;
-            if (thread < kWarp) pools.flush(0, thread);
-            __syncthreads();
-        }
+        pools.take([&] { return pending = pending && !pools.offer(0, key); }, [](int) {});
     }
     if (thread < kWarp) pools.flush(0, thread);
     __syncthreads();

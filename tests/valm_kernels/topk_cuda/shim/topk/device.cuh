@@ -1,8 +1,8 @@
 // csrc/topk/device.cuh in plain C++, for machines without a GPU. The threads of a block are fibers of one operating
 // system thread: one runs until it meets a barrier, a warp instruction or (in the random schedule) an atomic, then
-// another goes on. Blocks run one after the other. The schedule decides which thread and which block is next, so
-// that a missing barrier shows: with threads in rising order one reads what a later one has yet to write, in falling
-// order the other way round.
+// another goes on. Blocks run one after the other. The schedule decides which thread, warp and block is next, so that
+// a missing barrier shows: in rising order one reads what a later one has yet to write, in falling order the other
+// way round.
 #pragma once
 
 #include <setjmp.h>
@@ -52,8 +52,8 @@ namespace shim {
 constexpr int kWarpSize = 32;
 constexpr size_t kStackBytes = 128 * 1024;
 constexpr size_t kSharedBytes = 256 * 1024;
-// More than any sound kernel of the tests takes; a thread that waits for ever goes beyond.
-constexpr int64_t kMostSwitches = int64_t{1} << 31;
+// More steps of warps than any sound kernel of the tests takes; a loop without end goes beyond.
+constexpr int64_t kMostSteps = int64_t{1} << 26;
 
 enum class Order { kRising, kFalling, kRandom };
 enum class Wait { kNothing, kWarp, kBlock, kEnd };
@@ -123,25 +123,24 @@ inline void resume(int index) {
     setcontext(&thread.context);
 }
 
-// Ends the wait of every whole warp, or of the whole block, that has met; false if no thread can go on.
-inline bool release() {
-    bool released = false;
-    const int count = static_cast<int>(block.threads.size());
-    for (int first = 0; first < count; first += kWarpSize) {
-        const auto begin = block.threads.begin() + first, end = begin + std::min(kWarpSize, count - first);
-        if (std::all_of(begin, end, [](const Thread& thread) { return thread.wait == Wait::kWarp; })) {
-            std::for_each(begin, end, [](Thread& thread) { thread.wait = Wait::kNothing; });
-            released = true;
-        }
+inline bool all_wait(int first, int count, Wait wait) {
+    const auto begin = block.threads.begin() + first;
+    return std::all_of(begin, begin + count, [&](const Thread& thread) { return thread.wait == wait; });
+}
+
+// Runs each thread of a warp that can run, then lets the warp go on if all of it has met. False if none could run.
+inline bool step_warp(int first, int count, std::vector<int>& lanes) {
+    if (block.order == Order::kRandom) std::shuffle(lanes.begin(), lanes.end(), block.random);
+    bool ran = false;
+    for (const int lane : lanes) {
+        if (lane >= count || block.threads[first + lane].wait != Wait::kNothing) continue;
+        resume(first + lane);
+        ran = true;
     }
-    auto& threads = block.threads;
-    if (std::all_of(threads.begin(), threads.end(), [](const Thread& thread) { return thread.wait == Wait::kBlock; })) {
-        for (Thread& thread : threads) thread.wait = Wait::kNothing;
-        ++block.barriers;
-        block.any[block.barriers % 2] = false;  // the vote that comes next
-        released = true;
+    if (all_wait(first, count, Wait::kWarp)) {
+        for (int i = first; i < first + count; ++i) block.threads[i].wait = Wait::kNothing;
     }
-    return released;
+    return ran;
 }
 
 inline void run_block(int threads, size_t shared_bytes) {
@@ -154,23 +153,28 @@ inline void run_block(int threads, size_t shared_bytes) {
     block.barriers = 0;
     block.any[0] = block.any[1] = false;
 
-    std::vector<int> order(threads);
-    for (int i = 0; i < threads; ++i) order[i] = block.order == Order::kFalling ? threads - 1 - i : i;
-    int64_t switches = 0;
-    while (true) {
-        if (block.order == Order::kRandom) std::shuffle(order.begin(), order.end(), block.random);
-        bool ran = false, all_ended = true;
-        for (const int index : order) {
-            if (block.threads[index].wait == Wait::kNothing) {
-                resume(index);
-                ran = true;
-                ++switches;
-            }
-            all_ended &= block.threads[index].wait == Wait::kEnd;
+    // In the fixed orders a warp goes as far as it can, to a barrier of the block, before the next one starts.
+    std::vector<int> warps((threads + kWarpSize - 1) / kWarpSize), lanes(kWarpSize);
+    for (size_t i = 0; i < warps.size(); ++i) warps[i] = static_cast<int>(i);
+    for (int i = 0; i < kWarpSize; ++i) lanes[i] = i;
+    if (block.order == Order::kFalling) {
+        std::reverse(warps.begin(), warps.end());
+        std::reverse(lanes.begin(), lanes.end());
+    }
+    int64_t steps = 0;
+    while (!all_wait(0, threads, Wait::kEnd)) {
+        if (block.order == Order::kRandom) std::shuffle(warps.begin(), warps.end(), block.random);
+        const bool ran = std::any_of(warps.begin(), warps.end(), [&](int warp) {
+            return step_warp(warp * kWarpSize, std::min(kWarpSize, threads - warp * kWarpSize), lanes);
+        });
+        if (++steps > kMostSteps) throw std::runtime_error("the kernel does not end");
+        if (all_wait(0, threads, Wait::kBlock)) {
+            for (Thread& thread : block.threads) thread.wait = Wait::kNothing;
+            ++block.barriers;
+            block.any[block.barriers % 2] = false;  // the vote that comes next
+        } else if (!ran) {
+            throw std::runtime_error("deadlock: not all threads meet at a barrier");
         }
-        if (all_ended) return;
-        if (switches > kMostSwitches) throw std::runtime_error("the kernel does not end");
-        if (!release() && !ran) throw std::runtime_error("deadlock: not all threads meet at a barrier");
     }
 }
 
