@@ -106,7 +106,9 @@ class VisualFusionAttention(GPT2Attention):
             "image_index": index,
             "image_k_bias": self.image_k_bias,
             "image_v_bias": self.image_v_bias,
-            "image_logit_bias": self.image_logit_bias.to(torch.promote_types(pool.dtype, torch.float32)),
+            "image_logit_bias": self.image_logit_bias.to(
+                torch.promote_types(self.image_logit_bias.dtype, torch.float32)
+            ),
         }
 
 

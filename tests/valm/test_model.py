@@ -282,6 +282,24 @@ def test_all_parameters_learn():
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
+@pytest.mark.parametrize("way", ["bfloat16", "autocast", "float64"])
+def test_other_precisions_give_the_same_loss(way):
+    model = tiny_model()
+    ids = random_ids(4, 8)
+    pool, index = random_images(model.config, 4, 8)
+    pool = pool.half()  # as the collator gives it
+    expected = model(ids, image_pool=pool, image_index=index, labels=ids).loss.item()
+    if way == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(ids, image_pool=pool, image_index=index, labels=ids).loss
+    else:
+        loss = model.to(getattr(torch, way))(ids, image_pool=pool, image_index=index, labels=ids).loss
+    loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    # bfloat16 has 8 bits: a relative error of 2^-8 a rounding, in a handful of layers
+    assert loss.item() == pytest.approx(expected, rel=1e-6 if way == "float64" else 8 * 2**-8)
+
+
 def test_gradient_checkpointing_gives_the_same_gradients():
     ids = random_ids(2, 8)
     gradients = []

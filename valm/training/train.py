@@ -78,6 +78,8 @@ def train(
         dataloader_pin_memory=False,
         remove_unused_columns=False,
     )
+    # with several GPUs in one process the Trainer would cut each batch by rows, and image_pool has none
+    arguments._n_gpu = min(1, arguments.n_gpu)
     trainer = _Trainer(
         model=model,
         args=arguments,
