@@ -108,7 +108,6 @@ __global__ __launch_bounds__(kThreads) void prepare_queries_kernel(Search s) {
     s.errors[query] = not_finite ? NAN : static_cast<float>((lost + norm16 * relative) * (1 + 0x1p-20));
     s.exponents[query] = exponent;
     s.thresholds[query] = 0;
-    if (there && !not_finite && !s.plan.first_pass) s.redo[1 + atomicAdd(s.redo, 1)] = query;
 }
 
 // --- first pass --------------------------------------------------------------------------------------------------
@@ -309,6 +308,9 @@ __device__ inline void write_answer(const Search& s, int query, const uint64_t* 
     }
 }
 
+// Puts a query on the redo list, by one thread.
+__device__ inline void ask_for_scan(const Search& s, int query) { s.redo[1 + atomicAdd(s.redo, 1)] = query; }
+
 // A block for each query: the best candidates of all parts, scored exactly, and the proof that no other row belongs
 // into the answer.
 template <class Format>
@@ -322,7 +324,10 @@ __global__ __launch_bounds__(kThreads) void merge_kernel(Search s) {
         }
         return;
     }
-    if (!s.plan.first_pass) return;
+    if (!s.plan.first_pass) {
+        if (threadIdx.x == 0) ask_for_scan(s, query);
+        return;
+    }
 
     const Pools pools(dynamic_shared(), 1, s.plan.capacity, s.plan.kept);
     uint64_t* const keys = pools.keys;
@@ -357,7 +362,7 @@ __global__ __launch_bounds__(kThreads) void merge_kernel(Search s) {
         const double bound = ldexp(static_cast<double>(key_score(last)), -s.exponents[query]);
         const float kth = key_score(keys[s.k - 1]);
         const bool tied = s.exponents[query] == 0 && bound == kth && key_row(keys[s.k - 1]) <= key_row(last);
-        if (!(static_cast<float>(bound) < kth) && !tied) s.redo[1 + atomicAdd(s.redo, 1)] = query;
+        if (!(static_cast<float>(bound) < kth) && !tied) ask_for_scan(s, query);
     }
 }
 

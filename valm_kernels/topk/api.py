@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from valm_kernels.topk import op, reference  # noqa: F401  (op registers the operator)
+from valm_kernels.topk import cpu, cuda, op, reference  # noqa: F401  (op registers the operator)
 from valm_kernels.topk.checks import as_tensor, check_database, check_float, check_search
-from valm_kernels.topk.cpu import FirstPass
 
 IMPLS = ("auto", "cpu", "cuda", "reference")
 
@@ -59,7 +58,7 @@ def search(
     rows: Tensor,
     row_scale: Tensor | None,
     k: int,
-    first_pass: FirstPass | None = None,
+    first_pass: cpu.FirstPass | cuda.FirstPass | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Dispatch of checked arguments: scores and indices (..., k) of queries (..., E)."""
@@ -72,6 +71,8 @@ def search(
         scores, indices = reference.ip_topk(flat, rows, row_scale, k)
     elif first_pass is None:
         scores, indices = torch.ops.valm_kernels.ip_topk(flat, rows, row_scale, k)
+    elif isinstance(first_pass, cuda.FirstPass):
+        scores, indices = torch.ops.valm_kernels.normed_ip_topk(flat, rows, row_scale, *first_pass, k)
     else:
         scores, indices = torch.ops.valm_kernels.packed_ip_topk(flat, rows, row_scale, *first_pass, k)
     shape = (*queries.shape[:-1], k)

@@ -7,7 +7,7 @@ also run without a GPU, as plain C++: tests/valm_kernels/topk_cuda/.
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,29 +43,35 @@ def aligned(values: Tensor) -> Tensor:
     return values if values.data_ptr() % 16 == 0 else values.clone()
 
 
-def row_norms(rows: Tensor, row_scale: Tensor | None) -> Tensor:
-    """What a search needs to know of each row of (N, E), beside the row: an upper bound of its norm, NaN where it is
-    not finite. (N,) float32.
+class FirstPass(NamedTuple):
+    """What a search needs to know of each row, beside the row: an upper bound of its norm, NaN where it is not finite.
+
+    norms (N,) float32.
     """
+
+    norms: Tensor
+
+
+def pack(rows: Tensor, row_scale: Tensor | None) -> FirstPass:
+    """The norms of rows (N, E). A row that is not finite is marked, not refused: that would wait for the device."""
     rows = aligned(rows)
     norms = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
     stream = torch.cuda.current_stream(rows.device).cuda_stream
     code().cuda_row_norms(rows.device.index, _native_rows(rows, row_scale), norms.data_ptr(), stream)
-    return norms
+    return FirstPass(norms)
 
 
-def ip_topk(
-    queries: Tensor, rows: Tensor, row_scale: Tensor | None, k: int, *, norms: Tensor | None = None
+def search(
+    queries: Tensor, rows: Tensor, row_scale: Tensor | None, first_pass: FirstPass | None, k: int
 ) -> tuple[Tensor, Tensor]:
     """The k best rows (N, E) of each query (Q, E) by (score falling, index rising): scores and indices, both (Q, k).
 
-    `norms` is what `row_norms` returned for these rows, or None to find out now. A row that is not finite is never
+    `first_pass` is what `pack` returned for these rows, or None to find out now. A row that is not finite is never
     returned; where fewer than k are left, score −inf and index −1 fill up. A query that is not finite gets
     scores NaN and indices −1.
     """
     queries, rows = aligned(queries.float()), aligned(rows)
-    if norms is None:
-        norms = row_norms(rows, row_scale)
+    norms = (pack(rows, row_scale) if first_pass is None else first_pass).norms
     scores = torch.empty(queries.shape[0], k, dtype=torch.float32, device=rows.device)
     indices = torch.empty(queries.shape[0], k, dtype=torch.int64, device=rows.device)
     device, native_rows = rows.device.index, _native_rows(rows, row_scale)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from valm_kernels.topk import cpu, storage
+from valm_kernels.topk import cpu, cuda, storage
 from valm_kernels.topk.api import TopK, like_queries, search
 from valm_kernels.topk.checks import as_tensor, check_database, check_finite, check_float, check_search
 from valm_kernels.topk.reference import dequantise
@@ -21,13 +21,15 @@ DTYPES = {
     "bfloat16": (torch.bfloat16, "<u2"),
     "int8": (torch.int8, "|i1"),
 }
+# What makes the first pass's copy of the rows, by device.
+PACKERS = {"cpu": cpu.pack, "cuda": cuda.pack}
 
 
 class FlatIPIndex:
     """Exact top-K inner product search over stored rows.
 
     On the CPU it keeps, besides the rows, their packed copy for a first pass (E bytes and 16 more a row), which also
-    goes into the files that `save` writes.
+    goes into the files that `save` writes; on a CUDA device only their norms (4 bytes a row).
 
     Args:
         database: (N, E) float32, float16 or bfloat16 tensor, or a numpy array (a memory-mapped one too); E from 8
@@ -58,8 +60,11 @@ class FlatIPIndex:
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
         self._rows, self._row_scale = store(rows, dtype, torch.device(rows.device if device is None else device))
-        self._pack = pack and self.device.type == "cpu"
-        self._first_pass = cpu.pack(self._rows, self._row_scale) if self._pack else None
+        self._pack = pack and self.device.type in PACKERS
+        self._first_pass = self._packed() if self._pack else None
+
+    def _packed(self) -> cpu.FirstPass | cuda.FirstPass:
+        return PACKERS[self.device.type](self._rows, self._row_scale)
 
     def __len__(self) -> int:
         return self._rows.shape[0]
@@ -101,7 +106,7 @@ class FlatIPIndex:
         flat = as_tensor(queries, "queries")
         check_search(flat, len(self), self.dim, self.device, k)
         if self._pack and self._first_pass is None:  # rows were added
-            self._first_pass = cpu.pack(self._rows, self._row_scale)
+            self._first_pass = self._packed()
         return like_queries(queries, *search(flat, self._rows, self._row_scale, k, self._first_pass))
 
     def add(self, vectors: Tensor | np.ndarray) -> None:
@@ -128,9 +133,9 @@ class FlatIPIndex:
             OSError: nothing could be written, or not all; what the folder held before is untouched.
         """
         if self._pack and self._first_pass is None:
-            self._first_pass = cpu.pack(self._rows, self._row_scale)
+            self._first_pass = self._packed()
         arrays = {"rows": self._rows, "row_scale": self._row_scale}
-        if self._first_pass is not None:
+        if isinstance(self._first_pass, cpu.FirstPass):
             arrays |= self._first_pass._asdict()
         contents = {
             name: (array.view(torch.int16) if array.dtype == torch.bfloat16 else array).cpu().numpy()
@@ -175,8 +180,12 @@ class FlatIPIndex:
         index._row_scale = None
         if dtype == "int8":
             index._row_scale = torch.from_numpy(folder.read("row_scale", "<f4", (count,))).to(device)
-        index._pack = "codes" in folder and index.device.type == "cpu"
-        index._first_pass = _read_first_pass(folder, count, dim) if index._pack else None
+        if index.device.type == "cpu":
+            index._pack = "codes" in folder
+            index._first_pass = _read_first_pass(folder, count, dim) if index._pack else None
+        else:
+            index._pack = index.device.type in PACKERS
+            index._first_pass = None
         return index
 
 

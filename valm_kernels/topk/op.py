@@ -18,6 +18,10 @@ torch.library.define(
     "(Tensor queries, Tensor database, Tensor? row_scale, Tensor codes, Tensor stats, Tensor frame, "
     "Tensor? first_rows, Tensor? next_duplicate, int k) -> (Tensor scores, Tensor indices)",
 )
+torch.library.define(
+    "valm_kernels::normed_ip_topk",
+    "(Tensor queries, Tensor database, Tensor? row_scale, Tensor norms, int k) -> (Tensor scores, Tensor indices)",
+)
 
 
 @torch.library.register_fake("valm_kernels::ip_topk")
@@ -31,7 +35,9 @@ def _ip_topk_cpu(queries: Tensor, database: Tensor, row_scale: Tensor | None, k:
     return cpu.search(queries, database.contiguous(), row_scale, None, k)
 
 
-torch.library.impl("valm_kernels::ip_topk", "CUDA", cuda.ip_topk)
+@torch.library.impl("valm_kernels::ip_topk", "CUDA")
+def _ip_topk_cuda(queries: Tensor, database: Tensor, row_scale: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    return cuda.search(queries, database, row_scale, None, k)
 
 
 @torch.library.register_fake("valm_kernels::packed_ip_topk")
@@ -47,3 +53,17 @@ def _packed_ip_topk_cpu(
 ) -> tuple[Tensor, Tensor]:
     *first_pass, k = first_pass_and_k
     return cpu.search(queries, database, row_scale, cpu.FirstPass(*first_pass), k)
+
+
+@torch.library.register_fake("valm_kernels::normed_ip_topk")
+def _normed_ip_topk_fake(
+    queries: Tensor, database: Tensor, row_scale: Tensor | None, norms: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    return _ip_topk_fake(queries, database, row_scale, k)
+
+
+@torch.library.impl("valm_kernels::normed_ip_topk", "CUDA")
+def _normed_ip_topk_cuda(
+    queries: Tensor, database: Tensor, row_scale: Tensor | None, norms: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    return cuda.search(queries, database, row_scale, cuda.FirstPass(norms), k)

@@ -41,7 +41,7 @@ def assert_same(actual: TopK | tuple, expected: TopK | tuple) -> None:
 def test_agrees_with_the_reference(dtype, n_queries, n_rows, dim, k):
     rows, row_scale = store(normals(n_rows, dim, seed=1), dtype, torch.device("cuda"))
     queries = normals(n_queries, dim).cuda()
-    assert_same(cuda.ip_topk(queries, rows, row_scale, k), reference.ip_topk(queries, rows, row_scale, k))
+    assert_same(cuda.search(queries, rows, row_scale, None, k), reference.ip_topk(queries, rows, row_scale, k))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -51,7 +51,7 @@ def test_adversarial_rows(kind, dtype):
     queries = normals(20, 64).cuda()
     queries[3] = 0
     queries[4, 2] = torch.nan
-    assert_same(cuda.ip_topk(queries, rows, row_scale, 8), reference.ip_topk(queries, rows, row_scale, 8))
+    assert_same(cuda.search(queries, rows, row_scale, None, 8), reference.ip_topk(queries, rows, row_scale, 8))
 
 
 def test_public_functions_use_it():
@@ -76,15 +76,15 @@ def test_compiles_and_passes_opcheck():
 
 def test_in_a_cuda_graph_and_on_another_stream():
     queries, database = normals(4, 64).cuda(), normals(20_000, 64, seed=1).half().cuda()
-    norms = cuda.row_norms(database, None)
+    first_pass = cuda.pack(database, None)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        assert_same(cuda.ip_topk(queries, database, None, 8, norms=norms), ip_topk(queries, database, 8))
+        assert_same(cuda.search(queries, database, None, first_pass, 8), ip_topk(queries, database, 8))
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = cuda.ip_topk(queries, database, None, 8, norms=norms)
+        captured = cuda.search(queries, database, None, first_pass, 8)
     for seed in range(3):
         queries.copy_(normals(4, 64, seed=seed))
         graph.replay()

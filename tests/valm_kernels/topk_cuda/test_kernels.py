@@ -7,12 +7,12 @@ import torch
 
 from tests.valm_kernels.topk_cuda.problems import ADVERSARIAL, DTYPES, adversarial, normals
 from tests.valm_kernels.topk_cuda.simulator import ORDERS
-from valm_kernels.topk import cuda, reference
+from valm_kernels.topk import api, cuda, reference
 from valm_kernels.topk.index import store
 
 
 def assert_exact(queries: torch.Tensor, rows: torch.Tensor, k: int, row_scale: torch.Tensor | None = None) -> None:
-    scores, indices = cuda.ip_topk(queries, rows, row_scale, k)
+    scores, indices = cuda.search(queries, rows, row_scale, None, k)
     expected_scores, expected_indices = reference.ip_topk(queries, rows, row_scale, k)
     assert torch.equal(indices, expected_indices)
     torch.testing.assert_close(scores, expected_scores, rtol=0, atol=0, equal_nan=True)
@@ -93,7 +93,7 @@ def test_rows_that_are_not_finite_are_never_returned(simulate, library, dtype):
     clean = torch.arange(300) % 3 == 0
     broken = rows.clone()
     broken[~clean, 5] = torch.tensor([torch.nan, torch.inf, -torch.inf] * 67)[: int((~clean).sum())].to(rows.dtype)
-    scores, indices = cuda.ip_topk(queries, broken, None, 120)
+    scores, indices = cuda.search(queries, broken, None, None, 120)
     expected_scores, expected_indices = reference.ip_topk(queries, rows[clean], None, 100)
     assert torch.equal(scores[:, :100], expected_scores)
     assert torch.equal(indices[:, :100], expected_indices * 3)
@@ -104,14 +104,15 @@ def test_rows_that_are_not_finite_in_the_exact_scan(simulate, library):
     simulator = simulate(library)
     rows = torch.ones(300, 16)
     rows[::2, 3] = torch.inf
-    scores, indices = cuda.ip_topk(torch.ones(1, 16), rows, None, 4)
+    scores, indices = cuda.search(torch.ones(1, 16), rows, None, None, 4)
     assert simulator.redone == 1
     assert indices.tolist() == [[1, 3, 5, 7]] and scores.tolist() == [[16.0] * 4]
 
 
-@pytest.mark.parametrize("n_queries", [1, 9])
-def test_queries_too_long_for_shared_memory_are_scanned_exactly(simulate, library, n_queries):
-    simulator = simulate(library, shared_bytes=16 * 1024)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("n_queries", [1, 9, 30])
+def test_queries_too_long_for_shared_memory_are_scanned_exactly(simulate, library, order, n_queries):
+    simulator = simulate(library, order, shared_bytes=16 * 1024)
     queries = normals(n_queries, 512)
     queries[0, 0] = torch.nan
     assert_exact(queries, normals(200, 512, seed=1), 7)
@@ -122,7 +123,7 @@ def test_queries_of_several_launches(simulate, library, monkeypatch):
     simulate(library)
     monkeypatch.setattr(cuda, "QUERIES_PER_LAUNCH", 4)
     assert_exact(normals(10, 16), normals(100, 16, seed=1), 3)
-    scores, indices = cuda.ip_topk(normals(0, 16), normals(100, 16), None, 3)
+    scores, indices = cuda.search(normals(0, 16), normals(100, 16), None, None, 3)
     assert scores.shape == indices.shape == (0, 3)
 
 
@@ -138,8 +139,24 @@ def test_row_norms_are_upper_bounds(simulate, library):
     for dtype in DTYPES:
         rows, row_scale = store(normals(100, 40) * torch.logspace(-3, 3, 100)[:, None], dtype, torch.device("cpu"))
         exact = reference.dequantise(rows, row_scale).double().norm(dim=1)
-        norms = cuda.row_norms(rows, row_scale).double()
+        norms = cuda.pack(rows, row_scale).norms.double()
         assert (norms >= exact).all() and (norms <= exact * (1 + 2**-19) + 2**-95).all()
+
+
+def test_norms_are_found_once(simulate, library, monkeypatch):
+    simulator = simulate(library)
+    queries, rows = normals(3, 24), normals(200, 24, seed=1)
+    first_pass = cuda.pack(rows, None)
+    monkeypatch.setattr(simulator, "cuda_row_norms", None)
+    expected = reference.ip_topk(queries, rows, None, 4)
+    assert torch.equal(cuda.search(queries, rows, None, first_pass, 4)[1], expected[1])
+
+
+def test_dispatch_by_what_is_packed():
+    queries, rows, norms = (torch.empty(*shape, device="meta") for shape in ((2, 3, 24), (200, 24), (200,)))
+    scores, indices = api.search(queries, rows, None, 4, cuda.FirstPass(norms))
+    assert scores.shape == indices.shape == (2, 3, 4)
+    assert scores.dtype == torch.float32 and indices.dtype == torch.int64
 
 
 def test_native_code_without_cuda_says_so(monkeypatch):
