@@ -28,7 +28,7 @@ struct Float16Rows {
     using Chunk = uint4;
     static constexpr Element kElement = Element::kFloat16;
     static constexpr MmaInput kInput = MmaInput::kFloat16;
-    static constexpr int kTerms = 1;
+    static constexpr int kRowTerms = 1;
     // Queries are scaled to a largest magnitude in [2^14, 2^15): the least loss to float16's subnormals.
     static constexpr int kQueryExponent = 15;
 
@@ -48,7 +48,7 @@ struct BFloat16Rows {
     using Chunk = uint4;
     static constexpr Element kElement = Element::kBFloat16;
     static constexpr MmaInput kInput = MmaInput::kBFloat16;
-    static constexpr int kTerms = 1;
+    static constexpr int kRowTerms = 1;
     static constexpr int kQueryExponent = 1;
 
     static __device__ int element(int t, int j) { return Float16Rows::element(t, j); }
@@ -66,7 +66,7 @@ struct Float32Rows {
     };
     static constexpr Element kElement = Element::kFloat32;
     static constexpr MmaInput kInput = MmaInput::kBFloat16;
-    static constexpr int kTerms = 2;  // bfloat16 high and low parts; high x high + high x low + low x high
+    static constexpr int kRowTerms = 2;  // bfloat16 high and low part
     static constexpr int kQueryExponent = 1;
 
     static __device__ int element(int t, int j) { return j / 4 * 16 + 4 * t + j % 4; }
@@ -94,7 +94,7 @@ struct Int8Rows {
     using Chunk = uint2;
     static constexpr Element kElement = Element::kInt8;
     static constexpr MmaInput kInput = MmaInput::kFloat16;
-    static constexpr int kTerms = 1;
+    static constexpr int kRowTerms = 1;
     static constexpr int kQueryExponent = 15;
 
     static __device__ int element(int t, int j) { return 8 * t + j; }

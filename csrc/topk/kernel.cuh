@@ -41,6 +41,19 @@ struct Search {
     int64_t* indices;      // (n_queries, k)
 };
 
+template <class Format>
+constexpr int kQueryTerms = query_terms(Format::kElement);
+
+// How many terms of a row a term of a query is multiplied by: all but low x low.
+template <class Format>
+__host__ __device__ constexpr int row_terms(int query_term) {
+    return query_term == 0 ? Format::kRowTerms : 1;
+}
+
+// mma instructions for 16 elements.
+template <class Format>
+constexpr int kProducts = Format::kRowTerms + (kQueryTerms<Format> - 1);
+
 // --- queries -----------------------------------------------------------------------------------------------------
 
 // One warp for each query: its scale, its error factor, and its 16-bit words in the order of the mma's fragments:
@@ -72,7 +85,7 @@ __global__ __launch_bounds__(kThreads) void prepare_queries_kernel(Search s) {
 
     double square = 0, lost_square = 0;  // of the scaled query, and of what its 16-bit words leave out
     const int half = query / 8 % 2, g = query % 8;
-    uint4* const packed = s.packed + static_cast<int64_t>(query / 16) * Format::kTerms * s.plan.slabs * 64;
+    uint4* const packed = s.packed + static_cast<int64_t>(query / 16) * kQueryTerms<Format> * s.plan.slabs * 64;
     for (int part = lane; part < s.plan.slabs * 4; part += kWarp) {
         const int slab = part / 4, t = part % 4;
         double rest[8];
@@ -83,7 +96,7 @@ __global__ __launch_bounds__(kThreads) void prepare_queries_kernel(Search s) {
             square += rest[j] * rest[j];
         }
 #pragma unroll
-        for (int term = 0; term < Format::kTerms; ++term) {
+        for (int term = 0; term < kQueryTerms<Format>; ++term) {
             uint32_t word[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
@@ -103,8 +116,8 @@ __global__ __launch_bounds__(kThreads) void prepare_queries_kernel(Search s) {
     }
     if (lane != 0) return;
     const double lost = sqrt(lost_square), norm16 = sqrt(square) + lost;
-    const int mmas = 2 * s.plan.slabs * (Format::kTerms == 2 ? 3 : 1);
-    const double relative = mmas * 0x1p-18 + (Format::kTerms == 2 ? 0x1p-16 : 0.0) + 0x1p-20;
+    const int mmas = 2 * s.plan.slabs * kProducts<Format>;
+    const double relative = mmas * 0x1p-18 + (Format::kRowTerms == 2 ? 0x1p-16 : 0.0) + 0x1p-20;
     s.errors[query] = not_finite ? NAN : static_cast<float>((lost + norm16 * relative) * (1 + 0x1p-20));
     s.exponents[query] = exponent;
     s.thresholds[query] = 0;
@@ -143,28 +156,28 @@ template <class Format, int kQueryTiles>
 __device__ inline void multiply(const uint4* packed, int slab, int slabs, int lane,
                                 const typename Format::Chunk (&chunks)[kRowTiles],
                                 float (&sums)[kQueryTiles][kRowTiles][4]) {
-    uint4 query[kQueryTiles][Format::kTerms][2];
+    uint4 query[kQueryTiles][kQueryTerms<Format>][2];
 #pragma unroll
     for (int m = 0; m < kQueryTiles; ++m) {
 #pragma unroll
-        for (int term = 0; term < Format::kTerms; ++term) {
-            const uint4* const at = packed + ((m * Format::kTerms + term) * slabs + slab) * 64 + lane;
+        for (int term = 0; term < kQueryTerms<Format>; ++term) {
+            const uint4* const at = packed + ((m * kQueryTerms<Format> + term) * slabs + slab) * 64 + lane;
             query[m][term][0] = at[0];
             query[m][term][1] = at[32];
         }
     }
 #pragma unroll
     for (int n = 0; n < kRowTiles; ++n) {
-        uint32_t row[Format::kTerms][4];
+        uint32_t row[Format::kRowTerms][4];
         Format::words(chunks[n], row);
 #pragma unroll
         for (int m = 0; m < kQueryTiles; ++m) {
 #pragma unroll
-            for (int query_term = 0; query_term < Format::kTerms; ++query_term) {
+            for (int query_term = 0; query_term < kQueryTerms<Format>; ++query_term) {
                 const uint4 q0 = query[m][query_term][0], q1 = query[m][query_term][1];
                 const uint32_t first[4] = {q0.x, q1.x, q0.y, q1.y}, second[4] = {q0.z, q1.z, q0.w, q1.w};
 #pragma unroll
-                for (int row_term = 0; row_term < Format::kTerms - query_term; ++row_term) {
+                for (int row_term = 0; row_term < row_terms<Format>(query_term); ++row_term) {
                     mma_m16n8k16<Format::kInput>(sums[m][n], first, row[row_term][0], row[row_term][1]);
                     mma_m16n8k16<Format::kInput>(sums[m][n], second, row[row_term][2], row[row_term][3]);
                 }
@@ -184,7 +197,7 @@ __global__ __launch_bounds__(kThreads,
     const int split = blockIdx.y;
 
     // shared: packed queries, pools, error factors
-    const int query_chunks = kQueryTiles * Format::kTerms * s.plan.slabs * 64;
+    const int query_chunks = kQueryTiles * kQueryTerms<Format> * s.plan.slabs * 64;
     uint4* const packed = dynamic_shared();
     const Pools pools(packed + query_chunks, kQueries, s.plan.capacity, s.plan.kept);
     float* const errors = reinterpret_cast<float*>(pools.counts + kQueries);

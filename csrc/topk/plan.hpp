@@ -46,7 +46,11 @@ constexpr int first_pass_residents(int query_tiles, Element element) {
     return query_tiles == 1 && element != Element::kFloat32 ? 2 : 1;
 }
 
-inline int query_terms(Element element) { return element == Element::kFloat32 ? 2 : 1; }
+// 16-bit numbers that stand for one of a query. One float16 is near enough. One bfloat16 is not: it left 13 of 16
+// queries without proof at k = 16, for 20,000 unit rows of 768 elements with a mean cosine of 0.8.
+constexpr int query_terms(Element element) {
+    return element == Element::kFloat32 || element == Element::kBFloat16 ? 2 : 1;
+}
 
 inline int64_t pool_bytes(int queries, int capacity) { return int64_t{queries} * (capacity * 8 + 12); }
 

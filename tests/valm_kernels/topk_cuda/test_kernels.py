@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tests.valm_kernels.topk_cuda.problems import ADVERSARIAL, DTYPES, adversarial, normals
 from tests.valm_kernels.topk_cuda.simulator import ORDERS
@@ -36,6 +38,26 @@ def test_agrees_with_the_reference(simulate, library, order, dtype, n_queries, n
     rows, row_scale = store(normals(n_rows, dim, seed=1), dtype, torch.device("cpu"))
     assert_exact(normals(n_queries, dim), rows, min(k, n_rows), row_scale)
     assert simulator.redone == 0
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    n_queries=st.integers(1, 70),
+    n_rows=st.integers(1, 700),
+    dim=st.integers(8, 150),
+    k=st.integers(1, 128),
+    dtype=st.sampled_from(list(DTYPES)),
+    order=st.sampled_from(list(ORDERS)),
+    multiprocessors=st.integers(1, 9),
+    shared_kib=st.integers(12, 227),
+    seed=st.integers(0, 99),
+)
+def test_any_shape_on_any_device(
+    simulate, library, n_queries, n_rows, dim, k, dtype, order, multiprocessors, shared_kib, seed
+):
+    simulate(library, order, seed=seed, multiprocessors=multiprocessors, shared_bytes=shared_kib * 1024)
+    rows, row_scale = store(normals(n_rows, dim, seed=seed), dtype, torch.device("cpu"))
+    assert_exact(normals(n_queries, dim, seed=seed + 1), rows, min(k, n_rows), row_scale)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -78,6 +100,17 @@ def test_adversarial_queries(simulate, library, dtype):
     queries[8] = -queries[9]
     rows, row_scale = store(normals(400, 40, seed=1), dtype, torch.device("cpu"))
     assert_exact(queries, rows, 5, row_scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_anisotropic_rows_keep_their_proof(simulate, library, dtype):
+    """Rows as CLIP's are, with a mean cosine of 0.8: their scores lie close together."""
+    simulator = simulate(library)
+    unit = torch.nn.functional.normalize
+    values = unit(0.8**0.5 * unit(normals(512), dim=0) + 0.2**0.5 * unit(normals(4008, 512, seed=1), dim=1), dim=1)
+    rows, row_scale = store(values[8:], dtype, torch.device("cpu"))
+    assert_exact(values[:8], rows, 16, row_scale)
+    assert simulator.redone == 0
 
 
 def test_a_zero_query_needs_no_second_scan(simulate, library):
