@@ -13,6 +13,7 @@ from valm.retrieval.index import FaissIndex
 from valm.retrieval.knowledge_base import ImageKnowledgeBase
 from valm.retrieval.shards import Item
 from valm_kernels import FlatIPIndex
+from valm_kernels.topk.checks import MAX_K
 
 
 class Retrieved(NamedTuple):
@@ -40,8 +41,7 @@ class Retriever:
 
     def __init__(self, encoder: ContextEncoder, kb: ImageKnowledgeBase, k: int, index: FaissIndex | None = None):
         kb.check_encoder(encoder.clip)
-        if not 1 <= k <= len(kb):
-            raise ValmError(f"k must be from 1 to the {len(kb)} pictures of {kb.path}, got {k}")
+        _check_k(k, kb)
         self.encoder = encoder
         self.kb = kb
         self.k = k
@@ -77,8 +77,13 @@ class Retriever:
         return ids, scores
 
     def search(self, text: str, k: int) -> list[tuple[float, Item]]:
-        """The `k` pictures nearest to CLIP's own feature of `text`, with their scores, best first."""
-        scores, ids = self.index.search(self.encoder.clip.encode_texts([text]), min(k, len(self.kb)))
+        """The `k` pictures nearest to CLIP's own feature of `text`, with their scores, best first.
+
+        All of them where the knowledge base has fewer. Raises ValmError for a `k` that cannot be searched.
+        """
+        k = min(k, len(self.kb))
+        _check_k(k, self.kb)
+        scores, ids = self.index.search(self.encoder.clip.encode_texts([text]), k)
         return [(score, self.kb.item(id)) for score, id in zip(scores[0].tolist(), ids[0].tolist(), strict=True)]
 
     def _pooled(self, ids: Tensor, scores: Tensor) -> Retrieved:
@@ -126,3 +131,10 @@ class BlindRetriever:
         ones = torch.ones(asked.shape, device=queries.device)  # a normalised query and itself
         scores = ones.masked_fill(~asked, -torch.inf)
         return Retrieved(pool, index[..., None], torch.full((len(pool),), -1, device=queries.device), scores[..., None])
+
+
+def _check_k(k: int, kb: ImageKnowledgeBase) -> None:
+    most = min(len(kb), MAX_K)
+    if not 1 <= k <= most:
+        limit = f"the {len(kb)} pictures of {kb.path}" if most == len(kb) else f"{MAX_K}"
+        raise ValmError(f"k must be from 1 to {limit}, got {k}")

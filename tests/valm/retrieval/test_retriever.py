@@ -78,11 +78,16 @@ def test_search(retriever, clip):
     assert len(retriever.search("a", 1000)) == len(retriever.kb)
 
 
-def test_what_does_not_fit_is_refused(retriever, tokenizer):
+def test_what_does_not_fit_is_refused(retriever, tokenizer, monkeypatch):
     with pytest.raises(ValmError, match=r"k must be from 1 to the 30 pictures of .*, got 31"):
         Retriever(retriever.encoder, retriever.kb, 31)
     with pytest.raises(ValmError, match="k must be from 1"):
         Retriever(retriever.encoder, retriever.kb, 0)
+    with pytest.raises(ValmError, match="k must be from 1"):
+        retriever.search("a", 0)
+    monkeypatch.setattr("valm.retrieval.retriever.MAX_K", 5)
+    with pytest.raises(ValmError, match="k must be from 1 to 5, got 6"):
+        retriever.search("a", 6)
     with pytest.raises(ValmError, match="was built with the CLIP tiny"):
         Retriever(ContextEncoder(make_clip(tokenizer, seed=1)), retriever.kb, K)
 
