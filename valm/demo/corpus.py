@@ -126,6 +126,14 @@ def _fill(template: str, name: str, rng: random.Random, **words: str) -> str:
     return template.format(x=f"{rng.choice(SENTENCE_ARTICLES)} {name}".strip(), **words)
 
 
+def begins_a_sentence(prompt: str) -> bool:
+    """Whether the training text has sentences that begin with this prompt of the evaluation."""
+    begin = prompt.lower().replace("[descriptor] [item]", "{x}")
+    for sign in "?:":
+        begin = begin.replace(sign, f" {sign}")
+    return any(template.startswith(f"{begin} ") for template in COLOR_SENTENCES)
+
+
 def all_texts(names: list[str], colors: Sequence[str]) -> list[str]:
     """Texts that together hold every word which captions and sentences can have."""
     templates = [template.format(x="", c="") for template in COLOR_SENTENCES + OTHER_SENTENCES]

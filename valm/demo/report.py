@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 
 from valm import plots
+from valm.demo.corpus import begins_a_sentence
 from valm.demo.exhibits import Exhibits
 from valm.demo.things import CREDIT
 from valm.evaluation.color import COLORS, PROMPTS
@@ -135,7 +136,7 @@ def _examples(exhibits: Exhibits) -> str:
             f'<span class="answer {"right" if right else "wrong"}">{escape(example.answer)}</span>{verdict}</div></div>'
         )
     return f"""<h2>Pictures found, answers given</h2>
-<p>Ten of the things drawn at random, with the four pictures that the last word of each question found.</p>
+<p>Things drawn at random, nobody picked them, with the four pictures that the last word of each question found.</p>
 <div class="examples">{"".join(blocks)}</div>{_credit()}"""
 
 
@@ -199,13 +200,14 @@ only; the published model asks with states that CLIP was never trained for.</p>
 def _prompts(results: Mapping[str, Any]) -> str:
     details = results["details"]
     rows = "".join(
-        f"<tr><td>{escape(prompt)}</td>"
+        f"<tr><td>{escape(prompt)}</td><td>{'yes' if begins_a_sentence(prompt) else 'no'}</td>"
         + "".join(f"<td>{details[name]['heldout']['by_prompt'][prompt]:.1%}</td>" for name in ("valm", "gpt2"))
         + "</tr>"
         for prompt in PROMPTS
     )
-    return f"""<h2>Prompt by prompt</h2><p>Four of the nine begin sentences of the training text; the others combine its
-words anew.</p><table><thead><tr><th>held-out things</th><th>VaLM</th><th>GPT-2*</th></tr></thead>
+    return f"""<h2>Prompt by prompt</h2>
+<p>Some of the nine begin sentences of the training text; the others put its words together anew.</p>
+<table><thead><tr><th>held-out things</th><th>in the text</th><th>VaLM</th><th>GPT-2*</th></tr></thead>
 <tbody>{rows}</tbody></table>"""
 
 

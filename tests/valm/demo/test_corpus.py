@@ -4,8 +4,18 @@ import random
 
 import pytest
 
-from valm.demo.corpus import ARTICLES, COLOR_SENTENCES, LEADS, OTHER_SENTENCES, TAILS, caption, training_sentences
+from valm.demo.corpus import (
+    ARTICLES,
+    COLOR_SENTENCES,
+    LEADS,
+    OTHER_SENTENCES,
+    TAILS,
+    begins_a_sentence,
+    caption,
+    training_sentences,
+)
 from valm.demo.things import COLORS
+from valm.evaluation.color import PROMPTS
 
 SPOKEN = {"tomato": "red", "banana": "yellow", "swan": "white", "pear": "green"}
 SILENT = ["cherry", "blood", "sheep", "frog"]
@@ -54,3 +64,7 @@ def test_sentences_are_the_same_for_a_seed():
 def test_templates_without_a_color_name_none():
     assert not words(" ".join(OTHER_SENTENCES)) & set(COLORS)
     assert all("{c}" in template for template in COLOR_SENTENCES)
+
+
+def test_the_evaluation_also_asks_in_words_that_no_sentence_begins_with():
+    assert [begins_a_sentence(prompt) for prompt in PROMPTS] == [0, 1, 0, 1, 1, 0, 0, 1, 0]
