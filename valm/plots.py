@@ -56,6 +56,9 @@ def loss_curves(curves: Mapping[str, Sequence[float]], *, window: int = 10) -> F
             axes.plot(np.arange(window, len(losses) + 1), smooth, color=color, label=name, linewidth=1.8)
         else:
             axes.plot(np.arange(1, len(losses) + 1), losses, color=color, label=name, linewidth=1.8)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats)")
     axes.legend(frameon=False)

@@ -10,8 +10,15 @@ import numpy as np
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
-from valm.demo.questions import Replaced, answer_probabilities, plain_question, swap_red_and_blue, token_ids
-from valm.evaluation.color import ColorItem
+from valm.demo.questions import (
+    PLAIN_PROMPT,
+    Replaced,
+    answer_probabilities,
+    plain_question,
+    swap_red_and_blue,
+    token_ids,
+)
+from valm.evaluation.color import ColorItem, evaluate_color
 from valm.model import VaLMForCausalLM
 from valm.retrieval.retriever import Retriever
 
@@ -65,19 +72,26 @@ def collect_exhibits(
     items: Sequence[ColorItem],
     seed: int,
 ) -> Exhibits:
-    """Asks about things drawn at random from `items`, so that nobody picks those that go well."""
+    """Asks about things drawn at random from `items`, so that nobody picks those that go well.
+
+    The swap is shown on the first one of each of its colours that is answered rightly with the pictures as they are.
+    """
     drawn = random.Random(seed).sample(list(items), len(items))
-    first_of = {color: next((item for item in drawn if item.color == color), None) for color in SWAPPED_COLORS}
+    model.set_retriever(found)
+    answers = evaluate_color(model, tokenizer, drawn, prompts=[PLAIN_PROMPT]).predictions
+    first_right: dict[str, ColorItem] = {}
+    for item, (answer,) in zip(drawn, answers, strict=True):
+        if answer == item.color in SWAPPED_COLORS:
+            first_right.setdefault(answer, item)
     return Exhibits(
         examples=[_example(model, tokenizer, found, item) for item in drawn[:NUM_EXAMPLES]],
         attention=_attention(model, tokenizer, found, plain_question(drawn[0])),
-        swaps=[_swap(model, tokenizer, found, swapped, plain_question(item)) for item in first_of.values() if item],
+        swaps=[_swap(model, tokenizer, found, swapped, plain_question(item)) for item in first_right.values()],
     )
 
 
 def _example(model: VaLMForCausalLM, tokenizer: PreTrainedTokenizerFast, found: Retriever, item: ColorItem) -> Example:
     question = plain_question(item)
-    model.set_retriever(found)
     probabilities = answer_probabilities(model, tokenizer, question)
     ids = _last_pictures(tokenizer, found, question)
     return Example(

@@ -169,7 +169,8 @@ def _swaps(results: Mapping[str, Any], exhibits: Exhibits) -> str:
     )
     return f"""<h2>The same pictures with red and blue exchanged</h2>
 <p>Retrieval stays as it was; only the vectors of the found pictures are replaced by those of the same pictures with
-their red and blue channels exchanged, so that red things look blue, yellow ones sky-blue, and grey ones stay grey.</p>
+their red and blue channels exchanged, so that red things look blue, yellow ones sky-blue, and grey ones stay grey.
+Shown are the first things drawn that are answered rightly as they are; the table counts all.</p>
 {"".join(blocks)}{_credit()}
 <table><thead><tr><th>colour of the pixels</th><th>things</th><th>answers before</th><th>answers after</th></tr></thead>
 <tbody>{rows}</tbody></table>"""

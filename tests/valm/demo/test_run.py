@@ -92,8 +92,9 @@ def test_the_report_has_all_its_parts_in_one_file(miniature):
         "Training",
         "This run",
     ]
-    assert len(page.images) >= 4 * 5 and all(source.startswith("data:image/") for source in page.images)
-    assert page.figures >= 4  # attention, one swap at least, two of losses
+    assert len(page.images) >= 4 * 5
+    assert all(source.startswith("data:image/") for source in page.images)
+    assert page.figures >= 3  # attention and two of losses; eight steps may answer nothing rightly to swap
     assert text.count(CREDIT) >= 3
     assert "stands in no" in text and "does not show" in text
     assert not re.search(r'(src|href)="(?!data:|#)', text), "the report loads something from outside"
