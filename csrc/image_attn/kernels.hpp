@@ -16,6 +16,16 @@ namespace {
 constexpr int64_t kTokensPerUnit = 16;
 constexpr int64_t kMaxImages = 64;
 constexpr int64_t kMaxHeadDim = 256;
+constexpr int64_t kCacheLine = 64;
+// Dense image gradients from this size on are written around the caches.
+constexpr int64_t kAroundCachesBytes = int64_t{8} << 20;
+
+// head_dim, known when compiling unless kValue is 0.
+template <int64_t kValue>
+struct HeadDim {
+    int64_t value;
+    operator int64_t() const { return kValue ? kValue : value; }
+};
 
 // One row of head_dim numbers in the precision of the sums, zeros behind them.
 template <typename Wide>
@@ -24,43 +34,77 @@ struct alignas(64) Row {
     static constexpr int64_t kLanes = Lanes<Wide>::count;
     Vector vectors[kMaxHeadDim / kLanes];
 
-    template <typename T>
-    void read(const T* from, int64_t dim) {
+    template <typename T, typename Dim>
+    void read(const T* from, Dim dim) {
         for (int64_t d = 0; d < dim; d += kLanes) vectors[d / kLanes] = load(from + d, dim - d);
     }
 
-    template <typename T>
-    void write(T* to, int64_t dim) const {
+    template <typename T, typename Dim>
+    void write(T* to, Dim dim) const {
         for (int64_t d = 0; d < dim; d += kLanes) store(to + d, vectors[d / kLanes], dim - d);
     }
 
-    void clear(int64_t dim) {
+    template <typename Dim>
+    void clear(Dim dim) {
         for (int64_t d = 0; d < dim; d += kLanes) vectors[d / kLanes] = Vector{};
     }
 
-    template <typename T>
-    Wide dot(const T* other, int64_t dim) const {
+    template <typename T, typename Dim>
+    Wide dot(const T* other, Dim dim) const {
         Vector sum = {};
         for (int64_t d = 0; d < dim; d += kLanes) sum += vectors[d / kLanes] * load(other + d, dim - d);
         return sum_of(sum);
     }
 
-    template <typename T>
-    void add(Wide factor, const T* other, int64_t dim) {
+    template <typename T, typename Dim>
+    void add(Wide factor, const T* other, Dim dim) {
         for (int64_t d = 0; d < dim; d += kLanes) vectors[d / kLanes] += factor * load(other + d, dim - d);
     }
 
-    void add(Wide factor, const Row& other, int64_t dim) {
+    template <typename Dim>
+    void add(Wide factor, const Row& other, Dim dim) {
         for (int64_t d = 0; d < dim; d += kLanes) vectors[d / kLanes] += factor * other.vectors[d / kLanes];
-    }
-
-    void scale(Wide factor, int64_t dim) {
-        for (int64_t d = 0; d < dim; d += kLanes) vectors[d / kLanes] *= factor;
     }
 };
 
-// Calls f(b, i, kv_head, unit, scratch) for every token and key/value head; a unit stays with one thread. Within a
-// unit tokens and heads are walked in the order in which their images lie in memory.
+// K + 1 numbers of one head, padded to whole vectors.
+template <typename Wide>
+struct alignas(64) Scores {
+    using Vector = typename Lanes<Wide>::Vector;
+    static constexpr int64_t kLanes = Lanes<Wide>::count;
+    Vector vectors[kMaxImages / kLanes + 1];
+
+    Wide& operator[](int64_t k) { return reinterpret_cast<Wide*>(vectors)[k]; }
+    Wide operator[](int64_t k) const { return reinterpret_cast<const Wide*>(vectors)[k]; }
+    Vector& vector_at(int64_t k) { return vectors[k / kLanes]; }
+    void fill(Wide value, int64_t n) {
+        for (int64_t k = 0; k < n; k += kLanes) vectors[k / kLanes] = Vector{} + value;
+    }
+};
+
+// The keys and values of one token and head; nullptr where a slot holds no image.
+template <typename T>
+struct TokenImages {
+    const T *keys[kMaxImages], *values[kMaxImages];
+
+    template <typename Wide>
+    void find_and_prefetch(const Problem<T, Wide>& p, int64_t b, int64_t i, int64_t kv_head) {
+        for (int64_t k = 0; k < p.sizes.images; ++k) {
+            keys[k] = values[k] = nullptr;
+            if (!p.has_image(b, i, k)) continue;
+            keys[k] = p.image_row(p.image_k, b, kv_head, i, k);
+            values[k] = p.image_row(p.image_v, b, kv_head, i, k);
+            for (int64_t d = 0; d < p.sizes.head_dim; d += kCacheLine / sizeof(T)) {
+                __builtin_prefetch(keys[k] + d);
+                __builtin_prefetch(values[k] + d);
+            }
+        }
+    }
+};
+
+// Calls f(b, i, kv_head, unit, images, scratch) for every token and key/value head; a unit stays with one thread.
+// Within a unit tokens and heads are walked in the order in which their images lie in memory, and the images of the
+// next call are fetched while this one computes.
 template <typename Scratch, typename T, typename Wide, typename Function>
 void for_each_token(const Problem<T, Wide>& p, Function f) {
     const ImageAttnSizes& n = p.sizes;
@@ -69,92 +113,85 @@ void for_each_token(const Problem<T, Wide>& p, Function f) {
 #pragma omp parallel num_threads(p.threads)
     {
         Scratch scratch(n);
+        TokenImages<T> images[2];
 #pragma omp for schedule(dynamic)
         for (int64_t unit = 0; unit < n.batch * units_per_row; ++unit) {
             const int64_t b = unit / units_per_row;
             const int64_t start = unit % units_per_row * kTokensPerUnit;
-            const int64_t stop = std::min(start + kTokensPerUnit, n.queries);
-            if (heads_inside) {
-                for (int64_t i = start; i < stop; ++i)
-                    for (int64_t head = 0; head < n.kv_heads; ++head) f(b, i, head, unit, scratch);
-            } else {
-                for (int64_t head = 0; head < n.kv_heads; ++head)
-                    for (int64_t i = start; i < stop; ++i) f(b, i, head, unit, scratch);
+            const int64_t tokens = std::min(kTokensPerUnit, n.queries - start);
+            const auto token = [&](int64_t call) { return start + (heads_inside ? call / n.kv_heads : call % tokens); };
+            const auto head = [&](int64_t call) { return heads_inside ? call % n.kv_heads : call / tokens; };
+            images[0].find_and_prefetch(p, b, token(0), head(0));
+            for (int64_t call = 0; call < tokens * n.kv_heads; ++call) {
+                if (call + 1 < tokens * n.kv_heads)
+                    images[(call + 1) % 2].find_and_prefetch(p, b, token(call + 1), head(call + 1));
+                f(b, token(call), head(call), unit, images[call % 2], scratch);
             }
         }
+        finish_stores_around_caches();
     }
 }
 
-// What one thread needs for one token and key/value head: a row or K weights for each query head of its group.
+// What one thread needs for one token and head.
 template <typename Wide>
 struct ForwardScratch {
-    explicit ForwardScratch(const ImageAttnSizes& n)
-        : q(n.query_heads / n.kv_heads), out(q.size()), weights(q.size() * kMaxImages) {}
-    Buffer<Row<Wide>> q, out;
-    Buffer<Wide> weights;
+    explicit ForwardScratch(const ImageAttnSizes&) {}
+    Row<Wide> q, out;
+    Scores<Wide> weights;
 };
 
-template <typename T, typename Wide>
+template <int64_t kHeadDim, typename T, typename Wide>
 void forward(const Problem<T, Wide>& p) {
-    const int64_t dim = p.sizes.head_dim, images = p.sizes.images;
+    const HeadDim<kHeadDim> dim{p.sizes.head_dim};
+    const int64_t images = p.sizes.images;
     const int64_t group = p.sizes.query_heads / p.sizes.kv_heads;
     constexpr Wide kNone = -std::numeric_limits<Wide>::infinity();
+    using Scratch = ForwardScratch<Wide>;
 
-    for_each_token<ForwardScratch<Wide>>(
-        p, [&](int64_t b, int64_t i, int64_t kv_head, int64_t, ForwardScratch<Wide>& scratch) {
-            const T* rows[kMaxImages];
-            for (int64_t k = 0; k < images; ++k)
-                rows[k] = p.has_image(b, i, k) ? p.image_row(p.image_k, b, kv_head, i, k) : nullptr;
-
-            for (int64_t g = 0; g < group; ++g) {
-                const int64_t head = kv_head * group + g;
-                Row<Wide>& q = scratch.q[g];
+    for_each_token<Scratch>(
+        p, [&](int64_t b, int64_t i, int64_t kv_head, int64_t, const TokenImages<T>& rows, Scratch& scratch) {
+            for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+                auto& [q, out, weights] = scratch;
                 q.read(p.q.at(b, head, i), dim);
                 Wide offset = p.image_logit_bias ? *p.image_logit_bias.at(head) : 0;
                 if (p.image_k_bias) offset += p.scale * q.dot(p.image_k_bias.at(kv_head), dim);
 
-                Wide* weights = &scratch.weights[g * kMaxImages];
+                // scores, then weights, of the images and, at the end, of the text
+                weights.fill(kNone, images + 1);
+                for (int64_t k = 0; k < images; ++k)
+                    if (rows.keys[k]) weights[k] = p.scale * q.dot(rows.keys[k], dim) + offset;
                 Wide& lse = *p.lse.at(b, head, i);
-                const Wide text_lse = lse;
-                Wide highest = text_lse;
-                for (int64_t k = 0; k < images; ++k) {
-                    weights[k] = rows[k] ? p.scale * q.dot(rows[k], dim) + offset : kNone;
-                    highest = std::max(highest, weights[k]);
-                }
-                Row<Wide>& out = scratch.out[g];
+                weights[images] = lse;
+                Wide highest = kNone;
+                for (int64_t k = 0; k <= images; ++k) highest = std::max(highest, weights[k]);
+
                 out.clear(dim);
-                if (highest == kNone) {  // sees nothing: lse stays -inf
-                    std::fill_n(weights, images, Wide(0));
-                    continue;
+                if (highest > kNone) {  // otherwise it sees nothing: lse stays -inf, and out becomes 0
+                    typename Lanes<Wide>::Vector sums = {};
+                    for (int64_t k = 0; k <= images; k += Scores<Wide>::kLanes)
+                        sums += weights.vector_at(k) = exp_of(weights.vector_at(k) - highest);
+                    const Wide sum = sum_of(sums);
+                    lse = highest + std::log(sum);
+                    for (int64_t k = 0; k <= images; k += Scores<Wide>::kLanes) weights.vector_at(k) /= sum;
+                    if (weights[images] > 0) out.add(weights[images], p.out.at(b, head, i), dim);
+                    if (p.image_v_bias) out.add(1 - weights[images], p.image_v_bias.at(kv_head), dim);
+                    for (int64_t k = 0; k < images; ++k)
+                        if (rows.values[k]) out.add(weights[k], rows.values[k], dim);
                 }
-                const Wide text = std::exp(text_lse - highest);
-                Wide sum = text;
-                for (int64_t k = 0; k < images; ++k) sum += weights[k] = std::exp(weights[k] - highest);
-                lse = highest + std::log(sum);
-                Wide of_images = 0;
-                for (int64_t k = 0; k < images; ++k) of_images += weights[k] /= sum;
-                if (text > 0) out.add(text / sum, p.out.at(b, head, i), dim);
-                if (p.image_v_bias) out.add(of_images, p.image_v_bias.at(kv_head), dim);
+                out.write(p.out.at(b, head, i), dim);
             }
-            for (int64_t k = 0; k < images; ++k) {
-                if (!rows[k]) continue;
-                const T* value = p.image_row(p.image_v, b, kv_head, i, k);
-                for (int64_t g = 0; g < group; ++g) scratch.out[g].add(scratch.weights[g * kMaxImages + k], value, dim);
-            }
-            for (int64_t g = 0; g < group; ++g) scratch.out[g].write(p.out.at(b, kv_head * group + g, i), dim);
         });
 }
 
 template <typename Wide>
 struct BackwardScratch {
-    explicit BackwardScratch(const ImageAttnSizes& n)
-        : q(n.query_heads / n.kv_heads), grad_out(q.size()), grad_q(q.size()), heads(q.size()) {}
+    explicit BackwardScratch(const ImageAttnSizes& n) : heads(n.query_heads / n.kv_heads) {}
     struct Head {
-        Wide score_offset, grad_weight_offset, lse, delta, sum_of_weights, sum_of_grad_scores;
+        Row<Wide> q, grad_out;
+        Scores<Wide> weights, grad_scores;
     };
-    Buffer<Row<Wide>> q, grad_out, grad_q;
+    Row<Wide> grad_q;
     Buffer<Head> heads;
-    Row<Wide> grad_key, grad_value;
 };
 
 // The bias gradients, unit by unit: rows of head_dim numbers for keys and values, one number for the logits.
@@ -227,114 +264,141 @@ struct PoolSlots {
 
 // The pool's gradients as a segmented reduction, from the weights and score gradients of all slots
 // (B, T, Hq, K): grad_k = scale * sum grad_score * q, grad_v = sum weight * grad_out over the slots of a row.
-template <typename T, typename Wide>
+template <int64_t kHeadDim, typename T, typename Wide>
 void write_pool_gradients(const Problem<T, Wide>& p, const Buffer<Wide>& weights, const Buffer<Wide>& grad_scores) {
     const ImageAttnSizes& n = p.sizes;
+    const HeadDim<kHeadDim> dim{n.head_dim};
     const int64_t group = n.query_heads / n.kv_heads;
     const PoolSlots pool(p);
 #pragma omp parallel for collapse(2) schedule(dynamic, 16) num_threads(p.threads)
     for (int64_t row = 0; row < n.pool_rows; ++row) {
         for (int64_t kv_head = 0; kv_head < n.kv_heads; ++kv_head) {
             Row<Wide> grad_key, grad_value;
-            grad_key.clear(n.head_dim);
-            grad_value.clear(n.head_dim);
+            grad_key.clear(dim);
+            grad_value.clear(dim);
             for (int64_t at = pool.first[row]; at < pool.first[row + 1]; ++at) {
                 const int64_t token = pool.slots[at] / n.images, k = pool.slots[at] % n.images;
                 const int64_t b = token / n.queries, i = token % n.queries;
                 for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
                     const int64_t entry = (token * n.query_heads + head) * n.images + k;
-                    grad_key.add(p.scale * grad_scores[entry], p.q.at(b, head, i), n.head_dim);
-                    grad_value.add(weights[entry], p.grad_out.at(b, head, i), n.head_dim);
+                    grad_key.add(p.scale * grad_scores[entry], p.q.at(b, head, i), dim);
+                    grad_value.add(weights[entry], p.grad_out.at(b, head, i), dim);
                 }
             }
-            grad_key.write(p.grad_image_k.at(kv_head, row), n.head_dim);
-            grad_value.write(p.grad_image_v.at(kv_head, row), n.head_dim);
+            grad_key.write(p.grad_image_k.at(kv_head, row), dim);
+            grad_value.write(p.grad_image_v.at(kv_head, row), dim);
         }
     }
 }
 
-template <typename T, typename Wide>
+template <int64_t kHeadDim, typename T, typename Wide>
 void backward(const Problem<T, Wide>& p) {
     const ImageAttnSizes& n = p.sizes;
-    const int64_t dim = n.head_dim, images = n.images, group = n.query_heads / n.kv_heads;
+    const HeadDim<kHeadDim> dim{n.head_dim};
+    const int64_t images = n.images, group = n.query_heads / n.kv_heads;
     const bool bias_gradients = p.grad_image_k_bias || p.grad_image_v_bias || p.grad_image_logit_bias;
     const int64_t units = n.batch * ((n.queries + kTokensPerUnit - 1) / kTokensPerUnit);
     BiasGradients<Wide> bias(n, bias_gradients ? units : 0);
     const int64_t entries = p.pooled() ? n.batch * n.queries * n.query_heads * images : 0;
     Buffer<Wide> all_weights(entries), all_grad_scores(entries);
+    constexpr Wide kNone = -std::numeric_limits<Wide>::infinity();
+    constexpr int64_t kLanes = Lanes<Wide>::count;
+    const bool around_caches = n.batch * n.queries * images * n.kv_heads * dim * sizeof(T) >= kAroundCachesBytes &&
+                               dim % kLanes == 0 && p.grad_image_k.aligned(kVectorBytes) &&
+                               p.grad_image_v.aligned(kVectorBytes);
 
     using Scratch = BackwardScratch<Wide>;
-    for_each_token<Scratch>(p, [&](int64_t b, int64_t i, int64_t kv_head, int64_t unit, Scratch& scratch) {
-        for (int64_t g = 0; g < group; ++g) {
-            const int64_t head = kv_head * group + g;
-            Row<Wide>&q = scratch.q[g], &grad_out = scratch.grad_out[g];
-            q.read(p.q.at(b, head, i), dim);
-            grad_out.read(p.grad_out.at(b, head, i), dim);
-            scratch.grad_q[g].read(p.grad_q.at(b, head, i), dim);
-            auto& of_head = scratch.heads[g];
-            of_head = {};
-            of_head.lse = *p.lse.at(b, head, i);
-            of_head.delta = grad_out.dot(p.out.at(b, head, i), dim);
-            if (p.grad_lse) of_head.delta -= *p.grad_lse.at(b, head, i);
-            if (p.image_logit_bias) of_head.score_offset = *p.image_logit_bias.at(head);
-            if (p.image_k_bias) of_head.score_offset += p.scale * q.dot(p.image_k_bias.at(kv_head), dim);
-            if (p.image_v_bias) of_head.grad_weight_offset = grad_out.dot(p.image_v_bias.at(kv_head), dim);
-        }
-        for (int64_t k = 0; k < images; ++k) {
-            Row<Wide>&grad_key = scratch.grad_key, &grad_value = scratch.grad_value;
-            if (!p.pooled()) {
-                grad_key.clear(dim);
-                grad_value.clear(dim);
+    for_each_token<Scratch>(
+        p, [&](int64_t b, int64_t i, int64_t kv_head, int64_t unit, const TokenImages<T>& rows, Scratch& scratch) {
+            for (int64_t g = 0; g < group; ++g) {
+                const int64_t head = kv_head * group + g;
+                auto& [q, grad_out, weights, grad_scores] = scratch.heads[g];
+                q.read(p.q.at(b, head, i), dim);
+                grad_out.read(p.grad_out.at(b, head, i), dim);
+                Wide delta = grad_out.dot(p.out.at(b, head, i), dim);
+                if (p.grad_lse) delta -= *p.grad_lse.at(b, head, i);
+                Wide offset = p.image_logit_bias ? *p.image_logit_bias.at(head) : 0;
+                if (p.image_k_bias) offset += p.scale * q.dot(p.image_k_bias.at(kv_head), dim);
+                if (p.image_v_bias) delta -= grad_out.dot(p.image_v_bias.at(kv_head), dim);
+                offset -= *p.lse.at(b, head, i);
+
+                weights.fill(kNone, images);
+                grad_scores.fill(0, images);
+                for (int64_t k = 0; k < images; ++k) {
+                    if (!rows.keys[k]) continue;
+                    weights[k] = p.scale * q.dot(rows.keys[k], dim) + offset;
+                    grad_scores[k] = grad_out.dot(rows.values[k], dim) - delta;
+                }
+                typename Lanes<Wide>::Vector weight_sums = {}, grad_score_sums = {};
+                for (int64_t k = 0; k < images; k += kLanes) {
+                    auto &weight = weights.vector_at(k), &grad_score = grad_scores.vector_at(k);
+                    weight_sums += weight = exp_of(weight);
+                    grad_score_sums += grad_score *= weight;
+                }
+
+                const Wide grad_score_sum = sum_of(grad_score_sums);
+                Row<Wide>& grad_q = scratch.grad_q;
+                grad_q.read(p.grad_q.at(b, head, i), dim);
+                for (int64_t k = 0; k < images; ++k)
+                    if (rows.keys[k]) grad_q.add(p.scale * grad_scores[k], rows.keys[k], dim);
+                if (p.image_k_bias) grad_q.add(p.scale * grad_score_sum, p.image_k_bias.at(kv_head), dim);
+                grad_q.write(p.grad_q.at(b, head, i), dim);
+
+                if (p.pooled()) {
+                    const int64_t first = ((b * n.queries + i) * n.query_heads + head) * images;
+                    for (int64_t k = 0; k < images; ++k) {
+                        all_weights[first + k] = weights[k];
+                        all_grad_scores[first + k] = grad_scores[k];
+                    }
+                }
+                if (bias_gradients) {
+                    bias.logits[unit * n.query_heads + head] += grad_score_sum;
+                    bias.add(bias.keys, unit, kv_head, p.scale * grad_score_sum, q);
+                    bias.add(bias.values, unit, kv_head, sum_of(weight_sums), grad_out);
+                }
             }
-            if (p.has_image(b, i, k)) {
-                const T* key = p.image_row(p.image_k, b, kv_head, i, k);
-                const T* value = p.image_row(p.image_v, b, kv_head, i, k);
-                for (int64_t g = 0; g < group; ++g) {
-                    auto& of_head = scratch.heads[g];
-                    const Wide score = p.scale * scratch.q[g].dot(key, dim) + of_head.score_offset;
-                    const Wide weight = std::exp(score - of_head.lse);
-                    const Wide grad_weight = scratch.grad_out[g].dot(value, dim) + of_head.grad_weight_offset;
-                    const Wide grad_score = weight * (grad_weight - of_head.delta);
-                    of_head.sum_of_weights += weight;
-                    of_head.sum_of_grad_scores += grad_score;
-                    scratch.grad_q[g].add(p.scale * grad_score, key, dim);
-                    if (p.pooled()) {
-                        const int64_t head = kv_head * group + g;
-                        const int64_t entry = ((b * n.queries + i) * n.query_heads + head) * images + k;
-                        all_weights[entry] = weight;
-                        all_grad_scores[entry] = grad_score;
+            if (p.pooled()) return;
+            for (int64_t k = 0; k < images; ++k) {  // an absent image has weight and score gradient 0
+                T* key = p.grad_image_k.at(b, kv_head, i, k);
+                T* value = p.grad_image_v.at(b, kv_head, i, k);
+                for (int64_t d = 0; d < dim; d += kLanes) {
+                    typename Lanes<Wide>::Vector grad_key = {}, grad_value = {};
+                    for (int64_t g = 0; g < group; ++g) {
+                        const auto& of_head = scratch.heads[g];
+                        grad_key += p.scale * of_head.grad_scores[k] * of_head.q.vectors[d / kLanes];
+                        grad_value += of_head.weights[k] * of_head.grad_out.vectors[d / kLanes];
+                    }
+                    if (around_caches) {
+                        store_around_caches(key + d, grad_key);
+                        store_around_caches(value + d, grad_value);
                     } else {
-                        grad_key.add(p.scale * grad_score, scratch.q[g], dim);
-                        grad_value.add(weight, scratch.grad_out[g], dim);
+                        store(key + d, grad_key, dim - d);
+                        store(value + d, grad_value, dim - d);
                     }
                 }
             }
-            if (!p.pooled()) {
-                grad_key.write(p.grad_image_k.at(b, kv_head, i, k), dim);
-                grad_value.write(p.grad_image_v.at(b, kv_head, i, k), dim);
-            }
-        }
-        for (int64_t g = 0; g < group; ++g) {
-            const int64_t head = kv_head * group + g;
-            const auto& of_head = scratch.heads[g];
-            const Wide of_key = p.scale * of_head.sum_of_grad_scores;
-            if (p.image_k_bias) scratch.grad_q[g].add(of_key, p.image_k_bias.at(kv_head), dim);
-            scratch.grad_q[g].write(p.grad_q.at(b, head, i), dim);
-            if (!bias_gradients) continue;
-            bias.logits[unit * n.query_heads + head] += of_head.sum_of_grad_scores;
-            bias.add(bias.keys, unit, kv_head, of_key, scratch.q[g]);
-            bias.add(bias.values, unit, kv_head, of_head.sum_of_weights, scratch.grad_out[g]);
-        }
-    });
-    if (p.pooled()) write_pool_gradients(p, all_weights, all_grad_scores);
+        });
+    if (p.pooled()) write_pool_gradients<kHeadDim>(p, all_weights, all_grad_scores);
     bias.write_sum(bias.keys, p.grad_image_k_bias);
     bias.write_sum(bias.values, p.grad_image_v_bias);
     bias.write_logit_sum(p.grad_image_logit_bias);
 }
 
+// A head_dim of 64, that of most language models, has kernels of its own whose loops are unrolled.
+template <typename T, typename Wide>
+void any_forward(const Problem<T, Wide>& p) {
+    p.sizes.head_dim == 64 ? forward<64>(p) : forward<0>(p);
+}
+
+template <typename T, typename Wide>
+void any_backward(const Problem<T, Wide>& p) {
+    p.sizes.head_dim == 64 ? backward<64>(p) : backward<0>(p);
+}
+
 constexpr ImageAttnKernels kKernels = {
-    forward<float, float>,  forward<BFloat16, float>,  forward<Float16, float>,  forward<double, double>,
-    backward<float, float>, backward<BFloat16, float>, backward<Float16, float>, backward<double, double>,
+    any_forward<float, float>,    any_forward<BFloat16, float>, any_forward<Float16, float>,
+    any_forward<double, double>,  any_backward<float, float>,   any_backward<BFloat16, float>,
+    any_backward<Float16, float>, any_backward<double, double>,
 };
 
 }  // namespace

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__F16C__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -142,6 +142,31 @@ struct Element<Float16> {
     static Memory narrow(FloatVector x) { return narrow_float16(x); }
 };
 
+// Around the caches, for outputs that are larger than them; p is aligned to the stored vector.
+template <typename T>
+void store_around_caches(T* p, typename Lanes<typename Element<T>::Wide>::Vector x) {
+    const typename Element<T>::Memory memory = Element<T>::narrow(x);
+#if defined(__AVX512F__)
+    if constexpr (sizeof(memory) == 64) _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bit_cast<__m512i>(memory));
+#endif
+#if defined(__AVX2__)
+    if constexpr (sizeof(memory) == 32) _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bit_cast<__m256i>(memory));
+#endif
+#if defined(__SSE2__)
+    if constexpr (sizeof(memory) == 16) _mm_stream_si128(reinterpret_cast<__m128i*>(p), bit_cast<__m128i>(memory));
+    if constexpr (sizeof(memory) == 8) std::memcpy(p, &memory, sizeof(memory));
+#else
+    std::memcpy(p, &memory, sizeof(memory));
+#endif
+}
+
+// To be called by a thread after its last store_around_caches.
+inline void finish_stores_around_caches() {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
+
 // The first n elements from p, zeros behind them.
 template <typename T>
 typename Lanes<typename Element<T>::Wide>::Vector load(const T* p, int64_t n) {
@@ -162,6 +187,25 @@ void store(T* p, typename Lanes<typename Element<T>::Wide>::Vector x, int64_t n)
     } else {
         std::memcpy(p, &memory, n * sizeof(T));
     }
+}
+
+// exp of numbers up to about 0, to 2 units in the last place; 0 below 2^-126.
+inline FloatVector exp_of(FloatVector x) {
+    const FloatVector shift = FloatVector{} + 0x1.8p23f;  // rounds to an integer and leaves it in the last bits
+    const FloatVector shifted = x * 0x1.715476p0f + shift;
+    const FloatVector n = shifted - shift;
+    const FloatVector r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;  // x - n ln 2, with ln 2 in two parts
+    FloatVector e = FloatVector{} + 0x1.a01a02p-13f;                     // the Taylor series to r^7 / 7!
+    for (const float c : {0x1.6c16c2p-10f, 0x1.111112p-7f, 0x1.555556p-5f, 0x1.555556p-3f, 0.5f, 1.0f, 1.0f})
+        e = e * r + c;
+    const BitsVector power = (bit_cast<BitsVector>(shifted) << 23) + 0x3f800000u;  // 2^n
+    const BitsVector normal = bit_cast<BitsVector>(x > -87.3f);
+    return bit_cast<FloatVector>(bit_cast<BitsVector>(e * bit_cast<FloatVector>(power)) & normal);
+}
+
+inline DoubleVector exp_of(DoubleVector x) {
+    for (int i = 0; i < Lanes<double>::count; ++i) x[i] = std::exp(x[i]);
+    return x;
 }
 
 // The sum of all lanes, by halves.

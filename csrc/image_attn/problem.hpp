@@ -26,6 +26,13 @@ struct View {
 
     VALM_INLINE explicit operator bool() const { return data != nullptr; }
 
+    // Whether every row starts at a multiple of `bytes`.
+    VALM_INLINE bool aligned(int64_t bytes) const {
+        int64_t offsets = reinterpret_cast<std::uintptr_t>(data);
+        for (int i = 0; i < 4; ++i) offsets |= strides[i] * int64_t{sizeof(T)};
+        return offsets % bytes == 0;
+    }
+
     template <typename... Index>
     VALM_INLINE T* at(Index... index) const {
         const int64_t indices[] = {index...};

@@ -23,7 +23,7 @@ def test_agrees_with_float64_reference(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-@pytest.mark.parametrize("name", ["dense", "pooled", "odd head", "wide head", "heads first"])
+@pytest.mark.parametrize("name", ["dense", "pooled", "odd head", "head of 64", "head of 64, pooled", "heads first"])
 @pytest.mark.parametrize("isa", native().image_attn_isas())
 def test_every_instruction_set(isa, name, dtype, monkeypatch):
     monkeypatch.setattr(cpu, "_isa", lambda: isa)

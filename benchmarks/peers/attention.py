@@ -1,0 +1,81 @@
+"""What one would write or use without valm_kernels: causal attention with K extra keys of its own for every query.
+
+All take q, k, v (B, H, T, D) and image_k, image_v (B, H, T, K, D), causal, Tq = Tk, scale 1 / sqrt(D).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+def text_only(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The floor: PyTorch's flash attention without any image."""
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def eager_concat(q: Tensor, k: Tensor, v: Tensor, image_k: Tensor, image_v: Tensor) -> Tensor:
+    """The published way: all scores side by side, one softmax over them."""
+    length = q.shape[2]
+    scale = q.shape[-1] ** -0.5
+    future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+    text = (scale * (q @ k.mT)).masked_fill(future, -torch.inf)  # (B, H, T, T)
+    image = scale * (image_k @ q.unsqueeze(-1)).squeeze(-1)  # (B, H, T, K)
+    weights = torch.cat([text, image], -1).softmax(-1)
+    return weights[..., :length] @ v + (weights[..., None, length:] @ image_v).squeeze(-2)
+
+
+class _FlashMerge(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, image_k, image_v):
+        scale = q.shape[-1] ** -0.5
+        text_out, text_lse = _flash(q, k, v, 0.0, True, scale=scale)
+        image_scores = scale * (image_k @ q.unsqueeze(-1)).squeeze(-1).to(text_lse.dtype)  # (B, H, T, K)
+        lse = torch.logaddexp(text_lse, image_scores.logsumexp(-1))
+        weights = (image_scores - lse.unsqueeze(-1)).exp().to(q.dtype)
+        image_out = (weights.unsqueeze(-2) @ image_v).squeeze(-2)
+        out = text_out * (text_lse - lse).exp().unsqueeze(-1).to(q.dtype) + image_out
+        ctx.save_for_backward(q, k, v, image_k, image_v, weights, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        q, k, v, image_k, image_v, weights, out, lse = ctx.saved_tensors
+        scale = q.shape[-1] ** -0.5
+        grad_q, grad_k, grad_v = _flash_backward(grad_out, q, k, v, out, lse, 0.0, True, scale=scale)
+        delta = (grad_out * out).sum(-1, keepdim=True)
+        grad_scores = weights * ((image_v @ grad_out.unsqueeze(-1)).squeeze(-1) - delta) * scale  # (B, H, T, K)
+        grad_q = grad_q + (grad_scores.unsqueeze(-2) @ image_k).squeeze(-2)
+        grad_image_k = grad_scores.unsqueeze(-1) * q.unsqueeze(-2)
+        grad_image_v = weights.unsqueeze(-1) * grad_out.unsqueeze(-2)
+        return grad_q, grad_k, grad_v, grad_image_k, grad_image_v
+
+
+def flash_merge(q: Tensor, k: Tensor, v: Tensor, image_k: Tensor, image_v: Tensor) -> Tensor:
+    """The honest peer: stock flash attention, the images in PyTorch operations, joined by log-sum-exp."""
+    return _FlashMerge.apply(q, k, v, image_k, image_v)
+
+
+@cache
+def _compiled_flex_attention():
+    return torch.compile(flex_attention)
+
+
+@cache
+def _diagonal_mask(length: int, num_images: int) -> BlockMask:
+    def sees(batch, head, query, key):
+        return torch.where(key < length, key <= query, (key - length) // num_images == query)
+
+    return create_block_mask(sees, None, None, length, length * (1 + num_images), device="cpu")
+
+
+def flex_diagonal(q: Tensor, k: Tensor, v: Tensor, image_k: Tensor, image_v: Tensor) -> Tensor:
+    """FlexAttention over text and all images in one sequence of keys; on CPU it has no backward."""
+    keys, values = (torch.cat([t, i.flatten(2, 3)], 2) for t, i in ((k, image_k), (v, image_v)))
+    return _compiled_flex_attention()(q, keys, values, block_mask=_diagonal_mask(q.shape[2], image_k.shape[3]))
