@@ -1,0 +1,267 @@
+"""visual_fusion_attn beside text-only flash attention (the floor) and what one would write without it.
+
+Rows of one group share their inputs; the first row is ours, and the last column is each row's time over ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.peers.attention import eager_concat, flash_merge, flex_diagonal, text_only
+from valm_kernels import visual_fusion_attn
+
+
+@dataclass(frozen=True)
+class Case:
+    batch: int
+    heads: int
+    length: int
+    images: int
+    head_dim: int
+    dtype: torch.dtype
+    unique: float = 0.3  # pool rows per image slot
+    prefix: int = 0
+
+    def __str__(self) -> str:
+        prefix = f" prefix {self.prefix}" if self.prefix else ""
+        shape = f"B{self.batch} H{self.heads} T{self.length}{prefix} K{self.images} D{self.head_dim}"
+        return f"{shape} {str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def flop(self) -> int:
+        """Of the forward: q k^T and a v over the visible half of the text, and the same over the images."""
+        keys = self.prefix + self.length / 2 + self.images
+        return int(4 * self.batch * self.heads * self.length * keys * self.head_dim)
+
+    @property
+    def image_bytes(self) -> int:
+        """Image keys and values of the dense layout."""
+        elements = 2 * self.batch * self.heads * self.length * self.images * self.head_dim
+        return elements * self.dtype.itemsize
+
+
+class Tensors:
+    """The inputs of a case, as projections leave them in memory: tokens before heads."""
+
+    def __init__(self, case: Case) -> None:
+        generator = torch.Generator().manual_seed(0)
+        batch, heads, length, head_dim = case.batch, case.heads, case.length, case.head_dim
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(case.dtype)
+
+        self.q, self.grad_out = (normal(batch, length, heads, head_dim).transpose(1, 2) for _ in range(2))
+        keys = length + case.prefix
+        self.k, self.v = (normal(batch, keys, heads, head_dim).transpose(1, 2) for _ in range(2))
+        rows = max(1, int(case.unique * batch * length * case.images))
+        self.pool_k, self.pool_v = (normal(rows, heads, head_dim).transpose(0, 1) for _ in range(2))
+        self.image_index = torch.randint(0, rows, (batch, length, case.images), generator=generator)
+        for tensor in (self.q, self.k, self.v, self.pool_k, self.pool_v):
+            tensor.requires_grad_()
+
+    @cached_property
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """The pool's rows laid out per token: (B, H, T, K, D) in memory (B, T, K, H, D)."""
+        return tuple(
+            pool.detach().transpose(0, 1)[self.image_index].permute(0, 3, 1, 2, 4).requires_grad_()
+            for pool in (self.pool_k, self.pool_v)
+        )
+
+    @cached_property
+    def expected(self) -> Tensor:
+        with torch.no_grad():
+            return eager_concat(*(t.float() for t in (self.q, self.k, self.v, *self.dense)))
+
+
+@cache
+def tensors(case: Case) -> Tensors:
+    return Tensors(case)
+
+
+def attention(name: str, t: Tensors) -> tuple[object, tuple[Tensor, ...]]:
+    """(function, its differentiable inputs) of one implementation."""
+    text = (t.q, t.k, t.v)
+    dense = (*text, *t.dense)
+    functions = {
+        "ours": (lambda: visual_fusion_attn(*dense), dense),
+        "ours, pooled": (
+            lambda: visual_fusion_attn(*text, t.pool_k, t.pool_v, image_index=t.image_index),
+            (*text, t.pool_k, t.pool_v),
+        ),
+        "text-only flash attention": (lambda: text_only(*text), text),
+        "flash + LSE merge": (lambda: flash_merge(*dense), dense),
+        "eager concat": (lambda: eager_concat(*dense), dense),
+        # refuses inputs that require a gradient on CPU
+        "FlexAttention, diagonal mask": (lambda: flex_diagonal(*(x.detach() for x in dense)), dense),
+    }
+    return functions[name]
+
+
+# Largest error over largest value: a benchmark's check is for wrong results, the tests hold the last bits.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+
+
+def close_to(expected: Tensor, tolerance: float):
+    def check(result: Tensor | tuple[Tensor, ...]) -> None:
+        out = result[0] if isinstance(result, tuple) else result
+        error = (out.detach().float() - expected.float()).abs().max() / expected.float().abs().max()
+        assert error < tolerance, f"relative error {error:.1e}"
+
+    return check
+
+
+LARGE = Case(4, 12, 1024, 8, 64, torch.float32)
+SMALL = Case(1, 12, 512, 4, 64, torch.float32)
+CASES = [LARGE, replace(LARGE, dtype=torch.bfloat16), SMALL, replace(SMALL, dtype=torch.bfloat16)]
+IMPLEMENTATIONS = ["ours", "ours, pooled", "text-only flash attention", "flash + LSE merge", "eager concat"]
+
+
+@pytest.mark.parametrize("name", [*IMPLEMENTATIONS, "FlexAttention, diagonal mask"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def bench_forward(measure, case, name):
+    if "Flex" in name and case != SMALL:
+        pytest.skip("FlexAttention on CPU is shown on one small shape: it takes seconds on the others")
+    t = tensors(case)
+    function, _ = attention(name, t)
+    check = (lambda out: None) if name.startswith("text-only") else close_to(t.expected, TOLERANCE[case.dtype])
+    with torch.no_grad():
+        measure(
+            group=f"forward {case}",
+            name=name,
+            function=function,
+            check=check,
+            flop=case.flop,
+            bytes_moved=None if "text" in name else case.image_bytes,
+        )
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def bench_forward_backward(measure, case, name):
+    t = tensors(case)
+    function, inputs = attention(name, t)
+
+    def expected_grad_q() -> Tensor:
+        leaves = [x.detach().float().requires_grad_() for x in (t.q, t.k, t.v, *t.dense)]
+        return torch.autograd.grad(eager_concat(*leaves), leaves[0], t.grad_out.float())[0]
+
+    measure(
+        group=f"forward + backward {case}",
+        name=name,
+        function=lambda: torch.autograd.grad(function(), inputs, t.grad_out),
+        check=(lambda out: None)
+        if name.startswith("text-only")
+        else close_to(expected_grad_q(), TOLERANCE[case.dtype]),
+        flop=int(3.5 * case.flop),
+        bytes_moved=None if "text" in name else 3 * case.image_bytes,
+    )
+
+
+@pytest.mark.parametrize("name", ["ours", "one document", "a mask per document, eager"])
+def bench_packed_documents(measure, name):
+    """Eight documents of 128 tokens in one sequence, by first_key."""
+    case = replace(LARGE, batch=1, images=4)
+    t = tensors(case)
+    first_key = (torch.arange(case.length) // 128 * 128).int().expand(case.batch, -1)
+    functions = {
+        "ours": lambda: visual_fusion_attn(t.q, t.k, t.v, *t.dense, first_key=first_key),
+        "one document": lambda: visual_fusion_attn(t.q, t.k, t.v, *t.dense),
+        "a mask per document, eager": lambda: visual_fusion_attn(
+            t.q, t.k, t.v, *t.dense, first_key=first_key, impl="reference"
+        ),
+    }
+    with torch.no_grad():
+        expected = functions["a mask per document, eager"]()
+        measure(
+            group=f"8 packed documents, forward {case}",
+            name=name,
+            function=functions[name],
+            check=(lambda out: None) if name == "one document" else close_to(expected, TOLERANCE[case.dtype]),
+        )
+
+
+@pytest.mark.parametrize("name", ["ours", "text-only flash attention"])
+def bench_decode(measure, name):
+    case = Case(1, 12, 1, 4, 64, torch.float32, unique=1, prefix=4095)
+    t = tensors(case)
+    scale = case.head_dim**-0.5
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    functions = {
+        "ours": lambda: visual_fusion_attn(t.q, t.k, t.v, *t.dense),
+        "text-only flash attention": lambda: flash(t.q, t.k, t.v, scale=scale)[0],
+    }
+    with torch.no_grad():
+        expected = visual_fusion_attn(t.q, t.k, t.v, *t.dense, impl="reference")
+        measure(
+            group=f"decode {case}",
+            name=name,
+            function=functions[name],
+            check=close_to(expected, TOLERANCE[case.dtype]) if name == "ours" else lambda out: None,
+            bytes_moved=2 * case.heads * (case.prefix + 1) * case.head_dim * 4,
+            rounds=50,
+        )
+
+
+class FusionLayer(torch.nn.Module):
+    """LN_img, the shared key and value projections of text and images, and the operation."""
+
+    def __init__(self, heads: int, head_dim: int) -> None:
+        super().__init__()
+        width = heads * head_dim
+        self.heads = heads
+        self.image_norm = torch.nn.LayerNorm(width)
+        self.query, self.key, self.value, self.output = (torch.nn.Linear(width, width) for _ in range(4))
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1))
+
+    def image_side(self, q: Tensor, k: Tensor, v: Tensor, images: Tensor, image_index: Tensor | None) -> Tensor:
+        """q, k, v (B, H, T, D); images (B, T, K, C), or (U, C) with image_index (B, T, K)."""
+        images = self.image_norm(images)
+        image_k, image_v = self.split(self.key(images)), self.split(self.value(images))
+        if image_index is None:
+            image_k, image_v = (x.permute(0, 3, 1, 2, 4) for x in (image_k, image_v))
+        else:
+            image_k, image_v = (x.transpose(0, 1) for x in (image_k, image_v))
+        return visual_fusion_attn(q, k, v, image_k, image_v, image_index=image_index)
+
+    def forward(self, states: Tensor, images: Tensor, image_index: Tensor | None) -> Tensor:
+        q, k, v = (self.split(layer(states)).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        out = self.image_side(q, k, v, images, image_index)
+        return self.output(out.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("layout", ["pooled", "dense"])
+@pytest.mark.parametrize("unique", [0.3, 0.6, 1.0])
+@pytest.mark.parametrize("part", ["image side", "whole layer"])
+def bench_fusion_layer(measure, part, unique, layout):
+    """Forward and backward where a share of the retrieved images is unique in the batch."""
+    case = Case(1, 12, 1024, 8, 64, torch.float32, unique=unique)
+    t = tensors(case)
+    generator = torch.Generator().manual_seed(0)
+    width = case.heads * case.head_dim
+    torch.manual_seed(0)
+    layer = FusionLayer(case.heads, case.head_dim)
+    states = torch.randn(case.batch, case.length, width, generator=generator)
+    pool = torch.randn(t.pool_k.shape[1], width, generator=generator)
+    images = {"pooled": (pool, t.image_index), "dense": (pool[t.image_index], None)}
+    parameters = [p for module in (layer.image_norm, layer.key, layer.value) for p in module.parameters()]
+
+    def run(layout: str) -> tuple[Tensor, ...]:
+        if part == "image side":
+            out = layer.image_side(t.q, t.k, t.v, *images[layout])
+            return torch.autograd.grad(out, (*parameters, t.q, t.k, t.v), t.grad_out)
+        return torch.autograd.grad(layer(states, *images[layout]).square().sum(), list(layer.parameters()))
+
+    measure(
+        group=f"{part}, forward + backward, {unique:.0%} unique images {case}",
+        name=layout,
+        function=lambda: run(layout),
+        check=close_to(run("dense")[0], 1e-3),  # float32 sums over 8,192 images, in two orders
+        note=f"{images[layout][0].numel() * 2 * 4 / 1e6:.0f} MB of projected images",
+    )
