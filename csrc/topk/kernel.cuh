@@ -11,7 +11,9 @@
 //   |q - q16|                             q16 the query as the tensor cores get it, measured for each query
 //   |q16| 2^-18 for each mma              the sums: products are exact; an mma adds 16 of them and the sum so far,
 //                                         each cut after 23 bits below the largest, in at most 4 steps, so it loses
-//                                         at most (16 + 4 + 4) 2^-23 of the sum of magnitudes; 2^-18 is 32 of these
+//                                         at most (16 + 4 + 4) 2^-23 of the sum of magnitudes; 2^-18 is 32 of these.
+//                                         NVIDIA does not document this: it is what Fasi, Higham, Mikaitis and Pranesh
+//                                         measured (Numerical behavior of NVIDIA tensor cores, 2021)
 //   |q16| 2^-16                           float32 rows only: x16 = high + low bfloat16, low x low left out
 //   |q16| 2^-20                           rounding of u, of norm(x), of the float64 score, of an int8 row's scale
 // norm(x) includes 2^-96 for bfloat16 products that underflow. A score or bound that overflows counts as infinite,
@@ -312,7 +314,7 @@ __global__ __launch_bounds__(kThreads,
 
 // --- merge -------------------------------------------------------------------------------------------------------
 
-// Row k - 1 - i of an answer and so on: writes the keys of a sorted pool as scores and indices.
+// The first k keys of a sorted pool as the scores and indices of a query; zeros, for want of rows, as -inf and -1.
 __device__ inline void write_answer(const Search& s, int query, const uint64_t* keys) {
     for (int i = threadIdx.x; i < s.k; i += blockDim.x) {
         const uint64_t key = keys[i];
