@@ -124,6 +124,8 @@ class Search {
     std::vector<float> centre_;  // and axis, of a database that comes unpacked
     std::unique_ptr<PaddedCentre> padded_centre_;
     std::atomic<int64_t> broken_{std::numeric_limits<int64_t>::max()};
+    // When `interrupted` was last asked. Over all groups: one may take less than the interval.
+    std::chrono::steady_clock::time_point asked_ = std::chrono::steady_clock::now();
 
     // the group at hand
     std::vector<Query> group_;
@@ -238,14 +240,13 @@ bool Search::search_group(const std::function<bool()>& interrupted) {
 #pragma omp parallel num_threads(threads_)
     {
         Worker& worker = workers_[omp_get_thread_num()];
-        auto asked = std::chrono::steady_clock::now();
         for (int64_t task = next++; task < n_blocks_ * slices && !stopped; task = next++) {
             const int64_t block = task / slices * stride % n_blocks_, slice = task % slices;
             search_block(worker, block, slice * n_tiles / slices, (slice + 1) * n_tiles / slices);
             if (omp_get_thread_num() != 0) continue;
             const auto now = std::chrono::steady_clock::now();
-            if (now - asked < kInterruptInterval) continue;
-            asked = now;
+            if (now - asked_ < kInterruptInterval) continue;
+            asked_ = now;
             if (interrupted()) stopped = true;
         }
         for (int64_t query = 0; query < static_cast<int64_t>(group_.size()) && !stopped; ++query) {
