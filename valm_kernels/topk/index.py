@@ -196,6 +196,9 @@ def _read_first_pass(folder: storage.Folder, count: int, dim: int) -> cpu.FirstP
         first_rows = torch.from_numpy(folder.read("first_rows", "<i4", (None,)))
         next_duplicate = torch.from_numpy(folder.read("next_duplicate", "<i4", (count,)))
         packed = len(first_rows)
+        for name, rows in (("first_rows", first_rows), ("next_duplicate", next_duplicate)):
+            if packed == 0 or rows.min() < 0 or rows.max() >= count:
+                raise ValueError(f"{folder.path} is damaged: {name} names rows outside of 0 to {count - 1}")
     panels = -(-packed // cpu.PANEL_ROWS)
     return cpu.FirstPass(
         codes=torch.from_numpy(folder.read("codes", "|u1", (panels, -(-dim // 4), cpu.PANEL_ROWS, 4))),

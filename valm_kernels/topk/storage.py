@@ -139,7 +139,7 @@ class Folder:
         if name not in self:
             raise ValueError(f"{self.manifest_path} is damaged: it lists no array {name!r}")
         entry = self._manifest["arrays"][name]
-        file = self.path / entry["file"]
+        file = self.path / Path(entry["file"]).name
         if not file.exists():
             raise ValueError(f"{self.path} is damaged: {file.name} is missing")
         if file.stat().st_size != entry["bytes"]:

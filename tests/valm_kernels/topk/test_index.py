@@ -160,6 +160,16 @@ def test_truncated_altered_and_missing_files(saved):
         FlatIPIndex.load(saved)
 
 
+@pytest.mark.parametrize("name", ["first_rows", "next_duplicate"])
+def test_row_numbers_that_no_row_has(tmp_path, name):
+    """Unverified, a memory-mapped file could hold anything: nothing may be read outside of the rows."""
+    FlatIPIndex(normals(1, 24).repeat(60, 1)).save(tmp_path)
+    (file,) = tmp_path.glob(f"{name}-*.npy")
+    np.lib.format.open_memmap(file, mode="r+")[0] = 60
+    with pytest.raises(ValueError, match=f"is damaged: {name} names rows outside of 0 to 59"):
+        FlatIPIndex.load(tmp_path, mmap=True)
+
+
 def test_manifests_that_do_not_fit(saved, tmp_path):
     good = (saved / "manifest.json").read_text()
     with pytest.raises(FileNotFoundError, match=r"is not a saved index: it has no manifest.json"):
