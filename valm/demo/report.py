@@ -81,9 +81,12 @@ def write_report(
 
 def _head(results: Mapping[str, Any]) -> str:
     accuracy, things = results["heldout_color_accuracy"], results["things"]
+    others = f"{things['heldout']} others" + (
+        f" and {things['memory_color']} of MemoryColor's" if things["memory_color"] else ""
+    )
     return f"""<h1>Colours that stand in no text</h1>
 <p>Two small language models read the same {results["settings"]["sentences"]:,} sentences. These say the colours of
-{things["colour_said"]} things and only name {things["heldout"]} others. Asked for the colours of those others, the
+{things["colour_said"]} things and only name {others}. Asked for the colours of the held-out {things["heldout"]}, the
 model that looks at retrieved pictures while it reads (VaLM) is right <b>{accuracy["valm"]:.0%}</b> of the time, its
 twin without pictures (GPT-2*) <b>{accuracy["gpt2"]:.0%}</b>, and VaLM with random pictures in the place of the
 retrieved ones <b>{accuracy["random_images"]:.0%}</b>.</p>"""
