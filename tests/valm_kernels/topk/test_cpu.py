@@ -68,6 +68,32 @@ def test_exact_for_every_stored_dtype_and_odd_sizes(isa, dtype, dim):
     assert_same(plain.search(queries[:2], 128), (expected.scores[:2], expected.indices[:2]))
 
 
+def test_a_best_row_that_its_own_bound_hardly_saves(monkeypatch):
+    """A row along what rounding left of the query: the first pass misses all of its score that the bound allows. Where
+    the bound were a tenth too small it would be lost.
+    """
+    monkeypatch.setenv("VALM_KERNELS_ISA", next(isa for isa in ISAS if isa in ("avx512vnni", "generic")))
+    levels = 127 if "avx512vnni" in ISAS else min(32767, 2**31 // (256 * 72) - 1)
+    database, queries = normals(1500, 72), normals(20, 72, seed=1)
+    frame = cpu.pack(database, None).frame.double()  # of a sample of the rows, the last not among them
+    tried = 0
+    for query in queries:
+        rest = query.double() - (query.double() @ frame[1]).float() * frame[1]
+        unit = rest.abs().max() / levels
+        left = rest - unit * (rest / unit).round()
+        codes = (127 * left / left.abs().max()).round()  # a row that its own bytes hold exactly
+        best_other = (database[:-1].double() @ query.double()).max()
+        step = (best_other * 1.02 - query.double() @ frame[0]) / (query.double() @ codes)
+        if not 0 < step < 1e6:
+            continue
+        tried += 1
+        database[-1] = (frame[0] + step * codes).float()
+        expected = ip_topk(query, database, 1, impl="reference")
+        assert expected.indices.item() == 1499
+        assert_same(FlatIPIndex(database).search(query, 1), expected)
+    assert tried > 3
+
+
 def test_more_queries_than_one_group(isa):
     database, queries = normals(300, 16), normals(700, 16, seed=1)
     queries[[3, 255, 256, 699], 5] = torch.nan
@@ -77,10 +103,14 @@ def test_more_queries_than_one_group(isa):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_the_answer_does_not_depend_on_the_threads(threads):
-    database, queries = adversarial("integers", 20_000, 16), normals(40, 16)
+@pytest.mark.parametrize("kind", ["small integers", "nearly equal"])
+def test_the_answer_does_not_depend_on_the_threads(threads, kind):
+    """Many blocks, taken out of order, and many ties between them."""
+    rows = (normals(20_000, 128, seed=1) / 2).round()
+    database = rows if kind == "small integers" else adversarial(kind, 20_000, 128)
+    queries = normals(8, 128).round()
     index = FlatIPIndex(database)
-    expected = index.search(queries, 20)
+    expected = ip_topk(queries, database, 20, impl="reference")
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
