@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -147,6 +149,29 @@ def test_same_bits_every_time_and_for_any_thread_count(name, dtype):
     for result in results[2:]:  # the flash kernel's own dk and dv may add in another order
         for name in ["out", "lse", *images]:
             assert results[0][name].equal(result[name]), name
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_after_fork():
+    """In a worker that a data loader forked (one thread there, as PyTorch sets it) after the parent's threads ran."""
+    problem = PROBLEMS["pooled"]
+    expected = solve(problem.inputs(torch.float32), "cpu", cotangents(problem))["image_k"]
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+        # The backward without autograd, whose threads do not survive a fork.
+        same = fused_image_gradient(problem).equal(expected)
+        os._exit(0 if same else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def fused_image_gradient(problem):
+    inputs = problem.inputs(torch.float32)
+    grad_out, grad_lse = (g.float() for g in cotangents(problem))
+    names = ("q", "k", "v", "image_k", "image_v", "image_index", "image_mask", "image_k_bias", "image_v_bias")
+    arguments = [inputs.get(n) for n in (*names, "image_logit_bias", "first_key")]
+    arguments += [problem.causal, problem.head_dim**-0.5]
+    return cpu.backward(grad_out, grad_lse, *cpu.forward(*arguments), *arguments)[3]
 
 
 def test_query_that_sees_nothing():
