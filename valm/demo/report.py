@@ -125,8 +125,9 @@ the language models read and in no caption that CLIP read. The pictures alone ho
 through the pictures: with others in their place it is gone, and with two of their channels exchanged the answers
 change.</p>
 <p><b>What it does not show.</b> CLIP has seen the pictures of the held-out things together with their names, so these
-are no unseen things. Nor does it show that a knowledge base is needed: CLIP's own feature of the text may already tell
-the colour, and Blind-VaLM, which uses it in the place of the pictures, does without one.</p></div>"""
+are no unseen things. Nor does it show that their pictures must be in the knowledge base: this CLIP puts a name near
+pictures of the same colour, so others may do as well, and its feature of the text alone already tells much of the
+colour (Blind-VaLM reads that in the place of pictures).</p></div>"""
 
 
 def _examples(exhibits: Exhibits) -> str:

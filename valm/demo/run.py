@@ -116,7 +116,14 @@ def run_demo(
     return DemoResult(out, results)
 
 
-def _run(folder: Path, seed: int, eval_data, split: str, settings: Settings, progress: bool) -> dict[str, Any]:
+def _run(
+    folder: Path,
+    seed: int,
+    eval_data: str | os.PathLike | None,
+    split: str,
+    settings: Settings,
+    progress: bool,
+) -> dict[str, Any]:
     stage = Stages(progress)
     losses: dict[str, list[float]] = {}
 
