@@ -23,11 +23,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from valm_kernels.visual_fusion.layout import empty_rows_like, empty_tokens_first
+from valm_kernels.visual_fusion.layout import empty_rows_like, empty_tokens_first, whole_rows
 from valm_kernels.visual_fusion.triton_backward_key import key_gradients
 from valm_kernels.visual_fusion.triton_backward_pool import pool_gradients
 from valm_kernels.visual_fusion.triton_backward_query import query_gradients
-from valm_kernels.visual_fusion.triton_common import contiguous, kernel_inputs, unit_stride
+from valm_kernels.visual_fusion.triton_common import contiguous, kernel_inputs
 
 
 def backward(
@@ -58,7 +58,7 @@ def backward(
     images = (image_k, image_v, image_index, image_mask, image_k_bias, image_v_bias, image_logit_bias)
     inputs = kernel_inputs(q, k, v, *images, first_key)
     q, k, v, *_, image_index, _, _, _, _, first_key = inputs
-    grad_out, out = unit_stride(grad_out), unit_stride(out)
+    grad_out, out = whole_rows(grad_out), whole_rows(out)
     grad_lse, lse = contiguous(grad_lse), contiguous(lse)
 
     with torch.cuda.device_of(q):

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from valm_kernels.visual_fusion.layout import whole_rows
 from valm_kernels.visual_fusion.triton_tiles import block_d
 
 # exp2 and log2 are single instructions; scores are kept in units of log 2
@@ -102,7 +103,8 @@ def kernel_inputs(
     *options: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """The tensors from q to first_key as kernels read them: rows are contiguous, the small tensors have no gaps."""
-    return (*(unit_stride(x) for x in (q, k, v, image_k, image_v)), *(contiguous(x) for x in options))
+    rows = (None if x is None else whole_rows(x) for x in (q, k, v, image_k, image_v))
+    return (*rows, *(contiguous(x) for x in options))
 
 
 def kernel_constants(q: Tensor, k: Tensor, causal: bool) -> dict[str, Any]:
@@ -138,11 +140,6 @@ def image_strides(image: Tensor | None, pooled: bool) -> tuple[int, int, int, in
     if pooled:
         return 0, image.stride(0), 0, image.stride(1)
     return image.stride(0), image.stride(1), image.stride(2), image.stride(3)
-
-
-def unit_stride(x: Tensor | None) -> Tensor | None:
-    """x, copied only if its last dimension is strided: the kernels read rows of contiguous elements."""
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:

@@ -52,11 +52,10 @@ MAX_SPLITS = 64
 
 
 def key_splits(programs: int, k_len: int, multiprocessors: int) -> int:
-    """Into how many parts the keys are split: as few as give every multiprocessor two programs."""
-    wanted = triton.cdiv(2 * multiprocessors, programs)
+    """Into how many parts the keys are split, where the programs leave multiprocessors idle: two programs for each."""
     if programs >= multiprocessors:
         return 1
-    return max(1, min(wanted, k_len // MIN_KEYS_PER_SPLIT, MAX_SPLITS))
+    return max(1, min(triton.cdiv(2 * multiprocessors, programs), k_len // MIN_KEYS_PER_SPLIT, MAX_SPLITS))
 
 
 @triton.jit

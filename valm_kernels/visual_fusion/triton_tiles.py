@@ -1,4 +1,9 @@
-"""Tile sizes, warps and pipeline stages of the Triton kernels, by architecture, head dimension and dtype."""
+"""Tile sizes, warps and pipeline stages of the Triton kernels, by architecture, head dimension and dtype.
+
+Not yet measured on a card. Each entry was chosen by what the compiler reports: of the candidates that spill no register
+and leave at least eight warps resident per multiprocessor, the one whose tiles reuse most. Where float32 at D = 256 has
+no such candidate, the smallest tiles stand.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +28,46 @@ class Tiles:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
+# By (kernel, bytes of an element, architecture): the tiles for D up to 64, 128 and 256. The entries of 80 stay within
+# 99 KiB of shared memory, so that they serve compute capabilities 8.6, 8.9 and 12.x too.
+_TILES: dict[tuple[str, int, int], tuple[Tiles, Tiles, Tiles]] = {
+    ("forward", 2, 80): (Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 3), Tiles(32, 64, 8, 2)),
+    ("forward", 2, 90): (Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 3), Tiles(32, 64, 8, 2)),
+    ("forward", 2, 100): (Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 3), Tiles(32, 64, 8, 2)),
+    ("forward", 4, 80): (Tiles(32, 32, 4, 2), Tiles(32, 16, 8, 2), Tiles(16, 16, 8, 2)),
+    ("forward", 4, 90): (Tiles(64, 32, 8, 2), Tiles(32, 16, 8, 2), Tiles(16, 16, 8, 2)),
+    ("forward", 4, 100): (Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 2), Tiles(16, 16, 8, 2)),
+    ("decode", 2, 80): (Tiles(16, 128, 4, 3), Tiles(16, 64, 4, 3), Tiles(16, 32, 4, 3)),
+    ("decode", 2, 90): (Tiles(16, 128, 4, 3), Tiles(16, 64, 4, 3), Tiles(16, 32, 4, 3)),
+    ("decode", 2, 100): (Tiles(16, 128, 4, 3), Tiles(16, 64, 4, 3), Tiles(16, 32, 4, 3)),
+    ("decode", 4, 80): (Tiles(16, 32, 4, 2), Tiles(16, 32, 4, 2), Tiles(16, 16, 8, 2)),
+    ("decode", 4, 90): (Tiles(16, 64, 4, 2), Tiles(16, 32, 4, 2), Tiles(16, 16, 8, 2)),
+    ("decode", 4, 100): (Tiles(16, 64, 4, 2), Tiles(16, 32, 4, 2), Tiles(16, 16, 8, 2)),
+    ("query", 2, 80): (Tiles(64, 64, 8, 2), Tiles(32, 32, 8, 2), Tiles(16, 32, 8, 2)),
+    ("query", 2, 90): (Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(16, 32, 8, 2)),
+    ("query", 2, 100): (Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(16, 32, 8, 2)),
+    ("query", 4, 80): (Tiles(32, 32, 8, 2), Tiles(16, 32, 8, 2), Tiles(16, 16, 8, 1)),
+    ("query", 4, 90): (Tiles(32, 32, 8, 2), Tiles(16, 32, 8, 2), Tiles(16, 16, 8, 1)),
+    ("query", 4, 100): (Tiles(32, 32, 8, 2), Tiles(16, 32, 8, 2), Tiles(16, 16, 8, 1)),
+    ("key", 2, 80): (Tiles(32, 64, 4, 2), Tiles(32, 64, 8, 2), Tiles(16, 32, 8, 2)),
+    ("key", 2, 90): (Tiles(64, 128, 8, 2), Tiles(64, 64, 4, 2), Tiles(16, 32, 8, 2)),
+    ("key", 2, 100): (Tiles(64, 128, 8, 2), Tiles(64, 64, 8, 2), Tiles(16, 32, 8, 2)),
+    ("key", 4, 80): (Tiles(32, 32, 8, 2), Tiles(32, 16, 8, 2), Tiles(16, 16, 8, 1)),
+    ("key", 4, 90): (Tiles(32, 32, 8, 2), Tiles(32, 16, 8, 2), Tiles(16, 16, 8, 1)),
+    ("key", 4, 100): (Tiles(32, 32, 8, 2), Tiles(32, 16, 8, 2), Tiles(16, 16, 8, 1)),
+}
+
+
 def block_d(head_dim: int) -> int:
     """Columns of a tile: the head dimension rounded up to a power of two that tile products accept."""
     return max(16, triton.next_power_of_2(head_dim))
 
 
 def tiles_for(kernel: str, arch: int, head_dim: int, dtype: torch.dtype) -> Tiles:
-    """The tiles of `kernel` ("forward", "decode", "query", "key") on compute capability `arch`."""
-    return Tiles(64, 64, 4, 2)
+    """The tiles of `kernel` ("forward", "decode", "query", "key") on compute capability `arch` (90 for 9.0)."""
+    if 90 <= arch < 100:
+        family = 90
+    else:
+        family = 100 if 100 <= arch < 120 else 80
+    wide = 0 if head_dim <= 64 else 1 if head_dim <= 128 else 2
+    return _TILES[kernel, dtype.itemsize, family][wide]

@@ -1,0 +1,217 @@
+"""Compiles the Triton kernels for cards that are not there, and reads what the compiler reports.
+
+The launchers run on meta tensors with every kernel replaced by a recorder; each recorded launch is compiled ahead of
+time exactly as Triton would specialise it for a card of the architecture. Triton keeps what it compiled, by the hash of
+source and options, in its own cache.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from valm_kernels.visual_fusion import (
+    triton_backward,
+    triton_backward_key,
+    triton_backward_pool,
+    triton_backward_query,
+    triton_forward,
+)
+
+ARCHITECTURES = (80, 90, 100)
+HEAD_DIMS = (64, 128, 256)
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+KERNELS = {
+    "forward": (triton_forward, "_forward_kernel"),
+    "merge": (triton_forward, "_merge_kernel"),
+    "query": (triton_backward_query, "_query_kernel"),
+    "key": (triton_backward_key, "_key_kernel"),
+    "pool": (triton_backward_pool, "_pool_kernel"),
+}
+# What is compiled, as (case, kernel, pooled layout). Decoding is one query against a cache of 4096 keys.
+CASES = (
+    ("forward", "forward", False),
+    ("forward pooled", "forward", True),
+    ("decode", "forward", False),
+    ("decode merge", "merge", False),
+    ("backward query", "query", False),
+    ("backward query pooled", "query", True),
+    ("backward key", "key", False),
+    ("backward pool", "pool", True),
+)
+# Limits of a multiprocessor and of a block (CUDA C++ Programming Guide, compute capabilities).
+REGISTERS_PER_SM = 65536
+WARPS_PER_SM = 64
+BLOCKS_PER_SM = 32
+SHARED_PER_BLOCK = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+TENSOR_MEMORY_COLUMNS = 512
+# Registers are handed out per warp in units of 256; a block's shared memory has 1 KiB of the system's beside it.
+REGISTER_UNIT = 256
+SHARED_RESERVED = 1024
+
+
+@dataclass(frozen=True)
+class Report:
+    """One compiled kernel: how it was launched and what the compiler says of it."""
+
+    case: str
+    arch: int
+    head_dim: int
+    dtype: str
+    block_m: int | None
+    block_n: int | None
+    warps: int
+    stages: int
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    warps_per_sm: int
+    mma: str
+
+
+@dataclass
+class Recorder:
+    """Stands in for a kernel and keeps the arguments of its last launch."""
+
+    kernel: Any
+    arguments: tuple[Any, ...] = ()
+    keywords: dict[str, Any] | None = None
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Recorder:
+        return self
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> None:
+        self.arguments, self.keywords = arguments, keywords
+
+
+def _meta_inputs(head_dim: int, dtype: torch.dtype, pooled: bool, decode: bool) -> tuple[Any, ...]:
+    """Arguments of forward with everything switched on: B 4, H 12, T 1024, K 8."""
+    batch, heads, images = 4, 12, 8
+    q_len, k_len = (1, 4096) if decode else (1024, 1024)
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    q = empty(batch, q_len, heads, head_dim).transpose(1, 2)
+    k = empty(batch, k_len, heads, head_dim).transpose(1, 2)
+    if pooled:
+        image = empty(9000, heads, head_dim).transpose(0, 1)
+        index, mask = empty(batch, q_len, images, dtype=torch.int64), None
+    else:
+        image = empty(batch, q_len, images, heads, head_dim).permute(0, 3, 1, 2, 4)
+        index, mask = None, empty(batch, q_len, images, dtype=torch.bool)
+    bias, logit_bias = empty(heads, head_dim), empty(heads, dtype=torch.float32)
+    first_key = empty(batch, q_len, dtype=torch.int32)
+    return q, k, k, image, image, index, mask, bias, bias, logit_bias, first_key, True, head_dim**-0.5
+
+
+def _record(case: str, kernel: str, pooled: bool, arch: int, head_dim: int, dtype: torch.dtype) -> Recorder:
+    """The launch of `kernel` in forward or backward on a card of `arch` with the multiprocessors of an H100."""
+    inputs = _meta_inputs(head_dim, dtype, pooled, decode=case.startswith("decode"))
+    q = inputs[0]
+    with ExitStack() as stack:
+        for module in (triton_forward, triton_backward_query, triton_backward_key):
+            stack.enter_context(mock.patch.object(module, "architecture", lambda _: arch))
+        stack.enter_context(mock.patch.object(triton_forward, "multiprocessors", lambda _: 132))
+        recorders = {name: Recorder(getattr(*place)) for name, place in KERNELS.items()}
+        for name, place in KERNELS.items():
+            stack.enter_context(mock.patch.object(*place, recorders[name]))
+        if case.startswith("backward"):
+            lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+            triton_backward.backward(q, lse, q, lse, *inputs)
+        else:
+            triton_forward.forward(*inputs)
+    return recorders[kernel]
+
+
+def _specialise(value: Any, path: tuple[int, ...], constants: dict, attributes: dict) -> Any:
+    """The type of an argument in Triton's signature; ones and None become constants, multiples of 16 are marked."""
+    if isinstance(value, Tensor):
+        attributes[path] = [["tt.divisibility", 16]]
+        return "*" + triton.runtime.jit.type_canonicalisation_dict[str(value.dtype).removeprefix("torch.")]
+    if isinstance(value, tuple):
+        return tuple(_specialise(v, (*path, i), constants, attributes) for i, v in enumerate(value))
+    if isinstance(value, float):
+        return "fp32"
+    if value is None or value == 1:
+        constants[path] = value
+        return "constexpr"
+    if value % 16 == 0:
+        attributes[path] = [["tt.divisibility", 16]]
+    return "i32" if value < 2**31 else "i64"
+
+
+def compile_case(case: str, kernel: str, pooled: bool, arch: int, head_dim: int, dtype: str) -> Report:
+    """Compiles one kernel; raises what Triton raises where that fails."""
+    launch = _record(case, kernel, pooled, arch, head_dim, DTYPES[dtype])
+    function, names = launch.kernel, launch.kernel.arg_names
+    options = {n: v for n, v in launch.keywords.items() if n not in names}
+    values = dict(zip(names, launch.arguments, strict=False)) | {
+        n: launch.keywords[n] for n in names if n in launch.keywords
+    }
+    signature, constants, attributes = {}, {}, {}
+    for i, name in enumerate(names):
+        if function.params[i].is_constexpr:
+            signature[name], constants[(i,)] = "constexpr", values[name]
+        else:
+            signature[name] = _specialise(values[name], (i,), constants, attributes)
+    source = ASTSource(function, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+    registers, spill_bytes = _resource_usage(compiled.asm["cubin"])
+    warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
+    tensor_memory = getattr(compiled.metadata, "tmem_size", 0)
+    blocks = min(
+        BLOCKS_PER_SM,
+        WARPS_PER_SM // warps,
+        REGISTERS_PER_SM // (triton.cdiv(32 * registers, REGISTER_UNIT) * REGISTER_UNIT * warps),
+        (SHARED_PER_BLOCK[arch] + SHARED_RESERVED) // (shared + SHARED_RESERVED),
+        TENSOR_MEMORY_COLUMNS // max(tensor_memory, 1),
+    )
+    mma = sorted(set(re.findall(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", compiled.asm["ptx"])))
+    return Report(
+        case=case,
+        arch=arch,
+        head_dim=head_dim,
+        dtype=dtype,
+        block_m=values.get("BLOCK_M"),
+        block_n=values.get("BLOCK_N"),
+        warps=warps,
+        stages=compiled.metadata.num_stages,
+        registers=registers,
+        spill_bytes=spill_bytes,
+        shared_bytes=shared,
+        warps_per_sm=blocks * warps,
+        mma=" ".join(mma),
+    )
+
+
+def _resource_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers per thread, and bytes of local memory per thread: what did not fit into registers."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
+    return registers, stack + local
+
+
+def all_cases() -> Iterator[tuple[str, str, bool, int, int, str]]:
+    """Arguments of compile_case for every kernel, architecture, head dimension and dtype."""
+    for case, arch, head_dim, dtype in product(CASES, ARCHITECTURES, HEAD_DIMS, DTYPES):
+        yield *case, arch, head_dim, dtype
