@@ -34,5 +34,6 @@ def test_compiles_within_limits(case, kernel, pooled, arch, head_dim, dtype):
         assert report.spill_bytes == 0
     if kernel in ("forward", "query", "key"):
         assert report.mma
-    if dtype != "float32" and case in ("forward", "forward pooled", "backward key"):
+    # the tiles of D = 256 are too small for the instructions of a whole warp group
+    if dtype != "float32" and head_dim <= 128 and case in ("forward", "forward pooled", "backward key"):
         assert TENSOR_CORES[arch] in report.mma
