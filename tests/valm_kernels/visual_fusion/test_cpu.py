@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -153,7 +155,15 @@ def test_same_bits_every_time_and_for_any_thread_count(name, dtype):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_after_fork():
-    """In a worker that a data loader forked (one thread there, as PyTorch sets it) after the parent's threads ran."""
+    """In a worker that a data loader forked (one thread there, as PyTorch sets it) after the parent's threads ran.
+
+    In a process of its own: what other tests loaded into this one (faiss has an OpenMP runtime too) need not survive.
+    """
+    code = f"from {__name__} import fork_and_compare; fork_and_compare()"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def fork_and_compare():
     problem = PROBLEMS["pooled"]
     expected = solve(problem.inputs(torch.float32), "cpu", cotangents(problem))["image_k"]
     child = os.fork()
