@@ -7,9 +7,9 @@ import os
 import sys
 from pathlib import Path
 
-# Idle OpenMP threads spin by default. A step of the demo's training (79 ms on two idle cores) then took 1,579 ms beside
-# another process that wanted the cores; sleeping threads take 105 ms on idle cores. The runtime reads this once, when
-# torch is imported, so it stands before everything else.
+# Idle OpenMP threads spin by default, and on few cores keep any other process's work, and so each other, from running.
+# Sleeping costs some speed where the cores are all ours; set the variable to "active" for that. The runtime reads it
+# once, when torch is imported, so it stands before everything else.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from valm.errors import ValmError
