@@ -1,0 +1,37 @@
+"""What several commands share: how one is declared, options, opening a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeAlias
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def command(
+    group: Commands, name: str, run: Callable[[argparse.Namespace], None], help: str
+) -> argparse.ArgumentParser:
+    """Declares the command `name` of `group`, which `run` carries out."""
+    added = group.add_parser(name, help=help, description=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    added.set_defaults(run=run)
+    return added
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def add_retrieval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--kb", type=Path, help="another knowledge base than the checkpoint was trained with")
+    parser.add_argument("--clip", help="the CLIP, where it is no longer where the knowledge base found it")
+
+
+def load_model(arguments: argparse.Namespace):
+    from valm.checkpoint import load_checkpoint
+
+    return load_checkpoint(arguments.model, kb=arguments.kb, clip=arguments.clip)
