@@ -7,20 +7,21 @@ import json
 import os
 import re
 import tarfile
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from valm.errors import ValmError
 from valm.retrieval.clip import Clip
 from valm.retrieval.encoding import Record, encode_records
 from valm.retrieval.knowledge_base import ImageKnowledgeBase
 from valm.retrieval.pictures import PICTURE_SUFFIXES, find_pictures, one_line, read_captions, utf8
-from valm.retrieval.shards import ITEM_SCHEMA, KnowledgeBaseWriter, Piece, clip_entry
+from valm.retrieval.sharded_build import Progress, ProgressBar, Run, ShardedBuild, Work, run_here
+from valm.retrieval.shards import ITEM_SCHEMA, WHAT, Piece, clip_entry, finish_knowledge_base, write_piece
 
 # Rows of embeddings that are normalised at once.
 BLOCK_ROWS = 1 << 16
@@ -37,6 +38,7 @@ def build_from_folder(
     thumbnails: int = 64,
     workers: int | None = None,
     progress: bool = True,
+    run: Run = run_here,
 ) -> ImageKnowledgeBase:
     """Encodes every picture under `folder` and writes a knowledge base to `out`.
 
@@ -45,6 +47,7 @@ def build_from_folder(
         was killed and run again is the same to the byte. A build that was already finished is opened.
     thumbnails: longer side of the small pictures that are kept; 0 keeps none.
     workers: processes that decode pictures; None chooses by the number of pictures and cores, 0 decodes here.
+    run: where the shards are encoded: here, or on the machines of a `valm.distributed.RayRun`.
     Pictures that cannot be read are left out and listed (`skipped()`).
     Raises ValmError for a folder that is missing or without (readable) pictures, and for an `out` that cannot be
     written or holds something else.
@@ -52,7 +55,8 @@ def build_from_folder(
     folder = Path(folder)
     pictures = find_pictures(folder)
     caption_of = read_captions(folder, pictures, Path(captions) if captions is not None else None)
-    records = [Record(utf8(picture), caption_of.get(picture, ""), folder / picture) for picture in pictures]
+    where = folder.absolute()  # another machine has another working directory
+    records = [Record(utf8(picture), caption_of.get(picture, ""), where / picture) for picture in pictures]
     fingerprint = hashlib.sha256()
     for record in records:
         fingerprint.update(json.dumps([record.uri, record.caption, record.file.stat().st_size]).encode())
@@ -64,15 +68,9 @@ def build_from_folder(
         "shard_size": shard_size,
         "thumbnails": thumbnails,
     }
-    writer = KnowledgeBaseWriter(out, plan, clip_entry(clip, out), clip.embed_dim)
-    if not writer.finished:
-        pieces = [records[start : start + shard_size] for start in range(0, len(records), shard_size)]
-        done = sum(map(len, pieces[: writer.pieces_done]))
-        with tqdm(total=len(records), initial=done, desc="encode", unit=" pictures", disable=not progress) as bar:
-            for piece in pieces[writer.pieces_done :]:
-                writer.add_piece(encode_records(piece, clip, batch_size, thumbnails, workers, bar))
-        writer.finish()
-    return ImageKnowledgeBase.open(out)
+    pieces = [records[start : start + shard_size] for start in range(0, len(records), shard_size)]
+    work = partial(_encode_shard, clip=clip, batch_size=batch_size, thumbnails=thumbnails, workers=workers)
+    return _build(out, plan, clip, work, pieces, ("encode", " pictures"), progress, run)
 
 
 def build_from_webdataset(
@@ -84,6 +82,7 @@ def build_from_webdataset(
     thumbnails: int = 64,
     workers: int | None = None,
     progress: bool = True,
+    run: Run = run_here,
 ) -> ImageKnowledgeBase:
     """Encodes the pictures in tar files, as img2dataset and webdataset write them; one shard for each tar.
 
@@ -98,7 +97,7 @@ def build_from_webdataset(
         tars = sorted(folder.glob("*.tar"))
         if not tars:
             raise ValmError(f"no tar files in {folder}; looked for files ending in .tar")
-    tars = [Path(tar) for tar in tars]
+    tars = [Path(tar).absolute() for tar in tars]
     plan = {
         "source": "webdataset",
         "fingerprint": _fingerprint(tars),
@@ -106,24 +105,12 @@ def build_from_webdataset(
         "batch_size": batch_size,
         "thumbnails": thumbnails,
     }
-    writer = KnowledgeBaseWriter(out, plan, clip_entry(clip, out), clip.embed_dim)
-    if not writer.finished:
-        first = writer.pieces_done
-        with tqdm(desc="encode", unit=" pictures", disable=not progress) as bar:
-            found = 0
-            for number, tar in enumerate(tars[first:], start=1):
-                records, damage = _read_tar(tar)
-                found += len(records)
-                # how many there will be, guessed from the tars seen so far
-                bar.total = round(found * (len(tars) - first) / number)
-                piece = encode_records(records, clip, batch_size, thumbnails, workers, bar)
-                writer.add_piece(piece._replace(skipped=piece.skipped + damage))
-        writer.finish()
-    return ImageKnowledgeBase.open(out)
+    work = partial(_encode_tar, clip=clip, batch_size=batch_size, thumbnails=thumbnails, workers=workers)
+    return _build(out, plan, clip, work, tars, ("encode", " pictures"), progress, run)
 
 
 def build_from_embeddings(
-    folder: str | os.PathLike, out: str | os.PathLike, clip: Clip, *, progress: bool = True
+    folder: str | os.PathLike, out: str | os.PathLike, clip: Clip, *, progress: bool = True, run: Run = run_here
 ) -> ImageKnowledgeBase:
     """A knowledge base of embeddings that are there already, in clip-retrieval's layout; one shard for each file.
 
@@ -134,7 +121,7 @@ def build_from_embeddings(
     Vectors are L2-normalised; one that is zero or not finite is skipped and listed.
     Raises ValmError where files are missing, do not fit together or are damaged.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()
     vector_files = sorted((folder / "img_emb").glob("*.npy"), key=_number)
     metadata = {_number(file): file for file in (folder / "metadata").glob("*.parquet")}
     if not vector_files:
@@ -144,12 +131,9 @@ def build_from_embeddings(
             raise ValmError(f"{file} has no metadata: expected metadata/metadata_{file.stem.split('_')[-1]}.parquet")
     files = [file for vectors in vector_files for file in (vectors, metadata[_number(vectors)])]
     plan = {"source": "embeddings", "fingerprint": _fingerprint(files), "clip": clip.weights_hash}
-    writer = KnowledgeBaseWriter(out, plan, clip_entry(clip, out), clip.embed_dim)
-    if not writer.finished:
-        for file in tqdm(vector_files[writer.pieces_done :], desc="copy", unit=" files", disable=not progress):
-            writer.add_piece(_embeddings_piece(file, metadata[_number(file)], clip.embed_dim))
-        writer.finish()
-    return ImageKnowledgeBase.open(out)
+    work = partial(_copy_embeddings, dim=clip.embed_dim)
+    pairs = [(file, metadata[_number(file)]) for file in vector_files]
+    return _build(out, plan, clip, work, pairs, ("copy", " vectors"), progress, run)
 
 
 def merge(parts: list[str | os.PathLike], out: str | os.PathLike, *, progress: bool = True) -> ImageKnowledgeBase:
@@ -172,15 +156,77 @@ def merge(parts: list[str | os.PathLike], out: str | os.PathLike, *, progress: b
     source = first["source"]
     if source is not None and (opened[0].path / source).is_dir():
         source = Path(os.path.relpath(opened[0].path / source, out)).as_posix()
-    writer = KnowledgeBaseWriter(out, plan, {**first, "source": source}, opened[0].dim)
-    if not writer.finished:
-        total = sum(len(kb.manifest["shards"]) for kb in opened)
-        pieces = (piece for kb in opened for piece in kb.pieces())
-        for number, piece in enumerate(tqdm(pieces, desc="merge", total=total, unit=" shards", disable=not progress)):
-            if number >= writer.pieces_done:
-                writer.add_piece(piece)
-        writer.finish()
+    build = ShardedBuild(out, WHAT, plan)
+    if not build.finished:
+        parts = [(kb, number) for kb in opened for number in range(len(kb.manifest["shards"]))]
+        with ProgressBar("merge", " pictures", len(parts) - len(build.done()), progress) as bar:
+            build.write(partial(_copy_shard, out=build.out), parts, run_here, bar)
+        finish_knowledge_base(build, {**first, "source": source}, opened[0].dim)
     return ImageKnowledgeBase.open(out)
+
+
+def _build(
+    out: str | os.PathLike,
+    plan: dict[str, Any],
+    clip: Clip,
+    work: Work,
+    parts: list[Any],
+    bar: tuple[str, str],
+    progress: bool,
+    run: Run,
+) -> ImageKnowledgeBase:
+    """Has `work` done for each of `parts`, a shard each, where it is not done yet; `bar` has its name and unit."""
+    build = ShardedBuild(out, WHAT, plan)
+    if not build.finished:
+        with ProgressBar(*bar, len(parts) - len(build.done()), progress) as shown:
+            build.write(partial(work, out=build.out.absolute()), parts, run, shown)
+        finish_knowledge_base(build, clip_entry(clip, out), clip.embed_dim)
+    return ImageKnowledgeBase.open(out)
+
+
+def _encode_shard(
+    number: int,
+    records: list[Record],
+    progress: Progress,
+    *,
+    out: Path,
+    clip: Clip,
+    batch_size: int,
+    thumbnails: int,
+    workers: int | None,
+) -> None:
+    write_piece(out, number, encode_records(records, clip, batch_size, thumbnails, workers, progress))
+
+
+def _encode_tar(
+    number: int,
+    tar: Path,
+    progress: Progress,
+    *,
+    out: Path,
+    clip: Clip,
+    batch_size: int,
+    thumbnails: int,
+    workers: int | None,
+) -> None:
+    records, damage = _read_tar(tar)
+    piece = encode_records(records, clip, batch_size, thumbnails, workers, progress)
+    write_piece(out, number, piece._replace(skipped=piece.skipped + damage))
+
+
+def _copy_embeddings(number: int, files: tuple[Path, Path], progress: Progress, *, out: Path, dim: int) -> None:
+    piece = _embeddings_piece(*files, dim)
+    progress.begin(len(piece.items) + len(piece.skipped))
+    write_piece(out, number, piece)
+    progress.advance(len(piece.items) + len(piece.skipped), len(piece.skipped))
+
+
+def _copy_shard(number: int, shard: tuple[ImageKnowledgeBase, int], progress: Progress, *, out: Path) -> None:
+    kb, shard_number = shard
+    piece = kb.piece(shard_number)
+    progress.begin(len(piece.items))
+    write_piece(out, number, piece)
+    progress.advance(len(piece.items))
 
 
 def _read_tar(path: Path) -> tuple[list[Record], list[dict[str, str]]]:

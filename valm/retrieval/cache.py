@@ -15,7 +15,7 @@ from valm.errors import ValmError
 from valm.files import read_json, writable_folder, write_json
 from valm.retrieval.knowledge_base import ImageKnowledgeBase
 from valm.retrieval.retriever import Retriever
-from valm.retrieval.shards import MANIFEST_FILE
+from valm.retrieval.sharded_build import MANIFEST_FILE
 
 FORMAT = "valm corpus retrieval"
 VERSION = 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from valm.retrieval.clip import Clip
 from valm.retrieval.pictures import one_line, read_picture, thumbnail_bytes
+from valm.retrieval.sharded_build import Progress
 from valm.retrieval.shards import ITEM_SCHEMA, Piece
 
 # Below this many pictures they are decoded in this process: starting others takes longer.
@@ -46,11 +45,13 @@ class _Decoded:
 
 
 def encode_records(
-    records: list[Record], clip: Clip, batch_size: int, thumbnails: int, workers: int | None, bar: tqdm
+    records: list[Record], clip: Clip, batch_size: int, thumbnails: int, workers: int | None, progress: Progress
 ) -> Piece:
-    """Decodes and encodes the pictures of `records`; arguments as in `build_from_folder`, `bar` is moved on."""
+    """Decodes and encodes the pictures of `records`; arguments as in `build_from_folder`."""
     if workers is None:
-        workers = min(os.cpu_count() or 1, MAX_WORKERS) if len(records) >= WORKERS_FROM_PICTURES else 0
+        # torch's threads and not the machine's cores: of those a Ray task has only some
+        workers = min(torch.get_num_threads(), MAX_WORKERS) if len(records) >= WORKERS_FROM_PICTURES else 0
+    progress.begin(len(records))
     vectors, items, small, skipped = [np.empty((0, clip.embed_dim), np.float32)], [], [], []
     decoder = _Decoder(records, clip, thumbnails)
     for batch, pixels in DataLoader(decoder, batch_size, collate_fn=_collate, num_workers=workers):
@@ -64,9 +65,7 @@ def encode_records(
             size = {"width": decoded.width, "height": decoded.height}
             items.append({"uri": record.uri, "caption": record.caption, **size})
             small.append(decoded.thumbnail)
-        bar.update(len(batch))
-        if skipped:
-            bar.set_postfix(skipped=len(skipped))
+        progress.advance(len(batch), skipped=sum(bool(decoded.reason) for decoded in batch))
     table = pa.Table.from_pylist(items, schema=ITEM_SCHEMA)
     return Piece(np.concatenate(vectors), table, small if thumbnails else None, skipped)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import io
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,8 @@ from valm.errors import ValmError
 from valm.files import read_json
 from valm.retrieval.clip import Clip
 from valm.retrieval.pictures import one_line
-from valm.retrieval.shards import (
-    BUILD_FILE,
-    FORMAT,
-    ITEM_SCHEMA,
-    MANIFEST_FILE,
-    VERSION,
-    Item,
-    Piece,
-    file_entry,
-)
+from valm.retrieval.sharded_build import MANIFEST_FILE, file_entry, files_of, open_array, open_manifest
+from valm.retrieval.shards import ITEM_SCHEMA, VERSION, WHAT, Item, Piece
 
 # Shards kept open at once: each memory map holds a file descriptor, and 1,024 is a common limit.
 OPEN_SHARDS = 256
@@ -57,31 +48,10 @@ class ImageKnowledgeBase:
         Raises ValmError, naming the file, where one of these is wrong.
         """
         path = Path(path)
-        if not path.is_dir():
-            raise ValmError(f"no knowledge base at {path}: there is no such folder")
-        if not (path / MANIFEST_FILE).exists():
-            unfinished = (path / BUILD_FILE).exists()
-            raise ValmError(
-                f"the knowledge base {path} is unfinished; run its build again, it goes on where it stopped"
-                if unfinished
-                else f"{path} is not a knowledge base: it has no {MANIFEST_FILE}; make one with `valm kb build`"
-            )
-        manifest = read_json(path / MANIFEST_FILE, "the manifest")
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-            raise ValmError(f"{path / MANIFEST_FILE} is not the manifest of a knowledge base")
-        if manifest.get("version") != VERSION:
-            raise ValmError(
-                f"the knowledge base {path} has format version {manifest.get('version')}, this valm reads {VERSION}"
-            )
+        manifest = open_manifest(path, WHAT, VERSION, "valm kb build")
         total = sum(shard["count"] for shard in manifest["shards"])
         if total != manifest["count"]:
             raise ValmError(f"{path / MANIFEST_FILE} says {manifest['count']} pictures, but its shards have {total}")
-        for entry in _files(manifest):
-            file = path / entry["name"]
-            found = file.stat().st_size if file.exists() else None
-            if found != entry["bytes"]:
-                state = "is missing" if found is None else f"has {found} bytes instead of {entry['bytes']}"
-                raise ValmError(f"the knowledge base {path} is damaged: {entry['name']} {state}; build it again")
         return cls(path, manifest)
 
     def __len__(self) -> int:
@@ -118,7 +88,7 @@ class ImageKnowledgeBase:
     def item(self, id: int) -> Item:
         """What is known of picture `id`. Raises IndexError for an id that is none."""
         shard, row = self._locate(id)
-        return Item(**self._table(shard, "items").slice(row, 1).to_pylist()[0])
+        return Item(id, **self._table(shard, "items").slice(row, 1).to_pylist()[0])
 
     def thumbnail(self, id: int) -> Image.Image | None:
         """The small picture of `id`, or None where the knowledge base was built without. IndexError as `item`."""
@@ -128,7 +98,7 @@ class ImageKnowledgeBase:
 
     def skipped(self) -> list[dict[str, str]]:
         """`uri` and `reason` of every picture of the source that could not be read."""
-        names = [entry["name"] for entry in _files(self.manifest) if entry["name"].startswith("skipped-")]
+        names = [entry["name"] for entry in files_of(self.manifest) if entry["name"].startswith("skipped-")]
         return [entry for name in names for entry in read_json(self.path / name, "the list of skipped pictures")]
 
     def check_encoder(self, clip: Clip) -> None:
@@ -158,22 +128,19 @@ class ImageKnowledgeBase:
 
     def verify(self, *, progress: bool = True) -> list[str]:
         """Reads every file and returns the names of those whose content is not what was written."""
-        files = tqdm(_files(self.manifest), desc="verify", unit=" files", disable=not progress)
+        files = tqdm(list(files_of(self.manifest)), desc="verify", unit=" files", disable=not progress)
         return [entry["name"] for entry in files if file_entry(self.path / entry["name"]) != entry]
 
-    def pieces(self) -> Iterator[Piece]:
-        """The pieces it was written from, one after the other: what `KnowledgeBaseWriter.add_piece` takes."""
-        shard = 0  # counts those with pictures, as everything else here does
-        for entry in self.manifest["shards"]:
-            names = [file["name"] for file in entry["files"] if file["name"].startswith("skipped-")]
-            skipped = [bad for name in names for bad in read_json(self.path / name, "the list of skipped pictures")]
-            if not entry["count"]:
-                yield Piece(np.empty((0, self.dim), np.float16), ITEM_SCHEMA.empty_table(), None, skipped)
-                continue
-            small = self._read_table(shard, "thumbnails")
-            items = self._read_table(shard, "items").select(ITEM_SCHEMA.names)
-            yield Piece(self._open_vectors(shard), items, None if small is None else small["jpeg"].to_pylist(), skipped)
-            shard += 1
+    def piece(self, number: int) -> Piece:
+        """What shard `number` of the manifest was written from, as `write_piece` takes it."""
+        entry = self.manifest["shards"][number]
+        names = [file["name"] for file in entry["files"] if file["name"].startswith("skipped-")]
+        skipped = [bad for name in names for bad in read_json(self.path / name, "the list of skipped pictures")]
+        if not entry["count"]:
+            return Piece(np.empty((0, self.dim), np.float16), ITEM_SCHEMA.empty_table(), None, skipped)
+        shard = self._shards.index(entry)
+        small, items = self._read_table(shard, "thumbnails"), self._read_table(shard, "items")
+        return Piece(self._open_vectors(shard), items, None if small is None else small["jpeg"].to_pylist(), skipped)
 
     def _start(self, shard: int) -> int:
         return int(self._ends[shard]) - self._shards[shard]["count"]
@@ -189,15 +156,7 @@ class ImageKnowledgeBase:
         return next((self.path / name for name in names if name.startswith(f"{kind}-")), None)
 
     def _open_vectors(self, shard: int) -> np.ndarray:
-        file = self._file(shard, "vectors")
-        expected = (self._shards[shard]["count"], self.dim)
-        try:
-            vectors = np.load(file, mmap_mode="r", allow_pickle=False)
-        except ValueError as error:
-            raise ValmError(f"{file} is damaged: {error}; build the knowledge base again") from error
-        if vectors.shape != expected or vectors.dtype != np.float16:
-            raise ValmError(f"{file} holds {vectors.dtype} {vectors.shape}, the manifest says float16 {expected}")
-        return vectors
+        return open_array(self._file(shard, "vectors"), (self._shards[shard]["count"], self.dim), np.float16)
 
     def _read_table(self, shard: int, kind: str) -> pa.Table | None:
         file = self._file(shard, kind)
@@ -207,7 +166,3 @@ class ImageKnowledgeBase:
             return pq.read_table(file, memory_map=True)
         except (pa.ArrowInvalid, OSError) as error:
             raise ValmError(f"{file} is damaged: {one_line(str(error))}; build the knowledge base again") from error
-
-
-def _files(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    return [entry for shard in manifest["shards"] for entry in shard["files"]]

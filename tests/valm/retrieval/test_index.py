@@ -11,7 +11,8 @@ from valm.retrieval.context import ContextEncoder
 from valm.retrieval.index import FaissIndex, build_index, choose_factory, recall
 from valm.retrieval.knowledge_base import ImageKnowledgeBase
 from valm.retrieval.retriever import Retriever
-from valm.retrieval.shards import ITEM_SCHEMA, KnowledgeBaseWriter, Piece, clip_entry
+from valm.retrieval.sharded_build import ShardedBuild
+from valm.retrieval.shards import ITEM_SCHEMA, WHAT, Piece, clip_entry, finish_knowledge_base, write_piece
 from valm_kernels import FlatIPIndex
 
 pytest.importorskip("faiss", reason="needs faiss: install valm[faiss]")
@@ -28,13 +29,14 @@ def random_directions(count, dim, seed, centres=40):
 
 @pytest.fixture
 def kb(clip, tmp_path):
-    writer = KnowledgeBaseWriter(tmp_path / "kb", {}, clip_entry(clip, tmp_path / "kb"), clip.embed_dim)
+    build = ShardedBuild(tmp_path / "kb", WHAT, {})
     vectors = random_directions(COUNT, clip.embed_dim, seed=0)
     for start in range(0, COUNT, 1000):
         items = [{"uri": str(row), "caption": "", "width": 1, "height": 1} for row in range(start, start + 1000)]
-        writer.add_piece(Piece(vectors[start : start + 1000], pa.Table.from_pylist(items, ITEM_SCHEMA), None, []))
-    writer.finish()
-    return ImageKnowledgeBase.open(writer.out)
+        piece = Piece(vectors[start : start + 1000], pa.Table.from_pylist(items, ITEM_SCHEMA), None, [])
+        write_piece(build.out, start // 1000, piece)
+    finish_knowledge_base(build, clip_entry(clip, build.out), clip.embed_dim)
+    return ImageKnowledgeBase.open(build.out)
 
 
 def queries(kb, count=400, seed=1):
