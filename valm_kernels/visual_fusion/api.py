@@ -65,7 +65,8 @@ def visual_fusion_attn(
         scale: factor of the scores, 1 / sqrt(D) by default.
         return_lse: return (out, lse) instead of out.
         impl: "auto" takes "triton" for CUDA tensors and "cpu" for CPU tensors. A name asks for exactly that
-            implementation: nothing ever falls back to another one.
+            implementation: nothing ever falls back to another one. With VALM_KERNELS_AUTOTUNE=1 in the environment
+            "triton" measures its tile sizes at the first call of each head dimension and dtype, and keeps them on disk.
 
     Returns:
         out (B, Hq, Tq, D) in the dtype of q; with return_lse also lse (B, Hq, Tq), float32 (float64 for float64

@@ -6,16 +6,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from valm_kernels.visual_fusion.triton_autotune import choose_tiles
 from valm_kernels.visual_fusion.triton_common import (
     LOG2E,
-    architecture,
     kernel_constants,
     load_lse,
     strides,
     tile_rows,
     visible_keys,
 )
-from valm_kernels.visual_fusion.triton_tiles import tiles_for
+from valm_kernels.visual_fusion.triton_tiles import Tiles
 
 # Queries per step of the scan of first_key. Chosen by arithmetic, not yet measured on a card.
 SCAN = 1024
@@ -210,28 +210,31 @@ def key_gradients(
     scale: float,
 ) -> None:
     """Fills dk and dv."""
-    batch, kv_heads, k_len, head_dim = k.shape
+    batch, kv_heads, k_len = k.shape[:3]
     constants = kernel_constants(q, k, causal)
-    tiles = tiles_for("key", architecture(q.device), head_dim, q.dtype)
-    _key_kernel[(triton.cdiv(k_len, tiles.block_n) * batch * kv_heads,)](
-        q,
-        k,
-        v,
-        first_key,
-        lse,
-        delta,
-        grad_out,
-        dk,
-        dv,
-        *(strides(x) for x in (q, k, v, grad_out, dk, dv)),
-        kv_heads,
-        q.shape[2],
-        k_len,
-        scale,
-        scale * LOG2E.value,
-        **constants,
-        BLOCK_M=max(tiles.block_m, constants["BLOCK_G"]),
-        BLOCK_N=tiles.block_n,
-        BLOCK_SCAN=SCAN,
-        **tiles.options(),
-    )
+
+    def launch(tiles: Tiles) -> None:
+        _key_kernel[(triton.cdiv(k_len, tiles.block_n) * batch * kv_heads,)](
+            q,
+            k,
+            v,
+            first_key,
+            lse,
+            delta,
+            grad_out,
+            dk,
+            dv,
+            *(strides(x) for x in (q, k, v, grad_out, dk, dv)),
+            kv_heads,
+            q.shape[2],
+            k_len,
+            scale,
+            scale * LOG2E.value,
+            **constants,
+            BLOCK_M=max(tiles.block_m, constants["BLOCK_G"]),
+            BLOCK_N=tiles.block_n,
+            BLOCK_SCAN=SCAN,
+            **tiles.options(),
+        )
+
+    launch(choose_tiles("key", q, launch))

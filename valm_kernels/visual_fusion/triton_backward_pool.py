@@ -14,9 +14,10 @@ from torch import Tensor
 from valm_kernels.visual_fusion.triton_common import strides
 from valm_kernels.visual_fusion.triton_tiles import block_d
 
-# Slots per step of a program, and its warps. Chosen by arithmetic, not yet measured on a card.
+# Slots per step of a program, and the columns of a row that one of its warps sums: at least two warps. Chosen by the
+# registers that the compiler reports, not yet measured on a card.
 SLOTS = 16
-WARPS = 2
+COLUMNS_PER_WARP = 64
 
 
 @triton.jit
@@ -111,6 +112,6 @@ def pool_gradients(
         G=q.shape[1] // kv_heads,
         BLOCK_D=block_d(head_dim),
         BLOCK_E=SLOTS,
-        num_warps=WARPS,
+        num_warps=max(2, block_d(head_dim) // COLUMNS_PER_WARP),
         enable_fp_fusion=True,
     )

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from valm_kernels.visual_fusion.triton_autotune import choose_tiles
 from valm_kernels.visual_fusion.triton_common import (
     LOG2E,
-    architecture,
     image_rows,
     image_strides,
     kernel_constants,
@@ -22,7 +22,7 @@ from valm_kernels.visual_fusion.triton_common import (
     tile_rows,
     visible_keys,
 )
-from valm_kernels.visual_fusion.triton_tiles import tiles_for
+from valm_kernels.visual_fusion.triton_tiles import Tiles
 
 
 @triton.jit
@@ -275,50 +275,52 @@ def query_gradients(
     pooled = image_index is not None
     constants = kernel_constants(q, k, causal)
     block_g = constants["BLOCK_G"]
-    tiles = tiles_for("query", architecture(q.device), head_dim, q.dtype)
-    block_m = max(tiles.block_m, block_g)
-    row_tiles = triton.cdiv(q_len * block_g, block_m)
     images = num_images(image_k, image_index)
 
     def scratch(wanted: bool, *size: int) -> Tensor | None:
         return torch.empty(size, dtype=torch.float32, device=q.device) if wanted else None
 
-    results = QueryResults(
-        delta=scratch(True, batch, q_heads, q_len),
-        image_dt=scratch(pooled, batch, q_heads, images, q_len),
-        image_b=scratch(pooled, batch, q_heads, images, q_len),
-        image_k_bias=scratch(image_k_bias is not None, row_tiles, batch, kv_heads, head_dim),
-        image_v_bias=scratch(image_v_bias is not None, row_tiles, batch, kv_heads, head_dim),
-        image_logit_bias=scratch(image_logit_bias is not None, row_tiles, batch, kv_heads, block_g),
-    )
-    _query_kernel[(row_tiles * batch * kv_heads,)](
-        *inputs,
-        out,
-        lse,
-        grad_out,
-        grad_lse,
-        dq,
-        results.delta,
-        dimage_k,
-        dimage_v,
-        results.image_dt,
-        results.image_b,
-        results.image_k_bias,
-        results.image_v_bias,
-        results.image_logit_bias,
-        *(strides(x) for x in (q, k, v)),
-        *(image_strides(x, pooled) for x in (image_k, image_v)),
-        *(strides(x) for x in (out, grad_out, dq)),
-        *(image_strides(x, pooled) for x in (dimage_k, dimage_v)),
-        kv_heads,
-        q_len,
-        k_len,
-        images,
-        scale,
-        scale * LOG2E.value,
-        **constants,
-        BLOCK_M=block_m,
-        BLOCK_N=tiles.block_n,
-        **tiles.options(),
-    )
-    return results
+    def launch(tiles: Tiles) -> QueryResults:
+        block_m = max(tiles.block_m, block_g)
+        row_tiles = triton.cdiv(q_len * block_g, block_m)
+        results = QueryResults(
+            delta=scratch(True, batch, q_heads, q_len),
+            image_dt=scratch(pooled, batch, q_heads, images, q_len),
+            image_b=scratch(pooled, batch, q_heads, images, q_len),
+            image_k_bias=scratch(image_k_bias is not None, row_tiles, batch, kv_heads, head_dim),
+            image_v_bias=scratch(image_v_bias is not None, row_tiles, batch, kv_heads, head_dim),
+            image_logit_bias=scratch(image_logit_bias is not None, row_tiles, batch, kv_heads, block_g),
+        )
+        _query_kernel[(row_tiles * batch * kv_heads,)](
+            *inputs,
+            out,
+            lse,
+            grad_out,
+            grad_lse,
+            dq,
+            results.delta,
+            dimage_k,
+            dimage_v,
+            results.image_dt,
+            results.image_b,
+            results.image_k_bias,
+            results.image_v_bias,
+            results.image_logit_bias,
+            *(strides(x) for x in (q, k, v)),
+            *(image_strides(x, pooled) for x in (image_k, image_v)),
+            *(strides(x) for x in (out, grad_out, dq)),
+            *(image_strides(x, pooled) for x in (dimage_k, dimage_v)),
+            kv_heads,
+            q_len,
+            k_len,
+            images,
+            scale,
+            scale * LOG2E.value,
+            **constants,
+            BLOCK_M=block_m,
+            BLOCK_N=tiles.block_n,
+            **tiles.options(),
+        )
+        return results
+
+    return launch(choose_tiles("query", q, launch))

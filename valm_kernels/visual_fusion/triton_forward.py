@@ -23,10 +23,10 @@ import triton.language as tl
 from torch import Tensor
 
 from valm_kernels.visual_fusion.layout import empty_rows_like
+from valm_kernels.visual_fusion.triton_autotune import choose_tiles
 from valm_kernels.visual_fusion.triton_common import (
     LN2,
     LOG2E,
-    architecture,
     image_rows,
     image_strides,
     kernel_constants,
@@ -38,7 +38,7 @@ from valm_kernels.visual_fusion.triton_common import (
     tile_rows,
     visible_keys,
 )
-from valm_kernels.visual_fusion.triton_tiles import tiles_for
+from valm_kernels.visual_fusion.triton_tiles import Tiles
 
 # A row's running maximum before its first key. Finite, so that 2^(-inf - m) is 0 and not NaN while no key was seen.
 NO_SCORE = tl.constexpr(-1.0e30)
@@ -291,55 +291,57 @@ def forward(
     kv_heads, k_len = k.shape[1:3]
     constants = kernel_constants(q, k, causal)
     block_g = constants["BLOCK_G"]
-    decode = q_len * block_g <= DECODE_ROWS
-    tiles = tiles_for("decode" if decode else "forward", architecture(q.device), head_dim, q.dtype)
-    block_m = max(tiles.block_m, block_g)
-    programs = triton.cdiv(q_len * block_g, block_m) * batch * kv_heads
-    splits = key_splits(programs, k_len, multiprocessors(q.device))
-    keys_per_split = triton.cdiv(triton.cdiv(k_len, splits), tiles.block_n) * tiles.block_n
-    splits = triton.cdiv(k_len, keys_per_split)
-
+    kernel = "decode" if q_len * block_g <= DECODE_ROWS else "forward"
     lse = torch.empty(batch, q_heads, q_len, dtype=torch.float32, device=q.device)
-    if splits == 1:
-        out_part, lse_part = out.unsqueeze(0), lse
-    else:
-        out_part = torch.empty(splits, *q.shape, dtype=torch.float32, device=q.device)
-        lse_part = torch.empty(splits, *lse.shape, dtype=torch.float32, device=q.device)
-    with torch.cuda.device_of(q):
-        _forward_kernel[(programs, splits)](
-            *inputs,
-            out_part,
-            lse_part,
-            *(strides(x) for x in (q, k, v)),
-            *(image_strides(x, image_index is not None) for x in (image_k, image_v)),
-            out_part.stride()[:4],
-            kv_heads,
-            q_len,
-            k_len,
-            num_images(image_k, image_index),
-            keys_per_split,
-            scale * LOG2E.value,
-            **constants,
-            BLOCK_M=block_m,
-            BLOCK_N=tiles.block_n,
-            **tiles.options(),
-        )
-        if splits > 1:
-            rows = lse.numel()
-            _merge_kernel[(rows,)](
+
+    def launch(tiles: Tiles) -> None:
+        block_m = max(tiles.block_m, block_g)
+        programs = triton.cdiv(q_len * block_g, block_m) * batch * kv_heads
+        splits = key_splits(programs, k_len, multiprocessors(q.device))
+        keys_per_split = triton.cdiv(triton.cdiv(k_len, splits), tiles.block_n) * tiles.block_n
+        splits = triton.cdiv(k_len, keys_per_split)
+        if splits == 1:
+            out_part, lse_part = out.unsqueeze(0), lse
+        else:
+            out_part = torch.empty(splits, *q.shape, dtype=torch.float32, device=q.device)
+            lse_part = torch.empty(splits, *lse.shape, dtype=torch.float32, device=q.device)
+        with torch.cuda.device_of(q):
+            _forward_kernel[(programs, splits)](
+                *inputs,
                 out_part,
                 lse_part,
-                out,
-                lse,
-                strides(out),
-                q_heads,
+                *(strides(x) for x in (q, k, v)),
+                *(image_strides(x, image_index is not None) for x in (image_k, image_v)),
+                out_part.stride()[:4],
+                kv_heads,
                 q_len,
-                rows,
-                splits,
-                D=head_dim,
-                BLOCK_D=constants["BLOCK_D"],
-                BLOCK_S=triton.next_power_of_2(splits),
-                num_warps=1,
-                enable_fp_fusion=True,
+                k_len,
+                num_images(image_k, image_index),
+                keys_per_split,
+                scale * LOG2E.value,
+                **constants,
+                BLOCK_M=block_m,
+                BLOCK_N=tiles.block_n,
+                **tiles.options(),
             )
+            if splits > 1:
+                rows = lse.numel()
+                _merge_kernel[(rows,)](
+                    out_part,
+                    lse_part,
+                    out,
+                    lse,
+                    strides(out),
+                    q_heads,
+                    q_len,
+                    rows,
+                    splits,
+                    D=head_dim,
+                    BLOCK_D=constants["BLOCK_D"],
+                    BLOCK_S=triton.next_power_of_2(splits),
+                    num_warps=1,
+                    enable_fp_fusion=True,
+                )
+
+    launch(choose_tiles(kernel, q, launch))
     return out, lse

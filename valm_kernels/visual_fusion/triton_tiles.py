@@ -2,8 +2,8 @@
 
 Not yet measured on a card. Each entry was chosen by what the compiler reports (docs/triton_compile.csv): of the
 candidates that spill no register and leave at least eight warps resident per multiprocessor, the one whose tiles reuse
-most. Where float32 at D = 256 has no such candidate, the smallest tiles stand; the table has their figures. The 16-bit
-entries were compiled in float16.
+most. Where float32 at D = 256 has no such candidate, the smallest tiles stand; the table has their figures.
+VALM_KERNELS_AUTOTUNE=1 measures around these entries on the card that is there (triton_autotune.py).
 """
 
 from __future__ import annotations

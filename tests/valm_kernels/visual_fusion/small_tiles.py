@@ -3,15 +3,14 @@
 import pytest
 
 from tests.valm_kernels.visual_fusion.problems import Problem
-from valm_kernels.visual_fusion import triton_backward_key, triton_backward_query, triton_forward
+from valm_kernels.visual_fusion import triton_autotune, triton_backward_key, triton_forward
 from valm_kernels.visual_fusion.triton_tiles import Tiles
 
 
 def use_small_tiles(monkeypatch: pytest.MonkeyPatch, problem: Problem) -> None:
     """Gives every kernel tiles of about a third of the problem, and decoding splits of 32 keys."""
     block = 16 if problem.num_keys <= 48 else 32 if problem.num_keys <= 96 else 64
-    for module in (triton_forward, triton_backward_query, triton_backward_key):
-        monkeypatch.setattr(module, "tiles_for", lambda *_: Tiles(block, block, num_warps=4, num_stages=2))
+    monkeypatch.setattr(triton_autotune, "tiles_for", lambda *_: Tiles(block, block, num_warps=4, num_stages=2))
     monkeypatch.setattr(triton_backward_key, "SCAN", 64)
     monkeypatch.setattr(triton_forward, "multiprocessors", lambda _: 8)
     monkeypatch.setattr(triton_forward, "MIN_KEYS_PER_SPLIT", 32)

@@ -11,6 +11,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from tests.valm_kernels.visual_fusion.problems import PROBLEMS, Problem, assert_solves
 from tests.valm_kernels.visual_fusion.small_tiles import use_small_tiles
 from valm_kernels import visual_fusion_attn
+from valm_kernels.visual_fusion import triton_autotune
 
 # Between them they take every branch of the kernels; the other problems are slow here.
 QUICK = {
@@ -39,6 +40,26 @@ def test_agrees_with_float64_reference(monkeypatch, name):
 def test_agrees_in_float16(monkeypatch, name):
     use_small_tiles(monkeypatch, PROBLEMS[name])
     assert_solves("triton", PROBLEMS[name], torch.float16, with_lse=False)
+
+
+def test_tuned_launches_agree_with_float64_reference(monkeypatch, tmp_path):
+    """Every launcher may run many times, with other tiles each time, and the last choice gives the result."""
+    problem = Problem(batch=1, query_heads=2, kv_heads=1, num_queries=20, num_images=2, pool_size=3)
+    use_small_tiles(monkeypatch, problem)
+    monkeypatch.setattr(triton_autotune, "AUTOTUNE", True)
+    monkeypatch.setattr(triton_autotune, "_chosen", {})
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    times = iter(range(0, -1000, -1))  # the last candidate is the fastest
+
+    def do_bench(function, return_mode):
+        function()
+        return next(times)
+
+    monkeypatch.setattr(triton_autotune.triton.testing, "do_bench", do_bench)
+    assert_solves("triton", problem, torch.float32)
+    assert {key[0]: tiles.num_stages for key, tiles in triton_autotune._chosen.items()} == dict.fromkeys(
+        ("forward", "query", "key"), 3
+    )
 
 
 def gradients(inputs, grad_out):

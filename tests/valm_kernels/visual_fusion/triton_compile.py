@@ -3,16 +3,24 @@
 The launchers run on meta tensors with every kernel replaced by a recorder; each recorded launch is compiled ahead of
 time exactly as Triton would specialise it for a card of the architecture. Triton keeps what it compiled, by the hash of
 source and options, in its own cache.
+
+The figures of one Triton version are kept in docs/triton_compile.csv. Where a kernel or its tiles changed on purpose,
+this writes the table anew, in a few minutes:
+
+    python -m tests.valm_kernels.visual_fusion.triton_compile
 """
 
 from __future__ import annotations
 
+import csv
+import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,10 +29,12 @@ from unittest import mock
 import torch
 import triton
 from torch import Tensor
+from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from valm_kernels.visual_fusion import (
+    triton_autotune,
     triton_backward,
     triton_backward_key,
     triton_backward_pool,
@@ -32,6 +42,7 @@ from valm_kernels.visual_fusion import (
     triton_forward,
 )
 
+TABLE = Path(__file__).parents[3] / "docs" / "triton_compile.csv"
 ARCHITECTURES = (80, 90, 100)
 HEAD_DIMS = (64, 128, 256)
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -66,7 +77,7 @@ SHARED_RESERVED = 1024
 
 @dataclass(frozen=True)
 class Report:
-    """One compiled kernel: how it was launched and what the compiler says of it."""
+    """One compiled kernel: how it was launched and what the compiler says of it. A row of the table."""
 
     case: str
     arch: int
@@ -124,8 +135,7 @@ def _record(case: str, kernel: str, pooled: bool, arch: int, head_dim: int, dtyp
     inputs = _meta_inputs(head_dim, dtype, pooled, decode=case.startswith("decode"))
     q = inputs[0]
     with ExitStack() as stack:
-        for module in (triton_forward, triton_backward_query, triton_backward_key):
-            stack.enter_context(mock.patch.object(module, "architecture", lambda _: arch))
+        stack.enter_context(mock.patch.object(triton_autotune, "architecture", lambda _: arch))
         stack.enter_context(mock.patch.object(triton_forward, "multiprocessors", lambda _: 132))
         recorders = {name: Recorder(getattr(*place)) for name, place in KERNELS.items()}
         for name, place in KERNELS.items():
@@ -155,6 +165,7 @@ def _specialise(value: Any, path: tuple[int, ...], constants: dict, attributes: 
     return "i32" if value < 2**31 else "i64"
 
 
+@cache
 def compile_case(case: str, kernel: str, pooled: bool, arch: int, head_dim: int, dtype: str) -> Report:
     """Compiles one kernel; raises what Triton raises where that fails."""
     launch = _record(case, kernel, pooled, arch, head_dim, DTYPES[dtype])
@@ -212,6 +223,37 @@ def _resource_usage(cubin: bytes) -> tuple[int, int]:
 
 
 def all_cases() -> Iterator[tuple[str, str, bool, int, int, str]]:
-    """Arguments of compile_case for every kernel, architecture, head dimension and dtype."""
+    """Arguments of compile_case for every row of the table."""
     for case, arch, head_dim, dtype in product(CASES, ARCHITECTURES, HEAD_DIMS, DTYPES):
         yield *case, arch, head_dim, dtype
+
+
+def read_table() -> tuple[str, dict[tuple[str, int, int, str], Report]]:
+    """The Triton version of the table, and its rows by (case, arch, head_dim, dtype)."""
+
+    def cell(name: str, text: str) -> str | int | None:
+        if name in ("case", "dtype", "mma"):
+            return text
+        return int(text) if text else None
+
+    with TABLE.open() as file:
+        version = file.readline().removeprefix("# Triton ").strip()
+        rows = [Report(**{name: cell(name, text) for name, text in row.items()}) for row in csv.DictReader(file)]
+    return version, {(row.case, row.arch, row.head_dim, row.dtype): row for row in rows}
+
+
+def write_table() -> None:
+    rows = [compile_case(*case) for case in tqdm(list(all_cases()), unit="kernel")]
+    partial = TABLE.with_suffix(".tmp")
+    with partial.open("w", newline="") as file:
+        file.write(f"# Triton {triton.__version__}\n")
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(field.name for field in fields(Report))
+        writer.writerows(astuple(row) for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, TABLE)
+
+
+if __name__ == "__main__":
+    write_table()

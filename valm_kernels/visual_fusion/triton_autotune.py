@@ -1,0 +1,99 @@
+"""Which tiles a kernel is launched with: those of the table, or, only where tuning is asked for, the fastest of a few.
+
+VALM_KERNELS_AUTOTUNE=1, set before Python starts, measures at the first launch of each (kernel, architecture, head
+dimension, dtype) the candidates around the table's entry on the tensors of that launch: a few seconds each, most of
+them compilation. The choice is kept in Triton's cache folder (TRITON_CACHE_DIR) and read from there by later processes;
+changed kernels or another version of Triton are measured anew. Other tiles add in another order, so results agree to
+the bit only between runs with the same choice. A CUDA graph is captured after a first launch outside of it, as always.
+
+triton.autotune tunes one launch with fixed arguments. Here the number of splits and the size of the scratch tensors
+depend on the tiles, so the whole launcher is what is measured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.cache import get_cache_manager
+from triton.runtime.errors import OutOfResources, PTXASError
+
+from valm_kernels.visual_fusion.triton_common import architecture
+from valm_kernels.visual_fusion.triton_tiles import Tiles, tiles_for
+
+AUTOTUNE = os.environ.get("VALM_KERNELS_AUTOTUNE") == "1"
+MAX_BLOCK, MAX_STAGES = 128, 4
+
+_chosen: dict[tuple[str, int, int, torch.dtype], Tiles] = {}
+
+
+def choose_tiles(kernel: str, q: Tensor, launch: Callable[[Tiles], Any]) -> Tiles:
+    """Tiles for `kernel` ("forward", "decode", "query", "key") on q's device, at its head dimension and dtype.
+
+    launch runs the kernel with given tiles, any number of times with the same result; only tuning calls it.
+    """
+    arch, head_dim = architecture(q.device), q.shape[3]
+    tiles = tiles_for(kernel, arch, head_dim, q.dtype)
+    if not AUTOTUNE:
+        return tiles
+    key = (kernel, arch, head_dim, q.dtype)
+    if key not in _chosen:
+        with torch.cuda.device_of(q):
+            _chosen[key] = _fastest(key, list(candidates(tiles)), launch)
+    return _chosen[key]
+
+
+def candidates(tiles: Tiles) -> Iterator[Tiles]:
+    """The given tiles, and those that differ from them in one property."""
+    yield tiles
+    for block in ("block_m", "block_n"):
+        size = getattr(tiles, block)
+        if size > 16:  # the least that tile products take
+            yield replace(tiles, **{block: size // 2})
+        if size < MAX_BLOCK:
+            yield replace(tiles, **{block: size * 2})
+    yield replace(tiles, num_warps=4 if tiles.num_warps == 8 else 8)
+    if tiles.num_stages > 1:
+        yield replace(tiles, num_stages=tiles.num_stages - 1)
+    if tiles.num_stages < MAX_STAGES:
+        yield replace(tiles, num_stages=tiles.num_stages + 1)
+
+
+def _fastest(key: tuple[Any, ...], tiles: list[Tiles], launch: Callable[[Tiles], Any]) -> Tiles:
+    """The fastest of the tiles, from Triton's cache folder where they have been measured before."""
+    identity = "-".join(map(str, (triton.__version__, _source_hash(), *key, *tiles)))
+    folder = get_cache_manager(hashlib.sha256(identity.encode()).hexdigest())
+    name = f"visual_fusion_{key[0]}.tiles.json"
+    known = folder.get_file(name)
+    if known is not None:
+        return Tiles(**json.loads(Path(known).read_text())["tiles"])
+    milliseconds = [_measure(launch, candidate) for candidate in tiles]
+    best = min(zip(milliseconds, tiles, strict=True), key=lambda pair: pair[0])[1]
+    measured = [{**asdict(t), "milliseconds": ms} for t, ms in zip(tiles, milliseconds, strict=True)]
+    folder.put(
+        json.dumps({"key": list(map(str, key)), "tiles": asdict(best), "measured": measured}), name, binary=False
+    )
+    return best
+
+
+def _measure(launch: Callable[[Tiles], Any], tiles: Tiles) -> float:
+    """Median milliseconds of a launch; infinity where the card has too little shared memory or too few registers."""
+    try:
+        return triton.testing.do_bench(lambda: launch(tiles), return_mode="median")
+    except (OutOfResources, PTXASError):
+        return float("inf")
+
+
+@cache
+def _source_hash() -> str:
+    sources = sorted(Path(__file__).parent.glob("triton_*.py"))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
