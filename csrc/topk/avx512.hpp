@@ -30,12 +30,15 @@ struct Vector {
         const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
         return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))};
     }
+    static Vector load_int(const int32_t* p) { return {_mm512_cvtepi32_ps(_mm512_loadu_si512(p))}; }
     void store(float* p) const { _mm512_storeu_ps(p, v); }
     friend Vector operator+(Vector a, Vector b) { return {_mm512_add_ps(a.v, b.v)}; }
     friend Vector operator-(Vector a, Vector b) { return {_mm512_sub_ps(a.v, b.v)}; }
     friend Vector operator*(Vector a, Vector b) { return {_mm512_mul_ps(a.v, b.v)}; }
     static Vector fma(Vector a, Vector b, Vector c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
     static Vector max(Vector a, Vector b) { return {_mm512_max_ps(a.v, b.v)}; }
+    // A bit for each lane where not a < b.
+    static uint32_t not_below(Vector a, Vector b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLT_UQ); }
     Vector abs() const { return {_mm512_abs_ps(v)}; }
     float largest() const { return _mm512_reduce_max_ps(v); }
     float sum() const { return _mm512_reduce_add_ps(v); }
@@ -55,34 +58,13 @@ struct Vector {
     static __m512d high(Vector a) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1)); }
 };
 
-// What remains of a pass once g.c is there: first_pass.hpp's `upper` and its test. The sums come in memory, so that
-// the loops before can keep theirs in registers.
-inline uint32_t keep(const int32_t (*sums)[kPanelRows], const float* stats, const Tile& tile, Kept& kept) {
-    uint32_t kept_queries = 0;
-    for (int j = 0; j < tile.count; ++j) {
-        __m512 upper[2];
-        uint32_t mask = 0;
-        for (int half = 0; half < 2; ++half) {
-            const float* rows = stats + half * 16;
-            upper[half] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sums[j] + half * 16)),
-                                        _mm512_loadu_ps(rows + kStep * kPanelRows));
-            upper[half] = _mm512_fmadd_ps(_mm512_set1_ps(tile.along[j]), _mm512_loadu_ps(rows + kAlong * kPanelRows),
-                                          upper[half]);
-            upper[half] = _mm512_fmadd_ps(_mm512_set1_ps(tile.length[j]), _mm512_loadu_ps(rows + kLength * kPanelRows),
-                                          upper[half]);
-            upper[half] = _mm512_fmadd_ps(_mm512_set1_ps(tile.error[j]), _mm512_loadu_ps(rows + kError * kPanelRows),
-                                          upper[half]);
-            const __mmask16 bits = _mm512_cmp_ps_mask(upper[half], _mm512_set1_ps(tile.theta[j]), _CMP_NLT_UQ);
-            mask |= static_cast<uint32_t>(bits) << (half * 16);
-        }
-        if (mask == 0) continue;
-        kept_queries |= 1u << j;
-        kept.mask[j] = mask;
-        _mm512_storeu_ps(kept.upper[j], upper[0]);
-        _mm512_storeu_ps(kept.upper[j] + 16, upper[1]);
-    }
-    return kept_queries;
-}
+// Sixteen 32-bit sums.
+struct Integers {
+    __m512i v;
+
+    static Integers all(int32_t value) { return {_mm512_set1_epi32(value)}; }
+    void store(int32_t* p) const { _mm512_store_si512(p, v); }
+};
 
 }  // namespace
 }  // namespace valm

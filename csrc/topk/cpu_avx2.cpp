@@ -30,12 +30,17 @@ struct Vector {
         const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
         return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes))};
     }
+    static Vector load_int(const int32_t* p) {
+        return {_mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+    }
     void store(float* p) const { _mm256_storeu_ps(p, v); }
     friend Vector operator+(Vector a, Vector b) { return {_mm256_add_ps(a.v, b.v)}; }
     friend Vector operator-(Vector a, Vector b) { return {_mm256_sub_ps(a.v, b.v)}; }
     friend Vector operator*(Vector a, Vector b) { return {_mm256_mul_ps(a.v, b.v)}; }
     static Vector fma(Vector a, Vector b, Vector c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
     static Vector max(Vector a, Vector b) { return {_mm256_max_ps(a.v, b.v)}; }
+    // A bit for each lane where not a < b.
+    static uint32_t not_below(Vector a, Vector b) { return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_NLT_UQ)); }
     Vector abs() const { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), v)}; }
     float largest() const {
         const __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -64,69 +69,30 @@ struct Vector {
     static __m256d high(Vector a) { return _mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1)); }
 };
 
-// Sixteen rows, half of a panel: two registers of sums a query, and four of codes.
-template <int kQueries>
-void pass_half(const uint8_t* codes, const float* stats, int64_t steps, const Tile& tile, int half, Kept& kept) {
-    const __m256i bytes_0_and_2 = _mm256_set1_epi32(0x00ff00ff);
-    __m256i sums[kQueries][2];
-    for (int j = 0; j < kQueries; ++j) sums[j][0] = sums[j][1] = _mm256_set1_epi32(tile.start[j]);
-    const int32_t* g = static_cast<const int32_t*>(tile.codes);  // pairs: elements 0 and 2, then 1 and 3
-    for (int64_t step = 0; step < steps; ++step, g += kQueries * 2) {
-        const uint8_t* rows = codes + step * kPanelRows * 4 + half * 64;
-        const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows));
-        const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows + 32));
-        const __m256i even[2] = {_mm256_and_si256(low, bytes_0_and_2), _mm256_and_si256(high, bytes_0_and_2)};
-        const __m256i odd[2] = {_mm256_srli_epi16(low, 8), _mm256_srli_epi16(high, 8)};
-        for (int j = 0; j < kQueries; ++j) {
-            const __m256i g_even = _mm256_set1_epi32(g[j * 2]), g_odd = _mm256_set1_epi32(g[j * 2 + 1]);
-            for (int i = 0; i < 2; ++i) {
-                sums[j][i] = _mm256_add_epi32(sums[j][i], _mm256_madd_epi16(even[i], g_even));
-                sums[j][i] = _mm256_add_epi32(sums[j][i], _mm256_madd_epi16(odd[i], g_odd));
-            }
-        }
-    }
-    for (int j = 0; j < kQueries; ++j) {
-        for (int i = 0; i < 2; ++i) {
-            const int first = half * 16 + i * 8;
-            const float* rows = stats + first;
-            __m256 upper = _mm256_mul_ps(_mm256_cvtepi32_ps(sums[j][i]), _mm256_loadu_ps(rows + kStep * kPanelRows));
-            upper = _mm256_fmadd_ps(_mm256_set1_ps(tile.along[j]), _mm256_loadu_ps(rows + kAlong * kPanelRows), upper);
-            upper =
-                _mm256_fmadd_ps(_mm256_set1_ps(tile.length[j]), _mm256_loadu_ps(rows + kLength * kPanelRows), upper);
-            upper = _mm256_fmadd_ps(_mm256_set1_ps(tile.error[j]), _mm256_loadu_ps(rows + kError * kPanelRows), upper);
-            const __m256 bits = _mm256_cmp_ps(upper, _mm256_set1_ps(tile.theta[j]), _CMP_NLT_UQ);
-            kept.mask[j] |= static_cast<uint32_t>(_mm256_movemask_ps(bits)) << first;
-            _mm256_storeu_ps(kept.upper[j] + first, upper);
-        }
-    }
-}
+struct Codes {
+    struct Sum {
+        __m256i v;
 
-template <int kQueries>
-uint32_t pass_tile(const uint8_t* codes, const float* stats, int64_t steps, const Tile& tile, Kept& kept) {
-    for (int j = 0; j < kQueries; ++j) kept.mask[j] = 0;
-    pass_half<kQueries>(codes, stats, steps, tile, 0, kept);
-    pass_half<kQueries>(codes, stats, steps, tile, 1, kept);
-    uint32_t kept_queries = 0;
-    for (int j = 0; j < kQueries; ++j) kept_queries |= static_cast<uint32_t>(kept.mask[j] != 0) << j;
-    return kept_queries;
-}
+        static Sum all(int32_t value) { return {_mm256_set1_epi32(value)}; }
+        void store(int32_t* p) const { _mm256_store_si256(reinterpret_cast<__m256i*>(p), v); }
+    };
+    static constexpr int kRows = 8, kWords = 2;
+    __m256i even, odd;  // elements 0 and 2, 1 and 3, as the query's words
 
-uint32_t pass(const uint8_t* codes, const float* stats, int64_t steps, const Tile& tile, Kept& kept) {
-    switch (tile.count) {
-        case 1:
-            return pass_tile<1>(codes, stats, steps, tile, kept);
-        case 2:
-            return pass_tile<2>(codes, stats, steps, tile, kept);
-        case 3:
-            return pass_tile<3>(codes, stats, steps, tile, kept);
-        default:
-            return pass_tile<4>(codes, stats, steps, tile, kept);
+    explicit Codes(const uint8_t* p) {
+        const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+        even = _mm256_and_si256(bytes, _mm256_set1_epi32(0x00ff00ff));
+        odd = _mm256_srli_epi16(bytes, 8);
     }
-}
+    void add(const int32_t* query, Sum& sum) const {
+        sum.v = _mm256_add_epi32(sum.v, _mm256_madd_epi16(even, _mm256_set1_epi32(query[0])));
+        sum.v = _mm256_add_epi32(sum.v, _mm256_madd_epi16(odd, _mm256_set1_epi32(query[1])));
+    }
+};
 
 }  // namespace
 
-const Kernels kAvx2 = {"avx2", false, 4, pass, pack_row<Vector>, dot<Vector>, exact<Vector>};
+const Kernels kAvx2 = {"avx2", false, 4, pass<Vector, Codes, 4>, pack_row<Vector>, dot<Vector>, exact<Vector>};
 
 }  // namespace valm
 

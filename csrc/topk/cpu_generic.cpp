@@ -1,4 +1,6 @@
 // The kernels in plain C++, for any processor.
+#include <algorithm>
+
 #include "topk/kernels.hpp"
 
 namespace valm {
@@ -35,6 +37,9 @@ struct Vector {
     static Vector load_byte(const int8_t* p) {
         return make([=](int i) { return static_cast<float>(p[i]); });
     }
+    static Vector load_int(const int32_t* p) {
+        return make([=](int i) { return static_cast<float>(p[i]); });
+    }
     void store(float* p) const { memcpy(p, lane, sizeof lane); }
     friend Vector operator+(Vector a, Vector b) {
         return make([=](int i) { return a.lane[i] + b.lane[i]; });
@@ -50,6 +55,12 @@ struct Vector {
     }
     static Vector max(Vector a, Vector b) {
         return make([=](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+    }
+    // A bit for each lane where not a < b.
+    static uint32_t not_below(Vector a, Vector b) {
+        uint32_t mask = 0;
+        for (int i = 0; i < kWidth; ++i) mask |= static_cast<uint32_t>(!(a.lane[i] < b.lane[i])) << i;
+        return mask;
     }
     Vector abs() const {
         return make([this](int i) { return std::fabs(lane[i]); });
@@ -69,30 +80,19 @@ struct Vector {
 };
 
 uint32_t pass(const uint8_t* codes, const float* stats, int64_t steps, const Tile& tile, Kept& kept) {
-    uint32_t kept_queries = 0;
+    int32_t sums[kMaxTile][kPanelRows];
     for (int j = 0; j < tile.count; ++j) {
-        int32_t sums[kPanelRows];
-        for (int row = 0; row < kPanelRows; ++row) sums[row] = tile.start[j];
+        std::fill_n(sums[j], kPanelRows, tile.start[j]);
         for (int64_t step = 0; step < steps; ++step) {
             const int16_t* g = static_cast<const int16_t*>(tile.codes) + (step * tile.count + j) * 4;
             const uint8_t* c = codes + step * kPanelRows * 4;
             for (int row = 0; row < kPanelRows; ++row) {  // g is stored in the order 0 2 1 3
-                sums[row] += c[row * 4] * g[0] + c[row * 4 + 2] * g[1] + c[row * 4 + 1] * g[2] + c[row * 4 + 3] * g[3];
+                sums[j][row] +=
+                    c[row * 4] * g[0] + c[row * 4 + 2] * g[1] + c[row * 4 + 1] * g[2] + c[row * 4 + 3] * g[3];
             }
         }
-        uint32_t mask = 0;
-        for (int row = 0; row < kPanelRows; ++row) {
-            float upper = static_cast<float>(sums[row]) * stats[kStep * kPanelRows + row];
-            upper += tile.along[j] * stats[kAlong * kPanelRows + row];
-            upper += tile.length[j] * stats[kLength * kPanelRows + row];
-            upper += tile.error[j] * stats[kError * kPanelRows + row];
-            kept.upper[j][row] = upper;
-            mask |= static_cast<uint32_t>(!(upper < tile.theta[j])) << row;
-        }
-        kept.mask[j] = mask;
-        kept_queries |= static_cast<uint32_t>(mask != 0) << j;
     }
-    return kept_queries;
+    return keep<Vector>(sums, stats, tile, kept);
 }
 
 }  // namespace

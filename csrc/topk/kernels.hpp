@@ -212,5 +212,66 @@ void dot(const Rows& rows, int64_t index, const float* query, float* product, fl
     });
 }
 
+// What remains of a pass once g.c is there: first_pass.hpp's `upper` and its test. The sums come in memory, so that
+// the loops before can keep theirs in registers.
+template <class V>
+uint32_t keep(const int32_t (*sums)[kPanelRows], const float* stats, const Tile& tile, Kept& kept) {
+    uint32_t kept_queries = 0;
+    for (int j = 0; j < tile.count; ++j) {
+        const V along = V::all(tile.along[j]), length = V::all(tile.length[j]), error = V::all(tile.error[j]);
+        const V theta = V::all(tile.theta[j]);
+        uint32_t mask = 0;
+        for (int row = 0; row < kPanelRows; row += V::kWidth) {
+            V upper = V::load_int(sums[j] + row) * V::load(stats + kStep * kPanelRows + row);
+            upper = V::fma(along, V::load(stats + kAlong * kPanelRows + row), upper);
+            upper = V::fma(length, V::load(stats + kLength * kPanelRows + row), upper);
+            upper = V::fma(error, V::load(stats + kError * kPanelRows + row), upper);
+            upper.store(kept.upper[j] + row);
+            mask |= V::not_below(upper, theta) << row;
+        }
+        kept.mask[j] = mask;
+        kept_queries |= static_cast<uint32_t>(mask != 0) << j;
+    }
+    return kept_queries;
+}
+
+// A panel held against kQueries queries. Codes stands for the codes of Codes::kRows rows at one step, in registers:
+// its add() takes the query's Codes::kWords words of that step and adds the products to a Codes::Sum. Two at a time
+// and all their sums stay in registers, hence the unrolled loops.
+template <class V, class Codes, int kQueries>
+uint32_t pass_tile(const uint8_t* codes, const float* stats, int64_t steps, const Tile& tile, Kept& kept) {
+    alignas(64) int32_t sums[kQueries][kPanelRows];
+    for (int row = 0; row < kPanelRows; row += 2 * Codes::kRows) {
+        typename Codes::Sum low_sums[kQueries], high_sums[kQueries];
+#pragma GCC unroll 12
+        for (int j = 0; j < kQueries; ++j) low_sums[j] = high_sums[j] = Codes::Sum::all(tile.start[j]);
+        const int32_t* query = static_cast<const int32_t*>(tile.codes);
+        const uint8_t* at = codes + row * 4;
+        for (int64_t step = 0; step < steps; ++step, at += kPanelRows * 4) {
+            const Codes low(at), high(at + Codes::kRows * 4);
+#pragma GCC unroll 12
+            for (int j = 0; j < kQueries; ++j, query += Codes::kWords) {
+                low.add(query, low_sums[j]);
+                high.add(query, high_sums[j]);
+            }
+        }
+#pragma GCC unroll 12
+        for (int j = 0; j < kQueries; ++j) {
+            low_sums[j].store(sums[j] + row);
+            high_sums[j].store(sums[j] + row + Codes::kRows);
+        }
+    }
+    return keep<V>(sums, stats, tile, kept);
+}
+
+// Kernels::pass for tiles of up to kMost queries.
+template <class V, class Codes, int kMost>
+uint32_t pass(const uint8_t* codes, const float* stats, int64_t steps, const Tile& tile, Kept& kept) {
+    if constexpr (kMost > 1) {
+        if (tile.count < kMost) return pass<V, Codes, kMost - 1>(codes, stats, steps, tile, kept);
+    }
+    return pass_tile<V, Codes, kMost>(codes, stats, steps, tile, kept);
+}
+
 }  // namespace
 }  // namespace valm
