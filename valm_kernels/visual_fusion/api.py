@@ -54,7 +54,8 @@ def visual_fusion_attn(
         image_k, image_v: keys and values of the images, dtype of q. Dense layout (B, Hkv, Tq, K, D), or pooled
             layout (Hkv, U, D) together with image_index. 0 <= K <= 64. Both None means no images.
         image_index: (B, Tq, K) int32 or int64 rows of the pool; -1 = no image in this slot. Selects the pooled
-            layout. On CPU an index outside [-1, U) raises; on CUDA it is undefined behaviour.
+            layout. On CPU an index outside [-1, U) raises; on CUDA it is undefined behaviour, unless
+            VALM_KERNELS_CHECK_INDEX=1 in the environment has every call read the indices and wait for them.
         image_mask: (B, Tq, K) bool, dense layout only; False = no image in this slot.
         image_k_bias, image_v_bias: (Hkv, D) added to every image's key / value; dtype of q or float32.
         image_logit_bias: (Hq,) float32 added to every image score of a head (float64 beside a float64 q).
@@ -100,8 +101,12 @@ def visual_fusion_attn(
     _check_bias_shapes(q, k, options)
     if not isinstance(causal, bool):
         raise TypeError(f"causal must be a bool, got {type(causal).__name__}")
-    if scale is not None and not isinstance(scale, (int, float)):
+    if not isinstance(return_lse, bool):
+        raise TypeError(f"return_lse must be a bool, got {type(return_lse).__name__}")
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float))):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
+    if scale is not None and not -float("inf") < scale < float("inf"):
+        raise ValueError(f"scale must be finite, got {scale}")
 
     if num_images == 0:
         tensors["image_k"] = tensors["image_v"] = None

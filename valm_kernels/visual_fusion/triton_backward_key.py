@@ -23,7 +23,10 @@ SCAN = 1024
 
 @triton.jit
 def _query_range(first_key, i_b, n_first, n_last, Tq, Tk, CAUSAL: tl.constexpr, BLOCK_SCAN: tl.constexpr):
-    """The queries [begin, end) that may see some of the keys n_first..n_last; those from `full` on see all of them."""
+    """The queries [begin, end) that may see some of the keys n_first..n_last; those from `full` on see all of them.
+
+    Where first_key is not monotone, queries in between may see none: they are computed like the others, and masked.
+    """
     if CAUSAL:
         begin = tl.maximum(n_first - (Tk - Tq), 0)
         full = tl.maximum(n_last - (Tk - Tq), 0)

@@ -17,12 +17,15 @@ with its own lse, and `_merge_kernel` joins them. Split 0 takes the images.
 
 from __future__ import annotations
 
+import os
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from valm_kernels.visual_fusion.layout import empty_rows_like
+from valm_kernels.visual_fusion.reference import check_image_index
 from valm_kernels.visual_fusion.triton_autotune import choose_tiles
 from valm_kernels.visual_fusion.triton_common import (
     LN2,
@@ -39,6 +42,9 @@ from valm_kernels.visual_fusion.triton_common import (
     visible_keys,
 )
 from valm_kernels.visual_fusion.triton_tiles import Tiles
+
+# For finding a wrong index: the host reads them all before each launch.
+CHECK_INDEX = os.environ.get("VALM_KERNELS_CHECK_INDEX") == "1"
 
 # A row's running maximum before its first key. Finite, so that 2^(-inf - m) is 0 and not NaN while no key was seen.
 NO_SCORE = tl.constexpr(-1.0e30)
@@ -283,6 +289,8 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """out (B, Hq, Tq, D), laid out as q, and lse (B, Hq, Tq) float32, of arguments that api.py has checked."""
+    if CHECK_INDEX and image_index is not None:
+        check_image_index(image_index, image_k.shape[1])
     out = empty_rows_like(q)
     images = (image_k, image_v, image_index, image_mask, image_k_bias, image_v_bias, image_logit_bias)
     inputs = kernel_inputs(q, k, v, *images, first_key)

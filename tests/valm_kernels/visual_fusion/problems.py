@@ -108,11 +108,34 @@ def _random(problem: Problem, generator: torch.Generator) -> Tensor:
     return torch.randint(-3, problem.num_keys + 2, (problem.batch, problem.num_queries), generator=generator).int()
 
 
+def _descending(problem: Problem, generator: torch.Generator) -> Tensor:
+    """Every query sees one key more than the one before, at both ends."""
+    first = problem.num_keys - 1 - torch.arange(problem.num_queries)
+    return first.expand(problem.batch, -1).int()
+
+
+def _alternating(problem: Problem, generator: torch.Generator) -> Tensor:
+    """Every second query sees all text, those between none of it; in the second batch row the other way round."""
+    sees = (torch.arange(problem.num_queries) + torch.arange(problem.batch)[:, None]) % 2 == 0
+    return torch.where(sees, 0, problem.num_keys).int()
+
+
+def _striped(problem: Problem, generator: torch.Generator) -> Tensor:
+    """Runs of 16 queries that see all text between runs that see their own key only: whole tiles to skip in the middle
+    of what a key tile is seen by."""
+    position = torch.arange(problem.num_queries)
+    first = torch.where(position // 16 % 2 == 0, 0, position + problem.prefix)
+    return first.expand(problem.batch, -1).int()
+
+
 FIRST_KEYS = {
     "documents": _documents,
     "left_padding": _left_padding,
     "sliding_window": _sliding_window,
     "random": _random,
+    "descending": _descending,
+    "alternating": _alternating,
+    "striped": _striped,
 }
 
 
@@ -181,6 +204,9 @@ PROBLEMS = {
     "sliding window": Problem(first_key="sliding_window", num_queries=200, pool_size=11),
     "random first_key": Problem(first_key="random", num_queries=150),
     "random first_key with prefix": Problem(first_key="random", num_queries=70, prefix=20, pool_size=3),
+    "descending first_key": Problem(first_key="descending", num_queries=70, prefix=5, pool_size=3),
+    "alternating first_key": Problem(first_key="alternating", num_queries=48, pool_size=3),
+    "striped first_key": Problem(first_key="striped", num_queries=48, num_images=0),
     "random first_key not causal": Problem(first_key="random", num_queries=70, causal=False, num_images=0),
 }
 

@@ -18,13 +18,17 @@ def zeros(*shape, dtype=torch.float32, device=None):
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
+OPTIONS = ("image_mask", "image_k_bias", "image_v_bias", "image_logit_bias", "first_key")
+
 # problem, changed arguments, error, what its message says
 WRONG = {
-    "q not a tensor": (DENSE, {"q": [1.0]}, TypeError, "q must be a tensor, got list"),
+    **{
+        f"{name} not a tensor": (DENSE, {name: [1.0]}, TypeError, f"{name} must be a tensor, got list")
+        for name in ("q", "k", "v", "image_k", "image_v", "image_index", *OPTIONS)
+    },
     "q None": (DENSE, {"q": None}, TypeError, "q must be a tensor, got None"),
     "k None": (DENSE, {"k": None}, TypeError, "k must be a tensor, got None"),
     "v None": (DENSE, {"v": None}, TypeError, "v must be a tensor, got None"),
-    "image_index not a tensor": (POOLED, {"image_index": 3}, TypeError, "image_index must be a tensor, got int"),
     # rank
     "q rank": (DENSE, {"q": zeros(4, 5, 8)}, ValueError, r"q must have 4 dimensions .* got shape \(4, 5, 8\)"),
     "k rank": (DENSE, {"k": zeros(2, 7, 8)}, ValueError, "k must have 4 dimensions"),
@@ -53,6 +57,7 @@ WRONG = {
     "no queries": (DENSE, {"q": zeros(2, 4, 0, 8)}, ValueError, "q must have no empty dimension"),
     "no keys": (DENSE, {"k": zeros(2, 2, 0, 8)}, ValueError, "k must have no empty dimension"),
     "k batch": (DENSE, {"k": zeros(3, 2, 7, 8)}, ValueError, "k must have shape"),
+    "q batch": (DENSE, {"q": zeros(3, 4, 5, 8)}, ValueError, r"k must have shape .* \(3, 2, 7, 8\), got"),
     "k head_dim": (DENSE, {"k": zeros(2, 2, 7, 9)}, ValueError, r"k must have shape .* \(2, 2, 7, 8\), got"),
     "v length": (DENSE, {"v": zeros(2, 2, 6, 8)}, ValueError, "v must have shape"),
     "heads": (DENSE, {"q": zeros(2, 3, 5, 8)}, ValueError, "q must have a multiple of k's 2 heads, got 3"),
@@ -101,6 +106,19 @@ WRONG = {
     "image_k_bias heads": (DENSE, {"image_k_bias": zeros(4, 8)}, ValueError, "image_k_bias must have shape"),
     "image_v_bias dim": (DENSE, {"image_v_bias": zeros(2, 9)}, ValueError, "image_v_bias must have shape"),
     "image_logit_bias heads": (DENSE, {"image_logit_bias": zeros(2)}, ValueError, "image_logit_bias must have shape"),
+    "image_index batch": (
+        POOLED,
+        {"image_index": zeros(3, 5, 3, dtype=torch.int64)},
+        ValueError,
+        "image_index must have shape",
+    ),
+    "image_mask batch": (
+        DENSE,
+        {"image_mask": zeros(3, 5, 3, dtype=torch.bool)},
+        ValueError,
+        "image_mask must have shape",
+    ),
+    "first_key batch": (DENSE, {"first_key": zeros(1, 5, dtype=torch.int32)}, ValueError, "first_key must have shape"),
     "first_key tokens": (DENSE, {"first_key": zeros(2, 7, dtype=torch.int32)}, ValueError, "first_key must have shape"),
     # dtype
     "q integer": (DENSE, {"q": zeros(2, 4, 5, 8, dtype=torch.int64)}, TypeError, "q must be float32, .*int64"),
@@ -124,6 +142,12 @@ WRONG = {
         {"image_index": zeros(2, 5, 3)},
         TypeError,
         "image_index must be torch.int32 or torch.int64",
+    ),
+    "image_index narrow": (
+        POOLED,
+        {"image_index": zeros(2, 5, 3, dtype=torch.int16)},
+        TypeError,
+        "image_index must be torch.int32 or torch.int64 .* got torch.int16",
     ),
     "image_mask dtype": (
         DENSE,
@@ -199,6 +223,10 @@ WRONG = {
     ),
     "causal": (DENSE, {"causal": 1}, TypeError, "causal must be a bool, got int"),
     "scale": (DENSE, {"scale": "0.1"}, TypeError, "scale must be a number or None, got str"),
+    "scale bool": (DENSE, {"scale": True}, TypeError, "scale must be a number or None, got bool"),
+    "scale infinite": (DENSE, {"scale": float("inf")}, ValueError, "scale must be finite, got inf"),
+    "scale NaN": (DENSE, {"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
+    "return_lse": (DENSE, {"return_lse": 1}, TypeError, "return_lse must be a bool, got int"),
     "impl": (DENSE, {"impl": "flash"}, ValueError, "impl must be one of 'auto', 'triton', 'cpu', 'reference', got"),
 }
 
@@ -209,6 +237,30 @@ def test_wrong_argument(case, impl):
     problem, changes, error, message = WRONG[case]
     with pytest.raises(error, match=message):
         visual_fusion_attn(**{**problem.inputs(torch.float32), "impl": impl, **changes})
+
+
+@pytest.mark.parametrize("name", ["image_index", "image_mask", "first_key"])
+def test_integer_arguments_take_no_gradient(name):
+    """PyTorch itself refuses it for whole numbers; what could carry one has the wrong dtype here."""
+    problem = POOLED if name == "image_index" else DENSE
+    inputs = {"first_key": zeros(2, 5, dtype=torch.int32), **problem.inputs(torch.float32)}
+    with pytest.raises(RuntimeError, match=r"[Oo]nly Tensors of floating point"):
+        inputs[name].requires_grad_()
+    inputs[name] = inputs[name].float().requires_grad_()
+    with pytest.raises(TypeError, match=f"{name} must be torch"):
+        visual_fusion_attn(**inputs)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("name", ["q", "k", "v", "image_k", "image_v", "image_index", *OPTIONS])
+def test_last_dimension_of_any_stride(name, impl):
+    """Not an error: whatever the memory of an argument, the result is that of its values."""
+    problem = POOLED if name == "image_index" else DENSE
+    inputs = {"first_key": torch.tensor([[0, 3, 1, 2, 9]] * 2).int(), **problem.inputs(torch.float32)}
+    expected = visual_fusion_attn(**inputs, impl=impl)
+    inputs[name] = torch.stack([inputs[name], torch.zeros_like(inputs[name])], -1)[..., 0]
+    assert inputs[name].stride(-1) == 2
+    assert visual_fusion_attn(**inputs, impl=impl).equal(expected)
 
 
 def test_cpu_implementation_refuses_other_devices():

@@ -26,6 +26,8 @@ QUICK = {
     "odd head",
     "documents with prefix",
     "random first_key with prefix",
+    "alternating first_key",
+    "striped first_key",
 }
 
 

@@ -65,6 +65,15 @@ def test_first_key_skips_whole_tiles(monkeypatch, first):
     assert torch.equal(visual_fusion_attn(**inputs, first_key=first_key, impl="triton"), expected)
 
 
+@pytest.mark.parametrize("index", [-2, 11])
+def test_index_out_of_range_is_found_where_asked(monkeypatch, index):
+    monkeypatch.setattr(triton_forward, "CHECK_INDEX", True)
+    inputs = PROBLEMS["pooled"].inputs(torch.float32)
+    inputs["image_index"][1, 3, 2] = index
+    with pytest.raises(ValueError, match=rf"image_index must be -1 .* from 0 to 10, got {index}"):
+        visual_fusion_attn(**inputs, impl="triton")
+
+
 def test_rows_and_heads_beyond_32_bits():
     """Offsets of 2^31 elements and more, in pages of memory that are never touched but for the rows themselves."""
     step = 2**30
