@@ -7,6 +7,7 @@ import os
 import torch
 from torch import Tensor
 
+from valm_kernels.visual_fusion.inputs import Inputs
 from valm_kernels.visual_fusion.op import fused_attention
 from valm_kernels.visual_fusion.reference import reference_attention
 
@@ -111,17 +112,13 @@ def visual_fusion_attn(
     if num_images == 0:
         tensors["image_k"] = tensors["image_v"] = None
         options = dict.fromkeys(options) | {"first_key": first_key}
-    arguments = (
-        *tensors.values(),
-        *options.values(),
-        causal,
-        q.shape[-1] ** -0.5 if scale is None else float(scale),
-    )
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    inputs = Inputs(**tensors, **options, causal=causal, scale=scale)
     with torch.autocast(device_type, enabled=False):
         if impl == "reference":
-            out, lse = reference_attention(*arguments)
+            out, lse = reference_attention(inputs)
         else:
-            out, lse = fused_attention(*arguments, impl)
+            out, lse = fused_attention(inputs, impl)
     return (out, lse) if return_lse else out
 
 

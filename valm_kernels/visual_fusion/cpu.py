@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from valm_kernels.native import native
+from valm_kernels.visual_fusion.inputs import Inputs
 from valm_kernels.visual_fusion.layout import empty_rows_like, whole_rows
 from valm_kernels.visual_fusion.reference import check_image_index
 
@@ -46,66 +47,30 @@ class TextSegment:
     joins: bool = False  # its queries already have an earlier segment
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    image_k: Tensor | None,
-    image_v: Tensor | None,
-    image_index: Tensor | None,
-    image_mask: Tensor | None,
-    image_k_bias: Tensor | None,
-    image_v_bias: Tensor | None,
-    image_logit_bias: Tensor | None,
-    first_key: Tensor | None,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """out and joint lse; arguments as in visual_fusion_attn, already checked but for the values of image_index."""
-    q, k, v = (whole_rows(t) for t in (q, k, v))
-    out, lse = _text_forward(q, k, v, first_key, causal, scale)
-    if image_k is not None:
-        images = _ImageBranch(
-            q, image_k, image_v, image_index, image_mask, image_k_bias, image_v_bias, image_logit_bias, scale
-        )
-        images.run("forward", out=out, lse=lse)
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """out (B, Hq, Tq, D) and the joint lse (B, Hq, Tq)."""
+    inputs = _whole_rows(inputs)
+    out, lse = _text_forward(inputs)
+    if inputs.image_k is not None:
+        _ImageBranch(inputs).run("forward", out=out, lse=lse)
     return out, lse
 
 
 def backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    image_k: Tensor | None,
-    image_v: Tensor | None,
-    image_index: Tensor | None,
-    image_mask: Tensor | None,
-    image_k_bias: Tensor | None,
-    image_v_bias: Tensor | None,
-    image_logit_bias: Tensor | None,
-    first_key: Tensor | None,
-    causal: bool,
-    scale: float,
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, inputs: Inputs
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, image_k, image_v, image_k_bias, image_v_bias and image_logit_bias; None where absent."""
-    grad_out, out, q, k, v = (whole_rows(t) for t in (grad_out, out, q, k, v))
+    grad_out, out, inputs = whole_rows(grad_out), whole_rows(out), _whole_rows(inputs)
     # exp(score - lse) has to be 0, not NaN, where a query sees nothing.
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)
-    grad_q, grad_k, grad_v = _text_backward(grad_out, grad_lse, out, lse, q, k, v, first_key, causal, scale)
-    if image_k is None:
+    grad_q, grad_k, grad_v = _text_backward(grad_out, grad_lse, out, lse, inputs)
+    if inputs.image_k is None:
         return grad_q, grad_k, grad_v, None, None, None, None, None
 
-    images = _ImageBranch(
-        q, image_k, image_v, image_index, image_mask, image_k_bias, image_v_bias, image_logit_bias, scale
-    )
-    biases = (image_k_bias, image_v_bias, image_logit_bias)
-    gradients = [empty_rows_like(t) for t in (image_k, image_v)]
+    biases = (inputs.image_k_bias, inputs.image_v_bias, inputs.image_logit_bias)
+    gradients = [empty_rows_like(t) for t in (inputs.image_k, inputs.image_v)]
     bias_gradients = [None if b is None else lse.new_empty(b.shape) for b in biases]
-    images.run(
+    _ImageBranch(inputs).run(
         "backward",
         out=out,
         lse=lse,
@@ -122,6 +87,11 @@ def backward(
     return grad_q, grad_k, grad_v, *gradients, *bias_gradients
 
 
+def _whole_rows(inputs: Inputs) -> Inputs:
+    """The inputs with contiguous rows of q, k and v, which the flash kernel and the image branch both read."""
+    return inputs._replace(q=whole_rows(inputs.q), k=whole_rows(inputs.k), v=whole_rows(inputs.v))
+
+
 @cache
 def _isa() -> str:
     """The fastest instruction set of this machine that the native image branch is built for."""
@@ -131,18 +101,8 @@ def _isa() -> str:
 class _ImageBranch:
     """The native image branch with its inputs in the form that csrc/image_attn/image_attn.hpp asks for."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        image_k: Tensor,
-        image_v: Tensor,
-        image_index: Tensor | None,
-        image_mask: Tensor | None,
-        image_k_bias: Tensor | None,
-        image_v_bias: Tensor | None,
-        image_logit_bias: Tensor | None,
-        scale: float,
-    ) -> None:
+    def __init__(self, inputs: Inputs) -> None:
+        q, _, _, image_k, image_v, image_index, image_mask, *biases, _, _, self.scale = inputs
         if image_index is None:
             kv_heads, num_images, pool_rows = image_k.shape[1], image_k.shape[3], -1
         else:
@@ -152,9 +112,7 @@ class _ImageBranch:
         batch, query_heads, num_queries, head_dim = q.shape
         self.dtype = str(q.dtype).removeprefix("torch.")
         self.sizes = (batch, query_heads, kv_heads, num_queries, num_images, head_dim, pool_rows)
-        self.scale = scale
         wide = torch.promote_types(q.dtype, torch.float32)
-        biases = (image_k_bias, image_v_bias, image_logit_bias)
         image_k_bias, image_v_bias, image_logit_bias = (None if b is None else b.to(wide).contiguous() for b in biases)
         self.inputs = {
             "q": q,
@@ -240,10 +198,14 @@ def _run_segments(
         yield TextSegment(rows, queries, slice(start + prefix, stop + prefix), causal=True, joins=rectangle)
 
 
-def _text_forward(
-    q: Tensor, k: Tensor, v: Tensor, first_key: Tensor | None, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    segments = list(text_segments(q.shape[0], q.shape[2], k.shape[2], first_key, causal))
+def _segments(inputs: Inputs) -> list[TextSegment]:
+    batch, _, num_queries, _ = inputs.q.shape
+    return list(text_segments(batch, num_queries, inputs.k.shape[2], inputs.first_key, inputs.causal))
+
+
+def _text_forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    q, k, v, *_, scale = inputs
+    segments = _segments(inputs)
     if len(segments) == 1 and _covers(segments[0], q):
         segment = segments[0]
         out, lse = _flash(q, k[:, :, segment.keys], v[:, :, segment.keys], 0.0, segment.causal, scale=scale)
@@ -269,17 +231,9 @@ def _text_forward(
 
 
 def _text_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    first_key: Tensor | None,
-    causal: bool,
-    scale: float,
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, inputs: Inputs
 ) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, *_, scale = inputs
     head_dim = q.shape[-1]
     if grad_lse is not None:
         # The kernel has no gradient of lse, but computes delta = sum(grad_out * out): a column that holds -1 in
@@ -288,7 +242,7 @@ def _text_backward(
         grad_out, out, q, k, v = (torch.nn.functional.pad(t, (0, 8)) for t in (grad_out, out, q, k, v))
         out[..., head_dim] = -1
         grad_out[..., head_dim] = grad_lse
-    segments = list(text_segments(q.shape[0], q.shape[2], k.shape[2], first_key, causal))
+    segments = _segments(inputs)
     if len(segments) == 1 and _covers(segments[0], q) and segments[0].keys == slice(0, k.shape[2]):
         gradients = _flash_backward(grad_out, q, k, v, out, lse, 0.0, segments[0].causal, scale=scale)
     else:

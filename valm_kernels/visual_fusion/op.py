@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from valm_kernels.visual_fusion import cpu
+from valm_kernels.visual_fusion.inputs import Inputs
 from valm_kernels.visual_fusion.layout import empty_rows_like, empty_tokens_first
 
 _INPUTS = (
@@ -32,9 +33,9 @@ _forward_op = torch.ops.valm_kernels.visual_fusion_attn.default
 _backward_op = torch.ops.valm_kernels.visual_fusion_attn_backward.default
 
 
-def fused_attention(*inputs: Any) -> tuple[Tensor, Tensor]:
-    """(out, lse) of already checked inputs: those of the operator, the last one "cpu" or "triton"."""
-    return _forward_op(*inputs)
+def fused_attention(inputs: Inputs, impl: str) -> tuple[Tensor, Tensor]:
+    """(out, lse) through the operator; impl is "cpu" or "triton"."""
+    return _forward_op(*inputs, impl)
 
 
 def _implementation(impl: str) -> tuple[Any, Any]:
@@ -48,12 +49,12 @@ def _implementation(impl: str) -> tuple[Any, Any]:
 
 def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
     *arguments, impl = inputs
-    return _implementation(impl)[0](*arguments)
+    return _implementation(impl)[0](Inputs(*arguments))
 
 
 def _backward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     *arguments, impl = inputs
-    gradients = _implementation(impl)[1](grad_out, grad_lse, out, lse, *arguments)
+    gradients = _implementation(impl)[1](grad_out, grad_lse, out, lse, Inputs(*arguments))
     return _present(grad_out, gradients)
 
 

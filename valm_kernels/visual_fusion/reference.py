@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from valm_kernels.visual_fusion.inputs import Inputs
+
 
 def attention_weights(
     q: Tensor,
@@ -57,31 +59,19 @@ def attention_weights(
     return weights[..., :num_keys], weights[..., num_keys:], lse
 
 
-def reference_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    image_k: Tensor | None,
-    image_v: Tensor | None,
-    image_index: Tensor | None,
-    image_mask: Tensor | None,
-    image_k_bias: Tensor | None,
-    image_v_bias: Tensor | None,
-    image_logit_bias: Tensor | None,
-    first_key: Tensor | None,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """out (B, Hq, Tq, D) and lse (B, Hq, Tq), with gradients by autograd. Arguments as in visual_fusion_attn."""
+def reference_attention(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """out (B, Hq, Tq, D) and lse (B, Hq, Tq), with gradients by autograd."""
     text_weights, image_weights, lse = attention_weights(
-        q, k, image_k, image_index, image_mask, image_k_bias, image_logit_bias, first_key, causal, scale
+        *(inputs.q, inputs.k, inputs.image_k, inputs.image_index, inputs.image_mask, inputs.image_k_bias),
+        *(inputs.image_logit_bias, inputs.first_key, inputs.causal, inputs.scale),
     )
-    group = q.shape[1] // k.shape[1]
+    q, v, image_v = inputs.q, inputs.v, inputs.image_v
+    group = q.shape[1] // v.shape[1]
     out = text_weights.to(q.dtype) @ v.repeat_interleave(group, 1)  # (B, Hq, Tq, D)
     if image_v is not None:
-        images, _ = _images(image_v, q.shape[0], image_index, image_mask)
-        if image_v_bias is not None:
-            images = images + image_v_bias[:, None, None].to(images.dtype)
+        images, _ = _images(image_v, q.shape[0], inputs.image_index, inputs.image_mask)
+        if inputs.image_v_bias is not None:
+            images = images + inputs.image_v_bias[:, None, None].to(images.dtype)
         images = images.repeat_interleave(group, 1)  # (B, Hq, Tq, K, D)
         out = out + (image_weights.to(q.dtype).unsqueeze(-2) @ images).squeeze(-2)
     return out, lse

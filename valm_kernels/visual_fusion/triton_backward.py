@@ -23,6 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from valm_kernels.visual_fusion.inputs import Inputs
 from valm_kernels.visual_fusion.layout import empty_rows_like, empty_tokens_first, whole_rows
 from valm_kernels.visual_fusion.triton_backward_key import key_gradients
 from valm_kernels.visual_fusion.triton_backward_pool import pool_gradients
@@ -31,42 +32,25 @@ from valm_kernels.visual_fusion.triton_common import contiguous, kernel_inputs
 
 
 def backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    image_k: Tensor | None,
-    image_v: Tensor | None,
-    image_index: Tensor | None,
-    image_mask: Tensor | None,
-    image_k_bias: Tensor | None,
-    image_v_bias: Tensor | None,
-    image_logit_bias: Tensor | None,
-    first_key: Tensor | None,
-    causal: bool,
-    scale: float,
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, inputs: Inputs
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, image_k, image_v, image_k_bias, image_v_bias and image_logit_bias; None where absent.
 
-    out and lse are what `forward` returned for the same arguments. The layouts are those of layout.py.
+    out and lse are what `forward` returned for the same inputs. The layouts are those of layout.py.
     """
-    dq, dk, dv = (empty_tokens_first(x) for x in (q, k, v))
-    dimage_k, dimage_v = (None if x is None else empty_rows_like(x) for x in (image_k, image_v))
-    images = (image_k, image_v, image_index, image_mask, image_k_bias, image_v_bias, image_logit_bias)
-    inputs = kernel_inputs(q, k, v, *images, first_key)
-    q, k, v, *_, image_index, _, _, _, _, first_key = inputs
+    dq, dk, dv = (empty_tokens_first(x) for x in inputs[:3])
+    dimage_k, dimage_v = (None if x is None else empty_rows_like(x) for x in (inputs.image_k, inputs.image_v))
+    inputs = kernel_inputs(inputs)
+    q, k, image_index = inputs.q, inputs.k, inputs.image_index
     grad_out, out = whole_rows(grad_out), whole_rows(out)
     grad_lse, lse = contiguous(grad_lse), contiguous(lse)
 
     with torch.cuda.device_of(q):
-        results = query_gradients(inputs, out, lse, grad_out, grad_lse, dq, dimage_k, dimage_v, causal, scale)
+        results = query_gradients(inputs, out, lse, grad_out, grad_lse, dq, dimage_k, dimage_v)
         if image_index is not None:
             image_dt, image_b = results.image_dt, results.image_b
-            pool_gradients(q, grad_out, image_dt, image_b, image_index, dimage_k, dimage_v, scale)
-        key_gradients(q, k, v, first_key, lse, results.delta, grad_out, dk, dv, causal, scale)
+            pool_gradients(q, grad_out, image_dt, image_b, image_index, dimage_k, dimage_v, inputs.scale)
+        key_gradients(inputs, lse, results.delta, grad_out, dk, dv)
     logit_partial = results.image_logit_bias
     if logit_partial is not None:
         # a group's rows are padded to a power of two
@@ -77,9 +61,9 @@ def backward(
         dv,
         dimage_k,
         dimage_v,
-        _sum_of_programs(results.image_k_bias, image_k_bias),
-        _sum_of_programs(results.image_v_bias, image_v_bias),
-        _sum_of_programs(logit_partial, image_logit_bias),
+        _sum_of_programs(results.image_k_bias, inputs.image_k_bias),
+        _sum_of_programs(results.image_v_bias, inputs.image_v_bias),
+        _sum_of_programs(logit_partial, inputs.image_logit_bias),
     )
 
 

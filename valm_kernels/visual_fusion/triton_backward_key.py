@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from valm_kernels.visual_fusion.inputs import Inputs
 from valm_kernels.visual_fusion.triton_autotune import choose_tiles
 from valm_kernels.visual_fusion.triton_common import (
     LOG2E,
@@ -199,20 +200,9 @@ def _key_kernel(
     tl.store(p_dv, b_dv.to(dv.dtype.element_ty), mask=m_n)
 
 
-def key_gradients(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    first_key: Tensor | None,
-    lse: Tensor,
-    delta: Tensor,
-    grad_out: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    causal: bool,
-    scale: float,
-) -> None:
-    """Fills dk and dv."""
+def key_gradients(inputs: Inputs, lse: Tensor, delta: Tensor, grad_out: Tensor, dk: Tensor, dv: Tensor) -> None:
+    """Fills dk and dv; inputs are those of `kernel_inputs`."""
+    q, k, v, first_key, causal, scale = *inputs[:3], *inputs[-3:]
     batch, kv_heads, k_len = k.shape[:3]
     constants = kernel_constants(q, k, causal)
 

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from valm_kernels.visual_fusion.inputs import Inputs
 from valm_kernels.visual_fusion.triton_autotune import choose_tiles
 from valm_kernels.visual_fusion.triton_common import (
     LOG2E,
@@ -257,7 +258,7 @@ class QueryResults:
 
 
 def query_gradients(
-    inputs: tuple[Tensor | None, ...],
+    inputs: Inputs,
     out: Tensor,
     lse: Tensor,
     grad_out: Tensor,
@@ -265,11 +266,9 @@ def query_gradients(
     dq: Tensor,
     dimage_k: Tensor | None,
     dimage_v: Tensor | None,
-    causal: bool,
-    scale: float,
 ) -> QueryResults:
-    """Fills dq and, in the dense layout, dimage_k and dimage_v. inputs are those of `kernel_inputs`."""
-    q, k, v, image_k, image_v, image_index, _, image_k_bias, image_v_bias, image_logit_bias, _ = inputs
+    """Fills dq and, in the dense layout, dimage_k and dimage_v; inputs are those of `kernel_inputs`."""
+    q, k, v, image_k, image_v, image_index, _, image_k_bias, image_v_bias, image_logit_bias, _, causal, scale = inputs
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, k_len = k.shape[1:3]
     pooled = image_index is not None
@@ -292,7 +291,7 @@ def query_gradients(
             image_logit_bias=scratch(image_logit_bias is not None, row_tiles, batch, kv_heads, block_g),
         )
         _query_kernel[(row_tiles * batch * kv_heads,)](
-            *inputs,
+            *inputs.tensors,
             out,
             lse,
             grad_out,

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from valm_kernels.visual_fusion.inputs import Inputs
 from valm_kernels.visual_fusion.layout import whole_rows
 from valm_kernels.visual_fusion.triton_tiles import block_d
 
@@ -94,17 +95,10 @@ def load_lse(lse, o_row, m_row):
     return tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E)
 
 
-def kernel_inputs(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    image_k: Tensor | None,
-    image_v: Tensor | None,
-    *options: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    """The tensors from q to first_key as kernels read them: rows are contiguous, the small tensors have no gaps."""
-    rows = (None if x is None else whole_rows(x) for x in (q, k, v, image_k, image_v))
-    return (*rows, *(contiguous(x) for x in options))
+def kernel_inputs(inputs: Inputs) -> Inputs:
+    """The inputs as kernels read them: rows are contiguous, the small tensors have no gaps."""
+    rows = (None if x is None else whole_rows(x) for x in inputs[:5])
+    return Inputs(*rows, *(contiguous(x) for x in inputs.tensors[5:]), inputs.causal, inputs.scale)
 
 
 def kernel_constants(q: Tensor, k: Tensor, causal: bool) -> dict[str, Any]:

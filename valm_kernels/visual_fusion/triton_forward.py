@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from valm_kernels.visual_fusion.inputs import Inputs
 from valm_kernels.visual_fusion.layout import empty_rows_like
 from valm_kernels.visual_fusion.reference import check_image_index
 from valm_kernels.visual_fusion.triton_autotune import choose_tiles
@@ -273,28 +274,13 @@ def _merge_kernel(
     tl.store(lse + i_r, tl.where(b_seen, (b_m + tl.log2(b_l)) * LN2, float("-inf")))
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    image_k: Tensor | None,
-    image_v: Tensor | None,
-    image_index: Tensor | None,
-    image_mask: Tensor | None,
-    image_k_bias: Tensor | None,
-    image_v_bias: Tensor | None,
-    image_logit_bias: Tensor | None,
-    first_key: Tensor | None,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """out (B, Hq, Tq, D), laid out as q, and lse (B, Hq, Tq) float32, of arguments that api.py has checked."""
-    if CHECK_INDEX and image_index is not None:
-        check_image_index(image_index, image_k.shape[1])
-    out = empty_rows_like(q)
-    images = (image_k, image_v, image_index, image_mask, image_k_bias, image_v_bias, image_logit_bias)
-    inputs = kernel_inputs(q, k, v, *images, first_key)
-    q, k, v, image_k, image_v, *_ = inputs
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """out (B, Hq, Tq, D), laid out as q, and lse (B, Hq, Tq) float32."""
+    if CHECK_INDEX and inputs.image_index is not None:
+        check_image_index(inputs.image_index, inputs.image_k.shape[1])
+    out = empty_rows_like(inputs.q)
+    inputs = kernel_inputs(inputs)
+    q, k, v, image_k, image_v, image_index, *_, causal, scale = inputs
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, k_len = k.shape[1:3]
     constants = kernel_constants(q, k, causal)
@@ -315,7 +301,7 @@ def forward(
             lse_part = torch.empty(splits, *lse.shape, dtype=torch.float32, device=q.device)
         with torch.cuda.device_of(q):
             _forward_kernel[(programs, splits)](
-                *inputs,
+                *inputs.tensors,
                 out_part,
                 lse_part,
                 *(strides(x) for x in (q, k, v)),

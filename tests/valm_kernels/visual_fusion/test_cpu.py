@@ -12,6 +12,7 @@ from valm_kernels import visual_fusion_attn
 from valm_kernels.native import native
 from valm_kernels.visual_fusion import cpu
 from valm_kernels.visual_fusion.cpu import text_segments
+from valm_kernels.visual_fusion.inputs import Inputs
 from valm_kernels.visual_fusion.reference import text_visible
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -178,10 +179,9 @@ def fork_and_compare():
 def fused_image_gradient(problem):
     inputs = problem.inputs(torch.float32)
     grad_out, grad_lse = (g.float() for g in cotangents(problem))
-    names = ("q", "k", "v", "image_k", "image_v", "image_index", "image_mask", "image_k_bias", "image_v_bias")
-    arguments = [inputs.get(n) for n in (*names, "image_logit_bias", "first_key")]
-    arguments += [problem.causal, problem.head_dim**-0.5]
-    return cpu.backward(grad_out, grad_lse, *cpu.forward(*arguments), *arguments)[3]
+    tensors = (inputs.get(name) for name in Inputs._fields[:-2])
+    inputs = Inputs(*tensors, problem.causal, problem.head_dim**-0.5)
+    return cpu.backward(grad_out, grad_lse, *cpu.forward(inputs), inputs)[3]
 
 
 def test_query_that_sees_nothing():

@@ -41,6 +41,7 @@ from valm_kernels.visual_fusion import (
     triton_backward_query,
     triton_forward,
 )
+from valm_kernels.visual_fusion.inputs import Inputs
 
 TABLE = Path(__file__).parents[3] / "docs" / "triton_compile.csv"
 ARCHITECTURES = (80, 90, 100)
@@ -109,7 +110,7 @@ class Recorder:
         self.arguments, self.keywords = arguments, keywords
 
 
-def _meta_inputs(head_dim: int, dtype: torch.dtype, pooled: bool, decode: bool) -> tuple[Any, ...]:
+def _meta_inputs(head_dim: int, dtype: torch.dtype, pooled: bool, decode: bool) -> Inputs:
     """Arguments of forward with everything switched on: B 4, H 12, T 1024, K 8."""
     batch, heads, images = 4, 12, 8
     q_len, k_len = (1, 4096) if decode else (1024, 1024)
@@ -127,13 +128,13 @@ def _meta_inputs(head_dim: int, dtype: torch.dtype, pooled: bool, decode: bool) 
         index, mask = None, empty(batch, q_len, images, dtype=torch.bool)
     bias, logit_bias = empty(heads, head_dim), empty(heads, dtype=torch.float32)
     first_key = empty(batch, q_len, dtype=torch.int32)
-    return q, k, k, image, image, index, mask, bias, bias, logit_bias, first_key, True, head_dim**-0.5
+    return Inputs(q, k, k, image, image, index, mask, bias, bias, logit_bias, first_key, True, head_dim**-0.5)
 
 
 def _record(case: str, kernel: str, pooled: bool, arch: int, head_dim: int, dtype: torch.dtype) -> Recorder:
     """The launch of `kernel` in forward or backward on a card of `arch` with the multiprocessors of an H100."""
     inputs = _meta_inputs(head_dim, dtype, pooled, decode=case.startswith("decode"))
-    q = inputs[0]
+    q = inputs.q
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(triton_autotune, "architecture", lambda _: arch))
         stack.enter_context(mock.patch.object(triton_forward, "multiprocessors", lambda _: 132))
@@ -142,9 +143,9 @@ def _record(case: str, kernel: str, pooled: bool, arch: int, head_dim: int, dtyp
             stack.enter_context(mock.patch.object(*place, recorders[name]))
         if case.startswith("backward"):
             lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-            triton_backward.backward(q, lse, q, lse, *inputs)
+            triton_backward.backward(q, lse, q, lse, inputs)
         else:
-            triton_forward.forward(*inputs)
+            triton_forward.forward(inputs)
     return recorders[kernel]
 
 
