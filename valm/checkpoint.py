@@ -44,10 +44,11 @@ def save_checkpoint(model: VaLMForCausalLM, tokenizer: PreTrainedTokenizerFast, 
     return folder
 
 
-def save_retrieval(folder: str | os.PathLike, retriever: Retriever) -> None:
-    """Notes in the checkpoint `folder` where its pictures are, relative to it: the two can be moved together."""
-    kb = os.path.relpath(retriever.kb.path, folder)
-    write_json(Path(folder) / RETRIEVAL_FILE, {"knowledge_base": kb, "query": retriever.encoder.query})
+def save_retrieval(folder: str | os.PathLike, kb: ImageKnowledgeBase, query: str) -> None:
+    """Notes in the checkpoint `folder` where its pictures are, relative to it (the two can be moved together), and the
+    kind of query that finds them (see `ContextEncoder`)."""
+    where = os.path.relpath(kb.path, folder)
+    write_json(Path(folder) / RETRIEVAL_FILE, {"knowledge_base": where, "query": query})
 
 
 def load_checkpoint(

@@ -7,6 +7,7 @@ open_clip carries, so nothing is downloaded.
 
 import gzip
 import json
+from collections.abc import Sequence
 
 import open_clip.tokenizer
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -93,3 +94,9 @@ def _build(merges: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=SOT, eos_token=EOT, pad_token=EOT, padding_side="left"
     )
+
+
+def tokenize_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
+    """Each text as a document: SOT, its pieces, EOT. Texts without any piece are left out."""
+    pieces = tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+    return [[tokenizer.bos_token_id, *ids, tokenizer.eos_token_id] for ids in pieces if ids]

@@ -130,7 +130,7 @@ def test_a_checkpoint_finds_its_pictures_again(tmp_path, clip, blind):
     seeing = Retriever(encoder, kb, 1 if blind else 2)
     model.set_retriever(BlindRetriever(encoder) if blind else seeing)
     save_checkpoint(model, tokenizer, tmp_path / "model")
-    save_retrieval(tmp_path / "model", seeing)
+    save_retrieval(tmp_path / "model", seeing.kb, seeing.encoder.query)
     ids = tokenizer("a red apple", return_tensors="pt")["input_ids"]
     expected = model(ids).logits
     moved = tmp_path / "moved"

@@ -34,6 +34,7 @@ def world(tmp_path_factory):
     build = ["kb", "build", root / "pictures", "--clip", root / "clip", "--out", root / "kb"]
     assert run(*build) == 0
     assert run("train", root / "corpus.txt", "--out", root / "valm", "--kb", root / "kb", "-k", "2", *SIZE) == 0
+    assert run("retrieve", root / "corpus.txt", "--kb", root / "kb", "--out", root / "retrieval", "-k", "2") == 0
     assert run("train", root / "corpus.txt", "--out", root / "gpt2", "--clip", root / "clip", *SIZE) == 0
     return root
 
@@ -96,6 +97,21 @@ def test_kb_build_from_archives(world, tmp_path, capsys):
     assert "6 pictures" in capsys.readouterr().out
 
 
+def test_training_on_a_retrieval_is_training_on_its_corpus(world, tmp_path, capsys):
+    retrieval = ["train", "--retrieval", world / "retrieval", "--out", tmp_path / "model", *SIZE]
+    assert run(*retrieval, "--kb", world / "kb") == 0
+    for name in ("model.safetensors", "tokenizer.json"):
+        assert (tmp_path / "model" / name).read_bytes() == (world / "valm" / name).read_bytes()
+    shutil.rmtree(tmp_path / "model")
+    assert run(*retrieval) == 0
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == (
+        world / "gpt2" / "model.safetensors"
+    ).read_bytes()
+    # killed, and run again
+    assert run("retrieve", world / "corpus.txt", "--kb", world / "kb", "--out", world / "retrieval", "-k", "2") == 0
+    assert "6 documents" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("model", ["valm", "gpt2"])
 def test_eval_prints_accuracies_and_writes_the_answers(world, tmp_path, capsys, model):
     out = tmp_path / "answers.json"
@@ -119,7 +135,7 @@ def test_checkpoint_and_knowledge_base_move_together(copy_of, capsys):
 
 
 def test_every_command_answers_help(capsys):
-    for command in (["demo"], ["kb"], ["kb", "build"], ["train"], ["eval"], ["generate"]):
+    for command in (["demo"], ["kb"], ["kb", "build"], ["retrieve"], ["train"], ["eval"], ["generate"]):
         with pytest.raises(SystemExit) as stop:
             main([*command, "--help"])
         assert stop.value.code == 0
@@ -135,6 +151,8 @@ def wrong_inputs():
     """name -> (arguments, what the sentence must say); {world} and {tmp} are the folders."""
     kb_build = ["kb", "build", "{world}/pictures", "--clip", "{world}/clip", "--out", "{tmp}/kb"]
     train = ["train", "{world}/corpus.txt", "--out", "{tmp}/model", *SIZE]
+    retrieve = ["retrieve", "{world}/corpus.txt", "--kb", "{world}/kb", "--out", "{tmp}/out"]
+    cached = ["train", "--retrieval", "{world}/retrieval", "--out", "{tmp}/model", *SIZE]
     return {
         "folder of pictures missing": ([*kb_build[:2], "{tmp}/none", *kb_build[3:]], "no folder {tmp}/none"),
         "folder without pictures": ([*kb_build[:2], "{tmp}", *kb_build[3:]], "no pictures in {tmp}"),
@@ -159,6 +177,18 @@ def wrong_inputs():
         "impossible heads": ([*train, "--clip", "{world}/clip", "--heads", "5"], "n_embd"),
         "more images than there are": ([*train, "--kb", "{world}/kb", "-k", "7"], "k must be from 1 to the 6"),
         "output of another training": ([*train[:3], "{world}/gpt2", *SIZE], "is not empty"),
+        "corpus to retrieve missing": (["retrieve", "{tmp}/none", *retrieve[2:]], "there is no corpus file {tmp}/none"),
+        "corpus to retrieve empty": (["retrieve", "{tmp}/empty.txt", *retrieve[2:]], "the corpus has no documents"),
+        "retrieval into something else": ([*retrieve[:-1], "{world}/clip"], "is not empty"),
+        "retrieval of other settings": ([*retrieve[:-1], "{world}/retrieval"], "(k differ)"),
+        "retrieval without knowledge base": ([*retrieve[:3], "{world}/clip", *retrieve[4:]], "is not a knowledge base"),
+        "more images than there are, retrieved": ([*retrieve, "-k", "7"], "k must be from 1 to the 6"),
+        "corpus and retrieval": ([*train, "--retrieval", "{world}/retrieval"], "give either a corpus or --retrieval"),
+        "neither corpus nor retrieval": (["train", "--out", "{tmp}/model"], "give either a corpus or --retrieval"),
+        "not a retrieval": ([*cached[:2], "{world}/kb", *cached[3:]], "is not the manifest of a corpus retrieval"),
+        "no such retrieval": ([*cached[:2], "{tmp}/none", *cached[3:]], "no corpus retrieval at {tmp}/none"),
+        "setting of a retrieval": ([*cached, "--query", "eot"], "--query was decided when"),
+        "retrieval of another knowledge base": ([*cached, "--kb", "{tmp}/kb"], "from another knowledge base"),
         "no such checkpoint": (["generate", "{tmp}/none", "x"], "no checkpoint folder {tmp}/none"),
         "not a checkpoint": (["generate", "{world}/kb", "x"], "is no checkpoint"),
         "pictures for a model without": (["generate", "{world}/gpt2", "x", "--kb", "{world}/kb"], "sees no pictures"),
@@ -174,6 +204,8 @@ def test_wrong_input_is_one_sentence(world, tmp_path, capsys, name):
     (tmp_path / "empty.txt").write_text("\n\n")
     if "{tmp}/other" in wrong_inputs()[name][0]:
         make_clip(prune_tokenizer(clip_tokenizer(), ["another"]), seed=1).save(tmp_path / "other")
+    if "{tmp}/kb" in wrong_inputs()[name][0] and name.startswith("retrieval"):
+        run("kb", "merge", world / "kb", world / "kb", "--out", tmp_path / "kb")
     arguments, expected = wrong_inputs()[name]
     arguments = [argument.format(world=world, tmp=tmp_path) for argument in arguments]
     before = sorted(os.listdir(tmp_path))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from open_clip.tokenizer import SimpleTokenizer, basic_clean
 from transformers import AutoTokenizer
 
-from valm.tokenizer import clip_tokenizer, prune_tokenizer
+from valm.tokenizer import clip_tokenizer, prune_tokenizer, tokenize_documents
 
 TEXTS = [
     "The color of a sunflower is yellow.",
@@ -83,3 +83,11 @@ def test_saved_folder_opens_with_auto_tokenizer(pruned, tmp_path):
         "<|endoftext|>",
     )
     assert opened.padding_side == "left"
+
+
+def test_documents_begin_with_sot_and_end_with_eot():
+    tokenizer = prune_tokenizer(clip_tokenizer(), ["red blue sea"])
+    sot, eot = tokenizer.bos_token_id, tokenizer.eos_token_id
+    red, blue, sea = tokenizer("red blue sea", add_special_tokens=False)["input_ids"]
+    assert tokenize_documents(["red blue red", " ", "sea"], tokenizer) == [[sot, red, blue, red, eot], [sot, sea, eot]]
+    assert tokenize_documents([], tokenizer) == []

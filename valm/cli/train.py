@@ -8,19 +8,25 @@ from pathlib import Path
 from valm.cli.options import Commands, command, positive
 from valm.errors import ValmError
 
+# Where, in the folder of the checkpoint, the pictures of a corpus are kept that was given as text.
+RETRIEVAL = "retrieval"
+
 
 def add_to(commands: Commands) -> None:
     train = command(commands, "train", run_train, "train a VaLM, or without --kb its text-only twin GPT-2*")
-    train.add_argument("corpus", type=Path, help="text file, one document a line")
+    train.add_argument("corpus", type=Path, nargs="?", help="text file, one document a line")
+    train.add_argument(
+        "--retrieval", type=Path, help="train on what `valm retrieve` wrote, without CLIP, instead of on a corpus"
+    )
     train.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     train.add_argument("--kb", type=Path, help="knowledge base; without it the model sees no pictures")
     train.add_argument("--clip", help="the CLIP whose tokenizer the model reads with (default: that of --kb)")
-    train.add_argument("-k", "--images", type=positive, default=4, help="pictures a token sees")
-    train.add_argument("--query", choices=["eot", "state"], default="eot", help="kind of the retrieval query")
+    train.add_argument("-k", "--images", type=positive, help="pictures a token sees (default: 4)")
+    train.add_argument("--query", choices=["eot", "state"], help="kind of the retrieval query (default: eot)")
     train.add_argument("--layers", type=positive, default=12)
     train.add_argument("--width", type=positive, default=768)
     train.add_argument("--heads", type=positive, default=12)
-    train.add_argument("--context", type=positive, default=512, help="most tokens of a document")
+    train.add_argument("--context", type=positive, default=512, help="most tokens of a document, longer ones are cut")
     train.add_argument("--steps", type=positive, default=1000)
     train.add_argument("--batch-size", type=positive, default=16, help="documents a step")
     train.add_argument("--lr", type=float, default=5e-4)
@@ -34,27 +40,21 @@ def run_train(arguments: argparse.Namespace) -> None:
     from valm.config import ValmConfig
     from valm.files import writable_folder
     from valm.model import VaLMForCausalLM
-    from valm.retrieval.cache import retrieve_corpus
-    from valm.retrieval.clip import Clip
-    from valm.retrieval.context import ContextEncoder
     from valm.retrieval.knowledge_base import ImageKnowledgeBase
-    from valm.retrieval.retriever import Retriever
-    from valm.tokenizer import clip_tokenizer
-    from valm.training.collate import tokenize_documents
     from valm.training.train import train
 
-    try:
-        texts = arguments.corpus.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValmError(f"the corpus {arguments.corpus} is not UTF-8 text: {error}") from error
-    if any(writable_folder(arguments.out).iterdir()):
+    if (arguments.corpus is None) == (arguments.retrieval is None):
+        raise ValmError("give either a corpus or --retrieval")
+    # a retrieval that was killed goes on
+    if any(file.name != RETRIEVAL for file in writable_folder(arguments.out).iterdir()):
         raise ValmError(f"the output folder {arguments.out} is not empty; choose another")
     kb = ImageKnowledgeBase.open(arguments.kb) if arguments.kb else None
-    if kb is not None:
-        clip = kb.load_clip(arguments.clip)
-        tokenizer = clip.tokenizer
+    if arguments.retrieval is not None:
+        dataset, tokenizer = open_retrieval(arguments)
+    elif kb is not None:
+        dataset, tokenizer = retrieved_corpus(arguments, kb)
     else:
-        tokenizer = Clip.load(arguments.clip).tokenizer if arguments.clip else clip_tokenizer()
+        dataset, tokenizer = plain_corpus(arguments)
     config = ValmConfig(
         vocab_size=len(tokenizer),
         n_positions=arguments.context,
@@ -65,13 +65,8 @@ def run_train(arguments: argparse.Namespace) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         image_dim=kb.dim if kb is not None else arguments.width,
-        num_images=arguments.images if kb is not None else 0,
+        num_images=dataset.k if kb is not None else 0,
     )
-    documents = tokenize_documents(texts, tokenizer, arguments.context)
-    dataset = [{"input_ids": document} for document in documents]
-    if kb is not None:
-        retriever = Retriever(ContextEncoder(clip, query=arguments.query), kb, arguments.images)
-        dataset = retrieve_corpus(documents, retriever, arguments.out / "retrieval")
     torch.manual_seed(arguments.seed)
     losses = train(
         VaLMForCausalLM(config),
@@ -86,5 +81,36 @@ def run_train(arguments: argparse.Namespace) -> None:
         row_length=arguments.context,
     )
     if kb is not None:
-        save_retrieval(arguments.out, retriever)
+        save_retrieval(arguments.out, kb, dataset.query)
     print(f"loss {losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last; written to {arguments.out}")
+
+
+def open_retrieval(arguments: argparse.Namespace):
+    from valm.retrieval.cache import CorpusRetrieval
+
+    decided = {"--clip": arguments.clip, "-k": arguments.images, "--query": arguments.query}
+    given = next((name for name, value in decided.items() if value is not None), None)
+    if given is not None:
+        raise ValmError(f"{given} was decided when {arguments.retrieval} was retrieved; leave it out")
+    found = CorpusRetrieval.open(arguments.retrieval)
+    return found, found.tokenizer
+
+
+def retrieved_corpus(arguments: argparse.Namespace, kb):
+    from valm.retrieval.cache import retrieve_files
+    from valm.retrieval.context import ContextEncoder
+    from valm.retrieval.retriever import Retriever
+
+    encoder = ContextEncoder(kb.load_clip(arguments.clip), query=arguments.query or "eot")
+    retriever = Retriever(encoder, kb, arguments.images or 4)
+    return retrieve_files([arguments.corpus], retriever, arguments.out / RETRIEVAL), encoder.tokenizer
+
+
+def plain_corpus(arguments: argparse.Namespace):
+    from valm.retrieval.clip import Clip
+    from valm.retrieval.corpus import file_parts
+    from valm.tokenizer import clip_tokenizer, tokenize_documents
+
+    tokenizer = Clip.load(arguments.clip).tokenizer if arguments.clip else clip_tokenizer()
+    texts = [text for part in file_parts([arguments.corpus]) for text in part.read()]
+    return [{"input_ids": document} for document in tokenize_documents(texts, tokenizer)], tokenizer

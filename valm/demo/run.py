@@ -44,8 +44,7 @@ from valm.retrieval.cache import retrieve_corpus
 from valm.retrieval.clip import Clip
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import Retriever
-from valm.tokenizer import clip_tokenizer, prune_tokenizer
-from valm.training.collate import tokenize_documents
+from valm.tokenizer import clip_tokenizer, prune_tokenizer, tokenize_documents
 from valm.training.train import train
 
 RESULTS_FILE = "results.json"
@@ -156,7 +155,7 @@ def _run(
         random.Random(seed),
     )
     (folder / "corpus.txt").write_text("\n".join(sentences) + "\n", encoding="utf-8")
-    documents = tokenize_documents(sentences, tokenizer, CONTEXT)
+    documents = tokenize_documents(sentences, tokenizer)
     retrievers, datasets = {}, {}
     for query in ("eot", "state"):
         with stage(f"retrieval, {query}"):
@@ -185,9 +184,9 @@ def _run(
 
     gpt2 = trained("gpt2", "GPT-2*", datasets["eot"], None)
     valm = trained("valm", "VaLM", datasets["eot"], kb)
-    save_retrieval(folder / "valm", retrievers["eot"])
+    save_retrieval(folder / "valm", kb, "eot")
     state = trained("valm-state", "VaLM, state queries", datasets["state"], kb)
-    save_retrieval(folder / "valm-state", retrievers["state"])
+    save_retrieval(folder / "valm-state", kb, "state")
 
     with stage("evaluation"):
         found = retrievers["eot"]

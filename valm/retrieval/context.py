@@ -79,6 +79,7 @@ class ContextEncoder:
         if min_tokens < 1:
             raise ValueError(f"min_tokens must be at least 1, got {min_tokens}")
         self.clip = clip
+        self.tokenizer = clip.tokenizer
         self.query = query
         self.tower = TextTower(clip, dtype)
         self.rule = SegmentRule(

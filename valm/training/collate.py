@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,22 +14,6 @@ from valm.retrieval.knowledge_base import ImageKnowledgeBase
 
 # What PyTorch's cross entropy leaves out.
 IGNORED = -100
-
-
-def tokenize_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, max_length: int) -> list[list[int]]:
-    """Each text as a document: SOT, its pieces, EOT. One longer than `max_length` tokens is cut into several.
-
-    Each part of a cut text begins with SOT too, so that it can be packed behind any other document. Texts without any
-    piece are left out.
-    """
-    documents = []
-    for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []:
-        if not ids:
-            continue
-        ids.append(tokenizer.eos_token_id)
-        step = max_length - 1
-        documents += [[tokenizer.bos_token_id, *ids[begin : begin + step]] for begin in range(0, len(ids), step)]
-    return documents
 
 
 class Collator:

@@ -17,6 +17,7 @@ from valm.files import writable_folder
 from valm.model import VaLMForCausalLM
 from valm.retrieval.cache import CorpusRetrieval
 from valm.retrieval.knowledge_base import ImageKnowledgeBase
+from valm.training.blocks import Blocks
 from valm.training.collate import Collator
 
 
@@ -44,10 +45,11 @@ def train(
     same. AdamW with betas (0.9, 0.98), as the paper trained.
 
     Args:
-        dataset: documents as `Collator` takes them, such as a `CorpusRetrieval`.
+        dataset: documents as `Collator` takes them, such as a `CorpusRetrieval`. Those longer than the model's
+            n_positions, or than row_length, are cut (see `Blocks`).
         kb: where the vectors of the documents' pictures are. None for num_images = 0 (image_ids are then not
             looked at) and for a model that has a retriever.
-        batch_size: documents a step.
+        batch_size: documents, or blocks of them, a step.
         schedule: of the learning rate after the warm-up, by its name in transformers ("cosine", "linear",
             "constant_with_warmup", "inverse_sqrt" as in the paper, ...).
         row_length: pack documents into rows of this length (see `Collator`); None pads.
@@ -80,10 +82,12 @@ def train(
     )
     # with several GPUs in one process the Trainer would cut each batch by rows, and image_pool has none
     arguments._n_gpu = min(1, arguments.n_gpu)
+    limit = min(model.config.n_positions, row_length or model.config.n_positions)
+    blocks = Blocks(dataset, limit, tokenizer.bos_token_id)
     trainer = _Trainer(
         model=model,
         args=arguments,
-        train_dataset=torch.utils.data.Subset(dataset, _order(len(dataset), steps * batch_size, seed)),
+        train_dataset=torch.utils.data.Subset(blocks, _order(len(blocks), steps * batch_size, seed)),
         data_collator=Collator(tokenizer, kb, row_length),
         callbacks=[_ProgressBar(progress)] if progress else None,
     )

@@ -8,8 +8,8 @@ import torch
 from tests.valm.models import tiny_model
 from valm.errors import ValmError
 from valm.evaluation.language import LAST_WORD, evaluate_lambada, load_lambada, perplexity
-from valm.tokenizer import clip_tokenizer, prune_tokenizer
-from valm.training.collate import Collator, tokenize_documents
+from valm.tokenizer import clip_tokenizer, prune_tokenizer, tokenize_documents
+from valm.training.collate import Collator
 
 DATA = os.environ.get("VALM_EVAL_DATA")
 TEXTS = ["the sea is blue and the sun is red", "a red sun", "the sea", "blue is the sea and red is the sunset"]
@@ -22,7 +22,7 @@ def model():
 
 
 def test_perplexity_is_that_of_each_text_alone_and_of_the_training_loss(model):
-    documents = tokenize_documents(TEXTS, TOKENIZER, 32)
+    documents = tokenize_documents(TEXTS, TOKENIZER)
     found = perplexity(model, documents, batch_size=2)
     nats = 0.0
     for document in documents:
@@ -35,7 +35,7 @@ def test_perplexity_is_that_of_each_text_alone_and_of_the_training_loss(model):
 
 
 def test_no_batch_size_and_no_order_changes_perplexity(model):
-    documents = tokenize_documents(TEXTS * 2, TOKENIZER, 32)
+    documents = tokenize_documents(TEXTS * 2, TOKENIZER)
     one = perplexity(model, documents, batch_size=1)
     assert perplexity(model, documents[::-1], batch_size=16).nats == pytest.approx(one.nats, rel=1e-6)
 
@@ -51,9 +51,7 @@ def test_nothing_to_score_and_missing_pictures_are_refused(model):
 def test_lambada_counts_the_passages_whose_last_word_the_model_knows():
     passages = ["the sea is blue", "red is the sunset", "a sun and a blues"]
     model = tiny_model(vocab_size=len(TOKENIZER), bos_token_id=TOKENIZER.bos_token_id, num_images=0).train()
-    batch = Collator(TOKENIZER, None)(
-        [{"input_ids": document} for document in tokenize_documents(passages, TOKENIZER, 32)]
-    )
+    batch = Collator(TOKENIZER, None)([{"input_ids": document} for document in tokenize_documents(passages, TOKENIZER)])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(60):
         optimizer.zero_grad()

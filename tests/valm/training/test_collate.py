@@ -8,7 +8,7 @@ from tests.valm.models import tiny_model
 from tests.valm.training.documents import TOKENIZER, Vectors, documents
 from valm.errors import ValmError
 from valm.retrieval.cache import NO_IMAGE
-from valm.training.collate import IGNORED, Collator, tokenize_documents
+from valm.training.collate import IGNORED, Collator
 
 
 def random_documents(lengths, num_images=2, seed=0):
@@ -77,11 +77,3 @@ def test_packing_a_document_that_does_not_begin_with_sot_is_refused():
     with pytest.raises(ValmError, match="does not begin with SOT"):
         Collator(TOKENIZER, None, 8)([{"input_ids": [1, 2]}])
     assert Collator(TOKENIZER, None)([{"input_ids": [1, 2]}])["labels"].tolist() == [[IGNORED, 2]]
-
-
-def test_documents_are_cut_to_the_models_length():
-    cut = tokenize_documents(["red blue red blue red", "", "sea"], TOKENIZER, 4)
-    sot, eot = TOKENIZER.bos_token_id, TOKENIZER.eos_token_id
-    red, blue, sea = TOKENIZER("red blue sea", add_special_tokens=False)["input_ids"]
-    assert cut == [[sot, red, blue, red], [sot, blue, red, eot], [sot, sea, eot]]
-    assert tokenize_documents([], TOKENIZER, 4) == []

@@ -1,0 +1,36 @@
+"""valm retrieve."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from valm.cli.options import Commands, command, positive
+
+
+def add_to(commands: Commands) -> None:
+    retrieve = command(
+        commands, "retrieve", run_retrieve, "find the pictures of every token of a corpus once, to train on them"
+    )
+    retrieve.add_argument(
+        "corpus", type=Path, nargs="+", help="text files, one document a line, or .parquet files, one document a row"
+    )
+    retrieve.add_argument("--kb", type=Path, required=True, help="knowledge base")
+    retrieve.add_argument("--out", type=Path, required=True, help="folder of the result; a killed retrieval goes on")
+    retrieve.add_argument("--clip", help="the CLIP, where it is no longer where the knowledge base found it")
+    retrieve.add_argument("-k", "--images", type=positive, default=4, help="pictures a token sees")
+    retrieve.add_argument("--query", choices=["eot", "state"], default="eot", help="kind of the retrieval query")
+    retrieve.add_argument("--column", default="text", help="where the text is in a .parquet file")
+
+
+def run_retrieve(arguments: argparse.Namespace) -> None:
+    from valm.retrieval.cache import retrieve_files
+    from valm.retrieval.context import ContextEncoder
+    from valm.retrieval.knowledge_base import ImageKnowledgeBase
+    from valm.retrieval.retriever import Retriever
+
+    kb = ImageKnowledgeBase.open(arguments.kb)
+    encoder = ContextEncoder(kb.load_clip(arguments.clip), query=arguments.query)
+    retriever = Retriever(encoder, kb, arguments.images)
+    found = retrieve_files(arguments.corpus, retriever, arguments.out, column=arguments.column)
+    print(f"{found.path}: {len(found):,} documents, {found.manifest['tokens']:,} tokens, {found.k} pictures a token")

@@ -1,0 +1,53 @@
+"""Documents of any length as blocks that a model can read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from valm.errors import ValmError
+from valm.retrieval.cache import CorpusRetrieval
+
+
+class Blocks(Sequence):
+    """`documents` (as `Collator` takes them), those longer than `length` tokens cut into several blocks.
+
+    Each later block of a document begins with its SOT again, so that it can be packed behind any other; what its tokens
+    see of the text begins anew there. The pictures of its tokens do not: they are those of the whole document.
+    A block is a dict as a document is. sot: id of SOT.
+    """
+
+    def __init__(self, documents: Sequence[dict[str, Any]], length: int, sot: int):
+        self.documents = documents
+        self.length = length
+        self.sot = sot
+        if isinstance(documents, CorpusRetrieval):
+            lengths = documents.lengths()
+        else:
+            lengths = np.array([len(document["input_ids"]) for document in documents])
+        # SOT, and length - 1 other tokens in each block
+        self._ends = np.cumsum(np.maximum(1, -(-(lengths - 1) // (length - 1))))
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Raises IndexError, and ValmError for a document to be cut that does not begin with SOT."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"blocks go from 0 to {len(self) - 1}, got {index}")
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        document = self.documents[number]
+        tokens = len(document["input_ids"])
+        if tokens <= self.length:
+            return document
+        if document["input_ids"][0] != self.sot:
+            raise ValmError(
+                f"document {number} has {tokens} tokens, more than a block's {self.length}, and cannot be cut: it does "
+                f"not begin with SOT"
+            )
+        first = int(self._ends[number - 1]) if number else 0
+        begin = 1 + (index - first) * (self.length - 1)
+        rows = np.r_[0, begin : min(begin + self.length - 1, tokens)]
+        return {name: np.asarray(values)[rows] for name, values in document.items()}
