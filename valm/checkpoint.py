@@ -6,7 +6,6 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -17,7 +16,6 @@ from valm.errors import ValmError
 from valm.files import read_json, writable_folder, write_json
 from valm.model import VaLMForCausalLM
 from valm.retrieval.context import ContextEncoder
-from valm.retrieval.index import index_parameters
 from valm.retrieval.knowledge_base import ImageKnowledgeBase
 from valm.retrieval.retriever import BlindRetriever, Retriever
 
@@ -47,15 +45,10 @@ def save_checkpoint(model: VaLMForCausalLM, tokenizer: PreTrainedTokenizerFast, 
 
 
 def save_retrieval(folder: str | os.PathLike, kb: ImageKnowledgeBase, query: str) -> None:
-    """Notes in the checkpoint `folder` where its pictures are, relative to it (the two can be moved together), the kind
-    of query that finds them (see `ContextEncoder`) and the index that it finds them through."""
-    index = index_parameters(kb)
-    note = {
-        "knowledge_base": os.path.relpath(kb.path, folder),
-        "query": query,
-        "index": "exact" if index is None else asdict(index),
-    }
-    write_json(Path(folder) / RETRIEVAL_FILE, note)
+    """Notes in the checkpoint `folder` where its pictures are, relative to it (the two can be moved together), and the
+    kind of query that finds them (see `ContextEncoder`)."""
+    where = os.path.relpath(kb.path, folder)
+    write_json(Path(folder) / RETRIEVAL_FILE, {"knowledge_base": where, "query": query})
 
 
 def load_checkpoint(
@@ -67,8 +60,8 @@ def load_checkpoint(
     """The model, in eval mode, and the tokenizer that `save_checkpoint` wrote.
 
     A model that sees pictures gets its retriever: with the knowledge base that `save_retrieval` noted, or `kb`; and
-    with the CLIP which that was built with, found where it was then, or at `clip` (see `Clip.load`). Without
-    any knowledge base it has none, and needs `image_pool` in each call.
+    with the CLIP which that was built with, found where it was then, or at `clip` (see `Clip.load`); its tokenizer need
+    not be the model's (`ContextEncoder`). Without any knowledge base it has none, and needs `image_pool` in each call.
 
     Raises:
         ValmError: there is no whole VaLM checkpoint, or its config, weights, tokenizer, knowledge base and CLIP do
@@ -113,17 +106,15 @@ def _add_retriever(
     clip: str | None,
 ) -> None:
     noted = folder / RETRIEVAL_FILE
-    query = "eot"
+    reading = {}
     if noted.exists():
-        retrieval = read_json(noted, "the note on retrieval")
-        query = retrieval["query"]
-        kb = folder / retrieval["knowledge_base"] if kb is None else kb
+        reading = read_json(noted, "the note on retrieval")
+        noted_kb = folder / reading.pop("knowledge_base")
+        kb = noted_kb if kb is None else kb
     if kb is None:
         return
     opened = ImageKnowledgeBase.open(kb)
-    encoder = ContextEncoder(opened.load_clip(clip), query=query)
-    if encoder.clip.tokenizer.get_vocab() != tokenizer.get_vocab():
-        raise ValmError(f"the model in {folder} and the CLIP of {kb} read text with different tokenizers")
+    encoder = ContextEncoder(opened.load_clip(clip), tokenizer=tokenizer, **reading)
     try:
         blind = model.config.blind
         model.set_retriever(BlindRetriever(encoder) if blind else Retriever(encoder, opened, model.config.num_images))

@@ -1,17 +1,20 @@
-"""The tokenizer of CLIP as a Hugging Face tokenizer, and the same one cut down to the pieces a corpus needs.
+"""The tokenizer of CLIP as a Hugging Face tokenizer, the same one cut down to the pieces a corpus needs, and others.
 
-VaLM reads text in CLIP's own pieces, so that one position of the language model is one position of the
+VaLM reads text in CLIP's own pieces by default, so that one position of the language model is one position of the
 text tower that asks for pictures (the published model does the same). The pieces come from the file that
-open_clip carries, so nothing is downloaded.
+open_clip carries, so nothing is downloaded. Any other fast tokenizer will do too (`valm.retrieval.alignment`).
 """
 
 import gzip
 import json
+import os
 from collections.abc import Sequence
 
 import open_clip.tokenizer
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from valm.errors import ValmError
 
 SOT = "<|startoftext|>"
 EOT = "<|endoftext|>"
@@ -68,6 +71,38 @@ def prune_tokenizer(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Pre
     return _build([merge for merge in merges if "".join(merge) in needed])
 
 
+def load_tokenizer(source: str | os.PathLike) -> PreTrainedTokenizerFast:
+    """The tokenizer of another language model (GPT-2's, Llama's, ...), with what a VaLM needs of one.
+
+    source: a folder that has its `tokenizer.json`, or its name on the Hugging Face Hub.
+    As with CLIP's, `tokenizer(text)` starts with bos and pads on the left. One without bos begins texts with eos, as
+    GPT-2 was trained; one without pad pads with eos.
+    Raises ValmError where it cannot be loaded, is no fast tokenizer, or has no eos.
+    """
+    try:
+        loaded = AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # transformers raises many kinds
+        raise ValmError(f"cannot load the tokenizer {source}: {str(error).splitlines()[0]}") from error
+    if not isinstance(loaded, PreTrainedTokenizerFast):
+        raise ValmError(f"the tokenizer {source} is a {type(loaded).__name__}, not a fast one with a tokenizer.json")
+    if loaded.eos_token is None:
+        raise ValmError(f"the tokenizer {source} names no eos token, which ends a document")
+    bos = loaded.bos_token or loaded.eos_token
+    tokenizer = loaded.backend_tokenizer
+    tokenizer.post_processor = _begin_with(bos, loaded.convert_tokens_to_ids(bos))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=bos,
+        eos_token=loaded.eos_token,
+        pad_token=loaded.pad_token or loaded.eos_token,
+        padding_side="left",
+    )
+
+
+def _begin_with(bos: str, id: int) -> processors.TemplateProcessing:
+    return processors.TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, id)])
+
+
 def _build(merges: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
     alphabet = list(open_clip.tokenizer.bytes_to_unicode().values())  # 256 bytes, the printable ones first
     pieces = alphabet + [character + "</w>" for character in alphabet]
@@ -88,15 +123,13 @@ def _build(merges: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.Sequence(
         [decoders.ByteLevel(), decoders.Replace("</w>", " "), decoders.Strip(" ", 0, 1)]
     )
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{SOT} $A", pair=f"{SOT} $A {SOT} $B", special_tokens=[(SOT, ids[SOT])]
-    )
+    tokenizer.post_processor = _begin_with(SOT, ids[SOT])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=SOT, eos_token=EOT, pad_token=EOT, padding_side="left"
     )
 
 
 def tokenize_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
-    """Each text as a document: SOT, its pieces, EOT. Texts without any piece are left out."""
+    """Each text as a document: bos (SOT), its pieces, eos (EOT). Texts without any piece are left out."""
     pieces = tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
     return [[tokenizer.bos_token_id, *ids, tokenizer.eos_token_id] for ids in pieces if ids]

@@ -137,7 +137,6 @@ def test_a_checkpoint_finds_its_pictures_again(tmp_path, clip, blind):
     moved.mkdir()
     for name in ("model", "kb", "clip"):  # all of it together
         (tmp_path / name).rename(moved / name)
-    assert json.loads((moved / "model" / "retrieval.json").read_text())["index"] == "exact"
     loaded, _ = load_checkpoint(moved / "model")
     torch.testing.assert_close(loaded(ids).logits, expected)
     assert load_checkpoint(moved / "model", clip=moved / "clip")[0].retriever.encoder.query == "state"
@@ -149,9 +148,10 @@ def test_pictures_that_do_not_fit_are_refused(tmp_path, clip, make_kb):
     with pytest.raises(ValmError, match="sees no pictures"):
         load_checkpoint(tmp_path / "gpt2", kb=kb.path)
     clip.save(tmp_path / "clip")
+    # another vocabulary than the CLIP's is no hindrance
     save_checkpoint(a_model(image_dim=kb.dim), TOKENIZER, tmp_path / "other")
-    with pytest.raises(ValmError, match="different tokenizers"):
-        load_checkpoint(tmp_path / "other", kb=kb.path, clip=tmp_path / "clip")
+    loaded, _ = load_checkpoint(tmp_path / "other", kb=kb.path, clip=tmp_path / "clip")
+    assert loaded.retriever.encoder.alignment is not None
     same = tiny_model(vocab_size=len(clip.tokenizer), image_dim=kb.dim + 1)
     save_checkpoint(same, clip.tokenizer, tmp_path / "wide")
     with pytest.raises(ValmError, match=r"do not fit: retriever\.dim is"):

@@ -8,9 +8,13 @@ import sys
 import tarfile
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
+from tests.valm.other_tokenizers import gpt2_like
 from tests.valm.retrieval.tiny_clip import make_clip
+from valm.checkpoint import load_checkpoint
 from valm.cli import main
 from valm.tokenizer import clip_tokenizer, prune_tokenizer
 
@@ -39,6 +43,12 @@ def world(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="module")
+def other_tokenizer(world):
+    gpt2_like(["the color of the coal is black"], vocab_size=300).save_pretrained(world / "gpt2-tokenizer")
+    return world / "gpt2-tokenizer"
+
+
 @pytest.fixture
 def copy_of(world, tmp_path):
     """Copies part of the world, to be damaged."""
@@ -53,6 +63,38 @@ def copy_of(world, tmp_path):
 
 def run(*arguments) -> int:
     return main([str(argument) for argument in arguments])
+
+
+def test_a_model_with_a_tokenizer_of_its_own(world, other_tokenizer, tmp_path, capsys):
+    """Trained with pictures, saved and loaded, asked, and let go on: as one with CLIP's."""
+    corpus, kb = world / "corpus.txt", ["--kb", world / "kb"]
+    size = [*SIZE, "--context", "64"]  # of this tokenizer prompts have more tokens
+    other = ["--tokenizer", other_tokenizer]
+    assert run("train", corpus, *kb, *other, "--out", tmp_path / "valm", "-k", "2", *size) == 0
+    model, tokenizer = load_checkpoint(tmp_path / "valm")
+    assert model.retriever.encoder.alignment is not None
+    assert tokenizer.bos_token == tokenizer.eos_token == "<|endoftext|>"
+    ids = tokenizer("the color of the apple is", return_tensors="pt")["input_ids"]
+    assert ids[0, 0] == tokenizer.bos_token_id
+    cached, again = (model.generate(ids, max_new_tokens=8, do_sample=False, use_cache=use) for use in (True, False))
+    assert torch.equal(cached, again)
+    capsys.readouterr()
+    assert run("generate", tmp_path / "valm", "the color of the apple", "--max-new-tokens", 4) == 0
+    assert capsys.readouterr().out.startswith("the color of the apple")
+    assert run("eval", tmp_path / "valm", "--memory-color", world / "colors.csv") == 0
+    assert "accuracy" in capsys.readouterr().out
+    # the same through `valm retrieve`, and the baseline without pictures
+    assert run("retrieve", corpus, *kb, *other, "--out", tmp_path / "retrieval", "-k", "2") == 0
+    retrieval = ["--retrieval", tmp_path / "retrieval"]
+    assert run("train", *retrieval, *kb, "--out", tmp_path / "twice", *size) == 0
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("valm", "twice")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert run("train", corpus, *other, "--out", tmp_path / "gpt2", *size) == 0
+    capsys.readouterr()
+    assert run("train", *retrieval, *kb, *other, "--out", tmp_path / "never", *size) == 1
+    assert "--tokenizer was decided when" in capsys.readouterr().err
+    assert run("train", corpus, "--tokenizer", world / "pictures", "--out", tmp_path / "never", *size) == 1
+    assert "cannot load the tokenizer" in capsys.readouterr().err
 
 
 def test_kb_info_names_size_and_encoder(world, capsys):
@@ -85,34 +127,6 @@ def test_kb_verify_and_merge(world, tmp_path, capsys):
     (tmp_path / "both" / "vectors-00001.npy").write_bytes(vectors)
     assert run("kb", "verify", tmp_path / "both") == 1
     assert "is damaged, build it again: vectors-00001.npy" in capsys.readouterr().err
-
-
-def test_kb_index(copy_of, capsys):
-    pytest.importorskip("faiss", reason="needs faiss: install valm[faiss]")
-    root = copy_of("kb", "clip", "valm")
-    assert run("kb", "index", root / "kb") == 0
-    assert "searched exactly" in capsys.readouterr().out  # there are few pictures
-    options = ["--factory", "IVF2,Flat", "-k", 1, "--target-recall", 1]
-    assert run("kb", "index", root / "kb", *options) == 0
-    out = capsys.readouterr().out
-    assert "searched through the index IVF2,Flat, nprobe=" in out
-    assert "eot queries at the tokens of captions of the pictures" in out
-    assert run("kb", "info", root / "kb") == 0
-    assert capsys.readouterr().out == out
-    (root / "questions.txt").write_text("the color of the sea\n\nthe color of the coal\n")
-    assert run("kb", "index", root / "kb", *options, "--queries", root / "questions.txt", "--query", "state") == 0
-    assert "state queries at the tokens of questions.txt" in capsys.readouterr().out
-    assert run("kb", "search", root / "kb", "the apple", "-k", 2) == 0
-    assert run("generate", root / "valm", "the sea", "--max-new-tokens", 2) == 0
-    (root / "kb" / "index.faiss").write_bytes(b"")
-    for command in (["kb", "search", root / "kb", "the apple"], ["generate", root / "valm", "the sea"]):
-        assert run(*command) == 1
-        assert f"make it anew with `valm kb index {root / 'kb'}`" in capsys.readouterr().err.replace("valm/../", "")
-    assert run("kb", "verify", root / "kb") == 1
-    assert "index.faiss" in capsys.readouterr().err
-    assert run("kb", "index", root / "kb") == 0
-    assert "searched exactly" in capsys.readouterr().out
-    assert not list((root / "kb").glob("index.*"))
 
 
 def test_kb_build_from_archives(world, tmp_path, capsys):
@@ -194,19 +208,6 @@ def wrong_inputs():
         "no such CLIP": ([*kb_build[:4], "{tmp}/none", *kb_build[5:]], "no CLIP at '{tmp}/none'"),
         "output holds something else": ([*kb_build[:-1], "{world}/clip"], "is not empty"),
         "no such knowledge base": (["kb", "info", "{tmp}/none"], "no knowledge base at {tmp}/none"),
-        "index of no known kind": (["kb", "index", "{world}/kb", "--factory", "IFV1"], "the factory string 'IFV1'"),
-        "index of too many cells": (
-            ["kb", "index", "{world}/kb", "--factory", "IVF7,Flat"],
-            "of 7 cells needs as many",
-        ),
-        "queries not text": (
-            ["kb", "index", "{world}/kb", "--factory", "IVF1,Flat", "--queries", "{world}/pictures/sea.png"],
-            "sea.png is not UTF-8",
-        ),
-        "queries without text": (
-            ["kb", "index", "{world}/kb", "--factory", "IVF1,Flat", "--queries", "{tmp}/empty.txt"],
-            "no text to make queries of",
-        ),
         "not a knowledge base": (["kb", "search", "{world}/clip", "x"], "is not a knowledge base"),
         "knowledge base of another CLIP": (
             ["kb", "search", "{world}/kb", "x", "--clip", "{tmp}/other"],

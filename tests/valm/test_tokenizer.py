@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from open_clip.tokenizer import SimpleTokenizer, basic_clean
 from transformers import AutoTokenizer
 
-from valm.tokenizer import clip_tokenizer, prune_tokenizer, tokenize_documents
+from tests.valm.other_tokenizers import gpt2_like, llama_like
+from valm.errors import ValmError
+from valm.tokenizer import clip_tokenizer, load_tokenizer, prune_tokenizer, tokenize_documents
 
 TEXTS = [
     "The color of a sunflower is yellow.",
@@ -91,3 +93,31 @@ def test_documents_begin_with_sot_and_end_with_eot():
     red, blue, sea = tokenizer("red blue sea", add_special_tokens=False)["input_ids"]
     assert tokenize_documents(["red blue red", " ", "sea"], tokenizer) == [[sot, red, blue, red, eot], [sot, sea, eot]]
     assert tokenize_documents([], tokenizer) == []
+
+
+@pytest.mark.parametrize("make", [gpt2_like, llama_like])
+def test_tokenizers_of_others_begin_texts_as_ours(make, tmp_path):
+    original = make()
+    original.pad_token = None
+    if make is gpt2_like:
+        original.bos_token = None
+    original.save_pretrained(tmp_path)
+    for _ in range(2):  # also of what we saved ourselves
+        loaded = load_tokenizer(tmp_path)
+        assert loaded.bos_token == ("<|endoftext|>" if make is gpt2_like else "<s>")
+        assert loaded.pad_token == loaded.eos_token
+        plain = original("the sky is blue", add_special_tokens=False)["input_ids"]
+        assert loaded("the sky is blue")["input_ids"] == [loaded.bos_token_id, *plain]
+        assert loaded(["a", "the sky is blue"], padding=True)["attention_mask"][0][0] == 0
+        assert loaded.decode(plain) == "the sky is blue"
+        loaded.save_pretrained(tmp_path)
+
+
+def test_tokenizers_that_will_not_do(tmp_path):
+    with pytest.raises(ValmError, match="cannot load the tokenizer"):
+        load_tokenizer(tmp_path)
+    endless = gpt2_like()
+    endless.eos_token = None
+    endless.save_pretrained(tmp_path)
+    with pytest.raises(ValmError, match="names no eos token, which ends a document"):
+        load_tokenizer(tmp_path)

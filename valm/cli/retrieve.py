@@ -18,6 +18,10 @@ def add_to(commands: Commands) -> None:
     retrieve.add_argument("--kb", type=Path, required=True, help="knowledge base")
     retrieve.add_argument("--out", type=Path, required=True, help="folder of the result; a killed retrieval goes on")
     retrieve.add_argument("--clip", help="the CLIP, where it is no longer where the knowledge base found it")
+    retrieve.add_argument(
+        "--tokenizer",
+        help="the tokenizer of the model to be trained, where it is not CLIP's: folder or Hugging Face name",
+    )
     retrieve.add_argument("-k", "--images", type=positive, default=4, help="pictures a token sees")
     retrieve.add_argument("--query", choices=["eot", "state"], default="eot", help="kind of the retrieval query")
     retrieve.add_argument("--column", default="text", help="where the text is in a .parquet file")
@@ -28,9 +32,11 @@ def run_retrieve(arguments: argparse.Namespace) -> None:
     from valm.retrieval.context import ContextEncoder
     from valm.retrieval.knowledge_base import ImageKnowledgeBase
     from valm.retrieval.retriever import Retriever
+    from valm.tokenizer import load_tokenizer
 
     kb = ImageKnowledgeBase.open(arguments.kb)
-    encoder = ContextEncoder(kb.load_clip(arguments.clip), query=arguments.query)
+    tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else None
+    encoder = ContextEncoder(kb.load_clip(arguments.clip), tokenizer=tokenizer, query=arguments.query)
     retriever = Retriever(encoder, kb, arguments.images)
     found = retrieve_files(arguments.corpus, retriever, arguments.out, column=arguments.column)
     print(f"{found.path}: {len(found):,} documents, {found.manifest['tokens']:,} tokens, {found.k} pictures a token")

@@ -21,6 +21,7 @@ def add_to(commands: Commands) -> None:
     train.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     train.add_argument("--kb", type=Path, help="knowledge base; without it the model sees no pictures")
     train.add_argument("--clip", help="the CLIP whose tokenizer the model reads with (default: that of --kb)")
+    train.add_argument("--tokenizer", help="another tokenizer for the model: folder or Hugging Face name")
     train.add_argument("-k", "--images", type=positive, help="pictures a token sees (default: 4)")
     train.add_argument("--query", choices=["eot", "state"], help="kind of the retrieval query (default: eot)")
     train.add_argument("--layers", type=positive, default=12)
@@ -88,7 +89,12 @@ def run_train(arguments: argparse.Namespace) -> None:
 def open_retrieval(arguments: argparse.Namespace):
     from valm.retrieval.cache import CorpusRetrieval
 
-    decided = {"--clip": arguments.clip, "-k": arguments.images, "--query": arguments.query}
+    decided = {
+        "--clip": arguments.clip,
+        "--tokenizer": arguments.tokenizer,
+        "-k": arguments.images,
+        "--query": arguments.query,
+    }
     given = next((name for name, value in decided.items() if value is not None), None)
     if given is not None:
         raise ValmError(f"{given} was decided when {arguments.retrieval} was retrieved; leave it out")
@@ -100,8 +106,10 @@ def retrieved_corpus(arguments: argparse.Namespace, kb):
     from valm.retrieval.cache import retrieve_files
     from valm.retrieval.context import ContextEncoder
     from valm.retrieval.retriever import Retriever
+    from valm.tokenizer import load_tokenizer
 
-    encoder = ContextEncoder(kb.load_clip(arguments.clip), query=arguments.query or "eot")
+    tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else None
+    encoder = ContextEncoder(kb.load_clip(arguments.clip), tokenizer=tokenizer, query=arguments.query or "eot")
     retriever = Retriever(encoder, kb, arguments.images or 4)
     return retrieve_files([arguments.corpus], retriever, arguments.out / RETRIEVAL), encoder.tokenizer
 
@@ -109,8 +117,11 @@ def retrieved_corpus(arguments: argparse.Namespace, kb):
 def plain_corpus(arguments: argparse.Namespace):
     from valm.retrieval.clip import Clip
     from valm.retrieval.corpus import file_parts
-    from valm.tokenizer import clip_tokenizer, tokenize_documents
+    from valm.tokenizer import clip_tokenizer, load_tokenizer, tokenize_documents
 
-    tokenizer = Clip.load(arguments.clip).tokenizer if arguments.clip else clip_tokenizer()
+    if arguments.tokenizer:
+        tokenizer = load_tokenizer(arguments.tokenizer)
+    else:
+        tokenizer = Clip.load(arguments.clip).tokenizer if arguments.clip else clip_tokenizer()
     texts = [text for part in file_parts([arguments.corpus]) for text in part.read()]
     return [{"input_ids": document} for document in tokenize_documents(texts, tokenizer)], tokenizer

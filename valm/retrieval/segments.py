@@ -40,15 +40,17 @@ class Run:
 
     ids: the tokens; start: how many tokens of the segment (with SOT) were encoded before, 0 for a new segment.
     wanted: (position in the row's input, position in `ids`) of the tokens whose query is asked for. A position of
-        -1 in `ids` is the last token of an earlier call.
-    goes_on: whether later tokens may still look at these.
+        -1 in `ids` is the last token that was kept of an earlier call.
+    kept: how many of `ids` later calls go on from.
+    branches: runs that go on from a token of this one: their `start` says from which.
     """
 
     row: int
     ids: list[int]
     start: int
     wanted: list[tuple[int, int]] = field(default_factory=list)
-    goes_on: bool = False
+    kept: int = 0
+    branches: list[Run] = field(default_factory=list)
 
 
 @dataclass
@@ -63,41 +65,75 @@ class SegmentState:
     def copy(self) -> SegmentState:
         return SegmentState(self.open, self.ended, list(self.text), self.own)
 
-    def read(self, row: int, tokens: list[tuple[int, int]], rule: SegmentRule) -> list[Run]:
-        """Cuts further tokens, as (position in the input, id), into runs."""
-        runs: list[Run] = []
-        if self.open and not self.ended:
-            runs.append(Run(row, [], start=1 + len(self.text)))
 
-        def begin(carried: list[int]) -> None:
-            self.open, self.ended, self.text, self.own = True, False, list(carried), 0
-            runs.append(Run(row, [rule.sot, *carried], start=0))
+class Reading:
+    """Cuts further tokens of one row into runs, from where `state` stands.
 
-        for position, id in tokens:
-            if id == rule.sot:
-                begin([])
-            elif id == rule.eot:
-                if not self.open:
-                    begin([])
-                elif self.ended and not runs:
-                    runs.append(Run(row, [], start=1 + len(self.text)))
-                if rule.eot_in_segment:
-                    runs[-1].ids.append(id)
-                self.open = False
-            else:
-                if not self.open:
-                    begin([])
-                elif self.ended:
-                    begin(self.text[len(self.text) - rule.overlap :])
-                runs[-1].ids.append(id)
-                self.text.append(id)
-                self.own += 1
-                sentence_over = id in rule.sentence_ends and self.own >= rule.min_tokens
-                self.ended = sentence_over or len(self.text) == rule.limit
-            runs[-1].wanted.append((position, len(runs[-1].ids) - 1))
-        if runs:
-            runs[-1].goes_on = self.open
-        return [run for run in runs if run.wanted]
+    `add` reads a token. After it `want` asks for the query of the text so far, `fork` for that of the text so far
+    with other tokens behind it, and `keep` says that later calls go on from here: `kept` is the state for them.
+    """
+
+    def __init__(self, row: int, state: SegmentState, rule: SegmentRule):
+        self.row = row
+        self.rule = rule
+        self.state = state.copy()
+        self.kept = state
+        self.runs: list[Run] = []
+        self.forks: list[Run] = []  # those that stand by themselves
+        if state.open and not state.ended:
+            self._go_on()
+
+    def add(self, id: int) -> None:
+        state, rule = self.state, self.rule
+        if id == rule.sot:
+            self._begin([])
+        elif id == rule.eot:
+            if not state.open:
+                self._begin([])
+            elif not self.runs:
+                self._go_on()
+            if rule.eot_in_segment:
+                self.runs[-1].ids.append(id)
+            state.open = False
+        else:
+            if not state.open:
+                self._begin([])
+            elif state.ended:
+                self._begin(state.text[len(state.text) - rule.overlap :])
+            self.runs[-1].ids.append(id)
+            state.text.append(id)
+            state.own += 1
+            sentence_over = id in rule.sentence_ends and state.own >= rule.min_tokens
+            state.ended = sentence_over or len(state.text) == rule.limit
+
+    def want(self, position: int) -> None:
+        if not self.runs:
+            self._go_on()
+        self.runs[-1].wanted.append((position, len(self.runs[-1].ids) - 1))
+
+    def fork(self, ids: list[int], positions: list[int]) -> None:
+        branch = Reading(self.row, self.state, self.rule)
+        for id in ids:
+            branch.add(id)
+        run = branch.runs[-1]  # of the segments before it nothing is asked
+        run.wanted = [(position, len(run.ids) - 1) for position in positions]
+        if run.start:
+            self.runs[-1].branches.append(run)
+        else:
+            self.forks.append(run)
+
+    def keep(self) -> None:
+        self.kept = self.state.copy()
+        if self.state.open and self.runs:
+            self.runs[-1].kept = len(self.runs[-1].ids)
+
+    def _begin(self, carried: list[int]) -> None:
+        state = self.state
+        state.open, state.ended, state.text, state.own = True, False, list(carried), 0
+        self.runs.append(Run(self.row, [self.rule.sot, *carried], start=0))
+
+    def _go_on(self) -> None:
+        self.runs.append(Run(self.row, [], start=1 + len(self.state.text)))
 
 
 def sentence_end_ids(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:

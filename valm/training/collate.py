@@ -22,7 +22,8 @@ class Collator:
     A document is a dict with `input_ids` (T,) and, where pictures were retrieved, `image_ids` (T, K): ids in the
     knowledge base, NO_IMAGE in empty slots. The batch has
 
-    - input_ids, attention_mask, labels (B, L) int64; labels leave out padding and SOT, which nobody could foresee;
+    - input_ids, attention_mask, labels (B, L) int64; labels leave out padding and bos, which nobody could foresee (of
+      a bos that is eos too, as GPT-2's, only where it begins a document);
     - with a knowledge base: image_pool (U, E) float16, the vectors of the pictures in this batch, each once, and
       image_index (B, L, K) int64 into it, -1 = none.
 
@@ -35,22 +36,24 @@ class Collator:
         self, tokenizer: PreTrainedTokenizerFast, kb: ImageKnowledgeBase | None, row_length: int | None = None
     ):
         self.bos, self.pad = tokenizer.bos_token_id, tokenizer.pad_token_id
+        self.bos_ends = tokenizer.bos_token_id == tokenizer.eos_token_id
         self.kb = kb
         self.row_length = row_length
 
     def __call__(self, documents: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Raises ValmError for a document without image_ids where there is a knowledge base, a picture not in it, and
-        a document to be packed that does not begin with SOT."""
+        a document to be packed that does not begin with bos."""
         if self.row_length is not None and any(document["input_ids"][0] != self.bos for document in documents):
-            raise ValmError("a document does not begin with SOT: packed, it would be read on from the one before it")
+            raise ValmError("a document does not begin with bos: packed, it would be read on from the one before it")
         places, shape = self._places([len(document["input_ids"]) for document in documents])
         ids = np.full(shape, self.pad, dtype=np.int64)
         mask = np.zeros(shape, dtype=np.int64)
         for document, place in zip(documents, places, strict=True):
             ids[place] = document["input_ids"]
             mask[place] = 1
-        labels = np.where((mask == 1) & (ids != self.bos), ids, IGNORED)
-        labels[:, 0] = IGNORED  # no token stands before it
+        labels = np.where((mask == 1) & (self.bos_ends | (ids != self.bos)), ids, IGNORED)
+        for row, columns in places:
+            labels[row, columns.start] = IGNORED
         batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
         if self.kb is not None:
             batch |= self._images(documents, places, shape)

@@ -1,6 +1,6 @@
 import pytest
 
-from valm.retrieval.segments import SegmentRule, SegmentState, sentence_end_ids
+from valm.retrieval.segments import Reading, SegmentRule, SegmentState, sentence_end_ids
 from valm.tokenizer import clip_tokenizer
 
 SOT, EOT, STOP = 100, 101, 9
@@ -11,10 +11,18 @@ def rule(**changes):
     return SegmentRule(sot=SOT, eot=EOT, sentence_ends=frozenset({STOP}), **{**defaults, **changes})
 
 
-def segments(ids, rule, state=None):
+def read(ids, rule, state=None):
+    reading = Reading(0, state or SegmentState(), rule)
+    for position, id in enumerate(ids):
+        reading.add(id)
+        reading.want(position)
+    reading.keep()
+    return reading
+
+
+def segments(ids, rule):
     """(tokens, how many of them are asked for) of each run."""
-    runs = (state or SegmentState()).read(0, list(enumerate(ids)), rule)
-    return [(run.ids, len(run.wanted)) for run in runs]
+    return [(run.ids, len(run.wanted)) for run in read(ids, rule).runs]
 
 
 def test_a_segment_ends_when_it_is_full():
@@ -38,16 +46,45 @@ def test_documents_begin_anew():
 @pytest.mark.parametrize("eot_in_segment", [False, True])
 def test_every_token_is_asked_for_once(eot_in_segment):
     ids = [1, 2, SOT, EOT, EOT, 3, STOP, 4, 5, 6, 7, 8, 9, 10, 11, SOT, SOT, 1, EOT]
-    runs = SegmentState().read(0, list(enumerate(ids)), rule(eot_in_segment=eot_in_segment))
+    runs = read(ids, rule(eot_in_segment=eot_in_segment)).runs
     assert [position for run in runs for position, _ in run.wanted] == list(range(len(ids)))
     assert all(len(run.ids) <= 1 + 6 + eot_in_segment for run in runs)
 
 
 def test_eot_alone_looks_back_at_an_earlier_call():
-    state = SegmentState()
-    state.read(0, list(enumerate([1, 2, STOP])), rule())
-    (run,) = state.read(0, [(0, EOT)], rule())
-    assert (run.ids, run.start, run.wanted, run.goes_on) == ([], 4, [(0, -1)], False)
+    before = read([1, 2, STOP], rule())
+    (run,) = read([EOT], rule(), before.kept).runs
+    assert (run.ids, run.start, run.wanted, run.kept) == ([], 4, [(0, -1)], 0)
+
+
+def test_what_is_not_kept_is_read_again():
+    reading = Reading(0, SegmentState(), rule())
+    for id in (SOT, 1):
+        reading.add(id)
+    reading.keep()
+    reading.add(2)
+    (run,) = reading.runs
+    assert (run.ids, run.kept) == ([SOT, 1, 2], 2)
+    assert segments_of(read([3, 4], rule(), reading.kept)) == [([3, 4], 2, [(0, 0), (1, 1)])]
+    assert reading.state.text == [1, 2]
+
+
+def test_a_fork_goes_on_from_its_place():
+    """Behind the run it leaves where its segment has room, else in a segment of its own."""
+    reading = read([SOT, 1, 2, 3, 4], rule(min_tokens=6))
+    reading.fork([5, 6], [7, 8])
+    reading.add(9)
+    assert segments_of(reading) == [([SOT, 1, 2, 3, 4, 9], 0, [(n, n) for n in range(5)])]
+    (branch,) = reading.runs[0].branches
+    assert (branch.ids, branch.start, branch.wanted) == ([5, 6], 5, [(7, 1), (8, 1)])
+    reading.fork([10, 11], [9])
+    (fork,) = reading.forks
+    assert (fork.ids, fork.start, fork.wanted) == ([SOT, 9, 10, 11], 0, [(9, 3)])
+    assert reading.state.text == [1, 2, 3, 4, 9]
+
+
+def segments_of(reading):
+    return [(run.ids, run.start, run.wanted) for run in reading.runs]
 
 
 def test_sentence_ends_of_clip():

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.valm.models import tiny_model
+from tests.valm.other_tokenizers import gpt2_like
 from tests.valm.training.documents import TOKENIZER, Vectors, documents
 from valm.errors import ValmError
 from valm.retrieval.cache import NO_IMAGE
@@ -55,6 +56,14 @@ def test_labels_leave_out_padding_and_the_start_of_documents():
     assert "image_pool" not in batch
 
 
+def test_a_token_that_begins_and_ends_documents_is_learned_where_it_ends_them():
+    tokenizer = gpt2_like()
+    end = tokenizer.eos_token_id
+    documents = [{"input_ids": [end, 5, 6, end]}, {"input_ids": [end, 7, end]}]
+    batch = Collator(tokenizer, None, row_length=8)(documents)
+    assert batch["labels"].tolist() == [[IGNORED, 5, 6, end, IGNORED, 7, end]]
+
+
 @pytest.mark.parametrize("row_length", [None, 40])
 def test_packing_changes_no_loss(row_length):
     model = tiny_model(vocab_size=len(TOKENIZER), bos_token_id=TOKENIZER.bos_token_id)
@@ -74,6 +83,6 @@ def test_documents_without_pictures_and_foreign_pictures_are_refused():
 
 
 def test_packing_a_document_that_does_not_begin_with_sot_is_refused():
-    with pytest.raises(ValmError, match="does not begin with SOT"):
+    with pytest.raises(ValmError, match="does not begin with bos"):
         Collator(TOKENIZER, None, 8)([{"input_ids": [1, 2]}])
     assert Collator(TOKENIZER, None)([{"input_ids": [1, 2]}])["labels"].tolist() == [[IGNORED, 2]]

@@ -1,0 +1,56 @@
+"""Tokenizers of language models that are not CLIP's, trained on a few lines."""
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+LINES = [
+    "The colour of the banana is yellow. A red apple lies on the wooden table, and the sky isn't green!",
+    'Two dogs run; she said: "Look at the yellow bus." Na\u00efve caf\u00e9s, 12 black cats & a boat',
+    "banana banana bananas band apple apples the the color of the sky is blue",
+]
+
+
+def gpt2_like(lines=LINES, vocab_size: int = 420) -> PreTrainedTokenizerFast:
+    """Byte-level BPE; one special token that begins, ends and pads."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    end = "<|endoftext|>"
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=sorted(alphabet), special_tokens=[end], show_progress=False
+    )
+    tokenizer.train_from_iterator(lines, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=end, eos_token=end, pad_token=end, padding_side="left"
+    )
+
+
+def llama_like(lines=LINES, vocab_size: int = 200) -> PreTrainedTokenizerFast:
+    """Blanks as a character of the words, and bytes as tokens for the characters that are in no word."""
+    blank = "\u2581"
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    trained.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False))
+    words = trained.get_vocab()
+    merges = [
+        (left, right)
+        for word in sorted(words, key=words.get)
+        for left, right in ((word[:cut], word[cut:]) for cut in range(1, len(word)))
+        if left in words and right in words
+    ]
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *sorted(words, key=words.get)]
+    vocabulary = {piece: id for id, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(blank), normalizers.Replace(" ", blank)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(blank, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="</s>",
+        padding_side="left",
+    )

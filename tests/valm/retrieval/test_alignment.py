@@ -1,0 +1,249 @@
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from tests.valm.other_tokenizers import gpt2_like, llama_like
+from tests.valm.retrieval.test_context import close
+from tests.valm.retrieval.tiny_clip import TEXTS, make_clip
+from valm.errors import ValmError
+from valm.retrieval.alignment import Alignment, token_bytes
+from valm.retrieval.context import ContextEncoder
+from valm.tokenizer import clip_tokenizer, prune_tokenizer
+
+# Text as it comes: words that CLIP has and has not, contractions, what its reading changes or joins with characters
+# before (signs over letters, a capital that becomes two characters, ligatures), characters of several tokens, blanks.
+BITS = [
+    *(
+        "banana",
+        "ban",
+        "apples",
+        "the",
+        "isn't",
+        "'r",
+        "'re",
+        "'",
+        "!'s",
+        "The",
+        "1984",
+        "...",
+        "?!",
+        '."',
+        "-",
+        "&amp;",
+    ),
+    *("<b>", "http://x.org/a_b", "<|endoftext|", " ", " ", " ", " ", " ", "\n", "\t"),
+    *(
+        "\u2019ll",
+        "\u0130",
+        "SIX\u00df",
+        "caf\u00e9",
+        "cafe\u0301",
+        "\u0323",
+        "b\u0301\u0323",
+        "\u1100\u1161",
+        "\u0958",
+    ),
+    *("\ufb01", "\u4f60\u597d", "\U0001f600", "\U0001f469\u200d\U0001f680", "\u00e3\u00a4", "\u00a0", "\u3000", "\x1f"),
+]
+ANY = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd"), max_size=6)
+TEXT = st.lists(st.sampled_from(BITS) | ANY, max_size=16).map("".join)
+fixed = settings(max_examples=30, deadline=None, derandomize=True)
+
+
+@pytest.fixture(scope="module", params=[gpt2_like, llama_like])
+def other(request):
+    """The tokenizer of a language model."""
+    return request.param()
+
+
+@pytest.fixture(scope="module", params=["eot", "state"])
+def encoder(request, clip, other):
+    return ContextEncoder(clip, tokenizer=other, query=request.param, dtype=torch.float64)
+
+
+def text_so_far(tokenizer, ids):
+    """What is whole of it: bytes of a part of a character come out as U+FFFD, which the texts here have not."""
+    for length in range(len(ids), -1, -1):
+        text = tokenizer.decode(ids[:length], clean_up_tokenization_spaces=False)
+        if "\ufffd" not in text:
+            return text
+
+
+@fixed
+@given(text=TEXT)
+@example(text="the colour of the banana")
+@example(text="\U0001f600 \U0001f469\u200d\U0001f680 don\u2019t")
+@example(text="we'r we're a\u0301b\u0323\u0301")
+def test_a_query_is_that_of_the_text_so_far(encoder, other, text):
+    """As CLIP would cut it if it ended there, read from the start."""
+    ids = other(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        return
+    found = encoder(torch.tensor([ids]))[0]
+    own = ContextEncoder(encoder.clip, query=encoder.query, dtype=torch.float64)
+    for n in range(len(ids)):
+        tokens = encoder.clip.tokenizer(text_so_far(other, ids[: n + 1]))["input_ids"]
+        assert close(found[n], own(torch.tensor([tokens]))[0, -1])
+    around = encoder(torch.tensor([[other.bos_token_id, *ids, other.eos_token_id]]))[0]
+    assert close(around[1:-1], found)
+    if other.bos_token_id == other.eos_token_id:
+        assert close(around[-1], around[0])
+    else:
+        tokens = [*encoder.clip.tokenizer(text)["input_ids"], encoder.clip.tokenizer.eos_token_id]
+        assert close(around[-1], own(torch.tensor([tokens]))[0, -1])
+
+
+# Tokens drawn at random are mostly no text: characters that are never whole, words cut anywhere.
+IDS = st.integers(0, 10**6)
+ROWS = st.lists(st.lists(IDS, min_size=1, max_size=40) | TEXT, min_size=1, max_size=4)
+
+
+def to_ids(other, row):
+    """Of a drawn text or of drawn numbers, a special token among them now and then."""
+    if isinstance(row, str):
+        return other(row)["input_ids"] or [other.bos_token_id]
+    return [
+        [other.bos_token_id, other.eos_token_id][number // 9 % 2] if number % 9 == 0 else number % len(other)
+        for number in row
+    ]
+
+
+@fixed
+@given(rows=ROWS, data=st.data())
+def test_a_query_is_the_same_in_a_padded_batch_and_as_a_prefix(encoder, other, rows, data):
+    rows = [to_ids(other, row) for row in rows]
+    length = max(map(len, rows)) + data.draw(st.integers(0, 3))
+    ids = torch.full((len(rows), length), 5)
+    mask = torch.zeros(len(rows), length, dtype=torch.int64)
+    before = [data.draw(st.integers(0, length - len(row))) for row in rows]
+    for n, (row, start) in enumerate(zip(rows, before, strict=True)):
+        ids[n, start : start + len(row)] = torch.tensor(row)
+        mask[n, start : start + len(row)] = 1
+    queries = encoder(ids, mask)
+    assert (queries[mask == 0] == 0).all()
+    for n, (row, start) in enumerate(zip(rows, before, strict=True)):
+        prefix = data.draw(st.integers(1, len(row)))
+        assert close(queries[n, start : start + prefix], encoder(torch.tensor([row[:prefix]]))[0])
+
+
+@fixed
+@given(rows=ROWS, data=st.data())
+def test_a_query_is_the_same_step_by_step(encoder, other, rows, data):
+    """Rows of a batch with paddings between, read in steps of any length, and exchanged as beam search does."""
+    rows = [to_ids(other, row) for row in rows]
+    expected = [encoder(torch.tensor([row]))[0] for row in rows]
+    cache = encoder.new_cache(len(rows))
+    order = list(range(len(rows)))  # which row stands in which place
+    done = [0] * len(rows)
+    while any(done[row] < len(rows[row]) for row in order):
+        width = data.draw(st.sampled_from([1, 1, 1, 2, 7, 30]))
+        ids = torch.full((len(rows), width), 5)
+        mask = torch.zeros(len(rows), width, dtype=torch.bool)
+        for place, row in enumerate(order):
+            given = rows[row][done[row] : done[row] + width]
+            ids[place, width - len(given) :] = torch.tensor(given, dtype=torch.int64)
+            mask[place, width - len(given) :] = True
+        queries = encoder.step(ids, cache, mask)
+        for place, row in enumerate(order):
+            assert close(queries[place, mask[place]], expected[row][done[row] : done[row] + width])
+        done = [min(at + width, len(row)) for at, row in zip(done, rows, strict=True)]
+        beam_idx = data.draw(st.permutations(range(len(rows))))
+        order = [order[place] for place in beam_idx]
+        cache.reorder(torch.tensor(beam_idx))
+
+
+def test_a_word_is_seen_where_it_ends_and_not_before(clip):
+    """A tokenizer that has "ban" and "ana": what the whole text is cut into says nothing of the first half."""
+    other = gpt2_like(["ban ban ban anas anas"], vocab_size=262)
+    ban, ana = (other(text, add_special_tokens=False)["input_ids"] for text in ("ban", "ana"))
+    encoder = ContextEncoder(clip, tokenizer=other, dtype=torch.float64)
+    found = encoder(torch.tensor([ban + ana]))[0]
+    expected = clip.encode_texts(["ban", "banana"])
+    assert torch.allclose(found[[len(ban) - 1, -1]], expected, atol=1e-5)
+
+
+def test_documents_do_not_see_each_other(encoder, other):
+    texts = ["a red apple lies on the wooden table", "the sky is blue"]
+    documents = [[other.bos_token_id, *other(text, add_special_tokens=False)["input_ids"]] for text in texts]
+    together = encoder(torch.tensor([documents[0] + documents[1]]))[0]
+    assert close(together, torch.cat([encoder(torch.tensor([document]))[0] for document in documents]))
+
+
+def test_special_tokens_end_words_and_have_no_text(clip):
+    other = gpt2_like()
+    other.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    encoder = ContextEncoder(clip, tokenizer=other, dtype=torch.float64)
+    found, expected = (
+        encoder(torch.tensor([other(text, add_special_tokens=False)["input_ids"]]))[0, -1]
+        for text in ("the ban<|turn|>ana", "the ban ana")
+    )
+    assert close(found, expected)
+
+
+def test_most_tokens_cost_nothing_of_their_own(clip, monkeypatch):
+    """Of "banana band": one run for the words, one for the part of a word that is no prefix of them."""
+    other = gpt2_like(["ban ban ban anas anas and and d d"], vocab_size=262)
+    encoder = ContextEncoder(clip, tokenizer=other)
+    calls = []
+    run = encoder.tower.run
+    monkeypatch.setattr(encoder.tower, "run", lambda ids, **options: calls.append(ids.shape) or run(ids, **options))
+    ids = other("the sky is blue and the grass is green", add_special_tokens=False)["input_ids"]
+    encoder(torch.tensor([ids]))
+    words = len(clip.tokenizer("the sky is blue and the grass is green", add_special_tokens=False)["input_ids"])
+    assert calls[0] == (1, 1 + words)
+    assert all(length <= 4 for _, length in calls[1:])
+
+
+def test_a_clips_own_vocabulary_is_read_directly(clip):
+    """Also a pruned one, and also as a copy that was saved and loaded."""
+    assert ContextEncoder(clip, tokenizer=clip.tokenizer).alignment is None
+    assert ContextEncoder(clip, tokenizer=prune_tokenizer(clip_tokenizer(), TEXTS)).alignment is None
+    whole = make_clip(clip_tokenizer())
+    assert ContextEncoder(whole, tokenizer=clip_tokenizer()).alignment is None
+
+
+def test_a_pruned_vocabulary_over_the_whole_one(tokenizer):
+    """Of the texts it was pruned for each token is one of CLIP's; others are read as CLIP reads them."""
+    whole = make_clip(clip_tokenizer())
+    encoder = ContextEncoder(whole, tokenizer=tokenizer, dtype=torch.float64)
+    own = ContextEncoder(whole, dtype=torch.float64)
+    ids, clip_ids = (t(TEXTS[0], return_tensors="pt")["input_ids"] for t in (tokenizer, clip_tokenizer()))
+    assert close(encoder(ids), own(clip_ids))
+    ids, clip_ids = (t("a crocodile", return_tensors="pt")["input_ids"] for t in (tokenizer, clip_tokenizer()))
+    assert ids.shape[1] > clip_ids.shape[1]
+    assert close(encoder(ids)[0, -1], own(clip_ids)[0, -1])
+
+
+def test_the_text_of_each_token():
+    other = gpt2_like()
+    table = token_bytes(other)
+    grin = other("\U0001f600", add_special_tokens=False)["input_ids"]
+    assert b"".join(table[id] for id in grin) == "\U0001f600".encode() and len(grin) > 1
+    assert table[other.eos_token_id] == b" "
+    other.add_tokens(["a b"])
+    assert token_bytes(other)[-1] == b"a b"
+    llama = llama_like()
+    table = token_bytes(llama)
+    assert table[llama.convert_tokens_to_ids("\u2581the")] == b" the"
+    assert table[llama.convert_tokens_to_ids("<0xF0>")] == b"\xf0"
+    pruned = prune_tokenizer(clip_tokenizer(), TEXTS)
+    assert token_bytes(pruned)[pruned.convert_tokens_to_ids("apple</w>")] == b"apple "
+
+
+def test_tokenizers_that_cannot_be_followed_are_refused(clip):
+    without_bos = gpt2_like()
+    without_bos.bos_token = None
+    with pytest.raises(ValmError, match="has no bos token, which begins a document"):
+        Alignment(without_bos, clip.tokenizer)
+    word_pieces = Tokenizer(models.WordPiece({"[UNK]": 0, "s": 1, "the": 2, "##e": 3, "[B]": 4}, unk_token="[UNK]"))
+    word_pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    word_pieces.decoder = decoders.CTC()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=word_pieces, bos_token="[B]")
+    with pytest.raises(ValmError, match="whose tokens have each a text of their own"):
+        token_bytes(tokenizer)
+    other = gpt2_like()
+    with pytest.raises(ValueError, match=f"input_ids has {len(other)}, but the tokenizer has {len(other)} pieces"):
+        ContextEncoder(clip, tokenizer=other)(torch.tensor([[len(other)]]))
