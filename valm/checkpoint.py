@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -16,6 +17,7 @@ from valm.errors import ValmError
 from valm.files import read_json, writable_folder, write_json
 from valm.model import VaLMForCausalLM
 from valm.retrieval.context import ContextEncoder
+from valm.retrieval.index import index_parameters
 from valm.retrieval.knowledge_base import ImageKnowledgeBase
 from valm.retrieval.retriever import BlindRetriever, Retriever
 
@@ -45,10 +47,15 @@ def save_checkpoint(model: VaLMForCausalLM, tokenizer: PreTrainedTokenizerFast, 
 
 
 def save_retrieval(folder: str | os.PathLike, kb: ImageKnowledgeBase, query: str) -> None:
-    """Notes in the checkpoint `folder` where its pictures are, relative to it (the two can be moved together), and the
-    kind of query that finds them (see `ContextEncoder`)."""
-    where = os.path.relpath(kb.path, folder)
-    write_json(Path(folder) / RETRIEVAL_FILE, {"knowledge_base": where, "query": query})
+    """Notes in the checkpoint `folder` where its pictures are, relative to it (the two can be moved together), the kind
+    of query that finds them (see `ContextEncoder`) and the index that it finds them through."""
+    index = index_parameters(kb)
+    note = {
+        "knowledge_base": os.path.relpath(kb.path, folder),
+        "query": query,
+        "index": "exact" if index is None else asdict(index),
+    }
+    write_json(Path(folder) / RETRIEVAL_FILE, note)
 
 
 def load_checkpoint(

@@ -12,6 +12,7 @@ import numpy
 import torch
 
 from valm_kernels.native import native
+from valm_kernels.topk.cpu import cpu_isa
 
 
 def show_config() -> str:
@@ -26,6 +27,7 @@ def show_config() -> str:
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
         ("numpy", numpy.__version__),
         ("native module", _native_module()),
+        ("instruction set of top-K", _topk_isa()),
         ("CUDA in the native module", _native_cuda()),
         ("CUDA in torch", _torch_cuda()),
         ("Triton", _triton()),
@@ -48,6 +50,15 @@ def _native_module() -> str:
     try:
         return str(native().__file__)
     except ImportError as error:
+        return f"not usable: {error}"
+
+
+def _topk_isa() -> str:
+    try:
+        return f"{cpu_isa()} of {', '.join(native().cpu_isas())}"
+    except ImportError:
+        return "not usable: no native module"
+    except ValueError as error:
         return f"not usable: {error}"
 
 

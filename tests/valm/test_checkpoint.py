@@ -137,6 +137,7 @@ def test_a_checkpoint_finds_its_pictures_again(tmp_path, clip, blind):
     moved.mkdir()
     for name in ("model", "kb", "clip"):  # all of it together
         (tmp_path / name).rename(moved / name)
+    assert json.loads((moved / "model" / "retrieval.json").read_text())["index"] == "exact"
     loaded, _ = load_checkpoint(moved / "model")
     torch.testing.assert_close(loaded(ids).logits, expected)
     assert load_checkpoint(moved / "model", clip=moved / "clip")[0].retriever.encoder.query == "state"

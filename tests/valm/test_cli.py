@@ -129,6 +129,34 @@ def test_kb_verify_and_merge(world, tmp_path, capsys):
     assert "is damaged, build it again: vectors-00001.npy" in capsys.readouterr().err
 
 
+def test_kb_index(copy_of, capsys):
+    pytest.importorskip("faiss", reason="needs faiss: install valm[faiss]")
+    root = copy_of("kb", "clip", "valm")
+    assert run("kb", "index", root / "kb") == 0
+    assert "searched exactly" in capsys.readouterr().out  # there are few pictures
+    options = ["--factory", "IVF2,Flat", "-k", 1, "--target-recall", 1]
+    assert run("kb", "index", root / "kb", *options) == 0
+    out = capsys.readouterr().out
+    assert "searched through the index IVF2,Flat, nprobe=" in out
+    assert "eot queries at the tokens of captions of the pictures" in out
+    assert run("kb", "info", root / "kb") == 0
+    assert capsys.readouterr().out == out
+    (root / "questions.txt").write_text("the color of the sea\n\nthe color of the coal\n")
+    assert run("kb", "index", root / "kb", *options, "--queries", root / "questions.txt", "--query", "state") == 0
+    assert "state queries at the tokens of questions.txt" in capsys.readouterr().out
+    assert run("kb", "search", root / "kb", "the apple", "-k", 2) == 0
+    assert run("generate", root / "valm", "the sea", "--max-new-tokens", 2) == 0
+    (root / "kb" / "index.faiss").write_bytes(b"")
+    for command in (["kb", "search", root / "kb", "the apple"], ["generate", root / "valm", "the sea"]):
+        assert run(*command) == 1
+        assert f"make it anew with `valm kb index {root / 'kb'}`" in capsys.readouterr().err.replace("valm/../", "")
+    assert run("kb", "verify", root / "kb") == 1
+    assert "index.faiss" in capsys.readouterr().err
+    assert run("kb", "index", root / "kb") == 0
+    assert "searched exactly" in capsys.readouterr().out
+    assert not list((root / "kb").glob("index.*"))
+
+
 def test_kb_build_from_archives(world, tmp_path, capsys):
     (tmp_path / "tars").mkdir()
     with tarfile.open(tmp_path / "tars" / "00000.tar", "w") as tar:
@@ -208,6 +236,19 @@ def wrong_inputs():
         "no such CLIP": ([*kb_build[:4], "{tmp}/none", *kb_build[5:]], "no CLIP at '{tmp}/none'"),
         "output holds something else": ([*kb_build[:-1], "{world}/clip"], "is not empty"),
         "no such knowledge base": (["kb", "info", "{tmp}/none"], "no knowledge base at {tmp}/none"),
+        "index of no known kind": (["kb", "index", "{world}/kb", "--factory", "IFV1"], "the factory string 'IFV1'"),
+        "index of too many cells": (
+            ["kb", "index", "{world}/kb", "--factory", "IVF7,Flat"],
+            "of 7 cells needs as many",
+        ),
+        "queries not text": (
+            ["kb", "index", "{world}/kb", "--factory", "IVF1,Flat", "--queries", "{world}/pictures/sea.png"],
+            "sea.png is not UTF-8",
+        ),
+        "queries without text": (
+            ["kb", "index", "{world}/kb", "--factory", "IVF1,Flat", "--queries", "{tmp}/empty.txt"],
+            "no text to make queries of",
+        ),
         "not a knowledge base": (["kb", "search", "{world}/clip", "x"], "is not a knowledge base"),
         "knowledge base of another CLIP": (
             ["kb", "search", "{world}/kb", "x", "--clip", "{tmp}/other"],

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from valm_kernels import show_config
@@ -12,6 +13,13 @@ def test_show_config_prints_what_it_returns(capsys):
     for name in ("torch", "native module", "CUDA in the native module", "Triton", "OpenMP runtimes"):
         assert any(line.startswith(name) for line in text.splitlines()), name
     assert torch.__version__ in text
+
+
+@pytest.mark.parametrize(("asked", "shown"), [("generic", "generic of "), ("avx9", "not usable: VALM_KERNELS_ISA is")])
+def test_show_config_names_the_instruction_set(monkeypatch, asked, shown):
+    monkeypatch.setenv("VALM_KERNELS_ISA", asked)
+    (line,) = [line for line in show_config().splitlines() if line.startswith("instruction set of top-K")]
+    assert line.removeprefix("instruction set of top-K").strip().startswith(shown)
 
 
 def test_native_code_and_torch_share_one_openmp_runtime():

@@ -1,11 +1,11 @@
-"""valm kb build, info, verify, merge, search."""
+"""valm kb build, info, verify, index, merge, search."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from valm.cli.options import Commands, command, positive
+from valm.cli.options import Commands, command, positive, share
 from valm.errors import ValmError
 
 
@@ -30,6 +30,14 @@ def add_to(commands: Commands) -> None:
     info.add_argument("kb", type=Path)
     verify = command(kb_commands, "verify", run_verify, "read a whole knowledge base and compare its checksums")
     verify.add_argument("kb", type=Path)
+    index = command(kb_commands, "index", run_index, "choose how a knowledge base is searched, and index a large one")
+    index.add_argument("kb", type=Path)
+    index.add_argument("--target-recall", type=share, default=0.95, help="share of the true nearest that must be found")
+    index.add_argument("-k", type=positive, default=4, help="pictures a token sees")
+    index.add_argument("--factory", help="faiss factory string, such as IVF4096,Flat or HNSW32 (default: by size)")
+    index.add_argument("--queries", type=Path, help="text file to be tuned on (default: captions of the pictures)")
+    index.add_argument("--query", choices=["eot", "state"], default="eot", help="kind of the retrieval query")
+    index.add_argument("--clip", help="the CLIP, where it is no longer where the knowledge base found it")
     merge = command(kb_commands, "merge", run_merge, "join knowledge bases of one CLIP")
     merge.add_argument("parts", type=Path, nargs="+", metavar="KB")
     merge.add_argument("--out", type=Path, required=True, help="folder of the joined knowledge base")
@@ -65,13 +73,47 @@ def run_info(arguments: argparse.Namespace) -> None:
 
 
 def run_verify(arguments: argparse.Namespace) -> None:
+    from valm.retrieval.index import verify_index
     from valm.retrieval.knowledge_base import ImageKnowledgeBase
 
     kb = ImageKnowledgeBase.open(arguments.kb)
-    damaged = kb.verify()
+    damaged = kb.verify() + verify_index(kb)
     if damaged:
         raise ValmError(f"{arguments.kb} is damaged, build it again: {', '.join(damaged)}")
     print(f"{arguments.kb}: all {len(kb):,} pictures are as they were written")
+
+
+def run_index(arguments: argparse.Namespace) -> None:
+    from valm.retrieval.context import ContextEncoder
+    from valm.retrieval.index import remove_index
+    from valm.retrieval.index_build import build_index, captions, choose_factory, context_queries
+    from valm.retrieval.knowledge_base import ImageKnowledgeBase
+
+    kb = ImageKnowledgeBase.open(arguments.kb)
+    factory = arguments.factory or choose_factory(len(kb), kb.dim)
+    if factory is None:
+        remove_index(kb)
+    else:
+        texts = captions(kb) if arguments.queries is None else read_lines(arguments.queries)
+        source = "captions of the pictures" if arguments.queries is None else arguments.queries.name
+        encoder = ContextEncoder(kb.load_clip(arguments.clip), query=arguments.query)
+        build_index(
+            kb,
+            context_queries(encoder, texts),
+            k=arguments.k,
+            target_recall=arguments.target_recall,
+            factory=factory,
+            asked=f"{arguments.query} queries at the tokens of {source}",
+        )
+    print_kb(kb)
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file. Raises ValmError where it is not text."""
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValmError(f"{path} is not UTF-8 text: {error}") from error
 
 
 def run_merge(arguments: argparse.Namespace) -> None:
@@ -81,9 +123,13 @@ def run_merge(arguments: argparse.Namespace) -> None:
 
 
 def print_kb(kb) -> None:
+    from valm.retrieval.index import index_parameters
+
     clip = kb.manifest["clip"]
     print(f"{kb.path}: {len(kb):,} pictures, {kb.dim} dimensions, {kb.manifest['dtype']}")
     print(f"encoded by the CLIP {clip['name']}, weights {clip['weights_hash'][:12]}")
+    index = index_parameters(kb)
+    print("searched exactly" if index is None else f"searched through the index {index.summary()}")
     skipped = kb.skipped()
     if skipped:
         print(f"{len(skipped)} pictures could not be read:")

@@ -26,6 +26,13 @@ def positive(text: str) -> int:
     return value
 
 
+def share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    return value
+
+
 def add_retrieval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kb", type=Path, help="another knowledge base than the checkpoint was trained with")
     parser.add_argument("--clip", help="the CLIP, where it is no longer where the knowledge base found it")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,12 @@ class ImageKnowledgeBase:
 
     def vectors(self) -> np.ndarray:
         """All vectors, (N, E) float16: the memory map itself where there is one shard, else a copy in memory."""
-        if len(self._shards) == 1:
-            return self._vectors(0)
-        return np.concatenate([self._vectors(shard) for shard in range(len(self._shards))])
+        shards = list(self.shards())
+        return shards[0] if len(shards) == 1 else np.concatenate(shards)
+
+    def shards(self) -> Iterator[np.ndarray]:
+        """The vectors (n, E) float16 of one shard after the other, memory-mapped; all in the order of their ids."""
+        return map(self._vectors, range(len(self._shards)))
 
     def item(self, id: int) -> Item:
         """What is known of picture `id`. Raises IndexError for an id that is none."""

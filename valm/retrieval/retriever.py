@@ -9,7 +9,7 @@ from torch import Tensor
 
 from valm.errors import ValmError
 from valm.retrieval.context import ContextCache, ContextEncoder
-from valm.retrieval.index import FaissIndex
+from valm.retrieval.index import FaissIndex, open_index
 from valm.retrieval.knowledge_base import ImageKnowledgeBase
 from valm.retrieval.shards import Item
 from valm_kernels import FlatIPIndex
@@ -34,18 +34,25 @@ class Retrieved(NamedTuple):
 class Retriever:
     """Finds the `k` pictures of `kb` nearest to the context query of every token.
 
-    index: what searches; by default exactly (`FlatIPIndex`), or a `valm.retrieval.index.FaissIndex` of `kb`.
+    index: what searches; by default what `valm.retrieval.index.open_index` opens: the knowledge base's own faiss index
+        where it has one, else exact search.
     Raises ValmError where the knowledge base was built with another CLIP than the encoder's, or has fewer than `k`
     pictures.
     """
 
-    def __init__(self, encoder: ContextEncoder, kb: ImageKnowledgeBase, k: int, index: FaissIndex | None = None):
+    def __init__(
+        self,
+        encoder: ContextEncoder,
+        kb: ImageKnowledgeBase,
+        k: int,
+        index: FlatIPIndex | FaissIndex | None = None,
+    ):
         kb.check_encoder(encoder.clip)
         _check_k(k, kb)
         self.encoder = encoder
         self.kb = kb
         self.k = k
-        self.index = FlatIPIndex(kb.vectors(), device=encoder.clip.device) if index is None else index
+        self.index = open_index(kb, encoder.clip.device) if index is None else index
 
     @property
     def dim(self) -> int:

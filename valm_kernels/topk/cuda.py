@@ -32,6 +32,12 @@ def code() -> ModuleType:
     return module
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that new tensors could take: free on the device, or held by torch for them."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def aligned(values: Tensor) -> Tensor:
     """(N, E) as the kernels read it: contiguous, at a multiple of 16 bytes, E filled up with zeros to a multiple of 8,
     which changes no score. A copy only where needed.

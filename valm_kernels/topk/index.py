@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from valm_kernels.topk import cpu, cuda, storage
-from valm_kernels.topk.api import TopK, like_queries, search
+from valm_kernels.topk.api import search
 from valm_kernels.topk.checks import as_tensor, check_database, check_finite, check_float, check_search
 from valm_kernels.topk.reference import dequantise
+from valm_kernels.topk.result import TopK, like_queries
 
 # Stored dtype: torch's type, and numpy's in the file (numpy has no bfloat16).
 DTYPES = {
@@ -23,6 +24,8 @@ DTYPES = {
 }
 # What makes the first pass's copy of the rows, by device.
 PACKERS = {"cpu": cpu.pack, "cuda": cuda.pack}
+# Rows that would take more than this share of a device's free memory are streamed: a search needs some too.
+SHARE_OF_DEVICE = 0.8
 
 
 class FlatIPIndex:
@@ -39,6 +42,8 @@ class FlatIPIndex:
         device: where it is kept and searched. None keeps the database's own.
         pack: False keeps no packed copy: every search reads and prepares the rows block by block, slower, for a
             memory-mapped database whose copy would not fit into memory either.
+        streamed: True keeps the rows in host memory, or in the file they are mapped from; every search copies them
+            to the device in chunks. None does so where a CUDA device has too little free memory for them.
 
     Raises:
         TypeError: a wrong type or dtype.
@@ -52,6 +57,7 @@ class FlatIPIndex:
         device: torch.device | str | None = None,
         *,
         pack: bool = True,
+        streamed: bool | None = None,
     ) -> None:
         rows = as_tensor(database, "database")
         check_database(rows)
@@ -59,9 +65,21 @@ class FlatIPIndex:
         dtype = cpu.DTYPE_NAMES[rows.dtype] if dtype is None else dtype
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
-        self._rows, self._row_scale = store(rows, dtype, torch.device(rows.device if device is None else device))
-        self._pack = pack and self.device.type in PACKERS
+        self._choose_place(rows, dtype, rows.device if device is None else device, streamed)
+        self._rows, self._row_scale = store(rows, dtype, self._home)
+        self._pack = pack and not self._streamed and self._device.type in PACKERS
         self._first_pass = self._packed() if self._pack else None
+
+    def _choose_place(self, rows: Tensor, dtype: str, device: torch.device | str, streamed: bool | None) -> None:
+        """Where to search, and where to keep the rows."""
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        if streamed is None and rows.device.type == "cpu" and device.type == "cuda":
+            needed = rows.numel() * DTYPES[dtype][0].itemsize
+            streamed = needed > SHARE_OF_DEVICE * cuda.free_memory(device)
+        self._device, self._streamed = device, bool(streamed)
+        self._home = torch.device("cpu") if streamed else device
 
     def _packed(self) -> cpu.FirstPass | cuda.FirstPass:
         return PACKERS[self.device.type](self._rows, self._row_scale)
@@ -71,8 +89,8 @@ class FlatIPIndex:
 
     def __repr__(self) -> str:
         return (
-            f"FlatIPIndex({len(self)} rows of {self.dim} {self.dtype} on {self.device}, "
-            f"{self.bytes_per_row:.0f} bytes a row)"
+            f"FlatIPIndex({len(self)} rows of {self.dim} {self.dtype} {'streamed to' if self.streamed else 'on'} "
+            f"{self.device}, {self.bytes_per_row:.0f} bytes a row)"
         )
 
     @property
@@ -85,7 +103,13 @@ class FlatIPIndex:
 
     @property
     def device(self) -> torch.device:
-        return self._rows.device
+        """Where it searches; queries must be there."""
+        return self._device
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the rows stay in host memory and every search copies them to the device."""
+        return self._streamed
 
     @property
     def bytes_per_row(self) -> float:
@@ -107,11 +131,12 @@ class FlatIPIndex:
         check_search(flat, len(self), self.dim, self.device, k)
         if self._pack and self._first_pass is None:  # rows were added
             self._first_pass = self._packed()
-        return like_queries(queries, *search(flat, self._rows, self._row_scale, k, self._first_pass))
+        found = search(flat, self._rows, self._row_scale, k, self._first_pass, streamed=self._streamed)
+        return like_queries(queries, *found)
 
     def add(self, vectors: Tensor | np.ndarray) -> None:
-        """Appends rows (M, E); they get the numbers from `len(index)` on. Copies the stored rows, and the next search
-        packs them anew, so add many at a time.
+        """Appends rows (M, E); they get the numbers from `len(index)` on. Each call copies all stored rows, and the
+        next search packs all anew, which takes about as long as building the index: add many at a time.
 
         Raises:
             TypeError, ValueError: as the constructor.
@@ -120,7 +145,7 @@ class FlatIPIndex:
         check_float(rows, "vectors")
         if rows.dim() != 2 or rows.shape[1] != self.dim:
             raise ValueError(f"vectors must have shape (M, {self.dim}), but have shape {tuple(rows.shape)}")
-        rows, row_scale = store(rows, self.dtype, self.device, "vectors")
+        rows, row_scale = store(rows, self.dtype, self._home, "vectors")
         self._rows = torch.cat([self._rows, rows])
         self._first_pass = None
         if self._row_scale is not None:
@@ -153,6 +178,7 @@ class FlatIPIndex:
         mmap: bool = False,
         verify: bool | None = None,
         device: torch.device | str = "cpu",
+        streamed: bool | None = None,
     ) -> FlatIPIndex:
         """Opens a saved index.
 
@@ -161,7 +187,7 @@ class FlatIPIndex:
             mmap: leave the rows in the file and let the system page them in as they are searched.
             verify: compare the checksums, which reads everything. None: unless mmap. Sizes, dtypes and shapes are
                 always compared.
-            device: where it is kept and searched.
+            device, streamed: as for the constructor.
 
         Raises:
             FileNotFoundError: there is no saved index.
@@ -173,19 +199,19 @@ class FlatIPIndex:
             raise ValueError(f"{folder.manifest_path} is damaged: it says dtype {dtype!r}")
         torch_dtype, file_dtype = DTYPES[dtype]
         rows = folder.read("rows", file_dtype, (count, dim))
-        index = cls.__new__(cls)
         # torch has no use for uint16: the bits of a bfloat16 come as int16
-        rows = rows.view(np.int16) if dtype == "bfloat16" else rows
-        index._rows = torch.from_numpy(rows).view(torch_dtype).to(device)
+        rows = torch.from_numpy(rows.view(np.int16) if dtype == "bfloat16" else rows).view(torch_dtype)
+        index = cls.__new__(cls)
+        index._choose_place(rows, dtype, device, streamed)
+        index._rows = rows.to(index._home)
         index._row_scale = None
         if dtype == "int8":
-            index._row_scale = torch.from_numpy(folder.read("row_scale", "<f4", (count,))).to(device)
-        if index.device.type == "cpu":
+            index._row_scale = torch.from_numpy(folder.read("row_scale", "<f4", (count,))).to(index._home)
+        index._first_pass = None
+        index._pack = not index._streamed and index._device.type in PACKERS
+        if index._pack and index._device.type == "cpu":
             index._pack = "codes" in folder
             index._first_pass = _read_first_pass(folder, count, dim) if index._pack else None
-        else:
-            index._pack = index.device.type in PACKERS
-            index._first_pass = None
         return index
 
 

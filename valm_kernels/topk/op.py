@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from valm_kernels.topk import cpu, cuda
+from valm_kernels.topk import cpu, cuda, streaming
 
 torch.library.define(
     "valm_kernels::ip_topk",
@@ -22,8 +22,13 @@ torch.library.define(
     "valm_kernels::normed_ip_topk",
     "(Tensor queries, Tensor database, Tensor? row_scale, Tensor norms, int k) -> (Tensor scores, Tensor indices)",
 )
+torch.library.define(
+    "valm_kernels::streamed_ip_topk",
+    "(Tensor queries, Tensor rows, Tensor? row_scale, int k) -> (Tensor scores, Tensor indices)",
+)
 
 
+@torch.library.register_fake("valm_kernels::streamed_ip_topk")
 @torch.library.register_fake("valm_kernels::ip_topk")
 def _ip_topk_fake(queries: Tensor, database: Tensor, row_scale: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
     shape = (queries.shape[0], k)
@@ -67,3 +72,9 @@ def _normed_ip_topk_cuda(
     queries: Tensor, database: Tensor, row_scale: Tensor | None, norms: Tensor, k: int
 ) -> tuple[Tensor, Tensor]:
     return cuda.search(queries, database, row_scale, cuda.FirstPass(norms), k)
+
+
+# the rows are on the CPU, the queries on any device
+@torch.library.impl("valm_kernels::streamed_ip_topk", "CompositeExplicitAutograd")
+def _streamed_ip_topk(queries: Tensor, rows: Tensor, row_scale: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    return streaming.search(queries, rows, row_scale, k)

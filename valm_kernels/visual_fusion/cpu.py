@@ -7,6 +7,9 @@ The same holds for a text part cut into several calls of the flash kernel (`text
 Backward: with the joint lse the weight of every key is exp(score - lse), whichever part it belongs to, and with
 the joint out the softmax's correction is delta = sum(grad_out * out) - grad_lse. So the flash backward, given the
 joint out and lse, yields exactly the text's share of the gradients.
+
+A forked child runs this with one thread only (torch.set_num_threads(1), which a DataLoader's workers do by themselves):
+with more, PyTorch's flash attention waits forever for OpenMP threads that the fork did not copy.
 """
 
 from __future__ import annotations

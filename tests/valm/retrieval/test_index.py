@@ -1,125 +1,139 @@
 import dataclasses
 import json
+import shutil
 
-import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 
+from tests.valm.models import tiny_model
+from tests.valm.retrieval.indexed import K, make_indexed, random_directions
 from valm.errors import ValmError
 from valm.retrieval.context import ContextEncoder
-from valm.retrieval.index import FaissIndex, build_index, choose_factory, recall
+from valm.retrieval.index import (
+    FaissIndex,
+    index_parameters,
+    open_index,
+    remove_index,
+    verify_index,
+)
 from valm.retrieval.knowledge_base import ImageKnowledgeBase
 from valm.retrieval.retriever import Retriever
-from valm.retrieval.sharded_build import ShardedBuild
-from valm.retrieval.shards import ITEM_SCHEMA, WHAT, Piece, clip_entry, finish_knowledge_base, write_piece
 from valm_kernels import FlatIPIndex
 
 pytest.importorskip("faiss", reason="needs faiss: install valm[faiss]")
-COUNT, K = 3000, 4
 
 
-def random_directions(count, dim, seed, centres=40):
-    """Unit vectors around some centres, as pictures of like things are."""
-    generator = np.random.default_rng(seed)
-    middle = np.random.default_rng(99).normal(size=(centres, dim))
-    rows = middle[generator.integers(0, centres, count)] + 0.7 * generator.normal(size=(count, dim))
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+@pytest.fixture(scope="module")
+def indexed(clip, tmp_path_factory):
+    """A knowledge base with an index that looks into part of it."""
+    return make_indexed(clip, tmp_path_factory.mktemp("indexed"), target_recall=0.8, factory="IVF100,Flat")
 
 
 @pytest.fixture
-def kb(clip, tmp_path):
-    build = ShardedBuild(tmp_path / "kb", WHAT, {})
-    vectors = random_directions(COUNT, clip.embed_dim, seed=0)
-    for start in range(0, COUNT, 1000):
-        items = [{"uri": str(row), "caption": "", "width": 1, "height": 1} for row in range(start, start + 1000)]
-        piece = Piece(vectors[start : start + 1000], pa.Table.from_pylist(items, ITEM_SCHEMA), None, [])
-        write_piece(build.out, start // 1000, piece)
-    finish_knowledge_base(build, clip_entry(clip, build.out), clip.embed_dim)
-    return ImageKnowledgeBase.open(build.out)
+def copied(indexed, tmp_path):
+    shutil.copytree(indexed.path, tmp_path / "kb")
+    return ImageKnowledgeBase.open(tmp_path / "kb")
 
 
 def queries(kb, count=400, seed=1):
     return torch.from_numpy(random_directions(count, kb.dim, seed)).float()
 
 
-@pytest.mark.parametrize("factory", [None, "IVF32,Flat", "IVF16,PQ8x4"])
-def test_the_target_recall_is_reached_and_told(kb, factory):
-    index = build_index(kb, queries(kb), k=K, target_recall=0.9, factory=factory)
-    asked = queries(kb, seed=2)
-    found = index.search(asked, K)
-    reached = recall(found.indices, FlatIPIndex(kb.vectors()).search(asked, K).indices)
-    # 1,600 pictures each were looked for: two standard deviations of a share near 0.9 are 0.015
-    assert reached > 0.9 - 0.03
-    assert abs(index.parameters.recall - reached) < 0.03
-    assert index.parameters.queries == 200
+def narrow(kb, nprobe, candidates):
+    """The index of `kb`, looking into so many cells and comparing so many candidates."""
+    opened = FaissIndex.open(kb)
+    parameters = dataclasses.replace(opened.parameters, search=f"nprobe={nprobe}", candidates=candidates)
+    return FaissIndex(kb, opened._index, parameters)
 
 
-def test_scores_are_exact_and_in_order(kb):
-    index = build_index(kb, queries(kb), k=K)
-    asked = queries(kb, 50, seed=3).reshape(5, 10, kb.dim)
-    scores, ids = index.search(asked, K)
-    expected = (asked[:, :, None].double() * torch.from_numpy(kb.vectors()).double()[ids]).sum(-1)
+def test_scores_are_exact_and_in_order(indexed):
+    asked = queries(indexed, 50, seed=3).reshape(5, 10, indexed.dim)
+    scores, ids = FaissIndex.open(indexed).search(asked, K)
+    expected = (asked[:, :, None].double() * torch.from_numpy(indexed.vectors()).double()[ids]).sum(-1)
     assert scores.shape == ids.shape == (5, 10, K)
-    assert torch.allclose(scores.double(), expected, rtol=0, atol=2**-24)
+    assert torch.equal(scores, expected.float())
     assert (scores[..., :-1] >= scores[..., 1:]).all()
-    assert index.search(asked[:0], K).indices.shape == (0, 10, K)
+    assert FaissIndex.open(indexed).search(asked[:0], K).indices.shape == (0, 10, K)
 
 
-def test_all_cells_find_what_exact_search_finds(kb):
-    index = build_index(kb, queries(kb), k=K, target_recall=1.0, factory="IVF8,Flat", candidates=64)
-    asked = queries(kb, seed=4)
-    exhaustive = dataclasses.replace(index.parameters, nprobe=8)
-    index._index.nprobe = exhaustive.nprobe
-    assert torch.equal(index.search(asked, K).indices, FlatIPIndex(kb.vectors()).search(asked, K).indices)
+def test_all_cells_find_what_exact_search_finds(indexed):
+    asked = queries(indexed, seed=4)
+    found = narrow(indexed, nprobe=100, candidates=64).search(asked, K)
+    exact = FlatIPIndex(indexed.vectors()).search(asked, K)
+    assert torch.equal(found.indices, exact.indices)
+    assert torch.equal(found.scores, exact.scores)
 
 
-def test_missing_hits_are_none(kb):
+def test_missing_hits_are_none(indexed):
     """A cell with fewer pictures than asked for: -1, never another picture."""
-    index = build_index(kb, queries(kb), k=1, target_recall=0.1, factory="IVF200,Flat", candidates=1)
-    assert index.parameters.nprobe == 1
-    scores, ids = index.search(queries(kb, 20), 100)
-    assert (ids == -1).any(1).all()
-    assert (scores[ids == -1] == -torch.inf).all()
+    scores, ids = narrow(indexed, nprobe=1, candidates=1).search(queries(indexed, 20), 500)
+    assert (ids == -1).any(1).all() and (ids >= 0).any(1).all()
+    assert (scores[ids == -1] == -torch.inf).all() and scores[ids >= 0].isfinite().all()
     assert all(len(row[row >= 0].unique()) == (row >= 0).sum() for row in ids)
 
 
-def test_opened_again_and_given_to_a_retriever(kb, clip, tokenizer):
-    built = build_index(kb, queries(kb), k=K)
-    opened = FaissIndex.open(kb)
-    assert opened.parameters == built.parameters
-    assert len(opened) == COUNT
+def test_the_model_sees_nothing_in_place_of_a_missing_hit(indexed, clip, tokenizer):
+    k = 40  # more than many cells have
     ids = torch.tensor([tokenizer("a red apple lies on the wooden table.")["input_ids"]])
-    approximate = Retriever(ContextEncoder(clip), kb, K, opened)(ids)
-    exact = Retriever(ContextEncoder(clip), kb, K)(ids)
-    assert approximate.image_index.shape == exact.image_index.shape
-    same = approximate.image_ids[approximate.image_index] == exact.image_ids[exact.image_index]
-    assert same[approximate.scores == exact.scores].any()
+    retriever = Retriever(ContextEncoder(clip), indexed, k, narrow(indexed, nprobe=1, candidates=1))
+    found = retriever(ids)
+    missing = found.image_index == -1
+    assert missing.any() and not missing.all(-1).any()
+    assert len(found.image_pool) == len(found.image_ids) and (found.image_ids >= 0).all()
+    model = tiny_model(vocab_size=len(tokenizer), image_dim=indexed.dim, num_images=k)
+    _, weights = model.fusion_attention(ids, found.image_pool, found.image_index)  # (B, H, T, K)
+    for head in weights.unbind(1):
+        assert (head[missing] == 0).all() and (head[~missing] > 0).all()
+    model.set_retriever(retriever)
+    logits = model(ids).logits
+    # the same pictures in other slots, and none among them: the same answer
+    reordered = model(ids, image_pool=found.image_pool, image_index=found.image_index.flip(-1)).logits
+    torch.testing.assert_close(reordered, logits)
+    filled = model(ids, image_pool=found.image_pool, image_index=found.image_index.clamp(min=0)).logits
+    assert not torch.allclose(filled, logits)
 
 
-def test_wrong_indexes(kb):
+def test_what_searches_is_decided_in_one_place(copied, clip):
+    opened = open_index(copied)
+    assert isinstance(opened, FaissIndex) and len(opened) == len(copied)
+    assert isinstance(Retriever(ContextEncoder(clip), copied, K).index, FaissIndex)
+    remove_index(copied)
+    assert not list(copied.path.glob("index.*"))
+    assert isinstance(open_index(copied), FlatIPIndex)
+
+
+def test_a_retriever_finds_through_the_index_what_exact_search_finds(indexed, clip, tokenizer):
+    ids = torch.tensor([tokenizer("a red apple lies on the wooden table.")["input_ids"]])
+    encoder = ContextEncoder(clip)
+    approximate = Retriever(encoder, indexed, K, narrow(indexed, nprobe=100, candidates=64))(ids)
+    exact = Retriever(encoder, indexed, K, FlatIPIndex(indexed.vectors()))(ids)
+    for one, other in zip(approximate, exact, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_damage_is_named_with_its_remedy(copied):
+    file, parameters = copied.path / "index.faiss", copied.path / "index.json"
+    content, values = file.read_bytes(), json.loads(parameters.read_text())
+    remedy = rf"`valm kb index {copied.path}`, or delete index\.json to search exactly"
+
+    def refused(match):
+        with pytest.raises(ValmError, match=f"{match}.*{remedy}"):
+            open_index(copied)
+
+    assert verify_index(copied) == []
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert verify_index(copied) == ["index.faiss"]
+    file.write_bytes(content[:1000])
+    refused(rf"index\.faiss is damaged: it has 1000 bytes instead of {len(content)}")
+    file.write_bytes(bytes(len(content)))
+    refused(r"cannot read .*index\.faiss")
+    file.unlink()
+    refused(r"index\.faiss is damaged: it is missing")
+    parameters.write_text(json.dumps({**values, "knowledge_base": "another"}))
+    refused("is of another state of the knowledge base")
+    parameters.write_text(json.dumps({"factory": "Flat"}))
+    refused(r"index\.json is damaged")
+    remove_index(copied)
+    assert index_parameters(copied) is None and verify_index(copied) == []
     with pytest.raises(ValmError, match=r"has no index: it has no index\.json"):
-        FaissIndex.open(kb)
-    with pytest.raises(ValmError, match="needs queries to be tuned and measured on, got 1"):
-        build_index(kb, queries(kb, 1))
-    with pytest.raises(ValmError, match=r"finds 0\.\d+ of the 4 nearest with all its cells, less than the 0\.99"):
-        build_index(kb, queries(kb), factory="IVF16,PQ1x4", target_recall=0.99, candidates=1)
-    assert not (kb.path / "index.json").exists()
-    build_index(kb, queries(kb), target_recall=0.5)
-    content = json.loads((kb.path / "index.json").read_text())
-    (kb.path / "index.json").write_text(json.dumps({**content, "knowledge_base": "another"}))
-    with pytest.raises(ValmError, match="is of another knowledge base"):
-        FaissIndex.open(kb)
-    (kb.path / "index.json").write_text(json.dumps({"nprobe": 1}))
-    with pytest.raises(ValmError, match="is damaged"):
-        FaissIndex.open(kb)
-    (kb.path / "index.json").write_text(json.dumps(content))
-    (kb.path / "index.faiss").write_bytes(b"IxFI")
-    with pytest.raises(ValmError, match=r"cannot read .*index\.faiss"):
-        FaissIndex.open(kb)
-
-
-def test_factories_by_size():
-    assert choose_factory(3000, 768) == "IVF76,SQ8"
-    assert choose_factory(1_000_000, 768) == "IVF4096,SQ8"
-    assert choose_factory(200_000_000, 768) == "OPQ64,IVF65536,PQ64"
+        FaissIndex.open(copied)

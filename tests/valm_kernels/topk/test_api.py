@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.valm_kernels.topk.databases import normals
-from valm_kernels import TopK, ip_topk, merge_topk
+from valm_kernels import TopK, ip_topk
 from valm_kernels.topk import reference
 
 
@@ -126,28 +125,3 @@ def test_wrong_arguments_are_refused(case):
     error, message, call = REFUSALS[case]
     with pytest.raises(error, match=message):
         call()
-
-
-def test_merge_is_the_search_of_the_whole():
-    queries, database = normals(6, 16).mul(2).round(), normals(90, 16, seed=1).round()  # with ties
-    queries[4, 0] = torch.nan
-    bounds = [0, 3, 40, 90]
-    shards = [ip_topk(queries, database[a:b], min(8, b - a)) for a, b in pairwise(bounds)]
-    whole = ip_topk(queries, database, 8)
-    for order in ([0, 1, 2], [2, 0, 1]):
-        merged = merge_topk([shards[i] for i in order], [bounds[i] for i in order], 8)
-        assert torch.equal(merged.indices, whole.indices)
-        assert torch.equal(merged.scores.nan_to_num(7e7), whole.scores.nan_to_num(7e7))
-
-
-def test_merge_fills_up_and_refuses():
-    one = ip_topk(torch.ones(1, 8), torch.ones(1, 8), 1)
-    missing = TopK(torch.full((1, 2), -torch.inf), torch.full((1, 2), -1))
-    merged = merge_topk([missing, one], [0, 10], 3)
-    assert merged.indices.tolist() == [[10, -1, -1]] and merged.scores.tolist() == [[8, -torch.inf, -torch.inf]]
-    with pytest.raises(ValueError, match="2 results and 1 offsets"):
-        merge_topk([one, one], [0], 1)
-    with pytest.raises(ValueError, match="k is 3, expected 1 to the 2 columns"):
-        merge_topk([one, one], [0, 1], 3)
-    with pytest.raises(ValueError, match="different queries"):
-        merge_topk([one, ip_topk(torch.ones(2, 8), torch.ones(1, 8), 1)], [0, 1], 1)

@@ -10,7 +10,7 @@ import torch
 
 from tests.valm_kernels.topk_cuda.problems import ADVERSARIAL, DTYPES, adversarial, normals
 from valm_kernels import FlatIPIndex, TopK, ip_topk
-from valm_kernels.topk import cuda, reference
+from valm_kernels.topk import cuda, reference, streaming
 from valm_kernels.topk.index import store
 
 pytestmark = [
@@ -96,3 +96,29 @@ def test_numpy_rows_on_a_device():
     index = FlatIPIndex(database, dtype="float16", device="cuda")
     queries = torch.from_numpy(database[:4]).cuda()
     assert index.search(queries, 1).indices.flatten().tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_streamed_from_host_memory(monkeypatch, dtype):
+    monkeypatch.setattr(streaming, "CHUNK_BYTES", 4096 * 64 * 2)
+    database = normals(50_000, 64, seed=1)
+    resident, streamed = (FlatIPIndex(database, dtype, "cuda", streamed=streamed) for streamed in (None, True))
+    assert (resident.streamed, streamed.streamed) == (False, True)
+    queries = normals(300, 64).cuda()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    for _ in range(3):  # the buffers of one search are free for the next
+        with torch.cuda.stream(stream):
+            found = streamed.search(queries, 100)
+        stream.synchronize()
+        assert_same(found, resident.search(queries, 100))
+
+
+def test_rows_too_large_for_the_device_are_streamed(monkeypatch):
+    database = normals(1000, 64)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (database.nbytes, 0))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", torch.cuda.memory_allocated)
+    index = FlatIPIndex(database, device="cuda")
+    assert index.streamed
+    queries = normals(5, 64)
+    assert_same(index.search(queries.cuda(), 3), ip_topk(queries, database, 3))

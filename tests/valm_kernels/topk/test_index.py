@@ -91,6 +91,7 @@ def test_numpy_queries_and_repr():
     index = FlatIPIndex(normals(30, 16).numpy(), "float16")
     result = index.search(normals(2, 16).numpy(), 3)
     assert isinstance(result.indices, np.ndarray) and result.indices.shape == (2, 3)
+    assert index.search(torch.empty(2, 0, 16), 3).scores.shape == (2, 0, 3)
     assert "30 rows of 16 float16 on cpu, " in repr(index)
 
 

@@ -22,6 +22,11 @@ def test_opcheck_packed(equal_rows):
     torch.library.opcheck(torch.ops.valm_kernels.packed_ip_topk, arguments)
 
 
+def test_opcheck_streamed():
+    arguments = (torch.randn(3, 16), torch.ones(40, 16, dtype=torch.int8), torch.rand(40), 5)
+    torch.library.opcheck(torch.ops.valm_kernels.streamed_ip_topk, arguments)
+
+
 def test_compiles_as_one_graph_of_any_size():
     @torch.compile(fullgraph=True, dynamic=True, backend="eager")
     def search(queries, database):
@@ -34,8 +39,9 @@ def test_compiles_as_one_graph_of_any_size():
         assert torch.equal(result.scores, expected.scores)
 
 
-def test_an_index_is_searched_inside_a_compiled_graph():
-    index = FlatIPIndex(torch.randn(60, 16), "bfloat16")
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_index_is_searched_inside_a_compiled_graph(streamed):
+    index = FlatIPIndex(torch.randn(60, 16), "bfloat16", streamed=streamed)
     queries = torch.randn(5, 16)
     compiled = torch.compile(lambda q: index.search(q + 1, 4), fullgraph=True, backend="eager")
     result, expected = compiled(queries), index.search(queries + 1, 4)

@@ -154,17 +154,28 @@ def test_same_bits_every_time_and_for_any_thread_count(name, dtype):
             assert results[0][name].equal(result[name]), name
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_after_fork():
-    """In a worker that a data loader forked (one thread there, as PyTorch sets it) after the parent's threads ran.
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 
-    In a process of its own: what other tests loaded into this one (faiss has an OpenMP runtime too) need not survive.
-    """
-    code = f"from {__name__} import fork_and_compare; fork_and_compare()"
+
+@needs_fork
+@pytest.mark.parametrize("other_runtime", [None, "faiss"])
+def test_after_fork(other_runtime):
+    """In a worker that a data loader forked (one thread there, as PyTorch sets it) after the parent's threads ran, also
+    where faiss brought an OpenMP runtime of its own."""
+    if other_runtime:
+        pytest.importorskip(other_runtime)
+    code = f"from {__name__} import fork_and_compare; fork_and_compare({other_runtime!r})"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-def fork_and_compare():
+def fork_and_compare(other_runtime):
+    if other_runtime == "faiss":
+        import faiss
+        import numpy
+
+        index = faiss.IndexFlatIP(64)
+        index.add(numpy.ones((20_000, 64), dtype="float32"))
+        index.search(numpy.ones((300, 64), dtype="float32"), 4)
     problem = PROBLEMS["pooled"]
     expected = solve(problem.inputs(torch.float32), "cpu", cotangents(problem))["image_k"]
     child = os.fork()
@@ -311,3 +322,33 @@ def test_stock_backward_takes_lse_gradient_through_a_padded_column(qkv):
         found = _flash_backward(grad_out, q, k, v, out, lse, 0.0, True, scale=1.0)
     for gradient, truth in zip(found, expected, strict=False):
         assert torch.allclose(gradient[..., :8], truth, rtol=0, atol=4e-15)
+
+
+@needs_fork
+@pytest.mark.slow
+def test_stock_waits_forever_in_a_forked_child_with_several_threads():
+    """libgomp's threads do not survive a fork, and its barrier waits for them: forever, at 100 % of a core with
+    OMP_WAIT_POLICY=active, otherwise asleep. Nothing of valm_kernels is involved; a data loader's workers have one
+    thread."""
+    code = (
+        "import os, signal, time, torch\n"
+        "torch.set_num_threads(2)\n"
+        "q = torch.randn(2, 4, 64, 16)\n"
+        "attend = torch.nn.functional.scaled_dot_product_attention\n"
+        "def finishes(threads):\n"
+        "    child = os.fork()\n"
+        "    if child == 0:\n"
+        "        torch.set_num_threads(threads)\n"
+        "        attend(q, q, q, is_causal=True)\n"
+        "        os._exit(0)\n"
+        "    for _ in range(500):\n"
+        "        if os.waitpid(child, os.WNOHANG)[0]: return True\n"
+        "        time.sleep(0.01)\n"
+        "    os.kill(child, signal.SIGKILL)\n"
+        "    os.waitpid(child, 0)\n"
+        "    return False\n"
+        "attend(q, q, q, is_causal=True)\n"
+        "print(finishes(1), finishes(2))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert run.stdout.split() == ["True", "False"]

@@ -1,0 +1,38 @@
+"""A knowledge base of given vectors, with an index, for the tests of both."""
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from valm.retrieval.index_build import build_index
+from valm.retrieval.knowledge_base import ImageKnowledgeBase
+from valm.retrieval.sharded_build import ShardedBuild
+from valm.retrieval.shards import ITEM_SCHEMA, WHAT, Piece, clip_entry, finish_knowledge_base, write_piece
+
+COUNT, K = 3000, 4
+
+
+def random_directions(count, dim, seed, centres=40):
+    """Unit vectors around some centres, as pictures of like things are."""
+    generator = np.random.default_rng(seed)
+    middle = np.random.default_rng(99).normal(size=(centres, dim))
+    rows = middle[generator.integers(0, centres, count)] + 0.7 * generator.normal(size=(count, dim))
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def make_kb_of_directions(clip, out, caption="") -> ImageKnowledgeBase:
+    """COUNT vectors in three shards."""
+    build = ShardedBuild(out, WHAT, {})
+    vectors = random_directions(COUNT, clip.embed_dim, seed=0)
+    for number, part in enumerate(np.split(vectors, 3)):
+        items = [{"uri": f"{number}/{row}", "caption": caption, "width": 1, "height": 1} for row in range(len(part))]
+        write_piece(build.out, number, Piece(part, pa.Table.from_pylist(items, ITEM_SCHEMA), None, []))
+    finish_knowledge_base(build, clip_entry(clip, build.out), clip.embed_dim)
+    return ImageKnowledgeBase.open(out)
+
+
+def make_indexed(clip, out, **arguments) -> ImageKnowledgeBase:
+    kb = make_kb_of_directions(clip, out)
+    queries = torch.from_numpy(random_directions(400, kb.dim, seed=1)).float()
+    build_index(kb, queries, k=K, progress=False, **arguments)
+    return kb

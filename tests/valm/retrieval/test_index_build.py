@@ -1,0 +1,145 @@
+import multiprocessing
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.valm.retrieval.indexed import COUNT, K, make_indexed, make_kb_of_directions, random_directions
+from valm.errors import ValmError
+from valm.retrieval.context import ContextEncoder
+from valm.retrieval.index import FaissIndex, index_parameters, open_index
+from valm.retrieval.index_build import build_index, captions, choose_factory, context_queries, recall
+from valm.retrieval.knowledge_base import ImageKnowledgeBase
+from valm_kernels import FlatIPIndex
+
+pytest.importorskip("faiss", reason="needs faiss: install valm[faiss]")
+
+
+@pytest.fixture
+def kb(clip, tmp_path):
+    return make_kb_of_directions(clip, tmp_path / "kb", caption="a red apple\nthe blue sky")
+
+
+def queries(kb, count=400, seed=1):
+    return torch.from_numpy(random_directions(count, kb.dim, seed)).float()
+
+
+@pytest.mark.parametrize(
+    "factory",
+    ["IVF32,Flat", "IVF32,SQ8", "IVF16,PQ8x4fs", "OPQ8,IVF16,PQ8x4fs", "IVF32_HNSW8,SQ8", "HNSW8", "HNSW8,SQ8", "SQ8"],
+)
+def test_the_target_recall_is_reached_and_told(kb, factory):
+    index = build_index(kb, queries(kb), k=K, target_recall=0.9, factory=factory, asked="directions", progress=False)
+    parameters = index.parameters
+    asked = queries(kb, seed=2)
+    found = index.search(asked, K)
+    reached = recall(found.indices, FlatIPIndex(kb.vectors()).search(asked, K).indices)
+    # 1,600 and 800 pictures were looked for: a standard deviation of the difference of two shares of 0.9 is 0.013
+    assert reached > 0.9 - 0.04
+    assert abs(parameters.recall - reached) < 0.04
+    assert (parameters.factory, parameters.queries, parameters.asked) == (factory, 200, "directions")
+    tuned = {"IVF": "nprobe=", "HNSW": "efSearch=", "SQ8": ""}[next(n for n in ("IVF", "HNSW", "SQ8") if n in factory)]
+    assert parameters.search.startswith(tuned) and (parameters.search == tuned) == (tuned == "")
+    assert index_parameters(ImageKnowledgeBase.open(kb.path)) == parameters
+    assert parameters.file["bytes"] == (kb.path / "index.faiss").stat().st_size
+
+
+def test_more_recall_is_a_longer_search(kb):
+    less, more = (
+        build_index(kb, queries(kb), k=K, target_recall=target, factory="IVF64,Flat", progress=False)
+        for target in (0.5, 0.99)
+    )
+    assert int(less.parameters.search.removeprefix("nprobe=")) < int(more.parameters.search.removeprefix("nprobe="))
+    assert less.parameters.recall < more.parameters.recall
+
+
+def test_what_cannot_be_indexed_is_refused(kb):
+    with pytest.raises(ValmError, match="needs queries to be tuned and measured on, got 1"):
+        build_index(kb, queries(kb, 1), "IVF8,Flat", progress=False)
+    with pytest.raises(ValmError, match="faiss makes no index of 16 dimensions from the factory string 'IVFFF'"):
+        build_index(kb, queries(kb), factory="IVFFF", progress=False)
+    with pytest.raises(ValmError, match="5,000 cells needs as many pictures, the knowledge base has 3,000"):
+        build_index(kb, queries(kb), factory="IVF5000,Flat", progress=False)
+    before = open_index(kb)
+    assert isinstance(before, FlatIPIndex)
+
+
+def test_what_does_not_reach_the_target_leaves_the_index_that_was_there(kb, monkeypatch):
+    build_index(kb, queries(kb), k=K, target_recall=0.5, factory="IVF16,Flat", progress=False)
+    before = {file.name: file.read_bytes() for file in kb.path.iterdir()}
+    monkeypatch.setattr("valm.retrieval.index_build.CANDIDATES", (1,))
+    with pytest.raises(ValmError, match=r"finds 0\.\d+ of the 4 nearest however long it searches, less than the 0\.99"):
+        build_index(kb, queries(kb), k=K, factory="IVF16,PQ1x4", target_recall=0.99, progress=False)
+    assert {file.name: file.read_bytes() for file in kb.path.iterdir()} == before
+
+
+def killed_build(path, point):
+    """A build that is killed at the `point`-th call that changes the folder."""
+    done = 0
+
+    def counting(function):
+        def called(*arguments, **named):
+            nonlocal done
+            if done == point:
+                os.kill(os.getpid(), signal.SIGKILL)
+            done += 1
+            return function(*arguments, **named)
+
+        return called
+
+    os.replace = counting(os.replace)
+    Path.unlink = counting(Path.unlink)
+    torch.set_num_threads(1)
+    kb = ImageKnowledgeBase.open(path)
+    build_index(kb, queries(kb), k=K, target_recall=0.5, factory="IVF8,Flat", progress=False)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+def test_a_killed_build_leaves_the_old_index_or_none(clip, tmp_path):
+    fork = multiprocessing.get_context("fork")
+    kb = make_indexed(clip, tmp_path / "kb", factory="IVF16,Flat")
+    factories = []
+    for point in range(4):
+        process = fork.Process(target=killed_build, args=(kb.path, point))
+        process.start()
+        process.join()
+        opened = open_index(ImageKnowledgeBase.open(kb.path))
+        factories.append(opened.parameters.factory if isinstance(opened, FaissIndex) else None)
+        assert process.exitcode == (0 if factories[-1] == "IVF8,Flat" else -signal.SIGKILL)
+    assert factories == ["IVF16,Flat", None, None, "IVF8,Flat"]
+
+
+def test_progress_names_every_step(kb, capfd):
+    build_index(kb, queries(kb), k=K, target_recall=0.5, factory="IVF16,Flat")
+    bars = capfd.readouterr().err
+    for name in ("train 16 cells", "add", "search exactly"):
+        assert f"{name}: 100%" in bars
+
+
+def test_queries_of_texts_are_context_queries(kb, clip, tokenizer):
+    encoder = ContextEncoder(clip)
+    texts = ["a red apple lies on the wooden table.", "two dogs run"]
+    found = context_queries(encoder, ["", *texts])
+    rows = [encoder(torch.tensor([tokenizer(text)["input_ids"]]))[0] for text in texts]
+    expected = {tuple(np.round(query.tolist(), 4)) for row in rows for query in row}
+    assert {tuple(np.round(query.tolist(), 4)) for query in found} == expected
+    assert len(context_queries(encoder, texts, count=7)) == 7
+    with pytest.raises(ValmError, match="no text"):
+        context_queries(encoder, ["", "  "])
+
+
+def test_captions(kb, clip, tmp_path):
+    assert sorted(set(captions(kb))) == ["a red apple", "the blue sky"]
+    assert len(captions(kb, pictures=10)) == 20
+    with pytest.raises(ValmError, match="have no captions to make queries of: give a text file as --queries"):
+        captions(make_kb_of_directions(clip, tmp_path / "without"))
+
+
+def test_factories_by_size():
+    assert choose_factory(COUNT, 768) is None
+    assert choose_factory(1_000_000, 768) == "IVF4096,SQ8"
+    assert choose_factory(200_000_000, 768) == "OPQ64,IVF65536,PQ64"

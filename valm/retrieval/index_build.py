@@ -1,0 +1,253 @@
+"""Making the faiss index of a knowledge base: trained, filled, tuned on queries of real text, its recall measured.
+
+How much of the index is searched and how many candidates are compared exactly are tuned together: of all the
+settings that find the asked share of the true K nearest, the fastest on this machine is taken.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from valm.errors import ValmError
+from valm.files import atomic_path, write_json
+from valm.retrieval.context import ContextEncoder
+from valm.retrieval.index import (
+    INDEX_FILE,
+    PARAMETERS_FILE,
+    FaissIndex,
+    IndexParameters,
+    import_faiss,
+    read_index,
+)
+from valm.retrieval.knowledge_base import ImageKnowledgeBase
+from valm.retrieval.sharded_build import file_entry
+from valm_kernels import ip_topk, merge_topk
+
+# Vectors a cell should have to be trained on (faiss warns below 39); at least and at most how many are taken.
+TRAIN_PER_CELL = 40
+MIN_TRAIN, MAX_TRAIN = 1 << 16, 1 << 20
+ITERATIONS = 10  # of k-means
+EXACT_BELOW = 50_000
+# From here on vectors are kept as 64-byte product codes, as published, instead of a byte per number.
+PRODUCT_CODES_FROM = 10_000_000
+ADD_ROWS = 1 << 15
+# Queries that are tuned on, and as many again that recall is measured on.
+QUERIES = 1024
+# How many candidates are compared exactly for each picture asked for: what is tried.
+CANDIDATES = (32, 16, 8, 4, 2, 1)
+TEXTS_AT_ONCE = 64
+# Pictures whose captions are taken for queries where no other text is given.
+CAPTIONED = 1024
+
+
+def build_index(
+    kb: ImageKnowledgeBase,
+    queries: Tensor,
+    factory: str,
+    *,
+    k: int = 4,
+    target_recall: float = 0.95,
+    asked: str = "queries",
+    seed: int = 0,
+    progress: bool = True,
+) -> FaissIndex:
+    """Indexes `kb` and writes the index beside it; one that was there stays until the new one is whole.
+
+    queries: (Q, E) of the kind the index will be asked (`context_queries`), of different texts in its two halves: the
+        first is tuned on, recall is measured on the second; the true nearest come from an exact search.
+    target_recall: share of the true `k` nearest to find.
+    factory: a faiss factory string; `choose_factory` knows one for each size. Tuned are the cells looked into of an
+        inverted file ("IVF4096,Flat", "OPQ64,IVF65536,PQ64") and the width of the search in a graph ("HNSW32").
+    asked: what the queries are, for people.
+
+    In memory are the index, the vectors it is trained on (at most MAX_TRAIN, in float32) and the largest shard.
+    Raises ValmError for a factory faiss does not know and where the target is not reached however long is searched,
+    ImportError without faiss.
+    """
+    faiss = import_faiss()
+    queries = queries.reshape(-1, kb.dim).float().cpu()
+    if len(queries) < 2:
+        raise ValmError(f"an index needs queries to be tuned and measured on, got {len(queries)}")
+    try:
+        index = faiss.index_factory(kb.dim, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise ValmError(f"faiss makes no index of {kb.dim} dimensions from the factory string {factory!r}") from error
+    _train(index, kb, seed, progress)
+    with tqdm(total=len(kb), desc="add", unit=" pictures", unit_scale=True, disable=not progress) as bar:
+        for start in range(0, len(kb), ADD_ROWS):
+            rows = np.arange(start, min(start + ADD_ROWS, len(kb)))
+            index.add(kb.gather(rows).astype(np.float32))
+            bar.update(len(rows))
+
+    truth = _exact(kb, queries, k, progress)
+    half = len(queries) // 2
+    with atomic_path(kb.path / INDEX_FILE) as temporary:
+        faiss.write_index(index, str(temporary))
+        # tuned as it will be used: read back, memory-mapped
+        index = read_index(temporary)
+        parameters = IndexParameters(kb.fingerprint, factory, "", 1, k, 0.0, len(queries) - half, asked, {})
+        parameters = _tune(kb, index, parameters, queries[:half], truth[:half], target_recall)
+        found = FaissIndex(kb, index, parameters).search(queries[half:], k).indices
+        file = {**file_entry(temporary), "name": INDEX_FILE}
+        parameters = replace(parameters, recall=recall(found, truth[half:]), file=file)
+        # from here until the new parameters are there, the knowledge base has no index
+        (kb.path / PARAMETERS_FILE).unlink(missing_ok=True)
+    write_json(kb.path / PARAMETERS_FILE, asdict(parameters))
+    return FaissIndex.open(kb)
+
+
+def choose_factory(count: int, dim: int) -> str | None:
+    """The kind of index for `count` vectors of width `dim`; None while exact search is as fast."""
+    if count < EXACT_BELOW:
+        return None
+    cells = 1 << round(np.log2(4 * np.sqrt(count)))
+    if count < PRODUCT_CODES_FROM or dim % 64:
+        return f"IVF{cells},SQ8"
+    return f"OPQ64,IVF{cells},PQ64"
+
+
+def captions(kb: ImageKnowledgeBase, pictures: int = CAPTIONED, seed: int = 0) -> list[str]:
+    """The captions of some pictures of `kb`, taken at random. Raises ValmError where they have none."""
+    ids = np.random.default_rng(seed).choice(len(kb), min(pictures, len(kb)), replace=False)
+    found = [line for id in np.sort(ids).tolist() for line in kb.item(id).caption.splitlines() if line.strip()]
+    if not found:
+        raise ValmError(f"the pictures of {kb.path} have no captions to make queries of: give a text file as --queries")
+    return found
+
+
+def context_queries(encoder: ContextEncoder, texts: Sequence[str], count: int = 2 * QUERIES, seed: int = 0) -> Tensor:
+    """Up to `count` queries (Q, E) at the tokens of `texts`, which are taken in a random order.
+
+    Raises ValmError where there is no text in them.
+    """
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise ValmError("there is no text to make queries of")
+    tokenizer = encoder.clip.tokenizer
+    order = np.random.default_rng(seed).permutation(len(texts))
+    queries: list[Tensor] = []
+    for start in range(0, len(order), TEXTS_AT_ONCE):
+        ids = [tokenizer(texts[row])["input_ids"] for row in order[start : start + TEXTS_AT_ONCE]]
+        rows = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in ids], batch_first=True)
+        mask = torch.arange(rows.shape[1]) < torch.tensor([len(row) for row in ids])[:, None]
+        queries.append(encoder(rows, mask)[mask])
+        if sum(map(len, queries)) >= count:
+            break
+    return torch.cat(queries)[:count]
+
+
+def recall(found: Tensor, truth: Tensor) -> float:
+    """Share of the ids in `truth` (Q, K) that are in the same row of `found` (Q, K)."""
+    return (truth[:, :, None] == found[:, None, :]).any(-1).float().mean().item()
+
+
+def _train(index: Any, kb: ImageKnowledgeBase, seed: int, progress: bool) -> None:
+    """Trains `index` on a sample of `kb`: an inverted file's cells here, with a bar, the rest as faiss does."""
+    if index.is_trained:
+        return
+    faiss = import_faiss()
+    ivf = faiss.try_extract_index_ivf(index)
+    cells = 0 if ivf is None else ivf.nlist
+    if cells > len(kb):
+        raise ValmError(f"an index of {cells:,} cells needs as many pictures, the knowledge base has {len(kb):,}")
+    count = min(len(kb), MAX_TRAIN, max(MIN_TRAIN, TRAIN_PER_CELL * cells))
+    rows = np.sort(np.random.default_rng(seed).choice(len(kb), count, replace=False))
+    sample = kb.gather(rows).astype(np.float32)
+    if isinstance(index, faiss.IndexIVF):
+        _train_cells(index, sample, progress)
+    index.train(sample)
+
+
+def _train_cells(ivf: Any, sample: np.ndarray, progress: bool) -> None:
+    """faiss's k-means, one iteration at a time, on its GPUs where faiss has any."""
+    faiss = import_faiss()
+    settings = ivf.cp
+    settings.niter, settings.min_points_per_centroid = 1, 1
+    clustering = faiss.Clustering(ivf.d, ivf.nlist, settings)
+    assigner = faiss.IndexFlatIP(ivf.d)
+    if faiss.get_num_gpus() > 0:
+        assigner = faiss.index_cpu_to_all_gpus(assigner)
+    for _ in tqdm(range(ITERATIONS), desc=f"train {ivf.nlist:,} cells", unit=" rounds", disable=not progress):
+        clustering.train(sample, assigner)
+    centroids = faiss.vector_to_array(clustering.centroids).reshape(ivf.nlist, ivf.d)
+    ivf.quantizer.train(centroids)
+    ivf.quantizer.add(centroids)
+
+
+def _exact(kb: ImageKnowledgeBase, queries: Tensor, k: int, progress: bool) -> Tensor:
+    """The true k nearest (Q, K), shard by shard."""
+    results, offsets, start = [], [], 0
+    with tqdm(total=len(kb), desc="search exactly", unit=" pictures", unit_scale=True, disable=not progress) as bar:
+        for vectors in kb.shards():
+            results.append(ip_topk(queries, vectors, min(k, len(vectors))))
+            offsets.append(start)
+            start += len(vectors)
+            bar.update(len(vectors))
+    return merge_topk(results, offsets, k).indices
+
+
+def _tune(
+    kb: ImageKnowledgeBase,
+    index: Any,
+    parameters: IndexParameters,
+    queries: Tensor,
+    truth: Tensor,
+    target: float,
+) -> IndexParameters:
+    """`parameters` with the fastest search that finds the share `target` of `truth` (Q, K)."""
+    name, most = _effort(index)
+    efforts = _ladder(most)
+    best, best_seconds, reached = None, float("inf"), 0.0
+    candidates = list(CANDIDATES)
+    while efforts and candidates:
+        search = f"{name}={efforts[0]}" if name else ""
+        tried = replace(parameters, search=search, candidates=candidates[0])
+        searcher = FaissIndex(kb, index, tried)
+        found = searcher.search(queries, parameters.k).indices
+        reached = recall(found, truth)
+        if reached < target:
+            efforts = efforts[1:]
+            continue
+        started = time.perf_counter()
+        searcher.search(queries, parameters.k)
+        seconds = time.perf_counter() - started
+        if seconds < best_seconds:
+            best, best_seconds = tried, seconds
+        candidates = candidates[1:]
+    if best is None:
+        raise ValmError(
+            f"{parameters.factory} finds {reached:.3f} of the {parameters.k} nearest however long it searches, less "
+            f"than the {target} asked for; use finer codes (a factory with SQ8 or Flat)"
+        )
+    return best
+
+
+def _effort(index: Any) -> tuple[str, int]:
+    """faiss's name of what makes a search of `index` longer and better, and the most of it; "" where nothing does."""
+    faiss = import_faiss()
+    ivf = faiss.try_extract_index_ivf(index)
+    if ivf is not None:
+        return "nprobe", ivf.nlist
+    if isinstance(index, faiss.IndexPreTransform):
+        index = faiss.downcast_index(index.index)
+    if isinstance(index, faiss.IndexHNSW):
+        return "efSearch", index.ntotal
+    return "", 1
+
+
+def _ladder(most: int) -> list[int]:
+    """1, 2, 3, 4, 6, 8, 12, 16, ... up to `most`."""
+    steps = {1, most}
+    power = 2
+    while power < most:
+        steps |= {power, min(most, power * 3 // 2)}
+        power *= 2
+    return sorted(steps)

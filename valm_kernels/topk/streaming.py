@@ -1,0 +1,73 @@
+"""Exact search of rows that stay in host memory: chunk by chunk they pass through a device that cannot hold them all.
+
+While the device searches one chunk, the host brings the next into pinned memory and a stream of its own copies it
+over. Both places have two buffers; events say when a buffer is full and when it may be written again.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from valm_kernels.topk.result import TopK, merge_topk
+
+# Of one buffer: two are pinned in host memory, two are on the device.
+CHUNK_BYTES = 64 << 20
+
+
+class _Buffer:
+    """A chunk's place in pinned memory and on the device, with the events that order its uses."""
+
+    def __init__(self, sources: list[Tensor], chunk_rows: int, device: torch.device, streams: ModuleType) -> None:
+        shapes = [(chunk_rows, *source.shape[1:]) for source in sources]
+        pinned = device.type == "cuda"
+        self.host = [
+            torch.empty(shape, dtype=source.dtype, pin_memory=pinned)
+            for source, shape in zip(sources, shapes, strict=True)
+        ]
+        self.device = [torch.empty_like(part, device=device) for part in self.host]
+        self.copied, self.searched = streams.Event(), streams.Event()
+        # the memory may still be in use by what the current stream was given before
+        self.searched.record(streams.current_stream(device))
+
+    def fill(self, chunk: list[Tensor], copies: Any, streams: ModuleType) -> None:
+        count = len(chunk[0])
+        self.copied.synchronize()
+        for part, values in zip(self.host, chunk, strict=True):
+            part[:count].copy_(values)
+        copies.wait_event(self.searched)
+        with streams.stream(copies):
+            for there, here in zip(self.device, self.host, strict=True):
+                there[:count].copy_(here[:count], non_blocking=True)
+            self.copied.record(copies)
+
+
+def search(queries: Tensor, rows: Tensor, row_scale: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """Scores and indices (Q, k) of queries (Q, E) on their device over rows (N, E), and row_scale (N,), on the CPU.
+
+    Chunks may be smaller than k. On a CPU device the same happens with torch's CPU streams, which do nothing.
+    """
+    device = queries.device
+    streams = torch.get_device_module(device)
+    sources = [rows] if row_scale is None else [rows, row_scale]
+    chunk_rows = min(len(rows), max(1, CHUNK_BYTES // (rows.shape[1] * rows.itemsize)))
+    chunks = list(zip(*(source.split(chunk_rows) for source in sources), strict=True))
+    buffers = [_Buffer(sources, chunk_rows, device, streams) for _ in range(2)]
+    searches, copies = streams.current_stream(device), streams.Stream(device)
+
+    buffers[0].fill(chunks[0], copies, streams)
+    best = None
+    for number, chunk in enumerate(chunks):
+        buffer, start, count = buffers[number % 2], number * chunk_rows, len(chunk[0])
+        searches.wait_event(buffer.copied)
+        here = [part[:count] for part in buffer.device]
+        scale = None if row_scale is None else here[1]
+        found = TopK(*torch.ops.valm_kernels.ip_topk(queries, here[0], scale, min(k, count)))
+        buffer.searched.record(searches)
+        if number + 1 < len(chunks):  # while the device is busy
+            buffers[(number + 1) % 2].fill(chunks[number + 1], copies, streams)
+        best = found if best is None else merge_topk([best, found], [0, start], min(k, start + count))
+    return best
