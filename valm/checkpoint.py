@@ -113,15 +113,15 @@ def _add_retriever(
     clip: str | None,
 ) -> None:
     noted = folder / RETRIEVAL_FILE
-    reading = {}
+    query = "eot"
     if noted.exists():
-        reading = read_json(noted, "the note on retrieval")
-        noted_kb = folder / reading.pop("knowledge_base")
-        kb = noted_kb if kb is None else kb
+        retrieval = read_json(noted, "the note on retrieval")
+        query = retrieval["query"]
+        kb = folder / retrieval["knowledge_base"] if kb is None else kb
     if kb is None:
         return
     opened = ImageKnowledgeBase.open(kb)
-    encoder = ContextEncoder(opened.load_clip(clip), tokenizer=tokenizer, **reading)
+    encoder = ContextEncoder(opened.load_clip(clip), tokenizer=tokenizer, query=query)
     try:
         blind = model.config.blind
         model.set_retriever(BlindRetriever(encoder) if blind else Retriever(encoder, opened, model.config.num_images))
