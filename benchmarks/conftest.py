@@ -11,7 +11,8 @@ A benchmark is one test per implementation of one case; `group` names the case:
         measure(group="forward B4 H12 T1024", name=name, function=..., check=..., flop=..., bytes_moved=...)
 
 The rows of a group are printed together, with their time as a multiple of the group's first row (ours). A large
-size is marked `@pytest.mark.full`.
+size is marked `@pytest.mark.full`. Peak memory is what the call needs above its inputs: on CUDA always, on CPU where a
+benchmark says how a fresh process builds the call (`fresh`, see peak_memory.py).
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.peak_memory import peak_mb
+
 
 @dataclass
 class Row:
@@ -40,6 +43,7 @@ class Row:
     gb_per_s: float | None
     gflop_per_s: float | None
     share_of_roof: float | None
+    peak_mb: float | None
     time_over_first: float
     note: str
 
@@ -99,6 +103,14 @@ def roofs(device: torch.device) -> tuple[float, float]:
     return 2 * 1536**3 / best(lambda: matrix @ matrix), integers.numel() * 8 / best(integers.sum)
 
 
+def cuda_peak_mb(function: Callable[[], Any]) -> float:
+    """MB that PyTorch's allocator holds at the most during a call, above what it held before."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
 @pytest.fixture(scope="session")
 def device(pytestconfig: pytest.Config) -> torch.device:
     return torch.device(pytestconfig.getoption("--device"))
@@ -106,7 +118,10 @@ def device(pytestconfig: pytest.Config) -> torch.device:
 
 @pytest.fixture
 def measure(benchmark: Any, device: torch.device) -> Callable[..., None]:
-    """Check a function's result, then time it: `measure(group, name, function, check, flop, bytes_moved)`."""
+    """Check a function's result, then time it: `measure(group, name, function, check, flop, bytes_moved)`.
+
+    fresh: (build, *arguments) for `peak_mb`.
+    """
 
     def run(
         *,
@@ -118,6 +133,7 @@ def measure(benchmark: Any, device: torch.device) -> Callable[..., None]:
         bytes_moved: float | None = None,
         rounds: int = 10,
         note: str = "",
+        fresh: tuple[Any, ...] | None = None,
     ) -> None:
         def finished() -> Any:
             result = function()
@@ -132,6 +148,10 @@ def measure(benchmark: Any, device: torch.device) -> Callable[..., None]:
             return
         stats = benchmark.stats.stats
         peak_flops, peak_bytes = roofs(device)
+        if device.type == "cuda":
+            peak = cuda_peak_mb(finished)
+        else:
+            peak = peak_mb(*fresh) if fresh else None
         least = max((flop or 0) / peak_flops, (bytes_moved or 0) / peak_bytes)
         first = next((row for row in ROWS if row.group == group), None)
         ROWS.append(
@@ -144,6 +164,7 @@ def measure(benchmark: Any, device: torch.device) -> Callable[..., None]:
                 gb_per_s=bytes_moved / stats.median / 1e9 if bytes_moved else None,
                 gflop_per_s=flop / stats.median / 1e9 if flop else None,
                 share_of_roof=least / stats.median if least else None,
+                peak_mb=peak,
                 time_over_first=stats.median * 1e3 / first.median_ms if first else 1.0,
                 note=note,
             )
@@ -164,15 +185,16 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     groups = list(dict.fromkeys(row.group for row in ROWS))
     for group in groups:
         write(f"\n{group}")
-        write(f"  {'':<{width}}  median ms      GB/s   GFLOP/s   of roof   time / first row's")
+        write(f"  {'':<{width}}  median ms      GB/s   GFLOP/s   of roof   peak MB   time / first row's")
         for row in ROWS:
             if row.group != group:
                 continue
             gb = f"{row.gb_per_s:9.1f}" if row.gb_per_s else " " * 9
             gflop = f"{row.gflop_per_s:9.1f}" if row.gflop_per_s else " " * 9
             roof = f"{row.share_of_roof:8.0%}" if row.share_of_roof else " " * 8
+            peak = f"{row.peak_mb:9.1f}" if row.peak_mb is not None else " " * 9
             write(
-                f"  {row.name:<{width}} {row.median_ms:10.3f} {gb} {gflop}  {roof}   "
+                f"  {row.name:<{width}} {row.median_ms:10.3f} {gb} {gflop}  {roof} {peak}   "
                 f"{row.time_over_first:6.2f} x  {row.note}"
             )
     if path := config.getoption("--results"):

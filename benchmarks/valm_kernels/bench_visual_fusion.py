@@ -5,6 +5,7 @@ Rows of one group share their inputs; the first row is ours, and the last column
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
@@ -102,6 +103,26 @@ def attention(name: str, t: Tensors) -> tuple[object, tuple[Tensor, ...]]:
     return functions[name]
 
 
+def forward_call(name: str, case: Case) -> Callable[[], object]:
+    function, _ = attention(name, tensors(case))
+
+    def call() -> object:
+        with torch.no_grad():
+            return function()
+
+    return call
+
+
+def forward_backward_call(name: str, case: Case) -> Callable[[], object]:
+    t = tensors(case)
+    function, inputs = attention(name, t)
+    return lambda: torch.autograd.grad(function(), inputs, t.grad_out)
+
+
+def inputs_note(inputs: tuple[Tensor, ...]) -> str:
+    return f"inputs {sum(x.nbytes for x in inputs) / 1e6:.0f} MB"
+
+
 # Largest error over largest value: a benchmark's check is for wrong results, the tests hold the last bits.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
@@ -127,24 +148,25 @@ def bench_forward(measure, case, name):
     if "Flex" in name and case != SMALL:
         pytest.skip("FlexAttention on CPU is shown on one small shape: it takes seconds on the others")
     t = tensors(case)
-    function, _ = attention(name, t)
+    _, inputs = attention(name, t)
     check = (lambda out: None) if name.startswith("text-only") else close_to(t.expected, TOLERANCE[case.dtype])
-    with torch.no_grad():
-        measure(
-            group=f"forward {case}",
-            name=name,
-            function=function,
-            check=check,
-            flop=case.flop,
-            bytes_moved=None if "text" in name else case.image_bytes,
-        )
+    measure(
+        group=f"forward {case}",
+        name=name,
+        function=forward_call(name, case),
+        check=check,
+        flop=case.flop,
+        bytes_moved=None if "text" in name else case.image_bytes,
+        note=inputs_note(inputs),
+        fresh=(forward_call, name, case) if case == LARGE else None,
+    )
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def bench_forward_backward(measure, case, name):
     t = tensors(case)
-    function, inputs = attention(name, t)
+    _, inputs = attention(name, t)
 
     def expected_grad_q() -> Tensor:
         leaves = [x.detach().float().requires_grad_() for x in (t.q, t.k, t.v, *t.dense)]
@@ -153,12 +175,14 @@ def bench_forward_backward(measure, case, name):
     measure(
         group=f"forward + backward {case}",
         name=name,
-        function=lambda: torch.autograd.grad(function(), inputs, t.grad_out),
+        function=forward_backward_call(name, case),
         check=(lambda out: None)
         if name.startswith("text-only")
         else close_to(expected_grad_q(), TOLERANCE[case.dtype]),
         flop=int(3.5 * case.flop),
         bytes_moved=None if "text" in name else 3 * case.image_bytes,
+        note=inputs_note(inputs),
+        fresh=(forward_backward_call, name, case) if case == LARGE else None,
     )
 
 
@@ -236,32 +260,43 @@ class FusionLayer(torch.nn.Module):
         return self.output(out.transpose(1, 2).flatten(2))
 
 
+def fusion_layer_call(part: str, unique: float, layout: str) -> Callable[[], tuple[Tensor, ...]]:
+    """Forward and backward of the layer, or of its image side, on retrieved images of which a share is unique."""
+    t = tensors(replace(LAYER, unique=unique))
+    generator = torch.Generator().manual_seed(0)
+    width = LAYER.heads * LAYER.head_dim
+    torch.manual_seed(0)
+    layer = FusionLayer(LAYER.heads, LAYER.head_dim)
+    states = torch.randn(LAYER.batch, LAYER.length, width, generator=generator)
+    pool = torch.randn(t.pool_k.shape[1], width, generator=generator)
+    images = (pool, t.image_index) if layout == "pooled" else (pool[t.image_index], None)
+    parameters = [p for module in (layer.image_norm, layer.key, layer.value) for p in module.parameters()]
+
+    def image_side() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(layer.image_side(t.q, t.k, t.v, *images), (*parameters, t.q, t.k, t.v), t.grad_out)
+
+    def whole_layer() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(layer(states, *images).square().sum(), list(layer.parameters()))
+
+    return {"image side": image_side, "whole layer": whole_layer}[part]
+
+
+LAYER = Case(1, 12, 1024, 8, 64, torch.float32)
+
+
 @pytest.mark.parametrize("layout", ["pooled", "dense"])
 @pytest.mark.parametrize("unique", [0.3, 0.6, 1.0])
 @pytest.mark.parametrize("part", ["image side", "whole layer"])
 def bench_fusion_layer(measure, part, unique, layout):
-    """Forward and backward where a share of the retrieved images is unique in the batch."""
-    case = Case(1, 12, 1024, 8, 64, torch.float32, unique=unique)
-    t = tensors(case)
-    generator = torch.Generator().manual_seed(0)
-    width = case.heads * case.head_dim
-    torch.manual_seed(0)
-    layer = FusionLayer(case.heads, case.head_dim)
-    states = torch.randn(case.batch, case.length, width, generator=generator)
-    pool = torch.randn(t.pool_k.shape[1], width, generator=generator)
-    images = {"pooled": (pool, t.image_index), "dense": (pool[t.image_index], None)}
-    parameters = [p for module in (layer.image_norm, layer.key, layer.value) for p in module.parameters()]
-
-    def run(layout: str) -> tuple[Tensor, ...]:
-        if part == "image side":
-            out = layer.image_side(t.q, t.k, t.v, *images[layout])
-            return torch.autograd.grad(out, (*parameters, t.q, t.k, t.v), t.grad_out)
-        return torch.autograd.grad(layer(states, *images[layout]).square().sum(), list(layer.parameters()))
-
+    """Every retrieved image projected where it stands, against each unique image once."""
+    call = fusion_layer_call(part, unique, layout)
+    projected = 2 * LAYER.batch * LAYER.length * LAYER.images * LAYER.heads * LAYER.head_dim * 4
     measure(
-        group=f"{part}, forward + backward, {unique:.0%} unique images {case}",
+        group=f"{part}, forward + backward, {unique:.0%} unique images {LAYER}",
         name=layout,
-        function=lambda: run(layout),
-        check=close_to(run("dense")[0], 1e-3),  # float32 sums over 8,192 images, in two orders
-        note=f"{images[layout][0].numel() * 2 * 4 / 1e6:.0f} MB of projected images",
+        function=call,
+        # float32 sums over 8,192 images, in two orders
+        check=close_to(fusion_layer_call(part, unique, "dense")()[0], 1e-3),
+        note=f"{projected * (unique if layout == 'pooled' else 1) / 1e6:.0f} MB of projected images",
+        fresh=(fusion_layer_call, part, unique, layout) if part == "whole layer" else None,
     )
