@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 
+import datasets
 import pytest
 import torch
 from PIL import Image
@@ -16,6 +17,7 @@ from tests.valm.other_tokenizers import gpt2_like
 from tests.valm.retrieval.tiny_clip import make_clip
 from valm.checkpoint import load_checkpoint
 from valm.cli import main
+from valm.retrieval.knowledge_base import ImageKnowledgeBase
 from valm.tokenizer import clip_tokenizer, prune_tokenizer
 
 THINGS = {"apple": "red", "sea": "blue", "leaf": "green", "lemon": "yellow", "coal": "black", "snow": "white"}
@@ -180,6 +182,25 @@ def test_training_on_a_retrieval_is_training_on_its_corpus(world, tmp_path, caps
     # killed, and run again
     assert run("retrieve", world / "corpus.txt", "--kb", world / "kb", "--out", world / "retrieval", "-k", "2") == 0
     assert "6 documents" in capsys.readouterr().out
+
+
+def test_kb_build_from_a_dataset(world, tmp_path, capsys):
+    rows = {"picture": sorted(map(str, (world / "pictures").glob("*.png"))), "words": list(THINGS)}
+    dataset = datasets.Dataset.from_dict(rows).cast_column("picture", datasets.Image())
+    datasets.DatasetDict({"test": dataset}).save_to_disk(tmp_path / "dataset")
+    build = ["kb", "build", tmp_path / "dataset", "--clip", world / "clip", "--out", tmp_path / "kb"]
+    named = ["--split", "test", "--image-column", "picture", "--caption-column", "words"]
+    assert run(*build, "--format", "huggingface", *named) == 0
+    assert "6 pictures" in capsys.readouterr().out
+    assert ImageKnowledgeBase.open(tmp_path / "kb").item(0).caption == "apple"
+    for options, message in (
+        ([], "--split is for --format huggingface, not for pictures"),
+        (["--format", "huggingface", "--captions", "x.csv"], "--captions is for --format pictures"),
+    ):
+        assert run(*build, *named, *options) == 1
+        assert message in capsys.readouterr().err
+    assert run(*build, "--format", "huggingface") == 1
+    assert "has no split 'train', only test" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("model", ["valm", "gpt2"])

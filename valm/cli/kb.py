@@ -8,22 +8,33 @@ from pathlib import Path
 from valm.cli.options import Commands, command, positive, share
 from valm.errors import ValmError
 
+# Options of `kb build` for Hugging Face datasets: how one is opened, and what is read of it.
+OPENING = ("config", "split", "streaming")
+COLUMNS = ("image_column", "caption_column")
+
 
 def add_to(commands: Commands) -> None:
     kb = commands.add_parser("kb", help="build, inspect and search an image knowledge base")
     kb_commands = kb.add_subparsers(required=True, metavar="COMMAND")
-    build = command(kb_commands, "build", run_build, "encode a folder of pictures into a knowledge base")
-    build.add_argument("folder", type=Path, help="where the pictures are")
+    build = command(kb_commands, "build", run_build, "encode pictures into a knowledge base")
+    build.add_argument("source", type=Path, help="folder of the pictures, or name of a Hugging Face dataset")
     build.add_argument(
         "--format",
-        choices=["pictures", "webdataset", "embeddings"],
+        choices=["pictures", "webdataset", "huggingface", "embeddings"],
         default="pictures",
-        help="pictures with captions beside them or in a captions table; tar files as img2dataset writes them; "
-        "embeddings that --clip has made, in clip-retrieval's layout",
+        help="pictures with captions beside them or in a captions table; tar files as img2dataset writes them; a "
+        "Hugging Face dataset; embeddings that --clip has made, in clip-retrieval's layout",
     )
     build.add_argument("--clip", required=True, help="CLIP folder, hf-hub:ORGANISATION/MODEL or ARCHITECTURE:WEIGHTS")
     build.add_argument("--out", type=Path, required=True, help="folder of the knowledge base; a killed build goes on")
     build.add_argument("--captions", type=Path, help="table of captions, where it is not beside the pictures")
+    build.add_argument("--config", help="of a Hugging Face dataset that has several")
+    build.add_argument("--split", help="of a Hugging Face dataset (default: train)")
+    build.add_argument("--image-column", help="of a Hugging Face dataset (default: image)")
+    build.add_argument("--caption-column", help="of a Hugging Face dataset (default: the first of the usual names)")
+    build.add_argument(
+        "--streaming", action="store_true", default=None, help="read a Hugging Face dataset as it is downloaded"
+    )
     build.add_argument("--batch-size", type=positive, default=64)
     build.add_argument("--thumbnails", type=int, default=64, help="longer side of the pictures kept; 0 keeps none")
     info = command(kb_commands, "info", run_info, "what a knowledge base holds")
@@ -53,12 +64,22 @@ def run_build(arguments: argparse.Namespace) -> None:
     from valm.retrieval.builders import build_from_embeddings, build_from_folder, build_from_webdataset
     from valm.retrieval.clip import Clip
 
-    if arguments.captions is not None and arguments.format != "pictures":
-        raise ValmError(f"--captions is for --format pictures; {arguments.format} bring their own")
-    source = (arguments.folder, arguments.out, Clip.load(arguments.clip))
+    options = vars(arguments)
+    formats = {"captions": "pictures"} | dict.fromkeys([*OPENING, *COLUMNS], "huggingface")
+    for name, format in formats.items():
+        if options[name] is not None and arguments.format != format:
+            raise ValmError(f"--{name.replace('_', '-')} is for --format {format}, not for {arguments.format}")
+    source = (arguments.source, arguments.out, Clip.load(arguments.clip))
     encoding = {"batch_size": arguments.batch_size, "thumbnails": arguments.thumbnails}
     if arguments.format == "embeddings":
         kb = build_from_embeddings(*source)
+    elif arguments.format == "huggingface":
+        from valm.retrieval.huggingface import build_from_dataset, open_dataset
+
+        given = {name: value for name, value in options.items() if value is not None}
+        dataset = open_dataset(arguments.source, **{name: given[name] for name in OPENING if name in given})
+        columns = {name: given[name] for name in COLUMNS if name in given}
+        kb = build_from_dataset(dataset, *source[1:], **encoding, **columns)
     elif arguments.format == "webdataset":
         kb = build_from_webdataset(*source, **encoding)
     else:

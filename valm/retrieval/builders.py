@@ -7,6 +7,7 @@ import json
 import os
 import re
 import tarfile
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -59,7 +60,7 @@ def build_from_folder(
     records = [Record(utf8(picture), caption_of.get(picture, ""), where / picture) for picture in pictures]
     fingerprint = hashlib.sha256()
     for record in records:
-        fingerprint.update(json.dumps([record.uri, record.caption, record.file.stat().st_size]).encode())
+        fingerprint.update(json.dumps([record.uri, record.caption, record.source.stat().st_size]).encode())
     plan = {
         "source": "folder",
         "fingerprint": fingerprint.hexdigest(),
@@ -69,8 +70,8 @@ def build_from_folder(
         "thumbnails": thumbnails,
     }
     pieces = [records[start : start + shard_size] for start in range(0, len(records), shard_size)]
-    work = partial(_encode_shard, clip=clip, batch_size=batch_size, thumbnails=thumbnails, workers=workers)
-    return _build(out, plan, clip, work, pieces, ("encode", " pictures"), progress, run)
+    work = partial(encode_shard, clip=clip, batch_size=batch_size, thumbnails=thumbnails, workers=workers)
+    return build_shards(out, plan, clip, work, lambda done: pieces, len(pieces), ("encode", " pictures"), progress, run)
 
 
 def build_from_webdataset(
@@ -106,7 +107,7 @@ def build_from_webdataset(
         "thumbnails": thumbnails,
     }
     work = partial(_encode_tar, clip=clip, batch_size=batch_size, thumbnails=thumbnails, workers=workers)
-    return _build(out, plan, clip, work, tars, ("encode", " pictures"), progress, run)
+    return build_shards(out, plan, clip, work, lambda done: tars, len(tars), ("encode", " pictures"), progress, run)
 
 
 def build_from_embeddings(
@@ -133,7 +134,7 @@ def build_from_embeddings(
     plan = {"source": "embeddings", "fingerprint": _fingerprint(files), "clip": clip.weights_hash}
     work = partial(_copy_embeddings, dim=clip.embed_dim)
     pairs = [(file, metadata[_number(file)]) for file in vector_files]
-    return _build(out, plan, clip, work, pairs, ("copy", " vectors"), progress, run)
+    return build_shards(out, plan, clip, work, lambda done: pairs, len(pairs), ("copy", " vectors"), progress, run)
 
 
 def merge(parts: list[str | os.PathLike], out: str | os.PathLike, *, progress: bool = True) -> ImageKnowledgeBase:
@@ -165,26 +166,32 @@ def merge(parts: list[str | os.PathLike], out: str | os.PathLike, *, progress: b
     return ImageKnowledgeBase.open(out)
 
 
-def _build(
+def build_shards(
     out: str | os.PathLike,
     plan: dict[str, Any],
     clip: Clip,
     work: Work,
-    parts: list[Any],
+    parts: Callable[[dict[int, dict[str, Any]]], Iterable[Any]],
+    count: int | None,
     bar: tuple[str, str],
     progress: bool,
     run: Run,
 ) -> ImageKnowledgeBase:
-    """Has `work` done for each of `parts`, a shard each, where it is not done yet; `bar` has its name and unit."""
+    """Has `work` done for each part of the source, a shard each, where it is not done yet.
+
+    parts: given the records of the shards that are done, all parts. count: how many, None where nobody knows.
+    bar: name and unit of the progress bar.
+    """
     build = ShardedBuild(out, WHAT, plan)
     if not build.finished:
-        with ProgressBar(*bar, len(parts) - len(build.done()), progress) as shown:
-            build.write(partial(work, out=build.out.absolute()), parts, run, shown)
+        done = build.done()
+        with ProgressBar(*bar, None if count is None else count - len(done), progress) as shown:
+            build.write(partial(work, out=build.out.absolute()), parts(done), run, shown)
         finish_knowledge_base(build, clip_entry(clip, out), clip.embed_dim)
     return ImageKnowledgeBase.open(out)
 
 
-def _encode_shard(
+def encode_shard(
     number: int,
     records: list[Record],
     progress: Progress,
@@ -194,8 +201,10 @@ def _encode_shard(
     batch_size: int,
     thumbnails: int,
     workers: int | None,
+    **facts: Any,
 ) -> None:
-    write_piece(out, number, encode_records(records, clip, batch_size, thumbnails, workers, progress))
+    """Encodes `records` and writes them as shard `number` of `out`, with `facts` in its record."""
+    write_piece(out, number, encode_records(records, clip, batch_size, thumbnails, workers, progress), **facts)
 
 
 def _encode_tar(
@@ -262,7 +271,7 @@ def _caption_of(text: str) -> str:
     """`caption` in a JSON object; img2dataset writes null for pictures without."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter for thousands of brackets
         return ""
     caption = value.get("caption") if isinstance(value, dict) else None
     return caption if isinstance(caption, str) else ""

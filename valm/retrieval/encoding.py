@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from valm.retrieval.clip import Clip
@@ -23,13 +24,27 @@ MAX_WORKERS = 8
 
 @dataclass(frozen=True)
 class Record:
-    """One picture of a source: a whole file, or `size` bytes of it from `offset` (a member of a tar file)."""
+    """One picture of a source.
+
+    source: a file, of which the picture is the whole or `size` bytes from `offset` (a member of a tar file); the
+        content of a file; a PIL picture; or None, where the source has no picture in its place.
+    """
 
     uri: str
     caption: str
-    file: Path
+    source: Path | bytes | Image.Image | None
     offset: int = 0
     size: int | None = None
+
+    def read(self) -> Image.Image:
+        """The picture as `read_picture` gives it. Raises anything where it cannot be read."""
+        if isinstance(self.source, Path):
+            with open(self.source, "rb") as file:
+                file.seek(self.offset)
+                return read_picture(io.BytesIO(file.read(self.size)))
+        if self.source is None:
+            raise ValueError("there is no picture")
+        return read_picture(io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source)
 
 
 @dataclass
@@ -84,9 +99,7 @@ class _Decoder(Dataset):
     def __getitem__(self, index: int) -> _Decoded:
         record = self.records[index]
         try:
-            with open(record.file, "rb") as file:
-                file.seek(record.offset)
-                picture = read_picture(io.BytesIO(file.read(record.size)))
+            picture = record.read()
             decoded = _Decoded(record, pixels=self.transform(picture), width=picture.width, height=picture.height)
             if self.thumbnails:
                 decoded.thumbnail = thumbnail_bytes(picture, self.thumbnails)

@@ -43,7 +43,7 @@ def find_pictures(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def read_picture(source: str | os.PathLike | BinaryIO) -> Image.Image:
+def read_picture(source: str | os.PathLike | BinaryIO | Image.Image) -> Image.Image:
     """The picture in RGB, upright (EXIF orientation applied), what is transparent on white.
 
     Raises ValueError for a picture of more than MAX_PIXELS, and whatever Pillow raises for one it cannot read.
@@ -52,7 +52,7 @@ def read_picture(source: str | os.PathLike | BinaryIO) -> Image.Image:
         # Pillow warns at a limit of its own, after the header; ours is lower and refuses.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
-            picture = Image.open(source)
+            picture = source if isinstance(source, Image.Image) else Image.open(source)
         except UnidentifiedImageError as error:  # its own message has an object's address in it
             raise ValueError("not a picture in a format that Pillow knows") from error
     with picture:
@@ -124,7 +124,7 @@ def _read_caption_beside(file: Path) -> str | None:
     if file.suffix == ".json":
         try:
             value = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValmError(f"the caption file {file} is not JSON: {error}") from error
         text = value.get("caption") if isinstance(value, dict) else None
         if not isinstance(text, str):
@@ -159,7 +159,7 @@ def _read_csv_table(table: Path) -> dict[str, list[str]]:
 def _read_json_table(table: Path) -> dict[str, list[str]]:
     try:
         value = json.loads(table.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValmError(f"cannot read the caption table {table}: {error}") from error
     if not isinstance(value, dict):
         raise ValmError(f"the caption table {table} holds a {type(value).__name__}; expected an object from file names")

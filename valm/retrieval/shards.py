@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -66,8 +66,9 @@ def clip_entry(clip: Clip, out: str | os.PathLike) -> dict[str, str | None]:
     return {"name": clip.name, "weights_hash": clip.weights_hash, "source": source}
 
 
-def write_piece(out: Path, number: int, piece: Piece) -> None:
-    """Writes `piece` as shard `number` of the knowledge base in `out`; without pictures it has no vectors and items."""
+def write_piece(out: Path, number: int, piece: Piece, **facts: Any) -> None:
+    """Writes `piece` as shard `number` of the knowledge base in `out`; without pictures it has no vectors and items.
+    Its record has `facts` too."""
     files = ShardFiles(out, number)
     if piece.skipped:
         files.write("skipped", ".json", lambda path: write_json(path, piece.skipped))
@@ -78,7 +79,7 @@ def write_piece(out: Path, number: int, piece: Piece) -> None:
         if piece.thumbnails is not None:
             table = pa.table({"jpeg": pa.array(piece.thumbnails, pa.binary())})
             files.write("thumbnails", ".parquet", lambda path: pq.write_table(table, path))
-    files.finish(count=count, skipped=len(piece.skipped))
+    files.finish(count=count, skipped=len(piece.skipped), **facts)
 
 
 def finish_knowledge_base(build: ShardedBuild, clip: dict[str, str | None], dim: int) -> None:

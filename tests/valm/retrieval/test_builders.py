@@ -1,4 +1,5 @@
 import io
+import re
 import tarfile
 
 import numpy as np
@@ -66,6 +67,35 @@ def test_webdataset(tars, clip, tmp_path):
     assert kb.thumbnail(3).size == (30, 20)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["kb", "tars"]  # nothing was unpacked
     assert len(build_from_webdataset([tars / "00001.tar"], tmp_path / "one", clip, progress=False)) == 2
+
+
+def test_progress_shows_rate_and_time_left(tars, clip, tmp_path, capfd):
+    build_from_webdataset(tars, tmp_path / "kb", clip)
+    last = capfd.readouterr().err.splitlines()[-1].split("\r")[-1]
+    assert re.search(r"encode: 100%.* 5\.00/5\.00 \[\d\d:\d\d<\d\d:\d\d, +[\d.k]+ pictures/s, skipped=1\]", last)
+
+
+def test_archives_lead_nowhere_else(clip, tmp_path):
+    """Links, names that climb out, brackets without end, and a bomb: nothing outside is read or written."""
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(png(5))
+    bomb = io.BytesIO()
+    Image.new("1", (20000, 20000)).save(bomb, "PNG")
+    deep = b"[" * 200_000
+    members = [("/absolute.png", png(0)), ("../up.png", png(1)), ("deep.png", png(2)), ("deep.json", deep)]
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    write_tar(tars / "0.tar", [*members, ("bomb.png", bomb.getvalue())])
+    with tarfile.open(tars / "1.tar", "w") as tar:
+        for name, type in (("soft.png", tarfile.SYMTYPE), ("hard.png", tarfile.LNKTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = type, str(secret)
+            tar.addfile(info)
+    before = sorted(tmp_path.rglob("*"))
+    kb = build_from_webdataset(tars, tmp_path / "kb", clip, workers=2, progress=False)
+    assert [kb.item(n).uri for n in range(len(kb))] == ["0.tar//absolute.png", "0.tar/../up.png", "0.tar/deep.png"]
+    assert [(entry["uri"], "pixels" in entry["reason"]) for entry in kb.skipped()] == [("0.tar/bomb.png", True)]
+    assert sorted(path for path in tmp_path.rglob("*") if kb.path not in (path, *path.parents)) == before
 
 
 def test_an_archive_that_is_cut_is_listed(tars, clip, tmp_path):
