@@ -30,7 +30,7 @@ demo: $(VENV)/.installed-demo
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m 'not slow'
 
-test-all: $(VENV)/.installed-test
+test-all: $(VENV)/.installed-test,ray
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/.installed-test

@@ -287,6 +287,7 @@ def wrong_inputs():
         "retrieval of other settings": ([*retrieve[:-1], "{world}/retrieval"], "(k differ)"),
         "retrieval without knowledge base": ([*retrieve[:3], "{world}/clip", *retrieve[4:]], "is not a knowledge base"),
         "more images than there are, retrieved": ([*retrieve, "-k", "7"], "k must be from 1 to the 6"),
+        "search actors without ray": ([*retrieve, "--search-actors", "2"], "give --ray too"),
         "corpus and retrieval": ([*train, "--retrieval", "{world}/retrieval"], "give either a corpus or --retrieval"),
         "neither corpus nor retrieval": (["train", "--out", "{tmp}/model"], "give either a corpus or --retrieval"),
         "not a retrieval": ([*cached[:2], "{world}/kb", *cached[3:]], "is not the manifest of a corpus retrieval"),

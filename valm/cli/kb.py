@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from valm.cli.options import Commands, command, positive, share
+from valm.cli.options import Commands, add_ray, chosen_run, command, positive, share
 from valm.errors import ValmError
 
 # Options of `kb build` for Hugging Face datasets: how one is opened, and what is read of it.
@@ -37,6 +37,7 @@ def add_to(commands: Commands) -> None:
     )
     build.add_argument("--batch-size", type=positive, default=64)
     build.add_argument("--thumbnails", type=int, default=64, help="longer side of the pictures kept; 0 keeps none")
+    add_ray(build)
     info = command(kb_commands, "info", run_info, "what a knowledge base holds")
     info.add_argument("kb", type=Path)
     verify = command(kb_commands, "verify", run_verify, "read a whole knowledge base and compare its checksums")
@@ -70,9 +71,10 @@ def run_build(arguments: argparse.Namespace) -> None:
         if options[name] is not None and arguments.format != format:
             raise ValmError(f"--{name.replace('_', '-')} is for --format {format}, not for {arguments.format}")
     source = (arguments.source, arguments.out, Clip.load(arguments.clip))
-    encoding = {"batch_size": arguments.batch_size, "thumbnails": arguments.thumbnails}
+    run = chosen_run(arguments)
+    encoding = {"run": run, "batch_size": arguments.batch_size, "thumbnails": arguments.thumbnails}
     if arguments.format == "embeddings":
-        kb = build_from_embeddings(*source)
+        kb = build_from_embeddings(*source, run=run)
     elif arguments.format == "huggingface":
         from valm.retrieval.huggingface import build_from_dataset, open_dataset
 

@@ -42,3 +42,24 @@ def load_model(arguments: argparse.Namespace):
     from valm.checkpoint import load_checkpoint
 
     return load_checkpoint(arguments.model, kb=arguments.kb, clip=arguments.clip)
+
+
+def add_ray(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="do it on a Ray cluster: auto, HOST:PORT, or local for one of this machine; all its machines must see the "
+        "same files under the same paths",
+    )
+    parser.add_argument("--cpus", type=positive, default=1, help="with --ray, cores of each task")
+
+
+def chosen_run(arguments: argparse.Namespace):
+    """What `add_ray` was told: where shards are written."""
+    if arguments.ray is None:
+        from valm.retrieval.sharded_build import run_here
+
+        return run_here
+    from valm.distributed import RayRun
+
+    return RayRun(arguments.ray, cpus=arguments.cpus)

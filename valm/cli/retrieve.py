@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from valm.cli.options import Commands, command, positive
+from valm.cli.options import Commands, add_ray, chosen_run, command, positive
+from valm.errors import ValmError
 
 
 def add_to(commands: Commands) -> None:
@@ -25,6 +26,12 @@ def add_to(commands: Commands) -> None:
     retrieve.add_argument("-k", "--images", type=positive, default=4, help="pictures a token sees")
     retrieve.add_argument("--query", choices=["eot", "state"], default="eot", help="kind of the retrieval query")
     retrieve.add_argument("--column", default="text", help="where the text is in a .parquet file")
+    retrieve.add_argument(
+        "--search-actors",
+        type=positive,
+        help="with --ray, spread the search over so many actors, which share the vectors",
+    )
+    add_ray(retrieve)
 
 
 def run_retrieve(arguments: argparse.Namespace) -> None:
@@ -34,9 +41,17 @@ def run_retrieve(arguments: argparse.Namespace) -> None:
     from valm.retrieval.retriever import Retriever
     from valm.tokenizer import load_tokenizer
 
+    if arguments.search_actors is not None and arguments.ray is None:
+        raise ValmError("--search-actors are of a Ray cluster: give --ray too")
     kb = ImageKnowledgeBase.open(arguments.kb)
     tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else None
     encoder = ContextEncoder(kb.load_clip(arguments.clip), tokenizer=tokenizer, query=arguments.query)
-    retriever = Retriever(encoder, kb, arguments.images)
-    found = retrieve_files(arguments.corpus, retriever, arguments.out, column=arguments.column)
+    run = chosen_run(arguments)
+    index = None
+    if arguments.search_actors is not None:
+        from valm.distributed import ShardedIndex
+
+        index = ShardedIndex(kb, arguments.search_actors, arguments.ray, cpus=arguments.cpus)
+    retriever = Retriever(encoder, kb, arguments.images, index)
+    found = retrieve_files(arguments.corpus, retriever, arguments.out, column=arguments.column, run=run)
     print(f"{found.path}: {len(found):,} documents, {found.manifest['tokens']:,} tokens, {found.k} pictures a token")

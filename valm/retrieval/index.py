@@ -121,6 +121,9 @@ class FaissIndex:
         except RuntimeError as error:
             raise ValmError(f"cannot read {path}; {_remedy(kb)}") from error
 
+    def __reduce__(self):
+        return FaissIndex.open, (self.kb,)
+
     def __len__(self) -> int:
         return self._index.ntotal
 

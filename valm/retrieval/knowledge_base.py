@@ -55,6 +55,9 @@ class ImageKnowledgeBase:
             raise ValmError(f"{path / MANIFEST_FILE} says {manifest['count']} pictures, but its shards have {total}")
         return cls(path, manifest)
 
+    def __reduce__(self):
+        return ImageKnowledgeBase.open, (self.path.absolute(),)  # another process opens it itself
+
     def __len__(self) -> int:
         return self.manifest["count"]
 

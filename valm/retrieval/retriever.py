@@ -49,10 +49,14 @@ class Retriever:
     ):
         kb.check_encoder(encoder.clip)
         _check_k(k, kb)
+        self._arguments = (encoder, kb, k, index)
         self.encoder = encoder
         self.kb = kb
         self.k = k
         self.index = open_index(kb, encoder.clip.device) if index is None else index
+
+    def __reduce__(self):
+        return Retriever, self._arguments  # another process opens the knowledge base itself
 
     @property
     def dim(self) -> int:

@@ -1,0 +1,182 @@
+"""Shards written, and a large knowledge base searched, on the machines of a Ray cluster.
+
+Every machine must have valm installed and see the same files under the same paths (a network file system). What is
+written is what one machine would have written; a task or an actor that is lost with its machine is started again on
+another one, and the driver, killed and run again, goes on from the shards that are whole.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import socket
+from collections.abc import Iterable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from valm.errors import ValmError
+from valm.retrieval.knowledge_base import ImageKnowledgeBase
+from valm.retrieval.sharded_build import Progress, Work
+from valm_kernels import FlatIPIndex, TopK, merge_topk
+
+# How often a shard is begun again whose machine was lost.
+MAX_RETRIES = 10
+# Shards handed to the cluster for each that it can write at once: nobody waits, and few parts are in memory.
+QUEUED = 2
+CONNECT_SECONDS = 10
+
+
+class RayRun:
+    """Has the shards of a build written by Ray tasks: the `run` of the builders and of corpus retrieval.
+
+    address: of a cluster ("auto" for the one this machine is part of, or "HOST:PORT"), or "local" for one of this
+        machine alone. A program that has called `ray.init` stays connected as it is.
+    cpus, gpus: what a task reserves; torch uses as many threads as it has cpus.
+    Raises ImportError without ray, and ValmError where there is no cluster.
+    """
+
+    def __init__(self, address: str, *, cpus: int = 1, gpus: float = 0):
+        connect(address)
+        self.cpus = cpus
+        self.gpus = gpus
+
+    def __call__(self, work: Work, shards: Iterable[tuple[int, Any]], progress: Progress) -> None:
+        """Raises the ValmError that `work` raised on another machine."""
+        ray = _ray()
+        task = ray.remote(_write_shard).options(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=MAX_RETRIES)
+        shared = [ray.put(work)]  # in a list, so that each process fetches it once and not with every task
+        shards = iter(shards)
+        pending: list[Any] = []
+        try:
+            while True:
+                while len(pending) < QUEUED * self._slots() and (shard := next(shards, None)) is not None:
+                    pending.append(task.remote(shared, *shard))
+                if not pending:
+                    break
+                (done,), pending = ray.wait(pending)
+                units, skipped = _result(done)
+                progress.begin(units)
+                progress.advance(units, skipped)
+        finally:
+            for reference in pending:
+                ray.cancel(reference, force=True)
+
+    def _slots(self) -> int:
+        """Tasks that the cluster, as it is now, can run at once."""
+        have = _ray().cluster_resources()
+        slots = have.get("CPU", 0) / self.cpus
+        return max(1, int(min(slots, have.get("GPU", 0) / self.gpus) if self.gpus else slots))
+
+
+class ShardedIndex:
+    """Exact search over a knowledge base whose vectors are spread over Ray actors: the `index` of a `Retriever`.
+
+    Each of `actors` actors keeps an equal share of the rows in its memory, as a `FlatIPIndex`; one that is lost with
+    its machine reads them again elsewhere. Answers are those of a single index, to the bit.
+    Raises as `RayRun`; ValmError also for more actors than rows, and where they leave no core for what asks them.
+    """
+
+    def __init__(self, kb: ImageKnowledgeBase, actors: int, address: str, *, cpus: int = 1):
+        if not 1 <= actors <= len(kb):
+            raise ValmError(f"actors must be from 1 to the {len(kb)} pictures of {kb.path}, got {actors}")
+        connect(address)
+        ray = _ray()
+        cores = int(ray.cluster_resources().get("CPU", 0))
+        if actors * cpus >= cores:
+            raise ValmError(
+                f"{actors} actors of {cpus} cores leave none of the cluster's {cores} for what asks them; take fewer"
+            )
+        lasting = {"max_restarts": -1, "max_task_retries": -1}
+        actor = ray.remote(_Rows).options(num_cpus=cpus, scheduling_strategy="SPREAD", **lasting)
+        ends = [len(kb) * number // actors for number in range(actors + 1)]
+        self._offsets = ends[:-1]
+        self._actors = [actor.remote(kb.path.absolute(), start, stop) for start, stop in pairwise(ends)]
+        self._count = len(kb)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def search(self, queries: Tensor, k: int) -> TopK:
+        """The `k` best rows of each query (..., E), by (score falling, row rising)."""
+        flat = _ray().put(queries.reshape(-1, queries.shape[-1]).float().cpu().numpy())
+        asked = [actor.search.remote(flat, k) for actor in self._actors]
+        answers = [TopK(*map(torch.tensor, _result(answer))) for answer in asked]  # copies: Ray's arrays are read-only
+        scores, rows = merge_topk(answers, self._offsets, k)
+        shape = (*queries.shape[:-1], k)
+        return TopK(scores.reshape(shape).to(queries.device), rows.reshape(shape).to(queries.device))
+
+
+def connect(address: str) -> None:
+    """Joins the Ray cluster at `address`; errors as `RayRun`."""
+    ray = _ray()
+    if ray.is_initialized():
+        return
+    host, _, port = address.rpartition(":")
+    try:
+        if host and port.isdigit():  # ray itself takes minutes to find that nobody is there
+            socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+        ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValmError(f"no Ray cluster at {address!r}: {reason}") from error
+
+
+class _Rows:
+    """An actor: rows [start, stop) of a knowledge base, ready for search."""
+
+    def __init__(self, path: Path, start: int, stop: int):
+        self.index = FlatIPIndex(ImageKnowledgeBase.open(path).gather(np.arange(start, stop)))
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and rows, (Q, k), or fewer columns where there are fewer rows."""
+        found = self.index.search(torch.tensor(queries), min(k, len(self.index)))
+        return found.scores.numpy(), found.indices.numpy()
+
+
+class _Tally:
+    """The progress of one shard, to be told to the driver."""
+
+    def __init__(self):
+        self.units = self.skipped = 0
+
+    def begin(self, units: int) -> None:
+        pass
+
+    def advance(self, units: int, skipped: int = 0) -> None:
+        self.units += units
+        self.skipped += skipped
+
+
+def _write_shard(shared: list[Any], number: int, part: Any) -> tuple[int, int]:
+    """A task: units of work done for shard `number`, and how many of them could not be read."""
+    tally = _Tally()
+    _fetch(shared[0])(number, part, tally)
+    return tally.units, tally.skipped
+
+
+@functools.lru_cache(maxsize=1)
+def _fetch(reference: Any) -> Work:
+    return _ray().get(reference)
+
+
+def _result(reference: Any) -> Any:
+    ray = _ray()
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, ValmError):
+            raise error.cause from None
+        raise
+
+
+def _ray():
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError("work on a cluster needs ray: install valm[ray]") from error
+    return ray
