@@ -30,7 +30,16 @@ def queries(kb, count=400, seed=1):
 
 @pytest.mark.parametrize(
     "factory",
-    ["IVF32,Flat", "IVF32,SQ8", "IVF16,PQ8x4fs", "OPQ8,IVF16,PQ8x4fs", "IVF32_HNSW8,SQ8", "HNSW8", "HNSW8,SQ8", "SQ8"],
+    [
+        "IVF32,Flat",
+        "IVF32,SQ8",
+        "PCA8,IVF32,PQ8x4fs",
+        "OPQ8,IVF16,PQ8x4fs",
+        "IVF32_HNSW8,SQ8",
+        "HNSW8",
+        "HNSW8,SQ8",
+        "SQ8",
+    ],
 )
 def test_the_target_recall_is_reached_and_told(kb, factory):
     index = build_index(kb, queries(kb), k=K, target_recall=0.9, factory=factory, asked="directions", progress=False)
@@ -140,6 +149,11 @@ def test_captions(kb, clip, tmp_path):
 
 
 def test_factories_by_size():
+    faiss = pytest.importorskip("faiss")
     assert choose_factory(COUNT, 768) is None
-    assert choose_factory(1_000_000, 768) == "IVF4096,SQ8"
+    assert choose_factory(1_000_000, 128) == "IVF2048,PQ128x4fs"
+    assert choose_factory(1_000_000, 768) == "PCA256,IVF2048,PQ256x4fs"
     assert choose_factory(200_000_000, 768) == "OPQ64,IVF65536,PQ64"
+    for count in (100_000, 1_000_000, 200_000_000):
+        for dim in (200, 512, 640, 768, 1000, 1024):
+            assert faiss.index_factory(dim, choose_factory(count, dim), faiss.METRIC_L2).d == dim
