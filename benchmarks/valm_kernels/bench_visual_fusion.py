@@ -227,7 +227,7 @@ def bench_decode(measure, name):
             function=functions[name],
             check=close_to(expected, TOLERANCE[case.dtype]) if name == "ours" else lambda out: None,
             bytes_moved=2 * case.heads * (case.prefix + 1) * case.head_dim * 4,
-            rounds=50,
+            rounds=200,
         )
 
 

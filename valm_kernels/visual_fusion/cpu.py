@@ -213,7 +213,7 @@ def _text_forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
         segment = segments[0]
         out, lse = _flash(q, k[:, :, segment.keys], v[:, :, segment.keys], 0.0, segment.causal, scale=scale)
         return out, lse.contiguous()
-    out = torch.zeros_like(q)
+    out = torch.empty_like(q)
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
     for segment in segments:
         at = (segment.rows, slice(None), segment.queries)
@@ -230,6 +230,9 @@ def _text_forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
             part_lse = joint
         out[at] = part
         lse[at] = part_lse
+    unseen = lse == -torch.inf
+    if unseen.any():
+        out[unseen] = 0
     return out, lse
 
 
