@@ -68,14 +68,15 @@ def _compiled_flex_attention():
 
 
 @cache
-def _diagonal_mask(length: int, num_images: int) -> BlockMask:
+def _diagonal_mask(length: int, num_images: int, device: torch.device) -> BlockMask:
     def sees(batch, head, query, key):
         return torch.where(key < length, key <= query, (key - length) // num_images == query)
 
-    return create_block_mask(sees, None, None, length, length * (1 + num_images), device="cpu")
+    return create_block_mask(sees, None, None, length, length * (1 + num_images), device=device)
 
 
 def flex_diagonal(q: Tensor, k: Tensor, v: Tensor, image_k: Tensor, image_v: Tensor) -> Tensor:
     """FlexAttention over text and all images in one sequence of keys; on CPU it has no backward."""
     keys, values = (torch.cat([t, i.flatten(2, 3)], 2) for t, i in ((k, image_k), (v, image_v)))
-    return _compiled_flex_attention()(q, keys, values, block_mask=_diagonal_mask(q.shape[2], image_k.shape[3]))
+    mask = _diagonal_mask(q.shape[2], image_k.shape[3], q.device)
+    return _compiled_flex_attention()(q, keys, values, block_mask=mask)
