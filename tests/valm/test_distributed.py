@@ -1,6 +1,7 @@
 """On a Ray cluster of several nodes on this machine; a node is a group of processes that can be killed."""
 
 import contextlib
+import pickle
 import socket
 import sys
 import threading
@@ -20,6 +21,7 @@ from valm.errors import ValmError
 from valm.retrieval.builders import build_from_folder
 from valm.retrieval.cache import retrieve_files
 from valm.retrieval.context import ContextEncoder
+from valm.retrieval.knowledge_base import ImageKnowledgeBase
 from valm.retrieval.retriever import Retriever
 from valm.retrieval.sharded_build import ProgressBar
 from valm_kernels import FlatIPIndex
@@ -38,6 +40,18 @@ def test_wrong_addresses_and_numbers(make_kb):
             RayRun(address)
     with pytest.raises(ValmError, match="actors must be from 1 to the 3 pictures"):
         ShardedIndex(make_kb(3), 4, "auto")
+
+
+def test_what_a_task_is_sent(clip, make_kb, tmp_path, monkeypatch):
+    """Also where the knowledge base was opened by a relative path: another machine has another working directory."""
+    kb = make_kb(6)
+    monkeypatch.chdir(kb.path.parent)
+    retriever = Retriever(ContextEncoder(clip), ImageKnowledgeBase.open(kb.path.name), 2)
+    sent = pickle.dumps(retriever)
+    monkeypatch.chdir(tmp_path)
+    ids = clip.tokenizer(TEXTS[:1], return_tensors="pt").input_ids
+    for found, expected in zip(pickle.loads(sent)(ids), retriever(ids), strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_without_ray_the_sentence_says_what_to_install(monkeypatch):
