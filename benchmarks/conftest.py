@@ -120,7 +120,7 @@ def device(pytestconfig: pytest.Config) -> torch.device:
 def measure(benchmark: Any, device: torch.device) -> Callable[..., None]:
     """Check a function's result, then time it: `measure(group, name, function, check, flop, bytes_moved)`.
 
-    fresh: (build, *arguments) for `peak_mb`.
+    note: a text, or what makes one of the result. fresh: (build, *arguments) for `peak_mb`.
     """
 
     def run(
@@ -132,7 +132,7 @@ def measure(benchmark: Any, device: torch.device) -> Callable[..., None]:
         flop: float | None = None,
         bytes_moved: float | None = None,
         rounds: int = 10,
-        note: str = "",
+        note: str | Callable[[Any], str] = "",
         fresh: tuple[Any, ...] | None = None,
     ) -> None:
         def finished() -> Any:
@@ -141,9 +141,11 @@ def measure(benchmark: Any, device: torch.device) -> Callable[..., None]:
                 torch.cuda.synchronize()
             return result
 
-        check(finished())
+        result = finished()
+        check(result)
         benchmark.group = group
-        benchmark.pedantic(finished, rounds=rounds, warmup_rounds=1)
+        # the check has warmed up what is too long for many rounds
+        benchmark.pedantic(finished, rounds=rounds, warmup_rounds=1 if rounds > 3 else 0)
         if benchmark.stats is None:  # --benchmark-disable
             return
         stats = benchmark.stats.stats
@@ -166,7 +168,7 @@ def measure(benchmark: Any, device: torch.device) -> Callable[..., None]:
                 share_of_roof=least / stats.median if least else None,
                 peak_mb=peak,
                 time_over_first=stats.median * 1e3 / first.median_ms if first else 1.0,
-                note=note,
+                note=note if isinstance(note, str) else note(result),
             )
         )
 
