@@ -1,8 +1,10 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -277,3 +279,35 @@ def test_flickr8k(clip, tmp_path):
     assert kb.item(0).uri == "images/1000268201_693b08cb0e.jpg"
     assert len(kb.item(0).caption.splitlines()) == 5
     assert kb.item(0).caption.startswith("A child in a pink dress is climbing up a set of stairs")
+
+
+@pytest.mark.skipif("VALM_EVAL_DATA" not in os.environ, reason="needs flickr8k_1000: set VALM_EVAL_DATA")
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+def test_flickr8k_killed_at_random_and_with_corrupted_pictures(clip, tmp_path):
+    folder = tmp_path / "flickr"
+    shutil.copytree(Path(os.environ["VALM_EVAL_DATA"]) / "flickr8k_1000", folder)
+    random = np.random.default_rng()
+    pictures = sorted((folder / "images").iterdir())
+    corrupted = [pictures[index] for index in np.sort(random.choice(len(pictures), 3, replace=False))]
+    for file, content in zip(corrupted, (b"", b"no picture", corrupted[2].read_bytes()[:2000]), strict=True):
+        file.unlink()
+        file.write_bytes(content)
+
+    def run(name):
+        torch.set_num_threads(1)
+        return build(folder, tmp_path / name, clip, shard_size=50, batch_size=25)
+
+    whole = run("whole")
+    assert [entry["uri"] for entry in whole.skipped()] == [f"images/{file.name}" for file in corrupted]
+    fork = multiprocessing.get_context("fork")
+    for there in (0, 4, 9):  # shards before it is killed, and then a moment
+        process = fork.Process(target=run, args=("killed",))
+        process.start()
+        while len(list((tmp_path / "killed").glob("shard-*.json"))) <= there:
+            time.sleep(0.01)
+        time.sleep(random.uniform(0, 0.5))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    assert len(run("killed")) == 997
+    assert contents(tmp_path / "killed") == contents(whole.path)
