@@ -203,6 +203,26 @@ def test_kb_build_from_a_dataset(world, tmp_path, capsys):
     assert "has no split 'train', only test" in capsys.readouterr().err
 
 
+def test_encoder_check(world, tmp_path, capsys):
+    check = ["encoder", "check", "--clip", world / "clip"]
+    assert run(*check, world / "pictures") == 0
+    out = capsys.readouterr().out
+    assert "6 pictures with 6 captions" in out and "image to text  recall@10" in out and "zero-shot" not in out
+    for name, color in THINGS.items():
+        (tmp_path / "classes" / name).mkdir(parents=True)
+        for number in range(3 if name != "coal" else 2):
+            Image.new("RGB", (40, 40), color).save(tmp_path / "classes" / name / f"{number}.png")
+    (tmp_path / "templates.txt").write_text("the {}\n")
+    options = ["--templates", tmp_path / "templates.txt", "--out", tmp_path / "check.json"]
+    assert run(*check, tmp_path / "classes", *options) == 0
+    out = capsys.readouterr().out
+    assert "17 pictures of 6 classes, chance 0.167" in out and "left out: a class has fewer than 3" in out
+    assert json.loads((tmp_path / "check.json").read_text())["retrieval"] is None
+    Image.new("RGB", (40, 40)).save(tmp_path / "classes" / "coal" / "2.png")
+    assert run(*check, tmp_path / "classes") == 0
+    assert "linear probe  1.000" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("model", ["valm", "gpt2"])
 def test_eval_prints_accuracies_and_writes_the_answers(world, tmp_path, capsys, model):
     out = tmp_path / "answers.json"
@@ -226,7 +246,16 @@ def test_checkpoint_and_knowledge_base_move_together(copy_of, capsys):
 
 
 def test_every_command_answers_help(capsys):
-    for command in (["demo"], ["kb"], ["kb", "build"], ["retrieve"], ["train"], ["eval"], ["generate"]):
+    for command in (
+        ["demo"],
+        ["kb"],
+        ["kb", "build"],
+        ["encoder", "check"],
+        ["retrieve"],
+        ["train"],
+        ["eval"],
+        ["generate"],
+    ):
         with pytest.raises(SystemExit) as stop:
             main([*command, "--help"])
         assert stop.value.code == 0
@@ -256,6 +285,11 @@ def wrong_inputs():
         ),
         "no such CLIP": ([*kb_build[:4], "{tmp}/none", *kb_build[5:]], "no CLIP at '{tmp}/none'"),
         "output holds something else": ([*kb_build[:-1], "{world}/clip"], "is not empty"),
+        "pictures without labels": (["encoder", "check", "{tmp}/bare", "--clip", "{world}/clip"], "nothing to check"),
+        "template without a place": (
+            ["encoder", "check", "{world}/pictures", "--clip", "{world}/clip", "--templates", "{world}/corpus.txt"],
+            "has no {{}} for the name",
+        ),
         "no such knowledge base": (["kb", "info", "{tmp}/none"], "no knowledge base at {tmp}/none"),
         "index of no known kind": (["kb", "index", "{world}/kb", "--factory", "IFV1"], "the factory string 'IFV1'"),
         "index of too many cells": (
@@ -307,6 +341,9 @@ def wrong_inputs():
 @pytest.mark.parametrize("name", wrong_inputs())
 def test_wrong_input_is_one_sentence(world, tmp_path, capsys, name):
     (tmp_path / "empty.txt").write_text("\n\n")
+    if "{tmp}/bare" in wrong_inputs()[name][0]:
+        (tmp_path / "bare").mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / "bare" / "x.png")
     if "{tmp}/other" in wrong_inputs()[name][0]:
         make_clip(prune_tokenizer(clip_tokenizer(), ["another"]), seed=1).save(tmp_path / "other")
     if "{tmp}/kb" in wrong_inputs()[name][0] and name.startswith("retrieval"):

@@ -14,7 +14,7 @@ import sys
 # once, when torch is imported, so it stands before everything else.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from valm.cli import demo, evaluate, generate, kb, retrieve, train
+from valm.cli import demo, encoder, evaluate, generate, kb, retrieve, train
 from valm.errors import ValmError
 
 
@@ -36,6 +36,6 @@ def main(argv: list[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="valm", description="A language model that looks at pictures while it reads.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (demo, kb, retrieve, train, evaluate, generate):
+    for module in (demo, encoder, kb, retrieve, train, evaluate, generate):
         module.add_to(commands)
     return parser

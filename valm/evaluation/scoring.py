@@ -29,10 +29,17 @@ class Accuracy:
     def of(cls, right: np.ndarray, seed: int = 0) -> Accuracy:
         """right: (items,) or (items, prompts) bool. The prompts of an item are drawn together, being no independent
         tries."""
-        per_item = right.reshape(len(right), -1).mean(1)
-        draws = np.random.default_rng(seed).multinomial(len(right), np.full(len(right), 1 / len(right)), RESAMPLES)
-        low, high = np.quantile(draws @ per_item / len(right), [0.025, 0.975])
-        return cls(float(per_item.mean()), float(low), float(high))
+        right = right.reshape(len(right), -1)
+        return cls.of_groups(right.reshape(-1), np.repeat(np.arange(len(right)), right.shape[1]), seed)
+
+    @classmethod
+    def of_groups(cls, right: np.ndarray, item: np.ndarray, seed: int = 0) -> Accuracy:
+        """right: (tries,) bool, item: (tries,) int from 0 on. As `of`, where items differ in how often they are
+        tried."""
+        hits, tries = np.bincount(item, right), np.bincount(item)  # (items,)
+        draws = np.random.default_rng(seed).multinomial(len(tries), np.full(len(tries), 1 / len(tries)), RESAMPLES)
+        low, high = np.quantile((draws @ hits) / (draws @ tries), [0.025, 0.975])
+        return cls(float(hits.sum() / tries.sum()), float(low), float(high))
 
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"

@@ -1,0 +1,185 @@
+import json
+import math
+import os
+import random
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from open_clip.loss import ClipLoss
+from PIL import Image
+
+from tests.valm.retrieval.tiny_clip import TINY
+from valm.errors import ValmError
+from valm.evaluation.encoder_check import (
+    RECALL_AT,
+    TEMPLATES,
+    check_encoder,
+    classify,
+    linear_probe,
+    ranks,
+    retrieve,
+    zero_shot_weights,
+)
+from valm.retrieval.clip import Clip
+from valm.tokenizer import clip_tokenizer, prune_tokenizer
+
+COLORS = {"red": (230, 20, 20), "dark_green": (10, 110, 20), "blue": (20, 20, 230), "yellow": (240, 230, 20)}
+NAMES = [name.replace("_", " ") for name in COLORS]
+
+
+def square(name, rng):
+    """A picture of a colour that is never quite the same."""
+    return Image.new("RGB", (32, 32), tuple(min(255, max(0, part + rng.randrange(-20, 21))) for part in COLORS[name]))
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A tiny CLIP that has learned the colours from pictures and texts."""
+    torch.manual_seed(0)
+    rng = random.Random(0)
+    texts = [template.format(name) for template in TEMPLATES for name in NAMES]
+    clip = Clip.create(TINY, prune_tokenizer(clip_tokenizer(), texts), name="colours")
+    model = clip.model.train().requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in range(240):
+        images = torch.stack([clip.transform(square(name, rng)) for name in COLORS])
+        ids = clip.token_ids([rng.choice(TEMPLATES).format(name) for name in NAMES])
+        features = model.encode_image(images, normalize=True), model.encode_text(ids, normalize=True)
+        optimizer.zero_grad()
+        ClipLoss()(*features, model.logit_scale.exp()).backward()
+        optimizer.step()
+    model.eval().requires_grad_(False)
+    return clip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Class folders of 10 pictures each, one of them broken, and captions in a table."""
+    root = tmp_path_factory.mktemp("squares")
+    rng = random.Random(1)
+    captions = {}
+    for name, words in zip(COLORS, NAMES, strict=True):
+        (root / name).mkdir()
+        for number in range(10):
+            square(name, rng).save(root / name / f"{number}.png")
+        captions[f"{name}/0.png"] = [f"a photo of a {words}.", f"a drawing of a {words}."]
+    (root / "blue" / "9.png").write_bytes(b"broken")
+    (root / "captions.json").write_text(json.dumps(captions))
+    return root
+
+
+def test_an_encoder_that_has_learned_the_classes(folder, trained):
+    result = check_encoder(folder, trained, progress=False)
+    found = result.classification
+    assert found.classes == ("blue", "dark_green", "red", "yellow")
+    assert (found.pictures, found.chance, found.majority) == (39, 0.25, 10 / 39)
+    assert found.zero_shot.low > 0.8 and found.balanced > 0.8
+    assert found.linear_probe.accuracy.value > 0.8
+    assert (found.linear_probe.trained_on, found.linear_probe.tested_on) == (32, 7)
+    assert [entry["uri"] for entry in result.skipped] == ["blue/9.png"]
+    retrieval = result.retrieval
+    assert (retrieval.pictures, retrieval.captions) == (4, 8)
+    for recalls in (retrieval.image_to_text, retrieval.text_to_image):
+        assert [recall.at for recall in recalls] == list(RECALL_AT)
+        assert recalls[0].recall.value >= 0.75 > 2 * recalls[0].chance
+    assert json.loads(json.dumps(result.to_json()))["classification"]["zero_shot"]["value"] == found.zero_shot.value
+
+
+def test_an_encoder_that_has_learned_nothing(folder, tokenizer):
+    """Zero-shot no better than chance; a probe can still read colours off random features."""
+    torch.manual_seed(1)
+    found = check_encoder(folder, Clip.create(TINY, tokenizer), progress=False).classification
+    assert found.zero_shot.low < 0.5
+    assert found.linear_probe.accuracy.low > found.chance
+
+
+def test_zero_shot_weights_are_the_mean_of_a_classes_texts(trained):
+    weights = zero_shot_weights(trained, ["red", "blue"], ["a {}.", "two {}"])
+    features = trained.encode_texts(["a red.", "two red", "a blue.", "two blue"])
+    expected = torch.stack([features[:2].mean(0), features[2:].mean(0)], dim=1)
+    assert torch.allclose(weights, expected / expected.norm(dim=0), atol=1e-6)
+
+
+def test_the_probe_tests_on_pictures_it_has_not_seen():
+    """Random features of random labels: what is learned by heart does not show."""
+    random = np.random.default_rng(0)
+    labels = np.repeat(np.arange(4), 50)
+    features = random.normal(size=(200, 300)).astype(np.float32)
+    probe = linear_probe(features, labels, seed=0)
+    assert probe.accuracy.value < 0.5
+    assert (probe.trained_on, probe.tested_on, probe.majority) == (160, 40, 0.25)
+    assert linear_probe(features, labels, seed=0) == probe
+    features[:, :4] += 9 * np.eye(4)[labels]
+    assert linear_probe(features, labels, seed=0).accuracy.value == 1
+
+
+def test_a_class_too_small_for_a_probe(trained):
+    features = torch.nn.functional.normalize(torch.randn(5, 16), dim=-1)
+    assert classify(features, ["a", "a", "a", "b", "b"], trained).linear_probe is None
+    with pytest.raises(ValmError, match="readable pictures of 1 classes only; it takes two"):
+        classify(features, ["a"] * 5, trained)
+
+
+@pytest.mark.parametrize("block", [1, 10**6])
+def test_ranks(monkeypatch, block):
+    monkeypatch.setattr("valm.evaluation.encoder_check.BLOCK_SCORES", block)
+    generator = torch.Generator().manual_seed(0)
+    # small whole numbers, so that there are equals, exactly
+    images, texts = (torch.randint(-2, 3, (n, 3), generator=generator).float() for n in (6, 15))
+    image_of = np.sort(np.array([*range(6), 0, 0, 2, 3, 3, 3, 5, 5, 5]))
+    to_text, to_image = ranks(images, texts, image_of)
+    scores = (images @ texts.T).tolist()
+    for image in range(6):
+        best = max(scores[image][text] for text in range(15) if image_of[text] == image)
+        assert to_text[image] == sum(scores[image][text] >= best for text in range(15) if image_of[text] != image)
+    for text in range(15):
+        own = scores[image_of[text]][text]
+        assert to_image[text] == sum(scores[image][text] >= own for image in range(6) if image != image_of[text])
+
+
+def test_chance_of_a_random_order():
+    """Counted over all draws: three pictures with 1, 2 and 3 captions."""
+    retrieval = retrieve(torch.eye(3, 16), [["a"], ["b", "c"], ["d", "e", "f"]], SameText())
+    owner = [0, 1, 1, 2, 2, 2]
+    for recall in retrieval.image_to_text[:2]:
+        draws = list(combinations(range(6), recall.at))
+        hits = [sum(any(owner[text] == image for text in draw) for draw in draws) for image in range(3)]
+        assert math.isclose(recall.chance, np.mean(hits) / len(draws))
+    assert [recall.chance for recall in retrieval.text_to_image] == [1 / 3, 1, 1]
+    # all texts are equal, and equals count against
+    assert retrieval.image_to_text[0].recall.value == 0
+
+
+class SameText:
+    """A CLIP to which all texts are one."""
+
+    def encode_texts(self, texts):
+        return torch.ones(len(texts), 16) / 4
+
+
+def test_what_cannot_be_checked(tmp_path, trained):
+    def fails(message, **options):
+        with pytest.raises(ValmError, match=message):
+            check_encoder(tmp_path, trained, progress=False, **options)
+
+    fails("no pictures in")
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    fails("there is nothing to check an encoder by in .*class folders")
+    (tmp_path / "x.txt").write_text("a square")
+    fails("there are 1 readable pictures with captions; it takes two")
+    fails("the prompt template 'a photo' has no {}", templates=["a photo"])
+    fails("there are no prompt templates", templates=[])
+
+
+@pytest.mark.skipif("VALM_EVAL_DATA" not in os.environ, reason="needs flickr8k_1000: set VALM_EVAL_DATA")
+def test_flickr8k(clip):
+    """With random weights, near chance."""
+    result = check_encoder(Path(os.environ["VALM_EVAL_DATA"]) / "flickr8k_1000", clip, progress=False)
+    assert result.classification is None and result.skipped == []
+    assert (result.retrieval.pictures, result.retrieval.captions) == (1000, 5000)
+    assert math.isclose(result.retrieval.image_to_text[2].chance, 1 - math.comb(4995, 10) / math.comb(5000, 10))
+    assert result.retrieval.text_to_image[2].chance == 0.01
+    assert all(recall.recall.value < 0.05 for recall in result.retrieval.text_to_image)

@@ -1,0 +1,284 @@
+"""What an encoder sees: CLIP's own evaluations (Radford et al. 2021) on a folder of one's own pictures.
+
+Pictures in class folders: zero-shot accuracy (section 3.1) and a linear probe (section 3.2). Pictures with captions:
+retrieval of captions by picture and of pictures by caption (appendix E.1), recall@1, 5 and 10.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from valm.errors import ValmError
+from valm.evaluation.scoring import Accuracy
+from valm.retrieval.clip import Clip
+from valm.retrieval.encoding import Record, encode_records
+from valm.retrieval.pictures import find_pictures, read_captions, utf8
+from valm.retrieval.sharded_build import ProgressBar
+
+# A class has many texts, and their mean is a better classifier than any of them (section 3.1.4).
+TEMPLATES = (
+    "a photo of a {}.",
+    "a photo of the {}.",
+    "a blurry photo of a {}.",
+    "a close photo of a {}.",
+    "a photo of a small {}.",
+    "a photo of a large {}.",
+    "a drawing of a {}.",
+    "a picture of several {}.",
+)
+RECALL_AT = (1, 5, 10)
+
+# Inverse strengths of regularisation that the probe tries: features are unit vectors, so useful ones are large.
+PROBE_C = tuple(10.0**power for power in range(-2, 6))
+PROBE_ITERATIONS = 1000
+MIN_PER_CLASS = 3  # to train on, to choose by and to test on
+
+# Scores of a retrieval held at once.
+BLOCK_SCORES = 1 << 24
+
+
+@dataclass(frozen=True)
+class Probe:
+    """accuracy: on the pictures held out. c: the inverse regularisation that did best on the validation part."""
+
+    accuracy: Accuracy
+    majority: float
+    trained_on: int
+    tested_on: int
+    c: float
+
+
+@dataclass(frozen=True)
+class Classification:
+    """How well pictures are told apart by class.
+
+    chance: of a guess among the classes. majority: what always saying the largest class gets (in `Probe`: of the
+    pictures held out). balanced: mean over classes of the zero-shot accuracy in each. linear_probe: None where a class
+    has fewer than MIN_PER_CLASS pictures.
+    """
+
+    classes: tuple[str, ...]
+    pictures: int
+    zero_shot: Accuracy
+    balanced: float
+    linear_probe: Probe | None
+    chance: float
+    majority: float
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Share of the questions whose answer is among the first `at`, and that share for a random order."""
+
+    at: int
+    recall: Accuracy
+    chance: float
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """image_to_text: any of a picture's own captions is found. text_to_image: a caption's one picture is found."""
+
+    pictures: int
+    captions: int
+    image_to_text: tuple[Recall, ...]
+    text_to_image: tuple[Recall, ...]
+
+
+@dataclass(frozen=True)
+class EncoderCheck:
+    """What was measured on a folder; None for what it has no labels or no captions for. Intervals are 95 % over
+    pictures. skipped: uri and reason of pictures that could not be read."""
+
+    clip: str
+    classification: Classification | None
+    retrieval: Retrieval | None
+    skipped: list[dict[str, str]]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain dicts, lists, strings and numbers."""
+        return asdict(self)
+
+
+def check_encoder(
+    folder: str | os.PathLike,
+    clip: Clip,
+    *,
+    captions: str | os.PathLike | None = None,
+    templates: Sequence[str] = TEMPLATES,
+    seed: int = 0,
+    batch_size: int = 64,
+    workers: int | None = None,
+    progress: bool = True,
+) -> EncoderCheck:
+    """Evaluates `clip` on the pictures in `folder`: by class where they all lie in class folders, two at least, by
+    captions where there are any (found as `read_captions` says), or both.
+
+    templates: texts with {} for the name of a class, which is that of its folder with blanks for `_` and `-`.
+    seed: of the split of the linear probe.
+    Raises ValmError for a folder without pictures, without classes and captions, or in which too little is readable,
+    and for a template without {}; ImportError where a linear probe is due and scikit-learn is missing.
+    """
+    check_templates(templates)
+    folder = Path(folder)
+    pictures = find_pictures(folder)
+    caption_of = read_captions(folder, pictures, Path(captions) if captions is not None else None)
+    classes = {picture.partition("/")[0] if "/" in picture else None for picture in pictures}
+    labelled = None not in classes and len(classes) > 1
+    if not labelled and not caption_of:
+        raise ValmError(
+            f"there is nothing to check an encoder by in {folder}: its pictures lie in no class folders (two at least, "
+            f"and none beside them) and have no captions"
+        )
+    records = [Record(utf8(picture), caption_of.get(picture, ""), folder / picture) for picture in pictures]
+    with ProgressBar("encode", " pictures", 1, progress) as bar:
+        piece = encode_records(records, clip, batch_size, 0, workers, bar)
+    uris, texts = piece.items["uri"].to_pylist(), piece.items["caption"].to_pylist()
+    features = torch.from_numpy(piece.vectors)  # (N, E)
+    classification = retrieval = None
+    if labelled:
+        classification = classify(features, [uri.partition("/")[0] for uri in uris], clip, templates, seed=seed)
+    if caption_of:
+        retrieval = retrieve(features, [text.splitlines() for text in texts], clip)
+    return EncoderCheck(clip.name, classification, retrieval, piece.skipped)
+
+
+def check_templates(templates: Sequence[str]) -> None:
+    """Raises ValmError for no templates, or one without {}."""
+    if not templates:
+        raise ValmError("there are no prompt templates")
+    for template in templates:
+        if "{}" not in template:
+            raise ValmError(f"the prompt template {template!r} has no {{}} for the name of the class")
+
+
+def classify(
+    features: Tensor, labels: Sequence[str], clip: Clip, templates: Sequence[str] = TEMPLATES, *, seed: int = 0
+) -> Classification:
+    """Zero-shot accuracy and linear probe of image features (N, E), L2-normalised, with the class of each picture.
+
+    Raises ValmError for fewer than two classes.
+    """
+    classes = sorted(set(labels))
+    if len(classes) < 2:
+        raise ValmError(f"there are readable pictures of {len(classes)} classes only; it takes two")
+    gold = np.array([classes.index(label) for label in labels])  # (N,)
+    weights = zero_shot_weights(clip, [name.replace("_", " ").replace("-", " ") for name in classes], templates)
+    right = (features @ weights.cpu()).argmax(-1).numpy() == gold
+    counts = np.bincount(gold)
+    return Classification(
+        classes=tuple(classes),
+        pictures=len(gold),
+        zero_shot=Accuracy.of(right),
+        balanced=float(np.mean([right[gold == label].mean() for label in range(len(classes))])),
+        linear_probe=linear_probe(features.numpy(), gold, seed) if counts.min() >= MIN_PER_CLASS else None,
+        chance=1 / len(classes),
+        majority=float(counts.max() / len(gold)),
+    )
+
+
+def zero_shot_weights(clip: Clip, names: Sequence[str], templates: Sequence[str]) -> Tensor:
+    """A linear classifier out of the names of the classes, (E, classes): for each, the mean of its texts' features."""
+    texts = clip.encode_texts([template.replace("{}", name) for name in names for template in templates])
+    return F.normalize(texts.unflatten(0, (len(names), len(templates))).mean(1), dim=-1).T
+
+
+def linear_probe(features: np.ndarray, labels: np.ndarray, seed: int) -> Probe:
+    """Logistic regression on features (N, E) with labels (N,) int, MIN_PER_CLASS of each at least.
+
+    A fifth of each class is held out to test on and a fifth to choose the regularisation by; then it is fitted again
+    on all but the test part.
+    """
+    try:
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression
+    except ImportError as error:
+        raise ImportError("a linear probe needs scikit-learn: pip install 'valm[eval]'") from error
+    train, validation, test = _split(labels, seed)
+
+    def fitted(rows: np.ndarray, c: float) -> LogisticRegression:
+        with warnings.catch_warnings():
+            # little regularisation converges slowly; what comes of it is measured like everything else
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            return LogisticRegression(C=c, max_iter=PROBE_ITERATIONS).fit(features[rows], labels[rows])
+
+    scores = [fitted(train, c).score(features[validation], labels[validation]) for c in PROBE_C]
+    c = PROBE_C[int(np.argmax(scores))]  # the strongest of equals
+    rest = np.concatenate([train, validation])
+    right = fitted(rest, c).predict(features[test]) == labels[test]
+    majority = float(np.bincount(labels[test]).max() / len(test))
+    return Probe(Accuracy.of(right), majority, len(rest), len(test), c)
+
+
+def _split(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Numbers of the pictures to train on, to choose by and to test on: of each class alike, one at least."""
+    random = np.random.default_rng(seed)
+    parts: tuple[list, list, list] = ([], [], [])
+    for label in np.unique(labels):
+        rows = random.permutation(np.flatnonzero(labels == label))
+        fifth = max(1, len(rows) // 5)
+        for part, some in zip(parts, (rows[2 * fifth :], rows[:fifth], rows[fifth : 2 * fifth]), strict=True):
+            part.append(some)
+    return tuple(np.concatenate(part) for part in parts)
+
+
+def retrieve(features: Tensor, captions: Sequence[Sequence[str]], clip: Clip) -> Retrieval:
+    """Recall between image features (N, E), L2-normalised, and the captions of each picture; those without are left
+    out. Raises ValmError for fewer than two pictures with captions."""
+    has = [number for number, lines in enumerate(captions) if lines]
+    if len(has) < 2:
+        raise ValmError(f"there are {len(has)} readable pictures with captions; it takes two")
+    image_of = np.repeat(np.arange(len(has)), [len(captions[number]) for number in has])  # (M,)
+    texts = clip.encode_texts([line for number in has for line in captions[number]]).cpu()  # (M, E)
+    to_text, to_image = ranks(features[has], texts, image_of)
+    own = np.bincount(image_of)
+    every = np.arange(len(has))
+    return Retrieval(
+        pictures=len(has),
+        captions=len(image_of),
+        image_to_text=tuple(
+            Recall(k, Accuracy.of_groups(to_text < k, every), _chance(own, len(image_of), k)) for k in RECALL_AT
+        ),
+        # the captions of a picture are no independent questions
+        text_to_image=tuple(
+            Recall(k, Accuracy.of_groups(to_image < k, image_of), min(1.0, k / len(has))) for k in RECALL_AT
+        ),
+    )
+
+
+def ranks(images: Tensor, texts: Tensor, image_of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How many other captions are at least as near to a picture (N, E) as the nearest of its own, (N,), and how many
+    other pictures at least as near to a caption (M, E) as its own, (M,): 0 is best, and equals count against it.
+
+    image_of: (M,), ascending, the picture of each caption.
+    """
+    image_of = torch.from_numpy(image_of)
+    to_text = torch.empty(len(images), dtype=torch.int64)
+    to_image = torch.empty(len(texts), dtype=torch.int64)
+    for rows in torch.arange(len(images)).split(max(1, BLOCK_SCORES // len(texts))):
+        scores = images[rows] @ texts.T  # (n, M)
+        own = image_of == rows[:, None]
+        best = scores.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
+        to_text[rows] = ((scores >= best) & ~own).sum(1)
+    for rows in torch.arange(len(texts)).split(max(1, BLOCK_SCORES // len(images))):
+        scores = texts[rows] @ images.T  # (m, N)
+        own = scores.gather(1, image_of[rows, None])
+        to_image[rows] = (scores >= own).sum(1) - 1
+    return to_text.numpy(), to_image.numpy()
+
+
+def _chance(own: np.ndarray, captions: int, k: int) -> float:
+    """Chance that one of a picture's own captions is among `k` random ones, mean over pictures."""
+    k = min(k, captions)
+    return float(np.mean([1 - math.comb(captions - int(n), k) / math.comb(captions, k) for n in own]))
