@@ -54,6 +54,9 @@ ROWS: list[Row] = []
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run the large benchmark sizes too")
     parser.addoption("--device", default="cpu", choices=["cpu", "cuda"], help="where the operations run")
+    parser.addoption(
+        "--scratch", type=Path, default=Path("build/benchmarks"), help="where large inputs are kept between runs"
+    )
     parser.addoption("--results", type=Path, help="write the benchmark rows to this CSV file")
 
 

@@ -1,55 +1,50 @@
-"""Context queries of real prose: both kinds, against the published procedure and a GPT-2 of base size.
+"""Context queries of real prose, search among a million pictures, and the whole VaLM, beside a GPT-2 of base size.
 
 The text towers have the sizes of CLIP's RN50x16 and ViT-B/32 and random weights; the prose is LAMBADA's, found
-through VALM_EVAL_DATA.
+through VALM_EVAL_DATA. The index is tuned on AG News. `--full` makes the million pictures in the folder `--scratch`
+(2.6 GB) where they are not there yet.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-import json
 import os
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.peers.published_context import PublishedContextEncoder
+from benchmarks.valm.inputs import (
+    TOWERS,
+    articles,
+    clip,
+    gpt2,
+    lambada,
+    large_knowledge_base,
+    token_rows,
+)
+from valm.config import ValmConfig
+from valm.model import VaLMForCausalLM
 from valm.retrieval.clip import Clip
 from valm.retrieval.context import ContextEncoder
+from valm.retrieval.index import FaissIndex, index_parameters, open_index
+from valm.retrieval.index_build import build_index, choose_factory, context_queries, recall
+from valm.retrieval.knowledge_base import ImageKnowledgeBase
+from valm.retrieval.retriever import Retriever
+from valm_kernels import ip_topk, merge_topk
 
-TOWERS = {
-    "RN50x16": {"embed_dim": 768, "width": 768, "heads": 12, "layers": 12},
-    "ViT-B/32": {"embed_dim": 512, "width": 512, "heads": 8, "layers": 12},
-}
 TOKENS = 512
+K = 4
+TARGET_RECALL = 0.95
 
 pytestmark = pytest.mark.skipif("VALM_EVAL_DATA" not in os.environ, reason="needs LAMBADA: set VALM_EVAL_DATA")
 
 
 @functools.cache
-def clip(tower: str) -> Clip:
-    torch.manual_seed(0)
-    text_cfg = dict(TOWERS[tower])
-    vision_cfg = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 32}
-    return Clip.create({"embed_dim": text_cfg.pop("embed_dim"), "vision_cfg": vision_cfg, "text_cfg": text_cfg})
-
-
-@functools.cache
 def prose(rows: int) -> torch.Tensor:
     """(rows, TOKENS) ids of running text."""
-    file = Path(os.environ["VALM_EVAL_DATA"]) / "eval" / "lambada" / "lambada_test.jsonl"
-    text = " ".join(json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines()[: 20 * rows])
-    ids = clip("ViT-B/32").tokenizer(text, add_special_tokens=False)["input_ids"]
-    return torch.tensor(ids[: rows * TOKENS]).reshape(rows, TOKENS)
-
-
-@functools.cache
-def gpt2(dtype: torch.dtype) -> GPT2LMHeadModel:
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=49408, bos_token_id=49406, eos_token_id=49407)).eval().to(dtype)
+    return token_rows(lambada(), rows, TOKENS)
 
 
 def implementation(name: str, tower: str, dtype: torch.dtype, ids: torch.Tensor):
@@ -93,3 +88,126 @@ def bench_context(measure, tower, rows, dtype, name):
     function, check = implementation(name, tower, dtype, prose(rows))
     group = f"context queries, {rows} x {TOKENS} tokens, {tower} text tower"
     measure(group=group, name=f"{name} {str(dtype).removeprefix('torch.')}", function=function, check=check, rounds=2)
+
+
+@pytest.fixture(scope="session")
+def indexed(pytestconfig: pytest.Config):
+    """Makes the knowledge base of a tower, and its index, once."""
+
+    @functools.cache
+    def make(tower: str) -> ImageKnowledgeBase:
+        kb = large_knowledge_base(pytestconfig.getoption("--scratch"), tower)
+        if index_parameters(kb) is None:
+            texts = articles("agnews")
+            kinds = [context_queries(ContextEncoder(clip(tower), query=query), texts) for query in ("eot", "state")]
+            queries = torch.cat([kind.chunk(2)[half] for half in (0, 1) for kind in kinds])
+            factory = choose_factory(len(kb), kb.dim)
+            build_index(kb, queries, factory, k=K, target_recall=TARGET_RECALL, asked="queries of AG News, both kinds")
+        return kb
+
+    return make
+
+
+@functools.cache
+def nearest(kb: ImageKnowledgeBase, query: str, tower: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Context queries (TOKENS, E) of prose, and the ids (TOKENS, K) that exact search finds."""
+    queries = ContextEncoder(clip(tower), query=query)(prose(1))[0]
+    found, offsets = [], [0]
+    for vectors in kb.shards():
+        found.append(ip_topk(queries, vectors, K))
+        offsets.append(offsets[-1] + len(vectors))
+    return queries, merge_topk(found, offsets[:-1], K).indices
+
+
+@pytest.mark.full
+def bench_open(measure, indexed):
+    kb = indexed("RN50x16")
+
+    def check(opened):
+        assert len(opened) == len(opened.kb) == len(kb)
+
+    measure(
+        group="open a knowledge base of 1M x 768 and its index",
+        name="ImageKnowledgeBase.open, open_index",
+        function=lambda: open_index(ImageKnowledgeBase.open(kb.path)),
+        check=check,
+    )
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["eot", "state", "GPT-2 base forward"])
+def bench_search(measure, indexed, name):
+    group = f"search for {TOKENS} tokens among 1M x 768, k {K}"
+    if name == "GPT-2 base forward":
+        function, check = implementation(name, "RN50x16", torch.float32, prose(1))
+        measure(group=group, name=f"{name} float32", function=function, check=check, rounds=5)
+        return
+    kb = indexed("RN50x16")
+    queries, truth = nearest(kb, name, "RN50x16")
+    index = FaissIndex.open(kb)
+    reached = recall(index.search(queries, K).indices, truth)
+
+    def check(found):
+        assert reached > TARGET_RECALL - 0.05, f"recall {reached:.3f}"
+
+    note = f"{index.parameters.factory} {index.parameters.search}; recall@{K} {reached:.3f}, "
+    note += f"{index.parameters.recall:.3f} when built"
+    measure(
+        group=group,
+        name=f"valm index, {name} queries",
+        function=lambda: index.search(queries, K),
+        check=check,
+        rounds=10,
+        note=note,
+    )
+
+
+@functools.cache
+def language_model(num_images: int, image_dim: int) -> VaLMForCausalLM:
+    """VaLM of GPT-2's base size, or with no images GPT-2*."""
+    torch.manual_seed(0)
+    return VaLMForCausalLM(
+        ValmConfig(
+            vocab_size=49408,
+            n_positions=TOKENS,
+            bos_token_id=49406,
+            eos_token_id=49407,
+            image_dim=image_dim,
+            num_images=num_images,
+        )
+    ).eval()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["GPT-2*", "state", "eot", "given", "state alone", "eot alone"])
+@pytest.mark.parametrize("tower", list(TOWERS))
+def bench_whole_model(measure, indexed, tower, name):
+    """Encode + retrieve + model in float32, the frozen text tower in bfloat16; "given": with pictures found before;
+    "alone": encode + retrieve."""
+    ids = prose(2)
+    kb = indexed(tower)
+    model = language_model(0 if name == "GPT-2*" else K, kb.dim)
+    query = "eot" if name.startswith("eot") else "state"
+    pictures: dict[str, torch.Tensor] = {}
+    retriever = None
+    if name != "GPT-2*":
+        encoder = ContextEncoder(clip(tower), query=query, dtype=torch.bfloat16)
+        retriever = Retriever(encoder, kb, K, cache_tokens=0)
+    if name == "given":
+        found = retriever(ids)
+        retriever, pictures = None, {"image_pool": found.image_pool, "image_index": found.image_index}
+    model.set_retriever(retriever)
+
+    def check(result):
+        if name.endswith("alone"):
+            assert (result.image_index >= 0).all()
+        else:
+            assert result.logits.shape == (*ids.shape, 49408) and result.logits.isfinite().all()
+
+    measure(
+        group=f"whole model, {len(ids)} x {TOKENS} tokens, {tower} text tower, 1M pictures, k {K}",
+        name={"GPT-2*": name, "given": "VaLM, pictures given"}.get(name, f"VaLM, {name}"),
+        function=torch.no_grad()(lambda: retriever(ids) if name.endswith("alone") else model(ids, **pictures)),
+        check=check,
+        rounds=4,
+    )

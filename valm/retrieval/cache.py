@@ -244,7 +244,7 @@ def _retrieve_part(number: int, part: Part, progress: Progress, *, out: Path, re
         image_ids = np.empty((count, retriever.k), np.uint32)
         for batch in _batches(documents):
             ids, mask = _padded([documents[index] for index in batch])
-            found, _ = retriever.nearest(retriever.encoder(ids, mask))  # (B, T, K)
+            found, _ = retriever.find(ids, mask)  # (B, T, K)
             found = torch.where(found < 0, NO_IMAGE, found).cpu().numpy()
             for index, row in zip(batch, found, strict=True):
                 image_ids[offsets[index] : offsets[index + 1]] = row[: len(documents[index])]

@@ -104,16 +104,24 @@ class ContextEncoder:
             eot_in_segment=query == "state",
         )
 
-    @torch.no_grad()
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Queries (B, T, E) float32, L2-normalised, zeros where attention_mask (B, T) is 0.
 
         input_ids: (B, T) int64 ids of the tokenizer. Raises ValueError for other shapes, types and ids.
         """
+        return self.encode(self.runs(input_ids, attention_mask), input_ids.shape)
+
+    def runs(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[Run]:
+        """The segments of a batch, to be encoded: what `encode` takes. Arguments and errors as in `__call__`."""
         tokens = self._tokens(input_ids, attention_mask)
-        queries = self._zeros(input_ids)
         readings = [self._read(row, of_row, SegmentState(), TextState()) for row, of_row in enumerate(tokens)]
-        for bucket in _buckets([run for reading in readings for run in reading.runs + reading.forks]):
+        return [run for reading in readings for run in reading.runs + reading.forks]
+
+    @torch.no_grad()
+    def encode(self, runs: list[Run], shape: tuple[int, int]) -> Tensor:
+        """Queries (B, T, E) of `shape` (B, T), zeros where `runs` ask for none."""
+        queries = self._zeros(shape)
+        for bucket in _buckets(runs):
             self._encode(bucket, queries)
         return queries
 
@@ -130,7 +138,7 @@ class ContextEncoder:
         tokens = self._tokens(input_ids, attention_mask)
         if len(tokens) != len(cache.states):
             raise ValueError(f"input_ids has {len(tokens)} rows, the cache {len(cache.states)}")
-        queries = self._zeros(input_ids)
+        queries = self._zeros(input_ids.shape)
         new, going_on = [], []
         for row, of_row in enumerate(tokens):
             reading = self._read(row, of_row, cache.states[row], cache.texts[row])
@@ -182,8 +190,8 @@ class ContextEncoder:
             raise ValueError(f"input_ids has {wrong}, but {whose} has {self.num_ids} pieces")
         return rows
 
-    def _zeros(self, input_ids: Tensor) -> Tensor:
-        return torch.zeros(*input_ids.shape, self.clip.embed_dim, device=self.tower.positions.device)
+    def _zeros(self, shape: tuple[int, int]) -> Tensor:
+        return torch.zeros(*shape, self.clip.embed_dim, device=self.tower.positions.device)
 
     def _encode(self, bucket: list[Run], queries: Tensor, cache: ContextCache | None = None) -> None:
         """Runs a bucket of runs, all of them new or all going on from the cache, and then their branches."""

@@ -25,6 +25,8 @@ PARAMETERS_FILE = "index.json"
 
 # Queries re-ranked at once, so that their candidates' vectors stay in the cache.
 RERANK_QUERIES = 64
+# Candidates beyond K, best by a sum in float32, whose scores are summed in float64.
+FINALISTS = 8
 
 
 @dataclass(frozen=True)
@@ -169,8 +171,11 @@ def _rerank(kb: ImageKnowledgeBase, queries: Tensor, found: Tensor, k: int) -> t
         part = slice(start, start + RERANK_QUERIES)
         candidates = found[part].sort(-1).values  # so that equal scores come in order of their ids
         unique, place = torch.unique(candidates.clamp(min=0), return_inverse=True)
-        vectors = torch.from_numpy(kb.gather(unique.numpy())).double()
-        exact = torch.einsum("qe,qce->qc", queries[part].double(), vectors[place]).float()
+        pool = torch.from_numpy(kb.gather(unique.numpy())).float()  # (U, E): the queries of a text share many
+        rough = (queries[part] @ pool.T).gather(1, place).masked_fill(candidates < 0, -torch.inf)  # (q, C)
+        nearest = rough.topk(min(k + FINALISTS, rough.shape[1])).indices.sort(-1).values
+        candidates, place = candidates.gather(1, nearest), place.gather(1, nearest)
+        exact = torch.einsum("qe,qce->qc", queries[part].double(), pool[place].double()).float()
         exact = exact.masked_fill(candidates < 0, -torch.inf)
         best = exact.sort(dim=-1, descending=True, stable=True)
         width = min(k, candidates.shape[1])

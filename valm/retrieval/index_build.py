@@ -47,6 +47,8 @@ QUERIES = 1024
 CANDIDATES = (32, 16, 8, 4, 2, 1)
 GIVE_UP = 1.5
 TEXTS_AT_ONCE = 64
+# The queries of one text are much alike: few of each, so that two halves of them need the same search.
+TOKENS_PER_TEXT = 8
 # Pictures whose captions are taken for queries where no other text is given.
 CAPTIONED = 1024
 
@@ -138,7 +140,7 @@ def captions(kb: ImageKnowledgeBase, pictures: int = CAPTIONED, seed: int = 0) -
 
 
 def context_queries(encoder: ContextEncoder, texts: Sequence[str], count: int = 2 * QUERIES, seed: int = 0) -> Tensor:
-    """Up to `count` queries (Q, E) at the tokens of `texts`, which are taken in a random order.
+    """Up to `count` queries (Q, E) at tokens of `texts`; both are drawn, about TOKENS_PER_TEXT tokens of a text.
 
     Raises ValmError where there is no text in them.
     """
@@ -146,13 +148,16 @@ def context_queries(encoder: ContextEncoder, texts: Sequence[str], count: int = 
     if not texts:
         raise ValmError("there is no text to make queries of")
     tokenizer = encoder.clip.tokenizer
-    order = np.random.default_rng(seed).permutation(len(texts))
+    random = np.random.default_rng(seed)
+    order = random.permutation(len(texts))
     queries: list[Tensor] = []
     for start in range(0, len(order), TEXTS_AT_ONCE):
         ids = [tokenizer(texts[row])["input_ids"] for row in order[start : start + TEXTS_AT_ONCE]]
         rows = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in ids], batch_first=True)
         mask = torch.arange(rows.shape[1]) < torch.tensor([len(row) for row in ids])[:, None]
-        queries.append(encoder(rows, mask)[mask])
+        found = encoder(rows, mask)[mask]
+        some = random.permutation(len(found))[: TOKENS_PER_TEXT * len(ids)]
+        queries.append(found[np.sort(some)])
         if sum(map(len, queries)) >= count:
             break
     return torch.cat(queries)[:count]

@@ -11,9 +11,13 @@ from valm.errors import ValmError
 from valm.retrieval.context import ContextCache, ContextEncoder
 from valm.retrieval.index import FaissIndex, open_index
 from valm.retrieval.knowledge_base import ImageKnowledgeBase
+from valm.retrieval.segment_cache import SegmentCache
 from valm.retrieval.shards import Item
 from valm_kernels import FlatIPIndex
 from valm_kernels.topk.checks import MAX_K
+
+# 50 MB at K = 4.
+CACHE_TOKENS = 1 << 20
 
 
 class Retrieved(NamedTuple):
@@ -36,6 +40,8 @@ class Retriever:
 
     index: what searches; by default what `valm.retrieval.index.open_index` opens: the knowledge base's own faiss index
         where it has one, else exact search.
+    cache_tokens: equal segments are encoded and searched for once; of so many tokens the pictures are kept for later
+        batches (`cache` tells how often that served), 0 only within a batch.
     Raises ValmError where the knowledge base was built with another CLIP than the encoder's, or has fewer than `k`
     pictures.
     """
@@ -46,14 +52,16 @@ class Retriever:
         kb: ImageKnowledgeBase,
         k: int,
         index: FlatIPIndex | FaissIndex | None = None,
+        cache_tokens: int = CACHE_TOKENS,
     ):
         kb.check_encoder(encoder.clip)
         _check_k(k, kb)
-        self._arguments = (encoder, kb, k, index)
+        self._arguments = (encoder, kb, k, index, cache_tokens)
         self.encoder = encoder
         self.kb = kb
         self.k = k
         self.index = open_index(kb, encoder.clip.device) if index is None else index
+        self.cache = SegmentCache(cache_tokens)
 
     def __reduce__(self):
         return Retriever, self._arguments  # another process opens the knowledge base itself
@@ -65,7 +73,31 @@ class Retriever:
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Retrieved:
         """Pictures for every token of a batch; arguments and errors as in `ContextEncoder.__call__`."""
-        return self._pooled(*self.nearest(self.encoder(input_ids, attention_mask)))
+        return self._pooled(*self.find(input_ids, attention_mask))
+
+    def find(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Ids in the knowledge base (B, T, K) int64, -1 = none, and scores (B, T, K) float32 of a batch of tokens.
+
+        Arguments and errors as in `ContextEncoder.__call__`. Equal segments are encoded and searched for once, and not
+        at all where their pictures are kept.
+        """
+        runs = self.encoder.runs(input_ids, attention_mask)
+        keys = [run.key() for run in runs]
+        known = {key: self.cache.get(key) for key in keys}
+        new = {key: run for key, run in zip(keys, runs, strict=True) if known[key] is None}
+        queries = self.encoder.encode(list(new.values()), input_ids.shape)
+        ids, scores = self.nearest(queries)
+        for key, run in new.items():
+            known[key] = (ids[run.row, run.positions()], scores[run.row, run.positions()])
+            self.cache.put(key, known[key])
+        for key, run in zip(keys, runs, strict=True):
+            places = run.positions()
+            ids[run.row, places], scores[run.row, places] = known[key]
+            if new.get(key) is run:
+                self.cache.misses += len(places)
+            else:
+                self.cache.hits += len(places)
+        return ids, scores
 
     def start(self, batch: int) -> ContextCache:
         """The state that `step` goes on from, for `batch` rows of text; it has `reorder(beam_idx)`."""

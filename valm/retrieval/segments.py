@@ -9,6 +9,7 @@ from one document into another.
 from __future__ import annotations
 
 import re
+from array import array
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerFast
@@ -51,6 +52,19 @@ class Run:
     wanted: list[tuple[int, int]] = field(default_factory=list)
     kept: int = 0
     branches: list[Run] = field(default_factory=list)
+
+    def key(self) -> bytes:
+        """The same for two runs exactly where the same queries are asked of the same tokens."""
+        return array("q", self._numbers()).tobytes()
+
+    def positions(self) -> list[int]:
+        """Where in the row's input the queries stand that are asked for, in one order for all runs of one key."""
+        return [position for run in (self, *self.branches) for position, _ in run.wanted]
+
+    def _numbers(self) -> list[int]:
+        wanted = [at for _, at in self.wanted]
+        branches = [number for branch in self.branches for number in branch._numbers()]
+        return [self.start, len(self.ids), *self.ids, len(wanted), *wanted, len(self.branches), *branches]
 
 
 @dataclass

@@ -135,7 +135,8 @@ def test_queries_of_texts_are_context_queries(kb, clip, tokenizer):
     found = context_queries(encoder, ["", *texts])
     rows = [encoder(torch.tensor([tokenizer(text)["input_ids"]]))[0] for text in texts]
     expected = {tuple(np.round(query.tolist(), 4)) for row in rows for query in row}
-    assert {tuple(np.round(query.tolist(), 4)) for query in found} == expected
+    assert {tuple(np.round(query.tolist(), 4)) for query in found} < expected
+    assert len(found) == 16 < len(torch.cat(rows))  # eight of each text
     assert len(context_queries(encoder, texts, count=7)) == 7
     with pytest.raises(ValmError, match="no text"):
         context_queries(encoder, ["", "  "])

@@ -1,11 +1,15 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from tests.valm.retrieval.test_alignment import gpt2_like
 from tests.valm.retrieval.tiny_clip import TEXTS, make_clip
 from valm.errors import ValmError
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import BlindRetriever, Retriever
+from valm.retrieval.segment_cache import SegmentCache
 
 K = 3
 
@@ -13,6 +17,14 @@ K = 3
 @pytest.fixture(scope="module")
 def retriever(clip, make_kb):
     return Retriever(ContextEncoder(clip), make_kb(30), K)
+
+
+@pytest.fixture(scope="module", params=["CLIP's tokenizer", "another tokenizer"])
+def exact_retriever(clip, make_kb, request):
+    """In float64, so that a segment encoded in another batch differs in the last rounding only."""
+    tokenizer = None if request.param == "CLIP's tokenizer" else gpt2_like()
+    encoder = ContextEncoder(clip, tokenizer=tokenizer, dtype=torch.float64)
+    return Retriever(encoder, make_kb(30), K, cache_tokens=200)
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +65,59 @@ def test_the_pool_has_each_picture_once(retriever, batch):
     assert len(found.image_ids.unique()) == len(found.image_ids) < found.image_index.numel()
     assert set(found.image_index.unique().tolist()) == set(range(-1, len(found.image_ids)))
     assert np.array_equal(found.image_pool.numpy(), retriever.kb.gather(found.image_ids.numpy()).astype(np.float32))
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_the_cache_changes_nothing(exact_retriever, data):
+    """Batches of repeated and new texts, one after the other: as if each token were encoded and searched for alone."""
+    tokenizer = exact_retriever.encoder.tokenizer
+    words = tokenizer("red apple lies on the wooden table. sky blue! dogs run; yellow bus.")["input_ids"]
+    text = st.lists(st.sampled_from(words + [tokenizer.bos_token_id, tokenizer.eos_token_id]), min_size=1, max_size=60)
+    texts = data.draw(st.lists(text, min_size=1, max_size=3))
+    rows = data.draw(st.lists(st.sampled_from(texts), min_size=1, max_size=4))
+    length = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+    cache = exact_retriever.cache
+    served = cache.hits + cache.misses
+    found_ids, found_scores = exact_retriever.find(ids, mask)
+    expected_ids, expected_scores = exact_retriever.nearest(exact_retriever.encoder(ids, mask))
+    assert torch.equal(found_ids, expected_ids)
+    assert torch.allclose(found_scores, expected_scores, rtol=0, atol=2**-22)
+    assert cache.hits + cache.misses - served == mask.sum()
+    assert cache.tokens <= cache.capacity
+
+
+@pytest.mark.parametrize("cache_tokens", [1000, 0])
+def test_equal_segments_are_encoded_once(retriever, batch, monkeypatch, cache_tokens):
+    ids, mask = batch
+    counting = Retriever(retriever.encoder, retriever.kb, K, cache_tokens=cache_tokens)
+    encode, encoded = counting.encoder.encode, []
+
+    def counted(runs, shape):
+        encoded.extend(run.key() for run in runs)
+        return encode(runs, shape)
+
+    monkeypatch.setattr(counting.encoder, "encode", counted)
+    once = counting(ids, mask)
+    segments = len(encoded)
+    assert segments == len(set(encoded)) and counting.cache.hit_rate == 0
+    twice = counting(ids.repeat(2, 1), mask.repeat(2, 1))
+    assert len(encoded) == (segments if cache_tokens else 2 * segments)
+    assert counting.cache.hit_rate == pytest.approx(2 / 3 if cache_tokens else 1 / 3)
+    for row in (0, 1):
+        assert torch.equal(twice.image_index[2 * row : 2 * row + 2], once.image_index)
+
+
+def test_the_oldest_segments_are_forgotten():
+    cache = SegmentCache(capacity=5)
+    segments = {key: (torch.full((2, K), number), torch.zeros(2, K)) for number, key in enumerate((b"a", b"b", b"c"))}
+    cache.put(b"a", segments[b"a"])
+    cache.put(b"b", segments[b"b"])
+    assert cache.get(b"a") is segments[b"a"]
+    cache.put(b"c", segments[b"c"])  # b is the one that was not asked for
+    assert cache.get(b"b") is None and cache.get(b"c") is segments[b"c"] and cache.tokens == 4
 
 
 def test_step_by_step(retriever, batch):

@@ -1,0 +1,104 @@
+"""What the retrieval benchmarks share: CLIPs with text towers of real sizes, real prose, a large knowledge base.
+
+No CLIP weights ship with any package, so the towers have random weights: speed does not depend on them. The texts are
+found through VALM_EVAL_DATA.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from valm.retrieval.clip import Clip
+from valm.retrieval.context import ContextEncoder
+from valm.retrieval.knowledge_base import ImageKnowledgeBase
+from valm.retrieval.sharded_build import ShardedBuild
+from valm.retrieval.shards import ITEM_SCHEMA, WHAT, Piece, clip_entry, finish_knowledge_base, write_piece
+
+TOWERS = {
+    "RN50x16": {"embed_dim": 768, "width": 768, "heads": 12, "layers": 12},
+    "ViT-B/32": {"embed_dim": 512, "width": 512, "heads": 8, "layers": 12},
+}
+PICTURES = 1_000_000
+# Context queries of each kind that the pictures of the large knowledge base are made from.
+REAL_VECTORS = 32_768
+PERTURBATION = 0.25
+SHARD = 125_000
+
+
+@functools.cache
+def clip(tower: str) -> Clip:
+    torch.manual_seed(0)
+    text_cfg = dict(TOWERS[tower])
+    vision_cfg = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 32}
+    return Clip.create({"embed_dim": text_cfg.pop("embed_dim"), "vision_cfg": vision_cfg, "text_cfg": text_cfg})
+
+
+@functools.cache
+def gpt2(dtype: torch.dtype) -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=49408, bos_token_id=49406, eos_token_id=49407)).eval().to(dtype)
+
+
+def lambada() -> list[str]:
+    """Passages of novels."""
+    file = Path(os.environ["VALM_EVAL_DATA"]) / "eval" / "lambada" / "lambada_test.jsonl"
+    return [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def articles(name: str) -> list[str]:
+    """The texts of AG News ("agnews") or DBPedia ("dbpedia")."""
+    with open(Path(os.environ["VALM_EVAL_DATA"]) / "eval" / "nlu" / f"{name}_test.csv", encoding="utf-8") as file:
+        return [row[-1] for row in csv.reader(file)]
+
+
+def token_rows(texts: Iterable[str], rows: int, length: int) -> torch.Tensor:
+    """(rows, length) ids of running text."""
+    tokenizer, ids = clip("ViT-B/32").tokenizer, []
+    for text in texts:
+        if len(ids) >= rows * length:
+            break
+        ids += tokenizer(text, add_special_tokens=False)["input_ids"]
+    return torch.tensor(ids[: rows * length]).reshape(rows, length)
+
+
+def real_vectors(tower: str) -> np.ndarray:
+    """Context queries of DBPedia's descriptions (2 REAL_VECTORS, E) float32, half of each kind: an aligned CLIP has its
+    pictures where it has the texts that describe them."""
+    ids = token_rows(articles("dbpedia"), 2 * REAL_VECTORS // 512, 512)
+    queries = [
+        ContextEncoder(clip(tower), query=query, dtype=torch.bfloat16)(part).flatten(0, 1)
+        for query, part in zip(("eot", "state"), ids.chunk(2), strict=True)
+    ]
+    return torch.cat(queries).numpy()
+
+
+def large_knowledge_base(folder: Path, tower: str) -> ImageKnowledgeBase:
+    """PICTURES vectors made by perturbing `real_vectors`, in `folder`; made where it is not there yet.
+
+    Each is one of them plus PERTURBATION times the difference of two others, which keeps the directions and lengths
+    in which real vectors differ.
+    """
+    out = folder / f"{PICTURES}-{tower.replace('/', '-')}"
+    if (out / "manifest.json").exists():
+        return ImageKnowledgeBase.open(out)
+    real = real_vectors(tower)
+    build = ShardedBuild(out, WHAT, {"real": len(real), "perturbation": PERTURBATION, "count": PICTURES})
+    for number in range(PICTURES // SHARD):
+        generator = np.random.default_rng(number)
+        one, other, another = generator.integers(0, len(real), (3, SHARD))
+        vectors = real[one] + PERTURBATION * (real[other] - real[another])
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        rows = [{"uri": f"{number}/{row}", "caption": "", "width": 1, "height": 1} for row in range(SHARD)]
+        write_piece(build.out, number, Piece(vectors, pa.Table.from_pylist(rows, ITEM_SCHEMA), None, []))
+    finish_knowledge_base(build, clip_entry(clip(tower), build.out), real.shape[1])
+    return ImageKnowledgeBase.open(out)

@@ -1,0 +1,45 @@
+"""The pictures of segments that were asked about before.
+
+A token's query depends on its segment alone, so the pictures of equal segments are equal, wherever they stand.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from torch import Tensor
+
+Nearest = tuple[Tensor, Tensor]  # ids (n, K) int64 and scores (n, K) float32 of a segment's tokens
+
+
+class SegmentCache:
+    """The least recently used segments are forgotten first.
+
+    capacity: tokens whose pictures are kept, 12 K bytes each; 0 keeps none.
+    `hits` and `misses` count tokens.
+    """
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self.tokens = 0
+        self.hits = 0
+        self.misses = 0
+        self._segments: OrderedDict[bytes, Nearest] = OrderedDict()
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the tokens that were not encoded and searched for, 0 before the first."""
+        return self.hits / max(1, self.hits + self.misses)
+
+    def get(self, key: bytes) -> Nearest | None:
+        if key in self._segments:
+            self._segments.move_to_end(key)
+        return self._segments.get(key)
+
+    def put(self, key: bytes, nearest: Nearest) -> None:
+        """Keeps a segment that is not kept yet."""
+        self._segments[key] = nearest
+        self.tokens += len(nearest[0])
+        while self.tokens > self.capacity:
+            _, (ids, _) = self._segments.popitem(last=False)
+            self.tokens -= len(ids)
