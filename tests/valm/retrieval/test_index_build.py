@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.valm.retrieval.indexed import COUNT, K, make_indexed, make_kb_of_directions, random_directions
+from tests.valm.retrieval.tiny_clip import TEXTS
 from valm.errors import ValmError
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.index import FaissIndex, index_parameters, open_index
@@ -131,13 +132,12 @@ def test_progress_names_every_step(kb, capfd):
 
 def test_queries_of_texts_are_context_queries(kb, clip, tokenizer):
     encoder = ContextEncoder(clip)
-    texts = ["a red apple lies on the wooden table.", "two dogs run"]
-    found = context_queries(encoder, ["", *texts])
-    rows = [encoder(torch.tensor([tokenizer(text)["input_ids"]]))[0] for text in texts]
+    found = context_queries(encoder, ["", *TEXTS])
+    rows = [encoder(torch.tensor([tokenizer(text)["input_ids"]]))[0] for text in TEXTS]
     expected = {tuple(np.round(query.tolist(), 4)) for row in rows for query in row}
     assert {tuple(np.round(query.tolist(), 4)) for query in found} < expected
     assert len(found) == 16 < len(torch.cat(rows))  # eight of each text
-    assert len(context_queries(encoder, texts, count=7)) == 7
+    assert len(context_queries(encoder, TEXTS, count=7)) == 7
     with pytest.raises(ValmError, match="no text"):
         context_queries(encoder, ["", "  "])
 

@@ -73,7 +73,7 @@ def test_the_cache_changes_nothing(exact_retriever, data):
     """Batches of repeated and new texts, one after the other: as if each token were encoded and searched for alone."""
     tokenizer = exact_retriever.encoder.tokenizer
     words = tokenizer("red apple lies on the wooden table. sky blue! dogs run; yellow bus.")["input_ids"]
-    text = st.lists(st.sampled_from(words + [tokenizer.bos_token_id, tokenizer.eos_token_id]), min_size=1, max_size=60)
+    text = st.lists(st.sampled_from([*words, tokenizer.bos_token_id, tokenizer.eos_token_id]), min_size=1, max_size=60)
     texts = data.draw(st.lists(text, min_size=1, max_size=3))
     rows = data.draw(st.lists(st.sampled_from(texts), min_size=1, max_size=4))
     length = max(map(len, rows))
