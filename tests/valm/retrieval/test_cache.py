@@ -1,10 +1,8 @@
 import json
-import multiprocessing
 import os
 import pickle
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from tests.valm.killed import exit_code_if_killed, needs_fork
 from tests.valm.retrieval.tiny_clip import TEXTS
 from valm.errors import ValmError
 from valm.retrieval import cache
@@ -116,35 +115,14 @@ def test_few_open_shards_are_enough(corpus, documents, monkeypatch):
         assert opened[index]["input_ids"].tolist() == documents[index]
 
 
-def killed_retrieval(retrieve, replaces):
-    """A retrieval that is killed at its `replaces`-th finished file."""
-    done = 0
-    replace = os.replace
-
-    def counting(*paths):
-        nonlocal done
-        if done == replaces:
-            os.kill(os.getpid(), signal.SIGKILL)
-        done += 1
-        replace(*paths)
-
-    os.replace = counting
-    torch.set_num_threads(1)
-    retrieve()
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+@needs_fork
 def test_a_killed_retrieval_goes_on_to_the_same_bytes(text_file, retriever, tmp_path):
     def retrieve(out=tmp_path / "killed"):
         return retrieve_files([text_file], retriever, out, part_bytes=150, progress=False)
 
     whole = retrieve(tmp_path / "whole")
-    fork = multiprocessing.get_context("fork")
-    for replaces in (0, 1, 2, 5, 4, 9, 3):
-        process = fork.Process(target=killed_retrieval, args=(retrieve, replaces))
-        process.start()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
+    for finished in (0, 1, 2, 5, 4, 9, 3):
+        assert exit_code_if_killed(retrieve, finished) == -signal.SIGKILL
         with pytest.raises(ValmError, match=r"is unfinished; run `valm retrieve` again|has no manifest\.json"):
             CorpusRetrieval.open(tmp_path / "killed")
     assert len(list((tmp_path / "killed").glob("shard-*.json"))) > 3

@@ -1,13 +1,13 @@
 import io
 import os
 import signal
-from multiprocessing import get_context
 
 import datasets
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.valm.killed import exit_code_if_killed, needs_fork
 from valm.errors import ValmError
 from valm.retrieval import encoding
 from valm.retrieval.huggingface import build_from_dataset, open_dataset
@@ -95,29 +95,15 @@ def test_pictures_are_decoded_by_workers_and_bombs_refused(dataset, clip, tmp_pa
     assert kb.skipped()[-1]["uri"] == "7" and "pixels" in kb.skipped()[-1]["reason"]
 
 
-def killed_build(folder, clip, point):
-    """Kills itself at the `point`th replacement of a file."""
-    replace = os.replace
-    count = 0
-
-    def counting(*arguments):
-        nonlocal count
-        count += 1
-        if count == point:
-            os.kill(os.getpid(), signal.SIGKILL)
-        replace(*arguments)
-
-    os.replace = counting
-    build_from_dataset(make_dataset(), folder, clip, shard_size=2, progress=False)
-
-
-@pytest.mark.parametrize("point", [2, 7, 12])
+@needs_fork
+@pytest.mark.parametrize("point", [1, 6, 11])
 def test_a_killed_build_goes_on_and_encodes_nothing_twice(dataset, clip, tmp_path, point, monkeypatch):
     whole = build_from_dataset(dataset, tmp_path / "whole", clip, shard_size=2, progress=False)
-    process = get_context("fork").Process(target=killed_build, args=(tmp_path / "kb", clip, point))
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+
+    def build():
+        build_from_dataset(make_dataset(), tmp_path / "kb", clip, shard_size=2, progress=False)
+
+    assert exit_code_if_killed(build, point) == -signal.SIGKILL
     done = len(list((tmp_path / "kb").glob("shard-*.json")))
     encoded = []
     encode = clip.encode_images

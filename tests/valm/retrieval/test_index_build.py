@@ -1,13 +1,12 @@
-import multiprocessing
 import os
 import signal
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from tests.valm.killed import exit_code_if_killed, needs_fork
 from tests.valm.retrieval.indexed import COUNT, K, make_indexed, make_kb_of_directions, random_directions
 from tests.valm.retrieval.tiny_clip import TEXTS
 from valm.errors import ValmError
@@ -87,39 +86,20 @@ def test_what_does_not_reach_the_target_leaves_the_index_that_was_there(kb, monk
     assert {file.name: file.read_bytes() for file in kb.path.iterdir()} == before
 
 
-def killed_build(path, point):
-    """A build that is killed at the `point`-th call that changes the folder."""
-    done = 0
-
-    def counting(function):
-        def called(*arguments, **named):
-            nonlocal done
-            if done == point:
-                os.kill(os.getpid(), signal.SIGKILL)
-            done += 1
-            return function(*arguments, **named)
-
-        return called
-
-    os.replace = counting(os.replace)
-    Path.unlink = counting(Path.unlink)
-    torch.set_num_threads(1)
-    kb = ImageKnowledgeBase.open(path)
-    build_index(kb, queries(kb), k=K, target_recall=0.5, factory="IVF8,Flat", progress=False)
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+@needs_fork
 def test_a_killed_build_leaves_the_old_index_or_none(clip, tmp_path):
-    fork = multiprocessing.get_context("fork")
     kb = make_indexed(clip, tmp_path / "kb", factory="IVF16,Flat")
+
+    def build():
+        opened = ImageKnowledgeBase.open(kb.path)
+        build_index(opened, queries(opened), k=K, target_recall=0.5, factory="IVF8,Flat", progress=False)
+
     factories = []
     for point in range(4):
-        process = fork.Process(target=killed_build, args=(kb.path, point))
-        process.start()
-        process.join()
+        exit_code = exit_code_if_killed(build, point, calls=((os, "replace"), (Path, "unlink")))
         opened = open_index(ImageKnowledgeBase.open(kb.path))
         factories.append(opened.parameters.factory if isinstance(opened, FaissIndex) else None)
-        assert process.exitcode == (0 if factories[-1] == "IVF8,Flat" else -signal.SIGKILL)
+        assert exit_code == (0 if factories[-1] == "IVF8,Flat" else -signal.SIGKILL)
     assert factories == ["IVF16,Flat", None, None, "IVF8,Flat"]
 
 

@@ -1,17 +1,15 @@
 import json
-import multiprocessing
 import os
 import shutil
 import signal
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
+from tests.valm.killed import exit_code_if_killed, forked, needs_fork
 from tests.valm.retrieval.tiny_clip import make_clip
 from valm.errors import ValmError
 from valm.retrieval import encoding
@@ -105,31 +103,10 @@ def test_opened_again(kb, folder, clip):
     assert contents(kb.path) == before
 
 
-def killed_build(folder, out, clip, replaces):
-    """A build that is killed at its `replaces`-th finished file."""
-    done = 0
-    replace = os.replace
-
-    def counting(*paths):
-        nonlocal done
-        if done == replaces:
-            os.kill(os.getpid(), signal.SIGKILL)
-        done += 1
-        replace(*paths)
-
-    os.replace = counting
-    torch.set_num_threads(1)
-    build(folder, out, clip)
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+@needs_fork
 def test_a_killed_build_goes_on_to_the_same_bytes(kb, folder, clip, tmp_path):
-    fork = multiprocessing.get_context("fork")
-    for replaces in (0, 1, 2, 5, 9, 3):
-        process = fork.Process(target=killed_build, args=(folder, tmp_path, clip, replaces))
-        process.start()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
+    for finished in (0, 1, 2, 5, 9, 3):
+        assert exit_code_if_killed(lambda: build(folder, tmp_path, clip), finished) == -signal.SIGKILL
         with pytest.raises(ValmError, match=r"is unfinished; run `valm kb build` again|has no manifest\.json"):
             ImageKnowledgeBase.open(tmp_path)
     assert len(list(tmp_path.glob("shard-*.json"))) > 1
@@ -282,7 +259,7 @@ def test_flickr8k(clip, tmp_path):
 
 
 @pytest.mark.skipif("VALM_EVAL_DATA" not in os.environ, reason="needs flickr8k_1000: set VALM_EVAL_DATA")
-@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+@needs_fork
 def test_flickr8k_killed_at_random_and_with_corrupted_pictures(clip, tmp_path):
     folder = tmp_path / "flickr"
     shutil.copytree(Path(os.environ["VALM_EVAL_DATA"]) / "flickr8k_1000", folder)
@@ -294,15 +271,12 @@ def test_flickr8k_killed_at_random_and_with_corrupted_pictures(clip, tmp_path):
         file.write_bytes(content)
 
     def run(name):
-        torch.set_num_threads(1)
         return build(folder, tmp_path / name, clip, shard_size=50, batch_size=25)
 
     whole = run("whole")
     assert [entry["uri"] for entry in whole.skipped()] == [f"images/{file.name}" for file in corrupted]
-    fork = multiprocessing.get_context("fork")
     for there in (0, 4, 9):  # shards before it is killed, and then a moment
-        process = fork.Process(target=run, args=("killed",))
-        process.start()
+        process = forked(lambda: run("killed"))
         while len(list((tmp_path / "killed").glob("shard-*.json"))) <= there:
             time.sleep(0.01)
         time.sleep(random.uniform(0, 0.5))

@@ -1,0 +1,57 @@
+"""A child process that is killed in the middle of its work, at a point that a test chooses."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+SECONDS = 120  # after which a child is taken to hang
+
+
+def forked(function: Callable[[], Any]) -> multiprocessing.Process:
+    """A started child that runs `function` on one thread: a fork copies no others, yet OpenMP waits for them."""
+
+    def run() -> None:
+        torch.set_num_threads(1)
+        function()
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    return process
+
+
+def exit_code_if_killed(function: Callable[[], Any], point: int, calls: tuple = ((os, "replace"),)) -> int:
+    """Exit code of a child that runs `function` and kills itself before its `point`-th (from 0) call of `calls`, each
+    an object and the name of its function: by default, before its `point`-th finished file."""
+
+    def run() -> None:
+        done = 0
+
+        def counting(original: Callable[..., Any]) -> Callable[..., Any]:
+            def called(*arguments: Any, **named: Any) -> Any:
+                nonlocal done
+                if done == point:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                done += 1
+                return original(*arguments, **named)
+
+            return called
+
+        for owner, name in calls:
+            setattr(owner, name, counting(getattr(owner, name)))
+        function()
+
+    process = forked(run)
+    process.join(SECONDS)
+    if process.is_alive():
+        process.kill()
+        pytest.fail(f"the child still ran after {SECONDS} s")
+    return process.exitcode
