@@ -14,6 +14,9 @@ namespace valm {
 namespace {
 
 constexpr int64_t kTokensPerUnit = 16;
+// A pool row's slots are summed in parts, whose sums are then added up: a popular image has thousands of slots, and
+// one sum over all of them would gather a rounding error each.
+constexpr int64_t kSlotsPerPart = 16;
 constexpr int64_t kMaxImages = 64;
 constexpr int64_t kMaxHeadDim = 256;
 constexpr int64_t kCacheLine = 64;
@@ -273,17 +276,24 @@ void write_pool_gradients(const Problem<T, Wide>& p, const Buffer<Wide>& weights
 #pragma omp parallel for collapse(2) schedule(dynamic, 16) num_threads(p.threads)
     for (int64_t row = 0; row < n.pool_rows; ++row) {
         for (int64_t kv_head = 0; kv_head < n.kv_heads; ++kv_head) {
-            Row<Wide> grad_key, grad_value;
+            Row<Wide> grad_key, grad_value, key_part, value_part;
             grad_key.clear(dim);
             grad_value.clear(dim);
-            for (int64_t at = pool.first[row]; at < pool.first[row + 1]; ++at) {
-                const int64_t token = pool.slots[at] / n.images, k = pool.slots[at] % n.images;
-                const int64_t b = token / n.queries, i = token % n.queries;
-                for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-                    const int64_t entry = (token * n.query_heads + head) * n.images + k;
-                    grad_key.add(p.scale * grad_scores[entry], p.q.at(b, head, i), dim);
-                    grad_value.add(weights[entry], p.grad_out.at(b, head, i), dim);
+            const int64_t last = pool.first[row + 1];
+            for (int64_t start = pool.first[row]; start < last; start += kSlotsPerPart) {
+                key_part.clear(dim);
+                value_part.clear(dim);
+                for (int64_t at = start; at < std::min(start + kSlotsPerPart, last); ++at) {
+                    const int64_t token = pool.slots[at] / n.images, k = pool.slots[at] % n.images;
+                    const int64_t b = token / n.queries, i = token % n.queries;
+                    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+                        const int64_t entry = (token * n.query_heads + head) * n.images + k;
+                        key_part.add(p.scale * grad_scores[entry], p.q.at(b, head, i), dim);
+                        value_part.add(weights[entry], p.grad_out.at(b, head, i), dim);
+                    }
                 }
+                grad_key.add(1, key_part, dim);
+                grad_value.add(1, value_part, dim);
             }
             grad_key.write(p.grad_image_k.at(kv_head, row), dim);
             grad_value.write(p.grad_image_v.at(kv_head, row), dim);
