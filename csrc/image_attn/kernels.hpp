@@ -166,17 +166,18 @@ void forward(const Problem<T, Wide>& p) {
                 Wide& lse = *p.lse.at(b, head, i);
                 weights[images] = lse;
                 Wide highest = kNone;
-                for (int64_t k = 0; k <= images; ++k) highest = std::max(highest, weights[k]);
+                for (int64_t k = 0; k <= images; ++k)  // NaN is the highest: out and lse become NaN, as they should
+                    if (weights[k] > highest || std::isnan(weights[k])) highest = weights[k];
 
                 out.clear(dim);
-                if (highest > kNone) {  // otherwise it sees nothing: lse stays -inf, and out becomes 0
+                if (highest != kNone) {  // otherwise it sees nothing: lse stays -inf, and out becomes 0
                     typename Lanes<Wide>::Vector sums = {};
                     for (int64_t k = 0; k <= images; k += Scores<Wide>::kLanes)
                         sums += weights.vector_at(k) = exp_of(weights.vector_at(k) - highest);
                     const Wide sum = sum_of(sums);
                     lse = highest + std::log(sum);
                     for (int64_t k = 0; k <= images; k += Scores<Wide>::kLanes) weights.vector_at(k) /= sum;
-                    if (weights[images] > 0) out.add(weights[images], p.out.at(b, head, i), dim);
+                    if (weights[images] != 0) out.add(weights[images], p.out.at(b, head, i), dim);
                     if (p.image_v_bias) out.add(1 - weights[images], p.image_v_bias.at(kv_head), dim);
                     for (int64_t k = 0; k < images; ++k)
                         if (rows.values[k]) out.add(weights[k], rows.values[k], dim);

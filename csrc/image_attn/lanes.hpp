@@ -189,7 +189,7 @@ void store(T* p, typename Lanes<typename Element<T>::Wide>::Vector x, int64_t n)
     }
 }
 
-// exp of numbers up to about 0, to 2 units in the last place; 0 below 2^-126.
+// exp of numbers up to about 0, to 2 units in the last place; 0 below 2^-126, NaN of NaN.
 inline FloatVector exp_of(FloatVector x) {
     const FloatVector shift = FloatVector{} + 0x1.8p23f;  // rounds to an integer and leaves it in the last bits
     const FloatVector shifted = x * 0x1.715476p0f + shift;
@@ -199,8 +199,8 @@ inline FloatVector exp_of(FloatVector x) {
     for (const float c : {0x1.6c16c2p-10f, 0x1.111112p-7f, 0x1.555556p-5f, 0x1.555556p-3f, 0.5f, 1.0f, 1.0f})
         e = e * r + c;
     const BitsVector power = (bit_cast<BitsVector>(shifted) << 23) + 0x3f800000u;  // 2^n
-    const BitsVector normal = bit_cast<BitsVector>(x > -87.3f);
-    return bit_cast<FloatVector>(bit_cast<BitsVector>(e * bit_cast<FloatVector>(power)) & normal);
+    const BitsVector tiny = bit_cast<BitsVector>(x <= -87.3f);
+    return bit_cast<FloatVector>(bit_cast<BitsVector>(e * bit_cast<FloatVector>(power)) & ~tiny);
 }
 
 inline DoubleVector exp_of(DoubleVector x) {

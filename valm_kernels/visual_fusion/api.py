@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import torch
@@ -14,6 +15,7 @@ from valm_kernels.visual_fusion.reference import reference_attention
 IMPLS = ("auto", "triton", "cpu", "reference")
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
 MAX_IMAGES = 64
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def visual_fusion_attn(
@@ -64,7 +66,7 @@ def visual_fusion_attn(
             sliding windows. It need not be monotone; values <= 0 mean all keys. It limits text only: mask the
             images of a padding query by image_index or image_mask.
         causal: False lets every query see all keys from first_key on.
-        scale: factor of the scores, 1 / sqrt(D) by default.
+        scale: factor of the scores, positive; 1 / sqrt(D) by default.
         return_lse: return (out, lse) instead of out.
         impl: "auto" takes "triton" for CUDA tensors and "cpu" for CPU tensors. A name asks for exactly that
             implementation: nothing ever falls back to another one. With VALM_KERNELS_AUTOTUNE=1 in the environment
@@ -95,7 +97,7 @@ def visual_fusion_attn(
     # cast that an autocast region asks for happens here, for all implementations alike.
     if torch.is_autocast_enabled(device_type) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
-        tensors = {name: None if t is None else t.to(dtype) for name, t in tensors.items()}
+        tensors = {name: t.to(dtype) if _is_cast(t) else t for name, t in tensors.items()}
     _check_dtypes(tensors, options)
     _check_text_shapes(**{name: tensors[name] for name in ("q", "k", "v")})
     num_images = _check_image_shapes(tensors, options)
@@ -106,8 +108,8 @@ def visual_fusion_attn(
         raise TypeError(f"return_lse must be a bool, got {type(return_lse).__name__}")
     if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float))):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
-    if scale is not None and not -float("inf") < scale < float("inf"):
-        raise ValueError(f"scale must be finite, got {scale}")
+    if scale is not None and not 0 < scale < float("inf"):
+        raise ValueError(f"scale must be positive and finite, got {scale}")
 
     if num_images == 0:
         tensors["image_k"] = tensors["image_v"] = None
@@ -122,11 +124,20 @@ def visual_fusion_attn(
     return (out, lse) if return_lse else out
 
 
+def _is_cast(tensor: Tensor | None) -> bool:
+    """Whether autocast casts it: float64, as everywhere in PyTorch, and whole numbers are left for the checks."""
+    return tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
+
+
 def _choose_impl(impl: str, q: Tensor) -> str:
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
     on_cuda = q.device.type == "cuda"
     if impl == "auto":
+        if q.device.type not in ("cpu", "cuda"):
+            raise ValueError(
+                f'impl="auto" serves CPU and CUDA tensors, but q is on {q.device}; use impl="reference" there'
+            )
         impl = "triton" if on_cuda else "cpu"
     if impl == "cpu" and q.device.type != "cpu":
         raise ValueError(f'impl="cpu" needs CPU tensors, but q is on {q.device}; use impl="auto"')
@@ -136,6 +147,8 @@ def _choose_impl(impl: str, q: Tensor) -> str:
                 f'impl="triton" needs CUDA tensors, but q is on {q.device}; use impl="auto" (CPU tensors are '
                 "served only by Triton's interpreter, with TRITON_INTERPRET=1 set before Python starts)"
             )
+        if not HAS_TRITON:
+            raise ValueError('impl="triton" needs the package triton, which is not installed; use impl="reference"')
         if q.dtype == torch.float64:
             raise TypeError('impl="triton" does not take float64; use float32, or impl="reference"')
     return impl

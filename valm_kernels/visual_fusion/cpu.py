@@ -64,8 +64,10 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, image_k, image_v, image_k_bias, image_v_bias and image_logit_bias; None where absent."""
     grad_out, out, inputs = whole_rows(grad_out), whole_rows(out), _whole_rows(inputs)
-    # exp(score - lse) has to be 0, not NaN, where a query sees nothing.
-    lse = lse.masked_fill(lse == -torch.inf, torch.inf)
+    # Where a query sees nothing, exp(score - lse) has to be 0, and the gradient of lse may be anything.
+    unseen = lse == -torch.inf
+    lse = lse.masked_fill(unseen, torch.inf)
+    grad_lse = None if grad_lse is None else grad_lse.masked_fill(unseen, 0)
     grad_q, grad_k, grad_v = _text_backward(grad_out, grad_lse, out, lse, inputs)
     if inputs.image_k is None:
         return grad_q, grad_k, grad_v, None, None, None, None, None
@@ -244,10 +246,14 @@ def _text_backward(
     if grad_lse is not None:
         # The kernel has no gradient of lse, but computes delta = sum(grad_out * out): a column that holds -1 in
         # out and grad_lse in grad_out makes it sum(grad_out * out) - grad_lse. Zeros in q, k and v keep that
-        # column out of everything else; eight of them keep the rows aligned.
+        # column out of everything else; eight of them keep the rows aligned. Three columns hold grad_lse and what
+        # rounding it to 16 bits leaves, so that both parts of the backward take the same one.
         grad_out, out, q, k, v = (torch.nn.functional.pad(t, (0, 8)) for t in (grad_out, out, q, k, v))
-        out[..., head_dim] = -1
-        grad_out[..., head_dim] = grad_lse
+        rest = grad_lse
+        for column in range(head_dim, head_dim + 3):
+            out[..., column] = -1
+            grad_out[..., column] = rest
+            rest = rest - grad_out[..., column]
     segments = _segments(inputs)
     if len(segments) == 1 and _covers(segments[0], q) and segments[0].keys == slice(0, k.shape[2]):
         gradients = _flash_backward(grad_out, q, k, v, out, lse, 0.0, segments[0].causal, scale=scale)

@@ -47,7 +47,7 @@ def visible_keys(first_key, i_b, o_t, Tq, Tk, CAUSAL: tl.constexpr):
     else:
         b_last = tl.full(o_t.shape, Tk - 1, tl.int32)
     if first_key is not None:
-        b_first = tl.maximum(tl.load(first_key + i_b * Tq + o_t), 0).to(tl.int32)
+        b_first = tl.minimum(tl.maximum(tl.load(first_key + i_b * Tq + o_t), 0), Tk).to(tl.int32)
     else:
         b_first = tl.zeros(o_t.shape, tl.int32)
     return b_first, b_last

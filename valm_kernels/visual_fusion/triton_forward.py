@@ -11,8 +11,8 @@ The text keys are shared by all rows of the tile and go through tensor-core prod
 algorithm 1). image_k_bias adds the same q.image_k_bias to every image score, and image_v_bias is weighted by the sum of
 the image weights, which after the image loop is l: neither bias is ever added to an image vector.
 
-Where too few tiles exist to fill the chip (decoding) the keys are split; each split writes a float32 partial result
-with its own lse, and `_merge_kernel` joins them. Split 0 takes the images.
+Where too few tiles exist to fill the chip (decoding) the keys that a tile may see are split; each split writes a
+float32 partial result with its own lse, and `_merge_kernel` joins them. Split 0 takes the images.
 """
 
 from __future__ import annotations
@@ -137,7 +137,6 @@ def _forward_kernel(
     Tq,
     Tk,
     K,
-    keys_per_split,  # a multiple of BLOCK_N
     scale_log2,
     D: tl.constexpr,
     G: tl.constexpr,
@@ -195,9 +194,13 @@ def _forward_kernel(
             b_vb = tl.load(image_v_bias + i_h * D + o_d, mask=m_d, other=0.0).to(tl.float32)
             b_acc += b_l[:, None] * b_vb[None, :]
 
-    lo = tl.program_id(1) * keys_per_split
-    hi = tl.minimum(lo + keys_per_split, Tk)
     b_first, b_last = visible_keys(first_key, i_b, o_t, Tq, Tk, CAUSAL)
+    # in a sliding window that is a small part of all keys
+    lo = tl.min(b_first, 0) // BLOCK_N * BLOCK_N
+    hi = tl.maximum(tl.max(b_last, 0) + 1, lo)
+    split_keys = tl.cdiv(tl.cdiv(hi - lo, tl.num_programs(1)), BLOCK_N) * BLOCK_N
+    lo += tl.program_id(1) * split_keys
+    hi = tl.minimum(lo + split_keys, hi)
     begin, full_begin, full_end, end = key_tile_range(b_first, b_last, lo, hi, BLOCK_N)
     p_k = k + i_b * stride_k[0] + i_h * stride_k[1]
     p_v = v + i_b * stride_v[0] + i_h * stride_v[1]
@@ -226,7 +229,7 @@ def _forward_kernel(
         )
 
     # a row that saw nothing: out 0, lse -inf
-    b_seen = b_l > 0.0
+    b_seen = b_l != 0.0  # NaN too
     b_l = tl.where(b_seen, b_l, 1.0)
     b_acc = b_acc / b_l[:, None]
     b_lse = tl.where(b_seen, (b_m + tl.log2(b_l)) * LN2, float("-inf"))
@@ -259,7 +262,7 @@ def _merge_kernel(
     b_lses = tl.load(lse_part + o_s * n_rows + i_r, mask=o_s < n_splits, other=float("-inf")) * LOG2E
     b_m = tl.maximum(tl.max(b_lses, 0), NO_SCORE)
     b_l = tl.sum(tl.exp2(b_lses - b_m), 0)
-    b_seen = b_l > 0.0
+    b_seen = b_l != 0.0
     b_l = tl.where(b_seen, b_l, 1.0)
     b_acc = tl.zeros([BLOCK_D], tl.float32)
     o_part = i_r
@@ -292,8 +295,6 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
         block_m = max(tiles.block_m, block_g)
         programs = triton.cdiv(q_len * block_g, block_m) * batch * kv_heads
         splits = key_splits(programs, k_len, multiprocessors(q.device))
-        keys_per_split = triton.cdiv(triton.cdiv(k_len, splits), tiles.block_n) * tiles.block_n
-        splits = triton.cdiv(k_len, keys_per_split)
         if splits == 1:
             out_part, lse_part = out.unsqueeze(0), lse
         else:
@@ -311,7 +312,6 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
                 q_len,
                 k_len,
                 num_images(image_k, image_index),
-                keys_per_split,
                 scale * LOG2E.value,
                 **constants,
                 BLOCK_M=block_m,

@@ -31,6 +31,7 @@ class Problem:
     pool_size: int | None = None  # None: dense layout
     first_key: str | None = None  # a name of FIRST_KEYS
     causal: bool = True
+    scale: float | None = None
     biases: bool = True
     gaps: bool = True  # some slots hold no image
     tokens_first: bool = True  # memory (B, T, H, D), as a projection leaves it
@@ -61,6 +62,8 @@ class Problem:
             "image_v": None,
             "causal": self.causal,
         }
+        if self.scale is not None:
+            inputs["scale"] = self.scale
         slots = (self.batch, self.num_queries, self.num_images)
         if self.num_images and self.pool_size is None:
             shape = (self.batch, self.num_queries, self.num_images, self.kv_heads, self.head_dim)
@@ -120,6 +123,15 @@ def _alternating(problem: Problem, generator: torch.Generator) -> Tensor:
     return torch.where(sees, 0, problem.num_keys).int()
 
 
+def _extreme(problem: Problem, generator: torch.Generator) -> Tensor:
+    """The largest and the smallest numbers: all text, none, and in the last batch row none for every query."""
+    int32 = torch.iinfo(torch.int32)
+    first = torch.full((problem.batch, problem.num_queries), int32.max)
+    first[:-1, ::3] = int32.min
+    first[:-1, 1::3] = 2
+    return first.int()
+
+
 def _striped(problem: Problem, generator: torch.Generator) -> Tensor:
     """Runs of 16 queries that see all text between runs that see their own key only: whole tiles to skip in the middle
     of what a key tile is seen by."""
@@ -135,6 +147,7 @@ FIRST_KEYS = {
     "random": _random,
     "descending": _descending,
     "alternating": _alternating,
+    "extreme": _extreme,
     "striped": _striped,
 }
 
@@ -156,7 +169,7 @@ def cotangents(problem: Problem, with_lse: bool = True) -> tuple[Tensor, Tensor 
     generator = torch.Generator().manual_seed(problem.seed + 1)
     shape = (problem.batch, problem.query_heads, problem.num_queries)
     grad_out = (torch.randn((*shape, problem.head_dim), generator=generator) + 1).bfloat16().half().double()
-    grad_lse = torch.randn(shape, generator=generator).bfloat16().half().double()
+    grad_lse = torch.randn(shape, generator=generator).double()  # float32, whatever the dtype of q
     return grad_out, grad_lse if with_lse else None
 
 
@@ -185,10 +198,13 @@ PROBLEMS = {
     "one token": Problem(num_queries=1, batch=9),
     "decode": Problem(num_queries=1, prefix=300, batch=8, pool_size=5),
     "decode few": Problem(num_queries=5, prefix=129, batch=4),
-    "prefix": Problem(prefix=37, pool_size=11),
+    "prefix": Problem(prefix=37, pool_size=11, scale=0.15),
     "not causal": Problem(causal=False, prefix=3),
     "multi-head": Problem(query_heads=3, kv_heads=3, pool_size=300),
-    "multi-query": Problem(query_heads=4, kv_heads=1),
+    "multi-query": Problem(query_heads=4, kv_heads=1, scale=0.15),
+    "group of three": Problem(query_heads=6),
+    "group of three, pooled": Problem(query_heads=3, kv_heads=1, pool_size=11, first_key="documents"),
+    "group of three, decode": Problem(query_heads=6, num_queries=1, prefix=129, batch=8),
     "smallest head": Problem(head_dim=8, num_queries=65),
     "odd head": Problem(head_dim=13, num_queries=33),
     "head of 64": Problem(head_dim=64, num_queries=35, num_images=8),
@@ -206,16 +222,10 @@ PROBLEMS = {
     "random first_key with prefix": Problem(first_key="random", num_queries=70, prefix=20, pool_size=3),
     "descending first_key": Problem(first_key="descending", num_queries=70, prefix=5, pool_size=3),
     "alternating first_key": Problem(first_key="alternating", num_queries=48, pool_size=3),
+    "extreme first_key": Problem(first_key="extreme", num_queries=70, pool_size=3),
     "striped first_key": Problem(first_key="striped", num_queries=48, num_images=0),
     "random first_key not causal": Problem(first_key="random", num_queries=70, causal=False, num_images=0),
 }
 
 
-def slots_without_images(problem: Problem, inputs: dict[str, Tensor | bool | None]) -> dict:
-    """The same inputs with no image in any slot."""
-    if problem.pool_size is None:
-        return {**inputs, "image_mask": torch.zeros_like(inputs["image_mask"])}
-    return {**inputs, "image_index": torch.full_like(inputs["image_index"], -1)}
-
-
-__all__ = ["PROBLEMS", "Problem", "assert_solves", "cotangents", "replace", "slots_without_images", "solve"]
+__all__ = ["PROBLEMS", "Problem", "assert_solves", "cotangents", "replace", "solve"]

@@ -5,6 +5,7 @@ import torch
 
 from tests.valm_kernels.visual_fusion.problems import Problem
 from valm_kernels import visual_fusion_attn
+from valm_kernels.visual_fusion import api
 
 DENSE = Problem(batch=2, query_heads=4, kv_heads=2, num_queries=5, prefix=2, head_dim=8, num_images=3)
 POOLED = Problem(batch=2, query_heads=4, kv_heads=2, num_queries=5, prefix=2, head_dim=8, num_images=3, pool_size=6)
@@ -224,8 +225,10 @@ WRONG = {
     "causal": (DENSE, {"causal": 1}, TypeError, "causal must be a bool, got int"),
     "scale": (DENSE, {"scale": "0.1"}, TypeError, "scale must be a number or None, got str"),
     "scale bool": (DENSE, {"scale": True}, TypeError, "scale must be a number or None, got bool"),
-    "scale infinite": (DENSE, {"scale": float("inf")}, ValueError, "scale must be finite, got inf"),
-    "scale NaN": (DENSE, {"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
+    "scale infinite": (DENSE, {"scale": float("inf")}, ValueError, "scale must be positive and finite, got inf"),
+    "scale NaN": (DENSE, {"scale": float("nan")}, ValueError, "scale must be positive and finite, got nan"),
+    "scale zero": (DENSE, {"scale": 0}, ValueError, "scale must be positive and finite, got 0"),
+    "scale negative": (DENSE, {"scale": -0.3}, ValueError, "scale must be positive and finite, got -0.3"),
     "return_lse": (DENSE, {"return_lse": 1}, TypeError, "return_lse must be a bool, got int"),
     "impl": (DENSE, {"impl": "flash"}, ValueError, "impl must be one of 'auto', 'triton', 'cpu', 'reference', got"),
 }
@@ -272,6 +275,19 @@ def test_cpu_implementation_refuses_other_devices():
 @without_interpreter
 def test_triton_refuses_cpu_tensors():
     with pytest.raises(ValueError, match='impl="triton" needs CUDA tensors, but q is on cpu'):
+        visual_fusion_attn(**DENSE.inputs(torch.float32), impl="triton")
+
+
+def test_auto_refuses_other_devices():
+    q = zeros(1, 1, 2, 8, device="meta")
+    with pytest.raises(ValueError, match='impl="auto" serves CPU and CUDA tensors, but q is on meta; use impl="ref'):
+        visual_fusion_attn(q, q, q, None, None)
+
+
+def test_triton_has_to_be_installed(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(api, "HAS_TRITON", False)
+    with pytest.raises(ValueError, match="needs the package triton, which is not installed"):
         visual_fusion_attn(**DENSE.inputs(torch.float32), impl="triton")
 
 
@@ -324,6 +340,15 @@ def test_autocast_runs_in_its_dtype(impl, dtype):
     assert out.equal(visual_fusion_attn(**cast, impl=impl))
     gradients = torch.autograd.grad(out.float().square().sum(), (inputs["q"], inputs["image_logit_bias"]))
     assert [g.dtype for g in gradients] == [torch.float32, torch.float32]
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "image_k", "image_v"])
+def test_autocast_hides_no_wrong_dtype(name):
+    inputs = DENSE.inputs(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for dtype in (torch.int32, *([] if name == "q" else [torch.float64])):
+            with pytest.raises(TypeError, match=f"{name} must "):
+                visual_fusion_attn(**{**inputs, name: inputs[name].to(dtype)})
 
 
 def test_autocast_leaves_float64_alone():

@@ -208,6 +208,42 @@ def test_query_that_sees_nothing():
     assert all(not tensor.isnan().any() for tensor in results.values())
 
 
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("first_key", ["left_padding", "random"])
+def test_gradient_of_lse_where_nothing_is_seen(impl, first_key):
+    """Merging results by log-sum-exp gives NaN there; nothing but that query may hold it, and its gradient is zero."""
+    problem = Problem(num_queries=40, num_images=0, biases=False, first_key=first_key)
+    inputs = problem.inputs(torch.float32)
+    inputs["q"].requires_grad_(), inputs["k"].requires_grad_()
+    _, lse = visual_fusion_attn(**inputs, return_lse=True, impl=impl)
+    unseen = lse == -torch.inf
+    assert unseen.any() and not unseen.all()
+    grads = []
+    for nothing in (0.0, torch.nan):
+        grad_lse = torch.ones_like(lse).masked_fill(unseen, nothing)
+        grads.append(torch.autograd.grad(lse, (inputs["q"], inputs["k"]), grad_lse, retain_graph=True))
+    assert all(without.equal(with_nan) for without, with_nan in zip(*grads, strict=True))
+    assert (grads[0][0][unseen] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("isa", native().image_attn_isas())
+@pytest.mark.parametrize("name", ["q", "image_k", "image_v"])
+def test_nan_is_passed_on(name, isa, dtype, monkeypatch):
+    """A NaN shows itself in the results of every query that it takes part in, and in those only."""
+    monkeypatch.setattr(cpu, "_isa", lambda: isa)
+    inputs = Problem(batch=1, num_queries=6, num_images=3, head_dim=8).inputs(dtype)
+    inputs["image_mask"][:] = True
+    inputs[name][0, 1, 4, ..., 2] = torch.nan
+    for found, expected in zip(
+        visual_fusion_attn(**inputs, return_lse=True, impl="cpu"),
+        visual_fusion_attn(**inputs, return_lse=True, impl="reference"),
+        strict=True,
+    ):
+        assert found.isnan().equal(expected.isnan())
+    assert found.isnan().any() or name == "image_v"
+
+
 def test_empty_pool():
     problem = Problem(pool_size=1)
     inputs = problem.inputs(torch.float32)
@@ -299,6 +335,20 @@ def test_stock_misreads_a_strided_last_dimension(qkv):
     q, k, v = qkv
     strided = q.transpose(2, 3).contiguous().transpose(2, 3)
     assert not torch.allclose(_flash(strided, k, v)[0], _flash(q, k, v)[0])
+
+
+def test_stock_shares_keys_between_the_heads_of_a_group(qkv):
+    q, k, v = qkv
+    q = torch.cat([q, q.flip(1)], 1)  # 4 heads beside 2
+    repeated = [t.repeat_interleave(2, 1) for t in (k, v)]
+    out, lse = _flash(q, k, v, 0.0, True)
+    expected_out, expected_lse = _flash(q, *repeated, 0.0, True)
+    assert out.equal(expected_out) and lse.equal(expected_lse)
+
+
+def test_stock_gives_nan_for_a_scale_of_zero_or_less(qkv):
+    assert _flash(*qkv, 0.0, True, scale=-1.0)[0].isnan().any()
+    assert _flash(*qkv, 0.0, True, scale=0.0)[0].isnan().any()
 
 
 def test_stock_refuses_boolean_and_three_dimensional_masks(qkv):

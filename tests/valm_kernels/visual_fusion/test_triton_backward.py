@@ -1,6 +1,7 @@
 """The kernels under Triton's interpreter, forward and backward; test_triton_interpreted.py starts the process."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("run by test_triton_interpreted.py with TRITON_INTERPRET=1", allow_module_level=True)
 
-from tests.valm_kernels.visual_fusion.problems import PROBLEMS, Problem, assert_solves
+from tests.valm_kernels.visual_fusion.problems import DIFFERENTIABLE, PROBLEMS, Problem, assert_solves
 from tests.valm_kernels.visual_fusion.small_tiles import use_small_tiles
+from tests.valm_kernels.visual_fusion.test_op import forward_op, op_arguments
 from valm_kernels import visual_fusion_attn
 from valm_kernels.visual_fusion import triton_autotune
 
@@ -26,7 +28,10 @@ QUICK = {
     "odd head",
     "documents with prefix",
     "random first_key with prefix",
+    "group of three",
+    "group of three, pooled",
     "alternating first_key",
+    "extreme first_key",
     "striped first_key",
 }
 
@@ -84,6 +89,58 @@ def test_first_key_skips_whole_tiles(monkeypatch):
     actual = gradients(inputs, grad_out)
     for name in ("q", "k", "v"):
         assert torch.equal(actual[name][:, :, 32:], expected[name][:, :, 32:]), name
+
+
+@pytest.mark.parametrize("layout", ["dense", "pooled"])
+def test_slots_without_images(monkeypatch, layout):
+    """Where no slot holds an image the result is that without images, and their gradients are zero; so it is with a
+    pool of no images."""
+    problem = replace(PROBLEMS[layout], biases=False, num_queries=20)
+    use_small_tiles(monkeypatch, problem)
+    inputs = problem.inputs(torch.float32)
+    grad_out = torch.randn(inputs["q"].shape, generator=torch.Generator().manual_seed(0))
+    text = gradients({**inputs, "image_k": None, "image_v": None, "image_index": None, "image_mask": None}, grad_out)
+    slots = "image_mask" if layout == "dense" else "image_index"
+    inputs[slots] = torch.full_like(inputs[slots], False if layout == "dense" else -1)
+    cases = [inputs]
+    if layout == "pooled":
+        cases.append({**inputs, "image_k": inputs["image_k"][:, :0], "image_v": inputs["image_v"][:, :0]})
+    for case in cases:
+        found = gradients(case, grad_out)
+        for name in ("q", "k", "v"):
+            assert torch.equal(found[name], text[name]), name
+        assert not found["image_k"].any() and not found["image_v"].any()
+
+
+def test_gradient_of_lse_where_nothing_is_seen(monkeypatch):
+    problem = Problem(num_images=0, biases=False, first_key="random")
+    use_small_tiles(monkeypatch, problem)
+    inputs = problem.inputs(torch.float32)
+    leaves = [inputs[name].requires_grad_() for name in ("q", "k")]
+    _, lse = visual_fusion_attn(**inputs, return_lse=True, impl="triton")
+    unseen = lse == -torch.inf
+    assert unseen.any()
+    zero, nan = (
+        torch.autograd.grad(lse, leaves, torch.ones_like(lse).masked_fill(unseen, nothing), retain_graph=True)
+        for nothing in (0.0, torch.nan)
+    )
+    for without, with_nan in zip(zero, nan, strict=True):
+        assert torch.equal(without, with_nan)
+
+
+@pytest.mark.parametrize("name", ["dense", "pooled", "no images"])
+def test_opcheck(monkeypatch, name):
+    """Also of inputs of which none has a contiguous last dimension: outputs lie where the fake kernels say."""
+    problem = replace(PROBLEMS[name], batch=1, num_queries=5)
+    use_small_tiles(monkeypatch, problem)
+    for strided in (False, True):
+        inputs = problem.inputs(torch.float32)
+        for key in DIFFERENTIABLE:
+            if inputs.get(key) is not None:
+                if strided:
+                    inputs[key] = inputs[key].transpose(-1, 0).contiguous().transpose(-1, 0)
+                inputs[key].requires_grad_()
+        torch.library.opcheck(forward_op, op_arguments(inputs, "triton"))
 
 
 @pytest.mark.parametrize("layout", ["dense", "pooled"])

@@ -10,9 +10,17 @@ if importlib.util.find_spec("triton") is None:
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton compiles nothing in an interpreting process", allow_module_level=True)
 
+import torch
 import triton
 
-from tests.valm_kernels.visual_fusion.triton_compile import SHARED_PER_BLOCK, all_cases, compile_case, read_table
+from tests.valm_kernels.visual_fusion.triton_compile import (
+    SHARED_PER_BLOCK,
+    all_cases,
+    compile_case,
+    compile_kernel,
+    meta_inputs,
+    read_table,
+)
 
 # The tiles of 8.0 also serve 8.6, 8.9 and 12.x, whose blocks have less shared memory.
 SHARED_LIMIT = {**SHARED_PER_BLOCK, 80: 99 * 1024}
@@ -57,6 +65,46 @@ def test_figures_are_those_on_record(case, kernel, pooled, arch, head_dim, dtype
         "the compiler's figures changed; where that is meant, write the table anew with "
         "`python -m tests.valm_kernels.visual_fusion.triton_compile`"
     )
+
+
+def without(inputs, *names):
+    return inputs._replace(**dict.fromkeys(names))
+
+
+BIASES = ("image_k_bias", "image_v_bias", "image_logit_bias")
+IMAGES = ("image_k", "image_v", "image_index", "image_mask")
+DENSE, POOLED = (64, torch.float16, False), (64, torch.float16, True)
+
+# The table has every argument switched on; here is what an ordinary call leaves out or has otherwise.
+VARIANTS = {
+    "text alone": lambda: without(meta_inputs(*DENSE), *IMAGES, *BIASES, "first_key"),
+    "no biases, no first_key": lambda: without(meta_inputs(*POOLED), *BIASES, "first_key"),
+    "no mask": lambda: without(meta_inputs(*DENSE), "image_mask"),
+    "not causal": lambda: meta_inputs(*DENSE)._replace(causal=False),
+    "not causal, no first_key": lambda: without(meta_inputs(*DENSE)._replace(causal=False), "first_key"),
+    "group of three": lambda: meta_inputs(*DENSE, group=3),
+    "group of eight, pooled": lambda: meta_inputs(*POOLED, group=8),
+    "head of 80": lambda: meta_inputs(80, torch.float16, False),
+    "head of 13": lambda: meta_inputs(13, torch.float16, False),
+    "int32 index": lambda: meta_inputs(*POOLED, index_dtype=torch.int32),
+    "one image": lambda: meta_inputs(*DENSE, images=1),
+    "one token": lambda: meta_inputs(*DENSE, q_len=1),
+}
+# Bytes of registers that do not fit; other tiles spill more.
+SPILLS = {("head of 80", "key"): 8}
+
+
+@pytest.mark.parametrize("kernel", ["forward", "query", "key", "pool"])
+@pytest.mark.parametrize(
+    "variant", [v if v == "text alone" else pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS]
+)
+def test_every_kind_of_call_compiles(variant, kernel):
+    inputs = VARIANTS[variant]()
+    if kernel == "pool" and inputs.image_index is None:
+        pytest.skip("the dense layout has no pool")
+    report = compile_kernel(variant, kernel, 90, inputs, with_lse=False)
+    assert report.spill_bytes <= SPILLS.get((variant, kernel), 0) and report.shared_bytes <= SHARED_LIMIT[90]
+    assert report.mma or kernel == "pool"
 
 
 def test_table_has_every_case():

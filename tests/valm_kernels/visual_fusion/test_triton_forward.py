@@ -29,7 +29,9 @@ def assert_forward_accurate(problem, dtype):
         assert_accurate(name, actual, eager, truth)
 
 
-@pytest.mark.parametrize("name", ["decode", "left padding decode", "random first_key with prefix"])
+@pytest.mark.parametrize(
+    "name", ["decode", "group of three, decode", "left padding decode", "random first_key with prefix"]
+)
 @pytest.mark.parametrize("splits", [1, 2, 5])
 def test_split_keys(monkeypatch, name, splits):
     use_small_tiles(monkeypatch, PROBLEMS[name])
@@ -63,6 +65,55 @@ def test_first_key_skips_whole_tiles(monkeypatch, first):
     expected = visual_fusion_attn(**inputs, first_key=first_key, impl="triton")
     inputs["v"][:, :, :64] = torch.nan
     assert torch.equal(visual_fusion_attn(**inputs, first_key=first_key, impl="triton"), expected)
+
+
+def test_splits_share_out_the_keys_of_a_window(monkeypatch):
+    """Each of the splits has a part of what the window leaves, not of all keys."""
+    problem = Problem(batch=1, query_heads=1, kv_heads=1, num_queries=1, prefix=511, num_images=0, biases=False)
+    use_small_tiles(monkeypatch, problem)  # tiles of 64
+    monkeypatch.setattr(triton_forward, "key_splits", lambda *_: 4)
+    parts = []
+    merge = triton_forward._merge_kernel
+    monkeypatch.setattr(triton_forward, "_merge_kernel", Recorder(merge, parts))
+    inputs = problem.inputs(torch.float32)
+    inputs["first_key"] = torch.full((1, 1), 256, dtype=torch.int32)
+    out = visual_fusion_attn(**inputs, impl="triton")
+    for split in range(4):
+        window = slice(256 + 64 * split, 320 + 64 * split)
+        k, v = inputs["k"][:, :, window], inputs["v"][:, :, window]
+        expected = visual_fusion_attn(inputs["q"], k, v, None, None, impl="reference")
+        torch.testing.assert_close(parts[0][split], expected)
+    expected = visual_fusion_attn(**inputs, impl="reference")
+    torch.testing.assert_close(out, expected)
+
+
+class Recorder:
+    """A kernel that also keeps a copy of its first argument."""
+
+    def __init__(self, kernel, kept):
+        self.kernel, self.kept = kernel, kept
+
+    def __getitem__(self, grid):
+        def launch(first, *arguments, **keywords):
+            self.kept.append(first.clone())
+            self.kernel[grid](first, *arguments, **keywords)
+
+        return launch
+
+
+@pytest.mark.parametrize("name", ["q", "image_k"])
+def test_nan_is_passed_on(monkeypatch, name):
+    problem = Problem(batch=1, num_queries=6, num_images=3, head_dim=8)
+    use_small_tiles(monkeypatch, problem)
+    inputs = problem.inputs(torch.float32)
+    inputs["image_mask"][:] = True
+    inputs[name][0, 1, 4, ..., 2] = torch.nan
+    for found, expected in zip(
+        visual_fusion_attn(**inputs, return_lse=True, impl="triton"),
+        visual_fusion_attn(**inputs, return_lse=True, impl="reference"),
+        strict=True,
+    ):
+        assert found.isnan().equal(expected.isnan()) and found.isnan().any()
 
 
 @pytest.mark.parametrize("index", [-2, 11])

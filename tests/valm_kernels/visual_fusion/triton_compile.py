@@ -110,30 +110,37 @@ class Recorder:
         self.arguments, self.keywords = arguments, keywords
 
 
-def _meta_inputs(head_dim: int, dtype: torch.dtype, pooled: bool, decode: bool) -> Inputs:
-    """Arguments of forward with everything switched on: B 4, H 12, T 1024, K 8."""
-    batch, heads, images = 4, 12, 8
-    q_len, k_len = (1, 4096) if decode else (1024, 1024)
+def meta_inputs(
+    head_dim: int,
+    dtype: torch.dtype,
+    pooled: bool,
+    q_len: int = 1024,
+    k_len: int = 1024,
+    images: int = 8,
+    group: int = 1,
+    index_dtype: torch.dtype = torch.int64,
+) -> Inputs:
+    """Arguments of forward with everything switched on: B 4, 12 key-value heads, T 1024, K 8."""
+    batch, heads = 4, 12
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    q = empty(batch, q_len, heads, head_dim).transpose(1, 2)
+    q = empty(batch, q_len, heads * group, head_dim).transpose(1, 2)
     k = empty(batch, k_len, heads, head_dim).transpose(1, 2)
     if pooled:
         image = empty(9000, heads, head_dim).transpose(0, 1)
-        index, mask = empty(batch, q_len, images, dtype=torch.int64), None
+        index, mask = empty(batch, q_len, images, dtype=index_dtype), None
     else:
         image = empty(batch, q_len, images, heads, head_dim).permute(0, 3, 1, 2, 4)
         index, mask = None, empty(batch, q_len, images, dtype=torch.bool)
-    bias, logit_bias = empty(heads, head_dim), empty(heads, dtype=torch.float32)
+    bias, logit_bias = empty(heads, head_dim), empty(heads * group, dtype=torch.float32)
     first_key = empty(batch, q_len, dtype=torch.int32)
     return Inputs(q, k, k, image, image, index, mask, bias, bias, logit_bias, first_key, True, head_dim**-0.5)
 
 
-def _record(case: str, kernel: str, pooled: bool, arch: int, head_dim: int, dtype: torch.dtype) -> Recorder:
+def _record(kernel: str, backward: bool, arch: int, inputs: Inputs, with_lse: bool) -> Recorder:
     """The launch of `kernel` in forward or backward on a card of `arch` with the multiprocessors of an H100."""
-    inputs = _meta_inputs(head_dim, dtype, pooled, decode=case.startswith("decode"))
     q = inputs.q
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(triton_autotune, "architecture", lambda _: arch))
@@ -141,9 +148,9 @@ def _record(case: str, kernel: str, pooled: bool, arch: int, head_dim: int, dtyp
         recorders = {name: Recorder(getattr(*place)) for name, place in KERNELS.items()}
         for name, place in KERNELS.items():
             stack.enter_context(mock.patch.object(*place, recorders[name]))
-        if case.startswith("backward"):
+        if backward:
             lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-            triton_backward.backward(q, lse, q, lse, inputs)
+            triton_backward.backward(q, lse if with_lse else None, q, lse, inputs)
         else:
             triton_forward.forward(inputs)
     return recorders[kernel]
@@ -168,8 +175,16 @@ def _specialise(value: Any, path: tuple[int, ...], constants: dict, attributes: 
 
 @cache
 def compile_case(case: str, kernel: str, pooled: bool, arch: int, head_dim: int, dtype: str) -> Report:
-    """Compiles one kernel; raises what Triton raises where that fails."""
-    launch = _record(case, kernel, pooled, arch, head_dim, DTYPES[dtype])
+    """Compiles one row of the table; raises what Triton raises where that fails."""
+    lengths = {"q_len": 1, "k_len": 4096} if case.startswith("decode") else {}
+    return compile_kernel(case, kernel, arch, meta_inputs(head_dim, DTYPES[dtype], pooled, **lengths))
+
+
+def compile_kernel(case: str, kernel: str, arch: int, inputs: Inputs, with_lse: bool = True) -> Report:
+    """Compiles `kernel` as it would be launched for `inputs`, in the backward with a gradient of lse or without."""
+    backward = kernel in ("query", "key", "pool")
+    launch = _record(kernel, backward, arch, inputs, with_lse)
+    head_dim, dtype = inputs.q.shape[3], str(inputs.q.dtype).removeprefix("torch.")
     function, names = launch.kernel, launch.kernel.arg_names
     options = {n: v for n, v in launch.keywords.items() if n not in names}
     values = dict(zip(names, launch.arguments, strict=False)) | {
