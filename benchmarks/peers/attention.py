@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+_aten = torch.ops.aten
 
 
 def text_only(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -31,11 +30,31 @@ def eager_concat(q: Tensor, k: Tensor, v: Tensor, image_k: Tensor, image_v: Tens
     return weights[..., :length] @ v + (weights[..., None, length:] @ image_v).squeeze(-2)
 
 
+def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, tuple]:
+    """out, lse and what else the backward wants, of PyTorch's causal flash attention on CPU or CUDA."""
+    if q.device.type == "cpu":
+        return *_aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale), ()
+    out, lse, *state, _ = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, scale=scale)
+    return out, lse, tuple(state)
+
+
+def _flash_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, state: tuple, scale: float
+) -> tuple[Tensor, ...]:
+    inputs = (grad_out, q, k, v, out, lse)
+    if q.device.type == "cpu":
+        return _aten._scaled_dot_product_flash_attention_for_cpu_backward(*inputs, 0.0, True, scale=scale)
+    *lengths, philox_seed, philox_offset = state
+    return _aten._scaled_dot_product_flash_attention_backward(
+        *inputs, *lengths, 0.0, True, philox_seed, philox_offset, scale=scale
+    )
+
+
 class _FlashMerge(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, image_k, image_v):
         scale = q.shape[-1] ** -0.5
-        text_out, text_lse = _flash(q, k, v, 0.0, True, scale=scale)
+        text_out, text_lse, ctx.state = _flash(q, k, v, scale)
         image_scores = scale * (image_k @ q.unsqueeze(-1)).squeeze(-1).to(text_lse.dtype)  # (B, H, T, K)
         lse = torch.logaddexp(text_lse, image_scores.logsumexp(-1))
         weights = (image_scores - lse.unsqueeze(-1)).exp().to(q.dtype)
@@ -48,7 +67,7 @@ class _FlashMerge(torch.autograd.Function):
     def backward(ctx, grad_out):
         q, k, v, image_k, image_v, weights, out, lse = ctx.saved_tensors
         scale = q.shape[-1] ** -0.5
-        grad_q, grad_k, grad_v = _flash_backward(grad_out, q, k, v, out, lse, 0.0, True, scale=scale)
+        grad_q, grad_k, grad_v = _flash_backward(grad_out, q, k, v, out, lse, ctx.state, scale)
         delta = (grad_out * out).sum(-1, keepdim=True)
         grad_scores = weights * ((image_v @ grad_out.unsqueeze(-1)).squeeze(-1) - delta) * scale  # (B, H, T, K)
         grad_q = grad_q + (grad_scores.unsqueeze(-2) @ image_k).squeeze(-2)

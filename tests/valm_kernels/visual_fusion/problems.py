@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -228,4 +230,24 @@ PROBLEMS = {
 }
 
 
-__all__ = ["PROBLEMS", "Problem", "assert_solves", "cotangents", "replace", "solve"]
+_BEYOND_32_BITS = Problem(batch=1, query_heads=2, kv_heads=2, num_queries=4, num_images=2, gaps=False, biases=False)
+BEYOND_32_BITS = {"dense": _BEYOND_32_BITS, "pooled": replace(_BEYOND_32_BITS, pool_size=5)}
+
+
+def far_apart(inputs: dict[str, Tensor | bool | None]) -> Iterator[tuple[str, Tensor]]:
+    """Each 16-bit tensor of `inputs` with heads, positions, slots or pool rows 2^31 elements and more from each other,
+    in pages of memory that are never touched but for the rows themselves."""
+    memory = torch.frombuffer(mmap.mmap(-1, 2 * (2**32 + 64)), dtype=torch.float16)
+    for name, tensor in inputs.items():
+        if not isinstance(tensor, Tensor) or tensor.dtype != torch.float16:
+            continue
+        for dimension in range(tensor.dim() - 1):
+            size = tensor.shape[dimension]
+            if size > 1:
+                stride = list(torch.empty(tensor.shape, device="meta").stride())
+                stride[dimension] = 2**31 // (size - 1) + 1
+                far = memory.as_strided(tensor.shape, stride)
+                yield name, far.copy_(tensor)
+
+
+__all__ = ["BEYOND_32_BITS", "PROBLEMS", "Problem", "assert_solves", "cotangents", "far_apart", "replace", "solve"]

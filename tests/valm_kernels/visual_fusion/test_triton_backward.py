@@ -9,7 +9,14 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("run by test_triton_interpreted.py with TRITON_INTERPRET=1", allow_module_level=True)
 
-from tests.valm_kernels.visual_fusion.problems import DIFFERENTIABLE, PROBLEMS, Problem, assert_solves
+from tests.valm_kernels.visual_fusion.problems import (
+    BEYOND_32_BITS,
+    DIFFERENTIABLE,
+    PROBLEMS,
+    Problem,
+    assert_solves,
+    far_apart,
+)
 from tests.valm_kernels.visual_fusion.small_tiles import use_small_tiles
 from tests.valm_kernels.visual_fusion.test_op import forward_op, op_arguments
 from valm_kernels import visual_fusion_attn
@@ -159,6 +166,17 @@ def test_any_strides(monkeypatch, layout):
     assert inputs.keys() == strided.keys()
     for name, gradient in gradients(strided, row.expand_as(inputs["q"])).items():
         assert torch.equal(gradient, plain[name]), name
+
+
+@pytest.mark.parametrize("layout", ["dense", "pooled"])
+def test_rows_and_heads_beyond_32_bits(layout):
+    inputs = BEYOND_32_BITS[layout].inputs(torch.float16)
+    grad_out = torch.ones_like(inputs["q"])
+    expected = gradients(inputs, grad_out)
+    for name, far in far_apart({**inputs, "grad_out": grad_out}):
+        found = gradients({**inputs, name: far}, grad_out) if name in inputs else gradients(inputs, far)
+        for key, gradient in found.items():
+            assert torch.equal(gradient, expected[key]), (name, key)
 
 
 @pytest.mark.parametrize("bias", ["image_k_bias", "image_v_bias", "image_logit_bias"])

@@ -3,7 +3,6 @@
 That forward and backward agree with the reference on every problem is in test_triton_backward.py.
 """
 
-import mmap
 import os
 
 import pytest
@@ -13,7 +12,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("run by test_triton_interpreted.py with TRITON_INTERPRET=1", allow_module_level=True)
 
 from tests.tolerance import assert_accurate
-from tests.valm_kernels.visual_fusion.problems import PROBLEMS, Problem
+from tests.valm_kernels.visual_fusion.problems import BEYOND_32_BITS, PROBLEMS, Problem, far_apart
 from tests.valm_kernels.visual_fusion.small_tiles import use_small_tiles
 from valm_kernels import visual_fusion_attn
 from valm_kernels.visual_fusion import triton_forward
@@ -125,17 +124,9 @@ def test_index_out_of_range_is_found_where_asked(monkeypatch, index):
         visual_fusion_attn(**inputs, impl="triton")
 
 
-def test_rows_and_heads_beyond_32_bits():
-    """Offsets of 2^31 elements and more, in pages of memory that are never touched but for the rows themselves."""
-    step = 2**30
-    memory = torch.frombuffer(mmap.mmap(-1, 2 * (4 * step + 64)), dtype=torch.float16)
-    problem = Problem(batch=1, query_heads=1, kv_heads=1, num_queries=4, num_images=2, gaps=False)
-    inputs = problem.inputs(torch.float16)
+@pytest.mark.parametrize("layout", ["dense", "pooled"])
+def test_rows_and_heads_beyond_32_bits(layout):
+    inputs = BEYOND_32_BITS[layout].inputs(torch.float16)
     expected = visual_fusion_attn(**inputs, impl="triton")
-    for name, dimension in {"q": 2, "k": 2, "v": 2, "image_k": 2, "image_v": 2}.items():
-        shape = list(inputs[name].shape)
-        stride = list(torch.empty(shape, device="meta").stride())
-        stride[dimension] = step
-        far = memory.as_strided(shape, stride)
-        far.copy_(inputs[name])
+    for name, far in far_apart(inputs):
         assert torch.equal(visual_fusion_attn(**{**inputs, name: far}, impl="triton"), expected), name

@@ -1,0 +1,27 @@
+import torch
+
+from benchmarks.peers.attention import eager_concat, flash_merge
+
+
+def inputs(device="cpu", dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, 2, 9, 8)] * 3 + [(1, 2, 9, 3, 8)] * 2
+    return [torch.randn(s, generator=generator, dtype=torch.float64).to(device, dtype).requires_grad_() for s in shapes]
+
+
+def test_flash_merge_is_eager_attention():
+    grads = []
+    for attend in (flash_merge, eager_concat):
+        leaves = inputs()
+        out = attend(*leaves)
+        grads.append([out, *torch.autograd.grad(out.sin().sum(), leaves)])
+    for found, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_flash_merge_calls_the_operators_of_cuda_as_they_are_defined():
+    """Without a card: meta tensors take the same operators."""
+    leaves = inputs("meta", torch.float16)
+    out = flash_merge(*leaves)
+    gradients = torch.autograd.grad(out, leaves, torch.empty_like(out))
+    assert [g.shape for g in gradients] == [leaf.shape for leaf in leaves]
