@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -95,7 +96,8 @@ def visual_fusion_attn(
     device_type = q.device.type
     # torch.library.register_autocast knows one fixed dtype and would cast the float32 biases too, so the
     # cast that an autocast region asks for happens here, for all implementations alike.
-    if torch.is_autocast_enabled(device_type) and q.dtype != torch.float64:
+    autocast = torch.is_autocast_enabled(device_type)
+    if autocast and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
         tensors = {name: t.to(dtype) if _is_cast(t) else t for name, t in tensors.items()}
     _check_dtypes(tensors, options)
@@ -116,7 +118,7 @@ def visual_fusion_attn(
         options = dict.fromkeys(options) | {"first_key": first_key}
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     inputs = Inputs(**tensors, **options, causal=causal, scale=scale)
-    with torch.autocast(device_type, enabled=False):
+    with torch.autocast(device_type, enabled=False) if autocast else nullcontext():
         if impl == "reference":
             out, lse = reference_attention(inputs)
         else:
