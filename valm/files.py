@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -10,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from valm.errors import ValmError
+
+# An OSError of what is in a file: Pillow's have no number, and a damaged archive or dataset leads to a place or a name
+# that cannot be. All others are of the drive, the memory, permissions, open files.
+CONTENT_ERRORS = (None, errno.EINVAL, errno.ENAMETOOLONG)
 
 
 @contextmanager
@@ -44,6 +49,16 @@ def read_json(path: Path, what: str) -> Any:
         raise ValmError(f"cannot read {what} {path}: {error.strerror}") from error
     except ValueError as error:
         raise ValmError(f"{what} {path} is damaged, it is not JSON: {error}") from error
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether an error is of the machine and not of what is in the file: it says nothing about the next try."""
+    return isinstance(error, OSError) and error.errno not in CONTENT_ERRORS
+
+
+def cannot_read(name: object, reason: object) -> ValmError:
+    """The error for a source that is not known to be damaged, but cannot be read now (`is_passing`)."""
+    return ValmError(f"cannot read {name}: {reason}; once it can be read, run the same again: it goes on")
 
 
 def writable_folder(path: str | os.PathLike) -> Path:

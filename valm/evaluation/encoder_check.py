@@ -22,8 +22,7 @@ from torch import Tensor
 from valm.errors import ValmError
 from valm.evaluation.scoring import Accuracy
 from valm.retrieval.clip import Clip
-from valm.retrieval.encoding import Record, encode_records
-from valm.retrieval.pictures import find_pictures, read_captions, utf8
+from valm.retrieval.encoding import encode_records, folder_records
 from valm.retrieval.sharded_build import ProgressBar
 
 # A class has many texts, and their mean is a better classifier than any of them (section 3.1.4).
@@ -99,7 +98,7 @@ class Retrieval:
 @dataclass(frozen=True)
 class EncoderCheck:
     """What was measured on a folder; None for what it has no labels or no captions for. Intervals are 95 % over
-    pictures. skipped: uri and reason of pictures that could not be read."""
+    pictures. skipped: uri and reason of pictures and caption files that are damaged."""
 
     clip: str
     classification: Classification | None
@@ -132,16 +131,16 @@ def check_encoder(
     """
     check_templates(templates)
     folder = Path(folder)
-    pictures = find_pictures(folder)
-    caption_of = read_captions(folder, pictures, Path(captions) if captions is not None else None)
+    records = folder_records(folder, Path(captions) if captions is not None else None)
+    pictures = [record.uri for record in records if record.source is not None]
+    captioned = any(record.caption for record in records)
     classes = {picture.partition("/")[0] if "/" in picture else None for picture in pictures}
     labelled = None not in classes and len(classes) > 1
-    if not labelled and not caption_of:
+    if not labelled and not captioned:
         raise ValmError(
             f"there is nothing to check an encoder by in {folder}: its pictures lie in no class folders (two at least, "
             f"and none beside them) and have no captions"
         )
-    records = [Record(utf8(picture), caption_of.get(picture, ""), folder / picture) for picture in pictures]
     with ProgressBar("encode", " pictures", 1, progress) as bar:
         piece = encode_records(records, clip, batch_size, 0, workers, bar)
     uris, texts = piece.items["uri"].to_pylist(), piece.items["caption"].to_pylist()
@@ -149,7 +148,7 @@ def check_encoder(
     classification = retrieval = None
     if labelled:
         classification = classify(features, [uri.partition("/")[0] for uri in uris], clip, templates, seed=seed)
-    if caption_of:
+    if captioned:
         retrieval = retrieve(features, [text.splitlines() for text in texts], clip)
     return EncoderCheck(clip.name, classification, retrieval, piece.skipped)
 

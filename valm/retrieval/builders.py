@@ -17,10 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from valm.errors import ValmError
+from valm.files import cannot_read, is_passing
 from valm.retrieval.clip import Clip
-from valm.retrieval.encoding import Record, encode_records
+from valm.retrieval.encoding import Record, encode_records, folder_records
 from valm.retrieval.knowledge_base import ImageKnowledgeBase
-from valm.retrieval.pictures import PICTURE_SUFFIXES, find_pictures, one_line, read_captions, utf8
+from valm.retrieval.pictures import CAPTION_SUFFIXES, MAX_CAPTION_BYTES, PICTURE_SUFFIXES, one_line, parse_caption
 from valm.retrieval.sharded_build import Progress, ProgressBar, Run, ShardedBuild, Work, run_here
 from valm.retrieval.shards import ITEM_SCHEMA, WHAT, Piece, clip_entry, finish_knowledge_base, write_piece
 
@@ -49,18 +50,17 @@ def build_from_folder(
     thumbnails: longer side of the small pictures that are kept; 0 keeps none.
     workers: processes that decode pictures; None chooses by the number of pictures and cores, 0 decodes here.
     run: where the shards are encoded: here, or on the machines of a `valm.distributed.RayRun`.
-    Pictures that cannot be read are left out and listed (`skipped()`).
+    Pictures that are damaged are left out and listed (`skipped()`), and so are caption files.
     Raises ValmError for a folder that is missing or without (readable) pictures, and for an `out` that cannot be
-    written or holds something else.
+    written or holds something else; also where a drive, or anything else but the picture, is why one cannot be read:
+    run again, the build goes on.
     """
-    folder = Path(folder)
-    pictures = find_pictures(folder)
-    caption_of = read_captions(folder, pictures, Path(captions) if captions is not None else None)
-    where = folder.absolute()  # another machine has another working directory
-    records = [Record(utf8(picture), caption_of.get(picture, ""), where / picture) for picture in pictures]
+    records = folder_records(Path(folder), Path(captions) if captions is not None else None)
     fingerprint = hashlib.sha256()
     for record in records:
-        fingerprint.update(json.dumps([record.uri, record.caption, record.source.stat().st_size]).encode())
+        file = record.source
+        size = file.stat().st_size if file is not None and file.is_file() else None
+        fingerprint.update(json.dumps([record.uri, record.caption, size]).encode())
     plan = {
         "source": "folder",
         "fingerprint": fingerprint.hexdigest(),
@@ -90,7 +90,8 @@ def build_from_webdataset(
     tars: a folder of `*.tar` files, or the files. In each, members whose names agree up to the first dot belong
         together: a picture, and its caption in `.txt` or as `caption` in `.json`.
     The other arguments, and what a killed build does, as in `build_from_folder`. Nothing is unpacked, so names in
-    an archive can be anything. Of an archive that is cut short, the rest is listed as skipped.
+    an archive can be anything. An archive that is cut short or damaged is listed as skipped, and read up to there; so
+    are caption files, as in a folder, and all but the last of several pictures that belong together.
     Raises ValmError where there is no tar or no readable picture, and for an `out` as `build_from_folder` does.
     """
     if not isinstance(tars, list):
@@ -218,9 +219,7 @@ def _encode_tar(
     thumbnails: int,
     workers: int | None,
 ) -> None:
-    records, damage = _read_tar(tar)
-    piece = encode_records(records, clip, batch_size, thumbnails, workers, progress)
-    write_piece(out, number, piece._replace(skipped=piece.skipped + damage))
+    write_piece(out, number, encode_records(_read_tar(tar), clip, batch_size, thumbnails, workers, progress))
 
 
 def _copy_embeddings(number: int, files: tuple[Path, Path], progress: Progress, *, out: Path, dim: int) -> None:
@@ -238,43 +237,54 @@ def _copy_shard(number: int, shard: tuple[ImageKnowledgeBase, int], progress: Pr
     progress.advance(len(piece.items))
 
 
-def _read_tar(path: Path) -> tuple[list[Record], list[dict[str, str]]]:
-    """Where the pictures of a tar file are, with their captions; and what is wrong with the file."""
+def _read_tar(path: Path) -> list[Record]:
+    """The pictures of a tar file, with their captions; at the end what is wrong with it, without a picture.
+
+    Raises ValmError where the drive, or whatever else is not the archive itself, is why it cannot be read.
+    """
     pictures: dict[str, tarfile.TarInfo] = {}
-    captions: dict[str, str] = {}
-    damage = []
+    captions: dict[tuple[str, str], str] = {}
+    wrong: list[Record] = []
+
+    def skip(name: str, reason: str) -> None:
+        wrong.append(Record(name, "", None, reason=reason))
+
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                if not member.isfile():
-                    continue
+                if member.size < 0:  # the next one would be this one again
+                    raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
                 name = PurePosixPath(member.name)
                 stem, _, extension = name.name.partition(".")
                 key, suffix = str(name.parent / stem), f".{extension.lower()}"
-                if suffix in PICTURE_SUFFIXES:
+                uri = f"{path.name}/{member.name}"
+                if not member.isfile() or suffix not in (*PICTURE_SUFFIXES, *CAPTION_SUFFIXES):
+                    continue
+                if member.issparse():
+                    skip(uri, "stored as a sparse file, which a few bytes make as large as they like")
+                elif suffix in PICTURE_SUFFIXES:
+                    if key in pictures:
+                        skip(f"{path.name}/{pictures[key].name}", f"{member.name} comes after it in its place")
                     pictures[key] = member
-                elif suffix in (".txt", ".json"):
-                    text = tar.extractfile(member).read().decode("utf-8", errors="replace")
-                    caption = one_line(_caption_of(text) if suffix == ".json" else text)
-                    if caption:
-                        captions[key] = caption
-    except (tarfile.TarError, OSError) as error:
-        damage.append({"uri": path.name, "reason": f"the archive ends early: {one_line(str(error))}"})
-    records = [
-        Record(f"{path.name}/{member.name}", captions.get(key, ""), path, member.offset_data, member.size)
-        for key, member in pictures.items()
-    ]
-    return records, damage
-
-
-def _caption_of(text: str) -> str:
-    """`caption` in a JSON object; img2dataset writes null for pictures without."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):  # the latter for thousands of brackets
-        return ""
-    caption = value.get("caption") if isinstance(value, dict) else None
-    return caption if isinstance(caption, str) else ""
+                else:
+                    content = tar.extractfile(member).read(MAX_CAPTION_BYTES + 1)
+                    try:
+                        captions[key, suffix] = parse_caption(content, suffix)
+                    except ValueError as error:
+                        skip(uri, str(error))
+            # tarfile takes a damaged header for the end, and no end at all
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"at byte {tar.offset:,} there is neither a member nor the end of the archive")
+    except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
+        if is_passing(error):
+            raise cannot_read(path, one_line(str(error))) from error
+        skip(path.name, f"the archive ends early: {one_line(str(error))}")
+    records = []
+    for key, member in pictures.items():
+        caption = next(filter(None, (captions.get((key, suffix)) for suffix in CAPTION_SUFFIXES)), "")
+        records.append(Record(f"{path.name}/{member.name}", caption, path, member.offset_data, member.size))
+    return records + wrong
 
 
 def _embeddings_piece(vector_file: Path, metadata_file: Path, dim: int) -> Piece:

@@ -1,4 +1,6 @@
+import errno
 import io
+import os
 import re
 import tarfile
 
@@ -94,7 +96,8 @@ def test_archives_lead_nowhere_else(clip, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     kb = build_from_webdataset(tars, tmp_path / "kb", clip, workers=2, progress=False)
     assert [kb.item(n).uri for n in range(len(kb))] == ["0.tar//absolute.png", "0.tar/../up.png", "0.tar/deep.png"]
-    assert [(entry["uri"], "pixels" in entry["reason"]) for entry in kb.skipped()] == [("0.tar/bomb.png", True)]
+    assert [entry["uri"] for entry in kb.skipped()] == ["0.tar/bomb.png", "0.tar/deep.json"]
+    assert "pixels" in kb.skipped()[0]["reason"] and "not JSON" in kb.skipped()[1]["reason"]
     assert sorted(path for path in tmp_path.rglob("*") if kb.path not in (path, *path.parents)) == before
 
 
@@ -107,6 +110,112 @@ def test_an_archive_that_is_cut_is_listed(tars, clip, tmp_path):
     skipped = {entry["uri"]: entry["reason"] for entry in kb.skipped()}
     assert set(skipped) == {"00000.tar/001.png", "00001.tar/../../escape.png", "00001.tar", "00002.tar"}
     assert skipped["00001.tar"].startswith("the archive ends early")
+
+
+def header(name, size, type=tarfile.REGTYPE):
+    info = tarfile.TarInfo(name)
+    info.size, info.type = size, type
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def padded(content):
+    return content + bytes(-len(content) % 512)
+
+
+def damaged_archives():
+    """What became of an archive of three pictures -> how many of them come before the damage."""
+    members = [header(f"{seed}.png", len(png(seed))) + padded(png(seed)) for seed in range(3)]
+    whole, end = b"".join(members), bytes(1024)
+    second, third = len(members[0]), len(members[0] + members[1])
+    flipped = bytearray(whole + end)
+    flipped[second] ^= 1
+    pax = b"30 mtime=what is not a number\n"
+    return {
+        "flipped bit in a header": (bytes(flipped), 1),
+        "cut inside a header": (whole[: third + 100], 2),
+        "cut between two members": (whole[:third], 2),
+        "no end": (whole, 3),
+        "pax header of nonsense": (whole + header("x", len(pax), tarfile.XHDTYPE) + padded(pax) + end, 3),
+        "sparse header of nonsense": (
+            whole + header("x", 20, tarfile.XHDTYPE) + padded(b"20 GNU.sparse.map=x\n") + members[0] + end,
+            3,
+        ),
+        "member of less than nothing": (whole + header("a.png", -1024) + end, 3),
+        "member without an end": (whole + header("a.txt", 1 << 80) + end, 3),
+        "headers of headers": (whole + 2000 * (header("x", 1, tarfile.GNUTYPE_LONGNAME) + padded(b"x")) + end, 3),
+    }
+
+
+@pytest.mark.parametrize("name", damaged_archives())
+def test_damaged_archives_are_listed_and_read_up_to_there(name, clip, tmp_path):
+    content, good = damaged_archives()[name]
+    (tmp_path / "0.tar").write_bytes(content)
+    kb = build_from_webdataset([tmp_path / "0.tar"], tmp_path / "kb", clip, progress=False)
+    assert [kb.item(number).uri for number in range(len(kb))] == [f"0.tar/{number}.png" for number in range(good)]
+    assert [(entry["uri"], entry["reason"][:23]) for entry in kb.skipped()] == [("0.tar", "the archive ends early:")]
+
+
+def test_bombs_in_archives(clip, tmp_path):
+    """A sparse member of 100 GB, a caption of 2 MB, a thread of pixels."""
+    thread = io.BytesIO()
+    Image.new("1", (65_000, 1)).save(thread, "PNG")
+    pax = b"".join(
+        f"{len(line) + 4} {line}\n".encode()
+        for line in ("GNU.sparse.size=107374182400", "GNU.sparse.map=0,1", "GNU.sparse.numblocks=1")
+    )
+    write_tar(tmp_path / "0.tar", [("a.png", png(0)), ("a.txt", b"a" * (2 << 20)), ("thread.png", thread.getvalue())])
+    sparse = header("x", len(pax), tarfile.XHDTYPE) + padded(pax) + header("b.txt", 1) + padded(b"b")
+    (tmp_path / "0.tar").write_bytes(sparse + (tmp_path / "0.tar").read_bytes())
+    with tarfile.open(tmp_path / "0.tar") as tar:
+        assert tar.next().size == 100 << 30
+    kb = build_from_webdataset([tmp_path / "0.tar"], tmp_path / "kb", clip, progress=False)
+    assert [kb.item(number).uri for number in range(len(kb))] == ["0.tar/a.png"] and kb.item(0).caption == ""
+    skipped = {entry["uri"].removeprefix("0.tar/"): entry["reason"] for entry in kb.skipped()}
+    assert sorted(skipped) == ["a.txt", "b.txt", "thread.png"]
+    assert "more than 1,048,576 bytes" in skipped["a.txt"] and "sparse" in skipped["b.txt"]
+
+
+def test_captions_and_doubles_in_archives(clip, tmp_path):
+    """The rules of a folder, whatever comes first; names and captions that are no UTF-8."""
+    with tarfile.open(tmp_path / "0.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        for name, content in (
+            (b"a.jpg", png(0)),
+            (b"a.txt", b"one \n\ntwo"),
+            (b"a.json", b'{"caption": "three"}'),
+            (b"a.png", png(1)),
+            (b"b.txt", b" \n"),
+            (b"b.json", rb'{"caption": "half \ud83d of it"}'),
+            (b"b.png", png(2)),
+            (b"c\xe9.png", png(3)),
+            (b"d.png", png(4)),
+            (b"d.json", b"{"),
+        ):
+            info = tarfile.TarInfo(os.fsdecode(name))
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    kb = build_from_webdataset([tmp_path / "0.tar"], tmp_path / "kb", clip, progress=False)
+    assert [(kb.item(number).uri, kb.item(number).caption) for number in range(len(kb))] == [
+        ("0.tar/a.png", "one\ntwo"),
+        ("0.tar/b.png", "half \ufffd of it"),
+        ("0.tar/c\ufffd.png", ""),
+        ("0.tar/d.png", ""),
+    ]
+    first, second = kb.skipped()
+    assert first == {"uri": "0.tar/a.jpg", "reason": "a.png comes after it in its place"}
+    assert second["uri"] == "0.tar/d.json" and "not JSON" in second["reason"]
+
+
+def test_an_archive_that_cannot_be_read_now_is_an_error(tars, clip, tmp_path, monkeypatch):
+    def failing(path, *_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(ValmError, match=r"cannot read .*00000\.tar: .*denied.*; once"),
+    ):
+        patched.setattr(tarfile, "open", failing)
+        build_from_webdataset(tars, tmp_path / "kb", clip, progress=False)
+    assert len(build_from_webdataset(tars, tmp_path / "kb", clip, progress=False)) == 4
 
 
 def test_a_webdataset_build_goes_on(tars, clip, tmp_path, monkeypatch):

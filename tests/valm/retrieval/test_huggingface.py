@@ -54,7 +54,7 @@ def test_a_dataset(dataset, clip, tmp_path, streamed):
     assert [kb.item(n).uri for n in range(5)] == ["0/0.png", "3/3.png", "4/4.png", "5/5.png", "6/6.png"]
     assert [kb.item(n).caption for n in range(2)] == ["a red apple", "4"]
     assert {entry["uri"]: entry["reason"] for entry in kb.skipped()} == {
-        "1/broken.png": "not a picture in a format that Pillow knows",
+        "1/broken.png": "not a picture in one of the formats JPEG, PNG, WEBP, BMP, GIF, TIFF, PPM",
         "2": "there is no picture",
     }
     assert kb.thumbnail(0).size == (30, 20)

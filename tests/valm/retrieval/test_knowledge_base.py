@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import shutil
@@ -81,6 +82,45 @@ def test_bad_pictures_are_listed(kb):
     assert "truncated" in skipped["p05_cut.png"]
     assert "not a picture" in skipped["p09_text.jpg"]
     assert "9000 x 9000 pixels" in skipped["p11_bomb.png"]
+
+
+def test_odd_files_are_listed_and_names_written_down(clip, tmp_path):
+    """A pipe, a link to nothing, names and captions that are no UTF-8, a caption file cut short."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in ("a.png", "b.png", os.fsdecode(b"c\xe9.png")):
+        Image.new("RGB", (8, 8)).save(folder / name)
+    (folder / "a.json").write_text(r'{"caption": "half \ud83d of it"}')
+    (folder / "b.json").write_text('{"caption": "cut')
+    os.mkfifo(folder / "pipe.png")
+    (folder / "link.png").symlink_to(folder / "nowhere.png")
+    kb = build(folder, tmp_path / "kb", clip, shard_size=100)
+    found = [(kb.item(number).uri, kb.item(number).caption) for number in range(len(kb))]
+    assert found == [("a.png", "half \ufffd of it"), ("b.png", ""), ("c\ufffd.png", "")]
+    skipped = {entry["uri"]: entry["reason"] for entry in kb.skipped()}
+    assert sorted(skipped) == ["b.json", "link.png", "pipe.png"]
+    assert "not JSON" in skipped["b.json"] and "no file" in skipped["link.png"] == skipped["pipe.png"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_the_drive_is_no_damage(kb, folder, clip, tmp_path, monkeypatch, workers):
+    """It stops the build, which goes on to the same bytes once the drive is well again."""
+
+    def failing(self):
+        if self.uri == "p08.png":
+            raise OSError(errno.EIO, "Input/output error")
+        return read(self)
+
+    read = encoding.Record.read
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(ValmError, match=r"cannot read p08\.png: .*output error; once"),
+    ):
+        patched.setattr(encoding.Record, "read", failing)
+        build(folder, tmp_path, clip, workers=workers)
+    assert (tmp_path / "shard-00000.json").exists()
+    build(folder, tmp_path, clip)
+    assert contents(tmp_path) == contents(kb.path)
 
 
 def test_one_shard_is_not_copied(folder, clip, tmp_path):

@@ -1,13 +1,15 @@
+import errno
 import io
 import json
+import os
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from valm.errors import ValmError
 from valm.retrieval import pictures
-from valm.retrieval.pictures import find_pictures, read_captions, read_picture, thumbnail_bytes
+from valm.retrieval.pictures import PICTURE_SUFFIXES, find_pictures, read_captions, read_picture, thumbnail_bytes
 
 
 def touch(folder, *names):
@@ -63,6 +65,26 @@ def test_the_limit_counts_pixels(tmp_path, monkeypatch):
         read_picture(tmp_path / "x.png")
 
 
+def test_a_thread_of_pixels_is_refused_before_it_is_enlarged(tmp_path):
+    Image.new("1", (64, 1)).save(tmp_path / "x.png")
+    assert read_picture(tmp_path / "x.png").size == (64, 1)
+    for size in ((65, 1), (1, 65_000)):
+        Image.new("1", size).save(tmp_path / "x.png")
+        with pytest.raises(ValueError, match=f"{size[0]} x {size[1]} pixels, one side more than 64 times the other"):
+            read_picture(tmp_path / "x.png")
+
+
+def test_the_content_must_be_of_a_known_format(tmp_path, monkeypatch):
+    for suffix in PICTURE_SUFFIXES:
+        Image.new("RGB", (8, 8)).save(tmp_path / f"x{suffix}")
+        assert read_picture(tmp_path / f"x{suffix}").size == (8, 8)
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.eps")
+    (tmp_path / "x.eps").rename(tmp_path / "x.png")
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: pytest.fail("handed to Ghostscript"))
+    with pytest.raises(ValueError, match="not a picture in one of the formats JPEG, PNG"):
+        read_picture(tmp_path / "x.png")
+
+
 def test_thumbnails(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (50, 100, 3), dtype=np.uint8)
     picture = Image.fromarray(pixels)
@@ -76,24 +98,50 @@ def test_captions_beside_the_picture(tmp_path):
     (tmp_path / "b/c.json").write_text(json.dumps({"caption": "a dog", "url": "x"}))
     (tmp_path / "d.json").write_text(json.dumps({"url": "x"}))
     names = find_pictures(tmp_path)
-    assert read_captions(tmp_path, names) == {"a.png": "a red apple\nan apple", "b/c.png": "a dog"}
-    (tmp_path / "d.json").write_text("{")
-    with pytest.raises(ValmError, match=r"d\.json is not JSON"):
-        read_captions(tmp_path, names)
+    expected = {"a.png": "a red apple\nan apple", "b/c.png": "a dog"}
+    assert read_captions(tmp_path, names) == (expected, {})
+
+
+def test_damaged_caption_files_are_listed(tmp_path):
+    touch(tmp_path, "a.png", "b.png", "c.png", "d.png")
+    (tmp_path / "a.json").write_text('{"caption": "cut')
+    (tmp_path / "b.txt").write_text("a" * pictures.MAX_CAPTION_BYTES)
+    (tmp_path / "c.txt").write_text("a" * (pictures.MAX_CAPTION_BYTES + 1))
+    os.mkfifo(tmp_path / "d.txt")  # opened, it would be waited for
+    captions, damaged = read_captions(tmp_path, find_pictures(tmp_path))
+    assert list(captions) == ["b.png"]
+    assert list(damaged) == ["a.json", "c.txt"]
+    assert "not JSON" in damaged["a.json"] and "more than 1,048,576 bytes" in damaged["c.txt"]
+
+
+def test_what_cannot_be_read_now_is_an_error(tmp_path, monkeypatch):
+    touch(tmp_path, "a.png", "b/c.png")
+    (tmp_path / "a.txt").write_text("a")
+
+    def denied(path, *_):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    with monkeypatch.context() as patched, pytest.raises(ValmError, match=r"cannot read .*a\.txt: Input/output error"):
+        patched.setattr("builtins.open", denied)
+        read_captions(tmp_path, ["a.png"])
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: denied(path) if str(path).endswith("b") else scandir(path))
+    with pytest.raises(ValmError, match=r"cannot read the folder .*/b: Input/output error"):
+        find_pictures(tmp_path)
 
 
 def test_caption_tables(tmp_path):
     touch(tmp_path, "images/a.png", "images/b.png", "captions.png")
     names = find_pictures(tmp_path)
     (tmp_path / "captions.txt").write_text('image,caption\na.png,a red apple\na.png,"one, two"\nimages/b.png,a dog\n')
-    assert read_captions(tmp_path, names) == {"images/a.png": "a red apple\none, two", "images/b.png": "a dog"}
+    assert read_captions(tmp_path, names)[0] == {"images/a.png": "a red apple\none, two", "images/b.png": "a dog"}
     # what stands beside the picture goes before the table; a table may lie anywhere
     (tmp_path / "images/b.txt").write_text("a cat")
     (tmp_path / "table.csv").write_text("id\tText\tFile\n1\ta pear\ta.png\n")
-    assert read_captions(tmp_path, names)["images/b.png"] == "a cat"
-    assert read_captions(tmp_path, names, tmp_path / "table.csv")["images/a.png"] == "a pear"
+    assert read_captions(tmp_path, names)[0]["images/b.png"] == "a cat"
+    assert read_captions(tmp_path, names, tmp_path / "table.csv")[0]["images/a.png"] == "a pear"
     (tmp_path / "table.json").write_text(json.dumps({"a.png": ["x", "y"], "captions.png": "z"}))
-    found = read_captions(tmp_path, names, tmp_path / "table.json")
+    found, _ = read_captions(tmp_path, names, tmp_path / "table.json")
     assert found == {"images/a.png": "x\ny", "images/b.png": "a cat", "captions.png": "z"}
 
 
