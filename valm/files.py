@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,10 +22,10 @@ CONTENT_ERRORS = (None, errno.EINVAL, errno.ENAMETOOLONG)
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, moved to it when the block ends well and removed when it does not.
 
-    Killed at any point, `path` holds either what it held before or everything that was written; only a
-    `.tmp` file, which the next try overwrites, can be left.
+    Killed at any point, `path` holds either what it held before or everything that was written; only a `.tmp` file can
+    be left. No two are alike, so `path` may be written by several at once: the last one's stays.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
         with open(temporary, "rb+") as file:

@@ -21,6 +21,17 @@ def test_atomic_path_moves_only_what_was_written_whole(tmp_path):
     assert os.listdir(tmp_path) == ["data.bin"]
 
 
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
+    target = tmp_path / "data.bin"
+    with atomic_path(target) as first:
+        first.write_bytes(b"first")
+        with atomic_path(target) as second:
+            second.write_bytes(b"second, longer")
+        assert target.read_bytes() == b"second, longer"
+    assert target.read_bytes() == b"first"
+    assert os.listdir(tmp_path) == ["data.bin"]
+
+
 def test_json_round_trip(tmp_path):
     write_json(tmp_path / "a.json", {"name": "été", "n": 3})
     assert read_json(tmp_path / "a.json", "the file") == {"name": "été", "n": 3}

@@ -120,15 +120,20 @@ class ShardedBuild:
         self._remove_state()
 
     def abandon(self) -> None:
-        """Removes all that was written."""
-        for record in self.done().values():
-            for entry in record["files"]:
-                (self.out / entry["name"]).unlink()
+        """Removes all that was written. Killed meanwhile, it is an unfinished build still."""
+        files = [entry["name"] for record in self.done().values() for entry in record["files"]]
+        # the records before what they say is there
+        for file in self.out.glob("shard-*.json"):
+            file.unlink()
+        for name in files:
+            (self.out / name).unlink(missing_ok=True)
         self._remove_state()
 
     def _remove_state(self) -> None:
-        for file in self.out.glob("shard-*.json"):
-            file.unlink()
+        # of shards that were begun and killed there are temporary files
+        for pattern in ("shard-*.json", "*.tmp"):
+            for file in self.out.glob(pattern):
+                file.unlink(missing_ok=True)
         (self.out / BUILD_FILE).unlink(missing_ok=True)
 
     def _check_plan(self, found: Any, holds: str) -> None:

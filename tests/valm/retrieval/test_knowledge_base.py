@@ -150,6 +150,7 @@ def test_a_killed_build_goes_on_to_the_same_bytes(kb, folder, clip, tmp_path):
         with pytest.raises(ValmError, match=r"is unfinished; run `valm kb build` again|has no manifest\.json"):
             ImageKnowledgeBase.open(tmp_path)
     assert len(list(tmp_path.glob("shard-*.json"))) > 1
+    assert list(tmp_path.glob("*.tmp"))  # of what it was killed in; no other try takes it for its own
     build(folder, tmp_path, clip)
     assert contents(tmp_path) == contents(kb.path)
 
@@ -200,6 +201,24 @@ def test_nothing_readable(clip, tmp_path):
     with pytest.raises(ValmError, match=r"none of the 1 pictures could be read; the first, x\.png: not a picture"):
         build(tmp_path / "pictures", tmp_path / "kb", clip)
     assert contents(tmp_path / "kb") == {}
+
+
+@needs_fork
+def test_what_is_given_up_may_be_killed(clip, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for name in "abc":
+        (tmp_path / "pictures" / f"{name}.png").write_text("no")
+
+    def fail():
+        with pytest.raises(ValmError, match="none of the 3 pictures could be read"):
+            build(tmp_path / "pictures", tmp_path / "kb", clip, shard_size=1)
+
+    points = 0
+    while exit_code_if_killed(fail, points, ((Path, "unlink"),)) == -signal.SIGKILL:
+        fail()
+        assert contents(tmp_path / "kb") == {}
+        points += 1
+    assert points == 7  # three records, their files, and the plan
 
 
 def test_encoder_check(kb, clip, tokenizer):
