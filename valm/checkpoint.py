@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging
 
@@ -63,8 +64,9 @@ def load_checkpoint(
     *,
     kb: str | os.PathLike | None = None,
     clip: str | None = None,
+    device: str | torch.device = "cpu",
 ) -> tuple[VaLMForCausalLM, PreTrainedTokenizerFast]:
-    """The model, in eval mode, and the tokenizer that `save_checkpoint` wrote.
+    """The model, in eval mode and on `device`, and the tokenizer that `save_checkpoint` wrote.
 
     A model that sees pictures gets its retriever: with the knowledge base that `save_retrieval` noted, or `kb`; and
     with the CLIP which that was built with, found where it was then, or at `clip` (see `Clip.load`); its tokenizer need
@@ -101,8 +103,8 @@ def load_checkpoint(
     if model.config.num_images == 0 and kb is not None:
         raise ValmError(f"the model in {folder} sees no pictures (GPT-2*), so it takes no knowledge base")
     if model.config.num_images > 0:
-        _add_retriever(model, tokenizer, folder, kb, clip)
-    return model.eval(), tokenizer
+        _add_retriever(model, tokenizer, folder, kb, clip, device)
+    return model.eval().to(device), tokenizer
 
 
 def _add_retriever(
@@ -111,6 +113,7 @@ def _add_retriever(
     folder: Path,
     kb: str | os.PathLike | None,
     clip: str | None,
+    device: str | torch.device,
 ) -> None:
     noted = folder / RETRIEVAL_FILE
     query = "eot"
@@ -121,7 +124,7 @@ def _add_retriever(
     if kb is None:
         return
     opened = ImageKnowledgeBase.open(kb)
-    encoder = ContextEncoder(opened.load_clip(clip), tokenizer=tokenizer, query=query)
+    encoder = ContextEncoder(opened.load_clip(clip).to(device), tokenizer=tokenizer, query=query)
     try:
         blind = model.config.blind
         model.set_retriever(BlindRetriever(encoder) if blind else Retriever(encoder, opened, model.config.num_images))

@@ -1,5 +1,6 @@
 """The valm command on a tiny CLIP: the whole way once, then one sentence for each wrong input."""
 
+import argparse
 import json
 import os
 import shutil
@@ -17,6 +18,8 @@ from tests.valm.other_tokenizers import gpt2_like
 from tests.valm.retrieval.tiny_clip import make_clip
 from valm.checkpoint import load_checkpoint
 from valm.cli import main
+from valm.cli.options import add_device, add_ray, chosen_device
+from valm.errors import ValmError
 from valm.retrieval.knowledge_base import ImageKnowledgeBase
 from valm.tokenizer import clip_tokenizer, prune_tokenizer
 
@@ -164,9 +167,10 @@ def test_kb_build_from_archives(world, tmp_path, capsys):
     with tarfile.open(tmp_path / "tars" / "00000.tar", "w") as tar:
         for file in sorted((world / "pictures").iterdir()):
             tar.add(file, file.name)
-    build = ["kb", "build", tmp_path / "tars", "--clip", world / "clip", "--out", tmp_path / "kb"]
-    assert run(*build, "--format", "webdataset") == 0
-    assert "6 pictures" in capsys.readouterr().out
+    for source in ("tars", "tars/00000.tar"):
+        build = ["kb", "build", tmp_path / source, "--clip", world / "clip", "--out", tmp_path / f"kb-{source[-3:]}"]
+        assert run(*build, "--format", "webdataset") == 0
+        assert "6 pictures" in capsys.readouterr().out
 
 
 def test_training_on_a_retrieval_is_training_on_its_corpus(world, tmp_path, capsys):
@@ -373,6 +377,69 @@ def test_a_corrupt_picture_is_named_and_left_out(world, tmp_path, capsys):
     assert run("kb", "build", tmp_path / "pictures", "--clip", world / "clip", "--out", tmp_path / "kb") == 0
     out = capsys.readouterr().out
     assert "5 pictures" in out and "sea.png" in out
+
+
+def test_of_many_corrupt_pictures_some_are_named(world, tmp_path, capsys):
+    shutil.copytree(world / "pictures", tmp_path / "pictures")
+    for number in range(12):
+        (tmp_path / "pictures" / f"{number:02d}.png").write_bytes(b"not a picture")
+    assert run("kb", "build", tmp_path / "pictures", "--clip", world / "clip", "--out", tmp_path / "kb") == 0
+    out = capsys.readouterr().out
+    assert "12 pictures or captions could not be read" in out and "09.png" in out and "10.png" not in out
+    assert f"and 2 more, in {tmp_path / 'kb'}/skipped-*.json" in out
+
+
+@pytest.mark.parametrize(
+    "option", [["--thumbnails", "-5"], ["--batch-size", "0"], ["--gpus", "-1"], ["--cpus", "0"]], ids=lambda o: o[0]
+)
+def test_numbers_that_cannot_be(option, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["kb", "build", "x", "--clip", "x", "--out", "x", *option])
+    assert stop.value.code == 2 and f"argument {option[0]}" in capsys.readouterr().err
+
+
+def commands_with_device():
+    """name -> arguments of every command that loads a model."""
+    return {
+        "kb build": ["kb", "build", "{world}/pictures", "--clip", "{world}/clip", "--out", "{tmp}/kb"],
+        "kb index": ["kb", "index", "{world}/kb", "--factory", "IVF1,Flat"],
+        "kb search": ["kb", "search", "{world}/kb", "x"],
+        "encoder check": ["encoder", "check", "{world}/pictures", "--clip", "{world}/clip"],
+        "retrieve": ["retrieve", "{world}/corpus.txt", "--kb", "{world}/kb", "--out", "{tmp}/out"],
+        "train": ["train", "{world}/corpus.txt", "--kb", "{world}/kb", "--out", "{tmp}/model", *SIZE],
+        "eval": ["eval", "{world}/valm", "--memory-color", "{world}/colors.csv"],
+        "generate": ["generate", "{world}/valm", "x"],
+    }
+
+
+@pytest.mark.parametrize("name", commands_with_device())
+def test_a_device_that_is_not_there_is_one_sentence(world, tmp_path, capsys, name):
+    arguments = [argument.format(world=world, tmp=tmp_path) for argument in commands_with_device()[name]]
+    for device in ("cuda:99", "gpu"):
+        assert main([*arguments, "--device", device]) == 1
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith(f"valm: error: there is no device '{device}' here (")
+        assert error.endswith("); leave --device out, or give cpu")
+
+
+def test_the_device_is_chosen(monkeypatch):
+    """By itself the GPU that torch has, on a Ray cluster only where its tasks have one."""
+
+    def chosen(*options):
+        parser = argparse.ArgumentParser()
+        add_device(parser)
+        add_ray(parser)
+        return chosen_device(parser.parse_args(options)).type
+
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, device: empty(*size))  # as if there were a GPU
+    for there, ray, expected in ((False, [], "cpu"), (True, [], "cuda"), (True, ["--ray", "auto"], "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert chosen(*ray) == expected
+        assert chosen(*ray, "--device", "cpu") == "cpu"
+    assert chosen("--ray", "auto", "--gpus", "1") == "cuda"
+    with pytest.raises(ValmError, match="--device cuda with --ray: a task has no GPU; give --gpus 1"):
+        chosen("--ray", "auto", "--device", "cuda")
 
 
 def test_the_command_itself_has_no_traceback(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from valm.cli.options import Commands, command, positive
+from valm.cli.options import Commands, add_device, chosen_device, command, positive
 
 
 def add_to(commands: Commands) -> None:
@@ -20,6 +20,7 @@ def add_to(commands: Commands) -> None:
     check.add_argument("--templates", type=Path, help="text file, a line for each text with {} for a class")
     check.add_argument("--batch-size", type=positive, default=64)
     check.add_argument("--seed", type=int, default=0, help="of the split of the linear probe")
+    add_device(check)
     check.add_argument("--out", type=Path, help="write all numbers to this JSON file")
 
 
@@ -31,7 +32,7 @@ def run_check(arguments: argparse.Namespace) -> None:
 
     result = check_encoder(
         arguments.folder,
-        Clip.load(arguments.clip),
+        Clip.load(arguments.clip, device=chosen_device(arguments)),
         captions=arguments.captions,
         templates=read_lines(arguments.templates) if arguments.templates else TEMPLATES,
         seed=arguments.seed,
@@ -60,6 +61,6 @@ def run_check(arguments: argparse.Namespace) -> None:
             for recall in recalls:
                 print(f"  {name}  recall@{recall.at:<2}  {recall.recall}  chance {recall.chance:.4f}")
     if result.skipped:
-        print(f"{len(result.skipped)} pictures could not be read; the first: {result.skipped[0]['uri']}")
+        print(f"{len(result.skipped):,} pictures or captions could not be read; the first: {result.skipped[0]['uri']}")
     if arguments.out:
         write_json(arguments.out, result.to_json())

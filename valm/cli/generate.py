@@ -24,7 +24,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
 
     model, tokenizer = load_model(arguments)
     torch.manual_seed(arguments.seed)
-    inputs = tokenizer(arguments.prompt, return_tensors="pt")
+    inputs = tokenizer(arguments.prompt, return_tensors="pt").to(model.device)
     tokens = model.generate(
         inputs.input_ids,
         attention_mask=inputs.attention_mask,

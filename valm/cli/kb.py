@@ -5,19 +5,35 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from valm.cli.options import Commands, add_ray, chosen_run, command, positive, share
+from valm.cli.options import (
+    Commands,
+    add_device,
+    add_ray,
+    chosen_device,
+    chosen_run,
+    command,
+    not_negative,
+    positive,
+    share,
+)
 from valm.errors import ValmError
 
 # Options of `kb build` for Hugging Face datasets: how one is opened, and what is read of it.
 OPENING = ("config", "split", "streaming")
 COLUMNS = ("image_column", "caption_column")
 
+SKIPPED_SHOWN = 10
+
 
 def add_to(commands: Commands) -> None:
     kb = commands.add_parser("kb", help="build, inspect and search an image knowledge base")
     kb_commands = kb.add_subparsers(required=True, metavar="COMMAND")
     build = command(kb_commands, "build", run_build, "encode pictures into a knowledge base")
-    build.add_argument("source", type=Path, help="folder of the pictures, or name of a Hugging Face dataset")
+    build.add_argument(
+        "source",
+        type=Path,
+        help="folder of the pictures, tar file or folder of them, or name of a Hugging Face dataset",
+    )
     build.add_argument(
         "--format",
         choices=["pictures", "webdataset", "huggingface", "embeddings"],
@@ -36,7 +52,10 @@ def add_to(commands: Commands) -> None:
         "--streaming", action="store_true", default=None, help="read a Hugging Face dataset as it is downloaded"
     )
     build.add_argument("--batch-size", type=positive, default=64)
-    build.add_argument("--thumbnails", type=int, default=64, help="longer side of the pictures kept; 0 keeps none")
+    build.add_argument(
+        "--thumbnails", type=not_negative, default=64, help="longer side of the pictures kept; 0 keeps none"
+    )
+    add_device(build)
     add_ray(build)
     info = command(kb_commands, "info", run_info, "what a knowledge base holds")
     info.add_argument("kb", type=Path)
@@ -44,12 +63,18 @@ def add_to(commands: Commands) -> None:
     verify.add_argument("kb", type=Path)
     index = command(kb_commands, "index", run_index, "choose how a knowledge base is searched, and index a large one")
     index.add_argument("kb", type=Path)
-    index.add_argument("--target-recall", type=share, default=0.95, help="share of the true nearest that must be found")
+    index.add_argument(
+        "--target-recall",
+        type=share,
+        default=0.95,
+        help="share of the -k pictures nearest to a query that the index is tuned to find, above 0 and at most 1",
+    )
     index.add_argument("-k", type=positive, default=4, help="pictures a token sees")
     index.add_argument("--factory", help="faiss factory string, such as IVF4096,Flat or HNSW32 (default: by size)")
     index.add_argument("--queries", type=Path, help="text file to be tuned on (default: captions of the pictures)")
     index.add_argument("--query", choices=["eot", "state"], default="eot", help="kind of the retrieval query")
     index.add_argument("--clip", help="the CLIP, where it is no longer where the knowledge base found it")
+    add_device(index)
     merge = command(kb_commands, "merge", run_merge, "join knowledge bases of one CLIP")
     merge.add_argument("parts", type=Path, nargs="+", metavar="KB")
     merge.add_argument("--out", type=Path, required=True, help="folder of the joined knowledge base")
@@ -57,6 +82,7 @@ def add_to(commands: Commands) -> None:
     search.add_argument("kb", type=Path)
     search.add_argument("text")
     search.add_argument("--clip", help="the CLIP, where it is no longer where the knowledge base found it")
+    add_device(search)
     search.add_argument("-k", type=positive, default=8, help="how many pictures")
     search.add_argument("--sheet", type=Path, help="also draw what was found into this picture file")
 
@@ -70,7 +96,7 @@ def run_build(arguments: argparse.Namespace) -> None:
     for name, format in formats.items():
         if options[name] is not None and arguments.format != format:
             raise ValmError(f"--{name.replace('_', '-')} is for --format {format}, not for {arguments.format}")
-    source = (arguments.source, arguments.out, Clip.load(arguments.clip))
+    source = (arguments.source, arguments.out, Clip.load(arguments.clip, device=chosen_device(arguments)))
     run = chosen_run(arguments)
     encoding = {"run": run, "batch_size": arguments.batch_size, "thumbnails": arguments.thumbnails}
     if arguments.format == "embeddings":
@@ -119,7 +145,8 @@ def run_index(arguments: argparse.Namespace) -> None:
     else:
         texts = captions(kb) if arguments.queries is None else read_lines(arguments.queries)
         source = "captions of the pictures" if arguments.queries is None else arguments.queries.name
-        encoder = ContextEncoder(kb.load_clip(arguments.clip), query=arguments.query)
+        clip = kb.load_clip(arguments.clip).to(chosen_device(arguments))
+        encoder = ContextEncoder(clip, query=arguments.query)
         build_index(
             kb,
             context_queries(encoder, texts),
@@ -155,9 +182,11 @@ def print_kb(kb) -> None:
     print("searched exactly" if index is None else f"searched through the index {index.summary()}")
     skipped = kb.skipped()
     if skipped:
-        print(f"{len(skipped)} pictures could not be read:")
-        for picture in skipped:
+        print(f"{len(skipped):,} pictures or captions could not be read:")
+        for picture in skipped[:SKIPPED_SHOWN]:
             print(f"  {picture['uri']}: {picture['reason']}")
+        if len(skipped) > SKIPPED_SHOWN:
+            print(f"  and {len(skipped) - SKIPPED_SHOWN:,} more, in {kb.path / 'skipped-*.json'}")
 
 
 def run_search(arguments: argparse.Namespace) -> None:
@@ -167,7 +196,8 @@ def run_search(arguments: argparse.Namespace) -> None:
     from valm.retrieval.retriever import Retriever
 
     kb = ImageKnowledgeBase.open(arguments.kb)
-    retriever = Retriever(ContextEncoder(kb.load_clip(arguments.clip)), kb, k=1)
+    clip = kb.load_clip(arguments.clip).to(chosen_device(arguments))
+    retriever = Retriever(ContextEncoder(clip), kb, k=1)
     results = retriever.search(arguments.text, arguments.k)
     for score, item in results:
         caption = item.caption.splitlines()[0] if item.caption else ""

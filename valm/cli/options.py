@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
+from valm.errors import ValmError
+
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
@@ -26,6 +28,13 @@ def positive(text: str) -> int:
     return value
 
 
+def not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
+
+
 def share(text: str) -> float:
     value = float(text)
     if not 0 < value <= 1:
@@ -36,12 +45,39 @@ def share(text: str) -> float:
 def add_retrieval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kb", type=Path, help="another knowledge base than the checkpoint was trained with")
     parser.add_argument("--clip", help="the CLIP, where it is no longer where the knowledge base found it")
+    add_device(parser)
 
 
 def load_model(arguments: argparse.Namespace):
     from valm.checkpoint import load_checkpoint
 
-    return load_checkpoint(arguments.model, kb=arguments.kb, clip=arguments.clip)
+    return load_checkpoint(arguments.model, kb=arguments.kb, clip=arguments.clip, device=chosen_device(arguments))
+
+
+def add_device(parser: argparse.ArgumentParser, what: str = "the models run") -> None:
+    parser.add_argument(
+        "--device", default="auto", help=f"where {what}: cpu, cuda, cuda:1, ...; auto takes a GPU where torch has one"
+    )
+
+
+def chosen_device(arguments: argparse.Namespace):
+    """What `add_device` was told, a torch.device. Raises ValmError for one that is not there."""
+    import torch
+
+    name = arguments.device
+    on_ray = getattr(arguments, "ray", None) is not None
+    if name == "auto":
+        # a task has the GPUs that it reserves, and no others
+        name = "cuda" if torch.cuda.is_available() and not (on_ray and not arguments.gpus) else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+        reason = str(error).partition("\n")[0]
+        raise ValmError(f"there is no device {name!r} here ({reason}); leave --device out, or give cpu") from error
+    if on_ray and device.type != "cpu" and not arguments.gpus:
+        raise ValmError(f"--device {name} with --ray: a task has no GPU; give --gpus 1")
+    return device
 
 
 def add_ray(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +88,9 @@ def add_ray(parser: argparse.ArgumentParser) -> None:
         "same files under the same paths",
     )
     parser.add_argument("--cpus", type=positive, default=1, help="with --ray, cores of each task")
+    parser.add_argument(
+        "--gpus", type=not_negative, default=0, help="with --ray, GPUs of each task; this machine needs one too"
+    )
 
 
 def chosen_run(arguments: argparse.Namespace):
@@ -62,4 +101,4 @@ def chosen_run(arguments: argparse.Namespace):
         return run_here
     from valm.distributed import RayRun
 
-    return RayRun(arguments.ray, cpus=arguments.cpus)
+    return RayRun(arguments.ray, cpus=arguments.cpus, gpus=arguments.gpus)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from valm.cli.options import Commands, command, positive
+from valm.cli.options import Commands, add_device, chosen_device, command, positive
 from valm.errors import ValmError
 
 # Where, in the folder of the checkpoint, the pictures of a corpus are kept that was given as text.
@@ -32,6 +32,7 @@ def add_to(commands: Commands) -> None:
     train.add_argument("--batch-size", type=positive, default=16, help="documents a step")
     train.add_argument("--lr", type=float, default=5e-4)
     train.add_argument("--seed", type=int, default=0)
+    add_device(train, "pictures are retrieved (training itself takes the GPUs that torch has)")
 
 
 def run_train(arguments: argparse.Namespace) -> None:
@@ -109,7 +110,8 @@ def retrieved_corpus(arguments: argparse.Namespace, kb):
     from valm.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else None
-    encoder = ContextEncoder(kb.load_clip(arguments.clip), tokenizer=tokenizer, query=arguments.query or "eot")
+    clip = kb.load_clip(arguments.clip).to(chosen_device(arguments))
+    encoder = ContextEncoder(clip, tokenizer=tokenizer, query=arguments.query or "eot")
     retriever = Retriever(encoder, kb, arguments.images or 4)
     return retrieve_files([arguments.corpus], retriever, arguments.out / RETRIEVAL), encoder.tokenizer
 

@@ -87,7 +87,7 @@ def build_from_webdataset(
 ) -> ImageKnowledgeBase:
     """Encodes the pictures in tar files, as img2dataset and webdataset write them; one shard for each tar.
 
-    tars: a folder of `*.tar` files, or the files. In each, members whose names agree up to the first dot belong
+    tars: a folder of `*.tar` files, one file, or several. In each, members whose names agree up to the first dot belong
         together: a picture, and its caption in `.txt` or as `caption` in `.json`.
     The other arguments, and what a killed build does, as in `build_from_folder`. Nothing is unpacked, so names in
     an archive can be anything. An archive that is cut short or damaged is listed as skipped, and read up to there; so
@@ -95,10 +95,10 @@ def build_from_webdataset(
     Raises ValmError where there is no tar or no readable picture, and for an `out` as `build_from_folder` does.
     """
     if not isinstance(tars, list):
-        folder = Path(tars)
-        tars = sorted(folder.glob("*.tar"))
+        source = Path(tars)
+        tars = [source] if source.is_file() else sorted(source.glob("*.tar"))
         if not tars:
-            raise ValmError(f"no tar files in {folder}; looked for files ending in .tar")
+            raise ValmError(f"no tar files in {source}; looked for files ending in .tar")
     tars = [Path(tar).absolute() for tar in tars]
     plan = {
         "source": "webdataset",
@@ -121,20 +121,20 @@ def build_from_embeddings(
         `original_width`, `original_height`) are taken where they are there.
     clip: the CLIP that made the embeddings. That it did cannot be checked beyond the width of the vectors.
     Vectors are L2-normalised; one that is zero or not finite is skipped and listed.
-    Raises ValmError where files are missing, do not fit together or are damaged.
+    Raises ValmError where files are missing, do not fit together, have the same number or are damaged.
     """
     folder = Path(folder).absolute()
-    vector_files = sorted((folder / "img_emb").glob("*.npy"), key=_number)
-    metadata = {_number(file): file for file in (folder / "metadata").glob("*.parquet")}
-    if not vector_files:
+    vectors = _by_number((folder / "img_emb").glob("*.npy"))
+    metadata = _by_number((folder / "metadata").glob("*.parquet"))
+    if not vectors:
         raise ValmError(f"no embeddings in {folder}; expected img_emb/*.npy and metadata/*.parquet")
-    for file in vector_files:
-        if _number(file) not in metadata:
+    for number, file in vectors.items():
+        if number not in metadata:
             raise ValmError(f"{file} has no metadata: expected metadata/metadata_{file.stem.split('_')[-1]}.parquet")
-    files = [file for vectors in vector_files for file in (vectors, metadata[_number(vectors)])]
-    plan = {"source": "embeddings", "fingerprint": _fingerprint(files), "clip": clip.weights_hash}
+    pairs = [(file, metadata[number]) for number, file in vectors.items()]
+    fingerprint = _fingerprint([file for pair in pairs for file in pair])
+    plan = {"source": "embeddings", "fingerprint": fingerprint, "clip": clip.weights_hash}
     work = partial(_copy_embeddings, dim=clip.embed_dim)
-    pairs = [(file, metadata[_number(file)]) for file in vector_files]
     return build_shards(out, plan, clip, work, lambda done: pairs, len(pairs), ("copy", " vectors"), progress, run)
 
 
@@ -344,7 +344,16 @@ def _fingerprint(files: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def _number(file: Path) -> int:
-    """The number that ends the file's name: img_emb_12.npy comes after img_emb_2.npy."""
-    match = re.search(r"(\d+)$", file.stem)
-    return int(match[1]) if match else 0
+def _by_number(files: Iterable[Path]) -> dict[int, Path]:
+    """The files by the number that ends their names, 0 for none: img_emb_12.npy comes after img_emb_2.npy.
+
+    Raises ValmError for two of one number: what belongs to which is not to be guessed.
+    """
+    found: dict[int, Path] = {}
+    for file in sorted(files):
+        match = re.search(r"(\d+)$", file.stem)
+        number = int(match[1]) if match else 0
+        if number in found:
+            raise ValmError(f"{found[number]} and {file.name} both have the number {number}; give each one of its own")
+        found[number] = file
+    return dict(sorted(found.items()))

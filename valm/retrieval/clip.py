@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -98,7 +99,8 @@ class Clip:
             where it is not CLIP's own), also written `local-dir:FOLDER`; nothing is downloaded for it.
             Or `hf-hub:ORGANISATION/MODEL`, or `ARCHITECTURE:WEIGHTS` out of open_clip's list
             (`ViT-B-32:laion2b_s34b_b79k`): open_clip downloads these.
-        Raises ValmError where it is not there, is damaged, or reads text with a tokenizer other than CLIP's.
+        Raises ValmError where it is not there, is damaged, reads text with a tokenizer other than CLIP's, or has
+        weights that were trained with another activation than the architecture's.
         """
         source = os.fspath(source)
         folder = Path(source.removeprefix("local-dir:"))
@@ -116,6 +118,12 @@ class Clip:
                 )
         with _load_errors(source):
             model_cfg = open_clip.get_model_config(model_name)
+            pretrained = open_clip.get_pretrained_cfg(model_name, weights) if weights else {}
+        if pretrained.get("quick_gelu") and not model_cfg.get("quick_gelu"):  # open_clip only warns
+            raise ValmError(
+                f"the weights {weights} were trained with QuickGELU, which {model_name} does not compute: load "
+                f"{model_name}-quickgelu:{weights}"
+            )
         tokenizer = _default_tokenizer(model_cfg, source)
         with _load_errors(source):
             model = open_clip.create_model(model_name, weights, device=device)
@@ -181,6 +189,11 @@ class Clip:
             row[1 : 1 + len(ids)] = torch.tensor(ids, dtype=torch.int64)
         return rows
 
+    def to(self, device: str | torch.device) -> Clip:
+        """Itself, moved there. What was made of it before, such as a `ContextEncoder`, stays where it is."""
+        self.model.to(device)
+        return self
+
     @property
     def device(self) -> torch.device:
         return self.model.logit_scale.device
@@ -197,11 +210,13 @@ class Clip:
 
     @cached_property
     def weights_hash(self) -> str:
-        """SHA-256 over the names, types, shapes and bytes of all weights, however they were stored.
+        """SHA-256 over what is computed with the weights (the two configurations: the same ones with another activation
+        or image transform are another CLIP), and over their names, types, shapes and bytes, however they were stored.
 
         Computed once: a Clip is taken to be trained when it is asked for its hash.
         """
-        digest = hashlib.sha256()
+        configs = json.dumps([self.model_cfg, self._preprocess_cfg()], sort_keys=True)
+        digest = hashlib.sha256(configs.encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             # as bytes, because numpy has no bfloat16; flat, because a scalar has no axis to view

@@ -285,6 +285,13 @@ def test_wrong_embeddings(clip, tmp_path):
     write_embeddings(tmp_path, 0, vectors, url=["a", "b"])
     (tmp_path / "metadata" / "metadata_0.parquet").write_bytes(b"PAR1")
     fails(r"cannot read .*img_emb_0\.npy and .*metadata_0\.parquet")
+    (tmp_path / "metadata" / "metadata_0.parquet").rename(tmp_path / "metadata" / "metadata.parquet")
+    write_embeddings(tmp_path, 0, vectors, url=["a", "b"])
+    fails(r"metadata/metadata\.parquet and metadata_0\.parquet both have the number 0; give each")
+    (tmp_path / "metadata" / "metadata.parquet").unlink()
+    np.save(tmp_path / "img_emb" / "img_emb_00.npy", vectors)
+    fails(r"img_emb_0\.npy and img_emb_00\.npy both have the number 0")
+    (tmp_path / "img_emb" / "img_emb_00.npy").unlink()
     (tmp_path / "metadata" / "metadata_0.parquet").unlink()
     fails(r"img_emb_0\.npy has no metadata: expected metadata/metadata_0\.parquet")
 

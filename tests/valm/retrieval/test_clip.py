@@ -92,6 +92,24 @@ def test_hash_depends_on_every_weight(tokenizer):
     assert third.weights_hash != first.weights_hash
 
 
+def test_hash_depends_on_what_is_computed_with_the_weights(tokenizer, clip, tmp_path):
+    quick = Clip.create({**TINY, "quick_gelu": True}, tokenizer)
+    darker = Clip.create(TINY, tokenizer, preprocess_cfg={"mean": (0.1, 0.1, 0.1)})
+    plain = Clip.create(TINY, tokenizer)
+    for other in (quick, darker):
+        other.model.load_state_dict(plain.model.state_dict())
+    assert len({each.weights_hash for each in (quick, darker, plain)}) == 3
+    darker.save(tmp_path)
+    assert Clip.load(tmp_path).weights_hash == darker.weights_hash
+
+
+def test_weights_of_another_activation_are_refused(monkeypatch):
+    monkeypatch.setattr(open_clip, "create_model", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(ValmError, match=r"trained with QuickGELU.*: load ViT-B-32-quickgelu:openai$"):
+        Clip.load("ViT-B-32:openai")
+    assert "openai" in open_clip.list_pretrained_tags_by_model("ViT-B-32-quickgelu")
+
+
 def test_errors_name_the_folder(clip, tmp_path):
     with pytest.raises(ValmError, match="no CLIP at 'nowhere': it is neither a folder"):
         Clip.load("nowhere")
