@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import socket
 from collections.abc import Iterable
 from itertools import pairwise
@@ -36,17 +37,22 @@ class RayRun:
 
     address: of a cluster ("auto" for the one this machine is part of, or "HOST:PORT"), or "local" for one of this
         machine alone. A program that has called `ray.init` stays connected as it is.
-    cpus, gpus: what a task reserves; torch uses as many threads as it has cpus.
-    Raises ImportError without ray, and ValmError where there is no cluster.
+    cpus, gpus: what a task reserves; torch uses as many threads as it has cpus. A process that does tasks keeps what it
+        was sent: a `Retriever` opens its whole index in each, unless that is a `ShardedIndex`.
+    Raises ImportError without ray, and ValmError where there is no cluster, or no machine of it has room for a task.
     """
 
     def __init__(self, address: str, *, cpus: int = 1, gpus: float = 0):
         connect(address)
         self.cpus = cpus
         self.gpus = gpus
+        if _room(cpus, gpus) == 0:  # Ray would wait for a machine to join
+            raise ValmError(
+                f"no machine of the Ray cluster has the {cpus} cores and {gpus} GPUs that a task asks for; ask for less"
+            )
 
     def __call__(self, work: Work, shards: Iterable[tuple[int, Any]], progress: Progress) -> None:
-        """Raises the ValmError that `work` raised on another machine."""
+        """Raises the ValmError that `work` raised on another machine, and one where Ray gives up on it."""
         ray = _ray()
         task = ray.remote(_write_shard).options(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=MAX_RETRIES)
         shared = [ray.put(work)]  # in a list, so that each process fetches it once and not with every task
@@ -54,23 +60,18 @@ class RayRun:
         pending: list[Any] = []
         try:
             while True:
-                while len(pending) < QUEUED * self._slots() and (shard := next(shards, None)) is not None:
+                at_once = max(1, _room(self.cpus, self.gpus))  # as the cluster is now
+                while len(pending) < QUEUED * at_once and (shard := next(shards, None)) is not None:
                     pending.append(task.remote(shared, *shard))
                 if not pending:
                     break
                 (done,), pending = ray.wait(pending)
-                units, skipped = _result(done)
+                units, skipped = _result(done, "a shard")
                 progress.begin(units)
                 progress.advance(units, skipped)
         finally:
             for reference in pending:
                 ray.cancel(reference, force=True)
-
-    def _slots(self) -> int:
-        """Tasks that the cluster, as it is now, can run at once."""
-        have = _ray().cluster_resources()
-        slots = have.get("CPU", 0) / self.cpus
-        return max(1, int(min(slots, have.get("GPU", 0) / self.gpus) if self.gpus else slots))
 
 
 class ShardedIndex:
@@ -86,10 +87,11 @@ class ShardedIndex:
             raise ValmError(f"actors must be from 1 to the {len(kb)} pictures of {kb.path}, got {actors}")
         connect(address)
         ray = _ray()
-        cores = int(ray.cluster_resources().get("CPU", 0))
-        if actors * cpus >= cores:
+        room = _room(cpus)
+        if actors >= room:
             raise ValmError(
-                f"{actors} actors of {cpus} cores leave none of the cluster's {cores} for what asks them; take fewer"
+                f"{actors} actors of {cpus} cores leave no room for what asks them in a cluster that has room for "
+                f"{room} of them; take fewer"
             )
         lasting = {"max_restarts": -1, "max_task_retries": -1}
         actor = ray.remote(_Rows).options(num_cpus=cpus, scheduling_strategy="SPREAD", **lasting)
@@ -105,7 +107,9 @@ class ShardedIndex:
         """The `k` best rows of each query (..., E), by (score falling, row rising)."""
         flat = _ray().put(queries.reshape(-1, queries.shape[-1]).float().cpu().numpy())
         asked = [actor.search.remote(flat, k) for actor in self._actors]
-        answers = [TopK(*map(torch.tensor, _result(answer))) for answer in asked]  # copies: Ray's arrays are read-only
+        answers = [
+            TopK(*map(torch.tensor, _result(answer, "a search actor"))) for answer in asked
+        ]  # copies: Ray's arrays are read-only
         scores, rows = merge_topk(answers, self._offsets, k)
         shape = (*queries.shape[:-1], k)
         return TopK(scores.reshape(shape).to(queries.device), rows.reshape(shape).to(queries.device))
@@ -164,7 +168,15 @@ def _fetch(reference: Any) -> Work:
     return _ray().get(reference)
 
 
-def _result(reference: Any) -> Any:
+def _room(cpus: int, gpus: float = 0) -> int:
+    """How many tasks that reserve so much the machines of the cluster, as it is now, can do at once."""
+    have = [node["Resources"] for node in _ray().nodes() if node["Alive"]]
+    each = [(node.get("CPU", 0) // cpus, node.get("GPU", 0) // gpus if gpus else math.inf) for node in have]
+    return int(sum(map(min, each)))
+
+
+def _result(reference: Any, what: str) -> Any:
+    """What a task or an actor answered. Raises ValmError for one that raised it, and where Ray gave up on it."""
     ray = _ray()
     try:
         return ray.get(reference)
@@ -172,6 +184,14 @@ def _result(reference: Any) -> Any:
         if isinstance(error.cause, ValmError):
             raise error.cause from None
         raise
+    except ray.exceptions.RayError as error:  # killed for its memory, crashed too often, an actor that cannot start
+        lines = str(error).strip().splitlines()
+        # of an actor that cannot start the last line is what it raised, elsewhere the first says what happened
+        reason = lines[-1 if isinstance(error, ray.exceptions.ActorDiedError) else 0]
+        raise ValmError(
+            f"{what} was given up on the Ray cluster: {reason} ({type(error).__name__}); once that is mended, run the "
+            f"same again: it goes on"
+        ) from error
 
 
 def _ray():

@@ -1,7 +1,9 @@
 """On a Ray cluster of several nodes on this machine; a node is a group of processes that can be killed."""
 
 import contextlib
+import os
 import pickle
+import shutil
 import socket
 import sys
 import threading
@@ -15,6 +17,7 @@ import torch
 from PIL import Image
 
 from tests.valm.retrieval.tiny_clip import TEXTS
+from valm import distributed
 from valm.cli import main
 from valm.distributed import RayRun, ShardedIndex
 from valm.errors import ValmError
@@ -141,6 +144,32 @@ def test_what_was_begun_on_a_lost_node_is_begun_again(cluster, add_node, tmp_pat
         RayRun("auto")(work, enumerate(["a", "wrong", "b"]), bar)
 
 
+def work_that_crashes(number, part, progress):
+    os._exit(1)
+
+
+@pytest.mark.slow
+def test_what_ray_gives_up_is_one_sentence(cluster, add_node, make_kb, monkeypatch):
+    monkeypatch.setattr(distributed, "MAX_RETRIES", 0)
+    add_node(), add_node(num_cpus=2)
+    with pytest.raises(ValmError, match="no machine of the Ray cluster has the 3 cores and 0 GPUs"):
+        RayRun("auto", cpus=3)
+    with pytest.raises(ValmError, match=r"the 2 cores and 1 GPUs that a task asks for; ask for less"):
+        RayRun("auto", cpus=2, gpus=1)
+    with (
+        pytest.raises(ValmError, match=r"^a shard was given up on the Ray cluster: .*\(WorkerCrashedError\); once"),
+        ProgressBar("x", " x", None, False) as bar,
+    ):
+        RayRun("auto")(work_that_crashes, enumerate("ab"), bar)
+    kb = make_kb(4)
+    shutil.rmtree(kb.path)
+    index = ShardedIndex(kb, 1, "auto")
+    with pytest.raises(
+        ValmError, match=rf"^a search actor was given up .*no knowledge base at {kb.path}.*ActorDiedError"
+    ):
+        index.search(torch.ones(1, kb.dim), 1)
+
+
 @pytest.mark.slow
 def test_a_knowledge_base_while_a_node_is_killed(cluster, add_node, clip, tmp_path):
     (tmp_path / "pictures").mkdir()
@@ -175,7 +204,7 @@ def test_a_corpus_retrieval_and_its_search_while_a_node_is_killed(cluster, add_n
 
     here = retrieve("here")
     nodes = {node.node_id: node for node in (add_node(num_cpus=2), add_node(), add_node())}
-    with pytest.raises(ValmError, match="40 actors of 1 cores leave none of the cluster's"):
+    with pytest.raises(ValmError, match=r"40 actors of 1 cores leave no room .* has room for \d of them; take fewer"):
         ShardedIndex(kb, 40, "auto")
     index = ShardedIndex(kb, 2, "auto")
     victim = nodes[ray.get(index._actors[0].__ray_call__.remote(lambda actor: ray.get_runtime_context().get_node_id()))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from valm.cli.options import Commands, add_ray, chosen_run, command, positive
+from valm.cli.options import Commands, add_device, add_ray, chosen_device, chosen_run, command, positive
 from valm.errors import ValmError
 
 
@@ -29,8 +29,10 @@ def add_to(commands: Commands) -> None:
     retrieve.add_argument(
         "--search-actors",
         type=positive,
-        help="with --ray, spread the search over so many actors, which share the vectors",
+        help="with --ray, spread the search over so many actors, which share the vectors; without, each process that "
+        "does tasks opens the whole knowledge base or its index",
     )
+    add_device(retrieve)
     add_ray(retrieve)
 
 
@@ -45,7 +47,8 @@ def run_retrieve(arguments: argparse.Namespace) -> None:
         raise ValmError("--search-actors are of a Ray cluster: give --ray too")
     kb = ImageKnowledgeBase.open(arguments.kb)
     tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else None
-    encoder = ContextEncoder(kb.load_clip(arguments.clip), tokenizer=tokenizer, query=arguments.query)
+    clip = kb.load_clip(arguments.clip).to(chosen_device(arguments))
+    encoder = ContextEncoder(clip, tokenizer=tokenizer, query=arguments.query)
     run = chosen_run(arguments)
     index = None
     if arguments.search_actors is not None:
