@@ -431,6 +431,9 @@ def test_the_device_is_chosen(monkeypatch):
         add_ray(parser)
         return chosen_device(parser.parse_args(options)).type
 
+    if not torch.cuda.is_available():
+        with pytest.raises(ValmError, match=r"there is no device 'cuda' here \(.*\); leave --gpus out"):
+            chosen("--ray", "auto", "--gpus", "1")
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, device: empty(*size))  # as if there were a GPU
     for there, ray, expected in ((False, [], "cpu"), (True, [], "cuda"), (True, ["--ray", "auto"], "cpu")):

@@ -66,16 +66,18 @@ def chosen_device(arguments: argparse.Namespace):
 
     name = arguments.device
     on_ray = getattr(arguments, "ray", None) is not None
+    # a task has the GPUs that it reserves, and no others
+    has_gpu = arguments.gpus > 0 if on_ray else torch.cuda.is_available()
     if name == "auto":
-        # a task has the GPUs that it reserves, and no others
-        name = "cuda" if torch.cuda.is_available() and not (on_ray and not arguments.gpus) else "cpu"
+        name = "cuda" if has_gpu else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
         reason = str(error).partition("\n")[0]
-        raise ValmError(f"there is no device {name!r} here ({reason}); leave --device out, or give cpu") from error
-    if on_ray and device.type != "cpu" and not arguments.gpus:
+        remedy = "leave --gpus out" if on_ray and has_gpu else "leave --device out, or give cpu"
+        raise ValmError(f"there is no device {name!r} here ({reason}); {remedy}") from error
+    if on_ray and device.type != "cpu" and not has_gpu:
         raise ValmError(f"--device {name} with --ray: a task has no GPU; give --gpus 1")
     return device
 

@@ -4,7 +4,7 @@
     vectors-00000.npy      (n, E) float16, memory-mapped when read
     items-00000.parquet    uri, caption, width, height; the id of a picture is its place among all of them
     thumbnails-00000.parquet   one JPEG a row; only where thumbnails were asked for
-    skipped-00000.json     pictures that could not be read, with the reason; only where there were any
+    skipped-00000.json     pictures and caption files that are damaged, with the reason; only where there were any
 
 How it is resumed, and built on several machines, is in `valm.retrieval.sharded_build`.
 """
@@ -49,7 +49,7 @@ class Piece(NamedTuple):
     """A fixed part of the source (some pictures, one tar file), encoded.
 
     vectors: (n, E) float, L2-normalised. items: what is known of the n pictures, ITEM_SCHEMA.
-    thumbnails: n JPEGs, or None. skipped: {uri, reason} of each picture that could not be read.
+    thumbnails: n JPEGs, or None. skipped: {uri, reason} of each picture or caption file that is damaged.
     """
 
     vectors: np.ndarray

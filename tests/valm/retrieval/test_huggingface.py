@@ -1,5 +1,6 @@
 import io
 import os
+import pickle
 import signal
 
 import datasets
@@ -93,6 +94,12 @@ def test_pictures_are_decoded_by_workers_and_bombs_refused(dataset, clip, tmp_pa
     kb = build_from_dataset(rows, tmp_path / "kb", clip, workers=2, progress=False)
     assert np.array_equal(kb.vectors(), here.vectors())
     assert kb.skipped()[-1]["uri"] == "7" and "pixels" in kb.skipped()[-1]["reason"]
+
+
+def test_a_worker_sends_no_picture_back(clip):
+    """The bytes of a row went to it once; back come its pixels, thumbnail and place."""
+    decoder = encoding._Decoder([encoding.Record("x", "", PICTURES[0] + bytes(1 << 20))], clip, 64)
+    assert len(pickle.dumps(decoder[0])) < 100_000
 
 
 @needs_fork
