@@ -107,9 +107,8 @@ class ShardedIndex:
         """The `k` best rows of each query (..., E), by (score falling, row rising)."""
         flat = _ray().put(queries.reshape(-1, queries.shape[-1]).float().cpu().numpy())
         asked = [actor.search.remote(flat, k) for actor in self._actors]
-        answers = [
-            TopK(*map(torch.tensor, _result(answer, "a search actor"))) for answer in asked
-        ]  # copies: Ray's arrays are read-only
+        found = [_result(answer, "a search actor") for answer in asked]
+        answers = [TopK(*map(torch.tensor, arrays)) for arrays in found]  # copies: Ray's arrays are read-only
         scores, rows = merge_topk(answers, self._offsets, k)
         shape = (*queries.shape[:-1], k)
         return TopK(scores.reshape(shape).to(queries.device), rows.reshape(shape).to(queries.device))

@@ -27,6 +27,8 @@ from valm.retrieval.shards import ITEM_SCHEMA, WHAT, Piece, clip_entry, finish_k
 
 # Rows of embeddings that are normalised at once.
 BLOCK_ROWS = 1 << 16
+# Bytes after the last member of an archive that must be zero: tar itself pads with a few thousand.
+END_BYTES = 1 << 20
 
 
 def build_from_folder(
@@ -272,9 +274,10 @@ def _read_tar(path: Path) -> list[Record]:
                         captions[key, suffix] = parse_caption(content, suffix)
                     except ValueError as error:
                         skip(uri, str(error))
-            # tarfile takes a damaged header for the end, and no end at all
+            # tarfile takes a damaged or empty header for the end, and no end at all
             tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            end = tar.fileobj.read(END_BYTES)
+            if len(end) < tarfile.BLOCKSIZE or any(end):
                 raise tarfile.ReadError(f"at byte {tar.offset:,} there is neither a member nor the end of the archive")
     except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
         if is_passing(error):

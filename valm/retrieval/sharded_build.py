@@ -130,8 +130,8 @@ class ShardedBuild:
         self._remove_state()
 
     def _remove_state(self) -> None:
-        # of shards that were begun and killed there are temporary files
-        for pattern in ("shard-*.json", "*.tmp"):
+        # temporary files of what was killed while it was written; that of an index, perhaps being built, is not ours
+        for pattern in ("shard-*.json", "*-[0-9]*.tmp", f"{MANIFEST_FILE}.*.tmp", f"{BUILD_FILE}.*.tmp"):
             for file in self.out.glob(pattern):
                 file.unlink(missing_ok=True)
         (self.out / BUILD_FILE).unlink(missing_ok=True)

@@ -132,6 +132,7 @@ def damaged_archives():
     pax = b"30 mtime=what is not a number\n"
     return {
         "flipped bit in a header": (bytes(flipped), 1),
+        "zeros for a header": (whole[:second] + bytes(512) + whole[second + 512 :] + end, 1),
         "cut inside a header": (whole[: third + 100], 2),
         "cut between two members": (whole[:third], 2),
         "no end": (whole, 3),

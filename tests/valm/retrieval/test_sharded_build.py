@@ -85,6 +85,15 @@ def test_killed_between_the_manifest_and_the_end(tmp_path):
     assert contents(tmp_path) == finished
 
 
+@pytest.mark.parametrize("end", [finish, ShardedBuild.abandon])
+def test_what_killed_tries_left_is_removed_at_the_end(tmp_path, end):
+    started = build(tmp_path)
+    for name in ("numbers-00001.npy", "shard-00001.json", "build.json", "manifest.json", "index.faiss"):
+        (tmp_path / f"{name}.0123abcd.tmp").touch()
+    end(started)
+    assert [file.name for file in tmp_path.glob("*.tmp")] == ["index.faiss.0123abcd.tmp"]
+
+
 def test_what_differs_from_the_plan_is_named(tmp_path):
     started = build(tmp_path)
     with pytest.raises(ValmError, match=r"holds an unfinished heap .*\(colour, size differ\); delete it or choose"):
