@@ -398,6 +398,8 @@ float Search::float_upper(int64_t query, int64_t row) {
     float product, square;
     kernels_.dot(rows_, row, q.values, &product, &square);
     if (!std::isfinite(square) && !row_is_finite(rows_, row)) report_broken(row);
+    // a partial sum that overflowed says nothing of the whole
+    if (!std::isfinite(product)) return std::numeric_limits<float>::infinity();
     // the square is off by the same share as the product; where it underflows the row is below 1e-18
     const double error = float_error(rows_.dim);
     const double reach = q.norm * (std::sqrt(static_cast<double>(square)) * (1 + error) + 1e-18);

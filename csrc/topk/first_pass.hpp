@@ -24,8 +24,10 @@
 // (dim / 4 + 16) w |u| |d| (at least four partial sums, whatever the instruction set), which times |a| / t goes into
 // L too. The exact routine's own float64 error, below dim 2^-52 |q| |x| with |x| <= |m| + length, and that of q.m,
 // go into L (the part with length) and into theta (the part with |m|). Underflow anywhere loses less than 1e-33 times
-// (1 + |q|), which theta gives back. Where anything overflows the comparison is against infinity or NaN, and
-// "not less than" keeps the row.
+// (1 + |q|), which theta gives back. Nothing overflows to -inf, which no later term would lift: a row is packed only if
+// the elements of d are below kMaxReach, other rows have an infinite error, and prepare_query keeps |A| <= 2^40, so
+// with |g.c| < 2^31 and |d| < 46 kMaxReach the sum of the first two terms is within 6e37. The other two are never
+// negative: where they overflow, upper is +inf or NaN, and "not less than" keeps the row.
 //
 // theta: let T be the kth best score so far, of row r. A row after r enters the answer only if its score rounds to
 // more than T, so only if it is at least half-way from T to the next float32; a row before r, half-way from the
@@ -38,6 +40,9 @@
 #include "topk/topk.hpp"
 
 namespace valm {
+
+// Rows with an element this far from the centre are not bounded.
+constexpr float kMaxReach = 1e24f;
 
 // A row's four numbers in FirstPass::stats.
 enum Stat { kStep, kAlong, kLength, kError };

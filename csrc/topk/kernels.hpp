@@ -130,8 +130,9 @@ bool pack_row(const Rows& rows, int64_t index, const float* centre, const float*
     }
     const float reach = largest.largest();
     const bool finite = probe.sum() == 0;
-    // Tiny rows are out of reach of relative bounds; they are kept for the exact routine by an infinite error.
-    const bool bounded = finite && (reach == 0 || reach > 1e-30f);
+    // Tiny rows are out of reach of relative bounds, and with huge ones the bound's own arithmetic may overflow; both
+    // are kept for the exact routine by an infinite error.
+    const bool bounded = finite && (reach == 0 || (reach > 1e-30f && reach < kMaxReach));
     const float step = bounded ? reach / 127 : 0;
     const V scale = V::all(step > 0 ? 127 / reach : 0);
 

@@ -45,18 +45,19 @@ Query prepare_query(const float* values, const FirstPass& first_pass, int64_t di
         largest = std::max(largest, std::abs(p));
         rest_square += p * p;
     }
-    const double finest = largest / levels;
+    // at least 2^-40 |a|, so that A cannot make the bound overflow
+    const double unit = std::max(largest / levels, std::abs(a) * 0x1p-40);
     // a query too small for relative bounds keeps g = 0, all of it in f
-    const bool tiny = finest < 1e-30;
-    query.unit = tiny ? 1 : finest;
+    const bool tiny = unit < 1e-30;
+    query.unit = tiny ? 1 : unit;
     int64_t sum = 0;
     double g_square = 0, left_square = 0;
     std::fill_n(g, (dim + 3) / 4 * 4, int16_t{0});
     if (!tiny) {
         for (int64_t e = 0; e < dim; ++e) {
             const double p = rest(e);
-            const double integer = std::nearbyint(p / finest);
-            const double left = p - finest * integer;  // f
+            const double integer = std::nearbyint(p / unit);
+            const double left = p - unit * integer;  // f
             g[e] = static_cast<int16_t>(integer);
             sum += g[e];
             g_square += integer * integer;

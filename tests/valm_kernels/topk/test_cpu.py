@@ -55,6 +55,22 @@ def test_exact_whatever_the_size_of_a_query(isa, scale):
     assert_same(ip_topk(queries[:2], database, 8), (expected.scores[:2], expected.indices[:2]))
 
 
+def test_partial_sums_that_overflow_lose_no_row(isa):
+    """Of the best row a part of the bound is below every float32, the whole is not."""
+    database = torch.zeros(3, 8)
+    database[:, :2] = torch.tensor([[3e37, -1e37], [2e37, 1e37], [-2e37, 0.0]])
+    query = torch.tensor([1, 0.1, 0, 0, 0, 0, 0, 0])
+    assert FlatIPIndex(database).search(query, 1).indices.tolist() == [0]
+
+    # float32 products: more rows than are scored before the threshold rises
+    database = normals(600, 16) * 1e-38
+    database[-1] = torch.tensor([-2.0] + [1.0] * 15)
+    query = torch.full((16,), 3e38)
+    expected = ip_topk(query, database, 1, impl="reference")
+    assert expected.indices.tolist() == [599]
+    assert_same(ip_topk(query, database, 1), expected)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
 @pytest.mark.parametrize("dim", [8, 33, 250, 2048])
 def test_exact_for_every_stored_dtype_and_odd_sizes(isa, dtype, dim):
