@@ -6,13 +6,12 @@
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <cmath>
-#include <functional>
 #include <limits>
 #include <memory>
 #include <numeric>
 
+#include "topk/call.hpp"
 #include "topk/exact.hpp"
 #include "topk/query.hpp"
 
@@ -32,7 +31,6 @@ constexpr int kScoredFirst = 32;
 constexpr int64_t kBlockBytes = 256 << 10;
 // Up to this many queries, unpacked rows are multiplied as float32; above it packing them first is cheaper.
 constexpr int64_t kFloatQueries = 3;
-constexpr auto kInterruptInterval = std::chrono::milliseconds(50);
 
 struct Candidate {
     float upper;
@@ -68,8 +66,15 @@ struct Worker {
 
 class Search {
   public:
-    Search(const Rows& rows, const FirstPass* first_pass, int64_t k, const Kernels& kernels, int threads)
-        : rows_(rows), kernels_(kernels), k_(k), threads_(threads), steps_((rows.dim + 3) / 4), workers_(threads) {
+    Search(const Rows& rows, const FirstPass* first_pass, int64_t k, const Kernels& kernels, int threads,
+           const std::function<bool()>& interrupted)
+        : rows_(rows),
+          kernels_(kernels),
+          k_(k),
+          threads_(threads),
+          steps_((rows.dim + 3) / 4),
+          interruption_(interrupted),
+          workers_(threads) {
         if (first_pass != nullptr) {
             first_pass_ = *first_pass;
         } else {
@@ -81,15 +86,14 @@ class Search {
         packed_ = first_pass != nullptr;
     }
 
-    // Answers all queries; false where `interrupted` ended it.
-    bool run(const float* queries, int64_t n_queries, const std::function<bool()>& interrupted, float* scores,
-             int64_t* indices);
+    // Answers all queries, unless interrupted or stopped by a broken row.
+    void run(const float* queries, int64_t n_queries, float* scores, int64_t* indices);
 
     int64_t broken_row() const { return broken_ < rows_.count ? broken_.load() : -1; }
 
   private:
     void start_group(const std::vector<int64_t>& members, const float* queries);
-    bool search_group(const std::function<bool()>& interrupted);
+    bool search_group();  // false: interrupted
     void search_block(Worker& worker, int64_t block, size_t first_tile, size_t last_tile);
     void float_block(Worker& worker, int64_t begin, int64_t end);
     void collect(Worker& worker, int64_t query, float upper, int64_t position, Tile* tile, int in_tile);
@@ -124,8 +128,7 @@ class Search {
     std::vector<float> centre_;  // and axis, of a database that comes unpacked
     std::unique_ptr<PaddedCentre> padded_centre_;
     std::atomic<int64_t> broken_{std::numeric_limits<int64_t>::max()};
-    // When `interrupted` was last asked. Over all groups: one may take less than the interval.
-    std::chrono::steady_clock::time_point asked_ = std::chrono::steady_clock::now();
+    Interruption interruption_;
 
     // the group at hand
     std::vector<Query> group_;
@@ -137,8 +140,7 @@ class Search {
     std::vector<Worker> workers_;
 };
 
-bool Search::run(const float* queries, int64_t n_queries, const std::function<bool()>& interrupted, float* scores,
-                 int64_t* indices) {
+void Search::run(const float* queries, int64_t n_queries, float* scores, int64_t* indices) {
     const int64_t dim = rows_.dim;
     float_pass_ = !packed_ && n_queries <= kFloatQueries;
     const int64_t row_bytes = float_pass_ ? dim * element_bytes(rows_.element) : steps_ * 4;
@@ -159,13 +161,11 @@ bool Search::run(const float* queries, int64_t n_queries, const std::function<bo
         }
         if (static_cast<int64_t>(members.size()) == group || (q + 1 >= n_queries && !members.empty())) {
             start_group(members, queries);
-            if (!search_group(interrupted)) return false;
-            if (broken_row() >= 0) return true;
+            if (!search_group() || broken_row() >= 0) return;
             finish_group(scores, indices);
             members.clear();
         }
     }
-    return true;
 }
 
 void Search::start_group(const std::vector<int64_t>& members, const float* queries) {
@@ -175,14 +175,19 @@ void Search::start_group(const std::vector<int64_t>& members, const float* queri
     group_.assign(count, {});
     values_.assign(count * padded, 0);
     integers_.resize(count * steps_ * 4);
-#pragma omp parallel for num_threads(threads_)
-    for (int64_t i = 0; i < count; ++i) {
-        float* values = values_.data() + i * padded;
-        std::copy_n(queries + members[i] * dim, dim, values);
-        group_[i] = float_pass_ ? prepare_float_query(values, dim)
-                                : prepare_query(values, first_pass_, dim, levels, integers_.data() + i * steps_ * 4);
-        group_[i].output = members[i];
-        kth_[i] = 0;
+#pragma omp parallel num_threads(threads_)
+    {
+        const PlainArithmetic plain;
+#pragma omp for
+        for (int64_t i = 0; i < count; ++i) {
+            float* values = values_.data() + i * padded;
+            int16_t* integers = integers_.data() + i * steps_ * 4;
+            std::copy_n(queries + members[i] * dim, dim, values);
+            group_[i] = float_pass_ ? prepare_float_query(values, dim)
+                                    : prepare_query(values, first_pass_, dim, levels, integers);
+            group_[i].output = members[i];
+            kth_[i] = 0;
+        }
     }
 
     tiles_.clear();
@@ -227,7 +232,7 @@ void Search::start_group(const std::vector<int64_t>& members, const float* queri
     }
 }
 
-bool Search::search_group(const std::function<bool()>& interrupted) {
+bool Search::search_group() {
     // Few blocks: share out the tiles of a block too.
     const int64_t n_tiles = std::max<int64_t>(1, static_cast<int64_t>(tiles_.size()));
     const int64_t slices = std::clamp<int64_t>(4 * threads_ / n_blocks_, 1, n_tiles);
@@ -239,15 +244,12 @@ bool Search::search_group(const std::function<bool()>& interrupted) {
     std::atomic<bool> stopped{false};
 #pragma omp parallel num_threads(threads_)
     {
+        const PlainArithmetic plain;
         Worker& worker = workers_[omp_get_thread_num()];
         for (int64_t task = next++; task < n_blocks_ * slices && !stopped; task = next++) {
             const int64_t block = task / slices * stride % n_blocks_, slice = task % slices;
             search_block(worker, block, slice * n_tiles / slices, (slice + 1) * n_tiles / slices);
-            if (omp_get_thread_num() != 0) continue;
-            const auto now = std::chrono::steady_clock::now();
-            if (now - asked_ < kInterruptInterval) continue;
-            asked_ = now;
-            if (interrupted()) stopped = true;
+            if (omp_get_thread_num() == 0 && interruption_.now()) stopped = true;
         }
         for (int64_t query = 0; query < static_cast<int64_t>(group_.size()) && !stopped; ++query) {
             settle(worker, query);
@@ -429,9 +431,10 @@ void Search::finish_group(float* scores, int64_t* indices) {
             std::sort(keys.begin(), keys.end(), std::greater<>());
         }
         const int64_t at = group_[query].output * k_;
-        for (int64_t i = 0; i < k_; ++i) {
-            scores[at + i] = key_score(keys[i]);
-            indices[at + i] = key_row(keys[i]);
+        for (int64_t i = 0; i < k_; ++i) {  // fewer than k where a file's row numbers were altered
+            const bool there = i < static_cast<int64_t>(keys.size());
+            scores[at + i] = there ? key_score(keys[i]) : -std::numeric_limits<float>::infinity();
+            indices[at + i] = there ? key_row(keys[i]) : int64_t{-1};
         }
     }
 }
@@ -441,8 +444,9 @@ void Search::finish_group(float* scores, int64_t* indices) {
 int64_t ip_topk_cpu(const float* queries, int64_t n_queries, const Rows& rows, const FirstPass* first_pass, int64_t k,
                     const std::string& isa, int threads, const std::function<bool()>& interrupted, float* scores,
                     int64_t* indices) {
-    Search search(rows, first_pass, k, kernels_for(isa), threads);
-    search.run(queries, n_queries, interrupted, scores, indices);
+    const PlainArithmetic plain;
+    Search search(rows, first_pass, k, kernels_for(isa), threads, interrupted);
+    search.run(queries, n_queries, scores, indices);
     return search.broken_row();
 }
 

@@ -11,11 +11,6 @@ struct Vector {
     static constexpr int kWidth = 4;
     float lane[kWidth];
 
-    struct Doubles {
-        static constexpr int kWidth = 4;
-        double lane[kWidth];
-    };
-
     template <class Function>
     static Vector make(Function function) {
         Vector result;
@@ -72,11 +67,6 @@ struct Vector {
         for (int i = 0; i < kWidth; ++i) bytes[i] = static_cast<uint8_t>(static_cast<int>(rounded.lane[i]) + 128);
         return rounded;
     }
-    static void add_products(Vector a, Vector b, Doubles* sums) {
-        for (int i = 0; i < kWidth; ++i) {
-            sums->lane[i] += static_cast<double>(a.lane[i]) * static_cast<double>(b.lane[i]);
-        }
-    }
 };
 
 uint32_t pass(const uint8_t* codes, const float* stats, int64_t steps, const Tile& tile, Kept& kept) {
@@ -95,8 +85,14 @@ uint32_t pass(const uint8_t* codes, const float* stats, int64_t steps, const Til
     return keep<Vector>(sums, stats, tile, kept);
 }
 
+float score(const Rows& rows, int64_t index, const float* query) {
+    float result = 0;
+    with_row(rows, index, [&](auto row) { result = exact_score(query, row, rows.dim); });
+    return result;
+}
+
 }  // namespace
 
-const Kernels kGeneric = {"generic", false, kMaxTile, pass, pack_row<Vector>, dot<Vector>, exact<Vector>};
+const Kernels kGeneric = {"generic", false, kMaxTile, pass, pack_row<Vector>, dot<Vector>, score};
 
 }  // namespace valm

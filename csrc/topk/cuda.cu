@@ -50,28 +50,28 @@ std::vector<std::string> cuda_devices() {
     return lines;
 }
 
-void cuda_row_norms(int device, const Rows& rows, float* norms, uintptr_t stream) {
+void cuda_row_norms(int device, const Rows& rows, uintptr_t norms, uintptr_t stream) {
     const DeviceGuard guard(device);
-    launch_row_norms({rows, norms}, reinterpret_cast<Stream>(stream));
+    launch_row_norms({rows, reinterpret_cast<float*>(norms)}, reinterpret_cast<Stream>(stream));
 }
 
 int64_t cuda_topk_workspace(int device, int64_t n_queries, const Rows& rows, int k) {
     return make_plan(n_queries, rows, k, device_limits(device)).bytes;
 }
 
-void ip_topk_cuda(int device, const float* queries, int64_t n_queries, const Rows& rows, const float* row_norms, int k,
-                  void* workspace, float* scores, int64_t* indices, uintptr_t stream) {
+void ip_topk_cuda(int device, uintptr_t queries, int64_t n_queries, const Rows& rows, uintptr_t row_norms, int k,
+                  uintptr_t workspace, uintptr_t scores, uintptr_t indices, uintptr_t stream) {
     const DeviceGuard guard(device);
     Search search{};
-    search.queries = queries;
+    search.queries = reinterpret_cast<const float*>(queries);
     search.rows = rows;
-    search.row_norms = row_norms;
+    search.row_norms = reinterpret_cast<const float*>(row_norms);
     search.n_queries = static_cast<int>(n_queries);
     search.k = k;
     search.plan = make_plan(n_queries, rows, k, device_limits(device));
-    search.scores = scores;
-    search.indices = indices;
-    launch_search(search, workspace, reinterpret_cast<Stream>(stream));
+    search.scores = reinterpret_cast<float*>(scores);
+    search.indices = reinterpret_cast<int64_t*>(indices);
+    launch_search(search, reinterpret_cast<void*>(workspace), reinterpret_cast<Stream>(stream));
 }
 
 }  // namespace valm

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <stdexcept>
 
+#include "topk/call.hpp"
 #include "topk/kernels.hpp"
 
 namespace valm {
@@ -82,16 +83,27 @@ void find_centre(const Rows& rows, float* centre, float* axis) {
     for (int64_t e = 0; e < rows.dim; ++e) axis[e] = norm > 0 ? static_cast<float>(centre[e] / norm) : 0;
 }
 
-int64_t find_duplicates(const Rows& rows, int threads, int32_t* row, int32_t* next_duplicate) {
+int64_t find_duplicates(const Rows& rows, int threads, int32_t* row, int32_t* next_duplicate,
+                        const std::function<bool()>& interrupted) {
+    constexpr int64_t kRowsBetweenQuestions = 1024;
+    Interruption interruption(interrupted);
+    std::atomic<bool> stopped{false};
     const int64_t bytes = rows.dim * element_bytes(rows.element);
     const uint8_t* data = static_cast<const uint8_t*>(rows.data);
+    const auto scale_bits = [&](int64_t i) {
+        uint32_t bits = 0;
+        if (rows.scale != nullptr) memcpy(&bits, rows.scale + i, sizeof bits);
+        return bits;
+    };
     std::vector<uint64_t> hashes(rows.count);
 #pragma omp parallel for num_threads(threads)
     for (int64_t i = 0; i < rows.count; ++i) {
-        hashes[i] = hash_row(data + i * bytes, bytes);
+        if (stopped) continue;
+        hashes[i] = mix(hash_row(data + i * bytes, bytes), scale_bits(i));
+        if (i % kRowsBetweenQuestions == 0 && omp_get_thread_num() == 0 && interruption.now()) stopped = true;
     }
     const auto equal = [&](int64_t a, int64_t b) {
-        return hashes[a] == hashes[b] && (rows.scale == nullptr || rows.scale[a] == rows.scale[b]) &&
+        return hashes[a] == hashes[b] && scale_bits(a) == scale_bits(b) &&
                memcmp(data + a * bytes, data + b * bytes, bytes) == 0;
     };
     uint64_t slots = 1;
@@ -99,7 +111,8 @@ int64_t find_duplicates(const Rows& rows, int threads, int32_t* row, int32_t* ne
     std::vector<int32_t> table(slots, -1);  // first rows, open addressing
     std::vector<int32_t> last(rows.count);  // of a first row: the latest row equal to it
     int64_t different = 0;
-    for (int32_t i = 0; i < rows.count; ++i) {
+    for (int32_t i = 0; i < rows.count && !stopped; ++i) {
+        if (i % kRowsBetweenQuestions == 0 && interruption.now()) stopped = true;
         next_duplicate[i] = 0;
         uint64_t slot = hashes[i] & (slots - 1);
         while (table[slot] >= 0 && !equal(table[slot], i)) slot = (slot + 1) & (slots - 1);
@@ -114,17 +127,27 @@ int64_t find_duplicates(const Rows& rows, int threads, int32_t* row, int32_t* ne
     return different;
 }
 
-int64_t pack(const Rows& rows, const FirstPass& first_pass, const std::string& isa, int threads) {
+int64_t pack(const Rows& rows, const FirstPass& first_pass, const std::string& isa, int threads,
+             const std::function<bool()>& interrupted) {
+    const PlainArithmetic plain;
+    Interruption interruption(interrupted);
+    std::atomic<bool> stopped{false};
     const Kernels& kernels = kernels_for(isa);
     find_centre(rows, first_pass.centre, first_pass.axis);
     const PaddedCentre padded(first_pass, rows.dim);
     const int64_t panels = (first_pass.count + kPanelRows - 1) / kPanelRows;
     std::atomic<int64_t> broken{rows.count};
-#pragma omp parallel for schedule(dynamic, 8) num_threads(threads)
-    for (int64_t panel = 0; panel < panels; ++panel) {
-        const int64_t bad = pack_panel(kernels, rows, first_pass, padded, panel, panel);
-        int64_t first = broken;
-        while (bad >= 0 && bad < first && !broken.compare_exchange_weak(first, bad)) {
+#pragma omp parallel num_threads(threads)
+    {
+        const PlainArithmetic plain_here;
+#pragma omp for schedule(dynamic, 8)
+        for (int64_t panel = 0; panel < panels; ++panel) {
+            if (stopped) continue;
+            const int64_t bad = pack_panel(kernels, rows, first_pass, padded, panel, panel);
+            int64_t first = broken;
+            while (bad >= 0 && bad < first && !broken.compare_exchange_weak(first, bad)) {
+            }
+            if (omp_get_thread_num() == 0 && interruption.now()) stopped = true;
         }
     }
     return broken < rows.count ? broken.load() : -1;

@@ -37,18 +37,22 @@ struct FirstPass {
 constexpr int kPanelRows = 32;
 constexpr int kStats = 4;
 
+// The functions below that take `interrupted` call it on the calling thread about every 50 ms; where it returns true
+// they end early, their result undefined.
+
 // Groups equal rows: fills FirstPass::row with the first row of each group (room for rows.count) and
 // next_duplicate (rows.count). Returns how many groups there are.
-int64_t find_duplicates(const Rows& rows, int threads, int32_t* row, int32_t* next_duplicate);
+int64_t find_duplicates(const Rows& rows, int threads, int32_t* row, int32_t* next_duplicate,
+                        const std::function<bool()>& interrupted);
 
 // Fills first_pass.codes, stats, centre and axis. Returns the first row that holds NaN or infinity, or -1.
-int64_t pack(const Rows& rows, const FirstPass& first_pass, const std::string& isa, int threads);
+int64_t pack(const Rows& rows, const FirstPass& first_pass, const std::string& isa, int threads,
+             const std::function<bool()>& interrupted);
 
 // For each query the k best rows by (score falling, row rising), scored as exact.hpp says: scores (n_queries, k),
 // indices (n_queries, k); NaN and -1 for a query that is not finite. queries (n_queries, rows.dim).
 // Without first_pass the rows are prepared block by block in this call, and checked: returns the first row that
-// holds NaN or infinity, or -1. `interrupted` is called on the calling thread about every 50 ms; where it returns
-// true the search ends early, its result undefined.
+// holds NaN or infinity, or -1.
 int64_t ip_topk_cpu(const float* queries, int64_t n_queries, const Rows& rows, const FirstPass* first_pass, int64_t k,
                     const std::string& isa, int threads, const std::function<bool()>& interrupted, float* scores,
                     int64_t* indices);

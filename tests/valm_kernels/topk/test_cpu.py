@@ -5,6 +5,7 @@ its threads, its interruption.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ from tests.valm_kernels.topk.databases import ADVERSARIAL, adversarial, normals
 from valm_kernels import FlatIPIndex, ip_topk
 from valm_kernels.native import native
 from valm_kernels.topk import cpu
+from valm_kernels.topk.index import store
 
 ISAS = native().cpu_isas()
 
@@ -111,6 +113,40 @@ def test_a_best_row_that_its_own_bound_hardly_saves(monkeypatch):
     assert tried > 3
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_denormal_numbers_count_where_the_caller_has_switched_them_off(isa, dtype):
+    """torch.set_flush_denormal holds for the calling thread only: threads would disagree."""
+    scale = 1e-6 if dtype == "float16" else 1e-37 if dtype == "int8" else 1e-40
+    database, queries = normals(1500, 40, seed=1) * scale, normals(9, 40) * 1e10
+    torch.set_flush_denormal(True)
+    try:
+        index = FlatIPIndex(database, dtype)
+        found, one, plain = index.search(queries, 8), index.search(queries[0], 8), None
+        if dtype != "int8":
+            plain = ip_topk(queries, database.to(getattr(torch, dtype)), 8)
+    finally:
+        torch.set_flush_denormal(False)
+    expected = ip_topk(queries, index.dequantised(), 8, impl="reference")
+    assert_same(found, expected)
+    assert_same(one, (expected.scores[0], expected.indices[0]))
+    if plain is not None:
+        assert_same(plain, expected)
+
+
+def test_copies_of_a_row_at_many_scales_are_told_apart_as_fast_as_other_rows():
+    """As int8, rows in one direction differ by their scales alone."""
+
+    def seconds(database: torch.Tensor) -> float:
+        rows, row_scale = store(database, "int8", torch.device("cpu"))
+        start = time.process_time()
+        assert cpu.pack(rows, row_scale).first_rows is None
+        return time.process_time() - start
+
+    different = normals(50_000, 8)
+    copies = different[:1] * torch.linspace(1, 2, 50_000)[:, None]
+    assert seconds(copies) < 10 * seconds(different)
+
+
 def test_more_queries_than_one_group(isa):
     database, queries = normals(300, 16), normals(700, 16, seed=1)
     queries[[3, 255, 256, 699], 5] = torch.nan
@@ -186,6 +222,42 @@ def test_control_c_ends_a_search():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert float(done.stdout) < 10, done.stderr  # interrupted after one twentieth of the search
+
+
+@pytest.mark.parametrize("step", ["find_duplicates", "pack"])
+def test_a_signal_ends_packing(step):
+    """Both halves of building an index: a signal at a fifth of its processor time ends it well before its end."""
+    rows = torch.randint(-127, 128, (2_000_000, 8), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    row_scale = torch.rand(len(rows))
+    numbers = torch.empty(2, len(rows), dtype=torch.int32)
+    codes, stats, frame = torch.empty(62_500 * 2 * 128, dtype=torch.uint8), torch.empty(62_500 * 128), torch.empty(2, 8)
+    native_rows = native().Rows(rows.data_ptr(), row_scale.data_ptr(), "int8", *rows.shape)
+    place = native().FirstPass(
+        codes.data_ptr(), stats.data_ptr(), frame[0].data_ptr(), frame[1].data_ptr(), len(rows), 0, 0
+    )
+    call = {
+        "find_duplicates": lambda: native().find_duplicates(
+            native_rows, 1, numbers[0].data_ptr(), numbers[1].data_ptr()
+        ),
+        "pack": lambda: native().pack(native_rows, place, "generic", 1),
+    }[step]
+
+    def stop(*_) -> None:
+        raise InterruptedError
+
+    start = time.process_time()
+    call()
+    whole = time.process_time() - start
+    before = signal.signal(signal.SIGVTALRM, stop)
+    try:
+        start = time.process_time()
+        with pytest.raises(InterruptedError):
+            signal.setitimer(signal.ITIMER_VIRTUAL, whole / 5)
+            call()
+        assert time.process_time() - start < 0.8 * whole
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def test_a_forked_child_searches():
