@@ -155,7 +155,8 @@ class FlatIPIndex:
         """Writes the folder `path`: npy files and a manifest.json with their checksums, all or nothing.
 
         Raises:
-            OSError: nothing could be written, or not all; what the folder held before is untouched.
+            OSError: nothing could be written, or not all; what the folder held before is untouched. Or all is
+                written, and the system could not say that it will last: the message says so.
         """
         if self._pack and self._first_pass is None:
             self._first_pass = self._packed()
@@ -201,6 +202,10 @@ class FlatIPIndex:
         rows = folder.read("rows", file_dtype, (count, dim))
         # torch has no use for uint16: the bits of a bfloat16 come as int16
         rows = torch.from_numpy(rows.view(np.int16) if dtype == "bfloat16" else rows).view(torch_dtype)
+        try:
+            check_database(rows)
+        except ValueError as error:
+            raise ValueError(f"{folder.manifest_path} is damaged: {error}") from error
         index = cls.__new__(cls)
         index._choose_place(rows, dtype, device, streamed)
         index._rows = rows.to(index._home)
@@ -225,6 +230,8 @@ def _read_first_pass(folder: storage.Folder, count: int, dim: int) -> cpu.FirstP
         for name, rows in (("first_rows", first_rows), ("next_duplicate", next_duplicate)):
             if packed == 0 or rows.min() < 0 or rows.max() >= count:
                 raise ValueError(f"{folder.path} is damaged: {name} names rows outside of 0 to {count - 1}")
+        if packed + int(next_duplicate.count_nonzero()) != count:
+            raise ValueError(f"{folder.path} is damaged: first_rows and next_duplicate do not name each row once")
     panels = -(-packed // cpu.PANEL_ROWS)
     return cpu.FirstPass(
         codes=torch.from_numpy(folder.read("codes", "|u1", (panels, -(-dim // 4), cpu.PANEL_ROWS, 4))),

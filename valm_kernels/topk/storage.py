@@ -6,9 +6,14 @@ in one step, is the commit: until then the folder is the old index, after it the
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
+import time
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,6 +22,11 @@ import numpy as np
 FORMAT = "valm flat inner-product index"
 VERSION = 1
 MANIFEST = "manifest.json"
+# Nothing else is read or deleted, whatever a manifest says.
+ARRAY_FILE = re.compile(r"[a-z_]+-[0-9a-f]{16}\.npy")
+TEMPORARY_FILE = re.compile(r"([a-z_]+|manifest\.json)\.\d+\.tmp")
+# An unreferenced file as old as this is what an interrupted save left; a younger one may be another process's.
+ABANDONED_SECONDS = 24 * 3600
 
 
 class _HashingFile:
@@ -31,7 +41,9 @@ class _HashingFile:
 
 
 def write_folder(path: Path, arrays: dict[str, np.ndarray], properties: dict[str, Any]) -> None:
-    """Writes the arrays and the manifest, all or nothing. Raises OSError naming the folder."""
+    """Writes the arrays and the manifest, all or nothing; removes what earlier saves left. Raises OSError naming the
+    folder.
+    """
     written: list[Path] = []
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -48,15 +60,40 @@ def write_folder(path: Path, arrays: dict[str, np.ndarray], properties: dict[str
             text.flush()
             os.fsync(text.fileno())
         os.replace(temporary, path / MANIFEST)
-        _sync_folder(path)
-    except OSError as error:
-        for file in written:
-            file.unlink(missing_ok=True)
+    except BaseException as error:
+        # an interruption may come after the commit
+        committed = _referenced_files(path)
+        _remove(file for file in written if file.name not in committed)
+        if not isinstance(error, OSError):
+            raise
         raise OSError(
             error.errno, f"cannot save the index, what {path} held before is untouched: {error.strerror}", str(path)
         ) from error
-    for name in old_files - {entry["file"] for entry in entries.values()}:
-        (path / name).unlink(missing_ok=True)
+    try:
+        _sync_folder(path)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"the index is saved, but a power cut might undo it: {error.strerror}", str(path)
+        ) from error
+    files = {entry["file"] for entry in entries.values()}
+    _remove(path / name for name in old_files - files)
+    _remove(file for file in path.iterdir() if file.name not in files and _abandoned(file))
+
+
+def _remove(files: Iterable[Path]) -> None:
+    """As far as it is allowed: what stays in a folder besides the index does no harm."""
+    for file in files:
+        with suppress(OSError):
+            file.unlink(missing_ok=True)
+
+
+def _abandoned(file: Path) -> bool:
+    if not (ARRAY_FILE.fullmatch(file.name) or TEMPORARY_FILE.fullmatch(file.name)):
+        return False
+    try:
+        return time.time() - file.stat().st_mtime > ABANDONED_SECONDS
+    except FileNotFoundError:  # another process was faster
+        return False
 
 
 def _write_array(path: Path, name: str, array: np.ndarray, written: list[Path]) -> tuple[Path, dict[str, Any]]:
@@ -79,17 +116,21 @@ def _referenced_files(path: Path) -> set[str]:
     """Files of the index that is there now; none where there is none that this version can read."""
     try:
         manifest = read_manifest(path)
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return set()
     return {entry["file"] for entry in manifest["arrays"].values()}
 
 
 def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EACCES):  # file systems that cannot sync a folder
+            raise
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -110,6 +151,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"{file} has format version {manifest.get('version')!r}, this code reads version {VERSION}; "
             "save the index again from its vectors"
         )
+    for name, entry in manifest["arrays"].items():
+        types = {"file": str, "bytes": int, "sha256": str}
+        complete = isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in types.items())
+        if not complete or not ARRAY_FILE.fullmatch(entry["file"]):
+            raise ValueError(f"{file} is damaged: its array {name!r} is {entry!r}")
     return manifest
 
 
@@ -139,7 +185,7 @@ class Folder:
         if name not in self:
             raise ValueError(f"{self.manifest_path} is damaged: it lists no array {name!r}")
         entry = self._manifest["arrays"][name]
-        file = self.path / Path(entry["file"]).name
+        file = self.path / entry["file"]
         if not file.exists():
             raise ValueError(f"{self.path} is damaged: {file.name} is missing")
         if file.stat().st_size != entry["bytes"]:
@@ -148,15 +194,25 @@ class Folder:
             with file.open("rb") as stream:
                 if _digest(stream) != entry["sha256"]:
                     raise ValueError(f"{file} is damaged: its checksum differs from the one saved in {MANIFEST}")
-        # copy-on-write, since torch wants memory that could be written
-        array = np.load(file, mmap_mode="c" if self.mmap else None, allow_pickle=False)
+        array = self._load(file)
         fits = len(array.shape) == len(shape) and all(b in (a, None) for a, b in zip(array.shape, shape, strict=True))
-        if not fits or array.dtype != np.dtype(dtype):
+        if not fits or array.dtype != np.dtype(dtype) or not array.flags.c_contiguous:
             raise ValueError(
                 f"{file} holds {array.dtype} of shape {array.shape}, {MANIFEST} asks for {np.dtype(dtype)} of shape "
-                f"{shape}"
+                f"{shape}, row after row"
             )
         return array
+
+    def _load(self, file: Path) -> np.ndarray:
+        try:
+            if self.mmap:  # copy-on-write, since torch wants memory that could be written
+                return np.lib.format.open_memmap(file, mode="c")
+            with file.open("rb") as stream:
+                return np.lib.format.read_array(stream, allow_pickle=False)
+        except OSError:
+            raise
+        except Exception as error:  # a damaged header makes numpy raise more than ValueError
+            raise ValueError(f"{file} is damaged, it is no npy file: {error}") from error
 
 
 def _digest(stream: BinaryIO) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -171,6 +173,63 @@ def test_row_numbers_that_no_row_has(tmp_path, name):
         FlatIPIndex.load(tmp_path, mmap=True)
 
 
+def test_row_numbers_that_name_some_rows_twice(tmp_path):
+    index = FlatIPIndex(normals(1, 24).repeat(60, 1))
+    index.save(tmp_path)
+    (file,) = tmp_path.glob("next_duplicate-*.npy")
+    np.lib.format.open_memmap(file, mode="r+")[:] = 0
+    with pytest.raises(ValueError, match="first_rows and next_duplicate do not name each row once"):
+        FlatIPIndex.load(tmp_path, mmap=True)
+    # nor does a search read beyond what it found
+    index._first_pass.next_duplicate.zero_()
+    result = index.search(normals(24), 5)
+    assert result.indices.tolist() == [0, -1, -1, -1, -1] and (result.scores[1:] == -torch.inf).all()
+
+
+def test_files_that_are_no_npy_files(saved):
+    (rows,) = saved.glob("rows-*.npy")
+    content = rows.read_bytes()
+    fortran = content.replace(b"'fortran_order': False", b"'fortran_order': True ")
+    for damaged in (b"x" + content[1:], content[:20] + b"((" + content[22:], content[:12] + bytes(len(content) - 12)):
+        rows.write_bytes(damaged)
+        for mmap in (False, True):
+            with pytest.raises(ValueError, match=re.escape(f"{rows} is damaged, it is no npy file")):
+                FlatIPIndex.load(saved, mmap=mmap, verify=False)
+    rows.write_bytes(fortran)
+    with pytest.raises(ValueError, match=r"asks for float16 of shape \(60, 24\), row after row"):
+        FlatIPIndex.load(saved, mmap=True)
+
+
+def test_a_database_that_no_search_takes(tmp_path):
+    """Rows longer than the kernels have room for, in a manifest that agrees with its file."""
+    FlatIPIndex(normals(60, 2048), pack=False).save(tmp_path)
+    (file,) = tmp_path.glob("rows-*.npy")
+    np.save(file, np.zeros((40, 3072), np.float32))  # as many bytes
+    edit_manifest(tmp_path, count=40, dim=3072)
+    with pytest.raises(ValueError, match=r"manifest.json is damaged: database has E = 3072, expected 8 to 2048"):
+        FlatIPIndex.load(tmp_path, verify=False)
+
+
+@pytest.mark.parametrize("entry", [None, "rows.npy", {}, {"file": "rows.npy", "bytes": 1, "sha256": ""}])
+def test_entries_that_say_nothing(saved, entry):
+    edit_manifest(saved, arrays={"rows": entry})
+    with pytest.raises(ValueError, match=r"manifest.json is damaged: its array 'rows' is "):
+        FlatIPIndex.load(saved)
+    FlatIPIndex(normals(9, 16)).save(saved)
+    assert len(FlatIPIndex.load(saved)) == 9
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+def test_a_save_deletes_nothing_that_it_did_not_write(saved, absolute):
+    mine = saved.parent / "mine.txt"
+    mine.write_text("mine")
+    arrays = json.loads((saved / "manifest.json").read_text())["arrays"]
+    arrays["rows"]["file"] = str(mine) if absolute else "../mine.txt"
+    edit_manifest(saved, arrays=arrays)
+    FlatIPIndex(normals(9, 16)).save(saved)
+    assert mine.read_text() == "mine"
+
+
 def test_manifests_that_do_not_fit(saved, tmp_path):
     good = (saved / "manifest.json").read_text()
     with pytest.raises(FileNotFoundError, match=r"is not a saved index: it has no manifest.json"):
@@ -235,6 +294,84 @@ def test_a_failing_write_leaves_the_old_index(saved, monkeypatch):
     with pytest.raises(OSError, match="No space left on device"):
         FlatIPIndex(normals(9, 16)).save(saved)
     assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
+
+
+def test_an_interrupted_save_leaves_the_old_index(saved, monkeypatch):
+    before = {file.name: file.read_bytes() for file in saved.iterdir()}
+
+    def interrupted(source, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        FlatIPIndex(normals(9, 16)).save(saved)
+    assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
+
+
+def test_an_interruption_just_after_the_commit_leaves_the_new_index(saved, monkeypatch):
+    real = os.replace
+
+    def interrupted(source, target):
+        real(source, target)
+        if str(target).endswith("manifest.json"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        FlatIPIndex(normals(9, 16)).save(saved)
+    assert len(FlatIPIndex.load(saved)) == 9
+
+
+def test_a_folder_that_cannot_be_synced(saved, monkeypatch):
+    """Some file systems refuse to sync a folder; where a disk fails to, the new index is there all the same."""
+    real = os.fsync
+
+    def fsync(code):
+        def function(descriptor):
+            if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+                raise OSError(code, os.strerror(code))
+            real(descriptor)
+
+        return function
+
+    monkeypatch.setattr(os, "fsync", fsync(22))  # EINVAL
+    FlatIPIndex(normals(9, 16)).save(saved)
+    assert len(FlatIPIndex.load(saved)) == 9
+    monkeypatch.setattr(os, "fsync", fsync(5))  # EIO
+    with pytest.raises(OSError, match="the index is saved, but a power cut might undo it: Input/output error"):
+        FlatIPIndex(normals(8, 16)).save(saved)
+    assert len(FlatIPIndex.load(saved)) == 8
+
+
+def test_what_killed_saves_left_goes_with_a_later_one(saved):
+    """Once it is a day old: younger files may be those of another process that saves."""
+    ours = [saved / name for name in ("rows.17.tmp", "manifest.json.17.tmp", f"rows-{'0' * 16}.npy")]
+    others = [saved / name for name in ("notes.tmp", "rows.npy", "README-0123456789abcdef.npy")]
+    for file in (*ours, *others):
+        file.touch()
+    index = FlatIPIndex(normals(9, 16))
+    index.save(saved)
+    assert all(file.exists() for file in (*ours, *others))
+    for file in (*ours, *others, *saved.glob("rows-*.npy")):
+        os.utime(file, (0, 0))
+    index.save(saved)
+    assert not any(file.exists() for file in ours) and all(file.exists() for file in others)
+    assert len(FlatIPIndex.load(saved)) == 9
+
+
+def test_files_that_cannot_be_deleted_are_left(saved, monkeypatch):
+    def refuse(self, missing_ok=False):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    index = FlatIPIndex(normals(9, 16))
+    index.save(saved)
+    assert len(FlatIPIndex.load(saved)) == 9
+    monkeypatch.setattr(json, "dump", lambda *arguments, **options: refuse(None))
+    with pytest.raises(
+        OSError, match=r"cannot save the index, what .* held before is untouched: Read-only file system"
+    ):
+        index.save(saved)
 
 
 def test_read_only_folder(tmp_path):
