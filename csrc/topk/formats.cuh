@@ -142,7 +142,8 @@ struct RowNorms {
     float* norms;  // (rows.count)
 };
 
-// An upper bound of each row's norm; NaN for a row with an element that is not finite.
+// An upper bound of each row's norm; NaN for a row with an element that is not finite. Infinity for a norm above 2^64:
+// the first pass's sums for that row may overflow on the way, and only an infinite bound keeps it.
 template <class Format>
 __global__ __launch_bounds__(kThreads) void row_norms_kernel(RowNorms s) {
     const int lane = threadIdx.x % kWarp, t = lane % 4;
@@ -161,7 +162,8 @@ __global__ __launch_bounds__(kThreads) void row_norms_kernel(RowNorms s) {
     sum += shuffle_xor(sum, 2);
     const bool finite = sum <= 1e100;  // 2048 squares of finite floats stay below
     if (t == 0 && row < s.rows.count) {
-        s.norms[row] = finite ? static_cast<float>(sqrt(sum) * (1 + 0x1p-20) + 0x1p-96) : NAN;
+        const float norm = sum > 0x1p128 ? INFINITY : static_cast<float>(sqrt(sum) * (1 + 0x1p-20) + 0x1p-96);
+        s.norms[row] = finite ? norm : NAN;
     }
 }
 

@@ -16,8 +16,8 @@
 //                                         measured (Numerical behavior of NVIDIA tensor cores, 2021)
 //   |q16| 2^-16                           float32 rows only: x16 = high + low bfloat16, low x low left out
 //   |q16| 2^-20                           rounding of u, of norm(x), of the float64 score, of an int8 row's scale
-// norm(x) includes 2^-96 for bfloat16 products that underflow. A score or bound that overflows counts as infinite,
-// so its row is kept.
+// norm(x) includes 2^-96 for bfloat16 products that underflow, and is infinite above 2^64. Below that no sum overflows;
+// above it u is infinite or NaN, which counts as infinite, so the row is kept.
 #pragma once
 
 #include "topk/formats.cuh"

@@ -167,6 +167,17 @@ def test_views_are_copied_where_the_kernels_cannot_read_them(simulate, library):
     assert_exact(queries, rows.flatten()[1 : 1 + 200 * 40].view(200, 40), 3)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sums_that_overflow_on_the_way_lose_no_row(simulate, library, dtype, sign):
+    """The best row's score is finite, the tensor cores' sum of its first elements is not."""
+    simulate(library, "random")
+    rows = torch.zeros(200, 40)
+    rows[:, 1] = torch.linspace(1, 3e36, 200)
+    rows[7, [0, 32]] = sign * torch.tensor([-2e38, 2e38 + sign * 1e37])
+    assert_exact(torch.full((1, 40), 1.9), rows.to(DTYPES[dtype]), 1)
+
+
 def test_row_norms_are_upper_bounds(simulate, library):
     simulate(library)
     for dtype in DTYPES:
