@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import re
 import subprocess
 import tempfile
@@ -28,6 +29,16 @@ class Figures(NamedTuple):
 def nvcc_version() -> str:
     output = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
     return re.search(r"release (\S+),", output).group(1)
+
+
+def source_hash() -> str:
+    """Of csrc/topk/cuda.cu and all that it includes from csrc/: the figures are those of these sources."""
+    found, contents = ["topk/cuda.cu"], []
+    for name in found:
+        contents.append((ROOT / "csrc" / name).read_bytes())
+        included = re.findall(r'^#include "(.+)"$', contents[-1].decode(), re.MULTILINE)
+        found += [other for other in included if other not in found]
+    return hashlib.sha256(b"".join(contents)).hexdigest()[:16]
 
 
 def measure(architecture: str) -> list[Figures]:
@@ -55,18 +66,20 @@ def _short(signature: str) -> str:
     return re.sub(r"^void |\(.*\)$|valm::", "", signature)
 
 
-def read_table() -> tuple[str, dict[tuple[str, str], Figures]]:
-    """The nvcc version that the table was written with, and its figures by kernel and architecture."""
+def read_table() -> tuple[str, str, dict[tuple[str, str], Figures]]:
+    """The nvcc version and the hash of the sources that the table was written with, and its figures by kernel and
+    architecture.
+    """
     with TABLE.open(newline="") as file:
-        version = file.readline().removeprefix("# nvcc ").strip()
+        version, sources = re.fullmatch(r"# nvcc (\S+), sources (\S+)", file.readline().strip()).groups()
         rows = [Figures(row[0], row[1], *map(int, row[2:])) for row in list(csv.reader(file))[1:]]
-    return version, {(row.kernel, row.architecture): row for row in rows}
+    return version, sources, {(row.kernel, row.architecture): row for row in rows}
 
 
 def write_table() -> None:
     rows = [row for architecture in ARCHITECTURES for row in measure(architecture)]
     with TABLE.open("w", newline="") as file:
-        file.write(f"# nvcc {nvcc_version()}\n")
+        file.write(f"# nvcc {nvcc_version()}, sources {source_hash()}\n")
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(Figures._fields)
         writer.writerows(rows)

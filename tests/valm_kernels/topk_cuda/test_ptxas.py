@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from tests.valm_kernels.topk_cuda.ptxas import ARCHITECTURES, measure, nvcc_version, read_table
+from tests.valm_kernels.topk_cuda.ptxas import ARCHITECTURES, measure, nvcc_version, read_table, source_hash
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
@@ -16,13 +16,14 @@ def test_figures(architecture):
     figures = measure(architecture)
     assert len(figures) == 4 * 3 + 4 * 4 + 1  # first pass: 4 types of rows by 3 tile heights; the others
     assert [row for row in figures if row.spill_bytes or row.stack_bytes] == []
-    version, table = read_table()
+    version, _, table = read_table()
     assert {key for key in table if key[1] == architecture} == {(row.kernel, architecture) for row in figures}
     if version == nvcc_version():  # another compiler allots registers in another way
         assert [table[row.kernel, architecture] for row in figures] == figures
 
 
-def test_the_table_has_no_spills():
-    _, table = read_table()
+def test_the_table_is_of_these_sources_and_has_no_spills():
+    _, sources, table = read_table()
+    assert sources == source_hash(), "write it anew: python -m tests.valm_kernels.topk_cuda.ptxas"
     assert {architecture for _, architecture in table} == set(ARCHITECTURES)
     assert all(row.spill_bytes == row.stack_bytes == 0 for row in table.values())
