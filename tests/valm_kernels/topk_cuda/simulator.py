@@ -15,13 +15,13 @@ ORDERS = {"rising": 0, "falling": 1, "random": 2}
 GUARD_BYTES = 256
 
 
-def build(library: Path, sources: Path = SOURCES) -> Path:
-    """Compiles the kernels under `sources` into `library`."""
+def build(library: Path, sources: Path = SOURCES, driver: Path = HERE / "driver.cpp") -> Path:
+    """Compiles `driver`, and the kernels under `sources` that it includes, into `library`."""
     options = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
     # longjmp between the fibers' stacks, which the fortified one takes for an error
     options += ["-U_FORTIFY_SOURCE"]
     includes = [f"-I{HERE / 'shim'}", f"-I{sources}"]
-    command = ["g++", *options, *includes, str(HERE / "driver.cpp"), "-o", str(library)]
+    command = ["g++", *options, *includes, str(driver), "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return library

@@ -57,6 +57,8 @@ constexpr int64_t kMostSteps = int64_t{1} << 26;
 
 enum class Order { kRising, kFalling, kRandom };
 enum class Wait { kNothing, kWarp, kBlock, kEnd };
+// What the lanes of a warp do together.
+enum class Instruction { kSync, kVote, kShuffle, kMma };
 
 // What a lane brings to a warp instruction, and what it takes away.
 struct Exchange {
@@ -71,7 +73,8 @@ struct Thread {
     ucontext_t context;
     jmp_buf resume;
     unsigned char* stack;
-    int warp_instructions;  // met so far: the exchange buffers alternate, so that a lane may run one ahead
+    Instruction instruction;  // at which it waits for its warp
+    int warp_instructions;    // met so far: the exchange buffers alternate, so that a lane may run one ahead
 };
 
 struct Block {
@@ -138,6 +141,11 @@ inline bool step_warp(int first, int count, std::vector<int>& lanes) {
         ran = true;
     }
     if (all_wait(first, count, Wait::kWarp)) {
+        for (int i = first; i < first + count; ++i) {
+            if (block.threads[i].instruction != block.threads[first].instruction) {
+                throw std::runtime_error("the lanes of a warp meet at different instructions");
+            }
+        }
         for (int i = first; i < first + count; ++i) block.threads[i].wait = Wait::kNothing;
     }
     return ran;
@@ -176,11 +184,16 @@ inline void run_block(int threads, size_t shared_bytes) {
             throw std::runtime_error("deadlock: not all threads meet at a barrier");
         }
     }
+    const auto* const bytes = reinterpret_cast<const unsigned char*>(block.shared.data());
+    if (!std::all_of(bytes + shared_bytes, bytes + kSharedBytes, [](unsigned char byte) { return byte == 0xff; })) {
+        throw std::runtime_error("written beyond the shared memory that the launch asked for");
+    }
 }
 
 // One warp instruction: every lane brings `mine`; returns all lanes' exchanges once the whole warp has met.
-inline Exchange* meet(const Exchange& mine) {
+inline Exchange* meet(Instruction instruction, const Exchange& mine) {
     Thread& thread = current_thread();
+    thread.instruction = instruction;
     auto& buffer = block.exchange[thread.warp_instructions++ % 2];
     buffer[block.current] = mine;
     yield(Wait::kWarp);
@@ -256,12 +269,12 @@ inline float add_products(float c, const double (&products)[16]) {
 
 inline uint4* dynamic_shared() { return shim::block.shared.data(); }
 
-inline void sync_warp() { shim::meet({}); }
+inline void sync_warp() { shim::meet(shim::Instruction::kSync, {}); }
 
 inline bool any_in_warp(bool value) {
     shim::Exchange mine{};
     mine.value = value;
-    const shim::Exchange* const lanes = shim::meet(mine);
+    const shim::Exchange* const lanes = shim::meet(shim::Instruction::kVote, mine);
     return std::any_of(lanes, lanes + shim::kWarpSize, [](const shim::Exchange& lane) { return lane.value != 0; });
 }
 
@@ -270,7 +283,7 @@ T shuffle_xor(T value, int mask) {
     shim::Exchange mine{};
     mine.value = shim::bits_as<uint64_t>(value);
     const int lane = shim::block.current % shim::kWarpSize;
-    return shim::bits_as<T>(shim::meet(mine)[lane ^ mask].value);
+    return shim::bits_as<T>(shim::meet(shim::Instruction::kShuffle, mine)[lane ^ mask].value);
 }
 
 inline uint64_t atomic_max(uint64_t* address, uint64_t value) {
@@ -317,7 +330,7 @@ void mma_m16n8k16(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
     shim::Exchange mine{};
     std::copy(a, a + 4, mine.a);
     mine.b[0] = b0, mine.b[1] = b1;
-    const shim::Exchange* const lanes = shim::meet(mine);
+    const shim::Exchange* const lanes = shim::meet(shim::Instruction::kMma, mine);
     const auto value = [](uint32_t word, int upper) -> double {
         const uint16_t bits = static_cast<uint16_t>(upper ? word >> 16 : word);
         return kInput == MmaInput::kFloat16 ? shim::float16_value(bits)
