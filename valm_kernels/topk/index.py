@@ -11,7 +11,15 @@ from torch import Tensor
 
 from valm_kernels.topk import cpu, cuda, storage
 from valm_kernels.topk.api import search
-from valm_kernels.topk.checks import as_tensor, check_database, check_finite, check_float, check_search
+from valm_kernels.topk.checks import (
+    MAX_ROWS,
+    SCAN_VALUES,
+    as_tensor,
+    check_database,
+    check_finite,
+    check_float,
+    check_search,
+)
 from valm_kernels.topk.reference import dequantise
 from valm_kernels.topk.result import TopK, like_queries
 
@@ -24,6 +32,8 @@ DTYPES = {
 }
 # What makes the first pass's copy of the rows, by device.
 PACKERS = {"cpu": cpu.pack, "cuda": cuda.pack}
+# How a device's kernels want the rows to lie, by device; elsewhere as they are.
+LAYOUTS = {"cuda": cuda.aligned}
 # Rows that would take more than this share of a device's free memory are streamed: a search needs some too.
 SHARE_OF_DEVICE = 0.8
 
@@ -32,11 +42,13 @@ class FlatIPIndex:
     """Exact top-K inner product search over stored rows.
 
     On the CPU it keeps, besides the rows, their packed copy for a first pass (E bytes and 16 more a row), which also
-    goes into the files that `save` writes; on a CUDA device only their norms (4 bytes a row).
+    goes into the files that `save` writes; on a CUDA device only their norms (4 bytes a row), and E is filled up to a
+    multiple of 8.
 
     Args:
         database: (N, E) float32, float16 or bfloat16 tensor, or a numpy array (a memory-mapped one too); E from 8
-            to 2048. Where dtype and device already fit, its memory is used as it is, without a copy.
+            to 2048. Where dtype and device already fit, its memory is kept and used as it is, without a copy: do not
+            write to it while the index lives.
         dtype: what is stored: "float32", "float16", "bfloat16" or "int8" (symmetric, one float32 scale per row;
             the search is exact over the dequantised rows). None keeps the database's own.
         device: where it is kept and searched. None keeps the database's own.
@@ -66,7 +78,9 @@ class FlatIPIndex:
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
         self._choose_place(rows, dtype, rows.device if device is None else device, streamed)
-        self._rows, self._row_scale = store(rows, dtype, self._home)
+        self._dim = rows.shape[1]
+        rows, self._row_scale = store(rows, dtype, self._home)
+        self._rows = self._laid_out(rows)
         self._pack = pack and not self._streamed and self._device.type in PACKERS
         self._first_pass = self._packed() if self._pack else None
 
@@ -80,6 +94,9 @@ class FlatIPIndex:
             streamed = needed > SHARE_OF_DEVICE * cuda.free_memory(device)
         self._device, self._streamed = device, bool(streamed)
         self._home = torch.device("cpu") if streamed else device
+
+    def _laid_out(self, rows: Tensor) -> Tensor:
+        return LAYOUTS[self._home.type](rows) if self._home.type in LAYOUTS else rows
 
     def _packed(self) -> cpu.FirstPass | cuda.FirstPass:
         return PACKERS[self.device.type](self._rows, self._row_scale)
@@ -95,7 +112,7 @@ class FlatIPIndex:
 
     @property
     def dim(self) -> int:
-        return self._rows.shape[1]
+        return self._dim
 
     @property
     def dtype(self) -> str:
@@ -119,7 +136,7 @@ class FlatIPIndex:
 
     def dequantised(self) -> Tensor:
         """The stored rows as the float32 numbers (N, E) that are searched."""
-        return dequantise(self._rows, self._row_scale)
+        return dequantise(self._rows[:, : self._dim], self._row_scale)
 
     def search(self, queries: Tensor | np.ndarray, k: int) -> TopK:
         """The k best rows of each query (..., E), as `ip_topk` defines them.
@@ -145,11 +162,17 @@ class FlatIPIndex:
         check_float(rows, "vectors")
         if rows.dim() != 2 or rows.shape[1] != self.dim:
             raise ValueError(f"vectors must have shape (M, {self.dim}), but have shape {tuple(rows.shape)}")
+        if len(self) + len(rows) > MAX_ROWS:
+            raise ValueError(
+                f"vectors has {len(rows)} rows, but beside the {len(self)} stored only {MAX_ROWS - len(self)} more "
+                "fit; split them and join by merge_topk"
+            )
         rows, row_scale = store(rows, self.dtype, self._home, "vectors")
-        self._rows = torch.cat([self._rows, rows])
-        self._first_pass = None
-        if self._row_scale is not None:
-            self._row_scale = torch.cat([self._row_scale, row_scale])
+        if row_scale is not None:
+            row_scale = torch.cat([self._row_scale, row_scale])
+        rows = torch.cat([self._rows, self._laid_out(rows)])
+        # all at once, so that nothing is left half-added
+        self._rows, self._row_scale, self._first_pass = rows, row_scale, None
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the folder `path`: npy files and a manifest.json with their checksums, all or nothing.
@@ -160,7 +183,7 @@ class FlatIPIndex:
         """
         if self._pack and self._first_pass is None:
             self._first_pass = self._packed()
-        arrays = {"rows": self._rows, "row_scale": self._row_scale}
+        arrays = {"rows": self._rows[:, : self._dim], "row_scale": self._row_scale}
         if isinstance(self._first_pass, cpu.FirstPass):
             arrays |= self._first_pass._asdict()
         contents = {
@@ -208,7 +231,8 @@ class FlatIPIndex:
             raise ValueError(f"{folder.manifest_path} is damaged: {error}") from error
         index = cls.__new__(cls)
         index._choose_place(rows, dtype, device, streamed)
-        index._rows = rows.to(index._home)
+        index._dim = dim
+        index._rows = index._laid_out(rows.to(index._home))
         index._row_scale = None
         if dtype == "int8":
             index._row_scale = torch.from_numpy(folder.read("row_scale", "<f4", (count,))).to(index._home)
@@ -254,7 +278,11 @@ def store(rows: Tensor, dtype: str, device: torch.device, what: str = "database"
         check_finite(stored, f"{what}, stored as {dtype},")
         return stored.to(device), None
     check_finite(rows, what)
-    scale = rows.abs().amax(1).float() / 127  # [N]
-    step = scale.masked_fill(scale == 0, 1)
-    codes = (rows.float() / step[:, None]).round_().clamp_(-127, 127).to(torch.int8)
+    codes, scale = rows.new_empty(rows.shape, dtype=torch.int8), rows.new_empty(len(rows), dtype=torch.float32)
+    # in blocks: the rows may be a file that is larger than memory
+    block = max(1, SCAN_VALUES // rows.shape[1])
+    for part, codes_part, scale_part in zip(*(x.split(block) for x in (rows, codes, scale)), strict=True):
+        scale_part.copy_(part.abs().amax(1).float() / 127)
+        step = scale_part.masked_fill(scale_part == 0, 1)
+        codes_part.copy_((part.float() / step[:, None]).round_().clamp_(-127, 127))
     return codes.to(device), scale.to(device)

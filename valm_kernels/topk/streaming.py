@@ -1,7 +1,8 @@
 """Exact search of rows that stay in host memory: chunk by chunk they pass through a device that cannot hold them all.
 
 While the device searches one chunk, the host brings the next into pinned memory and a stream of its own copies it
-over. Both places have two buffers; events say when a buffer is full and when it may be written again.
+over. Both places have two buffers; events say when a buffer is full and when it may be written again. In them E is
+filled up with zeros as the CUDA kernels want it, which changes no score.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from valm_kernels.topk.cuda import DIM_MULTIPLE, aligned
 from valm_kernels.topk.result import TopK, merge_topk
 
 # Of one buffer: two are pinned in host memory, two are on the device.
@@ -22,12 +24,14 @@ class _Buffer:
     """A chunk's place in pinned memory and on the device, with the events that order its uses."""
 
     def __init__(self, sources: list[Tensor], chunk_rows: int, device: torch.device, streams: ModuleType) -> None:
-        shapes = [(chunk_rows, *source.shape[1:]) for source in sources]
+        dim = sources[0].shape[1]
+        shapes = [(chunk_rows, dim + -dim % DIM_MULTIPLE), (chunk_rows,)][: len(sources)]
         pinned = device.type == "cuda"
         self.host = [
-            torch.empty(shape, dtype=source.dtype, pin_memory=pinned)
+            torch.zeros(shape, dtype=source.dtype, pin_memory=pinned)
             for source, shape in zip(sources, shapes, strict=True)
         ]
+        self.values = [self.host[0][:, :dim], *self.host[1:]]  # without what fills up
         self.device = [torch.empty_like(part, device=device) for part in self.host]
         self.copied, self.searched = streams.Event(), streams.Event()
         # the memory may still be in use by what the current stream was given before
@@ -36,7 +40,7 @@ class _Buffer:
     def fill(self, chunk: list[Tensor], copies: Any, streams: ModuleType) -> None:
         count = len(chunk[0])
         self.copied.synchronize()
-        for part, values in zip(self.host, chunk, strict=True):
+        for part, values in zip(self.values, chunk, strict=True):
             part[:count].copy_(values)
         copies.wait_event(self.searched)
         with streams.stream(copies):
@@ -50,6 +54,7 @@ def search(queries: Tensor, rows: Tensor, row_scale: Tensor | None, k: int) -> t
 
     Chunks may be smaller than k. On a CPU device the same happens with torch's CPU streams, which do nothing.
     """
+    queries = aligned(queries)
     device = queries.device
     streams = torch.get_device_module(device)
     sources = [rows] if row_scale is None else [rows, row_scale]

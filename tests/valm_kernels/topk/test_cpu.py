@@ -319,3 +319,15 @@ def test_a_database_larger_than_memory_is_searched_where_its_file_is(tmp_path, p
     done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True)
     queries = torch.arange(5 * 128).reshape(5, 128).sin()
     assert done.stdout.strip() == str(ip_topk(queries, database, 4).indices.tolist()), done.stderr
+
+
+@needs_linux
+def test_a_file_larger_than_memory_becomes_int8(tmp_path):
+    np.save(tmp_path / "shard.npy", normals(400_000, 128, seed=1).half().numpy())  # 98 MiB
+    code = LIMIT + (
+        "rows = np.load(sys.argv[1] + '/shard.npy', mmap_mode='r')\n"
+        "limit(rows.size + (32 << 20))\n"
+        "print(len(FlatIPIndex(rows, 'int8', pack=False)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True)
+    assert done.stdout.strip() == "400000", done.stderr

@@ -63,6 +63,9 @@ def test_public_functions_use_it():
         assert_same(result, expected)
     index = FlatIPIndex(database, device="cuda")
     assert_same(index.search(queries.cuda(), 5), expected)
+    odd = FlatIPIndex(database[:, :61], device="cuda")
+    assert odd.dim == 61 and odd.bytes_per_row == 64 * 4 + 4
+    assert_same(odd.search(queries[..., :61].cuda(), 5), ip_topk(queries[..., :61], database[:, :61], 5))
     index.add(10 * database[:3])
     assert_same(index.search(queries.cuda(), 5), ip_topk(queries, torch.cat([database, 10 * database[:3]]), 5))
 
@@ -98,13 +101,14 @@ def test_numpy_rows_on_a_device():
     assert index.search(queries, 1).indices.flatten().tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("dim", [64, 61])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_streamed_from_host_memory(monkeypatch, dtype):
+def test_rows_streamed_from_host_memory(monkeypatch, dtype, dim):
     monkeypatch.setattr(streaming, "CHUNK_BYTES", 4096 * 64 * 2)
-    database = normals(50_000, 64, seed=1)
+    database = normals(50_000, dim, seed=1)
     resident, streamed = (FlatIPIndex(database, dtype, "cuda", streamed=streamed) for streamed in (None, True))
     assert (resident.streamed, streamed.streamed) == (False, True)
-    queries = normals(300, 64).cuda()
+    queries = normals(300, dim).cuda()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     for _ in range(3):  # the buffers of one search are free for the next

@@ -17,6 +17,7 @@ import torch
 
 from tests.valm_kernels.topk.databases import normals
 from valm_kernels import FlatIPIndex, ip_topk
+from valm_kernels.topk import index as index_module
 
 DTYPES = ("float32", "float16", "bfloat16", "int8")
 
@@ -66,6 +67,27 @@ def test_add(dtype):
     with pytest.raises(ValueError, match="row 2 holds NaN or infinity"):
         index.add(torch.tensor([[0.0] * 24, [1.0] * 24, [torch.inf] * 24]))
     assert len(index) == 90
+
+
+def test_an_add_that_fails_adds_nothing(monkeypatch):
+    index = FlatIPIndex(normals(5, 16), "int8")
+    real, joined = torch.cat, []
+
+    def cat(tensors):
+        joined.append(tensors)
+        if len(joined) == 2:
+            raise MemoryError
+        return real(tensors)
+
+    monkeypatch.setattr(torch, "cat", cat)
+    with pytest.raises(MemoryError):
+        index.add(normals(3, 16))
+    monkeypatch.undo()
+    assert index.dequantised().shape == (5, 16)
+    assert index.search(normals(16), 5).indices.shape == (5,)
+    monkeypatch.setattr(index_module, "MAX_ROWS", 7)
+    with pytest.raises(ValueError, match=r"vectors has 3 rows, but beside the 5 stored only 2 more fit"):
+        index.add(normals(3, 16))
 
 
 def test_rows_that_are_not_finite_are_refused_with_their_number():

@@ -8,7 +8,7 @@ import torch
 from tests.valm_kernels.topk.databases import normals
 from tests.valm_kernels.topk.races import Streams
 from valm_kernels import FlatIPIndex, ip_topk
-from valm_kernels.topk import streaming
+from valm_kernels.topk import cpu, streaming
 
 DTYPES = ("float32", "float16", "bfloat16", "int8")
 
@@ -42,6 +42,24 @@ def test_ties_across_chunks_go_to_the_lower_row(chunks_of):
     database[[15, 16, 97]] = 2
     result = FlatIPIndex(database, streamed=True).search(torch.ones(2, 8), 20)
     assert result.indices.tolist() == [[15, 16, 97, *range(15), 17, 18]] * 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_chunks_reach_the_device_as_its_kernels_want_them(chunks_of, monkeypatch, dtype):
+    """E filled up once, on the way: the search of a chunk has nothing left to copy."""
+    chunks_of(20, 16, getattr(torch, dtype).itemsize)
+    database, queries = normals(101, 13), normals(6, 13, seed=1)
+    index = FlatIPIndex(database, dtype, streamed=True)
+    real, shapes = cpu.search, []
+
+    def search(queries, rows, *arguments):
+        shapes.append((queries.shape[1], rows.shape[1], rows.is_contiguous()))
+        return real(queries, rows, *arguments)
+
+    monkeypatch.setattr(cpu, "search", search)
+    found = index.search(queries, 20)
+    assert len(shapes) > 4 and set(shapes) == {(16, 16, True)}
+    assert_same(found, ip_topk(queries, index.dequantised(), 20, impl="reference"))
 
 
 def test_a_streamed_index(chunks_of, tmp_path):

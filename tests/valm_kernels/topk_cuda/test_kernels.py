@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.valm_kernels.topk_cuda.problems import ADVERSARIAL, DTYPES, adversarial, normals
 from tests.valm_kernels.topk_cuda.simulator import ORDERS
-from valm_kernels.topk import api, cuda, reference
+from valm_kernels.topk import api, cuda, index, reference
 from valm_kernels.topk.index import store
 
 
@@ -194,6 +194,38 @@ def test_norms_are_found_once(simulate, library, monkeypatch):
     monkeypatch.setattr(simulator, "cuda_row_norms", None)
     expected = reference.ip_topk(queries, rows, None, 4)
     assert torch.equal(cuda.search(queries, rows, None, first_pass, 4)[1], expected[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_index_fills_up_its_rows_once(simulate, library, monkeypatch, tmp_path, dtype):
+    """An index on the CPU that takes it for a CUDA device: no search copies the rows."""
+    simulate(library)
+    monkeypatch.setattr(index, "PACKERS", {"cpu": cuda.pack})
+    monkeypatch.setattr(index, "LAYOUTS", {"cpu": cuda.aligned})
+    database, queries = normals(150, 13, seed=1), normals(4, 13)
+    added = index.FlatIPIndex(database[:100], dtype)
+    added.add(database[100:])
+    itemsize = DTYPES[dtype].itemsize
+    assert added.dim == 13
+    assert added._rows.shape == (150, 16)
+    expected = reference.ip_topk(queries, added.dequantised(), None, 6)
+    used = []
+
+    def normed_search(queries, rows, row_scale, norms, k):
+        used.append(cuda.aligned(rows).data_ptr())
+        return cuda.search(queries, rows, row_scale, cuda.FirstPass(norms), k)
+
+    with torch.library._scoped_library("valm_kernels", "IMPL") as implementations:
+        implementations.impl("normed_ip_topk", normed_search, "CPU")
+        found = added.search(queries, 6)
+    assert torch.equal(found.indices, expected[1]) and torch.equal(found.scores, expected[0])
+    assert used == [added._rows.data_ptr()]
+    assert added.bytes_per_row == 16 * itemsize + 4 + (4 if dtype == "int8" else 0)
+    added.save(tmp_path)
+    monkeypatch.undo()
+    loaded = index.FlatIPIndex.load(tmp_path)
+    assert loaded.dequantised().shape == (150, 13)
+    assert torch.equal(loaded.dequantised(), added.dequantised())
 
 
 def test_dispatch_by_what_is_packed():
