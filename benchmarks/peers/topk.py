@@ -1,10 +1,11 @@
-"""What others would use for top-K inner product on the CPU. Each entry takes a float32 database (N, E) and returns a
-search of float32 queries (Q, E) for k rows, whose result is the indices (Q, k).
+"""What others would use for top-K inner product. Each entry takes a float32 database (N, E) and returns a search of
+float32 queries (Q, E) for k rows, whose result is the indices (Q, k).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import pytest
@@ -23,36 +24,50 @@ def torch_bfloat16(database: Tensor) -> Search:
     return lambda queries, k: (queries.bfloat16() @ rounded.T).topk(k).indices
 
 
+def torch_float16(database: Tensor) -> Search:
+    rounded = database.half()
+    return lambda queries, k: (queries.half() @ rounded.T).topk(k).indices
+
+
 # From this many elements of the queries on, faiss multiplies matrices; below, it takes dot products one by one.
-FAISS_BLAS_THRESHOLD = 128_000  # its default
 FAISS_TUNED_BLAS_THRESHOLD = 1
 
 
-def _faiss_search(index: object, blas_threshold: int) -> Search:
+@cache
+def faiss_blas_threshold() -> int:
+    """Its own default, read before anything here sets it."""
     import faiss
 
+    return faiss.cvar.distance_compute_blas_threshold
+
+
+def _faiss_search(index: object, *, tuned: bool = False) -> Search:
+    import faiss
+
+    default = faiss_blas_threshold()
+    threshold = FAISS_TUNED_BLAS_THRESHOLD if tuned else default
     faiss.omp_set_num_threads(torch.get_num_threads())
 
     def search(queries: Tensor, k: int) -> Tensor:
-        faiss.cvar.distance_compute_blas_threshold = blas_threshold
+        faiss.cvar.distance_compute_blas_threshold = threshold
         return torch.from_numpy(index.search(queries.numpy(), k)[1])
 
     return search
 
 
-def _faiss_flat(database: Tensor, blas_threshold: int) -> Search:
+def _faiss_flat(database: Tensor, *, tuned: bool) -> Search:
     faiss = pytest.importorskip("faiss")
     index = faiss.IndexFlatIP(database.shape[1])
     index.add(database.numpy())
-    return _faiss_search(index, blas_threshold)
+    return _faiss_search(index, tuned=tuned)
 
 
 def faiss_flat(database: Tensor) -> Search:
-    return _faiss_flat(database, FAISS_BLAS_THRESHOLD)
+    return _faiss_flat(database, tuned=False)
 
 
 def faiss_flat_tuned(database: Tensor) -> Search:
-    return _faiss_flat(database, FAISS_TUNED_BLAS_THRESHOLD)
+    return _faiss_flat(database, tuned=True)
 
 
 def faiss_float16(database: Tensor) -> Search:
@@ -60,7 +75,7 @@ def faiss_float16(database: Tensor) -> Search:
     quantizer = faiss.ScalarQuantizer.QT_fp16
     index = faiss.IndexScalarQuantizer(database.shape[1], quantizer, faiss.METRIC_INNER_PRODUCT)
     index.add(database.numpy())
-    return _faiss_search(index, FAISS_BLAS_THRESHOLD)
+    return _faiss_search(index)
 
 
 def usearch_exact(database: Tensor) -> Search:
@@ -74,6 +89,7 @@ def usearch_exact(database: Tensor) -> Search:
     return search
 
 
+# By the device that they are measured on.
 PEERS: dict[str, Callable[[Tensor], Search]] = {
     "torch float32 mm + topk": torch_float32,
     "torch bfloat16 mm + topk": torch_bfloat16,
@@ -82,3 +98,4 @@ PEERS: dict[str, Callable[[Tensor], Search]] = {
     "faiss fp16 quantizer": faiss_float16,
     "usearch exact": usearch_exact,
 }
+CUDA_PEERS: dict[str, Callable[[Tensor], Search]] = {"torch float16 mm + topk": torch_float16}

@@ -1,5 +1,6 @@
-"""Exact top-K inner product on the CPU, beside what others would use; each row's note is its recall of the float64
-answer. The sizes vary one at a time around N 200k, E 768, k 8 (50k without --full).
+"""Exact top-K inner product beside what others would use; each row's note is its recall of the float64 answer. The
+sizes vary one at a time around N 200k, E 768, k 8 (50k without --full). With --device cuda everything is on the device
+and in float16.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.peers.topk import PEERS, Search
+from benchmarks.peers.topk import CUDA_PEERS, PEERS, Search
 from tests.valm_kernels.topk.databases import adversarial, normals
 from valm_kernels import FlatIPIndex, ip_topk
 
@@ -59,12 +60,13 @@ OURS: dict[str, Callable[[Tensor], Search]] = {
     "FlatIPIndex": index_search,
     "ip_topk, packs per call": lambda database: lambda queries, k: ip_topk(queries, database, k).indices,
 }
-IMPLEMENTATIONS = {**OURS, **PEERS}
+IMPLEMENTATIONS = {**OURS, **PEERS, **CUDA_PEERS}
+TORCH_CPU_PEERS = ("torch float32 mm + topk", "torch bfloat16 mm + topk")
 
 
 @lru_cache(maxsize=1)
-def generate(vectors: Vectors) -> tuple[Tensor, Tensor]:
-    """A database and 4096 queries of unit length."""
+def generate(vectors: Vectors, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A database and 4096 queries of unit length; float16 on CUDA, the answer is that of the rounded numbers."""
     rows, dim, cosine = vectors
     generator = torch.Generator().manual_seed(0)
     both = torch.randn(rows + 4096, dim, generator=generator)
@@ -73,18 +75,20 @@ def generate(vectors: Vectors) -> tuple[Tensor, Tensor]:
         common = torch.randn(dim, generator=generator)
         both.mul_((1 - cosine) ** 0.5).add_(cosine**0.5 * common / common.norm())
         both /= both.norm(dim=1, keepdim=True)
+    if device.type == "cuda":
+        both = both.half().to(device)
     return both[:rows], both[rows:]
 
 
 @lru_cache(maxsize=1)
-def build(vectors: Vectors, name: str) -> Search:
-    return IMPLEMENTATIONS[name](generate(vectors)[0])
+def build(vectors: Vectors, name: str, device: torch.device) -> Search:
+    return IMPLEMENTATIONS[name](generate(vectors, device)[0])
 
 
 @lru_cache(maxsize=1)
-def answer(vectors: Vectors) -> Tensor:
+def answer(vectors: Vectors, device: torch.device) -> Tensor:
     """The best rows of the first queries, in float64."""
-    database, queries = generate(vectors)
+    database, queries = generate(vectors, device)
     queries = queries[:CHECKED_QUERIES].double()
     chunks = database.split(50_000)
     best = [(queries @ chunk.double().T).topk(LARGEST_K) for chunk in chunks]
@@ -98,8 +102,8 @@ def worth_its_time(case: Case, name: str) -> bool:
         return True
     if case.vectors.cosine:  # only ours looks at the values
         return False
-    if case.vectors == N_1M and case.n_queries == 4096:  # the peers' score matrix would take 16 GB
-        return False
+    if case.vectors == N_1M and case.n_queries == 4096 and name in TORCH_CPU_PEERS:
+        return False  # their score matrix would take 16 GB
     # these take one query at a time, and seconds a call
     return case.n_queries <= 64 or name not in ("faiss fp16 quantizer", "usearch exact")
 
@@ -119,10 +123,13 @@ def parameters() -> list:
 
 
 @pytest.mark.parametrize(("case", "name"), parameters())
-def bench_search(measure, case, name):
-    queries = generate(case.vectors)[1][: case.n_queries]
-    truth = answer(case.vectors)[: case.n_queries, : case.k]
-    search = build(case.vectors, name)
+def bench_search(measure, device, case, name):
+    elsewhere = PEERS if device.type == "cuda" else CUDA_PEERS
+    if name in elsewhere:
+        pytest.skip(f"{name} is measured on {'the CPU' if elsewhere is PEERS else 'CUDA'} only")
+    queries = generate(case.vectors, device)[1][: case.n_queries]
+    truth = answer(case.vectors, device)[: case.n_queries, : case.k]
+    search = build(case.vectors, name, device)
 
     def recall(indices: Tensor) -> float:
         return (indices[: len(truth), :, None] == truth[:, None, :]).any(1).float().mean().item()
@@ -145,9 +152,9 @@ def bench_search(measure, case, name):
 
 
 @pytest.mark.parametrize("name", ("FlatIPIndex", "a sum of the same bytes"))
-def bench_one_query_reads_as_fast_as_a_sum(measure, name):
+def bench_one_query_reads_as_fast_as_a_sum(measure, device, name):
     """One query over float16 rows, against a parallel sum of the same bytes."""
-    database, queries = generate(N_200K)
+    database, queries = generate(N_200K, device)
     half = database.half()
     if name == "FlatIPIndex":
         index = FlatIPIndex(half)
@@ -158,7 +165,7 @@ def bench_one_query_reads_as_fast_as_a_sum(measure, name):
 
     else:
         integers = half.view(torch.int64)
-        expected = integers.numpy().sum()
+        expected = int(integers.cpu().numpy().sum())
         function = integers.sum
 
     def check(found: Tensor) -> None:
@@ -175,14 +182,14 @@ def bench_one_query_reads_as_fast_as_a_sum(measure, name):
 
 
 @pytest.mark.parametrize("kind", ("random", *HARD))
-def bench_adversarial(measure, kind):
+def bench_adversarial(measure, device, kind):
     """What an adversary can do to the search, beside random rows."""
-    database, queries = generate(N_50K)
+    database, queries = generate(N_50K, device)
     queries = queries[:64]
     if kind != "random":
-        database = adversarial(kind, 50_000, 768)
+        database = adversarial(kind, 50_000, 768).to(device)
     if kind == "ascending":  # queries near the one that the rows are sorted by
-        queries = normals(768) + queries
+        queries = normals(768).to(device) + queries
     index = FlatIPIndex(database)
     expected = ip_topk(queries[:2], database, 8, impl="reference").indices
 
