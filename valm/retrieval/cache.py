@@ -6,7 +6,8 @@
     image_ids-00000.npy    (n, K) uint32: the pictures of each token, 2**32 - 1 = none
     tokenizer.json, ...    what reads the corpus, as Hugging Face writes it
 
-A document's pictures depend on that document alone: whatever length training cuts it to, it does not retrieve again.
+A document's pictures depend on that document alone (to rounding, on those of its shard too): whatever length training
+cuts it to, it does not retrieve again.
 """
 
 from __future__ import annotations
@@ -234,6 +235,8 @@ def _unchanged(parts: Iterable[Part], done: dict[int, dict[str, Any]], out: Path
 
 def _retrieve_part(number: int, part: Part, progress: Progress, *, out: Path, retriever: Retriever) -> None:
     """Writes shard `number` of the retrieval in `out`."""
+    # what was kept decides which segments are encoded together, and that decides how a query is rounded
+    retriever.cache.clear()
     raw = part.read()
     documents = tokenize_documents(raw, retriever.encoder.tokenizer) if raw and isinstance(raw[0], str) else raw
     offsets = np.cumsum([0, *map(len, documents)], dtype=np.int64)

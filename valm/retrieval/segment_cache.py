@@ -31,6 +31,11 @@ class SegmentCache:
         """Share of the tokens that were not encoded and searched for, 0 before the first."""
         return self.hits / max(1, self.hits + self.misses)
 
+    def clear(self) -> None:
+        """Forgets all segments."""
+        self._segments.clear()
+        self.tokens = 0
+
     def get(self, key: bytes) -> Nearest | None:
         if key in self._segments:
             self._segments.move_to_end(key)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.valm.killed import exit_code_if_killed, needs_fork
+from tests.valm.retrieval.indexed import make_kb_of_directions
 from tests.valm.retrieval.tiny_clip import TEXTS
 from valm.errors import ValmError
 from valm.retrieval import cache
@@ -113,6 +114,28 @@ def test_few_open_shards_are_enough(corpus, documents, monkeypatch):
     opened = CorpusRetrieval.open(corpus.path)
     for index in np.random.default_rng(0).permutation(len(documents)):
         assert opened[index]["input_ids"].tolist() == documents[index]
+
+
+def test_a_part_does_not_depend_on_what_came_before_it(clip, tokenizer, tmp_path):
+    """A query in bfloat16 depends on the lengths it is encoded with, and among 3,000 vectors that shows."""
+    kb = make_kb_of_directions(clip, tmp_path / "kb")
+    random = np.random.default_rng(0)
+    texts = [" ".join(random.choice(" ".join(TEXTS).split(), random.integers(1, 40))) for _ in range(100)]
+    documents = tokenize_documents(random.choice(texts, 400).tolist(), tokenizer)
+
+    def retrieve(documents, out):
+        retriever = Retriever(ContextEncoder(clip, dtype=torch.bfloat16), kb, 4)
+        return retrieve_corpus(documents, retriever, tmp_path / out, part_tokens=1000, progress=False)
+
+    def interrupted():
+        yield from documents[:200]
+        raise KeyboardInterrupt
+
+    whole = retrieve(documents, "whole")
+    with pytest.raises(KeyboardInterrupt):
+        retrieve(interrupted(), "resumed")
+    assert 2 < len(list((tmp_path / "resumed").glob("shard-*.json"))) < len(whole.manifest["shards"]) - 2
+    assert contents(retrieve(documents, "resumed").path) == contents(whole.path)
 
 
 @needs_fork
