@@ -210,7 +210,7 @@ def _retrieve(
     done = build.done()
     with ProgressBar("retrieve", " tokens", None if count is None else count - len(done), progress) as bar:
         work = partial(_retrieve_part, out=build.out.absolute(), retriever=retriever)
-        build.write(work, _unchanged(parts, done, build.out), run, bar)
+        build.write(work, _unchanged(parts, done, build), run, bar)
     if not build.finished:
         shards = build.done().values()
         facts = {name: sum(shard[name] for shard in shards) for name in ("documents", "tokens")}
@@ -222,15 +222,23 @@ def _retrieve(
     return CorpusRetrieval.open(build.out)
 
 
-def _unchanged(parts: Iterable[Part], done: dict[int, dict[str, Any]], out: Path) -> Iterator[Part]:
-    """`parts`; raises ValmError where one that is `done` is another now, or is no more."""
+def _unchanged(parts: Iterable[Part], done: dict[int, dict[str, Any]], build: ShardedBuild) -> Iterator[Part]:
+    """`parts`; raises ValmError where one that is `done` is another now, or is no more, or a finished `build` lacks
+    one."""
     number = -1
     for number, part in enumerate(parts):
         if number in done and done[number]["content"] != fingerprint(part.read()):
-            raise ValmError(f"the corpus has changed since {out} was begun (its part {number}); choose another folder")
+            raise ValmError(
+                f"the corpus has changed since {build.out} was begun (its part {number}); choose another folder"
+            )
+        if build.finished and number not in done:
+            raise ValmError(
+                f"the corpus has become longer since {build.out} was finished with {len(done)} parts; choose another "
+                f"folder"
+            )
         yield part
     if max(done, default=-1) > number:
-        raise ValmError(f"the corpus has become shorter since {out} was begun; choose another folder")
+        raise ValmError(f"the corpus has become shorter since {build.out} was begun; choose another folder")
 
 
 def _retrieve_part(number: int, part: Part, progress: Progress, *, out: Path, retriever: Retriever) -> None:

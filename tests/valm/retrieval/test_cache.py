@@ -196,6 +196,19 @@ def test_another_corpus_is_refused(documents, retriever, tmp_path):
         retrieve(documents[: finished.manifest["shards"][0]["documents"]])
 
 
+def test_more_documents_than_a_finished_retrieval_has_are_refused(documents, retriever, tmp_path):
+    """Also where its last part was full, so that all of its parts are as they were."""
+
+    def retrieve(documents):
+        return retrieve_corpus(documents, retriever, tmp_path / "out", part_tokens=1, progress=False)
+
+    before = contents(retrieve(documents[:3]).path)
+    with pytest.raises(ValmError, match=r"become longer since .*out was finished with 3 parts; choose another folder"):
+        retrieve(documents[:4])
+    assert contents(tmp_path / "out") == before
+    assert len(retrieve(documents[:3])) == 3
+
+
 def test_another_file_knowledge_base_or_setting_is_refused(text_file, clip, retriever, make_kb, tmp_path):
     file, out = tmp_path / "corpus.txt", tmp_path / "out"
     shutil.copy(text_file, file)
