@@ -33,19 +33,21 @@ FINALISTS = 8
 class IndexParameters:
     """How a knowledge base is indexed, and how well that works: what index.json says.
 
-    factory: faiss's description of the index. search: faiss's search parameters, such as "nprobe=32" (cells of an
-    inverted file that are looked into) or "efSearch=64" (of an HNSW graph). candidates: how many, for each of the K
-    asked for, are compared exactly. recall: share of the true `k` nearest that were found, on `queries` queries that
-    were not tuned on; asked: what these are. knowledge_base: fingerprint of what is indexed. file: name, size and
-    SHA-256 of the index.
+    factory: faiss's description of the index. trained_on: vectors of the sample it was trained on. search: faiss's
+    search parameters, such as "nprobe=32" (cells of an inverted file that are looked into) or "efSearch=64" (of an HNSW
+    graph). candidates: how many, for each of the K asked for, are compared exactly. recall: share of the true `k`
+    nearest that were found, on `queries` queries that were not tuned on; target: what had to be reached; asked: what
+    the queries are. knowledge_base: fingerprint of what is indexed. file: name, size and SHA-256 of the index.
     """
 
     knowledge_base: str
     factory: str
+    trained_on: int
     search: str
     candidates: int
     k: int
     recall: float
+    target: float
     queries: int
     asked: str
     file: dict[str, Any]
