@@ -122,12 +122,13 @@ class Retriever:
     def search(self, text: str, k: int) -> list[tuple[float, Item]]:
         """The `k` pictures nearest to CLIP's own feature of `text`, with their scores, best first.
 
-        All of them where the knowledge base has fewer. Raises ValmError for a `k` that cannot be searched.
+        All of them where the knowledge base has fewer, and fewer where its index finds no more. Raises ValmError for a `k` that cannot be searched.
         """
         k = min(k, len(self.kb))
         _check_k(k, self.kb)
         scores, ids = self.index.search(self.encoder.clip.encode_texts([text]), k)
-        return [(score, self.kb.item(id)) for score, id in zip(scores[0].tolist(), ids[0].tolist(), strict=True)]
+        hits = zip(scores[0].tolist(), ids[0].tolist(), strict=True)
+        return [(score, self.kb.item(id)) for score, id in hits if id >= 0]
 
     def _pooled(self, ids: Tensor, scores: Tensor) -> Retrieved:
         image_ids, image_index = torch.unique(ids, return_inverse=True)

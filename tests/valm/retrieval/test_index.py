@@ -72,6 +72,14 @@ def test_missing_hits_are_none(indexed):
     assert all(len(row[row >= 0].unique()) == (row >= 0).sum() for row in ids)
 
 
+def test_a_search_by_text_leaves_missing_hits_out(indexed, clip):
+    index = narrow(indexed, nprobe=1, candidates=1)
+    ids = index.search(clip.encode_texts(["a red apple"]), 100).indices[0]
+    results = Retriever(ContextEncoder(clip), indexed, K, index).search("a red apple", 100)
+    assert 0 < len(results) < 100
+    assert [item.id for _, item in results] == ids[ids >= 0].tolist()
+
+
 def test_the_model_sees_nothing_in_place_of_a_missing_hit(indexed, clip, tokenizer):
     k = 40  # more than many cells have
     ids = torch.tensor([tokenizer("a red apple lies on the wooden table.")["input_ids"]])
