@@ -31,7 +31,7 @@ from valm.errors import ValmError
 from valm.retrieval.corpus import PART_BYTES, PART_TOKENS, Part, file_parts, fingerprint, token_parts
 from valm.retrieval.index import FaissIndex
 from valm.retrieval.knowledge_base import ImageKnowledgeBase
-from valm.retrieval.retriever import Retriever
+from valm.retrieval.retriever import Retriever, padded
 from valm.retrieval.sharded_build import (
     Progress,
     ProgressBar,
@@ -254,7 +254,7 @@ def _retrieve_part(number: int, part: Part, progress: Progress, *, out: Path, re
     if documents:
         image_ids = np.empty((count, retriever.k), np.uint32)
         for batch in _batches(documents):
-            ids, mask = _padded([documents[index] for index in batch])
+            ids, mask = padded([documents[index] for index in batch])
             found, _ = retriever.find(ids, mask)  # (B, T, K)
             found = torch.where(found < 0, NO_IMAGE, found).cpu().numpy()
             for index, row in zip(batch, found, strict=True):
@@ -274,16 +274,6 @@ def _batches(documents: list[Sequence[int]]) -> list[list[int]]:
             batches.append([])
         batches[-1].append(index)
     return batches
-
-
-def _padded(documents: list[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """ids and mask (B, T), filled up on the right."""
-    ids = torch.zeros(len(documents), max(map(len, documents)), dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, document in enumerate(documents):
-        ids[row, : len(document)] = torch.tensor(document)
-        mask[row, : len(document)] = 1
-    return ids, mask
 
 
 def _tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -28,6 +28,7 @@ from valm.retrieval.index import (
     read_index,
 )
 from valm.retrieval.knowledge_base import ImageKnowledgeBase
+from valm.retrieval.retriever import padded
 from valm.retrieval.sharded_build import file_entry
 from valm_kernels import ip_topk, merge_topk
 
@@ -138,9 +139,12 @@ def _power_of_two(number: float) -> int:
 
 
 def captions(kb: ImageKnowledgeBase, pictures: int = CAPTIONED, seed: int = 0) -> list[str]:
-    """The captions of some pictures of `kb`, taken at random. Raises ValmError where they have none."""
+    """The captions of some pictures of `kb`, taken at random: one text a picture, each caption on a line of its own.
+
+    Raises ValmError where they have none.
+    """
     ids = np.random.default_rng(seed).choice(len(kb), min(pictures, len(kb)), replace=False)
-    found = [line for id in np.sort(ids).tolist() for line in kb.item(id).caption.splitlines() if line.strip()]
+    found = [text for id in np.sort(ids).tolist() if (text := kb.item(id).caption.strip())]
     if not found:
         raise ValmError(f"the pictures of {kb.path} have no captions to make queries of: give a text file as --queries")
     return found
@@ -149,22 +153,31 @@ def captions(kb: ImageKnowledgeBase, pictures: int = CAPTIONED, seed: int = 0) -
 def context_queries(encoder: ContextEncoder, texts: Sequence[str], count: int = 2 * QUERIES, seed: int = 0) -> Tensor:
     """Up to `count` queries (Q, E) at tokens of `texts`; both are drawn, about TOKENS_PER_TEXT tokens of a text.
 
-    Raises ValmError where there is no text in them.
+    Lines of a text are read each alone. The two halves of the queries are of different texts, as `build_index` wants
+    them. Raises ValmError for fewer than two texts.
     """
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise ValmError("there is no text to make queries of")
-    tokenizer = encoder.clip.tokenizer
+    if len(texts) == 1:
+        raise ValmError("there is one text to make queries of, and an index is tuned on some and measured on others")
     random = np.random.default_rng(seed)
-    order = random.permutation(len(texts))
+    order = [texts[row] for row in random.permutation(len(texts))]
+    half = len(order) // 2
+    halves = [_queries(encoder, some, count // 2, random) for some in (order[:half], order[half:])]
+    return torch.cat([queries[: min(map(len, halves))] for queries in halves])
+
+
+def _queries(encoder: ContextEncoder, texts: list[str], count: int, random: np.random.Generator) -> Tensor:
+    """The first `count` queries (Q, E), or fewer, of those drawn from `texts`."""
     queries: list[Tensor] = []
-    for start in range(0, len(order), TEXTS_AT_ONCE):
-        ids = [tokenizer(texts[row])["input_ids"] for row in order[start : start + TEXTS_AT_ONCE]]
-        rows = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in ids], batch_first=True)
-        mask = torch.arange(rows.shape[1]) < torch.tensor([len(row) for row in ids])[:, None]
-        found = encoder(rows, mask)[mask]
-        some = random.permutation(len(found))[: TOKENS_PER_TEXT * len(ids)]
-        queries.append(found[np.sort(some)])
+    for start in range(0, len(texts), TEXTS_AT_ONCE):
+        some = texts[start : start + TEXTS_AT_ONCE]
+        lines = [line for text in some for line in text.splitlines() if line.strip()]
+        ids, mask = padded([encoder.tokenizer(line)["input_ids"] for line in lines])
+        found = encoder(ids, mask)[mask.bool()]
+        drawn = random.permutation(len(found))[: TOKENS_PER_TEXT * len(some)]
+        queries.append(found[np.sort(drawn)])
         if sum(map(len, queries)) >= count:
             break
     return torch.cat(queries)[:count]

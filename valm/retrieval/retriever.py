@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -71,16 +72,21 @@ class Retriever:
         """E, the width of the vectors."""
         return self.kb.dim
 
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Retrieved:
-        """Pictures for every token of a batch; arguments and errors as in `ContextEncoder.__call__`."""
+    def __call__(self, input_ids: Tensor | Sequence[str], attention_mask: Tensor | None = None) -> Retrieved:
+        """Pictures for every token of a batch; arguments and errors as in `find`."""
         return self._pooled(*self.find(input_ids, attention_mask))
 
-    def find(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def find(self, input_ids: Tensor | Sequence[str], attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Ids in the knowledge base (B, T, K) int64, -1 = none, and scores (B, T, K) float32 of a batch of tokens.
 
-        Arguments and errors as in `ContextEncoder.__call__`. Equal segments are encoded and searched for once, and not
-        at all where their pictures are kept.
+        input_ids: (B, T), or a list of texts, which the encoder's tokenizer reads and which are padded on the right.
+        Arguments and errors otherwise as in `ContextEncoder.__call__`; a text that is in no list is a ValueError too.
+        Equal segments are encoded and searched for once, and not at all where their pictures are kept.
         """
+        if isinstance(input_ids, str):
+            raise ValueError(f"input_ids must be ids or a list of texts, got a text; give [{input_ids[:20]!r}]")
+        if not isinstance(input_ids, Tensor):
+            input_ids, attention_mask = padded(self.encoder.tokenizer(list(input_ids))["input_ids"])
         runs = self.encoder.runs(input_ids, attention_mask)
         keys = [run.key() for run in runs]
         known = {key: self.cache.get(key) for key in keys}
@@ -122,7 +128,8 @@ class Retriever:
     def search(self, text: str, k: int) -> list[tuple[float, Item]]:
         """The `k` pictures nearest to CLIP's own feature of `text`, with their scores, best first.
 
-        All of them where the knowledge base has fewer, and fewer where its index finds no more. Raises ValmError for a `k` that cannot be searched.
+        Fewer where the knowledge base has no more, or its index finds no more. Raises ValmError for a `k` that cannot
+        be searched.
         """
         k = min(k, len(self.kb))
         _check_k(k, self.kb)
@@ -175,6 +182,16 @@ class BlindRetriever:
         ones = torch.ones(asked.shape, device=queries.device)  # a normalised query and itself
         scores = ones.masked_fill(~asked, -torch.inf)
         return Retrieved(pool, index[..., None], torch.full((len(pool),), -1, device=queries.device), scores[..., None])
+
+
+def padded(documents: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """ids and mask (B, T), int64, filled up on the right."""
+    ids = torch.zeros(len(documents), max(map(len, documents)), dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, document in enumerate(documents):
+        ids[row, : len(document)] = torch.tensor(document)
+        mask[row, : len(document)] = 1
+    return ids, mask
 
 
 def _check_k(k: int, kb: ImageKnowledgeBase) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.valm.killed import exit_code_if_killed, needs_fork
+from tests.valm.other_tokenizers import gpt2_like
 from tests.valm.retrieval.indexed import COUNT, K, make_indexed, make_kb_of_directions, random_directions
 from tests.valm.retrieval.tiny_clip import TEXTS
 from valm.errors import ValmError
@@ -124,21 +125,43 @@ def test_progress_names_every_step(kb, capfd):
         assert f"{name}: 100%" in bars
 
 
-def test_queries_of_texts_are_context_queries(kb, clip, tokenizer):
-    encoder = ContextEncoder(clip)
+@pytest.mark.parametrize("other", [False, True], ids=["CLIP's tokenizer", "another tokenizer"])
+def test_queries_of_texts_are_context_queries(clip, tokenizer, other):
+    encoder = ContextEncoder(clip, tokenizer=gpt2_like() if other else None)
     found = context_queries(encoder, ["", *TEXTS])
-    rows = [encoder(torch.tensor([tokenizer(text)["input_ids"]]))[0] for text in TEXTS]
-    expected = {tuple(np.round(query.tolist(), 4)) for row in rows for query in row}
-    assert {tuple(np.round(query.tolist(), 4)) for query in found} < expected
+    rows = [encoder(torch.tensor([encoder.tokenizer(text)["input_ids"]]))[0] for text in TEXTS]
+    assert rounded(found) < rounded(torch.cat(rows))
     assert len(found) == 16 < len(torch.cat(rows))  # eight of each text
-    assert len(context_queries(encoder, TEXTS, count=7)) == 7
+    assert len(context_queries(encoder, TEXTS, count=7)) == 6
     with pytest.raises(ValmError, match="no text"):
         context_queries(encoder, ["", "  "])
+    with pytest.raises(ValmError, match="there is one text to make queries of"):
+        context_queries(encoder, ["", "a dog"])
+
+
+def test_the_captions_of_a_picture_are_in_one_half_of_the_queries(clip):
+    """Each read alone."""
+    encoder = ContextEncoder(clip)
+    pictures = ["the red apple\n\na dog", "two black cats\nyellow bus", "sky"]  # no two of them begin alike
+    of_picture = [
+        rounded(
+            torch.cat([encoder(torch.tensor([ids]))[0, 1:] for ids in clip.tokenizer(text.split("\n"))["input_ids"]])
+        )
+        for text in pictures
+    ]
+    for seed in range(5):
+        halves = context_queries(encoder, pictures, seed=seed).chunk(2)
+        seen = [{place for place, known in enumerate(of_picture) if rounded(half) & known} for half in halves]
+        assert all(seen) and not seen[0] & seen[1]
+
+
+def rounded(queries):
+    return {tuple(np.round(query.tolist(), 4)) for query in queries}
 
 
 def test_captions(kb, clip, tmp_path):
-    assert sorted(set(captions(kb))) == ["a red apple", "the blue sky"]
-    assert len(captions(kb, pictures=10)) == 20
+    assert set(captions(kb)) == {"a red apple\nthe blue sky"}
+    assert len(captions(kb, pictures=10)) == 10
     with pytest.raises(ValmError, match="have no captions to make queries of: give a text file as --queries"):
         captions(make_kb_of_directions(clip, tmp_path / "without"))
 

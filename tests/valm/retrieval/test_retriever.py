@@ -120,6 +120,21 @@ def test_the_oldest_segments_are_forgotten():
     assert cache.get(b"b") is None and cache.get(b"c") is segments[b"c"] and cache.tokens == 4
 
 
+def test_texts_are_read_with_the_encoders_tokenizer(exact_retriever):
+    tokenizer = exact_retriever.encoder.tokenizer
+    found_ids, found_scores = exact_retriever.find(TEXTS)
+    rows = [tokenizer(text)["input_ids"] for text in TEXTS]
+    assert found_ids.shape == (2, max(map(len, rows)), K) and len(rows[0]) < len(rows[1])
+    for row, ids in enumerate(rows):
+        expected_ids, expected_scores = exact_retriever.find(torch.tensor([ids]))
+        assert torch.equal(found_ids[row, : len(ids)], expected_ids[0])
+        assert torch.allclose(found_scores[row, : len(ids)], expected_scores[0], rtol=0, atol=2**-22)
+        assert (found_ids[row, len(ids) :] == -1).all()
+    assert torch.equal(exact_retriever(TEXTS).scores, found_scores)
+    with pytest.raises(ValueError, match=r"got a text; give \['a red apple lies on '\]"):
+        exact_retriever(TEXTS[0])
+
+
 def test_step_by_step(retriever, batch):
     ids, mask = batch
     whole = retriever(ids, mask)
