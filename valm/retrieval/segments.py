@@ -21,7 +21,7 @@ SENTENCE_END = re.compile(r"""[.!?]+["')\]]*</w>""")
 class SegmentRule:
     """The numbers that decide, and the ids that matter.
 
-    limit: most tokens of a segment, beside SOT. overlap: tokens carried into the next segment.
+    limit: most tokens of a segment, beside SOT. overlap: tokens carried into the next segment, all of a shorter one.
     min_tokens: tokens of its own after which a sentence end ends a segment.
     eot_in_segment: whether EOT is read by the text tower as the last token of its segment.
     """
@@ -113,7 +113,7 @@ class Reading:
             if not state.open:
                 self._begin([])
             elif state.ended:
-                self._begin(state.text[len(state.text) - rule.overlap :])
+                self._begin(state.text[max(0, len(state.text) - rule.overlap) :])
             self.runs[-1].ids.append(id)
             state.text.append(id)
             state.own += 1

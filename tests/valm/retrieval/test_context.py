@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -29,6 +30,14 @@ def pool(clip):
     return [*words[:40], *([clip.tokenizer.bos_token_id, clip.tokenizer.eos_token_id] * 4)]
 
 
+def with_drawn_rule(encoder, data):
+    """`encoder`, cutting segments at other places."""
+    encoder = copy.copy(encoder)
+    overlap, min_tokens = data.draw(st.integers(0, encoder.rule.limit // 2)), data.draw(st.integers(1, 20))
+    encoder.rule = dataclasses.replace(encoder.rule, overlap=overlap, min_tokens=min_tokens)
+    return encoder
+
+
 def alone(encoder, row):
     return encoder(torch.tensor([row]))[0]
 
@@ -40,6 +49,7 @@ def close(found, expected):
 @fixed
 @given(rows=ROWS, data=st.data())
 def test_a_query_is_the_same_in_a_padded_batch(encoder, pool, rows, data):
+    encoder = with_drawn_rule(encoder, data)
     rows = [[pool[number] for number in row] for row in rows]
     length = max(map(len, rows)) + data.draw(st.integers(0, 3))
     ids = torch.tensor(pool)[torch.arange(len(rows) * length).reshape(len(rows), -1) % len(pool)]
@@ -57,6 +67,7 @@ def test_a_query_is_the_same_in_a_padded_batch(encoder, pool, rows, data):
 @fixed
 @given(row=st.lists(TOKENS, min_size=2, max_size=80), future=st.lists(TOKENS, min_size=1, max_size=20), data=st.data())
 def test_a_query_does_not_depend_on_the_future(encoder, pool, row, future, data):
+    encoder = with_drawn_rule(encoder, data)
     length = data.draw(st.integers(1, len(row) - 1))
     row, future = ([pool[number] for number in numbers] for numbers in (row, future))
     whole = alone(encoder, row)
@@ -68,6 +79,7 @@ def test_a_query_does_not_depend_on_the_future(encoder, pool, row, future, data)
 @given(rows=ROWS, data=st.data())
 def test_a_query_is_the_same_step_by_step(encoder, pool, rows, data):
     """Rows of a batch with paddings between, read in steps of any length, and exchanged as beam search does."""
+    encoder = with_drawn_rule(encoder, data)
     rows = [[pool[number] for number in row] for row in rows]
     expected = [alone(encoder, row) for row in rows]
     cache = encoder.new_cache(len(rows))

@@ -1,4 +1,6 @@
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from valm.retrieval.segments import Reading, SegmentRule, SegmentState, sentence_end_ids
 from valm.tokenizer import clip_tokenizer
@@ -36,6 +38,24 @@ def test_a_segment_ends_after_a_sentence():
     assert segments([1, 2, STOP, 3, STOP, 4], rule()) == [([SOT, 1, 2, STOP], 3), ([SOT, 2, STOP, 3, STOP, 4], 3)]
     # tokens carried over do not count as its own
     assert segments([1, STOP, 2, STOP, 3], rule()) == [([SOT, 1, STOP, 2, STOP], 4), ([SOT, 2, STOP, 3], 1)]
+
+
+def test_all_of_a_segment_shorter_than_the_overlap_is_carried_over():
+    short = rule(overlap=5, min_tokens=1)
+    assert segments([1, 2, STOP, 3], short) == [([SOT, 1, 2, STOP], 3), ([SOT, 1, 2, STOP, 3], 1)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(ids=st.lists(st.sampled_from([1, 2, 3, STOP]), max_size=40), limit=st.integers(2, 8), data=st.data())
+def test_a_segment_begins_with_the_end_of_the_one_before(ids, limit, data):
+    overlap, min_tokens = data.draw(st.integers(0, limit - 1)), data.draw(st.integers(1, limit))
+    runs = read(ids, rule(limit=limit, overlap=overlap, min_tokens=min_tokens)).runs
+    own = [run.ids[run.wanted[0][1] :] if number else run.ids[1:] for number, run in enumerate(runs)]
+    assert [id for tokens in own for id in tokens] == ids
+    for before, run, tokens in zip(runs, runs[1:], own[1:], strict=False):
+        text = before.ids[1:]
+        assert run.ids == [SOT, *text[max(0, len(text) - overlap) :], *tokens]
+        assert len(text) == limit or (text[-1] == STOP and len(before.wanted) >= min_tokens)
 
 
 def test_documents_begin_anew():
