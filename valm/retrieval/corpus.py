@@ -72,10 +72,12 @@ class TablePart:
         row = 0
         with pq.ParquetFile(self.file) as table:
             for batch in table.iter_batches(READ_ROWS, row_groups=[self.group], columns=[self.column]):
-                if row < self.stop and row + len(batch) > self.start:
+                if row + len(batch) > self.start:
                     wanted = batch.slice(max(0, self.start - row), self.stop - max(row, self.start))
                     texts += [text for text in wanted[0].to_pylist() if text and text.strip()]
                 row += len(batch)
+                if row >= self.stop:
+                    break
         return texts
 
 

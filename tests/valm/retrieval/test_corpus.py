@@ -32,12 +32,25 @@ def test_rows_of_a_parquet_file(tmp_path_factory, texts, part_bytes, rows):
 
 
 def test_a_row_group_larger_than_a_batch(tmp_path, monkeypatch):
+    """A part reads up to its end and no further."""
+    batches, iterate = [], pq.ParquetFile.iter_batches
+
+    def counted(table, *arguments, **options):
+        for batch in iterate(table, *arguments, **options):
+            batches.append(len(batch))
+            yield batch
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", counted)
     monkeypatch.setattr("valm.retrieval.corpus.READ_ROWS", 7)
     texts = [f"text {row}" for row in range(100)]
     pq.write_table(pa.table({"story": texts}), tmp_path / "a.parquet")
     parts = file_parts([tmp_path / "a.parquet"], column="story", part_bytes=200)
     assert len(parts) > 3
-    assert [text for part in parts for text in part.read()] == texts
+    for part in parts:
+        batches.clear()
+        assert part.read() == texts[part.start : part.stop]
+        assert len(batches) == -(-part.stop // 7)
+    assert parts[-1].stop == len(texts)
 
 
 def test_files_in_their_order(tmp_path):
