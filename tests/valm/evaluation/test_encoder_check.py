@@ -92,7 +92,7 @@ def test_an_encoder_that_has_learned_nothing(folder, tokenizer):
     """Zero-shot no better than chance; a probe can still read colours off random features."""
     torch.manual_seed(1)
     found = check_encoder(folder, Clip.create(TINY, tokenizer), progress=False).classification
-    assert found.zero_shot.low < 0.5
+    assert found.zero_shot.low <= found.chance <= found.zero_shot.high
     assert found.linear_probe.accuracy.low > found.chance
 
 
