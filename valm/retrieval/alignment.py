@@ -5,7 +5,8 @@ is one piece of CLIP's, and so is "banana". The CLIP token that ends where a tok
 there are depends on what follows. Instead every prefix is cut as CLIP would cut it if the text ended there. The words
 before its last one are the same in all longer texts, and only the last one, which may go on, is cut anew for each
 token. Tokens that end words, most of them, lie on the cutting of the whole text; any other is a fork of it, a few CLIP
-tokens that are read behind the keys and values of the text before them.
+tokens that are read behind the keys and values of the text before them. A word of LONGEST_WORD characters is closed,
+whatever comes.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ from valm.retrieval.segments import Reading
 # Blanks behind which CLIP cuts the text independently of what stands before: no word of its goes across one, and no
 # Unicode normalisation either. Other blanks are left to its tokenizer.
 BLANKS = re.compile(r"[ \t\n\r]+")
+# Characters after which a word that is still open is closed as if a blank followed. Each token cuts the open word anew,
+# and of a text without blanks (base64, Chinese) that would be all of it: time and memory quadratic in its length. Words
+# of a language are shorter, and a text tower sees 75 tokens at once anyway.
+LONGEST_WORD = 64
 # Words whose CLIP tokens are kept.
 WORD_CACHE = 1 << 16
 # What both ways of putting a text together are tried on.
@@ -37,7 +42,7 @@ class TextState:
     """How far one row of a language model's tokens has been read.
 
     open: whether a document is open. undecoded: bytes of a character that is not whole yet.
-    word: the text after the last blank, which later tokens may go on.
+    word: the text after the last blank, which later tokens may go on; less than LONGEST_WORD characters.
     """
 
     open: bool = False
@@ -86,6 +91,9 @@ class Alignment:
                     closed.append(self.sot)
                     text.open = True
                 *words, text.word = BLANKS.split(text.word + self._decode(id, text))
+                if len(text.word) >= LONGEST_WORD:
+                    words.append(text.word)
+                    text.word = ""
                 for word in words:
                     closed += self.clip_ids(word)
             prefixes.append((position, len(closed), text.word))

@@ -9,8 +9,9 @@ from tests.valm.other_tokenizers import gpt2_like, llama_like
 from tests.valm.retrieval.test_context import close
 from tests.valm.retrieval.tiny_clip import TEXTS, make_clip
 from valm.errors import ValmError
-from valm.retrieval.alignment import Alignment, token_bytes
+from valm.retrieval.alignment import Alignment, TextState, token_bytes
 from valm.retrieval.context import ContextEncoder
+from valm.retrieval.segments import Reading, SegmentState
 from valm.tokenizer import clip_tokenizer, prune_tokenizer
 
 # Text as it comes: words that CLIP has and has not, contractions, what its reading changes or joins with characters
@@ -195,6 +196,35 @@ def test_most_tokens_cost_nothing_of_their_own(clip, monkeypatch):
     words = len(clip.tokenizer("the sky is blue and the grass is green", add_special_tokens=False)["input_ids"])
     assert calls[0] == (1, 1 + words)
     assert all(length <= 4 for _, length in calls[1:])
+
+
+@pytest.mark.parametrize("text", ["x7Qf" * 5000, "\u4f60\u597d" * 2000], ids=["base64", "Chinese"])
+def test_text_without_blanks_takes_no_more_than_its_length(clip, other, text):
+    """Four times as much text: four times as many characters cut, and about as many to encode."""
+    alignment = Alignment(other, clip.tokenizer)
+    ids = other(text, add_special_tokens=False)["input_ids"]
+
+    def read(count):
+        cut = []
+        alignment.clip_ids = lambda word: cut.append(len(word)) or Alignment.clip_ids(alignment, word)
+        reading = Reading(0, SegmentState(), ContextEncoder(clip).rule)
+        alignment.read(list(enumerate(ids[:count])), TextState(), reading)
+        forks = [branch for run in reading.runs for branch in run.branches] + reading.forks
+        return sum(cut), sum(len(run.ids) for run in reading.runs + forks)
+
+    quarter, whole = read(len(ids) // 4), read(len(ids))
+    assert all(3.8 < more / less < 4.2 for less, more in zip(quarter, whole, strict=True))
+
+
+def test_a_word_without_end_is_read_without_looking_ahead(encoder, other):
+    """Longer than LONGEST_WORD, in a prefix and token by token."""
+    ids = other("abc1" * 60, add_special_tokens=False)["input_ids"]
+    whole = encoder(torch.tensor([ids]))[0]
+    for length in (1, 40, 90, len(ids) - 1):
+        assert close(encoder(torch.tensor([ids[:length]]))[0], whole[:length])
+    cache = encoder.new_cache(1)
+    stepped = [encoder.step(torch.tensor([some]), cache)[0] for some in (ids[:50], ids[50:51], ids[51:90], ids[90:])]
+    assert close(torch.cat(stepped), whole)
 
 
 def test_a_clips_own_vocabulary_is_read_directly(clip):
