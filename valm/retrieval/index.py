@@ -25,8 +25,6 @@ PARAMETERS_FILE = "index.json"
 
 # Queries re-ranked at once, so that their candidates' vectors stay in the cache.
 RERANK_QUERIES = 64
-# Candidates beyond K, best by a sum in float32, whose scores are summed in float64.
-FINALISTS = 8
 
 
 @dataclass(frozen=True)
@@ -166,21 +164,31 @@ def _remedy(kb: ImageKnowledgeBase) -> str:
 
 
 def _rerank(kb: ImageKnowledgeBase, queries: Tensor, found: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The best k of the candidates `found` (Q, C), -1 = none, by their exact scores."""
+    """The best k of the candidates `found` (Q, C), -1 = none, by (score falling, id rising).
+
+    Scores are sums in float64, rounded to float32; summed are only those that can be among the best by a sum in
+    float32. With any order of its terms that is off by at most E u |q| |v|, u = 2^-24 (Higham 2002, section 3.1).
+    """
     scores = torch.full((len(queries), k), -torch.inf)
     ids = torch.full((len(queries), k), -1)
+    width = min(k, found.shape[1])
+    # so that equal scores come in order of their ids
+    found = found.sort(-1).values
     for start in range(0, len(queries), RERANK_QUERIES):
         part = slice(start, start + RERANK_QUERIES)
-        candidates = found[part].sort(-1).values  # so that equal scores come in order of their ids
+        asked, candidates = queries[part], found[part]
         unique, place = torch.unique(candidates.clamp(min=0), return_inverse=True)
         pool = torch.from_numpy(kb.gather(unique.numpy())).float()  # (U, E): the queries of a text share many
-        rough = (queries[part] @ pool.T).gather(1, place).masked_fill(candidates < 0, -torch.inf)  # (q, C)
-        nearest = rough.topk(min(k + FINALISTS, rough.shape[1])).indices.sort(-1).values
+        rough = (asked @ pool.T).gather(1, place).masked_fill(candidates < 0, -torch.inf)  # (q, C)
+        # of both sums that are compared, and the rounding of both scores
+        bound = 2 * (kb.dim + 2) * 2**-24 * asked.norm(dim=1) * pool.norm(dim=1).max()  # (q,)
+        ranked = rough.topk(width).values  # (q, width)
+        finalists = int((rough >= ranked[:, -1:] - bound[:, None]).sum(1).max())
+        nearest = rough.topk(finalists).indices.sort(-1).values
         candidates, place = candidates.gather(1, nearest), place.gather(1, nearest)
-        exact = torch.einsum("qe,qce->qc", queries[part].double(), pool[place].double()).float()
+        exact = torch.einsum("qe,qce->qc", asked.double(), pool[place].double()).float()
         exact = exact.masked_fill(candidates < 0, -torch.inf)
         best = exact.sort(dim=-1, descending=True, stable=True)
-        width = min(k, candidates.shape[1])
         scores[part, :width] = best.values[:, :width]
         ids[part, :width] = candidates.gather(1, best.indices[:, :width])
     return scores, ids

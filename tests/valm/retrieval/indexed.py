@@ -20,10 +20,10 @@ def random_directions(count, dim, seed, centres=40):
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def make_kb_of_directions(clip, out, caption="") -> ImageKnowledgeBase:
-    """COUNT vectors in three shards."""
+def make_kb_of_directions(clip, out, caption="", copies=1) -> ImageKnowledgeBase:
+    """COUNT vectors in three shards, each `copies` times, far from each other."""
     build = ShardedBuild(out, WHAT, {})
-    vectors = random_directions(COUNT, clip.embed_dim, seed=0)
+    vectors = np.tile(random_directions(COUNT // copies, clip.embed_dim, seed=0), (copies, 1))
     for number, part in enumerate(np.split(vectors, 3)):
         items = [{"uri": f"{number}/{row}", "caption": caption, "width": 1, "height": 1} for row in range(len(part))]
         write_piece(build.out, number, Piece(part, pa.Table.from_pylist(items, ITEM_SCHEMA), None, []))

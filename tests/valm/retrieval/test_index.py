@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.valm.models import tiny_model
-from tests.valm.retrieval.indexed import K, make_indexed, random_directions
+from tests.valm.retrieval.indexed import K, make_indexed, make_kb_of_directions, random_directions
 from valm.errors import ValmError
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.index import (
@@ -16,6 +16,7 @@ from valm.retrieval.index import (
     remove_index,
     verify_index,
 )
+from valm.retrieval.index_build import build_index
 from valm.retrieval.knowledge_base import ImageKnowledgeBase
 from valm.retrieval.retriever import Retriever
 from valm_kernels import FlatIPIndex
@@ -39,10 +40,10 @@ def queries(kb, count=400, seed=1):
     return torch.from_numpy(random_directions(count, kb.dim, seed)).float()
 
 
-def narrow(kb, nprobe, candidates):
-    """The index of `kb`, looking into so many cells and comparing so many candidates."""
+def narrow(kb, search, candidates):
+    """The index of `kb`, searched so and comparing so many candidates."""
     opened = FaissIndex.open(kb)
-    parameters = dataclasses.replace(opened.parameters, search=f"nprobe={nprobe}", candidates=candidates)
+    parameters = dataclasses.replace(opened.parameters, search=search, candidates=candidates)
     return FaissIndex(kb, opened._index, parameters)
 
 
@@ -58,22 +59,33 @@ def test_scores_are_exact_and_in_order(indexed):
 
 def test_all_cells_find_what_exact_search_finds(indexed):
     asked = queries(indexed, seed=4)
-    found = narrow(indexed, nprobe=100, candidates=64).search(asked, K)
+    found = narrow(indexed, "nprobe=100", candidates=64).search(asked, K)
     exact = FlatIPIndex(indexed.vectors()).search(asked, K)
+    assert torch.equal(found.indices, exact.indices)
+    assert torch.equal(found.scores, exact.scores)
+
+
+def test_equal_pictures_come_in_the_order_of_their_ids(clip, tmp_path):
+    """Fifty of each: those with the lowest ids, as from exact search."""
+    kb = make_kb_of_directions(clip, tmp_path / "kb", copies=50)
+    build_index(kb, queries(kb), "Flat", k=K, target_recall=0, progress=False)
+    asked = queries(kb, seed=4)
+    found = narrow(kb, "", candidates=32).search(asked, K)
+    exact = FlatIPIndex(kb.vectors()).search(asked, K)
     assert torch.equal(found.indices, exact.indices)
     assert torch.equal(found.scores, exact.scores)
 
 
 def test_missing_hits_are_none(indexed):
     """A cell with fewer pictures than asked for: -1, never another picture."""
-    scores, ids = narrow(indexed, nprobe=1, candidates=1).search(queries(indexed, 20), 500)
+    scores, ids = narrow(indexed, "nprobe=1", candidates=1).search(queries(indexed, 20), 500)
     assert (ids == -1).any(1).all() and (ids >= 0).any(1).all()
     assert (scores[ids == -1] == -torch.inf).all() and scores[ids >= 0].isfinite().all()
     assert all(len(row[row >= 0].unique()) == (row >= 0).sum() for row in ids)
 
 
 def test_a_search_by_text_leaves_missing_hits_out(indexed, clip):
-    index = narrow(indexed, nprobe=1, candidates=1)
+    index = narrow(indexed, "nprobe=1", candidates=1)
     ids = index.search(clip.encode_texts(["a red apple"]), 100).indices[0]
     results = Retriever(ContextEncoder(clip), indexed, K, index).search("a red apple", 100)
     assert 0 < len(results) < 100
@@ -83,7 +95,7 @@ def test_a_search_by_text_leaves_missing_hits_out(indexed, clip):
 def test_the_model_sees_nothing_in_place_of_a_missing_hit(indexed, clip, tokenizer):
     k = 40  # more than many cells have
     ids = torch.tensor([tokenizer("a red apple lies on the wooden table.")["input_ids"]])
-    retriever = Retriever(ContextEncoder(clip), indexed, k, narrow(indexed, nprobe=1, candidates=1))
+    retriever = Retriever(ContextEncoder(clip), indexed, k, narrow(indexed, "nprobe=1", candidates=1))
     found = retriever(ids)
     missing = found.image_index == -1
     assert missing.any() and not missing.all(-1).any()
@@ -113,7 +125,7 @@ def test_what_searches_is_decided_in_one_place(copied, clip):
 def test_a_retriever_finds_through_the_index_what_exact_search_finds(indexed, clip, tokenizer):
     ids = torch.tensor([tokenizer("a red apple lies on the wooden table.")["input_ids"]])
     encoder = ContextEncoder(clip)
-    approximate = Retriever(encoder, indexed, K, narrow(indexed, nprobe=100, candidates=64))(ids)
+    approximate = Retriever(encoder, indexed, K, narrow(indexed, "nprobe=100", candidates=64))(ids)
     exact = Retriever(encoder, indexed, K, FlatIPIndex(indexed.vectors()))(ids)
     for one, other in zip(approximate, exact, strict=True):
         assert torch.equal(one, other)
