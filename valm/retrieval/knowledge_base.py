@@ -6,6 +6,7 @@ import functools
 import io
 import os
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,12 @@ from valm.retrieval.pictures import one_line
 from valm.retrieval.sharded_build import MANIFEST_FILE, file_entry, files_of, open_array, open_manifest
 from valm.retrieval.shards import ITEM_SCHEMA, VERSION, WHAT, Item, Piece
 
-# Shards kept open at once: each memory map holds a file descriptor, and 1,024 is a common limit.
-OPEN_SHARDS = 256
+# Shards kept mapped at once; a process may have 65,530 maps on Linux.
+OPEN_SHARDS = 1 << 14
 OPEN_TABLES = 16
+# What a manifest says of the knowledge base, beside what `open_manifest` reads, and of its CLIP.
+MANIFEST_NAMES = ("count", "dim", "dtype", "skipped")
+CLIP_NAMES = ("name", "weights_hash", "source")
 
 
 class ImageKnowledgeBase:
@@ -45,12 +49,21 @@ class ImageKnowledgeBase:
     def open(cls, path: str | os.PathLike) -> ImageKnowledgeBase:
         """Opens the knowledge base in folder `path`.
 
-        Checks format, version, counts, and the size and header of every file; contents are checked by `verify`.
-        Raises ValmError, naming the file, where one of these is wrong.
+        Checks format, version, counts and the size of every file; a file's header is checked when it is first read,
+        and contents by `verify`. Raises ValmError, naming the file, where one of these is wrong.
         """
         path = Path(path)
-        manifest = open_manifest(path, WHAT, VERSION, "valm kb build")
-        total = sum(shard["count"] for shard in manifest["shards"])
+        try:
+            manifest = open_manifest(path, WHAT, VERSION, "valm kb build")
+            total = sum(shard["count"] for shard in manifest["shards"])
+            for holder, names in ((manifest, MANIFEST_NAMES), (manifest["clip"], CLIP_NAMES)):
+                for name in names:
+                    _ = holder[name]
+        except (KeyError, TypeError) as error:
+            raise ValmError(
+                f"{path / MANIFEST_FILE} is damaged, it is not what `valm kb build` writes: "
+                f"{f'it has no {error}' if isinstance(error, KeyError) else error}; build the knowledge base again"
+            ) from error
         if total != manifest["count"]:
             raise ValmError(f"{path / MANIFEST_FILE} says {manifest['count']} pictures, but its shards have {total}")
         return cls(path, manifest)
@@ -76,11 +89,14 @@ class ImageKnowledgeBase:
         ids = np.asarray(ids, dtype=np.int64)
         if len(ids) and not (ids.min() >= 0 and ids.max() < len(self)):
             raise IndexError(f"picture ids go from 0 to {len(self) - 1}, got {ids.min()} to {ids.max()}")
+        order = np.argsort(ids)
+        ids = ids[order]
         out = np.empty((len(ids), self.dim), np.float16)
         shards = np.searchsorted(self._ends, ids, side="right")
-        for shard in np.unique(shards):
-            here = shards == shard
-            out[here] = self._vectors(int(shard))[ids[here] - self._start(int(shard))]
+        begins = np.flatnonzero(np.diff(shards, prepend=-1)).tolist()  # of the ids of each shard
+        for begin, end in pairwise([*begins, len(ids)]):
+            shard = int(shards[begin])
+            out[order[begin:end]] = self._vectors(shard)[ids[begin:end] - self._start(shard)]
         return out
 
     def vectors(self) -> np.ndarray:
@@ -163,7 +179,11 @@ class ImageKnowledgeBase:
         return next((self.path / name for name in names if name.startswith(f"{kind}-")), None)
 
     def _open_vectors(self, shard: int) -> np.ndarray:
-        return open_array(self._file(shard, "vectors"), (self._shards[shard]["count"], self.dim), np.float16)
+        file = self._file(shard, "vectors")
+        array = open_array(file, (self._shards[shard]["count"], self.dim), np.float16)
+        # Python's map keeps a file descriptor, of which 1,024 are a common limit; Arrow's needs none once it is mapped
+        with pa.memory_map(str(file)) as mapped:
+            return np.frombuffer(mapped.read_buffer(), np.float16, offset=array.offset).reshape(array.shape)
 
     def _read_table(self, shard: int, kind: str) -> pa.Table | None:
         file = self._file(shard, kind)

@@ -75,6 +75,16 @@ def test_gather_across_shards(kb):
             read(COUNT)
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files in /proc")
+def test_mapped_shards_hold_no_file_open(kb):
+    """Of thousands, all may be mapped."""
+    opened = ImageKnowledgeBase.open(kb.path)
+    before = len(os.listdir("/proc/self/fd"))
+    kept = list(opened.shards())
+    assert len(kept) > 3 and all(one is other for one, other in zip(kept, opened.shards(), strict=True))
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_bad_pictures_are_listed(kb):
     skipped = {entry["uri"]: entry["reason"] for entry in kb.skipped()}
     assert set(skipped) == {"p05_cut.png", "p09_text.jpg", "p11_bomb.png"}
@@ -125,7 +135,7 @@ def test_an_error_of_the_drive_is_no_damage(kb, folder, clip, tmp_path, monkeypa
 
 def test_one_shard_is_not_copied(folder, clip, tmp_path):
     kb = build(folder, tmp_path, clip, shard_size=100, thumbnails=0)
-    assert isinstance(kb.vectors(), np.memmap)
+    assert not kb.vectors().flags.owndata
     assert kb.thumbnail(0) is None
 
 
@@ -276,6 +286,21 @@ def test_damage_is_found_when_opening(copied):
     (copied / "manifest.json").unlink()
     with pytest.raises(ValmError, match=r"is not a knowledge base: it has no manifest\.json"):
         ImageKnowledgeBase.open(copied)
+
+
+@pytest.mark.parametrize("name", ["shards", "count", "dim", "dtype", "skipped", "clip"])
+def test_a_manifest_that_lacks_something_is_damaged(copied, name):
+    manifest = json.loads((copied / "manifest.json").read_text())
+    for damaged, found in (
+        ({key: value for key, value in manifest.items() if key != name}, f"it has no '{name}'"),
+        ({**manifest, "shards": [{}]}, "it has no 'files'"),
+        ({**manifest, "shards": 3}, "'int' object is not iterable"),
+        ({**manifest, "clip": {"name": "tiny"}}, "it has no 'weights_hash'"),
+        ({**manifest, "clip": None}, "'NoneType' object is not subscriptable"),
+    ):
+        (copied / "manifest.json").write_text(json.dumps(damaged))
+        with pytest.raises(ValmError, match=rf"manifest\.json is damaged, .*: {found}; build the knowledge base again"):
+            ImageKnowledgeBase.open(copied)
 
 
 def test_cut_and_missing_files_are_named(copied):
