@@ -6,6 +6,7 @@ whatever was found. `valm.retrieval.index_build` makes the index and measures it
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from valm_kernels import FlatIPIndex, TopK
 INDEX_FILE = "index.faiss"
 PARAMETERS_FILE = "index.json"
 
+# Pictures from which on an index is worth its making: `choose_factory` of valm.retrieval.index_build.
+EXACT_BELOW = 50_000
 # Queries re-ranked at once, so that their candidates' vectors stay in the cache.
 RERANK_QUERIES = 64
 
@@ -75,11 +78,18 @@ def index_parameters(kb: ImageKnowledgeBase) -> IndexParameters | None:
 def open_index(kb: ImageKnowledgeBase, device: torch.device | str = "cpu") -> FlatIPIndex | FaissIndex:
     """What searches `kb`: its faiss index where it has one, else exact search on `device`.
 
-    This is the one place that decides it. Raises ValmError for an index that is damaged or stale, ImportError for one
-    that cannot be read without faiss.
+    This is the one place that decides it. Warns where exact search is given EXACT_BELOW pictures or more. Raises
+    ValmError for an index that is damaged or stale, ImportError for one that cannot be read without faiss.
     """
     if index_parameters(kb) is not None:
         return FaissIndex.open(kb)
+    if len(kb) >= EXACT_BELOW:
+        size = f"{2e-9 * len(kb) * kb.dim:,.1f} GB"
+        warnings.warn(
+            f"the knowledge base {kb.path} has no index: all its {len(kb):,} vectors ({size}) are in memory and "
+            f"compared with each query; `valm kb index {kb.path}` makes an index that needs neither",
+            stacklevel=2,
+        )
     return FlatIPIndex(kb.vectors(), device=device)
 
 

@@ -20,6 +20,7 @@ from valm.errors import ValmError
 from valm.files import atomic_path, write_json
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.index import (
+    EXACT_BELOW,
     INDEX_FILE,
     PARAMETERS_FILE,
     FaissIndex,
@@ -36,7 +37,6 @@ from valm_kernels import ip_topk, merge_topk
 TRAIN_PER_CELL = 40
 MIN_TRAIN, MAX_TRAIN = 1 << 16, 1 << 20
 ITERATIONS = 10  # of k-means
-EXACT_BELOW = 50_000
 PRODUCT_CODES_FROM = 10_000_000
 # Principal components that candidates are found by. On 1 M vectors of 768 numbers (benchmarks/valm/inputs.py) 16 times
 # as many candidates as pictures then hold 0.97 of the true nearest; scanning all 768 numbers took three times as long.

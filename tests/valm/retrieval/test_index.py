@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -120,6 +121,20 @@ def test_what_searches_is_decided_in_one_place(copied, clip):
     remove_index(copied)
     assert not list(copied.path.glob("index.*"))
     assert isinstance(open_index(copied), FlatIPIndex)
+
+
+def test_exact_search_of_many_pictures_names_what_makes_an_index(copied, monkeypatch):
+    monkeypatch.setattr("valm.retrieval.index.EXACT_BELOW", len(copied))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert isinstance(open_index(copied), FaissIndex)
+    remove_index(copied)
+    with pytest.warns(UserWarning, match=rf"all its 3,000 vectors .* `valm kb index {copied.path}` makes an index"):
+        assert isinstance(open_index(copied), FlatIPIndex)
+    monkeypatch.setattr("valm.retrieval.index.EXACT_BELOW", len(copied) + 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        open_index(copied)
 
 
 def test_a_retriever_finds_through_the_index_what_exact_search_finds(indexed, clip, tokenizer):
