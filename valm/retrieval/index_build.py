@@ -103,6 +103,9 @@ def build_index(
 
     truth = _exact(kb, queries, k, progress)
     half = len(queries) // 2
+    for name in (INDEX_FILE, PARAMETERS_FILE):
+        for left_by_a_killed_build in kb.path.glob(f"{name}.*.tmp"):
+            left_by_a_killed_build.unlink()
     with atomic_path(kb.path / INDEX_FILE) as temporary:
         faiss.write_index(index, str(temporary))
         # tuned as it will be used: read back, memory-mapped

@@ -115,7 +115,14 @@ def test_a_killed_build_leaves_the_old_index_or_none(clip, tmp_path):
         opened = open_index(ImageKnowledgeBase.open(kb.path))
         factories.append(opened.parameters.factory if isinstance(opened, FaissIndex) else None)
         assert exit_code == (0 if factories[-1] == "IVF8,Flat" else -signal.SIGKILL)
+        left = list(kb.path.glob("*.tmp"))
+        assert len(left) == (exit_code != 0)
+        for file in left:  # the next child is to be killed at its own calls
+            file.unlink()
     assert factories == ["IVF16,Flat", None, None, "IVF8,Flat"]
+    (kb.path / "index.faiss.of-a-killed-build.tmp").touch()
+    build()
+    assert not list(kb.path.glob("*.tmp"))
 
 
 def test_progress_names_every_step(kb, capfd):
