@@ -36,7 +36,7 @@ _TILES: dict[tuple[str, int, int], tuple[Tiles, Tiles, Tiles]] = {
     ("forward", 2, 90): (Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 3), Tiles(32, 64, 8, 2)),
     ("forward", 2, 100): (Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 3), Tiles(32, 64, 8, 2)),
     ("forward", 4, 80): (Tiles(32, 32, 4, 2), Tiles(32, 16, 8, 2), Tiles(16, 16, 8, 2)),
-    ("forward", 4, 90): (Tiles(64, 32, 8, 2), Tiles(32, 16, 8, 2), Tiles(16, 16, 8, 2)),
+    ("forward", 4, 90): (Tiles(64, 32, 8, 2), Tiles(32, 16, 8, 1), Tiles(16, 16, 8, 2)),
     ("forward", 4, 100): (Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 2), Tiles(16, 16, 8, 2)),
     ("decode", 2, 80): (Tiles(16, 128, 4, 3), Tiles(16, 64, 4, 3), Tiles(16, 32, 4, 3)),
     ("decode", 2, 90): (Tiles(16, 128, 4, 3), Tiles(16, 64, 4, 3), Tiles(16, 32, 4, 3)),
