@@ -27,8 +27,10 @@ constexpr int64_t kGroupTimesThreads = 8192;
 constexpr int kBuffer = 256;
 // Candidates scored exactly before the others' bounds are tightened, if more than as many are in reach.
 constexpr int kScoredFirst = 32;
-// A block's packed rows, or its plain ones where they are not packed: a share of the second-level cache.
+// A block's packed rows: a share of the second-level cache.
 constexpr int64_t kBlockBytes = 256 << 10;
+// A block of rows that are multiplied as float32: read once, so long that memory is read in one direction.
+constexpr int64_t kFloatBlockBytes = 2 << 20;
 // Up to this many queries, unpacked rows are multiplied as float32; above it packing them first is cheaper.
 constexpr int64_t kFloatQueries = 3;
 
@@ -80,8 +82,6 @@ class Search {
         } else {
             centre_.resize(2 * rows.dim);
             first_pass_ = {nullptr, nullptr, centre_.data(), centre_.data() + rows.dim, rows.count, nullptr, nullptr};
-            find_centre(rows, first_pass_.centre, first_pass_.axis);
-            padded_centre_ = std::make_unique<PaddedCentre>(first_pass_, rows.dim);
         }
         packed_ = first_pass != nullptr;
     }
@@ -143,8 +143,13 @@ class Search {
 void Search::run(const float* queries, int64_t n_queries, float* scores, int64_t* indices) {
     const int64_t dim = rows_.dim;
     float_pass_ = !packed_ && n_queries <= kFloatQueries;
+    if (!packed_ && !float_pass_) {
+        find_centre(rows_, first_pass_.centre, first_pass_.axis);
+        padded_centre_ = std::make_unique<PaddedCentre>(first_pass_, dim);
+    }
     const int64_t row_bytes = float_pass_ ? dim * element_bytes(rows_.element) : steps_ * 4;
-    block_rows_ = std::max<int64_t>(1, kBlockBytes / (row_bytes * kPanelRows)) * kPanelRows;
+    const int64_t block_bytes = float_pass_ ? kFloatBlockBytes : kBlockBytes;
+    block_rows_ = std::max<int64_t>(1, block_bytes / (row_bytes * kPanelRows)) * kPanelRows;
     n_blocks_ = (first_pass_.count + block_rows_ - 1) / block_rows_;
     const int64_t group = std::clamp<int64_t>(kGroupTimesThreads / threads_, kMaxTile, kGroup);
 

@@ -87,6 +87,14 @@ struct Row<Element::kInt8> {
     }
 };
 
+// Fetches what stands kPrefetchBytes behind element e of a row, in the rows that follow: the processor itself looks no
+// further than to the end of a page. Beyond the last row nothing happens.
+constexpr int64_t kPrefetchBytes = 4096;
+template <class RowType>
+inline void prefetch(RowType row, int64_t e) {
+    __builtin_prefetch(reinterpret_cast<const char*>(row.data + e) + kPrefetchBytes);
+}
+
 // Calls function(row) with the row's own type.
 template <class Function>
 inline void with_row(const Rows& rows, int64_t row, Function function) {
@@ -106,7 +114,10 @@ inline void with_row(const Rows& rows, int64_t row, Function function) {
 template <class V, class RowType>
 inline void widen(RowType row, int64_t dim, int multiple, float* out) {
     int64_t e = 0;
-    for (; e + V::kWidth <= dim; e += V::kWidth) row.template vector<V>(e).store(out + e);
+    for (; e + V::kWidth <= dim; e += V::kWidth) {
+        prefetch(row, e);
+        row.template vector<V>(e).store(out + e);
+    }
     for (; e < dim; ++e) out[e] = row(e);
     for (; e % multiple != 0; ++e) out[e] = 0;
 }
@@ -197,6 +208,7 @@ void dot(const Rows& rows, int64_t index, const float* query, float* product, fl
         int64_t e = 0;
         for (; e + 4 * V::kWidth <= dim; e += 4 * V::kWidth) {
             for (int i = 0; i < 4; ++i) {
+                prefetch(row, e + i * V::kWidth);
                 const V x = row.template vector<V>(e + i * V::kWidth);
                 products[i] = V::fma(x, V::load(query + e + i * V::kWidth), products[i]);
                 squares[i] = V::fma(x, x, squares[i]);
