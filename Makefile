@@ -36,11 +36,11 @@ test-all: $(VENV)/.installed-test,ray
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only
 
+# The sanitizer without PyTorch's own memory pool, in which an access beyond a tensor stays unseen; CUDA graphs need it.
 gpu-check: $(VENV)/.installed-test
 	@$(BIN)/python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || \
 	    { echo "gpu-check needs a CUDA device, and torch sees none here"; exit 1; }
 	$(BIN)/python -m pytest -m gpu
-	# without PyTorch's own memory pool, in which an access beyond a tensor stays unseen; CUDA graphs need that pool
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --target-processes all \
 	    $(BIN)/python -m pytest -m 'gpu and not slow' -k 'not graph'
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only --device cuda --results benchmarks/results/gpu.csv

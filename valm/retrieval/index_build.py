@@ -125,8 +125,8 @@ def choose_factory(count: int, dim: int) -> str | None:
     """The kind of index for `count` vectors of width `dim`; None while exact search is as good.
 
     An inverted file of about 4 sqrt(N) cells with 4 bits for each of PRINCIPAL numbers; for very many vectors with 64
-    bytes a vector, as published, which faiss reads from a memory map. With 2 sqrt(N) cells a search that finds as much
-    took 1.4 times as long (1 M vectors of benchmarks/valm/inputs.py).
+    bytes a vector, as published, which faiss reads from a memory map. Of half as many cells a search has to look into
+    more vectors to find as much.
     """
     if count < EXACT_BELOW:
         return None

@@ -120,7 +120,7 @@ class ImageKnowledgeBase:
         return None if table is None else Image.open(io.BytesIO(table["jpeg"][row].as_py()))
 
     def skipped(self) -> list[dict[str, str]]:
-        """`uri` and `reason` of every picture of the source that could not be read."""
+        """`uri` and `reason` of every picture, caption file and archive of the source that could not be read."""
         names = [entry["name"] for entry in files_of(self.manifest) if entry["name"].startswith("skipped-")]
         return [entry for name in names for entry in read_json(self.path / name, "the list of skipped pictures")]
 

@@ -191,6 +191,33 @@ def assert_solves(
     return actual
 
 
+def assert_passes_nan_on(impl: str, name: str, dtype: torch.dtype) -> None:
+    """Checks that a NaN in `name` shows itself in the results of every query it takes part in, and in those only."""
+    inputs = Problem(batch=1, num_queries=6, num_images=3, head_dim=8).inputs(dtype)
+    inputs["image_mask"][:] = True
+    inputs[name][0, 1, 4, ..., 2] = torch.nan
+    found, expected = (visual_fusion_attn(**inputs, return_lse=True, impl=i) for i in (impl, "reference"))
+    assert expected[0].isnan().any() and (expected[1].isnan().any() or name == "image_v")
+    for found_part, expected_part in zip(found, expected, strict=True):
+        assert found_part.isnan().equal(expected_part.isnan())
+
+
+def assert_unseen_gradient_of_lse_is_ignored(impl: str, problem: Problem) -> None:
+    """Checks that where a query sees nothing, a NaN as the gradient of its lse changes no gradient (merging results by
+    log-sum-exp gives one), and its own is zero."""
+    inputs = problem.inputs(torch.float32)
+    leaves = [inputs[name].requires_grad_() for name in ("q", "k")]
+    _, lse = visual_fusion_attn(**inputs, return_lse=True, impl=impl)
+    unseen = lse == -torch.inf
+    assert unseen.any() and not unseen.all()
+    with_zero, with_nan = (
+        torch.autograd.grad(lse, leaves, torch.ones_like(lse).masked_fill(unseen, nothing), retain_graph=True)
+        for nothing in (0.0, torch.nan)
+    )
+    assert all(zero.equal(nan) for zero, nan in zip(with_zero, with_nan, strict=True))
+    assert not with_zero[0][unseen].any()
+
+
 # What an implementation has to get right, by name. Sizes cross the borders of 16-, 32-, 64- and 128-wide tiles.
 PROBLEMS = {
     "dense": Problem(),
@@ -248,6 +275,3 @@ def far_apart(inputs: dict[str, Tensor | bool | None]) -> Iterator[tuple[str, Te
                 stride[dimension] = 2**31 // (size - 1) + 1
                 far = memory.as_strided(tensor.shape, stride)
                 yield name, far.copy_(tensor)
-
-
-__all__ = ["BEYOND_32_BITS", "PROBLEMS", "Problem", "assert_solves", "cotangents", "far_apart", "replace", "solve"]

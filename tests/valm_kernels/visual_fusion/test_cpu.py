@@ -7,7 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.valm_kernels.visual_fusion.problems import PROBLEMS, Problem, assert_solves, cotangents, solve
+from tests.valm_kernels.visual_fusion.problems import (
+    PROBLEMS,
+    Problem,
+    assert_passes_nan_on,
+    assert_solves,
+    assert_unseen_gradient_of_lse_is_ignored,
+    cotangents,
+    solve,
+)
 from valm_kernels import visual_fusion_attn
 from valm_kernels.native import native
 from valm_kernels.visual_fusion import cpu
@@ -211,37 +219,16 @@ def test_query_that_sees_nothing():
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
 @pytest.mark.parametrize("first_key", ["left_padding", "random"])
 def test_gradient_of_lse_where_nothing_is_seen(impl, first_key):
-    """Merging results by log-sum-exp gives NaN there; nothing but that query may hold it, and its gradient is zero."""
     problem = Problem(num_queries=40, num_images=0, biases=False, first_key=first_key)
-    inputs = problem.inputs(torch.float32)
-    inputs["q"].requires_grad_(), inputs["k"].requires_grad_()
-    _, lse = visual_fusion_attn(**inputs, return_lse=True, impl=impl)
-    unseen = lse == -torch.inf
-    assert unseen.any() and not unseen.all()
-    grads = []
-    for nothing in (0.0, torch.nan):
-        grad_lse = torch.ones_like(lse).masked_fill(unseen, nothing)
-        grads.append(torch.autograd.grad(lse, (inputs["q"], inputs["k"]), grad_lse, retain_graph=True))
-    assert all(without.equal(with_nan) for without, with_nan in zip(*grads, strict=True))
-    assert (grads[0][0][unseen] == 0).all()
+    assert_unseen_gradient_of_lse_is_ignored(impl, problem)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("isa", native().image_attn_isas())
 @pytest.mark.parametrize("name", ["q", "image_k", "image_v"])
 def test_nan_is_passed_on(name, isa, dtype, monkeypatch):
-    """A NaN shows itself in the results of every query that it takes part in, and in those only."""
     monkeypatch.setattr(cpu, "_isa", lambda: isa)
-    inputs = Problem(batch=1, num_queries=6, num_images=3, head_dim=8).inputs(dtype)
-    inputs["image_mask"][:] = True
-    inputs[name][0, 1, 4, ..., 2] = torch.nan
-    for found, expected in zip(
-        visual_fusion_attn(**inputs, return_lse=True, impl="cpu"),
-        visual_fusion_attn(**inputs, return_lse=True, impl="reference"),
-        strict=True,
-    ):
-        assert found.isnan().equal(expected.isnan())
-    assert found.isnan().any() or name == "image_v"
+    assert_passes_nan_on("cpu", name, dtype)
 
 
 def test_empty_pool():

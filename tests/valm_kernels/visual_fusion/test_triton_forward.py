@@ -12,7 +12,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("run by test_triton_interpreted.py with TRITON_INTERPRET=1", allow_module_level=True)
 
 from tests.tolerance import assert_accurate
-from tests.valm_kernels.visual_fusion.problems import BEYOND_32_BITS, PROBLEMS, Problem, far_apart
+from tests.valm_kernels.visual_fusion.problems import BEYOND_32_BITS, PROBLEMS, Problem, assert_passes_nan_on, far_apart
 from tests.valm_kernels.visual_fusion.small_tiles import use_small_tiles
 from valm_kernels import visual_fusion_attn
 from valm_kernels.visual_fusion import triton_forward
@@ -100,19 +100,9 @@ class Recorder:
         return launch
 
 
-@pytest.mark.parametrize("name", ["q", "image_k"])
-def test_nan_is_passed_on(monkeypatch, name):
-    problem = Problem(batch=1, num_queries=6, num_images=3, head_dim=8)
-    use_small_tiles(monkeypatch, problem)
-    inputs = problem.inputs(torch.float32)
-    inputs["image_mask"][:] = True
-    inputs[name][0, 1, 4, ..., 2] = torch.nan
-    for found, expected in zip(
-        visual_fusion_attn(**inputs, return_lse=True, impl="triton"),
-        visual_fusion_attn(**inputs, return_lse=True, impl="reference"),
-        strict=True,
-    ):
-        assert found.isnan().equal(expected.isnan()) and found.isnan().any()
+@pytest.mark.parametrize("name", ["q", "image_k", "image_v"])
+def test_nan_is_passed_on(name):
+    assert_passes_nan_on("triton", name, torch.float32)
 
 
 @pytest.mark.parametrize("index", [-2, 11])
