@@ -38,7 +38,11 @@ TOKENS = 512
 K = 4
 TARGET_RECALL = 0.95
 
-pytestmark = pytest.mark.skipif("VALM_EVAL_DATA" not in os.environ, reason="needs LAMBADA: set VALM_EVAL_DATA")
+pytestmark = [
+    pytest.mark.skipif("VALM_EVAL_DATA" not in os.environ, reason="needs LAMBADA: set VALM_EVAL_DATA"),
+    # the first that needs the million pictures makes them and their index: six minutes on two cores
+    pytest.mark.timeout(3600),
+]
 
 
 @functools.cache
