@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from itertools import islice
 from pathlib import Path
 
 from valm.cli.options import (
@@ -180,13 +181,13 @@ def print_kb(kb) -> None:
     print(f"encoded by the CLIP {clip['name']}, weights {clip['weights_hash'][:12]}")
     index = index_parameters(kb)
     print("searched exactly" if index is None else f"searched through the index {index.summary()}")
-    skipped = kb.skipped()
+    skipped = kb.manifest["skipped"]
     if skipped:
-        print(f"{len(skipped):,} pictures or captions could not be read:")
-        for picture in skipped[:SKIPPED_SHOWN]:
+        print(f"{skipped:,} pictures or captions could not be read:")
+        for picture in islice(kb.skipped(), SKIPPED_SHOWN):
             print(f"  {picture['uri']}: {picture['reason']}")
-        if len(skipped) > SKIPPED_SHOWN:
-            print(f"  and {len(skipped) - SKIPPED_SHOWN:,} more, in {kb.path / 'skipped-*.json'}")
+        if skipped > SKIPPED_SHOWN:
+            print(f"  and {skipped - SKIPPED_SHOWN:,} more, in {kb.path / 'skipped-*.json'}")
 
 
 def run_search(arguments: argparse.Namespace) -> None:

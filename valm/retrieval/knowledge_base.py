@@ -119,10 +119,10 @@ class ImageKnowledgeBase:
         table = self._table(shard, "thumbnails")
         return None if table is None else Image.open(io.BytesIO(table["jpeg"][row].as_py()))
 
-    def skipped(self) -> list[dict[str, str]]:
+    def skipped(self) -> Iterator[dict[str, str]]:
         """`uri` and `reason` of every picture, caption file and archive of the source that could not be read."""
-        names = [entry["name"] for entry in files_of(self.manifest) if entry["name"].startswith("skipped-")]
-        return [entry for name in names for entry in read_json(self.path / name, "the list of skipped pictures")]
+        for shard in self.manifest["shards"]:
+            yield from self._skipped(shard)
 
     def check_encoder(self, clip: Clip) -> None:
         """Raises ValmError where the pictures were encoded by a CLIP other than `clip`."""
@@ -157,13 +157,17 @@ class ImageKnowledgeBase:
     def piece(self, number: int) -> Piece:
         """What shard `number` of the manifest was written from, as `write_piece` takes it."""
         entry = self.manifest["shards"][number]
-        names = [file["name"] for file in entry["files"] if file["name"].startswith("skipped-")]
-        skipped = [bad for name in names for bad in read_json(self.path / name, "the list of skipped pictures")]
+        skipped = list(self._skipped(entry))
         if not entry["count"]:
             return Piece(np.empty((0, self.dim), np.float16), ITEM_SCHEMA.empty_table(), None, skipped)
         shard = self._shards.index(entry)
         small, items = self._read_table(shard, "thumbnails"), self._read_table(shard, "items")
         return Piece(self._open_vectors(shard), items, None if small is None else small["jpeg"].to_pylist(), skipped)
+
+    def _skipped(self, entry: dict[str, Any]) -> Iterator[dict[str, str]]:
+        for file in entry["files"]:
+            if file["name"].startswith("skipped-"):
+                yield from read_json(self.path / file["name"], "the list of skipped pictures")
 
     def _start(self, shard: int) -> int:
         return int(self._ends[shard]) - self._shards[shard]["count"]
