@@ -61,6 +61,12 @@ PYBIND11_MODULE(_native, m) {
                                            interrupted, at<float>(scores), at<int64_t>(indices));
               });
           });
+    m.def("ip_scores_cpu", [](uintptr_t queries, const valm::Rows& rows, int64_t n_pairs, uintptr_t query_ids,
+                              uintptr_t row_ids, const std::string& isa, int threads, uintptr_t scores) {
+        const py::gil_scoped_release release;
+        valm::ip_scores_cpu(at<float>(queries), rows, n_pairs, at<int64_t>(query_ids), at<int64_t>(row_ids), isa,
+                            threads, at<float>(scores));
+    });
 
     m.def("image_attn_forward", &valm::image_attn_forward, py::call_guard<py::gil_scoped_release>());
     m.def("image_attn_backward", &valm::image_attn_backward, py::call_guard<py::gil_scoped_release>());

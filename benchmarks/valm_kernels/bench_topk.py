@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.peers.topk import CUDA_PEERS, PEERS, Search
 from tests.valm_kernels.topk.databases import adversarial, normals
-from valm_kernels import FlatIPIndex, ip_topk
+from valm_kernels import FlatIPIndex, ip_scores, ip_topk
 
 
 class Vectors(NamedTuple):
@@ -178,6 +178,39 @@ def bench_one_query_reads_as_fast_as_a_sum(measure, device, name):
         check=check,
         bytes_moved=half.nbytes,
         rounds=20,
+    )
+
+
+def gathered_einsum(queries: Tensor, rows: Tensor, query_ids: Tensor, row_ids: Tensor) -> Tensor:
+    return torch.einsum("ne,ne->n", queries[query_ids], rows[row_ids].float())
+
+
+def gathered_product(queries: Tensor, rows: Tensor, query_ids: Tensor, row_ids: Tensor) -> Tensor:
+    """Each row once, and its products with all queries."""
+    unique, place = row_ids.unique(return_inverse=True)
+    return (queries @ rows[unique].float().T)[query_ids, place]
+
+
+@pytest.mark.parametrize("function", (ip_scores, gathered_einsum, gathered_product), ids=lambda f: f.__name__)
+def bench_pairs(measure, device, function):
+    """64 candidates of each of 512 queries, chosen among 10,000 of the rows: those of a text share many."""
+    database, queries = generate(N_50K, device)
+    rows, queries = database.half(), queries[:512].float()
+    generator = torch.Generator().manual_seed(0)
+    row_ids = torch.randint(10_000, (512 * 64,), generator=generator).to(device).sort().values * 5
+    query_ids = torch.randperm(512 * 64, generator=generator).to(device) % 512
+    exact = (queries[query_ids].double() * rows[row_ids].double()).sum(1)
+
+    def check(scores: Tensor) -> None:
+        # a sum of float64 products rounded once, or of float32 products
+        assert (scores - exact).abs().max() < (2**-24 if function is ip_scores else 1e-5)
+
+    measure(
+        group="scores of 512 x 64 pairs, N 50k E 768 float16",
+        name=function.__name__,
+        function=lambda: function(queries, rows, query_ids, row_ids),
+        check=check,
+        flop=2.0 * 512 * 64 * 768,
     )
 
 

@@ -175,7 +175,7 @@ void Search::run(const float* queries, int64_t n_queries, float* scores, int64_t
 
 void Search::start_group(const std::vector<int64_t>& members, const float* queries) {
     const int64_t dim = rows_.dim, count = static_cast<int64_t>(members.size());
-    const int64_t padded = (dim + kExactLanes - 1) / kExactLanes * kExactLanes;
+    const int64_t padded = padded_dim(dim);
     const int levels = query_levels(kernels_, dim);
     group_.assign(count, {});
     values_.assign(count * padded, 0);

@@ -3,13 +3,17 @@
 
 #include <cstdint>
 
+#include "topk/exact.hpp"
 #include "topk/first_pass.hpp"
 
 namespace valm {
 
+// Numbers of a query, filled up with zeros, that the exact routine reads.
+inline int64_t padded_dim(int64_t dim) { return (dim + kExactLanes - 1) / kExactLanes * kExactLanes; }
+
 struct Query {
     int64_t output;       // its place in the answer
-    const float* values;  // padded with zeros to a multiple of kExactLanes
+    const float* values;  // (padded_dim)
     double base;          // q.m, what the bounds leave out
     double slack;         // in the score's unit
     double unit;          // t: a bound times unit, plus base, is a score

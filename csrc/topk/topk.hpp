@@ -57,6 +57,11 @@ int64_t ip_topk_cpu(const float* queries, int64_t n_queries, const Rows& rows, c
                     const std::string& isa, int threads, const std::function<bool()>& interrupted, float* scores,
                     int64_t* indices);
 
+// The score, as exact.hpp says, of query query_ids[i] and row row_ids[i], for each of n_pairs pairs. queries (any
+// number, rows.dim filled up with zeros to a multiple of kExactLanes).
+void ip_scores_cpu(const float* queries, const Rows& rows, int64_t n_pairs, const int64_t* query_ids,
+                   const int64_t* row_ids, const std::string& isa, int threads, float* scores);
+
 // Instruction sets that this machine runs, best first: names for `isa` above.
 std::vector<std::string> cpu_isas();
 

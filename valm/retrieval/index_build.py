@@ -27,6 +27,7 @@ from valm.retrieval.index import (
     IndexParameters,
     import_faiss,
     read_index,
+    stages,
 )
 from valm.retrieval.knowledge_base import ImageKnowledgeBase
 from valm.retrieval.retriever import padded
@@ -51,7 +52,7 @@ MARGIN = 1
 # ones would make it too small.
 BLOCKS = 16
 # How many candidates are compared exactly for each picture asked for: what is tried.
-CANDIDATES = (32, 16, 8, 4, 2, 1)
+CANDIDATES = (32, 24, 16, 12, 8, 6, 4, 3, 2, 1)
 GIVE_UP = 1.5
 TEXTS_AT_ONCE = 64
 # The queries of one text are much alike: few of each, so that two halves of them need the same search.
@@ -211,16 +212,13 @@ def _train(index: Any, kb: ImageKnowledgeBase, seed: int, progress: bool) -> int
     count = min(len(kb), MAX_TRAIN, max(MIN_TRAIN, TRAIN_PER_CELL * cells))
     rows = np.sort(np.random.default_rng(seed).choice(len(kb), count, replace=False))
     sample = kb.gather(rows).astype(np.float32)
-    stage = index
-    if isinstance(index, faiss.IndexPreTransform):
-        for number in range(index.chain.size()):
-            transform = faiss.downcast_VectorTransform(index.chain.at(number))
-            transform.train(sample)
-            sample = transform.apply(sample)
-        stage = faiss.downcast_index(index.index)
-    if isinstance(stage, faiss.IndexIVF):
-        _train_cells(stage, sample, progress)
-    stage.train(sample)
+    transforms, searched = stages(index)
+    for transform in transforms:
+        transform.train(sample)
+        sample = transform.apply(sample)
+    if isinstance(searched, faiss.IndexIVF):
+        _train_cells(searched, sample, progress)
+    searched.train(sample)
     index.is_trained = True
     return count
 
@@ -295,9 +293,7 @@ def _effort(index: Any) -> tuple[str, int]:
     ivf = faiss.try_extract_index_ivf(index)
     if ivf is not None:
         return "nprobe", ivf.nlist
-    if isinstance(index, faiss.IndexPreTransform):
-        index = faiss.downcast_index(index.index)
-    if isinstance(index, faiss.IndexHNSW):
+    if isinstance(stages(index)[1], faiss.IndexHNSW):
         return "efSearch", index.ntotal
     return "", 1
 

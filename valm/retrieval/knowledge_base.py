@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from valm.errors import ValmError
@@ -22,6 +23,7 @@ from valm.retrieval.clip import Clip
 from valm.retrieval.pictures import one_line
 from valm.retrieval.sharded_build import MANIFEST_FILE, file_entry, files_of, open_array, open_manifest
 from valm.retrieval.shards import ITEM_SCHEMA, VERSION, WHAT, Item, Piece
+from valm_kernels import ip_scores
 
 # Shards kept mapped at once; a process may have 65,530 maps on Linux.
 OPEN_SHARDS = 1 << 14
@@ -86,17 +88,17 @@ class ImageKnowledgeBase:
 
     def gather(self, ids: np.ndarray) -> np.ndarray:
         """Vectors of the pictures `ids` (n,) int64: (n, E) float16. Raises IndexError for an id that is none."""
-        ids = np.asarray(ids, dtype=np.int64)
-        if len(ids) and not (ids.min() >= 0 and ids.max() < len(self)):
-            raise IndexError(f"picture ids go from 0 to {len(self) - 1}, got {ids.min()} to {ids.max()}")
-        order = np.argsort(ids)
-        ids = ids[order]
         out = np.empty((len(ids), self.dim), np.float16)
-        shards = np.searchsorted(self._ends, ids, side="right")
-        begins = np.flatnonzero(np.diff(shards, prepend=-1)).tolist()  # of the ids of each shard
-        for begin, end in pairwise([*begins, len(ids)]):
-            shard = int(shards[begin])
-            out[order[begin:end]] = self._vectors(shard)[ids[begin:end] - self._start(shard)]
+        for places, vectors, rows in self._by_shard(ids):
+            out[places] = vectors[rows]
+        return out
+
+    def scores(self, queries: Tensor, query_ids: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Exact scores (n,) float32 of queries[query_ids[i]] and picture ids[i] (`ip_scores`), for queries (Q, E) and
+        ids (n,) int64. Raises IndexError for an id that is none."""
+        out = np.empty(len(ids), np.float32)
+        for places, vectors, rows in self._by_shard(ids):
+            out[places] = ip_scores(queries, vectors, query_ids[places], rows).numpy()
         return out
 
     def vectors(self) -> np.ndarray:
@@ -163,6 +165,20 @@ class ImageKnowledgeBase:
         shard = self._shards.index(entry)
         small, items = self._read_table(shard, "thumbnails"), self._read_table(shard, "items")
         return Piece(self._open_vectors(shard), items, None if small is None else small["jpeg"].to_pylist(), skipped)
+
+    def _by_shard(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """For each shard that holds some of `ids` (n,): their places in `ids`, in the order of their rows; its vectors;
+        and their rows in them. Raises IndexError for an id that is none."""
+        ids = np.asarray(ids, dtype=np.int64)
+        if len(ids) and not (ids.min() >= 0 and ids.max() < len(self)):
+            raise IndexError(f"picture ids go from 0 to {len(self) - 1}, got {ids.min()} to {ids.max()}")
+        order = np.argsort(ids)
+        ids = ids[order]
+        shards = np.searchsorted(self._ends, ids, side="right")
+        begins = np.flatnonzero(np.diff(shards, prepend=-1)).tolist()
+        for begin, end in pairwise([*begins, len(ids)]):
+            shard = int(shards[begin])
+            yield order[begin:end], self._vectors(shard), ids[begin:end] - self._start(shard)
 
     def _skipped(self, entry: dict[str, Any]) -> Iterator[dict[str, str]]:
         for file in entry["files"]:

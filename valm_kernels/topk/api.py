@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from valm_kernels.topk import cpu, cuda, op, reference  # noqa: F401  (op registers the operator)
-from valm_kernels.topk.checks import as_tensor, check_database, check_float, check_search
+from valm_kernels.topk.checks import (
+    as_tensor,
+    check_database,
+    check_float,
+    check_ids,
+    check_queries,
+    check_search,
+)
 from valm_kernels.topk.result import TopK, like_queries
 
 IMPLS = ("auto", "cpu", "cuda", "reference")
@@ -38,6 +45,46 @@ def ip_topk(queries: Tensor | np.ndarray, database: Tensor | np.ndarray, k: int,
     flat = as_tensor(queries, "queries")
     check_search(flat, *rows.shape, rows.device, k)
     return like_queries(queries, *search(flat, rows, None, k, impl=impl))
+
+
+def ip_scores(
+    queries: Tensor | np.ndarray,
+    database: Tensor | np.ndarray,
+    query_ids: Tensor | np.ndarray,
+    row_ids: Tensor | np.ndarray,
+) -> Tensor:
+    """The exact scores of pairs of a query and a row: what decides among candidates found in another way.
+
+    They are those of `ip_topk`, bit for bit. Pairs that come in the order of their rows are read fastest. On the CPU
+    the database is neither copied nor read beyond the rows that are named; elsewhere `reference` computes.
+
+    Args:
+        queries: (Q, E) float32, float16 or bfloat16.
+        database: (N, E), same dtypes, same device; E from 8 to 2048. A memory-mapped array too.
+        query_ids, row_ids: (n,) int64: pair i is queries[query_ids[i]] and database[row_ids[i]].
+
+    Returns:
+        (n,) float32. What is not finite gives what is not finite.
+
+    Raises:
+        TypeError: a wrong dtype or type.
+        ValueError: a wrong shape or device, or an id that is none; the message says which.
+        ImportError: the native code is not built.
+    """
+    rows = as_tensor(database, "database")
+    check_database(rows)
+    check_float(rows, "database")
+    flat = as_tensor(queries, "queries")
+    check_queries(flat, rows.shape[1], rows.device)
+    if flat.dim() != 2:
+        raise ValueError(f"queries must have shape (Q, E), but have {tuple(flat.shape)}")
+    query_ids, row_ids = as_tensor(query_ids, "query_ids"), as_tensor(row_ids, "row_ids")
+    check_ids(query_ids, len(flat), rows.device, "query_ids")
+    check_ids(row_ids, len(rows), rows.device, "row_ids")
+    if len(query_ids) != len(row_ids):
+        raise ValueError(f"query_ids has {len(query_ids)} ids, row_ids {len(row_ids)}: a pair has one of each")
+    compute = cpu.pair_scores if rows.device.type == "cpu" else reference.pair_scores
+    return compute(flat, rows, query_ids, row_ids)
 
 
 def search(

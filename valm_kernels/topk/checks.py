@@ -57,18 +57,32 @@ def check_database(database: Tensor) -> None:
         raise ValueError(f"database has E = {dim}, expected {MIN_DIM} to {MAX_DIM}")
 
 
-def check_search(queries: Tensor, rows: int, dim: int, device: torch.device, k: int) -> None:
+def check_queries(queries: Tensor, dim: int, device: torch.device) -> None:
     check_float(queries, "queries")
     if queries.dim() == 0 or queries.shape[-1] != dim:
         raise ValueError(f"queries must have shape (..., {dim}) as the database, but have {tuple(queries.shape)}")
     if queries.device != device:
         raise ValueError(f"queries are on {queries.device}, the database is on {device}; move one of them")
+
+
+def check_search(queries: Tensor, rows: int, dim: int, device: torch.device, k: int) -> None:
+    check_queries(queries, dim, device)
     if isinstance(k, bool) or not isinstance(k, int):
         raise TypeError(f"k must be an int, but is a {type(k).__name__}")
     if not 1 <= k <= MAX_K:
         raise ValueError(f"k is {k}, expected 1 to {MAX_K}")
     if k > rows:
         raise ValueError(f"k is {k}, but the database has only {rows} rows")
+
+
+def check_ids(ids: Tensor, count: int, device: torch.device, name: str) -> None:
+    """Ids (n,) int64 from 0 to count - 1, on `device`."""
+    if ids.dim() != 1 or ids.dtype != torch.int64:
+        raise ValueError(f"{name} must be (n,) int64, but is {tuple(ids.shape)} {ids.dtype}")
+    if ids.device != device:
+        raise ValueError(f"{name} is on {ids.device}, the database is on {device}; move one of them")
+    if len(ids) and not (ids.min() >= 0 and ids.max() < count):
+        raise ValueError(f"{name} must be from 0 to {count - 1}, but goes from {int(ids.min())} to {int(ids.max())}")
 
 
 def check_finite(rows: Tensor, what: str) -> None:

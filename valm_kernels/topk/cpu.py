@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from valm_kernels.native import native
+from valm_kernels.topk.reference import EXACT_LANES
 
 DTYPE_NAMES = {
     torch.float32: "float32",
@@ -126,3 +127,22 @@ def search(
     )
     _refuse(broken_row)
     return scores, indices
+
+
+def pair_scores(queries: Tensor, rows: Tensor, query_ids: Tensor, row_ids: Tensor) -> Tensor:
+    """Scores (n,) of the queries (Q, E) and rows (N, E) that the ids (n,) name."""
+    # the kernels read a query in steps of so many numbers
+    queries = torch.nn.functional.pad(queries.float(), (0, -queries.shape[1] % EXACT_LANES)).contiguous()
+    rows, query_ids, row_ids = rows.contiguous(), query_ids.contiguous(), row_ids.contiguous()
+    scores = queries.new_empty(len(row_ids))
+    native().ip_scores_cpu(
+        queries.data_ptr(),
+        _native_rows(rows, None),
+        len(row_ids),
+        query_ids.data_ptr(),
+        row_ids.data_ptr(),
+        cpu_isa(),
+        cpu_threads(),
+        scores.data_ptr(),
+    )
+    return scores

@@ -19,13 +19,21 @@ def exact_scores(queries: Tensor, rows: Tensor) -> Tensor:
     The sum of the products in float64, in one fixed order: `EXACT_LANES` interleaved partial sums, joined
     pairwise (l with l + 16, then l + 8, ...), and rounded once to float32; −0 becomes +0.
     """
-    padding = (0, -queries.shape[-1] % EXACT_LANES)
-    queries = torch.nn.functional.pad(queries.double(), padding)  # [Q, S·32]
-    rows = torch.nn.functional.pad(rows.double(), padding)  # [N, S·32]
-    lanes = queries.new_zeros(queries.shape[0], rows.shape[0], EXACT_LANES)  # [Q, N, 32]
-    for start in range(0, queries.shape[-1], EXACT_LANES):
-        step = slice(start, start + EXACT_LANES)
-        lanes += queries[:, None, step] * rows[None, :, step]
+    return _sums_of_products(queries[:, None], rows[None])
+
+
+def pair_scores(queries: Tensor, rows: Tensor, query_ids: Tensor, row_ids: Tensor) -> Tensor:
+    """Scores (n,) float32 of the queries (Q, E) and rows (N, E) that the ids (n,) name."""
+    chunk = max(1, PARTIAL_SUMS_PER_CHUNK // rows.shape[1])
+    parts = zip(query_ids.split(chunk), row_ids.split(chunk), strict=True)
+    return torch.cat([_sums_of_products(queries[some].float(), rows[others].float()) for some, others in parts])
+
+
+def _sums_of_products(a: Tensor, b: Tensor) -> Tensor:
+    """Over the last dimension; the others are broadcast."""
+    padding = (0, -a.shape[-1] % EXACT_LANES)
+    a, b = (torch.nn.functional.pad(factor.double(), padding) for factor in (a, b))  # [..., S·32]
+    lanes = sum(x * y for x, y in zip(a.split(EXACT_LANES, -1), b.split(EXACT_LANES, -1), strict=True))  # [..., 32]
     while lanes.shape[-1] > 1:
         low, high = lanes.chunk(2, dim=-1)
         lanes = low + high

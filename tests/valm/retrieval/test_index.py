@@ -3,6 +3,7 @@ import json
 import shutil
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -83,6 +84,33 @@ def test_missing_hits_are_none(indexed):
     assert (ids == -1).any(1).all() and (ids >= 0).any(1).all()
     assert (scores[ids == -1] == -torch.inf).all() and scores[ids >= 0].isfinite().all()
     assert all(len(row[row >= 0].unique()) == (row >= 0).sum() for row in ids)
+
+
+@pytest.mark.parametrize("search", ["nprobe=1", "nprobe=100"])
+def test_a_query_that_is_not_finite_has_no_pictures(indexed, search):
+    asked = queries(indexed, 4)
+    index = narrow(indexed, search, candidates=4)
+    clean = index.search(asked, K)
+    asked[1, 3], asked[2, 0] = torch.nan, torch.inf
+    scores, ids = index.search(asked, K)
+    assert scores[1:3].isnan().all() and (ids[1:3] == -1).all()
+    assert torch.equal(scores[[0, 3]], clean.scores[[0, 3]]) and torch.equal(ids[[0, 3]], clean.indices[[0, 3]])
+
+
+@pytest.mark.parametrize(
+    "factory",
+    ["IVF60,Flat", "PCA16,IVF60,PQ16x4fs", "OPQ8,IVF60,PQ8", "IVF60,PQ8", "IVF60_HNSW8,Flat", "HNSW16", "PCA16,SQ8"],
+)
+def test_candidates_are_those_that_faiss_finds(clip, tmp_path, factory):
+    """Whoever chooses the cells of an inverted file."""
+    kb = make_kb_of_directions(clip, tmp_path / "kb")
+    index = build_index(kb, queries(kb), factory, k=K, target_recall=0, progress=False)
+    for search in ["nprobe=7", "nprobe=60"] if "IVF" in factory else [""]:
+        index = narrow(kb, search, candidates=3)
+        asked = queries(kb, 50, seed=5).numpy()
+        found = index._find(asked, 3 * K)
+        expected = index._index.search(asked, 3 * K)[1]
+        assert (np.sort(found) == np.sort(expected)).mean() > 0.99  # but for cells and codes equally far away
 
 
 def test_a_search_by_text_leaves_missing_hits_out(indexed, clip):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.valm.killed import exit_code_if_killed, forked, needs_fork
@@ -63,10 +64,13 @@ def test_vectors_and_items(kb, folder, clip):
         assert max(kb.thumbnail(index).size) == min(64, max(40, 24 + index))
 
 
-def test_gather_across_shards(kb):
+def test_vectors_and_scores_across_shards(kb):
     ids = np.array([22, 0, 7, 7, 13, 5, 6])
     assert np.array_equal(kb.gather(ids), kb.vectors()[ids])
     assert kb.gather(np.array([], np.int64)).shape == (0, kb.dim)
+    queries, query_ids = torch.eye(3, kb.dim), np.arange(len(ids)) % 3
+    assert np.array_equal(kb.scores(queries, query_ids, ids), kb.vectors()[ids, query_ids])
+    assert kb.scores(queries, query_ids[:0], ids[:0]).shape == (0,)
     for bad in ([-1], [0, COUNT]):
         with pytest.raises(IndexError, match="picture ids go from 0 to 22"):
             kb.gather(np.array(bad))

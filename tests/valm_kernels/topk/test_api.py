@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.valm_kernels.topk.databases import normals
-from valm_kernels import TopK, ip_topk
+from valm_kernels import TopK, ip_scores, ip_topk
 from valm_kernels.topk import reference
 
 
@@ -125,3 +125,61 @@ def test_wrong_arguments_are_refused(case):
     error, message, call = REFUSALS[case]
     with pytest.raises(error, match=message):
         call()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 90),
+    dim=st.integers(8, 130),
+    n_queries=st.integers(1, 9),
+    pairs=st.integers(0, 200),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    seed=st.integers(0, 99),
+)
+def test_pair_scores_are_the_specification_bit_for_bit(rows, dim, n_queries, pairs, dtype, seed):
+    queries, database = normals(dim, n_queries, seed=seed).T.to(dtype), normals(dim, rows, seed=seed + 1).T.to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    query_ids = torch.randint(n_queries, (pairs,), generator=generator)
+    row_ids = torch.randint(rows, (pairs,), generator=generator)
+    expected = reference.exact_scores(queries.float(), database.float())[query_ids, row_ids]
+    assert torch.equal(ip_scores(queries, database, query_ids, row_ids), expected)
+    assert torch.equal(reference.pair_scores(queries, database, query_ids, row_ids), expected)
+
+
+def test_pair_scores_are_those_of_arrays_and_of_what_is_not_finite(tmp_path):
+    queries, database = normals(2, 16), normals(5, 16, seed=1)
+    np.save(tmp_path / "rows.npy", database.numpy())
+    mapped = np.load(tmp_path / "rows.npy", mmap_mode="r")
+    ids = np.array([1, 0, 1]), np.array([4, 4, 0])
+    expected = ip_scores(queries, database, *map(torch.from_numpy, ids))
+    assert torch.equal(ip_scores(queries.numpy(), mapped, *ids), expected)
+    database[4, 7] = torch.inf
+    queries[1, 2] = torch.nan
+    scores = ip_scores(queries, database, *ids)
+    assert scores[0].isnan() and scores[1].isinf() and scores[2].isnan()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"queries": torch.ones(3, 9)}, ValueError, r"queries must have shape \(\.\.\., 8\)"),
+        ({"queries": torch.ones(2, 3, 8)}, ValueError, r"queries must have shape \(Q, E\)"),
+        ({"queries": torch.ones(3, 8).double()}, TypeError, "queries has dtype torch.float64"),
+        ({"database": torch.ones(8)}, ValueError, r"database must have shape \(N, E\)"),
+        ({"row_ids": torch.tensor([0, 5])}, ValueError, "row_ids must be from 0 to 4, but goes from 0 to 5"),
+        ({"query_ids": torch.tensor([-1, 0])}, ValueError, "query_ids must be from 0 to 2, but goes from -1 to 0"),
+        ({"query_ids": torch.tensor([0])}, ValueError, "query_ids has 1 ids, row_ids 2"),
+        ({"row_ids": torch.tensor([0.0, 1.0])}, ValueError, r"row_ids must be \(n,\) int64"),
+        ({"row_ids": [0, 1]}, TypeError, "row_ids must be a torch tensor or a numpy array"),
+        ({"row_ids": torch.zeros(2, dtype=torch.int64, device="meta")}, ValueError, "row_ids is on meta"),
+    ],
+)
+def test_pair_scores_refuse(change, error, message):
+    arguments = {
+        "queries": torch.ones(3, 8),
+        "database": torch.ones(5, 8),
+        "query_ids": torch.tensor([0, 2]),
+        "row_ids": torch.tensor([4, 0]),
+    }
+    with pytest.raises(error, match=message):
+        ip_scores(**(arguments | change))

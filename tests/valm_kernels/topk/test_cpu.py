@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.valm_kernels.topk.databases import ADVERSARIAL, adversarial, normals
-from valm_kernels import FlatIPIndex, ip_topk
+from valm_kernels import FlatIPIndex, ip_scores, ip_topk
 from valm_kernels.native import native
 from valm_kernels.topk import cpu
 from valm_kernels.topk.index import store
@@ -46,6 +46,14 @@ def test_exact_whatever_the_data(isa, kind):
     assert_same(ip_topk(queries, database, k), expected)
     for i in range(3):
         assert_same(ip_topk(queries[i], database, k), (expected.scores[i], expected.indices[i]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_scores_of_pairs_are_those_of_a_search(isa, dtype):
+    database, queries = adversarial("six decades", 300, 77).to(dtype), normals(9, 77)
+    best = ip_topk(queries, database, 20)
+    query_ids, row_ids = torch.arange(9).repeat_interleave(20), best.indices.flatten()
+    assert torch.equal(ip_scores(queries, database, query_ids, row_ids), best.scores.flatten())
 
 
 @pytest.mark.parametrize("scale", [1e-41, 1e-20, 1e20, 1e37])
