@@ -18,10 +18,13 @@ QUERIES = ("eot", "state")
 # RN50x16-size tower would cost as much as a GPT-2 base forward pass (now 0.89 of it).
 OVERLAP = 12
 
-# Runs of one call of the text tower: padded to the longest, so their lengths may differ by this much only, and no
-# more tokens at once than this, so that memory stays bounded however large the batch is.
-BUCKET_SPREAD = 8
-BUCKET_TOKENS = 8192
+# Tokens of one call of the text tower, so that memory stays bounded however large the batch is. On a CPU what is
+# between two layers then stays near the cache (RN50x16-size tower, "state" and "eot" of 8 x 512 tokens: 3.5 and 7.1 s;
+# 3.8 and 7.4 s with 4,096); a GPU would wait for the next call.
+CALL_TOKENS = 8192
+CPU_CALL_TOKENS = 2048
+# Runs that are filled up to the longest of a call may differ by so much in length.
+SPREAD = 8
 
 
 class ContextCache:
@@ -121,8 +124,8 @@ class ContextEncoder:
     def encode(self, runs: list[Run], shape: tuple[int, int]) -> Tensor:
         """Queries (B, T, E) of `shape` (B, T), zeros where `runs` ask for none."""
         queries = self._zeros(shape)
-        for bucket in _buckets(runs):
-            self._encode(bucket, queries)
+        for some in self._together(runs):
+            self._encode(some, queries)
         return queries
 
     def new_cache(self, batch: int) -> ContextCache:
@@ -152,8 +155,8 @@ class ContextEncoder:
                 else:  # nothing of its own to run, so its branches go on from the cache
                     going_on += run.branches
         # first those that read the cache, as the others may write over what they look at
-        for bucket in _buckets(going_on) + _buckets(new):
-            self._encode(bucket, queries, cache)
+        for some in _alike(going_on) + self._together(new):
+            self._encode(some, queries, cache)
         return queries
 
     def _read(self, row: int, tokens: list[tuple[int, int]], state: SegmentState, text: TextState) -> Reading:
@@ -193,16 +196,29 @@ class ContextEncoder:
     def _zeros(self, shape: tuple[int, int]) -> Tensor:
         return torch.zeros(*shape, self.clip.embed_dim, device=self.tower.positions.device)
 
-    def _encode(self, bucket: list[Run], queries: Tensor, cache: ContextCache | None = None) -> None:
-        """Runs a bucket of runs, all of them new or all going on from the cache, and then their branches."""
-        start, past = None, None
-        if bucket[0].start:
-            rows = torch.tensor([run.row for run in bucket], device=queries.device)
-            start = torch.tensor([run.start for run in bucket], device=queries.device)
-            longest = max(run.start for run in bucket)
-            past = [tuple(kept[rows, :, cache.capacity - longest :] for kept in layer) for layer in cache.past]
-        present = self._run(bucket, queries, start, past, cache)
-        branches = [(n, branch) for n, run in enumerate(bucket) for branch in run.branches]
+    def _together(self, runs: list[Run]) -> list[list[Run]]:
+        """New runs for one call each, of like size: as many tokens as a call may have, or up to one run more."""
+        most = CPU_CALL_TOKENS if self.tower.positions.device.type == "cpu" else CALL_TOKENS
+        total = sum(len(run.ids) for run in runs)
+        part = total / max(1, -(-total // most))
+        parts: list[list[Run]] = []
+        before = 0
+        for run in runs:
+            if before >= part * len(parts):
+                parts.append([])
+            parts[-1].append(run)
+            before += len(run.ids)
+        return parts
+
+    def _encode(self, runs: list[Run], queries: Tensor, cache: ContextCache | None = None) -> None:
+        """Encodes runs, all of them new or all going on from the cache, and then their branches."""
+        bucket = _Bucket(runs, self.rule.eot, queries.device)
+        past = None
+        if bucket.longest:
+            rows = torch.tensor([run.row for run in runs], device=queries.device)
+            past = [tuple(kept[rows, :, cache.capacity - bucket.longest :] for kept in layer) for layer in cache.past]
+        present = self._run(bucket, queries, past, cache)
+        branches = [(n, branch) for n, run in enumerate(runs) for branch in run.branches]
         if not branches:
             return
         if past is not None:
@@ -210,61 +226,86 @@ class ContextEncoder:
                 tuple(torch.cat(both, 2) for both in zip(*layers, strict=True))
                 for layers in zip(past, present, strict=True)
             ]
-        # Token p of a run that goes on from S tokens stands in place longest - S + p: a branch's past ends in
-        # longest - S + its own start, and what a longer one's has before its first place is not looked at.
-        before = 0 if past is None else longest
         parent = {id(branch): n for n, branch in branches}
-        for some in _buckets([branch for _, branch in branches], spread=0):
+        for some in _alike([branch for _, branch in branches], spread=0):
+            branched = _Bucket(some, self.rule.eot, queries.device)
             n = torch.tensor([parent[id(branch)] for branch in some], device=queries.device)
-            start = torch.tensor([branch.start for branch in some], device=queries.device)
-            reach = int(start.max())
-            first = before - torch.tensor([bucket[i].start for i in n.tolist()], device=queries.device) + start - reach
-            place = (first[:, None] + torch.arange(reach, device=queries.device)).clamp(min=0)  # (branches, P)
-            past = [
-                tuple(part.transpose(1, 2)[n[:, None], place].transpose(1, 2) for part in layer) for layer in present
-            ]
-            self._run(some, queries, start, past)
+            # a branch's past stands in the last places; what a longer one's has before is not looked at
+            place = (bucket.first[n] - branched.first)[:, None] + torch.arange(branched.longest, device=n.device)
+            row, place = bucket.row[n, None], place.clamp(min=0)  # (branches, 1), (branches, P)
+            past = [tuple(part.transpose(1, 2)[row, place].transpose(1, 2) for part in layer) for layer in present]
+            self._run(branched, queries, past)
 
     def _run(
-        self,
-        bucket: list[Run],
-        queries: Tensor,
-        start: Tensor | None,
-        past: KeyValues | None,
-        cache: ContextCache | None = None,
+        self, bucket: _Bucket, queries: Tensor, past: KeyValues | None, cache: ContextCache | None = None
     ) -> KeyValues:
         """Runs `bucket` behind `past`, puts the queries (B, T, E) asked for into place and keeps what is to be kept.
         Returns the keys and values of its tokens."""
-        length = max(len(run.ids) for run in bucket)
-        ids = torch.tensor(
-            [run.ids + [self.rule.eot] * (length - len(run.ids)) for run in bucket], device=queries.device
+        states, present = self.tower.run(
+            bucket.ids,
+            eot_stream=self.query == "eot",
+            positions=bucket.positions,
+            first_key=bucket.first_key,
+            past=past,
         )
-        states, present = self.tower.run(ids, eot_stream=self.query == "eot", start=start, past=past)
-        wanted = [(n, at, run.row, position) for n, run in enumerate(bucket) for position, at in run.wanted if at >= 0]
+        runs = list(enumerate(bucket.runs))
+        wanted = [(n, at, run.row, position) for n, run in runs for position, at in run.wanted if at >= 0]
         if wanted:
             n, at, row, position = torch.tensor(wanted, device=queries.device).T
-            queries[row, position] = self.tower.project(states[n, at])
-        kept = [(n, run) for n, run in enumerate(bucket) if run.kept]
+            queries[row, position] = self.tower.project(states[bucket.row[n], bucket.column[n] + at])
+        kept = [(n, at, run.row, run.start + at) for n, run in runs for at in range(run.kept)]
         if cache is not None and kept:
-            n, at, row = torch.tensor([(n, run.kept - 1, run.row) for n, run in kept], device=queries.device).T
-            cache.last_query[row] = self.tower.project(states[n, at])
-            places = [
-                (n, at, run.row, cache.capacity - 1 - run.start - at) for n, run in kept for at in range(run.kept)
-            ]
-            n, at, row, place = torch.tensor(places, device=queries.device).T
+            n, at, row, place = torch.tensor(kept, device=queries.device).T
             for layer, new in zip(cache.past, present, strict=True):
                 for part, new_part in zip(layer, new, strict=True):
-                    part[row, :, place] = new_part[n, :, at]
+                    part[row, :, cache.capacity - 1 - place] = new_part[bucket.row[n], :, bucket.column[n] + at]
+            last = torch.tensor([(n, run.kept - 1, run.row) for n, run in runs if run.kept], device=queries.device)
+            n, at, row = last.T
+            cache.last_query[row] = self.tower.project(states[bucket.row[n], bucket.column[n] + at])
         return present
 
 
-def _buckets(runs: list[Run], spread: int = BUCKET_SPREAD) -> list[list[Run]]:
-    """Runs of like length together, within `spread` and BUCKET_TOKENS, what they look back at counted too."""
+class _Bucket:
+    """Runs that the text tower reads in one call, all of them new or all going on from kept tokens.
+
+    New ones stand one behind the other in a single row, so that nothing is filled up and matrices are large. The others
+    have a row each, filled up on the right, behind the `longest` of what was kept for them.
+
+    Token `at` of run n stands at [row[n], column[n] + at] of ids (N, T). Token p of its segment, kept ones too, has
+    the key [row[n], first[n] + p].
+    """
+
+    def __init__(self, runs: list[Run], filling: int, device: torch.device):
+        self.runs = runs
+        lengths = torch.tensor([len(run.ids) for run in runs])
+        starts = torch.tensor([run.start for run in runs])
+        self.longest = int(starts.max())
+        if self.longest == 0:
+            ids = torch.tensor([[id for run in runs for id in run.ids]])
+            row, column = torch.zeros_like(lengths), lengths.cumsum(0) - lengths
+            first = column
+            first_key = column.repeat_interleave(lengths)[None]  # (1, T)
+            positions = torch.arange(ids.shape[1]) - first_key
+        else:
+            length = int(lengths.max())
+            ids = torch.tensor([run.ids + [filling] * (length - len(run.ids)) for run in runs])
+            row, column = torch.arange(len(runs)), torch.zeros_like(lengths)
+            first = self.longest - starts
+            first_key = first[:, None].expand(ids.shape)
+            positions = torch.arange(length) + starts[:, None]
+        # where all see everything before them the argument would only cost time
+        self.first_key = first_key.int().to(device) if first_key.any() else None
+        self.ids, self.positions = ids.to(device), positions.to(device)
+        self.row, self.column, self.first = row.to(device), column.to(device), first.to(device)
+
+
+def _alike(runs: list[Run], spread: int = SPREAD) -> list[list[Run]]:
+    """Runs of like length together, within `spread` and CALL_TOKENS, what they look back at counted too."""
     buckets: list[list[Run]] = []
     for run in sorted(runs, key=lambda run: (-len(run.ids), -run.start)):
         first = buckets[-1][0] if buckets else run
         tokens = len(first.ids) + first.start
-        if not buckets or len(first.ids) - len(run.ids) > spread or tokens * (len(buckets[-1]) + 1) > BUCKET_TOKENS:
+        if not buckets or len(first.ids) - len(run.ids) > spread or tokens * (len(buckets[-1]) + 1) > CALL_TOKENS:
             buckets.append([])
         buckets[-1].append(run)
     return buckets

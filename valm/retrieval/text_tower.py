@@ -50,7 +50,13 @@ class TextTower:
         self.head_dim = self.blocks[0].attn.head_dim
 
     def run(
-        self, ids: Tensor, *, eot_stream: bool, start: Tensor | None = None, past: KeyValues | None = None
+        self,
+        ids: Tensor,
+        *,
+        eot_stream: bool,
+        positions: Tensor | None = None,
+        first_key: Tensor | None = None,
+        past: KeyValues | None = None,
     ) -> tuple[Tensor, KeyValues]:
         """Final hidden states of N rows of tokens, before the last LayerNorm.
 
@@ -58,19 +64,14 @@ class TextTower:
         eot_stream: False gives the state of each token. True gives, for each token, the state of an EOT put
             right after it: a second stream of EOTs runs along, and the one after position t sees the text up to
             t and itself, through `visual_fusion_attn` with its own key as the one "image".
-        start: (N,) int64, how many tokens of each row came before; past: their keys and values (N, H, P, D), P the
-            largest start, those of a row with fewer in the last places (in any order: positions are in them).
+        positions: (N, T) int64, where each token stands in its segment; by default 0, 1, 2, ...
+        past: keys and values (N, H, P, D) of tokens that came before (in any order: positions are in them).
+        first_key: (N, T) int32, the first of the P + T keys that each token sees; by default all up to itself.
         Returns states (N, T, W) and the keys and values of the tokens given.
         """
         rows, length = ids.shape
-        positions = torch.arange(length, device=ids.device)
-        first_key = None
-        if start is not None:
-            positions = positions + start[:, None]
-            longest = past[0][0].shape[2]
-            # where all rows are equally long the argument would only cost time
-            if (start != longest).any():
-                first_key = (longest - start).int()[:, None].expand(rows, length)
+        if positions is None:
+            positions = torch.arange(length, device=ids.device)
         limit = len(self.positions) - 1  # beyond it there is only filling
         hidden = self.embedding(ids) + self.positions[positions.clamp(max=limit)]  # (N, T, W)
         if eot_stream:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tests.valm.retrieval.tiny_clip import TEXTS, make_clip
 from valm.retrieval import context
 from valm.retrieval.context import ContextEncoder
+from valm.retrieval.retriever import padded
 
 # Two units in the last place of float32 at 1. The text tower runs in float64 where two ways of asking for the same
 # query are compared, so nothing but the last rounding may differ.
@@ -194,19 +195,19 @@ def test_segments_carry_the_last_tokens_over(clip, pool):
 
 
 def test_segments_are_encoded_together(clip, pool, monkeypatch):
-    """Rows of like length make one call of the tower, and a call has no more tokens than allowed."""
-    encoder = ContextEncoder(clip)
+    """New segments make one call of the tower, and nothing is filled up; a call has about as many tokens as allowed."""
+    encoder = ContextEncoder(clip, dtype=torch.float64)
     calls = []
     run = encoder.tower.run
     monkeypatch.setattr(encoder.tower, "run", lambda ids, **options: calls.append(ids.shape) or run(ids, **options))
-    ids = torch.tensor([pool[:9], pool[9:18], pool[18:27], pool[27:36]])
-    together = encoder(ids)
-    assert calls == [(4, 10)]  # SOT and nine tokens
-    monkeypatch.setattr(context, "BUCKET_TOKENS", 20)
+    ids, mask = padded([pool[:9], pool[9:16], pool[16:25], pool[25:28], pool[28:37]])
+    together = encoder(ids, mask)
+    assert calls == [(1, 42)]  # SOT and nine, seven, nine, three and nine tokens
+    monkeypatch.setattr(context, "CPU_CALL_TOKENS", 22)
     calls.clear()
-    apart = encoder(ids)
-    assert calls == [(2, 10), (2, 10)]
-    assert torch.allclose(together, apart, atol=1e-4)
+    apart = encoder(ids, mask)
+    assert calls == [(1, 28), (1, 14)]
+    assert torch.allclose(together, apart, atol=1e-12)
 
 
 def test_wrong_arguments(clip, pool):
