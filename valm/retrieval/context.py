@@ -14,13 +14,11 @@ from valm.retrieval.text_tower import KeyValues, TextTower
 QUERIES = ("eot", "state")
 
 # Tokens that open each segment for the second time. On running prose (LAMBADA) and a context of 77 tokens the text
-# tower then reads 1.27 tokens for each token of the text, with 16 it would be 1.35: "state" queries of an
-# RN50x16-size tower would cost as much as a GPT-2 base forward pass (now 0.89 of it).
+# tower then reads 1.27 tokens for each token of the text; with 16 it would be 1.35.
 OVERLAP = 12
 
-# Tokens of one call of the text tower, so that memory stays bounded however large the batch is. On a CPU what is
-# between two layers then stays near the cache (RN50x16-size tower, "state" and "eot" of 8 x 512 tokens: 3.5 and 7.1 s;
-# 3.8 and 7.4 s with 4,096); a GPU would wait for the next call.
+# Tokens and EOTs of one call of the text tower, so that memory stays bounded however large the batch is. On a CPU the
+# allocator gives larger blocks back to the system, and the next layer waits for fresh pages; a GPU waits for calls.
 CALL_TOKENS = 8192
 CPU_CALL_TOKENS = 2048
 # Runs that are filled up to the longest of a call may differ by so much in length.
@@ -197,8 +195,10 @@ class ContextEncoder:
         return torch.zeros(*shape, self.clip.embed_dim, device=self.tower.positions.device)
 
     def _together(self, runs: list[Run]) -> list[list[Run]]:
-        """New runs for one call each, of like size: as many tokens as a call may have, or up to one run more."""
+        """New runs, parted for one call each: of like size, as many tokens as a call may have or up to one run more."""
         most = CPU_CALL_TOKENS if self.tower.positions.device.type == "cpu" else CALL_TOKENS
+        if self.query == "eot":
+            most //= 2
         total = sum(len(run.ids) for run in runs)
         part = total / max(1, -(-total // most))
         parts: list[list[Run]] = []
@@ -217,8 +217,8 @@ class ContextEncoder:
         if bucket.longest:
             rows = torch.tensor([run.row for run in runs], device=queries.device)
             past = [tuple(kept[rows, :, cache.capacity - bucket.longest :] for kept in layer) for layer in cache.past]
-        present = self._run(bucket, queries, past, cache)
         branches = [(n, branch) for n, run in enumerate(runs) for branch in run.branches]
+        present = self._run(bucket, queries, past, cache, keep=cache is not None or bool(branches))
         if not branches:
             return
         if past is not None:
@@ -237,16 +237,22 @@ class ContextEncoder:
             self._run(branched, queries, past)
 
     def _run(
-        self, bucket: _Bucket, queries: Tensor, past: KeyValues | None, cache: ContextCache | None = None
+        self,
+        bucket: _Bucket,
+        queries: Tensor,
+        past: KeyValues | None,
+        cache: ContextCache | None = None,
+        keep: bool = False,
     ) -> KeyValues:
-        """Runs `bucket` behind `past`, puts the queries (B, T, E) asked for into place and keeps what is to be kept.
-        Returns the keys and values of its tokens."""
+        """Runs `bucket` behind `past`, puts the queries (B, T, E) asked for into place and what is to be kept into the
+        cache. Returns the keys and values of its tokens where `keep`."""
         states, present = self.tower.run(
             bucket.ids,
             eot_stream=self.query == "eot",
             positions=bucket.positions,
             first_key=bucket.first_key,
             past=past,
+            keep=keep,
         )
         runs = list(enumerate(bucket.runs))
         wanted = [(n, at, run.row, position) for n, run in runs for position, at in run.wanted if at >= 0]
