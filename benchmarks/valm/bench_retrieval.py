@@ -94,6 +94,24 @@ def bench_context(measure, tower, rows, dtype, name):
     measure(group=group, name=f"{name} {str(dtype).removeprefix('torch.')}", function=function, check=check, rounds=2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def bench_matrix_product(measure, dtype):
+    """What a text tower and a language model do most of the time: whether bfloat16 can be faster here at all."""
+    states, weight = torch.randn(1280, 768, dtype=dtype), torch.randn(3072, 768, dtype=dtype)
+
+    def check(result):
+        expected = states.double() @ weight.double().T
+        assert (result - expected).abs().max() < 64 * torch.finfo(dtype).eps * 768**0.5
+
+    measure(
+        group="matrix product, 1280 x 768 x 3072",
+        name=str(dtype).removeprefix("torch."),
+        function=lambda: torch.nn.functional.linear(states, weight),
+        check=check,
+        flop=2.0 * 1280 * 768 * 3072,
+    )
+
+
 @pytest.fixture(scope="session")
 def indexed(pytestconfig: pytest.Config):
     """Makes the knowledge base of a tower, and its index, once."""

@@ -109,7 +109,10 @@ def remove_index(kb: ImageKnowledgeBase) -> None:
 
 
 class FaissIndex:
-    """Search through faiss, decided by the exact vectors; made by `build_index`, opened by `FaissIndex.open`."""
+    """Search through faiss, decided by the exact vectors; made by `build_index`, opened by `FaissIndex.open`.
+
+    faiss's GPU packages search on the GPUs, for the kinds of index that they know; that has not been run on a card yet.
+    """
 
     def __init__(self, kb: ImageKnowledgeBase, index: Any, parameters: IndexParameters):
         self.kb = kb
@@ -117,7 +120,8 @@ class FaissIndex:
         self._index = index
         self._transforms, self._cells = [], None
         faiss = import_faiss()
-        faiss.ParameterSpace().set_index_parameters(index, parameters.search)
+        space = faiss.GpuParameterSpace() if faiss.get_num_gpus() > 0 else faiss.ParameterSpace()
+        space.set_index_parameters(index, parameters.search)
         transforms, searched = stages(index)
         if isinstance(searched, faiss.IndexIVF):
             quantizer = faiss.downcast_index(searched.quantizer)
@@ -208,9 +212,18 @@ def stages(index: Any) -> tuple[list[Any], Any]:
 
 
 def read_index(path: Path) -> Any:
-    """The faiss index in a file, its inverted lists or vectors memory-mapped where faiss can do that."""
+    """The faiss index in a file: on faiss's GPUs where it has any and they know its kind, else its inverted lists or
+    vectors memory-mapped where faiss can do that."""
     faiss = import_faiss()
-    return faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+    index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+    if faiss.get_num_gpus() == 0:
+        return index
+    options = faiss.GpuMultipleClonerOptions()
+    options.useFloat16 = True  # the tables of 64-byte codes exceed a GPU's shared memory in float32
+    try:
+        return faiss.index_cpu_to_all_gpus(index, options)
+    except RuntimeError:  # 4-bit codes and graphs are for CPUs, or the GPUs' memory does not suffice
+        return index
 
 
 def import_faiss():

@@ -54,6 +54,8 @@ BLOCKS = 16
 # How many candidates are compared exactly for each picture asked for: what is tried.
 CANDIDATES = (32, 24, 16, 12, 8, 6, 4, 3, 2, 1)
 GIVE_UP = 1.5
+# Cells that a query looks into at the most on a GPU: faiss selects no more there.
+GPU_CELLS = 2048
 TEXTS_AT_ONCE = 64
 # The queries of one text are much alike: few of each, so that two halves of them need the same search.
 TOKENS_PER_TEXT = 8
@@ -109,12 +111,13 @@ def build_index(
             left_by_a_killed_build.unlink()
     with atomic_path(kb.path / INDEX_FILE) as temporary:
         faiss.write_index(index, str(temporary))
-        # tuned as it will be used: read back, memory-mapped
+        searches = _searches(index)
+        # tuned as it will be used: read back
         index = read_index(temporary)
         untuned = IndexParameters(
             kb.fingerprint, factory, trained_on, "", 1, k, 0.0, target_recall, len(queries) - half, asked, {}
         )
-        parameters = _tune(kb, index, untuned, queries, truth)
+        parameters = _tune(kb, index, searches, untuned, queries, truth)
         parameters = replace(parameters, file={**file_entry(temporary), "name": INDEX_FILE})
         # from here until the new parameters are there, the knowledge base has no index
         (kb.path / PARAMETERS_FILE).unlink(missing_ok=True)
@@ -252,18 +255,20 @@ def _exact(kb: ImageKnowledgeBase, queries: Tensor, k: int, progress: bool) -> T
 
 
 def _tune(
-    kb: ImageKnowledgeBase, index: Any, start: IndexParameters, queries: Tensor, truth: Tensor
+    kb: ImageKnowledgeBase,
+    index: Any,
+    searches: list[str],
+    start: IndexParameters,
+    queries: Tensor,
+    truth: Tensor,
 ) -> IndexParameters:
-    """`start` with the fastest search that finds `start.target` of `truth` (Q, K): of the first half with MARGIN to
-    spare, and of the second, whose recall it has."""
-    name, most = _effort(index)
-    efforts = _ladder(most)
+    """`start` with the fastest of `searches` that finds `start.target` of `truth` (Q, K): of the first half with MARGIN
+    to spare, and of the second, whose recall it has."""
     half = len(queries) // 2
     best, best_seconds = None, float("inf")
     candidates = list(CANDIDATES)
-    while efforts and candidates:
-        search = f"{name}={efforts[0]}" if name else ""
-        tried = replace(start, search=search, candidates=candidates[0])
+    while searches and candidates:
+        tried = replace(start, search=searches[0], candidates=candidates[0])
         searcher = FaissIndex(kb, index, tried)
         started = time.perf_counter()
         found = searcher.search(queries, start.k).indices
@@ -271,7 +276,7 @@ def _tune(
         tuned, margin = recall(found[:half], truth[:half]), MARGIN * _standard_error(found[:half], truth[:half])
         measured = recall(found[half:], truth[half:])
         if tuned - margin < start.target or measured < start.target:
-            efforts = efforts[1:]
+            searches = searches[1:]
         else:
             candidates = candidates[1:]
             if seconds < best_seconds:
@@ -287,15 +292,16 @@ def _tune(
     return best
 
 
-def _effort(index: Any) -> tuple[str, int]:
-    """faiss's name of what makes a search of `index` longer and better, and the most of it; "" where nothing does."""
+def _searches(index: Any) -> list[str]:
+    """faiss's search parameters for `index`, from the fastest to the best; "" where nothing makes a search better."""
     faiss = import_faiss()
     ivf = faiss.try_extract_index_ivf(index)
     if ivf is not None:
-        return "nprobe", ivf.nlist
+        most = ivf.nlist if faiss.get_num_gpus() == 0 else min(ivf.nlist, GPU_CELLS)
+        return [f"nprobe={cells}" for cells in _ladder(most)]
     if isinstance(stages(index)[1], faiss.IndexHNSW):
-        return "efSearch", index.ntotal
-    return "", 1
+        return [f"efSearch={width}" for width in _ladder(index.ntotal)]
+    return [""]
 
 
 def _ladder(most: int) -> list[int]:
