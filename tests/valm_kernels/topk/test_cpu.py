@@ -237,10 +237,10 @@ def test_control_c_ends_a_search():
 @pytest.mark.parametrize("step", ["find_duplicates", "pack"])
 def test_a_signal_ends_packing(step):
     """Both halves of building an index: a signal at a fifth of its processor time ends it well before its end."""
-    rows = torch.randint(-127, 128, (2_000_000, 8), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    rows = torch.randint(-127, 128, (6_000_000, 8), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
     row_scale = torch.rand(len(rows))
     numbers = torch.empty(2, len(rows), dtype=torch.int32)
-    codes, stats, frame = torch.empty(62_500 * 2 * 128, dtype=torch.uint8), torch.empty(62_500 * 128), torch.empty(2, 8)
+    codes, stats, frame = torch.empty(187_500 * 256, dtype=torch.uint8), torch.empty(187_500 * 128), torch.empty(2, 8)
     native_rows = native().Rows(rows.data_ptr(), row_scale.data_ptr(), "int8", *rows.shape)
     place = native().FirstPass(
         codes.data_ptr(), stats.data_ptr(), frame[0].data_ptr(), frame[1].data_ptr(), len(rows), 0, 0
