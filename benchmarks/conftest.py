@@ -84,6 +84,7 @@ def machine() -> str:
     parts = [f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"]
     if torch.cuda.is_available():
         parts.append(torch.cuda.get_device_name())
+    parts += [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")]
     return "; ".join([*parts, f"torch {torch.__version__}", f"Python {platform.python_version()}"])
 
 

@@ -17,8 +17,8 @@ QUERIES = ("eot", "state")
 # tower then reads 1.27 tokens for each token of the text; with 16 it would be 1.35.
 OVERLAP = 12
 
-# Tokens and EOTs of one call of the text tower, so that memory stays bounded however large the batch is. On a CPU the
-# allocator gives larger blocks back to the system, and the next layer waits for fresh pages; a GPU waits for calls.
+# Tokens of one call of the text tower, so that memory stays bounded however large the batch is. On a CPU the allocator
+# gives larger blocks back to the system, and the next layer waits for fresh pages; a GPU waits for calls.
 CALL_TOKENS = 8192
 CPU_CALL_TOKENS = 2048
 # Runs that are filled up to the longest of a call may differ by so much in length.
@@ -259,8 +259,10 @@ class ContextEncoder:
         if wanted:
             n, at, row, position = torch.tensor(wanted, device=queries.device).T
             queries[row, position] = self.tower.project(states[bucket.row[n], bucket.column[n] + at])
-        kept = [(n, at, run.row, run.start + at) for n, run in runs for at in range(run.kept)]
-        if cache is not None and kept:
+        kept = []
+        if cache is not None:
+            kept = [(n, at, run.row, run.start + at) for n, run in runs for at in range(run.kept)]
+        if kept:
             n, at, row, place = torch.tensor(kept, device=queries.device).T
             for layer, new in zip(cache.past, present, strict=True):
                 for part, new_part in zip(layer, new, strict=True):
@@ -277,8 +279,8 @@ class _Bucket:
     New ones stand one behind the other in a single row, so that nothing is filled up and matrices are large. The others
     have a row each, filled up on the right, behind the `longest` of what was kept for them.
 
-    Token `at` of run n stands at [row[n], column[n] + at] of ids (N, T). Token p of its segment, kept ones too, has
-    the key [row[n], first[n] + p].
+    Token `at` of run n stands at [row[n], column[n] + at] of ids (N, T). The keys of the first p tokens of its segment,
+    all that were kept among them, are [row[n], first[n] : first[n] + p].
     """
 
     def __init__(self, runs: list[Run], filling: int, device: torch.device):

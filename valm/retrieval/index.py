@@ -109,10 +109,7 @@ def remove_index(kb: ImageKnowledgeBase) -> None:
 
 
 class FaissIndex:
-    """Search through faiss, decided by the exact vectors; made by `build_index`, opened by `FaissIndex.open`.
-
-    faiss's GPU packages search on the GPUs, for the kinds of index that they know; that has not been run on a card yet.
-    """
+    """Search through faiss, decided by the exact vectors; made by `build_index`, opened by `FaissIndex.open`."""
 
     def __init__(self, kb: ImageKnowledgeBase, index: Any, parameters: IndexParameters):
         self.kb = kb
@@ -120,10 +117,9 @@ class FaissIndex:
         self._index = index
         self._transforms, self._cells = [], None
         faiss = import_faiss()
-        space = faiss.GpuParameterSpace() if faiss.get_num_gpus() > 0 else faiss.ParameterSpace()
-        space.set_index_parameters(index, parameters.search)
+        faiss.ParameterSpace().set_index_parameters(index, parameters.search)
         transforms, searched = stages(index)
-        if isinstance(searched, faiss.IndexIVF):
+        if isinstance(searched, faiss.IndexIVFPQFastScan):
             quantizer = faiss.downcast_index(searched.quantizer)
             if isinstance(quantizer, faiss.IndexFlat) and quantizer.metric_type == faiss.METRIC_L2:
                 self._transforms, self._cells = transforms, _Cells(searched, quantizer)
@@ -177,12 +173,16 @@ class FaissIndex:
 
 
 class _Cells:
-    """An inverted file of faiss whose cells PyTorch chooses: its matrix product and top-K are twice as fast as those of
-    faiss's CPU packages (512 queries, 4,096 cells: a quarter of the search was spent there)."""
+    """An inverted file of 4-bit codes whose cells PyTorch chooses: its matrix product and top-K are twice as fast as
+    those of faiss's CPU packages (512 queries, 4,096 cells: a quarter of the search was spent there). Other kinds scan
+    longer, and faiss shares them among threads in its own search only."""
 
     def __init__(self, ivf: Any, quantizer: Any):
+        if quantizer.ntotal != ivf.nlist:
+            raise RuntimeError(f"an inverted file of {ivf.nlist} cells has {quantizer.ntotal} centroids")
         self._ivf = ivf
-        # faiss's own memory, which lives as long as the inverted file
+        ivf.nprobe = min(ivf.nprobe, ivf.nlist)
+        # faiss's own memory, which lives as long as the index
         centroids = import_faiss().rev_swig_ptr(quantizer.get_xb(), ivf.nlist * ivf.d)
         self._centroids = torch.from_numpy(centroids).reshape(ivf.nlist, ivf.d)
         self._squares = self._centroids.square().sum(1)
@@ -197,8 +197,9 @@ class _Cells:
 
     def _nearest(self, queries: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """The nprobe nearest cells (Q, nprobe) of each query, and the squared distances of their centroids."""
-        distances = torch.addmm(self._squares, queries, self._centroids.T, alpha=-2)  # but for |q|²
-        nearest = distances.topk(min(self._ivf.nprobe, self._ivf.nlist), largest=False)
+        with torch.autocast("cpu", enabled=False):  # a model may be run in one
+            distances = torch.addmm(self._squares, queries, self._centroids.T, alpha=-2)  # but for |q|²
+        nearest = distances.topk(self._ivf.nprobe, largest=False)
         return nearest.indices.numpy(), (nearest.values + queries.square().sum(1, keepdim=True)).numpy()
 
 
@@ -212,18 +213,9 @@ def stages(index: Any) -> tuple[list[Any], Any]:
 
 
 def read_index(path: Path) -> Any:
-    """The faiss index in a file: on faiss's GPUs where it has any and they know its kind, else its inverted lists or
-    vectors memory-mapped where faiss can do that."""
+    """The faiss index in a file, its inverted lists or vectors memory-mapped where faiss can do that."""
     faiss = import_faiss()
-    index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
-    if faiss.get_num_gpus() == 0:
-        return index
-    options = faiss.GpuMultipleClonerOptions()
-    options.useFloat16 = True  # the tables of 64-byte codes exceed a GPU's shared memory in float32
-    try:
-        return faiss.index_cpu_to_all_gpus(index, options)
-    except RuntimeError:  # 4-bit codes and graphs are for CPUs, or the GPUs' memory does not suffice
-        return index
+    return faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
 
 
 def import_faiss():

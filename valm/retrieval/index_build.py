@@ -54,8 +54,6 @@ BLOCKS = 16
 # How many candidates are compared exactly for each picture asked for: what is tried.
 CANDIDATES = (32, 24, 16, 12, 8, 6, 4, 3, 2, 1)
 GIVE_UP = 1.5
-# Cells that a query looks into at the most on a GPU: faiss selects no more there.
-GPU_CELLS = 2048
 TEXTS_AT_ONCE = 64
 # The queries of one text are much alike: few of each, so that two halves of them need the same search.
 TOKENS_PER_TEXT = 8
@@ -111,13 +109,12 @@ def build_index(
             left_by_a_killed_build.unlink()
     with atomic_path(kb.path / INDEX_FILE) as temporary:
         faiss.write_index(index, str(temporary))
-        searches = _searches(index)
-        # tuned as it will be used: read back
+        # tuned as it will be used: read back, memory-mapped
         index = read_index(temporary)
         untuned = IndexParameters(
             kb.fingerprint, factory, trained_on, "", 1, k, 0.0, target_recall, len(queries) - half, asked, {}
         )
-        parameters = _tune(kb, index, searches, untuned, queries, truth)
+        parameters = _tune(kb, index, untuned, queries, truth)
         parameters = replace(parameters, file={**file_entry(temporary), "name": INDEX_FILE})
         # from here until the new parameters are there, the knowledge base has no index
         (kb.path / PARAMETERS_FILE).unlink(missing_ok=True)
@@ -255,15 +252,11 @@ def _exact(kb: ImageKnowledgeBase, queries: Tensor, k: int, progress: bool) -> T
 
 
 def _tune(
-    kb: ImageKnowledgeBase,
-    index: Any,
-    searches: list[str],
-    start: IndexParameters,
-    queries: Tensor,
-    truth: Tensor,
+    kb: ImageKnowledgeBase, index: Any, start: IndexParameters, queries: Tensor, truth: Tensor
 ) -> IndexParameters:
-    """`start` with the fastest of `searches` that finds `start.target` of `truth` (Q, K): of the first half with MARGIN
-    to spare, and of the second, whose recall it has."""
+    """`start` with the fastest search that finds `start.target` of `truth` (Q, K): of the first half with MARGIN to
+    spare, and of the second, whose recall it has."""
+    searches = _searches(index)
     half = len(queries) // 2
     best, best_seconds = None, float("inf")
     candidates = list(CANDIDATES)
@@ -297,8 +290,7 @@ def _searches(index: Any) -> list[str]:
     faiss = import_faiss()
     ivf = faiss.try_extract_index_ivf(index)
     if ivf is not None:
-        most = ivf.nlist if faiss.get_num_gpus() == 0 else min(ivf.nlist, GPU_CELLS)
-        return [f"nprobe={cells}" for cells in _ladder(most)]
+        return [f"nprobe={cells}" for cells in _ladder(ivf.nlist)]
     if isinstance(stages(index)[1], faiss.IndexHNSW):
         return [f"efSearch={width}" for width in _ladder(index.ntotal)]
     return [""]

@@ -56,7 +56,7 @@ def ip_scores(
     """The exact scores of pairs of a query and a row: what decides among candidates found in another way.
 
     They are those of `ip_topk`, bit for bit. Pairs that come in the order of their rows are read fastest. On the CPU
-    the database is neither copied nor read beyond the rows that are named; elsewhere `reference` computes.
+    a contiguous database is neither copied nor read beyond the rows that are named; elsewhere `reference` computes.
 
     Args:
         queries: (Q, E) float32, float16 or bfloat16.

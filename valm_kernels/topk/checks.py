@@ -4,6 +4,8 @@ expected.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -24,7 +26,9 @@ def as_tensor(value: Tensor | np.ndarray, name: str) -> Tensor:
     if not isinstance(value, np.ndarray):
         raise TypeError(f"{name} must be a torch tensor or a numpy array, but is a {type(value).__name__}")
     if value.dtype.kind not in "fi" or not value.dtype.isnative:
-        raise TypeError(f"{name} must hold floating-point numbers, but has numpy dtype {value.dtype}")
+        raise TypeError(
+            f"{name} must hold floating-point numbers (or int64, where they are ids), but has numpy dtype {value.dtype}"
+        )
     if not all(stride > 0 for stride in value.strides) or not value.flags.writeable:
         return _read_only_tensor(value)
     return torch.from_numpy(value)
@@ -35,8 +39,15 @@ def _read_only_tensor(array: np.ndarray) -> Tensor:
     array = np.ascontiguousarray(array)
     interface = dict(array.__array_interface__)
     interface["data"] = (interface["data"][0], False)
-    view = type("ReadOnlyMemory", (), {"__array_interface__": interface, "owner": array})()
-    return torch.from_numpy(np.asarray(view))
+    return torch.from_numpy(np.asarray(_Memory(interface, array)))
+
+
+class _Memory:
+    """What numpy takes for an array, over memory that `owner` keeps."""
+
+    def __init__(self, interface: dict[str, Any], owner: np.ndarray):
+        self.__array_interface__ = interface
+        self.owner = owner
 
 
 def check_float(tensor: Tensor, name: str) -> None:
@@ -77,8 +88,10 @@ def check_search(queries: Tensor, rows: int, dim: int, device: torch.device, k: 
 
 def check_ids(ids: Tensor, count: int, device: torch.device, name: str) -> None:
     """Ids (n,) int64 from 0 to count - 1, on `device`."""
-    if ids.dim() != 1 or ids.dtype != torch.int64:
-        raise ValueError(f"{name} must be (n,) int64, but is {tuple(ids.shape)} {ids.dtype}")
+    if ids.dtype != torch.int64:
+        raise TypeError(f"{name} has dtype {ids.dtype}, expected int64")
+    if ids.dim() != 1:
+        raise ValueError(f"{name} must have shape (n,), but has shape {tuple(ids.shape)}")
     if ids.device != device:
         raise ValueError(f"{name} is on {ids.device}, the database is on {device}; move one of them")
     if len(ids) and not (ids.min() >= 0 and ids.max() < count):

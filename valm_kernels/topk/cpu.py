@@ -131,8 +131,9 @@ def search(
 
 def pair_scores(queries: Tensor, rows: Tensor, query_ids: Tensor, row_ids: Tensor) -> Tensor:
     """Scores (n,) of the queries (Q, E) and rows (N, E) that the ids (n,) name."""
-    # the kernels read a query in steps of so many numbers
-    queries = torch.nn.functional.pad(queries.float(), (0, -queries.shape[1] % EXACT_LANES)).contiguous()
+    queries = queries.float().contiguous()
+    if missing := -queries.shape[1] % EXACT_LANES:  # the kernels read a query in steps of so many numbers
+        queries = torch.nn.functional.pad(queries, (0, missing))
     rows, query_ids, row_ids = rows.contiguous(), query_ids.contiguous(), row_ids.contiguous()
     scores = queries.new_empty(len(row_ids))
     native().ip_scores_cpu(

@@ -129,10 +129,10 @@ def errors(found, expected):
     return torch.stack([difference.abs().max(), difference.square().mean().sqrt()])
 
 
-@pytest.mark.parametrize("custom_text", [False, True])
-def test_eot_queries_are_clips_own_features_of_every_prefix(tokenizer, custom_text):
+@pytest.mark.parametrize(("custom_text", "layer_scale"), [(False, None), (True, None), (True, 0.5)])
+def test_eot_queries_are_clips_own_features_of_every_prefix(tokenizer, custom_text, layer_scale):
     pooling = {"pool_type": "eos", "eos_id": tokenizer.eos_token_id} if custom_text else {}
-    clip = make_clip(tokenizer, custom_text=custom_text, **pooling)
+    clip = make_clip(tokenizer, custom_text=custom_text, ls_init_value=layer_scale, **pooling)
     limit = clip.context_length - 2
     words = tokenizer(TEXTS[0], add_special_tokens=False)["input_ids"][:limit]
     rows = prefixes(clip, words)

@@ -1,6 +1,5 @@
 import os
 import signal
-import types
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from tests.valm.retrieval.indexed import COUNT, K, make_indexed, make_kb_of_dire
 from tests.valm.retrieval.tiny_clip import TEXTS
 from valm.errors import ValmError
 from valm.retrieval.context import ContextEncoder
-from valm.retrieval.index import FaissIndex, index_parameters, open_index, stages
+from valm.retrieval.index import FaissIndex, index_parameters, open_index
 from valm.retrieval.index_build import build_index, captions, choose_factory, context_queries, recall
 from valm.retrieval.knowledge_base import ImageKnowledgeBase
 from valm_kernels import FlatIPIndex
@@ -80,50 +79,6 @@ def test_more_recall_is_a_longer_search(kb):
     )
     assert int(less.parameters.search.removeprefix("nprobe=")) < int(more.parameters.search.removeprefix("nprobe="))
     assert less.parameters.recall < more.parameters.recall
-
-
-@pytest.fixture
-def gpus(monkeypatch):
-    """What faiss's GPU packages add, played by its CPU classes: a GPU, which knows inverted files of vectors and of
-    8-bit codes. Returns the options of what was put on them."""
-    import faiss
-
-    given = []
-
-    def to_gpus(index, options=None):
-        given.append(options)
-        kind = index if isinstance(index, faiss.IndexFlat) else stages(index)[1]
-        if not isinstance(kind, faiss.IndexFlat | faiss.IndexIVFFlat | faiss.IndexIVFPQ):
-            raise RuntimeError("This index type is not implemented on GPU.")
-        replicas = faiss.IndexReplicas()
-        replicas.referenced_objects = [index]
-        replicas.add_replica(index)
-        return replicas
-
-    class GpuParameterSpace:
-        def set_index_parameters(self, index, parameters):
-            index = index.at(0) if isinstance(index, faiss.IndexReplicas) else index
-            faiss.ParameterSpace().set_index_parameters(index, parameters)
-
-    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
-    monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", to_gpus)
-    monkeypatch.setattr(faiss, "GpuParameterSpace", GpuParameterSpace, raising=False)
-    monkeypatch.setattr(faiss, "GpuMultipleClonerOptions", types.SimpleNamespace, raising=False)
-    return given
-
-
-@pytest.mark.parametrize(
-    ("factory", "known"), [("IVF60,Flat", True), ("OPQ8,IVF60,PQ8", True), ("IVF60,PQ16x4fs", False)]
-)
-def test_an_index_is_tuned_and_searched_on_gpus_where_they_know_its_kind(kb, gpus, factory, known):
-    import faiss
-
-    index = build_index(kb, queries(kb), factory, k=K, target_recall=0.6, progress=False)
-    assert index.parameters.recall >= 0.6 and index.parameters.search.startswith("nprobe=")
-    assert isinstance(index._index, faiss.IndexReplicas) == known
-    assert gpus[0] is None and [options.useFloat16 for options in gpus[1:]] == [True, True]  # trained; tuned, opened
-    found = index.search(queries(kb, seed=5), K)
-    assert recall(found.indices, FlatIPIndex(kb.vectors()).search(queries(kb, seed=5), K).indices) > 0.5
 
 
 def test_what_cannot_be_indexed_is_refused(kb):

@@ -55,6 +55,10 @@ def test_the_clip_itself_is_not_changed(clip):
     assert tower.embedding.weight.dtype == tower.positions.dtype == torch.bfloat16
     assert clip.model.token_embedding.weight.dtype == before == torch.float32
     assert TextTower(clip, torch.float32).embedding.weight is clip.model.token_embedding.weight
+    before = {name: tensor.clone() for name, tensor in clip.model.state_dict().items()}
+    for query in ("eot", "state"):
+        ContextEncoder(clip, query=query)(torch.arange(40)[None])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in clip.model.state_dict().items())
 
 
 LONG_TEXT = "The colour of a ripe banana is yellow, and that of the sky over the sea is blue on a clear day, he said."
