@@ -4,8 +4,8 @@ The text towers have the sizes of CLIP's RN50x16 and ViT-B/32 and random weights
 through VALM_EVAL_DATA. The index is tuned on AG News. `--full` makes the million pictures in the folder `--scratch`
 (2.6 GB) where they are not there yet.
 
-The whole models make logits of 200 MB. Whether their pages are fresh differs from row to row with what ran before, unless
-malloc is told to keep what is freed, as the `valm` command does: MALLOC_MMAP_THRESHOLD_=1073741824
+The whole models make logits of 200 MB. Whether their pages are fresh differs from row to row with what ran before,
+unless malloc is told to keep what is freed, as the `valm` command does: MALLOC_MMAP_THRESHOLD_=1073741824
 MALLOC_TRIM_THRESHOLD_=2147483647.
 """
 
