@@ -458,8 +458,10 @@ def test_the_command_itself_has_no_traceback(tmp_path):
 def test_memory_that_is_freed_is_used_again():
     """By a command: 50 MB that are taken and freed again and again are no fresh pages each time."""
     code = """
-import resource, torch
-from valm.cli import keep_freed_memory
+import ctypes, resource, sys, torch
+from valm.cli import M_MMAP_THRESHOLD, keep_freed_memory
+if not ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**30):
+    sys.exit("refused")
 keep_freed_memory()
 for n in range(11):
     if n == 1:
@@ -467,5 +469,9 @@ for n in range(11):
     torch.ones(12_500_000)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10)
 """
-    faults = float(subprocess.check_output([sys.executable, "-c", code], text=True))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if "refused" in done.stderr:
+        pytest.skip("this glibc is too old")
+    assert done.returncode == 0, done.stderr
+    faults = float(done.stdout)
     assert faults < 0.1 * 50_000_000 / os.sysconf("SC_PAGE_SIZE")

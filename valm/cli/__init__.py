@@ -43,7 +43,7 @@ def keep_freed_memory() -> None:
     """Lets glibc, where it is recent, keep what this process frees, up to 2 GiB.
 
     By default a tensor of some megabytes is given back to the system when it is freed, and the next one waits for fresh
-    pages: a training step of a VaLM of GPT-2's base size on 2 x 512 tokens took 5.3 s and takes 4.1 (two cores).
+    pages, in every layer of a model.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     # an older glibc refuses the first, and with the second alone would give back more

@@ -173,9 +173,9 @@ class FaissIndex:
 
 
 class _Cells:
-    """An inverted file of 4-bit codes whose cells PyTorch chooses: its matrix product and top-K are twice as fast as
-    those of faiss's CPU packages (512 queries, 4,096 cells: a quarter of the search was spent there). Other kinds scan
-    longer, and faiss shares them among threads in its own search only."""
+    """An inverted file of 4-bit codes whose cells PyTorch chooses: these codes are scanned so fast that the matrix
+    product of faiss's CPU packages, slower than PyTorch's, would take much of a search. Other kinds scan longer, and
+    faiss shares them among threads in its own search only."""
 
     def __init__(self, ivf: Any, quantizer: Any):
         if quantizer.ntotal != ivf.nlist:

@@ -69,7 +69,7 @@ class TextTower:
         past: keys and values (N, H, P, D) of tokens that came before (in any order: positions are in them).
         first_key: (N, T) int32, the first of the P + T keys that each token sees; by default all up to itself.
         keep: return the keys and values of the tokens given. Where nobody asks for them, what one layer makes is memory
-            for the next: fresh pages would take a fifth of the time on a CPU.
+            for the next, which on a CPU need not wait for fresh pages.
         Returns states (N, T, W), and the keys and values or an empty list.
         """
         rows, length = ids.shape

@@ -14,6 +14,12 @@ from tests.valm_kernels.topk.databases import normals
 from valm_kernels import TopK, ip_scores, ip_topk
 from valm_kernels.topk import reference
 
+SIZES = {
+    "dim": st.integers(8, 130),
+    "dtype": st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    "seed": st.integers(0, 99),
+}
+
 
 def assert_same(actual: TopK, expected: tuple) -> None:
     """Bit for bit."""
@@ -30,14 +36,7 @@ def test_the_score_is_the_float64_sum_rounded_once():
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    rows=st.integers(1, 700),
-    dim=st.integers(8, 130),
-    n_queries=st.integers(0, 30),
-    k=st.integers(1, 128),
-    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
-    seed=st.integers(0, 99),
-)
+@given(rows=st.integers(1, 700), n_queries=st.integers(0, 30), k=st.integers(1, 128), **SIZES)
 def test_cpu_is_the_reference_bit_for_bit(rows, dim, n_queries, k, dtype, seed):
     k = min(k, rows)
     queries = normals(n_queries, dim, seed=seed).to(dtype)
@@ -128,14 +127,7 @@ def test_wrong_arguments_are_refused(case):
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    rows=st.integers(1, 90),
-    dim=st.integers(8, 130),
-    n_queries=st.integers(1, 9),
-    pairs=st.integers(0, 200),
-    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
-    seed=st.integers(0, 99),
-)
+@given(rows=st.integers(1, 90), n_queries=st.integers(1, 9), pairs=st.integers(0, 200), **SIZES)
 def test_pair_scores_are_the_specification_bit_for_bit(rows, dim, n_queries, pairs, dtype, seed):
     queries, database = normals(dim, n_queries, seed=seed).T.to(dtype), normals(dim, rows, seed=seed + 1).T.to(dtype)
     generator = torch.Generator().manual_seed(seed)
