@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from valm.checkpoint import load_checkpoint, save_checkpoint
+    from valm.clip import Clip
     from valm.config import ValmConfig
     from valm.errors import ValmError
+    from valm.knowledge_base.store import ImageKnowledgeBase
     from valm.model import VaLMForCausalLM
-    from valm.retrieval.clip import Clip
     from valm.retrieval.context import ContextEncoder
-    from valm.retrieval.knowledge_base import ImageKnowledgeBase
     from valm.retrieval.retriever import Retriever
 
 # Where each public name is. They are imported when first asked for: the command line sets up the process before
 # torch is loaded, and answers --help without it.
 _MODULES = {
-    "Clip": "valm.retrieval.clip",
+    "Clip": "valm.clip",
     "ContextEncoder": "valm.retrieval.context",
-    "ImageKnowledgeBase": "valm.retrieval.knowledge_base",
+    "ImageKnowledgeBase": "valm.knowledge_base.store",
     "Retriever": "valm.retrieval.retriever",
     "VaLMForCausalLM": "valm.model",
     "ValmConfig": "valm.config",

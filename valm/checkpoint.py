@@ -16,10 +16,10 @@ from transformers.utils import logging
 from valm.config import ValmConfig
 from valm.errors import ValmError
 from valm.files import read_json, writable_folder, write_json
+from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model import VaLMForCausalLM
 from valm.retrieval.context import ContextEncoder
-from valm.retrieval.index import index_parameters
-from valm.retrieval.knowledge_base import ImageKnowledgeBase
+from valm.retrieval.faiss_index import index_parameters
 from valm.retrieval.retriever import BlindRetriever, Retriever
 
 CONFIG_FILE = "config.json"

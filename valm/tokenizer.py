@@ -11,7 +11,9 @@ import os
 from collections.abc import Sequence
 
 import open_clip.tokenizer
+import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from valm.errors import ValmError
@@ -133,3 +135,13 @@ def tokenize_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast)
     """Each text as a document: bos (SOT), its pieces, eos (EOT). Texts without any piece are left out."""
     pieces = tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
     return [[tokenizer.bos_token_id, *ids, tokenizer.eos_token_id] for ids in pieces if ids]
+
+
+def padded(documents: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask (B, T), int64, padded on the right."""
+    ids = torch.zeros(len(documents), max(map(len, documents)), dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, document in enumerate(documents):
+        ids[row, : len(document)] = torch.tensor(document)
+        mask[row, : len(document)] = 1
+    return ids, mask

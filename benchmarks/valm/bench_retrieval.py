@@ -28,13 +28,13 @@ from benchmarks.valm.inputs import (
     large_knowledge_base,
     token_rows,
 )
+from valm.clip import Clip
 from valm.config import ValmConfig
+from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model import VaLMForCausalLM
-from valm.retrieval.clip import Clip
 from valm.retrieval.context import ContextEncoder
-from valm.retrieval.index import FaissIndex, index_parameters, open_index
-from valm.retrieval.index_build import build_index, choose_factory, context_queries, recall
-from valm.retrieval.knowledge_base import ImageKnowledgeBase
+from valm.retrieval.faiss_index import FaissIndex, index_parameters, open_index
+from valm.retrieval.index_tuning import build_index, choose_factory, context_queries, recall
 from valm.retrieval.retriever import Retriever
 from valm_kernels import ip_topk, merge_topk
 

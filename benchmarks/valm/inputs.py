@@ -18,11 +18,11 @@ import pyarrow as pa
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from valm.retrieval.clip import Clip
+from valm.clip import Clip
+from valm.knowledge_base.format import ITEM_SCHEMA, WHAT, Piece, clip_entry, finish_knowledge_base, write_piece
+from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.context import ContextEncoder
-from valm.retrieval.knowledge_base import ImageKnowledgeBase
-from valm.retrieval.sharded_build import ShardedBuild
-from valm.retrieval.shards import ITEM_SCHEMA, WHAT, Piece, clip_entry, finish_knowledge_base, write_piece
+from valm.shards.build import ShardedBuild
 
 TOWERS = {
     "RN50x16": {"embed_dim": 768, "width": 768, "heads": 12, "layers": 12},

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.valm.retrieval.tiny_clip import TEXTS, make_clip
-from valm.retrieval.builders import build_from_folder
-from valm.retrieval.clip import Clip
+from tests.valm.tiny_clip import TEXTS, make_clip
+from valm.clip import Clip
+from valm.knowledge_base.build import build_from_folder
 from valm.tokenizer import clip_tokenizer, prune_tokenizer
 
 

@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from tests.valm.models import tiny_model
 from valm import checkpoint
 from valm.checkpoint import load_checkpoint, save_checkpoint, save_retrieval
+from valm.clip import Clip
 from valm.errors import ValmError
-from valm.retrieval.builders import build_from_folder
-from valm.retrieval.clip import Clip
+from valm.knowledge_base.build import build_from_folder
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import BlindRetriever, Retriever
 from valm.tokenizer import clip_tokenizer, prune_tokenizer

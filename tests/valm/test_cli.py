@@ -16,12 +16,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.valm.other_tokenizers import gpt2_like
-from tests.valm.retrieval.tiny_clip import make_clip
+from tests.valm.tiny_clip import make_clip
 from valm.checkpoint import load_checkpoint
 from valm.cli import main
 from valm.cli.options import add_device, add_ray, chosen_device
 from valm.errors import ValmError
-from valm.retrieval.knowledge_base import ImageKnowledgeBase
+from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.tokenizer import clip_tokenizer, prune_tokenizer
 
 THINGS = {"apple": "red", "sea": "blue", "leaf": "green", "lemon": "yellow", "coal": "black", "snow": "white"}

@@ -5,7 +5,7 @@ import torch
 
 from tests.valm.models import tiny_model
 from tests.valm.other_tokenizers import gpt2_like, llama_like
-from tests.valm.retrieval.tiny_clip import TEXTS
+from tests.valm.tiny_clip import TEXTS
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import BlindRetriever, Retriever
 from valm.tokenizer import load_tokenizer

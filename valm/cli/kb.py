@@ -89,8 +89,8 @@ def add_to(commands: Commands) -> None:
 
 
 def run_build(arguments: argparse.Namespace) -> None:
-    from valm.retrieval.builders import build_from_embeddings, build_from_folder, build_from_webdataset
-    from valm.retrieval.clip import Clip
+    from valm.clip import Clip
+    from valm.knowledge_base.build import build_from_embeddings, build_from_folder, build_from_webdataset
 
     options = vars(arguments)
     formats = {"captions": "pictures"} | dict.fromkeys([*OPENING, *COLUMNS], "huggingface")
@@ -103,7 +103,7 @@ def run_build(arguments: argparse.Namespace) -> None:
     if arguments.format == "embeddings":
         kb = build_from_embeddings(*source, run=run)
     elif arguments.format == "huggingface":
-        from valm.retrieval.huggingface import build_from_dataset, open_dataset
+        from valm.knowledge_base.sources.huggingface import build_from_dataset, open_dataset
 
         given = {name: value for name, value in options.items() if value is not None}
         dataset = open_dataset(arguments.source, **{name: given[name] for name in OPENING if name in given})
@@ -117,14 +117,14 @@ def run_build(arguments: argparse.Namespace) -> None:
 
 
 def run_info(arguments: argparse.Namespace) -> None:
-    from valm.retrieval.knowledge_base import ImageKnowledgeBase
+    from valm.knowledge_base.store import ImageKnowledgeBase
 
     print_kb(ImageKnowledgeBase.open(arguments.kb))
 
 
 def run_verify(arguments: argparse.Namespace) -> None:
-    from valm.retrieval.index import verify_index
-    from valm.retrieval.knowledge_base import ImageKnowledgeBase
+    from valm.knowledge_base.store import ImageKnowledgeBase
+    from valm.retrieval.faiss_index import verify_index
 
     kb = ImageKnowledgeBase.open(arguments.kb)
     damaged = kb.verify() + verify_index(kb)
@@ -134,10 +134,10 @@ def run_verify(arguments: argparse.Namespace) -> None:
 
 
 def run_index(arguments: argparse.Namespace) -> None:
+    from valm.knowledge_base.store import ImageKnowledgeBase
     from valm.retrieval.context import ContextEncoder
-    from valm.retrieval.index import remove_index
-    from valm.retrieval.index_build import build_index, captions, choose_factory, context_queries
-    from valm.retrieval.knowledge_base import ImageKnowledgeBase
+    from valm.retrieval.faiss_index import remove_index
+    from valm.retrieval.index_tuning import build_index, captions, choose_factory, context_queries
 
     kb = ImageKnowledgeBase.open(arguments.kb)
     factory = arguments.factory or choose_factory(len(kb), kb.dim)
@@ -168,13 +168,13 @@ def read_lines(path: Path) -> list[str]:
 
 
 def run_merge(arguments: argparse.Namespace) -> None:
-    from valm.retrieval.builders import merge
+    from valm.knowledge_base.build import merge
 
     print_kb(merge(arguments.parts, arguments.out))
 
 
 def print_kb(kb) -> None:
-    from valm.retrieval.index import index_parameters
+    from valm.retrieval.faiss_index import index_parameters
 
     clip = kb.manifest["clip"]
     print(f"{kb.path}: {len(kb):,} pictures, {kb.dim} dimensions, {kb.manifest['dtype']}")
@@ -191,9 +191,9 @@ def print_kb(kb) -> None:
 
 
 def run_search(arguments: argparse.Namespace) -> None:
-    from valm.retrieval.contact_sheet import contact_sheet
+    from valm.knowledge_base.contact_sheet import contact_sheet
+    from valm.knowledge_base.store import ImageKnowledgeBase
     from valm.retrieval.context import ContextEncoder
-    from valm.retrieval.knowledge_base import ImageKnowledgeBase
     from valm.retrieval.retriever import Retriever
 
     kb = ImageKnowledgeBase.open(arguments.kb)

@@ -98,9 +98,9 @@ def add_ray(parser: argparse.ArgumentParser) -> None:
 def chosen_run(arguments: argparse.Namespace):
     """What `add_ray` was told: where shards are written."""
     if arguments.ray is None:
-        from valm.retrieval.sharded_build import run_here
+        from valm.shards.build import run_here
 
         return run_here
-    from valm.distributed import RayRun
+    from valm.shards.ray import RayRun
 
     return RayRun(arguments.ray, cpus=arguments.cpus, gpus=arguments.gpus)

@@ -37,9 +37,9 @@ def add_to(commands: Commands) -> None:
 
 
 def run_retrieve(arguments: argparse.Namespace) -> None:
-    from valm.retrieval.cache import retrieve_files
+    from valm.corpus.retrieved import retrieve_files
+    from valm.knowledge_base.store import ImageKnowledgeBase
     from valm.retrieval.context import ContextEncoder
-    from valm.retrieval.knowledge_base import ImageKnowledgeBase
     from valm.retrieval.retriever import Retriever
     from valm.tokenizer import load_tokenizer
 
@@ -52,7 +52,7 @@ def run_retrieve(arguments: argparse.Namespace) -> None:
     run = chosen_run(arguments)
     index = None
     if arguments.search_actors is not None:
-        from valm.distributed import ShardedIndex
+        from valm.retrieval.ray_index import ShardedIndex
 
         index = ShardedIndex(kb, arguments.search_actors, arguments.ray, cpus=arguments.cpus)
     retriever = Retriever(encoder, kb, arguments.images, index)

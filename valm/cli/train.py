@@ -41,8 +41,8 @@ def run_train(arguments: argparse.Namespace) -> None:
     from valm.checkpoint import save_retrieval
     from valm.config import ValmConfig
     from valm.files import writable_folder
+    from valm.knowledge_base.store import ImageKnowledgeBase
     from valm.model import VaLMForCausalLM
-    from valm.retrieval.knowledge_base import ImageKnowledgeBase
     from valm.training.train import train
 
     if (arguments.corpus is None) == (arguments.retrieval is None):
@@ -88,7 +88,7 @@ def run_train(arguments: argparse.Namespace) -> None:
 
 
 def open_retrieval(arguments: argparse.Namespace):
-    from valm.retrieval.cache import CorpusRetrieval
+    from valm.corpus.retrieved import CorpusRetrieval
 
     decided = {
         "--clip": arguments.clip,
@@ -104,7 +104,7 @@ def open_retrieval(arguments: argparse.Namespace):
 
 
 def retrieved_corpus(arguments: argparse.Namespace, kb):
-    from valm.retrieval.cache import retrieve_files
+    from valm.corpus.retrieved import retrieve_files
     from valm.retrieval.context import ContextEncoder
     from valm.retrieval.retriever import Retriever
     from valm.tokenizer import load_tokenizer
@@ -117,8 +117,8 @@ def retrieved_corpus(arguments: argparse.Namespace, kb):
 
 
 def plain_corpus(arguments: argparse.Namespace):
-    from valm.retrieval.clip import Clip
-    from valm.retrieval.corpus import file_parts
+    from valm.clip import Clip
+    from valm.corpus.parts import file_parts
     from valm.tokenizer import clip_tokenizer, load_tokenizer, tokenize_documents
 
     if arguments.tokenizer:

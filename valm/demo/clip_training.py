@@ -11,9 +11,9 @@ from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import trange
 from transformers import PreTrainedTokenizerFast
 
+from valm.clip import Clip
 from valm.demo.corpus import caption
 from valm.demo.things import Thing, drawing_tensor, random_views
-from valm.retrieval.clip import Clip
 
 IMAGE_SIZE = 64
 DRAWING_SIZE = 96  # the resolution that views are taken from

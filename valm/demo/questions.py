@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
+from valm.clip import Clip
 from valm.evaluation.color import COLORS, ColorItem, ColorResult, evaluate_color
 from valm.evaluation.scoring import answer_log_probs
+from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model import VaLMForCausalLM
-from valm.retrieval.clip import Clip
 from valm.retrieval.context import ContextEncoder
-from valm.retrieval.knowledge_base import ImageKnowledgeBase
 from valm.retrieval.retriever import Retrieved, Retriever
 
 # The one of the paper's prompts that the hit rates, the swap of the channels and the figures ask with.

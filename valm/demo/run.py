@@ -20,7 +20,9 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from valm.checkpoint import save_retrieval
+from valm.clip import Clip
 from valm.config import ValmConfig
+from valm.corpus.retrieved import retrieve_corpus
 from valm.demo.clip_training import DRAWING_SIZE, IMAGE_SIZE, train_clip
 from valm.demo.corpus import all_texts, training_sentences
 from valm.demo.exhibits import collect_exhibits
@@ -38,10 +40,8 @@ from valm.demo.things import COLORS, Thing, drawing_tensor, load_things, random_
 from valm.errors import ValmError
 from valm.evaluation.color import PROMPTS, ColorItem, evaluate_color
 from valm.files import writable_folder, write_json
+from valm.knowledge_base.build import build_from_folder
 from valm.model import VaLMForCausalLM
-from valm.retrieval.builders import build_from_folder
-from valm.retrieval.cache import retrieve_corpus
-from valm.retrieval.clip import Clip
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import Retriever
 from valm.tokenizer import clip_tokenizer, prune_tokenizer, tokenize_documents

@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from valm.clip import Clip
 from valm.errors import ValmError
 from valm.evaluation.scoring import Accuracy
-from valm.retrieval.clip import Clip
-from valm.retrieval.encoding import encode_records, folder_records
-from valm.retrieval.sharded_build import ProgressBar
+from valm.knowledge_base.encode import encode_records, folder_records
+from valm.shards.progress import ProgressBar
 
 # A class has many texts, and their mean is a better classifier than any of them (section 3.1.4).
 TEMPLATES = (

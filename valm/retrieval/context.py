@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from valm.clip import Clip
 from valm.retrieval.alignment import Alignment, TextState
-from valm.retrieval.clip import Clip
 from valm.retrieval.segments import Reading, Run, SegmentRule, SegmentState, sentence_end_ids
 from valm.retrieval.text_tower import KeyValues, TextTower
 

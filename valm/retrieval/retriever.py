@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from valm.errors import ValmError
+from valm.knowledge_base.format import Item
+from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.context import ContextCache, ContextEncoder
-from valm.retrieval.index import FaissIndex, open_index
-from valm.retrieval.knowledge_base import ImageKnowledgeBase
+from valm.retrieval.faiss_index import FaissIndex, open_index
 from valm.retrieval.segment_cache import SegmentCache
-from valm.retrieval.shards import Item
+from valm.tokenizer import padded
 from valm_kernels import FlatIPIndex
 from valm_kernels.topk.checks import MAX_K
 
@@ -39,8 +40,8 @@ class Retrieved(NamedTuple):
 class Retriever:
     """Finds the `k` pictures of `kb` nearest to the context query of every token.
 
-    index: what searches; by default what `valm.retrieval.index.open_index` opens: the knowledge base's own faiss index
-        where it has one, else exact search.
+    index: what searches; by default the faiss index of the knowledge base where it has one, else exact search
+        (`valm.retrieval.faiss_index.open_index`).
     cache_tokens: equal segments are encoded and searched for once; of so many tokens the pictures are kept for later
         batches (`cache` tells how often that served), 0 only within a batch.
     Raises ValmError where the knowledge base was built with another CLIP than the encoder's, or has fewer than `k`
@@ -182,16 +183,6 @@ class BlindRetriever:
         ones = torch.ones(asked.shape, device=queries.device)  # a normalised query and itself
         scores = ones.masked_fill(~asked, -torch.inf)
         return Retrieved(pool, index[..., None], torch.full((len(pool),), -1, device=queries.device), scores[..., None])
-
-
-def padded(documents: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """ids and mask (B, T), int64, filled up on the right."""
-    ids = torch.zeros(len(documents), max(map(len, documents)), dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, document in enumerate(documents):
-        ids[row, : len(document)] = torch.tensor(document)
-        mask[row, : len(document)] = 1
-    return ids, mask
 
 
 def _check_k(k: int, kb: ImageKnowledgeBase) -> None:

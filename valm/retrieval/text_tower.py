@@ -10,8 +10,8 @@ from open_clip.hf_model import HFTextEncoder
 from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor
 
+from valm.clip import Clip
 from valm.errors import ValmError
-from valm.retrieval.clip import Clip
 from valm_kernels import visual_fusion_attn
 
 KeyValues = list[tuple[Tensor, Tensor]]  # of each layer: keys and values (N, H, T, D)

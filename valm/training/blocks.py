@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from valm.corpus.retrieved import CorpusRetrieval
 from valm.errors import ValmError
-from valm.retrieval.cache import CorpusRetrieval
 
 
 class Blocks(Sequence):

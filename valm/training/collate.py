@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from valm.corpus.retrieved import NO_IMAGE
 from valm.errors import ValmError
-from valm.retrieval.cache import NO_IMAGE
-from valm.retrieval.knowledge_base import ImageKnowledgeBase
+from valm.knowledge_base.store import ImageKnowledgeBase
 
 # What PyTorch's cross entropy leaves out.
 IGNORED = -100

@@ -12,11 +12,11 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, Trai
 from transformers.trainer_callback import PrinterCallback
 
 from valm.checkpoint import save_checkpoint
+from valm.corpus.retrieved import CorpusRetrieval
 from valm.errors import ValmError
 from valm.files import writable_folder
+from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model import VaLMForCausalLM
-from valm.retrieval.cache import CorpusRetrieval
-from valm.retrieval.knowledge_base import ImageKnowledgeBase
 from valm.training.blocks import Blocks
 from valm.training.collate import Collator
 

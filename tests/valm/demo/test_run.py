@@ -9,13 +9,13 @@ from html.parser import HTMLParser
 import pytest
 
 from valm.checkpoint import load_checkpoint
+from valm.clip import Clip
 from valm.demo import run as demo
 from valm.demo.run import REPORT_FILE, RESULTS_FILE, Settings, run_demo
 from valm.demo.things import COLORS, CREDIT
 from valm.errors import ValmError
 from valm.evaluation.color import PROMPTS
-from valm.retrieval.clip import Clip
-from valm.retrieval.knowledge_base import ImageKnowledgeBase
+from valm.knowledge_base.store import ImageKnowledgeBase
 
 MINIATURE = Settings(clip_steps=8, views=2, sentences=60, model_steps=4, batch_size=16, max_things=12)
 ROWS = {"valm", "gpt2", "random_images", "valm_state_queries", "majority"}

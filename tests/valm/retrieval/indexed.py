@@ -4,10 +4,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from valm.retrieval.index_build import build_index
-from valm.retrieval.knowledge_base import ImageKnowledgeBase
-from valm.retrieval.sharded_build import ShardedBuild
-from valm.retrieval.shards import ITEM_SCHEMA, WHAT, Piece, clip_entry, finish_knowledge_base, write_piece
+from valm.knowledge_base.format import ITEM_SCHEMA, WHAT, Piece, clip_entry, finish_knowledge_base, write_piece
+from valm.knowledge_base.store import ImageKnowledgeBase
+from valm.retrieval.index_tuning import build_index
+from valm.shards.build import ShardedBuild
 
 COUNT, K = 3000, 4
 

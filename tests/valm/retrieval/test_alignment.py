@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.valm.other_tokenizers import gpt2_like, llama_like
 from tests.valm.retrieval.test_context import close
-from tests.valm.retrieval.tiny_clip import TEXTS, make_clip
+from tests.valm.tiny_clip import TEXTS, make_clip
 from valm.errors import ValmError
 from valm.retrieval.alignment import Alignment, TextState, token_bytes
 from valm.retrieval.context import ContextEncoder

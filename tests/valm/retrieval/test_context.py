@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.valm.retrieval.tiny_clip import TEXTS, make_clip
+from tests.valm.tiny_clip import TEXTS, make_clip
 from valm.retrieval import context
 from valm.retrieval.context import ContextEncoder
-from valm.retrieval.retriever import padded
+from valm.tokenizer import padded
 
 # Two units in the last place of float32 at 1. The text tower runs in float64 where two ways of asking for the same
 # query are compared, so nothing but the last rounding may differ.

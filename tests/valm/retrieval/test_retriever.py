@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.valm.retrieval.test_alignment import gpt2_like
-from tests.valm.retrieval.tiny_clip import TEXTS, make_clip
+from tests.valm.tiny_clip import TEXTS, make_clip
 from valm.errors import ValmError
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import BlindRetriever, Retriever

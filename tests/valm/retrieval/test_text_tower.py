@@ -2,9 +2,9 @@ import open_clip
 import pytest
 import torch
 
-from tests.valm.retrieval.tiny_clip import TINY, make_clip
+from tests.valm.tiny_clip import TINY, make_clip
+from valm.clip import Clip
 from valm.errors import ValmError
-from valm.retrieval.clip import Clip
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.text_tower import TextTower
 

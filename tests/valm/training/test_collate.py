@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from tests.valm.models import tiny_model
 from tests.valm.other_tokenizers import gpt2_like
 from tests.valm.training.documents import TOKENIZER, Vectors, documents
+from valm.corpus.retrieved import NO_IMAGE
 from valm.errors import ValmError
-from valm.retrieval.cache import NO_IMAGE
 from valm.training.collate import IGNORED, Collator
 
 

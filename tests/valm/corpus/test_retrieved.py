@@ -1,0 +1,288 @@
+import json
+import os
+import pickle
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from tests.valm.killed import exit_code_if_killed, needs_fork
+from tests.valm.retrieval.indexed import make_kb_of_directions
+from tests.valm.tiny_clip import TEXTS
+from valm.corpus import retrieved
+from valm.corpus.retrieved import NO_IMAGE, CorpusRetrieval, retrieve_corpus, retrieve_files
+from valm.errors import ValmError
+from valm.retrieval.context import ContextEncoder
+from valm.retrieval.retriever import Retriever
+from valm.tokenizer import tokenize_documents
+
+LINES = [*TEXTS, "a dog.", "a red apple lies on", TEXTS[1] + TEXTS[0], "the sky", "blue grass", TEXTS[0][:30]] * 2
+
+
+@pytest.fixture(scope="module")
+def kb(make_kb):
+    return make_kb(20)
+
+
+@pytest.fixture(scope="module")
+def retriever(clip, kb):
+    return Retriever(ContextEncoder(clip), kb, 4)
+
+
+@pytest.fixture(scope="module")
+def documents(tokenizer):
+    return tokenize_documents(LINES, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def corpus(documents, retriever, tmp_path_factory):
+    """In several shards."""
+    out = tmp_path_factory.mktemp("corpus")
+    return retrieve_corpus(iter(documents), retriever, out, part_tokens=50, progress=False)
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "corpus.txt"
+    file.write_text("\n".join(LINES))
+    return file
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+
+
+def test_a_document_has_the_pictures_it_has_alone(corpus, documents, retriever):
+    assert len(corpus) == len(documents)
+    assert len(corpus.manifest["shards"]) > 3
+    assert corpus.lengths().tolist() == list(map(len, documents))
+    for index, document in enumerate(documents):
+        found = retriever(torch.tensor([document]))
+        expected = found.image_ids[found.image_index[0]]
+        assert corpus[index]["input_ids"].tolist() == document
+        assert corpus[index]["image_ids"].tolist() == expected.tolist()
+    for wrong in (-1, len(documents)):
+        with pytest.raises(IndexError, match=f"documents go from 0 to 15, got {wrong}"):
+            corpus[wrong]
+
+
+def test_batching_changes_nothing(corpus, documents, retriever, tmp_path, monkeypatch):
+    monkeypatch.setattr(retrieved, "BATCH_TOKENS", 1)
+    one_by_one = retrieve_corpus(documents, retriever, tmp_path / "out", progress=False)
+    assert len(one_by_one.manifest["shards"]) == 1
+    for one, other in zip(one_by_one, corpus, strict=True):
+        assert np.array_equal(one["image_ids"], other["image_ids"])
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".parquet"])
+def test_a_corpus_in_files(corpus, retriever, tmp_path, suffix):
+    file = tmp_path / f"corpus{suffix}"
+    if suffix == ".txt":
+        file.write_text("\n\n".join(LINES))
+    else:
+        pq.write_table(pa.table({"story": [*LINES, "", None]}), file, row_group_size=5)
+    found = retrieve_files([file], retriever, tmp_path / "out", column="story", part_bytes=150, progress=False)
+    assert len(found.manifest["shards"]) > 3
+    for one, other in zip(found, corpus, strict=True):
+        assert np.array_equal(one["input_ids"], other["input_ids"])
+        assert np.array_equal(one["image_ids"], other["image_ids"])
+
+
+def test_the_files(corpus, documents, tokenizer):
+    kinds = {name.partition("-")[0] for name in os.listdir(corpus.path) if name.endswith(".npy")}
+    assert kinds == {"tokens", "offsets", "image_ids"}
+    assert not list(corpus.path.glob("shard-*")) and not (corpus.path / "build.json").exists()
+    opened = CorpusRetrieval.open(corpus.path)
+    document = opened[3]
+    assert isinstance(document["image_ids"], np.memmap) and isinstance(document["input_ids"], np.memmap)
+    assert document["image_ids"].dtype == np.uint32
+    assert all((document["image_ids"] != NO_IMAGE).all() for document in opened)
+    assert opened.manifest["tokens"] == sum(map(len, documents))
+    assert (opened.k, opened.query) == (4, "eot")
+    assert opened.tokenizer.get_vocab() == tokenizer.get_vocab()
+    copied = pickle.loads(pickle.dumps(opened))
+    assert np.array_equal(copied[3]["image_ids"], document["image_ids"])
+
+
+def test_few_open_shards_are_enough(corpus, documents, monkeypatch):
+    monkeypatch.setattr(retrieved, "OPEN_SHARDS", 1)
+    opened = CorpusRetrieval.open(corpus.path)
+    for index in np.random.default_rng(0).permutation(len(documents)):
+        assert opened[index]["input_ids"].tolist() == documents[index]
+
+
+def test_a_part_does_not_depend_on_what_came_before_it(clip, tokenizer, tmp_path):
+    """A query in bfloat16 depends on the lengths it is encoded with, and among 3,000 vectors that shows."""
+    kb = make_kb_of_directions(clip, tmp_path / "kb")
+    random = np.random.default_rng(0)
+    texts = [" ".join(random.choice(" ".join(TEXTS).split(), random.integers(1, 40))) for _ in range(100)]
+    documents = tokenize_documents(random.choice(texts, 400).tolist(), tokenizer)
+
+    def retrieve(documents, out):
+        retriever = Retriever(ContextEncoder(clip, dtype=torch.bfloat16), kb, 4)
+        return retrieve_corpus(documents, retriever, tmp_path / out, part_tokens=1000, progress=False)
+
+    def interrupted():
+        yield from documents[:200]
+        raise KeyboardInterrupt
+
+    whole = retrieve(documents, "whole")
+    with pytest.raises(KeyboardInterrupt):
+        retrieve(interrupted(), "resumed")
+    assert 2 < len(list((tmp_path / "resumed").glob("shard-*.json"))) < len(whole.manifest["shards"]) - 2
+    assert contents(retrieve(documents, "resumed").path) == contents(whole.path)
+
+
+@needs_fork
+def test_a_killed_retrieval_goes_on_to_the_same_bytes(text_file, retriever, tmp_path):
+    def retrieve(out=tmp_path / "killed"):
+        return retrieve_files([text_file], retriever, out, part_bytes=150, progress=False)
+
+    whole = retrieve(tmp_path / "whole")
+    for finished in (0, 1, 2, 5, 4, 9, 3):
+        assert exit_code_if_killed(retrieve, finished) == -signal.SIGKILL
+        with pytest.raises(ValmError, match=r"is unfinished; run `valm retrieve` again|has no manifest\.json"):
+            CorpusRetrieval.open(tmp_path / "killed")
+    assert len(list((tmp_path / "killed").glob("shard-*.json"))) > 3
+    retrieve()
+    assert contents(tmp_path / "killed") == contents(whole.path)
+
+
+def test_what_is_there_is_not_retrieved_again(documents, retriever, tmp_path, monkeypatch):
+    def retrieve(documents, out):
+        return retrieve_corpus(iter(documents), retriever, out, part_tokens=50, progress=False)
+
+    def interrupted():
+        yield from documents[:9]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        retrieve(interrupted(), tmp_path / "out")
+    there = len(list((tmp_path / "out").glob("shard-*.json")))
+    assert there > 1
+    counted = []
+    nearest = Retriever.nearest
+    monkeypatch.setattr(Retriever, "nearest", lambda self, queries: counted.append(1) or nearest(self, queries))
+    finished = retrieve(documents, tmp_path / "out")
+    assert len(counted) == len(finished.manifest["shards"]) - there  # each of these is one batch
+    counted.clear()
+    before = contents(finished.path)
+    assert len(retrieve(documents, tmp_path / "out")) == len(documents)  # only opened
+    assert not counted and contents(finished.path) == before
+
+
+def test_another_corpus_is_refused(documents, retriever, tmp_path):
+    def retrieve(documents):
+        return retrieve_corpus(documents, retriever, tmp_path / "out", part_tokens=50, progress=False)
+
+    def interrupted():
+        yield from documents[:9]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        retrieve(interrupted())
+    changed = [documents[0][::-1], *documents[1:]]
+    with pytest.raises(ValmError, match=r"the corpus has changed since .*out was begun \(its part 0\)"):
+        retrieve(changed)
+    finished = retrieve(documents)
+    with pytest.raises(ValmError, match=r"the corpus has changed since .*out was begun"):
+        retrieve(changed)
+    with pytest.raises(ValmError, match="the corpus has become shorter"):
+        retrieve(documents[: finished.manifest["shards"][0]["documents"]])
+
+
+def test_more_documents_than_a_finished_retrieval_has_are_refused(documents, retriever, tmp_path):
+    """Also where its last part was full, so that all of its parts are as they were."""
+
+    def retrieve(documents):
+        return retrieve_corpus(documents, retriever, tmp_path / "out", part_tokens=1, progress=False)
+
+    before = contents(retrieve(documents[:3]).path)
+    with pytest.raises(ValmError, match=r"become longer since .*out was finished with 3 parts; choose another folder"):
+        retrieve(documents[:4])
+    assert contents(tmp_path / "out") == before
+    assert len(retrieve(documents[:3])) == 3
+
+
+def test_another_file_knowledge_base_or_setting_is_refused(text_file, clip, retriever, make_kb, tmp_path):
+    file, out = tmp_path / "corpus.txt", tmp_path / "out"
+    shutil.copy(text_file, file)
+
+    def retrieve(retriever=retriever, **options):
+        return retrieve_files([file], retriever, out, progress=False, **options)
+
+    retrieve()
+    state = Retriever(ContextEncoder(clip, query="state"), retriever.kb, 4)
+    with pytest.raises(ValmError, match=r"already holds a corpus retrieval of another source .* \(query differ\)"):
+        retrieve(state)
+    with pytest.raises(ValmError, match=r"\(knowledge_base differ\)"):
+        retrieve(Retriever(ContextEncoder(clip), make_kb(21), 4))
+    with pytest.raises(ValmError, match=r"\(k differ\)"):
+        retrieve(Retriever(ContextEncoder(clip), retriever.kb, 3))
+    with pytest.raises(ValmError, match=r"\(corpus differ\)"):
+        retrieve(part_bytes=100)
+    file.write_text("\n".join(LINES).replace("sky", "sea"))  # as long as before
+    with pytest.raises(ValmError, match="the corpus has changed"):
+        retrieve()
+    file.write_text("\n".join(LINES[1:]))
+    with pytest.raises(ValmError, match=r"\(corpus differ\)"):
+        retrieve()
+
+
+def test_another_knowledge_base_is_refused_when_it_is_used(corpus, retriever, make_kb):
+    corpus.check_knowledge_base(retriever.kb)
+    with pytest.raises(ValmError, match="was retrieved from another knowledge base"):
+        corpus.check_knowledge_base(make_kb(21))
+
+
+def test_wrong_input(documents, retriever, tmp_path):
+    with pytest.raises(ValmError, match="the corpus has no documents"):
+        retrieve_corpus([], retriever, tmp_path / "out", progress=False)
+    assert contents(tmp_path / "out") == {}
+    with pytest.raises(ValmError, match="the corpus has an empty document"):
+        retrieve_corpus([[1], []], retriever, tmp_path / "out", progress=False)
+    (tmp_path / "blank.txt").write_text("\n \n")
+    with pytest.raises(ValmError, match="the corpus has no documents"):
+        retrieve_files([tmp_path / "blank.txt"], retriever, tmp_path / "blank", progress=False)
+    with pytest.raises(ValmError, match="is not empty"):
+        retrieve_corpus(documents, retriever, tmp_path)
+
+
+@pytest.fixture
+def copied(corpus, tmp_path):
+    shutil.copytree(corpus.path, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_damage_is_named(copied, tmp_path):
+    with pytest.raises(ValmError, match=r"it has no manifest\.json; make one with `valm retrieve`"):
+        CorpusRetrieval.open(tmp_path)
+    name = "image_ids-00001.npy"
+    content = (copied / name).read_bytes()
+    (copied / name).write_bytes(content[:-8])
+    with pytest.raises(ValmError, match=rf"is damaged: {name} has {len(content) - 8} bytes instead of {len(content)}"):
+        CorpusRetrieval.open(copied)
+    (copied / name).write_bytes(bytes(len(content)))
+    opened = CorpusRetrieval.open(copied)
+    with pytest.raises(ValmError, match=rf"{name} is damaged"):
+        list(opened)
+    (copied / name).write_bytes(content)
+    (copied / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValmError, match=r"the tokenizer in .* cannot be read"):
+        _ = CorpusRetrieval.open(copied).tokenizer
+    manifest = json.loads((copied / "manifest.json").read_text())
+    plan = manifest["plan"]
+    (copied / "manifest.json").write_text(json.dumps({**manifest, "plan": {**plan, "k": 5}}))
+    with pytest.raises(ValmError, match=r"npy holds uint32 \(\d+, 4\), the manifest says uint32 \(\d+, 5\)"):
+        CorpusRetrieval.open(copied)[0]
+    (copied / "manifest.json").write_text(json.dumps({**manifest, "version": 9}))
+    with pytest.raises(ValmError, match="has format version 9, this valm reads 2"):
+        CorpusRetrieval.open(copied)
+    (copied / "manifest.json").write_text("[]")
+    with pytest.raises(ValmError, match="is not the manifest of a corpus retrieval"):
+        CorpusRetrieval.open(copied)

@@ -1,0 +1,180 @@
+import io
+import os
+import pickle
+import signal
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.valm.killed import exit_code_if_killed, needs_fork
+from valm.errors import ValmError
+from valm.knowledge_base import encode
+from valm.knowledge_base.sources.huggingface import build_from_dataset, open_dataset
+
+
+def png(seed):
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+PICTURES = [png(seed) for seed in range(7)]
+CAPTIONS = ["a red  apple", None, "", "4", "5", "6", "7"]
+
+
+def make_dataset(**columns):
+    images = [{"bytes": picture, "path": f"/somewhere/{n}.png"} for n, picture in enumerate(PICTURES)]
+    images[1] = {"bytes": b"broken", "path": "broken.png"}
+    images[2] = None
+    features = datasets.Features(
+        {"image": datasets.Image(), "caption": datasets.Value("string"), "label": datasets.Value("int64")}
+    )
+    columns = {"image": images, "caption": CAPTIONS, "label": list(range(7))} | columns
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return make_dataset()
+
+
+def same_pictures(kb, clip, seeds):
+    expected = clip.encode_images([Image.open(io.BytesIO(PICTURES[seed])) for seed in seeds]).numpy()
+    return len(kb) == len(seeds) and np.abs(kb.vectors() - expected).max() <= 2**-12 + 1e-5
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_dataset(dataset, clip, tmp_path, streamed):
+    kb = build_from_dataset(
+        dataset.to_iterable_dataset() if streamed else dataset, tmp_path, clip, shard_size=3, progress=False
+    )
+    assert same_pictures(kb, clip, [0, 3, 4, 5, 6])
+    assert [kb.item(n).uri for n in range(5)] == ["0/0.png", "3/3.png", "4/4.png", "5/5.png", "6/6.png"]
+    assert [kb.item(n).caption for n in range(2)] == ["a red apple", "4"]
+    assert {entry["uri"]: entry["reason"] for entry in kb.skipped()} == {
+        "1/broken.png": "not a picture in one of the formats JPEG, PNG, WEBP, BMP, GIF, TIFF, PPM",
+        "2": "there is no picture",
+    }
+    assert kb.thumbnail(0).size == (30, 20)
+    assert [len(entry["files"]) for entry in kb.manifest["shards"]] == [4, 3, 3]
+
+
+def test_rows_of_any_kind(clip, tmp_path):
+    """Pictures as bytes, paths and PIL pictures, several captions, columns of other names."""
+    (tmp_path / "3.png").write_bytes(PICTURES[3])
+    rows = [
+        {"picture": PICTURES[0], "sentences": ["one ", "", "two\nlines"]},
+        {"picture": Image.open(io.BytesIO(PICTURES[1])), "sentences": []},
+        {"picture": str(tmp_path / "3.png"), "sentences": "three"},
+        {"picture": {"path": str(tmp_path / "3.png"), "bytes": None}, "sentences": None},
+        {"picture": str(tmp_path / "none.png"), "sentences": None},
+    ]
+    kb = build_from_dataset(rows, tmp_path / "kb", clip, image_column="picture", progress=False)
+    assert same_pictures(kb, clip, [0, 1, 3, 3])
+    assert [kb.item(n).caption for n in range(4)] == ["one\ntwo lines", "", "three", ""]
+    assert [kb.item(n).uri for n in range(3)] == ["0", "1", "2/3.png"]
+    assert [entry["uri"] for entry in kb.skipped()] == ["4/none.png"]
+
+
+def test_pictures_are_decoded_by_workers_and_bombs_refused(dataset, clip, tmp_path, monkeypatch):
+    here = build_from_dataset(dataset, tmp_path / "here", clip, workers=0, progress=False)
+    buffer = io.BytesIO()
+    Image.new("1", (20000, 20000)).save(buffer, "PNG")
+    rows = [*dataset.cast_column("image", datasets.Image(decode=False)), {"image": buffer.getvalue(), "caption": None}]
+
+    def by_worker(self):
+        assert os.getpid() != parent
+        return read(self)
+
+    parent, read = os.getpid(), encode.Record.read
+    monkeypatch.setattr(encode.Record, "read", by_worker)
+    kb = build_from_dataset(rows, tmp_path / "kb", clip, workers=2, progress=False)
+    assert np.array_equal(kb.vectors(), here.vectors())
+    last = list(kb.skipped())[-1]
+    assert last["uri"] == "7" and "pixels" in last["reason"]
+
+
+def test_a_worker_sends_no_picture_back(clip):
+    """The bytes of a row went to it once; back come its pixels, thumbnail and place."""
+    decoder = encode._Decoder([encode.Record("x", "", PICTURES[0] + bytes(1 << 20))], clip, 64)
+    assert len(pickle.dumps(decoder[0])) < 100_000
+
+
+@needs_fork
+@pytest.mark.parametrize("point", [1, 6, 11])
+def test_a_killed_build_goes_on_and_encodes_nothing_twice(dataset, clip, tmp_path, point, monkeypatch):
+    whole = build_from_dataset(dataset, tmp_path / "whole", clip, shard_size=2, progress=False)
+
+    def build():
+        build_from_dataset(make_dataset(), tmp_path / "kb", clip, shard_size=2, progress=False)
+
+    assert exit_code_if_killed(build, point) == -signal.SIGKILL
+    done = len(list((tmp_path / "kb").glob("shard-*.json")))
+    encoded = []
+    encode = clip.encode_images
+    monkeypatch.setattr(clip, "encode_images", lambda pixels: encoded.append(len(pixels)) or encode(pixels))
+    kb = build_from_dataset(dataset, tmp_path / "kb", clip, shard_size=2, progress=False)
+    assert kb.fingerprint == whole.fingerprint
+    assert sum(encoded) == 5 - sum(shard["count"] for shard in kb.manifest["shards"][:done])
+
+
+def test_a_dataset_that_has_changed_is_refused(clip, tmp_path):
+    rows = [{"image": picture, "caption": ""} for picture in PICTURES]
+
+    class Broken(list):
+        def __iter__(self):
+            yield from rows[:5]
+            raise OSError("the network is gone")
+
+    with pytest.raises(OSError, match="the network is gone"):
+        build_from_dataset(Broken(rows), tmp_path, clip, shard_size=2, progress=False)
+    other = [*rows[:2], {"image": PICTURES[2], "caption": "new"}, *rows[3:]]
+    with pytest.raises(ValmError, match=r"the dataset has changed since .* was begun \(rows 2 to 3\)"):
+        build_from_dataset(other, tmp_path, clip, shard_size=2, progress=False)
+    with pytest.raises(ValmError, match="fingerprint differ"):
+        build_from_dataset(rows[:6], tmp_path, clip, shard_size=2, progress=False)
+    assert len(build_from_dataset(rows, tmp_path, clip, shard_size=2, progress=False)) == 7
+    with pytest.raises(ValmError, match="already holds a knowledge base"):
+        build_from_dataset(rows[1:], tmp_path, clip, shard_size=2, progress=False)
+
+
+def test_a_stream_that_has_become_shorter_is_refused(dataset, clip, tmp_path, monkeypatch):
+    def stops(self, *arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("valm.knowledge_base.build.finish_knowledge_base", stops)
+        build_from_dataset(dataset.to_iterable_dataset(), tmp_path, clip, shard_size=2, progress=False)
+    with pytest.raises(ValmError, match="has become shorter"):
+        build_from_dataset(dataset.to_iterable_dataset().take(4), tmp_path, clip, shard_size=2, progress=False)
+
+
+def test_wrong_datasets(dataset, clip, tmp_path):
+    def fails(message, rows, **options):
+        with pytest.raises(ValmError, match=message):
+            build_from_dataset(rows, tmp_path / "kb", clip, progress=False, **options)
+
+    fails("has no rows", [])
+    fails("is an iterator, which can be read once only", iter([{"image": PICTURES[0]}]))
+    fails("has no column 'picture', only image, caption, label", dataset, image_column="picture")
+    fails("has no column 'text', only image, caption, label", dataset, caption_column="text")
+    assert not (tmp_path / "kb").exists()
+    unreadable = dataset.select([1, 2])
+    fails(r"none of the 2 pictures could be read; the first, 0/broken\.png", unreadable)
+
+
+def test_datasets_are_opened(dataset, clip, tmp_path):
+    dataset.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"test": dataset}).save_to_disk(tmp_path / "several")
+    assert len(open_dataset(tmp_path / "one")) == len(open_dataset(tmp_path / "several", split="test")) == 7
+    with pytest.raises(ValmError, match="has no split 'train', only test"):
+        open_dataset(tmp_path / "several")
+    (tmp_path / "parquet").mkdir()
+    dataset.to_parquet(tmp_path / "parquet" / "train.parquet")
+    streamed = open_dataset(tmp_path / "parquet", streaming=True)
+    assert same_pictures(build_from_dataset(streamed, tmp_path / "kb", clip, progress=False), clip, [0, 3, 4, 5, 6])
+    with pytest.raises(ValmError, match="cannot read the dataset"):
+        open_dataset(tmp_path / "kb")

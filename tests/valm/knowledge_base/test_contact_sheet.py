@@ -1,0 +1,29 @@
+import dataclasses
+
+from PIL import Image
+
+from valm.knowledge_base.build import build_from_folder
+from valm.knowledge_base.contact_sheet import CELL, contact_sheet
+
+
+def test_pictures_stand_in_rows(make_kb):
+    kb = make_kb(6)
+    results = [(0.5, kb.item(index)) for index in (3, 1, 4, 0, 5)]
+    sheet = contact_sheet(kb, results, "five colours")
+    assert sheet.width > 4 * CELL
+    assert sheet.height > 2 * CELL
+    # pictures of one colour: the first stands at the left of the first row, the fifth below it
+    for number, row in ((0, 0), (4, 1)):
+        expected = kb.thumbnail(results[number][1].id).getpixel((16, 16))
+        middle = (8 + CELL // 2, (sheet.height - 31) // 2 * row + 31 + CELL // 2)
+        assert sheet.getpixel(middle) == expected
+
+
+def test_without_thumbnails_or_results(clip, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "pictures" / "red.png")
+    kb = build_from_folder(tmp_path / "pictures", tmp_path / "kb", clip, thumbnails=0, progress=False)
+    item = dataclasses.replace(kb.item(0), caption="a very long caption " * 20)
+    sheet = contact_sheet(kb, [(0.1, item)], "red")
+    assert sheet.getpixel((8 + CELL // 2, 31 + CELL // 2)) == (255, 255, 255)
+    assert contact_sheet(kb, [], "nothing").height < CELL

@@ -1,0 +1,184 @@
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.valm.killed import exit_code_if_killed, needs_fork
+from tests.valm.other_tokenizers import gpt2_like
+from tests.valm.retrieval.indexed import COUNT, K, make_indexed, make_kb_of_directions, random_directions
+from tests.valm.tiny_clip import TEXTS
+from valm.errors import ValmError
+from valm.knowledge_base.store import ImageKnowledgeBase
+from valm.retrieval.context import ContextEncoder
+from valm.retrieval.faiss_index import FaissIndex, index_parameters, open_index
+from valm.retrieval.index_tuning import build_index, captions, choose_factory, context_queries, recall
+from valm_kernels import FlatIPIndex
+
+pytest.importorskip("faiss", reason="needs faiss: install valm[faiss]")
+
+
+@pytest.fixture
+def kb(clip, tmp_path):
+    return make_kb_of_directions(clip, tmp_path / "kb", caption="a red apple\nthe blue sky")
+
+
+def queries(kb, count=400, seed=1):
+    return torch.from_numpy(random_directions(count, kb.dim, seed)).float()
+
+
+@pytest.mark.parametrize(
+    "factory",
+    [
+        "IVF32,Flat",
+        "IVF32,SQ8",
+        "PCA8,IVF32,PQ8x4fs",
+        "OPQ8,IVF16,PQ8x4fs",
+        "IVF32_HNSW8,SQ8",
+        "HNSW8",
+        "HNSW8,SQ8",
+        "SQ8",
+    ],
+)
+def test_the_target_recall_is_reached_and_told(kb, factory):
+    index = build_index(kb, queries(kb), k=K, target_recall=0.9, factory=factory, asked="directions", progress=False)
+    parameters = index.parameters
+    asked = queries(kb, seed=2)
+    found = index.search(asked, K)
+    reached = recall(found.indices, FlatIPIndex(kb.vectors()).search(asked, K).indices)
+    # 1,600 and 800 pictures were looked for: a standard deviation of the difference of two shares of 0.9 is 0.013
+    assert reached > 0.9 - 0.04
+    assert abs(parameters.recall - reached) < 0.04
+    assert parameters.recall >= parameters.target == 0.9
+    assert parameters.trained_on == (0 if factory == "HNSW8" else COUNT)
+    assert (parameters.factory, parameters.queries, parameters.asked) == (factory, 200, "directions")
+    tuned = {"IVF": "nprobe=", "HNSW": "efSearch=", "SQ8": ""}[next(n for n in ("IVF", "HNSW", "SQ8") if n in factory)]
+    assert parameters.search.startswith(tuned) and (parameters.search == tuned) == (tuned == "")
+    assert index_parameters(ImageKnowledgeBase.open(kb.path)) == parameters
+    assert parameters.file["bytes"] == (kb.path / "index.faiss").stat().st_size
+
+
+@pytest.mark.parametrize("target", [0.7, 0.9])
+def test_the_target_is_reached_on_queries_that_were_not_tuned_on(kb, target):
+    """Whichever they are, and also where they are harder: of all directions, the others near those of the pictures."""
+    for seed in range(1, 5):
+        index = build_index(kb, queries(kb, 200, seed), "IVF64,Flat", k=K, target_recall=target, progress=False)
+        assert index.parameters.recall >= target
+    hard = torch.nn.functional.normalize(torch.randn(100, kb.dim, generator=torch.Generator().manual_seed(0)), dim=-1)
+    mixed = torch.cat([queries(kb, 100), hard])
+    index = build_index(kb, mixed, "IVF64,Flat", k=K, target_recall=target, progress=False)
+    assert index.parameters.recall >= target
+
+
+def test_more_recall_is_a_longer_search(kb):
+    less, more = (
+        build_index(kb, queries(kb), k=K, target_recall=target, factory="IVF64,Flat", progress=False)
+        for target in (0.5, 0.99)
+    )
+    assert int(less.parameters.search.removeprefix("nprobe=")) < int(more.parameters.search.removeprefix("nprobe="))
+    assert less.parameters.recall < more.parameters.recall
+
+
+def test_what_cannot_be_indexed_is_refused(kb):
+    with pytest.raises(ValmError, match="needs queries to be tuned and measured on, got 1"):
+        build_index(kb, queries(kb, 1), "IVF8,Flat", progress=False)
+    with pytest.raises(ValmError, match="faiss makes no index of 16 dimensions from the factory string 'IVFFF'"):
+        build_index(kb, queries(kb), factory="IVFFF", progress=False)
+    with pytest.raises(ValmError, match="5,000 cells needs as many pictures, the knowledge base has 3,000"):
+        build_index(kb, queries(kb), factory="IVF5000,Flat", progress=False)
+    before = open_index(kb)
+    assert isinstance(before, FlatIPIndex)
+
+
+def test_what_does_not_reach_the_target_leaves_the_index_that_was_there(kb, monkeypatch):
+    build_index(kb, queries(kb), k=K, target_recall=0.5, factory="IVF16,Flat", progress=False)
+    before = {file.name: file.read_bytes() for file in kb.path.iterdir()}
+    monkeypatch.setattr("valm.retrieval.index_tuning.CANDIDATES", (1,))
+    with pytest.raises(ValmError, match=r"finds 0\.\d+ ± .* however long it searches, .* not surely the 0\.99"):
+        build_index(kb, queries(kb), k=K, factory="IVF16,PQ1x4", target_recall=0.99, progress=False)
+    assert {file.name: file.read_bytes() for file in kb.path.iterdir()} == before
+
+
+@needs_fork
+def test_a_killed_build_leaves_the_old_index_or_none(clip, tmp_path):
+    kb = make_indexed(clip, tmp_path / "kb", factory="IVF16,Flat")
+
+    def build():
+        opened = ImageKnowledgeBase.open(kb.path)
+        build_index(opened, queries(opened), k=K, target_recall=0.5, factory="IVF8,Flat", progress=False)
+
+    factories = []
+    for point in range(4):
+        exit_code = exit_code_if_killed(build, point, calls=((os, "replace"), (Path, "unlink")))
+        opened = open_index(ImageKnowledgeBase.open(kb.path))
+        factories.append(opened.parameters.factory if isinstance(opened, FaissIndex) else None)
+        assert exit_code == (0 if factories[-1] == "IVF8,Flat" else -signal.SIGKILL)
+        left = list(kb.path.glob("*.tmp"))
+        assert len(left) == (exit_code != 0)
+        for file in left:  # the next child is to be killed at its own calls
+            file.unlink()
+    assert factories == ["IVF16,Flat", None, None, "IVF8,Flat"]
+    (kb.path / "index.faiss.of-a-killed-build.tmp").touch()
+    build()
+    assert not list(kb.path.glob("*.tmp"))
+
+
+def test_progress_names_every_step(kb, capfd):
+    build_index(kb, queries(kb), k=K, target_recall=0.5, factory="IVF16,Flat")
+    bars = capfd.readouterr().err
+    for name in ("train 16 cells", "add", "search exactly"):
+        assert f"{name}: 100%" in bars
+
+
+@pytest.mark.parametrize("other", [False, True], ids=["CLIP's tokenizer", "another tokenizer"])
+def test_queries_of_texts_are_context_queries(clip, tokenizer, other):
+    encoder = ContextEncoder(clip, tokenizer=gpt2_like() if other else None)
+    found = context_queries(encoder, ["", *TEXTS])
+    rows = [encoder(torch.tensor([encoder.tokenizer(text)["input_ids"]]))[0] for text in TEXTS]
+    assert rounded(found) < rounded(torch.cat(rows))
+    assert len(found) == 16 < len(torch.cat(rows))  # eight of each text
+    assert len(context_queries(encoder, TEXTS, count=7)) == 6
+    with pytest.raises(ValmError, match="no text"):
+        context_queries(encoder, ["", "  "])
+    with pytest.raises(ValmError, match="there is one text to make queries of"):
+        context_queries(encoder, ["", "a dog"])
+
+
+def test_the_captions_of_a_picture_are_in_one_half_of_the_queries(clip):
+    """Each read alone."""
+    encoder = ContextEncoder(clip)
+    pictures = ["the red apple\n\na dog", "two black cats\nyellow bus", "sky"]  # no two of them begin alike
+    of_picture = [
+        rounded(
+            torch.cat([encoder(torch.tensor([ids]))[0, 1:] for ids in clip.tokenizer(text.split("\n"))["input_ids"]])
+        )
+        for text in pictures
+    ]
+    for seed in range(5):
+        halves = context_queries(encoder, pictures, seed=seed).chunk(2)
+        seen = [{place for place, known in enumerate(of_picture) if rounded(half) & known} for half in halves]
+        assert all(seen) and not seen[0] & seen[1]
+
+
+def rounded(queries):
+    return {tuple(np.round(query.tolist(), 4)) for query in queries}
+
+
+def test_captions(kb, clip, tmp_path):
+    assert set(captions(kb)) == {"a red apple\nthe blue sky"}
+    assert len(captions(kb, pictures=10)) == 10
+    with pytest.raises(ValmError, match="have no captions to make queries of: give a text file as --queries"):
+        captions(make_kb_of_directions(clip, tmp_path / "without"))
+
+
+def test_factories_by_size():
+    faiss = pytest.importorskip("faiss")
+    assert choose_factory(COUNT, 768) is None
+    assert choose_factory(1_000_000, 128) == "IVF4096,PQ128x4fs"
+    assert choose_factory(1_000_000, 768) == "PCA256,IVF4096,PQ256x4fs"
+    assert choose_factory(200_000_000, 768) == "OPQ64,IVF65536,PQ64"
+    for count in (100_000, 1_000_000, 200_000_000):
+        for dim in (200, 512, 640, 768, 1000, 1024):
+            assert faiss.index_factory(dim, choose_factory(count, dim), faiss.METRIC_L2).d == dim

@@ -1,0 +1,275 @@
+"""Retrieval done once for a corpus, so that training reads picture ids instead of running CLIP.
+
+    manifest.json          format, version, documents, tokens, plan, shards
+    tokens-00000.npy       (n,) int32: the documents of the shard, one after the other
+    offsets-00000.npy      (documents + 1,) int64: where each begins
+    image_ids-00000.npy    (n, K) uint32: the pictures of each token, 2**32 - 1 = none
+    tokenizer.json, ...    what reads the corpus, as Hugging Face writes it
+
+A document's pictures depend on that document alone (to rounding, on those of its shard too): whatever length training
+cuts it to, it does not retrieve again.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from valm.corpus.parts import PART_BYTES, PART_TOKENS, Part, file_parts, fingerprint, token_parts
+from valm.errors import ValmError
+from valm.knowledge_base.store import ImageKnowledgeBase
+from valm.retrieval.faiss_index import FaissIndex
+from valm.retrieval.retriever import Retriever
+from valm.shards.build import Run, ShardedBuild, ShardFiles, run_here
+from valm.shards.manifest import open_array, open_manifest
+from valm.shards.progress import Progress, ProgressBar
+from valm.tokenizer import padded, tokenize_documents
+
+WHAT = "corpus retrieval"
+VERSION = 2
+# What stands in an empty slot.
+NO_IMAGE = 2**32 - 1
+# Tokens retrieved at once.
+BATCH_TOKENS = 16384
+# Shards kept open at once, of three files each; 1,024 file descriptors are a common limit.
+OPEN_SHARDS = 128
+
+
+class _Shard(NamedTuple):
+    tokens: np.ndarray  # (n,) int32
+    offsets: np.ndarray  # (documents + 1,) int64
+    image_ids: np.ndarray  # (n, K) uint32
+
+
+class CorpusRetrieval(Sequence):
+    """The tokens of a corpus with the pictures of each, memory-mapped from the folder that retrieval wrote.
+
+    Document i is `{"input_ids": (T,) int32, "image_ids": (T, K) uint32}`, found in O(log shards); image ids count in
+    the knowledge base, NO_IMAGE is none.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any]):
+        self.path = path
+        self.manifest = manifest
+        # (number in the files' names, record) of those that have documents
+        self._shards = [(number, shard) for number, shard in enumerate(manifest["shards"]) if shard["documents"]]
+        self._ends = np.cumsum([shard["documents"] for _, shard in self._shards]).tolist()
+        self._shard = functools.lru_cache(OPEN_SHARDS)(self._open_shard)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike) -> CorpusRetrieval:
+        """Raises ValmError where the folder is missing, something else, unfinished, damaged or of another version."""
+        path = Path(path)
+        return cls(path, open_manifest(path, WHAT, VERSION, "valm retrieve"))
+
+    def __reduce__(self):
+        return CorpusRetrieval.open, (self.path.absolute(),)
+
+    def __len__(self) -> int:
+        return self.manifest["documents"]
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"documents go from 0 to {len(self) - 1}, got {index}")
+        place = bisect.bisect_right(self._ends, index)
+        shard = self._shard(place)
+        row = index - self._ends[place] + len(shard.offsets) - 1
+        here = slice(shard.offsets[row], shard.offsets[row + 1])
+        return {"input_ids": shard.tokens[here], "image_ids": shard.image_ids[here]}
+
+    @property
+    def k(self) -> int:
+        """K, the pictures of a token."""
+        return self.manifest["plan"]["k"]
+
+    @property
+    def query(self) -> str:
+        """The kind of query they were retrieved with (see `ContextEncoder`)."""
+        return self.manifest["plan"]["query"]
+
+    @functools.cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """What the corpus was read with. Raises ValmError where its files are damaged."""
+        try:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(self.path, local_files_only=True)
+        except Exception as error:  # transformers raises many kinds
+            raise ValmError(f"the tokenizer in {self.path} cannot be read: {str(error).splitlines()[0]}") from error
+        if _tokenizer_hash(tokenizer) != self.manifest["plan"]["tokenizer"]:
+            raise ValmError(f"the tokenizer in {self.path} is not the one that the corpus was read with")
+        return tokenizer
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document, (documents,) int64."""
+        return np.concatenate([np.diff(self._shard(place).offsets) for place in range(len(self._shards))])
+
+    def check_knowledge_base(self, kb: ImageKnowledgeBase) -> None:
+        """Raises ValmError where the image ids are not those of `kb`."""
+        if self.manifest["plan"]["knowledge_base"] != kb.fingerprint:
+            raise ValmError(f"{self.path} was retrieved from another knowledge base than {kb.path}; do it again")
+
+    def _open_shard(self, place: int) -> _Shard:
+        number, record = self._shards[place]
+        shapes = _Shard((record["tokens"],), (record["documents"] + 1,), (record["tokens"], self.k))
+        types = _Shard(np.int32, np.int64, np.uint32)
+        return _Shard(
+            *(
+                open_array(self.path / f"{kind}-{number:05d}.npy", shape, type)
+                for kind, shape, type in zip(_Shard._fields, shapes, types, strict=True)
+            )
+        )
+
+
+def retrieve_corpus(
+    documents: Iterable[Sequence[int]],
+    retriever: Retriever,
+    out: str | os.PathLike,
+    *,
+    part_tokens: int = PART_TOKENS,
+    progress: bool = True,
+    run: Run = run_here,
+) -> CorpusRetrieval:
+    """Retrieves the pictures of every token of `documents` (token ids) and writes the folder `out`.
+
+    documents: read once and in order, so more of them than memory holds is no matter.
+    part_tokens: tokens in a shard, which is also what a killed retrieval has to do again. The result of one that was
+        killed and run again is the same to the byte. One that was already finished is opened.
+    run: where it is done: here, or on the machines of a `valm.shards.ray.RayRun`.
+    Raises ValmError for no documents, an empty one, an `out` that holds something else, and one that was begun with
+    other documents, another knowledge base or other settings.
+    """
+    parts = token_parts(documents, part_tokens=part_tokens)
+    return _retrieve(parts, None, {"part_tokens": part_tokens}, retriever, out, progress, run)
+
+
+def retrieve_files(
+    files: Sequence[str | os.PathLike],
+    retriever: Retriever,
+    out: str | os.PathLike,
+    *,
+    column: str = "text",
+    part_bytes: int = PART_BYTES,
+    progress: bool = True,
+    run: Run = run_here,
+) -> CorpusRetrieval:
+    """As `retrieve_corpus`, for text files (one document a line) and parquet files (one a row of `column`).
+
+    part_bytes: text in a shard. Raises ValmError also for files that are missing or cannot be read.
+    """
+    parts = file_parts(files, column=column, part_bytes=part_bytes)
+    corpus = {
+        "files": [[Path(file).name, Path(file).stat().st_size] for file in files],
+        "column": column,
+        "part_bytes": part_bytes,
+    }
+    return _retrieve(parts, len(parts), corpus, retriever, out, progress, run)
+
+
+def _retrieve(
+    parts: Iterable[Part],
+    count: int | None,
+    corpus: dict[str, Any],
+    retriever: Retriever,
+    out: str | os.PathLike,
+    progress: bool,
+    run: Run,
+) -> CorpusRetrieval:
+    if len(retriever.kb) > NO_IMAGE:
+        raise ValmError(f"ids of {len(retriever.kb):,} pictures do not fit into 32 bits")
+    encoder, index = retriever.encoder, retriever.index
+    plan = {
+        "corpus": corpus,
+        "tokenizer": _tokenizer_hash(encoder.tokenizer),
+        "knowledge_base": retriever.kb.fingerprint,
+        "index": asdict(index.parameters) if isinstance(index, FaissIndex) else "exact",
+        "k": retriever.k,
+        "query": encoder.query,
+        "overlap": encoder.rule.overlap,
+        "min_tokens": encoder.rule.min_tokens,
+        "precision": str(encoder.tower.positions.dtype).removeprefix("torch."),
+    }
+    build = ShardedBuild(out, WHAT, plan)
+    done = build.done()
+    with ProgressBar("retrieve", " tokens", None if count is None else count - len(done), progress) as bar:
+        work = partial(_retrieve_part, out=build.out.absolute(), retriever=retriever)
+        build.write(work, _unchanged(parts, done, build), run, bar)
+    if not build.finished:
+        shards = build.done().values()
+        facts = {name: sum(shard[name] for shard in shards) for name in ("documents", "tokens")}
+        if facts["documents"] == 0:
+            build.abandon()
+            raise ValmError("the corpus has no documents")
+        encoder.tokenizer.save_pretrained(build.out)
+        build.finish({"format": f"valm {WHAT}", "version": VERSION, **facts})
+    return CorpusRetrieval.open(build.out)
+
+
+def _unchanged(parts: Iterable[Part], done: dict[int, dict[str, Any]], build: ShardedBuild) -> Iterator[Part]:
+    """`parts`; raises ValmError where one that is `done` is another now, or is no more, or a finished `build` lacks
+    one."""
+    number = -1
+    for number, part in enumerate(parts):
+        if number in done and done[number]["content"] != fingerprint(part.read()):
+            raise ValmError(
+                f"the corpus has changed since {build.out} was begun (its part {number}); choose another folder"
+            )
+        if build.finished and number not in done:
+            raise ValmError(
+                f"the corpus has become longer since {build.out} was finished with {len(done)} parts; choose another "
+                f"folder"
+            )
+        yield part
+    if max(done, default=-1) > number:
+        raise ValmError(f"the corpus has become shorter since {build.out} was begun; choose another folder")
+
+
+def _retrieve_part(number: int, part: Part, progress: Progress, *, out: Path, retriever: Retriever) -> None:
+    """Writes shard `number` of the retrieval in `out`."""
+    # what was kept decides which segments are encoded together, and that decides how a query is rounded
+    retriever.cache.clear()
+    raw = part.read()
+    documents = tokenize_documents(raw, retriever.encoder.tokenizer) if raw and isinstance(raw[0], str) else raw
+    offsets = np.cumsum([0, *map(len, documents)], dtype=np.int64)
+    count = int(offsets[-1])
+    progress.begin(count)
+    files = ShardFiles(out, number)
+    if documents:
+        image_ids = np.empty((count, retriever.k), np.uint32)
+        for batch in _batches(documents):
+            ids, mask = padded([documents[index] for index in batch])
+            found, _ = retriever.find(ids, mask)  # (B, T, K)
+            found = torch.where(found < 0, NO_IMAGE, found).cpu().numpy()
+            for index, row in zip(batch, found, strict=True):
+                image_ids[offsets[index] : offsets[index + 1]] = row[: len(documents[index])]
+            progress.advance(int(mask.sum()))
+        files.write_array("tokens", np.concatenate(documents).astype(np.int32))
+        files.write_array("offsets", offsets)
+        files.write_array("image_ids", image_ids)
+    files.finish(documents=len(documents), tokens=count, content=fingerprint(raw))
+
+
+def _batches(documents: list[Sequence[int]]) -> list[list[int]]:
+    """Indices of documents of like length, at most BATCH_TOKENS with their padding (one document alone may be more)."""
+    batches: list[list[int]] = []
+    for index in sorted(range(len(documents)), key=lambda index: -len(documents[index])):
+        if not batches or len(documents[batches[-1][0]]) * (len(batches[-1]) + 1) > BATCH_TOKENS:
+            batches.append([])
+        batches[-1].append(index)
+    return batches
+
+
+def _tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    del state["padding"], state["truncation"]  # left by the last call of it
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,45 @@
+"""One picture of what a search found."""
+
+from __future__ import annotations
+
+import textwrap
+
+from PIL import Image, ImageDraw, ImageFont
+
+from valm.knowledge_base.format import Item
+from valm.knowledge_base.store import ImageKnowledgeBase
+
+COLUMNS = 4
+CELL = 160  # pixels; thumbnails are enlarged to it
+TEXT_LINES = 3
+FONT_SIZE = 12
+MARGIN = 8
+
+
+def contact_sheet(kb: ImageKnowledgeBase, results: list[tuple[float, Item]], title: str) -> Image.Image:
+    """The thumbnails of `results` (from `Retriever.search`) in rows, each with its score and caption below.
+
+    A picture without a thumbnail is an empty frame.
+    """
+    font = ImageFont.load_default(FONT_SIZE)
+    line = FONT_SIZE + 3
+    width, height = CELL + MARGIN, CELL + MARGIN + (1 + TEXT_LINES) * line
+    columns = min(COLUMNS, max(1, len(results)))
+    rows = -(-len(results) // columns)
+    sheet = Image.new("RGB", (MARGIN + columns * width, 2 * MARGIN + line + rows * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((MARGIN, MARGIN), title, "black", ImageFont.load_default(FONT_SIZE + 2))
+    for number, (score, item) in enumerate(results):
+        left = MARGIN + number % columns * width
+        top = 2 * MARGIN + line + number // columns * height
+        draw.rectangle((left, top, left + CELL - 1, top + CELL - 1), outline="lightgrey")
+        small = kb.thumbnail(item.id)
+        if small is not None:
+            scale = CELL / max(small.size)
+            small = small.resize([max(1, round(side * scale)) for side in small.size], Image.Resampling.BICUBIC)
+            sheet.paste(small, (left + (CELL - small.width) // 2, top + (CELL - small.height) // 2))
+        caption = item.caption.partition("\n")[0] or item.uri
+        wrapped = textwrap.wrap(caption, int(CELL / (FONT_SIZE * 0.55)), max_lines=TEXT_LINES, placeholder="…")
+        text = "\n".join([f"{number + 1}.  {score:.3f}", *wrapped])
+        draw.multiline_text((left, top + CELL + 2), text, "black", font, spacing=2)
+    return sheet

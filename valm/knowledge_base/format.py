@@ -1,0 +1,113 @@
+"""How a knowledge base lies on disk, and the one way it is written.
+
+    manifest.json          format, version, count, dim, dtype, normalized, clip, plan, skipped, shards
+    vectors-00000.npy      (n, E) float16, memory-mapped when read
+    items-00000.parquet    uri, caption, width, height; the id of a picture is its place among all of them
+    thumbnails-00000.parquet   one JPEG a row; only where thumbnails were asked for
+    skipped-00000.json     pictures and caption files that are damaged, with the reason; only where there were any
+
+How it is resumed, and built on several machines, is in `valm.shards.build`.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from valm.clip import Clip
+from valm.errors import ValmError
+from valm.files import read_json, write_json
+from valm.shards.build import ShardedBuild, ShardFiles
+
+WHAT = "knowledge base"
+VERSION = 2
+
+ITEM_SCHEMA = pa.schema([("uri", pa.string()), ("caption", pa.string()), ("width", pa.int32()), ("height", pa.int32())])
+
+
+@dataclass(frozen=True)
+class Item:
+    """What is known of one picture.
+
+    uri: where it came from, relative to the source. caption: may be empty; several stand on lines of their own.
+    """
+
+    id: int
+    uri: str
+    caption: str
+    width: int
+    height: int
+
+
+class Piece(NamedTuple):
+    """A fixed part of the source (some pictures, one tar file), encoded.
+
+    vectors: (n, E) float, L2-normalised. items: what is known of the n pictures, ITEM_SCHEMA.
+    thumbnails: n JPEGs, or None. skipped: {uri, reason} of each picture or caption file that is damaged.
+    """
+
+    vectors: np.ndarray
+    items: pa.Table
+    thumbnails: list[bytes] | None
+    skipped: list[dict[str, str]]
+
+
+def clip_entry(clip: Clip, out: str | os.PathLike) -> dict[str, str | None]:
+    """What the manifest says of the encoder; a folder is named from `out`, so that the two can be moved together."""
+    source = clip.source
+    if source is not None and Path(source).is_dir():
+        source = Path(os.path.relpath(source, out)).as_posix()
+    return {"name": clip.name, "weights_hash": clip.weights_hash, "source": source}
+
+
+def write_piece(out: Path, number: int, piece: Piece, **facts: Any) -> None:
+    """Writes `piece` as shard `number` of the knowledge base in `out`; without pictures it has no vectors and items.
+    Its record has `facts` too."""
+    files = ShardFiles(out, number)
+    if piece.skipped:
+        files.write("skipped", ".json", lambda path: write_json(path, piece.skipped))
+    count = len(piece.items)
+    if count:
+        files.write_array("vectors", piece.vectors.astype(np.float16, copy=False))
+        files.write("items", ".parquet", lambda path: pq.write_table(piece.items, path))
+        if piece.thumbnails is not None:
+            table = pa.table({"jpeg": pa.array(piece.thumbnails, pa.binary())})
+            files.write("thumbnails", ".parquet", lambda path: pq.write_table(table, path))
+    files.finish(count=count, skipped=len(piece.skipped), **facts)
+
+
+def finish_knowledge_base(build: ShardedBuild, clip: dict[str, str | None], dim: int) -> None:
+    """Makes the shards of `build` a knowledge base of vectors of width `dim`, encoded by `clip` (see `clip_entry`).
+
+    Raises ValmError, and leaves nothing behind, where there is no picture in them.
+    """
+    shards = build.done()
+    count = sum(shard["count"] for shard in shards.values())
+    if count == 0:
+        names = [entry["name"] for shard in shards.values() for entry in shard["files"]]
+        skipped = [bad for name in names for bad in read_json(build.out / name, "the list of skipped pictures")]
+        build.abandon()
+        if not skipped:
+            raise ValmError("the source has no pictures")
+        first = skipped[0]
+        raise ValmError(
+            f"none of the {len(skipped)} pictures could be read; the first, {first['uri']}: {first['reason']}"
+        )
+    build.finish(
+        {
+            "format": f"valm {WHAT}",
+            "version": VERSION,
+            "count": count,
+            "dim": dim,
+            "dtype": "float16",
+            "normalized": True,
+            "clip": clip,
+            "skipped": sum(shard["skipped"] for shard in shards.values()),
+        }
+    )

@@ -1,0 +1,215 @@
+"""The image knowledge base: CLIP image vectors on disk with what is known of each picture."""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from valm.clip import Clip
+from valm.errors import ValmError
+from valm.files import read_json
+from valm.knowledge_base.format import ITEM_SCHEMA, VERSION, WHAT, Item, Piece
+from valm.shards.manifest import MANIFEST_FILE, file_entry, files_of, open_array, open_manifest
+from valm.text import one_line
+from valm_kernels import ip_scores
+
+# Shards kept mapped at once; a process may have 65,530 maps on Linux.
+OPEN_SHARDS = 1 << 14
+OPEN_TABLES = 16
+# What a manifest says of the knowledge base, beside what `open_manifest` reads, and of its CLIP.
+MANIFEST_NAMES = ("count", "dim", "dtype", "skipped")
+CLIP_NAMES = ("name", "weights_hash", "source")
+
+
+class ImageKnowledgeBase:
+    """A knowledge base opened from its folder (see `valm.knowledge_base.format` for the files in it).
+
+    Vectors are memory-mapped and items read when asked for, so opening costs a look at each file's size.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any]):
+        self.path = path
+        self.manifest = manifest
+        self._shards = [shard for shard in manifest["shards"] if shard["count"]]
+        self._ends = np.cumsum([shard["count"] for shard in self._shards])
+        self._vectors = functools.lru_cache(OPEN_SHARDS)(self._open_vectors)
+        self._table = functools.lru_cache(OPEN_TABLES)(self._read_table)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike) -> ImageKnowledgeBase:
+        """Opens the knowledge base in folder `path`.
+
+        Checks format, version, counts and the size of every file; a file's header is checked when it is first read,
+        and contents by `verify`. Raises ValmError, naming the file, where one of these is wrong.
+        """
+        path = Path(path)
+        try:
+            manifest = open_manifest(path, WHAT, VERSION, "valm kb build")
+            total = sum(shard["count"] for shard in manifest["shards"])
+            for holder, names in ((manifest, MANIFEST_NAMES), (manifest["clip"], CLIP_NAMES)):
+                for name in names:
+                    _ = holder[name]
+        except (KeyError, TypeError) as error:
+            raise ValmError(
+                f"{path / MANIFEST_FILE} is damaged, it is not what `valm kb build` writes: "
+                f"{f'it has no {error}' if isinstance(error, KeyError) else error}; build the knowledge base again"
+            ) from error
+        if total != manifest["count"]:
+            raise ValmError(f"{path / MANIFEST_FILE} says {manifest['count']} pictures, but its shards have {total}")
+        return cls(path, manifest)
+
+    def __reduce__(self):
+        return ImageKnowledgeBase.open, (self.path.absolute(),)  # another process opens it itself
+
+    def __len__(self) -> int:
+        return self.manifest["count"]
+
+    @property
+    def dim(self) -> int:
+        """E, the width of the vectors."""
+        return self.manifest["dim"]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the manifest, which has the checksums of all other files: names this very knowledge base."""
+        return file_entry(self.path / MANIFEST_FILE)["sha256"]
+
+    def gather(self, ids: np.ndarray) -> np.ndarray:
+        """Vectors of the pictures `ids` (n,) int64: (n, E) float16. Raises IndexError for an id that is none."""
+        out = np.empty((len(ids), self.dim), np.float16)
+        for places, vectors, rows in self._by_shard(ids):
+            out[places] = vectors[rows]
+        return out
+
+    def scores(self, queries: Tensor, query_ids: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Exact scores (n,) float32 of queries[query_ids[i]] and picture ids[i] (`ip_scores`), for queries (Q, E) and
+        ids (n,) int64. Raises IndexError for an id that is none."""
+        out = np.empty(len(ids), np.float32)
+        for places, vectors, rows in self._by_shard(ids):
+            out[places] = ip_scores(queries, vectors, query_ids[places], rows).numpy()
+        return out
+
+    def vectors(self) -> np.ndarray:
+        """All vectors, (N, E) float16: the memory map itself where there is one shard, else a copy in memory."""
+        shards = list(self.shards())
+        return shards[0] if len(shards) == 1 else np.concatenate(shards)
+
+    def shards(self) -> Iterator[np.ndarray]:
+        """The vectors (n, E) float16 of one shard after the other, memory-mapped; all in the order of their ids."""
+        return map(self._vectors, range(len(self._shards)))
+
+    def item(self, id: int) -> Item:
+        """What is known of picture `id`. Raises IndexError for an id that is none."""
+        shard, row = self._locate(id)
+        return Item(id, **self._table(shard, "items").slice(row, 1).to_pylist()[0])
+
+    def thumbnail(self, id: int) -> Image.Image | None:
+        """The small picture of `id`, or None where the knowledge base was built without. IndexError as `item`."""
+        shard, row = self._locate(id)
+        table = self._table(shard, "thumbnails")
+        return None if table is None else Image.open(io.BytesIO(table["jpeg"][row].as_py()))
+
+    def skipped(self) -> Iterator[dict[str, str]]:
+        """`uri` and `reason` of every picture, caption file and archive of the source that could not be read."""
+        for shard in self.manifest["shards"]:
+            yield from self._skipped(shard)
+
+    def check_encoder(self, clip: Clip) -> None:
+        """Raises ValmError where the pictures were encoded by a CLIP other than `clip`."""
+        built_with = self.manifest["clip"]
+        if built_with["weights_hash"] != clip.weights_hash:
+            raise ValmError(
+                f"the knowledge base {self.path} was built with the CLIP {built_with['name']} (weights "
+                f"{built_with['weights_hash'][:12]}), not with {clip.name} ({clip.weights_hash[:12]}); load that CLIP "
+                f"or build the knowledge base again"
+            )
+
+    def load_clip(self, source: str | os.PathLike | None = None) -> Clip:
+        """The CLIP that encoded the pictures, from where it was then, or from `source` (see `Clip.load`).
+
+        Raises ValmError where it is not there or is another one.
+        """
+        if source is None:
+            source = self.manifest["clip"]["source"]
+            if source is None:
+                raise ValmError(f"the knowledge base {self.path} does not say where its CLIP is: give its folder")
+            if (self.path / source).is_dir():
+                source = self.path / source
+        clip = Clip.load(source)
+        self.check_encoder(clip)
+        return clip
+
+    def verify(self, *, progress: bool = True) -> list[str]:
+        """Reads every file and returns the names of those whose content is not what was written."""
+        files = tqdm(list(files_of(self.manifest)), desc="verify", unit=" files", disable=not progress)
+        return [entry["name"] for entry in files if file_entry(self.path / entry["name"]) != entry]
+
+    def piece(self, number: int) -> Piece:
+        """What shard `number` of the manifest was written from, as `write_piece` takes it."""
+        entry = self.manifest["shards"][number]
+        skipped = list(self._skipped(entry))
+        if not entry["count"]:
+            return Piece(np.empty((0, self.dim), np.float16), ITEM_SCHEMA.empty_table(), None, skipped)
+        shard = self._shards.index(entry)
+        small, items = self._read_table(shard, "thumbnails"), self._read_table(shard, "items")
+        return Piece(self._open_vectors(shard), items, None if small is None else small["jpeg"].to_pylist(), skipped)
+
+    def _by_shard(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """For each shard that holds some of `ids` (n,): their places in `ids`, in the order of their rows; its vectors;
+        and their rows in them. Raises IndexError for an id that is none."""
+        ids = np.asarray(ids, dtype=np.int64)
+        if len(ids) and not (ids.min() >= 0 and ids.max() < len(self)):
+            raise IndexError(f"picture ids go from 0 to {len(self) - 1}, got {ids.min()} to {ids.max()}")
+        order = np.argsort(ids)
+        ids = ids[order]
+        shards = np.searchsorted(self._ends, ids, side="right")
+        begins = np.flatnonzero(np.diff(shards, prepend=-1)).tolist()
+        for begin, end in pairwise([*begins, len(ids)]):
+            shard = int(shards[begin])
+            yield order[begin:end], self._vectors(shard), ids[begin:end] - self._start(shard)
+
+    def _skipped(self, entry: dict[str, Any]) -> Iterator[dict[str, str]]:
+        for file in entry["files"]:
+            if file["name"].startswith("skipped-"):
+                yield from read_json(self.path / file["name"], "the list of skipped pictures")
+
+    def _start(self, shard: int) -> int:
+        return int(self._ends[shard]) - self._shards[shard]["count"]
+
+    def _locate(self, id: int) -> tuple[int, int]:
+        if not 0 <= id < len(self):
+            raise IndexError(f"picture ids go from 0 to {len(self) - 1}, got {id}")
+        shard = int(np.searchsorted(self._ends, id, side="right"))
+        return shard, id - self._start(shard)
+
+    def _file(self, shard: int, kind: str) -> Path | None:
+        names = (entry["name"] for entry in self._shards[shard]["files"])
+        return next((self.path / name for name in names if name.startswith(f"{kind}-")), None)
+
+    def _open_vectors(self, shard: int) -> np.ndarray:
+        file = self._file(shard, "vectors")
+        array = open_array(file, (self._shards[shard]["count"], self.dim), np.float16)
+        # Python's map keeps a file descriptor, of which 1,024 are a common limit; Arrow's needs none once it is mapped
+        with pa.memory_map(str(file)) as mapped:
+            return np.frombuffer(mapped.read_buffer(), np.float16, offset=array.offset).reshape(array.shape)
+
+    def _read_table(self, shard: int, kind: str) -> pa.Table | None:
+        file = self._file(shard, kind)
+        if file is None:
+            return None
+        try:
+            return pq.read_table(file, memory_map=True)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ValmError(f"{file} is damaged: {one_line(str(error))}; build the knowledge base again") from error

@@ -1,0 +1,244 @@
+"""What searches a knowledge base: exactly, or through an index of faiss where it has one.
+
+faiss finds candidates, and their float16 vectors in the knowledge base decide: scores and order are exact for
+whatever was found. `valm.retrieval.index_tuning` makes the index and measures its recall.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from valm.errors import ValmError
+from valm.files import read_json
+from valm.knowledge_base.store import ImageKnowledgeBase
+from valm.shards.manifest import file_entry
+from valm_kernels import FlatIPIndex, TopK
+
+INDEX_FILE = "index.faiss"
+PARAMETERS_FILE = "index.json"
+
+# Pictures from which on an index is worth its making: `choose_factory` of valm.retrieval.index_tuning.
+EXACT_BELOW = 50_000
+# Distances between queries and centroids that are in memory at once.
+CELL_DISTANCES = 1 << 24
+
+
+@dataclass(frozen=True)
+class IndexParameters:
+    """How a knowledge base is indexed, and how well that works: what index.json says.
+
+    factory: faiss's description of the index. trained_on: vectors of the sample it was trained on. search: faiss's
+    search parameters, such as "nprobe=32" (cells of an inverted file that are looked into) or "efSearch=64" (of an HNSW
+    graph). candidates: how many, for each of the K asked for, are compared exactly. recall: share of the true `k`
+    nearest that were found, on `queries` queries that were not tuned on; target: what had to be reached; asked: what
+    the queries are. knowledge_base: fingerprint of what is indexed. file: name, size and SHA-256 of the index.
+    """
+
+    knowledge_base: str
+    factory: str
+    trained_on: int
+    search: str
+    candidates: int
+    k: int
+    recall: float
+    target: float
+    queries: int
+    asked: str
+    file: dict[str, Any]
+
+    def summary(self) -> str:
+        """One line for people."""
+        settings = ", ".join(filter(None, [self.factory, self.search, f"{self.candidates} candidates a picture"]))
+        size = f"{self.file['bytes'] / 1e6:,.0f} MB"
+        return f"{settings}, {size}; recall@{self.k} {self.recall:.3f} on {self.queries:,} {self.asked}"
+
+
+def index_parameters(kb: ImageKnowledgeBase) -> IndexParameters | None:
+    """What is written of the index of `kb`, None where it has none. Raises ValmError where that is damaged or stale."""
+    path = kb.path / PARAMETERS_FILE
+    if not path.exists():
+        return None
+    values = read_json(path, "the index parameters")
+    try:
+        parameters = IndexParameters(**values)
+    except TypeError as error:
+        raise ValmError(f"{path} is damaged: {error}; {_remedy(kb)}") from error
+    if parameters.knowledge_base != kb.fingerprint:
+        raise ValmError(f"the index in {kb.path} is of another state of the knowledge base; {_remedy(kb)}")
+    return parameters
+
+
+def open_index(kb: ImageKnowledgeBase, device: torch.device | str = "cpu") -> FlatIPIndex | FaissIndex:
+    """What searches `kb`: its faiss index where it has one, else exact search on `device`.
+
+    This is the one place that decides it. Warns where exact search is given EXACT_BELOW pictures or more. Raises
+    ValmError for an index that is damaged or stale, ImportError for one that cannot be read without faiss.
+    """
+    if index_parameters(kb) is not None:
+        return FaissIndex.open(kb)
+    if len(kb) >= EXACT_BELOW:
+        size = f"{2e-9 * len(kb) * kb.dim:,.1f} GB"
+        warnings.warn(
+            f"the knowledge base {kb.path} has no index: all its {len(kb):,} vectors ({size}) are in memory and "
+            f"compared with each query; `valm kb index {kb.path}` makes an index that needs neither",
+            stacklevel=2,
+        )
+    return FlatIPIndex(kb.vectors(), device=device)
+
+
+def verify_index(kb: ImageKnowledgeBase) -> list[str]:
+    """The name of the index file of `kb` in a list, where its content is not what was written."""
+    parameters = index_parameters(kb)
+    if parameters is None or file_entry(kb.path / INDEX_FILE) == parameters.file:
+        return []
+    return [INDEX_FILE]
+
+
+def remove_index(kb: ImageKnowledgeBase) -> None:
+    """Takes the index of `kb` away, where it has one: it is searched exactly from now on."""
+    for name in (PARAMETERS_FILE, INDEX_FILE):
+        (kb.path / name).unlink(missing_ok=True)
+
+
+class FaissIndex:
+    """Search through faiss, decided by the exact vectors; made by `build_index`, opened by `FaissIndex.open`."""
+
+    def __init__(self, kb: ImageKnowledgeBase, index: Any, parameters: IndexParameters):
+        self.kb = kb
+        self.parameters = parameters
+        self._index = index
+        self._transforms, self._cells = [], None
+        faiss = import_faiss()
+        faiss.ParameterSpace().set_index_parameters(index, parameters.search)
+        transforms, searched = stages(index)
+        if isinstance(searched, faiss.IndexIVFPQFastScan):
+            quantizer = faiss.downcast_index(searched.quantizer)
+            if isinstance(quantizer, faiss.IndexFlat) and quantizer.metric_type == faiss.METRIC_L2:
+                self._transforms, self._cells = transforms, _Cells(searched, quantizer)
+
+    @classmethod
+    def open(cls, kb: ImageKnowledgeBase) -> FaissIndex:
+        """The index in the folder of `kb`, memory-mapped. Raises ValmError where there is none, or another's, or a
+        damaged one; ImportError without faiss."""
+        parameters = index_parameters(kb)
+        if parameters is None:
+            raise ValmError(f"the knowledge base {kb.path} has no index: it has no {PARAMETERS_FILE}")
+        path = kb.path / INDEX_FILE
+        found = path.stat().st_size if path.exists() else None
+        if found != parameters.file["bytes"]:
+            state = "is missing" if found is None else f"has {found} bytes instead of {parameters.file['bytes']}"
+            raise ValmError(f"{path} is damaged: it {state}; {_remedy(kb)}")
+        try:
+            return cls(kb, read_index(path), parameters)
+        except RuntimeError as error:
+            raise ValmError(f"cannot read {path}; {_remedy(kb)}") from error
+
+    def __reduce__(self):
+        return FaissIndex.open, (self.kb,)
+
+    def __len__(self) -> int:
+        return self._index.ntotal
+
+    def search(self, queries: Tensor, k: int) -> TopK:
+        """The `k` best that were found for each query (..., E), by (score falling, id rising).
+
+        Scores are exact, float32. Where fewer than `k` were found, ids are -1 and scores -inf; a query with NaN or
+        infinity has ids -1 and scores NaN.
+        """
+        flat = queries.reshape(-1, queries.shape[-1]).float().cpu()
+        found = self._find(flat.numpy(), min(len(self), k * self.parameters.candidates))
+        scores, ids = _rerank(self.kb, flat, torch.from_numpy(found), k)
+        broken = ~flat.isfinite().all(1)
+        scores[broken], ids[broken] = torch.nan, -1
+        shape = (*queries.shape[:-1], k)
+        return TopK(scores.reshape(shape).to(queries.device), ids.reshape(shape).to(queries.device))
+
+    def _find(self, queries: np.ndarray, count: int) -> np.ndarray:
+        """Ids (Q, count) int64 of the candidates for queries (Q, E), -1 = none."""
+        if not len(queries):
+            return np.empty((0, count), np.int64)
+        if self._cells is None:
+            return self._index.search(queries, count)[1]
+        for transform in self._transforms:
+            queries = transform.apply(queries)
+        return self._cells.search(queries, count)
+
+
+class _Cells:
+    """An inverted file of 4-bit codes whose cells PyTorch chooses: these codes are scanned so fast that the matrix
+    product of faiss's CPU packages, slower than PyTorch's, would take much of a search. Other kinds scan longer, and
+    faiss shares them among threads in its own search only."""
+
+    def __init__(self, ivf: Any, quantizer: Any):
+        if quantizer.ntotal != ivf.nlist:
+            raise RuntimeError(f"an inverted file of {ivf.nlist} cells has {quantizer.ntotal} centroids")
+        self._ivf = ivf
+        ivf.nprobe = min(ivf.nprobe, ivf.nlist)
+        # faiss's own memory, which lives as long as the index
+        centroids = import_faiss().rev_swig_ptr(quantizer.get_xb(), ivf.nlist * ivf.d)
+        self._centroids = torch.from_numpy(centroids).reshape(ivf.nlist, ivf.d)
+        self._squares = self._centroids.square().sum(1)
+
+    def search(self, queries: np.ndarray, count: int) -> np.ndarray:
+        """Ids (Q, count) int64 of the candidates for queries (Q, d) that all transforms have been through."""
+        found = [
+            self._ivf.search_preassigned(part.numpy(), count, *self._nearest(part))[1]
+            for part in torch.from_numpy(queries).split(max(1, CELL_DISTANCES // self._ivf.nlist))
+        ]
+        return np.concatenate(found)
+
+    def _nearest(self, queries: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """The nprobe nearest cells (Q, nprobe) of each query, and the squared distances of their centroids."""
+        with torch.autocast("cpu", enabled=False):  # a model may be run in one
+            distances = torch.addmm(self._squares, queries, self._centroids.T, alpha=-2)  # but for |q|²
+        nearest = distances.topk(self._ivf.nprobe, largest=False)
+        return nearest.indices.numpy(), (nearest.values + queries.square().sum(1, keepdim=True)).numpy()
+
+
+def stages(index: Any) -> tuple[list[Any], Any]:
+    """The transforms that vectors go through before a faiss index, in order, and what is searched behind them."""
+    faiss = import_faiss()
+    if not isinstance(index, faiss.IndexPreTransform):
+        return [], index
+    transforms = [faiss.downcast_VectorTransform(index.chain.at(number)) for number in range(index.chain.size())]
+    return transforms, faiss.downcast_index(index.index)
+
+
+def read_index(path: Path) -> Any:
+    """The faiss index in a file, its inverted lists or vectors memory-mapped where faiss can do that."""
+    faiss = import_faiss()
+    return faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+
+
+def import_faiss():
+    """faiss, or an ImportError that says how to get it."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise ImportError("an approximate index needs faiss: install valm[faiss], or valm[gpu]") from error
+    return faiss
+
+
+def _remedy(kb: ImageKnowledgeBase) -> str:
+    return f"make it anew with `valm kb index {kb.path}`, or delete {PARAMETERS_FILE} to search exactly"
+
+
+def _rerank(kb: ImageKnowledgeBase, queries: Tensor, found: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The best k of the candidates `found` (Q, C), -1 = none, by (exact score falling, id rising): scores and ids."""
+    found = found.sort(-1).values  # so that equal scores come in order of their ids
+    scores = torch.full(found.shape, -torch.inf)
+    query_ids, places = (found >= 0).nonzero(as_tuple=True)
+    pairs = query_ids.numpy(), found[query_ids, places].numpy()
+    scores[query_ids, places] = torch.from_numpy(kb.scores(queries, *pairs))
+    missing = (0, max(0, k - found.shape[1]))
+    scores, found = F.pad(scores, missing, value=-torch.inf), F.pad(found, missing, value=-1)
+    best = scores.sort(dim=-1, descending=True, stable=True)
+    return best.values[:, :k], found.gather(1, best.indices[:, :k])

@@ -1,0 +1,306 @@
+"""Making the faiss index of a knowledge base: trained, filled, tuned on queries of real text, its recall measured.
+
+How much of the index is searched and how many candidates are compared exactly are tuned together: of all the
+settings that find the asked share of the true K nearest, the fastest on this machine is taken.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from valm.errors import ValmError
+from valm.files import atomic_path, write_json
+from valm.knowledge_base.store import ImageKnowledgeBase
+from valm.retrieval.context import ContextEncoder
+from valm.retrieval.faiss_index import (
+    EXACT_BELOW,
+    INDEX_FILE,
+    PARAMETERS_FILE,
+    FaissIndex,
+    IndexParameters,
+    import_faiss,
+    read_index,
+    stages,
+)
+from valm.shards.manifest import file_entry
+from valm.tokenizer import padded
+from valm_kernels import ip_topk, merge_topk
+
+# Vectors a cell should have to be trained on (faiss warns below 39); at least and at most how many are taken.
+TRAIN_PER_CELL = 40
+MIN_TRAIN, MAX_TRAIN = 1 << 16, 1 << 20
+ITERATIONS = 10  # of k-means
+PRODUCT_CODES_FROM = 10_000_000
+# Principal components that candidates are found by. On 1 M vectors of 768 numbers (benchmarks/valm/inputs.py) 16 times
+# as many candidates as pictures then hold 0.97 of the true nearest; scanning all 768 numbers took three times as long.
+PRINCIPAL = 256
+ADD_ROWS = 1 << 15
+# Queries that are tuned on, and as many again that recall is measured on.
+QUERIES = 1024
+# Standard errors by which the half that is tuned on must surpass the target. The fastest setting that just reaches it
+# there falls short on every other sample of queries half the time.
+MARGIN = 1
+# Runs of queries whose recalls tell that error. The queries of a text stand together and are much alike, so single
+# ones would make it too small.
+BLOCKS = 16
+# How many candidates are compared exactly for each picture asked for: what is tried.
+CANDIDATES = (32, 24, 16, 12, 8, 6, 4, 3, 2, 1)
+GIVE_UP = 1.5
+TEXTS_AT_ONCE = 64
+# The queries of one text are much alike: few of each, so that two halves of them need the same search.
+TOKENS_PER_TEXT = 8
+# Pictures whose captions are taken for queries where no other text is given.
+CAPTIONED = 1024
+
+
+def build_index(
+    kb: ImageKnowledgeBase,
+    queries: Tensor,
+    factory: str,
+    *,
+    k: int = 4,
+    target_recall: float = 0.95,
+    asked: str = "queries",
+    seed: int = 0,
+    progress: bool = True,
+) -> FaissIndex:
+    """Indexes `kb` and writes the index beside it; one that was there stays until the new one is whole.
+
+    queries: (Q, E) of the kind the index will be asked (`context_queries`), of different texts in its two halves: the
+        first is tuned on, recall is measured on the second; the true nearest come from an exact search.
+    target_recall: share of the true `k` nearest to find, in the first half with a standard error to spare (MARGIN).
+        What falls short of it in the second half all the same is not taken either.
+    factory: a faiss factory string; `choose_factory` knows one for each size. Tuned are the cells looked into of an
+        inverted file ("IVF4096,Flat", "OPQ64,IVF65536,PQ64") and the width of the search in a graph ("HNSW32").
+    asked: what the queries are, for people.
+
+    In memory are the index, the vectors it is trained on (at most MAX_TRAIN, in float32) and the largest shard.
+    Raises ValmError for a factory faiss does not know and where the target is not reached however long is searched,
+    ImportError without faiss.
+    """
+    faiss = import_faiss()
+    queries = queries.reshape(-1, kb.dim).float().cpu()
+    if len(queries) < 2:
+        raise ValmError(f"an index needs queries to be tuned and measured on, got {len(queries)}")
+    try:
+        # of vectors of length 1 the nearest are those of the largest inner product, and no transform changes that
+        index = faiss.index_factory(kb.dim, factory, faiss.METRIC_L2)
+    except RuntimeError as error:
+        raise ValmError(f"faiss makes no index of {kb.dim} dimensions from the factory string {factory!r}") from error
+    trained_on = _train(index, kb, seed, progress)
+    with tqdm(total=len(kb), desc="add", unit=" pictures", unit_scale=True, disable=not progress) as bar:
+        for start in range(0, len(kb), ADD_ROWS):
+            rows = np.arange(start, min(start + ADD_ROWS, len(kb)))
+            index.add(kb.gather(rows).astype(np.float32))
+            bar.update(len(rows))
+
+    truth = _exact(kb, queries, k, progress)
+    half = len(queries) // 2
+    for name in (INDEX_FILE, PARAMETERS_FILE):
+        for left_by_a_killed_build in kb.path.glob(f"{name}.*.tmp"):
+            left_by_a_killed_build.unlink()
+    with atomic_path(kb.path / INDEX_FILE) as temporary:
+        faiss.write_index(index, str(temporary))
+        # tuned as it will be used: read back, memory-mapped
+        index = read_index(temporary)
+        untuned = IndexParameters(
+            kb.fingerprint, factory, trained_on, "", 1, k, 0.0, target_recall, len(queries) - half, asked, {}
+        )
+        parameters = _tune(kb, index, untuned, queries, truth)
+        parameters = replace(parameters, file={**file_entry(temporary), "name": INDEX_FILE})
+        # from here until the new parameters are there, the knowledge base has no index
+        (kb.path / PARAMETERS_FILE).unlink(missing_ok=True)
+    write_json(kb.path / PARAMETERS_FILE, asdict(parameters))
+    return FaissIndex.open(kb)
+
+
+def choose_factory(count: int, dim: int) -> str | None:
+    """The kind of index for `count` vectors of width `dim`; None while exact search is as good.
+
+    An inverted file of about 4 sqrt(N) cells with 4 bits for each of PRINCIPAL numbers; for very many vectors with 64
+    bytes a vector, as published, which faiss reads from a memory map. Of half as many cells a search has to look into
+    more vectors to find as much.
+    """
+    if count < EXACT_BELOW:
+        return None
+    cells = _power_of_two(4 * count**0.5)
+    if count >= PRODUCT_CODES_FROM and dim % 64 == 0:
+        return f"OPQ64,IVF{cells},PQ64"
+    if dim <= PRINCIPAL:
+        return f"IVF{cells},PQ{dim}x4fs"
+    return f"PCA{PRINCIPAL},IVF{cells},PQ{PRINCIPAL}x4fs"
+
+
+def _power_of_two(number: float) -> int:
+    return 1 << round(np.log2(number))
+
+
+def captions(kb: ImageKnowledgeBase, pictures: int = CAPTIONED, seed: int = 0) -> list[str]:
+    """The captions of some pictures of `kb`, taken at random: one text a picture, each caption on a line of its own.
+
+    Raises ValmError where they have none.
+    """
+    ids = np.random.default_rng(seed).choice(len(kb), min(pictures, len(kb)), replace=False)
+    found = [text for id in np.sort(ids).tolist() if (text := kb.item(id).caption.strip())]
+    if not found:
+        raise ValmError(f"the pictures of {kb.path} have no captions to make queries of: give a text file as --queries")
+    return found
+
+
+def context_queries(encoder: ContextEncoder, texts: Sequence[str], count: int = 2 * QUERIES, seed: int = 0) -> Tensor:
+    """Up to `count` queries (Q, E) at tokens of `texts`; both are drawn, about TOKENS_PER_TEXT tokens of a text.
+
+    Lines of a text are read each alone. The two halves of the queries are of different texts, as `build_index` wants
+    them. Raises ValmError for fewer than two texts.
+    """
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise ValmError("there is no text to make queries of")
+    if len(texts) == 1:
+        raise ValmError("there is one text to make queries of, and an index is tuned on some and measured on others")
+    random = np.random.default_rng(seed)
+    order = [texts[row] for row in random.permutation(len(texts))]
+    half = len(order) // 2
+    halves = [_queries(encoder, some, count // 2, random) for some in (order[:half], order[half:])]
+    return torch.cat([queries[: min(map(len, halves))] for queries in halves])
+
+
+def _queries(encoder: ContextEncoder, texts: list[str], count: int, random: np.random.Generator) -> Tensor:
+    """The first `count` queries (Q, E), or fewer, of those drawn from `texts`."""
+    queries: list[Tensor] = []
+    for start in range(0, len(texts), TEXTS_AT_ONCE):
+        some = texts[start : start + TEXTS_AT_ONCE]
+        lines = [line for text in some for line in text.splitlines() if line.strip()]
+        ids, mask = padded([encoder.tokenizer(line)["input_ids"] for line in lines])
+        found = encoder(ids, mask)[mask.bool()]
+        drawn = random.permutation(len(found))[: TOKENS_PER_TEXT * len(some)]
+        queries.append(found[np.sort(drawn)])
+        if sum(map(len, queries)) >= count:
+            break
+    return torch.cat(queries)[:count]
+
+
+def recall(found: Tensor, truth: Tensor) -> float:
+    """Share of the ids in `truth` (Q, K) that are in the same row of `found` (Q, K)."""
+    return (truth[:, :, None] == found[:, None, :]).any(-1).float().mean().item()
+
+
+def _standard_error(found: Tensor, truth: Tensor) -> float:
+    """Of the difference between the recall of these queries and that of as many others like them."""
+    recalls = [recall(*block) for block in zip(found.chunk(BLOCKS), truth.chunk(BLOCKS), strict=True)]
+    return (2 / len(recalls)) ** 0.5 * float(np.std(recalls))
+
+
+def _train(index: Any, kb: ImageKnowledgeBase, seed: int, progress: bool) -> int:
+    """Trains `index` on a sample of `kb`: an inverted file's cells here, with a bar, the rest as faiss does. Returns
+    the size of the sample, 0 for an index that learns nothing."""
+    if index.is_trained:
+        return 0
+    faiss = import_faiss()
+    ivf = faiss.try_extract_index_ivf(index)
+    cells = 0 if ivf is None else ivf.nlist
+    if cells > len(kb):
+        raise ValmError(f"an index of {cells:,} cells needs as many pictures, the knowledge base has {len(kb):,}")
+    count = min(len(kb), MAX_TRAIN, max(MIN_TRAIN, TRAIN_PER_CELL * cells))
+    rows = np.sort(np.random.default_rng(seed).choice(len(kb), count, replace=False))
+    sample = kb.gather(rows).astype(np.float32)
+    transforms, searched = stages(index)
+    for transform in transforms:
+        transform.train(sample)
+        sample = transform.apply(sample)
+    if isinstance(searched, faiss.IndexIVF):
+        _train_cells(searched, sample, progress)
+    searched.train(sample)
+    index.is_trained = True
+    return count
+
+
+def _train_cells(ivf: Any, sample: np.ndarray, progress: bool) -> None:
+    """faiss's k-means, one iteration at a time, on its GPUs where faiss has any."""
+    faiss = import_faiss()
+    settings = ivf.cp
+    settings.niter, settings.min_points_per_centroid = 1, 1
+    clustering = faiss.Clustering(ivf.d, ivf.nlist, settings)
+    assigner = faiss.IndexFlatL2(ivf.d)
+    if faiss.get_num_gpus() > 0:
+        assigner = faiss.index_cpu_to_all_gpus(assigner)
+    for _ in tqdm(range(ITERATIONS), desc=f"train {ivf.nlist:,} cells", unit=" rounds", disable=not progress):
+        clustering.train(sample, assigner)
+    centroids = faiss.vector_to_array(clustering.centroids).reshape(ivf.nlist, ivf.d)
+    ivf.quantizer.train(centroids)
+    ivf.quantizer.add(centroids)
+
+
+def _exact(kb: ImageKnowledgeBase, queries: Tensor, k: int, progress: bool) -> Tensor:
+    """The true k nearest (Q, K), shard by shard."""
+    results, offsets, start = [], [], 0
+    with tqdm(total=len(kb), desc="search exactly", unit=" pictures", unit_scale=True, disable=not progress) as bar:
+        for vectors in kb.shards():
+            results.append(ip_topk(queries, vectors, min(k, len(vectors))))
+            offsets.append(start)
+            start += len(vectors)
+            bar.update(len(vectors))
+    return merge_topk(results, offsets, k).indices
+
+
+def _tune(
+    kb: ImageKnowledgeBase, index: Any, start: IndexParameters, queries: Tensor, truth: Tensor
+) -> IndexParameters:
+    """`start` with the fastest search that finds `start.target` of `truth` (Q, K): of the first half with MARGIN to
+    spare, and of the second, whose recall it has."""
+    searches = _searches(index)
+    half = len(queries) // 2
+    best, best_seconds = None, float("inf")
+    candidates = list(CANDIDATES)
+    while searches and candidates:
+        tried = replace(start, search=searches[0], candidates=candidates[0])
+        searcher = FaissIndex(kb, index, tried)
+        started = time.perf_counter()
+        found = searcher.search(queries, start.k).indices
+        seconds = time.perf_counter() - started
+        tuned, margin = recall(found[:half], truth[:half]), MARGIN * _standard_error(found[:half], truth[:half])
+        measured = recall(found[half:], truth[half:])
+        if tuned - margin < start.target or measured < start.target:
+            searches = searches[1:]
+        else:
+            candidates = candidates[1:]
+            if seconds < best_seconds:
+                best, best_seconds = replace(tried, recall=measured), seconds
+        if seconds > GIVE_UP * best_seconds:  # fewer candidates need a longer search still
+            break
+    if best is None:
+        raise ValmError(
+            f"{start.factory} finds {tuned:.3f} ± {margin:.3f} of the {start.k} nearest however long it searches, and "
+            f"{measured:.3f} for other queries, not surely the {start.target} asked for; use finer codes (a factory "
+            f"with SQ8 or Flat)"
+        )
+    return best
+
+
+def _searches(index: Any) -> list[str]:
+    """faiss's search parameters for `index`, from the fastest to the best; "" where nothing makes a search better."""
+    faiss = import_faiss()
+    ivf = faiss.try_extract_index_ivf(index)
+    if ivf is not None:
+        return [f"nprobe={cells}" for cells in _ladder(ivf.nlist)]
+    if isinstance(stages(index)[1], faiss.IndexHNSW):
+        return [f"efSearch={width}" for width in _ladder(index.ntotal)]
+    return [""]
+
+
+def _ladder(most: int) -> list[int]:
+    """1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, ... up to `most`."""
+    steps = {1, most}
+    power = 4
+    while power < 2 * most:
+        steps |= {power * quarters // 4 for quarters in range(2, 8)}
+        power *= 2
+    return sorted(step for step in steps if step <= most)

@@ -1,0 +1,67 @@
+"""A large knowledge base searched on the machines of a Ray cluster; see `valm.shards.ray` for what they must share."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from valm.errors import ValmError
+from valm.knowledge_base.store import ImageKnowledgeBase
+from valm.shards.ray import connect, free_tasks, import_ray, task_result
+from valm_kernels import FlatIPIndex, TopK, merge_topk
+
+
+class ShardedIndex:
+    """Exact search over a knowledge base whose vectors are spread over Ray actors: the `index` of a `Retriever`.
+
+    Each of `actors` actors keeps an equal share of the rows in its memory, as a `FlatIPIndex`; one that is lost with
+    its machine reads them again elsewhere. Answers are those of a single index, to the bit.
+    Raises as `RayRun`; ValmError also for more actors than rows, and where they leave no core for what asks them.
+    """
+
+    def __init__(self, kb: ImageKnowledgeBase, actors: int, address: str, *, cpus: int = 1):
+        if not 1 <= actors <= len(kb):
+            raise ValmError(f"actors must be from 1 to the {len(kb)} pictures of {kb.path}, got {actors}")
+        connect(address)
+        ray = import_ray()
+        room = free_tasks(cpus)
+        if actors >= room:
+            raise ValmError(
+                f"{actors} actors of {cpus} cores leave no room for what asks them in a cluster that has room for "
+                f"{room} of them; take fewer"
+            )
+        lasting = {"max_restarts": -1, "max_task_retries": -1}
+        actor = ray.remote(_Rows).options(num_cpus=cpus, scheduling_strategy="SPREAD", **lasting)
+        ends = [len(kb) * number // actors for number in range(actors + 1)]
+        self._offsets = ends[:-1]
+        self._actors = [actor.remote(kb.path.absolute(), start, stop) for start, stop in pairwise(ends)]
+        self._count = len(kb)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def search(self, queries: Tensor, k: int) -> TopK:
+        """The `k` best rows of each query (..., E), by (score falling, row rising)."""
+        flat = import_ray().put(queries.reshape(-1, queries.shape[-1]).float().cpu().numpy())
+        asked = [actor.search.remote(flat, k) for actor in self._actors]
+        found = [task_result(answer, "a search actor") for answer in asked]
+        answers = [TopK(*map(torch.tensor, arrays)) for arrays in found]  # copies: Ray's arrays are read-only
+        scores, rows = merge_topk(answers, self._offsets, k)
+        shape = (*queries.shape[:-1], k)
+        return TopK(scores.reshape(shape).to(queries.device), rows.reshape(shape).to(queries.device))
+
+
+class _Rows:
+    """An actor: rows [start, stop) of a knowledge base, ready for search."""
+
+    def __init__(self, path: Path, start: int, stop: int):
+        self.index = FlatIPIndex(ImageKnowledgeBase.open(path).gather(np.arange(start, stop)))
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and rows, (Q, k), or fewer columns where there are fewer rows."""
+        found = self.index.search(torch.tensor(queries), min(k, len(self.index)))
+        return found.scores.numpy(), found.indices.numpy()

@@ -1,0 +1,132 @@
+"""Folders of numbered shards, written by one process or by many, and resumed after any of them was killed.
+
+    build.json          the plan: everything the result depends on; only while the folder is unfinished
+    shard-00000.json    what shard 0 holds, written when its files are whole; only while the folder is unfinished
+    manifest.json       the plan, and every shard with the checksums of its files; only when the folder is finished
+
+A shard is the unit of work. It depends on the plan and on its own part of the source alone, so shards can be written in
+any order and anywhere that sees the folder, and one that was begun twice is the same shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from valm.errors import ValmError
+from valm.files import atomic_path, read_json, writable_folder, write_json
+from valm.shards.manifest import BUILD_FILE, MANIFEST_FILE, file_entry
+from valm.shards.progress import Progress
+
+# Writes one shard: its number, its part of the source, and whom to tell how far it is.
+Work = Callable[[int, Any, Progress], None]
+# Has the work done for numbered parts of the source: here, or on other machines (valm/shards/ray.py).
+Run = Callable[[Work, Iterable[tuple[int, Any]], Progress], None]
+
+
+def run_here(work: Work, shards: Iterable[tuple[int, Any]], progress: Progress) -> None:
+    """One shard after the other, in this process."""
+    for number, part in shards:
+        work(number, part, progress)
+
+
+class ShardedBuild:
+    """A folder that is being filled with shards, or was.
+
+    out: new, empty, or holding the build of the same plan, finished or not.
+    what: what the folder is to be, for its errors. plan: everything the result depends on, as JSON.
+    Raises ValmError where `out` holds something else, or cannot be written.
+    """
+
+    def __init__(self, out: str | Path, what: str, plan: dict[str, Any]):
+        self.out = writable_folder(out)
+        self.what = what
+        self.plan = plan
+        self.finished = (self.out / MANIFEST_FILE).exists()
+        if self.finished:
+            self._check_plan(read_json(self.out / MANIFEST_FILE, "the manifest"), f"already holds a {what}")
+            self._remove_state()  # where it was killed between its last steps
+        elif (self.out / BUILD_FILE).exists():
+            state = read_json(self.out / BUILD_FILE, f"the state of an unfinished {what}")
+            self._check_plan(state, f"holds an unfinished {what}")
+        else:
+            others = sorted(file.name for file in self.out.iterdir() if file.suffix != ".tmp")
+            if others:
+                raise ValmError(f"the output folder {self.out} is not empty (it has {others[0]}); choose another")
+            write_json(self.out / BUILD_FILE, {"plan": plan})
+
+    def done(self) -> dict[int, dict[str, Any]]:
+        """The record of every shard that is whole, by its number."""
+        if self.finished:
+            return dict(enumerate(read_json(self.out / MANIFEST_FILE, "the manifest")["shards"]))
+        files = sorted(self.out.glob("shard-*.json"))
+        return {int(file.stem.partition("-")[2]): read_json(file, "the record of a shard") for file in files}
+
+    def write(self, work: Work, parts: Iterable[Any], run: Run, progress: Progress) -> None:
+        """Has those of `parts` (the parts of the source, shard by shard) written that are not there yet."""
+        done = self.done()
+        run(work, ((number, part) for number, part in enumerate(parts) if number not in done), progress)
+
+    def finish(self, manifest: dict[str, Any]) -> None:
+        """Writes `manifest`, with the plan and the shards: from here on the folder is finished."""
+        shards = [record for _, record in sorted(self.done().items())]
+        write_json(self.out / MANIFEST_FILE, {**manifest, "plan": self.plan, "shards": shards})
+        self.finished = True
+        self._remove_state()
+
+    def abandon(self) -> None:
+        """Removes all that was written. Killed meanwhile, it is an unfinished build still."""
+        files = [entry["name"] for record in self.done().values() for entry in record["files"]]
+        # the records before what they say is there
+        for file in self.out.glob("shard-*.json"):
+            file.unlink()
+        for name in files:
+            (self.out / name).unlink(missing_ok=True)
+        self._remove_state()
+
+    def _remove_state(self) -> None:
+        # temporary files of what was killed while it was written; that of an index, perhaps being built, is not ours
+        for pattern in ("shard-*.json", "*-[0-9]*.tmp", f"{MANIFEST_FILE}.*.tmp", f"{BUILD_FILE}.*.tmp"):
+            for file in self.out.glob(pattern):
+                file.unlink(missing_ok=True)
+        (self.out / BUILD_FILE).unlink(missing_ok=True)
+
+    def _check_plan(self, found: Any, holds: str) -> None:
+        before = found.get("plan") if isinstance(found, dict) else None
+        if before == self.plan:
+            return
+        before = before if isinstance(before, dict) else {}
+        names = sorted({*before, *self.plan})
+        changed = ", ".join(name for name in names if before.get(name) != self.plan.get(name))
+        advice = "choose another folder" if self.finished else "delete it or choose another folder"
+        raise ValmError(f"{self.out} {holds} of another source or other settings ({changed} differ); {advice}")
+
+
+class ShardFiles:
+    """Writes the files of shard `number` into `out`, each whole or not there, and at the end its record."""
+
+    def __init__(self, out: Path, number: int):
+        self.out = out
+        self.number = number
+        self._files: list[dict[str, Any]] = []
+
+    def write(self, kind: str, suffix: str, save: Callable[[Path], None]) -> None:
+        """The file `kind`-`number``suffix`, which `save` writes to the path it is given."""
+        path = self.out / f"{kind}-{self.number:05d}{suffix}"
+        with atomic_path(path) as temporary:
+            save(temporary)
+        self._files.append(file_entry(path))
+
+    def write_array(self, kind: str, array: np.ndarray) -> None:
+        def save(path: Path) -> None:
+            with open(path, "wb") as file:  # np.save adds .npy to a name
+                np.save(file, array)
+
+        self.write(kind, ".npy", save)
+
+    def finish(self, **facts: Any) -> None:
+        """The shard is whole: its record has `facts` and the checksums of its files."""
+        write_json(self.out / f"shard-{self.number:05d}.json", {**facts, "files": self._files})

@@ -1,0 +1,45 @@
+"""How far sharded work is, told by each shard while it is written, and shown as one progress bar."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from tqdm import tqdm
+
+
+class Progress(Protocol):
+    """What a shard tells while it is written."""
+
+    def begin(self, units: int) -> None:
+        """A shard of so many units of work was begun."""
+
+    def advance(self, units: int, skipped: int = 0) -> None:
+        """So many more units are done, of which `skipped` could not be read."""
+
+
+class ProgressBar:
+    """Rate and time left over `shards` shards (None: nobody knows how many) whose sizes show only when they begin: the
+    whole is guessed from those begun so far."""
+
+    def __init__(self, description: str, unit: str, shards: int | None, shown: bool):
+        self.shards = shards
+        self._begun = self._expected = self._skipped = 0
+        self._bar = tqdm(desc=description, unit=unit, unit_scale=True, disable=not shown)
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.close()
+
+    def begin(self, units: int) -> None:
+        self._begun += 1
+        self._expected += units
+        if self.shards is not None:
+            self._bar.total = round(self._expected * self.shards / self._begun)
+
+    def advance(self, units: int, skipped: int = 0) -> None:
+        self._skipped += skipped
+        if self._skipped:
+            self._bar.set_postfix(skipped=self._skipped, refresh=False)
+        self._bar.update(units)
