@@ -1,0 +1,143 @@
+"""What earlier versions wrote opens in this one and means the same; what they left unfinished is finished by it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from valm import Clip, ContextEncoder, ImageKnowledgeBase, Retriever, load_checkpoint
+from valm.retrieval.builders import build_from_folder
+from valm.retrieval.cache import CorpusRetrieval, retrieve_files
+from valm.retrieval.index import FaissIndex, verify_index
+from valm_kernels import FlatIPIndex
+
+pytest.importorskip("faiss", reason="needs faiss: install valm[faiss]")
+
+VERSIONS = sorted(folder for folder in (Path(__file__).parent / "fixtures").iterdir() if folder.is_dir())
+
+
+@pytest.fixture(params=VERSIONS, ids=lambda folder: folder.name)
+def stores(request, tmp_path) -> Path:
+    """A copy, so that no test changes what is committed."""
+    return shutil.copytree(request.param, tmp_path / request.param.name)
+
+
+def expected(stores: Path, name: str) -> list[dict]:
+    return json.loads((stores / "expected" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def assert_close(found, expected):
+    """To 1e-5 of the largest: other processors round differently."""
+    expected = np.asarray(expected)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def last_writes(folder: Path) -> dict[str, int]:
+    return {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+
+
+def file_names(shard: dict) -> list[str]:
+    return [entry["name"] for entry in shard["files"]]
+
+
+@pytest.mark.parametrize("name", ["valm", "gpt2", "blind"])
+def test_a_checkpoint_predicts_the_same(stores, name):
+    (record,) = (record for record in expected(stores, "models") if record["name"] == name)
+    model, tokenizer = load_checkpoint(stores / name)
+    ids = tokenizer(record["text"], return_tensors="pt").input_ids
+    assert ids[0].tolist() == record["input_ids"]
+    if name == "gpt2":
+        assert model.retriever is None
+    if name == "valm":
+        assert model.retriever.find(ids)[0][0].tolist() == record["image_ids"]
+    if name == "blind":
+        assert model.retriever.encoder.query == "state"
+    logits = np.load(stores / "expected" / f"{name}-logits.npy", allow_pickle=False)
+    with torch.no_grad():
+        assert_close(model(ids, logits_to_keep=len(logits)).logits[0].numpy(), logits)
+
+
+def test_a_knowledge_base_opens_with_its_index(stores):
+    kb = ImageKnowledgeBase.open(stores / "kb")
+    assert kb.verify(progress=False) == [] and verify_index(kb) == []
+    assert [vars(kb.item(id)) for id in range(len(kb))] == expected(stores, "items")
+    assert list(kb.skipped()) == expected(stores, "skipped")
+    assert [kb.thumbnail(id).size for id in range(len(kb))] == [(8, 6)] * len(kb)
+
+    through_faiss, exact = expected(stores, "search")
+    clip = kb.load_clip()
+    retriever = Retriever(ContextEncoder(clip), kb, 2)
+    assert isinstance(retriever.index, FaissIndex)
+    scores, items = zip(*retriever.search(through_faiss["text"], 5), strict=True)
+    assert [item.id for item in items] == through_faiss["ids"]
+    assert_close(scores, through_faiss["scores"])
+    scores, ids = FlatIPIndex(kb.vectors()).search(clip.encode_texts([exact["text"]]), 5)
+    assert ids[0].tolist() == exact["ids"]
+    assert_close(scores[0], exact["scores"])
+
+
+def test_an_unfinished_knowledge_base_is_finished(stores):
+    whole, out = ImageKnowledgeBase.open(stores / "kb"), stores / "kb-unfinished"
+    written = last_writes(out)
+    settings = {name: whole.manifest["plan"][name] for name in ("batch_size", "shard_size", "thumbnails")}
+    clip = Clip.load(stores / "clip")
+    kb = build_from_folder(stores / "pictures", out, clip, **settings, progress=False)
+
+    assert kb.verify(progress=False) == []
+    assert last_writes(out).keys() == last_writes(whole.path).keys() - {"index.faiss", "index.json"}
+    shards, whole_shards = kb.manifest["shards"], whole.manifest["shards"]
+    assert shards[0] == whole_shards[0]
+    assert all(last_writes(out)[entry["name"]] == written[entry["name"]] for entry in shards[0]["files"])
+    # of the others the bytes may differ: another Pillow or Arrow writes them differently
+    assert [file_names(shard) for shard in shards] == [file_names(shard) for shard in whole_shards]
+    assert kb.manifest | {"shards": whole_shards} == whole.manifest
+    assert [vars(kb.item(id)) for id in range(len(kb))] == expected(stores, "items")
+    assert [bad["uri"] for bad in kb.skipped()] == [bad["uri"] for bad in expected(stores, "skipped")]
+    np.testing.assert_allclose(kb.vectors(), whole.vectors(), rtol=0, atol=np.finfo(np.float16).eps)
+
+
+def test_a_corpus_retrieval_opens(stores):
+    corpus = CorpusRetrieval.open(stores / "corpus")
+    corpus.check_knowledge_base(ImageKnowledgeBase.open(stores / "kb"))
+    assert (corpus.k, corpus.query) == (2, "eot")
+    documents = expected(stores, "corpus")
+    assert [{name: array.tolist() for name, array in document.items()} for document in corpus] == documents
+    assert corpus.lengths().tolist() == [len(document["input_ids"]) for document in documents]
+    assert corpus.tokenizer.bos_token_id == documents[0]["input_ids"][0]
+
+
+def test_an_unfinished_corpus_retrieval_is_finished_to_the_same_bytes(stores):
+    kb = ImageKnowledgeBase.open(stores / "kb")
+    whole = CorpusRetrieval.open(stores / "corpus")
+    retriever = Retriever(ContextEncoder(kb.load_clip(), tokenizer=whole.tokenizer), kb, whole.k)
+    part_bytes = whole.manifest["plan"]["corpus"]["part_bytes"]
+    out = stores / "corpus-unfinished"
+    written = last_writes(out)
+    retrieve_files([stores / "corpus.txt"], retriever, out, part_bytes=part_bytes, progress=False)
+
+    assert last_writes(out).keys() == last_writes(whole.path).keys()
+    assert all(last_writes(out)[name] == written[name] for name in file_names(whole.manifest["shards"][0]))
+    for name in ["manifest.json", *(name for shard in whole.manifest["shards"] for name in file_names(shard))]:
+        assert (out / name).read_bytes() == (whole.path / name).read_bytes(), name
+    # the files of the tokenizer are the other ones: another transformers may write them differently
+    assert CorpusRetrieval.open(out).tokenizer.get_vocab() == whole.tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
+def test_a_flat_index_finds_the_same(stores, dtype, mmap):
+    (record,) = (record for record in expected(stores, "flat") if record["dtype"] == dtype)
+    index = FlatIPIndex.load(stores / "flat" / dtype, mmap=mmap, verify=True)
+    assert index.dtype == dtype
+    scores, indices = index.search(np.load(stores / "flat" / "queries.npy", allow_pickle=False), 5)
+    assert indices.tolist() == record["indices"]
+    assert scores.tolist() == record["scores"]  # exact on every machine
+
+
+def test_no_store_names_the_machine_it_was_made_on():
+    for version in VERSIONS:
+        for file in version.rglob("*.json"):
+            assert not any(home in file.read_text(encoding="utf-8") for home in ("/tmp", "/home", "/root", "/Users"))
