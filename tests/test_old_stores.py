@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from valm import Clip, ContextEncoder, ImageKnowledgeBase, Retriever, load_checkpoint
-from valm.retrieval.builders import build_from_folder
-from valm.retrieval.cache import CorpusRetrieval, retrieve_files
-from valm.retrieval.index import FaissIndex, verify_index
+from valm.corpus.retrieved import CorpusRetrieval, retrieve_files
+from valm.knowledge_base.build import build_from_folder
+from valm.retrieval.faiss_index import FaissIndex, verify_index
 from valm_kernels import FlatIPIndex
 
 pytest.importorskip("faiss", reason="needs faiss: install valm[faiss]")
