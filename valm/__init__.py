@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from valm.model import VaLMForCausalLM
     from valm.retrieval.context import ContextEncoder
     from valm.retrieval.retriever import Retriever
+    from valm_kernels.version import __version__
 
 # Where each public name is. They are imported when first asked for: the command line sets up the process before
 # torch is loaded, and answers --help without it.
@@ -25,6 +26,7 @@ _MODULES = {
     "VaLMForCausalLM": "valm.model",
     "ValmConfig": "valm.config",
     "ValmError": "valm.errors",
+    "__version__": "valm_kernels.version",
     "load_checkpoint": "valm.checkpoint",
     "save_checkpoint": "valm.checkpoint",
 }
@@ -37,6 +39,7 @@ __all__ = [
     "VaLMForCausalLM",
     "ValmConfig",
     "ValmError",
+    "__version__",
     "load_checkpoint",
     "save_checkpoint",
 ]

@@ -2,6 +2,16 @@
 
 from valm_kernels.config import show_config
 from valm_kernels.topk import FlatIPIndex, TopK, ip_scores, ip_topk, merge_topk
+from valm_kernels.version import __version__
 from valm_kernels.visual_fusion import visual_fusion_attn
 
-__all__ = ["FlatIPIndex", "TopK", "ip_scores", "ip_topk", "merge_topk", "show_config", "visual_fusion_attn"]
+__all__ = [
+    "FlatIPIndex",
+    "TopK",
+    "__version__",
+    "ip_scores",
+    "ip_topk",
+    "merge_topk",
+    "show_config",
+    "visual_fusion_attn",
+]

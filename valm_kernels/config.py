@@ -13,6 +13,7 @@ import torch
 
 from valm_kernels.native import native
 from valm_kernels.topk.cpu import cpu_isa
+from valm_kernels.version import __version__
 
 
 def show_config() -> str:
@@ -22,7 +23,7 @@ def show_config() -> str:
     runtime in the process (more than one means that they compete for the cores).
     """
     lines = [
-        ("valm", _version("valm")),
+        ("valm", __version__),
         ("Python", f"{platform.python_version()} on {platform.platform()}"),
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
         ("numpy", numpy.__version__),
