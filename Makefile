@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # What an editable install is built from: a change here installs again.
 SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.c*' -o -name '*.h*')
 
-.PHONY: help demo test test-all bench gpu-check lint format clean
+.PHONY: help demo test test-all bench gpu-check lint format sdist-check clean
 
 help:
 	@echo "make demo       train and evaluate a small VaLM on real pictures, on the CPU, into $(DEMO_OUTPUT)/"
@@ -15,6 +15,7 @@ help:
 	@echo "make bench      the benchmarks, beside their peers"
 	@echo "make gpu-check  on a machine with a GPU: GPU tests, compute-sanitizer, GPU benchmarks, one result file"
 	@echo "make lint       ruff and clang-format; make format applies them"
+	@echo "make sdist-check  build the source distribution and a wheel, install the sdist, and try it"
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -54,6 +55,14 @@ format: $(VENV)/.installed-lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	git ls-files '*.cpp' '*.hpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format -i
+
+# The dependencies of the installed sdist are those of `make test`.
+sdist-check: $(VENV)/.installed-test $(VENV)/.installed-build
+	$(BIN)/python tests/sdist_check.py
+
+$(VENV)/.installed-build: | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet 'build>=1.2'
+	@touch $@
 
 # The linters alone, without the package and its dependencies.
 $(VENV)/.installed-lint: pyproject.toml | $(VENV)/bin/python
