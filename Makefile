@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 # What an editable install is built from: a change here installs again.
 SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.c*' -o -name '*.h*')
 
-.PHONY: help demo test test-all bench gpu-check lint format sdist-check clean
+.PHONY: help demo test test-all coverage bench gpu-check lint format sdist-check clean
 
 help:
 	@echo "make demo       train and evaluate a small VaLM on real pictures, on the CPU, into $(DEMO_OUTPUT)/"
 	@echo "make test       the tests, without the slow ones"
 	@echo "make test-all   every test"
+	@echo "make coverage   the tests, without the slow ones, and the share of lines that they run"
 	@echo "make bench      the benchmarks, beside their peers"
 	@echo "make gpu-check  on a machine with a GPU: GPU tests, compute-sanitizer, GPU benchmarks, one result file"
 	@echo "make lint       ruff and clang-format; make format applies them"
@@ -33,6 +34,9 @@ test: $(VENV)/.installed-test
 
 test-all: $(VENV)/.installed-test,ray
 	$(BIN)/python -m pytest
+
+coverage: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest --cov -m 'not slow'
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only
