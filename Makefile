@@ -15,7 +15,7 @@ help:
 	@echo "make coverage   the tests, without the slow ones, and the share of lines that they run"
 	@echo "make bench      the benchmarks, beside their peers"
 	@echo "make gpu-check  on a machine with a GPU: GPU tests, compute-sanitizer, GPU benchmarks, one result file"
-	@echo "make lint       ruff and clang-format; make format applies them"
+	@echo "make lint       ruff, clang-format, schemas of the workflow and its neighbours; make format applies the first two"
 	@echo "make sdist-check  build the source distribution and a wheel, install the sdist, and try it"
 
 $(VENV)/bin/python:
@@ -54,6 +54,9 @@ lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	git ls-files '*.cpp' '*.hpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/feature.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 
 format: $(VENV)/.installed-lint
 	$(BIN)/ruff check --fix .
@@ -70,7 +73,7 @@ $(VENV)/.installed-build: | $(VENV)/bin/python
 
 # The linters alone, without the package and its dependencies.
 $(VENV)/.installed-lint: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet 'ruff>=0.14' 'clang-format>=19'
+	$(BIN)/python -m pip install --quiet 'ruff>=0.14' 'clang-format>=19' 'check-jsonschema>=0.34'
 	@touch $@
 
 clean:
