@@ -1,7 +1,7 @@
 """Fused image attention: one softmax over a query's text keys and its own images.
 
 api.py is the public function with every argument check, reference.py the executable specification, op.py the
-registration with torch.library, cpu.py and triton_forward.py / triton_backward.py the implementations.
+registration with torch.library, cpu.py and triton/ the implementations.
 """
 
 from valm_kernels.visual_fusion.api import visual_fusion_attn

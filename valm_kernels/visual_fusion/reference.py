@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from valm_kernels.visual_fusion.inputs import Inputs
+from valm_kernels.visual_fusion.inputs import Inputs, check_image_index
 
 
 def attention_weights(
@@ -88,18 +88,6 @@ def text_visible(
     if first_key is not None:
         visible = visible & (key >= first_key[:, None, :, None])
     return visible
-
-
-def check_image_index(image_index: Tensor, pool_size: int) -> None:
-    """Raises ValueError for an index outside [-1, pool_size). Reads the values, so CUDA would wait here."""
-    if image_index.numel() == 0:
-        return
-    low, high = (int(x) for x in torch.aminmax(image_index))
-    if low < -1 or high >= pool_size:
-        wrong = low if low < -1 else high
-        raise ValueError(
-            f"image_index must be -1 (no image) or a row of the pool from 0 to {pool_size - 1}, got {wrong}"
-        )
 
 
 def _images(

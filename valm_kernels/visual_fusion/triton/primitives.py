@@ -1,4 +1,4 @@
-"""What the Triton kernels of `visual_fusion_attn` share: the rows of a program, the keys and images a row may see.
+"""What the Triton kernels share: the rows of a program, the keys and images that a row may see, the loop over keys.
 
 A program owns BLOCK_M rows. A row is one query of one head; the heads of a group (grouped-query attention) are
 neighbouring rows, so that a key or value tile is loaded once for all of them:
@@ -11,16 +11,8 @@ loads need no mask; such rows are masked only where something is stored or summe
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from valm_kernels.visual_fusion.inputs import Inputs
-from valm_kernels.visual_fusion.layout import whole_rows
-from valm_kernels.visual_fusion.triton_tiles import block_d
 
 # exp2 and log2 are single instructions; scores are kept in units of log 2
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -93,62 +85,3 @@ def load_lse(lse, o_row, m_row):
     """lse of rows in units of log 2; +inf where a row sees nothing or is none, so that all its weights become 0."""
     b_lse = tl.load(lse + o_row, mask=m_row, other=float("-inf"))
     return tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E)
-
-
-def kernel_inputs(inputs: Inputs) -> Inputs:
-    """The inputs as kernels read them: rows are contiguous, the small tensors have no gaps."""
-    rows = (None if x is None else whole_rows(x) for x in inputs[:5])
-    return Inputs(*rows, *(contiguous(x) for x in inputs.tensors[5:]), inputs.causal, inputs.scale)
-
-
-def kernel_constants(q: Tensor, k: Tensor, causal: bool) -> dict[str, Any]:
-    """The compile-time arguments that all attention kernels share, but for the tiles."""
-    head_dim, group = q.shape[3], q.shape[1] // k.shape[1]
-    return {
-        "D": head_dim,
-        "G": group,
-        "CAUSAL": causal,
-        # one tf32 term keeps 11 bits of a float32 product, three keep nearly all
-        "INPUT_PRECISION": "tf32x3" if q.dtype == torch.float32 else "ieee",
-        "BLOCK_D": block_d(head_dim),
-        "BLOCK_G": triton.next_power_of_2(group),
-    }
-
-
-def num_images(image_k: Tensor | None, image_index: Tensor | None) -> int:
-    """K of either layout."""
-    if image_index is not None:
-        return image_index.shape[2]
-    return 0 if image_k is None else image_k.shape[3]
-
-
-def strides(x: Tensor) -> tuple[int, int, int]:
-    """Strides (batch, head, position) of a (B, H, T, D) tensor."""
-    return x.stride()[:3]
-
-
-def image_strides(image: Tensor | None, pooled: bool) -> tuple[int, int, int, int]:
-    """Strides (batch, head, position, slot) by which the kernels address a dense image tensor or a pool."""
-    if image is None:
-        return 0, 0, 0, 0
-    if pooled:
-        return 0, image.stride(0), 0, image.stride(1)
-    return image.stride(0), image.stride(1), image.stride(2), image.stride(3)
-
-
-def contiguous(x: Tensor | None) -> Tensor | None:
-    """x without gaps: the small tensors (index, mask, biases, first_key, lse) are addressed without strides."""
-    return None if x is None else x.contiguous()
-
-
-def architecture(device: torch.device) -> int:
-    """Compute capability as one number, 90 for 9.0; under the interpreter that of the oldest supported card."""
-    if device.type != "cuda":
-        return 80
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-def multiprocessors(device: torch.device) -> int:
-    """How many programs the chip runs side by side at the least; 1 under the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -1,4 +1,4 @@
-"""Gradients that belong to queries: dq, delta and all of the images'; the maths is in triton_backward.py."""
+"""Gradients that belong to queries: dq, delta and all of the images'; the maths is in backward.py."""
 
 from __future__ import annotations
 
@@ -10,20 +10,17 @@ import triton.language as tl
 from torch import Tensor
 
 from valm_kernels.visual_fusion.inputs import Inputs
-from valm_kernels.visual_fusion.triton_autotune import choose_tiles
-from valm_kernels.visual_fusion.triton_common import (
+from valm_kernels.visual_fusion.triton.autotune import choose_tiles
+from valm_kernels.visual_fusion.triton.launch import image_strides, kernel_constants, num_images, strides
+from valm_kernels.visual_fusion.triton.primitives import (
     LOG2E,
     image_rows,
-    image_strides,
-    kernel_constants,
     key_tile_range,
     load_lse,
-    num_images,
-    strides,
     tile_rows,
     visible_keys,
 )
-from valm_kernels.visual_fusion.triton_tiles import Tiles
+from valm_kernels.visual_fusion.triton.tiles import Tiles
 
 
 @triton.jit

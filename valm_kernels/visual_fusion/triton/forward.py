@@ -24,25 +24,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from valm_kernels.visual_fusion.inputs import Inputs
+from valm_kernels.visual_fusion.inputs import Inputs, check_image_index
 from valm_kernels.visual_fusion.layout import empty_rows_like
-from valm_kernels.visual_fusion.reference import check_image_index
-from valm_kernels.visual_fusion.triton_autotune import choose_tiles
-from valm_kernels.visual_fusion.triton_common import (
-    LN2,
-    LOG2E,
-    image_rows,
+from valm_kernels.visual_fusion.triton.autotune import choose_tiles
+from valm_kernels.visual_fusion.triton.launch import (
     image_strides,
     kernel_constants,
     kernel_inputs,
-    key_tile_range,
     multiprocessors,
     num_images,
     strides,
+)
+from valm_kernels.visual_fusion.triton.primitives import (
+    LN2,
+    LOG2E,
+    image_rows,
+    key_tile_range,
     tile_rows,
     visible_keys,
 )
-from valm_kernels.visual_fusion.triton_tiles import Tiles
+from valm_kernels.visual_fusion.triton.tiles import Tiles
 
 # For finding a wrong index: the host reads them all before each launch.
 CHECK_INDEX = os.environ.get("VALM_KERNELS_CHECK_INDEX") == "1"

@@ -1,4 +1,4 @@
-"""Gradients that belong to text keys, dk and dv; the maths is in triton_backward.py."""
+"""Gradients that belong to text keys, dk and dv; the maths is in backward.py."""
 
 from __future__ import annotations
 
@@ -7,16 +7,10 @@ import triton.language as tl
 from torch import Tensor
 
 from valm_kernels.visual_fusion.inputs import Inputs
-from valm_kernels.visual_fusion.triton_autotune import choose_tiles
-from valm_kernels.visual_fusion.triton_common import (
-    LOG2E,
-    kernel_constants,
-    load_lse,
-    strides,
-    tile_rows,
-    visible_keys,
-)
-from valm_kernels.visual_fusion.triton_tiles import Tiles
+from valm_kernels.visual_fusion.triton.autotune import choose_tiles
+from valm_kernels.visual_fusion.triton.launch import kernel_constants, strides
+from valm_kernels.visual_fusion.triton.primitives import LOG2E, load_lse, tile_rows, visible_keys
+from valm_kernels.visual_fusion.triton.tiles import Tiles
 
 # Queries per step of the scan of first_key. Chosen by arithmetic, not yet measured on a card.
 SCAN = 1024
