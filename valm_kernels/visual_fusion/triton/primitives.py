@@ -32,6 +32,20 @@ def tile_rows(i_t, i_h, Tq, G: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.
 
 
 @triton.jit
+def row_pointers(x, stride, i_b, o_h, o_t):
+    """Where the rows of x begin; stride is that of (batch, head, position, ...)."""
+    return x + i_b * stride[0] + o_h * stride[1] + o_t * stride[2]
+
+
+@triton.jit
+def load_rows(x, stride, i_b, o_h, o_t, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of x, [BM, BD]."""
+    o_d = tl.arange(0, BLOCK_D)
+    p_row = row_pointers(x, stride, i_b, o_h, o_t)
+    return tl.load(p_row[:, None] + o_d[None, :], mask=(o_d < D)[None, :], other=0.0)
+
+
+@triton.jit
 def visible_keys(first_key, i_b, o_t, Tq, Tk, CAUSAL: tl.constexpr):
     """First and last key, both inclusive, that each row may see ([BM] each). Nothing is seen where first > last."""
     if CAUSAL:
@@ -63,7 +77,58 @@ def key_tile_range(b_first, b_last, lo, hi, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def image_rows(image_index, image_mask, i_b, o_t, i_k, Tq, K):
+def over_key_tiles(
+    step: tl.constexpr,  # (carry, row_values, b_s, b_k, b_v, INPUT_PRECISION) -> carry
+    carry,
+    row_values,
+    b_q,
+    p_k,  # the first key and value of the batch row and head
+    p_v,
+    stride_kn,
+    stride_vn,
+    first_key,
+    b_first,
+    b_last,
+    lo,
+    hi,
+    Tk,
+    scale_log2,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """Calls `step` on every key tile within keys lo..hi that the rows see, with its scores b_s [BM, BN].
+
+    Scores are in units of log 2, and -inf where a row does not see the key.
+    """
+    begin, full_begin, full_end, end = key_tile_range(b_first, b_last, lo, hi, BLOCK_N)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    # without first_key every row sees the keys from lo on, and only the end needs a mask
+    for i_part in tl.static_range(0 if first_key is not None else 1, 3):
+        part_begin = begin if i_part == 0 else (full_begin if i_part == 1 else full_end)
+        part_end = tl.minimum(full_begin, end) if i_part == 0 else (full_end if i_part == 1 else end)
+        for i_n in range(part_begin, part_end, BLOCK_N):
+            o_n = i_n + tl.arange(0, BLOCK_N)
+            m_n = m_d[None, :]
+            if i_part != 1:
+                m_n = m_n & (o_n < Tk)[:, None]
+            o_row = o_n.to(tl.int64)[:, None]
+            # [BN, BD]
+            b_k = tl.load(p_k + o_row * stride_kn + o_d[None, :], mask=m_n, other=0.0)
+            b_v = tl.load(p_v + o_row * stride_vn + o_d[None, :], mask=m_n, other=0.0)
+            # [BM, BN]
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=INPUT_PRECISION) * scale_log2
+            if i_part != 1:
+                m_seen = (o_n[None, :] >= b_first[:, None]) & (o_n[None, :] <= b_last[:, None])
+                b_s = tl.where(m_seen, b_s, float("-inf"))
+            carry = step(carry, row_values, b_s, b_k, b_v, INPUT_PRECISION)
+    return carry
+
+
+@triton.jit
+def image_slots(image_index, image_mask, i_b, o_t, i_k, Tq, K):
     """Slot of the i_k-th image of each row in the image tensor (int64 [BM]) and whether there is one ([BM]).
 
     With image_index the image tensor is a pool and the slot is the index into it; without, the slot is i_k itself.
@@ -78,6 +143,35 @@ def image_rows(image_index, image_mask, i_b, o_t, i_k, Tq, K):
         if image_mask is not None:
             m_image = tl.load(image_mask + o_ik) != 0
     return o_slot, m_image
+
+
+@triton.jit
+def load_images(image, stride, i_b, i_h, o_t, o_slot, m_image, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """One image of each row, float32 [BM, BD]; zeros where there is none."""
+    o_d = tl.arange(0, BLOCK_D)
+    p_image = row_pointers(image, stride, i_b, i_h, o_t) + o_slot * stride[3]
+    m_image = m_image[:, None] & (o_d < D)[None, :]
+    return tl.load(p_image[:, None] + o_d[None, :], mask=m_image, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_bias(bias, i_h, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The bias of head i_h, float32 [BD]."""
+    o_d = tl.arange(0, BLOCK_D)
+    return tl.load(bias + i_h * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def image_score_offset(
+    b_q, image_k_bias, image_logit_bias, i_h, o_h, scale_log2, D: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """What the biases add to every image score of a row, [BM]; b_q is float32."""
+    b_offset = tl.zeros(o_h.shape, tl.float32)
+    if image_k_bias is not None:
+        b_offset += tl.sum(b_q * load_bias(image_k_bias, i_h, D, BLOCK_D)[None, :], 1) * scale_log2
+    if image_logit_bias is not None:
+        b_offset += tl.load(image_logit_bias + o_h).to(tl.float32) * LOG2E
+    return b_offset
 
 
 @triton.jit
