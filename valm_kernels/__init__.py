@@ -1,14 +1,17 @@
 """Kernels of a visually-augmented language model: fused image attention and exact top-K inner product."""
 
 from valm_kernels.config import show_config
-from valm_kernels.topk import FlatIPIndex, TopK, ip_scores, ip_topk, merge_topk
+from valm_kernels.topk import MAX_TOPK, FlatIPIndex, TopK, ip_scores, ip_topk, merge_topk
 from valm_kernels.version import __version__
-from valm_kernels.visual_fusion import visual_fusion_attn
+from valm_kernels.visual_fusion import MAX_IMAGES, attention_weights, visual_fusion_attn
 
 __all__ = [
+    "MAX_IMAGES",
+    "MAX_TOPK",
     "FlatIPIndex",
     "TopK",
     "__version__",
+    "attention_weights",
     "ip_scores",
     "ip_topk",
     "merge_topk",
