@@ -4,7 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "image_attn/image_attn.hpp"
-#include "topk/cuda.hpp"
+#include "topk/cuda/search.hpp"
 #include "topk/topk.hpp"
 
 namespace py = pybind11;

@@ -22,7 +22,7 @@ struct Rows {
 };
 
 // The copy of the rows that the first pass reads: centred, 8 bits an element, in panels of kPanelRows rows.
-// first_pass.hpp says what the numbers mean and proves the bound that they carry.
+// cpu/first_pass.hpp says what the numbers mean and proves the bound that they carry.
 struct FirstPass {
     uint8_t* codes;  // (panels, ceil(dim / 4), kPanelRows, 4)
     float* stats;    // (panels, kStats, kPanelRows)

@@ -23,7 +23,7 @@ _process = os.getpid()
 
 
 class FirstPass(NamedTuple):
-    """What the first pass reads: the rows centred, in 8 bits an element; see csrc/topk/first_pass.hpp.
+    """What the first pass reads: the rows centred, in 8 bits an element; see csrc/topk/cpu/first_pass.hpp.
 
     codes (panels, ceil(E / 4), 32, 4) uint8 · stats (panels, 4, 32) float32 · frame (2, E) float32, the centre and
     the axis · and where rows are equal, so that only the first of each group is packed: first_rows (packed rows,)

@@ -1,7 +1,7 @@
-"""Exact top-K inner product search on CUDA devices: csrc/topk/kernel.cuh, called on torch's current stream.
+"""Exact top-K inner product search on CUDA devices: csrc/topk/cuda/kernel.cuh, called on torch's current stream.
 
 Nothing waits for the device, and all memory comes from torch, so a search can be captured in a CUDA graph. The kernels
-also run without a GPU, as plain C++: tests/valm_kernels/topk_cuda/.
+also run without a GPU, as plain C++: tests/csrc/topk/cuda/.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Top-K search on a CUDA device: the reference's answer bit for bit. tests/valm_kernels/topk_cuda/ runs the same
+"""Top-K search on a CUDA device: the reference's answer bit for bit. tests/csrc/topk/cuda/ runs the same
 kernels without a device.
 """
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.valm_kernels.topk_cuda.problems import ADVERSARIAL, DTYPES, adversarial, normals
+from tests.csrc.topk.cuda.problems import ADVERSARIAL, DTYPES, adversarial, normals
 from valm_kernels import FlatIPIndex, TopK, ip_topk
 from valm_kernels.topk import cuda, reference, streaming
 from valm_kernels.topk.index import store
