@@ -14,7 +14,7 @@
 // A packed row carries four numbers: step s, along ~ u.d, length >= max(|d|, |s c|), error >= |e|. The kernel takes
 // g.c exactly, in 32-bit integers, and evaluates in float32, in units of t,
 //
-//   upper = (g.c) step + A along + L length + R error          (three fused multiply-adds)
+//   upper = (g.c) step + A along + L length + R error          (multiply-adds, fused or not)
 //
 // and keeps the row unless upper < theta. Why no row of the answer is lost: prepare_query puts into L, besides
 // |f| / t, what the float32 arithmetic may lose. With w = 2^-24 and |g.c| step <= |g| length, A along and the partial
@@ -44,7 +44,7 @@ namespace valm {
 // Rows with an element this far from the centre are not bounded.
 constexpr float kMaxReach = 1e24f;
 
-// A row's four numbers in FirstPass::stats.
+// A row's four numbers in PackedRows::stats.
 enum Stat { kStep, kAlong, kLength, kError };
 
 // Queries that one call of the kernel serves: the codes interleaved, and per query the coefficients of `upper`.
@@ -67,7 +67,6 @@ struct Kept {
 
 // What one instruction set provides. Queries come padded with zeros to a multiple of 32 elements.
 struct Kernels {
-    const char* name;
     bool byte_queries;  // g in 8 bits (levels 127), else in 16
     int tile_queries;   // at most kMaxTile
     // Fills `kept` for one panel of `steps` groups of four elements; returns a bit per query that keeps any row.
@@ -86,8 +85,8 @@ extern const Kernels kGeneric;
 extern const Kernels kAvx2, kAvx512, kAvx512Vnni;
 #endif
 
-// The kernels of that name; throws std::invalid_argument where this machine does not run them.
-const Kernels& kernels_for(const std::string& isa);
+// The kernels for one of cpu_isas(); throws std::invalid_argument for any other name.
+const Kernels& topk_kernels(const std::string& isa);
 
 int64_t element_bytes(Element element);
 bool row_is_finite(const Rows& rows, int64_t row);
@@ -97,13 +96,13 @@ void find_centre(const Rows& rows, float* centre, float* axis);
 
 // Centre and axis, filled up with zeros to whole vectors, as Kernels::pack_row wants them.
 struct PaddedCentre {
-    PaddedCentre(const FirstPass& first_pass, int64_t dim);
+    PaddedCentre(const PackedRows& packed, int64_t dim);
     std::vector<float> centre, axis;
 };
 
-// Packs the rows of panel `panel` into the place-th panel of first_pass. Returns the first of them that holds NaN
+// Packs the rows of panel `panel` into the place-th panel of packed. Returns the first of them that holds NaN
 // or infinity, or -1.
-int64_t pack_panel(const Kernels& kernels, const Rows& rows, const FirstPass& first_pass, const PaddedCentre& padded,
+int64_t pack_panel(const Kernels& kernels, const Rows& rows, const PackedRows& packed, const PaddedCentre& padded,
                    int64_t panel, int64_t place);
 
 }  // namespace valm

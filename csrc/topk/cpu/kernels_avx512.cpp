@@ -24,7 +24,7 @@ struct Codes {
 
 }  // namespace
 
-const Kernels kAvx512 = {"avx512", false, 8, pass<Vector, Codes, 8>, pack_row<Vector>, dot<Vector>, exact<Vector>};
+const Kernels kAvx512 = {false, 8, pass<Codes, 8>, pack_row, dot, exact};
 
 }  // namespace valm
 

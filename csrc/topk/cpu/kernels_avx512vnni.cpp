@@ -19,8 +19,7 @@ struct Codes {
 
 }  // namespace
 
-const Kernels kAvx512Vnni = {"avx512vnni",     true,        12,           pass<Vector, Codes, 12>,
-                             pack_row<Vector>, dot<Vector>, exact<Vector>};
+const Kernels kAvx512Vnni = {true, 12, pass<Codes, 12>, pack_row, dot, exact};
 
 }  // namespace valm
 

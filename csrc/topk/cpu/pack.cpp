@@ -7,7 +7,8 @@
 #include <stdexcept>
 
 #include "topk/cpu/call.hpp"
-#include "topk/cpu/kernels.hpp"
+#include "topk/cpu/first_pass.hpp"
+#include "topk/cpu/row.hpp"
 
 namespace valm {
 
@@ -127,15 +128,15 @@ int64_t find_duplicates(const Rows& rows, int threads, int32_t* row, int32_t* ne
     return different;
 }
 
-int64_t pack(const Rows& rows, const FirstPass& first_pass, const std::string& isa, int threads,
+int64_t pack(const Rows& rows, const PackedRows& packed, const std::string& isa, int threads,
              const std::function<bool()>& interrupted) {
     const PlainArithmetic plain;
     Interruption interruption(interrupted);
     std::atomic<bool> stopped{false};
-    const Kernels& kernels = kernels_for(isa);
-    find_centre(rows, first_pass.centre, first_pass.axis);
-    const PaddedCentre padded(first_pass, rows.dim);
-    const int64_t panels = (first_pass.count + kPanelRows - 1) / kPanelRows;
+    const Kernels& kernels = topk_kernels(isa);
+    find_centre(rows, packed.centre, packed.axis);
+    const PaddedCentre padded(packed, rows.dim);
+    const int64_t panels = (packed.count + kPanelRows - 1) / kPanelRows;
     std::atomic<int64_t> broken{rows.count};
 #pragma omp parallel num_threads(threads)
     {
@@ -143,7 +144,7 @@ int64_t pack(const Rows& rows, const FirstPass& first_pass, const std::string& i
 #pragma omp for schedule(dynamic, 8)
         for (int64_t panel = 0; panel < panels; ++panel) {
             if (stopped) continue;
-            const int64_t bad = pack_panel(kernels, rows, first_pass, padded, panel, panel);
+            const int64_t bad = pack_panel(kernels, rows, packed, padded, panel, panel);
             int64_t first = broken;
             while (bad >= 0 && bad < first && !broken.compare_exchange_weak(first, bad)) {
             }
@@ -153,26 +154,25 @@ int64_t pack(const Rows& rows, const FirstPass& first_pass, const std::string& i
     return broken < rows.count ? broken.load() : -1;
 }
 
-PaddedCentre::PaddedCentre(const FirstPass& first_pass, int64_t dim)
-    : centre((dim + 15) / 16 * 16), axis(centre.size()) {
-    std::copy_n(first_pass.centre, dim, centre.begin());
-    std::copy_n(first_pass.axis, dim, axis.begin());
+PaddedCentre::PaddedCentre(const PackedRows& packed, int64_t dim) : centre((dim + 15) / 16 * 16), axis(centre.size()) {
+    std::copy_n(packed.centre, dim, centre.begin());
+    std::copy_n(packed.axis, dim, axis.begin());
 }
 
-int64_t pack_panel(const Kernels& kernels, const Rows& rows, const FirstPass& first_pass, const PaddedCentre& padded,
+int64_t pack_panel(const Kernels& kernels, const Rows& rows, const PackedRows& packed, const PaddedCentre& padded,
                    int64_t panel, int64_t place) {
     const int64_t steps = (rows.dim + 3) / 4;
-    uint8_t* codes = first_pass.codes + place * steps * kPanelRows * 4;
-    float* stats = first_pass.stats + place * kStats * kPanelRows;
+    uint8_t* codes = packed.codes + place * steps * kPanelRows * 4;
+    float* stats = packed.stats + place * kStats * kPanelRows;
     const int64_t begin = panel * kPanelRows;
-    const int64_t count = std::min<int64_t>(kPanelRows, first_pass.count - begin);
+    const int64_t count = std::min<int64_t>(kPanelRows, packed.count - begin);
     if (count < kPanelRows) {  // what no row fills
         std::fill_n(codes, steps * kPanelRows * 4, uint8_t{128});
         std::fill_n(stats, kStats * kPanelRows, 0.0f);
     }
     int64_t bad = -1;
     for (int64_t i = 0; i < count; ++i) {
-        const int64_t row = first_pass.row == nullptr ? begin + i : first_pass.row[begin + i];
+        const int64_t row = packed.row == nullptr ? begin + i : packed.row[begin + i];
         const bool finite =
             kernels.pack_row(rows, row, padded.centre.data(), padded.axis.data(), codes, stats, static_cast<int>(i));
         if (!finite && bad < 0 && !row_is_finite(rows, row)) bad = row;

@@ -27,18 +27,18 @@ int query_levels(const Kernels& kernels, int64_t dim) {
     return static_cast<int>(std::min<int64_t>(32767, (int64_t{1} << 31) / (256 * padded) - 1));
 }
 
-Query prepare_query(const float* values, const FirstPass& first_pass, int64_t dim, int levels, int16_t* g) {
+Query prepare_query(const float* values, const PackedRows& packed, int64_t dim, int levels, int16_t* g) {
     Query query = {};
     query.values = values;
     query.norm = norm(values, dim);
     double base = 0, dot_axis = 0;
     for (int64_t e = 0; e < dim; ++e) {
-        base += static_cast<double>(values[e]) * first_pass.centre[e];
-        dot_axis += static_cast<double>(values[e]) * first_pass.axis[e];
+        base += static_cast<double>(values[e]) * packed.centre[e];
+        dot_axis += static_cast<double>(values[e]) * packed.axis[e];
     }
     const double a = static_cast<float>(dot_axis);  // any a is right, this one makes |p| least
 
-    const auto rest = [&](int64_t e) { return values[e] - a * first_pass.axis[e]; };  // p
+    const auto rest = [&](int64_t e) { return values[e] - a * packed.axis[e]; };  // p
     double largest = 0, rest_square = 0;
     for (int64_t e = 0; e < dim; ++e) {
         const double p = rest(e);
@@ -79,7 +79,7 @@ Query prepare_query(const float* values, const FirstPass& first_pass, int64_t di
         up * ((left + small) / query.unit + along * along_error + arithmetic * (std::sqrt(g_square) + along)));
     query.error = static_cast<float>(up * (std::sqrt(rest_square) * (1 + 0x1p-30) + small) / query.unit);
     query.base = base;
-    query.slack = small * norm(first_pass.centre, dim) + 1e-33 * (1 + query.norm);
+    query.slack = small * norm(packed.centre, dim) + 1e-33 * (1 + query.norm);
     return query;
 }
 

@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "topk/exact.hpp"
 #include "topk/cpu/first_pass.hpp"
+#include "topk/exact.hpp"
 
 namespace valm {
 
@@ -27,7 +27,7 @@ struct Query {
 int query_levels(const Kernels& kernels, int64_t dim);
 
 // Splits a query for a packed first pass and writes its integers g, (dim + 3) / 4 * 4 of them.
-Query prepare_query(const float* values, const FirstPass& first_pass, int64_t dim, int levels, int16_t* g);
+Query prepare_query(const float* values, const PackedRows& packed, int64_t dim, int levels, int16_t* g);
 
 // A query for the float32 pass over unpacked rows: base 0, unit 1.
 Query prepare_float_query(const float* values, int64_t dim);

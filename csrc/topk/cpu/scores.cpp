@@ -6,7 +6,7 @@ namespace valm {
 
 void ip_scores_cpu(const float* queries, const Rows& rows, int64_t n_pairs, const int64_t* query_ids,
                    const int64_t* row_ids, const std::string& isa, int threads, float* scores) {
-    const Kernels& kernels = kernels_for(isa);
+    const Kernels& kernels = topk_kernels(isa);
     const int64_t padded = padded_dim(rows.dim);
 #pragma omp parallel num_threads(threads)
     {

@@ -12,8 +12,8 @@
 #include <numeric>
 
 #include "topk/cpu/call.hpp"
-#include "topk/exact.hpp"
 #include "topk/cpu/query.hpp"
+#include "topk/exact.hpp"
 
 namespace valm {
 
@@ -68,7 +68,7 @@ struct Worker {
 
 class Search {
   public:
-    Search(const Rows& rows, const FirstPass* first_pass, int64_t k, const Kernels& kernels, int threads,
+    Search(const Rows& rows, const PackedRows* packed, int64_t k, const Kernels& kernels, int threads,
            const std::function<bool()>& interrupted)
         : rows_(rows),
           kernels_(kernels),
@@ -77,13 +77,13 @@ class Search {
           steps_((rows.dim + 3) / 4),
           interruption_(interrupted),
           workers_(threads) {
-        if (first_pass != nullptr) {
-            first_pass_ = *first_pass;
+        if (packed != nullptr) {
+            packed_rows_ = *packed;
         } else {
             centre_.resize(2 * rows.dim);
-            first_pass_ = {nullptr, nullptr, centre_.data(), centre_.data() + rows.dim, rows.count, nullptr, nullptr};
+            packed_rows_ = {nullptr, nullptr, centre_.data(), centre_.data() + rows.dim, rows.count, nullptr, nullptr};
         }
-        packed_ = first_pass != nullptr;
+        packed_ = packed != nullptr;
     }
 
     // Answers all queries, unless interrupted or stopped by a broken row.
@@ -114,10 +114,12 @@ class Search {
     }
     void refresh(Find& find, int64_t query, uint64_t kth, bool after);
     void finish_group(float* scores, int64_t* indices);
-    int64_t row_at(int64_t position) const { return first_pass_.row == nullptr ? position : first_pass_.row[position]; }
+    int64_t row_at(int64_t position) const {
+        return packed_rows_.row == nullptr ? position : packed_rows_.row[position];
+    }
 
     const Rows rows_;
-    FirstPass first_pass_;
+    PackedRows packed_rows_;
     const Kernels& kernels_;
     const int64_t k_;
     const int threads_;
@@ -144,13 +146,13 @@ void Search::run(const float* queries, int64_t n_queries, float* scores, int64_t
     const int64_t dim = rows_.dim;
     float_pass_ = !packed_ && n_queries <= kFloatQueries;
     if (!packed_ && !float_pass_) {
-        find_centre(rows_, first_pass_.centre, first_pass_.axis);
-        padded_centre_ = std::make_unique<PaddedCentre>(first_pass_, dim);
+        find_centre(rows_, packed_rows_.centre, packed_rows_.axis);
+        padded_centre_ = std::make_unique<PaddedCentre>(packed_rows_, dim);
     }
     const int64_t row_bytes = float_pass_ ? dim * element_bytes(rows_.element) : steps_ * 4;
     const int64_t block_bytes = float_pass_ ? kFloatBlockBytes : kBlockBytes;
     block_rows_ = std::max<int64_t>(1, block_bytes / (row_bytes * kPanelRows)) * kPanelRows;
-    n_blocks_ = (first_pass_.count + block_rows_ - 1) / block_rows_;
+    n_blocks_ = (packed_rows_.count + block_rows_ - 1) / block_rows_;
     const int64_t group = std::clamp<int64_t>(kGroupTimesThreads / threads_, kMaxTile, kGroup);
 
     std::vector<int64_t> members;
@@ -189,7 +191,7 @@ void Search::start_group(const std::vector<int64_t>& members, const float* queri
             int16_t* integers = integers_.data() + i * steps_ * 4;
             std::copy_n(queries + members[i] * dim, dim, values);
             group_[i] = float_pass_ ? prepare_float_query(values, dim)
-                                    : prepare_query(values, first_pass_, dim, levels, integers);
+                                    : prepare_query(values, packed_rows_, dim, levels, integers);
             group_[i].output = members[i];
             kth_[i] = 0;
         }
@@ -264,10 +266,10 @@ bool Search::search_group() {
 }
 
 void Search::search_block(Worker& worker, int64_t block, size_t first_tile, size_t last_tile) {
-    const int64_t begin = block * block_rows_, end = std::min(begin + block_rows_, first_pass_.count);
+    const int64_t begin = block * block_rows_, end = std::min(begin + block_rows_, packed_rows_.count);
     if (float_pass_) return float_block(worker, begin, end);
 
-    FirstPass here = first_pass_;
+    PackedRows here = packed_rows_;
     const int64_t panels = (end - begin + kPanelRows - 1) / kPanelRows;
     const int64_t first_panel = begin / kPanelRows;
     if (packed_) {
@@ -426,10 +428,10 @@ void Search::finish_group(float* scores, int64_t* indices) {
         }
         std::sort(keys.begin(), keys.end(), std::greater<>());
         if (static_cast<int64_t>(keys.size()) > k_) keys.resize(k_);
-        if (first_pass_.next_duplicate != nullptr) {
+        if (packed_rows_.next_duplicate != nullptr) {
             for (size_t i = 0, first_rows = keys.size(); i < first_rows; ++i) {
-                int32_t row = first_pass_.next_duplicate[key_row(keys[i])];
-                for (int64_t n = 1; n < k_ && row != 0; ++n, row = first_pass_.next_duplicate[row]) {
+                int32_t row = packed_rows_.next_duplicate[key_row(keys[i])];
+                for (int64_t n = 1; n < k_ && row != 0; ++n, row = packed_rows_.next_duplicate[row]) {
                     keys.push_back(candidate_key(key_score(keys[i]), static_cast<uint32_t>(row)));
                 }
             }
@@ -446,11 +448,11 @@ void Search::finish_group(float* scores, int64_t* indices) {
 
 }  // namespace
 
-int64_t ip_topk_cpu(const float* queries, int64_t n_queries, const Rows& rows, const FirstPass* first_pass, int64_t k,
+int64_t ip_topk_cpu(const float* queries, int64_t n_queries, const Rows& rows, const PackedRows* packed, int64_t k,
                     const std::string& isa, int threads, const std::function<bool()>& interrupted, float* scores,
                     int64_t* indices) {
     const PlainArithmetic plain;
-    Search search(rows, first_pass, k, kernels_for(isa), threads, interrupted);
+    Search search(rows, packed, k, topk_kernels(isa), threads, interrupted);
     search.run(queries, n_queries, scores, indices);
     return search.broken_row();
 }

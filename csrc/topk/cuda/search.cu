@@ -1,8 +1,8 @@
 // The CUDA part of the extension, as search.hpp describes it.
 #include <sstream>
 
-#include "topk/cuda/search.hpp"
 #include "topk/cuda/launch.cuh"
+#include "topk/cuda/search.hpp"
 
 namespace valm {
 

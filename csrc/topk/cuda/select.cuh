@@ -3,8 +3,8 @@
 #pragma once
 
 #include "topk/cuda/device.cuh"
-#include "topk/exact.hpp"
 #include "topk/cuda/plan.hpp"
+#include "topk/exact.hpp"
 
 namespace valm {
 

@@ -79,15 +79,15 @@ def test_compiles_and_passes_opcheck():
 
 def test_in_a_cuda_graph_and_on_another_stream():
     queries, database = normals(4, 64).cuda(), normals(20_000, 64, seed=1).half().cuda()
-    first_pass = cuda.pack(database, None)
+    norms = cuda.pack(database, None)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        assert_same(cuda.search(queries, database, None, first_pass, 8), ip_topk(queries, database, 8))
+        assert_same(cuda.search(queries, database, None, norms, 8), ip_topk(queries, database, 8))
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = cuda.search(queries, database, None, first_pass, 8)
+        captured = cuda.search(queries, database, None, norms, 8)
     for seed in range(3):
         queries.copy_(normals(4, 64, seed=seed))
         graph.replay()

@@ -200,10 +200,10 @@ def test_row_norms_are_upper_bounds(simulate, library, order):
 def test_norms_are_found_once(simulate, library, monkeypatch):
     simulator = simulate(library)
     queries, rows = normals(3, 24), normals(200, 24, seed=1)
-    first_pass = cuda.pack(rows, None)
+    row_norms = cuda.pack(rows, None)
     monkeypatch.setattr(simulator, "cuda_row_norms", None)
     expected = reference.ip_topk(queries, rows, None, 4)
-    assert torch.equal(cuda.search(queries, rows, None, first_pass, 4)[1], expected[1])
+    assert torch.equal(cuda.search(queries, rows, None, row_norms, 4)[1], expected[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -223,7 +223,7 @@ def test_an_index_fills_up_its_rows_once(simulate, library, monkeypatch, tmp_pat
 
     def normed_search(queries, rows, row_scale, norms, k):
         used.append(cuda.aligned(rows).data_ptr())
-        return cuda.search(queries, rows, row_scale, cuda.FirstPass(norms), k)
+        return cuda.search(queries, rows, row_scale, cuda.RowNorms(norms), k)
 
     with torch.library._scoped_library("valm_kernels", "IMPL") as implementations:
         implementations.impl("normed_ip_topk", normed_search, "CPU")
@@ -240,7 +240,7 @@ def test_an_index_fills_up_its_rows_once(simulate, library, monkeypatch, tmp_pat
 
 def test_dispatch_by_what_is_packed():
     queries, rows, norms = (torch.empty(*shape, device="meta") for shape in ((2, 3, 24), (200, 24), (200,)))
-    scores, indices = api.search(queries, rows, None, 4, cuda.FirstPass(norms))
+    scores, indices = api.search(queries, rows, None, 4, cuda.RowNorms(norms))
     assert scores.shape == indices.shape == (2, 3, 4)
     assert scores.dtype == torch.float32 and indices.dtype == torch.int64
 

@@ -1,7 +1,7 @@
-// csrc/topk/cuda/device.cuh in plain C++, for machines without a GPU. The threads of a block are fibers of one operating
-// system thread: one runs until it meets a barrier, a warp instruction or (in the random schedule) an atomic, then
-// another goes on. Blocks run one after the other. The schedule decides which thread, warp and block is next, so that
-// a missing barrier shows: in rising order one reads what a later one has yet to write, in falling order the other
+// csrc/topk/cuda/device.cuh in plain C++, for machines without a GPU. The threads of a block are fibers of one
+// operating system thread: one runs until it meets a barrier, a warp instruction or (in the random schedule) an atomic,
+// then another goes on. Blocks run one after the other. The schedule decides which thread, warp and block is next, so
+// that a missing barrier shows: in rising order one reads what a later one has yet to write, in falling order the other
 // way round.
 #pragma once
 

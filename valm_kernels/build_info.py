@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy
 import torch
 
-from valm_kernels.native import native
-from valm_kernels.topk.cpu import cpu_isa
+from valm_kernels.native import cpu_isa, native
 
 
 def show_config() -> str:
@@ -27,7 +26,7 @@ def show_config() -> str:
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
         ("numpy", numpy.__version__),
         ("native module", _native_module()),
-        ("instruction set of top-K", _topk_isa()),
+        ("instruction set", _instruction_set()),
         ("CUDA in the native module", _native_cuda()),
         ("CUDA in torch", _torch_cuda()),
         ("Triton", _triton()),
@@ -53,9 +52,10 @@ def _native_module() -> str:
         return f"not usable: {error}"
 
 
-def _topk_isa() -> str:
+def _instruction_set() -> str:
     try:
-        return f"{cpu_isa()} of {', '.join(native().cpu_isas())}"
+        isa, image_isa = cpu_isa(), native().image_attn_isa(cpu_isa())
+        return f"{isa} in top-K, {image_isa} in image attention, of {', '.join(native().cpu_isas())}"
     except ImportError:
         return "not usable: no native module"
     except ValueError as error:
