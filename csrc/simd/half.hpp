@@ -32,9 +32,18 @@ inline float bfloat_to_float(uint16_t bfloat) {
     return value;
 }
 
-inline FloatVector widen_bfloat16(HalfBitsVector x) {
-    return bit_cast<FloatVector>(__builtin_convertvector(x, BitsVector) << 16);
+// With intrinsics, as GCC 12 widens by the compiler's extension in halves.
+inline BitsVector widen_bits(HalfBitsVector x) {
+#if defined(__AVX512F__)
+    return bit_cast<BitsVector>(_mm512_cvtepu16_epi32(bit_cast<__m256i>(x)));
+#elif defined(__AVX2__)
+    return bit_cast<BitsVector>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(x)));
+#else
+    return __builtin_convertvector(x, BitsVector);
+#endif
 }
+
+inline FloatVector widen_bfloat16(HalfBitsVector x) { return bit_cast<FloatVector>(widen_bits(x) << 16); }
 
 // Round to nearest, ties to even; NaN stays NaN.
 inline HalfBitsVector narrow_bfloat16(FloatVector x) {
@@ -60,7 +69,7 @@ inline HalfBitsVector narrow_float16(FloatVector x) {
 }
 #else
 inline FloatVector widen_float16(HalfBitsVector half) {
-    const BitsVector x = __builtin_convertvector(half, BitsVector);
+    const BitsVector x = widen_bits(half);
     const BitsVector magnitude = x & 0x7fffu;
     // The exponent's bias goes from 15 to 127 by a product, which turns subnormals into normal numbers on the way.
     const FloatVector scaled = bit_cast<FloatVector>(magnitude << 13) * 0x1p112f;

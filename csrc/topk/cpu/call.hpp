@@ -1,12 +1,25 @@
-// What a call of the CPU search shares with its caller: signals, and the floating-point environment. For files that are
-// compiled for any processor.
+// What a call of the CPU search shares with its caller: threads, signals, and the floating-point environment. For files
+// that are compiled for any processor.
 #pragma once
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
 
 #include <cfenv>
 #include <chrono>
 #include <functional>
 
 namespace valm {
+
+// The number of the calling thread among those of its parallel region; 0 in a build without OpenMP.
+inline int thread_number() {
+#if defined(_OPENMP)
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
 
 // Floating-point arithmetic as IEEE 754 defines it, on one thread, as long as this lives. A caller may have switched
 // denormal numbers off on its own thread (torch.set_flush_denormal): then threads would disagree on a score.

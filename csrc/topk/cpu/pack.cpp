@@ -1,6 +1,4 @@
 // Making the first pass's copy of a database, and finding the rows of it that are equal.
-#include <omp.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -101,7 +99,7 @@ int64_t find_duplicates(const Rows& rows, int threads, int32_t* row, int32_t* ne
     for (int64_t i = 0; i < rows.count; ++i) {
         if (stopped) continue;
         hashes[i] = mix(hash_row(data + i * bytes, bytes), scale_bits(i));
-        if (i % kRowsBetweenQuestions == 0 && omp_get_thread_num() == 0 && interruption.now()) stopped = true;
+        if (i % kRowsBetweenQuestions == 0 && thread_number() == 0 && interruption.now()) stopped = true;
     }
     const auto equal = [&](int64_t a, int64_t b) {
         return hashes[a] == hashes[b] && scale_bits(a) == scale_bits(b) &&
@@ -148,7 +146,7 @@ int64_t pack(const Rows& rows, const PackedRows& packed, const std::string& isa,
             int64_t first = broken;
             while (bad >= 0 && bad < first && !broken.compare_exchange_weak(first, bad)) {
             }
-            if (omp_get_thread_num() == 0 && interruption.now()) stopped = true;
+            if (thread_number() == 0 && interruption.now()) stopped = true;
         }
     }
     return broken < rows.count ? broken.load() : -1;

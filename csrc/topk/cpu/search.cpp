@@ -2,8 +2,6 @@
 // group against its block (the first pass), collects the rows that may belong to the answer, and scores them
 // exactly, best bound first, until the bounds fall below what it has. A query's kth best score so far is shared, so
 // that each thread profits from the others' finds.
-#include <omp.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -252,11 +250,11 @@ bool Search::search_group() {
 #pragma omp parallel num_threads(threads_)
     {
         const PlainArithmetic plain;
-        Worker& worker = workers_[omp_get_thread_num()];
+        Worker& worker = workers_[thread_number()];
         for (int64_t task = next++; task < n_blocks_ * slices && !stopped; task = next++) {
             const int64_t block = task / slices * stride % n_blocks_, slice = task % slices;
             search_block(worker, block, slice * n_tiles / slices, (slice + 1) * n_tiles / slices);
-            if (omp_get_thread_num() == 0 && interruption_.now()) stopped = true;
+            if (thread_number() == 0 && interruption_.now()) stopped = true;
         }
         for (int64_t query = 0; query < static_cast<int64_t>(group_.size()) && !stopped; ++query) {
             settle(worker, query);

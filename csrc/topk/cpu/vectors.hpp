@@ -28,7 +28,16 @@ inline void store_vector(float* p, FloatVector x) { std::memcpy(p, &x, sizeof(x)
 
 inline FloatVector splat(float x) { return x - FloatVector{}; }  // x - 0 is x, of -0 too
 inline FloatVector to_float(IntVector x) { return __builtin_convertvector(x, FloatVector); }
-inline FloatVector to_float(ByteVector x) { return to_float(__builtin_convertvector(x, IntVector)); }
+// With intrinsics, and so below: GCC 12 widens by the compiler's extension lane by lane, or through memory.
+inline FloatVector to_float(ByteVector x) {
+#if defined(__AVX512F__)
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bit_cast<__m128i>(x)));
+#elif defined(__AVX2__)
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(bit_cast<int64_t>(x))));
+#else
+    return to_float(__builtin_convertvector(x, IntVector));
+#endif
+}
 
 inline FloatVector abs_of(FloatVector x) { return bit_cast<FloatVector>(bit_cast<BitsVector>(x) & 0x7fffffffu); }
 inline FloatVector larger_of(FloatVector a, FloatVector b) { return a > b ? a : b; }
@@ -71,15 +80,30 @@ inline FloatVector round_to_bytes(FloatVector x, uint8_t* bytes) {
 #endif
 }
 
+// The lower and the upper half of the floats, in float64.
+inline DoubleVector lower_doubles(FloatVector x) {
+#if defined(__AVX512F__)
+    return _mm512_cvtps_pd(_mm512_castps512_ps256(x));
+#elif defined(__AVX2__)
+    return _mm256_cvtps_pd(_mm256_castps256_ps128(x));
+#else
+    return __builtin_convertvector(__builtin_shufflevector(x, x, 0, 1), DoubleVector);
+#endif
+}
+inline DoubleVector upper_doubles(FloatVector x) {
+#if defined(__AVX512F__)
+    return _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
+#elif defined(__AVX2__)
+    return _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1));
+#else
+    return __builtin_convertvector(__builtin_shufflevector(x, x, 2, 3), DoubleVector);
+#endif
+}
+
 // Adds the products of a and b, exact in float64, to the two vectors of sums.
 inline void add_products(FloatVector a, FloatVector b, DoubleVector* sums) {
-    typedef float HalfOfFloats __attribute__((vector_size(kVectorBytes / 2)));
-    const auto half = [](FloatVector x, int which) {
-        HalfOfFloats halves[2];
-        std::memcpy(halves, &x, sizeof(halves));
-        return __builtin_convertvector(halves[which], DoubleVector);
-    };
-    for (int i = 0; i < 2; ++i) sums[i] += half(a, i) * half(b, i);
+    sums[0] += lower_doubles(a) * lower_doubles(b);
+    sums[1] += upper_doubles(a) * upper_doubles(b);
 }
 
 }  // namespace
