@@ -15,14 +15,18 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[4]
 TABLE = ROOT / "benchmarks" / "records" / "ptxas.csv"
-ARCHITECTURES = ("sm_80", "sm_90")
+ARCHITECTURES = ("80", "90")
 
 
 class Figures(NamedTuple):
+    """A row of the record; benchmarks/records/ has the same first columns for every compiler."""
+
     kernel: str
-    architecture: str
+    variant: str  # what the template is instantiated with
+    arch: str
     registers: int
     spill_bytes: int  # stored and loaded
+    shared_bytes: int  # of fixed size; a launch asks for more
     stack_bytes: int
 
 
@@ -44,36 +48,45 @@ def source_hash() -> str:
 def measure(architecture: str) -> list[Figures]:
     """Compiles csrc/topk/cuda/search.cu and reads the figures of each kernel, in order of their names."""
     with tempfile.TemporaryDirectory() as folder:
-        command = ["nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", f"-arch={architecture}", f"-I{ROOT / 'csrc'}"]
+        command = ["nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", f"-arch=sm_{architecture}", f"-I{ROOT / 'csrc'}"]
         command += ["-cubin", str(ROOT / "csrc/topk/cuda/search.cu"), "-o", f"{folder}/cuda.cubin"]
         done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     log = subprocess.run(["c++filt"], input=done.stderr, capture_output=True, text=True, check=True).stdout
     kernels = re.findall(
         r"Compiling entry function '(?P<name>[^']+)'.*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill "
-        r"stores, (?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
+        r"stores, (?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers"
+        r"(?:[^\n]*, (?P<shared>\d+) bytes smem)?",
         log,
         re.DOTALL,
     )
     return sorted(
-        Figures(_short(name), architecture, int(registers), int(stores) + int(loads), int(stack))
-        for name, stack, stores, loads, registers in kernels
+        Figures(
+            *_kernel_and_variant(name),
+            architecture,
+            int(registers),
+            int(stores) + int(loads),
+            int(shared or 0),
+            int(stack),
+        )
+        for name, stack, stores, loads, registers, shared in kernels
     )
 
 
-def _short(signature: str) -> str:
-    """first_pass_kernel<Float16Rows, 4> of void valm::first_pass_kernel<valm::Float16Rows, 4>(valm::Search)."""
-    return re.sub(r"^void |\(.*\)$|valm::", "", signature)
+def _kernel_and_variant(signature: str) -> tuple[str, str]:
+    """first_pass_kernel and "Float16Rows 4" of void valm::first_pass_kernel<valm::Float16Rows, 4>(valm::Search)."""
+    name, _, variant = re.sub(r"^void |>?\(.*\)$|valm::", "", signature).partition("<")
+    return name, variant.replace(",", "")
 
 
-def read_table() -> tuple[str, str, dict[tuple[str, str], Figures]]:
-    """The nvcc version and the hash of the sources that the table was written with, and its figures by kernel and
-    architecture.
+def read_table() -> tuple[str, str, dict[tuple[str, str, str], Figures]]:
+    """The nvcc version and the hash of the sources that the table was written with, and its figures by kernel,
+    variant and architecture.
     """
     with TABLE.open(newline="") as file:
         version, sources = re.fullmatch(r"# nvcc (\S+), sources (\S+)", file.readline().strip()).groups()
-        rows = [Figures(row[0], row[1], *map(int, row[2:])) for row in list(csv.reader(file))[1:]]
-    return version, sources, {(row.kernel, row.architecture): row for row in rows}
+        rows = [Figures(*row[:3], *map(int, row[3:])) for row in list(csv.reader(file))[1:]]
+    return version, sources, {row[:3]: row for row in rows}
 
 
 def write_table() -> None:
