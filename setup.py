@@ -7,11 +7,15 @@ when nvcc is found, "on" without nvcc is an error. The GPU itself is never looke
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -19,7 +23,9 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 
-HOST_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wextra"]
+HOST_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+# A Python module leaves Python's own functions open; only macOS wants that said.
+LINK_FLAGS = ["-shared", *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else [])]
 # One binary for every x86-64: a file whose stem ends in one of these is compiled for that instruction set
 # and called only after a run-time check. Never -march=native.
 ISA_FLAGS = {
@@ -51,6 +57,22 @@ def find_nvcc() -> str | None:
     return nvcc
 
 
+def cxx() -> str:
+    return os.environ.get("CXX", "c++")
+
+
+def openmp_flags() -> list[str]:
+    """The flags for OpenMP; none where the C++ compiler lacks it (Apple's clang), for a build on one thread."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "openmp.cpp"
+        source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
+        command = [*shlex.split(cxx()), "-fopenmp", str(source), "-o", str(source.with_suffix(""))]
+        if subprocess.run(command, capture_output=True).returncode == 0:
+            return ["-fopenmp"]
+    print(f"valm_kernels: {cxx()} has no OpenMP (-fopenmp), so the CPU code runs on one thread")
+    return ["-Wno-unknown-pragmas"]
+
+
 def host_flags(source: Path) -> list[str]:
     if platform.machine() in ("x86_64", "AMD64"):
         for suffix, flags in ISA_FLAGS.items():
@@ -74,16 +96,17 @@ class NinjaBuild(build_ext):
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
         includes = [ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
-        (build_dir / "build.ninja").write_text(self.ninja_file(nvcc, includes, output))
-        subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build_dir)], check=True)
+        (build_dir / "build.ninja").write_text(self.ninja_file(nvcc, openmp_flags(), includes, output))
+        command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build_dir)]
+        write_compile_commands(command)
+        subprocess.run(command, check=True)
 
-    def ninja_file(self, nvcc: str | None, includes: list, output: Path) -> str:
-        cxx = os.environ.get("CXX", "c++")
+    def ninja_file(self, nvcc: str | None, openmp: list[str], includes: list, output: Path) -> str:
         include_flags = " ".join(f'-I"{path}"' for path in includes)
         defines = "-DVALM_KERNELS_CUDA" if nvcc else ""
         lines = [
             "ninja_required_version = 1.5",
-            f"rule host\n  command = {cxx} -MMD -MF $out.d $flags {defines} {include_flags} -c $in -o $out",
+            f"rule host\n  command = {cxx()} -MMD -MF $out.d $flags {defines} {include_flags} -c $in -o $out",
             "  depfile = $out.d\n  deps = gcc",
         ]
         if nvcc:
@@ -92,10 +115,10 @@ class NinjaBuild(build_ext):
                 f"rule cuda\n  command = {nvcc} -MD -MF $out.d {' '.join(NVCC_FLAGS)} {gencode} {defines} "
                 f"{include_flags} -c $in -o $out",
                 "  depfile = $out.d\n  deps = gcc",
-                f"rule link\n  command = {nvcc} -shared -cudart static -Xcompiler -fopenmp $in -o $out",
+                f"rule link\n  command = {nvcc} -shared -cudart static -Xcompiler {','.join(openmp)} $in -o $out",
             ]
         else:
-            lines += [f"rule link\n  command = {cxx} -shared -fopenmp $in -o $out"]
+            lines += [f"rule link\n  command = {cxx()} {' '.join(LINK_FLAGS + openmp)} $in -o $out"]
 
         objects = []
         for source in sorted((ROOT / "csrc").rglob("*.c*")):
@@ -106,10 +129,18 @@ class NinjaBuild(build_ext):
             rule = "cuda" if source.suffix == ".cu" else "host"
             lines.append(f"build {objects[-1]}: {rule} {ninja_path(source)}")
             if rule == "host":
-                lines.append(f"  flags = {' '.join(host_flags(source))}")
+                lines.append(f"  flags = {' '.join(host_flags(source) + openmp)}")
         lines.append(f"build {ninja_path(output)}: link {' '.join(objects)}")
         lines.append(f"default {ninja_path(output)}")
         return "\n".join(lines) + "\n"
+
+
+def write_compile_commands(ninja: list[str]) -> None:
+    """compile_commands.json in the root of the sources, for editors and clang-tidy."""
+    listed = subprocess.run([*ninja, "-t", "compdb", "host", "cuda"], check=True, capture_output=True, text=True)
+    # every path but that of the output is absolute, and pip removes the build's own folder
+    commands = [{**entry, "directory": str(ROOT)} for entry in json.loads(listed.stdout)]
+    (ROOT / "compile_commands.json").write_text(json.dumps(commands, indent=2) + "\n")
 
 
 def ninja_path(path: Path) -> str:

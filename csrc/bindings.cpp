@@ -4,7 +4,8 @@
 #include <pybind11/stl.h>
 
 #include "image_attn/image_attn.hpp"
-#include "topk/cuda.hpp"
+#include "simd/isa.hpp"
+#include "topk/cuda/search.hpp"
 #include "topk/topk.hpp"
 
 namespace py = pybind11;
@@ -36,10 +37,10 @@ PYBIND11_MODULE(_native, m) {
         py::init([](uintptr_t data, uintptr_t scale, const std::string& dtype, int64_t count, int64_t dim) {
             return valm::Rows{at<void>(data), at<float>(scale), valm::element_of(dtype), count, dim};
         }));
-    py::class_<valm::FirstPass>(m, "FirstPass")
+    py::class_<valm::PackedRows>(m, "PackedRows")
         .def(py::init([](uintptr_t codes, uintptr_t stats, uintptr_t centre, uintptr_t axis, int64_t count,
                          uintptr_t row, uintptr_t next_duplicate) {
-            return valm::FirstPass{
+            return valm::PackedRows{
                 at<uint8_t>(codes), at<float>(stats),           at<float>(centre), at<float>(axis), count,
                 at<int32_t>(row),   at<int32_t>(next_duplicate)};
         }));
@@ -49,16 +50,16 @@ PYBIND11_MODULE(_native, m) {
             return valm::find_duplicates(rows, threads, at<int32_t>(row), at<int32_t>(next_duplicate), interrupted);
         });
     });
-    m.def("pack", [](const valm::Rows& rows, const valm::FirstPass& first_pass, const std::string& isa, int threads) {
+    m.def("pack", [](const valm::Rows& rows, const valm::PackedRows& packed, const std::string& isa, int threads) {
         return interruptible(
-            [&](const auto& interrupted) { return valm::pack(rows, first_pass, isa, threads, interrupted); });
+            [&](const auto& interrupted) { return valm::pack(rows, packed, isa, threads, interrupted); });
     });
     m.def("ip_topk_cpu",
-          [](uintptr_t queries, int64_t n_queries, const valm::Rows& rows, const valm::FirstPass* first_pass, int64_t k,
+          [](uintptr_t queries, int64_t n_queries, const valm::Rows& rows, const valm::PackedRows* packed, int64_t k,
              const std::string& isa, int threads, uintptr_t scores, uintptr_t indices) {
               return interruptible([&](const auto& interrupted) {
-                  return valm::ip_topk_cpu(at<float>(queries), n_queries, rows, first_pass, k, isa, threads,
-                                           interrupted, at<float>(scores), at<int64_t>(indices));
+                  return valm::ip_topk_cpu(at<float>(queries), n_queries, rows, packed, k, isa, threads, interrupted,
+                                           at<float>(scores), at<int64_t>(indices));
               });
           });
     m.def("ip_scores_cpu", [](uintptr_t queries, const valm::Rows& rows, int64_t n_pairs, uintptr_t query_ids,
@@ -70,7 +71,7 @@ PYBIND11_MODULE(_native, m) {
 
     m.def("image_attn_forward", &valm::image_attn_forward, py::call_guard<py::gil_scoped_release>());
     m.def("image_attn_backward", &valm::image_attn_backward, py::call_guard<py::gil_scoped_release>());
-    m.def("image_attn_isas", &valm::image_attn_isas);
+    m.def("image_attn_isa", &valm::image_attn_isa);
 
 #ifdef VALM_KERNELS_CUDA
     m.attr("built_with_cuda") = true;

@@ -1,6 +1,9 @@
-"""setup.py builds with and without nvcc, and says so."""
+"""setup.py builds with and without nvcc or OpenMP, and says so."""
 
+import json
 import os
+import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,18 +24,46 @@ def build(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_cpu_only_build_has_no_cuda_code(tmp_path):
-    done = build(tmp_path, VALM_KERNELS_CUDA="off")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "building CPU code only" in done.stdout
+def in_module(tmp_path: Path, expression: str) -> str:
+    """What `expression` of the module m built into tmp_path prints, in a process of its own."""
     (module,) = (tmp_path / "lib" / "valm_kernels").glob("_native*.so")
     script = (
         "import importlib.util as u, torch; "
         f"s = u.spec_from_file_location('valm_kernels._native', {str(module)!r}); "
-        "m = u.module_from_spec(s); s.loader.exec_module(m); print(m.built_with_cuda)"
+        f"m = u.module_from_spec(s); s.loader.exec_module(m); print({expression})"
     )
-    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert loaded.stdout.strip() == "False", loaded.stderr
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_cpu_only_build_has_no_cuda_code(tmp_path):
+    done = build(tmp_path, VALM_KERNELS_CUDA="off")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "building CPU code only" in done.stdout
+    assert in_module(tmp_path, "m.built_with_cuda") == "False"
+
+    commands = json.loads((ROOT / "compile_commands.json").read_text())
+    files = {Path(entry["file"]) for entry in commands}
+    assert files == set((ROOT / "csrc").rglob("*.cpp"))
+    (avx2,) = [entry["command"] for entry in commands if entry["file"].endswith("topk/cpu/kernels_avx2.cpp")]
+    assert ("-mavx2" in avx2) == (platform.machine() == "x86_64")
+
+
+@pytest.mark.slow
+def test_a_compiler_without_openmp_builds_for_one_thread(tmp_path):
+    compiler = tmp_path / "plain-c++"
+    compiler.write_text(
+        f"""#!/bin/sh
+for argument; do
+    if [ "$argument" = -fopenmp ]; then echo "unsupported option '-fopenmp'" >&2; exit 1; fi
+done
+exec {shutil.which("c++")} "$@"
+"""
+    )
+    compiler.chmod(0o755)
+    done = build(tmp_path, VALM_KERNELS_CUDA="off", CXX=str(compiler))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{compiler} has no OpenMP (-fopenmp), so the CPU code runs on one thread" in done.stdout
+    assert in_module(tmp_path, "m.cpu_isas()[-1]") == "generic"
 
 
 def test_cuda_on_without_nvcc_is_an_error(tmp_path):

@@ -1,8 +1,18 @@
-"""The compiled part of valm_kernels, imported when it is first needed."""
+"""The compiled part of valm_kernels, imported when it is first needed: its instruction set and its threads."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from functools import cache, wraps
 from types import ModuleType
+from typing import ParamSpec, TypeVar
+
+import torch  # before the module, so that both share one OpenMP runtime and thread pool
+
+P = ParamSpec("P")
+R = TypeVar("R")
+_process = os.getpid()
 
 
 def native() -> ModuleType:
@@ -11,9 +21,6 @@ def native() -> ModuleType:
     Raises:
         ImportError: it is not built, or cannot be loaded here; the message says how to build it.
     """
-    # torch first, so that both share its OpenMP runtime and thread pool
-    import torch  # noqa: F401
-
     try:
         from valm_kernels import _native
     except ImportError as error:
@@ -22,3 +29,42 @@ def native() -> ModuleType:
             "`python setup.py build_ext --inplace`), or choose impl='reference'."
         ) from error
     return _native
+
+
+def cpu_isa() -> str:
+    """The instruction set of all native CPU code: the best of this machine, or what VALM_KERNELS_ISA asks for.
+
+    Raises:
+        ValueError: VALM_KERNELS_ISA is unknown, or this machine does not run it; the message names what is allowed.
+    """
+    return _usable_isa(os.environ.get("VALM_KERNELS_ISA"))
+
+
+@cache
+def _usable_isa(asked: str | None) -> str:
+    usable = native().cpu_isas()
+    if asked is None:
+        return usable[0]
+    if asked not in usable:
+        raise ValueError(f"VALM_KERNELS_ISA is {asked!r}, this machine runs {', '.join(usable)}")
+    return asked
+
+
+def survives_fork(function: Callable[P, R]) -> Callable[P, R]:
+    """Runs `function` on one thread in a forked child, native code and PyTorch's own operations alike.
+
+    OpenMP's threads do not survive a fork, and a child that waits for them waits forever.
+    """
+
+    @wraps(function)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        threads = torch.get_num_threads()
+        if os.getpid() == _process or threads == 1:
+            return function(*args, **kwargs)
+        torch.set_num_threads(1)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch.set_num_threads(threads)
+
+    return guarded

@@ -1,4 +1,4 @@
-// Typed views of what Python hands over, and the choice of the instruction set.
+// Typed views of what Python hands over, and the choice among the kernels of the instruction sets.
 #include "image_attn/image_attn.hpp"
 
 #if defined(__linux__)
@@ -8,6 +8,7 @@
 #include <stdexcept>
 
 #include "image_attn/problem.hpp"
+#include "simd/isa.hpp"
 
 namespace valm {
 
@@ -76,27 +77,17 @@ void backward(void (*kernel)(const Problem<T, Wide>&), const Problem<T, Wide>& p
 }
 
 const ImageAttnKernels& kernels(const std::string& isa) {
+    return kernels_for<ImageAttnKernels>(isa, {
 #if defined(__x86_64__)
-    if (isa == "avx512") return image_attn_avx512;
-    if (isa == "avx2") return image_attn_avx2;
+                                                  {Isa::kAvx512, &image_attn_avx512},
+                                                  {Isa::kAvx2, &image_attn_avx2},
 #endif
-    return image_attn_generic;
+                                                  {Isa::kGeneric, &image_attn_generic}});
 }
 
 }  // namespace
 
-std::vector<std::string> image_attn_isas() {
-    std::vector<std::string> isas;
-#if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
-        isas.push_back("avx512");
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-        isas.push_back("avx2");
-#endif
-    isas.push_back("generic");
-    return isas;
-}
+std::string image_attn_isa(const std::string& isa) { return kernels(isa).isa; }
 
 void image_attn_forward(const std::string& isa, const std::string& dtype, const std::vector<int64_t>& sizes,
                         double scale, int threads, const TensorMap& tensors) {

@@ -19,9 +19,9 @@ struct ImageAttnSizes {
     int64_t pool_rows;  // the pooled layout; -1 in the dense one
 };
 
-// isa is one of image_attn_isas(); dtype is that of q, k, v, the images and their gradients: "float32", "float16",
-// "bfloat16" or "float64". All others ("wide") are float64 beside float64 and float32 otherwise, but image_index
-// (int32) and image_mask (bool).
+// isa is one of cpu_isas() of simd/isa.hpp; dtype is that of q, k, v, the images and their gradients: "float32",
+// "float16", "bfloat16" or "float64". All others ("wide") are float64 beside float64 and float32 otherwise, but
+// image_index (int32) and image_mask (bool).
 //
 // in:      q (B, Hq, T, D); image_k, image_v (B, Hkv, T, K, D) or (Hkv, U, D); image_index or image_mask (B, T, K);
 //          wide image_k_bias, image_v_bias (Hkv, D), image_logit_bias (Hq)
@@ -35,7 +35,7 @@ void image_attn_forward(const std::string& isa, const std::string& dtype, const 
 void image_attn_backward(const std::string& isa, const std::string& dtype, const std::vector<int64_t>& sizes,
                          double scale, int threads, const TensorMap& tensors);
 
-// The instruction sets that this machine can run, the fastest first: "avx512", "avx2", "generic".
-std::vector<std::string> image_attn_isas();
+// The instruction set whose kernels run for `isa`: there are none with VNNI, those for "avx512" serve.
+std::string image_attn_isa(const std::string& isa);
 
 }  // namespace valm

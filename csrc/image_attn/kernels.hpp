@@ -406,11 +406,19 @@ void any_backward(const Problem<T, Wide>& p) {
     p.sizes.head_dim == 64 ? backward<64>(p) : backward<0>(p);
 }
 
-constexpr ImageAttnKernels kKernels = {
-    any_forward<float, float>,    any_forward<BFloat16, float>, any_forward<Float16, float>,
-    any_forward<double, double>,  any_backward<float, float>,   any_backward<BFloat16, float>,
-    any_backward<Float16, float>, any_backward<double, double>,
-};
+constexpr ImageAttnKernels kernels_named(const char* isa) {
+    return {
+        isa,
+        any_forward<float, float>,
+        any_forward<BFloat16, float>,
+        any_forward<Float16, float>,
+        any_forward<double, double>,
+        any_backward<float, float>,
+        any_backward<BFloat16, float>,
+        any_backward<Float16, float>,
+        any_backward<double, double>,
+    };
+}
 
 }  // namespace
 }  // namespace valm

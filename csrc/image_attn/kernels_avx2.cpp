@@ -3,7 +3,7 @@
 
 namespace valm {
 
-extern const ImageAttnKernels image_attn_avx2 = kKernels;
+extern const ImageAttnKernels image_attn_avx2 = kernels_named("avx2");
 
 }  // namespace valm
 #endif

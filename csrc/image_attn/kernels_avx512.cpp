@@ -3,7 +3,7 @@
 
 namespace valm {
 
-extern const ImageAttnKernels image_attn_avx512 = kKernels;
+extern const ImageAttnKernels image_attn_avx512 = kernels_named("avx512");
 
 }  // namespace valm
 #endif

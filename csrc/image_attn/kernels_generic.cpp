@@ -2,6 +2,6 @@
 
 namespace valm {
 
-extern const ImageAttnKernels image_attn_generic = kKernels;
+extern const ImageAttnKernels image_attn_generic = kernels_named("generic");
 
 }  // namespace valm

@@ -1,6 +1,5 @@
-// Vectors of the widest registers that the including file is compiled for, by the compiler's vector extension, and
-// the rows of 16-bit numbers read into them. Everything is local to the including file: each instruction set has its
-// own copy.
+// What the image kernels do with vectors: reading and writing rows of any dtype, and exp. Local to the including file,
+// as simd/vector.hpp.
 #pragma once
 
 #include <cmath>
@@ -12,94 +11,11 @@
 #endif
 
 #include "image_attn/problem.hpp"
+#include "simd/half.hpp"
+#include "simd/vector.hpp"
 
 namespace valm {
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-#elif defined(__AVX2__)
-constexpr int kVectorBytes = 32;
-#else
-constexpr int kVectorBytes = 16;
-#endif
-
-typedef float FloatVector __attribute__((vector_size(kVectorBytes)));
-typedef double DoubleVector __attribute__((vector_size(kVectorBytes)));
-typedef uint32_t BitsVector __attribute__((vector_size(kVectorBytes)));
-typedef uint16_t HalfBitsVector __attribute__((vector_size(kVectorBytes / 2)));
-
-template <typename Wide>
-struct Lanes;
-template <>
-struct Lanes<float> {
-    using Vector = FloatVector;
-    static constexpr int count = kVectorBytes / 4;
-};
-template <>
-struct Lanes<double> {
-    using Vector = DoubleVector;
-    static constexpr int count = kVectorBytes / 8;
-};
-
-template <typename To, typename From>
-To bit_cast(const From& from) {
-    static_assert(sizeof(To) == sizeof(From));
-    To to;
-    std::memcpy(&to, &from, sizeof(to));
-    return to;
-}
-
-inline FloatVector widen_bfloat16(HalfBitsVector x) {
-    return bit_cast<FloatVector>(__builtin_convertvector(x, BitsVector) << 16);
-}
-
-// Round to nearest, ties to even; NaN stays NaN.
-inline HalfBitsVector narrow_bfloat16(FloatVector x) {
-    const BitsVector bits = bit_cast<BitsVector>(x);
-    const BitsVector rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const BitsVector nan = bit_cast<BitsVector>(x != x);
-    return __builtin_convertvector((rounded & ~nan) | (0x7fc0u & nan), HalfBitsVector);
-}
-
-#if defined(__AVX512F__)
-inline FloatVector widen_float16(HalfBitsVector x) {
-    return bit_cast<FloatVector>(_mm512_cvtph_ps(bit_cast<__m256i>(x)));
-}
-inline HalfBitsVector narrow_float16(FloatVector x) {
-    return bit_cast<HalfBitsVector>(_mm512_cvtps_ph(bit_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT));
-}
-#elif defined(__F16C__)
-inline FloatVector widen_float16(HalfBitsVector x) {
-    return bit_cast<FloatVector>(_mm256_cvtph_ps(bit_cast<__m128i>(x)));
-}
-inline HalfBitsVector narrow_float16(FloatVector x) {
-    return bit_cast<HalfBitsVector>(_mm256_cvtps_ph(bit_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT));
-}
-#else
-inline FloatVector widen_float16(HalfBitsVector half) {
-    const BitsVector x = __builtin_convertvector(half, BitsVector);
-    const BitsVector magnitude = x & 0x7fffu;
-    // The exponent's bias goes from 15 to 127 by a product, which turns subnormals into normal numbers on the way.
-    const FloatVector scaled = bit_cast<FloatVector>(magnitude << 13) * 0x1p112f;
-    const BitsVector infinite = bit_cast<BitsVector>(magnitude >= 0x7c00u) & 0x7f800000u;
-    return bit_cast<FloatVector>(bit_cast<BitsVector>(scaled) | infinite | ((x & 0x8000u) << 16));
-}
-inline HalfBitsVector narrow_float16(FloatVector value) {
-    const BitsVector x = bit_cast<BitsVector>(value);
-    const BitsVector magnitude = x & 0x7fffffffu;
-    // Normal results: drop 13 bits, ties to even. Subnormal ones: adding 0.5 leaves the rounded bits at the end.
-    const BitsVector normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-    const BitsVector subnormal = bit_cast<BitsVector>(bit_cast<FloatVector>(magnitude) + 0.5f) - 0x3f000000u;
-    const BitsVector small = bit_cast<BitsVector>(magnitude < (113u << 23));
-    const BitsVector large = bit_cast<BitsVector>(magnitude >= 0x477ff000u);  // rounds to 65536 or more
-    const BitsVector nan = bit_cast<BitsVector>(value != value);
-    BitsVector half = (subnormal & small) | (normal & ~small);
-    half = (0x7c00u & large) | (half & ~large);
-    half = (0x7e00u & nan) | (half & ~nan);
-    return __builtin_convertvector(half | ((x >> 16) & 0x8000u), HalfBitsVector);
-}
-#endif
 
 // An array of n zeros. (std::vector would bring functions that all instruction sets share under one name, and the
 // linker might keep the copy that was compiled for another machine.)
@@ -206,30 +122,6 @@ inline FloatVector exp_of(FloatVector x) {
 inline DoubleVector exp_of(DoubleVector x) {
     for (int i = 0; i < Lanes<double>::count; ++i) x[i] = std::exp(x[i]);
     return x;
-}
-
-// The sum of all lanes, by halves.
-inline float sum_of(FloatVector x) {
-#if defined(__AVX512F__)
-    const auto eight = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
-                       __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
-#else
-    const auto eight = x;
-#endif
-#if defined(__AVX2__)
-    const auto four =
-        __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
-#else
-    const auto four = eight;
-#endif
-    const auto two = four + __builtin_shufflevector(four, four, 2, 3, 2, 3);
-    return two[0] + two[1];
-}
-
-inline double sum_of(DoubleVector x) {
-    double total = x[0];
-    for (int i = 1; i < Lanes<double>::count; ++i) total += x[i];
-    return total;
 }
 
 }  // namespace

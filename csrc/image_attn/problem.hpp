@@ -70,6 +70,7 @@ struct Problem {
 
 // One set of kernels per instruction set.
 struct ImageAttnKernels {
+    const char* isa;
     void (*forward_float)(const Problem<float, float>&);
     void (*forward_bfloat16)(const Problem<BFloat16, float>&);
     void (*forward_float16)(const Problem<Float16, float>&);

@@ -4,7 +4,6 @@
 #include <cstdint>
 #include <functional>
 #include <string>
-#include <vector>
 
 namespace valm {
 
@@ -22,8 +21,8 @@ struct Rows {
 };
 
 // The copy of the rows that the first pass reads: centred, 8 bits an element, in panels of kPanelRows rows.
-// first_pass.hpp says what the numbers mean and proves the bound that they carry.
-struct FirstPass {
+// cpu/first_pass.hpp says what the numbers mean and proves the bound that they carry.
+struct PackedRows {
     uint8_t* codes;  // (panels, ceil(dim / 4), kPanelRows, 4)
     float* stats;    // (panels, kStats, kPanelRows)
     float* centre;   // (dim)
@@ -37,23 +36,25 @@ struct FirstPass {
 constexpr int kPanelRows = 32;
 constexpr int kStats = 4;
 
+// `isa` below is one of cpu_isas() of simd/isa.hpp.
+//
 // The functions below that take `interrupted` call it on the calling thread about every 50 ms; where it returns true
 // they end early, their result undefined.
 
-// Groups equal rows: fills FirstPass::row with the first row of each group (room for rows.count) and
+// Groups equal rows: fills PackedRows::row with the first row of each group (room for rows.count) and
 // next_duplicate (rows.count). Returns how many groups there are.
 int64_t find_duplicates(const Rows& rows, int threads, int32_t* row, int32_t* next_duplicate,
                         const std::function<bool()>& interrupted);
 
-// Fills first_pass.codes, stats, centre and axis. Returns the first row that holds NaN or infinity, or -1.
-int64_t pack(const Rows& rows, const FirstPass& first_pass, const std::string& isa, int threads,
+// Fills packed.codes, stats, centre and axis. Returns the first row that holds NaN or infinity, or -1.
+int64_t pack(const Rows& rows, const PackedRows& packed, const std::string& isa, int threads,
              const std::function<bool()>& interrupted);
 
 // For each query the k best rows by (score falling, row rising), scored as exact.hpp says: scores (n_queries, k),
 // indices (n_queries, k); NaN and -1 for a query that is not finite. queries (n_queries, rows.dim).
-// Without first_pass the rows are prepared block by block in this call, and checked: returns the first row that
+// Without packed the rows are prepared block by block in this call, and checked: returns the first row that
 // holds NaN or infinity, or -1.
-int64_t ip_topk_cpu(const float* queries, int64_t n_queries, const Rows& rows, const FirstPass* first_pass, int64_t k,
+int64_t ip_topk_cpu(const float* queries, int64_t n_queries, const Rows& rows, const PackedRows* packed, int64_t k,
                     const std::string& isa, int threads, const std::function<bool()>& interrupted, float* scores,
                     int64_t* indices);
 
@@ -61,8 +62,5 @@ int64_t ip_topk_cpu(const float* queries, int64_t n_queries, const Rows& rows, c
 // number, rows.dim filled up with zeros to a multiple of kExactLanes).
 void ip_scores_cpu(const float* queries, const Rows& rows, int64_t n_pairs, const int64_t* query_ids,
                    const int64_t* row_ids, const std::string& isa, int threads, float* scores);
-
-// Instruction sets that this machine runs, best first: names for `isa` above.
-std::vector<std::string> cpu_isas();
 
 }  // namespace valm

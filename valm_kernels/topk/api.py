@@ -92,7 +92,7 @@ def search(
     rows: Tensor,
     row_scale: Tensor | None,
     k: int,
-    first_pass: cpu.FirstPass | cuda.FirstPass | None = None,
+    prepared: cpu.PackedRows | cuda.RowNorms | None = None,
     impl: str = "auto",
     *,
     streamed: bool = False,
@@ -109,11 +109,11 @@ def search(
         scores, indices = reference.ip_topk(flat, rows, row_scale, k)
     elif streamed:
         scores, indices = torch.ops.valm_kernels.streamed_ip_topk(flat, rows, row_scale, k)
-    elif first_pass is None:
+    elif prepared is None:
         scores, indices = torch.ops.valm_kernels.ip_topk(flat, rows, row_scale, k)
-    elif isinstance(first_pass, cuda.FirstPass):
-        scores, indices = torch.ops.valm_kernels.normed_ip_topk(flat, rows, row_scale, *first_pass, k)
+    elif isinstance(prepared, cuda.RowNorms):
+        scores, indices = torch.ops.valm_kernels.normed_ip_topk(flat, rows, row_scale, *prepared, k)
     else:
-        scores, indices = torch.ops.valm_kernels.packed_ip_topk(flat, rows, row_scale, *first_pass, k)
+        scores, indices = torch.ops.valm_kernels.packed_ip_topk(flat, rows, row_scale, *prepared, k)
     shape = (*queries.shape[:-1], k)
     return scores.reshape(shape), indices.reshape(shape)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from valm_kernels.native import native
+from valm_kernels.native import cpu_isa, native, survives_fork
 from valm_kernels.topk.reference import EXACT_LANES
 
 DTYPE_NAMES = {
@@ -19,11 +18,10 @@ DTYPE_NAMES = {
 }
 PANEL_ROWS = 32  # csrc/topk/topk.hpp
 STATS = 4
-_process = os.getpid()
 
 
-class FirstPass(NamedTuple):
-    """What the first pass reads: the rows centred, in 8 bits an element; see csrc/topk/first_pass.hpp.
+class PackedRows(NamedTuple):
+    """What the first pass reads: the rows centred, in 8 bits an element; see csrc/topk/cpu/first_pass.hpp.
 
     codes (panels, ceil(E / 4), 32, 4) uint8 · stats (panels, 4, 32) float32 · frame (2, E) float32, the centre and
     the axis · and where rows are equal, so that only the first of each group is packed: first_rows (packed rows,)
@@ -37,24 +35,6 @@ class FirstPass(NamedTuple):
     next_duplicate: Tensor | None
 
 
-def cpu_isa() -> str:
-    """The instruction set that searches use: the best one here, or what the environment variable VALM_KERNELS_ISA
-    asks for. Raises ValueError where this machine does not run that.
-    """
-    usable = native().cpu_isas()
-    asked = os.environ.get("VALM_KERNELS_ISA")
-    if asked is None:
-        return usable[0]
-    if asked not in usable:
-        raise ValueError(f"VALM_KERNELS_ISA is {asked!r}, this machine runs {', '.join(usable)}")
-    return asked
-
-
-def cpu_threads() -> int:
-    """torch's thread count; 1 in a forked child, where OpenMP's threads are gone and waiting for them never ends."""
-    return torch.get_num_threads() if os.getpid() == _process else 1
-
-
 def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -63,10 +43,10 @@ def _native_rows(rows: Tensor, row_scale: Tensor | None) -> object:
     return native().Rows(rows.data_ptr(), _pointer(row_scale), DTYPE_NAMES[rows.dtype], *rows.shape)
 
 
-def _native_first_pass(first_pass: FirstPass, count: int) -> object:
-    codes, stats, frame, first_rows, next_duplicate = first_pass
+def _native_packed_rows(packed: PackedRows, count: int) -> object:
+    codes, stats, frame, first_rows, next_duplicate = packed
     count = count if first_rows is None else first_rows.shape[0]
-    return native().FirstPass(
+    return native().PackedRows(
         codes.data_ptr(),
         stats.data_ptr(),
         frame[0].data_ptr(),
@@ -82,33 +62,37 @@ def _refuse(row: int) -> None:
         raise ValueError(f"database row {row} holds NaN or infinity; every stored number must be finite")
 
 
-def pack(rows: Tensor, row_scale: Tensor | None) -> FirstPass:
+@survives_fork
+def pack(rows: Tensor, row_scale: Tensor | None) -> PackedRows:
     """The first pass's copy of contiguous rows (N, E). Raises ValueError with the number of a non-finite row."""
     count, dim = rows.shape
     native_rows = _native_rows(rows, row_scale)
     first_rows = torch.empty(count, dtype=torch.int32)
     next_duplicate = torch.empty(count, dtype=torch.int32)
-    different = native().find_duplicates(native_rows, cpu_threads(), first_rows.data_ptr(), next_duplicate.data_ptr())
+    different = native().find_duplicates(
+        native_rows, torch.get_num_threads(), first_rows.data_ptr(), next_duplicate.data_ptr()
+    )
     if different == count:
         first_rows = next_duplicate = None
     else:
         first_rows = first_rows[:different].clone()
     panels = -(-different // PANEL_ROWS)
-    first_pass = FirstPass(
+    packed = PackedRows(
         codes=torch.empty(panels, -(-dim // 4), PANEL_ROWS, 4, dtype=torch.uint8),
         stats=torch.empty(panels, STATS, PANEL_ROWS),
         frame=torch.empty(2, dim),
         first_rows=first_rows,
         next_duplicate=next_duplicate,
     )
-    _refuse(native().pack(native_rows, _native_first_pass(first_pass, count), cpu_isa(), cpu_threads()))
-    return first_pass
+    _refuse(native().pack(native_rows, _native_packed_rows(packed, count), cpu_isa(), torch.get_num_threads()))
+    return packed
 
 
+@survives_fork
 def search(
-    queries: Tensor, rows: Tensor, row_scale: Tensor | None, first_pass: FirstPass | None, k: int
+    queries: Tensor, rows: Tensor, row_scale: Tensor | None, packed: PackedRows | None, k: int
 ) -> tuple[Tensor, Tensor]:
-    """Scores and indices (Q, k) of queries (Q, E) over contiguous rows; without first_pass they are prepared, and
+    """Scores and indices (Q, k) of queries (Q, E) over contiguous rows; without packed they are prepared, and
     checked, block by block.
     """
     queries = queries.float().contiguous()
@@ -118,10 +102,10 @@ def search(
         queries.data_ptr(),
         queries.shape[0],
         _native_rows(rows, row_scale),
-        None if first_pass is None else _native_first_pass(first_pass, rows.shape[0]),
+        None if packed is None else _native_packed_rows(packed, rows.shape[0]),
         k,
         cpu_isa(),
-        cpu_threads(),
+        torch.get_num_threads(),
         scores.data_ptr(),
         indices.data_ptr(),
     )
@@ -129,6 +113,7 @@ def search(
     return scores, indices
 
 
+@survives_fork
 def pair_scores(queries: Tensor, rows: Tensor, query_ids: Tensor, row_ids: Tensor) -> Tensor:
     """Scores (n,) of the queries (Q, E) and rows (N, E) that the ids (n,) name."""
     queries = queries.float().contiguous()
@@ -143,7 +128,7 @@ def pair_scores(queries: Tensor, rows: Tensor, query_ids: Tensor, row_ids: Tenso
         query_ids.data_ptr(),
         row_ids.data_ptr(),
         cpu_isa(),
-        cpu_threads(),
+        torch.get_num_threads(),
         scores.data_ptr(),
     )
     return scores

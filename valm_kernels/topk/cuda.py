@@ -1,7 +1,7 @@
-"""Exact top-K inner product search on CUDA devices: csrc/topk/kernel.cuh, called on torch's current stream.
+"""Exact top-K inner product search on CUDA devices: csrc/topk/cuda/kernel.cuh, called on torch's current stream.
 
 Nothing waits for the device, and all memory comes from torch, so a search can be captured in a CUDA graph. The kernels
-also run without a GPU, as plain C++: tests/valm_kernels/topk_cuda/.
+also run without a GPU, as plain C++: tests/csrc/topk/cuda/.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def aligned(values: Tensor) -> Tensor:
     return values if values.data_ptr() % 16 == 0 else values.clone()
 
 
-class FirstPass(NamedTuple):
+class RowNorms(NamedTuple):
     """What a search needs to know of each row, beside the row: an upper bound of its norm, NaN where it is not finite.
 
     norms (N,) float32.
@@ -58,26 +58,26 @@ class FirstPass(NamedTuple):
     norms: Tensor
 
 
-def pack(rows: Tensor, row_scale: Tensor | None) -> FirstPass:
+def pack(rows: Tensor, row_scale: Tensor | None) -> RowNorms:
     """The norms of rows (N, E). A row that is not finite is marked, not refused: that would wait for the device."""
     rows = aligned(rows)
     norms = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
     stream = torch.cuda.current_stream(rows.device).cuda_stream
     code().cuda_row_norms(rows.device.index, _native_rows(rows, row_scale), norms.data_ptr(), stream)
-    return FirstPass(norms)
+    return RowNorms(norms)
 
 
 def search(
-    queries: Tensor, rows: Tensor, row_scale: Tensor | None, first_pass: FirstPass | None, k: int
+    queries: Tensor, rows: Tensor, row_scale: Tensor | None, row_norms: RowNorms | None, k: int
 ) -> tuple[Tensor, Tensor]:
     """The k best rows (N, E) of each query (Q, E) by (score falling, index rising): scores and indices, both (Q, k).
 
-    `first_pass` is what `pack` returned for these rows, or None to find out now. A row that is not finite is never
+    `row_norms` is what `pack` returned for these rows, or None to find out now. A row that is not finite is never
     returned; where fewer than k are left, score −inf and index −1 fill up. A query that is not finite gets
     scores NaN and indices −1.
     """
     queries, rows = aligned(queries.float()), aligned(rows)
-    norms = (pack(rows, row_scale) if first_pass is None else first_pass).norms
+    norms = (pack(rows, row_scale) if row_norms is None else row_norms).norms
     scores = torch.empty(queries.shape[0], k, dtype=torch.float32, device=rows.device)
     indices = torch.empty(queries.shape[0], k, dtype=torch.int64, device=rows.device)
     device, native_rows = rows.device.index, _native_rows(rows, row_scale)

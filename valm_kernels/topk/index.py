@@ -82,7 +82,7 @@ class FlatIPIndex:
         rows, self._row_scale = store(rows, dtype, self._home)
         self._rows = self._laid_out(rows)
         self._pack = pack and not self._streamed and self._device.type in PACKERS
-        self._first_pass = self._packed() if self._pack else None
+        self._prepared = self._prepare() if self._pack else None
 
     def _choose_place(self, rows: Tensor, dtype: str, device: torch.device | str, streamed: bool | None) -> None:
         """Where to search, and where to keep the rows."""
@@ -98,7 +98,7 @@ class FlatIPIndex:
     def _laid_out(self, rows: Tensor) -> Tensor:
         return LAYOUTS[self._home.type](rows) if self._home.type in LAYOUTS else rows
 
-    def _packed(self) -> cpu.FirstPass | cuda.FirstPass:
+    def _prepare(self) -> cpu.PackedRows | cuda.RowNorms:
         return PACKERS[self.device.type](self._rows, self._row_scale)
 
     def __len__(self) -> int:
@@ -131,7 +131,7 @@ class FlatIPIndex:
     @property
     def bytes_per_row(self) -> float:
         """All that is kept, over the number of rows: the rows, their scales and the packed copy."""
-        kept = [self._rows, self._row_scale, *(self._first_pass or ())]
+        kept = [self._rows, self._row_scale, *(self._prepared or ())]
         return sum(array.nbytes for array in kept if array is not None) / len(self)
 
     def dequantised(self) -> Tensor:
@@ -146,9 +146,9 @@ class FlatIPIndex:
         """
         flat = as_tensor(queries, "queries")
         check_search(flat, len(self), self.dim, self.device, k)
-        if self._pack and self._first_pass is None:  # rows were added
-            self._first_pass = self._packed()
-        found = search(flat, self._rows, self._row_scale, k, self._first_pass, streamed=self._streamed)
+        if self._pack and self._prepared is None:  # rows were added
+            self._prepared = self._prepare()
+        found = search(flat, self._rows, self._row_scale, k, self._prepared, streamed=self._streamed)
         return like_queries(queries, *found)
 
     def add(self, vectors: Tensor | np.ndarray) -> None:
@@ -172,7 +172,7 @@ class FlatIPIndex:
             row_scale = torch.cat([self._row_scale, row_scale])
         rows = torch.cat([self._rows, self._laid_out(rows)])
         # all at once, so that nothing is left half-added
-        self._rows, self._row_scale, self._first_pass = rows, row_scale, None
+        self._rows, self._row_scale, self._prepared = rows, row_scale, None
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the folder `path`: npy files and a manifest.json with their checksums, all or nothing.
@@ -181,11 +181,11 @@ class FlatIPIndex:
             OSError: nothing could be written, or not all; what the folder held before is untouched. Or all is
                 written, and the system could not say that it will last: the message says so.
         """
-        if self._pack and self._first_pass is None:
-            self._first_pass = self._packed()
+        if self._pack and self._prepared is None:
+            self._prepared = self._prepare()
         arrays = {"rows": self._rows[:, : self._dim], "row_scale": self._row_scale}
-        if isinstance(self._first_pass, cpu.FirstPass):
-            arrays |= self._first_pass._asdict()
+        if isinstance(self._prepared, cpu.PackedRows):
+            arrays |= self._prepared._asdict()
         contents = {
             name: (array.view(torch.int16) if array.dtype == torch.bfloat16 else array).cpu().numpy()
             for name, array in arrays.items()
@@ -236,15 +236,15 @@ class FlatIPIndex:
         index._row_scale = None
         if dtype == "int8":
             index._row_scale = torch.from_numpy(folder.read("row_scale", "<f4", (count,))).to(index._home)
-        index._first_pass = None
+        index._prepared = None
         index._pack = not index._streamed and index._device.type in PACKERS
         if index._pack and index._device.type == "cpu":
             index._pack = "codes" in folder
-            index._first_pass = _read_first_pass(folder, count, dim) if index._pack else None
+            index._prepared = _read_packed_rows(folder, count, dim) if index._pack else None
         return index
 
 
-def _read_first_pass(folder: storage.Folder, count: int, dim: int) -> cpu.FirstPass:
+def _read_packed_rows(folder: storage.Folder, count: int, dim: int) -> cpu.PackedRows:
     first_rows = next_duplicate = None
     packed = count
     if "first_rows" in folder:
@@ -257,7 +257,7 @@ def _read_first_pass(folder: storage.Folder, count: int, dim: int) -> cpu.FirstP
         if packed + int(next_duplicate.count_nonzero()) != count:
             raise ValueError(f"{folder.path} is damaged: first_rows and next_duplicate do not name each row once")
     panels = -(-packed // cpu.PANEL_ROWS)
-    return cpu.FirstPass(
+    return cpu.PackedRows(
         codes=torch.from_numpy(folder.read("codes", "|u1", (panels, -(-dim // 4), cpu.PANEL_ROWS, 4))),
         stats=torch.from_numpy(folder.read("stats", "<f4", (panels, cpu.STATS, cpu.PANEL_ROWS))),
         frame=torch.from_numpy(folder.read("frame", "<f4", (2, dim))),

@@ -47,17 +47,17 @@ def _ip_topk_cuda(queries: Tensor, database: Tensor, row_scale: Tensor | None, k
 
 @torch.library.register_fake("valm_kernels::packed_ip_topk")
 def _packed_ip_topk_fake(
-    queries: Tensor, database: Tensor, row_scale: Tensor | None, *first_pass_and_k: Tensor | int | None
+    queries: Tensor, database: Tensor, row_scale: Tensor | None, *packed_and_k: Tensor | int | None
 ) -> tuple[Tensor, Tensor]:
-    return _ip_topk_fake(queries, database, row_scale, first_pass_and_k[-1])
+    return _ip_topk_fake(queries, database, row_scale, packed_and_k[-1])
 
 
 @torch.library.impl("valm_kernels::packed_ip_topk", "CPU")
 def _packed_ip_topk_cpu(
-    queries: Tensor, database: Tensor, row_scale: Tensor | None, *first_pass_and_k: Tensor | int | None
+    queries: Tensor, database: Tensor, row_scale: Tensor | None, *packed_and_k: Tensor | int | None
 ) -> tuple[Tensor, Tensor]:
-    *first_pass, k = first_pass_and_k
-    return cpu.search(queries, database, row_scale, cpu.FirstPass(*first_pass), k)
+    *packed, k = packed_and_k
+    return cpu.search(queries, database, row_scale, cpu.PackedRows(*packed), k)
 
 
 @torch.library.register_fake("valm_kernels::normed_ip_topk")
@@ -71,7 +71,7 @@ def _normed_ip_topk_fake(
 def _normed_ip_topk_cuda(
     queries: Tensor, database: Tensor, row_scale: Tensor | None, norms: Tensor, k: int
 ) -> tuple[Tensor, Tensor]:
-    return cuda.search(queries, database, row_scale, cuda.FirstPass(norms), k)
+    return cuda.search(queries, database, row_scale, cuda.RowNorms(norms), k)
 
 
 # the rows are on the CPU, the queries on any device

@@ -7,22 +7,18 @@ The same holds for a text part cut into several calls of the flash kernel (`text
 Backward: with the joint lse the weight of every key is exp(score - lse), whichever part it belongs to, and with
 the joint out the softmax's correction is delta = sum(grad_out * out) - grad_lse. So the flash backward, given the
 joint out and lse, yields exactly the text's share of the gradients.
-
-A forked child runs this with one thread only (torch.set_num_threads(1), which a DataLoader's workers do by themselves):
-with more, PyTorch's flash attention waits forever for OpenMP threads that the fork did not copy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from valm_kernels.native import native
+from valm_kernels.native import cpu_isa, native, survives_fork
 from valm_kernels.visual_fusion.inputs import Inputs, check_image_index
 from valm_kernels.visual_fusion.layout import empty_rows_like, whole_rows
 
@@ -49,6 +45,7 @@ class TextSegment:
     joins: bool = False  # its queries already have an earlier segment
 
 
+@survives_fork
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """out (B, Hq, Tq, D) and the joint lse (B, Hq, Tq)."""
     inputs = _whole_rows(inputs)
@@ -58,6 +55,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
+@survives_fork
 def backward(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, inputs: Inputs
 ) -> tuple[Tensor | None, ...]:
@@ -96,12 +94,6 @@ def _whole_rows(inputs: Inputs) -> Inputs:
     return inputs._replace(q=whole_rows(inputs.q), k=whole_rows(inputs.k), v=whole_rows(inputs.v))
 
 
-@cache
-def _isa() -> str:
-    """The fastest instruction set of this machine that the native image branch is built for."""
-    return native().image_attn_isas()[0]
-
-
 class _ImageBranch:
     """The native image branch with its inputs in the form that csrc/image_attn/image_attn.hpp asks for."""
 
@@ -133,7 +125,7 @@ class _ImageBranch:
         tensors |= self.inputs
         function = native().image_attn_forward if direction == "forward" else native().image_attn_backward
         addresses = {name: (t.data_ptr(), t.stride()) for name, t in tensors.items() if t is not None}
-        function(_isa(), self.dtype, self.sizes, self.scale, torch.get_num_threads(), addresses)
+        function(cpu_isa(), self.dtype, self.sizes, self.scale, torch.get_num_threads(), addresses)
 
 
 def text_segments(

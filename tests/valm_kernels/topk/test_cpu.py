@@ -4,7 +4,6 @@ its threads, its interruption.
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -100,7 +99,7 @@ def test_a_best_row_that_its_own_bound_hardly_saves(isa):
     that the bound allows. Where the bound were a tenth too small it would be lost.
     """
     dim = 2048  # of many elements, 16-bit kernels leave more too
-    levels = 127 if isa == "avx512vnni" else min(32767, 2**31 // (256 * dim) - 1)  # csrc/topk/query.cpp
+    levels = 127 if isa == "avx512vnni" else min(32767, 2**31 // (256 * dim) - 1)  # csrc/topk/cpu/query.cpp
     database, queries = normals(1500, dim), normals(5, dim, seed=1)
     frame = cpu.pack(database, None).frame.double()  # of a sample of the rows, the last not among them
     generator = torch.Generator().manual_seed(2)
@@ -192,12 +191,6 @@ def test_a_non_finite_row_is_refused_in_the_call_that_packs(isa, n_queries):
         ip_topk(normals(n_queries, 24), database, 2)
 
 
-def test_an_instruction_set_that_is_not_there_is_refused(monkeypatch):
-    monkeypatch.setenv("VALM_KERNELS_ISA", "avx1024")
-    with pytest.raises(ValueError, match=r"VALM_KERNELS_ISA is 'avx1024', this machine runs .*generic"):
-        ip_topk(normals(8), normals(3, 8), 1)
-
-
 def test_other_python_threads_run_during_a_search():
     index = FlatIPIndex(normals(30_000, 64), pack=False)
     queries = normals(2000, 64)
@@ -242,7 +235,7 @@ def test_a_signal_ends_packing(step):
     numbers = torch.empty(2, len(rows), dtype=torch.int32)
     codes, stats, frame = torch.empty(187_500 * 256, dtype=torch.uint8), torch.empty(187_500 * 128), torch.empty(2, 8)
     native_rows = native().Rows(rows.data_ptr(), row_scale.data_ptr(), "int8", *rows.shape)
-    place = native().FirstPass(
+    place = native().PackedRows(
         codes.data_ptr(), stats.data_ptr(), frame[0].data_ptr(), frame[1].data_ptr(), len(rows), 0, 0
     )
     call = {
@@ -268,15 +261,6 @@ def test_a_signal_ends_packing(step):
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
-
-
-def test_a_forked_child_searches():
-    index, query = FlatIPIndex(normals(5000, 32)), normals(32)
-    expected = index.search(query, 3).indices.tolist()
-    child = os.fork()
-    if child == 0:
-        os._exit(0 if index.search(query, 3).indices.tolist() == expected and cpu.cpu_threads() == 1 else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 # Sets the most memory that a process may have beside what it has now; files that it maps do not count.

@@ -1,4 +1,4 @@
-"""Top-K search on a CUDA device: the reference's answer bit for bit. tests/valm_kernels/topk_cuda/ runs the same
+"""Top-K search on a CUDA device: the reference's answer bit for bit. tests/csrc/topk/cuda/ runs the same
 kernels without a device.
 """
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.valm_kernels.topk_cuda.problems import ADVERSARIAL, DTYPES, adversarial, normals
+from tests.csrc.topk.cuda.problems import ADVERSARIAL, DTYPES, adversarial, normals
 from valm_kernels import FlatIPIndex, TopK, ip_topk
 from valm_kernels.topk import cuda, reference, streaming
 from valm_kernels.topk.index import store
@@ -79,15 +79,15 @@ def test_compiles_and_passes_opcheck():
 
 def test_in_a_cuda_graph_and_on_another_stream():
     queries, database = normals(4, 64).cuda(), normals(20_000, 64, seed=1).half().cuda()
-    first_pass = cuda.pack(database, None)
+    norms = cuda.pack(database, None)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        assert_same(cuda.search(queries, database, None, first_pass, 8), ip_topk(queries, database, 8))
+        assert_same(cuda.search(queries, database, None, norms, 8), ip_topk(queries, database, 8))
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = cuda.search(queries, database, None, first_pass, 8)
+        captured = cuda.search(queries, database, None, norms, 8)
     for seed in range(3):
         queries.copy_(normals(4, 64, seed=seed))
         graph.replay()

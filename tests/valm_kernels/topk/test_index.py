@@ -203,7 +203,7 @@ def test_row_numbers_that_name_some_rows_twice(tmp_path):
     with pytest.raises(ValueError, match="first_rows and next_duplicate do not name each row once"):
         FlatIPIndex.load(tmp_path, mmap=True)
     # nor does a search read beyond what it found
-    index._first_pass.next_duplicate.zero_()
+    index._prepared.next_duplicate.zero_()
     result = index.search(normals(24), 5)
     assert result.indices.tolist() == [0, -1, -1, -1, -1] and (result.scores[1:] == -torch.inf).all()
 

@@ -37,9 +37,9 @@ def test_agrees_with_float64_reference(name, dtype):
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("name", ["dense", "pooled", "odd head", "head of 64", "head of 64, pooled", "heads first"])
-@pytest.mark.parametrize("isa", native().image_attn_isas())
+@pytest.mark.parametrize("isa", native().cpu_isas())
 def test_every_instruction_set(isa, name, dtype, monkeypatch):
-    monkeypatch.setattr(cpu, "_isa", lambda: isa)
+    monkeypatch.setenv("VALM_KERNELS_ISA", isa)
     if dtype == torch.float64:
         assert_is_the_reference(PROBLEMS[name].inputs(), cotangents(PROBLEMS[name]))
     else:
@@ -57,12 +57,12 @@ def assert_is_the_reference(inputs, grads):
             assert error < 1e-13, f"{name}: {error:.1e}"
 
 
-@pytest.mark.parametrize("isa", native().image_attn_isas())
+@pytest.mark.parametrize("isa", native().cpu_isas())
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_16_bit_numbers_are_read_and_rounded_as_pytorch_does(dtype, isa, monkeypatch):
     """With one image and hardly any text, out is the image's value plus a float32 bias: the reading and the rounding
     of every 16-bit number can be seen."""
-    monkeypatch.setattr(cpu, "_isa", lambda: isa)
+    monkeypatch.setenv("VALM_KERNELS_ISA", isa)
     numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     values = numbers[numbers.isfinite()]
     values = torch.cat([values, values.new_zeros(-len(values) % 64)]).view(1, 1, -1, 1, 64)  # (B, H, T, K, D)
@@ -168,8 +168,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this
 @needs_fork
 @pytest.mark.parametrize("other_runtime", [None, "faiss"])
 def test_after_fork(other_runtime):
-    """In a worker that a data loader forked (one thread there, as PyTorch sets it) after the parent's threads ran, also
-    where faiss brought an OpenMP runtime of its own."""
+    """In a child that forked after the parent's threads ran, also where faiss brought an OpenMP runtime of its own."""
     if other_runtime:
         pytest.importorskip(other_runtime)
     code = f"from {__name__} import fork_and_compare; fork_and_compare({other_runtime!r})"
@@ -184,11 +183,11 @@ def fork_and_compare(other_runtime):
         index = faiss.IndexFlatIP(64)
         index.add(numpy.ones((20_000, 64), dtype="float32"))
         index.search(numpy.ones((300, 64), dtype="float32"), 4)
+    torch.set_num_threads(2)
     problem = PROBLEMS["pooled"]
     expected = solve(problem.inputs(torch.float32), "cpu", cotangents(problem))["image_k"]
     child = os.fork()
     if child == 0:
-        torch.set_num_threads(1)
         # The backward without autograd, whose threads do not survive a fork.
         same = fused_image_gradient(problem).equal(expected)
         os._exit(0 if same else 1)
@@ -224,10 +223,10 @@ def test_gradient_of_lse_where_nothing_is_seen(impl, first_key):
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-@pytest.mark.parametrize("isa", native().image_attn_isas())
+@pytest.mark.parametrize("isa", native().cpu_isas())
 @pytest.mark.parametrize("name", ["q", "image_k", "image_v"])
 def test_nan_is_passed_on(name, isa, dtype, monkeypatch):
-    monkeypatch.setattr(cpu, "_isa", lambda: isa)
+    monkeypatch.setenv("VALM_KERNELS_ISA", isa)
     assert_passes_nan_on("cpu", name, dtype)
 
 

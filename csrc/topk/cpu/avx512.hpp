@@ -1,0 +1,20 @@
+// What the AVX-512 kernels with and without VNNI share.
+#pragma once
+
+#include <immintrin.h>
+
+#include "topk/cpu/kernels.hpp"
+
+namespace valm {
+namespace {
+
+// Sixteen 32-bit sums.
+struct Integers {
+    __m512i v;
+
+    static Integers all(int32_t value) { return {_mm512_set1_epi32(value)}; }
+    void store(int32_t* p) const { _mm512_store_si512(p, v); }
+};
+
+}  // namespace
+}  // namespace valm

@@ -1,0 +1,108 @@
+// The first pass: an upper bound on each score, from 8-bit integers.
+//
+// Notation: q a query, x a row, both float32; m the centre and u the axis, one float32 vector each for the whole
+// database (any vectors do; good ones are the mean row and its direction). |.| of a vector is its Euclidean norm.
+//
+//   row    x = m + d,  d = s c + e    c integers in [-127, 127], s the row's step, e what rounding left
+//   query  q = a u + p,  p = t g + f  g integers in [-levels, levels], t the query's step, f what rounding left
+//
+// In real numbers, since q.x = q.m + q.d and q.d = a (u.d) + p.d and p.d = (t g + f).(s c) + p.e,
+//
+//   q.x = q.m + a (u.d) + t s (g.c) + f.(s c) + p.e
+//       <= q.m + a (u.d) + t s (g.c) + |f| |s c| + |p| |e|                                 (Cauchy-Schwarz)
+//
+// A packed row carries four numbers: step s, along ~ u.d, length >= max(|d|, |s c|), error >= |e|. The kernel takes
+// g.c exactly, in 32-bit integers, and evaluates in float32, in units of t,
+//
+//   upper = (g.c) step + A along + L length + R error          (multiply-adds, fused or not)
+//
+// and keeps the row unless upper < theta. Why no row of the answer is lost: prepare_query puts into L, besides
+// |f| / t, what the float32 arithmetic may lose. With w = 2^-24 and |g.c| step <= |g| length, A along and the partial
+// sums are each below (|g| + |a| / t) length (1 + 2^-10) in size; there are 2 roundings of the product, 1 of A, 3 of
+// the sums, and the products L length and R error carry a rounding of at most 4 w each, which a factor (1 + 2^-20) on
+// L and R covers: 8 w (|g| + |a| / t) length is enough. `along` is off by at most
+// (dim / 4 + 16) w |u| |d| (at least four partial sums, whatever the instruction set), which times |a| / t goes into
+// L too. The exact routine's own float64 error, below dim 2^-52 |q| |x| with |x| <= |m| + length, and that of q.m,
+// go into L (the part with length) and into theta (the part with |m|). Underflow anywhere loses less than 1e-33 times
+// (1 + |q|), which theta gives back. Nothing overflows to -inf, which no later term would lift: a row is packed only if
+// the elements of d are below kMaxReach, other rows have an infinite error, and prepare_query keeps |A| <= 2^40, so
+// with |g.c| < 2^31 and |d| < 46 kMaxReach the sum of the first two terms is within 6e37. The other two are never
+// negative: where they overflow, upper is +inf or NaN, and "not less than" keeps the row.
+//
+// theta: let T be the kth best score so far, of row r. A row after r enters the answer only if its score rounds to
+// more than T, so only if it is at least half-way from T to the next float32; a row before r, half-way from the
+// previous one to T. theta is that bound less q.m, less the slacks above, over t, rounded down.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "topk/topk.hpp"
+
+namespace valm {
+
+// Rows with an element this far from the centre are not bounded.
+constexpr float kMaxReach = 1e24f;
+
+// A row's four numbers in PackedRows::stats.
+enum Stat { kStep, kAlong, kLength, kError };
+
+// Queries that one call of the kernel serves: the codes interleaved, and per query the coefficients of `upper`.
+constexpr int kMaxTile = 12;
+struct Tile {
+    int count;
+    const void* codes;        // VNNI: (steps, count, 4) int8; else (steps, count, 4) int16, order 0 2 1 3
+    int32_t start[kMaxTile];  // -128 times the sum of g: the stored codes are c + 128
+    float along[kMaxTile];    // A
+    float length[kMaxTile];   // L
+    float error[kMaxTile];    // R
+    float theta[kMaxTile];
+};
+
+// Rows a panel keeps for a tile: masks of kPanelRows bits, and the upper bounds where a mask is not zero.
+struct Kept {
+    uint32_t mask[kMaxTile];
+    float upper[kMaxTile][kPanelRows];
+};
+
+// What one instruction set provides. Queries come padded with zeros to a multiple of 32 elements.
+struct Kernels {
+    bool byte_queries;  // g in 8 bits (levels 127), else in 16
+    int tile_queries;   // at most kMaxTile
+    // Fills `kept` for one panel of `steps` groups of four elements; returns a bit per query that keeps any row.
+    uint32_t (*pass)(const uint8_t* codes, const float* stats, int64_t steps, const Tile& tile, Kept& kept);
+    // Packs row `row` as row `place` of a panel. False where its numbers, less the centre, are not finite.
+    bool (*pack_row)(const Rows& rows, int64_t row, const float* centre, const float* axis, uint8_t* codes,
+                     float* stats, int place);
+    // The float32 dot product with a row and the row's squared norm, for a bound without a packed copy.
+    void (*dot)(const Rows& rows, int64_t row, const float* query, float* product, float* square);
+    // The score, bit for bit that of exact.hpp.
+    float (*exact)(const Rows& rows, int64_t row, const float* query);
+};
+
+extern const Kernels kGeneric;
+#if defined(__x86_64__)
+extern const Kernels kAvx2, kAvx512, kAvx512Vnni;
+#endif
+
+// The kernels for one of cpu_isas(); throws std::invalid_argument for any other name.
+const Kernels& topk_kernels(const std::string& isa);
+
+int64_t element_bytes(Element element);
+bool row_is_finite(const Rows& rows, int64_t row);
+
+// The mean of a sample of the rows, and its direction.
+void find_centre(const Rows& rows, float* centre, float* axis);
+
+// Centre and axis, filled up with zeros to whole vectors, as Kernels::pack_row wants them.
+struct PaddedCentre {
+    PaddedCentre(const PackedRows& packed, int64_t dim);
+    std::vector<float> centre, axis;
+};
+
+// Packs the rows of panel `panel` into the place-th panel of packed. Returns the first of them that holds NaN
+// or infinity, or -1.
+int64_t pack_panel(const Kernels& kernels, const Rows& rows, const PackedRows& packed, const PaddedCentre& padded,
+                   int64_t panel, int64_t place);
+
+}  // namespace valm

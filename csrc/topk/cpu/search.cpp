@@ -1,0 +1,458 @@
+// Exact top-K inner product search on the CPU. Blocks of rows are shared out to threads; each holds every query of a
+// group against its block (the first pass), collects the rows that may belong to the answer, and scores them
+// exactly, best bound first, until the bounds fall below what it has. A query's kth best score so far is shared, so
+// that each thread profits from the others' finds.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <numeric>
+
+#include "topk/cpu/call.hpp"
+#include "topk/cpu/query.hpp"
+#include "topk/exact.hpp"
+
+namespace valm {
+
+namespace {
+
+// Queries done together: their integers (192 KiB at E = 768) stay in the second-level cache.
+constexpr int64_t kGroup = 256;
+// Over all threads, so that their buffers stay below 32 MiB.
+constexpr int64_t kGroupTimesThreads = 8192;
+// Rows collected for a query before they are scored.
+constexpr int kBuffer = 256;
+// Candidates scored exactly before the others' bounds are tightened, if more than as many are in reach.
+constexpr int kScoredFirst = 32;
+// A block's packed rows: a share of the second-level cache.
+constexpr int64_t kBlockBytes = 256 << 10;
+// A block of rows that are multiplied as float32: read once, so long that memory is read in one direction.
+constexpr int64_t kFloatBlockBytes = 2 << 20;
+// Up to this many queries, unpacked rows are multiplied as float32; above it packing them first is cheaper.
+constexpr int64_t kFloatQueries = 3;
+
+struct Candidate {
+    float upper;
+    uint32_t position;
+};
+
+// Highest bound first, among equal ones the lower row; NaN, from a bound that overflowed, before all.
+bool better_bound(const Candidate& a, const Candidate& b) {
+    constexpr float kInfinity = std::numeric_limits<float>::infinity();
+    const float upper_a = std::isnan(a.upper) ? kInfinity : a.upper;
+    const float upper_b = std::isnan(b.upper) ? kInfinity : b.upper;
+    return upper_a > upper_b || (upper_a == upper_b && a.position < b.position);
+}
+
+// What one thread knows of one query.
+struct Find {
+    uint32_t candidates = 0;  // in its buffer
+    uint32_t kept = 0;        // in its heap
+    uint64_t kth = 0;         // key that theta was made from
+    bool after = false;
+    float theta = -std::numeric_limits<float>::infinity();
+};
+
+// One thread's part: its buffers, and its copy of the tiles, whose thresholds are its own.
+struct Worker {
+    std::vector<Find> finds;            // (group)
+    std::vector<Candidate> candidates;  // (group, kBuffer)
+    std::vector<uint64_t> heaps;        // (group, k) the worst in front
+    std::vector<Tile> tiles;
+    std::vector<uint8_t> codes;  // a block packed in this call
+    std::vector<float> stats;
+};
+
+class Search {
+  public:
+    Search(const Rows& rows, const PackedRows* packed, int64_t k, const Kernels& kernels, int threads,
+           const std::function<bool()>& interrupted)
+        : rows_(rows),
+          kernels_(kernels),
+          k_(k),
+          threads_(threads),
+          steps_((rows.dim + 3) / 4),
+          interruption_(interrupted),
+          workers_(threads) {
+        if (packed != nullptr) {
+            packed_rows_ = *packed;
+        } else {
+            centre_.resize(2 * rows.dim);
+            packed_rows_ = {nullptr, nullptr, centre_.data(), centre_.data() + rows.dim, rows.count, nullptr, nullptr};
+        }
+        packed_ = packed != nullptr;
+    }
+
+    // Answers all queries, unless interrupted or stopped by a broken row.
+    void run(const float* queries, int64_t n_queries, float* scores, int64_t* indices);
+
+    int64_t broken_row() const { return broken_ < rows_.count ? broken_.load() : -1; }
+
+  private:
+    void start_group(const std::vector<int64_t>& members, const float* queries);
+    bool search_group();  // false: interrupted
+    void search_block(Worker& worker, int64_t block, size_t first_tile, size_t last_tile);
+    void float_block(Worker& worker, int64_t begin, int64_t end);
+    void collect(Worker& worker, int64_t query, float upper, int64_t position, Tile* tile, int in_tile);
+    void settle(Worker& worker, int64_t query);
+    void score(Worker& worker, int64_t query, const Candidate* begin, const Candidate* end);
+    bool offer(Worker& worker, int64_t query, uint64_t key);
+    float float_upper(int64_t query, int64_t row);
+    // The key of a query's kth best so far, and the bounds that rows before and after it are held against.
+    struct Bar {
+        uint64_t kth;
+        float before, after;
+    };
+    Bar bar_of(int64_t query) const;
+    void report_broken(int64_t row) {
+        int64_t first = broken_;
+        while (row < first && !broken_.compare_exchange_weak(first, row)) {
+        }
+    }
+    void refresh(Find& find, int64_t query, uint64_t kth, bool after);
+    void finish_group(float* scores, int64_t* indices);
+    int64_t row_at(int64_t position) const {
+        return packed_rows_.row == nullptr ? position : packed_rows_.row[position];
+    }
+
+    const Rows rows_;
+    PackedRows packed_rows_;
+    const Kernels& kernels_;
+    const int64_t k_;
+    const int threads_;
+    const int64_t steps_;
+    bool packed_;
+    bool float_pass_ = false;
+    int64_t block_rows_ = 0, n_blocks_ = 0;
+    std::vector<float> centre_;  // and axis, of a database that comes unpacked
+    std::unique_ptr<PaddedCentre> padded_centre_;
+    std::atomic<int64_t> broken_{std::numeric_limits<int64_t>::max()};
+    Interruption interruption_;
+
+    // the group at hand
+    std::vector<Query> group_;
+    std::vector<float> values_;        // (group, dim padded)
+    std::vector<int16_t> integers_;    // (group, steps * 4)
+    std::vector<int16_t> tile_codes_;  // the integers interleaved, in bytes where the kernels take bytes
+    std::vector<Tile> tiles_;
+    std::vector<std::atomic<uint64_t>> kth_ = std::vector<std::atomic<uint64_t>>(kGroup);
+    std::vector<Worker> workers_;
+};
+
+void Search::run(const float* queries, int64_t n_queries, float* scores, int64_t* indices) {
+    const int64_t dim = rows_.dim;
+    float_pass_ = !packed_ && n_queries <= kFloatQueries;
+    if (!packed_ && !float_pass_) {
+        find_centre(rows_, packed_rows_.centre, packed_rows_.axis);
+        padded_centre_ = std::make_unique<PaddedCentre>(packed_rows_, dim);
+    }
+    const int64_t row_bytes = float_pass_ ? dim * element_bytes(rows_.element) : steps_ * 4;
+    const int64_t block_bytes = float_pass_ ? kFloatBlockBytes : kBlockBytes;
+    block_rows_ = std::max<int64_t>(1, block_bytes / (row_bytes * kPanelRows)) * kPanelRows;
+    n_blocks_ = (packed_rows_.count + block_rows_ - 1) / block_rows_;
+    const int64_t group = std::clamp<int64_t>(kGroupTimesThreads / threads_, kMaxTile, kGroup);
+
+    std::vector<int64_t> members;
+    for (int64_t q = 0; q < n_queries || !members.empty(); ++q) {
+        if (q < n_queries) {
+            const float* query = queries + q * dim;
+            if (std::all_of(query, query + dim, [](float value) { return std::isfinite(value); })) {
+                members.push_back(q);
+            } else {
+                std::fill_n(scores + q * k_, k_, std::numeric_limits<float>::quiet_NaN());
+                std::fill_n(indices + q * k_, k_, int64_t{-1});
+            }
+        }
+        if (static_cast<int64_t>(members.size()) == group || (q + 1 >= n_queries && !members.empty())) {
+            start_group(members, queries);
+            if (!search_group() || broken_row() >= 0) return;
+            finish_group(scores, indices);
+            members.clear();
+        }
+    }
+}
+
+void Search::start_group(const std::vector<int64_t>& members, const float* queries) {
+    const int64_t dim = rows_.dim, count = static_cast<int64_t>(members.size());
+    const int64_t padded = padded_dim(dim);
+    const int levels = query_levels(kernels_, dim);
+    group_.assign(count, {});
+    values_.assign(count * padded, 0);
+    integers_.resize(count * steps_ * 4);
+#pragma omp parallel num_threads(threads_)
+    {
+        const PlainArithmetic plain;
+#pragma omp for
+        for (int64_t i = 0; i < count; ++i) {
+            float* values = values_.data() + i * padded;
+            int16_t* integers = integers_.data() + i * steps_ * 4;
+            std::copy_n(queries + members[i] * dim, dim, values);
+            group_[i] = float_pass_ ? prepare_float_query(values, dim)
+                                    : prepare_query(values, packed_rows_, dim, levels, integers);
+            group_[i].output = members[i];
+            kth_[i] = 0;
+        }
+    }
+
+    tiles_.clear();
+    tile_codes_.resize(count * steps_ * 4);
+    const int64_t n_tiles = float_pass_ ? 0 : (count + kernels_.tile_queries - 1) / kernels_.tile_queries;
+    for (int64_t t = 0; t < n_tiles; ++t) {
+        const int64_t begin = t * count / n_tiles, end = (t + 1) * count / n_tiles;
+        Tile tile = {};
+        tile.count = static_cast<int>(end - begin);
+        int16_t* words = tile_codes_.data() + begin * steps_ * 4;
+        int8_t* bytes = reinterpret_cast<int8_t*>(words);
+        tile.codes = words;
+        for (int j = 0; j < tile.count; ++j) {
+            const Query& query = group_[begin + j];
+            tile.start[j] = query.start;
+            tile.along[j] = query.along;
+            tile.length[j] = query.length;
+            tile.error[j] = query.error;
+            const int16_t* g = integers_.data() + (begin + j) * steps_ * 4;
+            for (int64_t step = 0; step < steps_; ++step, g += 4) {
+                const int64_t at = (step * tile.count + j) * 4;
+                if (kernels_.byte_queries) {
+                    for (int i = 0; i < 4; ++i) bytes[at + i] = static_cast<int8_t>(g[i]);
+                } else {
+                    const int16_t ordered[4] = {g[0], g[2], g[1], g[3]};
+                    std::copy_n(ordered, 4, words + at);
+                }
+            }
+        }
+        tiles_.push_back(tile);
+    }
+
+    for (Worker& worker : workers_) {
+        worker.finds.assign(count, {});
+        worker.candidates.resize(count * kBuffer);
+        worker.heaps.resize(count * k_);
+        worker.tiles = tiles_;
+        if (!packed_ && !float_pass_) {
+            worker.codes.resize(block_rows_ * steps_ * 4);
+            worker.stats.resize(block_rows_ * kStats);
+        }
+    }
+}
+
+bool Search::search_group() {
+    // Few blocks: share out the tiles of a block too.
+    const int64_t n_tiles = std::max<int64_t>(1, static_cast<int64_t>(tiles_.size()));
+    const int64_t slices = std::clamp<int64_t>(4 * threads_ / n_blocks_, 1, n_tiles);
+    // Blocks are taken in an order that no sorted database foils, near the golden section of their number apart.
+    int64_t stride = std::max<int64_t>(1, static_cast<int64_t>(0.618 * static_cast<double>(n_blocks_)));
+    while (std::gcd(stride, n_blocks_) != 1) ++stride;
+
+    std::atomic<int64_t> next{0};
+    std::atomic<bool> stopped{false};
+#pragma omp parallel num_threads(threads_)
+    {
+        const PlainArithmetic plain;
+        Worker& worker = workers_[thread_number()];
+        for (int64_t task = next++; task < n_blocks_ * slices && !stopped; task = next++) {
+            const int64_t block = task / slices * stride % n_blocks_, slice = task % slices;
+            search_block(worker, block, slice * n_tiles / slices, (slice + 1) * n_tiles / slices);
+            if (thread_number() == 0 && interruption_.now()) stopped = true;
+        }
+        for (int64_t query = 0; query < static_cast<int64_t>(group_.size()) && !stopped; ++query) {
+            settle(worker, query);
+        }
+    }
+    return !stopped;
+}
+
+void Search::search_block(Worker& worker, int64_t block, size_t first_tile, size_t last_tile) {
+    const int64_t begin = block * block_rows_, end = std::min(begin + block_rows_, packed_rows_.count);
+    if (float_pass_) return float_block(worker, begin, end);
+
+    PackedRows here = packed_rows_;
+    const int64_t panels = (end - begin + kPanelRows - 1) / kPanelRows;
+    const int64_t first_panel = begin / kPanelRows;
+    if (packed_) {
+        here.codes += begin * steps_ * 4;
+        here.stats += begin * kStats;
+    } else {
+        here.codes = worker.codes.data();
+        here.stats = worker.stats.data();
+        for (int64_t panel = 0; panel < panels; ++panel) {
+            const int64_t bad = pack_panel(kernels_, rows_, here, *padded_centre_, first_panel + panel, panel);
+            if (bad >= 0) report_broken(bad);
+        }
+    }
+
+    const int64_t first_query = static_cast<int64_t>(first_tile * group_.size() / worker.tiles.size());
+    int64_t query = first_query;
+    for (size_t t = first_tile; t < last_tile; ++t) {
+        Tile& tile = worker.tiles[t];
+        for (int j = 0; j < tile.count; ++j, ++query) {
+            Find& find = worker.finds[query];
+            const uint64_t kth = kth_[query].load(std::memory_order_relaxed);
+            refresh(find, query, kth, row_at(begin) > key_row(kth));
+            tile.theta[j] = find.theta;
+        }
+    }
+    Kept kept;
+    for (int64_t panel = 0; panel < panels; ++panel) {
+        const uint8_t* codes = here.codes + panel * steps_ * kPanelRows * 4;
+        const float* stats = here.stats + panel * kStats * kPanelRows;
+        const int64_t rows_here = std::min<int64_t>(kPanelRows, end - begin - panel * kPanelRows);
+        const uint32_t real = rows_here == kPanelRows ? ~0u : (1u << rows_here) - 1;
+        query = first_query;
+        for (size_t t = first_tile; t < last_tile; query += worker.tiles[t].count, ++t) {
+            Tile& tile = worker.tiles[t];
+            uint32_t hits = kernels_.pass(codes, stats, steps_, tile, kept);
+            for (; hits != 0; hits &= hits - 1) {
+                const int j = __builtin_ctz(hits);
+                for (uint32_t mask = kept.mask[j] & real; mask != 0; mask &= mask - 1) {
+                    const int row = __builtin_ctz(mask);
+                    collect(worker, query + j, kept.upper[j][row], begin + panel * kPanelRows + row, &tile, j);
+                }
+            }
+        }
+    }
+}
+
+void Search::float_block(Worker& worker, int64_t begin, int64_t end) {
+    for (int64_t query = 0; query < static_cast<int64_t>(group_.size()); ++query) {
+        Find& find = worker.finds[query];
+        const uint64_t kth = kth_[query].load(std::memory_order_relaxed);
+        refresh(find, query, kth, begin > key_row(kth));
+        for (int64_t row = begin; row < end; ++row) {
+            const float upper = float_upper(query, row);
+            if (!(upper < find.theta)) collect(worker, query, upper, row, nullptr, 0);
+        }
+    }
+}
+
+void Search::collect(Worker& worker, int64_t query, float upper, int64_t position, Tile* tile, int in_tile) {
+    Find& find = worker.finds[query];
+    if (upper < find.theta) return;  // theta rose since the kernel saw it
+    worker.candidates[query * kBuffer + find.candidates++] = {upper, static_cast<uint32_t>(position)};
+    if (find.candidates < kBuffer) return;
+    settle(worker, query);
+    const uint64_t kth = kth_[query].load(std::memory_order_relaxed);
+    refresh(find, query, kth, key_row(kth) <= row_at(position));  // of the rows that follow
+    if (tile != nullptr) tile->theta[in_tile] = find.theta;
+}
+
+// Brings find.theta up to date.
+void Search::refresh(Find& find, int64_t query, uint64_t kth, bool after) {
+    if (kth == find.kth && after == find.after) return;
+    find.kth = kth;
+    find.after = after;
+    find.theta = threshold(group_[query], kth, after);
+}
+
+// Scores the collected rows exactly, best bound first, as far as the bounds reach; empties the buffer. Where the
+// first ones leave many, float32 products tighten the others' bounds before.
+void Search::settle(Worker& worker, int64_t query) {
+    Candidate* const begin = worker.candidates.data() + query * kBuffer;
+    Candidate* end = begin + worker.finds[query].candidates;
+    worker.finds[query].candidates = 0;
+    Candidate* const rest = std::min(begin + kScoredFirst, end);
+    std::partial_sort(begin, rest, end, better_bound);
+    score(worker, query, begin, rest);
+
+    const auto in_reach = [bar = bar_of(query).before](const Candidate& c) { return !(c.upper < bar); };
+    end = std::partition(rest, end, in_reach);
+    if (end - rest > kScoredFirst) {
+        for (Candidate* c = rest; c != end; ++c) c->upper = std::min(c->upper, float_upper(query, row_at(c->position)));
+        end = std::partition(rest, end, in_reach);
+    }
+    std::sort(rest, end, better_bound);
+    score(worker, query, rest, end);
+}
+
+// Scores candidates that stand in the order of their bounds, and stops where the bounds fall below the kth best.
+void Search::score(Worker& worker, int64_t query, const Candidate* begin, const Candidate* end) {
+    Bar bar = bar_of(query);
+    for (const Candidate* c = begin; c != end && !(c->upper < bar.before); ++c) {
+        const int64_t row = row_at(c->position);
+        if (c->upper < bar.after && row > key_row(bar.kth)) continue;
+        const float score = kernels_.exact(rows_, row, group_[query].values);
+        if (offer(worker, query, candidate_key(score, static_cast<uint32_t>(row)))) bar = bar_of(query);
+    }
+}
+
+// Takes a scored row into the thread's heap; true where that may have raised the query's kth best.
+bool Search::offer(Worker& worker, int64_t query, uint64_t key) {
+    Find& find = worker.finds[query];
+    uint64_t* heap = worker.heaps.data() + query * k_;
+    if (find.kept == k_) {
+        if (key < heap[0]) return false;
+        std::pop_heap(heap, heap + k_, std::greater<>());
+        --find.kept;
+    }
+    heap[find.kept++] = key;
+    std::push_heap(heap, heap + find.kept, std::greater<>());
+    if (find.kept < k_) return false;
+    uint64_t kth = kth_[query].load(std::memory_order_relaxed);
+    while (heap[0] > kth && !kth_[query].compare_exchange_weak(kth, heap[0], std::memory_order_relaxed)) {
+    }
+    return true;
+}
+
+Search::Bar Search::bar_of(int64_t query) const {
+    const uint64_t kth = kth_[query].load(std::memory_order_relaxed);
+    return {kth, threshold(group_[query], kth, false), threshold(group_[query], kth, true)};
+}
+
+// An upper bound from a float32 product, in the query's unit as those of the first pass.
+float Search::float_upper(int64_t query, int64_t row) {
+    const Query& q = group_[query];
+    float product, square;
+    kernels_.dot(rows_, row, q.values, &product, &square);
+    if (!std::isfinite(square) && !row_is_finite(rows_, row)) report_broken(row);
+    // a partial sum that overflowed says nothing of the whole
+    if (!std::isfinite(product)) return std::numeric_limits<float>::infinity();
+    // the square is off by the same share as the product; where it underflows the row is below 1e-18
+    const double error = float_error(rows_.dim);
+    const double reach = q.norm * (std::sqrt(static_cast<double>(square)) * (1 + error) + 1e-18);
+    const double upper = (product + error * reach - q.base) / q.unit;
+    return static_cast<float>(upper + std::abs(upper) * 0x1p-22);
+}
+
+// Joins the threads' finds. The k best of the first rows hold the first row of every group in the answer: a row
+// better than a first row, or equal to it and before it, is better than all rows of its group.
+void Search::finish_group(float* scores, int64_t* indices) {
+#pragma omp parallel for num_threads(threads_)
+    for (int64_t query = 0; query < static_cast<int64_t>(group_.size()); ++query) {
+        std::vector<uint64_t> keys;
+        for (const Worker& worker : workers_) {
+            const uint64_t* heap = worker.heaps.data() + query * k_;
+            keys.insert(keys.end(), heap, heap + worker.finds[query].kept);
+        }
+        std::sort(keys.begin(), keys.end(), std::greater<>());
+        if (static_cast<int64_t>(keys.size()) > k_) keys.resize(k_);
+        if (packed_rows_.next_duplicate != nullptr) {
+            for (size_t i = 0, first_rows = keys.size(); i < first_rows; ++i) {
+                int32_t row = packed_rows_.next_duplicate[key_row(keys[i])];
+                for (int64_t n = 1; n < k_ && row != 0; ++n, row = packed_rows_.next_duplicate[row]) {
+                    keys.push_back(candidate_key(key_score(keys[i]), static_cast<uint32_t>(row)));
+                }
+            }
+            std::sort(keys.begin(), keys.end(), std::greater<>());
+        }
+        const int64_t at = group_[query].output * k_;
+        for (int64_t i = 0; i < k_; ++i) {  // fewer than k where a file's row numbers were altered
+            const bool there = i < static_cast<int64_t>(keys.size());
+            scores[at + i] = there ? key_score(keys[i]) : -std::numeric_limits<float>::infinity();
+            indices[at + i] = there ? key_row(keys[i]) : int64_t{-1};
+        }
+    }
+}
+
+}  // namespace
+
+int64_t ip_topk_cpu(const float* queries, int64_t n_queries, const Rows& rows, const PackedRows* packed, int64_t k,
+                    const std::string& isa, int threads, const std::function<bool()>& interrupted, float* scores,
+                    int64_t* indices) {
+    const PlainArithmetic plain;
+    Search search(rows, packed, k, topk_kernels(isa), threads, interrupted);
+    search.run(queries, n_queries, scores, indices);
+    return search.broken_row();
+}
+
+}  // namespace valm

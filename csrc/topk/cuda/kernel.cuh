@@ -1,0 +1,384 @@
+// Exact top-K inner product on a CUDA device.
+//
+// First pass: tensor cores multiply 16-bit queries by the database. For query q (times a power of two) and row x the
+// sum s they return satisfies |s - q.x| <= error(q) norm(x), so u = s + error(q) norm(x) is never below the score,
+// and the pass keeps the rows with the best (u falling, index rising). Then the kept rows are scored exactly
+// (exact.hpp). The answer is proven when the k-th exact score is above the u of the last kept row, which bounds every
+// row that was dropped. A query without that proof goes to a list, and a scan of the whole database by exact scores
+// answers it; nothing waits for the host.
+//
+// The parts of error(q), for E elements and |.| the Euclidean norm, by the Cauchy-Schwarz inequality:
+//   |q - q16|                             q16 the query as the tensor cores get it, measured for each query
+//   |q16| 2^-18 for each mma              the sums: products are exact; an mma adds 16 of them and the sum so far,
+//                                         each cut after 23 bits below the largest, in at most 4 steps, so it loses
+//                                         at most (16 + 4 + 4) 2^-23 of the sum of magnitudes; 2^-18 is 32 of these.
+//                                         NVIDIA does not document this: it is what Fasi, Higham, Mikaitis and Pranesh
+//                                         measured (Numerical behavior of NVIDIA tensor cores, 2021)
+//   |q16| 2^-16                           float32 rows only: x16 = high + low bfloat16, low x low left out
+//   |q16| 2^-20                           rounding of u, of norm(x), of the float64 score, of an int8 row's scale
+// norm(x) includes 2^-96 for bfloat16 products that underflow, and is infinite above 2^64. Below that no sum overflows;
+// above it u is infinite or NaN, which counts as infinite, so the row is kept.
+#pragma once
+
+#include "topk/cuda/formats.cuh"
+#include "topk/cuda/select.cuh"
+
+namespace valm {
+
+// All a kernel needs, passed by value.
+struct Search {
+    const float* queries;    // (n_queries, rows.dim)
+    Rows rows;               // rows.dim a multiple of 8, so that 8 elements load at once
+    const float* row_norms;  // (rows.count), from row_norms_kernel; NaN: never return this row
+    int n_queries, k;
+    Plan plan;
+    // Workspace, in the order of Plan's offsets.
+    uint4* packed;         // (padded queries / 16, terms, slabs, 64): see prepare_queries_kernel
+    float* errors;         // (padded queries): error(q), NaN for a query that is not finite
+    int* exponents;        // (padded queries): the first pass works on 2^exponent q
+    uint64_t* thresholds;  // (padded queries): the best key that some part has `kept` candidates at or above
+    uint64_t* candidates;  // (lists, kept)
+    int* redo;             // how many queries need the exact scan, then which
+    float* scores;         // (n_queries, k)
+    int64_t* indices;      // (n_queries, k)
+};
+
+template <class Format>
+constexpr int kQueryTerms = query_terms(Format::kElement);
+
+// How many terms of a row a term of a query is multiplied by: all but low x low.
+template <class Format>
+__host__ __device__ constexpr int row_terms(int query_term) {
+    return query_term == 0 ? Format::kRowTerms : 1;
+}
+
+// mma instructions for 16 elements.
+template <class Format>
+constexpr int kProducts = Format::kRowTerms + (kQueryTerms<Format> - 1);
+
+// --- queries -----------------------------------------------------------------------------------------------------
+
+// One warp for each query: its scale, its error factor, and its 16-bit words in the order of the mma's fragments:
+// slab by slab, 32 lanes' 16 bytes for rows 0 to 7 of 16 queries, then for rows 8 to 15.
+template <class Format>
+__global__ __launch_bounds__(kThreads) void prepare_queries_kernel(Search s) {
+    const int lane = threadIdx.x % kWarp;
+    const int query = blockIdx.x * kWarps + threadIdx.x / kWarp;
+    const int padded_queries = s.plan.query_blocks * s.plan.query_tiles * 16;
+    if (query == 0 && lane == 0) s.redo[0] = 0;
+    if (query >= padded_queries) return;
+
+    const bool there = query < s.n_queries;
+    const float* const elements = s.queries + static_cast<int64_t>(there ? query : 0) * s.rows.dim;
+    float largest = 0;
+    bool not_finite = false;
+    for (int e = lane; there && e < s.rows.dim; e += kWarp) {
+        const float magnitude = fabsf(elements[e]);
+        not_finite |= !(magnitude <= 3.402823466e+38f);
+        largest = fmaxf(largest, magnitude);
+    }
+    not_finite = any_in_warp(not_finite);
+    for (int mask = kWarp / 2; mask > 0; mask /= 2) largest = fmaxf(largest, shuffle_xor(largest, mask));
+    int exponent = 0;
+    if (largest > 0 && !not_finite) {
+        frexpf(largest, &exponent);
+        exponent = Format::kQueryExponent - exponent;
+    }
+
+    double square = 0, lost_square = 0;  // of the scaled query, and of what its 16-bit words leave out
+    const int half = query / 8 % 2, g = query % 8;
+    uint4* const packed = s.packed + static_cast<int64_t>(query / 16) * kQueryTerms<Format> * s.plan.slabs * 64;
+    for (int part = lane; part < s.plan.slabs * 4; part += kWarp) {
+        const int slab = part / 4, t = part % 4;
+        double rest[8];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            const int e = slab * kSlab + Format::element(t, j);
+            rest[j] = there && !not_finite && e < s.rows.dim ? ldexp(static_cast<double>(elements[e]), exponent) : 0.0;
+            square += rest[j] * rest[j];
+        }
+#pragma unroll
+        for (int term = 0; term < kQueryTerms<Format>; ++term) {
+            uint32_t word[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                word[i] = pack<Format::kInput>(static_cast<float>(rest[2 * i]), static_cast<float>(rest[2 * i + 1]));
+                rest[2 * i] -= unpack<Format::kInput>(word[i] & 0xffffu);
+                rest[2 * i + 1] -= unpack<Format::kInput>(word[i] >> 16);
+            }
+            packed[(static_cast<int64_t>(term) * s.plan.slabs + slab) * 64 + half * 32 + g * 4 + t] =
+                make_uint4(word[0], word[1], word[2], word[3]);
+        }
+#pragma unroll
+        for (int j = 0; j < 8; ++j) lost_square += rest[j] * rest[j];
+    }
+    for (int mask = kWarp / 2; mask > 0; mask /= 2) {
+        square += shuffle_xor(square, mask);
+        lost_square += shuffle_xor(lost_square, mask);
+    }
+    if (lane != 0) return;
+    const double lost = sqrt(lost_square), norm16 = sqrt(square) + lost;
+    const int mmas = 2 * s.plan.slabs * kProducts<Format>;
+    const double relative = mmas * 0x1p-18 + (Format::kRowTerms == 2 ? 0x1p-16 : 0.0) + 0x1p-20;
+    s.errors[query] = not_finite ? NAN : static_cast<float>((lost + norm16 * relative) * (1 + 0x1p-20));
+    s.exponents[query] = exponent;
+    s.thresholds[query] = 0;
+}
+
+// --- first pass --------------------------------------------------------------------------------------------------
+
+// The rows that a lane loads, tile after tile, one slab at a time.
+template <class Format>
+struct RowStream {
+    const Search& s;
+    const typename Format::Value* row[kRowTiles];
+    int64_t first_row;  // of this lane in the tile that is being loaded
+    int slab = 0, t;
+
+    __device__ RowStream(const Search& s, int64_t first_row, int t) : s(s), first_row(first_row), t(t) { find_rows(); }
+
+    __device__ void find_rows() {
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i) row[i] = row_at<Format>(s.rows, min(first_row + 8 * i, s.rows.count - 1));
+    }
+
+    __device__ void next(typename Format::Chunk (&chunks)[kRowTiles]) {
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i) chunks[i] = Format::load(row[i], slab, t, s.rows.dim);
+        if (++slab == s.plan.slabs) {
+            slab = 0;
+            first_row += static_cast<int64_t>(s.plan.splits) * kBlockRows;
+            find_rows();
+        }
+    }
+};
+
+// sums += queries (16 kQueryTiles) x rows (8 kRowTiles) over one slab.
+template <class Format, int kQueryTiles>
+__device__ inline void multiply(const uint4* packed, int slab, int slabs, int lane,
+                                const typename Format::Chunk (&chunks)[kRowTiles],
+                                float (&sums)[kQueryTiles][kRowTiles][4]) {
+    uint4 query[kQueryTiles][kQueryTerms<Format>][2];
+#pragma unroll
+    for (int m = 0; m < kQueryTiles; ++m) {
+#pragma unroll
+        for (int term = 0; term < kQueryTerms<Format>; ++term) {
+            const uint4* const at = packed + ((m * kQueryTerms<Format> + term) * slabs + slab) * 64 + lane;
+            query[m][term][0] = at[0];
+            query[m][term][1] = at[32];
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < kRowTiles; ++n) {
+        uint32_t row[Format::kRowTerms][4];
+        Format::words(chunks[n], row);
+#pragma unroll
+        for (int m = 0; m < kQueryTiles; ++m) {
+#pragma unroll
+            for (int query_term = 0; query_term < kQueryTerms<Format>; ++query_term) {
+                const uint4 q0 = query[m][query_term][0], q1 = query[m][query_term][1];
+                const uint32_t first[4] = {q0.x, q1.x, q0.y, q1.y}, second[4] = {q0.z, q1.z, q0.w, q1.w};
+#pragma unroll
+                for (int row_term = 0; row_term < row_terms<Format>(query_term); ++row_term) {
+                    mma_m16n8k16<Format::kInput>(sums[m][n], first, row[row_term][0], row[row_term][1]);
+                    mma_m16n8k16<Format::kInput>(sums[m][n], second, row[row_term][2], row[row_term][3]);
+                }
+            }
+        }
+    }
+}
+
+// A block takes 16 kQueryTiles queries and every splits-th tile of 256 rows. Strided, so that the blocks of different
+// queries that run together read the same rows, and sorted databases spread over all blocks.
+template <class Format, int kQueryTiles>
+__global__ __launch_bounds__(kThreads,
+                             first_pass_residents(kQueryTiles, Format::kElement)) void first_pass_kernel(Search s) {
+    constexpr int kQueries = 16 * kQueryTiles;
+    const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp, g = lane / 4, t = lane % 4;
+    const int first_query = blockIdx.x * kQueries;
+    const int split = blockIdx.y;
+
+    // shared: packed queries, pools, error factors
+    const int query_chunks = kQueryTiles * kQueryTerms<Format> * s.plan.slabs * 64;
+    uint4* const packed = dynamic_shared();
+    const Pools pools(packed + query_chunks, kQueries, s.plan.capacity, s.plan.kept);
+    float* const errors = reinterpret_cast<float*>(pools.counts + kQueries);
+    const uint4* const packed_source = s.packed + static_cast<int64_t>(blockIdx.x) * query_chunks;
+    for (int i = thread; i < query_chunks; i += kThreads) packed[i] = packed_source[i];
+    if (thread < kQueries) {
+        const int query = first_query + thread;
+        const float error = s.errors[query];
+        const bool open = query < s.n_queries && error == error;
+        pools.reset(thread, open ? 0 : closed_threshold());
+        errors[thread] = open ? error : 0.0f;
+    }
+    __syncthreads();
+
+    // Tells the other parts of the database how good this one's last kept key is, and takes up the best of theirs: no
+    // key below can be among the best of the whole.
+    const auto share_threshold = [&](int query) {
+        uint64_t& threshold = pools.thresholds[query];
+        threshold = max(threshold, atomic_max(s.thresholds + first_query + query, threshold));
+    };
+
+    const int64_t warp_row = static_cast<int64_t>(split) * kBlockRows + warp * (kRowTiles * 8);
+    RowStream<Format> stream(s, warp_row + g, t);
+    typename Format::Chunk even[kRowTiles], odd[kRowTiles];
+    stream.next(even);
+    for (int64_t tile = warp_row; tile - warp * (kRowTiles * 8) < s.rows.count;
+         tile += static_cast<int64_t>(s.plan.splits) * kBlockRows) {
+        float sums[kQueryTiles][kRowTiles][4] = {};  // [..][..][2 h + j]: query g + 8 h, row 2 t + j
+        float norms[kRowTiles][2];                   // NaN for a row that must not be returned
+#pragma unroll
+        for (int n = 0; n < kRowTiles; ++n) {
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                const int64_t row = tile + 8 * n + 2 * t + j;
+                norms[n][j] = row < s.rows.count ? s.row_norms[row] : NAN;
+            }
+        }
+        for (int slab = 0; slab < s.plan.slabs; slab += 2) {
+            stream.next(odd);
+            multiply<Format, kQueryTiles>(packed, slab, s.plan.slabs, lane, even, sums);
+            stream.next(even);
+            multiply<Format, kQueryTiles>(packed, slab + 1, s.plan.slabs, lane, odd, sums);
+        }
+        if constexpr (Format::kElement == Element::kInt8) {
+#pragma unroll
+            for (int n = 0; n < kRowTiles; ++n) {
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    const int64_t row = tile + 8 * n + 2 * t + j;
+                    const float scale = row < s.rows.count ? s.rows.scale[row] : 0.0f;
+#pragma unroll
+                    for (int m = 0; m < kQueryTiles; ++m) sums[m][n][j] *= scale, sums[m][n][2 + j] *= scale;
+                }
+            }
+        }
+
+        // Upper bounds in place of the sums; a bit for each that may pass the threshold.
+        uint32_t pending[kQueryTiles];
+#pragma unroll
+        for (int m = 0; m < kQueryTiles; ++m) {
+            pending[m] = 0;
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const float error = errors[16 * m + 8 * h + g];
+                const float threshold = key_score(pools.thresholds[16 * m + 8 * h + g]);
+#pragma unroll
+                for (int n = 0; n < kRowTiles; ++n) {
+#pragma unroll
+                    for (int j = 0; j < 2; ++j) {
+                        const float bound = fmaf(error, norms[n][j], sums[m][n][2 * h + j]);
+                        sums[m][n][2 * h + j] = bound;
+                        // written so that a bound or threshold of NaN passes
+                        pending[m] |= static_cast<uint32_t>(!(bound < threshold)) << (4 * n + 2 * h + j);
+                    }
+                }
+            }
+        }
+        const auto offer = [&] {
+            uint32_t turned_away = 0;
+#pragma unroll
+            for (int m = 0; m < kQueryTiles; ++m) {
+                uint32_t again = 0;
+                for (uint32_t left = pending[m]; left != 0; left &= left - 1) {
+                    const int bit = __ffs(left) - 1;
+                    float bound = 0, norm = 0;
+#pragma unroll
+                    for (int i = 0; i < 4 * kRowTiles; ++i) {
+                        if (i == bit) bound = sums[m][i / 4][i % 4], norm = norms[i / 4][i % 2];
+                    }
+                    if (norm != norm) continue;
+                    if (bound != bound) bound = INFINITY;
+                    const int query = 16 * m + 8 * (bit / 2 % 2) + g;
+                    const int64_t row = tile + 8 * (bit / 4) + 2 * t + bit % 2;
+                    if (!pools.offer(query, candidate_key(bound, static_cast<uint32_t>(row)))) again |= 1u << bit;
+                }
+                pending[m] = again;
+                turned_away |= again;
+            }
+            return turned_away != 0;
+        };
+        pools.take(offer, share_threshold);
+    }
+
+    for (int query = warp; query < kQueries && first_query + query < s.n_queries; query += kWarps) {
+        pools.flush(query, lane);
+        if (lane == 0) share_threshold(query);
+        uint64_t* const list =
+            s.candidates + (static_cast<int64_t>(first_query + query) * s.plan.splits + split) * s.plan.kept;
+        for (int i = lane; i < s.plan.kept; i += kWarp) list[i] = pools.query_keys(query)[i];
+    }
+}
+
+// --- merge -------------------------------------------------------------------------------------------------------
+
+// The first k keys of a sorted pool as the scores and indices of a query; zeros, for want of rows, as -inf and -1.
+__device__ inline void write_answer(const Search& s, int query, const uint64_t* keys) {
+    for (int i = threadIdx.x; i < s.k; i += blockDim.x) {
+        const uint64_t key = keys[i];
+        s.scores[static_cast<int64_t>(query) * s.k + i] = key ? key_score(key) : -INFINITY;
+        s.indices[static_cast<int64_t>(query) * s.k + i] = key ? static_cast<int64_t>(key_row(key)) : -1;
+    }
+}
+
+// Puts a query on the redo list, by one thread.
+__device__ inline void ask_for_scan(const Search& s, int query) { s.redo[1 + atomicAdd(s.redo, 1)] = query; }
+
+// A block for each query: the best candidates of all parts, scored exactly, and the proof that no other row belongs
+// into the answer.
+template <class Format>
+__global__ __launch_bounds__(kThreads) void merge_kernel(Search s) {
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, query = blockIdx.x;
+    const float error = s.errors[query];
+    if (error != error) {
+        for (int i = threadIdx.x; i < s.k; i += kThreads) {
+            s.scores[static_cast<int64_t>(query) * s.k + i] = NAN;
+            s.indices[static_cast<int64_t>(query) * s.k + i] = -1;
+        }
+        return;
+    }
+    if (!s.plan.first_pass) {
+        if (threadIdx.x == 0) ask_for_scan(s, query);
+        return;
+    }
+
+    const Pools pools(dynamic_shared(), 1, s.plan.capacity, s.plan.kept);
+    uint64_t* const keys = pools.keys;
+    const uint64_t threshold = s.thresholds[query];  // itself a key to be kept
+    select_best(pools, s.candidates + static_cast<int64_t>(query) * s.plan.splits * s.plan.kept,
+                static_cast<int64_t>(s.plan.splits) * s.plan.kept, threshold ? threshold - 1 : 0);
+    const uint64_t last = keys[s.plan.kept - 1];  // zero: no row was dropped
+    __syncthreads();
+
+    const float* const elements = s.queries + static_cast<int64_t>(query) * s.rows.dim;
+    for (int i = warp; i < s.plan.capacity; i += kWarps) {
+        const uint64_t key = i < s.plan.kept ? keys[i] : 0;
+        uint64_t exact_key = 0;
+        if (key != 0) {
+            const uint32_t row = key_row(key);
+            const auto* row_elements = row_at<Format>(s.rows, row);
+            const float scale = scale_at<Format>(s.rows, row);
+            double sum = exact_lane(
+                elements, [&](int64_t e) { return Format::value(row_elements[e], scale); }, s.rows.dim, lane);
+            for (int mask = kExactLanes / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+            exact_key = candidate_key(exact_round(sum), row);
+        }
+        if (lane == 0) keys[i] = exact_key;  // the shuffles have let every lane read the old one
+    }
+    __syncthreads();
+    if (warp == 0) sort_descending(keys, s.plan.capacity, lane);
+    __syncthreads();
+    write_answer(s, query, keys);
+
+    if (threadIdx.x == 0 && last != 0) {
+        // Both in the query's own scale. A dropped row with the last kept row's bound has a higher index than it.
+        const double bound = ldexp(static_cast<double>(key_score(last)), -s.exponents[query]);
+        const float kth = key_score(keys[s.k - 1]);
+        const bool tied = s.exponents[query] == 0 && bound == kth && key_row(keys[s.k - 1]) <= key_row(last);
+        if (!(static_cast<float>(bound) < kth) && !tied) ask_for_scan(s, query);
+    }
+}
+
+}  // namespace valm

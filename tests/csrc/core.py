@@ -1,0 +1,39 @@
+"""The native CPU code as a program without Python: driver.cpp and the sources that setup.py compiles."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+ISA_FLAGS = {
+    "_avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "_avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
+    "_avx512vnni": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c"],
+}
+
+
+def build(compiler: str, folder: Path, *flags: str, x86: bool) -> Path:
+    """Compiles the driver into `folder` with `flags`, and where `x86` each file with its instruction set's flags."""
+    sources = [path for path in (ROOT / "csrc").rglob("*.cpp") if path.name != "bindings.cpp"]
+    sources.append(ROOT / "tests" / "csrc" / "driver.cpp")
+
+    def compile_file(source: Path) -> Path:
+        target = folder / f"{source.parent.name}_{source.stem}.o"
+        isa_flags = ISA_FLAGS.get(f"_{source.stem.rpartition('_')[2]}", []) if x86 else []
+        _run(compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}", *flags, *isa_flags,
+             "-c", str(source), "-o", str(target))  # fmt: skip
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = [str(path) for path in pool.map(compile_file, sources)]
+    program = folder / "driver"
+    _run(compiler, *flags, *objects, "-o", str(program))
+    return program
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,255 @@
+// The native CPU code without Python, held against plain loops: top-K search of every stored dtype, packed and not, and
+// image attention forward and backward in both layouts. Prints what it ran and "ok"; exits with 1 at a difference.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+#include "image_attn/image_attn.hpp"
+#include "simd/half.hpp"
+#include "simd/isa.hpp"
+#include "topk/exact.hpp"
+#include "topk/topk.hpp"
+
+namespace {
+
+uint32_t state = 1;
+float uniform() {  // in [-1, 1)
+    state = state * 1664525u + 1013904223u;
+    return static_cast<float>(state >> 8) * 0x1p-23f - 1;
+}
+
+std::vector<float> uniforms(int64_t n) {
+    std::vector<float> values(n);
+    for (float& value : values) value = uniform();
+    return values;
+}
+
+void check(bool right, const char* what) {
+    if (right) return;
+    std::printf("wrong: %s\n", what);
+    std::exit(1);
+}
+
+bool never() { return false; }
+
+// The k best rows by (score falling, row rising), by sorting all of them.
+template <class Value>
+void check_search(const char* dtype, const std::string& isa, const std::vector<Value>& rows, const float* scale,
+                  int64_t dim, float (*as_float)(Value)) {
+    constexpr int64_t kQueries = 5, kBest = 9;
+    const int64_t count = static_cast<int64_t>(rows.size()) / dim;
+    const valm::Rows stored{rows.data(), scale, valm::element_of(dtype), count, dim};
+    const std::vector<float> queries = uniforms(kQueries * dim);
+
+    std::vector<int32_t> first(count), next(count);
+    const int64_t different = valm::find_duplicates(stored, 2, first.data(), next.data(), never);
+    const int64_t panels = (different + valm::kPanelRows - 1) / valm::kPanelRows;
+    std::vector<uint8_t> codes(panels * ((dim + 3) / 4) * valm::kPanelRows * 4);
+    std::vector<float> stats(panels * valm::kStats * valm::kPanelRows), centre(dim), axis(dim);
+    const valm::PackedRows packed{codes.data(), stats.data(), centre.data(), axis.data(),
+                                  different,    first.data(), next.data()};
+    check(valm::pack(stored, packed, isa, 2, never) == -1, "pack");
+
+    for (const valm::PackedRows* first_pass : {&packed, static_cast<const valm::PackedRows*>(nullptr)}) {
+        for (const int64_t n_queries : {int64_t{1}, kQueries}) {
+            std::vector<float> scores(n_queries * kBest);
+            std::vector<int64_t> indices(n_queries * kBest);
+            const int64_t broken = valm::ip_topk_cpu(queries.data(), n_queries, stored, first_pass, kBest, isa, 2,
+                                                     never, scores.data(), indices.data());
+            check(broken == -1, "ip_topk_cpu");
+            for (int64_t q = 0; q < n_queries; ++q) {
+                std::vector<float> all(count);
+                for (int64_t i = 0; i < count; ++i) {
+                    const auto row = [&](int64_t e) {
+                        return as_float(rows[i * dim + e]) * (scale == nullptr ? 1.0f : scale[i]);
+                    };
+                    double lanes[valm::kExactLanes] = {};
+                    for (int64_t e = 0; e < dim; ++e)
+                        lanes[e % valm::kExactLanes] += double{queries[q * dim + e]} * row(e);
+                    for (int step = valm::kExactLanes / 2; step > 0; step /= 2) {
+                        for (int lane = 0; lane < step; ++lane) lanes[lane] += lanes[lane + step];
+                    }
+                    all[i] = static_cast<float>(lanes[0]) + 0.0f;
+                }
+                std::vector<int64_t> order(count);
+                std::iota(order.begin(), order.end(), 0);
+                std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return all[a] > all[b]; });
+                for (int64_t i = 0; i < kBest; ++i) {
+                    check(indices[q * kBest + i] == order[i], "row of ip_topk_cpu");
+                    check(scores[q * kBest + i] == all[order[i]], "score of ip_topk_cpu");
+                }
+            }
+        }
+    }
+    std::printf("top-K of %s rows on %s\n", dtype, isa.c_str());
+}
+
+float same(float value) { return value; }
+float from_byte(int8_t value) { return value; }
+// Conversions by other means than those of simd/half.hpp; to 16 bits by truncation.
+uint16_t to_half(float value) {
+    const float scaled = value * 0x1p-112f;
+    uint32_t bits;
+    std::memcpy(&bits, &scaled, sizeof bits);
+    return static_cast<uint16_t>((bits >> 31 << 15) | ((bits & 0x7fffffffu) >> 13));
+}
+float from_half(uint16_t half) {
+    const int exponent = half >> 10 & 31, fraction = half & 1023;
+    const double magnitude = exponent == 0 ? std::ldexp(fraction, -24) : std::ldexp(1024 + fraction, exponent - 25);
+    return static_cast<float>(half >> 15 ? -magnitude : magnitude);
+}
+uint16_t to_bfloat(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return static_cast<uint16_t>(bits >> 16);
+}
+float from_bfloat(uint16_t bfloat) {
+    const uint32_t bits = uint32_t{bfloat} << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+void check_searches(const std::string& isa) {
+    constexpr int64_t kCount = 700, kDim = 77;
+    std::vector<float> rows = uniforms(kCount * kDim);
+    for (int64_t i = 500; i < 520; ++i) std::copy_n(rows.data() + kDim * 3, kDim, rows.data() + kDim * i);
+    check_search<float>("float32", isa, rows, nullptr, kDim, same);
+    std::vector<uint16_t> halves, bfloats;
+    std::vector<int8_t> bytes;
+    for (const float value : rows) {
+        halves.push_back(to_half(value));
+        bfloats.push_back(to_bfloat(value));
+        bytes.push_back(static_cast<int8_t>(value * 127));
+    }
+    check_search<uint16_t>("float16", isa, halves, nullptr, kDim, from_half);
+    check_search<uint16_t>("bfloat16", isa, bfloats, nullptr, kDim, from_bfloat);
+    std::vector<float> scale = uniforms(kCount);
+    for (float& value : scale) value = std::abs(value) + 0.1f;
+    for (int64_t i = 500; i < 520; ++i) scale[i] = scale[3];
+    check_search<int8_t>("int8", isa, bytes, scale.data(), kDim, from_byte);
+}
+
+valm::TensorMap::mapped_type tensor(const void* data, std::vector<int64_t> strides) {
+    return {reinterpret_cast<std::uintptr_t>(data), std::move(strides)};
+}
+
+// One head of width D, T tokens with K images each; the pooled layout where `pooled`, with K of U rows.
+void check_image_attn(const std::string& isa, int64_t D, bool pooled) {
+    constexpr int64_t T = 37, K = 5, U = 11;
+    const int64_t image_rows = pooled ? U : T * K;
+    const float scale = 1 / std::sqrt(static_cast<float>(D));
+    const std::vector<float> q = uniforms(T * D), keys = uniforms(image_rows * D), values = uniforms(image_rows * D);
+    const std::vector<float> text_out = uniforms(T * D), text_lse = uniforms(T), grad_out = uniforms(T * D);
+    std::vector<int32_t> index(T * K);  // -1: no image
+    for (int64_t s = 0; s < T * K; ++s) index[s] = static_cast<int32_t>(s * 7 % (U + 1)) - 1;
+    std::vector<char> mask(T * K);
+    for (int64_t s = 0; s < T * K; ++s) mask[s] = index[s] >= 0;
+    const auto row_of = [&](int64_t s) { return pooled ? int64_t{index[s]} : s; };
+
+    std::vector<float> out = text_out, lse = text_lse;
+    std::vector<float> grad_q(T * D), grad_keys(image_rows * D, 7), grad_values(image_rows * D, 7);
+    const std::vector<int64_t> sizes = {1, 1, 1, T, K, D, pooled ? U : -1};
+    const std::vector<int64_t> image_strides =
+        pooled ? std::vector<int64_t>{U * D, D, 1} : std::vector<int64_t>{T * K * D, T * K * D, K * D, D, 1};
+    valm::TensorMap tensors = {
+        {"q", tensor(q.data(), {T * D, T * D, D, 1})},
+        {"out", tensor(out.data(), {T * D, T * D, D, 1})},
+        {"lse", tensor(lse.data(), {T, T, 1})},
+        {"image_k", tensor(keys.data(), image_strides)},
+        {"image_v", tensor(values.data(), image_strides)},
+    };
+    if (pooled) {
+        tensors["image_index"] = tensor(index.data(), {T * K, K, 1});
+    } else {
+        tensors["image_mask"] = tensor(mask.data(), {T * K, K, 1});
+    }
+    valm::image_attn_forward(isa, "float32", sizes, scale, 2, tensors);
+    tensors["grad_out"] = tensor(grad_out.data(), {T * D, T * D, D, 1});
+    tensors["grad_q"] = tensor(grad_q.data(), {T * D, T * D, D, 1});
+    tensors["grad_image_k"] = tensor(grad_keys.data(), image_strides);
+    tensors["grad_image_v"] = tensor(grad_values.data(), image_strides);
+    valm::image_attn_backward(isa, "float32", sizes, scale, 2, tensors);
+
+    const auto near = [](double found, double expected) { return std::abs(found - expected) < 1e-5; };
+    std::vector<double> key_sums(image_rows * D), value_sums(image_rows * D);
+    for (int64_t i = 0; i < T; ++i) {
+        std::vector<double> weights(K);
+        double sum = std::exp(text_lse[i]);
+        for (int64_t k = 0; k < K; ++k) {
+            if (index[i * K + k] < 0) continue;
+            double product = 0;
+            for (int64_t d = 0; d < D; ++d) product += double{q[i * D + d]} * keys[row_of(i * K + k) * D + d];
+            sum += weights[k] = std::exp(scale * product);
+        }
+        check(near(lse[i], std::log(sum)), "lse of image_attn_forward");
+        double delta = 0;
+        for (int64_t d = 0; d < D; ++d) {
+            double expected = std::exp(text_lse[i]) / sum * text_out[i * D + d];
+            for (int64_t k = 0; k < K; ++k) {
+                if (weights[k] > 0) expected += weights[k] / sum * values[row_of(i * K + k) * D + d];
+            }
+            check(near(out[i * D + d], expected), "out of image_attn_forward");
+            delta += expected * grad_out[i * D + d];
+        }
+        std::vector<double> expected_grad_q(D);
+        for (int64_t k = 0; k < K; ++k) {
+            if (weights[k] == 0) continue;
+            const int64_t row = row_of(i * K + k);
+            double grad_score = -delta;
+            for (int64_t d = 0; d < D; ++d) grad_score += double{grad_out[i * D + d]} * values[row * D + d];
+            grad_score *= weights[k] / sum * scale;
+            for (int64_t d = 0; d < D; ++d) {
+                expected_grad_q[d] += grad_score * keys[row * D + d];
+                key_sums[row * D + d] += grad_score * q[i * D + d];
+                value_sums[row * D + d] += weights[k] / sum * grad_out[i * D + d];
+            }
+        }
+        for (int64_t d = 0; d < D; ++d) check(near(grad_q[i * D + d], expected_grad_q[d]), "grad_q");
+    }
+    for (int64_t e = 0; e < image_rows * D; ++e) {
+        check(near(grad_keys[e], key_sums[e]), "grad_image_k");
+        check(near(grad_values[e], value_sums[e]), "grad_image_v");
+    }
+    std::printf("image attention of width %d, %s, on %s\n", static_cast<int>(D), pooled ? "pooled" : "dense",
+                isa.c_str());
+}
+
+// Every 16-bit float that is finite comes back from float32 as it was.
+void check_halves() {
+    using namespace valm;
+    for (uint32_t bits = 0; bits < 0x10000; ++bits) {
+        const uint16_t half = static_cast<uint16_t>(bits);
+        if ((half & 0x7c00) != 0x7c00) {
+            check(half_to_float(half) == from_half(half), "half_to_float");
+            const HalfBitsVector all = HalfBitsVector{} + half;
+            check(widen_float16(all)[0] == from_half(half), "widen_float16");
+            check(narrow_float16(widen_float16(all))[1] == half, "narrow_float16");
+        }
+        if ((half & 0x7f80) != 0x7f80) {
+            const HalfBitsVector all = HalfBitsVector{} + half;
+            check(widen_bfloat16(all)[0] == from_bfloat(half), "widen_bfloat16");
+            check(narrow_bfloat16(widen_bfloat16(all))[1] == half, "narrow_bfloat16");
+        }
+    }
+    std::printf("16-bit floats\n");
+}
+
+}  // namespace
+
+int main() {
+    check_halves();
+    for (const std::string& isa : valm::cpu_isas()) {
+        check_searches(isa);
+        for (const int64_t head_dim : {24, 64}) {
+            check_image_attn(isa, head_dim, false);
+            check_image_attn(isa, head_dim, true);
+        }
+    }
+    std::printf("ok\n");
+}

@@ -1,0 +1,24 @@
+"""The native CPU code on aarch64, cross-compiled and run by qemu's user mode."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+
+import pytest
+
+from tests.csrc.core import build
+
+COMPILER = "aarch64-linux-gnu-g++"
+EMULATOR = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
+
+
+@pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"needs {COMPILER} (Debian: g++-aarch64-linux-gnu)")
+@pytest.mark.skipif(EMULATOR is None, reason="needs qemu-aarch64 (Debian: qemu-user)")
+def test_the_generic_kernels_agree_with_plain_loops(tmp_path):
+    program = build(COMPILER, tmp_path, "-fopenmp", "-static", x86=False)
+    done = subprocess.run([EMULATOR, program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "ok"
+    assert sum(line.endswith("on generic") for line in lines) == len(lines) - 2 == 8

@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.csrc.topk.cuda.simulator import NoStream, Simulator, build
+from valm_kernels.topk import cuda
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if shutil.which("g++") is None:
+        pytest.skip("the simulated CUDA kernels need g++")
+    return build(tmp_path_factory.mktemp("simulator") / "kernels.so")
+
+
+@pytest.fixture
+def simulate(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Simulator]:
+    """simulate(library, ...): from here on valm_kernels.topk.cuda runs on such a Simulator, with CPU tensors."""
+
+    def start(library: Path, *arguments, **options) -> Simulator:
+        simulator = Simulator(library, *arguments, **options)
+        monkeypatch.setattr(cuda, "native", lambda: simulator)
+        monkeypatch.setattr(torch.cuda, "current_stream", NoStream)
+        return simulator
+
+    return start

@@ -1,0 +1,102 @@
+"""What ptxas says of the CUDA kernels: registers and spills, by architecture that setup.py builds machine code for.
+
+`python -m tests.csrc.topk.cuda.ptxas` writes the committed table anew.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[4]
+TABLE = ROOT / "benchmarks" / "records" / "ptxas.csv"
+ARCHITECTURES = ("80", "90")
+
+
+class Figures(NamedTuple):
+    """A row of the record; benchmarks/records/ has the same first columns for every compiler."""
+
+    kernel: str
+    variant: str  # what the template is instantiated with
+    arch: str
+    registers: int
+    spill_bytes: int  # stored and loaded
+    shared_bytes: int  # of fixed size; a launch asks for more
+    stack_bytes: int
+
+
+def nvcc_version() -> str:
+    output = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"release (\S+),", output).group(1)
+
+
+def source_hash() -> str:
+    """Of csrc/topk/cuda/search.cu and all that it includes from csrc/: the figures are those of these sources."""
+    found, contents = ["topk/cuda/search.cu"], []
+    for name in found:
+        contents.append((ROOT / "csrc" / name).read_bytes())
+        included = re.findall(r'^#include "(.+)"$', contents[-1].decode(), re.MULTILINE)
+        found += [other for other in included if other not in found]
+    return hashlib.sha256(b"".join(contents)).hexdigest()[:16]
+
+
+def measure(architecture: str) -> list[Figures]:
+    """Compiles csrc/topk/cuda/search.cu and reads the figures of each kernel, in order of their names."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", f"-arch=sm_{architecture}", f"-I{ROOT / 'csrc'}"]
+        command += ["-cubin", str(ROOT / "csrc/topk/cuda/search.cu"), "-o", f"{folder}/cuda.cubin"]
+        done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    log = subprocess.run(["c++filt"], input=done.stderr, capture_output=True, text=True, check=True).stdout
+    kernels = re.findall(
+        r"Compiling entry function '(?P<name>[^']+)'.*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill "
+        r"stores, (?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers"
+        r"(?:[^\n]*, (?P<shared>\d+) bytes smem)?",
+        log,
+        re.DOTALL,
+    )
+    return sorted(
+        Figures(
+            *_kernel_and_variant(name),
+            architecture,
+            int(registers),
+            int(stores) + int(loads),
+            int(shared or 0),
+            int(stack),
+        )
+        for name, stack, stores, loads, registers, shared in kernels
+    )
+
+
+def _kernel_and_variant(signature: str) -> tuple[str, str]:
+    """first_pass_kernel and "Float16Rows 4" of void valm::first_pass_kernel<valm::Float16Rows, 4>(valm::Search)."""
+    name, _, variant = re.sub(r"^void |>?\(.*\)$|valm::", "", signature).partition("<")
+    return name, variant.replace(",", "")
+
+
+def read_table() -> tuple[str, str, dict[tuple[str, str, str], Figures]]:
+    """The nvcc version and the hash of the sources that the table was written with, and its figures by kernel,
+    variant and architecture.
+    """
+    with TABLE.open(newline="") as file:
+        version, sources = re.fullmatch(r"# nvcc (\S+), sources (\S+)", file.readline().strip()).groups()
+        rows = [Figures(*row[:3], *map(int, row[3:])) for row in list(csv.reader(file))[1:]]
+    return version, sources, {row[:3]: row for row in rows}
+
+
+def write_table() -> None:
+    rows = [row for architecture in ARCHITECTURES for row in measure(architecture)]
+    with TABLE.open("w", newline="") as file:
+        file.write(f"# nvcc {nvcc_version()}, sources {source_hash()}\n")
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(Figures._fields)
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    write_table()

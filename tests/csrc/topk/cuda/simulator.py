@@ -1,0 +1,98 @@
+"""The CUDA kernels of top-K search, compiled by g++ against the shim in shim/ and called as valm_kernels._native is."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+SOURCES = HERE.parents[3] / "csrc"
+ORDERS = {"rising": 0, "falling": 1, "random": 2}
+# Bytes that must still be there after the workspace.
+GUARD_BYTES = 256
+
+
+def build(library: Path, sources: Path = SOURCES, driver: Path = HERE / "driver.cpp") -> Path:
+    """Compiles `driver`, and the kernels under `sources` that it includes, into `library`."""
+    options = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
+    # longjmp between the fibers' stacks, which the fortified one takes for an error
+    options += ["-U_FORTIFY_SOURCE"]
+    includes = [f"-I{HERE / 'shim'}", f"-I{sources}"]
+    command = ["g++", *options, *includes, str(driver), "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return library
+
+
+class Rows:
+    """Stands for valm_kernels._native.Rows."""
+
+    def __init__(self, data: int, scale: int, dtype: str, count: int, dim: int) -> None:
+        element = ("float32", "float16", "bfloat16", "int8").index(dtype)
+        pointers = (ctypes.c_void_p(data), ctypes.c_void_p(scale))
+        self.arguments = (element, *pointers, ctypes.c_int64(count), ctypes.c_int64(dim))
+
+
+class Simulator:
+    """One device. `order` says which of the waiting threads and blocks goes on; `shared_bytes` is what a block gets."""
+
+    built_with_cuda = True
+    Rows = Rows
+
+    def __init__(
+        self,
+        library: Path,
+        order: str = "rising",
+        *,
+        seed: int = 0,
+        multiprocessors: int = 3,
+        shared_bytes: int = 166912,
+    ) -> None:
+        self._library = ctypes.CDLL(str(library))
+        self._library.workspace_bytes.restype = ctypes.c_int64
+        self._schedule = (ORDERS[order], ctypes.c_uint64(seed))
+        self._limits = (multiprocessors, ctypes.c_int64(shared_bytes))
+        self.redone = 0  # queries that the exact scan answered in the last search
+
+    def _call(self, name: str, *arguments) -> None:
+        message = ctypes.create_string_buffer(200)
+        if getattr(self._library, name)(*self._schedule, message, ctypes.c_size_t(200), *arguments):
+            raise RuntimeError(message.value.decode())
+
+    def cuda_row_norms(self, device, rows, norms, stream) -> None:
+        self._call("row_norms", *rows.arguments, ctypes.c_void_p(norms))
+
+    def cuda_topk_workspace(self, device, n_queries, rows, k) -> int:
+        needed = self._library.workspace_bytes(ctypes.c_int64(n_queries), *rows.arguments, k, *self._limits)
+        return needed + GUARD_BYTES
+
+    def ip_topk_cuda(self, device, queries, n_queries, rows, norms, k, workspace, scores, indices, stream) -> None:
+        size = self.cuda_topk_workspace(device, n_queries, rows, k)
+        memory = (ctypes.c_uint8 * size).from_address(workspace)
+        ctypes.memset(memory, 0xFF, size)
+        redone = ctypes.c_int(-1)
+        self._call(
+            "search",
+            *rows.arguments,
+            ctypes.c_void_p(norms),
+            ctypes.c_void_p(queries),
+            n_queries,
+            k,
+            *self._limits,
+            *map(ctypes.c_void_p, (workspace, scores, indices)),
+            ctypes.byref(redone),
+        )
+        assert bytes(memory[-GUARD_BYTES:]) == b"\xff" * GUARD_BYTES, "written beyond the workspace"
+        self.redone = redone.value
+
+
+class NoStream:
+    """Stands for torch.cuda.current_stream(device) on a machine without CUDA."""
+
+    cuda_stream = 0
+
+    def __init__(self, device: torch.device) -> None:
+        pass

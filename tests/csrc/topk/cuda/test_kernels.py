@@ -1,0 +1,251 @@
+"""The CUDA kernels, run as plain C++ under several thread schedules: the reference's answer bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.csrc.topk.cuda.problems import ADVERSARIAL, DTYPES, adversarial, normals
+from tests.csrc.topk.cuda.simulator import ORDERS
+from valm_kernels.topk import api, cuda, index, reference
+from valm_kernels.topk.index import store
+
+
+def assert_exact(queries: torch.Tensor, rows: torch.Tensor, k: int, row_scale: torch.Tensor | None = None) -> None:
+    scores, indices = cuda.search(queries, rows, row_scale, None, k)
+    expected_scores, expected_indices = reference.ip_topk(queries, rows, row_scale, k)
+    assert torch.equal(indices, expected_indices)
+    torch.testing.assert_close(scores, expected_scores, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("n_queries", "n_rows", "dim", "k"),
+    [
+        (1, 1, 8, 1),  # less of everything than a tile
+        (1, 1700, 72, 8),  # one query, several parts
+        (17, 520, 136, 17),  # blocks of 32 queries
+        (70, 300, 48, 3),  # blocks of 64
+        (3, 700, 40, 128),  # the largest pools
+        (2, 257, 61, 40),  # an odd number of elements, filled up
+    ],
+)
+def test_agrees_with_the_reference(simulate, library, order, dtype, n_queries, n_rows, dim, k):
+    simulator = simulate(library, order)
+    rows, row_scale = store(normals(n_rows, dim, seed=1), dtype, torch.device("cpu"))
+    assert_exact(normals(n_queries, dim), rows, min(k, n_rows), row_scale)
+    assert simulator.redone == 0
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    n_queries=st.integers(1, 70),
+    n_rows=st.integers(1, 700),
+    dim=st.integers(8, 150),
+    k=st.integers(1, 128),
+    dtype=st.sampled_from(list(DTYPES)),
+    order=st.sampled_from(list(ORDERS)),
+    multiprocessors=st.integers(1, 9),
+    shared_kib=st.integers(12, 227),
+    seed=st.integers(0, 99),
+)
+def test_any_shape_on_any_device(
+    simulate, library, n_queries, n_rows, dim, k, dtype, order, multiprocessors, shared_kib, seed
+):
+    simulate(library, order, seed=seed, multiprocessors=multiprocessors, shared_bytes=shared_kib * 1024)
+    rows, row_scale = store(normals(n_rows, dim, seed=seed), dtype, torch.device("cpu"))
+    assert_exact(normals(n_queries, dim, seed=seed + 1), rows, min(k, n_rows), row_scale)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_schedules(simulate, library, seed):
+    simulate(library, "random", seed=seed, multiprocessors=5)
+    assert_exact(normals(20, 64, seed=seed), normals(1300, 64, seed=9).half(), 10)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_16_bit_queries(simulate, library, order, dtype):
+    simulator = simulate(library, order)
+    assert_exact(normals(5, 64).to(dtype), normals(600, 64, seed=1).to(dtype), 8)
+    assert simulator.redone == 0
+
+
+@pytest.mark.parametrize("order", ["rising", "random"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ADVERSARIAL)
+def test_adversarial_rows(simulate, library, order, dtype, kind):
+    simulator = simulate(library, order)
+    stored, row_scale = store(adversarial(kind, 600, 40, dtype), dtype, torch.device("cpu"))
+    queries = normals(2, 40)
+    assert_exact(queries, stored, 8, row_scale)
+    if kind in ("equal", "duplicates"):
+        assert simulator.redone == 2  # more ties than a candidate list has room for
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adversarial_queries(simulate, library, order, dtype):
+    simulate(library, order)
+    queries = normals(12, 40)
+    queries[0] = 0
+    queries[1] *= 1e-38
+    queries[2] *= 1e-43  # subnormal
+    queries[3] *= 1e38
+    queries[4, 1:] = 0  # one element
+    queries[5] *= torch.logspace(-30, 0, 40)
+    queries[6, 7] = torch.nan
+    queries[7, 0] = torch.inf
+    queries[8] = -queries[9]
+    rows, row_scale = store(normals(400, 40, seed=1), dtype, torch.device("cpu"))
+    assert_exact(queries, rows, 5, row_scale)
+
+
+@pytest.mark.parametrize("order", ["falling", "random"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_anisotropic_rows_keep_their_proof(simulate, library, order, dtype):
+    """Rows as CLIP's are, with a mean cosine of 0.8: their scores lie close together."""
+    simulator = simulate(library, order)
+    unit = torch.nn.functional.normalize
+    values = unit(0.8**0.5 * unit(normals(512), dim=0) + 0.2**0.5 * unit(normals(2008, 512, seed=1), dim=1), dim=1)
+    rows, row_scale = store(values[8:], dtype, torch.device("cpu"))
+    assert_exact(values[:8], rows, 16, row_scale)
+    assert simulator.redone == 0
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_zero_query_needs_no_second_scan(simulate, library, order):
+    simulator = simulate(library, order)
+    assert_exact(torch.zeros(1, 64), normals(900, 64).half(), 16)
+    assert simulator.redone == 0
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_rows_that_are_not_finite_are_never_returned(simulate, library, order, dtype):
+    simulate(library, order)
+    queries, rows = normals(3, 24), normals(300, 24, seed=1).to(DTYPES[dtype])
+    clean = torch.arange(300) % 3 == 0
+    broken = rows.clone()
+    broken[~clean, 5] = torch.tensor([torch.nan, torch.inf, -torch.inf] * 67)[: int((~clean).sum())].to(rows.dtype)
+    scores, indices = cuda.search(queries, broken, None, None, 120)
+    expected_scores, expected_indices = reference.ip_topk(queries, rows[clean], None, 100)
+    assert torch.equal(scores[:, :100], expected_scores)
+    assert torch.equal(indices[:, :100], expected_indices * 3)
+    assert (scores[:, 100:] == -torch.inf).all() and (indices[:, 100:] == -1).all()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_rows_that_are_not_finite_in_the_exact_scan(simulate, library, order):
+    simulator = simulate(library, order)
+    rows = torch.ones(300, 16)
+    rows[::2, 3] = torch.inf
+    scores, indices = cuda.search(torch.ones(1, 16), rows, None, None, 4)
+    assert simulator.redone == 1
+    assert indices.tolist() == [[1, 3, 5, 7]] and scores.tolist() == [[16.0] * 4]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("n_queries", [1, 9, 30])
+def test_queries_too_long_for_shared_memory_are_scanned_exactly(simulate, library, order, n_queries):
+    simulator = simulate(library, order, shared_bytes=16 * 1024)
+    queries = normals(n_queries, 512)
+    queries[0, 0] = torch.nan
+    assert_exact(queries, normals(200, 512, seed=1), 7)
+    assert simulator.redone == n_queries - 1
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_queries_of_several_launches(simulate, library, order, monkeypatch):
+    simulate(library, order)
+    monkeypatch.setattr(cuda, "QUERIES_PER_LAUNCH", 4)
+    assert_exact(normals(10, 16), normals(100, 16, seed=1), 3)
+    scores, indices = cuda.search(normals(0, 16), normals(100, 16), None, None, 3)
+    assert scores.shape == indices.shape == (0, 3)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_views_are_copied_where_the_kernels_cannot_read_them(simulate, library, order):
+    simulate(library, order)
+    queries, rows = normals(40, 5).T, normals(300, 42, seed=1).half()
+    assert_exact(queries, rows[:, 1:41], 3)
+    assert_exact(queries, rows.flatten()[1 : 1 + 200 * 40].view(200, 40), 3)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sums_that_overflow_on_the_way_lose_no_row(simulate, library, order, dtype, sign):
+    """The best row's score is finite, the tensor cores' sum of its first elements is not."""
+    simulate(library, order)
+    rows = torch.zeros(200, 40)
+    rows[:, 1] = torch.linspace(1, 3e36, 200)
+    rows[7, [0, 32]] = sign * torch.tensor([-2e38, 2e38 + sign * 1e37])
+    assert_exact(torch.full((1, 40), 1.9), rows.to(DTYPES[dtype]), 1)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_row_norms_are_upper_bounds(simulate, library, order):
+    simulate(library, order)
+    for dtype in DTYPES:
+        rows, row_scale = store(normals(100, 40) * torch.logspace(-3, 3, 100)[:, None], dtype, torch.device("cpu"))
+        exact = reference.dequantise(rows, row_scale).double().norm(dim=1)
+        norms = cuda.pack(rows, row_scale).norms.double()
+        assert (norms >= exact).all() and (norms <= exact * (1 + 2**-19) + 2**-95).all()
+
+
+def test_norms_are_found_once(simulate, library, monkeypatch):
+    simulator = simulate(library)
+    queries, rows = normals(3, 24), normals(200, 24, seed=1)
+    row_norms = cuda.pack(rows, None)
+    monkeypatch.setattr(simulator, "cuda_row_norms", None)
+    expected = reference.ip_topk(queries, rows, None, 4)
+    assert torch.equal(cuda.search(queries, rows, None, row_norms, 4)[1], expected[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_index_fills_up_its_rows_once(simulate, library, monkeypatch, tmp_path, dtype):
+    """An index on the CPU that takes it for a CUDA device: no search copies the rows."""
+    simulate(library)
+    monkeypatch.setattr(index, "PACKERS", {"cpu": cuda.pack})
+    monkeypatch.setattr(index, "LAYOUTS", {"cpu": cuda.aligned})
+    database, queries = normals(150, 13, seed=1), normals(4, 13)
+    added = index.FlatIPIndex(database[:100], dtype)
+    added.add(database[100:])
+    itemsize = DTYPES[dtype].itemsize
+    assert added.dim == 13
+    assert added._rows.shape == (150, 16)
+    expected = reference.ip_topk(queries, added.dequantised(), None, 6)
+    used = []
+
+    def normed_search(queries, rows, row_scale, norms, k):
+        used.append(cuda.aligned(rows).data_ptr())
+        return cuda.search(queries, rows, row_scale, cuda.RowNorms(norms), k)
+
+    with torch.library._scoped_library("valm_kernels", "IMPL") as implementations:
+        implementations.impl("normed_ip_topk", normed_search, "CPU")
+        found = added.search(queries, 6)
+    assert torch.equal(found.indices, expected[1]) and torch.equal(found.scores, expected[0])
+    assert used == [added._rows.data_ptr()]
+    assert added.bytes_per_row == 16 * itemsize + 4 + (4 if dtype == "int8" else 0)
+    added.save(tmp_path)
+    monkeypatch.undo()
+    loaded = index.FlatIPIndex.load(tmp_path)
+    assert loaded.dequantised().shape == (150, 13)
+    assert torch.equal(loaded.dequantised(), added.dequantised())
+
+
+def test_dispatch_by_what_is_packed():
+    queries, rows, norms = (torch.empty(*shape, device="meta") for shape in ((2, 3, 24), (200, 24), (200,)))
+    scores, indices = api.search(queries, rows, None, 4, cuda.RowNorms(norms))
+    assert scores.shape == indices.shape == (2, 3, 4)
+    assert scores.dtype == torch.float32 and indices.dtype == torch.int64
+
+
+def test_native_code_without_cuda_says_so(monkeypatch):
+    monkeypatch.setattr(cuda, "native", lambda: type("Native", (), {"built_with_cuda": False}))
+    with pytest.raises(ImportError, match="built without CUDA"):
+        cuda.code()

@@ -1,0 +1,72 @@
+"""The simulator sees races: with any one barrier of the kernels taken away, some schedule gives a wrong answer."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.csrc.topk.cuda.problems import normals
+from tests.csrc.topk.cuda.simulator import ORDERS, SOURCES, Simulator, build
+from valm_kernels.topk import cuda, reference
+
+BARRIERS = ("__syncthreads();", "sync_warp();")
+
+
+def sites() -> list[tuple[str, int]]:
+    """File and line of each barrier."""
+    return [
+        (file.name, number)
+        for file in sorted((SOURCES / "topk" / "cuda").glob("*.cuh"))
+        if file.name != "device.cuh"
+        for number, line in enumerate(file.read_text().splitlines(), 1)
+        if line.strip() in BARRIERS
+    ]
+
+
+def answers_are_right(simulator: Simulator) -> bool:
+    """Whether searches with full pools, several parts and several exact scans give the reference's answers, and the
+    exact scans are those of the queries that need one.
+    """
+    ordinary = (normals(18, 72), normals(1500, 72, seed=1).half(), 0)
+    duplicates = (normals(9, 16), normals(1400, 16, seed=1)[torch.arange(1400) % 9], 9)
+    for queries, rows, redone in (ordinary, duplicates):
+        scores, indices = cuda.search(queries, rows, None, None, 40)
+        expected_scores, expected_indices = reference.ip_topk(queries, rows, None, 40)
+        if not torch.equal(scores, expected_scores) or not torch.equal(indices, expected_indices):
+            return False
+        if simulator.redone != redone:
+            return False
+    return True
+
+
+def right_in_every_order(simulate, library: Path) -> bool:
+    for order in ORDERS:
+        try:
+            if not answers_are_right(simulate(library, order, multiprocessors=1)):
+                return False
+        except RuntimeError:  # a deadlock, or no end
+            return False
+    return True
+
+
+def test_nothing_taken_away(simulate, library):
+    assert right_in_every_order(simulate, library)
+    assert len(sites()) >= 10
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [pytest.param(*site, marks=pytest.mark.slow if i % 4 else []) for i, site in enumerate(sites())],
+)
+def test_a_missing_barrier_is_seen(simulate, library, tmp_path, file, line):
+    shutil.copytree(SOURCES / "topk", tmp_path / "topk")
+    source = tmp_path / "topk" / "cuda" / file
+    lines = source.read_text().splitlines()
+    assert lines[line - 1].strip() in BARRIERS
+    lines[line - 1] = ""
+    source.write_text("\n".join(lines))
+    (tmp_path / "topk" / "cuda" / "device.cuh").unlink()  # the shim's is meant
+    assert not right_in_every_order(simulate, build(tmp_path / "mutant.so", tmp_path))

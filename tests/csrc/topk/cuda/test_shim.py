@@ -1,0 +1,75 @@
+"""The shim refuses what a card would not do, or would do wrongly."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+
+import pytest
+
+from tests.csrc.topk.cuda.simulator import build
+
+# Kernels of one block of 64 threads that asks for 64 bytes of shared memory.
+KERNELS = """
+#include "topk/cuda/device.cuh"
+
+using namespace valm;
+
+struct Nothing {};
+void sound(Nothing) {
+    dynamic_shared()[threadIdx.x % 4].w = threadIdx.x;
+    __syncthreads();
+    any_in_warp(shuffle_xor(threadIdx.x, 1) == 0);
+}
+void beyond(Nothing) {
+    if (threadIdx.x == 9) dynamic_shared()[4].x = 0;
+}
+void different(Nothing) {
+    if (threadIdx.x % 32 == 5) {
+        sync_warp();
+    } else {
+        any_in_warp(false);
+    }
+}
+void missing(Nothing) {
+    if (threadIdx.x % 32 != 5) sync_warp();
+}
+
+extern "C" void run(int kernel, char* message) {
+    void (*const kernels[])(Nothing) = {sound, beyond, different, missing};
+    try {
+        launch(kernels[kernel], dim3(2), 64, 64, {}, Nothing{});
+    } catch (const std::exception& error) {
+        std::strcpy(message, error.what());
+    }
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    if shutil.which("g++") is None:
+        pytest.skip("the simulated CUDA kernels need g++")
+    folder = tmp_path_factory.mktemp("shim")
+    (folder / "kernels.cpp").write_text(KERNELS)
+    library = ctypes.CDLL(str(build(folder / "kernels.so", driver=folder / "kernels.cpp")))
+
+    def message(kernel: int) -> str:
+        text = ctypes.create_string_buffer(200)
+        library.run(kernel, text)
+        return text.value.decode()
+
+    return message
+
+
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [
+        (0, ""),
+        (1, "written beyond the shared memory that the launch asked for"),
+        (2, "the lanes of a warp meet at different instructions"),
+        (3, "deadlock: not all threads meet at a barrier"),
+    ],
+)
+def test_what_is_wrong_is_said(run, kernel, message):
+    assert run(kernel) == message

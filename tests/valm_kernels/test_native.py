@@ -1,0 +1,109 @@
+"""The instruction set and the threads of the native code, which top-K search and image attention share."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from valm_kernels import ip_scores, ip_topk, visual_fusion_attn
+from valm_kernels.native import cpu_isa, native
+from valm_kernels.topk import cpu as topk_cpu
+from valm_kernels.visual_fusion import cpu as attention_cpu
+
+# made before a fork: PyTorch's own operations wait for threads too
+ROWS = torch.arange(5000 * 32).reshape(5000, 32).sin()
+QKV = torch.arange(3 * 4 * 64 * 16).reshape(3, 1, 4, 64, 16).sin()
+IMAGES = torch.arange(4 * 64 * 2 * 16).reshape(1, 4, 64, 2, 16).cos()
+IDS = torch.arange(100)
+
+
+def search() -> torch.Tensor:
+    return ip_topk(ROWS[17], ROWS, 3).scores
+
+
+def score() -> torch.Tensor:
+    return ip_scores(ROWS[:100], ROWS, IDS, IDS)
+
+
+def attend() -> torch.Tensor:
+    return visual_fusion_attn(*QKV, IMAGES, IMAGES)
+
+
+OPERATIONS = {"ip_topk": search, "ip_scores": score, "visual_fusion_attn": attend}
+
+
+@pytest.fixture(params=OPERATIONS)
+def operation(request: pytest.FixtureRequest) -> Callable[[], torch.Tensor]:
+    return OPERATIONS[request.param]
+
+
+@pytest.mark.parametrize("isa", native().cpu_isas())
+def test_the_environment_moves_every_operation(monkeypatch, operation, isa):
+    """The native functions get the name that VALM_KERNELS_ISA holds."""
+    seen = []
+
+    def watched(function: Callable) -> Callable:
+        def call(*arguments):
+            seen.extend(a for a in arguments if a in native().cpu_isas())
+            return function(*arguments)
+
+        return call
+
+    functions = {name: getattr(native(), name) for name in dir(native()) if not name.startswith("_")}
+    watching = {
+        name: watched(f) if name in ("ip_topk_cpu", "ip_scores_cpu", "image_attn_forward") else f
+        for name, f in functions.items()
+    }
+    for module in (topk_cpu, attention_cpu):
+        monkeypatch.setattr(module, "native", lambda: SimpleNamespace(**watching))
+    monkeypatch.setenv("VALM_KERNELS_ISA", isa)
+    operation()
+    assert seen == [isa]
+
+
+@pytest.mark.parametrize("asked", ["avx1024", ""])
+def test_an_instruction_set_that_is_not_there_is_refused(monkeypatch, operation, asked):
+    monkeypatch.setenv("VALM_KERNELS_ISA", asked)
+    with pytest.raises(ValueError, match=rf"VALM_KERNELS_ISA is '{asked}', this machine runs .*generic"):
+        operation()
+
+
+def test_native_code_names_what_is_allowed():
+    with pytest.raises(ValueError, match=r"one that this processor runs \(.*generic\), got avx1024"):
+        native().image_attn_isa("avx1024")
+
+
+def test_the_best_instruction_set_is_the_default(monkeypatch):
+    monkeypatch.delenv("VALM_KERNELS_ISA", raising=False)
+    assert cpu_isa() == native().cpu_isas()[0]
+    assert native().image_attn_isa(cpu_isa()) == cpu_isa().removesuffix("vnni")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_forked_child_computes_on_one_thread(name):
+    """With the parent's two threads it would wait forever; its own thread count comes back after the call."""
+    code = (
+        "import os, torch\n"
+        f"from {__name__} import OPERATIONS\n"
+        f"operation = OPERATIONS[{name!r}]\n"
+        "torch.set_num_threads(2)\n"
+        "expected = operation()\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    same = operation().equal(expected)\n"
+        "    os._exit(0 if same and torch.get_num_threads() == 2 else 1)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert process.communicate(timeout=60)[0].strip() == "0"
+    finally:
+        if process.poll() is None:  # the child waits: end both
+            os.killpg(process.pid, 9)

@@ -1,0 +1,104 @@
+"""What this build of valm_kernels can do on this machine, and why not where it cannot."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy
+import torch
+
+from valm_kernels.native import cpu_isa, native
+from valm_kernels.version import __version__
+
+
+def show_config() -> str:
+    """Print, and return, what was built, what is usable and why something is not.
+
+    For a bug report: versions, the native module and its instruction set, CUDA devices, Triton, and every OpenMP
+    runtime in the process (more than one means that they compete for the cores).
+    """
+    lines = [
+        ("valm", __version__),
+        ("Python", f"{platform.python_version()} on {platform.platform()}"),
+        ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
+        ("numpy", numpy.__version__),
+        ("native module", _native_module()),
+        ("instruction set", _instruction_set()),
+        ("CUDA in the native module", _native_cuda()),
+        ("CUDA in torch", _torch_cuda()),
+        ("Triton", _triton()),
+        ("OpenMP runtimes", ", ".join(_openmp_runtimes()) or "none found"),
+    ]
+    width = max(len(name) for name, _ in lines)
+    text = "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+    print(text)
+    return text
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed (imported from a source tree)"
+
+
+def _native_module() -> str:
+    try:
+        return str(native().__file__)
+    except ImportError as error:
+        return f"not usable: {error}"
+
+
+def _instruction_set() -> str:
+    try:
+        isa, image_isa = cpu_isa(), native().image_attn_isa(cpu_isa())
+        return f"{isa} in top-K, {image_isa} in image attention, of {', '.join(native().cpu_isas())}"
+    except ImportError:
+        return "not usable: no native module"
+    except ValueError as error:
+        return f"not usable: {error}"
+
+
+def _native_cuda() -> str:
+    try:
+        module = native()
+    except ImportError:
+        return "not usable: no native module"
+    if not module.built_with_cuda:
+        return "not built: nvcc was not found (VALM_KERNELS_CUDA=on makes that an error)"
+    try:
+        return "; ".join(module.cuda_devices())
+    except RuntimeError as error:
+        return f"built, not usable here: {error}"
+
+
+def _torch_cuda() -> str:
+    if torch.version.cuda is None:
+        return "not built: a CPU build of torch"
+    if not torch.cuda.is_available():
+        return f"CUDA {torch.version.cuda}, no usable device"
+    return f"CUDA {torch.version.cuda}, {torch.cuda.get_device_name()}"
+
+
+def _triton() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "not installed: impl='triton' is not usable"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return f"{_version('triton')}, interpreting (TRITON_INTERPRET=1)"
+    return f"{_version('triton')}" + (
+        "" if torch.cuda.is_available() else ", needs a CUDA device or TRITON_INTERPRET=1"
+    )
+
+
+def _openmp_runtimes() -> list[str]:
+    """Shared libraries of this process that are OpenMP runtimes (Linux only)."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return []
+    mappings = [line.split(maxsplit=5) for line in maps.read_text().splitlines()]
+    paths = {fields[5] for fields in mappings if len(fields) == 6}
+    return sorted(path for path in paths if Path(path).name.startswith(("libgomp", "libomp", "libiomp")))
