@@ -4,9 +4,11 @@ import re
 import shutil
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from tests.valm.killed import exit_code_if_killed, forked, needs_fork
@@ -14,7 +16,11 @@ from tests.valm.knowledge_base.inputs import COUNT, build_folder, contents
 from tests.valm.tiny_clip import make_clip
 from valm.errors import ValmError
 from valm.knowledge_base import encode
-from valm.knowledge_base.build import build
+from valm.knowledge_base.build import build, plan_of
+from valm.knowledge_base.encode import Encoding
+from valm.knowledge_base.format import ITEM_SCHEMA, EncodedShard
+from valm.knowledge_base.sources.folder import FolderSource
+from valm.knowledge_base.sources.huggingface import DatasetSource
 from valm.knowledge_base.sources.webdataset import WebdatasetSource
 from valm.knowledge_base.store import ImageKnowledgeBase
 
@@ -124,3 +130,38 @@ def test_flickr8k_killed_at_random_and_with_corrupted_pictures(clip, tmp_path):
         assert process.exitcode == -signal.SIGKILL
     assert len(run("killed")) == 997
     assert contents(tmp_path / "killed") == contents(whole.path)
+
+
+class GivenVectors:
+    """The smallest source: two shards of one vector each."""
+
+    precomputed = True
+    count = None
+
+    def plan(self):
+        return {"source": "given", "fingerprint": "", "number": 3}
+
+    def shards(self, done):
+        return [partial(given_vectors, number) for number in range(2)]
+
+
+def given_vectors(number, clip, encoding, progress):
+    items = pa.Table.from_pylist([{"uri": f"{number}", "caption": "", "width": 1, "height": 1}], ITEM_SCHEMA)
+    return EncodedShard(np.eye(2, clip.embed_dim)[number : number + 1], items, None, [], facts={"number": number})
+
+
+def test_a_source_is_a_class_of_its_own(clip, tmp_path):
+    """Nothing but plan, count and shards is asked of it; its settings and facts stand in the manifest."""
+    kb = build(GivenVectors(), tmp_path, clip, progress=False)
+    assert np.array_equal(kb.vectors(), np.eye(2, clip.embed_dim))
+    assert list(kb.manifest["plan"]) == ["source", "fingerprint", "clip", "number"]
+    assert [shard["number"] for shard in kb.manifest["shards"]] == [0, 1]
+
+
+def test_the_plan_stands_in_the_order_of_the_first_version(folder, clip):
+    """The hash of the manifest names a knowledge base, so that a rebuilt one has the same name."""
+    names = ["source", "fingerprint", "clip", "batch_size", "shard_size", "thumbnails"]
+    assert list(plan_of(FolderSource(folder), clip, Encoding())) == names
+    assert plan_of(FolderSource(folder), clip, Encoding(workers=3)) == plan_of(FolderSource(folder), clip, Encoding())
+    rows = DatasetSource([{"image": None}])
+    assert list(plan_of(rows, clip, Encoding())) == [*names[:3], "columns", *names[3:]]
