@@ -64,11 +64,18 @@ def open_embeddings(source: Path) -> Source:
     return EmbeddingSource(source)
 
 
+def open_table(source: Path, **options: Any) -> Source:
+    from valm.knowledge_base.sources.table import TableSource
+
+    return TableSource(source, **options)
+
+
 FORMATS = {
     "pictures": Format(open_folder, ("captions",)),
     "webdataset": Format(open_webdataset),
     "huggingface": Format(open_huggingface, ("config", "split", "streaming", *COLUMNS)),
     "embeddings": Format(open_embeddings),
+    "csv": Format(open_table, COLUMNS),
 }
 
 
@@ -79,22 +86,23 @@ def add_to(commands: Commands) -> None:
     build.add_argument(
         "source",
         type=Path,
-        help="folder of the pictures, tar file or folder of them, or name of a Hugging Face dataset",
+        help="folder of the pictures, tar file or folder of them, table, or name of a Hugging Face dataset",
     )
     build.add_argument(
         "--format",
         choices=list(FORMATS),
         default="pictures",
         help="pictures with captions beside them or in a captions table; tar files as img2dataset writes them; a "
-        "Hugging Face dataset; embeddings that --clip has made, in clip-retrieval's layout",
+        "Hugging Face dataset; embeddings that --clip has made, in clip-retrieval's layout; a table (CSV or TSV) of "
+        "image paths, relative to it, and captions",
     )
     build.add_argument("--clip", required=True, help="CLIP folder, hf-hub:ORGANISATION/MODEL or ARCHITECTURE:WEIGHTS")
     build.add_argument("--out", type=Path, required=True, help="folder of the knowledge base; a killed build goes on")
     build.add_argument("--captions", type=Path, help="table of captions, where it is not beside the pictures")
     build.add_argument("--config", help="of a Hugging Face dataset that has several")
     build.add_argument("--split", help="of a Hugging Face dataset (default: train)")
-    build.add_argument("--image-column", help="of a Hugging Face dataset (default: image)")
-    build.add_argument("--caption-column", help="of a Hugging Face dataset (default: the first of the usual names)")
+    build.add_argument("--image-column", help="of a Hugging Face dataset (default: image) or a table")
+    build.add_argument("--caption-column", help="of a dataset or table (default: the first of the usual names)")
     build.add_argument(
         "--streaming", action="store_true", default=None, help="read a Hugging Face dataset as it is downloaded"
     )
