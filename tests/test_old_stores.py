@@ -10,7 +10,9 @@ import torch
 
 from valm import Clip, ContextEncoder, ImageKnowledgeBase, Retriever, load_checkpoint
 from valm.corpus.retrieved import CorpusRetrieval, retrieve_files
-from valm.knowledge_base.build import build_from_folder
+from valm.knowledge_base.build import build
+from valm.knowledge_base.encode import Encoding
+from valm.knowledge_base.sources.folder import FolderSource
 from valm.retrieval.faiss_index import FaissIndex, verify_index
 from valm_kernels import FlatIPIndex
 
@@ -82,9 +84,10 @@ def test_a_knowledge_base_opens_with_its_index(stores):
 def test_an_unfinished_knowledge_base_is_finished(stores):
     whole, out = ImageKnowledgeBase.open(stores / "kb"), stores / "kb-unfinished"
     written = last_writes(out)
-    settings = {name: whole.manifest["plan"][name] for name in ("batch_size", "shard_size", "thumbnails")}
-    clip = Clip.load(stores / "clip")
-    kb = build_from_folder(stores / "pictures", out, clip, **settings, progress=False)
+    plan = whole.manifest["plan"]
+    source = FolderSource(stores / "pictures", shard_size=plan["shard_size"])
+    encoding = Encoding(batch_size=plan["batch_size"], thumbnails=plan["thumbnails"])
+    kb = build(source, out, Clip.load(stores / "clip"), encoding, progress=False)
 
     assert kb.verify(progress=False) == []
     assert last_writes(out).keys() == last_writes(whole.path).keys() - {"index.faiss", "index.json"}

@@ -19,7 +19,14 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from valm.clip import Clip
-from valm.knowledge_base.format import ITEM_SCHEMA, WHAT, Piece, clip_entry, finish_knowledge_base, write_piece
+from valm.knowledge_base.format import (
+    ITEM_SCHEMA,
+    WHAT,
+    EncodedShard,
+    clip_entry,
+    finish_knowledge_base,
+    write_shard,
+)
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.context import ContextEncoder
 from valm.shards.build import ShardedBuild
@@ -99,6 +106,6 @@ def large_knowledge_base(folder: Path, tower: str) -> ImageKnowledgeBase:
         vectors = real[one] + PERTURBATION * (real[other] - real[another])
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         rows = [{"uri": f"{number}/{row}", "caption": "", "width": 1, "height": 1} for row in range(SHARD)]
-        write_piece(build.out, number, Piece(vectors, pa.Table.from_pylist(rows, ITEM_SCHEMA), None, []))
+        write_shard(build.out, number, EncodedShard(vectors, pa.Table.from_pylist(rows, ITEM_SCHEMA), None, []))
     finish_knowledge_base(build, clip_entry(clip(tower), build.out), real.shape[1])
     return ImageKnowledgeBase.open(out)

@@ -4,7 +4,8 @@ from PIL import Image
 
 from tests.valm.tiny_clip import TEXTS, make_clip
 from valm.clip import Clip
-from valm.knowledge_base.build import build_from_folder
+from valm.knowledge_base.build import build
+from valm.knowledge_base.sources.folder import FolderSource
 from valm.tokenizer import clip_tokenizer, prune_tokenizer
 
 
@@ -29,6 +30,6 @@ def make_kb(clip, tmp_path_factory):
             colour = tuple(generator.integers(0, 256, 3).tolist())
             Image.new("RGB", (32, 32), colour).save(folder / f"{index:04d}.png")
         out = tmp_path_factory.mktemp("kb")
-        return build_from_folder(folder, out, clip, shard_size=max(1, count // 2), progress=False)
+        return build(FolderSource(folder, shard_size=max(1, count // 2)), out, clip, progress=False)
 
     return make

@@ -10,7 +10,8 @@ from valm import checkpoint
 from valm.checkpoint import load_checkpoint, save_checkpoint, save_retrieval
 from valm.clip import Clip
 from valm.errors import ValmError
-from valm.knowledge_base.build import build_from_folder
+from valm.knowledge_base.build import build
+from valm.knowledge_base.sources.folder import FolderSource
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import BlindRetriever, Retriever
 from valm.tokenizer import clip_tokenizer, prune_tokenizer
@@ -117,7 +118,7 @@ def test_a_checkpoint_finds_its_pictures_again(tmp_path, clip, blind):
     (tmp_path / "pictures").mkdir()
     for name, colour in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
         Image.new("RGB", (32, 32), colour).save(tmp_path / "pictures" / f"{name}.png")
-    kb = build_from_folder(tmp_path / "pictures", tmp_path / "kb", Clip.load(tmp_path / "clip"), progress=False)
+    kb = build(FolderSource(tmp_path / "pictures"), tmp_path / "kb", Clip.load(tmp_path / "clip"), progress=False)
     encoder = ContextEncoder(kb.load_clip(), query="state")
     tokenizer = encoder.clip.tokenizer
     model = tiny_model(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from valm.cli.options import (
     Commands,
@@ -19,11 +21,62 @@ from valm.cli.options import (
 )
 from valm.errors import ValmError
 
-# Options of `kb build` for Hugging Face datasets: how one is opened, and what is read of it.
-OPENING = ("config", "split", "streaming")
-COLUMNS = ("image_column", "caption_column")
+if TYPE_CHECKING:
+    from valm.knowledge_base.sources import Source
+    from valm.knowledge_base.store import ImageKnowledgeBase
 
 SKIPPED_SHOWN = 10
+COLUMNS = ("image_column", "caption_column")
+
+
+class Format(NamedTuple):
+    """A kind of source that `kb build` reads.
+
+    open: makes the source of the path or name given and of those `options`, names of arguments, that are not None.
+    """
+
+    open: Callable[..., Source]
+    options: tuple[str, ...] = ()
+
+
+def open_folder(source: Path, **options: Any) -> Source:
+    from valm.knowledge_base.sources.folder import FolderSource
+
+    return FolderSource(source, **options)
+
+
+def open_webdataset(source: Path) -> Source:
+    from valm.knowledge_base.sources.webdataset import WebdatasetSource
+
+    return WebdatasetSource(source)
+
+
+def open_huggingface(source: Path, **options: Any) -> Source:
+    from valm.knowledge_base.sources.huggingface import DatasetSource, open_dataset
+
+    columns = {name: options.pop(name) for name in COLUMNS if name in options}
+    return DatasetSource(open_dataset(source, **options), **columns)
+
+
+def open_embeddings(source: Path) -> Source:
+    from valm.knowledge_base.sources.embeddings import EmbeddingSource
+
+    return EmbeddingSource(source)
+
+
+def open_table(source: Path, **options: Any) -> Source:
+    from valm.knowledge_base.sources.table import TableSource
+
+    return TableSource(source, **options)
+
+
+FORMATS = {
+    "pictures": Format(open_folder, ("captions",)),
+    "webdataset": Format(open_webdataset),
+    "huggingface": Format(open_huggingface, ("config", "split", "streaming", *COLUMNS)),
+    "embeddings": Format(open_embeddings),
+    "csv": Format(open_table, COLUMNS),
+}
 
 
 def add_to(commands: Commands) -> None:
@@ -33,22 +86,23 @@ def add_to(commands: Commands) -> None:
     build.add_argument(
         "source",
         type=Path,
-        help="folder of the pictures, tar file or folder of them, or name of a Hugging Face dataset",
+        help="folder of the pictures, tar file or folder of them, table, or name of a Hugging Face dataset",
     )
     build.add_argument(
         "--format",
-        choices=["pictures", "webdataset", "huggingface", "embeddings"],
+        choices=list(FORMATS),
         default="pictures",
         help="pictures with captions beside them or in a captions table; tar files as img2dataset writes them; a "
-        "Hugging Face dataset; embeddings that --clip has made, in clip-retrieval's layout",
+        "Hugging Face dataset; embeddings that --clip has made, in clip-retrieval's layout; a table (CSV or TSV) of "
+        "image paths, relative to it, and captions",
     )
     build.add_argument("--clip", required=True, help="CLIP folder, hf-hub:ORGANISATION/MODEL or ARCHITECTURE:WEIGHTS")
     build.add_argument("--out", type=Path, required=True, help="folder of the knowledge base; a killed build goes on")
     build.add_argument("--captions", type=Path, help="table of captions, where it is not beside the pictures")
     build.add_argument("--config", help="of a Hugging Face dataset that has several")
     build.add_argument("--split", help="of a Hugging Face dataset (default: train)")
-    build.add_argument("--image-column", help="of a Hugging Face dataset (default: image)")
-    build.add_argument("--caption-column", help="of a Hugging Face dataset (default: the first of the usual names)")
+    build.add_argument("--image-column", help="of a Hugging Face dataset (default: image) or a table")
+    build.add_argument("--caption-column", help="of a dataset or table (default: the first of the usual names)")
     build.add_argument(
         "--streaming", action="store_true", default=None, help="read a Hugging Face dataset as it is downloaded"
     )
@@ -90,30 +144,24 @@ def add_to(commands: Commands) -> None:
 
 def run_build(arguments: argparse.Namespace) -> None:
     from valm.clip import Clip
-    from valm.knowledge_base.build import build_from_embeddings, build_from_folder, build_from_webdataset
+    from valm.knowledge_base.build import build
+    from valm.knowledge_base.encode import Encoding
 
-    options = vars(arguments)
-    formats = {"captions": "pictures"} | dict.fromkeys([*OPENING, *COLUMNS], "huggingface")
-    for name, format in formats.items():
-        if options[name] is not None and arguments.format != format:
-            raise ValmError(f"--{name.replace('_', '-')} is for --format {format}, not for {arguments.format}")
-    source = (arguments.source, arguments.out, Clip.load(arguments.clip, device=chosen_device(arguments)))
-    run = chosen_run(arguments)
-    encoding = {"run": run, "batch_size": arguments.batch_size, "thumbnails": arguments.thumbnails}
-    if arguments.format == "embeddings":
-        kb = build_from_embeddings(*source, run=run)
-    elif arguments.format == "huggingface":
-        from valm.knowledge_base.sources.huggingface import build_from_dataset, open_dataset
+    source = open_source(arguments)
+    clip = Clip.load(arguments.clip, device=chosen_device(arguments))
+    encoding = Encoding(batch_size=arguments.batch_size, thumbnails=arguments.thumbnails)
+    print_kb(build(source, arguments.out, clip, encoding, run=chosen_run(arguments)))
 
-        given = {name: value for name, value in options.items() if value is not None}
-        dataset = open_dataset(arguments.source, **{name: given[name] for name in OPENING if name in given})
-        columns = {name: given[name] for name in COLUMNS if name in given}
-        kb = build_from_dataset(dataset, *source[1:], **encoding, **columns)
-    elif arguments.format == "webdataset":
-        kb = build_from_webdataset(*source, **encoding)
-    else:
-        kb = build_from_folder(*source, **encoding, captions=arguments.captions)
-    print_kb(kb)
+
+def open_source(arguments: argparse.Namespace) -> Source:
+    """The source that `--format` and its options name. Raises ValmError for an option of another format."""
+    given = vars(arguments)
+    format = FORMATS[arguments.format]
+    for name in dict.fromkeys(name for other in FORMATS.values() for name in other.options):
+        if given[name] is not None and name not in format.options:
+            whose = " or ".join(other for other, itself in FORMATS.items() if name in itself.options)
+            raise ValmError(f"--{name.replace('_', '-')} is for --format {whose}, not for {arguments.format}")
+    return format.open(arguments.source, **{name: given[name] for name in format.options if given[name] is not None})
 
 
 def run_info(arguments: argparse.Namespace) -> None:
@@ -168,12 +216,12 @@ def read_lines(path: Path) -> list[str]:
 
 
 def run_merge(arguments: argparse.Namespace) -> None:
-    from valm.knowledge_base.build import merge
+    from valm.knowledge_base.merge import merge
 
     print_kb(merge(arguments.parts, arguments.out))
 
 
-def print_kb(kb) -> None:
+def print_kb(kb: ImageKnowledgeBase) -> None:
     from valm.retrieval.faiss_index import index_parameters
 
     clip = kb.manifest["clip"]

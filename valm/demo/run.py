@@ -40,7 +40,9 @@ from valm.demo.things import COLORS, Thing, drawing_tensor, load_things, random_
 from valm.errors import ValmError
 from valm.evaluation.color import PROMPTS, ColorItem, evaluate_color
 from valm.files import writable_folder, write_json
-from valm.knowledge_base.build import build_from_folder
+from valm.knowledge_base.build import build
+from valm.knowledge_base.encode import Encoding
+from valm.knowledge_base.sources.folder import FolderSource
 from valm.model import VaLMForCausalLM
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import Retriever
@@ -144,9 +146,8 @@ def _run(
         clip.save(folder / "clip")
     with stage("knowledge base"):
         clip = Clip.load(folder / "clip")
-        kb = build_from_folder(
-            folder / "pictures", folder / "kb", clip, thumbnails=IMAGE_SIZE, workers=0, progress=progress
-        )
+        source, encoding = FolderSource(folder / "pictures"), Encoding(thumbnails=IMAGE_SIZE, workers=0)
+        kb = build(source, folder / "kb", clip, encoding, progress=progress)
 
     sentences = training_sentences(
         {thing.name: thing.color for thing in parts.spoken},

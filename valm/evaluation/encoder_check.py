@@ -22,7 +22,8 @@ from torch import Tensor
 from valm.clip import Clip
 from valm.errors import ValmError
 from valm.evaluation.scoring import Accuracy
-from valm.knowledge_base.encode import encode_records, folder_records
+from valm.knowledge_base.encode import Encoding, encode_records
+from valm.knowledge_base.sources.folder import folder_records
 from valm.shards.progress import ProgressBar
 
 # A class has many texts, and their mean is a better classifier than any of them (section 3.1.4).
@@ -142,15 +143,15 @@ def check_encoder(
             f"and none beside them) and have no captions"
         )
     with ProgressBar("encode", " pictures", 1, progress) as bar:
-        piece = encode_records(records, clip, batch_size, 0, workers, bar)
-    uris, texts = piece.items["uri"].to_pylist(), piece.items["caption"].to_pylist()
-    features = torch.from_numpy(piece.vectors)  # (N, E)
+        shard = encode_records(records, clip, Encoding(batch_size, thumbnails=0, workers=workers), bar)
+    uris, texts = shard.items["uri"].to_pylist(), shard.items["caption"].to_pylist()
+    features = torch.from_numpy(shard.vectors)  # (N, E)
     classification = retrieval = None
     if labelled:
         classification = classify(features, [uri.partition("/")[0] for uri in uris], clip, templates, seed=seed)
     if captioned:
         retrieval = retrieve(features, [text.splitlines() for text in texts], clip)
-    return EncoderCheck(clip.name, classification, retrieval, piece.skipped)
+    return EncoderCheck(clip.name, classification, retrieval, shard.skipped)
 
 
 def check_templates(templates: Sequence[str]) -> None:

@@ -12,9 +12,9 @@ How it is resumed, and built on several machines, is in `valm.shards.build`.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -45,17 +45,20 @@ class Item:
     height: int
 
 
-class Piece(NamedTuple):
-    """A fixed part of the source (some pictures, one tar file), encoded.
+@dataclass(frozen=True, eq=False)
+class EncodedShard:
+    """The images of one shard, encoded.
 
-    vectors: (n, E) float, L2-normalised. items: what is known of the n pictures, ITEM_SCHEMA.
-    thumbnails: n JPEGs, or None. skipped: {uri, reason} of each picture or caption file that is damaged.
+    vectors: (n, E) float, L2-normalised. items: what is known of the n images, ITEM_SCHEMA.
+    thumbnails: n JPEGs, or None. skipped: {uri, reason} of each image or caption file that is damaged.
+    facts: what the source adds to the record of the shard, as JSON.
     """
 
     vectors: np.ndarray
     items: pa.Table
     thumbnails: list[bytes] | None
     skipped: list[dict[str, str]]
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def clip_entry(clip: Clip, out: str | os.PathLike) -> dict[str, str | None]:
@@ -66,20 +69,19 @@ def clip_entry(clip: Clip, out: str | os.PathLike) -> dict[str, str | None]:
     return {"name": clip.name, "weights_hash": clip.weights_hash, "source": source}
 
 
-def write_piece(out: Path, number: int, piece: Piece, **facts: Any) -> None:
-    """Writes `piece` as shard `number` of the knowledge base in `out`; without pictures it has no vectors and items.
-    Its record has `facts` too."""
+def write_shard(out: Path, number: int, shard: EncodedShard) -> None:
+    """Writes shard `number` of the knowledge base in `out`; without images it has no files of vectors and items."""
     files = ShardFiles(out, number)
-    if piece.skipped:
-        files.write("skipped", ".json", lambda path: write_json(path, piece.skipped))
-    count = len(piece.items)
+    if shard.skipped:
+        files.write("skipped", ".json", lambda path: write_json(path, shard.skipped))
+    count = len(shard.items)
     if count:
-        files.write_array("vectors", piece.vectors.astype(np.float16, copy=False))
-        files.write("items", ".parquet", lambda path: pq.write_table(piece.items, path))
-        if piece.thumbnails is not None:
-            table = pa.table({"jpeg": pa.array(piece.thumbnails, pa.binary())})
+        files.write_array("vectors", shard.vectors.astype(np.float16, copy=False))
+        files.write("items", ".parquet", lambda path: pq.write_table(shard.items, path))
+        if shard.thumbnails is not None:
+            table = pa.table({"jpeg": pa.array(shard.thumbnails, pa.binary())})
             files.write("thumbnails", ".parquet", lambda path: pq.write_table(table, path))
-    files.finish(count=count, skipped=len(piece.skipped), **facts)
+    files.finish(count=count, skipped=len(shard.skipped), **shard.facts)
 
 
 def finish_knowledge_base(build: ShardedBuild, clip: dict[str, str | None], dim: int) -> None:

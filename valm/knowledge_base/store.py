@@ -20,7 +20,7 @@ from tqdm import tqdm
 from valm.clip import Clip
 from valm.errors import ValmError
 from valm.files import read_json
-from valm.knowledge_base.format import ITEM_SCHEMA, VERSION, WHAT, Item, Piece
+from valm.knowledge_base.format import ITEM_SCHEMA, VERSION, WHAT, EncodedShard, Item
 from valm.shards.manifest import MANIFEST_FILE, file_entry, files_of, open_array, open_manifest
 from valm.text import one_line
 from valm_kernels import ip_scores
@@ -156,15 +156,16 @@ class ImageKnowledgeBase:
         files = tqdm(list(files_of(self.manifest)), desc="verify", unit=" files", disable=not progress)
         return [entry["name"] for entry in files if file_entry(self.path / entry["name"]) != entry]
 
-    def piece(self, number: int) -> Piece:
-        """What shard `number` of the manifest was written from, as `write_piece` takes it."""
+    def encoded_shard(self, number: int) -> EncodedShard:
+        """Shard `number` of the manifest, as `write_shard` takes it."""
         entry = self.manifest["shards"][number]
         skipped = list(self._skipped(entry))
         if not entry["count"]:
-            return Piece(np.empty((0, self.dim), np.float16), ITEM_SCHEMA.empty_table(), None, skipped)
+            return EncodedShard(np.empty((0, self.dim), np.float16), ITEM_SCHEMA.empty_table(), None, skipped)
         shard = self._shards.index(entry)
         small, items = self._read_table(shard, "thumbnails"), self._read_table(shard, "items")
-        return Piece(self._open_vectors(shard), items, None if small is None else small["jpeg"].to_pylist(), skipped)
+        thumbnails = None if small is None else small["jpeg"].to_pylist()
+        return EncodedShard(self._open_vectors(shard), items, thumbnails, skipped)
 
     def _by_shard(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """For each shard that holds some of `ids` (n,): their places in `ids`, in the order of their rows; its vectors;

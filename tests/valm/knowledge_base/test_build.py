@@ -1,336 +1,167 @@
-import errno
-import io
+import json
 import os
 import re
-import tarfile
+import shutil
+import signal
+import time
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
+from tests.valm.killed import exit_code_if_killed, forked, needs_fork
+from tests.valm.knowledge_base.inputs import COUNT, build_folder, contents
 from tests.valm.tiny_clip import make_clip
 from valm.errors import ValmError
-from valm.knowledge_base import build
-from valm.knowledge_base.build import build_from_embeddings, build_from_webdataset, merge
+from valm.knowledge_base import encode
+from valm.knowledge_base.build import build, plan_of
+from valm.knowledge_base.encode import Encoding
+from valm.knowledge_base.format import ITEM_SCHEMA, EncodedShard
+from valm.knowledge_base.sources.folder import FolderSource
+from valm.knowledge_base.sources.huggingface import DatasetSource
+from valm.knowledge_base.sources.webdataset import WebdatasetSource
 from valm.knowledge_base.store import ImageKnowledgeBase
 
 
-def png(seed):
-    pixels = np.random.default_rng(seed).integers(0, 256, (20, 30, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
+def test_opened_again(kb, folder, clip):
+    before = contents(kb.path)
+    assert len(build_folder(folder, kb.path, clip)) == COUNT  # a finished build is opened, not done again
+    opened = ImageKnowledgeBase.open(kb.path)
+    assert np.array_equal(opened.vectors(), kb.vectors())
+    assert opened.fingerprint == kb.fingerprint
+    assert contents(kb.path) == before
 
 
-def write_tar(path, members):
-    with tarfile.open(path, "w") as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
+@needs_fork
+def test_a_killed_build_goes_on_to_the_same_bytes(kb, folder, clip, tmp_path):
+    for finished in (0, 1, 2, 5, 9, 3):
+        assert exit_code_if_killed(lambda: build_folder(folder, tmp_path, clip), finished) == -signal.SIGKILL
+        with pytest.raises(ValmError, match=r"is unfinished; run `valm kb build` again|has no manifest\.json"):
+            ImageKnowledgeBase.open(tmp_path)
+    assert len(list(tmp_path.glob("shard-*.json"))) > 1
+    assert list(tmp_path.glob("*.tmp"))  # of what it was killed in; no other try takes it for its own
+    build_folder(folder, tmp_path, clip)
+    assert contents(tmp_path) == contents(kb.path)
 
 
-@pytest.fixture
-def tars(tmp_path):
-    """Two archives as img2dataset writes them, with a broken picture, a second picture of a sample, odd names."""
-    folder = tmp_path / "tars"
-    folder.mkdir()
-    write_tar(
-        folder / "00000.tar",
-        [
-            ("000.png", png(0)),
-            ("000.txt", b"a red  apple\n"),
-            ("000.json", b'{"caption": "a red apple", "url": "x"}'),
-            ("001.png", b"broken"),
-            ("002.json", b'{"caption": null}'),
-            ("002.png", png(2)),
-            ("002.mask.png", png(99)),
-        ],
+def test_resuming_does_not_encode_again(folder, clip, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(encode._Decoder, "__getitem__", stop_at("p12.png", encode._Decoder.__getitem__))
+        with pytest.raises(KeyboardInterrupt):
+            build_folder(folder, tmp_path, clip)
+    read = []
+    original = encode._Decoder.__getitem__
+    monkeypatch.setattr(
+        encode._Decoder, "__getitem__", lambda self, i: read.append(self.records[i].uri) or original(self, i)
     )
-    write_tar(
-        folder / "00001.tar", [("../../escape.png", png(3)), ("b/004.json", b'{"caption": "4"}'), ("b/004.png", png(4))]
-    )
-    return folder
+    build_folder(folder, tmp_path, clip)
+    # sorted, p12.png is the sixteenth: the two shards of six before it were whole
+    assert len(read) == COUNT + 3 - 12
 
 
-def test_webdataset(tars, clip, tmp_path):
-    kb = build_from_webdataset(tars, tmp_path / "kb", clip, progress=False)
-    assert [(kb.item(i).uri, kb.item(i).caption) for i in range(len(kb))] == [
-        ("00000.tar/000.png", "a red apple"),
-        ("00000.tar/002.png", ""),
-        ("00001.tar/../../escape.png", ""),
-        ("00001.tar/b/004.png", "4"),
-    ]
-    assert [entry["uri"] for entry in kb.skipped()] == ["00000.tar/001.png"]
-    expected = clip.encode_images([Image.open(io.BytesIO(png(seed))) for seed in (0, 2, 3, 4)]).numpy()
-    assert np.abs(kb.vectors() - expected).max() <= 2**-12 + 1e-5
-    assert kb.thumbnail(3).size == (30, 20)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["kb", "tars"]  # nothing was unpacked
-    assert len(build_from_webdataset([tars / "00001.tar"], tmp_path / "one", clip, progress=False)) == 2
+def stop_at(uri, original):
+    def stopping(self, index):
+        if self.records[index].uri == uri:
+            raise KeyboardInterrupt
+        return original(self, index)
+
+    return stopping
+
+
+def test_another_plan_is_refused(kb, folder, clip, tokenizer, tmp_path):
+    with pytest.raises(
+        ValmError, match=r"already holds a knowledge base of another source or other settings \(shard_size differ\)"
+    ):
+        build_folder(folder, kb.path, clip, shard_size=5)
+    with pytest.raises(ValmError, match="already holds a knowledge base"):
+        build_folder(folder, kb.path, make_clip(tokenizer, seed=1))
+    (tmp_path / "build.json").write_text(json.dumps({"plan": {"source": "other"}}))
+    with pytest.raises(ValmError, match="holds an unfinished knowledge base of another source"):
+        build_folder(folder, tmp_path, clip)
+    with pytest.raises(ValmError, match="is not empty"):
+        build_folder(folder, folder, clip)
+    with pytest.raises(ValmError, match="cannot make the output folder"):
+        build_folder(folder, folder / "p00.png" / "kb", clip)
 
 
 def test_progress_shows_rate_and_time_left(tars, clip, tmp_path, capfd):
-    build_from_webdataset(tars, tmp_path / "kb", clip)
+    build(WebdatasetSource(tars), tmp_path / "kb", clip)
     last = capfd.readouterr().err.splitlines()[-1].split("\r")[-1]
     assert re.search(r"encode: 100%.* 5\.00/5\.00 \[\d\d:\d\d<\d\d:\d\d, +[\d.k]+ pictures/s, skipped=1\]", last)
 
 
-def test_archives_lead_nowhere_else(clip, tmp_path):
-    """Links, names that climb out, brackets without end, and a bomb: nothing outside is read or written."""
-    secret = tmp_path / "secret.png"
-    secret.write_bytes(png(5))
-    bomb = io.BytesIO()
-    Image.new("1", (20000, 20000)).save(bomb, "PNG")
-    deep = b"[" * 200_000
-    members = [("/absolute.png", png(0)), ("../up.png", png(1)), ("deep.png", png(2)), ("deep.json", deep)]
-    tars = tmp_path / "tars"
-    tars.mkdir()
-    write_tar(tars / "0.tar", [*members, ("bomb.png", bomb.getvalue())])
-    with tarfile.open(tars / "1.tar", "w") as tar:
-        for name, type in (("soft.png", tarfile.SYMTYPE), ("hard.png", tarfile.LNKTYPE)):
-            info = tarfile.TarInfo(name)
-            info.type, info.linkname = type, str(secret)
-            tar.addfile(info)
-    before = sorted(tmp_path.rglob("*"))
-    kb = build_from_webdataset(tars, tmp_path / "kb", clip, workers=2, progress=False)
-    assert [kb.item(n).uri for n in range(len(kb))] == ["0.tar//absolute.png", "0.tar/../up.png", "0.tar/deep.png"]
-    assert [entry["uri"] for entry in kb.skipped()] == ["0.tar/bomb.png", "0.tar/deep.json"]
-    bomb, deep = (entry["reason"] for entry in kb.skipped())
-    assert "pixels" in bomb and "not JSON" in deep
-    assert sorted(path for path in tmp_path.rglob("*") if kb.path not in (path, *path.parents)) == before
-
-
-def test_an_archive_that_is_cut_is_listed(tars, clip, tmp_path):
-    whole = (tars / "00001.tar").read_bytes()
-    (tars / "00001.tar").write_bytes(whole[:1300])
-    (tars / "00002.tar").write_bytes(b"this is not an archive")
-    kb = build_from_webdataset(tars, tmp_path / "kb", clip, progress=False)
-    assert [kb.item(i).uri for i in range(len(kb))] == ["00000.tar/000.png", "00000.tar/002.png"]
-    skipped = {entry["uri"]: entry["reason"] for entry in kb.skipped()}
-    assert set(skipped) == {"00000.tar/001.png", "00001.tar/../../escape.png", "00001.tar", "00002.tar"}
-    assert skipped["00001.tar"].startswith("the archive ends early")
-
-
-def header(name, size, type=tarfile.REGTYPE):
-    info = tarfile.TarInfo(name)
-    info.size, info.type = size, type
-    return info.tobuf(tarfile.GNU_FORMAT)
-
-
-def padded(content):
-    return content + bytes(-len(content) % 512)
-
-
-def damaged_archives():
-    """What became of an archive of three pictures -> how many of them come before the damage."""
-    members = [header(f"{seed}.png", len(png(seed))) + padded(png(seed)) for seed in range(3)]
-    whole, end = b"".join(members), bytes(1024)
-    second, third = len(members[0]), len(members[0] + members[1])
-    flipped = bytearray(whole + end)
-    flipped[second] ^= 1
-    pax = b"30 mtime=what is not a number\n"
-    return {
-        "flipped bit in a header": (bytes(flipped), 1),
-        "zeros for a header": (whole[:second] + bytes(512) + whole[second + 512 :] + end, 1),
-        "cut inside a header": (whole[: third + 100], 2),
-        "cut between two members": (whole[:third], 2),
-        "no end": (whole, 3),
-        "pax header of nonsense": (whole + header("x", len(pax), tarfile.XHDTYPE) + padded(pax) + end, 3),
-        "sparse header of nonsense": (
-            whole + header("x", 20, tarfile.XHDTYPE) + padded(b"20 GNU.sparse.map=x\n") + members[0] + end,
-            3,
-        ),
-        "member of less than nothing": (whole + header("a.png", -1024) + end, 3),
-        "member without an end": (whole + header("a.txt", 1 << 80) + end, 3),
-        "headers of headers": (whole + 2000 * (header("x", 1, tarfile.GNUTYPE_LONGNAME) + padded(b"x")) + end, 3),
-    }
-
-
-@pytest.mark.parametrize("name", damaged_archives())
-def test_damaged_archives_are_listed_and_read_up_to_there(name, clip, tmp_path):
-    content, good = damaged_archives()[name]
-    (tmp_path / "0.tar").write_bytes(content)
-    kb = build_from_webdataset([tmp_path / "0.tar"], tmp_path / "kb", clip, progress=False)
-    assert [kb.item(number).uri for number in range(len(kb))] == [f"0.tar/{number}.png" for number in range(good)]
-    assert [(entry["uri"], entry["reason"][:23]) for entry in kb.skipped()] == [("0.tar", "the archive ends early:")]
-
-
-def test_bombs_in_archives(clip, tmp_path):
-    """A sparse member of 100 GB, a caption of 2 MB, a thread of pixels."""
-    thread = io.BytesIO()
-    Image.new("1", (65_000, 1)).save(thread, "PNG")
-    pax = b"".join(
-        f"{len(line) + 4} {line}\n".encode()
-        for line in ("GNU.sparse.size=107374182400", "GNU.sparse.map=0,1", "GNU.sparse.numblocks=1")
+@pytest.mark.skipif("VALM_EVAL_DATA" not in os.environ, reason="needs flickr8k_1000: set VALM_EVAL_DATA")
+def test_flickr8k(clip, tmp_path):
+    kb = build_folder(
+        Path(os.environ["VALM_EVAL_DATA"]) / "flickr8k_1000", tmp_path, clip, shard_size=400, batch_size=64
     )
-    write_tar(tmp_path / "0.tar", [("a.png", png(0)), ("a.txt", b"a" * (2 << 20)), ("thread.png", thread.getvalue())])
-    sparse = header("x", len(pax), tarfile.XHDTYPE) + padded(pax) + header("b.txt", 1) + padded(b"b")
-    (tmp_path / "0.tar").write_bytes(sparse + (tmp_path / "0.tar").read_bytes())
-    with tarfile.open(tmp_path / "0.tar") as tar:
-        assert tar.next().size == 100 << 30
-    kb = build_from_webdataset([tmp_path / "0.tar"], tmp_path / "kb", clip, progress=False)
-    assert [kb.item(number).uri for number in range(len(kb))] == ["0.tar/a.png"] and kb.item(0).caption == ""
-    skipped = {entry["uri"].removeprefix("0.tar/"): entry["reason"] for entry in kb.skipped()}
-    assert sorted(skipped) == ["a.txt", "b.txt", "thread.png"]
-    assert "more than 1,048,576 bytes" in skipped["a.txt"] and "sparse" in skipped["b.txt"]
+    assert (len(kb), kb.manifest["skipped"]) == (1000, 0)
+    assert kb.item(0).uri == "images/1000268201_693b08cb0e.jpg"
+    assert len(kb.item(0).caption.splitlines()) == 5
+    assert kb.item(0).caption.startswith("A child in a pink dress is climbing up a set of stairs")
 
 
-def test_captions_and_doubles_in_archives(clip, tmp_path):
-    """The rules of a folder, whatever comes first; names and captions that are no UTF-8."""
-    with tarfile.open(tmp_path / "0.tar", "w", format=tarfile.GNU_FORMAT) as tar:
-        for name, content in (
-            (b"a.jpg", png(0)),
-            (b"a.txt", b"one \n\ntwo"),
-            (b"a.json", b'{"caption": "three"}'),
-            (b"a.png", png(1)),
-            (b"b.txt", b" \n"),
-            (b"b.json", rb'{"caption": "half \ud83d of it"}'),
-            (b"b.png", png(2)),
-            (b"c\xe9.png", png(3)),
-            (b"d.png", png(4)),
-            (b"d.json", b"{"),
-        ):
-            info = tarfile.TarInfo(os.fsdecode(name))
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    kb = build_from_webdataset([tmp_path / "0.tar"], tmp_path / "kb", clip, progress=False)
-    assert [(kb.item(number).uri, kb.item(number).caption) for number in range(len(kb))] == [
-        ("0.tar/a.png", "one\ntwo"),
-        ("0.tar/b.png", "half \ufffd of it"),
-        ("0.tar/c\ufffd.png", ""),
-        ("0.tar/d.png", ""),
-    ]
-    first, second = kb.skipped()
-    assert first == {"uri": "0.tar/a.jpg", "reason": "a.png comes after it in its place"}
-    assert second["uri"] == "0.tar/d.json" and "not JSON" in second["reason"]
+@pytest.mark.skipif("VALM_EVAL_DATA" not in os.environ, reason="needs flickr8k_1000: set VALM_EVAL_DATA")
+@needs_fork
+def test_flickr8k_killed_at_random_and_with_corrupted_pictures(clip, tmp_path):
+    folder = tmp_path / "flickr"
+    shutil.copytree(Path(os.environ["VALM_EVAL_DATA"]) / "flickr8k_1000", folder)
+    random = np.random.default_rng()
+    pictures = sorted((folder / "images").iterdir())
+    corrupted = [pictures[index] for index in np.sort(random.choice(len(pictures), 3, replace=False))]
+    for file, content in zip(corrupted, (b"", b"no picture", corrupted[2].read_bytes()[:2000]), strict=True):
+        file.unlink()
+        file.write_bytes(content)
+
+    def run(name):
+        return build_folder(folder, tmp_path / name, clip, shard_size=50, batch_size=25)
+
+    whole = run("whole")
+    assert [entry["uri"] for entry in whole.skipped()] == [f"images/{file.name}" for file in corrupted]
+    for there in (0, 4, 9):  # shards before it is killed, and then a moment
+        process = forked(lambda: run("killed"))
+        while len(list((tmp_path / "killed").glob("shard-*.json"))) <= there:
+            time.sleep(0.01)
+        time.sleep(random.uniform(0, 0.5))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    assert len(run("killed")) == 997
+    assert contents(tmp_path / "killed") == contents(whole.path)
 
 
-def test_an_archive_that_cannot_be_read_now_is_an_error(tars, clip, tmp_path, monkeypatch):
-    def failing(path, *_):
-        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+class GivenVectors:
+    """The smallest source: two shards of one vector each."""
 
-    with (
-        monkeypatch.context() as patched,
-        pytest.raises(ValmError, match=r"cannot read .*00000\.tar: .*denied.*; once"),
-    ):
-        patched.setattr(tarfile, "open", failing)
-        build_from_webdataset(tars, tmp_path / "kb", clip, progress=False)
-    assert len(build_from_webdataset(tars, tmp_path / "kb", clip, progress=False)) == 4
+    precomputed = True
+    count = None
 
+    def plan(self):
+        return {"source": "given", "fingerprint": "", "number": 3}
 
-def test_a_webdataset_build_goes_on(tars, clip, tmp_path, monkeypatch):
-    whole = build_from_webdataset(tars, tmp_path / "whole", clip, progress=False)
-    read_tar = build._read_tar
-
-    def killed(path):
-        if path.name == "00001.tar":
-            raise KeyboardInterrupt
-        return read_tar(path)
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(build, "_read_tar", killed)
-        build_from_webdataset(tars, tmp_path / "kb", clip, progress=False)
-    kb = build_from_webdataset(tars, tmp_path / "kb", clip, progress=False)
-    assert kb.fingerprint == whole.fingerprint
+    def shards(self, done):
+        return [partial(given_vectors, number) for number in range(2)]
 
 
-def test_wrong_webdatasets(clip, tmp_path):
-    with pytest.raises(ValmError, match="no tar files in"):
-        build_from_webdataset(tmp_path, tmp_path / "kb", clip)
-    with pytest.raises(ValmError, match=r"cannot read .*missing\.tar"):
-        build_from_webdataset([tmp_path / "missing.tar"], tmp_path / "kb", clip)
-    write_tar(tmp_path / "empty.tar", [("a.txt", b"a")])
-    with pytest.raises(ValmError, match="the source has no pictures"):
-        build_from_webdataset(tmp_path, tmp_path / "kb", clip, progress=False)
+def given_vectors(number, clip, encoding, progress):
+    items = pa.Table.from_pylist([{"uri": f"{number}", "caption": "", "width": 1, "height": 1}], ITEM_SCHEMA)
+    return EncodedShard(np.eye(2, clip.embed_dim)[number : number + 1], items, None, [], facts={"number": number})
 
 
-def write_embeddings(folder, number, vectors, **columns):
-    for name in ("img_emb", "metadata"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    np.save(folder / "img_emb" / f"img_emb_{number}.npy", vectors)
-    pq.write_table(pa.table(columns), folder / "metadata" / f"metadata_{number}.parquet")
+def test_a_source_is_a_class_of_its_own(clip, tmp_path):
+    """Nothing but plan, count and shards is asked of it; its settings and facts stand in the manifest."""
+    kb = build(GivenVectors(), tmp_path, clip, progress=False)
+    assert np.array_equal(kb.vectors(), np.eye(2, clip.embed_dim))
+    assert list(kb.manifest["plan"]) == ["source", "fingerprint", "clip", "number"]
+    assert [shard["number"] for shard in kb.manifest["shards"]] == [0, 1]
 
 
-def test_embeddings(clip, tmp_path):
-    vectors = np.random.default_rng(0).normal(size=(5, clip.embed_dim)).astype(np.float16)
-    vectors[1], vectors[3, 2] = 0, np.nan
-    write_embeddings(
-        tmp_path, 10, vectors[:2], url=["http://a", "http://b"], caption=["a", None], original_width=[3, 4]
-    )
-    write_embeddings(tmp_path, 2, vectors[2:], image_path=["c.jpg", "d.jpg", "e.jpg"])
-    kb = build_from_embeddings(tmp_path, tmp_path / "kb", clip, progress=False)
-    items = [kb.item(index) for index in range(len(kb))]
-    assert [item.uri for item in items] == ["c.jpg", "e.jpg", "http://a"]  # file 2 comes before file 10
-    assert (items[2].caption, items[2].width, items[0].caption, items[0].width) == ("a", 3, "", 0)
-    expected = vectors[[2, 4, 0]].astype(np.float64)
-    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
-    assert np.abs(kb.vectors() - expected).max() <= 2**-11
-    assert [entry["uri"] for entry in kb.skipped()] == ["d.jpg", "http://b"]
-    assert kb.thumbnail(0) is None
-
-
-def test_wrong_embeddings(clip, tmp_path):
-    with pytest.raises(ValmError, match="no embeddings in"):
-        build_from_embeddings(tmp_path, tmp_path / "kb", clip)
-    vectors = np.ones((2, clip.embed_dim), np.float16)
-
-    def fails(message, number=0):
-        with pytest.raises(ValmError, match=message):
-            build_from_embeddings(tmp_path, tmp_path / f"kb-{message[:5]}", clip, progress=False)
-
-    write_embeddings(tmp_path, 0, vectors, url=["a"])
-    fails(r"img_emb_0\.npy has 2 vectors, but .*metadata_0\.parquet 1 rows")
-    write_embeddings(tmp_path, 0, vectors[:, :3], url=["a", "b"])
-    fails(r"holds float16 \(2, 3\), expected floats \(N, 16\) for this CLIP")
-    write_embeddings(tmp_path, 0, vectors, url=["a", "b"])
-    (tmp_path / "metadata" / "metadata_0.parquet").write_bytes(b"PAR1")
-    fails(r"cannot read .*img_emb_0\.npy and .*metadata_0\.parquet")
-    (tmp_path / "metadata" / "metadata_0.parquet").rename(tmp_path / "metadata" / "metadata.parquet")
-    write_embeddings(tmp_path, 0, vectors, url=["a", "b"])
-    fails(r"metadata/metadata\.parquet and metadata_0\.parquet both have the number 0; give each")
-    (tmp_path / "metadata" / "metadata.parquet").unlink()
-    np.save(tmp_path / "img_emb" / "img_emb_00.npy", vectors)
-    fails(r"img_emb_0\.npy and img_emb_00\.npy both have the number 0")
-    (tmp_path / "img_emb" / "img_emb_00.npy").unlink()
-    (tmp_path / "metadata" / "metadata_0.parquet").unlink()
-    fails(r"img_emb_0\.npy has no metadata: expected metadata/metadata_0\.parquet")
-
-
-def test_merge(tars, clip, tokenizer, make_kb, tmp_path):
-    first = build_from_webdataset(tars, tmp_path / "first", clip, progress=False)
-    second = make_kb(9)
-    kb = merge([first.path, second.path], tmp_path / "kb", progress=False)
-    assert len(kb) == len(first) + len(second)
-    assert np.array_equal(kb.vectors(), np.concatenate([first.vectors(), second.vectors()]))
-    assert [kb.item(i).id for i in range(len(kb))] == list(range(len(kb)))
-    assert kb.item(len(first) + 2).uri == second.item(2).uri
-    assert kb.thumbnail(len(first)).size == second.thumbnail(0).size
-    assert list(kb.skipped()) == list(first.skipped())
-    assert kb.verify(progress=False) == []
-    assert ImageKnowledgeBase.open(kb.path).manifest["clip"]["weights_hash"] == clip.weights_hash
-
-    other = build_from_webdataset(tars, tmp_path / "other", make_clip(tokenizer, seed=1), progress=False)
-    with pytest.raises(ValmError, match="merge only those of one CLIP"):
-        merge([first.path, other.path], tmp_path / "never")
-    with pytest.raises(ValmError, match="nothing to merge"):
-        merge([], tmp_path / "never")
-    assert not (tmp_path / "never").exists()
-
-
-def test_a_merge_goes_on(make_kb, tmp_path, monkeypatch):
-    parts = [make_kb(4).path, make_kb(6).path]
-    whole = merge(parts, tmp_path / "whole", progress=False)
-    write_piece = build.write_piece
-
-    def killed(out, number, piece):
-        if number == 2:
-            raise KeyboardInterrupt
-        write_piece(out, number, piece)
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(build, "write_piece", killed)
-        merge(parts, tmp_path / "kb", progress=False)
-    assert sorted(file.name for file in (tmp_path / "kb").glob("shard-*")) == ["shard-00000.json", "shard-00001.json"]
-    assert merge(parts, tmp_path / "kb", progress=False).fingerprint == whole.fingerprint
+def test_the_plan_stands_in_the_order_of_the_first_version(folder, clip):
+    """The hash of the manifest names a knowledge base, so that a rebuilt one has the same name."""
+    names = ["source", "fingerprint", "clip", "batch_size", "shard_size", "thumbnails"]
+    assert list(plan_of(FolderSource(folder), clip, Encoding())) == names
+    assert plan_of(FolderSource(folder), clip, Encoding(workers=3)) == plan_of(FolderSource(folder), clip, Encoding())
+    rows = DatasetSource([{"image": None}])
+    assert list(plan_of(rows, clip, Encoding())) == [*names[:3], "columns", *names[3:]]

@@ -2,7 +2,7 @@ import dataclasses
 
 from PIL import Image
 
-from valm.knowledge_base.build import build_from_folder
+from tests.valm.knowledge_base.inputs import build_folder
 from valm.knowledge_base.contact_sheet import CELL, contact_sheet
 
 
@@ -22,7 +22,7 @@ def test_pictures_stand_in_rows(make_kb):
 def test_without_thumbnails_or_results(clip, tmp_path):
     (tmp_path / "pictures").mkdir()
     Image.new("RGB", (32, 32), "red").save(tmp_path / "pictures" / "red.png")
-    kb = build_from_folder(tmp_path / "pictures", tmp_path / "kb", clip, thumbnails=0, progress=False)
+    kb = build_folder(tmp_path / "pictures", tmp_path / "kb", clip, thumbnails=0)
     item = dataclasses.replace(kb.item(0), caption="a very long caption " * 20)
     sheet = contact_sheet(kb, [(0.1, item)], "red")
     assert sheet.getpixel((8 + CELL // 2, 31 + CELL // 2)) == (255, 255, 255)

@@ -1,9 +1,5 @@
-import errno
 import json
 import os
-import shutil
-import signal
-import time
 from pathlib import Path
 
 import numpy as np
@@ -11,43 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.valm.killed import exit_code_if_killed, forked, needs_fork
+from tests.valm.knowledge_base.inputs import COUNT, build_folder, contents
 from tests.valm.tiny_clip import make_clip
 from valm.errors import ValmError
-from valm.knowledge_base import encode
-from valm.knowledge_base.build import build_from_folder
 from valm.knowledge_base.store import ImageKnowledgeBase
-
-COUNT = 23
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """23 small pictures; three more that cannot be read: cut short, not a picture, too large."""
-    folder = tmp_path_factory.mktemp("pictures")
-    generator = np.random.default_rng(0)
-    for index in range(COUNT):
-        pixels = generator.integers(0, 256, (24 + index, 40, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"p{index:02d}.png")
-        (folder / f"p{index:02d}.txt").write_text(f"picture number {index}")
-    whole = (folder / "p05.png").read_bytes()
-    (folder / "p05_cut.png").write_bytes(whole[: len(whole) // 2])
-    (folder / "p09_text.jpg").write_text("this is no picture")
-    Image.new("1", (9000, 9000)).save(folder / "p11_bomb.png")
-    return folder
-
-
-def build(folder, out, clip, **options):
-    return build_from_folder(folder, out, clip, **{"shard_size": 6, "batch_size": 4, "progress": False, **options})
-
-
-@pytest.fixture(scope="module")
-def kb(folder, clip, tmp_path_factory):
-    return build(folder, tmp_path_factory.mktemp("kb"), clip)
-
-
-def contents(folder):
-    return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
 
 
 def test_vectors_and_items(kb, folder, clip):
@@ -89,150 +52,10 @@ def test_mapped_shards_hold_no_file_open(kb):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_bad_pictures_are_listed(kb):
-    skipped = {entry["uri"]: entry["reason"] for entry in kb.skipped()}
-    assert set(skipped) == {"p05_cut.png", "p09_text.jpg", "p11_bomb.png"}
-    assert kb.manifest["skipped"] == 3
-    assert "truncated" in skipped["p05_cut.png"]
-    assert "not a picture" in skipped["p09_text.jpg"]
-    assert "9000 x 9000 pixels" in skipped["p11_bomb.png"]
-
-
-def test_odd_files_are_listed_and_names_written_down(clip, tmp_path):
-    """A pipe, a link to nothing, names and captions that are no UTF-8, a caption file cut short."""
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    for name in ("a.png", "b.png", os.fsdecode(b"c\xe9.png")):
-        Image.new("RGB", (8, 8)).save(folder / name)
-    (folder / "a.json").write_text(r'{"caption": "half \ud83d of it"}')
-    (folder / "b.json").write_text('{"caption": "cut')
-    os.mkfifo(folder / "pipe.png")
-    (folder / "link.png").symlink_to(folder / "nowhere.png")
-    kb = build(folder, tmp_path / "kb", clip, shard_size=100)
-    found = [(kb.item(number).uri, kb.item(number).caption) for number in range(len(kb))]
-    assert found == [("a.png", "half \ufffd of it"), ("b.png", ""), ("c\ufffd.png", "")]
-    skipped = {entry["uri"]: entry["reason"] for entry in kb.skipped()}
-    assert sorted(skipped) == ["b.json", "link.png", "pipe.png"]
-    assert "not JSON" in skipped["b.json"] and "no file" in skipped["link.png"] == skipped["pipe.png"]
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_error_of_the_drive_is_no_damage(kb, folder, clip, tmp_path, monkeypatch, workers):
-    """It stops the build, which goes on to the same bytes once the drive is well again."""
-
-    def failing(self):
-        if self.uri == "p08.png":
-            raise OSError(errno.EIO, "Input/output error")
-        return read(self)
-
-    read = encode.Record.read
-    with (
-        monkeypatch.context() as patched,
-        pytest.raises(ValmError, match=r"cannot read p08\.png: .*output error; once"),
-    ):
-        patched.setattr(encode.Record, "read", failing)
-        build(folder, tmp_path, clip, workers=workers)
-    assert (tmp_path / "shard-00000.json").exists()
-    build(folder, tmp_path, clip)
-    assert contents(tmp_path) == contents(kb.path)
-
-
 def test_one_shard_is_not_copied(folder, clip, tmp_path):
-    kb = build(folder, tmp_path, clip, shard_size=100, thumbnails=0)
+    kb = build_folder(folder, tmp_path, clip, shard_size=100, thumbnails=0)
     assert not kb.vectors().flags.owndata
     assert kb.thumbnail(0) is None
-
-
-def test_worker_processes_give_the_same_files(kb, folder, clip, tmp_path):
-    build(folder, tmp_path, clip, workers=2)
-    assert contents(tmp_path) == contents(kb.path)
-
-
-def test_opened_again(kb, folder, clip):
-    before = contents(kb.path)
-    assert len(build(folder, kb.path, clip)) == COUNT  # a finished build is opened, not done again
-    opened = ImageKnowledgeBase.open(kb.path)
-    assert np.array_equal(opened.vectors(), kb.vectors())
-    assert opened.fingerprint == kb.fingerprint
-    assert contents(kb.path) == before
-
-
-@needs_fork
-def test_a_killed_build_goes_on_to_the_same_bytes(kb, folder, clip, tmp_path):
-    for finished in (0, 1, 2, 5, 9, 3):
-        assert exit_code_if_killed(lambda: build(folder, tmp_path, clip), finished) == -signal.SIGKILL
-        with pytest.raises(ValmError, match=r"is unfinished; run `valm kb build` again|has no manifest\.json"):
-            ImageKnowledgeBase.open(tmp_path)
-    assert len(list(tmp_path.glob("shard-*.json"))) > 1
-    assert list(tmp_path.glob("*.tmp"))  # of what it was killed in; no other try takes it for its own
-    build(folder, tmp_path, clip)
-    assert contents(tmp_path) == contents(kb.path)
-
-
-def test_resuming_does_not_encode_again(folder, clip, tmp_path, monkeypatch):
-    with monkeypatch.context() as patched:
-        patched.setattr(encode._Decoder, "__getitem__", stop_at("p12.png", encode._Decoder.__getitem__))
-        with pytest.raises(KeyboardInterrupt):
-            build(folder, tmp_path, clip)
-    read = []
-    original = encode._Decoder.__getitem__
-    monkeypatch.setattr(
-        encode._Decoder, "__getitem__", lambda self, i: read.append(self.records[i].uri) or original(self, i)
-    )
-    build(folder, tmp_path, clip)
-    # sorted, p12.png is the sixteenth: the two shards of six before it were whole
-    assert len(read) == COUNT + 3 - 12
-
-
-def stop_at(uri, original):
-    def stopping(self, index):
-        if self.records[index].uri == uri:
-            raise KeyboardInterrupt
-        return original(self, index)
-
-    return stopping
-
-
-def test_another_plan_is_refused(kb, folder, clip, tokenizer, tmp_path):
-    with pytest.raises(
-        ValmError, match=r"already holds a knowledge base of another source or other settings \(shard_size differ\)"
-    ):
-        build(folder, kb.path, clip, shard_size=5)
-    with pytest.raises(ValmError, match="already holds a knowledge base"):
-        build(folder, kb.path, make_clip(tokenizer, seed=1))
-    (tmp_path / "build.json").write_text(json.dumps({"plan": {"source": "other"}}))
-    with pytest.raises(ValmError, match="holds an unfinished knowledge base of another source"):
-        build(folder, tmp_path, clip)
-    with pytest.raises(ValmError, match="is not empty"):
-        build(folder, folder, clip)
-    with pytest.raises(ValmError, match="cannot make the output folder"):
-        build(folder, folder / "p00.png" / "kb", clip)
-
-
-def test_nothing_readable(clip, tmp_path):
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "x.png").write_text("no")
-    with pytest.raises(ValmError, match=r"none of the 1 pictures could be read; the first, x\.png: not a picture"):
-        build(tmp_path / "pictures", tmp_path / "kb", clip)
-    assert contents(tmp_path / "kb") == {}
-
-
-@needs_fork
-def test_what_is_given_up_may_be_killed(clip, tmp_path):
-    (tmp_path / "pictures").mkdir()
-    for name in "abc":
-        (tmp_path / "pictures" / f"{name}.png").write_text("no")
-
-    def fail():
-        with pytest.raises(ValmError, match="none of the 3 pictures could be read"):
-            build(tmp_path / "pictures", tmp_path / "kb", clip, shard_size=1)
-
-    points = 0
-    while exit_code_if_killed(fail, points, ((Path, "unlink"),)) == -signal.SIGKILL:
-        fail()
-        assert contents(tmp_path / "kb") == {}
-        points += 1
-    assert points == 7  # three records, their files, and the plan
 
 
 def test_encoder_check(kb, clip, tokenizer):
@@ -244,9 +67,9 @@ def test_encoder_check(kb, clip, tokenizer):
 def test_the_clip_is_found_again(kb, folder, clip, tokenizer, tmp_path):
     saved = make_clip(tokenizer)
     with pytest.raises(ValmError, match="does not say where its CLIP is"):
-        build(folder, tmp_path / "unsaved", saved).load_clip()
+        build_folder(folder, tmp_path / "unsaved", saved).load_clip()
     saved.save(tmp_path / "one" / "clip")
-    built = build(folder, tmp_path / "one" / "kb", saved)
+    built = build_folder(folder, tmp_path / "one" / "kb", saved)
     assert built.load_clip().weights_hash == clip.weights_hash
     assert kb.load_clip(tmp_path / "one" / "clip").weights_hash == clip.weights_hash
     (tmp_path / "one").rename(tmp_path / "moved")
@@ -335,41 +158,3 @@ def test_overwritten_files_of_the_same_size(copied):
         kb.gather(np.array([0]))
     with pytest.raises(ValmError, match=r"items-00000\.parquet is damaged"):
         kb.item(0)
-
-
-@pytest.mark.skipif("VALM_EVAL_DATA" not in os.environ, reason="needs flickr8k_1000: set VALM_EVAL_DATA")
-def test_flickr8k(clip, tmp_path):
-    kb = build(Path(os.environ["VALM_EVAL_DATA"]) / "flickr8k_1000", tmp_path, clip, shard_size=400, batch_size=64)
-    assert (len(kb), kb.manifest["skipped"]) == (1000, 0)
-    assert kb.item(0).uri == "images/1000268201_693b08cb0e.jpg"
-    assert len(kb.item(0).caption.splitlines()) == 5
-    assert kb.item(0).caption.startswith("A child in a pink dress is climbing up a set of stairs")
-
-
-@pytest.mark.skipif("VALM_EVAL_DATA" not in os.environ, reason="needs flickr8k_1000: set VALM_EVAL_DATA")
-@needs_fork
-def test_flickr8k_killed_at_random_and_with_corrupted_pictures(clip, tmp_path):
-    folder = tmp_path / "flickr"
-    shutil.copytree(Path(os.environ["VALM_EVAL_DATA"]) / "flickr8k_1000", folder)
-    random = np.random.default_rng()
-    pictures = sorted((folder / "images").iterdir())
-    corrupted = [pictures[index] for index in np.sort(random.choice(len(pictures), 3, replace=False))]
-    for file, content in zip(corrupted, (b"", b"no picture", corrupted[2].read_bytes()[:2000]), strict=True):
-        file.unlink()
-        file.write_bytes(content)
-
-    def run(name):
-        return build(folder, tmp_path / name, clip, shard_size=50, batch_size=25)
-
-    whole = run("whole")
-    assert [entry["uri"] for entry in whole.skipped()] == [f"images/{file.name}" for file in corrupted]
-    for there in (0, 4, 9):  # shards before it is killed, and then a moment
-        process = forked(lambda: run("killed"))
-        while len(list((tmp_path / "killed").glob("shard-*.json"))) <= there:
-            time.sleep(0.01)
-        time.sleep(random.uniform(0, 0.5))
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
-    assert len(run("killed")) == 997
-    assert contents(tmp_path / "killed") == contents(whole.path)

@@ -4,7 +4,14 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from valm.knowledge_base.format import ITEM_SCHEMA, WHAT, Piece, clip_entry, finish_knowledge_base, write_piece
+from valm.knowledge_base.format import (
+    ITEM_SCHEMA,
+    WHAT,
+    EncodedShard,
+    clip_entry,
+    finish_knowledge_base,
+    write_shard,
+)
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.index_tuning import build_index
 from valm.shards.build import ShardedBuild
@@ -26,7 +33,7 @@ def make_kb_of_directions(clip, out, caption="", copies=1) -> ImageKnowledgeBase
     vectors = np.tile(random_directions(COUNT // copies, clip.embed_dim, seed=0), (copies, 1))
     for number, part in enumerate(np.split(vectors, 3)):
         items = [{"uri": f"{number}/{row}", "caption": caption, "width": 1, "height": 1} for row in range(len(part))]
-        write_piece(build.out, number, Piece(part, pa.Table.from_pylist(items, ITEM_SCHEMA), None, []))
+        write_shard(build.out, number, EncodedShard(part, pa.Table.from_pylist(items, ITEM_SCHEMA), None, []))
     finish_knowledge_base(build, clip_entry(clip, build.out), clip.embed_dim)
     return ImageKnowledgeBase.open(out)
 

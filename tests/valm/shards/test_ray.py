@@ -20,7 +20,8 @@ from tests.valm.tiny_clip import TEXTS
 from valm.cli import main
 from valm.corpus.retrieved import retrieve_files
 from valm.errors import ValmError
-from valm.knowledge_base.build import build_from_folder
+from valm.knowledge_base.build import build
+from valm.knowledge_base.sources.folder import FolderSource
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.ray_index import ShardedIndex
@@ -180,13 +181,14 @@ def test_a_knowledge_base_while_a_node_is_killed(cluster, add_node, clip, tmp_pa
         Image.fromarray(pixels).save(tmp_path / "pictures" / f"{number:03d}.png")
     (tmp_path / "pictures" / "broken.png").write_text("no picture")
 
-    def build(name, **options):
-        return build_from_folder(tmp_path / "pictures", tmp_path / name, clip, shard_size=3, progress=False, **options)
+    def built(name, **options):
+        source = FolderSource(tmp_path / "pictures", shard_size=3)
+        return build(source, tmp_path / name, clip, progress=False, **options)
 
-    here = build("here")
+    here = built("here")
     victim, _ = add_node(), add_node()
     with killing(cluster, victim, tmp_path / "there", "shard-00004.json"):
-        there = build("there", run=RayRun("auto"))
+        there = built("there", run=RayRun("auto"))
     assert len(there.manifest["shards"]) == 21
     assert contents(there.path) == contents(here.path)
 

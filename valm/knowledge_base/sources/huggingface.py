@@ -1,83 +1,116 @@
-"""Knowledge bases from Hugging Face datasets: loaded or streamed, or any iterable of rows like theirs."""
+"""Images in Hugging Face datasets: loaded or streamed, or any iterable of rows like theirs."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from functools import partial
 from itertools import islice
 from pathlib import Path, PurePath
-from typing import Any
-
-from PIL import Image
+from typing import Any, cast
 
 from valm.clip import Clip
 from valm.errors import ValmError
-from valm.knowledge_base.build import build_shards, encode_shard
-from valm.knowledge_base.encode import Record
-from valm.knowledge_base.store import ImageKnowledgeBase
-from valm.shards.build import Run, run_here
-from valm.text import one_line
+from valm.knowledge_base.captions import CAPTION_COLUMNS, join_captions
+from valm.knowledge_base.encode import Encoding, Record, encode_records
+from valm.knowledge_base.fingerprint import fingerprint_records
+from valm.knowledge_base.format import EncodedShard
+from valm.knowledge_base.sources import SourceShard
+from valm.shards.progress import Progress
 
-CAPTION_COLUMNS = ("caption", "captions", "text", "sentences", "description")
 
+class DatasetSource:
+    """The images of `dataset`.
 
-def build_from_dataset(
-    dataset: Iterable[Mapping[str, Any]],
-    out: str | os.PathLike,
-    clip: Clip,
-    *,
-    image_column: str = "image",
-    caption_column: str | None = None,
-    batch_size: int = 64,
-    shard_size: int = 4096,
-    thumbnails: int = 64,
-    workers: int | None = None,
-    progress: bool = True,
-    run: Run = run_here,
-) -> ImageKnowledgeBase:
-    """Encodes the pictures of `dataset` and writes a knowledge base to `out`.
+    Args:
+        dataset: a `datasets.Dataset` or `IterableDataset` (see `open_dataset`), or any iterable of rows that begins
+            anew each time it is iterated. An image is encoded bytes, a path, a dict of `bytes` and `path` (what
+            `datasets.Image` stores), or a PIL image. None, and what cannot be read, is skipped and listed
+            (`ImageKnowledgeBase.skipped`).
+        caption_column: of texts or lists of texts; by default the first of CAPTION_COLUMNS that there is, if any.
+        shard_size: images in a shard; so many are in memory at once, undecoded. A killed build encodes at most one
+            shard again.
 
-    dataset: a `datasets.Dataset` or `IterableDataset`, or any iterable of rows that begins anew each time it is
-        iterated. A picture is encoded bytes, a path, a dict of `bytes` and `path` (what `datasets.Image` stores), or a
-        PIL picture. None, and what cannot be read, is left out and listed (`skipped()`).
-    caption_column: a text or a list of texts; by default the first of CAPTION_COLUMNS that there is, if any.
-    shard_size: pictures in a shard: what is held in memory, undecoded, and what a killed build has to do again.
-    The other arguments, and what a killed build does, as in `build_from_folder`; the rows it had done are read again,
-    to see that they are the same, but not encoded.
-    Raises ValmError for an iterator, a dataset without rows or without these columns, one whose rows have changed since
-    the build was begun, and for an `out` as `build_from_folder` does.
+    A resumed build reads the rows of finished shards again to check that they are the same, without encoding them.
+    Raises ValmError for an iterator and for a dataset without rows or without these columns; the build raises it for
+    one whose rows have changed since it was begun.
     """
-    rows = _Rows(dataset, image_column, caption_column)
-    plan = {
-        "source": "dataset",
-        "fingerprint": rows.fingerprint,
-        "clip": clip.weights_hash,
-        "columns": [image_column, rows.caption_column],
-        "batch_size": batch_size,
-        "shard_size": shard_size,
-        "thumbnails": thumbnails,
-    }
 
-    def shards(done: dict[int, dict[str, Any]]) -> Iterator[list[Record]]:
-        records = iter(rows)
+    precomputed = False
+
+    def __init__(
+        self,
+        dataset: Iterable[Mapping[str, Any]],
+        *,
+        image_column: str = "image",
+        caption_column: str | None = None,
+        shard_size: int = 4096,
+    ):
+        if isinstance(dataset, Iterator):
+            raise ValmError("the dataset is an iterator, which can be read once only; give what it iterates over")
+        self.dataset = _undecoded(dataset, image_column)
+        first = next(iter(self.dataset), None)
+        if first is None:
+            raise ValmError("the dataset has no rows")
+        if caption_column is None:
+            caption_column = next((name for name in CAPTION_COLUMNS if name in first), None)
+        for column in (image_column, caption_column):
+            if column is not None and column not in first:
+                raise ValmError(f"the dataset has no column {column!r}, only {', '.join(map(str, first))}")
+        self.image_column, self.caption_column = image_column, caption_column
+        self.shard_size = shard_size
+        self.rows = len(dataset) if isinstance(dataset, Sized) else None
+        self._first = self._record(0, first)
+
+    @property
+    def count(self) -> int | None:
+        return None if self.rows is None else -(-self.rows // self.shard_size)
+
+    def plan(self) -> dict[str, Any]:
+        first_row = fingerprint_records([self._first])
+        return {
+            "source": "dataset",
+            "fingerprint": hashlib.sha256(json.dumps([self.rows, first_row]).encode()).hexdigest(),
+            "columns": [self.image_column, self.caption_column],
+            "shard_size": self.shard_size,
+        }
+
+    def shards(self, done: dict[int, dict[str, Any]]) -> Iterator[SourceShard]:
+        records = (self._record(number, row) for number, row in enumerate(self.dataset))
         number = 0
-        while shard := list(islice(records, shard_size)):
-            if number in done and done[number]["content"] != _content(shard):
+        while shard := list(islice(records, self.shard_size)):
+            if number in done and done[number]["content"] != fingerprint_records(shard):
+                begin = number * self.shard_size
                 raise ValmError(
-                    f"the dataset has changed since {out} was begun (rows {number * shard_size} to "
-                    f"{number * shard_size + len(shard) - 1}); choose another folder"
+                    f"the dataset has changed since the build was begun (rows {begin} to {begin + len(shard) - 1}); "
+                    f"choose another folder"
                 )
-            yield shard
+            yield partial(encode_rows, shard)
             number += 1
         if max(done, default=-1) >= number:
-            raise ValmError(f"the dataset has become shorter since {out} was begun; choose another folder")
+            raise ValmError("the dataset has become shorter since the build was begun; choose another folder")
 
-    work = partial(_encode_shard, clip=clip, batch_size=batch_size, thumbnails=thumbnails, workers=workers)
-    count = None if rows.count is None else -(-rows.count // shard_size)
-    return build_shards(out, plan, clip, work, shards, count, ("encode", " pictures"), progress, run)
+    def _record(self, number: int, row: Mapping[str, Any]) -> Record:
+        image = row[self.image_column]
+        path = None
+        if isinstance(image, Mapping):
+            path = image.get("path")
+            image = image.get("bytes") or path
+        if isinstance(image, str | os.PathLike):
+            path = image = Path(image)
+        name = PurePath(path).name if path else ""
+        captions = row[self.caption_column] if self.caption_column is not None else None
+        captions = [captions] if isinstance(captions, str) else captions or []
+        return Record(f"{number}/{name}" if name else str(number), join_captions(map(str, captions)), image)
+
+
+def encode_rows(records: list[Record], clip: Clip, encoding: Encoding, progress: Progress) -> EncodedShard:
+    """Encodes a shard of rows; its record says what was in them, for `DatasetSource.shards` to compare."""
+    shard = encode_records(records, clip, encoding, progress)
+    return dataclasses.replace(shard, facts={"content": fingerprint_records(records)})
 
 
 def open_dataset(
@@ -107,64 +140,9 @@ def open_dataset(
     return dataset
 
 
-class _Rows:
-    """The rows of a dataset as records, undecoded."""
-
-    def __init__(self, dataset: Iterable[Mapping[str, Any]], image_column: str, caption_column: str | None):
-        if isinstance(dataset, Iterator):
-            raise ValmError("the dataset is an iterator, which can be read once only; give what it iterates over")
-        first = next(iter(_undecoded(dataset, image_column)), None)
-        if first is None:
-            raise ValmError("the dataset has no rows")
-        if caption_column is None:
-            caption_column = next((name for name in CAPTION_COLUMNS if name in first), None)
-        for column in (image_column, caption_column):
-            if column is not None and column not in first:
-                raise ValmError(f"the dataset has no column {column!r}, only {', '.join(map(str, first))}")
-        self.dataset = _undecoded(dataset, image_column)
-        self.image_column, self.caption_column = image_column, caption_column
-        self.count = len(dataset) if hasattr(dataset, "__len__") else None
-        first_record = _content([self._record(0, first)])
-        self.fingerprint = hashlib.sha256(json.dumps([self.count, first_record]).encode()).hexdigest()
-
-    def __iter__(self) -> Iterator[Record]:
-        return (self._record(number, row) for number, row in enumerate(self.dataset))
-
-    def _record(self, number: int, row: Mapping[str, Any]) -> Record:
-        picture = row[self.image_column]
-        path = None
-        if isinstance(picture, Mapping):
-            path = picture.get("path")
-            picture = picture.get("bytes") or path
-        if isinstance(picture, str | os.PathLike):
-            path = picture = Path(picture)
-        name = PurePath(path).name if path else ""
-        captions = row[self.caption_column] if self.caption_column is not None else None
-        captions = [captions] if isinstance(captions, str) else captions or []
-        lines = [line for line in map(one_line, map(str, captions)) if line]
-        return Record(f"{number}/{name}" if name else str(number), "\n".join(lines), picture)
-
-
 def _undecoded(dataset: Iterable[Mapping[str, Any]], image_column: str) -> Iterable[Mapping[str, Any]]:
-    """The dataset with its pictures as they are stored: they are decoded in the workers, each by itself."""
+    """The dataset with its images as they are stored: workers decode them, each by itself."""
     features = getattr(dataset, "features", None)
     if features is None or image_column not in features or not hasattr(features[image_column], "decode"):
         return dataset
-    return dataset.cast_column(image_column, type(features[image_column])(decode=False))
-
-
-def _content(records: list[Record]) -> str:
-    """SHA-256 over the names, captions and sizes of the pictures."""
-    digest = hashlib.sha256()
-    for record in records:
-        source = record.source
-        if isinstance(source, Path):
-            size = source.stat().st_size if source.is_file() else None
-        else:
-            size = source.size if isinstance(source, Image.Image) else source and len(source)
-        digest.update(json.dumps([record.uri, record.caption, size]).encode())
-    return digest.hexdigest()
-
-
-def _encode_shard(number: int, records: list[Record], progress: Any, **arguments: Any) -> None:
-    encode_shard(number, records, progress, content=_content(records), **arguments)
+    return cast(Any, dataset).cast_column(image_column, type(features[image_column])(decode=False))

@@ -1,6 +1,5 @@
 import io
 import os
-import pickle
 import signal
 
 import datasets
@@ -9,17 +8,12 @@ import pytest
 from PIL import Image
 
 from tests.valm.killed import exit_code_if_killed, needs_fork
+from tests.valm.knowledge_base.inputs import png
 from valm.errors import ValmError
 from valm.knowledge_base import encode
-from valm.knowledge_base.sources.huggingface import build_from_dataset, open_dataset
-
-
-def png(seed):
-    buffer = io.BytesIO()
-    pixels = np.random.default_rng(seed).integers(0, 256, (20, 30, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
-
+from valm.knowledge_base.build import build
+from valm.knowledge_base.encode import Encoding
+from valm.knowledge_base.sources.huggingface import DatasetSource, open_dataset
 
 PICTURES = [png(seed) for seed in range(7)]
 CAPTIONS = ["a red  apple", None, "", "4", "5", "6", "7"]
@@ -48,9 +42,8 @@ def same_pictures(kb, clip, seeds):
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_dataset(dataset, clip, tmp_path, streamed):
-    kb = build_from_dataset(
-        dataset.to_iterable_dataset() if streamed else dataset, tmp_path, clip, shard_size=3, progress=False
-    )
+    source = DatasetSource(dataset.to_iterable_dataset() if streamed else dataset, shard_size=3)
+    kb = build(source, tmp_path, clip, progress=False)
     assert same_pictures(kb, clip, [0, 3, 4, 5, 6])
     assert [kb.item(n).uri for n in range(5)] == ["0/0.png", "3/3.png", "4/4.png", "5/5.png", "6/6.png"]
     assert [kb.item(n).caption for n in range(2)] == ["a red apple", "4"]
@@ -72,7 +65,7 @@ def test_rows_of_any_kind(clip, tmp_path):
         {"picture": {"path": str(tmp_path / "3.png"), "bytes": None}, "sentences": None},
         {"picture": str(tmp_path / "none.png"), "sentences": None},
     ]
-    kb = build_from_dataset(rows, tmp_path / "kb", clip, image_column="picture", progress=False)
+    kb = build(DatasetSource(rows, image_column="picture"), tmp_path / "kb", clip, progress=False)
     assert same_pictures(kb, clip, [0, 1, 3, 3])
     assert [kb.item(n).caption for n in range(4)] == ["one\ntwo lines", "", "three", ""]
     assert [kb.item(n).uri for n in range(3)] == ["0", "1", "2/3.png"]
@@ -80,7 +73,7 @@ def test_rows_of_any_kind(clip, tmp_path):
 
 
 def test_pictures_are_decoded_by_workers_and_bombs_refused(dataset, clip, tmp_path, monkeypatch):
-    here = build_from_dataset(dataset, tmp_path / "here", clip, workers=0, progress=False)
+    here = build(DatasetSource(dataset), tmp_path / "here", clip, Encoding(workers=0), progress=False)
     buffer = io.BytesIO()
     Image.new("1", (20000, 20000)).save(buffer, "PNG")
     rows = [*dataset.cast_column("image", datasets.Image(decode=False)), {"image": buffer.getvalue(), "caption": None}]
@@ -91,32 +84,26 @@ def test_pictures_are_decoded_by_workers_and_bombs_refused(dataset, clip, tmp_pa
 
     parent, read = os.getpid(), encode.Record.read
     monkeypatch.setattr(encode.Record, "read", by_worker)
-    kb = build_from_dataset(rows, tmp_path / "kb", clip, workers=2, progress=False)
+    kb = build(DatasetSource(rows), tmp_path / "kb", clip, Encoding(workers=2), progress=False)
     assert np.array_equal(kb.vectors(), here.vectors())
     last = list(kb.skipped())[-1]
     assert last["uri"] == "7" and "pixels" in last["reason"]
 
 
-def test_a_worker_sends_no_picture_back(clip):
-    """The bytes of a row went to it once; back come its pixels, thumbnail and place."""
-    decoder = encode._Decoder([encode.Record("x", "", PICTURES[0] + bytes(1 << 20))], clip, 64)
-    assert len(pickle.dumps(decoder[0])) < 100_000
-
-
 @needs_fork
 @pytest.mark.parametrize("point", [1, 6, 11])
 def test_a_killed_build_goes_on_and_encodes_nothing_twice(dataset, clip, tmp_path, point, monkeypatch):
-    whole = build_from_dataset(dataset, tmp_path / "whole", clip, shard_size=2, progress=False)
+    whole = build(DatasetSource(dataset, shard_size=2), tmp_path / "whole", clip, progress=False)
 
-    def build():
-        build_from_dataset(make_dataset(), tmp_path / "kb", clip, shard_size=2, progress=False)
+    def build_again():
+        build(DatasetSource(make_dataset(), shard_size=2), tmp_path / "kb", clip, progress=False)
 
-    assert exit_code_if_killed(build, point) == -signal.SIGKILL
+    assert exit_code_if_killed(build_again, point) == -signal.SIGKILL
     done = len(list((tmp_path / "kb").glob("shard-*.json")))
     encoded = []
-    encode = clip.encode_images
-    monkeypatch.setattr(clip, "encode_images", lambda pixels: encoded.append(len(pixels)) or encode(pixels))
-    kb = build_from_dataset(dataset, tmp_path / "kb", clip, shard_size=2, progress=False)
+    encode_images = clip.encode_images
+    monkeypatch.setattr(clip, "encode_images", lambda pixels: encoded.append(len(pixels)) or encode_images(pixels))
+    kb = build(DatasetSource(dataset, shard_size=2), tmp_path / "kb", clip, progress=False)
     assert kb.fingerprint == whole.fingerprint
     assert sum(encoded) == 5 - sum(shard["count"] for shard in kb.manifest["shards"][:done])
 
@@ -130,15 +117,15 @@ def test_a_dataset_that_has_changed_is_refused(clip, tmp_path):
             raise OSError("the network is gone")
 
     with pytest.raises(OSError, match="the network is gone"):
-        build_from_dataset(Broken(rows), tmp_path, clip, shard_size=2, progress=False)
+        build(DatasetSource(Broken(rows), shard_size=2), tmp_path, clip, progress=False)
     other = [*rows[:2], {"image": PICTURES[2], "caption": "new"}, *rows[3:]]
     with pytest.raises(ValmError, match=r"the dataset has changed since .* was begun \(rows 2 to 3\)"):
-        build_from_dataset(other, tmp_path, clip, shard_size=2, progress=False)
+        build(DatasetSource(other, shard_size=2), tmp_path, clip, progress=False)
     with pytest.raises(ValmError, match="fingerprint differ"):
-        build_from_dataset(rows[:6], tmp_path, clip, shard_size=2, progress=False)
-    assert len(build_from_dataset(rows, tmp_path, clip, shard_size=2, progress=False)) == 7
+        build(DatasetSource(rows[:6], shard_size=2), tmp_path, clip, progress=False)
+    assert len(build(DatasetSource(rows, shard_size=2), tmp_path, clip, progress=False)) == 7
     with pytest.raises(ValmError, match="already holds a knowledge base"):
-        build_from_dataset(rows[1:], tmp_path, clip, shard_size=2, progress=False)
+        build(DatasetSource(rows[1:], shard_size=2), tmp_path, clip, progress=False)
 
 
 def test_a_stream_that_has_become_shorter_is_refused(dataset, clip, tmp_path, monkeypatch):
@@ -147,15 +134,15 @@ def test_a_stream_that_has_become_shorter_is_refused(dataset, clip, tmp_path, mo
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr("valm.knowledge_base.build.finish_knowledge_base", stops)
-        build_from_dataset(dataset.to_iterable_dataset(), tmp_path, clip, shard_size=2, progress=False)
+        build(DatasetSource(dataset.to_iterable_dataset(), shard_size=2), tmp_path, clip, progress=False)
     with pytest.raises(ValmError, match="has become shorter"):
-        build_from_dataset(dataset.to_iterable_dataset().take(4), tmp_path, clip, shard_size=2, progress=False)
+        build(DatasetSource(dataset.to_iterable_dataset().take(4), shard_size=2), tmp_path, clip, progress=False)
 
 
 def test_wrong_datasets(dataset, clip, tmp_path):
     def fails(message, rows, **options):
         with pytest.raises(ValmError, match=message):
-            build_from_dataset(rows, tmp_path / "kb", clip, progress=False, **options)
+            build(DatasetSource(rows, **options), tmp_path / "kb", clip, progress=False)
 
     fails("has no rows", [])
     fails("is an iterator, which can be read once only", iter([{"image": PICTURES[0]}]))
@@ -175,6 +162,6 @@ def test_datasets_are_opened(dataset, clip, tmp_path):
     (tmp_path / "parquet").mkdir()
     dataset.to_parquet(tmp_path / "parquet" / "train.parquet")
     streamed = open_dataset(tmp_path / "parquet", streaming=True)
-    assert same_pictures(build_from_dataset(streamed, tmp_path / "kb", clip, progress=False), clip, [0, 3, 4, 5, 6])
+    assert same_pictures(build(DatasetSource(streamed), tmp_path / "kb", clip, progress=False), clip, [0, 3, 4, 5, 6])
     with pytest.raises(ValmError, match="cannot read the dataset"):
         open_dataset(tmp_path / "kb")

@@ -1,0 +1,172 @@
+"""Imports follow the arrows of the design: valm's folders use only those below them, valm_kernels knows no valm."""
+
+import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import valm_kernels
+
+ROOT = Path(__file__).parent.parent
+# Folders and modules of valm from the top down. One may import from its own layer and from those below.
+LAYERS = [
+    {"__main__"},
+    {"cli"},
+    {"demo", "explain", "evaluation", "training"},
+    {"augment", "checkpoint", "fusion", "model"},
+    {"corpus", "retrieval"},
+    {"knowledge_base"},
+    {"shards", "clip"},
+    {"config", "errors", "files", "plots", "text", "tokenizer"},
+]
+LAYER = {unit: number for number, layer in enumerate(LAYERS) for unit in layer}
+# valm/__init__.py names the public API and imports it when it is asked for.
+LAYER["__init__"] = 0
+# What valm still takes from inside valm_kernels, until it is exported there.
+NOT_YET_PUBLIC = {"valm_kernels.visual_fusion.reference.attention_weights", "valm_kernels.topk.checks.MAX_K"}
+
+
+def modules(root: Path, package: str) -> dict[str, Path]:
+    """Every module of a package with its file, by its full name; a package by its own, without `.__init__`."""
+    names = {}
+    for file in (root / package).rglob("*.py"):
+        parts = file.relative_to(root).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return names
+
+
+def imports(file: Path, when_loaded: bool = False) -> Iterator[str]:
+    """What a file imports, `from a import b` as "a.b"; `when_loaded`: not inside functions or for type checkers."""
+    pending: list[ast.AST] = [ast.parse(file.read_text(encoding="utf-8"))]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} has a relative import; write the full name"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif when_loaded and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        elif when_loaded and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            pending.extend(node.orelse)
+            continue
+        pending.extend(ast.iter_child_nodes(node))
+
+
+def unit(name: str) -> str:
+    """The folder or module right below valm: "shards" of "valm.shards.build.Run"."""
+    return name.split(".")[1] if "." in name else "__init__"
+
+
+def wrong_arrows(root: Path) -> list[str]:
+    found = []
+    for name, file in sorted(modules(root, "valm").items()):
+        for target in imports(file):
+            if target.partition(".")[0] != "valm":
+                continue
+            if unit(target) not in LAYER or LAYER[unit(target)] < LAYER[unit(name)]:
+                found.append(f"{name} imports {target}")
+    return found
+
+
+def graph(root: Path, when_loaded: bool) -> dict[str, set[str]]:
+    """Which modules of valm each of them imports."""
+    files = modules(root, "valm")
+    arrows = {}
+    for name, file in files.items():
+        targets = {t if t in files else t.rpartition(".")[0] for t in imports(file, when_loaded)}
+        arrows[name] = targets & files.keys()
+    return arrows
+
+
+def circle(arrows: dict[str, set[str]]) -> list[str]:
+    """One circle of imports, empty where there is none."""
+    try:
+        TopologicalSorter(arrows).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def folders(arrows: dict[str, set[str]]) -> dict[str, set[str]]:
+    """The same between folders, without the imports inside each."""
+    between: dict[str, set[str]] = {}
+    for name, targets in arrows.items():
+        if name != "valm":
+            between.setdefault(unit(name), set()).update(unit(t) for t in targets if unit(t) != unit(name))
+    return between
+
+
+def private_imports(root: Path) -> set[str]:
+    """What valm imports of valm_kernels beside its public names."""
+    public = {f"valm_kernels.{name}" for name in valm_kernels.__all__} | {"valm_kernels"}
+    found = {target for file in modules(root, "valm").values() for target in imports(file)}
+    return {target for target in found if target.partition(".")[0] == "valm_kernels"} - public
+
+
+def test_every_arrow_points_down():
+    assert wrong_arrows(ROOT) == []
+    units = {unit(name) for name in modules(ROOT, "valm")} - {"__init__"}
+    assert units <= LAYER.keys(), "name its place in LAYERS"
+
+
+def test_no_circles():
+    assert circle(folders(graph(ROOT, when_loaded=False))) == []
+    assert circle(graph(ROOT, when_loaded=True)) == []
+
+
+def test_the_kernels_know_no_valm():
+    names = {target for file in modules(ROOT, "valm_kernels").values() for target in imports(file)}
+    assert [name for name in names if name.partition(".")[0] == "valm"] == []
+
+
+def test_valm_uses_the_public_names_of_the_kernels():
+    assert private_imports(ROOT) <= NOT_YET_PUBLIC
+
+
+@pytest.fixture
+def planted(tmp_path):
+    """Writes a small valm: file -> content."""
+
+    def plant(files: dict[str, str]) -> Path:
+        for name, content in files.items():
+            (tmp_path / "valm" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "valm" / name).write_text(content)
+        return tmp_path
+
+    return plant
+
+
+def test_a_planted_arrow_up_is_found(planted):
+    root = planted(
+        {
+            "cli/kb.py": "from valm.shards.build import Run",
+            "shards/build.py": "def late():\n    import valm.cli.kb",
+            "clip.py": "from valm.nowhere import x",
+            "model.py": "from valm import Clip",
+        }
+    )
+    assert wrong_arrows(root) == [
+        "valm.clip imports valm.nowhere.x",
+        "valm.model imports valm.Clip",
+        "valm.shards.build imports valm.cli.kb",
+    ]
+
+
+def test_planted_circles_are_found(planted):
+    root = planted({"corpus/a.py": "from valm.retrieval.b import x", "retrieval/c.py": "from valm.corpus import a"})
+    planted({"retrieval/b.py": "y = 1"})
+    assert wrong_arrows(root) == [] and circle(graph(root, when_loaded=True)) == []
+    assert set(circle(folders(graph(root, when_loaded=False)))) == {"corpus", "retrieval"}
+    planted({"shards/a.py": "import valm.shards.b", "shards/b.py": "from valm.shards.a import x"})
+    assert set(circle(graph(root, when_loaded=True))) == {"valm.shards.a", "valm.shards.b"}
+    for late in ("def f():\n    from valm.shards.a import x", "if TYPE_CHECKING:\n    from valm.shards.a import x"):
+        planted({"shards/b.py": late})
+        assert circle(graph(root, when_loaded=True)) == []
+
+
+def test_a_planted_private_import_is_found(planted):
+    root = planted({"model.py": "from valm_kernels import ip_topk\nfrom valm_kernels.topk.cpu import search"})
+    assert private_imports(root) == {"valm_kernels.topk.cpu.search"}

@@ -1,0 +1,10 @@
+"""The valm command called from tests, and the sizes of the models it trains there."""
+
+from valm.cli import main
+
+THINGS = {"apple": "red", "sea": "blue", "leaf": "green", "lemon": "yellow", "coal": "black", "snow": "white"}
+SIZE = ["--layers", "3", "--width", "32", "--heads", "4", "--context", "32", "--steps", "3", "--batch-size", "4"]
+
+
+def run(*arguments) -> int:
+    return main([str(argument) for argument in arguments])

@@ -1,0 +1,39 @@
+import json
+
+import pytest
+
+from tests.valm.cli.commands import run
+
+
+@pytest.mark.parametrize("options", [[], ["--beams", "2"], ["--sample", "--seed", "3"]])
+def test_generate_continues_the_prompt(world, capsys, options):
+    assert run("generate", world / "valm", "the color of the apple", "--max-new-tokens", 4, *options) == 0
+    assert capsys.readouterr().out.startswith("the color of the apple")
+
+
+def test_checkpoint_and_knowledge_base_move_together(copy_of, capsys):
+    root = copy_of("valm", "kb", "clip")
+    assert run("generate", root / "valm", "the sea", "--max-new-tokens", 2) == 0
+
+
+def wrong_inputs():
+    """name -> (arguments, what the sentence must say); {world} and {tmp} are the folders."""
+    return {
+        "no such checkpoint": (["generate", "{tmp}/none", "x"], "no checkpoint folder {tmp}/none"),
+        "not a checkpoint": (["generate", "{world}/kb", "x"], "is no checkpoint"),
+        "pictures for a model without": (["generate", "{world}/gpt2", "x", "--kb", "{world}/kb"], "sees no pictures"),
+    }
+
+
+@pytest.mark.parametrize("name", wrong_inputs())
+def test_wrong_input_is_one_sentence(sentence, name):
+    arguments, expected = wrong_inputs()[name]
+    sentence(arguments, expected)
+
+
+def test_a_config_of_another_model_is_one_sentence(copy_of, capsys):
+    root = copy_of("gpt2")
+    config = json.loads((root / "gpt2" / "config.json").read_text())
+    (root / "gpt2" / "config.json").write_text(json.dumps(config | {"n_embd": 64}))
+    assert run("generate", root / "gpt2", "x") == 1
+    assert "are not those of its config.json" in capsys.readouterr().err

@@ -1,0 +1,182 @@
+import shutil
+import tarfile
+
+import datasets
+import pytest
+from PIL import Image
+
+from tests.valm.cli.commands import THINGS, run
+from tests.valm.tiny_clip import make_clip
+from valm.knowledge_base.store import ImageKnowledgeBase
+from valm.tokenizer import clip_tokenizer, prune_tokenizer
+
+
+def test_kb_info_names_size_and_encoder(world, capsys):
+    assert run("kb", "info", world / "kb") == 0
+    out = capsys.readouterr().out
+    assert "6 pictures, 16 dimensions" in out
+    assert "the CLIP tiny" in out
+
+
+def test_kb_search_lists_the_nearest_pictures(world, capsys):
+    assert run("kb", "search", world / "kb", "the apple", "-k", "3") == 0
+    lines = capsys.readouterr().out.splitlines()
+    scores = [float(line.split()[0]) for line in lines]
+    assert len(lines) == 3 and scores == sorted(scores, reverse=True)
+    assert all(line.split()[1].removesuffix(".png") in THINGS for line in lines)
+
+
+def test_kb_search_draws_a_contact_sheet(world, tmp_path, capsys):
+    assert run("kb", "search", world / "kb", "the apple", "--sheet", tmp_path / "sheet.png") == 0
+    assert Image.open(tmp_path / "sheet.png").width > 400
+
+
+def test_kb_verify_and_merge(world, tmp_path, capsys):
+    assert run("kb", "verify", world / "kb") == 0
+    assert "all 6 pictures are as they were written" in capsys.readouterr().out
+    assert run("kb", "merge", world / "kb", world / "kb", "--out", tmp_path / "both") == 0
+    assert "12 pictures" in capsys.readouterr().out
+    vectors = bytearray((tmp_path / "both" / "vectors-00001.npy").read_bytes())
+    vectors[-1] ^= 1
+    (tmp_path / "both" / "vectors-00001.npy").write_bytes(vectors)
+    assert run("kb", "verify", tmp_path / "both") == 1
+    assert "is damaged, build it again: vectors-00001.npy" in capsys.readouterr().err
+
+
+def test_kb_index(copy_of, capsys):
+    pytest.importorskip("faiss", reason="needs faiss: install valm[faiss]")
+    root = copy_of("kb", "clip", "valm")
+    assert run("kb", "index", root / "kb") == 0
+    assert "searched exactly" in capsys.readouterr().out  # there are few pictures
+    options = ["--factory", "IVF2,Flat", "-k", 1, "--target-recall", 1]
+    assert run("kb", "index", root / "kb", *options) == 0
+    out = capsys.readouterr().out
+    assert "searched through the index IVF2,Flat, nprobe=" in out
+    assert "eot queries at the tokens of captions of the pictures" in out
+    assert run("kb", "info", root / "kb") == 0
+    assert capsys.readouterr().out == out
+    (root / "questions.txt").write_text("the color of the sea\n\nthe color of the coal\n")
+    assert run("kb", "index", root / "kb", *options, "--queries", root / "questions.txt", "--query", "state") == 0
+    assert "state queries at the tokens of questions.txt" in capsys.readouterr().out
+    assert run("kb", "search", root / "kb", "the apple", "-k", 2) == 0
+    assert run("generate", root / "valm", "the sea", "--max-new-tokens", 2) == 0
+    (root / "kb" / "index.faiss").write_bytes(b"")
+    for command in (["kb", "search", root / "kb", "the apple"], ["generate", root / "valm", "the sea"]):
+        assert run(*command) == 1
+        assert f"make it anew with `valm kb index {root / 'kb'}`" in capsys.readouterr().err.replace("valm/../", "")
+    assert run("kb", "verify", root / "kb") == 1
+    assert "index.faiss" in capsys.readouterr().err
+    assert run("kb", "index", root / "kb") == 0
+    assert "searched exactly" in capsys.readouterr().out
+    assert not list((root / "kb").glob("index.*"))
+
+
+def test_kb_build_from_archives(world, tmp_path, capsys):
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars" / "00000.tar", "w") as tar:
+        for file in sorted((world / "pictures").iterdir()):
+            tar.add(file, file.name)
+    for source in ("tars", "tars/00000.tar"):
+        build = ["kb", "build", tmp_path / source, "--clip", world / "clip", "--out", tmp_path / f"kb-{source[-3:]}"]
+        assert run(*build, "--format", "webdataset") == 0
+        assert "6 pictures" in capsys.readouterr().out
+
+
+def test_kb_build_from_a_dataset(world, tmp_path, capsys):
+    rows = {"picture": sorted(map(str, (world / "pictures").glob("*.png"))), "words": list(THINGS)}
+    dataset = datasets.Dataset.from_dict(rows).cast_column("picture", datasets.Image())
+    datasets.DatasetDict({"test": dataset}).save_to_disk(tmp_path / "dataset")
+    build = ["kb", "build", tmp_path / "dataset", "--clip", world / "clip", "--out", tmp_path / "kb"]
+    named = ["--split", "test", "--image-column", "picture", "--caption-column", "words"]
+    assert run(*build, "--format", "huggingface", *named) == 0
+    assert "6 pictures" in capsys.readouterr().out
+    assert ImageKnowledgeBase.open(tmp_path / "kb").item(0).caption == "apple"
+    for options, message in (
+        ([], "--split is for --format huggingface, not for pictures"),
+        (["--format", "huggingface", "--captions", "x.csv"], "--captions is for --format pictures"),
+    ):
+        assert run(*build, *named, *options) == 1
+        assert message in capsys.readouterr().err
+    assert run(*build, "--format", "huggingface") == 1
+    assert "has no split 'train', only test" in capsys.readouterr().err
+
+
+def test_kb_build_from_a_table(world, tmp_path, capsys):
+    rows = [f"{world / 'pictures' / name}.png\ta {name}" for name in THINGS]
+    (tmp_path / "table.tsv").write_text("\n".join(["photo\tcaption", *rows, "none.png\tx"]))
+    build = ["kb", "build", tmp_path / "table.tsv", "--clip", world / "clip", "--out", tmp_path / "kb"]
+    assert run(*build, "--format", "csv", "--image-column", "photo") == 0
+    out = capsys.readouterr().out
+    assert "6 pictures" in out and "none.png: it is no file" in out
+    assert ImageKnowledgeBase.open(tmp_path / "kb").item(5).caption == "a snow"
+
+
+def test_a_corrupt_picture_is_named_and_left_out(world, tmp_path, capsys):
+    shutil.copytree(world / "pictures", tmp_path / "pictures")
+    (tmp_path / "pictures" / "sea.png").write_bytes(b"not a picture")
+    assert run("kb", "build", tmp_path / "pictures", "--clip", world / "clip", "--out", tmp_path / "kb") == 0
+    out = capsys.readouterr().out
+    assert "5 pictures" in out and "sea.png" in out
+
+
+def test_of_many_corrupt_pictures_some_are_named(world, tmp_path, capsys):
+    shutil.copytree(world / "pictures", tmp_path / "pictures")
+    for number in range(12):
+        (tmp_path / "pictures" / f"{number:02d}.png").write_bytes(b"not a picture")
+    assert run("kb", "build", tmp_path / "pictures", "--clip", world / "clip", "--out", tmp_path / "kb") == 0
+    out = capsys.readouterr().out
+    assert "12 pictures or captions could not be read" in out and "09.png" in out and "10.png" not in out
+    assert f"and 2 more, in {tmp_path / 'kb'}/skipped-*.json" in out
+
+
+def wrong_inputs():
+    """name -> (arguments, what the sentence must say); {world} and {tmp} are the folders."""
+    kb_build = ["kb", "build", "{world}/pictures", "--clip", "{world}/clip", "--out", "{tmp}/kb"]
+    return {
+        "folder of pictures missing": ([*kb_build[:2], "{tmp}/none", *kb_build[3:]], "no folder {tmp}/none"),
+        "folder without pictures": ([*kb_build[:2], "{tmp}", *kb_build[3:]], "no pictures in {tmp}"),
+        "no tar files": ([*kb_build, "--format", "webdataset"], "no tar files in {world}/pictures"),
+        "no embeddings": ([*kb_build, "--format", "embeddings"], "no embeddings in {world}/pictures"),
+        "no table": ([*kb_build, "--format", "csv"], "cannot read the caption table {world}/pictures: "),
+        "table without the column": (
+            ["kb", "build", "{world}/colors.csv", *kb_build[3:], "--format", "csv"],
+            "starts with 'Index,Descriptor,Item,Color'; expected a header with a column image or file or",
+        ),
+        "column of pictures": (
+            [*kb_build, "--image-column", "x"],
+            "--image-column is for --format huggingface or csv, not for pictures",
+        ),
+        "captions of archives": ([*kb_build, "--format", "webdataset", "--captions", "x.csv"], "--captions is for"),
+        "sheet of no known kind": (
+            ["kb", "search", "{world}/kb", "x", "--sheet", "{tmp}/sheet.abc"],
+            "cannot write the picture {tmp}/sheet.abc: unknown file extension",
+        ),
+        "no such CLIP": ([*kb_build[:4], "{tmp}/none", *kb_build[5:]], "no CLIP at '{tmp}/none'"),
+        "output holds something else": ([*kb_build[:-1], "{world}/clip"], "is not empty"),
+        "no such knowledge base": (["kb", "info", "{tmp}/none"], "no knowledge base at {tmp}/none"),
+        "index of no known kind": (["kb", "index", "{world}/kb", "--factory", "IFV1"], "the factory string 'IFV1'"),
+        "index of too many cells": (
+            ["kb", "index", "{world}/kb", "--factory", "IVF7,Flat"],
+            "of 7 cells needs as many",
+        ),
+        "queries not text": (
+            ["kb", "index", "{world}/kb", "--factory", "IVF1,Flat", "--queries", "{world}/pictures/sea.png"],
+            "sea.png is not UTF-8",
+        ),
+        "queries without text": (
+            ["kb", "index", "{world}/kb", "--factory", "IVF1,Flat", "--queries", "{tmp}/empty.txt"],
+            "no text to make queries of",
+        ),
+        "not a knowledge base": (["kb", "search", "{world}/clip", "x"], "is not a knowledge base"),
+    }
+
+
+@pytest.mark.parametrize("name", wrong_inputs())
+def test_wrong_input_is_one_sentence(sentence, name):
+    arguments, expected = wrong_inputs()[name]
+    sentence(arguments, expected)
+
+
+def test_a_knowledge_base_of_another_clip_is_one_sentence(sentence, tmp_path):
+    make_clip(prune_tokenizer(clip_tokenizer(), ["another"]), seed=1).save(tmp_path / "other")
+    sentence(["kb", "search", "{world}/kb", "x", "--clip", "{tmp}/other"], "was built with")

@@ -1,0 +1,61 @@
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from valm.cli import main
+
+
+def test_every_command_answers_help(capsys):
+    for command in (
+        ["demo"],
+        ["kb"],
+        ["kb", "build"],
+        ["encoder", "check"],
+        ["retrieve"],
+        ["train"],
+        ["eval"],
+        ["generate"],
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main([*command, "--help"])
+        assert stop.value.code == 0
+
+
+def test_help_does_not_wait_for_torch():
+    script = "import sys, valm.cli; valm.cli.build_parser(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_the_command_itself_has_no_traceback(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "valm", "kb", "info", tmp_path / "none"], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("valm: error: ")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc is what is told")
+def test_memory_that_is_freed_is_used_again():
+    """By a command: 50 MB that are taken and freed again and again are no fresh pages each time."""
+    code = """
+import ctypes, resource, sys, torch
+from valm.cli import M_MMAP_THRESHOLD, keep_freed_memory
+if not ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**30):
+    sys.exit("refused")
+keep_freed_memory()
+for n in range(11):
+    if n == 1:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(12_500_000)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if "refused" in done.stderr:
+        pytest.skip("this glibc is too old")
+    assert done.returncode == 0, done.stderr
+    faults = float(done.stdout)
+    assert faults < 0.1 * 50_000_000 / os.sysconf("SC_PAGE_SIZE")

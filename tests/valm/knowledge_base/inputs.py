@@ -1,0 +1,45 @@
+"""Small images, archives and folders of them, for the tests of several modules."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from valm.knowledge_base.build import build
+from valm.knowledge_base.encode import Encoding
+from valm.knowledge_base.sources.folder import FolderSource
+
+# Readable images in the fixture `folder`.
+COUNT = 23
+
+
+def png(seed):
+    pixels = np.random.default_rng(seed).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_tar(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+
+
+def build_folder(folder, out, clip, shard_size=6, batch_size=4, thumbnails=64, workers=None):
+    source = FolderSource(folder, shard_size=shard_size)
+    return build(source, out, clip, Encoding(batch_size, thumbnails, workers), progress=False)
+
+
+def touch(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"")

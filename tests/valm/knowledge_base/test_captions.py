@@ -1,0 +1,77 @@
+import errno
+import json
+import os
+
+import pytest
+
+from tests.valm.knowledge_base.inputs import touch
+from valm.errors import ValmError
+from valm.knowledge_base import captions
+from valm.knowledge_base.captions import read_captions
+from valm.knowledge_base.images import find_images
+
+
+def test_captions_beside_the_picture(tmp_path):
+    touch(tmp_path, "a.png", "b/c.png", "d.png", "e.png")
+    (tmp_path / "a.txt").write_text("a red\tapple \n\nan apple\n")
+    (tmp_path / "b/c.json").write_text(json.dumps({"caption": "a dog", "url": "x"}))
+    (tmp_path / "d.json").write_text(json.dumps({"url": "x"}))
+    names = find_images(tmp_path)
+    expected = {"a.png": "a red apple\nan apple", "b/c.png": "a dog"}
+    assert read_captions(tmp_path, names) == (expected, {})
+
+
+def test_damaged_caption_files_are_listed(tmp_path):
+    touch(tmp_path, "a.png", "b.png", "c.png", "d.png")
+    (tmp_path / "a.json").write_text('{"caption": "cut')
+    (tmp_path / "b.txt").write_text("a" * captions.MAX_CAPTION_BYTES)
+    (tmp_path / "c.txt").write_text("a" * (captions.MAX_CAPTION_BYTES + 1))
+    os.mkfifo(tmp_path / "d.txt")  # opened, it would be waited for
+    found, damaged = read_captions(tmp_path, find_images(tmp_path))
+    assert list(found) == ["b.png"]
+    assert list(damaged) == ["a.json", "c.txt"]
+    assert "not JSON" in damaged["a.json"] and "more than 1,048,576 bytes" in damaged["c.txt"]
+
+
+def test_caption_tables(tmp_path):
+    touch(tmp_path, "images/a.png", "images/b.png", "captions.png")
+    names = find_images(tmp_path)
+    (tmp_path / "captions.txt").write_text('image,caption\na.png,a red apple\na.png,"one, two"\nimages/b.png,a dog\n')
+    assert read_captions(tmp_path, names)[0] == {"images/a.png": "a red apple\none, two", "images/b.png": "a dog"}
+    # what stands beside the picture goes before the table; a table may lie anywhere
+    (tmp_path / "images/b.txt").write_text("a cat")
+    (tmp_path / "table.csv").write_text("id\tText\tFile\n1\ta pear\ta.png\n")
+    assert read_captions(tmp_path, names)[0]["images/b.png"] == "a cat"
+    assert read_captions(tmp_path, names, tmp_path / "table.csv")[0]["images/a.png"] == "a pear"
+    (tmp_path / "table.json").write_text(json.dumps({"a.png": ["x", "y"], "captions.png": "z"}))
+    found, _ = read_captions(tmp_path, names, tmp_path / "table.json")
+    assert found == {"images/a.png": "x\ny", "images/b.png": "a cat", "captions.png": "z"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.csv", b"a.png,a red apple\n", "starts with 'a.png,a red apple'; expected a header"),
+        ("t.csv", b"image,caption\n\xff\xfe,x\n", "cannot read the caption table"),
+        ("t.json", b"{", "cannot read the caption table"),
+        ("t.json", b"[1]", "holds a list; expected an object"),
+        ("t.json", b'{"a.png": 3}', "the caption of 'a.png' in .* is neither"),
+        ("missing.csv", None, "cannot read the caption table .*No such file"),
+    ],
+)
+def test_broken_caption_tables(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValmError, match=message):
+        read_captions(tmp_path, ["a.png"], tmp_path / name)
+
+
+def test_what_cannot_be_read_now_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("a")
+
+    def denied(path, *_):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr("builtins.open", denied)
+    with pytest.raises(ValmError, match=r"cannot read .*a\.txt: Input/output error"):
+        read_captions(tmp_path, ["a.png"])

@@ -1,0 +1,52 @@
+"""Hashes by which a resumed build sees that its source is still the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from PIL import Image
+
+from valm.errors import ValmError
+from valm.files import cannot_read, is_passing
+from valm.knowledge_base.encode import Record
+
+
+def fingerprint_files(files: Iterable[Path]) -> str:
+    """SHA-256 over the names and sizes of `files`. Raises ValmError for a file that is missing."""
+    digest = hashlib.sha256()
+    for file in files:
+        try:
+            digest.update(json.dumps([file.name, file.stat().st_size]).encode())
+        except OSError as error:
+            raise ValmError(f"cannot read {file}: {error.strerror}") from error
+    return digest.hexdigest()
+
+
+def fingerprint_records(records: Iterable[Record]) -> str:
+    """SHA-256 over the names, captions and sizes of the images in `records`.
+
+    Raises ValmError where the machine is why a file cannot be looked at.
+    """
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(json.dumps([record.uri, record.caption, _size(record.source)]).encode())
+    return digest.hexdigest()
+
+
+def _size(source: Path | bytes | Image.Image | None) -> int | tuple[int, int] | None:
+    """Bytes of a file (None where there is none) or of its content; width and height of a PIL image."""
+    if source is None:
+        return None
+    if isinstance(source, bytes):
+        return len(source)
+    if isinstance(source, Image.Image):
+        return source.size
+    try:
+        return source.stat().st_size if source.is_file() else None
+    except OSError as error:  # a path that no file can have, such as one that is too long, is a damaged record
+        if is_passing(error):
+            raise cannot_read(source, error.strerror) from error
+        return None

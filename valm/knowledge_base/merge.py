@@ -1,0 +1,52 @@
+"""One knowledge base out of several."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from valm.errors import ValmError
+from valm.knowledge_base.format import WHAT, finish_knowledge_base, write_shard
+from valm.knowledge_base.store import ImageKnowledgeBase
+from valm.shards.build import ShardedBuild, run_here
+from valm.shards.progress import Progress, ProgressBar
+
+
+def merge(parts: Sequence[str | os.PathLike], out: str | os.PathLike, *, progress: bool = True) -> ImageKnowledgeBase:
+    """Joins the knowledge bases in the folders `parts`, all of one CLIP, into a new one in `out`.
+
+    Images are numbered in the order of `parts`. Killed and run again, it goes on.
+    Raises ValmError for no parts, for parts of different CLIPs, and for an `out` that cannot be written or holds
+    something else.
+    """
+    opened = [ImageKnowledgeBase.open(part) for part in parts]
+    if not opened:
+        raise ValmError("nothing to merge: name at least one knowledge base")
+    first = opened[0].manifest["clip"]
+    for kb in opened[1:]:
+        other = kb.manifest["clip"]
+        if other["weights_hash"] != first["weights_hash"]:
+            raise ValmError(
+                f"{opened[0].path} was built with the CLIP {first['name']} (weights {first['weights_hash'][:12]}) but "
+                f"{kb.path} with {other['name']} ({other['weights_hash'][:12]}); merge only those of one CLIP"
+            )
+    source = first["source"]
+    if source is not None and (opened[0].path / source).is_dir():
+        source = Path(os.path.relpath(opened[0].path / source, out)).as_posix()
+    build = ShardedBuild(Path(out), WHAT, {"source": "merge", "parts": [kb.fingerprint for kb in opened]})
+    if not build.finished:
+        shards = [(kb, number) for kb in opened for number in range(len(kb.manifest["shards"]))]
+        with ProgressBar("merge", " pictures", len(shards) - len(build.done()), progress) as bar:
+            build.write(partial(_copy_shard, out=build.out), shards, run_here, bar)
+        finish_knowledge_base(build, {**first, "source": source}, opened[0].dim)
+    return ImageKnowledgeBase.open(out)
+
+
+def _copy_shard(number: int, shard: tuple[ImageKnowledgeBase, int], progress: Progress, *, out: Path) -> None:
+    kb, shard_number = shard
+    encoded = kb.encoded_shard(shard_number)
+    progress.begin(len(encoded.items))
+    write_shard(out, number, encoded)
+    progress.advance(len(encoded.items))

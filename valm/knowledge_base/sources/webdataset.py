@@ -1,0 +1,115 @@
+"""Images in tar files, as img2dataset and webdataset write them."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from valm.clip import Clip
+from valm.errors import ValmError
+from valm.files import cannot_read, is_passing
+from valm.knowledge_base.captions import CAPTION_SUFFIXES, MAX_CAPTION_BYTES, parse_caption
+from valm.knowledge_base.encode import Encoding, Record, encode_records
+from valm.knowledge_base.fingerprint import fingerprint_files
+from valm.knowledge_base.format import EncodedShard
+from valm.knowledge_base.images import IMAGE_SUFFIXES
+from valm.knowledge_base.sources import SourceShard
+from valm.shards.progress import Progress
+from valm.text import one_line
+
+# Bytes after the last member of an archive that must be zero: tar itself pads with a few thousand.
+END_BYTES = 1 << 20
+
+
+class WebdatasetSource:
+    """The images in tar files; one shard for each file.
+
+    Args:
+        tars: a folder of `*.tar` files, one file, or several. In each, members whose names agree up to the first dot
+            belong together: an image, and its caption in `.txt` or as `caption` in `.json`.
+
+    Nothing is unpacked, so names in an archive can be anything. An archive that is cut short or damaged is read up to
+    the damage and listed as skipped. So are damaged images and caption files, and all but the last of several images
+    that belong together.
+    Raises ValmError where there is no tar file.
+    """
+
+    precomputed = False
+
+    def __init__(self, tars: str | os.PathLike | Iterable[str | os.PathLike]):
+        if isinstance(tars, str | os.PathLike):
+            path = Path(tars)
+            tars = [path] if path.is_file() else sorted(path.glob("*.tar"))
+            if not tars:
+                raise ValmError(f"no tar files in {path}; looked for files ending in .tar")
+        self.tars = [Path(tar).absolute() for tar in tars]
+
+    @property
+    def count(self) -> int:
+        return len(self.tars)
+
+    def plan(self) -> dict[str, Any]:
+        return {"source": "webdataset", "fingerprint": fingerprint_files(self.tars)}
+
+    def shards(self, done: dict[int, dict[str, Any]]) -> Iterable[SourceShard]:
+        return (partial(encode_tar, tar) for tar in self.tars)
+
+
+def encode_tar(tar: Path, clip: Clip, encoding: Encoding, progress: Progress) -> EncodedShard:
+    return encode_records(tar_records(tar), clip, encoding, progress)
+
+
+def tar_records(path: Path) -> list[Record]:
+    """The images of a tar file, with their captions; after them, without an image, what is damaged in it.
+
+    Raises ValmError where the machine, and not the archive, is why it cannot be read.
+    """
+    images: dict[str, tarfile.TarInfo] = {}
+    captions: dict[tuple[str, str], str] = {}
+    damaged: list[Record] = []
+
+    def skip(name: str, reason: str) -> None:
+        damaged.append(Record(name, "", None, reason=reason))
+
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if member.size < 0:  # the next one would be this one again
+                    raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
+                name = PurePosixPath(member.name)
+                stem, _, extension = name.name.partition(".")
+                key, suffix = str(name.parent / stem), f".{extension.lower()}"
+                uri = f"{path.name}/{member.name}"
+                if not member.isfile() or suffix not in (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES):
+                    continue
+                if member.issparse():
+                    skip(uri, "stored as a sparse file, which a few bytes make as large as they like")
+                elif suffix in IMAGE_SUFFIXES:
+                    if key in images:
+                        skip(f"{path.name}/{images[key].name}", f"{member.name} comes after it in its place")
+                    images[key] = member
+                else:
+                    opened = tar.extractfile(member)
+                    assert opened is not None  # it is for a link or a folder, and this is a file
+                    try:
+                        captions[key, suffix] = parse_caption(opened.read(MAX_CAPTION_BYTES + 1), suffix)
+                    except ValueError as error:
+                        skip(uri, str(error))
+            # tarfile takes a damaged or empty header for the end, and no end at all
+            tar.fileobj.seek(tar.offset)
+            end = tar.fileobj.read(END_BYTES)
+            if len(end) < tarfile.BLOCKSIZE or any(end):
+                raise tarfile.ReadError(f"at byte {tar.offset:,} there is neither a member nor the end of the archive")
+    except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
+        if is_passing(error):
+            raise cannot_read(path, one_line(str(error))) from error
+        skip(path.name, f"the archive ends early: {one_line(str(error))}")
+    records = []
+    for key, member in images.items():
+        caption = next(filter(None, (captions.get((key, suffix)) for suffix in CAPTION_SUFFIXES)), "")
+        records.append(Record(f"{path.name}/{member.name}", caption, path, member.offset_data, member.size))
+    return records + damaged
