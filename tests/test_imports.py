@@ -24,8 +24,6 @@ LAYERS = [
 LAYER = {unit: number for number, layer in enumerate(LAYERS) for unit in layer}
 # valm/__init__.py names the public API and imports it when it is asked for.
 LAYER["__init__"] = 0
-# What valm still takes from inside valm_kernels, until it is exported there.
-NOT_YET_PUBLIC = {"valm_kernels.visual_fusion.reference.attention_weights", "valm_kernels.topk.checks.MAX_K"}
 
 
 def modules(root: Path, package: str) -> dict[str, Path]:
@@ -123,7 +121,7 @@ def test_the_kernels_know_no_valm():
 
 
 def test_valm_uses_the_public_names_of_the_kernels():
-    assert private_imports(ROOT) <= NOT_YET_PUBLIC
+    assert private_imports(ROOT) == set()
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from valm.model import VaLMForCausalLM
     from valm.retrieval.context import ContextEncoder
     from valm.retrieval.retriever import Retriever
-    from valm_kernels.version import __version__
+    from valm_kernels import __version__
 
 # Where each public name is. They are imported when first asked for: the command line sets up the process before
 # torch is loaded, and answers --help without it.
@@ -26,7 +26,7 @@ _MODULES = {
     "VaLMForCausalLM": "valm.model",
     "ValmConfig": "valm.config",
     "ValmError": "valm.errors",
-    "__version__": "valm_kernels.version",
+    "__version__": "valm_kernels",
     "load_checkpoint": "valm.checkpoint",
     "save_checkpoint": "valm.checkpoint",
 }
