@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,12 +17,18 @@ from valm_kernels.topk.checks import (
     check_queries,
     check_search,
 )
-from valm_kernels.topk.result import TopK, like_queries
+from valm_kernels.topk.result import NumpyTopK, TopK, like_queries
 
 IMPLS = ("auto", "cpu", "cuda", "reference")
 
 
-def ip_topk(queries: Tensor | np.ndarray, database: Tensor | np.ndarray, k: int, *, impl: str = "auto") -> TopK:
+@overload
+def ip_topk(queries: Tensor, database: Tensor | np.ndarray, k: int, *, impl: str = "auto") -> TopK: ...
+@overload
+def ip_topk(queries: np.ndarray, database: Tensor | np.ndarray, k: int, *, impl: str = "auto") -> NumpyTopK: ...
+def ip_topk(
+    queries: Tensor | np.ndarray, database: Tensor | np.ndarray, k: int, *, impl: str = "auto"
+) -> TopK | NumpyTopK:
     """The k database rows of largest inner product for each query: exact, and the same whatever computes it.
 
     The score is the sum of the products in float64 in one fixed order, rounded to float32
@@ -43,7 +51,7 @@ def ip_topk(queries: Tensor | np.ndarray, database: Tensor | np.ndarray, k: int,
     check_database(rows)
     check_float(rows, "database")
     flat = as_tensor(queries, "queries")
-    check_search(flat, *rows.shape, rows.device, k)
+    check_search(flat, len(rows), rows.shape[1], rows.device, k)
     return like_queries(queries, *search(flat, rows, None, k, impl=impl))
 
 

@@ -72,17 +72,14 @@ def pack(rows: Tensor, row_scale: Tensor | None) -> PackedRows:
     different = native().find_duplicates(
         native_rows, torch.get_num_threads(), first_rows.data_ptr(), next_duplicate.data_ptr()
     )
-    if different == count:
-        first_rows = next_duplicate = None
-    else:
-        first_rows = first_rows[:different].clone()
+    distinct = different == count
     panels = -(-different // PANEL_ROWS)
     packed = PackedRows(
         codes=torch.empty(panels, -(-dim // 4), PANEL_ROWS, 4, dtype=torch.uint8),
         stats=torch.empty(panels, STATS, PANEL_ROWS),
         frame=torch.empty(2, dim),
-        first_rows=first_rows,
-        next_duplicate=next_duplicate,
+        first_rows=None if distinct else first_rows[:different].clone(),
+        next_duplicate=None if distinct else next_duplicate,
     )
     _refuse(native().pack(native_rows, _native_packed_rows(packed, count), cpu_isa(), torch.get_num_threads()))
     return packed

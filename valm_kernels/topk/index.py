@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 import torch
@@ -21,7 +23,7 @@ from valm_kernels.topk.checks import (
     check_search,
 )
 from valm_kernels.topk.reference import dequantise
-from valm_kernels.topk.result import TopK, like_queries
+from valm_kernels.topk.result import NumpyTopK, TopK, like_queries
 
 # Stored dtype: torch's type, and numpy's in the file (numpy has no bfloat16).
 DTYPES = {
@@ -31,7 +33,10 @@ DTYPES = {
     "int8": (torch.int8, "|i1"),
 }
 # What makes the first pass's copy of the rows, by device.
-PACKERS = {"cpu": cpu.pack, "cuda": cuda.pack}
+PACKERS: dict[str, Callable[[Tensor, Tensor | None], cpu.PackedRows | cuda.RowNorms]] = {
+    "cpu": cpu.pack,
+    "cuda": cuda.pack,
+}
 # How a device's kernels want the rows to lie, by device; elsewhere as they are.
 LAYOUTS = {"cuda": cuda.aligned}
 # Rows that would take more than this share of a device's free memory are streamed: a search needs some too.
@@ -138,7 +143,11 @@ class FlatIPIndex:
         """The stored rows as the float32 numbers (N, E) that are searched."""
         return dequantise(self._rows[:, : self._dim], self._row_scale)
 
-    def search(self, queries: Tensor | np.ndarray, k: int) -> TopK:
+    @overload
+    def search(self, queries: Tensor, k: int) -> TopK: ...
+    @overload
+    def search(self, queries: np.ndarray, k: int) -> NumpyTopK: ...
+    def search(self, queries: Tensor | np.ndarray, k: int) -> TopK | NumpyTopK:
         """The k best rows of each query (..., E), as `ip_topk` defines them.
 
         Raises:
@@ -168,7 +177,7 @@ class FlatIPIndex:
                 "fit; split them and join by merge_topk"
             )
         rows, row_scale = store(rows, self.dtype, self._home, "vectors")
-        if row_scale is not None:
+        if self._row_scale is not None and row_scale is not None:
             row_scale = torch.cat([self._row_scale, row_scale])
         rows = torch.cat([self._rows, self._laid_out(rows)])
         # all at once, so that nothing is left half-added
@@ -222,9 +231,9 @@ class FlatIPIndex:
         if dtype not in DTYPES:
             raise ValueError(f"{folder.manifest_path} is damaged: it says dtype {dtype!r}")
         torch_dtype, file_dtype = DTYPES[dtype]
-        rows = folder.read("rows", file_dtype, (count, dim))
+        array = folder.read("rows", file_dtype, (count, dim))
         # torch has no use for uint16: the bits of a bfloat16 come as int16
-        rows = torch.from_numpy(rows.view(np.int16) if dtype == "bfloat16" else rows).view(torch_dtype)
+        rows = torch.from_numpy(array.view(np.int16) if dtype == "bfloat16" else array).view(torch_dtype)
         try:
             check_database(rows)
         except ValueError as error:

@@ -4,6 +4,8 @@ and index.py; whether the numbers are finite is checked where they are read.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -47,14 +49,14 @@ def _ip_topk_cuda(queries: Tensor, database: Tensor, row_scale: Tensor | None, k
 
 @torch.library.register_fake("valm_kernels::packed_ip_topk")
 def _packed_ip_topk_fake(
-    queries: Tensor, database: Tensor, row_scale: Tensor | None, *packed_and_k: Tensor | int | None
+    queries: Tensor, database: Tensor, row_scale: Tensor | None, *packed_and_k: Any
 ) -> tuple[Tensor, Tensor]:
     return _ip_topk_fake(queries, database, row_scale, packed_and_k[-1])
 
 
 @torch.library.impl("valm_kernels::packed_ip_topk", "CPU")
 def _packed_ip_topk_cpu(
-    queries: Tensor, database: Tensor, row_scale: Tensor | None, *packed_and_k: Tensor | int | None
+    queries: Tensor, database: Tensor, row_scale: Tensor | None, *packed_and_k: Any
 ) -> tuple[Tensor, Tensor]:
     *packed, k = packed_and_k
     return cpu.search(queries, database, row_scale, cpu.PackedRows(*packed), k)

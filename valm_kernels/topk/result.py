@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import numpy as np
 import torch
@@ -15,22 +15,37 @@ from valm_kernels.topk.checks import as_tensor
 class TopK(NamedTuple):
     """The k best rows of each query, by (score falling, index rising).
 
-    scores (..., k) float32 and indices (..., k) int64: torch tensors, or numpy arrays for numpy queries.
+    scores (..., k) float32 and indices (..., k) int64: torch tensors; numpy queries get a `NumpyTopK`.
     A query with NaN or infinity has scores NaN and indices −1.
     """
 
-    scores: Tensor | np.ndarray
-    indices: Tensor | np.ndarray
+    scores: Tensor
+    indices: Tensor
 
 
-def like_queries(queries: Tensor | np.ndarray, scores: Tensor, indices: Tensor) -> TopK:
+class NumpyTopK(NamedTuple):
+    """`TopK` in numpy arrays, for numpy queries."""
+
+    scores: np.ndarray
+    indices: np.ndarray
+
+
+@overload
+def like_queries(queries: Tensor, scores: Tensor, indices: Tensor) -> TopK: ...
+@overload
+def like_queries(queries: np.ndarray, scores: Tensor, indices: Tensor) -> NumpyTopK: ...
+def like_queries(queries: Tensor | np.ndarray, scores: Tensor, indices: Tensor) -> TopK | NumpyTopK:
     """The answer in the queries' own kind."""
     if isinstance(queries, np.ndarray):
-        return TopK(scores.numpy(), indices.numpy())
+        return NumpyTopK(scores.numpy(), indices.numpy())
     return TopK(scores, indices)
 
 
-def merge_topk(results: Sequence[TopK], offsets: Sequence[int], k: int) -> TopK:
+@overload
+def merge_topk(results: Sequence[TopK], offsets: Sequence[int], k: int) -> TopK: ...
+@overload
+def merge_topk(results: Sequence[NumpyTopK], offsets: Sequence[int], k: int) -> NumpyTopK: ...
+def merge_topk(results: Sequence[TopK] | Sequence[NumpyTopK], offsets: Sequence[int], k: int) -> TopK | NumpyTopK:
     """Joins the answers of the shards of one database into the answer of the whole.
 
     Args:

@@ -7,6 +7,7 @@ filled up with zeros as the CUDA kernels want it, which changes no score.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -37,7 +38,7 @@ class _Buffer:
         # the memory may still be in use by what the current stream was given before
         self.searched.record(streams.current_stream(device))
 
-    def fill(self, chunk: list[Tensor], copies: Any, streams: ModuleType) -> None:
+    def fill(self, chunk: Sequence[Tensor], copies: Any, streams: ModuleType) -> None:
         count = len(chunk[0])
         self.copied.synchronize()
         for part, values in zip(self.values, chunk, strict=True):
@@ -64,7 +65,7 @@ def search(queries: Tensor, rows: Tensor, row_scale: Tensor | None, k: int) -> t
     searches, copies = streams.current_stream(device), streams.Stream(device)
 
     buffers[0].fill(chunks[0], copies, streams)
-    best = None
+    best: TopK | None = None
     for number, chunk in enumerate(chunks):
         buffer, start, count = buffers[number % 2], number * chunk_rows, len(chunk[0])
         searches.wait_event(buffer.copied)
@@ -75,4 +76,5 @@ def search(queries: Tensor, rows: Tensor, row_scale: Tensor | None, k: int) -> t
         if number + 1 < len(chunks):  # while the device is busy
             buffers[(number + 1) % 2].fill(chunks[number + 1], copies, streams)
         best = found if best is None else merge_topk([best, found], [0, start], min(k, start + count))
+    assert best is not None  # there is no database without rows
     return best
