@@ -11,6 +11,8 @@ The pictures z of a batch come as a pool without repetitions. They are projected
 There is no dropout on these attention weights (published: 0.1); the residual dropouts are those of GPT-2.
 """
 
+from typing import TypedDict
+
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
@@ -18,6 +20,15 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Block
 
 from valm.config import ValmConfig
 from valm_kernels import attention_weights, visual_fusion_attn
+
+
+class _ImageTerms(TypedDict, total=False):
+    """Arguments of `visual_fusion_attn`; none of them where there are no images."""
+
+    image_index: Tensor | None
+    image_k_bias: Tensor
+    image_v_bias: Tensor
+    image_logit_bias: Tensor
 
 
 class VisualFusionAttention(GPT2Attention):
@@ -72,14 +83,22 @@ class VisualFusionAttention(GPT2Attention):
         return self.resid_dropout(self.c_proj(out.transpose(1, 2).flatten(2)))
 
     def weights(
-        self, hidden_states: Tensor, image_pool: Tensor, image_index: Tensor, first_key: Tensor | None
+        self, hidden_states: Tensor, image_pool: Tensor | None, image_index: Tensor | None, first_key: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The joint attention weights over text, (B, H, T, T), and over pictures, (B, H, T, K); float32."""
         q, k, _ = self._project_text(hidden_states)
         image_k, _ = self._project_images(image_pool)
         terms = self._image_terms(image_pool, image_index)
-        del terms["image_v_bias"]
-        text, images, _ = attention_weights(q, k, image_k, **terms, first_key=first_key, scale=self.scaling)
+        text, images, _ = attention_weights(
+            q,
+            k,
+            image_k,
+            image_index=terms.get("image_index"),
+            image_k_bias=terms.get("image_k_bias"),
+            image_logit_bias=terms.get("image_logit_bias"),
+            first_key=first_key,
+            scale=self.scaling,
+        )
         return text, images
 
     def _project_text(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
@@ -98,7 +117,7 @@ class VisualFusionAttention(GPT2Attention):
         kv = (self.ln_img(pool) @ weight).split(self.split_size, dim=-1)
         return tuple(x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(0, 1) for x in kv)
 
-    def _image_terms(self, pool: Tensor | None, index: Tensor | None) -> dict[str, Tensor]:
+    def _image_terms(self, pool: Tensor | None, index: Tensor | None) -> _ImageTerms:
         if pool is None:
             return {}
         return {
@@ -113,6 +132,8 @@ class VisualFusionAttention(GPT2Attention):
 
 class VisualFusionBlock(GPT2Block):
     """A pre-LN GPT-2 block around `VisualFusionAttention`: attention, residual, MLP, residual."""
+
+    attn: VisualFusionAttention
 
     def __init__(self, config: ValmConfig, layer_idx: int):
         super().__init__(config, layer_idx=layer_idx)

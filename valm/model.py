@@ -1,13 +1,13 @@
 """VaLM: GPT-2 in which one block also attends to the pictures retrieved for each token (Wang et al. 2022)."""
 
-from typing import ClassVar
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block, GPT2PreTrainedModel
 
@@ -15,27 +15,28 @@ from valm.config import ValmConfig
 from valm.errors import ValmError
 from valm.fusion import VisualFusionAttention, VisualFusionBlock
 from valm.retrieval.context import ContextCache
-from valm.retrieval.retriever import BlindRetriever, Retriever
+from valm.retrieval.retriever import BlindRetriever, ImageRetriever
 
 
 class VaLMCache(DynamicCache):
     """What has been read so far: keys and values, where each row's document began, and the retriever's state."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.first_key: Tensor | None = None  # (B,) int32, the first key of the document being read
         self.retrieval: ContextCache | None = None  # the retriever's state, moved along with the beams
 
     is_croppable = False
 
-    def crop(self, *args, **kwargs):
+    def crop(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: the retriever's state cannot be taken back."""
         raise NotImplementedError("a VaLMCache cannot be cropped, so assisted decoding does not work with VaLM")
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row i becomes a copy of row beam_idx[i]."""
         super().reorder_cache(beam_idx)
-        self.first_key = self.first_key[beam_idx.to(self.first_key.device)]
+        if self.first_key is not None:
+            self.first_key = self.first_key[beam_idx.to(self.first_key.device)]
         if self.retrieval is not None:
             self.retrieval.reorder(beam_idx)
 
@@ -44,7 +45,7 @@ class VaLMPreTrainedModel(GPT2PreTrainedModel):
     config_class = ValmConfig
     config: ValmConfig
     base_model_prefix = "transformer"
-    _no_split_modules: ClassVar = ["GPT2Block", "VisualFusionBlock"]
+    _no_split_modules = ["GPT2Block", "VisualFusionBlock"]  # noqa: RUF012 (no ClassVar in transformers)
     _supports_flash_attn = False  # text blocks take a mask of documents, which these do not
     _supports_flex_attn = False
 
@@ -71,7 +72,7 @@ class VaLMModel(VaLMPreTrainedModel):
 
     def __init__(self, config: ValmConfig):
         super().__init__(config)
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wte: nn.Module = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(
@@ -81,11 +82,11 @@ class VaLMModel(VaLMPreTrainedModel):
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Embedding:
+    def get_input_embeddings(self) -> nn.Module:
         return self.wte
 
-    def set_input_embeddings(self, embeddings: nn.Embedding) -> None:
-        self.wte = embeddings
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.wte = value
 
     def forward(
         self,
@@ -97,12 +98,12 @@ class VaLMModel(VaLMPreTrainedModel):
         cache: VaLMCache | None,
         num_blocks: int | None = None,
     ) -> Tensor:  # (B, T, C), before the last LayerNorm when num_blocks is given
-        first_key = self.unless_all_zero(first_key)
-        mask = self._text_mask(input_ids, first_key, cache)
+        limits = self.unless_all_zero(first_key)
+        mask = self._text_mask(input_ids, limits, cache)
         hidden_states = self.drop(self.wte(input_ids) + self.wpe(position_ids))
         for block in self.h[:num_blocks]:
             if isinstance(block, VisualFusionBlock):
-                hidden_states = block(hidden_states, image_pool, image_index, first_key, cache)
+                hidden_states = block(hidden_states, image_pool, image_index, limits, cache)
             else:
                 hidden_states = block(hidden_states, cache, attention_mask=mask, use_cache=cache is not None)
         return hidden_states if num_blocks is not None else self.ln_f(hidden_states)
@@ -145,18 +146,18 @@ class VaLMForCausalLM(VaLMPreTrainedModel, GenerationMixin):
     with num_images = 0, the model is a GPT-2.
     """
 
-    _tied_weights_keys: ClassVar = {"lm_head.weight": "transformer.wte.weight"}
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012 (no ClassVar in transformers)
 
     def __init__(self, config: ValmConfig):
         super().__init__(config)
         self.transformer = VaLMModel(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self._retriever: Retriever | BlindRetriever | None = None
+        self._retriever: ImageRetriever | None = None
         self.post_init()
 
     @classmethod
     def from_gpt2(
-        cls, gpt2: GPT2LMHeadModel, *, image_logit_bias_init: float = -10.0, **arguments
+        cls, gpt2: GPT2LMHeadModel, *, image_logit_bias_init: float = -10.0, **arguments: Any
     ) -> "VaLMForCausalLM":
         """A VaLM that starts from a pretrained GPT-2: same weights, pictures closed by a negative image_logit_bias.
 
@@ -167,16 +168,17 @@ class VaLMForCausalLM(VaLMPreTrainedModel, GenerationMixin):
         for name in ("model_type", "architectures", "transformers_version"):
             config.pop(name, None)
         config |= arguments | {"image_logit_bias_init": image_logit_bias_init}
-        model = cls(ValmConfig(**config)).to(gpt2.dtype)
+        model = cls(ValmConfig(**config))
+        model.to(dtype=gpt2.dtype)  # type: ignore[call-arg]  # transformers wraps `to` so that self is lost
         model.load_state_dict(gpt2.state_dict(), strict=False)
         return model
 
     @property
-    def retriever(self) -> Retriever | BlindRetriever | None:
+    def retriever(self) -> ImageRetriever | None:
         """What finds the pictures where none are given to `forward`."""
         return self._retriever
 
-    def set_retriever(self, retriever: Retriever | BlindRetriever | None) -> None:
+    def set_retriever(self, retriever: ImageRetriever | None) -> None:
         """Let `retriever` find the pictures of every token; a blind model takes a `BlindRetriever`. None: no longer.
 
         Raises:
@@ -209,7 +211,7 @@ class VaLMForCausalLM(VaLMPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         return_dict: bool = True,
-        **loss_arguments,
+        **loss_arguments: Any,
     ) -> CausalLMOutputWithPast:
         """Next-token logits.
 
@@ -242,7 +244,7 @@ class VaLMForCausalLM(VaLMPreTrainedModel, GenerationMixin):
                 f"but this model has {config.n_positions} positions; split it"
             )
         if image_pool is None and self._retriever is not None:
-            image_pool, image_index = self._retrieve(input_ids, attention_mask, cache)
+            image_pool, image_index = self._retrieve(self._retriever, input_ids, attention_mask, cache)
         image_pool, image_index = self._check_images(input_ids, image_pool, image_index, present)
 
         hidden_states = self.transformer(input_ids, first_key, position_ids, image_pool, image_index, cache)
@@ -266,12 +268,14 @@ class VaLMForCausalLM(VaLMPreTrainedModel, GenerationMixin):
         stack, index = self.transformer, self.config.fusion_index
         first_key, present = self._documents(input_ids, attention_mask, None)
         position_ids = torch.arange(input_ids.shape[1], device=input_ids.device) - first_key
-        image_pool, image_index = self._check_images(input_ids, image_pool, image_index, present)
+        pool, rows = self._check_images(input_ids, image_pool, image_index, present)
         hidden_states = stack(input_ids, first_key, position_ids, None, None, None, num_blocks=index)
-        block = stack.h[index]
-        return block.attn.weights(block.ln_1(hidden_states), image_pool, image_index, first_key)
+        block = cast(VisualFusionBlock, stack.h[index])
+        return block.attn.weights(block.ln_1(hidden_states), pool, rows, first_key)
 
-    def generate(self, inputs: Tensor | None = None, generation_config=None, **arguments):
+    def generate(
+        self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **arguments: Any
+    ) -> Any:
         """`GenerationMixin.generate` with a cache that also holds the retriever's state.
 
         Raises:
@@ -285,7 +289,7 @@ class VaLMForCausalLM(VaLMPreTrainedModel, GenerationMixin):
             arguments.setdefault("cache", VaLMCache())
         return super().generate(inputs, generation_config, **arguments)
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs) -> dict:
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
         inputs.pop("position_ids", None)  # forward knows documents, generate() does not
         return inputs
@@ -312,18 +316,23 @@ class VaLMForCausalLM(VaLMPreTrainedModel, GenerationMixin):
             present = padded[:, 1:]
             begins = present & (begins | ~padded[:, :-1])
         index = torch.arange(past, past + length, dtype=torch.int32, device=input_ids.device)
-        start = torch.zeros(batch, dtype=torch.int32, device=input_ids.device) if past == 0 else cache.first_key
+        start = torch.zeros(batch, dtype=torch.int32, device=input_ids.device)
+        if past > 0 and cache is not None and cache.first_key is not None:
+            start = cache.first_key
         first_key = torch.where(begins, index, start[:, None]).cummax(dim=1).values
         return first_key, present
 
-    def _retrieve(self, input_ids: Tensor, attention_mask: Tensor | None, cache: VaLMCache | None):
+    @staticmethod
+    def _retrieve(
+        retriever: ImageRetriever, input_ids: Tensor, attention_mask: Tensor | None, cache: VaLMCache | None
+    ) -> tuple[Tensor, Tensor]:
         if cache is None:
-            found = self._retriever(input_ids, attention_mask)
+            found = retriever(input_ids, attention_mask)
         else:
             if cache.retrieval is None:
-                cache.retrieval = self._retriever.start(input_ids.shape[0])
+                cache.retrieval = retriever.start(input_ids.shape[0])
             new_mask = attention_mask[:, -input_ids.shape[1] :] if attention_mask is not None else None
-            found = self._retriever.step(input_ids, cache.retrieval, new_mask)
+            found = retriever.step(input_ids, cache.retrieval, new_mask)
         return found.image_pool.to(input_ids.device), found.image_index.to(input_ids.device)
 
     def _check_images(
@@ -332,7 +341,7 @@ class VaLMForCausalLM(VaLMPreTrainedModel, GenerationMixin):
         """The pictures as the blocks take them: none at padding, None for none at all."""
         if (pool is None) != (index is None):
             raise ValueError("image_pool and image_index must be given together")
-        if pool is None:
+        if pool is None or index is None:
             return None, None
         if self.config.num_images == 0:
             raise ValueError("image_pool was given to a model with num_images = 0 (GPT-2*), which sees no pictures")

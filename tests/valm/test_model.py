@@ -274,6 +274,13 @@ def test_fusion_attention_gives_the_weights_of_the_forward_pass(model):
     assert (images.sum(-1) > 0).any()
 
 
+def test_fusion_attention_where_no_images_were_found(model):
+    ids = random_ids(2, 6)
+    text, images = model.fusion_attention(ids, torch.zeros(0, model.config.image_dim), torch.full((2, 6, 3), -1))
+    close(text.sum(-1), torch.ones(2, 4, 6))
+    assert images.sum() == 0
+
+
 def test_all_parameters_learn():
     model = tiny_model().train()
     ids = random_ids(2, 8)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from valm.cli.options import Commands, add_device, add_ray, chosen_device, chosen_run, command, positive
 from valm.errors import ValmError
+
+if TYPE_CHECKING:
+    from valm.retrieval.retriever import VectorIndex
 
 
 def add_to(commands: Commands) -> None:
@@ -50,7 +54,7 @@ def run_retrieve(arguments: argparse.Namespace) -> None:
     clip = kb.load_clip(arguments.clip).to(chosen_device(arguments))
     encoder = ContextEncoder(clip, tokenizer=tokenizer, query=arguments.query)
     run = chosen_run(arguments)
-    index = None
+    index: VectorIndex | None = None
     if arguments.search_actors is not None:
         from valm.retrieval.ray_index import ShardedIndex
 

@@ -20,7 +20,7 @@ from valm.demo.questions import (
 )
 from valm.evaluation.color import ColorItem, evaluate_color
 from valm.model import VaLMForCausalLM
-from valm.retrieval.retriever import Retriever
+from valm.retrieval.retriever import ImageRetriever, Retriever
 
 NUM_EXAMPLES = 10
 # One thing of each of these colours is shown with its channels swapped: two that should change and one that should not.
@@ -96,9 +96,9 @@ def _example(model: VaLMForCausalLM, tokenizer: PreTrainedTokenizerFast, found: 
     ids = _last_pictures(tokenizer, found, question)
     return Example(
         question,
-        [found.kb.thumbnail(id) for id in ids],
+        _thumbnails(found, ids),
         [found.kb.item(id).caption for id in ids],
-        max(probabilities, key=probabilities.get),
+        max(probabilities, key=lambda color: probabilities[color]),
         item.color,
     )
 
@@ -111,7 +111,7 @@ def _attention(
     text, image = model.fusion_attention(ids, pictures.image_pool, pictures.image_index)
     slots = pictures.image_index[0].tolist()  # T rows of K
     return Attention(
-        ["SOT", *(tokenizer.decode([id]).strip() for id in ids[0, 1:].tolist())],
+        ["SOT", *(str(tokenizer.decode([id])).strip() for id in ids[0, 1:].tolist())],
         text[0].mean(0).numpy(),
         image[0].mean(0).numpy(),
         [[found.kb.thumbnail(int(pictures.image_ids[i])) if i >= 0 else None for i in row] for row in slots],
@@ -121,13 +121,19 @@ def _attention(
 def _swap(
     model: VaLMForCausalLM, tokenizer: PreTrainedTokenizerFast, found: Retriever, swapped: Replaced, question: str
 ) -> Swap:
-    before = [found.kb.thumbnail(id) for id in _last_pictures(tokenizer, found, question)]
+    before = _thumbnails(found, _last_pictures(tokenizer, found, question))
     after = [swap_red_and_blue(picture) for picture in before]
     probabilities = {}
-    for name, retriever in (("as they are", found), ("red and blue swapped", swapped)):
+    retrievers: dict[str, ImageRetriever] = {"as they are": found, "red and blue swapped": swapped}
+    for name, retriever in retrievers.items():
         model.set_retriever(retriever)
         probabilities[name] = answer_probabilities(model, tokenizer, question)
     return Swap(question, dict(zip(probabilities, (before, after), strict=True)), probabilities)
+
+
+def _thumbnails(found: Retriever, ids: Sequence[int]) -> list[Image.Image]:
+    """The small pictures of `ids`, all of which the demo's knowledge base has."""
+    return [picture for id in ids if (picture := found.kb.thumbnail(id)) is not None]
 
 
 def _last_pictures(tokenizer: PreTrainedTokenizerFast, found: Retriever, question: str) -> list[int]:

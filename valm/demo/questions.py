@@ -17,7 +17,7 @@ from valm.evaluation.color import COLORS, ColorItem, ColorResult, evaluate_color
 from valm.evaluation.scoring import answer_log_probs
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model import VaLMForCausalLM
-from valm.retrieval.context import ContextEncoder
+from valm.retrieval.context import ContextCache, ContextEncoder
 from valm.retrieval.retriever import Retrieved, Retriever
 
 # The one of the paper's prompts that the hit rates, the swap of the channels and the figures ask with.
@@ -37,7 +37,17 @@ class Replaced:
         self.k, self.dim = retriever.k, retriever.dim
 
     def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Retrieved:
-        found = self.retriever(input_ids, attention_mask)
+        return self._replaced(self.retriever(input_ids, attention_mask))
+
+    def start(self, batch: int) -> ContextCache:
+        return self.retriever.start(batch)
+
+    def step(
+        self, input_ids: torch.Tensor, state: ContextCache, attention_mask: torch.Tensor | None = None
+    ) -> Retrieved:
+        return self._replaced(self.retriever.step(input_ids, state, attention_mask))
+
+    def _replaced(self, found: Retrieved) -> Retrieved:
         return found._replace(image_pool=self.vectors[found.image_ids])
 
 
@@ -95,7 +105,7 @@ def accuracies(result: ColorResult) -> dict[str, Any]:
     return {
         "accuracy": round(result.accuracy.value, 4),
         "interval": [round(result.accuracy.low, 4), round(result.accuracy.high, 4)],
-        "vote": round(result.vote.value, 4),
+        "vote": None if result.vote is None else round(result.vote.value, 4),
         "by_prompt": {
             prompt: round(float(share), 4) for prompt, share in zip(result.prompts, right.mean(0), strict=True)
         },

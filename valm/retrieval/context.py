@@ -90,7 +90,7 @@ class ContextEncoder:
         self.tokenizer = clip.tokenizer if tokenizer is None else tokenizer
         self.query = query
         self.tower = TextTower(clip, dtype)
-        self.alignment = None
+        self.alignment: Alignment | None = None
         self.num_ids = self.tower.embedding.num_embeddings
         if self.tokenizer.get_vocab() != clip.tokenizer.get_vocab():
             self.alignment = Alignment(self.tokenizer, clip.tokenizer)
@@ -119,7 +119,7 @@ class ContextEncoder:
         return [run for reading in readings for run in reading.runs + reading.forks]
 
     @torch.no_grad()
-    def encode(self, runs: list[Run], shape: tuple[int, int]) -> Tensor:
+    def encode(self, runs: list[Run], shape: tuple[int, ...]) -> Tensor:
         """Queries (B, T, E) of `shape` (B, T), zeros where `runs` ask for none."""
         queries = self._zeros(shape)
         for some in self._together(runs):
@@ -140,7 +140,8 @@ class ContextEncoder:
         if len(tokens) != len(cache.states):
             raise ValueError(f"input_ids has {len(tokens)} rows, the cache {len(cache.states)}")
         queries = self._zeros(input_ids.shape)
-        new, going_on = [], []
+        new: list[Run] = []
+        going_on: list[Run] = []
         for row, of_row in enumerate(tokens):
             reading = self._read(row, of_row, cache.states[row], cache.texts[row])
             cache.states[row] = reading.kept
@@ -191,7 +192,7 @@ class ContextEncoder:
             raise ValueError(f"input_ids has {wrong}, but {whose} has {self.num_ids} pieces")
         return rows
 
-    def _zeros(self, shape: tuple[int, int]) -> Tensor:
+    def _zeros(self, shape: tuple[int, ...]) -> Tensor:
         return torch.zeros(*shape, self.clip.embed_dim, device=self.tower.positions.device)
 
     def _together(self, runs: list[Run]) -> list[list[Run]]:
@@ -214,17 +215,18 @@ class ContextEncoder:
         """Encodes runs, all of them new or all going on from the cache, and then their branches."""
         bucket = _Bucket(runs, self.rule.eot, queries.device)
         past = None
-        if bucket.longest:
+        if cache is not None and bucket.longest:
             rows = torch.tensor([run.row for run in runs], device=queries.device)
-            past = [tuple(kept[rows, :, cache.capacity - bucket.longest :] for kept in layer) for layer in cache.past]
+            first = cache.capacity - bucket.longest
+            past = [(keys[rows, :, first:], values[rows, :, first:]) for keys, values in cache.past]
         branches = [(n, branch) for n, run in enumerate(runs) for branch in run.branches]
         present = self._run(bucket, queries, past, cache, keep=cache is not None or bool(branches))
         if not branches:
             return
         if past is not None:
             present = [
-                tuple(torch.cat(both, 2) for both in zip(*layers, strict=True))
-                for layers in zip(past, present, strict=True)
+                (torch.cat([past_keys, keys], 2), torch.cat([past_values, values], 2))
+                for (past_keys, past_values), (keys, values) in zip(past, present, strict=True)
             ]
         parent = {id(branch): n for n, branch in branches}
         for some in _alike([branch for _, branch in branches], spread=0):
@@ -233,7 +235,10 @@ class ContextEncoder:
             # a branch's past stands in the last places; what a longer one's has before is not looked at
             place = (bucket.first[n] - branched.first)[:, None] + torch.arange(branched.longest, device=n.device)
             row, place = bucket.row[n, None], place.clamp(min=0)  # (branches, 1), (branches, P)
-            past = [tuple(part.transpose(1, 2)[row, place].transpose(1, 2) for part in layer) for layer in present]
+            past = [
+                (keys.transpose(1, 2)[row, place].transpose(1, 2), values.transpose(1, 2)[row, place].transpose(1, 2))
+                for keys, values in present
+            ]
             self._run(branched, queries, past)
 
     def _run(
@@ -259,9 +264,9 @@ class ContextEncoder:
         if wanted:
             n, at, row, position = torch.tensor(wanted, device=queries.device).T
             queries[row, position] = self.tower.project(states[bucket.row[n], bucket.column[n] + at])
-        kept = []
-        if cache is not None:
-            kept = [(n, at, run.row, run.start + at) for n, run in runs for at in range(run.kept)]
+        if cache is None:
+            return present
+        kept = [(n, at, run.row, run.start + at) for n, run in runs for at in range(run.kept)]
         if kept:
             n, at, row, place = torch.tensor(kept, device=queries.device).T
             for layer, new in zip(cache.past, present, strict=True):

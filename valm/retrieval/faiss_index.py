@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -141,7 +142,7 @@ class FaissIndex:
         except RuntimeError as error:
             raise ValmError(f"cannot read {path}; {_remedy(kb)}") from error
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return FaissIndex.open, (self.kb,)
 
     def __len__(self) -> int:
@@ -218,7 +219,7 @@ def read_index(path: Path) -> Any:
     return faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
 
 
-def import_faiss():
+def import_faiss() -> ModuleType:
     """faiss, or an ImportError that says how to get it."""
     try:
         import faiss

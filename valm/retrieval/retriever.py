@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -12,10 +12,10 @@ from valm.errors import ValmError
 from valm.knowledge_base.format import Item
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.context import ContextCache, ContextEncoder
-from valm.retrieval.faiss_index import FaissIndex, open_index
+from valm.retrieval.faiss_index import open_index
 from valm.retrieval.segment_cache import SegmentCache
 from valm.tokenizer import padded
-from valm_kernels import MAX_TOPK, FlatIPIndex
+from valm_kernels import MAX_TOPK, TopK
 
 # 50 MB at K = 4.
 CACHE_TOKENS = 1 << 20
@@ -36,6 +36,43 @@ class Retrieved(NamedTuple):
     scores: Tensor
 
 
+class VectorIndex(Protocol):
+    """What searches the vectors of a knowledge base: `FlatIPIndex`, `FaissIndex`, `ShardedIndex`, or one's own."""
+
+    def search(self, queries: Tensor, k: int) -> TopK:
+        """The `k` best of each query (..., E), best first: ids in the knowledge base, -1 = none, and scores."""
+        ...
+
+
+class ImageRetriever(Protocol):
+    """What finds the images of a model: `Retriever`, `BlindRetriever`, or one's own.
+
+    `start` and `step` serve cached generation: `start` makes the state that `step` changes in place.
+    """
+
+    @property
+    def k(self) -> int:
+        """K, the images of a token."""
+        ...
+
+    @property
+    def dim(self) -> int:
+        """E, the width of the vectors."""
+        ...
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Retrieved:
+        """Images for every token (B, T) of a batch."""
+        ...
+
+    def start(self, batch: int) -> ContextCache:
+        """The state before the first token of `batch` rows."""
+        ...
+
+    def step(self, input_ids: Tensor, state: ContextCache, attention_mask: Tensor | None = None) -> Retrieved:
+        """Images for the next tokens (B, T) of each row."""
+        ...
+
+
 class Retriever:
     """Finds the `k` pictures of `kb` nearest to the context query of every token.
 
@@ -52,7 +89,7 @@ class Retriever:
         encoder: ContextEncoder,
         kb: ImageKnowledgeBase,
         k: int,
-        index: FlatIPIndex | FaissIndex | None = None,
+        index: VectorIndex | None = None,
         cache_tokens: int = CACHE_TOKENS,
     ):
         kb.check_encoder(encoder.clip)
@@ -61,10 +98,10 @@ class Retriever:
         self.encoder = encoder
         self.kb = kb
         self.k = k
-        self.index = open_index(kb, encoder.clip.device) if index is None else index
+        self.index: VectorIndex = open_index(kb, encoder.clip.device) if index is None else index
         self.cache = SegmentCache(cache_tokens)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return Retriever, self._arguments  # another process opens the knowledge base itself
 
     @property
@@ -89,8 +126,8 @@ class Retriever:
             input_ids, attention_mask = padded(self.encoder.tokenizer(list(input_ids))["input_ids"])
         runs = self.encoder.runs(input_ids, attention_mask)
         keys = [run.key() for run in runs]
-        known = {key: self.cache.get(key) for key in keys}
-        new = {key: run for key, run in zip(keys, runs, strict=True) if known[key] is None}
+        known = {key: nearest for key in keys if (nearest := self.cache.get(key)) is not None}
+        new = {key: run for key, run in zip(keys, runs, strict=True) if key not in known}
         queries = self.encoder.encode(list(new.values()), input_ids.shape)
         ids, scores = self.nearest(queries)
         for key, run in new.items():

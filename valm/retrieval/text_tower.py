@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,19 +28,21 @@ class TextTower:
     """
 
     def __init__(self, clip: Clip, dtype: torch.dtype):
-        tower = getattr(clip.model, "text", clip.model)
+        tower: Any = getattr(clip.model, "text", clip.model)  # open_clip has no types
         _check(tower, clip.name)
-        pieces = torch.nn.ModuleDict(
+        pieces: Any = torch.nn.ModuleDict(
             {"embedding": tower.token_embedding, "blocks": tower.transformer.resblocks, "norm": tower.ln_final}
         )
         if next(pieces.parameters()).dtype != dtype:
             pieces = copy.deepcopy(pieces).to(dtype)
         self.embedding: torch.nn.Embedding = pieces["embedding"]
-        self.blocks: torch.nn.ModuleList = pieces["blocks"]
+        self.blocks: Any = pieces["blocks"]
         self.norm = pieces["norm"]
-        self.positions = tower.positional_embedding.to(dtype)  # (context_length, W)
+        self.positions: Tensor = tower.positional_embedding.to(dtype)  # (context_length, W)
         self.wide = torch.promote_types(dtype, torch.float32)
         projection = tower.text_projection
+        self.projection: Tensor | None
+        self.projection_bias: Tensor | None
         if isinstance(projection, torch.nn.Linear):  # some towers have one, with a bias
             self.projection, self.projection_bias = projection.weight.T.to(self.wide), projection.bias.to(self.wide)
         else:
@@ -92,16 +95,16 @@ class TextTower:
                 present.append((keys, values))
             if past is not None:
                 keys, values = (torch.cat(both, 2) for both in zip(past[layer], (keys, values), strict=True))
-            mixed = []
+            streams = []
             text_is_needed = not (eot_stream and block is self.blocks[-1])
             if text_is_needed:
-                mixed.append(visual_fusion_attn(q[:rows], keys, values, None, None, first_key=first_key))
+                streams.append(visual_fusion_attn(q[:rows], keys, values, None, None, first_key=first_key))
             if eot_stream:
                 own_k, own_v = k[rows:].unsqueeze(3), v[rows:].unsqueeze(3)  # (N, H, T, 1, D)
-                mixed.append(visual_fusion_attn(q[rows:], keys, values, own_k, own_v, first_key=first_key))
+                streams.append(visual_fusion_attn(q[rows:], keys, values, own_k, own_v, first_key=first_key))
             if not text_is_needed:
                 hidden = hidden[rows:]
-            mixed = torch.cat(mixed) if len(mixed) > 1 else mixed[0]
+            mixed = torch.cat(streams) if len(streams) > 1 else streams[0]
             hidden += block.ls_1(attention.out_proj(mixed.transpose(1, 2).flatten(2)))
             wide = _activate(block.mlp.gelu, block.mlp.c_fc(block.ln_2(hidden)))  # (N or 2N, T, 4W)
             hidden += block.ls_2(block.mlp.c_proj(wide))
@@ -124,7 +127,7 @@ def _activate(activation: torch.nn.Module, states: Tensor) -> Tensor:
     return activation(states)
 
 
-def _check(tower: torch.nn.Module, name: str) -> None:
+def _check(tower: Any, name: str) -> None:
     """Raises ValmError for a text tower that cannot give queries, with the reason."""
 
     def refuse(reason: str) -> ValmError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -19,6 +20,44 @@ MAX_IMAGES = 64
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
+@overload
+def visual_fusion_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    image_k: Tensor | None,
+    image_v: Tensor | None,
+    *,
+    image_index: Tensor | None = None,
+    image_mask: Tensor | None = None,
+    image_k_bias: Tensor | None = None,
+    image_v_bias: Tensor | None = None,
+    image_logit_bias: Tensor | None = None,
+    first_key: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+    impl: str = "auto",
+) -> Tensor: ...
+@overload
+def visual_fusion_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    image_k: Tensor | None,
+    image_v: Tensor | None,
+    *,
+    image_index: Tensor | None = None,
+    image_mask: Tensor | None = None,
+    image_k_bias: Tensor | None = None,
+    image_v_bias: Tensor | None = None,
+    image_logit_bias: Tensor | None = None,
+    first_key: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    return_lse: Literal[True],
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
 def visual_fusion_attn(
     q: Tensor,
     k: Tensor,
@@ -84,8 +123,8 @@ def visual_fusion_attn(
     """
     if not isinstance(return_lse, bool):
         raise TypeError(f"return_lse must be a bool, got {type(return_lse).__name__}")
-    tensors = {"q": q, "k": k, "v": v, "image_k": image_k, "image_v": image_v}
-    options = {
+    tensors: dict[str, Any] = {"q": q, "k": k, "v": v, "image_k": image_k, "image_v": image_v}
+    options: dict[str, Any] = {
         "image_index": image_index,
         "image_mask": image_mask,
         "image_k_bias": image_k_bias,
@@ -129,8 +168,8 @@ def attention_weights(
         TypeError, ValueError: as `visual_fusion_attn`.
     """
     # the weights do not depend on the values: the keys stand in for them
-    tensors = {"q": q, "k": k, "v": k, "image_k": image_k, "image_v": image_k}
-    options = {
+    tensors: dict[str, Any] = {"q": q, "k": k, "v": k, "image_k": image_k, "image_v": image_k}
+    options: dict[str, Any] = {
         "image_index": image_index,
         "image_mask": image_mask,
         "image_k_bias": image_k_bias,
@@ -145,7 +184,7 @@ def attention_weights(
 
 
 def _checked_inputs(
-    tensors: dict[str, Tensor | None], options: dict[str, Tensor | None], causal: bool, scale: float | None
+    tensors: dict[str, Any], options: dict[str, Any], causal: bool, scale: float | None
 ) -> Inputs:
     """The arguments after the checks of dtypes and shapes, in the autocast dtype, with K = 0 in its one form."""
     device_type, head_dim = tensors["q"].device.type, tensors["q"].shape[-1]

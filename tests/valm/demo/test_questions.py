@@ -22,6 +22,13 @@ class FakeRetriever:
         pool = torch.zeros(2, 4)
         return Retrieved(pool, torch.tensor([[[0, 1]]]), torch.tensor([3, 7]), torch.zeros(1, 1, 2))
 
+    def start(self, batch):
+        return [batch]
+
+    def step(self, input_ids, state, attention_mask=None) -> Retrieved:
+        state.append(input_ids)
+        return self(input_ids, attention_mask)
+
 
 def test_replaced_finds_the_same_and_hands_out_others():
     vectors = torch.randn(10, 4)
@@ -30,6 +37,15 @@ def test_replaced_finds_the_same_and_hands_out_others():
     assert (replaced.k, replaced.dim) == (2, 4)
     assert torch.equal(other.image_pool, vectors[[3, 7]])
     assert torch.equal(other.image_index, plain.image_index) and torch.equal(other.image_ids, plain.image_ids)
+
+
+def test_replaced_serves_cached_generation():
+    vectors = torch.randn(10, 4)
+    replaced = Replaced(FakeRetriever(), vectors)
+    state, ids = replaced.start(1), torch.zeros(1, 1)
+    other = replaced.step(ids, state)
+    assert state == [1, ids]  # the retriever's own state, and it moved on
+    assert torch.equal(other.image_pool, vectors[[3, 7]])
 
 
 def test_shuffled_is_a_permutation_by_seed():
