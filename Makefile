@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # What an editable install is built from: a change here installs again.
 SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.c*' -o -name '*.h*')
 
-.PHONY: help demo test test-all coverage bench gpu-check lint format sdist-check clean
+.PHONY: help demo test test-all coverage bench gpu-check lint types format sdist-check clean
 
 help:
 	@echo "make demo       train and evaluate a small VaLM on real pictures, on the CPU, into $(DEMO_OUTPUT)/"
@@ -16,6 +16,7 @@ help:
 	@echo "make bench      the benchmarks, beside their peers"
 	@echo "make gpu-check  on a machine with a GPU: GPU tests, compute-sanitizer, GPU benchmarks, one result file"
 	@echo "make lint       ruff, clang-format, schemas of the workflow and its neighbours; make format applies the first two"
+	@echo "make types      mypy over both packages"
 	@echo "make sdist-check  build the source distribution and a wheel, install the sdist, and try it"
 
 $(VENV)/bin/python:
@@ -57,6 +58,10 @@ lint: $(VENV)/.installed-lint
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/feature.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+
+# With torch and transformers installed, as without them mypy would know no type of theirs; it fails where they are not.
+types: $(VENV)/.installed-test
+	$(BIN)/mypy
 
 format: $(VENV)/.installed-lint
 	$(BIN)/ruff check --fix .

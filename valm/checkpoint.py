@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -86,12 +87,16 @@ def load_checkpoint(
         raise ValmError(f"{folder} holds a model of type {kind!r}, expected {ValmConfig.model_type!r}")
     try:
         with _quiet_transformers():
-            model, report = VaLMForCausalLM.from_pretrained(
+            loaded: Any = VaLMForCausalLM.from_pretrained(  # a pair, which its annotation does not say
                 folder, output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True
             )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises many kinds, each for one damaged file
         raise ValmError(f"the checkpoint {folder} cannot be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValmError(f"the tokenizer in {folder} is a {type(tokenizer).__name__}, not one with a tokenizer.json")
+    model: VaLMForCausalLM = loaded[0]
+    report: dict[str, Any] = loaded[1]
     wrong = [f"{name} {sorted(map(str, found))[0]}" for name, found in report.items() if found]
     if wrong:
         raise ValmError(f"the weights in {folder} are not those of its {CONFIG_FILE}: {'; '.join(wrong)}")

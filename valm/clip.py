@@ -51,7 +51,7 @@ class Clip:
         name: str = "clip",
         source: str | None = None,
     ):
-        self.model = model.eval().requires_grad_(False)
+        self.model: Any = model.eval().requires_grad_(False)  # open_clip has no types
         self.tokenizer = tokenizer
         self.model_cfg = model_cfg
         self.name = name
@@ -77,19 +77,21 @@ class Clip:
         Raises ValmError for an architecture that open_clip does not know.
         """
         if isinstance(model_cfg, str):
-            name, model_cfg = model_cfg, open_clip.get_model_config(model_cfg)
-            if model_cfg is None:
+            name, config = model_cfg, open_clip.get_model_config(model_cfg)
+            if config is None:
                 raise ValmError(f"open_clip has no architecture named {name!r}; see open_clip.list_models()")
+        else:
+            config = model_cfg
         tokenizer = tokenizer or clip_tokenizer()
-        text_cfg = {**model_cfg["text_cfg"], "vocab_size": len(tokenizer)}
+        text_cfg = {**config["text_cfg"], "vocab_size": len(tokenizer)}
         if tokenizer.eos_token_id != len(tokenizer) - 1:
             text_cfg |= {"pool_type": "eos", "eos_id": tokenizer.eos_token_id}
-        model_cfg = {**model_cfg, "text_cfg": text_cfg}
-        arguments = {key: value for key, value in model_cfg.items() if key != "custom_text"}
-        model = (open_clip.CustomTextCLIP if model_cfg.get("custom_text") else open_clip.CLIP)(**arguments)
+        config = {**config, "text_cfg": text_cfg}
+        arguments = {key: value for key, value in config.items() if key != "custom_text"}
+        model = (open_clip.CustomTextCLIP if config.get("custom_text") else open_clip.CLIP)(**arguments)
         size = {"size": model.visual.image_size}
         set_model_preprocess_cfg(model, {**asdict(PreprocessCfg()), **(preprocess_cfg or {}), **size})
-        return cls(model, tokenizer, model_cfg, name)
+        return cls(model, tokenizer, config, name)
 
     @classmethod
     def load(cls, source: str | os.PathLike, *, device: str | torch.device = "cpu") -> Clip:

@@ -1,5 +1,7 @@
 """The configuration of VaLM: that of GPT-2 and what the pictures need."""
 
+from typing import Any
+
 from transformers import AutoConfig, GPT2Config
 
 from valm.errors import ValmError
@@ -37,7 +39,7 @@ class ValmConfig(GPT2Config):
         fusion_scale: str = "head_dim",
         blind: bool = False,
         image_logit_bias_init: float = 0.0,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.image_dim = image_dim

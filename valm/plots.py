@@ -11,6 +11,7 @@ from PIL import Image
 from valm.errors import ValmError
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 INK = "#23272e"
@@ -48,8 +49,8 @@ def loss_curves(curves: Mapping[str, Sequence[float]], *, window: int = 10) -> F
     """Loss against step, each curve as the mean of `window` steps over the raw losses in a paler tone."""
     figure = new_figure(6.4, 3.2)
     axes = figure.subplots()
-    for (name, losses), color in zip(curves.items(), SERIES, strict=False):
-        losses = np.asarray(losses)
+    for (name, values), color in zip(curves.items(), SERIES, strict=False):
+        losses = np.asarray(values)
         axes.plot(np.arange(1, len(losses) + 1), losses, color=color, alpha=0.2, linewidth=0.8)
         if len(losses) >= window:
             smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
@@ -99,9 +100,10 @@ def attention(
             share = image_weights[row, slot] / largest if largest > 0 else 0.0
             left, bottom = slot - 0.46, row + 0.46
             # The more weight, the clearer the picture and the longer the bar below it.
-            if pictures[row][slot] is not None:
+            picture = pictures[row][slot]
+            if picture is not None:
                 image_axes.imshow(
-                    np.asarray(pictures[row][slot].convert("RGB")),
+                    np.asarray(picture.convert("RGB")),
                     extent=(left, left + 0.92, bottom, bottom - 0.92),
                     alpha=0.15 + 0.85 * share,
                     interpolation="none",
@@ -140,7 +142,7 @@ def answer_bars(answers: Mapping[str, Mapping[str, float]]) -> Figure:
     return figure
 
 
-def _quiet(axes) -> None:
+def _quiet(axes: Axes) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):

@@ -49,7 +49,7 @@ def clip_tokenizer() -> PreTrainedTokenizerFast:
     """
     with gzip.open(open_clip.tokenizer.default_bpe(), "rt", encoding="utf-8") as file:
         lines = file.read().split("\n")
-    merges = [tuple(line.split()) for line in lines[1 : 1 + NUM_MERGES]]
+    merges = [(left, right) for left, right in map(str.split, lines[1 : 1 + NUM_MERGES])]
     return _build(merges)
 
 
@@ -60,10 +60,10 @@ def prune_tokenizer(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Pre
     A merge is kept when a piece of the texts is made with it. What a merge made always remains inside a piece,
     so all merges that the texts went through are kept, and being fewer they never come in another order.
     """
-    merges = [tuple(merge) for merge in json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]]
+    merges = [(left, right) for left, right in json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]]
     parts = {left + right: (left, right) for left, right in merges}
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-    pending = tokenizer.convert_ids_to_tokens(sorted({id for ids in encoded for id in ids}))
+    pending = list(tokenizer.convert_ids_to_tokens(sorted({id for ids in encoded for id in ids})))
     needed = set()
     while pending:
         piece = pending.pop()
@@ -91,7 +91,7 @@ def load_tokenizer(source: str | os.PathLike) -> PreTrainedTokenizerFast:
         raise ValmError(f"the tokenizer {source} names no eos token, which ends a document")
     bos = loaded.bos_token or loaded.eos_token
     tokenizer = loaded.backend_tokenizer
-    tokenizer.post_processor = _begin_with(bos, loaded.convert_tokens_to_ids(bos))
+    tokenizer.post_processor = _begin_with(bos, loaded.get_vocab()[bos])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=bos,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import cache, wraps
+from importlib import import_module
 from types import ModuleType
 from typing import ParamSpec, TypeVar
 
@@ -22,13 +23,12 @@ def native() -> ModuleType:
         ImportError: it is not built, or cannot be loaded here; the message says how to build it.
     """
     try:
-        from valm_kernels import _native
+        return import_module("valm_kernels._native")
     except ImportError as error:
         raise ImportError(
             f"the native code of valm_kernels cannot be loaded ({error}). Build it with `pip install -e .` (or "
             "`python setup.py build_ext --inplace`), or choose impl='reference'."
         ) from error
-    return _native
 
 
 def cpu_isa() -> str:

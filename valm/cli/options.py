@@ -5,9 +5,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from valm.errors import ValmError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerFast
+
+    from valm.model import VaLMForCausalLM
+    from valm.shards.build import Run
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -48,7 +55,7 @@ def add_retrieval(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
 
 
-def load_model(arguments: argparse.Namespace):
+def load_model(arguments: argparse.Namespace) -> tuple[VaLMForCausalLM, PreTrainedTokenizerFast]:
     from valm.checkpoint import load_checkpoint
 
     return load_checkpoint(arguments.model, kb=arguments.kb, clip=arguments.clip, device=chosen_device(arguments))
@@ -60,7 +67,7 @@ def add_device(parser: argparse.ArgumentParser, what: str = "the models run") ->
     )
 
 
-def chosen_device(arguments: argparse.Namespace):
+def chosen_device(arguments: argparse.Namespace) -> torch.device:
     """What `add_device` was told, a torch.device. Raises ValmError for one that is not there."""
     import torch
 
@@ -95,7 +102,7 @@ def add_ray(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def chosen_run(arguments: argparse.Namespace):
+def chosen_run(arguments: argparse.Namespace) -> Run:
     """What `add_ray` was told: where shards are written."""
     if arguments.ray is None:
         from valm.shards.build import run_here

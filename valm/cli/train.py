@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from valm.cli.options import Commands, add_device, chosen_device, command, positive
 from valm.errors import ValmError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from valm.corpus.retrieved import CorpusRetrieval
+    from valm.knowledge_base.store import ImageKnowledgeBase
 
 # Where, in the folder of the checkpoint, the pictures of a corpus are kept that was given as text.
 RETRIEVAL = "retrieval"
@@ -40,6 +47,7 @@ def run_train(arguments: argparse.Namespace) -> None:
 
     from valm.checkpoint import save_retrieval
     from valm.config import ValmConfig
+    from valm.corpus.retrieved import CorpusRetrieval
     from valm.files import writable_folder
     from valm.knowledge_base.store import ImageKnowledgeBase
     from valm.model import VaLMForCausalLM
@@ -51,6 +59,7 @@ def run_train(arguments: argparse.Namespace) -> None:
     if any(file.name != RETRIEVAL for file in writable_folder(arguments.out).iterdir()):
         raise ValmError(f"the output folder {arguments.out} is not empty; choose another")
     kb = ImageKnowledgeBase.open(arguments.kb) if arguments.kb else None
+    dataset: CorpusRetrieval | list[dict[str, Any]]
     if arguments.retrieval is not None:
         dataset, tokenizer = open_retrieval(arguments)
     elif kb is not None:
@@ -67,7 +76,7 @@ def run_train(arguments: argparse.Namespace) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         image_dim=kb.dim if kb is not None else arguments.width,
-        num_images=dataset.k if kb is not None else 0,
+        num_images=dataset.k if kb is not None and isinstance(dataset, CorpusRetrieval) else 0,
     )
     torch.manual_seed(arguments.seed)
     losses = train(
@@ -82,12 +91,12 @@ def run_train(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         row_length=arguments.context,
     )
-    if kb is not None:
+    if kb is not None and isinstance(dataset, CorpusRetrieval):
         save_retrieval(arguments.out, kb, dataset.query)
     print(f"loss {losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last; written to {arguments.out}")
 
 
-def open_retrieval(arguments: argparse.Namespace):
+def open_retrieval(arguments: argparse.Namespace) -> tuple[CorpusRetrieval, PreTrainedTokenizerFast]:
     from valm.corpus.retrieved import CorpusRetrieval
 
     decided = {
@@ -103,7 +112,9 @@ def open_retrieval(arguments: argparse.Namespace):
     return found, found.tokenizer
 
 
-def retrieved_corpus(arguments: argparse.Namespace, kb):
+def retrieved_corpus(
+    arguments: argparse.Namespace, kb: ImageKnowledgeBase
+) -> tuple[CorpusRetrieval, PreTrainedTokenizerFast]:
     from valm.corpus.retrieved import retrieve_files
     from valm.retrieval.context import ContextEncoder
     from valm.retrieval.retriever import Retriever
@@ -116,7 +127,7 @@ def retrieved_corpus(arguments: argparse.Namespace, kb):
     return retrieve_files([arguments.corpus], retriever, arguments.out / RETRIEVAL), encoder.tokenizer
 
 
-def plain_corpus(arguments: argparse.Namespace):
+def plain_corpus(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], PreTrainedTokenizerFast]:
     from valm.clip import Clip
     from valm.corpus.parts import file_parts
     from valm.tokenizer import clip_tokenizer, load_tokenizer, tokenize_documents

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast, overload
 
 import numpy as np
 import torch
@@ -53,7 +53,7 @@ class _Shard(NamedTuple):
     image_ids: np.ndarray  # (n, K) uint32
 
 
-class CorpusRetrieval(Sequence):
+class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
     """The tokens of a corpus with the pictures of each, memory-mapped from the folder that retrieval wrote.
 
     Document i is `{"input_ids": (T,) int32, "image_ids": (T, K) uint32}`, found in O(log shards); image ids count in
@@ -74,13 +74,19 @@ class CorpusRetrieval(Sequence):
         path = Path(path)
         return cls(path, open_manifest(path, WHAT, VERSION, "valm retrieve"))
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return CorpusRetrieval.open, (self.path.absolute(),)
 
     def __len__(self) -> int:
         return self.manifest["documents"]
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    @overload
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, np.ndarray]]: ...
+    def __getitem__(self, index: int | slice) -> dict[str, np.ndarray] | list[dict[str, np.ndarray]]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
         if not 0 <= index < len(self):
             raise IndexError(f"documents go from 0 to {len(self) - 1}, got {index}")
         place = bisect.bisect_right(self._ends, index)
@@ -121,13 +127,14 @@ class CorpusRetrieval(Sequence):
 
     def _open_shard(self, place: int) -> _Shard:
         number, record = self._shards[place]
-        shapes = _Shard((record["tokens"],), (record["documents"] + 1,), (record["tokens"], self.k))
-        types = _Shard(np.int32, np.int64, np.uint32)
+
+        def array(kind: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+            return open_array(self.path / f"{kind}-{number:05d}.npy", shape, dtype)
+
         return _Shard(
-            *(
-                open_array(self.path / f"{kind}-{number:05d}.npy", shape, type)
-                for kind, shape, type in zip(_Shard._fields, shapes, types, strict=True)
-            )
+            tokens=array("tokens", (record["tokens"],), np.int32),
+            offsets=array("offsets", (record["documents"] + 1,), np.int64),
+            image_ids=array("image_ids", (record["tokens"], self.k), np.uint32),
         )
 
 
@@ -239,7 +246,11 @@ def _retrieve_part(number: int, part: Part, progress: Progress, *, out: Path, re
     # what was kept decides which segments are encoded together, and that decides how a query is rounded
     retriever.cache.clear()
     raw = part.read()
-    documents = tokenize_documents(raw, retriever.encoder.tokenizer) if raw and isinstance(raw[0], str) else raw
+    documents: Sequence[Sequence[int]]
+    if raw and isinstance(raw[0], str):
+        documents = tokenize_documents(raw, retriever.encoder.tokenizer)
+    else:
+        documents = cast("list[Sequence[int]]", raw)
     offsets = np.cumsum([0, *map(len, documents)], dtype=np.int64)
     count = int(offsets[-1])
     progress.begin(count)
@@ -249,8 +260,8 @@ def _retrieve_part(number: int, part: Part, progress: Progress, *, out: Path, re
         for batch in _batches(documents):
             ids, mask = padded([documents[index] for index in batch])
             found, _ = retriever.find(ids, mask)  # (B, T, K)
-            found = torch.where(found < 0, NO_IMAGE, found).cpu().numpy()
-            for index, row in zip(batch, found, strict=True):
+            images = torch.where(found < 0, NO_IMAGE, found).cpu().numpy()
+            for index, row in zip(batch, images, strict=True):
                 image_ids[offsets[index] : offsets[index + 1]] = row[: len(documents[index])]
             progress.advance(int(mask.sum()))
         files.write_array("tokens", np.concatenate(documents).astype(np.int32))
@@ -259,7 +270,7 @@ def _retrieve_part(number: int, part: Part, progress: Progress, *, out: Path, re
     files.finish(documents=len(documents), tokens=count, content=fingerprint(raw))
 
 
-def _batches(documents: list[Sequence[int]]) -> list[list[int]]:
+def _batches(documents: Sequence[Sequence[int]]) -> list[list[int]]:
     """Indices of documents of like length, at most BATCH_TOKENS with their padding (one document alone may be more)."""
     batches: list[list[int]] = []
     for index in sorted(range(len(documents)), key=lambda index: -len(documents[index])):

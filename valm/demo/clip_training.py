@@ -51,7 +51,9 @@ def train_clip(
     batch_size = min(batch_size, len(things))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.1)
     schedule = OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
-    contrast, losses, queue = ClipLoss(), [], []
+    contrast = ClipLoss()
+    losses: list[float] = []
+    queue: list[int] = []
     with trange(steps, desc="CLIP", unit="step", disable=not progress) as bar:
         for _ in bar:
             if len(queue) < batch_size:

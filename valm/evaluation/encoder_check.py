@@ -224,13 +224,16 @@ def linear_probe(features: np.ndarray, labels: np.ndarray, seed: int) -> Probe:
 def _split(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Numbers of the pictures to train on, to choose by and to test on: of each class alike, one at least."""
     random = np.random.default_rng(seed)
-    parts: tuple[list, list, list] = ([], [], [])
+    train: list[np.ndarray] = []
+    validation: list[np.ndarray] = []
+    test: list[np.ndarray] = []
     for label in np.unique(labels):
         rows = random.permutation(np.flatnonzero(labels == label))
         fifth = max(1, len(rows) // 5)
-        for part, some in zip(parts, (rows[2 * fifth :], rows[:fifth], rows[fifth : 2 * fifth]), strict=True):
-            part.append(some)
-    return tuple(np.concatenate(part) for part in parts)
+        train.append(rows[2 * fifth :])
+        validation.append(rows[:fifth])
+        test.append(rows[fifth : 2 * fifth])
+    return np.concatenate(train), np.concatenate(validation), np.concatenate(test)
 
 
 def retrieve(features: Tensor, captions: Sequence[Sequence[str]], clip: Clip) -> Retrieval:
@@ -263,17 +266,17 @@ def ranks(images: Tensor, texts: Tensor, image_of: np.ndarray) -> tuple[np.ndarr
 
     image_of: (M,), ascending, the picture of each caption.
     """
-    image_of = torch.from_numpy(image_of)
+    image = torch.from_numpy(image_of)
     to_text = torch.empty(len(images), dtype=torch.int64)
     to_image = torch.empty(len(texts), dtype=torch.int64)
     for rows in torch.arange(len(images)).split(max(1, BLOCK_SCORES // len(texts))):
         scores = images[rows] @ texts.T  # (n, M)
-        own = image_of == rows[:, None]
+        own = image == rows[:, None]
         best = scores.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
         to_text[rows] = ((scores >= best) & ~own).sum(1)
     for rows in torch.arange(len(texts)).split(max(1, BLOCK_SCORES // len(images))):
         scores = texts[rows] @ images.T  # (m, N)
-        own = scores.gather(1, image_of[rows, None])
+        own = scores.gather(1, image[rows, None])
         to_image[rows] = (scores >= own).sum(1) - 1
     return to_text.numpy(), to_image.numpy()
 

@@ -89,11 +89,13 @@ def answer_log_probs(
     scores = torch.empty(len(texts), len(answers))
     with tqdm(total=len(by_head) * len(texts), desc=progress, unit="text", disable=progress is None) as bar:
         for head, members in by_head.items():
-            ids = torch.tensor([pieces[i] for i in members], device=model.device)  # (answers here, pieces)
+            answer_ids = torch.tensor([pieces[i] for i in members], device=model.device)  # (answers here, pieces)
             for rows in equal_lengths(texts, batch_size):
                 batch = torch.tensor([texts[row] + list(head) for row in rows], device=model.device)
                 logits = model(batch, logits_to_keep=len(head) + 1).logits.float()  # (b, pieces, V)
-                log_probs = logits.log_softmax(-1)[:, torch.arange(len(head) + 1), ids]  # (b, answers here, pieces)
+                log_probs = logits.log_softmax(-1)[
+                    :, torch.arange(len(head) + 1), answer_ids
+                ]  # (b, answers here, pieces)
                 scores[torch.tensor(rows)[:, None], torch.tensor(members)] = log_probs.sum(-1).cpu()
                 bar.update(len(rows))
     return scores

@@ -64,10 +64,12 @@ def load_size_pairs(path: str | os.PathLike) -> list[tuple[str, str]]:
     Raises:
         ValmError: the file is missing, or a line is not two words.
     """
-    pairs = [tuple(line.split()) for line in read_lines(path)]
-    for number, pair in enumerate(pairs, 1):
-        if len(pair) != 2:
-            raise ValmError(f"{path}, line {number}: expected two words, got {len(pair)}")
+    pairs = []
+    for number, line in enumerate(read_lines(path), 1):
+        words = line.split()
+        if len(words) != 2:
+            raise ValmError(f"{path}, line {number}: expected two words, got {len(words)}")
+        pairs.append((words[0], words[1]))
     return pairs
 
 

@@ -70,7 +70,7 @@ class ImageKnowledgeBase:
             raise ValmError(f"{path / MANIFEST_FILE} says {manifest['count']} pictures, but its shards have {total}")
         return cls(path, manifest)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return ImageKnowledgeBase.open, (self.path.absolute(),)  # another process opens it itself
 
     def __len__(self) -> int:
@@ -113,7 +113,10 @@ class ImageKnowledgeBase:
     def item(self, id: int) -> Item:
         """What is known of picture `id`. Raises IndexError for an id that is none."""
         shard, row = self._locate(id)
-        return Item(id, **self._table(shard, "items").slice(row, 1).to_pylist()[0])
+        items = self._table(shard, "items")
+        if items is None:
+            raise ValmError(f"{self.path} has no items in its shard {shard}; build the knowledge base again")
+        return Item(id, **items.slice(row, 1).to_pylist()[0])
 
     def thumbnail(self, id: int) -> Image.Image | None:
         """The small picture of `id`, or None where the knowledge base was built without. IndexError as `item`."""
@@ -201,6 +204,8 @@ class ImageKnowledgeBase:
 
     def _open_vectors(self, shard: int) -> np.ndarray:
         file = self._file(shard, "vectors")
+        if file is None:
+            raise ValmError(f"{self.path} has no vectors in its shard {shard}; build the knowledge base again")
         array = open_array(file, (self._shards[shard]["count"], self.dim), np.float16)
         # Python's map keeps a file descriptor, of which 1,024 are a common limit; Arrow's needs none once it is mapped
         with pa.memory_map(str(file)) as mapped:

@@ -10,6 +10,7 @@ any order and anywhere that sees the folder, and one that was begun twice is the
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ class ShardedBuild:
     Raises ValmError where `out` holds something else, or cannot be written.
     """
 
-    def __init__(self, out: str | Path, what: str, plan: dict[str, Any]):
+    def __init__(self, out: str | os.PathLike, what: str, plan: dict[str, Any]):
         self.out = writable_folder(out)
         self.what = what
         self.plan = plan

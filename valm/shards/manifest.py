@@ -61,7 +61,7 @@ def open_manifest(path: Path, what: str, version: int, command: str) -> dict[str
     return manifest
 
 
-def open_array(file: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+def open_array(file: Path, shape: tuple[int, ...], dtype: type) -> np.memmap:
     """The array in `file`, memory-mapped. Raises ValmError where it is not of this shape and type."""
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)

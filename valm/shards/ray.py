@@ -12,6 +12,7 @@ import logging
 import math
 import socket
 from collections.abc import Iterable
+from types import ModuleType
 from typing import Any
 
 from valm.errors import ValmError
@@ -85,7 +86,7 @@ def connect(address: str) -> None:
 class _Tally:
     """The progress of one shard, to be told to the driver."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.units = self.skipped = 0
 
     def begin(self, units: int) -> None:
@@ -134,7 +135,7 @@ def task_result(reference: Any, what: str) -> Any:
         ) from error
 
 
-def import_ray():
+def import_ray() -> ModuleType:
     try:
         import ray
     except ImportError as error:

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from torch.utils.data import Dataset
 
 from valm.corpus.retrieved import CorpusRetrieval
 from valm.errors import ValmError
 
 
-class Blocks(Sequence):
+class Blocks(Dataset[dict[str, Any]]):
     """`documents` (as `Collator` takes them), those longer than `length` tokens cut into several blocks.
 
     Each later block of a document begins with its SOT again, so that it can be packed behind any other; what its tokens

@@ -56,7 +56,7 @@ class Collator:
             labels[row, columns.start] = IGNORED
         batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
         if self.kb is not None:
-            batch |= self._images(documents, places, shape)
+            batch |= self._images(self.kb, documents, places, shape)
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
     def _places(self, lengths: list[int]) -> tuple[list[tuple[int, slice]], tuple[int, int]]:
@@ -71,7 +71,10 @@ class Collator:
             width = max(width, end)
         return places, (row + 1, width)
 
-    def _images(self, documents: list[dict[str, Any]], places: list, shape: tuple[int, int]) -> dict[str, np.ndarray]:
+    @staticmethod
+    def _images(
+        kb: ImageKnowledgeBase, documents: list[dict[str, Any]], places: list[tuple[int, slice]], shape: tuple[int, int]
+    ) -> dict[str, np.ndarray]:
         if any("image_ids" not in document for document in documents):
             raise ValmError("the documents have no image_ids: retrieve them first, or train without a knowledge base")
         slots = np.full((*shape, documents[0]["image_ids"].shape[1]), NO_IMAGE, dtype=np.uint32)  # (B, L, K)
@@ -83,6 +86,6 @@ class Collator:
             images = images[:-1]
             index[index == len(images)] = -1
         try:
-            return {"image_pool": self.kb.gather(images.astype(np.int64)), "image_index": index}
+            return {"image_pool": kb.gather(images.astype(np.int64)), "image_index": index}
         except IndexError as error:
             raise ValmError(f"the documents' image_ids belong to another knowledge base: {error}") from error

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_callback import PrinterCallback
 
 from valm.checkpoint import save_checkpoint
@@ -101,11 +109,11 @@ def train(
 class _Trainer(Trainer):
     """Keeps the loss of every step, on the device, so that nothing has to wait for it."""
 
-    def __init__(self, **arguments):
+    def __init__(self, **arguments: Any):
         super().__init__(**arguments)
         self.losses: list[torch.Tensor] = []
 
-    def training_step(self, *arguments, **more) -> torch.Tensor:
+    def training_step(self, *arguments: Any, **more: Any) -> torch.Tensor:
         loss = super().training_step(*arguments, **more)
         self.losses.append(loss.detach())
         return loss
@@ -117,13 +125,13 @@ class _ProgressBar(TrainerCallback):
     def __init__(self, name: str):
         self.name = name
 
-    def on_train_begin(self, args, state, control, **_):
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.bar = tqdm(total=state.max_steps, desc=self.name, unit="step")
 
-    def on_step_end(self, args, state, control, **_):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.bar.update()
 
-    def on_train_end(self, args, state, control, **_):
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.bar.close()
 
 

@@ -183,9 +183,7 @@ def attention_weights(
         return joint_softmax(inputs)
 
 
-def _checked_inputs(
-    tensors: dict[str, Any], options: dict[str, Any], causal: bool, scale: float | None
-) -> Inputs:
+def _checked_inputs(tensors: dict[str, Any], options: dict[str, Any], causal: bool, scale: float | None) -> Inputs:
     """The arguments after the checks of dtypes and shapes, in the autocast dtype, with K = 0 in its one form."""
     device_type, head_dim = tensors["q"].device.type, tensors["q"].shape[-1]
     # torch.library.register_autocast knows one fixed dtype and would cast the float32 biases too, so the

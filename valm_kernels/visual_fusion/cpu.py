@@ -66,7 +66,7 @@ def backward(
     lse = lse.masked_fill(unseen, torch.inf)
     grad_lse = None if grad_lse is None else grad_lse.masked_fill(unseen, 0)
     grad_q, grad_k, grad_v = _text_backward(grad_out, grad_lse, out, lse, inputs)
-    if inputs.image_k is None:
+    if inputs.image_k is None or inputs.image_v is None:
         return grad_q, grad_k, grad_v, None, None, None, None, None
 
     biases = (inputs.image_k_bias, inputs.image_v_bias, inputs.image_logit_bias)
@@ -85,7 +85,8 @@ def backward(
         grad_image_v_bias=bias_gradients[1],
         grad_image_logit_bias=bias_gradients[2],
     )
-    bias_gradients = [None if b is None else g.to(b.dtype) for b, g in zip(biases, bias_gradients, strict=True)]
+    of_biases = zip(biases, bias_gradients, strict=True)
+    bias_gradients = [None if b is None or g is None else g.to(b.dtype) for b, g in of_biases]
     return grad_q, grad_k, grad_v, *gradients, *bias_gradients
 
 
@@ -99,6 +100,7 @@ class _ImageBranch:
 
     def __init__(self, inputs: Inputs) -> None:
         q, _, _, image_k, image_v, image_index, image_mask, *biases, _, _, self.scale = inputs
+        assert image_k is not None and image_v is not None
         if image_index is None:
             kv_heads, num_images, pool_rows = image_k.shape[1], image_k.shape[3], -1
         else:

@@ -72,7 +72,7 @@ def _backward_fake(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *inputs: Any
 ) -> tuple[Tensor, ...]:
     q, k, v, image_k, image_v, *biases = (inputs[i] for i in _DIFFERENTIABLE)
-    gradients = [empty_tokens_first(t) for t in (q, k, v)]
+    gradients: list[Tensor | None] = [empty_tokens_first(t) for t in (q, k, v)]
     gradients += [None if t is None else empty_rows_like(t) for t in (image_k, image_v)]
     gradients += [None if t is None else t.new_empty(t.shape) for t in biases]
     return _present(grad_out, gradients)

@@ -71,6 +71,15 @@ def test_a_document_has_the_pictures_it_has_alone(corpus, documents, retriever):
             corpus[wrong]
 
 
+def test_slices_are_lists_of_documents(corpus):
+    some = corpus[-2:]
+    assert isinstance(some, list) and len(some) == 2
+    for found, index in zip(some, (len(corpus) - 2, len(corpus) - 1), strict=True):
+        assert {name: values.tolist() for name, values in found.items()} == {
+            name: values.tolist() for name, values in corpus[index].items()
+        }
+
+
 def test_batching_changes_nothing(corpus, documents, retriever, tmp_path, monkeypatch):
     monkeypatch.setattr(retrieved, "BATCH_TOKENS", 1)
     one_by_one = retrieve_corpus(documents, retriever, tmp_path / "out", progress=False)

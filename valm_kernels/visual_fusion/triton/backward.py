@@ -43,12 +43,13 @@ def backward(
     inputs = kernel_inputs(inputs)
     q, k, image_index = inputs.q, inputs.k, inputs.image_index
     grad_out, out = whole_rows(grad_out), whole_rows(out)
-    grad_lse, lse = contiguous(grad_lse), contiguous(lse)
+    grad_lse, lse = contiguous(grad_lse), lse.contiguous()
 
     with torch.cuda.device_of(q):
         results = query_gradients(inputs, out, lse, grad_out, grad_lse, dq, dimage_k, dimage_v)
         if image_index is not None:
             image_dt, image_b = results.image_dt, results.image_b
+            assert image_dt is not None and image_b is not None and dimage_k is not None and dimage_v is not None
             pool_gradients(q, grad_out, image_dt, image_b, image_index, dimage_k, dimage_v, inputs.scale)
         key_gradients(inputs, lse, results.delta, grad_out, dk, dv)
     logit_partial = results.image_logit_bias

@@ -227,7 +227,7 @@ def query_gradients(
         block_m = max(tiles.block_m, block_g)
         row_tiles = triton.cdiv(q_len * block_g, block_m)
         results = QueryResults(
-            delta=scratch(True, batch, q_heads, q_len),
+            delta=torch.empty(batch, q_heads, q_len, dtype=torch.float32, device=q.device),
             image_dt=scratch(pooled, batch, q_heads, images, q_len),
             image_b=scratch(pooled, batch, q_heads, images, q_len),
             image_k_bias=scratch(image_k_bias is not None, row_tiles, batch, kv_heads, head_dim),

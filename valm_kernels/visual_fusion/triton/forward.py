@@ -235,7 +235,7 @@ def _merge_kernel(
 
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """out (B, Hq, Tq, D), laid out as q, and lse (B, Hq, Tq) float32."""
-    if CHECK_INDEX and inputs.image_index is not None:
+    if CHECK_INDEX and inputs.image_index is not None and inputs.image_k is not None:
         check_image_index(inputs.image_index, inputs.image_k.shape[1])
     out = empty_rows_like(inputs.q)
     inputs = kernel_inputs(inputs)

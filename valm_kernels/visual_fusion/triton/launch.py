@@ -15,8 +15,8 @@ from valm_kernels.visual_fusion.triton.tiles import block_d
 
 def kernel_inputs(inputs: Inputs) -> Inputs:
     """The inputs as kernels read them: rows are contiguous, the small tensors have no gaps."""
-    rows = (None if x is None else whole_rows(x) for x in inputs[:5])
-    return Inputs(*rows, *(contiguous(x) for x in inputs.tensors[5:]), inputs.causal, inputs.scale)
+    rows = (None if x is None else whole_rows(x) for x in inputs.tensors[:5])
+    return Inputs._make([*rows, *(contiguous(x) for x in inputs.tensors[5:]), inputs.causal, inputs.scale])
 
 
 def kernel_constants(q: Tensor, k: Tensor, causal: bool) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def num_images(image_k: Tensor | None, image_index: Tensor | None) -> int:
 
 def strides(x: Tensor) -> tuple[int, int, int]:
     """Strides (batch, head, position) of a (B, H, T, D) tensor."""
-    return x.stride()[:3]
+    return x.stride(0), x.stride(1), x.stride(2)
 
 
 def image_strides(image: Tensor | None, pooled: bool) -> tuple[int, int, int, int]:
