@@ -30,6 +30,19 @@ def eager_concat(q: Tensor, k: Tensor, v: Tensor, image_k: Tensor, image_v: Tens
     return weights[..., :length] @ v + (weights[..., None, length:] @ image_v).squeeze(-2)
 
 
+def eager_softcap(
+    q: Tensor, k: Tensor, v: Tensor, image_k: Tensor, image_v: Tensor, image_q: Tensor, softcap: float
+) -> Tensor:
+    """`eager_concat` with capped scores, and with a query of its own for the images."""
+    length = q.shape[2]
+    scale = q.shape[-1] ** -0.5
+    future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+    text = (softcap * torch.tanh(scale / softcap * (q @ k.mT))).masked_fill(future, -torch.inf)  # (B, H, T, T)
+    image = softcap * torch.tanh(scale / softcap * (image_k @ image_q.unsqueeze(-1)).squeeze(-1))  # (B, H, T, K)
+    weights = torch.cat([text, image], -1).softmax(-1)
+    return weights[..., :length] @ v + (weights[..., None, length:] @ image_v).squeeze(-2)
+
+
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, tuple]:
     """out, lse and what else the backward wants, of PyTorch's causal flash attention on CPU or CUDA."""
     if q.device.type == "cpu":

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.peers.attention import eager_concat, flash_merge, flex_diagonal, text_only
+from benchmarks.peers.attention import eager_concat, eager_softcap, flash_merge, flex_diagonal, text_only
 from valm_kernels import visual_fusion_attn
 
 
@@ -226,6 +226,38 @@ def bench_forward_backward(measure, device, case, name):
         bytes_moved=None if text_alone else 3 * case.image_bytes,
         note=inputs_note(inputs),
         fresh=(forward_backward_call, name, case, device) if case == LARGE else None,
+    )
+
+
+SOFTCAP = 50.0  # Gemma 2
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward + backward"])
+@pytest.mark.parametrize("name", ["ours", "eager concat"])
+def bench_softcap_and_image_q(measure, device, name, backward):
+    """Capped scores, and a query of its own for the images, as augmented Gemma 2 layers have them."""
+    case = replace(LARGE, batch=1, images=4)
+    t = tensors(case, device)
+    image_q = t.grad_out.flip(2).requires_grad_()
+    inputs = (t.q, t.k, t.v, *t.dense, image_q)
+    functions = {
+        "ours": lambda *x: visual_fusion_attn(*x[:5], image_q=x[5], softcap=SOFTCAP),
+        "eager concat": lambda *x: eager_softcap(*x, SOFTCAP),
+    }
+
+    def call(function: Callable[..., Tensor]) -> Tensor | tuple[Tensor, ...]:
+        if backward:
+            return torch.autograd.grad(function(*inputs), inputs, t.grad_out)
+        with torch.no_grad():
+            return function(*inputs)
+
+    measure(
+        group=f"softcap and image_q, {'forward + backward' if backward else 'forward'} {case}",
+        name=name,
+        function=lambda: call(functions[name]),
+        check=close_to(call(functions["eager concat"]), TOLERANCE[case.dtype]),
+        flop=int((3.5 if backward else 1) * case.flop),
+        bytes_moved=(3 if backward else 1) * case.image_bytes,
     )
 
 

@@ -1,6 +1,6 @@
 import torch
 
-from benchmarks.peers.attention import eager_concat, flash_merge
+from benchmarks.peers.attention import eager_concat, eager_softcap, flash_merge
 
 
 def inputs(device="cpu", dtype=torch.float64):
@@ -25,3 +25,11 @@ def test_flash_merge_calls_the_operators_of_cuda_as_they_are_defined():
     out = flash_merge(*leaves)
     gradients = torch.autograd.grad(out, leaves, torch.empty_like(out))
     assert [g.shape for g in gradients] == [leaf.shape for leaf in leaves]
+
+
+def test_a_wide_softcap_and_q_itself_for_the_images_are_plain_attention():
+    leaves = inputs()
+    expected = eager_concat(*leaves)
+    torch.testing.assert_close(eager_softcap(*leaves, leaves[0], 1e6), expected, rtol=1e-9, atol=1e-9)
+    assert not eager_softcap(*leaves, leaves[0], 0.5).allclose(expected, rtol=1e-3)
+    assert not eager_softcap(*leaves, leaves[1], 1e6).allclose(expected, rtol=1e-3)

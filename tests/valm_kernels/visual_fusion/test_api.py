@@ -19,13 +19,14 @@ def zeros(*shape, dtype=torch.float32, device=None):
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
-OPTIONS = ("image_mask", "image_k_bias", "image_v_bias", "image_logit_bias", "first_key")
+BIASES = ("image_k_bias", "image_v_bias", "image_logit_bias")
+OPTIONS = ("image_mask", *BIASES, "first_key")
 
 # problem, changed arguments, error, what its message says
 WRONG = {
     **{
         f"{name} not a tensor": (DENSE, {name: [1.0]}, TypeError, f"{name} must be a tensor, got list")
-        for name in ("q", "k", "v", "image_k", "image_v", "image_index", *OPTIONS)
+        for name in ("q", "k", "v", "image_k", "image_v", "image_q", "image_index", *OPTIONS)
     },
     "q None": (DENSE, {"q": None}, TypeError, "q must be a tensor, got None"),
     "k None": (DENSE, {"k": None}, TypeError, "k must be a tensor, got None"),
@@ -75,6 +76,9 @@ WRONG = {
         ValueError,
         "from 8 to 256, got 257",
     ),
+    "image_q rank": (DENSE, {"image_q": zeros(2, 5, 8)}, ValueError, "image_q must have shape that of q"),
+    "image_q heads": (DENSE, {"image_q": zeros(2, 2, 5, 8)}, ValueError, "image_q must have shape that of q"),
+    "image_q tokens": (DENSE, {"image_q": zeros(2, 4, 7, 8)}, ValueError, "image_q must have shape that of q"),
     "image_k tokens": (DENSE, {"image_k": zeros(2, 2, 7, 3, 8)}, ValueError, "image_k must have shape"),
     "image_k heads": (DENSE, {"image_k": zeros(2, 4, 5, 3, 8)}, ValueError, "image_k must have shape"),
     "image_k pooled heads": (POOLED, {"image_k": zeros(4, 6, 8)}, ValueError, "image_k must have shape"),
@@ -126,6 +130,12 @@ WRONG = {
     "q complex": (DENSE, {"q": zeros(2, 4, 5, 8, dtype=torch.complex64)}, TypeError, "q must be float32"),
     "k dtype": (DENSE, {"k": zeros(2, 2, 7, 8, dtype=torch.bfloat16)}, TypeError, "k must have the dtype of q"),
     "v dtype": (DENSE, {"v": zeros(2, 2, 7, 8, dtype=torch.float16)}, TypeError, "v must have the dtype of q"),
+    "image_q dtype": (
+        DENSE,
+        {"image_q": zeros(2, 4, 5, 8, dtype=torch.float16)},
+        TypeError,
+        "image_q must have the dtype of q",
+    ),
     "image_k dtype": (
         DENSE,
         {"image_k": zeros(2, 2, 5, 3, 8, dtype=torch.float64)},
@@ -183,7 +193,17 @@ WRONG = {
     # device
     **{
         f"{name} device": (DENSE, {name: zeros(2, 2, 7, 8, device="meta")}, ValueError, f"{name} must be on the device")
-        for name in ("k", "v", "image_k", "image_v", "image_k_bias", "image_v_bias", "image_logit_bias", "first_key")
+        for name in (
+            "k",
+            "v",
+            "image_k",
+            "image_v",
+            "image_q",
+            "image_k_bias",
+            "image_v_bias",
+            "image_logit_bias",
+            "first_key",
+        )
     },
     "image_index device": (POOLED, {"image_index": zeros(1, device="meta")}, ValueError, "image_index must be on"),
     "image_mask device": (DENSE, {"image_mask": zeros(1, device="meta")}, ValueError, "image_mask must be on"),
@@ -229,6 +249,12 @@ WRONG = {
     "scale NaN": (DENSE, {"scale": float("nan")}, ValueError, "scale must be positive and finite, got nan"),
     "scale zero": (DENSE, {"scale": 0}, ValueError, "scale must be positive and finite, got 0"),
     "scale negative": (DENSE, {"scale": -0.3}, ValueError, "scale must be positive and finite, got -0.3"),
+    "softcap": (DENSE, {"softcap": "50"}, TypeError, "softcap must be a number or None, got str"),
+    "softcap bool": (DENSE, {"softcap": True}, TypeError, "softcap must be a number or None, got bool"),
+    "softcap infinite": (DENSE, {"softcap": float("inf")}, ValueError, "softcap must be positive and finite, got inf"),
+    "softcap NaN": (DENSE, {"softcap": float("nan")}, ValueError, "softcap must be positive and finite, got nan"),
+    "softcap zero": (DENSE, {"softcap": 0}, ValueError, "softcap must be positive and finite, got 0"),
+    "softcap negative": (DENSE, {"softcap": -50.0}, ValueError, "softcap must be positive and finite, got -50.0"),
     "return_lse": (DENSE, {"return_lse": 1}, TypeError, "return_lse must be a bool, got int"),
     "impl": (DENSE, {"impl": "flash"}, ValueError, "impl must be one of 'auto', 'triton', 'cpu', 'reference', got"),
 }
@@ -255,11 +281,12 @@ def test_integer_arguments_take_no_gradient(name):
 
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
-@pytest.mark.parametrize("name", ["q", "k", "v", "image_k", "image_v", "image_index", *OPTIONS])
+@pytest.mark.parametrize("name", ["q", "k", "v", "image_k", "image_v", "image_q", "image_index", *OPTIONS])
 def test_last_dimension_of_any_stride(name, impl):
     """Not an error: whatever the memory of an argument, the result is that of its values."""
     problem = POOLED if name == "image_index" else DENSE
     inputs = {"first_key": torch.tensor([[0, 3, 1, 2, 9]] * 2).int(), **problem.inputs(torch.float32)}
+    inputs["image_q"] = inputs["q"].flip(2)
     expected = visual_fusion_attn(**inputs, impl=impl)
     inputs[name] = torch.stack([inputs[name], torch.zeros_like(inputs[name])], -1)[..., 0]
     assert inputs[name].stride(-1) == 2
@@ -313,9 +340,17 @@ def test_every_way_to_have_no_images(impl):
         {"image_k": dense, "image_v": dense, "image_mask": mask},
         {"image_k": pool, "image_v": pool, "image_index": index},
         {"image_index": index},
+        {"image_q": zeros(2, 4, 5, 16)},
         {"image_logit_bias": zeros(4), "image_k_bias": zeros(2, 16), "image_v_bias": zeros(2, 16)},
     ):
         assert visual_fusion_attn(**{**inputs, **images}, impl=impl).equal(expected)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_image_q_is_checked_without_images(impl):
+    inputs = Problem(num_images=0, num_queries=5, biases=False).inputs(torch.float32)
+    with pytest.raises(ValueError, match="image_q must have shape that of q"):
+        visual_fusion_attn(**inputs, image_q=zeros(2, 4, 6, 16), impl=impl)
 
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
@@ -330,13 +365,17 @@ def test_scale_defaults_to_inverse_root_of_head_dim(impl):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_runs_in_its_dtype(impl, dtype):
     inputs = POOLED.inputs(torch.float32)
+    inputs["image_q"] = inputs["q"].flip(2)
     inputs["k"] = inputs["k"].to(dtype)  # what a cached key looks like beside a float32 query
     inputs["image_logit_bias"].requires_grad_()
     inputs["q"].requires_grad_()
     with torch.autocast("cpu", dtype=dtype):
         out, lse = visual_fusion_attn(**inputs, return_lse=True, impl=impl)
     assert out.dtype == dtype and lse.dtype == torch.float32
-    cast = {name: t.to(dtype) if name in ("q", "k", "v", "image_k", "image_v") else t for name, t in inputs.items()}
+    cast = {
+        name: t.to(dtype) if name in ("q", "k", "v", "image_k", "image_v", "image_q") else t
+        for name, t in inputs.items()
+    }
     assert out.equal(visual_fusion_attn(**cast, impl=impl))
     gradients = torch.autograd.grad(out.float().square().sum(), (inputs["q"], inputs["image_logit_bias"]))
     assert [g.dtype for g in gradients] == [torch.float32, torch.float32]
