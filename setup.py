@@ -70,7 +70,7 @@ def openmp_flags() -> list[str]:
         if subprocess.run(command, capture_output=True).returncode == 0:
             return ["-fopenmp"]
     print(f"valm_kernels: {cxx()} has no OpenMP (-fopenmp), so the CPU code runs on one thread")
-    return ["-Wno-unknown-pragmas"]
+    return ["-Wno-unknown-pragmas", "-Wno-unused-parameter"]  # the number of threads is used by pragmas alone
 
 
 def host_flags(source: Path) -> list[str]:

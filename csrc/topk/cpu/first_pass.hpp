@@ -18,9 +18,9 @@
 //
 // and keeps the row unless upper < theta. Why no row of the answer is lost: prepare_query puts into L, besides
 // |f| / t, what the float32 arithmetic may lose. With w = 2^-24 and |g.c| step <= |g| length, A along and the partial
-// sums are each below (|g| + |a| / t) length (1 + 2^-10) in size; there are 2 roundings of the product, 1 of A, 3 of
-// the sums, and the products L length and R error carry a rounding of at most 4 w each, which a factor (1 + 2^-20) on
-// L and R covers: 8 w (|g| + |a| / t) length is enough. `along` is off by at most
+// sums are each below (|g| + |a| / t) length (1 + 2^-10) in size; there are 2 roundings of the product, 2 of
+// A along (1 where it is fused), 3 of the sums, and the products L length and R error carry a rounding of at most 4 w
+// each, which a factor (1 + 2^-20) on L and R covers: 8 w (|g| + |a| / t) length is enough. `along` is off by at most
 // (dim / 4 + 16) w |u| |d| (at least four partial sums, whatever the instruction set), which times |a| / t goes into
 // L too. The exact routine's own float64 error, below dim 2^-52 |q| |x| with |x| <= |m| + length, and that of q.m,
 // go into L (the part with length) and into theta (the part with |m|). Underflow anywhere loses less than 1e-33 times

@@ -131,14 +131,16 @@ void dot(const Rows& rows, int64_t index, const float* query, float* product, fl
 uint32_t keep(const int32_t (*sums)[kPanelRows], const float* stats, const Tile& tile, Kept& kept) {
     uint32_t kept_queries = 0;
     for (int j = 0; j < tile.count; ++j) {
-        const FloatVector theta = splat(tile.theta[j]);
+        // before the loop: for all the compiler knows, its store may change the tile
+        const FloatVector along = splat(tile.along[j]), length = splat(tile.length[j]);
+        const FloatVector error = splat(tile.error[j]), theta = splat(tile.theta[j]);
         uint32_t mask = 0;
         for (int row = 0; row < kPanelRows; row += kWidth) {
             FloatVector upper =
                 to_float(load_vector<IntVector>(sums[j] + row)) * load_floats(stats + kStep * kPanelRows + row);
-            upper += tile.along[j] * load_floats(stats + kAlong * kPanelRows + row);
-            upper += tile.length[j] * load_floats(stats + kLength * kPanelRows + row);
-            upper += tile.error[j] * load_floats(stats + kError * kPanelRows + row);
+            upper += along * load_floats(stats + kAlong * kPanelRows + row);
+            upper += length * load_floats(stats + kLength * kPanelRows + row);
+            upper += error * load_floats(stats + kError * kPanelRows + row);
             store_vector(kept.upper[j] + row, upper);
             mask |= not_below(upper, theta) << row;
         }
