@@ -1,6 +1,10 @@
 """The configuration of VaLM: that of GPT-2 and what the pictures need."""
 
-from transformers import AutoConfig, GPT2Config
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, GPT2Config, PreTrainedConfig
 
 from valm.errors import ValmError
 
@@ -62,6 +66,15 @@ class ValmConfig(GPT2Config):
             raise ValmError(
                 f"n_embd must be n_head times a head dimension from 8 to 256, got {self.n_embd} and {self.n_head} heads"
             )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> PreTrainedConfig:
+        """The config in a file of model_type "valm": this one, or that of an augmented decoder (`valm.augment`)."""
+        if "base_config" not in config_dict:
+            return super().from_dict(config_dict, **kwargs)
+        from valm.augmented.model import config_from_dict
+
+        return config_from_dict(config_dict, **kwargs)
 
     @property
     def fusion_index(self) -> int:
