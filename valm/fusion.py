@@ -17,8 +17,7 @@ from transformers.cache_utils import Cache
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Block
 
 from valm.config import ValmConfig
-from valm_kernels import visual_fusion_attn
-from valm_kernels.visual_fusion.reference import attention_weights
+from valm_kernels import attention_weights, visual_fusion_attn
 
 
 class VisualFusionAttention(GPT2Attention):

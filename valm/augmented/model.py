@@ -177,7 +177,7 @@ def augmented_config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfi
 
 
 def config_from_dict(config: dict[str, Any], **kwargs: Any) -> Any:
-    """The config of an augmented model out of what `AugmentedConfig` wrote; arguments as in `PreTrainedConfig.from_dict`.
+    """The config of an augmented model in what `AugmentedConfig` wrote; arguments as in `PreTrainedConfig.from_dict`.
 
     Raises:
         ValmError: it is not one.
@@ -275,7 +275,7 @@ class AugmentedCausalLM(ImageModel):
         return super().generate(*args, **kwargs)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The base's, with images: here, outside what `generate` compiles, and where the mask is still that of tokens."""
+        """The base's, with images: here, outside what `generate` compiles, where the mask is still that of tokens."""
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
         if self.retriever is not None:
             found = self.find_images(inputs.get("input_ids"), kwargs.get("attention_mask"), kwargs.get("cache"))
@@ -283,7 +283,7 @@ class AugmentedCausalLM(ImageModel):
         return inputs
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's. Reentrant checkpoints learn only where their input has a gradient, so frozen embeddings get one."""
+        """The base's. A reentrant checkpoint learns only where its input has a gradient: frozen embeddings get one."""
         result = super().activation_checkpointing_enable(*args, **kwargs)
         options = kwargs.get("activation_checkpointing_kwargs") or (args[0] if args else None) or {}
         if options.get("use_reentrant"):

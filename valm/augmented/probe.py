@@ -161,7 +161,7 @@ def _interface_paths(layer: nn.Module) -> list[str]:
 
 
 def _uses_interface(cls: type) -> bool:
-    """Whether the forward of an attention class, itself or behind the mixin, calls transformers' attention interface."""
+    """Whether the forward of an attention class, or that behind the mixin, calls transformers' attention interface."""
     owner = next((base for base in cls.__mro__ if "forward" in vars(base) and base is not VisualAttention), None)
     code = getattr(inspect.unwrap(vars(owner)["forward"]), "__code__", None) if owner is not None else None
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names

@@ -15,8 +15,7 @@ from valm.retrieval.context import ContextCache, ContextEncoder
 from valm.retrieval.faiss_index import FaissIndex, open_index
 from valm.retrieval.segment_cache import SegmentCache
 from valm.tokenizer import padded
-from valm_kernels import FlatIPIndex
-from valm_kernels.topk.checks import MAX_K
+from valm_kernels import MAX_TOPK, FlatIPIndex
 
 # 50 MB at K = 4.
 CACHE_TOKENS = 1 << 20
@@ -186,7 +185,7 @@ class BlindRetriever:
 
 
 def _check_k(k: int, kb: ImageKnowledgeBase) -> None:
-    most = min(len(kb), MAX_K)
+    most = min(len(kb), MAX_TOPK)
     if not 1 <= k <= most:
-        limit = f"the {len(kb)} pictures of {kb.path}" if most == len(kb) else f"{MAX_K}"
+        limit = f"the {len(kb)} pictures of {kb.path}" if most == len(kb) else f"{MAX_TOPK}"
         raise ValmError(f"k must be from 1 to {limit}, got {k}")

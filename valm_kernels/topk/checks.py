@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MAX_K = 128
+MAX_TOPK = 128
 MIN_DIM, MAX_DIM = 8, 2048
 # Rows are counted in 32 bits; larger databases are several indexes and a `merge_topk`.
 MAX_ROWS = 2**31 - 1
@@ -80,8 +80,8 @@ def check_search(queries: Tensor, rows: int, dim: int, device: torch.device, k: 
     check_queries(queries, dim, device)
     if isinstance(k, bool) or not isinstance(k, int):
         raise TypeError(f"k must be an int, but is a {type(k).__name__}")
-    if not 1 <= k <= MAX_K:
-        raise ValueError(f"k is {k}, expected 1 to {MAX_K}")
+    if not 1 <= k <= MAX_TOPK:
+        raise ValueError(f"k is {k}, expected 1 to {MAX_TOPK}")
     if k > rows:
         raise ValueError(f"k is {k}, but the database has only {rows} rows")
 

@@ -1,9 +1,9 @@
 """Fused image attention: one softmax over a query's text keys and its own images.
 
-api.py is the public function with every argument check, reference.py the executable specification, op.py the
-registration with torch.library, cpu.py and triton_forward.py / triton_backward.py the implementations.
+api.py has the public functions with every argument check, reference.py the executable specification, op.py the
+registration with torch.library, cpu.py and triton/ the implementations.
 """
 
-from valm_kernels.visual_fusion.api import visual_fusion_attn
+from valm_kernels.visual_fusion.api import MAX_IMAGES, attention_weights, visual_fusion_attn
 
-__all__ = ["visual_fusion_attn"]
+__all__ = ["MAX_IMAGES", "attention_weights", "visual_fusion_attn"]

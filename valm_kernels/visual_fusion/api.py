@@ -1,17 +1,17 @@
-"""The public function visual_fusion_attn: argument checks and the choice of an implementation."""
+"""The public functions visual_fusion_attn and attention_weights: argument checks, choice of an implementation."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from valm_kernels.visual_fusion.inputs import Inputs
 from valm_kernels.visual_fusion.op import fused_attention
-from valm_kernels.visual_fusion.reference import reference_attention
+from valm_kernels.visual_fusion.reference import joint_softmax, reference_attention
 
 IMPLS = ("auto", "triton", "cpu", "reference")
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
@@ -82,6 +82,8 @@ def visual_fusion_attn(
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument has the wrong shape, device or value, or impl cannot serve these tensors.
     """
+    if not isinstance(return_lse, bool):
+        raise TypeError(f"return_lse must be a bool, got {type(return_lse).__name__}")
     tensors = {"q": q, "k": k, "v": v, "image_k": image_k, "image_v": image_v}
     options = {
         "image_index": image_index,
@@ -93,37 +95,85 @@ def visual_fusion_attn(
     }
     _check_tensors(tensors, options)
     impl = _choose_impl(impl, q)
-    device_type = q.device.type
-    # torch.library.register_autocast knows one fixed dtype and would cast the float32 biases too, so the
-    # cast that an autocast region asks for happens here, for all implementations alike.
-    autocast = torch.is_autocast_enabled(device_type)
-    if autocast and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
-        tensors = {name: t.to(dtype) if _is_cast(t) else t for name, t in tensors.items()}
-    _check_dtypes(tensors, options)
-    _check_text_shapes(**{name: tensors[name] for name in ("q", "k", "v")})
-    num_images = _check_image_shapes(tensors, options)
-    _check_bias_shapes(q, k, options)
-    if not isinstance(causal, bool):
-        raise TypeError(f"causal must be a bool, got {type(causal).__name__}")
-    if not isinstance(return_lse, bool):
-        raise TypeError(f"return_lse must be a bool, got {type(return_lse).__name__}")
-    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float))):
-        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
-    if scale is not None and not 0 < scale < float("inf"):
-        raise ValueError(f"scale must be positive and finite, got {scale}")
-
-    if num_images == 0:
-        tensors["image_k"] = tensors["image_v"] = None
-        options = dict.fromkeys(options) | {"first_key": first_key}
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    inputs = Inputs(**tensors, **options, causal=causal, scale=scale)
-    with torch.autocast(device_type, enabled=False) if autocast else nullcontext():
+    inputs = _checked_inputs(tensors, options, causal, scale)
+    with _outside_autocast(q.device.type):
         if impl == "reference":
             out, lse = reference_attention(inputs)
         else:
             out, lse = fused_attention(inputs, impl)
     return (out, lse) if return_lse else out
+
+
+def attention_weights(
+    q: Tensor,
+    k: Tensor,
+    image_k: Tensor | None,
+    *,
+    image_index: Tensor | None = None,
+    image_mask: Tensor | None = None,
+    image_k_bias: Tensor | None = None,
+    image_logit_bias: Tensor | None = None,
+    first_key: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The joint softmax of `visual_fusion_attn` itself, for plots and explanations: eager PyTorch on any device.
+
+    Args: as in `visual_fusion_attn`.
+
+    Returns:
+        text_weights (B, Hq, Tq, Tk), image_weights (B, Hq, Tq, K) and lse (B, Hq, Tq), in float32 (float64 for float64
+        inputs). The two weights of a query sum to 1 together, or to 0 where the query sees nothing.
+
+    Raises:
+        TypeError, ValueError: as `visual_fusion_attn`.
+    """
+    # the weights do not depend on the values: the keys stand in for them
+    tensors = {"q": q, "k": k, "v": k, "image_k": image_k, "image_v": image_k}
+    options = {
+        "image_index": image_index,
+        "image_mask": image_mask,
+        "image_k_bias": image_k_bias,
+        "image_v_bias": None,
+        "image_logit_bias": image_logit_bias,
+        "first_key": first_key,
+    }
+    _check_tensors(tensors, options)
+    inputs = _checked_inputs(tensors, options, causal, scale)
+    with _outside_autocast(q.device.type):
+        return joint_softmax(inputs)
+
+
+def _checked_inputs(
+    tensors: dict[str, Tensor | None], options: dict[str, Tensor | None], causal: bool, scale: float | None
+) -> Inputs:
+    """The arguments after the checks of dtypes and shapes, in the autocast dtype, with K = 0 in its one form."""
+    device_type, head_dim = tensors["q"].device.type, tensors["q"].shape[-1]
+    # torch.library.register_autocast knows one fixed dtype and would cast the float32 biases too, so the
+    # cast that an autocast region asks for happens here, for all implementations alike.
+    if torch.is_autocast_enabled(device_type) and tensors["q"].dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+        tensors = {name: t.to(dtype) if _is_cast(t) else t for name, t in tensors.items()}
+    _check_dtypes(tensors, options)
+    _check_text_shapes(**{name: tensors[name] for name in ("q", "k", "v")})
+    num_images = _check_image_shapes(tensors, options)
+    _check_bias_shapes(tensors["q"], tensors["k"], options)
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal must be a bool, got {type(causal).__name__}")
+    if scale is not None:
+        _check_positive_number("scale", scale)
+
+    if num_images == 0:
+        tensors = tensors | {"image_k": None, "image_v": None}
+        options = dict.fromkeys(options) | {"first_key": options["first_key"]}
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    return Inputs(**tensors, **options, causal=causal, scale=scale)
+
+
+def _outside_autocast(device_type: str) -> AbstractContextManager:
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def _is_cast(tensor: Tensor | None) -> bool:
@@ -189,6 +239,13 @@ def _check_dtypes(tensors: dict, options: dict) -> None:
         if tensor is not None and tensor.dtype not in dtypes:
             names = " or ".join(dict.fromkeys(str(d) for d in dtypes))
             raise TypeError(f"{name} must be {names} beside a {dtype} q, got {tensor.dtype}")
+
+
+def _check_positive_number(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number or None, got {type(value).__name__}")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
 def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str) -> None:

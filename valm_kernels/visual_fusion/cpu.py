@@ -23,9 +23,8 @@ import torch
 from torch import Tensor
 
 from valm_kernels.native import native
-from valm_kernels.visual_fusion.inputs import Inputs
+from valm_kernels.visual_fusion.inputs import Inputs, check_image_index
 from valm_kernels.visual_fusion.layout import empty_rows_like, whole_rows
-from valm_kernels.visual_fusion.reference import check_image_index
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default

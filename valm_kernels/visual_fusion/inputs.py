@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -32,3 +33,15 @@ class Inputs(NamedTuple):
     def tensors(self) -> tuple[Tensor | None, ...]:
         """q to first_key, in order."""
         return self[:-2]
+
+
+def check_image_index(image_index: Tensor, pool_size: int) -> None:
+    """Raises ValueError for an index outside [-1, pool_size). Reads the values, so CUDA would wait here."""
+    if image_index.numel() == 0:
+        return
+    low, high = (int(x) for x in torch.aminmax(image_index))
+    if low < -1 or high >= pool_size:
+        wrong = low if low < -1 else high
+        raise ValueError(
+            f"image_index must be -1 (no image) or a row of the pool from 0 to {pool_size - 1}, got {wrong}"
+        )

@@ -42,9 +42,10 @@ def _implementation(impl: str) -> tuple[Any, Any]:
     """(forward, backward) of one implementation; Triton is imported only where it is used."""
     if impl == "cpu":
         return cpu.forward, cpu.backward
-    from valm_kernels.visual_fusion import triton_backward, triton_forward
+    from valm_kernels.visual_fusion.triton.backward import backward
+    from valm_kernels.visual_fusion.triton.forward import forward
 
-    return triton_forward.forward, triton_backward.backward
+    return forward, backward
 
 
 def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:

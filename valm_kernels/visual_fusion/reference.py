@@ -9,31 +9,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from valm_kernels.visual_fusion.inputs import Inputs
+from valm_kernels.visual_fusion.inputs import Inputs, check_image_index
 
 
-def attention_weights(
-    q: Tensor,
-    k: Tensor,
-    image_k: Tensor | None,
-    image_index: Tensor | None = None,
-    image_mask: Tensor | None = None,
-    image_k_bias: Tensor | None = None,
-    image_logit_bias: Tensor | None = None,
-    first_key: Tensor | None = None,
-    causal: bool = True,
-    scale: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The joint softmax of visual_fusion_attn itself, for pictures and explanations.
+def joint_softmax(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """The weights of text (B, Hq, Tq, Tk) and images (B, Hq, Tq, K), and lse (B, Hq, Tq); float32 or wider.
 
-    Arguments as in visual_fusion_attn. Returns text_weights (B, Hq, Tq, Tk), image_weights (B, Hq, Tq, K) and
-    lse (B, Hq, Tq), in float32 (float64 for float64 inputs); the two weights of a query sum to 1 together, or
-    to 0 where the query sees nothing.
+    The two weights of a query sum to 1 together, or to 0 where the query sees nothing.
     """
-    _, query_heads, num_queries, head_dim = q.shape
-    num_keys = k.shape[2]
-    group = query_heads // k.shape[1]
-    scale = head_dim**-0.5 if scale is None else scale
+    q, k, _, image_k, _, image_index, image_mask, image_k_bias, _, image_logit_bias, first_key, causal, scale = inputs
+    num_queries, num_keys = q.shape[2], k.shape[2]
+    group = q.shape[1] // k.shape[1]
 
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = scale * (q @ k.repeat_interleave(group, 1).transpose(-1, -2)).to(wide)  # (B, Hq, Tq, Tk)
@@ -61,10 +47,7 @@ def attention_weights(
 
 def reference_attention(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """out (B, Hq, Tq, D) and lse (B, Hq, Tq), with gradients by autograd."""
-    text_weights, image_weights, lse = attention_weights(
-        *(inputs.q, inputs.k, inputs.image_k, inputs.image_index, inputs.image_mask, inputs.image_k_bias),
-        *(inputs.image_logit_bias, inputs.first_key, inputs.causal, inputs.scale),
-    )
+    text_weights, image_weights, lse = joint_softmax(inputs)
     q, v, image_v = inputs.q, inputs.v, inputs.image_v
     group = q.shape[1] // v.shape[1]
     out = text_weights.to(q.dtype) @ v.repeat_interleave(group, 1)  # (B, Hq, Tq, D)
@@ -88,18 +71,6 @@ def text_visible(
     if first_key is not None:
         visible = visible & (key >= first_key[:, None, :, None])
     return visible
-
-
-def check_image_index(image_index: Tensor, pool_size: int) -> None:
-    """Raises ValueError for an index outside [-1, pool_size). Reads the values, so CUDA would wait here."""
-    if image_index.numel() == 0:
-        return
-    low, high = (int(x) for x in torch.aminmax(image_index))
-    if low < -1 or high >= pool_size:
-        wrong = low if low < -1 else high
-        raise ValueError(
-            f"image_index must be -1 (no image) or a row of the pool from 0 to {pool_size - 1}, got {wrong}"
-        )
 
 
 def _images(

@@ -165,7 +165,7 @@ def test_what_does_not_fit_is_refused(retriever, tokenizer, monkeypatch):
         Retriever(retriever.encoder, retriever.kb, 0)
     with pytest.raises(ValmError, match="k must be from 1"):
         retriever.search("a", 0)
-    monkeypatch.setattr("valm.retrieval.retriever.MAX_K", 5)
+    monkeypatch.setattr("valm.retrieval.retriever.MAX_TOPK", 5)
     with pytest.raises(ValmError, match="k must be from 1 to 5, got 6"):
         retriever.search("a", 6)
     with pytest.raises(ValmError, match="was built with the CLIP tiny"):

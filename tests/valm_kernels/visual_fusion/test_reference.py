@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from tests.valm_kernels.visual_fusion.problems import PROBLEMS, Problem
-from valm_kernels import visual_fusion_attn
-from valm_kernels.visual_fusion.reference import attention_weights
+from valm_kernels import attention_weights, visual_fusion_attn
 
 SMALL = Problem(num_queries=5, prefix=2, head_dim=8, num_images=2, first_key="random")
 
@@ -98,6 +97,22 @@ def test_attention_weights_are_those_of_the_operation(name):
     ones = {**inputs, "v": torch.ones_like(inputs["v"]), "image_v": torch.ones_like(inputs["image_v"])}
     ones["image_v_bias"] = torch.zeros_like(inputs["image_v_bias"])
     torch.testing.assert_close(visual_fusion_attn(**ones, impl="reference")[..., 0], sums, rtol=1e-13, atol=1e-13)
+
+
+def test_attention_weights_check_their_arguments():
+    inputs = PROBLEMS["pooled"].inputs()
+    arguments = {name: inputs[name] for name in ("q", "k", "image_k", "image_index")}
+    with pytest.raises(ValueError, match=r"image_index must be -1 .* got 11"):
+        attention_weights(**{**arguments, "image_index": arguments["image_index"] + 1})
+    with pytest.raises(TypeError, match="k must have the dtype of q"):
+        attention_weights(**{**arguments, "k": arguments["k"].float()})
+
+
+def test_attention_weights_without_images():
+    inputs = PROBLEMS["no images"].inputs()
+    text, image, lse = attention_weights(inputs["q"], inputs["k"], None)
+    assert image.shape == (*lse.shape, 0)
+    torch.testing.assert_close(text.sum(-1), torch.ones_like(lse), rtol=1e-13, atol=1e-13)
 
 
 def test_a_strongly_negative_logit_bias_closes_the_images():

@@ -24,25 +24,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from valm_kernels.visual_fusion.inputs import Inputs
+from valm_kernels.visual_fusion.inputs import Inputs, check_image_index
 from valm_kernels.visual_fusion.layout import empty_rows_like
-from valm_kernels.visual_fusion.reference import check_image_index
-from valm_kernels.visual_fusion.triton_autotune import choose_tiles
-from valm_kernels.visual_fusion.triton_common import (
-    LN2,
-    LOG2E,
-    image_rows,
+from valm_kernels.visual_fusion.triton.autotune import choose_tiles
+from valm_kernels.visual_fusion.triton.launch import (
     image_strides,
     kernel_constants,
     kernel_inputs,
-    key_tile_range,
     multiprocessors,
     num_images,
     strides,
+)
+from valm_kernels.visual_fusion.triton.primitives import (
+    LN2,
+    LOG2E,
+    image_score_offset,
+    image_slots,
+    load_bias,
+    load_images,
+    load_rows,
+    over_key_tiles,
+    row_pointers,
     tile_rows,
     visible_keys,
 )
-from valm_kernels.visual_fusion.triton_tiles import Tiles
+from valm_kernels.visual_fusion.triton.tiles import Tiles
 
 # For finding a wrong index: the host reads them all before each launch.
 CHECK_INDEX = os.environ.get("VALM_KERNELS_CHECK_INDEX") == "1"
@@ -66,50 +72,15 @@ def key_splits(programs: int, k_len: int, multiprocessors: int) -> int:
 
 
 @triton.jit
-def _text_tiles(
-    b_acc,
-    b_m,
-    b_l,
-    b_q,
-    p_k,
-    p_v,
-    stride_kn,
-    stride_vn,
-    b_first,
-    b_last,
-    begin,
-    end,
-    Tk,
-    scale_log2,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-):
-    """Takes the key tiles of [begin, end) into the running softmax. MASKED: some row may not see all their keys."""
-    o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < D
-    for i_n in range(begin, end, BLOCK_N):
-        o_n = i_n + tl.arange(0, BLOCK_N)
-        m_n = m_d[None, :]
-        if MASKED:
-            m_n = m_n & (o_n < Tk)[:, None]
-        o_row = o_n.to(tl.int64)[:, None]
-        # [BN, BD]
-        b_k = tl.load(p_k + o_row * stride_kn + o_d[None, :], mask=m_n, other=0.0)
-        # [BM, BN]
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=INPUT_PRECISION) * scale_log2
-        if MASKED:
-            b_s = tl.where((o_n[None, :] >= b_first[:, None]) & (o_n[None, :] <= b_last[:, None]), b_s, float("-inf"))
-        b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
-        b_alpha = tl.exp2(b_m - b_m_new)
-        b_p = tl.exp2(b_s - b_m_new[:, None])
-        b_l = b_l * b_alpha + tl.sum(b_p, 1)
-        b_v = tl.load(p_v + o_row * stride_vn + o_d[None, :], mask=m_n, other=0.0)
-        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], input_precision=INPUT_PRECISION)
-        b_m = b_m_new
-    return b_acc, b_m, b_l
+def _softmax_step(carry, row_values, b_s, b_k, b_v, INPUT_PRECISION: tl.constexpr):
+    """Takes a key tile into the running softmax."""
+    b_acc, b_m, b_l = carry
+    b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
+    b_alpha = tl.exp2(b_m - b_m_new)
+    b_p = tl.exp2(b_s - b_m_new[:, None])
+    b_l = b_l * b_alpha + tl.sum(b_p, 1)
+    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], input_precision=INPUT_PRECISION)
+    return b_acc, b_m_new, b_l
 
 
 @triton.jit
@@ -132,7 +103,8 @@ def _forward_kernel(
     stride_v,
     stride_ik,  # (batch, head, position, slot)
     stride_iv,
-    stride_o,  # (split, batch, head, position)
+    stride_o,
+    stride_part,  # from one split's out to the next
     Hkv,
     Tq,
     Tk,
@@ -157,9 +129,8 @@ def _forward_kernel(
     o_t, o_h, m_row = tile_rows(i_m * (BLOCK_M // BLOCK_G), i_h, Tq, G, BLOCK_G, BLOCK_M)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
-    p_q = q + i_b * stride_q[0] + o_h * stride_q[1] + o_t * stride_q[2]
     # [BM, BD]
-    b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_d[None, :], other=0.0)
+    b_q = load_rows(q, stride_q, i_b, o_h, o_t, D, BLOCK_D)
 
     b_m = tl.full([BLOCK_M], NO_SCORE, tl.float32)
     b_l = tl.zeros([BLOCK_M], tl.float32)
@@ -167,23 +138,14 @@ def _forward_kernel(
 
     if image_k is not None:
         b_qf = b_q.to(tl.float32)
-        # what all image scores of a row share, [BM]
-        b_t0 = tl.zeros([BLOCK_M], tl.float32)
-        if image_k_bias is not None:
-            b_kb = tl.load(image_k_bias + i_h * D + o_d, mask=m_d, other=0.0).to(tl.float32)
-            b_t0 += tl.sum(b_qf * b_kb[None, :], 1) * scale_log2
-        if image_logit_bias is not None:
-            b_t0 += tl.load(image_logit_bias + o_h).to(tl.float32) * LOG2E
-        p_ik = image_k + i_b * stride_ik[0] + i_h * stride_ik[1] + o_t * stride_ik[2]
-        p_iv = image_v + i_b * stride_iv[0] + i_h * stride_iv[1] + o_t * stride_iv[2]
+        b_offset = image_score_offset(b_qf, image_k_bias, image_logit_bias, i_h, o_h, scale_log2, D, BLOCK_D)
         for i_k in range(0, tl.where(i_s == 0, K, 0)):
-            o_slot, m_image = image_rows(image_index, image_mask, i_b, o_t, i_k, Tq, K)
-            m_id = m_image[:, None] & m_d[None, :]
+            o_slot, m_image = image_slots(image_index, image_mask, i_b, o_t, i_k, Tq, K)
             # [BM, BD]
-            b_ik = tl.load((p_ik + o_slot * stride_ik[3])[:, None] + o_d[None, :], mask=m_id, other=0.0).to(tl.float32)
-            b_iv = tl.load((p_iv + o_slot * stride_iv[3])[:, None] + o_d[None, :], mask=m_id, other=0.0).to(tl.float32)
+            b_ik = load_images(image_k, stride_ik, i_b, i_h, o_t, o_slot, m_image, D, BLOCK_D)
+            b_iv = load_images(image_v, stride_iv, i_b, i_h, o_t, o_slot, m_image, D, BLOCK_D)
             # [BM]
-            b_t = tl.where(m_image, tl.sum(b_qf * b_ik, 1) * scale_log2 + b_t0, float("-inf"))
+            b_t = tl.where(m_image, tl.sum(b_qf * b_ik, 1) * scale_log2 + b_offset, float("-inf"))
             b_m_new = tl.maximum(b_m, b_t)
             b_alpha = tl.exp2(b_m - b_m_new)
             b_p = tl.exp2(b_t - b_m_new)
@@ -191,8 +153,7 @@ def _forward_kernel(
             b_acc = b_acc * b_alpha[:, None] + b_p[:, None] * b_iv
             b_m = b_m_new
         if image_v_bias is not None:
-            b_vb = tl.load(image_v_bias + i_h * D + o_d, mask=m_d, other=0.0).to(tl.float32)
-            b_acc += b_l[:, None] * b_vb[None, :]
+            b_acc += b_l[:, None] * load_bias(image_v_bias, i_h, D, BLOCK_D)[None, :]
 
     b_first, b_last = visible_keys(first_key, i_b, o_t, Tq, Tk, CAUSAL)
     # in a sliding window that is a small part of all keys
@@ -201,39 +162,34 @@ def _forward_kernel(
     split_keys = tl.cdiv(tl.cdiv(hi - lo, tl.num_programs(1)), BLOCK_N) * BLOCK_N
     lo += tl.program_id(1) * split_keys
     hi = tl.minimum(lo + split_keys, hi)
-    begin, full_begin, full_end, end = key_tile_range(b_first, b_last, lo, hi, BLOCK_N)
-    p_k = k + i_b * stride_k[0] + i_h * stride_k[1]
-    p_v = v + i_b * stride_v[0] + i_h * stride_v[1]
-    # without first_key every row sees the keys from lo on, and only the end needs a mask
-    for i_part in tl.static_range(0 if first_key is not None else 1, 3):
-        b_acc, b_m, b_l = _text_tiles(
-            b_acc,
-            b_m,
-            b_l,
-            b_q,
-            p_k,
-            p_v,
-            stride_k[2],
-            stride_v[2],
-            b_first,
-            b_last,
-            begin if i_part == 0 else (full_begin if i_part == 1 else full_end),
-            tl.minimum(full_begin, end) if i_part == 0 else (full_end if i_part == 1 else end),
-            Tk,
-            scale_log2,
-            D,
-            BLOCK_D,
-            BLOCK_N,
-            i_part != 1,
-            INPUT_PRECISION,
-        )
+    b_acc, b_m, b_l = over_key_tiles(
+        _softmax_step,
+        (b_acc, b_m, b_l),
+        None,
+        b_q,
+        k + i_b * stride_k[0] + i_h * stride_k[1],
+        v + i_b * stride_v[0] + i_h * stride_v[1],
+        stride_k[2],
+        stride_v[2],
+        first_key,
+        b_first,
+        b_last,
+        lo,
+        hi,
+        Tk,
+        scale_log2,
+        D,
+        BLOCK_D,
+        BLOCK_N,
+        INPUT_PRECISION,
+    )
 
     # a row that saw nothing: out 0, lse -inf
     b_seen = b_l != 0.0  # NaN too
     b_l = tl.where(b_seen, b_l, 1.0)
     b_acc = b_acc / b_l[:, None]
     b_lse = tl.where(b_seen, (b_m + tl.log2(b_l)) * LN2, float("-inf"))
-    p_o = out + i_s * stride_o[0] + i_b * stride_o[1] + o_h * stride_o[2] + o_t * stride_o[3]
+    p_o = row_pointers(out + i_s * stride_part, stride_o, i_b, o_h, o_t)
     tl.store(p_o[:, None] + o_d[None, :], b_acc.to(out.dtype.element_ty), mask=m_row[:, None] & m_d[None, :])
     p_l = lse + ((i_s * (tl.num_programs(0) // n_tiles) + i_b * Hkv) * G + o_h) * Tq + o_t
     tl.store(p_l, b_lse, mask=m_row)
@@ -307,7 +263,8 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
                 lse_part,
                 *(strides(x) for x in (q, k, v)),
                 *(image_strides(x, image_index is not None) for x in (image_k, image_v)),
-                out_part.stride()[:4],
+                strides(out_part[0]),
+                out_part.stride(0),
                 kv_heads,
                 q_len,
                 k_len,

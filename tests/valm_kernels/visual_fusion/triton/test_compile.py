@@ -13,13 +13,15 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import torch
 import triton
 
-from tests.valm_kernels.visual_fusion.triton_compile import (
+from tests.valm_kernels.visual_fusion.triton.compile_record import (
     SHARED_PER_BLOCK,
+    TABLE,
     all_cases,
     compile_case,
     compile_kernel,
     meta_inputs,
     read_table,
+    variant,
 )
 
 # The tiles of 8.0 also serve 8.6, 8.9 and 12.x, whose blocks have less shared memory.
@@ -27,43 +29,45 @@ SHARED_LIMIT = {**SHARED_PER_BLOCK, 80: 99 * 1024}
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
 
-def is_quick(case: str, kernel: str, pooled: bool, arch: int, head_dim: int, dtype: str) -> bool:
-    quick_kernel = kernel in ("forward", "query", "key") and not pooled
+def is_quick(kernel: str, call: str, arch: int, head_dim: int, dtype: str) -> bool:
+    quick_kernel = kernel in ("forward", "query", "key") and call == "dense"
     return quick_kernel and arch == 90 and head_dim in (64, 128) and dtype == "float16"
 
 
 def cases():
     for case in all_cases():
+        kernel, call, arch, head_dim, dtype = case
         marks = () if is_quick(*case) else pytest.mark.slow
-        yield pytest.param(*case, marks=marks, id="-".join(map(str, (case[0], *case[3:]))))
+        yield pytest.param(*case, marks=marks, id=f"{kernel} {variant(call, head_dim, dtype)} sm_{arch}")
 
 
-every_case = pytest.mark.parametrize(("case", "kernel", "pooled", "arch", "head_dim", "dtype"), list(cases()))
+every_case = pytest.mark.parametrize(("kernel", "call", "arch", "head_dim", "dtype"), list(cases()))
 
 
 @every_case
-def test_compiles_within_limits(case, kernel, pooled, arch, head_dim, dtype):
+def test_compiles_within_limits(kernel, call, arch, head_dim, dtype):
     """What holds under every version of Triton."""
-    report = compile_case(case, kernel, pooled, arch, head_dim, dtype)
+    report = compile_case(kernel, call, arch, head_dim, dtype)
     assert report.shared_bytes <= SHARED_LIMIT[arch]
     if dtype != "float32" or head_dim <= 128 or kernel in ("merge", "pool"):
         assert report.spill_bytes == 0
     if kernel in ("forward", "query", "key"):
         assert report.mma
     # the tiles of D = 256 are too small for the instructions of a whole warp group
-    if dtype != "float32" and head_dim <= 128 and case in ("forward", "forward pooled", "backward key"):
+    if dtype != "float32" and head_dim <= 128 and kernel in ("forward", "key") and call != "decode":
         assert TENSOR_CORES[arch] in report.mma
 
 
 @every_case
-def test_figures_are_those_on_record(case, kernel, pooled, arch, head_dim, dtype):
+def test_figures_are_those_on_record(kernel, call, arch, head_dim, dtype):
     """Registers, spills, shared memory and occupancy, under the version of Triton that the table was written with."""
     version, table = read_table()
     if triton.__version__ != version:
-        pytest.skip(f"docs/triton_compile.csv has the figures of Triton {version}, here is {triton.__version__}")
-    assert compile_case(case, kernel, pooled, arch, head_dim, dtype) == table[case, arch, head_dim, dtype], (
+        pytest.skip(f"{TABLE.name} has the figures of Triton {version}, here is {triton.__version__}")
+    report = compile_case(kernel, call, arch, head_dim, dtype)
+    assert report == table[report.kernel, report.variant, report.arch], (
         "the compiler's figures changed; where that is meant, write the table anew with "
-        "`python -m tests.valm_kernels.visual_fusion.triton_compile`"
+        "`python -m tests.valm_kernels.visual_fusion.triton.compile_record`"
     )
 
 
@@ -75,7 +79,7 @@ BIASES = ("image_k_bias", "image_v_bias", "image_logit_bias")
 IMAGES = ("image_k", "image_v", "image_index", "image_mask")
 DENSE, POOLED = (64, torch.float16, False), (64, torch.float16, True)
 
-# The table has every argument switched on; here is what an ordinary call leaves out or has otherwise.
+# The table has every argument switched on; here is what an ordinary call omits or has otherwise.
 VARIANTS = {
     "text alone": lambda: without(meta_inputs(*DENSE), *IMAGES, *BIASES, "first_key"),
     "no biases, no first_key": lambda: without(meta_inputs(*POOLED), *BIASES, "first_key"),
@@ -96,17 +100,19 @@ SPILLS = {("head of 80", "key"): 8}
 
 @pytest.mark.parametrize("kernel", ["forward", "query", "key", "pool"])
 @pytest.mark.parametrize(
-    "variant", [v if v == "text alone" else pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS]
+    "call", [c if c == "text alone" else pytest.param(c, marks=pytest.mark.slow) for c in VARIANTS]
 )
-def test_every_kind_of_call_compiles(variant, kernel):
-    inputs = VARIANTS[variant]()
+def test_every_kind_of_call_compiles(call, kernel):
+    inputs = VARIANTS[call]()
     if kernel == "pool" and inputs.image_index is None:
         pytest.skip("the dense layout has no pool")
-    report = compile_kernel(variant, kernel, 90, inputs, with_lse=False)
-    assert report.spill_bytes <= SPILLS.get((variant, kernel), 0) and report.shared_bytes <= SHARED_LIMIT[90]
+    report = compile_kernel(kernel, call, 90, inputs, with_lse=False)
+    assert report.spill_bytes <= SPILLS.get((call, kernel), 0) and report.shared_bytes <= SHARED_LIMIT[90]
     assert report.mma or kernel == "pool"
 
 
 def test_table_has_every_case():
     _, table = read_table()
-    assert list(table) == [(case, arch, head_dim, dtype) for case, _, _, arch, head_dim, dtype in all_cases()]
+    assert list(table) == [
+        (kernel, variant(call, head_dim, dtype), f"sm_{arch}") for kernel, call, arch, head_dim, dtype in all_cases()
+    ]

@@ -1,6 +1,6 @@
 """Gradients of the image pool: a segmented reduction over the slots that name an image.
 
-The maths is in triton_backward.py. The slots (b, t, k) are sorted by image once; a program then owns one image of one
+The maths is in backward.py. The slots (b, t, k) are sorted by image once; a program then owns one image of one
 key-value head and sums dt q and b do over its slots in that order, so the result is the same in every run.
 """
 
@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from valm_kernels.visual_fusion.triton_common import strides
-from valm_kernels.visual_fusion.triton_tiles import block_d
+from valm_kernels.visual_fusion.triton.launch import strides
+from valm_kernels.visual_fusion.triton.tiles import block_d
 
 # Slots per step of a program, and the columns of a row that one of its warps sums: at least two warps. Chosen by the
 # registers that the compiler reports, not yet measured on a card.

@@ -1,4 +1,4 @@
-"""The choice of tiles, with launches that are only counted; test_triton_backward.py tunes the kernels themselves."""
+"""The choice of tiles, with launches that are only counted; test_backward.py tunes the kernels themselves."""
 
 import importlib.util
 
@@ -10,9 +10,9 @@ if importlib.util.find_spec("triton") is None:
 
 from triton.runtime.errors import OutOfResources
 
-from valm_kernels.visual_fusion import triton_autotune
-from valm_kernels.visual_fusion.triton_autotune import MAX_BLOCK, MAX_STAGES, candidates, choose_tiles
-from valm_kernels.visual_fusion.triton_tiles import _TILES, tiles_for
+from valm_kernels.visual_fusion.triton import autotune
+from valm_kernels.visual_fusion.triton.autotune import MAX_BLOCK, MAX_STAGES, candidates, choose_tiles
+from valm_kernels.visual_fusion.triton.tiles import _TILES, tiles_for
 
 KEY = ("key", 80, 64, torch.float16)  # 80 is what `architecture` says of a CPU tensor
 TABLE = tiles_for(*KEY)
@@ -22,15 +22,15 @@ TABLE = tiles_for(*KEY)
 def tuning(monkeypatch, tmp_path):
     """Tuning switched on, with nothing chosen yet; returns what was launched. A launch takes block_m milliseconds."""
     launched = []
-    monkeypatch.setattr(triton_autotune, "AUTOTUNE", True)
-    monkeypatch.setattr(triton_autotune, "_chosen", {})
+    monkeypatch.setattr(autotune, "AUTOTUNE", True)
+    monkeypatch.setattr(autotune, "_chosen", {})
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
     def do_bench(function, return_mode):
         function()
         return launched[-1].block_m
 
-    monkeypatch.setattr(triton_autotune.triton.testing, "do_bench", do_bench)
+    monkeypatch.setattr(autotune.triton.testing, "do_bench", do_bench)
     return launched
 
 
@@ -42,7 +42,7 @@ def test_table_unless_asked():
     def launch(tiles):
         raise AssertionError("launched without being asked to tune")
 
-    assert not triton_autotune.AUTOTUNE
+    assert not autotune.AUTOTUNE
     assert choose_tiles("key", q(), launch) == TABLE
 
 
@@ -79,11 +79,11 @@ def test_candidates_that_do_not_fit_the_card_are_passed_over(tuning):
 def test_choice_is_kept_on_disk(tuning, monkeypatch):
     chosen = choose_tiles("key", q(), tuning.append)
     tuning.clear()
-    monkeypatch.setattr(triton_autotune, "_chosen", {})  # another process
+    monkeypatch.setattr(autotune, "_chosen", {})  # another process
     assert choose_tiles("key", q(), tuning.append) == chosen
     assert not tuning
-    monkeypatch.setattr(triton_autotune, "_chosen", {})
-    monkeypatch.setattr(triton_autotune, "_source_hash", lambda: "other kernels")
+    monkeypatch.setattr(autotune, "_chosen", {})
+    monkeypatch.setattr(autotune, "_source_hash", lambda: "other kernels")
     choose_tiles("key", q(), tuning.append)
     assert tuning
 
@@ -99,5 +99,5 @@ def test_each_kernel_architecture_head_dim_and_dtype_is_tuned_for_itself(tuning,
     assert measured("query", q())
     assert measured("key", q(head_dim=80))
     assert measured("key", q(dtype=torch.bfloat16))
-    monkeypatch.setattr(triton_autotune, "architecture", lambda _: 90)
+    monkeypatch.setattr(autotune, "architecture", lambda _: 90)
     assert measured("key", q())

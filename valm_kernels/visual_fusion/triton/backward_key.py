@@ -1,4 +1,4 @@
-"""Gradients that belong to text keys, dk and dv; the maths is in triton_backward.py."""
+"""Gradients that belong to text keys, dk and dv; the maths is in backward.py."""
 
 from __future__ import annotations
 
@@ -7,16 +7,10 @@ import triton.language as tl
 from torch import Tensor
 
 from valm_kernels.visual_fusion.inputs import Inputs
-from valm_kernels.visual_fusion.triton_autotune import choose_tiles
-from valm_kernels.visual_fusion.triton_common import (
-    LOG2E,
-    kernel_constants,
-    load_lse,
-    strides,
-    tile_rows,
-    visible_keys,
-)
-from valm_kernels.visual_fusion.triton_tiles import Tiles
+from valm_kernels.visual_fusion.triton.autotune import choose_tiles
+from valm_kernels.visual_fusion.triton.launch import kernel_constants, strides
+from valm_kernels.visual_fusion.triton.primitives import LOG2E, load_lse, load_rows, tile_rows, visible_keys
+from valm_kernels.visual_fusion.triton.tiles import Tiles
 
 # Queries per step of the scan of first_key. Chosen by arithmetic, not yet measured on a card.
 SCAN = 1024
@@ -85,15 +79,11 @@ def _key_query_tiles(
     INPUT_PRECISION: tl.constexpr,
 ):
     """Adds the queries of [begin, end) to dk / scale and dv. MASKED: some of them may not see every key."""
-    o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < D
     for i_t in range(begin, end, BLOCK_M // BLOCK_G):
         o_t, o_h, m_row = tile_rows(i_t, i_h, Tq, G, BLOCK_G, BLOCK_M)
-        p_q = q + i_b * stride_q[0] + o_h * stride_q[1] + o_t * stride_q[2]
-        p_do = grad_out + i_b * stride_do[0] + o_h * stride_do[1] + o_t * stride_do[2]
         # [BM, BD]
-        b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_d[None, :], other=0.0)
-        b_do = tl.load(p_do[:, None] + o_d[None, :], mask=m_d[None, :], other=0.0)
+        b_q = load_rows(q, stride_q, i_b, o_h, o_t, D, BLOCK_D)
+        b_do = load_rows(grad_out, stride_do, i_b, o_h, o_t, D, BLOCK_D)
         # [BM]
         o_row = (i_b * Hkv * G + o_h) * Tq + o_t
         b_lse = load_lse(lse, o_row, m_row)

@@ -1,6 +1,6 @@
-"""The forward kernels under Triton's interpreter; test_triton_interpreted.py starts the process.
+"""The forward kernels under Triton's interpreter; test_interpreted.py starts the process.
 
-That forward and backward agree with the reference on every problem is in test_triton_backward.py.
+That forward and backward agree with the reference on every problem is in test_backward.py.
 """
 
 import os
@@ -9,13 +9,13 @@ import pytest
 import torch
 
 if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("run by test_triton_interpreted.py with TRITON_INTERPRET=1", allow_module_level=True)
+    pytest.skip("run by test_interpreted.py with TRITON_INTERPRET=1", allow_module_level=True)
 
 from tests.tolerance import assert_accurate
 from tests.valm_kernels.visual_fusion.problems import BEYOND_32_BITS, PROBLEMS, Problem, assert_passes_nan_on, far_apart
-from tests.valm_kernels.visual_fusion.small_tiles import use_small_tiles
+from tests.valm_kernels.visual_fusion.triton.small_tiles import use_small_tiles
 from valm_kernels import visual_fusion_attn
-from valm_kernels.visual_fusion import triton_forward
+from valm_kernels.visual_fusion.triton import forward
 
 
 def assert_forward_accurate(problem, dtype):
@@ -34,7 +34,7 @@ def assert_forward_accurate(problem, dtype):
 @pytest.mark.parametrize("splits", [1, 2, 5])
 def test_split_keys(monkeypatch, name, splits):
     use_small_tiles(monkeypatch, PROBLEMS[name])
-    monkeypatch.setattr(triton_forward, "key_splits", lambda *_: splits)
+    monkeypatch.setattr(forward, "key_splits", lambda *_: splits)
     assert_forward_accurate(PROBLEMS[name], torch.float32)
 
 
@@ -45,11 +45,11 @@ def test_agrees_in_float16(monkeypatch, name):
 
 
 def test_splits_fill_the_chip_but_keep_keys_to_work_on():
-    assert triton_forward.key_splits(programs=132, k_len=10**6, multiprocessors=132) == 1
-    assert triton_forward.key_splits(programs=12, k_len=8192, multiprocessors=132) == 22
-    assert triton_forward.key_splits(programs=12, k_len=1024, multiprocessors=132) == 4
-    assert triton_forward.key_splits(programs=12, k_len=100, multiprocessors=132) == 1
-    assert triton_forward.key_splits(programs=1, k_len=10**6, multiprocessors=132) == triton_forward.MAX_SPLITS
+    assert forward.key_splits(programs=132, k_len=10**6, multiprocessors=132) == 1
+    assert forward.key_splits(programs=12, k_len=8192, multiprocessors=132) == 22
+    assert forward.key_splits(programs=12, k_len=1024, multiprocessors=132) == 4
+    assert forward.key_splits(programs=12, k_len=100, multiprocessors=132) == 1
+    assert forward.key_splits(programs=1, k_len=10**6, multiprocessors=132) == forward.MAX_SPLITS
 
 
 @pytest.mark.parametrize("first", ["monotone", "random"])
@@ -70,10 +70,10 @@ def test_splits_share_out_the_keys_of_a_window(monkeypatch):
     """Each of the splits has a part of what the window leaves, not of all keys."""
     problem = Problem(batch=1, query_heads=1, kv_heads=1, num_queries=1, prefix=511, num_images=0, biases=False)
     use_small_tiles(monkeypatch, problem)  # tiles of 64
-    monkeypatch.setattr(triton_forward, "key_splits", lambda *_: 4)
+    monkeypatch.setattr(forward, "key_splits", lambda *_: 4)
     parts = []
-    merge = triton_forward._merge_kernel
-    monkeypatch.setattr(triton_forward, "_merge_kernel", Recorder(merge, parts))
+    merge = forward._merge_kernel
+    monkeypatch.setattr(forward, "_merge_kernel", Recorder(merge, parts))
     inputs = problem.inputs(torch.float32)
     inputs["first_key"] = torch.full((1, 1), 256, dtype=torch.int32)
     out = visual_fusion_attn(**inputs, impl="triton")
@@ -107,7 +107,7 @@ def test_nan_is_passed_on(name):
 
 @pytest.mark.parametrize("index", [-2, 11])
 def test_index_out_of_range_is_found_where_asked(monkeypatch, index):
-    monkeypatch.setattr(triton_forward, "CHECK_INDEX", True)
+    monkeypatch.setattr(forward, "CHECK_INDEX", True)
     inputs = PROBLEMS["pooled"].inputs(torch.float32)
     inputs["image_index"][1, 3, 2] = index
     with pytest.raises(ValueError, match=rf"image_index must be -1 .* from 0 to 10, got {index}"):

@@ -1,9 +1,9 @@
 """Tile sizes, warps and pipeline stages of the Triton kernels, by architecture, head dimension and dtype.
 
-Not yet measured on a card. Each entry was chosen by what the compiler reports (docs/triton_compile.csv): of the
-candidates that spill no register and leave at least eight warps resident per multiprocessor, the one whose tiles reuse
-most. Where float32 at D = 256 has no such candidate, the smallest tiles stand; the table has their figures.
-VALM_KERNELS_AUTOTUNE=1 measures around these entries on the card that is there (triton_autotune.py).
+Not yet measured on a card. Each entry was chosen by what the compiler reports (benchmarks/records/triton_compile.csv):
+of the candidates that spill no register and allow at least eight warps resident per multiprocessor, the one whose tiles
+reuse most. Where float32 at D = 256 has no such candidate, the smallest tiles stand; the table has their figures.
+VALM_KERNELS_AUTOTUNE=1 measures around these entries on the card that is there (autotune.py).
 """
 
 from __future__ import annotations

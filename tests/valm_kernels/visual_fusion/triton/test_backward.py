@@ -1,4 +1,4 @@
-"""The kernels under Triton's interpreter, forward and backward; test_triton_interpreted.py starts the process."""
+"""The kernels under Triton's interpreter, forward and backward; test_interpreted.py starts the process."""
 
 import os
 from dataclasses import replace
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("run by test_triton_interpreted.py with TRITON_INTERPRET=1", allow_module_level=True)
+    pytest.skip("run by test_interpreted.py with TRITON_INTERPRET=1", allow_module_level=True)
 
 from tests.valm_kernels.visual_fusion.problems import (
     BEYOND_32_BITS,
@@ -18,10 +18,10 @@ from tests.valm_kernels.visual_fusion.problems import (
     assert_unseen_gradient_of_lse_is_ignored,
     far_apart,
 )
-from tests.valm_kernels.visual_fusion.small_tiles import use_small_tiles
 from tests.valm_kernels.visual_fusion.test_op import forward_op, op_arguments
+from tests.valm_kernels.visual_fusion.triton.small_tiles import use_small_tiles
 from valm_kernels import visual_fusion_attn
-from valm_kernels.visual_fusion import triton_autotune
+from valm_kernels.visual_fusion.triton import autotune
 
 # Between them they take every branch of the kernels; the other problems are slow here.
 QUICK = {
@@ -61,8 +61,8 @@ def test_tuned_launches_agree_with_float64_reference(monkeypatch, tmp_path):
     """Every launcher may run many times, with other tiles each time, and the last choice gives the result."""
     problem = Problem(batch=1, query_heads=2, kv_heads=1, num_queries=20, num_images=2, pool_size=3)
     use_small_tiles(monkeypatch, problem)
-    monkeypatch.setattr(triton_autotune, "AUTOTUNE", True)
-    monkeypatch.setattr(triton_autotune, "_chosen", {})
+    monkeypatch.setattr(autotune, "AUTOTUNE", True)
+    monkeypatch.setattr(autotune, "_chosen", {})
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     times = iter(range(0, -1000, -1))  # the last candidate is the fastest
 
@@ -70,9 +70,9 @@ def test_tuned_launches_agree_with_float64_reference(monkeypatch, tmp_path):
         function()
         return next(times)
 
-    monkeypatch.setattr(triton_autotune.triton.testing, "do_bench", do_bench)
+    monkeypatch.setattr(autotune.triton.testing, "do_bench", do_bench)
     assert_solves("triton", problem, torch.float32)
-    assert {key[0]: tiles.num_stages for key, tiles in triton_autotune._chosen.items()} == dict.fromkeys(
+    assert {key[0]: tiles.num_stages for key, tiles in autotune._chosen.items()} == dict.fromkeys(
         ("forward", "query", "key"), 3
     )
 

@@ -12,10 +12,10 @@ With the joint lse, all weights are recomputed one tile at a time (FlashAttentio
     dimage_k_bias = scale sum dt_k q    dimage_v_bias = sum b_k do       dimage_logit_bias = sum dt_k
 
 Three kernels, by what their programs own:
-- query tiles (triton_backward_query.py): dq, delta, one partial sum of each bias gradient per program, and of the
+- query tiles (backward_query.py): dq, delta, one partial sum of each bias gradient per program, and of the
   images either their gradients (dense layout: an image belongs to one query) or dt and b (pooled layout);
-- key tiles (triton_backward_key.py): dk and dv;
-- images of the pool (triton_backward_pool.py): dimage_k and dimage_v from dt and b.
+- key tiles (backward_key.py): dk and dv;
+- images of the pool (backward_pool.py): dimage_k and dimage_v from dt and b.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from torch import Tensor
 
 from valm_kernels.visual_fusion.inputs import Inputs
 from valm_kernels.visual_fusion.layout import empty_rows_like, empty_tokens_first, whole_rows
-from valm_kernels.visual_fusion.triton_backward_key import key_gradients
-from valm_kernels.visual_fusion.triton_backward_pool import pool_gradients
-from valm_kernels.visual_fusion.triton_backward_query import query_gradients
-from valm_kernels.visual_fusion.triton_common import contiguous, kernel_inputs
+from valm_kernels.visual_fusion.triton.backward_key import key_gradients
+from valm_kernels.visual_fusion.triton.backward_pool import pool_gradients
+from valm_kernels.visual_fusion.triton.backward_query import query_gradients
+from valm_kernels.visual_fusion.triton.launch import contiguous, kernel_inputs
 
 
 def backward(

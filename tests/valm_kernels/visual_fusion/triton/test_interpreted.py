@@ -1,7 +1,7 @@
 """Runs the tests of the Triton kernels under Triton's interpreter.
 
 Triton decides on import whether its kernels are compiled or interpreted, so the interpreter needs a process of its own.
-By hand:  TRITON_INTERPRET=1 pytest tests/valm_kernels/visual_fusion/test_triton_forward.py
+By hand:  TRITON_INTERPRET=1 pytest tests/valm_kernels/visual_fusion/triton/test_forward.py
 """
 
 import os
@@ -20,7 +20,7 @@ def run_interpreted(file: str, marker: str) -> None:
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", marker, FOLDER / file],
         env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=FOLDER.parents[2],
+        cwd=FOLDER.parents[3],
         capture_output=True,
         text=True,
     )
@@ -28,11 +28,11 @@ def run_interpreted(file: str, marker: str) -> None:
     assert "skipped" not in run.stdout, run.stdout
 
 
-@pytest.mark.parametrize("file", ["test_triton_forward.py", "test_triton_backward.py"])
+@pytest.mark.parametrize("file", ["test_forward.py", "test_backward.py"])
 def test_kernels_under_interpreter(file):
     run_interpreted(file, "not slow")
 
 
 @pytest.mark.slow
 def test_kernels_under_interpreter_on_all_problems():
-    run_interpreted("test_triton_backward.py", "slow")
+    run_interpreted("test_backward.py", "slow")

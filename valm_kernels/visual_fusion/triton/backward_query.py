@@ -1,4 +1,4 @@
-"""Gradients that belong to queries: dq, delta and all of the images'; the maths is in triton_backward.py."""
+"""Gradients that belong to queries: dq, delta and all of the images'; the maths is in backward.py."""
 
 from __future__ import annotations
 
@@ -10,66 +10,32 @@ import triton.language as tl
 from torch import Tensor
 
 from valm_kernels.visual_fusion.inputs import Inputs
-from valm_kernels.visual_fusion.triton_autotune import choose_tiles
-from valm_kernels.visual_fusion.triton_common import (
+from valm_kernels.visual_fusion.triton.autotune import choose_tiles
+from valm_kernels.visual_fusion.triton.launch import image_strides, kernel_constants, num_images, strides
+from valm_kernels.visual_fusion.triton.primitives import (
     LOG2E,
-    image_rows,
-    image_strides,
-    kernel_constants,
-    key_tile_range,
+    image_score_offset,
+    image_slots,
+    load_bias,
+    load_images,
     load_lse,
-    num_images,
-    strides,
+    load_rows,
+    over_key_tiles,
+    row_pointers,
     tile_rows,
     visible_keys,
 )
-from valm_kernels.visual_fusion.triton_tiles import Tiles
+from valm_kernels.visual_fusion.triton.tiles import Tiles
 
 
 @triton.jit
-def _query_text_tiles(
-    b_dq,
-    b_q,
-    b_do,
-    b_lse,
-    b_delta,
-    p_k,
-    p_v,
-    stride_kn,
-    stride_vn,
-    b_first,
-    b_last,
-    begin,
-    end,
-    Tk,
-    scale_log2,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-):
-    """Adds the key tiles of [begin, end) to dq / scale. MASKED: some row may not see all their keys."""
-    o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < D
-    for i_n in range(begin, end, BLOCK_N):
-        o_n = i_n + tl.arange(0, BLOCK_N)
-        m_n = m_d[None, :]
-        if MASKED:
-            m_n = m_n & (o_n < Tk)[:, None]
-        o_row = o_n.to(tl.int64)[:, None]
-        # [BN, BD]
-        b_k = tl.load(p_k + o_row * stride_kn + o_d[None, :], mask=m_n, other=0.0)
-        b_v = tl.load(p_v + o_row * stride_vn + o_d[None, :], mask=m_n, other=0.0)
-        # [BM, BN]
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=INPUT_PRECISION) * scale_log2
-        b_p = tl.exp2(b_s - b_lse[:, None])
-        if MASKED:
-            b_p = tl.where((o_n[None, :] >= b_first[:, None]) & (o_n[None, :] <= b_last[:, None]), b_p, 0.0)
-        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=INPUT_PRECISION)
-        b_ds = b_p * (b_dp - b_delta[:, None])
-        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=INPUT_PRECISION)
-    return b_dq
+def _dq_step(b_dq, row_values, b_s, b_k, b_v, INPUT_PRECISION: tl.constexpr):
+    """Adds a key tile to dq / scale."""
+    b_do, b_lse, b_delta = row_values
+    b_p = tl.exp2(b_s - b_lse[:, None])
+    b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=INPUT_PRECISION)
+    b_ds = b_p * (b_dp - b_delta[:, None])
+    return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=INPUT_PRECISION)
 
 
 @triton.jit
@@ -133,13 +99,10 @@ def _query_kernel(
     o_t, o_h, m_row = tile_rows(i_m * BLOCK_T, i_h, Tq, G, BLOCK_G, BLOCK_M)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
-    p_q = q + i_b * stride_q[0] + o_h * stride_q[1] + o_t * stride_q[2]
-    p_o = out + i_b * stride_o[0] + o_h * stride_o[1] + o_t * stride_o[2]
-    p_do = grad_out + i_b * stride_do[0] + o_h * stride_do[1] + o_t * stride_do[2]
     # [BM, BD]
-    b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_d[None, :], other=0.0)
-    b_o = tl.load(p_o[:, None] + o_d[None, :], mask=m_d[None, :], other=0.0)
-    b_do = tl.load(p_do[:, None] + o_d[None, :], mask=m_d[None, :], other=0.0)
+    b_q = load_rows(q, stride_q, i_b, o_h, o_t, D, BLOCK_D)
+    b_o = load_rows(out, stride_o, i_b, o_h, o_t, D, BLOCK_D)
+    b_do = load_rows(grad_out, stride_do, i_b, o_h, o_t, D, BLOCK_D)
     # [BM]
     o_row = (i_b * Hkv * G + o_h) * Tq + o_t
     b_lse = load_lse(lse, o_row, m_row)
@@ -154,32 +117,23 @@ def _query_kernel(
     if image_k is not None:
         b_qf = b_q.to(tl.float32)
         b_dof = b_do.to(tl.float32)
-        # what all images of a row share in their score and in db, [BM]
-        b_t0 = tl.zeros([BLOCK_M], tl.float32)
+        b_offset = image_score_offset(b_qf, image_k_bias, image_logit_bias, i_h, o_h, scale_log2, D, BLOCK_D)
+        # what all images of a row share in db - delta, [BM]
         b_db0 = -b_delta
-        if image_k_bias is not None:
-            b_kb = tl.load(image_k_bias + i_h * D + o_d, mask=m_d, other=0.0).to(tl.float32)
-            b_t0 += tl.sum(b_qf * b_kb[None, :], 1) * scale_log2
-        if image_logit_bias is not None:
-            b_t0 += tl.load(image_logit_bias + o_h).to(tl.float32) * LOG2E
         if image_v_bias is not None:
-            b_vb = tl.load(image_v_bias + i_h * D + o_d, mask=m_d, other=0.0).to(tl.float32)
-            b_db0 += tl.sum(b_dof * b_vb[None, :], 1)
+            b_db0 += tl.sum(b_dof * load_bias(image_v_bias, i_h, D, BLOCK_D)[None, :], 1)
         b_dt_sum = tl.zeros([BLOCK_M], tl.float32)
         b_b_sum = tl.zeros([BLOCK_M], tl.float32)
-        p_ik = image_k + i_b * stride_ik[0] + i_h * stride_ik[1] + o_t * stride_ik[2]
-        p_iv = image_v + i_b * stride_iv[0] + i_h * stride_iv[1] + o_t * stride_iv[2]
         # one row per position: where the gradients of a group's shared images go, [BT]
         o_t1 = i_m * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
         m_t1 = (o_t1 < Tq)[:, None] & m_d[None, :]
         for i_k in range(0, K):
-            o_slot, m_image = image_rows(image_index, image_mask, i_b, o_t, i_k, Tq, K)
-            m_id = m_image[:, None] & m_d[None, :]
+            o_slot, m_image = image_slots(image_index, image_mask, i_b, o_t, i_k, Tq, K)
             # [BM, BD]
-            b_ik = tl.load((p_ik + o_slot * stride_ik[3])[:, None] + o_d[None, :], mask=m_id, other=0.0).to(tl.float32)
-            b_iv = tl.load((p_iv + o_slot * stride_iv[3])[:, None] + o_d[None, :], mask=m_id, other=0.0).to(tl.float32)
+            b_ik = load_images(image_k, stride_ik, i_b, i_h, o_t, o_slot, m_image, D, BLOCK_D)
+            b_iv = load_images(image_v, stride_iv, i_b, i_h, o_t, o_slot, m_image, D, BLOCK_D)
             # [BM]
-            b_t = tl.sum(b_qf * b_ik, 1) * scale_log2 + b_t0
+            b_t = tl.sum(b_qf * b_ik, 1) * scale_log2 + b_offset
             b_b = tl.where(m_image, tl.exp2(b_t - b_lse), 0.0)
             b_dt = b_b * (tl.sum(b_dof * b_iv, 1) + b_db0)
             b_dq += b_dt[:, None] * b_ik
@@ -189,12 +143,8 @@ def _query_kernel(
                 # [BT, BD]
                 b_dik = tl.sum(tl.reshape((b_dt * scale)[:, None] * b_qf, [BLOCK_T, BLOCK_G, BLOCK_D]), 1)
                 b_div = tl.sum(tl.reshape(b_b[:, None] * b_dof, [BLOCK_T, BLOCK_G, BLOCK_D]), 1)
-                p_dik = (
-                    dimage_k + i_b * stride_dik[0] + i_h * stride_dik[1] + o_t1 * stride_dik[2] + i_k * stride_dik[3]
-                )
-                p_div = (
-                    dimage_v + i_b * stride_div[0] + i_h * stride_div[1] + o_t1 * stride_div[2] + i_k * stride_div[3]
-                )
+                p_dik = row_pointers(dimage_k, stride_dik, i_b, i_h, o_t1) + i_k * stride_dik[3]
+                p_div = row_pointers(dimage_v, stride_div, i_b, i_h, o_t1) + i_k * stride_div[3]
                 tl.store(p_dik[:, None] + o_d[None, :], b_dik.to(dimage_k.dtype.element_ty), mask=m_t1)
                 tl.store(p_div[:, None] + o_d[None, :], b_div.to(dimage_v.dtype.element_ty), mask=m_t1)
             else:
@@ -203,7 +153,7 @@ def _query_kernel(
                 tl.store(image_b + o_coefficient, b_b, mask=m_row)
         i_part = i_m * (tl.num_programs(0) // n_tiles) + i_bh
         if image_k_bias is not None:
-            b_dq += b_dt_sum[:, None] * b_kb[None, :]
+            b_dq += b_dt_sum[:, None] * load_bias(image_k_bias, i_h, D, BLOCK_D)[None, :]
             tl.store(dimage_k_bias + i_part * D + o_d, tl.sum((b_dt_sum * scale)[:, None] * b_qf, 0), mask=m_d)
         if image_v_bias is not None:
             tl.store(dimage_v_bias + i_part * D + o_d, tl.sum(b_b_sum[:, None] * b_dof, 0), mask=m_d)
@@ -213,34 +163,28 @@ def _query_kernel(
             tl.store(dimage_logit_bias + i_part * BLOCK_G + o_g, b_dlogit)
 
     b_first, b_last = visible_keys(first_key, i_b, o_t, Tq, Tk, CAUSAL)
-    begin, full_begin, full_end, end = key_tile_range(b_first, b_last, 0, Tk, BLOCK_N)
-    p_k = k + i_b * stride_k[0] + i_h * stride_k[1]
-    p_v = v + i_b * stride_v[0] + i_h * stride_v[1]
-    # without first_key every row sees the keys from the first on, and only the end needs a mask
-    for i_part in tl.static_range(0 if first_key is not None else 1, 3):
-        b_dq = _query_text_tiles(
-            b_dq,
-            b_q,
-            b_do,
-            b_lse,
-            b_delta,
-            p_k,
-            p_v,
-            stride_k[2],
-            stride_v[2],
-            b_first,
-            b_last,
-            begin if i_part == 0 else (full_begin if i_part == 1 else full_end),
-            tl.minimum(full_begin, end) if i_part == 0 else (full_end if i_part == 1 else end),
-            Tk,
-            scale_log2,
-            D,
-            BLOCK_D,
-            BLOCK_N,
-            i_part != 1,
-            INPUT_PRECISION,
-        )
-    p_dq = dq + i_b * stride_dq[0] + o_h * stride_dq[1] + o_t * stride_dq[2]
+    b_dq = over_key_tiles(
+        _dq_step,
+        b_dq,
+        (b_do, b_lse, b_delta),
+        b_q,
+        k + i_b * stride_k[0] + i_h * stride_k[1],
+        v + i_b * stride_v[0] + i_h * stride_v[1],
+        stride_k[2],
+        stride_v[2],
+        first_key,
+        b_first,
+        b_last,
+        0,
+        Tk,
+        Tk,
+        scale_log2,
+        D,
+        BLOCK_D,
+        BLOCK_N,
+        INPUT_PRECISION,
+    )
+    p_dq = row_pointers(dq, stride_dq, i_b, o_h, o_t)
     tl.store(p_dq[:, None] + o_d[None, :], (b_dq * scale).to(dq.dtype.element_ty), mask=m_row[:, None] & m_d[None, :])
 
 

@@ -27,8 +27,8 @@ from torch import Tensor
 from triton.runtime.cache import get_cache_manager
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from valm_kernels.visual_fusion.triton_common import architecture
-from valm_kernels.visual_fusion.triton_tiles import Tiles, tiles_for
+from valm_kernels.visual_fusion.triton.launch import architecture
+from valm_kernels.visual_fusion.triton.tiles import Tiles, tiles_for
 
 AUTOTUNE = os.environ.get("VALM_KERNELS_AUTOTUNE") == "1"
 MAX_BLOCK, MAX_STAGES = 128, 4
@@ -95,5 +95,5 @@ def _measure(launch: Callable[[Tiles], Any], tiles: Tiles) -> float:
 
 @cache
 def _source_hash() -> str:
-    sources = sorted(Path(__file__).parent.glob("triton_*.py"))
+    sources = sorted(Path(__file__).parent.glob("*.py"))
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()

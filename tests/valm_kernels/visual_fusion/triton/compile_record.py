@@ -4,10 +4,10 @@ The launchers run on meta tensors with every kernel replaced by a recorder; each
 time exactly as Triton would specialise it for a card of the architecture. Triton keeps what it compiled, by the hash of
 source and options, in its own cache.
 
-The figures of one Triton version are kept in docs/triton_compile.csv. Where a kernel or its tiles changed on purpose,
-this writes the table anew, in a few minutes:
+The figures of one Triton version are recorded in benchmarks/records/triton_compile.csv. Where a kernel or its tiles
+changed on purpose, this writes the table anew, in a few minutes:
 
-    python -m tests.valm_kernels.visual_fusion.triton_compile
+    python -m tests.valm_kernels.visual_fusion.triton.compile_record
 """
 
 from __future__ import annotations
@@ -33,37 +33,37 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from valm_kernels.visual_fusion import (
-    triton_autotune,
-    triton_backward,
-    triton_backward_key,
-    triton_backward_pool,
-    triton_backward_query,
-    triton_forward,
-)
 from valm_kernels.visual_fusion.inputs import Inputs
+from valm_kernels.visual_fusion.triton import (
+    autotune,
+    backward,
+    backward_key,
+    backward_pool,
+    backward_query,
+    forward,
+)
 
-TABLE = Path(__file__).parents[3] / "docs" / "triton_compile.csv"
+TABLE = Path(__file__).parents[4] / "benchmarks" / "records" / "triton_compile.csv"
 ARCHITECTURES = (80, 90, 100)
 HEAD_DIMS = (64, 128, 256)
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 KERNELS = {
-    "forward": (triton_forward, "_forward_kernel"),
-    "merge": (triton_forward, "_merge_kernel"),
-    "query": (triton_backward_query, "_query_kernel"),
-    "key": (triton_backward_key, "_key_kernel"),
-    "pool": (triton_backward_pool, "_pool_kernel"),
+    "forward": (forward, "_forward_kernel"),
+    "merge": (forward, "_merge_kernel"),
+    "query": (backward_query, "_query_kernel"),
+    "key": (backward_key, "_key_kernel"),
+    "pool": (backward_pool, "_pool_kernel"),
 }
-# What is compiled, as (case, kernel, pooled layout). Decoding is one query against a cache of 4096 keys.
+# What is compiled, as (kernel, call). Decoding is one query against a cache of 4096 keys.
 CASES = (
-    ("forward", "forward", False),
-    ("forward pooled", "forward", True),
-    ("decode", "forward", False),
-    ("decode merge", "merge", False),
-    ("backward query", "query", False),
-    ("backward query pooled", "query", True),
-    ("backward key", "key", False),
-    ("backward pool", "pool", True),
+    ("forward", "dense"),
+    ("forward", "pooled"),
+    ("forward", "decode"),
+    ("merge", "decode"),
+    ("query", "dense"),
+    ("query", "pooled"),
+    ("key", "dense"),
+    ("pool", "pooled"),
 )
 # Limits of a multiprocessor and of a block (CUDA C++ Programming Guide, compute capabilities).
 REGISTERS_PER_SM = 65536
@@ -80,17 +80,16 @@ SHARED_RESERVED = 1024
 class Report:
     """One compiled kernel: how it was launched and what the compiler says of it. A row of the table."""
 
-    case: str
-    arch: int
-    head_dim: int
-    dtype: str
+    kernel: str
+    variant: str
+    arch: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
     block_m: int | None
     block_n: int | None
     warps: int
     stages: int
-    registers: int
-    spill_bytes: int
-    shared_bytes: int
     warps_per_sm: int
     mma: str
 
@@ -139,20 +138,20 @@ def meta_inputs(
     return Inputs(q, k, k, image, image, index, mask, bias, bias, logit_bias, first_key, True, head_dim**-0.5)
 
 
-def _record(kernel: str, backward: bool, arch: int, inputs: Inputs, with_lse: bool) -> Recorder:
+def _record(kernel: str, arch: int, inputs: Inputs, with_lse: bool) -> Recorder:
     """The launch of `kernel` in forward or backward on a card of `arch` with the multiprocessors of an H100."""
     q = inputs.q
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(triton_autotune, "architecture", lambda _: arch))
-        stack.enter_context(mock.patch.object(triton_forward, "multiprocessors", lambda _: 132))
+        stack.enter_context(mock.patch.object(autotune, "architecture", lambda _: arch))
+        stack.enter_context(mock.patch.object(forward, "multiprocessors", lambda _: 132))
         recorders = {name: Recorder(getattr(*place)) for name, place in KERNELS.items()}
         for name, place in KERNELS.items():
             stack.enter_context(mock.patch.object(*place, recorders[name]))
-        if backward:
+        if kernel in ("query", "key", "pool"):
             lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-            triton_backward.backward(q, lse if with_lse else None, q, lse, inputs)
+            backward.backward(q, lse if with_lse else None, q, lse, inputs)
         else:
-            triton_forward.forward(inputs)
+            forward.forward(inputs)
     return recorders[kernel]
 
 
@@ -174,17 +173,20 @@ def _specialise(value: Any, path: tuple[int, ...], constants: dict, attributes: 
 
 
 @cache
-def compile_case(case: str, kernel: str, pooled: bool, arch: int, head_dim: int, dtype: str) -> Report:
+def compile_case(kernel: str, call: str, arch: int, head_dim: int, dtype: str) -> Report:
     """Compiles one row of the table; raises what Triton raises where that fails."""
-    lengths = {"q_len": 1, "k_len": 4096} if case.startswith("decode") else {}
-    return compile_kernel(case, kernel, arch, meta_inputs(head_dim, DTYPES[dtype], pooled, **lengths))
+    lengths = {"q_len": 1, "k_len": 4096} if call == "decode" else {}
+    inputs = meta_inputs(head_dim, DTYPES[dtype], call == "pooled", **lengths)
+    return compile_kernel(kernel, variant(call, head_dim, dtype), arch, inputs)
 
 
-def compile_kernel(case: str, kernel: str, arch: int, inputs: Inputs, with_lse: bool = True) -> Report:
+def variant(call: str, head_dim: int, dtype: str) -> str:
+    return f"{call} D{head_dim} {dtype}"
+
+
+def compile_kernel(kernel: str, variant: str, arch: int, inputs: Inputs, with_lse: bool = True) -> Report:
     """Compiles `kernel` as it would be launched for `inputs`, in the backward with a gradient of lse or without."""
-    backward = kernel in ("query", "key", "pool")
-    launch = _record(kernel, backward, arch, inputs, with_lse)
-    head_dim, dtype = inputs.q.shape[3], str(inputs.q.dtype).removeprefix("torch.")
+    launch = _record(kernel, arch, inputs, with_lse)
     function, names = launch.kernel, launch.kernel.arg_names
     options = {n: v for n, v in launch.keywords.items() if n not in names}
     values = dict(zip(names, launch.arguments, strict=False)) | {
@@ -211,17 +213,16 @@ def compile_kernel(case: str, kernel: str, arch: int, inputs: Inputs, with_lse: 
     )
     mma = sorted(set(re.findall(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", compiled.asm["ptx"])))
     return Report(
-        case=case,
-        arch=arch,
-        head_dim=head_dim,
-        dtype=dtype,
+        kernel=kernel,
+        variant=variant,
+        arch=f"sm_{arch}",
+        registers=registers,
+        spill_bytes=spill_bytes,
+        shared_bytes=shared,
         block_m=values.get("BLOCK_M"),
         block_n=values.get("BLOCK_N"),
         warps=warps,
         stages=compiled.metadata.num_stages,
-        registers=registers,
-        spill_bytes=spill_bytes,
-        shared_bytes=shared,
         warps_per_sm=blocks * warps,
         mma=" ".join(mma),
     )
@@ -238,24 +239,24 @@ def _resource_usage(cubin: bytes) -> tuple[int, int]:
     return registers, stack + local
 
 
-def all_cases() -> Iterator[tuple[str, str, bool, int, int, str]]:
+def all_cases() -> Iterator[tuple[str, str, int, int, str]]:
     """Arguments of compile_case for every row of the table."""
     for case, arch, head_dim, dtype in product(CASES, ARCHITECTURES, HEAD_DIMS, DTYPES):
         yield *case, arch, head_dim, dtype
 
 
-def read_table() -> tuple[str, dict[tuple[str, int, int, str], Report]]:
-    """The Triton version of the table, and its rows by (case, arch, head_dim, dtype)."""
+def read_table() -> tuple[str, dict[tuple[str, str, str], Report]]:
+    """The Triton version of the table, and its rows by (kernel, variant, arch)."""
 
     def cell(name: str, text: str) -> str | int | None:
-        if name in ("case", "dtype", "mma"):
+        if name in ("kernel", "variant", "arch", "mma"):
             return text
         return int(text) if text else None
 
     with TABLE.open() as file:
         version = file.readline().removeprefix("# Triton ").strip()
         rows = [Report(**{name: cell(name, text) for name, text in row.items()}) for row in csv.DictReader(file)]
-    return version, {(row.case, row.arch, row.head_dim, row.dtype): row for row in rows}
+    return version, {(row.kernel, row.variant, row.arch): row for row in rows}
 
 
 def write_table() -> None:

@@ -1,0 +1,16 @@
+"""Tiles so small that the problems cross their borders, for the interpreter."""
+
+import pytest
+
+from tests.valm_kernels.visual_fusion.problems import Problem
+from valm_kernels.visual_fusion.triton import autotune, backward_key, forward
+from valm_kernels.visual_fusion.triton.tiles import Tiles
+
+
+def use_small_tiles(monkeypatch: pytest.MonkeyPatch, problem: Problem) -> None:
+    """Gives every kernel tiles of about a third of the problem, and decoding splits of 32 keys."""
+    block = 16 if problem.num_keys <= 48 else 32 if problem.num_keys <= 96 else 64
+    monkeypatch.setattr(autotune, "tiles_for", lambda *_: Tiles(block, block, num_warps=4, num_stages=2))
+    monkeypatch.setattr(backward_key, "SCAN", 64)
+    monkeypatch.setattr(forward, "multiprocessors", lambda _: 8)
+    monkeypatch.setattr(forward, "MIN_KEYS_PER_SPLIT", 32)

@@ -1,0 +1,181 @@
+"""What the Triton kernels share: the rows of a program, the keys and images that a row may see, the loop over keys.
+
+A program owns BLOCK_M rows. A row is one query of one head; the heads of a group (grouped-query attention) are
+neighbouring rows, so that a key or value tile is loaded once for all of them:
+
+    row m of a tile that starts at position t  ->  position t + m / BLOCK_G,   head i_h * G + m % BLOCK_G
+
+BLOCK_G is the group size G rounded up to a power of two. Rows past the last position or head repeat the last one, so
+loads need no mask; such rows are masked only where something is stored or summed.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# exp2 and log2 are single instructions; scores are kept in units of log 2
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def tile_rows(i_t, i_h, Tq, G: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Position and head (int64 [BM]) of the rows of the tile at position i_t, and whether they are rows at all."""
+    o_m = tl.arange(0, BLOCK_M)
+    o_t = i_t + o_m // BLOCK_G
+    o_g = o_m % BLOCK_G
+    m_row = (o_t < Tq) & (o_g < G)
+    o_t = tl.minimum(o_t, Tq - 1).to(tl.int64)
+    o_h = i_h * G + tl.minimum(o_g, G - 1)
+    return o_t, o_h, m_row
+
+
+@triton.jit
+def row_pointers(x, stride, i_b, o_h, o_t):
+    """Where the rows of x begin; stride is that of (batch, head, position, ...)."""
+    return x + i_b * stride[0] + o_h * stride[1] + o_t * stride[2]
+
+
+@triton.jit
+def load_rows(x, stride, i_b, o_h, o_t, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of x, [BM, BD]."""
+    o_d = tl.arange(0, BLOCK_D)
+    p_row = row_pointers(x, stride, i_b, o_h, o_t)
+    return tl.load(p_row[:, None] + o_d[None, :], mask=(o_d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def visible_keys(first_key, i_b, o_t, Tq, Tk, CAUSAL: tl.constexpr):
+    """First and last key, both inclusive, that each row may see ([BM] each). Nothing is seen where first > last."""
+    if CAUSAL:
+        b_last = o_t.to(tl.int32) + (Tk - Tq)
+    else:
+        b_last = tl.full(o_t.shape, Tk - 1, tl.int32)
+    if first_key is not None:
+        b_first = tl.minimum(tl.maximum(tl.load(first_key + i_b * Tq + o_t), 0), Tk).to(tl.int32)
+    else:
+        b_first = tl.zeros(o_t.shape, tl.int32)
+    return b_first, b_last
+
+
+@triton.jit
+def key_tile_range(b_first, b_last, lo, hi, BLOCK_N: tl.constexpr):
+    """The key tiles, within keys lo..hi (lo on a tile border), that a set of rows needs.
+
+    Returns begin <= full_begin <= full_end <= end: in the tiles of [begin, full_begin) and [full_end, end) some row
+    sees only a part, in [full_begin, full_end) all rows see every key. Every bound but `end` is on a tile border.
+    """
+    begin = tl.maximum(tl.min(b_first, 0), lo)
+    begin = begin // BLOCK_N * BLOCK_N
+    end = tl.maximum(tl.minimum(tl.max(b_last, 0) + 1, hi), begin)
+    full_begin = tl.cdiv(tl.maximum(tl.max(b_first, 0), begin), BLOCK_N) * BLOCK_N
+    full_begin = tl.minimum(full_begin, tl.cdiv(end, BLOCK_N) * BLOCK_N)
+    full_end = tl.minimum(tl.min(b_last, 0) + 1, hi) // BLOCK_N * BLOCK_N
+    full_end = tl.maximum(full_end, full_begin)
+    return begin, full_begin, full_end, end
+
+
+@triton.jit
+def over_key_tiles(
+    step: tl.constexpr,  # (carry, row_values, b_s, b_k, b_v, INPUT_PRECISION) -> carry
+    carry,
+    row_values,
+    b_q,
+    p_k,  # the first key and value of the batch row and head
+    p_v,
+    stride_kn,
+    stride_vn,
+    first_key,
+    b_first,
+    b_last,
+    lo,
+    hi,
+    Tk,
+    scale_log2,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """Calls `step` on every key tile within keys lo..hi that the rows see, with its scores b_s [BM, BN].
+
+    Scores are in units of log 2, and -inf where a row does not see the key.
+    """
+    begin, full_begin, full_end, end = key_tile_range(b_first, b_last, lo, hi, BLOCK_N)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    # without first_key every row sees the keys from lo on, and only the end needs a mask
+    for i_part in tl.static_range(0 if first_key is not None else 1, 3):
+        part_begin = begin if i_part == 0 else (full_begin if i_part == 1 else full_end)
+        part_end = tl.minimum(full_begin, end) if i_part == 0 else (full_end if i_part == 1 else end)
+        for i_n in range(part_begin, part_end, BLOCK_N):
+            o_n = i_n + tl.arange(0, BLOCK_N)
+            m_n = m_d[None, :]
+            if i_part != 1:
+                m_n = m_n & (o_n < Tk)[:, None]
+            o_row = o_n.to(tl.int64)[:, None]
+            # [BN, BD]
+            b_k = tl.load(p_k + o_row * stride_kn + o_d[None, :], mask=m_n, other=0.0)
+            b_v = tl.load(p_v + o_row * stride_vn + o_d[None, :], mask=m_n, other=0.0)
+            # [BM, BN]
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=INPUT_PRECISION) * scale_log2
+            if i_part != 1:
+                m_seen = (o_n[None, :] >= b_first[:, None]) & (o_n[None, :] <= b_last[:, None])
+                b_s = tl.where(m_seen, b_s, float("-inf"))
+            carry = step(carry, row_values, b_s, b_k, b_v, INPUT_PRECISION)
+    return carry
+
+
+@triton.jit
+def image_slots(image_index, image_mask, i_b, o_t, i_k, Tq, K):
+    """Slot of the i_k-th image of each row in the image tensor (int64 [BM]) and whether there is one ([BM]).
+
+    With image_index the image tensor is a pool and the slot is the index into it; without, the slot is i_k itself.
+    """
+    o_ik = (i_b * Tq + o_t) * K + i_k
+    if image_index is not None:
+        o_slot = tl.load(image_index + o_ik).to(tl.int64)
+        m_image = o_slot >= 0
+    else:
+        o_slot = tl.zeros(o_t.shape, tl.int64) + i_k
+        m_image = o_slot >= 0
+        if image_mask is not None:
+            m_image = tl.load(image_mask + o_ik) != 0
+    return o_slot, m_image
+
+
+@triton.jit
+def load_images(image, stride, i_b, i_h, o_t, o_slot, m_image, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """One image of each row, float32 [BM, BD]; zeros where there is none."""
+    o_d = tl.arange(0, BLOCK_D)
+    p_image = row_pointers(image, stride, i_b, i_h, o_t) + o_slot * stride[3]
+    m_image = m_image[:, None] & (o_d < D)[None, :]
+    return tl.load(p_image[:, None] + o_d[None, :], mask=m_image, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_bias(bias, i_h, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The bias of head i_h, float32 [BD]."""
+    o_d = tl.arange(0, BLOCK_D)
+    return tl.load(bias + i_h * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def image_score_offset(
+    b_q, image_k_bias, image_logit_bias, i_h, o_h, scale_log2, D: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """What the biases add to every image score of a row, [BM]; b_q is float32."""
+    b_offset = tl.zeros(o_h.shape, tl.float32)
+    if image_k_bias is not None:
+        b_offset += tl.sum(b_q * load_bias(image_k_bias, i_h, D, BLOCK_D)[None, :], 1) * scale_log2
+    if image_logit_bias is not None:
+        b_offset += tl.load(image_logit_bias + o_h).to(tl.float32) * LOG2E
+    return b_offset
+
+
+@triton.jit
+def load_lse(lse, o_row, m_row):
+    """lse of rows in units of log 2; +inf where a row sees nothing or is none, so that all its weights become 0."""
+    b_lse = tl.load(lse + o_row, mask=m_row, other=float("-inf"))
+    return tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E)
