@@ -139,13 +139,14 @@ class VisualAttention(_Module):
 
     image_fusion: ImageFusion
     forward_names: tuple[str, ...]  # of the arguments of the class behind
+    config: Any
     images: tuple[Tensor, Tensor] | None = None  # image_pool and image_index, for the length of a layer's forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.images is None or self.images[0].shape[0] == 0:
             return super().forward(*args, **kwargs)
         image_pool, image_index = self.images
-        arguments = dict(zip(self.forward_names, args, strict=False)) | kwargs
+        arguments = self.named(args, kwargs)
         terms = self.image_fusion(image_pool)
         _, keys, values = self._catch(terms.hidden_states, arguments)
         if keys.shape[2] != image_pool.shape[0]:
@@ -161,8 +162,21 @@ class VisualAttention(_Module):
             "rotary" in name or "embed_positions" in name for name, _ in self.named_buffers()
         )
 
+    def named(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by their names."""
+        return dict(zip(self.forward_names, args, strict=False)) | kwargs
+
     def _catch(self, hidden_states: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Query (B, Hq, T, Dk), key and value that this attention makes of `hidden_states` (B, T, C), unrotated."""
+        caught: list[tuple[Tensor, Tensor, Tensor]] = []
+        try:  # noqa: SIM105 - torch.compile knows no contextlib.suppress
+            super().forward(**self._unrotated(hidden_states, arguments), caught=caught)
+        except _Caught:
+            pass
+        return caught[0]
+
+    def _unrotated(self, hidden_states: Tensor, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call, but for `hidden_states` (B, T, C), without mask, cache and positions."""
         rows, length = hidden_states.shape[:2]
         replaced = {}
         for name, value in arguments.items():
@@ -177,12 +191,36 @@ class VisualAttention(_Module):
             elif name == "position_ids" and value is not None:
                 value = torch.zeros(rows, length, dtype=value.dtype, device=value.device)
             replaced[name] = value
-        caught: list[tuple[Tensor, Tensor, Tensor]] = []
+        return replaced
+
+    @torch.no_grad()
+    def check_mathematics(self, own_config: Any, arguments: dict[str, Any]) -> None:
+        """Compares a token that sees one image with the class's own attention over two tokens, image and token.
+
+        own_config: with the attention implementation of the class itself. arguments: those of any call.
+
+        Raises:
+            ValmError: the two differ, as where a family computes more than a softmax over all it sees.
+        """
+        pair = arguments["hidden_states"][:1, :2]  # (1, 2, C)
+        _, keys, values = self._catch(pair[:, :1], arguments)
+        heads = self._catch(pair, arguments)[0].shape[1]
+        terms = FusionTerms(
+            pair, *(pair.new_zeros(x.shape[1], x.shape[3]) for x in (keys, values)), pair.new_zeros(heads)
+        )
+        images = Images(keys[0], values[0], torch.zeros(1, 1, 1, dtype=torch.int64, device=pair.device), None, terms)
+        with_image = super().forward(**self._unrotated(pair[:, 1:], arguments), images=images)[0][0, -1]
+        config, self.config = self.config, own_config
         try:
-            super().forward(**replaced, caught=caught)
-        except _Caught:  # noqa: SIM105 - torch.compile knows no contextlib.suppress
-            pass
-        return caught[0]
+            own = super().forward(**self._unrotated(pair, arguments))[0][0, -1]
+        finally:
+            self.config = config
+        error = ((with_image - own).abs().max() / own.abs().max()).item()
+        if not error <= torch.finfo(own.dtype).eps ** 0.5:
+            raise ValmError(
+                f"{type(self).__name__} is not one softmax over all that a token sees: with images it would be off by "
+                f"{error:.1e} of its largest value"
+            )
 
 
 class VisualLayer(_Module):

@@ -107,7 +107,16 @@ def augment(
         unfreeze=unfreeze,
         fingerprint=fingerprint(block),
     )
+    attention = block.get_submodule(path)
+    own_config = attention.config
     attach(model, options, found)
+    try:
+        attention.check_mathematics(own_config, attention.named(*found.call))
+    except Exception:
+        attention.config = own_config
+        del attention.image_fusion, block.attention_path
+        attention.__class__, block.__class__ = type(attention).wrapped_class, type(block).wrapped_class
+        raise
     model.config.valm = asdict(options)
     model.config.__class__ = augmented_config_class(type(model.config))
     model.__class__ = augmented_class(type(model))

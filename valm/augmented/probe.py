@@ -24,6 +24,7 @@ class Probe(NamedTuple):
 
     width: C, of what it reads. heads, kv_heads, key_dim, value_dim: Hq, Hkv, Dk, Dv.
     norm_weight, norm_bias: (C,), those of the norm before it; where it has none, the scale of what it reads, and 0.
+    call: the arguments that the attention was called with.
     """
 
     width: int
@@ -33,6 +34,7 @@ class Probe(NamedTuple):
     value_dim: int
     norm_weight: Tensor
     norm_bias: Tensor
+    call: tuple[tuple, dict[str, Any]]
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -84,7 +86,7 @@ def probe(model: PreTrainedModel, layer: nn.Module, path: str) -> Probe:
         return args, kwargs
 
     def at_attention(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        read["hidden_states"] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        read["call"] = args, kwargs
 
     hooks = [
         layer.register_forward_pre_hook(at_layer, with_kwargs=True),
@@ -116,10 +118,20 @@ def probe(model: PreTrainedModel, layer: nn.Module, path: str) -> Probe:
         raise ValmError(f"{type(attention).__name__} did not call transformers' attention interface")
     if not found.causal:
         raise ValmError(f"{type(attention).__name__} is not causal: only decoders can be augmented")
-    hidden_states = read["hidden_states"]
+    args, kwargs = read["call"]
+    hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     norm = next((module for module, output in outputs if output is hidden_states), None)
     weight, bias = _affine(norm, hidden_states)
-    return Probe(hidden_states.shape[-1], found.query[1], found.key[1], found.key[-1], found.value[-1], weight, bias)
+    return Probe(
+        hidden_states.shape[-1],
+        found.query[1],
+        found.key[1],
+        found.key[-1],
+        found.value[-1],
+        weight,
+        bias,
+        read["call"],
+    )
 
 
 def _affine(norm: nn.Module | None, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
