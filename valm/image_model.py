@@ -151,10 +151,16 @@ class ImageModel(_Base):
             ValueError: there is no retriever and the model is `strict`; or the retriever cannot know what was read
                 before, because the cache was filled without it.
         """
-        retriever = self.retriever
-        if retriever is None:
-            self._say_that_images_are_missing()
+        if not finds_images(self):
             return None, None
+        return self._find_images(input_ids, attention_mask, cache)
+
+    @torch.compiler.disable
+    def _find_images(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, cache: Cache | None
+    ) -> tuple[Tensor, Tensor]:
+        retriever = self.retriever
+        assert retriever is not None
         if input_ids is None:
             raise ValueError(
                 "the retriever reads token ids, got inputs_embeds only: give image_pool and image_index too"
@@ -162,7 +168,7 @@ class ImageModel(_Base):
         mask = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
         if mask is not None and mask.dim() != 2:
             raise ValueError(
-                f"beside a retriever attention_mask must have shape (B, T), got {tuple(attention_mask.shape)}: "
+                f"beside a retriever attention_mask must have two dimensions (B, T), got {mask.dim()}: "
                 "give image_pool and image_index too"
             )
         if cache is None:
@@ -217,7 +223,8 @@ class ImageModel(_Base):
                 "retriever by set_retriever, or None for text alone"
             ) from error
 
-    def _say_that_images_are_missing(self) -> None:
+    def say_that_images_are_missing(self) -> None:
+        """Warns once, or raises ValueError where the model is `strict`; silent where it takes none."""
         options = self.image_options
         if options.num_images == 0:
             return
@@ -227,6 +234,15 @@ class ImageModel(_Base):
         )
         if self.strict:
             raise ValueError(message)
-        if not self._warned and not torch.compiler.is_compiling():
+        if not self._warned:
             self._warned = True
-            warnings.warn(message + ". It reads the text alone now.", stacklevel=4)
+            warnings.warn(message + ". It reads the text alone now.", stacklevel=5)
+
+
+@torch.compiler.assume_constant_result
+def finds_images(model: ImageModel) -> bool:
+    """Whether the model has a retriever; where it lacks one, it says so. A compiled graph asks when it is made."""
+    if model.retriever is not None:
+        return True
+    model.say_that_images_are_missing()
+    return False

@@ -287,8 +287,8 @@ def write_table(families: list[str]) -> None:
 HEAD = """# Families that `valm.augment` serves
 
 Every causal family of transformers {version}, with a tiny random model: {kernel} run on `visual_fusion_attn`,
-{eager} on the eager joint attention, which has all scores in memory. For each of these, to {tolerance} of the largest value:
-logits of text alone are the original's, with and without left padding; those of closed images too; and open images give
+{eager} on the eager joint attention, which has all scores in memory. For each of these, to {tolerance} of the largest
+value: logits of text alone are the original's, with and without left padding; those of closed images too; and open images give
 what the family's own attention computes over the text and the token's images, which stand at the token's position.
 
 - *refused*: `augment` raises with this reason.
