@@ -5,8 +5,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from valm.registration import register_when_imported
+
 if TYPE_CHECKING:
-    from valm.checkpoint import load_checkpoint, save_checkpoint
+    from valm.augmented.model import augment
+    from valm.augmented.saving import load_adapter, save_adapter
+    from valm.checkpoint import load, load_checkpoint, save_checkpoint
     from valm.clip import Clip
     from valm.config import ValmConfig
     from valm.errors import ValmError
@@ -25,7 +29,11 @@ _MODULES = {
     "VaLMForCausalLM": "valm.model",
     "ValmConfig": "valm.config",
     "ValmError": "valm.errors",
+    "augment": "valm.augmented.model",
+    "load": "valm.checkpoint",
+    "load_adapter": "valm.augmented.saving",
     "load_checkpoint": "valm.checkpoint",
+    "save_adapter": "valm.augmented.saving",
     "save_checkpoint": "valm.checkpoint",
 }
 
@@ -37,7 +45,11 @@ __all__ = [
     "VaLMForCausalLM",
     "ValmConfig",
     "ValmError",
+    "augment",
+    "load",
+    "load_adapter",
     "load_checkpoint",
+    "save_adapter",
     "save_checkpoint",
 ]
 
@@ -46,3 +58,6 @@ def __getattr__(name: str):
     if name not in _MODULES:
         raise AttributeError(f"module 'valm' has no attribute {name!r}")
     return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+register_when_imported()

@@ -58,9 +58,8 @@ class RetrievalCache(Cache):
         self._reorder_retrieval(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        rows = torch.arange(self.batch_size)
-        super().batch_repeat_interleave(repeats)
-        self._reorder_retrieval(rows.repeat_interleave(repeats))
+        """Refused: a cache does not know how many rows it has."""
+        raise NotImplementedError("a cache with a retriever's state repeats its rows by reorder_cache only")
 
     def _reorder_retrieval(self, rows: Tensor) -> None:
         if self.retrieval is not None:

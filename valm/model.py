@@ -344,4 +344,4 @@ class VaLMForCausalLM(ImageModel, VaLMPreTrainedModel, GenerationMixin):
         return pool, index
 
 
-AutoModelForCausalLM.register(ValmConfig, VaLMForCausalLM)
+AutoModelForCausalLM.register(ValmConfig, VaLMForCausalLM, exist_ok=True)

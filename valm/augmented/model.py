@@ -107,7 +107,7 @@ def augment(
         unfreeze=unfreeze,
         fingerprint=fingerprint(block),
     )
-    attention = block.get_submodule(path)
+    attention: Any = block.get_submodule(path)
     own_config = attention.config
     attach(model, options, found)
     try:
@@ -117,10 +117,21 @@ def augment(
         del attention.image_fusion, block.attention_path
         attention.__class__, block.__class__ = type(attention).wrapped_class, type(block).wrapped_class
         raise
+    return _with_class(model, options)
+
+
+def become_augmented(model: PreTrainedModel, options: FusionOptions) -> AugmentedCausalLM:
+    """What `augment` does, for options that are known. The fusion's parameters have no values yet."""
+    attach(model, options)
+    return _with_class(model, options)
+
+
+def _with_class(model: PreTrainedModel, options: FusionOptions) -> AugmentedCausalLM:
     model.config.valm = asdict(options)
     model.config.__class__ = augmented_config_class(type(model.config))
     model.__class__ = augmented_class(type(model))
     freeze(model, options)
+    assert isinstance(model, AugmentedCausalLM)
     return model
 
 
