@@ -359,7 +359,7 @@ def _kernel_attention(
             "image_index": images.index,
             "image_k_bias": _widened(images.terms.k_bias, widest),
             "image_v_bias": _widened(images.terms.v_bias, widest),
-            "image_logit_bias": images.terms.logit_bias.float(),
+            "image_logit_bias": images.terms.logit_bias.to(torch.promote_types(query.dtype, torch.float32)),
         }
         if images.query is not None:
             arguments["image_q"] = _widened(images.query, widest)
@@ -370,7 +370,7 @@ def _kernel_attention(
         query, key, value, image_k, image_v, **arguments, first_key=first_key, scale=scale, return_lse=True
     )
     if sink is not None:  # it takes a share of the softmax and has no value
-        out = out * torch.sigmoid(lse - sink.reshape(1, -1, 1).float())[..., None].to(out.dtype)
+        out = out * torch.sigmoid(lse - sink.reshape(1, -1, 1))[..., None].to(out.dtype)
     return out[..., :value_dim]
 
 
@@ -402,7 +402,8 @@ def joint_attention(
         return scores if softcap is None else torch.tanh(scores / softcap) * softcap
 
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    text = capped(query @ key.transpose(2, 3) * scale).float()  # (B, Hq, Tq, Tk)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    text = capped(query @ key.transpose(2, 3) * scale).to(wide)  # (B, Hq, Tq, Tk)
     if position_bias is not None:
         text = text + position_bias
     if seen is None:
@@ -416,11 +417,11 @@ def joint_attention(
         # (Hkv, U, D) -> (B, Hq, Tq, K, D)
         gathered_k, gathered_v = (x[:, index].repeat_interleave(group, 0).transpose(0, 1) for x in (image_k, image_v))
         image_query = query if images.query is None else images.query
-        image = capped((gathered_k @ image_query[..., None])[..., 0] * scale).float()  # (B, Hq, Tq, K)
-        image = image + images.terms.logit_bias.float()[:, None, None]
+        image = capped((gathered_k @ image_query[..., None])[..., 0] * scale).to(wide)  # (B, Hq, Tq, K)
+        image = image + images.terms.logit_bias.to(wide)[:, None, None]
         scores.append(image.masked_fill((images.index < 0)[:, None], -torch.inf))
     if sink is not None:
-        scores.append(sink.reshape(1, -1, 1, 1).float().expand(batch, -1, num_queries, 1))
+        scores.append(sink.reshape(1, -1, 1, 1).to(wide).expand(batch, -1, num_queries, 1))
     joint = torch.cat(scores, -1)
     # the largest finite score instead of none, so that a query that sees nothing has weights of 0 and no NaN
     largest = joint.amax(-1, keepdim=True).clamp(min=torch.finfo(joint.dtype).min).detach()

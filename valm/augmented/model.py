@@ -234,9 +234,7 @@ class AugmentedCausalLM(ImageModel):
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
-        options = FusionOptions(**config.valm)
-        attach(self, options)
-        freeze(self, options)
+        attach(self, FusionOptions(**config.valm))
 
     @property
     def image_options(self) -> ImageOptions:
@@ -255,6 +253,7 @@ class AugmentedCausalLM(ImageModel):
         missing = [key for key in info["missing_keys"] if ".image_fusion." in key]
         if missing:
             raise ValmError(f"the weights in {name} have no {sorted(missing)[0]}: they are not those of its config")
+        freeze(model, FusionOptions(**model.config.valm))
         return (model, info) if with_info else model
 
     def forward(
