@@ -25,10 +25,12 @@ View<T> view(const TensorMap& tensors, const char* name) {
 }
 
 template <typename T, typename Wide>
-Problem<T, Wide> problem(const std::vector<int64_t>& sizes, double scale, int threads, const TensorMap& tensors) {
+Problem<T, Wide> problem(const std::vector<int64_t>& sizes, double scale, double softcap, int threads,
+                         const TensorMap& tensors) {
     Problem<T, Wide> p;
     p.sizes = {sizes.at(0), sizes.at(1), sizes.at(2), sizes.at(3), sizes.at(4), sizes.at(5), sizes.at(6)};
     p.scale = static_cast<Wide>(scale);
+    p.softcap = static_cast<Wide>(softcap);
     p.threads = threads;
     for (const auto& [name, member] :
          {std::pair{"q", &Problem<T, Wide>::q}, std::pair{"out", &Problem<T, Wide>::out},
@@ -99,29 +101,29 @@ std::vector<std::string> image_attn_isas() {
 }
 
 void image_attn_forward(const std::string& isa, const std::string& dtype, const std::vector<int64_t>& sizes,
-                        double scale, int threads, const TensorMap& tensors) {
+                        double scale, double softcap, int threads, const TensorMap& tensors) {
     if (dtype == "float32")
-        kernels(isa).forward_float(problem<float, float>(sizes, scale, threads, tensors));
+        kernels(isa).forward_float(problem<float, float>(sizes, scale, softcap, threads, tensors));
     else if (dtype == "bfloat16")
-        kernels(isa).forward_bfloat16(problem<BFloat16, float>(sizes, scale, threads, tensors));
+        kernels(isa).forward_bfloat16(problem<BFloat16, float>(sizes, scale, softcap, threads, tensors));
     else if (dtype == "float16")
-        kernels(isa).forward_float16(problem<Float16, float>(sizes, scale, threads, tensors));
+        kernels(isa).forward_float16(problem<Float16, float>(sizes, scale, softcap, threads, tensors));
     else if (dtype == "float64")
-        kernels(isa).forward_double(problem<double, double>(sizes, scale, threads, tensors));
+        kernels(isa).forward_double(problem<double, double>(sizes, scale, softcap, threads, tensors));
     else
         throw std::invalid_argument("image_attn_forward: unknown dtype " + dtype);
 }
 
 void image_attn_backward(const std::string& isa, const std::string& dtype, const std::vector<int64_t>& sizes,
-                         double scale, int threads, const TensorMap& tensors) {
+                         double scale, double softcap, int threads, const TensorMap& tensors) {
     if (dtype == "float32")
-        backward(kernels(isa).backward_float, problem<float, float>(sizes, scale, threads, tensors));
+        backward(kernels(isa).backward_float, problem<float, float>(sizes, scale, softcap, threads, tensors));
     else if (dtype == "bfloat16")
-        backward(kernels(isa).backward_bfloat16, problem<BFloat16, float>(sizes, scale, threads, tensors));
+        backward(kernels(isa).backward_bfloat16, problem<BFloat16, float>(sizes, scale, softcap, threads, tensors));
     else if (dtype == "float16")
-        backward(kernels(isa).backward_float16, problem<Float16, float>(sizes, scale, threads, tensors));
+        backward(kernels(isa).backward_float16, problem<Float16, float>(sizes, scale, softcap, threads, tensors));
     else if (dtype == "float64")
-        backward(kernels(isa).backward_double, problem<double, double>(sizes, scale, threads, tensors));
+        backward(kernels(isa).backward_double, problem<double, double>(sizes, scale, softcap, threads, tensors));
     else
         throw std::invalid_argument("image_attn_backward: unknown dtype " + dtype);
 }

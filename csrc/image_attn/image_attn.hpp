@@ -22,18 +22,19 @@ struct ImageAttnSizes {
 // isa is one of image_attn_isas(); dtype is that of q, k, v, the images and their gradients: "float32", "float16",
 // "bfloat16" or "float64". All others ("wide") are float64 beside float64 and float32 otherwise, but image_index
 // (int32) and image_mask (bool).
+// softcap caps the scores before image_logit_bias is added; 0 = no cap.
 //
 // in:      q (B, Hq, T, D); image_k, image_v (B, Hkv, T, K, D) or (Hkv, U, D); image_index or image_mask (B, T, K);
 //          wide image_k_bias, image_v_bias (Hkv, D), image_logit_bias (Hq)
 // in, out: out (B, Hq, T, D), wide lse (B, Hq, T): those of the text come in, the joint ones leave
 void image_attn_forward(const std::string& isa, const std::string& dtype, const std::vector<int64_t>& sizes,
-                        double scale, int threads, const TensorMap& tensors);
+                        double scale, double softcap, int threads, const TensorMap& tensors);
 
 // in:      as above, and the joint out and lse (+inf for a query that sees nothing), grad_out, wide grad_lse or none
 // in, out: grad_q: the text's share comes in, the sum leaves
 // out:     grad_image_k, grad_image_v, and those wide gradients of the three biases that are given
 void image_attn_backward(const std::string& isa, const std::string& dtype, const std::vector<int64_t>& sizes,
-                         double scale, int threads, const TensorMap& tensors);
+                         double scale, double softcap, int threads, const TensorMap& tensors);
 
 // The instruction sets that this machine can run, the fastest first: "avx512", "avx2", "generic".
 std::vector<std::string> image_attn_isas();

@@ -135,6 +135,18 @@ void for_each_token(const Problem<T, Wide>& p, Function f) {
     }
 }
 
+// A score under the cap, and its derivative, 1 - tanh².
+template <typename Wide>
+struct Capped {
+    Capped(Wide score, Wide softcap) : value(score), slope(1) {
+        if (softcap == 0) return;
+        const Wide tanh = std::tanh(score / softcap);
+        value = softcap * tanh;
+        slope = 1 - tanh * tanh;
+    }
+    Wide value, slope;
+};
+
 // What one thread needs for one token and head.
 template <typename Wide>
 struct ForwardScratch {
@@ -156,13 +168,14 @@ void forward(const Problem<T, Wide>& p) {
             for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
                 auto& [q, out, weights] = scratch;
                 q.read(p.q.at(b, head, i), dim);
-                Wide offset = p.image_logit_bias ? *p.image_logit_bias.at(head) : 0;
-                if (p.image_k_bias) offset += p.scale * q.dot(p.image_k_bias.at(kv_head), dim);
+                const Wide logit = p.image_logit_bias ? *p.image_logit_bias.at(head) : 0;
+                const Wide offset = p.image_k_bias ? p.scale * q.dot(p.image_k_bias.at(kv_head), dim) : 0;
 
                 // scores, then weights, of the images and, at the end, of the text
                 weights.fill(kNone, images + 1);
                 for (int64_t k = 0; k < images; ++k)
-                    if (rows.keys[k]) weights[k] = p.scale * q.dot(rows.keys[k], dim) + offset;
+                    if (rows.keys[k])
+                        weights[k] = Capped(p.scale * q.dot(rows.keys[k], dim) + offset, p.softcap).value + logit;
                 Wide& lse = *p.lse.at(b, head, i);
                 weights[images] = lse;
                 Wide highest = kNone;
@@ -195,6 +208,7 @@ struct BackwardScratch {
         Scores<Wide> weights, grad_scores;
     };
     Row<Wide> grad_q;
+    Scores<Wide> slopes;  // d score / d (scale q.k)
     Buffer<Head> heads;
 };
 
@@ -328,17 +342,21 @@ void backward(const Problem<T, Wide>& p) {
                 grad_out.read(p.grad_out.at(b, head, i), dim);
                 Wide delta = grad_out.dot(p.out.at(b, head, i), dim);
                 if (p.grad_lse) delta -= *p.grad_lse.at(b, head, i);
-                Wide offset = p.image_logit_bias ? *p.image_logit_bias.at(head) : 0;
-                if (p.image_k_bias) offset += p.scale * q.dot(p.image_k_bias.at(kv_head), dim);
+                Wide logit = p.image_logit_bias ? *p.image_logit_bias.at(head) : 0;
+                const Wide offset = p.image_k_bias ? p.scale * q.dot(p.image_k_bias.at(kv_head), dim) : 0;
                 if (p.image_v_bias) delta -= grad_out.dot(p.image_v_bias.at(kv_head), dim);
-                offset -= *p.lse.at(b, head, i);
+                logit -= *p.lse.at(b, head, i);
 
                 weights.fill(kNone, images);
                 grad_scores.fill(0, images);
+                Scores<Wide>& slopes = scratch.slopes;
+                slopes.fill(0, images);
                 for (int64_t k = 0; k < images; ++k) {
                     if (!rows.keys[k]) continue;
-                    weights[k] = p.scale * q.dot(rows.keys[k], dim) + offset;
+                    const Capped score(p.scale * q.dot(rows.keys[k], dim) + offset, p.softcap);
+                    weights[k] = score.value + logit;
                     grad_scores[k] = grad_out.dot(rows.values[k], dim) - delta;
+                    slopes[k] = score.slope;
                 }
                 typename Lanes<Wide>::Vector weight_sums = {}, grad_score_sums = {};
                 for (int64_t k = 0; k < images; k += kLanes) {
@@ -347,7 +365,15 @@ void backward(const Problem<T, Wide>& p) {
                     grad_score_sums += grad_score *= weight;
                 }
 
-                const Wide grad_score_sum = sum_of(grad_score_sums);
+                // grad_scores are those of the scores so far, and of the products from here on
+                const Wide grad_logit = sum_of(grad_score_sums);
+                Wide grad_score_sum = grad_logit;
+                if (p.softcap != 0) {
+                    typename Lanes<Wide>::Vector sums = {};
+                    for (int64_t k = 0; k < images; k += kLanes)
+                        sums += grad_scores.vector_at(k) *= slopes.vector_at(k);
+                    grad_score_sum = sum_of(sums);
+                }
                 Row<Wide>& grad_q = scratch.grad_q;
                 grad_q.read(p.grad_q.at(b, head, i), dim);
                 for (int64_t k = 0; k < images; ++k)
@@ -363,7 +389,7 @@ void backward(const Problem<T, Wide>& p) {
                     }
                 }
                 if (bias_gradients) {
-                    bias.logits[unit * n.query_heads + head] += grad_score_sum;
+                    bias.logits[unit * n.query_heads + head] += grad_logit;
                     bias.add(bias.keys, unit, kv_head, p.scale * grad_score_sum, q);
                     bias.add(bias.values, unit, kv_head, sum_of(weight_sums), grad_out);
                 }

@@ -47,6 +47,7 @@ template <typename T, typename Wide>
 struct Problem {
     ImageAttnSizes sizes;
     Wide scale;
+    Wide softcap;  // 0 = none
     int threads;
     View<T> q, out, grad_out, grad_q, image_k, image_v, grad_image_k, grad_image_v;
     View<int32_t> image_index;

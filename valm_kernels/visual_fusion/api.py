@@ -26,6 +26,8 @@ def visual_fusion_attn(
     image_k: Tensor | None,
     image_v: Tensor | None,
     *,
+    image_q: Tensor | None = None,
+    softcap: float | None = None,
     image_index: Tensor | None = None,
     image_mask: Tensor | None = None,
     image_k_bias: Tensor | None = None,
@@ -43,11 +45,12 @@ def visual_fusion_attn(
     Language Modeling", with several heads, a prefix, first_key and image_logit_bias added)::
 
         s_ij = scale * q_i . k_j                            first_key_i <= j <= i + (Tk - Tq)
-        t_ik = scale * q_i . (image_k_ik + image_k_bias) + image_logit_bias_h
+        t_ik = scale * u_i . (image_k_ik + image_k_bias) + image_logit_bias_h      u_i = image_q_i, or q_i without it
         [a_i | b_i] = softmax([s_i | t_i])
         out_i = sum_j a_ij v_j + sum_k b_ik (image_v_ik + image_v_bias)
         lse_i = log(sum_j exp s_ij + sum_k exp t_ik)
 
+    With softcap c the s_ij, and the products in t_ik before image_logit_bias is added, become c tanh(. / c).
     A query that sees neither text nor image gets zeros, lse -inf and zero gradient.
 
     Args:
@@ -57,6 +60,10 @@ def visual_fusion_attn(
             multiple of Hkv (grouped-query attention).
         image_k, image_v: keys and values of the images, dtype of q. Dense layout (B, Hkv, Tq, K, D), or pooled
             layout (Hkv, U, D) together with image_index. 0 <= K <= 64. Both None means no images.
+        image_q: (B, Hq, Tq, D), dtype of q: the query that meets the images; q itself by default. Where q is rotated by
+            its position, the query before the rotation sees every image at its token's own position. The gradient of q
+            is then that of the text alone.
+        softcap: cap of the scores as in Gemma 2, positive and finite; None means no cap.
         image_index: (B, Tq, K) int32 or int64 rows of the pool; -1 = no image in this slot. Selects the pooled
             layout. On CPU an index outside [-1, U) raises; on CUDA it is undefined behaviour, unless
             VALM_KERNELS_CHECK_INDEX=1 in the environment has every call read the indices and wait for them.
@@ -76,7 +83,7 @@ def visual_fusion_attn(
     Returns:
         out (B, Hq, Tq, D) in the dtype of q; with return_lse also lse (B, Hq, Tq), float32 (float64 for float64
         inputs). Both are differentiable once: a double backward raises, except in impl="reference".
-        Under torch.autocast q, k, v, image_k and image_v are cast to the autocast dtype first.
+        Under torch.autocast q, k, v, image_k, image_v and image_q are cast to the autocast dtype first.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -84,7 +91,7 @@ def visual_fusion_attn(
     """
     if not isinstance(return_lse, bool):
         raise TypeError(f"return_lse must be a bool, got {type(return_lse).__name__}")
-    tensors = {"q": q, "k": k, "v": v, "image_k": image_k, "image_v": image_v}
+    tensors = {"q": q, "k": k, "v": v, "image_k": image_k, "image_v": image_v, "image_q": image_q}
     options = {
         "image_index": image_index,
         "image_mask": image_mask,
@@ -95,7 +102,7 @@ def visual_fusion_attn(
     }
     _check_tensors(tensors, options)
     impl = _choose_impl(impl, q)
-    inputs = _checked_inputs(tensors, options, causal, scale)
+    inputs = _checked_inputs(tensors, options, causal, scale, softcap)
     with _outside_autocast(q.device.type):
         if impl == "reference":
             out, lse = reference_attention(inputs)
@@ -109,6 +116,8 @@ def attention_weights(
     k: Tensor,
     image_k: Tensor | None,
     *,
+    image_q: Tensor | None = None,
+    softcap: float | None = None,
     image_index: Tensor | None = None,
     image_mask: Tensor | None = None,
     image_k_bias: Tensor | None = None,
@@ -129,7 +138,7 @@ def attention_weights(
         TypeError, ValueError: as `visual_fusion_attn`.
     """
     # the weights do not depend on the values: the keys stand in for them
-    tensors = {"q": q, "k": k, "v": k, "image_k": image_k, "image_v": image_k}
+    tensors = {"q": q, "k": k, "v": k, "image_k": image_k, "image_v": image_k, "image_q": image_q}
     options = {
         "image_index": image_index,
         "image_mask": image_mask,
@@ -139,16 +148,20 @@ def attention_weights(
         "first_key": first_key,
     }
     _check_tensors(tensors, options)
-    inputs = _checked_inputs(tensors, options, causal, scale)
+    inputs = _checked_inputs(tensors, options, causal, scale, softcap)
     with _outside_autocast(q.device.type):
         return joint_softmax(inputs)
 
 
 def _checked_inputs(
-    tensors: dict[str, Tensor | None], options: dict[str, Tensor | None], causal: bool, scale: float | None
+    tensors: dict[str, Tensor | None],
+    options: dict[str, Tensor | None],
+    causal: bool,
+    scale: float | None,
+    softcap: float | None,
 ) -> Inputs:
     """The arguments after the checks of dtypes and shapes, in the autocast dtype, with K = 0 in its one form."""
-    device_type, head_dim = tensors["q"].device.type, tensors["q"].shape[-1]
+    device_type = tensors["q"].device.type
     # torch.library.register_autocast knows one fixed dtype and would cast the float32 biases too, so the
     # cast that an autocast region asks for happens here, for all implementations alike.
     if torch.is_autocast_enabled(device_type) and tensors["q"].dtype != torch.float64:
@@ -156,18 +169,23 @@ def _checked_inputs(
         tensors = {name: t.to(dtype) if _is_cast(t) else t for name, t in tensors.items()}
     _check_dtypes(tensors, options)
     _check_text_shapes(**{name: tensors[name] for name in ("q", "k", "v")})
+    if tensors["image_q"] is not None:
+        _check_shape("image_q", tensors["image_q"], tuple(tensors["q"].shape), "that of q")
     num_images = _check_image_shapes(tensors, options)
     _check_bias_shapes(tensors["q"], tensors["k"], options)
     if not isinstance(causal, bool):
         raise TypeError(f"causal must be a bool, got {type(causal).__name__}")
     if scale is not None:
         _check_positive_number("scale", scale)
+    if softcap is not None:
+        _check_positive_number("softcap", softcap)
 
     if num_images == 0:
-        tensors = tensors | {"image_k": None, "image_v": None}
+        tensors = tensors | {"image_k": None, "image_v": None, "image_q": None}
         options = dict.fromkeys(options) | {"first_key": options["first_key"]}
-    scale = head_dim**-0.5 if scale is None else float(scale)
-    return Inputs(**tensors, **options, causal=causal, scale=scale)
+    scale = tensors["q"].shape[-1] ** -0.5 if scale is None else float(scale)
+    softcap = None if softcap is None else float(softcap)
+    return Inputs(**tensors, **options, causal=causal, scale=scale, softcap=softcap)
 
 
 def _outside_autocast(device_type: str) -> AbstractContextManager:
@@ -222,7 +240,7 @@ def _check_dtypes(tensors: dict, options: dict) -> None:
     dtype = tensors["q"].dtype
     if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         raise TypeError(f"q must be float32, float16, bfloat16 or float64, got {dtype}")
-    for name in ("k", "v", "image_k", "image_v"):
+    for name in ("k", "v", "image_k", "image_v", "image_q"):
         if tensors[name] is not None and tensors[name].dtype != dtype:
             raise TypeError(f"{name} must have the dtype of q, {dtype}, got {tensors[name].dtype}")
     wide = torch.float64 if dtype == torch.float64 else torch.float32

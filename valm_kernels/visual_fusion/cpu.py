@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from valm_kernels.native import native
+from valm_kernels.visual_fusion import cpu_softcap
 from valm_kernels.visual_fusion.inputs import Inputs, check_image_index
-from valm_kernels.visual_fusion.layout import empty_rows_like, whole_rows
+from valm_kernels.visual_fusion.layout import empty_rows_like, empty_tokens_first, whole_rows
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -61,7 +62,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
 def backward(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, inputs: Inputs
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, v, image_k, image_v, image_k_bias, image_v_bias and image_logit_bias; None where absent."""
+    """Gradients of q, k, v, image_k, image_v, image_q and the three biases; None where absent."""
     grad_out, out, inputs = whole_rows(grad_out), whole_rows(out), _whole_rows(inputs)
     # Where a query sees nothing, exp(score - lse) has to be 0, and the gradient of lse may be anything.
     unseen = lse == -torch.inf
@@ -69,10 +70,11 @@ def backward(
     grad_lse = None if grad_lse is None else grad_lse.masked_fill(unseen, 0)
     grad_q, grad_k, grad_v = _text_backward(grad_out, grad_lse, out, lse, inputs)
     if inputs.image_k is None:
-        return grad_q, grad_k, grad_v, None, None, None, None, None
+        return grad_q, grad_k, grad_v, None, None, None, None, None, None
 
     biases = (inputs.image_k_bias, inputs.image_v_bias, inputs.image_logit_bias)
     gradients = [empty_rows_like(t) for t in (inputs.image_k, inputs.image_v)]
+    grad_image_q = None if inputs.image_q is None else empty_tokens_first(inputs.image_q).zero_()
     bias_gradients = [None if b is None else lse.new_empty(b.shape) for b in biases]
     _ImageBranch(inputs).run(
         "backward",
@@ -80,7 +82,7 @@ def backward(
         lse=lse,
         grad_out=grad_out,
         grad_lse=grad_lse,
-        grad_q=grad_q,
+        grad_q=grad_q if grad_image_q is None else grad_image_q,
         grad_image_k=gradients[0],
         grad_image_v=gradients[1],
         grad_image_k_bias=bias_gradients[0],
@@ -88,11 +90,11 @@ def backward(
         grad_image_logit_bias=bias_gradients[2],
     )
     bias_gradients = [None if b is None else g.to(b.dtype) for b, g in zip(biases, bias_gradients, strict=True)]
-    return grad_q, grad_k, grad_v, *gradients, *bias_gradients
+    return grad_q, grad_k, grad_v, *gradients, grad_image_q, *bias_gradients
 
 
 def _whole_rows(inputs: Inputs) -> Inputs:
-    """The inputs with contiguous rows of q, k and v, which the flash kernel and the image branch both read."""
+    """The inputs with contiguous rows of q, k and v, as the flash kernel and the image branch read them."""
     return inputs._replace(q=whole_rows(inputs.q), k=whole_rows(inputs.k), v=whole_rows(inputs.v))
 
 
@@ -106,7 +108,9 @@ class _ImageBranch:
     """The native image branch with its inputs in the form that csrc/image_attn/image_attn.hpp asks for."""
 
     def __init__(self, inputs: Inputs) -> None:
-        q, _, _, image_k, image_v, image_index, image_mask, *biases, _, _, self.scale = inputs
+        _, _, _, image_k, image_v, image_q, image_index, image_mask, *biases, _, _, self.scale, softcap = inputs
+        q = inputs.q if image_q is None else whole_rows(image_q)
+        self.softcap = 0.0 if softcap is None else softcap
         if image_index is None:
             kv_heads, num_images, pool_rows = image_k.shape[1], image_k.shape[3], -1
         else:
@@ -133,7 +137,7 @@ class _ImageBranch:
         tensors |= self.inputs
         function = native().image_attn_forward if direction == "forward" else native().image_attn_backward
         addresses = {name: (t.data_ptr(), t.stride()) for name, t in tensors.items() if t is not None}
-        function(_isa(), self.dtype, self.sizes, self.scale, torch.get_num_threads(), addresses)
+        function(_isa(), self.dtype, self.sizes, self.scale, self.softcap, torch.get_num_threads(), addresses)
 
 
 def text_segments(
@@ -208,20 +212,18 @@ def _segments(inputs: Inputs) -> list[TextSegment]:
 
 
 def _text_forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    q, k, v, *_, scale = inputs
+    q, k, v = inputs[:3]
     segments = _segments(inputs)
     if len(segments) == 1 and _covers(segments[0], q):
         segment = segments[0]
-        out, lse = _flash(q, k[:, :, segment.keys], v[:, :, segment.keys], 0.0, segment.causal, scale=scale)
+        out, lse = _attend(inputs, segment, q, k[:, :, segment.keys], v[:, :, segment.keys])
         return out, lse.contiguous()
     out = torch.empty_like(q)
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
     for segment in segments:
         at = (segment.rows, slice(None), segment.queries)
         keys = (segment.rows, slice(None), segment.keys)
-        part, part_lse = _flash(
-            q[at], k[keys], v[keys], 0.0, segment.causal, attn_mask=_additive(segment.visible, q), scale=scale
-        )
+        part, part_lse = _attend(inputs, segment, q[at], k[keys], v[keys])
         if segment.visible is not None:  # the kernel reports lse 0 for a query that sees nothing
             part_lse = part_lse.masked_fill(~segment.visible.any(-1), -torch.inf)
         if segment.joins:
@@ -240,7 +242,7 @@ def _text_forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
 def _text_backward(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, inputs: Inputs
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, *_, scale = inputs
+    q, k, v = inputs[:3]
     head_dim = q.shape[-1]
     if grad_lse is not None:
         # The kernel has no gradient of lse, but computes delta = sum(grad_out * out): a column that holds -1 in
@@ -255,31 +257,35 @@ def _text_backward(
             rest = rest - grad_out[..., column]
     segments = _segments(inputs)
     if len(segments) == 1 and _covers(segments[0], q) and segments[0].keys == slice(0, k.shape[2]):
-        gradients = _flash_backward(grad_out, q, k, v, out, lse, 0.0, segments[0].causal, scale=scale)
+        gradients = _attend_backward(inputs, segments[0], grad_out, q, k, v, out, lse)
     else:
         # Overlapping segments add up in lse's precision.
         gradients = [t.new_zeros(t.transpose(1, 2).shape, dtype=lse.dtype).transpose(1, 2) for t in (q, k, v)]
         for segment in segments:
             at = (segment.rows, slice(None), segment.queries)
             keys = (segment.rows, slice(None), segment.keys)
-            parts = _flash_backward(
-                grad_out[at],
-                q[at],
-                k[keys],
-                v[keys],
-                out[at],
-                lse[at],
-                0.0,
-                segment.causal,
-                attn_mask=_additive(segment.visible, q),
-                scale=scale,
-            )
+            parts = _attend_backward(inputs, segment, grad_out[at], q[at], k[keys], v[keys], out[at], lse[at])
             for gradient, part, where in zip(gradients, parts, (at, keys, keys), strict=True):
                 gradient[where] += part
-        gradients = [g.to(q.dtype) for g in gradients]
+    gradients = [g.to(q.dtype) for g in gradients]
     if grad_lse is not None:
         gradients = [g[..., :head_dim].transpose(1, 2).contiguous().transpose(1, 2) for g in gradients]
     return tuple(gradients)
+
+
+def _attend(inputs: Inputs, segment: TextSegment, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    if inputs.softcap is not None:
+        return cpu_softcap.forward(q, k, v, segment.causal, segment.visible, inputs.scale, inputs.softcap)
+    mask = _additive(segment.visible, q)
+    return _flash(q, k, v, 0.0, segment.causal, attn_mask=mask, scale=inputs.scale)
+
+
+def _attend_backward(inputs: Inputs, segment: TextSegment, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; tensors are grad_out, q, k, v, out and lse of the segment."""
+    if inputs.softcap is not None:
+        return cpu_softcap.backward(*tensors, segment.causal, segment.visible, inputs.scale, inputs.softcap)
+    mask = _additive(segment.visible, inputs.q)
+    return _flash_backward(*tensors, 0.0, segment.causal, attn_mask=mask, scale=inputs.scale)
 
 
 def _covers(segment: TextSegment, q: Tensor) -> bool:

@@ -20,6 +20,7 @@ class Inputs(NamedTuple):
     v: Tensor
     image_k: Tensor | None
     image_v: Tensor | None
+    image_q: Tensor | None
     image_index: Tensor | None
     image_mask: Tensor | None
     image_k_bias: Tensor | None
@@ -28,11 +29,12 @@ class Inputs(NamedTuple):
     first_key: Tensor | None
     causal: bool
     scale: float
+    softcap: float | None
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """q to first_key, in order."""
-        return self[:-2]
+        return self[:-3]
 
 
 def check_image_index(image_index: Tensor, pool_size: int) -> None:

@@ -1,6 +1,6 @@
 """How outputs lie in memory: the fake kernels promise these layouts, and every implementation keeps them.
 
-out and the gradients of the images are `empty_rows_like` their input, the gradients of q, k and v are
+out and the gradients of the images are `empty_rows_like` their input, the gradients of q, k, v and image_q are
 `empty_tokens_first`, everything else is contiguous.
 """
 

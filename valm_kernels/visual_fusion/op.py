@@ -16,18 +16,18 @@ from valm_kernels.visual_fusion.inputs import Inputs
 from valm_kernels.visual_fusion.layout import empty_rows_like, empty_tokens_first
 
 _INPUTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? image_k, Tensor? image_v, Tensor? image_index, Tensor? image_mask, "
-    "Tensor? image_k_bias, Tensor? image_v_bias, Tensor? image_logit_bias, Tensor? first_key, "
-    "bool causal, float scale, str impl"
+    "Tensor q, Tensor k, Tensor v, Tensor? image_k, Tensor? image_v, Tensor? image_q, Tensor? image_index, "
+    "Tensor? image_mask, Tensor? image_k_bias, Tensor? image_v_bias, Tensor? image_logit_bias, Tensor? first_key, "
+    "bool causal, float scale, float? softcap, str impl"
 )
 # Positions, among the inputs, of the tensors that have a gradient.
-_DIFFERENTIABLE = (0, 1, 2, 3, 4, 7, 8, 9)
+_DIFFERENTIABLE = (0, 1, 2, 3, 4, 5, 8, 9, 10)
 
 _library = torch.library.Library("valm_kernels", "DEF")
 _library.define(f"visual_fusion_attn({_INPUTS}) -> (Tensor out, Tensor lse)")
 _library.define(
     f"visual_fusion_attn_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_INPUTS}) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _forward_op = torch.ops.valm_kernels.visual_fusion_attn.default
 _backward_op = torch.ops.valm_kernels.visual_fusion_attn_backward.default
@@ -71,9 +71,10 @@ def _forward_fake(*inputs: Any) -> tuple[Tensor, Tensor]:
 def _backward_fake(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *inputs: Any
 ) -> tuple[Tensor, ...]:
-    q, k, v, image_k, image_v, *biases = (inputs[i] for i in _DIFFERENTIABLE)
+    q, k, v, image_k, image_v, image_q, *biases = (inputs[i] for i in _DIFFERENTIABLE)
     gradients = [empty_tokens_first(t) for t in (q, k, v)]
     gradients += [None if t is None else empty_rows_like(t) for t in (image_k, image_v)]
+    gradients.append(None if image_q is None else empty_tokens_first(image_q))
     gradients += [None if t is None else t.new_empty(t.shape) for t in biases]
     return _present(grad_out, gradients)
 
@@ -81,13 +82,13 @@ def _backward_fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     # Without this an unused lse would come back as a gradient of zeros, and the backward would pay for it.
     ctx.set_materialize_grads(False)
-    *tensors, ctx.causal, ctx.scale, ctx.impl = inputs
+    *tensors, ctx.causal, ctx.scale, ctx.softcap, ctx.impl = inputs
     ctx.save_for_backward(*output, *tensors)
 
 
 def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     out, lse, *tensors = ctx.saved_tensors
-    inputs = (*tensors, ctx.causal, ctx.scale, ctx.impl)
+    inputs = (*tensors, ctx.causal, ctx.scale, ctx.softcap, ctx.impl)
     if grad_out is None and grad_lse is None:
         return (None,) * len(inputs)
     if grad_out is None:

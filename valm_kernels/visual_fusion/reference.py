@@ -17,22 +17,25 @@ def joint_softmax(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 
     The two weights of a query sum to 1 together, or to 0 where the query sees nothing.
     """
-    q, k, _, image_k, _, image_index, image_mask, image_k_bias, _, image_logit_bias, first_key, causal, scale = inputs
+    q, k, image_k = inputs.q, inputs.k, inputs.image_k
     num_queries, num_keys = q.shape[2], k.shape[2]
     group = q.shape[1] // k.shape[1]
 
     wide = torch.promote_types(q.dtype, torch.float32)
-    scores = scale * (q @ k.repeat_interleave(group, 1).transpose(-1, -2)).to(wide)  # (B, Hq, Tq, Tk)
-    visible = text_visible(num_queries, num_keys, first_key, causal, q.device)
+    scores = inputs.scale * (q @ k.repeat_interleave(group, 1).transpose(-1, -2)).to(wide)  # (B, Hq, Tq, Tk)
+    scores = _capped(scores, inputs.softcap)
+    visible = text_visible(num_queries, num_keys, inputs.first_key, inputs.causal, q.device)
     scores = scores.masked_fill(~visible, -torch.inf)
     if image_k is not None:
-        images, present = _images(image_k, q.shape[0], image_index, image_mask)
-        if image_k_bias is not None:
-            images = images + image_k_bias[:, None, None].to(images.dtype)
+        image_q = q if inputs.image_q is None else inputs.image_q
+        images, present = _images(image_k, q.shape[0], inputs.image_index, inputs.image_mask)
+        if inputs.image_k_bias is not None:
+            images = images + inputs.image_k_bias[:, None, None].to(images.dtype)
         images = images.repeat_interleave(group, 1)  # (B, Hq, Tq, K, D)
-        image_scores = scale * (images @ q.unsqueeze(-1)).squeeze(-1).to(wide)  # (B, Hq, Tq, K)
-        if image_logit_bias is not None:
-            image_scores = image_scores + image_logit_bias[:, None, None]
+        image_scores = inputs.scale * (images @ image_q.unsqueeze(-1)).squeeze(-1).to(wide)  # (B, Hq, Tq, K)
+        image_scores = _capped(image_scores, inputs.softcap)
+        if inputs.image_logit_bias is not None:
+            image_scores = image_scores + inputs.image_logit_bias[:, None, None]
         if present is not None:
             image_scores = image_scores.masked_fill(~present[:, None], -torch.inf)
         scores = torch.cat([scores, image_scores], -1)  # (B, Hq, Tq, Tk + K)
@@ -71,6 +74,10 @@ def text_visible(
     if first_key is not None:
         visible = visible & (key >= first_key[:, None, :, None])
     return visible
+
+
+def _capped(scores: Tensor, softcap: float | None) -> Tensor:
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
 def _images(

@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.tolerance import assert_accurate
 from valm_kernels import visual_fusion_attn
 
-DIFFERENTIABLE = ("q", "k", "v", "image_k", "image_v", "image_k_bias", "image_v_bias", "image_logit_bias")
+DIFFERENTIABLE = ("q", "k", "v", "image_k", "image_v", "image_q", "image_k_bias", "image_v_bias", "image_logit_bias")
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Problem:
     first_key: str | None = None  # a name of FIRST_KEYS
     causal: bool = True
     scale: float | None = None
+    softcap: float | None = None
+    image_q: bool = False
     biases: bool = True
     gaps: bool = True  # some slots hold no image
     tokens_first: bool = True  # memory (B, T, H, D), as a projection leaves it
@@ -66,6 +68,8 @@ class Problem:
         }
         if self.scale is not None:
             inputs["scale"] = self.scale
+        if self.softcap is not None:
+            inputs["softcap"] = self.softcap
         slots = (self.batch, self.num_queries, self.num_images)
         if self.num_images and self.pool_size is None:
             shape = (self.batch, self.num_queries, self.num_images, self.kv_heads, self.head_dim)
@@ -84,6 +88,8 @@ class Problem:
             inputs["image_logit_bias"] = normal(self.query_heads, dtype=wide)
         if self.first_key:
             inputs["first_key"] = FIRST_KEYS[self.first_key](self, generator)
+        if self.image_q:
+            inputs["image_q"] = tokens(self.query_heads, self.num_queries)
         return inputs
 
 
@@ -254,6 +260,19 @@ PROBLEMS = {
     "extreme first_key": Problem(first_key="extreme", num_queries=70, pool_size=3),
     "striped first_key": Problem(first_key="striped", num_queries=48, num_images=0),
     "random first_key not causal": Problem(first_key="random", num_queries=70, causal=False, num_images=0),
+    "image_q": Problem(image_q=True),
+    "image_q, pooled": Problem(image_q=True, pool_size=11, query_heads=6, num_queries=35),
+    "softcap": Problem(softcap=1.5),
+    "softcap, no images": Problem(softcap=1.5, num_images=0, num_queries=150),
+    "softcap, image_q, pooled": Problem(softcap=1.5, image_q=True, pool_size=11, first_key="documents", num_queries=80),
+    "softcap, prefix": Problem(softcap=1.5, prefix=37, query_heads=6, image_q=True),
+    "softcap, random first_key": Problem(softcap=1.5, first_key="random", num_queries=150),
+    "softcap, left padding": Problem(softcap=1.5, first_key="left_padding", num_queries=70, tokens_first=False),
+    "softcap, not causal": Problem(softcap=1.5, causal=False, prefix=3, num_queries=135),
+    "softcap, decode": Problem(softcap=1.5, num_queries=1, prefix=100, batch=8, pool_size=5),
+    "softcap, one token": Problem(softcap=1.5, image_q=True, num_queries=1, batch=9),
+    "softcap, small": Problem(softcap=0.3, num_queries=20),
+    "softcap, wide": Problem(softcap=50.0, num_queries=20, scale=1.0),
 }
 
 

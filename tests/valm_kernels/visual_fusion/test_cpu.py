@@ -36,7 +36,9 @@ def test_agrees_with_float64_reference(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-@pytest.mark.parametrize("name", ["dense", "pooled", "odd head", "head of 64", "head of 64, pooled", "heads first"])
+@pytest.mark.parametrize(
+    "name", ["dense", "pooled", "odd head", "head of 64", "head of 64, pooled", "heads first", "softcap"]
+)
 @pytest.mark.parametrize("isa", native().image_attn_isas())
 def test_every_instruction_set(isa, name, dtype, monkeypatch):
     monkeypatch.setattr(cpu, "_isa", lambda: isa)
@@ -78,7 +80,7 @@ def test_16_bit_numbers_are_read_and_rounded_as_pytorch_does(dtype, isa, monkeyp
     assert out.equal((values.squeeze(3).float() + bias).to(dtype))
 
 
-@pytest.mark.parametrize("name", ["dense", "pooled", "prefix", "documents", "random first_key"])
+@pytest.mark.parametrize("name", ["dense", "pooled", "prefix", "documents", "random first_key", "softcap, prefix"])
 def test_unused_lse(name):
     assert_solves("cpu", PROBLEMS[name], torch.float32, with_lse=False)
 
@@ -90,8 +92,10 @@ def test_unused_lse(name):
         Problem(num_queries=4, head_dim=8, num_images=2, pool_size=3, prefix=2),
         Problem(num_queries=6, head_dim=8, num_images=2, pool_size=3, first_key="random"),
         Problem(num_queries=5, head_dim=9, num_images=0, first_key="left_padding"),
+        Problem(num_queries=5, head_dim=8, num_images=2, softcap=1.5, image_q=True),
+        Problem(num_queries=4, head_dim=8, num_images=2, pool_size=3, prefix=2, softcap=1.5, first_key="random"),
     ],
-    ids=["dense", "pooled", "random first_key", "no images"],
+    ids=["dense", "pooled", "random first_key", "no images", "softcap and image_q", "softcap, pooled"],
 )
 def test_gradcheck(problem):
     inputs = problem.inputs(torch.float64)
@@ -121,13 +125,15 @@ def test_gradcheck(problem):
     pool_size=st.none() | st.integers(1, 20),
     first_key=st.sampled_from([None, "documents", "left_padding", "sliding_window", "random"]),
     causal=st.booleans(),
+    softcap=st.none() | st.floats(0.3, 60),
+    image_q=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_any_shape_and_stride(data, **sizes):
     sizes["query_heads"] = sizes["kv_heads"] * sizes.pop("group")
     problem = Problem(**sizes)
     inputs = problem.inputs(torch.float64)
-    for name in ("q", "k", "v", "image_k", "image_v", "image_index", "image_mask"):
+    for name in ("q", "k", "v", "image_k", "image_v", "image_q", "image_index", "image_mask"):
         if inputs.get(name) is not None:
             inputs[name] = restride(inputs[name], data.draw(st.permutations(range(inputs[name].dim()))))
     assert_is_the_reference(inputs, cotangents(problem))
@@ -143,7 +149,7 @@ def restride(tensor, order):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["dense", "pooled", "documents"])
+@pytest.mark.parametrize("name", ["dense", "pooled", "documents", "softcap, image_q, pooled"])
 def test_same_bits_every_time_and_for_any_thread_count(name, dtype):
     problem = PROBLEMS[name]
     results = []
@@ -198,8 +204,8 @@ def fork_and_compare(other_runtime):
 def fused_image_gradient(problem):
     inputs = problem.inputs(torch.float32)
     grad_out, grad_lse = (g.float() for g in cotangents(problem))
-    tensors = (inputs.get(name) for name in Inputs._fields[:-2])
-    inputs = Inputs(*tensors, problem.causal, problem.head_dim**-0.5)
+    tensors = (inputs.get(name) for name in Inputs._fields[:-3])
+    inputs = Inputs(*tensors, problem.causal, problem.head_dim**-0.5, problem.softcap)
     return cpu.backward(grad_out, grad_lse, *cpu.forward(inputs), inputs)[3]
 
 

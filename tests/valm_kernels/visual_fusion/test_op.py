@@ -6,21 +6,24 @@ import torch
 from tests.valm_kernels.visual_fusion.problems import DIFFERENTIABLE, PROBLEMS, cotangents, solve
 from valm_kernels import visual_fusion_attn
 from valm_kernels.visual_fusion import cpu
+from valm_kernels.visual_fusion.inputs import Inputs
 from valm_kernels.visual_fusion.layout import empty_tokens_first
 
 forward_op = torch.ops.valm_kernels.visual_fusion_attn.default
 backward_op = torch.ops.valm_kernels.visual_fusion_attn_backward.default
 
-NAMES = ("dense", "pooled", "no images", "prefix", "documents", "heads first")
+NAMES = (
+    *("dense", "pooled", "no images", "prefix", "documents", "heads first"),
+    *("image_q", "softcap, no images", "softcap, image_q, pooled"),
+)
 
 
 def op_arguments(inputs, impl="cpu"):
-    order = ("q", "k", "v", "image_k", "image_v", "image_index", "image_mask")
-    order += ("image_k_bias", "image_v_bias", "image_logit_bias", "first_key")
-    tensors = [inputs.get(name) for name in order]
+    names = Inputs._fields[:-3]
+    tensors = {name: inputs.get(name) for name in names}
     if inputs["image_k"] is None:
-        tensors[5:10] = [None] * 5
-    return *tensors, inputs["causal"], 0.25, impl
+        tensors |= {name: None for name in names if name.startswith("image_")}
+    return *tensors.values(), inputs["causal"], 0.25, inputs.get("softcap"), impl
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -33,11 +36,13 @@ def test_opcheck(name, dtype):
     torch.library.opcheck(forward_op, op_arguments(inputs))
 
 
-@pytest.mark.parametrize("name", ["dense", "pooled"])
+@pytest.mark.parametrize("name", ["dense", "pooled", "softcap, image_q, pooled"])
 def test_opcheck_of_strided_inputs(name):
     """No input has a contiguous last dimension: the outputs still lie where the fake kernels say."""
     inputs = PROBLEMS[name].inputs(torch.float32)
     for key in DIFFERENTIABLE:
+        if inputs.get(key) is None:
+            continue
         inputs[key] = inputs[key].transpose(-1, 0).contiguous().transpose(-1, 0).requires_grad_()
     torch.library.opcheck(forward_op, op_arguments(inputs))
 
@@ -61,6 +66,7 @@ def test_opcheck_backward(name, with_lse):
         ("pooled", False, "aot_eager"),
         ("documents", True, "aot_eager"),
         ("no images", True, "aot_eager"),
+        ("softcap, image_q, pooled", True, "aot_eager"),
     ],
 )
 def test_compiles_whole_forward_and_backward(name, return_lse, backend):
@@ -124,14 +130,31 @@ def test_inputs_without_gradient_get_none():
     assert inputs["v"].grad is not None and inputs["q"].grad is None
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("tokens_first", [True, False])
-def test_layouts(tokens_first):
+def test_layouts(tokens_first, softcap):
     """out is laid out like q, the gradients as a projection's backward reads them."""
-    problem = replace(PROBLEMS["dense"], tokens_first=tokens_first)
+    problem = replace(PROBLEMS["image_q"], tokens_first=tokens_first, softcap=softcap)
     results = solve(problem.inputs(torch.float32), "cpu", cotangents(problem))
     inputs = problem.inputs(torch.float32)
     assert results["out"].stride() == inputs["q"].stride()
     assert results["lse"].is_contiguous()
-    for name in ("q", "k", "v"):
+    for name in ("q", "k", "v", "image_q"):
         assert results[name].stride() == empty_tokens_first(inputs[name]).stride(), name
     assert results["image_k"].stride() == inputs["image_k"].stride()
+
+
+def test_image_q_takes_the_images_share_of_the_gradient_of_q():
+    """The gradients of q and image_q add up to that of q where both are the same tensor."""
+    problem = PROBLEMS["dense"]
+    inputs, grads = problem.inputs(torch.float64), cotangents(problem)
+    apart = solve({**inputs, "image_q": inputs["q"]}, "cpu", grads)
+    torch.testing.assert_close(apart["q"] + apart["image_q"], solve(inputs, "cpu", grads)["q"], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_a_wide_softcap_changes_nothing(impl):
+    inputs = PROBLEMS["pooled"].inputs(torch.float64)
+    expected = visual_fusion_attn(**inputs, impl=impl)
+    torch.testing.assert_close(visual_fusion_attn(**inputs, softcap=1e7, impl=impl), expected, rtol=1e-9, atol=1e-9)
+    assert not visual_fusion_attn(**inputs, softcap=1.0, impl=impl).allclose(expected, rtol=1e-3)

@@ -7,12 +7,18 @@ import torch
 from tests.valm_kernels.visual_fusion.problems import PROBLEMS, Problem
 from valm_kernels import attention_weights, visual_fusion_attn
 
-SMALL = Problem(num_queries=5, prefix=2, head_dim=8, num_images=2, first_key="random")
+PLAIN = Problem(num_queries=5, prefix=2, head_dim=8, num_images=2, first_key="random")
+SMALL = replace(PLAIN, softcap=1.5, image_q=True)
 
 
 def by_the_formula(inputs, scale):
     """out and lse token by token, number by number, as the docstring of visual_fusion_attn writes them."""
     q, k, v = (inputs[name] for name in "qkv")
+    u, softcap = inputs.get("image_q", q), inputs.get("softcap", math.inf)
+
+    def cap(score):
+        return score if softcap == math.inf else softcap * math.tanh(score / softcap)
+
     batch, heads, num_queries, _ = q.shape
     group, prefix = heads // k.shape[1], k.shape[2] - num_queries
     out, lse = torch.zeros_like(q), torch.full(q.shape[:3], -math.inf, dtype=q.dtype)
@@ -23,7 +29,7 @@ def by_the_formula(inputs, scale):
                 first = int(inputs["first_key"][b, i]) if inputs.get("first_key") is not None else 0
                 last = i + prefix if inputs["causal"] else k.shape[2] - 1
                 for j in range(max(first, 0), last + 1):
-                    pairs.append((scale * q[b, h, i].dot(k[b, h // group, j]), v[b, h // group, j]))
+                    pairs.append((cap(scale * q[b, h, i].dot(k[b, h // group, j])), v[b, h // group, j]))
                 slots = inputs.get("image_index", inputs.get("image_mask"))
                 for n in range(slots.shape[2]):
                     if "image_index" in inputs:
@@ -36,7 +42,7 @@ def by_the_formula(inputs, scale):
                             continue
                         key, value = (inputs[x][b, h // group, i, n] for x in ("image_k", "image_v"))
                     key = key + inputs["image_k_bias"][h // group]
-                    score = scale * q[b, h, i].dot(key) + inputs["image_logit_bias"][h]
+                    score = cap(scale * u[b, h, i].dot(key)) + inputs["image_logit_bias"][h]
                     pairs.append((score, value + inputs["image_v_bias"][h // group]))
                 if pairs:
                     total = sum(math.exp(score) for score, _ in pairs)
@@ -47,8 +53,9 @@ def by_the_formula(inputs, scale):
 
 @pytest.mark.parametrize("pool_size", [None, 3])
 @pytest.mark.parametrize("causal", [True, False])
-def test_is_the_formula(pool_size, causal):
-    inputs = replace(SMALL, pool_size=pool_size, causal=causal).inputs()
+@pytest.mark.parametrize("problem", [PLAIN, SMALL], ids=["plain", "softcap and image_q"])
+def test_is_the_formula(problem, pool_size, causal):
+    inputs = replace(problem, pool_size=pool_size, causal=causal).inputs()
     out, lse = visual_fusion_attn(**inputs, scale=0.7, return_lse=True, impl="reference")
     expected_out, expected_lse = by_the_formula(inputs, 0.7)
     torch.testing.assert_close(out, expected_out, rtol=1e-13, atol=1e-13)
@@ -78,7 +85,7 @@ def test_without_images_it_is_ordinary_attention():
     torch.testing.assert_close(visual_fusion_attn(**inputs, impl="reference"), expected, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("name", ["dense", "pooled", "random first_key"])
+@pytest.mark.parametrize("name", ["dense", "pooled", "random first_key", "softcap, image_q, pooled"])
 def test_attention_weights_are_those_of_the_operation(name):
     inputs = PROBLEMS[name].inputs()
     arguments = {key: value for key, value in inputs.items() if key not in ("v", "image_v", "image_v_bias")}

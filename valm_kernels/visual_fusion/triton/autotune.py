@@ -37,7 +37,7 @@ _chosen: dict[tuple[str, int, int, torch.dtype], Tiles] = {}
 
 
 def choose_tiles(kernel: str, q: Tensor, launch: Callable[[Tiles], Any]) -> Tiles:
-    """Tiles for `kernel` ("forward", "decode", "query", "key") on q's device, at its head dimension and dtype.
+    """Tiles for `kernel` ("forward", "decode", "query", "key", "key softcap") on q's device, at its head dimension and dtype.
 
     launch runs the kernel with given tiles, any number of times with the same result; only tuning calls it.
     """

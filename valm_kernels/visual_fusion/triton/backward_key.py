@@ -8,8 +8,16 @@ from torch import Tensor
 
 from valm_kernels.visual_fusion.inputs import Inputs
 from valm_kernels.visual_fusion.triton.autotune import choose_tiles
-from valm_kernels.visual_fusion.triton.launch import kernel_constants, strides
-from valm_kernels.visual_fusion.triton.primitives import LOG2E, load_lse, load_rows, tile_rows, visible_keys
+from valm_kernels.visual_fusion.triton.launch import kernel_constants, softcap_log2, strides
+from valm_kernels.visual_fusion.triton.primitives import (
+    LOG2E,
+    cap_slope,
+    capped,
+    load_lse,
+    row_pointers,
+    tile_rows,
+    visible_keys,
+)
 from valm_kernels.visual_fusion.triton.tiles import Tiles
 
 # Queries per step of the scan of first_key. Chosen by arithmetic, not yet measured on a card.
@@ -69,6 +77,7 @@ def _key_query_tiles(
     Tq,
     Tk,
     scale_log2,
+    softcap_log2,
     D: tl.constexpr,
     G: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -79,17 +88,23 @@ def _key_query_tiles(
     INPUT_PRECISION: tl.constexpr,
 ):
     """Adds the queries of [begin, end) to dk / scale and dv. MASKED: some of them may not see every key."""
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
     for i_t in range(begin, end, BLOCK_M // BLOCK_G):
         o_t, o_h, m_row = tile_rows(i_t, i_h, Tq, G, BLOCK_G, BLOCK_M)
         # [BM, BD]
-        b_q = load_rows(q, stride_q, i_b, o_h, o_t, D, BLOCK_D)
-        b_do = load_rows(grad_out, stride_do, i_b, o_h, o_t, D, BLOCK_D)
+        p_q = row_pointers(q, stride_q, i_b, o_h, o_t)
+        p_do = row_pointers(grad_out, stride_do, i_b, o_h, o_t)
+        # both addresses before both loads: the other order spills at D = 128
+        b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_d[None, :], other=0.0)
+        b_do = tl.load(p_do[:, None] + o_d[None, :], mask=m_d[None, :], other=0.0)
         # [BM]
         o_row = (i_b * Hkv * G + o_h) * Tq + o_t
         b_lse = load_lse(lse, o_row, m_row)
         b_delta = tl.load(delta + o_row)
         # [BN, BM]
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision=INPUT_PRECISION) * scale_log2
+        b_s = capped(b_s, softcap_log2)
         b_p = tl.exp2(b_s - b_lse[None, :])
         if MASKED:
             b_first, b_last = visible_keys(first_key, i_b, o_t, Tq, Tk, CAUSAL)
@@ -98,6 +113,8 @@ def _key_query_tiles(
         b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=INPUT_PRECISION)
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=INPUT_PRECISION)
         b_ds = b_p * (b_dp - b_delta[None, :])
+        if softcap_log2 is not None:
+            b_ds *= cap_slope(b_s, softcap_log2)
         b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=INPUT_PRECISION)
     return b_dk, b_dv
 
@@ -124,6 +141,7 @@ def _key_kernel(
     Tk,
     scale,
     scale_log2,
+    softcap_log2,
     D: tl.constexpr,
     G: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -175,6 +193,7 @@ def _key_kernel(
             Tq,
             Tk,
             scale_log2,
+            softcap_log2,
             D,
             G,
             CAUSAL,
@@ -192,16 +211,16 @@ def _key_kernel(
 
 def key_gradients(inputs: Inputs, lse: Tensor, delta: Tensor, grad_out: Tensor, dk: Tensor, dv: Tensor) -> None:
     """Fills dk and dv; inputs are those of `kernel_inputs`."""
-    q, k, v, first_key, causal, scale = *inputs[:3], *inputs[-3:]
+    q, k, v = inputs[:3]
     batch, kv_heads, k_len = k.shape[:3]
-    constants = kernel_constants(q, k, causal)
+    constants = kernel_constants(q, k, inputs.causal)
 
     def launch(tiles: Tiles) -> None:
         _key_kernel[(triton.cdiv(k_len, tiles.block_n) * batch * kv_heads,)](
             q,
             k,
             v,
-            first_key,
+            inputs.first_key,
             lse,
             delta,
             grad_out,
@@ -211,8 +230,9 @@ def key_gradients(inputs: Inputs, lse: Tensor, delta: Tensor, grad_out: Tensor, 
             kv_heads,
             q.shape[2],
             k_len,
-            scale,
-            scale * LOG2E.value,
+            inputs.scale,
+            inputs.scale * LOG2E.value,
+            softcap_log2(inputs),
             **constants,
             BLOCK_M=max(tiles.block_m, constants["BLOCK_G"]),
             BLOCK_N=tiles.block_n,
@@ -220,4 +240,4 @@ def key_gradients(inputs: Inputs, lse: Tensor, delta: Tensor, grad_out: Tensor, 
             **tiles.options(),
         )
 
-    launch(choose_tiles("key", q, launch))
+    launch(choose_tiles("key" if inputs.softcap is None else "key softcap", q, launch))

@@ -1,7 +1,7 @@
 """Gradients of the image pool: a segmented reduction over the slots that name an image.
 
 The maths is in backward.py. The slots (b, t, k) are sorted by image once; a program then owns one image of one
-key-value head and sums dt q and b do over its slots in that order, so the result is the same in every run.
+key-value head and sums dx u and b do over its slots in that order, so the result is the same in every run.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from valm_kernels.visual_fusion.triton.launch import strides
+from valm_kernels.visual_fusion.triton.primitives import row_pointers
 from valm_kernels.visual_fusion.triton.tiles import block_d
 
 # Slots per step of a program, and the columns of a row that one of its warps sums: at least two warps. Chosen by the
@@ -22,15 +23,15 @@ COLUMNS_PER_WARP = 64
 
 @triton.jit
 def _pool_kernel(
-    q,
+    image_q,
     grad_out,
-    image_dt,  # (B, Hq, K, Tq)
+    image_dx,  # (B, Hq, K, Tq)
     image_b,
     order,  # slots (b, t, k), flattened, sorted by image
     segment,  # (U + 1): where the slots of an image begin in `order`
     dimage_k,
     dimage_v,
-    stride_q,  # (batch, head, position)
+    stride_iq,  # (batch, head, position)
     stride_do,
     stride_dik,  # (head, image)
     stride_div,
@@ -61,14 +62,14 @@ def _pool_kernel(
             i_hq = i_h * G + i_g
             o_coefficient = ((o_b * Hkv * G + i_hq) * K + o_k) * Tq + o_t
             # [BE]
-            b_dt = tl.load(image_dt + o_coefficient, mask=m_e, other=0.0)
+            b_dx = tl.load(image_dx + o_coefficient, mask=m_e, other=0.0)
             b_b = tl.load(image_b + o_coefficient, mask=m_e, other=0.0)
             # [BE, BD]
-            p_q = q + o_b * stride_q[0] + i_hq * stride_q[1] + o_t * stride_q[2]
-            p_do = grad_out + o_b * stride_do[0] + i_hq * stride_do[1] + o_t * stride_do[2]
-            b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_ed, other=0.0).to(tl.float32)
+            p_u = row_pointers(image_q, stride_iq, o_b, i_hq, o_t)
+            p_do = row_pointers(grad_out, stride_do, o_b, i_hq, o_t)
+            b_u = tl.load(p_u[:, None] + o_d[None, :], mask=m_ed, other=0.0).to(tl.float32)
             b_do = tl.load(p_do[:, None] + o_d[None, :], mask=m_ed, other=0.0).to(tl.float32)
-            b_dk += b_dt[:, None] * b_q
+            b_dk += b_dx[:, None] * b_u
             b_dv += b_b[:, None] * b_do
     p_dik = dimage_k + i_h * stride_dik[0] + i_u * stride_dik[1] + o_d
     p_div = dimage_v + i_h * stride_div[0] + i_u * stride_div[1] + o_d
@@ -77,39 +78,39 @@ def _pool_kernel(
 
 
 def pool_gradients(
-    q: Tensor,
+    image_q: Tensor,
     grad_out: Tensor,
-    image_dt: Tensor,
+    image_dx: Tensor,
     image_b: Tensor,
     image_index: Tensor,
     dimage_k: Tensor,
     dimage_v: Tensor,
     scale: float,
 ) -> None:
-    """Fills dimage_k and dimage_v (Hkv, U, D)."""
+    """Fills dimage_k and dimage_v (Hkv, U, D); image_q is the query that meets the images."""
     kv_heads, pool_size, head_dim = dimage_k.shape
     image, order = torch.sort(image_index.flatten(), stable=True)
     # slots without an image are -1: they come first, before the segment of image 0
     segment = torch.searchsorted(image, torch.arange(pool_size + 1, dtype=image.dtype, device=image.device))
     _pool_kernel[(pool_size * kv_heads,)](
-        q,
+        image_q,
         grad_out,
-        image_dt,
+        image_dx,
         image_b,
         order,
         segment,
         dimage_k,
         dimage_v,
-        strides(q),
+        strides(image_q),
         strides(grad_out),
         dimage_k.stride()[:2],
         dimage_v.stride()[:2],
         kv_heads,
-        q.shape[2],
+        image_q.shape[2],
         image_index.shape[2],
         scale,
         D=head_dim,
-        G=q.shape[1] // kv_heads,
+        G=image_q.shape[1] // kv_heads,
         BLOCK_D=block_d(head_dim),
         BLOCK_E=SLOTS,
         num_warps=max(2, block_d(head_dim) // COLUMNS_PER_WARP),

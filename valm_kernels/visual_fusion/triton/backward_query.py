@@ -11,10 +11,18 @@ from torch import Tensor
 
 from valm_kernels.visual_fusion.inputs import Inputs
 from valm_kernels.visual_fusion.triton.autotune import choose_tiles
-from valm_kernels.visual_fusion.triton.launch import image_strides, kernel_constants, num_images, strides
+from valm_kernels.visual_fusion.triton.launch import (
+    image_strides,
+    kernel_constants,
+    num_images,
+    softcap_log2,
+    strides,
+)
 from valm_kernels.visual_fusion.triton.primitives import (
     LOG2E,
-    image_score_offset,
+    cap_slope,
+    capped,
+    image_score_terms,
     image_slots,
     load_bias,
     load_images,
@@ -31,10 +39,12 @@ from valm_kernels.visual_fusion.triton.tiles import Tiles
 @triton.jit
 def _dq_step(b_dq, row_values, b_s, b_k, b_v, INPUT_PRECISION: tl.constexpr):
     """Adds a key tile to dq / scale."""
-    b_do, b_lse, b_delta = row_values
+    b_do, b_lse, b_delta, softcap_log2 = row_values
     b_p = tl.exp2(b_s - b_lse[:, None])
     b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=INPUT_PRECISION)
     b_ds = b_p * (b_dp - b_delta[:, None])
+    if softcap_log2 is not None:
+        b_ds *= cap_slope(b_s, softcap_log2)
     return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=INPUT_PRECISION)
 
 
@@ -45,6 +55,7 @@ def _query_kernel(
     v,
     image_k,
     image_v,
+    image_q,
     image_index,
     image_mask,
     image_k_bias,
@@ -59,27 +70,31 @@ def _query_kernel(
     delta,  # (B, Hq, Tq), for _key_kernel
     dimage_k,  # dense layout: (B, Hkv, Tq, K, D)
     dimage_v,
-    image_dt,  # pooled layout: dt and b, (B, Hq, K, Tq)
+    dimage_q,  # None: the images' share is part of dq
+    image_dx,  # pooled layout: dx and b, (B, Hq, K, Tq)
     image_b,
     dimage_k_bias,  # partial sums, (tiles, B, Hkv, D)
     dimage_v_bias,
     dimage_logit_bias,  # (tiles, B, Hkv, BLOCK_G)
-    stride_q,  # (batch, head, position), as for all but the images
+    stride_q,  # (batch, head, position), as for all but image_k, image_v and their gradients
     stride_k,
     stride_v,
     stride_ik,  # (batch, head, position, slot)
     stride_iv,
+    stride_iq,
     stride_o,
     stride_do,
     stride_dq,
     stride_dik,
     stride_div,
+    stride_diq,
     Hkv,
     Tq,
     Tk,
     K,
     scale,
     scale_log2,
+    softcap_log2,  # None = no cap
     D: tl.constexpr,
     G: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -115,14 +130,18 @@ def _query_kernel(
 
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if image_k is not None:
-        b_qf = b_q.to(tl.float32)
+        b_u = b_q.to(tl.float32)
+        if image_q is not None:
+            b_u = load_rows(image_q, stride_iq, i_b, o_h, o_t, D, BLOCK_D).to(tl.float32)
         b_dof = b_do.to(tl.float32)
-        b_offset = image_score_offset(b_qf, image_k_bias, image_logit_bias, i_h, o_h, scale_log2, D, BLOCK_D)
+        b_t0, b_logit = image_score_terms(b_u, image_k_bias, image_logit_bias, i_h, o_h, scale_log2, D, BLOCK_D)
         # what all images of a row share in db - delta, [BM]
         b_db0 = -b_delta
         if image_v_bias is not None:
             b_db0 += tl.sum(b_dof * load_bias(image_v_bias, i_h, D, BLOCK_D)[None, :], 1)
+        b_du = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         b_dt_sum = tl.zeros([BLOCK_M], tl.float32)
+        b_dx_sum = tl.zeros([BLOCK_M], tl.float32)
         b_b_sum = tl.zeros([BLOCK_M], tl.float32)
         # one row per position: where the gradients of a group's shared images go, [BT]
         o_t1 = i_m * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
@@ -133,15 +152,19 @@ def _query_kernel(
             b_ik = load_images(image_k, stride_ik, i_b, i_h, o_t, o_slot, m_image, D, BLOCK_D)
             b_iv = load_images(image_v, stride_iv, i_b, i_h, o_t, o_slot, m_image, D, BLOCK_D)
             # [BM]
-            b_t = tl.sum(b_qf * b_ik, 1) * scale_log2 + b_offset
-            b_b = tl.where(m_image, tl.exp2(b_t - b_lse), 0.0)
+            b_x = capped(tl.sum(b_u * b_ik, 1) * scale_log2 + b_t0, softcap_log2)
+            b_b = tl.where(m_image, tl.exp2(b_x + b_logit - b_lse), 0.0)
             b_dt = b_b * (tl.sum(b_dof * b_iv, 1) + b_db0)
-            b_dq += b_dt[:, None] * b_ik
+            b_dx = b_dt
+            if softcap_log2 is not None:
+                b_dx *= cap_slope(b_x, softcap_log2)
+            b_du += b_dx[:, None] * b_ik
             b_dt_sum += b_dt
+            b_dx_sum += b_dx
             b_b_sum += b_b
             if image_index is None:
                 # [BT, BD]
-                b_dik = tl.sum(tl.reshape((b_dt * scale)[:, None] * b_qf, [BLOCK_T, BLOCK_G, BLOCK_D]), 1)
+                b_dik = tl.sum(tl.reshape((b_dx * scale)[:, None] * b_u, [BLOCK_T, BLOCK_G, BLOCK_D]), 1)
                 b_div = tl.sum(tl.reshape(b_b[:, None] * b_dof, [BLOCK_T, BLOCK_G, BLOCK_D]), 1)
                 p_dik = row_pointers(dimage_k, stride_dik, i_b, i_h, o_t1) + i_k * stride_dik[3]
                 p_div = row_pointers(dimage_v, stride_div, i_b, i_h, o_t1) + i_k * stride_div[3]
@@ -149,24 +172,30 @@ def _query_kernel(
                 tl.store(p_div[:, None] + o_d[None, :], b_div.to(dimage_v.dtype.element_ty), mask=m_t1)
             else:
                 o_coefficient = ((i_b * Hkv * G + o_h) * K + i_k) * Tq + o_t
-                tl.store(image_dt + o_coefficient, b_dt, mask=m_row)
+                tl.store(image_dx + o_coefficient, b_dx, mask=m_row)
                 tl.store(image_b + o_coefficient, b_b, mask=m_row)
         i_part = i_m * (tl.num_programs(0) // n_tiles) + i_bh
         if image_k_bias is not None:
-            b_dq += b_dt_sum[:, None] * load_bias(image_k_bias, i_h, D, BLOCK_D)[None, :]
-            tl.store(dimage_k_bias + i_part * D + o_d, tl.sum((b_dt_sum * scale)[:, None] * b_qf, 0), mask=m_d)
+            b_du += b_dx_sum[:, None] * load_bias(image_k_bias, i_h, D, BLOCK_D)[None, :]
+            tl.store(dimage_k_bias + i_part * D + o_d, tl.sum((b_dx_sum * scale)[:, None] * b_u, 0), mask=m_d)
         if image_v_bias is not None:
             tl.store(dimage_v_bias + i_part * D + o_d, tl.sum(b_b_sum[:, None] * b_dof, 0), mask=m_d)
         if image_logit_bias is not None:
             o_g = tl.arange(0, BLOCK_G)
             b_dlogit = tl.sum(tl.reshape(b_dt_sum, [BLOCK_T, BLOCK_G]), 0)
             tl.store(dimage_logit_bias + i_part * BLOCK_G + o_g, b_dlogit)
+        if image_q is not None:
+            p_diq = row_pointers(dimage_q, stride_diq, i_b, o_h, o_t)
+            m_diq = m_row[:, None] & m_d[None, :]
+            tl.store(p_diq[:, None] + o_d[None, :], (b_du * scale).to(dimage_q.dtype.element_ty), mask=m_diq)
+        else:
+            b_dq = b_du
 
     b_first, b_last = visible_keys(first_key, i_b, o_t, Tq, Tk, CAUSAL)
     b_dq = over_key_tiles(
         _dq_step,
         b_dq,
-        (b_do, b_lse, b_delta),
+        (b_do, b_lse, b_delta, softcap_log2),
         b_q,
         k + i_b * stride_k[0] + i_h * stride_k[1],
         v + i_b * stride_v[0] + i_h * stride_v[1],
@@ -179,6 +208,7 @@ def _query_kernel(
         Tk,
         Tk,
         scale_log2,
+        softcap_log2,
         D,
         BLOCK_D,
         BLOCK_N,
@@ -193,7 +223,7 @@ class QueryResults:
     """What `query_gradients` computes besides the gradients it fills, all float32; None where an input is absent."""
 
     delta: Tensor  # (B, Hq, Tq)
-    image_dt: Tensor | None  # pooled layout: dt and b, (B, Hq, K, Tq)
+    image_dx: Tensor | None  # pooled layout: dx and b, (B, Hq, K, Tq)
     image_b: Tensor | None
     # one partial sum of the bias gradients per program
     image_k_bias: Tensor | None  # (tiles, B, Hkv, D)
@@ -210,13 +240,14 @@ def query_gradients(
     dq: Tensor,
     dimage_k: Tensor | None,
     dimage_v: Tensor | None,
+    dimage_q: Tensor | None,
 ) -> QueryResults:
-    """Fills dq and, in the dense layout, dimage_k and dimage_v; inputs are those of `kernel_inputs`."""
-    q, k, v, image_k, image_v, image_index, _, image_k_bias, image_v_bias, image_logit_bias, _, causal, scale = inputs
+    """Fills dq, dimage_q and, in the dense layout, dimage_k and dimage_v; inputs are those of `kernel_inputs`."""
+    q, k, v, image_k, image_v, image_q, image_index, *_ = inputs
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, k_len = k.shape[1:3]
     pooled = image_index is not None
-    constants = kernel_constants(q, k, causal)
+    constants = kernel_constants(q, k, inputs.causal)
     block_g = constants["BLOCK_G"]
     images = num_images(image_k, image_index)
 
@@ -228,11 +259,11 @@ def query_gradients(
         row_tiles = triton.cdiv(q_len * block_g, block_m)
         results = QueryResults(
             delta=scratch(True, batch, q_heads, q_len),
-            image_dt=scratch(pooled, batch, q_heads, images, q_len),
+            image_dx=scratch(pooled, batch, q_heads, images, q_len),
             image_b=scratch(pooled, batch, q_heads, images, q_len),
-            image_k_bias=scratch(image_k_bias is not None, row_tiles, batch, kv_heads, head_dim),
-            image_v_bias=scratch(image_v_bias is not None, row_tiles, batch, kv_heads, head_dim),
-            image_logit_bias=scratch(image_logit_bias is not None, row_tiles, batch, kv_heads, block_g),
+            image_k_bias=scratch(inputs.image_k_bias is not None, row_tiles, batch, kv_heads, head_dim),
+            image_v_bias=scratch(inputs.image_v_bias is not None, row_tiles, batch, kv_heads, head_dim),
+            image_logit_bias=scratch(inputs.image_logit_bias is not None, row_tiles, batch, kv_heads, block_g),
         )
         _query_kernel[(row_tiles * batch * kv_heads,)](
             *inputs.tensors,
@@ -244,21 +275,24 @@ def query_gradients(
             results.delta,
             dimage_k,
             dimage_v,
-            results.image_dt,
+            dimage_q,
+            results.image_dx,
             results.image_b,
             results.image_k_bias,
             results.image_v_bias,
             results.image_logit_bias,
             *(strides(x) for x in (q, k, v)),
             *(image_strides(x, pooled) for x in (image_k, image_v)),
-            *(strides(x) for x in (out, grad_out, dq)),
+            *(strides(x) for x in (image_q, out, grad_out, dq)),
             *(image_strides(x, pooled) for x in (dimage_k, dimage_v)),
+            strides(dimage_q),
             kv_heads,
             q_len,
             k_len,
             images,
-            scale,
-            scale * LOG2E.value,
+            inputs.scale,
+            inputs.scale * LOG2E.value,
+            softcap_log2(inputs),
             **constants,
             BLOCK_M=block_m,
             BLOCK_N=tiles.block_n,

@@ -2,14 +2,16 @@
 
 For a row (query i of head h), with scores in units of log 2 and a running maximum m:
 
-    t_k = scale q.(image_k_k + image_k_bias) + image_logit_bias      s_j = scale q.k_j
+    t_k = cap(scale u.(image_k_k + image_k_bias)) + image_logit_bias      s_j = cap(scale q.k_j)
     l   = sum_k 2^(t_k - m) + sum_j 2^(s_j - m)
     out = (sum_k 2^(t_k - m) (image_v_k + image_v_bias) + sum_j 2^(s_j - m) v_j) / l,      lse = (m + log2 l) ln 2
 
+u is image_q where given and q otherwise; cap(x) = c tanh(x / c) with softcap c, and x without.
+
 The K images of a row belong to that row alone, so their scores are element-wise sums; they enter the softmax first.
 The text keys are shared by all rows of the tile and go through tensor-core products (FlashAttention-2, Dao 2023,
-algorithm 1). image_k_bias adds the same q.image_k_bias to every image score, and image_v_bias is weighted by the sum of
-the image weights, which after the image loop is l: neither bias is ever added to an image vector.
+algorithm 1). image_k_bias adds the same u.image_k_bias to every image product, and image_v_bias is weighted by the sum
+of the image weights, which after the image loop is l: neither bias is ever added to an image vector.
 
 Where too few tiles exist to fill the chip (decoding) the keys that a tile may see are split; each split writes a
 float32 partial result with its own lse, and `_merge_kernel` joins them. Split 0 takes the images.
@@ -33,12 +35,14 @@ from valm_kernels.visual_fusion.triton.launch import (
     kernel_inputs,
     multiprocessors,
     num_images,
+    softcap_log2,
     strides,
 )
 from valm_kernels.visual_fusion.triton.primitives import (
     LN2,
     LOG2E,
-    image_score_offset,
+    capped,
+    image_score_terms,
     image_slots,
     load_bias,
     load_images,
@@ -90,6 +94,7 @@ def _forward_kernel(
     v,
     image_k,
     image_v,
+    image_q,
     image_index,
     image_mask,
     image_k_bias,
@@ -103,6 +108,7 @@ def _forward_kernel(
     stride_v,
     stride_ik,  # (batch, head, position, slot)
     stride_iv,
+    stride_iq,  # (batch, head, position), as for out
     stride_o,
     stride_part,  # from one split's out to the next
     Hkv,
@@ -110,6 +116,7 @@ def _forward_kernel(
     Tk,
     K,
     scale_log2,
+    softcap_log2,  # None = no cap
     D: tl.constexpr,
     G: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -137,15 +144,18 @@ def _forward_kernel(
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     if image_k is not None:
-        b_qf = b_q.to(tl.float32)
-        b_offset = image_score_offset(b_qf, image_k_bias, image_logit_bias, i_h, o_h, scale_log2, D, BLOCK_D)
+        b_u = b_q.to(tl.float32)
+        if image_q is not None:
+            b_u = load_rows(image_q, stride_iq, i_b, o_h, o_t, D, BLOCK_D).to(tl.float32)
+        b_t0, b_logit = image_score_terms(b_u, image_k_bias, image_logit_bias, i_h, o_h, scale_log2, D, BLOCK_D)
         for i_k in range(0, tl.where(i_s == 0, K, 0)):
             o_slot, m_image = image_slots(image_index, image_mask, i_b, o_t, i_k, Tq, K)
             # [BM, BD]
             b_ik = load_images(image_k, stride_ik, i_b, i_h, o_t, o_slot, m_image, D, BLOCK_D)
             b_iv = load_images(image_v, stride_iv, i_b, i_h, o_t, o_slot, m_image, D, BLOCK_D)
             # [BM]
-            b_t = tl.where(m_image, tl.sum(b_qf * b_ik, 1) * scale_log2 + b_offset, float("-inf"))
+            b_t = capped(tl.sum(b_u * b_ik, 1) * scale_log2 + b_t0, softcap_log2) + b_logit
+            b_t = tl.where(m_image, b_t, float("-inf"))
             b_m_new = tl.maximum(b_m, b_t)
             b_alpha = tl.exp2(b_m - b_m_new)
             b_p = tl.exp2(b_t - b_m_new)
@@ -178,6 +188,7 @@ def _forward_kernel(
         hi,
         Tk,
         scale_log2,
+        softcap_log2,
         D,
         BLOCK_D,
         BLOCK_N,
@@ -239,10 +250,10 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
         check_image_index(inputs.image_index, inputs.image_k.shape[1])
     out = empty_rows_like(inputs.q)
     inputs = kernel_inputs(inputs)
-    q, k, v, image_k, image_v, image_index, *_, causal, scale = inputs
+    q, k, v, image_k, image_v, image_index = (*inputs[:5], inputs.image_index)
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, k_len = k.shape[1:3]
-    constants = kernel_constants(q, k, causal)
+    constants = kernel_constants(q, k, inputs.causal)
     block_g = constants["BLOCK_G"]
     kernel = "decode" if q_len * block_g <= DECODE_ROWS else "forward"
     lse = torch.empty(batch, q_heads, q_len, dtype=torch.float32, device=q.device)
@@ -263,13 +274,15 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
                 lse_part,
                 *(strides(x) for x in (q, k, v)),
                 *(image_strides(x, image_index is not None) for x in (image_k, image_v)),
+                strides(inputs.image_q),
                 strides(out_part[0]),
                 out_part.stride(0),
                 kv_heads,
                 q_len,
                 k_len,
                 num_images(image_k, image_index),
-                scale * LOG2E.value,
+                inputs.scale * LOG2E.value,
+                softcap_log2(inputs),
                 **constants,
                 BLOCK_M=block_m,
                 BLOCK_N=tiles.block_n,

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from valm_kernels.visual_fusion.inputs import Inputs
 from valm_kernels.visual_fusion.layout import whole_rows
+from valm_kernels.visual_fusion.triton.primitives import LOG2E
 from valm_kernels.visual_fusion.triton.tiles import block_d
 
 
 def kernel_inputs(inputs: Inputs) -> Inputs:
     """The inputs as kernels read them: rows are contiguous, the small tensors have no gaps."""
-    rows = (None if x is None else whole_rows(x) for x in inputs[:5])
-    return Inputs(*rows, *(contiguous(x) for x in inputs.tensors[5:]), inputs.causal, inputs.scale)
+    rows = (None if x is None else whole_rows(x) for x in inputs[:6])
+    return Inputs(*rows, *(contiguous(x) for x in inputs.tensors[6:]), *inputs[len(inputs.tensors) :])
 
 
 def kernel_constants(q: Tensor, k: Tensor, causal: bool) -> dict[str, Any]:
@@ -40,9 +41,14 @@ def num_images(image_k: Tensor | None, image_index: Tensor | None) -> int:
     return 0 if image_k is None else image_k.shape[3]
 
 
-def strides(x: Tensor) -> tuple[int, int, int]:
+def softcap_log2(inputs: Inputs) -> float | None:
+    """The cap in the units of the kernels' scores."""
+    return None if inputs.softcap is None else inputs.softcap * LOG2E.value
+
+
+def strides(x: Tensor | None) -> tuple[int, int, int]:
     """Strides (batch, head, position) of a (B, H, T, D) tensor."""
-    return x.stride()[:3]
+    return (0, 0, 0) if x is None else x.stride()[:3]
 
 
 def image_strides(image: Tensor | None, pooled: bool) -> tuple[int, int, int, int]:

@@ -77,6 +77,33 @@ def key_tile_range(b_first, b_last, lo, hi, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def tanh(x):
+    """Exact to a few units in the last place, which the approximation of the hardware is not."""
+    # a rational function of exp loses the digits of a small x; its series (Cephes, tanhf) has them
+    x2 = x * x
+    series = (((-5.70498872745e-3 * x2 + 2.06390887954e-2) * x2 - 5.37397155531e-2) * x2 + 1.33314422036e-1) * x2
+    small = (series - 3.33332819422e-1) * x2 * x + x
+    # exp2 is inf for a large x, and 0 for a small one: 1 and -1
+    large = 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0)
+    return tl.where(tl.abs(x) < 0.625, small, large)
+
+
+@triton.jit
+def capped(b_s, softcap_log2):
+    """Scores under the cap, both in units of log 2."""
+    if softcap_log2 is not None:
+        b_s = tanh(b_s / softcap_log2) * softcap_log2
+    return b_s
+
+
+@triton.jit
+def cap_slope(b_s, softcap_log2):
+    """The derivative of capped scores, 1 - tanh²; 0 where a key is not seen and b_s is -inf."""
+    b_tanh = b_s / softcap_log2
+    return 1.0 - tl.minimum(b_tanh * b_tanh, 1.0)
+
+
+@triton.jit
 def over_key_tiles(
     step: tl.constexpr,  # (carry, row_values, b_s, b_k, b_v, INPUT_PRECISION) -> carry
     carry,
@@ -93,6 +120,7 @@ def over_key_tiles(
     hi,
     Tk,
     scale_log2,
+    softcap_log2,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -120,6 +148,7 @@ def over_key_tiles(
             b_v = tl.load(p_v + o_row * stride_vn + o_d[None, :], mask=m_n, other=0.0)
             # [BM, BN]
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision=INPUT_PRECISION) * scale_log2
+            b_s = capped(b_s, softcap_log2)
             if i_part != 1:
                 m_seen = (o_n[None, :] >= b_first[:, None]) & (o_n[None, :] <= b_last[:, None])
                 b_s = tl.where(m_seen, b_s, float("-inf"))
@@ -162,16 +191,17 @@ def load_bias(bias, i_h, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def image_score_offset(
-    b_q, image_k_bias, image_logit_bias, i_h, o_h, scale_log2, D: tl.constexpr, BLOCK_D: tl.constexpr
+def image_score_terms(
+    b_u, image_k_bias, image_logit_bias, i_h, o_h, scale_log2, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """What the biases add to every image score of a row, [BM]; b_q is float32."""
-    b_offset = tl.zeros(o_h.shape, tl.float32)
+    """What all image scores of a row share, in units of log 2 ([BM] each): u.image_k_bias and image_logit_bias."""
+    b_product = tl.zeros(o_h.shape, tl.float32)
+    b_logit = tl.zeros(o_h.shape, tl.float32)
     if image_k_bias is not None:
-        b_offset += tl.sum(b_q * load_bias(image_k_bias, i_h, D, BLOCK_D)[None, :], 1) * scale_log2
+        b_product = tl.sum(b_u * load_bias(image_k_bias, i_h, D, BLOCK_D)[None, :], 1) * scale_log2
     if image_logit_bias is not None:
-        b_offset += tl.load(image_logit_bias + o_h).to(tl.float32) * LOG2E
-    return b_offset
+        b_logit = tl.load(image_logit_bias + o_h).to(tl.float32) * LOG2E
+    return b_product, b_logit
 
 
 @triton.jit

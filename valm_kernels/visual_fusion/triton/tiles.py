@@ -56,6 +56,12 @@ _TILES: dict[tuple[str, int, int], tuple[Tiles, Tiles, Tiles]] = {
     ("key", 4, 80): (Tiles(32, 32, 8, 2), Tiles(32, 16, 8, 2), Tiles(16, 16, 8, 1)),
     ("key", 4, 90): (Tiles(32, 32, 8, 2), Tiles(32, 16, 8, 2), Tiles(16, 16, 8, 1)),
     ("key", 4, 100): (Tiles(32, 32, 8, 2), Tiles(32, 16, 8, 2), Tiles(16, 16, 8, 1)),
+    ("key softcap", 2, 80): (Tiles(32, 64, 4, 2), Tiles(32, 32, 8, 2), Tiles(16, 32, 8, 2)),
+    ("key softcap", 2, 90): (Tiles(64, 128, 8, 2), Tiles(32, 64, 8, 2), Tiles(16, 32, 8, 2)),
+    ("key softcap", 2, 100): (Tiles(64, 128, 8, 2), Tiles(32, 64, 8, 2), Tiles(16, 32, 8, 2)),
+    ("key softcap", 4, 80): (Tiles(32, 32, 8, 2), Tiles(32, 16, 8, 2), Tiles(16, 16, 8, 1)),
+    ("key softcap", 4, 90): (Tiles(32, 32, 8, 2), Tiles(32, 16, 8, 2), Tiles(16, 16, 8, 1)),
+    ("key softcap", 4, 100): (Tiles(32, 32, 8, 2), Tiles(32, 16, 8, 2), Tiles(16, 16, 8, 1)),
 }
 
 
@@ -65,7 +71,7 @@ def block_d(head_dim: int) -> int:
 
 
 def tiles_for(kernel: str, arch: int, head_dim: int, dtype: torch.dtype) -> Tiles:
-    """The tiles of `kernel` ("forward", "decode", "query", "key") on compute capability `arch` (90 for 9.0)."""
+    """The tiles of `kernel` ("forward", "decode", "query", "key", "key softcap") on compute capability `arch` (90 for 9.0)."""
     if 90 <= arch < 100:
         family = 90
     else:

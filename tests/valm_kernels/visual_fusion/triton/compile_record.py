@@ -64,6 +64,9 @@ CASES = (
     ("query", "pooled"),
     ("key", "dense"),
     ("pool", "pooled"),
+    ("forward", "softcap image_q"),
+    ("query", "softcap image_q"),
+    ("key", "softcap image_q"),
 )
 # Limits of a multiprocessor and of a block (CUDA C++ Programming Guide, compute capabilities).
 REGISTERS_PER_SM = 65536
@@ -118,8 +121,10 @@ def meta_inputs(
     images: int = 8,
     group: int = 1,
     index_dtype: torch.dtype = torch.int64,
+    softcap: float | None = None,
+    image_q: bool = False,
 ) -> Inputs:
-    """Arguments of forward with everything switched on: B 4, 12 key-value heads, T 1024, K 8."""
+    """Arguments of forward with all switched on but softcap and image_q: B 4, 12 key-value heads, T 1024, K 8."""
     batch, heads = 4, 12
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -135,7 +140,9 @@ def meta_inputs(
         index, mask = None, empty(batch, q_len, images, dtype=torch.bool)
     bias, logit_bias = empty(heads, head_dim), empty(heads * group, dtype=torch.float32)
     first_key = empty(batch, q_len, dtype=torch.int32)
-    return Inputs(q, k, k, image, image, index, mask, bias, bias, logit_bias, first_key, True, head_dim**-0.5)
+    own_q = q if image_q else None
+    options = (index, mask, bias, bias, logit_bias, first_key, True, head_dim**-0.5, softcap)
+    return Inputs(q, k, k, image, image, own_q, *options)
 
 
 def _record(kernel: str, arch: int, inputs: Inputs, with_lse: bool) -> Recorder:
@@ -175,8 +182,8 @@ def _specialise(value: Any, path: tuple[int, ...], constants: dict, attributes: 
 @cache
 def compile_case(kernel: str, call: str, arch: int, head_dim: int, dtype: str) -> Report:
     """Compiles one row of the table; raises what Triton raises where that fails."""
-    lengths = {"q_len": 1, "k_len": 4096} if call == "decode" else {}
-    inputs = meta_inputs(head_dim, DTYPES[dtype], call == "pooled", **lengths)
+    options = {"decode": {"q_len": 1, "k_len": 4096}, "softcap image_q": {"softcap": 50.0, "image_q": True}}
+    inputs = meta_inputs(head_dim, DTYPES[dtype], call == "pooled", **options.get(call, {}))
     return compile_kernel(kernel, variant(call, head_dim, dtype), arch, inputs)
 
 

@@ -91,6 +91,11 @@ VARIANTS = {
     "head of 80": lambda: meta_inputs(80, torch.float16, False),
     "head of 13": lambda: meta_inputs(13, torch.float16, False),
     "int32 index": lambda: meta_inputs(*POOLED, index_dtype=torch.int32),
+    "image_q": lambda: meta_inputs(*DENSE, image_q=True),
+    "image_q, pooled": lambda: meta_inputs(*POOLED, image_q=True),
+    "softcap": lambda: meta_inputs(*DENSE, softcap=50.0),
+    "softcap, pooled": lambda: meta_inputs(*POOLED, softcap=50.0),
+    "softcap, text alone": lambda: without(meta_inputs(*DENSE, softcap=50.0), *IMAGES, *BIASES, "first_key"),
     "one image": lambda: meta_inputs(*DENSE, images=1),
     "one token": lambda: meta_inputs(*DENSE, q_len=1),
 }
