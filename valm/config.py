@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from transformers import AutoConfig, GPT2Config, PreTrainedConfig
 
 from valm.errors import ValmError
+from valm.registration import are_models_imported
 
 FUSION_SCALES = ("head_dim", "embed_dim")
 
@@ -83,3 +85,5 @@ class ValmConfig(GPT2Config):
 
 
 AutoConfig.register(ValmConfig.model_type, ValmConfig)
+if are_models_imported():
+    importlib.import_module("valm.auto_model")

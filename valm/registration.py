@@ -21,17 +21,18 @@ REGISTERED_BY = {CONFIGS: "valm.config", MODELS: "valm.auto_model"}
 class _Loader(Loader):
     """The module's own loader, and our import after it."""
 
-    def __init__(self, loader: Loader, then: str):
-        self.loader, self.then = loader, then
+    def __init__(self, loader: Loader):
+        self.loader = loader
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        # the models import the configs first, and every config class looks at the models: then both come after them
-        if module.__name__ == MODELS or not _is_being_imported(MODELS):
-            importlib.import_module(self.then)
+        # The models import the configs first, and every config class looks at the models: ours come after both.
+        other = REGISTERED_BY[CONFIGS] if module.__name__ == MODELS else MODELS
+        if not _is_being_imported(other):
+            importlib.import_module(REGISTERED_BY[module.__name__])
 
 
 class _Finder(MetaPathFinder):
@@ -40,7 +41,7 @@ class _Finder(MetaPathFinder):
             return None
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, REGISTERED_BY[name])
+            spec.loader = _Loader(spec.loader)
         return spec
 
 
@@ -48,9 +49,13 @@ def _is_being_imported(name: str) -> bool:
     return name in sys.modules and getattr(sys.modules[name].__spec__, "_initializing", False)
 
 
+def are_models_imported() -> bool:
+    """Whether the Auto classes of models are there; our config asks, when it is."""
+    return MODELS in sys.modules and not _is_being_imported(MODELS)
+
+
 def register_when_imported() -> None:
     """Registers with the Auto classes that are imported already, and with the others when they are."""
     sys.meta_path.insert(0, _Finder())
-    for name, ours in REGISTERED_BY.items():
-        if name in sys.modules:
-            importlib.import_module(ours)
+    if CONFIGS in sys.modules:
+        importlib.import_module(REGISTERED_BY[CONFIGS])
