@@ -137,9 +137,10 @@ def _load_whole(folder: Path) -> Any:
     if kind != ValmConfig.model_type:
         raise ValmError(f"{folder} holds a model of type {kind!r}, expected {ValmConfig.model_type!r}")
     with _read_errors(f"the checkpoint {folder}"):
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True
         )
+    model, report = loaded
     wrong = [f"{name} {sorted(map(str, found))[0]}" for name, found in report.items() if found]
     if wrong:
         raise ValmError(f"the weights in {folder} are not those of its {CONFIG_FILE}: {'; '.join(wrong)}")
@@ -151,7 +152,7 @@ def _load_base(folder: Path, base: str | os.PathLike, by_user: bool) -> Any:
         return AutoModelForCausalLM.from_pretrained(base, local_files_only=not by_user)
 
 
-def _load_tokenizer(source: str | os.PathLike, folder: Path, local: bool) -> PreTrainedTokenizerFast:
+def _load_tokenizer(source: str | os.PathLike, folder: Path, local: bool) -> Any:
     with _read_errors(f"the tokenizer of the checkpoint {folder}", remedy="; save one there by save_pretrained"):
         return AutoTokenizer.from_pretrained(source, local_files_only=local)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from transformers import AutoConfig, GPT2Config, PreTrainedConfig
+from transformers import AutoConfig, GPT2Config
 
 from valm.errors import ValmError
 from valm.registration import are_models_imported
@@ -70,7 +70,7 @@ class ValmConfig(GPT2Config):
             )
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> PreTrainedConfig:
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """The config in a file of model_type "valm": this one, or that of an augmented decoder (`valm.augment`)."""
         if "base_config" not in config_dict:
             return super().from_dict(config_dict, **kwargs)

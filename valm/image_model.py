@@ -6,11 +6,11 @@ import functools
 import os
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer
 from transformers.cache_utils import Cache
 
 from valm.errors import ValmError
@@ -18,10 +18,7 @@ from valm.retrieval.context import ContextCache
 from valm.retrieval.note import RetrievalNote
 from valm.retrieval.retriever import BlindRetriever, Retriever
 
-if TYPE_CHECKING:
-    _Base = PreTrainedModel
-else:
-    _Base = object
+_Base: Any = object  # for a type checker, the model class behind the mixin
 
 
 class ImageOptions(NamedTuple):
@@ -50,7 +47,7 @@ class RetrievalCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes a copy of row beam_idx[i]."""
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]  # any tensor of integers will do
         self._reorder_retrieval(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -67,7 +64,7 @@ class RetrievalCache(Cache):
 
 
 @functools.cache
-def retrieval_cache_class(cache_class: type[Cache]) -> type[RetrievalCache]:
+def retrieval_cache_class(cache_class: Any) -> Any:
     """`cache_class` with a retriever's state."""
     return type(cache_class.__name__, (RetrievalCache, cache_class), {})
 
@@ -127,10 +124,10 @@ class ImageModel(_Base):
         self._retriever = retriever
         self._note_ignored = True
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """`PreTrainedModel.save_pretrained`, and the note on what finds the images."""
-        super().save_pretrained(save_directory, **kwargs)
-        if kwargs.get("is_main_process", True):
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", args[0] if args else True):
             self.save_note(save_directory)
 
     def save_note(self, folder: str | os.PathLike) -> None:
@@ -156,7 +153,7 @@ class ImageModel(_Base):
 
     @torch.compiler.disable
     def _find_images(
-        self, input_ids: Tensor | None, attention_mask: Tensor | None, cache: Cache | None
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, cache: Any
     ) -> tuple[Tensor, Tensor]:
         retriever = self.retriever
         assert retriever is not None
@@ -174,7 +171,8 @@ class ImageModel(_Base):
             found = retriever(input_ids, mask)
         else:
             if not isinstance(cache, RetrievalCache):
-                cache.__class__ = retrieval_cache_class(type(cache))
+                plain: Any = type(cache)
+                cache.__class__ = retrieval_cache_class(plain)
             if cache.retrieval is None:
                 if cache.get_seq_length() > 0:
                     raise ValueError(
@@ -212,7 +210,7 @@ class ImageModel(_Base):
         folder = Path(self._note_folder or self.config.name_or_path)
         try:
             source = folder if (folder / "tokenizer_config.json").is_file() else self.config.name_or_path
-            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
+            tokenizer: Any = AutoTokenizer.from_pretrained(source, local_files_only=True)
             self.set_retriever(
                 note.open(tokenizer, options.num_images, blind=options.blind, clip=clip, device=self.device)
             )

@@ -10,10 +10,9 @@ before the rotation, which is caught by running the attention on the text with t
 
 from __future__ import annotations
 
-import functools
 import inspect
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +23,8 @@ from transformers.cache_utils import Cache
 from valm.errors import ValmError
 from valm_kernels import visual_fusion_attn
 
-if TYPE_CHECKING:
-    _Module = nn.Module
-else:
-    _Module = object
+# For a type checker, the class behind a mixin, which is known when a model is augmented.
+_Module: Any = object
 
 # The name under which transformers' attention interface knows `fusion_attention`.
 IMPLEMENTATION = "valm"
@@ -83,12 +80,12 @@ class FusionTerms(NamedTuple):
 
 
 class Images(NamedTuple):
-    """What `fusion_attention` is told of the images: keys (Hkv, U, Dk), values (Hkv, U, Dv), index (B, T, K) with -1 =
-    no image, the query that meets them (B, Hq, T, Dk) or None for that of the text, and the biases."""
+    """What `fusion_attention` is told of the images: keys (Hkv, U, Dk), values (Hkv, U, Dv), image_index (B, T, K) with
+    -1 = no image, the query that meets them (B, Hq, T, Dk) or None for that of the text, and the biases."""
 
     keys: Tensor
     values: Tensor
-    index: Tensor
+    image_index: Tensor
     query: Tensor | None
     terms: FusionTerms
 
@@ -205,9 +202,8 @@ class VisualAttention(_Module):
         pair = arguments["hidden_states"][:1, :2]  # (1, 2, C)
         _, keys, values = self._catch(pair[:, :1], arguments)
         heads = self._catch(pair, arguments)[0].shape[1]
-        terms = FusionTerms(
-            pair, *(pair.new_zeros(x.shape[1], x.shape[3]) for x in (keys, values)), pair.new_zeros(heads)
-        )
+        k_bias, v_bias = (pair.new_zeros(x.shape[1], x.shape[3]) for x in (keys, values))
+        terms = FusionTerms(pair, k_bias, v_bias, pair.new_zeros(heads))
         images = Images(keys[0], values[0], torch.zeros(1, 1, 1, dtype=torch.int64, device=pair.device), None, terms)
         with_image = super().forward(**self._unrotated(pair[:, 1:], arguments), images=images)[0][0, -1]
         config, self.config = self.config, own_config
@@ -356,7 +352,7 @@ def _kernel_attention(
     if images is not None:
         image_k, image_v = _widened(images.keys, widest), _widened(images.values, widest)
         arguments = {
-            "image_index": images.index,
+            "image_index": images.image_index,
             "image_k_bias": _widened(images.terms.k_bias, widest),
             "image_v_bias": _widened(images.terms.v_bias, widest),
             "image_logit_bias": images.terms.logit_bias.to(torch.promote_types(query.dtype, torch.float32)),
@@ -413,13 +409,13 @@ def joint_attention(
     if images is not None:
         image_k = (images.keys + images.terms.k_bias[:, None]).to(query.dtype)
         image_v = (images.values + images.terms.v_bias[:, None]).to(query.dtype)
-        index = images.index.clamp(min=0).long()
+        index = images.image_index.clamp(min=0).long()
         # (Hkv, U, D) -> (B, Hq, Tq, K, D)
         gathered_k, gathered_v = (x[:, index].repeat_interleave(group, 0).transpose(0, 1) for x in (image_k, image_v))
         image_query = query if images.query is None else images.query
         image = capped((gathered_k @ image_query[..., None])[..., 0] * scale).to(wide)  # (B, Hq, Tq, K)
         image = image + images.terms.logit_bias.to(wide)[:, None, None]
-        scores.append(image.masked_fill((images.index < 0)[:, None], -torch.inf))
+        scores.append(image.masked_fill((images.image_index < 0)[:, None], -torch.inf))
     if sink is not None:
         scores.append(sink.reshape(1, -1, 1, 1).to(wide).expand(batch, -1, num_queries, 1))
     joint = torch.cat(scores, -1)
@@ -429,7 +425,7 @@ def joint_attention(
     weights = (weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(joint.dtype).tiny)).to(query.dtype)
     out = weights[..., :num_keys] @ value
     if images is not None:
-        image_weights = weights[..., num_keys : num_keys + images.index.shape[-1]]
+        image_weights = weights[..., num_keys : num_keys + images.image_index.shape[-1]]
         out = out + (image_weights[..., None, :] @ gathered_v)[..., 0, :]
     return out
 
@@ -452,20 +448,27 @@ def _new(make_class: Any, wrapped_class: type) -> Any:
     return made.__new__(made)
 
 
-def subclass(mixins: tuple[type, ...], base: type, make_class: Any, **attributes: Any) -> Any:
-    """A class of `mixins` in front of `base` that bears the base's name: transformers and accelerate look up what they
-    know of a class by its name."""
+_subclasses: dict[Any, Any] = {}
+
+
+def subclass(mixin: type, base: Any, make_class: Any, **attributes: Any) -> Any:
+    """The class of `mixin` in front of `base`, one for each base, that bears the base's name: transformers and
+    accelerate look up what they know of a class by its name.
+
+    make_class: the function that asks for it, which pickle calls.
+    """
+    if (mixin, base) in _subclasses:
+        return _subclasses[mixin, base]
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
     made = {"wrapped_class": base, "make_class": staticmethod(make_class)}
-    return type(base.__name__, (*mixins, Swapped, base), names | made | attributes)
+    bases = (mixin, Swapped, base)
+    return _subclasses.setdefault((mixin, base), type(base.__name__, bases, names | made | attributes))
 
 
-@functools.cache
 def visual_attention_class(base: type[nn.Module]) -> type[VisualAttention]:
     names = tuple(inspect.signature(base.forward).parameters)[1:]  # without self
-    return subclass((VisualAttention,), base, visual_attention_class, forward_names=names)
+    return subclass(VisualAttention, base, visual_attention_class, forward_names=names)
 
 
-@functools.cache
 def visual_layer_class(base: type[nn.Module]) -> type[VisualLayer]:
-    return subclass((VisualLayer,), base, visual_layer_class)
+    return subclass(VisualLayer, base, visual_layer_class)

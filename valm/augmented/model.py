@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import math
 import os
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
@@ -29,10 +28,7 @@ from valm.config import ValmConfig
 from valm.errors import ValmError
 from valm.image_model import ImageModel, ImageOptions
 
-if TYPE_CHECKING:
-    _Config = PreTrainedConfig
-else:
-    _Config = object
+_Config: Any = object  # for a type checker, the config class behind the mixin
 
 # What trains besides the fusion: nothing, the layer it is in, or everything.
 UNFREEZE = ("", "block", "all")
@@ -94,7 +90,7 @@ def augment(
             f'the model has attn_implementation="{implementation}", whose masks the fusion layer cannot read: load it '
             f"with {' or '.join(map(repr, READABLE))}"
         )
-    block = decoder_layers(model)[layer]
+    block: Any = decoder_layers(model)[layer]
     found = probe(model, block, path)
     options = FusionOptions(
         architecture=type(model).__name__,
@@ -107,7 +103,7 @@ def augment(
         unfreeze=unfreeze,
         fingerprint=fingerprint(block),
     )
-    attention: Any = block.get_submodule(path)
+    attention = block.get_submodule(path)
     own_config = attention.config
     attach(model, options, found)
     try:
@@ -137,7 +133,7 @@ def _with_class(model: PreTrainedModel, options: FusionOptions) -> AugmentedCaus
 
 def attach(model: PreTrainedModel, options: FusionOptions, found: Probe | None = None) -> None:
     """Gives a layer its fusion, with initial values where `found` says which."""
-    block = decoder_layers(model)[options.layer]
+    block: Any = decoder_layers(model)[options.layer]
     path = attention_path(model, options.layer)
     attention = block.get_submodule(path)
     device = next(attention.parameters()).device
@@ -191,9 +187,8 @@ class AugmentedConfig(_Config):
         return {"model_type": ValmConfig.model_type, "base_config": base, "fusion": fusion}
 
 
-@functools.cache
-def augmented_config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
-    return subclass((AugmentedConfig,), base, augmented_config_class)
+def augmented_config_class(base: Any) -> Any:
+    return subclass(AugmentedConfig, base, augmented_config_class)
 
 
 def config_from_dict(config: dict[str, Any], **kwargs: Any) -> Any:
@@ -271,12 +266,13 @@ class AugmentedCausalLM(ImageModel):
         arguments = dict(zip(self.forward_names, args, strict=False)) | kwargs
         if arguments.get("output_attentions"):
             raise ValueError("output_attentions: the fusion layer has one softmax over text and images, got True")
-        input_ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
+        input_ids: Any = arguments.get("input_ids")
+        embeds: Any = arguments.get("inputs_embeds")
         if image_pool is None and image_index is None:
             cache = arguments.get("cache", arguments.get("past_key_values"))
             image_pool, image_index = self.find_images(input_ids, arguments.get("attention_mask"), cache)
         else:
-            shape = input_ids.shape if input_ids is not None else embeds.shape[:2]
+            shape = (input_ids if embeds is None else embeds).shape[:2]
             self.check_images(shape, image_pool, image_index)
         return super().forward(**arguments, image_pool=image_pool, image_index=image_index)
 
@@ -310,21 +306,18 @@ class AugmentedCausalLM(ImageModel):
         return result
 
 
-@functools.cache
-def augmented_class(base: type[PreTrainedModel]) -> Any:
-    made = subclass(
-        (AugmentedCausalLM,), base, augmented_class, forward_names=tuple(inspect.signature(base.forward).parameters)[1:]
-    )
-    made.config_class = augmented_config_class(base.config_class)
-
+def augmented_class(base: Any) -> Any:
     # the Trainer and generate() look for arguments by their names
-    def forward(self, *args, **kwargs):
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return AugmentedCausalLM.forward(self, *args, **kwargs)
 
     parameters = dict(inspect.signature(base.forward).parameters)
+    names = tuple(parameters)[1:]  # without self
     for name in ("image_pool", "image_index"):
         parameters[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
     ordered = sorted(parameters.values(), key=lambda parameter: parameter.kind)
-    forward.__signature__ = inspect.Signature(ordered)
-    made.forward = forward
-    return made
+    vars(forward)["__signature__"] = inspect.Signature(ordered)
+    config_class = augmented_config_class(base.config_class)
+    return subclass(
+        AugmentedCausalLM, base, augmented_class, forward=forward, forward_names=names, config_class=config_class
+    )

@@ -76,7 +76,7 @@ def probe(model: PreTrainedModel, layer: nn.Module, path: str) -> Probe:
     Raises:
         ValmError: the images do not reach the layer, the attention is not causal or was not called.
     """
-    attention = layer.get_submodule(path)
+    attention: Any = layer.get_submodule(path)
     outputs: list[tuple[nn.Module, Any]] = []
     read: dict[str, Any] = {}
 

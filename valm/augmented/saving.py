@@ -94,7 +94,7 @@ def load_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> Augmented
         tensors = load_file(folder / WEIGHTS_FILE)
     except (OSError, SafetensorError) as error:
         raise ValmError(f"the weights {folder / WEIGHTS_FILE} cannot be read: {error}") from error
-    become_augmented(model, options)
+    augmented: Any = become_augmented(model, options)
     expected = _tensors(model, options)
     for name in sorted({*tensors, *expected}):
         shapes = [tuple(some[name].shape) if name in some else None for some in (tensors, expected)]
@@ -102,8 +102,8 @@ def load_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> Augmented
             raise ValmError(f"{name} in {folder / WEIGHTS_FILE} has shape {shapes[0]}, expected {shapes[1]}")
     for name, tensor in expected.items():
         tensor.copy_(tensors[name])
-    model._note_folder = str(folder)
-    return model
+    augmented._note_folder = str(folder)
+    return augmented
 
 
 def _description(folder: Path) -> dict[str, Any]:

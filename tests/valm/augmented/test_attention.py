@@ -51,7 +51,7 @@ def test_joint_attention_in_float64_by_hand(sink):
     out = joint_attention(query, key, value, images, None, 0.25, softcap=1.5, sink=sink)
     batch, head, token = 1, 3, 4
     text = (key[batch, head // 2, : token + 1] @ query[batch, head, token]).double() * 0.25
-    index = images.index[batch, token]
+    index = images.image_index[batch, token]
     keys = (images.keys + images.terms.k_bias[:, None])[head // 2, index[index >= 0]]
     image = (keys @ images.query[batch, head, token]).double() * 0.25
     scores = [1.5 * torch.tanh(text / 1.5), 1.5 * torch.tanh(image / 1.5) + images.terms.logit_bias[head]]
