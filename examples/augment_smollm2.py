@@ -88,7 +88,7 @@ def main() -> None:
         valm.augment(model, IMAGE_DIM, IMAGES)
         text = model(ids, image_pool=pool[:0], image_index=index).logits
         closed = model(ids, **images).logits
-        log_p, log_q = expected.log_softmax(-1), closed.log_softmax(-1)
+        log_p, log_q = expected.double().log_softmax(-1), closed.double().log_softmax(-1)
         kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
 
         fusion_module(model).logit_bias.fill_(0.0)

@@ -281,11 +281,15 @@ def write_table(families: list[str]) -> None:
         signal.alarm(0)
         print(family, *rows[family], sep="\t", flush=True)
         gc.collect()
-    counts = {route: sum(row[0] == route for row in rows.values()) for route in ("kernel", "eager joint")}
+    TABLE.write_text(rendered(rows))
+
+
+def rendered(rows: dict[str, tuple[str, str]]) -> str:
+    """docs/families.md, of family -> (route, why)."""
+    counts = [sum(row[0] == route for row in rows.values()) for route in ("kernel", "eager joint")]
+    head = HEAD.format(version=transformers.__version__, kernel=counts[0], eager=counts[1])
     lines = [f"| `{name}` | {route} | {why.replace('|', '/')} |" for name, (route, why) in sorted(rows.items())]
-    TABLE.write_text(
-        HEAD.format(version=transformers.__version__, **counts, eager=counts["eager joint"]) + "\n".join(lines) + "\n"
-    )
+    return head + "\n".join(lines) + "\n"
 
 
 HEAD = """# Families that `valm.augment` serves

@@ -1,8 +1,11 @@
 import copy
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
 from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import valm
@@ -266,3 +269,39 @@ def test_lora_trains_with_the_fusion_saved_beside_it():
     loss_of(adapted).backward()
     moved = [name for name, p in adapted.named_parameters() if p.requires_grad and p.grad is not None and p.grad.any()]
     assert any("image_fusion" in name for name in moved) and any("lora_" in name for name in moved)
+
+
+@pytest.mark.parametrize("offload", [cpu_offload, disk_offload])
+def test_offloaded_weights_are_there_when_they_are_read(tmp_path, offload):
+    model = augmented()
+    expected = logits(model)
+    arguments = {"offload_dir": tmp_path} if offload is disk_offload else {}
+    offload(model, execution_device=torch.device("cpu"), **arguments)
+    assert fusion_module(model).k_bias.device.type == "meta"
+    close(logits(model), expected)
+
+
+FSDP2 = """
+import torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from tests.valm.augmented.models import augmented, random_ids, random_images
+from valm.augmented.model import fusion_module
+
+dist.init_process_group("gloo", init_method="file://{file}", rank=0, world_size=1)
+model, ids, images = augmented().train(), random_ids(2, 9), random_images(2, 9)
+expected = model(ids, **images).logits
+for layer in model.model.layers:
+    fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+out = model(ids, labels=ids, **images)
+out.loss.backward()
+torch.testing.assert_close(out.logits, expected)
+assert fusion_module(model).k_bias.grad.full_tensor().any()
+"""
+
+
+@pytest.mark.slow  # a process that imports torch
+def test_it_is_sharded_by_fsdp2(tmp_path):
+    run = subprocess.run([sys.executable, "-c", FSDP2.format(file=tmp_path / "store")], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
