@@ -114,7 +114,7 @@ def load(
         raise ValmError(f"the model in {folder} sees no images (GPT-2*), so it takes no knowledge base")
     model = model.eval().to(device)
     model.strict = strict
-    if kb is not None or clip is not None:
+    if model.image_options.num_images > 0 and (kb is not None or clip is not None):
         _add_retriever(model, tokenizer, folder, kb, clip, device)
     return model, tokenizer
 

@@ -335,7 +335,7 @@ def wrong_inputs():
         "retrieval of another knowledge base": ([*cached, "--kb", "{tmp}/kb"], "from another knowledge base"),
         "no such checkpoint": (["generate", "{tmp}/none", "x"], "no checkpoint folder {tmp}/none"),
         "not a checkpoint": (["generate", "{world}/kb", "x"], "is no checkpoint"),
-        "pictures for a model without": (["generate", "{world}/gpt2", "x", "--kb", "{world}/kb"], "sees no pictures"),
+        "pictures for a model without": (["generate", "{world}/gpt2", "x", "--kb", "{world}/kb"], "sees no images"),
         "nothing to evaluate": (["eval", "{world}/gpt2"], "--memory-color"),
         "table missing": (["eval", "{world}/gpt2", "--memory-color", "{tmp}/none.csv"], "none.csv"),
         "table of something else": (["eval", "{world}/gpt2", "--memory-color", "{world}/corpus.txt"], "columns"),
