@@ -5,8 +5,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from valm.registration import register_when_imported
+
 if TYPE_CHECKING:
-    from valm.checkpoint import load_checkpoint, save_checkpoint
+    from valm.augmented.model import augment
+    from valm.augmented.saving import load_adapter, save_adapter
+    from valm.checkpoint import load, load_checkpoint, save_checkpoint
     from valm.clip import Clip
     from valm.config import ValmConfig
     from valm.errors import ValmError
@@ -27,7 +31,11 @@ _MODULES = {
     "ValmConfig": "valm.config",
     "ValmError": "valm.errors",
     "__version__": "valm_kernels",
+    "augment": "valm.augmented.model",
+    "load": "valm.checkpoint",
+    "load_adapter": "valm.augmented.saving",
     "load_checkpoint": "valm.checkpoint",
+    "save_adapter": "valm.augmented.saving",
     "save_checkpoint": "valm.checkpoint",
 }
 
@@ -40,7 +48,11 @@ __all__ = [
     "ValmConfig",
     "ValmError",
     "__version__",
+    "augment",
+    "load",
+    "load_adapter",
     "load_checkpoint",
+    "save_adapter",
     "save_checkpoint",
 ]
 
@@ -49,3 +61,6 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'valm' has no attribute {name!r}")
     return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+register_when_imported()

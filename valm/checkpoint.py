@@ -1,45 +1,49 @@
-"""A checkpoint folder: config, weights and tokenizer in Hugging Face's files, and a note on where its pictures are."""
+"""A checkpoint folder: config, weights and tokenizer in Hugging Face's files, and a note on where its images are."""
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from valm.augmented.saving import ADAPTER_FILE, adapter_base, load_adapter
 from valm.config import ValmConfig
 from valm.errors import ValmError
-from valm.files import read_json, writable_folder, write_json
+from valm.files import read_json, writable_folder
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model import VaLMForCausalLM
-from valm.retrieval.context import ContextEncoder
-from valm.retrieval.faiss_index import index_parameters
-from valm.retrieval.retriever import BlindRetriever, Retriever
+from valm.retrieval.note import RETRIEVAL_FILE, RetrievalNote
 
 CONFIG_FILE = "config.json"
-RETRIEVAL_FILE = "retrieval.json"
+TOKENIZER_FILE = "tokenizer_config.json"
 
 
 def save_checkpoint(model: VaLMForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: str | os.PathLike) -> Path:
-    """Writes `folder`; `load_checkpoint` and `AutoModelForCausalLM.from_pretrained` read it.
+    """Writes `folder`; `load` and, after `import valm`, `AutoModelForCausalLM.from_pretrained` read it.
 
     All files are written into a folder of their own first and then moved, the config last: a folder that the
-    writer was killed in has none and so is no checkpoint.
+    writer was killed in has none and so is no checkpoint. The tokenizer's model_max_length becomes the model's.
 
     Raises:
         ValmError: the folder cannot be written.
     """
     folder = writable_folder(folder)
+    saved = copy.copy(tokenizer)
+    saved.model_max_length = min(saved.model_max_length, model.config.n_positions)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp-") as temporary, _quiet_transformers():
         model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        saved.save_pretrained(temporary)
+        # paths in the note are relative to where it is
+        model.save_note(folder)
+        (Path(temporary) / RETRIEVAL_FILE).unlink(missing_ok=True)
         (folder / CONFIG_FILE).unlink(missing_ok=True)
         for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == CONFIG_FILE):
             with open(file, "rb+") as opened:
@@ -49,15 +53,70 @@ def save_checkpoint(model: VaLMForCausalLM, tokenizer: PreTrainedTokenizerFast, 
 
 
 def save_retrieval(folder: str | os.PathLike, kb: ImageKnowledgeBase, query: str) -> None:
-    """Notes in the checkpoint `folder` where its pictures are, relative to it (the two can be moved together), the kind
-    of query that finds them (see `ContextEncoder`) and the index that it finds them through."""
-    index = index_parameters(kb)
-    note = {
-        "knowledge_base": os.path.relpath(kb.path, folder),
-        "query": query,
-        "index": "exact" if index is None else asdict(index),
-    }
-    write_json(Path(folder) / RETRIEVAL_FILE, note)
+    """Notes in the checkpoint `folder` where its images are, relative to it (the two can be moved together), the kind
+    of query that finds them (see `ContextEncoder`) and the index that it finds them through.
+
+    For a model that was trained on a retrieved corpus and had no retriever, which `save_pretrained` would note.
+    """
+    RetrievalNote.of_knowledge_base(kb, query).write(folder)
+
+
+def load(
+    folder: str | os.PathLike,
+    *,
+    base: str | os.PathLike | None = None,
+    kb: str | os.PathLike | None = None,
+    clip: str | None = None,
+    device: str | torch.device = "cpu",
+    strict: bool = False,
+) -> tuple[Any, PreTrainedTokenizerFast]:
+    """A model that takes images, in eval mode and on `device`, and its tokenizer: a VaLM, or an augmented decoder saved
+    whole or as an adapter.
+
+    What finds its images is in the folder's note and is opened when they are first needed; `kb` or `clip` open it now.
+    Without any knowledge base the model needs `image_pool` in each call.
+
+    Args:
+        folder: what `save_checkpoint`, `save_pretrained` or `save_adapter` wrote, with a tokenizer. An adapter's may be
+            with its base model.
+        base: folder or Hugging Face name of an adapter's base model, where it is no longer where the adapter says. One
+            that is only named there is not downloaded.
+        kb: another knowledge base than the noted one.
+        clip: the CLIP, where it is no longer where the knowledge base or the note says (see `Clip.load`).
+        strict: raise an error where the model needs images and has none, instead of a warning.
+
+    Raises:
+        ValmError: there is no whole checkpoint, or its config, weights, tokenizer, base model, knowledge base and CLIP
+            do not belong together.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValmError(f"there is no checkpoint folder {folder}")
+    source: str | os.PathLike
+    if (folder / ADAPTER_FILE).is_file():
+        source = adapter_base(folder) if base is None else base
+        model = _load_base(folder, source, by_user=base is not None)
+        model = load_adapter(model, folder)
+        source = folder if (folder / TOKENIZER_FILE).is_file() else source
+    else:
+        if base is not None:
+            raise ValmError(f"{folder} is no adapter (it has no {ADAPTER_FILE}), so it takes no base model")
+        source = folder
+        model = _load_whole(folder)
+    tokenizer = _load_tokenizer(source, folder, local=base is None)
+    vocab_size = model.config.get_text_config(decoder=True).vocab_size
+    # a pretrained decoder may have rows to spare
+    if len(tokenizer) > vocab_size or (isinstance(model, VaLMForCausalLM) and len(tokenizer) != vocab_size):
+        raise ValmError(
+            f"the tokenizer in {source} has {len(tokenizer)} tokens, but the model's vocab_size is {vocab_size}"
+        )
+    if model.image_options.num_images == 0 and kb is not None:
+        raise ValmError(f"the model in {folder} sees no images (GPT-2*), so it takes no knowledge base")
+    model = model.eval().to(device)
+    model.strict = strict
+    if model.image_options.num_images > 0 and (kb is not None or clip is not None):
+        _add_retriever(model, tokenizer, folder, kb, clip, device)
+    return model, tokenizer
 
 
 def load_checkpoint(
@@ -66,75 +125,70 @@ def load_checkpoint(
     kb: str | os.PathLike | None = None,
     clip: str | None = None,
     device: str | torch.device = "cpu",
-) -> tuple[VaLMForCausalLM, PreTrainedTokenizerFast]:
-    """The model, in eval mode and on `device`, and the tokenizer that `save_checkpoint` wrote.
+) -> tuple[Any, PreTrainedTokenizerFast]:
+    """The older name of `load`."""
+    return load(folder, kb=kb, clip=clip, device=device)
 
-    A model that sees pictures gets its retriever: with the knowledge base that `save_retrieval` noted, or `kb`; and
-    with the CLIP which that was built with, found where it was then, or at `clip` (see `Clip.load`); its tokenizer need
-    not be the model's (`ContextEncoder`). Without any knowledge base it has none, and needs `image_pool` in each call.
 
-    Raises:
-        ValmError: there is no whole VaLM checkpoint, or its config, weights, tokenizer, knowledge base and CLIP do
-            not belong together.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValmError(f"there is no checkpoint folder {folder}")
+def _load_whole(folder: Path) -> Any:
     if not (folder / CONFIG_FILE).is_file():
         raise ValmError(f"{folder} is no checkpoint: it has no {CONFIG_FILE}")
     kind = read_json(folder / CONFIG_FILE, "the config").get("model_type")
     if kind != ValmConfig.model_type:
         raise ValmError(f"{folder} holds a model of type {kind!r}, expected {ValmConfig.model_type!r}")
-    try:
-        with _quiet_transformers():
-            loaded: Any = VaLMForCausalLM.from_pretrained(  # a pair, which its annotation does not say
-                folder, output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True
-            )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers raises many kinds, each for one damaged file
-        raise ValmError(f"the checkpoint {folder} cannot be read: {str(error).splitlines()[0]}") from error
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ValmError(f"the tokenizer in {folder} is a {type(tokenizer).__name__}, not one with a tokenizer.json")
-    model: VaLMForCausalLM = loaded[0]
-    report: dict[str, Any] = loaded[1]
+    with _read_errors(f"the checkpoint {folder}"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True
+        )
+    model, report = loaded
     wrong = [f"{name} {sorted(map(str, found))[0]}" for name, found in report.items() if found]
     if wrong:
         raise ValmError(f"the weights in {folder} are not those of its {CONFIG_FILE}: {'; '.join(wrong)}")
-    if len(tokenizer) != model.config.vocab_size:
-        raise ValmError(
-            f"the tokenizer in {folder} has {len(tokenizer)} pieces, "
-            f"but the model's vocab_size is {model.config.vocab_size}"
-        )
-    if model.config.num_images == 0 and kb is not None:
-        raise ValmError(f"the model in {folder} sees no pictures (GPT-2*), so it takes no knowledge base")
-    if model.config.num_images > 0:
-        _add_retriever(model, tokenizer, folder, kb, clip, device)
-    return model.eval().to(device), tokenizer
+    return model
+
+
+def _load_base(folder: Path, base: str | os.PathLike, by_user: bool) -> Any:
+    with _read_errors(f"the base model {base} of the adapter {folder}", remedy="; give it as base"):
+        return AutoModelForCausalLM.from_pretrained(base, local_files_only=not by_user)
+
+
+def _load_tokenizer(source: str | os.PathLike, folder: Path, local: bool) -> Any:
+    with _read_errors(f"the tokenizer of the checkpoint {folder}", remedy="; save one there by save_pretrained"):
+        return AutoTokenizer.from_pretrained(source, local_files_only=local)
 
 
 def _add_retriever(
-    model: VaLMForCausalLM,
+    model: Any,
     tokenizer: PreTrainedTokenizerFast,
     folder: Path,
     kb: str | os.PathLike | None,
     clip: str | None,
     device: str | torch.device,
 ) -> None:
-    noted = folder / RETRIEVAL_FILE
-    query = "eot"
-    if noted.exists():
-        retrieval = read_json(noted, "the note on retrieval")
-        query = retrieval["query"]
-        kb = folder / retrieval["knowledge_base"] if kb is None else kb
-    if kb is None:
-        return
-    opened = ImageKnowledgeBase.open(kb)
-    encoder = ContextEncoder(opened.load_clip(clip).to(device), tokenizer=tokenizer, query=query)
+    note = RetrievalNote.read(folder)
+    if kb is not None:
+        note = RetrievalNote(Path(kb).absolute(), "eot" if note is None else note.query)
+    if note is None:
+        raise ValmError(f"{folder} notes no knowledge base: give one as kb beside clip")
+    options = model.image_options
+    retriever = note.open(tokenizer, options.num_images, blind=options.blind, clip=clip, device=device)
     try:
-        blind = model.config.blind
-        model.set_retriever(BlindRetriever(encoder) if blind else Retriever(encoder, opened, model.config.num_images))
-    except ValueError as error:
-        raise ValmError(f"the model in {folder} and the knowledge base {kb} do not fit: {error}") from error
+        model.set_retriever(retriever)
+    except ValmError as error:
+        raise ValmError(
+            f"the model in {folder} and the knowledge base {note.knowledge_base} do not fit: {error}"
+        ) from error
+
+
+@contextmanager
+def _read_errors(what: str, remedy: str = "") -> Iterator[None]:
+    """One sentence for whatever transformers raises, which has many kinds, each for one damaged file."""
+    try:
+        with _quiet_transformers():
+            yield
+    except Exception as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValmError(f"{what} cannot be read: {first_line}{remedy}") from error
 
 
 @contextmanager

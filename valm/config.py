@@ -1,10 +1,14 @@
 """The configuration of VaLM: that of GPT-2 and what the pictures need."""
 
+from __future__ import annotations
+
+import importlib
 from typing import Any
 
 from transformers import AutoConfig, GPT2Config
 
 from valm.errors import ValmError
+from valm.registration import are_models_imported
 
 FUSION_SCALES = ("head_dim", "embed_dim")
 
@@ -65,6 +69,15 @@ class ValmConfig(GPT2Config):
                 f"n_embd must be n_head times a head dimension from 8 to 256, got {self.n_embd} and {self.n_head} heads"
             )
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The config in a file of model_type "valm": this one, or that of an augmented decoder (`valm.augment`)."""
+        if "base_config" not in config_dict:
+            return super().from_dict(config_dict, **kwargs)
+        from valm.augmented.model import config_from_dict
+
+        return config_from_dict(config_dict, **kwargs)
+
     @property
     def fusion_index(self) -> int:
         """Index of the fusion block, counted from the first block."""
@@ -72,3 +85,5 @@ class ValmConfig(GPT2Config):
 
 
 AutoConfig.register(ValmConfig.model_type, ValmConfig)
+if are_models_imported():
+    importlib.import_module("valm.auto_model")

@@ -1,6 +1,6 @@
 """VaLM: GPT-2 in which one block also attends to the pictures retrieved for each token (Wang et al. 2022)."""
 
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,31 +14,25 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Block, GPT2PreTrainedMode
 from valm.config import ValmConfig
 from valm.errors import ValmError
 from valm.fusion import VisualFusionAttention, VisualFusionBlock
-from valm.retrieval.context import ContextCache
-from valm.retrieval.retriever import BlindRetriever, ImageRetriever
+from valm.image_model import ImageModel, ImageOptions, RetrievalCache
 
 
-class VaLMCache(DynamicCache):
+class VaLMCache(RetrievalCache, DynamicCache):
     """What has been read so far: keys and values, where each row's document began, and the retriever's state."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first_key: Tensor | None = None  # (B,) int32, the first key of the document being read
-        self.retrieval: ContextCache | None = None  # the retriever's state, moved along with the beams
 
-    is_croppable = False
-
-    def crop(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused: the retriever's state cannot be taken back."""
-        raise NotImplementedError("a VaLMCache cannot be cropped, so assisted decoding does not work with VaLM")
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+    def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes a copy of row beam_idx[i]."""
         super().reorder_cache(beam_idx)
         if self.first_key is not None:
             self.first_key = self.first_key[beam_idx.to(self.first_key.device)]
-        if self.retrieval is not None:
-            self.retrieval.reorder(beam_idx)
+
+
+# What the fusion attention has besides GPT-2's weights.
+FUSION_PARAMETERS = ("image_proj", "ln_img.weight", "ln_img.bias", "image_k_bias", "image_v_bias", "image_logit_bias")
 
 
 class VaLMPreTrainedModel(GPT2PreTrainedModel):
@@ -90,40 +84,41 @@ class VaLMModel(VaLMPreTrainedModel):
 
     def forward(
         self,
-        input_ids: Tensor,  # (B, T)
+        inputs_embeds: Tensor,  # (B, T, C)
         first_key: Tensor,  # (B, T)
         position_ids: Tensor,  # (B, T)
         image_pool: Tensor | None,  # (U, E)
         image_index: Tensor | None,  # (B, T, K)
         cache: VaLMCache | None,
-        num_blocks: int | None = None,
-    ) -> Tensor:  # (B, T, C), before the last LayerNorm when num_blocks is given
+    ) -> tuple[Tensor, ...]:  # the input of each block and the output of the last LayerNorm, all (B, T, C)
         limits = self.unless_all_zero(first_key)
-        mask = self._text_mask(input_ids, limits, cache)
-        hidden_states = self.drop(self.wte(input_ids) + self.wpe(position_ids))
-        for block in self.h[:num_blocks]:
+        mask = self._text_mask(inputs_embeds, limits, cache)
+        hidden_states = self.drop(inputs_embeds + self.wpe(position_ids))
+        inputs = []
+        for block in self.h:
+            inputs.append(hidden_states)
             if isinstance(block, VisualFusionBlock):
                 hidden_states = block(hidden_states, image_pool, image_index, limits, cache)
             else:
                 hidden_states = block(hidden_states, cache, attention_mask=mask, use_cache=cache is not None)
-        return hidden_states if num_blocks is not None else self.ln_f(hidden_states)
+        return *inputs, self.ln_f(hidden_states)
 
     @staticmethod
     def unless_all_zero(first_key: Tensor) -> Tensor | None:
         """None where every query sees everything before it, which is faster. Looked up on CPU only: elsewhere
-        the question would stop the device."""
-        if first_key.device.type == "cpu" and not first_key.any():
+        the question would stop the device, and a compiled graph cannot ask."""
+        if first_key.device.type == "cpu" and not torch.compiler.is_compiling() and not first_key.any():
             return None
         return first_key
 
-    def _text_mask(self, input_ids: Tensor, first_key: Tensor | None, cache: Cache | None) -> Tensor | None:
+    def _text_mask(self, inputs_embeds: Tensor, first_key: Tensor | None, cache: Cache | None) -> Tensor | None:
         """What the text blocks may see: (B, 1, T, S), or None for "all before it", which PyTorch knows by itself."""
         past = cache.get_seq_length() if cache is not None else 0
-        length = input_ids.shape[1]
+        length = inputs_embeds.shape[1]
         eager = self.config._attn_implementation == "eager"
         if first_key is None and not eager and (past == 0 or length == 1):
             return None
-        key = torch.arange(past + length, device=input_ids.device)  # (S,)
+        key = torch.arange(past + length, device=inputs_embeds.device)  # (S,)
         mask = (key <= key[past:, None])[None, None]  # (1, 1, T, S)
         if first_key is not None:
             mask = mask & (key >= first_key[:, None, :, None])  # (B, 1, T, S)
@@ -134,7 +129,7 @@ class VaLMModel(VaLMPreTrainedModel):
         )
 
 
-class VaLMForCausalLM(VaLMPreTrainedModel, GenerationMixin):
+class VaLMForCausalLM(ImageModel, VaLMPreTrainedModel, GenerationMixin):
     """VaLM with a language-model head, in the ways of Hugging Face: `from_pretrained`, `generate`, `Trainer`.
 
     A document begins at every `bos_token_id` (SOT) and after padding. Positions start anew there, and no token
@@ -152,8 +147,11 @@ class VaLMForCausalLM(VaLMPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.transformer = VaLMModel(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self._retriever: ImageRetriever | None = None
         self.post_init()
+
+    @property
+    def image_options(self) -> ImageOptions:
+        return ImageOptions(self.config.num_images, self.config.image_dim, self.config.blind)
 
     @classmethod
     def from_gpt2(
@@ -163,45 +161,34 @@ class VaLMForCausalLM(VaLMPreTrainedModel, GenerationMixin):
 
         At -10 a picture weighs e^-10 of a word with the same score: the logits are GPT-2's to about four digits, and
         there is still a gradient that can open the heads. The other arguments are those of `ValmConfig`.
+
+        Raises:
+            ValmError: `gpt2` is a model of another kind, or of other sizes than the arguments say.
         """
+        if not isinstance(gpt2, GPT2LMHeadModel):
+            raise ValmError(
+                f"from_gpt2 takes a GPT2LMHeadModel, got a {type(gpt2).__name__}: valm.augment lets other decoders "
+                "see images"
+            )
         config = gpt2.config.to_dict()
         for name in ("model_type", "architectures", "transformers_version"):
             config.pop(name, None)
         config |= arguments | {"image_logit_bias_init": image_logit_bias_init}
         model = cls(ValmConfig(**config))
         model.to(dtype=gpt2.dtype)  # type: ignore[call-arg]  # transformers wraps `to` so that self is lost
-        model.load_state_dict(gpt2.state_dict(), strict=False)
+        try:
+            names = model.load_state_dict(gpt2.state_dict(), strict=False)
+        except RuntimeError as error:  # sizes that differ
+            raise ValmError(f"the GPT-2 does not fit these arguments: {str(error).splitlines()[-1].strip()}") from error
+        own = {f"transformer.h.{model.config.fusion_index}.attn.{name}" for name in FUSION_PARAMETERS}
+        wrong = sorted({*names.missing_keys, *names.unexpected_keys} - own)
+        if wrong:
+            raise ValmError(f"the GPT-2 does not fit these arguments: {wrong[0]} is in one of the two models only")
         return model
-
-    @property
-    def retriever(self) -> ImageRetriever | None:
-        """What finds the pictures where none are given to `forward`."""
-        return self._retriever
-
-    def set_retriever(self, retriever: ImageRetriever | None) -> None:
-        """Let `retriever` find the pictures of every token; a blind model takes a `BlindRetriever`. None: no longer.
-
-        Raises:
-            ValmError: it finds other pictures than the model takes: blind or not, how many, of which dimension.
-        """
-        if retriever is not None:
-            config = self.config
-            if config.blind != isinstance(retriever, BlindRetriever):
-                kind = "a BlindRetriever" if config.blind else "a Retriever"
-                raise ValmError(
-                    f"this model needs {kind} (blind={config.blind} in its config), got a {type(retriever).__name__}"
-                )
-            for name, found, option in (("k", retriever.k, "num_images"), ("dim", retriever.dim, "image_dim")):
-                if found != getattr(config, option):
-                    raise ValmError(
-                        f"retriever.{name} is {found}, but this model was made for {getattr(config, option)} "
-                        f"({option} in its config)"
-                    )
-        self._retriever = retriever
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         image_pool: Tensor | None = None,
         image_index: Tensor | None = None,
@@ -210,6 +197,9 @@ class VaLMForCausalLM(VaLMPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool = True,
         **loss_arguments: Any,
     ) -> CausalLMOutputWithPast:
@@ -225,36 +215,53 @@ class VaLMForCausalLM(VaLMPreTrainedModel, GenerationMixin):
             labels: (B, T) int64, input_ids with -100 where nothing is to be learned; shifted inside.
             use_cache: return the cache, to go on from.
             logits_to_keep: only the last so many positions' logits; 0 = all.
+            inputs_embeds: (B, T, C), instead of input_ids. A document then begins after padding only, and a retriever
+                has nothing to read.
+            output_hidden_states: return the input of each block and the output of the last LayerNorm too.
 
         Raises:
-            ValueError: a shape or value does not fit the model; the message says which.
+            ValueError: a shape or value does not fit the model; the message says which. output_attentions, which
+                have no place for the weights of images.
         """
         config = self.config
+        if output_attentions or (output_attentions is None and config.output_attentions):
+            raise ValueError(
+                "output_attentions: the fusion block has one softmax over text and images; call fusion_attention()"
+            )
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        tokens = cast(Tensor, input_ids if inputs_embeds is None else inputs_embeds)
         if use_cache and cache is None:
             cache = VaLMCache()
-        first_key, present = self._documents(input_ids, attention_mask, cache)
+        first_key, present = self._documents(tokens, attention_mask, cache)
         if position_ids is None:
             past = cache.get_seq_length() if cache is not None else 0
-            position_ids = torch.arange(past, past + input_ids.shape[1], device=input_ids.device) - first_key
+            position_ids = torch.arange(past, past + tokens.shape[1], device=tokens.device) - first_key
             if present is not None:
                 position_ids = position_ids.masked_fill(~present, 0)
-        if position_ids.device.type == "cpu" and int(position_ids.max()) >= config.n_positions:
+        looked_up = position_ids.device.type == "cpu" and not torch.compiler.is_compiling()
+        if looked_up and int(position_ids.max()) >= config.n_positions:
             raise ValueError(
                 f"input_ids has a document of at least {int(position_ids.max()) + 1} tokens, "
                 f"but this model has {config.n_positions} positions; split it"
             )
-        if image_pool is None and self._retriever is not None:
-            image_pool, image_index = self._retrieve(self._retriever, input_ids, attention_mask, cache)
-        image_pool, image_index = self._check_images(input_ids, image_pool, image_index, present)
+        if image_pool is None and image_index is None:
+            image_pool, image_index = self.find_images(input_ids, attention_mask, cache)
+        image_pool, image_index = self._present_images(tokens, image_pool, image_index, present)
 
-        hidden_states = self.transformer(input_ids, first_key, position_ids, image_pool, image_index, cache)
+        if inputs_embeds is None:
+            inputs_embeds = self.transformer.wte(input_ids)
+        hidden_states = self.transformer(inputs_embeds, first_key, position_ids, image_pool, image_index, cache)
         if cache is not None:
             cache.first_key = first_key[:, -1]
-        logits = self.lm_head(hidden_states[:, -logits_to_keep:])  # (B, T, V); -0 keeps all
+        logits = self.lm_head(hidden_states[-1][:, -logits_to_keep:])  # (B, T, V); -0 keeps all
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=config.vocab_size, **loss_arguments)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, cache=cache)
+        wanted = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, cache=cache, hidden_states=hidden_states if wanted else None
+        )
 
     @torch.no_grad()
     def fusion_attention(
@@ -268,10 +275,11 @@ class VaLMForCausalLM(VaLMPreTrainedModel, GenerationMixin):
         stack, index = self.transformer, self.config.fusion_index
         first_key, present = self._documents(input_ids, attention_mask, None)
         position_ids = torch.arange(input_ids.shape[1], device=input_ids.device) - first_key
-        pool, rows = self._check_images(input_ids, image_pool, image_index, present)
-        hidden_states = stack(input_ids, first_key, position_ids, None, None, None, num_blocks=index)
+        pool, rows = self._present_images(input_ids, image_pool, image_index, present)
+        # the images change nothing before the fusion block
+        hidden_states = stack(stack.wte(input_ids), first_key, position_ids, None, None, None)
         block = cast(VisualFusionBlock, stack.h[index])
-        return block.attn.weights(block.ln_1(hidden_states), pool, rows, first_key)
+        return block.attn.weights(block.ln_1(hidden_states[index]), pool, rows, first_key)
 
     def generate(
         self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **arguments: Any
@@ -295,16 +303,22 @@ class VaLMForCausalLM(VaLMPreTrainedModel, GenerationMixin):
         return inputs
 
     def _documents(
-        self, input_ids: Tensor, attention_mask: Tensor | None, cache: VaLMCache | None
+        self, tokens: Tensor, attention_mask: Tensor | None, cache: VaLMCache | None
     ) -> tuple[Tensor, Tensor | None]:
-        """first_key (B, T) int32, where each token's document begins, and where a token is, (B, T) bool or None."""
-        if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-            raise ValueError(f"input_ids must have shape (batch, tokens) with tokens, got {tuple(input_ids.shape)}")
-        batch, length = input_ids.shape
+        """first_key (B, T) int32, where each token's document begins, and where a token is, (B, T) bool or None; of ids
+        (B, T) or embeddings (B, T, C)."""
+        embedded = tokens.is_floating_point()
+        if tokens.dim() != 2 + embedded or tokens.shape[1] == 0:
+            name, shape = ("inputs_embeds", "(batch, tokens, n_embd)") if embedded else ("input_ids", "(batch, tokens)")
+            raise ValueError(f"{name} must have shape {shape} with tokens, got {tuple(tokens.shape)}")
+        batch, length = tokens.shape[:2]
         if cache is not None and not isinstance(cache, VaLMCache):
             raise TypeError(f"cache must be a VaLMCache, got {type(cache).__name__}")
         past = cache.get_seq_length() if cache is not None else 0
-        begins = input_ids == (-1 if self.config.bos_token_id is None else self.config.bos_token_id)  # (B, T)
+        if embedded or self.config.bos_token_id is None:
+            begins = torch.zeros(batch, length, dtype=torch.bool, device=tokens.device)
+        else:
+            begins = tokens == self.config.bos_token_id  # (B, T)
         present = None
         if attention_mask is not None:
             if attention_mask.shape != (batch, past + length):
@@ -315,44 +329,20 @@ class VaLMForCausalLM(VaLMPreTrainedModel, GenerationMixin):
             padded = nn.functional.pad(attention_mask.bool(), (1, 0))[:, past:]  # (B, 1 + T), from one column earlier
             present = padded[:, 1:]
             begins = present & (begins | ~padded[:, :-1])
-        index = torch.arange(past, past + length, dtype=torch.int32, device=input_ids.device)
-        start = torch.zeros(batch, dtype=torch.int32, device=input_ids.device)
+        index = torch.arange(past, past + length, dtype=torch.int32, device=tokens.device)
+        start = torch.zeros(batch, dtype=torch.int32, device=tokens.device)
         if past > 0 and cache is not None and cache.first_key is not None:
             start = cache.first_key
         first_key = torch.where(begins, index, start[:, None]).cummax(dim=1).values
         return first_key, present
 
-    @staticmethod
-    def _retrieve(
-        retriever: ImageRetriever, input_ids: Tensor, attention_mask: Tensor | None, cache: VaLMCache | None
-    ) -> tuple[Tensor, Tensor]:
-        if cache is None:
-            found = retriever(input_ids, attention_mask)
-        else:
-            if cache.retrieval is None:
-                cache.retrieval = retriever.start(input_ids.shape[0])
-            new_mask = attention_mask[:, -input_ids.shape[1] :] if attention_mask is not None else None
-            found = retriever.step(input_ids, cache.retrieval, new_mask)
-        return found.image_pool.to(input_ids.device), found.image_index.to(input_ids.device)
-
-    def _check_images(
-        self, input_ids: Tensor, pool: Tensor | None, index: Tensor | None, present: Tensor | None
+    def _present_images(
+        self, tokens: Tensor, pool: Tensor | None, index: Tensor | None, present: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The pictures as the blocks take them: none at padding, None for none at all."""
-        if (pool is None) != (index is None):
-            raise ValueError("image_pool and image_index must be given together")
+        """The images as the blocks take them: none at padding, None for none at all."""
+        self.check_images(tokens.shape[:2], pool, index)
         if pool is None or index is None:
             return None, None
-        if self.config.num_images == 0:
-            raise ValueError("image_pool was given to a model with num_images = 0 (GPT-2*), which sees no pictures")
-        if pool.dim() != 2 or pool.shape[1] != self.config.image_dim:
-            raise ValueError(
-                f"image_pool must have shape (U, image_dim = {self.config.image_dim}), got {tuple(pool.shape)}"
-            )
-        if index.dim() != 3 or index.shape[:2] != input_ids.shape:
-            raise ValueError(
-                f"image_index must have shape (B, T, K), (B, T) = {tuple(input_ids.shape)}, got {tuple(index.shape)}"
-            )
         if pool.shape[0] == 0:
             return None, None
         if present is not None:
@@ -360,4 +350,4 @@ class VaLMForCausalLM(VaLMPreTrainedModel, GenerationMixin):
         return pool, index
 
 
-AutoModelForCausalLM.register(ValmConfig, VaLMForCausalLM)
+AutoModelForCausalLM.register(ValmConfig, VaLMForCausalLM, exist_ok=True)

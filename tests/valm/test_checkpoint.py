@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from tests.valm.models import tiny_model
 from valm import checkpoint
-from valm.checkpoint import load_checkpoint, save_checkpoint, save_retrieval
+from valm.checkpoint import load, load_checkpoint, save_checkpoint, save_retrieval
 from valm.clip import Clip
 from valm.errors import ValmError
 from valm.knowledge_base.build import build
@@ -104,7 +104,7 @@ def test_weights_of_another_config_are_refused(tmp_path, change, message, capfd)
 def test_damaged_weights_and_a_foreign_tokenizer_are_refused(tmp_path):
     save_checkpoint(a_model(), TOKENIZER, tmp_path)
     prune_tokenizer(TOKENIZER, []).save_pretrained(tmp_path)
-    with pytest.raises(ValmError, match="has 514 pieces, but the model's vocab_size is"):
+    with pytest.raises(ValmError, match="has 514 tokens, but the model's vocab_size is"):
         load_checkpoint(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -147,7 +147,7 @@ def test_a_checkpoint_finds_its_pictures_again(tmp_path, clip, blind):
 def test_pictures_that_do_not_fit_are_refused(tmp_path, clip, make_kb):
     kb = make_kb(3)
     save_checkpoint(tiny_model(num_images=0, vocab_size=len(TOKENIZER)), TOKENIZER, tmp_path / "gpt2")
-    with pytest.raises(ValmError, match="sees no pictures"):
+    with pytest.raises(ValmError, match="sees no images"):
         load_checkpoint(tmp_path / "gpt2", kb=kb.path)
     clip.save(tmp_path / "clip")
     # another vocabulary than the CLIP's is no hindrance
@@ -158,3 +158,10 @@ def test_pictures_that_do_not_fit_are_refused(tmp_path, clip, make_kb):
     save_checkpoint(same, clip.tokenizer, tmp_path / "wide")
     with pytest.raises(ValmError, match=r"do not fit: retriever\.dim is"):
         load_checkpoint(tmp_path / "wide", kb=kb.path, clip=tmp_path / "clip")
+
+
+def test_the_saved_tokenizer_knows_how_long_the_models_texts_may_be(tmp_path):
+    save_checkpoint(a_model(), TOKENIZER, tmp_path)
+    _, tokenizer = load(tmp_path)
+    assert tokenizer.model_max_length == 32
+    assert TOKENIZER.model_max_length > 32

@@ -353,3 +353,41 @@ def test_a_retriever_that_does_not_fit_is_refused(model, name, value):
     setattr(retriever, name, value)
     with pytest.raises(ValmError, match=rf"retriever.{name} is {value}, but this model was made for"):
         model.set_retriever(retriever)
+
+
+def test_hidden_states_and_embeddings():
+    model, ids = tiny_model(), random_ids(2, 6)
+    pool, index = random_images(model.config, 2, 6)
+    out = model(ids, image_pool=pool, image_index=index, output_hidden_states=True)
+    assert len(out.hidden_states) == 4
+    close(model.lm_head(out.hidden_states[-1]), out.logits)
+    close(out.hidden_states[0], model.transformer.wte(ids) + model.transformer.wpe(torch.arange(6)))
+    assert model(ids, image_pool=pool, image_index=index).hidden_states is None
+    gpt2, _ = gpt2_with_weights_of(tiny_model(num_images=0))
+    expected = gpt2(ids, output_hidden_states=True).hidden_states
+    for mine, other in zip(
+        tiny_model(num_images=0)(ids, output_hidden_states=True).hidden_states, expected, strict=True
+    ):
+        close(mine, other)
+    embeds = model.transformer.wte(ids)
+    close(model(inputs_embeds=embeds, image_pool=pool, image_index=index).logits, out.logits)
+    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+        model(ids, inputs_embeds=embeds)
+    with pytest.raises(ValueError, match=r"call fusion_attention\(\)"):
+        model(ids, output_attentions=True)
+
+
+def test_it_compiles_to_one_graph():
+    model, ids = tiny_model(), random_ids(2, 6)
+    pool, index = random_images(model.config, 2, 6)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for arguments in ({"image_pool": pool, "image_index": index}, {}):
+        close(compiled(ids, **arguments).logits, model(ids, **arguments).logits)
+
+
+def test_from_gpt2_refuses_what_would_not_be_that_gpt2():
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_positions=32, n_embd=32, n_layer=3, n_head=4))
+    with pytest.raises(ValmError, match=r"transformer\.h\.3\..* is in one of the two models only"):
+        VaLMForCausalLM.from_gpt2(gpt2, image_dim=24, n_layer=4)
+    with pytest.raises(ValmError, match="the GPT-2 does not fit these arguments: size mismatch"):
+        VaLMForCausalLM.from_gpt2(gpt2, image_dim=24, n_positions=64)

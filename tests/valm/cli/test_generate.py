@@ -21,7 +21,7 @@ def wrong_inputs():
     return {
         "no such checkpoint": (["generate", "{tmp}/none", "x"], "no checkpoint folder {tmp}/none"),
         "not a checkpoint": (["generate", "{world}/kb", "x"], "is no checkpoint"),
-        "pictures for a model without": (["generate", "{world}/gpt2", "x", "--kb", "{world}/kb"], "sees no pictures"),
+        "pictures for a model without": (["generate", "{world}/gpt2", "x", "--kb", "{world}/kb"], "sees no images"),
     }
 
 

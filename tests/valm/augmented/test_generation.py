@@ -1,0 +1,124 @@
+"""generate() with live retrieval: token by token equals reading it all again."""
+
+import pytest
+import torch
+from transformers import StaticCache, TextStreamer
+
+from tests.valm.augmented.models import HashRetriever, augmented, random_ids, random_images, tiny_gpt2, tiny_llama
+from valm.image_model import RetrievalCache
+
+GREEDY = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 8}
+
+
+@pytest.fixture(scope="module", params=[tiny_llama, tiny_gpt2])
+def model(request):
+    model = augmented(request.param)
+    model.set_retriever(HashRetriever())
+    return model
+
+
+def again_from_the_start(model, ids, steps=8):
+    for _ in range(steps):
+        ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    return ids
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_greedy(model, use_cache):
+    ids = random_ids(3, 5)
+    expected = again_from_the_start(model, ids)
+    assert torch.equal(model.generate(ids, **GREEDY, use_cache=use_cache), expected)
+    model.set_retriever(None)
+    text_alone = model.generate(ids, **GREEDY)
+    model.set_retriever(HashRetriever())
+    assert not torch.equal(text_alone, expected)
+
+
+def test_static_cache(model):
+    ids = random_ids(3, 5)
+    expected = again_from_the_start(model, ids)
+    assert torch.equal(model.generate(ids, **GREEDY, cache_implementation="static"), expected)
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_left_padding(model, cache):
+    prompts = [random_ids(1, length, seed=length) for length in (6, 3)]
+    padded = torch.cat([prompts[0], torch.cat([torch.zeros(1, 3, dtype=torch.int64), prompts[1]], 1)])
+    mask = torch.ones_like(padded)
+    mask[1, :3] = 0
+    out = model.generate(padded, attention_mask=mask, **GREEDY, cache_implementation=cache)
+    for row, prompt in zip(out, prompts, strict=True):
+        assert torch.equal(row[-8:], again_from_the_start(model, prompt)[0, -8:])
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_beams(model, cache):
+    ids = random_ids(2, 5)
+    beams = GREEDY | {"num_beams": 4}
+    without = model.generate(ids, **beams, use_cache=False)
+    assert torch.equal(model.generate(ids, **beams, cache_implementation=cache), without)
+    assert not torch.equal(without, model.generate(ids, **GREEDY))
+
+
+def test_sampling_several_sequences(model):
+    ids = random_ids(2, 5)
+    outputs = []
+    for use_cache in (True, False):
+        torch.manual_seed(3)
+        outputs.append(
+            model.generate(
+                ids, do_sample=True, num_return_sequences=3, max_new_tokens=8, eos_token_id=None, use_cache=use_cache
+            )
+        )
+    assert outputs[0].shape == (6, 13)
+    assert torch.equal(*outputs)
+
+
+def test_streaming(model, clip, capsys):
+    ids = random_ids(1, 5)
+    model.generate(ids, **GREEDY, streamer=TextStreamer(clip.tokenizer))
+    assert capsys.readouterr().out.strip()
+
+
+def test_going_on_from_a_cache(model):
+    ids = random_ids(2, 5)
+    first = model.generate(ids, **GREEDY, return_dict_in_generate=True)
+    assert isinstance(first.cache, RetrievalCache)
+    both = model.generate(first.sequences, **GREEDY, cache=first.cache)
+    assert torch.equal(both, again_from_the_start(model, ids, 16))
+
+
+def test_assisted_decoding_is_refused(model):
+    with pytest.raises((NotImplementedError, ValueError)):
+        model.generate(random_ids(1, 6), **GREEDY, prompt_lookup_num_tokens=2)
+
+
+def test_images_given_to_generate_are_refused(model):
+    with pytest.raises(ValueError, match="each new token has images of its own"):
+        model.generate(random_ids(1, 5), **GREEDY, **random_images(1, 5))
+
+
+@pytest.mark.parametrize("chunks", [[12], [1] * 12, [5, 1, 4, 2]])
+def test_reading_in_parts_with_a_cache_equals_reading_at_once(chunks):
+    model = augmented()
+    ids, images = random_ids(3, 12), random_images(3, 12)
+    mask = torch.ones_like(ids)
+    mask[2, :4] = 0
+    expected = model(ids, attention_mask=mask, **images).logits
+    for cache in (None, StaticCache(config=model.config, max_cache_len=20)):
+        begin, logits = 0, []
+        for chunk in chunks:
+            end = begin + chunk
+            index = images["image_index"][:, begin:end]
+            out = model(
+                ids[:, begin:end],
+                attention_mask=mask[:, :end],
+                image_pool=images["image_pool"],
+                image_index=index,
+                cache=cache,
+                use_cache=True,
+            )
+            cache, begin = out.cache, end
+            logits.append(out.logits)
+        present = mask.bool()
+        torch.testing.assert_close(torch.cat(logits, 1)[present], expected[present], rtol=1e-4, atol=1e-4)

@@ -1,0 +1,197 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.valm.augmented.models import augmented, random_ids, random_images, tiny_gpt2, tiny_llama
+from valm import load, load_adapter, save_adapter
+from valm.augmented.model import augment, fusion_module
+from valm.errors import ValmError
+from valm.image_model import ImageModel
+from valm.retrieval.context import ContextEncoder
+from valm.retrieval.retriever import Retriever
+
+
+def logits(model):
+    return model(random_ids(2, 9), **random_images(2, 9)).logits
+
+
+@pytest.fixture
+def base_folder(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def on_base(base_folder, **arguments):
+    """The augmented model of `base_folder`, which knows where that is."""
+    model = augmented(lambda seed: AutoModelForCausalLM.from_pretrained(base_folder), **arguments)
+    return model.eval()
+
+
+@pytest.mark.parametrize("base", [tiny_llama, tiny_gpt2])
+def test_a_whole_folder_opens_as_it_was(tmp_path, base):
+    model = augmented(base, unfreeze="block")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model_type"] == "valm" and config["base_config"]["model_type"] == model.config.model_type
+    assert "auto_map" not in json.dumps(config)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(loaded, ImageModel) and isinstance(loaded, base().__class__)
+    assert torch.equal(logits(loaded), logits(model))
+    assert [p.requires_grad for p in loaded.parameters()] == [p.requires_grad for p in model.parameters()]
+    loaded.save_pretrained(tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert again == config
+    assert AutoConfig.from_pretrained(tmp_path).valm == model.config.valm
+
+
+def test_a_whole_folder_in_another_precision(tmp_path):
+    augmented().save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    assert logits(loaded).isfinite().all()
+
+
+@pytest.mark.slow  # two more processes that import torch
+def test_without_valm_a_whole_folder_fails_by_name(tmp_path):
+    augmented().save_pretrained(tmp_path)
+    code = "from transformers import AutoModelForCausalLM as A; A.from_pretrained({!r})"
+    runs = [
+        subprocess.run([sys.executable, "-c", start + code.format(str(tmp_path))], capture_output=True, text=True)
+        for start in ("", "import valm; ")
+    ]
+    assert runs[0].returncode == 1 and "`valm`" in runs[0].stderr
+    assert runs[1].returncode == 0, runs[1].stderr
+
+
+def test_weights_without_the_fusion_are_refused(tmp_path):
+    augmented().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    tensors = load_file(weights)
+    save_file({k: v for k, v in tensors.items() if "k_bias" not in k}, weights, {"format": "pt"})
+    with pytest.raises(ValmError, match=r"have no model\.layers\.1\.self_attn\.image_fusion\.k_bias"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"fusion": {}}, "the config's fusion does not fit"),
+        ({"fusion": None}, "no base_config and fusion"),
+    ],
+)
+def test_a_damaged_config_is_named(tmp_path, change, message):
+    augmented().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValmError, match=message):
+        AutoConfig.from_pretrained(tmp_path)
+
+
+def test_a_config_names_no_class_outside_transformers(tmp_path):
+    augmented().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    for name in ("os", "Trainer", "BertModel", "no such"):
+        config["fusion"]["architecture"] = name
+        file.write_text(json.dumps(config))
+        with pytest.raises(ValmError, match="has no causal language model"):
+            AutoConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("unfreeze", ["", "block"])
+def test_an_adapter_is_small_and_opens_on_its_base(tmp_path, base_folder, unfreeze):
+    model = on_base(base_folder, unfreeze=unfreeze)
+    if unfreeze:
+        with torch.no_grad():
+            model.model.layers[1].mlp.up_proj.weight.add_(0.1)
+    save_adapter(model, tmp_path / "adapter")
+    names = set(load_file(tmp_path / "adapter" / "image_fusion.safetensors"))
+    assert any("mlp" in name for name in names) == bool(unfreeze)
+    assert all(unfreeze or "image_fusion." in name for name in names)
+    loaded = load_adapter(AutoModelForCausalLM.from_pretrained(base_folder), tmp_path / "adapter")
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_load_finds_base_tokenizer_and_images_of_an_adapter(tmp_path, clip, make_kb):
+    kb = make_kb(5)
+    clip.save(tmp_path / "clip")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(clip.tokenizer) + 5,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        bos_token_id=clip.tokenizer.bos_token_id,
+        eos_token_id=clip.tokenizer.eos_token_id,
+    )
+    base = LlamaForCausalLM(config)
+    base.save_pretrained(tmp_path / "base")
+    clip.tokenizer.save_pretrained(tmp_path / "base")
+    model = augment(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), kb.dim, 2, logit_bias=1.0).eval()
+    model.set_retriever(Retriever(ContextEncoder(clip), kb, 2))
+    ids = clip.tokenizer("a red apple", return_tensors="pt")["input_ids"]
+    expected = model(ids).logits
+    save_adapter(model, tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / "image_fusion.json").read_text())["base"] == "../base"
+    loaded, tokenizer = load(tmp_path / "adapter", clip=str(tmp_path / "clip"))
+    torch.testing.assert_close(loaded(ids).logits, expected)
+    assert len(tokenizer) == len(clip.tokenizer)
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValmError, match=r"the base model .* cannot be read: .*; give it as base"):
+        load(tmp_path / "adapter")
+    loaded, _ = load(tmp_path / "adapter", base=tmp_path / "elsewhere", clip=str(tmp_path / "clip"))
+    torch.testing.assert_close(loaded(ids).logits, expected)
+    with pytest.raises(ValmError, match="is no adapter"):
+        load(tmp_path / "elsewhere", base=tmp_path / "elsewhere")
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path, base_folder):
+    save_adapter(on_base(base_folder), tmp_path)
+    with pytest.raises(ValmError, match=r"belongs to another base model .*: .* of layer -2 has other values"):
+        load_adapter(tiny_llama(seed=1), tmp_path)
+    with pytest.raises(ValmError, match="belongs to a LlamaForCausalLM, but the base model is a GPT2LMHeadModel"):
+        load_adapter(tiny_gpt2(), tmp_path)
+    half = load_adapter(tiny_llama().to(torch.bfloat16), tmp_path)  # the same in another precision
+    assert fusion_module(half).k_bias.dtype == torch.bfloat16
+
+
+def test_an_adapter_of_a_model_that_trained_as_a_whole_is_refused(tmp_path):
+    with pytest.raises(ValmError, match="save the whole model by save_pretrained"):
+        save_adapter(augmented(unfreeze="all"), tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_damaged_adapter_is_named(tmp_path):
+    save_adapter(augmented(), tmp_path)
+    with pytest.raises(ValmError, match="does not say which base"):
+        load(tmp_path)
+    description = json.loads((tmp_path / "image_fusion.json").read_text())
+    weights = tmp_path / "image_fusion.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:50])
+    with pytest.raises(ValmError, match=r"image_fusion\.safetensors cannot be read"):
+        load_adapter(tiny_llama(), tmp_path)
+    tensors = load_file_of(whole, tmp_path)
+    name = next(name for name in tensors if name.endswith("k_bias"))
+    save_file({k: v for k, v in tensors.items() if k != name}, weights)
+    with pytest.raises(ValmError, match=r"k_bias in .* has shape None, expected \(2, 8\)"):
+        load_adapter(tiny_llama(), tmp_path)
+    for change in ({"format_version": 9}, {"fusion": {"layer": -2}}):
+        (tmp_path / "image_fusion.json").write_text(json.dumps(description | change))
+        with pytest.raises(ValmError, match=r"format_version 9, expected 1|does not describe an adapter"):
+            load_adapter(tiny_llama(), tmp_path)
+    (tmp_path / "image_fusion.json").unlink()
+    with pytest.raises(ValmError, match="is no adapter"):
+        load_adapter(tiny_llama(), tmp_path)
+
+
+def load_file_of(content, folder):
+    (folder / "copy").write_bytes(content)
+    return load_file(folder / "copy")

@@ -1,0 +1,476 @@
+"""Visual fusion inside any attention that uses transformers' attention interface.
+
+The attention itself makes the keys and values of the images: it runs on LN_img(image), and what it hands to the
+interface is caught. So fused projections, norms of queries and keys, clipping, LoRA and latent attention need no code
+of their own here. Text and images then share one softmax (`visual_fusion_attn`).
+
+Rotary positions: an image stands at the position of the token that sees it, so the images meet the query as it was
+before the rotation, which is caught by running the attention on the text with the identity rotation.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache
+
+from valm.errors import ValmError
+from valm_kernels import visual_fusion_attn
+
+# For a type checker, the class behind a mixin, which is known when a model is augmented.
+_Module: Any = object
+
+# The name under which transformers' attention interface knows `fusion_attention`.
+IMPLEMENTATION = "valm"
+
+# Head dimensions of `visual_fusion_attn`.
+MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
+
+# What an attention's forward calls its key-value cache, in one family or another.
+CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value", "layer_past")
+
+
+@dataclass(frozen=True)
+class FusionOptions:
+    """What rebuilds the fusion of a saved model: the `valm` entry of its config.
+
+    Args:
+        architecture: class of the model in transformers.
+        image_dim: E, dimension of an image vector.
+        num_images: K, images per token.
+        layer: index of the fusion layer, as given (negative from the end).
+        width: dimension of what the attention reads.
+        heads, kv_heads, key_dim, value_dim: Hq, Hkv, Dk and Dv, as the attention hands them to the interface.
+        logit_bias: initial value of the number that each head adds to its scores of images.
+        blind: each token sees its own retrieval query as its one image (Blind-VaLM, Ontalvilla et al. 2024).
+        unfreeze: what trained besides the fusion: "", "block" or "all".
+        fingerprint: mean absolute value of each parameter of the fusion layer before training, by which a file of the
+            fusion alone knows its base model.
+    """
+
+    architecture: str
+    image_dim: int
+    num_images: int
+    layer: int
+    width: int
+    heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    logit_bias: float
+    blind: bool
+    unfreeze: str
+    fingerprint: dict[str, float]
+
+
+class FusionTerms(NamedTuple):
+    """hidden_states: (1, U, C), the images as the attention reads text. k_bias: (Hkv, Dk). v_bias: (Hkv, Dv).
+    logit_bias: (Hq,) float32."""
+
+    hidden_states: Tensor
+    k_bias: Tensor
+    v_bias: Tensor
+    logit_bias: Tensor
+
+
+class Images(NamedTuple):
+    """What `fusion_attention` is told of the images: keys (Hkv, U, Dk), values (Hkv, U, Dv), image_index (B, T, K) with
+    -1 = no image, the query that meets them (B, Hq, T, Dk) or None for that of the text, and the biases."""
+
+    keys: Tensor
+    values: Tensor
+    image_index: Tensor
+    query: Tensor | None
+    terms: FusionTerms
+
+
+class ImageFusion(nn.Module):
+    """What the fusion adds to an attention: an input projection where the dimensions differ, LN_img, and the biases.
+
+    Its parameters are read in its own forward only, where hooks of offloading and sharding see to them.
+    """
+
+    def __init__(self, options: FusionOptions):
+        super().__init__()
+        self.initial_logit_bias = options.logit_bias
+        self.proj = None
+        if options.image_dim != options.width:
+            self.proj = nn.Linear(options.image_dim, options.width, bias=False)
+        self.norm = nn.LayerNorm(options.width)
+        self.k_bias = nn.Parameter(torch.empty(options.kv_heads, options.key_dim))
+        self.v_bias = nn.Parameter(torch.empty(options.kv_heads, options.value_dim))
+        self.logit_bias = nn.Parameter(torch.empty(options.heads))
+
+    @torch.no_grad()
+    def reset(self, norm_weight: Tensor, norm_bias: Tensor) -> None:
+        """Initial values. LN_img starts as the layer's own input norm, so that the attention reads images at the scale
+        of its text: with weight 1 in SmolLM2 closed images still moved the logits by up to 11."""
+        if self.proj is not None:
+            self.proj.weight.normal_(std=self.proj.in_features**-0.5)
+        self.norm.weight.copy_(norm_weight)
+        self.norm.bias.copy_(norm_bias)
+        self.k_bias.zero_()
+        self.v_bias.zero_()
+        self.logit_bias.fill_(self.initial_logit_bias)
+
+    def forward(self, image_pool: Tensor) -> FusionTerms:
+        """image_pool: (U, E)."""
+        images = image_pool.to(self.norm.weight.dtype)
+        if self.proj is not None:
+            images = self.proj(images)  # (U, C)
+        return FusionTerms(self.norm(images)[None], self.k_bias, self.v_bias, self.logit_bias)
+
+
+class _Caught(Exception):
+    """Ends the run of an attention whose queries, keys and values are all that is wanted."""
+
+
+class VisualAttention(_Module):
+    """Mixin in front of an attention class that uses transformers' attention interface."""
+
+    image_fusion: ImageFusion
+    forward_names: tuple[str, ...]  # of the arguments of the class behind
+    config: Any
+    images: tuple[Tensor, Tensor] | None = None  # image_pool and image_index, for the length of a layer's forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.images is None or self.images[0].shape[0] == 0:
+            return super().forward(*args, **kwargs)
+        image_pool, image_index = self.images
+        arguments = self.named(args, kwargs)
+        terms = self.image_fusion(image_pool)
+        _, keys, values = self._catch(terms.hidden_states, arguments)
+        if keys.shape[2] != image_pool.shape[0]:
+            raise ValmError("this layer takes its keys and values from another layer, so it can make none of images")
+        query = None
+        if self._rotates(arguments):
+            query, _, _ = self._catch(arguments["hidden_states"], arguments)
+        return super().forward(**arguments, images=Images(keys[0], values[0], image_index, query, terms))
+
+    def _rotates(self, arguments: dict[str, Any]) -> bool:
+        """Whether queries and keys depend on their positions: by an argument, or by tables of the attention's own."""
+        return arguments.get("position_embeddings") is not None or any(
+            "rotary" in name or "embed_positions" in name for name, _ in self.named_buffers()
+        )
+
+    def named(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by their names."""
+        return dict(zip(self.forward_names, args, strict=False)) | kwargs
+
+    def _catch(self, hidden_states: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Query (B, Hq, T, Dk), key and value that this attention makes of `hidden_states` (B, T, C), unrotated."""
+        caught: list[tuple[Tensor, Tensor, Tensor]] = []
+        try:  # noqa: SIM105 - torch.compile knows no contextlib.suppress
+            super().forward(**self._unrotated(hidden_states, arguments), caught=caught)
+        except _Caught:
+            pass
+        return caught[0]
+
+    def _unrotated(self, hidden_states: Tensor, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call, but for `hidden_states` (B, T, C), without mask, cache and positions."""
+        rows, length = hidden_states.shape[:2]
+        replaced = {}
+        for name, value in arguments.items():
+            if name == "hidden_states":
+                value = hidden_states
+            elif isinstance(value, Cache) or name in CACHE_ARGUMENTS or name == "attention_mask":
+                value = None
+            elif name == "use_cache":
+                value = False
+            elif name == "position_embeddings" and value is not None:
+                value = identity_rotation(value, rows, length)
+            elif name == "position_ids" and value is not None:
+                value = torch.zeros(rows, length, dtype=value.dtype, device=value.device)
+            replaced[name] = value
+        return replaced
+
+    @torch.no_grad()
+    def check_mathematics(self, own_config: Any, arguments: dict[str, Any]) -> None:
+        """Compares a token that sees one image with the class's own attention over two tokens, image and token.
+
+        own_config: with the attention implementation of the class itself. arguments: those of any call.
+
+        Raises:
+            ValmError: the two differ, as where a family computes more than a softmax over all it sees.
+        """
+        pair = arguments["hidden_states"][:1, :2]  # (1, 2, C)
+        _, keys, values = self._catch(pair[:, :1], arguments)
+        heads = self._catch(pair, arguments)[0].shape[1]
+        k_bias, v_bias = (pair.new_zeros(x.shape[1], x.shape[3]) for x in (keys, values))
+        terms = FusionTerms(pair, k_bias, v_bias, pair.new_zeros(heads))
+        images = Images(keys[0], values[0], torch.zeros(1, 1, 1, dtype=torch.int64, device=pair.device), None, terms)
+        with_image = super().forward(**self._unrotated(pair[:, 1:], arguments), images=images)[0][0, -1]
+        config, self.config = self.config, own_config
+        try:
+            own = super().forward(**self._unrotated(pair, arguments))[0][0, -1]
+        finally:
+            self.config = config
+        error = ((with_image - own).abs().max() / own.abs().max()).item()
+        if not error <= torch.finfo(own.dtype).eps ** 0.5:
+            raise ValmError(
+                f"{type(self).__name__} is not one softmax over all that a token sees: with images it would be off by "
+                f"{error:.1e} of its largest value"
+            )
+
+
+class VisualLayer(_Module):
+    """Mixin in front of a decoder layer: hands the images to its attention, past layers that drop what they do not
+    know, and inside what gradient checkpointing runs again."""
+
+    attention_path: str
+
+    def forward(
+        self, *args: Any, image_pool: Tensor | None = None, image_index: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        attention = self.get_submodule(self.attention_path)
+        if image_pool is not None:
+            attention.images = (image_pool, image_index)
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            attention.images = None
+
+
+def identity_rotation(position_embeddings: Any, rows: int, length: int) -> Any:
+    """Rotary embeddings (..., D) that rotate by no angle, for `rows` rows of `length` tokens.
+
+    A scale, as YaRN has, stays: the length of (cos, sin).
+    """
+    if isinstance(position_embeddings, Tensor):  # complex numbers, in Llama 4
+        return torch.ones_like(position_embeddings[:1, :1]).expand(rows, length, -1)
+    cos, sin = position_embeddings
+    scale = torch.hypot(cos[:1, :1].float(), sin[:1, :1].float()).to(cos.dtype).expand(rows, length, -1)
+    return scale, torch.zeros_like(scale)
+
+
+def fusion_attention(
+    module: nn.Module,
+    query: Tensor,  # (B, Hq, Tq, Dk)
+    key: Tensor,  # (B, Hkv, Tk, Dk)
+    value: Tensor,  # (B, Hkv, Tk, Dv)
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    images: Images | None = None,
+    caught: list | None = None,
+    softcap: float | None = None,
+    position_bias: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: (B, Tq, Hq, Dv), and no weights. Without dropout.
+
+    softcap, position_bias and s_aux (a sink: one more score per head, of no value) are what the families hand over.
+    """
+    if caught is not None:
+        caught.append((query, key, value))
+        if not torch.compiler.is_compiling():  # a compiler drops by itself what nobody reads
+            raise _Caught
+        return query.transpose(1, 2)[..., : value.shape[-1]], None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    seen = visible_keys(attention_mask)
+    if seen is None and 1 < num_queries < num_keys:  # a static cache that is being filled
+        key, value = key[:, :, :num_queries], value[:, :, :num_queries]
+    reason = why_joint_eager(query, value, position_bias, seen)
+    if reason is None:
+        first_key = None if seen is None else first_visible_key(seen).expand(query.shape[0], -1)
+        out = _kernel_attention(query, key, value, images, first_key, scale, softcap, s_aux)
+    else:
+        out = joint_attention(query, key, value, images, seen, scale, softcap, position_bias, s_aux)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def why_joint_eager(
+    query: Tensor, value: Tensor, position_bias: Tensor | None, seen: Tensor | None = None
+) -> str | None:
+    """Why `visual_fusion_attn` cannot serve these tensors, or None where it can.
+
+    A mask is looked at, which waits for a GPU, as transformers itself does where it looks for padding. A compiled graph
+    cannot look: with a mask it takes the joint attention, which is right for every mask.
+    """
+    widest = max(query.shape[-1], value.shape[-1])
+    if not MIN_HEAD_DIM <= widest <= MAX_HEAD_DIM:
+        return f"head dimension {widest}"
+    if position_bias is not None:
+        return "position bias"
+    if seen is not None and torch.compiler.is_compiling():
+        return "mask in a compiled graph"
+    if seen is not None and not is_interval(seen):
+        return "mask with holes"
+    return None
+
+
+def visible_keys(attention_mask: Tensor | None) -> Tensor | None:
+    """(B or 1, Tq, Tk) bool, True where a query sees a key, of the mask that transformers prepared.
+
+    Raises:
+        ValmError: a mask that is not of four dimensions, which other attention implementations take.
+    """
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 4:
+        raise ValmError(
+            f"the fusion layer cannot read an attention mask of type {type(attention_mask).__name__}: load the model "
+            'with attn_implementation="sdpa" or "eager"'
+        )
+    mask = attention_mask[:, 0]
+    return mask if mask.dtype == torch.bool else mask == 0
+
+
+def first_visible_key(seen: Tensor) -> Tensor:
+    """(B, Tq) int32, of `seen` (B, Tq, Tk); Tk where a query sees none."""
+    return torch.where(seen.any(-1), seen.int().argmax(-1), seen.shape[-1]).int()
+
+
+def is_interval(seen: Tensor) -> bool:
+    """Whether each query sees, of `seen` (B, Tq, Tk), all keys from one on to its own, or none at all."""
+    num_queries, num_keys = seen.shape[1:]
+    key = torch.arange(num_keys, device=seen.device)
+    interval = (key >= first_visible_key(seen)[..., None]) & (key <= key[num_keys - num_queries :, None])
+    return bool(((interval == seen) | ~seen.any(-1, keepdim=True)).all())
+
+
+def _kernel_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    images: Images | None,
+    first_key: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sink: Tensor | None,
+) -> Tensor:
+    """By `visual_fusion_attn`; (B, Hq, Tq, Dv)."""
+    value_dim, widest = value.shape[-1], max(query.shape[-1], value.shape[-1])
+    arguments: dict[str, Any] = {}
+    image_k = image_v = None
+    if images is not None:
+        image_k, image_v = _widened(images.keys, widest), _widened(images.values, widest)
+        arguments = {
+            "image_index": images.image_index,
+            "image_k_bias": _widened(images.terms.k_bias, widest),
+            "image_v_bias": _widened(images.terms.v_bias, widest),
+            "image_logit_bias": images.terms.logit_bias.to(torch.promote_types(query.dtype, torch.float32)),
+        }
+        if images.query is not None:
+            arguments["image_q"] = _widened(images.query, widest)
+    if softcap is not None:
+        arguments["softcap"] = softcap
+    query, key, value = (_widened(tensor, widest) for tensor in (query, key, value))
+    out, lse = visual_fusion_attn(
+        query, key, value, image_k, image_v, **arguments, first_key=first_key, scale=scale, return_lse=True
+    )
+    if sink is not None:  # it takes a share of the softmax and has no value
+        out = out * torch.sigmoid(lse - sink.reshape(1, -1, 1))[..., None].to(out.dtype)
+    return out[..., :value_dim]
+
+
+def _widened(tensor: Tensor, width: int) -> Tensor:
+    """Zeros behind the last dimension, which change no product."""
+    return tensor if tensor.shape[-1] == width else F.pad(tensor, (0, width - tensor.shape[-1]))
+
+
+def joint_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    images: Images | None,
+    seen: Tensor | None,
+    scale: float,
+    softcap: float | None = None,
+    position_bias: Tensor | None = None,
+    sink: Tensor | None = None,
+) -> Tensor:
+    """The same with all scores in memory, for any mask, bias and dimension; (B, Hq, Tq, Dv).
+
+    seen: (B or 1, Tq, Tk) bool, None = causal. A query that sees nothing gets zeros.
+    """
+    batch, heads, num_queries, _ = query.shape
+    kv_heads, num_keys = key.shape[1:3]
+    group = heads // kv_heads
+
+    def capped(scores: Tensor) -> Tensor:
+        return scores if softcap is None else torch.tanh(scores / softcap) * softcap
+
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    text = capped(query @ key.transpose(2, 3) * scale).to(wide)  # (B, Hq, Tq, Tk)
+    if position_bias is not None:
+        text = text + position_bias
+    if seen is None:
+        position = torch.arange(num_keys, device=query.device)
+        seen = (position <= position[num_keys - num_queries :, None])[None]
+    scores = [text.masked_fill(~seen[:, None], -torch.inf)]
+    if images is not None:
+        image_k = (images.keys + images.terms.k_bias[:, None]).to(query.dtype)
+        image_v = (images.values + images.terms.v_bias[:, None]).to(query.dtype)
+        index = images.image_index.clamp(min=0).long()
+        # (Hkv, U, D) -> (B, Hq, Tq, K, D)
+        gathered_k, gathered_v = (x[:, index].repeat_interleave(group, 0).transpose(0, 1) for x in (image_k, image_v))
+        image_query = query if images.query is None else images.query
+        image = capped((gathered_k @ image_query[..., None])[..., 0] * scale).to(wide)  # (B, Hq, Tq, K)
+        image = image + images.terms.logit_bias.to(wide)[:, None, None]
+        scores.append(image.masked_fill((images.image_index < 0)[:, None], -torch.inf))
+    if sink is not None:
+        scores.append(sink.reshape(1, -1, 1, 1).to(wide).expand(batch, -1, num_queries, 1))
+    joint = torch.cat(scores, -1)
+    # the largest finite score instead of none, so that a query that sees nothing has weights of 0 and no NaN
+    largest = joint.amax(-1, keepdim=True).clamp(min=torch.finfo(joint.dtype).min).detach()
+    weights = (joint - largest).exp()
+    weights = (weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(joint.dtype).tiny)).to(query.dtype)
+    out = weights[..., :num_keys] @ value
+    if images is not None:
+        image_weights = weights[..., num_keys : num_keys + images.image_index.shape[-1]]
+        out = out + (image_weights[..., None, :] @ gathered_v)[..., 0, :]
+    return out
+
+
+AttentionInterface.register(IMPLEMENTATION, fusion_attention)
+
+
+class Swapped(_Module):
+    """Mixin of the classes made here, which have no name that pickle could find."""
+
+    wrapped_class: type
+    make_class: Any  # the function below that makes this class of the wrapped one
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _new, (type(self).make_class, self.wrapped_class), self.__dict__
+
+
+def _new(make_class: Any, wrapped_class: type) -> Any:
+    made = make_class(wrapped_class)
+    return made.__new__(made)
+
+
+_subclasses: dict[Any, Any] = {}
+
+
+def subclass(mixin: type, base: Any, make_class: Any, **attributes: Any) -> Any:
+    """The class of `mixin` in front of `base`, one for each base, that bears the base's name: transformers and
+    accelerate look up what they know of a class by its name.
+
+    make_class: the function that asks for it, which pickle calls.
+    """
+    if (mixin, base) in _subclasses:
+        return _subclasses[mixin, base]
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    made = {"wrapped_class": base, "make_class": staticmethod(make_class)}
+    bases = (mixin, Swapped, base)
+    return _subclasses.setdefault((mixin, base), type(base.__name__, bases, names | made | attributes))
+
+
+def visual_attention_class(base: type[nn.Module]) -> type[VisualAttention]:
+    names = tuple(inspect.signature(base.forward).parameters)[1:]  # without self
+    return subclass(VisualAttention, base, visual_attention_class, forward_names=names)
+
+
+def visual_layer_class(base: type[nn.Module]) -> type[VisualLayer]:
+    return subclass(VisualLayer, base, visual_layer_class)

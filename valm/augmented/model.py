@@ -1,0 +1,323 @@
+"""A pretrained decoder whose one layer also attends to images: `valm.augment`."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import os
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.generation import GenerationMixin
+
+from valm.augmented.attention import (
+    IMPLEMENTATION,
+    FusionOptions,
+    ImageFusion,
+    subclass,
+    visual_attention_class,
+    visual_layer_class,
+)
+from valm.augmented.probe import Probe, attention_path, decoder_layers, probe
+from valm.config import ValmConfig
+from valm.errors import ValmError
+from valm.image_model import ImageModel, ImageOptions
+
+_Config: Any = object  # for a type checker, the config class behind the mixin
+
+# What trains besides the fusion: nothing, the layer it is in, or everything.
+UNFREEZE = ("", "block", "all")
+# Attention implementations of the other layers whose masks the fusion layer can read.
+READABLE = ("sdpa", "eager")
+
+
+def augment(
+    model: PreTrainedModel,
+    image_dim: int,
+    num_images: int,
+    layer: int = -2,
+    *,
+    logit_bias: float = -10.0,
+    unfreeze: str = "",
+    blind: bool = False,
+) -> AugmentedCausalLM:
+    """Lets one layer of a pretrained decoder also attend to images, in one softmax with the text.
+
+    The model itself is changed and returned; its class, config and parameters stay those of its family, with one child
+    more, `image_fusion`, in the attention of the layer. Closed images (a very negative logit bias) and text alone give
+    the logits of the original. Images come as the arguments `image_pool` (U, E) and `image_index` (B, T, K) of forward,
+    or from `set_retriever`. After Wang et al., "Visually-Augmented Language Modeling", section 2.3.
+
+    Args:
+        model: a causal language model of transformers, loaded, with attention implementation "sdpa" or "eager".
+        image_dim: E, dimension of an image vector.
+        num_images: K, images per token, from 1 to 64.
+        layer: which layer, negative from the end.
+        logit_bias: initial value of the number that each head adds to its scores of images. At -10 the pretrained
+            logits move by about their rounding, and there is still a gradient that can open the heads.
+        unfreeze: what trains besides the new parameters: "" nothing, "block" the layer, "all" everything.
+        blind: each token's one image is its own retrieval query (Blind-VaLM); needs num_images = 1.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValmError: an argument has a value that cannot be, or the family cannot be augmented; the message says why.
+    """
+    if isinstance(model, ImageModel):
+        raise ValmError(f"this {type(model).__name__} takes images already")
+    if getattr(transformers, type(model).__name__, None) is not type(model) or not isinstance(model, GenerationMixin):
+        raise ValmError(f"{type(model).__name__} is no causal language model of transformers itself")
+    if image_dim < 1:
+        raise ValmError(f"image_dim must be at least 1, got {image_dim}")
+    if not 1 <= num_images <= 64:
+        raise ValmError(f"num_images must be from 1 to 64, got {num_images}")
+    if not math.isfinite(logit_bias):
+        raise ValmError(f"logit_bias must be finite, got {logit_bias}")
+    if unfreeze not in UNFREEZE:
+        raise ValmError(f"unfreeze must be one of {', '.join(map(repr, UNFREEZE))}, got {unfreeze!r}")
+    if blind and num_images != 1:
+        raise ValmError(f"blind needs num_images = 1 (the query is the one image), got {num_images}")
+    path = attention_path(model, layer)
+    implementation = model.config.get_text_config(decoder=True)._attn_implementation
+    if implementation not in READABLE:
+        raise ValmError(
+            f'the model has attn_implementation="{implementation}", whose masks the fusion layer cannot read: load it '
+            f"with {' or '.join(map(repr, READABLE))}"
+        )
+    block: Any = decoder_layers(model)[layer]
+    found = probe(model, block, path)
+    options = FusionOptions(
+        architecture=type(model).__name__,
+        image_dim=image_dim,
+        num_images=num_images,
+        layer=layer,
+        **{name: getattr(found, name) for name in ("width", "heads", "kv_heads", "key_dim", "value_dim")},
+        logit_bias=logit_bias,
+        blind=blind,
+        unfreeze=unfreeze,
+        fingerprint=fingerprint(block),
+    )
+    attention = block.get_submodule(path)
+    own_config = attention.config
+    attach(model, options, found)
+    try:
+        attention.check_mathematics(own_config, attention.named(*found.call))
+    except Exception:
+        attention.config = own_config
+        del attention.image_fusion, block.attention_path
+        attention.__class__, block.__class__ = type(attention).wrapped_class, type(block).wrapped_class
+        raise
+    return _with_class(model, options)
+
+
+def become_augmented(model: PreTrainedModel, options: FusionOptions) -> AugmentedCausalLM:
+    """What `augment` does, for options that are known. The fusion's parameters have no values yet."""
+    attach(model, options)
+    return _with_class(model, options)
+
+
+def _with_class(model: PreTrainedModel, options: FusionOptions) -> AugmentedCausalLM:
+    model.config.valm = asdict(options)
+    model.config.__class__ = augmented_config_class(type(model.config))
+    model.__class__ = augmented_class(type(model))
+    freeze(model, options)
+    assert isinstance(model, AugmentedCausalLM)
+    return model
+
+
+def attach(model: PreTrainedModel, options: FusionOptions, found: Probe | None = None) -> None:
+    """Gives a layer its fusion, with initial values where `found` says which."""
+    block: Any = decoder_layers(model)[options.layer]
+    path = attention_path(model, options.layer)
+    attention = block.get_submodule(path)
+    device = next(attention.parameters()).device
+    with torch.device(device):
+        fusion = ImageFusion(options).to(model.dtype)
+    if found is not None:
+        fusion.reset(found.norm_weight, found.norm_bias)
+    attention.image_fusion = fusion
+    # the other layers' masks follow the model's own config, so this one may ask for another implementation
+    attention.config = copy.copy(attention.config)
+    attention.config._attn_implementation_internal = IMPLEMENTATION
+    attention.__class__ = visual_attention_class(type(attention))
+    block.attention_path = path
+    block.__class__ = visual_layer_class(type(block))
+
+
+def freeze(model: PreTrainedModel, options: FusionOptions) -> None:
+    """Lets train what `options` say."""
+    model.requires_grad_(options.unfreeze == "all")
+    if options.unfreeze == "block":
+        decoder_layers(model)[options.layer].requires_grad_(True)
+    fusion_module(model).requires_grad_(True)
+
+
+def fusion_module(model: nn.Module) -> ImageFusion:
+    """The `image_fusion` of an augmented model."""
+    return next(module for module in model.modules() if isinstance(module, ImageFusion))
+
+
+def fingerprint(block: nn.Module) -> dict[str, float]:
+    """Mean absolute value of each parameter of the layer, without the fusion's."""
+    return {
+        name: parameter.detach().abs().float().mean().item()
+        for name, parameter in block.named_parameters()
+        if "image_fusion" not in name
+    }
+
+
+class AugmentedConfig(_Config):
+    """Mixin of the config of an augmented model: that of its base, with the fusion's options as `valm`.
+
+    In memory its model_type is the base's. Its file says "valm" and has the base's nested, so that whoever reads it
+    without this package fails by name and does not get the base without its images.
+    """
+
+    valm: dict[str, Any]
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        base = super().to_diff_dict()
+        fusion = base.pop("valm")
+        return {"model_type": ValmConfig.model_type, "base_config": base, "fusion": fusion}
+
+
+def augmented_config_class(base: Any) -> Any:
+    return subclass(AugmentedConfig, base, augmented_config_class)
+
+
+def config_from_dict(config: dict[str, Any], **kwargs: Any) -> Any:
+    """The config of an augmented model in what `AugmentedConfig` wrote; arguments as in `PreTrainedConfig.from_dict`.
+
+    Raises:
+        ValmError: it is not one.
+    """
+    base = config.get("base_config")
+    fusion = config.get("fusion")
+    if not isinstance(base, dict) or not isinstance(fusion, dict):
+        raise ValmError("the config has no base_config and fusion: it is not that of an augmented model")
+    try:
+        options = FusionOptions(**fusion)
+    except TypeError as error:
+        raise ValmError(f"the config's fusion does not fit: {error}") from error
+    model_class = transformers_class(options.architecture)
+    result = transformers.CONFIG_MAPPING[base["model_type"]].from_dict(base, **kwargs)
+    made = result[0] if isinstance(result, tuple) else result  # beside it the arguments that were not used
+    made.__class__ = augmented_config_class(type(made))
+    made.valm = fusion
+    AutoModelForCausalLM.register(type(made), augmented_class(model_class), exist_ok=True)
+    return result
+
+
+def transformers_class(name: str) -> type[PreTrainedModel]:
+    """The causal language model of transformers with this name. Raises ValmError where there is none."""
+    found = getattr(transformers, name, None) if name.isidentifier() else None
+    if not isinstance(found, type) or not issubclass(found, PreTrainedModel) or not issubclass(found, GenerationMixin):
+        raise ValmError(f"transformers {transformers.__version__} has no causal language model {name!r}")
+    return found
+
+
+class AugmentedCausalLM(ImageModel):
+    """Mixin in front of a causal language model one of whose layers sees images; made by `augment`."""
+
+    forward_names: tuple[str, ...]  # of the arguments of the class behind
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        attach(self, FusionOptions(**config.valm))
+
+    @property
+    def image_options(self) -> ImageOptions:
+        options = self.config.valm
+        return ImageOptions(options["num_images"], options["image_dim"], options["blind"])
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """`PreTrainedModel.from_pretrained` of a whole folder.
+
+        Raises:
+            ValmError: the weights have no image_fusion.
+        """
+        with_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        missing = [key for key in info["missing_keys"] if ".image_fusion." in key]
+        if missing:
+            raise ValmError(f"the weights in {name} have no {sorted(missing)[0]}: they are not those of its config")
+        freeze(model, FusionOptions(**model.config.valm))
+        return (model, info) if with_info else model
+
+    def forward(
+        self, *args: Any, image_pool: Tensor | None = None, image_index: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """The base's forward, with images.
+
+        Args:
+            image_pool: (U, E) float, the image vectors of this batch, each once.
+            image_index: (B, T, K) int32 or int64 rows of the pool for each of these tokens, -1 = none.
+
+        Raises:
+            ValueError: images that do not fit; `output_attentions`, which has no place for weights of images.
+        """
+        arguments = dict(zip(self.forward_names, args, strict=False)) | kwargs
+        if arguments.get("output_attentions"):
+            raise ValueError("output_attentions: the fusion layer has one softmax over text and images, got True")
+        input_ids: Any = arguments.get("input_ids")
+        embeds: Any = arguments.get("inputs_embeds")
+        if image_pool is None and image_index is None:
+            cache = arguments.get("cache", arguments.get("past_key_values"))
+            image_pool, image_index = self.find_images(input_ids, arguments.get("attention_mask"), cache)
+        else:
+            shape = (input_ids if embeds is None else embeds).shape[:2]
+            self.check_images(shape, image_pool, image_index)
+        return super().forward(**arguments, image_pool=image_pool, image_index=image_index)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """`GenerationMixin.generate`; the retriever finds the images of every token as it goes.
+
+        Raises:
+            ValueError: image_pool or image_index, which say nothing of the tokens to come.
+        """
+        if kwargs.get("image_pool") is not None or kwargs.get("image_index") is not None:
+            raise ValueError(
+                "generate() takes no image_pool and image_index, as each new token has images of its own: "
+                "set a retriever by set_retriever"
+            )
+        return super().generate(*args, **kwargs)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The base's, with images: here, outside what `generate` compiles, where the mask is still that of tokens."""
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        if self.retriever is not None:
+            found = self.find_images(inputs.get("input_ids"), kwargs.get("attention_mask"), kwargs.get("cache"))
+            inputs["image_pool"], inputs["image_index"] = found
+        return inputs
+
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's. A reentrant checkpoint learns only where its input has a gradient: frozen embeddings get one."""
+        result = super().activation_checkpointing_enable(*args, **kwargs)
+        options = kwargs.get("activation_checkpointing_kwargs") or (args[0] if args else None) or {}
+        if options.get("use_reentrant"):
+            self.enable_input_require_grads()
+        return result
+
+
+def augmented_class(base: Any) -> Any:
+    # the Trainer and generate() look for arguments by their names
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return AugmentedCausalLM.forward(self, *args, **kwargs)
+
+    parameters = dict(inspect.signature(base.forward).parameters)
+    names = tuple(parameters)[1:]  # without self
+    for name in ("image_pool", "image_index"):
+        parameters[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+    ordered = sorted(parameters.values(), key=lambda parameter: parameter.kind)
+    vars(forward)["__signature__"] = inspect.Signature(ordered)
+    config_class = augmented_config_class(base.config_class)
+    return subclass(
+        AugmentedCausalLM, base, augmented_class, forward=forward, forward_names=names, config_class=config_class
+    )

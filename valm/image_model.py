@@ -1,0 +1,245 @@
+"""Where a model's images come from when `forward` is given none: what VaLM and augmented decoders share."""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+from transformers.cache_utils import Cache
+
+from valm.errors import ValmError
+from valm.retrieval.context import ContextCache
+from valm.retrieval.note import RetrievalNote
+from valm.retrieval.retriever import BlindRetriever, ImageRetriever
+
+_Base: Any = object  # for a type checker, the model class behind the mixin
+
+
+class ImageOptions(NamedTuple):
+    """num_images: K, images per token, 0 = the model takes none. image_dim: E. blind: see `ValmConfig`."""
+
+    num_images: int
+    image_dim: int
+    blind: bool
+
+
+class RetrievalCache(Cache):
+    """A cache that also holds the retriever's state, which moves along with the beams."""
+
+    retrieval: ContextCache | None = None
+    is_croppable = False
+
+    def crop(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: the retriever's state cannot be taken back."""
+        raise NotImplementedError(
+            f"a {type(self).__name__} with a retriever's state cannot be cropped, so assisted decoding does not work"
+        )
+
+    def reset(self) -> None:
+        super().reset()
+        self.retrieval = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes a copy of row beam_idx[i]."""
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]  # any tensor of integers will do
+        self._reorder_retrieval(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._reorder_retrieval(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Refused: a cache does not know how many rows it has."""
+        raise NotImplementedError("a cache with a retriever's state repeats its rows by reorder_cache only")
+
+    def _reorder_retrieval(self, rows: Tensor) -> None:
+        if self.retrieval is not None:
+            self.retrieval.reorder(rows)
+
+
+@functools.cache
+def retrieval_cache_class(cache_class: Any) -> Any:
+    """`cache_class` with a retriever's state."""
+    return type(cache_class.__name__, (RetrievalCache, cache_class), {})
+
+
+class ImageModel(_Base):
+    """Mixin of a causal language model that takes images, given to `forward` or found by a retriever.
+
+    A model that takes images, is given none and has no retriever says so once, by a warning; with `strict = True` it
+    raises ValueError each time. An empty `image_pool` says that there are none to be had.
+    """
+
+    strict = False
+    _retriever: ImageRetriever | None = None
+    # where the note on retrieval is; None: where the model was loaded from
+    _note_folder: str | None = None
+    _note_ignored = False
+    _warned = False
+
+    @property
+    def image_options(self) -> ImageOptions:
+        """Which images the model takes."""
+        raise NotImplementedError
+
+    @property
+    def retriever(self) -> ImageRetriever | None:
+        """What finds the images where none are given to `forward`: that of `set_retriever`, or the one that the folder
+        notes from which the model was loaded, opened when it is first asked for.
+
+        Raises:
+            ValmError: what the folder notes is not there or does not fit.
+        """
+        if self._retriever is None and self.image_options.num_images > 0 and not self._note_ignored:
+            note = self._note()
+            if note is not None:
+                self._open(note)
+        return self._retriever
+
+    def set_retriever(self, retriever: ImageRetriever | None) -> None:
+        """Let `retriever` find the images of every token; a blind model takes a `BlindRetriever`. None: no longer.
+
+        Raises:
+            ValmError: it finds other images than the model takes: blind or not, how many, of which dimension.
+        """
+        if retriever is not None:
+            options = self.image_options
+            if options.blind != isinstance(retriever, BlindRetriever):
+                kind = "a BlindRetriever" if options.blind else "a Retriever"
+                raise ValmError(
+                    f"this model needs {kind} (blind={options.blind} in its config), got a {type(retriever).__name__}"
+                )
+            for name, found, option in (("k", retriever.k, "num_images"), ("dim", retriever.dim, "image_dim")):
+                if found != getattr(options, option):
+                    raise ValmError(
+                        f"retriever.{name} is {found}, but this model was made for {getattr(options, option)} "
+                        f"({option} in its config)"
+                    )
+        self._retriever = retriever
+        self._note_ignored = True
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """`PreTrainedModel.save_pretrained`, and the note on what finds the images."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", args[0] if args else True):
+            self.save_note(save_directory)
+
+    def save_note(self, folder: str | os.PathLike) -> None:
+        """Writes the note on what finds the images, where something does that a file can describe."""
+        note = RetrievalNote.of_retriever(self._retriever) if self._note_ignored else self._note()
+        if note is not None:
+            note.write(folder)
+
+    def find_images(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, cache: Cache | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """image_pool (U, E) and image_index (B, T, K) of the tokens `input_ids` (B, T), by the retriever.
+
+        None and None where the model has none, after a warning. The state of what was read before is in `cache`.
+
+        Raises:
+            ValueError: there is no retriever and the model is `strict`; or the retriever cannot know what was read
+                before, because the cache was filled without it.
+        """
+        if not finds_images(self):
+            return None, None
+        return self._find_images(input_ids, attention_mask, cache)
+
+    @torch.compiler.disable
+    def _find_images(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, cache: Any
+    ) -> tuple[Tensor, Tensor]:
+        retriever = self.retriever
+        assert retriever is not None
+        if input_ids is None:
+            raise ValueError(
+                "the retriever reads token ids, got inputs_embeds only: give image_pool and image_index too"
+            )
+        mask = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
+        if mask is not None and mask.dim() != 2:
+            raise ValueError(
+                f"beside a retriever attention_mask must have two dimensions (B, T), got {mask.dim()}: "
+                "give image_pool and image_index too"
+            )
+        if cache is None:
+            found = retriever(input_ids, mask)
+        else:
+            if not isinstance(cache, RetrievalCache):
+                plain: Any = type(cache)
+                cache.__class__ = retrieval_cache_class(plain)
+            if cache.retrieval is None:
+                if cache.get_seq_length() > 0:
+                    raise ValueError(
+                        "the cache was filled without a retriever, so the text before these tokens is unknown to it: "
+                        "start with an empty cache"
+                    )
+                cache.retrieval = retriever.start(input_ids.shape[0])
+            found = retriever.step(input_ids, cache.retrieval, mask)
+        return found.image_pool.to(input_ids.device), found.image_index.to(input_ids.device)
+
+    def check_images(self, shape: torch.Size, pool: Tensor | None, index: Tensor | None) -> None:
+        """Raises ValueError where image_pool and image_index are not those of this model and a batch of `shape`."""
+        if (pool is None) != (index is None):
+            raise ValueError("image_pool and image_index must be given together")
+        if pool is None or index is None:
+            return
+        options = self.image_options
+        if options.num_images == 0:
+            raise ValueError("image_pool was given to a model with num_images = 0 (GPT-2*), which sees no images")
+        if pool.dim() != 2 or pool.shape[1] != options.image_dim:
+            raise ValueError(
+                f"image_pool must have shape (U, image_dim = {options.image_dim}), got {tuple(pool.shape)}"
+            )
+        if index.dim() != 3 or index.shape[:2] != shape:
+            raise ValueError(
+                f"image_index must have shape (B, T, K), (B, T) = {tuple(shape)}, got {tuple(index.shape)}"
+            )
+
+    def _note(self) -> RetrievalNote | None:
+        folder = self._note_folder or self.config.name_or_path
+        return RetrievalNote.read(folder) if folder else None
+
+    def _open(self, note: RetrievalNote, clip: str | None = None) -> None:
+        options = self.image_options
+        folder = Path(self._note_folder or self.config.name_or_path)
+        try:
+            source = folder if (folder / "tokenizer_config.json").is_file() else self.config.name_or_path
+            tokenizer: Any = AutoTokenizer.from_pretrained(source, local_files_only=True)
+            self.set_retriever(
+                note.open(tokenizer, options.num_images, blind=options.blind, clip=clip, device=self.device)
+            )
+        except Exception as error:  # transformers raises many kinds
+            raise ValmError(
+                f"the images of the model in {folder} cannot be retrieved: {str(error).splitlines()[0]}; set another "
+                "retriever by set_retriever, or None for text alone"
+            ) from error
+
+    def say_that_images_are_missing(self) -> None:
+        """Warns once, or raises ValueError where the model is `strict`; silent where it takes none."""
+        options = self.image_options
+        if options.num_images == 0:
+            return
+        message = (
+            f"this model takes {options.num_images} images a token, but has no retriever and was given none: set one "
+            "by set_retriever, or give image_pool and image_index"
+        )
+        if self.strict:
+            raise ValueError(message)
+        if not self._warned:
+            self._warned = True
+            warnings.warn(message + ". It reads the text alone now.", stacklevel=5)
+
+
+@torch.compiler.assume_constant_result
+def finds_images(model: ImageModel) -> bool:
+    """Whether the model has a retriever; where it lacks one, it says so. A compiled graph asks when it is made."""
+    if model.retriever is not None:
+        return True
+    model.say_that_images_are_missing()
+    return False

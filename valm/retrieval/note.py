@@ -1,0 +1,109 @@
+"""The note in a checkpoint folder on what finds its model's images: knowledge base, CLIP, kind of query, index."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from valm.clip import Clip
+from valm.errors import ValmError
+from valm.files import read_json, write_json
+from valm.knowledge_base.store import ImageKnowledgeBase
+from valm.retrieval.context import QUERIES, ContextEncoder
+from valm.retrieval.faiss_index import index_parameters
+from valm.retrieval.retriever import BlindRetriever, Retriever
+
+RETRIEVAL_FILE = "retrieval.json"
+
+
+@dataclass(frozen=True)
+class RetrievalNote:
+    """What finds the images of a saved model.
+
+    Paths are absolute here and relative to the folder in its file, so that both can be moved together.
+
+    knowledge_base: its folder; None for a blind model, which needs a CLIP only.
+    clip: the CLIP of a model without a knowledge base (`Clip.load`); a knowledge base knows its own.
+    query: the kind of retrieval query (`ContextEncoder`).
+    index: what the index was when the model was saved, for the reader; opening takes the knowledge base's own.
+    """
+
+    knowledge_base: Path | None
+    query: str
+    index: Any = "exact"
+    clip: str | None = None
+
+    @classmethod
+    def of_knowledge_base(cls, kb: ImageKnowledgeBase, query: str) -> RetrievalNote:
+        index = index_parameters(kb)
+        return cls(Path(kb.path).absolute(), query, "exact" if index is None else asdict(index))
+
+    @classmethod
+    def of_retriever(cls, retriever: object) -> RetrievalNote | None:
+        """None for a retriever of the user's own, which a file cannot describe."""
+        if isinstance(retriever, Retriever):
+            return cls.of_knowledge_base(retriever.kb, retriever.encoder.query)
+        if isinstance(retriever, BlindRetriever):
+            source = retriever.encoder.clip.source
+            if source is not None and Path(source).is_dir():
+                source = str(Path(source).absolute())
+            return cls(None, retriever.encoder.query, clip=source)
+        return None
+
+    @classmethod
+    def read(cls, folder: str | os.PathLike) -> RetrievalNote | None:
+        """The note in `folder`, or None. Raises ValmError for one that is damaged."""
+        file = Path(folder) / RETRIEVAL_FILE
+        if not file.is_file():
+            return None
+        note = read_json(file, "the note on retrieval")
+        if not isinstance(note, dict) or note.get("query") not in QUERIES:
+            raise ValmError(f"{file} names no query ({' or '.join(QUERIES)}): it is no note on retrieval")
+        kb, clip = note.get("knowledge_base"), note.get("clip")
+        if kb is None and clip is None:
+            raise ValmError(f"{file} names neither a knowledge_base nor a clip")
+        if clip is not None and (Path(folder) / clip).is_dir():
+            clip = str((Path(folder) / clip).absolute())
+        return cls(None if kb is None else (Path(folder) / kb).absolute(), note["query"], note.get("index"), clip)
+
+    def write(self, folder: str | os.PathLike) -> None:
+        """Writes the note into `folder`."""
+        note: dict[str, Any] = {"query": self.query}
+        if self.knowledge_base is not None:
+            note |= {"knowledge_base": os.path.relpath(self.knowledge_base, folder), "index": self.index}
+        if self.clip is not None:
+            note["clip"] = os.path.relpath(self.clip, folder) if os.path.isabs(self.clip) else self.clip
+        write_json(Path(folder) / RETRIEVAL_FILE, note)
+
+    def open(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        k: int,
+        *,
+        blind: bool = False,
+        clip: str | None = None,
+        device: str | torch.device = "cpu",
+    ) -> Retriever | BlindRetriever:
+        """The retriever of `k` images for a model that reads with `tokenizer`.
+
+        Raises:
+            ValmError: the knowledge base or the CLIP is not there, is damaged, or they do not belong together.
+        """
+        kb = None if self.knowledge_base is None else ImageKnowledgeBase.open(self.knowledge_base)
+        if kb is None or (blind and self.clip is not None):
+            source = clip or self.clip
+            assert source is not None  # `read` and `of_retriever` see to it
+            loaded = Clip.load(source)
+        else:
+            loaded = kb.load_clip(clip)
+        encoder = ContextEncoder(loaded.to(device), tokenizer=tokenizer, query=self.query)
+        if blind:
+            return BlindRetriever(encoder)
+        if kb is None:
+            raise ValmError("the note on retrieval names no knowledge base, and this model is not blind")
+        return Retriever(encoder, kb, k)
