@@ -232,7 +232,7 @@ PROBLEMS = {
     "one image": Problem(num_images=1, biases=False, gaps=False),
     "one token": Problem(num_queries=1, batch=9),
     "decode": Problem(num_queries=1, prefix=300, batch=8, pool_size=5),
-    "decode few": Problem(num_queries=5, prefix=129, batch=4),
+    "decode few": Problem(num_queries=5, prefix=129, batch=4, scale=0.15),
     "prefix": Problem(prefix=37, pool_size=11, scale=0.15),
     "not causal": Problem(causal=False, prefix=3),
     "multi-head": Problem(query_heads=3, kv_heads=3, pool_size=300),
