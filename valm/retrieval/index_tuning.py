@@ -33,6 +33,7 @@ from valm.retrieval.faiss_index import (
 from valm.shards.manifest import file_entry
 from valm.tokenizer import padded
 from valm_kernels import ip_topk, merge_topk
+from valm_kernels.atomic_files import remove_leftovers
 
 # Vectors a cell should have to be trained on (faiss warns below 39); at least and at most how many are taken.
 TRAIN_PER_CELL = 40
@@ -104,9 +105,7 @@ def build_index(
 
     truth = _exact(kb, queries, k, progress)
     half = len(queries) // 2
-    for name in (INDEX_FILE, PARAMETERS_FILE):
-        for left_by_a_killed_build in kb.path.glob(f"{name}.*.tmp"):
-            left_by_a_killed_build.unlink()
+    remove_leftovers(kb.path)
     with atomic_path(kb.path / INDEX_FILE) as temporary:
         faiss.write_index(index, str(temporary))
         # tuned as it will be used: read back, memory-mapped

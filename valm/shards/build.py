@@ -20,6 +20,7 @@ from valm.errors import ValmError
 from valm.files import atomic_path, read_json, writable_folder, write_json
 from valm.shards.manifest import BUILD_FILE, MANIFEST_FILE, file_entry
 from valm.shards.progress import Progress
+from valm_kernels.atomic_files import is_temporary, remove_leftovers
 
 # Writes one shard: its number, its part of the source, and whom to tell how far it is.
 Work = Callable[[int, Any, Progress], None]
@@ -53,7 +54,8 @@ class ShardedBuild:
             state = read_json(self.out / BUILD_FILE, f"the state of an unfinished {what}")
             self._check_plan(state, f"holds an unfinished {what}")
         else:
-            others = sorted(file.name for file in self.out.iterdir() if file.suffix != ".tmp")
+            remove_leftovers(self.out)
+            others = sorted(file.name for file in self.out.iterdir() if not is_temporary(file.name))
             if others:
                 raise ValmError(f"the output folder {self.out} is not empty (it has {others[0]}); choose another")
             write_json(self.out / BUILD_FILE, {"plan": plan})
@@ -88,10 +90,9 @@ class ShardedBuild:
         self._remove_state()
 
     def _remove_state(self) -> None:
-        # temporary files of what was killed while it was written; that of an index, perhaps being built, is not ours
-        for pattern in ("shard-*.json", "*-[0-9]*.tmp", f"{MANIFEST_FILE}.*.tmp", f"{BUILD_FILE}.*.tmp"):
-            for file in self.out.glob(pattern):
-                file.unlink(missing_ok=True)
+        for file in self.out.glob("shard-*.json"):
+            file.unlink(missing_ok=True)
+        remove_leftovers(self.out)
         (self.out / BUILD_FILE).unlink(missing_ok=True)
 
     def _check_plan(self, found: Any, holds: str) -> None:

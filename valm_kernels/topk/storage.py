@@ -6,10 +6,8 @@ in one step, is the commit: until then the folder is the old index, after it the
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import re
 import time
 from collections.abc import Iterable
@@ -19,14 +17,16 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from valm_kernels.atomic_files import ABANDONED_SECONDS, move, remove_leftovers, sync_folder, temporary_file
+
 FORMAT = "valm flat inner-product index"
 VERSION = 1
 MANIFEST = "manifest.json"
 # Nothing else is read or deleted, whatever a manifest says.
 ARRAY_FILE = re.compile(r"[a-z_]+-[0-9a-f]{16}\.npy")
-TEMPORARY_FILE = re.compile(r"([a-z_]+|manifest\.json)\.\d+\.tmp")
-# An unreferenced file as old as this is what an interrupted save left; a younger one may be another process's.
-ABANDONED_SECONDS = 24 * 3600
+# Temporary names of this version, and of those that knew no locks.
+TEMPORARY_FILE = re.compile(r"([a-z_]+|manifest\.json)\.[0-9a-f]{32}\.tmp")
+UNLOCKED_TEMPORARY_FILE = re.compile(r"([a-z_]+|manifest\.json)\.\d+\.tmp")
 
 
 class _HashingFile:
@@ -53,13 +53,9 @@ def write_folder(path: Path, arrays: dict[str, np.ndarray], properties: dict[str
             file, entry = _write_array(path, name, array, written)
             entries[name] = {"file": file.name, **entry}
         manifest = {"format": FORMAT, "version": VERSION, **properties, "arrays": entries}
-        temporary = path / f"{MANIFEST}.{os.getpid()}.tmp"
-        written.append(temporary)
-        with temporary.open("w", encoding="utf-8") as text:
-            json.dump(manifest, text, indent=2)
-            text.flush()
-            os.fsync(text.fileno())
-        os.replace(temporary, path / MANIFEST)
+        with temporary_file(path / MANIFEST) as temporary:
+            temporary.write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+            move(temporary, path / MANIFEST)
     except BaseException as error:
         # an interruption may come after the commit
         committed = _referenced_files(path)
@@ -70,7 +66,7 @@ def write_folder(path: Path, arrays: dict[str, np.ndarray], properties: dict[str
             error.errno, f"cannot save the index, what {path} held before is untouched: {error.strerror}", str(path)
         ) from error
     try:
-        _sync_folder(path)
+        sync_folder(path)
     except OSError as error:
         raise OSError(
             error.errno, f"the index is saved, but a power cut might undo it: {error.strerror}", str(path)
@@ -78,6 +74,7 @@ def write_folder(path: Path, arrays: dict[str, np.ndarray], properties: dict[str
     files = {entry["file"] for entry in entries.values()}
     _remove(path / name for name in old_files - files)
     _remove(file for file in path.iterdir() if file.name not in files and _abandoned(file))
+    remove_leftovers(path, TEMPORARY_FILE)
 
 
 def _remove(files: Iterable[Path]) -> None:
@@ -88,7 +85,8 @@ def _remove(files: Iterable[Path]) -> None:
 
 
 def _abandoned(file: Path) -> bool:
-    if not (ARRAY_FILE.fullmatch(file.name) or TEMPORARY_FILE.fullmatch(file.name)):
+    """Whether a file without a lock is what an interrupted save left; a young one may be another process's."""
+    if not (ARRAY_FILE.fullmatch(file.name) or UNLOCKED_TEMPORARY_FILE.fullmatch(file.name)):
         return False
     try:
         return time.time() - file.stat().st_mtime > ABANDONED_SECONDS
@@ -97,18 +95,15 @@ def _abandoned(file: Path) -> bool:
 
 
 def _write_array(path: Path, name: str, array: np.ndarray, written: list[Path]) -> tuple[Path, dict[str, Any]]:
-    temporary = path / f"{name}.{os.getpid()}.tmp"
-    written.append(temporary)
-    with temporary.open("wb") as file:
-        hashing = _HashingFile(file)
-        np.lib.format.write_array(hashing, array, allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
-    sha256 = hashing.sha256.hexdigest()
-    final = path / f"{name}-{sha256[:16]}.npy"
-    if not final.exists():  # the same content under the old manifest must outlive a failure
-        written.append(final)
-    os.replace(temporary, final)
+    with temporary_file(path / name) as temporary:
+        with temporary.open("wb") as file:
+            hashing = _HashingFile(file)
+            np.lib.format.write_array(hashing, array, allow_pickle=False)
+        sha256 = hashing.sha256.hexdigest()
+        final = path / f"{name}-{sha256[:16]}.npy"
+        if not final.exists():  # the same content under the old manifest must outlive a failure
+            written.append(final)
+        move(temporary, final)
     return final, {"bytes": final.stat().st_size, "sha256": sha256}
 
 
@@ -119,18 +114,6 @@ def _referenced_files(path: Path) -> set[str]:
     except (OSError, ValueError):
         return set()
     return {entry["file"] for entry in manifest["arrays"].values()}
-
-
-def _sync_folder(path: Path) -> None:
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EACCES):  # file systems that cannot sync a folder
-            raise
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

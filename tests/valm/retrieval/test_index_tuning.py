@@ -16,6 +16,7 @@ from valm.retrieval.context import ContextEncoder
 from valm.retrieval.faiss_index import FaissIndex, index_parameters, open_index
 from valm.retrieval.index_tuning import build_index, captions, choose_factory, context_queries, recall
 from valm_kernels import FlatIPIndex
+from valm_kernels.atomic_files import temporary_name
 
 pytest.importorskip("faiss", reason="needs faiss: install valm[faiss]")
 
@@ -120,7 +121,7 @@ def test_a_killed_build_leaves_the_old_index_or_none(clip, tmp_path):
         for file in left:  # the next child is to be killed at its own calls
             file.unlink()
     assert factories == ["IVF16,Flat", None, None, "IVF8,Flat"]
-    (kb.path / "index.faiss.of-a-killed-build.tmp").touch()
+    temporary_name(kb.path / "index.faiss").touch()  # of a killed build
     build()
     assert not list(kb.path.glob("*.tmp"))
 

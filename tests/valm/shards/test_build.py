@@ -7,6 +7,7 @@ from valm.errors import ValmError
 from valm.shards.build import ShardedBuild, ShardFiles, run_here
 from valm.shards.manifest import file_entry, files_of, open_array, open_manifest
 from valm.shards.progress import ProgressBar
+from valm_kernels.atomic_files import temporary_file, temporary_name
 
 PLAN = {"source": "numbers", "size": 3}
 
@@ -81,10 +82,13 @@ def test_killed_between_the_manifest_and_the_end(tmp_path):
 @pytest.mark.parametrize("end", [finish, ShardedBuild.abandon])
 def test_what_killed_tries_left_is_removed_at_the_end(tmp_path, end):
     started = build(tmp_path)
-    for name in ("numbers-00001.npy", "shard-00001.json", "build.json", "manifest.json", "index.faiss"):
-        (tmp_path / f"{name}.0123abcd.tmp").touch()
-    end(started)
-    assert [file.name for file in tmp_path.glob("*.tmp")] == ["index.faiss.0123abcd.tmp"]
+    names = ("numbers-00001.npy", "shard-00001.json", "build.json", "manifest.json", "index.faiss")
+    for name in names:
+        temporary_name(tmp_path / name).touch()
+    (tmp_path / "notes.tmp").touch()
+    with temporary_file(tmp_path / "index.faiss") as of_a_writer_that_lives:
+        end(started)
+        assert set(tmp_path.glob("*.tmp")) == {of_a_writer_that_lives, tmp_path / "notes.tmp"}
 
 
 def test_what_differs_from_the_plan_is_named(tmp_path):

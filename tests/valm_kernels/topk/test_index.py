@@ -389,7 +389,7 @@ def test_files_that_cannot_be_deleted_are_left(saved, monkeypatch):
     index = FlatIPIndex(normals(9, 16))
     index.save(saved)
     assert len(FlatIPIndex.load(saved)) == 9
-    monkeypatch.setattr(json, "dump", lambda *arguments, **options: refuse(None))
+    monkeypatch.setattr(os, "replace", lambda *paths: refuse(None))
     with pytest.raises(
         OSError, match=r"cannot save the index, what .* held before is untouched: Read-only file system"
     ):
