@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -21,30 +21,72 @@ from valm.model import VaLMForCausalLM
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.faiss_index import index_parameters
 from valm.retrieval.retriever import BlindRetriever, Retriever
+from valm_kernels.atomic_files import atomic_folder, move, remove_leftovers, sync_folder, temporary_name
 
 CONFIG_FILE = "config.json"
 RETRIEVAL_FILE = "retrieval.json"
+# A checkpoint that was written whole, until its files have taken the places of the old ones.
+NEW_FOLDER = "checkpoint.new"
+WEIGHTS = "model*.safetensors*"
 
 
 def save_checkpoint(model: VaLMForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: str | os.PathLike) -> Path:
     """Writes `folder`; `load_checkpoint` and `AutoModelForCausalLM.from_pretrained` read it.
 
-    All files are written into a folder of their own first and then moved, the config last: a folder that the
-    writer was killed in has none and so is no checkpoint.
+    All files are written into NEW_FOLDER in it, which appears whole, and linked from there to where the old ones are.
+    Killed before that folder appears, `load_checkpoint` loads the old checkpoint, killed later, the new one.
 
     Raises:
-        ValmError: the folder cannot be written.
+        ValmError: the folder cannot be written, or not all of it; the old checkpoint still loads.
     """
     folder = writable_folder(folder)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp-") as temporary, _quiet_transformers():
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        (folder / CONFIG_FILE).unlink(missing_ok=True)
-        for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == CONFIG_FILE):
-            with open(file, "rb+") as opened:
-                os.fsync(opened.fileno())
-            os.replace(file, folder / file.name)
+    remove_leftovers(folder)
+    _switch(folder)  # where an earlier save was killed
+    try:
+        with atomic_folder(folder / NEW_FOLDER) as temporary, _quiet_transformers():
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+    except Exception as error:  # a full disk has a type of its own in safetensors, and in tokenizers
+        reason = str(error).strip().partition("\n")[0]
+        raise ValmError(f"cannot write the checkpoint {folder}: {reason}; what it held before is untouched") from error
+    _switch(folder)
     return folder
+
+
+def _switch(folder: Path) -> None:
+    """Links the files of NEW_FOLDER, where there is one, to where the old ones are, and removes it."""
+    new = folder / NEW_FOLDER
+    if not new.is_dir():
+        return
+    try:
+        names = {file.name for file in new.iterdir()}
+        for name in names:
+            _link(new / name, folder / name)
+        for file in folder.glob(WEIGHTS):  # transformers prefers one file to several
+            if file.name not in names:
+                file.unlink()
+        sync_folder(folder)
+        finished = temporary_name(new)
+        os.replace(new, finished)
+    except OSError as error:
+        raise ValmError(
+            f"the checkpoint is whole in {new} and loads from there, but its files cannot be moved to {folder}: "
+            f"{error.strerror}; save it again"
+        ) from error
+    shutil.rmtree(finished, ignore_errors=True)
+
+
+def _link(file: Path, target: Path) -> None:
+    """Has `target` name the content of `file`, in one step."""
+    temporary = temporary_name(target)
+    try:
+        os.link(file, temporary)
+    except OSError:  # a file system without links
+        shutil.copyfile(file, temporary)
+    try:
+        move(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)  # moved to another name of itself, a file stays
 
 
 def save_retrieval(folder: str | os.PathLike, kb: ImageKnowledgeBase, query: str) -> None:
@@ -79,17 +121,19 @@ def load_checkpoint(
     folder = Path(folder)
     if not folder.is_dir():
         raise ValmError(f"there is no checkpoint folder {folder}")
-    if not (folder / CONFIG_FILE).is_file():
+    # where the writer was killed while the new files took their places, some of those in `folder` are old
+    files = folder / NEW_FOLDER if (folder / NEW_FOLDER).is_dir() else folder
+    if not (files / CONFIG_FILE).is_file():
         raise ValmError(f"{folder} is no checkpoint: it has no {CONFIG_FILE}")
-    kind = read_json(folder / CONFIG_FILE, "the config").get("model_type")
+    kind = read_json(files / CONFIG_FILE, "the config").get("model_type")
     if kind != ValmConfig.model_type:
         raise ValmError(f"{folder} holds a model of type {kind!r}, expected {ValmConfig.model_type!r}")
     try:
         with _quiet_transformers():
             model, report = VaLMForCausalLM.from_pretrained(
-                folder, output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True
+                files, output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True
             )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(files, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds, each for one damaged file
         raise ValmError(f"the checkpoint {folder} cannot be read: {str(error).splitlines()[0]}") from error
     wrong = [f"{name} {sorted(map(str, found))[0]}" for name, found in report.items() if found]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,44 @@ import torch
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 SECONDS = 120  # after which a child is taken to hang
+
+
+# What Python tells an audit hook of before it changes a folder; `open` counts where it writes.
+WRITES = ("open", "os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir")
+
+
+def exit_code_if_killed_at(function: Callable[[], Any], folder: Path, point: int) -> int:
+    """Exit code of a child that runs `function` and kills itself before its `point`-th (from 0) change of `folder`: a
+    file opened to be written, a name made, moved or removed. 0 where there are not so many."""
+    root = os.fspath(folder)
+
+    def run() -> None:
+        done = 0
+
+        def hook(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal done
+            if event not in WRITES or not isinstance(arguments[0], str) or not arguments[0].startswith(root):
+                return
+            if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
+                return
+            if done == point:
+                os.kill(os.getpid(), signal.SIGKILL)
+            done += 1
+
+        sys.addaudithook(hook)
+        function()
+
+    return exit_code(forked(run))
+
+
+def exit_code(process: multiprocessing.Process) -> int:
+    """Of a started child, once it has ended."""
+    process.join(SECONDS)
+    if process.is_alive():
+        process.kill()
+        pytest.fail(f"the child still ran after {SECONDS} s")
+    assert process.exitcode is not None
+    return process.exitcode
 
 
 def forked(function: Callable[[], Any]) -> multiprocessing.Process:
@@ -49,9 +89,4 @@ def exit_code_if_killed(function: Callable[[], Any], point: int, calls: tuple = 
             setattr(owner, name, counting(getattr(owner, name)))
         function()
 
-    process = forked(run)
-    process.join(SECONDS)
-    if process.is_alive():
-        process.kill()
-        pytest.fail(f"the child still ran after {SECONDS} s")
-    return process.exitcode
+    return exit_code(forked(run))

@@ -44,11 +44,14 @@ def run_train(arguments: argparse.Namespace) -> None:
     from valm.knowledge_base.store import ImageKnowledgeBase
     from valm.model import VaLMForCausalLM
     from valm.training.train import train
+    from valm_kernels.atomic_files import is_temporary, remove_leftovers
 
     if (arguments.corpus is None) == (arguments.retrieval is None):
         raise ValmError("give either a corpus or --retrieval")
     # a retrieval that was killed goes on
-    if any(file.name != RETRIEVAL for file in writable_folder(arguments.out).iterdir()):
+    out = writable_folder(arguments.out)
+    remove_leftovers(out)
+    if any(file.name != RETRIEVAL and not is_temporary(file.name) for file in out.iterdir()):
         raise ValmError(f"the output folder {arguments.out} is not empty; choose another")
     kb = ImageKnowledgeBase.open(arguments.kb) if arguments.kb else None
     if arguments.retrieval is not None:
