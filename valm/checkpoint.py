@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, Literal, TypedDict
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -15,19 +16,33 @@ from transformers.utils import logging
 
 from valm.config import ValmConfig
 from valm.errors import ValmError
-from valm.files import read_json, writable_folder, write_json
+from valm.files import check_all_regular, read_json, writable_folder, write_json
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model import VaLMForCausalLM
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.faiss_index import index_parameters
 from valm.retrieval.retriever import BlindRetriever, Retriever
 from valm_kernels.atomic_files import atomic_folder, move, remove_leftovers, sync_folder, temporary_name
+from valm_kernels.json_files import PathText, short
 
 CONFIG_FILE = "config.json"
 RETRIEVAL_FILE = "retrieval.json"
 # A checkpoint that was written whole, until its files have taken the places of the old ones.
 NEW_FOLDER = "checkpoint.new"
 WEIGHTS = "model*.safetensors*"
+
+
+class Config(TypedDict, total=False):
+    """What is read of config.json here."""
+
+    model_type: Any
+
+
+class RetrievalNote(TypedDict):
+    """What is read of retrieval.json."""
+
+    knowledge_base: PathText
+    query: Literal["eot", "state"]
 
 
 def save_checkpoint(model: VaLMForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: str | os.PathLike) -> Path:
@@ -125,9 +140,10 @@ def load_checkpoint(
     files = folder / NEW_FOLDER if (folder / NEW_FOLDER).is_dir() else folder
     if not (files / CONFIG_FILE).is_file():
         raise ValmError(f"{folder} is no checkpoint: it has no {CONFIG_FILE}")
-    kind = read_json(files / CONFIG_FILE, "the config").get("model_type")
+    check_all_regular(files)
+    kind = read_json(files / CONFIG_FILE, "the config", Config, "save the checkpoint again").get("model_type")
     if kind != ValmConfig.model_type:
-        raise ValmError(f"{folder} holds a model of type {kind!r}, expected {ValmConfig.model_type!r}")
+        raise ValmError(f"{folder} holds a model of type {short(kind)}, expected {ValmConfig.model_type!r}")
     try:
         with _quiet_transformers():
             model, report = VaLMForCausalLM.from_pretrained(
@@ -162,7 +178,7 @@ def _add_retriever(
     noted = folder / RETRIEVAL_FILE
     query = "eot"
     if noted.exists():
-        retrieval = read_json(noted, "the note on retrieval")
+        retrieval: RetrievalNote = read_json(noted, "the note on retrieval", RetrievalNote, "delete it and give the kb")
         query = retrieval["query"]
         kb = folder / retrieval["knowledge_base"] if kb is None else kb
     if kb is None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from valm.errors import ValmError
-from valm_kernels import atomic_files
+from valm_kernels import atomic_files, json_files
 
 # An OSError of what is in a file: Pillow's have no number, and a damaged archive or dataset leads to a place or a name
 # that cannot be. All others are of the drive, the memory, permissions, open files.
@@ -42,14 +42,35 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path, what: str) -> Any:
-    """The JSON value in `path`; `what` says what the file is in the ValmError for one that cannot be read."""
+def read_json(path: Path, what: str, schema: Any, remedy: str = "make it again") -> Any:
+    """The JSON value in `path`, as `schema` says (`valm_kernels.json_files`).
+
+    what: what the file is, remedy: what to do where it is damaged; both for the ValmError that is raised for a file
+        that cannot be read, or holds something else.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json_files.read_json(path, schema)
     except OSError as error:
         raise ValmError(f"cannot read {what} {path}: {error.strerror}") from error
     except ValueError as error:
-        raise ValmError(f"{what} {path} is damaged, it is not JSON: {error}") from error
+        raise ValmError(f"{what} {error}; {remedy}") from error
+
+
+def check_regular(path: Path) -> None:
+    """Raises ValmError where `path` is no regular file, nor a link to one: a pipe, opened, would wait."""
+    try:
+        json_files.regular_file(path)
+    except OSError as error:
+        raise ValmError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValmError(str(error)) from error
+
+
+def check_all_regular(folder: Path) -> None:
+    """`check_regular` for all files in `folder`, which a library will open by names of its own."""
+    for path in folder.iterdir():
+        if not path.is_dir() and path.exists():
+            check_regular(path)
 
 
 def is_passing(error: BaseException) -> bool:

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+from typing import Any
 
 import pytest
 
@@ -18,16 +19,16 @@ def test_a_full_disk_names_the_file(tmp_path):
 
 def test_json_round_trip(tmp_path):
     write_json(tmp_path / "a.json", {"name": "été", "n": 3})
-    assert read_json(tmp_path / "a.json", "the file") == {"name": "été", "n": 3}
+    assert read_json(tmp_path / "a.json", "the file", dict[str, Any]) == {"name": "été", "n": 3}
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["n"] == 3
 
 
 def test_json_errors_name_the_file(tmp_path):
     with pytest.raises(ValmError, match=r"cannot read the manifest .*b\.json: No such file"):
-        read_json(tmp_path / "b.json", "the manifest")
+        read_json(tmp_path / "b.json", "the manifest", Any)
     (tmp_path / "c.json").write_text('{"cut": ')
-    with pytest.raises(ValmError, match=r"the manifest .*c\.json is damaged"):
-        read_json(tmp_path / "c.json", "the manifest")
+    with pytest.raises(ValmError, match=r"the manifest .*c\.json is damaged, it is not JSON: .*; make it again"):
+        read_json(tmp_path / "c.json", "the manifest", Any)
 
 
 def test_writable_folder(tmp_path):

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -29,13 +29,15 @@ from transformers import PreTrainedTokenizerFast
 
 from valm.corpus.parts import PART_BYTES, PART_TOKENS, Part, file_parts, fingerprint, token_parts
 from valm.errors import ValmError
+from valm.files import check_all_regular
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.faiss_index import FaissIndex
 from valm.retrieval.retriever import Retriever
-from valm.shards.build import Run, ShardedBuild, ShardFiles, run_here
-from valm.shards.manifest import open_array, open_manifest
+from valm.shards.build import DELETE, Run, ShardedBuild, ShardFiles, run_here
+from valm.shards.manifest import Manifest, ShardRecord, kinds_of, open_array, open_manifest
 from valm.shards.progress import Progress, ProgressBar
 from valm.tokenizer import padded, tokenize_documents
+from valm_kernels.json_files import Count, Range, SchemaError, check
 
 WHAT = "corpus retrieval"
 VERSION = 2
@@ -45,6 +47,32 @@ NO_IMAGE = 2**32 - 1
 BATCH_TOKENS = 16384
 # Shards kept open at once, of three files each; 1,024 file descriptors are a common limit.
 OPEN_SHARDS = 128
+
+
+class CorpusShard(ShardRecord):
+    """What is said of a shard; without documents it has no files."""
+
+    documents: Count
+    tokens: Count
+    content: str
+
+
+class CorpusPlan(TypedDict):
+    """What is read of the plan; see `_retrieve` for all that is in it."""
+
+    tokenizer: str
+    knowledge_base: str
+    k: Annotated[int, Range(1, 1 << 16)]
+    query: Literal["eot", "state"]
+
+
+class CorpusManifest(Manifest):
+    """What manifest.json holds."""
+
+    documents: Annotated[int, Range(1)]
+    tokens: Count
+    plan: CorpusPlan  # type: ignore[misc]  # says more than the inherited one
+    shards: list[CorpusShard]  # type: ignore[misc]
 
 
 class _Shard(NamedTuple):
@@ -72,7 +100,18 @@ class CorpusRetrieval(Sequence):
     def open(cls, path: str | os.PathLike) -> CorpusRetrieval:
         """Raises ValmError where the folder is missing, something else, unfinished, damaged or of another version."""
         path = Path(path)
-        return cls(path, open_manifest(path, WHAT, VERSION, "valm retrieve"))
+        manifest = open_manifest(path, WHAT, VERSION, "valm retrieve", CorpusManifest)
+        for number, shard in enumerate(manifest["shards"]):
+            if kinds_of(shard) != ({*_Shard._fields} if shard["documents"] else set()):
+                raise ValmError(f"the manifest of {path} is damaged: its shard {number} lacks files; do it again")
+        for name in ("documents", "tokens"):
+            total = sum(shard[name] for shard in manifest["shards"])
+            if total != manifest[name]:
+                raise ValmError(
+                    f"the manifest of {path} is damaged: it says {manifest[name]} {name}, but its shards have {total}; "
+                    "do it again"
+                )
+        return cls(path, manifest)
 
     def __reduce__(self):
         return CorpusRetrieval.open, (self.path.absolute(),)
@@ -102,6 +141,7 @@ class CorpusRetrieval(Sequence):
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """What the corpus was read with. Raises ValmError where its files are damaged."""
+        check_all_regular(self.path)
         try:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(self.path, local_files_only=True)
         except Exception as error:  # transformers raises many kinds
@@ -206,6 +246,10 @@ def _retrieve(
         build.write(work, _unchanged(parts, done, build), run, bar)
     if not build.finished:
         shards = build.done().values()
+        try:
+            check(list(shards), list[CorpusShard])
+        except SchemaError as error:
+            raise ValmError(f"the unfinished {WHAT} {build.out} is damaged: its record {error}; {DELETE}") from error
         facts = {name: sum(shard[name] for shard in shards) for name in ("documents", "tokens")}
         if facts["documents"] == 0:
             build.abandon()
@@ -220,7 +264,7 @@ def _unchanged(parts: Iterable[Part], done: dict[int, dict[str, Any]], build: Sh
     one."""
     number = -1
     for number, part in enumerate(parts):
-        if number in done and done[number]["content"] != fingerprint(part.read()):
+        if number in done and done[number].get("content") != fingerprint(part.read()):
             raise ValmError(
                 f"the corpus has changed since {build.out} was begun (its part {number}); choose another folder"
             )

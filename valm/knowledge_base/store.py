@@ -19,8 +19,19 @@ from tqdm import tqdm
 
 from valm.clip import Clip
 from valm.errors import ValmError
-from valm.files import read_json
-from valm.knowledge_base.format import ITEM_SCHEMA, VERSION, WHAT, Item, Piece
+from valm.files import is_passing
+from valm.knowledge_base.format import (
+    ITEM_SCHEMA,
+    THUMBNAIL_SCHEMA,
+    VERSION,
+    WHAT,
+    Item,
+    KnowledgeBaseManifest,
+    Piece,
+    Skipped,
+    check_kinds,
+    read_skipped,
+)
 from valm.shards.manifest import MANIFEST_FILE, file_entry, files_of, open_array, open_manifest
 from valm.text import one_line
 from valm_kernels import ip_scores
@@ -28,9 +39,6 @@ from valm_kernels import ip_scores
 # Shards kept mapped at once; a process may have 65,530 maps on Linux.
 OPEN_SHARDS = 1 << 14
 OPEN_TABLES = 16
-# What a manifest says of the knowledge base, beside what `open_manifest` reads, and of its CLIP.
-MANIFEST_NAMES = ("count", "dim", "dtype", "skipped")
-CLIP_NAMES = ("name", "weights_hash", "source")
 
 
 class ImageKnowledgeBase:
@@ -55,19 +63,15 @@ class ImageKnowledgeBase:
         and contents by `verify`. Raises ValmError, naming the file, where one of these is wrong.
         """
         path = Path(path)
-        try:
-            manifest = open_manifest(path, WHAT, VERSION, "valm kb build")
-            total = sum(shard["count"] for shard in manifest["shards"])
-            for holder, names in ((manifest, MANIFEST_NAMES), (manifest["clip"], CLIP_NAMES)):
-                for name in names:
-                    _ = holder[name]
-        except (KeyError, TypeError) as error:
-            raise ValmError(
-                f"{path / MANIFEST_FILE} is damaged, it is not what `valm kb build` writes: "
-                f"{f'it has no {error}' if isinstance(error, KeyError) else error}; build the knowledge base again"
-            ) from error
+        manifest = open_manifest(path, WHAT, VERSION, "valm kb build", KnowledgeBaseManifest)
+        for number, shard in enumerate(manifest["shards"]):
+            check_kinds(path, number, shard)
+        total = sum(shard["count"] for shard in manifest["shards"])
         if total != manifest["count"]:
-            raise ValmError(f"{path / MANIFEST_FILE} says {manifest['count']} pictures, but its shards have {total}")
+            raise ValmError(
+                f"the manifest {path / MANIFEST_FILE} is damaged: it says {manifest['count']} pictures, but its shards "
+                f"have {total}; make it again"
+            )
         return cls(path, manifest)
 
     def __reduce__(self):
@@ -121,7 +125,7 @@ class ImageKnowledgeBase:
         table = self._table(shard, "thumbnails")
         return None if table is None else Image.open(io.BytesIO(table["jpeg"][row].as_py()))
 
-    def skipped(self) -> Iterator[dict[str, str]]:
+    def skipped(self) -> Iterator[Skipped]:
         """`uri` and `reason` of every picture, caption file and archive of the source that could not be read."""
         for shard in self.manifest["shards"]:
             yield from self._skipped(shard)
@@ -180,10 +184,10 @@ class ImageKnowledgeBase:
             shard = int(shards[begin])
             yield order[begin:end], self._vectors(shard), ids[begin:end] - self._start(shard)
 
-    def _skipped(self, entry: dict[str, Any]) -> Iterator[dict[str, str]]:
+    def _skipped(self, entry: dict[str, Any]) -> Iterator[Skipped]:
         for file in entry["files"]:
             if file["name"].startswith("skipped-"):
-                yield from read_json(self.path / file["name"], "the list of skipped pictures")
+                yield from read_skipped(self.path / file["name"])
 
     def _start(self, shard: int) -> int:
         return int(self._ends[shard]) - self._shards[shard]["count"]
@@ -210,6 +214,18 @@ class ImageKnowledgeBase:
         if file is None:
             return None
         try:
-            return pq.read_table(file, memory_map=True)
-        except (pa.ArrowInvalid, OSError) as error:
+            # pq.read_table would take a folder named a=b in the path for a column
+            with pq.ParquetFile(file, memory_map=True) as opened:
+                table = opened.read()
+            table.validate(full=True)  # texts that are not UTF-8, for one
+        except (pa.ArrowException, OSError) as error:
+            if is_passing(error):
+                raise ValmError(f"cannot read {file}: {error}") from error
             raise ValmError(f"{file} is damaged: {one_line(str(error))}; build the knowledge base again") from error
+        schema = ITEM_SCHEMA if kind == "items" else THUMBNAIL_SCHEMA
+        if len(table) != self._shards[shard]["count"] or not table.schema.equals(schema):
+            raise ValmError(
+                f"{file} is damaged: it has {len(table)} rows of {', '.join(table.schema.names)}, expected "
+                f"{self._shards[shard]['count']} of {', '.join(schema.names)}; build the knowledge base again"
+            )
+        return table

@@ -111,10 +111,19 @@ def build_index(
         # tuned as it will be used: read back, memory-mapped
         index = read_index(temporary)
         untuned = IndexParameters(
-            kb.fingerprint, factory, trained_on, "", 1, k, 0.0, target_recall, len(queries) - half, asked, {}
+            knowledge_base=kb.fingerprint,
+            factory=factory,
+            trained_on=trained_on,
+            search="",
+            candidates=1,
+            k=k,
+            recall=0.0,
+            target=target_recall,
+            queries=len(queries) - half,
+            asked=asked,
+            file={**file_entry(temporary), "name": INDEX_FILE},
         )
         parameters = _tune(kb, index, untuned, queries, truth)
-        parameters = replace(parameters, file={**file_entry(temporary), "name": INDEX_FILE})
         # from here until the new parameters are there, the knowledge base has no index
         (kb.path / PARAMETERS_FILE).unlink(missing_ok=True)
     write_json(kb.path / PARAMETERS_FILE, asdict(parameters))

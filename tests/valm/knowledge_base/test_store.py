@@ -297,13 +297,16 @@ def test_a_manifest_that_lacks_something_is_damaged(copied, name):
     manifest = json.loads((copied / "manifest.json").read_text())
     for damaged, found in (
         ({key: value for key, value in manifest.items() if key != name}, f"it has no '{name}'"),
-        ({**manifest, "shards": [{}]}, "it has no 'files'"),
-        ({**manifest, "shards": 3}, "'int' object is not iterable"),
-        ({**manifest, "clip": {"name": "tiny"}}, "it has no 'weights_hash'"),
-        ({**manifest, "clip": None}, "'NoneType' object is not subscriptable"),
+        ({**manifest, "shards": [{}]}, r"shards\[0\] has no 'files'"),
+        ({**manifest, "shards": 3}, "shards is 3, expected a list"),
+        ({**manifest, "clip": {"name": "tiny"}}, "clip has no 'weights_hash'"),
+        ({**manifest, "clip": None}, "clip is None, expected an object"),
+        ({**manifest, "count": -1}, "count is -1, expected a number from 0 to"),
+        ({**manifest, "dim": 10**400}, "dim is a number of more than 60 digits, expected a number from 1"),
+        ({**manifest, "dim": True}, "dim is True, expected a whole number"),
     ):
         (copied / "manifest.json").write_text(json.dumps(damaged))
-        with pytest.raises(ValmError, match=rf"manifest\.json is damaged, .*: {found}; build the knowledge base again"):
+        with pytest.raises(ValmError, match=rf"manifest\.json is damaged, .*: {found}.*; make it again"):
             ImageKnowledgeBase.open(copied)
 
 

@@ -65,7 +65,7 @@ def build_from_dataset(
         records = iter(rows)
         number = 0
         while shard := list(islice(records, shard_size)):
-            if number in done and done[number]["content"] != _content(shard):
+            if number in done and done[number].get("content") != _content(shard):
                 raise ValmError(
                     f"the dataset has changed since {out} was begun (rows {number * shard_size} to "
                     f"{number * shard_size + len(shard) - 1}); choose another folder"
