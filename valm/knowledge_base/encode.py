@@ -16,6 +16,7 @@ from valm.clip import Clip
 from valm.files import cannot_read, is_passing
 from valm.knowledge_base.format import ITEM_SCHEMA, Piece
 from valm.knowledge_base.images import find_pictures, read_captions, read_picture, thumbnail_bytes
+from valm.processes import end_with_parent
 from valm.shards.progress import Progress
 from valm.text import one_line, utf8
 
@@ -96,7 +97,8 @@ def encode_records(
     progress.begin(len(records))
     vectors, items, small, skipped = [np.empty((0, clip.embed_dim), np.float32)], [], [], []
     decoder = _Decoder(records, clip, thumbnails)
-    for batch, pixels in DataLoader(decoder, batch_size, collate_fn=_collate, num_workers=workers):
+    loader = DataLoader(decoder, batch_size, collate_fn=_collate, num_workers=workers, worker_init_fn=end_with_parent)
+    for batch, pixels in loader:
         if len(pixels):
             vectors.append(clip.encode_images(pixels).cpu().numpy())
         for decoded in batch:

@@ -376,3 +376,26 @@ def test_flickr8k_killed_at_random_and_with_corrupted_pictures(clip, tmp_path):
         assert process.exitcode == -signal.SIGKILL
     assert len(run("killed")) == 997
     assert contents(tmp_path / "killed") == contents(whole.path)
+
+
+@needs_fork
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks into /proc")
+def test_a_killed_build_leaves_no_workers(folder, clip, tmp_path, monkeypatch):
+    """Killed while its two workers decode."""
+    seen = tmp_path / "workers"
+    seen.mkdir()
+    read = encode.Record.read
+
+    def slowly(self):
+        (seen / str(os.getpid())).touch()
+        time.sleep(0.2)
+        return read(self)
+
+    monkeypatch.setattr(encode.Record, "read", slowly)
+    process = forked(lambda: build(folder, tmp_path / "kb", clip, workers=2, shard_size=100))
+    while len(list(seen.iterdir())) < 2:
+        time.sleep(0.05)
+    process.kill()
+    process.join()
+    time.sleep(1)
+    assert not [file.name for file in seen.iterdir() if Path("/proc", file.name).exists()]
