@@ -5,6 +5,7 @@
     offsets-00000.npy      (documents + 1,) int64: where each begins
     image_ids-00000.npy    (n, K) uint32: the pictures of each token, 2**32 - 1 = none
     tokenizer.json, ...    what reads the corpus, as Hugging Face writes it
+    verified.json          which files were verified before a training; may be deleted
 
 A document's pictures depend on that document alone (to rounding, on those of its shard too): whatever length training
 cuts it to, it does not retrieve again.
@@ -18,6 +19,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -25,22 +27,33 @@ from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from valm.corpus.parts import PART_BYTES, PART_TOKENS, Part, file_parts, fingerprint, token_parts
 from valm.errors import ValmError
-from valm.files import check_all_regular
+from valm.files import check_all_regular, read_json, write_json
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.faiss_index import FaissIndex
 from valm.retrieval.retriever import Retriever
 from valm.shards.build import DELETE, Run, ShardedBuild, ShardFiles, run_here
-from valm.shards.manifest import Manifest, ShardRecord, kinds_of, open_array, open_manifest
+from valm.shards.manifest import (
+    MANIFEST_FILE,
+    Manifest,
+    ShardRecord,
+    file_entry,
+    files_of,
+    kinds_of,
+    open_array,
+    open_manifest,
+)
 from valm.shards.progress import Progress, ProgressBar
 from valm.tokenizer import padded, tokenize_documents
 from valm_kernels.json_files import Count, Range, SchemaError, check
 
 WHAT = "corpus retrieval"
 VERSION = 2
+VERIFIED_FILE = "verified.json"
 # What stands in an empty slot.
 NO_IMAGE = 2**32 - 1
 # Tokens retrieved at once.
@@ -159,16 +172,51 @@ class CorpusRetrieval(Sequence):
         if self.manifest["plan"]["knowledge_base"] != kb.fingerprint:
             raise ValmError(f"{self.path} was retrieved from another knowledge base than {kb.path}; do it again")
 
+    def verify(self, *, progress: bool = True) -> list[str]:
+        """Reads every file and returns the names of those whose content is not what was written."""
+        files = tqdm(list(files_of(self.manifest)), desc="verify", unit=" files", disable=not progress)
+        return [entry["name"] for entry in files if file_entry(self.path / entry["name"]) != entry]
+
+    def verify_once(self) -> None:
+        """`verify`, where these very files were not verified before: what a training calls before it begins.
+
+        Raises ValmError where one is damaged. That they are not is noted in VERIFIED_FILE, with the times and inodes of
+        the files: of changed, copied or downloaded ones the note says nothing.
+        """
+        note = self.path / VERIFIED_FILE
+        state = self._state()
+        if os.path.isfile(note) and read_json(note, "the note on verified files", Any, "delete it") == state:
+            return
+        damaged = self.verify()
+        if damaged:
+            raise ValmError(f"{self.path} is damaged, retrieve it again: {', '.join(damaged)}")
+        with suppress(ValmError):  # where nothing can be written it is verified each time
+            write_json(note, state)
+
+    def _state(self) -> dict[str, str]:
+        """The files as the system knows them, hashed: nobody but it sets the time of a file's last change."""
+        digest = hashlib.sha256(file_entry(self.path / MANIFEST_FILE)["sha256"].encode())
+        for entry in files_of(self.manifest):
+            found = os.stat(os.path.join(self.path, entry["name"]))
+            state = [entry["name"], found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_dev, found.st_ino]
+            digest.update(json.dumps(state).encode())
+        return {"files": digest.hexdigest()}
+
     def _open_shard(self, place: int) -> _Shard:
         number, record = self._shards[place]
         shapes = _Shard((record["tokens"],), (record["documents"] + 1,), (record["tokens"], self.k))
         types = _Shard(np.int32, np.int64, np.uint32)
-        return _Shard(
+        shard = _Shard(
             *(
                 open_array(self.path / f"{kind}-{number:05d}.npy", shape, type)
                 for kind, shape, type in zip(_Shard._fields, shapes, types, strict=True)
             )
         )
+        ends = shard.offsets
+        if ends[0] != 0 or ends[-1] != record["tokens"] or (np.diff(ends) <= 0).any():
+            file = self.path / f"offsets-{number:05d}.npy"
+            raise ValmError(f"{file} is damaged: its numbers do not rise from 0 to {record['tokens']}; do it again")
+        return shard
 
 
 def retrieve_corpus(
