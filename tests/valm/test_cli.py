@@ -118,6 +118,32 @@ def test_kb_search_lists_the_nearest_pictures(world, capsys):
     assert all(line.split()[1].removesuffix(".png") in THINGS for line in lines)
 
 
+def test_what_is_in_a_knowledge_base_does_not_steer_the_terminal(world, tmp_path, capsys):
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "pictures" / "a\x1b[2J\n.png")
+    (tmp_path / "pictures" / "a\x1b[2J\n.txt").write_text("red \x1b]0;title\x07\x9b2J")
+    (tmp_path / "pictures" / "b\x1b[2J.png").write_text("no picture")
+    build = ["kb", "build", tmp_path / "pictures", "--clip", world / "clip", "--out", tmp_path / "kb"]
+    assert run(*build) == run("kb", "search", tmp_path / "kb", "red") == 0
+    assert run("kb", "info", tmp_path / "no\x1b[2J\nwhere") == 1
+    out, err = capsys.readouterr()
+    assert r"a\x1b[2J\n.png" in out and r"red \x1b]0;title\x07" in out and r"b\x1b[2J.png" in out
+    assert r"no\x1b[2J\nwhere" in err
+    assert all(c.isprintable() or c in "\n\r" for c in out + err)
+
+
+def test_retrieve_verify(copy_of, capsys):
+    root = copy_of("retrieval")
+    assert run("retrieve", "--verify", root / "retrieval") == 0
+    assert "6 documents are as they were written" in capsys.readouterr().out
+    file = root / "retrieval" / "tokens-00000.npy"
+    file.write_bytes(file.read_bytes()[:-1] + b"\1")
+    assert run("retrieve", "--verify", root / "retrieval") == 1
+    assert "is damaged, retrieve it again: tokens-00000.npy" in capsys.readouterr().err
+    assert run("train", "--retrieval", root / "retrieval", "--out", root / "model", *SIZE) == 1
+    assert "is damaged, retrieve it again: tokens-00000.npy" in capsys.readouterr().err
+
+
 def test_kb_search_draws_a_contact_sheet(world, tmp_path, capsys):
     assert run("kb", "search", world / "kb", "the apple", "--sheet", tmp_path / "sheet.png") == 0
     assert Image.open(tmp_path / "sheet.png").width > 400

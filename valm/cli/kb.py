@@ -18,6 +18,7 @@ from valm.cli.options import (
     share,
 )
 from valm.errors import ValmError
+from valm.text import printable
 
 # Options of `kb build` for Hugging Face datasets: how one is opened, and what is read of it.
 OPENING = ("config", "split", "streaming")
@@ -178,14 +179,14 @@ def print_kb(kb) -> None:
 
     clip = kb.manifest["clip"]
     print(f"{kb.path}: {len(kb):,} pictures, {kb.dim} dimensions, {kb.manifest['dtype']}")
-    print(f"encoded by the CLIP {clip['name']}, weights {clip['weights_hash'][:12]}")
+    print(f"encoded by the CLIP {printable(clip['name'])}, weights {printable(clip['weights_hash'][:12])}")
     index = index_parameters(kb)
-    print("searched exactly" if index is None else f"searched through the index {index.summary()}")
+    print("searched exactly" if index is None else f"searched through the index {printable(index.summary())}")
     skipped = kb.manifest["skipped"]
     if skipped:
         print(f"{skipped:,} pictures or captions could not be read:")
         for picture in islice(kb.skipped(), SKIPPED_SHOWN):
-            print(f"  {picture['uri']}: {picture['reason']}")
+            print(f"  {printable(picture['uri'])}: {printable(picture['reason'])}")
         if skipped > SKIPPED_SHOWN:
             print(f"  and {skipped - SKIPPED_SHOWN:,} more, in {kb.path / 'skipped-*.json'}")
 
@@ -202,7 +203,7 @@ def run_search(arguments: argparse.Namespace) -> None:
     results = retriever.search(arguments.text, arguments.k)
     for score, item in results:
         caption = item.caption.splitlines()[0] if item.caption else ""
-        print(f"{score:7.4f}  {item.uri}  {caption}")
+        print(f"{score:7.4f}  {printable(item.uri)}  {printable(caption)}")
     if arguments.sheet is not None:
         try:
             contact_sheet(kb, results, arguments.text).save(arguments.sheet)
