@@ -121,13 +121,15 @@ def load_checkpoint(
     *,
     kb: str | os.PathLike | None = None,
     clip: str | None = None,
+    allow_download: bool = False,
     device: str | torch.device = "cpu",
 ) -> tuple[VaLMForCausalLM, PreTrainedTokenizerFast]:
     """The model, in eval mode and on `device`, and the tokenizer that `save_checkpoint` wrote.
 
     A model that sees pictures gets its retriever: with the knowledge base that `save_retrieval` noted, or `kb`; and
-    with the CLIP which that was built with, found where it was then, or at `clip` (see `Clip.load`); its tokenizer need
-    not be the model's (`ContextEncoder`). Without any knowledge base it has none, and needs `image_pool` in each call.
+    with the CLIP which that was built with (`clip` and allow_download as in `ImageKnowledgeBase.load_clip`); its
+    tokenizer need not be the model's (`ContextEncoder`). Without any knowledge base it has none, and needs `image_pool`
+    in each call.
 
     Raises:
         ValmError: there is no whole VaLM checkpoint, or its config, weights, tokenizer, knowledge base and CLIP do
@@ -163,7 +165,7 @@ def load_checkpoint(
     if model.config.num_images == 0 and kb is not None:
         raise ValmError(f"the model in {folder} sees no pictures (GPT-2*), so it takes no knowledge base")
     if model.config.num_images > 0:
-        _add_retriever(model, tokenizer, folder, kb, clip, device)
+        _add_retriever(model, tokenizer, folder, kb, clip, allow_download, device)
     return model.eval().to(device), tokenizer
 
 
@@ -173,6 +175,7 @@ def _add_retriever(
     folder: Path,
     kb: str | os.PathLike | None,
     clip: str | None,
+    allow_download: bool,
     device: str | torch.device,
 ) -> None:
     noted = folder / RETRIEVAL_FILE
@@ -184,7 +187,8 @@ def _add_retriever(
     if kb is None:
         return
     opened = ImageKnowledgeBase.open(kb)
-    encoder = ContextEncoder(opened.load_clip(clip).to(device), tokenizer=tokenizer, query=query)
+    found = opened.load_clip(clip, allow_download=allow_download).to(device)
+    encoder = ContextEncoder(found, tokenizer=tokenizer, query=query)
     try:
         blind = model.config.blind
         model.set_retriever(BlindRetriever(encoder) if blind else Retriever(encoder, opened, model.config.num_images))

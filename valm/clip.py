@@ -148,6 +148,10 @@ class Clip:
     def _load_folder(cls, folder: Path, device: str | torch.device) -> Clip:
         config = read_json(folder / CONFIG_FILE, "the CLIP configuration", Config, "give a CLIP folder of open_clip's")
         check_all_regular(folder)
+        model_cfg = config["model_cfg"]
+        for part, name in (("text_cfg", "hf_model_name"), ("vision_cfg", "timm_model_pretrained")):
+            if model_cfg[part].get(name):  # open_clip would download it
+                raise ValmError(f"{folder / CONFIG_FILE} names {name}: a CLIP folder must have all that it needs")
         if not any(file.suffix in (".safetensors", ".bin", ".pth") for file in folder.iterdir()):
             raise ValmError(f"the CLIP folder {folder} has no weights; expected {WEIGHTS_FILE}")
         with _load_errors(str(folder)):

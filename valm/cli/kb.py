@@ -8,6 +8,7 @@ from pathlib import Path
 
 from valm.cli.options import (
     Commands,
+    add_clip,
     add_device,
     add_ray,
     chosen_device,
@@ -75,7 +76,7 @@ def add_to(commands: Commands) -> None:
     index.add_argument("--factory", help="faiss factory string, such as IVF4096,Flat or HNSW32 (default: by size)")
     index.add_argument("--queries", type=Path, help="text file to be tuned on (default: captions of the pictures)")
     index.add_argument("--query", choices=["eot", "state"], default="eot", help="kind of the retrieval query")
-    index.add_argument("--clip", help="the CLIP, where it is no longer where the knowledge base found it")
+    add_clip(index)
     add_device(index)
     merge = command(kb_commands, "merge", run_merge, "join knowledge bases of one CLIP")
     merge.add_argument("parts", type=Path, nargs="+", metavar="KB")
@@ -83,7 +84,7 @@ def add_to(commands: Commands) -> None:
     search = command(kb_commands, "search", run_search, "the pictures nearest to a text")
     search.add_argument("kb", type=Path)
     search.add_argument("text")
-    search.add_argument("--clip", help="the CLIP, where it is no longer where the knowledge base found it")
+    add_clip(search)
     add_device(search)
     search.add_argument("-k", type=positive, default=8, help="how many pictures")
     search.add_argument("--sheet", type=Path, help="also draw what was found into this picture file")
@@ -147,7 +148,7 @@ def run_index(arguments: argparse.Namespace) -> None:
     else:
         texts = captions(kb) if arguments.queries is None else read_lines(arguments.queries)
         source = "captions of the pictures" if arguments.queries is None else arguments.queries.name
-        clip = kb.load_clip(arguments.clip).to(chosen_device(arguments))
+        clip = kb.load_clip(arguments.clip, allow_download=arguments.allow_download).to(chosen_device(arguments))
         encoder = ContextEncoder(clip, query=arguments.query)
         build_index(
             kb,
@@ -198,7 +199,7 @@ def run_search(arguments: argparse.Namespace) -> None:
     from valm.retrieval.retriever import Retriever
 
     kb = ImageKnowledgeBase.open(arguments.kb)
-    clip = kb.load_clip(arguments.clip).to(chosen_device(arguments))
+    clip = kb.load_clip(arguments.clip, allow_download=arguments.allow_download).to(chosen_device(arguments))
     retriever = Retriever(ContextEncoder(clip), kb, k=1)
     results = retriever.search(arguments.text, arguments.k)
     for score, item in results:

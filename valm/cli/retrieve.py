@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from valm.cli.options import Commands, add_device, add_ray, chosen_device, chosen_run, command, positive
+from valm.cli.options import Commands, add_clip, add_device, add_ray, chosen_device, chosen_run, command, positive
 from valm.errors import ValmError
 
 
@@ -21,7 +21,7 @@ def add_to(commands: Commands) -> None:
     )
     retrieve.add_argument("--kb", type=Path, help="knowledge base")
     retrieve.add_argument("--out", type=Path, help="folder of the result; a killed retrieval goes on")
-    retrieve.add_argument("--clip", help="the CLIP, where it is no longer where the knowledge base found it")
+    add_clip(retrieve)
     retrieve.add_argument(
         "--tokenizer",
         help="the tokenizer of the model to be trained, where it is not CLIP's: folder or Hugging Face name",
@@ -56,7 +56,7 @@ def run_retrieve(arguments: argparse.Namespace) -> None:
         raise ValmError("--search-actors are of a Ray cluster: give --ray too")
     kb = ImageKnowledgeBase.open(arguments.kb)
     tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else None
-    clip = kb.load_clip(arguments.clip).to(chosen_device(arguments))
+    clip = kb.load_clip(arguments.clip, allow_download=arguments.allow_download).to(chosen_device(arguments))
     encoder = ContextEncoder(clip, tokenizer=tokenizer, query=arguments.query)
     run = chosen_run(arguments)
     index = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from valm.cli.options import Commands, add_device, chosen_device, command, positive
+from valm.cli.options import Commands, add_allow_download, add_device, chosen_device, command, positive
 from valm.errors import ValmError
 
 # Where, in the folder of the checkpoint, the pictures of a corpus are kept that was given as text.
@@ -21,6 +21,7 @@ def add_to(commands: Commands) -> None:
     train.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     train.add_argument("--kb", type=Path, help="knowledge base; without it the model sees no pictures")
     train.add_argument("--clip", help="the CLIP whose tokenizer the model reads with (default: that of --kb)")
+    add_allow_download(train)
     train.add_argument("--tokenizer", help="another tokenizer for the model: folder or Hugging Face name")
     train.add_argument("-k", "--images", type=positive, help="pictures a token sees (default: 4)")
     train.add_argument("--query", choices=["eot", "state"], help="kind of the retrieval query (default: eot)")
@@ -113,7 +114,7 @@ def retrieved_corpus(arguments: argparse.Namespace, kb):
     from valm.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else None
-    clip = kb.load_clip(arguments.clip).to(chosen_device(arguments))
+    clip = kb.load_clip(arguments.clip, allow_download=arguments.allow_download).to(chosen_device(arguments))
     encoder = ContextEncoder(clip, tokenizer=tokenizer, query=arguments.query or "eot")
     retriever = Retriever(encoder, kb, arguments.images or 4)
     return retrieve_files([arguments.corpus], retriever, arguments.out / RETRIEVAL), encoder.tokenizer

@@ -140,17 +140,26 @@ class ImageKnowledgeBase:
                 f"or build the knowledge base again"
             )
 
-    def load_clip(self, source: str | os.PathLike | None = None) -> Clip:
+    def load_clip(self, source: str | os.PathLike[str] | None = None, *, allow_download: bool = False) -> Clip:
         """The CLIP that encoded the pictures, from where it was then, or from `source` (see `Clip.load`).
 
+        allow_download: where the knowledge base says that it is on a hub, load it from there. It is whoever wrote the
+            knowledge base who says so, and of whom this is a word of trust.
         Raises ValmError where it is not there or is another one.
         """
         if source is None:
-            source = self.manifest["clip"]["source"]
-            if source is None:
+            noted = self.manifest["clip"]["source"]
+            if noted is None:
                 raise ValmError(f"the knowledge base {self.path} does not say where its CLIP is: give its folder")
-            if (self.path / source).is_dir():
-                source = self.path / source
+            if not os.path.isabs(noted) and os.path.isdir(self.path / noted):
+                source = self.path / noted
+            elif allow_download and not os.path.isdir(noted) and not noted.startswith("local-dir:"):
+                source = noted
+            else:
+                raise ValmError(
+                    f"the knowledge base {self.path} says that its CLIP is {noted!r}, which is no folder beside it: "
+                    "give its folder or name (--clip), or allow its download (--allow-download) if you trust both"
+                )
         clip = Clip.load(source)
         self.check_encoder(clip)
         return clip

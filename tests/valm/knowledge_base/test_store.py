@@ -13,6 +13,7 @@ from PIL import Image
 
 from tests.valm.killed import exit_code_if_killed, forked, needs_fork
 from tests.valm.tiny_clip import make_clip
+from valm.clip import Clip
 from valm.errors import ValmError
 from valm.knowledge_base import encode
 from valm.knowledge_base.build import build_from_folder
@@ -256,7 +257,7 @@ def test_the_clip_is_found_again(kb, folder, clip, tokenizer, tmp_path):
     with pytest.raises(ValmError, match="was built with the CLIP tiny"):
         moved.load_clip()
     (tmp_path / "moved" / "clip").rename(tmp_path / "elsewhere")
-    with pytest.raises(ValmError, match="no CLIP at"):
+    with pytest.raises(ValmError, match="which is no folder beside it"):
         moved.load_clip()
 
 
@@ -399,3 +400,23 @@ def test_a_killed_build_leaves_no_workers(folder, clip, tmp_path, monkeypatch):
     process.join()
     time.sleep(1)
     assert not [file.name for file in seen.iterdir() if Path("/proc", file.name).exists()]
+
+
+@pytest.mark.parametrize("source", ["hf-hub:some/one", "ViT-B-32:laion2b_s34b_b79k", "/", "local-dir:/", "../gone"])
+def test_a_manifest_alone_reaches_neither_the_network_nor_folders_elsewhere(copied, clip, monkeypatch, source):
+    manifest = json.loads((copied / "manifest.json").read_text())
+    manifest["clip"]["source"] = source
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    kb = ImageKnowledgeBase.open(copied)
+    loaded = []
+    monkeypatch.setattr(Clip, "load", lambda source: loaded.append(source) or clip)
+    message = r"which is no folder beside it: give .*\(--clip\), or .*\(--allow-download\)"
+    with pytest.raises(ValmError, match=message):
+        kb.load_clip()
+    assert not loaded
+    if source in ("/", "local-dir:/"):
+        with pytest.raises(ValmError, match=message):
+            kb.load_clip(allow_download=True)
+    else:
+        kb.load_clip(allow_download=True)
+        assert loaded == [source]
