@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from valm.clip import Clip
 from valm.errors import ValmError
-from valm.files import cannot_read, is_passing
+from valm.files import cannot_read, check_regular, is_passing
 from valm.knowledge_base.encode import Record, encode_records, folder_records
 from valm.knowledge_base.format import ITEM_SCHEMA, WHAT, Piece, clip_entry, finish_knowledge_base, write_piece
 from valm.knowledge_base.images import CAPTION_SUFFIXES, MAX_CAPTION_BYTES, PICTURE_SUFFIXES, parse_caption
@@ -104,6 +104,8 @@ def build_from_webdataset(
         if not tars:
             raise ValmError(f"no tar files in {source}; looked for files ending in .tar")
     tars = [Path(tar).absolute() for tar in tars]
+    for tar in tars:
+        check_regular(tar)
     plan = {
         "source": "webdataset",
         "fingerprint": _fingerprint(tars),
@@ -293,11 +295,13 @@ def _read_tar(path: Path) -> list[Record]:
 
 
 def _embeddings_piece(vector_file: Path, metadata_file: Path, dim: int) -> Piece:
+    for file in (vector_file, metadata_file):
+        check_regular(file)
     try:
         raw = np.load(vector_file, mmap_mode="r", allow_pickle=False)
         metadata = pq.read_table(metadata_file)
         items = _items(metadata, vector_file)
-    except (OSError, ValueError, pa.ArrowInvalid) as error:
+    except Exception as error:  # a damaged header makes numpy raise anything, and so do odd columns Arrow
         raise ValmError(f"cannot read {vector_file} and {metadata_file}: {one_line(str(error))}") from error
     if raw.ndim != 2 or raw.shape[1] != dim or raw.dtype.kind != "f":
         raise ValmError(f"{vector_file} holds {raw.dtype} {raw.shape}, expected floats (N, {dim}) for this CLIP")

@@ -13,7 +13,7 @@ from typing import BinaryIO
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from valm.errors import ValmError
-from valm.files import cannot_read, is_passing
+from valm.files import cannot_read, check_regular, is_passing
 from valm.text import one_line
 
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
@@ -108,6 +108,7 @@ def read_captions(
     if table is None:
         table = next((file for file in tables if file.is_file()), None)
     else:
+        check_regular(table)
         tables.append(table)
     by_name: dict[str, list[str]] = {}
     if table is not None:

@@ -13,7 +13,7 @@ from PIL import Image
 from tests.valm.tiny_clip import make_clip
 from valm.errors import ValmError
 from valm.knowledge_base import build
-from valm.knowledge_base.build import build_from_embeddings, build_from_webdataset, merge
+from valm.knowledge_base.build import build_from_embeddings, build_from_folder, build_from_webdataset, merge
 from valm.knowledge_base.store import ImageKnowledgeBase
 
 
@@ -334,3 +334,25 @@ def test_a_merge_goes_on(make_kb, tmp_path, monkeypatch):
         merge(parts, tmp_path / "kb", progress=False)
     assert sorted(file.name for file in (tmp_path / "kb").glob("shard-*")) == ["shard-00000.json", "shard-00001.json"]
     assert merge(parts, tmp_path / "kb", progress=False).fingerprint == whole.fingerprint
+
+
+@pytest.mark.parametrize("kind", ["struct", "list", "two of one name"])
+def test_odd_captions_of_embeddings_are_named(clip, tmp_path, kind):
+    (tmp_path / "img_emb").mkdir()
+    (tmp_path / "metadata").mkdir()
+    np.save(tmp_path / "img_emb" / "img_emb_0.npy", np.ones((2, clip.embed_dim), np.float32))
+    captions = {"struct": [{"a": 1}] * 2, "list": [["a"]] * 2, "two of one name": ["a", "b"]}[kind]
+    columns = [pa.array(captions)] * (2 if kind == "two of one name" else 1)
+    table = pa.Table.from_arrays(columns, names=["caption"] * len(columns))
+    pq.write_table(table, tmp_path / "metadata" / "metadata_0.parquet")
+    with pytest.raises(ValmError, match=r"cannot read .*img_emb_0\.npy and .*metadata_0\.parquet: "):
+        build_from_embeddings(tmp_path, tmp_path / "kb", clip, progress=False)
+
+
+def test_pipes_are_refused_before_they_are_opened(clip, tmp_path):
+    os.mkfifo(tmp_path / "pipe.tar")
+    with pytest.raises(ValmError, match=r"pipe\.tar is a pipe, not a file"):
+        build_from_webdataset(tmp_path, tmp_path / "kb", clip, progress=False)
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    with pytest.raises(ValmError, match=r"pipe\.tar is a pipe, not a file"):
+        build_from_folder(tmp_path, tmp_path / "kb", clip, captions=tmp_path / "pipe.tar", progress=False)
