@@ -97,7 +97,10 @@ def open_index(kb: ImageKnowledgeBase, device: torch.device | str = "cpu") -> Fl
             f"compared with each query; `valm kb index {kb.path}` makes an index that needs neither",
             stacklevel=2,
         )
-    return FlatIPIndex(kb.vectors(), device=device)
+    try:
+        return FlatIPIndex(kb.vectors(), device=device)
+    except ValueError as error:  # a vector that is not finite
+        raise ValmError(f"the knowledge base {kb.path} is damaged: {error}; build it again") from error
 
 
 def verify_index(kb: ImageKnowledgeBase) -> list[str]:
@@ -140,6 +143,8 @@ class FaissIndex:
         path = kb.path / INDEX_FILE
         try:
             found = own_file(path).st_size
+        except FileNotFoundError:
+            raise ValmError(f"{path} is damaged: it is missing; {_remedy(kb)}") from None
         except OSError as error:
             raise ValmError(f"cannot read {path}: {error.strerror}; {_remedy(kb)}") from error
         except ValueError as error:
@@ -169,6 +174,8 @@ class FaissIndex:
         found = self._find(flat.numpy(), min(len(self), k * self.parameters.candidates))
         scores, ids = _rerank(self.kb, flat, torch.from_numpy(found), k)
         broken = ~flat.isfinite().all(1)
+        if scores[~broken].isnan().any():
+            raise ValmError(f"the knowledge base {self.kb.path} is damaged: a vector is not finite; build it again")
         scores[broken], ids[broken] = torch.nan, -1
         shape = (*queries.shape[:-1], k)
         return TopK(scores.reshape(shape).to(queries.device), ids.reshape(shape).to(queries.device))
