@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 # What an editable install is built from: a change here installs again.
 SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.c*' -o -name '*.h*')
 
-.PHONY: help demo test test-all bench gpu-check lint format clean
+.PHONY: help demo test test-all fuzz bench gpu-check lint format clean
 
 help:
 	@echo "make demo       train and evaluate a small VaLM on real pictures, on the CPU, into $(DEMO_OUTPUT)/"
 	@echo "make test       the tests, without the slow ones"
 	@echo "make test-all   every test"
+	@echo "make fuzz       damaged files for every reader, for MINUTES=10"
 	@echo "make bench      the benchmarks, beside their peers"
 	@echo "make gpu-check  on a machine with a GPU: GPU tests, compute-sanitizer, GPU benchmarks, one result file"
 	@echo "make lint       ruff and clang-format; make format applies them"
@@ -32,6 +33,16 @@ test: $(VENV)/.installed-test
 
 test-all: $(VENV)/.installed-test,ray
 	$(BIN)/python -m pytest
+
+# Other mutants than the tests' for so many minutes; what fails is replayed with the seed that is shown.
+MINUTES ?= 10
+fuzz: $(VENV)/.installed-test
+	end=$$(($$(date +%s) + 60 * $(MINUTES))); number=1; \
+	while [ $$(date +%s) -lt $$end ]; do \
+	    echo "VALM_FUZZ_SEED=$$number"; \
+	    VALM_FUZZ_SEED=$$number $(BIN)/python -m pytest tests/fuzz || exit 1; \
+	    number=$$(($$number + 1)); \
+	done
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only

@@ -120,10 +120,19 @@ class ImageKnowledgeBase:
         return Item(id, **self._table(shard, "items").slice(row, 1).to_pylist()[0])
 
     def thumbnail(self, id: int) -> Image.Image | None:
-        """The small picture of `id`, or None where the knowledge base was built without. IndexError as `item`."""
+        """The small picture of `id`, or None where the knowledge base was built without. IndexError as `item`,
+        ValmError where it is damaged."""
         shard, row = self._locate(id)
         table = self._table(shard, "thumbnails")
-        return None if table is None else Image.open(io.BytesIO(table["jpeg"][row].as_py()))
+        if table is None:
+            return None
+        try:
+            small = Image.open(io.BytesIO(table["jpeg"][row].as_py()), formats=["JPEG"])
+            small.load()
+            return small
+        except Exception as error:  # damaged bytes make a decoder raise anything
+            file = self._file(shard, "thumbnails")
+            raise ValmError(f"{file} is damaged, row {row} is no JPEG; build the knowledge base again") from error
 
     def skipped(self) -> Iterator[Skipped]:
         """`uri` and `reason` of every picture, caption file and archive of the source that could not be read."""
