@@ -160,7 +160,7 @@ class Clip:
             else:
                 tokenizer = _default_tokenizer(config["model_cfg"], str(folder))
             model = open_clip.create_model(f"local-dir:{folder}", device=device)
-        return cls(model, tokenizer, config["model_cfg"], config.get("name", folder.resolve().name), str(folder))
+            return cls(model, tokenizer, config["model_cfg"], config.get("name", folder.resolve().name), str(folder))
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes open_clip's own folder format and the tokenizer; `open_clip.create_model("local-dir:FOLDER")`

@@ -165,3 +165,12 @@ def test_a_folder_does_not_reach_the_network(clip, tmp_path, part, name):
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
     with pytest.raises(ValmError, match=f"names {name}: a CLIP folder must have all"):
         Clip.load(tmp_path)
+
+
+def test_an_odd_image_transform_is_one_sentence(clip, tmp_path):
+    clip.save(tmp_path)
+    config = json.loads((tmp_path / "open_clip_config.json").read_text())
+    config["preprocess_cfg"]["resize_mode"] = "x"
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValmError, match="cannot load the CLIP"):
+        Clip.load(tmp_path)
