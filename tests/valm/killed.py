@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,3 +91,23 @@ def exit_code_if_killed(function: Callable[[], Any], point: int, calls: tuple = 
         function()
 
     return exit_code(forked(run))
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there, and not dead and waiting for its parent to notice. Linux only."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def still_running(pids: list[int], seconds: float = 10) -> list[int]:
+    """Those of `pids` that run on after so long; they are killed then."""
+    deadline = time.monotonic() + seconds
+    while any(map(is_running, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    left = [pid for pid in pids if is_running(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    return left

@@ -1,12 +1,12 @@
 """Worker processes end when the process that started them is killed."""
 
-import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
+
+from tests.valm.killed import is_running, still_running
 
 # A DataLoader whose workers have more to say than their pipes hold, and whose main process reads one batch only.
 LOADER = """
@@ -25,14 +25,6 @@ time.sleep(600)
 """
 
 
-def is_running(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.parametrize("platform", ["linux", "elsewhere"])
 def test_workers_end_with_their_parent(platform):
@@ -40,10 +32,4 @@ def test_workers_end_with_their_parent(platform):
         workers = [int(pid) for pid in main.stdout.readline().split()]
         assert len(workers) == 2 and all(map(is_running, workers))
         main.send_signal(signal.SIGKILL)
-    deadline = time.monotonic() + 10
-    while any(map(is_running, workers)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    left = [pid for pid in workers if is_running(pid)]
-    for pid in left:
-        os.kill(pid, signal.SIGKILL)
-    assert not left
+    assert not still_running(workers)
