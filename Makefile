@@ -6,13 +6,14 @@ BIN := $(VENV)/bin
 # What an editable install is built from: a change here installs again.
 SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.c*' -o -name '*.h*')
 
-.PHONY: help demo test test-all coverage bench gpu-check lint types format sdist-check clean
+.PHONY: help demo test test-all coverage fuzz bench gpu-check lint types format sdist-check clean
 
 help:
 	@echo "make demo       train and evaluate a small VaLM on real pictures, on the CPU, into $(DEMO_OUTPUT)/"
 	@echo "make test       the tests, without the slow ones"
 	@echo "make test-all   every test"
 	@echo "make coverage   the tests, without the slow ones, and the share of lines that they run"
+	@echo "make fuzz       damaged files for every reader, for MINUTES=10"
 	@echo "make bench      the benchmarks, beside their peers"
 	@echo "make gpu-check  on a machine with a GPU: GPU tests, compute-sanitizer, GPU benchmarks, one result file"
 	@echo "make lint       ruff, clang-format, schemas of the workflow and its neighbours; make format applies the first two"
@@ -38,6 +39,16 @@ test-all: $(VENV)/.installed-test,ray
 
 coverage: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --cov -m 'not slow'
+
+# Other mutants than the tests' for so many minutes; what fails is replayed with the seed that is shown.
+MINUTES ?= 10
+fuzz: $(VENV)/.installed-test
+	end=$$(($$(date +%s) + 60 * $(MINUTES))); number=1; \
+	while [ $$(date +%s) -lt $$end ]; do \
+	    echo "VALM_FUZZ_SEED=$$number"; \
+	    VALM_FUZZ_SEED=$$number $(BIN)/python -m pytest tests/fuzz || exit 1; \
+	    number=$$(($$number + 1)); \
+	done
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only

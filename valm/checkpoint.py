@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import os
-import tempfile
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -17,39 +17,88 @@ from transformers.utils import logging
 from valm.augmented.saving import ADAPTER_FILE, adapter_base, load_adapter
 from valm.config import ValmConfig
 from valm.errors import ValmError
-from valm.files import read_json, writable_folder
+from valm.files import check_all_regular, read_json, writable_folder
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model import VaLMForCausalLM
 from valm.retrieval.note import RETRIEVAL_FILE, RetrievalNote
+from valm_kernels.atomic_files import atomic_folder, move, remove_leftovers, sync_folder, temporary_name
+from valm_kernels.json_files import short
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer_config.json"
+# A checkpoint that was written whole, until its files have taken the places of the old ones.
+NEW_FOLDER = "checkpoint.new"
+WEIGHTS = "model*.safetensors*"
+
+
+class Config(TypedDict, total=False):
+    """What is read of config.json here."""
+
+    model_type: Any
 
 
 def save_checkpoint(model: VaLMForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: str | os.PathLike) -> Path:
     """Writes `folder`; `load` and, after `import valm`, `AutoModelForCausalLM.from_pretrained` read it.
 
-    All files are written into a folder of their own first and then moved, the config last: a folder that the
-    writer was killed in has none and so is no checkpoint. The tokenizer's model_max_length becomes the model's.
+    All files are written into NEW_FOLDER in it, which appears whole, and linked from there to where the old ones are.
+    Killed before that folder appears, `load_checkpoint` loads the old checkpoint, killed later, the new one.
+    The tokenizer's model_max_length becomes the model's.
 
     Raises:
-        ValmError: the folder cannot be written.
+        ValmError: the folder cannot be written, or not all of it; the old checkpoint still loads.
     """
     folder = writable_folder(folder)
     saved = copy.copy(tokenizer)
     saved.model_max_length = min(saved.model_max_length, model.config.n_positions)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp-") as temporary, _quiet_transformers():
-        model.save_pretrained(temporary)
-        saved.save_pretrained(temporary)
-        # paths in the note are relative to where it is
+    remove_leftovers(folder)
+    _switch(folder)  # where an earlier save was killed
+    try:
+        with atomic_folder(folder / NEW_FOLDER) as temporary, _quiet_transformers():
+            model.save_pretrained(temporary)
+            saved.save_pretrained(temporary)
+            (Path(temporary) / RETRIEVAL_FILE).unlink(missing_ok=True)  # its paths are relative to where it is
         model.save_note(folder)
-        (Path(temporary) / RETRIEVAL_FILE).unlink(missing_ok=True)
-        (folder / CONFIG_FILE).unlink(missing_ok=True)
-        for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == CONFIG_FILE):
-            with open(file, "rb+") as opened:
-                os.fsync(opened.fileno())
-            os.replace(file, folder / file.name)
+    except Exception as error:  # a full disk has a type of its own in safetensors, and in tokenizers
+        reason = str(error).strip().partition("\n")[0]
+        raise ValmError(f"cannot write the checkpoint {folder}: {reason}; what it held before is untouched") from error
+    _switch(folder)
     return folder
+
+
+def _switch(folder: Path) -> None:
+    """Links the files of NEW_FOLDER, where there is one, to where the old ones are, and removes it."""
+    new = folder / NEW_FOLDER
+    if not new.is_dir():
+        return
+    try:
+        names = {file.name for file in new.iterdir()}
+        for name in names:
+            _link(new / name, folder / name)
+        for file in folder.glob(WEIGHTS):  # transformers prefers one file to several
+            if file.name not in names:
+                file.unlink()
+        sync_folder(folder)
+        finished = temporary_name(new)
+        os.replace(new, finished)
+    except OSError as error:
+        raise ValmError(
+            f"the checkpoint is whole in {new} and loads from there, but its files cannot be moved to {folder}: "
+            f"{error.strerror}; save it again"
+        ) from error
+    shutil.rmtree(finished, ignore_errors=True)
+
+
+def _link(file: Path, target: Path) -> None:
+    """Has `target` name the content of `file`, in one step."""
+    temporary = temporary_name(target)
+    try:
+        os.link(file, temporary)
+    except OSError:  # a file system without links
+        shutil.copyfile(file, temporary)
+    try:
+        move(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)  # moved to another name of itself, a file stays
 
 
 def save_retrieval(folder: str | os.PathLike, kb: ImageKnowledgeBase, query: str) -> None:
@@ -67,6 +116,7 @@ def load(
     base: str | os.PathLike | None = None,
     kb: str | os.PathLike | None = None,
     clip: str | None = None,
+    allow_download: bool = False,
     device: str | torch.device = "cpu",
     strict: bool = False,
 ) -> tuple[Any, PreTrainedTokenizerFast]:
@@ -83,6 +133,7 @@ def load(
             that is only named there is not downloaded.
         kb: another knowledge base than the noted one.
         clip: the CLIP, where it is no longer where the knowledge base or the note says (see `Clip.load`).
+        allow_download: with `kb`, as in `ImageKnowledgeBase.load_clip`.
         strict: raise an error where the model needs images and has none, instead of a warning.
 
     Raises:
@@ -101,7 +152,7 @@ def load(
     else:
         if base is not None:
             raise ValmError(f"{folder} is no adapter (it has no {ADAPTER_FILE}), so it takes no base model")
-        source = folder
+        source = _files_of(folder)
         model = _load_whole(folder)
     tokenizer = _load_tokenizer(source, folder, local=base is None)
     vocab_size = model.config.get_text_config(decoder=True).vocab_size
@@ -114,8 +165,8 @@ def load(
         raise ValmError(f"the model in {folder} sees no images (GPT-2*), so it takes no knowledge base")
     model = model.eval().to(device)
     model.strict = strict
-    if model.image_options.num_images > 0 and (kb is not None or clip is not None):
-        _add_retriever(model, tokenizer, folder, kb, clip, device)
+    if model.image_options.num_images > 0 and (kb is not None or clip is not None or allow_download):
+        _add_retriever(model, tokenizer, folder, kb, clip, allow_download, device)
     return model, tokenizer
 
 
@@ -124,23 +175,33 @@ def load_checkpoint(
     *,
     kb: str | os.PathLike | None = None,
     clip: str | None = None,
+    allow_download: bool = False,
     device: str | torch.device = "cpu",
 ) -> tuple[Any, PreTrainedTokenizerFast]:
     """The older name of `load`."""
-    return load(folder, kb=kb, clip=clip, device=device)
+    return load(folder, kb=kb, clip=clip, allow_download=allow_download, device=device)
+
+
+def _files_of(folder: Path) -> Path:
+    """Where the checkpoint's files are: where the writer was killed while the new ones took their places, some of those
+    in `folder` are old."""
+    return folder / NEW_FOLDER if (folder / NEW_FOLDER).is_dir() else folder
 
 
 def _load_whole(folder: Path) -> Any:
-    if not (folder / CONFIG_FILE).is_file():
+    files = _files_of(folder)
+    if not (files / CONFIG_FILE).is_file():
         raise ValmError(f"{folder} is no checkpoint: it has no {CONFIG_FILE}")
-    kind = read_json(folder / CONFIG_FILE, "the config").get("model_type")
+    check_all_regular(files)
+    kind = read_json(files / CONFIG_FILE, "the config", Config, "save the checkpoint again").get("model_type")
     if kind != ValmConfig.model_type:
-        raise ValmError(f"{folder} holds a model of type {kind!r}, expected {ValmConfig.model_type!r}")
+        raise ValmError(f"{folder} holds a model of type {short(kind)}, expected {ValmConfig.model_type!r}")
     with _read_errors(f"the checkpoint {folder}"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True
+            files, output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True
         )
     model, report = loaded
+    model.config.name_or_path = os.fspath(folder)  # where the note is
     wrong = [f"{name} {sorted(map(str, found))[0]}" for name, found in report.items() if found]
     if wrong:
         raise ValmError(f"the weights in {folder} are not those of its {CONFIG_FILE}: {'; '.join(wrong)}")
@@ -154,7 +215,7 @@ def _load_base(folder: Path, base: str | os.PathLike, by_user: bool) -> Any:
 
 def _load_tokenizer(source: str | os.PathLike, folder: Path, local: bool) -> Any:
     with _read_errors(f"the tokenizer of the checkpoint {folder}", remedy="; save one there by save_pretrained"):
-        return AutoTokenizer.from_pretrained(source, local_files_only=local)
+        return AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
 
 
 def _add_retriever(
@@ -163,6 +224,7 @@ def _add_retriever(
     folder: Path,
     kb: str | os.PathLike | None,
     clip: str | None,
+    allow_download: bool,
     device: str | torch.device,
 ) -> None:
     note = RetrievalNote.read(folder)
@@ -171,7 +233,8 @@ def _add_retriever(
     if note is None:
         raise ValmError(f"{folder} notes no knowledge base: give one as kb beside clip")
     options = model.image_options
-    retriever = note.open(tokenizer, options.num_images, blind=options.blind, clip=clip, device=device)
+    found: dict[str, Any] = {"clip": clip, "allow_download": allow_download, "device": device}
+    retriever = note.open(tokenizer, options.num_images, blind=options.blind, **found)
     try:
         model.set_retriever(retriever)
     except ValmError as error:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import open_clip
 import torch
@@ -23,12 +23,27 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast
 
 from valm.errors import ValmError
-from valm.files import atomic_path, read_json, writable_folder, write_json
+from valm.files import atomic_path, check_all_regular, read_json, writable_folder, write_json
 from valm.tokenizer import clip_tokenizer
+from valm_kernels.json_files import Range
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 TEXT_BATCH = 256
+
+
+class ModelConfig(TypedDict):
+    """What is read of `model_cfg`."""
+
+    embed_dim: Annotated[int, Range(1, 1 << 20)]
+    text_cfg: dict[str, Any]
+    vision_cfg: dict[str, Any]
+
+
+class Config(TypedDict):
+    """What is read of open_clip_config.json."""
+
+    model_cfg: ModelConfig
 
 
 class Clip:
@@ -133,9 +148,12 @@ class Clip:
 
     @classmethod
     def _load_folder(cls, folder: Path, device: str | torch.device) -> Clip:
-        config = read_json(folder / CONFIG_FILE, "the CLIP configuration")
-        if not isinstance(config, dict) or not isinstance(config.get("model_cfg"), dict):
-            raise ValmError(f"{folder / CONFIG_FILE} has no model_cfg: it is not an open_clip configuration")
+        config = read_json(folder / CONFIG_FILE, "the CLIP configuration", Config, "give a CLIP folder of open_clip's")
+        check_all_regular(folder)
+        model_cfg = config["model_cfg"]
+        for part, name in (("text_cfg", "hf_model_name"), ("vision_cfg", "timm_model_pretrained")):
+            if model_cfg[part].get(name):  # open_clip would download it
+                raise ValmError(f"{folder / CONFIG_FILE} names {name}: a CLIP folder must have all that it needs")
         if not any(file.suffix in (".safetensors", ".bin", ".pth") for file in folder.iterdir()):
             raise ValmError(f"the CLIP folder {folder} has no weights; expected {WEIGHTS_FILE}")
         with _load_errors(str(folder)):
@@ -144,7 +162,7 @@ class Clip:
             else:
                 tokenizer = _default_tokenizer(config["model_cfg"], str(folder))
             model = open_clip.create_model(f"local-dir:{folder}", device=device)
-        return cls(model, tokenizer, config["model_cfg"], config.get("name", folder.resolve().name), str(folder))
+            return cls(model, tokenizer, config["model_cfg"], config.get("name", folder.resolve().name), str(folder))
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes open_clip's own folder format and the tokenizer; `open_clip.create_model("local-dir:FOLDER")`

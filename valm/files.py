@@ -1,17 +1,17 @@
-"""Files that are either whole or not there."""
+"""JSON files, output folders, and what an error says of a file."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from valm.errors import ValmError
+from valm_kernels import atomic_files, json_files
 
 # An OSError of what is in a file: Pillow's have no number, and a damaged archive or dataset leads to a place or a name
 # that cannot be. All others are of the drive, the memory, permissions, open files.
@@ -20,36 +20,57 @@ CONTENT_ERRORS = (None, errno.EINVAL, errno.ENAMETOOLONG)
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, moved to it when the block ends well and removed when it does not.
-
-    Killed at any point, `path` holds either what it held before or everything that was written; only a `.tmp` file can
-    be left. No two are alike, so `path` may be written by several at once: the last one's stays.
-    """
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
+    """As in `valm_kernels.atomic_files`. Raises ValmError, which names `path`, for a full disk and the like."""
+    with write_errors(path), atomic_files.atomic_path(path) as temporary:
         yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+
+
+@contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Raises ValmError, which names `path`, for an OSError while it is written."""
+    try:
+        yield
+    except OSError as error:
+        # numpy has no number for a disk that took only a part, but a sentence without a name
+        reason = error.strerror or f"not all of it could be written ({error}); the disk may be full"
+        raise ValmError(f"cannot write {path}: {reason}; what was there before is untouched") from error
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as indented JSON, all or nothing."""
+    """Writes `value` as indented JSON, all or nothing. Raises ValmError where it cannot be written."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path, what: str) -> Any:
-    """The JSON value in `path`; `what` says what the file is in the ValmError for one that cannot be read."""
+def read_json(path: Path, what: str, schema: Any, remedy: str = "make it again") -> Any:
+    """The JSON value in `path`, as `schema` says (`valm_kernels.json_files`).
+
+    what: what the file is, remedy: what to do where it is damaged; both for the ValmError that is raised for a file
+        that cannot be read, or holds something else.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json_files.read_json(path, schema)
     except OSError as error:
         raise ValmError(f"cannot read {what} {path}: {error.strerror}") from error
     except ValueError as error:
-        raise ValmError(f"{what} {path} is damaged, it is not JSON: {error}") from error
+        raise ValmError(f"{what} {error}; {remedy}") from error
+
+
+def check_regular(path: Path) -> None:
+    """Raises ValmError where `path` is no regular file, nor a link to one: a pipe, opened, would wait."""
+    try:
+        json_files.regular_file(path)
+    except OSError as error:
+        raise ValmError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValmError(str(error)) from error
+
+
+def check_all_regular(folder: Path) -> None:
+    """`check_regular` for all files in `folder`, which a library will open by names of its own."""
+    for path in folder.iterdir():
+        if not path.is_dir() and path.exists():
+            check_regular(path)
 
 
 def is_passing(error: BaseException) -> bool:

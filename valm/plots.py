@@ -42,6 +42,7 @@ def new_figure(width: float, height: float) -> Figure:
     # Text stays text, so a figure can be searched and copied from.
     matplotlib.rcParams["svg.fonttype"] = "none"
     matplotlib.rcParams["font.family"] = "sans-serif"
+    matplotlib.rcParams["text.parse_math"] = False  # a token may be $$
     return Figure(figsize=(width, height), layout="constrained")
 
 

@@ -14,3 +14,9 @@ def utf8(text: str) -> str:
 def one_line(text: str) -> str:
     """The text without line breaks and repeated blanks."""
     return " ".join(text.split())
+
+
+def printable(text: str) -> str:
+    """The text as a terminal may show it: on one line, with escapes for characters that would steer the terminal,
+    reorder the line (bidirectional controls) or cannot be written."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

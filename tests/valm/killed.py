@@ -5,7 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +17,44 @@ import torch
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 SECONDS = 120  # after which a child is taken to hang
+
+
+# What Python tells an audit hook of before it changes a folder; `open` counts where it writes.
+WRITES = ("open", "os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir")
+
+
+def exit_code_if_killed_at(function: Callable[[], Any], folder: Path, point: int) -> int:
+    """Exit code of a child that runs `function` and kills itself before its `point`-th (from 0) change of `folder`: a
+    file opened to be written, a name made, moved or removed. 0 where there are not so many."""
+    root = os.fspath(folder)
+
+    def run() -> None:
+        done = 0
+
+        def hook(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal done
+            if event not in WRITES or not isinstance(arguments[0], str) or not arguments[0].startswith(root):
+                return
+            if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
+                return
+            if done == point:
+                os.kill(os.getpid(), signal.SIGKILL)
+            done += 1
+
+        sys.addaudithook(hook)
+        function()
+
+    return exit_code(forked(run))
+
+
+def exit_code(process: multiprocessing.Process) -> int:
+    """Of a started child, once it has ended."""
+    process.join(SECONDS)
+    if process.is_alive():
+        process.kill()
+        pytest.fail(f"the child still ran after {SECONDS} s")
+    assert process.exitcode is not None
+    return process.exitcode
 
 
 def forked(function: Callable[[], Any]) -> multiprocessing.Process:
@@ -49,9 +90,24 @@ def exit_code_if_killed(function: Callable[[], Any], point: int, calls: tuple = 
             setattr(owner, name, counting(getattr(owner, name)))
         function()
 
-    process = forked(run)
-    process.join(SECONDS)
-    if process.is_alive():
-        process.kill()
-        pytest.fail(f"the child still ran after {SECONDS} s")
-    return process.exitcode
+    return exit_code(forked(run))
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there, and not dead and waiting for its parent to notice. Linux only."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def still_running(pids: list[int], seconds: float = 10) -> list[int]:
+    """Those of `pids` that run on after so long; they are killed then."""
+    deadline = time.monotonic() + seconds
+    while any(map(is_running, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    left = [pid for pid in pids if is_running(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    return left

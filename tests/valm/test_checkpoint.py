@@ -1,10 +1,14 @@
+import errno
 import json
+import os
+import signal
 
 import pytest
 import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from tests.valm.killed import exit_code, exit_code_if_killed_at, forked, needs_fork
 from tests.valm.models import tiny_model
 from valm import checkpoint
 from valm.checkpoint import load, load_checkpoint, save_checkpoint, save_retrieval
@@ -15,6 +19,7 @@ from valm.knowledge_base.sources.folder import FolderSource
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import BlindRetriever, Retriever
 from valm.tokenizer import clip_tokenizer, prune_tokenizer
+from valm_kernels.atomic_files import is_temporary
 
 TOKENIZER = prune_tokenizer(clip_tokenizer(), ["the sea is blue"])
 
@@ -46,26 +51,101 @@ def test_saving_again_replaces_and_leaves_nothing_else(tmp_path):
     assert torch.equal(loaded.transformer.wte.weight, a_model(1).transformer.wte.weight)
 
 
-def test_a_save_that_fails_leaves_the_old_checkpoint_or_none(tmp_path, monkeypatch):
+def weights_of(folder):
+    """Seed of the model in `folder`, by its weights."""
+    loaded, _ = load_checkpoint(folder)
+    (seed,) = (
+        seed for seed in (0, 1) if torch.equal(loaded.transformer.wte.weight, a_model(seed).transformer.wte.weight)
+    )
+    return seed
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     save_checkpoint(a_model(0), TOKENIZER, tmp_path)
-    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    with monkeypatch.context() as patch, pytest.raises(OSError):
-        patch.setattr(type(TOKENIZER), "save_pretrained", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-        save_checkpoint(a_model(1), TOKENIZER, tmp_path)
-    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
-    moves = []
+    before = contents(tmp_path)
 
-    def replace(source, target):
-        if len(moves) == 2:
-            raise OSError("disk full")
-        moves.append(target)
-        source.rename(target)
+    def fail(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.os, "replace", replace)
-    with pytest.raises(OSError):
-        save_checkpoint(a_model(1), TOKENIZER, tmp_path)
-    with pytest.raises(ValmError, match=r"is no checkpoint: it has no config.json"):
-        load_checkpoint(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(TOKENIZER), "save_pretrained", fail)
+        with pytest.raises(ValmError, match=r"cannot write the checkpoint .*No space left .*untouched"):
+            save_checkpoint(a_model(1), TOKENIZER, tmp_path)
+    assert contents(tmp_path) == before
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "move", fail)
+        with pytest.raises(
+            ValmError, match=r"is whole in .*checkpoint\.new and loads from there, but its files cannot be"
+        ):
+            save_checkpoint(a_model(1), TOKENIZER, tmp_path)
+    assert weights_of(tmp_path) == 1
+    save_checkpoint(a_model(0), TOKENIZER, tmp_path)
+    assert contents(tmp_path) == before
+
+
+@needs_fork
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
+    """A limit on the size of files stands for it."""
+    resource = pytest.importorskip("resource")
+    save_checkpoint(a_model(0), TOKENIZER, tmp_path)
+    before = contents(tmp_path)
+
+    def save(limit):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that write() reports EFBIG
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        try:
+            save_checkpoint(a_model(1), TOKENIZER, tmp_path)
+        except ValmError as error:
+            os._exit(3 if "cannot write the checkpoint" in str(error) else 4)
+
+    for limit in (100, 1000, 30_000):
+        assert exit_code(forked(lambda limit=limit: save(limit))) == 3
+        assert contents(tmp_path) == before
+
+
+@needs_fork
+@pytest.mark.parametrize("old", [None, 0])
+@pytest.mark.parametrize("points", [range(0, 60, 8), pytest.param(range(100), marks=pytest.mark.slow)])
+def test_a_killed_save_leaves_the_old_checkpoint_or_the_new(tmp_path, old, points):
+    save_checkpoint(a_model(1), TOKENIZER, tmp_path / "whole")
+    whole = contents(tmp_path / "whole")
+    seen = []
+    for point in points:
+        folder = tmp_path / str(point)
+        folder.mkdir()
+        if old is not None:
+            save_checkpoint(a_model(old), TOKENIZER, folder)
+
+        def save(folder=folder):
+            save_checkpoint(a_model(1), TOKENIZER, folder)
+
+        code = exit_code_if_killed_at(save, folder, point)
+        try:
+            seen.append(weights_of(folder))
+        except ValmError as error:
+            assert "is no checkpoint" in str(error) and old is None
+            assert all(is_temporary(file.name) for file in folder.iterdir())
+            seen.append(None)
+        save()
+        assert contents(folder) == whole
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+    assert code == 0 and seen == sorted(seen, key=lambda seed: seed == 1) and set(seen) == {old, 1}
+    print(f"{len(seen) - 1} kills")
+
+
+def test_weights_that_the_new_checkpoint_lacks_go(tmp_path):
+    """transformers would read one file of weights before several, whichever is newer."""
+    save_checkpoint(a_model(0), TOKENIZER, tmp_path)
+    (tmp_path / "model-00001-of-00002.safetensors").touch()
+    (tmp_path / "notes.txt").touch()
+    save_checkpoint(a_model(1), TOKENIZER, tmp_path)
+    assert not (tmp_path / "model-00001-of-00002.safetensors").exists() and (tmp_path / "notes.txt").exists()
 
 
 def change_config(folder, **values):

@@ -135,7 +135,7 @@ def test_errors_name_the_folder(clip, tmp_path):
     assert "cannot load the CLIP" in damaged("open_clip_model.safetensors", weights[: len(weights) // 2])
     assert "has no weights" in damaged("open_clip_model.safetensors", None)
     assert "cannot load the CLIP" in damaged("tokenizer.json", b"{}")
-    assert "has no model_cfg" in damaged("open_clip_config.json", b"{}")
+    assert "has no 'model_cfg'" in damaged("open_clip_config.json", b"{}")
     config = json.loads((whole / "open_clip_config.json").read_text())
     config["model_cfg"]["embed_dim"] = 8
     assert "cannot load the CLIP" in damaged("open_clip_config.json", json.dumps(config).encode())
@@ -155,3 +155,22 @@ def test_unwritable_output(clip, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValmError, match="cannot make the output folder"):
         clip.save(tmp_path / "file" / "clip")
+
+
+@pytest.mark.parametrize("part, name", [("text_cfg", "hf_model_name"), ("vision_cfg", "timm_model_pretrained")])
+def test_a_folder_does_not_reach_the_network(clip, tmp_path, part, name):
+    clip.save(tmp_path)
+    config = json.loads((tmp_path / "open_clip_config.json").read_text())
+    config["model_cfg"][part][name] = "someone/model"
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValmError, match=f"names {name}: a CLIP folder must have all"):
+        Clip.load(tmp_path)
+
+
+def test_an_odd_image_transform_is_one_sentence(clip, tmp_path):
+    clip.save(tmp_path)
+    config = json.loads((tmp_path / "open_clip_config.json").read_text())
+    config["preprocess_cfg"]["resize_mode"] = "x"
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValmError, match="cannot load the CLIP"):
+        Clip.load(tmp_path)

@@ -1,5 +1,6 @@
 """Figures show what they are given."""
 
+import io
 import sys
 
 import numpy as np
@@ -48,3 +49,11 @@ def test_without_matplotlib_there_is_one_clear_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ValmError, match=r"matplotlib.*pip install"):
         plots.new_figure(1, 1)
+
+
+def test_dollars_are_dollars():
+    """Between two of them matplotlib would look for mathematics, and find none."""
+    figure = plots.attention(["$$", "$x"], np.eye(2), np.ones((2, 1)), [[None], [None]])
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg")
+    assert "$$" in drawn.getvalue()

@@ -110,8 +110,8 @@ def _description(folder: Path) -> dict[str, Any]:
     file = folder / ADAPTER_FILE
     if not file.is_file():
         raise ValmError(f"{folder} is no adapter: it has no {ADAPTER_FILE}")
-    description = read_json(file, "the adapter's description")
-    version = description.get("format_version") if isinstance(description, dict) else None
+    description: dict[str, Any] = read_json(file, "the adapter's description", dict[str, Any], "save the adapter again")
+    version = description.get("format_version")
     if version != FORMAT_VERSION:
         raise ValmError(f"{file} has format_version {version}, expected {FORMAT_VERSION}")
     return description

@@ -17,6 +17,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from valm.cli import demo, encoder, evaluate, generate, kb, retrieve, train
 from valm.errors import ValmError
+from valm.text import printable
+
+OUT_OF_MEMORY = "there is not enough memory for this; use smaller batches or a machine with more"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,7 +30,15 @@ def main(argv: list[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except (ValmError, ImportError, OSError) as error:
-        print(f"valm: error: {error}", file=sys.stderr)
+        print(f"valm: error: {printable(str(error))}", file=sys.stderr)
+        return 1
+    except MemoryError:
+        print(f"valm: error: {OUT_OF_MEMORY}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:  # what PyTorch raises of its own allocators, and faiss of the system's
+        if not any(sign in str(error) for sign in ("t allocate memory", "out of memory", "bad_alloc")):
+            raise
+        print(f"valm: error: {OUT_OF_MEMORY}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("valm: interrupted", file=sys.stderr)

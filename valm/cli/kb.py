@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from valm.cli.options import (
     Commands,
+    add_clip,
     add_device,
     add_ray,
     chosen_device,
@@ -20,6 +21,7 @@ from valm.cli.options import (
     share,
 )
 from valm.errors import ValmError
+from valm.text import printable
 
 if TYPE_CHECKING:
     from valm.knowledge_base.sources import Source
@@ -128,7 +130,7 @@ def add_to(commands: Commands) -> None:
     index.add_argument("--factory", help="faiss factory string, such as IVF4096,Flat or HNSW32 (default: by size)")
     index.add_argument("--queries", type=Path, help="text file to be tuned on (default: captions of the pictures)")
     index.add_argument("--query", choices=["eot", "state"], default="eot", help="kind of the retrieval query")
-    index.add_argument("--clip", help="the CLIP, where it is no longer where the knowledge base found it")
+    add_clip(index)
     add_device(index)
     merge = command(kb_commands, "merge", run_merge, "join knowledge bases of one CLIP")
     merge.add_argument("parts", type=Path, nargs="+", metavar="KB")
@@ -136,7 +138,7 @@ def add_to(commands: Commands) -> None:
     search = command(kb_commands, "search", run_search, "the pictures nearest to a text")
     search.add_argument("kb", type=Path)
     search.add_argument("text")
-    search.add_argument("--clip", help="the CLIP, where it is no longer where the knowledge base found it")
+    add_clip(search)
     add_device(search)
     search.add_argument("-k", type=positive, default=8, help="how many pictures")
     search.add_argument("--sheet", type=Path, help="also draw what was found into this picture file")
@@ -194,7 +196,7 @@ def run_index(arguments: argparse.Namespace) -> None:
     else:
         texts = captions(kb) if arguments.queries is None else read_lines(arguments.queries)
         source = "captions of the pictures" if arguments.queries is None else arguments.queries.name
-        clip = kb.load_clip(arguments.clip).to(chosen_device(arguments))
+        clip = kb.load_clip(arguments.clip, allow_download=arguments.allow_download).to(chosen_device(arguments))
         encoder = ContextEncoder(clip, query=arguments.query)
         build_index(
             kb,
@@ -226,14 +228,14 @@ def print_kb(kb: ImageKnowledgeBase) -> None:
 
     clip = kb.manifest["clip"]
     print(f"{kb.path}: {len(kb):,} pictures, {kb.dim} dimensions, {kb.manifest['dtype']}")
-    print(f"encoded by the CLIP {clip['name']}, weights {clip['weights_hash'][:12]}")
+    print(f"encoded by the CLIP {printable(clip['name'])}, weights {printable(clip['weights_hash'][:12])}")
     index = index_parameters(kb)
-    print("searched exactly" if index is None else f"searched through the index {index.summary()}")
+    print("searched exactly" if index is None else f"searched through the index {printable(index.summary())}")
     skipped = kb.manifest["skipped"]
     if skipped:
         print(f"{skipped:,} pictures or captions could not be read:")
         for picture in islice(kb.skipped(), SKIPPED_SHOWN):
-            print(f"  {picture['uri']}: {picture['reason']}")
+            print(f"  {printable(picture['uri'])}: {printable(picture['reason'])}")
         if skipped > SKIPPED_SHOWN:
             print(f"  and {skipped - SKIPPED_SHOWN:,} more, in {kb.path / 'skipped-*.json'}")
 
@@ -245,12 +247,12 @@ def run_search(arguments: argparse.Namespace) -> None:
     from valm.retrieval.retriever import Retriever
 
     kb = ImageKnowledgeBase.open(arguments.kb)
-    clip = kb.load_clip(arguments.clip).to(chosen_device(arguments))
+    clip = kb.load_clip(arguments.clip, allow_download=arguments.allow_download).to(chosen_device(arguments))
     retriever = Retriever(ContextEncoder(clip), kb, k=1)
     results = retriever.search(arguments.text, arguments.k)
     for score, item in results:
         caption = item.caption.splitlines()[0] if item.caption else ""
-        print(f"{score:7.4f}  {item.uri}  {caption}")
+        print(f"{score:7.4f}  {printable(item.uri)}  {printable(caption)}")
     if arguments.sheet is not None:
         try:
             contact_sheet(kb, results, arguments.text).save(arguments.sheet)

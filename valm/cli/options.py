@@ -51,14 +51,31 @@ def share(text: str) -> float:
 
 def add_retrieval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kb", type=Path, help="another knowledge base than the checkpoint was trained with")
-    parser.add_argument("--clip", help="the CLIP, where it is no longer where the knowledge base found it")
+    add_clip(parser)
     add_device(parser)
+
+
+def add_clip(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--clip", help="the CLIP, where it is no longer where the knowledge base found it")
+    add_allow_download(parser)
+
+
+def add_allow_download(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow-download", action="store_true", help="load the CLIP from the hub that the knowledge base names"
+    )
 
 
 def load_model(arguments: argparse.Namespace) -> tuple[VaLMForCausalLM, PreTrainedTokenizerFast]:
     from valm.checkpoint import load_checkpoint
 
-    return load_checkpoint(arguments.model, kb=arguments.kb, clip=arguments.clip, device=chosen_device(arguments))
+    return load_checkpoint(
+        arguments.model,
+        kb=arguments.kb,
+        clip=arguments.clip,
+        allow_download=arguments.allow_download,
+        device=chosen_device(arguments),
+    )
 
 
 def add_device(parser: argparse.ArgumentParser, what: str = "the models run") -> None:

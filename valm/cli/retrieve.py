@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from valm.cli.options import Commands, add_device, add_ray, chosen_device, chosen_run, command, positive
+from valm.cli.options import Commands, add_clip, add_device, add_ray, chosen_device, chosen_run, command, positive
 from valm.errors import ValmError
 
 if TYPE_CHECKING:
@@ -18,11 +18,14 @@ def add_to(commands: Commands) -> None:
         commands, "retrieve", run_retrieve, "find the pictures of every token of a corpus once, to train on them"
     )
     retrieve.add_argument(
-        "corpus", type=Path, nargs="+", help="text files, one document a line, or .parquet files, one document a row"
+        "--verify", type=Path, metavar="FOLDER", help="read a whole result of `valm retrieve` and compare its checksums"
     )
-    retrieve.add_argument("--kb", type=Path, required=True, help="knowledge base")
-    retrieve.add_argument("--out", type=Path, required=True, help="folder of the result; a killed retrieval goes on")
-    retrieve.add_argument("--clip", help="the CLIP, where it is no longer where the knowledge base found it")
+    retrieve.add_argument(
+        "corpus", type=Path, nargs="*", help="text files, one document a line, or .parquet files, one document a row"
+    )
+    retrieve.add_argument("--kb", type=Path, help="knowledge base")
+    retrieve.add_argument("--out", type=Path, help="folder of the result; a killed retrieval goes on")
+    add_clip(retrieve)
     retrieve.add_argument(
         "--tokenizer",
         help="the tokenizer of the model to be trained, where it is not CLIP's: folder or Hugging Face name",
@@ -47,11 +50,17 @@ def run_retrieve(arguments: argparse.Namespace) -> None:
     from valm.retrieval.retriever import Retriever
     from valm.tokenizer import load_tokenizer
 
+    if arguments.verify is not None:
+        run_verify(arguments.verify)
+        return
+    missing = [name for name in ("corpus", "kb", "out") if not getattr(arguments, name)]
+    if missing:
+        raise ValmError(f"give {', '.join(name if name == 'corpus' else f'--{name}' for name in missing)} too")
     if arguments.search_actors is not None and arguments.ray is None:
         raise ValmError("--search-actors are of a Ray cluster: give --ray too")
     kb = ImageKnowledgeBase.open(arguments.kb)
     tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else None
-    clip = kb.load_clip(arguments.clip).to(chosen_device(arguments))
+    clip = kb.load_clip(arguments.clip, allow_download=arguments.allow_download).to(chosen_device(arguments))
     encoder = ContextEncoder(clip, tokenizer=tokenizer, query=arguments.query)
     run = chosen_run(arguments)
     index: VectorIndex | None = None
@@ -62,3 +71,13 @@ def run_retrieve(arguments: argparse.Namespace) -> None:
     retriever = Retriever(encoder, kb, arguments.images, index)
     found = retrieve_files(arguments.corpus, retriever, arguments.out, column=arguments.column, run=run)
     print(f"{found.path}: {len(found):,} documents, {found.manifest['tokens']:,} tokens, {found.k} pictures a token")
+
+
+def run_verify(folder: Path) -> None:
+    from valm.corpus.retrieved import CorpusRetrieval
+
+    found = CorpusRetrieval.open(folder)
+    damaged = found.verify()
+    if damaged:
+        raise ValmError(f"{folder} is damaged, retrieve it again: {', '.join(damaged)}")
+    print(f"{folder}: all {len(found):,} documents are as they were written")

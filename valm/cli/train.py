@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from valm.cli.options import Commands, add_device, chosen_device, command, positive
+from valm.cli.options import Commands, add_allow_download, add_device, chosen_device, command, positive
 from valm.errors import ValmError
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def add_to(commands: Commands) -> None:
     train.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     train.add_argument("--kb", type=Path, help="knowledge base; without it the model sees no pictures")
     train.add_argument("--clip", help="the CLIP whose tokenizer the model reads with (default: that of --kb)")
+    add_allow_download(train)
     train.add_argument("--tokenizer", help="another tokenizer for the model: folder or Hugging Face name")
     train.add_argument("-k", "--images", type=positive, help="pictures a token sees (default: 4)")
     train.add_argument("--query", choices=["eot", "state"], help="kind of the retrieval query (default: eot)")
@@ -52,11 +53,14 @@ def run_train(arguments: argparse.Namespace) -> None:
     from valm.knowledge_base.store import ImageKnowledgeBase
     from valm.model import VaLMForCausalLM
     from valm.training.train import train
+    from valm_kernels.atomic_files import is_temporary, remove_leftovers
 
     if (arguments.corpus is None) == (arguments.retrieval is None):
         raise ValmError("give either a corpus or --retrieval")
     # a retrieval that was killed goes on
-    if any(file.name != RETRIEVAL for file in writable_folder(arguments.out).iterdir()):
+    out = writable_folder(arguments.out)
+    remove_leftovers(out)
+    if any(file.name != RETRIEVAL and not is_temporary(file.name) for file in out.iterdir()):
         raise ValmError(f"the output folder {arguments.out} is not empty; choose another")
     kb = ImageKnowledgeBase.open(arguments.kb) if arguments.kb else None
     dataset: CorpusRetrieval | list[dict[str, Any]]
@@ -121,7 +125,7 @@ def retrieved_corpus(
     from valm.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else None
-    clip = kb.load_clip(arguments.clip).to(chosen_device(arguments))
+    clip = kb.load_clip(arguments.clip, allow_download=arguments.allow_download).to(chosen_device(arguments))
     encoder = ContextEncoder(clip, tokenizer=tokenizer, query=arguments.query or "eot")
     retriever = Retriever(encoder, kb, arguments.images or 4)
     return retrieve_files([arguments.corpus], retriever, arguments.out / RETRIEVAL), encoder.tokenizer

@@ -68,6 +68,13 @@ class TablePart:
     stop: int
 
     def read(self) -> list[str]:
+        """Raises ValmError where the file is damaged."""
+        try:
+            return self._read()
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise ValmError(f"cannot read the corpus {self.file}: {one_line(str(error))}") from error
+
+    def _read(self) -> list[str]:
         texts: list[str] = []
         row = 0
         with pq.ParquetFile(self.file) as table:
@@ -144,10 +151,14 @@ def _table_parts(file: Path, column: str, part_bytes: int) -> list[TablePart]:
     try:
         with pq.ParquetFile(file) as table:
             schema, metadata = table.schema_arrow, table.metadata
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise ValmError(f"cannot read the corpus {file}: {one_line(str(error))}") from error
     if column not in schema.names:
         raise ValmError(f"the corpus {file} has no column {column!r}; it has {', '.join(schema.names)}")
+    if schema.names.count(column) > 1:
+        raise ValmError(
+            f"the corpus {file} has {schema.names.count(column)} columns {column!r}; give each its own name"
+        )
     kind = schema.field(column).type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise ValmError(f"the column {column!r} of the corpus {file} holds {kind}, expected text")

@@ -5,6 +5,7 @@
     offsets-00000.npy      (documents + 1,) int64: where each begins
     image_ids-00000.npy    (n, K) uint32: the pictures of each token, 2**32 - 1 = none
     tokenizer.json, ...    what reads the corpus, as Hugging Face writes it
+    verified.json          which files were verified before a training; may be deleted
 
 A document's pictures depend on that document alone (to rounding, on those of its shard too): whatever length training
 cuts it to, it does not retrieve again.
@@ -18,33 +19,73 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast, overload
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict, cast, overload
 
 import numpy as np
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from valm.corpus.parts import PART_BYTES, PART_TOKENS, Part, file_parts, fingerprint, token_parts
 from valm.errors import ValmError
+from valm.files import check_all_regular, read_json, write_json
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.faiss_index import FaissIndex
 from valm.retrieval.retriever import Retriever
-from valm.shards.build import Run, ShardedBuild, ShardFiles, run_here
-from valm.shards.manifest import open_array, open_manifest
+from valm.shards.build import DELETE, Run, ShardedBuild, ShardFiles, run_here
+from valm.shards.manifest import (
+    MANIFEST_FILE,
+    Manifest,
+    ShardRecord,
+    file_entry,
+    files_of,
+    kinds_of,
+    open_array,
+    open_manifest,
+)
 from valm.shards.progress import Progress, ProgressBar
 from valm.tokenizer import padded, tokenize_documents
+from valm_kernels.json_files import Count, Range, SchemaError, check
 
 WHAT = "corpus retrieval"
 VERSION = 2
+VERIFIED_FILE = "verified.json"
 # What stands in an empty slot.
 NO_IMAGE = 2**32 - 1
 # Tokens retrieved at once.
 BATCH_TOKENS = 16384
 # Shards kept open at once, of three files each; 1,024 file descriptors are a common limit.
 OPEN_SHARDS = 128
+
+
+class CorpusShard(ShardRecord):
+    """What is said of a shard; without documents it has no files."""
+
+    documents: Count
+    tokens: Count
+    content: str
+
+
+class CorpusPlan(TypedDict):
+    """What is read of the plan; see `_retrieve` for all that is in it."""
+
+    tokenizer: str
+    knowledge_base: str
+    k: Annotated[int, Range(1, 1 << 16)]
+    query: Literal["eot", "state"]
+
+
+class CorpusManifest(Manifest):
+    """What manifest.json holds."""
+
+    documents: Annotated[int, Range(1)]
+    tokens: Count
+    plan: CorpusPlan  # type: ignore[misc]  # says more than the inherited one
+    shards: list[CorpusShard]  # type: ignore[misc]
 
 
 class _Shard(NamedTuple):
@@ -72,7 +113,18 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
     def open(cls, path: str | os.PathLike) -> CorpusRetrieval:
         """Raises ValmError where the folder is missing, something else, unfinished, damaged or of another version."""
         path = Path(path)
-        return cls(path, open_manifest(path, WHAT, VERSION, "valm retrieve"))
+        manifest = open_manifest(path, WHAT, VERSION, "valm retrieve", CorpusManifest)
+        for number, shard in enumerate(manifest["shards"]):
+            if kinds_of(shard) != ({*_Shard._fields} if shard["documents"] else set()):
+                raise ValmError(f"the manifest of {path} is damaged: its shard {number} lacks files; do it again")
+        for name in ("documents", "tokens"):
+            total = sum(shard[name] for shard in manifest["shards"])
+            if total != manifest[name]:
+                raise ValmError(
+                    f"the manifest of {path} is damaged: it says {manifest[name]} {name}, but its shards have {total}; "
+                    "do it again"
+                )
+        return cls(path, manifest)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CorpusRetrieval.open, (self.path.absolute(),)
@@ -108,6 +160,7 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """What the corpus was read with. Raises ValmError where its files are damaged."""
+        check_all_regular(self.path)
         try:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(self.path, local_files_only=True)
         except Exception as error:  # transformers raises many kinds
@@ -125,17 +178,52 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
         if self.manifest["plan"]["knowledge_base"] != kb.fingerprint:
             raise ValmError(f"{self.path} was retrieved from another knowledge base than {kb.path}; do it again")
 
+    def verify(self, *, progress: bool = True) -> list[str]:
+        """Reads every file and returns the names of those whose content is not what was written."""
+        files = tqdm(list(files_of(self.manifest)), desc="verify", unit=" files", disable=not progress)
+        return [entry["name"] for entry in files if file_entry(self.path / entry["name"]) != entry]
+
+    def verify_once(self) -> None:
+        """`verify`, where these very files were not verified before: what a training calls before it begins.
+
+        Raises ValmError where one is damaged. That they are not is noted in VERIFIED_FILE, with the times and inodes of
+        the files: of changed, copied or downloaded ones the note says nothing.
+        """
+        note = self.path / VERIFIED_FILE
+        state = self._state()
+        if os.path.isfile(note) and read_json(note, "the note on verified files", Any, "delete it") == state:
+            return
+        damaged = self.verify()
+        if damaged:
+            raise ValmError(f"{self.path} is damaged, retrieve it again: {', '.join(damaged)}")
+        with suppress(ValmError):  # where nothing can be written it is verified each time
+            write_json(note, state)
+
+    def _state(self) -> dict[str, str]:
+        """The files as the system knows them, hashed: nobody but it sets the time of a file's last change."""
+        digest = hashlib.sha256(file_entry(self.path / MANIFEST_FILE)["sha256"].encode())
+        for entry in files_of(self.manifest):
+            found = os.stat(os.path.join(self.path, entry["name"]))
+            state = [entry["name"], found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_dev, found.st_ino]
+            digest.update(json.dumps(state).encode())
+        return {"files": digest.hexdigest()}
+
     def _open_shard(self, place: int) -> _Shard:
         number, record = self._shards[place]
 
         def array(kind: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
             return open_array(self.path / f"{kind}-{number:05d}.npy", shape, dtype)
 
-        return _Shard(
+        shard = _Shard(
             tokens=array("tokens", (record["tokens"],), np.int32),
             offsets=array("offsets", (record["documents"] + 1,), np.int64),
             image_ids=array("image_ids", (record["tokens"], self.k), np.uint32),
         )
+        ends = shard.offsets
+        if ends[0] != 0 or ends[-1] != record["tokens"] or (np.diff(ends) <= 0).any():
+            file = self.path / f"offsets-{number:05d}.npy"
+            raise ValmError(f"{file} is damaged: its numbers do not rise from 0 to {record['tokens']}; do it again")
+        return shard
 
 
 def retrieve_corpus(
@@ -213,6 +301,10 @@ def _retrieve(
         build.write(work, _unchanged(parts, done, build), run, bar)
     if not build.finished:
         shards = build.done().values()
+        try:
+            check(list(shards), list[CorpusShard])
+        except SchemaError as error:
+            raise ValmError(f"the unfinished {WHAT} {build.out} is damaged: its record {error}; {DELETE}") from error
         facts = {name: sum(shard[name] for shard in shards) for name in ("documents", "tokens")}
         if facts["documents"] == 0:
             build.abandon()
@@ -227,7 +319,7 @@ def _unchanged(parts: Iterable[Part], done: dict[int, dict[str, Any]], build: Sh
     one."""
     number = -1
     for number, part in enumerate(parts):
-        if number in done and done[number]["content"] != fingerprint(part.read()):
+        if number in done and done[number].get("content") != fingerprint(part.read()):
             raise ValmError(
                 f"the corpus has changed since {build.out} was begun (its part {number}); choose another folder"
             )

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from valm.errors import ValmError
-from valm.files import cannot_read, is_passing
+from valm.files import cannot_read, check_regular, is_passing
 from valm.text import one_line
 
 CAPTION_SUFFIXES = (".txt", ".json")
@@ -35,6 +35,7 @@ def read_captions(folder: Path, images: list[str], table: Path | None = None) ->
     if table is None:
         table = next((file for file in tables if file.is_file()), None)
     else:
+        check_regular(table)
         tables.append(table)
     by_name: dict[str, list[str]] = {}
     if table is not None and table.suffix == ".json":
@@ -92,6 +93,7 @@ def read_rows(
     The columns are by default the first of IMAGE_COLUMNS and of CAPTION_COLUMNS that the table has; case is ignored.
     Raises ValmError for a table that cannot be read or does not have them.
     """
+    check_regular(table)
     try:
         with open(table, encoding="utf-8-sig", newline="") as file:
             header = file.readline()

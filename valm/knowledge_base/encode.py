@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from valm.clip import Clip
 from valm.files import cannot_read, is_passing
-from valm.knowledge_base.format import ITEM_SCHEMA, EncodedShard
+from valm.knowledge_base.format import ITEM_SCHEMA, EncodedShard, Skipped
 from valm.knowledge_base.images import read_image, thumbnail_bytes
+from valm.processes import end_with_parent
 from valm.shards.progress import Progress
 from valm.text import one_line, utf8
 
@@ -105,9 +106,12 @@ def encode_records(records: list[Record], clip: Clip, encoding: Encoding, progre
     vectors = [np.empty((0, clip.embed_dim), np.float32)]
     items: list[dict[str, Any]] = []
     thumbnails: list[bytes] = []
-    skipped: list[dict[str, str]] = []
+    skipped: list[Skipped] = []
     decoder = _Decoder(records, clip, encoding.thumbnails)
-    for batch, pixels in DataLoader(decoder, encoding.batch_size, collate_fn=_collate, num_workers=workers):
+    loader = DataLoader(
+        decoder, encoding.batch_size, collate_fn=_collate, num_workers=workers, worker_init_fn=end_with_parent
+    )
+    for batch, pixels in loader:
         if len(pixels):
             vectors.append(clip.encode_images(pixels).cpu().numpy())
         for decoded in batch:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypedDict, cast
 
 import numpy as np
 import pyarrow as pa
@@ -23,12 +23,49 @@ import pyarrow.parquet as pq
 from valm.clip import Clip
 from valm.errors import ValmError
 from valm.files import read_json, write_json
-from valm.shards.build import ShardedBuild, ShardFiles
+from valm.shards.build import DELETE, ShardedBuild, ShardFiles
+from valm.shards.manifest import Manifest, ShardRecord, kinds_of
+from valm_kernels.json_files import Count, PathText, Range, SchemaError, check
 
 WHAT = "knowledge base"
 VERSION = 2
 
+
+class KnowledgeBaseShard(ShardRecord):
+    """What is said of a shard; without images (count 0) it has no vectors and items."""
+
+    count: Count
+    skipped: Count
+
+
+class ClipEntry(TypedDict):
+    """What is said of the CLIP that encoded the images; `source` is where it was, a folder relative to the manifest."""
+
+    name: str
+    weights_hash: str
+    source: PathText | None
+
+
+class KnowledgeBaseManifest(Manifest):
+    """What manifest.json holds."""
+
+    count: Count
+    dim: Annotated[int, Range(1, 1 << 20)]
+    dtype: Literal["float16"]
+    clip: ClipEntry
+    skipped: Count
+    shards: list[KnowledgeBaseShard]  # type: ignore[misc]  # says more than the inherited one
+
+
+class Skipped(TypedDict):
+    """Something of the source that could not be read."""
+
+    uri: str
+    reason: str
+
+
 ITEM_SCHEMA = pa.schema([("uri", pa.string()), ("caption", pa.string()), ("width", pa.int32()), ("height", pa.int32())])
+THUMBNAIL_SCHEMA = pa.schema([("jpeg", pa.binary())])
 
 
 @dataclass(frozen=True)
@@ -57,8 +94,23 @@ class EncodedShard:
     vectors: np.ndarray
     items: pa.Table
     thumbnails: list[bytes] | None
-    skipped: list[dict[str, str]]
+    skipped: list[Skipped]
     facts: dict[str, Any] = field(default_factory=dict)
+
+
+def check_kinds(folder: Path, number: int, record: KnowledgeBaseShard) -> None:
+    """Raises ValmError where the record of a shard lists no files of a kind that it must have, or of an odd kind."""
+    wanted = ({"vectors", "items"} if record["count"] else set()) | ({"skipped"} if record["skipped"] else set())
+    kinds = kinds_of(record)
+    if not wanted <= kinds <= wanted | {"thumbnails"}:
+        listed = ", ".join(sorted(kinds)) or "no files"
+        raise ValmError(f"the knowledge base {folder} is damaged: its shard {number} lists {listed}; make it again")
+
+
+def read_skipped(file: Path) -> list[Skipped]:
+    """What `write_piece` wrote of skipped images. Raises ValmError where the file is damaged."""
+    found: list[Skipped] = read_json(file, "the list of skipped pictures", list[Skipped])
+    return found
 
 
 def clip_entry(clip: Clip, out: str | os.PathLike) -> dict[str, str | None]:
@@ -79,7 +131,7 @@ def write_shard(out: Path, number: int, shard: EncodedShard) -> None:
         files.write_array("vectors", shard.vectors.astype(np.float16, copy=False))
         files.write("items", ".parquet", lambda path: pq.write_table(shard.items, path))
         if shard.thumbnails is not None:
-            table = pa.table({"jpeg": pa.array(shard.thumbnails, pa.binary())})
+            table = pa.table({"jpeg": shard.thumbnails}, schema=THUMBNAIL_SCHEMA)
             files.write("thumbnails", ".parquet", lambda path: pq.write_table(table, path))
     files.finish(count=count, skipped=len(shard.skipped), **shard.facts)
 
@@ -90,10 +142,16 @@ def finish_knowledge_base(build: ShardedBuild, clip: dict[str, str | None], dim:
     Raises ValmError, and leaves nothing behind, where there is no picture in them.
     """
     shards = build.done()
+    try:
+        check([*shards.values()], list[KnowledgeBaseShard])
+    except SchemaError as error:
+        raise ValmError(f"the unfinished {WHAT} {build.out} is damaged: its record {error}; {DELETE}") from error
+    for number, shard in shards.items():
+        check_kinds(build.out, number, cast(KnowledgeBaseShard, shard))
     count = sum(shard["count"] for shard in shards.values())
     if count == 0:
         names = [entry["name"] for shard in shards.values() for entry in shard["files"]]
-        skipped = [bad for name in names for bad in read_json(build.out / name, "the list of skipped pictures")]
+        skipped = [bad for name in names for bad in read_skipped(build.out / name)]
         build.abandon()
         if not skipped:
             raise ValmError("the source has no pictures")

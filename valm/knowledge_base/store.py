@@ -19,8 +19,19 @@ from tqdm import tqdm
 
 from valm.clip import Clip
 from valm.errors import ValmError
-from valm.files import read_json
-from valm.knowledge_base.format import ITEM_SCHEMA, VERSION, WHAT, EncodedShard, Item
+from valm.files import is_passing
+from valm.knowledge_base.format import (
+    ITEM_SCHEMA,
+    THUMBNAIL_SCHEMA,
+    VERSION,
+    WHAT,
+    EncodedShard,
+    Item,
+    KnowledgeBaseManifest,
+    Skipped,
+    check_kinds,
+    read_skipped,
+)
 from valm.shards.manifest import MANIFEST_FILE, file_entry, files_of, open_array, open_manifest
 from valm.text import one_line
 from valm_kernels import ip_scores
@@ -28,9 +39,6 @@ from valm_kernels import ip_scores
 # Shards kept mapped at once; a process may have 65,530 maps on Linux.
 OPEN_SHARDS = 1 << 14
 OPEN_TABLES = 16
-# What a manifest says of the knowledge base, beside what `open_manifest` reads, and of its CLIP.
-MANIFEST_NAMES = ("count", "dim", "dtype", "skipped")
-CLIP_NAMES = ("name", "weights_hash", "source")
 
 
 class ImageKnowledgeBase:
@@ -55,19 +63,15 @@ class ImageKnowledgeBase:
         and contents by `verify`. Raises ValmError, naming the file, where one of these is wrong.
         """
         path = Path(path)
-        try:
-            manifest = open_manifest(path, WHAT, VERSION, "valm kb build")
-            total = sum(shard["count"] for shard in manifest["shards"])
-            for holder, names in ((manifest, MANIFEST_NAMES), (manifest["clip"], CLIP_NAMES)):
-                for name in names:
-                    _ = holder[name]
-        except (KeyError, TypeError) as error:
-            raise ValmError(
-                f"{path / MANIFEST_FILE} is damaged, it is not what `valm kb build` writes: "
-                f"{f'it has no {error}' if isinstance(error, KeyError) else error}; build the knowledge base again"
-            ) from error
+        manifest = open_manifest(path, WHAT, VERSION, "valm kb build", KnowledgeBaseManifest)
+        for number, shard in enumerate(manifest["shards"]):
+            check_kinds(path, number, shard)
+        total = sum(shard["count"] for shard in manifest["shards"])
         if total != manifest["count"]:
-            raise ValmError(f"{path / MANIFEST_FILE} says {manifest['count']} pictures, but its shards have {total}")
+            raise ValmError(
+                f"the manifest {path / MANIFEST_FILE} is damaged: it says {manifest['count']} pictures, but its shards "
+                f"have {total}; make it again"
+            )
         return cls(path, manifest)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -119,12 +123,21 @@ class ImageKnowledgeBase:
         return Item(id, **items.slice(row, 1).to_pylist()[0])
 
     def thumbnail(self, id: int) -> Image.Image | None:
-        """The small picture of `id`, or None where the knowledge base was built without. IndexError as `item`."""
+        """The small picture of `id`, or None where the knowledge base was built without. IndexError as `item`,
+        ValmError where it is damaged."""
         shard, row = self._locate(id)
         table = self._table(shard, "thumbnails")
-        return None if table is None else Image.open(io.BytesIO(table["jpeg"][row].as_py()))
+        if table is None:
+            return None
+        try:
+            small = Image.open(io.BytesIO(table["jpeg"][row].as_py()), formats=["JPEG"])
+            small.load()
+            return small
+        except Exception as error:  # damaged bytes make a decoder raise anything
+            file = self._file(shard, "thumbnails")
+            raise ValmError(f"{file} is damaged, row {row} is no JPEG; build the knowledge base again") from error
 
-    def skipped(self) -> Iterator[dict[str, str]]:
+    def skipped(self) -> Iterator[Skipped]:
         """`uri` and `reason` of every picture, caption file and archive of the source that could not be read."""
         for shard in self.manifest["shards"]:
             yield from self._skipped(shard)
@@ -139,17 +152,26 @@ class ImageKnowledgeBase:
                 f"or build the knowledge base again"
             )
 
-    def load_clip(self, source: str | os.PathLike | None = None) -> Clip:
+    def load_clip(self, source: str | os.PathLike[str] | None = None, *, allow_download: bool = False) -> Clip:
         """The CLIP that encoded the pictures, from where it was then, or from `source` (see `Clip.load`).
 
+        allow_download: where the knowledge base says that it is on a hub, load it from there. It is whoever wrote the
+            knowledge base who says so, and of whom this is a word of trust.
         Raises ValmError where it is not there or is another one.
         """
         if source is None:
-            source = self.manifest["clip"]["source"]
-            if source is None:
+            noted = self.manifest["clip"]["source"]
+            if noted is None:
                 raise ValmError(f"the knowledge base {self.path} does not say where its CLIP is: give its folder")
-            if (self.path / source).is_dir():
-                source = self.path / source
+            if not os.path.isabs(noted) and os.path.isdir(self.path / noted):
+                source = self.path / noted
+            elif allow_download and not os.path.isdir(noted) and not noted.startswith("local-dir:"):
+                source = noted
+            else:
+                raise ValmError(
+                    f"the knowledge base {self.path} says that its CLIP is {noted!r}, which is no folder beside it: "
+                    "give its folder or name (--clip), or allow its download (--allow-download) if you trust both"
+                )
         clip = Clip.load(source)
         self.check_encoder(clip)
         return clip
@@ -184,10 +206,10 @@ class ImageKnowledgeBase:
             shard = int(shards[begin])
             yield order[begin:end], self._vectors(shard), ids[begin:end] - self._start(shard)
 
-    def _skipped(self, entry: dict[str, Any]) -> Iterator[dict[str, str]]:
+    def _skipped(self, entry: dict[str, Any]) -> Iterator[Skipped]:
         for file in entry["files"]:
             if file["name"].startswith("skipped-"):
-                yield from read_json(self.path / file["name"], "the list of skipped pictures")
+                yield from read_skipped(self.path / file["name"])
 
     def _start(self, shard: int) -> int:
         return int(self._ends[shard]) - self._shards[shard]["count"]
@@ -216,6 +238,18 @@ class ImageKnowledgeBase:
         if file is None:
             return None
         try:
-            return pq.read_table(file, memory_map=True)
-        except (pa.ArrowInvalid, OSError) as error:
+            # pq.read_table would take a folder named a=b in the path for a column
+            with pq.ParquetFile(file, memory_map=True) as opened:
+                table = opened.read()
+            table.validate(full=True)  # texts that are not UTF-8, for one
+        except (pa.ArrowException, OSError) as error:
+            if is_passing(error):
+                raise ValmError(f"cannot read {file}: {error}") from error
             raise ValmError(f"{file} is damaged: {one_line(str(error))}; build the knowledge base again") from error
+        schema = ITEM_SCHEMA if kind == "items" else THUMBNAIL_SCHEMA
+        if len(table) != self._shards[shard]["count"] or not table.schema.equals(schema):
+            raise ValmError(
+                f"{file} is damaged: it has {len(table)} rows of {', '.join(table.schema.names)}, expected "
+                f"{self._shards[shard]['count']} of {', '.join(schema.names)}; build the knowledge base again"
+            )
+        return table

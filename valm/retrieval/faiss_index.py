@@ -7,10 +7,10 @@ whatever was found. `valm.retrieval.index_tuning` makes the index and measures i
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from valm.files import read_json
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.shards.manifest import file_entry
 from valm_kernels import FlatIPIndex, TopK
+from valm_kernels.json_files import Count, Matching, Range, Sha256, own_file
 
 INDEX_FILE = "index.faiss"
 PARAMETERS_FILE = "index.json"
@@ -30,6 +31,14 @@ PARAMETERS_FILE = "index.json"
 EXACT_BELOW = 50_000
 # Distances between queries and centroids that are in memory at once.
 CELL_DISTANCES = 1 << 24
+
+
+class IndexFile(TypedDict):
+    """Name, size and SHA-256 of the index."""
+
+    name: str
+    bytes: Count
+    sha256: Sha256
 
 
 @dataclass(frozen=True)
@@ -45,15 +54,15 @@ class IndexParameters:
 
     knowledge_base: str
     factory: str
-    trained_on: int
-    search: str
-    candidates: int
-    k: int
-    recall: float
-    target: float
-    queries: int
+    trained_on: Count
+    search: Annotated[str, Matching("|(nprobe|efSearch)=[1-9][0-9]{0,9}", "such as nprobe=32")]
+    candidates: Annotated[int, Range(1, 1 << 16)]
+    k: Annotated[int, Range(1, 1 << 16)]
+    recall: Annotated[float, Range(0, 1)]
+    target: Annotated[float, Range(0, 1)]
+    queries: Count
     asked: str
-    file: dict[str, Any]
+    file: IndexFile
 
     def summary(self) -> str:
         """One line for people."""
@@ -67,11 +76,8 @@ def index_parameters(kb: ImageKnowledgeBase) -> IndexParameters | None:
     path = kb.path / PARAMETERS_FILE
     if not path.exists():
         return None
-    values = read_json(path, "the index parameters")
-    try:
-        parameters = IndexParameters(**values)
-    except TypeError as error:
-        raise ValmError(f"{path} is damaged: {error}; {_remedy(kb)}") from error
+    values = read_json(path, "the index parameters", IndexParameters, _remedy(kb))
+    parameters = IndexParameters(**{field.name: values[field.name] for field in fields(IndexParameters)})
     if parameters.knowledge_base != kb.fingerprint:
         raise ValmError(f"the index in {kb.path} is of another state of the knowledge base; {_remedy(kb)}")
     return parameters
@@ -92,7 +98,10 @@ def open_index(kb: ImageKnowledgeBase, device: torch.device | str = "cpu") -> Fl
             f"compared with each query; `valm kb index {kb.path}` makes an index that needs neither",
             stacklevel=2,
         )
-    return FlatIPIndex(kb.vectors(), device=device)
+    try:
+        return FlatIPIndex(kb.vectors(), device=device)
+    except ValueError as error:  # a vector that is not finite
+        raise ValmError(f"the knowledge base {kb.path} is damaged: {error}; build it again") from error
 
 
 def verify_index(kb: ImageKnowledgeBase) -> list[str]:
@@ -133,10 +142,18 @@ class FaissIndex:
         if parameters is None:
             raise ValmError(f"the knowledge base {kb.path} has no index: it has no {PARAMETERS_FILE}")
         path = kb.path / INDEX_FILE
-        found = path.stat().st_size if path.exists() else None
+        try:
+            found = own_file(path).st_size
+        except FileNotFoundError:
+            raise ValmError(f"{path} is damaged: it is missing; {_remedy(kb)}") from None
+        except OSError as error:
+            raise ValmError(f"cannot read {path}: {error.strerror}; {_remedy(kb)}") from error
+        except ValueError as error:
+            raise ValmError(f"{error}; {_remedy(kb)}") from error
         if found != parameters.file["bytes"]:
-            state = "is missing" if found is None else f"has {found} bytes instead of {parameters.file['bytes']}"
-            raise ValmError(f"{path} is damaged: it {state}; {_remedy(kb)}")
+            raise ValmError(
+                f"{path} is damaged: it has {found} bytes instead of {parameters.file['bytes']}; {_remedy(kb)}"
+            )
         try:
             return cls(kb, read_index(path), parameters)
         except RuntimeError as error:
@@ -158,6 +175,8 @@ class FaissIndex:
         found = self._find(flat.numpy(), min(len(self), k * self.parameters.candidates))
         scores, ids = _rerank(self.kb, flat, torch.from_numpy(found), k)
         broken = ~flat.isfinite().all(1)
+        if scores[~broken].isnan().any():
+            raise ValmError(f"the knowledge base {self.kb.path} is damaged: a vector is not finite; build it again")
         scores[broken], ids[broken] = torch.nan, -1
         shape = (*queries.shape[:-1], k)
         return TopK(scores.reshape(shape).to(queries.device), ids.reshape(shape).to(queries.device))

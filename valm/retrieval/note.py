@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -14,11 +14,24 @@ from valm.clip import Clip
 from valm.errors import ValmError
 from valm.files import read_json, write_json
 from valm.knowledge_base.store import ImageKnowledgeBase
-from valm.retrieval.context import QUERIES, ContextEncoder
+from valm.retrieval.context import ContextEncoder
 from valm.retrieval.faiss_index import index_parameters
 from valm.retrieval.retriever import BlindRetriever, Retriever
+from valm_kernels.json_files import PathText
 
 RETRIEVAL_FILE = "retrieval.json"
+
+
+class _NoteFields(TypedDict):
+    query: Literal["eot", "state"]
+
+
+class NoteFile(_NoteFields, total=False):
+    """What is read of retrieval.json."""
+
+    knowledge_base: PathText
+    clip: str
+    index: Any
 
 
 @dataclass(frozen=True)
@@ -61,9 +74,7 @@ class RetrievalNote:
         file = Path(folder) / RETRIEVAL_FILE
         if not file.is_file():
             return None
-        note = read_json(file, "the note on retrieval")
-        if not isinstance(note, dict) or note.get("query") not in QUERIES:
-            raise ValmError(f"{file} names no query ({' or '.join(QUERIES)}): it is no note on retrieval")
+        note: NoteFile = read_json(file, "the note on retrieval", NoteFile, "delete it and give the kb")
         kb, clip = note.get("knowledge_base"), note.get("clip")
         if kb is None and clip is None:
             raise ValmError(f"{file} names neither a knowledge_base nor a clip")
@@ -87,6 +98,7 @@ class RetrievalNote:
         *,
         blind: bool = False,
         clip: str | None = None,
+        allow_download: bool = False,
         device: str | torch.device = "cpu",
     ) -> Retriever | BlindRetriever:
         """The retriever of `k` images for a model that reads with `tokenizer`.
@@ -98,9 +110,14 @@ class RetrievalNote:
         if kb is None or (blind and self.clip is not None):
             source = clip or self.clip
             assert source is not None  # `read` and `of_retriever` see to it
+            if clip is None and not os.path.isdir(source) and not allow_download:
+                raise ValmError(
+                    f"the note on retrieval says that the CLIP is {source!r}, which is no folder here: give its folder "
+                    "or name (--clip), or allow its download (--allow-download) if you trust both"
+                )
             loaded = Clip.load(source)
         else:
-            loaded = kb.load_clip(clip)
+            loaded = kb.load_clip(clip, allow_download=allow_download)
         encoder = ContextEncoder(loaded.to(device), tokenizer=tokenizer, query=self.query)
         if blind:
             return BlindRetriever(encoder)

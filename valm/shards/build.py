@@ -11,6 +11,7 @@ any order and anywhere that sees the folder, and one that was begun twice is the
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,21 @@ import numpy as np
 
 from valm.errors import ValmError
 from valm.files import atomic_path, read_json, writable_folder, write_json
-from valm.shards.manifest import BUILD_FILE, MANIFEST_FILE, file_entry
+from valm.shards.manifest import (
+    BUILD_FILE,
+    MANIFEST_FILE,
+    FileEntry,
+    Manifest,
+    Plan,
+    ShardRecord,
+    check_files,
+    file_entry,
+)
 from valm.shards.progress import Progress
+from valm_kernels.atomic_files import is_temporary, remove_leftovers
+
+SHARD_FILE = re.compile("shard-[0-9]{5,9}\\.json")
+DELETE = "delete it or choose another folder"
 
 # Writes one shard: its number, its part of the source, and whom to tell how far it is.
 Work = Callable[[int, Any, Progress], None]
@@ -48,23 +62,36 @@ class ShardedBuild:
         self.plan = plan
         self.finished = (self.out / MANIFEST_FILE).exists()
         if self.finished:
-            self._check_plan(read_json(self.out / MANIFEST_FILE, "the manifest"), f"already holds a {what}")
+            self._check_plan(read_json(self.out / MANIFEST_FILE, "the manifest", Manifest), f"already holds a {what}")
             self._remove_state()  # where it was killed between its last steps
         elif (self.out / BUILD_FILE).exists():
-            state = read_json(self.out / BUILD_FILE, f"the state of an unfinished {what}")
+            state = read_json(self.out / BUILD_FILE, f"the state of an unfinished {what}", Plan, DELETE)
             self._check_plan(state, f"holds an unfinished {what}")
         else:
-            others = sorted(file.name for file in self.out.iterdir() if file.suffix != ".tmp")
+            remove_leftovers(self.out)
+            others = sorted(file.name for file in self.out.iterdir() if not is_temporary(file.name))
             if others:
                 raise ValmError(f"the output folder {self.out} is not empty (it has {others[0]}); choose another")
             write_json(self.out / BUILD_FILE, {"plan": plan})
 
     def done(self) -> dict[int, dict[str, Any]]:
-        """The record of every shard that is whole, by its number."""
+        """The record of every shard that is whole, by its number. Raises ValmError where one is damaged."""
         if self.finished:
-            return dict(enumerate(read_json(self.out / MANIFEST_FILE, "the manifest")["shards"]))
-        files = sorted(self.out.glob("shard-*.json"))
-        return {int(file.stem.partition("-")[2]): read_json(file, "the record of a shard") for file in files}
+            shards: list[dict[str, Any]] = read_json(self.out / MANIFEST_FILE, "the manifest", Manifest)["shards"]
+            return dict(enumerate(shards))
+        records = {}
+        for file in sorted(self.out.glob("shard-*.json")):
+            if SHARD_FILE.fullmatch(file.name):
+                records[int(file.stem.partition("-")[2])] = read_json(
+                    file, "the record of a shard", ShardRecord, DELETE
+                )
+        try:
+            check_files(self.out, records.items())
+        except OSError as error:
+            raise ValmError(f"cannot read the unfinished {self.what} {self.out}: {error}") from error
+        except ValueError as error:
+            raise ValmError(f"the unfinished {self.what} {self.out} is damaged: {error}; {DELETE}") from error
+        return records
 
     def write(self, work: Work, parts: Iterable[Any], run: Run, progress: Progress) -> None:
         """Has those of `parts` (the parts of the source, shard by shard) written that are not there yet."""
@@ -89,20 +116,18 @@ class ShardedBuild:
         self._remove_state()
 
     def _remove_state(self) -> None:
-        # temporary files of what was killed while it was written; that of an index, perhaps being built, is not ours
-        for pattern in ("shard-*.json", "*-[0-9]*.tmp", f"{MANIFEST_FILE}.*.tmp", f"{BUILD_FILE}.*.tmp"):
-            for file in self.out.glob(pattern):
-                file.unlink(missing_ok=True)
+        for file in self.out.glob("shard-*.json"):
+            file.unlink(missing_ok=True)
+        remove_leftovers(self.out)
         (self.out / BUILD_FILE).unlink(missing_ok=True)
 
-    def _check_plan(self, found: Any, holds: str) -> None:
-        before = found.get("plan") if isinstance(found, dict) else None
+    def _check_plan(self, found: Plan, holds: str) -> None:
+        before = found["plan"]
         if before == self.plan:
             return
-        before = before if isinstance(before, dict) else {}
         names = sorted({*before, *self.plan})
         changed = ", ".join(name for name in names if before.get(name) != self.plan.get(name))
-        advice = "choose another folder" if self.finished else "delete it or choose another folder"
+        advice = "choose another folder" if self.finished else DELETE
         raise ValmError(f"{self.out} {holds} of another source or other settings ({changed} differ); {advice}")
 
 
@@ -112,7 +137,7 @@ class ShardFiles:
     def __init__(self, out: Path, number: int):
         self.out = out
         self.number = number
-        self._files: list[dict[str, Any]] = []
+        self._files: list[FileEntry] = []
 
     def write(self, kind: str, suffix: str, save: Callable[[Path], None]) -> None:
         """The file `kind`-`number``suffix`, which `save` writes to the path it is given."""

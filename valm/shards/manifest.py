@@ -1,23 +1,61 @@
-"""The manifest of a finished folder of shards: every file with its size and checksum."""
+"""The manifest of a finished folder of shards: every file with its size and checksum.
+
+What a manifest or a record says is not trusted: `check_files` is the one place where names that come out of a file are
+held against the names that are written here, and the files against what is said of them.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
+import numpy.typing as npt
 
 from valm.errors import ValmError
-from valm.files import read_json
+from valm.files import is_passing, read_json
+from valm.text import one_line
+from valm_kernels.json_files import Count, Matching, SchemaError, Sha256, check, own_file, short
 
 MANIFEST_FILE = "manifest.json"
 # The plan of a folder that is not finished (`valm.shards.build`).
 BUILD_FILE = "build.json"
+# All that `ShardFiles` writes: kind, number of the shard, suffix.
+FILE_NAME = r"[a-z_]+-[0-9]{5,9}\.(npy|parquet|json)"
 
 
-def file_entry(path: Path) -> dict[str, Any]:
+class FileEntry(TypedDict):
+    """What is said of a file."""
+
+    name: Annotated[str, Matching(FILE_NAME, "a name such as vectors-00000.npy")]
+    bytes: Count
+    sha256: Sha256
+
+
+class ShardRecord(TypedDict):
+    """What is said of a shard, whatever it holds."""
+
+    files: list[FileEntry]
+
+
+class Plan(TypedDict):
+    """A manifest, or the state of an unfinished folder, as far as all kinds agree."""
+
+    plan: dict[str, Any]
+
+
+class Manifest(Plan):
+    """Of a finished folder, whatever it holds."""
+
+    format: str
+    version: int
+    shards: list[ShardRecord]
+
+
+def file_entry(path: Path) -> FileEntry:
     """Name, size and SHA-256 of a file, as the manifest lists it."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -26,15 +64,40 @@ def file_entry(path: Path) -> dict[str, Any]:
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def files_of(manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def files_of(manifest: Mapping[str, Any]) -> Iterator[FileEntry]:
     """The entry of every file that the manifest lists."""
     return (entry for shard in manifest["shards"] for entry in shard["files"])
 
 
-def open_manifest(path: Path, what: str, version: int, command: str) -> dict[str, Any]:
+def kinds_of(record: ShardRecord) -> set[str]:
+    """The kinds of files that a shard has."""
+    return {entry["name"].partition("-")[0] for entry in record["files"]}
+
+
+def check_files(folder: Path, shards: Iterable[tuple[int, ShardRecord]]) -> None:
+    """Raises ValueError where a file that the record of a shard (number, record) lists is another shard's or kind's
+    twice, is missing, leads out of `folder`, is no regular file, or has another size."""
+    for number, record in shards:
+        kinds = set()
+        for entry in record["files"]:
+            name = entry["name"]
+            kind, _, rest = name.partition("-")
+            if int(rest.partition(".")[0]) != number or kind in kinds:
+                raise ValueError(f"its shard {number} lists {name}")
+            kinds.add(kind)
+            try:
+                size = own_file(os.path.join(folder, name)).st_size
+            except FileNotFoundError:
+                raise ValueError(f"{name} is missing") from None
+            if size != entry["bytes"]:
+                raise ValueError(f"{name} has {size} bytes instead of {entry['bytes']}")
+
+
+def open_manifest(path: Path, what: str, version: int, command: str, schema: type) -> dict[str, Any]:
     """The manifest of the folder `path`, which is a `what` of format `version` that `command` makes.
 
-    Checks format, version and the size of every file. Raises ValmError, naming the file, where one is wrong.
+    Checks format, version, what else `schema` (a `Manifest`) says, and the name, kind and size of every file. Raises
+    ValmError, naming the file, where one is wrong.
     """
     if not path.is_dir():
         raise ValmError(f"no {what} at {path}: there is no such folder")
@@ -45,28 +108,39 @@ def open_manifest(path: Path, what: str, version: int, command: str) -> dict[str
             if unfinished
             else f"{path} is not a {what}: it has no {MANIFEST_FILE}; make one with `{command}`"
         )
-    manifest = read_json(path / MANIFEST_FILE, "the manifest")
+    try:
+        own_file(path / MANIFEST_FILE)
+    except ValueError as error:
+        raise ValmError(f"the {what} {path} is damaged: {error}") from error
+    manifest: dict[str, Any] = read_json(path / MANIFEST_FILE, "the manifest", Any)
     if not isinstance(manifest, dict) or manifest.get("format") != f"valm {what}":
         raise ValmError(f"{path / MANIFEST_FILE} is not the manifest of a {what}")
     if manifest.get("version") != version:
+        found = short(manifest.get("version"))
+        raise ValmError(f"the {what} {path} has format version {found}, this valm reads {version}; make it again")
+    try:
+        check(manifest, schema)
+    except SchemaError as error:
         raise ValmError(
-            f"the {what} {path} has format version {manifest.get('version')}, this valm reads {version}; make it again"
-        )
-    for entry in files_of(manifest):
-        file = path / entry["name"]
-        found = file.stat().st_size if file.exists() else None
-        if found != entry["bytes"]:
-            state = "is missing" if found is None else f"has {found} bytes instead of {entry['bytes']}"
-            raise ValmError(f"the {what} {path} is damaged: {entry['name']} {state}; make it again")
+            f"the manifest {path / MANIFEST_FILE} is damaged, it is not what `{command}` writes: {error}; make it again"
+        ) from error
+    try:
+        check_files(path, enumerate(manifest["shards"]))
+    except OSError as error:
+        raise ValmError(f"cannot read the {what} {path}: {error}") from error
+    except ValueError as error:
+        raise ValmError(f"the {what} {path} is damaged: {error}; make it again") from error
     return manifest
 
 
-def open_array(file: Path, shape: tuple[int, ...], dtype: type) -> np.memmap:
+def open_array(file: Path, shape: tuple[int, ...], dtype: npt.DTypeLike) -> np.memmap:
     """The array in `file`, memory-mapped. Raises ValmError where it is not of this shape and type."""
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise ValmError(f"{file} is damaged: {error}; make it again") from error
-    if array.shape != shape or array.dtype != dtype:
+    except Exception as error:  # a damaged header makes numpy raise anything
+        if is_passing(error):
+            raise ValmError(f"cannot read {file}: {error}") from error
+        raise ValmError(f"{file} is damaged: {one_line(str(error))}; make it again") from error
+    if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
         raise ValmError(f"{file} holds {array.dtype} {array.shape}, the manifest says {np.dtype(dtype)} {shape}")
     return array

@@ -35,14 +35,15 @@ class Collator:
     def __init__(
         self, tokenizer: PreTrainedTokenizerFast, kb: ImageKnowledgeBase | None, row_length: int | None = None
     ):
+        self.vocabulary = len(tokenizer)
         self.bos, self.pad = tokenizer.bos_token_id, tokenizer.pad_token_id
         self.bos_ends = tokenizer.bos_token_id == tokenizer.eos_token_id
         self.kb = kb
         self.row_length = row_length
 
     def __call__(self, documents: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Raises ValmError for a document without image_ids where there is a knowledge base, a picture not in it, and
-        a document to be packed that does not begin with bos."""
+        """Raises ValmError for a document without image_ids where there is a knowledge base, a picture not in it, a
+        token that the tokenizer does not have, and a document to be packed that does not begin with bos."""
         if self.row_length is not None and any(document["input_ids"][0] != self.bos for document in documents):
             raise ValmError("a document does not begin with bos: packed, it would be read on from the one before it")
         places, shape = self._places([len(document["input_ids"]) for document in documents])
@@ -51,6 +52,11 @@ class Collator:
         for document, place in zip(documents, places, strict=True):
             ids[place] = document["input_ids"]
             mask[place] = 1
+        if ids.min() < 0 or ids.max() >= self.vocabulary:
+            raise ValmError(
+                f"the documents have token ids from {ids.min()} to {ids.max()}, the tokenizer only {self.vocabulary}; "
+                "tokenize or retrieve them again"
+            )
         labels = np.where((mask == 1) & (self.bos_ends | (ids != self.bos)), ids, IGNORED)
         for row, columns in places:
             labels[row, columns.start] = IGNORED

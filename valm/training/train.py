@@ -160,6 +160,8 @@ def _check(
         )
     if kb is not None and isinstance(dataset, CorpusRetrieval):
         dataset.check_knowledge_base(kb)
+    if isinstance(dataset, CorpusRetrieval):
+        dataset.verify_once()
     found = dataset[0].get("image_ids")
     if kb is not None and found is not None and found.shape[1] != config.num_images:
         raise ValmError(

@@ -227,7 +227,7 @@ class FlatIPIndex:
             ValueError: it is damaged, or of a format version that this code does not read.
         """
         folder = storage.Folder(Path(path), mmap=mmap, verify=not mmap if verify is None else verify)
-        dtype, count, dim = folder.properties({"dtype": str, "count": int, "dim": int})
+        dtype, (count, dim) = folder.dtype, folder.shape
         if dtype not in DTYPES:
             raise ValueError(f"{folder.manifest_path} is damaged: it says dtype {dtype!r}")
         torch_dtype, file_dtype = DTYPES[dtype]

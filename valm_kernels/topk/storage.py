@@ -6,27 +6,42 @@ in one step, is the commit: until then the folder is the old index, after it the
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import re
 import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, TypedDict
 
 import numpy as np
 
+from valm_kernels.atomic_files import ABANDONED_SECONDS, move, remove_leftovers, sync_folder, temporary_file
+from valm_kernels.json_files import Count, Matching, SchemaError, Sha256, check, own_file, read_json, short
+
 FORMAT = "valm flat inner-product index"
-VERSION = 1
+VERSION = 2  # 1 had no checksum of the manifest
+OLD_VERSION = 1
 MANIFEST = "manifest.json"
 # Nothing else is read or deleted, whatever a manifest says.
 ARRAY_FILE = re.compile(r"[a-z_]+-[0-9a-f]{16}\.npy")
-TEMPORARY_FILE = re.compile(r"([a-z_]+|manifest\.json)\.\d+\.tmp")
-# An unreferenced file as old as this is what an interrupted save left; a younger one may be another process's.
-ABANDONED_SECONDS = 24 * 3600
+# Temporary names of this version, and of those that knew no locks.
+TEMPORARY_FILE = re.compile(r"([a-z_]+|manifest\.json)\.[0-9a-f]{32}\.tmp")
+UNLOCKED_TEMPORARY_FILE = re.compile(r"([a-z_]+|manifest\.json)\.\d+\.tmp")
+
+
+class _Entry(TypedDict):
+    file: Annotated[str, Matching(ARRAY_FILE.pattern, "a name that save writes")]
+    bytes: Count
+    sha256: Sha256
+
+
+class _Manifest(TypedDict):
+    dtype: str
+    count: Count
+    dim: Count
+    arrays: dict[str, _Entry]
 
 
 class _HashingFile:
@@ -53,13 +68,10 @@ def write_folder(path: Path, arrays: dict[str, np.ndarray], properties: dict[str
             file, entry = _write_array(path, name, array, written)
             entries[name] = {"file": file.name, **entry}
         manifest = {"format": FORMAT, "version": VERSION, **properties, "arrays": entries}
-        temporary = path / f"{MANIFEST}.{os.getpid()}.tmp"
-        written.append(temporary)
-        with temporary.open("w", encoding="utf-8") as text:
-            json.dump(manifest, text, indent=2)
-            text.flush()
-            os.fsync(text.fileno())
-        os.replace(temporary, path / MANIFEST)
+        manifest["sha256"] = _checksum(manifest)
+        with temporary_file(path / MANIFEST) as temporary:
+            temporary.write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+            move(temporary, path / MANIFEST)
     except BaseException as error:
         # an interruption may come after the commit
         committed = _referenced_files(path)
@@ -70,7 +82,7 @@ def write_folder(path: Path, arrays: dict[str, np.ndarray], properties: dict[str
             error.errno, f"cannot save the index, what {path} held before is untouched: {error.strerror}", str(path)
         ) from error
     try:
-        _sync_folder(path)
+        sync_folder(path)
     except OSError as error:
         raise OSError(
             error.errno, f"the index is saved, but a power cut might undo it: {error.strerror}", str(path)
@@ -78,6 +90,7 @@ def write_folder(path: Path, arrays: dict[str, np.ndarray], properties: dict[str
     files = {entry["file"] for entry in entries.values()}
     _remove(path / name for name in old_files - files)
     _remove(file for file in path.iterdir() if file.name not in files and _abandoned(file))
+    remove_leftovers(path, TEMPORARY_FILE)
 
 
 def _remove(files: Iterable[Path]) -> None:
@@ -88,7 +101,8 @@ def _remove(files: Iterable[Path]) -> None:
 
 
 def _abandoned(file: Path) -> bool:
-    if not (ARRAY_FILE.fullmatch(file.name) or TEMPORARY_FILE.fullmatch(file.name)):
+    """Whether a file without a lock is what an interrupted save left; a young one may be another process's."""
+    if not (ARRAY_FILE.fullmatch(file.name) or UNLOCKED_TEMPORARY_FILE.fullmatch(file.name)):
         return False
     try:
         return time.time() - file.stat().st_mtime > ABANDONED_SECONDS
@@ -97,18 +111,15 @@ def _abandoned(file: Path) -> bool:
 
 
 def _write_array(path: Path, name: str, array: np.ndarray, written: list[Path]) -> tuple[Path, dict[str, Any]]:
-    temporary = path / f"{name}.{os.getpid()}.tmp"
-    written.append(temporary)
-    with temporary.open("wb") as file:
-        hashing = _HashingFile(file)
-        np.lib.format.write_array(hashing, array, allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
-    sha256 = hashing.sha256.hexdigest()
-    final = path / f"{name}-{sha256[:16]}.npy"
-    if not final.exists():  # the same content under the old manifest must outlive a failure
-        written.append(final)
-    os.replace(temporary, final)
+    with temporary_file(path / name) as temporary:
+        with temporary.open("wb") as file:
+            hashing = _HashingFile(file)
+            np.lib.format.write_array(hashing, array, allow_pickle=False)
+        sha256 = hashing.sha256.hexdigest()
+        final = path / f"{name}-{sha256[:16]}.npy"
+        if not final.exists():  # the same content under the old manifest must outlive a failure
+            written.append(final)
+        move(temporary, final)
     return final, {"bytes": final.stat().st_size, "sha256": sha256}
 
 
@@ -121,16 +132,10 @@ def _referenced_files(path: Path) -> set[str]:
     return {entry["file"] for entry in manifest["arrays"].values()}
 
 
-def _sync_folder(path: Path) -> None:
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EACCES):  # file systems that cannot sync a folder
-            raise
+def _checksum(manifest: dict[str, Any]) -> str:
+    """Of all that a manifest says besides its own checksum: an array that is not listed any more is noticed."""
+    said = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -138,24 +143,27 @@ def read_manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
     if not file.exists():
         raise FileNotFoundError(f"{path} is not a saved index: it has no {MANIFEST}")
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged, it is not JSON: {error}") from error
+    own_file(file)
+    manifest: dict[str, Any] = read_json(file, Any)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{file} does not describe a {FORMAT}")
-    if not isinstance(manifest.get("arrays"), dict):
-        raise ValueError(f"{file} is damaged: it lists no arrays")
-    if manifest.get("version") != VERSION:
+    version = manifest.get("version")
+    if version not in (OLD_VERSION, VERSION):
         raise ValueError(
-            f"{file} has format version {manifest.get('version')!r}, this code reads version {VERSION}; "
+            f"{file} has format version {short(version)}, this code reads version {VERSION}; "
             "save the index again from its vectors"
         )
+    if version == VERSION and manifest.get("sha256") != _checksum(manifest):
+        raise ValueError(f"{file} is damaged: it differs from its own checksum")
+    try:
+        check(manifest, _Manifest)
+    except SchemaError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
     for name, entry in manifest["arrays"].items():
-        types = {"file": str, "bytes": int, "sha256": str}
-        complete = isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in types.items())
-        if not complete or not ARRAY_FILE.fullmatch(entry["file"]):
-            raise ValueError(f"{file} is damaged: its array {name!r} is {entry!r}")
+        if entry["file"] != f"{name}-{entry['sha256'][:16]}.npy":
+            raise ValueError(f"{file} is damaged: its array {name!r} is in {entry['file']}")
+    if ("first_rows" in manifest["arrays"]) != ("next_duplicate" in manifest["arrays"]):
+        raise ValueError(f"{file} is damaged: it lists one of the arrays first_rows and next_duplicate")
     return manifest
 
 
@@ -173,12 +181,14 @@ class Folder:
     def __contains__(self, name: str) -> bool:
         return name in self._manifest["arrays"]
 
-    def properties(self, types: dict[str, type]) -> list[Any]:
-        """The manifest's values of these names, each of its type."""
-        for name, expected in types.items():
-            if not isinstance(self._manifest.get(name), expected):
-                raise ValueError(f"{self.manifest_path} is damaged: {name} is {self._manifest.get(name)!r}")
-        return [self._manifest[name] for name in types]
+    @property
+    def dtype(self) -> str:
+        return str(self._manifest["dtype"])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Count and width of the rows."""
+        return self._manifest["count"], self._manifest["dim"]
 
     def read(self, name: str, dtype: str, shape: tuple[int | None, ...]) -> np.ndarray:
         """One array, of this dtype and shape; None stands for any size."""
@@ -186,10 +196,12 @@ class Folder:
             raise ValueError(f"{self.manifest_path} is damaged: it lists no array {name!r}")
         entry = self._manifest["arrays"][name]
         file = self.path / entry["file"]
-        if not file.exists():
-            raise ValueError(f"{self.path} is damaged: {file.name} is missing")
-        if file.stat().st_size != entry["bytes"]:
-            raise ValueError(f"{file} is damaged: it has {file.stat().st_size} bytes, {entry['bytes']} were saved")
+        try:
+            size = own_file(file).st_size
+        except FileNotFoundError:
+            raise ValueError(f"{self.path} is damaged: {file.name} is missing") from None
+        if size != entry["bytes"]:
+            raise ValueError(f"{file} is damaged: it has {size} bytes, {entry['bytes']} were saved")
         if self.verify:
             with file.open("rb") as stream:
                 if _digest(stream) != entry["sha256"]:

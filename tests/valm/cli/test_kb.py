@@ -180,3 +180,17 @@ def test_wrong_input_is_one_sentence(sentence, name):
 def test_a_knowledge_base_of_another_clip_is_one_sentence(sentence, tmp_path):
     make_clip(prune_tokenizer(clip_tokenizer(), ["another"]), seed=1).save(tmp_path / "other")
     sentence(["kb", "search", "{world}/kb", "x", "--clip", "{tmp}/other"], "was built with")
+
+
+def test_what_is_in_a_knowledge_base_does_not_steer_the_terminal(world, tmp_path, capsys):
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "pictures" / "a\x1b[2J\n.png")
+    (tmp_path / "pictures" / "a\x1b[2J\n.txt").write_text("red \x1b]0;title\x07\x9b2J")
+    (tmp_path / "pictures" / "b\x1b[2J.png").write_text("no picture")
+    build = ["kb", "build", tmp_path / "pictures", "--clip", world / "clip", "--out", tmp_path / "kb"]
+    assert run(*build) == run("kb", "search", tmp_path / "kb", "red") == 0
+    assert run("kb", "info", tmp_path / "no\x1b[2J\nwhere") == 1
+    out, err = capsys.readouterr()
+    assert r"a\x1b[2J\n.png" in out and r"red \x1b]0;title\x07" in out and r"b\x1b[2J.png" in out
+    assert r"no\x1b[2J\nwhere" in err
+    assert all(c.isprintable() or c in "\n\r" for c in out + err)

@@ -1,5 +1,7 @@
 import pytest
 
+from tests.valm.cli.commands import SIZE, run
+
 
 def wrong_inputs():
     """name -> (arguments, what the sentence must say); {world} and {tmp} are the folders."""
@@ -19,3 +21,15 @@ def wrong_inputs():
 def test_wrong_input_is_one_sentence(sentence, name):
     arguments, expected = wrong_inputs()[name]
     sentence(arguments, expected)
+
+
+def test_retrieve_verify(copy_of, capsys):
+    root = copy_of("retrieval")
+    assert run("retrieve", "--verify", root / "retrieval") == 0
+    assert "6 documents are as they were written" in capsys.readouterr().out
+    file = root / "retrieval" / "tokens-00000.npy"
+    file.write_bytes(file.read_bytes()[:-1] + b"\1")
+    assert run("retrieve", "--verify", root / "retrieval") == 1
+    assert "is damaged, retrieve it again: tokens-00000.npy" in capsys.readouterr().err
+    assert run("train", "--retrieval", root / "retrieval", "--out", root / "model", *SIZE) == 1
+    assert "is damaged, retrieve it again: tokens-00000.npy" in capsys.readouterr().err

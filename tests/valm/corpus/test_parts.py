@@ -98,3 +98,21 @@ def test_wrong_files_are_named(tmp_path):
     (part,) = file_parts([tmp_path / "latin.txt"])
     with pytest.raises(ValmError, match=r"latin\.txt is not UTF-8 text: .* at byte 8"):
         part.read()
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    column = pa.array(["a", "b"])
+    pq.write_table(pa.Table.from_arrays([column, column], names=["text", "text"]), tmp_path / "a.parquet")
+    with pytest.raises(ValmError, match="has 2 columns 'text'; give each its own name"):
+        file_parts([tmp_path / "a.parquet"])
+
+
+def test_damaged_pages_are_named(tmp_path):
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [f"{number} words" for number in range(1000)]}), file)
+    content = bytearray(file.read_bytes())
+    content[4:600] = bytes(596)
+    file.write_bytes(content)
+    (part,) = file_parts([file])
+    with pytest.raises(ValmError, match=r"cannot read the corpus .*a\.parquet: "):
+        part.read()

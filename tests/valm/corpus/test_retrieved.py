@@ -295,3 +295,54 @@ def test_damage_is_named(copied, tmp_path):
     (copied / "manifest.json").write_text("[]")
     with pytest.raises(ValmError, match="is not the manifest of a corpus retrieval"):
         CorpusRetrieval.open(copied)
+
+
+def a_copy(corpus, folder) -> CorpusRetrieval:
+    return CorpusRetrieval.open(shutil.copytree(corpus.path, folder))
+
+
+def test_damage_is_found_before_the_first_training_and_not_looked_for_again(corpus, tmp_path, monkeypatch):
+    damaged = a_copy(corpus, tmp_path / "damaged")
+    file = damaged.path / "image_ids-00001.npy"
+    file.write_bytes(file.read_bytes()[:-1] + b"\1")
+    assert damaged.verify(progress=False) == ["image_ids-00001.npy"]
+    with pytest.raises(ValmError, match=r"is damaged, retrieve it again: image_ids-00001\.npy"):
+        damaged.verify_once()
+    assert not (damaged.path / "verified.json").exists()
+
+    good = a_copy(corpus, tmp_path / "good")
+    good.verify_once()
+    with monkeypatch.context() as patched:
+        patched.setattr(CorpusRetrieval, "verify", lambda self: pytest.fail("verified again"))
+        CorpusRetrieval.open(good.path).verify_once()
+    # the note is not believed for files that were written since, nor for copies of the folder
+    times = os.stat(good.path / "tokens-00000.npy")
+    tokens = (good.path / "tokens-00000.npy").read_bytes()
+    (good.path / "tokens-00000.npy").write_bytes(tokens[:-1] + b"\1")
+    os.utime(good.path / "tokens-00000.npy", ns=(times.st_atime_ns, times.st_mtime_ns))
+    for found in (CorpusRetrieval.open(good.path), a_copy(good, tmp_path / "copy")):
+        with pytest.raises(ValmError, match=r"is damaged, retrieve it again: tokens-00000\.npy"):
+            found.verify_once()
+
+
+@pytest.mark.parametrize("change", [{0: 1}, {-1: 10**12}, {1: 0}, {1: -(2**62)}, {1: 2**62}])
+def test_offsets_that_do_not_part_the_tokens_are_refused_always(corpus, tmp_path, change):
+    damaged = a_copy(corpus, tmp_path / "damaged")
+    file = damaged.path / "offsets-00000.npy"
+    offsets = np.load(file)
+    for place, value in change.items():
+        offsets[place] = value
+    np.save(file, offsets)
+    for use in (lambda: damaged[0], damaged.lengths):
+        with pytest.raises(ValmError, match=r"offsets-00000\.npy is damaged: its numbers do not rise from 0 to"):
+            use()
+
+
+@pytest.mark.parametrize(
+    "name, values", [("tokens", 0), ("documents", 0), ("shards", []), ("plan", {"k": 10**9}), ("documents", True)]
+)
+def test_manifests_that_disagree_with_themselves(corpus, tmp_path, name, values):
+    damaged = a_copy(corpus, tmp_path / "damaged")
+    (damaged.path / "manifest.json").write_text(json.dumps({**damaged.manifest, name: values}))
+    with pytest.raises(ValmError, match=r"manifest.* is damaged"):
+        CorpusRetrieval.open(damaged.path)

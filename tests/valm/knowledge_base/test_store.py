@@ -9,6 +9,7 @@ from PIL import Image
 
 from tests.valm.knowledge_base.inputs import COUNT, build_folder, contents
 from tests.valm.tiny_clip import make_clip
+from valm.clip import Clip
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
 
@@ -79,7 +80,7 @@ def test_the_clip_is_found_again(kb, folder, clip, tokenizer, tmp_path):
     with pytest.raises(ValmError, match="was built with the CLIP tiny"):
         moved.load_clip()
     (tmp_path / "moved" / "clip").rename(tmp_path / "elsewhere")
-    with pytest.raises(ValmError, match="no CLIP at"):
+    with pytest.raises(ValmError, match="which is no folder beside it"):
         moved.load_clip()
 
 
@@ -120,13 +121,16 @@ def test_a_manifest_that_lacks_something_is_damaged(copied, name):
     manifest = json.loads((copied / "manifest.json").read_text())
     for damaged, found in (
         ({key: value for key, value in manifest.items() if key != name}, f"it has no '{name}'"),
-        ({**manifest, "shards": [{}]}, "it has no 'files'"),
-        ({**manifest, "shards": 3}, "'int' object is not iterable"),
-        ({**manifest, "clip": {"name": "tiny"}}, "it has no 'weights_hash'"),
-        ({**manifest, "clip": None}, "'NoneType' object is not subscriptable"),
+        ({**manifest, "shards": [{}]}, r"shards\[0\] has no 'files'"),
+        ({**manifest, "shards": 3}, "shards is 3, expected a list"),
+        ({**manifest, "clip": {"name": "tiny"}}, "clip has no 'weights_hash'"),
+        ({**manifest, "clip": None}, "clip is None, expected an object"),
+        ({**manifest, "count": -1}, "count is -1, expected a number from 0 to"),
+        ({**manifest, "dim": 10**400}, "dim is a number of more than 60 digits, expected a number from 1"),
+        ({**manifest, "dim": True}, "dim is True, expected a whole number"),
     ):
         (copied / "manifest.json").write_text(json.dumps(damaged))
-        with pytest.raises(ValmError, match=rf"manifest\.json is damaged, .*: {found}; build the knowledge base again"):
+        with pytest.raises(ValmError, match=rf"manifest\.json is damaged, .*: {found}.*; make it again"):
             ImageKnowledgeBase.open(copied)
 
 
@@ -158,3 +162,23 @@ def test_overwritten_files_of_the_same_size(copied):
         kb.gather(np.array([0]))
     with pytest.raises(ValmError, match=r"items-00000\.parquet is damaged"):
         kb.item(0)
+
+
+@pytest.mark.parametrize("source", ["hf-hub:some/one", "ViT-B-32:laion2b_s34b_b79k", "/", "local-dir:/", "../gone"])
+def test_a_manifest_alone_reaches_neither_the_network_nor_folders_elsewhere(copied, clip, monkeypatch, source):
+    manifest = json.loads((copied / "manifest.json").read_text())
+    manifest["clip"]["source"] = source
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    kb = ImageKnowledgeBase.open(copied)
+    loaded = []
+    monkeypatch.setattr(Clip, "load", lambda source: loaded.append(source) or clip)
+    message = r"which is no folder beside it: give .*\(--clip\), or .*\(--allow-download\)"
+    with pytest.raises(ValmError, match=message):
+        kb.load_clip()
+    assert not loaded
+    if source in ("/", "local-dir:/"):
+        with pytest.raises(ValmError, match=message):
+            kb.load_clip(allow_download=True)
+    else:
+        kb.load_clip(allow_download=True)
+        assert loaded == [source]

@@ -6,16 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from tests.valm.killed import exit_code_if_killed, needs_fork
+from tests.valm.killed import exit_code, exit_code_if_killed, forked, needs_fork
 from tests.valm.other_tokenizers import gpt2_like
 from tests.valm.retrieval.indexed import COUNT, K, make_indexed, make_kb_of_directions, random_directions
 from tests.valm.tiny_clip import TEXTS
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.context import ContextEncoder
-from valm.retrieval.faiss_index import FaissIndex, index_parameters, open_index
+from valm.retrieval.faiss_index import FaissIndex, index_parameters, open_index, remove_index
 from valm.retrieval.index_tuning import build_index, captions, choose_factory, context_queries, recall
 from valm_kernels import FlatIPIndex
+from valm_kernels.atomic_files import temporary_name
 
 pytest.importorskip("faiss", reason="needs faiss: install valm[faiss]")
 
@@ -120,7 +121,7 @@ def test_a_killed_build_leaves_the_old_index_or_none(clip, tmp_path):
         for file in left:  # the next child is to be killed at its own calls
             file.unlink()
     assert factories == ["IVF16,Flat", None, None, "IVF8,Flat"]
-    (kb.path / "index.faiss.of-a-killed-build.tmp").touch()
+    temporary_name(kb.path / "index.faiss").touch()  # of a killed build
     build()
     assert not list(kb.path.glob("*.tmp"))
 
@@ -182,3 +183,43 @@ def test_factories_by_size():
     for count in (100_000, 1_000_000, 200_000_000):
         for dim in (200, 512, 640, 768, 1000, 1024):
             assert faiss.index_factory(dim, choose_factory(count, dim), faiss.METRIC_L2).d == dim
+
+
+def test_an_index_made_again_is_the_same_one(clip, tmp_path):
+    """To the byte: the plan of a retrieval names it, and one that was begun goes on with it."""
+    kb = make_indexed(clip, tmp_path / "kb", factory="IVF16,PQ8x4fs", target_recall=0.5)
+    before = {name: (kb.path / name).read_bytes() for name in ("index.faiss", "index.json")}
+    for _ in range(3):
+        build_index(kb, queries(kb), k=K, target_recall=0.5, factory="IVF16,PQ8x4fs", progress=False)
+        assert {name: (kb.path / name).read_bytes() for name in before} == before
+
+
+@needs_fork
+def test_a_full_disk_leaves_the_old_index(clip, tmp_path):
+    resource = pytest.importorskip("resource")
+    kb = make_indexed(clip, tmp_path / "kb", factory="IVF16,Flat")
+    before = {file.name: file.read_bytes() for file in kb.path.iterdir()}
+
+    def build():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that write() reports EFBIG
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        try:
+            build_index(kb, queries(kb), k=K, target_recall=0.5, factory="IVF8,Flat", progress=False)
+        except ValmError as error:
+            os._exit(3 if "cannot write" in str(error) and "index.faiss" in str(error) else 4)
+
+    assert exit_code(forked(build)) == 3
+    assert {file.name: file.read_bytes() for file in kb.path.iterdir()} == before
+
+
+def test_a_vector_that_is_no_number_is_damage(clip, tmp_path):
+    kb = make_indexed(clip, tmp_path / "kb", factory="IVF16,Flat")
+    for file in kb.path.glob("vectors-*.npy"):
+        np.lib.format.open_memmap(file, mode="r+")[:, 0] = np.nan
+    damaged = ImageKnowledgeBase.open(kb.path)
+    message = "is damaged: .*finite; build it again|is damaged: .*NaN.*; build it again"
+    with pytest.raises(ValmError, match=message):
+        FaissIndex.open(damaged).search(queries(kb)[:2], 2)
+    remove_index(damaged)
+    with pytest.raises(ValmError, match=message):
+        open_index(damaged)

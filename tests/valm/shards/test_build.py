@@ -5,8 +5,9 @@ import pytest
 
 from valm.errors import ValmError
 from valm.shards.build import ShardedBuild, ShardFiles, run_here
-from valm.shards.manifest import file_entry, files_of, open_array, open_manifest
+from valm.shards.manifest import Manifest, file_entry, files_of, open_array, open_manifest
 from valm.shards.progress import ProgressBar
+from valm_kernels.atomic_files import temporary_file, temporary_name
 
 PLAN = {"source": "numbers", "size": 3}
 
@@ -57,7 +58,7 @@ def test_shards_may_be_written_in_any_order_and_not_twice(tmp_path):
         assert sorted(written) == [1, 2]
         finish(resumed)
     assert contents(tmp_path / "one") == contents(tmp_path / "other")
-    manifest = open_manifest(tmp_path / "one", "heap", 3, "make heap")
+    manifest = open_manifest(tmp_path / "one", "heap", 3, "make heap", Manifest)
     assert [shard["count"] for shard in manifest["shards"]] == [4, 5, 6]
     assert manifest["plan"] == PLAN
     names = [f"numbers-0000{number}.npy" for number in range(3)]
@@ -81,10 +82,13 @@ def test_killed_between_the_manifest_and_the_end(tmp_path):
 @pytest.mark.parametrize("end", [finish, ShardedBuild.abandon])
 def test_what_killed_tries_left_is_removed_at_the_end(tmp_path, end):
     started = build(tmp_path)
-    for name in ("numbers-00001.npy", "shard-00001.json", "build.json", "manifest.json", "index.faiss"):
-        (tmp_path / f"{name}.0123abcd.tmp").touch()
-    end(started)
-    assert [file.name for file in tmp_path.glob("*.tmp")] == ["index.faiss.0123abcd.tmp"]
+    names = ("numbers-00001.npy", "shard-00001.json", "build.json", "manifest.json", "index.faiss")
+    for name in names:
+        temporary_name(tmp_path / name).touch()
+    (tmp_path / "notes.tmp").touch()
+    with temporary_file(tmp_path / "index.faiss") as of_a_writer_that_lives:
+        end(started)
+        assert set(tmp_path.glob("*.tmp")) == {of_a_writer_that_lives, tmp_path / "notes.tmp"}
 
 
 def test_what_differs_from_the_plan_is_named(tmp_path):
@@ -95,7 +99,9 @@ def test_what_differs_from_the_plan_is_named(tmp_path):
     with pytest.raises(ValmError, match=r"already holds a heap .*\(size, source differ\); choose another folder"):
         build(tmp_path, {})
     (tmp_path / "manifest.json").write_text("[]")
-    with pytest.raises(ValmError, match="already holds a heap of another source"):
+    with pytest.raises(
+        ValmError, match=r"the manifest .*manifest\.json is damaged: it is a list of 0, expected an obj"
+    ):
         build(tmp_path)
 
 
@@ -108,21 +114,21 @@ def test_abandoning_leaves_nothing(tmp_path):
 
 def test_a_folder_of_another_format_or_version_is_named(tmp_path):
     with pytest.raises(ValmError, match=r"no heap at .*none: there is no such folder"):
-        open_manifest(tmp_path / "none", "heap", 3, "make heap")
+        open_manifest(tmp_path / "none", "heap", 3, "make heap", Manifest)
     with pytest.raises(ValmError, match=r"is not a heap: it has no manifest\.json; make one with `make heap`"):
-        open_manifest(tmp_path, "heap", 3, "make heap")
+        open_manifest(tmp_path, "heap", 3, "make heap", Manifest)
     started = build(tmp_path)
     with pytest.raises(ValmError, match="is unfinished; run `make heap` again, it goes on where it stopped"):
-        open_manifest(tmp_path, "heap", 3, "make heap")
+        open_manifest(tmp_path, "heap", 3, "make heap", Manifest)
     started.write(write(started.out, []), [4], run_here, Silent())
     finish(started)
     with pytest.raises(ValmError, match="is not the manifest of a pile"):
-        open_manifest(tmp_path, "pile", 3, "make pile")
+        open_manifest(tmp_path, "pile", 3, "make pile", Manifest)
     with pytest.raises(ValmError, match="has format version 3, this valm reads 4; make it again"):
-        open_manifest(tmp_path, "heap", 4, "make heap")
+        open_manifest(tmp_path, "heap", 4, "make heap", Manifest)
     (tmp_path / "numbers-00000.npy").unlink()
     with pytest.raises(ValmError, match=r"numbers-00000\.npy is missing; make it again"):
-        open_manifest(tmp_path, "heap", 3, "make heap")
+        open_manifest(tmp_path, "heap", 3, "make heap", Manifest)
 
 
 def test_an_array_is_what_the_manifest_says(tmp_path):

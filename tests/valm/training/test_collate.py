@@ -86,3 +86,11 @@ def test_packing_a_document_that_does_not_begin_with_sot_is_refused():
     with pytest.raises(ValmError, match="does not begin with bos"):
         Collator(TOKENIZER, None, 8)([{"input_ids": [1, 2]}])
     assert Collator(TOKENIZER, None)([{"input_ids": [1, 2]}])["labels"].tolist() == [[IGNORED, 2]]
+
+
+@pytest.mark.parametrize("token", [-1, len(TOKENIZER), 2**31 - 1])
+def test_tokens_that_the_tokenizer_does_not_have_are_refused(token):
+    (document,) = random_documents([3])
+    document["input_ids"][1] = token
+    with pytest.raises(ValmError, match=rf"token ids from -?\d+ to \d+, the tokenizer only {len(TOKENIZER)}"):
+        Collator(TOKENIZER, Vectors())([document])

@@ -18,6 +18,7 @@ import torch
 from tests.valm_kernels.topk.databases import normals
 from valm_kernels import FlatIPIndex, ip_topk
 from valm_kernels.topk import index as index_module
+from valm_kernels.topk import storage
 
 DTYPES = ("float32", "float16", "bfloat16", "int8")
 
@@ -164,8 +165,26 @@ def saved(tmp_path):
 
 
 def edit_manifest(folder, **changes) -> None:
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, **changes}))
+    """With a checksum that agrees, as an attacker would write it."""
+    manifest = json.loads((folder / "manifest.json").read_text()) | changes
+    manifest["sha256"] = storage._checksum(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+# version 1 had no checksum of the manifest, so an old one without both says nothing of them
+@pytest.mark.parametrize(
+    "version, missing",
+    [(1, {"first_rows"}), (1, {"next_duplicate"}), (2, {"first_rows"}), (2, {"first_rows", "next_duplicate"})],
+)
+def test_an_array_that_is_not_listed_any_more(tmp_path, version, missing):
+    """Without the list of equal rows, their codes are taken for those of the first rows: other rows are found."""
+    FlatIPIndex(normals(1, 24).repeat(60, 1)).save(tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["arrays"] = {name: entry for name, entry in manifest["arrays"].items() if name not in missing}
+    manifest["version"] = version
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged: it (differs from its own checksum|lists one of)"):
+        FlatIPIndex.load(tmp_path, verify=True)
 
 
 def test_truncated_altered_and_missing_files(saved):
@@ -235,7 +254,7 @@ def test_a_database_that_no_search_takes(tmp_path):
 @pytest.mark.parametrize("entry", [None, "rows.npy", {}, {"file": "rows.npy", "bytes": 1, "sha256": ""}])
 def test_entries_that_say_nothing(saved, entry):
     edit_manifest(saved, arrays={"rows": entry})
-    with pytest.raises(ValueError, match=r"manifest.json is damaged: its array 'rows' is "):
+    with pytest.raises(ValueError, match=r"manifest.json is damaged: arrays\.rows"):
         FlatIPIndex.load(saved)
     FlatIPIndex(normals(9, 16)).save(saved)
     assert len(FlatIPIndex.load(saved)) == 9
@@ -257,7 +276,7 @@ def test_manifests_that_do_not_fit(saved, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"is not a saved index: it has no manifest.json"):
         FlatIPIndex.load(tmp_path)
     edit_manifest(saved, version=99)
-    with pytest.raises(ValueError, match="has format version 99, this code reads version 1"):
+    with pytest.raises(ValueError, match="has format version 99, this code reads version 2"):
         FlatIPIndex.load(saved)
     (saved / "manifest.json").write_text(good)
     edit_manifest(saved, dtype="float32")
@@ -271,7 +290,7 @@ def test_manifests_that_do_not_fit(saved, tmp_path):
     with pytest.raises(ValueError, match="lists no array 'rows'"):
         FlatIPIndex.load(saved)
     edit_manifest(saved, count="60")
-    with pytest.raises(ValueError, match="is damaged: count is '60'"):
+    with pytest.raises(ValueError, match="is damaged: count is '60', expected a whole number"):
         FlatIPIndex.load(saved)
     (saved / "manifest.json").write_text('{"format": "something else"}')
     with pytest.raises(ValueError, match="does not describe a valm flat inner-product index"):
@@ -389,7 +408,7 @@ def test_files_that_cannot_be_deleted_are_left(saved, monkeypatch):
     index = FlatIPIndex(normals(9, 16))
     index.save(saved)
     assert len(FlatIPIndex.load(saved)) == 9
-    monkeypatch.setattr(json, "dump", lambda *arguments, **options: refuse(None))
+    monkeypatch.setattr(os, "replace", lambda *paths: refuse(None))
     with pytest.raises(
         OSError, match=r"cannot save the index, what .* held before is untouched: Read-only file system"
     ):

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from valm.clip import Clip
 from valm.errors import ValmError
+from valm.files import check_regular
 from valm.knowledge_base.encode import Encoding
 from valm.knowledge_base.fingerprint import fingerprint_files
 from valm.knowledge_base.format import ITEM_SCHEMA, EncodedShard
@@ -69,11 +70,13 @@ def read_embeddings(
     vector_file: Path, metadata_file: Path, clip: Clip, encoding: Encoding, progress: Progress
 ) -> EncodedShard:
     """The normalised vectors of `vector_file` with their metadata."""
+    for file in (vector_file, metadata_file):
+        check_regular(file)
     try:
         raw = np.load(vector_file, mmap_mode="r", allow_pickle=False)
         metadata = pq.read_table(metadata_file)
         items = _items(metadata, vector_file)
-    except (OSError, ValueError, pa.ArrowInvalid) as error:
+    except Exception as error:  # a damaged header makes numpy raise anything, and so do odd columns Arrow
         raise ValmError(f"cannot read {vector_file} and {metadata_file}: {one_line(str(error))}") from error
     dim = clip.embed_dim
     if raw.ndim != 2 or raw.shape[1] != dim or raw.dtype.kind != "f":

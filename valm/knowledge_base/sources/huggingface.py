@@ -82,7 +82,7 @@ class DatasetSource:
         records = (self._record(number, row) for number, row in enumerate(self.dataset))
         number = 0
         while shard := list(islice(records, self.shard_size)):
-            if number in done and done[number]["content"] != fingerprint_records(shard):
+            if number in done and done[number].get("content") != fingerprint_records(shard):
                 begin = number * self.shard_size
                 raise ValmError(
                     f"the dataset has changed since the build was begun (rows {begin} to {begin + len(shard) - 1}); "

@@ -11,7 +11,7 @@ from typing import Any
 
 from valm.clip import Clip
 from valm.errors import ValmError
-from valm.files import cannot_read, is_passing
+from valm.files import cannot_read, check_regular, is_passing
 from valm.knowledge_base.captions import CAPTION_SUFFIXES, MAX_CAPTION_BYTES, parse_caption
 from valm.knowledge_base.encode import Encoding, Record, encode_records
 from valm.knowledge_base.fingerprint import fingerprint_files
@@ -47,6 +47,8 @@ class WebdatasetSource:
             if not tars:
                 raise ValmError(f"no tar files in {path}; looked for files ending in .tar")
         self.tars = [Path(tar).absolute() for tar in tars]
+        for tar in self.tars:
+            check_regular(tar)
 
     @property
     def count(self) -> int:

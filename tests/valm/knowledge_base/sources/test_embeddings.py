@@ -58,3 +58,16 @@ def test_wrong_embeddings(clip, tmp_path):
     (tmp_path / "img_emb" / "img_emb_00.npy").unlink()
     (tmp_path / "metadata" / "metadata_0.parquet").unlink()
     fails(r"img_emb_0\.npy has no metadata: expected metadata/metadata_0\.parquet")
+
+
+@pytest.mark.parametrize("kind", ["struct", "list", "two of one name"])
+def test_odd_captions_of_embeddings_are_named(clip, tmp_path, kind):
+    (tmp_path / "img_emb").mkdir()
+    (tmp_path / "metadata").mkdir()
+    np.save(tmp_path / "img_emb" / "img_emb_0.npy", np.ones((2, clip.embed_dim), np.float32))
+    captions = {"struct": [{"a": 1}] * 2, "list": [["a"]] * 2, "two of one name": ["a", "b"]}[kind]
+    columns = [pa.array(captions)] * (2 if kind == "two of one name" else 1)
+    table = pa.Table.from_arrays(columns, names=["caption"] * len(columns))
+    pq.write_table(table, tmp_path / "metadata" / "metadata_0.parquet")
+    with pytest.raises(ValmError, match=r"cannot read .*img_emb_0\.npy and .*metadata_0\.parquet: "):
+        build(EmbeddingSource(tmp_path), tmp_path / "kb", clip, progress=False)

@@ -1,0 +1,94 @@
+"""Small damages to files: of their bytes, of the JSON in them, and of what stands at their name."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hypothesis import strategies as st
+
+ODD_VALUES = [
+    None, True, -1, 0, 1, 2**31, 2**63, 10**400, 1.5, float("nan"), "", "x", "../x", "/etc/passwd", "a\0b", "\ud800",
+    "\x1b[2J", "hf-hub:a/b", [], {}, [[]], [{}],
+]  # fmt: skip
+
+
+def mutated_bytes(draw: Callable[..., Any], content: bytes) -> bytes:
+    """`content` with some bytes changed, cut out, doubled, or cut off."""
+    content_now = bytearray(content)
+    for _ in range(draw(st.integers(1, 4))):
+        place = draw(st.integers(0, len(content_now)))
+        length = draw(st.sampled_from([1, 1, 2, 8, 100]))
+        how = draw(st.sampled_from(["change", "remove", "insert", "cut", "zero"]))
+        if how == "change":
+            content_now[place : place + 1] = draw(st.binary(min_size=1, max_size=1))
+        elif how == "zero":
+            content_now[place : place + length] = bytes(min(length, len(content_now) - place))
+        elif how == "remove":
+            del content_now[place : place + length]
+        elif how == "insert":
+            content_now[place:place] = draw(st.binary(min_size=1, max_size=length))
+        else:
+            del content_now[place:]
+    return bytes(content_now)
+
+
+def mutated_json(draw: Callable[..., Any], content: bytes) -> bytes:
+    """`content` with a value somewhere in it removed, doubled, or replaced by an odd one."""
+    value = json.loads(content)
+    places = list(_places(value))
+    if not places:
+        return json.dumps(draw(st.sampled_from(ODD_VALUES))).encode()
+    holder, key = draw(st.sampled_from(places))
+    how = draw(st.sampled_from(["replace", "remove", "nest", "swap"]))
+    if how == "remove":
+        del holder[key]
+    elif how == "nest":
+        return json.dumps(value).replace("1", "[" * 100_000, 1).encode()
+    elif how == "swap":
+        other, other_key = draw(st.sampled_from(places))
+        holder[key], other[other_key] = other[other_key], holder[key]
+    else:
+        holder[key] = draw(st.sampled_from(ODD_VALUES))
+    try:
+        return json.dumps(value).encode()
+    except ValueError:  # swapped with a part of itself
+        return b"{}"
+
+
+def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in list(items):
+        yield value, key
+        yield from _places(inner)
+
+
+@contextmanager
+def damaged(draw: Callable[..., Any], file: Path, outside: Path) -> Iterator[str]:
+    """`file` is another while the block runs, whose name says how. `outside` has the content of a file elsewhere."""
+    ways = ["bytes", "bytes", "missing", "empty", "pipe", "folder", "link out"]
+    how = draw(st.sampled_from([*ways, *["json"] * 6] if file.suffix == ".json" else ways))
+    content, aside = file.read_bytes(), file.with_name(file.name + ".aside")
+    os.rename(file, aside)
+    try:
+        if how == "pipe":
+            os.mkfifo(file)
+        elif how == "folder":
+            file.mkdir()
+        elif how == "link out":
+            file.symlink_to(outside)
+        elif how != "missing":
+            made = {"bytes": mutated_bytes, "json": mutated_json, "empty": lambda *_: b""}[how](draw, content)
+            file.write_bytes(made)
+        yield how
+    finally:
+        if file.is_dir() and not file.is_symlink():
+            shutil.rmtree(file)
+        else:
+            file.unlink(missing_ok=True)
+        os.rename(aside, file)

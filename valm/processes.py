@@ -1,0 +1,35 @@
+"""Processes that end when the one that started them does."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+
+# prctl(2), of Linux
+PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent(worker: int = 0) -> None:
+    """Has this process end when its parent is killed: what a DataLoader calls in worker number `worker`.
+
+    PyTorch's own workers do not always: what they have decoded goes into pipes, whose other ends the workers beside
+    them hold too, so a worker waits until somebody reads them.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:  # the main process itself
+        return
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent.pid:  # it was killed before that
+            os._exit(1)
+    else:
+
+        def wait() -> None:
+            parent.join()  # on a pipe that closes with it
+            os._exit(1)
+
+        threading.Thread(target=wait, daemon=True).start()

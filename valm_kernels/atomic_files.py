@@ -1,0 +1,158 @@
+"""Files and folders that are whole or not there: a temporary name, fsync, one rename.
+
+A temporary name is NAME.<32 hex digits>.tmp. Its writer holds a lock on it (flock) while it lives, so whoever finds a
+temporary file without a lock knows that its writer was killed, and may remove it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import stat
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+TEMPORARY_NAME = re.compile(r".+\.[0-9a-f]{32}\.tmp")
+# Where a file system has no locks, a temporary file as old as this has no writer any more.
+ABANDONED_SECONDS = 24 * 3600
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path`, moved to it when the block ends well and removed when it does not.
+
+    Killed at any point, `path` holds either what it held before or everything that was written. Several processes may
+    write `path` at once: the last one's stays.
+    """
+    with temporary_file(path) as temporary:
+        yield temporary
+        move(temporary, path)
+    sync_folder(path.parent)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path`, which must not exist: as `atomic_path`."""
+    temporary = temporary_name(path)
+    temporary.mkdir()
+    descriptor = _locked(temporary, os.O_RDONLY)
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            _sync(file)
+        sync_folder(temporary)
+        os.replace(temporary, path)
+    finally:
+        _close(descriptor)
+        shutil.rmtree(temporary, ignore_errors=True)
+    sync_folder(path.parent)
+
+
+@contextmanager
+def temporary_file(path: Path) -> Iterator[Path]:
+    """An empty file beside `path`, locked, and removed when the block ends unless it was moved by then (`move`)."""
+    while True:
+        temporary = temporary_name(path)
+        temporary.touch(exist_ok=False)
+        descriptor = _locked(temporary, os.O_RDWR)
+        if temporary.exists():  # nobody took it for abandoned before it was locked
+            break
+        _close(descriptor)
+    try:
+        yield temporary
+    finally:
+        _close(descriptor)
+        with suppress(OSError):
+            os.unlink(temporary)
+
+
+def move(temporary: Path, path: Path) -> None:
+    """Moves a finished temporary file to `path`, its content written to the disk before its name."""
+    _sync(temporary)
+    os.replace(temporary, path)
+
+
+def sync_folder(path: Path) -> None:
+    """Has the names in a folder written to the disk."""
+    if fcntl is None:  # Windows opens no folders
+        return
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EACCES):  # file systems that cannot sync a folder
+            raise
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` that nobody else has."""
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file or folder of this name is temporary, whoever writes it."""
+    return TEMPORARY_NAME.fullmatch(name) is not None
+
+
+def remove_leftovers(folder: Path, names: re.Pattern[str] = TEMPORARY_NAME) -> None:
+    """Removes the temporary files and folders in `folder` whose writers were killed, as far as that is allowed."""
+    for path in list(folder.iterdir()):
+        if is_temporary(path.name) and names.fullmatch(path.name):
+            with suppress(OSError):
+                if _is_abandoned(path):
+                    shutil.rmtree(path) if path.is_dir() else os.unlink(path)
+
+
+def _is_abandoned(path: Path) -> bool:
+    found = path.lstat()
+    if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+        return False  # no writer of ours makes anything else
+    if fcntl is not None:
+        # network file systems give an exclusive lock only to those who could write
+        descriptor = os.open(path, os.O_RDONLY if stat.S_ISDIR(found.st_mode) else os.O_RDWR)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            return False
+        except OSError:  # no locks here
+            pass
+        finally:
+            os.close(descriptor)
+    return time.time() - found.st_mtime > ABANDONED_SECONDS
+
+
+def _locked(path: Path, flags: int) -> int | None:
+    """A descriptor that holds the lock of `path`, None where there are no locks."""
+    if fcntl is None:
+        return None
+    try:
+        descriptor = os.open(path, flags)
+    except FileNotFoundError:  # taken for abandoned
+        return None
+    with suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return descriptor
+
+
+def _close(descriptor: int | None) -> None:
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+def _sync(file: Path) -> None:
+    with open(file, "rb+") as opened:
+        os.fsync(opened.fileno())
