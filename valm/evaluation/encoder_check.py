@@ -23,6 +23,7 @@ from valm.clip import Clip
 from valm.errors import ValmError
 from valm.evaluation.scoring import Accuracy
 from valm.knowledge_base.encode import Encoding, encode_records
+from valm.knowledge_base.format import Skipped
 from valm.knowledge_base.sources.folder import folder_records
 from valm.shards.progress import ProgressBar
 
@@ -104,7 +105,7 @@ class EncoderCheck:
     clip: str
     classification: Classification | None
     retrieval: Retrieval | None
-    skipped: list[dict[str, str]]
+    skipped: list[Skipped]
 
     def to_json(self) -> dict[str, Any]:
         """Everything as plain dicts, lists, strings and numbers."""

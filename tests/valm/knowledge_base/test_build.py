@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from tests.valm.killed import exit_code_if_killed, forked, needs_fork, still_running
+from tests.valm.killed import exit_code_if_killed, forked, needs_fork
 from tests.valm.knowledge_base.inputs import COUNT, build_folder, contents
 from tests.valm.tiny_clip import make_clip
 from valm.errors import ValmError
@@ -168,27 +168,13 @@ def test_the_plan_stands_in_the_order_of_the_first_version(folder, clip):
     assert list(plan_of(rows, clip, Encoding())) == [*names[:3], "columns", *names[3:]]
 
 
-@needs_fork
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks into /proc")
-def test_a_killed_build_leaves_no_workers(folder, clip, tmp_path, monkeypatch):
-    """Killed while its two workers decode."""
-    seen = tmp_path / "workers"
-    seen.mkdir()
-    read = encode.Record.read
-
-    def slowly(self):
-        (seen / str(os.getpid())).touch()
-        time.sleep(0.2)
-        return read(self)
-
-    monkeypatch.setattr(encode.Record, "read", slowly)
-    source, encoding = FolderSource(folder, shard_size=100), Encoding(workers=2)
-    process = forked(lambda: build(source, tmp_path / "kb", clip, encoding, progress=False))
-    while len(list(seen.iterdir())) < 2:
-        time.sleep(0.05)
-    process.kill()
-    process.join()
-    assert not still_running([int(file.name) for file in seen.iterdir()])
+def test_the_workers_of_a_build_end_with_it(folder, clip, tmp_path, monkeypatch):
+    """That this works is tested in test_processes.py."""
+    (tmp_path / "called").mkdir()
+    monkeypatch.setattr(encode, "end_with_parent", lambda worker: (tmp_path / "called" / str(worker)).touch())
+    source = FolderSource(folder, shard_size=100)
+    build(source, tmp_path / "kb", clip, Encoding(workers=2), progress=False)
+    assert sorted(os.listdir(tmp_path / "called")) == ["0", "1"]
 
 
 def test_pipes_are_refused_before_they_are_opened(clip, tmp_path):

@@ -18,7 +18,7 @@ from valm.errors import ValmError
 from valm.files import check_regular
 from valm.knowledge_base.encode import Encoding
 from valm.knowledge_base.fingerprint import fingerprint_files
-from valm.knowledge_base.format import ITEM_SCHEMA, EncodedShard
+from valm.knowledge_base.format import ITEM_SCHEMA, EncodedShard, Skipped
 from valm.knowledge_base.sources import SourceShard
 from valm.shards.progress import Progress
 from valm.text import one_line
@@ -94,7 +94,7 @@ def read_embeddings(
         vectors[start : start + len(block)] = block / np.where(usable, norms, 1)[:, None]
         progress.advance(len(block), skipped=int((~usable).sum()))
     bad = items.filter(pa.array(~good))["uri"].to_pylist()
-    skipped = [{"uri": uri, "reason": "its embedding is zero or not finite"} for uri in bad]
+    skipped: list[Skipped] = [{"uri": uri, "reason": "its embedding is zero or not finite"} for uri in bad]
     return EncodedShard(vectors[good], items.filter(pa.array(good)), None, skipped)
 
 
