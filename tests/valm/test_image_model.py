@@ -14,7 +14,8 @@ from valm.checkpoint import save_checkpoint
 from valm.clip import Clip
 from valm.errors import ValmError
 from valm.image_model import RetrievalCache, retrieval_cache_class
-from valm.knowledge_base.build import build_from_folder
+from valm.knowledge_base.build import build
+from valm.knowledge_base.sources.folder import FolderSource
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.note import RetrievalNote
 from valm.retrieval.retriever import BlindRetriever, Retriever
@@ -27,7 +28,7 @@ def retriever(clip, tmp_path_factory):
     (folder / "images").mkdir()
     for name, colour in (("red", (255, 0, 0)), ("green", (0, 255, 0)), ("blue", (0, 0, 255))):
         Image.new("RGB", (32, 32), colour).save(folder / "images" / f"{name}.png")
-    kb = build_from_folder(folder / "images", folder / "kb", Clip.load(folder / "clip"), progress=False)
+    kb = build(FolderSource(folder / "images"), folder / "kb", Clip.load(folder / "clip"), progress=False)
     return Retriever(ContextEncoder(kb.load_clip(), query="state"), kb, 2)
 
 
