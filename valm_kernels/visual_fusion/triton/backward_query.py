@@ -153,7 +153,7 @@ def _query_kernel(
             b_iv = load_images(image_v, stride_iv, i_b, i_h, o_t, o_slot, m_image, D, BLOCK_D)
             # [BM]
             b_x = capped(tl.sum(b_u * b_ik, 1) * scale_log2 + b_t0, softcap_log2)
-            b_b = tl.where(m_image, tl.exp2(b_x + b_logit - b_lse), 0.0)
+            b_b = tl.where(m_image, tl.exp2(b_x + (b_logit - b_lse)), 0.0)
             b_dt = b_b * (tl.sum(b_dof * b_iv, 1) + b_db0)
             b_dx = b_dt
             if softcap_log2 is not None:

@@ -41,6 +41,8 @@ QUICK = {
     "alternating first_key",
     "extreme first_key",
     "striped first_key",
+    "image_q",
+    "softcap, image_q, pooled",
 }
 
 
