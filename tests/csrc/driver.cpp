@@ -169,12 +169,12 @@ void check_image_attn(const std::string& isa, int64_t D, bool pooled) {
     } else {
         tensors["image_mask"] = tensor(mask.data(), {T * K, K, 1});
     }
-    valm::image_attn_forward(isa, "float32", sizes, scale, 2, tensors);
+    valm::image_attn_forward(isa, "float32", sizes, scale, 0.0, 2, tensors);
     tensors["grad_out"] = tensor(grad_out.data(), {T * D, T * D, D, 1});
     tensors["grad_q"] = tensor(grad_q.data(), {T * D, T * D, D, 1});
     tensors["grad_image_k"] = tensor(grad_keys.data(), image_strides);
     tensors["grad_image_v"] = tensor(grad_values.data(), image_strides);
-    valm::image_attn_backward(isa, "float32", sizes, scale, 2, tensors);
+    valm::image_attn_backward(isa, "float32", sizes, scale, 0.0, 2, tensors);
 
     const auto near = [](double found, double expected) { return std::abs(found - expected) < 1e-5; };
     std::vector<double> key_sums(image_rows * D), value_sums(image_rows * D);
