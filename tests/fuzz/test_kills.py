@@ -19,7 +19,9 @@ from tests.valm.tiny_clip import TEXTS
 from valm.clip import Clip
 from valm.corpus.retrieved import CorpusRetrieval, retrieve_files
 from valm.errors import ValmError
-from valm.knowledge_base.build import build_from_folder
+from valm.knowledge_base.build import build
+from valm.knowledge_base.encode import Encoding
+from valm.knowledge_base.sources.folder import FolderSource
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import Retriever
@@ -67,7 +69,7 @@ def pictures(tmp_path_factory) -> Path:
 
 def test_knowledge_base(pictures, clip, tmp_path):
     def write(out: Path) -> ImageKnowledgeBase:
-        return build_from_folder(pictures, out, clip, shard_size=3, batch_size=2, progress=False)
+        return build(FolderSource(pictures, shard_size=3), out, clip, Encoding(batch_size=2), progress=False)
 
     whole = contents(write(tmp_path / "whole").path)
 

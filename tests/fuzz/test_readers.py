@@ -30,8 +30,8 @@ from valm.clip import Clip
 from valm.corpus.parts import file_parts
 from valm.corpus.retrieved import CorpusRetrieval
 from valm.errors import ValmError
-from valm.knowledge_base.build import _read_tar
-from valm.knowledge_base.images import read_captions
+from valm.knowledge_base.captions import read_captions
+from valm.knowledge_base.sources.webdataset import tar_records
 from valm.retrieval.faiss_index import index_parameters
 from valm.shards.build import ShardedBuild
 from valm_kernels import FlatIPIndex
@@ -214,7 +214,7 @@ def test_archives(tmp_path_factory, data):
             tar.addfile(member, io.BytesIO(content))
 
     def read() -> Any:
-        for record in _read_tar(file):
+        for record in tar_records(file):
             with suppress(Exception):  # then it is listed as skipped
                 record.read()
 

@@ -108,7 +108,7 @@ def check_kinds(folder: Path, number: int, record: KnowledgeBaseShard) -> None:
 
 
 def read_skipped(file: Path) -> list[Skipped]:
-    """What `write_piece` wrote of skipped images. Raises ValmError where the file is damaged."""
+    """What `write_shard` wrote of skipped images. Raises ValmError where the file is damaged."""
     found: list[Skipped] = read_json(file, "the list of skipped pictures", list[Skipped])
     return found
 
