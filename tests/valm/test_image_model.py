@@ -176,8 +176,16 @@ def test_the_retrievers_state_moves_with_the_rows_of_any_cache():
     assert cache.retrieval is None
 
 
-@pytest.mark.parametrize("note", [{"query": "eot"}, {"knowledge_base": "../kb"}, {"query": "what"}, []])
-def test_a_damaged_note_is_named(tmp_path, note):
+@pytest.mark.parametrize(
+    ("note", "message"),
+    [
+        ({"query": "eot"}, "names neither a knowledge_base nor a clip"),
+        ({"knowledge_base": "../kb"}, "is damaged: it has no 'query'"),
+        ({"query": "what"}, "is damaged: query is 'what', expected 'eot' or 'state'"),
+        ([], "is damaged: it is a list"),
+    ],
+)
+def test_a_damaged_note_is_named(tmp_path, note, message):
     (tmp_path / "retrieval.json").write_text(json.dumps(note))
-    with pytest.raises(ValmError, match=r"retrieval\.json names n"):
+    with pytest.raises(ValmError, match=r"retrieval\.json " + message):
         RetrievalNote.read(tmp_path)
