@@ -66,7 +66,7 @@ def parse_caption(content: bytes, suffix: str) -> str:
     """The caption in a `.txt` file, or as `caption` in a `.json` one (img2dataset writes null there for none), without
     blank lines. Raises ValueError for damaged JSON, and for more than MAX_CAPTION_BYTES."""
     if len(content) > MAX_CAPTION_BYTES:
-        raise ValueError(f"a caption file of more than {MAX_CAPTION_BYTES:,} bytes, which is left out")
+        raise ValueError(f"a caption file of more than {MAX_CAPTION_BYTES:,} bytes, which is skipped")
     text = content.decode("utf-8", errors="replace")
     if suffix == ".json":
         try:
