@@ -131,10 +131,24 @@ def _build(merges: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
     )
 
 
+def begin_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The id of the token that begins a document: bos, or where a tokenizer has none (Qwen's), eos.
+
+    Raises ValmError for a tokenizer without eos, which ends a document.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValmError("the tokenizer names no eos token, which ends a document: set its eos_token")
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+
 def tokenize_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
-    """Each text as a document: bos (SOT), its pieces, eos (EOT). Texts without any piece are left out."""
-    pieces = tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
-    return [[tokenizer.bos_token_id, *ids, tokenizer.eos_token_id] for ids in pieces if ids]
+    """Each text as a document: bos (`begin_id`), its tokens, eos. Texts without any token are skipped.
+
+    Raises ValmError for a tokenizer without eos.
+    """
+    begin, end = begin_id(tokenizer), tokenizer.eos_token_id
+    tokens = tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+    return [[begin, *ids, end] for ids in tokens if ids]
 
 
 def padded(documents: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

@@ -54,3 +54,11 @@ def llama_like(lines=LINES, vocab_size: int = 200) -> PreTrainedTokenizerFast:
         pad_token="</s>",
         padding_side="left",
     )
+
+
+def qwen_like(lines=LINES, vocab_size: int = 420) -> PreTrainedTokenizerFast:
+    """As GPT-2's, without bos: eos is the end of a document, and another token pads."""
+    tokenizer = gpt2_like(lines, vocab_size)
+    backend = tokenizer.backend_tokenizer
+    backend.add_special_tokens(["<|pad|>"])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=tokenizer.eos_token, pad_token="<|pad|>")

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from valm.errors import ValmError
 from valm.retrieval.segments import Reading
+from valm.tokenizer import begin_id
 
 # Blanks behind which CLIP cuts the text independently of what stands before: no word of its goes across one, and no
 # Unicode normalisation either. Other blanks are left to its tokenizer.
@@ -56,17 +57,20 @@ class TextState:
 class Alignment:
     """Reads the tokens of `tokenizer` as those of `clip_tokenizer`.
 
-    Its bos begins a document and its eos ends one; where both are one token, as GPT-2 has it, that begins one. Other
-    special tokens end a word and have no text.
+    Its bos begins a document and its eos ends one; where both are one token, as GPT-2 has it, or there is no bos, that
+    token begins one. Other special tokens end a word and have no text.
 
-    Raises ValmError for a tokenizer without bos, and for one whose tokens have no text of their own (a text must be
-    what its tokens' texts, or bytes, are one after the other).
+    Raises ValmError for a tokenizer without eos, one without a tokenizer.json, and one whose tokens have no text of
+    their own (a text must be what its tokens' texts, or bytes, are one after the other).
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, clip_tokenizer: PreTrainedTokenizerFast):
-        if tokenizer.bos_token_id is None:
-            raise ValmError("the language model's tokenizer has no bos token, which begins a document")
-        self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            raise ValmError(
+                f"the language model's tokenizer is a {type(tokenizer).__name__}, expected a fast one, which has a "
+                "tokenizer.json"
+            )
+        self.bos, self.eos = begin_id(tokenizer), tokenizer.eos_token_id
         self.sot, self.eot = clip_tokenizer.bos_token_id, clip_tokenizer.eos_token_id
         self.bytes_of = token_bytes(tokenizer)
         self._clip = Tokenizer.from_str(clip_tokenizer.backend_tokenizer.to_str())  # whose settings nobody else changes

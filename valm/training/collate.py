@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from valm.corpus.retrieved import NO_IMAGE
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
+from valm.tokenizer import begin_id
 
 # What PyTorch's cross entropy leaves out.
 IGNORED = -100
@@ -36,8 +37,10 @@ class Collator:
         self, tokenizer: PreTrainedTokenizerFast, kb: ImageKnowledgeBase | None, row_length: int | None = None
     ):
         self.vocabulary = len(tokenizer)
-        self.bos, self.pad = tokenizer.bos_token_id, tokenizer.pad_token_id
-        self.bos_ends = tokenizer.bos_token_id == tokenizer.eos_token_id
+        self.bos = begin_id(tokenizer)
+        self.bos_ends = self.bos == tokenizer.eos_token_id
+        # nothing looks at padding, so any token will do
+        self.pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.kb = kb
         self.row_length = row_length
 

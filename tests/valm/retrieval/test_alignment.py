@@ -3,16 +3,16 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from tests.valm.other_tokenizers import gpt2_like, llama_like
+from tests.valm.other_tokenizers import gpt2_like, llama_like, qwen_like
 from tests.valm.retrieval.test_context import close
 from tests.valm.tiny_clip import TEXTS, make_clip
 from valm.errors import ValmError
 from valm.retrieval.alignment import Alignment, TextState, token_bytes
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.segments import Reading, SegmentState
-from valm.tokenizer import clip_tokenizer, prune_tokenizer
+from valm.tokenizer import clip_tokenizer, prune_tokenizer, tokenize_documents
 
 # Text as it comes: words that CLIP has and has not, contractions, what its reading changes or joins with characters
 # before (signs over letters, a capital that becomes two characters, ligatures), characters of several tokens, blanks.
@@ -263,11 +263,21 @@ def test_the_text_of_each_token():
     assert token_bytes(pruned)[pruned.convert_tokens_to_ids("apple</w>")] == b"apple "
 
 
+def test_a_tokenizer_without_bos_begins_documents_with_eos(clip):
+    """The queries of Qwen's tokenizer are those of GPT-2's with the same tokens."""
+    gpt2, qwen = gpt2_like(), qwen_like()
+    ids = torch.tensor([tokenize_documents([TEXTS[0]], qwen)[0]])
+    assert ids.tolist() == [tokenize_documents([TEXTS[0]], gpt2)[0]]
+    assert torch.equal(ContextEncoder(clip, tokenizer=qwen)(ids), ContextEncoder(clip, tokenizer=gpt2)(ids))
+
+
 def test_tokenizers_that_cannot_be_followed_are_refused(clip):
-    without_bos = gpt2_like()
-    without_bos.bos_token = None
-    with pytest.raises(ValmError, match="has no bos token, which begins a document"):
-        Alignment(without_bos, clip.tokenizer)
+    without_eos = gpt2_like()
+    without_eos.bos_token = without_eos.eos_token = None
+    with pytest.raises(ValmError, match="names no eos token, which ends a document"):
+        Alignment(without_eos, clip.tokenizer)
+    with pytest.raises(ValmError, match="tokenizer is a ByT5Tokenizer, expected a fast one"):
+        ContextEncoder(clip, tokenizer=ByT5Tokenizer())
     word_pieces = Tokenizer(models.WordPiece({"[UNK]": 0, "s": 1, "the": 2, "##e": 3, "[B]": 4}, unk_token="[UNK]"))
     word_pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     word_pieces.decoder = decoders.CTC()
