@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -229,5 +230,9 @@ def test_corpus_files(tmp_path_factory, outside, data):
     folder = tmp_path_factory.mktemp("corpus")
     (folder / "a.txt").write_text("a red dog\nein Hund läuft\n\nthree\n", encoding="utf-8")
     pq.write_table(pa.table({"text": [f"document {number}" for number in range(50)]}), folder / "a.parquet")
-    file = folder / data.draw(st.sampled_from(["a.txt", "a.parquet"]))
+    rows = [json.dumps({"text": f"document {number}"}) for number in range(5)]
+    (folder / "a.jsonl").write_text("\n".join(rows))
+    (folder / "a.json").write_text(f"[{', '.join(rows)}]")
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(rows).encode()))
+    file = folder / data.draw(st.sampled_from(["a.txt", "a.parquet", "a.jsonl", "a.json", "a.jsonl.gz"]))
     check_mutants(data, [file], outside, lambda: [part.read() for part in file_parts([file])], ...)

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from valm.cli.corpus import add_corpus, has_corpus, retrieve_documents
 from valm.cli.options import Commands, add_clip, add_device, add_ray, chosen_device, chosen_run, command, positive
 from valm.errors import ValmError
 
@@ -20,9 +21,7 @@ def add_to(commands: Commands) -> None:
     retrieve.add_argument(
         "--verify", type=Path, metavar="FOLDER", help="read a whole result of `valm retrieve` and compare its checksums"
     )
-    retrieve.add_argument(
-        "corpus", type=Path, nargs="*", help="text files, one document a line, or .parquet files, one document a row"
-    )
+    add_corpus(retrieve)
     retrieve.add_argument("--kb", type=Path, help="knowledge base")
     retrieve.add_argument("--out", type=Path, help="folder of the result; a killed retrieval goes on")
     add_clip(retrieve)
@@ -32,7 +31,6 @@ def add_to(commands: Commands) -> None:
     )
     retrieve.add_argument("-k", "--images", type=positive, default=4, help="pictures a token sees")
     retrieve.add_argument("--query", choices=["eot", "state"], default="eot", help="kind of the retrieval query")
-    retrieve.add_argument("--column", default="text", help="where the text is in a .parquet file")
     retrieve.add_argument(
         "--search-actors",
         type=positive,
@@ -44,7 +42,6 @@ def add_to(commands: Commands) -> None:
 
 
 def run_retrieve(arguments: argparse.Namespace) -> None:
-    from valm.corpus.retrieved import retrieve_files
     from valm.knowledge_base.store import ImageKnowledgeBase
     from valm.retrieval.context import ContextEncoder
     from valm.retrieval.retriever import Retriever
@@ -53,9 +50,10 @@ def run_retrieve(arguments: argparse.Namespace) -> None:
     if arguments.verify is not None:
         run_verify(arguments.verify)
         return
-    missing = [name for name in ("corpus", "kb", "out") if not getattr(arguments, name)]
+    missing = [] if has_corpus(arguments) else ["corpus"]
+    missing += [f"--{name}" for name in ("kb", "out") if not getattr(arguments, name)]
     if missing:
-        raise ValmError(f"give {', '.join(name if name == 'corpus' else f'--{name}' for name in missing)} too")
+        raise ValmError(f"give {', '.join(missing)} too")
     if arguments.search_actors is not None and arguments.ray is None:
         raise ValmError("--search-actors are of a Ray cluster: give --ray too")
     kb = ImageKnowledgeBase.open(arguments.kb)
@@ -69,7 +67,7 @@ def run_retrieve(arguments: argparse.Namespace) -> None:
 
         index = ShardedIndex(kb, arguments.search_actors, arguments.ray, cpus=arguments.cpus)
     retriever = Retriever(encoder, kb, arguments.images, index)
-    found = retrieve_files(arguments.corpus, retriever, arguments.out, column=arguments.column, run=run)
+    found = retrieve_documents(arguments, retriever, arguments.out, run)
     print(f"{found.path}: {len(found):,} documents, {found.manifest['tokens']:,} tokens, {found.k} pictures a token")
 
 

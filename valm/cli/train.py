@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from valm.cli.corpus import add_corpus, corpus_documents, has_corpus, retrieve_documents
 from valm.cli.options import Commands, add_allow_download, add_device, chosen_device, command, positive
 from valm.errors import ValmError
 
@@ -21,7 +22,7 @@ RETRIEVAL = "retrieval"
 
 def add_to(commands: Commands) -> None:
     train = command(commands, "train", run_train, "train a VaLM, or without --kb its text-only twin GPT-2*")
-    train.add_argument("corpus", type=Path, nargs="?", help="text file, one document a line")
+    add_corpus(train)
     train.add_argument(
         "--retrieval", type=Path, help="train on what `valm retrieve` wrote, without CLIP, instead of on a corpus"
     )
@@ -55,7 +56,7 @@ def run_train(arguments: argparse.Namespace) -> None:
     from valm.training.train import train
     from valm_kernels.atomic_files import is_temporary, remove_leftovers
 
-    if (arguments.corpus is None) == (arguments.retrieval is None):
+    if has_corpus(arguments) == (arguments.retrieval is not None):
         raise ValmError("give either a corpus or --retrieval")
     # a retrieval that was killed goes on
     out = writable_folder(arguments.out)
@@ -119,7 +120,6 @@ def open_retrieval(arguments: argparse.Namespace) -> tuple[CorpusRetrieval, PreT
 def retrieved_corpus(
     arguments: argparse.Namespace, kb: ImageKnowledgeBase
 ) -> tuple[CorpusRetrieval, PreTrainedTokenizerFast]:
-    from valm.corpus.retrieved import retrieve_files
     from valm.retrieval.context import ContextEncoder
     from valm.retrieval.retriever import Retriever
     from valm.tokenizer import load_tokenizer
@@ -128,17 +128,16 @@ def retrieved_corpus(
     clip = kb.load_clip(arguments.clip, allow_download=arguments.allow_download).to(chosen_device(arguments))
     encoder = ContextEncoder(clip, tokenizer=tokenizer, query=arguments.query or "eot")
     retriever = Retriever(encoder, kb, arguments.images or 4)
-    return retrieve_files([arguments.corpus], retriever, arguments.out / RETRIEVAL), encoder.tokenizer
+    return retrieve_documents(arguments, retriever, arguments.out / RETRIEVAL), encoder.tokenizer
 
 
 def plain_corpus(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], PreTrainedTokenizerFast]:
     from valm.clip import Clip
-    from valm.corpus.parts import file_parts
     from valm.tokenizer import clip_tokenizer, load_tokenizer, tokenize_documents
 
     if arguments.tokenizer:
         tokenizer = load_tokenizer(arguments.tokenizer)
     else:
         tokenizer = Clip.load(arguments.clip).tokenizer if arguments.clip else clip_tokenizer()
-    texts = [text for part in file_parts([arguments.corpus]) for text in part.read()]
-    return [{"input_ids": document} for document in tokenize_documents(texts, tokenizer)], tokenizer
+    documents = tokenize_documents(list(corpus_documents(arguments)), tokenizer)
+    return [{"input_ids": document} for document in documents], tokenizer

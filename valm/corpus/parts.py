@@ -1,26 +1,42 @@
-"""A corpus in parts, each small enough for memory: retrieval makes a shard of each."""
+"""The documents of a corpus: text, JSON and parquet files, folders of them, and rows of a dataset.
+
+A file is read by its name: `.jsonl`, `.ndjson` and `.json` (one object a line, or one array of objects) and `.parquet`
+have a text in a column, anything else is UTF-8 text with one document a line. All but parquet, which is compressed
+itself, may end in `.gz`. Retrieval makes a shard of each part of a corpus, small enough for memory.
+"""
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Any, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from valm.errors import ValmError
-from valm.text import one_line
+from valm.files import check_regular
+from valm.text import one_line, utf8
+from valm_kernels.json_files import short
 
 # Text in a part, and tokens where they are given: about a million tokens either way. A killed retrieval has one part to
 # do again.
 PART_BYTES = 4 << 20
 PART_TOKENS = 1 << 20
 READ_ROWS = 4096
+JSON_LINES = (".jsonl", ".ndjson", ".json")
+# What is read of a folder; `.gz` of all but parquet too.
+SUFFIXES = (".txt", ".text", *JSON_LINES, ".parquet")
+
+Document = TypeVar("Document", str, Sequence[int])
 
 
 class Part(Protocol):
@@ -32,28 +48,83 @@ class Part(Protocol):
 
 @dataclass(frozen=True)
 class TextPart:
-    """The lines of a UTF-8 text file that begin in its bytes [start, end). Each is a document; blank ones are none."""
+    """The lines of a UTF-8 text file that begin in its bytes [start, end). Each is a document; blank ones are none.
+
+    Bytes of a `.gz` file are those of its content, which each part decompresses from the beginning.
+    """
 
     file: Path
     start: int
     end: int
 
     def read(self) -> list[str]:
-        """Raises ValmError where the file is not UTF-8."""
+        """Raises ValmError for a line that cannot be read, and for a damaged `.gz`."""
         texts = []
-        with open(self.file, "rb") as file:
+        with _open(self.file) as file:
             if self.start:  # the line that begins before `start` is another part's, to its end
                 file.seek(self.start - 1)
                 file.readline()
             while (begin := file.tell()) < self.end:
+                line = file.readline()
                 try:
-                    text = file.readline().decode("utf-8").strip()
+                    text = self._document(line.decode("utf-8"))
                 except UnicodeDecodeError as error:
                     raise ValmError(
-                        f"the corpus {self.file} is not UTF-8 text: {error.reason} at byte {begin + error.start}"
+                        f"the corpus {self.file} is not UTF-8 text: {error.reason} in line {self._line(begin)}, "
+                        f"at byte {begin + error.start}"
                     ) from error
+                except ValueError as error:
+                    raise ValmError(f"the corpus {self.file}, line {self._line(begin)}: {error}") from error
                 if text:
                     texts.append(text)
+        return texts
+
+    def _document(self, line: str) -> str | None:
+        return line.strip()
+
+    def _line(self, begin: int) -> int:
+        """The number, from 1, of the line that begins at byte `begin`."""
+        number = 1
+        with _open(self.file) as file:
+            while file.tell() < begin:
+                number += file.read(min(1 << 20, begin - file.tell())).count(b"\n")
+        return number
+
+
+@dataclass(frozen=True)
+class JsonLinesPart(TextPart):
+    """As `TextPart`, with a JSON object in each line and the document in its `column`; null and blank are none."""
+
+    column: str
+
+    def _document(self, line: str) -> str | None:
+        line = line.removeprefix("\ufeff").strip()
+        return json_document(_parsed(line), self.column) if line else None
+
+
+@dataclass(frozen=True)
+class JsonArrayPart:
+    """A file that is one JSON array of objects, each with a document in `column`; null and blank are none."""
+
+    file: Path
+    column: str
+
+    def read(self) -> list[str]:
+        """Raises ValmError for a file that is no JSON, and an element that has no text."""
+        with _open(self.file) as file:
+            content = file.read()
+        try:
+            rows = _parsed(content.decode("utf-8-sig"))
+        except ValueError as error:
+            raise ValmError(f"the corpus {self.file}: {error}") from error
+        texts = []
+        for number, row in enumerate(rows, 1):
+            try:
+                text = json_document(row, self.column)
+            except ValueError as error:
+                raise ValmError(f"the corpus {self.file}, element {number} of its array: {error}") from error
+            if text:
+                texts.append(text)
         return texts
 
 
@@ -89,52 +160,128 @@ class TablePart:
 
 
 @dataclass(frozen=True)
-class TokenPart:
-    """Documents that are token ids already."""
+class DocumentsPart:
+    """Documents that are read already, as text or as token ids."""
 
-    documents: list[Sequence[int]]
+    documents: list[Any]
 
-    def read(self) -> list[Sequence[int]]:
+    def read(self) -> list[Any]:
         return self.documents
 
 
-def file_parts(
-    files: Sequence[str | os.PathLike], *, column: str = "text", part_bytes: int = PART_BYTES
-) -> list[TextPart | TablePart]:
-    """The parts of text files, one document a line, and of `.parquet` files, one document a row of `column`.
+def read_documents(paths: Iterable[str | os.PathLike], *, column: str = "text") -> Iterator[str]:
+    """The documents of files and folders, in their order; arguments and errors as in `file_parts`.
 
-    Raises ValmError for a file that is missing or is not what its name says.
+    A file's documents are in memory at once.
     """
-    parts: list[TextPart | TablePart] = []
-    for file in map(Path, files):
-        if not file.is_file():
-            raise ValmError(f"there is no corpus file {file}")
-        file = file.absolute()  # another machine has another working directory
-        if file.suffix == ".parquet":
-            parts += _table_parts(file, column, part_bytes)
+    for part in file_parts(paths, column=column, part_bytes=1 << 62):
+        yield from part.read()
+
+
+def corpus_files(paths: Iterable[str | os.PathLike]) -> list[Path]:
+    """The files among `paths`, and in place of a folder those below it that end as SUFFIXES say, in order of their path
+    in it. Hidden ones are none.
+
+    Raises ValmError for a path that is missing, a folder without any such file, and no regular file.
+    """
+    files = []
+    for path in map(Path, paths):
+        path = path.absolute()  # another machine has another working directory
+        if path.is_dir():
+            found = sorted(
+                file.relative_to(path).as_posix()
+                for file in path.rglob("*")
+                if file.is_file() and _suffix(file) in SUFFIXES
+            )
+            found = [name for name in found if not any(part.startswith(".") for part in name.split("/"))]
+            if not found:
+                raise ValmError(f"the folder {path} has no file that ends in {', '.join(SUFFIXES)}, or these and .gz")
+            files += [path / name for name in found]
+        elif path.exists():
+            check_regular(path)
+            files.append(path)
         else:
-            size = file.stat().st_size
-            parts += [TextPart(file, start, min(start + part_bytes, size)) for start in range(0, size, part_bytes)]
+            raise ValmError(f"there is no corpus file {path}")
+    return files
+
+
+def file_parts(
+    paths: Iterable[str | os.PathLike], *, column: str = "text", part_bytes: int = PART_BYTES
+) -> list[TextPart | JsonArrayPart | TablePart]:
+    """The parts of files and folders of them (see `corpus_files`), in their order.
+
+    column: where the text is in JSON and parquet files.
+
+    Raises ValmError for a file that is missing or is not what its name says. Reading a part raises it for a row or line
+    that is none, and names both.
+    """
+    parts: list[TextPart | JsonArrayPart | TablePart] = []
+    for file in corpus_files(paths):
+        suffix = _suffix(file)
+        if suffix == ".parquet":
+            if file.suffix == ".gz":
+                raise ValmError(f"{file} is a compressed parquet file, which is compressed itself: gunzip it first")
+            parts += _table_parts(file, column, part_bytes)
+        elif suffix == ".json" and _begins_array(file):
+            parts.append(JsonArrayPart(file, column))
+        else:
+            size = _size(file)
+            for start in range(0, size, part_bytes):
+                end = min(start + part_bytes, size)
+                lines = JsonLinesPart(file, start, end, column) if suffix in JSON_LINES else TextPart(file, start, end)
+                parts.append(lines)
     return parts
 
 
-def token_parts(documents: Iterable[Sequence[int]], *, part_tokens: int = PART_TOKENS) -> Iterator[TokenPart]:
-    """`documents` (token ids), read as they are asked for, in parts of about `part_tokens` tokens.
+def row_documents(rows: Iterable[Mapping[str, Any]], column: str = "text") -> Iterator[str]:
+    """The text in `column` of each row of a dataset (`open_dataset`, or any iterable of rows); null and blank are none.
+
+    Raises ValmError, which names the row, for one without a text there.
+    """
+    for number, row in enumerate(rows):
+        try:
+            text = json_document(row, column)
+        except ValueError as error:
+            raise ValmError(f"the dataset, row {number}: {error}") from error
+        if text:
+            yield text
+
+
+def document_parts(
+    documents: Iterable[Document], *, part_tokens: int = PART_TOKENS, part_bytes: int = PART_BYTES
+) -> Iterator[DocumentsPart]:
+    """`documents` (texts or token ids), read as they are asked for, in parts of about `part_bytes` bytes of text or
+    `part_tokens` tokens.
 
     Raises ValmError for an empty document.
     """
-    part: list[Sequence[int]] = []
-    tokens = 0
+    part: list[str | Sequence[int]] = []
+    size = 0
     for document in documents:
         if not len(document):
             raise ValmError("the corpus has an empty document")
+        is_text = isinstance(document, str)
         part.append(document)
-        tokens += len(document)
-        if tokens >= part_tokens:
-            yield TokenPart(part)
-            part, tokens = [], 0
+        size += len(document.encode()) if isinstance(document, str) else len(document)
+        if size >= (part_bytes if is_text else part_tokens):
+            yield DocumentsPart(part)
+            part, size = [], 0
     if part:
-        yield TokenPart(part)
+        yield DocumentsPart(part)
+
+
+def json_document(row: Any, column: str) -> str | None:
+    """The text in `column` of a JSON object, None where it is null or blank. Raises ValueError for anything else."""
+    if not isinstance(row, Mapping):
+        raise ValueError(f"expected an object with a text in {column!r}, got {short(row)}")
+    if column not in row:
+        raise ValueError(f"there is no {column!r}, only {', '.join(map(str, row)) or 'an empty object'}")
+    text = row[column]
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        raise ValueError(f"{column!r} is {short(text)}, expected a text")
+    return utf8(text) if text.strip() else None
 
 
 def fingerprint(documents: list[str] | list[Sequence[int]]) -> str:
@@ -145,6 +292,49 @@ def fingerprint(documents: list[str] | list[Sequence[int]]) -> str:
         digest.update(len(data).to_bytes(8, "little"))
         digest.update(data)
     return digest.hexdigest()
+
+
+def _suffix(file: Path) -> str:
+    """What the content of a file is, by its name: its suffix before `.gz`, in small letters."""
+    name = file.name.lower().removesuffix(".gz")
+    return os.path.splitext(name)[1]
+
+
+@contextmanager
+def _open(file: Path) -> Iterator[IO[bytes]]:
+    """A file's content, decompressed. Raises ValmError, also where the block reads, for what cannot be read."""
+    opener: Any = gzip.open if file.suffix.lower() == ".gz" else open
+    try:
+        with opener(file, "rb") as content:
+            yield content
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValmError(f"cannot read the corpus {file}: {one_line(str(error))}") from error
+
+
+def _size(file: Path) -> int:
+    """Bytes of a file's content."""
+    if file.suffix.lower() != ".gz":
+        return file.stat().st_size
+    size = 0
+    with _open(file) as content:
+        while block := content.read(1 << 20):
+            size += len(block)
+    return size
+
+
+def _begins_array(file: Path) -> bool:
+    with _open(file) as content:
+        return content.read(1 << 12).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+
+
+def _parsed(text: str) -> Any:
+    """The JSON value in `text`. Raises ValueError in words."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError("not JSON that can be read: nested too deeply") from error
 
 
 def _table_parts(file: Path, column: str, part_bytes: int) -> list[TablePart]:

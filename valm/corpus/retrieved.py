@@ -30,7 +30,15 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from valm.corpus.parts import PART_BYTES, PART_TOKENS, Part, file_parts, fingerprint, token_parts
+from valm.corpus.parts import (
+    PART_BYTES,
+    PART_TOKENS,
+    Part,
+    corpus_files,
+    document_parts,
+    file_parts,
+    fingerprint,
+)
 from valm.errors import ValmError
 from valm.files import check_all_regular, read_json, write_json
 from valm.knowledge_base.store import ImageKnowledgeBase
@@ -244,8 +252,23 @@ def retrieve_corpus(
     Raises ValmError for no documents, an empty one, an `out` that holds something else, and one that was begun with
     other documents, another knowledge base or other settings.
     """
-    parts = token_parts(documents, part_tokens=part_tokens)
+    parts = document_parts(documents, part_tokens=part_tokens)
     return _retrieve(parts, None, {"part_tokens": part_tokens}, retriever, out, progress, run)
+
+
+def retrieve_texts(
+    texts: Iterable[str],
+    retriever: Retriever,
+    out: str | os.PathLike,
+    *,
+    part_bytes: int = PART_BYTES,
+    progress: bool = True,
+    run: Run = run_here,
+) -> CorpusRetrieval:
+    """As `retrieve_corpus`, for documents that the retriever's tokenizer is to read, such as the rows of a dataset
+    (`row_documents`). part_bytes: text in a shard."""
+    parts = document_parts(texts, part_bytes=part_bytes)
+    return _retrieve(parts, None, {"part_bytes": part_bytes}, retriever, out, progress, run)
 
 
 def retrieve_files(
@@ -258,13 +281,11 @@ def retrieve_files(
     progress: bool = True,
     run: Run = run_here,
 ) -> CorpusRetrieval:
-    """As `retrieve_corpus`, for text files (one document a line) and parquet files (one a row of `column`).
-
-    part_bytes: text in a shard. Raises ValmError also for files that are missing or cannot be read.
-    """
+    """As `retrieve_texts`, for files and folders of them, in their order; `column` and errors as in `file_parts`."""
+    files = corpus_files(files)
     parts = file_parts(files, column=column, part_bytes=part_bytes)
     corpus = {
-        "files": [[Path(file).name, Path(file).stat().st_size] for file in files],
+        "files": [[file.name, file.stat().st_size] for file in files],
         "column": column,
         "part_bytes": part_bytes,
     }

@@ -1,3 +1,7 @@
+import gzip
+import json
+
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -5,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from valm.corpus.parts import file_parts, fingerprint, token_parts
+from valm.corpus.parts import document_parts, file_parts, fingerprint, read_documents, row_documents
 from valm.errors import ValmError
 
 LINES = st.lists(st.text(st.characters(exclude_characters="\n\r", exclude_categories=["Cs"]), max_size=12), max_size=20)
@@ -69,12 +73,12 @@ def test_token_documents_are_read_as_they_are_asked_for():
             asked.append(number)
             yield [number] * 4
 
-    parts = token_parts(documents(), part_tokens=10)
+    parts = document_parts(documents(), part_tokens=10)
     assert next(parts).documents == [[0] * 4, [1] * 4, [2] * 4]
     assert asked == [0, 1, 2]
     assert [len(part.documents) for part in parts] == [3, 3, 1]
     with pytest.raises(ValmError, match="has an empty document"):
-        list(token_parts([[1], []]))
+        list(document_parts([[1], []]))
 
 
 def test_the_fingerprint_is_of_every_document_and_where_it_ends():
@@ -116,3 +120,118 @@ def test_damaged_pages_are_named(tmp_path):
     (part,) = file_parts([file])
     with pytest.raises(ValmError, match=r"cannot read the corpus .*a\.parquet: "):
         part.read()
+
+
+ROWS = [
+    {"text": "one two", "n": 1},
+    {"text": None},
+    {"text": " "},
+    {"text": "three\nlines\u2028of", "n": 2},
+    {"text": " x "},
+]
+TEXTS = ["one two", "three\nlines\u2028of", " x "]
+
+
+def write(file, content):
+    """`content`, compressed where the name says so."""
+    data = content.encode()
+    file.write_bytes(gzip.compress(data) if file.suffix == ".gz" else data)
+    return file
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+@pytest.mark.parametrize("part_bytes", [1, 7, 40, 1 << 20])
+def test_json_lines(tmp_path, ending, part_bytes):
+    """However a file is cut, each row is one document, and is never read as text."""
+    content = "\ufeff" + "\n\n".join(map(json.dumps, ROWS))
+    for name in ("a.jsonl", "a.ndjson", "a.json", "a.JSONL"):
+        file = write(tmp_path / (name + ending), content)
+        parts = file_parts([file], part_bytes=part_bytes)
+        assert [text for part in parts for text in part.read()] == TEXTS
+        assert list(read_documents([file])) == TEXTS
+
+
+def test_a_json_array_and_another_column(tmp_path):
+    rows = [{"story": row["text"], "text": 1} for row in ROWS]
+    assert list(read_documents([write(tmp_path / "a.json", json.dumps(rows, indent=1))], column="story")) == TEXTS
+    assert list(read_documents([write(tmp_path / "b.json.gz", json.dumps(rows))], column="story")) == TEXTS
+    assert list(read_documents([write(tmp_path / "c.json", "[]")])) == []
+
+
+def test_halves_of_characters_are_replaced(tmp_path):
+    """A lone surrogate, which JSON can name, cannot be written as UTF-8 nor be tokenized."""
+    (text,) = read_documents([write(tmp_path / "a.jsonl", '{"text": "a\\ud800b"}')])
+    assert text == "a\ufffdb" and fingerprint([text])
+
+
+def test_text_that_is_compressed(tmp_path):
+    lines = [f"line {number}" for number in range(50)]
+    file = write(tmp_path / "a.txt.gz", "\n".join(lines))
+    parts = file_parts([file], part_bytes=30)
+    assert len(parts) > 5
+    assert [text for part in parts for text in part.read()] == lines
+
+
+def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    write(tmp_path / "b" / "1.txt.gz", "three")
+    write(tmp_path / "c.jsonl", json.dumps({"text": "four"}))
+    write(tmp_path / "a.txt", "one\ntwo")
+    for name in ("README.md", "b/.2.txt", ".hidden/a.txt"):
+        write(tmp_path / name, "no document")
+    pq.write_table(pa.table({"text": ["five"]}), tmp_path / "d.parquet")
+    assert list(read_documents([tmp_path])) == ["one", "two", "three", "four", "five"]
+    assert list(read_documents([tmp_path / "d.parquet", tmp_path / "b"])) == ["five", "three"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValmError, match=r"the folder .*empty has no file that ends in \.txt, .*\.parquet"):
+        file_parts([tmp_path / "empty"])
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.jsonl", '{"text": "x"}\n\n{"text": 1}\n', r"a\.jsonl, line 3: 'text' is 1, expected a text"),
+        ("a.jsonl", '{"text": "x"}\n{"body": "x"}\n', r"a\.jsonl, line 2: there is no 'text', only body"),
+        ("a.jsonl", '{"text": "x"}\nplain text\n', r"a\.jsonl, line 2: not JSON: Expecting value"),
+        ("a.jsonl", '{"text": "x"}\n"text"\n', r"a\.jsonl, line 2: expected an object with a text in 'text'"),
+        ("a.jsonl", "[" * 100000, r"a\.jsonl, line 1: not JSON"),
+        ("a.jsonl.gz", '{"text": "x"}\n{"text": {}}\n', r"a\.jsonl\.gz, line 2: 'text' is an object of 0, expected"),
+        ("a.json", '[{"text": "x"}, {"text": 2}]', r"a\.json, element 2 of its array: 'text' is 2, expected a text"),
+        ("a.json", '[{"text": "x"}', r"a\.json: not JSON"),
+        ("a.json", '{\n"text": "x"\n}', r"a\.json, line 1: not JSON"),
+    ],
+)
+@pytest.mark.parametrize("part_bytes", [5, 1 << 20])
+def test_a_wrong_row_is_named_with_its_line(tmp_path, name, content, message, part_bytes):
+    file = write(tmp_path / name, content)
+    with pytest.raises(ValmError, match=message):
+        [part.read() for part in file_parts([file], part_bytes=part_bytes)]
+
+
+def test_damaged_and_doubly_compressed_files_are_named(tmp_path):
+    file = write(tmp_path / "a.txt.gz", "some text " * 1000)
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(ValmError, match=r"cannot read the corpus .*a\.txt\.gz: Compressed file ended"):
+        file_parts([file])
+    write(tmp_path / "b.txt.gz", "x").write_bytes(b"no gzip")
+    with pytest.raises(ValmError, match=r"cannot read the corpus .*b\.txt\.gz: Not a gzipped file"):
+        file_parts([tmp_path / "b.txt.gz"])
+    with pytest.raises(ValmError, match=r"a\.parquet\.gz is a compressed parquet file"):
+        file_parts([write(tmp_path / "a.parquet.gz", "x")])
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_rows_of_a_dataset(streamed):
+    dataset = datasets.Dataset.from_dict({"text": [row["text"] for row in ROWS], "n": range(5)})
+    rows = dataset.to_iterable_dataset() if streamed else dataset
+    assert list(row_documents(rows)) == TEXTS
+    with pytest.raises(ValmError, match="the dataset, row 0: there is no 'story', only text, n"):
+        list(row_documents(rows, "story"))
+    with pytest.raises(ValmError, match="the dataset, row 0: 'n' is 0, expected a text"):
+        list(row_documents(rows, "n"))
+
+
+def test_texts_in_parts_as_they_are_asked_for():
+    parts = list(document_parts(iter(["ab", "cd", "\u20ac", "e"]), part_bytes=3))
+    assert [part.read() for part in parts] == [["ab", "cd"], ["\u20ac"], ["e"]]

@@ -1,3 +1,4 @@
+import gzip
 import json
 import os
 import pickle
@@ -12,10 +13,11 @@ import pytest
 import torch
 
 from tests.valm.killed import exit_code_if_killed, needs_fork
+from tests.valm.other_tokenizers import qwen_like
 from tests.valm.retrieval.indexed import make_kb_of_directions
 from tests.valm.tiny_clip import TEXTS
 from valm.corpus import retrieved
-from valm.corpus.retrieved import NO_IMAGE, CorpusRetrieval, retrieve_corpus, retrieve_files
+from valm.corpus.retrieved import NO_IMAGE, CorpusRetrieval, retrieve_corpus, retrieve_files, retrieve_texts
 from valm.errors import ValmError
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import Retriever
@@ -88,11 +90,33 @@ def test_batching_changes_nothing(corpus, documents, retriever, tmp_path, monkey
         assert np.array_equal(one["image_ids"], other["image_ids"])
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".parquet"])
+def test_texts_as_they_come(corpus, retriever, tmp_path):
+    found = retrieve_texts(iter(LINES), retriever, tmp_path / "out", part_bytes=150, progress=False)
+    assert len(found.manifest["shards"]) > 3
+    for one, other in zip(found, corpus, strict=True):
+        assert np.array_equal(one["image_ids"], other["image_ids"])
+    with pytest.raises(ValmError, match="the corpus has changed since"):
+        retrieve_texts(iter(["new", *LINES]), retriever, tmp_path / "out", part_bytes=150, progress=False)
+
+
+def test_a_tokenizer_without_bos(clip, kb, tmp_path):
+    tokenizer = qwen_like()
+    retriever = Retriever(ContextEncoder(clip, tokenizer=tokenizer), kb, 2)
+    found = retrieve_texts(TEXTS, retriever, tmp_path, progress=False)
+    assert found.tokenizer.get_vocab() == tokenizer.get_vocab() and found.tokenizer.bos_token is None
+    document = found[0]
+    assert document["input_ids"][0] == document["input_ids"][-1] == tokenizer.eos_token_id
+    live = retriever(torch.tensor([document["input_ids"].tolist()]))
+    assert live.image_ids[live.image_index[0]].tolist() == document["image_ids"].tolist()
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".parquet", ".jsonl.gz"])
 def test_a_corpus_in_files(corpus, retriever, tmp_path, suffix):
     file = tmp_path / f"corpus{suffix}"
     if suffix == ".txt":
         file.write_text("\n\n".join(LINES))
+    elif suffix == ".jsonl.gz":
+        file.write_bytes(gzip.compress("\n".join(json.dumps({"story": line}) for line in LINES).encode()))
     else:
         pq.write_table(pa.table({"story": [*LINES, "", None]}), file, row_group_size=5)
     found = retrieve_files([file], retriever, tmp_path / "out", column="story", part_bytes=150, progress=False)
