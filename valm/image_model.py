@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 from valm.errors import ValmError
 from valm.retrieval.context import ContextCache
 from valm.retrieval.note import RetrievalNote
-from valm.retrieval.retriever import BlindRetriever, ImageRetriever
+from valm.retrieval.retriever import BlindRetriever, ImageRetriever, NoImages
 
 _Base: Any = object  # for a type checker, the model class behind the mixin
 
@@ -104,13 +104,14 @@ class ImageModel(_Base):
 
     def set_retriever(self, retriever: ImageRetriever | None) -> None:
         """Let `retriever` find the images of every token; a blind model takes a `BlindRetriever`. None: no longer.
+        `NoImages` has any model read the text alone.
 
         Raises:
             ValmError: it finds other images than the model takes: blind or not, how many, of which dimension.
         """
         if retriever is not None:
             options = self.image_options
-            if options.blind != isinstance(retriever, BlindRetriever):
+            if options.blind != isinstance(retriever, BlindRetriever) and not isinstance(retriever, NoImages):
                 kind = "a BlindRetriever" if options.blind else "a Retriever"
                 raise ValmError(
                     f"this model needs {kind} (blind={options.blind} in its config), got a {type(retriever).__name__}"

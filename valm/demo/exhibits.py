@@ -12,13 +12,13 @@ from transformers import PreTrainedTokenizerFast
 
 from valm.demo.questions import (
     PLAIN_PROMPT,
-    Replaced,
     answer_probabilities,
     plain_question,
     swap_red_and_blue,
     token_ids,
 )
 from valm.evaluation.color import ColorItem, evaluate_color
+from valm.evaluation.controls import Replaced
 from valm.model import VaLMForCausalLM
 from valm.retrieval.retriever import ImageRetriever, Retriever
 

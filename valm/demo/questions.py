@@ -1,4 +1,4 @@
-"""What the trained models are asked, and the controls: other pictures in the place of those that were found."""
+"""What the trained models are asked, and the pictures with their red and blue channels exchanged."""
 
 from __future__ import annotations
 
@@ -17,44 +17,12 @@ from valm.evaluation.color import COLORS, ColorItem, ColorResult, evaluate_color
 from valm.evaluation.scoring import answer_log_probs
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model import VaLMForCausalLM
-from valm.retrieval.context import ContextCache, ContextEncoder
-from valm.retrieval.retriever import Retrieved, Retriever
+from valm.retrieval.context import ContextEncoder
+from valm.retrieval.retriever import Retriever
 
 # The one of the paper's prompts that the hit rates, the swap of the channels and the figures ask with.
 PLAIN_PROMPT = "The color of [DESCRIPTOR] [ITEM] is"
 HITS_AT = (1, 4, 8)
-
-
-class Replaced:
-    """A retriever that finds the same pictures and hands out other vectors in their place.
-
-    vectors: (N, E), for each picture of the knowledge base the vector that replaces its own.
-    """
-
-    def __init__(self, retriever: Retriever, vectors: torch.Tensor):
-        self.retriever = retriever
-        self.vectors = vectors
-        self.k, self.dim = retriever.k, retriever.dim
-
-    def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Retrieved:
-        return self._replaced(self.retriever(input_ids, attention_mask))
-
-    def start(self, batch: int) -> ContextCache:
-        return self.retriever.start(batch)
-
-    def step(
-        self, input_ids: torch.Tensor, state: ContextCache, attention_mask: torch.Tensor | None = None
-    ) -> Retrieved:
-        return self._replaced(self.retriever.step(input_ids, state, attention_mask))
-
-    def _replaced(self, found: Retrieved) -> Retrieved:
-        return found._replace(image_pool=self.vectors[found.image_ids])
-
-
-def shuffled(kb: ImageKnowledgeBase, seed: int) -> torch.Tensor:
-    """(N, E): for each picture the vector of a random one."""
-    vectors = torch.from_numpy(np.array(kb.vectors(), dtype=np.float32))
-    return vectors[torch.randperm(len(vectors), generator=torch.Generator().manual_seed(seed))]
 
 
 def swapped_red_and_blue(kb: ImageKnowledgeBase, pictures: Path, clip: Clip, batch_size: int = 256) -> torch.Tensor:

@@ -27,11 +27,9 @@ from valm.demo.clip_training import DRAWING_SIZE, IMAGE_SIZE, train_clip
 from valm.demo.corpus import all_texts, training_sentences
 from valm.demo.exhibits import collect_exhibits
 from valm.demo.questions import (
-    Replaced,
     accuracies,
     answers_by_color,
     hit_rates,
-    shuffled,
     swapped_red_and_blue,
 )
 from valm.demo.report import ROW_NAMES, check_can_report, write_report
@@ -39,6 +37,7 @@ from valm.demo.split import Split, find_memory_color, split_things
 from valm.demo.things import COLORS, Thing, drawing_tensor, load_things, random_views
 from valm.errors import ValmError
 from valm.evaluation.color import PROMPTS, ColorItem, evaluate_color
+from valm.evaluation.controls import RandomImages, Replaced
 from valm.files import writable_folder, write_json
 from valm.knowledge_base.build import build
 from valm.knowledge_base.encode import Encoding
@@ -192,7 +191,7 @@ def _run(
 
     with stage("evaluation"):
         found = retrievers["eot"]
-        random_pictures = Replaced(found, shuffled(kb, seed))
+        random_pictures = RandomImages(found, seed)
         swapped = Replaced(found, swapped_red_and_blue(kb, folder / "pictures", clip))
         answers = {}
         evaluated: list[tuple[str, VaLMForCausalLM, ImageRetriever | None]] = [

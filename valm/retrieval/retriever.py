@@ -221,6 +221,40 @@ class BlindRetriever:
         return Retrieved(pool, index[..., None], torch.full((len(pool),), -1, device=queries.device), scores[..., None])
 
 
+class NoImages:
+    """A retriever that finds nothing, so that a model which takes `k` images a token reads the text alone.
+
+    Used as a `Retriever` is, also by a blind model.
+    """
+
+    def __init__(self, k: int, dim: int):
+        self.k = k
+        self.dim = dim
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Retrieved:
+        """No image for any token (B, T)."""
+        shape = (*input_ids.shape, self.k)
+        return Retrieved(
+            torch.empty(0, self.dim, device=input_ids.device),
+            torch.full(shape, -1, device=input_ids.device),
+            torch.empty(0, dtype=torch.int64, device=input_ids.device),
+            torch.full(shape, -torch.inf, device=input_ids.device),
+        )
+
+    def start(self, batch: int) -> Any:
+        """The state of `batch` rows, which is empty."""
+        return _NoState()
+
+    def step(self, input_ids: Tensor, state: Any, attention_mask: Tensor | None = None) -> Retrieved:
+        """No image for the next tokens (B, T)."""
+        return self(input_ids, attention_mask)
+
+
+class _NoState:
+    def reorder(self, beam_idx: Tensor) -> None:
+        pass
+
+
 def _check_k(k: int, kb: ImageKnowledgeBase) -> None:
     most = min(len(kb), MAX_TOPK)
     if not 1 <= k <= most:

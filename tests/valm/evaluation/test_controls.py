@@ -1,0 +1,127 @@
+"""The controls exchange the images and nothing else."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.valm.models import random_ids, tiny_model
+from valm.errors import ValmError
+from valm.evaluation.controls import FixedImages, RandomImages, Replaced, images_in, switch_images
+from valm.retrieval.context import ContextEncoder
+from valm.retrieval.retriever import BlindRetriever, Retrieved, Retriever
+
+
+class FakeBase:
+    def __len__(self) -> int:
+        return 10
+
+    def gather(self, ids) -> np.ndarray:
+        return np.arange(40, dtype=np.float16).reshape(10, 4)[ids]
+
+
+class FakeRetriever:
+    k, dim, kb = 2, 4, FakeBase()
+
+    def __call__(self, input_ids, attention_mask=None) -> Retrieved:
+        pool = torch.zeros(2, 4)
+        return Retrieved(pool, torch.tensor([[[0, 1]]]), torch.tensor([3, 7]), torch.zeros(1, 1, 2))
+
+    def start(self, batch):
+        return [batch]
+
+    def step(self, input_ids, state, attention_mask=None) -> Retrieved:
+        state.append(input_ids)
+        return self(input_ids, attention_mask)
+
+
+def test_replaced_finds_the_same_and_returns_other_vectors():
+    vectors = torch.randn(10, 4)
+    replaced = Replaced(FakeRetriever(), vectors)
+    plain, other = FakeRetriever()(torch.zeros(1, 1)), replaced(torch.zeros(1, 1))
+    assert (replaced.k, replaced.dim) == (2, 4)
+    assert torch.equal(other.image_pool, vectors[[3, 7]])
+    assert torch.equal(other.image_index, plain.image_index) and torch.equal(other.image_ids, plain.image_ids)
+
+
+def test_replaced_serves_cached_generation():
+    vectors = torch.randn(10, 4)
+    replaced = Replaced(FakeRetriever(), vectors)
+    state, ids = replaced.start(1), torch.zeros(1, 1)
+    other = replaced.step(ids, state)
+    assert state == [1, ids]  # the retriever's own state, and it moved on
+    assert torch.equal(other.image_pool, vectors[[3, 7]])
+
+
+def test_random_images_are_a_permutation_by_seed():
+    every = torch.arange(10)
+    first, again, other = (RandomImages(FakeRetriever(), seed).vectors_of(every) for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert sorted(first[:, 0].tolist()) == [4.0 * i for i in range(10)]
+
+
+def test_fixed_images_are_the_same_for_every_token():
+    found = FixedImages(torch.randn(2, 4), 3)(torch.zeros(2, 5))
+    assert found.image_pool.shape == (2, 4)
+    assert found.image_index.shape == (2, 5, 3) and (found.image_index == torch.tensor([0, 1, 0])).all()
+
+
+@pytest.fixture
+def seeing(clip, make_kb):
+    """A model with a retriever, and ids that it reads."""
+    model = tiny_model(image_dim=clip.embed_dim, vocab_size=len(clip.tokenizer), bos_token_id=None)
+    model.set_retriever(Retriever(ContextEncoder(clip), make_kb(8), 3))
+    return model, random_ids(2, 6)
+
+
+def test_switched_off_the_model_reads_the_text_alone(seeing, clip):
+    model, ids = seeing
+    index = torch.full((2, 6, 3), -1)
+    alone = model(ids, image_pool=torch.empty(0, clip.embed_dim), image_index=index).logits
+    assert not torch.allclose(model(ids).logits, alone)
+    switch_images(model, "off")
+    torch.testing.assert_close(model(ids).logits, alone)
+    generated = model.generate(ids, max_new_tokens=2, num_beams=2)
+    assert generated.shape == (2, 8)
+
+
+def test_random_and_replaced_images_change_what_a_model_says(seeing, tmp_path):
+    model, ids = seeing
+    own = model.retriever
+    plain = model(ids).logits
+    switch_images(model, "random")
+    assert not torch.allclose(model(ids).logits, plain)
+    model.set_retriever(own)
+    Image.new("RGB", (32, 32), "green").save(tmp_path / "green.png")
+    switch_images(model, replace=tmp_path)
+    pool = images_in(tmp_path, own.encoder.clip)
+    expected = model(ids, image_pool=pool, image_index=torch.zeros(2, 6, 3, dtype=torch.int64)).logits
+    torch.testing.assert_close(model(ids).logits, expected)
+
+
+def test_a_blind_model_can_be_switched_off_only(clip):
+    model = tiny_model(
+        image_dim=clip.embed_dim, vocab_size=len(clip.tokenizer), bos_token_id=None, num_images=1, blind=True
+    )
+    model.set_retriever(BlindRetriever(ContextEncoder(clip)))
+    ids = random_ids(1, 5)
+    plain = model(ids).logits
+    with pytest.raises(ValmError, match="a blind model has no knowledge base"):
+        switch_images(model, "random")
+    switch_images(model, "off")
+    assert not torch.allclose(model(ids).logits, plain)
+
+
+def test_wrong_switches_are_named(tmp_path):
+    seeing, text_only = tiny_model(), tiny_model(num_images=0)
+    for model, retrieval, replace, message in [
+        (seeing, "none", None, "must be one of on, off, random, got 'none'"),
+        (seeing, "off", tmp_path, "exclude each other"),
+        (text_only, "random", None, "sees no images"),
+        (seeing, "on", None, "nothing says where they are"),
+    ]:
+        with pytest.raises(ValmError, match=message):
+            switch_images(model, retrieval, replace=replace)
+    (tmp_path / "a.png").write_bytes(b"no image")
+    with pytest.raises(ValmError, match=r"cannot read the image .*a\.png"):
+        images_in(tmp_path, None)

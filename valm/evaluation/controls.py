@@ -1,0 +1,140 @@
+"""Controls of an evaluation: other images, or none, in the place of those that a model's retriever finds."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from valm.clip import Clip
+from valm.errors import ValmError
+from valm.image_model import ImageModel
+from valm.knowledge_base.images import find_images, read_image
+from valm.retrieval.context import ContextCache
+from valm.retrieval.retriever import BlindRetriever, NoImages, Retrieved, Retriever
+
+RETRIEVAL = ("on", "off", "random")
+
+
+class _OtherVectors:
+    """A retriever that finds the same images and returns other vectors in their place."""
+
+    def __init__(self, retriever: Retriever):
+        self.retriever = retriever
+        self.k, self.dim = retriever.k, retriever.dim
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Retrieved:
+        return self._replaced(self.retriever(input_ids, attention_mask))
+
+    def start(self, batch: int) -> ContextCache:
+        return self.retriever.start(batch)
+
+    def step(self, input_ids: Tensor, state: ContextCache, attention_mask: Tensor | None = None) -> Retrieved:
+        return self._replaced(self.retriever.step(input_ids, state, attention_mask))
+
+    def _replaced(self, found: Retrieved) -> Retrieved:
+        return found._replace(image_pool=self.vectors_of(found.image_ids.cpu()).to(found.image_pool.device))
+
+    def vectors_of(self, ids: Tensor) -> Tensor:
+        """(n, E) float32: what stands in the place of the images `ids` (n,)."""
+        raise NotImplementedError
+
+
+class Replaced(_OtherVectors):
+    """vectors: (N, E), for each image of the knowledge base the vector that replaces its own."""
+
+    def __init__(self, retriever: Retriever, vectors: Tensor):
+        super().__init__(retriever)
+        self.vectors = vectors
+
+    def vectors_of(self, ids: Tensor) -> Tensor:
+        return self.vectors[ids]
+
+
+class RandomImages(_OtherVectors):
+    """Every image is replaced by a random one of the knowledge base, always the same one for a seed."""
+
+    def __init__(self, retriever: Retriever, seed: int):
+        super().__init__(retriever)
+        self.other = torch.randperm(len(retriever.kb), generator=torch.Generator().manual_seed(seed))  # (N,)
+
+    def vectors_of(self, ids: Tensor) -> Tensor:
+        return torch.from_numpy(self.retriever.kb.gather(self.other[ids].numpy())).float()
+
+
+class FixedImages(NoImages):
+    """A retriever that returns the same `k` images for every token: the first of `vectors` (n, E), repeated where
+    there are fewer."""
+
+    def __init__(self, vectors: Tensor, k: int):
+        super().__init__(k, vectors.shape[1])
+        self.vectors = vectors
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Retrieved:
+        shape = (*input_ids.shape, self.k)
+        count = min(self.k, len(self.vectors))
+        index = torch.arange(self.k, device=input_ids.device) % count  # (K,)
+        return Retrieved(
+            self.vectors[:count].to(input_ids.device),
+            index.expand(shape),
+            torch.full((count,), -1, device=input_ids.device),
+            torch.ones(shape, device=input_ids.device),
+        )
+
+
+def images_in(folder: str | os.PathLike, clip: Clip) -> Tensor:
+    """(n, E) float32: the images under `folder` in the order of their names, encoded.
+
+    Raises:
+        ValmError: there is no image, or one cannot be read.
+    """
+    images = []
+    for name in find_images(Path(folder)):
+        try:
+            images.append(read_image(Path(folder) / name))
+        except Exception as error:  # damaged bytes make a decoder raise anything
+            raise ValmError(f"cannot read the image {Path(folder) / name}: {error}") from error
+    return clip.encode_images(images)
+
+
+def switch_images(
+    model: ImageModel, retrieval: str = "on", *, replace: str | os.PathLike | None = None, seed: int = 0
+) -> None:
+    """Sets which images `model` sees from now on.
+
+    Args:
+        retrieval: "on" those that its retriever finds, "off" none, "random" random ones of its knowledge base.
+        replace: a folder of images which every token sees in the place of what is retrieved.
+        seed: of the random images.
+
+    Raises:
+        ValmError: a value there is not, or a model that has no such images.
+    """
+    if retrieval not in RETRIEVAL:
+        raise ValmError(f"retrieval must be one of {', '.join(RETRIEVAL)}, got {retrieval!r}")
+    if replace is not None and retrieval != "on":
+        raise ValmError(f"retrieval={retrieval} and images to replace it by exclude each other: give one of the two")
+    options = model.image_options
+    if options.num_images == 0:
+        if retrieval == "random" or replace is not None:
+            raise ValmError("this model sees no images (K = 0), so there are none to replace")
+        return
+    if retrieval == "off":
+        model.set_retriever(NoImages(options.num_images, options.image_dim))
+        return
+    retriever: Any = model.retriever
+    if retriever is None:
+        raise ValmError(
+            f"this model sees {options.num_images} images a token, but nothing says where they are: give a knowledge "
+            "base (kb), or switch its images off"
+        )
+    if retrieval == "random" or replace is not None:
+        if isinstance(retriever, BlindRetriever):
+            raise ValmError("a blind model has no knowledge base, so its images cannot be replaced: only switched off")
+        other: Any = RandomImages(retriever, seed)
+        if replace is not None:
+            other = FixedImages(images_in(replace, retriever.encoder.clip), options.num_images)
+        model.set_retriever(other)
