@@ -15,7 +15,7 @@ import sys
 # once, when torch is imported, so it stands before everything else.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from valm.cli import demo, encoder, evaluate, generate, kb, retrieve, train
+from valm.cli import demo, encoder, evaluate, generate, kb, lm_eval, retrieve, train
 from valm.errors import ValmError
 from valm.text import printable
 
@@ -65,6 +65,6 @@ def keep_freed_memory() -> None:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="valm", description="A language model that looks at pictures while it reads.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (demo, encoder, kb, retrieve, train, evaluate, generate):
+    for module in (demo, encoder, kb, retrieve, train, evaluate, lm_eval, generate):
         module.add_to(commands)
     return parser

@@ -103,7 +103,7 @@ def evaluate_color(
     asked = ask(
         model,
         tokenizer,
-        [[_fill(prompt, item, fair) for prompt in prompts] for item in items],
+        [[fill(prompt, item.item, item.descriptor, fair) for prompt in prompts] for item in items],
         right,
         COLORS if fair else tuple(dict.fromkeys(right)),
         fair=fair,
@@ -113,8 +113,8 @@ def evaluate_color(
     return ColorResult(protocol=protocol, prompts=tuple(prompts), items=tuple(items), **asked)
 
 
-def _fill(prompt: str, item: ColorItem, fair: bool) -> str:
-    descriptor = item.descriptor
+def fill(prompt: str, item: str, descriptor: str | None, fair: bool) -> str:
+    """The prompt about `item`. Where the data have no descriptor, the published prompts say [DESCRIPTOR]."""
     if descriptor is None:
         descriptor = "the" if fair else "[DESCRIPTOR]"
-    return " ".join(prompt.replace("[DESCRIPTOR]", descriptor).replace("[ITEM]", item.item).split())
+    return " ".join(prompt.replace("[DESCRIPTOR]", descriptor).replace("[ITEM]", item).split())

@@ -31,6 +31,11 @@ def read_csv(path: str | os.PathLike, columns: list[str]) -> list[dict[str, str]
     return [{name: value.strip() for name, value in row.items()} for row in rows]
 
 
+def read_rows(path: str | os.PathLike) -> list[list[str]]:
+    """The rows of a CSV file without a header. Raises ValmError for a file that cannot be read."""
+    return list(csv.reader(read_lines(path)))
+
+
 def read_json_lines(path: str | os.PathLike, keys: set[str]) -> list[dict[str, str]]:
     """One JSON object a line, each with at least these keys and texts as their values. Raises ValmError for others."""
     rows = []

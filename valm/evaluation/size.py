@@ -93,12 +93,7 @@ def evaluate_size(
         raise ValmError("there are no pairs to ask for")
     fair = protocol == "fair"
     prompts = PROMPTS if fair else PUBLISHED_PROMPTS
-    texts = [
-        prompt.replace("[ITEMA]", first).replace("[ITEMB]", second)
-        for bigger, smaller in pairs
-        for prompt in prompts
-        for first, second in ([(bigger, smaller), (smaller, bigger)] if fair else [(bigger, smaller)])
-    ]
+    texts = [text for bigger, smaller in pairs for text in fill(prompts, bigger, smaller, fair)]
     scores = answer_log_probs(model, tokenizer, texts, YES_NO, bos=fair, batch_size=batch_size, progress=progress)
     margin = (scores[:, 0] - scores[:, 1]).double().numpy().reshape(len(pairs), len(prompts), -1)
     yes = margin > 0  # (pairs, prompts, orders)
@@ -117,3 +112,11 @@ def evaluate_size(
         preferred=preferred,
         said_yes=float(yes.mean()),
     )
+
+
+def fill(prompts: Sequence[str], bigger: str, smaller: str, both_orders: bool) -> list[str]:
+    """Each prompt about two things; with `both_orders` each is followed by itself with the two exchanged."""
+    orders = [(bigger, smaller), (smaller, bigger)] if both_orders else [(bigger, smaller)]
+    return [
+        prompt.replace("[ITEMA]", first).replace("[ITEMB]", second) for prompt in prompts for first, second in orders
+    ]

@@ -17,6 +17,7 @@ def test_every_command_answers_help(capsys):
         ["retrieve"],
         ["train"],
         ["eval"],
+        ["lm-eval"],
         ["generate"],
     ):
         with pytest.raises(SystemExit) as stop:

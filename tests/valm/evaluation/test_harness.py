@@ -1,0 +1,213 @@
+"""Our class and tasks in lm-evaluation-harness, against the harness's own class."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import valm
+from tests.valm.evaluation.small_sets import write_sets
+from tests.valm.other_tokenizers import LINES, gpt2_like
+from tests.valm.tiny_clip import make_clip
+from valm.checkpoint import save_checkpoint
+from valm.cli import main
+from valm.errors import ValmError
+from valm.evaluation.questions import TASKS, harness_docs
+from valm.knowledge_base.build import build
+from valm.knowledge_base.sources.folder import FolderSource
+from valm.retrieval.context import ContextEncoder
+from valm.retrieval.retriever import Retriever
+
+pytest.importorskip("lm_eval", reason="needs the extra [harness]")
+
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from valm.evaluation.harness import TASKS as TASK_FILES
+from valm.evaluation.harness import ValmLM
+
+DATA = os.environ.get("VALM_EVAL_DATA")
+PROSE = Path(__file__).parents[2] / "fixtures" / "prose.txt"
+
+
+def knowledge_base(root: Path, clip: valm.Clip):
+    """One of eight plain pictures, with its CLIP beside it."""
+    (root / "pictures").mkdir(parents=True)
+    for number in range(8):
+        colour = (number * 30, 255 - number * 30, 90)
+        Image.new("RGB", (32, 32), colour).save(root / "pictures" / f"{number}.png")
+    clip.save(root / "clip")
+    return build(FolderSource(root / "pictures"), root / "kb", valm.Clip.load(root / "clip"), progress=False)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, clip):
+    """Folders: gpt2, the same as a VaLM without images, and as an augmented model with open images and a retriever."""
+    root = tmp_path_factory.mktemp("models")
+    tokenizer = gpt2_like([*LINES, PROSE.read_text(encoding="utf-8")])
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=2, n_head=4,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    gpt2 = GPT2LMHeadModel(config).eval()
+    for parameter in gpt2.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    gpt2.save_pretrained(root / "gpt2")
+    tokenizer.save_pretrained(root / "gpt2")
+    save_checkpoint(valm.VaLMForCausalLM.from_gpt2(gpt2, num_images=0, image_dim=16), tokenizer, root / "valm")
+    kb = knowledge_base(root, clip)
+    seeing = valm.augment(gpt2, kb.dim, 3, logit_bias=1.0)
+    seeing.set_retriever(Retriever(ContextEncoder(kb.load_clip(), tokenizer=tokenizer), kb, 3))
+    seeing.save_pretrained(root / "seeing")
+    tokenizer.save_pretrained(root / "seeing")
+    return root
+
+
+def instances(kind: str, arguments: list[tuple]) -> list[Instance]:
+    return [Instance(kind, {}, argument, 0) for argument in arguments]
+
+
+def lambada_requests(limit: int) -> list[tuple[str, str]]:
+    """As the harness's lambada_openai makes them."""
+    if not DATA:
+        pytest.skip("VALM_EVAL_DATA does not say where the evaluation sets are")
+    lines = (Path(DATA) / "eval" / "lambada" / "lambada_test.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line)["text"] for line in lines[:limit]]
+    return [(" ".join(text.split(" ")[:-1]), " " + text.split(" ")[-1]) for text in texts]
+
+
+@pytest.mark.parametrize("name, arguments", [("valm", {}), ("seeing", {"retrieval": "off"})])
+def test_scores_are_those_of_the_harness_own_class(models, name, arguments):
+    own = HFLM(pretrained=str(models / "gpt2"), device="cpu", batch_size=4, max_length=64)
+    # ours begins texts with bos, as it was trained
+    ours = ValmLM(str(models / name), batch_size=3, add_bos_token=False, **arguments)
+    assert ours.max_length == own.max_length == 64
+    prose = PROSE.read_text(encoding="utf-8")
+    assert len(own.tok_encode(prose)) > 3 * 64  # several windows
+    rolling = instances("loglikelihood_rolling", [(prose,), (prose[:100],)])
+    assert ours.loglikelihood_rolling(rolling) == pytest.approx(own.loglikelihood_rolling(rolling), rel=1e-4)
+    asked = instances("loglikelihood", [(prose[:60], prose[60:80]), ("", "The colour"), ("The colour of", " it")])
+    expected = own.loglikelihood(asked)
+    for (score, greedy), (other, also) in zip(ours.loglikelihood(asked), expected, strict=True):
+        assert math.isclose(score, other, rel_tol=1e-4, abs_tol=1e-4) and greedy == also
+
+
+def test_lambada_scores_are_those_of_the_harness_own_class(models):
+    asked = instances("loglikelihood", lambada_requests(20))
+    own = HFLM(pretrained=str(models / "gpt2"), device="cpu", batch_size=4, max_length=64)
+    expected = [score for score, _ in own.loglikelihood(asked)]
+    for name, arguments in (("valm", {}), ("seeing", {"retrieval": "off"})):
+        ours = ValmLM(str(models / name), batch_size=8, add_bos_token=False, **arguments)
+        assert [score for score, _ in ours.loglikelihood(asked)] == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+def test_no_batch_size_and_no_order_changes_a_score(models):
+    prose = PROSE.read_text(encoding="utf-8")
+    asked = [(prose[:length], prose[length : length + 9]) for length in (10, 25, 40, 60, 33)]
+    one = ValmLM(str(models / "seeing"), batch_size=1).loglikelihood(instances("loglikelihood", asked))
+    many = ValmLM(str(models / "seeing"), batch_size=5).loglikelihood(instances("loglikelihood", asked[::-1]))
+    assert [score for score, _ in one] == pytest.approx([score for score, _ in many[::-1]], rel=1e-4)
+    off = ValmLM(str(models / "seeing"), retrieval="off").loglikelihood(instances("loglikelihood", asked))
+    assert [score for score, _ in off] != pytest.approx([score for score, _ in one], rel=1e-3)
+
+
+def test_rolling_text_has_one_bos(models):
+    model = ValmLM(str(models / "valm"), batch_size=1)
+    seen = []
+    forward = model.model.forward
+    model.model.forward = lambda ids, **arguments: seen.append(ids) or forward(ids, **arguments)
+    model.loglikelihood_rolling(instances("loglikelihood_rolling", [("The colour of",)]))
+    assert (seen[0] == model.tokenizer.bos_token_id).sum() == 1
+    assert model.add_bos_token is None
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Sets of a few rows, all in the layout of the real ones."""
+    root = tmp_path_factory.mktemp("data")
+    write_sets(root)
+    return root
+
+
+def test_every_task_file_runs(models, data):
+    names = sorted(file.stem for file in TASK_FILES.glob("*.yaml") if not file.stem.startswith("_"))
+    expected = {task.name for task in TASKS.values()} - {"lambada"}  # the harness has its own
+    expected |= {
+        f"{task.name}_published" for task in TASKS.values() if "published" in task.protocols and task.group != "lm"
+    }
+    assert set(names) == expected
+    manager = TaskManager(include_path=str(TASK_FILES), include_defaults=False, metadata={"data": str(data)})
+    tasks = [f"valm_{name}" for name in names]
+    model = ValmLM(str(models / "valm"), batch_size=8)
+    results = simple_evaluate(model=model, tasks=tasks, task_manager=manager, bootstrap_iters=0)["results"]
+    assert set(results) == set(tasks)
+    assert all(0 <= results[name]["acc,none"] <= 1 for name in tasks if "wikitext" not in name)
+    assert results["valm_wikitext103"]["word_perplexity,none"] > 1
+
+
+class ConstantYes(ValmLM):
+    """Finds "yes" likelier than anything else."""
+
+    def loglikelihood(self, requests, disable_tqdm=False):
+        return [(0.0 if request.args[1] == " yes" else -1.0, False) for request in requests]
+
+
+def test_constant_yes_is_perfect_as_published_and_half_right_in_the_fair_protocol(models, data):
+    manager = TaskManager(include_path=str(TASK_FILES), include_defaults=False, metadata={"data": str(data)})
+    tasks = ["valm_relative_size", "valm_relative_size_published", "valm_vicomte_size"]
+    model = ConstantYes(str(models / "valm"))
+    results = simple_evaluate(model=model, tasks=tasks, task_manager=manager, bootstrap_iters=0)["results"]
+    assert [results[name]["acc,none"] for name in tasks] == [0.5, 1.0, 0.5]
+
+
+@pytest.mark.slow  # the harness reads the files of all its own tasks first
+def test_the_command_hands_over_to_the_harness(models, data, tmp_path, capsys):
+    arguments = [
+        "lm-eval",
+        "run",
+        "--model",
+        "valm",
+        "--model_args",
+        f"pretrained={models / 'seeing'},retrieval=random",
+    ]
+    arguments += ["--metadata", f"data={data}", "--output_path", str(tmp_path), "--batch_size", "4", "--tasks"]
+    assert main([*arguments, "valm_memory_color"]) == 0
+    assert "valm_memory_color" in capsys.readouterr().out
+    (written,) = tmp_path.rglob("results*.json")
+    assert json.loads(written.read_text())["n-samples"]["valm_memory_color"]["effective"] == 4 * 9
+    assert main([*arguments, "valm_memory"]) == 1
+    assert "valm: error: Tasks not found: valm_memory" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "name, arguments, message",
+    [
+        ("none", {}, "there is no checkpoint folder"),
+        ("valm", {"retrieval": "random"}, "sees no images"),
+        ("valm", {"kb": "kb"}, "sees no images"),
+        ("seeing", {"retrieval": "other"}, "must be one of on, off, random"),
+    ],
+)
+def test_wrong_arguments_are_named(models, name, arguments, message):
+    with pytest.raises(ValmError, match=message):
+        ValmLM(str(models / name), **arguments)
+
+
+def test_missing_data_say_where_they_are(models, tmp_path, monkeypatch):
+    monkeypatch.delenv("VALM_EVAL_DATA", raising=False)
+    with pytest.raises(ValmError, match=r"MemoryColor is not here .* get it from https://"):
+        harness_docs("memory_color", "fair", data=str(tmp_path))
+
+
+def test_a_knowledge_base_of_another_clip_is_refused(models, tmp_path, tokenizer):
+    kb = knowledge_base(tmp_path, make_clip(tokenizer, seed=1, layers=2))
+    with pytest.raises(ValmError, match=r"was built with the CLIP tiny .* not with tiny"):
+        ValmLM(str(models / "seeing"), kb=str(kb.path), clip=str(models / "clip"))

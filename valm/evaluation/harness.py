@@ -1,0 +1,104 @@
+"""VaLM in lm-evaluation-harness: `valm lm-eval run --model valm --model_args pretrained=FOLDER,kb=FOLDER --tasks ...`
+
+One class over the harness's own Hugging Face class, which does the batching, caching, chat templates and logging, and
+the tasks of the paper in `valm/evaluation/tasks/`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from valm.errors import ValmError
+
+try:
+    from lm_eval._cli import HarnessCLI
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.utils import setup_logging
+except ImportError as error:
+    raise ImportError(f"lm-evaluation-harness is needed for this: pip install 'valm[harness]' ({error})") from error
+
+from valm.checkpoint import load
+from valm.evaluation.controls import switch_images
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+TASKS = Path(__file__).parent / "tasks"
+# The commands of the harness that look for tasks.
+WITH_TASKS = ("run", "ls", "validate")
+
+
+@register_model("valm")
+class ValmLM(HFLM):
+    """A VaLM or an augmented decoder; a blind model and one without images (K = 0) too.
+
+    Args:
+        pretrained: the folder, as for `valm.load`; so are base, kb, clip and allow_download.
+        retrieval: "on", "off" (the text alone) or "random" (random images of the knowledge base).
+        replace: a folder of images that every token sees in the place of what is retrieved.
+        image_seed: of the random images.
+        device: as for `valm.load`; by default a GPU where torch has one.
+        arguments: those of the harness's Hugging Face class for a model that is loaded already: batch_size,
+            max_length, add_bos_token, ...
+
+    Raises:
+        ValmError: the model cannot be loaded, or has no such images.
+    """
+
+    add_bos_token: bool | None
+
+    def __init__(
+        self,
+        pretrained: str,
+        *,
+        base: str | None = None,
+        kb: str | None = None,
+        clip: str | None = None,
+        allow_download: bool = False,
+        retrieval: str = "on",
+        replace: str | None = None,
+        image_seed: int = 0,
+        device: str | None = None,
+        **arguments: Any,
+    ):
+        # the harness's command line says cuda:0 by default, wherever it runs
+        if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        found: dict[str, Any] = {"base": base, "kb": kb, "clip": clip, "allow_download": allow_download}
+        model, tokenizer = load(pretrained, device=device, **found)
+        switch_images(model, retrieval, replace=replace, seed=image_seed)
+        super().__init__(pretrained=model, tokenizer=tokenizer, **arguments)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """The base's; the text does not begin with bos, which the first window begins with in any case."""
+        add_bos_token, self.add_bos_token = self.add_bos_token, False
+        try:
+            return super().loglikelihood_rolling(requests, disable_tqdm)
+        finally:
+            self.add_bos_token = add_bos_token
+
+
+def run(arguments: list[str]) -> None:
+    """The harness's own command line, with model "valm" and the tasks in TASKS.
+
+    Raises:
+        ValmError: there is no task of a name, or what the model's arguments say cannot be.
+    """
+    if arguments and arguments[0] in WITH_TASKS and "--include_path" not in arguments:
+        arguments = [arguments[0], *arguments[1:], "--include_path", str(TASKS)]
+    setup_logging()
+    before, sys.argv = sys.argv, ["valm lm-eval", *arguments]
+    try:
+        cli = HarnessCLI()
+        cli.execute(cli.parse_args())
+    except ValueError as error:
+        if "Tasks not found" not in str(error):
+            raise
+        raise ValmError(f"{error}; `valm lm-eval ls tasks` lists them") from error
+    finally:
+        sys.argv = before
