@@ -27,7 +27,6 @@ from typing import Annotated, Any, Literal, NamedTuple, TypedDict, cast, overloa
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from valm.corpus.parts import (
@@ -42,6 +41,7 @@ from valm.corpus.parts import (
 from valm.errors import ValmError
 from valm.files import check_all_regular, read_json, write_json
 from valm.knowledge_base.store import ImageKnowledgeBase
+from valm.progress import progress_bar
 from valm.retrieval.faiss_index import FaissIndex
 from valm.retrieval.retriever import Retriever
 from valm.shards.build import DELETE, Run, ShardedBuild, ShardFiles, run_here
@@ -188,7 +188,7 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
 
     def verify(self, *, progress: bool = True) -> list[str]:
         """Reads every file and returns the names of those whose content is not what was written."""
-        files = tqdm(list(files_of(self.manifest)), desc="verify", unit=" files", disable=not progress)
+        files = progress_bar(list(files_of(self.manifest)), desc="verify", unit=" files", shown=progress)
         return [entry["name"] for entry in files if file_entry(self.path / entry["name"]) != entry]
 
     def verify_once(self) -> None:

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
-from tqdm import tqdm
 
 from valm.errors import ValmError
+from valm.progress import progress_bar
 
 COLORS = ("white", "yellow", "green", "red", "grey", "brown", "black", "blue", "purple", "pink", "orange")
 
@@ -104,7 +104,7 @@ def load_things(*, progress: bool = True) -> list[Thing]:
         if name is not None:
             sources.setdefault(name, path)
     things = []
-    for name, path in tqdm(sorted(sources.items()), desc="drawings", unit="thing", disable=not progress, leave=False):
+    for name, path in progress_bar(sorted(sources.items()), desc="drawings", unit="thing", shown=progress, leave=False):
         svg = resvg.svg_to_bytes(svg_path=str(path), width=RENDER_SIZE, height=RENDER_SIZE)
         drawing = Image.open(io.BytesIO(bytes(svg))).convert("RGBA")
         things.append(Thing(name, label_color(drawing), drawing))

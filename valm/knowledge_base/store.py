@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from valm.clip import Clip
 from valm.errors import ValmError
@@ -32,6 +31,7 @@ from valm.knowledge_base.format import (
     check_kinds,
     read_skipped,
 )
+from valm.progress import progress_bar
 from valm.shards.manifest import MANIFEST_FILE, file_entry, files_of, open_array, open_manifest
 from valm.text import one_line
 from valm_kernels import ip_scores
@@ -178,7 +178,7 @@ class ImageKnowledgeBase:
 
     def verify(self, *, progress: bool = True) -> list[str]:
         """Reads every file and returns the names of those whose content is not what was written."""
-        files = tqdm(list(files_of(self.manifest)), desc="verify", unit=" files", disable=not progress)
+        files = progress_bar(list(files_of(self.manifest)), desc="verify", unit=" files", shown=progress)
         return [entry["name"] for entry in files if file_entry(self.path / entry["name"]) != entry]
 
     def encoded_shard(self, number: int) -> EncodedShard:

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from valm.errors import ValmError
 from valm.files import atomic_path, write_json
 from valm.knowledge_base.store import ImageKnowledgeBase
+from valm.progress import progress_bar
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.faiss_index import (
     EXACT_BELOW,
@@ -99,7 +99,7 @@ def build_index(
     except RuntimeError as error:
         raise ValmError(f"faiss makes no index of {kb.dim} dimensions from the factory string {factory!r}") from error
     trained_on = _train(index, kb, seed, progress)
-    with tqdm(total=len(kb), desc="add", unit=" pictures", unit_scale=True, disable=not progress) as bar:
+    with progress_bar(total=len(kb), desc="add", unit=" pictures", unit_scale=True, shown=progress) as bar:
         for start in range(0, len(kb), ADD_ROWS):
             rows = np.arange(start, min(start + ADD_ROWS, len(kb)))
             index.add(kb.gather(rows).astype(np.float32))
@@ -246,7 +246,7 @@ def _train_cells(ivf: Any, sample: np.ndarray, progress: bool) -> None:
     assigner = faiss.IndexFlatL2(ivf.d)
     if faiss.get_num_gpus() > 0:
         assigner = faiss.index_cpu_to_all_gpus(assigner)
-    for _ in tqdm(range(ITERATIONS), desc=f"train {ivf.nlist:,} cells", unit=" rounds", disable=not progress):
+    for _ in progress_bar(range(ITERATIONS), desc=f"train {ivf.nlist:,} cells", unit=" rounds", shown=progress):
         clustering.train(sample, assigner)
     centroids = faiss.vector_to_array(clustering.centroids).reshape(ivf.nlist, ivf.d)
     ivf.quantizer.train(centroids)
@@ -256,7 +256,7 @@ def _train_cells(ivf: Any, sample: np.ndarray, progress: bool) -> None:
 def _exact(kb: ImageKnowledgeBase, queries: Tensor, k: int, progress: bool) -> Tensor:
     """The true k nearest (Q, K), shard by shard."""
     results, offsets, start = [], [], 0
-    with tqdm(total=len(kb), desc="search exactly", unit=" pictures", unit_scale=True, disable=not progress) as bar:
+    with progress_bar(total=len(kb), desc="search exactly", unit=" pictures", unit_scale=True, shown=progress) as bar:
         for vectors in kb.shards():
             results.append(ip_topk(queries, vectors, min(k, len(vectors))))
             offsets.append(start)

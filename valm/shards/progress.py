@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from tqdm import tqdm
+from valm.progress import progress_bar
 
 
 class Progress(Protocol):
@@ -24,7 +24,7 @@ class ProgressBar:
     def __init__(self, description: str, unit: str, shards: int | None, shown: bool):
         self.shards = shards
         self._begun = self._expected = self._skipped = 0
-        self._bar = tqdm(desc=description, unit=unit, unit_scale=True, disable=not shown)
+        self._bar = progress_bar(desc=description, unit=unit, unit_scale=True, shown=shown)
 
     def __enter__(self) -> ProgressBar:
         return self
