@@ -1,9 +1,34 @@
-"""Kernels of a visually-augmented language model: fused image attention and exact top-K inner product."""
+"""Kernels of a visually-augmented language model: fused image attention and exact top-K inner product.
 
-from valm_kernels.build_info import show_config
-from valm_kernels.topk import MAX_TOPK, FlatIPIndex, NumpyTopK, TopK, ip_scores, ip_topk, merge_topk
+The names are imported when first used, so that what needs files or the version only does not wait for torch. Using one
+of an operation registers it: a saved `torch.export` program needs `import valm_kernels.visual_fusion` or `.topk` first.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from valm_kernels.version import __version__
-from valm_kernels.visual_fusion import MAX_IMAGES, attention_weights, visual_fusion_attn
+
+if TYPE_CHECKING:
+    from valm_kernels.build_info import show_config
+    from valm_kernels.topk import MAX_TOPK, FlatIPIndex, NumpyTopK, TopK, ip_scores, ip_topk, merge_topk
+    from valm_kernels.visual_fusion import MAX_IMAGES, attention_weights, visual_fusion_attn
+
+_MODULES = {
+    "MAX_IMAGES": "valm_kernels.visual_fusion",
+    "MAX_TOPK": "valm_kernels.topk",
+    "FlatIPIndex": "valm_kernels.topk",
+    "NumpyTopK": "valm_kernels.topk",
+    "TopK": "valm_kernels.topk",
+    "attention_weights": "valm_kernels.visual_fusion",
+    "ip_scores": "valm_kernels.topk",
+    "ip_topk": "valm_kernels.topk",
+    "merge_topk": "valm_kernels.topk",
+    "show_config": "valm_kernels.build_info",
+    "visual_fusion_attn": "valm_kernels.visual_fusion",
+}
 
 __all__ = [
     "MAX_IMAGES",
@@ -19,3 +44,9 @@ __all__ = [
     "show_config",
     "visual_fusion_attn",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'valm_kernels' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)

@@ -33,7 +33,7 @@ from valm.corpus.retrieved import CorpusRetrieval
 from valm.errors import ValmError
 from valm.knowledge_base.captions import read_captions
 from valm.knowledge_base.sources.webdataset import tar_records
-from valm.retrieval.faiss_index import index_parameters
+from valm.retrieval.index_parameters import index_parameters
 from valm.shards.build import ShardedBuild
 from valm_kernels import FlatIPIndex
 

@@ -1,6 +1,6 @@
 import pytest
 
-from valm.text import printable
+from valm.text import decoded, encoding_of, printable
 
 
 @pytest.mark.parametrize(
@@ -17,3 +17,14 @@ from valm.text import printable
 def test_nothing_steers_the_terminal(text, shown):
     assert printable(text) == shown
     printable(text).encode("utf-8")
+
+
+def test_an_encoding_is_seen_across_chunks():
+    content = "a café, 一只狗".encode()
+    assert encoding_of([content[i : i + 1] for i in range(len(content))]) == "utf-8-sig"
+    assert encoding_of([content[:-1]]) == encoding_of([b"caf\xe9"]) == "latin-1"
+    assert encoding_of([]) == "utf-8-sig"
+
+
+def test_a_damaged_text_is_decoded():
+    assert decoded("ab".encode("utf-16")[:-1]) == "a\ufffd"

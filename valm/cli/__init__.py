@@ -18,6 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 from valm.cli import demo, encoder, evaluate, generate, kb, lm_eval, retrieve, train
 from valm.errors import ValmError
 from valm.text import printable
+from valm_kernels import __version__
 
 OUT_OF_MEMORY = "there is not enough memory for this; use smaller batches or a machine with more"
 
@@ -26,9 +27,15 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (by default the process's own). Returns the exit status: 0, or 1 after one sentence
     on stderr that says what was wrong with the input."""
     arguments = build_parser().parse_args(argv)
+    if arguments.quiet:
+        os.environ["TQDM_DISABLE"] = "1"
     keep_freed_memory()
     try:
         arguments.run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read the output has enough, as `| head` does. At exit Python would flush into the closed pipe again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValmError, ImportError, OSError) as error:
         print(f"valm: error: {printable(str(error))}", file=sys.stderr)
         return 1
@@ -64,6 +71,7 @@ def keep_freed_memory() -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="valm", description="A language model that looks at pictures while it reads.")
+    parser.add_argument("--version", action="version", version=f"valm {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for module in (demo, encoder, kb, retrieve, train, evaluate, lm_eval, generate):
         module.add_to(commands)

@@ -1,9 +1,14 @@
-"""valm kb build, info, verify, index, merge, search."""
+"""valm kb build, add, info, verify, index, merge, dedupe, search."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
+import sys
 from collections.abc import Callable
+from dataclasses import asdict
+from datetime import datetime
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,6 +17,7 @@ from valm.cli.options import (
     Commands,
     add_clip,
     add_device,
+    add_json,
     add_ray,
     chosen_device,
     chosen_run,
@@ -24,10 +30,13 @@ from valm.errors import ValmError
 from valm.text import printable
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from valm.knowledge_base.sources import Source
     from valm.knowledge_base.store import ImageKnowledgeBase
 
 SKIPPED_SHOWN = 10
+CAPTION_SHOWN = 100  # characters
 COLUMNS = ("image_column", "caption_column")
 
 
@@ -44,7 +53,10 @@ class Format(NamedTuple):
 def open_folder(source: Path, **options: Any) -> Source:
     from valm.knowledge_base.sources.folder import FolderSource
 
-    return FolderSource(source, **options)
+    opened = FolderSource(source, **options)
+    for remark in opened.remarks:
+        print(printable(remark), file=sys.stderr)
+    return opened
 
 
 def open_webdataset(source: Path) -> Source:
@@ -73,7 +85,7 @@ def open_table(source: Path, **options: Any) -> Source:
 
 
 FORMATS = {
-    "pictures": Format(open_folder, ("captions",)),
+    "pictures": Format(open_folder, ("captions", "follow_links")),
     "webdataset": Format(open_webdataset),
     "huggingface": Format(open_huggingface, ("config", "split", "streaming", *COLUMNS)),
     "embeddings": Format(open_embeddings),
@@ -85,41 +97,27 @@ def add_to(commands: Commands) -> None:
     kb = commands.add_parser("kb", help="build, inspect and search an image knowledge base")
     kb_commands = kb.add_subparsers(required=True, metavar="COMMAND")
     build = command(kb_commands, "build", run_build, "encode pictures into a knowledge base")
-    build.add_argument(
-        "source",
-        type=Path,
-        help="folder of the pictures, tar file or folder of them, table, or name of a Hugging Face dataset",
-    )
-    build.add_argument(
-        "--format",
-        choices=list(FORMATS),
-        default="pictures",
-        help="pictures with captions beside them or in a captions table; tar files as img2dataset writes them; a "
-        "Hugging Face dataset; embeddings that --clip has made, in clip-retrieval's layout; a table (CSV or TSV) of "
-        "image paths, relative to it, and captions",
-    )
+    add_source(build)
     build.add_argument("--clip", required=True, help="CLIP folder, hf-hub:ORGANISATION/MODEL or ARCHITECTURE:WEIGHTS")
     build.add_argument("--out", type=Path, required=True, help="folder of the knowledge base; a killed build goes on")
-    build.add_argument("--captions", type=Path, help="table of captions, where it is not beside the pictures")
-    build.add_argument("--config", help="of a Hugging Face dataset that has several")
-    build.add_argument("--split", help="of a Hugging Face dataset (default: train)")
-    build.add_argument("--image-column", help="of a Hugging Face dataset (default: image) or a table")
-    build.add_argument("--caption-column", help="of a dataset or table (default: the first of the usual names)")
-    build.add_argument(
-        "--streaming", action="store_true", default=None, help="read a Hugging Face dataset as it is downloaded"
-    )
-    build.add_argument("--batch-size", type=positive, default=64)
-    build.add_argument(
-        "--thumbnails", type=not_negative, default=64, help="longer side of the pictures kept; 0 keeps none"
-    )
     add_device(build)
     add_ray(build)
+    more = command(kb_commands, "add", run_add, "encode more pictures, and join them to a knowledge base in a new one")
+    add_kb(more)
+    add_source(more)
+    add_clip(more)
+    more.add_argument(
+        "--out", type=Path, required=True, help="folder of the joined knowledge base; a killed run goes on"
+    )
+    add_device(more)
+    add_ray(more)
     info = command(kb_commands, "info", run_info, "what a knowledge base holds")
-    info.add_argument("kb", type=Path)
+    add_kb(info)
+    add_json(info)
     verify = command(kb_commands, "verify", run_verify, "read a whole knowledge base and compare its checksums")
-    verify.add_argument("kb", type=Path)
+    add_kb(verify)
     index = command(kb_commands, "index", run_index, "choose how a knowledge base is searched, and index a large one")
-    index.add_argument("kb", type=Path)
+    add_kb(index)
     index.add_argument(
         "--target-recall",
         type=share,
@@ -135,13 +133,57 @@ def add_to(commands: Commands) -> None:
     merge = command(kb_commands, "merge", run_merge, "join knowledge bases of one CLIP")
     merge.add_argument("parts", type=Path, nargs="+", metavar="KB")
     merge.add_argument("--out", type=Path, required=True, help="folder of the joined knowledge base")
-    search = command(kb_commands, "search", run_search, "the pictures nearest to a text")
-    search.add_argument("kb", type=Path)
-    search.add_argument("text")
+    dedupe = command(kb_commands, "dedupe", run_dedupe, "copy a knowledge base without the pictures it holds twice")
+    add_kb(dedupe)
+    dedupe.add_argument("--out", type=Path, required=True, help="folder of the copy; a killed run goes on")
+    search = command(kb_commands, "search", run_search, "the pictures nearest to a text or a picture")
+    add_kb(search)
+    search.add_argument("text", nargs="?", help="what is searched for")
+    search.add_argument("--image", type=Path, help="search for pictures like this one, instead of a text")
     add_clip(search)
     add_device(search)
     search.add_argument("-k", type=positive, default=8, help="how many pictures")
     search.add_argument("--sheet", type=Path, help="also draw what was found into this picture file")
+    add_json(search)
+
+
+def add_kb(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("kb", type=Path, help="folder of the knowledge base")
+
+
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """Where pictures come from, and what is done to each."""
+    parser.add_argument(
+        "source",
+        type=Path,
+        help="folder of the pictures, tar file or folder of them, table, or name of a Hugging Face dataset",
+    )
+    parser.add_argument(
+        "--format",
+        choices=list(FORMATS),
+        default="pictures",
+        help="pictures with captions beside them or in a captions table; tar files as img2dataset writes them; a "
+        "Hugging Face dataset; embeddings that --clip has made, in clip-retrieval's layout; a table (CSV or TSV) of "
+        "image paths, relative to it, and captions",
+    )
+    parser.add_argument("--captions", type=Path, help="table of captions, where it is not beside the pictures")
+    parser.add_argument(
+        "--follow-links", action="store_true", default=None, help="also look into linked folders of pictures"
+    )
+    parser.add_argument("--config", help="of a Hugging Face dataset that has several")
+    parser.add_argument("--split", help="of a Hugging Face dataset (default: train)")
+    parser.add_argument("--image-column", help="of a Hugging Face dataset (default: image) or a table")
+    parser.add_argument("--caption-column", help="of a dataset or table (default: the first of the usual names)")
+    parser.add_argument(
+        "--streaming", action="store_true", default=None, help="read a Hugging Face dataset as it is downloaded"
+    )
+    parser.add_argument("--batch-size", type=positive, default=64, help="pictures that CLIP encodes at once")
+    parser.add_argument(
+        "--thumbnails",
+        type=not_negative,
+        default=64,
+        help="longer side, in pixels, of the small pictures stored; 0 for none",
+    )
 
 
 def run_build(arguments: argparse.Namespace) -> None:
@@ -152,7 +194,22 @@ def run_build(arguments: argparse.Namespace) -> None:
     source = open_source(arguments)
     clip = Clip.load(arguments.clip, device=chosen_device(arguments))
     encoding = Encoding(batch_size=arguments.batch_size, thumbnails=arguments.thumbnails)
-    print_kb(build(source, arguments.out, clip, encoding, run=chosen_run(arguments)))
+    print_built(build(source, arguments.out, clip, encoding, run=chosen_run(arguments)))
+
+
+def run_add(arguments: argparse.Namespace) -> None:
+    from valm.knowledge_base.build import build
+    from valm.knowledge_base.encode import Encoding
+    from valm.knowledge_base.merge import merge
+    from valm.knowledge_base.store import ImageKnowledgeBase
+
+    source, kb = open_source(arguments), ImageKnowledgeBase.open(arguments.kb)
+    clip = kb.load_clip(arguments.clip, allow_download=arguments.allow_download).to(chosen_device(arguments))
+    encoding = Encoding(batch_size=arguments.batch_size, thumbnails=arguments.thumbnails)
+    added = arguments.out.with_name(arguments.out.name + ".added")
+    build(source, added, clip, encoding, run=chosen_run(arguments))
+    print_built(merge([kb.path, added], arguments.out))
+    shutil.rmtree(added)
 
 
 def open_source(arguments: argparse.Namespace) -> Source:
@@ -169,7 +226,11 @@ def open_source(arguments: argparse.Namespace) -> Source:
 def run_info(arguments: argparse.Namespace) -> None:
     from valm.knowledge_base.store import ImageKnowledgeBase
 
-    print_kb(ImageKnowledgeBase.open(arguments.kb))
+    kb = ImageKnowledgeBase.open(arguments.kb)
+    if arguments.json:
+        print(json.dumps(kb_facts(kb), ensure_ascii=False, indent=2))
+    else:
+        print_kb(kb)
 
 
 def run_verify(arguments: argparse.Namespace) -> None:
@@ -223,15 +284,60 @@ def run_merge(arguments: argparse.Namespace) -> None:
     print_kb(merge(arguments.parts, arguments.out))
 
 
-def print_kb(kb: ImageKnowledgeBase) -> None:
-    from valm.retrieval.faiss_index import index_parameters
+def run_dedupe(arguments: argparse.Namespace) -> None:
+    from valm.knowledge_base.dedupe import dedupe
+    from valm.knowledge_base.store import ImageKnowledgeBase
 
-    clip = kb.manifest["clip"]
-    print(f"{kb.path}: {len(kb):,} pictures, {kb.dim} dimensions, {kb.manifest['dtype']}")
-    print(f"encoded by the CLIP {printable(clip['name'])}, weights {printable(clip['weights_hash'][:12])}")
+    print_kb(dedupe(ImageKnowledgeBase.open(arguments.kb), arguments.out))
+
+
+def print_built(kb: ImageKnowledgeBase) -> None:
+    """`print_kb`, and a warning of pictures that are there twice."""
+    from valm.knowledge_base.dedupe import duplicates
+
+    print_kb(kb)
+    twice = len(duplicates(kb))
+    if twice:
+        print(
+            f"{twice:,} pictures look to CLIP exactly as an earlier one, and would crowd out others: "
+            f"`valm kb dedupe {kb.path} --out ...` copies the rest",
+            file=sys.stderr,
+        )
+
+
+def kb_facts(kb: ImageKnowledgeBase) -> dict[str, Any]:
+    """What `kb info` says, as JSON."""
+    from valm.retrieval.index_parameters import index_parameters
+    from valm.shards.manifest import MANIFEST_FILE, files_of
+
+    files = list(files_of(kb.manifest))
     index = index_parameters(kb)
-    print("searched exactly" if index is None else f"searched through the index {printable(index.summary())}")
-    skipped = kb.manifest["skipped"]
+    return {
+        "path": str(kb.path),
+        "images": len(kb),
+        "captions": kb.captioned(),
+        "thumbnails": any(file["name"].startswith("thumbnails-") for file in files),
+        "skipped": kb.manifest["skipped"],
+        "dimensions": kb.dim,
+        "dtype": kb.manifest["dtype"],
+        "bytes": sum(file["bytes"] for file in files) + (0 if index is None else index.file["bytes"]),
+        "source": kb.manifest["plan"].get("source"),
+        "written": datetime.fromtimestamp((kb.path / MANIFEST_FILE).stat().st_mtime).isoformat(" ", "minutes"),
+        "clip": kb.manifest["clip"],
+        "index": None if index is None else index.summary(),
+    }
+
+
+def print_kb(kb: ImageKnowledgeBase) -> None:
+    facts = kb_facts(kb)
+    clip, skipped = facts["clip"], facts["skipped"]
+    thumbnails = "thumbnails" if facts["thumbnails"] else "no thumbnails"
+    print(f"{kb.path}: {len(kb):,} pictures, {facts['captions']:,} with captions, {thumbnails}")
+    print(f"{kb.dim} dimensions, {facts['dtype']}, {facts['bytes'] / 1e6:,.1f} MB")
+    print(f"made of: {printable(str(facts['source']))}, written {facts['written']}")
+    print(f"encoded by the CLIP {printable(clip['name'])}, weights {printable(clip['weights_hash'][:12])}")
+    index = facts["index"]
+    print("searched exactly" if index is None else f"searched through the index {printable(index)}")
     if skipped:
         print(f"{skipped:,} pictures or captions could not be read:")
         for picture in islice(kb.skipped(), SKIPPED_SHOWN):
@@ -246,15 +352,38 @@ def run_search(arguments: argparse.Namespace) -> None:
     from valm.retrieval.context import ContextEncoder
     from valm.retrieval.retriever import Retriever
 
+    if (arguments.text is None) == (arguments.image is None):
+        raise ValmError("give either a text or --image")
     kb = ImageKnowledgeBase.open(arguments.kb)
+    query = arguments.text if arguments.image is None else open_image(arguments.image)
     clip = kb.load_clip(arguments.clip, allow_download=arguments.allow_download).to(chosen_device(arguments))
     retriever = Retriever(ContextEncoder(clip), kb, k=1)
-    results = retriever.search(arguments.text, arguments.k)
-    for score, item in results:
-        caption = item.caption.splitlines()[0] if item.caption else ""
-        print(f"{score:7.4f}  {printable(item.uri)}  {printable(caption)}")
+    results = retriever.search(query, arguments.k)
+    if arguments.json:
+        print(json.dumps([{"score": score, **asdict(item)} for score, item in results], ensure_ascii=False, indent=2))
+    else:
+        for score, item in results:
+            caption = item.caption.splitlines()[0] if item.caption else ""
+            print(f"{score:7.4f}  {printable(item.uri)}  {printable(shortened(caption))}")
     if arguments.sheet is not None:
         try:
-            contact_sheet(kb, results, arguments.text).save(arguments.sheet)
+            contact_sheet(kb, results, arguments.text or str(arguments.image)).save(arguments.sheet)
         except ValueError as error:  # a file name whose ending Pillow does not know
             raise ValmError(f"cannot write the picture {arguments.sheet}: {error}") from error
+
+
+def open_image(path: Path) -> Image.Image:
+    """The picture in a file. Raises ValmError where it is none."""
+    from valm.files import check_regular
+    from valm.knowledge_base.images import read_image
+
+    check_regular(path)
+    try:
+        return read_image(path)
+    except Exception as error:  # damaged bytes make a decoder raise anything
+        raise ValmError(f"cannot read the picture {path}: {error}") from error
+
+
+def shortened(caption: str) -> str:
+    """The caption within CAPTION_SHOWN characters."""
+    return caption if len(caption) <= CAPTION_SHOWN else f"{caption[: CAPTION_SHOWN - 1]}…"

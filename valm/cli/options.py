@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from valm.model import VaLMForCausalLM
     from valm.shards.build import Run
 
+# NumPy's generators take no seed below 0, and its older one none above.
+MAX_SEED = 1 << 32
+
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
@@ -23,9 +26,19 @@ def command(
     group: Commands, name: str, run: Callable[[argparse.Namespace], None], help: str
 ) -> argparse.ArgumentParser:
     """Declares the command `name` of `group`, which `run` carries out."""
-    added = group.add_parser(name, help=help, description=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    added = group.add_parser(name, help=help, description=help, formatter_class=HelpFormatter)
     added.set_defaults(run=run)
+    added.add_argument("--quiet", action="store_true", help="show no progress")
     return added
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default of each option that has one and does not say it itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False or "(default: " in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
 
 
 def positive(text: str) -> int:
@@ -39,6 +52,13 @@ def not_negative(text: str) -> int:
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
+
+
+def seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < MAX_SEED:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to {MAX_SEED - 1}")
     return value
 
 
@@ -104,6 +124,10 @@ def chosen_device(arguments: argparse.Namespace) -> torch.device:
     if on_ray and device.type != "cpu" and not has_gpu:
         raise ValmError(f"--device {name} with --ray: a task has no GPU; give --gpus 1")
     return device
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
 
 
 def add_ray(parser: argparse.ArgumentParser) -> None:

@@ -24,6 +24,7 @@ from valm.errors import ValmError
 from valm.evaluation.scoring import Accuracy
 from valm.knowledge_base.encode import Encoding, encode_records
 from valm.knowledge_base.format import Skipped
+from valm.knowledge_base.images import find_images
 from valm.knowledge_base.sources.folder import folder_records
 from valm.shards.progress import ProgressBar
 
@@ -133,7 +134,7 @@ def check_encoder(
     """
     check_templates(templates)
     folder = Path(folder)
-    records = folder_records(folder, Path(captions) if captions is not None else None)
+    records = folder_records(folder, find_images(folder).images, Path(captions) if captions is not None else None)
     pictures = [record.uri for record in records if record.source is not None]
     captioned = any(record.caption for record in records)
     classes = {picture.partition("/")[0] if "/" in picture else None for picture in pictures}

@@ -5,13 +5,16 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 from valm.errors import ValmError
 from valm.files import cannot_read, check_regular, is_passing
-from valm.text import one_line
+from valm.text import decoded, encoding_of, one_line
 
 CAPTION_SUFFIXES = (".txt", ".json")
+# As they are beside an image: a camera or an old program writes IMAGE.TXT beside IMAGE.JPG.
+SUFFIXES_BESIDE = (".txt", ".TXT", ".json", ".JSON")
 CAPTION_TABLES = ("captions.csv", "captions.txt", "captions.json")
 # Usual names of the columns of a table. The first that it has is read.
 IMAGE_COLUMNS = ("image", "file", "filename", "file_name", "path", "uri")
@@ -19,6 +22,8 @@ CAPTION_COLUMNS = ("caption", "captions", "text", "sentences", "description")
 
 # A larger file beside an image is no caption.
 MAX_CAPTION_BYTES = 1 << 20
+# Bytes of a table that are read at once to see its encoding.
+ENCODING_CHUNK = 1 << 20
 
 
 def read_captions(folder: Path, images: list[str], table: Path | None = None) -> tuple[dict[str, str], dict[str, str]]:
@@ -49,7 +54,7 @@ def read_captions(folder: Path, images: list[str], table: Path | None = None) ->
     for image in images:
         path = folder / image
         caption = ""
-        for file in map(path.with_suffix, CAPTION_SUFFIXES):
+        for file in map(path.with_suffix, SUFFIXES_BESIDE):
             try:
                 caption = caption or (_read_caption_beside(file) if file not in tables else "")
             except ValmError:
@@ -64,10 +69,11 @@ def read_captions(folder: Path, images: list[str], table: Path | None = None) ->
 
 def parse_caption(content: bytes, suffix: str) -> str:
     """The caption in a `.txt` file, or as `caption` in a `.json` one (img2dataset writes null there for none), without
-    blank lines. Raises ValueError for damaged JSON, and for more than MAX_CAPTION_BYTES."""
+    blank lines. The encoding may be any that `valm.text.encoding_of` knows. Raises ValueError for damaged JSON, and for
+    more than MAX_CAPTION_BYTES."""
     if len(content) > MAX_CAPTION_BYTES:
         raise ValueError(f"a caption file of more than {MAX_CAPTION_BYTES:,} bytes, which is skipped")
-    text = content.decode("utf-8", errors="replace")
+    text = decoded(content)
     if suffix == ".json":
         try:
             value = json.loads(text)
@@ -95,7 +101,9 @@ def read_rows(
     """
     check_regular(table)
     try:
-        with open(table, encoding="utf-8-sig", newline="") as file:
+        with open(table, "rb") as opened:
+            encoding = encoding_of(iter(partial(opened.read, ENCODING_CHUNK), b""))
+        with open(table, encoding=encoding, newline="") as file:
             header = file.readline()
             file.seek(0)
             reader = csv.DictReader(file, delimiter="\t" if "\t" in header else ",")
@@ -117,7 +125,7 @@ def read_rows(
 
 def _read_json_table(table: Path) -> dict[str, list[str]]:
     try:
-        value = json.loads(table.read_text(encoding="utf-8"))
+        value = json.loads(decoded(table.read_bytes()))
     except (OSError, ValueError, RecursionError) as error:
         raise ValmError(f"cannot read the caption table {table}: {error}") from error
     if not isinstance(value, dict):
@@ -142,4 +150,4 @@ def _read_caption_beside(file: Path) -> str:
         if is_passing(error):
             raise cannot_read(file, error.strerror) from error
         return ""
-    return parse_caption(content, file.suffix)
+    return parse_caption(content, file.suffix.lower())

@@ -14,18 +14,20 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from valm.clip import Clip
 from valm.errors import ValmError
 from valm.files import read_json, write_json
 from valm.shards.build import DELETE, ShardedBuild, ShardFiles
 from valm.shards.manifest import Manifest, ShardRecord, kinds_of
 from valm_kernels.json_files import Count, PathText, Range, SchemaError, check
+
+if TYPE_CHECKING:
+    from valm.clip import Clip
 
 WHAT = "knowledge base"
 VERSION = 2

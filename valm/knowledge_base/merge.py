@@ -32,16 +32,22 @@ def merge(parts: Sequence[str | os.PathLike], out: str | os.PathLike, *, progres
                 f"{opened[0].path} was built with the CLIP {first['name']} (weights {first['weights_hash'][:12]}) but "
                 f"{kb.path} with {other['name']} ({other['weights_hash'][:12]}); merge only those of one CLIP"
             )
-    source = first["source"]
-    if source is not None and (opened[0].path / source).is_dir():
-        source = Path(os.path.relpath(opened[0].path / source, out)).as_posix()
     build = ShardedBuild(Path(out), WHAT, {"source": "merge", "parts": [kb.fingerprint for kb in opened]})
     if not build.finished:
         shards = [(kb, number) for kb in opened for number in range(len(kb.manifest["shards"]))]
         with ProgressBar("merge", " pictures", len(shards) - len(build.done()), progress) as bar:
             build.write(partial(_copy_shard, out=build.out), shards, run_here, bar)
-        finish_knowledge_base(build, {**first, "source": source}, opened[0].dim)
+        finish_knowledge_base(build, moved_clip(opened[0], out), opened[0].dim)
     return ImageKnowledgeBase.open(out)
+
+
+def moved_clip(kb: ImageKnowledgeBase, out: str | os.PathLike) -> dict[str, str | None]:
+    """What `kb` says of its CLIP, for the manifest of a knowledge base in `out`: a folder is named from there."""
+    clip = kb.manifest["clip"]
+    source = clip["source"]
+    if source is not None and (kb.path / source).is_dir():
+        source = Path(os.path.relpath(kb.path / source, out)).as_posix()
+    return {**clip, "source": source}
 
 
 def _copy_shard(number: int, shard: tuple[ImageKnowledgeBase, int], progress: Progress, *, out: Path) -> None:

@@ -8,15 +8,14 @@ import os
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
-from torch import Tensor
 
-from valm.clip import Clip
 from valm.errors import ValmError
 from valm.files import is_passing
 from valm.knowledge_base.format import (
@@ -34,7 +33,11 @@ from valm.knowledge_base.format import (
 from valm.progress import progress_bar
 from valm.shards.manifest import MANIFEST_FILE, file_entry, files_of, open_array, open_manifest
 from valm.text import one_line
-from valm_kernels import ip_scores
+
+if TYPE_CHECKING:  # so that looking into a knowledge base does not wait for torch
+    from torch import Tensor
+
+    from valm.clip import Clip
 
 # Shards kept mapped at once; a process may have 65,530 maps on Linux.
 OPEN_SHARDS = 1 << 14
@@ -100,6 +103,8 @@ class ImageKnowledgeBase:
     def scores(self, queries: Tensor, query_ids: np.ndarray, ids: np.ndarray) -> np.ndarray:
         """Exact scores (n,) float32 of queries[query_ids[i]] and picture ids[i] (`ip_scores`), for queries (Q, E) and
         ids (n,) int64. Raises IndexError for an id that is none."""
+        from valm_kernels import ip_scores
+
         out = np.empty(len(ids), np.float32)
         for places, vectors, rows in self._by_shard(ids):
             out[places] = ip_scores(queries, vectors, query_ids[places], rows).numpy()
@@ -137,6 +142,11 @@ class ImageKnowledgeBase:
             file = self._file(shard, "thumbnails")
             raise ValmError(f"{file} is damaged, row {row} is no JPEG; build the knowledge base again") from error
 
+    def captioned(self) -> int:
+        """How many images have a caption. Reads all captions."""
+        tables = (self._table(shard, "items") for shard in range(len(self._shards)))
+        return sum(pc.sum(pc.not_equal(table["caption"], "")).as_py() for table in tables if table is not None)
+
     def skipped(self) -> Iterator[Skipped]:
         """`uri` and `reason` of every picture, caption file and archive of the source that could not be read."""
         for shard in self.manifest["shards"]:
@@ -159,6 +169,8 @@ class ImageKnowledgeBase:
             knowledge base who says so, and of whom this is a word of trust.
         Raises ValmError where it is not there or is another one.
         """
+        from valm.clip import Clip
+
         if source is None:
             noted = self.manifest["clip"]["source"]
             if noted is None:

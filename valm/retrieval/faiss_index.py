@@ -7,10 +7,9 @@ whatever was found. `valm.retrieval.index_tuning` makes the index and measures i
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, TypedDict
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,69 +17,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from valm.errors import ValmError
-from valm.files import read_json
 from valm.knowledge_base.store import ImageKnowledgeBase
+from valm.retrieval.index_parameters import (
+    INDEX_FILE,
+    PARAMETERS_FILE,
+    IndexParameters,
+    index_parameters,
+    remedy,
+)
 from valm.shards.manifest import file_entry
 from valm_kernels import FlatIPIndex, TopK
-from valm_kernels.json_files import Count, Matching, Range, Sha256, own_file
-
-INDEX_FILE = "index.faiss"
-PARAMETERS_FILE = "index.json"
+from valm_kernels.json_files import own_file
 
 # Pictures from which on an index is worth its making: `choose_factory` of valm.retrieval.index_tuning.
 EXACT_BELOW = 50_000
 # Distances between queries and centroids that are in memory at once.
 CELL_DISTANCES = 1 << 24
-
-
-class IndexFile(TypedDict):
-    """Name, size and SHA-256 of the index."""
-
-    name: str
-    bytes: Count
-    sha256: Sha256
-
-
-@dataclass(frozen=True)
-class IndexParameters:
-    """How a knowledge base is indexed, and how well that works: what index.json says.
-
-    factory: faiss's description of the index. trained_on: vectors of the sample it was trained on. search: faiss's
-    search parameters, such as "nprobe=32" (cells of an inverted file that are looked into) or "efSearch=64" (of an HNSW
-    graph). candidates: how many, for each of the K asked for, are compared exactly. recall: share of the true `k`
-    nearest that were found, on `queries` queries that were not tuned on; target: what had to be reached; asked: what
-    the queries are. knowledge_base: fingerprint of what is indexed. file: name, size and SHA-256 of the index.
-    """
-
-    knowledge_base: str
-    factory: str
-    trained_on: Count
-    search: Annotated[str, Matching("|(nprobe|efSearch)=[1-9][0-9]{0,9}", "such as nprobe=32")]
-    candidates: Annotated[int, Range(1, 1 << 16)]
-    k: Annotated[int, Range(1, 1 << 16)]
-    recall: Annotated[float, Range(0, 1)]
-    target: Annotated[float, Range(0, 1)]
-    queries: Count
-    asked: str
-    file: IndexFile
-
-    def summary(self) -> str:
-        """One line for people."""
-        settings = ", ".join(filter(None, [self.factory, self.search, f"{self.candidates} candidates a picture"]))
-        size = f"{self.file['bytes'] / 1e6:,.0f} MB"
-        return f"{settings}, {size}; recall@{self.k} {self.recall:.3f} on {self.queries:,} {self.asked}"
-
-
-def index_parameters(kb: ImageKnowledgeBase) -> IndexParameters | None:
-    """What is written of the index of `kb`, None where it has none. Raises ValmError where that is damaged or stale."""
-    path = kb.path / PARAMETERS_FILE
-    if not path.exists():
-        return None
-    values = read_json(path, "the index parameters", IndexParameters, _remedy(kb))
-    parameters = IndexParameters(**{field.name: values[field.name] for field in fields(IndexParameters)})
-    if parameters.knowledge_base != kb.fingerprint:
-        raise ValmError(f"the index in {kb.path} is of another state of the knowledge base; {_remedy(kb)}")
-    return parameters
 
 
 def open_index(kb: ImageKnowledgeBase, device: torch.device | str = "cpu") -> FlatIPIndex | FaissIndex:
@@ -145,19 +97,19 @@ class FaissIndex:
         try:
             found = own_file(path).st_size
         except FileNotFoundError:
-            raise ValmError(f"{path} is damaged: it is missing; {_remedy(kb)}") from None
+            raise ValmError(f"{path} is damaged: it is missing; {remedy(kb)}") from None
         except OSError as error:
-            raise ValmError(f"cannot read {path}: {error.strerror}; {_remedy(kb)}") from error
+            raise ValmError(f"cannot read {path}: {error.strerror}; {remedy(kb)}") from error
         except ValueError as error:
-            raise ValmError(f"{error}; {_remedy(kb)}") from error
+            raise ValmError(f"{error}; {remedy(kb)}") from error
         if found != parameters.file["bytes"]:
             raise ValmError(
-                f"{path} is damaged: it has {found} bytes instead of {parameters.file['bytes']}; {_remedy(kb)}"
+                f"{path} is damaged: it has {found} bytes instead of {parameters.file['bytes']}; {remedy(kb)}"
             )
         try:
             return cls(kb, read_index(path), parameters)
         except RuntimeError as error:
-            raise ValmError(f"cannot read {path}; {_remedy(kb)}") from error
+            raise ValmError(f"cannot read {path}; {remedy(kb)}") from error
 
     def __reduce__(self) -> tuple[Any, ...]:
         return FaissIndex.open, (self.kb,)
@@ -245,10 +197,6 @@ def import_faiss() -> ModuleType:
     except ImportError as error:
         raise ImportError("an approximate index needs faiss: install valm[faiss], or valm[gpu]") from error
     return faiss
-
-
-def _remedy(kb: ImageKnowledgeBase) -> str:
-    return f"make it anew with `valm kb index {kb.path}`, or delete {PARAMETERS_FILE} to search exactly"
 
 
 def _rerank(kb: ImageKnowledgeBase, queries: Tensor, found: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -19,16 +19,8 @@ from valm.files import atomic_path, write_json
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.progress import progress_bar
 from valm.retrieval.context import ContextEncoder
-from valm.retrieval.faiss_index import (
-    EXACT_BELOW,
-    INDEX_FILE,
-    PARAMETERS_FILE,
-    FaissIndex,
-    IndexParameters,
-    import_faiss,
-    read_index,
-    stages,
-)
+from valm.retrieval.faiss_index import EXACT_BELOW, FaissIndex, import_faiss, read_index, stages
+from valm.retrieval.index_parameters import INDEX_FILE, PARAMETERS_FILE, IndexParameters
 from valm.shards.manifest import file_entry
 from valm.tokenizer import padded
 from valm_kernels import ip_topk, merge_topk

@@ -15,7 +15,7 @@ from valm.errors import ValmError
 from valm.files import read_json, write_json
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.context import ContextEncoder
-from valm.retrieval.faiss_index import index_parameters
+from valm.retrieval.index_parameters import index_parameters
 from valm.retrieval.retriever import BlindRetriever, Retriever
 from valm_kernels.json_files import PathText
 

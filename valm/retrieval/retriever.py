@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from valm.errors import ValmError
@@ -162,15 +163,20 @@ class Retriever:
         scores[asked], ids[asked] = self.index.search(queries[asked], self.k)
         return ids, scores
 
-    def search(self, text: str, k: int) -> list[tuple[float, Item]]:
-        """The `k` pictures nearest to CLIP's own feature of `text`, with their scores, best first.
+    def search(self, query: str | Image.Image, k: int) -> list[tuple[float, Item]]:
+        """The `k` images nearest to CLIP's own feature of a text or of an image, with their scores, best first.
 
         Fewer where the knowledge base has no more, or its index finds no more. Raises ValmError for a `k` that cannot
         be searched.
         """
         k = min(k, len(self.kb))
         _check_k(k, self.kb)
-        scores, ids = self.index.search(self.encoder.clip.encode_texts([text]), k)
+        clip = self.encoder.clip
+        if isinstance(query, str):
+            features = clip.encode_texts([query])
+        else:
+            features = clip.encode_images(clip.transform(query)[None])
+        scores, ids = self.index.search(features, k)
         hits = zip(scores[0].tolist(), ids[0].tolist(), strict=True)
         return [(score, self.kb.item(id)) for score, id in hits if id >= 0]
 

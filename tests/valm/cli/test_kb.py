@@ -1,4 +1,8 @@
+import json
+import os
 import shutil
+import subprocess
+import sys
 import tarfile
 
 import datasets
@@ -14,8 +18,23 @@ from valm.tokenizer import clip_tokenizer, prune_tokenizer
 def test_kb_info_names_size_and_encoder(world, capsys):
     assert run("kb", "info", world / "kb") == 0
     out = capsys.readouterr().out
-    assert "6 pictures, 16 dimensions" in out
+    assert "6 pictures, 6 with captions, thumbnails" in out
+    assert "16 dimensions" in out and "made of: folder, written 20" in out
     assert "the CLIP tiny" in out
+
+
+def test_kb_info_as_json(world, capsys):
+    assert run("kb", "info", world / "kb", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    files = [file for file in (world / "kb").iterdir() if file.name != "manifest.json"]
+    assert facts["images"] == facts["captions"] == 6 and facts["thumbnails"] and facts["skipped"] == 0
+    assert facts["bytes"] == sum(file.stat().st_size for file in files)
+
+
+def test_kb_info_does_not_wait_for_torch(world):
+    code = "import sys; from valm.cli import main; main(['kb', 'info', sys.argv[1]]); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, world / "kb"], capture_output=True, text=True, check=True)
+    assert "6 pictures" in done.stdout and done.stdout.endswith("False\n")
 
 
 def test_kb_search_lists_the_nearest_pictures(world, capsys):
@@ -24,6 +43,24 @@ def test_kb_search_lists_the_nearest_pictures(world, capsys):
     scores = [float(line.split()[0]) for line in lines]
     assert len(lines) == 3 and scores == sorted(scores, reverse=True)
     assert all(line.split()[1].removesuffix(".png") in THINGS for line in lines)
+
+
+def test_kb_search_finds_by_a_picture(world, capsys):
+    assert run("kb", "search", world / "kb", "--image", world / "pictures" / "sea.png", "-k", 2, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found[0]["uri"] == "sea.png" and len(found) == 2
+    assert found[0]["score"] == pytest.approx(1, abs=1e-3) and found[0]["caption"] == "a sea"
+
+
+def test_kb_search_shortens_captions(world, tmp_path, capsys):
+    shutil.copytree(world / "pictures", tmp_path / "pictures")
+    for name in THINGS:
+        (tmp_path / "pictures" / f"{name}.txt").write_text("long " * 100)
+    assert run("kb", "build", tmp_path / "pictures", "--clip", world / "clip", "--out", tmp_path / "kb") == 0
+    capsys.readouterr()
+    assert run("kb", "search", tmp_path / "kb", "long") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(THINGS) and all(len(line) < 130 and line.endswith("…") for line in lines)
 
 
 def test_kb_search_draws_a_contact_sheet(world, tmp_path, capsys):
@@ -119,6 +156,21 @@ def test_a_corrupt_picture_is_named_and_left_out(world, tmp_path, capsys):
     assert "5 pictures" in out and "sea.png" in out
 
 
+def test_what_kb_build_passes_over_is_said(world, tmp_path, capsys):
+    shutil.copytree(world / "pictures", tmp_path / "pictures")
+    (tmp_path / "pictures" / "drawing.svg").touch()
+    (tmp_path / "pictures" / "sea.txt").unlink()
+    (tmp_path / "pictures" / "more").symlink_to(world / "pictures")
+    build = ["kb", "build", tmp_path / "pictures", "--clip", world / "clip"]
+    assert run(*build, "--out", tmp_path / "kb") == 0
+    out, err = capsys.readouterr()
+    assert "6 pictures, 5 with captions" in out
+    for remark in ("files ignored: 1 .svg", "1 of 6 pictures have no caption", "1 linked folders not followed"):
+        assert remark in err
+    assert run(*build, "--out", tmp_path / "all", "--follow-links") == 0
+    assert "12 pictures" in capsys.readouterr().out
+
+
 def test_of_many_corrupt_pictures_some_are_named(world, tmp_path, capsys):
     shutil.copytree(world / "pictures", tmp_path / "pictures")
     for number in range(12):
@@ -127,6 +179,30 @@ def test_of_many_corrupt_pictures_some_are_named(world, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "12 pictures or captions could not be read" in out and "09.png" in out and "10.png" not in out
     assert f"and 2 more, in {tmp_path / 'kb'}/skipped-*.json" in out
+
+
+def test_kb_add_joins_more_pictures(world, tmp_path, capsys):
+    (tmp_path / "more").mkdir()
+    Image.new("RGB", (40, 40), "orange").save(tmp_path / "more" / "orange.png")
+    add = ["kb", "add", world / "kb", tmp_path / "more", "--out", tmp_path / "kb"]
+    assert run(*add) == 0
+    assert "7 pictures" in capsys.readouterr().out
+    kb = ImageKnowledgeBase.open(tmp_path / "kb")
+    assert kb.item(6).uri == "orange.png" and kb.verify(progress=False) == []
+    assert sorted(os.listdir(tmp_path)) == ["kb", "more"]
+
+
+def test_pictures_that_are_there_twice(world, tmp_path, capsys):
+    shutil.copytree(world / "pictures", tmp_path / "pictures")
+    shutil.copy(tmp_path / "pictures" / "sea.png", tmp_path / "pictures" / "zebra.png")
+    assert run("kb", "build", tmp_path / "pictures", "--clip", world / "clip", "--out", tmp_path / "kb") == 0
+    assert "1 pictures look to CLIP exactly as an earlier one" in capsys.readouterr().err
+    assert run("kb", "dedupe", tmp_path / "kb", "--out", tmp_path / "once") == 0
+    assert "6 pictures" in capsys.readouterr().out
+    once, all_of_them = ImageKnowledgeBase.open(tmp_path / "once"), ImageKnowledgeBase.open(tmp_path / "kb")
+    assert [once.item(id).uri for id in range(6)] == sorted(f"{name}.png" for name in THINGS)
+    assert (once.vectors() == all_of_them.vectors()[:6]).all() and once.verify(progress=False) == []
+    assert run("kb", "search", tmp_path / "once", "sea") == 0  # its CLIP is found from there
 
 
 def wrong_inputs():
@@ -151,6 +227,12 @@ def wrong_inputs():
             ["kb", "search", "{world}/kb", "x", "--sheet", "{tmp}/sheet.abc"],
             "cannot write the picture {tmp}/sheet.abc: unknown file extension",
         ),
+        "text and picture": (["kb", "search", "{world}/kb", "x", "--image", "y"], "give either a text or --image"),
+        "picture that is none": (
+            ["kb", "search", "{world}/kb", "--image", "{world}/colors.csv"],
+            "cannot read the picture {world}/colors.csv: not a picture in one of the formats",
+        ),
+        "no such picture": (["kb", "search", "{world}/kb", "--image", "{tmp}/no.png"], "cannot read {tmp}/no.png"),
         "no such CLIP": ([*kb_build[:4], "{tmp}/none", *kb_build[5:]], "no CLIP at '{tmp}/none'"),
         "output holds something else": ([*kb_build[:-1], "{world}/clip"], "is not empty"),
         "no such knowledge base": (["kb", "info", "{tmp}/none"], "no knowledge base at {tmp}/none"),

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from tests.valm.cli.commands import run
+from valm import __version__
 from valm.cli import main
 
 
@@ -60,3 +62,26 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10)
     assert done.returncode == 0, done.stderr
     faults = float(done.stdout)
     assert faults < 0.1 * 50_000_000 / os.sysconf("SC_PAGE_SIZE")
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out == f"valm {__version__}\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a closed pipe is a signal or an error by system")
+def test_a_closed_pipe_is_no_error(world):
+    command = f"{sys.executable} -m valm kb search {world / 'kb'} sea; echo $? >&2"
+    done = subprocess.run(f"({command}) | true", shell=True, capture_output=True, text=True)
+    assert done.stderr == "0\n"
+
+
+def test_quiet_shows_no_progress(world, tmp_path, monkeypatch, capfd):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    build = ["kb", "build", world / "pictures", "--clip", world / "clip", "--out"]
+    assert run(*build, tmp_path / "kb") == 0
+    assert "encode" in capfd.readouterr().err
+    assert run(*build, tmp_path / "quiet", "--quiet") == 0
+    monkeypatch.delenv("TQDM_DISABLE")
+    assert capfd.readouterr().err == ""

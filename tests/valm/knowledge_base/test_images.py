@@ -14,7 +14,7 @@ from valm.knowledge_base.images import IMAGE_SUFFIXES, find_images, read_image, 
 
 def test_pictures_are_found_in_order(tmp_path):
     touch(tmp_path, "b.JPG", "a/z.png", "a/.hidden.png", ".git/x.png", "notes.txt", "c.webp")
-    assert find_images(tmp_path) == ["a/z.png", "b.JPG", "c.webp"]
+    assert find_images(tmp_path).images == ["a/z.png", "b.JPG", "c.webp"]
 
 
 def test_missing_and_empty_folders(tmp_path):
@@ -25,6 +25,41 @@ def test_missing_and_empty_folders(tmp_path):
         find_images(tmp_path / "notes.txt")
     with pytest.raises(ValmError, match=r"no pictures in .*looked for files ending in .*\.png"):
         find_images(tmp_path)
+
+
+def test_what_is_passed_over_is_counted(tmp_path):
+    touch(tmp_path / "pictures", "a.png", "x.svg", "b/y.svg", "README", ".hidden")
+    touch(tmp_path / "other", "c.png", "deep/d.png")
+    (tmp_path / "pictures" / "link").symlink_to(tmp_path / "other")
+    found = find_images(tmp_path / "pictures")
+    assert (found.images, found.ignored, found.links) == (["a.png"], {".svg": 2, "": 1}, 1)
+
+
+def test_links_are_followed_once(tmp_path):
+    touch(tmp_path / "pictures", "a.png", "b/c.png")
+    touch(tmp_path / "other", "d.png", "deep/e.png")
+    links = {"1": tmp_path / "other" / "deep", "2": tmp_path, "3": tmp_path / "pictures" / "b"}
+    for name, target in links.items():
+        (tmp_path / "pictures" / name).symlink_to(target)
+    (tmp_path / "other" / "back").symlink_to(tmp_path / "pictures")
+    found = find_images(tmp_path / "pictures", follow_links=True)
+    assert found.images == ["1/e.png", "2/other/d.png", "3/c.png", "a.png"] and found.links == 0
+
+
+@pytest.mark.parametrize(("name", "white"), [("x.png", 65535), ("x.tif", 65535), ("f.tif", 1.0), ("g.tif", 255.0)])
+def test_grey_of_more_than_8_bits_is_scaled(tmp_path, name, white):
+    levels = np.array([[0, 0.25], [0.5, 1]]) * white
+    Image.fromarray(levels.astype(np.uint16 if white == 65535 else np.float32)).save(tmp_path / name)
+    read = np.asarray(read_image(tmp_path / name))
+    assert read.shape == (2, 2, 3)
+    assert np.abs(read[..., 0] - np.array([[0, 0.25], [0.5, 1]]) * 255).max() <= 0.5
+
+
+@pytest.mark.parametrize("value", [-0.5, 300.0, np.nan])
+def test_grey_of_no_known_range_is_refused(tmp_path, value):
+    Image.fromarray(np.array([[0.5, value]], np.float32)).save(tmp_path / "x.tif")
+    with pytest.raises(ValueError, match="of no known range"):
+        read_image(tmp_path / "x.tif")
 
 
 def test_transparent_pixels_become_white(tmp_path):

@@ -12,7 +12,8 @@ from tests.valm.retrieval.indexed import K, make_indexed, make_kb_of_directions,
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.context import ContextEncoder
-from valm.retrieval.faiss_index import FaissIndex, index_parameters, open_index, remove_index, verify_index
+from valm.retrieval.faiss_index import FaissIndex, open_index, remove_index, verify_index
+from valm.retrieval.index_parameters import index_parameters
 from valm.retrieval.index_tuning import build_index
 from valm.retrieval.retriever import Retriever
 from valm_kernels import FlatIPIndex

@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from valm.knowledge_base.captions import read_captions
+from valm.knowledge_base.captions import CAPTION_SUFFIXES, read_captions
 from valm.knowledge_base.encode import Record, encode_records
 from valm.knowledge_base.fingerprint import fingerprint_records
-from valm.knowledge_base.images import find_images
+from valm.knowledge_base.images import FolderContent, find_images
 from valm.knowledge_base.sources import SourceShard
 
 
@@ -20,18 +20,27 @@ class FolderSource:
 
     Args:
         captions: a table of captions; without it they are looked for as `read_captions` says.
+        follow_links: also look into linked folders.
         shard_size: images in a shard. A killed build encodes at most one shard again.
 
-    Damaged images and caption files are skipped and listed (`ImageKnowledgeBase.skipped`).
+    `remarks` says what was passed over. Damaged images and caption files are skipped and listed
+    (`ImageKnowledgeBase.skipped`).
     Raises ValmError for a folder that is missing, has no images or cannot be read, and for a damaged table.
     """
 
     precomputed = False
 
     def __init__(
-        self, folder: str | os.PathLike, *, captions: str | os.PathLike | None = None, shard_size: int = 16384
+        self,
+        folder: str | os.PathLike,
+        *,
+        captions: str | os.PathLike | None = None,
+        follow_links: bool = False,
+        shard_size: int = 16384,
     ):
-        self.records = folder_records(Path(folder), None if captions is None else Path(captions))
+        content = find_images(Path(folder), follow_links)
+        self.records = folder_records(Path(folder), content.images, None if captions is None else Path(captions))
+        self.remarks = _remarks(content, sum(not record.caption for record in self.records[: len(content.images)]))
         self.shard_size = shard_size
 
     @property
@@ -50,11 +59,23 @@ class FolderSource:
             yield partial(encode_records, self.records[start : start + self.shard_size])
 
 
-def folder_records(folder: Path, captions: Path | None = None) -> list[Record]:
-    """Every image under `folder`, with its caption (see `read_captions`); after them, without an image, the damaged
-    caption files. Raises ValmError as `find_images` and `read_captions` do."""
-    images = find_images(folder)
+def folder_records(folder: Path, images: list[str], captions: Path | None = None) -> list[Record]:
+    """`images` of `folder`, each with its caption (see `read_captions`); after them, without an image, the damaged
+    caption files. Raises ValmError as `read_captions` does."""
     caption_of, damaged = read_captions(folder, images, captions)
     where = folder.absolute()  # another machine has another working directory
     records = [Record(image, caption_of.get(image, ""), where / image) for image in images]
     return records + [Record(file, "", None, reason=reason) for file, reason in damaged.items()]
+
+
+def _remarks(content: FolderContent, without_caption: int) -> list[str]:
+    ignored = {suffix: count for suffix, count in content.ignored.items() if suffix not in (*CAPTION_SUFFIXES, ".csv")}
+    remarks = []
+    if ignored:
+        kinds = ", ".join(f"{count:,} {suffix or 'without a suffix'}" for suffix, count in sorted(ignored.items()))
+        remarks.append(f"files ignored: {kinds}")
+    if without_caption:
+        remarks.append(f"{without_caption:,} of {len(content.images):,} pictures have no caption")
+    if content.links:
+        remarks.append(f"{content.links:,} linked folders not followed (--follow-links)")
+    return remarks

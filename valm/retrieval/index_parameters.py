@@ -1,0 +1,69 @@
+"""What is written of the faiss index of a knowledge base, beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Annotated, TypedDict
+
+from valm.errors import ValmError
+from valm.files import read_json
+from valm.knowledge_base.store import ImageKnowledgeBase
+from valm_kernels.json_files import Count, Matching, Range, Sha256
+
+INDEX_FILE = "index.faiss"
+PARAMETERS_FILE = "index.json"
+
+
+class IndexFile(TypedDict):
+    """Name, size and SHA-256 of the index."""
+
+    name: str
+    bytes: Count
+    sha256: Sha256
+
+
+@dataclass(frozen=True)
+class IndexParameters:
+    """How a knowledge base is indexed, and how well that works: what index.json says.
+
+    factory: faiss's description of the index. trained_on: vectors of the sample it was trained on. search: faiss's
+    search parameters, such as "nprobe=32" (cells of an inverted file that are looked into) or "efSearch=64" (of an HNSW
+    graph). candidates: how many, for each of the K asked for, are compared exactly. recall: share of the true `k`
+    nearest that were found, on `queries` queries that were not tuned on; target: what had to be reached; asked: what
+    the queries are. knowledge_base: fingerprint of what is indexed. file: name, size and SHA-256 of the index.
+    """
+
+    knowledge_base: str
+    factory: str
+    trained_on: Count
+    search: Annotated[str, Matching("|(nprobe|efSearch)=[1-9][0-9]{0,9}", "such as nprobe=32")]
+    candidates: Annotated[int, Range(1, 1 << 16)]
+    k: Annotated[int, Range(1, 1 << 16)]
+    recall: Annotated[float, Range(0, 1)]
+    target: Annotated[float, Range(0, 1)]
+    queries: Count
+    asked: str
+    file: IndexFile
+
+    def summary(self) -> str:
+        """One line for people."""
+        settings = ", ".join(filter(None, [self.factory, self.search, f"{self.candidates} candidates a picture"]))
+        size = f"{self.file['bytes'] / 1e6:,.0f} MB"
+        return f"{settings}, {size}; recall@{self.k} {self.recall:.3f} on {self.queries:,} {self.asked}"
+
+
+def index_parameters(kb: ImageKnowledgeBase) -> IndexParameters | None:
+    """What is written of the index of `kb`, None where it has none. Raises ValmError where that is damaged or stale."""
+    path = kb.path / PARAMETERS_FILE
+    if not path.exists():
+        return None
+    values = read_json(path, "the index parameters", IndexParameters, remedy(kb))
+    parameters = IndexParameters(**{field.name: values[field.name] for field in fields(IndexParameters)})
+    if parameters.knowledge_base != kb.fingerprint:
+        raise ValmError(f"the index in {kb.path} is of another state of the knowledge base; {remedy(kb)}")
+    return parameters
+
+
+def remedy(kb: ImageKnowledgeBase) -> str:
+    """What to do where the index is damaged or stale."""
+    return f"make it anew with `valm kb index {kb.path}`, or delete {PARAMETERS_FILE} to search exactly"
