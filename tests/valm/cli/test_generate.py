@@ -11,6 +11,16 @@ def test_generate_continues_the_prompt(world, capsys, options):
     assert capsys.readouterr().out.startswith("the color of the apple")
 
 
+@pytest.mark.parametrize(("words", "new"), [(60, 4), (29, 4), (60, 1000), (1, 1000)])
+def test_a_prompt_longer_than_the_context_is_shortened(world, capsys, words, new):
+    prompt = " ".join(["apple"] * words)
+    assert run("generate", world / "valm", prompt, "--max-new-tokens", new) == 0
+    out, err = capsys.readouterr()
+    room = max(32 - new, 16)
+    assert out.startswith(" ".join(["apple"] * min(words, room - 1)))
+    assert (f"the model reads 32 tokens: the prompt is cut to its last {room}" in err) == (words + 1 > room)
+
+
 def test_checkpoint_and_knowledge_base_move_together(copy_of, capsys):
     root = copy_of("valm", "kb", "clip")
     assert run("generate", root / "valm", "the sea", "--max-new-tokens", 2) == 0
@@ -23,6 +33,12 @@ def wrong_inputs():
         "not a checkpoint": (["generate", "{world}/kb", "x"], "is no checkpoint"),
         "pictures for a model without": (["generate", "{world}/gpt2", "x", "--kb", "{world}/kb"], "sees no images"),
     }
+
+
+def test_a_seed_below_0_is_no_traceback(world, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("generate", world / "valm", "x", "--sample", "--seed", "-1")
+    assert stop.value.code == 2 and "-1 is not from 0 to 4294967295" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", wrong_inputs())
