@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # What an editable install is built from: a change here installs again.
 SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.c*' -o -name '*.h*')
 
-.PHONY: help demo test test-all coverage fuzz bench gpu-check lint types format sdist-check clean
+.PHONY: help demo test test-all coverage fuzz sanitize bench gpu-check lint types format sdist-check clean
 
 help:
 	@echo "make demo       train and evaluate a small VaLM on real pictures, on the CPU, into $(DEMO_OUTPUT)/"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-all   every test"
 	@echo "make coverage   the tests, without the slow ones, and the share of lines that they run"
 	@echo "make fuzz       damaged files for every reader, for MINUTES=10"
+	@echo "make sanitize   the native tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer"
 	@echo "make bench      the benchmarks, beside their peers"
 	@echo "make gpu-check  on a machine with a GPU: GPU tests, compute-sanitizer, GPU benchmarks, one result file"
 	@echo "make lint       ruff, clang-format, schemas of the workflow and its neighbours; make format applies the first two"
@@ -49,6 +50,19 @@ fuzz: $(VENV)/.installed-test
 	    VALM_FUZZ_SEED=$$number $(BIN)/python -m pytest tests/fuzz || exit 1; \
 	    number=$$(($$number + 1)); \
 	done
+
+# A second native module, beside the one that is installed. Its runtime must be in Python from the start, and libstdc++
+# with it, whose exceptions it follows. Python, torch and OpenMP hold memory until the end, so leaks are looked for in the
+# program of tests/csrc/test_sanitizers.py alone. Limits on the address space do not go together with AddressSanitizer,
+# nor does Triton's interpreter need it.
+SANITIZED := build/sanitize
+sanitize: $(VENV)/.installed-test
+	$(BIN)/python -m pytest tests/csrc/test_sanitizers.py
+	VALM_KERNELS_CXXFLAGS="-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined" CXX=g++ \
+	    VALM_KERNELS_CUDA=off $(BIN)/python setup.py -q build --build-lib $(SANITIZED) --build-temp build/sanitize-objects
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) \
+	    $(BIN)/python -m pytest -o pythonpath='$(SANITIZED) .' --ignore-glob='*/triton/*' tests/valm_kernels
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only

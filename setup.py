@@ -2,7 +2,8 @@
 
 The module has no PyTorch headers, so one build serves every torch version and pip's build isolation needs
 only pybind11 and ninja. VALM_KERNELS_CUDA=auto|on|off chooses the CUDA part: "auto" (the default) builds it
-when nvcc is found, "on" without nvcc is an error. The GPU itself is never looked at.
+when nvcc is found, "on" without nvcc is an error. The GPU itself is never looked at. VALM_KERNELS_CXXFLAGS has more
+flags for the host code, behind ours (`make sanitize`).
 """
 
 from __future__ import annotations
@@ -104,9 +105,11 @@ class NinjaBuild(build_ext):
     def ninja_file(self, nvcc: str | None, openmp: list[str], includes: list, output: Path) -> str:
         include_flags = " ".join(f'-I"{path}"' for path in includes)
         defines = "-DVALM_KERNELS_CUDA" if nvcc else ""
+        more_flags = os.environ.get("VALM_KERNELS_CXXFLAGS", "")
         lines = [
             "ninja_required_version = 1.5",
-            f"rule host\n  command = {cxx()} -MMD -MF $out.d $flags {defines} {include_flags} -c $in -o $out",
+            f"rule host\n  command = {cxx()} -MMD -MF $out.d $flags {more_flags} {defines} {include_flags} -c $in "
+            "-o $out",
             "  depfile = $out.d\n  deps = gcc",
         ]
         if nvcc:
@@ -118,7 +121,7 @@ class NinjaBuild(build_ext):
                 f"rule link\n  command = {nvcc} -shared -cudart static -Xcompiler {','.join(openmp)} $in -o $out",
             ]
         else:
-            lines += [f"rule link\n  command = {cxx()} {' '.join(LINK_FLAGS + openmp)} $in -o $out"]
+            lines += [f"rule link\n  command = {cxx()} {' '.join([*LINK_FLAGS, *openmp, more_flags])} $in -o $out"]
 
         objects = []
         for source in sorted((ROOT / "csrc").rglob("*.c*")):
