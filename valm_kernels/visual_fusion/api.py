@@ -28,6 +28,8 @@ def visual_fusion_attn(
     image_k: Tensor | None,
     image_v: Tensor | None,
     *,
+    image_q: Tensor | None = None,
+    softcap: float | None = None,
     image_index: Tensor | None = None,
     image_mask: Tensor | None = None,
     image_k_bias: Tensor | None = None,
@@ -47,6 +49,8 @@ def visual_fusion_attn(
     image_k: Tensor | None,
     image_v: Tensor | None,
     *,
+    image_q: Tensor | None = None,
+    softcap: float | None = None,
     image_index: Tensor | None = None,
     image_mask: Tensor | None = None,
     image_k_bias: Tensor | None = None,
@@ -123,6 +127,8 @@ def visual_fusion_attn(
         out (B, Hq, Tq, D) in the dtype of q; with return_lse also lse (B, Hq, Tq), float32 (float64 for float64
         inputs). Both are differentiable once: a double backward raises, except in impl="reference".
         Under torch.autocast q, k, v, image_k, image_v and image_q are cast to the autocast dtype first.
+        In 16 bits the gradients of image_k_bias and image_logit_bias are rounded more than the other ones, because the
+        backward starts from the rounded out, as in all flash attention (docs/reliability.md has the numbers).
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
