@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
 
-from valm.corpus.retrieved import CorpusRetrieval
 from valm.errors import ValmError
+
+
+def document_lengths(documents: Any) -> np.ndarray:
+    """Tokens of each document, (documents,) int64: as `documents.lengths()` says, or by reading them all."""
+    lengths = getattr(documents, "lengths", None)
+    if lengths is not None:
+        return lengths()
+    return np.array([len(document["input_ids"]) for document in documents], dtype=np.int64)
 
 
 class Blocks(Dataset[dict[str, Any]]):
@@ -20,14 +26,11 @@ class Blocks(Dataset[dict[str, Any]]):
     A block is a dict as a document is. sot: id of SOT.
     """
 
-    def __init__(self, documents: Sequence[dict[str, Any]], length: int, sot: int):
+    def __init__(self, documents: Any, length: int, sot: int):
         self.documents = documents
         self.length = length
         self.sot = sot
-        if isinstance(documents, CorpusRetrieval):
-            lengths = documents.lengths()
-        else:
-            lengths = np.array([len(document["input_ids"]) for document in documents])
+        lengths = document_lengths(documents)
         # SOT, and length - 1 other tokens in each block
         self._ends = np.cumsum(np.maximum(1, -(-(lengths - 1) // (length - 1))))
 

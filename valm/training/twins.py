@@ -1,0 +1,124 @@
+"""Controls of a training: the same tokens in the same order, with other images.
+
+What images give a model is its difference to a twin that was trained alike (same data, order, seed, steps):
+
+- `WithoutImages`, "text": what the text alone gives (K = 0, the baseline GPT-2*). Also the data of a blind model, whose
+  one image of a token is its own retrieval query (Blind-VaLM, Ontalvilla et al. 2024): a `BlindRetriever` finds it.
+- `RandomImages`, "random": what further parameters and any images give.
+- `ShuffledImages`, "shuffled": as random, with the images that the corpus has, as often as it has them.
+
+Each wraps documents as `Collator` takes them, below whatever cuts them into blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from valm.corpus.retrieved import NO_IMAGE
+from valm.errors import ValmError
+from valm.training.blocks import document_lengths
+
+TWINS = ("text", "random", "blind", "shuffled")
+
+
+class Twin(Dataset[dict[str, Any]]):
+    """`documents` with other images, or none."""
+
+    def __init__(self, documents: Sequence[dict[str, Any]]):
+        self.documents = documents
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document, (documents,) int64."""
+        return document_lengths(self.documents)
+
+
+class WithoutImages(Twin):
+    """The tokens alone."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"input_ids": self.documents[index]["input_ids"]}
+
+
+class RandomImages(Twin):
+    """Each token's images replaced by as many different ones, drawn from a knowledge base; empty slots stay empty.
+
+    A document has the same ones for a seed, whenever and by whichever process it is read.
+
+    Args:
+        images: how many the knowledge base has, at least K.
+    """
+
+    def __init__(self, documents: Sequence[dict[str, Any]], images: int, seed: int):
+        super().__init__(documents)
+        self.images = images
+        self.seed = seed
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Raises ValmError for a document without image_ids."""
+        document = self.documents[index]
+        found = image_ids(document, index)  # (T, K)
+        drawn = np.empty(found.shape, found.dtype)
+        random = np.random.default_rng([self.seed, index])
+        for column in range(drawn.shape[1]):
+            # a number among those not drawn yet, by its rank among them
+            rank = random.integers(0, self.images - column, len(drawn))
+            for earlier in np.sort(drawn[:, :column], axis=1).T:
+                rank += rank >= earlier
+            drawn[:, column] = rank
+        drawn[found == NO_IMAGE] = NO_IMAGE
+        return {**document, "image_ids": drawn}
+
+
+class ShuffledImages(Twin):
+    """Each token has the images of another token of the corpus, by a permutation that moves every token.
+
+    The permutation is in memory, 8 bytes a token.
+    """
+
+    def __init__(self, documents: Sequence[dict[str, Any]], seed: int):
+        super().__init__(documents)
+        self._ends = np.cumsum(self.lengths())
+        cycle = np.random.default_rng(seed).permutation(self._ends[-1])
+        self._other = np.empty_like(cycle)
+        self._other[cycle] = np.roll(cycle, 1)  # a single cycle, so no token keeps its own
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Raises ValmError for a document without image_ids."""
+        document = self.documents[index]
+        end = self._ends[index]
+        others = self._other[end - len(document["input_ids"]) : end]  # (T,) tokens of the corpus
+        numbers = np.searchsorted(self._ends, others, side="right")  # (T,) the document of each
+        images = np.empty_like(image_ids(document, index))
+        for number in np.unique(numbers):
+            here = numbers == number
+            found = image_ids(self.documents[number], number)
+            images[here] = found[others[here] - self._ends[number]]  # counted from its end
+        return {**document, "image_ids": images}
+
+
+def image_ids(document: dict[str, Any], index: int) -> np.ndarray:
+    """The image ids (T, K) of document `index`. Raises ValmError where it has none."""
+    if "image_ids" not in document:
+        raise ValmError(f"document {index} has no image_ids to be replaced: retrieve them first")
+    return np.asarray(document["image_ids"])
+
+
+def twin(kind: str, documents: Sequence[dict[str, Any]], images: int, seed: int) -> Twin:
+    """The data of a twin, one of TWINS; `images` and `seed` as in `RandomImages`.
+
+    Raises ValmError for a kind that there is not.
+    """
+    if kind not in TWINS:
+        raise ValmError(f"twin must be one of {', '.join(TWINS)}, got {kind!r}")
+    if kind == "random":
+        return RandomImages(documents, images, seed)
+    if kind == "shuffled":
+        return ShuffledImages(documents, seed)
+    return WithoutImages(documents)
