@@ -12,6 +12,7 @@ from valm.corpus.retrieved import NO_IMAGE
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.tokenizer import begin_id
+from valm.training.cache_below import FUSION_INPUT, fusion_input
 
 # What PyTorch's cross entropy leaves out.
 IGNORED = -100
@@ -26,7 +27,8 @@ class Collator:
     - input_ids, attention_mask, labels (B, L) int64; labels leave out padding and bos, which nobody could foresee (of
       a bos that is eos too, as GPT-2's, only where it begins a document);
     - with a knowledge base: image_pool (U, E) float16, the vectors of the pictures in this batch, each once, and
-      image_index (B, L, K) int64 into it, -1 = none.
+      image_index (B, L, K) int64 into it, -1 = none;
+    - of documents with hidden states (see `cache_below`), fusion_input (B, L, C).
 
     kb: where the vectors are; None for a model that sees no pictures, or that finds them itself (`set_retriever`).
     row_length: None gives each document a row of its own, as long as the longest. A number puts as many documents
@@ -66,7 +68,11 @@ class Collator:
         batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
         if self.kb is not None:
             batch |= self._images(self.kb, documents, places, shape)
-        return {name: torch.from_numpy(array) for name, array in batch.items()}
+        tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
+        if FUSION_INPUT in documents[0]:
+            states = [document[FUSION_INPUT] for document in documents]
+            tensors[FUSION_INPUT] = fusion_input(states, places, shape)
+        return tensors
 
     def _places(self, lengths: list[int]) -> tuple[list[tuple[int, slice]], tuple[int, int]]:
         """Where each document goes, (row, columns), and the shape of the batch."""

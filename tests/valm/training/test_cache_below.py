@@ -1,0 +1,212 @@
+import errno
+import os
+
+import numpy as np
+import pytest
+import torch
+from torch.optim import AdamW
+from transformers import Gemma2Config, Gemma2ForCausalLM
+
+from tests.valm.augmented.models import IMAGES, SMALL, VOCAB, augmented, tiny_gpt2, tiny_llama
+from tests.valm.models import BOS, tiny_model
+from tests.valm.training.documents import Vectors
+from valm.corpus.retrieved import NO_IMAGE
+from valm.errors import ValmError
+from valm.training.cache_below import BATCH_TOKENS, FUSION_INPUT, cache_below, fusion_layer
+from valm.training.collate import Collator
+
+
+class Tokenizer:
+    """What the collator needs of one."""
+
+    bos_token_id, eos_token_id, pad_token_id = BOS, 2, 0
+
+    def __len__(self):
+        return VOCAB
+
+
+def documents(count=12, images=IMAGES):
+    random = np.random.default_rng(0)
+    made = []
+    for length in random.integers(2, 20, count):
+        ids = np.r_[BOS, random.integers(3, BOS, length - 1)]
+        found = random.integers(0, 40, (length, images)).astype(np.uint32)
+        found[random.random(found.shape) < 0.2] = NO_IMAGE
+        made.append({"input_ids": ids, "image_ids": found})
+    return made
+
+
+def frozen_valm(**arguments):
+    """A VaLM of which the fusion block and what is above it train; its embeddings are tied to its head, and frozen."""
+    model = tiny_model(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **arguments).requires_grad_(False)
+    for block in model.transformer.h[model.config.fusion_index :]:
+        block.requires_grad_(True)
+    return model
+
+
+def gemma(seed=0):
+    """Scales its embeddings, and its layers differ in their masks."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "head_dim": 8, "sliding_window": 4}
+    return Gemma2ForCausalLM(Gemma2Config(**SMALL, **sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
+
+
+MODELS = {
+    "llama": lambda: augmented(unfreeze="block"),
+    "gpt2": lambda: augmented(lambda seed: tiny_gpt2(seed, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)),
+    "gemma": lambda: augmented(gemma, unfreeze="block"),
+    "valm": frozen_valm,
+}
+
+
+def train(model, data, steps=6, row_length=None, checkpointing=False):
+    """The losses of some steps in a fixed order."""
+    collate = Collator(Tokenizer(), Vectors(), row_length)
+    optimizer = AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-2)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    losses = []
+    for step in range(steps):
+        rows = np.random.default_rng(step).permutation(len(data))[:4]
+        loss = model(**collate([data[row] for row in rows])).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_losses_are_those_without_the_cache(tmp_path, name):
+    """To rounding: a document is computed beside others of its length, so products are summed in another order."""
+    data = documents()
+    model = MODELS[name]()
+    expected = train(model, data)
+    cached = MODELS[name]()
+    below = cache_below(cached, data, tmp_path, progress=False)
+    calls = []
+    for layer in cached_layers(cached):
+        layer.register_forward_hook(lambda module, args, output: calls.append(output))
+    losses = train(cached, below)
+    np.testing.assert_allclose(losses, expected, rtol=2e-5)
+    assert abs(losses[0] - losses[-1]) > 1e-3
+    # the layers below were skipped: what they returned is what was cached, whole
+    assert calls and all(output[0].data_ptr() == calls[0][0].data_ptr() for output in calls[: len(calls) // 6])
+
+
+def cached_layers(model):
+    from valm.augmented.probe import decoder_layers
+
+    return decoder_layers(model)[: fusion_layer(model)]
+
+
+def test_computed_in_the_same_batches_the_losses_are_equal_to_the_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr("valm.training.cache_below.BATCH_TOKENS", 1)  # one document at a time
+    data = documents()
+    alone = [[document] for document in data]
+    model, cached = augmented(), augmented()
+    below = cache_below(cached, data, tmp_path, progress=False)
+    collate = Collator(Tokenizer(), Vectors())
+    for number, batch in enumerate(alone):
+        assert model(**collate(batch)).loss.item() == cached(**collate([below[number]])).loss.item()
+
+
+def test_layers_below_are_not_run(tmp_path):
+    model = augmented()
+    below = cache_below(model, documents(), tmp_path, progress=False)
+    batch = Collator(Tokenizer(), Vectors())([below[0], below[1]])
+    expected = model(**batch).logits
+    with torch.no_grad():
+        for layer in cached_layers(model):
+            for parameter in layer.parameters():
+                parameter.fill_(torch.nan)
+    assert torch.equal(model(**batch).logits, expected)
+    # and without hidden states they are
+    assert model(**{name: value for name, value in batch.items() if name != FUSION_INPUT}).logits.isnan().all()
+    model._fusion_input.remove()
+    assert model(**batch).logits.isnan().all()
+
+
+def test_packed_rows(tmp_path):
+    data = documents()
+    model, cached = frozen_valm(), frozen_valm()
+    below = cache_below(cached, data, tmp_path, progress=False)
+    np.testing.assert_allclose(train(cached, below, row_length=32), train(model, data, row_length=32), rtol=2e-5)
+
+
+def test_gradient_checkpointing(tmp_path):
+    data = documents()
+    model, cached = augmented(unfreeze="block"), augmented(unfreeze="block")
+    below = cache_below(cached, data, tmp_path, progress=False)
+    np.testing.assert_allclose(train(cached, below, checkpointing=True), train(model, data), rtol=2e-5)
+
+
+def test_bfloat16(tmp_path):
+    model = augmented().to(torch.bfloat16)
+    data = documents()
+    below = cache_below(model, data, tmp_path, progress=False)
+    collate = Collator(Tokenizer(), Vectors())
+    assert collate([below[0]])[FUSION_INPUT].dtype == torch.bfloat16
+    found, expected = model(**collate([below[0]])).logits, model(**collate([data[0]])).logits
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+
+
+def test_a_plain_decoder_with_a_named_layer(tmp_path):
+    """The twin without images of an augmented model."""
+    data = documents()
+    model = tiny_llama().requires_grad_(False)
+    model.model.layers[-2].requires_grad_(True)
+    expected = [model(**Collator(Tokenizer(), None)([document])).loss.item() for document in data]
+    below = cache_below(model, data, tmp_path, layer=-2, progress=False)
+    found = [model(**Collator(Tokenizer(), None)([below[row]])).loss.item() for row in range(len(data))]
+    np.testing.assert_allclose(found, expected, rtol=2e-5)
+
+
+def test_what_is_there_is_used_and_only_for_what_it_is_of(tmp_path, monkeypatch):
+    data = documents()
+    first = cache_below(augmented(), data, tmp_path, progress=False)
+    (file,) = tmp_path.iterdir()
+    written = file.stat().st_mtime_ns
+    trained = augmented()
+    train(trained, data, steps=1)  # above the cache only
+    again = cache_below(trained, data, tmp_path, progress=False)
+    assert [*tmp_path.iterdir()] == [file] and file.stat().st_mtime_ns == written
+    assert np.array_equal(first[3][FUSION_INPUT], again[3][FUSION_INPUT])
+    cache_below(augmented(seed=1), data, tmp_path, progress=False)  # other weights
+    cache_below(augmented(), data[1:], tmp_path, progress=False)  # other tokens
+    cache_below(augmented(), data[::-1], tmp_path, progress=False)
+    cache_below(augmented().half(), data, tmp_path, progress=False)
+    assert len([*tmp_path.iterdir()]) == 5
+    assert sum(map(len, documents())) < BATCH_TOKENS
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: augmented(unfreeze="all"), r"embed_tokens\.weight is below layer 1 and trains"),
+        (lambda: tiny_model(attn_pdrop=0.0), r"wte\.weight is below layer 1 and trains"),
+        (lambda: augmented(tiny_gpt2), r"dropout is active below layer 1"),
+        (lambda: augmented(layer=0), r"nothing below it to be cached"),
+        (lambda: tiny_llama(), r"LlamaForCausalLM has no fusion layer: name a layer"),
+    ],
+)
+def test_models_that_cannot_be_cached_are_refused(tmp_path, make, message):
+    model = make()
+    with pytest.raises(ValmError, match=message):
+        cache_below(model, documents(), tmp_path / "cache", progress=False)
+    assert not (tmp_path / "cache").exists()
+    assert not model._forward_pre_hooks
+
+
+def test_no_documents_and_a_full_disk(tmp_path, monkeypatch):
+    with pytest.raises(ValmError, match="there are no documents"):
+        cache_below(augmented(), [], tmp_path, progress=False)
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(ValmError, match=r"cannot write .*below-[0-9a-f]+\.npy: No space left"):
+        cache_below(augmented(), documents(), tmp_path, progress=False)
+    assert not any(tmp_path.iterdir())

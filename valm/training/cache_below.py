@@ -1,0 +1,313 @@
+"""The input of the fusion layer, computed once for a whole training.
+
+Where every weight below the fusion layer is frozen, as `valm.augment` leaves it, what the fusion layer reads of a
+document is the same in every epoch. `cache_below` runs the layers below once, writes their hidden states beside the
+data, and lets the training start at the fusion layer. With the fusion in the last but one of 30 layers a step costs
+about a third.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from valm.augmented.probe import decoder_layers
+from valm.errors import ValmError
+from valm.files import atomic_path, writable_folder
+from valm.image_model import ImageModel
+from valm.model import VaLMForCausalLM
+from valm.shards.manifest import open_array
+from valm.tokenizer import padded
+
+VERSION = 1
+# Tokens of one pass through the layers below, with their padding.
+BATCH_TOKENS = 4096
+# Tokens on which a model is tried before anything is computed.
+PROBE_TOKENS = 8
+# The name under which `Collator` and the model exchange the hidden states.
+FUSION_INPUT = "fusion_input"
+
+
+class CachedBelow(Dataset[dict[str, Any]]):
+    """`documents` with what the fusion layer reads of each, `fusion_input` (T, C), from a memory-mapped file.
+
+    bfloat16 is in the file, and in the items, as uint16.
+    """
+
+    def __init__(self, documents: Any, lengths: np.ndarray, states: np.ndarray):
+        self.documents = documents
+        self._lengths = lengths
+        self._ends = np.cumsum(lengths)
+        self._states = states  # (tokens, C)
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        document = self.documents[index]
+        end = self._ends[index]
+        return {**document, FUSION_INPUT: self._states[end - self._lengths[index] : end]}
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document, (documents,) int64."""
+        return self._lengths
+
+
+class FusionInput:
+    """Lets `model` take `fusion_input` (B, T, C) in a call: its layers below `layer` then do not run.
+
+    A call without it runs them as ever. `remove` takes this back.
+    """
+
+    def __init__(self, model: Any, layer: int):
+        self._states: Tensor | None = None
+        self._layers = decoder_layers(model)[:layer]
+        self._hook = model.register_forward_pre_hook(self._take, with_kwargs=True)
+        for below in self._layers:
+            # not the class: transformers' loops read attributes of their layers
+            below.forward = self._skip(below.forward)
+
+    def remove(self) -> None:
+        """Gives the model its own layers back."""
+        self._hook.remove()
+        for below in self._layers:
+            del below.forward
+
+    def _take(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        # kept until the next call, as gradient checkpointing runs layers again in backward
+        self._states = kwargs.pop(FUSION_INPUT, None)
+        return args, kwargs
+
+    def _skip(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        returns_tuple = False
+
+        def skipping(*args: Any, **kwargs: Any) -> Any:
+            nonlocal returns_tuple
+            if self._states is None:
+                output = forward(*args, **kwargs)
+                returns_tuple = isinstance(output, tuple)
+                return output
+            return (self._states,) if returns_tuple else self._states
+
+        return skipping
+
+
+def cache_below(
+    model: Any, documents: Any, folder: str | os.PathLike, *, layer: int | None = None, progress: bool = True
+) -> CachedBelow:
+    """Computes what the fusion layer of `model` reads of each document, once, and lets the model start from it.
+
+    The hidden states are written to `folder`, 4 C bytes a token in float32, under a name that says which weights,
+    tokens and dtype they are of: what is there already is used. The model is changed by `FusionInput`: train it on the
+    result by a `Collator`.
+
+    Args:
+        model: what `valm.augment` returned, a `VaLMForCausalLM`, or with `layer` any decoder of transformers.
+        documents: as `Collator` takes them, none longer than the model's context (see `Blocks`).
+        folder: made where it is not there.
+        layer: by default the fusion layer.
+
+    Raises:
+        ValmError: a weight below the layer trains, or dropout there is active, so that its input changes from step to
+            step; the model's layers hand on more than hidden states; there are no documents; or `folder` cannot be
+            written.
+    """
+    layers = decoder_layers(model)
+    layer = fusion_layer(model) if layer is None else layer % len(layers)
+    if layer == 0:
+        raise ValmError("the fusion layer is the first, so there is nothing below it to be cached")
+    if len(documents) == 0:
+        raise ValmError("there are no documents, so nothing below the fusion layer can be cached")
+    _check_frozen(model, layer)
+    lengths = np.array([len(documents[index]["input_ids"]) for index in range(len(documents))], dtype=np.int64)
+    file = writable_folder(folder) / f"below-{_key(model, layer, documents)}.npy"
+    dtype = np.dtype("uint16" if model.dtype == torch.bfloat16 else str(model.dtype).removeprefix("torch."))
+    shape = (int(lengths.sum()), model.config.get_text_config(decoder=True).hidden_size)
+    if not file.is_file():
+        _write(model, layer, documents, lengths, file, shape, dtype, progress)
+    states = open_array(file, shape, dtype)
+    cached = CachedBelow(documents, lengths, states)
+    _install(model, layer)
+    return cached
+
+
+def fusion_layer(model: Any) -> int:
+    """Index of the layer that sees images. Raises ValmError for a model without one."""
+    if isinstance(model, VaLMForCausalLM):
+        return model.config.fusion_index
+    if isinstance(model, ImageModel):
+        return model.config.valm["layer"] % len(decoder_layers(model))
+    raise ValmError(f"{type(model).__name__} has no fusion layer: name a layer")
+
+
+def fusion_input(states: Sequence[np.ndarray], places: Sequence[tuple[int, slice]], shape: tuple[int, int]) -> Tensor:
+    """The hidden states (T, C) of documents at their places in a batch of `shape` (B, L), as (B, L, C); 0 elsewhere."""
+    batch = np.zeros((*shape, states[0].shape[1]), states[0].dtype)
+    for of_document, place in zip(states, places, strict=True):
+        batch[place] = of_document
+    tensor = torch.from_numpy(batch)
+    return tensor.view(torch.bfloat16) if batch.dtype == np.uint16 else tensor
+
+
+class _Reached(Exception):
+    """The layer was reached; what it was to read."""
+
+    def __init__(self, states: Tensor):
+        self.states = states
+
+
+def _input_of(model: Any, layer: int, ids: Tensor, mask: Tensor) -> Tensor:
+    """What the layer reads of tokens (B, T), (B, T, C)."""
+
+    def stop(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        raise _Reached(args[0] if args else kwargs["hidden_states"])
+
+    hook = decoder_layers(model)[layer].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        model(input_ids=ids, attention_mask=mask, use_cache=False, **_no_images(model, ids))
+    except _Reached as reached:
+        return reached.states
+    finally:
+        hook.remove()
+    raise ValmError(f"{type(model).__name__} does not run its layer {layer}")
+
+
+def _no_images(model: Any, ids: Tensor) -> dict[str, Tensor]:
+    options = getattr(model, "image_options", None)
+    if options is None or options.num_images == 0:
+        return {}
+    return {
+        "image_pool": torch.zeros(0, options.image_dim, device=ids.device, dtype=model.dtype),
+        "image_index": torch.full((*ids.shape, options.num_images), -1, device=ids.device),
+    }
+
+
+def _probe_tokens(model: Any) -> tuple[Tensor, Tensor]:
+    size = model.config.get_text_config(decoder=True).vocab_size
+    ids = torch.arange(PROBE_TOKENS, device=model.device)[None] % size
+    return ids, torch.ones_like(ids)
+
+
+def _check_frozen(model: Any, layer: int) -> None:
+    """Raises ValmError where the layer's input changes in training: by a weight that trains, or by dropout."""
+    was_training = model.training
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    try:
+        model.train()
+        with torch.enable_grad(), torch.random.fork_rng():
+            states, again = (_input_of(model, layer, *_probe_tokens(model)) for _ in range(2))
+            reached: Sequence[Tensor | None] = ()
+            if states.requires_grad and trained:
+                reached = torch.autograd.grad(states.sum(), list(trained.values()), allow_unused=True)
+    finally:
+        model.train(was_training)
+    for name, gradient in zip(trained, reached, strict=False):
+        if gradient is not None:
+            raise ValmError(
+                f"{name} is below layer {layer} and trains, so the layer's input cannot be cached: freeze it"
+            )
+    if not torch.equal(states, again):
+        raise ValmError(
+            f"dropout is active below layer {layer}, so the layer's input cannot be cached: set it to 0 in the config"
+        )
+
+
+def _key(model: Any, layer: int, documents: Any) -> str:
+    """A hash of all that the hidden states depend on."""
+    config = model.config.to_diff_dict()
+    config = config.get("base_config", config)
+    above = {id(parameter) for module in decoder_layers(model)[layer:] for parameter in module.parameters()}
+    digest = hashlib.sha256(
+        json.dumps([VERSION, layer, str(model.dtype), config], sort_keys=True, default=str).encode()
+    )
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad and id(parameter) not in above:
+            digest.update(name.encode())
+            digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    for index in range(len(documents)):
+        ids = np.asarray(documents[index]["input_ids"], np.int32)
+        digest.update(len(ids).to_bytes(8, "little"))
+        digest.update(ids.tobytes())
+    return digest.hexdigest()[:32]
+
+
+@torch.no_grad()
+def _write(
+    model: Any,
+    layer: int,
+    documents: Any,
+    lengths: np.ndarray,
+    file: Path,
+    shape: tuple[int, int],
+    dtype: np.dtype,
+    progress: bool,
+) -> None:
+    ends = np.cumsum(lengths)
+    was_training = model.training
+    model.eval()
+    try:
+        with (
+            atomic_path(file) as temporary,
+            tqdm(total=shape[0], desc="hidden states", unit=" tokens", unit_scale=True, disable=not progress) as bar,
+        ):
+            states = np.lib.format.open_memmap(temporary, "w+", dtype, shape)
+            if hasattr(
+                os, "posix_fallocate"
+            ):  # a full disk would otherwise be noticed in a page of the map, by a signal
+                with open(temporary, "r+b") as opened:
+                    os.posix_fallocate(opened.fileno(), 0, os.path.getsize(temporary))
+            for batch in _batches(lengths):
+                ids, mask = padded([documents[index]["input_ids"] for index in batch])
+                found = _input_of(model, layer, ids.to(model.device), mask.to(model.device)).cpu()
+                found = found.view(torch.uint16) if found.dtype == torch.bfloat16 else found
+                for index, row in zip(batch, found.numpy(), strict=True):
+                    states[ends[index] - lengths[index] : ends[index]] = row[: lengths[index]]
+                bar.update(int(mask.sum()))
+            states.flush()
+            del states
+    finally:
+        model.train(was_training)
+
+
+def _batches(lengths: np.ndarray) -> list[list[int]]:
+    """Indices of documents of like length, at most BATCH_TOKENS with their padding (one document alone may be more)."""
+    batches: list[list[int]] = []
+    for index in np.argsort(-lengths, kind="stable").tolist():
+        if not batches or lengths[batches[-1][0]] * (len(batches[-1]) + 1) > BATCH_TOKENS:
+            batches.append([])
+        batches[-1].append(index)
+    return batches
+
+
+@torch.no_grad()
+def _install(model: Any, layer: int) -> None:
+    """`FusionInput`, once, tried on a few tokens. Raises ValmError where the model's output is not what it was."""
+    if getattr(model, "_fusion_input", None) is not None:
+        return
+    was_training = model.training
+    ids, mask = _probe_tokens(model)
+    call = {"input_ids": ids, "attention_mask": mask, "use_cache": False, **_no_images(model, ids)}
+    model.eval()
+    installed = FusionInput(model, layer)
+    try:
+        expected = model(**call).logits
+        found = model(**call, fusion_input=_input_of(model, layer, ids, mask)).logits
+    except (TypeError, ValueError, AttributeError) as error:
+        installed.remove()
+        raise ValmError(f"the layers of {type(model).__name__} cannot be skipped: {error}") from error
+    finally:
+        model.train(was_training)
+    if not torch.equal(expected, found):
+        installed.remove()
+        raise ValmError(f"the layers of {type(model).__name__} hand on more than hidden states: they cannot be skipped")
+    model._fusion_input = installed
