@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # What an editable install is built from: a change here installs again.
 SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.c*' -o -name '*.h*')
 
-.PHONY: help demo test test-all coverage fuzz sanitize bench gpu-check lint types format sdist-check clean
+.PHONY: help demo test test-all coverage fuzz sanitize bench gpu-check lint types format docs sdist-check clean
 
 help:
 	@echo "make demo       train and evaluate a small VaLM on real pictures, on the CPU, into $(DEMO_OUTPUT)/"
@@ -19,6 +19,7 @@ help:
 	@echo "make gpu-check  on a machine with a GPU: GPU tests, compute-sanitizer, GPU benchmarks, one result file"
 	@echo "make lint       ruff, clang-format, schemas of the workflow and its neighbours; make format applies the first two"
 	@echo "make types      mypy over both packages"
+	@echo "make docs       the documentation as a site, into build/site/"
 	@echo "make sdist-check  build the source distribution and a wheel, install the sdist, and try it"
 
 $(VENV)/bin/python:
@@ -87,6 +88,9 @@ lint: $(VENV)/.installed-lint
 # With torch and transformers installed, as without them mypy would know no type of theirs; it fails where they are not.
 types: $(VENV)/.installed-test
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 format: $(VENV)/.installed-lint
 	$(BIN)/ruff check --fix .
