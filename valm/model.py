@@ -265,12 +265,17 @@ class VaLMForCausalLM(ImageModel, VaLMPreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def fusion_attention(
-        self, input_ids: Tensor, image_pool: Tensor, image_index: Tensor, attention_mask: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        image_pool: Tensor | None = None,
+        image_index: Tensor | None = None,
+        attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The fusion block's joint attention weights: over text (B, H, T, T) and over pictures (B, H, T, K).
 
-        Both together sum to 1 for every token. Arguments as in `forward`. This materialises the weights, which
-        `forward` never does: for pictures and explanations, on texts of ordinary length.
+        Both together sum to 1 for every token. Arguments as in `forward`; without images they are those of the text
+        alone. This materialises the weights, which `forward` never does: for pictures and explanations, on texts of
+        ordinary length.
         """
         stack, index = self.transformer, self.config.fusion_index
         first_key, present = self._documents(input_ids, attention_mask, None)

@@ -349,18 +349,11 @@ def _kernel_attention(
 ) -> Tensor:
     """By `visual_fusion_attn`; (B, Hq, Tq, Dv)."""
     value_dim, widest = value.shape[-1], max(query.shape[-1], value.shape[-1])
-    arguments: dict[str, Any] = {}
+    arguments = image_arguments(query, images, widest)
     image_k = image_v = None
     if images is not None:
         image_k, image_v = _widened(images.keys, widest), _widened(images.values, widest)
-        arguments = {
-            "image_index": images.image_index,
-            "image_k_bias": _widened(images.terms.k_bias, widest),
-            "image_v_bias": _widened(images.terms.v_bias, widest),
-            "image_logit_bias": images.terms.logit_bias.to(torch.promote_types(query.dtype, torch.float32)),
-        }
-        if images.query is not None:
-            arguments["image_q"] = _widened(images.query, widest)
+        arguments["image_v_bias"] = _widened(images.terms.v_bias, widest)
     if softcap is not None:
         arguments["softcap"] = softcap
     query, key, value = (_widened(tensor, widest) for tensor in (query, key, value))
@@ -368,8 +361,27 @@ def _kernel_attention(
         query, key, value, image_k, image_v, **arguments, first_key=first_key, scale=scale, return_lse=True
     )
     if sink is not None:  # it takes a share of the softmax and has no value
-        out = out * torch.sigmoid(lse - sink.reshape(1, -1, 1))[..., None].to(out.dtype)
+        out = out * without_sink(lse, sink)[..., None].to(out.dtype)
     return out[..., :value_dim]
+
+
+def image_arguments(query: Tensor, images: Images | None, width: int) -> dict[str, Any]:
+    """What `visual_fusion_attn` and `attention_weights` are told of the images besides their keys and values."""
+    if images is None:
+        return {}
+    arguments: dict[str, Any] = {
+        "image_index": images.image_index,
+        "image_k_bias": _widened(images.terms.k_bias, width),
+        "image_logit_bias": images.terms.logit_bias.to(torch.promote_types(query.dtype, torch.float32)),
+    }
+    if images.query is not None:
+        arguments["image_q"] = _widened(images.query, width)
+    return arguments
+
+
+def without_sink(lse: Tensor, sink: Tensor) -> Tensor:
+    """(B, Hq, Tq): the share of the softmax that a sink (Hq,) leaves to what has the logsumexp `lse` (B, Hq, Tq)."""
+    return torch.sigmoid(lse - sink.reshape(1, -1, 1))
 
 
 def _widened(tensor: Tensor, width: int) -> Tensor:
@@ -392,6 +404,26 @@ def joint_attention(
 
     seen: (B or 1, Tq, Tk) bool, None = causal. A query that sees nothing gets zeros.
     """
+    text, image = joint_weights(query, key, images, seen, scale, softcap, position_bias, sink)
+    group = query.shape[1] // key.shape[1]
+    out = text.to(query.dtype) @ value.repeat_interleave(group, 1)
+    if images is not None:
+        image_v = (images.values + images.terms.v_bias[:, None]).to(query.dtype)
+        out = out + (image.to(query.dtype)[..., None, :] @ _of_each_query(image_v, images, group))[..., 0, :]
+    return out
+
+
+def joint_weights(
+    query: Tensor,
+    key: Tensor,
+    images: Images | None,
+    seen: Tensor | None,
+    scale: float,
+    softcap: float | None = None,
+    position_bias: Tensor | None = None,
+    sink: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The weights of `joint_attention` over text (B, Hq, Tq, Tk) and over images (B, Hq, Tq, K), at least float32."""
     batch, heads, num_queries, _ = query.shape
     kv_heads, num_keys = key.shape[1:3]
     group = heads // kv_heads
@@ -399,23 +431,21 @@ def joint_attention(
     def capped(scores: Tensor) -> Tensor:
         return scores if softcap is None else torch.tanh(scores / softcap) * softcap
 
-    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     wide = torch.promote_types(query.dtype, torch.float32)
-    text = capped(query @ key.transpose(2, 3) * scale).to(wide)  # (B, Hq, Tq, Tk)
+    text = capped(query @ key.repeat_interleave(group, 1).transpose(2, 3) * scale).to(wide)  # (B, Hq, Tq, Tk)
     if position_bias is not None:
         text = text + position_bias
     if seen is None:
         position = torch.arange(num_keys, device=query.device)
         seen = (position <= position[num_keys - num_queries :, None])[None]
     scores = [text.masked_fill(~seen[:, None], -torch.inf)]
+    num_images = 0
     if images is not None:
+        num_images = images.image_index.shape[-1]
         image_k = (images.keys + images.terms.k_bias[:, None]).to(query.dtype)
-        image_v = (images.values + images.terms.v_bias[:, None]).to(query.dtype)
-        index = images.image_index.clamp(min=0).long()
-        # (Hkv, U, D) -> (B, Hq, Tq, K, D)
-        gathered_k, gathered_v = (x[:, index].repeat_interleave(group, 0).transpose(0, 1) for x in (image_k, image_v))
         image_query = query if images.query is None else images.query
-        image = capped((gathered_k @ image_query[..., None])[..., 0] * scale).to(wide)  # (B, Hq, Tq, K)
+        products = (_of_each_query(image_k, images, group) @ image_query[..., None])[..., 0]
+        image = capped(products * scale).to(wide)  # (B, Hq, Tq, K)
         image = image + images.terms.logit_bias.to(wide)[:, None, None]
         scores.append(image.masked_fill((images.image_index < 0)[:, None], -torch.inf))
     if sink is not None:
@@ -424,12 +454,13 @@ def joint_attention(
     # the largest finite score instead of none, so that a query that sees nothing has weights of 0 and no NaN
     largest = joint.amax(-1, keepdim=True).clamp(min=torch.finfo(joint.dtype).min).detach()
     weights = (joint - largest).exp()
-    weights = (weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(joint.dtype).tiny)).to(query.dtype)
-    out = weights[..., :num_keys] @ value
-    if images is not None:
-        image_weights = weights[..., num_keys : num_keys + images.image_index.shape[-1]]
-        out = out + (image_weights[..., None, :] @ gathered_v)[..., 0, :]
-    return out
+    weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(joint.dtype).tiny)
+    return weights[..., :num_keys], weights[..., num_keys : num_keys + num_images]
+
+
+def _of_each_query(pool: Tensor, images: Images, group: int) -> Tensor:
+    """Keys or values of the images (Hkv, U, D) for each query: (B, Hq, Tq, K, D)."""
+    return pool[:, images.image_index.clamp(min=0).long()].repeat_interleave(group, 0).transpose(0, 1)
 
 
 AttentionInterface.register(IMPLEMENTATION, fusion_attention)

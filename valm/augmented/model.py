@@ -24,6 +24,7 @@ from valm.augmented.attention import (
     visual_layer_class,
 )
 from valm.augmented.probe import Probe, attention_path, decoder_layers, probe
+from valm.augmented.weights import fusion_weights
 from valm.config import ValmConfig
 from valm.errors import ValmError
 from valm.image_model import ImageModel, ImageOptions
@@ -275,6 +276,26 @@ class AugmentedCausalLM(ImageModel):
             shape = (input_ids if embeds is None else embeds).shape[:2]
             self.check_images(shape, image_pool, image_index)
         return super().forward(**arguments, image_pool=image_pool, image_index=image_index)
+
+    @torch.no_grad()
+    def fusion_attention(
+        self,
+        input_ids: Tensor,
+        image_pool: Tensor | None = None,
+        image_index: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The fusion layer's joint attention weights: over text (B, H, T, T) and over images (B, H, T, K).
+
+        Both together sum to 1 for every token, or to less where the family has an attention sink. Arguments as in
+        `forward`; without images they are those of the text alone. This materialises the weights, which `forward`
+        never does: for pictures and explanations, on texts of ordinary length.
+        """
+        if image_pool is None or image_index is None:
+            image_pool = torch.zeros(0, self.image_options.image_dim, device=input_ids.device)
+            image_index = torch.full((*input_ids.shape, 0), -1, device=input_ids.device)
+        images = {"image_pool": image_pool, "image_index": image_index}
+        return fusion_weights(self, input_ids=input_ids, attention_mask=attention_mask, **images)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`GenerationMixin.generate`; the retriever finds the images of every token as it goes.
