@@ -6,7 +6,6 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
@@ -15,10 +14,10 @@ from valm.demo.questions import (
     answer_probabilities,
     plain_question,
     swap_red_and_blue,
-    token_ids,
 )
-from valm.evaluation.color import ColorItem, evaluate_color
+from valm.evaluation.color import COLORS, ColorItem, evaluate_color
 from valm.evaluation.controls import Replaced
+from valm.explain.explanation import Explanation, explain
 from valm.model import VaLMForCausalLM
 from valm.retrieval.retriever import ImageRetriever, Retriever
 
@@ -39,16 +38,6 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Attention:
-    """The fusion block's weights over one text, the mean over its heads."""
-
-    tokens: list[str]
-    text_weights: np.ndarray  # (T, T)
-    image_weights: np.ndarray  # (T, K)
-    pictures: list[list[Image.Image | None]]  # T rows of K
-
-
-@dataclass(frozen=True)
 class Swap:
     """The pictures of one question before and after the swap, and the probabilities of the answers."""
 
@@ -60,7 +49,7 @@ class Swap:
 @dataclass(frozen=True)
 class Exhibits:
     examples: list[Example]
-    attention: Attention
+    attention: Explanation
     swaps: list[Swap]
 
 
@@ -85,43 +74,26 @@ def collect_exhibits(
             first_right.setdefault(answer, item)
     return Exhibits(
         examples=[_example(model, tokenizer, found, item) for item in drawn[:NUM_EXAMPLES]],
-        attention=_attention(model, tokenizer, found, plain_question(drawn[0])),
+        attention=explain(model, tokenizer, plain_question(drawn[0]), retriever=found),
         swaps=[_swap(model, tokenizer, found, swapped, plain_question(item)) for item in first_right.values()],
     )
 
 
 def _example(model: VaLMForCausalLM, tokenizer: PreTrainedTokenizerFast, found: Retriever, item: ColorItem) -> Example:
-    question = plain_question(item)
-    probabilities = answer_probabilities(model, tokenizer, question)
-    ids = _last_pictures(tokenizer, found, question)
+    seen = explain(model, tokenizer, plain_question(item), retriever=found, answers=COLORS)
     return Example(
-        question,
-        _thumbnails(found, ids),
-        [found.kb.item(id).caption for id in ids],
-        max(probabilities, key=lambda color: probabilities[color]),
+        seen.text,
+        _last_pictures(seen),
+        [image.caption for image in seen.images_of(-1)],
+        seen.answers[seen.probabilities.argmax()],
         item.color,
-    )
-
-
-def _attention(
-    model: VaLMForCausalLM, tokenizer: PreTrainedTokenizerFast, found: Retriever, question: str
-) -> Attention:
-    ids = token_ids(tokenizer, question)
-    pictures = found(ids)
-    text, image = model.fusion_attention(ids, pictures.image_pool, pictures.image_index)
-    slots = pictures.image_index[0].tolist()  # T rows of K
-    return Attention(
-        ["SOT", *(str(tokenizer.decode([id])).strip() for id in ids[0, 1:].tolist())],
-        text[0].mean(0).numpy(),
-        image[0].mean(0).numpy(),
-        [[found.kb.thumbnail(int(pictures.image_ids[i])) if i >= 0 else None for i in row] for row in slots],
     )
 
 
 def _swap(
     model: VaLMForCausalLM, tokenizer: PreTrainedTokenizerFast, found: Retriever, swapped: Replaced, question: str
 ) -> Swap:
-    before = _thumbnails(found, _last_pictures(tokenizer, found, question))
+    before = _last_pictures(explain(model, tokenizer, question, retriever=found))
     after = [swap_red_and_blue(picture) for picture in before]
     probabilities = {}
     retrievers: dict[str, ImageRetriever] = {"as they are": found, "red and blue swapped": swapped}
@@ -131,12 +103,6 @@ def _swap(
     return Swap(question, dict(zip(probabilities, (before, after), strict=True)), probabilities)
 
 
-def _thumbnails(found: Retriever, ids: Sequence[int]) -> list[Image.Image]:
-    """The small pictures of `ids`, all of which the demo's knowledge base has."""
-    return [picture for id in ids if (picture := found.kb.thumbnail(id)) is not None]
-
-
-def _last_pictures(tokenizer: PreTrainedTokenizerFast, found: Retriever, question: str) -> list[int]:
-    """Ids of the pictures that the last token of the question found, best first."""
-    pictures = found(token_ids(tokenizer, question))
-    return [int(pictures.image_ids[i]) for i in pictures.image_index[0, -1].tolist() if i >= 0]
+def _last_pictures(seen: Explanation) -> list[Image.Image]:
+    """What the last token of the question found, best first; the demo's knowledge base has thumbnails of all."""
+    return [image.thumbnail for image in seen.images_of(-1) if image.thumbnail is not None]

@@ -16,6 +16,7 @@ from valm.demo.corpus import begins_a_sentence
 from valm.demo.exhibits import Exhibits
 from valm.demo.things import CREDIT
 from valm.evaluation.color import COLORS, PROMPTS
+from valm.explain import figures
 from valm.files import atomic_path
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ code { font-size: .9em; background: #f3f5f7; padding: .1em .3em; border-radius: 
 
 def check_can_report() -> None:
     """Raises ValmError where the packages that draw figures are missing."""
-    plots.new_figure(1, 1)
+    figures.check_can_draw()
 
 
 def write_report(
@@ -148,12 +149,10 @@ def _examples(exhibits: Exhibits) -> str:
 
 
 def _attention(exhibits: Exhibits) -> str:
-    shown = exhibits.attention
-    figure = plots.attention(shown.tokens, shown.text_weights, shown.image_weights, shown.pictures)
     return f"""<h2>What each word looks at</h2>
 <p>The fusion block weighs text and pictures in one softmax. Each row is a word; on the left how much it looks at the
 words before it, on the right at the four pictures that the text up to it has found (the clearer, the more).</p>
-<figure>{svg(figure)}<figcaption>Mean over the heads.</figcaption></figure>{_credit()}"""
+<figure>{svg(figures.attention(exhibits.attention))}<figcaption>Mean over the heads.</figcaption></figure>{_credit()}"""
 
 
 def _swaps(results: Mapping[str, Any], exhibits: Exhibits) -> str:
@@ -165,7 +164,7 @@ def _swaps(results: Mapping[str, Any], exhibits: Exhibits) -> str:
         )
         blocks.append(
             f'<div class="swap"><div><b>{escape(swap.question)} …</b>{pictures}</div>'
-            f"<figure>{svg(plots.answer_bars(swap.probabilities))}</figure></div>"
+            f"<figure>{svg(figures.answer_bars(swap.probabilities))}</figure></div>"
         )
     before, after = results["red_blue_swap"]["before"], results["red_blue_swap"]["after"]
     rows = "".join(

@@ -1,11 +1,11 @@
 """The report of given results: numbers, verdicts, swaps, and what is said when MemoryColor is left out."""
 
-import numpy as np
 import pytest
 from PIL import Image
 
 pytest.importorskip("matplotlib", reason="needs the extra [demo]")
-from valm.demo.exhibits import Attention, Example, Exhibits, Swap
+from tests.valm.explain.explanations import explanation
+from valm.demo.exhibits import Example, Exhibits, Swap
 from valm.demo.report import ROW_NAMES, write_report
 from valm.demo.things import CREDIT
 from valm.evaluation.color import PROMPTS
@@ -40,7 +40,7 @@ def exhibits() -> Exhibits:
             Example("The color of the rose is", [PICTURE], ["rose"], "red", "red"),
             Example("The color of the whale is", [PICTURE], ["whale"], "grey", "blue"),
         ],
-        Attention(["SOT", "a"], np.array([[0.5, 0], [0.3, 0.2]]), np.full((2, 1), 0.5), [[PICTURE], [None]]),
+        explanation(),
         [Swap("The color of the rose is", {name: [PICTURE] for name in bars}, bars)],
     )
 

@@ -1,0 +1,124 @@
+import numpy as np
+import pytest
+import torch
+
+from tests.valm.augmented.models import tiny_gpt2
+from valm.augmented.model import augment
+from valm.errors import ValmError
+from valm.evaluation.scoring import answer_log_probs
+from valm.explain.explanation import MAX_TOKENS, Reader, explain, explain_together
+from valm.explain.images import RandomImages
+from valm.retrieval.context import ContextEncoder
+from valm.retrieval.retriever import Retriever
+
+TEXT = "a red apple lies on the"
+
+
+def test_an_explanation_holds_what_the_model_computes(model, tokenizer, kb):
+    explanation = explain(model, tokenizer, TEXT)
+    ids = tokenizer(TEXT, return_tensors="pt").input_ids
+    found = model.retriever(ids)
+    text, images = model.fusion_attention(ids, found.image_pool, found.image_index)
+    assert explanation.tokens == ("(start)", "a", "red", "apple", "lies", "on", "the")
+    np.testing.assert_array_equal(explanation.text_weights, text[0])
+    np.testing.assert_array_equal(explanation.image_weights, images[0])
+    np.testing.assert_array_equal(explanation.scores, found.scores[0])
+    np.testing.assert_allclose(explanation.weights(2)[0].sum(-1) + explanation.weights(2)[1].sum(-1), 1, rtol=1e-5)
+    ids_of_last = found.image_ids[found.image_index[0, -1]].tolist()
+    assert [image.caption for image in explanation.images_of(-1)] == [kb.item(id).uri for id in ids_of_last]
+    assert explanation.images_of(-1)[0].thumbnail is not None and explanation.note == ""
+    probabilities = model(ids).logits[0, -1].softmax(-1)
+    for word, probability in zip(explanation.answers, explanation.probabilities, strict=True):
+        (id,) = tokenizer(word, add_special_tokens=False).input_ids
+        assert probability == pytest.approx(probabilities[id].item(), rel=1e-5)
+    assert list(explanation.probabilities) == sorted(explanation.probabilities, reverse=True)
+
+
+def test_given_answers_may_have_several_tokens(model, tokenizer):
+    answers = ["red apple", "blue", "red", "red apple lies"]
+    explanation = explain(model, tokenizer, TEXT, answers=answers)
+    expected = answer_log_probs(model, tokenizer, [TEXT], answers)[0].exp()
+    assert explanation.answers == tuple(answers)
+    np.testing.assert_allclose(explanation.probabilities, expected, rtol=1e-4)
+
+
+def test_a_model_with_k_0_says_so(make_model, tokenizer):
+    explanation = explain(make_model(0), tokenizer, TEXT)
+    assert "K = 0" in explanation.note and explanation.images == ()
+    np.testing.assert_allclose(explanation.text_weights.sum(-1), 1, rtol=1e-5)
+
+
+def test_images_can_be_switched_off(model, tokenizer):
+    explanation = explain(model, tokenizer, TEXT, with_images=False)
+    assert "switched off" in explanation.note and explanation.image_index.shape == (7, 0)
+    pool, index = torch.zeros(0, model.config.image_dim), torch.zeros(1, 7, 0, dtype=torch.int64)
+    ids = tokenizer(TEXT, return_tensors="pt").input_ids
+    probability = model(ids, image_pool=pool, image_index=index).logits[0, -1].softmax(-1).max()
+    assert explanation.probabilities.max() <= probability.item() * (1 + 1e-5)
+
+
+def test_a_blind_model_says_that_its_image_is_its_query(make_model, tokenizer):
+    explanation = explain(make_model(1, blind=True), tokenizer, TEXT)
+    assert "blind" in explanation.note and explanation.image_weights.shape == (4, 7, 1)
+    assert {image.caption for image in explanation.images} == {"the token's own query"}
+
+
+def test_an_augmented_decoder_is_explained_too(clip, kb, tokenizer):
+    """GPT-2 with CLIP's tokens, its images open."""
+    decoder = tiny_gpt2()
+    decoder.resize_token_embeddings(len(tokenizer))
+    model = augment(decoder, clip.embed_dim, 2, logit_bias=0.0)
+    model.set_retriever(Retriever(ContextEncoder(clip), kb, 2))
+    explanation = explain(model, tokenizer, TEXT)
+    assert explanation.image_weights.shape == (4, 7, 2) and explanation.image_weights.max() > 0
+    total = explanation.text_weights.sum(-1) + explanation.image_weights.sum(-1)
+    np.testing.assert_allclose(total, 1, rtol=1e-5)
+    off = explain(model, tokenizer, TEXT, with_images=False)
+    np.testing.assert_allclose(off.text_weights.sum(-1), 1, rtol=1e-5)
+
+
+def test_another_retriever_changes_images_and_answers(model, tokenizer):
+    own = explain(model, tokenizer, TEXT)
+    other = explain(model, tokenizer, TEXT, retriever=RandomImages(model.retriever, seed=3))
+    assert [image.caption for image in own.images_of(-1)] != [image.caption for image in other.images_of(-1)]
+    assert not np.allclose(own.probabilities, other.probabilities)
+    assert explain(model, tokenizer, TEXT).answers == own.answers  # the model has its own again
+
+
+def test_readers_side_by_side_have_the_same_answers(model, make_model, tokenizer):
+    readers = {"valm": Reader(model, tokenizer), "gpt2": Reader(make_model(0), tokenizer)}
+    together = explain_together(readers, TEXT)
+    assert together["valm"].answers == together["gpt2"].answers and len(together["valm"].answers) == 10
+    alone = [explain(model, tokenizer, TEXT), explain(make_model(0), tokenizer, TEXT)]
+    for explanation, own in zip(together.values(), alone, strict=True):
+        shared = dict(zip(explanation.answers, explanation.probabilities, strict=True))
+        for word, probability in zip(own.answers, own.probabilities, strict=True):
+            assert shared.get(word, probability) == pytest.approx(probability, rel=1e-4)
+        assert own.answers[0] in shared
+
+
+@pytest.mark.parametrize(
+    "text, answers, expected",
+    [
+        ("", None, "the prompt is empty"),
+        (" \n", None, "the prompt is empty"),
+        ("a red apple " * 8, None, "the prompt has 25 tokens, and this model reads 24 at most"),
+        (TEXT, ["red", " "], "the answer ' ' has no tokens"),
+    ],
+)
+def test_wrong_texts_are_named(model, tokenizer, text, answers, expected):
+    with pytest.raises(ValmError, match=expected):
+        explain(model, tokenizer, text, answers=answers)
+
+
+def test_a_page_has_room_for_so_many_tokens(make_model, tokenizer):
+    long = make_model(0, n_positions=200)
+    with pytest.raises(ValmError, match=f"151 tokens, and an explanation shows {MAX_TOKENS} at most"):
+        explain(long, tokenizer, "red " * 150)
+
+
+def test_a_model_without_a_retriever_is_named(make_model, tokenizer):
+    model = make_model()
+    model.set_retriever(None)
+    with pytest.raises(ValmError, match=r"takes 3 images a token, but has no retriever.*--kb"):
+        explain(model, tokenizer, TEXT)

@@ -1,0 +1,55 @@
+"""Figures show what they are given."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("matplotlib", reason="needs the extra [demo] or [eval]")
+from tests.valm.explain.explanations import explanation
+from valm.explain import figures
+
+
+def texts(figure) -> str:
+    return " ".join(text.get_text() for axes in figure.axes for text in axes.texts)
+
+
+def test_attention_shows_every_token_and_image():
+    left, right = figures.attention(explanation()).axes
+    assert [label.get_text() for label in left.get_yticklabels()] == ["(start)", "the", "bat"]
+    shown = left.images[0].get_array()
+    assert np.ma.is_masked(shown[0, 1])  # what comes later is not shown
+    np.testing.assert_allclose(shown[2], [0.2, 0.2, 0.6], rtol=1e-6)  # the mean of both heads
+    assert len(right.images) == 2  # the red ball, for the first two tokens
+    assert [text.get_text() for text in right.texts] == ["25%", "25%", "0%"]
+
+
+def test_attention_without_images_is_of_the_text_alone():
+    none = {"image_weights": np.zeros((2, 3, 0)), "image_index": np.zeros((3, 0), int), "images": ()}
+    (axes,) = figures.attention(explanation(**none, scores=np.zeros((3, 0)))).axes
+    assert axes.get_title() == "text"
+
+
+def test_answer_bars_mark_the_likeliest():
+    figure = figures.answer_bars({"before": {"red": 0.7, "blue": 0.3}, "after": {"red": 0.1, "blue": 0.9}})
+    assert [axes.get_title() for axes in figure.axes] == ["before", "after"]
+    assert texts(figure) == "0.70 0.90"
+    assert [bar.get_width() for bar in figure.axes[1].patches] == [0.1, 0.9]
+    assert figure.axes[0].yaxis_inverted()  # the first word on top
+
+
+def test_dollars_are_dollars():
+    """Between two of them matplotlib would look for mathematics, and find none."""
+    figure = figures.attention(explanation(tokens=("$$", "$x", "\u202ex")))
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg")
+    assert "$$" in drawn.getvalue() and "\u202e" not in drawn.getvalue()
+
+
+def test_the_png_has_a_row_for_each_explanation(tmp_path):
+    figures.write_figure(tmp_path / "one.png", {"valm": explanation()})
+    figures.write_figure(tmp_path / "two.png", {"valm": explanation(), "gpt2": explanation()})
+    one, two = (Image.open(tmp_path / name) for name in ("one.png", "two.png"))
+    assert two.height > 1.8 * one.height and two.width == pytest.approx(one.width, rel=0.1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.png", "two.png"]

@@ -1,0 +1,224 @@
+"""What a model looked at while it read a text, and what it would say next, as arrays: Figures 2 and 3 of the paper."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from valm.errors import ValmError
+from valm.evaluation.scoring import answer_pieces
+from valm.explain.images import FindsImages, ShownImage, show_images
+from valm.retrieval.retriever import BlindRetriever, Retrieved
+
+# Each token is a row of images on the page and a row of the attention matrix.
+MAX_TOKENS = 128
+TOP_ANSWERS = 10
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One text of T tokens, read by a model with H heads in its fusion block, and the K images of each token.
+
+    text: the prompt.
+    tokens: T strings, as they are shown.
+    text_weights: (H, T, T) float32, the attention of each token (row) over the tokens up to it.
+    image_weights: (H, T, K) float32, its attention over its own images. Both are out of one softmax.
+    image_index: (T, K) int64, rows of `images`, best first; -1 = none.
+    scores: (T, K) float32, inner product of the token's query and the image; -inf = none.
+    images: U different images.
+    answers: A words, likeliest first where they were not given.
+    probabilities: (A,) float32, the probability of each as the continuation of the text.
+    note: why there are no images, empty where there are.
+    """
+
+    text: str
+    tokens: tuple[str, ...]
+    text_weights: np.ndarray
+    image_weights: np.ndarray
+    image_index: np.ndarray
+    scores: np.ndarray
+    images: tuple[ShownImage, ...]
+    answers: tuple[str, ...]
+    probabilities: np.ndarray
+    note: str = ""
+
+    def weights(self, head: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """The attention over text (T, T) and over images (T, K): of one head, or the mean over all."""
+        if head is None:
+            return self.text_weights.mean(0), self.image_weights.mean(0)
+        return self.text_weights[head], self.image_weights[head]
+
+    def images_of(self, token: int) -> list[ShownImage]:
+        """The images of a token, best first."""
+        return [self.images[row] for row in self.image_index[token].tolist() if row >= 0]
+
+
+def explain(
+    model: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    text: str,
+    *,
+    retriever: FindsImages | None = None,
+    with_images: bool = True,
+    answers: Sequence[str] | None = None,
+) -> Explanation:
+    """What `model` looks at while it reads `text`, and how it goes on.
+
+    Args:
+        model: a VaLM or an augmented decoder, as `valm.load` returns it.
+        retriever: finds the images instead of the model's own; it may find fewer than the model was made for.
+        with_images: False reads the text alone.
+        answers: the words whose probabilities are wanted; by default the TOP_ANSWERS likeliest of those that are one
+            token.
+
+    Raises:
+        ValmError: the text is empty or longer than the model or an explanation can take; the model needs images and
+            has no retriever; an answer has no tokens.
+    """
+    ids = _token_ids(model, tokenizer, text)
+    note = _why_no_images(model, with_images)
+    finder = retriever or model.retriever
+    if note:
+        finder = None
+    elif finder is None:
+        raise ValmError(
+            f"this model takes {model.image_options.num_images} images a token, but has no retriever: give it a "
+            "knowledge base (--kb)"
+        )
+    elif isinstance(finder, BlindRetriever):
+        note = "This model is blind: the one image of each token is its own retrieval query, which is no picture."
+    found = _find(model, finder, ids)
+    text_weights, image_weights = model.fusion_attention(ids, **_images(model, found))
+    if answers is None:
+        words, probabilities = _likeliest(tokenizer, _log_probs(model, ids, found)[-1])
+    else:
+        words, probabilities = list(answers), _probabilities(model, tokenizer, finder, ids, answers)
+    return Explanation(
+        text=text,
+        tokens=tuple(_shown(tokenizer, id) for id in ids[0].tolist()),
+        text_weights=text_weights[0].float().cpu().numpy(),
+        image_weights=image_weights[0].float().cpu().numpy(),
+        image_index=found.image_index[0].cpu().numpy(),
+        scores=found.scores[0].float().cpu().numpy(),
+        images=tuple(show_images(finder, found.image_ids.tolist())),
+        answers=tuple(words),
+        probabilities=np.array(probabilities, np.float32),
+        note=note,
+    )
+
+
+class Reader(NamedTuple):
+    """The arguments of `explain` that say who reads the text, and with which images."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerFast
+    retriever: FindsImages | None = None
+    with_images: bool = True
+
+
+def explain_together(
+    readers: Mapping[str, Reader], text: str, answers: Sequence[str] | None = None
+) -> dict[str, Explanation]:
+    """One explanation of `text` by each reader, under its name, all with the same answers in the same order.
+
+    Without `answers` they are the likeliest of all readers together. Raises as `explain`.
+    """
+    explanations = {name: _explain(reader, text, answers) for name, reader in readers.items()}
+    if answers is None and len(readers) > 1:
+        largest: dict[str, float] = {}
+        for explanation in explanations.values():
+            for word, probability in zip(explanation.answers, explanation.probabilities.tolist(), strict=True):
+                largest[word] = max(largest.get(word, 0.0), probability)
+        likeliest = sorted(largest, key=lambda word: -largest[word])[:TOP_ANSWERS]
+        explanations = {name: _explain(reader, text, likeliest) for name, reader in readers.items()}
+    return explanations
+
+
+def _explain(reader: Reader, text: str, answers: Sequence[str] | None) -> Explanation:
+    model, tokenizer, retriever, with_images = reader
+    return explain(model, tokenizer, text, retriever=retriever, with_images=with_images, answers=answers)
+
+
+def _token_ids(model: Any, tokenizer: PreTrainedTokenizerFast, text: str) -> Tensor:
+    """(1, T), on the model's device."""
+    if not text.strip():
+        raise ValmError('the prompt is empty: give a text, such as "the color of the sky is"')
+    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or MAX_TOKENS
+    if ids.shape[1] > min(context, MAX_TOKENS):
+        limit = f"this model reads {context}" if context < MAX_TOKENS else f"an explanation shows {MAX_TOKENS}"
+        raise ValmError(f"the prompt has {ids.shape[1]} tokens, and {limit} at most: give a shorter one")
+    return ids.to(model.device)
+
+
+def _why_no_images(model: Any, with_images: bool) -> str:
+    if model.image_options.num_images == 0:
+        return "This model takes no images (K = 0): it reads the text alone."
+    return "" if with_images else "The images are switched off: the model reads the text alone."
+
+
+def _find(model: Any, retriever: FindsImages | None, ids: Tensor) -> Retrieved:
+    """The images of each token; none at all without a retriever."""
+    if retriever is not None:
+        return Retrieved(*(tensor.to(ids.device) for tensor in retriever(ids)))
+    none = torch.empty(*ids.shape, 0, device=ids.device)
+    pool = torch.empty(0, model.image_options.image_dim, device=ids.device)
+    return Retrieved(pool, none.long(), torch.empty(0, dtype=torch.int64), none)
+
+
+def _images(model: Any, found: Retrieved) -> dict[str, Tensor]:
+    """The arguments of the model; a model with K = 0 takes none, not even an empty pool."""
+    if model.image_options.num_images == 0:
+        return {}
+    return {"image_pool": found.image_pool, "image_index": found.image_index}
+
+
+@torch.no_grad()
+def _log_probs(model: Any, ids: Tensor, found: Retrieved) -> Tensor:
+    """log p of what follows each token of `ids` (1, T): (T, V) float32."""
+    return model(ids, **_images(model, found)).logits[0].float().log_softmax(-1)
+
+
+def _likeliest(tokenizer: PreTrainedTokenizerFast, log_probs: Tensor) -> tuple[list[str], list[float]]:
+    """The likeliest words that are one token, of log_probs (V,): those that read as themselves after a blank."""
+    values, ids = log_probs.topk(min(8 * TOP_ANSWERS, len(log_probs)))
+    words, probabilities = [], []
+    for value, id in zip(values.tolist(), ids.tolist(), strict=True):
+        word = str(tokenizer.decode([id])).strip()
+        if id not in tokenizer.all_special_ids and answer_pieces(tokenizer, [word]) == [[id]]:
+            words.append(word)
+            probabilities.append(float(np.exp(value)))
+    return words[:TOP_ANSWERS], probabilities[:TOP_ANSWERS]
+
+
+def _probabilities(
+    model: Any, tokenizer: PreTrainedTokenizerFast, retriever: FindsImages | None, ids: Tensor, answers: Sequence[str]
+) -> list[float]:
+    """Of each answer as the next words after `ids` (1, T), over all its tokens."""
+    pieces = answer_pieces(tokenizer, answers)
+    if [] in pieces:
+        raise ValmError(f"the answer {answers[pieces.index([])]!r} has no tokens")
+    by_head: dict[tuple[int, ...], Tensor] = {}
+    probabilities = []
+    for answer in pieces:
+        head = tuple(answer[:-1])  # one-token answers share the pass over the prompt
+        if head not in by_head:
+            longer = torch.cat([ids, ids.new_tensor([head])], 1)
+            by_head[head] = _log_probs(model, longer, _find(model, retriever, longer))[ids.shape[1] - 1 :]
+        log_probs = by_head[head]  # (tokens of the answer, V)
+        probabilities.append(float(log_probs[range(len(answer)), answer].sum().exp()))
+    return probabilities
+
+
+def _shown(tokenizer: PreTrainedTokenizerFast, id: int) -> str:
+    """A token as it is shown: without the blank before it, and never empty."""
+    if id == tokenizer.bos_token_id:
+        return "(start)"
+    text = str(tokenizer.decode([id]))
+    return text.strip() or repr(text)

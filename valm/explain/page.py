@@ -1,0 +1,146 @@
+"""An explanation, or several beside each other, as one HTML page that needs nothing from outside itself."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from valm.explain.explanation import Explanation
+from valm.explain.images import THUMBNAIL_SIZE
+from valm.files import atomic_path
+from valm.knowledge_base.images import thumbnail_bytes
+
+HERE = Path(__file__).parent
+# The page's script gets the weights of every head as integers in this unit.
+WEIGHT_UNIT = 1e-4
+
+
+def write_page(path: str | os.PathLike, explanations: Mapping[str, Explanation]) -> None:
+    """Writes the page to `path`, all or nothing; arguments as in `render_page`."""
+    page = render_page(explanations)
+    with atomic_path(Path(path)) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def render_page(explanations: Mapping[str, Explanation]) -> str:
+    """The page: what was answered, the images of each token, and the attention, with a choice of the head.
+
+    Args:
+        explanations: of one text, by what is said of each, such as the name of the model.
+
+    Everything is escaped. The page makes no request: its policy forbids all, and any script but its own.
+    """
+    script = (HERE / "heads.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            **_content(explanations, None),
+            style=Markup(style()),
+            script=Markup(script),
+            script_hash=digest,
+            heads=[_heads(explanation) for explanation in explanations.values()],
+        )
+    )
+
+
+def render_body(explanations: Mapping[str, Explanation], head: int | None = None) -> str:
+    """What is between header and end of the page, for one head or the mean of all; it needs `style()`."""
+    return _environment().get_template("body.html.j2").render(**_content(explanations, head), choose_head=False)
+
+
+@cache
+def style() -> str:
+    """The CSS of pages and bodies; all of it is below the class `valm-explain`."""
+    return (HERE / "style.css").read_text(encoding="utf-8")
+
+
+def data_uri(image: Image.Image) -> str:
+    """The image, small, as an address that holds all of it."""
+    return "data:image/jpeg;base64," + base64.b64encode(thumbnail_bytes(image, THUMBNAIL_SIZE)).decode()
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["percent"] = lambda share: int(100 * share + 0.5)  # rounded as the script does
+    return environment
+
+
+def _content(explanations: Mapping[str, Explanation], head: int | None) -> dict[str, Any]:
+    first = next(iter(explanations.values()))
+    settings = [
+        _setting(number, title, explanation, head) for number, (title, explanation) in enumerate(explanations.items())
+    ]
+    return {"text": first.text, "settings": settings}
+
+
+def _setting(number: int, title: str, explanation: Explanation, head: int | None) -> dict[str, Any]:
+    """One explanation as the template shows it."""
+    text, image = explanation.weights(head)
+    sources = [None if shown.thumbnail is None else data_uri(shown.thumbnail) for shown in explanation.images]
+    largest_text, largest_image = (float(weights.max(initial=0.0)) or 1.0 for weights in (text, image))
+    width = len(explanation.tokens) + image.shape[1]
+
+    def shown(token: int, rank: int, row: int) -> dict[str, Any]:
+        weight = float(image[token, rank])
+        return {
+            "source": sources[row],
+            "caption": explanation.images[row].caption,
+            "score": float(explanation.scores[token, rank]),
+            "weight": weight,
+            "bar": weight / largest_image,
+            "place": token * width + len(explanation.tokens) + rank,
+        }
+
+    tokens = [
+        {
+            "text": token,
+            "share": float(image[number].sum()),
+            "images": [shown(number, rank, row) for rank, row in enumerate(rows) if row >= 0],
+            "attention": [
+                {"weight": weight, "bar": weight / largest_text, "place": number * width + other}
+                for other, weight in enumerate(text[number, : number + 1].tolist())
+            ],
+        }
+        for number, (token, rows) in enumerate(zip(explanation.tokens, explanation.image_index.tolist(), strict=True))
+    ]
+    probabilities = explanation.probabilities.tolist()
+    best = int(np.argmax(probabilities)) if probabilities else None
+    return {
+        "number": number,
+        "title": title,
+        "note": explanation.note,
+        "num_heads": len(explanation.text_weights),
+        "head": head,
+        "has_images": bool(explanation.images),
+        "tokens": tokens,
+        "answers": [
+            {"word": word, "probability": probability, "best": place == best}
+            for place, (word, probability) in enumerate(zip(explanation.answers, probabilities, strict=True))
+        ],
+        "others": max(0.0, 1.0 - sum(probabilities)),
+    }
+
+
+def _heads(explanation: Explanation) -> dict[str, Any]:
+    """The weights of the mean and of every head, each as T rows of T + K integers in WEIGHT_UNIT."""
+    joint = np.concatenate([explanation.text_weights, explanation.image_weights], -1)  # (H, T, T + K)
+    every = np.concatenate([joint.mean(0, keepdims=True), joint])
+    return {
+        "tokens": len(explanation.tokens),
+        "weights": np.rint(every / WEIGHT_UNIT).astype(int).reshape(len(every), -1).tolist(),
+    }
