@@ -92,7 +92,7 @@ def images_in(folder: str | os.PathLike, clip: Clip) -> Tensor:
         ValmError: there is no image, or one cannot be read.
     """
     images = []
-    for name in find_images(Path(folder)):
+    for name in find_images(Path(folder)).images:
         try:
             images.append(read_image(Path(folder) / name))
         except Exception as error:  # damaged bytes make a decoder raise anything
