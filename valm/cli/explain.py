@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
-from contextlib import ExitStack
 from pathlib import Path
 
 from valm.cli.options import Commands, add_retrieval, chosen_device, command, load_model
@@ -27,26 +26,25 @@ def run_explain(arguments: argparse.Namespace) -> None:
     from valm.checkpoint import load
     from valm.explain.explanation import Reader, explain_together
     from valm.explain.figures import check_can_draw, write_figure
-    from valm.explain.images import images_of_folder
+    from valm.explain.images import FolderImages
     from valm.explain.page import write_page
     from valm.retrieval.retriever import Retriever
 
     if arguments.png:
         check_can_draw()
     model, tokenizer = load_model(arguments)
-    with ExitStack() as stack:
-        name = _unlike((), arguments.model)
-        readers = {name: Reader(model, tokenizer)}
-        if arguments.replace:
-            if not isinstance(model.retriever, Retriever):
-                raise ValmError(f"--replace: the model in {arguments.model} retrieves no images that could be replaced")
-            replaced = stack.enter_context(images_of_folder(arguments.replace, model.retriever))
-            readers[f"{name}, with images of {arguments.replace.absolute().name}"] = Reader(model, tokenizer, replaced)
-        if arguments.compare:
-            other = load(arguments.compare, device=chosen_device(arguments))
-            readers[_unlike(readers, arguments.compare)] = Reader(*other)
-        answers = [word.strip() for word in arguments.answers.split(",")] if arguments.answers else None
-        explanations = explain_together(readers, arguments.prompt, answers)
+    name = _unlike((), arguments.model)
+    readers = {name: Reader(model, tokenizer)}
+    if arguments.replace:
+        if not isinstance(model.retriever, Retriever):
+            raise ValmError(f"--replace: the model in {arguments.model} retrieves no images that could be replaced")
+        replaced = FolderImages(arguments.replace, model.retriever)
+        readers[f"{name}, with images of {arguments.replace.absolute().name}"] = Reader(model, tokenizer, replaced)
+    if arguments.compare:
+        other = load(arguments.compare, device=chosen_device(arguments))
+        readers[_unlike(readers, arguments.compare)] = Reader(*other)
+    answers = [word.strip() for word in arguments.answers.split(",")] if arguments.answers else None
+    explanations = explain_together(readers, arguments.prompt, answers)
     write_page(arguments.out, explanations)
     print(f"page: {arguments.out}")
     if arguments.png:

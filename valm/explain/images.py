@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,11 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from valm.evaluation import controls
 from valm.files import check_regular
-from valm.knowledge_base.build import build
-from valm.knowledge_base.encode import Encoding
-from valm.knowledge_base.images import read_image
-from valm.knowledge_base.sources.folder import FolderSource
+from valm.knowledge_base.images import find_images, read_image
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.retriever import Retrieved, Retriever
 from valm.text import printable
@@ -41,45 +38,51 @@ class ShownImage:
     thumbnail: Image.Image | None
 
 
-class RandomImages:
-    """A retriever that finds random images of the knowledge base instead of the nearest ones: the control.
-
-    The same text has the same images for one seed; their scores are those of the token's own query.
-    """
-
-    def __init__(self, retriever: Retriever, seed: int = 0):
-        self.kb = retriever.kb
-        self._retriever = retriever
-        self._seed = seed
+class RandomImages(controls.RandomImages):
+    """The control of the same name, with the ids and scores of the images that the model sees."""
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Retrieved:
-        shape = (*input_ids.shape, self._retriever.k)
-        drawn = torch.randint(len(self.kb), shape, generator=torch.Generator().manual_seed(self._seed))
-        ids, index = torch.unique(drawn, return_inverse=True)
-        pool = torch.from_numpy(self.kb.gather(ids.numpy())).float()
-        queries = self._retriever.encoder(input_ids, attention_mask).float().cpu()  # (B, T, E)
-        scores = torch.einsum("bte,btke->btk", queries, pool[index])
-        return Retrieved(pool, index, ids, scores)
+        found = self.retriever(input_ids, attention_mask)
+        ids = self.other[found.image_ids.cpu()]
+        pool = torch.from_numpy(self.retriever.kb.gather(ids.numpy())).to(found.image_pool)
+        queries = self.retriever.encoder(input_ids, attention_mask)
+        return Retrieved(pool, found.image_index, ids, _scores(queries, pool, found.image_index))
 
 
-@contextmanager
-def images_of_folder(folder: Path, retriever: Retriever) -> Iterator[Retriever]:
-    """A retriever that finds the images in `folder` instead of the knowledge base's, by the same queries.
+class FolderImages(controls.FixedImages):
+    """A retriever that returns the first images of a folder for every token, instead of the knowledge base's.
 
-    It finds as many as `retriever`, or all where the folder has fewer.
+    Args:
+        folder: of images; where it has fewer than `retriever` finds, they are repeated.
 
     Raises:
-        ValmError: there is no readable image in the folder.
+        ValmError: there is no image, or one cannot be read.
     """
-    with tempfile.TemporaryDirectory() as temporary:
-        encoding = Encoding(thumbnails=THUMBNAIL_SIZE, workers=0)
-        kb = build(FolderSource(folder), temporary, retriever.encoder.clip, encoding, progress=False)
-        yield Retriever(retriever.encoder, kb, min(retriever.k, len(kb)), cache_tokens=0)
+
+    def __init__(self, folder: str | os.PathLike, retriever: Retriever):
+        super().__init__(controls.images_in(folder, retriever.encoder.clip), retriever.k)
+        self.encoder = retriever.encoder
+        files = [Path(folder) / name for name in find_images(Path(folder)).images[: retriever.k]]
+        self.images = [ShownImage(printable(file.stem), _read(file)) for file in files]
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Retrieved:
+        found = super().__call__(input_ids, attention_mask)
+        queries = self.encoder(input_ids, attention_mask)
+        ids = torch.arange(len(self.images))
+        return found._replace(image_ids=ids, scores=_scores(queries, found.image_pool, found.image_index))
+
+
+def _scores(queries: Tensor, pool: Tensor, index: Tensor) -> Tensor:
+    """(B, T, K): inner products of queries (B, T, E) and images (U, E) at `index` (B, T, K); -inf = none."""
+    products = torch.einsum("bte,btke->btk", queries.to(pool), pool[index.clamp(min=0)])
+    return products.masked_fill(index < 0, -torch.inf)
 
 
 def show_images(retriever: Any, image_ids: Sequence[int]) -> list[ShownImage]:
-    """Each image with its thumbnail and caption, as far as the knowledge base of `retriever` has them."""
-    kb = getattr(retriever, "kb", None)
+    """Each image with its thumbnail and caption, as far as `retriever` knows them."""
+    if isinstance(retriever, FolderImages):
+        return [retriever.images[id] for id in image_ids]
+    kb = getattr(retriever.retriever if isinstance(retriever, RandomImages) else retriever, "kb", None)
     if not isinstance(kb, ImageKnowledgeBase):
         return [ShownImage("the token's own query" if id < 0 else f"image {id}", None) for id in image_ids]
     return [_show(kb, id) for id in image_ids]
