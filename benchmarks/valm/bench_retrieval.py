@@ -1,8 +1,8 @@
 """Context queries of real prose, search among a million pictures, and the whole VaLM, beside a GPT-2 of base size.
 
-The text towers have the sizes of CLIP's RN50x16 and ViT-B/32 and random weights; the prose is LAMBADA's, found
-through VALM_EVAL_DATA. The index is tuned on AG News. `--full` makes the million pictures in the folder `--scratch`
-(2.6 GB) where they are not there yet.
+The text towers have the sizes of CLIP's RN50x16 and ViT-B/32 and random weights; the prose is
+the language reference that comes with Python. `--full` with VALM_EVAL_DATA adds what searches a million pictures, on
+LAMBADA, with an index tuned on AG News; they are made in the folder `--scratch` (2.6 GB) where they are not there yet.
 
 The whole models make logits of 200 MB. Whether their pages are fresh differs from row to row with what ran before,
 unless malloc is told to keep what is freed, as the `valm` command does: MALLOC_MMAP_THRESHOLD_=1073741824
@@ -26,6 +26,7 @@ from benchmarks.valm.inputs import (
     gpt2,
     lambada,
     large_knowledge_base,
+    prose,
     token_rows,
 )
 from valm.clip import Clip
@@ -33,7 +34,8 @@ from valm.config import ValmConfig
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model import VaLMForCausalLM
 from valm.retrieval.context import ContextEncoder
-from valm.retrieval.faiss_index import FaissIndex, index_parameters, open_index
+from valm.retrieval.faiss_index import FaissIndex, open_index
+from valm.retrieval.index_parameters import index_parameters
 from valm.retrieval.index_tuning import build_index, choose_factory, context_queries, recall
 from valm.retrieval.retriever import Retriever
 from valm_kernels import ip_topk, merge_topk
@@ -42,16 +44,19 @@ TOKENS = 512
 K = 4
 TARGET_RECALL = 0.95
 
-pytestmark = [
-    pytest.mark.skipif("VALM_EVAL_DATA" not in os.environ, reason="needs LAMBADA: set VALM_EVAL_DATA"),
-    # the first that needs the million pictures makes them and their index: six minutes on two cores
-    pytest.mark.timeout(3600),
-]
+# The first that needs the million pictures makes them and their index: six minutes on two cores.
+pytestmark = pytest.mark.timeout(3600)
 
 
 @functools.cache
-def prose(rows: int) -> torch.Tensor:
+def text(rows: int) -> torch.Tensor:
     """(rows, TOKENS) ids of running text."""
+    return token_rows(prose(), rows, TOKENS)
+
+
+@functools.cache
+def passages(rows: int) -> torch.Tensor:
+    """(rows, TOKENS) ids of LAMBADA, for what is measured with the million pictures."""
     return token_rows(lambada(), rows, TOKENS)
 
 
@@ -93,7 +98,7 @@ def implementation(name: str, tower: str, dtype: torch.dtype, ids: torch.Tensor)
     ],
 )
 def bench_context(measure, tower, rows, dtype, name):
-    function, check = implementation(name, tower, dtype, prose(rows))
+    function, check = implementation(name, tower, dtype, text(rows))
     group = f"context queries, {rows} x {TOKENS} tokens, {tower} text tower"
     measure(group=group, name=f"{name} {str(dtype).removeprefix('torch.')}", function=function, check=check, rounds=2)
 
@@ -122,6 +127,8 @@ def indexed(pytestconfig: pytest.Config):
 
     @functools.cache
     def make(tower: str) -> ImageKnowledgeBase:
+        if "VALM_EVAL_DATA" not in os.environ:
+            pytest.skip("needs LAMBADA, AG News and DBPedia: set VALM_EVAL_DATA")
         kb = large_knowledge_base(pytestconfig.getoption("--scratch"), tower)
         if index_parameters(kb) is None:
             texts = articles("agnews")
@@ -137,7 +144,7 @@ def indexed(pytestconfig: pytest.Config):
 @functools.cache
 def nearest(kb: ImageKnowledgeBase, query: str, tower: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Context queries (TOKENS, E) of prose, and the ids (TOKENS, K) that exact search finds."""
-    queries = ContextEncoder(clip(tower), query=query)(prose(1))[0]
+    queries = ContextEncoder(clip(tower), query=query)(passages(1))[0]
     found, offsets = [], [0]
     for vectors in kb.shards():
         found.append(ip_topk(queries, vectors, K))
@@ -165,7 +172,7 @@ def bench_open(measure, indexed):
 def bench_search(measure, indexed, name):
     group = f"search for {TOKENS} tokens among 1M x 768, k {K}"
     if name == "GPT-2 base forward":
-        function, check = implementation(name, "RN50x16", torch.float32, prose(1))
+        function, check = implementation(name, "RN50x16", torch.float32, passages(1))
         measure(group=group, name=f"{name} float32", function=function, check=check, rounds=5)
         return
     kb = indexed("RN50x16")
@@ -218,7 +225,7 @@ RETRIEVING = [
 def bench_whole_model(measure, indexed, tower, name):
     """Encode + retrieve + model in float32, the frozen text tower in either precision: which is faster depends on the
     processor. "given": with pictures found before; "alone": encode + retrieve."""
-    ids = prose(2)
+    ids = passages(2)
     kb = indexed(tower)
     model = language_model(0 if name == "GPT-2*" else K, kb.dim)
     alone = " alone" in name
