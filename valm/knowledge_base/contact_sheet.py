@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import subprocess
 import textwrap
 
 from PIL import Image, ImageDraw, ImageFont
@@ -14,6 +16,7 @@ CELL = 160  # pixels; thumbnails are enlarged to it
 TEXT_LINES = 3
 FONT_SIZE = 12
 MARGIN = 8
+LAST_LATIN = 0x24F  # Pillow's own font has no other scripts
 
 
 def contact_sheet(kb: ImageKnowledgeBase, results: list[tuple[float, Item]], title: str) -> Image.Image:
@@ -21,14 +24,13 @@ def contact_sheet(kb: ImageKnowledgeBase, results: list[tuple[float, Item]], tit
 
     A picture without a thumbnail is an empty frame.
     """
-    font = ImageFont.load_default(FONT_SIZE)
     line = FONT_SIZE + 3
     width, height = CELL + MARGIN, CELL + MARGIN + (1 + TEXT_LINES) * line
     columns = min(COLUMNS, max(1, len(results)))
     rows = -(-len(results) // columns)
     sheet = Image.new("RGB", (MARGIN + columns * width, 2 * MARGIN + line + rows * height), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((MARGIN, MARGIN), title, "black", ImageFont.load_default(FONT_SIZE + 2))
+    draw.text((MARGIN, MARGIN), title, "black", font_for(title, FONT_SIZE + 2))
     for number, (score, item) in enumerate(results):
         left = MARGIN + number % columns * width
         top = 2 * MARGIN + line + number // columns * height
@@ -41,5 +43,28 @@ def contact_sheet(kb: ImageKnowledgeBase, results: list[tuple[float, Item]], tit
         caption = item.caption.partition("\n")[0] or item.uri
         wrapped = textwrap.wrap(caption, int(CELL / (FONT_SIZE * 0.55)), max_lines=TEXT_LINES, placeholder="…")
         text = "\n".join([f"{number + 1}.  {score:.3f}", *wrapped])
-        draw.multiline_text((left, top + CELL + 2), text, "black", font, spacing=2)
+        draw.multiline_text((left, top + CELL + 2), text, "black", font_for(text, FONT_SIZE), spacing=2)
     return sheet
+
+
+def font_for(text: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own font, or for a text beyond Latin one of the system's that has its first such character."""
+    beyond = next((character for character in text if ord(character) > LAST_LATIN and not character.isspace()), None)
+    file = None if beyond is None else _system_font(beyond)
+    if file is not None:
+        try:
+            return ImageFont.truetype(file[0], size, index=file[1])
+        except OSError:  # of fixed sizes, such as an emoji font
+            pass
+    return ImageFont.load_default(size)
+
+
+@functools.lru_cache(1024)
+def _system_font(character: str) -> tuple[str, int] | None:
+    """File, and number in it, of a font that has the character, where fontconfig is there to tell."""
+    asked = ["fc-match", "--format=%{file}\n%{index}", f":charset={ord(character):x}:scalable=true:color=false"]
+    try:
+        file, index = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True).stdout.split("\n")
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+    return file, int(index)

@@ -1,9 +1,12 @@
 import dataclasses
+import shutil
+import subprocess
 
-from PIL import Image
+import pytest
+from PIL import Image, ImageFont
 
 from tests.valm.knowledge_base.inputs import build_folder
-from valm.knowledge_base.contact_sheet import CELL, contact_sheet
+from valm.knowledge_base.contact_sheet import CELL, _system_font, contact_sheet, font_for
 
 
 def test_pictures_stand_in_rows(make_kb):
@@ -27,3 +30,22 @@ def test_without_thumbnails_or_results(clip, tmp_path):
     sheet = contact_sheet(kb, [(0.1, item)], "red")
     assert sheet.getpixel((8 + CELL // 2, 31 + CELL // 2)) == (255, 255, 255)
     assert contact_sheet(kb, [], "nothing").height < CELL
+
+
+@pytest.mark.skipif(shutil.which("fc-match") is None, reason="needs fontconfig")
+@pytest.mark.parametrize(("one", "other"), [("собака", "кошкаа"), ("σκύλος", "γάταγά")])
+def test_captions_beyond_latin_are_drawn(one, other):
+    if _system_font(one[0]) is None:
+        pytest.skip("no font of the system has these letters")
+    masks = [bytes(font_for(text, 12).getmask(text)) for text in (one, other)]
+    assert masks[0] != masks[1]  # boxes for missing letters would be equal
+
+
+def test_without_fontconfig_the_own_font_is_taken(monkeypatch):
+    def missing(*_, **__):
+        raise FileNotFoundError("fc-match")
+
+    monkeypatch.setattr(subprocess, "run", missing)
+    _system_font.cache_clear()
+    assert font_for("一只狗", 12).getname() == ImageFont.load_default(12).getname()
+    _system_font.cache_clear()
