@@ -5,44 +5,69 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from valm.cli.options import Commands, add_retrieval, command, load_model
+from valm.cli.options import Commands, add_retrieval, chosen_device, command, positive
 from valm.errors import ValmError
+
+# Sets whose file may be named for itself.
+FILES = {"memory_color": "--memory-color", "color_terms": "--color-terms"}
 
 
 def add_to(commands: Commands) -> None:
-    evaluate = command(commands, "eval", run_eval, "ask a checkpoint for the colours of things")
-    evaluate.add_argument("model", type=Path, help="checkpoint folder")
-    evaluate.add_argument("--memory-color", type=Path, help="memory_color_data.csv")
-    evaluate.add_argument("--color-terms", type=Path, help="color-concrete-objects.csv")
-    evaluate.add_argument("--protocol", choices=["fair", "published"], default="fair")
-    evaluate.add_argument("--out", type=Path, help="write all answers to this JSON file")
+    evaluate = command(commands, "eval", run_eval, "evaluate models side by side, in the layout of the paper's tables")
+    evaluate.add_argument(
+        "model",
+        nargs="+",
+        help="a checkpoint, an augmented decoder, a causal or masked language model or a CLIP: FOLDER, NAME=FOLDER, or "
+        "NAME=FOLDER,FOLDER for checkpoints that differ in their seed",
+    )
+    evaluate.add_argument("--tasks", help="tasks or groups: color,shape,size,material,nlu,lm (default: color)")
+    evaluate.add_argument("--protocol", choices=["fair", "published", "both"], default="both")
+    evaluate.add_argument("--data", type=Path, help="folder of the evaluation sets (default: $VALM_EVAL_DATA)")
+    evaluate.add_argument("--memory-color", type=Path, help="memory_color_data.csv, instead of one in --data")
+    evaluate.add_argument("--color-terms", type=Path, help="color-concrete-objects.csv, instead of one in --data")
+    evaluate.add_argument("--limit", type=positive, help="so many items of each set only, for a quick look")
+    evaluate.add_argument("--no-images", action="store_true", help="also each model with its images off")
+    evaluate.add_argument(
+        "--random-images", action="store_true", help="also with random images of its knowledge base for those it finds"
+    )
+    evaluate.add_argument(
+        "--replace", type=Path, metavar="FOLDER", help="also with the images in this folder for those it finds"
+    )
+    evaluate.add_argument(
+        "--out", type=Path, help="folder of results.json, results.md, report.html and the cache; a killed run goes on"
+    )
+    evaluate.add_argument("--fresh", action="store_true", help="score anew what the cache in --out has")
     add_retrieval(evaluate)
 
 
 def run_eval(arguments: argparse.Namespace) -> None:
-    from valm.evaluation.color import evaluate_color, load_color_terms, load_memory_color
-    from valm.files import write_json
+    from valm.evaluation.questions import FAIR, PUBLISHED, chosen_tasks
+    from valm.evaluation.report import markdown, write_report
+    from valm.evaluation.suite import Settings, entries, evaluate
+    from valm.files import writable_folder
 
-    sets = {}
-    if arguments.memory_color:
-        sets["MemoryColor"] = load_memory_color(arguments.memory_color)
-    if arguments.color_terms:
-        sets["ColorTerms"] = load_color_terms(arguments.color_terms)
-    if not sets:
-        raise ValmError("nothing to evaluate: give --memory-color or --color-terms, or both")
-    model, tokenizer = load_model(arguments)
-    results = {}
-    for name, items in sets.items():
-        result = evaluate_color(model, tokenizer, items, protocol=arguments.protocol, progress=name)
-        results[name] = result.to_json()
-        print(f"{name}, {len(items)} things, {len(result.prompts)} prompts, {arguments.protocol} protocol")
-        print(f"  accuracy            {result.accuracy}  (95 % interval over things)")
-        if result.vote is not None:
-            print(f"  vote of the prompts {result.vote}")
-            print(f"  calibrated          {result.calibrated}")
-            print(f"  calibrated vote     {result.calibrated_vote}")
-        print(
-            f"  always {result.majority_answer!r}{'':<{max(0, 11 - len(result.majority_answer))}} {result.majority:.3f}"
-        )
-    if arguments.out:
-        write_json(arguments.out, results)
+    files = {name: path for name in FILES if (path := getattr(arguments, name)) is not None}
+    tasks = arguments.tasks or (",".join(files) if files else "color")
+    if arguments.out is not None:
+        if arguments.out.is_file():
+            raise ValmError(f"the output {arguments.out} is a file; choose a folder")
+        writable_folder(arguments.out)
+    settings = Settings(
+        tasks=tuple(chosen_tasks(tasks)),
+        protocols=(PUBLISHED, FAIR) if arguments.protocol == "both" else (arguments.protocol,),
+        data=arguments.data,
+        files=files,
+        limit=arguments.limit,
+        kb=arguments.kb,
+        clip=arguments.clip,
+        allow_download=arguments.allow_download,
+        device=chosen_device(arguments),
+        no_images=arguments.no_images,
+        random_images=arguments.random_images,
+        replace=arguments.replace,
+        fresh=arguments.fresh,
+    )
+    results = evaluate(entries(arguments.model), settings, arguments.out)
+    print(markdown(results))
+    if arguments.out is not None:
+        print(f"written to {write_report(results, arguments.out)}")

@@ -11,8 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from valm.errors import ValmError
-from valm.evaluation.scoring import Accuracy, answer_log_probs, answer_pieces
-from valm.model import VaLMForCausalLM
+from valm.evaluation.scoring import Accuracy, Progress, answer_log_probs, answer_pieces
 
 PROTOCOLS = ("published", "fair")
 
@@ -60,7 +59,7 @@ def check_protocol(protocol: str, items: Sequence, prompts: Sequence[str]) -> No
 
 
 def ask(
-    model: VaLMForCausalLM,
+    model: Any,
     tokenizer: PreTrainedTokenizerFast,
     texts: Sequence[Sequence[str]],
     right: Sequence[str],
@@ -68,7 +67,7 @@ def ask(
     *,
     fair: bool,
     batch_size: int,
-    progress: str | None,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Scores every candidate after every text: the fields of a `ChoiceResult` that come out of it.
 
@@ -84,12 +83,7 @@ def ask(
         if answer not in candidates:
             raise ValmError(f"the answer {answer!r} is not one of {', '.join(candidates)}")
     if not fair:
-        for answer, pieces in zip(candidates, answer_pieces(tokenizer, candidates), strict=True):
-            if len(pieces) != 1:
-                raise ValmError(
-                    f"{answer!r} is {len(pieces)} pieces for this tokenizer, and the published protocol compares "
-                    "single pieces: use protocol='fair'"
-                )
+        check_single_tokens(tokenizer, candidates)
     flat = [text for row in texts for text in row]
     scores = answer_log_probs(
         model, tokenizer, flat, candidates, bos=fair, batch_size=batch_size, progress=progress
@@ -101,7 +95,7 @@ def ask(
     vote = calibrated = calibrated_vote = None
     if fair:
         vote = Accuracy.of(vote_of_prompts(scores) == gold)
-        without_prior = scores - _log_prior(scores)
+        without_prior = scores - log_prior(scores)
         calibrated = Accuracy.of(without_prior.argmax(-1) == gold[:, None])
         calibrated_vote = Accuracy.of(vote_of_prompts(without_prior) == gold)
     majority_answer, count = Counter(right).most_common(1)[0]
@@ -118,6 +112,16 @@ def ask(
     }
 
 
+def check_single_tokens(tokenizer: PreTrainedTokenizerFast, candidates: Sequence[str]) -> None:
+    """Raises ValmError for an answer that is not one token, as the published scripts need it."""
+    for answer, tokens in zip(candidates, answer_pieces(tokenizer, candidates), strict=True):
+        if len(tokens) != 1:
+            raise ValmError(
+                f"{answer!r} is {len(tokens)} tokens for this tokenizer, and the published protocol compares "
+                "single tokens: use protocol='fair'"
+            )
+
+
 def vote_of_prompts(scores: np.ndarray) -> np.ndarray:
     """(items, prompts, candidates) -> (items,): what most prompts answer; among equals, what is likelier over all."""
     votes = np.eye(scores.shape[-1])[scores.argmax(-1)].sum(1)  # (items, candidates)
@@ -125,7 +129,7 @@ def vote_of_prompts(scores: np.ndarray) -> np.ndarray:
     return (votes + likely).argmax(-1)
 
 
-def _log_prior(scores: np.ndarray) -> np.ndarray:
+def log_prior(scores: np.ndarray) -> np.ndarray:
     """(items, prompts, candidates) -> (1, prompts, candidates): log of each candidate's mean probability over items."""
     return np.logaddexp.reduce(_among_candidates(scores), axis=0, keepdims=True) - np.log(len(scores))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,14 @@ def images_in(folder: str | os.PathLike, clip: Clip) -> Tensor:
         except Exception as error:  # damaged bytes make a decoder raise anything
             raise ValmError(f"cannot read the image {Path(folder) / name}: {error}") from error
     return clip.encode_images(images)
+
+
+def images_fingerprint(folder: str | os.PathLike) -> str:
+    """SHA-256 over the names and contents of the images under `folder`. Raises ValmError where there are none."""
+    found = hashlib.sha256()
+    for name in find_images(Path(folder)):
+        found.update(name.encode() + (Path(folder) / name).read_bytes())
+    return found.hexdigest()
 
 
 def switch_images(

@@ -11,6 +11,7 @@ import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from valm.errors import ValmError
@@ -284,17 +285,20 @@ def what_is_asked(
     protocol: str,
     data: str | os.PathLike | None = None,
     *,
+    file: Path | None = None,
     allow_download: bool = False,
     limit: int | None = None,
 ) -> Questions | Documents:
     """The questions or documents of `task`, of at most `limit` items drawn by a fixed seed.
+
+    file: of the set itself, instead of one in the folder `data`.
 
     Raises:
         ValmError: as `read_set`; or the task has no such protocol.
     """
     if protocol not in task.protocols:
         raise ValmError(f"{task.name} has no protocol {protocol!r}, only {', '.join(task.protocols)}")
-    items = read_set(task.name, data, allow_download=allow_download)
+    items = read_set(task.name, data, file=file, allow_download=allow_download)
     if limit is not None and limit < len(items):
         chosen = sorted(random.Random(0).sample(range(len(items)), limit))
         items = [items[number] for number in chosen]

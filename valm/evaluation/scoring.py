@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -12,9 +14,12 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from valm.errors import ValmError
-from valm.model import VaLMForCausalLM
+from valm.image_model import ImageModel
+from valm.tokenizer import begin_id
 
 RESAMPLES = 2000
+# What a progress bar is called, or what is told how many more texts are done; None for neither.
+Progress: TypeAlias = "str | Callable[[float], object] | None"
 
 
 @dataclass(frozen=True)
@@ -54,30 +59,32 @@ def answer_pieces(tokenizer: PreTrainedTokenizerFast, answers: Sequence[str]) ->
 
 @torch.no_grad()
 def answer_log_probs(
-    model: VaLMForCausalLM,
+    model: Any,
     tokenizer: PreTrainedTokenizerFast,
     prompts: Sequence[str],
     answers: Sequence[str],
     *,
     bos: bool = True,
     batch_size: int = 64,
-    progress: str | None = None,
+    progress: Progress = None,
 ) -> torch.Tensor:
     """log p(answer | prompt), summed over the answer's pieces: (prompts, answers) float32.
 
-    Only texts of equal length share a batch, so there is no padding and no score depends on the batch.
+    Only texts of equal length share a batch, so there is no padding and no score depends on the batch. Of a prompt that
+    is too long for the model the last tokens are read.
 
     Args:
+        model: a causal language model of transformers, with or without images.
         bos: begin each prompt with SOT, as every document in training does.
-        progress: what the progress bar is called, None for no bar.
 
     Raises:
-        ValmError: an empty prompt or answer, or a model that sees pictures but was given no retriever.
+        ValmError: an empty prompt or answer, or a model that sees images but was given no retriever.
     """
     check_model(model)
     pieces = answer_pieces(tokenizer, answers)
-    start = [tokenizer.bos_token_id] if bos else []
-    texts = [start + ids for ids in tokenizer(list(prompts), add_special_tokens=False)["input_ids"]]
+    start = [begin_id(tokenizer)] if bos else []
+    longest = context_length(model) - max(map(len, pieces), default=1) + 1 - len(start)
+    texts = [start + ids[-longest:] for ids in tokenizer(list(prompts), add_special_tokens=False)["input_ids"]]
     for kind, given, ids in (("prompt", prompts, texts), ("answer", answers, pieces)):
         if [] in ids:
             raise ValmError(f"{kind} {given[ids.index([])]!r} has no pieces")
@@ -87,7 +94,7 @@ def answer_log_probs(
     for i, ids in enumerate(pieces):
         by_head[tuple(ids[:-1])].append(i)
     scores = torch.empty(len(texts), len(answers))
-    with tqdm(total=len(by_head) * len(texts), desc=progress, unit="text", disable=progress is None) as bar:
+    with counting(progress, len(texts)) as advance:
         for head, members in by_head.items():
             answer_ids = torch.tensor([pieces[i] for i in members], device=model.device)  # (answers here, pieces)
             for rows in equal_lengths(texts, batch_size):
@@ -97,14 +104,30 @@ def answer_log_probs(
                     :, torch.arange(len(head) + 1), answer_ids
                 ]  # (b, answers here, pieces)
                 scores[torch.tensor(rows)[:, None], torch.tensor(members)] = log_probs.sum(-1).cpu()
-                bar.update(len(rows))
+                advance(len(rows) / len(by_head))
     return scores
 
 
-def check_model(model: VaLMForCausalLM) -> None:
-    """Raises ValmError for a model whose scores would be taken without the pictures it was trained with."""
-    if model.config.num_images > 0 and model.retriever is None:
-        raise ValmError(f"this model sees {model.config.num_images} pictures a token: give it a retriever first")
+def check_model(model: Any) -> None:
+    """Raises ValmError for a model whose scores would be taken without the images it was trained with."""
+    if isinstance(model, ImageModel) and model.image_options.num_images > 0 and model.retriever is None:
+        raise ValmError(f"this model sees {model.image_options.num_images} images a token: give it a retriever first")
+
+
+def context_length(model: Any) -> int:
+    """The most tokens that the model reads at once, a large number where its config has no limit."""
+    config = model.config.get_text_config(decoder=True)
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 20
+
+
+@contextmanager
+def counting(progress: Progress, total: int) -> Iterator[Callable[[float], object]]:
+    """What is told how many more of `total` texts are done."""
+    if callable(progress):
+        yield progress
+        return
+    with tqdm(total=total, desc=progress, unit="text", disable=progress is None) as bar:
+        yield bar.update
 
 
 def equal_lengths(texts: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:

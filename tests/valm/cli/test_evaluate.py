@@ -1,27 +1,63 @@
 import json
 
 import pytest
+from PIL import Image
 
 from tests.valm.cli.commands import run
+from tests.valm.evaluation.small_sets import write_sets
+
+
+@pytest.fixture(scope="session")
+def sets(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sets")
+    write_sets(root)
+    return root
+
+
+def test_eval_prints_and_writes_the_tables(world, sets, tmp_path, capsys):
+    out, other = tmp_path / "out", tmp_path / "pictures"
+    other.mkdir()
+    Image.new("RGB", (32, 32), "purple").save(other / "purple.png")
+    arguments = ["eval", world / "valm", world / "gpt2", "--memory-color", world / "colors.csv", "--data", sets]
+    arguments += ["--no-images", "--random-images", "--replace", other, "--out", out]
+    assert run(*arguments, "--tasks", "memory_color,vicomte_color") == 0
+    printed = capsys.readouterr().out
+    assert f"written to {out / 'report.html'}" in printed
+    results = json.loads((out / "results.json").read_text())
+    names = ["valm", "valm, no images", "valm, random images", "valm, images of pictures", "gpt2"]
+    assert list(dict.fromkeys(row["model"] for row in results["rows"])) == names
+    first = results["rows"][0]
+    assert (first["task"], first["protocol"], first["items"], first["prompts"]) == ("memory_color", "published", 6, 9)
+    page, text = (out / "report.html").read_text(), (out / "results.md").read_text()
+    for content in (page, text):
+        assert all(name in content for name in names)
+        assert "53.99" in content and "VaLM, K = 4 (paper)" in content  # the published row of table 2
+        assert f"{100 * first['metrics']['accuracy']['value']:.2f}" in content
+    assert printed.startswith(text)
+    assert "http" not in page  # it needs nothing from elsewhere
+    assert len(list((out / "cache").iterdir())) == 5 * 3
 
 
 @pytest.mark.parametrize("model", ["valm", "gpt2"])
-def test_eval_prints_accuracies_and_writes_the_answers(world, tmp_path, capsys, model):
-    out = tmp_path / "answers.json"
-    assert run("eval", world / model, "--memory-color", world / "colors.csv", "--out", out) == 0
+def test_a_named_file_is_its_own_task(world, capsys, model):
+    assert run("eval", world / model, "--memory-color", world / "colors.csv", "--protocol", "fair") == 0
     printed = capsys.readouterr().out
-    assert "MemoryColor, 6 things, 9 prompts, fair protocol" in printed
-    answers = json.loads(out.read_text())["MemoryColor"]
-    assert f"{answers['accuracy']['value']:.3f}" in printed
-    assert len(answers["predictions"]) == 6
+    assert "| MemoryColor | fair | 6 × 9 |" in printed and "published protocol" not in printed
 
 
 def wrong_inputs():
     """name -> (arguments, what the sentence must say); {world} and {tmp} are the folders."""
+    color = ["--memory-color", "{world}/colors.csv"]
     return {
-        "nothing to evaluate": (["eval", "{world}/gpt2"], "--memory-color"),
+        "unknown task": (["eval", "{world}/gpt2", "--tasks", "colour"], "did you mean 'color'"),
         "table missing": (["eval", "{world}/gpt2", "--memory-color", "{tmp}/none.csv"], "none.csv"),
         "table of something else": (["eval", "{world}/gpt2", "--memory-color", "{world}/corpus.txt"], "columns"),
+        "data missing": (["eval", "{world}/gpt2", "--tasks", "size", "--data", "{tmp}"], "get it from https://"),
+        "model missing": (["eval", "{tmp}/none", *color], "there is no model folder {tmp}/none"),
+        "no model": (["eval", "{world}/pictures", *color], "cannot load a language model"),
+        "no pictures to replace by": (["eval", "{world}/valm", *color, "--replace", "{tmp}"], "no pictures in {tmp}"),
+        "output is a file": (["eval", "{world}/gpt2", *color, "--out", "{tmp}/empty.txt"], "is a file"),
+        "two of one name": (["eval", "{world}/gpt2", "{world}/gpt2/", *color], "two models are called 'gpt2'"),
     }
 
 
@@ -29,3 +65,11 @@ def wrong_inputs():
 def test_wrong_input_is_one_sentence(sentence, name):
     arguments, expected = wrong_inputs()[name]
     sentence(arguments, expected)
+
+
+def test_a_model_whose_knowledge_base_is_gone_is_one_sentence(copy_of, world, capsys):
+    root = copy_of("valm")  # without the knowledge base that it notes
+    (root / "valm" / "retrieval.json").unlink()
+    assert run("eval", root / "valm", "--memory-color", world / "colors.csv", "--out", root / "out") == 1
+    assert "nothing says where they are: give a knowledge base" in capsys.readouterr().err
+    assert list((root / "out").iterdir()) == []

@@ -122,7 +122,7 @@ def test_with_a_real_model_it_is_reproducible_and_writes_json(protocol):
         (ITEMS, {"protocol": "other"}, "protocol must be one of"),
         (ITEMS, {"prompts": ["the color is"]}, r"has no \[ITEM\]"),
         ([ColorItem("sea", "turquoise")], {}, "the answer 'turquoise' is not one of white"),
-        ([ColorItem("sea", "turquoise")], {"protocol": "published"}, "pieces for this tokenizer"),
+        ([ColorItem("sea", "turquoise")], {"protocol": "published"}, "tokens for this tokenizer"),
     ],
 )
 def test_wrong_arguments_are_named(items, arguments, message):

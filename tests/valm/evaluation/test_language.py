@@ -7,7 +7,7 @@ import torch
 
 from tests.valm.models import tiny_model
 from valm.errors import ValmError
-from valm.evaluation.language import LAST_WORD, evaluate_lambada, load_lambada, perplexity
+from valm.evaluation.language import LAST_WORD, evaluate_lambada, load_lambada, perplexity, windows
 from valm.tokenizer import clip_tokenizer, prune_tokenizer, tokenize_documents
 from valm.training.collate import Collator
 
@@ -92,3 +92,25 @@ def test_last_words_of_the_real_set_are_of_several_pieces_as_often_as_published(
     words = [LAST_WORD.search(passage)[0] for passage in passages]
     several = sum(len(ids) > 1 for ids in tokenizer(words, add_special_tokens=False)["input_ids"])
     assert (len(passages), several) == (5153, 656)
+
+
+def test_windows_score_every_token_once_with_half_a_context_before_it():
+    for length in (2, 7, 8, 9, 31):
+        found = windows(length, 8)
+        assert [n for _, end, scored in found for n in range(scored, end)] == list(range(1, length))
+        assert all(end - start <= 8 and (start == 0 or scored - start >= 4) for start, end, scored in found)
+    assert windows(20, 8) == [(0, 8, 1), (4, 12, 8), (8, 16, 12), (12, 20, 16)]
+
+
+def test_a_text_longer_than_the_context_is_read_in_windows(model):
+    (document,) = tokenize_documents([" ".join(TEXTS * 3)], TOKENIZER)
+    assert len(document) > 2 * model.config.n_positions
+    found = perplexity(model, [document, document[:10]], batch_size=2)
+    nats = 0.0
+    for start, end, scored in windows(len(document), model.config.n_positions):
+        ids = torch.tensor([document[start:end]])
+        log_probs = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None]).double()
+        nats -= log_probs[scored - start - 1 :].sum().item()
+    assert found.nats == pytest.approx(nats + perplexity(model, [document[:10]]).nats, rel=1e-5)
+    passage = " ".join(TEXTS * 3)
+    assert evaluate_lambada(model, TOKENIZER, [passage]).passages == 1

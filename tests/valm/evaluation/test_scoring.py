@@ -60,3 +60,15 @@ def test_prompts_of_an_item_do_not_make_the_interval_narrower():
     assert alone == nine_times
     assert alone.high - alone.low > 0.2
     assert str(Accuracy(0.5, 0.25, 0.75)) == "0.500 [0.250, 0.750]"
+
+
+def test_of_a_long_prompt_the_last_tokens_are_read():
+    model = a_model()
+    long = " ".join(["the sea is blue"] * 20)
+    answers = ["red", "blur"]
+    room = model.config.n_positions - max(map(len, answer_pieces(TOKENIZER, answers))) + 1 - 1
+    ids = TOKENIZER(long, add_special_tokens=False)["input_ids"]
+    assert len(ids) > room
+    log_probs = model(torch.tensor([[TOKENIZER.bos_token_id, *ids[-room:]]])).logits[0, -1].log_softmax(-1)
+    scores = answer_log_probs(model, TOKENIZER, [long], answers)
+    torch.testing.assert_close(scores[0, 0], log_probs[answer_pieces(TOKENIZER, ["red"])[0][0]], rtol=1e-5, atol=1e-5)

@@ -1,0 +1,80 @@
+"""The tables of the report; how they are asked for is tested with the command."""
+
+from html.parser import HTMLParser
+
+from valm.evaluation.published import TABLES
+from valm.evaluation.report import MISSING, markdown, page, tables
+
+
+def estimate(value):
+    return {"value": value, "low": value / 2, "high": value}
+
+
+def row(model, task, protocol, **metrics):
+    baselines = {"majority": 0.25, "majority_answer": "white", "chance": 0.1, "constants": {"white": 0.25}}
+    return {
+        "model": model, "kind": "a model", "checkpoints": 1, "task": task, "protocol": protocol, "items": 4,
+        "prompts": 2, "metrics": {"baselines": baselines} | metrics,
+    }  # fmt: skip
+
+
+def results(model="ours", **more):
+    about = {"task": "memory_color", "title": "MemoryColor", "group": "color", "table": 2, "note": "a <note>"}
+    lambada = {"perplexity": estimate(40.5), "accuracy": estimate(0.4), "target_perplexity": estimate(9.0)}
+    return {
+        "rows": [
+            row(model, "memory_color", "published", accuracy=estimate(0.5), balanced=0.4),
+            row(model, "lambada", "published", **lambada),
+            {**row(model, "relative_size", "published"), "not_applicable": "'yes' is 2 tokens"},
+        ],
+        "pairs": [],
+        "tasks": [about],
+        "conditions": {"valm": "1", "torch": "2", "transformers": "5", "python": "3", "limit": None},
+    } | more
+
+
+def test_ours_stands_below_the_published_rows():
+    table2, table5, details = tables(results())
+    assert table2.columns == ("model", "MemoryColor", "ColorTerms", "ObjectShape", "RelativeSize")
+    assert table2.rows[0] == ("GPT-2* (paper)", "44.14", "39.10", "51.09", "47.22")
+    assert table2.rows[len(TABLES[2][1])] == ("ours", "50.00", MISSING, MISSING, MISSING)
+    assert table2.rows[-1] == ("always the commonest answer", "25.00", MISSING, MISSING, MISSING)
+    assert table2.groups == ("published",) * 8 + ("ours", "baseline")
+    assert table5.rows[-1] == ("ours", MISSING, "40.5", "40.00")
+    assert details.rows[0][:5] == ("ours", "MemoryColor", "published", "4 × 2", "50.0 [25.0, 50.0]")
+
+
+class Texts(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags, self.texts = [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def test_names_are_escaped():
+    wrong = "<script>alert(1)</script>|x"
+    parsed = Texts()
+    parsed.feed(page(results(wrong)))
+    assert "script" not in parsed.tags and wrong in parsed.texts
+    assert "MemoryColor: a <note>." in parsed.texts
+    text = markdown(results(wrong))
+    assert "<script" not in text and "|x" not in text.replace("\\|x", "")
+
+
+def test_what_has_no_number_has_a_reason():
+    assert "ours has no number for relative_size: 'yes' is 2 tokens." in markdown(results())
+
+
+def test_table_7_has_time_and_accuracy_for_each_size():
+    cost = [
+        {"model": "ours", "images": 1000, "metrics": {"memory_color": {"accuracy": estimate(0.5)}}, "cached": 1.2,
+         "live": 2.25}
+    ]  # fmt: skip
+    table = tables(results(cost=cost))[-1]
+    assert table.rows[0] == ("200M (paper)", "53.99", "52.66", "62.77", "85.03", MISSING, "2.06")
+    assert table.rows[-1] == ("ours, 1,000", "50.00", MISSING, MISSING, MISSING, "1.20", "2.25")

@@ -1,0 +1,131 @@
+"""Scores of each kind of model, against its own forward pass."""
+
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertTokenizerFast,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
+
+from tests.valm.other_tokenizers import gpt2_like
+from valm.errors import ValmError
+from valm.evaluation.questions import FAIR, PUBLISHED, Documents, Questions
+from valm.evaluation.scorers import CausalScorer, ClipScorer, MaskedScorer, NotApplicable, open_scorer
+
+WORDS = ["the", "color", "of", "banana", "is", "yellow", "red", "##dish", ".", "a", "sky", "blue"]
+
+
+def questions(protocol=FAIR, candidates=("yellow", "reddish", "blue")) -> Questions:
+    texts = (("the color of the banana is", "a banana is"), ("the color of the sky is", "a sky is"))
+    fair = protocol == FAIR
+    right = ((0, 0), (2, 2))
+    return Questions("memory_color", protocol, ("banana", "sky"), ("", ""), texts, candidates, right, fair, not fair)
+
+
+def bert_tokenizer() -> BertTokenizerFast:
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    return BertTokenizerFast(vocab={word: number for number, word in enumerate(vocabulary)})
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, clip):
+    root = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    tokenizer = gpt2_like()
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=2, n_head=4, **ids)
+    ).save_pretrained(root / "gpt2")
+    tokenizer.save_pretrained(root / "gpt2")
+    bert = bert_tokenizer()
+    config = BertConfig(
+        vocab_size=len(bert), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=40,
+    )  # fmt: skip
+    BertForMaskedLM(config).save_pretrained(root / "bert")
+    bert.save_pretrained(root / "bert")
+    clip.save(root / "clip")
+    return root
+
+
+def test_each_folder_is_opened_as_what_it_is(folders):
+    kinds = {name: open_scorer(str(folders / name)) for name in ("gpt2", "bert", "clip")}
+    assert isinstance(kinds["gpt2"], CausalScorer) and kinds["gpt2"].kind == "causal language model (GPT2LMHeadModel)"
+    assert isinstance(kinds["bert"], MaskedScorer) and isinstance(kinds["clip"], ClipScorer)
+    prints = {scorer.fingerprint for scorer in kinds.values()}
+    assert len(prints) == 3 and open_scorer(str(folders / "bert")).fingerprint in prints
+    assert not any(scorer.sees_images for scorer in kinds.values())
+
+
+def test_a_masked_model_has_one_mask_for_each_token_of_an_answer(folders):
+    scorer = open_scorer(str(folders / "bert"))
+    asked = questions()
+    scores, alone = scorer.answers(asked, None)
+    tokenizer, model = scorer.tokenizer, scorer.model
+    for prompt, found in ((asked.texts[1][0], scores[1, 0]), ("", alone)):
+        for number, answer in enumerate(asked.candidates):
+            ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+            assert len(ids) == (2 if answer == "reddish" else 1)
+            text = " ".join([prompt, *["[MASK]"] * len(ids), "."])
+            read = tokenizer(text, return_tensors="pt")["input_ids"]
+            log_probs = model(read).logits[0].log_softmax(-1)
+            masks = (read[0] == tokenizer.mask_token_id).nonzero()[:, 0]
+            expected = sum(log_probs[at, id] for at, id in zip(masks, ids, strict=True))
+            torch.testing.assert_close(found[number], expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(NotApplicable, match="no probability of a text"):
+        scorer.documents(Documents("lambada", FAIR, ("a b",), True), None)
+
+
+def test_clip_scores_are_similarities_on_its_own_scale(folders):
+    scorer = open_scorer(str(folders / "clip"))
+    asked = questions()
+    scores, alone = scorer.answers(asked, None)
+    clip = scorer.clip
+    similarity = clip.encode_texts([asked.texts[1][0]]) @ clip.encode_texts(list(asked.candidates)).T
+    expected = (similarity[0] * clip.model.logit_scale.exp()).log_softmax(-1)
+    torch.testing.assert_close(scores[1, 0], expected)
+    assert alone is None
+
+
+def test_a_causal_model_scores_answers_alone_and_documents(folders):
+    scorer = open_scorer(str(folders / "gpt2"))
+    _, alone = scorer.answers(questions(), None)
+    tokenizer, model = scorer.tokenizer, scorer.model
+    read = [tokenizer.bos_token_id, *tokenizer(" yellow")["input_ids"]]
+    log_probs = model(torch.tensor([read])).logits[0, :-1].log_softmax(-1)
+    expected = log_probs.gather(-1, torch.tensor(read[1:])[:, None]).sum()
+    torch.testing.assert_close(alone[0], expected, rtol=1e-4, atol=1e-4)
+    text = "The banana is yellow"
+    (fair,) = scorer.documents(Documents("lambada", FAIR, (text,), True), None)
+    (published,) = scorer.documents(Documents("lambada", PUBLISHED, (text,), True), None)
+    assert published.tokens == fair.tokens + 1  # the eos behind it
+    assert (fair.words, fair.bytes, published.word_tokens) == (4, len(text), 1)
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    last = model(ids[:, :-1]).logits[0, -1].log_softmax(-1)
+    assert published.word_nats == pytest.approx(-last[ids[0, -1]].item(), rel=1e-4)
+
+
+def test_the_published_protocol_needs_single_tokens(folders):
+    scorer = open_scorer(str(folders / "gpt2"))
+    with pytest.raises(NotApplicable, match="tokens for this tokenizer"):
+        scorer.answers(questions(PUBLISHED, ("grey", "zzz", "blue")), None)
+
+
+def test_what_cannot_be_opened_is_named(folders, tmp_path):
+    with pytest.raises(ValmError, match="there is no model folder"):
+        open_scorer(str(tmp_path / "none"))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "nonsense"}))
+    with pytest.raises(ValmError, match="cannot load a language model from"):
+        open_scorer(str(tmp_path))
+    plain = Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    bert = open_scorer(str(folders / "bert"))
+    with pytest.raises(ValmError, match="names no mask token"):
+        MaskedScorer(bert.model, PreTrainedTokenizerFast(tokenizer_object=plain))

@@ -1,0 +1,64 @@
+import numpy as np
+import pytest
+
+from valm.evaluation.scoring import Accuracy
+from valm.evaluation.statistics import paired, ratio
+
+
+def test_interval_holds_the_true_share_about_95_times_in_100():
+    random = np.random.default_rng(0)
+    held = 0
+    for seed in range(40):
+        estimate = ratio((random.random((1, 100)) < 0.6).astype(float), np.ones((1, 100)), seed)
+        held += estimate.low <= 0.6 <= estimate.high
+    assert 34 <= held <= 40
+
+
+def test_it_is_the_interval_of_accuracy():
+    right = np.random.default_rng(0).random((40, 3)) < 0.5
+    known, found = Accuracy.of(right), ratio(right.sum(1)[None].astype(float), np.full((1, 40), 3.0))
+    assert (found.value, found.low) == (known.value, pytest.approx(known.low, abs=0.03))
+    assert found.high == pytest.approx(known.high, abs=0.03)
+
+
+def test_several_seeds_are_pooled_and_widen_the_interval_where_they_disagree():
+    items = np.random.default_rng(0).random(200) < 0.5
+    agreeing = np.stack([items] * 3).astype(float)
+    disagreeing = np.stack([items, np.zeros(200), np.ones(200)]).astype(float)
+    tries = np.ones((3, 200))
+    first, second = ratio(agreeing, tries), ratio(disagreeing, tries)
+    assert first.value == pytest.approx(items.mean()) and second.value == pytest.approx((items.mean() + 1) / 3)
+    assert second.high - second.low > 2 * (first.high - first.low)
+
+
+def test_transform_is_applied_to_the_ratio():
+    nats, tokens = np.array([[2.0, 4.0]]), np.array([[1.0, 2.0]])
+    assert ratio(nats, tokens, transform=np.exp).value == pytest.approx(np.exp(2))
+
+
+def test_paired_finds_what_unpaired_intervals_hide():
+    random = np.random.default_rng(1)
+    hard = random.random(150) < 0.5
+    second = hard.astype(float)
+    first = np.maximum(second, random.random(150) < 0.1)  # right wherever the other is, and a little more
+    found = paired(first[None], second[None], np.ones(150))
+    assert found.value == pytest.approx((first - second).mean())
+    assert 0 < found.low <= found.value <= found.high and found.p < 0.02
+    one, two = (ratio(values[None], np.ones((1, 150))) for values in (first, second))
+    assert one.low < two.high
+
+
+def test_p_values_of_equal_models_are_spread_evenly():
+    random = np.random.default_rng(0)
+    small = 0
+    for _ in range(30):
+        first, second = (random.random((1, 60)) < 0.5).astype(float), (random.random((1, 60)) < 0.5).astype(float)
+        small += paired(first, second, np.ones(60)).p < 0.1
+    assert small <= 8
+    same = np.ones((1, 10))
+    assert paired(same, same, np.ones(10)).p == 1
+
+
+def test_models_with_different_numbers_of_seeds_are_compared_by_their_means():
+    first, second = np.array([[1.0, 1.0, 0.0]]), np.array([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    assert paired(first, second, np.ones(3)).value == pytest.approx(2 / 3 - 1 / 6)

@@ -1,0 +1,145 @@
+"""Several models side by side: what is cached, what is scored anew, what is said of wrong input."""
+
+import pytest
+import torch
+
+from tests.valm.evaluation.small_sets import write_sets
+from tests.valm.models import tiny_model
+from valm.checkpoint import save_checkpoint
+from valm.errors import ValmError
+from valm.evaluation import scorers
+from valm.evaluation.questions import FAIR, chosen_tasks
+from valm.evaluation.suite import CACHE, Entry, Settings, entries, evaluate
+from valm.tokenizer import clip_tokenizer, prune_tokenizer
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Two text-only checkpoints of different seeds, and the sets."""
+    root = tmp_path_factory.mktemp("suite")
+    write_sets(root / "data")
+    tokenizer = prune_tokenizer(clip_tokenizer(), ["the color of the banana is yellow red blue white green"])
+    for seed in (0, 1):
+        ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+        model = tiny_model(seed, vocab_size=len(tokenizer), num_images=0, n_positions=96, **ids)
+        save_checkpoint(model, tokenizer, root / f"seed{seed}")
+    return root
+
+
+def settings(world, tasks="memory_color,relative_size", **arguments) -> Settings:
+    return Settings(tuple(chosen_tasks(tasks)), data=world / "data", **arguments)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts what models are really asked."""
+    counted = []
+    for name in ("answers", "documents"):
+        own = getattr(scorers.CausalScorer, name)
+
+        def count(self, asked, progress, own=own):
+            counted.append((asked.task, asked.protocol))
+            return own(self, asked, progress)
+
+        monkeypatch.setattr(scorers.CausalScorer, name, count)
+    return counted
+
+
+def test_every_model_has_a_row_for_every_task_and_protocol(world):
+    results = evaluate(
+        entries([f"{world}/seed0", f"{world}/seed1"]), settings(world, "memory_color,lm"), progress=False
+    )
+    rows = [(row["model"], row["task"], row["protocol"]) for row in results["rows"]]
+    tasks = [(task, p) for task in ("memory_color", "wikitext103", "lambada") for p in ("published", "fair")]
+    assert rows == [(model, *task) for model in ("seed0", "seed1") for task in tasks]
+    assert [(pair["first"], pair["second"]) for pair in results["pairs"]] == [("seed0", "seed1")] * 6
+    assert {pair["metric"] for pair in results["pairs"]} == {"accuracy", "nats per byte"}
+
+
+def test_a_killed_run_goes_on_and_a_retrained_model_is_scored_anew(world, tmp_path, calls):
+    asked = settings(world, protocols=(FAIR,))
+    model = [Entry("model", (str(world / "seed0"),))]
+    first = evaluate(model, asked, tmp_path, progress=False)
+    assert calls == [("memory_color", FAIR), ("relative_size", FAIR)]
+    next((tmp_path / CACHE).glob("relative_size*")).unlink()  # as if the run had been killed before it
+    calls.clear()
+    assert evaluate(model, asked, tmp_path, progress=False) == first
+    assert calls == [("relative_size", FAIR)]
+    calls.clear()
+    retrained = evaluate([Entry("model", (str(world / "seed1"),))], asked, tmp_path, progress=False)
+    assert len(calls) == 2 and retrained["rows"] != first["rows"]
+    calls.clear()
+    evaluate(model, settings(world, protocols=(FAIR,), fresh=True), tmp_path, progress=False)
+    assert len(calls) == 2
+
+
+def test_other_data_are_scored_anew(world, tmp_path, calls):
+    model = [Entry("model", (str(world / "seed0"),))]
+    evaluate(model, settings(world, "color_terms", protocols=(FAIR,)), tmp_path, progress=False)
+    write_sets(tmp_path / "data")
+    (tmp_path / "data/object_color/color-concrete-objects.csv").write_text("object,color\nlemon,yellow\n")
+    other = Settings(tuple(chosen_tasks("color_terms")), protocols=(FAIR,), data=tmp_path / "data")
+    assert evaluate(model, other, tmp_path, progress=False)["rows"][0]["items"] == 1
+    assert len(calls) == 2
+
+
+def test_no_batch_size_and_no_order_changes_a_score(world, monkeypatch, tmp_path):
+    model = [Entry("model", (str(world / "seed0"),))]
+    asked = settings(world, "memory_color,sst2,lambada", protocols=(FAIR,))
+    first = evaluate(model, asked, progress=False)["rows"]
+    monkeypatch.setattr(scorers, "BATCH_SIZE", 1)
+    for one, other in zip(first, evaluate(model, asked, progress=False)["rows"], strict=True):
+        for name, value in one["metrics"].items():
+            if name != "baselines":
+                assert other["metrics"][name] == pytest.approx(value, rel=1e-5)
+    write_sets(tmp_path)
+    file = tmp_path / "nlu/sst2_dev.txt"
+    file.write_text("\n".join(reversed(file.read_text().splitlines())))
+    scorer = scorers.open_scorer(str(world / "seed0"))
+    from valm.evaluation.questions import TASKS, what_is_asked
+
+    (plain, _), (turned, _) = (
+        scorer.answers(what_is_asked(TASKS["sst2"], FAIR, data), None) for data in (world / "data", tmp_path)
+    )
+    torch.testing.assert_close(plain, turned.flip(0), rtol=1e-5, atol=1e-5)
+
+
+def test_checkpoints_of_several_seeds_are_one_row(world):
+    both = [Entry("both", (str(world / "seed0"), str(world / "seed1")))]
+    one, two = (
+        evaluate(entries([f"m={world}/seed{seed}"]), settings(world, "color_terms"), progress=False)["rows"][0]
+        for seed in (0, 1)
+    )
+    pooled = evaluate(both, settings(world, "color_terms"), progress=False)["rows"][0]
+    assert pooled["checkpoints"] == 2
+    mean = (one["metrics"]["accuracy"]["value"] + two["metrics"]["accuracy"]["value"]) / 2
+    assert pooled["metrics"]["accuracy"]["value"] == pytest.approx(mean)
+
+
+def test_a_task_that_a_model_cannot_be_asked_has_a_reason(world):
+    results = evaluate(entries([f"{world}/seed0"]), settings(world, "relative_size"), progress=False)
+    published, fair = results["rows"]
+    assert "tokens for this tokenizer" in published["not_applicable"] and "metrics" not in published
+    assert fair["metrics"]["accuracy"]["value"] >= 0
+
+
+def test_names_of_models(tmp_path):
+    assert entries(["a/b/", "name=c,d"]) == [Entry("b", ("a/b/",)), Entry("name", ("c", "d"))]
+    for names, message in ((["a/x", "b/x"], "two models are called 'x'"), (["x="], "names no model")):
+        with pytest.raises(ValmError, match=message):
+            entries(names)
+
+
+def test_nothing_is_scored_where_something_is_missing(world, tmp_path, calls):
+    for models, arguments, message in [
+        (["a=" + str(world / "seed0"), str(tmp_path / "none")], {}, "there is no model folder"),
+        ([str(world / "seed0")], {"tasks": "memory_color,sst2"}, "SST-2 is not here"),
+    ]:
+        one = settings(world, **arguments)
+        if "tasks" in arguments:
+            write_sets(tmp_path / "part")
+            (tmp_path / "part/nlu/sst2_dev.txt").unlink()
+            one = Settings(one.tasks, data=tmp_path / "part")
+        with pytest.raises(ValmError, match=message):
+            evaluate(entries(models), one, tmp_path / "out", progress=False)
+    assert calls == [] and not (tmp_path / "out").exists()

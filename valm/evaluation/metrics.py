@@ -1,0 +1,98 @@
+"""From scores to numbers: each with its interval, and beside it what always giving one answer would get."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from valm.evaluation.choice import log_prior, vote_of_prompts
+from valm.evaluation.questions import FAIR, Documents, Questions
+from valm.evaluation.scorers import DocumentScore
+from valm.evaluation.size import YES_NO
+from valm.evaluation.statistics import Estimate, ratio
+
+
+def choice_metrics(asked: Questions, scores: np.ndarray, alone: np.ndarray | None) -> dict[str, Any]:
+    """The numbers of one task.
+
+    Args:
+        scores: (seeds, items, prompts, candidates), log-probabilities after the prompts.
+        alone: (seeds, candidates), log-probabilities without a prompt, None where there are none.
+
+    Returns:
+        accuracy: over all items and prompts. balanced: mean over the answers of the accuracy where each is right.
+        In the fair protocol also: calibrated: each score less that of the answer without a prompt. calibrated_mean:
+        each probability divided by its mean over the items. vote: of an item's prompts. For pairs instead of it:
+        both_orders: right in both, 0 for any constant answer. preferred: "yes" is likelier, against "no", in the right
+        order than in the other; chance is .5.
+        baselines: majority, its answer, and every constant answer.
+    """
+    right = np.array(asked.right)  # (items, prompts)
+    fair = asked.protocol == FAIR
+    correct = scores.argmax(-1) == right  # (seeds, items, prompts)
+    shares = Counter(right.ravel().tolist())
+    constants = {asked.candidates[answer]: count / right.size for answer, count in shares.most_common()}
+    found: dict[str, Any] = {
+        "accuracy": of_prompts(correct),
+        "balanced": float(np.mean([correct[:, right == answer].mean() for answer in shares])),
+        "baselines": {
+            "majority": max(constants.values()),
+            "majority_answer": max(constants, key=lambda answer: constants[answer]),
+            "chance": 1 / len(asked.candidates),
+            "constants": constants,
+        },
+    }
+    if asked.candidates == YES_NO:
+        found["said_yes"] = float((scores.argmax(-1) == 0).mean())
+    if not fair:
+        return found
+    if alone is not None:
+        found["calibrated"] = of_prompts((scores - alone[:, None, None]).argmax(-1) == right)
+    without_prior = np.stack([of_seed - log_prior(of_seed) for of_seed in scores])
+    if (right == right[:, :1]).all():
+        found["calibrated_mean"] = of_prompts(without_prior.argmax(-1) == right)
+        votes = np.stack([vote_of_prompts(of_seed) for of_seed in scores])  # (seeds, items)
+        if right.shape[1] > 1:
+            found["vote"] = of_prompts((votes == right[:, 0])[..., None])
+    else:
+        margin = (scores[..., 0] - scores[..., 1]).reshape(*correct.shape[:2], -1, 2)  # (seeds, items, prompts, orders)
+        found["both_orders"] = of_prompts(correct.reshape(margin.shape).all(-1))
+        found["preferred"] = of_prompts(margin[..., 0] > margin[..., 1])
+    return found
+
+
+def of_prompts(correct: np.ndarray) -> dict[str, float]:
+    """The share that is right of (seeds, items, prompts)."""
+    return asdict(ratio(correct.sum(-1).astype(float), np.full(correct.shape[:2], float(correct.shape[2]))))
+
+
+def document_metrics(asked: Documents, scores: Sequence[Sequence[DocumentScore]]) -> dict[str, Any]:
+    """The numbers of one task, of (seeds, texts).
+
+    perplexity: per token of the model's own tokenizer. word_perplexity, byte_perplexity: per word and byte of the text,
+    which do not depend on the tokenizer. Where there is a last word, accuracy: how often it is the likeliest, and
+    target_perplexity: per such word (published: per last token).
+    """
+    nats, tokens, words, bytes_, word_nats, known = (
+        np.array([[getattr(score, name) for score in of_seed] for of_seed in scores], dtype=float)
+        for name in ("nats", "tokens", "words", "bytes", "word_nats", "known")
+    )
+    found: dict[str, Any] = {"perplexity": _perplexity(nats, tokens)}
+    if asked.protocol == FAIR:
+        found |= {"word_perplexity": _perplexity(nats, words), "byte_perplexity": _perplexity(nats, bytes_)}
+    if asked.last_word:
+        found |= {
+            "accuracy": asdict(ratio(known, np.ones_like(known))),
+            "target_perplexity": _perplexity(word_nats, np.ones_like(known)),
+            "baselines": {"majority": 0.0, "majority_answer": "any one word", "chance": 0.0, "constants": {}},
+        }
+    return found
+
+
+def _perplexity(nats: np.ndarray, units: np.ndarray) -> dict[str, float]:
+    estimate: Estimate = ratio(nats, units, transform=np.exp)
+    return asdict(estimate)

@@ -1,0 +1,317 @@
+"""What `valm eval` writes: results.json, a Markdown file and one HTML page, in the layout of the paper's tables."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, select_autoescape
+
+from valm.evaluation.published import TABLE_5, TABLE_7, TABLES
+from valm.evaluation.questions import FAIR, PUBLISHED, TASKS
+from valm.evaluation.suite import RESULTS
+from valm.files import atomic_path, writable_folder, write_json
+from valm.text import one_line
+
+MARKDOWN, PAGE = "results.md", "report.html"
+MISSING = "–"
+
+TITLES = {
+    2: "Table 2: colour, shape and size, accuracy in percent",
+    4: "Table 4: language understanding, accuracy in percent",
+    5: "Table 5: language modelling",
+}
+# Metrics of the details, in their order, and how they are called.
+DETAILS = {
+    "accuracy": "accuracy",
+    "balanced": "balanced",
+    "calibrated": "calibrated",
+    "calibrated_mean": "calibrated by mean",
+    "vote": "vote",
+    "both_orders": "both orders",
+    "preferred": "preferred",
+    "said_yes": "said yes",
+    "perplexity": "perplexity per token",
+    "word_perplexity": "per word",
+    "byte_perplexity": "per byte",
+    "target_perplexity": "of the last word",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of texts. groups: what kind each row is: "published", "baseline" or "ours"."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    groups: tuple[str, ...]
+    note: str = ""
+
+
+def write_report(results: Mapping[str, Any], out: str | os.PathLike) -> Path:
+    """Writes RESULTS, MARKDOWN and PAGE into `out` and returns the page.
+
+    Raises:
+        ValmError: they cannot be written.
+    """
+    out = writable_folder(out)
+    write_json(out / RESULTS, json.loads(json.dumps(results)))
+    for name, content in ((MARKDOWN, markdown(results)), (PAGE, page(results))):
+        with atomic_path(out / name) as temporary:
+            temporary.write_text(content, encoding="utf-8")
+    return out / PAGE
+
+
+def tables(results: Mapping[str, Any]) -> list[Table]:
+    """All tables of the report; those that would have no row of ours are not among them."""
+    found = []
+    for protocol in (PUBLISHED, FAIR):
+        found += [_accuracies(results, number, protocol) for number in (2, 4)]
+        found.append(_perplexities(results, protocol))
+    found += [_further(results), _differences(results), _details(results), _cost(results)]
+    return [table for table in found if "ours" in table.groups]
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The tables, and what they depend on, as Markdown."""
+    parts = ["# Evaluation"]
+    for table in tables(results):
+        lines = [f"## {table.title}", ""] + ([table.note, ""] if table.note else [])
+        lines += [_line(table.columns), _line(["---"] * len(table.columns))]
+        lines += [_line(row) for row in table.rows]
+        parts.append("\n".join(lines))
+    parts.append("## Conditions\n\n" + "\n".join(f"- {_escaped(text)}" for text in conditions(results)))
+    return "\n\n".join(parts) + "\n"
+
+
+def page(results: Mapping[str, Any]) -> str:
+    """The same as one HTML page, which needs nothing else. All names are escaped."""
+    environment = Environment(loader=PackageLoader("valm.evaluation", "templates"), autoescape=select_autoescape())
+    template = environment.get_template("report.html")
+    return template.render(tables=tables(results), conditions=conditions(results))
+
+
+def conditions(results: Mapping[str, Any]) -> list[str]:
+    """What the numbers depend on, and what differs from the published ones' conditions."""
+    found = []
+    about = results["conditions"]
+    versions = ", ".join(f"{name} {about[name]}" for name in ("valm", "torch", "transformers", "python"))
+    found.append(f"Measured with {versions}.")
+    if about.get("limit"):
+        found.append(f"Of each set {about['limit']} items only, drawn by a fixed seed: for a quick look.")
+    kinds = {row["model"]: row["kind"] for row in results["rows"]}
+    found += [f"{name}: {kind}." for name, kind in kinds.items()]
+    found += [f"{task['title']}: {task['note']}." for task in results["tasks"] if task["note"]]
+    refused = {(row["model"], row["not_applicable"]): row["task"] for row in results["rows"] if _refused(row)}
+    found += [f"{model} has no number for {task}: {reason}." for (model, reason), task in refused.items()]
+    return found
+
+
+def _refused(row: Mapping[str, Any]) -> bool:
+    return "not_applicable" in row
+
+
+def _models(results: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(row["model"] for row in results["rows"]))
+
+
+def _find(results: Mapping[str, Any], model: str, task: str, protocol: str) -> Mapping[str, Any] | None:
+    """The metrics of a row, None where there is none."""
+    for row in results["rows"]:
+        if (row["model"], row["task"], row["protocol"]) == (model, task, protocol):
+            return row.get("metrics")
+    return None
+
+
+def _accuracies(results: Mapping[str, Any], number: int, protocol: str) -> Table:
+    tasks, published = TABLES[number]
+    rows: list[tuple[str, ...]] = []
+    groups = []
+    if protocol == PUBLISHED:
+        rows += [(f"{name} (paper)", *(f"{value:.2f}" for value in values)) for name, values in published.items()]
+        groups += ["published"] * len(published)
+    for name in _models(results):
+        metrics = [_find(results, name, task, protocol) for task in tasks]
+        if any(metrics):
+            rows.append((name, *(_percent(one, "accuracy") for one in metrics)))
+            groups.append("ours")
+    baselines = [_baseline(results, task, protocol) for task in tasks]
+    rows.append(("always the commonest answer", *(_share(one) for one in baselines)))
+    groups.append("baseline")
+    return Table(
+        f"{TITLES[number]}, {protocol} protocol",
+        ("model", *(TASKS[task].title for task in tasks)),
+        tuple(rows),
+        tuple(groups),
+        "The paper's prompts and scoring with their known faults." if protocol == PUBLISHED else "",
+    )
+
+
+def _perplexities(results: Mapping[str, Any], protocol: str) -> Table:
+    columns: tuple[tuple[str, str, str], ...]
+    if protocol == PUBLISHED:
+        columns = (
+            ("WikiText-103, perplexity", "wikitext103", "perplexity"),
+            ("LAMBADA, perplexity", "lambada", "perplexity"),
+            ("LAMBADA, accuracy", "lambada", "accuracy"),
+        )
+    else:
+        columns = (
+            ("WikiText-103, per word", "wikitext103", "word_perplexity"),
+            ("per byte", "wikitext103", "byte_perplexity"),
+            ("LAMBADA, per word", "lambada", "word_perplexity"),
+            ("per byte", "lambada", "byte_perplexity"),
+            ("last word", "lambada", "target_perplexity"),
+            ("LAMBADA, accuracy", "lambada", "accuracy"),
+        )
+    rows: list[tuple[str, ...]] = []
+    groups = []
+    if protocol == PUBLISHED:
+        rows += [(f"{name} (paper)", *(f"{value:.2f}" for value in values)) for name, values in TABLE_5.items()]
+        groups += ["published"] * len(TABLE_5)
+    for name in _models(results):
+        cells = []
+        for _, task, metric in columns:
+            metrics = _find(results, name, task, protocol)
+            cells.append(_percent(metrics, metric) if metric == "accuracy" else _number(metrics, metric))
+        if any(cell != MISSING for cell in cells):
+            rows.append((name, *cells))
+            groups.append("ours")
+    return Table(
+        f"{TITLES[5]}, {protocol} protocol",
+        ("model", *(title for title, _, _ in columns)),
+        tuple(rows),
+        tuple(groups),
+        "Perplexity per token of each model's own tokenizer; not the same text as the paper's (see the conditions)."
+        if protocol == PUBLISHED
+        else "Per word and per byte of the text, which does not depend on the tokenizer.",
+    )
+
+
+def _further(results: Mapping[str, Any]) -> Table:
+    """The tasks that the paper has not."""
+    tasks = [task["task"] for task in results["tasks"] if task["table"] is None and task["group"] != "lm"]
+    rows, groups = [], []
+    for name in _models(results):
+        metrics = [_find(results, name, task, FAIR) for task in tasks]
+        if any(metrics):
+            rows.append((name, *(_percent(one, "accuracy") for one in metrics)))
+            groups.append("ours")
+    baselines = [_baseline(results, task, FAIR) for task in tasks]
+    rows.append(("always the commonest answer", *(_share(one) for one in baselines)))
+    columns = ("model", *(TASKS[task].title for task in tasks))
+    return Table(
+        "Sets that the paper has not, accuracy in percent, fair protocol",
+        columns,
+        tuple(rows),
+        (*groups, "baseline"),
+    )
+
+
+def _differences(results: Mapping[str, Any]) -> Table:
+    rows = tuple(
+        (
+            f"{pair['first']} – {pair['second']}",
+            TASKS[pair["task"]].title,
+            pair["protocol"],
+            pair["metric"],
+            _signed(pair, 100 if pair["metric"] == "accuracy" else 1),
+            f"{pair['p']:.4f}",
+        )
+        for pair in results["pairs"]
+    )
+    return Table(
+        "Differences on the same items",
+        ("models", "task", "protocol", "of", "difference [95 %]", "p"),
+        rows,
+        ("ours",) * len(rows),
+        "The first model against each other one: accuracy in points, or nats per byte. Intervals by paired bootstrap "
+        "over items, p by a permutation test, not corrected for how many comparisons there are.",
+    )
+
+
+def _details(results: Mapping[str, Any]) -> Table:
+    used = [name for name in DETAILS if any(name in row.get("metrics", {}) for row in results["rows"])]
+    rows = []
+    for row in results["rows"]:
+        if _refused(row):
+            continue
+        metrics = row["metrics"]
+        perplexities = {name for name in DETAILS if name.endswith("perplexity")}
+        cells = [_number(metrics, name) if name in perplexities else _percent(metrics, name, True) for name in used]
+        baselines = metrics.get("baselines")
+        majority = MISSING
+        if baselines and baselines["constants"]:
+            majority = f"{100 * baselines['majority']:.1f} ({baselines['majority_answer']})"
+        of = f"{row['items']:,} × {row['prompts']}" if "prompts" in row else f"{row['items']:,}"
+        rows.append((row["model"], TASKS[row["task"]].title, row["protocol"], of, *cells, majority))
+    columns = ("model", "task", "protocol", "items × prompts", *(DETAILS[name] for name in used), "constant answer")
+    return Table(
+        "Every number",
+        columns,
+        tuple(rows),
+        ("ours",) * len(rows),
+        "Percent with the 95 % interval of a bootstrap over items (and seeds). Calibrated: less the answer's score "
+        "without a prompt; by mean: less its mean over the items. Balanced: mean over the answers.",
+    )
+
+
+def _cost(results: Mapping[str, Any]) -> Table:
+    published = [(f"{name} (paper)", *(f"{value:.2f}" for value in row)) for name, row in TABLE_7.items()]
+    rows: list[tuple[str, ...]] = [(*row[:-1], MISSING, row[-1]) for row in published]
+    cost = results.get("cost", [])
+    for row in cost:
+        cells = [_percent(row["metrics"].get(task), "accuracy") for task in TABLES[2][0]]
+        rows.append((f"{row['model']}, {row['images']:,}", *cells, f"{row['cached']:.2f}", f"{row['live']:.2f}"))
+    return Table(
+        "Table 7: images, accuracy in percent (published protocol), and time of a forward pass over the same without",
+        ("images", *(TASKS[task].title for task in TABLES[2][0]), "retrieved before", "retrieving"),
+        tuple(rows),
+        ("published",) * len(published) + ("ours",) * len(cost),
+        "Time relative to the same model without images (K = 0).",
+    )
+
+
+def _baseline(results: Mapping[str, Any], task: str, protocol: str) -> float | None:
+    for row in results["rows"]:
+        if (row["task"], row["protocol"]) == (task, protocol) and not _refused(row):
+            return row["metrics"]["baselines"]["majority"]
+    return None
+
+
+def _share(value: float | None) -> str:
+    return MISSING if value is None else f"{100 * value:.2f}"
+
+
+def _percent(metrics: Mapping[str, Any] | None, name: str, interval: bool = False) -> str:
+    if metrics is None or name not in metrics:
+        return MISSING
+    value = metrics[name]
+    if not isinstance(value, Mapping):
+        return f"{100 * value:.1f}"
+    if not interval:
+        return f"{100 * value['value']:.2f}"
+    return f"{100 * value['value']:.1f} [{100 * value['low']:.1f}, {100 * value['high']:.1f}]"
+
+
+def _number(metrics: Mapping[str, Any] | None, name: str) -> str:
+    return MISSING if metrics is None or name not in metrics else f"{metrics[name]['value']:.4g}"
+
+
+def _signed(pair: Mapping[str, float], scale: float) -> str:
+    low, high = scale * pair["low"], scale * pair["high"]
+    return f"{scale * pair['value']:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(map(_escaped, cells)) + " |"
+
+
+def _escaped(text: str) -> str:
+    """The text in Markdown, where it is no HTML and no end of a cell."""
+    return one_line(text).replace("|", "\\|").replace("<", "&lt;")

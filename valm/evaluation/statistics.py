@@ -1,0 +1,82 @@
+"""How far few items can be trusted: intervals by bootstrap, and two models compared on the same items."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES = 2000
+PERMUTATIONS = 10_000
+# Bootstrap weights drawn at once, so that 10,000 items need no gigabyte.
+CHUNK = 200
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with the 95 % interval of a bootstrap over items, and over seeds where there are several."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What the first of two models is better by on the same items, with its 95 % interval, and the p-value of a
+    permutation test: how often so large a difference comes out where it is chance which model is which."""
+
+    value: float
+    low: float
+    high: float
+    p: float
+
+
+def _same(ratio: np.ndarray) -> np.ndarray:
+    return ratio
+
+
+def ratio(
+    hits: np.ndarray, tries: np.ndarray, seed: int = 0, transform: Callable[[np.ndarray], np.ndarray] = _same
+) -> Estimate:
+    """transform(sum of hits / sum of tries), for hits and tries (seeds, items).
+
+    What belongs to one item, such as its prompts, is drawn together, being no independent tries.
+    """
+    drawn = _bootstrap(hits, seed) / _bootstrap(tries, seed)
+    low, high = np.quantile(transform(drawn), [0.025, 0.975])
+    return Estimate(float(transform(np.asarray(hits.sum() / tries.sum()))), float(low), float(high))
+
+
+def paired(first: np.ndarray, second: np.ndarray, tries: np.ndarray, seed: int = 0) -> Difference:
+    """The difference of two models' hits / tries.
+
+    first, second: (seeds, items) hits; the two may differ in how many seeds they have. tries: (items,), of both.
+    """
+    total = tries.sum()
+    each = first.mean(0) - second.mean(0)  # (items,)
+    weights = tries[None].astype(float)
+    drawn = (_bootstrap(first, seed) / len(first) - _bootstrap(second, seed) / len(second)) / _bootstrap(weights, seed)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    generator = np.random.default_rng(seed)
+    observed = abs(each.sum())
+    as_large = 0
+    for _ in range(PERMUTATIONS // CHUNK):
+        signs = generator.integers(0, 2, (CHUNK, len(each))) * 2 - 1
+        as_large += int((np.abs(signs @ each) >= observed - 1e-12).sum())
+    p = (as_large + 1) / (PERMUTATIONS // CHUNK * CHUNK + 1)
+    return Difference(float(each.sum() / total), float(low), float(high), p)
+
+
+def _bootstrap(values: np.ndarray, seed: int) -> np.ndarray:
+    """(RESAMPLES,): the sum of `values` (seeds, items) over items, and seeds where there are several, drawn anew each
+    time; the same ones for a seed of the generator and the same numbers of seeds and items."""
+    seeds, items = values.shape
+    over_items, over_seeds = np.random.default_rng(seed), np.random.default_rng(seed + 1)
+    sums = []
+    for _ in range(RESAMPLES // CHUNK):
+        drawn = over_items.multinomial(items, np.full(items, 1 / items), CHUNK)  # (chunk, items)
+        weights = over_seeds.multinomial(seeds, np.full(seeds, 1 / seeds), CHUNK)  # (chunk, seeds)
+        sums.append(np.einsum("ci,si,cs->c", drawn, values, weights, optimize=True))
+    return np.concatenate(sums)

@@ -1,0 +1,286 @@
+"""Several models on several tasks, side by side: what `valm eval` runs. A killed run goes on where it was."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from valm.errors import ValmError
+from valm.evaluation.controls import images_fingerprint
+from valm.evaluation.metrics import choice_metrics, document_metrics
+from valm.evaluation.questions import FAIR, PUBLISHED, Documents, Questions, Task, what_is_asked
+from valm.evaluation.scorers import DocumentScore, NotApplicable, Scorer, digest, open_scorer
+from valm.evaluation.statistics import paired
+from valm.files import read_json, write_json
+from valm_kernels import __version__
+
+CACHE = "cache"
+RESULTS = "results.json"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model of the comparison. sources: its checkpoints, several where they differ in their seed."""
+
+    name: str
+    sources: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is asked of every model.
+
+    files: of a set's own, by its name; the others are looked for in `data`.
+    no_images, random_images, replace: each adds a row for every model that sees images: without them, with random ones
+    of its knowledge base, with those of the folder `replace` for every token.
+    fresh: nothing is taken from an earlier run.
+    """
+
+    tasks: tuple[Task, ...]
+    protocols: tuple[str, ...] = (PUBLISHED, FAIR)
+    data: str | os.PathLike | None = None
+    files: Mapping[str, Path] = field(default_factory=dict)
+    limit: int | None = None
+    kb: str | os.PathLike | None = None
+    clip: str | None = None
+    allow_download: bool = False
+    device: str | torch.device = "cpu"
+    no_images: bool = False
+    random_images: bool = False
+    replace: str | os.PathLike | None = None
+    fresh: bool = False
+
+    @property
+    def variants(self) -> dict[str, tuple[str, str | os.PathLike | None]]:
+        """What a model that sees images sees, by what the row is called: arguments of `switch_images`."""
+        found: dict[str, tuple[str, str | os.PathLike | None]] = {"": ("on", None)}
+        if self.no_images:
+            found["no images"] = ("off", None)
+        if self.random_images:
+            found["random images"] = ("random", None)
+        if self.replace is not None:
+            found[f"images of {Path(self.replace).name}"] = ("on", self.replace)
+        return found
+
+
+class Scores(TypedDict, total=False):
+    """A file of the cache: what one model says of one task, or why it cannot be asked."""
+
+    scores: list[Any]
+    alone: list[Any] | None
+    documents: list[Any]
+    not_applicable: str
+
+
+def entries(names: Sequence[str]) -> list[Entry]:
+    """The models of arguments like FOLDER, NAME=FOLDER or NAME=FOLDER,FOLDER (checkpoints of several seeds).
+
+    Raises:
+        ValmError: two have the same name.
+    """
+    found: list[Entry] = []
+    for text in names:
+        name, equals, sources = text.partition("=")
+        if equals and not Path(text).exists():
+            entry = Entry(name, tuple(filter(None, sources.split(","))))
+        else:
+            entry = Entry(Path(text.rstrip("/")).name, (text,))
+        if not entry.sources or not entry.name:
+            raise ValmError(f"{text!r} names no model; give FOLDER or NAME=FOLDER,FOLDER")
+        if entry.name in {other.name for other in found}:
+            raise ValmError(f"two models are called {entry.name!r}: give them names, NAME={entry.sources[0]}")
+        found.append(entry)
+    return found
+
+
+def evaluate(
+    models: Sequence[Entry], settings: Settings, out: str | os.PathLike | None = None, *, progress: bool = True
+) -> dict[str, Any]:
+    """Every model on every task in every protocol that it has.
+
+    Args:
+        out: the folder whose CACHE holds what is already known, and gets what is found out.
+
+    Returns:
+        What results.json says: rows, one for each model, images, task and protocol; pairs, the differences between
+        the first row and each other one on the same task; and what the numbers depend on.
+
+    Raises:
+        ValmError: data, a model or its images are not there, or do not belong together. Nothing has been scored then.
+    """
+    asked = {
+        (task.name, protocol): what_is_asked(
+            task,
+            protocol,
+            settings.data,
+            file=settings.files.get(task.name),
+            allow_download=settings.allow_download,
+            limit=settings.limit,
+        )
+        for task in settings.tasks
+        for protocol in settings.protocols
+        if protocol in task.protocols
+    }
+    if not asked:
+        raise ValmError(f"none of the tasks has the protocol {', '.join(settings.protocols)}")
+    variants = {source: _variants(source, settings) for entry in models for source in entry.sources}
+    cache = None if out is None else Path(out) / CACHE
+    total = sum(map(_size, asked.values())) * sum(map(len, variants.values()))
+    rows: list[dict[str, Any]] = []
+    compared: list[Any] = []
+    with tqdm(total=total, unit="text", unit_scale=True, disable=not progress) as bar:
+        for entry in models:
+            scored: dict[tuple[str, str, str], list[Scores]] = {}
+            kind = ""
+            for source in entry.sources:
+                scorer = _open(source, settings)
+                kind = scorer.kind
+                own = scorer.fingerprint
+                for variant in variants[source]:
+                    retrieval, replace = settings.variants[variant]
+                    scorer.switch(retrieval, replace)
+                    images = [retrieval, None if replace is None else images_fingerprint(replace)]
+                    for key, one in asked.items():
+                        bar.set_description(", ".join(filter(None, (entry.name, variant, key[0]))))
+                        of_unit = _scores(scorer, one, cache, [own, images], settings.fresh, bar)
+                        scored.setdefault((variant, *key), []).append(of_unit)
+            for (variant, task, protocol), of_seeds in scored.items():
+                row, values = _row(entry, kind, variant, asked[task, protocol], of_seeds)
+                rows.append(row)
+                compared.append(values)
+    return {
+        "rows": rows,
+        "pairs": _pairs(rows, compared),
+        "tasks": [_about(task, asked) for task in settings.tasks],
+        "conditions": {
+            "valm": __version__,
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+            "python": platform.python_version(),
+            "limit": settings.limit,
+            "knowledge_base": None if settings.kb is None else str(settings.kb),
+        },
+    }
+
+
+def _open(source: str, settings: Settings) -> Scorer:
+    return open_scorer(
+        source,
+        kb=settings.kb,
+        clip=settings.clip,
+        allow_download=settings.allow_download,
+        device=settings.device,
+    )
+
+
+def _variants(source: str, settings: Settings) -> list[str]:
+    """Which of the variants the model has. Raises ValmError, before the first hour of work, for what is not there."""
+    scorer = _open(source, settings)
+    if not scorer.sees_images:
+        return [""]
+    for retrieval, replace in settings.variants.values():
+        scorer.switch(retrieval, replace)
+    return list(settings.variants)
+
+
+def _size(asked: Questions | Documents) -> int:
+    return len(asked.texts) * (len(asked.texts[0]) if isinstance(asked, Questions) else 1)
+
+
+def _scores(
+    scorer: Scorer, asked: Questions | Documents, cache: Path | None, own: list[Any], fresh: bool, bar: tqdm
+) -> Scores:
+    """From the cache, or from the model and then into the cache.
+
+    The key is a digest of all that the scores depend on: weights, tokenizer, knowledge base and retrieval settings, the
+    questions themselves (and so data and prompts), and the version of this package.
+    """
+    name = f"{asked.task}-{asked.protocol}-{digest([own, asdict(asked), __version__])[:32]}.json"
+    file = None if cache is None else cache / name
+    if file is not None and file.is_file() and not fresh:
+        bar.update(_size(asked))
+        return read_json(file, "the scores", Scores, "delete it and run again")
+    found: Scores
+    done = bar.n
+    try:
+        if isinstance(asked, Questions):
+            scores, alone = scorer.answers(asked, bar.update)
+            found = {"scores": scores.tolist(), "alone": None if alone is None else alone.tolist()}
+        else:
+            found = {"documents": [list(asdict(score).values()) for score in scorer.documents(asked, bar.update)]}
+    except NotApplicable as error:
+        found = {"not_applicable": str(error)}
+    bar.update(_size(asked) - (bar.n - done))
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, found)
+    return found
+
+
+def _row(
+    entry: Entry, kind: str, variant: str, asked: Questions | Documents, of_seeds: Sequence[Scores]
+) -> tuple[dict[str, Any], Any]:
+    """A row of the results, and what two rows are compared by: (hits or nats (seeds, items), tries (items,))."""
+    row: dict[str, Any] = {
+        "model": entry.name if not variant else f"{entry.name}, {variant}",
+        "kind": kind,
+        "checkpoints": len(entry.sources),
+        "task": asked.task,
+        "protocol": asked.protocol,
+        "items": len(asked.texts),
+    }
+    refused = next((one["not_applicable"] for one in of_seeds if "not_applicable" in one), None)
+    if refused is not None:
+        return row | {"not_applicable": refused}, None
+    if isinstance(asked, Questions):
+        scores = np.array([one["scores"] for one in of_seeds])  # (seeds, items, prompts, candidates)
+        alone = None
+        if all(one["alone"] is not None for one in of_seeds):
+            alone = np.array([one["alone"] for one in of_seeds])
+        correct = scores.argmax(-1) == np.array(asked.right)
+        tries = np.full(len(asked.items), float(len(asked.texts[0])))
+        row |= {"prompts": len(asked.texts[0]), "metrics": choice_metrics(asked, scores, alone)}
+        return row, ("accuracy", correct.sum(-1).astype(float), tries)
+    documents = [[DocumentScore(*fields) for fields in one["documents"]] for one in of_seeds]
+    row["metrics"] = document_metrics(asked, documents)
+    if asked.last_word:
+        known = np.array([[float(score.known) for score in of_seed] for of_seed in documents])
+        return row, ("accuracy", known, np.ones(known.shape[1]))
+    nats = np.array([[score.nats for score in of_seed] for of_seed in documents])
+    return row, ("nats per byte", nats, np.array([float(score.bytes) for score in documents[0]]))
+
+
+def _pairs(rows: Sequence[Mapping[str, Any]], compared: Sequence[Any]) -> list[dict[str, Any]]:
+    """The first model against each other one, on the same items."""
+    found = []
+    for number, row in enumerate(rows):
+        same = [i for i in range(number) if all(rows[i][key] == row[key] for key in ("task", "protocol"))]
+        if not same or compared[same[0]] is None or compared[number] is None:
+            continue
+        metric, first, tries = compared[same[0]]
+        _, second, _ = compared[number]
+        named = {"task": row["task"], "protocol": row["protocol"], "metric": metric}
+        models = {"first": rows[same[0]]["model"], "second": row["model"]}
+        found.append(named | models | asdict(paired(first, second, tries)))
+    return found
+
+
+def _about(task: Task, asked: Mapping[tuple[str, str], Questions | Documents]) -> dict[str, Any]:
+    protocols = [protocol for name, protocol in asked if name == task.name]
+    return {
+        "task": task.name,
+        "title": task.title,
+        "group": task.group,
+        "table": task.table,
+        "note": task.note,
+        "protocols": protocols,
+    }
