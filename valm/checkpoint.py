@@ -37,32 +37,57 @@ class Config(TypedDict, total=False):
     model_type: Any
 
 
-def save_checkpoint(model: VaLMForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: str | os.PathLike) -> Path:
+def save_checkpoint(
+    model: VaLMForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: str | os.PathLike,
+    *,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    note: RetrievalNote | None = None,
+) -> Path:
     """Writes `folder`; `load` and, after `import valm`, `AutoModelForCausalLM.from_pretrained` read it.
 
     All files are written into NEW_FOLDER in it, which appears whole, and linked from there to where the old ones are.
     Killed before that folder appears, `load_checkpoint` loads the old checkpoint, killed later, the new one.
     The tokenizer's model_max_length becomes the model's.
 
+    Args:
+        state_dict: the weights, where they are not in the model itself (it is sharded).
+        note: what finds the images, of a model that has no retriever.
+
     Raises:
         ValmError: the folder cannot be written, or not all of it; the old checkpoint still loads.
     """
     folder = writable_folder(folder)
-    saved = copy.copy(tokenizer)
-    saved.model_max_length = min(saved.model_max_length, model.config.n_positions)
+    saved = with_length(tokenizer, model)
     remove_leftovers(folder)
     _switch(folder)  # where an earlier save was killed
     try:
         with atomic_folder(folder / NEW_FOLDER) as temporary, _quiet_transformers():
-            model.save_pretrained(temporary)
+            model.save_pretrained(temporary, state_dict=state_dict)
             saved.save_pretrained(temporary)
             (Path(temporary) / RETRIEVAL_FILE).unlink(missing_ok=True)  # its paths are relative to where it is
-        model.save_note(folder)
+        if note is None:
+            model.save_note(folder)
+        else:
+            note.write(folder)
     except Exception as error:  # a full disk has a type of its own in safetensors, and in tokenizers
         reason = str(error).strip().partition("\n")[0]
         raise ValmError(f"cannot write the checkpoint {folder}: {reason}; what it held before is untouched") from error
     _switch(folder)
     return folder
+
+
+def with_length(tokenizer: PreTrainedTokenizerFast, model: Any) -> PreTrainedTokenizerFast:
+    """A copy of `tokenizer` whose model_max_length is at most the model's."""
+    saved = copy.copy(tokenizer)
+    saved.model_max_length = min(saved.model_max_length, positions(model) or saved.model_max_length)
+    return saved
+
+
+def positions(model: Any) -> int | None:
+    """The tokens that a model can read, None where its config does not say."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def _switch(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import difflib
 import re
 from collections.abc import Iterable
 
@@ -41,3 +42,9 @@ def printable(text: str) -> str:
     """The text as a terminal may show it: on one line, with escapes for characters that would steer the terminal,
     reorder the line (bidirectional controls) or cannot be written."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ ", did you mean ...?" for the known name that is most like `name`, or nothing where none is like it."""
+    found = difflib.get_close_matches(name, list(known), n=1)
+    return f", did you mean {found[0]}?" if found else ""

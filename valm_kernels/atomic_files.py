@@ -48,14 +48,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     descriptor = _locked(temporary, os.O_RDONLY)
     try:
         yield temporary
-        for file in temporary.iterdir():
-            _sync(file)
-        sync_folder(temporary)
-        os.replace(temporary, path)
+        move_folder(temporary, path)
     finally:
         _close(descriptor)
         shutil.rmtree(temporary, ignore_errors=True)
-    sync_folder(path.parent)
 
 
 @contextmanager
@@ -80,6 +76,22 @@ def move(temporary: Path, path: Path) -> None:
     """Moves a finished temporary file to `path`, its content written to the disk before its name."""
     _sync(temporary)
     os.replace(temporary, path)
+
+
+def move_folder(temporary: Path, path: Path) -> None:
+    """Moves a finished folder to `path`, in the place of one that is there, as `move` does a file."""
+    for file in temporary.rglob("*"):
+        if file.is_dir():
+            sync_folder(file)
+        else:
+            _sync(file)
+    sync_folder(temporary)
+    old = temporary_name(path)
+    with suppress(FileNotFoundError):
+        os.replace(path, old)
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def sync_folder(path: Path) -> None:

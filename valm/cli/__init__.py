@@ -16,6 +16,7 @@ import sys
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from valm.cli import demo, encoder, evaluate, explain, generate, kb, lm_eval, retrieve, train
+from valm.cli.options import CommandParser
 from valm.errors import ValmError
 from valm.text import printable
 from valm_kernels import __version__
@@ -26,11 +27,11 @@ OUT_OF_MEMORY = "there is not enough memory for this; use smaller batches or a m
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (by default the process's own). Returns the exit status: 0, or 1 after one sentence
     on stderr that says what was wrong with the input."""
-    arguments = build_parser().parse_args(argv)
-    if arguments.quiet:
-        os.environ["TQDM_DISABLE"] = "1"
-    keep_freed_memory()
     try:
+        arguments = build_parser().parse_args(argv)
+        if arguments.quiet:
+            os.environ["TQDM_DISABLE"] = "1"
+        keep_freed_memory()
         arguments.run(arguments)
         sys.stdout.flush()
     except BrokenPipeError:
@@ -72,7 +73,7 @@ def keep_freed_memory() -> None:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="valm", description="A language model that looks at pictures while it reads.")
     parser.add_argument("--version", action="version", version=f"valm {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=CommandParser)
     for module in (demo, encoder, kb, retrieve, train, evaluate, lm_eval, generate, explain):
         module.add_to(commands)
     return parser

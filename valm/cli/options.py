@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from valm.errors import ValmError
 
@@ -19,12 +19,27 @@ if TYPE_CHECKING:
 # NumPy's generators take no seed below 0, and its older one none above.
 MAX_SEED = 1 << 32
 
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser that may have its arguments changed first, by `prepare`: it returns those to be parsed and attributes of
+    the result."""
+
+    prepare: Callable[[list[str]], tuple[list[str], dict[str, Any]]] | None = None
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        if self.prepare is None or not args or {"-h", "--help"} & {*args}:
+            return super().parse_known_args(args, namespace)
+        given, attributes = self.prepare(list(args))
+        result, more = super().parse_known_args(given, namespace)
+        for name, value in attributes.items():
+            setattr(result, name, value)
+        return result, more
 
 
-def command(
-    group: Commands, name: str, run: Callable[[argparse.Namespace], None], help: str
-) -> argparse.ArgumentParser:
+Commands: TypeAlias = "argparse._SubParsersAction[CommandParser]"
+
+
+def command(group: Commands, name: str, run: Callable[[argparse.Namespace], None], help: str) -> CommandParser:
     """Declares the command `name` of `group`, which `run` carries out."""
     added = group.add_parser(name, help=help, description=help, formatter_class=HelpFormatter)
     added.set_defaults(run=run)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from valm.cli.config import TrainingOptions
 from valm.cli.corpus import add_corpus, corpus_documents, has_corpus, retrieve_documents
-from valm.cli.options import Commands, add_allow_download, add_device, chosen_device, command, positive
+from valm.cli.options import Commands, add_allow_download, add_device, chosen_device, command, positive, seed
 from valm.errors import ValmError
 
 if TYPE_CHECKING:
@@ -15,18 +19,37 @@ if TYPE_CHECKING:
 
     from valm.corpus.retrieved import CorpusRetrieval
     from valm.knowledge_base.store import ImageKnowledgeBase
+    from valm.training.image_trainer import ImageTrainer
 
-# Where, in the folder of the checkpoint, the pictures of a corpus are kept that was given as text.
-RETRIEVAL = "retrieval"
+# The command's own options for fields of TrainingArguments, and their defaults.
+FIELDS = {
+    "steps": ("max_steps", 1000),
+    "batch_size": ("per_device_train_batch_size", 16),
+    "lr": ("learning_rate", 5e-4),
+    "seed": ("seed", 0),
+}
+# What a training is, noted in its folder: one that goes on compares.
+RUN_FILE = "run.json"
+# Beginnings of fields that change neither data nor weights, so that a training may go on with others.
+FREE_FIELDS = ("dataloader_", "disable_tqdm", "hub_", "log", "push_", "report_to", "run_name", "save_")
 
 
 def add_to(commands: Commands) -> None:
-    train = command(commands, "train", run_train, "train a VaLM, or without --kb its text-only twin GPT-2*")
+    train = command(
+        commands,
+        "train",
+        run_train,
+        "train a VaLM, or without --kb its text-only twin GPT-2*; each field of transformers' TrainingArguments is an "
+        "option too, such as --gradient_accumulation_steps 4, --bf16, --save_steps 100 or --report_to tensorboard",
+    )
+    train.prepare = TrainingOptions(train)
     add_corpus(train)
     train.add_argument(
         "--retrieval", type=Path, help="train on what `valm retrieve` wrote, without CLIP, instead of on a corpus"
     )
-    train.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
+    train.add_argument("--config", type=Path, help="YAML file of options and fields; the command's own come first")
+    train.add_argument("--out", type=Path, required=True, help="folder of the checkpoints and of the model")
+    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out, if it has one")
     train.add_argument("--kb", type=Path, help="knowledge base; without it the model sees no pictures")
     train.add_argument("--clip", help="the CLIP whose tokenizer the model reads with (default: that of --kb)")
     add_allow_download(train)
@@ -37,32 +60,29 @@ def add_to(commands: Commands) -> None:
     train.add_argument("--width", type=positive, default=768)
     train.add_argument("--heads", type=positive, default=12)
     train.add_argument("--context", type=positive, default=512, help="most tokens of a document, longer ones are cut")
-    train.add_argument("--steps", type=positive, default=1000)
-    train.add_argument("--batch-size", type=positive, default=16, help="documents a step")
-    train.add_argument("--lr", type=float, default=5e-4)
-    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--steps", type=positive, help="(default: 1000, or what --num_train_epochs says)")
+    train.add_argument("--batch-size", type=positive, help="documents a step and process (default: 16)")
+    train.add_argument("--lr", type=float, help="(default: 5e-4)")
+    train.add_argument("--seed", type=seed, help="of weights, order and dropout (default: 0)")
     add_device(train, "pictures are retrieved (training itself takes the GPUs that torch has)")
 
 
 def run_train(arguments: argparse.Namespace) -> None:
     import torch
 
-    from valm.checkpoint import save_retrieval
     from valm.config import ValmConfig
     from valm.corpus.retrieved import CorpusRetrieval
     from valm.files import writable_folder
     from valm.knowledge_base.store import ImageKnowledgeBase
     from valm.model import VaLMForCausalLM
-    from valm.training.train import train
-    from valm_kernels.atomic_files import is_temporary, remove_leftovers
+    from valm.training.callbacks import show_progress
+    from valm.training.train import trainer, training_arguments
 
     if has_corpus(arguments) == (arguments.retrieval is not None):
         raise ValmError("give either a corpus or --retrieval")
-    # a retrieval that was killed goes on
     out = writable_folder(arguments.out)
-    remove_leftovers(out)
-    if any(file.name != RETRIEVAL and not is_temporary(file.name) for file in out.iterdir()):
-        raise ValmError(f"the output folder {arguments.out} is not empty; choose another")
+    checkpoint = newest_checkpoint(out, arguments.resume)
+    settings = training_arguments(out, **training_fields(arguments))
     kb = ImageKnowledgeBase.open(arguments.kb) if arguments.kb else None
     dataset: CorpusRetrieval | list[dict[str, Any]]
     if arguments.retrieval is not None:
@@ -83,22 +103,105 @@ def run_train(arguments: argparse.Namespace) -> None:
         image_dim=kb.dim if kb is not None else arguments.width,
         num_images=dataset.k if kb is not None and isinstance(dataset, CorpusRetrieval) else 0,
     )
-    torch.manual_seed(arguments.seed)
-    losses = train(
+    torch.manual_seed(settings.seed)
+    training = trainer(
         VaLMForCausalLM(config),
         dataset,
         kb,
-        arguments.out,
         tokenizer=tokenizer,
-        steps=arguments.steps,
-        batch_size=arguments.batch_size,
-        lr=arguments.lr,
-        seed=arguments.seed,
+        arguments=settings,
         row_length=arguments.context,
     )
-    if kb is not None and isinstance(dataset, CorpusRetrieval):
-        save_retrieval(arguments.out, kb, dataset.query)
-    print(f"loss {losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last; written to {arguments.out}")
+    note_run(training, dataset, arguments)
+    show_progress(training, "train")
+    training.train(resume_from_checkpoint=checkpoint)
+    training.write(out, tokenizer)
+    if training.is_world_process_zero():
+        losses = training.losses()
+        print(f"loss {losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last; written to {out}")
+
+
+def training_fields(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields of TrainingArguments, from the command's own options where no field says otherwise."""
+    fields: dict[str, Any] = {"save_total_limit": 2, "logging_steps": 10, "logging_first_step": True}
+    for option, (field, default) in FIELDS.items():
+        given = getattr(arguments, option)
+        if given is not None or option != "steps" or "num_train_epochs" not in arguments.fields:
+            fields[field] = default if given is None else given
+    return fields | arguments.fields
+
+
+def processes() -> int:
+    """How many train together, as torchrun and accelerate say."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def newest_checkpoint(out: Path, resume: bool) -> str | None:
+    """The checkpoint in `out` to go on from, None to begin.
+
+    Raises:
+        ValmError: `out` holds something, and no training is to be resumed in it; or not that of a training.
+    """
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from valm_kernels.atomic_files import is_temporary, remove_leftovers
+
+    if int(os.environ.get("RANK", "0")) == 0:  # the others may find what this one has written
+        remove_leftovers(out)
+        found = [file.name for file in out.iterdir() if not is_temporary(file.name)]
+        if found and not resume:
+            raise ValmError(f"the output folder {out} is not empty: choose another, or give --resume to go on in it")
+        if found and RUN_FILE not in found:
+            raise ValmError(f"{out} holds no training that could be resumed (it has no {RUN_FILE}): choose another")
+    return get_last_checkpoint(str(out)) if resume else None
+
+
+def note_run(training: ImageTrainer, dataset: CorpusRetrieval | Sequence[Any], arguments: argparse.Namespace) -> None:
+    """Notes in the folder what this training is.
+
+    Raises:
+        ValmError: the folder has the note of another one.
+    """
+    from valm.files import read_json, write_json
+    from valm_kernels.json_files import short
+
+    file = arguments.out / RUN_FILE
+    fields = {name: value for name, value in training_fields(arguments).items() if not name.startswith(FREE_FIELDS)}
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        fields.pop(name, None)
+    model: Any = training.model
+    run = {
+        "step_rows": training.get_total_train_batch_size(training.args),
+        **fields,
+        **{f"model.{name}": value for name, value in model.config.to_diff_dict().items() if "version" not in name},
+        "data": content_of(dataset),
+    }
+    if file.is_file():
+        before = read_json(file, "the note on a training", dict[str, Any], "choose another folder")
+        for name in {*run, *before}:
+            if json.loads(json.dumps(run.get(name))) != before.get(name):
+                raise ValmError(
+                    f"{arguments.out} holds another training: its {name} is {short(before.get(name))}, here it is "
+                    f"{short(run.get(name))}; choose another folder"
+                )
+    elif training.is_world_process_zero():
+        write_json(file, run)
+
+
+def content_of(dataset: CorpusRetrieval | Sequence[Any]) -> str:
+    """A hash of all documents."""
+    from valm.corpus.parts import fingerprint
+    from valm.corpus.retrieved import CorpusRetrieval
+
+    if isinstance(dataset, CorpusRetrieval):
+        return dataset.fingerprint
+    documents: Any = [document["input_ids"] for document in dataset]
+    return fingerprint(documents)
+
+
+def beside(out: Path, name: str) -> Path:
+    """The folder of what is made on the way to the model in `out`, and is not to be published with it."""
+    return out.absolute().with_name(f"{out.absolute().name}-{name}")
 
 
 def open_retrieval(arguments: argparse.Namespace) -> tuple[CorpusRetrieval, PreTrainedTokenizerFast]:
@@ -124,11 +227,13 @@ def retrieved_corpus(
     from valm.retrieval.retriever import Retriever
     from valm.tokenizer import load_tokenizer
 
+    if processes() > 1:
+        raise ValmError("several processes train on what one has retrieved: run `valm retrieve`, and give --retrieval")
     tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else None
     clip = kb.load_clip(arguments.clip, allow_download=arguments.allow_download).to(chosen_device(arguments))
     encoder = ContextEncoder(clip, tokenizer=tokenizer, query=arguments.query or "eot")
     retriever = Retriever(encoder, kb, arguments.images or 4)
-    return retrieve_documents(arguments, retriever, arguments.out / RETRIEVAL), encoder.tokenizer
+    return retrieve_documents(arguments, retriever, beside(arguments.out, "retrieval")), encoder.tokenizer
 
 
 def plain_corpus(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], PreTrainedTokenizerFast]:

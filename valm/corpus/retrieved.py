@@ -165,6 +165,11 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
         """The kind of query they were retrieved with (see `ContextEncoder`)."""
         return self.manifest["plan"]["query"]
 
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the manifest, which has those of all files."""
+        return file_entry(self.path / MANIFEST_FILE)["sha256"]
+
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """What the corpus was read with. Raises ValmError where its files are damaged."""

@@ -19,7 +19,6 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
-from valm.checkpoint import save_retrieval
 from valm.clip import Clip
 from valm.config import ValmConfig
 from valm.corpus.retrieved import CorpusRetrieval, retrieve_corpus
@@ -47,7 +46,8 @@ from valm.model import VaLMForCausalLM
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import ImageRetriever, Retriever
 from valm.tokenizer import clip_tokenizer, prune_tokenizer, tokenize_documents
-from valm.training.train import train
+from valm.training.callbacks import show_progress
+from valm.training.train import trainer, training_arguments
 
 RESULTS_FILE = "results.json"
 REPORT_FILE = "report.html"
@@ -168,26 +168,27 @@ def _run(
     def trained(name: str, label: str, dataset: CorpusRetrieval, kb: ImageKnowledgeBase | None) -> VaLMForCausalLM:
         model = new_model(tokenizer, 0 if kb is None else NUM_IMAGES, clip.embed_dim, seed)
         with stage(label):
-            losses[label] = train(
-                model,
-                dataset,
-                kb,
+            arguments = training_arguments(
                 folder / name,
-                tokenizer=tokenizer,
-                steps=settings.model_steps,
-                batch_size=settings.batch_size,
-                lr=settings.lr,
+                max_steps=settings.model_steps,
+                per_device_train_batch_size=settings.batch_size,
+                learning_rate=settings.lr,
                 seed=seed,
                 warmup_steps=settings.model_steps // 10,
-                progress=label if progress else None,
+                logging_steps=1,
+                save_strategy="no",
             )
+            training = trainer(model, dataset, kb, tokenizer=tokenizer, arguments=arguments)
+            show_progress(training, label, progress)
+            training.train()
+            losses[label] = training.losses()
+            model.eval()
+            training.write(folder / name, tokenizer)
         return model
 
     gpt2 = trained("gpt2", "GPT-2*", datasets["eot"], None)
     valm = trained("valm", "VaLM", datasets["eot"], kb)
-    save_retrieval(folder / "valm", kb, "eot")
     state = trained("valm-state", "VaLM, state queries", datasets["state"], kb)
-    save_retrieval(folder / "valm-state", kb, "state")
 
     with stage("evaluation"):
         found = retrievers["eot"]

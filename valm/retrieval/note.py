@@ -82,13 +82,14 @@ class RetrievalNote:
             clip = str((Path(folder) / clip).absolute())
         return cls(None if kb is None else (Path(folder) / kb).absolute(), note["query"], note.get("index"), clip)
 
-    def write(self, folder: str | os.PathLike) -> None:
-        """Writes the note into `folder`."""
+    def write(self, folder: str | os.PathLike, *, place: str | os.PathLike | None = None) -> None:
+        """Writes the note into `folder`, which will be moved to `place` where that is given."""
         note: dict[str, Any] = {"query": self.query}
+        place = folder if place is None else place
         if self.knowledge_base is not None:
-            note |= {"knowledge_base": os.path.relpath(self.knowledge_base, folder), "index": self.index}
+            note |= {"knowledge_base": os.path.relpath(self.knowledge_base, place), "index": self.index}
         if self.clip is not None:
-            note["clip"] = os.path.relpath(self.clip, folder) if os.path.isabs(self.clip) else self.clip
+            note["clip"] = os.path.relpath(self.clip, place) if os.path.isabs(self.clip) else self.clip
         write_json(Path(folder) / RETRIEVAL_FILE, note)
 
     def open(

@@ -1,169 +1,183 @@
-"""Training on transformers' Trainer, with the same data in the same order for every model of one seed."""
+"""Training on transformers' Trainer."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import os
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from tqdm import tqdm
-from transformers import (
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
-from transformers.trainer_callback import PrinterCallback
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerFast, TrainingArguments
 
-from valm.checkpoint import save_checkpoint
+from valm.checkpoint import positions, with_length
 from valm.corpus.retrieved import CorpusRetrieval
 from valm.errors import ValmError
-from valm.files import writable_folder
+from valm.image_model import ImageOptions
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model import VaLMForCausalLM
+from valm.retrieval.note import RetrievalNote
+from valm.text import nearest
+from valm.tokenizer import begin_id
 from valm.training.blocks import Blocks
 from valm.training.collate import Collator
+from valm.training.image_trainer import ImageTrainer, Measure
+
+# What `training_arguments` sets where nothing else is said: AdamW as in Wang et al. 2022.
+DEFAULTS: dict[str, Any] = {
+    "learning_rate": 5e-4,
+    "lr_scheduler_type": "cosine",
+    "adam_beta2": 0.98,
+    "weight_decay": 0.01,
+}
+DEFAULTS |= {"max_grad_norm": 2.0, "seed": 0}
 
 
-def train(
-    model: VaLMForCausalLM,
-    dataset: Sequence[dict],
-    kb: ImageKnowledgeBase | None,
-    output_dir: str | os.PathLike,
-    *,
-    tokenizer: PreTrainedTokenizerFast,
-    steps: int,
-    batch_size: int,
-    lr: float,
-    seed: int = 0,
-    schedule: str = "cosine",
-    warmup_steps: int = 0,
-    weight_decay: float = 0.01,
-    clip_norm: float = 2.0,
-    row_length: int | None = None,
-    progress: str | None = "training",
-) -> list[float]:
-    """Trains `model` in place, writes it with its tokenizer to `output_dir` and returns the loss of every step.
-
-    The documents of step i depend on the seed, the data's length and batch_size only, so GPT-2* and VaLM see the
-    same. AdamW with betas (0.9, 0.98), as the paper trained.
-
-    Args:
-        dataset: documents as `Collator` takes them, such as a `CorpusRetrieval`. Those longer than the model's
-            n_positions, or than row_length, are cut (see `Blocks`).
-        kb: where the vectors of the documents' pictures are. None for num_images = 0 (image_ids are then not
-            looked at) and for a model that has a retriever.
-        batch_size: documents, or blocks of them, a step.
-        schedule: of the learning rate after the warm-up, by its name in transformers ("cosine", "linear",
-            "constant_with_warmup", "inverse_sqrt" as in the paper, ...).
-        row_length: pack documents into rows of this length (see `Collator`); None pads.
-        progress: what the progress bar is called, None for no bar.
+def training_arguments(output_dir: str | os.PathLike, **fields: Any) -> TrainingArguments:
+    """`TrainingArguments` with the paper's optimizer (`DEFAULTS`) where the fields do not say otherwise.
 
     Raises:
-        ValmError: model, data and knowledge base do not fit together, or output_dir cannot be written.
+        ValmError: there is no such field, or transformers refuses the values.
     """
-    _check(model, dataset, kb, tokenizer)
-    output_dir = writable_folder(output_dir)
-    arguments = TrainingArguments(
-        output_dir=str(output_dir),
-        max_steps=steps,
-        per_device_train_batch_size=batch_size,
-        learning_rate=lr,
-        lr_scheduler_type=schedule,
-        warmup_steps=warmup_steps,
-        weight_decay=weight_decay,
-        max_grad_norm=clip_norm,
-        adam_beta2=0.98,
-        seed=seed,
-        train_sampling_strategy="sequential",
-        # what a small model would spend more time on than on its steps
-        save_strategy="no",
-        logging_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        remove_unused_columns=False,
-    )
-    # with several GPUs in one process the Trainer would cut each batch by rows, and image_pool has none
-    arguments._n_gpu = min(1, arguments.n_gpu)
-    limit = min(model.config.n_positions, row_length or model.config.n_positions)
-    blocks = Blocks(dataset, limit, tokenizer.bos_token_id)
-    trainer = _Trainer(
+    known = [field.name for field in dataclasses.fields(TrainingArguments)]
+    for name in fields:
+        if name not in known:
+            raise ValmError(f"TrainingArguments has no field {name!r}{nearest(name, known)}")
+    pin: dict[str, Any] = {"dataloader_pin_memory": torch.cuda.is_available()}
+    try:
+        return TrainingArguments(output_dir=os.fspath(output_dir), **(DEFAULTS | pin | fields))
+    except (ValueError, TypeError, RuntimeError, ImportError) as error:
+        raise ValmError(f"the training arguments do not fit: {str(error).splitlines()[0]}") from error
+
+
+def trainer(
+    model: Any,
+    dataset: Any,
+    kb: ImageKnowledgeBase | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerFast,
+    arguments: TrainingArguments,
+    eval_dataset: Any = None,
+    row_length: int | None = None,
+    measures: Sequence[Measure] = (),
+    **options: Any,
+) -> ImageTrainer:
+    """A transformers `Trainer` for a model that takes images, which may be changed before its `train()`.
+
+    Everything is the Trainer's: precision, accumulation, schedules, logs, checkpoints, several processes. The loss is a
+    mean over all tokens of a step, whatever batch and process they are in. What the data need is set in a copy of
+    `arguments`: columns are not removed, batches are made by each process from its own documents, and the logs hide no
+    loss that is not finite.
+
+    Args:
+        model: a `VaLMForCausalLM`, what `valm.augment` returned, or a decoder of transformers that sees no images.
+        dataset: documents as `Collator` takes them, such as a `CorpusRetrieval`. Those longer than the model's
+            context, or than row_length, are cut (see `Blocks`).
+        kb: where the vectors of the documents' images are. None for a model that takes none (image_ids are then not
+            looked at) and for one that has a retriever.
+        arguments: see `training_arguments` for those of the paper. per_device_train_batch_size counts documents, or
+            blocks of them.
+        eval_dataset: documents to evaluate on, as `dataset`: loss and perplexity over all their tokens.
+        row_length: pack documents into rows of this length (see `Collator`); None pads.
+        measures: called with the model after each evaluation, such as a `ColorAccuracy`.
+        options: more of the Trainer's arguments: callbacks, optimizers, compute_metrics, ...
+
+    Raises:
+        ValmError: model, data and knowledge base do not fit together.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # of a PEFT model
+    _check(inner, dataset, kb, tokenizer, row_length)
+    corpus = _retrieval(dataset)
+    note = None if kb is None or corpus is None else RetrievalNote.of_knowledge_base(kb, corpus.query)
+    limit = min((length for length in (positions(inner), row_length) if length), default=None)
+
+    def blocks(documents: Any) -> Any:
+        if limit is None or not hasattr(documents, "__len__"):
+            return documents
+        return Blocks(documents, limit, begin_id(tokenizer))
+
+    changed: Any = copy.copy(arguments)
+    changed.remove_unused_columns = False  # the collator makes the model's arguments of others
+    changed.logging_nan_inf_filter = False
+    changed.accelerator_config = copy.copy(changed.accelerator_config)
+    changed.accelerator_config.dispatch_batches = False  # cut by rows, as image_pool cannot be
+    changed.accelerator_config.split_batches = False
+    changed._n_gpu = min(1, arguments.n_gpu)  # several GPUs in one process would cut it too
+    evaluated = None
+    if eval_dataset is not None:
+        evaluated = blocks(eval_dataset)
+        if changed.world_size > 1:
+            evaluated = Evened(evaluated, changed.eval_batch_size * changed.world_size)
+    return ImageTrainer(
+        note=note,
+        measures=measures,
         model=model,
-        args=arguments,
-        train_dataset=torch.utils.data.Subset(blocks, _order(len(blocks), steps * batch_size, seed)),
+        args=changed,
+        train_dataset=blocks(dataset),
+        eval_dataset=evaluated,
         data_collator=Collator(tokenizer, kb, row_length),
-        callbacks=[_ProgressBar(progress)] if progress else None,
+        processing_class=with_length(tokenizer, inner),
+        **options,
     )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    model.eval()
-    save_checkpoint(model, tokenizer, output_dir)
-    return torch.stack(trainer.losses).tolist()
 
 
-class _Trainer(Trainer):
-    """Keeps the loss of every step, on the device, so that nothing has to wait for it."""
+class Evened(Dataset[dict[str, Any]]):
+    """`data` with documents of one token, of which nothing is learned, up to a multiple of `multiple`.
 
-    def __init__(self, **arguments: Any):
-        super().__init__(**arguments)
-        self.losses: list[torch.Tensor] = []
+    accelerate would give some documents to two processes instead, which would count them twice.
+    """
 
-    def training_step(self, *arguments: Any, **more: Any) -> torch.Tensor:
-        loss = super().training_step(*arguments, **more)
-        self.losses.append(loss.detach())
-        return loss
+    def __init__(self, data: Any, multiple: int):
+        self.data = data
+        self.length = -(-len(data) // multiple) * multiple
 
+    def __len__(self) -> int:
+        return self.length
 
-class _ProgressBar(TrainerCallback):
-    """Steps a second and time left."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.bar = tqdm(total=state.max_steps, desc=self.name, unit="step")
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.bar.update()
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.bar.close()
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index < len(self.data):
+            return self.data[index]
+        return {name: values[:1] for name, values in self.data[0].items()}
 
 
-def _order(size: int, count: int, seed: int) -> list[int]:
-    """The first `count` of the numbers below `size`, shuffled anew each time they are used up."""
-    random = np.random.default_rng(seed)
-    epochs = [random.permutation(size) for _ in range(-(-count // size))]
-    return np.concatenate(epochs)[:count].tolist()
+def _retrieval(dataset: Any) -> CorpusRetrieval | None:
+    """The retrieved corpus that `dataset` is, or wraps (`Twin`, `CachedBelow`)."""
+    while not isinstance(dataset, CorpusRetrieval | None):
+        dataset = getattr(dataset, "documents", None)
+    return dataset
 
 
 def _check(
-    model: VaLMForCausalLM, dataset: Sequence[dict], kb: ImageKnowledgeBase | None, tokenizer: PreTrainedTokenizerFast
+    model: Any, dataset: Any, kb: ImageKnowledgeBase | None, tokenizer: PreTrainedTokenizerFast, row_length: int | None
 ) -> None:
-    config = model.config
-    if len(dataset) == 0:
+    options = getattr(model, "image_options", ImageOptions(0, 0, False))
+    vocab_size = model.config.get_text_config(decoder=True).vocab_size
+    is_valm = isinstance(model, VaLMForCausalLM)
+    sized = hasattr(dataset, "__len__")
+    if sized and len(dataset) == 0:
         raise ValmError("there are no documents to train on")
-    if len(tokenizer) != config.vocab_size:
-        raise ValmError(f"the tokenizer has {len(tokenizer)} pieces, but the model's vocab_size is {config.vocab_size}")
-    if kb is not None and config.num_images == 0:
-        raise ValmError("a model with num_images = 0 (GPT-2*) sees no pictures: train it without a knowledge base")
-    if kb is None and config.num_images > 0 and model.retriever is None:
-        raise ValmError(f"this model sees {config.num_images} pictures a token: give a knowledge base or a retriever")
-    if kb is not None and kb.dim != config.image_dim:
+    # a pretrained decoder may have rows to spare
+    if len(tokenizer) > vocab_size or (is_valm and len(tokenizer) != vocab_size):
+        raise ValmError(f"the tokenizer has {len(tokenizer)} tokens, but the model's vocab_size is {vocab_size}")
+    if row_length is not None and not is_valm:
+        raise ValmError("only VaLMForCausalLM keeps documents apart in a packed row: leave out row_length")
+    if kb is not None and options.num_images == 0:
+        raise ValmError("a model with num_images = 0 (GPT-2*) sees no images: train it without a knowledge base")
+    if kb is None and options.num_images > 0 and model.retriever is None:
+        raise ValmError(f"this model sees {options.num_images} images a token: give a knowledge base or a retriever")
+    if kb is not None and kb.dim != options.image_dim:
         raise ValmError(
-            f"the knowledge base has vectors of dimension {kb.dim}, but the model's image_dim is {config.image_dim}"
+            f"the knowledge base has vectors of dimension {kb.dim}, but the model's image_dim is {options.image_dim}"
         )
-    if kb is not None and isinstance(dataset, CorpusRetrieval):
-        dataset.check_knowledge_base(kb)
-    if isinstance(dataset, CorpusRetrieval):
-        dataset.verify_once()
-    found = dataset[0].get("image_ids")
-    if kb is not None and found is not None and found.shape[1] != config.num_images:
+    corpus = _retrieval(dataset)
+    if corpus is not None:
+        if kb is not None:
+            corpus.check_knowledge_base(kb)
+        corpus.verify_once()
+    found = dataset[0].get("image_ids") if sized else None
+    if kb is not None and found is not None and found.shape[1] != options.num_images:
         raise ValmError(
-            f"the documents have {found.shape[1]} pictures a token, but the model's num_images is {config.num_images}"
+            f"the documents have {found.shape[1]} images a token, but the model's num_images is {options.num_images}"
         )

@@ -62,6 +62,53 @@ def test_training_on_a_retrieval_is_training_on_its_corpus(world, tmp_path, caps
     assert "6 documents" in capsys.readouterr().out
 
 
+def test_a_config_file_says_what_the_command_line_does(world, tmp_path):
+    """With a field whose number YAML takes for text, and one that the command line overrides."""
+    lines = [f"corpus: {world}/corpus.txt", f"clip: {world}/clip", "layers: 3", "width: 32", "heads: 4", "context: 32"]
+    lines += ["steps: 9", "batch-size: 4", "learning_rate: 5e-4", "save_strategy: 'no'", "report_to: [none]"]
+    (tmp_path / "run.yaml").write_text("\n".join(lines))
+    assert run("train", "--config", tmp_path / "run.yaml", "--steps", 3, "--out", tmp_path / "model") == 0
+    written, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path / "model", world / "gpt2"))
+    assert all(torch.equal(written[name], weight) for name, weight in expected.items())
+    assert not list((tmp_path / "model").glob("checkpoint-*"))
+
+
+def test_nothing_of_the_corpus_is_in_the_folder_of_the_model(world):
+    """Which may be published."""
+    assert {path.name for path in (world / "valm").iterdir()} == {
+        *("checkpoint-3", "config.json", "generation_config.json", "model.safetensors", "retrieval.json", "run.json"),
+        *("tokenizer.json", "tokenizer_config.json"),
+    }
+    assert (world / "valm-retrieval" / "manifest.json").is_file()
+
+
+def test_a_training_goes_on_from_its_newest_checkpoint(world, tmp_path, capsys):
+    train = ["train", world / "corpus.txt", "--clip", world / "clip", *SIZE, "--save_steps", 1]
+    out = ["--out", tmp_path / "model"]
+    assert run(*train, "--out", tmp_path / "model", "--resume") == 0  # nothing to resume yet
+    expected = load_file(tmp_path / "model" / "model.safetensors")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    shutil.rmtree(tmp_path / "model" / "checkpoint-3")
+    assert run(*train, *out) == 1
+    assert "is not empty: choose another, or give --resume" in capsys.readouterr().err
+    assert run(*train, *out, "--resume", "--logging_steps", 1) == 0
+    written = load_file(tmp_path / "model" / "model.safetensors")
+    assert all(torch.equal(written[name], weight) for name, weight in expected.items())
+    for other, name in (
+        (["--lr", 1], "learning_rate is 0.0005, here it is 1"),
+        (["--layers", 2], "model.n_layer is 3, here it is 2"),
+    ):
+        assert run(*train, *other, *out, "--resume") == 1
+        assert f"holds another training: its {name}" in capsys.readouterr().err
+    assert run(*train, "--out", world / "kb", "--resume") == 1
+    assert "holds no training that could be resumed" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_ends_with_status_1_and_no_model(sentence):
+    train = ["train", "{world}/corpus.txt", "--clip", "{world}/clip", "--out", "{tmp}/model", *SIZE]
+    sentence([*train, "--lr", "1e30", "--lr_scheduler_type", "constant"], "the loss is nan at step 2 (rows ")
+
+
 def wrong_inputs():
     """name -> (arguments, what the sentence must say); {world} and {tmp} are the folders."""
     train = ["train", "{world}/corpus.txt", "--out", "{tmp}/model", *SIZE]
@@ -73,6 +120,15 @@ def wrong_inputs():
         "impossible heads": ([*train, "--clip", "{world}/clip", "--heads", "5"], "n_embd"),
         "more images than there are": ([*train, "--kb", "{world}/kb", "-k", "7"], "k must be from 1 to the 6"),
         "output of another training": ([*train[:3], "{world}/gpt2", *SIZE], "is not empty"),
+        "unknown option": ([*train, "--lerning_rate", "1"], "no option --lerning_rate, did you mean --learning_rate?"),
+        "impossible field": ([*train, "--lr_scheduler_type", "cosin"], "invalid choice: 'cosin'"),
+        "unknown field in the config": ([*train, "--config", "{tmp}/wrong.yaml"], "'learning_rat', did you mean learn"),
+        "impossible value in the config": (
+            [*train, "--config", "{tmp}/value.yaml"],
+            "argument --layers: invalid positive value: 'many'",
+        ),
+        "config missing": ([*train, "--config", "{tmp}/none.yaml"], "the config {tmp}/none.yaml cannot be read"),
+        "config that is none": ([*train, "--config", "{world}/corpus.txt"], "is no list of options"),
         "corpus and retrieval": ([*train, "--retrieval", "{world}/retrieval"], "give either a corpus or --retrieval"),
         "neither corpus nor retrieval": (["train", "--out", "{tmp}/model"], "give either a corpus or --retrieval"),
         "not a retrieval": ([*cached[:2], "{world}/kb", *cached[3:]], "is not the manifest of a corpus retrieval"),
@@ -83,7 +139,9 @@ def wrong_inputs():
 
 
 @pytest.mark.parametrize("name", wrong_inputs())
-def test_wrong_input_is_one_sentence(sentence, name):
+def test_wrong_input_is_one_sentence(sentence, name, tmp_path):
+    (tmp_path / "wrong.yaml").write_text("learning_rat: 1")
+    (tmp_path / "value.yaml").write_text("layers: many")
     arguments, expected = wrong_inputs()[name]
     sentence(arguments, expected)
 

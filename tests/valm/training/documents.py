@@ -1,8 +1,13 @@
 """Documents, a knowledge base in memory and a tokenizer for tests that train."""
 
 import numpy as np
+import torch
+from transformers import PrinterCallback
 
+from tests.valm.models import tiny_config
+from valm.model import VaLMForCausalLM
 from valm.tokenizer import clip_tokenizer, prune_tokenizer
+from valm.training.train import trainer, training_arguments
 
 TEXTS = [
     f"the color of the {thing} is {color} ." for thing in ("sun", "sea", "cat", "leaf") for color in ("red", "blue")
@@ -33,4 +38,28 @@ def documents(num_images=3, count=8, seed=0):
         images = random.integers(0, 40, (len(ids), num_images)).astype(np.uint32)
         images[random.random(images.shape) < 0.2] = 2**32 - 1
         made.append({"input_ids": ids, "image_ids": images})
+    return made
+
+
+def new_model(**arguments):
+    """A tiny VaLM that reads with TOKENIZER, the same in every call."""
+    torch.manual_seed(0)
+    ids = {"bos_token_id": TOKENIZER.bos_token_id, "eos_token_id": TOKENIZER.eos_token_id}
+    return VaLMForCausalLM(tiny_config(vocab_size=len(TOKENIZER), **ids, **arguments))
+
+
+def new_trainer(folder, *, model=None, kb="default", dataset=None, eval_dataset=None, measures=(), **fields):
+    """A trainer of `new_model` on `documents`: six steps of three, every loss logged and nothing printed."""
+    defaults = {"max_steps": 6, "per_device_train_batch_size": 3, "learning_rate": 3e-3, "logging_steps": 1}
+    defaults |= {"save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
+    made = trainer(
+        new_model() if model is None else model,
+        documents() if dataset is None else dataset,
+        Vectors() if kb == "default" else kb,
+        tokenizer=TOKENIZER,
+        arguments=training_arguments(folder, **(defaults | fields)),
+        eval_dataset=eval_dataset,
+        measures=measures,
+    )
+    made.remove_callback(PrinterCallback)
     return made

@@ -1,0 +1,261 @@
+import errno
+import json
+import math
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+from tests.valm.killed import exit_code, exit_code_if_killed_at, forked, needs_fork
+from tests.valm.training.documents import TOKENIZER, Vectors, documents, new_model, new_trainer
+from valm.checkpoint import load
+from valm.errors import ValmError
+from valm.evaluation.language import perplexity
+from valm.retrieval.note import RetrievalNote
+from valm_kernels.atomic_files import is_temporary
+
+# More than two epochs of eight documents in threes, with dropout.
+SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 7}
+
+
+class StopAfter(TrainerCallback):
+    """Ends a training after a step, with a checkpoint."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **more):
+        if state.global_step == self.step:
+            control.should_save = control.should_training_stop = True
+
+
+class BeforeSteps(TrainerCallback):
+    """Remembers the weights before each step."""
+
+    def __init__(self):
+        self.weights = []
+
+    def on_step_begin(self, args, state, control, model, **more):
+        self.weights.append(weights(model))
+
+
+def weights(model):
+    return {name: weight.clone() for name, weight in model.state_dict().items()}
+
+
+def same(first, second):
+    return all(torch.equal(weight, second[name]) for name, weight in first.items())
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """Losses and weights of a training."""
+    made = new_trainer(tmp_path_factory.mktemp("run"), **SAVING)
+    made.train()
+    return made.losses(), weights(made.model)
+
+
+@pytest.mark.parametrize("step", range(1, 8))
+def test_resumed_anywhere_the_losses_and_weights_are_the_same(tmp_path, uninterrupted, step):
+    stopped = new_trainer(tmp_path, **SAVING)
+    stopped.add_callback(StopAfter(step))
+    stopped.train()
+    resumed = new_trainer(tmp_path, **SAVING)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 7
+    assert resumed.losses() == uninterrupted[0]
+    assert same(weights(resumed.model), uninterrupted[1])
+
+
+@needs_fork
+@pytest.mark.parametrize("point", [0, 3, 7, 11, 15, 19])
+def test_a_killed_save_leaves_no_checkpoint_that_is_not_whole(tmp_path, uninterrupted, point):
+    code = exit_code_if_killed_at(lambda: new_trainer(tmp_path, **SAVING).train(), tmp_path, point)
+    assert code == -signal.SIGKILL
+    whole = [path for path in tmp_path.iterdir() if not is_temporary(path.name)]
+    assert all(load(path)[0].training is False for path in whole)
+    resumed = new_trainer(tmp_path, **SAVING)
+    resumed.train(resume_from_checkpoint=bool(whole))
+    assert resumed.losses() == uninterrupted[0]
+    assert same(weights(resumed.model), uninterrupted[1])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint-{step}" for step in (2, 4, 6, 7)]
+
+
+def test_a_folder_of_another_training_is_refused(tmp_path):
+    new_trainer(tmp_path, **SAVING).train()
+    with pytest.raises(ValmError, match="holds the checkpoints of another training: resume it, or choose another"):
+        new_trainer(tmp_path, **SAVING).train()
+
+
+@pytest.mark.parametrize("accumulation, call, place", [(1, 2, "step 3 "), (3, 7, "step 3, batch 2 of its 3 ")])
+def test_a_loss_that_is_not_finite_stops_before_its_step(tmp_path, accumulation, call, place):
+    sizes = {"per_device_train_batch_size": 3 // accumulation, "gradient_accumulation_steps": accumulation}
+    made = new_trainer(tmp_path, **sizes)
+    compute_loss, calls = made.compute_loss, iter(range(99))
+
+    def with_nan(*arguments, **more):
+        loss = compute_loss(*arguments, **more)
+        return loss * math.nan if next(calls) == call else loss
+
+    made.compute_loss = with_nan
+    before = BeforeSteps()
+    made.add_callback(before)
+    with pytest.raises(ValmError, match="the loss is nan") as raised:
+        made.train()
+    first = call * 3 // accumulation
+    rows = ", ".join(map(str, made._order.rows(first, first + 3 // accumulation)))
+    assert f"{place}(rows {rows} of the data)" in str(raised.value)
+    assert len(before.weights) == 3 and same(before.weights[-1], weights(made.model))
+    assert not any(tmp_path.iterdir())
+
+
+def test_every_checkpoint_notes_what_finds_its_images(tmp_path):
+    made = new_trainer(tmp_path / "run", **SAVING)
+    made.note = RetrievalNote(tmp_path / "kb", "eot")
+    made.train()
+    made.write(tmp_path / "run", TOKENIZER)
+    for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-2", tmp_path / "run" / "checkpoint-7"):
+        note = RetrievalNote.read(folder)
+        assert note.query == "eot" and note.knowledge_base.resolve() == (tmp_path / "kb").resolve()
+        assert not json.loads((folder / "retrieval.json").read_text())["knowledge_base"].startswith("/")
+        _, tokenizer = load(folder)
+        assert tokenizer.model_max_length == 32
+
+
+def test_evaluation_is_the_perplexity_of_all_tokens_and_changes_no_step(tmp_path, uninterrupted):
+    held_out = documents(count=5, seed=1)
+    for number, document in enumerate(held_out):
+        for name, values in document.items():
+            document[name] = values[: 3 + number]
+    fields = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2}
+    made = new_trainer(tmp_path, eval_dataset=held_out, **(SAVING | fields))
+    made.train()
+    assert made.losses() == uninterrupted[0]
+    logged = [entry for entry in made.state.log_history if "eval_loss" in entry]
+    assert [entry["step"] for entry in logged] == [2, 4, 6, 7]
+    losses = [made.compute_loss(made.model.eval(), made.data_collator([one])).item() for one in held_out]
+    expected = np.average(losses, weights=[len(one["input_ids"]) - 1 for one in held_out])
+    np.testing.assert_allclose(logged[-1]["eval_loss"], expected, rtol=1e-6)
+    np.testing.assert_allclose(logged[-1]["eval_perplexity"], math.exp(expected), rtol=1e-6)
+
+
+def test_perplexity_is_that_of_valm_eval(tmp_path):
+    made = new_trainer(tmp_path, model=new_model(num_images=0), kb=None, eval_dataset=documents())
+    found = made.evaluate()["eval_perplexity"]
+    expected = perplexity(made.model, [document["input_ids"] for document in documents()]).perplexity
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_measures_are_logged_and_can_choose_the_best_checkpoint(tmp_path):
+    rising = iter([0.1, 0.9, 0.5, 0.4])
+    fields = {"eval_strategy": "steps", "eval_steps": 2, "save_total_limit": 1, "load_best_model_at_end": True}
+    fields |= {"metric_for_best_model": "colour", "greater_is_better": True}
+    made = new_trainer(
+        tmp_path, eval_dataset=documents(), measures=[lambda model: {"colour": next(rising)}], **(SAVING | fields)
+    )
+    made.train()
+    assert [entry["eval_colour"] for entry in made.state.log_history if "eval_colour" in entry] == [0.1, 0.9, 0.5, 0.4]
+    assert made.state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-4"]
+    assert same(weights(made.model), weights(load(tmp_path / "checkpoint-4")[0]))
+
+
+def test_training_stops_early_where_nothing_gets_better(tmp_path):
+    fields = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "colour"}
+    made = new_trainer(
+        tmp_path, eval_dataset=documents(), measures=[lambda model: {"colour": 1.0}], **(SAVING | fields)
+    )
+    made.add_callback(EarlyStoppingCallback(1))
+    made.train()
+    assert made.state.global_step == 4
+
+
+def test_a_checkpoint_that_cannot_be_written_names_the_last_whole_one(tmp_path, monkeypatch):
+    made = new_trainer(tmp_path, **SAVING)
+    save = made._save_rng_state
+
+    def full(folder):
+        if made.state.global_step == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(folder)
+
+    monkeypatch.setattr(made, "_save_rng_state", full)
+    with pytest.raises(ValmError, match=r"checkpoint-4: .*No space left on device; .*checkpoint-2 is whole: resume"):
+        made.train()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+    assert load(tmp_path / "checkpoint-2")
+
+
+@needs_fork
+def test_a_full_disk_leaves_the_last_whole_checkpoint(tmp_path):
+    """A limit on the size of files stands for it."""
+    resource = pytest.importorskip("resource")
+    new_trainer(tmp_path, **(SAVING | {"max_steps": 2})).train()
+
+    def train(limit):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that write() reports EFBIG
+        made = new_trainer(tmp_path, **SAVING)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        try:
+            made.train(resume_from_checkpoint=True)
+        except ValmError as error:
+            if "checkpoint-2 is whole: resume from there" in str(error):
+                raise SystemExit(3) from error
+
+    for limit in (100, 3000, 60_000, 300_000):
+        assert exit_code(forked(lambda limit=limit: train(limit))) == 3
+        assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+
+
+def test_what_trainers_wrote_is_read_as_tensors_only(tmp_path, monkeypatch):
+    """SECURITY.md: nothing is unpickled, the Trainer's own files included."""
+    new_trainer(tmp_path, **SAVING).train()
+    shutil.rmtree(tmp_path / "checkpoint-7")
+    load_file, read = torch.load, []
+
+    def reading(file, *arguments, **more):
+        read.append((str(file).rpartition("/")[2], more.get("weights_only")))
+        return load_file(file, *arguments, **more)
+
+    monkeypatch.setattr(torch, "load", reading)
+    new_trainer(tmp_path, **SAVING).train(resume_from_checkpoint=True)
+    assert {name for name, _ in read} == {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
+    assert all(tensors_only is True for _, tensors_only in read)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"bf16": True},
+        {"activation_checkpointing": True},
+        {"lr_scheduler_type": "inverse_sqrt", "warmup_steps": 2},
+        {"optim": "adamw_torch", "train_sampling_strategy": "group_by_length"},
+        {"torch_compile": False, "label_smoothing_factor": 0.1},
+    ],
+)
+def test_fields_of_the_trainer_work(tmp_path, fields):
+    made = new_trainer(tmp_path, max_steps=30, **fields)
+    made.train()
+    assert np.mean(made.losses()[-3:]) < 0.7 * made.losses()[0]
+
+
+def test_a_model_finds_the_images_itself_while_it_trains(tmp_path):
+    class Retriever:
+        k, dim = 3, 24
+
+        def __call__(self, input_ids, attention_mask=None):
+            self.called = True
+            pool = torch.from_numpy(Vectors().vectors).float()
+            index = input_ids[..., None].expand(*input_ids.shape, 3) % len(pool)
+            return type("Found", (), {"image_pool": pool, "image_index": index})
+
+    model = new_model()
+    retriever = Retriever()
+    model._retriever, model._note_ignored = retriever, True
+    texts = [{"input_ids": document["input_ids"]} for document in documents()]
+    made = new_trainer(tmp_path, model=model, kb=None, dataset=texts)
+    made.train()
+    assert retriever.called and len(made.losses()) == 6

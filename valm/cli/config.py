@@ -1,0 +1,100 @@
+"""Options from a YAML file, and every field of transformers' TrainingArguments as an option."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from valm.errors import ValmError
+from valm.text import nearest, one_line
+
+
+class TrainingOptions:
+    """What the parser of a command that trains takes besides its own options: `--config FILE`, and every field of
+    TrainingArguments. transformers, whose import takes seconds, is asked only where there is such a field."""
+
+    def __init__(self, parser: argparse.ArgumentParser):
+        self.parser = parser
+
+    def __call__(self, given: list[str]) -> tuple[list[str], dict[str, Any]]:
+        """The options in `given` and its config file that are the parser's own, and `fields`: the others.
+
+        Raises:
+            ValmError: an option or a name in the file is neither; the file cannot be read.
+        """
+        only_config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        only_config.add_argument("--config", type=Path)
+        file = only_config.parse_known_args(given)[0].config
+        fields: dict[str, Any] = {}
+        if file is not None:
+            options, fields = self._read(file)
+            given = options + given
+            vars(self.parser)["error"] = self._fail
+        if self._unknown(given):
+            from transformers import HfArgumentParser, TrainingArguments
+
+            known_fields: Any = TrainingArguments
+            parser = HfArgumentParser(known_fields, add_help=False, allow_abbrev=False)
+            vars(parser)["error"] = self._fail  # without the usage of 130 options
+            unset = argparse.Namespace(**dict.fromkeys(_fields()))
+            found, given = parser.parse_known_args(given, unset)
+            fields |= {name: value for name, value in vars(found).items() if value is not None}
+            for name in self._unknown(given):
+                known = [*self._own(), *(f"--{field}" for field in _fields())]
+                raise ValmError(f"{self.parser.prog} has no option {name}{nearest(name, known)}")
+        return given, {"fields": fields}
+
+    def _fail(self, message: str) -> NoReturn:
+        raise ValmError(f"{self.parser.prog}: {message}")
+
+    def _own(self) -> list[str]:
+        return [option for action in self.parser._actions for option in action.option_strings]
+
+    def _unknown(self, given: Sequence[str]) -> list[str]:
+        """The options in `given` that are not the parser's own, nor begin one."""
+        names = [text.partition("=")[0] for text in given if text.startswith("--") and text != "--"]
+        return [name for name in names if not any(option.startswith(name) for option in self._own())]
+
+    def _read(self, file: Path) -> tuple[list[str], dict[str, Any]]:
+        """What the file says, as options, and the fields whose values no option can have: lists and mappings."""
+        import yaml
+
+        try:
+            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ValmError(f"the config {file} cannot be read: {one_line(str(error))}") from error
+        if not isinstance(content, dict):
+            raise ValmError(f"the config {file} is no list of options, each a line NAME: VALUE")
+        own = {action.dest: action for action in self.parser._actions if action.dest not in ("help", "config")}
+        options: list[str] = []
+        fields = {}
+        for key, value in content.items():
+            name = str(key).replace("-", "_")
+            action = own.get(name)
+            if action is None and name not in _fields():
+                raise ValmError(f"the config {file} has an unknown field {key!r}{nearest(name, [*own, *_fields()])}")
+            if value is None:
+                continue
+            values = [str(one) for one in (value if isinstance(value, list) else [value])]
+            if action is None and isinstance(value, list | dict):
+                fields[name] = value
+            elif action is None:
+                options += [f"--{name}", *values]
+            elif not action.option_strings:  # the corpus, which may stand behind the command too
+                convert: Any = action.type
+                converted = [convert(one) for one in values]
+                self.parser.set_defaults(**{name: converted if action.nargs == "*" else converted[0]})
+            elif action.nargs == 0:
+                options += [action.option_strings[-1]] if value else []
+            else:
+                options += [action.option_strings[-1], *values]
+        return options, fields
+
+
+def _fields() -> list[str]:
+    from transformers import TrainingArguments
+
+    return [field.name for field in dataclasses.fields(TrainingArguments)]

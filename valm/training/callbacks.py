@@ -1,0 +1,66 @@
+"""What trainings show and measure as they go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import (
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from valm.evaluation.color import ColorItem, evaluate_color
+from valm.progress import progress_bar
+
+
+class ProgressBar(TrainerCallback):
+    """A bar with a name of its own, where several trainings follow one another, and the last loss."""
+
+    def __init__(self, name: str, shown: bool = True):
+        self.name, self.shown = name, shown
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        shown = self.shown and state.is_world_process_zero
+        options: dict[str, Any] = {"total": state.max_steps, "initial": state.global_step}
+        self.training_bar = progress_bar(shown=shown, desc=self.name, unit="step", **options)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.training_bar.update()
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+        logs: dict[str, Any] = more["logs"]
+        shown = {name: logs[name] for name in ("loss", "eval_loss", "eval_perplexity") if name in logs}
+        if shown and state.global_step < state.max_steps:
+            self.training_bar.set_postfix(shown, refresh=False)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.training_bar.close()
+
+
+def show_progress(training: Trainer, name: str, shown: bool = True) -> None:
+    """Gives a Trainer a `ProgressBar` in the place of its own, which writes a line for every log."""
+    for own in (PrinterCallback, ProgressCallback):
+        training.remove_callback(own)
+    training.add_callback(ProgressBar(name, shown))
+
+
+class ColorAccuracy:
+    """A measure for `trainer`: how often the model names the colour of things of your own (`evaluate_color`, "fair").
+
+    A model that takes images needs a retriever for it. Choose settings on things of your own, never on the public test
+    sets: a number on those says nothing any more once something was chosen by it.
+    """
+
+    def __init__(self, items: Sequence[ColorItem], tokenizer: PreTrainedTokenizerFast):
+        self.items, self.tokenizer = items, tokenizer
+
+    def __call__(self, model: Any) -> dict[str, float]:
+        result = evaluate_color(model, self.tokenizer, self.items)
+        return {"color_accuracy": result.accuracy.value}

@@ -1,0 +1,212 @@
+"""transformers' Trainer with one order for any number of processes, whole checkpoints and exact perplexity."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
+from transformers import Trainer
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, get_last_checkpoint, rotate_checkpoints
+
+from valm.checkpoint import save_checkpoint
+from valm.errors import ValmError
+from valm.files import writable_folder
+from valm.retrieval.note import RetrievalNote
+from valm.training.order import TrainingOrder
+from valm_kernels.atomic_files import move_folder, remove_leftovers, temporary_name
+
+STATE_FILE = "trainer_state.json"
+# Takes a model and returns numbers by their names.
+Measure = Callable[[Any], dict[str, float]]
+
+
+class ImageTrainer(Trainer):
+    """A `Trainer`, made by `valm.training.trainer`.
+
+    - Data are read in a `TrainingOrder` (train_sampling_strategy "random"; the others are the Trainer's own).
+    - A loss that is not finite stops the training before its step is taken.
+    - A checkpoint is whole or absent, and notes what finds the model's images.
+    - Evaluation weighs every token alike, whatever batch it is in, and adds the perplexity and the `measures`.
+
+    Args:
+        note: what finds the images of a model that is trained on retrieved ones and has no retriever.
+        measures: called after each evaluation; what they return is logged as eval_NAME.
+        options: the Trainer's.
+    """
+
+    def __init__(self, *, note: RetrievalNote | None = None, measures: Sequence[Measure] = (), **options: Any):
+        super().__init__(**options)
+        self.note = note
+        self.measures = measures
+        self._order: TrainingOrder | None = None
+        self._batch = (0, 0)  # the step that is being done, and which of its batches
+        self._scored = (0.0, 0.0)  # of the evaluation so far: sum of the losses of tokens, and how many
+        self._saving: Path | None = None  # where a checkpoint is written until it is whole
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer.train`.
+
+        Raises:
+            ValmError: the folder holds another training's checkpoints; a loss is not finite; a checkpoint cannot be
+                written.
+        """
+        folder = writable_folder(str(self.args.output_dir))
+        if self.args.should_save:
+            remove_leftovers(folder)
+        if not resume_from_checkpoint and get_last_checkpoint(str(folder)) is not None:
+            raise ValmError(f"{folder} holds the checkpoints of another training: resume it, or choose another folder")
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            for callback in self.callback_handler.callbacks:  # an error would stand behind an open bar
+                bar = getattr(callback, "training_bar", None)
+                if bar is not None:
+                    bar.close()
+
+    def losses(self) -> list[float]:
+        """The losses that were logged: of every step, with logging_steps=1."""
+        return [entry["loss"] for entry in self.state.log_history if "loss" in entry]
+
+    def write(self, folder: Any, tokenizer: Any) -> None:
+        """Writes the trained model into `folder`, whole or not at all; all processes call it (`save_checkpoint`)."""
+        state = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
+        if self.args.should_save:
+            model = self.accelerator.unwrap_model(self.model)
+            save_checkpoint(model, tokenizer, folder, state_dict=state, note=self.note)
+        self.accelerator.wait_for_everyone()
+
+    # ---- what the Trainer calls ----
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "random" or not hasattr(dataset, "__len__"):
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        step_rows = self.get_total_train_batch_size(self.args)
+        self._order = TrainingOrder(
+            len(dataset), step_rows, seed, lambda: self.state.global_step, max_steps=self.args.max_steps
+        )
+        return self._order
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """The Trainer's, with a generator of its own: else each epoch and each evaluation would take a random number
+        from those of the model's dropout."""
+        loader: Any = super()._get_dataloader(*args, **kwargs)
+        seed = int(torch.empty((), dtype=torch.int64).random_()) if kwargs.get("is_training") else 0
+        loader.base_dataloader.generator = torch.Generator().manual_seed(seed)
+        return loader
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        step, batch = self._batch
+        self._batch = (self.state.global_step, batch + 1 if step == self.state.global_step else 0)
+        if not torch.isfinite(loss):
+            raise ValmError(self._not_finite(float(loss)))
+        return loss
+
+    def _not_finite(self, loss: float) -> str:
+        step, batch = self._batch
+        accumulated = self.args.gradient_accumulation_steps
+        place = f"step {step + 1}" + (f", batch {batch + 1} of its {accumulated}" if accumulated > 1 else "")
+        if self.args.world_size > 1:
+            place += f", process {self.args.process_index}"
+        if self._order is not None:
+            size = self._train_batch_size
+            first = step * self._order.step_rows + (batch * self.args.world_size + self.args.process_index) * size
+            place += f" (rows {', '.join(map(str, self._order.rows(first, first + size)))} of the data)"
+        return (
+            f"the loss is {loss} at {place}: training stops before this step, and no model is written; a lower "
+            "learning rate or a longer warm-up may help"
+        )
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        result = super().prediction_step(model, inputs, *args, **kwargs)
+        loss = result[0]
+        # the loss is a mean over the tokens of all processes' batches, times their number
+        tokens = self._get_num_items_in_batch([inputs], self.args.device)
+        if loss is not None and tokens is not None and tokens > 0:
+            processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            count = float(tokens) / processes
+            self._scored = (self._scored[0] + float(loss) * count, self._scored[1] + count)
+        return result
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        self._scored = (0.0, 0.0)
+        output = super().evaluation_loop(*args, **kwargs)
+        metrics: Any = output.metrics
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        scored = torch.tensor(self._scored, dtype=torch.float64)
+        if self.args.world_size > 1:
+            scored = self.accelerator.gather(scored[None].to(self.args.device)).sum(dim=0)
+        total, tokens = scored.tolist()
+        if tokens > 0:
+            loss = total / tokens
+            metrics[f"{prefix}_loss"] = loss
+            metrics[f"{prefix}_perplexity"] = math.exp(min(loss, 700))
+        for measure in self.measures:
+            found = measure(self.accelerator.unwrap_model(self.model))
+            metrics.update((f"{prefix}_{name}", value) for name, value in found.items())
+        return output
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._saving is None else str(self._saving)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """The Trainer's, in a folder with a temporary name from which the checkpoint is moved when it is whole."""
+        run = Path(self._get_output_dir(trial))
+        final = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        (name,) = broadcast_object_list([str(temporary_name(final))])
+        self._saving = Path(name)
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # each process writes its own random numbers
+            written = self._saving / final.name
+            if self.state.best_model_checkpoint == str(written):
+                self.state.best_model_checkpoint = str(final)
+            if self.args.should_save:
+                self.state.save_to_json(str(written / STATE_FILE))
+                move_folder(written, final)
+        except Exception as error:  # a full disk has a type of its own in torch and in safetensors
+            reason = str(error).strip().partition("\n")[0]
+            last = get_last_checkpoint(str(run))
+            remedy = "there is no earlier one" if last is None else f"{last} is whole: resume from there"
+            raise ValmError(f"cannot write the checkpoint {final}: {reason}; {remedy}") from error
+        finally:
+            if self.args.should_save:
+                shutil.rmtree(self._saving, ignore_errors=True)
+            self._saving = None
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+        if self.args.should_save:
+            rotate_checkpoints(str(run), self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._saving is None:  # else it is not yet where it will be
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
+        folder = Path(str(self.args.output_dir) if output_dir is None else output_dir)
+        note = RetrievalNote.read(folder) or self.note
+        if note is not None:
+            # while a checkpoint is written it is one folder deeper
+            note.write(folder, place=folder if self._saving is None else self._saving.parent / folder.name)
+
+
+def last_step(checkpoint: str | Path) -> int:
+    """The step of a checkpoint that a Trainer wrote. Raises ValmError where it cannot be read."""
+    file = Path(checkpoint) / STATE_FILE
+    try:
+        return TrainerState.load_from_json(str(file)).global_step
+    except (OSError, ValueError, TypeError) as error:
+        raise ValmError(f"{checkpoint} is no checkpoint of a training: {file} cannot be read ({error})") from error
