@@ -241,6 +241,8 @@ def _run(
         "settings": vars(settings),
         "seconds": stage.seconds,
         "versions": versions(),
+        "hardware": hardware(),
+        "command": f"valm demo --seed {seed}" + ("" if eval_data is None else " --eval-data DATA"),
     }
     with stage("report"):
         exhibits = collect_exhibits(valm, tokenizer, found, swapped, parts.asked, seed)
@@ -291,6 +293,15 @@ def versions() -> dict[str, str | int]:
     """What the numbers may depend on; the names of the things come from Python's Unicode tables."""
     python: dict[str, str | int] = {"python": platform.python_version(), "unicode": unicodedata.unidata_version}
     return python | {package: version(package) for package in PACKAGES} | {"threads": torch.get_num_threads()}
+
+
+def hardware() -> str:
+    """The processor, and how many cores it has."""
+    name = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            name = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} cores"
 
 
 def summary(results: dict[str, Any]) -> str:

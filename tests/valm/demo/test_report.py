@@ -29,6 +29,8 @@ def results(memory: bool) -> dict:
         "settings": {"sentences": 8000},
         "seconds": {"CLIP": 61.25, "VaLM": 30.5},
         "versions": {"torch": "2.13"},
+        "hardware": "a <processor>, 2 cores",
+        "command": "valm demo --seed 7",
     }
 
 
@@ -54,8 +56,9 @@ def test_everything_given_is_shown(tmp_path, exhibits):
     assert "87.1%" in text and "19.4%" in text and "26.6%" in text
     assert '<span class="answer right">red</span>' in text
     assert '<span class="answer wrong">grey</span> <span class="soft">(it is blue)</span>' in text
+    assert "valm demo --seed 7" in text and "sentences\n8000" in text and "a &lt;processor&gt;, 2 cores" in text
     assert "red 17, pink 1" in text and "blue 18" in text
-    assert "<td>together</td><td>91.8</td>" in text  # 61.25 + 30.5
+    assert '<th scope="row">together</th><td>91.8</td>' in text  # 61.25 + 30.5
     assert "Seed 7" in text
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
@@ -65,3 +68,10 @@ def test_without_memory_color_it_says_why(tmp_path, exhibits):
     text = (tmp_path / "report.html").read_text()
     assert "MemoryColor is left out: there is no table &lt;here&gt;" in text
     assert "things of MemoryColor" not in text
+
+
+def test_hostile_words_are_escaped(tmp_path, exhibits):
+    exhibits.examples.append(Example("<script>1</script>", [PICTURE], ['" onerror="1'], "<b>", "red"))
+    write_report(tmp_path / "report.html", results(memory=False), {"CLIP": [1.0], "VaLM": [1.0]}, exhibits)
+    text = (tmp_path / "report.html").read_text()
+    assert "<script" not in text and ' onerror="' not in text and "&lt;b&gt;" in text
