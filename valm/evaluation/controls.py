@@ -104,7 +104,7 @@ def images_in(folder: str | os.PathLike, clip: Clip) -> Tensor:
 def images_fingerprint(folder: str | os.PathLike) -> str:
     """SHA-256 over the names and contents of the images under `folder`. Raises ValmError where there are none."""
     found = hashlib.sha256()
-    for name in find_images(Path(folder)):
+    for name in find_images(Path(folder)).images:
         found.update(name.encode() + (Path(folder) / name).read_bytes())
     return found.hexdigest()
 
