@@ -71,7 +71,7 @@ class Clip:
         self.model_cfg = model_cfg
         self.name = name
         self.source = source  # what `load` finds it by: set by `load` and `save`
-        self.transform = image_transform_v2(PreprocessCfg(**self._preprocess_cfg()), is_train=False)
+        self.transform = image_transform_v2(PreprocessCfg(**self.preprocess_cfg()), is_train=False)
         self._check_tokenizer()
 
     @classmethod
@@ -172,7 +172,7 @@ class Clip:
             tensors = {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
             save_file(tensors, temporary)
         self.tokenizer.save_pretrained(folder)
-        config = {"name": self.name, "model_cfg": self.model_cfg, "preprocess_cfg": self._preprocess_cfg()}
+        config = {"name": self.name, "model_cfg": self.model_cfg, "preprocess_cfg": self.preprocess_cfg()}
         write_json(folder / CONFIG_FILE, config)
         self.source = str(folder)
 
@@ -235,7 +235,7 @@ class Clip:
 
         Computed once: a Clip is taken to be trained when it is asked for its hash.
         """
-        configs = json.dumps([self.model_cfg, self._preprocess_cfg()], sort_keys=True)
+        configs = json.dumps([self.model_cfg, self.preprocess_cfg()], sort_keys=True)
         digest = hashlib.sha256(configs.encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -243,7 +243,8 @@ class Clip:
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
 
-    def _preprocess_cfg(self) -> dict[str, Any]:
+    def preprocess_cfg(self) -> dict[str, Any]:
+        """The image transform, as open_clip's configuration files have it."""
         known = {field.name for field in fields(PreprocessCfg)}
         return {key: value for key, value in self.model.visual.preprocess_cfg.items() if key in known}
 

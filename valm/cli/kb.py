@@ -98,6 +98,7 @@ def add_to(commands: Commands) -> None:
     kb_commands = kb.add_subparsers(required=True, metavar="COMMAND")
     build = command(kb_commands, "build", run_build, "encode pictures into a knowledge base")
     add_source(build)
+    add_encoding(build)
     build.add_argument("--clip", required=True, help="CLIP folder, hf-hub:ORGANISATION/MODEL or ARCHITECTURE:WEIGHTS")
     build.add_argument("--out", type=Path, required=True, help="folder of the knowledge base; a killed build goes on")
     add_device(build)
@@ -105,6 +106,7 @@ def add_to(commands: Commands) -> None:
     more = command(kb_commands, "add", run_add, "encode more pictures, and join them to a knowledge base in a new one")
     add_kb(more)
     add_source(more)
+    add_encoding(more)
     add_clip(more)
     more.add_argument(
         "--out", type=Path, required=True, help="folder of the joined knowledge base; a killed run goes on"
@@ -152,7 +154,7 @@ def add_kb(parser: argparse.ArgumentParser) -> None:
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:
-    """Where pictures come from, and what is done to each."""
+    """Where pictures come from."""
     parser.add_argument(
         "source",
         type=Path,
@@ -177,6 +179,10 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--streaming", action="store_true", default=None, help="read a Hugging Face dataset as it is downloaded"
     )
+
+
+def add_encoding(parser: argparse.ArgumentParser) -> None:
+    """What is done to each picture."""
     parser.add_argument("--batch-size", type=positive, default=64, help="pictures that CLIP encodes at once")
     parser.add_argument(
         "--thumbnails",

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from valm.clip import Clip
-from valm.knowledge_base.encode import Encoding
+from valm.knowledge_base.encode import Encoding, Record
 from valm.knowledge_base.format import EncodedShard
 from valm.shards.progress import Progress
 
@@ -34,6 +34,10 @@ class Source(Protocol):
     def plan(self) -> dict[str, Any]:
         """What the result depends on, as JSON: `source`, the kind of source; `fingerprint`, a hash of what is in it;
         and each of its settings. A build is resumed only with an equal plan."""
+
+    def images(self) -> Iterable[Record]:
+        """Every image with its caption, in order and undecoded: what a CLIP is trained on. Records without an image
+        are those that are skipped. Raises ValmError where there are none, only vectors."""
 
     def shards(self, done: dict[int, dict[str, Any]]) -> Iterable[SourceShard]:
         """Every shard in order, those that are done included.

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from valm.clip import Clip
 from valm.errors import ValmError
 from valm.files import check_regular
-from valm.knowledge_base.encode import Encoding
+from valm.knowledge_base.encode import Encoding, Record
 from valm.knowledge_base.fingerprint import fingerprint_files
 from valm.knowledge_base.format import ITEM_SCHEMA, EncodedShard, Skipped
 from valm.knowledge_base.sources import SourceShard
@@ -61,6 +61,9 @@ class EmbeddingSource:
 
     def plan(self) -> dict[str, Any]:
         return {"source": "embeddings", "fingerprint": fingerprint_files(file for pair in self.pairs for file in pair)}
+
+    def images(self) -> Iterable[Record]:
+        raise ValmError("embeddings have no images: give the images that they were made of")
 
     def shards(self, done: dict[int, dict[str, Any]]) -> Iterable[SourceShard]:
         return (partial(read_embeddings, vectors, metadata) for vectors, metadata in self.pairs)

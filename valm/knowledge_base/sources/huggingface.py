@@ -78,8 +78,11 @@ class DatasetSource:
             "shard_size": self.shard_size,
         }
 
+    def images(self) -> Iterator[Record]:
+        return (self._record(number, row) for number, row in enumerate(self.dataset))
+
     def shards(self, done: dict[int, dict[str, Any]]) -> Iterator[SourceShard]:
-        records = (self._record(number, row) for number, row in enumerate(self.dataset))
+        records = self.images()
         number = 0
         while shard := list(islice(records, self.shard_size)):
             if number in done and done[number].get("content") != fingerprint_records(shard):

@@ -51,6 +51,9 @@ class TableSource:
     def plan(self) -> dict[str, Any]:
         return {"source": "table", "fingerprint": fingerprint_records(self.records), "shard_size": self.shard_size}
 
+    def images(self) -> Iterable[Record]:
+        return self.records
+
     def shards(self, done: dict[int, dict[str, Any]]) -> Iterable[SourceShard]:
         for start in range(0, len(self.records), self.shard_size):
             yield partial(encode_records, self.records[start : start + self.shard_size])

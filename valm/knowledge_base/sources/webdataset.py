@@ -57,6 +57,9 @@ class WebdatasetSource:
     def plan(self) -> dict[str, Any]:
         return {"source": "webdataset", "fingerprint": fingerprint_files(self.tars)}
 
+    def images(self) -> Iterable[Record]:
+        return (record for tar in self.tars for record in tar_records(tar))
+
     def shards(self, done: dict[int, dict[str, Any]]) -> Iterable[SourceShard]:
         return (partial(encode_tar, tar) for tar in self.tars)
 
