@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from valm.clip import Clip
 from valm.config import ValmConfig
 from valm.corpus.retrieved import CorpusRetrieval, retrieve_corpus
-from valm.demo.clip_training import DRAWING_SIZE, IMAGE_SIZE, train_clip
+from valm.demo.clip_training import DRAWING_SIZE, IMAGE_SIZE, train_demo_clip
 from valm.demo.corpus import all_texts, training_sentences
 from valm.demo.exhibits import collect_exhibits
 from valm.demo.questions import (
@@ -140,7 +140,7 @@ def _run(
     tokenizer = prune_tokenizer(clip_tokenizer(), [*all_texts(names, COLORS), *PROMPTS])
 
     with stage("CLIP"):
-        clip, losses["CLIP"] = train_clip(
+        clip, losses["CLIP"] = train_demo_clip(
             parts.pictured, tokenizer, seed=seed, steps=settings.clip_steps, progress=progress
         )
         clip.save(folder / "clip")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from valm.demo.clip_training import IMAGE_SIZE, MODEL_CFG, pixels, train_clip
+from valm.demo.clip_training import IMAGE_SIZE, MODEL_CFG, pixels, train_demo_clip
 from valm.demo.things import drawing_tensor, random_views
 from valm.tokenizer import clip_tokenizer, prune_tokenizer
 
@@ -17,7 +17,7 @@ def things(all_things):
 @pytest.fixture(scope="module")
 def trained(things):
     tokenizer = prune_tokenizer(clip_tokenizer(), [thing.name for thing in things])
-    return train_clip(things, tokenizer, seed=0, steps=150, progress=False)
+    return train_demo_clip(things, tokenizer, seed=0, steps=150, progress=False)
 
 
 def test_it_finds_the_picture_of_a_name(things, trained):
@@ -39,7 +39,7 @@ def test_it_comes_back_ready_for_use(trained):
 
 def test_a_seed_gives_the_same_weights(things):
     tokenizer = prune_tokenizer(clip_tokenizer(), [thing.name for thing in things])
-    first, again, other = (train_clip(things, tokenizer, seed=s, steps=3, progress=False)[0] for s in (1, 1, 2))
+    first, again, other = (train_demo_clip(things, tokenizer, seed=s, steps=3, progress=False)[0] for s in (1, 1, 2))
     assert first.weights_hash == again.weights_hash != other.weights_hash
 
 

@@ -1,0 +1,139 @@
+import json
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.valm.knowledge_base.inputs import png
+from tests.valm.tiny_clip import TINY
+from valm.clip import Clip
+from valm.errors import ValmError
+from valm.knowledge_base.encode import Record
+from valm.knowledge_base.sources.embeddings import EmbeddingSource
+from valm.knowledge_base.sources.huggingface import DatasetSource
+from valm.tokenizer import clip_tokenizer, prune_tokenizer
+from valm.training.clip import CaptionedImages, captioned, new_clip, train_clip
+
+COLORS = ["red", "lime", "blue", "yellow", "black", "white", "cyan", "magenta"]
+TOKENIZER = prune_tokenizer(clip_tokenizer(), [f"a photo of {color} paint" for color in COLORS])
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    file = tmp_path_factory.mktemp("config") / "tiny.json"
+    file.write_text(json.dumps({"model_cfg": TINY}))
+    return file
+
+
+def records():
+    """A picture of one colour each, with two captions."""
+    return [
+        Record(color, f"{color} paint on a wall\na photo of {color}", Image.new("RGB", (40, 40), color))
+        for color in COLORS
+    ]
+
+
+def trained(config, tower=None, steps=60, **options):
+    torch.manual_seed(0)
+    clip = new_clip(config, tower, TOKENIZER)
+    images = CaptionedImages(records(), clip, seed=0)
+    return clip, train_clip(clip, images.batches(8), steps=steps, lr=3e-3, progress=None, **options)
+
+
+def test_it_learns_captions_and_their_beginnings(config):
+    clip, losses = trained(config, steps=150)
+    assert len(losses) == 150 and np.mean(losses[-10:]) < 0.5 * np.mean(losses[:10])
+    images = clip.encode_images([record.source for record in records()])
+    for texts in ([f"a photo of {color}" for color in COLORS], COLORS):  # the latter a prefix of the other caption
+        assert (clip.encode_texts(texts) @ images.T).argmax(1).tolist() == list(range(8))
+    assert not clip.model.training and not any(parameter.requires_grad for parameter in clip.model.parameters())
+
+
+def test_a_seed_gives_the_same_weights_whatever_decodes(config):
+    first, again = (trained(config, steps=3)[0].weights_hash for _ in range(2))
+    assert first == again
+    clip = new_clip(config, None, TOKENIZER)
+    images = CaptionedImages(records(), clip, seed=5)
+    here, there = (list(islice(images.batches(3, workers=workers), 6)) for workers in (0, 2))
+    for (pixels, texts), (others, other_texts) in zip(here, there, strict=True):
+        assert torch.equal(pixels, others) and texts == other_texts
+    assert next(CaptionedImages(records(), clip, seed=6).batches(3))[1] != here[0][1]
+
+
+def test_a_frozen_image_tower_stays_as_it_is(config):
+    tower = trained(config, steps=20)[0]
+    before = {name: value.clone() for name, value in tower.model.visual.state_dict().items()}
+    clip, losses = trained(None, tower)
+    for name, value in clip.model.visual.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert losses[-1] < losses[0]
+    assert clip.preprocess_cfg() == tower.preprocess_cfg()
+    assert not torch.equal(clip.model.token_embedding.weight, tower.model.token_embedding.weight)
+
+
+def test_every_image_comes_once_with_a_whole_or_cut_caption(config):
+    clip = new_clip(config, None, TOKENIZER)
+    for prefixes in (0.0, 1.0):
+        images = CaptionedImages(records(), clip, seed=1, prefixes=prefixes)
+        batches = list(islice(images.batches(3), 200))
+        assert all(pixels.shape == (3, 3, 32, 32) for pixels, _ in batches)
+        # two batches of three are an epoch of eight
+        for start in range(0, 200, 2):
+            colors = [color for _, texts in batches[start : start + 2] for color in map(color_of, texts) if color]
+            assert len(set(colors)) == len(colors)
+        texts = {text for _, batch in batches for text in batch}
+        whole = {caption for record in records() for caption in record.caption.split("\n")}
+        cut = {" ".join(caption.split()[:n]) for caption in whole for n in range(1, len(caption.split()) + 1)}
+        assert texts == (cut if prefixes else whole)
+
+
+def color_of(text):
+    return next((color for color in COLORS if color in text.split()), None)
+
+
+def test_the_temperature_stops(config):
+    clip, _ = trained(config, max_logit_scale=14.0)
+    assert clip.model.logit_scale.exp() <= 14.001
+
+
+def test_a_loss_that_is_not_finite_stops(config):
+    clip = new_clip(config, None, TOKENIZER)
+    broken = [(torch.full((2, 3, 32, 32), torch.nan), ["red", "blue"])]
+    with pytest.raises(ValmError, match="the loss of step 1 is nan: try a smaller learning rate"):
+        train_clip(clip, broken, steps=1, lr=1e-3, progress=None)
+
+
+def test_damaged_images_are_passed_over(config):
+    clip = new_clip(config, None, TOKENIZER)
+    images = CaptionedImages([*records(), Record("broken", "red", b"no picture")], clip, seed=0)
+    sizes = [len(pixels) for pixels, _ in islice(images.batches(9), 3)]
+    assert sizes == [8, 8, 8]
+
+
+def test_wrong_models_and_sources_are_named(config, clip, tmp_path):
+    with pytest.raises(ValmError, match="open_clip has no architecture named 'ViT-Z'"):
+        new_clip("ViT-Z")
+    (tmp_path / "odd.json").write_text(json.dumps({"embed_dim": 8, "text_cfg": {}, "vision_cfg": {"colour": 1}}))
+    with pytest.raises(ValmError, match=r"open_clip cannot make the CLIP .*odd\.json: "):
+        new_clip(tmp_path / "odd.json")
+    (tmp_path / "wide.json").write_text(json.dumps({**TINY, "vision_cfg": {**TINY["vision_cfg"], "width": 64}}))
+    with pytest.raises(ValmError, match=r"the image tower of tiny does not fit .*wide\.json: size mismatch"):
+        new_clip(tmp_path / "wide.json", clip)
+    with pytest.raises(ValmError, match="give a model, an image tower, or both"):
+        new_clip(None)
+    with pytest.raises(ValmError, match="the source has 1 images with captions"):
+        captioned(DatasetSource([{"image": png(0), "caption": "one"}, {"image": png(1), "caption": " "}]))
+    (tmp_path / "img_emb").mkdir()
+    (tmp_path / "metadata").mkdir()
+    np.save(tmp_path / "img_emb" / "img_emb_0.npy", np.zeros((2, 4), np.float16))
+    (tmp_path / "metadata" / "metadata_0.parquet").write_bytes(b"")
+    with pytest.raises(ValmError, match="embeddings have no images"):
+        captioned(EmbeddingSource(tmp_path))
+
+
+def test_what_was_trained_is_open_clips_own_format(config, tmp_path):
+    clip, _ = trained(config, steps=2)
+    clip.save(tmp_path)
+    assert Clip.load(tmp_path).weights_hash == clip.weights_hash

@@ -1,0 +1,228 @@
+"""Training a CLIP on images with captions: open_clip's model class, loss and checkpoint format (Radford et al. 2021).
+
+The loop is ours. open_clip's own, open_clip_train, is a program: importing its data needs webdataset and pandas, its
+checkpoints are pickles, and its largest logit scale is fixed at 100, with which a CLIP of few images overfits.
+
+Captions are cut behind a word drawn at random, half of the time by default: a language model asks for images in the
+middle of a sentence, and a CLIP that never saw a prefix does not find them then.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from open_clip import ClipLoss
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from torch import Tensor
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from valm.clip import Clip
+from valm.errors import ValmError
+from valm.files import cannot_read, is_passing, read_json
+from valm.knowledge_base.encode import Record
+from valm.knowledge_base.sources import Source
+from valm.processes import end_with_parent
+
+# Of open_clip; images and texts that are few overfit with it.
+MAX_LOGIT_SCALE = 100.0
+
+
+def train_clip(
+    clip: Clip,
+    batches: Iterable[tuple[Tensor, list[str]]],
+    *,
+    steps: int,
+    lr: float,
+    max_logit_scale: float = MAX_LOGIT_SCALE,
+    progress: str | None = "CLIP",
+) -> list[float]:
+    """Trains those parameters of `clip` in place that have requires_grad, and returns the loss of every step.
+
+    AdamW, a learning rate that rises for a tenth of the steps and falls as a cosine (one cycle), gradients clipped
+    at 1. Afterwards the model is in eval mode, without gradients, as `Clip` has it.
+
+    Args:
+        clip: for example from `Clip.create`, with `clip.model.requires_grad_(True)`; its image tower may be locked.
+        batches: at least `steps` of images (B, 3, H, W), as the vision tower takes them, and B texts.
+        max_logit_scale: where the learned temperature stops.
+        progress: what the progress bar is called, None for no bar.
+
+    Raises:
+        ValmError: a loss is not finite.
+    """
+    model = clip.model.train()
+    if not any(parameter.requires_grad for parameter in model.visual.parameters()):
+        model.visual.eval()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.98), weight_decay=0.1)
+    schedule = OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    contrast = ClipLoss()
+    losses: list[float] = []
+    with tqdm(total=steps, desc=progress, unit="step", disable=progress is None) as bar:
+        for step, (images, texts) in zip(range(steps), batches, strict=False):
+            loss = contrast(
+                model.encode_image(images.to(clip.device), normalize=True),
+                model.encode_text(clip.token_ids(texts).to(clip.device), normalize=True),
+                model.logit_scale.exp(),
+            )
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                raise ValmError(f"the loss of step {step + 1} is {losses[-1]}: try a smaller learning rate than {lr}")
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            with torch.no_grad():
+                model.logit_scale.clamp_(max=math.log(max_logit_scale))
+            bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+            bar.update()
+    model.eval().requires_grad_(False)
+    return losses
+
+
+def new_clip(
+    model: str | Path | None, image_tower: Clip | None = None, tokenizer: PreTrainedTokenizerFast | None = None
+) -> Clip:
+    """A CLIP to be trained, with random weights but for a frozen `image_tower` (LiT, Zhai et al. 2022).
+
+    Args:
+        model: name of one of open_clip's architectures, or a JSON file with a `model_cfg` as in open_clip's
+            configuration files (the object itself, or under that name); None: that of `image_tower`.
+        image_tower: its image side is taken over and stays as it is.
+        tokenizer: CLIP's own by default.
+
+    Raises:
+        ValmError: there is no such model, or its image tower is not that of `image_tower`.
+    """
+    config: dict[str, Any] | str
+    preprocess: dict[str, Any] = {}
+    if model is None:
+        if image_tower is None:
+            raise ValmError("give a model, an image tower, or both")
+        config = image_tower.model_cfg
+    elif Path(model).suffix == ".json":
+        found = read_json(Path(model), "the CLIP configuration", dict[str, Any], "give a model_cfg as open_clip has it")
+        config, preprocess = found.get("model_cfg", found), found.get("preprocess_cfg", {})
+    else:
+        config = str(model)
+    if image_tower is not None:
+        preprocess = dict(image_tower.model.visual.preprocess_cfg)
+        preprocess.pop("size", None)
+    try:
+        clip = Clip.create(config, tokenizer, preprocess_cfg=preprocess)
+    except (TypeError, KeyError, ValueError, AssertionError, RuntimeError) as error:
+        if isinstance(error, ValmError):
+            raise
+        raise ValmError(f"open_clip cannot make the CLIP {model}: {error}") from error
+    clip.model.requires_grad_(True)
+    if image_tower is not None:
+        try:
+            clip.model.visual.load_state_dict(image_tower.model.visual.state_dict())
+        except RuntimeError as error:
+            raise ValmError(
+                f"the image tower of {image_tower.name} does not fit {model}: {str(error).splitlines()[-1].strip()}"
+            ) from error
+        clip.model.lock_image_tower(freeze_bn_stats=True)
+    return clip
+
+
+class CaptionedImages(Dataset[tuple[Tensor, str] | None]):
+    """The images of a source with one of their captions each, as a CLIP is trained on them.
+
+    Item (n, i) is image i in the view and with the caption that the n-th draw of a seed decides, whichever process
+    reads it: pixels (3, H, W) and a text; None for a damaged image.
+
+    Args:
+        records: as `captioned` returns them.
+        clip: whose image transform decides the size of the views, which show nearly the whole image, as open_clip's.
+        prefixes: the share of captions that are cut behind a random word.
+
+    Reading an item raises ValmError where the machine, and not the image, is why it cannot be read.
+    """
+
+    def __init__(self, records: list[Record], clip: Clip, seed: int, prefixes: float = 0.5):
+        self.records = records
+        self.transform = image_transform_v2(PreprocessCfg(**clip.preprocess_cfg()), is_train=True)
+        self.seed = seed
+        self.prefixes = prefixes
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, draw: tuple[int, int]) -> tuple[Tensor, str] | None:
+        number, index = draw
+        record = self.records[index]
+        rng = random.Random(f"{self.seed} {number}")
+        try:
+            image = record.read()
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(rng.getrandbits(63))
+                pixels: Any = self.transform(image)
+        except Exception as error:  # damaged bytes make a decoder raise anything
+            if is_passing(error):
+                raise cannot_read(record.uri, error) from error
+            return None
+        words = rng.choice(record.caption.split("\n")).split()
+        if rng.random() < self.prefixes:
+            words = words[: rng.randint(1, len(words))]
+        return pixels, " ".join(words)
+
+    def batches(self, size: int, *, workers: int = 0) -> Iterator[tuple[Tensor, list[str]]]:
+        """Batches of `size` different images without end, every image once before any again (but for a rest smaller
+        than a batch). workers: processes that decode."""
+        size = min(size, len(self.records))
+        loader = DataLoader(
+            self,
+            batch_sampler=_Draws(len(self.records), size, self.seed),
+            collate_fn=_stacked,
+            num_workers=workers,
+            worker_init_fn=end_with_parent,
+        )
+        for batch in loader:
+            if batch is not None:
+                yield batch
+
+
+class _Draws:
+    """Batches of (number of the draw, index of the image), without end."""
+
+    def __init__(self, images: int, size: int, seed: int):
+        self.images, self.size, self.seed = images, size, seed
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        generator = torch.Generator().manual_seed(self.seed)
+        number = 0
+        while True:
+            order = torch.randperm(self.images, generator=generator).tolist()
+            for start in range(0, self.images - self.size + 1, self.size):
+                yield [(number + row, order[start + row]) for row in range(self.size)]
+                number += self.size
+
+
+def _stacked(items: list[tuple[Tensor, str] | None]) -> tuple[Tensor, list[str]] | None:
+    """A batch of those that could be read; None where fewer than two could, which teach nothing."""
+    whole = [item for item in items if item is not None]
+    if len(whole) < 2:
+        return None
+    return torch.stack([pixels for pixels, _ in whole]), [text for _, text in whole]
+
+
+def captioned(source: Source) -> list[Record]:
+    """The images of a source that have a caption. Of a Hugging Face dataset all are in memory, undecoded.
+
+    Raises:
+        ValmError: the source has no images, or fewer than two with captions.
+    """
+    records = [record for record in source.images() if record.source is not None and record.caption.strip()]
+    if len(records) < 2:
+        raise ValmError(f"the source has {len(records)} images with captions, and a CLIP learns from two or more")
+    return records
