@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from valm.cli.options import Commands, command
+from valm.cli.options import Commands, command, seed
 
 
 def add_to(commands: Commands) -> None:
@@ -14,7 +14,7 @@ def add_to(commands: Commands) -> None:
         commands, "demo", run_demo, "train and evaluate a small VaLM and its text-only twin on real pictures"
     )
     demo.add_argument("--out", type=Path, default=Path("demo-output"), help="folder of results, report and models")
-    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--seed", type=seed, default=0, help="of everything that is drawn")
     demo.add_argument(
         "--eval-data",
         type=Path,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from valm.cli.options import Commands, add_device, chosen_device, command, positive
+from valm.cli.options import Commands, add_device, chosen_device, command, positive, seed
 
 
 def add_to(commands: Commands) -> None:
@@ -18,8 +18,8 @@ def add_to(commands: Commands) -> None:
     check.add_argument("--clip", required=True, help="CLIP folder, hf-hub:ORGANISATION/MODEL or ARCHITECTURE:WEIGHTS")
     check.add_argument("--captions", type=Path, help="table of captions, where it is not beside the pictures")
     check.add_argument("--templates", type=Path, help="text file, a line for each text with {} for a class")
-    check.add_argument("--batch-size", type=positive, default=64)
-    check.add_argument("--seed", type=int, default=0, help="of the split of the linear probe")
+    check.add_argument("--batch-size", type=positive, default=64, help="pictures that CLIP encodes at once")
+    check.add_argument("--seed", type=seed, default=0, help="of the split of the linear probe")
     add_device(check)
     check.add_argument("--out", type=Path, help="write all numbers to this JSON file")
 

@@ -21,7 +21,12 @@ def add_to(commands: Commands) -> None:
         "NAME=FOLDER,FOLDER for checkpoints that differ in their seed",
     )
     evaluate.add_argument("--tasks", help="tasks or groups: color,shape,size,material,nlu,lm (default: color)")
-    evaluate.add_argument("--protocol", choices=["fair", "published", "both"], default="both")
+    evaluate.add_argument(
+        "--protocol",
+        choices=["fair", "published", "both"],
+        default="both",
+        help="prompts and scoring of the paper, fair ones, or both",
+    )
     evaluate.add_argument("--data", type=Path, help="folder of the evaluation sets (default: $VALM_EVAL_DATA)")
     evaluate.add_argument("--memory-color", type=Path, help="memory_color_data.csv, instead of one in --data")
     evaluate.add_argument("--color-terms", type=Path, help="color-concrete-objects.csv, instead of one in --data")

@@ -13,7 +13,7 @@ from valm.errors import ValmError
 def add_to(commands: Commands) -> None:
     explain = command(commands, "explain", run_explain, "show what a model looks at while it reads, and its answers")
     explain.add_argument("model", type=Path, help="checkpoint folder")
-    explain.add_argument("prompt")
+    explain.add_argument("prompt", help="the text that is read")
     explain.add_argument("--out", type=Path, default=Path("explanation.html"), help="the page")
     explain.add_argument("--png", type=Path, help="write the same as a picture too")
     explain.add_argument("--answers", help="words to compare, with commas between them, instead of the likeliest")

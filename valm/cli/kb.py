@@ -133,7 +133,7 @@ def add_to(commands: Commands) -> None:
     add_clip(index)
     add_device(index)
     merge = command(kb_commands, "merge", run_merge, "join knowledge bases of one CLIP")
-    merge.add_argument("parts", type=Path, nargs="+", metavar="KB")
+    merge.add_argument("parts", type=Path, nargs="+", metavar="KB", help="folders of knowledge bases")
     merge.add_argument("--out", type=Path, required=True, help="folder of the joined knowledge base")
     dedupe = command(kb_commands, "dedupe", run_dedupe, "copy a knowledge base without the pictures it holds twice")
     add_kb(dedupe)

@@ -56,15 +56,21 @@ def add_to(commands: Commands) -> None:
     train.add_argument("--tokenizer", help="another tokenizer for the model: folder or Hugging Face name")
     train.add_argument("-k", "--images", type=positive, help="pictures a token sees (default: 4)")
     train.add_argument("--query", choices=["eot", "state"], help="kind of the retrieval query (default: eot)")
-    train.add_argument("--layers", type=positive, default=12)
-    train.add_argument("--width", type=positive, default=768)
-    train.add_argument("--heads", type=positive, default=12)
+    train.add_argument("--layers", type=at_least_2, default=12, help="blocks; the last but one sees the images")
+    train.add_argument("--width", type=positive, default=768, help="numbers in a hidden state")
+    train.add_argument("--heads", type=positive, default=12, help="attention heads")
     train.add_argument("--context", type=positive, default=512, help="most tokens of a document, longer ones are cut")
-    train.add_argument("--steps", type=positive, help="(default: 1000, or what --num_train_epochs says)")
+    train.add_argument("--steps", type=positive, help="updates (default: 1000, or what --num_train_epochs says)")
     train.add_argument("--batch-size", type=positive, help="documents a step and process (default: 16)")
-    train.add_argument("--lr", type=float, help="(default: 5e-4)")
+    train.add_argument("--lr", type=float, help="learning rate (default: 5e-4)")
     train.add_argument("--seed", type=seed, help="of weights, order and dropout (default: 0)")
     add_device(train, "pictures are retrieved (training itself takes the GPUs that torch has)")
+
+
+def at_least_2(text: str) -> int:
+    if int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 2: the block before the last sees the images")
+    return int(text)
 
 
 def run_train(arguments: argparse.Namespace) -> None:

@@ -10,11 +10,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from valm.errors import ValmError
 from valm.image_model import ImageModel
+from valm.progress import progress_bar
 from valm.tokenizer import begin_id
 
 RESAMPLES = 2000
@@ -126,7 +126,7 @@ def counting(progress: Progress, total: int) -> Iterator[Callable[[float], objec
     if callable(progress):
         yield progress
         return
-    with tqdm(total=total, desc=progress, unit="text", disable=progress is None) as bar:
+    with progress_bar(total=total, desc=progress, unit="text", shown=progress is not None) as bar:
         yield bar.update
 
 

@@ -12,7 +12,6 @@ from typing import Any, TypedDict
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from valm.errors import ValmError
 from valm.evaluation.controls import images_fingerprint
@@ -21,6 +20,7 @@ from valm.evaluation.questions import FAIR, PUBLISHED, Documents, Questions, Tas
 from valm.evaluation.scorers import DocumentScore, NotApplicable, Scorer, digest, open_scorer
 from valm.evaluation.statistics import paired
 from valm.files import read_json, write_json
+from valm.progress import progress_bar
 from valm_kernels import __version__
 
 CACHE = "cache"
@@ -137,7 +137,7 @@ def evaluate(
     total = sum(map(_size, asked.values())) * sum(map(len, variants.values()))
     rows: list[dict[str, Any]] = []
     compared: list[Any] = []
-    with tqdm(total=total, unit="text", unit_scale=True, disable=not progress) as bar:
+    with progress_bar(total=total, unit="text", unit_scale=True, shown=progress) as bar:
         for entry in models:
             scored: dict[tuple[str, str, str], list[Scores]] = {}
             kind = ""
@@ -197,7 +197,7 @@ def _size(asked: Questions | Documents) -> int:
 
 
 def _scores(
-    scorer: Scorer, asked: Questions | Documents, cache: Path | None, own: list[Any], fresh: bool, bar: tqdm
+    scorer: Scorer, asked: Questions | Documents, cache: Path | None, own: list[Any], fresh: bool, bar: Any
 ) -> Scores:
     """From the cache, or from the model and then into the cache.
 

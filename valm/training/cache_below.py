@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from valm.augmented.probe import decoder_layers
 from valm.errors import ValmError
 from valm.files import atomic_path, writable_folder
 from valm.image_model import ImageModel
 from valm.model import VaLMForCausalLM
+from valm.progress import progress_bar
 from valm.shards.manifest import open_array
 from valm.tokenizer import padded
 
@@ -258,7 +258,7 @@ def _write(
     try:
         with (
             atomic_path(file) as temporary,
-            tqdm(total=shape[0], desc="hidden states", unit=" tokens", unit_scale=True, disable=not progress) as bar,
+            progress_bar(total=shape[0], desc="hidden states", unit=" tokens", unit_scale=True, shown=progress) as bar,
         ):
             states = np.lib.format.open_memmap(temporary, "w+", dtype, shape)
             if hasattr(

@@ -1,3 +1,4 @@
+import argparse
 import os
 import platform
 import subprocess
@@ -7,7 +8,7 @@ import pytest
 
 from tests.valm.cli.commands import run
 from valm import __version__
-from valm.cli import main
+from valm.cli import build_parser, main
 
 
 def test_every_command_answers_help(capsys):
@@ -85,3 +86,30 @@ def test_quiet_shows_no_progress(world, tmp_path, monkeypatch, capfd):
     assert run(*build, tmp_path / "quiet", "--quiet") == 0
     monkeypatch.delenv("TQDM_DISABLE")
     assert capfd.readouterr().err == ""
+
+
+def every_command(parser, words=()):
+    """Every command with the words that call it."""
+    groups = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not groups:
+        yield " ".join(words), parser
+    for group in groups:
+        for name, command in group.choices.items():
+            yield from every_command(command, (*words, name))
+
+
+@pytest.mark.parametrize(
+    ("name", "command"), list(every_command(build_parser())), ids=lambda it: it if isinstance(it, str) else ""
+)
+def test_help_says_what_each_option_means_and_its_default_once(name, command):
+    for action in command._actions:
+        assert action.help or action.nargs == argparse.REMAINDER, f"{name} {action.option_strings or action.dest}"
+        shown = command._get_formatter()._expand_help(action) if action.help else ""
+        assert shown.count("(default: ") <= 1 and "(default: None)" not in shown, shown
+
+
+@pytest.mark.parametrize("words", [["--layers", "1"], ["--seed", "-1"]])
+def test_an_error_names_the_option(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "corpus.txt", "--out", "model", *words])
+    assert stop.value.code == 2 and f"argument {words[0]}: {words[1]} is not" in capsys.readouterr().err
