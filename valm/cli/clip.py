@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from valm.cli.kb import add_source, open_source
-from valm.cli.options import Commands, add_device, chosen_device, command, not_negative, positive
+from valm.cli.options import Commands, add_device, chosen_device, command, not_negative, positive, seed
 from valm.errors import ValmError
 
 
@@ -39,7 +39,7 @@ def add_to(commands: Commands) -> None:
         "ARCHITECTURE:WEIGHTS",
     )
     train.add_argument("--out", type=Path, required=True, help="folder of the CLIP, in open_clip's format")
-    train.add_argument("--steps", type=positive, default=1000)
+    train.add_argument("--steps", type=positive, default=1000, help="updates")
     train.add_argument("--batch-size", type=positive, default=128, help="pictures a step, each with one caption")
     train.add_argument("--lr", type=above_zero, default=1e-3, help="learning rate at its highest")
     train.add_argument(
@@ -49,7 +49,7 @@ def add_to(commands: Commands) -> None:
         "--max-logit-scale", type=above_zero, default=100.0, help="lower where few pictures are overfitted, as 50"
     )
     train.add_argument("--workers", type=not_negative, default=0, help="processes that decode pictures")
-    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--seed", type=seed, default=0, help="of weights, order, views and cut captions")
     add_device(train)
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from valm.corpus.retrieved import CorpusRetrieval
     from valm.knowledge_base.store import ImageKnowledgeBase
+    from valm.retrieval.retriever import BlindRetriever
     from valm.training.image_trainer import ImageTrainer
 
 # The command's own options for fields of TrainingArguments, and their defaults.
@@ -56,6 +57,13 @@ def add_to(commands: Commands) -> None:
     train.add_argument("--tokenizer", help="another tokenizer for the model: folder or Hugging Face name")
     train.add_argument("-k", "--images", type=positive, help="pictures a token sees (default: 4)")
     train.add_argument("--query", choices=["eot", "state"], help="kind of the retrieval query (default: eot)")
+    train.add_argument(
+        "--twin",
+        choices=["text", "random", "blind", "shuffled"],
+        help="train a control of the model with --kb instead, on the same tokens in the same order with the same seed: "
+        "without pictures, with random ones of the knowledge base, with its retrieval query as each token's one "
+        "picture (Blind), or with the pictures of other tokens of the corpus",
+    )
     train.add_argument("--layers", type=at_least_2, default=12, help="blocks; the last but one sees the images")
     train.add_argument("--width", type=positive, default=768, help="numbers in a hidden state")
     train.add_argument("--heads", type=positive, default=12, help="attention heads")
@@ -77,12 +85,12 @@ def run_train(arguments: argparse.Namespace) -> None:
     import torch
 
     from valm.config import ValmConfig
-    from valm.corpus.retrieved import CorpusRetrieval
     from valm.files import writable_folder
     from valm.knowledge_base.store import ImageKnowledgeBase
     from valm.model import VaLMForCausalLM
     from valm.training.callbacks import show_progress
     from valm.training.train import trainer, training_arguments
+    from valm.training.twins import twin
 
     if has_corpus(arguments) == (arguments.retrieval is not None):
         raise ValmError("give either a corpus or --retrieval")
@@ -90,6 +98,8 @@ def run_train(arguments: argparse.Namespace) -> None:
     checkpoint = newest_checkpoint(out, arguments.resume)
     settings = training_arguments(out, **training_fields(arguments))
     kb = ImageKnowledgeBase.open(arguments.kb) if arguments.kb else None
+    if arguments.twin is not None and kb is None:
+        raise ValmError("--twin is of a model with pictures: give its --kb too")
     dataset: CorpusRetrieval | list[dict[str, Any]]
     if arguments.retrieval is not None:
         dataset, tokenizer = open_retrieval(arguments)
@@ -97,6 +107,7 @@ def run_train(arguments: argparse.Namespace) -> None:
         dataset, tokenizer = retrieved_corpus(arguments, kb)
     else:
         dataset, tokenizer = plain_corpus(arguments)
+    options = image_options(arguments.twin, dataset, kb) or {"num_images": 0, "image_dim": arguments.width}
     config = ValmConfig(
         vocab_size=len(tokenizer),
         n_positions=arguments.context,
@@ -106,14 +117,16 @@ def run_train(arguments: argparse.Namespace) -> None:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        image_dim=kb.dim if kb is not None else arguments.width,
-        num_images=dataset.k if kb is not None and isinstance(dataset, CorpusRetrieval) else 0,
+        **options,
     )
     torch.manual_seed(settings.seed)
+    model = VaLMForCausalLM(config)
+    if config.blind:
+        model.set_retriever(blind_retriever(arguments, kb, dataset))
     training = trainer(
-        VaLMForCausalLM(config),
-        dataset,
-        kb,
+        model,
+        dataset if arguments.twin is None or kb is None else twin(arguments.twin, dataset, len(kb), settings.seed),
+        kb if config.num_images > 0 and not config.blind else None,
         tokenizer=tokenizer,
         arguments=settings,
         row_length=arguments.context,
@@ -177,6 +190,7 @@ def note_run(training: ImageTrainer, dataset: CorpusRetrieval | Sequence[Any], a
         fields.pop(name, None)
     model: Any = training.model
     run = {
+        "twin": arguments.twin,
         "step_rows": training.get_total_train_batch_size(training.args),
         **fields,
         **{f"model.{name}": value for name, value in model.config.to_diff_dict().items() if "version" not in name},
@@ -224,6 +238,22 @@ def open_retrieval(arguments: argparse.Namespace) -> tuple[CorpusRetrieval, PreT
         raise ValmError(f"{given} was decided when {arguments.retrieval} was retrieved; leave it out")
     found = CorpusRetrieval.open(arguments.retrieval)
     return found, found.tokenizer
+
+
+def image_options(twin: str | None, dataset: Any, kb: ImageKnowledgeBase | None) -> dict[str, Any]:
+    """What the config of the model, or of its `twin`, says of images; nothing where it sees none."""
+    if kb is None or twin == "text":
+        return {}
+    return {"num_images": 1 if twin == "blind" else dataset.k, "image_dim": kb.dim, "blind": twin == "blind"}
+
+
+def blind_retriever(arguments: argparse.Namespace, kb: Any, dataset: Any) -> BlindRetriever:
+    """What makes the queries that `dataset` was retrieved with, of its tokens."""
+    from valm.retrieval.context import ContextEncoder
+    from valm.retrieval.retriever import BlindRetriever
+
+    clip = kb.load_clip(arguments.clip, allow_download=arguments.allow_download).to(chosen_device(arguments))
+    return BlindRetriever(ContextEncoder(clip, tokenizer=dataset.tokenizer, query=dataset.query))
 
 
 def retrieved_corpus(

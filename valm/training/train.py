@@ -22,6 +22,7 @@ from valm.retrieval.note import RetrievalNote
 from valm.text import nearest
 from valm.tokenizer import begin_id
 from valm.training.blocks import Blocks
+from valm.training.cache_below import cache_below as with_fusion_input
 from valm.training.collate import Collator
 from valm.training.image_trainer import ImageTrainer, Measure
 
@@ -61,6 +62,7 @@ def trainer(
     arguments: TrainingArguments,
     eval_dataset: Any = None,
     row_length: int | None = None,
+    cache_below: str | os.PathLike | None = None,
     measures: Sequence[Measure] = (),
     **options: Any,
 ) -> ImageTrainer:
@@ -81,6 +83,8 @@ def trainer(
             blocks of them.
         eval_dataset: documents to evaluate on, as `dataset`: loss and perplexity over all their tokens.
         row_length: pack documents into rows of this length (see `Collator`); None pads.
+        cache_below: folder for the input of the fusion layer, computed once where all below it is frozen
+            (`valm.training.cache_below`); None computes it in every step.
         measures: called with the model after each evaluation, such as a `ColorAccuracy`.
         options: more of the Trainer's arguments: callbacks, optimizers, compute_metrics, ...
 
@@ -105,17 +109,20 @@ def trainer(
     changed.accelerator_config.dispatch_batches = False  # cut by rows, as image_pool cannot be
     changed.accelerator_config.split_batches = False
     changed._n_gpu = min(1, arguments.n_gpu)  # several GPUs in one process would cut it too
-    evaluated = None
-    if eval_dataset is not None:
-        evaluated = blocks(eval_dataset)
-        if changed.world_size > 1:
-            evaluated = Evened(evaluated, changed.eval_batch_size * changed.world_size)
+    trained, evaluated = blocks(dataset), None if eval_dataset is None else blocks(eval_dataset)
+    if cache_below is not None:
+        with changed.main_process_first(desc="hidden states"):
+            trained = with_fusion_input(inner, trained, cache_below, progress=not changed.disable_tqdm)
+            if evaluated is not None:
+                evaluated = with_fusion_input(inner, evaluated, cache_below, progress=not changed.disable_tqdm)
+    if evaluated is not None and changed.world_size > 1:
+        evaluated = Evened(evaluated, changed.eval_batch_size * changed.world_size)
     return ImageTrainer(
         note=note,
         measures=measures,
         model=model,
         args=changed,
-        train_dataset=blocks(dataset),
+        train_dataset=trained,
         eval_dataset=evaluated,
         data_collator=Collator(tokenizer, kb, row_length),
         processing_class=with_length(tokenizer, inner),

@@ -1,3 +1,4 @@
+import itertools
 import shutil
 
 import pytest
@@ -7,6 +8,8 @@ from safetensors.torch import load_file
 from tests.valm.cli.commands import SIZE, run
 from tests.valm.other_tokenizers import gpt2_like
 from valm.checkpoint import load_checkpoint
+from valm.retrieval.retriever import BlindRetriever
+from valm.training.collate import Collator
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +63,37 @@ def test_training_on_a_retrieval_is_training_on_its_corpus(world, tmp_path, caps
     # killed, and run again
     assert run("retrieve", world / "corpus.txt", "--kb", world / "kb", "--out", world / "retrieval", "-k", "2") == 0
     assert "6 documents" in capsys.readouterr().out
+
+
+def test_twins_see_the_same_tokens_with_other_images(world, tmp_path, monkeypatch):
+    seen = {}
+
+    def recorded(self, documents):
+        seen[twin].append([list(map(int, document["input_ids"])) for document in documents])
+        return collate(self, documents)
+
+    collate = Collator.__call__
+    monkeypatch.setattr(Collator, "__call__", recorded)
+    retrieval = ["train", "--retrieval", world / "retrieval", "--kb", world / "kb", *SIZE]
+    for twin in (None, "text", "random", "blind", "shuffled"):
+        seen[twin] = []
+        option = [] if twin is None else ["--twin", twin]
+        assert run(*retrieval, *option, "--out", tmp_path / str(twin)) == 0
+    assert len(seen[None]) >= 3 and all(batches == seen[None] for batches in seen.values())
+    weights = {twin: load_file(tmp_path / str(twin) / "model.safetensors") for twin in seen}
+    # the text twin is GPT-2*, of which a model with images has every weight besides its own
+    expected = load_file(world / "gpt2" / "model.safetensors")
+    assert all(torch.equal(weights["text"][name], weight) for name, weight in expected.items())
+    assert set(weights["text"]) < set(weights["random"]) == set(weights["blind"]) == set(weights[None])
+    for one, other in itertools.combinations(weights.values(), 2):
+        assert not torch.equal(one["transformer.wte.weight"], other["transformer.wte.weight"])
+    blind, tokenizer = load_checkpoint(tmp_path / "blind")
+    assert blind.config.blind and isinstance(blind.retriever, BlindRetriever)
+    ids = tokenizer("the color of the apple is", return_tensors="pt")["input_ids"]
+    assert blind.generate(ids, max_new_tokens=2).shape[1] == ids.shape[1] + 2
+    # a run goes on as the twin that it was only
+    again = [*retrieval, "--twin", "shuffled", "--out", tmp_path / "random", "--resume"]
+    assert run(*again) == 1
 
 
 def test_a_config_file_says_what_the_command_line_does(world, tmp_path):
@@ -130,6 +164,7 @@ def wrong_inputs():
         "config missing": ([*train, "--config", "{tmp}/none.yaml"], "the config {tmp}/none.yaml cannot be read"),
         "config that is none": ([*train, "--config", "{world}/corpus.txt"], "is no list of options"),
         "corpus and retrieval": ([*train, "--retrieval", "{world}/retrieval"], "give either a corpus or --retrieval"),
+        "twin without images": ([*train, "--twin", "random"], "--twin is of a model with pictures: give its --kb too"),
         "neither corpus nor retrieval": (["train", "--out", "{tmp}/model"], "give either a corpus or --retrieval"),
         "not a retrieval": ([*cached[:2], "{world}/kb", *cached[3:]], "is not the manifest of a corpus retrieval"),
         "no such retrieval": ([*cached[:2], "{tmp}/none", *cached[3:]], "no corpus retrieval at {tmp}/none"),

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from torch.optim import AdamW
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, PrinterCallback
 
 from tests.valm.augmented.models import IMAGES, SMALL, VOCAB, augmented, tiny_gpt2, tiny_llama
 from tests.valm.models import BOS, tiny_model
@@ -14,12 +14,13 @@ from valm.corpus.retrieved import NO_IMAGE
 from valm.errors import ValmError
 from valm.training.cache_below import BATCH_TOKENS, FUSION_INPUT, cache_below, fusion_layer
 from valm.training.collate import Collator
+from valm.training.train import trainer, training_arguments
 
 
 class Tokenizer:
     """What the collator needs of one."""
 
-    bos_token_id, eos_token_id, pad_token_id = BOS, 2, 0
+    bos_token_id, eos_token_id, pad_token_id, model_max_length = BOS, 2, 0, 128
 
     def __len__(self):
         return VOCAB
@@ -210,3 +211,27 @@ def test_no_documents_and_a_full_disk(tmp_path, monkeypatch):
     with pytest.raises(ValmError, match=r"cannot write .*below-[0-9a-f]+\.npy: No space left"):
         cache_below(augmented(), documents(), tmp_path, progress=False)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_trainer_with_the_cache(tmp_path):
+    """Trains and evaluates from the fusion layer on, with the losses it has without."""
+    runs = []
+    data = documents()
+    for folder in (None, tmp_path / "cache"):
+        fields = {"save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
+        fields |= {"max_steps": 4, "per_device_train_batch_size": 3, "logging_steps": 1, "learning_rate": 1e-2}
+        made = trainer(
+            augmented(unfreeze="block"),
+            data,
+            Vectors(),
+            tokenizer=Tokenizer(),
+            arguments=training_arguments(tmp_path / "out", **fields),
+            eval_dataset=data[:5],
+            cache_below=folder,
+        )
+        made.remove_callback(PrinterCallback)
+        made.train()
+        runs.append([*made.losses(), made.evaluate()["eval_loss"]])
+    assert len(runs[0]) == 5 and abs(runs[0][0] - runs[0][3]) > 1e-3
+    np.testing.assert_allclose(runs[0], runs[1], rtol=2e-5)
+    assert len([*(tmp_path / "cache").iterdir()]) == 2
