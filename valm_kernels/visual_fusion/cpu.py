@@ -11,7 +11,7 @@ joint out and lse, yields exactly the text's share of the gradients.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from valm_kernels.native import cpu_isa, native, survives_fork
 from valm_kernels.visual_fusion import cpu_softcap
-from valm_kernels.visual_fusion.inputs import Inputs, check_image_index
+from valm_kernels.visual_fusion.inputs import Gradients, Inputs, check_image_index
 from valm_kernels.visual_fusion.layout import empty_rows_like, empty_tokens_first, whole_rows
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -58,9 +58,9 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 @survives_fork
 def backward(
-    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, inputs: Inputs
-) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, v, image_k, image_v, image_q and the three biases; None where absent."""
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, inputs: Inputs, needed: Sequence[bool]
+) -> Gradients:
+    """The gradients that are needed (in the order of `Gradients`); all are computed, as they share their work."""
     grad_out, out, inputs = whole_rows(grad_out), whole_rows(out), _whole_rows(inputs)
     # Where a query sees nothing, exp(score - lse) has to be 0, and the gradient of lse may be anything.
     unseen = lse == -torch.inf
@@ -68,7 +68,7 @@ def backward(
     grad_lse = None if grad_lse is None else grad_lse.masked_fill(unseen, 0)
     grad_q, grad_k, grad_v = _text_backward(grad_out, grad_lse, out, lse, inputs)
     if inputs.image_k is None or inputs.image_v is None:
-        return grad_q, grad_k, grad_v, None, None, None, None, None, None
+        return _only(needed, grad_q, grad_k, grad_v, *[None] * 6)
 
     biases = (inputs.image_k_bias, inputs.image_v_bias, inputs.image_logit_bias)
     gradients = [empty_rows_like(t) for t in (inputs.image_k, inputs.image_v)]
@@ -89,7 +89,11 @@ def backward(
     )
     of_biases = zip(biases, bias_gradients, strict=True)
     bias_gradients = [None if b is None or g is None else g.to(b.dtype) for b, g in of_biases]
-    return grad_q, grad_k, grad_v, *gradients, grad_image_q, *bias_gradients
+    return _only(needed, grad_q, grad_k, grad_v, *gradients, grad_image_q, *bias_gradients)
+
+
+def _only(needed: Sequence[bool], *gradients: Tensor | None) -> Gradients:
+    return Gradients._make(g if is_needed else None for g, is_needed in zip(gradients, needed, strict=True))
 
 
 def _whole_rows(inputs: Inputs) -> Inputs:

@@ -37,6 +37,20 @@ class Inputs(NamedTuple):
         return self[:-3]
 
 
+class Gradients(NamedTuple):
+    """The gradients of the inputs that have one; None where the input is absent or needs none."""
+
+    q: Tensor | None
+    k: Tensor | None
+    v: Tensor | None
+    image_k: Tensor | None
+    image_v: Tensor | None
+    image_q: Tensor | None
+    image_k_bias: Tensor | None
+    image_v_bias: Tensor | None
+    image_logit_bias: Tensor | None
+
+
 def check_image_index(image_index: Tensor, pool_size: int) -> None:
     """Raises ValueError for an index outside [-1, pool_size). Reads the values, so CUDA would wait here."""
     if image_index.numel() == 0:

@@ -6,8 +6,12 @@ out and the gradients of the images are `empty_rows_like` their input, the gradi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from valm_kernels.visual_fusion.inputs import Gradients, Inputs
 
 
 def empty_tokens_first(like: Tensor) -> Tensor:
@@ -20,6 +24,26 @@ def empty_rows_like(like: Tensor) -> Tensor:
     """An uninitialised tensor laid out like `like`, or contiguous where the last dimension of `like` is strided."""
     whole_rows = like.stride(-1) == 1
     return torch.empty_like(like, memory_format=torch.preserve_format if whole_rows else torch.contiguous_format)
+
+
+def empty_gradients(inputs: Inputs, needed: Sequence[bool]) -> Gradients:
+    """Uninitialised gradients, of those inputs that are there and needed (in the order of `Gradients`)."""
+    like = {
+        "q": empty_tokens_first,
+        "k": empty_tokens_first,
+        "v": empty_tokens_first,
+        "image_k": empty_rows_like,
+        "image_v": empty_rows_like,
+        "image_q": empty_tokens_first,
+    }
+    gradients: list[Tensor | None] = []
+    for name, is_needed in zip(Gradients._fields, needed, strict=True):
+        tensor = getattr(inputs, name)
+        if tensor is None or not is_needed:
+            gradients.append(None)
+        else:
+            gradients.append(like[name](tensor) if name in like else tensor.new_empty(tensor.shape))
+    return Gradients._make(gradients)
 
 
 def whole_rows(tensor: Tensor) -> Tensor:

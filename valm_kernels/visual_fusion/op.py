@@ -1,19 +1,19 @@
 """visual_fusion_attn as PyTorch operators: define, kernels, fake kernels and autograd formula.
 
-The gradient of an absent input is an empty tensor here; layout.py says how the others lie in memory.
+The gradient of an input that is absent or needs none is an empty tensor here; layout.py says how the others lie in
+memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from valm_kernels.visual_fusion import cpu
-from valm_kernels.visual_fusion.inputs import Inputs
-from valm_kernels.visual_fusion.layout import empty_rows_like, empty_tokens_first
+from valm_kernels.visual_fusion.inputs import Gradients, Inputs
+from valm_kernels.visual_fusion.layout import empty_gradients, empty_rows_like
 
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? image_k, Tensor? image_v, Tensor? image_q, Tensor? image_index, "
@@ -21,13 +21,13 @@ _INPUTS = (
     "bool causal, float scale, float? softcap, str impl"
 )
 # Positions, among the inputs, of the tensors that have a gradient.
-_DIFFERENTIABLE = (0, 1, 2, 3, 4, 5, 8, 9, 10)
+_DIFFERENTIABLE = tuple(Inputs._fields.index(name) for name in Gradients._fields)
 
 _library = torch.library.Library("valm_kernels", "DEF")
 _library.define(f"visual_fusion_attn({_INPUTS}) -> (Tensor out, Tensor lse)")
 _library.define(
-    f"visual_fusion_attn_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_INPUTS}) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"visual_fusion_attn_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_INPUTS}, "
+    "bool[] needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _forward_op = torch.ops.valm_kernels.visual_fusion_attn.default
 _backward_op = torch.ops.valm_kernels.visual_fusion_attn_backward.default
@@ -54,12 +54,12 @@ def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
 
 
 def _backward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    *arguments, impl = inputs
-    gradients = _implementation(impl)[1](grad_out, grad_lse, out, lse, Inputs(*arguments))
+    *arguments, impl, needed = inputs
+    gradients = _implementation(impl)[1](grad_out, grad_lse, out, lse, Inputs(*arguments), needed)
     return _present(grad_out, gradients)
 
 
-def _present(grad_out: Tensor, gradients: Iterable[Tensor | None]) -> tuple[Tensor, ...]:
+def _present(grad_out: Tensor, gradients: Gradients) -> tuple[Tensor, ...]:
     return tuple(grad_out.new_empty(0) if g is None else g for g in gradients)
 
 
@@ -71,12 +71,8 @@ def _forward_fake(*inputs: Any) -> tuple[Tensor, Tensor]:
 def _backward_fake(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *inputs: Any
 ) -> tuple[Tensor, ...]:
-    q, k, v, image_k, image_v, image_q, *biases = (inputs[i] for i in _DIFFERENTIABLE)
-    gradients: list[Tensor | None] = [empty_tokens_first(t) for t in (q, k, v)]
-    gradients += [None if t is None else empty_rows_like(t) for t in (image_k, image_v)]
-    gradients.append(None if image_q is None else empty_tokens_first(image_q))
-    gradients += [None if t is None else t.new_empty(t.shape) for t in biases]
-    return _present(grad_out, gradients)
+    *arguments, _, needed = inputs
+    return _present(grad_out, empty_gradients(Inputs(*arguments), needed))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -93,7 +89,8 @@ def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
         return (None,) * len(inputs)
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    gradients = _backward_op(grad_out, grad_lse, out, lse, *inputs)
+    needed = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
+    gradients = _backward_op(grad_out, grad_lse, out, lse, *inputs, needed)
     of_input = dict(zip(_DIFFERENTIABLE, gradients, strict=True))
     return tuple(of_input.get(i) if ctx.needs_input_grad[i] else None for i in range(len(inputs)))
 

@@ -240,6 +240,8 @@ PROBLEMS = {
     "group of three": Problem(query_heads=6),
     "group of three, pooled": Problem(query_heads=3, kv_heads=1, pool_size=11, first_key="documents"),
     "group of three, decode": Problem(query_heads=6, num_queries=1, prefix=129, batch=8),
+    "large group": Problem(batch=1, query_heads=20, kv_heads=1, num_queries=6, prefix=3, num_images=2),
+    "large group, pooled": Problem(batch=1, query_heads=20, kv_heads=1, num_queries=6, num_images=2, pool_size=5),
     "smallest head": Problem(head_dim=8, num_queries=65),
     "odd head": Problem(head_dim=13, num_queries=33),
     "head of 64": Problem(head_dim=64, num_queries=35, num_images=8),

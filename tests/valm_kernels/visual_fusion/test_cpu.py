@@ -20,7 +20,7 @@ from valm_kernels import visual_fusion_attn
 from valm_kernels.native import native
 from valm_kernels.visual_fusion import cpu
 from valm_kernels.visual_fusion.cpu import text_segments
-from valm_kernels.visual_fusion.inputs import Inputs
+from valm_kernels.visual_fusion.inputs import Gradients, Inputs
 from valm_kernels.visual_fusion.reference import text_visible
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -205,7 +205,8 @@ def fused_image_gradient(problem):
     grad_out, grad_lse = (g.float() for g in cotangents(problem))
     tensors = (inputs.get(name) for name in Inputs._fields[:-3])
     inputs = Inputs(*tensors, problem.causal, problem.head_dim**-0.5, problem.softcap)
-    return cpu.backward(grad_out, grad_lse, *cpu.forward(inputs), inputs)[3]
+    needed = [True] * len(Gradients._fields)
+    return cpu.backward(grad_out, grad_lse, *cpu.forward(inputs), inputs, needed).image_k
 
 
 def test_query_that_sees_nothing():

@@ -55,7 +55,8 @@ def test_opcheck_backward(name, with_lse):
     out, lse = forward_op(*arguments)
     grad_out, grad_lse = cotangents(problem, with_lse)
     grads = (grad_out.float(), grad_lse.float() if with_lse else None)
-    torch.library.opcheck(backward_op, (*grads, out, lse, *arguments))
+    for needed in ([True] * 9, [False, True, False] * 3):
+        torch.library.opcheck(backward_op, (*grads, out, lse, *arguments, needed))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Which tiles a kernel is launched with: those of the table, or, only where tuning is asked for, the fastest of a few.
 
-VALM_KERNELS_AUTOTUNE=1, set before Python starts, measures at the first launch of each (kernel, architecture, head
-dimension, dtype) the candidates around the table's entry on the tensors of that launch: a few seconds each, most of
+VALM_KERNELS_AUTOTUNE=1, set before Python starts, measures at the first launch of each kind of call (`_kind`) the
+candidates around the table's entry on the tensors of that launch: a few seconds each, most of
 them compilation. The choice is kept in Triton's cache folder (TRITON_CACHE_DIR) and read from there by later processes;
 changed kernels or another version of Triton are measured anew. Other tiles add in another order, so results agree to
 the bit only between runs with the same choice. A CUDA graph is captured after a first launch outside of it, as always.
@@ -23,33 +23,46 @@ from typing import Any
 
 import torch
 import triton
-from torch import Tensor
+from triton.compiler.errors import CompilationError
 from triton.runtime.cache import get_cache_manager
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from valm_kernels.visual_fusion.triton.launch import architecture
+from valm_kernels.visual_fusion.inputs import Inputs
+from valm_kernels.visual_fusion.triton.launch import architecture, num_images
 from valm_kernels.visual_fusion.triton.tiles import Tiles, tiles_for
 
 AUTOTUNE = os.environ.get("VALM_KERNELS_AUTOTUNE") == "1"
 MAX_BLOCK, MAX_STAGES = 128, 4
 
-_chosen: dict[tuple[str, int, int, torch.dtype], Tiles] = {}
+_chosen: dict[tuple[Any, ...], Tiles] = {}
 
 
-def choose_tiles(kernel: str, q: Tensor, launch: Callable[[Tiles], Any]) -> Tiles:
-    """Tiles for `kernel`, a name of the table in tiles.py, on q's device, at its head dimension and dtype.
+def choose_tiles(kernel: str, inputs: Inputs, launch: Callable[[Tiles], Any]) -> Tiles:
+    """Tiles for `kernel`, a name of the table in tiles.py, on the device of the inputs and for calls of their kind.
 
     launch runs the kernel with given tiles, any number of times with the same result; only tuning calls it.
     """
-    arch, head_dim = architecture(q.device), q.shape[3]
-    tiles = tiles_for(kernel, arch, head_dim, q.dtype)
+    q = inputs.q
+    arch = architecture(q.device)
+    tiles = tiles_for(kernel, arch, q.shape[3], q.dtype)
     if not AUTOTUNE:
         return tiles
-    key = (kernel, arch, head_dim, q.dtype)
+    key = (kernel, arch, *_kind(inputs))
     if key not in _chosen:
         with torch.cuda.device_of(q):
             _chosen[key] = _fastest(key, list(candidates(tiles)), launch)
     return _chosen[key]
+
+
+def _kind(inputs: Inputs) -> tuple[Any, ...]:
+    """What the fastest tiles depend on besides the kernel; lengths and the number of heads to a power of two."""
+    q, k = inputs.q, inputs.k
+    device = torch.cuda.get_device_name(q.device) if q.device.type == "cuda" else q.device.type
+    layout = "none" if inputs.image_k is None else "dense" if inputs.image_index is None else "pooled"
+    images = num_images(inputs.image_k, inputs.image_index)
+    sizes = (triton.next_power_of_2(n) for n in (q.shape[0] * k.shape[1], q.shape[2], k.shape[2]))
+    options = (inputs.image_q is not None, inputs.first_key is not None, inputs.softcap is not None, inputs.causal)
+    return (device, q.dtype, q.shape[3], q.shape[1] // k.shape[1], *sizes, layout, images, *options)
 
 
 def candidates(tiles: Tiles) -> Iterator[Tiles]:
@@ -77,6 +90,8 @@ def _fastest(key: tuple[Any, ...], tiles: list[Tiles], launch: Callable[[Tiles],
     if known is not None:
         return Tiles(**json.loads(Path(known).read_text())["tiles"])
     milliseconds = [_measure(launch, candidate) for candidate in tiles]
+    if min(milliseconds) == float("inf"):
+        launch(tiles[0])  # raises what is wrong
     best = min(zip(milliseconds, tiles, strict=True), key=lambda pair: pair[0])[1]
     measured = [{**asdict(t), "milliseconds": ms} for t, ms in zip(tiles, milliseconds, strict=True)]
     folder.put(
@@ -86,10 +101,11 @@ def _fastest(key: tuple[Any, ...], tiles: list[Tiles], launch: Callable[[Tiles],
 
 
 def _measure(launch: Callable[[Tiles], Any], tiles: Tiles) -> float:
-    """Median milliseconds of a launch; infinity where the card has too little shared memory or too few registers."""
+    """Median milliseconds of a launch; infinity where these tiles do not compile or do not fit the card."""
     try:
         return triton.testing.do_bench(lambda: launch(tiles), return_mode="median")
-    except (OutOfResources, PTXASError):
+    # the compiler's passes report what they cannot do as a RuntimeError, as CUDA does want of memory
+    except (OutOfResources, PTXASError, CompilationError, RuntimeError):
         return float("inf")
 
 

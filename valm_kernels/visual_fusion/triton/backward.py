@@ -23,59 +23,39 @@ Three kernels, by what their programs own:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from valm_kernels.visual_fusion.inputs import Inputs
-from valm_kernels.visual_fusion.layout import empty_rows_like, empty_tokens_first, whole_rows
+from valm_kernels.visual_fusion.inputs import Gradients, Inputs
+from valm_kernels.visual_fusion.layout import empty_gradients
 from valm_kernels.visual_fusion.triton.backward_key import key_gradients
 from valm_kernels.visual_fusion.triton.backward_pool import pool_gradients
 from valm_kernels.visual_fusion.triton.backward_query import query_gradients
-from valm_kernels.visual_fusion.triton.launch import contiguous, kernel_inputs
+from valm_kernels.visual_fusion.triton.launch import aligned_rows, contiguous, kernel_inputs
 
 
 def backward(
-    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, inputs: Inputs
-) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, v, image_k, image_v, image_q and the three biases; None where absent.
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    inputs: Inputs,
+    needed: Sequence[bool],
+) -> Gradients:
+    """The gradients that are needed (in the order of `Gradients`); nothing is launched for the others alone.
 
-    out and lse are what `forward` returned for the same inputs. The layouts are those of layout.py.
+    out and lse are what `forward` returned for the same inputs.
     """
-    dq, dk, dv = (empty_tokens_first(x) for x in inputs[:3])
-    dimage_k, dimage_v = (None if x is None else empty_rows_like(x) for x in (inputs.image_k, inputs.image_v))
-    dimage_q = None if inputs.image_q is None else empty_tokens_first(inputs.image_q)
+    gradients = empty_gradients(inputs, needed)
     inputs = kernel_inputs(inputs)
-    q, k, image_index = inputs.q, inputs.k, inputs.image_index
-    grad_out, out = whole_rows(grad_out), whole_rows(out)
+    grad_out, out = aligned_rows(grad_out), aligned_rows(out)
     grad_lse, lse = contiguous(grad_lse), lse.contiguous()
-
-    with torch.cuda.device_of(q):
-        results = query_gradients(inputs, out, lse, grad_out, grad_lse, dq, dimage_k, dimage_v, dimage_q)
-        if image_index is not None:
-            image_q = q if inputs.image_q is None else inputs.image_q
-            image_dx, image_b = results.image_dx, results.image_b
-            assert image_dx is not None and image_b is not None and dimage_k is not None and dimage_v is not None
-            pool_gradients(image_q, grad_out, image_dx, image_b, image_index, dimage_k, dimage_v, inputs.scale)
-        key_gradients(inputs, lse, results.delta, grad_out, dk, dv)
-    logit_partial = results.image_logit_bias
-    if logit_partial is not None:
-        # a group's rows are padded to a power of two
-        logit_partial = logit_partial[..., : q.shape[1] // k.shape[1]]
-    return (
-        dq,
-        dk,
-        dv,
-        dimage_k,
-        dimage_v,
-        dimage_q,
-        _sum_of_programs(results.image_k_bias, inputs.image_k_bias),
-        _sum_of_programs(results.image_v_bias, inputs.image_v_bias),
-        _sum_of_programs(logit_partial, inputs.image_logit_bias),
-    )
-
-
-def _sum_of_programs(partial: Tensor | None, bias: Tensor | None) -> Tensor | None:
-    """The gradient of `bias`, in its dtype, from partial sums with two more leading dimensions."""
-    if partial is None or bias is None:
-        return None
-    return partial.sum((0, 1)).reshape(bias.shape).to(bias.dtype).contiguous()
+    with torch.cuda.device_of(inputs.q):
+        delta, for_pool = query_gradients(inputs, out, lse, grad_out, grad_lse, gradients)
+        if for_pool is not None:
+            pool_gradients(inputs, grad_out, for_pool, gradients)
+        if gradients.k is not None or gradients.v is not None:
+            key_gradients(inputs, lse, delta, grad_out, gradients)
+    return gradients

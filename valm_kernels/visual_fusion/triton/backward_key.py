@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from valm_kernels.visual_fusion.inputs import Inputs
+from valm_kernels.visual_fusion.inputs import Gradients, Inputs
+from valm_kernels.visual_fusion.layout import empty_tokens_first
 from valm_kernels.visual_fusion.triton.autotune import choose_tiles
 from valm_kernels.visual_fusion.triton.launch import kernel_constants, softcap_log2, strides
 from valm_kernels.visual_fusion.triton.primitives import (
     LOG2E,
     cap_slope,
     capped,
+    columns,
+    kernel,
     load_lse,
     row_pointers,
     tile_rows,
@@ -25,34 +29,53 @@ SCAN = 1024
 
 
 @triton.jit
-def _query_range(first_key, i_b, n_first, n_last, Tq, Tk, CAUSAL: tl.constexpr, BLOCK_SCAN: tl.constexpr):
-    """The queries [begin, end) that may see some of the keys n_first..n_last; those from `full` on see all of them.
-
-    Where first_key is not monotone, queries in between may see none: they are computed like the others, and masked.
-    """
+def _causal_range(n_first, n_last, Tq, Tk, CAUSAL: tl.constexpr):
+    """The queries [begin, end) that may see some of the keys n_first..n_last; those from `full` on see all of them."""
+    begin = 0
+    full = 0
     if CAUSAL:
         begin = tl.maximum(n_first - (Tk - Tq), 0)
         full = tl.maximum(n_last - (Tk - Tq), 0)
-    else:
-        begin = 0
-        full = 0
-    end = Tq
-    if first_key is not None:
-        b_begin = tl.full([BLOCK_SCAN], Tq, tl.int32)
-        b_end = tl.zeros([BLOCK_SCAN], tl.int32)
-        b_full = tl.zeros([BLOCK_SCAN], tl.int32)
-        for i_t in range(begin, Tq, BLOCK_SCAN):
-            o_t = i_t + tl.arange(0, BLOCK_SCAN)
-            b_first = tl.load(first_key + i_b * Tq + o_t, mask=o_t < Tq, other=Tk)
-            m_some = b_first <= n_last
-            b_begin = tl.minimum(b_begin, tl.where(m_some, o_t, Tq))
-            b_end = tl.maximum(b_end, tl.where(m_some, o_t + 1, 0))
-            b_full = tl.maximum(b_full, tl.where((b_first > n_first) & (o_t < Tq), o_t + 1, 0))
-        begin = tl.min(b_begin, 0)
-        end = tl.max(b_end, 0)
-        full = tl.maximum(full, tl.max(b_full, 0))
+    return begin, full, Tq
+
+
+@kernel
+def _query_range_kernel(
+    first_key,
+    query_range,  # (B, key tiles, 3)
+    Tq,
+    Tk,
+    CAUSAL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_SCAN: tl.constexpr,
+):
+    """`_causal_range` of every key tile under first_key.
+
+    Where first_key is not monotone, queries in between may see none: they are computed like the others, and masked. A
+    kernel of its own, for bounds that `_key_kernel` computes itself keep its loops from being pipelined.
+    """
+    i_b = tl.program_id(1).to(tl.int64)
+    n_first = tl.program_id(0) * BLOCK_N
+    n_last = tl.minimum(n_first + BLOCK_N, Tk) - 1
+    begin, full, end = _causal_range(n_first, n_last, Tq, Tk, CAUSAL)
+    b_begin = tl.full([BLOCK_SCAN], Tq, tl.int32)
+    b_end = tl.zeros([BLOCK_SCAN], tl.int32)
+    b_full = tl.zeros([BLOCK_SCAN], tl.int32)
+    for i_t in range(begin, Tq, BLOCK_SCAN):
+        o_t = i_t + tl.arange(0, BLOCK_SCAN)
+        b_first = tl.load(first_key + i_b * Tq + o_t, mask=o_t < Tq, other=Tk)
+        m_some = b_first <= n_last
+        b_begin = tl.minimum(b_begin, tl.where(m_some, o_t, Tq))
+        b_end = tl.maximum(b_end, tl.where(m_some, o_t + 1, 0))
+        b_full = tl.maximum(b_full, tl.where((b_first > n_first) & (o_t < Tq), o_t + 1, 0))
+    begin = tl.min(b_begin, 0)
+    end = tl.max(b_end, 0)
+    full = tl.maximum(full, tl.max(b_full, 0))
     full = tl.minimum(tl.maximum(full, begin), tl.maximum(end, begin))
-    return begin, full, end
+    p_range = query_range + (i_b * tl.num_programs(0) + tl.program_id(0)) * 3
+    tl.store(p_range, begin)
+    tl.store(p_range + 1, full)
+    tl.store(p_range + 2, end)
 
 
 @triton.jit
@@ -81,6 +104,7 @@ def _key_query_tiles(
     D: tl.constexpr,
     G: tl.constexpr,
     CAUSAL: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -88,16 +112,15 @@ def _key_query_tiles(
     INPUT_PRECISION: tl.constexpr,
 ):
     """Adds the queries of [begin, end) to dk / scale and dv. MASKED: some of them may not see every key."""
-    o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < D
-    for i_t in range(begin, end, BLOCK_M // BLOCK_G):
-        o_t, o_h, m_row = tile_rows(i_t, i_h, Tq, G, BLOCK_G, BLOCK_M)
+    m_d = tl.arange(0, BLOCK_D) < D
+    for i_r in range(begin * BLOCK_G, end * BLOCK_G, BLOCK_M):
+        o_t, o_h, m_row = tile_rows(i_r, i_h, Tq, G, BLOCK_G, BLOCK_M)
         # [BM, BD]
-        p_q = row_pointers(q, stride_q, i_b, o_h, o_t)
-        p_do = row_pointers(grad_out, stride_do, i_b, o_h, o_t)
+        p_q = columns(row_pointers(q, stride_q, i_b, o_h, o_t), BLOCK_D, ALIGNED)
+        p_do = columns(row_pointers(grad_out, stride_do, i_b, o_h, o_t), BLOCK_D, ALIGNED)
         # both addresses before both loads: the other order spills at D = 128
-        b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_d[None, :], other=0.0)
-        b_do = tl.load(p_do[:, None] + o_d[None, :], mask=m_d[None, :], other=0.0)
+        b_q = tl.load(p_q, mask=m_d[None, :], other=0.0)
+        b_do = tl.load(p_do, mask=m_d[None, :], other=0.0)
         # [BM]
         o_row = (i_b * Hkv * G + o_h) * Tq + o_t
         b_lse = load_lse(lse, o_row, m_row)
@@ -120,12 +143,13 @@ def _key_query_tiles(
     return b_dk, b_dv
 
 
-@triton.jit
+@kernel
 def _key_kernel(
     q,
     k,
     v,
     first_key,
+    query_range,  # with first_key: begin, full and end of every (batch row, key tile)
     lse,
     delta,
     grad_out,
@@ -147,11 +171,11 @@ def _key_kernel(
     G: tl.constexpr,
     CAUSAL: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_SCAN: tl.constexpr,
 ):
     n_tiles = tl.cdiv(Tk, BLOCK_N)
     i_bh = (tl.program_id(0) // n_tiles).to(tl.int64)
@@ -160,18 +184,22 @@ def _key_kernel(
     n_last = tl.minimum(n_first + BLOCK_N, Tk) - 1
 
     o_n = n_first + tl.arange(0, BLOCK_N)
-    o_d = tl.arange(0, BLOCK_D)
-    m_n = (o_n < Tk)[:, None] & (o_d < D)[None, :]
-    o_row = o_n.to(tl.int64)[:, None]
+    m_n = (o_n < Tk)[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
+    o_row = o_n.to(tl.int64)
     # [BN, BD]; what is computed for keys past the last is never stored
-    b_k = tl.load(k + i_b * stride_k[0] + i_h * stride_k[1] + o_row * stride_k[2] + o_d[None, :], mask=m_n, other=0.0)
-    b_v = tl.load(v + i_b * stride_v[0] + i_h * stride_v[1] + o_row * stride_v[2] + o_d[None, :], mask=m_n, other=0.0)
+    b_k = tl.load(columns(row_pointers(k, stride_k, i_b, i_h, o_row), BLOCK_D, ALIGNED), mask=m_n, other=0.0)
+    b_v = tl.load(columns(row_pointers(v, stride_v, i_b, i_h, o_row), BLOCK_D, ALIGNED), mask=m_n, other=0.0)
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
-    begin, full, end = _query_range(first_key, i_b, n_first, n_last, Tq, Tk, CAUSAL, BLOCK_SCAN)
+    if first_key is not None:
+        p_range = query_range + (i_b * n_tiles + tl.program_id(0) % n_tiles) * 3
+        begin, full, end = tl.load(p_range), tl.load(p_range + 1), tl.load(p_range + 2)
+    else:
+        begin, full, end = _causal_range(n_first, n_last, Tq, Tk, CAUSAL)
     # the masked part ends on a border of its own tiles
-    full = begin + tl.cdiv(full - begin, BLOCK_M // BLOCK_G) * (BLOCK_M // BLOCK_G)
+    BLOCK_T: tl.constexpr = max(1, BLOCK_M // BLOCK_G)
+    full = begin + tl.cdiv(full - begin, BLOCK_T) * BLOCK_T
     for i_part in tl.static_range(0 if CAUSAL or first_key is not None else 1, 2):
         b_dk, b_dv = _key_query_tiles(
             b_dk,
@@ -198,30 +226,47 @@ def _key_kernel(
             D,
             G,
             CAUSAL,
+            ALIGNED,
             BLOCK_D,
             BLOCK_G,
             BLOCK_M,
             i_part == 0,
             INPUT_PRECISION,
         )
-    p_dk = dk + i_b * stride_dk[0] + i_h * stride_dk[1] + o_row * stride_dk[2] + o_d[None, :]
-    p_dv = dv + i_b * stride_dv[0] + i_h * stride_dv[1] + o_row * stride_dv[2] + o_d[None, :]
+    p_dk = columns(row_pointers(dk, stride_dk, i_b, i_h, o_row), BLOCK_D, ALIGNED)
+    p_dv = columns(row_pointers(dv, stride_dv, i_b, i_h, o_row), BLOCK_D, ALIGNED)
     tl.store(p_dk, (b_dk * scale).to(dk.dtype.element_ty), mask=m_n)
     tl.store(p_dv, b_dv.to(dv.dtype.element_ty), mask=m_n)
 
 
-def key_gradients(inputs: Inputs, lse: Tensor, delta: Tensor, grad_out: Tensor, dk: Tensor, dv: Tensor) -> None:
-    """Fills dk and dv; inputs are those of `kernel_inputs`."""
+def key_gradients(inputs: Inputs, lse: Tensor, delta: Tensor, grad_out: Tensor, gradients: Gradients) -> None:
+    """Fills the gradients of k and v; inputs are those of `kernel_inputs`."""
     q, k, v = inputs[:3]
     batch, kv_heads, k_len = k.shape[:3]
     constants = kernel_constants(q, k, inputs.causal)
+    # one without the other is no less work
+    dk, dv = (empty_tokens_first(x) if g is None else g for x, g in ((k, gradients.k), (v, gradients.v)))
 
     def launch(tiles: Tiles) -> None:
-        _key_kernel[(triton.cdiv(k_len, tiles.block_n) * batch * kv_heads,)](
+        key_tiles = triton.cdiv(k_len, tiles.block_n)
+        query_range = None
+        if inputs.first_key is not None:
+            query_range = torch.empty(batch, key_tiles, 3, dtype=torch.int32, device=q.device)
+            _query_range_kernel[(key_tiles, batch)](
+                inputs.first_key,
+                query_range,
+                q.shape[2],
+                k_len,
+                CAUSAL=inputs.causal,
+                BLOCK_N=tiles.block_n,
+                BLOCK_SCAN=SCAN,
+            )
+        _key_kernel[(key_tiles * batch * kv_heads,)](
             q,
             k,
             v,
             inputs.first_key,
+            query_range,
             lse,
             delta,
             grad_out,
@@ -235,10 +280,9 @@ def key_gradients(inputs: Inputs, lse: Tensor, delta: Tensor, grad_out: Tensor, 
             inputs.scale * LOG2E.value,
             softcap_log2(inputs),
             **constants,
-            BLOCK_M=max(tiles.block_m, constants["BLOCK_G"]),
+            BLOCK_M=tiles.block_m,
             BLOCK_N=tiles.block_n,
-            BLOCK_SCAN=SCAN,
             **tiles.options(),
         )
 
-    launch(choose_tiles("key" if inputs.softcap is None else "key softcap", q, launch))
+    launch(choose_tiles("key" if inputs.softcap is None else "key softcap", inputs, launch))

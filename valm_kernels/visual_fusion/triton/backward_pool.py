@@ -7,12 +7,14 @@ key-value head and sums dx u and b do over its slots in that order, so the resul
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from valm_kernels.visual_fusion.inputs import Gradients, Inputs
+from valm_kernels.visual_fusion.layout import empty_rows_like
+from valm_kernels.visual_fusion.triton.backward_query import ForPool
 from valm_kernels.visual_fusion.triton.launch import strides
-from valm_kernels.visual_fusion.triton.primitives import row_pointers
+from valm_kernels.visual_fusion.triton.primitives import kernel, row_pointers
 from valm_kernels.visual_fusion.triton.tiles import block_d
 
 # Slots per step of a program, and the columns of a row that one of its warps sums: at least two warps. Chosen by the
@@ -21,7 +23,7 @@ SLOTS = 16
 COLUMNS_PER_WARP = 64
 
 
-@triton.jit
+@kernel
 def _pool_kernel(
     image_q,
     grad_out,
@@ -77,17 +79,15 @@ def _pool_kernel(
     tl.store(p_div, tl.sum(b_dv, 0).to(dimage_v.dtype.element_ty), mask=m_d)
 
 
-def pool_gradients(
-    image_q: Tensor,
-    grad_out: Tensor,
-    image_dx: Tensor,
-    image_b: Tensor,
-    image_index: Tensor,
-    dimage_k: Tensor,
-    dimage_v: Tensor,
-    scale: float,
-) -> None:
-    """Fills dimage_k and dimage_v (Hkv, U, D); image_q is the query that meets the images."""
+def pool_gradients(inputs: Inputs, grad_out: Tensor, for_pool: ForPool, gradients: Gradients) -> None:
+    """Fills the gradients of image_k and image_v (Hkv, U, D); inputs are those of `kernel_inputs`."""
+    image_k, image_v, image_index = inputs.image_k, inputs.image_v, inputs.image_index
+    assert image_k is not None and image_v is not None and image_index is not None
+    image_q = inputs.q if inputs.image_q is None else inputs.image_q
+    # one without the other is hardly less work
+    dimage_k, dimage_v = (
+        empty_rows_like(x) if g is None else g for x, g in ((image_k, gradients.image_k), (image_v, gradients.image_v))
+    )
     kv_heads, pool_size, head_dim = dimage_k.shape
     image, order = torch.sort(image_index.flatten(), stable=True)
     # slots without an image are -1: they come first, before the segment of image 0
@@ -95,8 +95,8 @@ def pool_gradients(
     _pool_kernel[(pool_size * kv_heads,)](
         image_q,
         grad_out,
-        image_dx,
-        image_b,
+        for_pool.image_dx,
+        for_pool.image_b,
         order,
         segment,
         dimage_k,
@@ -108,7 +108,7 @@ def pool_gradients(
         kv_heads,
         image_q.shape[2],
         image_index.shape[2],
-        scale,
+        inputs.scale,
         D=head_dim,
         G=image_q.shape[1] // kv_heads,
         BLOCK_D=block_d(head_dim),

@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from valm_kernels.visual_fusion.inputs import Inputs
+from valm_kernels.visual_fusion.inputs import Gradients, Inputs
 from valm_kernels.visual_fusion.triton.autotune import choose_tiles
 from valm_kernels.visual_fusion.triton.launch import (
+    dense_strides,
     image_strides,
     kernel_constants,
     num_images,
@@ -19,11 +20,14 @@ from valm_kernels.visual_fusion.triton.launch import (
     strides,
 )
 from valm_kernels.visual_fusion.triton.primitives import (
+    IMAGE_STAGES,
     LOG2E,
     cap_slope,
     capped,
+    columns,
     image_score_terms,
     image_slots,
+    kernel,
     load_bias,
     load_images,
     load_lse,
@@ -48,7 +52,7 @@ def _dq_step(b_dq, row_values, b_s, b_k, b_v, INPUT_PRECISION: tl.constexpr):
     return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=INPUT_PRECISION)
 
 
-@triton.jit
+@kernel
 def _query_kernel(
     q,
     k,
@@ -66,16 +70,16 @@ def _query_kernel(
     lse,
     grad_out,
     grad_lse,
-    dq,
+    dq,  # None here and below: not asked for
     delta,  # (B, Hq, Tq), for _key_kernel
-    dimage_k,  # dense layout: (B, Hkv, Tq, K, D)
+    dimage_k,  # dense layout: (B, Hkv, Tq, K, D), or one such for each part of a group of heads
     dimage_v,
-    dimage_q,  # None: the images' share is part of dq
+    dimage_q,
     image_dx,  # pooled layout: dx and b, (B, Hq, K, Tq)
     image_b,
     dimage_k_bias,  # partial sums, (tiles, B, Hkv, D)
     dimage_v_bias,
-    dimage_logit_bias,  # (tiles, B, Hkv, BLOCK_G)
+    dimage_logit_bias,  # (tiles, B, Hkv, BLOCK_H)
     stride_q,  # (batch, head, position), as for all but image_k, image_v and their gradients
     stride_k,
     stride_v,
@@ -88,6 +92,7 @@ def _query_kernel(
     stride_dik,
     stride_div,
     stride_diq,
+    stride_part,  # from one part's dimage_k and dimage_v to the next
     Hkv,
     Tq,
     Tk,
@@ -99,25 +104,28 @@ def _query_kernel(
     G: tl.constexpr,
     CAUSAL: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    BLOCK_T: tl.constexpr = BLOCK_M // BLOCK_G
-    n_tiles = tl.cdiv(Tq, BLOCK_T)
+    # a tile is that many positions by that many heads of the group
+    BLOCK_H: tl.constexpr = min(BLOCK_G, BLOCK_M)
+    BLOCK_T: tl.constexpr = BLOCK_M // BLOCK_H
+    n_tiles = tl.cdiv(Tq * BLOCK_G, BLOCK_M)
     i_bh = (tl.program_id(0) // n_tiles).to(tl.int64)
     i_b, i_h = i_bh // Hkv, i_bh % Hkv
     # under a causal mask the last tiles are the longest: they start first
     i_m = n_tiles - 1 - tl.program_id(0) % n_tiles
 
-    o_t, o_h, m_row = tile_rows(i_m * BLOCK_T, i_h, Tq, G, BLOCK_G, BLOCK_M)
+    o_t, o_h, m_row = tile_rows(i_m * BLOCK_M, i_h, Tq, G, BLOCK_G, BLOCK_M)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
     # [BM, BD]
-    b_q = load_rows(q, stride_q, i_b, o_h, o_t, D, BLOCK_D)
-    b_o = load_rows(out, stride_o, i_b, o_h, o_t, D, BLOCK_D)
-    b_do = load_rows(grad_out, stride_do, i_b, o_h, o_t, D, BLOCK_D)
+    b_q = load_rows(q, stride_q, i_b, o_h, o_t, D, BLOCK_D, ALIGNED)
+    b_o = load_rows(out, stride_o, i_b, o_h, o_t, D, BLOCK_D, ALIGNED)
+    b_do = load_rows(grad_out, stride_do, i_b, o_h, o_t, D, BLOCK_D, ALIGNED)
     # [BM]
     o_row = (i_b * Hkv * G + o_h) * Tq + o_t
     b_lse = load_lse(lse, o_row, m_row)
@@ -132,25 +140,28 @@ def _query_kernel(
     if image_k is not None:
         b_u = b_q.to(tl.float32)
         if image_q is not None:
-            b_u = load_rows(image_q, stride_iq, i_b, o_h, o_t, D, BLOCK_D).to(tl.float32)
+            b_u = load_rows(image_q, stride_iq, i_b, o_h, o_t, D, BLOCK_D, ALIGNED).to(tl.float32)
         b_dof = b_do.to(tl.float32)
-        b_t0, b_logit = image_score_terms(b_u, image_k_bias, image_logit_bias, i_h, o_h, scale_log2, D, BLOCK_D)
+        b_t0, b_logit = image_score_terms(
+            b_u, image_k_bias, image_logit_bias, i_h, o_h, scale_log2, D, BLOCK_D, ALIGNED
+        )
         # what all images of a row share in db - delta, [BM]
         b_db0 = -b_delta
         if image_v_bias is not None:
-            b_db0 += tl.sum(b_dof * load_bias(image_v_bias, i_h, D, BLOCK_D)[None, :], 1)
+            b_db0 += tl.sum(b_dof * load_bias(image_v_bias, i_h, D, BLOCK_D, ALIGNED)[None, :], 1)
         b_du = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         b_dt_sum = tl.zeros([BLOCK_M], tl.float32)
         b_dx_sum = tl.zeros([BLOCK_M], tl.float32)
         b_b_sum = tl.zeros([BLOCK_M], tl.float32)
         # one row per position: where the gradients of a group's shared images go, [BT]
-        o_t1 = i_m * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
+        o_t1 = i_m * BLOCK_M // BLOCK_G + tl.arange(0, BLOCK_T).to(tl.int64)
         m_t1 = (o_t1 < Tq)[:, None] & m_d[None, :]
-        for i_k in range(0, K):
+        o_part = (i_m % (BLOCK_G // BLOCK_H)).to(tl.int64) * stride_part
+        for i_k in tl.range(0, K, num_stages=IMAGE_STAGES):
             o_slot, m_image = image_slots(image_index, image_mask, i_b, o_t, i_k, Tq, K)
             # [BM, BD]
-            b_ik = load_images(image_k, stride_ik, i_b, i_h, o_t, o_slot, m_image, D, BLOCK_D)
-            b_iv = load_images(image_v, stride_iv, i_b, i_h, o_t, o_slot, m_image, D, BLOCK_D)
+            b_ik = load_images(image_k, stride_ik, i_b, i_h, o_t, o_slot, m_image, D, BLOCK_D, ALIGNED)
+            b_iv = load_images(image_v, stride_iv, i_b, i_h, o_t, o_slot, m_image, D, BLOCK_D, ALIGNED)
             # [BM]
             b_x = capped(tl.sum(b_u * b_ik, 1) * scale_log2 + b_t0, softcap_log2)
             b_b = tl.where(m_image, tl.exp2(b_x + (b_logit - b_lse)), 0.0)
@@ -162,87 +173,79 @@ def _query_kernel(
             b_dt_sum += b_dt
             b_dx_sum += b_dx
             b_b_sum += b_b
-            if image_index is None:
+            if dimage_k is not None:
                 # [BT, BD]
-                b_dik = tl.sum(tl.reshape((b_dx * scale)[:, None] * b_u, [BLOCK_T, BLOCK_G, BLOCK_D]), 1)
-                b_div = tl.sum(tl.reshape(b_b[:, None] * b_dof, [BLOCK_T, BLOCK_G, BLOCK_D]), 1)
-                p_dik = row_pointers(dimage_k, stride_dik, i_b, i_h, o_t1) + i_k * stride_dik[3]
-                p_div = row_pointers(dimage_v, stride_div, i_b, i_h, o_t1) + i_k * stride_div[3]
-                tl.store(p_dik[:, None] + o_d[None, :], b_dik.to(dimage_k.dtype.element_ty), mask=m_t1)
-                tl.store(p_div[:, None] + o_d[None, :], b_div.to(dimage_v.dtype.element_ty), mask=m_t1)
-            else:
+                b_dik = tl.sum(tl.reshape((b_dx * scale)[:, None] * b_u, [BLOCK_T, BLOCK_H, BLOCK_D]), 1)
+                p_dik = row_pointers(dimage_k + o_part, stride_dik, i_b, i_h, o_t1) + i_k * stride_dik[3]
+                tl.store(columns(p_dik, BLOCK_D, ALIGNED), b_dik.to(dimage_k.dtype.element_ty), mask=m_t1)
+            if dimage_v is not None:
+                b_div = tl.sum(tl.reshape(b_b[:, None] * b_dof, [BLOCK_T, BLOCK_H, BLOCK_D]), 1)
+                p_div = row_pointers(dimage_v + o_part, stride_div, i_b, i_h, o_t1) + i_k * stride_div[3]
+                tl.store(columns(p_div, BLOCK_D, ALIGNED), b_div.to(dimage_v.dtype.element_ty), mask=m_t1)
+            if image_dx is not None:
                 o_coefficient = ((i_b * Hkv * G + o_h) * K + i_k) * Tq + o_t
                 tl.store(image_dx + o_coefficient, b_dx, mask=m_row)
                 tl.store(image_b + o_coefficient, b_b, mask=m_row)
         i_part = i_m * (tl.num_programs(0) // n_tiles) + i_bh
         if image_k_bias is not None:
-            b_du += b_dx_sum[:, None] * load_bias(image_k_bias, i_h, D, BLOCK_D)[None, :]
+            b_du += b_dx_sum[:, None] * load_bias(image_k_bias, i_h, D, BLOCK_D, ALIGNED)[None, :]
+        if dimage_k_bias is not None:
             tl.store(dimage_k_bias + i_part * D + o_d, tl.sum((b_dx_sum * scale)[:, None] * b_u, 0), mask=m_d)
-        if image_v_bias is not None:
+        if dimage_v_bias is not None:
             tl.store(dimage_v_bias + i_part * D + o_d, tl.sum(b_b_sum[:, None] * b_dof, 0), mask=m_d)
-        if image_logit_bias is not None:
-            o_g = tl.arange(0, BLOCK_G)
-            b_dlogit = tl.sum(tl.reshape(b_dt_sum, [BLOCK_T, BLOCK_G]), 0)
-            tl.store(dimage_logit_bias + i_part * BLOCK_G + o_g, b_dlogit)
-        if image_q is not None:
-            p_diq = row_pointers(dimage_q, stride_diq, i_b, o_h, o_t)
-            m_diq = m_row[:, None] & m_d[None, :]
-            tl.store(p_diq[:, None] + o_d[None, :], (b_du * scale).to(dimage_q.dtype.element_ty), mask=m_diq)
-        else:
+        if dimage_logit_bias is not None:
+            b_dlogit = tl.sum(tl.reshape(b_dt_sum, [BLOCK_T, BLOCK_H]), 0)
+            tl.store(dimage_logit_bias + i_part * BLOCK_H + tl.arange(0, BLOCK_H), b_dlogit)
+        if dimage_q is not None:
+            p_diq = columns(row_pointers(dimage_q, stride_diq, i_b, o_h, o_t), BLOCK_D, ALIGNED)
+            tl.store(p_diq, (b_du * scale).to(dimage_q.dtype.element_ty), mask=m_row[:, None] & m_d[None, :])
+        if image_q is None:
             b_dq = b_du
 
-    b_first, b_last = visible_keys(first_key, i_b, o_t, Tq, Tk, CAUSAL)
-    b_dq = over_key_tiles(
-        _dq_step,
-        b_dq,
-        (b_do, b_lse, b_delta, softcap_log2),
-        b_q,
-        k + i_b * stride_k[0] + i_h * stride_k[1],
-        v + i_b * stride_v[0] + i_h * stride_v[1],
-        stride_k[2],
-        stride_v[2],
-        first_key,
-        b_first,
-        b_last,
-        0,
-        Tk,
-        Tk,
-        scale_log2,
-        softcap_log2,
-        D,
-        BLOCK_D,
-        BLOCK_N,
-        INPUT_PRECISION,
-    )
-    p_dq = row_pointers(dq, stride_dq, i_b, o_h, o_t)
-    tl.store(p_dq[:, None] + o_d[None, :], (b_dq * scale).to(dq.dtype.element_ty), mask=m_row[:, None] & m_d[None, :])
+    if dq is not None:
+        b_first, b_last = visible_keys(first_key, i_b, o_t, Tq, Tk, CAUSAL)
+        b_dq = over_key_tiles(
+            _dq_step,
+            b_dq,
+            (b_do, b_lse, b_delta, softcap_log2),
+            b_q,
+            k + i_b * stride_k[0] + i_h * stride_k[1],
+            v + i_b * stride_v[0] + i_h * stride_v[1],
+            stride_k[2],
+            stride_v[2],
+            first_key,
+            b_first,
+            b_last,
+            0,
+            Tk,
+            Tk,
+            scale_log2,
+            softcap_log2,
+            D,
+            BLOCK_D,
+            BLOCK_N,
+            ALIGNED,
+            INPUT_PRECISION,
+        )
+        p_dq = columns(row_pointers(dq, stride_dq, i_b, o_h, o_t), BLOCK_D, ALIGNED)
+        tl.store(p_dq, (b_dq * scale).to(dq.dtype.element_ty), mask=m_row[:, None] & m_d[None, :])
 
 
 @dataclass(frozen=True)
-class QueryResults:
-    """What `query_gradients` computes besides the gradients it fills, all float32; None where an input is absent."""
+class ForPool:
+    """What `pool_gradients` needs of every slot, (B, Hq, K, Tq) float32: dx and b of backward.py."""
 
-    delta: Tensor  # (B, Hq, Tq)
-    image_dx: Tensor | None  # pooled layout: dx and b, (B, Hq, K, Tq)
-    image_b: Tensor | None
-    # one partial sum of the bias gradients per program
-    image_k_bias: Tensor | None  # (tiles, B, Hkv, D)
-    image_v_bias: Tensor | None
-    image_logit_bias: Tensor | None  # (tiles, B, Hkv, BLOCK_G)
+    image_dx: Tensor
+    image_b: Tensor
 
 
 def query_gradients(
-    inputs: Inputs,
-    out: Tensor,
-    lse: Tensor,
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    dq: Tensor,
-    dimage_k: Tensor | None,
-    dimage_v: Tensor | None,
-    dimage_q: Tensor | None,
-) -> QueryResults:
-    """Fills dq, dimage_q and, in the dense layout, dimage_k and dimage_v; inputs are those of `kernel_inputs`."""
+    inputs: Inputs, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, gradients: Gradients
+) -> tuple[Tensor, ForPool | None]:
+    """Fills all gradients that are not None but those of k, v and a pool; inputs are those of `kernel_inputs`.
+
+    Returns delta (B, Hq, Tq) float32, and what the gradients of a pool are computed from where these are wanted.
+    """
     q, k, v, image_k, image_v, image_q, image_index, *_ = inputs
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, k_len = k.shape[1:3]
@@ -250,42 +253,47 @@ def query_gradients(
     constants = kernel_constants(q, k, inputs.causal)
     block_g = constants["BLOCK_G"]
     images = num_images(image_k, image_index)
+    pool_wanted = pooled and (gradients.image_k is not None or gradients.image_v is not None)
 
     def scratch(wanted: bool, *size: int) -> Tensor | None:
         return torch.empty(size, dtype=torch.float32, device=q.device) if wanted else None
 
-    def launch(tiles: Tiles) -> QueryResults:
-        block_m = max(tiles.block_m, block_g)
-        row_tiles = triton.cdiv(q_len * block_g, block_m)
-        results = QueryResults(
-            delta=torch.empty(batch, q_heads, q_len, dtype=torch.float32, device=q.device),
-            image_dx=scratch(pooled, batch, q_heads, images, q_len),
-            image_b=scratch(pooled, batch, q_heads, images, q_len),
-            image_k_bias=scratch(inputs.image_k_bias is not None, row_tiles, batch, kv_heads, head_dim),
-            image_v_bias=scratch(inputs.image_v_bias is not None, row_tiles, batch, kv_heads, head_dim),
-            image_logit_bias=scratch(inputs.image_logit_bias is not None, row_tiles, batch, kv_heads, block_g),
+    def launch(tiles: Tiles) -> tuple[Tensor, ForPool | None]:
+        row_tiles = triton.cdiv(q_len * block_g, tiles.block_m)
+        block_h = min(block_g, tiles.block_m)
+        parts = block_g // block_h  # tiles among which the heads of a group are divided
+        delta = torch.empty(batch, q_heads, q_len, dtype=torch.float32, device=q.device)
+        image_dx, image_b = (scratch(pool_wanted, batch, q_heads, images, q_len) for _ in range(2))
+        dense = [None if pooled else g for g in (gradients.image_k, gradients.image_v)]
+        if parts > 1:
+            # a dense image belongs to all heads of its group: the sum over each part of them is a result of its own
+            dense = [scratch(g is not None, parts, batch, kv_heads, q_len, images, head_dim) for g in dense]
+        k_bias, v_bias = (
+            scratch(g is not None, row_tiles, batch, kv_heads, head_dim)
+            for g in (gradients.image_k_bias, gradients.image_v_bias)
         )
+        logit_bias = scratch(gradients.image_logit_bias is not None, row_tiles, batch, kv_heads, block_h)
         _query_kernel[(row_tiles * batch * kv_heads,)](
             *inputs.tensors,
             out,
             lse,
             grad_out,
             grad_lse,
-            dq,
-            results.delta,
-            dimage_k,
-            dimage_v,
-            dimage_q,
-            results.image_dx,
-            results.image_b,
-            results.image_k_bias,
-            results.image_v_bias,
-            results.image_logit_bias,
+            gradients.q,
+            delta,
+            *dense,
+            gradients.image_q,
+            image_dx,
+            image_b,
+            k_bias,
+            v_bias,
+            logit_bias,
             *(strides(x) for x in (q, k, v)),
             *(image_strides(x, pooled) for x in (image_k, image_v)),
-            *(strides(x) for x in (image_q, out, grad_out, dq)),
-            *(image_strides(x, pooled) for x in (dimage_k, dimage_v)),
-            strides(dimage_q),
+            *(strides(x) for x in (image_q, out, grad_out, gradients.q)),
+            *(dense_strides(x) for x in dense),
+            strides(gradients.image_q),
+            0 if parts == 1 else batch * kv_heads * q_len * images * head_dim,
             kv_heads,
             q_len,
             k_len,
@@ -294,10 +302,22 @@ def query_gradients(
             inputs.scale * LOG2E.value,
             softcap_log2(inputs),
             **constants,
-            BLOCK_M=block_m,
+            BLOCK_M=tiles.block_m,
             BLOCK_N=tiles.block_n,
             **tiles.options(),
         )
-        return results
+        if parts > 1:
+            for gradient, partial in zip((gradients.image_k, gradients.image_v), dense, strict=True):
+                if gradient is not None and partial is not None:
+                    gradient.copy_(partial.sum(0))
+        for gradient, partial in ((gradients.image_k_bias, k_bias), (gradients.image_v_bias, v_bias)):
+            if gradient is not None and partial is not None:
+                gradient.copy_(partial.sum((0, 1)))
+        if gradients.image_logit_bias is not None and logit_bias is not None:
+            # tiles of one part follow each other at a distance of `parts`; a group's rows are padded to a power of two
+            of_heads = logit_bias.view(-1, parts, batch, kv_heads, block_h).sum((0, 2)).transpose(0, 1)
+            of_heads = of_heads.reshape(kv_heads, block_g)[:, : q_heads // kv_heads]
+            gradients.image_logit_bias.copy_(of_heads.reshape(-1))
+        return delta, None if image_dx is None or image_b is None else ForPool(image_dx, image_b)
 
-    return launch(choose_tiles("query", q, launch))
+    return launch(choose_tiles("query", inputs, launch))

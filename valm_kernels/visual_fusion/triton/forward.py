@@ -13,8 +13,8 @@ The text keys are shared by all rows of the tile and go through tensor-core prod
 algorithm 1). image_k_bias adds the same u.image_k_bias to every image product, and image_v_bias is weighted by the sum
 of the image weights, which after the image loop is l: neither bias is ever added to an image vector.
 
-Where too few tiles exist to fill the chip (decoding) the keys that a tile may see are split; each split writes a
-float32 partial result with its own lse, and `_merge_kernel` joins them. Split 0 takes the images.
+Where too few tiles exist to fill the chip (decoding) the keys that a tile may see are split, and the images are one
+more split, the last; each writes a float32 partial result with its own lse, and `_merge_kernel` joins them.
 """
 
 from __future__ import annotations
@@ -39,11 +39,14 @@ from valm_kernels.visual_fusion.triton.launch import (
     strides,
 )
 from valm_kernels.visual_fusion.triton.primitives import (
+    IMAGE_STAGES,
     LN2,
     LOG2E,
     capped,
+    columns,
     image_score_terms,
     image_slots,
+    kernel,
     load_bias,
     load_images,
     load_rows,
@@ -68,11 +71,15 @@ MIN_KEYS_PER_SPLIT = 256
 MAX_SPLITS = 64
 
 
-def key_splits(programs: int, k_len: int, multiprocessors: int) -> int:
-    """Into how many parts the keys are split, where the programs leave multiprocessors idle: two programs for each."""
+def splits_of(programs: int, k_len: int, has_images: bool, multiprocessors: int) -> int:
+    """Into how many parts the keys and images are split.
+
+    Where the programs leave multiprocessors idle, two programs for each; the images are then a part of their own.
+    """
     if programs >= multiprocessors:
         return 1
-    return max(1, min(triton.cdiv(2 * multiprocessors, programs), k_len // MIN_KEYS_PER_SPLIT, MAX_SPLITS))
+    most = MAX_SPLITS - has_images
+    return max(1, min(triton.cdiv(2 * multiprocessors, programs), k_len // MIN_KEYS_PER_SPLIT, most)) + has_images
 
 
 @triton.jit
@@ -87,7 +94,7 @@ def _softmax_step(carry, row_values, b_s, b_k, b_v, INPUT_PRECISION: tl.constexp
     return b_acc, b_m_new, b_l
 
 
-@triton.jit
+@kernel
 def _forward_kernel(
     q,
     k,
@@ -121,23 +128,22 @@ def _forward_kernel(
     G: tl.constexpr,
     CAUSAL: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    n_tiles = tl.cdiv(Tq, BLOCK_M // BLOCK_G)
+    n_tiles = tl.cdiv(Tq * BLOCK_G, BLOCK_M)
     i_bh = (tl.program_id(0) // n_tiles).to(tl.int64)
     i_b, i_h = i_bh // Hkv, i_bh % Hkv
     # under a causal mask the last tiles are the longest: they start first
     i_m = n_tiles - 1 - tl.program_id(0) % n_tiles
     i_s = tl.program_id(1).to(tl.int64)
 
-    o_t, o_h, m_row = tile_rows(i_m * (BLOCK_M // BLOCK_G), i_h, Tq, G, BLOCK_G, BLOCK_M)
-    o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < D
+    o_t, o_h, m_row = tile_rows(i_m * BLOCK_M, i_h, Tq, G, BLOCK_G, BLOCK_M)
     # [BM, BD]
-    b_q = load_rows(q, stride_q, i_b, o_h, o_t, D, BLOCK_D)
+    b_q = load_rows(q, stride_q, i_b, o_h, o_t, D, BLOCK_D, ALIGNED)
 
     b_m = tl.full([BLOCK_M], NO_SCORE, tl.float32)
     b_l = tl.zeros([BLOCK_M], tl.float32)
@@ -146,13 +152,16 @@ def _forward_kernel(
     if image_k is not None:
         b_u = b_q.to(tl.float32)
         if image_q is not None:
-            b_u = load_rows(image_q, stride_iq, i_b, o_h, o_t, D, BLOCK_D).to(tl.float32)
-        b_t0, b_logit = image_score_terms(b_u, image_k_bias, image_logit_bias, i_h, o_h, scale_log2, D, BLOCK_D)
-        for i_k in range(0, tl.where(i_s == 0, K, 0)):
+            b_u = load_rows(image_q, stride_iq, i_b, o_h, o_t, D, BLOCK_D, ALIGNED).to(tl.float32)
+        b_t0, b_logit = image_score_terms(
+            b_u, image_k_bias, image_logit_bias, i_h, o_h, scale_log2, D, BLOCK_D, ALIGNED
+        )
+        n_images = tl.where(i_s == tl.num_programs(1) - 1, K, 0)
+        for i_k in tl.range(0, n_images, num_stages=IMAGE_STAGES):
             o_slot, m_image = image_slots(image_index, image_mask, i_b, o_t, i_k, Tq, K)
             # [BM, BD]
-            b_ik = load_images(image_k, stride_ik, i_b, i_h, o_t, o_slot, m_image, D, BLOCK_D)
-            b_iv = load_images(image_v, stride_iv, i_b, i_h, o_t, o_slot, m_image, D, BLOCK_D)
+            b_ik = load_images(image_k, stride_ik, i_b, i_h, o_t, o_slot, m_image, D, BLOCK_D, ALIGNED)
+            b_iv = load_images(image_v, stride_iv, i_b, i_h, o_t, o_slot, m_image, D, BLOCK_D, ALIGNED)
             # [BM]
             b_t = capped(tl.sum(b_u * b_ik, 1) * scale_log2 + b_t0, softcap_log2) + b_logit
             b_t = tl.where(m_image, b_t, float("-inf"))
@@ -163,13 +172,16 @@ def _forward_kernel(
             b_acc = b_acc * b_alpha[:, None] + b_p[:, None] * b_iv
             b_m = b_m_new
         if image_v_bias is not None:
-            b_acc += b_l[:, None] * load_bias(image_v_bias, i_h, D, BLOCK_D)[None, :]
+            b_acc += b_l[:, None] * load_bias(image_v_bias, i_h, D, BLOCK_D, ALIGNED)[None, :]
 
     b_first, b_last = visible_keys(first_key, i_b, o_t, Tq, Tk, CAUSAL)
     # in a sliding window that is a small part of all keys
     lo = tl.min(b_first, 0) // BLOCK_N * BLOCK_N
     hi = tl.maximum(tl.max(b_last, 0) + 1, lo)
-    split_keys = tl.cdiv(tl.cdiv(hi - lo, tl.num_programs(1)), BLOCK_N) * BLOCK_N
+    n_splits = tl.num_programs(1)
+    if image_k is not None:
+        n_splits = tl.maximum(n_splits - 1, 1)
+    split_keys = tl.cdiv(tl.cdiv(hi - lo, n_splits), BLOCK_N) * BLOCK_N
     lo += tl.program_id(1) * split_keys
     hi = tl.minimum(lo + split_keys, hi)
     b_acc, b_m, b_l = over_key_tiles(
@@ -192,6 +204,7 @@ def _forward_kernel(
         D,
         BLOCK_D,
         BLOCK_N,
+        ALIGNED,
         INPUT_PRECISION,
     )
 
@@ -201,12 +214,13 @@ def _forward_kernel(
     b_acc = b_acc / b_l[:, None]
     b_lse = tl.where(b_seen, (b_m + tl.log2(b_l)) * LN2, float("-inf"))
     p_o = row_pointers(out + i_s * stride_part, stride_o, i_b, o_h, o_t)
-    tl.store(p_o[:, None] + o_d[None, :], b_acc.to(out.dtype.element_ty), mask=m_row[:, None] & m_d[None, :])
+    m_o = m_row[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
+    tl.store(columns(p_o, BLOCK_D, ALIGNED), b_acc.to(out.dtype.element_ty), mask=m_o)
     p_l = lse + ((i_s * (tl.num_programs(0) // n_tiles) + i_b * Hkv) * G + o_h) * Tq + o_t
     tl.store(p_l, b_lse, mask=m_row)
 
 
-@triton.jit
+@kernel
 def _merge_kernel(
     out_part,  # (splits, rows, D) float32
     lse_part,  # (splits, rows) float32
@@ -259,9 +273,8 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     lse = torch.empty(batch, q_heads, q_len, dtype=torch.float32, device=q.device)
 
     def launch(tiles: Tiles) -> None:
-        block_m = max(tiles.block_m, block_g)
-        programs = triton.cdiv(q_len * block_g, block_m) * batch * kv_heads
-        splits = key_splits(programs, k_len, multiprocessors(q.device))
+        programs = triton.cdiv(q_len * block_g, tiles.block_m) * batch * kv_heads
+        splits = splits_of(programs, k_len, image_k is not None, multiprocessors(q.device))
         if splits == 1:
             out_part, lse_part = out.unsqueeze(0), lse
         else:
@@ -284,7 +297,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
                 inputs.scale * LOG2E.value,
                 softcap_log2(inputs),
                 **constants,
-                BLOCK_M=block_m,
+                BLOCK_M=tiles.block_m,
                 BLOCK_N=tiles.block_n,
                 **tiles.options(),
             )
@@ -302,10 +315,10 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
                     splits,
                     D=head_dim,
                     BLOCK_D=constants["BLOCK_D"],
-                    BLOCK_S=triton.next_power_of_2(splits),
+                    BLOCK_S=MAX_SPLITS,
                     num_warps=1,
                     enable_fp_fusion=True,
                 )
 
-    launch(choose_tiles(kernel, q, launch))
+    launch(choose_tiles(kernel, inputs, launch))
     return out, lse

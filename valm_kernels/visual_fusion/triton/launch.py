@@ -9,15 +9,38 @@ import triton
 from torch import Tensor
 
 from valm_kernels.visual_fusion.inputs import Inputs
-from valm_kernels.visual_fusion.layout import whole_rows
 from valm_kernels.visual_fusion.triton.primitives import LOG2E
 from valm_kernels.visual_fusion.triton.tiles import block_d
 
+# Bytes of the widest load and store.
+VECTOR = 16
+
 
 def kernel_inputs(inputs: Inputs) -> Inputs:
-    """The inputs as kernels read them: rows are contiguous, the small tensors have no gaps."""
-    rows = (None if x is None else whole_rows(x) for x in inputs.tensors[:6])
-    return Inputs._make([*rows, *(contiguous(x) for x in inputs.tensors[6:]), *inputs[len(inputs.tensors) :]])
+    """The inputs as kernels read them: rows are contiguous and aligned, the small tensors have no gaps."""
+    rows = (None if x is None else aligned_rows(x) for x in inputs.tensors[:6])
+    small = (None if x is None else aligned_rows(x.contiguous()) for x in inputs.tensors[6:])
+    return Inputs._make([*rows, *small, *inputs[len(inputs.tensors) :]])
+
+
+def aligned_rows(x: Tensor) -> Tensor:
+    """The tensor itself, or a contiguous copy where its last dimension is strided or some row starts off a border of
+    vectors although rows of its size need not."""
+    rows, itemsize = x.stride(), x.element_size()
+    if rows[-1] != 1:
+        return x.contiguous()
+    if not _has_vectors(x):
+        return x
+    # the stride of a single row means nothing
+    sizes = zip(x.shape[:-1], rows[:-1], strict=True)
+    if x.data_ptr() % VECTOR or any(size > 1 and stride * itemsize % VECTOR for size, stride in sizes):
+        return x.clone(memory_format=torch.contiguous_format)
+    return x
+
+
+def _has_vectors(x: Tensor) -> bool:
+    """Whether rows of this size, one after the other, all start on a border of vectors."""
+    return x.shape[-1] * x.element_size() % VECTOR == 0
 
 
 def kernel_constants(q: Tensor, k: Tensor, causal: bool) -> dict[str, Any]:
@@ -27,6 +50,7 @@ def kernel_constants(q: Tensor, k: Tensor, causal: bool) -> dict[str, Any]:
         "D": head_dim,
         "G": group,
         "CAUSAL": causal,
+        "ALIGNED": _has_vectors(q),
         # one tf32 term keeps 11 bits of a float32 product, three keep nearly all
         "INPUT_PRECISION": "tf32x3" if q.dtype == torch.float32 else "ieee",
         "BLOCK_D": block_d(head_dim),
@@ -53,11 +77,17 @@ def strides(x: Tensor | None) -> tuple[int, int, int]:
 
 def image_strides(image: Tensor | None, pooled: bool) -> tuple[int, int, int, int]:
     """Strides (batch, head, position, slot) by which the kernels address a dense image tensor or a pool."""
+    if image is not None and pooled:
+        return 0, image.stride(0), 0, image.stride(1)
+    return dense_strides(image)
+
+
+def dense_strides(image: Tensor | None) -> tuple[int, int, int, int]:
+    """Strides (batch, head, position, slot) of a tensor with these and D as its last dimensions."""
     if image is None:
         return 0, 0, 0, 0
-    if pooled:
-        return 0, image.stride(0), 0, image.stride(1)
-    return image.stride(0), image.stride(1), image.stride(2), image.stride(3)
+    *_, batch, head, position, slot, _ = image.stride()
+    return batch, head, position, slot
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:

@@ -3,13 +3,18 @@
 A program owns BLOCK_M rows. A row is one query of one head; the heads of a group (grouped-query attention) are
 neighbouring rows, so that a key or value tile is loaded once for all of them:
 
-    row m of a tile that starts at position t  ->  position t + m / BLOCK_G,   head i_h * G + m % BLOCK_G
+    row r  ->  position r / BLOCK_G,   head i_h * G + r % BLOCK_G
 
-BLOCK_G is the group size G rounded up to a power of two. Rows past the last position or head repeat the last one, so
-loads need no mask; such rows are masked only where something is stored or summed.
+BLOCK_G is the group size G rounded up to a power of two. Where it is larger than BLOCK_M a tile has a part of one
+position's heads. Rows past the last position or head repeat the last one, so loads need no mask; such rows are masked
+only where something is stored or summed.
 """
 
 from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -18,13 +23,29 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
+# Stages of the loop over a row's images. With two, as in every loop here, Triton copies the next step's data when the
+# work on this one is done, and waits for it at once: only a third lets copies and work overlap.
+IMAGE_STAGES = tl.constexpr(3)
+
+
+def kernel(function: Callable) -> Any:
+    """`triton.jit` for a kernel that is compiled once whatever the values of its arguments.
+
+    By default Triton compiles anew where an integer turns 1 or a multiple of 16, or a pointer is aligned otherwise.
+    During generation the number of keys takes every value: each new variant would be a stall of seconds, and fatal to a
+    CUDA graph. The alignment that loads need is stated where they are (`columns`).
+    """
+    parameters = inspect.signature(function).parameters.values()
+    runtime = [p.name for p in parameters if "constexpr" not in str(p.annotation)]
+    return triton.jit(function, do_not_specialize=runtime)
+
 
 @triton.jit
-def tile_rows(i_t, i_h, Tq, G: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Position and head (int64 [BM]) of the rows of the tile at position i_t, and whether they are rows at all."""
-    o_m = tl.arange(0, BLOCK_M)
-    o_t = i_t + o_m // BLOCK_G
-    o_g = o_m % BLOCK_G
+def tile_rows(i_r, i_h, Tq, G: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Position and head (int64 [BM]) of the rows from row i_r on, and whether they are rows at all."""
+    o_r = i_r + tl.arange(0, BLOCK_M)
+    o_t = o_r // BLOCK_G
+    o_g = o_r % BLOCK_G
     m_row = (o_t < Tq) & (o_g < G)
     o_t = tl.minimum(o_t, Tq - 1).to(tl.int64)
     o_h = i_h * G + tl.minimum(o_g, G - 1)
@@ -38,11 +59,23 @@ def row_pointers(x, stride, i_b, o_h, o_t):
 
 
 @triton.jit
-def load_rows(x, stride, i_b, o_h, o_t, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def columns(p_row, BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr):
+    """Pointers to the elements [BM, BD] of rows that begin at p_row [BM].
+
+    The compiler cannot always see that rows are contiguous and aligned, and then loads element by element: behind loop
+    bounds that were loaded, and where D is no multiple of 16.
+    """
+    p = p_row[:, None] + tl.arange(0, BLOCK_D)[None, :]
+    if ALIGNED:
+        p = tl.max_contiguous(tl.multiple_of(p, [1, 16]), [1, 16])
+    return p
+
+
+@triton.jit
+def load_rows(x, stride, i_b, o_h, o_t, D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr):
     """Rows of x, [BM, BD]."""
-    o_d = tl.arange(0, BLOCK_D)
     p_row = row_pointers(x, stride, i_b, o_h, o_t)
-    return tl.load(p_row[:, None] + o_d[None, :], mask=(o_d < D)[None, :], other=0.0)
+    return tl.load(columns(p_row, BLOCK_D, ALIGNED), mask=(tl.arange(0, BLOCK_D) < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -124,6 +157,7 @@ def over_key_tiles(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    ALIGNED: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     """Calls `step` on every key tile within keys lo..hi that the rows see, with its scores b_s [BM, BN].
@@ -131,8 +165,7 @@ def over_key_tiles(
     Scores are in units of log 2, and -inf where a row does not see the key.
     """
     begin, full_begin, full_end, end = key_tile_range(b_first, b_last, lo, hi, BLOCK_N)
-    o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < D
+    m_d = tl.arange(0, BLOCK_D) < D
     # without first_key every row sees the keys from lo on, and only the end needs a mask
     for i_part in tl.static_range(0 if first_key is not None else 1, 3):
         part_begin = begin if i_part == 0 else (full_begin if i_part == 1 else full_end)
@@ -142,10 +175,10 @@ def over_key_tiles(
             m_n = m_d[None, :]
             if i_part != 1:
                 m_n = m_n & (o_n < Tk)[:, None]
-            o_row = o_n.to(tl.int64)[:, None]
+            o_row = o_n.to(tl.int64)
             # [BN, BD]
-            b_k = tl.load(p_k + o_row * stride_kn + o_d[None, :], mask=m_n, other=0.0)
-            b_v = tl.load(p_v + o_row * stride_vn + o_d[None, :], mask=m_n, other=0.0)
+            b_k = tl.load(columns(p_k + o_row * stride_kn, BLOCK_D, ALIGNED), mask=m_n, other=0.0)
+            b_v = tl.load(columns(p_v + o_row * stride_vn, BLOCK_D, ALIGNED), mask=m_n, other=0.0)
             # [BM, BN]
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision=INPUT_PRECISION) * scale_log2
             b_s = capped(b_s, softcap_log2)
@@ -175,30 +208,42 @@ def image_slots(image_index, image_mask, i_b, o_t, i_k, Tq, K):
 
 
 @triton.jit
-def load_images(image, stride, i_b, i_h, o_t, o_slot, m_image, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_images(
+    image, stride, i_b, i_h, o_t, o_slot, m_image, D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr
+):
     """One image of each row, float32 [BM, BD]; zeros where there is none."""
-    o_d = tl.arange(0, BLOCK_D)
     p_image = row_pointers(image, stride, i_b, i_h, o_t) + o_slot * stride[3]
-    m_image = m_image[:, None] & (o_d < D)[None, :]
-    return tl.load(p_image[:, None] + o_d[None, :], mask=m_image, other=0.0).to(tl.float32)
+    m_image = m_image[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
+    return tl.load(columns(p_image, BLOCK_D, ALIGNED), mask=m_image, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def load_bias(bias, i_h, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_bias(bias, i_h, D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr):
     """The bias of head i_h, float32 [BD]."""
     o_d = tl.arange(0, BLOCK_D)
-    return tl.load(bias + i_h * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+    p_bias = bias + i_h * D + o_d
+    if ALIGNED:
+        p_bias = tl.max_contiguous(tl.multiple_of(p_bias, 16), 16)
+    return tl.load(p_bias, mask=o_d < D, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def image_score_terms(
-    b_u, image_k_bias, image_logit_bias, i_h, o_h, scale_log2, D: tl.constexpr, BLOCK_D: tl.constexpr
+    b_u,
+    image_k_bias,
+    image_logit_bias,
+    i_h,
+    o_h,
+    scale_log2,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """What all image scores of a row share, in units of log 2 ([BM] each): u.image_k_bias and image_logit_bias."""
     b_product = tl.zeros(o_h.shape, tl.float32)
     b_logit = tl.zeros(o_h.shape, tl.float32)
     if image_k_bias is not None:
-        b_product = tl.sum(b_u * load_bias(image_k_bias, i_h, D, BLOCK_D)[None, :], 1) * scale_log2
+        b_product = tl.sum(b_u * load_bias(image_k_bias, i_h, D, BLOCK_D, ALIGNED)[None, :], 1) * scale_log2
     if image_logit_bias is not None:
         b_logit = tl.load(image_logit_bias + o_h).to(tl.float32) * LOG2E
     return b_product, b_logit

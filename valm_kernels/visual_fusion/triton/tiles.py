@@ -3,6 +3,7 @@
 Not yet measured on a card. Each entry was chosen by what the compiler reports (benchmarks/records/triton_compile.csv):
 of the candidates that spill no register and allow at least eight warps resident per multiprocessor, the one whose tiles
 reuse most. Where float32 at D = 256 has no such candidate, the smallest tiles stand; the table has their figures.
+Three stages, as with two Triton copies the next tile when the work on this one is done, and waits for it at once.
 VALM_KERNELS_AUTOTUNE=1 measures around these entries on the card that is there (autotune.py).
 """
 
@@ -32,36 +33,36 @@ class Tiles:
 # By (kernel, bytes of an element, architecture): the tiles for D up to 64, 128 and 256. The entries of 80 stay within
 # 99 KiB of shared memory, so that they serve compute capabilities 8.6, 8.9 and 12.x too.
 _TILES: dict[tuple[str, int, int], tuple[Tiles, Tiles, Tiles]] = {
-    ("forward", 2, 80): (Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 3), Tiles(32, 64, 8, 2)),
-    ("forward", 2, 90): (Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 3), Tiles(32, 64, 8, 2)),
-    ("forward", 2, 100): (Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 3), Tiles(32, 64, 8, 2)),
-    ("forward", 4, 80): (Tiles(32, 32, 4, 2), Tiles(32, 16, 8, 2), Tiles(16, 16, 8, 2)),
-    ("forward", 4, 90): (Tiles(64, 32, 8, 2), Tiles(32, 16, 8, 1), Tiles(16, 16, 8, 2)),
-    ("forward", 4, 100): (Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 2), Tiles(16, 16, 8, 2)),
+    ("forward", 2, 80): (Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 3), Tiles(32, 64, 8, 3)),
+    ("forward", 2, 90): (Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 3), Tiles(32, 64, 8, 3)),
+    ("forward", 2, 100): (Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 3), Tiles(32, 64, 8, 3)),
+    ("forward", 4, 80): (Tiles(32, 32, 4, 3), Tiles(32, 16, 8, 3), Tiles(16, 16, 8, 2)),
+    ("forward", 4, 90): (Tiles(64, 32, 8, 3), Tiles(32, 16, 8, 3), Tiles(16, 16, 8, 2)),
+    ("forward", 4, 100): (Tiles(64, 32, 8, 3), Tiles(32, 32, 8, 3), Tiles(16, 16, 8, 2)),
     ("decode", 2, 80): (Tiles(16, 128, 4, 3), Tiles(16, 64, 4, 3), Tiles(16, 32, 4, 3)),
     ("decode", 2, 90): (Tiles(16, 128, 4, 3), Tiles(16, 64, 4, 3), Tiles(16, 32, 4, 3)),
     ("decode", 2, 100): (Tiles(16, 128, 4, 3), Tiles(16, 64, 4, 3), Tiles(16, 32, 4, 3)),
-    ("decode", 4, 80): (Tiles(16, 32, 4, 2), Tiles(16, 32, 4, 2), Tiles(16, 16, 8, 2)),
-    ("decode", 4, 90): (Tiles(16, 64, 4, 2), Tiles(16, 32, 4, 2), Tiles(16, 16, 8, 2)),
-    ("decode", 4, 100): (Tiles(16, 64, 4, 2), Tiles(16, 32, 4, 2), Tiles(16, 16, 8, 2)),
-    ("query", 2, 80): (Tiles(64, 64, 8, 2), Tiles(32, 32, 8, 2), Tiles(16, 32, 8, 2)),
-    ("query", 2, 90): (Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(16, 32, 8, 2)),
-    ("query", 2, 100): (Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(16, 32, 8, 2)),
-    ("query", 4, 80): (Tiles(32, 32, 8, 2), Tiles(16, 32, 8, 2), Tiles(16, 16, 8, 1)),
-    ("query", 4, 90): (Tiles(32, 32, 8, 2), Tiles(16, 32, 8, 2), Tiles(16, 16, 8, 1)),
-    ("query", 4, 100): (Tiles(32, 32, 8, 2), Tiles(16, 32, 8, 2), Tiles(16, 16, 8, 1)),
-    ("key", 2, 80): (Tiles(32, 64, 4, 2), Tiles(32, 64, 8, 2), Tiles(16, 32, 8, 2)),
-    ("key", 2, 90): (Tiles(64, 128, 8, 2), Tiles(64, 64, 4, 2), Tiles(16, 32, 8, 2)),
-    ("key", 2, 100): (Tiles(64, 128, 8, 2), Tiles(64, 64, 8, 2), Tiles(16, 32, 8, 2)),
-    ("key", 4, 80): (Tiles(32, 32, 8, 2), Tiles(32, 16, 8, 2), Tiles(16, 16, 8, 1)),
-    ("key", 4, 90): (Tiles(32, 32, 8, 2), Tiles(32, 16, 8, 2), Tiles(16, 16, 8, 1)),
-    ("key", 4, 100): (Tiles(32, 32, 8, 2), Tiles(32, 16, 8, 2), Tiles(16, 16, 8, 1)),
-    ("key softcap", 2, 80): (Tiles(32, 64, 4, 2), Tiles(32, 32, 8, 2), Tiles(16, 32, 8, 2)),
-    ("key softcap", 2, 90): (Tiles(64, 128, 8, 2), Tiles(32, 64, 8, 2), Tiles(16, 32, 8, 2)),
-    ("key softcap", 2, 100): (Tiles(64, 128, 8, 2), Tiles(32, 64, 8, 2), Tiles(16, 32, 8, 2)),
-    ("key softcap", 4, 80): (Tiles(32, 32, 8, 2), Tiles(32, 16, 8, 2), Tiles(16, 16, 8, 1)),
-    ("key softcap", 4, 90): (Tiles(32, 32, 8, 2), Tiles(32, 16, 8, 2), Tiles(16, 16, 8, 1)),
-    ("key softcap", 4, 100): (Tiles(32, 32, 8, 2), Tiles(32, 16, 8, 2), Tiles(16, 16, 8, 1)),
+    ("decode", 4, 80): (Tiles(16, 32, 4, 3), Tiles(16, 32, 4, 3), Tiles(16, 16, 8, 2)),
+    ("decode", 4, 90): (Tiles(16, 64, 4, 3), Tiles(16, 32, 4, 3), Tiles(16, 16, 8, 2)),
+    ("decode", 4, 100): (Tiles(16, 64, 4, 3), Tiles(16, 32, 4, 3), Tiles(16, 16, 8, 2)),
+    ("query", 2, 80): (Tiles(64, 64, 8, 3), Tiles(32, 32, 8, 3), Tiles(16, 32, 8, 3)),
+    ("query", 2, 90): (Tiles(128, 64, 8, 3), Tiles(64, 32, 8, 3), Tiles(16, 32, 8, 3)),
+    ("query", 2, 100): (Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 3), Tiles(16, 32, 8, 3)),
+    ("query", 4, 80): (Tiles(32, 32, 8, 3), Tiles(16, 32, 8, 3), Tiles(16, 16, 8, 1)),
+    ("query", 4, 90): (Tiles(32, 32, 8, 3), Tiles(16, 32, 8, 3), Tiles(16, 16, 8, 1)),
+    ("query", 4, 100): (Tiles(32, 32, 8, 3), Tiles(16, 32, 8, 3), Tiles(16, 16, 8, 1)),
+    ("key", 2, 80): (Tiles(32, 64, 4, 3), Tiles(32, 64, 8, 3), Tiles(16, 32, 8, 3)),
+    ("key", 2, 90): (Tiles(64, 128, 8, 3), Tiles(32, 128, 8, 3), Tiles(16, 32, 8, 3)),
+    ("key", 2, 100): (Tiles(64, 128, 8, 3), Tiles(64, 64, 8, 3), Tiles(16, 32, 8, 3)),
+    ("key", 4, 80): (Tiles(32, 32, 8, 3), Tiles(32, 16, 8, 3), Tiles(16, 16, 8, 1)),
+    ("key", 4, 90): (Tiles(32, 32, 8, 3), Tiles(32, 16, 8, 3), Tiles(16, 16, 8, 1)),
+    ("key", 4, 100): (Tiles(32, 32, 8, 3), Tiles(32, 16, 8, 3), Tiles(16, 16, 8, 1)),
+    ("key softcap", 2, 80): (Tiles(32, 64, 4, 3), Tiles(32, 32, 8, 3), Tiles(16, 32, 8, 3)),
+    ("key softcap", 2, 90): (Tiles(64, 128, 8, 3), Tiles(32, 64, 8, 3), Tiles(16, 32, 8, 3)),
+    ("key softcap", 2, 100): (Tiles(64, 128, 8, 3), Tiles(32, 64, 8, 3), Tiles(16, 32, 8, 3)),
+    ("key softcap", 4, 80): (Tiles(32, 32, 8, 3), Tiles(32, 16, 8, 3), Tiles(16, 16, 8, 1)),
+    ("key softcap", 4, 90): (Tiles(32, 32, 8, 3), Tiles(32, 16, 8, 3), Tiles(16, 16, 8, 1)),
+    ("key softcap", 4, 100): (Tiles(32, 32, 8, 3), Tiles(32, 16, 8, 3), Tiles(16, 16, 8, 1)),
 }
 
 

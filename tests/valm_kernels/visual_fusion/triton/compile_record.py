@@ -18,7 +18,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass, fields
 from functools import cache
 from itertools import product
@@ -31,9 +31,10 @@ import triton
 from torch import Tensor
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
-from valm_kernels.visual_fusion.inputs import Inputs
+from valm_kernels.visual_fusion.inputs import Gradients, Inputs
 from valm_kernels.visual_fusion.triton import (
     autotune,
     backward,
@@ -44,6 +45,8 @@ from valm_kernels.visual_fusion.triton import (
 )
 
 TABLE = Path(__file__).parents[4] / "benchmarks" / "records" / "triton_compile.csv"
+IMAGES = ("image_k", "image_v", "image_index", "image_mask")
+BIASES = ("image_k_bias", "image_v_bias", "image_logit_bias")
 ARCHITECTURES = (80, 90, 100)
 HEAD_DIMS = (64, 128, 256)
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -51,6 +54,7 @@ KERNELS = {
     "forward": (forward, "_forward_kernel"),
     "merge": (forward, "_merge_kernel"),
     "query": (backward_query, "_query_kernel"),
+    "range": (backward_key, "_query_range_kernel"),
     "key": (backward_key, "_key_kernel"),
     "pool": (backward_pool, "_pool_kernel"),
 }
@@ -97,19 +101,39 @@ class Report:
     mma: str
 
 
-@dataclass
-class Recorder:
-    """Stands in for a kernel and keeps the arguments of its last launch."""
+@dataclass(frozen=True)
+class Launch:
+    """What a kernel was launched with."""
 
     kernel: Any
-    arguments: tuple[Any, ...] = ()
-    keywords: dict[str, Any] | None = None
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+
+class Recorder:
+    """Stands in for a kernel and records its launches."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.launches: list[Launch] = []
 
     def __getitem__(self, grid: tuple[int, ...]) -> Recorder:
         return self
 
     def __call__(self, *arguments: Any, **keywords: Any) -> None:
-        self.arguments, self.keywords = arguments, keywords
+        self.launches.append(Launch(self.kernel, arguments, keywords))
+
+
+@contextmanager
+def recorders(arch: int) -> Iterator[dict[str, Recorder]]:
+    """Every kernel replaced by a recorder, on a card of `arch` with the multiprocessors of an H100."""
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(autotune, "architecture", lambda _: arch))
+        stack.enter_context(mock.patch.object(forward, "multiprocessors", lambda _: 132))
+        found = {name: Recorder(getattr(*place)) for name, place in KERNELS.items()}
+        for name, place in KERNELS.items():
+            stack.enter_context(mock.patch.object(*place, found[name]))
+        yield found
 
 
 def meta_inputs(
@@ -145,38 +169,50 @@ def meta_inputs(
     return Inputs(q, k, k, image, image, own_q, *options)
 
 
-def _record(kernel: str, arch: int, inputs: Inputs, with_lse: bool) -> Recorder:
-    """The launch of `kernel` in forward or backward on a card of `arch` with the multiprocessors of an H100."""
+def without(inputs: Inputs, *names: str) -> Inputs:
+    return inputs._replace(**dict.fromkeys(names))
+
+
+def record(kernel: str, arch: int, inputs: Inputs, with_lse: bool) -> Launch:
+    """The last launch of `kernel` in forward or backward."""
     q = inputs.q
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(autotune, "architecture", lambda _: arch))
-        stack.enter_context(mock.patch.object(forward, "multiprocessors", lambda _: 132))
-        recorders = {name: Recorder(getattr(*place)) for name, place in KERNELS.items()}
-        for name, place in KERNELS.items():
-            stack.enter_context(mock.patch.object(*place, recorders[name]))
-        if kernel in ("query", "key", "pool"):
-            lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-            backward.backward(q, lse if with_lse else None, q, lse, inputs)
-        else:
+    with recorders(arch) as found:
+        if kernel in ("forward", "merge"):
             forward.forward(inputs)
-    return recorders[kernel]
+        else:
+            lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+            backward.backward(q, lse if with_lse else None, q, lse, inputs, needed=[True] * len(Gradients._fields))
+    return found[kernel].launches[-1]
 
 
-def _specialise(value: Any, path: tuple[int, ...], constants: dict, attributes: dict) -> Any:
-    """The type of an argument in Triton's signature; ones and None become constants, multiples of 16 are marked."""
-    if isinstance(value, Tensor):
-        attributes[path] = [["tt.divisibility", 16]]
-        return "*" + triton.runtime.jit.type_canonicalisation_dict[str(value.dtype).removeprefix("torch.")]
-    if isinstance(value, tuple):
-        return tuple(_specialise(v, (*path, i), constants, attributes) for i, v in enumerate(value))
-    if isinstance(value, float):
-        return "fp32"
-    if value is None or value == 1:
-        constants[path] = value
-        return "constexpr"
-    if value % 16 == 0:
-        attributes[path] = [["tt.divisibility", 16]]
-    return "i32" if value < 2**31 else "i64"
+@dataclass(frozen=True)
+class Specialisation:
+    """One variant of a kernel: what Triton would compile for a launch. Launches with equal keys share it."""
+
+    key: str
+    source: ASTSource
+    options: dict[str, Any]
+    values: dict[str, Any]  # of the arguments by name
+
+
+def specialise(launch: Launch, arch: int) -> Specialisation:
+    """What a launch would compile on a card of `arch`, by Triton's own rules."""
+    function = launch.kernel
+    backend = make_backend(GPUTarget("cuda", arch, 32))
+    bind = create_function_from_signature(function.signature, function.params, backend)
+    keywords = {"debug": False, **launch.keywords}
+    values, specialization, options = bind(*launch.arguments, **keywords)
+    parsed, signature, constants, attributes = function._pack_args(backend, keywords, values, specialization, options)
+    source = ASTSource(function, signature, constants, attributes)
+    return Specialisation(f"{specialization}{options}", source, parsed.__dict__, values)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel as the compiler left it."""
+
+    ptx: str
+    report: Report
 
 
 @cache
@@ -184,29 +220,17 @@ def compile_case(kernel: str, call: str, arch: int, head_dim: int, dtype: str) -
     """Compiles one row of the table; raises what Triton raises where that fails."""
     options = {"decode": {"q_len": 1, "k_len": 4096}, "softcap image_q": {"softcap": 50.0, "image_q": True}}
     inputs = meta_inputs(head_dim, DTYPES[dtype], call == "pooled", **options.get(call, {}))
-    return compile_kernel(kernel, variant(call, head_dim, dtype), arch, inputs)
+    return compile_kernel(kernel, variant(call, head_dim, dtype), arch, inputs).report
 
 
 def variant(call: str, head_dim: int, dtype: str) -> str:
     return f"{call} D{head_dim} {dtype}"
 
 
-def compile_kernel(kernel: str, variant: str, arch: int, inputs: Inputs, with_lse: bool = True) -> Report:
+def compile_kernel(kernel: str, variant: str, arch: int, inputs: Inputs, with_lse: bool = True) -> Compiled:
     """Compiles `kernel` as it would be launched for `inputs`, in the backward with a gradient of lse or without."""
-    launch = _record(kernel, arch, inputs, with_lse)
-    function, names = launch.kernel, launch.kernel.arg_names
-    options = {n: v for n, v in launch.keywords.items() if n not in names}
-    values = dict(zip(names, launch.arguments, strict=False)) | {
-        n: launch.keywords[n] for n in names if n in launch.keywords
-    }
-    signature, constants, attributes = {}, {}, {}
-    for i, name in enumerate(names):
-        if function.params[i].is_constexpr:
-            signature[name], constants[(i,)] = "constexpr", values[name]
-        else:
-            signature[name] = _specialise(values[name], (i,), constants, attributes)
-    source = ASTSource(function, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    special = specialise(record(kernel, arch, inputs, with_lse), arch)
+    compiled = triton.compile(special.source, target=GPUTarget("cuda", arch, 32), options=special.options)
 
     registers, spill_bytes = _resource_usage(compiled.asm["cubin"])
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
@@ -219,7 +243,8 @@ def compile_kernel(kernel: str, variant: str, arch: int, inputs: Inputs, with_ls
         TENSOR_MEMORY_COLUMNS // max(tensor_memory, 1),
     )
     mma = sorted(set(re.findall(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", compiled.asm["ptx"])))
-    return Report(
+    values = special.values
+    report = Report(
         kernel=kernel,
         variant=variant,
         arch=f"sm_{arch}",
@@ -233,6 +258,7 @@ def compile_kernel(kernel: str, variant: str, arch: int, inputs: Inputs, with_ls
         warps_per_sm=blocks * warps,
         mma=" ".join(mma),
     )
+    return Compiled(compiled.asm["ptx"], report)
 
 
 def _resource_usage(cubin: bytes) -> tuple[int, int]:

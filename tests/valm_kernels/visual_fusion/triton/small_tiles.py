@@ -1,5 +1,7 @@
 """Tiles so small that the problems cross their borders, for the interpreter."""
 
+from types import ModuleType
+
 import pytest
 
 from tests.valm_kernels.visual_fusion.problems import Problem
@@ -7,8 +9,16 @@ from valm_kernels.visual_fusion.triton import autotune, backward_key, forward
 from valm_kernels.visual_fusion.triton.tiles import Tiles
 
 
-def use_small_tiles(monkeypatch: pytest.MonkeyPatch, problem: Problem) -> None:
-    """Gives every kernel tiles of about a third of the problem, and decoding splits of 32 keys."""
+def use_small_tiles(
+    monkeypatch: pytest.MonkeyPatch,
+    problem: Problem,
+    autotune: ModuleType = autotune,
+    forward: ModuleType = forward,
+) -> None:
+    """Gives every kernel tiles of about a third of the problem, and decoding splits of 32 keys.
+
+    The modules are those of the kernels, for a copy of these.
+    """
     block = 16 if problem.num_keys <= 48 else 32 if problem.num_keys <= 96 else 64
     monkeypatch.setattr(autotune, "tiles_for", lambda *_: Tiles(block, block, num_warps=4, num_stages=2))
     monkeypatch.setattr(backward_key, "SCAN", 64)

@@ -10,6 +10,7 @@ if importlib.util.find_spec("triton") is None:
 
 from triton.runtime.errors import OutOfResources
 
+from valm_kernels.visual_fusion.inputs import Inputs
 from valm_kernels.visual_fusion.triton import autotune
 from valm_kernels.visual_fusion.triton.autotune import MAX_BLOCK, MAX_STAGES, candidates, choose_tiles
 from valm_kernels.visual_fusion.triton.tiles import _TILES, tiles_for
@@ -34,8 +35,16 @@ def tuning(monkeypatch, tmp_path):
     return launched
 
 
-def q(head_dim=64, dtype=torch.float16):
-    return torch.zeros(1, 1, 1, head_dim, dtype=dtype)
+def call(head_dim=64, dtype=torch.float16, group=1, keys=1, images=0, pooled=False, **options):
+    def zeros(*shape):
+        return torch.zeros(*shape, head_dim, dtype=dtype)
+
+    tensors = dict.fromkeys(Inputs._fields) | {"q": zeros(1, group, 1), "k": zeros(1, 1, keys), "v": zeros(1, 1, keys)}
+    if images:
+        tensors["image_k"] = tensors["image_v"] = zeros(1, 3) if pooled else zeros(1, 1, 1, images)
+    if pooled:
+        tensors["image_index"] = torch.zeros(1, 1, images, dtype=torch.int32)
+    return Inputs(**(tensors | {"causal": True, "scale": 1.0} | options))
 
 
 def test_table_unless_asked():
@@ -43,7 +52,7 @@ def test_table_unless_asked():
         raise AssertionError("launched without being asked to tune")
 
     assert not autotune.AUTOTUNE
-    assert choose_tiles("key", q(), launch) == TABLE
+    assert choose_tiles("key", call(), launch) == TABLE
 
 
 @pytest.mark.parametrize("entry", _TILES, ids=str)
@@ -60,44 +69,66 @@ def test_candidates_are_few_and_differ_in_one_property(entry):
 
 
 def test_fastest_candidate(tuning):
-    chosen = choose_tiles("key", q(), tuning.append)
+    chosen = choose_tiles("key", call(), tuning.append)
     assert tuning == list(candidates(TABLE))
     assert chosen.block_m == TABLE.block_m // 2
-    assert choose_tiles("key", q(), tuning.append) == chosen
+    assert choose_tiles("key", call(), tuning.append) == chosen
     assert len(tuning) == len(list(candidates(TABLE))), "measured twice in one process"
 
 
 def test_candidates_that_do_not_fit_the_card_are_passed_over(tuning):
+    errors = [OutOfResources(300_000, 232_448, "shared memory")]
+
     def launch(tiles):
         if tiles.block_m < TABLE.block_m:
-            raise OutOfResources(300_000, 232_448, "shared memory")
+            raise errors.pop()
         tuning.append(tiles)
 
-    assert choose_tiles("key", q(), launch).block_m == TABLE.block_m
+    assert choose_tiles("key", call(), launch).block_m == TABLE.block_m
 
 
 def test_choice_is_kept_on_disk(tuning, monkeypatch):
-    chosen = choose_tiles("key", q(), tuning.append)
+    chosen = choose_tiles("key", call(), tuning.append)
     tuning.clear()
     monkeypatch.setattr(autotune, "_chosen", {})  # another process
-    assert choose_tiles("key", q(), tuning.append) == chosen
+    assert choose_tiles("key", call(), tuning.append) == chosen
     assert not tuning
     monkeypatch.setattr(autotune, "_chosen", {})
     monkeypatch.setattr(autotune, "_source_hash", lambda: "other kernels")
-    choose_tiles("key", q(), tuning.append)
+    choose_tiles("key", call(), tuning.append)
     assert tuning
 
 
-def test_each_kernel_architecture_head_dim_and_dtype_is_tuned_for_itself(tuning, monkeypatch):
+def test_each_kind_of_call_is_tuned_for_itself(tuning, monkeypatch):
     def measured(*arguments):
         tuning.clear()
         choose_tiles(*arguments, tuning.append)
         return bool(tuning)
 
-    assert measured("key", q())
-    assert not measured("key", q())
-    assert measured("query", q())
-    assert measured("key", q(head_dim=80))
-    assert measured("key", q(dtype=torch.bfloat16))
+    assert measured("key", call())
+    assert not measured("key", call())
+    assert measured("query", call())
+    kinds = (
+        {"head_dim": 80},
+        {"dtype": torch.bfloat16},
+        {"group": 2},
+        {"keys": 64},
+        {"images": 2},
+        {"images": 4},
+        {"images": 2, "pooled": True},
+        {"first_key": torch.zeros(1, 1, dtype=torch.int32)},
+        {"softcap": 2.0},
+        {"causal": False},
+    )
+    assert all(measured("key", call(**kind)) for kind in kinds)
+    assert not measured("key", call(keys=63))
     monkeypatch.setattr(autotune, "architecture", lambda _: 90)
-    assert measured("key", q())
+    assert measured("key", call())
+
+
+def test_error_of_all_candidates_is_raised(tuning):
+    def launch(tiles):
+        raise RuntimeError("PassManager::run failed")
+
+    with pytest.raises(RuntimeError, match="PassManager"):
+        choose_tiles("key", call(), launch)

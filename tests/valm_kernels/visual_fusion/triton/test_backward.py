@@ -38,6 +38,7 @@ QUICK = {
     "random first_key with prefix",
     "group of three",
     "group of three, pooled",
+    "large group",
     "alternating first_key",
     "extreme first_key",
     "striped first_key",
@@ -84,6 +85,20 @@ def gradients(inputs, grad_out):
     leaves = {n: t.detach().requires_grad_() for n, t in inputs.items() if torch.is_tensor(t) and t.is_floating_point()}
     out = visual_fusion_attn(**{**inputs, **leaves}, impl="triton")
     return dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), grad_out), strict=True))
+
+
+@pytest.mark.parametrize("layout", ["dense", "pooled"])
+def test_each_gradient_alone(monkeypatch, layout):
+    """What is computed for one input does not depend on which others need a gradient."""
+    problem = Problem(batch=1, num_queries=20, image_q=True, pool_size=5 if layout == "pooled" else None)
+    use_small_tiles(monkeypatch, problem)
+    inputs = problem.inputs(torch.float32)
+    grad_out = torch.randn(inputs["q"].shape, generator=torch.Generator().manual_seed(0))
+    together = gradients(inputs, grad_out)
+    for name, expected in together.items():
+        leaf = inputs[name].detach().requires_grad_()
+        out = visual_fusion_attn(**{**inputs, name: leaf}, impl="triton")
+        assert torch.equal(torch.autograd.grad(out, leaf, grad_out)[0], expected), name
 
 
 def test_first_key_skips_whole_tiles(monkeypatch):

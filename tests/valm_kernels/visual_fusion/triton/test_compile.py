@@ -14,6 +14,8 @@ import torch
 import triton
 
 from tests.valm_kernels.visual_fusion.triton.compile_record import (
+    BIASES,
+    IMAGES,
     SHARED_PER_BLOCK,
     TABLE,
     all_cases,
@@ -22,6 +24,7 @@ from tests.valm_kernels.visual_fusion.triton.compile_record import (
     meta_inputs,
     read_table,
     variant,
+    without,
 )
 
 # The tiles of 8.0 also serve 8.6, 8.9 and 12.x, whose blocks have less shared memory.
@@ -71,12 +74,6 @@ def test_figures_are_those_on_record(kernel, call, arch, head_dim, dtype):
     )
 
 
-def without(inputs, *names):
-    return inputs._replace(**dict.fromkeys(names))
-
-
-BIASES = ("image_k_bias", "image_v_bias", "image_logit_bias")
-IMAGES = ("image_k", "image_v", "image_index", "image_mask")
 DENSE, POOLED = (64, torch.float16, False), (64, torch.float16, True)
 
 # The table has every argument switched on; here is what an ordinary call omits or has otherwise.
@@ -111,7 +108,7 @@ def test_every_kind_of_call_compiles(call, kernel):
     inputs = VARIANTS[call]()
     if kernel == "pool" and inputs.image_index is None:
         pytest.skip("the dense layout has no pool")
-    report = compile_kernel(kernel, call, 90, inputs, with_lse=False)
+    report = compile_kernel(kernel, call, 90, inputs, with_lse=False).report
     assert report.spill_bytes <= SPILLS.get((call, kernel), 0) and report.shared_bytes <= SHARED_LIMIT[90]
     assert report.mma or kernel == "pool"
 

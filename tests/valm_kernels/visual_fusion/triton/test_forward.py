@@ -34,7 +34,7 @@ def assert_forward_accurate(problem, dtype):
 @pytest.mark.parametrize("splits", [1, 2, 5])
 def test_split_keys(monkeypatch, name, splits):
     use_small_tiles(monkeypatch, PROBLEMS[name])
-    monkeypatch.setattr(forward, "key_splits", lambda *_: splits)
+    monkeypatch.setattr(forward, "splits_of", lambda *_: splits)
     assert_forward_accurate(PROBLEMS[name], torch.float32)
 
 
@@ -45,11 +45,17 @@ def test_agrees_in_float16(monkeypatch, name):
 
 
 def test_splits_fill_the_chip_but_keep_keys_to_work_on():
-    assert forward.key_splits(programs=132, k_len=10**6, multiprocessors=132) == 1
-    assert forward.key_splits(programs=12, k_len=8192, multiprocessors=132) == 22
-    assert forward.key_splits(programs=12, k_len=1024, multiprocessors=132) == 4
-    assert forward.key_splits(programs=12, k_len=100, multiprocessors=132) == 1
-    assert forward.key_splits(programs=1, k_len=10**6, multiprocessors=132) == forward.MAX_SPLITS
+    def splits(programs, k_len, has_images=False):
+        return forward.splits_of(programs, k_len, has_images, multiprocessors=132)
+
+    assert splits(132, 10**6) == splits(132, 10**6, has_images=True) == 1
+    assert splits(12, 8192) == 22
+    assert splits(12, 1024) == 4
+    assert splits(12, 100) == 1
+    assert splits(1, 10**6) == splits(1, 10**6, has_images=True) == forward.MAX_SPLITS
+    # the images are one more
+    assert splits(12, 1024, has_images=True) == 5
+    assert splits(12, 100, has_images=True) == 2
 
 
 @pytest.mark.parametrize("first", ["monotone", "random"])
@@ -70,7 +76,7 @@ def test_splits_share_out_the_keys_of_a_window(monkeypatch):
     """Each of the splits has a part of what the window leaves, not of all keys."""
     problem = Problem(batch=1, query_heads=1, kv_heads=1, num_queries=1, prefix=511, num_images=0, biases=False)
     use_small_tiles(monkeypatch, problem)  # tiles of 64
-    monkeypatch.setattr(forward, "key_splits", lambda *_: 4)
+    monkeypatch.setattr(forward, "splits_of", lambda *_: 4)
     parts = []
     merge = forward._merge_kernel
     monkeypatch.setattr(forward, "_merge_kernel", Recorder(merge, parts))

@@ -28,11 +28,13 @@ def run_interpreted(file: str, marker: str) -> None:
     assert "skipped" not in run.stdout, run.stdout
 
 
-@pytest.mark.parametrize("file", ["test_forward.py", "test_backward.py"])
+@pytest.mark.parametrize("file", ["test_forward.py", "test_backward.py", "test_guarded_interpreter.py"])
 def test_kernels_under_interpreter(file):
     run_interpreted(file, "not slow")
 
 
 @pytest.mark.slow
-def test_kernels_under_interpreter_on_all_problems():
-    run_interpreted("test_backward.py", "slow")
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("file", ["test_backward.py", "test_guarded_interpreter.py"])
+def test_kernels_under_interpreter_on_all_problems(file):
+    run_interpreted(file, "slow")

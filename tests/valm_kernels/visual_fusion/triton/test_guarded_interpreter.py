@@ -1,0 +1,191 @@
+"""The kernels in the guarded interpreter, and mutants of them that have to be found; test_interpreted.py starts it."""
+
+import importlib
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("run by test_interpreted.py with TRITON_INTERPRET=1", allow_module_level=True)
+
+import triton
+import triton.language as tl
+from triton.runtime.errors import InterpreterError
+
+from tests.valm_kernels.visual_fusion.problems import PROBLEMS, Problem, assert_solves
+from tests.valm_kernels.visual_fusion.triton.guarded_interpreter import guarded, tf32x3
+from tests.valm_kernels.visual_fusion.triton.small_tiles import use_small_tiles
+from valm_kernels.visual_fusion import op
+from valm_kernels.visual_fusion.triton import forward
+
+QUICK = {("decode few", torch.bfloat16), ("documents with prefix", torch.float32)}
+
+
+def cases():
+    for name in PROBLEMS:
+        for dtype in (torch.float32, torch.bfloat16):
+            yield pytest.param(name, dtype, marks=() if (name, dtype) in QUICK else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("name", "dtype"), list(cases()), ids=str)
+def test_kernels_keep_to_their_memory(monkeypatch, name, dtype):
+    use_small_tiles(monkeypatch, PROBLEMS[name])
+    with guarded():
+        assert_solves("triton", PROBLEMS[name], dtype)
+
+
+@triton.jit
+def _copy(x, y, shift, BLOCK: tl.constexpr, PROMISE: tl.constexpr):
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    p = x + o + shift
+    if PROMISE:
+        p = tl.max_contiguous(tl.multiple_of(p, BLOCK), BLOCK)
+    tl.store(y + o, tl.load(p))
+
+
+def copy(x, y, shift=0, promise=False):
+    with guarded():
+        _copy[(2,)](x, y, shift, BLOCK=16, PROMISE=promise)
+
+
+def test_guard_finds_each_kind_of_error():
+    x, y = torch.arange(32.0), torch.zeros(32)
+    copy(x, y, promise=True)
+    assert torch.equal(x, y)
+    with pytest.raises(InterpreterError, match="load outside of every tensor"):
+        copy(x, y, shift=1)
+    with pytest.raises(InterpreterError, match="store outside of every tensor"):
+        copy(x, y[:31])
+    with pytest.raises(InterpreterError, match="promised as multiples of 16"):
+        copy(torch.zeros(64)[: 32 + 2][1:], y, shift=1, promise=True)
+    memory = torch.arange(48.0)
+    # in one memory, what one program stores is what the other loads, in either order
+    for seed in range(4):
+        with pytest.raises(InterpreterError, match="another program"), guarded(seed):
+            _copy[(2,)](memory[:32], memory[16:], 0, BLOCK=16, PROMISE=False)
+
+
+def test_tf32x3_is_nearly_float32():
+    generator = np.random.default_rng(0)
+    a, b = (generator.standard_normal((32, 32)).astype(np.float32) for _ in range(2))
+    exact = a.astype(np.float64) @ b.astype(np.float64)
+    error = np.abs(tf32x3(a, b) - exact).max()
+    assert 0 < error < 2e-5
+    # one product of tf32 alone is a thousand times worse
+    assert np.abs((a.astype(np.float16) @ b.astype(np.float16)).astype(np.float64) - exact).max() > 100 * error
+
+
+# (file, text, replacement, problem): what a mask or clamp protects, taken away. Each has to be found by the guard or by
+# the comparison with the reference.
+SMALL = {"batch": 1, "num_queries": 20, "num_images": 2}
+MUTANTS = {
+    "keys past the last": (
+        "primitives.py",
+        "m_n = m_n & (o_n < Tk)[:, None]",
+        "pass",
+        Problem(**SMALL),
+    ),
+    "rows past the last": ("primitives.py", "o_t = tl.minimum(o_t, Tq - 1)", "o_t = o_t", Problem(**SMALL)),
+    "heads past the last": (
+        "primitives.py",
+        "tl.minimum(o_g, G - 1)",
+        "o_g",
+        Problem(**SMALL, query_heads=3, kv_heads=1),
+    ),
+    "columns past the last": (
+        "primitives.py",
+        "mask=(tl.arange(0, BLOCK_D) < D)[None, :], other=0.0)",
+        "mask=True, other=0.0)",
+        Problem(**SMALL, head_dim=13),
+    ),
+    "slots without an image": (
+        "primitives.py",
+        "m_image = m_image[:, None] & (",
+        "m_image = (m_image | True)[:, None] & (",
+        Problem(**SMALL, pool_size=4),
+    ),
+    "first_key out of range": (
+        "primitives.py",
+        "tl.minimum(tl.maximum(tl.load(first_key + i_b * Tq + o_t), 0), Tk)",
+        "tl.load(first_key + i_b * Tq + o_t)",
+        Problem(**SMALL, first_key="extreme"),
+    ),
+    "keys before first_key": (
+        "primitives.py",
+        "(o_n[None, :] >= b_first[:, None]) & ",
+        "",
+        Problem(**SMALL, first_key="documents"),
+    ),
+    "queries that see a part of the keys": (
+        "backward_key.py",
+        "full = tl.maximum(full, tl.max(b_full, 0))",
+        "pass",
+        Problem(**SMALL, first_key="random"),
+    ),
+    "keys past the last, gradient": (
+        "backward_key.py",
+        "m_n = (o_n < Tk)[:, None] & (",
+        "m_n = (o_n >= 0)[:, None] & (",
+        Problem(**SMALL),
+    ),
+    "output rows past the last": (
+        "forward.py",
+        "m_o = m_row[:, None] & (",
+        "m_o = (m_row | True)[:, None] & (",
+        Problem(**SMALL),
+    ),
+    "splits past the last": (
+        "forward.py",
+        "mask=o_s < n_splits, other",
+        "mask=o_s >= 0, other",
+        Problem(batch=1, num_queries=1, prefix=100, num_images=2),
+    ),
+    "delta of rows past the last": (
+        "backward_query.py",
+        "tl.store(delta + o_row, b_delta, mask=m_row)",
+        "tl.store(delta + o_row, b_delta)",
+        Problem(**SMALL),
+    ),
+    "coefficients of rows past the last": (
+        "backward_query.py",
+        "tl.store(image_b + o_coefficient, b_b, mask=m_row)",
+        "tl.store(image_b + o_coefficient, b_b)",
+        Problem(**SMALL, pool_size=4),
+    ),
+    "dense gradients past the last": (
+        "backward_query.py",
+        "m_t1 = (o_t1 < Tq)[:, None] & ",
+        "m_t1 = (o_t1 >= 0)[:, None] & ",
+        Problem(**SMALL),
+    ),
+}
+QUICK_MUTANTS = {"keys past the last", "output rows past the last"}
+
+
+@pytest.mark.parametrize(
+    "mutant", [m if m in QUICK_MUTANTS else pytest.param(m, marks=pytest.mark.slow) for m in MUTANTS]
+)
+def test_mutants_are_found(monkeypatch, tmp_path, mutant):
+    file, text, replacement, problem = MUTANTS[mutant]
+    source = Path(forward.__file__).parent
+    package = f"mutant_{mutant.replace(' ', '_').replace(',', '')}"
+    folder = Path(shutil.copytree(source, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__")))
+    assert text in (folder / file).read_text(), f"{file} has changed: {text!r} is not in it"
+    for path in folder.glob("*.py"):
+        code = path.read_text().replace("valm_kernels.visual_fusion.triton", package)
+        path.write_text(code.replace(text, replacement) if path.name == file else code)
+    monkeypatch.syspath_prepend(tmp_path)
+    modules = {name: importlib.import_module(f"{package}.{name}") for name in ("autotune", "forward", "backward")}
+    try:
+        use_small_tiles(monkeypatch, problem, modules["autotune"], modules["forward"])
+        monkeypatch.setattr(op, "_implementation", lambda _: (modules["forward"].forward, modules["backward"].backward))
+        with guarded(), pytest.raises((InterpreterError, AssertionError)):
+            assert_solves("triton", problem, torch.float32)
+    finally:
+        for name in [n for n in sys.modules if n.split(".")[0] == package]:
+            del sys.modules[name]

@@ -1,0 +1,89 @@
+"""Which kernels are launched, and how many variants of each Triton would compile, with launches that are only recorded.
+
+In a process without the interpreter, where Triton's own binder tells what it would specialise for.
+"""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton comes for Linux only", allow_module_level=True)
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("Triton specialises nothing in an interpreting process", allow_module_level=True)
+
+import triton
+
+from tests.valm_kernels.visual_fusion.problems import Problem
+from tests.valm_kernels.visual_fusion.triton.compile_record import Launch, meta_inputs, recorders, specialise, without
+from valm_kernels.visual_fusion.inputs import Gradients, Inputs
+from valm_kernels.visual_fusion.triton import backward, forward
+
+ARCH = 90
+
+
+def decoding_step(num_keys, **options):
+    """The inputs of one step of a generation: one query, `num_keys` cached keys in memory for many."""
+    problem = Problem(batch=1, num_queries=1, prefix=num_keys - 1, head_dim=72, num_images=1, gaps=False, **options)
+    inputs = problem.inputs(torch.float16)
+    for name in ("k", "v"):
+        cache = torch.zeros(1, 1024, problem.kv_heads, 72, dtype=torch.float16).transpose(1, 2)
+        inputs[name] = cache[:, :, :num_keys]
+    tensors = (inputs.get(name) for name in Inputs._fields[:-3])
+    return Inputs(*tensors, True, 72**-0.5, None)
+
+
+def keys_of_a_generation(options, steps, as_launched=lambda launch: launch):
+    """By kernel, what its launches in the given steps would compile."""
+    with recorders(ARCH) as found:
+        for num_keys in steps:
+            forward.forward(decoding_step(num_keys, **options))
+    return {
+        name: {specialise(as_launched(launch), ARCH).key for launch in recorder.launches}
+        for name, recorder in found.items()
+        if recorder.launches
+    }
+
+
+def with_default_specialisation(launch):
+    return Launch(triton.jit(launch.kernel.fn), launch.arguments, launch.keywords)
+
+
+@pytest.mark.parametrize("first_key", [None, "left_padding"])
+@pytest.mark.parametrize("pool_size", [None, 16])
+def test_generation_compiles_each_kernel_once(pool_size, first_key):
+    """Over 64 steps the number of keys passes multiples of 16 and the length at which the keys are split further."""
+    options = {"pool_size": pool_size, "first_key": first_key}
+    steps = range(481, 545)
+    keys = keys_of_a_generation(options, steps)
+    assert set(keys) == {"forward", "merge"}
+    assert all(len(of_kernel) == 1 for of_kernel in keys.values()), {n: len(k) for n, k in keys.items()}
+    # the check sees what Triton does by default
+    assert len(keys_of_a_generation(options, steps, with_default_specialisation)["forward"]) > 1
+
+
+def launched(inputs, *needed):
+    """The gradients that the kernels of the backward were given to fill, by kernel, where only some are needed."""
+    lse = torch.empty(inputs.q.shape[:3], dtype=torch.float32, device=inputs.q.device)
+    with recorders(ARCH) as found:
+        gradients = backward.backward(inputs.q, None, inputs.q, lse, inputs, [n in needed for n in Gradients._fields])
+    assert {name for name, gradient in gradients._asdict().items() if gradient is not None} == set(needed)
+    filled = {}
+    for name, recorder in found.items():
+        for launch in recorder.launches:
+            values = zip(launch.kernel.arg_names, launch.arguments, strict=False)
+            filled[name] = {n for n, value in values if n.startswith("d") and isinstance(value, torch.Tensor)}
+    return filled
+
+
+def test_nothing_is_computed_for_gradients_that_nobody_needs():
+    dense, pooled = (without(meta_inputs(64, torch.float16, pooled), "first_key") for pooled in (False, True))
+    assert launched(dense, "q") == {"query": {"dq", "delta"}}
+    assert launched(dense, "v") == {"query": {"delta"}, "key": {"delta", "dk", "dv"}}
+    assert launched(dense, "image_v", "image_k_bias") == {"query": {"delta", "dimage_v", "dimage_k_bias"}}
+    assert launched(pooled, "q", "image_logit_bias") == {"query": {"dq", "delta", "dimage_logit_bias"}}
+    assert set(launched(pooled, "image_v")) == {"query", "pool"}
+    own_query = without(meta_inputs(64, torch.float16, False, image_q=True), "first_key")
+    assert launched(own_query, "image_q") == {"query": {"delta", "dimage_q"}}
