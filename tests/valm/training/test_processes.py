@@ -1,0 +1,63 @@
+"""Trainings of two processes on one machine, over gloo, against one process with the same batches."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.valm.training.documents import new_trainer
+from tests.valm.training.process import STEPS, train, unequal_documents
+from valm.checkpoint import load
+
+pytestmark = pytest.mark.slow
+
+FSDP = {"fsdp": "full_shard", "fsdp_config": {"state_dict_type": "FULL_STATE_DICT"}}
+
+
+def run(folder, **fields):
+    """What each of two processes found."""
+    folder.mkdir(exist_ok=True)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *launch, "-m", "tests.valm.training.process", folder, json.dumps(fields)]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads((folder / f"process-{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """One process with four documents a step."""
+    folder = tmp_path_factory.mktemp("alone")
+    train(folder, {"per_device_train_batch_size": 4})
+    return json.loads((folder / "process-0.json").read_text())
+
+
+@pytest.mark.parametrize("fields", [{}, FSDP, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}])
+def test_two_processes_train_as_one_does(tmp_path, alone, fields):
+    expected = alone
+    two = run(tmp_path / "two", **({"per_device_train_batch_size": 2} | fields))
+    assert [one["processes"] for one in two] == [2, 2] and expected["processes"] == 1
+    assert all(len(one["losses"]) == STEPS for one in (*two, expected))
+    np.testing.assert_allclose(two[0]["losses"], expected["losses"], rtol=1e-5)
+    np.testing.assert_allclose([one["eval_loss"] for one in two], expected["eval_loss"], rtol=1e-5)
+    # the rows of each step are those of one process, each read by one of the two
+    rows = np.concatenate([np.reshape(one["read"][: STEPS * 2], (STEPS, 2)) for one in two], axis=1)
+    assert np.array_equal(np.sort(rows), np.sort(np.reshape(expected["read"][: STEPS * 4], (STEPS, 4))))
+    assert sorted(rows.reshape(-1)[:20].tolist()) == sorted({*rows.reshape(-1)[:20].tolist()})
+    model, _ = load(tmp_path / "two" / "model")
+    check = new_trainer(tmp_path, model=model, eval_dataset=unequal_documents(7, seed=1))
+    np.testing.assert_allclose(check.evaluate()["eval_loss"], expected["eval_loss"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("fields", [{}, FSDP])
+def test_two_processes_go_on_as_if_they_had_not_stopped(tmp_path, alone, fields):
+    fields = fields | {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 20}
+    run(tmp_path / "two", **fields)
+    assert sorted(path.name for path in (tmp_path / "two").glob("*-*0")) == [f"checkpoint-{n}" for n in (20, 40, 50)]
+    for name in ("checkpoint-40", "checkpoint-50"):
+        shutil.rmtree(tmp_path / "two" / name)
+    for one in run(tmp_path / "two", resume_from_checkpoint=True, **fields):
+        np.testing.assert_allclose(one["losses"], alone["losses"], rtol=1e-5)
