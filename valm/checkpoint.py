@@ -63,7 +63,7 @@ def save_checkpoint(
     remove_leftovers(folder)
     _switch(folder)  # where an earlier save was killed
     try:
-        with atomic_folder(folder / NEW_FOLDER) as temporary, _quiet_transformers():
+        with atomic_folder(folder / NEW_FOLDER) as temporary, quiet_transformers():
             model.save_pretrained(temporary, state_dict=state_dict)
             saved.save_pretrained(temporary)
             (Path(temporary) / RETRIEVAL_FILE).unlink(missing_ok=True)  # its paths are relative to where it is
@@ -272,7 +272,7 @@ def _add_retriever(
 def _read_errors(what: str, remedy: str = "") -> Iterator[None]:
     """One sentence for whatever transformers raises, which has many kinds, each for one damaged file."""
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             yield
     except Exception as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
@@ -280,7 +280,7 @@ def _read_errors(what: str, remedy: str = "") -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Without transformers' bar for every file and its table of weights that do not fit."""
     shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()

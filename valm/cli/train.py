@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from valm.cli.config import TrainingOptions
-from valm.cli.corpus import add_corpus, corpus_documents, has_corpus, retrieve_documents
+from valm.cli.corpus import DATASET_OPTIONS, add_corpus, corpus_documents, has_corpus, retrieve_documents
 from valm.cli.options import Commands, add_allow_download, add_device, chosen_device, command, positive, seed
 from valm.errors import ValmError
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from valm.corpus.retrieved import CorpusRetrieval
     from valm.knowledge_base.store import ImageKnowledgeBase
-    from valm.retrieval.retriever import BlindRetriever
     from valm.training.image_trainer import ImageTrainer
 
 # The command's own options for fields of TrainingArguments, and their defaults.
@@ -72,6 +71,20 @@ def add_to(commands: Commands) -> None:
     train.add_argument("--batch-size", type=positive, help="documents a step and process (default: 16)")
     train.add_argument("--lr", type=float, help="learning rate (default: 5e-4)")
     train.add_argument("--seed", type=seed, help="of weights, order and dropout (default: 0)")
+    train.add_argument(
+        "--validation",
+        metavar="CORPUS",
+        help="text file, result of `valm retrieve`, or fraction of the documents to hold out, such as 0.01: perplexity "
+        "on it every --save_steps steps, and the best checkpoint becomes the model",
+    )
+    train.add_argument("--patience", type=positive, help="stop after so many evaluations that were no better")
+    train.add_argument(
+        "--colors",
+        type=Path,
+        metavar="FILE",
+        help="with --validation: things of your own in a CSV of Index,Descriptor,Item,Color, whose colors the model is "
+        "asked at each evaluation",
+    )
     add_device(train, "pictures are retrieved (training itself takes the GPUs that torch has)")
 
 
@@ -83,30 +96,29 @@ def at_least_2(text: str) -> int:
 
 def run_train(arguments: argparse.Namespace) -> None:
     import torch
+    from transformers import EarlyStoppingCallback
 
     from valm.config import ValmConfig
+    from valm.evaluation.color import load_memory_color
     from valm.files import writable_folder
     from valm.knowledge_base.store import ImageKnowledgeBase
     from valm.model import VaLMForCausalLM
-    from valm.training.callbacks import show_progress
+    from valm.training.callbacks import ColorAccuracy, show_progress
     from valm.training.train import trainer, training_arguments
-    from valm.training.twins import twin
 
     if has_corpus(arguments) == (arguments.retrieval is not None):
         raise ValmError("give either a corpus or --retrieval")
+    for name in ("patience", "colors"):
+        if arguments.validation is None and getattr(arguments, name) is not None:
+            raise ValmError(f"--{name} looks at the evaluations: give --validation too")
     out = writable_folder(arguments.out)
     checkpoint = newest_checkpoint(out, arguments.resume)
     settings = training_arguments(out, **training_fields(arguments))
     kb = ImageKnowledgeBase.open(arguments.kb) if arguments.kb else None
     if arguments.twin is not None and kb is None:
         raise ValmError("--twin is of a model with pictures: give its --kb too")
-    dataset: CorpusRetrieval | list[dict[str, Any]]
-    if arguments.retrieval is not None:
-        dataset, tokenizer = open_retrieval(arguments)
-    elif kb is not None:
-        dataset, tokenizer = retrieved_corpus(arguments, kb)
-    else:
-        dataset, tokenizer = plain_corpus(arguments)
+    dataset, tokenizer = open_corpus(arguments, kb, "retrieval")
+    documents, held_out = split(arguments, kb, dataset, settings.seed)
     options = image_options(arguments.twin, dataset, kb) or {"num_images": 0, "image_dim": arguments.width}
     config = ValmConfig(
         vocab_size=len(tokenizer),
@@ -121,15 +133,19 @@ def run_train(arguments: argparse.Namespace) -> None:
     )
     torch.manual_seed(settings.seed)
     model = VaLMForCausalLM(config)
-    if config.blind:
-        model.set_retriever(blind_retriever(arguments, kb, dataset))
+    measures = [] if arguments.colors is None else [ColorAccuracy(load_memory_color(arguments.colors), tokenizer)]
+    if config.blind or (measures and config.num_images > 0):
+        model.set_retriever(open_retriever(arguments, kb, dataset, config.blind))
     training = trainer(
         model,
-        dataset if arguments.twin is None or kb is None else twin(arguments.twin, dataset, len(kb), settings.seed),
+        documents,
         kb if config.num_images > 0 and not config.blind else None,
         tokenizer=tokenizer,
         arguments=settings,
+        eval_dataset=held_out,
         row_length=arguments.context,
+        measures=measures,
+        callbacks=[EarlyStoppingCallback(arguments.patience)] if arguments.patience else None,
     )
     note_run(training, dataset, arguments)
     show_progress(training, "train")
@@ -147,7 +163,14 @@ def training_fields(arguments: argparse.Namespace) -> dict[str, Any]:
         given = getattr(arguments, option)
         if given is not None or option != "steps" or "num_train_epochs" not in arguments.fields:
             fields[field] = default if given is None else given
-    return fields | arguments.fields
+    fields |= arguments.fields
+    if arguments.validation is not None:
+        steps = fields.get("save_steps", 500)
+        best = {"eval_strategy": "steps", "eval_steps": steps, "save_steps": steps, "load_best_model_at_end": True}
+        best |= {"per_device_eval_batch_size": fields["per_device_train_batch_size"]}
+        best |= {"restore_callback_states_from_checkpoint": arguments.patience is not None}
+        fields = best | fields
+    return fields
 
 
 def processes() -> int:
@@ -195,6 +218,7 @@ def note_run(training: ImageTrainer, dataset: CorpusRetrieval | Sequence[Any], a
         **fields,
         **{f"model.{name}": value for name, value in model.config.to_diff_dict().items() if "version" not in name},
         "data": content_of(dataset),
+        "validation": arguments.validation,
     }
     if file.is_file():
         before = read_json(file, "the note on a training", dict[str, Any], "choose another folder")
@@ -224,6 +248,57 @@ def beside(out: Path, name: str) -> Path:
     return out.absolute().with_name(f"{out.absolute().name}-{name}")
 
 
+def open_corpus(
+    arguments: argparse.Namespace, kb: ImageKnowledgeBase | None, name: str
+) -> tuple[CorpusRetrieval | list[dict[str, Any]], PreTrainedTokenizerFast]:
+    """The documents and what they are read with; `name`: of the folder in which their images are retrieved."""
+    if arguments.retrieval is not None:
+        return open_retrieval(arguments)
+    if kb is not None:
+        return retrieved_corpus(arguments, kb, name)
+    return plain_corpus(arguments)
+
+
+def split(arguments: argparse.Namespace, kb: ImageKnowledgeBase | None, dataset: Any, seed: int) -> tuple[Any, Any]:
+    """The documents to train on and those of `--validation`, or None, with the images of `--twin`.
+
+    Raises:
+        ValmError: the two do not belong together.
+    """
+    from valm.corpus.retrieved import CorpusRetrieval
+    from valm.training.split import hold_out
+    from valm.training.twins import twin
+
+    def with_images(documents: Any) -> Any:
+        return documents if arguments.twin is None or kb is None else twin(arguments.twin, documents, len(kb), seed)
+
+    if arguments.validation is None:
+        return with_images(dataset), None
+    try:
+        fraction = float(arguments.validation)
+    except ValueError:
+        pass
+    else:
+        return hold_out(with_images(dataset), fraction, seed)
+    path = Path(arguments.validation)
+    other = argparse.Namespace(**{**vars(arguments), **dict.fromkeys(DATASET_OPTIONS), "dataset": None})
+    other.corpus, other.retrieval = ([], path) if path.is_dir() else ([path], None)
+    if isinstance(dataset, CorpusRetrieval) and arguments.retrieval is not None and other.retrieval is None:
+        raise ValmError(f"the corpus was retrieved: retrieve --validation {path} too, or give a fraction to hold out")
+    found, _ = open_corpus(other, kb, "validation-retrieval")
+    if isinstance(dataset, CorpusRetrieval) != isinstance(found, CorpusRetrieval):
+        raise ValmError(f"--validation {path} is a result of `valm retrieve`, and the corpus is none: give a text file")
+    if isinstance(dataset, CorpusRetrieval) and isinstance(found, CorpusRetrieval):
+        for name in ("tokenizer", "knowledge_base", "k", "query"):
+            here, there = found.manifest["plan"][name], dataset.manifest["plan"][name]
+            if here != there:
+                raise ValmError(
+                    f"--validation {path} was retrieved otherwise than the corpus: its {name.replace('_', ' ')} is "
+                    f"{here}, not {there}"
+                )
+    return with_images(dataset), with_images(found)
+
+
 def open_retrieval(arguments: argparse.Namespace) -> tuple[CorpusRetrieval, PreTrainedTokenizerFast]:
     from valm.corpus.retrieved import CorpusRetrieval
 
@@ -247,17 +322,17 @@ def image_options(twin: str | None, dataset: Any, kb: ImageKnowledgeBase | None)
     return {"num_images": 1 if twin == "blind" else dataset.k, "image_dim": kb.dim, "blind": twin == "blind"}
 
 
-def blind_retriever(arguments: argparse.Namespace, kb: Any, dataset: Any) -> BlindRetriever:
-    """What makes the queries that `dataset` was retrieved with, of its tokens."""
-    from valm.retrieval.context import ContextEncoder
-    from valm.retrieval.retriever import BlindRetriever
+def open_retriever(arguments: argparse.Namespace, kb: Any, dataset: Any, blind: bool) -> Any:
+    """What finds images as `dataset` was retrieved with, of its tokens."""
+    from valm.retrieval.note import RetrievalNote
 
-    clip = kb.load_clip(arguments.clip, allow_download=arguments.allow_download).to(chosen_device(arguments))
-    return BlindRetriever(ContextEncoder(clip, tokenizer=dataset.tokenizer, query=dataset.query))
+    note = RetrievalNote.of_knowledge_base(kb, dataset.query)
+    clip = {"clip": arguments.clip, "allow_download": arguments.allow_download}
+    return note.open(dataset.tokenizer, dataset.k, blind=blind, device=chosen_device(arguments), **clip)
 
 
 def retrieved_corpus(
-    arguments: argparse.Namespace, kb: ImageKnowledgeBase
+    arguments: argparse.Namespace, kb: ImageKnowledgeBase, name: str
 ) -> tuple[CorpusRetrieval, PreTrainedTokenizerFast]:
     from valm.retrieval.context import ContextEncoder
     from valm.retrieval.retriever import Retriever
@@ -269,7 +344,7 @@ def retrieved_corpus(
     clip = kb.load_clip(arguments.clip, allow_download=arguments.allow_download).to(chosen_device(arguments))
     encoder = ContextEncoder(clip, tokenizer=tokenizer, query=arguments.query or "eot")
     retriever = Retriever(encoder, kb, arguments.images or 4)
-    return retrieve_documents(arguments, retriever, beside(arguments.out, "retrieval")), encoder.tokenizer
+    return retrieve_documents(arguments, retriever, beside(arguments.out, name)), encoder.tokenizer
 
 
 def plain_corpus(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], PreTrainedTokenizerFast]:

@@ -13,10 +13,9 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
-from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, get_last_checkpoint, rotate_checkpoints
 
-from valm.checkpoint import save_checkpoint
+from valm.checkpoint import quiet_transformers, save_checkpoint
 from valm.errors import ValmError
 from valm.files import writable_folder
 from valm.retrieval.note import RetrievalNote
@@ -193,7 +192,8 @@ class ImageTrainer(Trainer):
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        with quiet_transformers():
+            super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return
         folder = Path(str(self.args.output_dir) if output_dir is None else output_dir)
@@ -202,11 +202,8 @@ class ImageTrainer(Trainer):
             # while a checkpoint is written it is one folder deeper
             note.write(folder, place=folder if self._saving is None else self._saving.parent / folder.name)
 
-
-def last_step(checkpoint: str | Path) -> int:
-    """The step of a checkpoint that a Trainer wrote. Raises ValmError where it cannot be read."""
-    file = Path(checkpoint) / STATE_FILE
-    try:
-        return TrainerState.load_from_json(str(file)).global_step
-    except (OSError, ValueError, TypeError) as error:
-        raise ValmError(f"{checkpoint} is no checkpoint of a training: {file} cannot be read ({error})") from error
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        model: Any = self.model
+        tied = model._tied_weights_keys or ()  # they are saved under one name
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))

@@ -1,4 +1,5 @@
 import itertools
+import json
 import shutil
 
 import pytest
@@ -143,6 +144,40 @@ def test_a_loss_that_is_not_finite_ends_with_status_1_and_no_model(sentence):
     sentence([*train, "--lr", "1e30", "--lr_scheduler_type", "constant"], "the loss is nan at step 2 (rows ")
 
 
+def evaluations(folder):
+    """What each evaluation of the training in `folder` found, from its last checkpoint."""
+    newest = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    return [
+        entry
+        for entry in json.loads((newest / "trainer_state.json").read_text())["log_history"]
+        if "eval_loss" in entry
+    ]
+
+
+def test_a_text_of_its_own_is_measured_as_it_goes_and_the_best_checkpoint_becomes_the_model(world, tmp_path):
+    train = ["train", world / "corpus.txt", "--kb", world / "kb", "-k", 2, *SIZE, "--out", tmp_path / "model"]
+    check = ["--validation", world / "corpus.txt", "--colors", world / "colors.csv", "--save_steps", 1]
+    assert run(*train, *check) == 0
+    found = evaluations(tmp_path / "model")
+    assert [entry["step"] for entry in found] == [1, 2, 3]
+    assert all(entry["eval_perplexity"] > 1 and 0 <= entry["eval_color_accuracy"] <= 1 for entry in found)
+    best = min(found, key=lambda entry: entry["eval_loss"])["step"]
+    weights = [
+        load_file(path / "model.safetensors") for path in (tmp_path / "model", tmp_path / f"model/checkpoint-{best}")
+    ]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "model-retrieval", "model-validation-retrieval"}
+    model, _ = load_checkpoint(tmp_path / "model")
+    assert model.retriever is not None
+
+
+def test_a_fraction_is_held_out_and_training_stops_when_nothing_gets_better(world, tmp_path):
+    train = ["train", "--retrieval", world / "retrieval", "--kb", world / "kb", *SIZE, "--out", tmp_path / "model"]
+    check = ["--validation", 0.3, "--patience", 1, "--save_steps", 1, "--lr", 0]
+    assert run(*train, *check) == 0
+    assert [entry["step"] for entry in evaluations(tmp_path / "model")] == [1, 2]
+
+
 def wrong_inputs():
     """name -> (arguments, what the sentence must say); {world} and {tmp} are the folders."""
     train = ["train", "{world}/corpus.txt", "--out", "{tmp}/model", *SIZE]
@@ -161,6 +196,11 @@ def wrong_inputs():
             [*train, "--config", "{tmp}/value.yaml"],
             "argument --layers: invalid",
         ),
+        "colors without evaluations": ([*train, "--colors", "{world}/colors.csv"], "--colors looks at the evaluations"),
+        "validation missing": ([*train, "--validation", "{tmp}/none.txt"], "there is no corpus file {tmp}/none.txt"),
+        "validation of another kind": ([*train, "--validation", "{world}/retrieval"], "and the corpus is none: give a"),
+        "validation as text beside a retrieval": ([*cached, "--validation", "{world}/corpus.txt"], "retrieve --valid"),
+        "nothing held out": ([*train, "--validation", "1.5"], "above 0 and below 1, got 1.5"),
         "config missing": ([*train, "--config", "{tmp}/none.yaml"], "the config {tmp}/none.yaml cannot be read"),
         "config that is none": ([*train, "--config", "{world}/corpus.txt"], "is no list of options"),
         "corpus and retrieval": ([*train, "--retrieval", "{world}/retrieval"], "give either a corpus or --retrieval"),

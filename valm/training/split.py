@@ -1,0 +1,45 @@
+"""Documents held out of a training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from valm.errors import ValmError
+from valm.training.blocks import document_lengths
+
+
+class Selected(Dataset[dict[str, Any]]):
+    """Some of `documents`: those with the given numbers."""
+
+    def __init__(self, documents: Any, numbers: np.ndarray):
+        self.documents = documents
+        self.numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.documents[int(self.numbers[index])]
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document, (documents,) int64."""
+        return document_lengths(self.documents)[self.numbers]
+
+
+def hold_out(documents: Any, fraction: float, seed: int) -> tuple[Selected, Selected]:
+    """Those to train on and those held out, drawn by `seed`; at least one of each, in the order of `documents`.
+
+    Raises:
+        ValmError: the fraction is not between 0 and 1, or there are not two documents.
+    """
+    if not 0 < fraction < 1:
+        raise ValmError(f"the fraction to hold out must be above 0 and below 1, got {fraction}")
+    count = len(documents)
+    if count < 2:
+        raise ValmError(f"documents cannot be held out of {count}")
+    held = min(count - 1, max(1, round(fraction * count)))
+    drawn = np.random.default_rng(seed).permutation(count)
+    return Selected(documents, np.sort(drawn[held:])), Selected(documents, np.sort(drawn[:held]))
