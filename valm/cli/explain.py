@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
 from pathlib import Path
 
-from valm.cli.options import Commands, add_retrieval, chosen_device, command, load_model
+from valm.cli.options import Commands, add_retrieval, chosen_device, command, load_model, name_of
 from valm.errors import ValmError
 
 
@@ -26,23 +25,25 @@ def run_explain(arguments: argparse.Namespace) -> None:
     from valm.checkpoint import load
     from valm.explain.explanation import Reader, explain_together
     from valm.explain.figures import check_can_draw, write_figure
-    from valm.explain.images import FolderImages
+    from valm.explain.images import GivenImages
     from valm.explain.page import write_page
+    from valm.knowledge_base.images import find_images
     from valm.retrieval.retriever import Retriever
 
     if arguments.png:
         check_can_draw()
     model, tokenizer = load_model(arguments)
-    name = _unlike((), arguments.model)
+    name = name_of(arguments.model)
     readers = {name: Reader(model, tokenizer)}
     if arguments.replace:
         if not isinstance(model.retriever, Retriever):
             raise ValmError(f"--replace: the model in {arguments.model} retrieves no images that could be replaced")
-        replaced = FolderImages(arguments.replace, model.retriever)
+        files = [arguments.replace / file for file in find_images(arguments.replace).images]
+        replaced = GivenImages(files, model.retriever)
         readers[f"{name}, with images of {arguments.replace.absolute().name}"] = Reader(model, tokenizer, replaced)
     if arguments.compare:
         other = load(arguments.compare, device=chosen_device(arguments))
-        readers[_unlike(readers, arguments.compare)] = Reader(*other)
+        readers[name_of(arguments.compare, unlike=readers)] = Reader(*other)
     answers = [word.strip() for word in arguments.answers.split(",")] if arguments.answers else None
     explanations = explain_together(readers, arguments.prompt, answers)
     write_page(arguments.out, explanations)
@@ -50,10 +51,3 @@ def run_explain(arguments: argparse.Namespace) -> None:
     if arguments.png:
         write_figure(arguments.png, explanations)
         print(f"picture: {arguments.png}")
-
-
-def _unlike(names: Iterable[str], folder: Path) -> str:
-    """A name for the model in `folder` that is not among `names`: with as much of its path as that takes."""
-    parts = folder.absolute().parts
-    tails = ("/".join(parts[start:]) for start in range(len(parts) - 1, 0, -1))
-    return next((tail for tail in tails if tail not in names), f"{folder} again")

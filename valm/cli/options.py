@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -111,6 +111,13 @@ def load_model(arguments: argparse.Namespace) -> tuple[VaLMForCausalLM, PreTrain
         allow_download=arguments.allow_download,
         device=chosen_device(arguments),
     )
+
+
+def name_of(folder: Path, unlike: Iterable[str] = ()) -> str:
+    """What a page calls the model in `folder`: as much of the end of its path as tells it from the names `unlike`."""
+    parts = folder.absolute().parts
+    tails = ("/".join(parts[start:]) for start in range(len(parts) - 1, 0, -1))
+    return next((tail for tail in tails if tail not in unlike), f"{folder} again")
 
 
 def add_device(parser: argparse.ArgumentParser, what: str = "the models run") -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from valm.errors import ValmError
 from valm.evaluation import controls
 from valm.files import check_regular
-from valm.knowledge_base.images import find_images, read_image
+from valm.knowledge_base.images import read_image
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.retriever import Retrieved, Retriever
 from valm.text import printable
@@ -49,21 +49,28 @@ class RandomImages(controls.RandomImages):
         return Retrieved(pool, found.image_index, ids, _scores(queries, pool, found.image_index))
 
 
-class FolderImages(controls.FixedImages):
-    """A retriever that returns the first images of a folder for every token, instead of the knowledge base's.
+class GivenImages(controls.FixedImages):
+    """A retriever that returns images out of files, the same for every token, instead of the knowledge base's.
 
     Args:
-        folder: of images; where it has fewer than `retriever` finds, they are repeated.
+        files: at least one; the first K count, and where there are fewer they are repeated.
 
     Raises:
-        ValmError: there is no image, or one cannot be read.
+        ValmError: a file cannot be read as an image.
     """
 
-    def __init__(self, folder: str | os.PathLike, retriever: Retriever):
-        super().__init__(controls.images_in(folder, retriever.encoder.clip), retriever.k)
+    def __init__(self, files: Sequence[Path], retriever: Retriever):
+        images = []
+        for file in files[: retriever.k]:
+            try:
+                images.append(read_image(file))
+            except Exception as error:  # damaged bytes make a decoder raise anything
+                raise ValmError(f"cannot read the image {file.name}: {error}") from error
+        super().__init__(retriever.encoder.clip.encode_images(images), retriever.k)
         self.encoder = retriever.encoder
-        files = [Path(folder) / name for name in find_images(Path(folder)).images[: retriever.k]]
-        self.images = [ShownImage(printable(file.stem), _read(file)) for file in files]
+        self.images = [
+            ShownImage(printable(file.stem), _small(image)) for file, image in zip(files, images, strict=False)
+        ]
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Retrieved:
         found = super().__call__(input_ids, attention_mask)
@@ -80,7 +87,7 @@ def _scores(queries: Tensor, pool: Tensor, index: Tensor) -> Tensor:
 
 def show_images(retriever: Any, image_ids: Sequence[int]) -> list[ShownImage]:
     """Each image with its thumbnail and caption, as far as `retriever` knows them."""
-    if isinstance(retriever, FolderImages):
+    if isinstance(retriever, GivenImages):
         return [retriever.images[id] for id in image_ids]
     kb = getattr(retriever.retriever if isinstance(retriever, RandomImages) else retriever, "kb", None)
     if not isinstance(kb, ImageKnowledgeBase):
@@ -98,8 +105,12 @@ def _read(path: Path) -> Image.Image | None:
     """The image in a file, small; None where there is none that can be read."""
     try:
         check_regular(path)  # the knowledge base says where: a pipe, opened, would wait
-        image = read_image(path)
+        return _small(read_image(path))
     except Exception:  # damaged bytes make a decoder raise anything; the caption is shown then
         return None
-    image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
-    return image
+
+
+def _small(image: Image.Image) -> Image.Image:
+    small = image.copy()
+    small.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
+    return small

@@ -89,7 +89,9 @@ def _content(explanations: Mapping[str, Explanation], head: int | None) -> dict[
 
 
 def _setting(number: int, title: str, explanation: Explanation, head: int | None) -> dict[str, Any]:
-    """One explanation as the template shows it."""
+    """One explanation as the template shows it; the mean where it has no such head."""
+    if head is not None and head >= len(explanation.text_weights):
+        head = None
     text, image = explanation.weights(head)
     sources = [None if shown.thumbnail is None else data_uri(shown.thumbnail) for shown in explanation.images]
     largest_text, largest_image = (float(weights.max(initial=0.0)) or 1.0 for weights in (text, image))

@@ -3,7 +3,7 @@ import torch
 from PIL import Image
 
 from valm.errors import ValmError
-from valm.explain.images import FolderImages, RandomImages, show_images
+from valm.explain.images import GivenImages, RandomImages, show_images
 from valm.knowledge_base.build import build
 from valm.knowledge_base.encode import Encoding
 from valm.knowledge_base.sources.folder import FolderSource
@@ -32,12 +32,13 @@ def test_random_images_are_those_of_the_seed(model, ids, kb):
     assert [image.caption for image in shown] == [kb.item(id).uri for id in first.image_ids.tolist()]
 
 
-def test_a_folder_takes_the_place_of_the_knowledge_base(model, ids, tmp_path, clip):
+def test_given_images_take_the_place_of_the_knowledge_base(model, ids, tmp_path, clip):
     folder = paint(tmp_path / "greens", light="lightgreen", dark="darkgreen")
-    images = FolderImages(folder, model.retriever)
+    files = [folder / "dark.png", folder / "light.png"]
+    images = GivenImages(files, model.retriever)
     found = images(ids)
-    assert found.image_index[0].tolist() == [[0, 1, 0]] * 4  # the model takes 3, the folder has 2
-    expected = clip.encode_images([Image.open(folder / name) for name in ("dark.png", "light.png")])
+    assert found.image_index[0].tolist() == [[0, 1, 0]] * 4  # the model takes 3, there are 2
+    expected = clip.encode_images([Image.open(file) for file in files])
     torch.testing.assert_close(found.image_pool, expected)
     torch.testing.assert_close(found.scores[0, 2, 1], model.retriever.encoder(ids)[0, 2] @ expected[1])
     shown = show_images(images, found.image_ids.tolist())
@@ -45,10 +46,13 @@ def test_a_folder_takes_the_place_of_the_knowledge_base(model, ids, tmp_path, cl
     assert shown[1].thumbnail.getpixel((20, 20)) == (144, 238, 144)
 
 
-def test_a_folder_without_pictures_is_named(model, tmp_path):
-    (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(ValmError, match=f"no pictures in {tmp_path}"):
-        FolderImages(tmp_path, model.retriever)
+def test_only_the_first_k_are_read(model, ids, tmp_path):
+    folder = paint(tmp_path / "four", a="red", b="green", c="blue")
+    (folder / "d.png").write_bytes(b"no picture")
+    files = sorted(folder.iterdir())
+    assert GivenImages(files, model.retriever)(ids).image_ids.tolist() == [0, 1, 2]
+    with pytest.raises(ValmError, match=r"cannot read the image d.png: not a picture"):
+        GivenImages(files[1:], model.retriever)
 
 
 def test_without_thumbnails_the_file_is_read_or_the_caption_is_all(clip, tmp_path, monkeypatch):

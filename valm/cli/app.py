@@ -1,0 +1,30 @@
+"""valm app."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from valm.cli.options import Commands, add_retrieval, chosen_device, command, load_model, name_of, positive
+
+
+def add_to(commands: Commands) -> None:
+    app = command(commands, "app", run_app, "try a model in the browser, on this machine alone")
+    app.add_argument("model", type=Path, help="checkpoint folder")
+    app.add_argument("--compare", type=Path, metavar="MODEL2", help="another checkpoint, to show beside it")
+    app.add_argument("--port", type=positive, help="by default the first free one from 7860 on")
+    add_retrieval(app)
+
+
+def run_app(arguments: argparse.Namespace) -> None:
+    from valm.checkpoint import load
+    from valm.explain.app import App, launch
+
+    name, other = name_of(arguments.model), None
+    model, tokenizer = load_model(arguments)
+    if arguments.compare:
+        loaded = load(arguments.compare, device=chosen_device(arguments))
+        other = (name_of(arguments.compare, unlike=[name]), *loaded)
+    served = launch(App(name, model, tokenizer, other), arguments.port)
+    print(f"app: {served.local_url}  (Ctrl-C ends it)", flush=True)
+    served.block_thread()

@@ -1,0 +1,268 @@
+"""An app in the browser: type a prompt and see its images, attention and answers change."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# Gradio and the hub look these up when they are imported: nothing is reported to anyone.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+from valm.errors import ValmError
+from valm.explain.explanation import Explanation, Reader, explain_together
+from valm.explain.images import GivenImages, RandomImages
+from valm.explain.page import render_body, style
+from valm.retrieval.retriever import BlindRetriever, Retriever
+
+HOST = "127.0.0.1"
+MAX_IMAGES = 16  # of the slider; the operation takes more
+
+RETRIEVED, RANDOM, UPLOADED, NONE = "retrieved", "random", "uploaded", "none"
+QUERY = "its own query (blind)"  # the one image of a blind model
+
+
+class Stop(NamedTuple):
+    """A prepared example of the tour, and what to look for."""
+
+    name: str
+    prompt: str
+    images: str
+    hint: str
+
+
+TOUR = (
+    Stop(
+        "1. What it looks at",
+        "the most common color of tomato is",
+        RETRIEVED,
+        "Every token finds images of its own. See what the last token found, and whether the answer follows it.",
+    ),
+    Stop(
+        "2. Other images",
+        "the most common color of tomato is",
+        RANDOM,
+        "The control: random images of the knowledge base stand in the place of the retrieved ones. An answer that "
+        "came from the images changes.",
+    ),
+    Stop(
+        "3. No images",
+        "the most common color of tomato is",
+        NONE,
+        "The text alone: what the model would say without looking.",
+    ),
+)
+
+CSS = """
+.gradio-container { max-width: 84rem !important; margin: 0 auto !important; }
+.dark .valm-explain { color-scheme: dark; }
+body:not(.dark) .valm-explain { color-scheme: light; }
+.valm-explain { --paper: var(--body-background-fill); background: none; padding: 0; max-width: none; }
+.valm-explain .settings { margin-top: .5rem; }
+.valm-explain .error { border-left: 4px solid var(--orange); padding: .5rem 0 .5rem 1rem; margin: 1rem 0; }
+.valm-explain h1 { font-size: 1.35rem; font-weight: 650; letter-spacing: -.01em; margin: 0; }
+"""
+
+
+class App:
+    """What the app computes; `blocks` is what it shows.
+
+    Args:
+        name, model, tokenizer: as `valm.load` returns them, and what the model is called.
+        other: a second model, to compare, as (name, model, tokenizer).
+
+    Raises:
+        ValmError: a model takes images and has no retriever.
+    """
+
+    def __init__(self, name: str, model: Any, tokenizer: Any, other: tuple[str, Any, Any] | None = None):
+        self.name, self.model, self.tokenizer = name, model, tokenizer
+        self.other = other
+        retriever = model.retriever
+        if model.image_options.num_images == 0:
+            self.choices = [NONE]
+        elif isinstance(retriever, Retriever):
+            self.choices = [RETRIEVED, RANDOM, UPLOADED, NONE]
+        elif isinstance(retriever, BlindRetriever):
+            self.choices = [QUERY, NONE]
+        else:
+            raise ValmError(
+                f"the model {name} takes {model.image_options.num_images} images a token, but has no retriever: give "
+                "it a knowledge base (--kb)"
+            )
+
+    def explain(
+        self,
+        prompt: str,
+        images: str,
+        k: int,
+        uploads: Sequence[str] | None,
+        answers: str,
+        beside: Sequence[str],
+    ) -> dict[str, Explanation]:
+        """The explanations that are shown, by their titles.
+
+        Args:
+            images: one of `choices`.
+            k: images per token.
+            uploads: files whose images replace those of the knowledge base.
+            answers: words with commas between them; empty for the likeliest.
+            beside: which of `comparisons` to show too.
+        """
+        title, reader = self._reader(images, k, uploads)
+        readers = {title: reader}
+        if self.choices[0] in beside and images != self.choices[0]:
+            first, with_first = self._reader(self.choices[0], k, None)
+            readers = {first: with_first} | readers
+        if self.other is not None and self.other[0] in beside:
+            readers[self.other[0]] = Reader(*self.other[1:])
+        words = [word.strip() for word in answers.split(",")] if answers.strip() else None
+        return explain_together(readers, prompt, words)
+
+    def _reader(self, images: str, k: int, uploads: Sequence[str] | None) -> tuple[str, Reader]:
+        """A reader with these images, and its title."""
+        if images == NONE:
+            return f"{self.name}, no images", Reader(self.model, self.tokenizer, with_images=False)
+        retriever: Any = self.model.retriever
+        if images == QUERY:
+            return f"{self.name}, blind", Reader(self.model, self.tokenizer)
+        of_kb = Retriever(retriever.encoder, retriever.kb, k, retriever.index, cache_tokens=0)
+        if images == RETRIEVED:
+            return f"{self.name}, {k} retrieved images", Reader(self.model, self.tokenizer, of_kb)
+        if images == RANDOM:
+            return f"{self.name}, {k} random images", Reader(self.model, self.tokenizer, RandomImages(of_kb, 0))
+        if not uploads:
+            raise ValmError("there are no uploaded images yet: add some below")
+        given = GivenImages([Path(file) for file in uploads], of_kb)
+        return f"{self.name}, uploaded images", Reader(self.model, self.tokenizer, given)
+
+    def show(self, head: int, *arguments: Any) -> str:
+        """What `explain` says as HTML, or one sentence on what is wrong. head: 0 = the mean of all."""
+        try:
+            body = render_body(self.explain(*arguments), head - 1 if head else None)
+        except ValmError as error:
+            body = f'<p class="error" role="alert">{escape(str(error))}</p>'
+        # Gradio fills templates in whatever it shows: ${...} and {{...}} of a caption must not be any
+        for sign in "{$`":
+            body = body.replace(sign, f"&#{ord(sign)};")
+        return f'<div class="valm-explain">{body}</div>'
+
+    def blocks(self) -> Any:
+        """The app as Gradio's Blocks.
+
+        Raises:
+            ValmError: Gradio is missing.
+        """
+        gradio = _gradio()
+        options = self.model.image_options
+        has_kb = RETRIEVED in self.choices
+        stops = [stop for stop in TOUR if stop.images in self.choices]
+        beside = [*self.choices[:1], *([self.other[0]] if self.other else [])]
+        heads = self._num_heads()
+        with gradio.Blocks(title=f"valm · {self.name}", analytics_enabled=False) as blocks:
+            gradio.HTML(
+                f'<div class="valm-explain"><p class="kicker">valm app</p><h1>{escape(self.name)}</h1></div>',
+                apply_default_css=False,
+                js_on_load=None,
+            )
+            with gradio.Row(equal_height=False):
+                with gradio.Column(scale=1, min_width=300):
+                    prompt = gradio.Textbox(stops[0].prompt, label="Prompt", lines=2, elem_id="prompt")
+                    images = gradio.Radio(self.choices, value=self.choices[0], label="Images", elem_id="images")
+                    k = gradio.Slider(
+                        1,
+                        max(options.num_images, min(MAX_IMAGES, len(self.model.retriever.kb) if has_kb else 1)),
+                        value=max(options.num_images, 1),
+                        step=1,
+                        label="K, images for each token",
+                        visible=has_kb,
+                        elem_id="k",
+                    )
+                    uploads = gradio.File(
+                        label="Your images, in the place of the retrieved ones",
+                        file_count="multiple",
+                        file_types=["image"],
+                        height=150,
+                        visible=has_kb,
+                        elem_id="uploads",
+                    )
+                    shown_beside = gradio.CheckboxGroup(
+                        beside, value=beside, label="Beside it", visible=len(self.choices) > 1 or len(beside) > 1
+                    )
+                    answers = gradio.Textbox(label="Answers to compare, with commas; empty: the likeliest")
+                    head = gradio.Dropdown(
+                        [("all heads, their mean", 0), *((f"head {number}", number) for number in range(1, heads + 1))],
+                        value=0,
+                        label="Attention of",
+                        elem_id="head",
+                    )
+                    run = gradio.Button("Explain", variant="primary", elem_id="run")
+                with gradio.Column(scale=3, min_width=320):
+                    with gradio.Row():
+                        buttons = [gradio.Button(stop.name, size="sm", min_width=90) for stop in stops]
+                    hint = gradio.Markdown("A tour of three examples, or a prompt of your own.", elem_id="hint")
+                    output = gradio.HTML(elem_id="explanation", apply_default_css=False, js_on_load=None)
+            inputs = [head, prompt, images, k, uploads, answers, shown_beside]
+            update = {"fn": self.show, "inputs": inputs, "outputs": output, "api_visibility": "private"}
+            # a change while the last one is computed is not lost
+            update["trigger_mode"] = "always_last"
+            changes = [prompt.submit, answers.submit, images.input, k.release, shown_beside.input, head.input]
+            gradio.on([blocks.load, run.click, *changes], **update)
+            uploads.upload(lambda: UPLOADED, outputs=images, api_visibility="private").then(**update)
+            for button, stop in zip(buttons, stops, strict=True):
+                chosen = (stop.prompt, stop.images, stop.hint)
+                button.click(
+                    lambda chosen=chosen: chosen, outputs=[prompt, images, hint], api_visibility="private"
+                ).then(**update)
+        return blocks
+
+    def _num_heads(self) -> int:
+        """H of the fusion layer."""
+        config = self.model.config
+        return config.valm["heads"] if hasattr(config, "valm") else config.n_head
+
+
+def launch(app: App, port: int | None = None) -> Any:
+    """Serves the app on this machine alone, in a thread.
+
+    Args:
+        port: by default the first free one from 7860 on.
+
+    Returns:
+        Gradio's Blocks: `local_url` is the address, `block_thread()` waits, `close()` ends it.
+
+    Raises:
+        ValmError: Gradio is missing, or the port is taken.
+    """
+    gradio = _gradio()
+    fonts = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif"]
+    theme = gradio.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"], primary_hue="blue")
+    blocks = app.blocks()
+    try:
+        blocks.launch(
+            server_name=HOST,
+            server_port=port,
+            share=False,
+            inbrowser=False,
+            quiet=True,
+            ssr_mode=False,
+            enable_monitoring=False,
+            footer_links=[],
+            theme=theme,
+            css=style() + CSS,
+            prevent_thread_lock=True,
+        )
+    except OSError as error:
+        raise ValmError(f"the app cannot be served at {HOST}: {error}") from error
+    return blocks
+
+
+def _gradio() -> Any:
+    try:
+        import gradio
+    except ImportError as error:
+        raise ValmError(f"the app needs the package gradio ({error}): pip install 'valm[app]'") from error
+    return gradio
