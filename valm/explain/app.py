@@ -62,6 +62,7 @@ CSS = """
 body:not(.dark) .valm-explain { color-scheme: light; }
 .valm-explain { --paper: var(--body-background-fill); background: none; padding: 0; max-width: none; }
 .valm-explain .settings { margin-top: .5rem; }
+.html-container:has(> * > .valm-explain), .html-container:has(> .valm-explain) { padding: 0 !important; }
 .valm-explain .error { border-left: 4px solid var(--orange); padding: .5rem 0 .5rem 1rem; margin: 1rem 0; }
 .valm-explain h1 { font-size: 1.35rem; font-weight: 650; letter-spacing: -.01em; margin: 0; }
 """
@@ -177,12 +178,12 @@ class App:
                         max(options.num_images, min(MAX_IMAGES, len(self.model.retriever.kb) if has_kb else 1)),
                         value=max(options.num_images, 1),
                         step=1,
-                        label="K, images for each token",
+                        label="K, images of a token",
                         visible=has_kb,
                         elem_id="k",
                     )
                     uploads = gradio.File(
-                        label="Your images, in the place of the retrieved ones",
+                        label="Your own images",
                         file_count="multiple",
                         file_types=["image"],
                         height=150,
@@ -192,7 +193,9 @@ class App:
                     shown_beside = gradio.CheckboxGroup(
                         beside, value=beside, label="Beside it", visible=len(self.choices) > 1 or len(beside) > 1
                     )
-                    answers = gradio.Textbox(label="Answers to compare, with commas; empty: the likeliest")
+                    answers = gradio.Textbox(
+                        label="Answers, with commas between them (else the likeliest)", elem_id="answers"
+                    )
                     head = gradio.Dropdown(
                         [("all heads, their mean", 0), *((f"head {number}", number) for number in range(1, heads + 1))],
                         value=0,

@@ -150,11 +150,15 @@ def _token_ids(model: Any, tokenizer: PreTrainedTokenizerFast, text: str) -> Ten
     if not text.strip():
         raise ValmError('the prompt is empty: give a text, such as "the color of the sky is"')
     ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or MAX_TOKENS
-    if ids.shape[1] > min(context, MAX_TOKENS):
-        limit = f"this model reads {context}" if context < MAX_TOKENS else f"an explanation shows {MAX_TOKENS}"
-        raise ValmError(f"the prompt has {ids.shape[1]} tokens, and {limit} at most: give a shorter one")
+    _check_length(model, ids.shape[1], "the prompt has")
     return ids.to(model.device)
+
+
+def _check_length(model: Any, tokens: int, what: str) -> None:
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or MAX_TOKENS
+    if tokens > min(context, MAX_TOKENS):
+        limit = f"this model reads {context}" if context < MAX_TOKENS else f"an explanation shows {MAX_TOKENS}"
+        raise ValmError(f"{what} {tokens} tokens, and {limit} at most: give a shorter one")
 
 
 def _why_no_images(model: Any, with_images: bool) -> str:
@@ -208,6 +212,7 @@ def _probabilities(
     probabilities = []
     for answer in pieces:
         head = tuple(answer[:-1])  # one-token answers share the pass over the prompt
+        _check_length(model, ids.shape[1] + len(head), "the prompt with an answer behind it has")
         if head not in by_head:
             longer = torch.cat([ids, ids.new_tensor([head])], 1)
             by_head[head] = _log_probs(model, longer, _find(model, retriever, longer))[ids.shape[1] - 1 :]

@@ -13,7 +13,8 @@ from valm.errors import ValmError
 from valm.explain.explanation import explain
 
 TEXT = "a red apple lies on the"
-HOSTILE = "<b>${1 + 1}</b> {{lookup . 'x'}} `x`"
+# Gradio fills templates of both kinds in what it shows.
+HOSTILE = "<b>${1}</b>{{x}}`"
 
 
 @pytest.fixture
@@ -77,14 +78,7 @@ def test_wrong_input_is_one_sentence(app, tmp_path):
         ({"images": "uploaded", "uploads": [str(tmp_path / "a.png")]}, "cannot read the image a.png"),
         ({"answers": "red,,blue"}, "the answer &#x27;&#x27; has no tokens"),
     ):
-        given = {
-            "prompt": TEXT,
-            "images": "retrieved",
-            "k": 3,
-            "uploads": None,
-            "answers": "",
-            "beside": (),
-        } | arguments
+        usual = {"prompt": TEXT, "images": "retrieved", "k": 3, "uploads": None, "answers": "", "beside": ()}
         shown = app.show(0, *(usual | arguments).values())
         assert sentence in shown and shown.count("<p") == 1 and 'role="alert"' in shown
 
@@ -120,10 +114,13 @@ def served(app, monkeypatch):
     blocks.close()
 
 
+@pytest.mark.slow
 def test_the_app_in_a_browser(browser, served, tmp_path):
     """Every switch changes the page, on a desk and on a phone, and the browser asks this machine for everything."""
+    from playwright.sync_api import expect
+
     assert served.local_url.startswith("http://127.0.0.1:") and served.share_url is None
-    Image.new("RGB", (40, 40), "green").save(tmp_path / f"{HOSTILE.replace('/', '')}.png")
+    Image.new("RGB", (40, 40), "green").save(tmp_path / "leaf.png")
     requests, errors = [], []
     for width, scheme in ((1280, "light"), (390, "dark")):
         context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
@@ -134,15 +131,11 @@ def test_the_app_in_a_browser(browser, served, tmp_path):
         explanation = page.locator("#explanation")
 
         def shows(*titles, explanation=explanation):
-            expect = explanation.locator(".setting h2")
-            explanation.locator(
-                f".settings:has(h2:text-is('{titles[-1]}')):has(.setting:nth-child({len(titles)}))"
-            ).wait_for()
-            assert expect.all_inner_texts() == list(titles)
+            expect(explanation.locator(".setting h2")).to_have_text(list(titles), timeout=60_000)
 
         page.locator("#prompt textarea").fill(TEXT)
         page.locator("#run").click()
-        explanation.locator("text=Images found for “the”").wait_for()
+        expect(explanation.locator(".label").first).to_contain_text("Images of “the”", timeout=60_000)
         shows("valm, 3 retrieved images", "gpt2")
         assert page.evaluate("document.documentElement.scrollWidth") == width
         background = page.evaluate("getComputedStyle(document.querySelector('#explanation .answers th')).color")
@@ -153,11 +146,14 @@ def test_the_app_in_a_browser(browser, served, tmp_path):
         shows("valm, 3 retrieved images", "valm, no images", "gpt2")
         page.locator("#uploads input[type=file]").set_input_files(list(tmp_path.iterdir()))
         shows("valm, 3 retrieved images", "valm, uploaded images", "gpt2")
-        captions = explanation.locator(".setting >> nth=1 >> .caption").all_inner_texts()
-        assert len(captions) == 3 and all("${1 + 1}" in caption and "{{lookup" in caption for caption in captions)
+        assert explanation.locator(".setting >> nth=1 >> .caption").all_inner_texts() == ["leaf"] * 3
+        page.locator("#answers textarea").fill(HOSTILE)
+        page.locator("#run").click()
+        expect(explanation.locator(".answers tbody th").first).to_have_text(HOSTILE, timeout=60_000)
+        page.locator("#answers textarea").fill("")
         page.locator("#prompt textarea").fill(" ")
         page.locator("#run").click()
-        explanation.locator("text=the prompt is empty").wait_for()
+        expect(explanation).to_contain_text("the prompt is empty", timeout=60_000)
         page.get_by_role("button", name="3. No images").click()
         shows("valm, 3 retrieved images", "valm, no images", "gpt2")
         assert "without looking" in page.locator("#hint").inner_text()

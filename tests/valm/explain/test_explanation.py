@@ -104,6 +104,7 @@ def test_readers_side_by_side_have_the_same_answers(model, make_model, tokenizer
         (" \n", None, "the prompt is empty"),
         ("a red apple " * 8, None, "the prompt has 25 tokens, and this model reads 24 at most"),
         (TEXT, ["red", " "], "the answer ' ' has no tokens"),
+        (TEXT, ["red " * 19], "the prompt with an answer behind it has 25 tokens, and this model reads 24 at most"),
     ],
 )
 def test_wrong_texts_are_named(model, tokenizer, text, answers, expected):
