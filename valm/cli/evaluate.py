@@ -39,10 +39,23 @@ def add_to(commands: Commands) -> None:
         "--replace", type=Path, metavar="FOLDER", help="also with the images in this folder for those it finds"
     )
     evaluate.add_argument(
+        "--cost",
+        nargs="*",
+        type=Path,
+        metavar="KB",
+        help="also the time of a forward pass over that without images, and accuracy, with so many images of each "
+        "knowledge base (default: the model's own) as --cost-sizes says",
+    )
+    evaluate.add_argument("--cost-sizes", type=sizes, metavar="N,N", help="images; by default 1, 10 and 100 percent")
+    evaluate.add_argument(
         "--out", type=Path, help="folder of results.json, results.md, report.html and the cache; a killed run goes on"
     )
     evaluate.add_argument("--fresh", action="store_true", help="score anew what the cache in --out has")
     add_retrieval(evaluate)
+
+
+def sizes(text: str) -> list[int]:
+    return [positive(part) for part in text.split(",")]
 
 
 def run_eval(arguments: argparse.Namespace) -> None:
@@ -72,7 +85,12 @@ def run_eval(arguments: argparse.Namespace) -> None:
         replace=arguments.replace,
         fresh=arguments.fresh,
     )
-    results = evaluate(entries(arguments.model), settings, arguments.out)
+    models = entries(arguments.model)
+    results = evaluate(models, settings, arguments.out)
+    if arguments.cost is not None:
+        from valm.evaluation.cost import measure
+
+        results["cost"] = measure(models, settings, arguments.cost, arguments.cost_sizes, arguments.out)
     print(markdown(results))
     if arguments.out is not None:
         print(f"written to {write_report(results, arguments.out)}")

@@ -149,7 +149,7 @@ class CausalScorer:
             if asked.last_word:
                 ids, length = last_word(self.tokenizer, text)
             else:
-                ids, length = self.tokenizer(text, add_special_tokens=False)["input_ids"], 0
+                ids, length = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], 0
             tokens.append(ids)
             word_lengths.append(length if fair else min(length, 1))
         eos = self.tokenizer.eos_token_id

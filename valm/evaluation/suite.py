@@ -117,21 +117,7 @@ def evaluate(
     Raises:
         ValmError: data, a model or its images are not there, or do not belong together. Nothing has been scored then.
     """
-    asked = {
-        (task.name, protocol): what_is_asked(
-            task,
-            protocol,
-            settings.data,
-            file=settings.files.get(task.name),
-            allow_download=settings.allow_download,
-            limit=settings.limit,
-        )
-        for task in settings.tasks
-        for protocol in settings.protocols
-        if protocol in task.protocols
-    }
-    if not asked:
-        raise ValmError(f"none of the tasks has the protocol {', '.join(settings.protocols)}")
+    asked = asked_by(settings)
     variants = {source: _variants(source, settings) for entry in models for source in entry.sources}
     cache = None if out is None else Path(out) / CACHE
     total = sum(map(_size, asked.values())) * sum(map(len, variants.values()))
@@ -142,7 +128,7 @@ def evaluate(
             scored: dict[tuple[str, str, str], list[Scores]] = {}
             kind = ""
             for source in entry.sources:
-                scorer = _open(source, settings)
+                scorer = open_with(source, settings)
                 kind = scorer.kind
                 own = scorer.fingerprint
                 for variant in variants[source]:
@@ -151,7 +137,7 @@ def evaluate(
                     images = [retrieval, None if replace is None else images_fingerprint(replace)]
                     for key, one in asked.items():
                         bar.set_description(", ".join(filter(None, (entry.name, variant, key[0]))))
-                        of_unit = _scores(scorer, one, cache, [own, images], settings.fresh, bar)
+                        of_unit = scores_of(scorer, one, cache, [own, images], settings.fresh, bar)
                         scored.setdefault((variant, *key), []).append(of_unit)
             for (variant, task, protocol), of_seeds in scored.items():
                 row, values = _row(entry, kind, variant, asked[task, protocol], of_seeds)
@@ -172,7 +158,29 @@ def evaluate(
     }
 
 
-def _open(source: str, settings: Settings) -> Scorer:
+def asked_by(settings: Settings) -> dict[tuple[str, str], Questions | Documents]:
+    """What each task asks in each protocol that it has. Raises ValmError where there is nothing, and for data that are
+    missing or do not parse."""
+    asked = {
+        (task.name, protocol): what_is_asked(
+            task,
+            protocol,
+            settings.data,
+            file=settings.files.get(task.name),
+            allow_download=settings.allow_download,
+            limit=settings.limit,
+        )
+        for task in settings.tasks
+        for protocol in settings.protocols
+        if protocol in task.protocols
+    }
+    if not asked:
+        raise ValmError(f"none of the tasks has the protocol {', '.join(settings.protocols)}")
+    return asked
+
+
+def open_with(source: str, settings: Settings) -> Scorer:
+    """The model `source` as the settings say."""
     return open_scorer(
         source,
         kb=settings.kb,
@@ -184,7 +192,7 @@ def _open(source: str, settings: Settings) -> Scorer:
 
 def _variants(source: str, settings: Settings) -> list[str]:
     """Which of the variants the model has. Raises ValmError, before the first hour of work, for what is not there."""
-    scorer = _open(source, settings)
+    scorer = open_with(source, settings)
     if not scorer.sees_images:
         return [""]
     for retrieval, replace in settings.variants.values():
@@ -196,7 +204,7 @@ def _size(asked: Questions | Documents) -> int:
     return len(asked.texts) * (len(asked.texts[0]) if isinstance(asked, Questions) else 1)
 
 
-def _scores(
+def scores_of(
     scorer: Scorer, asked: Questions | Documents, cache: Path | None, own: list[Any], fresh: bool, bar: Any
 ) -> Scores:
     """From the cache, or from the model and then into the cache.
