@@ -10,6 +10,7 @@ import pytest
 from tests.valm.evaluation.small_sets import write_sets
 from valm.errors import ValmError
 from valm.evaluation.questions import FAIR, MATERIALS, PUBLISHED, TASKS, VICOMTE_COLORS, chosen_tasks, what_is_asked
+from valm.evaluation.sets import SETS
 
 DATA = os.environ.get("VALM_EVAL_DATA")
 FIXTURE = Path(__file__).parents[2] / "fixtures" / "prompts.json"
@@ -154,3 +155,20 @@ def test_a_set_without_a_file_is_read_from_the_hub_where_that_is_allowed(tmp_pat
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(ValmError, match=r"cannot load AG News from the Hub \(fancyzhang/ag_news\): no route"):
         what_is_asked(TASKS["ag_news"], FAIR, tmp_path, allow_download=True)
+
+
+def test_the_documentation_has_every_set():
+    lines = (Path(__file__).parents[3] / "docs" / "evaluation.md").read_text(encoding="utf-8").splitlines()
+    for name, entry in SETS.items():
+        facts = (
+            f"`{name}`",
+            entry.title,
+            f"{entry.items:,}",
+            f"`{entry.file}`",
+            entry.source,
+            entry.url,
+            entry.licence,
+        )
+        row = next(line for line in lines if line.startswith("|") and f"| `{name}` |" in line)
+        assert all(f"| {fact} |" in row for fact in facts)
+        assert f"| {', '.join(TASKS[name].protocols)} |" in row
