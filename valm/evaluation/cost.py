@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from valm.errors import ValmError
 from valm.evaluation.controls import switch_images
@@ -22,6 +21,7 @@ from valm.evaluation.scorers import CausalScorer
 from valm.evaluation.scoring import context_length
 from valm.evaluation.suite import CACHE, Entry, Settings, asked_by, open_with, scores_of
 from valm.knowledge_base.store import ImageKnowledgeBase
+from valm.progress import progress_bar
 from valm.retrieval.retriever import Retriever, VectorIndex
 from valm_kernels import FlatIPIndex, TopK
 
@@ -81,7 +81,7 @@ def measure(
             if not isinstance(scorer, CausalScorer) or not isinstance(retriever := _own(scorer, kb), Retriever):
                 continue
             fingerprint = scorer.fingerprint
-            for size in tqdm(_sizes(retriever, sizes), f"{entry.name}, cost", disable=not progress):
+            for size in progress_bar(_sizes(retriever, sizes), desc=f"{entry.name}, cost", unit="size", shown=progress):
                 found = _with_images(retriever, size, cache=True)
                 scorer.model.set_retriever(found)
                 row: dict[str, Any] = {
@@ -93,7 +93,7 @@ def measure(
                 own = [fingerprint, retriever.kb.fingerprint, size, SEED]
                 cache = None if out is None else Path(out) / CACHE
                 for one in asked:
-                    with tqdm(disable=True) as bar:
+                    with progress_bar(shown=False) as bar:
                         scores = scores_of(scorer, one, cache, own, settings.fresh, bar)
                     if "not_applicable" not in scores:
                         row["metrics"][one.task] = choice_metrics(one, torch.tensor([scores["scores"]]).numpy(), None)
