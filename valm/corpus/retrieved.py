@@ -191,6 +191,11 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
         if self.manifest["plan"]["knowledge_base"] != kb.fingerprint:
             raise ValmError(f"{self.path} was retrieved from another knowledge base than {kb.path}; do it again")
 
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Raises ValmError where the tokens are not those of `tokenizer`."""
+        if self.manifest["plan"]["tokenizer"] != _tokenizer_hash(tokenizer):
+            raise ValmError(f"{self.path} was read with another tokenizer than the model's; retrieve it again")
+
     def verify(self, *, progress: bool = True) -> list[str]:
         """Reads every file and returns the names of those whose content is not what was written."""
         files = progress_bar(list(files_of(self.manifest)), desc="verify", unit=" files", shown=progress)

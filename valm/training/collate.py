@@ -91,7 +91,10 @@ class Collator:
         kb: ImageKnowledgeBase, documents: list[dict[str, Any]], places: list[tuple[int, slice]], shape: tuple[int, int]
     ) -> dict[str, np.ndarray]:
         if any("image_ids" not in document for document in documents):
-            raise ValmError("the documents have no image_ids: retrieve them first, or train without a knowledge base")
+            raise ValmError(
+                "the documents have no image_ids: retrieve them first, or train without a knowledge base; a Trainer "
+                "that is not made by valm.training.trainer removes them unless it has remove_unused_columns=False"
+            )
         slots = np.full((*shape, documents[0]["image_ids"].shape[1]), NO_IMAGE, dtype=np.uint32)  # (B, L, K)
         for document, place in zip(documents, places, strict=True):
             slots[place] = document["image_ids"]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
@@ -202,8 +203,17 @@ class ImageTrainer(Trainer):
             # while a checkpoint is written it is one folder deeper
             note.write(folder, place=folder if self._saving is None else self._saving.parent / folder.name)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+        except (RuntimeError, ValueError, SafetensorError) as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise ValmError(f"cannot go on from {resume_from_checkpoint}: {reason}") from error
+
     def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Raises ValmError where the Trainer would only warn: a weight would have another value than was saved."""
         model: Any = self.model
         tied = model._tied_weights_keys or ()  # they are saved under one name
-        missing = [name for name in load_result.missing_keys if name not in tied]
-        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+        wrong = [name for name in load_result.missing_keys if name not in tied] + load_result.unexpected_keys
+        if wrong:
+            raise ValmError(f"the checkpoint is of another model than this {type(model).__name__}: {wrong[0]}")

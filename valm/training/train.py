@@ -180,6 +180,7 @@ def _check(
         )
     corpus = _retrieval(dataset)
     if corpus is not None:
+        corpus.check_tokenizer(tokenizer)
         if kb is not None:
             corpus.check_knowledge_base(kb)
         corpus.verify_once()

@@ -1,14 +1,22 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 
 from tests.valm.models import tiny_config
 from tests.valm.training.documents import TOKENIZER, Vectors, documents, new_model, new_trainer
-from valm.checkpoint import load_checkpoint
+from valm.augmented.model import augment
+from valm.checkpoint import load, load_checkpoint
+from valm.corpus.retrieved import retrieve_corpus
 from valm.errors import ValmError
 from valm.model import VaLMForCausalLM
+from valm.retrieval.context import ContextEncoder
+from valm.retrieval.retriever import Retriever
 from valm.training.callbacks import show_progress
-from valm.training.train import training_arguments
+from valm.training.collate import Collator
+from valm.training.train import trainer, training_arguments
 
 
 class Recorded(list):
@@ -113,6 +121,66 @@ def test_arguments_that_cannot_be_are_one_sentence(tmp_path):
         training_arguments(tmp_path, lerning_rate=1)
     with pytest.raises(ValmError, match="do not fit: cosin is not a valid SchedulerType"):
         training_arguments(tmp_path, lr_scheduler_type="cosin")
+
+
+def test_columns_that_a_trainer_removed_are_named(tmp_path):
+    arguments = training_arguments(tmp_path, use_cpu=True, max_steps=1)
+    plain = Trainer(new_model(), arguments, train_dataset=documents(), data_collator=Collator(TOKENIZER, Vectors()))
+    with pytest.raises(ValmError, match=r"no image_ids.* unless it has remove_unused_columns=False"):
+        plain.train()
+
+
+def augmented(**arguments):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=len(TOKENIZER), num_key_value_heads=2, max_position_embeddings=32, **sizes)
+    return augment(LlamaForCausalLM(config), image_dim=24, num_images=3, logit_bias=0.0, **arguments)
+
+
+def test_an_augmented_decoder_trains_what_was_added_and_goes_on(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "learning_rate": 0.1}
+    model = augmented()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    made = new_trainer(tmp_path, model=model, **saving)
+    made.train()
+    changed = {name for name, weight in made.model.state_dict().items() if not torch.equal(weight, before[name])}
+    assert changed and all("image_fusion" in name for name in changed)
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    resumed = new_trainer(tmp_path, model=augmented(), **saving)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.losses() == made.losses()
+    loaded, _ = load(tmp_path / "checkpoint-4")
+    assert all(torch.equal(weight, made.model.state_dict()[name]) for name, weight in loaded.state_dict().items())
+    made.write(tmp_path / "model", TOKENIZER)
+    assert type(load(tmp_path / "model")[0]).__name__ == "LlamaForCausalLM"
+    with pytest.raises(ValmError, match="only VaLMForCausalLM keeps documents apart in a packed row"):
+        trainer(augmented(), documents(), Vectors(), tokenizer=TOKENIZER, arguments=made.args, row_length=8)
+
+
+@pytest.mark.parametrize(
+    "other, reason",
+    [
+        (lambda: new_model(n_embd=64), "size mismatch for .*"),
+        (
+            lambda: new_model(n_layer=2),
+            "the checkpoint is of another model than this VaLMForCausalLM: .*",
+        ),
+        (augmented, "the checkpoint is of another model than this LlamaForCausalLM: .*"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, other, reason):
+    saving = {"save_strategy": "steps", "max_steps": 2}
+    new_trainer(tmp_path, **saving).train()
+    with pytest.raises(ValmError, match=f"cannot go on from .*checkpoint-2: {reason}"):
+        new_trainer(tmp_path, model=other(), **saving).train(resume_from_checkpoint=True)
+
+
+def test_a_retrieved_corpus_of_another_tokenizer_is_refused(tmp_path, clip, make_kb):
+    kb = make_kb(4)
+    retriever = Retriever(ContextEncoder(clip), kb, 3)
+    corpus = retrieve_corpus([[1, 2, 3]], retriever, tmp_path / "corpus", progress=False)
+    with pytest.raises(ValmError, match="was read with another tokenizer than the model's"):
+        new_trainer(tmp_path / "run", dataset=corpus, kb=kb, model=new_model(image_dim=kb.dim))
 
 
 def test_the_arguments_of_the_user_stay_as_they_are(tmp_path):
