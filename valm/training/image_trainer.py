@@ -61,6 +61,9 @@ class ImageTrainer(Trainer):
         folder = writable_folder(str(self.args.output_dir))
         if self.args.should_save:
             remove_leftovers(folder)
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if resume_from_checkpoint and "SHARDED" in str(getattr(plugin, "state_dict_type", "")):
+            raise ValmError("PyTorch would unpickle a SHARDED_STATE_DICT: set FULL_STATE_DICT in fsdp_config")
         if not resume_from_checkpoint and get_last_checkpoint(str(folder)) is not None:
             raise ValmError(f"{folder} holds the checkpoints of another training: resume it, or choose another folder")
         try:

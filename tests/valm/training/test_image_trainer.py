@@ -3,6 +3,7 @@ import json
 import math
 import shutil
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -224,6 +225,14 @@ def test_what_trainers_wrote_is_read_as_tensors_only(tmp_path, monkeypatch):
     new_trainer(tmp_path, **SAVING).train(resume_from_checkpoint=True)
     assert {name for name, _ in read} == {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
     assert all(tensors_only is True for _, tensors_only in read)
+
+
+def test_shards_that_pytorch_would_unpickle_are_refused(tmp_path, monkeypatch):
+    made = new_trainer(tmp_path)
+    plugin = SimpleNamespace(state_dict_type="StateDictType.SHARDED_STATE_DICT")
+    monkeypatch.setattr(type(made.accelerator.state), "fsdp_plugin", plugin, raising=False)
+    with pytest.raises(ValmError, match="would unpickle a SHARDED_STATE_DICT: set FULL_STATE_DICT"):
+        made.train(resume_from_checkpoint=True)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from valm.checkpoint import load
 
 pytestmark = pytest.mark.slow
 
-FSDP = {"fsdp": "full_shard", "fsdp_config": {"state_dict_type": "FULL_STATE_DICT"}}
+FSDP = {"fsdp": True}
 
 
 def run(folder, **fields):
