@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from valm.cli.options import Commands
+from valm.cli.options import Commands, command
 
 DESCRIPTION = """lm-evaluation-harness with model "valm" and the tasks of the paper, for example
 
@@ -15,15 +15,10 @@ Face Hub where it has them. `valm lm-eval run --help` shows the harness's own op
 
 
 def add_to(commands: Commands) -> None:
-    lm_eval = commands.add_parser(
-        "lm-eval",
-        help="run lm-evaluation-harness on a model",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    lm_eval = command(commands, "lm-eval", run_lm_eval, "run lm-evaluation-harness on a model")
+    lm_eval.description, lm_eval.formatter_class = DESCRIPTION, argparse.RawDescriptionHelpFormatter
     lm_eval.add_argument("command", choices=["run", "ls", "validate"], help="a command of the harness")
     lm_eval.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
-    lm_eval.set_defaults(run=run_lm_eval)
 
 
 def run_lm_eval(arguments: argparse.Namespace) -> None:

@@ -1,8 +1,8 @@
 """The shape of things: ViComTe's single-answer shape test (Zhang et al. 2022), 101 things.
 
-There is a fair protocol only: the published code has neither data nor script for this set; its numbers fit these
-five prompts on these 101 things. 81 of them are round, so that always saying "round" scores 80.2 %, above every
-published number: look at the balanced accuracy.
+The published code has neither data nor script for the paper's ObjectShape; its numbers fit Blind-VaLM's five prompts on
+these 101 things, so `valm eval` asks them in its published protocol too. 81 of them are round: always saying "round"
+scores 80.2 %, above every published number. Look at the balanced accuracy.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import valm
 from tests.valm.evaluation.small_sets import write_sets
+from tests.valm.models import tiny_model
 from tests.valm.other_tokenizers import LINES, gpt2_like
 from tests.valm.tiny_clip import make_clip
 from valm.checkpoint import save_checkpoint
@@ -21,11 +22,12 @@ from valm.evaluation.questions import TASKS, harness_docs
 from valm.knowledge_base.build import build
 from valm.knowledge_base.sources.folder import FolderSource
 from valm.retrieval.context import ContextEncoder
-from valm.retrieval.retriever import Retriever
+from valm.retrieval.retriever import BlindRetriever, Retriever
 
 pytest.importorskip("lm_eval", reason="needs the extra [harness]")
 
 from lm_eval import simple_evaluate
+from lm_eval._cli import HarnessCLI
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -166,6 +168,47 @@ def test_constant_yes_is_perfect_as_published_and_half_right_in_the_fair_protoco
     model = ConstantYes(str(models / "valm"))
     results = simple_evaluate(model=model, tasks=tasks, task_manager=manager, bootstrap_iters=0)["results"]
     assert [results[name]["acc,none"] for name in tasks] == [0.5, 1.0, 0.5]
+
+
+class Majority(ValmLM):
+    """Always gives the answer that is right most often."""
+
+    def loglikelihood(self, requests, disable_tqdm=False):
+        return [(0.0 if request.args[1] in (" round", " Positive") else -1.0, False) for request in requests]
+
+
+def test_a_majority_model_scores_the_stated_majority(models, data):
+    tasks = ["valm_object_shape_published", "valm_sst2"]
+    data = DATA or data
+    manager = TaskManager(include_path=str(TASK_FILES), include_defaults=False, metadata={"data": str(data)})
+    model = Majority(str(models / "valm"))
+    results = simple_evaluate(model=model, tasks=tasks, task_manager=manager, bootstrap_iters=0)["results"]
+    expected = (81 / 101, 444 / 872) if DATA else (1, 2 / 3)
+    assert [results[name]["acc,none"] for name in tasks] == pytest.approx(expected)
+
+
+def test_a_blind_model_is_evaluated_too(models, tmp_path, clip):
+    blind = tiny_model(
+        image_dim=clip.embed_dim, vocab_size=len(clip.tokenizer), bos_token_id=clip.tokenizer.bos_token_id,
+        eos_token_id=clip.tokenizer.eos_token_id, num_images=1, blind=True,
+    )  # fmt: skip
+    clip.save(tmp_path / "clip")
+    blind.set_retriever(BlindRetriever(ContextEncoder(valm.Clip.load(tmp_path / "clip"))))
+    save_checkpoint(blind, clip.tokenizer, tmp_path / "blind")
+    asked = instances("loglikelihood", [("a red apple", " lies"), ("the sky", " is blue")])
+    on = ValmLM(str(tmp_path / "blind")).loglikelihood(asked)
+    off = ValmLM(str(tmp_path / "blind"), retrieval="off").loglikelihood(asked)
+    assert [score for score, _ in on] != pytest.approx([score for score, _ in off], rel=1e-3)
+
+
+def test_the_harness_own_arguments_reach_it(monkeypatch):
+    seen = []
+    monkeypatch.setattr(HarnessCLI, "execute", lambda self, arguments: seen.append(vars(arguments)))
+    assert main(["lm-eval", "run", "--model", "valm", "--model_args", "pretrained=x,kb=y", "--tasks", "piqa"]) == 0
+    assert main(["lm-eval", "ls", "tasks", "--include_path", "mine"]) == 0
+    run, ls = seen
+    assert run["model_args"] == {"pretrained": "x", "kb": "y"} and run["tasks"] == ["piqa"]
+    assert (run["include_path"], ls["include_path"]) == (str(TASK_FILES), "mine")
 
 
 @pytest.mark.slow  # the harness reads the files of all its own tasks first
