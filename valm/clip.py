@@ -23,12 +23,13 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast
 
 from valm.errors import ValmError
-from valm.files import atomic_path, check_all_regular, read_json, writable_folder, write_json
+from valm.files import atomic_path, check_all_regular, file_sha256, read_json, writable_folder, write_json
 from valm.tokenizer import clip_tokenizer
 from valm_kernels.json_files import Range
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth")
 TEXT_BATCH = 256
 
 
@@ -154,7 +155,7 @@ class Clip:
         for part, name in (("text_cfg", "hf_model_name"), ("vision_cfg", "timm_model_pretrained")):
             if model_cfg[part].get(name):  # open_clip would download it
                 raise ValmError(f"{folder / CONFIG_FILE} names {name}: a CLIP folder must have all that it needs")
-        if not any(file.suffix in (".safetensors", ".bin", ".pth") for file in folder.iterdir()):
+        if not any(file.suffix in WEIGHT_SUFFIXES for file in folder.iterdir()):
             raise ValmError(f"the CLIP folder {folder} has no weights; expected {WEIGHTS_FILE}")
         with _load_errors(str(folder)):
             if (folder / "tokenizer.json").exists():
@@ -265,6 +266,13 @@ class Clip:
             )
         if pool_type == "eos" and text_cfg.get("eos_id") != eot:
             raise ValmError(f"text_cfg eos_id of {self.name} is {text_cfg.get('eos_id')}, but EOT is {eot}")
+
+
+def weight_files(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of weights in the folder of a CLIP, by its name. Raises ValmError where one is no file."""
+    check_all_regular(folder)
+    files = sorted(file for file in folder.iterdir() if file.suffix in WEIGHT_SUFFIXES)
+    return {file.name: file_sha256(file) for file in files}
 
 
 def _default_tokenizer(model_cfg: dict[str, Any], name: str) -> PreTrainedTokenizerFast:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -54,6 +55,15 @@ def read_json(path: Path, what: str, schema: Any, remedy: str = "make it again")
         raise ValmError(f"cannot read {what} {path}: {error.strerror}") from error
     except ValueError as error:
         raise ValmError(f"{what} {error}; {remedy}") from error
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def check_regular(path: Path) -> None:

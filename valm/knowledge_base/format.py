@@ -24,7 +24,7 @@ from valm.errors import ValmError
 from valm.files import read_json, write_json
 from valm.shards.build import DELETE, ShardedBuild, ShardFiles
 from valm.shards.manifest import Manifest, ShardRecord, kinds_of
-from valm_kernels.json_files import Count, PathText, Range, SchemaError, check
+from valm_kernels.json_files import Count, PathText, Range, SchemaError, Sha256, check
 
 if TYPE_CHECKING:
     from valm.clip import Clip
@@ -40,7 +40,13 @@ class KnowledgeBaseShard(ShardRecord):
     skipped: Count
 
 
-class ClipEntry(TypedDict):
+class ClipWeights(TypedDict, total=False):
+    """What is said of a CLIP's files, where it is a folder; knowledge bases of earlier versions say nothing."""
+
+    weight_files: dict[str, Sha256]
+
+
+class ClipEntry(ClipWeights):
     """What is said of the CLIP that encoded the images; `source` is where it was, a folder relative to the manifest."""
 
     name: str
@@ -115,12 +121,15 @@ def read_skipped(file: Path) -> list[Skipped]:
     return found
 
 
-def clip_entry(clip: Clip, out: str | os.PathLike) -> dict[str, str | None]:
+def clip_entry(clip: Clip, out: str | os.PathLike) -> dict[str, Any]:
     """What the manifest says of the encoder; a folder is named from `out`, so that the two can be moved together."""
-    source = clip.source
-    if source is not None and Path(source).is_dir():
-        source = Path(os.path.relpath(source, out)).as_posix()
-    return {"name": clip.name, "weights_hash": clip.weights_hash, "source": source}
+    from valm.clip import weight_files  # torch and open_clip, which few readers of this module need
+
+    entry: dict[str, Any] = {"name": clip.name, "weights_hash": clip.weights_hash, "source": clip.source}
+    if clip.source is not None and Path(clip.source).is_dir():
+        folder = Path(clip.source)
+        entry |= {"source": Path(os.path.relpath(folder, out)).as_posix(), "weight_files": weight_files(folder)}
+    return entry
 
 
 def write_shard(out: Path, number: int, shard: EncodedShard) -> None:
@@ -138,7 +147,7 @@ def write_shard(out: Path, number: int, shard: EncodedShard) -> None:
     files.finish(count=count, skipped=len(shard.skipped), **shard.facts)
 
 
-def finish_knowledge_base(build: ShardedBuild, clip: dict[str, str | None], dim: int) -> None:
+def finish_knowledge_base(build: ShardedBuild, clip: dict[str, Any], dim: int) -> None:
     """Makes the shards of `build` a knowledge base of vectors of width `dim`, encoded by `clip` (see `clip_entry`).
 
     Raises ValmError, and leaves nothing behind, where there is no picture in them.

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from valm.errors import ValmError
 from valm.knowledge_base.format import WHAT, finish_knowledge_base, write_shard
@@ -41,7 +42,7 @@ def merge(parts: Sequence[str | os.PathLike], out: str | os.PathLike, *, progres
     return ImageKnowledgeBase.open(out)
 
 
-def moved_clip(kb: ImageKnowledgeBase, out: str | os.PathLike) -> dict[str, str | None]:
+def moved_clip(kb: ImageKnowledgeBase, out: str | os.PathLike) -> dict[str, Any]:
     """What `kb` says of its CLIP, for the manifest of a knowledge base in `out`: a folder is named from there."""
     clip = kb.manifest["clip"]
     source = clip["source"]

@@ -169,14 +169,16 @@ class ImageKnowledgeBase:
             knowledge base who says so, and of whom this is a word of trust.
         Raises ValmError where it is not there or is another one.
         """
-        from valm.clip import Clip
+        from valm.clip import Clip, weight_files
 
         if source is None:
             noted = self.manifest["clip"]["source"]
             if noted is None:
                 raise ValmError(f"the knowledge base {self.path} does not say where its CLIP is: give its folder")
             if not os.path.isabs(noted) and os.path.isdir(self.path / noted):
-                source = self.path / noted
+                folder = self.path / noted
+                self._check_weight_files(weight_files(folder), folder)
+                source = folder
             elif allow_download and not os.path.isdir(noted) and not noted.startswith("local-dir:"):
                 source = noted
             else:
@@ -203,6 +205,17 @@ class ImageKnowledgeBase:
         small, items = self._read_table(shard, "thumbnails"), self._read_table(shard, "items")
         thumbnails = None if small is None else small["jpeg"].to_pylist()
         return EncodedShard(self._open_vectors(shard), items, thumbnails, skipped)
+
+    def _check_weight_files(self, found: dict[str, str], folder: Path) -> None:
+        """Raises ValmError where the CLIP in `folder` has other files of weights than those that are noted."""
+        noted = self.manifest["clip"].get("weight_files", found)  # an earlier version noted none
+        changed = sorted(name for name in {*noted, *found} if noted.get(name) != found.get(name))
+        if changed:
+            raise ValmError(
+                f"the CLIP in {folder} has other weights than when the knowledge base {self.path} was built "
+                f"({one_line(changed[0])}), so they are not loaded; if you changed how they are stored, give "
+                "its folder (--clip)"
+            )
 
     def _by_shard(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """For each shard that holds some of `ids` (n,): their places in `ids`, in the order of their rows; its vectors;

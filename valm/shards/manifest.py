@@ -6,7 +6,6 @@ held against the names that are written here, and the files against what is said
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from valm.errors import ValmError
-from valm.files import is_passing, read_json
+from valm.files import file_sha256, is_passing, read_json
 from valm.text import one_line
 from valm_kernels.json_files import Count, Matching, SchemaError, Sha256, check, own_file, short
 
@@ -57,11 +56,7 @@ class Manifest(Plan):
 
 def file_entry(path: Path) -> FileEntry:
     """Name, size and SHA-256 of a file, as the manifest lists it."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def files_of(manifest: Mapping[str, Any]) -> Iterator[FileEntry]:

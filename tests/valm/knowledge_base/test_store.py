@@ -3,13 +3,14 @@ import os
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from PIL import Image
 
 from tests.valm.knowledge_base.inputs import COUNT, build_folder, contents
 from tests.valm.tiny_clip import make_clip
-from valm.clip import Clip
+from valm.clip import WEIGHTS_FILE, Clip
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
 
@@ -78,10 +79,30 @@ def test_the_clip_is_found_again(kb, folder, clip, tokenizer, tmp_path):
     assert moved.load_clip().weights_hash == clip.weights_hash
     make_clip(tokenizer, seed=1).save(tmp_path / "moved" / "clip")
     with pytest.raises(ValmError, match="was built with the CLIP tiny"):
-        moved.load_clip()
+        moved.load_clip(tmp_path / "moved" / "clip")
     (tmp_path / "moved" / "clip").rename(tmp_path / "elsewhere")
     with pytest.raises(ValmError, match="which is no folder beside it"):
         moved.load_clip()
+
+
+def test_weights_that_changed_are_not_loaded_unless_the_user_names_them(folder, tokenizer, tmp_path, monkeypatch):
+    clip = make_clip(tokenizer)
+    clip.save(tmp_path / "clip")
+    kb = build_folder(folder, tmp_path / "kb", clip)
+    weights = tmp_path / "clip" / WEIGHTS_FILE
+    torch.save(clip.model.state_dict(), tmp_path / "clip" / "open_clip_pytorch_model.bin")  # the same weights
+    with monkeypatch.context() as patch:
+        patch.setattr(open_clip, "create_model", None)  # nothing is loaded
+        with pytest.raises(ValmError, match=r"other weights than .* \(open_clip_pytorch_model\.bin\), .*--clip"):
+            kb.load_clip()
+        weights.rename(weights.with_name("aside"))
+        with pytest.raises(ValmError, match=r"other weights than .* \(open_clip_model\.safetensors\)"):
+            kb.load_clip()
+        os.mkfifo(weights)
+        with pytest.raises(ValmError, match="is a pipe"):
+            kb.load_clip()
+    weights.unlink()
+    assert kb.load_clip(tmp_path / "clip").weights_hash == clip.weights_hash
 
 
 @pytest.fixture
