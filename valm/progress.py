@@ -13,6 +13,13 @@ from tqdm import tqdm
 LOG_INTERVAL = 30.0
 
 
+class _Bar(tqdm):
+    """Without the thread that redraws bars that have slowed down: each step looks at the clock (`miniters`), and where
+    there is no memory for a new thread Python would wait for it forever."""
+
+    monitor_interval = 0
+
+
 def progress_bar(iterable: Iterable[Any] | None = None, *, shown: bool = True, **options: Any) -> Any:
     """A `tqdm` with `options`, on stderr. Where that is no terminal, it is a plain line every LOG_INTERVAL seconds and
     one at the end, without carriage returns.
@@ -21,9 +28,9 @@ def progress_bar(iterable: Iterable[Any] | None = None, *, shown: bool = True, *
     """
     disabled = not shown or os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
     if sys.stderr.isatty():
-        return tqdm(iterable, disable=disabled, **options)
+        return _Bar(iterable, disable=disabled, miniters=1, **options)
     plain: dict[str, Any] = {"mininterval": LOG_INTERVAL, "miniters": 1, "leave": True, "ncols": 100, "ascii": " #"}
-    return tqdm(iterable, disable=disabled, file=_Lines(sys.stderr), **{**options, **plain})
+    return _Bar(iterable, disable=disabled, file=_Lines(sys.stderr), **{**options, **plain})
 
 
 class _Lines:

@@ -26,8 +26,8 @@ def native() -> ModuleType:
         return import_module("valm_kernels._native")
     except ImportError as error:
         raise ImportError(
-            f"the native code of valm_kernels cannot be loaded ({error}). Build it with `pip install -e .` (or "
-            "`python setup.py build_ext --inplace`), or choose impl='reference'."
+            f"the native code of valm_kernels cannot be loaded ({error}). Unless memory is short, build it with `pip "
+            "install -e .` (or `python setup.py build_ext --inplace`), or choose impl='reference'."
         ) from error
 
 

@@ -43,8 +43,9 @@ def main(argv: list[str] | None = None) -> int:
     except MemoryError:
         print(f"valm: error: {OUT_OF_MEMORY}", file=sys.stderr)
         return 1
-    except RuntimeError as error:  # what PyTorch raises of its own allocators, and faiss of the system's
-        if not any(sign in str(error) for sign in ("t allocate memory", "out of memory", "bad_alloc")):
+    except RuntimeError as error:  # what PyTorch raises of its own allocators and oneDNN's, and faiss of the system's
+        signs = ("t allocate memory", "out of memory", "bad_alloc", "could not create a ")
+        if not any(sign in str(error) for sign in signs):
             raise
         print(f"valm: error: {OUT_OF_MEMORY}", file=sys.stderr)
         return 1
