@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from tests.valm.hub_cache import as_in_the_hub_cache
 from tests.valm.killed import exit_code, exit_code_if_killed_at, forked, needs_fork
 from tests.valm.models import tiny_model
 from valm import checkpoint
@@ -40,6 +41,11 @@ def test_saved_checkpoint_opens_here_and_in_transformers(tmp_path):
     assert (
         AutoTokenizer.from_pretrained(tmp_path / "new" / "folder")("sea")["input_ids"] == TOKENIZER("sea")["input_ids"]
     )
+
+
+def test_a_snapshot_in_the_hub_cache_is_loaded(tmp_path):
+    save_checkpoint(a_model(0), TOKENIZER, tmp_path / "model")
+    assert weights_of(as_in_the_hub_cache(tmp_path / "model", tmp_path / "cache")) == 0
 
 
 def test_saving_again_replaces_and_leaves_nothing_else(tmp_path):

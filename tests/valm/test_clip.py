@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.valm.hub_cache import as_in_the_hub_cache
 from tests.valm.tiny_clip import TINY, make_clip
-from valm.clip import Clip
+from valm.clip import Clip, weight_files
 from valm.errors import ValmError
 from valm.tokenizer import clip_tokenizer
 
@@ -38,6 +39,13 @@ def test_open_clip_itself_reads_the_folder(clip, tmp_path):
     with torch.no_grad():
         features = model.eval().encode_image(pixels[None], normalize=True)
     assert torch.equal(features, clip.encode_images([picture(3)]))
+
+
+def test_a_snapshot_in_the_hub_cache_is_loaded(clip, tmp_path):
+    clip.save(tmp_path / "clip")
+    snapshot = as_in_the_hub_cache(tmp_path / "clip", tmp_path / "cache")
+    assert Clip.load(snapshot).weights_hash == clip.weights_hash
+    assert weight_files(snapshot).keys() == {"open_clip_model.safetensors"}
 
 
 def test_texts_are_pooled_at_eot(clip):
