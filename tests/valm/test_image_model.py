@@ -189,3 +189,11 @@ def test_a_damaged_note_is_named(tmp_path, note, message):
     (tmp_path / "retrieval.json").write_text(json.dumps(note))
     with pytest.raises(ValmError, match=r"retrieval\.json " + message):
         RetrievalNote.read(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["folder", "dead link"])
+def test_a_note_that_is_no_file_is_not_taken_for_none(tmp_path, kind):
+    note = tmp_path / "retrieval.json"
+    note.mkdir() if kind == "folder" else note.symlink_to("nowhere")
+    with pytest.raises(ValmError, match=r"retrieval\.json"):
+        RetrievalNote.read(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, fields
 from typing import Annotated, TypedDict
 
@@ -55,7 +56,7 @@ class IndexParameters:
 def index_parameters(kb: ImageKnowledgeBase) -> IndexParameters | None:
     """What is written of the index of `kb`, None where it has none. Raises ValmError where that is damaged or stale."""
     path = kb.path / PARAMETERS_FILE
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     values = read_json(path, "the index parameters", IndexParameters, remedy(kb))
     parameters = IndexParameters(**{field.name: values[field.name] for field in fields(IndexParameters)})

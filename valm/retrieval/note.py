@@ -72,7 +72,7 @@ class RetrievalNote:
     def read(cls, folder: str | os.PathLike) -> RetrievalNote | None:
         """The note in `folder`, or None. Raises ValmError for one that is damaged."""
         file = Path(folder) / RETRIEVAL_FILE
-        if not file.is_file():
+        if not os.path.lexists(file):
             return None
         note: NoteFile = read_json(file, "the note on retrieval", NoteFile, "delete it and give the kb")
         kb, clip = note.get("knowledge_base"), note.get("clip")
