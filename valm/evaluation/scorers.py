@@ -26,7 +26,14 @@ from valm.evaluation.choice import check_single_tokens
 from valm.evaluation.controls import switch_images
 from valm.evaluation.language import last_word, token_log_probs
 from valm.evaluation.questions import FAIR, Documents, Questions
-from valm.evaluation.scoring import Progress, answer_log_probs, answer_pieces, counting, equal_lengths
+from valm.evaluation.scoring import (
+    Progress,
+    answer_log_probs,
+    answer_pieces,
+    check_writable,
+    counting,
+    equal_lengths,
+)
 from valm.image_model import ImageModel
 from valm.retrieval.retriever import Retriever
 from valm.tokenizer import begin_id
@@ -117,11 +124,12 @@ class CausalScorer:
             switch_images(self.model, retrieval, replace=replace)
 
     def answers(self, asked: Questions, progress: Progress) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if asked.single_token:
-            try:
+        try:
+            check_writable(self.tokenizer, asked.candidates, answer_pieces(self.tokenizer, asked.candidates))
+            if asked.single_token:
                 check_single_tokens(self.tokenizer, asked.candidates)
-            except ValmError as error:
-                raise NotApplicable(str(error)) from error
+        except ValmError as error:
+            raise NotApplicable(str(error)) from error
         flat = [text for row in asked.texts for text in row]
         scores = answer_log_probs(
             self.model,
@@ -205,6 +213,10 @@ class MaskedScorer:
         """(prompts, candidates)"""
         tokenizer = self.tokenizer
         answers = tokenizer([" " + answer for answer in candidates], add_special_tokens=False)["input_ids"]
+        try:
+            check_writable(tokenizer, candidates, answers)
+        except ValmError as error:
+            raise NotApplicable(str(error)) from error
         stop = tokenizer(".", add_special_tokens=False)["input_ids"]
         frame = tokenizer("")["input_ids"]  # [CLS] [SEP]
         first, last = frame[: len(frame) // 2], frame[len(frame) // 2 :]

@@ -57,6 +57,15 @@ def answer_pieces(tokenizer: PreTrainedTokenizerFast, answers: Sequence[str]) ->
     return [tokenizer(f"{before} {answer}", add_special_tokens=False)["input_ids"][skip:] for answer in answers]
 
 
+def check_writable(tokenizer: PreTrainedTokenizerFast, answers: Sequence[str], tokens: Sequence[Sequence[int]]) -> None:
+    """Raises ValmError for an answer that the tokenizer cannot write: one without tokens, or with its unknown token."""
+    for answer, ids in zip(answers, tokens, strict=True):
+        if not ids:
+            raise ValmError(f"answer {answer!r} has no tokens")
+        if tokenizer.unk_token_id in ids and tokenizer.unk_token_id != tokenizer.eos_token_id:
+            raise ValmError(f"the tokenizer cannot write the answer {answer!r}: it becomes {tokenizer.unk_token}")
+
+
 @torch.no_grad()
 def answer_log_probs(
     model: Any,
@@ -85,9 +94,9 @@ def answer_log_probs(
     start = [begin_id(tokenizer)] if bos else []
     longest = context_length(model) - max(map(len, pieces), default=1) + 1 - len(start)
     texts = [start + ids[-longest:] for ids in tokenizer(list(prompts), add_special_tokens=False)["input_ids"]]
-    for kind, given, ids in (("prompt", prompts, texts), ("answer", answers, pieces)):
-        if [] in ids:
-            raise ValmError(f"{kind} {given[ids.index([])]!r} has no pieces")
+    check_writable(tokenizer, answers, pieces)
+    if [] in texts:
+        raise ValmError(f"prompt {prompts[texts.index([])]!r} has no tokens")
 
     # Answers that agree up to their last piece are read off the same text: one-piece answers off the prompt itself.
     by_head = defaultdict(list)

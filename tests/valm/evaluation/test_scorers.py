@@ -118,6 +118,12 @@ def test_the_published_protocol_needs_single_tokens(folders):
         scorer.answers(questions(PUBLISHED, ("grey", "zzz", "blue")), None)
 
 
+def test_an_answer_that_the_tokenizer_cannot_write_is_named(folders):
+    scorer = open_scorer(str(folders / "bert"))
+    with pytest.raises(NotApplicable, match=r"cannot write the answer 'zebra': it becomes \[UNK\]"):
+        scorer.answers(questions(candidates=("yellow", "zebra")), None)
+
+
 def test_what_cannot_be_opened_is_named(folders, tmp_path):
     with pytest.raises(ValmError, match="there is no model folder"):
         open_scorer(str(tmp_path / "none"))
