@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from valm.errors import ValmError
 from valm.files import atomic_path, check_all_regular, file_sha256, read_json, writable_folder, write_json
-from valm.tokenizer import clip_tokenizer
+from valm.tokenizer import clip_tokenizer, open_tokenizer
 from valm_kernels.json_files import Range
 
 CONFIG_FILE = "open_clip_config.json"
@@ -159,7 +159,7 @@ class Clip:
             raise ValmError(f"the CLIP folder {folder} has no weights; expected {WEIGHTS_FILE}")
         with _load_errors(str(folder)):
             if (folder / "tokenizer.json").exists():
-                tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+                tokenizer = open_tokenizer(folder)
             else:
                 tokenizer = _default_tokenizer(config["model_cfg"], str(folder))
             model = open_clip.create_model(f"local-dir:{folder}", device=device)

@@ -9,6 +9,7 @@ import gzip
 import json
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import open_clip.tokenizer
 import torch
@@ -16,6 +17,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from valm.config import ValmConfig
 from valm.errors import ValmError
 
 SOT = "<|startoftext|>"
@@ -39,6 +41,35 @@ CHARACTER_FIXES = [
     ("\ufb04", "ffl"),
     ("[\ufb05\ufb06]", "st"),
 ]
+
+
+class ClipBpeTokenizer(PreTrainedTokenizerFast):
+    """A tokenizer whose tokens end words and so carry the blank after them, as CLIP's.
+
+    `decode` of a continuation, which does not begin with bos, then begins with the blank before its first word: with
+    GPT-2's tokens it does so by itself, and transformers' pipelines and streamers put it straight behind the prompt.
+    """
+
+    def _decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> str:
+        ids = token_ids["input_ids"] if isinstance(token_ids, dict) else token_ids
+        ids = [ids] if isinstance(ids, int) else list(ids)
+        special = set(self.all_special_ids) if skip_special_tokens else set()
+        if special.issuperset(ids):  # of no tokens its decoder would panic
+            return ""
+        text = super()._decode(ids, skip_special_tokens, **kwargs)
+        return text if ids[0] == self.bos_token_id else f" {text}"
+
+
+# AutoTokenizer finds it by the name in a saved tokenizer's configuration, and takes a plain fast one where it does not.
+AutoTokenizer.register(ValmConfig, tokenizer_class=ClipBpeTokenizer, exist_ok=True)
+
+
+def open_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
+    """The tokenizer that `save_pretrained` wrote into `folder`. transformers raises many kinds of errors."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    if getattr(tokenizer.backend_tokenizer.model, "end_of_word_suffix", None):
+        return ClipBpeTokenizer.from_pretrained(folder, local_files_only=True)
+    return tokenizer
 
 
 def clip_tokenizer() -> PreTrainedTokenizerFast:
@@ -126,7 +157,7 @@ def _build(merges: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
         [decoders.ByteLevel(), decoders.Replace("</w>", " "), decoders.Strip(" ", 0, 1)]
     )
     tokenizer.post_processor = _begin_with(SOT, ids[SOT])
-    return PreTrainedTokenizerFast(
+    return ClipBpeTokenizer(
         tokenizer_object=tokenizer, bos_token=SOT, eos_token=EOT, pad_token=EOT, padding_side="left"
     )
 

@@ -5,11 +5,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.tokenizer import SimpleTokenizer, basic_clean
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
+from tests.valm.models import tiny_config
 from tests.valm.other_tokenizers import gpt2_like, llama_like
+from valm.checkpoint import save_checkpoint
 from valm.errors import ValmError
-from valm.tokenizer import clip_tokenizer, load_tokenizer, prune_tokenizer, tokenize_documents
+from valm.model import VaLMForCausalLM
+from valm.tokenizer import clip_tokenizer, load_tokenizer, open_tokenizer, prune_tokenizer, tokenize_documents
 
 TEXTS = [
     "The color of a sunflower is yellow.",
@@ -121,3 +124,29 @@ def test_tokenizers_that_will_not_do(tmp_path):
     endless.save_pretrained(tmp_path)
     with pytest.raises(ValmError, match="names no eos token, which ends a document"):
         load_tokenizer(tmp_path)
+
+
+def test_a_continuation_begins_with_a_blank(tmp_path):
+    """So that a pipeline, which puts it behind the prompt, does not join two words."""
+    tokenizer = clip_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    for made in (tokenizer, AutoTokenizer.from_pretrained(tmp_path), open_tokenizer(tmp_path)):
+        ids = made("the color is")["input_ids"]
+        answer = made("yellow .", add_special_tokens=False)["input_ids"]
+        assert made.decode([*ids, *answer], skip_special_tokens=True) == "the color is yellow ."
+        assert made.decode(answer) == " yellow ." and made.decode(answer[0]) == " yellow"
+        assert made.decode([]) == "" and made.decode(tokenizer.eos_token_id, skip_special_tokens=True) == ""
+    gpt2_like().save_pretrained(tmp_path / "gpt2")
+    assert type(open_tokenizer(tmp_path / "gpt2")) is PreTrainedTokenizerFast
+
+
+def test_a_pipeline_puts_a_blank_between_prompt_and_answer(tmp_path):
+    tokenizer = prune_tokenizer(clip_tokenizer(), ["the color is yellow"])
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = tiny_config(vocab_size=len(tokenizer), num_images=0, **ids)
+    save_checkpoint(VaLMForCausalLM(config), tokenizer, tmp_path)
+    pipe = pipeline("text-generation", str(tmp_path))
+    yellow = tokenizer("yellow", add_special_tokens=False)["input_ids"][0]
+    other = [[id] for id in range(len(tokenizer)) if id != yellow]
+    (found,) = pipe("The color is", max_new_tokens=1, do_sample=False, bad_words_ids=other)
+    assert found["generated_text"] == "The color is yellow"

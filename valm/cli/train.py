@@ -103,6 +103,7 @@ def run_train(arguments: argparse.Namespace) -> None:
     from valm.files import writable_folder
     from valm.knowledge_base.store import ImageKnowledgeBase
     from valm.model import VaLMForCausalLM
+    from valm.tokenizer import begin_id
     from valm.training.callbacks import ColorAccuracy, show_progress
     from valm.training.train import trainer, training_arguments
 
@@ -126,7 +127,7 @@ def run_train(arguments: argparse.Namespace) -> None:
         n_layer=arguments.layers,
         n_embd=arguments.width,
         n_head=arguments.heads,
-        bos_token_id=tokenizer.bos_token_id,
+        bos_token_id=begin_id(tokenizer),
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         **options,

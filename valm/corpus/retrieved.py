@@ -56,7 +56,7 @@ from valm.shards.manifest import (
     open_manifest,
 )
 from valm.shards.progress import Progress, ProgressBar
-from valm.tokenizer import padded, tokenize_documents
+from valm.tokenizer import open_tokenizer, padded, tokenize_documents
 from valm_kernels.json_files import Count, Range, SchemaError, check
 
 WHAT = "corpus retrieval"
@@ -175,7 +175,7 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
         """What the corpus was read with. Raises ValmError where its files are damaged."""
         check_all_regular(self.path)
         try:
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(self.path, local_files_only=True)
+            tokenizer = open_tokenizer(self.path)
         except Exception as error:  # transformers raises many kinds
             raise ValmError(f"the tokenizer in {self.path} cannot be read: {str(error).splitlines()[0]}") from error
         if _tokenizer_hash(tokenizer) != self.manifest["plan"]["tokenizer"]:
