@@ -15,7 +15,7 @@ LAYERS = [
     {"__main__"},
     {"cli"},
     {"demo", "explain", "evaluation", "training"},
-    {"augmented", "auto_model", "checkpoint", "config", "fusion", "image_model", "model", "registration"},
+    {"augmented", "auto_model", "checkpoint", "config", "fusion", "image_model", "model", "model_card", "registration"},
     {"corpus", "retrieval"},
     {"knowledge_base"},
     {"shards", "clip"},

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypedDict
@@ -20,6 +21,7 @@ from valm.errors import ValmError
 from valm.files import check_all_regular, read_json, writable_folder
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model import VaLMForCausalLM
+from valm.model_card import write_card
 from valm.retrieval.note import RETRIEVAL_FILE, RetrievalNote
 from valm_kernels.atomic_files import atomic_folder, move, remove_leftovers, sync_folder, temporary_name
 from valm_kernels.json_files import short
@@ -44,6 +46,8 @@ def save_checkpoint(
     *,
     state_dict: dict[str, torch.Tensor] | None = None,
     note: RetrievalNote | None = None,
+    numbers: Mapping[str, float] | None = None,
+    command: str | None = None,
 ) -> Path:
     """Writes `folder`; `load` and, after `import valm`, `AutoModelForCausalLM.from_pretrained` read it.
 
@@ -54,6 +58,7 @@ def save_checkpoint(
     Args:
         state_dict: the weights, where they are not in the model itself (it is sharded).
         note: what finds the images, of a model that has no retriever.
+        numbers, command: of the model card (`write_card`), which is written where there is none of the user's own.
 
     Raises:
         ValmError: the folder cannot be written, or not all of it; the old checkpoint still loads.
@@ -75,6 +80,7 @@ def save_checkpoint(
         reason = str(error).strip().partition("\n")[0]
         raise ValmError(f"cannot write the checkpoint {folder}: {reason}; what it held before is untouched") from error
     _switch(folder)
+    write_card(model, folder, numbers=numbers, command=command)
     return folder
 
 
@@ -149,6 +155,7 @@ def load(
     whole or as an adapter.
 
     What finds its images is in the folder's note and is opened when they are first needed; `kb` or `clip` open it now.
+    A warning says what of it is not there.
     Without any knowledge base the model needs `image_pool` in each call.
 
     Args:
@@ -192,6 +199,11 @@ def load(
     model.strict = strict
     if model.image_options.num_images > 0 and (kb is not None or clip is not None or allow_download):
         _add_retriever(model, tokenizer, folder, kb, clip, allow_download, device)
+    elif model.image_options.num_images > 0:
+        note = RetrievalNote.read(folder)
+        missing = None if note is None else note.missing()
+        if missing is not None:
+            warnings.warn(missing, stacklevel=2)
     return model, tokenizer
 
 

@@ -4,7 +4,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationConfig, GenerationMixin
@@ -15,6 +15,7 @@ from valm.config import ValmConfig
 from valm.errors import ValmError
 from valm.fusion import VisualFusionAttention, VisualFusionBlock
 from valm.image_model import ImageModel, ImageOptions, RetrievalCache
+from valm.tokenizer import ClipBpeTokenizer
 
 
 class VaLMCache(RetrievalCache, DynamicCache):
@@ -356,3 +357,5 @@ class VaLMForCausalLM(ImageModel, VaLMPreTrainedModel, GenerationMixin):
 
 
 AutoModelForCausalLM.register(ValmConfig, VaLMForCausalLM, exist_ok=True)
+# AutoTokenizer finds it by the name in a saved tokenizer's configuration; without it, it takes a plain fast one.
+AutoTokenizer.register(ValmConfig, tokenizer_class=ClipBpeTokenizer, exist_ok=True)

@@ -17,7 +17,6 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from valm.config import ValmConfig
 from valm.errors import ValmError
 
 SOT = "<|startoftext|>"
@@ -50,18 +49,14 @@ class ClipBpeTokenizer(PreTrainedTokenizerFast):
     GPT-2's tokens it does so by itself, and transformers' pipelines and streamers put it straight behind the prompt.
     """
 
-    def _decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> str:
+    def _decode(self, token_ids: Any, skip_special_tokens: bool = False, *args: Any, **kwargs: Any) -> str:
         ids = token_ids["input_ids"] if isinstance(token_ids, dict) else token_ids
         ids = [ids] if isinstance(ids, int) else list(ids)
         special = set(self.all_special_ids) if skip_special_tokens else set()
         if special.issuperset(ids):  # of no tokens its decoder would panic
             return ""
-        text = super()._decode(ids, skip_special_tokens, **kwargs)
+        text = super()._decode(ids, skip_special_tokens, *args, **kwargs)
         return text if ids[0] == self.bos_token_id else f" {text}"
-
-
-# AutoTokenizer finds it by the name in a saved tokenizer's configuration, and takes a plain fast one where it does not.
-AutoTokenizer.register(ValmConfig, tokenizer_class=ClipBpeTokenizer, exist_ok=True)
 
 
 def open_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:

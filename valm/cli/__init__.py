@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     on stderr that says what was wrong with the input."""
     try:
         arguments = build_parser().parse_args(argv)
+        arguments.command_line = sys.argv[1:] if argv is None else argv
         if arguments.quiet:
             os.environ["TQDM_DISABLE"] = "1"
         keep_freed_memory()

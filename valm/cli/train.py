@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -151,7 +152,7 @@ def run_train(arguments: argparse.Namespace) -> None:
     note_run(training, dataset, arguments)
     show_progress(training, "train")
     training.train(resume_from_checkpoint=checkpoint)
-    training.write(out, tokenizer)
+    training.write(out, tokenizer, command=shlex.join(["valm", *arguments.command_line]))
     if training.is_world_process_zero():
         losses = training.losses()
         print(f"loss {losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last; written to {out}")

@@ -92,6 +92,18 @@ class RetrievalNote:
             note["clip"] = os.path.relpath(self.clip, place) if os.path.isabs(self.clip) else self.clip
         write_json(Path(folder) / RETRIEVAL_FILE, note)
 
+    def missing(self) -> str | None:
+        """What the note names and is not where it says, in a sentence with the remedy; None where all is there.
+
+        A CLIP that is named on a hub counts as there.
+        """
+        if self.knowledge_base is not None and not self.knowledge_base.is_dir():
+            return f"the model's knowledge base {self.knowledge_base} is not there: give it as kb (--kb)"
+        # `read` makes the path of a folder that is there absolute
+        if self.clip is not None and self.clip.startswith((os.sep, os.pardir)) and not os.path.isdir(self.clip):
+            return f"the model's CLIP {self.clip} is not there: give it as clip (--clip)"
+        return None
+
     def open(
         self,
         tokenizer: PreTrainedTokenizerFast,

@@ -78,12 +78,19 @@ class ImageTrainer(Trainer):
         """The losses that were logged: of every step, with logging_steps=1."""
         return [entry["loss"] for entry in self.state.log_history if "loss" in entry]
 
-    def write(self, folder: Any, tokenizer: Any) -> None:
-        """Writes the trained model into `folder`, whole or not at all; all processes call it (`save_checkpoint`)."""
+    def write(self, folder: Any, tokenizer: Any, *, command: str | None = None) -> None:
+        """Writes the trained model into `folder`, whole or not at all, with a card that has the last losses and
+        `command`; all processes call it (`save_checkpoint`)."""
         state = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
         if self.args.should_save:
             model = self.accelerator.unwrap_model(self.model)
-            save_checkpoint(model, tokenizer, folder, state_dict=state, note=self.note)
+            numbers = {"steps": float(self.state.global_step)}
+            for entry in self.state.log_history:  # the last of each stays
+                numbers |= {name: entry[name] for name in entry if name == "loss" or name.startswith("eval_")}
+            for name in [name for name in numbers if name.endswith(("runtime", "per_second"))]:
+                del numbers[name]
+            files: dict[str, Any] = {"state_dict": state, "note": self.note}
+            save_checkpoint(model, tokenizer, folder, numbers=numbers, command=command, **files)
         self.accelerator.wait_for_everyone()
 
     # ---- what the Trainer calls ----

@@ -112,7 +112,7 @@ def test_nothing_of_the_corpus_is_in_the_folder_of_the_model(world):
     """Which may be published."""
     assert {path.name for path in (world / "valm").iterdir()} == {
         *("checkpoint-3", "config.json", "generation_config.json", "model.safetensors", "retrieval.json", "run.json"),
-        *("tokenizer.json", "tokenizer_config.json"),
+        *("README.md", "tokenizer.json", "tokenizer_config.json"),
     }
     assert (world / "valm-retrieval" / "manifest.json").is_file()
 

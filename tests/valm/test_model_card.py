@@ -1,0 +1,71 @@
+import shutil
+
+import pytest
+from huggingface_hub import ModelCard
+
+import valm
+from tests.valm.augmented.models import augmented
+from tests.valm.models import tiny_model
+from valm.checkpoint import load, save_checkpoint
+from valm.model_card import MARKER, base_name, write_card
+from valm.retrieval.note import RetrievalNote
+
+
+@pytest.fixture(scope="module")
+def kb(make_kb):
+    return make_kb(5)
+
+
+def card_of(folder):
+    return ModelCard.load(folder / "README.md")
+
+
+def test_a_checkpoint_has_a_card(tmp_path, tokenizer, kb):
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    model = tiny_model(vocab_size=len(tokenizer), image_dim=kb.dim, **ids)
+    note = RetrievalNote.of_knowledge_base(kb, "eot")
+    numbers = {"loss": 1.23456, "eval_perplexity": 17.0}
+    save_checkpoint(model, tokenizer, tmp_path / "it", note=note, numbers=numbers, command="valm train x --seed 1")
+    card = card_of(tmp_path / "it")
+    assert card.data.library_name == "valm" and card.data.pipeline_tag == "text-generation"
+    assert kb.fingerprint in card.text and kb.manifest["clip"]["weights_hash"] in card.text
+    assert "| loss | 1.235 |" in card.text and "| eval_perplexity | 17 |" in card.text
+    assert "valm train x --seed 1" in card.text and 'valm.load("FOLDER", kb="KNOWLEDGE_BASE")' in card.text
+    assert str(kb.path.parent) not in card.text  # folders are nobody else's business
+    load(tmp_path / "it")
+
+
+def test_a_card_of_the_users_own_stays(tmp_path):
+    model = tiny_model(num_images=0)
+    assert write_card(model, tmp_path) == tmp_path / "README.md"
+    assert "sees no images" in card_of(tmp_path).text
+    own = (tmp_path / "README.md").read_text().replace(MARKER, "Mine.")
+    (tmp_path / "README.md").write_text(own)
+    assert write_card(model, tmp_path, numbers={"loss": 1}) is None
+    assert (tmp_path / "README.md").read_text() == own
+
+
+def test_an_augmented_model_names_its_base(tmp_path):
+    model = augmented()
+    for name, expected in (("org/name", "org/name"), ("", None), (str(tmp_path), None), ("/home/me/model", None)):
+        model.config.name_or_path = name
+        assert base_name(model) == expected
+    model.config.name_or_path = "org/name"
+    write_card(model, tmp_path)
+    card = card_of(tmp_path)
+    assert card.data.base_model == "org/name" and "`valm.augment` of a LlamaForCausalLM" in card.text
+
+
+def test_a_loaded_model_says_what_it_lacks(tmp_path, tokenizer, clip, kb):
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    model = tiny_model(vocab_size=len(tokenizer), image_dim=kb.dim, **ids)
+    shutil.copytree(kb.path, tmp_path / "kb")
+    note = RetrievalNote.of_knowledge_base(valm.ImageKnowledgeBase.open(tmp_path / "kb"), "eot")
+    save_checkpoint(model, tokenizer, tmp_path / "it", note=note)
+    load(tmp_path / "it")
+    shutil.rmtree(tmp_path / "kb")
+    with pytest.warns(UserWarning, match=r"knowledge base .*kb is not there: give it as kb \(--kb\)"):
+        load(tmp_path / "it")
+    RetrievalNote(None, "eot", clip=str(tmp_path / "clip")).write(tmp_path / "it")
+    with pytest.warns(UserWarning, match=r"CLIP .*clip is not there: give it as clip \(--clip\)"):
+        load(tmp_path / "it")

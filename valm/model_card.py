@@ -1,0 +1,120 @@
+"""The model card: README.md in a model's folder, which the Hugging Face Hub shows.
+
+It says what the model is, what it needs beside its weights, the numbers it was given, and how it is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from valm.errors import ValmError
+from valm.files import atomic_path
+from valm.knowledge_base.store import ImageKnowledgeBase
+from valm.retrieval.note import RetrievalNote
+from valm_kernels import __version__
+
+CARD_FILE = "README.md"
+# Stands in the cards written here. One without it is the user's own and stays as it is.
+MARKER = "<!-- written by valm; without this line the card is left as it is -->"
+
+
+def write_card(
+    model: Any,
+    folder: str | os.PathLike,
+    *,
+    note: RetrievalNote | None = None,
+    numbers: Mapping[str, float] | None = None,
+    command: str | None = None,
+) -> Path | None:
+    """Writes the model card into `folder`, unless there is one of the user's own; returns where, or None.
+
+    Args:
+        model: one that takes images (`ImageModel`).
+        note: what finds its images; by default what the folder notes (`RetrievalNote.read`).
+        numbers: what was measured, by its name.
+        command: how the model was made.
+
+    Raises:
+        ValmError: the folder's note is damaged, or the card cannot be written.
+    """
+    file = Path(folder) / CARD_FILE
+    if file.exists() and MARKER not in file.read_text(encoding="utf-8", errors="replace"):
+        return None
+    note = RetrievalNote.read(folder) if note is None else note
+    data = ModelCardData(
+        library_name="valm",
+        pipeline_tag="text-generation",
+        base_model=base_name(model),
+        tags=["valm", "visually-augmented-language-model"],
+    )
+    lines = [
+        f"---\n{data.to_yaml()}\n---",
+        MARKER,
+        "# A language model that sees images",
+        _what(model),
+        "## What it needs",
+    ]
+    lines += [*_needs(model, note), "## How to load it", _how(model, note)]
+    if numbers:
+        rows = [f"| {name} | {value:.4g} |" for name, value in numbers.items()]
+        lines += ["## Numbers", "\n".join(["| | |", "| --- | --- |", *rows])]
+    if command:
+        lines += ["## How it was made", f"```bash\n{command}\n```"]
+    with atomic_path(file) as temporary:
+        ModelCard("\n\n".join(lines) + "\n").save(temporary)
+    return file
+
+
+def base_name(model: Any) -> str | None:
+    """The Hugging Face name of the model that was augmented; None for a VaLM, and for a base that is only in a folder:
+    its path is nobody else's business."""
+    name = getattr(model.config, "name_or_path", "")
+    augmented = getattr(model.config, "valm", None) is not None
+    return name if augmented and name and not os.path.isdir(name) and name.count("/") <= 1 else None
+
+
+def _what(model: Any) -> str:
+    options = model.image_options
+    if options.num_images == 0:
+        return "A GPT-2 by [valm](https://github.com/valm-kernels/valm), which sees no images: the baseline GPT-2*."
+    kind = "its own retrieval query as one image" if options.blind else f"{options.num_images} retrieved images"
+    base = getattr(model.config, "valm", {}).get("architecture")
+    made = f"`valm.augment` of a {base}" if base else "A VaLM (Wang et al. 2022)"
+    return (
+        f"{made} by [valm](https://github.com/valm-kernels/valm) {__version__}: each token sees {kind}, of dimension "
+        f"{options.image_dim}."
+    )
+
+
+def _needs(model: Any, note: RetrievalNote | None) -> list[str]:
+    if model.image_options.num_images == 0:
+        return ["Nothing beside this folder."]
+    if note is None:
+        return ["Images are given in each call, as `image_pool` and `image_index`, or found by a retriever."]
+    needs = []
+    if note.knowledge_base is not None:
+        name = note.knowledge_base.name
+        try:
+            kb = ImageKnowledgeBase.open(note.knowledge_base)
+        except ValmError:
+            needs.append(f"- The knowledge base `{name}`.")
+        else:
+            clip = kb.manifest["clip"]
+            needs += [
+                f"- The knowledge base `{name}` of {len(kb):,} images, SHA-256 `{kb.fingerprint}`.",
+                f"- Its CLIP `{Path(clip['name']).name}`, whose weights have SHA-256 `{clip['weights_hash']}`.",
+            ]
+    if note.clip is not None:
+        needs.append(f"- The CLIP `{Path(note.clip).name if os.path.isabs(note.clip) else note.clip}`.")
+    return ["\n".join([*needs, f"- Queries of kind `{note.query}`."])]
+
+
+def _how(model: Any, note: RetrievalNote | None) -> str:
+    with_kb = note is not None and note.knowledge_base is not None and model.image_options.num_images > 0
+    arguments = ', kb="KNOWLEDGE_BASE"' if with_kb else ""
+    return f'```python\nimport valm\n\nmodel, tokenizer = valm.load("FOLDER"{arguments})\n```'
