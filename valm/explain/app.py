@@ -20,6 +20,8 @@ from valm.retrieval.retriever import BlindRetriever, Retriever
 
 HOST = "127.0.0.1"
 MAX_IMAGES = 16  # of the slider; the operation takes more
+# Uploaded images are looked through every hour and deleted when they are an hour old, and all of them at the end.
+UPLOADS_STAY = (3600, 3600)
 
 RETRIEVED, RANDOM, UPLOADED, NONE = "retrieved", "random", "uploaded", "none"
 QUERY = "its own query (blind)"  # the one image of a blind model
@@ -163,7 +165,8 @@ class App:
         stops = [stop for stop in TOUR if stop.images in self.choices]
         beside = [*self.choices[:1], *([self.other[0]] if self.other else [])]
         heads = self._num_heads()
-        with gradio.Blocks(title=f"valm · {self.name}", analytics_enabled=False) as blocks:
+        page = {"title": f"valm · {self.name}", "analytics_enabled": False, "delete_cache": UPLOADS_STAY}
+        with gradio.Blocks(**page) as blocks:
             gradio.HTML(
                 f'<div class="valm-explain"><p class="kicker">valm app</p><h1>{escape(self.name)}</h1></div>',
                 apply_default_css=False,

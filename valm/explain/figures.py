@@ -152,6 +152,7 @@ def _draw_answers(axes: Axes, probabilities: Mapping[str, float]) -> None:
     axes.barh([printable(word) for word in words], values, color=colors, edgecolor=INK, linewidth=0.6)
     axes.set_xlim(0, 1.2)  # room for the number behind the longest bar
     axes.set_xticks([0, 0.5, 1])
-    best = int(np.argmax(values))
-    axes.text(values[best] + 0.03, best, f"{values[best]:.2f}", va="center", fontweight="bold", color=INK)
+    if values:
+        best = int(np.argmax(values))
+        axes.text(values[best] + 0.03, best, f"{values[best]:.2f}", va="center", fontweight="bold", color=INK)
     quiet(axes)

@@ -2,8 +2,10 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import urllib.request
 
 import numpy as np
 import pytest
@@ -109,9 +111,23 @@ def served(app, monkeypatch):
 
     monkeypatch.setenv("GRADIO_SERVER_NAME", "0.0.0.0")
     monkeypatch.setenv("GRADIO_SHARE", "True")
+    asked = set()
+
+    def asked_for(host, *arguments, real=socket.getaddrinfo, **options):
+        asked.add(host)
+        return real(host, *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", asked_for)
     blocks = launch(app)
     yield blocks
     blocks.close()
+    assert asked <= {"127.0.0.1", "localhost", b"127.0.0.1", b"localhost", None}  # of all machines
+
+
+def test_it_is_served_on_this_machine_alone(served):
+    assert served.local_url.startswith("http://127.0.0.1:") and served.share_url is None
+    with urllib.request.urlopen(served.local_url) as page:
+        assert "valm · valm" in page.read().decode()
 
 
 @pytest.mark.slow
@@ -119,7 +135,6 @@ def test_the_app_in_a_browser(browser, served, tmp_path):
     """Every switch changes the page, on a desk and on a phone, and the browser asks this machine for everything."""
     from playwright.sync_api import expect
 
-    assert served.local_url.startswith("http://127.0.0.1:") and served.share_url is None
     Image.new("RGB", (40, 40), "green").save(tmp_path / "leaf.png")
     requests, errors = [], []
     for width, scheme in ((1280, "light"), (390, "dark")):

@@ -39,6 +39,12 @@ def test_answer_bars_mark_the_likeliest():
     assert figure.axes[0].yaxis_inverted()  # the first word on top
 
 
+def test_a_model_that_says_no_word_has_no_bars(tmp_path):
+    figure = figures.explanation_rows({"valm": explanation(answers=(), probabilities=np.zeros(0))})
+    assert len(figure.axes[-1].patches) == 0
+    figure.savefig(tmp_path / "drawn.png")
+
+
 def test_dollars_are_dollars():
     """Between two of them matplotlib would look for mathematics, and find none."""
     figure = figures.attention(explanation(tokens=("$$", "$x", "\u202ex")))

@@ -120,6 +120,11 @@ def test_a_model_without_images_says_so():
     assert note in page.texts("p") and page.of("img") == [] and "Images" not in page.texts("h3")
 
 
+def test_a_model_that_says_no_word_says_something_else():
+    page = Elements(render_page({"valm": explanation(answers=(), probabilities=np.zeros(0))}))
+    assert ["anything", "else", "100.0%"] in [text.split() for text in page.texts("tr")]
+
+
 def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path):
     (tmp_path / "page.html").write_text("old")
     with pytest.raises(ZeroDivisionError):
