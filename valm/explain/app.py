@@ -148,9 +148,6 @@ class App:
             body = render_body(self.explain(*arguments), head - 1 if head else None)
         except ValmError as error:
             body = f'<p class="error" role="alert">{escape(str(error))}</p>'
-        # Gradio fills templates in whatever it shows: ${...} and {{...}} of a caption must not be any
-        for sign in "{$`":
-            body = body.replace(sign, f"&#{ord(sign)};")
         return f'<div class="valm-explain">{body}</div>'
 
     def blocks(self) -> Any:

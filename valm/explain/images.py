@@ -69,7 +69,7 @@ class GivenImages(controls.FixedImages):
         super().__init__(retriever.encoder.clip.encode_images(images), retriever.k)
         self.encoder = retriever.encoder
         self.images = [
-            ShownImage(printable(file.stem), _small(image)) for file, image in zip(files, images, strict=False)
+            ShownImage(printable(file.name), _small(image)) for file, image in zip(files, images, strict=False)
         ]
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Retrieved:

@@ -27,7 +27,7 @@ def test_beside_it_stand_other_images_and_another_model(world, tmp_path):
     text = (tmp_path / "page.html").read_text()
     for title in ("valm", "valm, with images of greens", "gpt2"):
         assert f"<bdi>{title}</bdi></h2>" in text
-    assert 'alt="leaf"' in text and "This model takes no images (K = 0)" in text
+    assert 'alt="leaf.png"' in text and "This model takes no images (K = 0)" in text
     assert text.count('<th scope="row"><bdi>green</bdi></th>') == 3
 
 

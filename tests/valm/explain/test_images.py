@@ -42,7 +42,7 @@ def test_given_images_take_the_place_of_the_knowledge_base(model, ids, tmp_path,
     torch.testing.assert_close(found.image_pool, expected)
     torch.testing.assert_close(found.scores[0, 2, 1], model.retriever.encoder(ids)[0, 2] @ expected[1])
     shown = show_images(images, found.image_ids.tolist())
-    assert [image.caption for image in shown] == ["dark", "light"]
+    assert [image.caption for image in shown] == ["dark.png", "light.png"]
     assert shown[1].thumbnail.getpixel((20, 20)) == (144, 238, 144)
 
 
