@@ -2,8 +2,7 @@
 
 Where every weight below the fusion layer is frozen, as `valm.augment` leaves it, what the fusion layer reads of a
 document is the same in every epoch. `cache_below` runs the layers below once, writes their hidden states beside the
-data, and lets the training start at the fusion layer. With the fusion in the last but one of 30 layers a step costs
-about a third.
+data, and lets the training start at the fusion layer; docs/data.md has what that saved.
 """
 
 from __future__ import annotations
