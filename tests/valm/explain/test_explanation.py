@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from tests.valm.augmented.models import tiny_gpt2
+from tests.valm.other_tokenizers import gpt2_like, llama_like
 from valm.augmented.model import augment
 from valm.errors import ValmError
 from valm.evaluation.scoring import answer_log_probs
@@ -75,6 +76,27 @@ def test_an_augmented_decoder_is_explained_too(clip, kb, tokenizer):
     np.testing.assert_allclose(total, 1, rtol=1e-5)
     off = explain(model, tokenizer, TEXT, with_images=False)
     np.testing.assert_allclose(off.text_weights.sum(-1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("make_tokenizer", [gpt2_like, llama_like])
+def test_another_tokenizer_is_explained_too(clip, kb, make_tokenizer):
+    """Tokens with a blank before them are shown without it, and answers are words of one token."""
+    own = make_tokenizer()
+    decoder = tiny_gpt2()
+    decoder.resize_token_embeddings(len(own))
+    model = augment(decoder, clip.embed_dim, 2, logit_bias=0.0)
+    model.set_retriever(Retriever(ContextEncoder(clip, tokenizer=own), kb, 2))
+    explanation = explain(model, own, "A red apple")
+    ids = own("A red apple", return_tensors="pt").input_ids
+    assert len(explanation.tokens) == ids.shape[1] and explanation.tokens[-1] == "apple"
+    assert all(token == token.strip() != "" for token in explanation.tokens)
+    probabilities = model(ids).logits[0, -1].softmax(-1)
+    assert explanation.answers
+    for word, probability in zip(explanation.answers, explanation.probabilities, strict=True):
+        id = own(f": {word}", add_special_tokens=False).input_ids[-1]
+        assert probability == pytest.approx(probabilities[id].item(), rel=1e-4)
+    given = explain(model, own, "A red apple", answers=explanation.answers[:3])
+    np.testing.assert_allclose(given.probabilities, explanation.probabilities[:3], rtol=1e-4)
 
 
 def test_another_retriever_changes_images_and_answers(model, tokenizer):
