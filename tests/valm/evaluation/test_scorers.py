@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
@@ -14,10 +15,16 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import valm
 from tests.valm.other_tokenizers import gpt2_like
+from valm.clip import Clip
 from valm.errors import ValmError
 from valm.evaluation.questions import FAIR, PUBLISHED, Documents, Questions
 from valm.evaluation.scorers import CausalScorer, ClipScorer, MaskedScorer, NotApplicable, open_scorer
+from valm.knowledge_base.build import build
+from valm.knowledge_base.sources.folder import FolderSource
+from valm.retrieval.context import ContextEncoder
+from valm.retrieval.retriever import Retriever
 
 WORDS = ["the", "color", "of", "banana", "is", "yellow", "red", "##dish", ".", "a", "sky", "blue"]
 
@@ -110,6 +117,35 @@ def test_a_causal_model_scores_answers_alone_and_documents(folders):
     ids = torch.tensor([tokenizer(text)["input_ids"]])
     last = model(ids[:, :-1]).logits[0, -1].log_softmax(-1)
     assert published.word_nats == pytest.approx(-last[ids[0, -1]].item(), rel=1e-4)
+
+
+def test_an_augmented_decoder_without_images_scores_as_the_original(folders, tmp_path, clip):
+    (tmp_path / "pictures").mkdir()
+    for number in range(6):
+        Image.new("RGB", (32, 32), (number * 40, 90, 200)).save(tmp_path / "pictures" / f"{number}.png")
+    clip.save(tmp_path / "clip")
+    kb = build(FolderSource(tmp_path / "pictures"), tmp_path / "kb", Clip.load(tmp_path / "clip"), progress=False)
+    original = open_scorer(str(folders / "gpt2"))
+    base = GPT2LMHeadModel.from_pretrained(folders / "gpt2")
+    augmented = valm.augment(base, kb.dim, 2, logit_bias=2.0)
+    augmented.set_retriever(Retriever(ContextEncoder(kb.load_clip(), tokenizer=original.tokenizer), kb, 2))
+    valm.save_adapter(augmented, tmp_path / "adapter")
+    scorer = open_scorer(str(tmp_path / "adapter"))
+    assert scorer.sees_images and scorer.kind == "GPT2LMHeadModel, 2 images a token"
+    asked = questions()
+    own = scorer.fingerprint
+    seen, _ = scorer.answers(asked, None)
+    scorer.switch("off", None)
+    without, _ = scorer.answers(asked, None)
+    expected, _ = original.answers(asked, None)
+    torch.testing.assert_close(without, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(seen, expected, rtol=1e-3)
+    scorer.switch("on", None)
+    torch.testing.assert_close(scorer.answers(asked, None)[0], seen)
+    assert scorer.fingerprint == own
+    build(FolderSource(tmp_path / "pictures", shard_size=3), tmp_path / "other", kb.load_clip(), progress=False)
+    other = open_scorer(str(tmp_path / "adapter"), kb=tmp_path / "other")
+    assert other.fingerprint != own
 
 
 def test_the_published_protocol_needs_single_tokens(folders):
