@@ -12,8 +12,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    AutoTokenizer,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 from transformers.utils import logging
 
 from valm.augmented.saving import ADAPTER_FILE
@@ -233,7 +242,9 @@ class MaskedScorer:
                 wanted = torch.tensor([answers[number] for number in members], device=self.model.device)
                 for rows in equal_lengths(texts, BATCH_SIZE):
                     batch = torch.tensor([texts[row] for row in rows], device=self.model.device)
-                    log_probs = self.model(batch).logits.float().log_softmax(-1)  # (b, T, V)
+                    outputs = self.model(batch)
+                    logits = outputs.get("logits", outputs.get("prediction_logits"))
+                    log_probs = logits.float().log_softmax(-1)  # (b, T, V)
                     at = torch.stack([(row == tokenizer.mask_token_id).nonzero()[-length:, 0] for row in batch])
                     of_masks = log_probs.gather(1, at[..., None].expand(-1, -1, log_probs.shape[-1]))  # (b, length, V)
                     found = of_masks[:, torch.arange(length), wanted].sum(-1)  # (b, members)
@@ -311,7 +322,10 @@ def open_scorer(
         architecture = (config.architectures or [""])[0]
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
         if architecture.endswith(("ForMaskedLM", "ForPreTraining")) and architecture not in _CAUSAL:
-            return MaskedScorer(AutoModelForMaskedLM.from_pretrained(source, **where).float().to(device), tokenizer)
+            # VisualBERT predicts its masks only in the class that it was pretrained with
+            known = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+            loader: Any = AutoModelForMaskedLM if known else AutoModelForPreTraining
+            return MaskedScorer(loader.from_pretrained(source, **where).float().to(device), tokenizer)
         model = AutoModelForCausalLM.from_pretrained(source, **where).float().to(device)
         return CausalScorer(model, tokenizer, f"causal language model ({type(model).__name__})")
     except ValmError:

@@ -13,6 +13,8 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
+    VisualBertConfig,
+    VisualBertForPreTraining,
 )
 
 import valm
@@ -52,12 +54,15 @@ def folders(tmp_path_factory, clip):
     ).save_pretrained(root / "gpt2")
     tokenizer.save_pretrained(root / "gpt2")
     bert = bert_tokenizer()
-    config = BertConfig(
-        vocab_size=len(bert), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=40,
-    )  # fmt: skip
-    BertForMaskedLM(config).save_pretrained(root / "bert")
+    sizes = {
+        "vocab_size": len(bert), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "intermediate_size": 64, "max_position_embeddings": 40,
+    }  # fmt: skip
+    BertForMaskedLM(BertConfig(**sizes)).save_pretrained(root / "bert")
     bert.save_pretrained(root / "bert")
+    visual = VisualBertConfig(**sizes, visual_embedding_dim=8)
+    VisualBertForPreTraining(visual).save_pretrained(root / "visualbert")
+    bert.save_pretrained(root / "visualbert")
     clip.save(root / "clip")
     return root
 
@@ -71,8 +76,9 @@ def test_each_folder_is_opened_as_what_it_is(folders):
     assert not any(scorer.sees_images for scorer in kinds.values())
 
 
-def test_a_masked_model_has_one_mask_for_each_token_of_an_answer(folders):
-    scorer = open_scorer(str(folders / "bert"))
+@pytest.mark.parametrize("name, output", [("bert", "logits"), ("visualbert", "prediction_logits")])
+def test_a_masked_model_has_one_mask_for_each_token_of_an_answer(folders, name, output):
+    scorer = open_scorer(str(folders / name))
     asked = questions()
     scores, alone = scorer.answers(asked, None)
     tokenizer, model = scorer.tokenizer, scorer.model
@@ -82,7 +88,7 @@ def test_a_masked_model_has_one_mask_for_each_token_of_an_answer(folders):
             assert len(ids) == (2 if answer == "reddish" else 1)
             text = " ".join([prompt, *["[MASK]"] * len(ids), "."])
             read = tokenizer(text, return_tensors="pt")["input_ids"]
-            log_probs = model(read).logits[0].log_softmax(-1)
+            log_probs = model(read)[output][0].log_softmax(-1)
             masks = (read[0] == tokenizer.mask_token_id).nonzero()[:, 0]
             expected = sum(log_probs[at, id] for at, id in zip(masks, ids, strict=True))
             torch.testing.assert_close(found[number], expected, rtol=1e-4, atol=1e-4)
