@@ -13,13 +13,12 @@ from torch import Tensor
 
 from valm.errors import ValmError
 from valm.evaluation import controls
-from valm.files import check_regular
 from valm.knowledge_base.images import read_image
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.retriever import Retrieved, Retriever
 from valm.text import printable
 
-THUMBNAIL_SIZE = 128  # pixels, of images that the knowledge base has no thumbnail of
+THUMBNAIL_SIZE = 128  # pixels, of images given as files
 
 
 class FindsImages(Protocol):
@@ -98,16 +97,7 @@ def show_images(retriever: Any, image_ids: Sequence[int]) -> list[ShownImage]:
 def _show(kb: ImageKnowledgeBase, id: int) -> ShownImage:
     item = kb.item(id)
     caption = item.caption.partition("\n")[0].strip() or item.uri.strip() or f"image {id}"
-    return ShownImage(printable(caption), kb.thumbnail(id) or _read(Path(item.uri)))
-
-
-def _read(path: Path) -> Image.Image | None:
-    """The image in a file, small; None where there is none that can be read."""
-    try:
-        check_regular(path)  # the knowledge base says where: a pipe, opened, would wait
-        return _small(read_image(path))
-    except Exception:  # damaged bytes make a decoder raise anything; the caption is shown then
-        return None
+    return ShownImage(printable(caption), kb.thumbnail(id))
 
 
 def _small(image: Image.Image) -> Image.Image:
