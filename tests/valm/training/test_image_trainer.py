@@ -59,7 +59,7 @@ def uninterrupted(tmp_path_factory):
     return made.losses(), weights(made.model)
 
 
-@pytest.mark.parametrize("step", range(1, 8))
+@pytest.mark.parametrize("step", [1, 2, 5, 7])
 def test_resumed_anywhere_the_losses_and_weights_are_the_same(tmp_path, uninterrupted, step):
     stopped = new_trainer(tmp_path, **SAVING)
     stopped.add_callback(StopAfter(step))
@@ -72,7 +72,7 @@ def test_resumed_anywhere_the_losses_and_weights_are_the_same(tmp_path, uninterr
 
 
 @needs_fork
-@pytest.mark.parametrize("point", [0, 3, 7, 11, 15, 19])
+@pytest.mark.parametrize("point", [3, 11, 19])
 def test_a_killed_save_leaves_no_checkpoint_that_is_not_whole(tmp_path, uninterrupted, point):
     code = exit_code_if_killed_at(lambda: new_trainer(tmp_path, **SAVING).train(), tmp_path, point)
     assert code == -signal.SIGKILL

@@ -1,0 +1,98 @@
+"""A training step of VaLM on a retrieved corpus beside one of its text-only twin GPT-2*, both of GPT-2's base size.
+
+A step is the collator, forward, backward, clipping and AdamW, in float32. Each image of the batch stands at two tokens.
+As in bench_retrieval.py, malloc is told to keep what is freed:
+MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=2147483647.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from valm.config import ValmConfig
+from valm.model import VaLMForCausalLM
+from valm.tokenizer import clip_tokenizer
+from valm.training.collate import Collator
+
+BATCH, TOKENS, K, DIM = 2, 512, 4, 768
+IMAGES = BATCH * TOKENS * K // 2  # different ones in a batch
+STORED = 100_000  # in the knowledge base
+
+pytestmark = pytest.mark.timeout(1800)
+
+
+class Vectors:
+    """What the collator asks of a knowledge base."""
+
+    def __init__(self) -> None:
+        self.vectors = np.random.default_rng(0).standard_normal((STORED, DIM), dtype=np.float32).astype(np.float16)
+
+    def gather(self, ids: np.ndarray) -> np.ndarray:
+        return self.vectors[ids]
+
+
+def retrieved_documents(vocabulary: int, bos: int) -> list[dict[str, np.ndarray]]:
+    """BATCH documents of TOKENS tokens with K images each, IMAGES different ones, as `CorpusRetrieval` returns them."""
+    random = np.random.default_rng(1)
+    ids = random.integers(0, vocabulary - 2, (BATCH, TOKENS)).astype(np.int32)
+    ids[:, 0] = bos
+    several = random.permutation(STORED)[:IMAGES]
+    images = random.permutation(np.concatenate([several, several])).reshape(BATCH, TOKENS, K).astype(np.uint32)
+    return [{"input_ids": one, "image_ids": found} for one, found in zip(ids, images, strict=True)]
+
+
+def training_step(num_images: int) -> Callable[[], torch.Tensor]:
+    """A step, which returns the loss."""
+    tokenizer = clip_tokenizer()
+    torch.manual_seed(0)
+    config = ValmConfig(
+        vocab_size=len(tokenizer),
+        n_positions=TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        image_dim=DIM,
+        num_images=num_images,
+        attn_pdrop=0.0,  # flash attention on CPU has no dropout
+    )
+    model = VaLMForCausalLM(config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    kb: Any = Vectors() if num_images else None
+    collate = Collator(tokenizer, kb, TOKENS)
+    documents = retrieved_documents(len(tokenizer), tokenizer.bos_token_id)
+    assert num_images == 0 or len(collate(documents)["image_pool"]) == IMAGES
+
+    def step() -> torch.Tensor:
+        loss = model(**collate(documents)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+@pytest.mark.parametrize("name", ["GPT-2*", "VaLM"])
+@pytest.mark.parametrize("threads", [1, 2])
+def bench_step(measure, threads, name):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+
+    def check(loss):
+        assert 5 < loss < 12  # log(49408) = 10.8 before the first step
+
+    try:
+        measure(
+            group=f"training step, B{BATCH} T{TOKENS}, GPT-2 base size, K {K}, U {IMAGES}, {threads} threads",
+            name=name,
+            function=training_step(0 if name == "GPT-2*" else K),
+            check=check,
+            rounds=7,
+        )
+    finally:
+        torch.set_num_threads(before)
