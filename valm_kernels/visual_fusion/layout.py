@@ -26,23 +26,26 @@ def empty_rows_like(like: Tensor) -> Tensor:
     return torch.empty_like(like, memory_format=torch.preserve_format if whole_rows else torch.contiguous_format)
 
 
+_GRADIENT_LIKE = {
+    "q": empty_tokens_first,
+    "k": empty_tokens_first,
+    "v": empty_tokens_first,
+    "image_k": empty_rows_like,
+    "image_v": empty_rows_like,
+    "image_q": empty_tokens_first,
+}
+
+
 def empty_gradients(inputs: Inputs, needed: Sequence[bool]) -> Gradients:
     """Uninitialised gradients, of those inputs that are there and needed (in the order of `Gradients`)."""
-    like = {
-        "q": empty_tokens_first,
-        "k": empty_tokens_first,
-        "v": empty_tokens_first,
-        "image_k": empty_rows_like,
-        "image_v": empty_rows_like,
-        "image_q": empty_tokens_first,
-    }
     gradients: list[Tensor | None] = []
     for name, is_needed in zip(Gradients._fields, needed, strict=True):
         tensor = getattr(inputs, name)
         if tensor is None or not is_needed:
             gradients.append(None)
         else:
-            gradients.append(like[name](tensor) if name in like else tensor.new_empty(tensor.shape))
+            like = _GRADIENT_LIKE.get(name)
+            gradients.append(tensor.new_empty(tensor.shape) if like is None else like(tensor))
     return Gradients._make(gradients)
 
 

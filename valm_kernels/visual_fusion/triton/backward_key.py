@@ -10,7 +10,7 @@ from torch import Tensor
 from valm_kernels.visual_fusion.inputs import Gradients, Inputs
 from valm_kernels.visual_fusion.layout import empty_tokens_first
 from valm_kernels.visual_fusion.triton.autotune import choose_tiles
-from valm_kernels.visual_fusion.triton.launch import kernel_constants, softcap_log2, strides
+from valm_kernels.visual_fusion.triton.launch import cdiv, kernel_constants, softcap_log2, strides
 from valm_kernels.visual_fusion.triton.primitives import (
     LOG2E,
     cap_slope,
@@ -248,7 +248,7 @@ def key_gradients(inputs: Inputs, lse: Tensor, delta: Tensor, grad_out: Tensor, 
     dk, dv = (empty_tokens_first(x) if g is None else g for x, g in ((k, gradients.k), (v, gradients.v)))
 
     def launch(tiles: Tiles) -> None:
-        key_tiles = triton.cdiv(k_len, tiles.block_n)
+        key_tiles = cdiv(k_len, tiles.block_n)
         query_range = None
         if inputs.first_key is not None:
             query_range = torch.empty(batch, key_tiles, 3, dtype=torch.int32, device=q.device)

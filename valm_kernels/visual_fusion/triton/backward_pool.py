@@ -1,39 +1,169 @@
 """Gradients of the image pool: a segmented reduction over the slots that name an image.
 
-The maths is in backward.py. The slots (b, t, k) are sorted by image once; a program then owns one image of one
-key-value head and sums dx u and b do over its slots in that order, so the result is the same in every run.
+The maths is in backward.py. The slots (b, t, k) are sorted by image once. A program then owns one image, for as many
+heads as fit, and sums dx u and b do over its slots in that order, so the result is the same in every run.
+
+An image that very many slots name would make one program long. The sorted slots are therefore also cut into blocks of
+BLOCK_SLOTS, and programs of their own sum the part of each block that belongs to such a popular image. As it has more
+slots than a block, a block has parts of two of them at most, one at its beginning and one at its end. The program of
+the image then adds up these parts, again in order.
 """
 
 from __future__ import annotations
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
 from valm_kernels.visual_fusion.inputs import Gradients, Inputs
 from valm_kernels.visual_fusion.layout import empty_rows_like
 from valm_kernels.visual_fusion.triton.backward_query import ForPool
-from valm_kernels.visual_fusion.triton.launch import strides
+from valm_kernels.visual_fusion.triton.launch import cdiv, kernel_constants, strides
 from valm_kernels.visual_fusion.triton.primitives import kernel, row_pointers
-from valm_kernels.visual_fusion.triton.tiles import block_d
 
-# Slots per step of a program, and the columns of a row that one of its warps sums: at least two warps. Chosen by the
-# registers that the compiler reports, not yet measured on a card.
-SLOTS = 16
-COLUMNS_PER_WARP = 64
+# Slots per step of a program, columns (heads x D) of its sums, and slots from which an image is popular. Chosen by
+# arithmetic and by the registers that the compiler reports, not yet measured on a card.
+SLOTS = 4
+COLUMNS = 512
+BLOCK_SLOTS = 256
+
+
+@triton.jit
+def _sum_slots(
+    image_q,
+    grad_out,
+    image_dx,  # (B, Hq, K, Tq)
+    image_b,
+    order,  # slots (b, t, k), flattened, sorted by image
+    stride_iq,  # (batch, head, position)
+    stride_do,
+    o_h,
+    begin,
+    end,
+    Hkv,
+    Tq,
+    K,
+    D: tl.constexpr,
+    G: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """Sums of dx u and b do over the slots begin..end of `order`, for the key-value heads o_h, [BH, BD] each."""
+    m_d = tl.arange(0, BLOCK_D) < D
+    b_dk = tl.zeros([BLOCK_E, BLOCK_H, BLOCK_D], tl.float32)
+    b_dv = tl.zeros([BLOCK_E, BLOCK_H, BLOCK_D], tl.float32)
+    for i_e in range(begin, end, BLOCK_E):
+        o_e = i_e + tl.arange(0, BLOCK_E)
+        o_slot = tl.load(order + o_e, mask=o_e < end, other=0).to(tl.int64)
+        # [BE, BH]
+        m_eh = (o_e < end)[:, None] & (o_h < Hkv)[None, :]
+        o_b, o_t, o_k = (o_slot // (Tq * K))[:, None], (o_slot // K % Tq)[:, None], (o_slot % K)[:, None]
+        for i_g in range(0, G):
+            o_hq = (o_h * G + i_g)[None, :]
+            o_coefficient = ((o_b * Hkv * G + o_hq) * K + o_k) * Tq + o_t
+            b_dx = tl.load(image_dx + o_coefficient, mask=m_eh, other=0.0)
+            b_b = tl.load(image_b + o_coefficient, mask=m_eh, other=0.0)
+            # [BE, BH, BD]
+            p_u = _columns(row_pointers(image_q, stride_iq, o_b, o_hq, o_t), BLOCK_D, ALIGNED)
+            p_do = _columns(row_pointers(grad_out, stride_do, o_b, o_hq, o_t), BLOCK_D, ALIGNED)
+            m_ehd = m_eh[:, :, None] & m_d[None, None, :]
+            b_u = tl.load(p_u, mask=m_ehd, other=0.0).to(tl.float32)
+            b_do = tl.load(p_do, mask=m_ehd, other=0.0).to(tl.float32)
+            b_dk += b_dx[:, :, None] * b_u
+            b_dv += b_b[:, :, None] * b_do
+    return tl.sum(b_dk, 0), tl.sum(b_dv, 0)
+
+
+@triton.jit
+def _columns(p_row, BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr):
+    """`columns` of rows in two dimensions."""
+    p = p_row[:, :, None] + tl.arange(0, BLOCK_D)[None, None, :]
+    if ALIGNED:
+        p = tl.max_contiguous(tl.multiple_of(p, [1, 1, 16]), [1, 1, 16])
+    return p
+
+
+@kernel
+def _popular_kernel(
+    image_q,
+    grad_out,
+    image_dx,
+    image_b,
+    image_index,  # (B, Tq, K)
+    order,
+    segment,  # (U + 1): where the slots of an image begin in `order`
+    parts,  # (blocks, 2, 2, Hkv, D) float32: of the image at the beginning and at the end of a block, dk and dv
+    stride_iq,
+    stride_do,
+    Hkv,
+    Tq,
+    K,
+    n_slots,
+    D: tl.constexpr,
+    G: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_SLOTS: tl.constexpr,
+):
+    i_s = tl.program_id(0).to(tl.int64)
+    o_h = tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
+    first = tl.program_id(0) * BLOCK_SLOTS
+    last = tl.minimum(first + BLOCK_SLOTS, n_slots) - 1
+    i_first = tl.load(image_index + tl.load(order + first)).to(tl.int64)
+    for i_end in tl.static_range(0, 2):
+        i_u = i_first
+        if i_end == 1:
+            i_u = tl.load(image_index + tl.load(order + last)).to(tl.int64)
+            # an image that the whole block belongs to counts as the one at its beginning
+            i_u = tl.where(i_u == i_first, -1, i_u)
+        begin = tl.load(segment + i_u, mask=i_u >= 0, other=0).to(tl.int32)
+        end = tl.load(segment + i_u + 1, mask=i_u >= 0, other=0).to(tl.int32)
+        if end - begin > BLOCK_SLOTS:
+            b_dk, b_dv = _sum_slots(
+                image_q,
+                grad_out,
+                image_dx,
+                image_b,
+                order,
+                stride_iq,
+                stride_do,
+                o_h,
+                tl.maximum(begin, first),
+                tl.minimum(end, last + 1),
+                Hkv,
+                Tq,
+                K,
+                D,
+                G,
+                ALIGNED,
+                BLOCK_D,
+                BLOCK_E,
+                BLOCK_H,
+            )
+            o_d = tl.arange(0, BLOCK_D)
+            m_hd = (o_h < Hkv)[:, None] & (o_d < D)[None, :]
+            p_part = parts + ((i_s * 2 + i_end) * 2 * Hkv + o_h)[:, None] * D + o_d[None, :]
+            tl.store(p_part, b_dk, mask=m_hd)
+            tl.store(p_part + Hkv * D, b_dv, mask=m_hd)
 
 
 @kernel
 def _pool_kernel(
     image_q,
     grad_out,
-    image_dx,  # (B, Hq, K, Tq)
+    image_dx,
     image_b,
-    order,  # slots (b, t, k), flattened, sorted by image
-    segment,  # (U + 1): where the slots of an image begin in `order`
+    order,
+    segment,
+    parts,
     dimage_k,
     dimage_v,
-    stride_iq,  # (batch, head, position)
+    stride_iq,
     stride_do,
     stride_dik,  # (head, image)
     stride_div,
@@ -43,40 +173,51 @@ def _pool_kernel(
     scale,
     D: tl.constexpr,
     G: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_SLOTS: tl.constexpr,
 ):
-    i_u = (tl.program_id(0) // Hkv).to(tl.int64)
-    i_h = (tl.program_id(0) % Hkv).to(tl.int64)
+    i_u = tl.program_id(0).to(tl.int64)
+    o_h = tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
     o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < D
-    begin = tl.load(segment + i_u)
-    end = tl.load(segment + i_u + 1)
-    b_dk = tl.zeros([BLOCK_E, BLOCK_D], tl.float32)
-    b_dv = tl.zeros([BLOCK_E, BLOCK_D], tl.float32)
-    for i_e in range(begin, end, BLOCK_E):
-        o_e = i_e + tl.arange(0, BLOCK_E)
-        m_e = o_e < end
-        m_ed = m_e[:, None] & m_d[None, :]
-        o_slot = tl.load(order + o_e, mask=m_e, other=0)
-        o_b, o_t, o_k = o_slot // (Tq * K), o_slot // K % Tq, o_slot % K
-        for i_g in range(0, G):
-            i_hq = i_h * G + i_g
-            o_coefficient = ((o_b * Hkv * G + i_hq) * K + o_k) * Tq + o_t
-            # [BE]
-            b_dx = tl.load(image_dx + o_coefficient, mask=m_e, other=0.0)
-            b_b = tl.load(image_b + o_coefficient, mask=m_e, other=0.0)
-            # [BE, BD]
-            p_u = row_pointers(image_q, stride_iq, o_b, i_hq, o_t)
-            p_do = row_pointers(grad_out, stride_do, o_b, i_hq, o_t)
-            b_u = tl.load(p_u[:, None] + o_d[None, :], mask=m_ed, other=0.0).to(tl.float32)
-            b_do = tl.load(p_do[:, None] + o_d[None, :], mask=m_ed, other=0.0).to(tl.float32)
-            b_dk += b_dx[:, None] * b_u
-            b_dv += b_b[:, None] * b_do
-    p_dik = dimage_k + i_h * stride_dik[0] + i_u * stride_dik[1] + o_d
-    p_div = dimage_v + i_h * stride_div[0] + i_u * stride_div[1] + o_d
-    tl.store(p_dik, (tl.sum(b_dk, 0) * scale).to(dimage_k.dtype.element_ty), mask=m_d)
-    tl.store(p_div, tl.sum(b_dv, 0).to(dimage_v.dtype.element_ty), mask=m_d)
+    m_hd = (o_h < Hkv)[:, None] & (o_d < D)[None, :]
+    begin = tl.load(segment + i_u).to(tl.int32)
+    end = tl.load(segment + i_u + 1).to(tl.int32)
+    is_popular = end - begin > BLOCK_SLOTS
+    b_dk, b_dv = _sum_slots(
+        image_q,
+        grad_out,
+        image_dx,
+        image_b,
+        order,
+        stride_iq,
+        stride_do,
+        o_h,
+        begin,
+        tl.where(is_popular, begin, end),
+        Hkv,
+        Tq,
+        K,
+        D,
+        G,
+        ALIGNED,
+        BLOCK_D,
+        BLOCK_E,
+        BLOCK_H,
+    )
+    first_block = begin // BLOCK_SLOTS
+    for i_s in range(first_block, tl.where(is_popular, tl.cdiv(end, BLOCK_SLOTS), first_block)):
+        # the image is at the end of the block in which it begins, unless it begins with it
+        i_end = tl.where(i_s * BLOCK_SLOTS < begin, 1, 0).to(tl.int64)
+        p_part = parts + ((i_s * 2 + i_end) * 2 * Hkv + o_h)[:, None] * D + o_d[None, :]
+        b_dk += tl.load(p_part, mask=m_hd, other=0.0)
+        b_dv += tl.load(p_part + Hkv * D, mask=m_hd, other=0.0)
+    p_dik = dimage_k + o_h[:, None] * stride_dik[0] + i_u * stride_dik[1] + o_d[None, :]
+    p_div = dimage_v + o_h[:, None] * stride_div[0] + i_u * stride_div[1] + o_d[None, :]
+    tl.store(p_dik, (b_dk * scale).to(dimage_k.dtype.element_ty), mask=m_hd)
+    tl.store(p_div, b_dv.to(dimage_v.dtype.element_ty), mask=m_hd)
 
 
 def pool_gradients(inputs: Inputs, grad_out: Tensor, for_pool: ForPool, gradients: Gradients) -> None:
@@ -89,30 +230,59 @@ def pool_gradients(inputs: Inputs, grad_out: Tensor, for_pool: ForPool, gradient
         empty_rows_like(x) if g is None else g for x, g in ((image_k, gradients.image_k), (image_v, gradients.image_v))
     )
     kv_heads, pool_size, head_dim = dimage_k.shape
-    image, order = torch.sort(image_index.flatten(), stable=True)
-    # slots without an image are -1: they come first, before the segment of image 0
-    segment = torch.searchsorted(image, torch.arange(pool_size + 1, dtype=image.dtype, device=image.device))
-    _pool_kernel[(pool_size * kv_heads,)](
-        image_q,
-        grad_out,
-        for_pool.image_dx,
-        for_pool.image_b,
+    if pool_size == 0:
+        return
+    order, segment = sorted_slots(image_index, pool_size)
+    blocks = cdiv(image_index.numel(), BLOCK_SLOTS)
+    parts = torch.empty(blocks, 2, 2, kv_heads, head_dim, dtype=torch.float32, device=image_q.device)
+    shared = kernel_constants(inputs.q, inputs.k, inputs.causal)
+    constants = {
+        **{name: shared[name] for name in ("D", "G", "ALIGNED", "BLOCK_D")},
+        "BLOCK_E": SLOTS,
+        "BLOCK_H": min(1 << (kv_heads - 1).bit_length(), max(1, COLUMNS // shared["BLOCK_D"])),
+        "BLOCK_SLOTS": BLOCK_SLOTS,
+        "num_warps": 4,
+        "enable_fp_fusion": True,
+    }
+    head_blocks = cdiv(kv_heads, constants["BLOCK_H"])
+    sizes = (kv_heads, image_q.shape[2], image_index.shape[2])
+    of_slots = (image_q, grad_out, for_pool.image_dx, for_pool.image_b)
+    _popular_kernel[(blocks, head_blocks)](
+        *of_slots,
+        image_index,
         order,
         segment,
+        parts,
+        strides(image_q),
+        strides(grad_out),
+        *sizes,
+        image_index.numel(),
+        **constants,
+    )
+    _pool_kernel[(pool_size, head_blocks)](
+        *of_slots,
+        order,
+        segment,
+        parts,
         dimage_k,
         dimage_v,
         strides(image_q),
         strides(grad_out),
         dimage_k.stride()[:2],
         dimage_v.stride()[:2],
-        kv_heads,
-        image_q.shape[2],
-        image_index.shape[2],
+        *sizes,
         inputs.scale,
-        D=head_dim,
-        G=image_q.shape[1] // kv_heads,
-        BLOCK_D=block_d(head_dim),
-        BLOCK_E=SLOTS,
-        num_warps=max(2, block_d(head_dim) // COLUMNS_PER_WARP),
-        enable_fp_fusion=True,
+        **constants,
     )
+
+
+def sorted_slots(image_index: Tensor, pool_size: int) -> tuple[Tensor, Tensor]:
+    """The slots (b, t, k) sorted by image, (B Tq K) int64, and where those of an image begin, (U + 1) int64.
+
+    Slots without an image come first, before those of image 0.
+    """
+    # the sort of a GPU takes time by the bits of its keys
+    narrow = torch.int16 if pool_size <= torch.iinfo(torch.int16).max else torch.int32
+    image, order = torch.sort(image_index.flatten().to(narrow), stable=True)
+    segment = torch.searchsorted(image, torch.arange(pool_size + 1, dtype=narrow, device=image.device))
+    return order, segment

@@ -12,6 +12,7 @@ from torch import Tensor
 from valm_kernels.visual_fusion.inputs import Gradients, Inputs
 from valm_kernels.visual_fusion.triton.autotune import choose_tiles
 from valm_kernels.visual_fusion.triton.launch import (
+    cdiv,
     dense_strides,
     image_strides,
     kernel_constants,
@@ -259,7 +260,7 @@ def query_gradients(
         return torch.empty(size, dtype=torch.float32, device=q.device) if wanted else None
 
     def launch(tiles: Tiles) -> tuple[Tensor, ForPool | None]:
-        row_tiles = triton.cdiv(q_len * block_g, tiles.block_m)
+        row_tiles = cdiv(q_len * block_g, tiles.block_m)
         block_h = min(block_g, tiles.block_m)
         parts = block_g // block_h  # tiles among which the heads of a group are divided
         delta = torch.empty(batch, q_heads, q_len, dtype=torch.float32, device=q.device)

@@ -30,6 +30,7 @@ from valm_kernels.visual_fusion.inputs import Inputs, check_image_index
 from valm_kernels.visual_fusion.layout import empty_rows_like
 from valm_kernels.visual_fusion.triton.autotune import choose_tiles
 from valm_kernels.visual_fusion.triton.launch import (
+    cdiv,
     image_strides,
     kernel_constants,
     kernel_inputs,
@@ -79,7 +80,7 @@ def splits_of(programs: int, k_len: int, has_images: bool, multiprocessors: int)
     if programs >= multiprocessors:
         return 1
     most = MAX_SPLITS - has_images
-    return max(1, min(triton.cdiv(2 * multiprocessors, programs), k_len // MIN_KEYS_PER_SPLIT, most)) + has_images
+    return max(1, min(cdiv(2 * multiprocessors, programs), k_len // MIN_KEYS_PER_SPLIT, most)) + has_images
 
 
 @triton.jit
@@ -273,7 +274,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     lse = torch.empty(batch, q_heads, q_len, dtype=torch.float32, device=q.device)
 
     def launch(tiles: Tiles) -> None:
-        programs = triton.cdiv(q_len * block_g, tiles.block_m) * batch * kv_heads
+        programs = cdiv(q_len * block_g, tiles.block_m) * batch * kv_heads
         splits = splits_of(programs, k_len, image_k is not None, multiprocessors(q.device))
         if splits == 1:
             out_part, lse_part = out.unsqueeze(0), lse

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,36 +27,42 @@ def kernel_inputs(inputs: Inputs) -> Inputs:
 def aligned_rows(x: Tensor) -> Tensor:
     """The tensor itself, or a contiguous copy where its last dimension is strided or some row starts off a border of
     vectors although rows of its size need not."""
-    rows, itemsize = x.stride(), x.element_size()
-    if rows[-1] != 1:
+    *strides, last = x.stride()
+    if last != 1:
         return x.contiguous()
-    if not _has_vectors(x):
+    *sizes, row = x.shape
+    itemsize = x.element_size()
+    if row * itemsize % VECTOR:
         return x
-    # the stride of a single row means nothing
-    sizes = zip(x.shape[:-1], rows[:-1], strict=True)
-    if x.data_ptr() % VECTOR or any(size > 1 and stride * itemsize % VECTOR for size, stride in sizes):
-        return x.clone(memory_format=torch.contiguous_format)
-    return x
-
-
-def _has_vectors(x: Tensor) -> bool:
-    """Whether rows of this size, one after the other, all start on a border of vectors."""
-    return x.shape[-1] * x.element_size() % VECTOR == 0
+    misplaced = x.data_ptr() % VECTOR
+    for size, stride in zip(sizes, strides, strict=True):
+        if size > 1:  # the stride of a single row means nothing
+            misplaced |= stride * itemsize % VECTOR
+    return x.clone(memory_format=torch.contiguous_format) if misplaced else x
 
 
 def kernel_constants(q: Tensor, k: Tensor, causal: bool) -> dict[str, Any]:
     """The compile-time arguments that all attention kernels share, but for the tiles."""
-    head_dim, group = q.shape[3], q.shape[1] // k.shape[1]
+    return _constants(q.shape[3], q.shape[1] // k.shape[1], q.dtype, causal)
+
+
+@cache
+def _constants(head_dim: int, group: int, dtype: torch.dtype, causal: bool) -> dict[str, Any]:
     return {
         "D": head_dim,
         "G": group,
         "CAUSAL": causal,
-        "ALIGNED": _has_vectors(q),
+        "ALIGNED": head_dim * dtype.itemsize % VECTOR == 0,
         # one tf32 term keeps 11 bits of a float32 product, three keep nearly all
-        "INPUT_PRECISION": "tf32x3" if q.dtype == torch.float32 else "ieee",
+        "INPUT_PRECISION": "tf32x3" if dtype == torch.float32 else "ieee",
         "BLOCK_D": block_d(head_dim),
         "BLOCK_G": triton.next_power_of_2(group),
     }
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up; Triton's own function takes several microseconds on the host."""
+    return -(-a // b)
 
 
 def num_images(image_k: Tensor | None, image_index: Tensor | None) -> int:
@@ -72,7 +79,10 @@ def softcap_log2(inputs: Inputs) -> float | None:
 
 def strides(x: Tensor | None) -> tuple[int, int, int]:
     """Strides (batch, head, position) of a (B, H, T, D) tensor."""
-    return (0, 0, 0) if x is None else (x.stride(0), x.stride(1), x.stride(2))
+    if x is None:
+        return 0, 0, 0
+    batch, head, position, _ = x.stride()
+    return batch, head, position
 
 
 def image_strides(image: Tensor | None, pooled: bool) -> tuple[int, int, int, int]:
@@ -95,6 +105,7 @@ def contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
+@cache
 def architecture(device: torch.device) -> int:
     """Compute capability as one number, 90 for 9.0; under the interpreter that of the oldest supported card."""
     if device.type != "cuda":
@@ -103,6 +114,7 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
+@cache
 def multiprocessors(device: torch.device) -> int:
     """How many programs the chip runs side by side at the least; 1 under the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -47,7 +47,7 @@ _TILES: dict[tuple[str, int, int], tuple[Tiles, Tiles, Tiles]] = {
     ("decode", 4, 100): (Tiles(16, 64, 4, 3), Tiles(16, 32, 4, 3), Tiles(16, 16, 8, 2)),
     ("query", 2, 80): (Tiles(64, 64, 8, 3), Tiles(32, 32, 8, 3), Tiles(16, 32, 8, 3)),
     ("query", 2, 90): (Tiles(128, 64, 8, 3), Tiles(64, 32, 8, 3), Tiles(16, 32, 8, 3)),
-    ("query", 2, 100): (Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 3), Tiles(16, 32, 8, 3)),
+    ("query", 2, 100): (Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2), Tiles(16, 32, 8, 3)),
     ("query", 4, 80): (Tiles(32, 32, 8, 3), Tiles(16, 32, 8, 3), Tiles(16, 16, 8, 1)),
     ("query", 4, 90): (Tiles(32, 32, 8, 3), Tiles(16, 32, 8, 3), Tiles(16, 16, 8, 1)),
     ("query", 4, 100): (Tiles(32, 32, 8, 3), Tiles(16, 32, 8, 3), Tiles(16, 16, 8, 1)),

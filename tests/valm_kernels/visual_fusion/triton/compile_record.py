@@ -56,6 +56,7 @@ KERNELS = {
     "query": (backward_query, "_query_kernel"),
     "range": (backward_key, "_query_range_kernel"),
     "key": (backward_key, "_key_kernel"),
+    "popular": (backward_pool, "_popular_kernel"),
     "pool": (backward_pool, "_pool_kernel"),
 }
 # What is compiled, as (kernel, call). Decoding is one query against a cache of 4096 keys.
@@ -67,6 +68,7 @@ CASES = (
     ("query", "dense"),
     ("query", "pooled"),
     ("key", "dense"),
+    ("popular", "pooled"),
     ("pool", "pooled"),
     ("forward", "softcap image_q"),
     ("query", "softcap image_q"),

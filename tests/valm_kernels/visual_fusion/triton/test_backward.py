@@ -19,9 +19,10 @@ from tests.valm_kernels.visual_fusion.problems import (
     far_apart,
 )
 from tests.valm_kernels.visual_fusion.test_op import forward_op, op_arguments
+from tests.valm_kernels.visual_fusion.triton.guarded_interpreter import guarded
 from tests.valm_kernels.visual_fusion.triton.small_tiles import use_small_tiles
 from valm_kernels import visual_fusion_attn
-from valm_kernels.visual_fusion.triton import autotune
+from valm_kernels.visual_fusion.triton import autotune, backward_pool
 
 # Between them they take every branch of the kernels; the other problems are slow here.
 QUICK = {
@@ -99,6 +100,16 @@ def test_each_gradient_alone(monkeypatch, layout):
         leaf = inputs[name].detach().requires_grad_()
         out = visual_fusion_attn(**{**inputs, name: leaf}, impl="triton")
         assert torch.equal(torch.autograd.grad(out, leaf, grad_out)[0], expected), name
+
+
+@pytest.mark.parametrize("pool_size", [1, 2, 3, 30])
+def test_popular_images(monkeypatch, pool_size):
+    """Images with more slots than a block, which begin and end anywhere in it, beside others with few or none."""
+    monkeypatch.setattr(backward_pool, "BLOCK_SLOTS", 8)
+    problem = Problem(batch=1, query_heads=6, kv_heads=3, num_queries=21, num_images=2, pool_size=pool_size)
+    use_small_tiles(monkeypatch, problem)
+    with guarded():
+        assert_solves("triton", problem, torch.float32)
 
 
 def test_first_key_skips_whole_tiles(monkeypatch):

@@ -29,6 +29,8 @@ from tests.valm_kernels.visual_fusion.triton.compile_record import (
 
 # The tiles of 8.0 also serve 8.6, 8.9 and 12.x, whose blocks have less shared memory.
 SHARED_LIMIT = {**SHARED_PER_BLOCK, 80: 99 * 1024}
+# Bytes of registers that do not fit; other tiles spill more, or are too small for tcgen05.
+SPILLS = {("query", "dense", 100, 128): 16}
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
 
@@ -52,8 +54,8 @@ def test_compiles_within_limits(kernel, call, arch, head_dim, dtype):
     """What holds under every version of Triton."""
     report = compile_case(kernel, call, arch, head_dim, dtype)
     assert report.shared_bytes <= SHARED_LIMIT[arch]
-    if dtype != "float32" or head_dim <= 128 or kernel in ("merge", "pool"):
-        assert report.spill_bytes == 0
+    if dtype != "float32" or head_dim <= 128 or kernel in ("merge", "pool", "popular"):
+        assert report.spill_bytes <= SPILLS.get((kernel, call, arch, head_dim), 0)
     if kernel in ("forward", "query", "key"):
         assert report.mma
     # the tiles of D = 256 are too small for the instructions of a whole warp group
@@ -96,8 +98,6 @@ VARIANTS = {
     "one image": lambda: meta_inputs(*DENSE, images=1),
     "one token": lambda: meta_inputs(*DENSE, q_len=1),
 }
-# Bytes of registers that do not fit; other tiles spill more.
-SPILLS = {("head of 80", "key"): 8}
 
 
 @pytest.mark.parametrize("kernel", ["forward", "query", "key", "pool"])
@@ -109,7 +109,7 @@ def test_every_kind_of_call_compiles(call, kernel):
     if kernel == "pool" and inputs.image_index is None:
         pytest.skip("the dense layout has no pool")
     report = compile_kernel(kernel, call, 90, inputs, with_lse=False).report
-    assert report.spill_bytes <= SPILLS.get((call, kernel), 0) and report.shared_bytes <= SHARED_LIMIT[90]
+    assert report.spill_bytes == 0 and report.shared_bytes <= SHARED_LIMIT[90]
     assert report.mma or kernel == "pool"
 
 

@@ -84,6 +84,6 @@ def test_nothing_is_computed_for_gradients_that_nobody_needs():
     assert launched(dense, "v") == {"query": {"delta"}, "key": {"delta", "dk", "dv"}}
     assert launched(dense, "image_v", "image_k_bias") == {"query": {"delta", "dimage_v", "dimage_k_bias"}}
     assert launched(pooled, "q", "image_logit_bias") == {"query": {"dq", "delta", "dimage_logit_bias"}}
-    assert set(launched(pooled, "image_v")) == {"query", "pool"}
+    assert set(launched(pooled, "image_v")) == {"query", "popular", "pool"}
     own_query = without(meta_inputs(64, torch.float16, False, image_q=True), "first_key")
     assert launched(own_query, "image_q") == {"query": {"delta", "dimage_q"}}
