@@ -1,10 +1,11 @@
 """Every writer, killed before each change that it makes to its folder: nothing is lost, and run again it finishes.
 
-The checkpoint's own test is in tests/valm/test_checkpoint.py.
+The checkpoint's own test is in tests/valm/test_checkpoint.py. Each test prints its kills (`pytest -rP`).
 """
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -15,20 +16,26 @@ import torch
 from PIL import Image
 
 from tests.valm.killed import exit_code_if_killed_at, needs_fork
+from tests.valm.retrieval.indexed import K, make_indexed, random_directions
 from tests.valm.tiny_clip import TEXTS
 from valm.clip import Clip
 from valm.corpus.retrieved import CorpusRetrieval, retrieve_files
 from valm.errors import ValmError
 from valm.knowledge_base.build import build
+from valm.knowledge_base.dedupe import dedupe
 from valm.knowledge_base.encode import Encoding
+from valm.knowledge_base.merge import merge
 from valm.knowledge_base.sources.folder import FolderSource
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.context import ContextEncoder
+from valm.retrieval.faiss_index import FaissIndex, open_index, verify_index
+from valm.retrieval.index_tuning import build_index
+from valm.retrieval.note import RETRIEVAL_FILE, RetrievalNote
 from valm.retrieval.retriever import Retriever
 from valm_kernels import FlatIPIndex
 from valm_kernels.atomic_files import remove_leftovers
 
-pytestmark = [pytest.mark.slow, needs_fork]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), needs_fork]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -83,6 +90,80 @@ def test_knowledge_base(pictures, clip, tmp_path):
         assert contents(out) == whole
 
     assert kill_everywhere(write, check, tmp_path) >= 20
+
+
+@pytest.mark.parametrize("how", ["merge", "dedupe"])
+def test_copies_of_knowledge_bases(make_kb, tmp_path, how):
+    kb = make_kb(4)
+
+    def write(out: Path) -> ImageKnowledgeBase:
+        return merge([kb.path, kb.path], out, progress=False) if how == "merge" else dedupe(kb, out, progress=False)
+
+    whole = contents(write(tmp_path / "whole").path)
+
+    def check(out: Path, done: bool) -> None:
+        write(out)
+        assert contents(out) == whole
+        assert ImageKnowledgeBase.open(out).verify(progress=False) == []
+
+    assert kill_everywhere(write, check, tmp_path) >= 10
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_index(clip, tmp_path, old):
+    """The knowledge base has the old index, none, or the new one, and is searched in every case."""
+    pytest.importorskip("faiss", reason="needs faiss: install valm[faiss]")
+    kb = make_indexed(clip, tmp_path / "kb", factory="IVF16,Flat", target_recall=0.5)
+    queries = torch.from_numpy(random_directions(400, kb.dim, seed=1)).float()
+    exact = FlatIPIndex(kb.vectors()).search(queries[:5], 1)
+
+    def prepare(out: Path) -> None:
+        shutil.copytree(kb.path, out, dirs_exist_ok=True)
+        if not old:
+            for file in out.glob("index.*"):
+                file.unlink()
+
+    def write(out: Path) -> FaissIndex:
+        opened = ImageKnowledgeBase.open(out)
+        return build_index(opened, queries, "IVF8,Flat", k=K, target_recall=0.5, progress=False)
+
+    def check(out: Path, done: bool) -> None:
+        opened = ImageKnowledgeBase.open(out)
+        assert opened.verify(progress=False) == [] and verify_index(opened) == []
+        index = open_index(opened)
+        found = index.search(queries[:5], 1)
+        if isinstance(index, FaissIndex):
+            factory = index.parameters.factory
+            assert factory in (("IVF8,Flat",) if done or not old else ("IVF8,Flat", "IVF16,Flat"))
+        else:
+            assert not done and torch.equal(found.indices, exact.indices)
+        write(out)
+        assert not list(out.glob("*.tmp"))
+
+    assert kill_everywhere(write, check, tmp_path, prepare) >= 3
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_note_on_retrieval(tmp_path, old):
+    def prepare(out: Path) -> None:
+        if old:
+            RetrievalNote(tmp_path / "old", "eot").write(out)
+
+    def write(out: Path) -> None:
+        RetrievalNote(tmp_path / "new", "state").write(out)
+
+    def check(out: Path, done: bool) -> None:
+        note = RetrievalNote.read(out)
+        if note is None:
+            assert not old and not done
+        else:
+            assert note.knowledge_base is not None
+            assert note.knowledge_base.name in (("new",) if done or not old else ("old", "new"))
+        write(out)
+        remove_leftovers(out)
+        assert [file.name for file in out.iterdir()] == [RETRIEVAL_FILE]
+
+    assert kill_everywhere(write, check, tmp_path, prepare) >= 2
 
 
 def test_corpus_retrieval(clip, make_kb, tmp_path):

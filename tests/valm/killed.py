@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -58,9 +59,13 @@ def exit_code(process: multiprocessing.Process) -> int:
 
 
 def forked(function: Callable[[], Any]) -> multiprocessing.Process:
-    """A started child that runs `function` on one thread: a fork copies no others, yet OpenMP waits for them."""
+    """A started child that runs `function` on one thread: a fork copies no others, yet OpenMP waits for them.
+
+    Nor does it collect its parent's garbage: an index of faiss would join threads there that the child does not have.
+    """
 
     def run() -> None:
+        gc.freeze()
         torch.set_num_threads(1)
         function()
 
