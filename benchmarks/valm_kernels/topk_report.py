@@ -93,7 +93,7 @@ def tables(results: Results) -> str:
 def _table(results: Results, keys: list[Key], title: str, name: Callable[[Key], str]) -> str:
     names = [name for name in DRAWN if any(name in results[key] for key in keys)]
     lines = [
-        f"| {title} | " + " | ".join(names) + " | best faiss / ours |",
+        f"| {title} | " + " | ".join(names) + " | better IndexFlatIP / ours |",
         "| ---: |" + " ---: |" * (len(names) + 1),
     ]
     for key in keys:

@@ -26,7 +26,10 @@ def commands(page: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.stem)
-def test_every_command_is_one(page, capsys):
+def test_every_command_is_one(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for config in blocks(page, "yaml"):
+        Path("run.yaml").write_text(config, encoding="utf-8")
     parser = build_parser()
     for command in commands(page):
         words = [word for word in shlex.split(command, comments=True)[1:] if word not in ("…", "...")]
