@@ -13,6 +13,7 @@ from valm.errors import ValmError
 from valm.knowledge_base import encode
 from valm.knowledge_base.build import build
 from valm.knowledge_base.encode import Encoding
+from valm.knowledge_base.images import IMAGE_FORMATS
 from valm.knowledge_base.sources.huggingface import DatasetSource, open_dataset
 
 PICTURES = [png(seed) for seed in range(7)]
@@ -48,7 +49,7 @@ def test_a_dataset(dataset, clip, tmp_path, streamed):
     assert [kb.item(n).uri for n in range(5)] == ["0/0.png", "3/3.png", "4/4.png", "5/5.png", "6/6.png"]
     assert [kb.item(n).caption for n in range(2)] == ["a red apple", "4"]
     assert {entry["uri"]: entry["reason"] for entry in kb.skipped()} == {
-        "1/broken.png": "not a picture in one of the formats JPEG, PNG, WEBP, BMP, GIF, TIFF, PPM",
+        "1/broken.png": f"not a picture in one of the formats {', '.join(IMAGE_FORMATS)}",
         "2": "there is no picture",
     }
     assert kb.thumbnail(0).size == (30, 20)

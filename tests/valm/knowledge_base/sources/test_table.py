@@ -56,8 +56,8 @@ def test_wrong_tables(table, tmp_path):
         TableSource(table, image_column="photo")
     with pytest.raises(ValmError, match=r"expected a header with a column image or file or .* and a column text$"):
         TableSource(table, caption_column="text")
-    table.write_bytes(b"image,caption\n\xff,x\n")
-    with pytest.raises(ValmError, match=r"cannot read the caption table .*table\.csv: 'utf-8' codec"):
+    table.write_bytes(b"\xff\xfeimage")  # UTF-16, cut in the middle of a character
+    with pytest.raises(ValmError, match=r"cannot read the caption table .*table\.csv: 'utf-16-le' codec"):
         TableSource(table)
     table.write_text("image,caption\n")
     with pytest.raises(ValmError, match=r"the table .*table\.csv has a header but no rows"):
