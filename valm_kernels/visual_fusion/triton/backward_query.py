@@ -321,4 +321,4 @@ def query_gradients(
             gradients.image_logit_bias.copy_(of_heads.reshape(-1))
         return delta, None if image_dx is None or image_b is None else ForPool(image_dx, image_b)
 
-    return launch(choose_tiles("query", inputs, launch))
+    return launch(choose_tiles("query" if inputs.softcap is None else "query softcap", inputs, launch))

