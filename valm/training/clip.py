@@ -21,7 +21,6 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from valm.clip import Clip
@@ -30,6 +29,7 @@ from valm.files import cannot_read, is_passing, read_json
 from valm.knowledge_base.encode import Record
 from valm.knowledge_base.sources import Source
 from valm.processes import end_with_parent
+from valm.progress import progress_bar
 
 # Of open_clip; images and texts that are few overfit with it.
 MAX_LOGIT_SCALE = 100.0
@@ -66,7 +66,7 @@ def train_clip(
     schedule = OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     contrast = ClipLoss()
     losses: list[float] = []
-    with tqdm(total=steps, desc=progress, unit="step", disable=progress is None) as bar:
+    with progress_bar(total=steps, desc=progress, unit="step", shown=progress is not None) as bar:
         for step, (images, texts) in zip(range(steps), batches, strict=False):
             loss = contrast(
                 model.encode_image(images.to(clip.device), normalize=True),
