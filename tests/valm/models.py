@@ -1,9 +1,10 @@
-"""Tiny models and batches for the tests of valm."""
+"""Tiny models, batches, and a retriever whose images depend on the text alone, for the tests of valm."""
 
 import torch
 
 from valm.config import ValmConfig
 from valm.model import VaLMForCausalLM
+from valm.retrieval.retriever import Retrieved
 
 BOS, EOS, VOCAB = 62, 63, 64
 
@@ -47,3 +48,44 @@ def random_images(config: ValmConfig, batch: int, length: int, pool: int = 10, s
     generator = torch.Generator().manual_seed(seed)
     index = torch.randint(-1, pool, (batch, length, config.num_images), generator=generator)
     return torch.randn(pool, config.image_dim, generator=generator), index
+
+
+class HashRetriever:
+    """Images that depend on the last two tokens, found in one call or token by token."""
+
+    k, dim, size = 3, 24, 50
+
+    def __init__(self, bos=None):
+        """bos: begins a document, before which a token sees nothing."""
+        self.bos = bos
+        self.pool = torch.randn(self.size, self.dim, generator=torch.Generator().manual_seed(1))
+
+    def _find(self, ids, previous, mask):  # (B, t), (B,)
+        before = torch.cat([previous[:, None], ids[:, :-1]], 1)
+        if self.bos is not None:
+            before = before.masked_fill(ids == self.bos, 0)
+        if mask is not None:  # padding is no text
+            before = before * torch.cat([(previous > 0).long()[:, None], mask[:, :-1]], 1)
+        index = ((ids * 7 + before * 3)[..., None] + torch.arange(self.k)) % self.size
+        if mask is not None:
+            index = index.masked_fill(mask[..., None] == 0, -1)
+        return Retrieved(self.pool, index, torch.arange(self.size), torch.zeros(index.shape))
+
+    def __call__(self, ids, attention_mask=None):
+        return self._find(ids, torch.zeros_like(ids[:, 0]), attention_mask)
+
+    def start(self, batch):
+        return HashState(torch.zeros(batch, dtype=torch.int64))
+
+    def step(self, ids, state, attention_mask=None):
+        found = self._find(ids, state.previous, attention_mask)
+        state.previous = ids[:, -1]
+        return found
+
+
+class HashState:
+    def __init__(self, previous):
+        self.previous = previous
+
+    def reorder(self, beam_idx):
+        self.previous = self.previous[beam_idx]

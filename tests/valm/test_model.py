@@ -2,49 +2,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel
 
-from tests.valm.models import BOS, EOS, VOCAB, random_ids, random_images, tiny_config, tiny_model
+from tests.valm.models import BOS, EOS, VOCAB, HashRetriever, random_ids, random_images, tiny_config, tiny_model
 from valm.errors import ValmError
 from valm.model import VaLMCache, VaLMForCausalLM
-from valm.retrieval.retriever import Retrieved
 
 
 def close(actual, expected):
     """Equal up to the order of float32 sums: the logits here have a size of about 10."""
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-
-
-class HashRetriever:
-    """Pictures that depend on the last two tokens of the document only, found in one call or token by token."""
-
-    k, dim, size = 3, 24, 50
-
-    def __init__(self):
-        self.pool = torch.randn(self.size, self.dim, generator=torch.Generator().manual_seed(1))
-
-    def _find(self, ids, previous):  # (B, t), (B,)
-        before = torch.cat([previous[:, None], ids[:, :-1]], 1)
-        before = before.masked_fill(ids == BOS, 0)
-        index = (ids * 7 + before * 3)[..., None] + torch.arange(self.k)
-        return Retrieved(self.pool, index % self.size, torch.arange(self.size), torch.zeros(index.shape))
-
-    def __call__(self, ids, attention_mask=None):
-        return self._find(ids, torch.zeros_like(ids[:, 0]))
-
-    def start(self, batch):
-        return HashState(torch.zeros(batch, dtype=torch.int64))
-
-    def step(self, ids, state, attention_mask=None):
-        found = self._find(ids, state.previous)
-        state.previous = ids[:, -1]
-        return found
-
-
-class HashState:
-    def __init__(self, previous):
-        self.previous = previous
-
-    def reorder(self, beam_idx):
-        self.previous = self.previous[beam_idx]
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +175,7 @@ def greedy(model, ids, steps):
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_generate_with_a_retriever_equals_reading_it_all_again(use_cache):
     model = tiny_model()
-    model.set_retriever(HashRetriever())
+    model.set_retriever(HashRetriever(BOS))
     ids = random_ids(3, 5)
     expected = greedy(model, ids, 10)
     out = model.generate(ids, max_new_tokens=10, do_sample=False, eos_token_id=None, use_cache=use_cache)
@@ -221,7 +186,7 @@ def test_generate_with_a_retriever_equals_reading_it_all_again(use_cache):
 
 def test_generate_continues_left_padded_prompts_as_it_does_each_alone():
     model = tiny_model()
-    model.set_retriever(HashRetriever())
+    model.set_retriever(HashRetriever(BOS))
     prompts = [random_ids(1, n, seed=n) for n in (6, 3)]
     padded = torch.cat([prompts[0], torch.cat([torch.full((1, 3), EOS), prompts[1]], 1)])
     mask = torch.ones_like(padded)
@@ -234,7 +199,7 @@ def test_generate_continues_left_padded_prompts_as_it_does_each_alone():
 
 def test_beam_search_moves_cache_and_retriever_together():
     model = tiny_model()
-    model.set_retriever(HashRetriever())
+    model.set_retriever(HashRetriever(BOS))
     ids = random_ids(2, 5)
     arguments = {"max_new_tokens": 8, "num_beams": 4, "do_sample": False, "eos_token_id": None}
     with_cache = model.generate(ids, **arguments)
@@ -349,7 +314,7 @@ def test_gpt2_refuses_pictures_and_a_foreign_cache_is_refused(model):
 
 @pytest.mark.parametrize("name, value", [("k", 5), ("dim", 7)])
 def test_a_retriever_that_does_not_fit_is_refused(model, name, value):
-    retriever = HashRetriever()
+    retriever = HashRetriever(BOS)
     setattr(retriever, name, value)
     with pytest.raises(ValmError, match=rf"retriever.{name} is {value}, but this model was made for"):
         model.set_retriever(retriever)

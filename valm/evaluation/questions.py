@@ -1,7 +1,7 @@
 """What each task asks, in two protocols, and the same for lm-evaluation-harness (`tasks/`).
 
 "published" repeats the prompts and the scoring behind the published numbers, with their faults; "fair" corrects them:
-SOT before the text, answers of several tokens, both orders of a pair, no label left out of the candidates.
+SOT before the text, answers of several tokens, both orders of a pair, every label among the candidates.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Images that a knowledge base holds twice: found, and left out of a copy.
+"""Images that a knowledge base holds twice: found, and skipped in a copy.
 
 K equal images would take all K places of a token, and crowd out the others.
 """

@@ -1,11 +1,10 @@
-"""A tiny augmented decoder with open images, and a retriever whose images depend on the text alone."""
+"""A tiny augmented decoder with open images."""
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from tests.valm.augmented.families import open_images
 from valm.augmented.model import augment, fusion_module
-from valm.retrieval.retriever import Retrieved
 
 VOCAB, IMAGE_DIM, IMAGES = 64, 24, 3
 SMALL = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -53,40 +52,3 @@ def random_images(batch, length, pool=7, seed=0):
     generator = torch.Generator().manual_seed(seed)
     index = torch.randint(-1, pool, (batch, length, IMAGES), generator=generator)
     return {"image_pool": torch.randn(pool, IMAGE_DIM, generator=generator), "image_index": index}
-
-
-class HashRetriever:
-    """Images that depend on the last two tokens, found in one call or token by token."""
-
-    k, dim, size = IMAGES, IMAGE_DIM, 50
-
-    def __init__(self):
-        self.pool = torch.randn(self.size, self.dim, generator=torch.Generator().manual_seed(1))
-
-    def _find(self, ids, previous, mask):  # (B, t), (B,)
-        before = torch.cat([previous[:, None], ids[:, :-1]], 1)
-        if mask is not None:  # padding is no text
-            before = before * torch.cat([(previous > 0).long()[:, None], mask[:, :-1]], 1)
-        index = ((ids * 7 + before * 3)[..., None] + torch.arange(self.k)) % self.size
-        if mask is not None:
-            index = index.masked_fill(mask[..., None] == 0, -1)
-        return Retrieved(self.pool, index, torch.arange(self.size), torch.zeros(index.shape))
-
-    def __call__(self, ids, attention_mask=None):
-        return self._find(ids, torch.zeros_like(ids[:, 0]), attention_mask)
-
-    def start(self, batch):
-        return HashState(torch.zeros(batch, dtype=torch.int64))
-
-    def step(self, ids, state, attention_mask=None):
-        found = self._find(ids, state.previous, attention_mask)
-        state.previous = ids[:, -1]
-        return found
-
-
-class HashState:
-    def __init__(self, previous):
-        self.previous = previous
-
-    def reorder(self, beam_idx):
-        self.previous = self.previous[beam_idx]

@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import StaticCache, TextStreamer
 
-from tests.valm.augmented.models import HashRetriever, augmented, random_ids, random_images, tiny_gpt2, tiny_llama
+from tests.valm.augmented.models import augmented, random_ids, random_images, tiny_gpt2, tiny_llama
+from tests.valm.models import HashRetriever
 from valm.image_model import RetrievalCache
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 8}

@@ -14,13 +14,13 @@ from tests.valm.augmented.models import (
     IMAGE_DIM,
     IMAGES,
     SMALL,
-    HashRetriever,
     augmented,
     random_ids,
     random_images,
     tiny_gpt2,
     tiny_llama,
 )
+from tests.valm.models import HashRetriever
 from valm.augmented.model import augment, fusion_module
 from valm.augmented.probe import attention_path, decoder_layers
 from valm.errors import ValmError
