@@ -93,7 +93,8 @@ def with_length(tokenizer: PreTrainedTokenizerFast, model: Any) -> PreTrainedTok
 
 def positions(model: Any) -> int | None:
     """The tokens that a model can read, None where its config does not say."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    config = model.config.get_text_config(decoder=True)
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
 
 
 def _switch(folder: Path) -> None:

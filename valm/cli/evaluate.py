@@ -9,7 +9,7 @@ from valm.cli.options import Commands, add_retrieval, chosen_device, command, po
 from valm.errors import ValmError
 
 # Sets whose file may be named for itself.
-FILES = {"memory_color": "--memory-color", "color_terms": "--color-terms"}
+FILES = ("memory_color", "color_terms")
 
 
 def add_to(commands: Commands) -> None:
@@ -64,6 +64,8 @@ def run_eval(arguments: argparse.Namespace) -> None:
     from valm.evaluation.suite import Settings, entries, evaluate
     from valm.files import writable_folder
 
+    if arguments.cost_sizes is not None and arguments.cost is None:
+        raise ValmError("--cost-sizes are of --cost: give it too")
     files = {name: path for name in FILES if (path := getattr(arguments, name)) is not None}
     tasks = arguments.tasks or (",".join(files) if files else "color")
     if arguments.out is not None:

@@ -27,10 +27,12 @@ def add_to(commands: Commands) -> None:
 def run_generate(arguments: argparse.Namespace) -> None:
     import torch
 
+    from valm.evaluation.scoring import context_length
+
     model, tokenizer = load_model(arguments)
     torch.manual_seed(arguments.seed)
     prompt = tokenizer(arguments.prompt, return_tensors="pt", verbose=False).input_ids.to(model.device)
-    context = model.config.get_text_config(decoder=True).max_position_embeddings
+    context = context_length(model)
     # of a context too small for both, the prompt has at least half
     room = max(context - arguments.max_new_tokens, context // 2)
     if prompt.shape[1] > room:

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from valm.clip import Clip
-from valm.evaluation.color import COLORS, ColorItem, ColorResult, evaluate_color
+from valm.evaluation.color import COLORS, ColorItem, ColorResult, evaluate_color, fill
 from valm.evaluation.scoring import answer_log_probs
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model import VaLMForCausalLM
@@ -40,8 +40,7 @@ def swap_red_and_blue(picture: Image.Image) -> Image.Image:
 
 
 def plain_question(item: ColorItem) -> str:
-    descriptor = "the" if item.descriptor is None else item.descriptor
-    return " ".join(PLAIN_PROMPT.replace("[DESCRIPTOR]", descriptor).replace("[ITEM]", item.item).split())
+    return fill(PLAIN_PROMPT, item.item, item.descriptor, fair=True)
 
 
 def token_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> torch.Tensor:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from valm.clip import Clip
@@ -86,18 +88,25 @@ class FixedImages(NoImages):
         )
 
 
-def images_in(folder: str | os.PathLike, clip: Clip) -> Tensor:
-    """(n, E) float32: the images under `folder` in the order of their names, encoded.
+def read_images(files: Sequence[Path]) -> list[Image.Image]:
+    """The images in `files`. Raises ValmError for one that cannot be read."""
+    images = []
+    for file in files:
+        try:
+            images.append(read_image(file))
+        except Exception as error:  # damaged bytes make a decoder raise anything
+            raise ValmError(f"cannot read the image {file.name}: {error}") from error
+    return images
+
+
+def images_in(folder: str | os.PathLike, clip: Clip, k: int) -> Tensor:
+    """(n, E) float32: the first `k` images under `folder`, in the order of their names, encoded.
 
     Raises:
         ValmError: there is no image, or one cannot be read.
     """
-    images = []
-    for name in find_images(Path(folder)).images:
-        try:
-            images.append(read_image(Path(folder) / name))
-        except Exception as error:  # damaged bytes make a decoder raise anything
-            raise ValmError(f"cannot read the image {Path(folder) / name}: {error}") from error
+    names = find_images(Path(folder)).images[:k]
+    images = read_images([Path(folder) / name for name in names])
     return clip.encode_images(images)
 
 
@@ -145,5 +154,5 @@ def switch_images(
             raise ValmError("a blind model has no knowledge base, so its images cannot be replaced: only switched off")
         other: Any = RandomImages(retriever, seed)
         if replace is not None:
-            other = FixedImages(images_in(replace, retriever.encoder.clip), options.num_images)
+            other = FixedImages(images_in(replace, retriever.encoder.clip, options.num_images), options.num_images)
         model.set_retriever(other)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,13 +91,13 @@ def measure(
                     "images": size,
                     "metrics": {},
                 }
-                own = [fingerprint, retriever.kb.fingerprint, size, SEED]
+                own = [fingerprint, retriever.kb.fingerprint, str(getattr(found.index, "parameters", None)), size, SEED]
                 cache = None if out is None else Path(out) / CACHE
                 for one in asked:
                     with progress_bar(shown=False) as bar:
                         scores = scores_of(scorer, one, cache, own, settings.fresh, bar)
                     if "not_applicable" not in scores:
-                        row["metrics"][one.task] = choice_metrics(one, torch.tensor([scores["scores"]]).numpy(), None)
+                        row["metrics"][one.task] = choice_metrics(one, np.array([scores["scores"]]), None)
                 scorer.model.set_retriever(_with_images(retriever, size, cache=False))
                 rows.append(row | time_forward(scorer, _ids(scorer, asked)))
     if not rows:

@@ -89,7 +89,11 @@ def run(arguments: list[str]) -> None:
     Raises:
         ValmError: there is no task of a name, or what the model's arguments say cannot be.
     """
-    if arguments and arguments[0] in WITH_TASKS and "--include_path" not in arguments:
+    if (
+        arguments
+        and arguments[0] in WITH_TASKS
+        and not any(argument.partition("=")[0] == "--include_path" for argument in arguments)
+    ):
         arguments = [arguments[0], *arguments[1:], "--include_path", str(TASKS)]
     setup_logging()
     before, sys.argv = sys.argv, ["valm lm-eval", *arguments]

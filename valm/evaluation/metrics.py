@@ -52,11 +52,11 @@ def choice_metrics(asked: Questions, scores: np.ndarray, alone: np.ndarray | Non
         return found
     if alone is not None:
         found["calibrated"] = of_prompts((scores - alone[:, None, None]).argmax(-1) == right)
-    without_prior = np.stack([of_seed - log_prior(of_seed) for of_seed in scores])
     if (right == right[:, :1]).all():
+        without_prior = np.stack([of_seed - log_prior(of_seed) for of_seed in scores])
         found["calibrated_mean"] = of_prompts(without_prior.argmax(-1) == right)
-        votes = np.stack([vote_of_prompts(of_seed) for of_seed in scores])  # (seeds, items)
         if right.shape[1] > 1:
+            votes = np.stack([vote_of_prompts(of_seed) for of_seed in scores])  # (seeds, items)
             found["vote"] = of_prompts((votes == right[:, 0])[..., None])
     else:
         margin = (scores[..., 0] - scores[..., 1]).reshape(*correct.shape[:2], -1, 2)  # (seeds, items, prompts, orders)

@@ -106,9 +106,15 @@ def conditions(results: Mapping[str, Any]) -> list[str]:
         found.append(f"Of each set {about['limit']} items only, drawn by a fixed seed: for a quick look.")
     kinds = {row["model"]: row["kind"] for row in results["rows"]}
     found += [f"{name}: {kind}." for name, kind in kinds.items()]
+    pooled = {row["model"]: row["checkpoints"] for row in results["rows"] if row["checkpoints"] > 1}
+    found += [f"{name}: {checkpoints} checkpoints together." for name, checkpoints in pooled.items()]
+    if about.get("knowledge_base"):
+        found.append(f"Images from the knowledge base {about['knowledge_base']}.")
     found += [f"{task['title']}: {task['note']}." for task in results["tasks"] if task["note"]]
-    refused = {(row["model"], row["not_applicable"]): row["task"] for row in results["rows"] if _refused(row)}
-    found += [f"{model} has no number for {task}: {reason}." for (model, reason), task in refused.items()]
+    refused = dict.fromkeys(
+        (row["model"], TASKS[row["task"]].title, row["not_applicable"]) for row in results["rows"] if _refused(row)
+    )
+    found += [f"{model} has no number for {title}: {reason}." for model, title, reason in refused]
     return found
 
 
@@ -267,7 +273,8 @@ def _cost(results: Mapping[str, Any]) -> Table:
     cost = results.get("cost", [])
     for row in cost:
         cells = [_percent(row["metrics"].get(task), "accuracy") for task in TABLES[2][0]]
-        rows.append((f"{row['model']}, {row['images']:,}", *cells, f"{row['cached']:.2f}", f"{row['live']:.2f}"))
+        of = f"{row['model']}, {row['knowledge_base']}, {row['images']:,}"
+        rows.append((of, *cells, f"{row['cached']:.2f}", f"{row['live']:.2f}"))
     return Table(
         "Table 7: images, accuracy in percent (published protocol), and time of a forward pass over the same without",
         ("images", *(TASKS[task].title for task in TABLES[2][0]), "retrieved before", "retrieving"),

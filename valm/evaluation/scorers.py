@@ -23,10 +23,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
-from transformers.utils import logging
 
 from valm.augmented.saving import ADAPTER_FILE
-from valm.checkpoint import load
+from valm.checkpoint import load, quiet_transformers
 from valm.clip import CONFIG_FILE as CLIP_CONFIG_FILE
 from valm.clip import Clip
 from valm.config import ValmConfig
@@ -73,7 +72,8 @@ class Scorer(Protocol):
     """A model that can be evaluated.
 
     kind: what it is, for the tables. fingerprint: SHA-256 over everything that its scores depend on, beside what it is
-    asked. sees_images: whether `switch` changes something.
+    asked. sees_images: whether `switch` changes something. retrieves: whether its images can be replaced by others, as
+    those of a blind model cannot.
     """
 
     kind: str
@@ -83,6 +83,9 @@ class Scorer(Protocol):
 
     @property
     def sees_images(self) -> bool: ...
+
+    @property
+    def retrieves(self) -> bool: ...
 
     def switch(self, retrieval: str, replace: str | os.PathLike | None) -> None:
         """Sets which images it sees, as `switch_images`."""
@@ -110,6 +113,10 @@ class CausalScorer:
     @property
     def sees_images(self) -> bool:
         return isinstance(self.model, ImageModel) and self.model.image_options.num_images > 0
+
+    @property
+    def retrieves(self) -> bool:
+        return self.sees_images and not self.model.image_options.blind
 
     @property
     def fingerprint(self) -> str:
@@ -198,6 +205,7 @@ class MaskedScorer:
 
     kind = "masked language model"
     sees_images = False
+    retrieves = False
 
     def __init__(self, model: Any, tokenizer: Any):
         if tokenizer.mask_token_id is None:
@@ -261,6 +269,7 @@ class ClipScorer:
 
     kind = "CLIP's text tower"
     sees_images = False
+    retrieves = False
 
     def __init__(self, clip: Clip):
         self.clip = clip
@@ -314,27 +323,29 @@ def open_scorer(
         raise ValmError(f"there is no model folder {source}; a model's name on a hub needs --allow-download")
     if (folder / "config.json").is_file() and _model_type(folder) == ValmConfig.model_type:
         return _open_valm(source, kb, clip, allow_download, device)
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
     try:
-        where = {"local_files_only": not allow_download}
-        config = AutoConfig.from_pretrained(source, **where)
-        architecture = (config.architectures or [""])[0]
-        tokenizer = AutoTokenizer.from_pretrained(source, **where)
-        if architecture.endswith(("ForMaskedLM", "ForPreTraining")) and architecture not in _CAUSAL:
-            # VisualBERT predicts its masks only in the class that it was pretrained with
-            known = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-            loader: Any = AutoModelForMaskedLM if known else AutoModelForPreTraining
-            return MaskedScorer(loader.from_pretrained(source, **where).float().to(device), tokenizer)
-        model = AutoModelForCausalLM.from_pretrained(source, **where).float().to(device)
-        return CausalScorer(model, tokenizer, f"causal language model ({type(model).__name__})")
+        with quiet_transformers():
+            return _open_transformers(source, allow_download, device)
     except ValmError:
         raise
     except Exception as error:  # transformers raises many kinds
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValmError(f"cannot load a language model from {source}: {first_line}") from error
-    finally:
-        logging.set_verbosity(verbosity)
+
+
+def _open_transformers(source: str, allow_download: bool, device: str | torch.device) -> Scorer:
+    """A causal or masked language model of transformers."""
+    where = {"local_files_only": not allow_download}
+    config = AutoConfig.from_pretrained(source, **where)
+    architecture = (config.architectures or [""])[0]
+    tokenizer = AutoTokenizer.from_pretrained(source, **where)
+    if architecture.endswith(("ForMaskedLM", "ForPreTraining")) and architecture not in _CAUSAL:
+        # VisualBERT predicts its masks only in the class that it was pretrained with
+        known = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        loader: Any = AutoModelForMaskedLM if known else AutoModelForPreTraining
+        return MaskedScorer(loader.from_pretrained(source, **where).float().to(device), tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(source, **where).float().to(device)
+    return CausalScorer(model, tokenizer, f"causal language model ({type(model).__name__})")
 
 
 _CAUSAL = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) - {"BertLMHeadModel"}

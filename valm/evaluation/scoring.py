@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from valm.checkpoint import positions
 from valm.errors import ValmError
 from valm.image_model import ImageModel
 from valm.progress import progress_bar
@@ -61,7 +62,7 @@ def check_writable(tokenizer: PreTrainedTokenizerFast, answers: Sequence[str], t
     """Raises ValmError for an answer that the tokenizer cannot write: one without tokens, or with its unknown token."""
     for answer, ids in zip(answers, tokens, strict=True):
         if not ids:
-            raise ValmError(f"answer {answer!r} has no tokens")
+            raise ValmError(f"the answer {answer!r} has no tokens")
         if tokenizer.unk_token_id in ids and tokenizer.unk_token_id != tokenizer.eos_token_id:
             raise ValmError(f"the tokenizer cannot write the answer {answer!r}: it becomes {tokenizer.unk_token}")
 
@@ -125,8 +126,7 @@ def check_model(model: Any) -> None:
 
 def context_length(model: Any) -> int:
     """The most tokens that the model reads at once, a large number where its config has no limit."""
-    config = model.config.get_text_config(decoder=True)
-    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 20
+    return positions(model) or 1 << 20
 
 
 @contextmanager

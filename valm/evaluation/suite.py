@@ -24,6 +24,8 @@ from valm.progress import progress_bar
 from valm_kernels import __version__
 
 CACHE = "cache"
+# What a model sees that retrieves no images of a knowledge base too: its own, or none.
+UNREPLACED = (("on", None), ("off", None))
 RESULTS = "results.json"
 
 
@@ -118,7 +120,9 @@ def evaluate(
         ValmError: data, a model or its images are not there, or do not belong together. Nothing has been scored then.
     """
     asked = asked_by(settings)
-    variants = {source: _variants(source, settings) for entry in models for source in entry.sources}
+    variants = {
+        source: variants_of(open_with(source, settings), settings) for entry in models for source in entry.sources
+    }
     cache = None if out is None else Path(out) / CACHE
     total = sum(map(_size, asked.values())) * sum(map(len, variants.values()))
     rows: list[dict[str, Any]] = []
@@ -190,14 +194,14 @@ def open_with(source: str, settings: Settings) -> Scorer:
     )
 
 
-def _variants(source: str, settings: Settings) -> list[str]:
+def variants_of(scorer: Scorer, settings: Settings) -> list[str]:
     """Which of the variants the model has. Raises ValmError, before the first hour of work, for what is not there."""
-    scorer = open_with(source, settings)
     if not scorer.sees_images:
         return [""]
-    for retrieval, replace in settings.variants.values():
+    chosen = {name: sees for name, sees in settings.variants.items() if scorer.retrieves or sees in UNREPLACED}
+    for retrieval, replace in chosen.values():
         scorer.switch(retrieval, replace)
-    return list(settings.variants)
+    return list(chosen)
 
 
 def _size(asked: Questions | Documents) -> int:

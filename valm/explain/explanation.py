@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from valm.errors import ValmError
-from valm.evaluation.scoring import answer_pieces
+from valm.evaluation.scoring import answer_pieces, check_writable, context_length
 from valm.explain.images import FindsImages, ShownImage, show_images
 from valm.retrieval.retriever import BlindRetriever, Retrieved
 
@@ -155,7 +155,7 @@ def _token_ids(model: Any, tokenizer: PreTrainedTokenizerFast, text: str) -> Ten
 
 
 def _check_length(model: Any, tokens: int, what: str) -> None:
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or MAX_TOKENS
+    context = context_length(model)
     if tokens > min(context, MAX_TOKENS):
         limit = f"this model reads {context}" if context < MAX_TOKENS else f"an explanation shows {MAX_TOKENS}"
         raise ValmError(f"{what} {tokens} tokens, and {limit} at most: give a shorter one")
@@ -206,8 +206,7 @@ def _probabilities(
 ) -> list[float]:
     """Of each answer as the next words after `ids` (1, T), over all its tokens."""
     pieces = answer_pieces(tokenizer, answers)
-    if [] in pieces:
-        raise ValmError(f"the answer {answers[pieces.index([])]!r} has no tokens")
+    check_writable(tokenizer, answers, pieces)
     by_head: dict[tuple[int, ...], Tensor] = {}
     probabilities = []
     for answer in pieces:

@@ -11,9 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from valm.errors import ValmError
 from valm.evaluation import controls
-from valm.knowledge_base.images import read_image
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.retriever import Retrieved, Retriever
 from valm.text import printable
@@ -59,12 +57,7 @@ class GivenImages(controls.FixedImages):
     """
 
     def __init__(self, files: Sequence[Path], retriever: Retriever):
-        images = []
-        for file in files[: retriever.k]:
-            try:
-                images.append(read_image(file))
-            except Exception as error:  # damaged bytes make a decoder raise anything
-                raise ValmError(f"cannot read the image {file.name}: {error}") from error
+        images = controls.read_images(files[: retriever.k])
         super().__init__(retriever.encoder.clip.encode_images(images), retriever.k)
         self.encoder = retriever.encoder
         self.images = [

@@ -94,7 +94,7 @@ def test_random_and_replaced_images_change_what_a_model_says(seeing, tmp_path):
     model.set_retriever(own)
     Image.new("RGB", (32, 32), "green").save(tmp_path / "green.png")
     switch_images(model, replace=tmp_path)
-    pool = images_in(tmp_path, own.encoder.clip)
+    pool = images_in(tmp_path, own.encoder.clip, own.k)
     expected = model(ids, image_pool=pool, image_index=torch.zeros(2, 6, 3, dtype=torch.int64)).logits
     torch.testing.assert_close(model(ids).logits, expected)
 
@@ -124,4 +124,4 @@ def test_wrong_switches_are_named(tmp_path):
             switch_images(model, retrieval, replace=replace)
     (tmp_path / "a.png").write_bytes(b"no image")
     with pytest.raises(ValmError, match=r"cannot read the image .*a\.png"):
-        images_in(tmp_path, None)
+        images_in(tmp_path, None, 1)

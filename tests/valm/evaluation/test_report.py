@@ -67,14 +67,14 @@ def test_names_are_escaped():
 
 
 def test_what_has_no_number_has_a_reason():
-    assert "ours has no number for relative_size: 'yes' is 2 tokens." in markdown(results())
+    assert "ours has no number for RelativeSize: 'yes' is 2 tokens." in markdown(results())
 
 
 def test_table_7_has_time_and_accuracy_for_each_size():
     cost = [
-        {"model": "ours", "images": 1000, "metrics": {"memory_color": {"accuracy": estimate(0.5)}}, "cached": 1.2,
-         "live": 2.25}
+        {"model": "ours", "knowledge_base": "kb", "images": 1000, "cached": 1.2, "live": 2.25,
+         "metrics": {"memory_color": {"accuracy": estimate(0.5)}}}
     ]  # fmt: skip
     table = tables(results(cost=cost))[-1]
     assert table.rows[0] == ("200M (paper)", "53.99", "52.66", "62.77", "85.03", MISSING, "2.06")
-    assert table.rows[-1] == ("ours, 1,000", "50.00", MISSING, MISSING, MISSING, "1.20", "2.25")
+    assert table.rows[-1] == ("ours, kb, 1,000", "50.00", MISSING, MISSING, MISSING, "1.20", "2.25")

@@ -9,7 +9,9 @@ from valm.checkpoint import save_checkpoint
 from valm.errors import ValmError
 from valm.evaluation import scorers
 from valm.evaluation.questions import FAIR, chosen_tasks
-from valm.evaluation.suite import CACHE, Entry, Settings, entries, evaluate
+from valm.evaluation.suite import CACHE, Entry, Settings, entries, evaluate, variants_of
+from valm.retrieval.context import ContextEncoder
+from valm.retrieval.retriever import BlindRetriever
 from valm.tokenizer import clip_tokenizer, prune_tokenizer
 
 
@@ -143,3 +145,14 @@ def test_nothing_is_scored_where_something_is_missing(world, tmp_path, calls):
         with pytest.raises(ValmError, match=message):
             evaluate(entries(models), one, tmp_path / "out", progress=False)
     assert calls == [] and not (tmp_path / "out").exists()
+
+
+def test_a_blind_model_beside_others_has_no_row_of_replaced_images(world, clip, tmp_path):
+    """Random images cannot stand for its own query; the comparison goes on without that row."""
+    ids = {"bos_token_id": clip.tokenizer.bos_token_id, "eos_token_id": clip.tokenizer.eos_token_id}
+    sizes = {"vocab_size": len(clip.tokenizer), "image_dim": clip.embed_dim, "n_positions": 96}
+    blind = tiny_model(**sizes, **ids, num_images=1, blind=True)
+    blind.set_retriever(BlindRetriever(ContextEncoder(clip)))
+    scorer = scorers.CausalScorer(blind, clip.tokenizer, "blind")
+    asked = settings(world, no_images=True, random_images=True, replace=tmp_path)
+    assert scorer.sees_images and variants_of(scorer, asked) == ["", "no images"]
