@@ -19,7 +19,7 @@ from valm.augmented.saving import ADAPTER_FILE, adapter_base, load_adapter
 from valm.config import ValmConfig
 from valm.errors import ValmError
 from valm.files import check_all_regular, read_json, writable_folder
-from valm.knowledge_base.store import ImageKnowledgeBase
+from valm.image_model import ImageModel
 from valm.model import VaLMForCausalLM
 from valm.model_card import write_card
 from valm.retrieval.note import RETRIEVAL_FILE, RetrievalNote
@@ -40,7 +40,7 @@ class Config(TypedDict, total=False):
 
 
 def save_checkpoint(
-    model: VaLMForCausalLM,
+    model: Any,
     tokenizer: PreTrainedTokenizerFast,
     folder: str | os.PathLike,
     *,
@@ -56,6 +56,7 @@ def save_checkpoint(
     The tokenizer's model_max_length becomes the model's.
 
     Args:
+        model: of transformers, one that takes images or its text-only twin.
         state_dict: the weights, where they are not in the model itself (it is sharded).
         note: what finds the images, of a model that has no retriever.
         numbers, command: of the model card (`write_card`), which is written where there is none of the user's own.
@@ -72,15 +73,16 @@ def save_checkpoint(
             model.save_pretrained(temporary, state_dict=state_dict)
             saved.save_pretrained(temporary)
             (Path(temporary) / RETRIEVAL_FILE).unlink(missing_ok=True)  # its paths are relative to where it is
-        if note is None:
-            model.save_note(folder)
-        else:
+        if note is not None:
             note.write(folder)
+        elif isinstance(model, ImageModel):
+            model.save_note(folder)
     except Exception as error:  # a full disk has a type of its own in safetensors, and in tokenizers
         reason = str(error).strip().partition("\n")[0]
         raise ValmError(f"cannot write the checkpoint {folder}: {reason}; what it held before is untouched") from error
     _switch(folder)
-    write_card(model, folder, numbers=numbers, command=command)
+    if isinstance(model, ImageModel):
+        write_card(model, folder, numbers=numbers, command=command)
     return folder
 
 
@@ -131,15 +133,6 @@ def _link(file: Path, target: Path) -> None:
         move(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)  # moved to another name of itself, a file stays
-
-
-def save_retrieval(folder: str | os.PathLike, kb: ImageKnowledgeBase, query: str) -> None:
-    """Notes in the checkpoint `folder` where its images are, relative to it (the two can be moved together), the kind
-    of query that finds them (see `ContextEncoder`) and the index that it finds them through.
-
-    For a model that was trained on a retrieved corpus and had no retriever, which `save_pretrained` would note.
-    """
-    RetrievalNote.of_knowledge_base(kb, query).write(folder)
 
 
 def load(

@@ -206,15 +206,13 @@ class ImageModel(_Base):
         folder = self._note_folder or self.config.name_or_path
         return RetrievalNote.read(folder) if folder else None
 
-    def _open(self, note: RetrievalNote, clip: str | None = None) -> None:
+    def _open(self, note: RetrievalNote) -> None:
         options = self.image_options
         folder = Path(self._note_folder or self.config.name_or_path)
         try:
             source = folder if (folder / "tokenizer_config.json").is_file() else self.config.name_or_path
             tokenizer: Any = AutoTokenizer.from_pretrained(source, local_files_only=True)
-            self.set_retriever(
-                note.open(tokenizer, options.num_images, blind=options.blind, clip=clip, device=self.device)
-            )
+            self.set_retriever(note.open(tokenizer, options.num_images, blind=options.blind, device=self.device))
         except Exception as error:  # transformers raises many kinds
             raise ValmError(
                 f"the images of the model in {folder} cannot be retrieved: {str(error).splitlines()[0]}; set another "

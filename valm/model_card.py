@@ -27,7 +27,6 @@ def write_card(
     model: Any,
     folder: str | os.PathLike,
     *,
-    note: RetrievalNote | None = None,
     numbers: Mapping[str, float] | None = None,
     command: str | None = None,
 ) -> Path | None:
@@ -35,7 +34,6 @@ def write_card(
 
     Args:
         model: one that takes images (`ImageModel`).
-        note: what finds its images; by default what the folder notes (`RetrievalNote.read`).
         numbers: what was measured, by its name.
         command: how the model was made.
 
@@ -45,7 +43,7 @@ def write_card(
     file = Path(folder) / CARD_FILE
     if file.exists() and MARKER not in file.read_text(encoding="utf-8", errors="replace"):
         return None
-    note = RetrievalNote.read(folder) if note is None else note
+    note = RetrievalNote.read(folder)
     data = ModelCardData(
         library_name="valm",
         pipeline_tag="text-generation",

@@ -12,12 +12,13 @@ from tests.valm.hub_cache import as_in_the_hub_cache
 from tests.valm.killed import exit_code, exit_code_if_killed_at, forked, needs_fork
 from tests.valm.models import tiny_model
 from valm import checkpoint
-from valm.checkpoint import load, load_checkpoint, save_checkpoint, save_retrieval
+from valm.checkpoint import load, load_checkpoint, save_checkpoint
 from valm.clip import Clip
 from valm.errors import ValmError
 from valm.knowledge_base.build import build
 from valm.knowledge_base.sources.folder import FolderSource
 from valm.retrieval.context import ContextEncoder
+from valm.retrieval.note import RetrievalNote
 from valm.retrieval.retriever import BlindRetriever, Retriever
 from valm.tokenizer import clip_tokenizer, prune_tokenizer
 from valm_kernels.atomic_files import is_temporary
@@ -217,7 +218,7 @@ def test_a_checkpoint_finds_its_pictures_again(tmp_path, clip, blind):
     seeing = Retriever(encoder, kb, 1 if blind else 2)
     model.set_retriever(BlindRetriever(encoder) if blind else seeing)
     save_checkpoint(model, tokenizer, tmp_path / "model")
-    save_retrieval(tmp_path / "model", seeing.kb, seeing.encoder.query)
+    RetrievalNote.of_knowledge_base(seeing.kb, seeing.encoder.query).write(tmp_path / "model")
     ids = tokenizer("a red apple", return_tensors="pt")["input_ids"]
     expected = model(ids).logits
     moved = tmp_path / "moved"

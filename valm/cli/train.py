@@ -115,6 +115,8 @@ def run_train(arguments: argparse.Namespace) -> None:
             raise ValmError(f"--{name} looks at the evaluations: give --validation too")
     out = writable_folder(arguments.out)
     checkpoint = newest_checkpoint(out, arguments.resume)
+    if "hub_token" in arguments.fields:
+        raise ValmError("--hub_token would stand in the model card: give the token as HF_TOKEN in the environment")
     settings = training_arguments(out, **training_fields(arguments))
     kb = ImageKnowledgeBase.open(arguments.kb) if arguments.kb else None
     if arguments.twin is not None and kb is None:
@@ -211,7 +213,8 @@ def note_run(training: ImageTrainer, dataset: CorpusRetrieval | Sequence[Any], a
 
     file = arguments.out / RUN_FILE
     fields = {name: value for name, value in training_fields(arguments).items() if not name.startswith(FREE_FIELDS)}
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+    # what a step reads is `step_rows`, and no number of an evaluation depends on its batches
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size"):
         fields.pop(name, None)
     model: Any = training.model
     run = {

@@ -1,8 +1,8 @@
 """The documents of a corpus: text, JSON and parquet files, folders of them, and rows of a dataset.
 
-A file is read by its name: `.jsonl`, `.ndjson` and `.json` (one object a line, or one array of objects) and `.parquet`
+A file is read by its name: `.jsonl`, `.ndjson` and `.json` (one object a line; a `.json` may be one array) and `.parquet`
 have a text in a column, anything else is UTF-8 text with one document a line. All but parquet, which is compressed
-itself, may end in `.gz`. Retrieval makes a shard of each part of a corpus, small enough for memory.
+itself, may end in `.gz`. Retrieval makes a shard of each part of a corpus, small enough for memory unless it is an array.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ class JsonLinesPart(TextPart):
 
 @dataclass(frozen=True)
 class JsonArrayPart:
-    """A file that is one JSON array of objects, each with a document in `column`; null and blank are none."""
+    """A file that is one JSON array of objects, each with a document in `column`; null and blank are none. It is read
+    at once, however large it is."""
 
     file: Path
     column: str
@@ -260,10 +261,12 @@ def document_parts(
     for document in documents:
         if not len(document):
             raise ValmError("the corpus has an empty document")
-        is_text = isinstance(document, str)
         part.append(document)
-        size += len(document.encode()) if isinstance(document, str) else len(document)
-        if size >= (part_bytes if is_text else part_tokens):
+        if isinstance(document, str):
+            size, limit = size + len(document.encode()), part_bytes
+        else:
+            size, limit = size + len(document), part_tokens
+        if size >= limit:
             yield DocumentsPart(part)
             part, size = [], 0
     if part:

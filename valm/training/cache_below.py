@@ -27,6 +27,7 @@ from valm.model import VaLMForCausalLM
 from valm.progress import progress_bar
 from valm.shards.manifest import open_array
 from valm.tokenizer import padded
+from valm.training.blocks import document_lengths
 
 VERSION = 1
 # Tokens of one pass through the layers below, with their padding.
@@ -80,7 +81,7 @@ class FusionInput:
         """Gives the model its own layers back."""
         self._hook.remove()
         for below in self._layers:
-            del below.forward
+            vars(below).pop("forward", None)  # it may have been removed before
 
     def _take(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         # kept until the next call, as gradient checkpointing runs layers again in backward
@@ -128,7 +129,7 @@ def cache_below(
     if len(documents) == 0:
         raise ValmError("there are no documents, so nothing below the fusion layer can be cached")
     _check_frozen(model, layer)
-    lengths = np.array([len(documents[index]["input_ids"]) for index in range(len(documents))], dtype=np.int64)
+    lengths = document_lengths(documents)
     file = writable_folder(folder) / f"below-{_key(model, layer, documents)}.npy"
     dtype = np.dtype("uint16" if model.dtype == torch.bfloat16 else str(model.dtype).removeprefix("torch."))
     shape = (int(lengths.sum()), model.config.get_text_config(decoder=True).hidden_size)
@@ -291,8 +292,8 @@ def _batches(lengths: np.ndarray) -> list[list[int]]:
 @torch.no_grad()
 def _install(model: Any, layer: int) -> None:
     """`FusionInput`, once, tried on a few tokens. Raises ValmError where the model's output is not what it was."""
-    if getattr(model, "_fusion_input", None) is not None:
-        return
+    if (installed := getattr(model, "_fusion_input", None)) is not None:  # perhaps for another layer
+        installed.remove()
     was_training = model.training
     ids, mask = _probe_tokens(model)
     call = {"input_ids": ids, "attention_mask": mask, "use_cache": False, **_no_images(model, ids)}

@@ -178,8 +178,13 @@ class CaptionedImages(Dataset[tuple[Tensor, str] | None]):
 
     def batches(self, size: int, *, workers: int = 0) -> Iterator[tuple[Tensor, list[str]]]:
         """Batches of `size` different images without end, every image once before any again (but for a rest smaller
-        than a batch). workers: processes that decode."""
+        than a batch). workers: processes that decode.
+
+        Raises ValmError for batches of fewer than two, and where hardly any image can be read.
+        """
         size = min(size, len(self.records))
+        if size < 2:
+            raise ValmError(f"a CLIP learns from batches of two images or more, got {size}")
         loader = DataLoader(
             self,
             batch_sampler=_Draws(len(self.records), size, self.seed),
@@ -187,9 +192,13 @@ class CaptionedImages(Dataset[tuple[Tensor, str] | None]):
             num_workers=workers,
             worker_init_fn=end_with_parent,
         )
+        empty = 0
         for batch in loader:
+            empty = 0 if batch is not None else empty + 1
             if batch is not None:
                 yield batch
+            elif empty * size > len(self.records):  # nor would the next round find more
+                raise ValmError("hardly any image of the source can be read: a CLIP learns from two or more at once")
 
 
 class _Draws:

@@ -79,18 +79,21 @@ class ImageTrainer(Trainer):
         return [entry["loss"] for entry in self.state.log_history if "loss" in entry]
 
     def write(self, folder: Any, tokenizer: Any, *, command: str | None = None) -> None:
-        """Writes the trained model into `folder`, whole or not at all, with a card that has the last losses and
-        `command`; all processes call it (`save_checkpoint`)."""
+        """Writes the trained model into `folder`, whole or not at all, with a card that has its losses and `command`;
+        all processes call it (`save_checkpoint`)."""
         state = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
         if self.args.should_save:
             model = self.accelerator.unwrap_model(self.model)
-            numbers = {"steps": float(self.state.global_step)}
+            # where the best checkpoint became the model, later numbers are another's
+            best = self.state.best_global_step if self.args.load_best_model_at_end else None
+            step = best or self.state.global_step
+            numbers = {"steps": float(step)}
             for entry in self.state.log_history:  # the last of each stays
-                numbers |= {name: entry[name] for name in entry if name == "loss" or name.startswith("eval_")}
-            for name in [name for name in numbers if name.endswith(("runtime", "per_second"))]:
-                del numbers[name]
-            files: dict[str, Any] = {"state_dict": state, "note": self.note}
-            save_checkpoint(model, tokenizer, folder, numbers=numbers, command=command, **files)
+                if entry["step"] <= step:
+                    numbers |= {name: entry[name] for name in entry if _is_of_model(name)}
+            save_checkpoint(
+                model, tokenizer, folder, state_dict=state, note=self.note, numbers=numbers, command=command
+            )
         self.accelerator.wait_for_everyone()
 
     # ---- what the Trainer calls ----
@@ -227,3 +230,8 @@ class ImageTrainer(Trainer):
         wrong = [name for name in load_result.missing_keys if name not in tied] + load_result.unexpected_keys
         if wrong:
             raise ValmError(f"the checkpoint is of another model than this {type(model).__name__}: {wrong[0]}")
+
+
+def _is_of_model(name: str) -> bool:
+    """Whether a logged number says something of the model, and not of the machine."""
+    return name == "loss" or (name.startswith("eval_") and not name.endswith(("runtime", "per_second")))

@@ -26,18 +26,20 @@ from valm.training.cache_below import cache_below as with_fusion_input
 from valm.training.collate import Collator
 from valm.training.image_trainer import ImageTrainer, Measure
 
-# What `training_arguments` sets where nothing else is said: AdamW as in Wang et al. 2022.
+# What `training_arguments` sets where nothing else is said. AdamW and clipping as in Wang et al. 2022, whose schedule
+# was inverse_sqrt.
 DEFAULTS: dict[str, Any] = {
     "learning_rate": 5e-4,
     "lr_scheduler_type": "cosine",
     "adam_beta2": 0.98,
     "weight_decay": 0.01,
+    "max_grad_norm": 2.0,
+    "seed": 0,
 }
-DEFAULTS |= {"max_grad_norm": 2.0, "seed": 0}
 
 
 def training_arguments(output_dir: str | os.PathLike, **fields: Any) -> TrainingArguments:
-    """`TrainingArguments` with the paper's optimizer (`DEFAULTS`) where the fields do not say otherwise.
+    """`TrainingArguments` with `DEFAULTS` where the fields do not say otherwise.
 
     Raises:
         ValmError: there is no such field, or transformers refuses the values.
@@ -92,7 +94,12 @@ def trainer(
         ValmError: model, data and knowledge base do not fit together.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # of a PEFT model
-    _check(inner, dataset, kb, tokenizer, row_length)
+    for documents in (dataset, eval_dataset):
+        if documents is not None:
+            _check(inner, documents, kb, tokenizer, row_length)
+            if (retrieved := _retrieval(documents)) is not None:
+                with arguments.main_process_first(desc="verify"):
+                    retrieved.verify_once()
     corpus = _retrieval(dataset)
     note = None if kb is None or corpus is None else RetrievalNote.of_knowledge_base(kb, corpus.query)
     limit = min((length for length in (positions(inner), row_length) if length), default=None)
@@ -150,7 +157,7 @@ class Evened(Dataset[dict[str, Any]]):
 
 
 def _retrieval(dataset: Any) -> CorpusRetrieval | None:
-    """The retrieved corpus that `dataset` is, or wraps (`Twin`, `CachedBelow`)."""
+    """The retrieved corpus that `dataset` is, or wraps (`Twin`, `Selected`)."""
     while not isinstance(dataset, CorpusRetrieval | None):
         dataset = getattr(dataset, "documents", None)
     return dataset
@@ -183,7 +190,6 @@ def _check(
         corpus.check_tokenizer(tokenizer)
         if kb is not None:
             corpus.check_knowledge_base(kb)
-        corpus.verify_once()
     found = dataset[0].get("image_ids") if sized else None
     if kb is not None and found is not None and found.shape[1] != options.num_images:
         raise ValmError(

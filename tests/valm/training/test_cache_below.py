@@ -164,6 +164,18 @@ def test_a_plain_decoder_with_a_named_layer(tmp_path):
     np.testing.assert_allclose(found, expected, rtol=2e-5)
 
 
+def test_another_layer_takes_the_place_of_the_first(tmp_path):
+    data = documents()
+    model = tiny_llama().requires_grad_(False)
+    expected = [model(**Collator(Tokenizer(), None)([document])).loss.item() for document in data]
+    for layer in (-1, -2):
+        below = cache_below(model, data, tmp_path, layer=layer, progress=False)
+        found = [model(**Collator(Tokenizer(), None)([below[row]])).loss.item() for row in range(len(data))]
+        np.testing.assert_allclose(found, expected, rtol=2e-5)
+    model._fusion_input.remove()
+    cache_below(model, data, tmp_path, layer=-2, progress=False)
+
+
 def test_what_is_there_is_used_and_only_for_what_it_is_of(tmp_path, monkeypatch):
     data = documents()
     first = cache_below(augmented(), data, tmp_path, progress=False)

@@ -112,6 +112,15 @@ def test_damaged_images_are_passed_over(config):
     assert sizes == [8, 8, 8]
 
 
+def test_a_batch_that_never_fills_ends(config):
+    clip = new_clip(config, None, TOKENIZER)
+    with pytest.raises(ValmError, match="batches of two images or more, got 1"):
+        next(CaptionedImages(records(), clip, seed=0).batches(1))
+    damaged = [Record(f"{number}", "red", b"no picture") for number in range(9)]
+    with pytest.raises(ValmError, match="hardly any image of the source can be read"):
+        next(CaptionedImages(damaged, clip, seed=0).batches(4))
+
+
 def test_wrong_models_and_sources_are_named(config, clip, tmp_path):
     with pytest.raises(ValmError, match="open_clip has no architecture named 'ViT-Z'"):
         new_clip("ViT-Z")

@@ -131,10 +131,14 @@ def test_columns_that_a_trainer_removed_are_named(tmp_path):
 
 
 def augmented(**arguments):
+    return augment(plain_llama(), image_dim=24, num_images=3, logit_bias=0.0, **arguments)
+
+
+def plain_llama():
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
     config = LlamaConfig(vocab_size=len(TOKENIZER), num_key_value_heads=2, max_position_embeddings=32, **sizes)
-    return augment(LlamaForCausalLM(config), image_dim=24, num_images=3, logit_bias=0.0, **arguments)
+    return LlamaForCausalLM(config)
 
 
 def test_an_augmented_decoder_trains_what_was_added_and_goes_on(tmp_path):
@@ -173,6 +177,19 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, other, reason):
     new_trainer(tmp_path, **saving).train()
     with pytest.raises(ValmError, match=f"cannot go on from .*checkpoint-2: {reason}"):
         new_trainer(tmp_path, model=other(), **saving).train(resume_from_checkpoint=True)
+
+
+def test_a_decoder_without_images_is_trained_and_written(tmp_path):
+    made = new_trainer(tmp_path / "run", model=plain_llama(), kb=None, max_steps=1)
+    made.train()
+    made.write(tmp_path / "model", TOKENIZER)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "model")
+    assert all(torch.equal(weight, made.model.state_dict()[name]) for name, weight in loaded.state_dict().items())
+
+
+def test_documents_to_evaluate_on_are_checked_too(tmp_path):
+    with pytest.raises(ValmError, match="2 images a token, but the model's num_images is 3"):
+        new_trainer(tmp_path, eval_dataset=documents(num_images=2))
 
 
 def test_a_retrieved_corpus_of_another_tokenizer_is_refused(tmp_path, clip, make_kb):
