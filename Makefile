@@ -48,7 +48,7 @@ fuzz: $(VENV)/.installed-test
 	end=$$(($$(date +%s) + 60 * $(MINUTES))); number=1; \
 	while [ $$(date +%s) -lt $$end ]; do \
 	    echo "VALM_FUZZ_SEED=$$number"; \
-	    VALM_FUZZ_SEED=$$number $(BIN)/python -m pytest tests/fuzz || exit 1; \
+	    VALM_FUZZ_SEED=$$number $(BIN)/python -m pytest tests/fuzz/test_readers.py || exit 1; \
 	    number=$$(($$number + 1)); \
 	done
 
@@ -64,7 +64,7 @@ sanitize: $(VENV)/.installed-test
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) \
 	    $(BIN)/python -m pytest -o pythonpath='$(SANITIZED) .' --ignore-glob='*/triton/*' -k 'not memory' \
-	    tests/valm_kernels
+	    -m 'not slow' tests/valm_kernels
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only

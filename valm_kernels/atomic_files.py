@@ -13,7 +13,7 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -43,12 +43,18 @@ def atomic_path(path: Path) -> Iterator[Path]:
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path`, which must not exist: as `atomic_path`."""
-    temporary = temporary_name(path)
-    temporary.mkdir()
-    descriptor = _locked(temporary, os.O_RDONLY)
-    try:
+    with temporary_folder(path) as temporary:
         yield temporary
         move_folder(temporary, path)
+
+
+@contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path`, locked, and removed when the block ends unless it was moved by then
+    (`move_folder`)."""
+    temporary, descriptor = _claim(path, Path.mkdir, os.O_RDONLY)
+    try:
+        yield temporary
     finally:
         _close(descriptor)
         shutil.rmtree(temporary, ignore_errors=True)
@@ -57,13 +63,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 @contextmanager
 def temporary_file(path: Path) -> Iterator[Path]:
     """An empty file beside `path`, locked, and removed when the block ends unless it was moved by then (`move`)."""
-    while True:
-        temporary = temporary_name(path)
-        temporary.touch(exist_ok=False)
-        descriptor = _locked(temporary, os.O_RDWR)
-        if temporary.exists():  # nobody took it for abandoned before it was locked
-            break
-        _close(descriptor)
+    temporary, descriptor = _claim(path, lambda temporary: temporary.touch(exist_ok=False), os.O_RDWR)
     try:
         yield temporary
     finally:
@@ -124,27 +124,42 @@ def remove_leftovers(folder: Path, names: re.Pattern[str] = TEMPORARY_NAME) -> N
     for path in list(folder.iterdir()):
         if is_temporary(path.name) and names.fullmatch(path.name):
             with suppress(OSError):
-                if _is_abandoned(path):
-                    shutil.rmtree(path) if path.is_dir() else os.unlink(path)
+                _remove_if_abandoned(path)
 
 
-def _is_abandoned(path: Path) -> bool:
+def _remove_if_abandoned(path: Path) -> None:
     found = path.lstat()
-    if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
-        return False  # no writer of ours makes anything else
+    is_folder = stat.S_ISDIR(found.st_mode)
+    if not (is_folder or stat.S_ISREG(found.st_mode)):
+        return  # no writer of ours makes anything else
+    remove: Callable[[Path], object] = shutil.rmtree if is_folder else os.unlink
     if fcntl is not None:
         # network file systems give an exclusive lock only to those who could write
-        descriptor = os.open(path, os.O_RDONLY if stat.S_ISDIR(found.st_mode) else os.O_RDWR)
+        descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
         except BlockingIOError:
-            return False
+            return
         except OSError:  # no locks here
             pass
+        else:
+            remove(path)  # still locked: a writer that made it just now waits, and then makes another (`_claim`)
+            return
         finally:
             os.close(descriptor)
-    return time.time() - found.st_mtime > ABANDONED_SECONDS
+    if time.time() - found.st_mtime > ABANDONED_SECONDS:
+        remove(path)
+
+
+def _claim(path: Path, make: Callable[[Path], None], flags: int) -> tuple[Path, int | None]:
+    """A temporary name beside `path` of what `make` made, and the descriptor that holds its lock."""
+    while True:
+        temporary = temporary_name(path)
+        make(temporary)
+        descriptor = _locked(temporary, flags)
+        if temporary.exists():  # nobody took it for abandoned before it was locked
+            return temporary, descriptor
+        _close(descriptor)
 
 
 def _locked(path: Path, flags: int) -> int | None:

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from valm_kernels import atomic_files
 from valm_kernels.atomic_files import (
     ABANDONED_SECONDS,
     atomic_folder,
@@ -79,6 +80,25 @@ def test_only_what_the_killed_left_is_removed(tmp_path, kind):
     assert left.exists() and is_temporary(left.name)
     remove_leftovers(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("writes", [atomic_path, atomic_folder])
+def test_what_is_removed_before_it_is_locked_is_made_again(tmp_path, monkeypatch, writes):
+    """Another process may take a new temporary file for abandoned until its writer has the lock."""
+    locked, raced = atomic_files._locked, []
+
+    def race(path, flags):
+        if not raced:
+            raced.append(path)
+            remove_leftovers(tmp_path)
+        return locked(path, flags)
+
+    monkeypatch.setattr(atomic_files, "_locked", race)
+    with writes(tmp_path / "data") as temporary:
+        assert temporary.exists() and temporary != raced[0] and not raced[0].exists()
+        remove_leftovers(tmp_path)
+        assert temporary.exists()
+    assert os.listdir(tmp_path) == ["data"]
 
 
 def test_other_files_are_never_leftovers(tmp_path):

@@ -36,8 +36,11 @@ def run_generate(arguments: argparse.Namespace) -> None:
     # of a context too small for both, the prompt has at least half
     room = max(context - arguments.max_new_tokens, context // 2)
     if prompt.shape[1] > room:
-        prompt = shortened(prompt, room)
-        print(f"the model reads {context} tokens: the prompt is cut to its last {room}", file=sys.stderr)
+        prompt = without_middle(prompt, room)
+        print(
+            f"the model reads {context} tokens: the prompt is cut to its first token and its last {room - 1}",
+            file=sys.stderr,
+        )
     new_tokens = min(arguments.max_new_tokens, context - prompt.shape[1])
     tokens = model.generate(
         prompt,
@@ -49,7 +52,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
     print(tokenizer.decode(tokens[0], skip_special_tokens=True))
 
 
-def shortened(prompt: Tensor, length: int) -> Tensor:
+def without_middle(prompt: Tensor, length: int) -> Tensor:
     """The first token of a prompt (1, T), which may begin the document, and its last `length` - 1."""
     import torch
 

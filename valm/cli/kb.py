@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 SKIPPED_SHOWN = 10
 CAPTION_SHOWN = 100  # characters
+MAX_COMPARED = 1_000_000  # pictures of which a build looks for equal ones; `kb dedupe` takes any number
 COLUMNS = ("image_column", "caption_column")
 
 
@@ -302,6 +303,8 @@ def print_built(kb: ImageKnowledgeBase) -> None:
     from valm.knowledge_base.dedupe import duplicates
 
     print_kb(kb)
+    if len(kb) > MAX_COMPARED:
+        return
     twice = len(duplicates(kb))
     if twice:
         print(

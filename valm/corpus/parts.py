@@ -1,8 +1,9 @@
 """The documents of a corpus: text, JSON and parquet files, folders of them, and rows of a dataset.
 
-A file is read by its name: `.jsonl`, `.ndjson` and `.json` (one object a line; a `.json` may be one array) and `.parquet`
-have a text in a column, anything else is UTF-8 text with one document a line. All but parquet, which is compressed
-itself, may end in `.gz`. Retrieval makes a shard of each part of a corpus, small enough for memory unless it is an array.
+A file is read by its name: `.jsonl`, `.ndjson` and `.json` (one object a line; a `.json` may be one array) and
+`.parquet` have a text in a column, anything else is UTF-8 text with one document a line. All but parquet, which is
+compressed itself, may end in `.gz`. Retrieval makes a shard of each part of a corpus, small enough for memory unless it
+is an array.
 """
 
 from __future__ import annotations

@@ -23,17 +23,11 @@ from valm.shards.progress import Progress, ProgressBar
 def duplicates(kb: ImageKnowledgeBase) -> np.ndarray:
     """Ids (n,) int64, ascending, of the images whose vector is, bit for bit, that of an image before them. Reads all
     vectors."""
-    seen: set[bytes] = set()
-    found = []
-    id = 0
-    for vectors in kb.shards():
-        for row in np.ascontiguousarray(vectors):
-            digest = hashlib.blake2b(row.tobytes(), digest_size=16).digest()
-            if digest in seen:
-                found.append(id)
-            seen.add(digest)
-            id += 1
-    return np.array(found, np.int64)
+    rows = (row.tobytes() for vectors in kb.shards() for row in vectors)
+    digests = b"".join(hashlib.blake2b(row, digest_size=16).digest() for row in rows)
+    order = np.argsort(np.frombuffer(digests, "S16"), kind="stable")  # ids, equal vectors one after the other
+    ordered = np.frombuffer(digests, np.uint64).reshape(-1, 2)[order]
+    return np.sort(order[1:][(ordered[1:] == ordered[:-1]).all(1)])
 
 
 def dedupe(kb: ImageKnowledgeBase, out: str | os.PathLike, *, progress: bool = True) -> ImageKnowledgeBase:
@@ -47,7 +41,7 @@ def dedupe(kb: ImageKnowledgeBase, out: str | os.PathLike, *, progress: bool = T
         dropped = duplicates(kb)
         starts = np.cumsum([0, *(shard["count"] for shard in kb.manifest["shards"])])
         shards = [dropped[(dropped >= start) & (dropped < end)] - start for start, end in pairwise(starts)]
-        with ProgressBar("copy", " images", len(shards) - len(build.done()), progress) as bar:
+        with ProgressBar("copy", " pictures", len(shards) - len(build.done()), progress) as bar:
             build.write(partial(_copy_without, kb=kb, out=build.out), shards, run_here, bar)
         finish_knowledge_base(build, moved_clip(kb, out), kb.dim)
     return ImageKnowledgeBase.open(out)

@@ -145,7 +145,9 @@ class ImageKnowledgeBase:
     def captioned(self) -> int:
         """How many images have a caption. Reads all captions."""
         tables = (self._table(shard, "items") for shard in range(len(self._shards)))
-        return sum(pc.sum(pc.not_equal(table["caption"], "")).as_py() for table in tables if table is not None)
+        return sum(
+            pc.sum(pc.not_equal(table["caption"], ""), min_count=0).as_py() for table in tables if table is not None
+        )
 
     def skipped(self) -> Iterator[Skipped]:
         """`uri` and `reason` of every picture, caption file and archive of the source that could not be read."""

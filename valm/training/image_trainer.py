@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from valm.errors import ValmError
 from valm.files import writable_folder
 from valm.retrieval.note import RetrievalNote
 from valm.training.order import TrainingOrder
-from valm_kernels.atomic_files import move_folder, remove_leftovers, temporary_name
+from valm_kernels.atomic_files import move_folder, remove_leftovers, temporary_folder
 
 STATE_FILE = "trainer_state.json"
 # Takes a model and returns numbers by their names.
@@ -176,8 +176,17 @@ class ImageTrainer(Trainer):
         """The Trainer's, in a folder with a temporary name from which the checkpoint is moved when it is whole."""
         run = Path(self._get_output_dir(trial))
         final = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        (name,) = broadcast_object_list([str(temporary_name(final))])
-        self._saving = Path(name)
+        with ExitStack() as stack:
+            mine = str(stack.enter_context(temporary_folder(final))) if self.args.should_save else ""
+            (name,) = broadcast_object_list([mine])
+            self._write_checkpoint(model, trial, Path(name), final)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+        if self.args.should_save:
+            rotate_checkpoints(str(run), self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any, temporary: Path, final: Path) -> None:
+        self._saving = temporary
         try:
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()  # each process writes its own random numbers
@@ -189,17 +198,11 @@ class ImageTrainer(Trainer):
                 move_folder(written, final)
         except Exception as error:  # a full disk has a type of its own in torch and in safetensors
             reason = str(error).strip().partition("\n")[0]
-            last = get_last_checkpoint(str(run))
+            last = get_last_checkpoint(str(final.parent))
             remedy = "there is no earlier one" if last is None else f"{last} is whole: resume from there"
             raise ValmError(f"cannot write the checkpoint {final}: {reason}; {remedy}") from error
         finally:
-            if self.args.should_save:
-                shutil.rmtree(self._saving, ignore_errors=True)
             self._saving = None
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(final))
-        if self.args.should_save:
-            rotate_checkpoints(str(run), self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._saving is None:  # else it is not yet where it will be

@@ -150,7 +150,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     version = manifest.get("version")
     if version not in (OLD_VERSION, VERSION):
         raise ValueError(
-            f"{file} has format version {short(version)}, this code reads version {VERSION}; "
+            f"{file} has format version {short(version)}, this code reads version {VERSION} and {OLD_VERSION}; "
             "save the index again from its vectors"
         )
     if version == VERSION and manifest.get("sha256") != _checksum(manifest):

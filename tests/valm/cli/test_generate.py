@@ -18,7 +18,9 @@ def test_a_prompt_longer_than_the_context_is_shortened(world, capsys, words, new
     out, err = capsys.readouterr()
     room = max(32 - new, 16)
     assert out.startswith(" ".join(["apple"] * min(words, room - 1)))
-    assert (f"the model reads 32 tokens: the prompt is cut to its last {room}" in err) == (words + 1 > room)
+    assert (f"the model reads 32 tokens: the prompt is cut to its first token and its last {room - 1}" in err) == (
+        words + 1 > room
+    )
 
 
 def test_checkpoint_and_knowledge_base_move_together(copy_of, capsys):

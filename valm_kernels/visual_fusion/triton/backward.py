@@ -14,11 +14,11 @@ With the joint lse, all weights are recomputed one tile at a time (FlashAttentio
 u is image_q, and du its gradient; without it u is q, and du is added to dq. With softcap c a score is c tanh(x / c) of
 the product x, so ds_j and dx_k have the factor 1 - tanh² too; dt_k, the gradient before image_logit_bias, has not.
 
-Three kernels, by what their programs own:
+Three steps, by what their programs own:
 - query tiles (backward_query.py): dq, delta, one partial sum of each bias gradient per program, and of the
   images either their gradients (dense layout: an image belongs to one query) or dx and b (pooled layout);
-- key tiles (backward_key.py): dk and dv;
-- images of the pool (backward_pool.py): dimage_k and dimage_v from dx and b.
+- key tiles (backward_key.py): dk and dv; under first_key a small kernel finds their rows of queries before;
+- images of the pool (backward_pool.py): dimage_k and dimage_v from dx and b, popular images in parts first.
 """
 
 from __future__ import annotations

@@ -270,7 +270,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     kv_heads, k_len = k.shape[1:3]
     constants = kernel_constants(q, k, inputs.causal)
     block_g = constants["BLOCK_G"]
-    kernel = "decode" if q_len * block_g <= DECODE_ROWS else "forward"
+    tiles_of = "decode" if q_len * block_g <= DECODE_ROWS else "forward"
     lse = torch.empty(batch, q_heads, q_len, dtype=torch.float32, device=q.device)
 
     def launch(tiles: Tiles) -> None:
@@ -321,5 +321,5 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
                     enable_fp_fusion=True,
                 )
 
-    launch(choose_tiles(kernel, inputs, launch))
+    launch(choose_tiles(tiles_of, inputs, launch))
     return out, lse

@@ -54,7 +54,7 @@ def test_agrees_with_float64_reference(monkeypatch, name):
     assert_solves("triton", PROBLEMS[name], torch.float32)
 
 
-# The interpreter computes bfloat16 products wrongly; bfloat16 shares the kernels.
+# bfloat16 is tested in test_guarded_interpreter.py: the plain interpreter computes its products wrongly.
 @pytest.mark.parametrize("name", ["pooled", "odd head", "multi-query"])
 def test_agrees_in_float16(monkeypatch, name):
     use_small_tiles(monkeypatch, PROBLEMS[name])
