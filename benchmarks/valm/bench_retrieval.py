@@ -21,16 +21,15 @@ import torch
 from benchmarks.peers.published_context import PublishedContextEncoder
 from benchmarks.valm.inputs import (
     TOWERS,
-    articles,
     clip,
     gpt2,
-    lambada,
     large_knowledge_base,
     prose,
     token_rows,
 )
 from valm.clip import Clip
 from valm.config import ValmConfig
+from valm.evaluation.sets import read_set
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model import VaLMForCausalLM
 from valm.retrieval.context import ContextEncoder
@@ -57,7 +56,7 @@ def text(rows: int) -> torch.Tensor:
 @functools.cache
 def passages(rows: int) -> torch.Tensor:
     """(rows, TOKENS) ids of LAMBADA, for what is measured with the million pictures."""
-    return token_rows(lambada(), rows, TOKENS)
+    return token_rows(read_set("lambada"), rows, TOKENS)
 
 
 def implementation(name: str, tower: str, dtype: torch.dtype, ids: torch.Tensor):
@@ -131,7 +130,7 @@ def indexed(pytestconfig: pytest.Config):
             pytest.skip("needs LAMBADA, AG News and DBPedia: set VALM_EVAL_DATA")
         kb = large_knowledge_base(pytestconfig.getoption("--scratch"), tower)
         if index_parameters(kb) is None:
-            texts = articles("agnews")
+            texts = [item.text for item in read_set("ag_news")]
             kinds = [context_queries(ContextEncoder(clip(tower), query=query), texts) for query in ("eot", "state")]
             queries = torch.cat([kind.chunk(2)[half] for half in (0, 1) for kind in kinds])
             factory = choose_factory(len(kb), kb.dim)

@@ -7,10 +7,7 @@ DBPedia, which are found through VALM_EVAL_DATA.
 
 from __future__ import annotations
 
-import csv
 import functools
-import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,6 +17,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from valm.clip import Clip
+from valm.evaluation.sets import read_set
 from valm.knowledge_base.format import (
     ITEM_SCHEMA,
     WHAT,
@@ -64,18 +62,6 @@ def prose() -> list[str]:
     return [" ".join(topic.split()) for topic in topics.values()]
 
 
-def lambada() -> list[str]:
-    """Passages of novels."""
-    file = Path(os.environ["VALM_EVAL_DATA"]) / "eval" / "lambada" / "lambada_test.jsonl"
-    return [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines()]
-
-
-def articles(name: str) -> list[str]:
-    """The texts of AG News ("agnews") or DBPedia ("dbpedia")."""
-    with open(Path(os.environ["VALM_EVAL_DATA"]) / "eval" / "nlu" / f"{name}_test.csv", encoding="utf-8") as file:
-        return [row[-1] for row in csv.reader(file)]
-
-
 def token_rows(texts: Iterable[str], rows: int, length: int) -> torch.Tensor:
     """(rows, length) ids of running text."""
     tokenizer, ids = clip("ViT-B/32").tokenizer, []
@@ -89,7 +75,7 @@ def token_rows(texts: Iterable[str], rows: int, length: int) -> torch.Tensor:
 def real_vectors(tower: str) -> np.ndarray:
     """Context queries of DBPedia's descriptions (2 REAL_VECTORS, E) float32, half of each kind: an aligned CLIP has its
     pictures where it has the texts that describe them."""
-    ids = token_rows(articles("dbpedia"), 2 * REAL_VECTORS // 512, 512)
+    ids = token_rows((item.text for item in read_set("dbpedia")), 2 * REAL_VECTORS // 512, 512)
     queries = [
         ContextEncoder(clip(tower), query=query, dtype=torch.bfloat16)(part).flatten(0, 1)
         for query, part in zip(("eot", "state"), ids.chunk(2), strict=True)

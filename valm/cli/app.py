@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from valm.cli.options import Commands, add_retrieval, chosen_device, command, load_model, name_of, positive
+from valm.cli.options import Commands, add_retrieval, command, load_compared, load_model, name_of, positive
 
 
 def add_to(commands: Commands) -> None:
@@ -17,14 +17,12 @@ def add_to(commands: Commands) -> None:
 
 
 def run_app(arguments: argparse.Namespace) -> None:
-    from valm.checkpoint import load
     from valm.explain.app import App, launch
 
     name, other = name_of(arguments.model), None
     model, tokenizer = load_model(arguments)
     if arguments.compare:
-        loaded = load(arguments.compare, device=chosen_device(arguments))
-        other = (name_of(arguments.compare, unlike=[name]), *loaded)
+        other = (name_of(arguments.compare, unlike=[name]), *load_compared(arguments))
     served = launch(App(name, model, tokenizer, other), arguments.port)
     print(f"app: {served.local_url}  (Ctrl-C ends it)", flush=True)
     served.block_thread()

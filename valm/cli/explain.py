@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from valm.cli.options import Commands, add_retrieval, chosen_device, command, load_model, name_of
+from valm.cli.options import Commands, add_retrieval, command, load_compared, load_model, name_of
 from valm.errors import ValmError
 
 
@@ -22,7 +22,6 @@ def add_to(commands: Commands) -> None:
 
 
 def run_explain(arguments: argparse.Namespace) -> None:
-    from valm.checkpoint import load
     from valm.explain.explanation import Reader, explain_together
     from valm.explain.figures import check_can_draw, write_figure
     from valm.explain.images import GivenImages
@@ -42,8 +41,7 @@ def run_explain(arguments: argparse.Namespace) -> None:
         replaced = GivenImages(files, model.retriever)
         readers[f"{name}, with images of {arguments.replace.absolute().name}"] = Reader(model, tokenizer, replaced)
     if arguments.compare:
-        other = load(arguments.compare, device=chosen_device(arguments))
-        readers[name_of(arguments.compare, unlike=readers)] = Reader(*other)
+        readers[name_of(arguments.compare, unlike=readers)] = Reader(*load_compared(arguments))
     answers = [word.strip() for word in arguments.answers.split(",")] if arguments.answers else None
     explanations = explain_together(readers, arguments.prompt, answers)
     write_page(arguments.out, explanations)

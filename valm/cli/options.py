@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast
 
-    from valm.model import VaLMForCausalLM
     from valm.shards.build import Run
 
 # NumPy's generators take no seed below 0, and its older one none above.
@@ -101,12 +100,21 @@ def add_allow_download(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_model(arguments: argparse.Namespace) -> tuple[VaLMForCausalLM, PreTrainedTokenizerFast]:
-    from valm.checkpoint import load_checkpoint
+def load_model(arguments: argparse.Namespace) -> tuple[Any, PreTrainedTokenizerFast]:
+    return _load(arguments, arguments.model, arguments.kb)
 
-    return load_checkpoint(
-        arguments.model,
-        kb=arguments.kb,
+
+def load_compared(arguments: argparse.Namespace) -> tuple[Any, PreTrainedTokenizerFast]:
+    """The model that --compare names, with its own knowledge base."""
+    return _load(arguments, arguments.compare, None)
+
+
+def _load(arguments: argparse.Namespace, folder: Path, kb: Path | None) -> tuple[Any, PreTrainedTokenizerFast]:
+    from valm.checkpoint import load
+
+    return load(
+        folder,
+        kb=kb,
         clip=arguments.clip,
         allow_download=arguments.allow_download,
         device=chosen_device(arguments),

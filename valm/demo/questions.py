@@ -72,7 +72,7 @@ def accuracies(result: ColorResult) -> dict[str, Any]:
     return {
         "accuracy": round(result.accuracy.value, 4),
         "interval": [round(result.accuracy.low, 4), round(result.accuracy.high, 4)],
-        "vote": None if result.vote is None else round(result.vote.value, 4),
+        "vote": round(result.vote.value, 4),
         "by_prompt": {
             prompt: round(float(share), 4) for prompt, share in zip(result.prompts, right.mean(0), strict=True)
         },

@@ -10,8 +10,7 @@ from pathlib import Path
 from valm.demo.things import Thing
 from valm.errors import ValmError
 from valm.evaluation.color import ColorItem, load_memory_color
-
-MEMORY_COLOR = Path("eval/object_color/memory_color_data.csv")
+from valm.evaluation.sets import SETS, find_file
 
 SPLITS = ("test", "validation")
 HELD_OUT = 4  # one in so many
@@ -73,13 +72,12 @@ def split_things(
 def find_memory_color(eval_data: str | os.PathLike | None) -> tuple[list[ColorItem], str | None]:
     """MemoryColor's items, or none and a word on why.
 
-    eval_data: the table itself, or a folder that has it at MEMORY_COLOR; None = not given.
+    eval_data: the table itself, or the folder of the evaluation sets; None = not given.
     """
     if eval_data is None:
         return [], "no evaluation data given (--eval-data or VALM_EVAL_DATA)"
     path = Path(eval_data)
-    if path.is_dir():
-        path = path / MEMORY_COLOR
-    if not path.is_file():
-        return [], f"there is no {path}"
-    return load_memory_color(path), None
+    table = path if path.is_file() else find_file("memory_color", path)
+    if table is None:
+        return [], f"there is no {SETS['memory_color'].file} in {path}"
+    return load_memory_color(table), None

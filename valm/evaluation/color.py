@@ -1,31 +1,36 @@
-"""The colour of everyday things: MemoryColor and ColorTerms with the paper's nine prompts.
+"""The color of everyday things: MemoryColor and ColorTerms with the paper's nine prompts.
 
-Two protocols. "published" does what the published script does, to compare with published numbers; "fair" corrects
-what that script gets wrong:
+`valm eval` asks in two protocols. "published" does what the published script does, to compare with published numbers;
+"fair", which `evaluate_color` follows, corrects what that script gets wrong:
 
 =========================== ============================================ =====================================
                             published                                    fair
 =========================== ============================================ =====================================
 candidates                  the answers that occur in the file           the same eleven colours for every set
 [DESCRIPTOR] of ColorTerms  left in the prompt as it stands              "the"
-answers                     one piece each, the others are refused       log-probability summed over pieces
+answers                     one token each, the others are refused       log-probability summed over tokens
 start of the text           no SOT                                       SOT, as in training
 one answer per item         -                                            the vote of the prompts
-a colour's own frequency    -                                            taken out (the calibrated accuracy)
+a color's own frequency     -                                            taken out (the calibrated accuracy)
 =========================== ============================================ =====================================
 """
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from valm.evaluation.choice import ChoiceResult, ask, check_protocol
+from valm.errors import ValmError
+from valm.evaluation.choice import log_prior, vote_of_prompts
 from valm.evaluation.files import read_csv
-from valm.model import VaLMForCausalLM
+from valm.evaluation.scoring import Progress, answer_log_probs
+from valm.evaluation.statistics import Estimate, accuracy
 
 PROMPTS = (
     "Q: What is the color of [DESCRIPTOR] [ITEM]? A: It is",
@@ -53,10 +58,32 @@ class ColorItem:
 
 
 @dataclass(frozen=True)
-class ColorResult(ChoiceResult):
-    """A `ChoiceResult` whose answers are colours."""
+class ColorResult:
+    """Accuracies with their 95 % intervals over items, and every answer.
 
+    accuracy: over all items and prompts together. vote: over items, each answered by most of its prompts.
+    calibrated, calibrated_vote: the same after dividing each answer's probability by its mean over the items, prompt
+    by prompt, which takes out how often a word is said at all (no label is used).
+    majority: share of the most frequent answer, what always answering majority_answer would get.
+    balanced: mean over the answers of the accuracy among the items that have it: always saying one word gets
+    1 / number of answers, however the set is made up.
+    predictions: (items, prompts).
+    """
+
+    prompts: tuple[str, ...]
     items: tuple[ColorItem, ...]
+    predictions: tuple[tuple[str, ...], ...]
+    accuracy: Estimate
+    balanced: float
+    vote: Estimate
+    calibrated: Estimate
+    calibrated_vote: Estimate
+    majority: float
+    majority_answer: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain dicts, lists, strings and numbers."""
+        return asdict(self)
 
 
 def load_memory_color(path: str | os.PathLike) -> list[ColorItem]:
@@ -79,38 +106,57 @@ def load_color_terms(path: str | os.PathLike) -> list[ColorItem]:
 
 
 def evaluate_color(
-    model: VaLMForCausalLM,
+    model: Any,
     tokenizer: PreTrainedTokenizerFast,
     items: Sequence[ColorItem],
     *,
-    protocol: str = "fair",
     prompts: Sequence[str] = PROMPTS,
     batch_size: int = 64,
-    progress: str | None = None,
+    progress: Progress = None,
 ) -> ColorResult:
-    """Asks `model` for the colour of each item with each prompt (section 3.2 of the paper).
+    """Asks `model` for the color of each item with each prompt (section 3.2 of the paper), in the fair protocol.
 
-    A model that sees pictures needs its retriever first (`set_retriever`). Prompts have [ITEM] and may have
-    [DESCRIPTOR].
+    Args:
+        model: one that sees images needs its retriever first (`set_retriever`).
+        prompts: with [ITEM], and [DESCRIPTOR] if wanted.
 
     Raises:
-        ValmError: no items, a prompt without [ITEM], an item whose colour is no candidate, or, in the published
-            protocol, a colour that is not one piece for this tokenizer.
+        ValmError: no items, no prompts, a prompt without [ITEM], or an item whose color is none of `COLORS`.
     """
-    check_protocol(protocol, items, prompts)
-    fair = protocol == "fair"
-    right = [item.color for item in items]
-    asked = ask(
-        model,
-        tokenizer,
-        [[fill(prompt, item.item, item.descriptor, fair) for prompt in prompts] for item in items],
-        right,
-        COLORS if fair else tuple(dict.fromkeys(right)),
-        fair=fair,
-        batch_size=batch_size,
-        progress=progress,
+    check_prompts(items, prompts)
+    colors = [item.color for item in items]
+    texts = [fill(prompt, item.item, item.descriptor, fair=True) for item in items for prompt in prompts]
+    flat = answer_log_probs(model, tokenizer, texts, COLORS, batch_size=batch_size, progress=progress).numpy()
+    scores = flat.reshape(len(items), len(prompts), len(COLORS)).astype(np.float64)
+    right = np.array([COLORS.index(color) for color in colors])  # (items,)
+    predicted = scores.argmax(-1)  # (items, prompts)
+    correct = predicted == right[:, None]
+    without_prior = scores - log_prior(scores)
+    majority_answer, count = Counter(colors).most_common(1)[0]
+    return ColorResult(
+        prompts=tuple(prompts),
+        items=tuple(items),
+        predictions=tuple(tuple(COLORS[i] for i in row) for row in predicted),
+        accuracy=accuracy(correct),
+        balanced=float(np.mean([correct[right == answer].mean() for answer in np.unique(right)])),
+        vote=accuracy(vote_of_prompts(scores) == right),
+        calibrated=accuracy(without_prior.argmax(-1) == right[:, None]),
+        calibrated_vote=accuracy(vote_of_prompts(without_prior) == right),
+        majority=count / len(items),
+        majority_answer=majority_answer,
     )
-    return ColorResult(protocol=protocol, prompts=tuple(prompts), items=tuple(items), **asked)
+
+
+def check_prompts(items: Sequence[ColorItem], prompts: Sequence[str]) -> None:
+    """Raises ValmError for no items, no prompts, a prompt without [ITEM], and a color that is no candidate."""
+    if not items or not prompts:
+        raise ValmError(f"there are no {'prompts' if items else 'items'} to ask with")
+    for prompt in prompts:
+        if "[ITEM]" not in prompt:
+            raise ValmError(f"prompt {prompt!r} has no [ITEM]")
+    for item in items:
+        if item.color not in COLORS:
+            raise ValmError(f"the answer {item.color!r} is not one of {', '.join(COLORS)}")
 
 
 def fill(prompt: str, item: str, descriptor: str | None, fair: bool) -> str:

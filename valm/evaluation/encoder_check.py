@@ -21,7 +21,7 @@ from torch import Tensor
 
 from valm.clip import Clip
 from valm.errors import ValmError
-from valm.evaluation.scoring import Accuracy
+from valm.evaluation.statistics import Estimate, accuracy, ratio
 from valm.knowledge_base.encode import Encoding, encode_records
 from valm.knowledge_base.format import Skipped
 from valm.knowledge_base.images import find_images
@@ -54,7 +54,7 @@ BLOCK_SCORES = 1 << 24
 class Probe:
     """accuracy: on the pictures held out. c: the inverse regularisation that did best on the validation part."""
 
-    accuracy: Accuracy
+    accuracy: Estimate
     majority: float
     trained_on: int
     tested_on: int
@@ -72,7 +72,7 @@ class Classification:
 
     classes: tuple[str, ...]
     pictures: int
-    zero_shot: Accuracy
+    zero_shot: Estimate
     balanced: float
     linear_probe: Probe | None
     chance: float
@@ -84,7 +84,7 @@ class Recall:
     """Share of the questions whose answer is among the first `at`, and that share for a random order."""
 
     at: int
-    recall: Accuracy
+    recall: Estimate
     chance: float
 
 
@@ -182,7 +182,7 @@ def classify(
     return Classification(
         classes=tuple(classes),
         pictures=len(gold),
-        zero_shot=Accuracy.of(right),
+        zero_shot=accuracy(right),
         balanced=float(np.mean([right[gold == label].mean() for label in range(len(classes))])),
         linear_probe=linear_probe(features.numpy(), gold, seed) if counts.min() >= MIN_PER_CLASS else None,
         chance=1 / len(classes),
@@ -220,7 +220,7 @@ def linear_probe(features: np.ndarray, labels: np.ndarray, seed: int) -> Probe:
     rest = np.concatenate([train, validation])
     right = fitted(rest, c).predict(features[test]) == labels[test]
     majority = float(np.bincount(labels[test]).max() / len(test))
-    return Probe(Accuracy.of(right), majority, len(rest), len(test), c)
+    return Probe(accuracy(right), majority, len(rest), len(test), c)
 
 
 def _split(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -248,16 +248,18 @@ def retrieve(features: Tensor, captions: Sequence[Sequence[str]], clip: Clip) ->
     texts = clip.encode_texts([line for number in has for line in captions[number]]).cpu()  # (M, E)
     to_text, to_image = ranks(features[has], texts, image_of)
     own = np.bincount(image_of)
-    every = np.arange(len(has))
     return Retrieval(
         pictures=len(has),
         captions=len(image_of),
-        image_to_text=tuple(
-            Recall(k, Accuracy.of_groups(to_text < k, every), _chance(own, len(image_of), k)) for k in RECALL_AT
-        ),
+        image_to_text=tuple(Recall(k, accuracy(to_text < k), _chance(own, len(image_of), k)) for k in RECALL_AT),
         # the captions of a picture are no independent questions
         text_to_image=tuple(
-            Recall(k, Accuracy.of_groups(to_image < k, image_of), min(1.0, k / len(has))) for k in RECALL_AT
+            Recall(
+                k,
+                ratio(np.bincount(image_of, to_image < k)[None], own[None].astype(float)),
+                min(1.0, k / len(has)),
+            )
+            for k in RECALL_AT
         ),
     )
 

@@ -1,4 +1,4 @@
-"""How well a model predicts text: perplexity, and the last word of LAMBADA's passages (Paperno et al. 2016).
+"""How well a model predicts text: each of its tokens, and the last word of LAMBADA's passages (Paperno et al. 2016).
 
 Every text is read alone and batches hold texts of one length, so no number here depends on padding or batch size
 (with the published code the same checkpoint gave 43.4 unpadded and 48.6 padded). A text longer than the model's context
@@ -7,69 +7,20 @@ is read in windows that overlap by half.
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from valm.errors import ValmError
-from valm.evaluation.choice import PROTOCOLS
 from valm.evaluation.files import read_json_lines
-from valm.evaluation.scoring import Accuracy, Progress, check_model, context_length, counting, equal_lengths
-from valm.tokenizer import begin_id
+from valm.evaluation.scoring import Progress, check_model, context_length, counting, equal_lengths
 
 # Quotation marks in front of a word are text before it; the apostrophe of "don't" belongs to the word.
 LAST_WORD = re.compile(r"\w+(?:['’](?:s|t|re|ve|m|ll|d))?\s*$", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Perplexity:
-    """exp(nats / tokens), per piece of the tokenizer: models with different ones cannot be compared by it."""
-
-    perplexity: float
-    tokens: int
-    nats: float
-
-
-@dataclass(frozen=True)
-class LambadaResult:
-    """accuracy: share of passages whose last word (published: last piece of it) is what the model finds likeliest, with
-    its 95 % interval over passages. perplexity: of that word, per piece."""
-
-    protocol: str
-    passages: int
-    accuracy: Accuracy
-    perplexity: float
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything as plain dicts, lists, strings and numbers."""
-        return asdict(self)
-
-
-def perplexity(
-    model: Any,
-    documents: Sequence[Sequence[int]],
-    *,
-    batch_size: int = 16,
-    progress: Progress = None,
-) -> Perplexity:
-    """Perplexity of `documents` (token ids, as `tokenize_documents` gives them), over all tokens but each first one.
-
-    Raises:
-        ValmError: no document has two tokens, or a model that sees pictures was given no retriever.
-    """
-    documents = [document for document in documents if len(document) > 1]
-    if not documents:
-        raise ValmError("there is no document of at least two tokens")
-    nats = sum(-float(row.sum()) for row in token_log_probs(model, documents, batch_size, progress)[0])
-    tokens = sum(len(document) - 1 for document in documents)
-    return Perplexity(math.exp(nats / tokens), tokens, nats)
 
 
 def load_lambada(path: str | os.PathLike) -> list[str]:
@@ -79,40 +30,6 @@ def load_lambada(path: str | os.PathLike) -> list[str]:
         ValmError: the file is missing or has something else in it.
     """
     return [row["text"] for row in read_json_lines(path, {"text"})]
-
-
-def evaluate_lambada(
-    model: Any,
-    tokenizer: PreTrainedTokenizerFast,
-    passages: Sequence[str],
-    *,
-    protocol: str = "fair",
-    batch_size: int = 16,
-    progress: Progress = None,
-) -> LambadaResult:
-    """Whether the model knows the last word of each passage, with nothing but the text before it.
-
-    "fair": all pieces of the word must be the likeliest, one after the other, and the text begins with SOT.
-    "published": the last piece only, given those before it (12.7 % of the words have several), without SOT.
-
-    Raises:
-        ValmError: no passages, one of a single word, or a protocol there is not.
-    """
-    if protocol not in PROTOCOLS:
-        raise ValmError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}")
-    if not passages:
-        raise ValmError("there are no passages")
-    fair = protocol == "fair"
-    start = [begin_id(tokenizer)] if fair else []
-    texts, lengths = [], []
-    for passage in passages:
-        ids, length = last_word(tokenizer, passage)
-        texts.append(start + ids)
-        lengths.append(length if fair else 1)
-    log_probs, likeliest = token_log_probs(model, texts, batch_size, progress)
-    known = np.array([bool(row[-n:].all()) for row, n in zip(likeliest, lengths, strict=True)])
-    nats = -sum(float(row[-n:].sum()) for row, n in zip(log_probs, lengths, strict=True))
-    return LambadaResult(protocol, len(passages), Accuracy.of(known), math.exp(nats / sum(lengths)))
 
 
 def last_word(tokenizer: PreTrainedTokenizerFast, passage: str) -> tuple[list[int], int]:

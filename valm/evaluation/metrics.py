@@ -32,7 +32,6 @@ def choice_metrics(asked: Questions, scores: np.ndarray, alone: np.ndarray | Non
         baselines: majority, its answer, and every constant answer.
     """
     right = np.array(asked.right)  # (items, prompts)
-    fair = asked.protocol == FAIR
     correct = scores.argmax(-1) == right  # (seeds, items, prompts)
     shares = Counter(right.ravel().tolist())
     constants = {asked.candidates[answer]: count / right.size for answer, count in shares.most_common()}
@@ -48,7 +47,7 @@ def choice_metrics(asked: Questions, scores: np.ndarray, alone: np.ndarray | Non
     }
     if asked.candidates == YES_NO:
         found["said_yes"] = float((scores.argmax(-1) == 0).mean())
-    if not fair:
+    if not asked.fair:
         return found
     if alone is not None:
         found["calibrated"] = of_prompts((scores - alone[:, None, None]).argmax(-1) == right)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from valm.errors import ValmError
-from valm.evaluation import color, shape, size
+from valm.evaluation import color, size
 from valm.evaluation.sets import AG_NEWS_LABELS, DBPEDIA_LABELS, NEGATIVE, POSITIVE, SETS, Item, read_set
 
 PUBLISHED, FAIR = "published", "fair"
@@ -31,6 +31,17 @@ MATERIAL_PROMPTS = (
     "The material of the [ITEM] is",
     "Q: What is the [ITEM] made of? A: It is made of",
 )
+# The published code has neither data nor script for the paper's ObjectShape: its numbers fit Blind-VaLM's five prompts
+# on ViComTe's 101 things (Zhang et al. 2022). 81 of them are round: always saying "round" scores 80.2 %, above every
+# published number. Look at the balanced accuracy.
+SHAPES = ("round", "square", "triangle", "polygon", "oval", "star", "rhombus", "heart")
+SHAPE_PROMPTS = (
+    "[ITEM] can be shape",
+    "[ITEM] has shape",
+    "[ITEM] is of shape",
+    "The shape of [ITEM] can be",
+    "The shape of the [ITEM] is",
+)
 SENTIMENT_PROMPT = "Review: [ITEM] Sentiment: "
 TOPIC_PROMPT = "input: [ITEM] type: "
 # Of each class, in the published protocol of MPQA: the paper's majority is 50.00.
@@ -42,7 +53,6 @@ class Questions:
     """Texts to be continued by one of the candidates.
 
     items: what is drawn in a bootstrap. texts: (items, prompts). right: (items, prompts), numbers of candidates.
-    bos: whether a text begins with SOT. single_token: whether the answers must be single tokens.
     """
 
     task: str
@@ -52,8 +62,10 @@ class Questions:
     texts: tuple[tuple[str, ...], ...]
     candidates: tuple[str, ...]
     right: tuple[tuple[int, ...], ...]
-    bos: bool
-    single_token: bool
+
+    @property
+    def fair(self) -> bool:
+        return self.protocol == FAIR
 
 
 @dataclass(frozen=True)
@@ -99,7 +111,6 @@ def _ask(
         for answer in row:
             if answer not in candidates:
                 raise ValmError(f"the answer {answer!r} in {SETS[task].title} is not one of {', '.join(candidates)}")
-    fair = protocol == FAIR
     return Questions(
         task,
         protocol,
@@ -108,8 +119,6 @@ def _ask(
         tuple(map(tuple, texts)),
         tuple(candidates),
         tuple(tuple(candidates.index(answer) for answer in row) for row in answers),
-        bos=fair,
-        single_token=not fair,
     )
 
 
@@ -197,7 +206,7 @@ TASKS = {
             "object_shape",
             "shape",
             BOTH,
-            _about_things(shape.PROMPTS, shape.SHAPES, distinct=True),
+            _about_things(SHAPE_PROMPTS, SHAPES, distinct=True),
             2,
             "neither data nor prompts were released: ViComTe's 101 things and Blind-VaLM's five prompts, which the "
             "published numbers fit",

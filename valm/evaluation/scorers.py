@@ -142,7 +142,7 @@ class CausalScorer:
     def answers(self, asked: Questions, progress: Progress) -> tuple[torch.Tensor, torch.Tensor | None]:
         try:
             check_writable(self.tokenizer, asked.candidates, answer_pieces(self.tokenizer, asked.candidates))
-            if asked.single_token:
+            if not asked.fair:
                 check_single_tokens(self.tokenizer, asked.candidates)
         except ValmError as error:
             raise NotApplicable(str(error)) from error
@@ -152,7 +152,7 @@ class CausalScorer:
             self.tokenizer,
             flat,
             asked.candidates,
-            bos=asked.bos,
+            bos=asked.fair,
             batch_size=BATCH_SIZE,
             progress=progress,
         )

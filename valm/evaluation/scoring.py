@@ -1,14 +1,12 @@
-"""What all evaluations share: how likely an answer is after a prompt, and how far few items can be trusted."""
+"""What all evaluations share: how likely an answer is after a prompt."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
@@ -18,37 +16,8 @@ from valm.image_model import ImageModel
 from valm.progress import progress_bar
 from valm.tokenizer import begin_id
 
-RESAMPLES = 2000
 # What a progress bar is called, or what is told how many more texts are done; None for neither.
 Progress: TypeAlias = "str | Callable[[float], object] | None"
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Share of right answers, with the 95 % interval of a bootstrap over items."""
-
-    value: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, right: np.ndarray, seed: int = 0) -> Accuracy:
-        """right: (items,) or (items, prompts) bool. The prompts of an item are drawn together, being no independent
-        tries."""
-        right = right.reshape(len(right), -1)
-        return cls.of_groups(right.reshape(-1), np.repeat(np.arange(len(right)), right.shape[1]), seed)
-
-    @classmethod
-    def of_groups(cls, right: np.ndarray, item: np.ndarray, seed: int = 0) -> Accuracy:
-        """right: (tries,) bool, item: (tries,) int from 0 on. As `of`, where items differ in how often they are
-        tried."""
-        hits, tries = np.bincount(item, right), np.bincount(item)  # (items,)
-        draws = np.random.default_rng(seed).multinomial(len(tries), np.full(len(tries), 1 / len(tries)), RESAMPLES)
-        low, high = np.quantile((draws @ hits) / (draws @ tries), [0.025, 0.975])
-        return cls(float(hits.sum() / tries.sum()), float(low), float(high))
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 def answer_pieces(tokenizer: PreTrainedTokenizerFast, answers: Sequence[str]) -> list[list[int]]:

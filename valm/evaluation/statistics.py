@@ -21,6 +21,9 @@ class Estimate:
     low: float
     high: float
 
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -47,6 +50,12 @@ def ratio(
     drawn = _bootstrap(hits, seed) / _bootstrap(tries, seed)
     low, high = np.quantile(transform(drawn), [0.025, 0.975])
     return Estimate(float(transform(np.asarray(hits.sum() / tries.sum()))), float(low), float(high))
+
+
+def accuracy(right: np.ndarray, seed: int = 0) -> Estimate:
+    """The share that is right of (items,) or (items, prompts) bool. The prompts of an item are drawn together."""
+    right = right.reshape(len(right), -1)
+    return ratio(right.sum(-1)[None].astype(float), np.full((1, len(right)), float(right.shape[1])), seed)
 
 
 def paired(first: np.ndarray, second: np.ndarray, tries: np.ndarray, seed: int = 0) -> Difference:

@@ -8,8 +8,8 @@ import torch
 
 from tests.valm.models import tiny_model
 from valm.errors import ValmError
-from valm.evaluation import choice
-from valm.evaluation.color import COLORS, PROMPTS, ColorItem, evaluate_color, load_color_terms, load_memory_color
+from valm.evaluation import color
+from valm.evaluation.color import COLORS, PROMPTS, ColorItem, evaluate_color, fill, load_color_terms, load_memory_color
 from valm.tokenizer import clip_tokenizer, prune_tokenizer
 
 TOKENIZER = prune_tokenizer(clip_tokenizer(), [*PROMPTS, " ".join(COLORS), "sea sun cat snow"])
@@ -35,10 +35,10 @@ def answering(monkeypatch, score):
     asked = []
 
     def log_probs(model, tokenizer, prompts, answers, **arguments):
-        asked.append((prompts, arguments))
+        asked.append(prompts)
         return torch.tensor([[float(score(prompt, answer)) for answer in answers] for prompt in prompts])
 
-    monkeypatch.setattr(choice, "answer_log_probs", log_probs)
+    monkeypatch.setattr(color, "answer_log_probs", log_probs)
     return asked
 
 
@@ -60,20 +60,6 @@ def test_color_terms_is_as_published():
     assert items[1] == ColorItem("banana", "yellow", None)
 
 
-@needs_data
-def test_published_protocol_on_the_real_sets():
-    tokenizer = clip_tokenizer()
-    model = tiny_model(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, num_images=0)
-    terms = load_color_terms(Path(DATA) / "eval/object_color/color-concrete-objects.csv")
-    result = evaluate_color(model, tokenizer, terms, protocol="published")
-    assert len(result.candidates) == 10 and "purple" not in result.candidates
-    assert result.majority == pytest.approx(10 / 52)
-    assert result.accuracy.value * 9 * 52 == pytest.approx(round(result.accuracy.value * 9 * 52))
-    assert result.vote is result.calibrated is result.calibrated_vote is None
-    fair = evaluate_color(model, tokenizer, terms)
-    assert fair.candidates == COLORS
-
-
 def test_all_answers_right_and_all_wrong(monkeypatch):
     right = {item.item: item.color for item in ITEMS}
     answering(monkeypatch, lambda prompt, answer: any(n in prompt and c == answer for n, c in right.items()))
@@ -86,27 +72,24 @@ def test_all_answers_right_and_all_wrong(monkeypatch):
     assert evaluate_color(None, TOKENIZER, ITEMS).accuracy.value == 0
 
 
-def test_prompts_of_the_two_protocols(monkeypatch):
+def test_a_thing_is_asked_for_with_its_descriptor(monkeypatch):
     asked = answering(monkeypatch, lambda prompt, answer: 0)
     items = [
         ColorItem("banana", "yellow"),
         ColorItem("fur", "white", "the inside of a"),
         ColorItem("snow", "white", ""),
     ]
-    evaluate_color(None, TOKENIZER, items, protocol="published")
-    evaluate_color(None, TOKENIZER, items, protocol="fair")
-    (published, arguments), (fair, fair_arguments) = asked
-    assert published[0] == "Q: What is the color of [DESCRIPTOR] banana? A: It is"
-    assert fair[0] == "Q: What is the color of the banana? A: It is"
-    assert fair[9 + 4] == "The color of the inside of a fur is"
-    assert published[18 + 8] == fair[18 + 8] == "snow usually has the color of"
-    assert (arguments["bos"], fair_arguments["bos"]) == (False, True)
+    evaluate_color(None, TOKENIZER, items)
+    (texts,) = asked
+    assert texts[0] == "Q: What is the color of the banana? A: It is"
+    assert texts[9 + 4] == "The color of the inside of a fur is"
+    assert texts[18 + 8] == "snow usually has the color of"
+    assert fill(PROMPTS[0], "banana", None, fair=False) == "Q: What is the color of [DESCRIPTOR] banana? A: It is"
 
 
-@pytest.mark.parametrize("protocol", ["published", "fair"])
-def test_with_a_real_model_it_is_reproducible_and_writes_json(protocol):
-    first = evaluate_color(a_model(), TOKENIZER, ITEMS, protocol=protocol)
-    again = evaluate_color(a_model(), TOKENIZER, ITEMS, protocol=protocol, batch_size=3)
+def test_with_a_real_model_it_is_reproducible_and_writes_json():
+    first = evaluate_color(a_model(), TOKENIZER, ITEMS)
+    again = evaluate_color(a_model(), TOKENIZER, ITEMS, batch_size=3)
     assert first == again
     written = json.loads(json.dumps(first.to_json()))
     assert written["accuracy"]["value"] == first.accuracy.value
@@ -114,15 +97,31 @@ def test_with_a_real_model_it_is_reproducible_and_writes_json(protocol):
     assert len(written["predictions"]) == 5 and len(written["predictions"][0]) == 9
 
 
+def test_calibration_takes_out_an_answer_that_is_always_likely(monkeypatch):
+    def score(prompt, answer):
+        return {"green": 9, "yellow": "sun" in prompt, "blue": "sea" in prompt}.get(answer, 0)
+
+    answering(monkeypatch, score)
+    result = evaluate_color(None, TOKENIZER, ITEMS[:2])
+    assert result.accuracy.value == result.vote.value == 0
+    assert result.calibrated.value == result.calibrated_vote.value == 1
+    assert result.predictions == (("green",) * 9,) * 2
+
+
+def test_balanced_accuracy_does_not_reward_the_frequent_answer(monkeypatch):
+    answering(monkeypatch, lambda prompt, answer: answer == "white")
+    result = evaluate_color(None, TOKENIZER, [ITEMS[0], ITEMS[3], ITEMS[4], ITEMS[4]])
+    assert result.accuracy.value == result.majority == 0.75
+    assert (result.balanced, result.majority_answer) == (0.5, "white")
+
+
 @pytest.mark.parametrize(
     "items, arguments, message",
     [
         ([], {}, "no items"),
         (ITEMS, {"prompts": []}, "no prompts"),
-        (ITEMS, {"protocol": "other"}, "protocol must be one of"),
         (ITEMS, {"prompts": ["the color is"]}, r"has no \[ITEM\]"),
         ([ColorItem("sea", "turquoise")], {}, "the answer 'turquoise' is not one of white"),
-        ([ColorItem("sea", "turquoise")], {"protocol": "published"}, "tokens for this tokenizer"),
     ],
 )
 def test_wrong_arguments_are_named(items, arguments, message):

@@ -10,8 +10,7 @@ def questions(right, candidates, protocol=FAIR) -> Questions:
     items = tuple(map(str, range(len(right))))
     prompts = tuple(map(str, range(len(right[0]))))
     texts = tuple(tuple("" for _ in row) for row in right)
-    fair = protocol == FAIR
-    return Questions("memory_color", protocol, items, prompts, texts, candidates, right, fair, not fair)
+    return Questions("memory_color", protocol, items, prompts, texts, candidates, right)
 
 
 def constant(asked: Questions, answer: int, seeds: int = 1) -> np.ndarray:

@@ -33,9 +33,8 @@ WORDS = ["the", "color", "of", "banana", "is", "yellow", "red", "##dish", ".", "
 
 def questions(protocol=FAIR, candidates=("yellow", "reddish", "blue")) -> Questions:
     texts = (("the color of the banana is", "a banana is"), ("the color of the sky is", "a sky is"))
-    fair = protocol == FAIR
     right = ((0, 0), (2, 2))
-    return Questions("memory_color", protocol, ("banana", "sky"), ("", ""), texts, candidates, right, fair, not fair)
+    return Questions("memory_color", protocol, ("banana", "sky"), ("", ""), texts, candidates, right)
 
 
 def bert_tokenizer() -> BertTokenizerFast:

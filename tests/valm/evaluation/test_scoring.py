@@ -1,10 +1,9 @@
-import numpy as np
 import pytest
 import torch
 
 from tests.valm.models import tiny_model
 from valm.errors import ValmError
-from valm.evaluation.scoring import Accuracy, answer_log_probs, answer_pieces
+from valm.evaluation.scoring import answer_log_probs, answer_pieces
 from valm.tokenizer import clip_tokenizer, prune_tokenizer
 
 TOKENIZER = prune_tokenizer(clip_tokenizer(), ["the color of the sea is blue", "red"])
@@ -43,23 +42,6 @@ def test_empty_texts_and_a_model_without_its_pictures_are_refused():
         answer_log_probs(a_model(), TOKENIZER, [""], ["red"], bos=False)
     with pytest.raises(ValmError, match="give it a retriever first"):
         answer_log_probs(a_model(num_images=3), TOKENIZER, ["a"], ["red"])
-
-
-def test_interval_holds_the_true_share_about_95_times_in_100():
-    random = np.random.default_rng(0)
-    held = 0
-    for seed in range(100):
-        accuracy = Accuracy.of(random.random(100) < 0.6, seed)
-        held += accuracy.low <= 0.6 <= accuracy.high
-    assert 88 <= held <= 100
-
-
-def test_prompts_of_an_item_do_not_make_the_interval_narrower():
-    right = np.random.default_rng(0).random(50) < 0.5
-    alone, nine_times = Accuracy.of(right), Accuracy.of(np.repeat(right[:, None], 9, axis=1))
-    assert alone == nine_times
-    assert alone.high - alone.low > 0.2
-    assert str(Accuracy(0.5, 0.25, 0.75)) == "0.500 [0.250, 0.750]"
 
 
 def test_of_a_long_prompt_the_last_tokens_are_read():

@@ -1,24 +1,24 @@
 import numpy as np
 import pytest
 
-from valm.evaluation.scoring import Accuracy
-from valm.evaluation.statistics import paired, ratio
+from valm.evaluation.statistics import Estimate, accuracy, paired, ratio
 
 
 def test_interval_holds_the_true_share_about_95_times_in_100():
     random = np.random.default_rng(0)
     held = 0
-    for seed in range(40):
-        estimate = ratio((random.random((1, 100)) < 0.6).astype(float), np.ones((1, 100)), seed)
+    for seed in range(100):
+        estimate = accuracy(random.random(100) < 0.6, seed)
         held += estimate.low <= 0.6 <= estimate.high
-    assert 34 <= held <= 40
+    assert 88 <= held <= 100
 
 
-def test_it_is_the_interval_of_accuracy():
-    right = np.random.default_rng(0).random((40, 3)) < 0.5
-    known, found = Accuracy.of(right), ratio(right.sum(1)[None].astype(float), np.full((1, 40), 3.0))
-    assert (found.value, found.low) == (known.value, pytest.approx(known.low, abs=0.03))
-    assert found.high == pytest.approx(known.high, abs=0.03)
+def test_prompts_of_an_item_do_not_make_the_interval_narrower():
+    right = np.random.default_rng(0).random(50) < 0.5
+    alone, nine_times = accuracy(right), accuracy(np.repeat(right[:, None], 9, axis=1))
+    assert alone == nine_times
+    assert alone.high - alone.low > 0.2
+    assert str(Estimate(0.5, 0.25, 0.75)) == "0.500 [0.250, 0.750]"
 
 
 def test_several_seeds_are_pooled_and_widen_the_interval_where_they_disagree():

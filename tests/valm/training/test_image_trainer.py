@@ -14,7 +14,7 @@ from tests.valm.killed import exit_code, exit_code_if_killed_at, forked, needs_f
 from tests.valm.training.documents import TOKENIZER, Vectors, documents, new_model, new_trainer
 from valm.checkpoint import load
 from valm.errors import ValmError
-from valm.evaluation.language import perplexity
+from valm.evaluation.language import token_log_probs
 from valm.retrieval.note import RetrievalNote
 from valm_kernels.atomic_files import is_temporary
 
@@ -146,7 +146,8 @@ def test_evaluation_is_the_perplexity_of_all_tokens_and_changes_no_step(tmp_path
 def test_perplexity_is_that_of_valm_eval(tmp_path):
     made = new_trainer(tmp_path, model=new_model(num_images=0), kb=None, eval_dataset=documents())
     found = made.evaluate()["eval_perplexity"]
-    expected = perplexity(made.model, [document["input_ids"] for document in documents()]).perplexity
+    log_probs, _ = token_log_probs(made.model, [document["input_ids"] for document in documents()], batch_size=4)
+    expected = torch.cat(log_probs).mean().neg().exp().item()
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
