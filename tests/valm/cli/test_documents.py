@@ -1,13 +1,20 @@
 """Every command and Python example of README.md and docs/ is run, or at least understood, and no link leads nowhere."""
 
+import json
 import re
+import runpy
 import shlex
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import valm
 from benchmarks import report
+from tests.valm.other_tokenizers import gpt2_like
 from valm.cli import build_parser, main
+from valm.retrieval.note import RetrievalNote
 
 ROOT = Path(__file__).parents[3]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -71,6 +78,48 @@ def test_the_examples_of_the_readme_run(workshop, capsys):
     assert examples
     exec(compile("\n".join(examples), "README.md", "exec"), {"__name__": "readme"})
     assert capsys.readouterr().out.startswith("the color of the banana")
+
+
+def run_example(monkeypatch, name: str, *arguments: str) -> None:
+    monkeypatch.setattr("sys.argv", [name, *arguments])
+    runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+
+
+def test_the_layer_of_the_examples_learns_from_images(monkeypatch, capsys):
+    run_example(monkeypatch, "attention_layer")
+    losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
+    assert losses[-2] < 0.1 and losses[0] > 1.5 and losses[-1] > 1.5  # at the end, at the beginning, without images
+
+
+def test_the_search_of_the_examples_is_exact(monkeypatch, tmp_path, capsys):
+    for _ in range(2):  # the second time the index is there
+        run_example(monkeypatch, "exact_search", str(tmp_path / "index"), "--rows", "2000")
+        assert "the rows of a search in float64: True" in capsys.readouterr().out
+
+
+def test_images_are_switched_on_and_off_in_the_examples(monkeypatch, world, tmp_path, capsys):
+    model, tokenizer = valm.load(world / "valm")
+    attention = model.transformer.h[model.config.fusion_index].attn
+    with torch.no_grad():  # so little trained, the model hardly looks at its images
+        attention.image_logit_bias.fill_(4)
+        attention.c_proj.weight.mul_(100)
+        model.transformer.ln_f.weight.mul_(5)
+    valm.save_checkpoint(model, tokenizer, tmp_path / "valm", note=RetrievalNote.read(world / "valm"))
+    run_example(monkeypatch, "images_on_and_off", str(tmp_path / "valm"), "--question", "the color of the sea is")
+    found, *answers = capsys.readouterr().out.splitlines()
+    assert found.startswith("images found: a ") and len(answers) == 3
+    assert len({answer.split(":")[1] for answer in answers}) == 3
+
+
+def test_an_augmented_decoder_agrees_with_its_own_attention_in_the_examples(monkeypatch, tmp_path, capsys):
+    tokenizer = gpt2_like()
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    run_example(monkeypatch, "augment_smollm2", str(tmp_path))
+    found = json.loads(capsys.readouterr().out)
+    assert found["text_alone_largest_difference"] < 1e-5 and found["closed_kl"] < 1e-4
+    assert found["open_against_own_attention"] < 1e-5 < found["open_largest_difference"]
 
 
 def test_the_readme_is_short():
