@@ -239,6 +239,21 @@ def _load_whole(folder: Path) -> Any:
     return model
 
 
+def load_decoder(source: str | os.PathLike) -> Any:
+    """A pretrained decoder of transformers, to be trained: in float32, whatever its file has.
+
+    source: its folder, or its name on the Hugging Face Hub.
+    Raises ValmError where it cannot be read, or lacks weights.
+    """
+    with _read_errors(f"the base model {source}"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+    model, report = loaded
+    missing = sorted(map(str, report["missing_keys"]))
+    if missing:
+        raise ValmError(f"the base model {source} has no weights for {missing[0]}")
+    return model
+
+
 def _load_base(folder: Path, base: str | os.PathLike, by_user: bool) -> Any:
     with _read_errors(f"the base model {base} of the adapter {folder}", remedy="; give it as base"):
         return AutoModelForCausalLM.from_pretrained(base, local_files_only=not by_user)

@@ -78,10 +78,12 @@ def base_name(model: Any) -> str | None:
 
 def _what(model: Any) -> str:
     options = model.image_options
-    if options.num_images == 0:
-        return "A GPT-2 by [valm](https://github.com/valm-kernels/valm), which sees no images: the baseline GPT-2*."
-    kind = "its own retrieval query as one image" if options.blind else f"{options.num_images} retrieved images"
     base = getattr(model.config, "valm", {}).get("architecture")
+    if options.num_images == 0:
+        kind = f"{base}, trained" if base else "GPT-2"
+        twin = "the text-only twin of an augmented model" if base else "the baseline GPT-2*"
+        return f"A {kind} by [valm](https://github.com/valm-kernels/valm), which sees no images: {twin}."
+    kind = "its own retrieval query as one image" if options.blind else f"{options.num_images} retrieved images"
     made = f"`valm.augment` of a {base}" if base else "A VaLM (Wang et al. 2022)"
     return (
         f"{made} by [valm](https://github.com/valm-kernels/valm) {__version__}: each token sees {kind}, of dimension "

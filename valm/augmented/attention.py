@@ -43,7 +43,7 @@ class FusionOptions:
     Args:
         architecture: class of the model in transformers.
         image_dim: E, dimension of an image vector.
-        num_images: K, images per token.
+        num_images: K, images per token; 0 in a text-only twin, which has no fusion.
         layer: index of the fusion layer, as given (negative from the end).
         width: dimension of what the attention reads.
         heads, kv_heads, key_dim, value_dim: Hq, Hkv, Dk and Dv, as the attention hands them to the interface.

@@ -57,7 +57,8 @@ def augment(
     Args:
         model: a causal language model of transformers, loaded, with attention implementation "sdpa" or "eager".
         image_dim: E, dimension of an image vector.
-        num_images: K, images per token, from 1 to 64.
+        num_images: K, images per token, from 1 to 64. 0 makes the text-only twin: what `unfreeze` names trains, nothing
+            is new and no image is taken.
         layer: which layer, negative from the end.
         logit_bias: initial value of the number that each head adds to its scores of images. At -10 the pretrained
             logits move by about their rounding, and there is still a gradient that can open the heads.
@@ -76,12 +77,16 @@ def augment(
         raise ValmError(f"{type(model).__name__} is no causal language model of transformers itself")
     if image_dim < 1:
         raise ValmError(f"image_dim must be at least 1, got {image_dim}")
-    if not 1 <= num_images <= 64:
-        raise ValmError(f"num_images must be from 1 to 64, got {num_images}")
+    if not 0 <= num_images <= 64:
+        raise ValmError(f"num_images must be from 0 to 64, got {num_images}")
     if not math.isfinite(logit_bias):
         raise ValmError(f"logit_bias must be finite, got {logit_bias}")
     if unfreeze not in UNFREEZE:
         raise ValmError(f"unfreeze must be one of {', '.join(map(repr, UNFREEZE))}, got {unfreeze!r}")
+    if num_images == 0 and not unfreeze:
+        raise ValmError(
+            'with num_images = 0 (the text-only twin) there are no new parameters: let unfreeze="block" or "all" train'
+        )
     if blind and num_images != 1:
         raise ValmError(f"blind needs num_images = 1 (the query is the one image), got {num_images}")
     path = attention_path(model, layer)
@@ -104,22 +109,15 @@ def augment(
         unfreeze=unfreeze,
         fingerprint=fingerprint(block),
     )
-    attention = block.get_submodule(path)
-    own_config = attention.config
-    attach(model, options, found)
-    try:
-        attention.check_mathematics(own_config, attention.named(*found.call))
-    except Exception:
-        attention.config = own_config
-        del attention.image_fusion, block.attention_path
-        attention.__class__, block.__class__ = type(attention).wrapped_class, type(block).wrapped_class
-        raise
+    if num_images > 0:
+        _attach_checked(model, options, found)
     return _with_class(model, options)
 
 
 def become_augmented(model: PreTrainedModel, options: FusionOptions) -> AugmentedCausalLM:
     """What `augment` does, for options that are known. The fusion's parameters have no values yet."""
-    attach(model, options)
+    if options.num_images > 0:
+        attach(model, options)
     return _with_class(model, options)
 
 
@@ -151,12 +149,28 @@ def attach(model: PreTrainedModel, options: FusionOptions, found: Probe | None =
     block.__class__ = visual_layer_class(type(block))
 
 
+def _attach_checked(model: PreTrainedModel, options: FusionOptions, found: Probe) -> None:
+    """`attach`, undone and raised from where the layer's mathematics is not that of the fusion."""
+    block: Any = decoder_layers(model)[options.layer]
+    attention = block.get_submodule(attention_path(model, options.layer))
+    own_config = attention.config
+    attach(model, options, found)
+    try:
+        attention.check_mathematics(own_config, attention.named(*found.call))
+    except Exception:
+        attention.config = own_config
+        del attention.image_fusion, block.attention_path
+        attention.__class__, block.__class__ = type(attention).wrapped_class, type(block).wrapped_class
+        raise
+
+
 def freeze(model: PreTrainedModel, options: FusionOptions) -> None:
     """Lets train what `options` say."""
     model.requires_grad_(options.unfreeze == "all")
     if options.unfreeze == "block":
         decoder_layers(model)[options.layer].requires_grad_(True)
-    fusion_module(model).requires_grad_(True)
+    if options.num_images > 0:
+        fusion_module(model).requires_grad_(True)
 
 
 def fusion_module(model: nn.Module) -> ImageFusion:
@@ -230,7 +244,9 @@ class AugmentedCausalLM(ImageModel):
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
-        attach(self, FusionOptions(**config.valm))
+        options = FusionOptions(**config.valm)
+        if options.num_images > 0:
+            attach(self, options)
 
     @property
     def image_options(self) -> ImageOptions:
@@ -290,7 +306,12 @@ class AugmentedCausalLM(ImageModel):
         Both together sum to 1 for every token, or to less where the family has an attention sink. Arguments as in
         `forward`; without images they are those of the text alone. This materialises the weights, which `forward`
         never does: for pictures and explanations, on texts of ordinary length.
+
+        Raises:
+            ValueError: the model is a text-only twin.
         """
+        if self.image_options.num_images == 0:
+            raise ValueError("a model with num_images = 0 has no fusion layer whose weights could be read")
         if image_pool is None or image_index is None:
             image_pool = torch.zeros(0, self.image_options.image_dim, device=input_ids.device)
             image_index = torch.full((*input_ids.shape, 0), -1, device=input_ids.device)

@@ -29,6 +29,10 @@ FIELDS = {
     "lr": ("learning_rate", 5e-4),
     "seed": ("seed", 0),
 }
+# Of a new model, and their defaults; a pretrained decoder has its own.
+SIZES = {"layers": 12, "width": 768, "heads": 12}
+# Of a pretrained decoder, which a new model has no place for.
+BASE_OPTIONS = ("layer", "unfreeze", "logit_bias", "fusion_lr", "cache_below")
 # What a training is, noted in its folder: one that goes on compares.
 RUN_FILE = "run.json"
 # Beginnings of fields that change neither data nor weights, so that a training may go on with others.
@@ -40,8 +44,9 @@ def add_to(commands: Commands) -> None:
         commands,
         "train",
         run_train,
-        "train a VaLM, or without --kb its text-only twin GPT-2*; each field of transformers' TrainingArguments is an "
-        "option too, such as --gradient_accumulation_steps 4, --bf16, --save_steps 100 or --report_to tensorboard",
+        "train a VaLM, with --base a pretrained decoder, or without --kb the text-only twin (GPT-2* of a VaLM); each "
+        "field of transformers' TrainingArguments is an option too, such as --gradient_accumulation_steps 4, --bf16, "
+        "--save_steps 100 or --report_to tensorboard",
     )
     train.prepare = TrainingOptions(train)
     add_corpus(train)
@@ -64,9 +69,38 @@ def add_to(commands: Commands) -> None:
         "without pictures, with random ones of the knowledge base, with its retrieval query as each token's one "
         "picture (Blind), or with the pictures of other tokens of the corpus",
     )
-    train.add_argument("--layers", type=at_least_2, default=12, help="blocks; the last but one sees the images")
-    train.add_argument("--width", type=positive, default=768, help="numbers in a hidden state")
-    train.add_argument("--heads", type=positive, default=12, help="attention heads")
+    train.add_argument(
+        "--base", help="augment this pretrained decoder instead of making a new model: folder or Hugging Face name"
+    )
+    train.add_argument("--layer", type=int, help="with --base: the layer that sees the images (default: -2)")
+    train.add_argument(
+        "--unfreeze",
+        choices=["block", "all"],
+        help="with --base: train this layer or all weights too, not the new parameters alone",
+    )
+    train.add_argument(
+        "--logit-bias",
+        type=float,
+        help="with --base: what each head first adds to its scores of images (default: -10, closed)",
+    )
+    train.add_argument(
+        "--fusion-lr", type=float, help="with --base: learning rate of the new parameters (default: --lr)"
+    )
+    train.add_argument(
+        "--cache-below",
+        type=Path,
+        metavar="FOLDER",
+        help="with --base: compute what the layer reads once into this folder, which twins can share, and train from "
+        "there; all below it must be frozen",
+    )
+    train.add_argument(
+        "--limit-softmax",
+        action="store_true",
+        help="compute the training loss over the tokens of the corpus only, which is faster where these are few",
+    )
+    train.add_argument("--layers", type=at_least_2, help="blocks; the last but one sees the images (default: 12)")
+    train.add_argument("--width", type=positive, help="numbers in a hidden state (default: 768)")
+    train.add_argument("--heads", type=positive, help="attention heads (default: 12)")
     train.add_argument("--context", type=positive, default=512, help="most tokens of a document, longer ones are cut")
     train.add_argument("--steps", type=positive, help="updates (default: 1000, or what --num_train_epochs says)")
     train.add_argument("--batch-size", type=positive, help="documents a step and process (default: 16)")
@@ -99,12 +133,9 @@ def run_train(arguments: argparse.Namespace) -> None:
     import torch
     from transformers import EarlyStoppingCallback
 
-    from valm.config import ValmConfig
     from valm.evaluation.color import load_memory_color
     from valm.files import writable_folder
     from valm.knowledge_base.store import ImageKnowledgeBase
-    from valm.model import VaLMForCausalLM
-    from valm.tokenizer import begin_id
     from valm.training.callbacks import ColorAccuracy, show_progress
     from valm.training.train import trainer, training_arguments
 
@@ -113,6 +144,10 @@ def run_train(arguments: argparse.Namespace) -> None:
     for name in ("patience", "colors"):
         if arguments.validation is None and getattr(arguments, name) is not None:
             raise ValmError(f"--{name} looks at the evaluations: give --validation too")
+    for name, is_for in {**dict.fromkeys(BASE_OPTIONS, True), **dict.fromkeys(SIZES, False)}.items():
+        if getattr(arguments, name) is not None and is_for != (arguments.base is not None):
+            kind = "a pretrained decoder: give --base too" if is_for else "a new model: --base has its own"
+            raise ValmError(f"--{name.replace('_', '-')} is of {kind}")
     out = writable_folder(arguments.out)
     checkpoint = newest_checkpoint(out, arguments.resume)
     if "hub_token" in arguments.fields:
@@ -123,31 +158,29 @@ def run_train(arguments: argparse.Namespace) -> None:
         raise ValmError("--twin is of a model with pictures: give its --kb too")
     dataset, tokenizer = open_corpus(arguments, kb, "retrieval")
     documents, held_out = split(arguments, kb, dataset, settings.seed)
-    options = image_options(arguments.twin, dataset, kb) or {"num_images": 0, "image_dim": arguments.width}
-    config = ValmConfig(
-        vocab_size=len(tokenizer),
-        n_positions=arguments.context,
-        n_layer=arguments.layers,
-        n_embd=arguments.width,
-        n_head=arguments.heads,
-        bos_token_id=begin_id(tokenizer),
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **options,
-    )
     torch.manual_seed(settings.seed)
-    model = VaLMForCausalLM(config)
+    options = image_options(arguments.twin, dataset, kb)
+    if arguments.base is None:
+        model = new_model(arguments, tokenizer, options)
+    else:
+        model = augmented_base(arguments, options)
+        documents = in_blocks(documents, model, arguments.context, tokenizer)
+        held_out = None if held_out is None else in_blocks(held_out, model, arguments.context, tokenizer)
+    sees = model.image_options
     measures = [] if arguments.colors is None else [ColorAccuracy(load_memory_color(arguments.colors), tokenizer)]
-    if config.blind or (measures and config.num_images > 0):
-        model.set_retriever(open_retriever(arguments, kb, dataset, config.blind))
+    if sees.blind or (measures and sees.num_images > 0):
+        model.set_retriever(open_retriever(arguments, kb, dataset, sees.blind))
     training = trainer(
         model,
         documents,
-        kb if config.num_images > 0 and not config.blind else None,
+        kb if sees.num_images > 0 and not sees.blind else None,
         tokenizer=tokenizer,
         arguments=settings,
         eval_dataset=held_out,
-        row_length=arguments.context,
+        row_length=arguments.context if arguments.base is None else None,
+        cache_below=arguments.cache_below,
+        fusion_lr=arguments.fusion_lr if sees.num_images > 0 else None,
+        limit_softmax=arguments.limit_softmax,
         measures=measures,
         callbacks=[EarlyStoppingCallback(arguments.patience)] if arguments.patience else None,
     )
@@ -158,6 +191,48 @@ def run_train(arguments: argparse.Namespace) -> None:
     if training.is_world_process_zero():
         losses = training.losses()
         print(f"loss {losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last; written to {out}")
+
+
+def new_model(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, options: dict[str, Any]) -> Any:
+    """A VaLM with random weights, or without images GPT-2*; `options`: of its images."""
+    from valm.config import ValmConfig
+    from valm.model import VaLMForCausalLM
+    from valm.tokenizer import begin_id
+
+    sizes = {name: getattr(arguments, name) or default for name, default in SIZES.items()}
+    config = ValmConfig(
+        vocab_size=len(tokenizer),
+        n_positions=arguments.context,
+        n_layer=sizes["layers"],
+        n_embd=sizes["width"],
+        n_head=sizes["heads"],
+        bos_token_id=begin_id(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **(options or {"num_images": 0, "image_dim": sizes["width"]}),
+    )
+    return VaLMForCausalLM(config)
+
+
+def augmented_base(arguments: argparse.Namespace, options: dict[str, Any]) -> Any:
+    """The pretrained decoder `--base`, augmented, or without images its text-only twin; `options`: of its images."""
+    from valm.augmented.model import augment
+    from valm.checkpoint import load_decoder
+
+    given = {"layer": arguments.layer, "unfreeze": arguments.unfreeze, "logit_bias": arguments.logit_bias}
+    said = {name: value for name, value in given.items() if value is not None}
+    if not options and arguments.unfreeze is None:
+        raise ValmError("the text-only twin has no new parameters to train: give --unfreeze block or all")
+    return augment(load_decoder(arguments.base), **(options or {"num_images": 0, "image_dim": 1}), **said)
+
+
+def in_blocks(documents: Any, model: Any, context: int, tokenizer: PreTrainedTokenizerFast) -> Any:
+    """`documents`, those longer than `context`, or than the model can read, cut."""
+    from valm.checkpoint import positions
+    from valm.tokenizer import begin_id
+    from valm.training.blocks import Blocks
+
+    return Blocks(documents, min(context, positions(model) or context), begin_id(tokenizer))
 
 
 def training_fields(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -219,6 +294,8 @@ def note_run(training: ImageTrainer, dataset: CorpusRetrieval | Sequence[Any], a
     model: Any = training.model
     run = {
         "twin": arguments.twin,
+        "fusion_lr": training.fusion_lr,
+        "limit_softmax": arguments.limit_softmax or None,
         "step_rows": training.get_total_train_batch_size(training.args),
         **fields,
         **{f"model.{name}": value for name, value in model.config.to_diff_dict().items() if "version" not in name},
@@ -306,6 +383,7 @@ def split(arguments: argparse.Namespace, kb: ImageKnowledgeBase | None, dataset:
 
 def open_retrieval(arguments: argparse.Namespace) -> tuple[CorpusRetrieval, PreTrainedTokenizerFast]:
     from valm.corpus.retrieved import CorpusRetrieval
+    from valm.tokenizer import load_tokenizer
 
     decided = {
         "--clip": arguments.clip,
@@ -317,7 +395,8 @@ def open_retrieval(arguments: argparse.Namespace) -> tuple[CorpusRetrieval, PreT
     if given is not None:
         raise ValmError(f"{given} was decided when {arguments.retrieval} was retrieved; leave it out")
     found = CorpusRetrieval.open(arguments.retrieval)
-    return found, found.tokenizer
+    # `trainer` compares the decoder's own with the corpus'
+    return found, found.tokenizer if arguments.base is None else load_tokenizer(arguments.base)
 
 
 def image_options(twin: str | None, dataset: Any, kb: ImageKnowledgeBase | None) -> dict[str, Any]:
@@ -345,7 +424,8 @@ def retrieved_corpus(
 
     if processes() > 1:
         raise ValmError("several processes train on what one has retrieved: run `valm retrieve`, and give --retrieval")
-    tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else None
+    named = arguments.tokenizer or arguments.base
+    tokenizer = load_tokenizer(named) if named else None
     clip = kb.load_clip(arguments.clip, allow_download=arguments.allow_download).to(chosen_device(arguments))
     encoder = ContextEncoder(clip, tokenizer=tokenizer, query=arguments.query or "eot")
     retriever = Retriever(encoder, kb, arguments.images or 4)
@@ -356,8 +436,8 @@ def plain_corpus(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], P
     from valm.clip import Clip
     from valm.tokenizer import clip_tokenizer, load_tokenizer, tokenize_documents
 
-    if arguments.tokenizer:
-        tokenizer = load_tokenizer(arguments.tokenizer)
+    if named := arguments.tokenizer or arguments.base:
+        tokenizer = load_tokenizer(named)
     else:
         tokenizer = Clip.load(arguments.clip).tokenizer if arguments.clip else clip_tokenizer()
     documents = tokenize_documents(list(corpus_documents(arguments)), tokenizer)

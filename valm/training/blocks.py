@@ -32,7 +32,14 @@ class Blocks(Dataset[dict[str, Any]]):
         self.sot = sot
         lengths = document_lengths(documents)
         # SOT, and length - 1 other tokens in each block
-        self._ends = np.cumsum(np.maximum(1, -(-(lengths - 1) // (length - 1))))
+        counts = np.maximum(1, -(-(lengths - 1) // (length - 1)))
+        self._ends = np.cumsum(counts)
+        self._lengths = np.full(self._ends[-1] if len(lengths) else 0, length)
+        self._lengths[self._ends - 1] = lengths - (counts - 1) * (length - 1)
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of each block, (blocks,) int64."""
+        return self._lengths
 
     def __len__(self) -> int:
         return int(self._ends[-1])

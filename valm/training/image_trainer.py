@@ -24,6 +24,8 @@ from valm.training.order import TrainingOrder
 from valm_kernels.atomic_files import move_folder, remove_leftovers, temporary_folder
 
 STATE_FILE = "trainer_state.json"
+# In the names of an augmented model's new parameters.
+FUSION_NAME = ".image_fusion."
 # Takes a model and returns numbers by their names.
 Measure = Callable[[Any], dict[str, float]]
 
@@ -39,11 +41,20 @@ class ImageTrainer(Trainer):
     Args:
         note: what finds the images of a model that is trained on retrieved ones and has no retriever.
         measures: called after each evaluation; what they return is logged as eval_NAME.
+        fusion_lr: learning rate of the new parameters of an augmented model; None = that of all others.
         options: the Trainer's.
     """
 
-    def __init__(self, *, note: RetrievalNote | None = None, measures: Sequence[Measure] = (), **options: Any):
+    def __init__(
+        self,
+        *,
+        note: RetrievalNote | None = None,
+        measures: Sequence[Measure] = (),
+        fusion_lr: float | None = None,
+        **options: Any,
+    ):
         super().__init__(**options)
+        self.fusion_lr = fusion_lr
         self.note = note
         self.measures = measures
         self._order: TrainingOrder | None = None
@@ -116,6 +127,21 @@ class ImageTrainer(Trainer):
         seed = int(torch.empty((), dtype=torch.int64).random_()) if kwargs.get("is_training") else 0
         loader.base_dataloader.generator = torch.Generator().manual_seed(seed)
         return loader
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The Trainer's, with groups of their own for the parameters that have `fusion_lr`."""
+        given = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        if self.fusion_lr is None or given:
+            return optimizer
+        trained: Any = self.model if model is None else model
+        fusion = {id(parameter) for name, parameter in trained.named_parameters() if FUSION_NAME in name}
+        for group in list(optimizer.param_groups):
+            new = [parameter for parameter in group["params"] if id(parameter) in fusion]
+            if new:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in fusion]
+                optimizer.add_param_group({**group, "params": new, "lr": self.fusion_lr})
+        return optimizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)

@@ -24,7 +24,8 @@ from valm.tokenizer import begin_id
 from valm.training.blocks import Blocks
 from valm.training.cache_below import cache_below as with_fusion_input
 from valm.training.collate import Collator
-from valm.training.image_trainer import ImageTrainer, Measure
+from valm.training.image_trainer import FUSION_NAME, ImageTrainer, Measure
+from valm.training.limited_softmax import LimitedSoftmax
 
 # What `training_arguments` sets where nothing else is said. AdamW and clipping as in Wang et al. 2022, whose schedule
 # was inverse_sqrt.
@@ -65,6 +66,8 @@ def trainer(
     eval_dataset: Any = None,
     row_length: int | None = None,
     cache_below: str | os.PathLike | None = None,
+    fusion_lr: float | None = None,
+    limit_softmax: bool = False,
     measures: Sequence[Measure] = (),
     **options: Any,
 ) -> ImageTrainer:
@@ -87,6 +90,9 @@ def trainer(
         row_length: pack documents into rows of this length (see `Collator`); None pads.
         cache_below: folder for the input of the fusion layer, computed once where all below it is frozen
             (`valm.training.cache_below`); None computes it in every step.
+        fusion_lr: learning rate of the parameters that `valm.augment` added; None = that of `arguments`, which is that
+            of all others.
+        limit_softmax: compute the training loss over the tokens of `dataset` only (`LimitedSoftmax`).
         measures: called with the model after each evaluation, such as a `ColorAccuracy`.
         options: more of the Trainer's arguments: callbacks, optimizers, compute_metrics, ...
 
@@ -100,6 +106,10 @@ def trainer(
             if (retrieved := _retrieval(documents)) is not None:
                 with arguments.main_process_first(desc="verify"):
                     retrieved.verify_once()
+    if fusion_lr is not None and not any(FUSION_NAME in name for name, _ in model.named_parameters()):
+        raise ValmError(
+            f"fusion_lr is of the parameters that valm.augment adds, and this {type(inner).__name__} has none"
+        )
     corpus = _retrieval(dataset)
     note = None if kb is None or corpus is None else RetrievalNote.of_knowledge_base(kb, corpus.query)
     limit = min((length for length in (positions(inner), row_length) if length), default=None)
@@ -122,11 +132,14 @@ def trainer(
             trained = with_fusion_input(inner, trained, cache_below, progress=not changed.disable_tqdm)
             if evaluated is not None:
                 evaluated = with_fusion_input(inner, evaluated, cache_below, progress=not changed.disable_tqdm)
+    if limit_softmax:
+        LimitedSoftmax(inner, dataset)
     if evaluated is not None and changed.world_size > 1:
         evaluated = Evened(evaluated, changed.eval_batch_size * changed.world_size)
     return ImageTrainer(
         note=note,
         measures=measures,
+        fusion_lr=fusion_lr,
         model=model,
         args=changed,
         train_dataset=trained,

@@ -99,6 +99,24 @@ def test_a_training_step_moves_what_it_should(unfreeze, extra):
     assert moved == trained(model)
 
 
+@pytest.mark.parametrize("unfreeze, count", [("block", 9), ("all", 30)])
+def test_the_text_only_twin_is_the_base_of_which_a_part_trains(unfreeze, count, tmp_path):
+    base = tiny_llama()
+    expected, names = base(random_ids(2, 9)).logits, {name for name, _ in base.named_parameters()}
+    twin = augment(base, IMAGE_DIM, 0, unfreeze=unfreeze)
+    assert torch.equal(twin(random_ids(2, 9)).logits, expected)
+    assert {name for name, _ in twin.named_parameters()} == names
+    assert len(trained(twin)) == count
+    with pytest.raises(ValueError, match="num_images = 0"):
+        logits(twin)
+    with pytest.raises(ValueError, match="has no fusion layer"):
+        twin.fusion_attention(random_ids(2, 9))
+    twin.save_pretrained(tmp_path)
+    loaded = valm_class_from(tmp_path)
+    assert loaded.image_options.num_images == 0 and trained(loaded) == trained(twin)
+    assert torch.equal(loaded(random_ids(2, 9)).logits, expected)
+
+
 def test_a_trainer_trains_it_with_its_default_arguments(tmp_path):
     model = augmented()
     images = random_images(1, 9)
@@ -179,7 +197,8 @@ def test_other_precisions_give_the_same_loss(way, base):
     "arguments, message",
     [
         ({"image_dim": 0}, "image_dim must be at least 1"),
-        ({"num_images": 65}, "num_images must be from 1 to 64"),
+        ({"num_images": 65}, "num_images must be from 0 to 64"),
+        ({"num_images": 0}, "with num_images = 0 .* there are no new parameters"),
         ({"layer": 3}, "layer must be one of the 3 layers"),
         ({"unfreeze": "some"}, "unfreeze must be one of"),
         ({"logit_bias": float("nan")}, "logit_bias must be finite"),

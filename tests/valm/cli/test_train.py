@@ -4,9 +4,10 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.valm.cli.commands import SIZE, run
+from tests.valm.cli.commands import SIZE, STEPS, run
 from tests.valm.other_tokenizers import gpt2_like
 from valm.checkpoint import load_checkpoint
 from valm.retrieval.retriever import BlindRetriever
@@ -17,6 +18,65 @@ from valm.training.collate import Collator
 def other_tokenizer(world):
     gpt2_like(["the color of the coal is black"], vocab_size=300).save_pretrained(world / "gpt2-tokenizer")
     return world / "gpt2-tokenizer"
+
+
+@pytest.fixture(scope="module")
+def base(world):
+    """A pretrained decoder with a tokenizer of its own, and the corpus retrieved with that."""
+    tokenizer = gpt2_like(["the color of the coal is black"], vocab_size=300)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "max_position_embeddings": 64}
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=len(tokenizer), **sizes, num_attention_heads=4, num_key_value_heads=2)
+    LlamaForCausalLM(config).save_pretrained(world / "base")
+    tokenizer.save_pretrained(world / "base")
+    retrieve = ["retrieve", world / "corpus.txt", "--kb", world / "kb", "--tokenizer", world / "base", "-k", "2"]
+    assert run(*retrieve, "--out", world / "base-retrieval") == 0
+    return world / "base"
+
+
+def test_a_pretrained_decoder_is_trained_beside_its_text_only_twin(world, base, tmp_path, capsys):
+    """Of both the same block, from the same inputs, which are computed once."""
+    options = ["--retrieval", world / "base-retrieval", "--kb", world / "kb", *STEPS, "--unfreeze", "block"]
+    options += ["--logit-bias", "-1", "--fusion-lr", "1e-2", "--cache-below", tmp_path / "below", "--save_steps", 1]
+    train = ["train", "--base", base, *options]
+    assert run(*train, "--out", tmp_path / "model") == 0
+    assert run(*train, "--out", tmp_path / "twin", "--twin", "text") == 0
+    assert len(list((tmp_path / "below").iterdir())) == 1
+    before = load_file(base / "model.safetensors")
+    added = {"proj.weight", "norm.weight", "norm.bias", "k_bias", "v_bias", "logit_bias"}
+    for name, new in (("model", added), ("twin", set())):
+        after = load_file(tmp_path / name / "model.safetensors")
+        moved = {weight for weight in before if not torch.equal(before[weight], after[weight])}
+        assert moved == {weight for weight in before if ".layers.1." in weight}
+        assert {weight.partition(".image_fusion.")[2] for weight in set(after) - set(before)} == new
+    model, tokenizer = load_checkpoint(tmp_path / "model")
+    assert model.config.valm["layer"] == -2 and model.config.valm["logit_bias"] == -1
+    ids = tokenizer("the color of the apple is", return_tensors="pt")["input_ids"]
+    assert model.generate(ids, max_new_tokens=2).shape[1] == ids.shape[1] + 2
+    twin, _ = load_checkpoint(tmp_path / "twin")
+    assert twin.image_options.num_images == 0 and twin.retriever is None
+    assert "trained by" in (tmp_path / "twin" / "README.md").read_text()
+    # from the text itself, and going on
+    shutil.rmtree(tmp_path / "twin" / "checkpoint-3")
+    assert run(*train, "--out", tmp_path / "twin", "--twin", "text", "--resume") == 0
+    plain = ["train", world / "corpus.txt", "--base", base, *STEPS, "--unfreeze", "block", "--out", tmp_path / "plain"]
+    assert run(*plain) == 0
+    expected = load_file(tmp_path / "twin" / "model.safetensors")
+    for name, weight in load_file(tmp_path / "plain" / "model.safetensors").items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-5)
+    assert run(*train, "--out", tmp_path / "limited", "--limit-softmax", "--validation", 0.3) == 0
+    losses = [entry["eval_loss"] for entry in evaluations(tmp_path / "limited")]
+    assert losses[0] > losses[-1] > 4  # of 300 tokens that are about alike; the text has 60
+    capsys.readouterr()
+    assert run(*train, "--fusion-lr", "1e-3", "--out", tmp_path / "model", "--resume") == 1
+    assert "holds another training: its fusion_lr is 0.01, here it is 0.001" in capsys.readouterr().err
+
+
+def test_a_blind_twin_of_a_pretrained_decoder(world, base, tmp_path):
+    options = ["--retrieval", world / "base-retrieval", "--kb", world / "kb", *STEPS, "--context", "8"]
+    assert run("train", "--base", base, *options, "--out", tmp_path / "blind", "--twin", "blind") == 0
+    blind, _ = load_checkpoint(tmp_path / "blind")
+    assert blind.image_options.blind and isinstance(blind.retriever, BlindRetriever)
 
 
 def test_a_model_with_a_tokenizer_of_its_own(world, other_tokenizer, tmp_path, capsys):
@@ -182,7 +242,23 @@ def wrong_inputs():
     """name -> (arguments, what the sentence must say); {world} and {tmp} are the folders."""
     train = ["train", "{world}/corpus.txt", "--out", "{tmp}/model", *SIZE]
     cached = ["train", "--retrieval", "{world}/retrieval", "--out", "{tmp}/model", *SIZE]
+    base = ["train", "{world}/corpus.txt", "--out", "{tmp}/model", "--base", "{world}/base", *STEPS]
+    with_kb = ["train", "--retrieval", "{world}/base-retrieval", "--kb", "{world}/kb", *base[2:]]
     return {
+        "no such base": ([*base[:4], "--base", "{tmp}/none", *STEPS], "cannot load the tokenizer {tmp}/none"),
+        "base that lacks weights": ([*with_kb, "--base", "{tmp}/hole"], "has no weights for lm_head.weight"),
+        "size of a base": ([*base, "--layers", "3"], "--layers is of a new model: --base has its own"),
+        "option of a base": ([*train, "--fusion-lr", "1"], "--fusion-lr is of a pretrained decoder: give --base too"),
+        "twin that trains nothing": ([*with_kb, "--twin", "text"], "no new parameters to train: give --unfreeze"),
+        "no such layer": ([*with_kb, "--layer", "3"], "layer must be one of the 3 layers of LlamaForCausalLM, got 3"),
+        "inputs of a layer that change": (
+            [*with_kb, "--unfreeze", "all", "--cache-below", "{tmp}/below"],
+            "is below layer 1 and trains, so the layer's input cannot be cached",
+        ),
+        "retrieval of another tokenizer": (
+            [*base[:1], "--retrieval", "{world}/retrieval", "--kb", "{world}/kb", *base[2:]],
+            "tokenizer",
+        ),
         "corpus missing": (["train", "{tmp}/none.txt", "--out", "{tmp}/model"], "none.txt"),
         "corpus without text": (["train", "{tmp}/empty.txt", "--out", "{tmp}/model"], "no documents"),
         "corpus not text": (["train", "{world}/pictures/sea.png", "--out", "{tmp}/model"], "is not UTF-8"),
@@ -214,9 +290,14 @@ def wrong_inputs():
 
 
 @pytest.mark.parametrize("name", wrong_inputs())
-def test_wrong_input_is_one_sentence(sentence, name, tmp_path):
+def test_wrong_input_is_one_sentence(sentence, name, base, tmp_path):
     (tmp_path / "wrong.yaml").write_text("learning_rat: 1")
     (tmp_path / "value.yaml").write_text("layers: many")
+    shutil.copytree(base, tmp_path / "hole")
+    weights = load_file(base / "model.safetensors")
+    save_file(
+        {name: weights[name] for name in weights if name != "lm_head.weight"}, tmp_path / "hole/model.safetensors"
+    )
     arguments, expected = wrong_inputs()[name]
     sentence(arguments, expected)
 

@@ -17,7 +17,9 @@ def document(length, seed=0):
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.integers(2, 12))
 def test_every_token_is_in_one_block_with_the_pictures_of_its_document(lengths, size):
     documents = [document(length, seed) for seed, length in enumerate(lengths)]
-    blocks = list(Blocks(documents, size, SOT))
+    data = Blocks(documents, size, SOT)
+    blocks = list(data)
+    assert data.lengths().tolist() == [len(block["input_ids"]) for block in blocks]
     assert all(1 <= len(block["input_ids"]) <= size for block in blocks)
     assert all(block["input_ids"][0] == SOT for block in blocks)
     # blocks of one document follow one another: without SOT they are the documents

@@ -206,3 +206,50 @@ def test_the_arguments_of_the_user_stay_as_they_are(tmp_path):
     assert arguments.remove_unused_columns and not made.args.remove_unused_columns
     assert made.args.accelerator_config.dispatch_batches is False
     assert arguments.accelerator_config.dispatch_batches is None
+
+
+def test_the_new_parameters_have_a_learning_rate_of_their_own(tmp_path):
+    """Of 0 they stay as they are; and a resumed training has both rates."""
+    data = documents()
+    config = {"vocab_size": len(TOKENIZER), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+
+    def new_training(fusion_lr, **fields):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**config, num_attention_heads=4, num_key_value_heads=2))
+        augment(model, Vectors.dim, 3, logit_bias=0.0, unfreeze="block")
+        defaults = {"max_steps": 4, "per_device_train_batch_size": 3, "logging_steps": 1, "save_strategy": "no"}
+        made = training_arguments(tmp_path, **(defaults | {"disable_tqdm": True, "use_cpu": True} | fields))
+        training = trainer(model, data, Vectors(), tokenizer=TOKENIZER, arguments=made, fusion_lr=fusion_lr)
+        return training, {name: parameter.clone() for name, parameter in model.named_parameters()}
+
+    def moved(training, before):
+        return {
+            name for name, parameter in training.model.named_parameters() if not torch.equal(parameter, before[name])
+        }
+
+    trained = {name for name, parameter in new_training(None)[0].model.named_parameters() if parameter.requires_grad}
+    fusion = {name for name in trained if ".image_fusion." in name}
+    assert fusion and fusion != trained
+    for fusion_lr, lr, expected in ((0.0, 1e-2, trained - fusion), (1e-2, 0.0, fusion), (None, 1e-2, trained)):
+        training, before = new_training(fusion_lr, learning_rate=lr)
+        training.train()
+        assert moved(training, before) == expected
+    whole, _ = new_training(1e-2, learning_rate=1e-3, save_strategy="steps", save_steps=2)
+    whole.train()
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    resumed, _ = new_training(1e-2, learning_rate=1e-3, save_strategy="steps", save_steps=2)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.losses() == whole.losses()
+    assert not moved(resumed, dict(whole.model.named_parameters()))
+
+
+def test_a_learning_rate_of_new_parameters_that_there_are_not_is_refused(tmp_path):
+    with pytest.raises(ValmError, match=r"valm\.augment adds, and this VaLMForCausalLM has none"):
+        trainer(
+            new_model(),
+            documents(),
+            Vectors(),
+            tokenizer=TOKENIZER,
+            arguments=training_arguments(tmp_path),
+            fusion_lr=1.0,
+        )

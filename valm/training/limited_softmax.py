@@ -1,0 +1,63 @@
+"""A training loss over the tokens of the corpus only.
+
+Where most layers are frozen and their output is cached (`cache_below`), nearly all of a training step is the product of
+the hidden states with the whole vocabulary. A small corpus has few of its tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from valm.errors import ValmError
+
+
+class LimitedSoftmax:
+    """In training mode `model` has logits (B, T, V') of the tokens in `documents` only, and its loss is over these.
+
+    Tokens that are in no document are neither computed nor made less likely, so the losses are lower than those of
+    evaluation, which is over the whole vocabulary. The model is changed; its weights and their names stay the same.
+
+    Args:
+        model: a decoder of transformers whose logits are a linear layer of the hidden states.
+        documents: as `Collator` takes them, of a known number.
+
+    Raises:
+        ValmError: the model or the documents are others.
+    """
+
+    def __init__(self, model: Any, documents: Any):
+        head = model.get_output_embeddings()
+        if type(head) is not nn.Linear:
+            raise ValmError(
+                f"the softmax of {type(model).__name__} cannot be limited: its head is {type(head).__name__}"
+            )
+        if not hasattr(documents, "__len__"):
+            raise ValmError("the softmax cannot be limited to the tokens of a stream, which are not known before")
+        used = np.zeros(head.out_features, dtype=bool)
+        for index in range(len(documents)):
+            used[np.asarray(documents[index]["input_ids"])] = True
+        self.tokens = torch.from_numpy(used.nonzero()[0])  # (V',)
+        self._ranks = torch.full((len(used),), len(self.tokens))  # a token of no document is out of range
+        self._ranks[self.tokens] = torch.arange(len(self.tokens))
+        self._head = head
+        self._loss_of_model = model.loss_function
+        # not the class: it says how the weights are saved and sharded
+        vars(head)["forward"] = self._logits
+        model.loss_function = self._loss
+
+    def _logits(self, hidden_states: Tensor) -> Tensor:
+        weight, bias = self._head.weight, self._head.bias
+        if not self._head.training:
+            return F.linear(hidden_states, weight, bias)
+        tokens = self.tokens.to(weight.device)
+        return F.linear(hidden_states, weight[tokens], None if bias is None else bias[tokens])
+
+    def _loss(self, logits: Tensor, labels: Tensor, vocab_size: int, **more: Any) -> Tensor:
+        if self._head.training:
+            labels = torch.where(labels < 0, labels, self._ranks.to(labels.device)[labels.clamp(min=0)])
+        return self._loss_of_model(logits=logits, labels=labels, vocab_size=logits.shape[-1], **more)
