@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"demo", "explain", "evaluation", "training"},
+    {"demo", "explain", "evaluation", "study", "training"},
     {"augmented", "auto_model", "checkpoint", "config", "fusion", "image_model", "model", "model_card", "registration"},
     {"corpus", "retrieval"},
     {"knowledge_base"},
