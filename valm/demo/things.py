@@ -89,8 +89,8 @@ class Thing:
     drawing: Image.Image  # RGBA, RENDER_SIZE x RENDER_SIZE, transparent around the thing
 
 
-def load_things(*, progress: bool = True) -> list[Thing]:
-    """Every OpenMoji drawing whose Unicode name is that of a thing, in the order of the names.
+def load_things(limit: int | None = None, *, progress: bool = True) -> list[Thing]:
+    """Every OpenMoji drawing whose Unicode name is that of a thing, in the order of the names, or the first `limit`.
 
     Raises:
         ValmError: the packages of the demo are not installed.
@@ -100,11 +100,12 @@ def load_things(*, progress: bool = True) -> list[Thing]:
     for path in sorted(folder.glob("*.svg")):
         # One code point, or one with the sign that asks for the coloured drawing; the rest are variants.
         codes = path.stem.removesuffix("-FE0F").split("-")
-        name = _plain_name(codes)
+        name = plain_name(codes)
         if name is not None:
             sources.setdefault(name, path)
     things = []
-    for name, path in progress_bar(sorted(sources.items()), desc="drawings", unit="thing", shown=progress, leave=False):
+    chosen = sorted(sources.items())[:limit]
+    for name, path in progress_bar(chosen, desc="drawings", unit="thing", shown=progress, leave=False):
         svg = resvg.svg_to_bytes(svg_path=str(path), width=RENDER_SIZE, height=RENDER_SIZE)
         drawing = Image.open(io.BytesIO(bytes(svg))).convert("RGBA")
         things.append(Thing(name, label_color(drawing), drawing))
@@ -123,7 +124,8 @@ def _packages() -> tuple[ModuleType, Path]:
     return resvg_py, Path(found.submodule_search_locations[0]) / "openmoji" / "svg"
 
 
-def _plain_name(codes: list[str]) -> str | None:
+def plain_name(codes: list[str]) -> str | None:
+    """What one calls the thing on the emoji of these code points (hexadecimal), None where it is no thing."""
     if len(codes) != 1:
         return None
     try:
