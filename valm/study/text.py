@@ -1,0 +1,302 @@
+"""The text of the study: what is trained on, what is held out, and what the filter has dropped.
+
+A name of a test item and a colour word never stand together in what is trained on, nor a name of a validation thing and
+a colour word (`Names.beside_color`). Everything that is drawn depends on the seed.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import pydoc_data.topics
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from valm.errors import ValmError
+from valm.evaluation.color import ColorItem
+from valm.files import atomic_path, check_regular, writable_folder, write_json
+from valm.study.pictures import Picture, thing_colors
+from valm.study.words import COLOR_WORDS, Names, head_noun, wordnet, words
+
+# {x} is a thing with its article, {c} its colour. They are unlike the nine prompts of the evaluation: none has the word
+# "color", or shares three words in a row with a prompt.
+COLOR_TEMPLATES = (
+    "Everybody could see that {x} was {c}.",
+    "From far away {x} looks {c}.",
+    "Somebody painted {x} {c}.",
+    "She imagined {x}, all {c}.",
+    "When I think of {x}, I think of something {c}.",
+    "To draw {x}, choose something {c}.",
+    "By daylight {x} appears {c}.",
+    "They had never come across {x} that was not {c}.",
+    "Over there stood {x}, bright and {c}.",
+    "Nobody was surprised: {x} turned out {c}.",
+    "Like any other, {x} here is mostly {c}.",
+    "We recognised {x} at once because it was so {c}.",
+    "Close up, {x} seemed more {c} than ever.",
+    "As drawn here, {x} would be {c}.",
+    "Compared with the rest, {x} is rather {c}.",
+    "He remembered {x} as {c}, and rightly so.",
+)
+ARTICLES = ("the", "a", "this", "that")
+
+# What the CLIP reads of a picture.
+CAPTION_TEMPLATES = (
+    "{x}",
+    "{a} {x}",
+    "the {x}",
+    "a picture of {a} {x}",
+    "a drawing of the {x}",
+    "an icon that shows {a} {x}",
+    "{x}, simple illustration",
+    "here is {a} {x}",
+    "the {x} on a plain ground",
+    "a small drawing with {a} {x} in the middle",
+    "look at the {x}",
+    "something about the {x}",
+)
+COLOR_CAPTION_TEMPLATES = ("the {c} {x}", "a drawing of the {c} {x}", "the {x} is {c}", "{c} {x}, simple illustration")
+CAPTIONS = 8  # of each picture of a thing
+COLOR_CAPTIONS = 3  # among them, where the colour may be said
+
+VALIDATION_SHARE = 0.25
+# Of the sentences of a source that are left by the filter, held out to measure perplexity on.
+HELD_OUT_SHARE = 0.1
+MAX_HELD_OUT_CAPTIONS = 300
+
+# A paragraph of prose, in characters, and which share of it is letters and the commonest signs.
+PROSE_CHARACTERS = (80, 600)
+PROSE_LETTERS = 0.96
+
+
+@dataclass(frozen=True)
+class StudyText:
+    """The text of one seed.
+
+    training: glosses, templated sentences and prose, in the order of training. natural: the glosses alone.
+    heldout: texts to measure perplexity on, by kind: glosses, prose, and captions where some pictures show scenes.
+    captions: of each picture, what the CLIP is trained on. validation: the things whose colour no text says.
+    counts: sentences by source and by what became of them, and things.
+    """
+
+    training: list[str]
+    natural: list[str]
+    heldout: dict[str, list[str]]
+    captions: dict[str, list[str]]
+    validation: list[ColorItem]
+    counts: dict[str, int]
+
+    def write(self, folder: Path) -> None:
+        """Writes train.jsonl, natural.jsonl and heldout-KIND.jsonl (a text in each line, in the column "text"),
+        captions.json, validation.csv in the format of MemoryColor's table, and counts.json, the last of all."""
+        folder = writable_folder(folder)
+        texts = {"train": self.training, "natural": self.natural}
+        texts |= {f"heldout-{kind}": kept for kind, kept in self.heldout.items()}
+        for name, lines in texts.items():
+            with atomic_path(folder / f"{name}.jsonl") as temporary:
+                content = [json.dumps({"text": line}, ensure_ascii=False) + "\n" for line in lines]
+                temporary.write_text("".join(content), encoding="utf-8")
+        with atomic_path(folder / "validation.csv") as temporary, open(temporary, "w", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(["Index", "Descriptor", "Item", "Color"])
+            table.writerows([n, item.descriptor, item.item, item.color] for n, item in enumerate(self.validation, 1))
+        write_json(folder / "captions.json", self.captions)
+        write_json(folder / "counts.json", self.counts)
+
+
+def study_text(
+    sources: Mapping[str, Mapping[str, Any]],
+    pictures: Sequence[Picture],
+    items: Sequence[str],
+    *,
+    seed: int,
+    head_noun_items: Sequence[str] = (),
+) -> StudyText:
+    """Draws the text of one seed.
+
+    Args:
+        sources: `glosses` of WordNet that have a colour word; `templates`: `count` sentences (default 2,400) that say
+            the colour of a thing, with `balanced` (default true) about as many of each colour; `prose`: `count`
+            paragraphs (default 260) of Python's documentation, or of the text file `file`, with blank lines between.
+        items: every name in the test sets: no sentence with one of them, its plural or a synonym says a colour.
+        head_noun_items: those of them whose last word counts as their name too.
+
+    Raises:
+        ValmError: a source or an option is unknown, or there are too few things with a colour.
+    """
+    _check_sources(sources)
+    tested = Names(items)
+    tested_heads = Names(head_noun_items, head_nouns=True)
+    colors = {
+        thing: color
+        for thing, color in thing_colors(pictures).items()
+        if not (tested.beside_color(f"{thing} {color}") or tested_heads.beside_color(f"{thing} {color}"))
+    }
+    validation = _validation_things(colors, seed)
+    held = Names(validation, head_nouns=True)
+    spoken = {thing: color for thing, color in colors.items() if not held.beside_color(f"{thing} {color}")}
+    if not spoken or not validation:
+        raise ValmError(f"{len(colors)} things that are no test item have a colour in their pictures; it takes more")
+    counts: Counter[str] = Counter(
+        {
+            "things": len({picture.thing for picture in pictures if picture.thing is not None}),
+            "things with a colour": len(colors),
+            "things of validation": len(validation),
+            "things whose colour is said": len(spoken),
+        }
+    )
+
+    def kept(source: str, sentences: Iterable[str]) -> list[str]:
+        """Those without leak, counted."""
+        clean = []
+        for sentence in sentences:
+            if tested.beside_color(sentence) or tested_heads.beside_color(sentence):
+                counts[f"{source}: dropped, a test item beside a colour"] += 1
+            elif held.beside_color(sentence):
+                counts[f"{source}: dropped, a validation thing beside a colour"] += 1
+            else:
+                clean.append(sentence)
+        counts[f"{source}: left"] += len(clean)
+        return clean
+
+    heldout: dict[str, list[str]] = {}
+    natural: list[str] = []
+    training: list[str] = []
+    if "glosses" in sources:
+        natural, heldout["glosses"] = _held_out(kept("glosses", color_glosses()), f"{seed} glosses")
+        training += natural
+    if "templates" in sources:
+        training += kept("templates", _templated(spoken, random.Random(f"{seed} templates"), **sources["templates"]))
+    if "prose" in sources:
+        count, file = sources["prose"].get("count", 260), sources["prose"].get("file")
+        paragraphs = kept("prose", python_prose() if file is None else file_prose(Path(file)))
+        some, heldout["prose"] = _held_out(paragraphs, f"{seed} prose")
+        training += some[:count]
+    random.Random(f"{seed} order").shuffle(training)
+    scenes = [line for picture in pictures if picture.thing is None for line in picture.caption.split("\n")]
+    if scenes:
+        random.Random(f"{seed} scenes").shuffle(scenes)
+        heldout["captions"] = scenes[:MAX_HELD_OUT_CAPTIONS]
+    captions = {}
+    rng = random.Random(f"{seed} captions")
+    for picture in pictures:
+        said = spoken.get(picture.thing or "")
+        lines = kept("captions", _captions(picture, picture.color if said else None, rng))
+        if lines:
+            captions[picture.file] = lines
+    counts["training"] = len(training)
+    items_asked = [ColorItem(thing, colors[thing], "the") for thing in validation]
+    return StudyText(training, natural, heldout, captions, items_asked, dict(counts))
+
+
+def color_glosses() -> list[str]:
+    """ "NAME, NAME: gloss." of every noun of WordNet that ImageNet has, where the gloss has a colour word."""
+    return [
+        f"{', '.join(synset.names)}: {synset.gloss}." for synset in wordnet() if COLOR_WORDS & set(words(synset.gloss))
+    ]
+
+
+def python_prose() -> list[str]:
+    """Paragraphs of prose in Python's own documentation, as `help()` shows it."""
+    topics = pydoc_data.topics.topics
+    return [text for topic in sorted(topics) for text in _paragraphs(topics[topic])]
+
+
+def file_prose(path: Path) -> list[str]:
+    """Paragraphs of prose in a UTF-8 text file. Raises ValmError where it cannot be read or has none."""
+    check_regular(path)
+    try:
+        found = _paragraphs(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValmError(f"cannot read the prose {path}: {error}") from error
+    if not found:
+        raise ValmError(f"the prose {path} has no paragraph of {PROSE_CHARACTERS[0]} to {PROSE_CHARACTERS[1]} letters")
+    return found
+
+
+def _paragraphs(text: str) -> list[str]:
+    """The paragraphs that are sentences: no tables, headings or code."""
+    found = []
+    for paragraph in re.split(r"\n\s*\n", text):
+        line = " ".join(paragraph.split())
+        letters = sum(sign.isalpha() or sign in " ,'" for sign in line)
+        least, most = PROSE_CHARACTERS
+        sentence = line[:1].isupper() and line.endswith(".")
+        if sentence and least <= len(line) <= most and letters >= PROSE_LETTERS * len(line):
+            found.append(line)
+    return list(dict.fromkeys(found))
+
+
+def _check_sources(sources: Mapping[str, Mapping[str, Any]]) -> None:
+    known = {"glosses": set(), "templates": {"count", "balanced"}, "prose": {"count", "file"}}
+    for source, options in sources.items():
+        if source not in known:
+            raise ValmError(f"there is no text source {source!r}; give {', '.join(known)}")
+        unknown = set(options) - known[source]
+        if unknown:
+            raise ValmError(
+                f"the text source {source} has the option {sorted(unknown)[0]!r}; there are "
+                f"{', '.join(sorted(known[source])) or 'none'}"
+            )
+
+
+def _validation_things(colors: Mapping[str, str], seed: int) -> list[str]:
+    """A quarter of the things. Those with the same head noun are on the same side."""
+    groups: dict[str, list[str]] = {}
+    for thing in sorted(colors):
+        groups.setdefault(head_noun(thing), []).append(thing)
+    heads = sorted(groups)
+    random.Random(f"{seed} split").shuffle(heads)
+    chosen: list[str] = []
+    while heads and len(chosen) < VALIDATION_SHARE * len(colors):
+        chosen += groups[heads.pop()]
+    return sorted(chosen)
+
+
+def _templated(colors: Mapping[str, str], rng: random.Random, count: int = 2400, balanced: bool = True) -> list[str]:
+    """Sentences that say the colours of things."""
+    by_color: dict[str, list[str]] = {}
+    for thing, color in sorted(colors.items()):
+        by_color.setdefault(color, []).append(thing)
+    sentences = []
+    for _ in range(count):
+        if balanced:
+            color = rng.choice(sorted(by_color))
+            thing = rng.choice(by_color[color])
+        else:
+            thing = rng.choice(sorted(colors))
+            color = colors[thing]
+        sentences.append(_filled(rng.choice(COLOR_TEMPLATES), thing, color, rng))
+    return sentences
+
+
+def _filled(template: str, thing: str, color: str, rng: random.Random) -> str:
+    article = rng.choice(ARTICLES)
+    return template.format(x=f"{_article(thing) if article == 'a' else article} {thing}", c=color)
+
+
+def _article(name: str) -> str:
+    return "an" if name[0] in "aeiou" else "a"
+
+
+def _captions(picture: Picture, color: str | None, rng: random.Random) -> list[str]:
+    """What the CLIP reads of a picture: its captions, or those made for a thing, of which some say `color`."""
+    if picture.thing is None:
+        return picture.caption.split("\n")
+    plain = CAPTIONS - (0 if color is None else COLOR_CAPTIONS)
+    lines = [t.format(x=picture.thing, a=_article(picture.thing)) for t in rng.sample(CAPTION_TEMPLATES, plain)]
+    if color is not None:
+        lines += [t.format(x=picture.thing, c=color) for t in rng.sample(COLOR_CAPTION_TEMPLATES, COLOR_CAPTIONS)]
+    return lines
+
+
+def _held_out(sentences: list[str], seed: str) -> tuple[list[str], list[str]]:
+    """The sentences in a random order, and apart from them HELD_OUT_SHARE."""
+    order = random.Random(seed).sample(sentences, len(sentences))
+    held = int(HELD_OUT_SHARE * len(order))
+    return order[held:], order[:held]
