@@ -59,8 +59,10 @@ def train_clip(
         ValmError: a loss is not finite.
     """
     model = clip.model.train()
-    if not any(parameter.requires_grad for parameter in model.visual.parameters()):
-        model.visual.eval()
+    for module in model.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            module.eval()  # a frozen batch norm updates no statistics
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.98), weight_decay=0.1)
     schedule = OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
@@ -131,7 +133,8 @@ def new_clip(
             raise ValmError(
                 f"the image tower of {image_tower.name} does not fit {model}: {str(error).splitlines()[-1].strip()}"
             ) from error
-        clip.model.lock_image_tower(freeze_bn_stats=True)
+        # freeze_bn_stats would replace timm's BatchNormAct2d by a batch norm without its activation (open_clip 3.3).
+        clip.model.lock_image_tower()
     return clip
 
 
