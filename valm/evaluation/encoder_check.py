@@ -206,7 +206,7 @@ def linear_probe(features: np.ndarray, labels: np.ndarray, seed: int) -> Probe:
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
     except ImportError as error:
-        raise ImportError("a linear probe needs scikit-learn: pip install 'valm[eval]'") from error
+        raise ImportError("a linear probe needs scikit-learn: pip install -e '.[eval]'") from error
     train, validation, test = _split(labels, seed)
 
     def fitted(rows: np.ndarray, c: float) -> LogisticRegression:

@@ -20,7 +20,7 @@ try:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.utils import setup_logging
 except ImportError as error:
-    raise ImportError(f"lm-evaluation-harness is needed for this: pip install 'valm[harness]' ({error})") from error
+    raise ImportError(f"lm-evaluation-harness is needed for this: pip install -e '.[harness]' ({error})") from error
 
 from valm.checkpoint import load
 from valm.evaluation.controls import switch_images

@@ -337,7 +337,7 @@ def _download(title: str, hub: Hub) -> list[Any]:
     try:
         import datasets
     except ImportError as error:
-        raise ImportError(f"{title} is read from the Hub by datasets: pip install 'valm[huggingface]'") from error
+        raise ImportError(f"{title} is read from the Hub by datasets: pip install -e '.[huggingface]'") from error
     try:
         rows: Any = datasets.load_dataset(hub.dataset, hub.config, split=hub.split)
     except Exception as error:  # datasets and the hub's client have many kinds

@@ -267,5 +267,5 @@ def _gradio() -> Any:
     try:
         import gradio
     except ImportError as error:
-        raise ValmError(f"the app needs the package gradio ({error}): pip install 'valm[app]'") from error
+        raise ValmError(f"the app needs the package gradio ({error}): pip install -e '.[app]'") from error
     return gradio

@@ -195,7 +195,7 @@ def import_faiss() -> ModuleType:
     try:
         import faiss
     except ImportError as error:
-        raise ImportError("an approximate index needs faiss: install valm[faiss], or valm[gpu]") from error
+        raise ImportError("an approximate index needs faiss: pip install -e '.[faiss]' or '.[gpu]'") from error
     return faiss
 
 

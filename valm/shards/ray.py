@@ -139,5 +139,5 @@ def import_ray() -> ModuleType:
     try:
         import ray
     except ImportError as error:
-        raise ImportError("work on a cluster needs ray: install valm[ray]") from error
+        raise ImportError("work on a cluster needs ray: pip install -e '.[ray]'") from error
     return ray

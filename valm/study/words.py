@@ -89,7 +89,7 @@ def wordnet() -> tuple[Synset, ...]:
     try:
         from timm.data import ImageNetInfo
     except ImportError as error:
-        raise ValmError(f"WordNet's nouns come with the package timm ({error}): pip install 'valm[study]'") from error
+        raise ValmError(f"WordNet's nouns come with the package timm ({error}): pip install -e '.[study]'") from error
     synsets = []
     for description in ImageNetInfo("imagenet-22k").label_descriptions(detailed=True):
         names, _, gloss = description.partition(": ")

@@ -36,7 +36,9 @@ def commands(page: Path) -> list[str]:
 def test_every_command_is_one(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for config in blocks(page, "yaml"):
-        Path("run.yaml").write_text(config, encoding="utf-8")
+        named = re.match(r"# (\w+\.yaml)", config)
+        assert named, f"{page.name}: a config begins with a comment that has its file's name"
+        Path(named[1]).write_text(config, encoding="utf-8")
     parser = build_parser()
     for command in commands(page):
         words = [word for word in shlex.split(command, comments=True)[1:] if word not in ("…", "...")]

@@ -127,7 +127,7 @@ def open_dataset(
     try:
         import datasets
     except ImportError as error:
-        raise ImportError("Hugging Face datasets need a further package: pip install 'valm[huggingface]'") from error
+        raise ImportError("Hugging Face datasets need a further package: pip install -e '.[huggingface]'") from error
     try:
         saved = [name for name in ("state.json", "dataset_dict.json") if (Path(source) / name).is_file()]
         if not saved:
