@@ -1,7 +1,7 @@
-"""Files and folders that are whole or not there: a temporary name, fsync, one rename.
+"""Files and folders that appear whole or not at all: a temporary name, fsync, one rename.
 
-A temporary name is NAME.<32 hex digits>.tmp. Its writer holds a lock on it (flock) while it lives, so whoever finds a
-temporary file without a lock knows that its writer was killed, and may remove it.
+A temporary name is NAME.<32 hex digits>.tmp. Its writer holds a lock on it (flock) for as long as it lives. A temporary
+file without a lock belonged to a writer that was killed, and may be removed.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 TEMPORARY_NAME = re.compile(r".+\.[0-9a-f]{32}\.tmp")
-# Where a file system has no locks, a temporary file as old as this has no writer any more.
+# On a file system without locks, a temporary file this old is taken to be abandoned.
 ABANDONED_SECONDS = 24 * 3600
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path`, moved to it when the block ends well and removed when it does not.
+    """A temporary file beside `path`, moved to it when the block succeeds and removed when it raises.
 
-    Killed at any point, `path` holds either what it held before or everything that was written. Several processes may
-    write `path` at once: the last one's stays.
+    If the process is killed, `path` holds either its old content or everything that was written. Several processes may
+    write `path` at once; the last one wins.
     """
     with temporary_file(path) as temporary:
         yield temporary
@@ -42,7 +42,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path`, which must not exist: as `atomic_path`."""
+    """`atomic_path` for a folder, which must not exist yet."""
     with temporary_folder(path) as temporary:
         yield temporary
         move_folder(temporary, path)
@@ -50,8 +50,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def temporary_folder(path: Path) -> Iterator[Path]:
-    """An empty folder beside `path`, locked, and removed when the block ends unless it was moved by then
-    (`move_folder`)."""
+    """An empty, locked folder beside `path`, removed when the block ends unless `move_folder` has moved it."""
     temporary, descriptor = _claim(path, Path.mkdir, os.O_RDONLY)
     try:
         yield temporary
@@ -62,7 +61,7 @@ def temporary_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def temporary_file(path: Path) -> Iterator[Path]:
-    """An empty file beside `path`, locked, and removed when the block ends unless it was moved by then (`move`)."""
+    """An empty, locked file beside `path`, removed when the block ends unless `move` has moved it."""
     temporary, descriptor = _claim(path, lambda temporary: temporary.touch(exist_ok=False), os.O_RDWR)
     try:
         yield temporary
@@ -73,13 +72,13 @@ def temporary_file(path: Path) -> Iterator[Path]:
 
 
 def move(temporary: Path, path: Path) -> None:
-    """Moves a finished temporary file to `path`, its content written to the disk before its name."""
+    """Moves a finished temporary file to `path`, after its content has reached the disk."""
     _sync(temporary)
     os.replace(temporary, path)
 
 
 def move_folder(temporary: Path, path: Path) -> None:
-    """Moves a finished folder to `path`, in the place of one that is there, as `move` does a file."""
+    """`move` for a folder; one that exists at `path` is replaced."""
     for file in temporary.rglob("*"):
         if file.is_dir():
             sync_folder(file)
@@ -95,7 +94,7 @@ def move_folder(temporary: Path, path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Has the names in a folder written to the disk."""
+    """Flushes the names in a folder to the disk."""
     if fcntl is None:  # Windows opens no folders
         return
     try:
@@ -110,17 +109,17 @@ def sync_folder(path: Path) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """A name beside `path` that nobody else has."""
+    """A unique name beside `path`."""
     return path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file or folder of this name is temporary, whoever writes it."""
+    """Whether a file or folder of this name is one of our temporary ones."""
     return TEMPORARY_NAME.fullmatch(name) is not None
 
 
 def remove_leftovers(folder: Path, names: re.Pattern[str] = TEMPORARY_NAME) -> None:
-    """Removes the temporary files and folders in `folder` whose writers were killed, as far as that is allowed."""
+    """Removes the temporary files and folders in `folder` whose writers were killed; ignores those it may not."""
     for path in list(folder.iterdir()):
         if is_temporary(path.name) and names.fullmatch(path.name):
             with suppress(OSError):
@@ -131,10 +130,10 @@ def _remove_if_abandoned(path: Path) -> None:
     found = path.lstat()
     is_folder = stat.S_ISDIR(found.st_mode)
     if not (is_folder or stat.S_ISREG(found.st_mode)):
-        return  # no writer of ours makes anything else
+        return  # we write nothing else
     remove: Callable[[Path], object] = shutil.rmtree if is_folder else os.unlink
     if fcntl is not None:
-        # network file systems give an exclusive lock only to those who could write
+        # network file systems grant an exclusive lock only on a file opened for writing
         descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -143,7 +142,7 @@ def _remove_if_abandoned(path: Path) -> None:
         except OSError:  # no locks here
             pass
         else:
-            remove(path)  # still locked: a writer that made it just now waits, and then makes another (`_claim`)
+            remove(path)  # still locked: if its writer has just made it, `_claim` waits and then makes another
             return
         finally:
             os.close(descriptor)
@@ -152,23 +151,23 @@ def _remove_if_abandoned(path: Path) -> None:
 
 
 def _claim(path: Path, make: Callable[[Path], None], flags: int) -> tuple[Path, int | None]:
-    """A temporary name beside `path` of what `make` made, and the descriptor that holds its lock."""
+    """Makes a temporary file or folder beside `path` by `make`; returns its name and the descriptor with its lock."""
     while True:
         temporary = temporary_name(path)
         make(temporary)
         descriptor = _locked(temporary, flags)
-        if temporary.exists():  # nobody took it for abandoned before it was locked
+        if temporary.exists():  # nobody removed it as abandoned before it was locked
             return temporary, descriptor
         _close(descriptor)
 
 
 def _locked(path: Path, flags: int) -> int | None:
-    """A descriptor that holds the lock of `path`, None where there are no locks."""
+    """A descriptor that holds the lock of `path`; None without locks."""
     if fcntl is None:
         return None
     try:
         descriptor = os.open(path, flags)
-    except FileNotFoundError:  # taken for abandoned
+    except FileNotFoundError:  # removed as abandoned
         return None
     with suppress(OSError):
         fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -1,8 +1,8 @@
-"""JSON that comes out of a file: regular files only, of a bounded size, and of the shape that a schema says.
+"""Reads JSON files and checks them: regular files of a bounded size, whose content matches a schema.
 
 A schema is a TypedDict or a dataclass. Its values may be str, int, float, bool, None, Any, a Literal, a union,
 `list[...]`, `dict[str, ...]`, another schema, or one of these with a condition: `Annotated[int, Range(0)]`,
-`Annotated[str, Matching("[a-z]+", "a word")]`. Keys that the schema does not name are allowed.
+`Annotated[str, Matching("[a-z]+", "a word")]`. Extra keys are allowed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
-# Far above any file of ours: the manifest of 6 billion images in shards of 16,384 has 300 MB.
+# Far above any file we write: the manifest of 6 billion images in shards of 16,384 has 300 MB.
 MAX_BYTES = 1 << 30
 SHOWN_CHARACTERS = 60
 TYPE_NAMES = {
@@ -36,7 +36,7 @@ Check = Callable[[Any], None]
 
 @dataclass(frozen=True)
 class Range:
-    """A condition of a number: at least `least`, at most `most`, and so neither NaN nor infinite."""
+    """A condition of a number: from `least` to `most`, which excludes NaN and infinity."""
 
     least: float
     most: float = 2**63 - 1
@@ -50,7 +50,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Matching:
-    """A condition of a string: the whole of it matches `pattern`, which is `what` in words."""
+    """A condition of a string: all of it matches `pattern`; `what` describes the pattern in error messages."""
 
     pattern: str
     what: str
@@ -67,13 +67,13 @@ class Matching:
 
 
 Count = Annotated[int, Range(0)]
-# What can be a path: no system call takes a NUL, and no file system half a character.
+# A possible path: without NUL, which no system call takes, and lone surrogates, which no file system stores.
 PathText = Annotated[str, Matching("[^\\0\ud800-\udfff]+", "a path")]
 Sha256 = Annotated[str, Matching(r"[0-9a-f]{64}", "a SHA-256 in hexadecimal digits")]
 
 
 class SchemaError(ValueError):
-    """A value that is not what its schema says. `where` is its place, from the outermost key or index inwards."""
+    """A value that does not match its schema. `where` holds the keys and indices that lead to it, outermost first."""
 
     def __init__(self, value: Any, expected: str) -> None:
         self.problem, self.expected = f"is {short(value)}, expected {expected}", expected
@@ -85,7 +85,7 @@ class SchemaError(ValueError):
 
 
 class MissingKeyError(SchemaError):
-    """An object without a key that its schema names."""
+    """An object that lacks a key of its schema."""
 
     def __init__(self, value: dict[str, Any], key: str) -> None:
         super().__init__(value, f"one with {key!r}")
@@ -93,9 +93,11 @@ class MissingKeyError(SchemaError):
 
 
 def regular_file(path: str | os.PathLike[str]) -> os.stat_result:
-    """The status of a file that is safe to open: opened, a pipe would wait and a device never end.
+    """The status of a regular file. Opening a pipe would block, and a device never ends.
 
-    Raises OSError where there is none, and ValueError for anything but a regular file or a link to one.
+    Raises:
+        OSError: there is no such file.
+        ValueError: it is neither a regular file nor a link to one.
     """
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
@@ -104,7 +106,12 @@ def regular_file(path: str | os.PathLike[str]) -> os.stat_result:
 
 
 def own_file(path: str | os.PathLike[str]) -> os.stat_result:
-    """As `regular_file`, for a file that belongs to its folder: ValueError also for a link that leads out of it."""
+    """`regular_file` for a file that belongs to its folder.
+
+    Raises:
+        OSError: as `regular_file`.
+        ValueError: as `regular_file`, and for a link that leads out of the folder.
+    """
     status = os.lstat(path)
     if stat.S_ISLNK(status.st_mode):
         folder = os.path.realpath(os.path.dirname(path))
@@ -117,9 +124,11 @@ def own_file(path: str | os.PathLike[str]) -> os.stat_result:
 
 
 def read_json(path: Path, schema: Any) -> Any:
-    """The JSON value in the file `path`, which is as `schema` says (`check`).
+    """The JSON value in the file `path`, checked against `schema`.
 
-    Raises OSError where it cannot be read, and ValueError, a sentence that names the file, where it is damaged.
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the file is damaged; the message names it.
     """
     size = regular_file(path).st_size
     if size > MAX_BYTES:
@@ -138,12 +147,16 @@ def read_json(path: Path, schema: Any) -> Any:
 
 
 def check(value: Any, schema: Any) -> None:
-    """Raises SchemaError where `value` is not as `schema` says."""
+    """Checks `value` against `schema`.
+
+    Raises:
+        SchemaError: they do not match.
+    """
     _check_of(schema)(value)
 
 
 def short(value: Any) -> str:
-    """A value as an error message shows it: on one line and not too long, whatever it is."""
+    """A value for an error message: on one line, shortened if long."""
     if isinstance(value, dict | list):
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
     if isinstance(value, int) and value.bit_length() > 200:
@@ -159,7 +172,7 @@ def _kind(status: os.stat_result) -> str:
 
 @functools.cache
 def _check_of(schema: Any) -> Check:
-    """The check that a schema describes, made once: a manifest has thousands of like entries."""
+    """The check for a schema, built once: a manifest has thousands of entries of one kind."""
     origin, arguments = get_origin(schema), get_args(schema)
     if schema is Any:
         return lambda value: None

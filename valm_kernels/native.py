@@ -1,4 +1,4 @@
-"""The compiled part of valm_kernels, imported when it is first needed: its instruction set and its threads."""
+"""The compiled module, imported on first use, with its instruction set and threads."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def native() -> ModuleType:
     """The module valm_kernels._native.
 
     Raises:
-        ImportError: it is not built, or cannot be loaded here; the message says how to build it.
+        ImportError: it is not built or cannot be loaded; the message says how to build it.
     """
     try:
         return import_module("valm_kernels._native")
@@ -32,10 +32,10 @@ def native() -> ModuleType:
 
 
 def cpu_isa() -> str:
-    """The instruction set of all native CPU code: the best of this machine, or what VALM_KERNELS_ISA asks for.
+    """The instruction set of all native CPU code: VALM_KERNELS_ISA, or by default the best of this machine.
 
     Raises:
-        ValueError: VALM_KERNELS_ISA is unknown, or this machine does not run it; the message names what is allowed.
+        ValueError: VALM_KERNELS_ISA is unknown or not supported by this machine; the message lists what is.
     """
     return _usable_isa(os.environ.get("VALM_KERNELS_ISA"))
 
@@ -51,9 +51,9 @@ def _usable_isa(asked: str | None) -> str:
 
 
 def survives_fork(function: Callable[P, R]) -> Callable[P, R]:
-    """Runs `function` on one thread in a forked child, native code and PyTorch's own operations alike.
+    """Runs `function` on one thread in a forked child, both native code and PyTorch's own operations.
 
-    OpenMP's threads do not survive a fork, and a child that waits for them waits forever.
+    OpenMP's threads do not survive a fork: a child that waits for them waits forever.
     """
 
     @wraps(function)

@@ -1,3 +1,3 @@
-"""The one place of the version: pyproject.toml and both packages read it here."""
+"""The version, defined once: pyproject.toml and both packages read it here."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""The public functions of exact top-K inner product search: arguments are checked here, then dispatched."""
+"""The public functions of exact top-K inner product search: they check arguments and dispatch."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ def ip_topk(queries: np.ndarray, database: Tensor | np.ndarray, k: int, *, impl:
 def ip_topk(
     queries: Tensor | np.ndarray, database: Tensor | np.ndarray, k: int, *, impl: str = "auto"
 ) -> TopK | NumpyTopK:
-    """The k database rows of largest inner product for each query: exact, and the same whatever computes it.
+    """The k database rows of largest inner product for each query: exact, and identical on every implementation.
 
     The score is the sum of the products in float64 in one fixed order, rounded to float32
     (`valm_kernels.topk.reference.exact_scores`). For repeated searches a `FlatIPIndex` is faster: this function
     prepares the database in every call.
 
     Args:
-        queries: (..., E) float32, float16 or bfloat16; any number of them, none too.
-        database: (N, E), same dtypes, same device; E from 8 to 2048. Its numbers must be finite: a CPU search
-            refuses a row that is not, a CUDA search never returns one.
+        queries: (..., E) float32, float16 or bfloat16; any number, including none.
+        database: (N, E), same dtypes, same device; E from 8 to 2048. A row with NaN or infinity raises on the CPU; a
+            CUDA search never returns it.
         k: 1 to 128, at most N.
         impl: "auto" (by device), "cpu", "cuda" or "reference" (plain PyTorch, any device).
 
     Raises:
-        TypeError: a wrong dtype or type.
+        TypeError: a wrong type or dtype.
         ValueError: a wrong shape, device, k or impl, or a row that is not finite; the message says which.
         ImportError: the native code that `impl` needs is not built.
     """
@@ -61,22 +61,22 @@ def ip_scores(
     query_ids: Tensor | np.ndarray,
     row_ids: Tensor | np.ndarray,
 ) -> Tensor:
-    """The exact scores of pairs of a query and a row: what decides among candidates found in another way.
+    """The exact scores of (query, row) pairs, to rerank candidates from another search.
 
-    They are those of `ip_topk`, bit for bit. Pairs that come in the order of their rows are read fastest. On the CPU
-    a contiguous database is neither copied nor read beyond the rows that are named; elsewhere `reference` computes.
+    They equal those of `ip_topk` bit for bit. Pairs sorted by row are read fastest. On the CPU a contiguous database is
+    not copied, and only the named rows are read; on other devices the reference implementation runs.
 
     Args:
         queries: (Q, E) float32, float16 or bfloat16.
-        database: (N, E), same dtypes, same device; E from 8 to 2048. A memory-mapped array too.
+        database: (N, E), same dtypes, same device; E from 8 to 2048. It may be memory-mapped.
         query_ids, row_ids: (n,) int64: pair i is queries[query_ids[i]] and database[row_ids[i]].
 
     Returns:
-        (n,) float32. What is not finite gives what is not finite.
+        (n,) float32. A score is not finite where its query or row is not.
 
     Raises:
-        TypeError: a wrong dtype or type.
-        ValueError: a wrong shape or device, or an id that is none; the message says which.
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape or device, or an id out of range; the message says which.
         ImportError: the native code is not built.
     """
     rows = as_tensor(database, "database")
@@ -105,8 +105,8 @@ def search(
     *,
     streamed: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Dispatch of checked arguments: scores and indices (..., k) of queries (..., E). Where `streamed`, the rows are
-    in host memory and are searched on the queries' device.
+    """Dispatches checked arguments: scores and indices (..., k) of queries (..., E). With `streamed`, the rows stay in
+    host memory and are searched on the queries' device.
     """
     if impl not in IMPLS:
         raise ValueError(f"impl is {impl!r}, expected one of {', '.join(IMPLS)}")

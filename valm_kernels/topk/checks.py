@@ -12,15 +12,19 @@ from torch import Tensor
 
 MAX_TOPK = 128
 MIN_DIM, MAX_DIM = 8, 2048
-# Rows are counted in 32 bits; larger databases are several indexes and a `merge_topk`.
+# Rows are counted in 32 bits; a larger database needs several indexes and `merge_topk`.
 MAX_ROWS = 2**31 - 1
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Values looked at together where a whole tensor is scanned (4 MiB of float32).
+# Values per step of a scan over a whole tensor (4 MiB of float32).
 SCAN_VALUES = 1 << 20
 
 
 def as_tensor(value: Tensor | np.ndarray, name: str) -> Tensor:
-    """`value` as a tensor over the same memory. Raises TypeError for what is neither tensor nor array."""
+    """`value` as a tensor over the same memory.
+
+    Raises:
+        TypeError: it is neither a tensor nor an array.
+    """
     if isinstance(value, Tensor):
         return value.detach()
     if not isinstance(value, np.ndarray):
@@ -35,7 +39,7 @@ def as_tensor(value: Tensor | np.ndarray, name: str) -> Tensor:
 
 
 def _read_only_tensor(array: np.ndarray) -> Tensor:
-    """A tensor over a read-only array (a memory-mapped file): torch has no such thing, and warns; nobody writes."""
+    """A tensor over a read-only array (a memory-mapped file), without torch's warning: it is never written."""
     array = np.ascontiguousarray(array)
     interface = dict(array.__array_interface__)
     interface["data"] = (interface["data"][0], False)
@@ -43,7 +47,7 @@ def _read_only_tensor(array: np.ndarray) -> Tensor:
 
 
 class _Memory:
-    """What numpy takes for an array, over memory that `owner` keeps."""
+    """An object that numpy reads as an array, over memory that `owner` keeps alive."""
 
     def __init__(self, interface: dict[str, Any], owner: np.ndarray):
         self.__array_interface__ = interface
@@ -99,11 +103,15 @@ def check_ids(ids: Tensor, count: int, device: torch.device, name: str) -> None:
 
 
 def check_finite(rows: Tensor, what: str) -> None:
-    """Raises ValueError with the number of the first row of (N, E) that holds NaN or infinity."""
+    """Checks that rows (N, E) are finite.
+
+    Raises:
+        ValueError: a row holds NaN or infinity; the message has the number of the first one.
+    """
     step = max(1, SCAN_VALUES // rows.shape[1])
     for start in range(0, rows.shape[0], step):
         part = rows[start : start + step]
-        # NaN and infinity never leave a sum, but it may overflow without them
+        # a NaN or infinity always shows in the sum, but the sum may also overflow without one
         if not part.sum(dtype=torch.float32).isfinite():
             broken = ~part.isfinite().all(1)
             if broken.any():

@@ -1,4 +1,4 @@
-"""The native CPU search: from checked tensors to pointers, and the packed copy that makes repeated searches fast."""
+"""The native CPU search: passes checked tensors as pointers, and packs rows to speed up repeated searches."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ STATS = 4
 
 
 class PackedRows(NamedTuple):
-    """What the first pass reads: the rows centred, in 8 bits an element; see csrc/topk/cpu/first_pass.hpp.
+    """Input of the first pass: the centred rows at 8 bits an element; see csrc/topk/cpu/first_pass.hpp.
 
     codes (panels, ceil(E / 4), 32, 4) uint8 · stats (panels, 4, 32) float32 · frame (2, E) float32, the centre and
-    the axis · and where rows are equal, so that only the first of each group is packed: first_rows (packed rows,)
-    int32 and next_duplicate (N,) int32.
+    the axis. Of equal rows only the first is packed; first_rows (packed rows,) int32 and next_duplicate (N,) int32
+    lead to the others.
     """
 
     codes: Tensor
@@ -64,7 +64,11 @@ def _refuse(row: int) -> None:
 
 @survives_fork
 def pack(rows: Tensor, row_scale: Tensor | None) -> PackedRows:
-    """The first pass's copy of contiguous rows (N, E). Raises ValueError with the number of a non-finite row."""
+    """The packed copy of contiguous rows (N, E).
+
+    Raises:
+        ValueError: a row is not finite; the message has its number.
+    """
     count, dim = rows.shape
     native_rows = _native_rows(rows, row_scale)
     first_rows = torch.empty(count, dtype=torch.int32)
@@ -89,8 +93,8 @@ def pack(rows: Tensor, row_scale: Tensor | None) -> PackedRows:
 def search(
     queries: Tensor, rows: Tensor, row_scale: Tensor | None, packed: PackedRows | None, k: int
 ) -> tuple[Tensor, Tensor]:
-    """Scores and indices (Q, k) of queries (Q, E) over contiguous rows; without packed they are prepared, and
-    checked, block by block.
+    """Scores and indices (Q, k) of queries (Q, E) over contiguous rows; without `packed` the search packs and checks
+    them block by block.
     """
     queries = queries.float().contiguous()
     scores = queries.new_empty(queries.shape[0], k)

@@ -1,7 +1,7 @@
 """Exact top-K inner product search on CUDA devices: csrc/topk/cuda/kernel.cuh, called on torch's current stream.
 
-Nothing waits for the device, and all memory comes from torch, so a search can be captured in a CUDA graph. The kernels
-also run without a GPU, as plain C++: tests/csrc/topk/cuda/.
+The host never waits for the device and all memory comes from torch, so a search can be captured in a CUDA graph. The
+tests run the kernels without a GPU, as plain C++: tests/csrc/topk/cuda/.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ QUERIES_PER_LAUNCH = 1 << 14
 
 
 def code() -> ModuleType:
-    """The native module. Raises ImportError where it has no CUDA code."""
+    """The native module.
+
+    Raises:
+        ImportError: it has no CUDA code.
+    """
     module = native()
     if not module.built_with_cuda:
         raise ImportError(
@@ -33,14 +37,14 @@ def code() -> ModuleType:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that new tensors could take: free on the device, or held by torch for them."""
+    """Bytes available to new tensors: free on the device or cached by torch."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def aligned(values: Tensor) -> Tensor:
-    """(N, E) as the kernels read it: contiguous, at a multiple of 16 bytes, E filled up with zeros to a multiple of 8,
-    which changes no score. A copy only where needed.
+    """(N, E) as the kernels read it: contiguous, 16-byte aligned, E padded with zeros to a multiple of 8 (which changes
+    no score). Copies only if needed.
     """
     missing = -values.shape[1] % DIM_MULTIPLE
     if missing:
@@ -50,7 +54,7 @@ def aligned(values: Tensor) -> Tensor:
 
 
 class RowNorms(NamedTuple):
-    """What a search needs to know of each row, beside the row: an upper bound of its norm, NaN where it is not finite.
+    """An upper bound of each row's norm; NaN for a row that is not finite.
 
     norms (N,) float32.
     """
@@ -59,7 +63,7 @@ class RowNorms(NamedTuple):
 
 
 def pack(rows: Tensor, row_scale: Tensor | None) -> RowNorms:
-    """The norms of rows (N, E). A row that is not finite is marked, not refused: that would wait for the device."""
+    """The norms of rows (N, E). A row that is not finite is marked: raising an error would wait for the device."""
     rows = aligned(rows)
     norms = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
     stream = torch.cuda.current_stream(rows.device).cuda_stream
@@ -72,9 +76,8 @@ def search(
 ) -> tuple[Tensor, Tensor]:
     """The k best rows (N, E) of each query (Q, E) by (score falling, index rising): scores and indices, both (Q, k).
 
-    `row_norms` is what `pack` returned for these rows, or None to find out now. A row that is not finite is never
-    returned; where fewer than k are left, score −inf and index −1 fill up. A query that is not finite gets
-    scores NaN and indices −1.
+    `row_norms` comes from `pack`; None computes it now. A row that is not finite is never returned; results are padded
+    with score −inf and index −1. A query that is not finite gets scores NaN and indices −1.
     """
     queries, rows = aligned(queries.float()), aligned(rows)
     norms = (pack(rows, row_scale) if row_norms is None else row_norms).norms

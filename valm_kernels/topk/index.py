@@ -1,4 +1,4 @@
-"""`FlatIPIndex`: a database kept ready for exact inner product search, in memory or in a folder."""
+"""`FlatIPIndex`: a database prepared for exact inner product search, in memory or in a folder."""
 
 from __future__ import annotations
 
@@ -37,34 +37,32 @@ PACKERS: dict[str, Callable[[Tensor, Tensor | None], cpu.PackedRows | cuda.RowNo
     "cpu": cpu.pack,
     "cuda": cuda.pack,
 }
-# How a device's kernels want the rows to lie, by device; elsewhere as they are.
+# The memory layout that a device's kernels need; none on other devices.
 LAYOUTS = {"cuda": cuda.aligned}
-# Rows that would take more than this share of a device's free memory are streamed: a search needs some too.
+# Rows that need more than this share of a device's free memory are streamed: a search needs memory too.
 SHARE_OF_DEVICE = 0.8
 
 
 class FlatIPIndex:
     """Exact top-K inner product search over stored rows.
 
-    On the CPU it keeps, besides the rows, their packed copy for a first pass (E bytes and 16 more a row), which also
-    goes into the files that `save` writes; on a CUDA device only their norms (4 bytes a row), and E is filled up to a
-    multiple of 8.
+    On the CPU it also stores a packed copy of the rows for a first pass (E + 16 bytes a row), which `save` writes too.
+    On a CUDA device it stores their norms (4 bytes a row), and E is padded to a multiple of 8.
 
     Args:
-        database: (N, E) float32, float16 or bfloat16 tensor, or a numpy array (a memory-mapped one too); E from 8
-            to 2048. Where dtype and device already fit, its memory is kept and used as it is, without a copy: do not
-            write to it while the index lives.
+        database: (N, E) float32, float16 or bfloat16 tensor, or a numpy array, which may be memory-mapped; E from 8
+            to 2048. With the same dtype and device it is used without a copy: do not write to it while the index lives.
         dtype: what is stored: "float32", "float16", "bfloat16" or "int8" (symmetric, one float32 scale per row;
-            the search is exact over the dequantised rows). None keeps the database's own.
-        device: where it is kept and searched. None keeps the database's own.
-        pack: False keeps no packed copy: every search reads and prepares the rows block by block, slower, for a
-            memory-mapped database whose copy would not fit into memory either.
-        streamed: True keeps the rows in host memory, or in the file they are mapped from; every search copies them
-            to the device in chunks. None does so where a CUDA device has too little free memory for them.
+            the search is exact over the dequantised rows). None: the dtype of the database.
+        device: where it is stored and searched. None: the device of the database.
+        pack: False stores no packed copy: every search packs the rows block by block. This is slower, for a
+            memory-mapped database whose packed copy would not fit into memory.
+        streamed: True leaves the rows in host memory, or in the file they are mapped from; every search copies them
+            to the device in chunks. None does so when a CUDA device has too little free memory.
 
     Raises:
         TypeError: a wrong type or dtype.
-        ValueError: a wrong shape, or a row that is not finite, or not in the stored dtype.
+        ValueError: a wrong shape, or a row that is not finite as given or in the stored dtype.
     """
 
     def __init__(
@@ -90,7 +88,7 @@ class FlatIPIndex:
         self._prepared = self._prepare() if self._pack else None
 
     def _choose_place(self, rows: Tensor, dtype: str, device: torch.device | str, streamed: bool | None) -> None:
-        """Where to search, and where to keep the rows."""
+        """Where to search, and where to store the rows."""
         device = torch.device(device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
@@ -125,7 +123,7 @@ class FlatIPIndex:
 
     @property
     def device(self) -> torch.device:
-        """Where it searches; queries must be there."""
+        """The device of searches; queries must be on it."""
         return self._device
 
     @property
@@ -135,9 +133,9 @@ class FlatIPIndex:
 
     @property
     def bytes_per_row(self) -> float:
-        """All that is kept, over the number of rows: the rows, their scales and the packed copy."""
-        kept = [self._rows, self._row_scale, *(self._prepared or ())]
-        return sum(array.nbytes for array in kept if array is not None) / len(self)
+        """Bytes stored per row: the row, its scale and its share of the packed copy."""
+        stored = [self._rows, self._row_scale, *(self._prepared or ())]
+        return sum(array.nbytes for array in stored if array is not None) / len(self)
 
     def dequantised(self) -> Tensor:
         """The stored rows as the float32 numbers (N, E) that are searched."""
@@ -161,8 +159,8 @@ class FlatIPIndex:
         return like_queries(queries, *found)
 
     def add(self, vectors: Tensor | np.ndarray) -> None:
-        """Appends rows (M, E); they get the numbers from `len(index)` on. Each call copies all stored rows, and the
-        next search packs all anew, which takes about as long as building the index: add many at a time.
+        """Appends rows (M, E), numbered from `len(index)` on. Each call copies all stored rows, and the next search
+        packs them all again, which takes about as long as building the index: add many at a time.
 
         Raises:
             TypeError, ValueError: as the constructor.
@@ -180,15 +178,15 @@ class FlatIPIndex:
         if self._row_scale is not None and row_scale is not None:
             row_scale = torch.cat([self._row_scale, row_scale])
         rows = torch.cat([self._rows, self._laid_out(rows)])
-        # all at once, so that nothing is left half-added
+        # together, so that an error leaves nothing half-added
         self._rows, self._row_scale, self._prepared = rows, row_scale, None
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the folder `path`: npy files and a manifest.json with their checksums, all or nothing.
 
         Raises:
-            OSError: nothing could be written, or not all; what the folder held before is untouched. Or all is
-                written, and the system could not say that it will last: the message says so.
+            OSError: the index could not be written, and what the folder held before is untouched; or it is written
+                but could not be flushed to the disk. The message says which.
         """
         if self._pack and self._prepared is None:
             self._prepared = self._prepare()
@@ -217,8 +215,8 @@ class FlatIPIndex:
 
         Args:
             path: the folder.
-            mmap: leave the rows in the file and let the system page them in as they are searched.
-            verify: compare the checksums, which reads everything. None: unless mmap. Sizes, dtypes and shapes are
+            mmap: memory-map the rows instead of reading them.
+            verify: compare checksums, which reads everything; None does so unless `mmap`. Sizes, dtypes and shapes are
                 always compared.
             device, streamed: as for the constructor.
 
@@ -232,7 +230,7 @@ class FlatIPIndex:
             raise ValueError(f"{folder.manifest_path} is damaged: it says dtype {dtype!r}")
         torch_dtype, file_dtype = DTYPES[dtype]
         array = folder.read("rows", file_dtype, (count, dim))
-        # torch has no use for uint16: the bits of a bfloat16 come as int16
+        # torch views int16, not uint16, as bfloat16
         rows = torch.from_numpy(array.view(np.int16) if dtype == "bfloat16" else array).view(torch_dtype)
         try:
             check_database(rows)
@@ -276,8 +274,10 @@ def _read_packed_rows(folder: storage.Folder, count: int, dim: int) -> cpu.Packe
 
 
 def store(rows: Tensor, dtype: str, device: torch.device, what: str = "database") -> tuple[Tensor, Tensor | None]:
-    """Float rows (N, E) in the stored dtype, and for int8 their scales (N,). Raises ValueError with the number of a
-    row that is not finite, or not in the stored dtype.
+    """Float rows (N, E) in the stored dtype, and for int8 their scales (N,).
+
+    Raises:
+        ValueError: a row is not finite as given or in the stored dtype; the message has its number.
     """
     if rows.dtype == DTYPES[dtype][0]:
         check_finite(rows, what)

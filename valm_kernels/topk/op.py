@@ -1,5 +1,6 @@
-"""The searches as torch operators, so that they can be compiled and exported. Arguments are checked before, in api.py
-and index.py; whether the numbers are finite is checked where they are read.
+"""The searches as torch operators, so that they can be compiled and exported.
+
+api.py and index.py check arguments first; the code that reads the numbers checks that they are finite.
 """
 
 from __future__ import annotations

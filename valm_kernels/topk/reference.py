@@ -1,6 +1,6 @@
 """Executable specification of exact top-K inner product search, in plain PyTorch.
 
-csrc/topk/exact.hpp says the same in C++; the two agree bit for bit.
+csrc/topk/exact.hpp computes the same in C++; the two agree bit for bit.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 EXACT_LANES = 32
-# A chunk holds at most this many float64 partial sums (64 MiB).
+# Float64 partial sums per chunk, at most (64 MiB).
 PARTIAL_SUMS_PER_CHUNK = 1 << 23
 
 
@@ -30,7 +30,7 @@ def pair_scores(queries: Tensor, rows: Tensor, query_ids: Tensor, row_ids: Tenso
 
 
 def _sums_of_products(a: Tensor, b: Tensor) -> Tensor:
-    """Over the last dimension; the others are broadcast."""
+    """Sums over the last dimension; the others are broadcast."""
     padding = (0, -a.shape[-1] % EXACT_LANES)
     a, b = (torch.nn.functional.pad(factor.double(), padding) for factor in (a, b))  # [..., S·32]
     lanes = sum(x * y for x, y in zip(a.split(EXACT_LANES, -1), b.split(EXACT_LANES, -1), strict=True))  # [..., 32]

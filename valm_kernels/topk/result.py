@@ -1,4 +1,4 @@
-"""The answer of a search, and how the answers of a database's parts become that of the whole."""
+"""The result of a search, and merging the results of a database's shards."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def like_queries(queries: Tensor, scores: Tensor, indices: Tensor) -> TopK: ...
 @overload
 def like_queries(queries: np.ndarray, scores: Tensor, indices: Tensor) -> NumpyTopK: ...
 def like_queries(queries: Tensor | np.ndarray, scores: Tensor, indices: Tensor) -> TopK | NumpyTopK:
-    """The answer in the queries' own kind."""
+    """The result as tensors or numpy arrays, like the queries."""
     if isinstance(queries, np.ndarray):
         return NumpyTopK(scores.numpy(), indices.numpy())
     return TopK(scores, indices)
@@ -46,17 +46,16 @@ def merge_topk(results: Sequence[TopK], offsets: Sequence[int], k: int) -> TopK:
 @overload
 def merge_topk(results: Sequence[NumpyTopK], offsets: Sequence[int], k: int) -> NumpyTopK: ...
 def merge_topk(results: Sequence[TopK] | Sequence[NumpyTopK], offsets: Sequence[int], k: int) -> TopK | NumpyTopK:
-    """Joins the answers of the shards of one database into the answer of the whole.
+    """Merges the results of the shards of one database into the result of the whole.
 
     Args:
         results: one `TopK` per shard, for the same queries; a shard with fewer than k rows has fewer columns.
-            An index of −1 is no row.
+            An index of −1 is padding.
         offsets: the number of each shard's first row in the whole database.
-        k: how many to keep, at most the columns given. Where fewer of them are rows, index −1 and score −inf
-            fill up.
+        k: results per query, at most the columns given; padded with index −1 and score −inf.
 
     Raises:
-        ValueError: no results, their shapes disagree, a wrong k, or not one offset for each.
+        ValueError: no results, shapes that disagree, a wrong k, or not one offset per result.
     """
     if not results or len(results) != len(offsets):
         raise ValueError(f"merge_topk got {len(results)} results and {len(offsets)} offsets, expected one for each")
@@ -73,7 +72,7 @@ def merge_topk(results: Sequence[TopK] | Sequence[NumpyTopK], offsets: Sequence[
     )
     broken = all_scores.isnan().any(-1, keepdim=True)
     all_scores = all_scores.masked_fill(all_indices < 0, -torch.inf)
-    # two stable sorts: by index rising (none last), then by score falling
+    # two stable sorts: by index rising (−1 last), then by score falling
     rank = torch.where(all_indices < 0, torch.iinfo(torch.int64).max, all_indices)
     by_index = rank.sort(dim=-1, stable=True).indices
     by_score = all_scores.gather(-1, by_index).sort(dim=-1, descending=True, stable=True).indices

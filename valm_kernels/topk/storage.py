@@ -1,7 +1,7 @@
-"""Named arrays in a folder: one npy file each and a manifest.json that says which files, and their checksums.
+"""Named arrays in a folder: one npy file each, and a manifest.json that lists the files and their checksums.
 
-A file's name carries its checksum, so a new save never touches the files of the one before. The manifest, replaced
-in one step, is the commit: until then the folder is the old index, after it the new one. No pickle.
+A file's name contains its checksum, so a new save never touches the files of the previous one. Replacing the manifest
+is the commit: until then the folder is the old index, after it the new one. No pickle.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ FORMAT = "valm flat inner-product index"
 VERSION = 2  # 1 had no checksum of the manifest
 OLD_VERSION = 1
 MANIFEST = "manifest.json"
-# Nothing else is read or deleted, whatever a manifest says.
+# No other name is read or deleted, even if a manifest lists it.
 ARRAY_FILE = re.compile(r"[a-z_]+-[0-9a-f]{16}\.npy")
-# Temporary names of this version, and of those that knew no locks.
+# Temporary names of this version, and of earlier ones without locks.
 TEMPORARY_FILE = re.compile(r"([a-z_]+|manifest\.json)\.[0-9a-f]{32}\.tmp")
 UNLOCKED_TEMPORARY_FILE = re.compile(r"([a-z_]+|manifest\.json)\.\d+\.tmp")
 
@@ -45,7 +45,7 @@ class _Manifest(TypedDict):
 
 
 class _HashingFile:
-    """What numpy writes goes to the file and into its checksum."""
+    """A file that also computes the checksum of what numpy writes to it."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.sha256 = file, hashlib.sha256()
@@ -56,8 +56,10 @@ class _HashingFile:
 
 
 def write_folder(path: Path, arrays: dict[str, np.ndarray], properties: dict[str, Any]) -> None:
-    """Writes the arrays and the manifest, all or nothing; removes what earlier saves left. Raises OSError naming the
-    folder.
+    """Writes the arrays and the manifest, all or nothing; removes what earlier saves left.
+
+    Raises:
+        OSError: writing failed; the message names the folder.
     """
     written: list[Path] = []
     try:
@@ -94,14 +96,14 @@ def write_folder(path: Path, arrays: dict[str, np.ndarray], properties: dict[str
 
 
 def _remove(files: Iterable[Path]) -> None:
-    """As far as it is allowed: what stays in a folder besides the index does no harm."""
+    """Removes files; ignores those it may not remove, as extra files in the folder do no harm."""
     for file in files:
         with suppress(OSError):
             file.unlink(missing_ok=True)
 
 
 def _abandoned(file: Path) -> bool:
-    """Whether a file without a lock is what an interrupted save left; a young one may be another process's."""
+    """Whether a file without a lock was left by an interrupted save; a recent one may be in use by another process."""
     if not (ARRAY_FILE.fullmatch(file.name) or UNLOCKED_TEMPORARY_FILE.fullmatch(file.name)):
         return False
     try:
@@ -124,7 +126,7 @@ def _write_array(path: Path, name: str, array: np.ndarray, written: list[Path]) 
 
 
 def _referenced_files(path: Path) -> set[str]:
-    """Files of the index that is there now; none where there is none that this version can read."""
+    """Files of the index in the folder; none if this version cannot read it."""
     try:
         manifest = read_manifest(path)
     except (OSError, ValueError):
@@ -133,13 +135,18 @@ def _referenced_files(path: Path) -> set[str]:
 
 
 def _checksum(manifest: dict[str, Any]) -> str:
-    """Of all that a manifest says besides its own checksum: an array that is not listed any more is noticed."""
+    """Checksum of a manifest without its own checksum: it shows when an array is no longer listed."""
     said = {name: value for name, value in manifest.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a saved folder. Raises FileNotFoundError or ValueError saying what is wrong with it."""
+    """The manifest of a saved folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged or of another version; the message says what is wrong.
+    """
     file = path / MANIFEST
     if not file.exists():
         raise FileNotFoundError(f"{path} is not a saved index: it has no {MANIFEST}")
@@ -168,9 +175,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 class Folder:
-    """A saved folder, opened: its arrays memory-mapped or read, and where `verify`, held against their checksums.
+    """A saved folder, opened: its arrays are memory-mapped or read, and with `verify` compared to their checksums.
 
-    Raises FileNotFoundError where there is none, and ValueError, now or from any method, where it is damaged.
+    Raises:
+        FileNotFoundError: there is no saved folder.
+        ValueError: it is damaged; the methods raise this too.
     """
 
     def __init__(self, path: Path, *, mmap: bool, verify: bool) -> None:
@@ -191,7 +200,7 @@ class Folder:
         return self._manifest["count"], self._manifest["dim"]
 
     def read(self, name: str, dtype: str, shape: tuple[int | None, ...]) -> np.ndarray:
-        """One array, of this dtype and shape; None stands for any size."""
+        """One array, checked to have this dtype and shape; None stands for any size."""
         if name not in self:
             raise ValueError(f"{self.manifest_path} is damaged: it lists no array {name!r}")
         entry = self._manifest["arrays"][name]
@@ -217,7 +226,7 @@ class Folder:
 
     def _load(self, file: Path) -> np.ndarray:
         try:
-            if self.mmap:  # copy-on-write, since torch wants memory that could be written
+            if self.mmap:  # copy-on-write, since torch needs writable memory
                 return np.lib.format.open_memmap(file, mode="c")
             with file.open("rb") as stream:
                 return np.lib.format.read_array(stream, allow_pickle=False)

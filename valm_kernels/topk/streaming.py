@@ -1,8 +1,8 @@
-"""Exact search of rows that stay in host memory: chunk by chunk they pass through a device that cannot hold them all.
+"""Exact search of rows that stay in host memory, streamed in chunks through a device that cannot hold them all.
 
-While the device searches one chunk, the host brings the next into pinned memory and a stream of its own copies it
-over. Both places have two buffers; events say when a buffer is full and when it may be written again. In them E is
-filled up with zeros as the CUDA kernels want it, which changes no score.
+While the device searches one chunk, the host copies the next into pinned memory, and a separate stream copies that to
+the device. Both sides have two buffers; events mark when a buffer is full and when it may be overwritten. Buffers pad E
+with zeros as the CUDA kernels need, which changes no score.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor
 from valm_kernels.topk.cuda import DIM_MULTIPLE, aligned
 from valm_kernels.topk.result import TopK, merge_topk
 
-# Of one buffer: two are pinned in host memory, two are on the device.
+# Size of one buffer: two are pinned in host memory, two are on the device.
 CHUNK_BYTES = 64 << 20
 
 
 class _Buffer:
-    """A chunk's place in pinned memory and on the device, with the events that order its uses."""
+    """A chunk's buffers in pinned memory and on the device, with the events that order their uses."""
 
     def __init__(self, sources: list[Tensor], chunk_rows: int, device: torch.device, streams: ModuleType) -> None:
         dim = sources[0].shape[1]
@@ -32,10 +32,10 @@ class _Buffer:
             torch.zeros(shape, dtype=source.dtype, pin_memory=pinned)
             for source, shape in zip(sources, shapes, strict=True)
         ]
-        self.values = [self.host[0][:, :dim], *self.host[1:]]  # without what fills up
+        self.values = [self.host[0][:, :dim], *self.host[1:]]  # without the padding
         self.device = [torch.empty_like(part, device=device) for part in self.host]
         self.copied, self.searched = streams.Event(), streams.Event()
-        # the memory may still be in use by what the current stream was given before
+        # work queued earlier on the current stream may still use this memory
         self.searched.record(streams.current_stream(device))
 
     def fill(self, chunk: Sequence[Tensor], copies: Any, streams: ModuleType) -> None:
@@ -53,7 +53,7 @@ class _Buffer:
 def search(queries: Tensor, rows: Tensor, row_scale: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
     """Scores and indices (Q, k) of queries (Q, E) on their device over rows (N, E), and row_scale (N,), on the CPU.
 
-    Chunks may be smaller than k. On a CPU device the same happens with torch's CPU streams, which do nothing.
+    Chunks may be smaller than k. On a CPU device torch's CPU streams stand in, which do nothing.
     """
     queries = aligned(queries)
     device = queries.device
@@ -76,5 +76,5 @@ def search(queries: Tensor, rows: Tensor, row_scale: Tensor | None, k: int) -> t
         if number + 1 < len(chunks):  # while the device is busy
             buffers[(number + 1) % 2].fill(chunks[number + 1], copies, streams)
         best = found if best is None else merge_topk([best, found], [0, start], min(k, start + count))
-    assert best is not None  # there is no database without rows
+    assert best is not None  # a database has at least one row
     return best

@@ -103,14 +103,14 @@ def visual_fusion_attn(
             multiple of Hkv (grouped-query attention).
         image_k, image_v: keys and values of the images, dtype of q. Dense layout (B, Hkv, Tq, K, D), or pooled
             layout (Hkv, U, D) together with image_index. 0 <= K <= 64. Both None means no images.
-        image_q: (B, Hq, Tq, D), dtype of q: the query that meets the images; q itself by default. Where q is rotated by
-            its position, the query before the rotation sees every image at its token's own position. The gradient of q
-            is then that of the text alone.
+        image_q: (B, Hq, Tq, D), dtype of q: the query for the images; by default q. In a rotary model pass the query
+            before rotation, so that every image is at its token's own position. The gradient of q then comes from the
+            text alone.
         softcap: cap of the scores as in Gemma 2, positive and finite; None means no cap.
-        image_index: (B, Tq, K) int32 or int64 rows of the pool; -1 = no image in this slot. Selects the pooled
-            layout. On CPU an index outside [-1, U) raises; on CUDA it is undefined behaviour, unless
-            VALM_KERNELS_CHECK_INDEX=1 in the environment has every call read the indices and wait for them.
-        image_mask: (B, Tq, K) bool, dense layout only; False = no image in this slot.
+        image_index: (B, Tq, K) int32 or int64 rows of the pool; -1 = no image. Selects the pooled layout.
+            On CPU an index outside [-1, U) raises. On CUDA it is undefined behaviour, unless the environment has
+            VALM_KERNELS_CHECK_INDEX=1: then every call checks the indices, which waits for the device.
+        image_mask: (B, Tq, K) bool, dense layout only; False = no image.
         image_k_bias, image_v_bias: (Hkv, D) added to every image's key / value; dtype of q or float32.
         image_logit_bias: (Hq,) float32 added to every image score of a head (float64 beside a float64 q).
         first_key: (B, Tq) int32, the first text key that each query sees: left padding, packed documents and
@@ -119,9 +119,9 @@ def visual_fusion_attn(
         causal: False lets every query see all keys from first_key on.
         scale: factor of the scores, positive; 1 / sqrt(D) by default.
         return_lse: return (out, lse) instead of out.
-        impl: "auto" takes "triton" for CUDA tensors and "cpu" for CPU tensors. A name asks for exactly that
-            implementation: nothing ever falls back to another one. With VALM_KERNELS_AUTOTUNE=1 in the environment
-            "triton" measures its tile sizes at the first call of each head dimension and dtype, and keeps them on disk.
+        impl: "auto" uses "triton" for CUDA tensors and "cpu" for CPU tensors. A named implementation never falls back
+            to another one. With VALM_KERNELS_AUTOTUNE=1 in the environment, "triton" tunes its tile sizes at the first
+            call with each head dimension and dtype, and caches them on disk.
 
     Returns:
         out (B, Hq, Tq, D) in the dtype of q; with return_lse also lse (B, Hq, Tq), float32 (float64 for float64
@@ -182,7 +182,7 @@ def attention_weights(
     Raises:
         TypeError, ValueError: as `visual_fusion_attn`.
     """
-    # the weights do not depend on the values: the keys stand in for them
+    # the weights do not depend on the values, so the keys stand in for them
     tensors: dict[str, Any] = {"q": q, "k": k, "v": k, "image_k": image_k, "image_v": image_k, "image_q": image_q}
     options: dict[str, Any] = {
         "image_index": image_index,
@@ -201,10 +201,10 @@ def attention_weights(
 def _checked_inputs(
     tensors: dict[str, Any], options: dict[str, Any], causal: bool, scale: float | None, softcap: float | None
 ) -> Inputs:
-    """The arguments after the checks of dtypes and shapes, in the autocast dtype, with K = 0 in its one form."""
+    """The arguments with dtypes and shapes checked, cast to the autocast dtype; K = 0 always becomes None."""
     device_type = tensors["q"].device.type
-    # torch.library.register_autocast knows one fixed dtype and would cast the float32 biases too, so the
-    # cast that an autocast region asks for happens here, for all implementations alike.
+    # Autocast is applied here, for all implementations: torch.library.register_autocast knows one fixed dtype and
+    # would cast the float32 biases too.
     if torch.is_autocast_enabled(device_type) and tensors["q"].dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
         tensors = {name: t.to(dtype) if _is_cast(t) else t for name, t in tensors.items()}
@@ -236,7 +236,7 @@ def _outside_autocast(device_type: str) -> AbstractContextManager:
 
 
 def _is_cast(tensor: Tensor | None) -> bool:
-    """Whether autocast casts it: float64, as everywhere in PyTorch, and whole numbers are left for the checks."""
+    """Whether autocast casts it: not float64, as everywhere in PyTorch, nor integers, which the checks reject."""
     return tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
 
 

@@ -2,11 +2,11 @@
 
 A softmax over the union of two key sets is the mean of the softmaxes over each, weighted by their shares of the
 joint sum: out = exp(lse_text - lse) out_text + sum_k exp(t_k - lse) v_k with lse = logaddexp(lse_text, lse_image).
-The same holds for a text part cut into several calls of the flash kernel (`text_segments`).
+The same joins the text when it takes several calls of the flash kernel (`text_segments`).
 
-Backward: with the joint lse the weight of every key is exp(score - lse), whichever part it belongs to, and with
-the joint out the softmax's correction is delta = sum(grad_out * out) - grad_lse. So the flash backward, given the
-joint out and lse, yields exactly the text's share of the gradients.
+Backward: with the joint lse the weight of every key, in either part, is exp(score - lse). With the joint out the
+softmax's correction is delta = sum(grad_out * out) - grad_lse. So the flash backward, called with the joint out and
+lse, returns exactly the text's share of the gradients.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from valm_kernels.visual_fusion.layout import empty_rows_like, empty_tokens_firs
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
-# A run of queries with one first_key gets calls of its own from this length on; shorter runs share masked calls of
-# at most MASKED_QUERIES queries. Forward + backward of the text (B1 H12 T1024 D64 float32, one thread of an AVX-512
-# server, ms): documents of 16 tokens 16 as runs and 20 masked, of 8 tokens 22 and 19; a window of 64 tokens 31, 32,
-# 38 and 54 in masked calls of 32, 64, 128 and 256 queries. Without documents it is 113.
+# A run of queries with one first_key gets its own calls from this length on; shorter runs share masked calls of at most
+# MASKED_QUERIES queries. Forward + backward of the text (B1 H12 T1024 D64 float32, one thread of an AVX-512 server):
+# documents of 16 tokens take 16 ms as runs and 20 ms masked, of 8 tokens 22 and 19 ms; a window of 64 tokens takes 31,
+# 32, 38 and 54 ms in masked calls of 32, 64, 128 and 256 queries. One document takes 113 ms.
 MIN_RUN = 16
 MASKED_QUERIES = 64
 
@@ -60,7 +60,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
 def backward(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, inputs: Inputs, needed: Sequence[bool]
 ) -> Gradients:
-    """The gradients that are needed (in the order of `Gradients`); all are computed, as they share their work."""
+    """The needed gradients, in the order of `Gradients`; all are computed, as they share their work."""
     grad_out, out, inputs = whole_rows(grad_out), whole_rows(out), _whole_rows(inputs)
     # Where a query sees nothing, exp(score - lse) has to be 0, and the gradient of lse may be anything.
     unseen = lse == -torch.inf
@@ -102,7 +102,7 @@ def _whole_rows(inputs: Inputs) -> Inputs:
 
 
 class _ImageBranch:
-    """The native image branch with its inputs in the form that csrc/image_attn/image_attn.hpp asks for."""
+    """The native image branch, with its inputs in the form of csrc/image_attn/image_attn.hpp."""
 
     def __init__(self, inputs: Inputs) -> None:
         _, _, _, image_k, image_v, image_q, image_index, image_mask, *biases, _, _, self.scale, softcap = inputs
@@ -143,9 +143,9 @@ def text_segments(
 ) -> Iterator[TextSegment]:
     """Cuts the visible (query, key) pairs of the text into calls of the flash kernel.
 
-    Queries in a row with the same first_key (a document, all after a left padding) see a rectangle and a causal
-    square, which need no mask. Only where first_key changes from query to query (sliding windows, anything
-    irregular) is a mask used, over blocks of queries and just the keys that they can see.
+    Consecutive queries with the same first_key (a document, or everything after left padding) see a rectangle and a
+    causal square, which need no mask. A mask is used only where first_key changes from query to query (sliding
+    windows, anything irregular), over blocks of queries and just the keys that they see.
     """
     everything = slice(0, batch)
     if first_key is None:
@@ -243,10 +243,10 @@ def _text_backward(
     q, k, v = inputs[:3]
     head_dim = q.shape[-1]
     if grad_lse is not None:
-        # The kernel has no gradient of lse, but computes delta = sum(grad_out * out): a column that holds -1 in
-        # out and grad_lse in grad_out makes it sum(grad_out * out) - grad_lse. Zeros in q, k and v keep that
-        # column out of everything else; eight of them keep the rows aligned. Three columns hold grad_lse and what
-        # rounding it to 16 bits leaves, so that both parts of the backward take the same one.
+        # The kernel has no gradient of lse, but computes delta = sum(grad_out * out). A column with -1 in out and
+        # grad_lse in grad_out turns that into sum(grad_out * out) - grad_lse. Zeros in q, k and v exclude that column
+        # from everything else; eight columns preserve the alignment of rows. Three of them hold grad_lse and its
+        # remainders after rounding to 16 bits, so that both parts of the backward use the same value.
         grad_out, out, q, k, v = (torch.nn.functional.pad(t, (0, 8)) for t in (grad_out, out, q, k, v))
         rest = grad_lse
         for column in range(head_dim, head_dim + 3):
@@ -298,5 +298,5 @@ def _covers(segment: TextSegment, q: Tensor) -> bool:
 
 
 def _additive(visible: Tensor | None, q: Tensor) -> Tensor | None:
-    """The kernel's mask: it refuses booleans, and takes 2 or 4 dimensions only."""
+    """The mask as the kernel takes it: additive, as it rejects booleans, and of 2 or 4 dimensions."""
     return None if visible is None else q.new_zeros(visible.shape).masked_fill(~visible, -torch.inf)

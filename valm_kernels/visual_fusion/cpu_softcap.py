@@ -1,9 +1,9 @@
 """Attention over text keys with capped scores on CPU, which PyTorch's flash attention does not have.
 
-With softcap c the score of a key is c tanh(scale q.k / c). Queries go in blocks, so memory is linear in the number of
-tokens, and the backward computes the weights again from lse. The derivative of a score is 1 - tanh².
+With softcap c the score of a key is c tanh(scale q.k / c), whose derivative is 1 - tanh². Queries are processed in
+blocks, so memory is linear in the number of tokens; the backward recomputes the weights from lse.
 
-Both functions stand in for PyTorch's flash attention in cpu.py: causal is aligned top-left, and the softmax's
+Both functions replace PyTorch's flash attention in cpu.py: causal is aligned top-left, and the softmax's
 correction is sum(grad_out * out). Sums are float32 for 16-bit tensors.
 """
 
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from valm_kernels.visual_fusion.layout import empty_tokens_first
 
-# Forward + backward of B1 H12 T1024 K4 D64 float32, ms of one thread of an EPYC: 294 with blocks of 64 queries, 283
-# with 128, 328 with 256; eager, with all scores at once, 1269.
+# Forward + backward of B1 H12 T1024 K4 D64 float32 on one thread of an EPYC: 294 ms with blocks of 64 queries, 283 with
+# 128, 328 with 256; eager, with all scores at once, 1269.
 BLOCK_QUERIES = 128
 
 
@@ -83,7 +83,7 @@ def _blocks(num_queries: int, num_keys: int, causal: bool) -> Iterator[tuple[sli
 
 
 def _queries(tensor: Tensor, queries: slice, kv_heads: int, dtype: torch.dtype) -> Tensor:
-    """(B, Hq, T, D) -> (B, Hkv, G queries, D): the heads of a group below each other, as they share their keys."""
+    """(B, Hq, T, D) -> (B, Hkv, G queries, D): stacks the heads of a group, which share their keys."""
     return tensor[:, :, queries].to(dtype).unflatten(1, (kv_heads, -1)).flatten(2, 3)
 
 

@@ -1,4 +1,4 @@
-"""The inputs of visual_fusion_attn once api.py has checked them: what every implementation computes from."""
+"""The checked inputs of visual_fusion_attn, as every implementation takes them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 class Inputs(NamedTuple):
     """The arguments of visual_fusion_attn, in the operator's order.
 
-    Shapes and dtypes as there. K = 0 has image_k and image_v None, and everything of images with them. The values of
-    image_index have not been looked at.
+    Shapes and dtypes as there. At K = 0 image_k, image_v and all other image arguments are None. The values of
+    image_index are not checked yet.
     """
 
     q: Tensor
@@ -38,7 +38,7 @@ class Inputs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """The gradients of the inputs that have one; None where the input is absent or needs none."""
+    """The gradients of the differentiable inputs; None where the input is absent or needs none."""
 
     q: Tensor | None
     k: Tensor | None
@@ -52,7 +52,11 @@ class Gradients(NamedTuple):
 
 
 def check_image_index(image_index: Tensor, pool_size: int) -> None:
-    """Raises ValueError for an index outside [-1, pool_size). Reads the values, so CUDA would wait here."""
+    """Checks the values of image_index, which on CUDA waits for the device.
+
+    Raises:
+        ValueError: an index is outside [-1, pool_size).
+    """
     if image_index.numel() == 0:
         return
     low, high = (int(x) for x in torch.aminmax(image_index))

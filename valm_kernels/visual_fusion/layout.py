@@ -1,4 +1,4 @@
-"""How outputs lie in memory: the fake kernels promise these layouts, and every implementation keeps them.
+"""Memory layouts of the outputs: the fake kernels declare them, and every implementation follows them.
 
 out and the gradients of the images are `empty_rows_like` their input, the gradients of q, k, v and image_q are
 `empty_tokens_first`, everything else is contiguous.
@@ -15,7 +15,7 @@ from valm_kernels.visual_fusion.inputs import Gradients, Inputs
 
 
 def empty_tokens_first(like: Tensor) -> Tensor:
-    """An uninitialised (B, H, T, D) tensor whose memory is (B, T, H, D): what a projection's backward reads."""
+    """An uninitialised (B, H, T, D) tensor whose memory is (B, T, H, D), as a projection's backward reads it."""
     batch, heads, tokens, dim = like.shape
     return like.new_empty(batch, tokens, heads, dim).transpose(1, 2)
 
@@ -37,7 +37,7 @@ _GRADIENT_LIKE = {
 
 
 def empty_gradients(inputs: Inputs, needed: Sequence[bool]) -> Gradients:
-    """Uninitialised gradients, of those inputs that are there and needed (in the order of `Gradients`)."""
+    """Uninitialised gradients of the inputs that are present and needed, in the order of `Gradients`."""
     gradients: list[Tensor | None] = []
     for name, is_needed in zip(Gradients._fields, needed, strict=True):
         tensor = getattr(inputs, name)

@@ -1,7 +1,7 @@
 """visual_fusion_attn as PyTorch operators: define, kernels, fake kernels and autograd formula.
 
-The gradient of an input that is absent or needs none is an empty tensor here; layout.py says how the others lie in
-memory.
+The gradient of an input that is absent or needs none is an empty tensor here; layout.py defines the layouts of the
+others.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _INPUTS = (
     "Tensor? image_mask, Tensor? image_k_bias, Tensor? image_v_bias, Tensor? image_logit_bias, Tensor? first_key, "
     "bool causal, float scale, float? softcap, str impl"
 )
-# Positions, among the inputs, of the tensors that have a gradient.
+# Positions of the differentiable tensors among the inputs.
 _DIFFERENTIABLE = tuple(Inputs._fields.index(name) for name in Gradients._fields)
 
 _library = torch.library.Library("valm_kernels", "DEF")
@@ -76,7 +76,7 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    # Without this an unused lse would come back as a gradient of zeros, and the backward would pay for it.
+    # Otherwise an unused lse would get a gradient of zeros, which costs time in the backward.
     ctx.set_materialize_grads(False)
     *tensors, ctx.causal, ctx.scale, ctx.softcap, ctx.impl = inputs
     ctx.save_for_backward(*output, *tensors)

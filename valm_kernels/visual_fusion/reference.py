@@ -1,7 +1,7 @@
 """The executable specification of visual_fusion_attn: eager PyTorch in the dtype of its inputs.
 
-In float64 it is what every other implementation is measured against; in 16 bits it rounds where eager
-attention rounds (scores and weights), which is the yardstick for their errors.
+Every other implementation is compared with it in float64. In 16 bits it rounds where eager attention rounds (scores and
+weights), and so sets the error that the others may have.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _capped(scores: Tensor, softcap: float | None) -> Tensor:
 def _images(
     image: Tensor, batch: int, image_index: Tensor | None, image_mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The images of every query, (B, Hkv, Tq, K, D), and which slots hold one, (B, Tq, K) or None for all."""
+    """The images of every query, (B, Hkv, Tq, K, D), and which are present, (B, Tq, K) or None for all."""
     if image_index is None:
         return image, image_mask
     check_image_index(image_index, image.shape[1])

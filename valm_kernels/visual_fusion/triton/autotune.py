@@ -1,13 +1,13 @@
-"""Which tiles a kernel is launched with: those of the table, or, only where tuning is asked for, the fastest of a few.
+"""Chooses the tiles of a kernel launch: from the table or, if tuning is on, the fastest of a few candidates.
 
-VALM_KERNELS_AUTOTUNE=1, set before Python starts, measures at the first launch of each kind of call (`_kind`) the
-candidates around the table's entry on the tensors of that launch: a few seconds each, most of
-them compilation. The choice is kept in Triton's cache folder (TRITON_CACHE_DIR) and read from there by later processes;
-changed kernels or another version of Triton are measured anew. Other tiles add in another order, so results agree to
-the bit only between runs with the same choice. A CUDA graph is captured after a first launch outside of it, as always.
+With VALM_KERNELS_AUTOTUNE=1, set before Python starts, the first launch of each kind of call (`_kind`) measures the
+candidates around the table's entry on its own tensors: a few seconds each, most of it compilation. The choice is cached
+in Triton's cache folder (TRITON_CACHE_DIR) for later processes; changed kernels or another version of Triton are
+measured again. Other tiles add in another order, so results are bit-identical only between runs with the same choice.
+A CUDA graph must be captured after a first launch outside of it.
 
 triton.autotune tunes one launch with fixed arguments. Here the number of splits and the size of the scratch tensors
-depend on the tiles, so the whole launcher is what is measured.
+depend on the tiles, so the whole launcher is measured.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _chosen: dict[tuple[Any, ...], Tiles] = {}
 def choose_tiles(kernel: str, inputs: Inputs, launch: Callable[[Tiles], Any]) -> Tiles:
     """Tiles for `kernel`, a name of the table in tiles.py, on the device of the inputs and for calls of their kind.
 
-    launch runs the kernel with given tiles, any number of times with the same result; only tuning calls it.
+    `launch` runs the kernel with given tiles. Tuning calls it repeatedly, so it must not accumulate.
     """
     q = inputs.q
     arch = architecture(q.device)
@@ -55,7 +55,7 @@ def choose_tiles(kernel: str, inputs: Inputs, launch: Callable[[Tiles], Any]) ->
 
 
 def _kind(inputs: Inputs) -> tuple[Any, ...]:
-    """What the fastest tiles depend on besides the kernel; lengths and the number of heads to a power of two."""
+    """What the fastest tiles depend on besides the kernel; lengths and the number of heads rounded to powers of two."""
     q, k = inputs.q, inputs.k
     device = torch.cuda.get_device_name(q.device) if q.device.type == "cuda" else q.device.type
     layout = "none" if inputs.image_k is None else "dense" if inputs.image_index is None else "pooled"
@@ -82,7 +82,7 @@ def candidates(tiles: Tiles) -> Iterator[Tiles]:
 
 
 def _fastest(key: tuple[Any, ...], tiles: list[Tiles], launch: Callable[[Tiles], Any]) -> Tiles:
-    """The fastest of the tiles, from Triton's cache folder where they have been measured before."""
+    """The fastest of the tiles; read from Triton's cache folder if measured before."""
     identity = "-".join(map(str, (triton.__version__, _source_hash(), *key, *tiles)))
     folder = get_cache_manager(hashlib.sha256(identity.encode()).hexdigest())
     name = f"visual_fusion_{key[0]}.tiles.json"

@@ -44,9 +44,9 @@ def backward(
     inputs: Inputs,
     needed: Sequence[bool],
 ) -> Gradients:
-    """The gradients that are needed (in the order of `Gradients`); nothing is launched for the others alone.
+    """The needed gradients, in the order of `Gradients`; nothing is launched for the others alone.
 
-    out and lse are what `forward` returned for the same inputs.
+    out and lse come from `forward` for the same inputs.
     """
     gradients = empty_gradients(inputs, needed)
     inputs = kernel_inputs(inputs)

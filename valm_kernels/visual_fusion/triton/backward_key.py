@@ -240,7 +240,7 @@ def _key_kernel(
 
 
 def key_gradients(inputs: Inputs, lse: Tensor, delta: Tensor, grad_out: Tensor, gradients: Gradients) -> None:
-    """Fills the gradients of k and v; inputs are those of `kernel_inputs`."""
+    """Writes the gradients of k and v; inputs are those of `kernel_inputs`."""
     q, k, v = inputs[:3]
     batch, kv_heads, k_len = k.shape[:3]
     constants = kernel_constants(q, k, inputs.causal)

@@ -1,12 +1,12 @@
-"""Gradients of the image pool: a segmented reduction over the slots that name an image.
+"""Gradients of the image pool: a segmented reduction over the slots (b, t, k) of image_index that hold an image.
 
-The maths is in backward.py. The slots (b, t, k) are sorted by image once. A program then owns one image, for as many
-heads as fit, and sums dx u and b do over its slots in that order, so the result is the same in every run.
+The maths is in backward.py. The slots are sorted by image once. A program then owns one image, for as many heads as
+fit, and sums dx u and b do over its slots in that order, so the result is the same in every run.
 
-An image that very many slots name would make one program long. The sorted slots are therefore also cut into blocks of
-BLOCK_SLOTS, and programs of their own sum the part of each block that belongs to such a popular image. As it has more
-slots than a block, a block has parts of two of them at most, one at its beginning and one at its end. The program of
-the image then adds up these parts, again in order.
+A popular image, with very many slots, would make one program long. So the sorted slots are also cut into blocks of
+BLOCK_SLOTS, and separate programs sum the part of each block that belongs to a popular image. As such an image has
+more slots than a block, a block has parts of at most two of them, one at its beginning and one at its end. The program
+of the image then adds up these parts, again in order.
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ def _pool_kernel(
 
 
 def pool_gradients(inputs: Inputs, grad_out: Tensor, for_pool: ForPool, gradients: Gradients) -> None:
-    """Fills the gradients of image_k and image_v (Hkv, U, D); inputs are those of `kernel_inputs`."""
+    """Writes the gradients of image_k and image_v (Hkv, U, D); inputs are those of `kernel_inputs`."""
     image_k, image_v, image_index = inputs.image_k, inputs.image_v, inputs.image_index
     assert image_k is not None and image_v is not None and image_index is not None
     image_q = inputs.q if inputs.image_q is None else inputs.image_q

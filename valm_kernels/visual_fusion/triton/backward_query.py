@@ -234,7 +234,7 @@ def _query_kernel(
 
 @dataclass(frozen=True)
 class ForPool:
-    """What `pool_gradients` needs of every slot, (B, Hq, K, Tq) float32: dx and b of backward.py."""
+    """Input of `pool_gradients` for every slot, (B, Hq, K, Tq) float32: dx and b of backward.py."""
 
     image_dx: Tensor
     image_b: Tensor
@@ -243,9 +243,10 @@ class ForPool:
 def query_gradients(
     inputs: Inputs, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, gradients: Gradients
 ) -> tuple[Tensor, ForPool | None]:
-    """Fills all gradients that are not None but those of k, v and a pool; inputs are those of `kernel_inputs`.
+    """Writes all gradients that are not None, except those of k, v and a pool; inputs are those of `kernel_inputs`.
 
-    Returns delta (B, Hq, Tq) float32, and what the gradients of a pool are computed from where these are wanted.
+    Returns:
+        delta (B, Hq, Tq) float32, and the input of `pool_gradients` if those are needed.
     """
     q, k, v, image_k, image_v, image_q, image_index, *_ = inputs
     batch, q_heads, q_len, head_dim = q.shape

@@ -1,4 +1,4 @@
-"""What the launchers of the Triton kernels share: inputs, strides, compile-time arguments."""
+"""Common parts of the launchers of the Triton kernels: inputs, strides, compile-time arguments."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def kernel_inputs(inputs: Inputs) -> Inputs:
 
 
 def aligned_rows(x: Tensor) -> Tensor:
-    """The tensor itself, or a contiguous copy where its last dimension is strided or some row starts off a border of
-    vectors although rows of its size need not."""
+    """The tensor itself, or a contiguous copy if its last dimension is strided or a row is not vector-aligned that a
+    copy would align."""
     *strides, last = x.stride()
     if last != 1:
         return x.contiguous()

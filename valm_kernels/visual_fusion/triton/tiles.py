@@ -1,10 +1,10 @@
 """Tile sizes, warps and pipeline stages of the Triton kernels, by architecture, head dimension and dtype.
 
-Not yet measured on a card. Each entry was chosen by what the compiler reports (benchmarks/records/triton_compile.csv):
-of the candidates that spill no register and allow at least eight warps resident per multiprocessor, the one whose tiles
-reuse most. Where float32 at D = 256 has no such candidate, the smallest tiles stand; the table has their figures.
-Three stages, as with two Triton copies the next tile when the work on this one is done, and waits for it at once.
-VALM_KERNELS_AUTOTUNE=1 measures around these entries on the card that is there (autotune.py).
+Not yet measured on a card. Each entry was chosen from the compiler's report (benchmarks/records/triton_compile.csv):
+of the candidates that spill no register and allow at least eight resident warps per multiprocessor, the one whose tiles
+reuse most. For float32 at D = 256 without such a candidate it is the smallest tiles; the table has their figures.
+There are three stages because with two, Triton starts the copy of the next tile only after the work on this one.
+VALM_KERNELS_AUTOTUNE=1 measures around these entries on the card at hand (autotune.py).
 """
 
 from __future__ import annotations
