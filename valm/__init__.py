@@ -1,4 +1,4 @@
-"""VaLM: a causal language model that looks at retrieved pictures while it reads (Wang et al. 2022)."""
+"""VaLM: a causal language model that attends to retrieved images (Wang et al. 2022)."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from valm.retrieval.retriever import Retriever
     from valm_kernels import __version__
 
-# Where each public name is. They are imported when first asked for: the command line sets up the process before
-# torch is loaded, and answers --help without it.
+# The module of each public name, imported on first use: the command line sets up the process before torch is loaded,
+# and prints --help without it.
 _MODULES = {
     "Clip": "valm.clip",
     "ContextEncoder": "valm.retrieval.context",

@@ -1,4 +1,4 @@
-"""python -m valm is the valm command."""
+"""`python -m valm` runs the valm command."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""VaLM's entry in `AutoModelForCausalLM`, which imports the model when one is made."""
+"""VaLM's entry in `AutoModelForCausalLM`, which imports the model on first use."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from valm.config import ValmConfig
 
 
 class DeferredVaLM:
-    """Stands for `VaLMForCausalLM` until that is imported and takes this place itself."""
+    """Placeholder for `VaLMForCausalLM`, which replaces it when imported."""
 
     config_class = ValmConfig
 

@@ -1,4 +1,4 @@
-"""A checkpoint folder: config, weights and tokenizer in Hugging Face's files, and a note on where its images are."""
+"""A checkpoint folder: config, weights and tokenizer in Hugging Face's format, and a note on how to retrieve images."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from valm_kernels.json_files import short
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer_config.json"
-# A checkpoint that was written whole, until its files have taken the places of the old ones.
+# Holds a completely written checkpoint until its files have replaced the old ones.
 NEW_FOLDER = "checkpoint.new"
 WEIGHTS = "model*.safetensors*"
 
 
 class Config(TypedDict, total=False):
-    """What is read of config.json here."""
+    """The keys of config.json that are read here."""
 
     model_type: Any
 
@@ -51,18 +51,18 @@ def save_checkpoint(
 ) -> Path:
     """Writes `folder`; `load` and, after `import valm`, `AutoModelForCausalLM.from_pretrained` read it.
 
-    All files are written into NEW_FOLDER in it, which appears whole, and linked from there to where the old ones are.
-    Killed before that folder appears, `load_checkpoint` loads the old checkpoint, killed later, the new one.
+    All files are first written into NEW_FOLDER in it, which appears whole, and then linked over the old ones. If the
+    process is killed before NEW_FOLDER appears, `load_checkpoint` loads the old checkpoint, otherwise the new one.
     The tokenizer's model_max_length becomes the model's.
 
     Args:
-        model: of transformers, one that takes images or its text-only twin.
-        state_dict: the weights, where they are not in the model itself (it is sharded).
-        note: what finds the images, of a model that has no retriever.
-        numbers, command: of the model card (`write_card`), which is written where there is none of the user's own.
+        model: a transformers model, one that takes images or its text-only twin.
+        state_dict: the weights, if they are not in the model itself (it is sharded).
+        note: what finds the images, for a model without a retriever.
+        numbers, command: for the model card (`write_card`), which never replaces the user's own.
 
     Raises:
-        ValmError: the folder cannot be written, or not all of it; the old checkpoint still loads.
+        ValmError: the folder cannot be written completely; the old checkpoint still loads.
     """
     folder = writable_folder(folder)
     saved = with_length(tokenizer, model)
@@ -94,13 +94,13 @@ def with_length(tokenizer: PreTrainedTokenizerFast, model: Any) -> PreTrainedTok
 
 
 def positions(model: Any) -> int | None:
-    """The tokens that a model can read, None where its config does not say."""
+    """The most tokens that a model can read; None if its config does not say."""
     config = model.config.get_text_config(decoder=True)
     return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
 
 
 def _switch(folder: Path) -> None:
-    """Links the files of NEW_FOLDER, where there is one, to where the old ones are, and removes it."""
+    """Links the files of NEW_FOLDER, if it exists, over the old ones, and removes it."""
     new = folder / NEW_FOLDER
     if not new.is_dir():
         return
@@ -123,7 +123,7 @@ def _switch(folder: Path) -> None:
 
 
 def _link(file: Path, target: Path) -> None:
-    """Has `target` name the content of `file`, in one step."""
+    """Makes `target` a link to `file`, atomically."""
     temporary = temporary_name(target)
     try:
         os.link(file, temporary)
@@ -132,7 +132,7 @@ def _link(file: Path, target: Path) -> None:
     try:
         move(temporary, target)
     finally:
-        temporary.unlink(missing_ok=True)  # moved to another name of itself, a file stays
+        temporary.unlink(missing_ok=True)  # renaming a file to another link of itself does nothing
 
 
 def load(
@@ -145,26 +145,27 @@ def load(
     device: str | torch.device = "cpu",
     strict: bool = False,
 ) -> tuple[Any, PreTrainedTokenizerFast]:
-    """A model that takes images, in eval mode and on `device`, and its tokenizer: a VaLM, or an augmented decoder saved
-    whole or as an adapter.
+    """Loads a model that takes images: a VaLM, or an augmented decoder saved whole or as an adapter.
 
-    What finds its images is in the folder's note and is opened when they are first needed; `kb` or `clip` open it now.
-    A warning says what of it is not there.
-    Without any knowledge base the model needs `image_pool` in each call.
+    The folder's note names the knowledge base and CLIP. They are opened on first use, or now if `kb` or `clip` is
+    given; a warning names what is missing. Without a knowledge base the model needs `image_pool` in each call.
 
     Args:
-        folder: what `save_checkpoint`, `save_pretrained` or `save_adapter` wrote, with a tokenizer. An adapter's may be
-            with its base model.
-        base: folder or Hugging Face name of an adapter's base model, where it is no longer where the adapter says. One
-            that is only named there is not downloaded.
+        folder: written by `save_checkpoint`, `save_pretrained` or `save_adapter`, with a tokenizer (an adapter's may be
+            in the folder of its base model).
+        base: folder or Hugging Face name of an adapter's base model, if it has moved. A name that only the adapter's
+            own file has is never downloaded.
         kb: another knowledge base than the noted one.
-        clip: the CLIP, where it is no longer where the knowledge base or the note says (see `Clip.load`).
+        clip: the CLIP, if it has moved from where the knowledge base or the note says (see `Clip.load`).
         allow_download: with `kb`, as in `ImageKnowledgeBase.load_clip`.
-        strict: raise an error where the model needs images and has none, instead of a warning.
+        strict: raise an error instead of a warning when the model needs images and has none.
+
+    Returns:
+        The model, in eval mode and on `device`, and its tokenizer.
 
     Raises:
-        ValmError: there is no whole checkpoint, or its config, weights, tokenizer, base model, knowledge base and CLIP
-            do not belong together.
+        ValmError: there is no complete checkpoint, or its config, weights, tokenizer, base model, knowledge base and
+            CLIP do not belong together.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -214,8 +215,8 @@ def load_checkpoint(
 
 
 def _files_of(folder: Path) -> Path:
-    """Where the checkpoint's files are: where the writer was killed while the new ones took their places, some of those
-    in `folder` are old."""
+    """The folder of the checkpoint's files: NEW_FOLDER if the writer was killed while linking, as some files in
+    `folder` are then old."""
     return folder / NEW_FOLDER if (folder / NEW_FOLDER).is_dir() else folder
 
 
@@ -240,10 +241,13 @@ def _load_whole(folder: Path) -> Any:
 
 
 def load_decoder(source: str | os.PathLike) -> Any:
-    """A pretrained decoder of transformers, to be trained: in float32, whatever its file has.
+    """A pretrained decoder of transformers for training: always in float32.
 
-    source: its folder, or its name on the Hugging Face Hub.
-    Raises ValmError where it cannot be read, or lacks weights.
+    Args:
+        source: its folder, or its name on the Hugging Face Hub.
+
+    Raises:
+        ValmError: it cannot be read, or lacks weights.
     """
     with _read_errors(f"the base model {source}"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
@@ -291,7 +295,7 @@ def _add_retriever(
 
 @contextmanager
 def _read_errors(what: str, remedy: str = "") -> Iterator[None]:
-    """One sentence for whatever transformers raises, which has many kinds, each for one damaged file."""
+    """Turns the many errors that transformers raises for damaged files into a ValmError of one sentence."""
     try:
         with quiet_transformers():
             yield
@@ -302,7 +306,7 @@ def _read_errors(what: str, remedy: str = "") -> Iterator[None]:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without transformers' bar for every file and its table of weights that do not fit."""
+    """Hides transformers' progress bar for every file and its table of weights that do not fit."""
     shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()

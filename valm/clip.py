@@ -1,4 +1,4 @@
-"""A CLIP as this project uses it: an open_clip model, its tokenizer and its image transform."""
+"""A CLIP: an open_clip model, its tokenizer and its image transform."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TEXT_BATCH = 256
 
 
 class ModelConfig(TypedDict):
-    """What is read of `model_cfg`."""
+    """The keys of `model_cfg` that are read here."""
 
     embed_dim: Annotated[int, Range(1, 1 << 20)]
     text_cfg: dict[str, Any]
@@ -42,7 +42,7 @@ class ModelConfig(TypedDict):
 
 
 class Config(TypedDict):
-    """What is read of open_clip_config.json."""
+    """The keys of open_clip_config.json that are read here."""
 
     model_cfg: ModelConfig
 
@@ -50,13 +50,17 @@ class Config(TypedDict):
 class Clip:
     """An open_clip model in eval mode, with the tokenizer its text tower was trained with.
 
-    model: any open_clip model (`CLIP`, `CustomTextCLIP`); kept in the precision and on the device it has.
-    tokenizer: CLIP's BPE or a pruned one (valm/tokenizer.py); its bos is SOT and its eos is EOT.
-    model_cfg: the `model_cfg` that built the model, as in open_clip's own config files.
-
     open_clip finds the EOT, whose state is the text feature, in one of two ways: the largest id of the row
-    (`pool_type` "argmax", the default) or `text_cfg.eos_id` (`pool_type` "eos"). A tokenizer that disagrees
-    would silently pool another token, so it is refused with ValmError.
+    (`pool_type` "argmax", the default) or `text_cfg.eos_id` (`pool_type` "eos"). With a tokenizer that disagrees it
+    would silently pool another token.
+
+    Args:
+        model: any open_clip model (`CLIP`, `CustomTextCLIP`), used in its own precision and on its own device.
+        tokenizer: CLIP's BPE or a pruned one (valm/tokenizer.py); its bos is SOT and its eos is EOT.
+        model_cfg: the `model_cfg` that built the model, as in open_clip's own config files.
+
+    Raises:
+        ValmError: the tokenizer does not fit the model.
     """
 
     def __init__(
@@ -86,11 +90,14 @@ class Clip:
     ) -> Clip:
         """A CLIP with random weights: to train, or to test with.
 
-        model_cfg: `model_cfg` of an open_clip config, or the name of one of open_clip's architectures.
-            Its vocabulary size is set to the tokenizer's; where EOT is not the largest id, so is its pooling.
-        tokenizer: CLIP's own 49,408 pieces by default.
-        preprocess_cfg: mean, std, interpolation, ... as in open_clip's config files.
-        Raises ValmError for an architecture that open_clip does not know.
+        Args:
+            model_cfg: `model_cfg` of an open_clip config, or the name of one of open_clip's architectures. Its
+                vocabulary size is set to the tokenizer's, and its pooling too if EOT is not the largest id.
+            tokenizer: by default CLIP's own, with 49,408 tokens.
+            preprocess_cfg: mean, std, interpolation, ... as in open_clip's config files.
+
+        Raises:
+            ValmError: open_clip does not know the architecture.
         """
         if isinstance(model_cfg, str):
             name, config = model_cfg, open_clip.get_model_config(model_cfg)
@@ -113,12 +120,15 @@ class Clip:
     def load(cls, source: str | os.PathLike, *, device: str | torch.device = "cpu") -> Clip:
         """Loads a CLIP in float32.
 
-        source: a folder in open_clip's format (`open_clip_config.json`, the weights, and `tokenizer.json`
-            where it is not CLIP's own), also written `local-dir:FOLDER`; nothing is downloaded for it.
-            Or `hf-hub:ORGANISATION/MODEL`, or `ARCHITECTURE:WEIGHTS` out of open_clip's list
-            (`ViT-B-32:laion2b_s34b_b79k`): open_clip downloads these.
-        Raises ValmError where it is not there, is damaged, reads text with a tokenizer other than CLIP's, or has
-        weights that were trained with another activation than the architecture's.
+        Args:
+            source: a folder in open_clip's format (`open_clip_config.json`, the weights, and `tokenizer.json` unless it
+                is CLIP's own), also written `local-dir:FOLDER`; nothing is downloaded for it. Or
+                `hf-hub:ORGANISATION/MODEL`, or `ARCHITECTURE:WEIGHTS` from open_clip's list
+                (`ViT-B-32:laion2b_s34b_b79k`), which open_clip downloads.
+
+        Raises:
+            ValmError: it does not exist, is damaged, reads text with a tokenizer other than CLIP's, or has weights that
+                were trained with another activation than the architecture's.
         """
         source = os.fspath(source)
         folder = Path(source.removeprefix("local-dir:"))
@@ -181,7 +191,8 @@ class Clip:
     def encode_images(self, images: list[Image.Image] | torch.Tensor) -> torch.Tensor:
         """Image features, (n, E) float32, L2-normalised, on the model's device.
 
-        images: pictures of any size and mode, or the (n, 3, H, W) tensor that `transform` made of them.
+        Args:
+            images: PIL images of any size and mode, or the (n, 3, H, W) tensor that `transform` made of them.
         """
         if not isinstance(images, torch.Tensor):
             images = torch.stack([self.transform(image) for image in images])
@@ -190,18 +201,18 @@ class Clip:
 
     @torch.no_grad()
     def encode_texts(self, texts: list[str]) -> torch.Tensor:
-        """Text features as CLIP was trained to give them (the state at EOT), (n, E) float32, L2-normalised.
+        """Text features as CLIP was trained (the state at EOT), (n, E) float32, L2-normalised.
 
-        Of a text longer than the context the first `context_length - 2` tokens are read.
+        A text longer than the context is cut to its first `context_length - 2` tokens.
         """
         ids = self.token_ids(texts).to(self.device)
         parts = [F.normalize(self.model.encode_text(part).float(), dim=-1) for part in ids.split(TEXT_BATCH)]
         return torch.cat(parts)
 
     def token_ids(self, texts: list[str]) -> torch.Tensor:
-        """SOT, the text, EOT for each text, filled up with EOT: (n, context_length) int64.
+        """SOT, the text and EOT for each text, padded with EOT: (n, context_length) int64.
 
-        open_clip pools the first EOT, and a causal text tower never sees what comes after it.
+        open_clip pools the first EOT, and a causal text tower never sees the padding after it.
         """
         rows = torch.full((len(texts), self.context_length), self.tokenizer.eos_token_id, dtype=torch.int64)
         rows[:, 0] = self.tokenizer.bos_token_id
@@ -211,7 +222,7 @@ class Clip:
         return rows
 
     def to(self, device: str | torch.device) -> Clip:
-        """Itself, moved there. What was made of it before, such as a `ContextEncoder`, stays where it is."""
+        """Moves this CLIP and returns it. A `ContextEncoder` made of it before stays on the old device."""
         self.model.to(device)
         return self
 
@@ -226,15 +237,15 @@ class Clip:
 
     @property
     def embed_dim(self) -> int:
-        """E, the width of the space that images and texts share."""
+        """E, the width of image and text features."""
         return self.model_cfg["embed_dim"]
 
     @cached_property
     def weights_hash(self) -> str:
-        """SHA-256 over what is computed with the weights (the two configurations: the same ones with another activation
-        or image transform are another CLIP), and over their names, types, shapes and bytes, however they were stored.
+        """SHA-256 over the names, types, shapes and bytes of the weights, and over both configurations: the same
+        weights with another activation or image transform are another CLIP.
 
-        Computed once: a Clip is taken to be trained when it is asked for its hash.
+        Computed once: call it only when training is over.
         """
         configs = json.dumps([self.model_cfg, self.preprocess_cfg()], sort_keys=True)
         digest = hashlib.sha256(configs.encode())
@@ -257,26 +268,30 @@ class Clip:
             raise ValmError(f"the tokenizer of {self.name} names no bos (SOT) or no eos (EOT) token")
         if vocabulary > self.model.vocab_size:
             raise ValmError(
-                f"the tokenizer of {self.name} has {vocabulary} pieces, its text tower only {self.model.vocab_size}"
+                f"the tokenizer of {self.name} has {vocabulary} tokens, its text tower only {self.model.vocab_size}"
             )
         if pool_type == "argmax" and eot != vocabulary - 1:
             raise ValmError(
                 f"{self.name} pools the text at the largest id (pool_type argmax), but EOT is {eot} of {vocabulary} "
-                f"pieces; set text_cfg pool_type to eos and eos_id to {eot}"
+                f"tokens; set text_cfg pool_type to eos and eos_id to {eot}"
             )
         if pool_type == "eos" and text_cfg.get("eos_id") != eot:
             raise ValmError(f"text_cfg eos_id of {self.name} is {text_cfg.get('eos_id')}, but EOT is {eot}")
 
 
 def weight_files(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file of weights in the folder of a CLIP, by its name. Raises ValmError where one is no file."""
+    """SHA-256 of each weight file in the folder of a CLIP, by name.
+
+    Raises:
+        ValmError: one is not a regular file.
+    """
     check_all_regular(folder)
     files = sorted(file for file in folder.iterdir() if file.suffix in WEIGHT_SUFFIXES)
     return {file.name: file_sha256(file) for file in files}
 
 
 def _default_tokenizer(model_cfg: dict[str, Any], name: str) -> PreTrainedTokenizerFast:
-    """CLIP's own tokenizer, for an open_clip configuration that asks for no other."""
+    """CLIP's own tokenizer, if the open_clip configuration names no other."""
     text_cfg = model_cfg.get("text_cfg", {})
     other = text_cfg.get("hf_tokenizer_name") or text_cfg.get("hf_model_name")
     if other:
@@ -288,8 +303,8 @@ def _default_tokenizer(model_cfg: dict[str, Any], name: str) -> PreTrainedTokeni
 
 @contextmanager
 def _load_errors(name: str) -> Iterator[None]:
-    """One sentence for whatever open_clip, safetensors or tokenizers raise (each has types of its own), and no
-    logging meanwhile: open_clip logs through the root logger, which would install a handler in the process."""
+    """Turns errors of open_clip, safetensors and tokenizers into a ValmError of one sentence. Turns off logging, as
+    open_clip logs through the root logger, which would install a handler in the process."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

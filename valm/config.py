@@ -1,4 +1,4 @@
-"""The configuration of VaLM: that of GPT-2 and what the pictures need."""
+"""The configuration of VaLM: that of GPT-2 and the image options."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ FUSION_SCALES = ("head_dim", "embed_dim")
 
 
 class ValmConfig(GPT2Config):
-    """GPT-2 with one block that also attends to retrieved pictures (Wang et al. 2022, section 2.3).
+    """GPT-2 with one block that also attends to retrieved images (Wang et al. 2022, section 2.3).
 
     Takes every argument of `GPT2Config` and, as keywords:
 
     Args:
         image_dim: dimension E of an image vector. When it is not the model's width, one input projection is added.
-        num_images: K, the pictures each token sees. 0 is the baseline GPT-2*: a GPT-2 with no trace of pictures.
+        num_images: K, the images per token. 0 is the baseline GPT-2*: a GPT-2 without any image parameters.
         fusion_layer: index of the fusion block, negative from the end; the paper puts it last but one.
         fusion_scale: "head_dim" scales scores in the fusion block by 1/sqrt(head_dim), as in every other block;
             "embed_dim" by 1/sqrt(n_embd), as the published code does (3.5 times flatter with 12 heads).
-        blind: each token sees its own retrieval query as its one "picture" and nothing is searched
+        blind: each token sees its own retrieval query as its one "image" and nothing is searched
             (Blind-VaLM, Ontalvilla et al. 2024). Needs num_images = 1.
-        image_logit_bias_init: initial value of the number each head adds to its scores of pictures. 0 as
-            published; -20 starts a pretrained language model with its pictures closed.
+        image_logit_bias_init: initial value of the bias that each head adds to its image scores. 0 as published;
+            -20 starts a pretrained language model with its images switched off.
 
     Raises:
-        ValmError: an argument has a value that no model can have.
+        ValmError: an argument has an invalid value.
     """
 
     model_type = "valm"
@@ -61,7 +61,7 @@ class ValmConfig(GPT2Config):
         if fusion_scale not in FUSION_SCALES:
             raise ValmError(f"fusion_scale must be one of {FUSION_SCALES}, got {fusion_scale!r}")
         if blind and num_images != 1:
-            raise ValmError(f"blind needs num_images = 1 (the query is the one picture), got {num_images}")
+            raise ValmError(f"blind needs num_images = 1 (the query is the one image), got {num_images}")
         if self.add_cross_attention:
             raise ValmError("add_cross_attention must be False: VaLM is a decoder without an encoder")
         if self.n_embd % self.n_head or not 8 <= self.n_embd // self.n_head <= 256:

@@ -2,4 +2,4 @@
 
 
 class ValmError(ValueError):
-    """Something the user gave cannot be used. The message names it, says what was found and what to do."""
+    """An input cannot be used. The message names it, says what was found and what to do."""

@@ -1,4 +1,4 @@
-"""JSON files, output folders, and what an error says of a file."""
+"""JSON files, output folders, and errors about files."""
 
 from __future__ import annotations
 
@@ -14,40 +14,56 @@ from typing import Any
 from valm.errors import ValmError
 from valm_kernels import atomic_files, json_files
 
-# An OSError of what is in a file: Pillow's have no number, and a damaged archive or dataset leads to a place or a name
-# that cannot be. All others are of the drive, the memory, permissions, open files.
+# OSErrors caused by the content of a file: Pillow's have no errno, and a damaged archive or dataset leads to an invalid
+# offset or name. All others come from the machine: disk, memory, permissions, open files.
 CONTENT_ERRORS = (None, errno.EINVAL, errno.ENAMETOOLONG)
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """As in `valm_kernels.atomic_files`. Raises ValmError, which names `path`, for a full disk and the like."""
+    """`valm_kernels.atomic_files.atomic_path` with errors for the user.
+
+    Raises:
+        ValmError: `path` cannot be written, such as on a full disk.
+    """
     with write_errors(path), atomic_files.atomic_path(path) as temporary:
         yield temporary
 
 
 @contextmanager
 def write_errors(path: Path) -> Iterator[None]:
-    """Raises ValmError, which names `path`, for an OSError while it is written."""
+    """Turns an OSError while `path` is written into a ValmError.
+
+    Raises:
+        ValmError: `path` cannot be written.
+    """
     try:
         yield
     except OSError as error:
-        # numpy has no number for a disk that took only a part, but a sentence without a name
+        # numpy's error for a partial write has no errno, only a message
         reason = error.strerror or f"not all of it could be written ({error}); the disk may be full"
         raise ValmError(f"cannot write {path}: {reason}; what was there before is untouched") from error
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as indented JSON, all or nothing. Raises ValmError where it cannot be written."""
+    """Writes `value` as indented JSON, all or nothing.
+
+    Raises:
+        ValmError: the file cannot be written.
+    """
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path, what: str, schema: Any, remedy: str = "make it again") -> Any:
-    """The JSON value in `path`, as `schema` says (`valm_kernels.json_files`).
+    """The JSON value in `path`, checked against `schema` (`valm_kernels.json_files`).
 
-    what: what the file is, remedy: what to do where it is damaged; both for the ValmError that is raised for a file
-        that cannot be read, or holds something else.
+    Args:
+        what: what the file is, for the error.
+        remedy: what to do if it is damaged, for the error.
+
+    Raises:
+        ValmError: the file cannot be read or does not match the schema.
     """
     try:
         return json_files.read_json(path, schema)
@@ -67,7 +83,11 @@ def file_sha256(path: Path) -> str:
 
 
 def check_regular(path: Path) -> None:
-    """Raises ValmError where `path` is no regular file, nor a link to one: a pipe, opened, would wait."""
+    """Checks that `path` is a regular file or a link to one: opening a pipe would block.
+
+    Raises:
+        ValmError: it is not.
+    """
     try:
         json_files.regular_file(path)
     except OSError as error:
@@ -77,24 +97,32 @@ def check_regular(path: Path) -> None:
 
 
 def check_all_regular(folder: Path) -> None:
-    """`check_regular` for all files in `folder`, which a library will open by names of its own."""
+    """`check_regular` for all files in `folder`, for a library that chooses by itself which to open.
+
+    Raises:
+        ValmError: one is not a regular file.
+    """
     for path in folder.iterdir():
         if not path.is_dir() and path.exists():
             check_regular(path)
 
 
-def is_passing(error: BaseException) -> bool:
-    """Whether an error is of the machine and not of what is in the file: it says nothing about the next try."""
+def is_transient(error: BaseException) -> bool:
+    """True for errors of the machine (disk, permissions), not of the content: a retry may succeed."""
     return isinstance(error, OSError) and error.errno not in CONTENT_ERRORS
 
 
 def cannot_read(name: object, reason: object) -> ValmError:
-    """The error for a source that is not known to be damaged, but cannot be read now (`is_passing`)."""
+    """The error for a source that cannot be read now but may not be damaged (`is_transient`)."""
     return ValmError(f"cannot read {name}: {reason}; once it can be read, run the same again: it goes on")
 
 
 def writable_folder(path: str | os.PathLike) -> Path:
-    """The folder `path`, made if it is not there. Raises ValmError where nothing can be written."""
+    """The folder `path`, created if missing.
+
+    Raises:
+        ValmError: it cannot be created or is not writable.
+    """
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)

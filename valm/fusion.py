@@ -1,14 +1,14 @@
-"""The fusion block: a GPT-2 block whose attention also sees the pictures of each token.
+"""The fusion block: a GPT-2 block whose attention also sees the images of each token.
 
-For the token at position i, with the block's own W_k and W_v for text and pictures alike
+For the token at position i, with the block's own W_k and W_v for both text and images
 (Wang et al. 2022, equations 3-7)::
 
     image_k = W_k LN_img(z) + b^K_img      image_v = W_v LN_img(z) + b^V_img
     [a_i | b_i] = softmax([scale q_i k_j | scale q_i image_k_ik + image_logit_bias])
     out_i = sum_j a_ij v_j + sum_k b_ik image_v_ik
 
-The pictures z of a batch come as a pool without repetitions. They are projected once and then found by index.
-There is no dropout on these attention weights (published: 0.1); the residual dropouts are those of GPT-2.
+The images z of a batch come as a pool without repetitions, are projected once and then gathered by index.
+These attention weights have no dropout (published: 0.1); the residual dropouts are those of GPT-2.
 """
 
 from typing import TypedDict
@@ -23,7 +23,7 @@ from valm_kernels import attention_weights, visual_fusion_attn
 
 
 class _ImageTerms(TypedDict, total=False):
-    """Arguments of `visual_fusion_attn`; none of them where there are no images."""
+    """Image arguments of `visual_fusion_attn`; empty without images."""
 
     image_index: Tensor | None
     image_k_bias: Tensor
@@ -32,10 +32,10 @@ class _ImageTerms(TypedDict, total=False):
 
 
 class VisualFusionAttention(GPT2Attention):
-    """GPT-2's self-attention joined with attention over pictures in one softmax.
+    """GPT-2's self-attention joined with attention over images in one softmax.
 
-    Besides GPT-2's weights it has LN_img, a key and a value bias for pictures, one number per head that opens or
-    closes them, and a projection where the image vectors have another dimension than the model. With
+    Besides GPT-2's weights it has LN_img, a key and a value bias for images, one score bias per head that can switch
+    them on or off, and a projection if the image vectors have another dimension than the model. With
     num_images = 0 it has none of these.
     """
 
@@ -61,7 +61,7 @@ class VisualFusionAttention(GPT2Attention):
         self,
         hidden_states: Tensor,  # (B, T, C)
         image_pool: Tensor | None,  # (U, E)
-        image_index: Tensor | None,  # (B, T, K) rows of the pool, -1 = no picture
+        image_index: Tensor | None,  # (B, T, K) rows of the pool, -1 = no image
         first_key: Tensor | None,  # (B, T) int32, None = all keys
         cache: Cache | None,
     ) -> Tensor:  # (B, T, C)
@@ -85,7 +85,7 @@ class VisualFusionAttention(GPT2Attention):
     def weights(
         self, hidden_states: Tensor, image_pool: Tensor | None, image_index: Tensor | None, first_key: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The joint attention weights over text, (B, H, T, T), and over pictures, (B, H, T, K); float32."""
+        """The joint attention weights over text, (B, H, T, T), and over images, (B, H, T, K); float32."""
         q, k, _ = self._project_text(hidden_states)
         image_k, _ = self._project_images(image_pool)
         terms = self._image_terms(image_pool, image_index)

@@ -1,4 +1,4 @@
-"""Where a model's images come from when `forward` is given none: what VaLM and augmented decoders share."""
+"""Retrieves a model's images when `forward` gets none: shared by VaLM and augmented decoders."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _Base: Any = object  # for a type checker, the model class behind the mixin
 
 
 class ImageOptions(NamedTuple):
-    """num_images: K, images per token, 0 = the model takes none. image_dim: E. blind: see `ValmConfig`."""
+    """num_images: K, images per token; 0 = none. image_dim: E. blind: see `ValmConfig`."""
 
     num_images: int
     image_dim: int
@@ -30,13 +30,13 @@ class ImageOptions(NamedTuple):
 
 
 class RetrievalCache(Cache):
-    """A cache that also holds the retriever's state, which moves along with the beams."""
+    """A cache that also holds the retriever's state and reorders it with the beams."""
 
     retrieval: ContextCache | None = None
     is_croppable = False
 
     def crop(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused: the retriever's state cannot be taken back."""
+        """Always raises: the retriever's state cannot be rolled back."""
         raise NotImplementedError(
             f"a {type(self).__name__} with a retriever's state cannot be cropped, so assisted decoding does not work"
         )
@@ -55,7 +55,7 @@ class RetrievalCache(Cache):
         self._reorder_retrieval(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Refused: a cache does not know how many rows it has."""
+        """Always raises: a cache does not know how many rows it has."""
         raise NotImplementedError("a cache with a retriever's state repeats its rows by reorder_cache only")
 
     def _reorder_retrieval(self, rows: Tensor) -> None:
@@ -70,15 +70,15 @@ def retrieval_cache_class(cache_class: Any) -> Any:
 
 
 class ImageModel(_Base):
-    """Mixin of a causal language model that takes images, given to `forward` or found by a retriever.
+    """Mixin of a causal language model that takes images, passed to `forward` or found by a retriever.
 
-    A model that takes images, is given none and has no retriever says so once, by a warning; with `strict = True` it
-    raises ValueError each time. An empty `image_pool` says that there are none to be had.
+    A model that takes images but gets none and has no retriever warns once; with `strict = True` it raises ValueError
+    each time. Pass an empty `image_pool` to run without images on purpose.
     """
 
     strict = False
     _retriever: ImageRetriever | None = None
-    # where the note on retrieval is; None: where the model was loaded from
+    # folder of the note on retrieval; None: the one the model was loaded from
     _note_folder: str | None = None
     _note_ignored = False
     _warned = False
@@ -90,11 +90,11 @@ class ImageModel(_Base):
 
     @property
     def retriever(self) -> ImageRetriever | None:
-        """What finds the images where none are given to `forward`: that of `set_retriever`, or the one that the folder
-        notes from which the model was loaded, opened when it is first asked for.
+        """What finds the images when `forward` gets none: set by `set_retriever`, or else noted in the model's folder
+        and opened on first use.
 
         Raises:
-            ValmError: what the folder notes is not there or does not fit.
+            ValmError: what the folder notes is missing or does not fit.
         """
         if self._retriever is None and self.image_options.num_images > 0 and not self._note_ignored:
             note = self._note()
@@ -103,11 +103,11 @@ class ImageModel(_Base):
         return self._retriever
 
     def set_retriever(self, retriever: ImageRetriever | None) -> None:
-        """Let `retriever` find the images of every token; a blind model takes a `BlindRetriever`. None: no longer.
-        `NoImages` has any model read the text alone.
+        """Sets what finds the images of every token; a blind model takes a `BlindRetriever`. None removes it.
+        With `NoImages` any model reads the text alone.
 
         Raises:
-            ValmError: it finds other images than the model takes: blind or not, how many, of which dimension.
+            ValmError: the retriever differs from the model in kind (blind or not), number or dimension of images.
         """
         if retriever is not None:
             options = self.image_options
@@ -132,7 +132,7 @@ class ImageModel(_Base):
             self.save_note(save_directory)
 
     def save_note(self, folder: str | os.PathLike) -> None:
-        """Writes the note on what finds the images, where something does that a file can describe."""
+        """Writes the note on what finds the images, if a retriever is set that a file can describe."""
         note = RetrievalNote.of_retriever(self._retriever) if self._note_ignored else self._note()
         if note is not None:
             note.write(folder)
@@ -142,11 +142,11 @@ class ImageModel(_Base):
     ) -> tuple[Tensor | None, Tensor | None]:
         """image_pool (U, E) and image_index (B, T, K) of the tokens `input_ids` (B, T), by the retriever.
 
-        None and None where the model has none, after a warning. The state of what was read before is in `cache`.
+        (None, None), with a warning, if the model has no retriever. `cache` has the state of the earlier tokens.
 
         Raises:
-            ValueError: there is no retriever and the model is `strict`; or the retriever cannot know what was read
-                before, because the cache was filled without it.
+            ValueError: there is no retriever and the model is `strict`; or the retriever did not see the earlier
+                tokens, because the cache was filled without it.
         """
         if not finds_images(self):
             return None, None
@@ -185,7 +185,11 @@ class ImageModel(_Base):
         return found.image_pool.to(input_ids.device), found.image_index.to(input_ids.device)
 
     def check_images(self, shape: torch.Size, pool: Tensor | None, index: Tensor | None) -> None:
-        """Raises ValueError where image_pool and image_index are not those of this model and a batch of `shape`."""
+        """Checks image_pool and image_index against the model and the batch's `shape`.
+
+        Raises:
+            ValueError: they do not fit.
+        """
         if (pool is None) != (index is None):
             raise ValueError("image_pool and image_index must be given together")
         if pool is None or index is None:
@@ -220,7 +224,11 @@ class ImageModel(_Base):
             ) from error
 
     def say_that_images_are_missing(self) -> None:
-        """Warns once, or raises ValueError where the model is `strict`; silent where it takes none."""
+        """Warns once that the model has no images; silent if it takes none.
+
+        Raises:
+            ValueError: the model is `strict`.
+        """
         options = self.image_options
         if options.num_images == 0:
             return
@@ -237,7 +245,7 @@ class ImageModel(_Base):
 
 @torch.compiler.assume_constant_result
 def finds_images(model: ImageModel) -> bool:
-    """Whether the model has a retriever; where it lacks one, it says so. A compiled graph asks when it is made."""
+    """Whether the model has a retriever; warns if it lacks one. A compiled graph evaluates this while tracing."""
     if model.retriever is not None:
         return True
     model.say_that_images_are_missing()

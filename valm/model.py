@@ -1,4 +1,4 @@
-"""VaLM: GPT-2 in which one block also attends to the pictures retrieved for each token (Wang et al. 2022)."""
+"""VaLM: GPT-2 in which one block also attends to the images retrieved for each token (Wang et al. 2022)."""
 
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from valm.tokenizer import ClipBpeTokenizer
 
 
 class VaLMCache(RetrievalCache, DynamicCache):
-    """What has been read so far: keys and values, where each row's document began, and the retriever's state."""
+    """State of the tokens read so far: keys and values, where each row's document began, and the retriever's state."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class VaLMCache(RetrievalCache, DynamicCache):
             self.first_key = self.first_key[beam_idx.to(self.first_key.device)]
 
 
-# What the fusion attention has besides GPT-2's weights.
+# Weights of the fusion attention that GPT-2 lacks.
 FUSION_PARAMETERS = ("image_proj", "ln_img.weight", "ln_img.bias", "image_k_bias", "image_v_bias", "image_logit_bias")
 
 
@@ -46,7 +46,7 @@ class VaLMPreTrainedModel(GPT2PreTrainedModel):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """False: transformers leaves out GPT-2's scaled initialisation in classes outside its own package, as their
+        """False: transformers skips GPT-2's scaled initialisation in classes outside its own package, as their
         `_init_weights` may overwrite loaded weights. This one does not."""
         return False
 
@@ -57,13 +57,13 @@ class VaLMPreTrainedModel(GPT2PreTrainedModel):
             init.zeros_(module.image_v_bias)
             init.constant_(module.image_logit_bias, float(self.config.image_logit_bias_init))
             if module.image_proj is not None:
-                # from numbers of its own, so that one seed gives GPT-2* and VaLM the same weights where both have any
+                # from a generator of its own, so that with one seed GPT-2* and VaLM share the same initial weights
                 generator = torch.Generator(module.image_proj.device).manual_seed(torch.initial_seed() + 1)
                 init.normal_(module.image_proj, std=self.config.image_dim**-0.5, generator=generator)
 
 
 class VaLMModel(VaLMPreTrainedModel):
-    """The stack of blocks: token ids and pictures in, hidden states out."""
+    """The stack of blocks: from token ids and images to hidden states."""
 
     def __init__(self, config: ValmConfig):
         super().__init__(config)
@@ -106,14 +106,14 @@ class VaLMModel(VaLMPreTrainedModel):
 
     @staticmethod
     def unless_all_zero(first_key: Tensor) -> Tensor | None:
-        """None where every query sees everything before it, which is faster. Looked up on CPU only: elsewhere
-        the question would stop the device, and a compiled graph cannot ask."""
+        """None if every query sees everything before it, which is faster. Checked on CPU only: elsewhere it would wait
+        for the device, and a compiled graph cannot check."""
         if first_key.device.type == "cpu" and not torch.compiler.is_compiling() and not first_key.any():
             return None
         return first_key
 
     def _text_mask(self, inputs_embeds: Tensor, first_key: Tensor | None, cache: Cache | None) -> Tensor | None:
-        """What the text blocks may see: (B, 1, T, S), or None for "all before it", which PyTorch knows by itself."""
+        """The mask of the text blocks, (B, 1, T, S), or None for plain causal attention."""
         past = cache.get_seq_length() if cache is not None else 0
         length = inputs_embeds.shape[1]
         eager = self.config._attn_implementation == "eager"
@@ -131,13 +131,13 @@ class VaLMModel(VaLMPreTrainedModel):
 
 
 class VaLMForCausalLM(ImageModel, VaLMPreTrainedModel, GenerationMixin):
-    """VaLM with a language-model head, in the ways of Hugging Face: `from_pretrained`, `generate`, `Trainer`.
+    """VaLM with a language-model head, with Hugging Face's interface: `from_pretrained`, `generate`, `Trainer`.
 
-    A document begins at every `bos_token_id` (SOT) and after padding. Positions start anew there, and no token
-    sees one of an earlier document in any block. Padding may be on either side for training and scoring, on the left
-    for `generate()`.
+    A document begins at every `bos_token_id` (SOT) and after padding. Positions restart there, and no block lets a
+    token see an earlier document. Padding may be on either side for training and scoring, on the left for
+    `generate()`.
 
-    Pictures come in one of two ways: as `image_pool` and `image_index`, or from a retriever given to
+    Images come in one of two ways: as `image_pool` and `image_index`, or from a retriever passed to
     `set_retriever`, which then serves every forward pass and `generate()` token by token. Without either, or
     with num_images = 0, the model is a GPT-2.
     """
@@ -158,13 +158,13 @@ class VaLMForCausalLM(ImageModel, VaLMPreTrainedModel, GenerationMixin):
     def from_gpt2(
         cls, gpt2: GPT2LMHeadModel, *, image_logit_bias_init: float = -10.0, **arguments: Any
     ) -> "VaLMForCausalLM":
-        """A VaLM that starts from a pretrained GPT-2: same weights, pictures closed by a negative image_logit_bias.
+        """A VaLM that starts from a pretrained GPT-2: same weights, images switched off by a negative image_logit_bias.
 
-        At -10 a picture weighs e^-10 of a word with the same score: the logits are GPT-2's to about four digits, and
-        there is still a gradient that can open the heads. The other arguments are those of `ValmConfig`.
+        At -10 an image weighs e^-10 of a token with the same score: the logits equal GPT-2's to about four digits, and
+        the gradient can still switch the images on. The other arguments are those of `ValmConfig`.
 
         Raises:
-            ValmError: `gpt2` is a model of another kind, or of other sizes than the arguments say.
+            ValmError: `gpt2` is a model of another kind, or its sizes differ from the arguments.
         """
         if not isinstance(gpt2, GPT2LMHeadModel):
             raise ValmError(
@@ -209,20 +209,20 @@ class VaLMForCausalLM(ImageModel, VaLMPreTrainedModel, GenerationMixin):
         Args:
             input_ids: (B, T) int64.
             attention_mask: (B, P + T), 0 at padding, with P the tokens already in the cache. None = no padding.
-            image_pool: (U, E) float, the picture vectors of this batch, each once.
-            image_index: (B, T, K) int32 or int64 rows of the pool, -1 = no picture in this slot.
+            image_pool: (U, E) float, the image vectors of this batch, each once.
+            image_index: (B, T, K) int32 or int64 rows of the pool, -1 = no image.
             position_ids: (B, T) int64; by default the distance from the document's first token.
-            cache: what an earlier call with use_cache=True returned; this call adds to it.
-            labels: (B, T) int64, input_ids with -100 where nothing is to be learned; shifted inside.
-            use_cache: return the cache, to go on from.
-            logits_to_keep: only the last so many positions' logits; 0 = all.
+            cache: returned by an earlier call with use_cache=True; this call adds to it.
+            labels: (B, T) int64, input_ids with -100 at ignored positions; shifted inside.
+            use_cache: return the cache too.
+            logits_to_keep: return only the logits of the last positions, as many as this; 0 = all.
             inputs_embeds: (B, T, C), instead of input_ids. A document then begins after padding only, and a retriever
-                has nothing to read.
+                cannot be used.
             output_hidden_states: return the input of each block and the output of the last LayerNorm too.
 
         Raises:
-            ValueError: a shape or value does not fit the model; the message says which. output_attentions, which
-                have no place for the weights of images.
+            ValueError: a shape or value does not fit the model (the message says which), or output_attentions is set:
+                it has no place for the weights of images.
         """
         config = self.config
         if output_attentions or (output_attentions is None and config.output_attentions):
@@ -272,11 +272,10 @@ class VaLMForCausalLM(ImageModel, VaLMPreTrainedModel, GenerationMixin):
         image_index: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The fusion block's joint attention weights: over text (B, H, T, T) and over pictures (B, H, T, K).
+        """The fusion block's joint attention weights: over text (B, H, T, T) and over images (B, H, T, K).
 
-        Both together sum to 1 for every token. Arguments as in `forward`; without images they are those of the text
-        alone. This materialises the weights, which `forward` never does: for pictures and explanations, on texts of
-        ordinary length.
+        Both together sum to 1 for every token. Arguments as in `forward`; without images the weights are those of the
+        text alone. Unlike `forward` this materialises the weights: use it for plots and explanations of short texts.
         """
         stack, index = self.transformer, self.config.fusion_index
         first_key, present = self._documents(input_ids, attention_mask, None)
@@ -293,7 +292,7 @@ class VaLMForCausalLM(ImageModel, VaLMPreTrainedModel, GenerationMixin):
         """`GenerationMixin.generate` with a cache that also holds the retriever's state.
 
         Raises:
-            ValueError: attention_mask pads on the right.
+            ValueError: attention_mask has padding on the right.
         """
         mask = arguments.get("attention_mask")
         if mask is not None and not mask[:, -1].all():
@@ -305,14 +304,14 @@ class VaLMForCausalLM(ImageModel, VaLMPreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        inputs.pop("position_ids", None)  # forward knows documents, generate() does not
+        inputs.pop("position_ids", None)  # forward handles documents, generate() does not
         return inputs
 
     def _documents(
         self, tokens: Tensor, attention_mask: Tensor | None, cache: VaLMCache | None
     ) -> tuple[Tensor, Tensor | None]:
-        """first_key (B, T) int32, where each token's document begins, and where a token is, (B, T) bool or None; of ids
-        (B, T) or embeddings (B, T, C)."""
+        """For ids (B, T) or embeddings (B, T, C): first_key (B, T) int32, where each token's document begins, and which
+        positions are not padding, (B, T) bool or None."""
         embedded = tokens.is_floating_point()
         if tokens.dim() != 2 + embedded or tokens.shape[1] == 0:
             name, shape = ("inputs_embeds", "(batch, tokens, n_embd)") if embedded else ("input_ids", "(batch, tokens)")
@@ -345,7 +344,7 @@ class VaLMForCausalLM(ImageModel, VaLMPreTrainedModel, GenerationMixin):
     def _present_images(
         self, tokens: Tensor, pool: Tensor | None, index: Tensor | None, present: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The images as the blocks take them: none at padding, None for none at all."""
+        """The images as the blocks take them: without those at padding; None if there are none."""
         self.check_images(tokens.shape[:2], pool, index)
         if pool is None or index is None:
             return None, None
@@ -357,5 +356,5 @@ class VaLMForCausalLM(ImageModel, VaLMPreTrainedModel, GenerationMixin):
 
 
 AutoModelForCausalLM.register(ValmConfig, VaLMForCausalLM, exist_ok=True)
-# AutoTokenizer finds it by the name in a saved tokenizer's configuration; without it, it takes a plain fast one.
+# AutoTokenizer looks up the name in a saved tokenizer's configuration; otherwise it would load a plain fast tokenizer.
 AutoTokenizer.register(ValmConfig, tokenizer_class=ClipBpeTokenizer, exist_ok=True)

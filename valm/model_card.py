@@ -1,6 +1,6 @@
 """The model card: README.md in a model's folder, which the Hugging Face Hub shows.
 
-It says what the model is, what it needs beside its weights, the numbers it was given, and how it is loaded.
+It says what the model is, what it needs besides its weights, what was measured, and how to load it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from valm.retrieval.note import RetrievalNote
 from valm_kernels import __version__
 
 CARD_FILE = "README.md"
-# Stands in the cards written here. One without it is the user's own and stays as it is.
+# Marks the cards written here. A card without it is the user's own and is not replaced.
 MARKER = "<!-- written by valm; without this line the card is left as it is -->"
 
 
@@ -30,12 +30,12 @@ def write_card(
     numbers: Mapping[str, float] | None = None,
     command: str | None = None,
 ) -> Path | None:
-    """Writes the model card into `folder`, unless there is one of the user's own; returns where, or None.
+    """Writes the model card into `folder`, unless the user has written one; returns its path, or None.
 
     Args:
         model: one that takes images (`ImageModel`).
-        numbers: what was measured, by its name.
-        command: how the model was made.
+        numbers: measurements by name.
+        command: the command that made the model.
 
     Raises:
         ValmError: the folder's note is damaged, or the card cannot be written.
@@ -69,8 +69,8 @@ def write_card(
 
 
 def base_name(model: Any) -> str | None:
-    """The Hugging Face name of the model that was augmented; None for a VaLM, and for a base that is only in a folder:
-    its path is nobody else's business."""
+    """The Hugging Face name of the model that was augmented; None for a VaLM, and for a base in a folder, whose path is
+    private."""
     name = getattr(model.config, "name_or_path", "")
     augmented = getattr(model.config, "valm", None) is not None
     return name if augmented and name and not os.path.isdir(name) and name.count("/") <= 1 else None

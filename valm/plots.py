@@ -1,4 +1,4 @@
-"""Figures: their common look, and loss curves. They need the extra `demo` or `eval`."""
+"""Figures: their common style, and loss curves. They need the extra `demo` or `eval`."""
 
 from __future__ import annotations
 
@@ -19,13 +19,17 @@ SERIES = ("#2f6fb0", "#d9772b", "#5b9a4b", "#8a63a8")
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches. Raises ValmError where matplotlib is missing."""
+    """An empty figure of this size in inches.
+
+    Raises:
+        ValmError: matplotlib is not installed.
+    """
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValmError(f"figures need the package matplotlib ({error}): pip install -e '.[demo]'") from error
-    # Text stays text, so a figure can be searched and copied from.
+    # Saves text as text, so that it can be searched and copied.
     matplotlib.rcParams["svg.fonttype"] = "none"
     matplotlib.rcParams["font.family"] = "sans-serif"
     matplotlib.rcParams["text.parse_math"] = False  # a token may be $$
@@ -33,7 +37,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def loss_curves(curves: Mapping[str, Sequence[float]], *, window: int = 10) -> Figure:
-    """Loss against step, each curve as the mean of `window` steps over the raw losses in a paler tone."""
+    """Loss against step: each curve is the mean of `window` steps, drawn over the raw losses in a paler tone."""
     figure = new_figure(6.4, 3.2)
     axes = figure.subplots()
     for (name, values), color in zip(curves.items(), SERIES, strict=False):
@@ -55,7 +59,7 @@ def loss_curves(curves: Mapping[str, Sequence[float]], *, window: int = 10) -> F
 
 
 def quiet(axes: Axes) -> None:
-    """Without a frame, in the colours of the other figures."""
+    """Removes the frame and sets the colours of the other figures."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):

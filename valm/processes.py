@@ -1,4 +1,4 @@
-"""Processes that end when the one that started them does."""
+"""Processes that end with their parent."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent(worker: int = 0) -> None:
-    """Has this process end when its parent is killed: what a DataLoader calls in worker number `worker`.
+    """Makes this process end when its parent is killed. A DataLoader calls it in worker number `worker`.
 
-    PyTorch's own workers do not always: what they have decoded goes into pipes, whose other ends the workers beside
-    them hold too, so a worker waits until somebody reads them.
+    PyTorch's own workers may stay: they write to pipes whose read ends other workers hold open too, so they wait
+    forever for a reader.
     """
     parent = multiprocessing.parent_process()
     if parent is None:  # the main process itself
         return
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent.pid:  # it was killed before that
+        if os.getppid() != parent.pid:  # the parent was killed before that
             os._exit(1)
     else:
 

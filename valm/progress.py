@@ -1,4 +1,4 @@
-"""Progress bars that suit what they are written to: a terminal, or a log."""
+"""Progress bars for a terminal or a log."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ LOG_INTERVAL = 30.0
 
 
 class _Bar(tqdm):
-    """Without the thread that redraws bars that have slowed down: each step looks at the clock (`miniters`), and where
-    there is no memory for a new thread Python would wait for it forever."""
+    """A `tqdm` without the thread that redraws slow bars: every step looks at the clock anyway (`miniters`), and
+    without memory for a new thread Python would wait forever."""
 
     monitor_interval = 0
 
 
 def progress_bar(iterable: Iterable[Any] | None = None, *, shown: bool = True, **options: Any) -> Any:
-    """A `tqdm` with `options`, on stderr. Where that is no terminal, it is a plain line every LOG_INTERVAL seconds and
+    """A `tqdm` with `options`, on stderr. If that is no terminal, it prints a plain line every LOG_INTERVAL seconds and
     one at the end, without carriage returns.
 
-    shown: False for none; TQDM_DISABLE=1 in the environment hides all, as `valm --quiet` does.
+    Args:
+        shown: False hides the bar; TQDM_DISABLE=1 in the environment and `valm --quiet` hide all.
     """
     disabled = not shown or os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
     if sys.stderr.isatty():
@@ -34,7 +35,7 @@ def progress_bar(iterable: Iterable[Any] | None = None, *, shown: bool = True, *
 
 
 class _Lines:
-    """Writes what tqdm draws over itself as lines of their own."""
+    """Turns tqdm's redrawn bar into separate lines."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream

@@ -1,7 +1,7 @@
 """Registers VaLM with transformers' Auto classes as soon as those are imported.
 
-`import valm` alone is to be enough for `AutoModelForCausalLM.from_pretrained`, but importing transformers, and with it
-torch, takes seconds that `valm --help` should not, and the command line sets up the process before torch.
+`import valm` alone must be enough for `AutoModelForCausalLM.from_pretrained`. But importing transformers, and with it
+torch, takes seconds, which `valm --help` should not, and the command line sets up the process before torch.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
 CONFIGS, MODELS = "transformers.models.auto.configuration_auto", "transformers.models.auto.modeling_auto"
-# The module with an Auto class: ours that registers with it when it is imported.
+# For each module with an Auto class, our module that registers with it on import.
 REGISTERED_BY = {CONFIGS: "valm.config", MODELS: "valm.auto_model"}
 
 
 class _Loader(Loader):
-    """The module's own loader, and our import after it."""
+    """Runs the module's own loader, then our import."""
 
     def __init__(self, loader: Loader):
         self.loader = loader
@@ -29,7 +29,7 @@ class _Loader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        # The models import the configs first, and every config class looks at the models: ours come after both.
+        # The models import the configs first, and every config class reads the models, so ours are imported after both.
         other = REGISTERED_BY[CONFIGS] if module.__name__ == MODELS else MODELS
         if not _is_being_imported(other):
             importlib.import_module(REGISTERED_BY[module.__name__])
@@ -50,12 +50,12 @@ def _is_being_imported(name: str) -> bool:
 
 
 def are_models_imported() -> bool:
-    """Whether the Auto classes of models are there; our config asks, when it is."""
+    """Whether the Auto classes of models are imported; our config checks this on import."""
     return MODELS in sys.modules and not _is_being_imported(MODELS)
 
 
 def register_when_imported() -> None:
-    """Registers with the Auto classes that are imported already, and with the others when they are."""
+    """Registers with the Auto classes: now with those already imported, later with the others."""
     sys.meta_path.insert(0, _Finder())
     if CONFIGS in sys.modules:
         importlib.import_module(REGISTERED_BY[CONFIGS])

@@ -1,8 +1,8 @@
-"""The tokenizer of CLIP as a Hugging Face tokenizer, the same one cut down to the pieces a corpus needs, and others.
+"""CLIP's tokenizer as a Hugging Face tokenizer, the same pruned to the tokens a corpus needs, and others.
 
-VaLM reads text in CLIP's own pieces by default, so that one position of the language model is one position of the
-text tower that asks for pictures (the published model does the same). The pieces come from the file that
-open_clip carries, so nothing is downloaded. Any other fast tokenizer will do too (`valm.retrieval.alignment`).
+VaLM reads text in CLIP's own tokens by default, so that one position of the language model is one position of the
+text tower that computes retrieval queries (the published model does the same). The vocabulary comes from the file in
+the open_clip package, so nothing is downloaded. Any other fast tokenizer works too (`valm.retrieval.alignment`).
 """
 
 import gzip
@@ -22,14 +22,14 @@ from valm.errors import ValmError
 SOT = "<|startoftext|>"
 EOT = "<|endoftext|>"
 
-# How many merges of the file CLIP uses: 49,408 pieces less 2 x 256 bytes and the two special ones.
+# How many merges of the file CLIP uses: 49,408 tokens less 2 x 256 bytes and the two special tokens.
 NUM_MERGES = 49408 - 2 * 256 - 2
 
 # A word, one digit, or a run of anything else; blanks separate and vanish.
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
-# What open_clip's cleaning (ftfy) does to single characters. Its repair of wrongly decoded text and of HTML
-# entities looks at whole strings and has no place in a tokenizer file: `open_clip.tokenizer.basic_clean`.
+# What open_clip's cleaning (ftfy) does to single characters. Its repair of wrongly decoded text and of HTML entities
+# (`open_clip.tokenizer.basic_clean`) needs whole strings, which a tokenizer file cannot express.
 CHARACTER_FIXES = [
     ("[\u2018\u2019\u201a\u201b\u02bc]", "'"),
     ("[\u201c\u201d\u201e\u201f]", '"'),
@@ -43,10 +43,10 @@ CHARACTER_FIXES = [
 
 
 class ClipBpeTokenizer(PreTrainedTokenizerFast):
-    """A tokenizer whose tokens end words and so carry the blank after them, as CLIP's.
+    """A tokenizer whose tokens mark the end of a word and so the blank after it, as CLIP's do.
 
-    `decode` of a continuation, which does not begin with bos, then begins with the blank before its first word: with
-    GPT-2's tokens it does so by itself, and transformers' pipelines and streamers put it straight behind the prompt.
+    `decode` of a continuation, which does not begin with bos, begins with the blank before its first word. GPT-2's
+    tokens contain that blank, and transformers' pipelines and streamers append a continuation directly to the prompt.
     """
 
     def _decode(self, token_ids: Any, skip_special_tokens: bool = False, *args: Any, **kwargs: Any) -> str:
@@ -60,7 +60,7 @@ class ClipBpeTokenizer(PreTrainedTokenizerFast):
 
 
 def open_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
-    """The tokenizer that `save_pretrained` wrote into `folder`. transformers raises many kinds of errors."""
+    """The tokenizer that `save_pretrained` wrote into `folder`. transformers raises many types of errors."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     if getattr(tokenizer.backend_tokenizer.model, "end_of_word_suffix", None):
         return ClipBpeTokenizer.from_pretrained(folder, local_files_only=True)
@@ -68,10 +68,10 @@ def open_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
 
 
 def clip_tokenizer() -> PreTrainedTokenizerFast:
-    """CLIP's tokenizer: 49,408 pieces, lower-cased text, the ids of open_clip's `SimpleTokenizer`.
+    """CLIP's tokenizer: 49,408 tokens, lower-cased text, the ids of open_clip's `SimpleTokenizer`.
 
-    `tokenizer(text)` starts with SOT, as `generate()` needs; EOT ends a document and is the caller's to add.
-    It pads on the left and with EOT. EOT is the largest id, which open_clip's pooling relies on.
+    `tokenizer(text)` starts with SOT, as `generate()` needs; the caller adds EOT, which ends a document.
+    It pads on the left, with EOT. EOT is the largest id, which open_clip's pooling relies on.
     """
     with gzip.open(open_clip.tokenizer.default_bpe(), "rt", encoding="utf-8") as file:
         lines = file.read().split("\n")
@@ -80,11 +80,11 @@ def clip_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def prune_tokenizer(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> PreTrainedTokenizerFast:
-    """The same tokenizer with only the pieces that `texts` need, beside all single bytes.
+    """The same tokenizer pruned to the tokens that `texts` need and all single bytes, with new ids.
 
-    The texts are cut as before; any other text still can be, into smaller pieces. Ids are given anew.
-    A merge is kept when a piece of the texts is made with it. What a merge made always remains inside a piece,
-    so all merges that the texts went through are kept, and being fewer they never come in another order.
+    The texts are tokenized as before; any other text still can be, into more tokens. A merge stays if some token of the
+    texts is made with it. The result of a merge is always part of a token, so all merges of the texts stay, in the same
+    order.
     """
     merges = [(left, right) for left, right in json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]]
     parts = {left + right: (left, right) for left, right in merges}
@@ -92,20 +92,24 @@ def prune_tokenizer(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Pre
     pending = list(tokenizer.convert_ids_to_tokens(sorted({id for ids in encoded for id in ids})))
     needed = set()
     while pending:
-        piece = pending.pop()
-        if piece in parts and piece not in needed:
-            needed.add(piece)
-            pending.extend(parts[piece])
+        token = pending.pop()
+        if token in parts and token not in needed:
+            needed.add(token)
+            pending.extend(parts[token])
     return _build([merge for merge in merges if "".join(merge) in needed])
 
 
 def load_tokenizer(source: str | os.PathLike) -> PreTrainedTokenizerFast:
-    """The tokenizer of another language model (GPT-2's, Llama's, ...), with what a VaLM needs of one.
+    """The tokenizer of another language model (GPT-2's, Llama's, ...), set up for VaLM.
 
-    source: a folder that has its `tokenizer.json`, or its name on the Hugging Face Hub.
-    As with CLIP's, `tokenizer(text)` starts with bos and pads on the left. One without bos begins texts with eos, as
-    GPT-2 was trained; one without pad pads with eos.
-    Raises ValmError where it cannot be loaded, is no fast tokenizer, or has no eos.
+    As with CLIP's, `tokenizer(text)` starts with bos and pads on the left. Without a bos, texts begin with eos, as
+    GPT-2 was trained; without a pad token it pads with eos.
+
+    Args:
+        source: a folder with its `tokenizer.json`, or its name on the Hugging Face Hub.
+
+    Raises:
+        ValmError: it cannot be loaded, is no fast tokenizer, or has no eos.
     """
     try:
         loaded = AutoTokenizer.from_pretrained(source)
@@ -133,9 +137,9 @@ def _begin_with(bos: str, id: int) -> processors.TemplateProcessing:
 
 def _build(merges: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
     alphabet = list(open_clip.tokenizer.bytes_to_unicode().values())  # 256 bytes, the printable ones first
-    pieces = alphabet + [character + "</w>" for character in alphabet]
-    pieces += ["".join(merge) for merge in merges] + [SOT, EOT]
-    ids = {piece: id for id, piece in enumerate(pieces)}
+    tokens = alphabet + [character + "</w>" for character in alphabet]
+    tokens += ["".join(merge) for merge in merges] + [SOT, EOT]
+    ids = {token: id for id, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges, end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC()]
@@ -158,9 +162,10 @@ def _build(merges: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
 
 
 def begin_id(tokenizer: PreTrainedTokenizerFast) -> int:
-    """The id of the token that begins a document: bos, or where a tokenizer has none (Qwen's), eos.
+    """The id of the token that begins a document: bos, or eos if a tokenizer has no bos (Qwen's).
 
-    Raises ValmError for a tokenizer without eos, which ends a document.
+    Raises:
+        ValmError: the tokenizer has no eos, which ends a document.
     """
     if tokenizer.eos_token_id is None:
         raise ValmError("the tokenizer names no eos token, which ends a document: set its eos_token")
@@ -170,7 +175,8 @@ def begin_id(tokenizer: PreTrainedTokenizerFast) -> int:
 def tokenize_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
     """Each text as a document: bos (`begin_id`), its tokens, eos. Texts without any token are skipped.
 
-    Raises ValmError for a tokenizer without eos.
+    Raises:
+        ValmError: the tokenizer has no eos.
     """
     begin, end = begin_id(tokenizer), tokenizer.eos_token_id
     tokens = tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []

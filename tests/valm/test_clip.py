@@ -88,7 +88,7 @@ def test_eot_that_is_not_the_largest_id(tokenizer):
     wrong = {**TINY, "text_cfg": {**TINY["text_cfg"], "pool_type": "eos", "eos_id": 2}}
     with pytest.raises(ValmError, match="eos_id of clip is 2, but EOT is 49407"):
         Clip(clip.model, moved, wrong)
-    with pytest.raises(ValmError, match="pieces, its text tower only"):
+    with pytest.raises(ValmError, match="tokens, its text tower only"):
         Clip(make_clip(tokenizer).model, moved, TINY)
 
 

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from valm.errors import ValmError
-from valm.files import cannot_read, check_regular, is_passing
+from valm.files import cannot_read, check_regular, is_transient
 from valm.text import decoded, encoding_of, one_line
 
 CAPTION_SUFFIXES = (".txt", ".json")
@@ -147,7 +147,7 @@ def _read_caption_beside(file: Path) -> str:
         with open(file, "rb") as opened:
             content = opened.read(MAX_CAPTION_BYTES + 1)
     except OSError as error:
-        if is_passing(error):
+        if is_transient(error):
             raise cannot_read(file, error.strerror) from error
         return ""
     return parse_caption(content, file.suffix.lower())

@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from valm.clip import Clip
-from valm.files import cannot_read, is_passing
+from valm.files import cannot_read, is_transient
 from valm.knowledge_base.format import ITEM_SCHEMA, EncodedShard, Skipped
 from valm.knowledge_base.images import read_image, thumbnail_bytes
 from valm.processes import end_with_parent
@@ -79,14 +79,14 @@ class Record:
 
 @dataclass
 class _Decoded:
-    """What a worker made of record `index`. The record itself is not sent back: it may hold the bytes of its image.
+    """A worker's result for record `index`. The record is not sent back, as it may hold the bytes of its image.
 
-    reason: why the image could not be read; passing: the reason is the machine and not the image (`is_passing`).
+    reason: why the image could not be read. transient: because of the machine, not the image (`is_transient`).
     """
 
     index: int
     reason: str = ""
-    passing: bool = False
+    transient: bool = False
     pixels: torch.Tensor | None = None  # (3, H, W), until it is stacked with the rest of the batch
     width: int = 0
     height: int = 0
@@ -116,7 +116,7 @@ def encode_records(records: list[Record], clip: Clip, encoding: Encoding, progre
             vectors.append(clip.encode_images(pixels).cpu().numpy())
         for decoded in batch:
             record = records[decoded.index]
-            if decoded.passing:
+            if decoded.transient:
                 raise cannot_read(record.uri, decoded.reason)
             if decoded.reason:
                 skipped.append({"uri": record.uri, "reason": decoded.reason})
@@ -150,7 +150,7 @@ class _Decoder(Dataset):
                 decoded.thumbnail = thumbnail_bytes(image, self.thumbnails)
             return decoded
         except Exception as error:  # damaged bytes make a decoder raise anything; the image is listed as skipped
-            return _Decoded(index, one_line(str(error)) or type(error).__name__, is_passing(error))
+            return _Decoded(index, one_line(str(error)) or type(error).__name__, is_transient(error))
 
 
 def _collate(batch: list[_Decoded]) -> tuple[list[_Decoded], torch.Tensor]:

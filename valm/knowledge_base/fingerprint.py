@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from valm.errors import ValmError
-from valm.files import cannot_read, is_passing
+from valm.files import cannot_read, is_transient
 from valm.knowledge_base.encode import Record
 
 
@@ -47,6 +47,6 @@ def _size(source: Path | bytes | Image.Image | None) -> int | tuple[int, int] | 
     try:
         return source.stat().st_size if source.is_file() else None
     except OSError as error:  # a path that no file can have, such as one that is too long, is a damaged record
-        if is_passing(error):
+        if is_transient(error):
             raise cannot_read(source, error.strerror) from error
         return None

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from valm.errors import ValmError
-from valm.files import is_passing
+from valm.files import is_transient
 from valm.knowledge_base.format import (
     ITEM_SCHEMA,
     THUMBNAIL_SCHEMA,
@@ -270,7 +270,7 @@ class ImageKnowledgeBase:
                 table = opened.read()
             table.validate(full=True)  # texts that are not UTF-8, for one
         except (pa.ArrowException, OSError) as error:
-            if is_passing(error):
+            if is_transient(error):
                 raise ValmError(f"cannot read {file}: {error}") from error
             raise ValmError(f"{file} is damaged: {one_line(str(error))}; build the knowledge base again") from error
         schema = ITEM_SCHEMA if kind == "items" else THUMBNAIL_SCHEMA

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from valm.errors import ValmError
-from valm.files import file_sha256, is_passing, read_json
+from valm.files import file_sha256, is_transient, read_json
 from valm.text import one_line
 from valm_kernels.json_files import Count, Matching, SchemaError, Sha256, check, own_file, short
 
@@ -133,7 +133,7 @@ def open_array(file: Path, shape: tuple[int, ...], dtype: npt.DTypeLike) -> np.m
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # a damaged header makes numpy raise anything
-        if is_passing(error):
+        if is_transient(error):
             raise ValmError(f"cannot read {file}: {error}") from error
         raise ValmError(f"{file} is damaged: {one_line(str(error))}; make it again") from error
     if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:

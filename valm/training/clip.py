@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 
 from valm.clip import Clip
 from valm.errors import ValmError
-from valm.files import cannot_read, is_passing, read_json
+from valm.files import cannot_read, is_transient, read_json
 from valm.knowledge_base.encode import Record
 from valm.knowledge_base.sources import Source
 from valm.processes import end_with_parent
@@ -171,7 +171,7 @@ class CaptionedImages(Dataset[tuple[Tensor, str] | None]):
                 torch.manual_seed(rng.getrandbits(63))
                 pixels: Any = self.transform(image)
         except Exception as error:  # damaged bytes make a decoder raise anything
-            if is_passing(error):
+            if is_transient(error):
                 raise cannot_read(record.uri, error) from error
             return None
         words = rng.choice(record.caption.split("\n")).split()

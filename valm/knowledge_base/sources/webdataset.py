@@ -11,7 +11,7 @@ from typing import Any
 
 from valm.clip import Clip
 from valm.errors import ValmError
-from valm.files import cannot_read, check_regular, is_passing
+from valm.files import cannot_read, check_regular, is_transient
 from valm.knowledge_base.captions import CAPTION_SUFFIXES, MAX_CAPTION_BYTES, parse_caption
 from valm.knowledge_base.encode import Encoding, Record, encode_records
 from valm.knowledge_base.fingerprint import fingerprint_files
@@ -110,7 +110,7 @@ def tar_records(path: Path) -> list[Record]:
             if len(end) < tarfile.BLOCKSIZE or any(end):
                 raise tarfile.ReadError(f"at byte {tar.offset:,} there is neither a member nor the end of the archive")
     except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
-        if is_passing(error):
+        if is_transient(error):
             raise cannot_read(path, one_line(str(error))) from error
         skip(path.name, f"the archive ends early: {one_line(str(error))}")
     records = []
