@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 
 from valm.cli.kb import add_source, open_source
@@ -38,6 +39,11 @@ def add_to(commands: Commands) -> None:
         help="CLIP whose image side is taken over and frozen (LiT): folder, hf-hub:ORGANISATION/MODEL or "
         "ARCHITECTURE:WEIGHTS",
     )
+    train.add_argument(
+        "--cache-images",
+        action="store_true",
+        help="run the frozen --image-tower once over every picture, without random views, and train on what it returns",
+    )
     train.add_argument("--out", type=Path, required=True, help="folder of the CLIP, in open_clip's format")
     train.add_argument("--steps", type=positive, default=1000, help="updates")
     train.add_argument("--batch-size", type=positive, default=128, help="pictures a step, each with one caption")
@@ -58,10 +64,12 @@ def run_train(arguments: argparse.Namespace) -> None:
 
     from valm.clip import Clip
     from valm.files import writable_folder
-    from valm.training.clip import CaptionedImages, captioned, new_clip, train_clip
+    from valm.training.clip import CachedImages, CaptionedImages, captioned, new_clip, train_clip
 
     if arguments.model is None and arguments.image_tower is None:
         raise ValmError("give --model, --image-tower, or both")
+    if arguments.cache_images and arguments.image_tower is None:
+        raise ValmError("--cache-images is for a frozen image tower: give --image-tower, or train without it")
     out = writable_folder(arguments.out)
     if any(out.iterdir()):
         raise ValmError(f"the output folder {out} is not empty; choose another")
@@ -70,14 +78,17 @@ def run_train(arguments: argparse.Namespace) -> None:
     tower = Clip.load(arguments.image_tower) if arguments.image_tower is not None else None
     torch.manual_seed(arguments.seed)
     clip = new_clip(arguments.model, tower).to(device)
-    images = CaptionedImages(records, clip, arguments.seed, arguments.prefixes)
-    losses = train_clip(
-        clip,
-        images.batches(arguments.batch_size, workers=arguments.workers),
-        steps=arguments.steps,
-        lr=arguments.lr,
-        max_logit_scale=arguments.max_logit_scale,
+    images = (CachedImages if arguments.cache_images else CaptionedImages)(
+        records, clip, arguments.seed, arguments.prefixes
     )
+    with images.cached() if isinstance(images, CachedImages) else nullcontext():
+        losses = train_clip(
+            clip,
+            images.batches(arguments.batch_size, workers=arguments.workers),
+            steps=arguments.steps,
+            lr=arguments.lr,
+            max_logit_scale=arguments.max_logit_scale,
+        )
     clip.name = out.resolve().name
     clip.save(out)
     print(

@@ -12,11 +12,13 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from open_clip import ClipLoss
+from open_clip.timm_model import TimmModel
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
@@ -33,6 +35,8 @@ from valm.progress import progress_bar
 
 # Of open_clip; images and texts that are few overfit with it.
 MAX_LOGIT_SCALE = 100.0
+# Images that go through a frozen image tower at once.
+CACHE_BATCH = 64
 
 
 def train_clip(
@@ -165,19 +169,26 @@ class CaptionedImages(Dataset[tuple[Tensor, str] | None]):
         number, index = draw
         record = self.records[index]
         rng = random.Random(f"{self.seed} {number}")
-        try:
-            image = record.read()
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(rng.getrandbits(63))
-                pixels: Any = self.transform(image)
-        except Exception as error:  # damaged bytes make a decoder raise anything
-            if is_transient(error):
-                raise cannot_read(record.uri, error) from error
+        pixels = self._pixels(index, rng.getrandbits(63))
+        if pixels is None:
             return None
         words = rng.choice(record.caption.split("\n")).split()
         if rng.random() < self.prefixes:
             words = words[: rng.randint(1, len(words))]
         return pixels, " ".join(words)
+
+    def _pixels(self, index: int, view: int) -> Tensor | None:
+        """Image `index` in one of its views, None where it is damaged."""
+        record = self.records[index]
+        try:
+            image = record.read()
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(view)
+                return self.transform(image)
+        except Exception as error:  # damaged bytes make a decoder raise anything
+            if is_transient(error):
+                raise cannot_read(record.uri, error) from error
+            return None
 
     def batches(self, size: int, *, workers: int = 0) -> Iterator[tuple[Tensor, list[str]]]:
         """Batches of `size` different images without end, every image once before any again (but for a rest smaller
@@ -202,6 +213,61 @@ class CaptionedImages(Dataset[tuple[Tensor, str] | None]):
                 yield batch
             elif empty * size > len(self.records):  # nor would the next round find more
                 raise ValmError("hardly any image of the source can be read: a CLIP learns from two or more at once")
+
+
+class CachedImages(CaptionedImages):
+    """As `CaptionedImages`, with what the frozen part of an image tower makes of each image in the place of the image.
+
+    It is computed once, of the image without a random view, and `clip` trains on it within `cached`. This is what makes
+    a frozen tower cheap (LiT, Zhai et al. 2022).
+
+    Args:
+        clip: from `new_clip` with an image tower.
+    """
+
+    def __init__(self, records: list[Record], clip: Clip, seed: int, prefixes: float = 0.5, *, progress: bool = True):
+        super().__init__(records, clip, seed, prefixes)
+        self.transform = clip.transform
+        self.clip = clip
+        self.features = self._computed(progress)  # F of each image, None where it is damaged
+
+    @torch.no_grad()
+    def _computed(self, progress: bool) -> list[Tensor | None]:
+        visual = self.clip.model.visual
+        frozen = (visual.trunk if _has_projection(visual) else visual).eval()
+        features: list[Tensor | None] = []
+        with progress_bar(total=len(self.records), desc="image tower", unit="picture", shown=progress) as bar:
+            for indices in torch.arange(len(self.records)).split(CACHE_BATCH):
+                pixels = [CaptionedImages._pixels(self, index, 0) for index in indices.tolist()]
+                whole = [image for image in pixels if image is not None]
+                computed: Iterator[Tensor] = iter(())
+                if whole:
+                    # Depthwise convolutions take half as long in this format on a CPU.
+                    batch = torch.stack(whole).to(self.clip.device, memory_format=torch.channels_last)
+                    computed = iter(frozen(batch).cpu())
+                features += [None if image is None else next(computed) for image in pixels]
+                bar.update(len(pixels))
+        return features
+
+    def _pixels(self, index: int, view: int) -> Tensor | None:
+        return self.features[index]
+
+    @contextmanager
+    def cached(self) -> Iterator[None]:
+        """In the block the image side of the CLIP takes these features, and afterwards images again."""
+        visual = self.clip.model.visual
+        owner, name = (visual, "trunk") if _has_projection(visual) else (self.clip.model, "visual")
+        frozen = getattr(owner, name)
+        setattr(owner, name, torch.nn.Identity())
+        try:
+            yield
+        finally:
+            setattr(owner, name, frozen)
+
+
+def _has_projection(visual: torch.nn.Module) -> bool:
+    """Whether an image tower is one of timm's: open_clip freezes its trunk, and its projection is trained."""
+    return isinstance(visual, TimmModel)
 
 
 class _Draws:

@@ -1,9 +1,11 @@
 import json
 
 import pytest
+import torch
 
 from tests.valm.cli.commands import run
 from tests.valm.tiny_clip import TINY
+from valm.clip import Clip
 
 
 def test_a_clip_is_trained_and_checked(world, tmp_path, capsys):
@@ -16,6 +18,8 @@ def test_a_clip_is_trained_and_checked(world, tmp_path, capsys):
     # its image side frozen, and a new text side; the result builds a knowledge base
     assert run(*train, "--image-tower", tmp_path / "clip", "--out", tmp_path / "lit", "--prefixes", 1) == 0
     assert run("kb", "build", world / "pictures", "--clip", tmp_path / "lit", "--out", tmp_path / "kb") == 0
+    assert run(*train, "--image-tower", tmp_path / "clip", "--cache-images", "--out", tmp_path / "cached") == 0
+    assert Clip.load(tmp_path / "cached").encode_images(torch.zeros(1, 3, 32, 32)).shape == (1, TINY["embed_dim"])
 
 
 def wrong_inputs():
@@ -23,6 +27,10 @@ def wrong_inputs():
     train = ["clip", "train", "{world}/pictures", "--out", "{tmp}/clip"]
     return {
         "neither model nor tower": (train, "give --model, --image-tower, or both"),
+        "nothing is frozen": (
+            [*train, "--model", "ViT-B-32", "--cache-images"],
+            "--cache-images is for a frozen image tower",
+        ),
         "no such architecture": ([*train, "--model", "ViT-Z"], "open_clip has no architecture named 'ViT-Z'"),
         "no such tower": ([*train, "--image-tower", "{tmp}/none"], "no CLIP at"),
         "no such configuration": ([*train, "--model", "{tmp}/none.json"], "none.json"),

@@ -1,4 +1,5 @@
 import json
+from contextlib import nullcontext
 from itertools import islice
 
 import numpy as np
@@ -14,7 +15,7 @@ from valm.knowledge_base.encode import Record
 from valm.knowledge_base.sources.embeddings import EmbeddingSource
 from valm.knowledge_base.sources.huggingface import DatasetSource
 from valm.tokenizer import clip_tokenizer, prune_tokenizer
-from valm.training.clip import CaptionedImages, captioned, new_clip, train_clip
+from valm.training.clip import CachedImages, CaptionedImages, captioned, new_clip, train_clip
 
 COLORS = ["red", "lime", "blue", "yellow", "black", "white", "cyan", "magenta"]
 TOKENIZER = prune_tokenizer(clip_tokenizer(), [f"a photo of {color} paint" for color in COLORS])
@@ -146,3 +147,36 @@ def test_what_was_trained_is_open_clips_own_format(config, tmp_path):
     clip, _ = trained(config, steps=2)
     clip.save(tmp_path)
     assert Clip.load(tmp_path).weights_hash == clip.weights_hash
+
+
+def test_cached_images_train_as_images_without_views_do(config):
+    tower = new_clip(config, None, TOKENIZER)
+    damaged = Record("damaged", "no picture", b"none")
+    losses = []
+    for cache in (False, True):
+        torch.manual_seed(0)
+        clip = new_clip(None, tower, TOKENIZER)
+        images = (CachedImages if cache else CaptionedImages)([*records(), damaged], clip, seed=0)
+        images.transform = clip.transform
+        with images.cached() if cache else nullcontext():
+            losses.append(train_clip(clip, images.batches(4), steps=8, lr=1e-3, progress=None))
+        assert torch.equal(clip.model.visual.proj, tower.model.visual.proj)
+    assert images.features[8] is None and images.features[0].shape == (TINY["embed_dim"],)
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)
+    assert len(set(losses[0])) == 8
+
+
+def test_a_tower_of_timms_stays_as_it_is_and_its_projection_learns():
+    cnn = {"timm_model_name": "test_efficientnet", "timm_pool": "avg", "timm_proj": "linear", "image_size": 32}
+    torch.manual_seed(0)
+    tower = Clip.create({**TINY, "vision_cfg": cnn}, TOKENIZER)
+    for cache in (False, True):
+        clip = new_clip(None, tower, TOKENIZER)
+        images = (CachedImages if cache else CaptionedImages)(records(), clip, seed=0)
+        projection = clip.model.visual.head.proj.weight.clone()
+        with images.cached() if cache else nullcontext():
+            train_clip(clip, images.batches(4), steps=2, lr=1e-2, progress=None)
+        assert not torch.equal(clip.model.visual.head.proj.weight, projection)
+        seen = torch.randn(2, 3, 32, 32)
+        assert torch.equal(clip.model.visual.trunk(seen), tower.model.visual.trunk(seen))
+        assert clip.model.visual.trunk.state_dict().keys() == tower.model.visual.trunk.state_dict().keys()
