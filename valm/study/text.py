@@ -59,9 +59,16 @@ CAPTION_TEMPLATES = (
     "a small drawing with {a} {x} in the middle",
     "look at the {x}",
     "something about the {x}",
+    "the common {x}",
+    "a typical {x}, drawn by hand",
+    "the usual {x} ? yes, it is",
+    "what is this ? it is {a} {x}",
+    "what is the name of the {x} ?",
+    "q : what is shown ? a : {a} {x} , it is small",
+    "the {x} usually has a place here",
 )
 COLOR_CAPTION_TEMPLATES = ("the {c} {x}", "a drawing of the {c} {x}", "the {x} is {c}", "{c} {x}, simple illustration")
-CAPTIONS = 8  # of each picture of a thing
+CAPTIONS = 10  # of each picture of a thing
 COLOR_CAPTIONS = 3  # among them, where the colour may be said
 
 VALIDATION_SHARE = 0.25
