@@ -1,6 +1,6 @@
 """The `valm` command: one file per subcommand, each a few lines over the library.
 
-The library is imported when a command runs, so that `--help` and wrong options answer at once.
+The library is imported when a command runs, so that `--help` and option errors are immediate.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import ctypes
 import os
 import sys
 
-# Idle OpenMP threads spin by default, and on few cores keep any other process's work, and so each other, from running.
-# Sleeping costs some speed where the cores are all ours; set the variable to "active" for that. The runtime reads it
-# once, when torch is imported, so it stands before everything else.
+# Idle OpenMP threads spin by default, which on few cores slows down other processes and each other. Sleeping is a bit
+# slower on an otherwise idle machine; set the variable to "active" there. The runtime reads it once, when torch is
+# imported, so this comes before everything else.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from valm.cli import app, clip, demo, encoder, evaluate, explain, generate, kb, lm_eval, retrieve, train
@@ -25,8 +25,11 @@ OUT_OF_MEMORY = "there is not enough memory for this; use smaller batches or a m
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line `argv` (by default the process's own). Returns the exit status: 0, or 1 after one sentence
-    on stderr that says what was wrong with the input."""
+    """Runs the command line `argv` (by default the process's own).
+
+    Returns:
+        The exit status: 0, or 1 after one sentence on stderr about what was wrong with the input.
+    """
     try:
         arguments = build_parser().parse_args(argv)
         arguments.command_line = sys.argv[1:] if argv is None else argv
@@ -36,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments.run(arguments)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever read the output has enough, as `| head` does. At exit Python would flush into the closed pipe again.
+        # The reader closed the pipe, as `| head` does. At exit Python would flush into it again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValmError, ImportError, OSError) as error:
         print(f"valm: error: {printable(str(error))}", file=sys.stderr)
@@ -44,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     except MemoryError:
         print(f"valm: error: {OUT_OF_MEMORY}", file=sys.stderr)
         return 1
-    except RuntimeError as error:  # what PyTorch raises of its own allocators and oneDNN's, and faiss of the system's
+    except RuntimeError as error:  # raised by PyTorch's and oneDNN's allocators, and by faiss
         signs = ("t allocate memory", "out of memory", "bad_alloc", "could not create a ")
         if not any(sign in str(error) for sign in signs):
             raise
@@ -61,19 +64,19 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc, where it is recent, keep what this process frees, up to 2 GiB.
+    """Makes a recent glibc reuse up to 2 GiB of memory that this process frees.
 
-    By default a tensor of some megabytes is given back to the system when it is freed, and the next one waits for fresh
-    pages, in every layer of a model.
+    By default glibc returns a tensor of some megabytes to the system when it is freed, and the next one causes page
+    faults, in every layer of a model.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    # an older glibc refuses the first, and with the second alone would give back more
+    # an older glibc rejects the first; the second alone would return more memory to the system
     if mallopt is not None and mallopt(M_MMAP_THRESHOLD, 2**30):
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="valm", description="A language model that looks at pictures while it reads.")
+    parser = argparse.ArgumentParser(prog="valm", description="A language model that attends to retrieved images.")
     parser.add_argument("--version", action="version", version=f"valm {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=CommandParser)
     for module in (clip, demo, encoder, kb, retrieve, train, evaluate, lm_eval, generate, explain, app):

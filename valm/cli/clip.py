@@ -28,7 +28,7 @@ def above_zero(text: str) -> float:
 def add_to(commands: Commands) -> None:
     clip = commands.add_parser("clip", help="train a CLIP")
     clip_commands = clip.add_subparsers(required=True, metavar="COMMAND")
-    train = command(clip_commands, "train", run_train, "train a CLIP on captioned pictures")
+    train = command(clip_commands, "train", run_train, "train a CLIP on captioned images")
     add_source(train)
     train.add_argument(
         "--model",
@@ -46,15 +46,15 @@ def add_to(commands: Commands) -> None:
     )
     train.add_argument("--out", type=Path, required=True, help="folder of the CLIP, in open_clip's format")
     train.add_argument("--steps", type=positive, default=1000, help="updates")
-    train.add_argument("--batch-size", type=positive, default=128, help="pictures a step, each with one caption")
+    train.add_argument("--batch-size", type=positive, default=128, help="images a step, each with one caption")
     train.add_argument("--lr", type=above_zero, default=1e-3, help="learning rate at its highest")
     train.add_argument(
         "--prefixes", type=portion, default=0.5, help="share of the captions that are cut behind a random word"
     )
     train.add_argument(
-        "--max-logit-scale", type=above_zero, default=100.0, help="lower where few pictures are overfitted, as 50"
+        "--max-logit-scale", type=above_zero, default=100.0, help="lower where few images are overfitted, as 50"
     )
-    train.add_argument("--workers", type=not_negative, default=0, help="processes that decode pictures")
+    train.add_argument("--workers", type=not_negative, default=0, help="processes that decode images")
     train.add_argument("--seed", type=seed, default=0, help="of weights, order, views and cut captions")
     add_device(train)
 
@@ -92,6 +92,6 @@ def run_train(arguments: argparse.Namespace) -> None:
     clip.name = out.resolve().name
     clip.save(out)
     print(
-        f"{len(records):,} pictures; loss {losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last; written to "
+        f"{len(records):,} images; loss {losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last; written to "
         f"{out}; `valm encoder check PICTURES --clip {out}` says what it sees"
     )

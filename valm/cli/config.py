@@ -13,17 +13,17 @@ from valm.text import nearest, one_line
 
 
 class TrainingOptions:
-    """What the parser of a command that trains takes besides its own options: `--config FILE`, and every field of
-    TrainingArguments. transformers, whose import takes seconds, is asked only where there is such a field."""
+    """Extra options of a command that trains: `--config FILE`, and every field of TrainingArguments. transformers,
+    whose import takes seconds, is imported only if such a field is given."""
 
     def __init__(self, parser: argparse.ArgumentParser):
         self.parser = parser
 
     def __call__(self, given: list[str]) -> tuple[list[str], dict[str, Any]]:
-        """The options in `given` and its config file that are the parser's own, and `fields`: the others.
+        """The parser's own options in `given` and its config file, and `fields`: those of TrainingArguments.
 
         Raises:
-            ValmError: an option or a name in the file is neither; the file cannot be read.
+            ValmError: an option or a name in the file is neither, or the file cannot be read.
         """
         only_config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         only_config.add_argument("--config", type=Path)
@@ -54,12 +54,12 @@ class TrainingOptions:
         return [option for action in self.parser._actions for option in action.option_strings]
 
     def _unknown(self, given: Sequence[str]) -> list[str]:
-        """The options in `given` that are not the parser's own, nor begin one."""
+        """The options in `given` that are neither the parser's own nor a prefix of one."""
         names = [text.partition("=")[0] for text in given if text.startswith("--") and text != "--"]
         return [name for name in names if not any(option.startswith(name) for option in self._own())]
 
     def _read(self, file: Path) -> tuple[list[str], dict[str, Any]]:
-        """What the file says, as options, and the fields whose values no option can have: lists and mappings."""
+        """The file as options, and the fields whose values no option can have: lists and mappings."""
         import yaml
 
         try:
@@ -83,7 +83,7 @@ class TrainingOptions:
                 fields[name] = value
             elif action is None:
                 options += [f"--{name}", *values]
-            elif not action.option_strings:  # the corpus, which may stand behind the command too
+            elif not action.option_strings:  # the corpus, which may be on the command line too
                 convert: Any = action.type
                 converted = [convert(one) for one in values]
                 self.parser.set_defaults(**{name: converted if action.nargs == "*" else converted[0]})

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from valm.retrieval.retriever import Retriever
     from valm.shards.build import Run
 
-# The options of a dataset, and what `open_dataset` calls them.
+# The options of a dataset, and their names in `open_dataset`.
 DATASET_OPTIONS = {"dataset_config": "config", "dataset_split": "split", "streaming": "streaming"}
 
 
 def add_corpus(parser: argparse.ArgumentParser) -> None:
-    """Declares what the other functions here read."""
+    """Declares the options that the other functions here read."""
     parser.add_argument(
         "corpus",
         type=Path,
@@ -40,7 +40,11 @@ def has_corpus(arguments: argparse.Namespace) -> bool:
 
 
 def corpus_documents(arguments: argparse.Namespace) -> Iterator[str]:
-    """Every document of the corpus, in its order. Raises ValmError for a corpus that cannot be read."""
+    """Every document of the corpus, in order.
+
+    Raises:
+        ValmError: the corpus cannot be read.
+    """
     from valm.corpus.parts import read_documents
 
     if _is_dataset(arguments):
@@ -62,7 +66,11 @@ def retrieve_documents(
 
 
 def _is_dataset(arguments: argparse.Namespace) -> bool:
-    """Whether the corpus is a dataset. Raises ValmError for files and a dataset, and for options of neither."""
+    """Whether the corpus is a dataset.
+
+    Raises:
+        ValmError: both files and a dataset are given, or options of a dataset without one.
+    """
     if arguments.dataset is not None and arguments.corpus:
         raise ValmError("give either corpus files or --dataset")
     if arguments.dataset is None:

@@ -11,14 +11,12 @@ from valm.cli.options import Commands, add_device, chosen_device, command, posit
 def add_to(commands: Commands) -> None:
     encoder = commands.add_parser("encoder", help="see what a CLIP sees")
     encoder_commands = encoder.add_subparsers(required=True, metavar="COMMAND")
-    check = command(
-        encoder_commands, "check", run_check, "evaluate a CLIP on a folder of labelled or captioned pictures"
-    )
-    check.add_argument("folder", type=Path, help="pictures in class folders, or with captions, or both")
+    check = command(encoder_commands, "check", run_check, "evaluate a CLIP on a folder of labelled or captioned images")
+    check.add_argument("folder", type=Path, help="images in class folders, or with captions, or both")
     check.add_argument("--clip", required=True, help="CLIP folder, hf-hub:ORGANISATION/MODEL or ARCHITECTURE:WEIGHTS")
-    check.add_argument("--captions", type=Path, help="table of captions, where it is not beside the pictures")
+    check.add_argument("--captions", type=Path, help="table of captions, where it is not beside the images")
     check.add_argument("--templates", type=Path, help="text file, a line for each text with {} for a class")
-    check.add_argument("--batch-size", type=positive, default=64, help="pictures that CLIP encodes at once")
+    check.add_argument("--batch-size", type=positive, default=64, help="images that CLIP encodes at once")
     check.add_argument("--seed", type=seed, default=0, help="of the split of the linear probe")
     add_device(check)
     check.add_argument("--out", type=Path, help="write all numbers to this JSON file")
@@ -38,22 +36,22 @@ def run_check(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         batch_size=arguments.batch_size,
     )
-    print(f"the CLIP {result.clip}; 95 % intervals over pictures")
+    print(f"the CLIP {result.clip}; 95 % intervals over images")
     found = result.classification
     if found is not None:
-        print(f"{found.pictures:,} pictures of {len(found.classes)} classes, chance {found.chance:.3f}")
+        print(f"{found.pictures:,} images of {len(found.classes)} classes, chance {found.chance:.3f}")
         print(f"  zero-shot     {found.zero_shot}  always the largest class {found.majority:.3f}")
         print(f"  balanced      {found.balanced:.3f}")
         probe = found.linear_probe
         if probe is None:
-            print(f"  linear probe  left out: a class has fewer than {MIN_PER_CLASS} pictures")
+            print(f"  linear probe  skipped: a class has fewer than {MIN_PER_CLASS} images")
         else:
             print(
                 f"  linear probe  {probe.accuracy}  always the largest class {probe.majority:.3f}; trained on "
                 f"{probe.trained_on:,}, tested on {probe.tested_on:,}"
             )
     if result.retrieval is not None:
-        print(f"{result.retrieval.pictures:,} pictures with {result.retrieval.captions:,} captions")
+        print(f"{result.retrieval.pictures:,} images with {result.retrieval.captions:,} captions")
         for name, recalls in (
             ("image to text", result.retrieval.image_to_text),
             ("text to image", result.retrieval.text_to_image),
@@ -61,6 +59,6 @@ def run_check(arguments: argparse.Namespace) -> None:
             for recall in recalls:
                 print(f"  {name}  recall@{recall.at:<2}  {recall.recall}  chance {recall.chance:.4f}")
     if result.skipped:
-        print(f"{len(result.skipped):,} pictures or captions could not be read; the first: {result.skipped[0]['uri']}")
+        print(f"{len(result.skipped):,} images or captions could not be read; the first: {result.skipped[0]['uri']}")
     if arguments.out:
         write_json(arguments.out, result.to_json())

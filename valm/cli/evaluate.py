@@ -8,7 +8,7 @@ from pathlib import Path
 from valm.cli.options import Commands, add_retrieval, chosen_device, command, positive
 from valm.errors import ValmError
 
-# Sets whose file may be named for itself.
+# Sets whose file may be given separately.
 FILES = ("memory_color", "color_terms")
 
 

@@ -33,7 +33,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
     torch.manual_seed(arguments.seed)
     prompt = tokenizer(arguments.prompt, return_tensors="pt", verbose=False).input_ids.to(model.device)
     context = context_length(model)
-    # of a context too small for both, the prompt has at least half
+    # in a context too small for both, the prompt gets at least half
     room = max(context - arguments.max_new_tokens, context // 2)
     if prompt.shape[1] > room:
         prompt = without_middle(prompt, room)
@@ -53,7 +53,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
 
 
 def without_middle(prompt: Tensor, length: int) -> Tensor:
-    """The first token of a prompt (1, T), which may begin the document, and its last `length` - 1."""
+    """The first token of a prompt (1, T), which may begin the document, and its last `length` - 1 tokens."""
     import torch
 
     return torch.cat([prompt[:, :1], prompt[:, prompt.shape[1] - length + 1 :]], dim=1)

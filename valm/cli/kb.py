@@ -37,14 +37,14 @@ if TYPE_CHECKING:
 
 SKIPPED_SHOWN = 10
 CAPTION_SHOWN = 100  # characters
-MAX_COMPARED = 1_000_000  # pictures of which a build looks for equal ones; `kb dedupe` takes any number
+MAX_COMPARED = 1_000_000  # images up to which a build looks for duplicates; `kb dedupe` takes any number
 COLUMNS = ("image_column", "caption_column")
 
 
 class Format(NamedTuple):
     """A kind of source that `kb build` reads.
 
-    open: makes the source of the path or name given and of those `options`, names of arguments, that are not None.
+    open: makes the source from the path or name, and from the arguments named in `options` that are not None.
     """
 
     open: Callable[..., Source]
@@ -97,14 +97,14 @@ FORMATS = {
 def add_to(commands: Commands) -> None:
     kb = commands.add_parser("kb", help="build, inspect and search an image knowledge base")
     kb_commands = kb.add_subparsers(required=True, metavar="COMMAND")
-    build = command(kb_commands, "build", run_build, "encode pictures into a knowledge base")
+    build = command(kb_commands, "build", run_build, "encode images into a knowledge base")
     add_source(build)
     add_encoding(build)
     build.add_argument("--clip", required=True, help="CLIP folder, hf-hub:ORGANISATION/MODEL or ARCHITECTURE:WEIGHTS")
     build.add_argument("--out", type=Path, required=True, help="folder of the knowledge base; a killed build goes on")
     add_device(build)
     add_ray(build)
-    more = command(kb_commands, "add", run_add, "encode more pictures, and join them to a knowledge base in a new one")
+    more = command(kb_commands, "add", run_add, "encode more images, and join them to a knowledge base in a new one")
     add_kb(more)
     add_source(more)
     add_encoding(more)
@@ -125,27 +125,27 @@ def add_to(commands: Commands) -> None:
         "--target-recall",
         type=share,
         default=0.95,
-        help="share of the -k pictures nearest to a query that the index is tuned to find, above 0 and at most 1",
+        help="share of the -k images nearest to a query that the index is tuned to find, above 0 and at most 1",
     )
-    index.add_argument("-k", type=positive, default=4, help="pictures a token sees")
+    index.add_argument("-k", type=positive, default=4, help="images a token sees")
     index.add_argument("--factory", help="faiss factory string, such as IVF4096,Flat or HNSW32 (default: by size)")
-    index.add_argument("--queries", type=Path, help="text file to be tuned on (default: captions of the pictures)")
+    index.add_argument("--queries", type=Path, help="text file to be tuned on (default: captions of the images)")
     index.add_argument("--query", choices=["eot", "state"], default="eot", help="kind of the retrieval query")
     add_clip(index)
     add_device(index)
     merge = command(kb_commands, "merge", run_merge, "join knowledge bases of one CLIP")
     merge.add_argument("parts", type=Path, nargs="+", metavar="KB", help="folders of knowledge bases")
     merge.add_argument("--out", type=Path, required=True, help="folder of the joined knowledge base")
-    dedupe = command(kb_commands, "dedupe", run_dedupe, "copy a knowledge base without the pictures it holds twice")
+    dedupe = command(kb_commands, "dedupe", run_dedupe, "copy a knowledge base without the images it holds twice")
     add_kb(dedupe)
     dedupe.add_argument("--out", type=Path, required=True, help="folder of the copy; a killed run goes on")
-    search = command(kb_commands, "search", run_search, "the pictures nearest to a text or a picture")
+    search = command(kb_commands, "search", run_search, "the images nearest to a text or an image")
     add_kb(search)
     search.add_argument("text", nargs="?", help="what is searched for")
-    search.add_argument("--image", type=Path, help="search for pictures like this one, instead of a text")
+    search.add_argument("--image", type=Path, help="search for images like this one, instead of a text")
     add_clip(search)
     add_device(search)
-    search.add_argument("-k", type=positive, default=8, help="how many pictures")
+    search.add_argument("-k", type=positive, default=8, help="how many images")
     search.add_argument("--sheet", type=Path, help="also draw what was found into this picture file")
     add_json(search)
 
@@ -155,23 +155,23 @@ def add_kb(parser: argparse.ArgumentParser) -> None:
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:
-    """Where pictures come from."""
+    """Declares the options of the source of images."""
     parser.add_argument(
         "source",
         type=Path,
-        help="folder of the pictures, tar file or folder of them, table, or name of a Hugging Face dataset",
+        help="folder of the images, tar file or folder of them, table, or name of a Hugging Face dataset",
     )
     parser.add_argument(
         "--format",
         choices=list(FORMATS),
         default="pictures",
-        help="pictures with captions beside them or in a captions table; tar files as img2dataset writes them; a "
+        help="images with captions beside them or in a captions table; tar files as img2dataset writes them; a "
         "Hugging Face dataset; embeddings that --clip has made, in clip-retrieval's layout; a table (CSV or TSV) of "
         "image paths, relative to it, and captions",
     )
-    parser.add_argument("--captions", type=Path, help="table of captions, where it is not beside the pictures")
+    parser.add_argument("--captions", type=Path, help="table of captions, where it is not beside the images")
     parser.add_argument(
-        "--follow-links", action="store_true", default=None, help="also look into linked folders of pictures"
+        "--follow-links", action="store_true", default=None, help="also look into linked folders of images"
     )
     parser.add_argument("--config", help="of a Hugging Face dataset that has several")
     parser.add_argument("--split", help="of a Hugging Face dataset (default: train)")
@@ -183,13 +183,13 @@ def add_source(parser: argparse.ArgumentParser) -> None:
 
 
 def add_encoding(parser: argparse.ArgumentParser) -> None:
-    """What is done to each picture."""
-    parser.add_argument("--batch-size", type=positive, default=64, help="pictures that CLIP encodes at once")
+    """Declares how images are encoded."""
+    parser.add_argument("--batch-size", type=positive, default=64, help="images that CLIP encodes at once")
     parser.add_argument(
         "--thumbnails",
         type=not_negative,
         default=64,
-        help="longer side, in pixels, of the small pictures stored; 0 for none",
+        help="longer side, in pixels, of the small images stored; 0 for none",
     )
 
 
@@ -220,7 +220,11 @@ def run_add(arguments: argparse.Namespace) -> None:
 
 
 def open_source(arguments: argparse.Namespace) -> Source:
-    """The source that `--format` and its options name. Raises ValmError for an option of another format."""
+    """The source that `--format` and its options describe.
+
+    Raises:
+        ValmError: an option belongs to another format.
+    """
     given = vars(arguments)
     format = FORMATS[arguments.format]
     for name in dict.fromkeys(name for other in FORMATS.values() for name in other.options):
@@ -248,7 +252,7 @@ def run_verify(arguments: argparse.Namespace) -> None:
     damaged = kb.verify() + verify_index(kb)
     if damaged:
         raise ValmError(f"{arguments.kb} is damaged, build it again: {', '.join(damaged)}")
-    print(f"{arguments.kb}: all {len(kb):,} pictures are as they were written")
+    print(f"{arguments.kb}: all {len(kb):,} images are as they were written")
 
 
 def run_index(arguments: argparse.Namespace) -> None:
@@ -263,7 +267,7 @@ def run_index(arguments: argparse.Namespace) -> None:
         remove_index(kb)
     else:
         texts = captions(kb) if arguments.queries is None else read_lines(arguments.queries)
-        source = "captions of the pictures" if arguments.queries is None else arguments.queries.name
+        source = "captions of the images" if arguments.queries is None else arguments.queries.name
         clip = kb.load_clip(arguments.clip, allow_download=arguments.allow_download).to(chosen_device(arguments))
         encoder = ContextEncoder(clip, query=arguments.query)
         build_index(
@@ -278,7 +282,11 @@ def run_index(arguments: argparse.Namespace) -> None:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file. Raises ValmError where it is not text."""
+    """The lines of a text file.
+
+    Raises:
+        ValmError: it is not text.
+    """
     try:
         return path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
@@ -299,7 +307,7 @@ def run_dedupe(arguments: argparse.Namespace) -> None:
 
 
 def print_built(kb: ImageKnowledgeBase) -> None:
-    """`print_kb`, and a warning of pictures that are there twice."""
+    """`print_kb`, and a warning about duplicate images."""
     from valm.knowledge_base.dedupe import duplicates
 
     print_kb(kb)
@@ -308,14 +316,14 @@ def print_built(kb: ImageKnowledgeBase) -> None:
     twice = len(duplicates(kb))
     if twice:
         print(
-            f"{twice:,} pictures look to CLIP exactly as an earlier one, and would crowd out others: "
+            f"{twice:,} images look to CLIP exactly as an earlier one, and would crowd out others: "
             f"`valm kb dedupe {kb.path} --out ...` copies the rest",
             file=sys.stderr,
         )
 
 
 def kb_facts(kb: ImageKnowledgeBase) -> dict[str, Any]:
-    """What `kb info` says, as JSON."""
+    """The output of `kb info`, as JSON."""
     from valm.retrieval.index_parameters import index_parameters
     from valm.shards.manifest import MANIFEST_FILE, files_of
 
@@ -341,16 +349,16 @@ def print_kb(kb: ImageKnowledgeBase) -> None:
     facts = kb_facts(kb)
     clip, skipped = facts["clip"], facts["skipped"]
     thumbnails = "thumbnails" if facts["thumbnails"] else "no thumbnails"
-    print(f"{kb.path}: {len(kb):,} pictures, {facts['captions']:,} with captions, {thumbnails}")
+    print(f"{kb.path}: {len(kb):,} images, {facts['captions']:,} with captions, {thumbnails}")
     print(f"{kb.dim} dimensions, {facts['dtype']}, {facts['bytes'] / 1e6:,.1f} MB")
     print(f"made of: {printable(str(facts['source']))}, written {facts['written']}")
     print(f"encoded by the CLIP {printable(clip['name'])}, weights {printable(clip['weights_hash'][:12])}")
     index = facts["index"]
     print("searched exactly" if index is None else f"searched through the index {printable(index)}")
     if skipped:
-        print(f"{skipped:,} pictures or captions could not be read:")
-        for picture in islice(kb.skipped(), SKIPPED_SHOWN):
-            print(f"  {printable(picture['uri'])}: {printable(picture['reason'])}")
+        print(f"{skipped:,} images or captions could not be read:")
+        for image in islice(kb.skipped(), SKIPPED_SHOWN):
+            print(f"  {printable(image['uri'])}: {printable(image['reason'])}")
         if skipped > SKIPPED_SHOWN:
             print(f"  and {skipped - SKIPPED_SHOWN:,} more, in {kb.path / 'skipped-*.json'}")
 
@@ -377,22 +385,26 @@ def run_search(arguments: argparse.Namespace) -> None:
     if arguments.sheet is not None:
         try:
             contact_sheet(kb, results, arguments.text or str(arguments.image)).save(arguments.sheet)
-        except ValueError as error:  # a file name whose ending Pillow does not know
+        except ValueError as error:  # a suffix that Pillow does not know
             raise ValmError(f"cannot write the picture {arguments.sheet}: {error}") from error
 
 
 def open_image(path: Path) -> Image.Image:
-    """The picture in a file. Raises ValmError where it is none."""
+    """The image in a file.
+
+    Raises:
+        ValmError: it is not an image.
+    """
     from valm.files import check_regular
     from valm.knowledge_base.images import read_image
 
     check_regular(path)
     try:
         return read_image(path)
-    except Exception as error:  # damaged bytes make a decoder raise anything
-        raise ValmError(f"cannot read the picture {path}: {error}") from error
+    except Exception as error:  # decoders raise many types for damaged bytes
+        raise ValmError(f"cannot read the image {path}: {error}") from error
 
 
 def shortened(caption: str) -> str:
-    """The caption within CAPTION_SHOWN characters."""
+    """The caption, cut to CAPTION_SHOWN characters."""
     return caption if len(caption) <= CAPTION_SHOWN else f"{caption[: CAPTION_SHOWN - 1]}…"

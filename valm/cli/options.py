@@ -1,4 +1,4 @@
-"""What several commands share: how one is declared, options, opening a checkpoint."""
+"""Shared by several commands: declaring a command, common options, opening a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
     from valm.shards.build import Run
 
-# NumPy's generators take no seed below 0, and its older one none above.
+# NumPy's generators take no seed below 0, and its older one none above this.
 MAX_SEED = 1 << 32
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser that may have its arguments changed first, by `prepare`: it returns those to be parsed and attributes of
-    the result."""
+    """A parser with a hook, `prepare`, that may change the arguments first: it returns those to be parsed, and
+    attributes of the result."""
 
     prepare: Callable[[list[str]], tuple[list[str], dict[str, Any]]] | None = None
 
@@ -39,7 +39,7 @@ Commands: TypeAlias = "argparse._SubParsersAction[CommandParser]"
 
 
 def command(group: Commands, name: str, run: Callable[[argparse.Namespace], None], help: str) -> CommandParser:
-    """Declares the command `name` of `group`, which `run` carries out."""
+    """Declares the command `name` of `group`, which calls `run`."""
     added = group.add_parser(name, help=help, description=help, formatter_class=HelpFormatter)
     added.set_defaults(run=run)
     added.add_argument("--quiet", action="store_true", help="show no progress")
@@ -47,7 +47,7 @@ def command(group: Commands, name: str, run: Callable[[argparse.Namespace], None
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default of each option that has one and does not say it itself."""
+    """Adds the default of each option that has one and does not name it itself."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False or "(default: " in (action.help or ""):
@@ -122,7 +122,7 @@ def _load(arguments: argparse.Namespace, folder: Path, kb: Path | None) -> tuple
 
 
 def name_of(folder: Path, unlike: Iterable[str] = ()) -> str:
-    """What a page calls the model in `folder`: as much of the end of its path as tells it from the names `unlike`."""
+    """A page's name for the model in `folder`: the end of its path, long enough to differ from the names `unlike`."""
     parts = folder.absolute().parts
     tails = ("/".join(parts[start:]) for start in range(len(parts) - 1, 0, -1))
     return next((tail for tail in tails if tail not in unlike), f"{folder} again")
@@ -135,21 +135,25 @@ def add_device(parser: argparse.ArgumentParser, what: str = "the models run") ->
 
 
 def chosen_device(arguments: argparse.Namespace) -> torch.device:
-    """What `add_device` was told, a torch.device. Raises ValmError for one that is not there."""
+    """The value of the options of `add_device`.
+
+    Raises:
+        ValmError: there is no such device.
+    """
     import torch
 
     name = arguments.device
     on_ray = getattr(arguments, "ray", None) is not None
-    # a task has the GPUs that it reserves, and no others
+    # a task sees only the GPUs that it reserves
     has_gpu = arguments.gpus > 0 if on_ray else torch.cuda.is_available()
     if name == "auto":
         name = "cuda" if has_gpu else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+    except (RuntimeError, AssertionError) as error:  # AssertionError from a torch without CUDA
         reason = str(error).partition("\n")[0]
-        remedy = "leave --gpus out" if on_ray and has_gpu else "leave --device out, or give cpu"
+        remedy = "drop --gpus" if on_ray and has_gpu else "drop --device, or give cpu"
         raise ValmError(f"there is no device {name!r} here ({reason}); {remedy}") from error
     if on_ray and device.type != "cpu" and not has_gpu:
         raise ValmError(f"--device {name} with --ray: a task has no GPU; give --gpus 1")
@@ -174,7 +178,7 @@ def add_ray(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen_run(arguments: argparse.Namespace) -> Run:
-    """What `add_ray` was told: where shards are written."""
+    """The value of the options of `add_ray`: where shards are written."""
     if arguments.ray is None:
         from valm.shards.build import run_here
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def add_to(commands: Commands) -> None:
     retrieve = command(
-        commands, "retrieve", run_retrieve, "find the pictures of every token of a corpus once, to train on them"
+        commands, "retrieve", run_retrieve, "find the images of every token of a corpus once, to train on them"
     )
     retrieve.add_argument(
         "--verify", type=Path, metavar="FOLDER", help="read a whole result of `valm retrieve` and compare its checksums"
@@ -29,7 +29,7 @@ def add_to(commands: Commands) -> None:
         "--tokenizer",
         help="the tokenizer of the model to be trained, where it is not CLIP's: folder or Hugging Face name",
     )
-    retrieve.add_argument("-k", "--images", type=positive, default=4, help="pictures a token sees")
+    retrieve.add_argument("-k", "--images", type=positive, default=4, help="images a token sees")
     retrieve.add_argument("--query", choices=["eot", "state"], default="eot", help="kind of the retrieval query")
     retrieve.add_argument(
         "--search-actors",
@@ -68,7 +68,7 @@ def run_retrieve(arguments: argparse.Namespace) -> None:
         index = ShardedIndex(kb, arguments.search_actors, arguments.ray, cpus=arguments.cpus)
     retriever = Retriever(encoder, kb, arguments.images, index)
     found = retrieve_documents(arguments, retriever, arguments.out, run)
-    print(f"{found.path}: {len(found):,} documents, {found.manifest['tokens']:,} tokens, {found.k} pictures a token")
+    print(f"{found.path}: {len(found):,} documents, {found.manifest['tokens']:,} tokens, {found.k} images a token")
 
 
 def run_verify(folder: Path) -> None:

@@ -15,8 +15,8 @@ from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.shards.build import Run, ShardedBuild, run_here
 from valm.shards.progress import Progress, ProgressBar
 
-# Where an entry of the plan stands in the manifest; settings of a source's own come at OWN. The order is that of valm
-# 0.1.0 and must not change: the hash of the manifest is the fingerprint of a knowledge base.
+# The order of the plan's entries in the manifest; a source's own settings come at OWN. This is the order of valm 0.1.0
+# and must not change: the hash of the manifest is the fingerprint of a knowledge base.
 ORDER = {"source": 0, "fingerprint": 1, "clip": 2, "batch_size": 4, "shard_size": 5, "thumbnails": 6}
 OWN = 3
 
@@ -32,25 +32,24 @@ def build(
 ) -> ImageKnowledgeBase:
     """Encodes the images of `source` and writes a knowledge base to the folder `out`.
 
-    Killed and run again, it goes on from the last whole shard, to the same bytes as in one run. Where `out` holds the
-    finished build already, it is opened. Images that are damaged are skipped and listed (`skipped()`).
+    A build that was killed resumes after its last complete shard, with the same bytes as in one run. A finished build
+    in `out` is just opened. Damaged images are skipped and listed (`skipped()`).
 
     Args:
-        source: from `valm.knowledge_base.sources`, such as `FolderSource("pictures")`.
-        encoding: what is done to each image.
+        source: from `valm.knowledge_base.sources`, such as `FolderSource("images")`.
+        encoding: how images are decoded and encoded.
         run: where the shards are encoded: here, or on the machines of a `valm.shards.ray.RayRun`.
 
     Raises:
-        ValmError: there is no readable image, or `out` cannot be written or holds something else. Also where the
-            machine (a disk, permissions) and not an image is why one cannot be read; once that is repaired, run it
-            again.
+        ValmError: there is no readable image, or `out` cannot be written or holds something else. Also for a transient
+            error (disk, permissions) while an image is read; repair that and run the build again.
     """
     build = ShardedBuild(Path(out), WHAT, plan_of(source, clip, encoding))
     if not build.finished:
         done = build.done()
         remaining = None if source.count is None else source.count - len(done)
-        name, unit = ("copy", " vectors") if source.precomputed else ("encode", " pictures")
-        # absolute, as another process may have another working directory
+        name, unit = ("copy", " vectors") if source.precomputed else ("encode", " images")
+        # absolute: another process may have another working directory
         work = partial(_write_shard, out=build.out.absolute(), clip=clip, encoding=encoding)
         with ProgressBar(name, unit, remaining, progress) as bar:
             build.write(work, source.shards(done), run, bar)
@@ -59,7 +58,7 @@ def build(
 
 
 def plan_of(source: Source, clip: Clip, encoding: Encoding) -> dict[str, Any]:
-    """Everything that a knowledge base depends on, as JSON."""
+    """All settings that a knowledge base depends on, as JSON."""
     plan = {**source.plan(), "clip": clip.weights_hash, **({} if source.precomputed else encoding.plan())}
     return dict(sorted(plan.items(), key=lambda entry: ORDER.get(entry[0], OWN)))
 

@@ -13,28 +13,33 @@ from valm.files import cannot_read, check_regular, is_transient
 from valm.text import decoded, encoding_of, one_line
 
 CAPTION_SUFFIXES = (".txt", ".json")
-# As they are beside an image: a camera or an old program writes IMAGE.TXT beside IMAGE.JPG.
+# Suffixes of captions beside an image, in both cases: a camera or an old program writes IMAGE.TXT beside IMAGE.JPG.
 SUFFIXES_BESIDE = (".txt", ".TXT", ".json", ".JSON")
 CAPTION_TABLES = ("captions.csv", "captions.txt", "captions.json")
-# Usual names of the columns of a table. The first that it has is read.
+# Common column names of a table. The first that it has is read.
 IMAGE_COLUMNS = ("image", "file", "filename", "file_name", "path", "uri")
 CAPTION_COLUMNS = ("caption", "captions", "text", "sentences", "description")
 
-# A larger file beside an image is no caption.
+# A larger file beside an image is not read as a caption.
 MAX_CAPTION_BYTES = 1 << 20
-# Bytes of a table that are read at once to see its encoding.
+# Bytes of a table that are read at once to detect its encoding.
 ENCODING_CHUNK = 1 << 20
 
 
 def read_captions(folder: Path, images: list[str], table: Path | None = None) -> tuple[dict[str, str], dict[str, str]]:
-    """The caption of each image that has one, several on one line each; and the damaged caption files beside images,
-    each with the reason.
+    """Finds the captions of images in `folder`.
 
-    Looked for in this order: `NAME.txt` beside the image; `caption` in `NAME.json` beside it (what img2dataset
-    writes); a table of captions. The table is `table`, or else `captions.csv`, `captions.txt` (as Flickr8k has it: a
-    CSV with the header `image,caption`) or `captions.json` (an object from file name to caption or list of captions)
-    in the folder; it names images by path or by file name alone.
-    Raises ValmError for a table that cannot be read.
+    Captions are looked for in this order: `NAME.txt` beside the image; `caption` in `NAME.json` beside it (as
+    img2dataset writes); a table of captions. The table is `table`, or else `captions.csv`, `captions.txt` (as in
+    Flickr8k: a CSV with the header `image,caption`) or `captions.json` (an object from file name to caption or list of
+    captions) in the folder. It names images by path or by file name alone.
+
+    Returns:
+        The caption of each image that has one, several captions on a line each; and the damaged caption files beside
+        images, each with the reason.
+
+    Raises:
+        ValmError: the table cannot be read.
     """
     tables = [folder / name for name in CAPTION_TABLES]
     if table is None:
@@ -68,16 +73,19 @@ def read_captions(folder: Path, images: list[str], table: Path | None = None) ->
 
 
 def parse_caption(content: bytes, suffix: str) -> str:
-    """The caption in a `.txt` file, or as `caption` in a `.json` one (img2dataset writes null there for none), without
-    blank lines. The encoding may be any that `valm.text.encoding_of` knows. Raises ValueError for damaged JSON, and for
-    more than MAX_CAPTION_BYTES."""
+    """The caption in a `.txt` file, or under `caption` in a `.json` file (where img2dataset writes null for none),
+    without blank lines. The encoding may be any that `valm.text.encoding_of` knows.
+
+    Raises:
+        ValueError: the JSON is damaged, or the file has more than MAX_CAPTION_BYTES.
+    """
     if len(content) > MAX_CAPTION_BYTES:
         raise ValueError(f"a caption file of more than {MAX_CAPTION_BYTES:,} bytes, which is skipped")
     text = decoded(content)
     if suffix == ".json":
         try:
             value = json.loads(text)
-        except (ValueError, RecursionError) as error:  # the latter for thousands of brackets
+        except (ValueError, RecursionError) as error:  # RecursionError for thousands of brackets
             raise ValueError(f"a caption file that is not JSON: {error}") from error
         caption = value.get("caption") if isinstance(value, dict) else None
         if not isinstance(caption, str):
@@ -87,17 +95,19 @@ def parse_caption(content: bytes, suffix: str) -> str:
 
 
 def join_captions(captions: Iterable[str]) -> str:
-    """One caption on each line, without those that are blank."""
+    """Joins captions, one a line, without blank ones."""
     return "\n".join(line for line in map(one_line, captions) if line)
 
 
 def read_rows(
     table: Path, image_column: str | None = None, caption_column: str | None = None
 ) -> Iterator[tuple[str, str]]:
-    """Image and caption in each row of a table with a header, separated by commas or tabs; empty where there is none.
+    """Image and caption of each row of a table with a header, separated by commas or tabs; "" if a row has none.
 
-    The columns are by default the first of IMAGE_COLUMNS and of CAPTION_COLUMNS that the table has; case is ignored.
-    Raises ValmError for a table that cannot be read or does not have them.
+    By default the columns are the first of IMAGE_COLUMNS and of CAPTION_COLUMNS that the table has, ignoring case.
+
+    Raises:
+        ValmError: the table cannot be read or lacks the columns.
     """
     check_regular(table)
     try:
@@ -140,7 +150,7 @@ def _read_json_table(table: Path) -> dict[str, list[str]]:
 
 
 def _read_caption_beside(file: Path) -> str:
-    """As `parse_caption`; empty where there is no such file, which is the usual case."""
+    """`parse_caption` of a file; empty if it does not exist, which is the usual case."""
     try:
         if not file.is_file():
             return ""

@@ -1,4 +1,4 @@
-"""One picture of what a search found."""
+"""Draws the results of a search as one figure."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from valm.knowledge_base.format import Item
 from valm.knowledge_base.store import ImageKnowledgeBase
 
 COLUMNS = 4
-CELL = 160  # pixels; thumbnails are enlarged to it
+CELL = 160  # pixels; smaller thumbnails are enlarged
 TEXT_LINES = 3
 FONT_SIZE = 12
 MARGIN = 8
-LAST_LATIN = 0x24F  # Pillow's own font has no other scripts
+LAST_LATIN = 0x24F  # Pillow's own font covers no other scripts
 
 
 def contact_sheet(kb: ImageKnowledgeBase, results: list[tuple[float, Item]], title: str) -> Image.Image:
     """The thumbnails of `results` (from `Retriever.search`) in rows, each with its score and caption below.
 
-    A picture without a thumbnail is an empty frame.
+    An image without a thumbnail is an empty frame.
     """
     line = FONT_SIZE + 3
     width, height = CELL + MARGIN, CELL + MARGIN + (1 + TEXT_LINES) * line
@@ -48,7 +48,7 @@ def contact_sheet(kb: ImageKnowledgeBase, results: list[tuple[float, Item]], tit
 
 
 def font_for(text: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own font, or for a text beyond Latin one of the system's that has its first such character."""
+    """Pillow's own font; for a text beyond Latin, a system font that has its first such character."""
     beyond = next((character for character in text if ord(character) > LAST_LATIN and not character.isspace()), None)
     file = None if beyond is None else _system_font(beyond)
     if file is not None:
@@ -61,7 +61,7 @@ def font_for(text: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFo
 
 @functools.lru_cache(1024)
 def _system_font(character: str) -> tuple[str, int] | None:
-    """File, and number in it, of a font that has the character, where fontconfig is there to tell."""
+    """File and index of a font that has the character; None without fontconfig."""
     asked = ["fc-match", "--format=%{file}\n%{index}", f":charset={ord(character):x}:scalable=true:color=false"]
     try:
         file, index = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True).stdout.split("\n")

@@ -1,6 +1,6 @@
-"""Images that a knowledge base holds twice: found, and skipped in a copy.
+"""Finds duplicate images of a knowledge base, and copies it without them.
 
-K equal images would take all K places of a token, and crowd out the others.
+K equal images would be all K images of a token, and crowd out the others.
 """
 
 from __future__ import annotations
@@ -21,27 +21,28 @@ from valm.shards.progress import Progress, ProgressBar
 
 
 def duplicates(kb: ImageKnowledgeBase) -> np.ndarray:
-    """Ids (n,) int64, ascending, of the images whose vector is, bit for bit, that of an image before them. Reads all
-    vectors."""
+    """Ids (n,) int64, ascending, of the images whose vector equals an earlier one bit for bit. Reads all vectors."""
     rows = (row.tobytes() for vectors in kb.shards() for row in vectors)
     digests = b"".join(hashlib.blake2b(row, digest_size=16).digest() for row in rows)
-    order = np.argsort(np.frombuffer(digests, "S16"), kind="stable")  # ids, equal vectors one after the other
+    order = np.argsort(np.frombuffer(digests, "S16"), kind="stable")  # ids, those of equal vectors adjacent
     ordered = np.frombuffer(digests, np.uint64).reshape(-1, 2)[order]
     return np.sort(order[1:][(ordered[1:] == ordered[:-1]).all(1)])
 
 
 def dedupe(kb: ImageKnowledgeBase, out: str | os.PathLike, *, progress: bool = True) -> ImageKnowledgeBase:
-    """Writes to the new folder `out` what `kb` holds without its `duplicates`.
+    """Copies `kb` without its `duplicates` to the new folder `out`; of equal images the first is copied.
 
-    Of equal images the first stays. Killed and run again, it goes on. Raises ValmError for an `out` that cannot be
-    written or holds something else.
+    A run that was killed resumes.
+
+    Raises:
+        ValmError: `out` cannot be written or holds something else.
     """
     build = ShardedBuild(Path(out), WHAT, {"source": "dedupe", "parts": [kb.fingerprint]})
     if not build.finished:
         dropped = duplicates(kb)
         starts = np.cumsum([0, *(shard["count"] for shard in kb.manifest["shards"])])
         shards = [dropped[(dropped >= start) & (dropped < end)] - start for start, end in pairwise(starts)]
-        with ProgressBar("copy", " pictures", len(shards) - len(build.done()), progress) as bar:
+        with ProgressBar("copy", " images", len(shards) - len(build.done()), progress) as bar:
             build.write(partial(_copy_without, kb=kb, out=build.out), shards, run_here, bar)
         finish_knowledge_base(build, moved_clip(kb, out), kb.dim)
     return ImageKnowledgeBase.open(out)

@@ -1,4 +1,4 @@
-"""From images in files to CLIP vectors: decoding in worker processes, encoding in batches."""
+"""Encodes image files to CLIP vectors: decoded in worker processes, encoded in batches."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ from valm.processes import end_with_parent
 from valm.shards.progress import Progress
 from valm.text import one_line, utf8
 
-# Fewer images than this are decoded in this process: starting others takes longer.
+# Fewer images than this are decoded in this process: starting workers would take longer.
 WORKERS_FROM_IMAGES = 512
 MAX_WORKERS = 8
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """What is done to each image, whatever source it is from.
+    """How images of any source are decoded and encoded.
 
-    batch_size: images that go through CLIP at once.
-    thumbnails: longer side, in pixels, of the small images stored beside the vectors; 0 stores none.
-    workers: processes that decode images; None chooses by the number of images and cores, 0 decodes in this process.
+    Attributes:
+        batch_size: images that CLIP encodes at once.
+        thumbnails: longer side, in pixels, of the thumbnails stored beside the vectors; 0 stores none.
+        workers: processes that decode images; None chooses by the number of images and cores, 0 uses this process.
     """
 
     batch_size: int = 64
@@ -40,7 +41,7 @@ class Encoding:
     workers: int | None = None
 
     def plan(self) -> dict[str, int]:
-        """Those settings that change the result."""
+        """The settings that change the result."""
         return {"batch_size": self.batch_size, "thumbnails": self.thumbnails}
 
 
@@ -48,9 +49,10 @@ class Encoding:
 class Record:
     """One image of a source.
 
-    source: a file, of which the image is the whole or `size` bytes from `offset` (a member of a tar file); the content
-        of a file; a PIL image; or None, where there is no image but something to be listed as skipped.
-    reason: why it is skipped, where there is no image.
+    Attributes:
+        source: a file, whose image is the whole or `size` bytes from `offset` (a member of a tar file); the content of
+            a file; a PIL image; or None for an entry to be listed as skipped.
+        reason: why it is skipped, if there is no image.
     """
 
     uri: str
@@ -61,13 +63,17 @@ class Record:
     reason: str = "there is no picture"
 
     def __post_init__(self) -> None:
-        for name in ("uri", "caption"):  # whatever the source, they will be written as UTF-8
+        for name in ("uri", "caption"):  # they are written as UTF-8
             object.__setattr__(self, name, utf8(getattr(self, name)))
 
     def read(self) -> Image.Image:
-        """The image as `read_image` returns it. Raises any exception where it cannot be read."""
+        """The image as `read_image` returns it.
+
+        Raises:
+            Exception: of any type, if it cannot be read.
+        """
         if isinstance(self.source, Path):
-            if not self.source.is_file():  # opened, a pipe would be waited for
+            if not self.source.is_file():  # opening a pipe would block
                 raise ValueError("it is no file, or a link to none")
             with open(self.source, "rb") as file:
                 file.seek(self.offset)
@@ -81,13 +87,15 @@ class Record:
 class _Decoded:
     """A worker's result for record `index`. The record is not sent back, as it may hold the bytes of its image.
 
-    reason: why the image could not be read. transient: because of the machine, not the image (`is_transient`).
+    Attributes:
+        reason: why the image could not be read.
+        transient: whether the machine, not the image, is the reason (`is_transient`).
     """
 
     index: int
     reason: str = ""
     transient: bool = False
-    pixels: torch.Tensor | None = None  # (3, H, W), until it is stacked with the rest of the batch
+    pixels: torch.Tensor | None = None  # (3, H, W), until the batch is stacked
     width: int = 0
     height: int = 0
     thumbnail: bytes | None = None
@@ -96,11 +104,12 @@ class _Decoded:
 def encode_records(records: list[Record], clip: Clip, encoding: Encoding, progress: Progress) -> EncodedShard:
     """Decodes and encodes the images of `records`; damaged ones are skipped and listed.
 
-    Raises ValmError where the machine, and not the image, is why one cannot be read.
+    Raises:
+        ValmError: a transient error (`is_transient`) while an image is read.
     """
     workers = encoding.workers
     if workers is None:
-        # torch's threads and not the machine's cores: of those a Ray task has only some
+        # torch's threads, not the machine's cores: a Ray task has only some of those
         workers = min(torch.get_num_threads(), MAX_WORKERS) if len(records) >= WORKERS_FROM_IMAGES else 0
     progress.begin(len(records))
     vectors = [np.empty((0, clip.embed_dim), np.float32)]
@@ -149,13 +158,12 @@ class _Decoder(Dataset):
             if self.thumbnails:
                 decoded.thumbnail = thumbnail_bytes(image, self.thumbnails)
             return decoded
-        except Exception as error:  # damaged bytes make a decoder raise anything; the image is listed as skipped
+        except Exception as error:  # decoders raise many types for damaged bytes
             return _Decoded(index, one_line(str(error)) or type(error).__name__, is_transient(error))
 
 
 def _collate(batch: list[_Decoded]) -> tuple[list[_Decoded], torch.Tensor]:
-    """Stacks the decoded images, (n, 3, H, W): one tensor per image would cost one file descriptor each on its way from
-    the worker."""
+    """Stacks the decoded images, (n, 3, H, W): one tensor per image would cost one file descriptor each."""
     pixels = [decoded.pixels for decoded in batch if decoded.pixels is not None]
     for decoded in batch:
         decoded.pixels = None

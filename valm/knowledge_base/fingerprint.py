@@ -1,4 +1,4 @@
-"""Hashes by which a resumed build sees that its source is still the same."""
+"""Hashes by which a resumed build checks that its source is unchanged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from valm.knowledge_base.encode import Record
 
 
 def fingerprint_files(files: Iterable[Path]) -> str:
-    """SHA-256 over the names and sizes of `files`. Raises ValmError for a file that is missing."""
+    """SHA-256 over the names and sizes of `files`.
+
+    Raises:
+        ValmError: a file is missing.
+    """
     digest = hashlib.sha256()
     for file in files:
         try:
@@ -28,7 +32,8 @@ def fingerprint_files(files: Iterable[Path]) -> str:
 def fingerprint_records(records: Iterable[Record]) -> str:
     """SHA-256 over the names, captions and sizes of the images in `records`.
 
-    Raises ValmError where the machine is why a file cannot be looked at.
+    Raises:
+        ValmError: a transient error (`is_transient`) while a file is looked up.
     """
     digest = hashlib.sha256()
     for record in records:
@@ -37,7 +42,7 @@ def fingerprint_records(records: Iterable[Record]) -> str:
 
 
 def _size(source: Path | bytes | Image.Image | None) -> int | tuple[int, int] | None:
-    """Bytes of a file (None where there is none) or of its content; width and height of a PIL image."""
+    """Bytes of a file (None if it does not exist) or of its content; width and height of a PIL image."""
     if source is None:
         return None
     if isinstance(source, bytes):
@@ -46,7 +51,7 @@ def _size(source: Path | bytes | Image.Image | None) -> int | tuple[int, int] | 
         return source.size
     try:
         return source.stat().st_size if source.is_file() else None
-    except OSError as error:  # a path that no file can have, such as one that is too long, is a damaged record
+    except OSError as error:  # an impossible path, such as one that is too long, is a damaged record
         if is_transient(error):
             raise cannot_read(source, error.strerror) from error
         return None

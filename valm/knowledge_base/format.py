@@ -1,12 +1,12 @@
-"""How a knowledge base lies on disk, and the one way it is written.
+"""The files of a knowledge base, and writing them.
 
     manifest.json          format, version, count, dim, dtype, normalized, clip, plan, skipped, shards
     vectors-00000.npy      (n, E) float16, memory-mapped when read
-    items-00000.parquet    uri, caption, width, height; the id of a picture is its place among all of them
-    thumbnails-00000.parquet   one JPEG a row; only where thumbnails were asked for
-    skipped-00000.json     pictures and caption files that are damaged, with the reason; only where there were any
+    items-00000.parquet    uri, caption, width, height; the id of an image is its row, counted over all shards
+    thumbnails-00000.parquet   one JPEG a row; only if thumbnails were asked for
+    skipped-00000.json     damaged images and caption files, with the reason; only if there were any
 
-How it is resumed, and built on several machines, is in `valm.shards.build`.
+`valm.shards.build` resumes builds and runs them on several machines.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ VERSION = 2
 
 
 class KnowledgeBaseShard(ShardRecord):
-    """What is said of a shard; without images (count 0) it has no vectors and items."""
+    """A shard in the manifest; without images (count 0) it has no vectors and items."""
 
     count: Count
     skipped: Count
 
 
 class ClipWeights(TypedDict, total=False):
-    """What is said of a CLIP's files, where it is a folder; knowledge bases of earlier versions say nothing."""
+    """The weight files of a CLIP in a folder; missing in knowledge bases of earlier versions."""
 
     weight_files: dict[str, Sha256]
 
 
 class ClipEntry(ClipWeights):
-    """What is said of the CLIP that encoded the images; `source` is where it was, a folder relative to the manifest."""
+    """The CLIP that encoded the images; `source` is where it was, a folder relative to the manifest."""
 
     name: str
     weights_hash: str
@@ -55,7 +55,7 @@ class ClipEntry(ClipWeights):
 
 
 class KnowledgeBaseManifest(Manifest):
-    """What manifest.json holds."""
+    """The content of manifest.json."""
 
     count: Count
     dim: Annotated[int, Range(1, 1 << 20)]
@@ -66,7 +66,7 @@ class KnowledgeBaseManifest(Manifest):
 
 
 class Skipped(TypedDict):
-    """Something of the source that could not be read."""
+    """An entry of the source that could not be read."""
 
     uri: str
     reason: str
@@ -78,9 +78,9 @@ THUMBNAIL_SCHEMA = pa.schema([("jpeg", pa.binary())])
 
 @dataclass(frozen=True)
 class Item:
-    """What is known of one picture.
+    """The metadata of one image.
 
-    uri: where it came from, relative to the source. caption: may be empty; several stand on lines of their own.
+    uri: where it came from, relative to the source. caption: may be empty; several captions are on a line each.
     """
 
     id: int
@@ -94,9 +94,9 @@ class Item:
 class EncodedShard:
     """The images of one shard, encoded.
 
-    vectors: (n, E) float, L2-normalised. items: what is known of the n images, ITEM_SCHEMA.
-    thumbnails: n JPEGs, or None. skipped: {uri, reason} of each image or caption file that is damaged.
-    facts: what the source adds to the record of the shard, as JSON.
+    vectors: (n, E) float, L2-normalised. items: the metadata of the n images, in ITEM_SCHEMA.
+    thumbnails: n JPEGs, or None. skipped: {uri, reason} of each damaged image or caption file.
+    facts: what the source adds to the shard's entry in the manifest, as JSON.
     """
 
     vectors: np.ndarray
@@ -107,7 +107,11 @@ class EncodedShard:
 
 
 def check_kinds(folder: Path, number: int, record: KnowledgeBaseShard) -> None:
-    """Raises ValmError where the record of a shard lists no files of a kind that it must have, or of an odd kind."""
+    """Checks the kinds of files that a shard's record lists.
+
+    Raises:
+        ValmError: a required kind is missing, or a kind is unknown.
+    """
     wanted = ({"vectors", "items"} if record["count"] else set()) | ({"skipped"} if record["skipped"] else set())
     kinds = kinds_of(record)
     if not wanted <= kinds <= wanted | {"thumbnails"}:
@@ -116,14 +120,18 @@ def check_kinds(folder: Path, number: int, record: KnowledgeBaseShard) -> None:
 
 
 def read_skipped(file: Path) -> list[Skipped]:
-    """What `write_shard` wrote of skipped images. Raises ValmError where the file is damaged."""
-    found: list[Skipped] = read_json(file, "the list of skipped pictures", list[Skipped])
+    """The skipped images that `write_shard` wrote.
+
+    Raises:
+        ValmError: the file is damaged.
+    """
+    found: list[Skipped] = read_json(file, "the list of skipped images", list[Skipped])
     return found
 
 
 def clip_entry(clip: Clip, out: str | os.PathLike) -> dict[str, Any]:
-    """What the manifest says of the encoder; a folder is named from `out`, so that the two can be moved together."""
-    from valm.clip import weight_files  # torch and open_clip, which few readers of this module need
+    """The encoder's entry in the manifest; a folder is relative to `out`, so that the two can be moved together."""
+    from valm.clip import weight_files  # imports torch and open_clip, which few users of this module need
 
     entry: dict[str, Any] = {"name": clip.name, "weights_hash": clip.weights_hash, "source": clip.source}
     if clip.source is not None and Path(clip.source).is_dir():
@@ -150,7 +158,8 @@ def write_shard(out: Path, number: int, shard: EncodedShard) -> None:
 def finish_knowledge_base(build: ShardedBuild, clip: dict[str, Any], dim: int) -> None:
     """Makes the shards of `build` a knowledge base of vectors of width `dim`, encoded by `clip` (see `clip_entry`).
 
-    Raises ValmError, and leaves nothing behind, where there is no picture in them.
+    Raises:
+        ValmError: they have no images; the build is removed.
     """
     shards = build.done()
     try:
@@ -165,10 +174,10 @@ def finish_knowledge_base(build: ShardedBuild, clip: dict[str, Any], dim: int) -
         skipped = [bad for name in names for bad in read_skipped(build.out / name)]
         build.abandon()
         if not skipped:
-            raise ValmError("the source has no pictures")
+            raise ValmError("the source has no images")
         first = skipped[0]
         raise ValmError(
-            f"none of the {len(skipped)} pictures could be read; the first, {first['uri']}: {first['reason']}"
+            f"none of the {len(skipped)} images could be read; the first, {first['uri']}: {first['reason']}"
         )
     build.finish(
         {

@@ -1,4 +1,4 @@
-"""Image files: which there are in a folder, and how one is read."""
+"""Image files: listing those of a folder, and reading one."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError, features
 from valm.errors import ValmError
 from valm.files import cannot_read
 
-# Each format that is read, with its suffixes. Pillow goes by the content whatever the name, and would hand PostScript
-# to Ghostscript.
+# The formats that are read, with their suffixes. Pillow detects the format by content, and would run Ghostscript on
+# PostScript.
 SUFFIXES_OF = {
     "JPEG": (".jpg", ".jpeg", ".jfif"),
     "PNG": (".png",),
@@ -26,24 +26,24 @@ SUFFIXES_OF = {
     "GIF": (".gif",),
     "TIFF": (".tif", ".tiff"),
     "PPM": (".ppm",),
-    # which a Pillow may have been built without
+    # Pillow may be built without it
     **({"AVIF": (".avif",)} if features.check("avif") else {}),
     **({"JPEG2000": (".jp2", ".j2k")} if features.check("jpg_2000") else {}),
 }
 IMAGE_FORMATS = tuple(SUFFIXES_OF)
 IMAGE_SUFFIXES = {suffix for suffixes in SUFFIXES_OF.values() for suffix in suffixes}
 
-# An image of more pixels is refused before it is decoded: a file of a few kilobytes can claim gigabytes.
+# An image of more pixels is rejected before it is decoded: a file of a few kilobytes can claim gigabytes.
 MAX_PIXELS = 1 << 26
-# So is one whose sides are further apart: CLIP enlarges the shorter one to its own size, and the longer one with it.
+# So is one with a larger aspect ratio: CLIP enlarges the shorter side to its own size, and the longer side with it.
 MAX_ASPECT = 64
 
 
 @dataclass
 class FolderContent:
-    """What is in a folder of images.
+    """The content of a folder of images.
 
-    images: paths relative to it, with forward slashes and sorted. ignored: how many other files it has, by suffix.
+    images: sorted paths relative to it, with forward slashes. ignored: number of other files, by suffix.
     links: linked folders that were not followed.
     """
 
@@ -53,10 +53,13 @@ class FolderContent:
 
 
 def find_images(folder: Path, follow_links: bool = False) -> FolderContent:
-    """All images under `folder`: the files with one of IMAGE_SUFFIXES.
+    """All images under `folder`: the files with one of IMAGE_SUFFIXES, except hidden files and folders.
 
-    Hidden files and folders are skipped. follow_links: also look into linked folders, each once.
-    Raises ValmError where the folder is missing or has no image, or a folder below it cannot be read.
+    Args:
+        follow_links: also look into linked folders, each once.
+
+    Raises:
+        ValmError: the folder is missing or has no image, or a folder below it cannot be read.
     """
     if not folder.is_dir():
         raise ValmError(f"no folder {folder}" if not folder.exists() else f"{folder} is not a folder")
@@ -70,7 +73,7 @@ def find_images(folder: Path, follow_links: bool = False) -> FolderContent:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         if follow_links:
             target = Path(directory).resolve()
-            if target in visited:  # through another link, or in a circle
+            if target in visited:  # seen through another link, or a cycle
                 folders.clear()
                 continue
             visited.add(target)
@@ -86,7 +89,7 @@ def find_images(folder: Path, follow_links: bool = False) -> FolderContent:
                 found.ignored[suffix] += 1
     if not found.images:
         suffixes = " ".join(sorted(IMAGE_SUFFIXES))
-        raise ValmError(f"no pictures in {folder}; looked for files ending in {suffixes}, in folders below it too")
+        raise ValmError(f"no images in {folder}; looked for files ending in {suffixes}, in folders below it too")
     found.images.sort()
     return found
 
@@ -94,16 +97,19 @@ def find_images(folder: Path, follow_links: bool = False) -> FolderContent:
 def read_image(source: str | os.PathLike | BinaryIO | Image.Image) -> Image.Image:
     """The image in RGB, upright (EXIF orientation applied), on white where it is transparent.
 
-    Grey of 16 bits is scaled from 0 to 65535, of floats from 0 to 1 or, where there are larger ones, to 255.
-    Raises ValueError for grey levels of another range, for an image of more than MAX_PIXELS, with one side more than
-    MAX_ASPECT times the other, or in none of IMAGE_FORMATS; and whatever Pillow raises for one it cannot read.
+    16-bit grey is scaled from 0..65535; float grey from 0..1, or from 0..255 if there are values above 1.
+
+    Raises:
+        ValueError: grey levels of another range, more than MAX_PIXELS, one side more than MAX_ASPECT times the other,
+            or none of IMAGE_FORMATS.
+        Exception: whatever Pillow raises for an image that it cannot read.
     """
     with warnings.catch_warnings():
-        # Pillow warns at a limit of its own, after the header; ours is lower and refuses.
+        # Pillow warns at a limit of its own, after the header; ours is lower and an error.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
             image = source if isinstance(source, Image.Image) else Image.open(source, formats=IMAGE_FORMATS)
-        except UnidentifiedImageError as error:  # its own message has an object's address in it
+        except UnidentifiedImageError as error:  # Pillow's message contains an object's address
             raise ValueError(f"not a picture in one of the formats {', '.join(IMAGE_FORMATS)}") from error
     with image:
         width, height = image.size
@@ -122,14 +128,14 @@ def read_image(source: str | os.PathLike | BinaryIO | Image.Image) -> Image.Imag
 
 
 def _in_8_bits(image: Image.Image) -> Image.Image:
-    """A grey image of integers of 16 or 32 bits, or of floats, in 8 bits. Pillow's own conversion cuts off."""
+    """A grey image of 16- or 32-bit integers or floats, scaled to 8 bits. Pillow's own conversion clips."""
     levels = np.asarray(image).astype(np.float64)
     low, high = levels.min(), levels.max()
     if image.mode == "F":
         white = 1.0 if high <= 1 else 255.0
     else:
         white = 65535.0
-    if not (low >= 0 and high <= white):  # nor for NaN
+    if not (low >= 0 and high <= white):  # false for NaN too
         raise ValueError(f"grey levels from {low:g} to {high:g}, of no known range")
     return Image.fromarray(np.rint(levels * (255 / white)).astype(np.uint8))
 

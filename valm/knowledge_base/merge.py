@@ -1,4 +1,4 @@
-"""One knowledge base out of several."""
+"""Merges knowledge bases."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from valm.shards.progress import Progress, ProgressBar
 
 
 def merge(parts: Sequence[str | os.PathLike], out: str | os.PathLike, *, progress: bool = True) -> ImageKnowledgeBase:
-    """Joins the knowledge bases in the folders `parts`, all of one CLIP, into a new one in `out`.
+    """Merges the knowledge bases in the folders `parts`, all of one CLIP, into a new one in `out`.
 
-    Images are numbered in the order of `parts`. Killed and run again, it goes on.
-    Raises ValmError for no parts, for parts of different CLIPs, and for an `out` that cannot be written or holds
-    something else.
+    Images are numbered in the order of `parts`. A merge that was killed resumes.
+
+    Raises:
+        ValmError: there are no parts, they are of different CLIPs, or `out` cannot be written or holds something else.
     """
     opened = [ImageKnowledgeBase.open(part) for part in parts]
     if not opened:
@@ -36,14 +37,14 @@ def merge(parts: Sequence[str | os.PathLike], out: str | os.PathLike, *, progres
     build = ShardedBuild(Path(out), WHAT, {"source": "merge", "parts": [kb.fingerprint for kb in opened]})
     if not build.finished:
         shards = [(kb, number) for kb in opened for number in range(len(kb.manifest["shards"]))]
-        with ProgressBar("merge", " pictures", len(shards) - len(build.done()), progress) as bar:
+        with ProgressBar("merge", " images", len(shards) - len(build.done()), progress) as bar:
             build.write(partial(_copy_shard, out=build.out), shards, run_here, bar)
         finish_knowledge_base(build, moved_clip(opened[0], out), opened[0].dim)
     return ImageKnowledgeBase.open(out)
 
 
 def moved_clip(kb: ImageKnowledgeBase, out: str | os.PathLike) -> dict[str, Any]:
-    """What `kb` says of its CLIP, for the manifest of a knowledge base in `out`: a folder is named from there."""
+    """The CLIP entry of `kb` for the manifest of a knowledge base in `out`, to which a folder becomes relative."""
     clip = kb.manifest["clip"]
     source = clip["source"]
     if source is not None and (kb.path / source).is_dir():

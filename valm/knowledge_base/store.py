@@ -1,4 +1,4 @@
-"""The image knowledge base: CLIP image vectors on disk with what is known of each picture."""
+"""The image knowledge base: CLIP image vectors on disk with the metadata of each image."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from valm.progress import progress_bar
 from valm.shards.manifest import MANIFEST_FILE, file_entry, files_of, open_array, open_manifest
 from valm.text import one_line
 
-if TYPE_CHECKING:  # so that looking into a knowledge base does not wait for torch
+if TYPE_CHECKING:  # so that opening a knowledge base does not wait for torch
     from torch import Tensor
 
     from valm.clip import Clip
 
-# Shards kept mapped at once; a process may have 65,530 maps on Linux.
+# Shards mapped at once; a process may have 65,530 maps on Linux.
 OPEN_SHARDS = 1 << 14
 OPEN_TABLES = 16
 
@@ -47,7 +47,7 @@ OPEN_TABLES = 16
 class ImageKnowledgeBase:
     """A knowledge base opened from its folder (see `valm.knowledge_base.format` for the files in it).
 
-    Vectors are memory-mapped and items read when asked for, so opening costs a look at each file's size.
+    Vectors are memory-mapped and items are read on use, so opening only checks the size of each file.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any]):
@@ -62,8 +62,11 @@ class ImageKnowledgeBase:
     def open(cls, path: str | os.PathLike) -> ImageKnowledgeBase:
         """Opens the knowledge base in folder `path`.
 
-        Checks format, version, counts and the size of every file; a file's header is checked when it is first read,
-        and contents by `verify`. Raises ValmError, naming the file, where one of these is wrong.
+        Checks format, version, counts and the size of every file. A file's header is checked when it is first read, and
+        contents by `verify`.
+
+        Raises:
+            ValmError: a check failed; the message names the file.
         """
         path = Path(path)
         manifest = open_manifest(path, WHAT, VERSION, "valm kb build", KnowledgeBaseManifest)
@@ -72,13 +75,13 @@ class ImageKnowledgeBase:
         total = sum(shard["count"] for shard in manifest["shards"])
         if total != manifest["count"]:
             raise ValmError(
-                f"the manifest {path / MANIFEST_FILE} is damaged: it says {manifest['count']} pictures, but its shards "
+                f"the manifest {path / MANIFEST_FILE} is damaged: it says {manifest['count']} images, but its shards "
                 f"have {total}; make it again"
             )
         return cls(path, manifest)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ImageKnowledgeBase.open, (self.path.absolute(),)  # another process opens it itself
+        return ImageKnowledgeBase.open, (self.path.absolute(),)  # another process opens the folder itself
 
     def __len__(self) -> int:
         return self.manifest["count"]
@@ -90,19 +93,27 @@ class ImageKnowledgeBase:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the manifest, which has the checksums of all other files: names this very knowledge base."""
+        """SHA-256 of the manifest, which has the checksums of all other files: identifies the knowledge base."""
         return file_entry(self.path / MANIFEST_FILE)["sha256"]
 
     def gather(self, ids: np.ndarray) -> np.ndarray:
-        """Vectors of the pictures `ids` (n,) int64: (n, E) float16. Raises IndexError for an id that is none."""
+        """Vectors of the images `ids` (n,) int64: (n, E) float16.
+
+        Raises:
+            IndexError: an id is out of range.
+        """
         out = np.empty((len(ids), self.dim), np.float16)
         for places, vectors, rows in self._by_shard(ids):
             out[places] = vectors[rows]
         return out
 
     def scores(self, queries: Tensor, query_ids: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """Exact scores (n,) float32 of queries[query_ids[i]] and picture ids[i] (`ip_scores`), for queries (Q, E) and
-        ids (n,) int64. Raises IndexError for an id that is none."""
+        """Exact scores (n,) float32 of queries[query_ids[i]] and image ids[i] (`ip_scores`), for queries (Q, E) and ids
+        (n,) int64.
+
+        Raises:
+            IndexError: an id is out of range.
+        """
         from valm_kernels import ip_scores
 
         out = np.empty(len(ids), np.float32)
@@ -111,16 +122,20 @@ class ImageKnowledgeBase:
         return out
 
     def vectors(self) -> np.ndarray:
-        """All vectors, (N, E) float16: the memory map itself where there is one shard, else a copy in memory."""
+        """All vectors, (N, E) float16: the memory map of a single shard, else a copy in memory."""
         shards = list(self.shards())
         return shards[0] if len(shards) == 1 else np.concatenate(shards)
 
     def shards(self) -> Iterator[np.ndarray]:
-        """The vectors (n, E) float16 of one shard after the other, memory-mapped; all in the order of their ids."""
+        """The vectors (n, E) float16 of each shard in order, memory-mapped."""
         return map(self._vectors, range(len(self._shards)))
 
     def item(self, id: int) -> Item:
-        """What is known of picture `id`. Raises IndexError for an id that is none."""
+        """The metadata of image `id`.
+
+        Raises:
+            IndexError: the id is out of range.
+        """
         shard, row = self._locate(id)
         items = self._table(shard, "items")
         if items is None:
@@ -128,8 +143,12 @@ class ImageKnowledgeBase:
         return Item(id, **items.slice(row, 1).to_pylist()[0])
 
     def thumbnail(self, id: int) -> Image.Image | None:
-        """The small picture of `id`, or None where the knowledge base was built without. IndexError as `item`,
-        ValmError where it is damaged."""
+        """The thumbnail of image `id`, or None if the knowledge base was built without.
+
+        Raises:
+            IndexError: the id is out of range.
+            ValmError: the thumbnail is damaged.
+        """
         shard, row = self._locate(id)
         table = self._table(shard, "thumbnails")
         if table is None:
@@ -138,24 +157,28 @@ class ImageKnowledgeBase:
             small = Image.open(io.BytesIO(table["jpeg"][row].as_py()), formats=["JPEG"])
             small.load()
             return small
-        except Exception as error:  # damaged bytes make a decoder raise anything
+        except Exception as error:  # decoders raise many types for damaged bytes
             file = self._file(shard, "thumbnails")
             raise ValmError(f"{file} is damaged, row {row} is no JPEG; build the knowledge base again") from error
 
     def captioned(self) -> int:
-        """How many images have a caption. Reads all captions."""
+        """Number of images with a caption. Reads all captions."""
         tables = (self._table(shard, "items") for shard in range(len(self._shards)))
         return sum(
             pc.sum(pc.not_equal(table["caption"], ""), min_count=0).as_py() for table in tables if table is not None
         )
 
     def skipped(self) -> Iterator[Skipped]:
-        """`uri` and `reason` of every picture, caption file and archive of the source that could not be read."""
+        """`uri` and `reason` of every image, caption file and archive of the source that could not be read."""
         for shard in self.manifest["shards"]:
             yield from self._skipped(shard)
 
     def check_encoder(self, clip: Clip) -> None:
-        """Raises ValmError where the pictures were encoded by a CLIP other than `clip`."""
+        """Checks that `clip` encoded the images.
+
+        Raises:
+            ValmError: it was another CLIP.
+        """
         built_with = self.manifest["clip"]
         if built_with["weights_hash"] != clip.weights_hash:
             raise ValmError(
@@ -165,11 +188,14 @@ class ImageKnowledgeBase:
             )
 
     def load_clip(self, source: str | os.PathLike[str] | None = None, *, allow_download: bool = False) -> Clip:
-        """The CLIP that encoded the pictures, from where it was then, or from `source` (see `Clip.load`).
+        """The CLIP that encoded the images, from where it was then, or from `source` (see `Clip.load`).
 
-        allow_download: where the knowledge base says that it is on a hub, load it from there. It is whoever wrote the
-            knowledge base who says so, and of whom this is a word of trust.
-        Raises ValmError where it is not there or is another one.
+        Args:
+            allow_download: download the CLIP if the knowledge base names one on a hub. Use it only if you trust whoever
+                wrote the knowledge base.
+
+        Raises:
+            ValmError: the CLIP is missing or is another one.
         """
         from valm.clip import Clip, weight_files
 
@@ -193,7 +219,7 @@ class ImageKnowledgeBase:
         return clip
 
     def verify(self, *, progress: bool = True) -> list[str]:
-        """Reads every file and returns the names of those whose content is not what was written."""
+        """Reads every file and returns the names of those whose content has changed."""
         files = progress_bar(list(files_of(self.manifest)), desc="verify", unit=" files", shown=progress)
         return [entry["name"] for entry in files if file_entry(self.path / entry["name"]) != entry]
 
@@ -209,7 +235,11 @@ class ImageKnowledgeBase:
         return EncodedShard(self._open_vectors(shard), items, thumbnails, skipped)
 
     def _check_weight_files(self, found: dict[str, str], folder: Path) -> None:
-        """Raises ValmError where the CLIP in `folder` has other files of weights than those that are noted."""
+        """Compares the weight files of the CLIP in `folder` with the manifest.
+
+        Raises:
+            ValmError: they differ.
+        """
         noted = self.manifest["clip"].get("weight_files", found)  # an earlier version noted none
         changed = sorted(name for name in {*noted, *found} if noted.get(name) != found.get(name))
         if changed:
@@ -220,11 +250,15 @@ class ImageKnowledgeBase:
             )
 
     def _by_shard(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """For each shard that holds some of `ids` (n,): their places in `ids`, in the order of their rows; its vectors;
-        and their rows in them. Raises IndexError for an id that is none."""
+        """For each shard that holds some of `ids` (n,): their positions in `ids`, sorted by row; the shard's vectors;
+        and their rows in it.
+
+        Raises:
+            IndexError: an id is out of range.
+        """
         ids = np.asarray(ids, dtype=np.int64)
         if len(ids) and not (ids.min() >= 0 and ids.max() < len(self)):
-            raise IndexError(f"picture ids go from 0 to {len(self) - 1}, got {ids.min()} to {ids.max()}")
+            raise IndexError(f"image ids go from 0 to {len(self) - 1}, got {ids.min()} to {ids.max()}")
         order = np.argsort(ids)
         ids = ids[order]
         shards = np.searchsorted(self._ends, ids, side="right")
@@ -243,7 +277,7 @@ class ImageKnowledgeBase:
 
     def _locate(self, id: int) -> tuple[int, int]:
         if not 0 <= id < len(self):
-            raise IndexError(f"picture ids go from 0 to {len(self) - 1}, got {id}")
+            raise IndexError(f"image ids go from 0 to {len(self) - 1}, got {id}")
         shard = int(np.searchsorted(self._ends, id, side="right"))
         return shard, id - self._start(shard)
 
@@ -256,7 +290,7 @@ class ImageKnowledgeBase:
         if file is None:
             raise ValmError(f"{self.path} has no vectors in its shard {shard}; build the knowledge base again")
         array = open_array(file, (self._shards[shard]["count"], self.dim), np.float16)
-        # Python's map keeps a file descriptor, of which 1,024 are a common limit; Arrow's needs none once it is mapped
+        # Python's map holds a file descriptor, and 1,024 is a common limit; Arrow's needs none once it is mapped
         with pa.memory_map(str(file)) as mapped:
             return np.frombuffer(mapped.read_buffer(), np.float16, offset=array.offset).reshape(array.shape)
 
@@ -265,7 +299,7 @@ class ImageKnowledgeBase:
         if file is None:
             return None
         try:
-            # pq.read_table would take a folder named a=b in the path for a column
+            # pq.read_table would read a folder named a=b in the path as a column
             with pq.ParquetFile(file, memory_map=True) as opened:
                 table = opened.read()
             table.validate(full=True)  # texts that are not UTF-8, for one

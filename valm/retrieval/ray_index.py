@@ -25,7 +25,7 @@ class ShardedIndex:
 
     def __init__(self, kb: ImageKnowledgeBase, actors: int, address: str, *, cpus: int = 1):
         if not 1 <= actors <= len(kb):
-            raise ValmError(f"actors must be from 1 to the {len(kb)} pictures of {kb.path}, got {actors}")
+            raise ValmError(f"actors must be from 1 to the {len(kb)} images of {kb.path}, got {actors}")
         connect(address)
         ray = import_ray()
         room = free_tasks(cpus)

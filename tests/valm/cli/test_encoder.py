@@ -9,7 +9,7 @@ def test_encoder_check(world, tmp_path, capsys):
     check = ["encoder", "check", "--clip", world / "clip"]
     assert run(*check, world / "pictures") == 0
     out = capsys.readouterr().out
-    assert "6 pictures with 6 captions" in out and "image to text  recall@10" in out and "zero-shot" not in out
+    assert "6 images with 6 captions" in out and "image to text  recall@10" in out and "zero-shot" not in out
     for name, color in THINGS.items():
         (tmp_path / "classes" / name).mkdir(parents=True)
         for number in range(3 if name != "coal" else 2):
@@ -18,7 +18,7 @@ def test_encoder_check(world, tmp_path, capsys):
     options = ["--templates", tmp_path / "templates.txt", "--out", tmp_path / "check.json"]
     assert run(*check, tmp_path / "classes", *options) == 0
     out = capsys.readouterr().out
-    assert "17 pictures of 6 classes, chance 0.167" in out and "left out: a class has fewer than 3" in out
+    assert "17 images of 6 classes, chance 0.167" in out and "skipped: a class has fewer than 3" in out
     assert json.loads((tmp_path / "check.json").read_text())["retrieval"] is None
     Image.new("RGB", (40, 40)).save(tmp_path / "classes" / "coal" / "2.png")
     assert run(*check, tmp_path / "classes") == 0

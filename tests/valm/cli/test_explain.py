@@ -46,7 +46,7 @@ def wrong_inputs():
         "long prompt": ([*valm, "the apple " * 30, *page], "this model reads 32 at most"),
         "no retriever": (["explain", "{tmp}/alone", PROMPT, *page], "has no retriever: give it a knowledge base"),
         "another CLIP": ([*valm, PROMPT, "--clip", "{tmp}/clip", *page], "was built with the CLIP"),
-        "no pictures": ([*valm, PROMPT, "--replace", "{tmp}/alone", *page], "no pictures in {tmp}/alone"),
+        "no pictures": ([*valm, PROMPT, "--replace", "{tmp}/alone", *page], "no images in {tmp}/alone"),
         "nothing to replace": ([*gpt2, PROMPT, "--replace", "{world}/pictures", *page], "retrieves no images"),
         "no answer": ([*valm, PROMPT, "--answers", "red,,blue", *page], "the answer '' has no tokens"),
         "no such folder": ([*valm, PROMPT, "--out", "{tmp}/none/page.html"], "{tmp}/none"),

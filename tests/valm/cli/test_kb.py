@@ -18,7 +18,7 @@ from valm.tokenizer import clip_tokenizer, prune_tokenizer
 def test_kb_info_names_size_and_encoder(world, capsys):
     assert run("kb", "info", world / "kb") == 0
     out = capsys.readouterr().out
-    assert "6 pictures, 6 with captions, thumbnails" in out
+    assert "6 images, 6 with captions, thumbnails" in out
     assert "16 dimensions" in out and "made of: folder, written 20" in out
     assert "the CLIP tiny" in out
 
@@ -34,7 +34,7 @@ def test_kb_info_as_json(world, capsys):
 def test_kb_info_does_not_wait_for_torch(world):
     code = "import sys; from valm.cli import main; main(['kb', 'info', sys.argv[1]]); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, world / "kb"], capture_output=True, text=True, check=True)
-    assert "6 pictures" in done.stdout and done.stdout.endswith("False\n")
+    assert "6 images" in done.stdout and done.stdout.endswith("False\n")
 
 
 def test_kb_search_lists_the_nearest_pictures(world, capsys):
@@ -70,9 +70,9 @@ def test_kb_search_draws_a_contact_sheet(world, tmp_path, capsys):
 
 def test_kb_verify_and_merge(world, tmp_path, capsys):
     assert run("kb", "verify", world / "kb") == 0
-    assert "all 6 pictures are as they were written" in capsys.readouterr().out
+    assert "all 6 images are as they were written" in capsys.readouterr().out
     assert run("kb", "merge", world / "kb", world / "kb", "--out", tmp_path / "both") == 0
-    assert "12 pictures" in capsys.readouterr().out
+    assert "12 images" in capsys.readouterr().out
     vectors = bytearray((tmp_path / "both" / "vectors-00001.npy").read_bytes())
     vectors[-1] ^= 1
     (tmp_path / "both" / "vectors-00001.npy").write_bytes(vectors)
@@ -89,7 +89,7 @@ def test_kb_index(copy_of, capsys):
     assert run("kb", "index", root / "kb", *options) == 0
     out = capsys.readouterr().out
     assert "searched through the index IVF2,Flat, nprobe=" in out
-    assert "eot queries at the tokens of captions of the pictures" in out
+    assert "eot queries at the tokens of captions of the images" in out
     assert run("kb", "info", root / "kb") == 0
     assert capsys.readouterr().out == out
     (root / "questions.txt").write_text("the color of the sea\n\nthe color of the coal\n")
@@ -116,7 +116,7 @@ def test_kb_build_from_archives(world, tmp_path, capsys):
     for source in ("tars", "tars/00000.tar"):
         build = ["kb", "build", tmp_path / source, "--clip", world / "clip", "--out", tmp_path / f"kb-{source[-3:]}"]
         assert run(*build, "--format", "webdataset") == 0
-        assert "6 pictures" in capsys.readouterr().out
+        assert "6 images" in capsys.readouterr().out
 
 
 def test_kb_build_from_a_dataset(world, tmp_path, capsys):
@@ -126,7 +126,7 @@ def test_kb_build_from_a_dataset(world, tmp_path, capsys):
     build = ["kb", "build", tmp_path / "dataset", "--clip", world / "clip", "--out", tmp_path / "kb"]
     named = ["--split", "test", "--image-column", "picture", "--caption-column", "words"]
     assert run(*build, "--format", "huggingface", *named) == 0
-    assert "6 pictures" in capsys.readouterr().out
+    assert "6 images" in capsys.readouterr().out
     assert ImageKnowledgeBase.open(tmp_path / "kb").item(0).caption == "apple"
     for options, message in (
         ([], "--split is for --format huggingface, not for pictures"),
@@ -144,7 +144,7 @@ def test_kb_build_from_a_table(world, tmp_path, capsys):
     build = ["kb", "build", tmp_path / "table.tsv", "--clip", world / "clip", "--out", tmp_path / "kb"]
     assert run(*build, "--format", "csv", "--image-column", "photo") == 0
     out = capsys.readouterr().out
-    assert "6 pictures" in out and "none.png: it is no file" in out
+    assert "6 images" in out and "none.png: it is no file" in out
     assert ImageKnowledgeBase.open(tmp_path / "kb").item(5).caption == "a snow"
 
 
@@ -153,7 +153,7 @@ def test_a_corrupt_picture_is_named_and_left_out(world, tmp_path, capsys):
     (tmp_path / "pictures" / "sea.png").write_bytes(b"not a picture")
     assert run("kb", "build", tmp_path / "pictures", "--clip", world / "clip", "--out", tmp_path / "kb") == 0
     out = capsys.readouterr().out
-    assert "5 pictures" in out and "sea.png" in out
+    assert "5 images" in out and "sea.png" in out
 
 
 def test_what_kb_build_passes_over_is_said(world, tmp_path, capsys):
@@ -164,11 +164,11 @@ def test_what_kb_build_passes_over_is_said(world, tmp_path, capsys):
     build = ["kb", "build", tmp_path / "pictures", "--clip", world / "clip"]
     assert run(*build, "--out", tmp_path / "kb") == 0
     out, err = capsys.readouterr()
-    assert "6 pictures, 5 with captions" in out
-    for remark in ("files ignored: 1 .svg", "1 of 6 pictures have no caption", "1 linked folders not followed"):
+    assert "6 images, 5 with captions" in out
+    for remark in ("files ignored: 1 .svg", "1 of 6 images have no caption", "1 linked folders not followed"):
         assert remark in err
     assert run(*build, "--out", tmp_path / "all", "--follow-links") == 0
-    assert "12 pictures" in capsys.readouterr().out
+    assert "12 images" in capsys.readouterr().out
 
 
 def test_of_many_corrupt_pictures_some_are_named(world, tmp_path, capsys):
@@ -177,7 +177,7 @@ def test_of_many_corrupt_pictures_some_are_named(world, tmp_path, capsys):
         (tmp_path / "pictures" / f"{number:02d}.png").write_bytes(b"not a picture")
     assert run("kb", "build", tmp_path / "pictures", "--clip", world / "clip", "--out", tmp_path / "kb") == 0
     out = capsys.readouterr().out
-    assert "12 pictures or captions could not be read" in out and "09.png" in out and "10.png" not in out
+    assert "12 images or captions could not be read" in out and "09.png" in out and "10.png" not in out
     assert f"and 2 more, in {tmp_path / 'kb'}/skipped-*.json" in out
 
 
@@ -186,7 +186,7 @@ def test_kb_add_joins_more_pictures(world, tmp_path, capsys):
     Image.new("RGB", (40, 40), "orange").save(tmp_path / "more" / "orange.png")
     add = ["kb", "add", world / "kb", tmp_path / "more", "--out", tmp_path / "kb"]
     assert run(*add) == 0
-    assert "7 pictures" in capsys.readouterr().out
+    assert "7 images" in capsys.readouterr().out
     kb = ImageKnowledgeBase.open(tmp_path / "kb")
     assert kb.item(6).uri == "orange.png" and kb.verify(progress=False) == []
     assert sorted(os.listdir(tmp_path)) == ["kb", "more"]
@@ -196,9 +196,9 @@ def test_pictures_that_are_there_twice(world, tmp_path, capsys):
     shutil.copytree(world / "pictures", tmp_path / "pictures")
     shutil.copy(tmp_path / "pictures" / "sea.png", tmp_path / "pictures" / "zebra.png")
     assert run("kb", "build", tmp_path / "pictures", "--clip", world / "clip", "--out", tmp_path / "kb") == 0
-    assert "1 pictures look to CLIP exactly as an earlier one" in capsys.readouterr().err
+    assert "1 images look to CLIP exactly as an earlier one" in capsys.readouterr().err
     assert run("kb", "dedupe", tmp_path / "kb", "--out", tmp_path / "once") == 0
-    assert "6 pictures" in capsys.readouterr().out
+    assert "6 images" in capsys.readouterr().out
     once, all_of_them = ImageKnowledgeBase.open(tmp_path / "once"), ImageKnowledgeBase.open(tmp_path / "kb")
     assert [once.item(id).uri for id in range(6)] == sorted(f"{name}.png" for name in THINGS)
     assert (once.vectors() == all_of_them.vectors()[:6]).all() and once.verify(progress=False) == []
@@ -210,7 +210,7 @@ def wrong_inputs():
     kb_build = ["kb", "build", "{world}/pictures", "--clip", "{world}/clip", "--out", "{tmp}/kb"]
     return {
         "folder of pictures missing": ([*kb_build[:2], "{tmp}/none", *kb_build[3:]], "no folder {tmp}/none"),
-        "folder without pictures": ([*kb_build[:2], "{tmp}", *kb_build[3:]], "no pictures in {tmp}"),
+        "folder without pictures": ([*kb_build[:2], "{tmp}", *kb_build[3:]], "no images in {tmp}"),
         "no tar files": ([*kb_build, "--format", "webdataset"], "no tar files in {world}/pictures"),
         "no embeddings": ([*kb_build, "--format", "embeddings"], "no embeddings in {world}/pictures"),
         "no table": ([*kb_build, "--format", "csv"], "{world}/pictures is a folder, not a file"),
@@ -230,7 +230,7 @@ def wrong_inputs():
         "text and picture": (["kb", "search", "{world}/kb", "x", "--image", "y"], "give either a text or --image"),
         "picture that is none": (
             ["kb", "search", "{world}/kb", "--image", "{world}/colors.csv"],
-            "cannot read the picture {world}/colors.csv: not a picture in one of the formats",
+            "cannot read the image {world}/colors.csv: not a picture in one of the formats",
         ),
         "no such picture": (["kb", "search", "{world}/kb", "--image", "{tmp}/no.png"], "cannot read {tmp}/no.png"),
         "no such CLIP": ([*kb_build[:4], "{tmp}/none", *kb_build[5:]], "no CLIP at '{tmp}/none'"),

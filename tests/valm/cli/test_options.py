@@ -39,7 +39,7 @@ def test_a_device_that_is_not_there_is_one_sentence(world, tmp_path, capsys, nam
         assert main([*arguments, "--device", device]) == 1
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith(f"valm: error: there is no device '{device}' here (")
-        assert error.endswith("); leave --device out, or give cpu")
+        assert error.endswith("); drop --device, or give cpu")
 
 
 def test_the_device_is_chosen(monkeypatch):
@@ -52,7 +52,7 @@ def test_the_device_is_chosen(monkeypatch):
         return chosen_device(parser.parse_args(options)).type
 
     if not torch.cuda.is_available():
-        with pytest.raises(ValmError, match=r"there is no device 'cuda' here \(.*\); leave --gpus out"):
+        with pytest.raises(ValmError, match=r"there is no device 'cuda' here \(.*\); drop --gpus"):
             chosen("--ray", "auto", "--gpus", "1")
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, device: empty(*size))  # as if there were a GPU

@@ -57,7 +57,7 @@ def trained():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Class folders of 10 pictures each, one of them broken, and captions in a table."""
+    """Class folders of 10 images each, one of them broken, and captions in a table."""
     root = tmp_path_factory.mktemp("squares")
     rng = random.Random(1)
     captions = {}
@@ -165,7 +165,7 @@ def test_what_cannot_be_checked(tmp_path, trained):
         with pytest.raises(ValmError, match=message):
             check_encoder(tmp_path, trained, progress=False, **options)
 
-    fails("no pictures in")
+    fails("no images in")
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
     fails("there is nothing to check an encoder by in .*class folders")
     (tmp_path / "x.txt").write_text("a square")

@@ -11,7 +11,7 @@ from valm.errors import ValmError
 def test_nothing_readable(clip, tmp_path):
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "x.png").write_text("no")
-    with pytest.raises(ValmError, match=r"none of the 1 pictures could be read; the first, x\.png: not a picture"):
+    with pytest.raises(ValmError, match=r"none of the 1 images could be read; the first, x\.png: not a picture"):
         build_folder(tmp_path / "pictures", tmp_path / "kb", clip)
     assert contents(tmp_path / "kb") == {}
 
@@ -23,7 +23,7 @@ def test_what_is_given_up_may_be_killed(clip, tmp_path):
         (tmp_path / "pictures" / f"{name}.png").write_text("no")
 
     def fail():
-        with pytest.raises(ValmError, match="none of the 3 pictures could be read"):
+        with pytest.raises(ValmError, match="none of the 3 images could be read"):
             build_folder(tmp_path / "pictures", tmp_path / "kb", clip, shard_size=1)
 
     points = 0

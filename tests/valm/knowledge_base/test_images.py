@@ -23,7 +23,7 @@ def test_missing_and_empty_folders(tmp_path):
     touch(tmp_path, "notes.txt")
     with pytest.raises(ValmError, match="is not a folder"):
         find_images(tmp_path / "notes.txt")
-    with pytest.raises(ValmError, match=r"no pictures in .*looked for files ending in .*\.png"):
+    with pytest.raises(ValmError, match=r"no images in .*looked for files ending in .*\.png"):
         find_images(tmp_path)
 
 

@@ -37,7 +37,7 @@ def test_vectors_and_scores_across_shards(kb):
     assert np.array_equal(kb.scores(queries, query_ids, ids), kb.vectors()[ids, query_ids])
     assert kb.scores(queries, query_ids[:0], ids[:0]).shape == (0,)
     for bad in ([-1], [0, COUNT]):
-        with pytest.raises(IndexError, match="picture ids go from 0 to 22"):
+        with pytest.raises(IndexError, match="image ids go from 0 to 22"):
             kb.gather(np.array(bad))
     for read in (kb.item, kb.thumbnail):
         with pytest.raises(IndexError, match="got 23"):
@@ -121,7 +121,7 @@ def test_damage_is_found_when_opening(copied):
     with pytest.raises(ValmError, match=r"no knowledge base at .*nowhere"):
         ImageKnowledgeBase.open(copied / "nowhere")
     edit_manifest(copied, count=7)
-    with pytest.raises(ValmError, match="says 7 pictures, but its shards have 23"):
+    with pytest.raises(ValmError, match="says 7 images, but its shards have 23"):
         ImageKnowledgeBase.open(copied)
     edit_manifest(copied, version=99)
     with pytest.raises(ValmError, match="has format version 99, this valm reads 2"):

@@ -43,7 +43,7 @@ def test_wrong_addresses_and_numbers(make_kb):
     for address, reason in ((f"127.0.0.1:{free}", "refused"), ("somewhere", "Invalid address format")):
         with pytest.raises(ValmError, match=rf"no Ray cluster at '{address}': .*{reason}"):
             RayRun(address)
-    with pytest.raises(ValmError, match="actors must be from 1 to the 3 pictures"):
+    with pytest.raises(ValmError, match="actors must be from 1 to the 3 images"):
         ShardedIndex(make_kb(3), 4, "auto")
 
 

@@ -25,7 +25,7 @@ class Vectors:
 
     def gather(self, ids):
         if len(ids) and ids.max() >= len(self.vectors):
-            raise IndexError(f"picture ids go from 0 to {len(self.vectors) - 1}, got {ids.max()}")
+            raise IndexError(f"image ids go from 0 to {len(self.vectors) - 1}, got {ids.max()}")
         return self.vectors[ids]
 
 

@@ -78,7 +78,7 @@ def test_packing_changes_no_loss(row_length):
 def test_documents_without_pictures_and_foreign_pictures_are_refused():
     with pytest.raises(ValmError, match="have no image_ids"):
         Collator(TOKENIZER, Vectors())([{"input_ids": [1, 2]}])
-    with pytest.raises(ValmError, match="belong to another knowledge base: picture ids go from 0 to 2"):
+    with pytest.raises(ValmError, match="belong to another knowledge base: image ids go from 0 to 2"):
         Collator(TOKENIZER, Vectors(3))(documents())
 
 

@@ -1,7 +1,7 @@
-"""Where the images of a knowledge base come from: one file for each kind of source.
+"""Sources of images for a knowledge base, one file for each kind.
 
-A new source is one class that fits `Source`, in one file. `valm.knowledge_base.build.build` takes it as it is; one line
-in `FORMATS` of `valm/cli/kb.py` makes it a `--format` of `valm kb build`.
+A new source is one class that implements `Source`, in one file. `valm.knowledge_base.build.build` accepts it directly;
+a line in `FORMATS` of `valm/cli/kb.py` makes it a `--format` of `valm kb build`.
 """
 
 from __future__ import annotations
@@ -14,34 +14,42 @@ from valm.knowledge_base.encode import Encoding, Record
 from valm.knowledge_base.format import EncodedShard
 from valm.shards.progress import Progress
 
-# The part of a source that becomes one shard. Calling it reads and encodes that part, perhaps in another process, so it
-# is picklable: a `functools.partial` of a function in a module. For images that function ends in `encode_records`.
+# The part of a source that becomes one shard. Calling it reads and encodes that part, possibly in another process, so
+# it must be picklable: a `functools.partial` of a module's function. For images that function ends in `encode_records`.
 SourceShard = Callable[[Clip, Encoding, Progress], EncodedShard]
 
 
 class Source(Protocol):
-    """A source of images, parted into shards.
+    """A source of images, split into shards.
 
-    precomputed: whether its shards hold CLIP vectors already, so that `Encoding` does not change them.
+    precomputed: whether its shards already hold CLIP vectors, which `Encoding` does not change.
     """
 
     precomputed: bool
 
     @property
     def count(self) -> int | None:
-        """How many shards there are, for the progress bar; None where this is not known beforehand."""
+        """Number of shards, for the progress bar; None if unknown."""
 
     def plan(self) -> dict[str, Any]:
-        """What the result depends on, as JSON: `source`, the kind of source; `fingerprint`, a hash of what is in it;
-        and each of its settings. A build is resumed only with an equal plan."""
+        """What the result depends on, as JSON: `source`, the kind of source; `fingerprint`, a hash of its content; and
+        its settings. A build is resumed only with an equal plan."""
 
     def images(self) -> Iterable[Record]:
-        """Every image with its caption, in order and undecoded: what a CLIP is trained on. Records without an image
-        are those that are skipped. Raises ValmError where there are none, only vectors."""
+        """Every image with its caption, in order and undecoded, to train a CLIP on. Records without an image are
+        skipped entries.
+
+        Raises:
+            ValmError: the source has only vectors.
+        """
 
     def shards(self, done: dict[int, dict[str, Any]]) -> Iterable[SourceShard]:
-        """Every shard in order, those that are done included.
+        """Every shard in order, finished ones too.
 
-        done: the record of each shard that a build interrupted earlier has finished, by its number. It holds the
-            `facts` of the `EncodedShard`; a source that may change meanwhile compares them, and raises ValmError.
+        Args:
+            done: the manifest's entry of each shard that an interrupted build has finished, by number. It holds the
+                `facts` of the `EncodedShard`, by which the source can check that it has not changed.
+
+        Raises:
+            ValmError: the source has changed.
         """

@@ -1,4 +1,4 @@
-"""CLIP embeddings that are there already, in clip-retrieval's layout."""
+"""Precomputed CLIP embeddings in clip-retrieval's layout."""
 
 from __future__ import annotations
 
@@ -23,22 +23,24 @@ from valm.knowledge_base.sources import SourceShard
 from valm.shards.progress import Progress
 from valm.text import one_line
 
-# Rows that are normalised at once.
+# Rows normalised at once.
 BLOCK_ROWS = 1 << 16
 
 
 class EmbeddingSource:
     """The embeddings in `folder`, one shard for each file.
 
-    Args:
-        folder: has `img_emb/*.npy` (N, E) and `metadata/*.parquet` with the same numbers in their names. Of the
-            metadata, `url` or else `image_path` becomes the uri; `caption` and `width`, `height` (or `original_width`,
-            `original_height`) are used where they exist.
-
-    They must be of the CLIP that the knowledge base is built with; only the width of the vectors can be checked.
+    They must come from the CLIP that the knowledge base is built with; only the width of the vectors can be checked.
     Vectors are L2-normalised; one that is zero or not finite is skipped and listed.
-    Raises ValmError where files are missing or have the same number; the build raises it for files that are damaged or
-    do not fit together.
+
+    Args:
+        folder: has `img_emb/*.npy` (N, E) and `metadata/*.parquet` with the same numbers in their names. In the
+            metadata, `url` or else `image_path` becomes the uri; `caption` and `width`, `height` (or `original_width`,
+            `original_height`) are used if present.
+
+    Raises:
+        ValmError: files are missing or have the same number; the build raises it if they are damaged or do not fit
+            together.
     """
 
     precomputed = True
@@ -79,7 +81,7 @@ def read_embeddings(
         raw = np.load(vector_file, mmap_mode="r", allow_pickle=False)
         metadata = pq.read_table(metadata_file)
         items = _items(metadata, vector_file)
-    except Exception as error:  # a damaged header makes numpy raise anything, and so do odd columns Arrow
+    except Exception as error:  # numpy raises many types for a damaged header, and Arrow for odd columns
         raise ValmError(f"cannot read {vector_file} and {metadata_file}: {one_line(str(error))}") from error
     dim = clip.embed_dim
     if raw.ndim != 2 or raw.shape[1] != dim or raw.dtype.kind != "f":
@@ -102,7 +104,7 @@ def read_embeddings(
 
 
 def _items(metadata: pa.Table, vector_file: Path) -> pa.Table:
-    """The metadata's columns under the names of ITEM_SCHEMA; what is missing is empty or 0."""
+    """The metadata's columns under the names of ITEM_SCHEMA; missing values are empty or 0."""
 
     def column(names: list[str], default: Any, type: pa.DataType) -> pa.Array:
         name = next((name for name in names if name in metadata.column_names), None)
@@ -124,9 +126,10 @@ def _items(metadata: pa.Table, vector_file: Path) -> pa.Table:
 
 
 def _by_number(files: Iterable[Path]) -> dict[int, Path]:
-    """The files by the number that ends their names, 0 for none: img_emb_12.npy comes after img_emb_2.npy.
+    """The files by the number at the end of their names, 0 without one: img_emb_12.npy comes after img_emb_2.npy.
 
-    Raises ValmError for two of one number: which vectors belong to which metadata cannot be guessed.
+    Raises:
+        ValmError: two files have one number, so it is unknown which metadata belongs to which vectors.
     """
     found: dict[int, Path] = {}
     for file in sorted(files):

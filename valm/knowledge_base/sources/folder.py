@@ -18,14 +18,16 @@ from valm.knowledge_base.sources import SourceShard
 class FolderSource:
     """Every image under `folder`.
 
-    Args:
-        captions: a table of captions; without it they are looked for as `read_captions` says.
-        follow_links: also look into linked folders.
-        shard_size: images in a shard. A killed build encodes at most one shard again.
+    Damaged images and caption files are skipped and listed (`ImageKnowledgeBase.skipped`). `remarks` says which other
+    files were ignored.
 
-    `remarks` says what was passed over. Damaged images and caption files are skipped and listed
-    (`ImageKnowledgeBase.skipped`).
-    Raises ValmError for a folder that is missing, has no images or cannot be read, and for a damaged table.
+    Args:
+        captions: a table of captions; by default found as in `read_captions`.
+        follow_links: also look into linked folders.
+        shard_size: images per shard. A build that was killed encodes at most one shard again.
+
+    Raises:
+        ValmError: the folder is missing, has no images or cannot be read, or the table is damaged.
     """
 
     precomputed = False
@@ -63,10 +65,14 @@ class FolderSource:
 
 
 def folder_records(folder: Path, images: list[str], captions: Path | None = None) -> list[Record]:
-    """`images` of `folder`, each with its caption (see `read_captions`); after them, without an image, the damaged
-    caption files. Raises ValmError as `read_captions` does."""
+    """`images` of `folder`, each with its caption (see `read_captions`), then records without an image for the damaged
+    caption files.
+
+    Raises:
+        ValmError: as `read_captions`.
+    """
     caption_of, damaged = read_captions(folder, images, captions)
-    where = folder.absolute()  # another machine has another working directory
+    where = folder.absolute()  # another machine may have another working directory
     records = [Record(image, caption_of.get(image, ""), where / image) for image in images]
     return records + [Record(file, "", None, reason=reason) for file, reason in damaged.items()]
 
@@ -78,7 +84,7 @@ def _remarks(content: FolderContent, without_caption: int) -> list[str]:
         kinds = ", ".join(f"{count:,} {suffix or 'without a suffix'}" for suffix, count in sorted(ignored.items()))
         remarks.append(f"files ignored: {kinds}")
     if without_caption:
-        remarks.append(f"{without_caption:,} of {len(content.images):,} pictures have no caption")
+        remarks.append(f"{without_caption:,} of {len(content.images):,} images have no caption")
     if content.links:
         remarks.append(f"{content.links:,} linked folders not followed (--follow-links)")
     return remarks

@@ -25,18 +25,20 @@ from valm.shards.progress import Progress
 class DatasetSource:
     """The images of `dataset`.
 
-    Args:
-        dataset: a `datasets.Dataset` or `IterableDataset` (see `open_dataset`), or any iterable of rows that begins
-            anew each time it is iterated. An image is encoded bytes, a path, a dict of `bytes` and `path` (what
-            `datasets.Image` stores), or a PIL image. None, and what cannot be read, is skipped and listed
-            (`ImageKnowledgeBase.skipped`).
-        caption_column: of texts or lists of texts; by default the first of CAPTION_COLUMNS that there is, if any.
-        shard_size: images in a shard; so many are in memory at once, undecoded. A killed build encodes at most one
-            shard again.
+    A resumed build reads the rows of finished shards again to check that they are unchanged, without encoding them.
 
-    A resumed build reads the rows of finished shards again to check that they are the same, without encoding them.
-    Raises ValmError for an iterator and for a dataset without rows or without these columns; the build raises it for
-    one whose rows have changed since it was begun.
+    Args:
+        dataset: a `datasets.Dataset` or `IterableDataset` (see `open_dataset`), or any iterable of rows that can be
+            iterated repeatedly. An image is encoded bytes, a path, a dict of `bytes` and `path` (as `datasets.Image`
+            stores it), or a PIL image. None and unreadable images are skipped and listed
+            (`ImageKnowledgeBase.skipped`).
+        caption_column: texts or lists of texts; by default the first of CAPTION_COLUMNS that exists, if any.
+        shard_size: images per shard; all of a shard are in memory at once, undecoded. A build that was killed encodes
+            at most one shard again.
+
+    Raises:
+        ValmError: the dataset is an iterator, or lacks rows or these columns; the build raises it if rows have changed
+            since it was begun.
     """
 
     precomputed = False
@@ -111,7 +113,7 @@ class DatasetSource:
 
 
 def encode_rows(records: list[Record], clip: Clip, encoding: Encoding, progress: Progress) -> EncodedShard:
-    """Encodes a shard of rows; its record says what was in them, for `DatasetSource.shards` to compare."""
+    """Encodes a shard of rows; its facts hold a hash of them, which `DatasetSource.shards` compares."""
     shard = encode_records(records, clip, encoding, progress)
     return dataclasses.replace(shard, facts={"content": fingerprint_records(records)})
 
@@ -122,7 +124,9 @@ def open_dataset(
     """The split of a dataset that `save_to_disk` wrote to the folder `source`, or that `datasets.load_dataset` finds
     under that name or path.
 
-    Raises ValmError where it cannot be read or has no such split, and ImportError without the `datasets` package.
+    Raises:
+        ValmError: it cannot be read or has no such split.
+        ImportError: the package `datasets` is not installed.
     """
     try:
         import datasets
@@ -133,7 +137,7 @@ def open_dataset(
         if not saved:
             return datasets.load_dataset(os.fspath(source), config, split=split, streaming=streaming)
         dataset = datasets.load_from_disk(source)
-    except Exception as error:  # datasets raises many kinds
+    except Exception as error:  # datasets raises many types
         first_line = str(error).strip().partition("\n")[0]
         raise ValmError(f"cannot read the dataset {source}: {first_line}") from error
     if isinstance(dataset, Mapping):
@@ -144,7 +148,7 @@ def open_dataset(
 
 
 def _undecoded(dataset: Iterable[Mapping[str, Any]], image_column: str) -> Iterable[Mapping[str, Any]]:
-    """The dataset with its images as they are stored: workers decode them, each by itself."""
+    """The dataset with its images as stored: workers decode them."""
     features = getattr(dataset, "features", None)
     if features is None or image_column not in features or not hasattr(features[image_column], "decode"):
         return dataset

@@ -1,4 +1,4 @@
-"""Images named with their captions in a CSV or TSV table."""
+"""Images and captions listed in a CSV or TSV table."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ from valm.knowledge_base.sources import SourceShard
 class TableSource:
     """The images that the rows of `table` name, in the order of the table.
 
+    Rows without a path and images that are damaged or missing are skipped and listed (`ImageKnowledgeBase.skipped`).
+
     Args:
         table: a file with a header, separated by commas or tabs. Paths in it are relative to its folder, or absolute.
             Rows of the same path are one image with several captions.
         image_column, caption_column: by default the first of `IMAGE_COLUMNS` and of `CAPTION_COLUMNS` that it has.
-        shard_size: images in a shard. A killed build encodes at most one shard again.
+        shard_size: images per shard. A build that was killed encodes at most one shard again.
 
-    Rows without a path and images that are damaged or missing are skipped and listed (`ImageKnowledgeBase.skipped`).
-    Raises ValmError for a table that cannot be read, lacks a column or has no rows.
+    Raises:
+        ValmError: the table cannot be read, lacks a column or has no rows.
     """
 
     precomputed = False
@@ -60,9 +62,10 @@ class TableSource:
 
 
 def table_records(table: Path, image_column: str | None = None, caption_column: str | None = None) -> list[Record]:
-    """The images of a table with their captions; after them, without an image, the rows that name none.
+    """The images of a table with their captions, then records without an image for the rows that name none.
 
-    Raises ValmError as `read_rows` does.
+    Raises:
+        ValmError: as `read_rows`.
     """
     captions: dict[str, list[str]] = {}
     unnamed = []
@@ -71,6 +74,6 @@ def table_records(table: Path, image_column: str | None = None, caption_column: 
             captions.setdefault(image, []).append(caption)
         else:
             unnamed.append(Record(f"{table.name}, row {number}", caption, None, reason="it names no image"))
-    folder = table.absolute().parent  # another machine has another working directory
+    folder = table.absolute().parent  # another machine may have another working directory
     records = [Record(image, join_captions(lines), folder / image) for image, lines in captions.items()]
     return records + unnamed

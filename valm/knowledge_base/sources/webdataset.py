@@ -21,21 +21,22 @@ from valm.knowledge_base.sources import SourceShard
 from valm.shards.progress import Progress
 from valm.text import one_line
 
-# Bytes after the last member of an archive that must be zero: tar itself pads with a few thousand.
+# Bytes after the last member of an archive that are checked to be zero: tar itself pads with a few thousand.
 END_BYTES = 1 << 20
 
 
 class WebdatasetSource:
     """The images in tar files; one shard for each file.
 
-    Args:
-        tars: a folder of `*.tar` files, one file, or several. In each, members whose names agree up to the first dot
-            belong together: an image, and its caption in `.txt` or as `caption` in `.json`.
+    Nothing is unpacked, so any names in an archive are safe. A truncated or damaged archive is read up to the damage
+    and listed as skipped. So are damaged images and caption files, and all but the last of several images of one name.
 
-    Nothing is unpacked, so names in an archive can be anything. An archive that is cut short or damaged is read up to
-    the damage and listed as skipped. So are damaged images and caption files, and all but the last of several images
-    that belong together.
-    Raises ValmError where there is no tar file.
+    Args:
+        tars: a folder of `*.tar` files, one file, or several. Members whose names agree up to the first dot belong
+            together: an image, and its caption in `.txt` or under `caption` in `.json`.
+
+    Raises:
+        ValmError: there is no tar file.
     """
 
     precomputed = False
@@ -69,9 +70,10 @@ def encode_tar(tar: Path, clip: Clip, encoding: Encoding, progress: Progress) ->
 
 
 def tar_records(path: Path) -> list[Record]:
-    """The images of a tar file, with their captions; after them, without an image, what is damaged in it.
+    """The images of a tar file with their captions, then records without an image for what is damaged.
 
-    Raises ValmError where the machine, and not the archive, is why it cannot be read.
+    Raises:
+        ValmError: a transient error (`is_transient`) while the archive is read.
     """
     images: dict[str, tarfile.TarInfo] = {}
     captions: dict[tuple[str, str], str] = {}
@@ -83,7 +85,7 @@ def tar_records(path: Path) -> list[Record]:
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                if member.size < 0:  # the next one would be this one again
+                if member.size < 0:  # tarfile would read this one again
                     raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
                 name = PurePosixPath(member.name)
                 stem, _, extension = name.name.partition(".")
@@ -99,12 +101,12 @@ def tar_records(path: Path) -> list[Record]:
                     images[key] = member
                 else:
                     opened = tar.extractfile(member)
-                    assert opened is not None  # it is for a link or a folder, and this is a file
+                    assert opened is not None  # None only for a link or a folder
                     try:
                         captions[key, suffix] = parse_caption(opened.read(MAX_CAPTION_BYTES + 1), suffix)
                     except ValueError as error:
                         skip(uri, str(error))
-            # tarfile takes a damaged or empty header for the end, and no end at all
+            # tarfile accepts a damaged or empty header as the end, and a missing end
             tar.fileobj.seek(tar.offset)
             end = tar.fileobj.read(END_BYTES)
             if len(end) < tarfile.BLOCKSIZE or any(end):

@@ -151,7 +151,7 @@ def test_wrong_datasets(dataset, clip, tmp_path):
     fails("has no column 'text', only image, caption, label", dataset, caption_column="text")
     assert not (tmp_path / "kb").exists()
     unreadable = dataset.select([1, 2])
-    fails(r"none of the 2 pictures could be read; the first, 0/broken\.png", unreadable)
+    fails(r"none of the 2 images could be read; the first, 0/broken\.png", unreadable)
 
 
 def test_datasets_are_opened(dataset, clip, tmp_path):

@@ -196,5 +196,5 @@ def test_wrong_webdatasets(clip, tmp_path):
     with pytest.raises(ValmError, match=r"cannot read .*missing\.tar"):
         build(WebdatasetSource([tmp_path / "missing.tar"]), tmp_path / "kb", clip)
     write_tar(tmp_path / "empty.tar", [("a.txt", b"a")])
-    with pytest.raises(ValmError, match="the source has no pictures"):
+    with pytest.raises(ValmError, match="the source has no images"):
         build(WebdatasetSource(tmp_path), tmp_path / "kb", clip, progress=False)
