@@ -108,7 +108,10 @@ class StudyText:
             with atomic_path(folder / f"{name}.jsonl") as temporary:
                 content = [json.dumps({"text": line}, ensure_ascii=False) + "\n" for line in lines]
                 temporary.write_text("".join(content), encoding="utf-8")
-        with atomic_path(folder / "validation.csv") as temporary, open(temporary, "w", newline="") as file:
+        with (
+            atomic_path(folder / "validation.csv") as temporary,
+            open(temporary, "w", encoding="utf-8", newline="") as file,
+        ):
             table = csv.writer(file)
             table.writerow(["Index", "Descriptor", "Item", "Color"])
             table.writerows([n, item.descriptor, item.item, item.color] for n, item in enumerate(self.validation, 1))

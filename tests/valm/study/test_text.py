@@ -2,12 +2,14 @@
 
 import csv
 import json
+import re
 from collections import Counter
 
 import pytest
 
 from valm.errors import ValmError
-from valm.evaluation.color import PROMPTS, load_memory_color
+from valm.evaluation.color import COLORS, PROMPTS, load_memory_color
+from valm.evaluation.sets import DATA_VARIABLE, find_file
 from valm.study import text as study
 from valm.study.pictures import Picture
 from valm.study.text import COLOR_TEMPLATES, color_glosses, file_prose, python_prose, study_text
@@ -60,6 +62,22 @@ def test_a_planted_leak_is_dropped_and_counted(pictures, glosses):
     assert text.captions["photos/00000.png"] == ["A brown dog runs."]
     names = Names(ITEMS)
     assert not [line for line in everything if names.beside_color(line)]
+
+
+def test_no_item_of_memory_color_stands_beside_a_colour(pictures):
+    file = find_file("memory_color")
+    if file is None:
+        pytest.skip(f"no memory_color_data.csv: {DATA_VARIABLE} names no folder that has it")
+    items = [item.item for item in load_memory_color(file)]
+    text = study_text({"glosses": {}, "prose": {}}, pictures, items, seed=0)
+    color = re.compile(rf"\b({'|'.join(COLORS)}|gray)\b", re.IGNORECASE)
+    said = [line for line in text.training if color.search(line)]
+    assert len(said) > 500
+    for item in set(items) - {"orange"}:
+        name = re.compile(rf"\b{item}(s|es)?\b", re.IGNORECASE)
+        assert not [line for line in said if name.search(line)], item
+        if item in ("tomato", "swan", "milk"):  # WordNet has sentences that leak these
+            assert [line for line in color_glosses() if name.search(line) and color.search(line)]
 
 
 def test_a_thing_that_is_an_item_is_never_coloured(pictures, glosses):
