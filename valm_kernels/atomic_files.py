@@ -25,6 +25,8 @@ except ImportError:  # Windows
 TEMPORARY_NAME = re.compile(r".+\.[0-9a-f]{32}\.tmp")
 # On a file system without locks, a temporary file this old is taken to be abandoned.
 ABANDONED_SECONDS = 24 * 3600
+# Between two tries to get a lock.
+LOCK_INTERVAL = 0.05
 
 
 @contextmanager
@@ -71,6 +73,40 @@ def temporary_file(path: Path) -> Iterator[Path]:
             os.unlink(temporary)
 
 
+@contextmanager
+def folder_lock(path: Path, seconds: float) -> Iterator[None]:
+    """Holds the lock of a folder that several processes may write; others wait for it until the block ends.
+
+    Where there are no locks (Windows, some network file systems) nothing is waited for.
+
+    Raises:
+        TimeoutError: another process held the lock for longer than `seconds`.
+    """
+    descriptor = None if fcntl is None else os.open(path, os.O_RDONLY)
+    try:
+        if descriptor is not None:
+            _wait_for_lock(descriptor, path, seconds)
+        yield
+    finally:
+        if descriptor is not None:
+            with suppress(OSError):  # closed alone, it would stay with processes that were forked meanwhile
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+            os.close(descriptor)
+
+
+def _wait_for_lock(descriptor: int, path: Path, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise TimeoutError(errno.ETIMEDOUT, "another process is writing there", os.fspath(path)) from None
+            time.sleep(LOCK_INTERVAL)
+        except OSError:  # no locks here
+            return None
+
+
 def move(temporary: Path, path: Path) -> None:
     """Moves a finished temporary file to `path`, after its content has reached the disk."""
     _sync(temporary)
@@ -91,6 +127,13 @@ def move_folder(temporary: Path, path: Path) -> None:
     os.replace(temporary, path)
     sync_folder(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder. If the process is killed meanwhile, what is left has a temporary name."""
+    gone = temporary_name(path)
+    os.replace(path, gone)
+    shutil.rmtree(gone)
 
 
 def sync_folder(path: Path) -> None:

@@ -75,21 +75,14 @@ Sha256 = Annotated[str, Matching(r"[0-9a-f]{64}", "a SHA-256 in hexadecimal digi
 class SchemaError(ValueError):
     """A value that does not match its schema. `where` holds the keys and indices that lead to it, outermost first."""
 
-    def __init__(self, value: Any, expected: str) -> None:
-        self.problem, self.expected = f"is {short(value)}, expected {expected}", expected
+    def __init__(self, value: Any, expected: str, problem: str | None = None) -> None:
+        self.expected = expected
+        self.problem = problem or f"is {short(value)}, expected {expected}"
         self.where: list[str | int] = []
 
     def __str__(self) -> str:
         place = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in self.where).lstrip(".")
         return f"{place or 'it'} {self.problem}"
-
-
-class MissingKeyError(SchemaError):
-    """An object that lacks a key of its schema."""
-
-    def __init__(self, value: dict[str, Any], key: str) -> None:
-        super().__init__(value, f"one with {key!r}")
-        self.problem = f"has no {key!r}"
 
 
 def regular_file(path: str | os.PathLike[str]) -> os.stat_result:
@@ -292,6 +285,6 @@ def _object_check(schema: Any) -> Check:
         except SchemaError as error:
             error.where.insert(0, key)
             raise
-        raise MissingKeyError(value, key)
+        raise SchemaError(value, f"one with {key!r}", f"has no {key!r}")
 
     return check_object

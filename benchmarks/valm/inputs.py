@@ -20,15 +20,14 @@ from valm.clip import Clip
 from valm.evaluation.sets import read_set
 from valm.knowledge_base.format import (
     ITEM_SCHEMA,
-    WHAT,
     EncodedShard,
+    begin_knowledge_base,
     clip_entry,
     finish_knowledge_base,
     write_shard,
 )
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.context import ContextEncoder
-from valm.shards.build import ShardedBuild
 
 TOWERS = {
     "RN50x16": {"embed_dim": 768, "width": 768, "heads": 12, "layers": 12},
@@ -93,7 +92,7 @@ def large_knowledge_base(folder: Path, tower: str) -> ImageKnowledgeBase:
     if (out / "manifest.json").exists():
         return ImageKnowledgeBase.open(out)
     real = real_vectors(tower)
-    build = ShardedBuild(out, WHAT, {"real": len(real), "perturbation": PERTURBATION, "count": PICTURES})
+    build = begin_knowledge_base(out, {"real": len(real), "perturbation": PERTURBATION, "count": PICTURES})
     for number in range(PICTURES // SHARD):
         generator = np.random.default_rng(number)
         one, other, another = generator.integers(0, len(real), (3, SHARD))

@@ -13,7 +13,9 @@ from valm_kernels.atomic_files import (
     ABANDONED_SECONDS,
     atomic_folder,
     atomic_path,
+    folder_lock,
     is_temporary,
+    remove_folder,
     remove_leftovers,
     temporary_file,
     temporary_name,
@@ -99,6 +101,28 @@ def test_what_is_removed_before_it_is_locked_is_made_again(tmp_path, monkeypatch
         remove_leftovers(tmp_path)
         assert temporary.exists()
     assert os.listdir(tmp_path) == ["data"]
+
+
+def test_the_lock_of_a_folder_is_waited_for(tmp_path):
+    with folder_lock(tmp_path, 0):
+        start = time.monotonic()
+        with pytest.raises(TimeoutError, match="another process is writing there"), folder_lock(tmp_path, 0.2):
+            pass
+        assert time.monotonic() - start >= 0.2
+    with folder_lock(tmp_path, 0):
+        pass
+
+
+def test_a_removed_folder_is_gone_at_once(tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic_files.shutil, "rmtree", lambda path: None)  # killed there
+        remove_folder(tmp_path / "folder")
+    (left,) = tmp_path.iterdir()
+    assert is_temporary(left.name)
+    remove_leftovers(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_other_files_are_never_leftovers(tmp_path):

@@ -41,14 +41,14 @@ from valm.corpus.parts import (
 from valm.errors import ValmError
 from valm.files import check_all_regular, read_json, write_json
 from valm.knowledge_base.store import ImageKnowledgeBase
-from valm.progress import progress_bar
 from valm.retrieval.faiss_index import FaissIndex
 from valm.retrieval.retriever import Retriever
-from valm.shards.build import DELETE, Run, ShardedBuild, ShardFiles, run_here
+from valm.shards.build import Run, ShardedBuild, ShardFiles, run_here
 from valm.shards.manifest import (
     MANIFEST_FILE,
     Manifest,
     ShardRecord,
+    damaged_files,
     file_entry,
     files_of,
     kinds_of,
@@ -57,7 +57,7 @@ from valm.shards.manifest import (
 )
 from valm.shards.progress import Progress, ProgressBar
 from valm.tokenizer import open_tokenizer, padded, tokenize_documents
-from valm_kernels.json_files import Count, Range, SchemaError, check
+from valm_kernels.json_files import Count, Range
 
 WHAT = "corpus retrieval"
 VERSION = 2
@@ -198,8 +198,7 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
 
     def verify(self, *, progress: bool = True) -> list[str]:
         """Reads every file and returns the names of those whose content is not what was written."""
-        files = progress_bar(list(files_of(self.manifest)), desc="verify", unit=" files", shown=progress)
-        return [entry["name"] for entry in files if file_entry(self.path / entry["name"]) != entry]
+        return damaged_files(self.path, self.manifest, progress)
 
     def verify_once(self) -> None:
         """`verify`, where these very files were not verified before: what a training calls before it begins.
@@ -325,23 +324,20 @@ def _retrieve(
         "min_tokens": encoder.rule.min_tokens,
         "precision": str(encoder.tower.positions.dtype).removeprefix("torch."),
     }
-    build = ShardedBuild(out, WHAT, plan)
-    done = build.done()
-    with ProgressBar("retrieve", " tokens", None if count is None else count - len(done), progress) as bar:
-        work = partial(_retrieve_part, out=build.out.absolute(), retriever=retriever)
-        build.write(work, _unchanged(parts, done, build), run, bar)
-    if not build.finished:
-        shards = build.done().values()
-        try:
-            check(list(shards), list[CorpusShard])
-        except SchemaError as error:
-            raise ValmError(f"the unfinished {WHAT} {build.out} is damaged: its record {error}; {DELETE}") from error
-        facts = {name: sum(shard[name] for shard in shards) for name in ("documents", "tokens")}
-        if facts["documents"] == 0:
-            build.abandon()
-            raise ValmError("the corpus has no documents")
-        encoder.tokenizer.save_pretrained(build.out)
-        build.finish({"format": f"valm {WHAT}", "version": VERSION, **facts})
+    build = ShardedBuild(out, WHAT, plan, CorpusShard)
+    with build.writing():
+        done = build.done()
+        with ProgressBar("retrieve", " tokens", None if count is None else count - len(done), progress) as bar:
+            work = partial(_retrieve_part, out=build.out.absolute(), retriever=retriever)
+            build.write(work, _unchanged(parts, done, build), run, bar)
+        if not build.finished:
+            shards = build.done().values()
+            facts = {name: sum(shard[name] for shard in shards) for name in ("documents", "tokens")}
+            if facts["documents"] == 0:
+                build.abandon()
+                raise ValmError("the corpus has no documents")
+            encoder.tokenizer.save_pretrained(build.out)
+            build.finish({"format": f"valm {WHAT}", "version": VERSION, **facts})
     return CorpusRetrieval.open(build.out)
 
 

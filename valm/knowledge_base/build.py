@@ -9,10 +9,10 @@ from typing import Any
 
 from valm.clip import Clip
 from valm.knowledge_base.encode import Encoding
-from valm.knowledge_base.format import WHAT, clip_entry, finish_knowledge_base, write_shard
+from valm.knowledge_base.format import begin_knowledge_base, clip_entry, finish_knowledge_base, write_shard
 from valm.knowledge_base.sources import Source, SourceShard
 from valm.knowledge_base.store import ImageKnowledgeBase
-from valm.shards.build import Run, ShardedBuild, run_here
+from valm.shards.build import Run, run_here
 from valm.shards.progress import Progress, ProgressBar
 
 # The order of the plan's entries in the manifest; a source's own settings come at OWN. This is the order of valm 0.1.0
@@ -44,16 +44,17 @@ def build(
         ValmError: there is no readable image, or `out` cannot be written or holds something else. Also for a transient
             error (disk, permissions) while an image is read; repair that and run the build again.
     """
-    build = ShardedBuild(Path(out), WHAT, plan_of(source, clip, encoding))
-    if not build.finished:
-        done = build.done()
-        remaining = None if source.count is None else source.count - len(done)
-        name, unit = ("copy", " vectors") if source.precomputed else ("encode", " images")
-        # absolute: another process may have another working directory
-        work = partial(_write_shard, out=build.out.absolute(), clip=clip, encoding=encoding)
-        with ProgressBar(name, unit, remaining, progress) as bar:
-            build.write(work, source.shards(done), run, bar)
-        finish_knowledge_base(build, clip_entry(clip, out), clip.embed_dim)
+    build = begin_knowledge_base(out, plan_of(source, clip, encoding))
+    with build.writing():
+        if not build.finished:
+            done = build.done()
+            remaining = None if source.count is None else source.count - len(done)
+            name, unit = ("copy", " vectors") if source.precomputed else ("encode", " images")
+            # absolute: another process may have another working directory
+            work = partial(_write_shard, out=build.out.absolute(), clip=clip, encoding=encoding)
+            with ProgressBar(name, unit, remaining, progress) as bar:
+                build.write(work, source.shards(done), run, bar)
+            finish_knowledge_base(build, clip_entry(clip, out), clip.embed_dim)
     return ImageKnowledgeBase.open(out)
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from valm.knowledge_base.format import WHAT, EncodedShard, finish_knowledge_base, write_shard
+from valm.knowledge_base.format import EncodedShard, begin_knowledge_base, finish_knowledge_base, write_shard
 from valm.knowledge_base.merge import moved_clip
 from valm.knowledge_base.store import ImageKnowledgeBase
-from valm.shards.build import ShardedBuild, run_here
+from valm.shards.build import run_here
 from valm.shards.progress import Progress, ProgressBar
 
 
@@ -37,14 +37,15 @@ def dedupe(kb: ImageKnowledgeBase, out: str | os.PathLike, *, progress: bool = T
     Raises:
         ValmError: `out` cannot be written or holds something else.
     """
-    build = ShardedBuild(Path(out), WHAT, {"source": "dedupe", "parts": [kb.fingerprint]})
-    if not build.finished:
-        dropped = duplicates(kb)
-        starts = np.cumsum([0, *(shard["count"] for shard in kb.manifest["shards"])])
-        shards = [dropped[(dropped >= start) & (dropped < end)] - start for start, end in pairwise(starts)]
-        with ProgressBar("copy", " images", len(shards) - len(build.done()), progress) as bar:
-            build.write(partial(_copy_without, kb=kb, out=build.out), shards, run_here, bar)
-        finish_knowledge_base(build, moved_clip(kb, out), kb.dim)
+    build = begin_knowledge_base(out, {"source": "dedupe", "parts": [kb.fingerprint]})
+    with build.writing():
+        if not build.finished:
+            dropped = duplicates(kb)
+            starts = np.cumsum([0, *(shard["count"] for shard in kb.manifest["shards"])])
+            shards = [dropped[(dropped >= start) & (dropped < end)] - start for start, end in pairwise(starts)]
+            with ProgressBar("copy", " images", len(shards) - len(build.done()), progress) as bar:
+                build.write(partial(_copy_without, kb=kb, out=build.out), shards, run_here, bar)
+            finish_knowledge_base(build, moved_clip(kb, out), kb.dim)
     return ImageKnowledgeBase.open(out)
 
 

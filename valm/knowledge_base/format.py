@@ -22,9 +22,9 @@ import pyarrow.parquet as pq
 
 from valm.errors import ValmError
 from valm.files import read_json, write_json
-from valm.shards.build import DELETE, ShardedBuild, ShardFiles
+from valm.shards.build import ShardedBuild, ShardFiles
 from valm.shards.manifest import Manifest, ShardRecord, kinds_of
-from valm_kernels.json_files import Count, PathText, Range, SchemaError, Sha256, check
+from valm_kernels.json_files import Count, PathText, Range, Sha256
 
 if TYPE_CHECKING:
     from valm.clip import Clip
@@ -155,6 +155,11 @@ def write_shard(out: Path, number: int, shard: EncodedShard) -> None:
     files.finish(count=count, skipped=len(shard.skipped), **shard.facts)
 
 
+def begin_knowledge_base(out: str | os.PathLike, plan: dict[str, Any]) -> ShardedBuild:
+    """The build of a knowledge base in `out`; arguments and errors as in `ShardedBuild`."""
+    return ShardedBuild(out, WHAT, plan, KnowledgeBaseShard)
+
+
 def finish_knowledge_base(build: ShardedBuild, clip: dict[str, Any], dim: int) -> None:
     """Makes the shards of `build` a knowledge base of vectors of width `dim`, encoded by `clip` (see `clip_entry`).
 
@@ -162,10 +167,6 @@ def finish_knowledge_base(build: ShardedBuild, clip: dict[str, Any], dim: int) -
         ValmError: they have no images; the build is removed.
     """
     shards = build.done()
-    try:
-        check([*shards.values()], list[KnowledgeBaseShard])
-    except SchemaError as error:
-        raise ValmError(f"the unfinished {WHAT} {build.out} is damaged: its record {error}; {DELETE}") from error
     for number, shard in shards.items():
         check_kinds(build.out, number, cast(KnowledgeBaseShard, shard))
     count = sum(shard["count"] for shard in shards.values())

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from valm.errors import ValmError
-from valm.knowledge_base.format import WHAT, finish_knowledge_base, write_shard
+from valm.knowledge_base.format import begin_knowledge_base, finish_knowledge_base, write_shard
 from valm.knowledge_base.store import ImageKnowledgeBase
-from valm.shards.build import ShardedBuild, run_here
+from valm.shards.build import run_here
 from valm.shards.progress import Progress, ProgressBar
 
 
@@ -34,12 +34,13 @@ def merge(parts: Sequence[str | os.PathLike], out: str | os.PathLike, *, progres
                 f"{opened[0].path} was built with the CLIP {first['name']} (weights {first['weights_hash'][:12]}) but "
                 f"{kb.path} with {other['name']} ({other['weights_hash'][:12]}); merge only those of one CLIP"
             )
-    build = ShardedBuild(Path(out), WHAT, {"source": "merge", "parts": [kb.fingerprint for kb in opened]})
-    if not build.finished:
-        shards = [(kb, number) for kb in opened for number in range(len(kb.manifest["shards"]))]
-        with ProgressBar("merge", " images", len(shards) - len(build.done()), progress) as bar:
-            build.write(partial(_copy_shard, out=build.out), shards, run_here, bar)
-        finish_knowledge_base(build, moved_clip(opened[0], out), opened[0].dim)
+    build = begin_knowledge_base(out, {"source": "merge", "parts": [kb.fingerprint for kb in opened]})
+    with build.writing():
+        if not build.finished:
+            shards = [(kb, number) for kb in opened for number in range(len(kb.manifest["shards"]))]
+            with ProgressBar("merge", " images", len(shards) - len(build.done()), progress) as bar:
+                build.write(partial(_copy_shard, out=build.out), shards, run_here, bar)
+            finish_knowledge_base(build, moved_clip(opened[0], out), opened[0].dim)
     return ImageKnowledgeBase.open(out)
 
 

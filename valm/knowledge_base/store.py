@@ -30,8 +30,7 @@ from valm.knowledge_base.format import (
     check_kinds,
     read_skipped,
 )
-from valm.progress import progress_bar
-from valm.shards.manifest import MANIFEST_FILE, file_entry, files_of, open_array, open_manifest
+from valm.shards.manifest import MANIFEST_FILE, damaged_files, file_entry, open_array, open_manifest
 from valm.text import one_line
 
 if TYPE_CHECKING:  # so that opening a knowledge base does not wait for torch
@@ -220,8 +219,7 @@ class ImageKnowledgeBase:
 
     def verify(self, *, progress: bool = True) -> list[str]:
         """Reads every file and returns the names of those whose content has changed."""
-        files = progress_bar(list(files_of(self.manifest)), desc="verify", unit=" files", shown=progress)
-        return [entry["name"] for entry in files if file_entry(self.path / entry["name"]) != entry]
+        return damaged_files(self.path, self.manifest, progress)
 
     def encoded_shard(self, number: int) -> EncodedShard:
         """Shard `number` of the manifest, as `write_shard` takes it."""

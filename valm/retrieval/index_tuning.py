@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from valm.errors import ValmError
-from valm.files import atomic_path, write_json
+from valm.files import write_errors, write_json
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.progress import progress_bar
 from valm.retrieval.context import ContextEncoder
@@ -24,7 +24,7 @@ from valm.retrieval.index_parameters import INDEX_FILE, PARAMETERS_FILE, IndexPa
 from valm.shards.manifest import file_entry
 from valm.tokenizer import padded
 from valm_kernels import ip_topk, merge_topk
-from valm_kernels.atomic_files import remove_leftovers
+from valm_kernels.atomic_files import folder_lock, move, remove_leftovers, temporary_file
 
 # Vectors a cell should have to be trained on (faiss warns below 39); at least and at most how many are taken.
 TRAIN_PER_CELL = 40
@@ -52,6 +52,8 @@ RANDOM_READ = 4
 TEXTS_AT_ONCE = 64
 # The queries of one text are much alike: few of each, so that two halves of them need the same search.
 TOKENS_PER_TEXT = 8
+# How long to wait for another process that puts its index there.
+WAIT_SECONDS = 60.0
 # Pictures whose captions are taken for queries where no other text is given.
 CAPTIONED = 1024
 
@@ -100,12 +102,13 @@ def build_index(
     truth = _exact(kb, queries, k, progress)
     half = len(queries) // 2
     remove_leftovers(kb.path)
-    with atomic_path(kb.path / INDEX_FILE) as temporary:
+    file = kb.path / INDEX_FILE
+    with write_errors(file), temporary_file(file) as temporary:
         try:
             faiss.write_index(index, str(temporary))
         except RuntimeError as error:  # faiss has no other
             reason = "the disk is full, or does not let it be written"
-            raise ValmError(f"cannot write {kb.path / INDEX_FILE}: {reason}; what was there is untouched") from error
+            raise ValmError(f"cannot write {file}: {reason}; what was there is untouched") from error
         # tuned as it will be used: read back, memory-mapped
         index = read_index(temporary)
         untuned = IndexParameters(
@@ -122,9 +125,11 @@ def build_index(
             file={**file_entry(temporary), "name": INDEX_FILE},
         )
         parameters = _tune(kb, index, untuned, queries, truth)
-        # from here until the new parameters are there, the knowledge base has no index
-        (kb.path / PARAMETERS_FILE).unlink(missing_ok=True)
-    write_json(kb.path / PARAMETERS_FILE, asdict(parameters))
+        with folder_lock(kb.path, WAIT_SECONDS):
+            # from here until the new parameters are there, the knowledge base has no index
+            (kb.path / PARAMETERS_FILE).unlink(missing_ok=True)
+            move(temporary, file)
+            write_json(kb.path / PARAMETERS_FILE, asdict(parameters))
     return FaissIndex.open(kb)
 
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,11 @@ from valm.shards.manifest import (
     file_entry,
 )
 from valm.shards.progress import Progress
-from valm_kernels.atomic_files import is_temporary, remove_leftovers
+from valm_kernels.atomic_files import folder_lock, is_temporary, remove_leftovers
 
 SHARD_FILE = re.compile("shard-[0-9]{5,9}\\.json")
+# Long enough for the workers of a killed build, which share its lock, to end.
+WAIT_SECONDS = 5.0
 DELETE = "delete it or choose another folder"
 
 # Writes one shard: its number, its part of the source, and whom to tell how far it is.
@@ -53,26 +56,52 @@ class ShardedBuild:
 
     out: new, empty, or holding the build of the same plan, finished or not.
     what: what the folder is to be, for its errors. plan: everything the result depends on, as JSON.
+    record: the schema of what is said of a shard.
     Raises ValmError where `out` holds something else, or cannot be written.
     """
 
-    def __init__(self, out: str | os.PathLike, what: str, plan: dict[str, Any]):
+    def __init__(self, out: str | os.PathLike, what: str, plan: dict[str, Any], record: type = ShardRecord):
         self.out = writable_folder(out)
         self.what = what
         self.plan = plan
+        self.record = record
+        self._look()
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Keeps other processes from writing the folder while the block calls `write` and `finish`. Another process may
+        have `finished` it before.
+
+        Raises:
+            ValmError: another process is writing it.
+        """
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(folder_lock(self.out, WAIT_SECONDS))
+            except TimeoutError as error:
+                raise ValmError(
+                    f"another process is writing the {self.what} {self.out}; when it has ended, run the same again"
+                ) from error
+            self._look()
+            yield
+
+    def _look(self) -> None:
+        """Finds out whether the folder is finished, unfinished or new."""
         self.finished = (self.out / MANIFEST_FILE).exists()
         if self.finished:
-            self._check_plan(read_json(self.out / MANIFEST_FILE, "the manifest", Manifest), f"already holds a {what}")
+            self._check_plan(
+                read_json(self.out / MANIFEST_FILE, "the manifest", Manifest), f"already holds a {self.what}"
+            )
             self._remove_state()  # where it was killed between its last steps
         elif (self.out / BUILD_FILE).exists():
-            state = read_json(self.out / BUILD_FILE, f"the state of an unfinished {what}", Plan, DELETE)
-            self._check_plan(state, f"holds an unfinished {what}")
+            state = read_json(self.out / BUILD_FILE, f"the state of an unfinished {self.what}", Plan, DELETE)
+            self._check_plan(state, f"holds an unfinished {self.what}")
         else:
             remove_leftovers(self.out)
             others = sorted(file.name for file in self.out.iterdir() if not is_temporary(file.name))
             if others:
                 raise ValmError(f"the output folder {self.out} is not empty (it has {others[0]}); choose another")
-            write_json(self.out / BUILD_FILE, {"plan": plan})
+            write_json(self.out / BUILD_FILE, {"plan": self.plan})
 
     def done(self) -> dict[int, dict[str, Any]]:
         """The record of every shard that is whole, by its number. Raises ValmError where one is damaged."""
@@ -82,9 +111,8 @@ class ShardedBuild:
         records = {}
         for file in sorted(self.out.glob("shard-*.json")):
             if SHARD_FILE.fullmatch(file.name):
-                records[int(file.stem.partition("-")[2])] = read_json(
-                    file, "the record of a shard", ShardRecord, DELETE
-                )
+                number = int(file.stem.partition("-")[2])
+                records[number] = read_json(file, "the record of a shard", self.record, DELETE)
         try:
             check_files(self.out, records.items())
         except OSError as error:

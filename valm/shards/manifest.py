@@ -15,8 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from valm.errors import ValmError
-from valm.files import file_sha256, is_transient, read_json
+from valm.files import is_transient, read_json
+from valm.progress import progress_bar
 from valm.text import one_line
+from valm_kernels.checksums import file_sha256
 from valm_kernels.json_files import Count, Matching, SchemaError, Sha256, check, own_file, short
 
 MANIFEST_FILE = "manifest.json"
@@ -62,6 +64,12 @@ def file_entry(path: Path) -> FileEntry:
 def files_of(manifest: Mapping[str, Any]) -> Iterator[FileEntry]:
     """The entry of every file that the manifest lists."""
     return (entry for shard in manifest["shards"] for entry in shard["files"])
+
+
+def damaged_files(folder: Path, manifest: Mapping[str, Any], progress: bool) -> list[str]:
+    """The names of those files that the manifest of `folder` lists whose content is not what was written. Reads all."""
+    files = progress_bar(list(files_of(manifest)), desc="verify", unit=" files", shown=progress)
+    return [entry["name"] for entry in files if file_entry(folder / entry["name"]) != entry]
 
 
 def kinds_of(record: ShardRecord) -> set[str]:

@@ -11,19 +11,29 @@ import json
 import re
 import time
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, TypedDict
 
 import numpy as np
 
-from valm_kernels.atomic_files import ABANDONED_SECONDS, move, remove_leftovers, sync_folder, temporary_file
+from valm_kernels.atomic_files import (
+    ABANDONED_SECONDS,
+    folder_lock,
+    move,
+    remove_leftovers,
+    sync_folder,
+    temporary_file,
+)
+from valm_kernels.checksums import file_sha256
 from valm_kernels.json_files import Count, Matching, SchemaError, Sha256, check, own_file, read_json, short
 
 FORMAT = "valm flat inner-product index"
 VERSION = 2  # 1 had no checksum of the manifest
 OLD_VERSION = 1
 MANIFEST = "manifest.json"
+# How long a save waits for another process that saves there.
+WAIT_SECONDS = 60.0
 # No other name is read or deleted, even if a manifest lists it.
 ARRAY_FILE = re.compile(r"[a-z_]+-[0-9a-f]{16}\.npy")
 # Temporary names of this version, and of earlier ones without locks.
@@ -59,40 +69,42 @@ def write_folder(path: Path, arrays: dict[str, np.ndarray], properties: dict[str
     """Writes the arrays and the manifest, all or nothing; removes what earlier saves left.
 
     Raises:
-        OSError: writing failed; the message names the folder.
+        OSError: writing failed, or another process is writing the folder, which the message names.
     """
-    written: list[Path] = []
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        old_files = _referenced_files(path)
-        entries = {}
-        for name, array in arrays.items():
-            file, entry = _write_array(path, name, array, written)
-            entries[name] = {"file": file.name, **entry}
-        manifest = {"format": FORMAT, "version": VERSION, **properties, "arrays": entries}
-        manifest["sha256"] = _checksum(manifest)
-        with temporary_file(path / MANIFEST) as temporary:
-            temporary.write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-            move(temporary, path / MANIFEST)
-    except BaseException as error:
-        # an interruption may come after the commit
-        committed = _referenced_files(path)
-        _remove(file for file in written if file.name not in committed)
-        if not isinstance(error, OSError):
-            raise
-        raise OSError(
-            error.errno, f"cannot save the index, what {path} held before is untouched: {error.strerror}", str(path)
-        ) from error
-    try:
-        sync_folder(path)
-    except OSError as error:
-        raise OSError(
-            error.errno, f"the index is saved, but a power cut might undo it: {error.strerror}", str(path)
-        ) from error
-    files = {entry["file"] for entry in entries.values()}
-    _remove(path / name for name in old_files - files)
-    _remove(file for file in path.iterdir() if file.name not in files and _abandoned(file))
-    remove_leftovers(path, TEMPORARY_FILE)
+    with ExitStack() as lock:
+        written: list[Path] = []
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            lock.enter_context(folder_lock(path, WAIT_SECONDS))
+            old_files = _referenced_files(path)
+            entries = {}
+            for name, array in arrays.items():
+                file, entry = _write_array(path, name, array, written)
+                entries[name] = {"file": file.name, **entry}
+            manifest = {"format": FORMAT, "version": VERSION, **properties, "arrays": entries}
+            manifest["sha256"] = _checksum(manifest)
+            with temporary_file(path / MANIFEST) as temporary:
+                temporary.write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+                move(temporary, path / MANIFEST)
+        except BaseException as error:
+            # an interruption may come after the commit
+            committed = _referenced_files(path)
+            _remove(file for file in written if file.name not in committed)
+            if not isinstance(error, OSError):
+                raise
+            raise OSError(
+                error.errno, f"cannot save the index, what {path} held before is untouched: {error.strerror}", str(path)
+            ) from error
+        try:
+            sync_folder(path)
+        except OSError as error:
+            raise OSError(
+                error.errno, f"the index is saved, but a power cut might undo it: {error.strerror}", str(path)
+            ) from error
+        files = {entry["file"] for entry in entries.values()}
+        _remove(path / name for name in old_files - files)
+        _remove(file for file in path.iterdir() if file.name not in files and _abandoned(file))
+        remove_leftovers(path, TEMPORARY_FILE)
 
 
 def _remove(files: Iterable[Path]) -> None:
@@ -211,10 +223,8 @@ class Folder:
             raise ValueError(f"{self.path} is damaged: {file.name} is missing") from None
         if size != entry["bytes"]:
             raise ValueError(f"{file} is damaged: it has {size} bytes, {entry['bytes']} were saved")
-        if self.verify:
-            with file.open("rb") as stream:
-                if _digest(stream) != entry["sha256"]:
-                    raise ValueError(f"{file} is damaged: its checksum differs from the one saved in {MANIFEST}")
+        if self.verify and file_sha256(file) != entry["sha256"]:
+            raise ValueError(f"{file} is damaged: its checksum differs from the one saved in {MANIFEST}")
         array = self._load(file)
         fits = len(array.shape) == len(shape) and all(b in (a, None) for a, b in zip(array.shape, shape, strict=True))
         if not fits or array.dtype != np.dtype(dtype) or not array.flags.c_contiguous:
@@ -234,10 +244,3 @@ class Folder:
             raise
         except Exception as error:  # a damaged header makes numpy raise more than ValueError
             raise ValueError(f"{file} is damaged, it is no npy file: {error}") from error
-
-
-def _digest(stream: BinaryIO) -> str:
-    sha256 = hashlib.sha256()
-    while chunk := stream.read(1 << 20):
-        sha256.update(chunk)
-    return sha256.hexdigest()

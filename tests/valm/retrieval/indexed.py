@@ -6,15 +6,14 @@ import torch
 
 from valm.knowledge_base.format import (
     ITEM_SCHEMA,
-    WHAT,
     EncodedShard,
+    begin_knowledge_base,
     clip_entry,
     finish_knowledge_base,
     write_shard,
 )
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.index_tuning import build_index
-from valm.shards.build import ShardedBuild
 
 COUNT, K = 3000, 4
 
@@ -29,7 +28,7 @@ def random_directions(count, dim, seed, centres=40):
 
 def make_kb_of_directions(clip, out, caption="", copies=1) -> ImageKnowledgeBase:
     """COUNT vectors in three shards, each `copies` times, far from each other."""
-    build = ShardedBuild(out, WHAT, {})
+    build = begin_knowledge_base(out, {})
     vectors = np.tile(random_directions(COUNT // copies, clip.embed_dim, seed=0), (copies, 1))
     for number, part in enumerate(np.split(vectors, 3)):
         items = [{"uri": f"{number}/{row}", "caption": caption, "width": 1, "height": 1} for row in range(len(part))]

@@ -91,6 +91,19 @@ def test_what_killed_tries_left_is_removed_at_the_end(tmp_path, end):
         assert set(tmp_path.glob("*.tmp")) == {of_a_writer_that_lives, tmp_path / "notes.tmp"}
 
 
+def test_another_writer_is_refused_and_finds_what_was_finished(tmp_path, monkeypatch):
+    monkeypatch.setattr("valm.shards.build.WAIT_SECONDS", 0)
+    first, second = build(tmp_path), build(tmp_path)
+    with first.writing():
+        message = r"another process is writing the heap .*; when it has ended, run"
+        with pytest.raises(ValmError, match=message), second.writing():
+            pass
+        finish(first)
+    assert not second.finished
+    with second.writing():
+        assert second.finished
+
+
 def test_what_differs_from_the_plan_is_named(tmp_path):
     started = build(tmp_path)
     with pytest.raises(ValmError, match=r"holds an unfinished heap .*\(colour, size differ\); delete it or choose"):
