@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,22 +14,19 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from valm.augmented.saving import ADAPTER_FILE, adapter_base, load_adapter
+from valm.augmented.saving import ADAPTER_FILE, adapter_base, is_adapter, load_adapter
 from valm.config import ValmConfig
 from valm.errors import ValmError
-from valm.files import check_all_regular, read_json, writable_folder
+from valm.files import check_all_regular, read_json
 from valm.image_model import ImageModel
 from valm.model import VaLMForCausalLM
 from valm.model_card import write_card
-from valm.retrieval.note import RETRIEVAL_FILE, RetrievalNote
-from valm_kernels.atomic_files import atomic_folder, move, remove_leftovers, sync_folder, temporary_name
+from valm.retrieval.note import RetrievalNote
+from valm.whole_folder import current_files, replaced_files
 from valm_kernels.json_files import short
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer_config.json"
-# Holds a completely written checkpoint until its files have replaced the old ones.
-NEW_FOLDER = "checkpoint.new"
-WEIGHTS = "model*.safetensors*"
 
 
 class Config(TypedDict, total=False):
@@ -51,8 +47,7 @@ def save_checkpoint(
 ) -> Path:
     """Writes `folder`; `load` and, after `import valm`, `AutoModelForCausalLM.from_pretrained` read it.
 
-    All files are first written into NEW_FOLDER in it, which appears whole, and then linked over the old ones. If the
-    process is killed before NEW_FOLDER appears, `load_checkpoint` loads the old checkpoint, otherwise the new one.
+    If the process is killed at any point, `load` loads the old checkpoint or the new one (`replaced_files`).
     The tokenizer's model_max_length becomes the model's.
 
     Args:
@@ -64,23 +59,15 @@ def save_checkpoint(
     Raises:
         ValmError: the folder cannot be written completely; the old checkpoint still loads.
     """
-    folder = writable_folder(folder)
+    folder = Path(folder)
     saved = with_length(tokenizer, model)
-    remove_leftovers(folder)
-    _switch(folder)  # where an earlier save was killed
-    try:
-        with atomic_folder(folder / NEW_FOLDER) as temporary, quiet_transformers():
-            model.save_pretrained(temporary, state_dict=state_dict)
-            saved.save_pretrained(temporary)
-            (Path(temporary) / RETRIEVAL_FILE).unlink(missing_ok=True)  # its paths are relative to where it is
+    with replaced_files(folder, "the checkpoint") as temporary, quiet_transformers():
+        model.save_pretrained(temporary, state_dict=state_dict)
+        saved.save_pretrained(temporary)
         if note is not None:
-            note.write(folder)
+            note.write(temporary, place=folder)
         elif isinstance(model, ImageModel):
-            model.save_note(folder)
-    except Exception as error:  # a full disk has a type of its own in safetensors, and in tokenizers
-        reason = str(error).strip().partition("\n")[0]
-        raise ValmError(f"cannot write the checkpoint {folder}: {reason}; what it held before is untouched") from error
-    _switch(folder)
+            model.save_note(temporary, place=folder)
     if isinstance(model, ImageModel):
         write_card(model, folder, numbers=numbers, command=command)
     return folder
@@ -99,40 +86,16 @@ def positions(model: Any) -> int | None:
     return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
 
 
-def _switch(folder: Path) -> None:
-    """Links the files of NEW_FOLDER, if it exists, over the old ones, and removes it."""
-    new = folder / NEW_FOLDER
-    if not new.is_dir():
-        return
-    try:
-        names = {file.name for file in new.iterdir()}
-        for name in names:
-            _link(new / name, folder / name)
-        for file in folder.glob(WEIGHTS):  # transformers prefers one file to several
-            if file.name not in names:
-                file.unlink()
-        sync_folder(folder)
-        finished = temporary_name(new)
-        os.replace(new, finished)
-    except OSError as error:
-        raise ValmError(
-            f"the checkpoint is whole in {new} and loads from there, but its files cannot be moved to {folder}: "
-            f"{error.strerror}; save it again"
-        ) from error
-    shutil.rmtree(finished, ignore_errors=True)
+def check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerFast, what: str = "the tokenizer") -> None:
+    """Checks that the model has the tokenizer's vocabulary; `what` is the tokenizer in the error message.
 
-
-def _link(file: Path, target: Path) -> None:
-    """Makes `target` a link to `file`, atomically."""
-    temporary = temporary_name(target)
-    try:
-        os.link(file, temporary)
-    except OSError:  # a file system without links
-        shutil.copyfile(file, temporary)
-    try:
-        move(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)  # renaming a file to another link of itself does nothing
+    Raises:
+        ValmError: it has another one.
+    """
+    vocab_size = model.config.get_text_config(decoder=True).vocab_size
+    # a pretrained decoder may have rows to spare
+    if len(tokenizer) > vocab_size or (isinstance(model, VaLMForCausalLM) and len(tokenizer) != vocab_size):
+        raise ValmError(f"{what} has {len(tokenizer)} tokens, but the model's vocab_size is {vocab_size}")
 
 
 def load(
@@ -171,7 +134,7 @@ def load(
     if not folder.is_dir():
         raise ValmError(f"there is no checkpoint folder {folder}")
     source: str | os.PathLike
-    if (folder / ADAPTER_FILE).is_file():
+    if is_adapter(folder):
         source = adapter_base(folder) if base is None else base
         model = _load_base(folder, source, by_user=base is not None)
         model = load_adapter(model, folder)
@@ -179,15 +142,10 @@ def load(
     else:
         if base is not None:
             raise ValmError(f"{folder} is no adapter (it has no {ADAPTER_FILE}), so it takes no base model")
-        source = _files_of(folder)
+        source = current_files(folder)
         model = _load_whole(folder)
     tokenizer = _load_tokenizer(source, folder, local=base is None)
-    vocab_size = model.config.get_text_config(decoder=True).vocab_size
-    # a pretrained decoder may have rows to spare
-    if len(tokenizer) > vocab_size or (isinstance(model, VaLMForCausalLM) and len(tokenizer) != vocab_size):
-        raise ValmError(
-            f"the tokenizer in {source} has {len(tokenizer)} tokens, but the model's vocab_size is {vocab_size}"
-        )
+    check_vocabulary(model, tokenizer, f"the tokenizer in {source}")
     if model.image_options.num_images == 0 and kb is not None:
         raise ValmError(f"the model in {folder} sees no images (GPT-2*), so it takes no knowledge base")
     model = model.eval().to(device)
@@ -214,14 +172,8 @@ def load_checkpoint(
     return load(folder, kb=kb, clip=clip, allow_download=allow_download, device=device)
 
 
-def _files_of(folder: Path) -> Path:
-    """The folder of the checkpoint's files: NEW_FOLDER if the writer was killed while linking, as some files in
-    `folder` are then old."""
-    return folder / NEW_FOLDER if (folder / NEW_FOLDER).is_dir() else folder
-
-
 def _load_whole(folder: Path) -> Any:
-    files = _files_of(folder)
+    files = current_files(folder)
     if not (files / CONFIG_FILE).is_file():
         raise ValmError(f"{folder} is no checkpoint: it has no {CONFIG_FILE}")
     check_all_regular(files)

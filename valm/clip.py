@@ -23,8 +23,10 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast
 
 from valm.errors import ValmError
-from valm.files import atomic_path, check_all_regular, file_sha256, read_json, writable_folder, write_json
+from valm.files import check_all_regular, read_json, write_json
 from valm.tokenizer import clip_tokenizer, open_tokenizer
+from valm.whole_folder import current_files, replaced_files
+from valm_kernels.checksums import file_sha256
 from valm_kernels.json_files import Range
 
 CONFIG_FILE = "open_clip_config.json"
@@ -159,32 +161,32 @@ class Clip:
 
     @classmethod
     def _load_folder(cls, folder: Path, device: str | torch.device) -> Clip:
-        config = read_json(folder / CONFIG_FILE, "the CLIP configuration", Config, "give a CLIP folder of open_clip's")
-        check_all_regular(folder)
+        files = current_files(folder)
+        config = read_json(files / CONFIG_FILE, "the CLIP configuration", Config, "give a CLIP folder of open_clip's")
+        check_all_regular(files)
         model_cfg = config["model_cfg"]
         for part, name in (("text_cfg", "hf_model_name"), ("vision_cfg", "timm_model_pretrained")):
             if model_cfg[part].get(name):  # open_clip would download it
                 raise ValmError(f"{folder / CONFIG_FILE} names {name}: a CLIP folder must have all that it needs")
-        if not any(file.suffix in WEIGHT_SUFFIXES for file in folder.iterdir()):
+        if not any(file.suffix in WEIGHT_SUFFIXES for file in files.iterdir()):
             raise ValmError(f"the CLIP folder {folder} has no weights; expected {WEIGHTS_FILE}")
         with _load_errors(str(folder)):
-            if (folder / "tokenizer.json").exists():
-                tokenizer = open_tokenizer(folder)
+            if (files / "tokenizer.json").exists():
+                tokenizer = open_tokenizer(files)
             else:
                 tokenizer = _default_tokenizer(config["model_cfg"], str(folder))
-            model = open_clip.create_model(f"local-dir:{folder}", device=device)
+            model = open_clip.create_model(f"local-dir:{files}", device=device)
             return cls(model, tokenizer, config["model_cfg"], config.get("name", folder.resolve().name), str(folder))
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes open_clip's own folder format and the tokenizer; `open_clip.create_model("local-dir:FOLDER")`
-        reads it too. The configuration is written last: a folder that has one is whole."""
-        folder = writable_folder(folder)
-        with atomic_path(folder / WEIGHTS_FILE) as temporary:
-            tensors = {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
-            save_file(tensors, temporary)
-        self.tokenizer.save_pretrained(folder)
+        reads it too. Killed at any point, `load` loads the old CLIP or the new one."""
+        tensors = {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
         config = {"name": self.name, "model_cfg": self.model_cfg, "preprocess_cfg": self.preprocess_cfg()}
-        write_json(folder / CONFIG_FILE, config)
+        with replaced_files(folder, "the CLIP") as temporary:
+            save_file(tensors, temporary / WEIGHTS_FILE)
+            self.tokenizer.save_pretrained(temporary)
+            write_json(temporary / CONFIG_FILE, config)
         self.source = str(folder)
 
     @torch.no_grad()
@@ -285,6 +287,7 @@ def weight_files(folder: Path) -> dict[str, str]:
     Raises:
         ValmError: one is not a regular file.
     """
+    folder = current_files(folder)
     check_all_regular(folder)
     files = sorted(file for file in folder.iterdir() if file.suffix in WEIGHT_SUFFIXES)
     return {file.name: file_sha256(file) for file in files}

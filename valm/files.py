@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -73,13 +72,19 @@ def read_json(path: Path, what: str, schema: Any, remedy: str = "make it again")
         raise ValmError(f"{what} {error}; {remedy}") from error
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+def read_text(path: str | os.PathLike) -> str:
+    """The content of a UTF-8 text file.
+
+    Raises:
+        ValmError: it cannot be read, is not UTF-8, or is not a regular file.
+    """
+    check_regular(Path(path))
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValmError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    except OSError as error:
+        raise ValmError(f"cannot read {path}: {error.strerror}") from error
 
 
 def check_regular(path: Path) -> None:

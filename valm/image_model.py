@@ -131,11 +131,15 @@ class ImageModel(_Base):
         if kwargs.get("is_main_process", args[0] if args else True):
             self.save_note(save_directory)
 
-    def save_note(self, folder: str | os.PathLike) -> None:
-        """Writes the note on what finds the images, if a retriever is set that a file can describe."""
+    def save_note(self, folder: str | os.PathLike, *, place: str | os.PathLike | None = None) -> None:
+        """Writes the note on what finds the images, if a retriever is set that a file can describe.
+
+        Args:
+            folder, place: as in `RetrievalNote.write`.
+        """
         note = RetrievalNote.of_retriever(self._retriever) if self._note_ignored else self._note()
         if note is not None:
-            note.write(folder)
+            note.write(folder, place=place)
 
     def find_images(
         self, input_ids: Tensor | None, attention_mask: Tensor | None, cache: Cache | None

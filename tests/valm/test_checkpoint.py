@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from tests.valm.hub_cache import as_in_the_hub_cache
 from tests.valm.killed import exit_code, exit_code_if_killed_at, forked, needs_fork
 from tests.valm.models import tiny_model
-from valm import checkpoint
+from valm import whole_folder
 from valm.checkpoint import load, load_checkpoint, save_checkpoint
 from valm.clip import Clip
 from valm.errors import ValmError
@@ -84,7 +84,7 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
             save_checkpoint(a_model(1), TOKENIZER, tmp_path)
     assert contents(tmp_path) == before
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "move", fail)
+        patch.setattr(whole_folder, "move", fail)
         with pytest.raises(
             ValmError, match=r"is whole in .*checkpoint\.new and loads from there, but its files cannot be"
         ):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -17,7 +17,9 @@ from valm.augmented.attention import FusionOptions
 from valm.augmented.model import AugmentedCausalLM, become_augmented, fingerprint
 from valm.augmented.probe import decoder_layers
 from valm.errors import ValmError
-from valm.files import atomic_path, read_json, writable_folder, write_json
+from valm.files import check_regular, read_json, write_json
+from valm.text import one_line
+from valm.whole_folder import current_files, replaced_files
 
 ADAPTER_FILE = "image_fusion.json"
 WEIGHTS_FILE = "image_fusion.safetensors"
@@ -26,11 +28,23 @@ FORMAT_VERSION = 1
 FINGERPRINT_TOLERANCE = 0.01
 
 
+class _Version(TypedDict):
+    format_version: int
+
+
+class AdapterFile(_Version):
+    """What ADAPTER_FILE holds; base: as the adapter's folder sees it."""
+
+    base: str | None
+    fusion: FusionOptions
+
+
 def save_adapter(model: AugmentedCausalLM, folder: str | os.PathLike) -> Path:
     """Writes what `augment` added to the base model, and with unfreeze="block" the layer, into `folder`.
 
     The base is named as it was loaded, a folder relative to this one, so that both can be moved together. The note on
-    what finds the images is written too (`ImageModel.save_note`), the description of the adapter last.
+    what finds the images is written too (`ImageModel.save_note`). Killed at any point, `load_adapter` loads the old
+    adapter or the new one.
 
     Raises:
         ValmError: every weight was trained, so an adapter would not be the model; or the folder cannot be written.
@@ -38,16 +52,22 @@ def save_adapter(model: AugmentedCausalLM, folder: str | os.PathLike) -> Path:
     options = FusionOptions(**model.config.valm)
     if options.unfreeze == "all":
         raise ValmError('with unfreeze="all" every weight was trained: save the whole model by save_pretrained')
-    folder = writable_folder(folder)
+    folder = Path(folder)
     base = model.config.name_or_path
     if base and Path(base).is_dir():
         base = os.path.relpath(base, folder)
-    (folder / ADAPTER_FILE).unlink(missing_ok=True)
-    with atomic_path(folder / WEIGHTS_FILE) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in _tensors(model, options).items()}, temporary)
-    model.save_note(folder)
-    write_json(folder / ADAPTER_FILE, {"format_version": FORMAT_VERSION, "base": base, "fusion": asdict(options)})
+    tensors = {name: tensor.contiguous() for name, tensor in _tensors(model, options).items()}
+    description = {"format_version": FORMAT_VERSION, "base": base, "fusion": asdict(options)}
+    with replaced_files(folder, "the adapter") as temporary:
+        save_file(tensors, temporary / WEIGHTS_FILE)
+        write_json(temporary / ADAPTER_FILE, description)
+        model.save_note(temporary, place=folder)
     return folder
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether `save_adapter` wrote the folder."""
+    return (current_files(folder) / ADAPTER_FILE).is_file()
 
 
 def adapter_base(folder: str | os.PathLike) -> str:
@@ -56,8 +76,8 @@ def adapter_base(folder: str | os.PathLike) -> str:
     Raises:
         ValmError: it does not say.
     """
-    base = _description(Path(folder)).get("base")
-    if not isinstance(base, str) or not base:
+    base = _description(Path(folder))["base"]
+    if not base:
         raise ValmError(f"the adapter {folder} does not say which base model it belongs to: give it as base")
     beside = Path(folder) / base
     return str(beside.resolve()) if beside.is_dir() else base
@@ -70,11 +90,7 @@ def load_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> Augmented
         ValmError: the adapter is damaged, or belongs to another base.
     """
     folder = Path(folder)
-    description = _description(folder)
-    try:
-        options = FusionOptions(**description["fusion"])
-    except (KeyError, TypeError) as error:
-        raise ValmError(f"{folder / ADAPTER_FILE} does not describe an adapter: {error}") from error
+    options = _description(folder)["fusion"]
     if type(model).__name__ != options.architecture:
         raise ValmError(
             f"the adapter {folder} belongs to a {options.architecture}, but the base model is a {type(model).__name__}"
@@ -90,31 +106,39 @@ def load_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> Augmented
                 f"the adapter {folder} belongs to another base model than {model.config.name_or_path or 'this one'}: "
                 f"{name} of layer {options.layer} has other values"
             )
+    weights = current_files(folder) / WEIGHTS_FILE
+    check_regular(weights)
     try:
-        tensors = load_file(folder / WEIGHTS_FILE)
+        tensors = load_file(weights)
     except (OSError, SafetensorError) as error:
-        raise ValmError(f"the weights {folder / WEIGHTS_FILE} cannot be read: {error}") from error
-    augmented: Any = become_augmented(model, options)
+        raise ValmError(f"the weights {weights} cannot be read: {error}") from error
+    try:
+        augmented: Any = become_augmented(model, options)
+    except (RuntimeError, ValueError, TypeError) as error:  # sizes that no memory has
+        raise ValmError(f"{folder / ADAPTER_FILE} does not describe an adapter: {one_line(str(error))}") from error
     expected = _tensors(model, options)
     for name in sorted({*tensors, *expected}):
         shapes = [tuple(some[name].shape) if name in some else None for some in (tensors, expected)]
         if shapes[0] != shapes[1]:
-            raise ValmError(f"{name} in {folder / WEIGHTS_FILE} has shape {shapes[0]}, expected {shapes[1]}")
+            raise ValmError(f"{name} in {weights} has shape {shapes[0]}, expected {shapes[1]}")
     for name, tensor in expected.items():
         tensor.copy_(tensors[name])
     augmented._note_folder = str(folder)
     return augmented
 
 
-def _description(folder: Path) -> dict[str, Any]:
-    file = folder / ADAPTER_FILE
-    if not file.is_file():
+def _description(folder: Path) -> AdapterFile:
+    file = current_files(folder) / ADAPTER_FILE
+    if not is_adapter(folder):
         raise ValmError(f"{folder} is no adapter: it has no {ADAPTER_FILE}")
-    description: dict[str, Any] = read_json(file, "the adapter's description", dict[str, Any], "save the adapter again")
-    version = description.get("format_version")
+    what, remedy = "the adapter's description", "save the adapter again"
+    version = read_json(file, what, _Version, remedy)["format_version"]
     if version != FORMAT_VERSION:
         raise ValmError(f"{file} has format_version {version}, expected {FORMAT_VERSION}")
-    return description
+    found = read_json(file, what, AdapterFile, remedy)
+    known = {field.name for field in fields(FusionOptions)}
+    options = FusionOptions(**{name: value for name, value in found["fusion"].items() if name in known})
+    return {"format_version": version, "base": found["base"], "fusion": options}
 
 
 def _tensors(model: PreTrainedModel, options: FusionOptions) -> dict[str, Tensor]:

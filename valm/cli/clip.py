@@ -65,12 +65,14 @@ def run_train(arguments: argparse.Namespace) -> None:
     from valm.clip import Clip
     from valm.files import writable_folder
     from valm.training.clip import CachedImages, CaptionedImages, captioned, new_clip, train_clip
+    from valm_kernels.atomic_files import remove_leftovers
 
     if arguments.model is None and arguments.image_tower is None:
         raise ValmError("give --model, --image-tower, or both")
     if arguments.cache_images and arguments.image_tower is None:
         raise ValmError("--cache-images is for a frozen image tower: give --image-tower, or train without it")
     out = writable_folder(arguments.out)
+    remove_leftovers(out)
     if any(out.iterdir()):
         raise ValmError(f"the output folder {out} is not empty; choose another")
     records = captioned(open_source(arguments))

@@ -24,8 +24,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from valm.augmented.saving import ADAPTER_FILE
-from valm.checkpoint import load, quiet_transformers
+from valm.augmented.saving import is_adapter
+from valm.checkpoint import CONFIG_FILE, Config, load, quiet_transformers
 from valm.clip import CONFIG_FILE as CLIP_CONFIG_FILE
 from valm.clip import Clip
 from valm.config import ValmConfig
@@ -42,6 +42,7 @@ from valm.evaluation.scoring import (
     counting,
     equal_lengths,
 )
+from valm.files import read_json
 from valm.image_model import ImageModel
 from valm.retrieval.retriever import Retriever
 from valm.tokenizer import begin_id
@@ -317,11 +318,11 @@ def open_scorer(
     folder = Path(source)
     if (folder / CLIP_CONFIG_FILE).is_file():
         return ClipScorer(Clip.load(source, device=device))
-    if (folder / ADAPTER_FILE).is_file():
+    if is_adapter(folder):
         return _open_valm(source, kb, clip, allow_download, device)
     if not folder.is_dir() and not allow_download:
         raise ValmError(f"there is no model folder {source}; a model's name on a hub needs --allow-download")
-    if (folder / "config.json").is_file() and _model_type(folder) == ValmConfig.model_type:
+    if (folder / CONFIG_FILE).is_file() and _model_type(folder) == ValmConfig.model_type:
         return _open_valm(source, kb, clip, allow_download, device)
     try:
         with quiet_transformers():
@@ -353,8 +354,8 @@ _CAUSAL = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) - {"BertLMHeadModel"}
 
 def _model_type(folder: Path) -> Any:
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError):
+        return read_json(folder / CONFIG_FILE, "the config", Config).get("model_type")
+    except ValmError:  # which transformers will explain
         return None
 
 

@@ -17,6 +17,7 @@ from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.index_parameters import index_parameters
 from valm.retrieval.retriever import BlindRetriever, Retriever
+from valm.whole_folder import current_files
 from valm_kernels.json_files import PathText
 
 RETRIEVAL_FILE = "retrieval.json"
@@ -71,7 +72,9 @@ class RetrievalNote:
     @classmethod
     def read(cls, folder: str | os.PathLike) -> RetrievalNote | None:
         """The note in `folder`, or None. Raises ValmError for one that is damaged."""
-        file = Path(folder) / RETRIEVAL_FILE
+        file = current_files(Path(folder)) / RETRIEVAL_FILE
+        if not os.path.lexists(file):
+            file = Path(folder) / RETRIEVAL_FILE
         if not os.path.lexists(file):
             return None
         note: NoteFile = read_json(file, "the note on retrieval", NoteFile, "delete it and give the kb")

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
-from valm.checkpoint import positions, with_length
+from valm.checkpoint import check_vocabulary, positions, with_length
 from valm.corpus.retrieved import CorpusRetrieval
 from valm.errors import ValmError
 from valm.image_model import ImageOptions
@@ -180,15 +180,11 @@ def _check(
     model: Any, dataset: Any, kb: ImageKnowledgeBase | None, tokenizer: PreTrainedTokenizerFast, row_length: int | None
 ) -> None:
     options = getattr(model, "image_options", ImageOptions(0, 0, False))
-    vocab_size = model.config.get_text_config(decoder=True).vocab_size
-    is_valm = isinstance(model, VaLMForCausalLM)
     sized = hasattr(dataset, "__len__")
     if sized and len(dataset) == 0:
         raise ValmError("there are no documents to train on")
-    # a pretrained decoder may have rows to spare
-    if len(tokenizer) > vocab_size or (is_valm and len(tokenizer) != vocab_size):
-        raise ValmError(f"the tokenizer has {len(tokenizer)} tokens, but the model's vocab_size is {vocab_size}")
-    if row_length is not None and not is_valm:
+    check_vocabulary(model, tokenizer)
+    if row_length is not None and not isinstance(model, VaLMForCausalLM):
         raise ValmError("only VaLMForCausalLM keeps documents apart in a packed row: leave out row_length")
     if kb is not None and options.num_images == 0:
         raise ValmError("a model with num_images = 0 (GPT-2*) sees no images: train it without a knowledge base")
