@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
@@ -21,9 +20,9 @@ from valm.errors import ValmError
 from valm.files import writable_folder
 from valm.retrieval.note import RetrievalNote
 from valm.training.order import TrainingOrder
+from valm.training.resumable import STATE_FILE, check_resumable, resume_errors, write_checksums
 from valm_kernels.atomic_files import move_folder, remove_leftovers, temporary_folder
 
-STATE_FILE = "trainer_state.json"
 # In the names of an augmented model's new parameters.
 FUSION_NAME = ".image_fusion."
 # Takes a model and returns numbers by their names.
@@ -66,8 +65,8 @@ class ImageTrainer(Trainer):
         """`Trainer.train`.
 
         Raises:
-            ValmError: the folder holds another training's checkpoints; a loss is not finite; a checkpoint cannot be
-                written.
+            ValmError: the folder holds another training's checkpoints; the one to go on from is damaged; a loss is not
+                finite; a checkpoint cannot be written.
         """
         folder = writable_folder(str(self.args.output_dir))
         if self.args.should_save:
@@ -75,7 +74,12 @@ class ImageTrainer(Trainer):
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if resume_from_checkpoint and "SHARDED" in str(getattr(plugin, "state_dict_type", "")):
             raise ValmError("PyTorch would unpickle a SHARDED_STATE_DICT: set FULL_STATE_DICT in fsdp_config")
-        if not resume_from_checkpoint and get_last_checkpoint(str(folder)) is not None:
+        last = get_last_checkpoint(str(folder))
+        if resume_from_checkpoint:
+            if resume_from_checkpoint is True and last is None:
+                raise ValmError(f"{folder} holds no checkpoint to go on from")
+            check_resumable(Path(str(last if resume_from_checkpoint is True else resume_from_checkpoint)))
+        elif last is not None:
             raise ValmError(f"{folder} holds the checkpoints of another training: resume it, or choose another folder")
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -221,6 +225,7 @@ class ImageTrainer(Trainer):
                 self.state.best_model_checkpoint = str(final)
             if self.args.should_save:
                 self.state.save_to_json(str(written / STATE_FILE))
+                write_checksums(written)
                 move_folder(written, final)
         except Exception as error:  # a full disk has a type of its own in torch and in safetensors
             reason = str(error).strip().partition("\n")[0]
@@ -246,11 +251,26 @@ class ImageTrainer(Trainer):
             note.write(folder, place=folder if self._saving is None else self._saving.parent / folder.name)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
-        try:
+        with resume_errors(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
-        except (RuntimeError, ValueError, SafetensorError) as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise ValmError(f"cannot go on from {resume_from_checkpoint}: {reason}") from error
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with resume_errors(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with resume_errors(checkpoint):
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with resume_errors(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def _load_best_model(self) -> None:
+        # by its name alone: the note may say another folder, or this one before it was moved
+        best = Path(str(self.state.best_model_checkpoint)).name
+        self.state.best_model_checkpoint = str(Path(str(self.args.output_dir)) / best)
+        super()._load_best_model()
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Raises ValmError where the Trainer would only warn: a weight would have another value than was saved."""

@@ -1,0 +1,80 @@
+import json
+import os
+import shutil
+
+import pytest
+
+from tests.valm.training.documents import new_trainer
+from valm.errors import ValmError
+from valm.training.resumable import CHECKSUMS_FILE, STATE_FILE, check_resumable
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    new_trainer(folder, max_steps=1, save_strategy="steps", save_steps=1).train()
+    return folder
+
+
+@pytest.fixture
+def checkpoint(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "copy") / "checkpoint-1"
+
+
+def resume(checkpoint):
+    new_trainer(checkpoint.parent, max_steps=2).train(resume_from_checkpoint=True)
+
+
+def test_every_file_of_a_checkpoint_has_a_checksum(checkpoint):
+    noted = json.loads((checkpoint / CHECKSUMS_FILE).read_text())
+    assert {CHECKSUMS_FILE, *noted} == {file.name for file in checkpoint.iterdir()}
+    check_resumable(checkpoint)
+    (checkpoint / "notes.txt").write_text("of the user's own")
+    resume(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "scheduler.pt", "model.safetensors", STATE_FILE])
+def test_a_damaged_file_is_named(checkpoint, name):
+    content = bytearray((checkpoint / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (checkpoint / name).write_bytes(content)
+    with pytest.raises(ValmError, match=rf"is damaged \({name}\); resume from an earlier checkpoint"):
+        resume(checkpoint)
+    (checkpoint / name).unlink()
+    with pytest.raises(ValmError, match=rf"is damaged \({name}\)"):
+        resume(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "scheduler.pt", STATE_FILE])
+def test_without_checksums_what_cannot_be_read_is_one_sentence(checkpoint, name):
+    """A checkpoint of an earlier version has none."""
+    (checkpoint / CHECKSUMS_FILE).unlink()
+    (checkpoint / name).write_bytes(b"{}")
+    with pytest.raises(ValmError, match=r"cannot go on from|is damaged"):
+        resume(checkpoint)
+
+
+def test_pipes_and_links_out_are_not_opened(checkpoint):
+    (checkpoint / "optimizer.pt").unlink()
+    os.mkfifo(checkpoint / "optimizer.pt")
+    with pytest.raises(ValmError, match="is a pipe, not a file"):
+        resume(checkpoint)
+    (checkpoint / "optimizer.pt").unlink()
+    (checkpoint / "optimizer.pt").symlink_to("/etc/hostname")
+    with pytest.raises(ValmError, match="is a link that leads out of its folder"):
+        resume(checkpoint)
+
+
+def test_no_checkpoint(tmp_path):
+    with pytest.raises(ValmError, match="holds no checkpoint to go on from"):
+        new_trainer(tmp_path).train(resume_from_checkpoint=True)
+    with pytest.raises(ValmError, match="there is no checkpoint"):
+        new_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
+
+
+def test_the_best_checkpoint_is_one_of_this_training(checkpoint):
+    """The note may name another folder: where the training was before it was copied."""
+    made = new_trainer(checkpoint.parent, max_steps=1)
+    made.state.best_model_checkpoint = f"/elsewhere/{checkpoint.name}"
+    made._load_best_model()
+    assert made.state.best_model_checkpoint == str(checkpoint)
