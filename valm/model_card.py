@@ -41,7 +41,7 @@ def write_card(
         ValmError: the folder's note is damaged, or the card cannot be written.
     """
     file = Path(folder) / CARD_FILE
-    if file.exists() and MARKER not in file.read_text(encoding="utf-8", errors="replace"):
+    if os.path.lexists(file) and not (file.is_file() and MARKER in file.read_text("utf-8", errors="replace")):
         return None
     note = RetrievalNote.read(folder)
     data = ModelCardData(

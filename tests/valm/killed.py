@@ -24,9 +24,12 @@ SECONDS = 120  # after which a child is taken to hang
 WRITES = ("open", "os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir")
 
 
-def exit_code_if_killed_at(function: Callable[[], Any], folder: Path, point: int) -> int:
-    """Exit code of a child that runs `function` and kills itself before its `point`-th (from 0) change of `folder`: a
-    file opened to be written, a name made, moved or removed. 0 where there are not so many."""
+def exit_code_if_killed_at(
+    function: Callable[[], Any], folder: Path, point: int, number: signal.Signals = signal.SIGKILL
+) -> int:
+    """Exit code of a child that runs `function` and sends itself a signal before its `point`-th (from 0) change of
+    `folder`, or of a name that begins so: a file opened to be written, a name made, moved or removed. 0 where there are
+    not so many."""
     root = os.fspath(folder)
 
     def run() -> None:
@@ -34,18 +37,28 @@ def exit_code_if_killed_at(function: Callable[[], Any], folder: Path, point: int
 
         def hook(event: str, arguments: tuple[Any, ...]) -> None:
             nonlocal done
-            if event not in WRITES or not isinstance(arguments[0], str) or not arguments[0].startswith(root):
+            if event not in WRITES or not _path(event, arguments).startswith(root):
                 return
             if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
                 return
-            if done == point:
-                os.kill(os.getpid(), signal.SIGKILL)
             done += 1
+            if done == point + 1:
+                os.kill(os.getpid(), number)
 
         sys.addaudithook(hook)
         function()
 
     return exit_code(forked(run))
+
+
+def _path(event: str, arguments: tuple[Any, ...]) -> str:
+    """The file of an audit event. shutil.rmtree names files from the folder that it has opened."""
+    name = arguments[0]
+    if not isinstance(name, str):
+        return ""
+    if event in ("os.remove", "os.rmdir") and arguments[1] >= 0:
+        return os.path.join(os.readlink(f"/proc/self/fd/{arguments[1]}"), name)
+    return name
 
 
 def exit_code(process: multiprocessing.Process) -> int:

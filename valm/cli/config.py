@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from valm.errors import ValmError
+from valm.files import read_text
 from valm.text import nearest, one_line
+from valm_kernels.json_files import short
 
 
 class TrainingOptions:
@@ -60,38 +63,58 @@ class TrainingOptions:
 
     def _read(self, file: Path) -> tuple[list[str], dict[str, Any]]:
         """The file as options, and the fields whose values no option can have: lists and mappings."""
-        import yaml
-
-        try:
-            content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ValmError(f"the config {file} cannot be read: {one_line(str(error))}") from error
+        content = _read_yaml(file)
         if not isinstance(content, dict):
             raise ValmError(f"the config {file} is no list of options, each a line NAME: VALUE")
         own = {action.dest: action for action in self.parser._actions if action.dest not in ("help", "config")}
         options: list[str] = []
         fields = {}
         for key, value in content.items():
-            name = str(key).replace("-", "_")
+            name = _as_text(file, key).replace("-", "_")
             action = own.get(name)
             if action is None and name not in _fields():
                 raise ValmError(f"the config {file} has an unknown field {key!r}{nearest(name, [*own, *_fields()])}")
             if value is None:
                 continue
-            values = [str(one) for one in (value if isinstance(value, list) else [value])]
+            values = [_as_text(file, one) for one in (value if isinstance(value, list) else [value])]
             if action is None and isinstance(value, list | dict):
                 fields[name] = value
             elif action is None:
                 options += [f"--{name}", *values]
             elif not action.option_strings:  # the corpus, which may be on the command line too
                 convert: Any = action.type
-                converted = [convert(one) for one in values]
-                self.parser.set_defaults(**{name: converted if action.nargs == "*" else converted[0]})
+                self.parser.set_defaults(**{name: [convert(one) for one in values]})
             elif action.nargs == 0:
                 options += [action.option_strings[-1]] if value else []
             else:
                 options += [action.option_strings[-1], *values]
         return options, fields
+
+
+def _read_yaml(file: Path) -> Any:
+    import yaml
+
+    text = read_text(file)
+    try:
+        # a few lines of aliases of aliases would fill the memory
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise ValmError(f"the config {file} has an alias (*NAME), which is not read: write the value itself")
+        return yaml.safe_load(text)
+    except ValmError:
+        raise
+    except Exception as error:  # a value that is none, such as 2026-99-99, makes PyYAML raise anything
+        raise ValmError(f"the config {file} cannot be read: {one_line(str(error))}") from error
+
+
+def _as_text(file: Path, value: Any) -> str:
+    """A value as it would stand on the command line, where no NUL and no half of a character can."""
+    try:
+        text = str(value)
+        if not re.search("[\0\ud800-\udfff]", text):
+            return text
+    except ValueError:  # a number of thousands of digits
+        pass
+    raise ValmError(f"the config {file} has a value that no option can have: {short(value)}")
 
 
 def _fields() -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -205,18 +205,21 @@ def run_build(arguments: argparse.Namespace) -> None:
 
 
 def run_add(arguments: argparse.Namespace) -> None:
+    from valm.files import writable_folder
     from valm.knowledge_base.build import build
     from valm.knowledge_base.encode import Encoding
     from valm.knowledge_base.merge import merge
     from valm.knowledge_base.store import ImageKnowledgeBase
+    from valm_kernels.atomic_files import remove_folder, remove_leftovers
 
     source, kb = open_source(arguments), ImageKnowledgeBase.open(arguments.kb)
     clip = kb.load_clip(arguments.clip, allow_download=arguments.allow_download).to(chosen_device(arguments))
     encoding = Encoding(batch_size=arguments.batch_size, thumbnails=arguments.thumbnails)
     added = arguments.out.with_name(arguments.out.name + ".added")
+    remove_leftovers(writable_folder(added.parent), re.compile(re.escape(added.name) + ".*"))
     build(source, added, clip, encoding, run=chosen_run(arguments))
     print_built(merge([kb.path, added], arguments.out))
-    shutil.rmtree(added)
+    remove_folder(added)
 
 
 def open_source(arguments: argparse.Namespace) -> Source:
@@ -256,6 +259,7 @@ def run_verify(arguments: argparse.Namespace) -> None:
 
 
 def run_index(arguments: argparse.Namespace) -> None:
+    from valm.files import read_text
     from valm.knowledge_base.store import ImageKnowledgeBase
     from valm.retrieval.context import ContextEncoder
     from valm.retrieval.faiss_index import remove_index
@@ -266,7 +270,7 @@ def run_index(arguments: argparse.Namespace) -> None:
     if factory is None:
         remove_index(kb)
     else:
-        texts = captions(kb) if arguments.queries is None else read_lines(arguments.queries)
+        texts = captions(kb) if arguments.queries is None else read_text(arguments.queries).splitlines()
         source = "captions of the images" if arguments.queries is None else arguments.queries.name
         clip = kb.load_clip(arguments.clip, allow_download=arguments.allow_download).to(chosen_device(arguments))
         encoder = ContextEncoder(clip, query=arguments.query)
@@ -279,18 +283,6 @@ def run_index(arguments: argparse.Namespace) -> None:
             asked=f"{arguments.query} queries at the tokens of {source}",
         )
     print_kb(kb)
-
-
-def read_lines(path: Path) -> list[str]:
-    """The lines of a text file.
-
-    Raises:
-        ValmError: it is not text.
-    """
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValmError(f"{path} is not UTF-8 text: {error}") from error
 
 
 def run_merge(arguments: argparse.Namespace) -> None:

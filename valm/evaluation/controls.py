@@ -14,6 +14,7 @@ from torch import Tensor
 
 from valm.clip import Clip
 from valm.errors import ValmError
+from valm.files import check_regular
 from valm.image_model import ImageModel
 from valm.knowledge_base.images import find_images, read_image
 from valm.retrieval.context import ContextCache
@@ -92,6 +93,7 @@ def read_images(files: Sequence[Path]) -> list[Image.Image]:
     """The images in `files`. Raises ValmError for one that cannot be read."""
     images = []
     for file in files:
+        check_regular(file)
         try:
             images.append(read_image(file))
         except Exception as error:  # damaged bytes make a decoder raise anything
@@ -114,6 +116,7 @@ def images_fingerprint(folder: str | os.PathLike) -> str:
     """SHA-256 over the names and contents of the images under `folder`. Raises ValmError where there are none."""
     found = hashlib.sha256()
     for name in find_images(Path(folder)).images:
+        check_regular(Path(folder) / name)
         found.update(name.encode() + (Path(folder) / name).read_bytes())
     return found.hexdigest()
 

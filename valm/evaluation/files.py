@@ -5,18 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import os
-from pathlib import Path
 
 from valm.errors import ValmError
+from valm.files import read_text
 
 
 def read_lines(path: str | os.PathLike) -> list[str]:
     """The lines of a UTF-8 text file that are not empty. Raises ValmError for a file that cannot be read."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValmError(f"cannot read {path}: {error}") from error
-    return [line for line in lines if line.strip()]
+    return [line for line in read_text(path).splitlines() if line.strip()]
 
 
 def read_csv(path: str | os.PathLike, columns: list[str]) -> list[dict[str, str]]:

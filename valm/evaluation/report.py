@@ -16,6 +16,7 @@ from valm.evaluation.questions import FAIR, PUBLISHED, TASKS
 from valm.evaluation.suite import RESULTS
 from valm.files import atomic_path, writable_folder, write_json
 from valm.text import one_line
+from valm_kernels.atomic_files import remove_leftovers
 
 MARKDOWN, PAGE = "results.md", "report.html"
 MISSING = "–"
@@ -60,6 +61,7 @@ def write_report(results: Mapping[str, Any], out: str | os.PathLike) -> Path:
         ValmError: they cannot be written.
     """
     out = writable_folder(out)
+    remove_leftovers(out)
     write_json(out / RESULTS, json.loads(json.dumps(results)))
     for name, content in ((MARKDOWN, markdown(results)), (PAGE, page(results))):
         with atomic_path(out / name) as temporary:

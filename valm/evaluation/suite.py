@@ -22,11 +22,13 @@ from valm.evaluation.statistics import paired
 from valm.files import read_json, write_json
 from valm.progress import progress_bar
 from valm_kernels import __version__
+from valm_kernels.atomic_files import remove_leftovers
 
 CACHE = "cache"
 # What a model sees that retrieves no images of a knowledge base too: its own, or none.
 UNREPLACED = (("on", None), ("off", None))
 RESULTS = "results.json"
+REMEDY = "delete it and run again"
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,8 @@ def evaluate(
         source: variants_of(open_with(source, settings), settings) for entry in models for source in entry.sources
     }
     cache = None if out is None else Path(out) / CACHE
+    if cache is not None and cache.is_dir():
+        remove_leftovers(cache)
     total = sum(map(_size, asked.values())) * sum(map(len, variants.values()))
     rows: list[dict[str, Any]] = []
     compared: list[Any] = []
@@ -220,7 +224,10 @@ def scores_of(
     file = None if cache is None else cache / name
     if file is not None and file.is_file() and not fresh:
         bar.update(_size(asked))
-        return read_json(file, "the scores", Scores, "delete it and run again")
+        known: Scores = read_json(file, "the scores", Scores, REMEDY)
+        if not _fits(known, asked):
+            raise ValmError(f"the scores {file} are not of this task; {REMEDY}")
+        return known
     found: Scores
     done = bar.n
     try:
@@ -236,6 +243,23 @@ def scores_of(
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, found)
     return found
+
+
+def _fits(found: Scores, asked: Questions | Documents) -> bool:
+    """Whether scores out of a file have a number where one is expected."""
+    if "not_applicable" in found:
+        return True
+    try:
+        if isinstance(asked, Documents):
+            scores = [DocumentScore(*fields) for fields in found["documents"]]
+            np.array([list(asdict(score).values()) for score in scores], dtype=float)
+            return len(scores) == len(asked.texts)
+        shape = (len(asked.texts), len(asked.texts[0]), len(asked.candidates))
+        alone = found["alone"]
+        fits = alone is None or np.array(alone, dtype=float).shape == shape[2:]
+        return fits and np.array(found["scores"], dtype=float).shape == shape
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return False
 
 
 def _row(

@@ -277,7 +277,7 @@ def wrong_inputs():
         "validation of another kind": ([*train, "--validation", "{world}/retrieval"], "and the corpus is none: give a"),
         "validation as text beside a retrieval": ([*cached, "--validation", "{world}/corpus.txt"], "retrieve --valid"),
         "nothing held out": ([*train, "--validation", "1.5"], "above 0 and below 1, got 1.5"),
-        "config missing": ([*train, "--config", "{tmp}/none.yaml"], "the config {tmp}/none.yaml cannot be read"),
+        "config missing": ([*train, "--config", "{tmp}/none.yaml"], "cannot read {tmp}/none.yaml"),
         "config that is none": ([*train, "--config", "{world}/corpus.txt"], "is no list of options"),
         "corpus and retrieval": ([*train, "--retrieval", "{world}/retrieval"], "give either a corpus or --retrieval"),
         "twin without images": ([*train, "--twin", "random"], "--twin is of a model with pictures: give its --kb too"),

@@ -19,7 +19,7 @@ def test_lines_columns_and_objects(tmp_path):
         (b"a,c\n1,2\n", r"has the columns \['a', 'c'\], expected \['a', 'b'\]"),
         (b"a,b\n1,2\n3\n", "row 3: expected 2 values"),
         (b"a,b\n1,2,3\n", "row 2: expected 2 values"),
-        (b"\xff\xfe", "cannot read"),
+        (b"\xff\xfe", "is not UTF-8 text"),
     ],
 )
 def test_a_wrong_csv_is_named(tmp_path, content, message):

@@ -1,0 +1,31 @@
+import os
+
+import pytest
+
+from valm.cli import build_parser
+from valm.errors import ValmError
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("out: a\nsteps: &x [1]\nlr: *x", r"has an alias \(\*NAME\), which is not read"),
+        ("steps: " + "[" * 5000, "cannot be read"),
+        ("seed: 2026-99-99", "cannot be read"),
+        ("out: !!python/name:os.system", "cannot be read"),
+        ('out: "a\\0b"', r"a value that no option can have: 'a\\x00b'"),
+        ('out: "\\ud800"', "a value that no option can have"),
+        ("steps: 0x" + "f" * 9999, "a value that no option can have: a number of more than 60 digits"),
+        ("- steps", "is no list of options"),
+    ],
+)
+def test_what_is_no_config_is_one_sentence(tmp_path, content, message):
+    (tmp_path / "train.yaml").write_text(content)
+    with pytest.raises(ValmError, match=message):
+        build_parser().parse_args(["train", "corpus.txt", "--config", str(tmp_path / "train.yaml")])
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "train.yaml")
+    with pytest.raises(ValmError, match="is a pipe, not a file"):
+        build_parser().parse_args(["train", "corpus.txt", "--config", str(tmp_path / "train.yaml")])
