@@ -1,21 +1,103 @@
-"""Small damages to files: of their bytes, of the JSON in them, and of what stands at their name."""
+"""Small damages to files: of their bytes, of the JSON in them, and of what stands at their name; and what they show."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from hypothesis import HealthCheck, Phase, given, note, seed, settings
 from hypothesis import strategies as st
 
+from valm.errors import ValmError
+
+SEED = int(os.environ.get("VALM_FUZZ_SEED", "0"))
+REFUSED = "refused"
+# What was tried and seen, which conftest.py shows at the end.
+COUNTS: Counter[str] = Counter()
+
+# What PyTorch writes.
+PICKLES = (".pt", ".pth", ".bin")
 ODD_VALUES = [
     None, True, -1, 0, 1, 2**31, 2**63, 10**400, 1.5, float("nan"), "", "x", "../x", "/etc/passwd", "a\0b", "\ud800",
     "\x1b[2J", "hf-hub:a/b", [], {}, [[]], [{}],
 ]  # fmt: skip
+
+
+ODD_YAML = [
+    "&a [1]", "*a", "[[" * 1000, "{" * 500, "2026-99-99", "!!python/name:os.system", "0x" + "f" * 9999, "9" * 5000,
+    '"a\\0b"', '"\\ud800"', "!!binary x", "!!float x", "!!int x", "!!timestamp x", "? [a]", ".nan", "-.inf", "[]", "{}",
+]  # fmt: skip
+
+
+def fuzzed(examples: int) -> Callable[..., Any]:
+    """A test of so many mutants, the same ones for a seed."""
+
+    def decorate(test: Callable[..., Any]) -> Callable[..., Any]:
+        return seed(SEED)(
+            settings(
+                max_examples=examples,
+                deadline=None,
+                database=None,
+                phases=[Phase.generate],
+                suppress_health_check=list(HealthCheck),
+            )(given(st.data())(test))
+        )
+
+    return decorate
+
+
+def result_of(read: Callable[[], Any], errors: tuple[type[Exception], ...] = (ValmError,)) -> Any:
+    """What `read` returns, or REFUSED with one sentence that does not quote what is outside."""
+    try:
+        found = read()
+    except errors as error:
+        assert str(error).strip() and "not to be read" not in str(error)
+        found = REFUSED
+    COUNTS["mutants"] += 1
+    COUNTS["refused"] += found is REFUSED
+    return found
+
+
+def check_mutants(
+    data: st.DataObject,
+    files: list[Path],
+    outside: Path,
+    read: Callable[[], Any],
+    expected: Any,
+    errors: tuple[type[Exception], ...] = (ValmError,),
+) -> None:
+    """One of `files` is damaged: `read` is refused or returns what is `expected` (... stands for anything)."""
+    before, executed = outside.read_bytes(), Path(f"{outside}.executed")
+    file = data.draw(st.sampled_from(files))
+    with damaged(data.draw, file, outside) as how:
+        found = result_of(read, errors)
+    note(f"{file.name}: {how}")
+    same = found is not REFUSED and expected is not ... and found == expected
+    assert found is REFUSED or expected is ... or same, f"{file.name}, {how}: another result, not refused"
+    assert outside.read_bytes() == before
+    assert not executed.exists(), f"{file.name}, {how}: its code was run"
+    COUNTS["as before"] += same
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if file.is_file() and file.suffix != ".tmp")
+
+
+class Executes:
+    """Unpickled, it makes the file `path`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (os.fspath(self.path), "w")
 
 
 def mutated_bytes(draw: Callable[..., Any], content: bytes) -> bytes:
@@ -72,6 +154,7 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
 def damaged(draw: Callable[..., Any], file: Path, outside: Path) -> Iterator[str]:
     """`file` is another while the block runs, whose name says how. `outside` has the content of a file elsewhere."""
     ways = ["bytes", "bytes", "missing", "empty", "pipe", "folder", "link out"]
+    ways += ["code"] * (file.suffix in PICKLES)
     how = draw(st.sampled_from([*ways, *["json"] * 6] if file.suffix == ".json" else ways))
     content, aside = file.read_bytes(), file.with_name(file.name + ".aside")
     os.rename(file, aside)
@@ -82,6 +165,8 @@ def damaged(draw: Callable[..., Any], file: Path, outside: Path) -> Iterator[str
             file.mkdir()
         elif how == "link out":
             file.symlink_to(outside)
+        elif how == "code":
+            torch.save({"state": Executes(Path(f"{outside}.executed"))}, file)
         elif how != "missing":
             made = {"bytes": mutated_bytes, "json": mutated_json, "empty": lambda *_: b""}[how](draw, content)
             file.write_bytes(made)

@@ -1,26 +1,43 @@
 """Every writer, killed before each change that it makes to its folder: nothing is lost, and run again it finishes.
 
-The checkpoint's own test is in tests/valm/test_checkpoint.py. Each test prints its kills (`pytest -rP`).
+The checkpoint's own test is in tests/valm/test_checkpoint.py. The end of the run says how often each was done.
 """
 
 from __future__ import annotations
 
+import json
+import multiprocessing
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoModelForCausalLM
 
-from tests.valm.killed import exit_code_if_killed_at, needs_fork
-from tests.valm.retrieval.indexed import K, make_indexed, random_directions
-from tests.valm.tiny_clip import TEXTS
+from tests.fuzz.mutations import COUNTS
+from tests.valm.augmented.models import IMAGE_DIM, IMAGES, tiny_llama
+from tests.valm.cli.commands import run
+from tests.valm.evaluation.small_sets import write_sets
+from tests.valm.killed import exit_code, exit_code_if_killed_at, forked, needs_fork
+from tests.valm.models import tiny_model
+from tests.valm.retrieval.indexed import K, make_indexed, make_kb_of_directions, random_directions
+from tests.valm.tiny_clip import TEXTS, TINY, make_clip
+from tests.valm.training.documents import TOKENIZER, new_trainer
+from valm.augmented.model import augment, fusion_module
+from valm.augmented.saving import load_adapter, save_adapter
+from valm.checkpoint import load, save_checkpoint
 from valm.clip import Clip
 from valm.corpus.retrieved import CorpusRetrieval, retrieve_files
 from valm.errors import ValmError
+from valm.evaluation.questions import chosen_tasks
+from valm.evaluation.report import write_report
+from valm.evaluation.suite import CACHE, Entry, Settings, evaluate
 from valm.knowledge_base.build import build
 from valm.knowledge_base.dedupe import dedupe
 from valm.knowledge_base.encode import Encoding
@@ -33,13 +50,17 @@ from valm.retrieval.index_tuning import build_index
 from valm.retrieval.note import RETRIEVAL_FILE, RetrievalNote
 from valm.retrieval.retriever import Retriever
 from valm_kernels import FlatIPIndex
-from valm_kernels.atomic_files import remove_leftovers
+from valm_kernels.atomic_files import is_temporary, remove_leftovers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), needs_fork]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+
+
+# Ended by SIGTERM a process runs no code of its own any more either; interrupted, it does.
+ENDED = {signal.SIGKILL: [-signal.SIGKILL], signal.SIGTERM: [-signal.SIGTERM], signal.SIGINT: [1, 130]}
 
 
 def kill_everywhere(
@@ -48,20 +69,43 @@ def kill_everywhere(
     folder: Path,
     prepare: Callable[[Path], None] = lambda out: None,
 ) -> int:
-    """Kills `write` before each change of its folder, which `prepare` filled; `check` sees what is left, and whether
-    all was done."""
+    """Ends `write` before each change of its folder, which `prepare` filled: by SIGKILL, and at every third also by
+    SIGTERM and by SIGINT. `check` sees what is left, and whether all was done. Returns the number of changes."""
     point = 0
     while True:
-        out = folder / str(point)
-        out.mkdir()
-        prepare(out)
-        code = exit_code_if_killed_at(lambda out=out: write(out), out, point)
-        check(out, code == 0)
-        if code == 0:
-            print(f"{point} kills")
-            return point
-        assert code == -signal.SIGKILL
+        for number, codes in ENDED.items():
+            if number != signal.SIGKILL and point % 3:
+                continue
+            out = folder / number.name / str(point)
+            out.mkdir(parents=True)
+            prepare(out)
+            code = exit_code_if_killed_at(lambda out=out: write(out), out, point, number)
+            check(out, code == 0)
+            assert code in (0, *codes)
+            COUNTS[f"times {number.name}"] += code != 0
+            if number == signal.SIGKILL and code == 0:
+                return point
         point += 1
+
+
+def write_together(folder: Path, *writes: Callable[[Path], object]) -> list[str]:
+    """All of `writes` into `folder` at once, each in a process of its own. Returns what each ended with: "", or its
+    sentence."""
+    start = multiprocessing.get_context("fork").Barrier(len(writes))
+    ends = [folder.with_name(f"{folder.name}-{place}.txt") for place in range(len(writes))]
+
+    def run(write: Callable[[Path], object], end: Path) -> None:
+        start.wait()
+        try:
+            write(folder)
+            end.write_text("")
+        except (ValmError, OSError) as error:
+            end.write_text(str(error))
+
+    children = [forked(lambda write=write, end=end: run(write, end)) for write, end in zip(writes, ends, strict=True)]
+    assert [exit_code(child) for child in children] == [0] * len(children)
+    COUNTS["pairs of writers at once"] += 1
+    return [end.read_text() for end in ends]
 
 
 @pytest.fixture(scope="module")
@@ -215,17 +259,211 @@ def test_flat_index(tmp_path, old):
     assert kill_everywhere(write, check, tmp_path, prepare) >= 5
 
 
-def test_clip(clip, tmp_path):
-    whole = tmp_path / "whole"
+@pytest.mark.parametrize("old", [False, True])
+def test_clip(tokenizer, tmp_path, old):
+    whole, clip, before = tmp_path / "whole", make_clip(tokenizer), make_clip(tokenizer, seed=1)
     clip.save(whole)
+
+    def prepare(out: Path) -> None:
+        if old:
+            before.save(out)
 
     def check(out: Path, done: bool) -> None:
         try:
-            assert Clip.load(out).weights_hash == clip.weights_hash
+            found = Clip.load(out).weights_hash
+            assert found == clip.weights_hash or (old and not done and found == before.weights_hash)
         except ValmError:
-            assert not done
-        remove_leftovers(out)
+            assert not done and not old
         clip.save(out)
         assert contents(out) == contents(whole)
 
-    assert kill_everywhere(clip.save, check, tmp_path) >= 3
+    assert kill_everywhere(clip.save, check, tmp_path, prepare) >= 3
+
+
+def test_training_of_a_clip(pictures, tmp_path):
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY))
+
+    def write(out: Path) -> None:
+        train = ["clip", "train", pictures, "--model", tmp_path / "tiny.json", "--steps", 2, "--batch-size", 4]
+        status = run(*train, "--out", out)
+        if status:
+            sys.exit(status)
+
+    def check(out: Path, done: bool) -> None:
+        try:
+            Clip.load(out)
+        except ValmError:
+            assert not done
+            write(out)
+            Clip.load(out)
+        remove_leftovers(out)
+        assert not list(out.glob("*.tmp"))
+
+    assert kill_everywhere(write, check, tmp_path) >= 3
+
+
+def test_additions_to_a_knowledge_base(pictures, tokenizer, make_kb, tmp_path):
+    make_clip(tokenizer).save(tmp_path / "clip")
+    kb = make_kb(2).path
+
+    def write(out: Path) -> None:
+        add = ["kb", "add", kb, pictures, "--clip", tmp_path / "clip", "--batch-size", 2, "--out", out]
+        status = run(*add)
+        if status:
+            sys.exit(status)
+
+    beside = tmp_path / signal.SIGKILL.name / "whole"  # where the CLIP is noted relative to it, as in all others
+    beside.parent.mkdir()
+    write(beside)
+    whole = contents(beside)
+
+    def check(out: Path, done: bool) -> None:
+        write(out)
+        assert contents(out) == whole
+        assert not list(out.parent.glob(f"{out.name}.added*"))
+
+    assert kill_everywhere(write, check, tmp_path) >= 40
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_adapter(tmp_path, old):
+    tiny_llama().save_pretrained(tmp_path / "base")
+
+    def base() -> Any:
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+
+    def adapter(value: float) -> Any:
+        made = augment(base(), IMAGE_DIM, IMAGES)
+        torch.nn.init.constant_(fusion_module(made).k_bias, value)
+        return made
+
+    models = [adapter(1.0), adapter(2.0)]
+
+    def prepare(out: Path) -> None:
+        if old:
+            save_adapter(models[0], out)
+
+    def write(out: Path) -> None:
+        save_adapter(models[1], out)
+
+    def value(out: Path) -> float:
+        return fusion_module(load_adapter(base(), out)).k_bias[0, 0].item()
+
+    def check(out: Path, done: bool) -> None:
+        try:
+            assert value(out) == 2.0 or (old and not done and value(out) == 1.0)
+        except ValmError as error:
+            assert "is no adapter" in str(error) and not old and not done
+        write(out)
+        assert value(out) == 2.0 and not list(out.glob("*.tmp")) and not list(out.glob("*.new"))
+
+    assert kill_everywhere(write, check, tmp_path, prepare) >= 10
+
+
+def test_checkpoints_of_a_training(tmp_path):
+    fields = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    uninterrupted = new_trainer(tmp_path / "whole", **fields)
+    uninterrupted.train()
+
+    def write(out: Path) -> None:
+        new_trainer(out, **fields).train()
+
+    def check(out: Path, done: bool) -> None:
+        whole = [path for path in out.iterdir() if not is_temporary(path.name)]
+        resumed = new_trainer(out, **fields)
+        resumed.train(resume_from_checkpoint=bool(whole))
+        assert resumed.losses() == uninterrupted.losses()
+        assert sorted(path.name for path in out.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+
+    assert kill_everywhere(write, check, tmp_path) >= 30
+
+
+def test_evaluation(tmp_path):
+    write_sets(tmp_path / "data")
+    ids = {"bos_token_id": TOKENIZER.bos_token_id, "eos_token_id": TOKENIZER.eos_token_id}
+    model = tiny_model(0, vocab_size=len(TOKENIZER), num_images=0, n_positions=96, **ids)
+    save_checkpoint(model, TOKENIZER, tmp_path / "model")
+    asked = Settings(tuple(chosen_tasks("relative_size,lambada")), data=tmp_path / "data")
+    models = [Entry("model", (str(tmp_path / "model"),))]
+
+    def write(out: Path) -> None:
+        write_report(evaluate(models, asked, out, progress=False), out)
+
+    write(tmp_path / "whole")
+    whole = contents(tmp_path / "whole") | contents(tmp_path / "whole" / CACHE)
+
+    def check(out: Path, done: bool) -> None:
+        for file in out.rglob("*"):
+            assert file.is_dir() or is_temporary(file.name) or file.read_bytes() == whole[file.name]
+        write(out)
+        assert {file.name for file in out.rglob("*") if file.is_file() and not is_temporary(file.name)} == set(whole)
+
+    assert kill_everywhere(write, check, tmp_path) >= 10
+
+
+def test_two_builds_at_once(pictures, clip, make_kb, tmp_path):
+    """Knowledge bases and corpora: one is made, and the other writer finds it finished or is refused in a sentence."""
+    text = tmp_path / "corpus.txt"
+    text.write_text("\n".join(TEXTS))
+    kb = make_kb(6)
+
+    def build_kb(out: Path) -> ImageKnowledgeBase:
+        return build(FolderSource(pictures, shard_size=3), out, clip, Encoding(batch_size=2), progress=False)
+
+    def retrieve(out: Path, k: int = 2) -> CorpusRetrieval:
+        return retrieve_files([text], Retriever(ContextEncoder(clip), kb, k), out, part_bytes=60, progress=False)
+
+    for name, write, other in (
+        ("kb", build_kb, lambda out: merge([kb.path], out, progress=False)),
+        ("retrieval", retrieve, lambda out: retrieve(out, k=3)),
+    ):
+        wholes = [contents(each(tmp_path / f"{name}-{number}").path) for number, each in enumerate((write, other))]
+        for number in range(5):
+            ends = write_together(tmp_path / f"{name}-same-{number}", write, write)
+            assert all("another process is writing" in end or "not empty" in end for end in ends if end) and "" in ends
+            assert contents(tmp_path / f"{name}-same-{number}") == wholes[0]
+            ends = write_together(tmp_path / f"{name}-other-{number}", write, other)
+            assert contents(tmp_path / f"{name}-other-{number}") in wholes and sorted(map(bool, ends)) == [False, True]
+
+
+def test_two_saves_at_once(tokenizer, tmp_path):
+    """One of the two is there, whole."""
+    rows = [torch.from_numpy(np.random.default_rng(seed).normal(size=(40, 16)).astype(np.float32)) for seed in (0, 1)]
+    indexes = [FlatIPIndex(one, "int8") for one in rows]
+    models = [tiny_model(seed, vocab_size=len(TOKENIZER)) for seed in (0, 1)]
+    clips = [make_clip(tokenizer, seed) for seed in (0, 1)]
+
+    def same_index(out: Path, index: FlatIPIndex) -> bool:
+        return torch.equal(FlatIPIndex.load(out, verify=True).dequantised(), index.dequantised())
+
+    def same_model(out: Path, model: Any) -> bool:
+        return all(map(torch.equal, load(out)[0].parameters(), model.parameters()))
+
+    def same_clip(out: Path, clip: Clip) -> bool:
+        return Clip.load(out).weights_hash == clip.weights_hash
+
+    for name, values, save, is_same in (
+        ("index", indexes, lambda out, value: value.save(out), same_index),
+        ("model", models, lambda out, value: save_checkpoint(value, TOKENIZER, out), same_model),
+        ("clip", clips, lambda out, value: value.save(out), same_clip),
+    ):
+        writes = [lambda out, save=save, value=value: save(out, value) for value in values]
+        for number in range(5):
+            out = tmp_path / f"{name}-{number}"
+            assert write_together(out, *writes) == ["", ""]
+            assert any(is_same(out, value) for value in values)
+            assert not [path for path in out.iterdir() if path.suffix in (".tmp", ".new")]
+
+
+def test_two_indexes_at_once(clip, tmp_path):
+    pytest.importorskip("faiss", reason="needs faiss: install valm[faiss]")
+    kb = make_kb_of_directions(clip, tmp_path / "kb")
+    queries = torch.from_numpy(random_directions(400, kb.dim, seed=1)).float()
+
+    def index(out: Path, factory: str) -> None:
+        build_index(ImageKnowledgeBase.open(out), queries, factory, k=K, target_recall=0.5, progress=False)
+
+    for _ in range(3):
+        ends = write_together(kb.path, lambda out: index(out, "IVF8,Flat"), lambda out: index(out, "IVF16,Flat"))
+        assert ends == ["", ""]
+        assert verify_index(kb) == [] and isinstance(open_index(kb), FaissIndex)

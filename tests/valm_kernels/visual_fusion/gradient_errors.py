@@ -1,0 +1,88 @@
+"""Prints how far gradients on the CPU are from float64's, beside eager PyTorch in the same precision: the table of
+docs/reliability.md.
+
+    python -m tests.valm_kernels.visual_fusion.gradient_errors
+
+An entry is the least and the largest ratio of the two RMS errors over the seeds. "exact delta" is what the two biases
+would have if the backward took delta = sum(grad_out * out) from float64 and not from the rounded `out`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from tests.valm_kernels.visual_fusion.problems import Problem
+from valm_kernels import visual_fusion_attn
+
+NAMES = ("q", "k", "v", "image_k", "image_v", "image_v_bias", "image_k_bias", "image_logit_bias")
+USUAL = (
+    Problem(num_queries=256, num_images=4, head_dim=64, gaps=False),
+    Problem(num_queries=256, num_images=8, head_dim=64, pool_size=50),
+    Problem(batch=16, num_queries=8, num_images=4, head_dim=64),
+)
+FEW_KEYS = (Problem(num_queries=64, num_images=2, head_dim=64, first_key="descending"),)
+SEEDS = range(5)
+
+
+def gradients(
+    inputs: dict, impl: str, grad_out: Tensor, grad_lse: Tensor | None = None
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The gradient of each of NAMES, and out."""
+    leaves = {name: inputs[name].detach().requires_grad_() for name in NAMES}
+    out, lse = visual_fusion_attn(**(inputs | leaves), impl=impl, return_lse=True)
+    results, cotangents = [out], [grad_out.to(out.dtype)]
+    if grad_lse is not None:
+        results, cotangents = [out, lse], [*cotangents, grad_lse]
+    found = torch.autograd.grad(results, list(leaves.values()), cotangents)
+    return dict(zip(NAMES, found, strict=True)), out.detach()
+
+
+def errors(problem: Problem, dtype: torch.dtype, mean: int) -> dict[str, tuple[float, float]]:
+    """By name: our RMS error over eager's, and with an exact delta. mean: of the gradient of out."""
+    inputs = problem.inputs(dtype)
+    wide = {
+        name: value.double() if torch.is_tensor(value) and value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
+    generator = torch.Generator().manual_seed(problem.seed + 999)
+    grad_out = (torch.randn(inputs["q"].shape, generator=generator) + mean).bfloat16().half().to(dtype)
+    truth, exact = gradients(wide, "reference", grad_out.double())
+    eager, _ = gradients(inputs, "reference", grad_out)
+    ours, out = gradients(inputs, "cpu", grad_out)
+    # the gradient of lse is subtracted from delta
+    correction = (grad_out.double() * (out.double() - exact)).sum(-1).float()
+    corrected, _ = gradients(inputs, "cpu", grad_out, correction)
+
+    def rms(found: dict[str, Tensor], name: str) -> float:
+        return (found[name].double() - truth[name]).square().mean().sqrt().item()
+
+    return {name: (rms(ours, name) / rms(eager, name), rms(corrected, name) / rms(eager, name)) for name in NAMES}
+
+
+def main() -> None:
+    for dtypes in ((torch.bfloat16, torch.float16), (torch.float32,)):
+        print(", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        print("| Gradient | usual inputs | exact delta | few keys (`descending`) | exact delta |")
+        print("| --- | --- | --- | --- | --- |")
+        cells = defaultdict(list)
+        for column, problems in (("usual", USUAL), ("few", FEW_KEYS)):
+            for dtype in dtypes:
+                for problem in problems:
+                    for mean in (0, 1):
+                        for seed in SEEDS:
+                            found = errors(replace(problem, seed=seed), dtype, mean)
+                            for name, (now, exact) in found.items():
+                                cells[name, column].append(now)
+                                cells[name, column, "exact"].append(exact)
+        for name in NAMES:
+            columns = [(name, "usual"), (name, "usual", "exact"), (name, "few"), (name, "few", "exact")]
+            ranges = [f"{min(cells[key]):.1f} to {max(cells[key]):.1f}" for key in columns]
+            print(f"| {name} | {' | '.join(ranges)} |")
+
+
+if __name__ == "__main__":
+    main()
