@@ -167,13 +167,16 @@ class VisualAttention(_Module):
         """Query (B, Hq, T, Dk), key and value that this attention makes of `hidden_states` (B, T, C), unrotated."""
         caught: list[tuple[Tensor, Tensor, Tensor]] = []
         try:  # noqa: SIM105 - torch.compile knows no contextlib.suppress
-            super().forward(**self._unrotated(hidden_states, arguments), caught=caught)
+            super().forward(**self._alone(hidden_states, arguments), caught=caught)
         except _Caught:
             pass
         return caught[0]
 
-    def _unrotated(self, hidden_states: Tensor, arguments: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a call, but for `hidden_states` (B, T, C), without mask, cache and positions."""
+    def _alone(self, hidden_states: Tensor, arguments: dict[str, Any], rotated: bool = False) -> dict[str, Any]:
+        """The arguments of a call, but for `hidden_states` (B, T, C), without mask and cache.
+
+        rotated: put all tokens at the position of the call's last one; otherwise none is rotated.
+        """
         rows, length = hidden_states.shape[:2]
         replaced = {}
         for name, value in arguments.items():
@@ -184,39 +187,46 @@ class VisualAttention(_Module):
             elif name == "use_cache":
                 value = False
             elif name == "position_embeddings" and value is not None:
-                value = identity_rotation(value, rows, length)
+                value = last_rotation(value, rows, length) if rotated else identity_rotation(value, rows, length)
             elif name == "position_ids" and value is not None:
-                value = torch.zeros(rows, length, dtype=value.dtype, device=value.device)
+                value = (value[:1, -1:] if rotated else torch.zeros_like(value[:1, :1])).expand(rows, length)
             replaced[name] = value
         return replaced
 
     @torch.no_grad()
     def check_mathematics(self, own_config: Any, arguments: dict[str, Any]) -> None:
-        """Compares a token that sees one image with the class's own attention over two tokens, image and token.
+        """Compares tokens that see one image with the class's own attention over two tokens, image and token, once
+        unrotated and once at a later position. Several, as of one the softmax may be all on the image or the token.
 
         own_config: with the attention implementation of the class itself. arguments: those of any call.
 
         Raises:
-            ValmError: the two differ, as where a family computes more than a softmax over all it sees.
+            ValmError: the two differ, as where a family computes more than a softmax over all it sees, or changes
+                queries or keys after their rotation.
         """
-        pair = arguments["hidden_states"][:1, :2]  # (1, 2, C)
-        _, keys, values = self._catch(pair[:, :1], arguments)
-        heads = self._catch(pair, arguments)[0].shape[1]
-        k_bias, v_bias = (pair.new_zeros(x.shape[1], x.shape[3]) for x in (keys, values))
-        terms = FusionTerms(pair, k_bias, v_bias, pair.new_zeros(heads))
-        images = Images(keys[0], values[0], torch.zeros(1, 1, 1, dtype=torch.int64, device=pair.device), None, terms)
-        with_image = super().forward(**self._unrotated(pair[:, 1:], arguments), images=images)[0][0, -1]
-        config, self.config = self.config, own_config
-        try:
-            own = super().forward(**self._unrotated(pair, arguments))[0][0, -1]
-        finally:
-            self.config = config
-        error = ((with_image - own).abs().max() / own.abs().max()).item()
-        if not error <= torch.finfo(own.dtype).eps ** 0.5:
-            raise ValmError(
-                f"{type(self).__name__} is not one softmax over all that a token sees: with images it would be off by "
-                f"{error:.1e} of its largest value"
-            )
+        text = arguments["hidden_states"][0]  # (T, C)
+        pairs = torch.stack([text[:-1], text[1:]], 1)  # (T - 1, 2, C)
+        _, keys, values = self._catch(pairs[None, :, 0], arguments)
+        query, _, _ = self._catch(pairs[:, 1:], arguments)
+        k_bias, v_bias = (text.new_zeros(x.shape[1], x.shape[3]) for x in (keys, values))
+        terms = FusionTerms(text, k_bias, v_bias, text.new_zeros(query.shape[1]))
+        index = torch.arange(len(pairs), device=text.device)[:, None, None]  # (T - 1, 1, 1)
+        images = Images(keys[0], values[0], index, query if self._rotates(arguments) else None, terms)
+        for rotated in (False, True):
+            with_image = super().forward(**self._alone(pairs[:, 1:], arguments, rotated), images=images)[0][:, -1]
+            config, self.config = self.config, own_config
+            try:
+                own = super().forward(**self._alone(pairs, arguments, rotated))[0][:, -1]
+            finally:
+                self.config = config
+            error = ((with_image - own).abs().max() / own.abs().max()).item()
+            if not error <= torch.finfo(own.dtype).eps ** 0.5:
+                why = "is not one softmax over all that a token sees"
+                if rotated:
+                    why = "changes queries or keys after their rotation"
+                raise ValmError(
+                    f"{type(self).__name__} {why}: with images it would be off by {error:.1e} of its largest value"
+                )
 
 
 class VisualLayer(_Module):
@@ -235,6 +245,14 @@ class VisualLayer(_Module):
             return super().forward(*args, **kwargs)
         finally:
             attention.images = None
+
+
+def last_rotation(position_embeddings: Any, rows: int, length: int) -> Any:
+    """Rotary embeddings (..., D) that rotate as the last position does, for `rows` rows of `length` tokens."""
+    if isinstance(position_embeddings, Tensor):
+        return position_embeddings[:1, -1:].expand(rows, length, -1)
+    cos, sin = (table[:1, -1:].expand(rows, length, -1) for table in position_embeddings)
+    return cos, sin
 
 
 def identity_rotation(position_embeddings: Any, rows: int, length: int) -> Any:

@@ -4,7 +4,20 @@ import pytest
 
 from tests.valm.augmented.families import describe, read_table
 
-QUICK = ("llama", "gpt2", "gemma2", "gpt_oss", "qwen3", "qwen3_next", "olmo2", "deepseek_v3", "gptj", "doge")
+QUICK = (
+    "llama",
+    "gpt2",
+    "gemma2",
+    "gpt_oss",
+    "qwen3",
+    "qwen3_next",
+    "olmo2",
+    "deepseek_v3",
+    "gptj",
+    "doge",
+    "dory",
+    "hunyuan_v1_dense",
+)
 TABLE = read_table()
 
 
