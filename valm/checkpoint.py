@@ -20,7 +20,7 @@ from valm.errors import ValmError
 from valm.files import check_all_regular, read_json
 from valm.image_model import ImageModel
 from valm.model import VaLMForCausalLM
-from valm.model_card import write_card
+from valm.model_card import CARD_FILE, write_card
 from valm.retrieval.note import RetrievalNote
 from valm.whole_folder import current_files, replaced_files
 from valm_kernels.json_files import short
@@ -63,6 +63,7 @@ def save_checkpoint(
     saved = with_length(tokenizer, model)
     with replaced_files(folder, "the checkpoint") as temporary, quiet_transformers():
         model.save_pretrained(temporary, state_dict=state_dict)
+        (temporary / CARD_FILE).unlink(missing_ok=True)  # one in `folder` may be the user's own
         saved.save_pretrained(temporary)
         if note is not None:
             note.write(temporary, place=folder)

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from transformers.cache_utils import Cache
 
 from valm.errors import ValmError
+from valm.model_card import write_card
 from valm.retrieval.context import ContextCache
 from valm.retrieval.note import RetrievalNote
 from valm.retrieval.retriever import BlindRetriever, ImageRetriever, NoImages
@@ -126,10 +127,11 @@ class ImageModel(_Base):
         self._note_ignored = True
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """`PreTrainedModel.save_pretrained`, and the note on what finds the images."""
+        """`PreTrainedModel.save_pretrained`, the note on what finds the images, and a model card (`write_card`)."""
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", args[0] if args else True):
             self.save_note(save_directory)
+            write_card(self, save_directory)
 
     def save_note(self, folder: str | os.PathLike, *, place: str | os.PathLike | None = None) -> None:
         """Writes the note on what finds the images, if a retriever is set that a file can describe.

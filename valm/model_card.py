@@ -29,6 +29,7 @@ def write_card(
     *,
     numbers: Mapping[str, float] | None = None,
     command: str | None = None,
+    with_base: bool = True,
 ) -> Path | None:
     """Writes the model card into `folder`, unless the user has written one; returns its path, or None.
 
@@ -36,6 +37,7 @@ def write_card(
         model: one that takes images (`ImageModel`).
         numbers: measurements by name.
         command: the command that made the model.
+        with_base: whether the folder has all weights; those of an adapter were added to its base model.
 
     Raises:
         ValmError: the folder's note is damaged, or the card cannot be written.
@@ -57,7 +59,7 @@ def write_card(
         _what(model),
         "## What it needs",
     ]
-    lines += [*_needs(model, note), "## How to load it", _how(model, note)]
+    lines += [*_needs(model, note, with_base), "## How to load it", _how(model, note)]
     if numbers:
         rows = [f"| {name} | {value:.4g} |" for name, value in numbers.items()]
         lines += ["## Numbers", "\n".join(["| | |", "| --- | --- |", *rows])]
@@ -76,9 +78,14 @@ def base_name(model: Any) -> str | None:
     return name if augmented and name and not os.path.isdir(name) and name.count("/") <= 1 else None
 
 
+def _architecture(model: Any) -> str | None:
+    """The class of the model that was augmented; None for a VaLM."""
+    return getattr(model.config, "valm", {}).get("architecture")
+
+
 def _what(model: Any) -> str:
     options = model.image_options
-    base = getattr(model.config, "valm", {}).get("architecture")
+    base = _architecture(model)
     if options.num_images == 0:
         kind = f"{base}, trained" if base else "GPT-2"
         twin = "the text-only twin of an augmented model" if base else "the baseline GPT-2*"
@@ -91,11 +98,21 @@ def _what(model: Any) -> str:
     )
 
 
-def _needs(model: Any, note: RetrievalNote | None) -> list[str]:
+def _needs(model: Any, note: RetrievalNote | None, with_base: bool) -> list[str]:
+    needs = []
+    if not with_base:
+        named = base_name(model)
+        needs.append(f"- The base model `{named}`." if named else f"- The {_architecture(model)} that it was made of.")
     if model.image_options.num_images == 0:
-        return ["Nothing beside this folder."]
-    if note is None:
-        return ["Images are given in each call, as `image_pool` and `image_index`, or found by a retriever."]
+        needs = needs or ["Nothing beside this folder."]
+    elif note is None:
+        needs.append("- Images, given in each call as `image_pool` and `image_index`, or found by a retriever.")
+    else:
+        needs += _needs_of_retrieval(note)
+    return ["\n".join(needs)]
+
+
+def _needs_of_retrieval(note: RetrievalNote) -> list[str]:
     needs = []
     if note.knowledge_base is not None:
         name = note.knowledge_base.name
@@ -111,7 +128,7 @@ def _needs(model: Any, note: RetrievalNote | None) -> list[str]:
             ]
     if note.clip is not None:
         needs.append(f"- The CLIP `{Path(note.clip).name if os.path.isabs(note.clip) else note.clip}`.")
-    return ["\n".join([*needs, f"- Queries of kind `{note.query}`."])]
+    return [*needs, f"- Queries of kind `{note.query}`."]
 
 
 def _how(model: Any, note: RetrievalNote | None) -> str:

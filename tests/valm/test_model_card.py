@@ -56,6 +56,25 @@ def test_an_augmented_model_names_its_base(tmp_path):
     assert card.data.base_model == "org/name" and "`valm.augment` of a LlamaForCausalLM" in card.text
 
 
+def test_every_way_of_saving_writes_a_card_and_leaves_the_users_own(tmp_path, kb):
+    model = augmented()
+    model.config.name_or_path = "org/name"
+    valm.save_adapter(model, tmp_path / "adapter")
+    card = card_of(tmp_path / "adapter")
+    assert card.data.base_model == "org/name" and "- The base model `org/name`." in card.text
+    assert 'valm.load("FOLDER")' in card.text
+    model.config.name_or_path = str(tmp_path)
+    valm.save_adapter(model, tmp_path / "adapter")
+    text = card_of(tmp_path / "adapter").text
+    assert "- The LlamaForCausalLM that it was made of." in text and str(tmp_path) not in text
+    model.save_pretrained(tmp_path / "whole")
+    assert "base model" not in card_of(tmp_path / "whole").text
+    for folder, save in (("adapter", valm.save_adapter), ("whole", type(model).save_pretrained)):
+        (tmp_path / folder / "README.md").write_text("Mine.")
+        save(model, tmp_path / folder)
+        assert (tmp_path / folder / "README.md").read_text() == "Mine."
+
+
 def test_a_loaded_model_says_what_it_lacks(tmp_path, tokenizer, clip, kb):
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     model = tiny_model(vocab_size=len(tokenizer), image_dim=kb.dim, **ids)

@@ -18,6 +18,7 @@ from valm.augmented.model import AugmentedCausalLM, become_augmented, fingerprin
 from valm.augmented.probe import decoder_layers
 from valm.errors import ValmError
 from valm.files import check_regular, read_json, write_json
+from valm.model_card import write_card
 from valm.text import one_line
 from valm.whole_folder import current_files, replaced_files
 
@@ -43,8 +44,8 @@ def save_adapter(model: AugmentedCausalLM, folder: str | os.PathLike) -> Path:
     """Writes what `augment` added to the base model, and with unfreeze="block" the layer, into `folder`.
 
     The base is named as it was loaded, a folder relative to this one, so that both can be moved together. The note on
-    what finds the images is written too (`ImageModel.save_note`). Killed at any point, `load_adapter` loads the old
-    adapter or the new one.
+    what finds the images (`ImageModel.save_note`) and a model card (`write_card`) are written too. Killed at any point,
+    `load_adapter` loads the old adapter or the new one.
 
     Raises:
         ValmError: every weight was trained, so an adapter would not be the model; or the folder cannot be written.
@@ -62,6 +63,7 @@ def save_adapter(model: AugmentedCausalLM, folder: str | os.PathLike) -> Path:
         save_file(tensors, temporary / WEIGHTS_FILE)
         write_json(temporary / ADAPTER_FILE, description)
         model.save_note(temporary, place=folder)
+    write_card(model, folder, with_base=False)
     return folder
 
 
