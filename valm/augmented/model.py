@@ -35,6 +35,8 @@ _Config: Any = object  # for a type checker, the config class behind the mixin
 UNFREEZE = ("", "block", "all")
 # Attention implementations of the other layers whose masks the fusion layer can read.
 READABLE = ("sdpa", "eager")
+# A model in another precision has nearly the same mean absolute values, another model has others.
+FINGERPRINT_TOLERANCE = 0.01
 
 
 def augment(
@@ -185,6 +187,15 @@ def fingerprint(block: nn.Module) -> dict[str, float]:
         for name, parameter in block.named_parameters()
         if "image_fusion" not in name
     }
+
+
+def other_weight(found: dict[str, float], expected: dict[str, float]) -> str | None:
+    """The name of a parameter by which two fingerprints are those of different models, None where there is none."""
+    for name in sorted({*found, *expected}):
+        values = (found.get(name, math.inf), expected.get(name, math.inf))
+        if not math.isclose(*values, rel_tol=FINGERPRINT_TOLERANCE, abs_tol=1e-8):
+            return name
+    return None
 
 
 class AugmentedConfig(_Config):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from valm.augmented.attention import FusionOptions
-from valm.augmented.model import AugmentedCausalLM, become_augmented, fingerprint
+from valm.augmented.model import AugmentedCausalLM, become_augmented, fingerprint, other_weight
 from valm.augmented.probe import decoder_layers
 from valm.errors import ValmError
 from valm.files import check_regular, read_json, write_json
@@ -25,8 +24,6 @@ from valm.whole_folder import current_files, replaced_files
 ADAPTER_FILE = "image_fusion.json"
 WEIGHTS_FILE = "image_fusion.safetensors"
 FORMAT_VERSION = 1
-# A base in another precision has nearly the same mean absolute values, another model has others.
-FINGERPRINT_TOLERANCE = 0.01
 
 
 class _Version(TypedDict):
@@ -100,14 +97,11 @@ def load_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> Augmented
     layers = decoder_layers(model)
     if not -len(layers) <= options.layer < len(layers):
         raise ValmError(f"the adapter {folder} is for layer {options.layer}, but the base model has {len(layers)}")
-    found = fingerprint(layers[options.layer])
-    for name in sorted({*found, *options.fingerprint}):
-        values = (found.get(name, math.inf), options.fingerprint.get(name, math.inf))
-        if not math.isclose(*values, rel_tol=FINGERPRINT_TOLERANCE, abs_tol=1e-8):
-            raise ValmError(
-                f"the adapter {folder} belongs to another base model than {model.config.name_or_path or 'this one'}: "
-                f"{name} of layer {options.layer} has other values"
-            )
+    if name := other_weight(fingerprint(layers[options.layer]), options.fingerprint):
+        raise ValmError(
+            f"the adapter {folder} belongs to another base model than {model.config.name_or_path or 'this one'}: "
+            f"{name} of layer {options.layer} has other values"
+        )
     weights = current_files(folder) / WEIGHTS_FILE
     check_regular(weights)
     try:

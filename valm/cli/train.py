@@ -283,6 +283,7 @@ def note_run(training: ImageTrainer, dataset: CorpusRetrieval | Sequence[Any], a
     Raises:
         ValmError: the folder has the note of another one.
     """
+    from valm.augmented.model import other_weight
     from valm.files import read_json, write_json
     from valm_kernels.json_files import short
 
@@ -294,17 +295,24 @@ def note_run(training: ImageTrainer, dataset: CorpusRetrieval | Sequence[Any], a
     model: Any = training.model
     run = {
         "twin": arguments.twin,
+        "base": getattr(model.config, "valm", {}).get("fingerprint"),
         "fusion_lr": training.fusion_lr,
         "limit_softmax": arguments.limit_softmax or None,
         "step_rows": training.get_total_train_batch_size(training.args),
         **fields,
-        **{f"model.{name}": value for name, value in model.config.to_diff_dict().items() if "version" not in name},
+        **model_settings(model.config),
         "data": content_of(dataset),
         "validation": arguments.validation,
     }
     if file.is_file():
         before = read_json(file, "the note on a training", dict[str, Any], "choose another folder")
-        for name in {*run, *before}:
+        other = other_weight(run["base"] or {}, before.get("base") or {})
+        if other is not None:
+            raise ValmError(
+                f"{arguments.out} holds the training of another base model: {other} of its fusion layer had other "
+                "values; choose another folder"
+            )
+        for name in {*run, *before} - {"base"}:
             if json.loads(json.dumps(run.get(name))) != before.get(name):
                 raise ValmError(
                     f"{arguments.out} holds another training: its {name} is {short(before.get(name))}, here it is "
@@ -312,6 +320,13 @@ def note_run(training: ImageTrainer, dataset: CorpusRetrieval | Sequence[Any], a
                 )
     elif training.is_world_process_zero():
         write_json(file, run)
+
+
+def model_settings(config: Any) -> dict[str, Any]:
+    """All that the config says of the model, of an augmented one its base's and the fusion's together."""
+    found = config.to_diff_dict()
+    found |= {**found.pop("base_config", {}), **found.pop("fusion", {})}
+    return {f"model.{name}": found[name] for name in found if "version" not in name and name != "fingerprint"}
 
 
 def content_of(dataset: CorpusRetrieval | Sequence[Any]) -> str:

@@ -70,6 +70,13 @@ def test_a_pretrained_decoder_is_trained_beside_its_text_only_twin(world, base, 
     capsys.readouterr()
     assert run(*train, "--fusion-lr", "1e-3", "--out", tmp_path / "model", "--resume") == 1
     assert "holds another training: its fusion_lr is 0.01, here it is 0.001" in capsys.readouterr().err
+    shutil.copytree(base, tmp_path / "other")
+    weights = load_file(base / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] *= 1.1
+    save_file(weights, tmp_path / "other" / "model.safetensors", {"format": "pt"})
+    assert run(*train, "--base", tmp_path / "other", "--out", tmp_path / "model", "--resume") == 1
+    error = "holds the training of another base model: mlp.up_proj.weight of its fusion layer had other values"
+    assert error in capsys.readouterr().err
 
 
 def test_a_blind_twin_of_a_pretrained_decoder(world, base, tmp_path):
