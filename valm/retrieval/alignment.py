@@ -1,12 +1,11 @@
-"""Other vocabularies than the CLIP's: which CLIP tokens the text up to each token of a language model consists of.
+"""Other vocabularies than CLIP's: for each LM token, the CLIP tokens of the text up to and including it.
 
-The query of a token is that of the text so far, and how CLIP reads a text depends on how its last word goes on: "ban"
-is one piece of CLIP's, and so is "banana". The CLIP token that ends where a token ends would look ahead: which ones
-there are depends on what follows. Instead every prefix is cut as CLIP would cut it if the text ended there. The words
-before its last one are the same in all longer texts, and only the last one, which may go on, is cut anew for each
-token. Tokens that end words, most of them, lie on the cutting of the whole text; any other is a fork of it, a few CLIP
-tokens that are read behind the keys and values of the text before them. A word of LONGEST_WORD characters is closed,
-whatever comes.
+CLIP's tokens for a text depend on how its last word continues: "ban" is one CLIP token, and so is "banana". So the
+tokenization of the whole text would look ahead. Instead every prefix is tokenized as if the text ended there. The words
+before its last one have the same tokens in all longer texts; only the last word is tokenized again for each LM token.
+LM tokens that end a word, most of them, lie on the tokenization of the whole text. Any other is a fork of it: a few
+CLIP tokens that are read behind the keys and values of the text before them. A word is closed after LONGEST_WORD
+characters.
 """
 
 from __future__ import annotations
@@ -25,25 +24,25 @@ from valm.errors import ValmError
 from valm.retrieval.segments import Reading
 from valm.tokenizer import begin_id
 
-# Blanks behind which CLIP cuts the text independently of what stands before: no word of its goes across one, and no
-# Unicode normalisation either. Other blanks are left to its tokenizer.
+# Blanks after which CLIP's tokens do not depend on the text before: neither words nor Unicode normalisation cross one.
+# Its tokenizer handles other blanks.
 BLANKS = re.compile(r"[ \t\n\r]+")
-# Characters after which a word that is still open is closed as if a blank followed. Each token cuts the open word anew,
-# and of a text without blanks (base64, Chinese) that would be all of it: time and memory quadratic in its length. Words
-# of a language are shorter, and a text tower sees 75 tokens at once anyway.
+# Characters after which an open word is closed as if a blank followed. Each token tokenizes the open word again, and a
+# text without blanks (base64, Chinese) is a single word: time and memory would be quadratic in its length. Real words
+# are shorter, and a text tower sees 75 tokens at once anyway.
 LONGEST_WORD = 64
-# Words whose CLIP tokens are kept.
+# Words whose CLIP tokens are cached.
 WORD_CACHE = 1 << 16
-# What both ways of putting a text together are tried on.
+# The text that `token_bytes` is checked on.
 PROBE = "The colour of a ripe banana isn't 12% blue: na\u00efve caf\u00e9, \u4f60\u597d \U0001f600!"
 
 
 @dataclass
 class TextState:
-    """How far one row of a language model's tokens has been read.
+    """State of reading one row of a language model's tokens.
 
-    open: whether a document is open. undecoded: bytes of a character that is not whole yet.
-    word: the text after the last blank, which later tokens may go on; less than LONGEST_WORD characters.
+    open: whether a document is open. undecoded: bytes of an incomplete character.
+    word: the text after the last blank, which later tokens may continue; less than LONGEST_WORD characters.
     """
 
     open: bool = False
@@ -57,11 +56,12 @@ class TextState:
 class Alignment:
     """Reads the tokens of `tokenizer` as those of `clip_tokenizer`.
 
-    Its bos begins a document and its eos ends one; where both are one token, as GPT-2 has it, or there is no bos, that
-    token begins one. Other special tokens end a word and have no text.
+    Its bos begins a document and its eos ends one. If both are one token (GPT-2's) or there is no bos, that token
+    begins one. Other special tokens end a word and have no text.
 
-    Raises ValmError for a tokenizer without eos, one without a tokenizer.json, and one whose tokens have no text of
-    their own (a text must be what its tokens' texts, or bytes, are one after the other).
+    Raises:
+        ValmError: the tokenizer has no eos or no tokenizer.json, or a text is not the concatenation of its tokens'
+            texts or bytes.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, clip_tokenizer: PreTrainedTokenizerFast):
@@ -73,18 +73,18 @@ class Alignment:
         self.bos, self.eos = begin_id(tokenizer), tokenizer.eos_token_id
         self.sot, self.eot = clip_tokenizer.bos_token_id, clip_tokenizer.eos_token_id
         self.bytes_of = token_bytes(tokenizer)
-        self._clip = Tokenizer.from_str(clip_tokenizer.backend_tokenizer.to_str())  # whose settings nobody else changes
+        self._clip = Tokenizer.from_str(clip_tokenizer.backend_tokenizer.to_str())  # a copy, as the settings change
         self._clip.no_padding()
         self._clip.no_truncation()
         self._words: dict[str, list[int]] = {}
 
     def read(self, tokens: list[tuple[int, int]], text: TextState, reading: Reading) -> None:
-        """Reads further tokens of a row, as (position in the input, id), into `reading`; `text` is moved on.
+        """Reads further tokens of a row, as (position in the input, id), into `reading`, and advances `text`.
 
-        What the last word is so far is read but not kept: later calls read it again with what has come to it.
+        The last word is read but not stored: later calls read it again with its continuation.
         """
-        closed: list[int] = []  # CLIP tokens that no later text changes
-        prefixes = []  # for each token, how many of them there are, and the word that is open then
+        closed: list[int] = []  # CLIP tokens that later text cannot change
+        prefixes = []  # for each token: its position, the number of closed tokens, the open word
         for position, id in tokens:
             if id in (self.bos, self.eos):
                 closed += self.clip_ids(text.word)
@@ -103,8 +103,8 @@ class Alignment:
             prefixes.append((position, len(closed), text.word))
 
         whole = closed + self.clip_ids(text.word)
-        wanted = defaultdict(list)  # positions whose text is the first n tokens of the whole
-        forks = defaultdict(list)  # and those with other tokens behind these
+        wanted = defaultdict(list)  # positions whose text is the first n tokens of the whole text
+        forks = defaultdict(list)  # positions whose text has other tokens behind these
         for position, begin, word in prefixes:
             ids = self.clip_ids(word)
             shared = 0
@@ -128,7 +128,7 @@ class Alignment:
                 reading.fork(ids, positions)
 
     def clip_ids(self, word: str) -> list[int]:
-        """What CLIP's tokenizer makes of `word`."""
+        """CLIP's tokens of `word`."""
         ids = self._words.get(word)
         if ids is None:
             if len(self._words) == WORD_CACHE:
@@ -137,7 +137,7 @@ class Alignment:
         return ids
 
     def _decode(self, id: int, text: TextState) -> str:
-        """The characters that token `id` completes. Bytes that are no UTF-8 become U+FFFD, as in any decoder."""
+        """The characters that token `id` completes. Invalid UTF-8 becomes U+FFFD, as in any decoder."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         characters = decoder.decode(text.undecoded + self.bytes_of[id])
         text.undecoded = decoder.getstate()[0]
@@ -145,9 +145,10 @@ class Alignment:
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
-    """The UTF-8 text of each token, a blank for special tokens; of a token that is part of a character, its bytes.
+    """The UTF-8 bytes of each token, a blank for special tokens; a token may be part of a character.
 
-    Raises ValmError where a text is not what its tokens' texts are one after the other.
+    Raises:
+        ValmError: a text is not the concatenation of its tokens' texts.
     """
     backend = tokenizer.backend_tokenizer
     spec = json.loads(backend.to_str())
@@ -158,24 +159,24 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
     added = tokenizer.added_tokens_decoder
     special = set(tokenizer.all_special_ids) | {id for id, token in added.items() if token.special}
 
-    def of(id: int, piece: str) -> bytes:
+    def of(id: int, token: str) -> bytes:
         if id in special:
             return b" "
         if id in added:
-            return piece.encode()
+            return token.encode()
         if "ByteLevel" in kinds:
-            ends_word = suffix and piece.endswith(suffix)
-            return bytes(byte_of[c] for c in piece.removesuffix(suffix)) + (b" " if ends_word else b"")
-        if "ByteFallback" in kinds and (byte := re.fullmatch("<0x([0-9A-F]{2})>", piece)):
+            ends_word = suffix and token.endswith(suffix)
+            return bytes(byte_of[c] for c in token.removesuffix(suffix)) + (b" " if ends_word else b"")
+        if "ByteFallback" in kinds and (byte := re.fullmatch("<0x([0-9A-F]{2})>", token)):
             return bytes.fromhex(byte[1])
         if backend.decoder is None:
-            return f" {piece}".encode()
-        # between two others, as the ends of a text may lose their blanks
-        return backend.decoder.decode(["x", piece, "x"])[1:-1].encode()
+            return f" {token}".encode()
+        # between two others, as the decoder may strip blanks at the ends of a text
+        return backend.decoder.decode(["x", token, "x"])[1:-1].encode()
 
     table = [b""] * len(tokenizer)
-    for piece, id in tokenizer.get_vocab().items():
-        table[id] = of(id, piece)
+    for token, id in tokenizer.get_vocab().items():
+        table[id] = of(id, token)
 
     ids = [id for id in tokenizer(PROBE, add_special_tokens=False)["input_ids"] if id not in special]
     joined = b"".join(table[id] for id in ids).decode("utf-8", errors="replace").strip()
@@ -183,6 +184,6 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
     if joined != expected:
         raise ValmError(
             f"the language model's tokenizer reads {PROBE!r} as {expected!r}, but its tokens one after the other are "
-            f"{joined!r}: pictures can be retrieved for tokenizers only whose tokens have each a text of their own"
+            f"{joined!r}: images can be retrieved only for tokenizers in which each token has a text of its own"
         )
     return table

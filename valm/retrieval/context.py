@@ -13,34 +13,34 @@ from valm.retrieval.text_tower import KeyValues, TextTower
 
 QUERIES = ("eot", "state")
 
-# Tokens that open each segment for the second time. On running prose (LAMBADA) and a context of 77 tokens the text
-# tower then reads 1.27 tokens for each token of the text; with 16 it would be 1.35.
+# Tokens repeated at the start of the next segment. On running prose (LAMBADA) and a context of 77 tokens the text tower
+# then reads 1.27 tokens for each token of the text; with 16 it would be 1.35.
 OVERLAP = 12
 
-# Tokens of one call of the text tower, so that memory stays bounded however large the batch is. On a CPU the allocator
-# gives larger blocks back to the system, and the next layer waits for fresh pages; a GPU waits for calls.
+# Tokens of one call of the text tower, which bounds memory for any batch. On a CPU the allocator would return larger
+# blocks to the system, which causes page faults in the next layer; a GPU needs larger calls.
 CALL_TOKENS = 8192
 CPU_CALL_TOKENS = 2048
-# Runs that are filled up to the longest of a call may differ by so much in length.
+# Maximum difference in length of runs that are padded to the longest of a call.
 SPREAD = 8
 
 
 class ContextCache:
-    """What incremental encoding keeps of each row: where its segment stands, and that segment's keys and values.
+    """State of incremental encoding for each row: its segment, with the segment's keys and values.
 
-    Make one with `ContextEncoder.new_cache`. It is changed in place by `ContextEncoder.step`.
+    `ContextEncoder.new_cache` makes one; `ContextEncoder.step` changes it in place.
     """
 
     def __init__(self, batch: int, tower: TextTower, embed_dim: int):
         like = tower.positions
-        # SOT and the tokens of a segment; its EOT is never looked at by another token. Token p of a segment stands
-        # in place capacity-1-p: the last P places are then always the tokens before the next one.
+        # SOT and the tokens of a segment; no other token sees its EOT. Token p of a segment is at index capacity-1-p,
+        # so the last P entries are always the P tokens before the next one.
         self.capacity = len(like) - 1
         shape = (batch, tower.heads, self.capacity, tower.head_dim)
         self.states = [SegmentState() for _ in range(batch)]
-        self.texts = [TextState() for _ in range(batch)]  # used where the ids are not the CLIP's
+        self.texts = [TextState() for _ in range(batch)]  # used if the ids are not CLIP's
         self.past: KeyValues = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in tower.blocks]
-        self.last_query = torch.zeros(batch, embed_dim, device=like.device)  # float32, of the last token kept
+        self.last_query = torch.zeros(batch, embed_dim, device=like.device)  # float32, of the last cached token
 
     def reorder(self, beam_idx: Tensor) -> None:
         """Row i becomes a copy of row beam_idx[i], (new batch,) int64: beam search."""
@@ -52,19 +52,23 @@ class ContextCache:
 
 
 class ContextEncoder:
-    """Queries for retrieval: what CLIP makes of the text up to each token.
+    """Queries for retrieval: CLIP's encoding of the text up to each token.
 
-    clip: the CLIP; its text tower must be causal (`TextTower` says which are refused, with ValmError).
-    tokenizer: whose ids it is given, by default the CLIP's own. Another one is read as `Alignment` says (and
-        refuses): a token's query is then that of the text up to its last character, cut as CLIP would cut it.
-    query: "eot" is CLIP's own text feature of each prefix, as if EOT stood after it: the state CLIP was
-        trained for. "state" is the tower's state at the token itself, as published (Wang et al. 2022, section 2.2).
-    overlap, min_tokens: see `SegmentRule`; by default OVERLAP or a quarter of a segment, and half a segment.
-    dtype: precision of the text tower, float32, bfloat16 or float64; queries are float32 whatever it is.
-
-    A token's query depends on the tokens before it and itself alone: it is the same (to rounding) in any batch, with
+    A token's query depends on itself and the tokens before it alone: it is the same (to rounding) in any batch, with
     any padding, at the end of a prefix, and token by token. bos (SOT) in the ids begins a document and eos (EOT) ends
     one; text without bos is read as if it had one. The query at eos is that of the whole text, in both kinds.
+
+    Args:
+        clip: the CLIP; its text tower must be causal (see `TextTower`).
+        tokenizer: the tokenizer of the ids; by default CLIP's own. Another one is read through `Alignment`: a token's
+            query is then that of the text up to its last character, tokenized by CLIP.
+        query: "eot" is CLIP's own text feature of each prefix, as if EOT followed: the state that CLIP was trained
+            for. "state" is the tower's state at the token itself, as published (Wang et al. 2022, section 2.2).
+        overlap, min_tokens: see `SegmentRule`; by default OVERLAP or a quarter of a segment, and half a segment.
+        dtype: precision of the text tower, float32, bfloat16 or float64; queries are always float32.
+
+    Raises:
+        ValmError: the text tower or the tokenizer cannot be used; see `TextTower` and `Alignment`.
     """
 
     def __init__(
@@ -108,33 +112,37 @@ class ContextEncoder:
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Queries (B, T, E) float32, L2-normalised, zeros where attention_mask (B, T) is 0.
 
-        input_ids: (B, T) int64 ids of the tokenizer. Raises ValueError for other shapes, types and ids.
+        Args:
+            input_ids: (B, T) int64 ids of the tokenizer.
+
+        Raises:
+            ValueError: a wrong shape, dtype or id.
         """
         return self.encode(self.runs(input_ids, attention_mask), input_ids.shape)
 
     def runs(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[Run]:
-        """The segments of a batch, to be encoded: what `encode` takes. Arguments and errors as in `__call__`."""
+        """The segments of a batch, as `encode` takes them. Arguments and errors as in `__call__`."""
         tokens = self._tokens(input_ids, attention_mask)
         readings = [self._read(row, of_row, SegmentState(), TextState()) for row, of_row in enumerate(tokens)]
         return [run for reading in readings for run in reading.runs + reading.forks]
 
     @torch.no_grad()
     def encode(self, runs: list[Run], shape: tuple[int, ...]) -> Tensor:
-        """Queries (B, T, E) of `shape` (B, T), zeros where `runs` ask for none."""
+        """Queries (B, T, E) of `shape` (B, T), zeros at positions that `runs` do not ask for."""
         queries = self._zeros(shape)
         for some in self._together(runs):
             self._encode(some, queries)
         return queries
 
     def new_cache(self, batch: int) -> ContextCache:
-        """An empty cache for `batch` rows of text, to be read by `step`."""
+        """An empty cache for `step` on `batch` rows of text."""
         return ContextCache(batch, self.tower, self.clip.embed_dim)
 
     @torch.no_grad()
     def step(self, input_ids: Tensor, cache: ContextCache, attention_mask: Tensor | None = None) -> Tensor:
-        """Queries (B, T, E) of the next T tokens of each row; what came before is in `cache`.
+        """Queries (B, T, E) of the next T tokens of each row; `cache` has the earlier ones.
 
-        A prompt goes in whole, then one token at a time. Arguments and errors otherwise as in `__call__`.
+        Pass a whole prompt first, then one token at a time. Arguments and errors otherwise as in `__call__`.
         """
         tokens = self._tokens(input_ids, attention_mask)
         if len(tokens) != len(cache.states):
@@ -151,9 +159,9 @@ class ContextEncoder:
                         queries[row, position] = cache.last_query[row]
                 if run.ids:
                     (going_on if run.start else new).append(run)
-                else:  # nothing of its own to run, so its branches go on from the cache
+                else:  # it has no tokens itself, so its branches continue from the cache
                     going_on += run.branches
-        # first those that read the cache, as the others may write over what they look at
+        # first those that read the cache, as the others may overwrite it
         for some in _alike(going_on) + self._together(new):
             self._encode(some, queries, cache)
         return queries
@@ -189,14 +197,14 @@ class ContextEncoder:
         wrong = next((id for row in rows for _, id in row if not 0 <= id < self.num_ids), None)
         if wrong is not None:
             whose = f"the CLIP {self.clip.name}" if self.alignment is None else "the tokenizer"
-            raise ValueError(f"input_ids has {wrong}, but {whose} has {self.num_ids} pieces")
+            raise ValueError(f"input_ids has {wrong}, but {whose} has {self.num_ids} tokens")
         return rows
 
     def _zeros(self, shape: tuple[int, ...]) -> Tensor:
         return torch.zeros(*shape, self.clip.embed_dim, device=self.tower.positions.device)
 
     def _together(self, runs: list[Run]) -> list[list[Run]]:
-        """New runs, parted for one call each: of like size, as many tokens as a call may have or up to one run more."""
+        """Splits new runs into calls of similar size, of at most a call's tokens and one run more."""
         most = CPU_CALL_TOKENS if self.tower.positions.device.type == "cpu" else CALL_TOKENS
         if self.query == "eot":
             most //= 2
@@ -212,7 +220,7 @@ class ContextEncoder:
         return parts
 
     def _encode(self, runs: list[Run], queries: Tensor, cache: ContextCache | None = None) -> None:
-        """Encodes runs, all of them new or all going on from the cache, and then their branches."""
+        """Encodes runs, either all new or all continuing from the cache, and then their branches."""
         bucket = _Bucket(runs, self.rule.eot, queries.device)
         past = None
         if cache is not None and bucket.longest:
@@ -232,7 +240,7 @@ class ContextEncoder:
         for some in _alike([branch for _, branch in branches], spread=0):
             branched = _Bucket(some, self.rule.eot, queries.device)
             n = torch.tensor([parent[id(branch)] for branch in some], device=queries.device)
-            # a branch's past stands in the last places; what a longer one's has before is not looked at
+            # a branch's past is at the end; first_key hides what longer ones have before it
             place = (bucket.first[n] - branched.first)[:, None] + torch.arange(branched.longest, device=n.device)
             row, place = bucket.row[n, None], place.clamp(min=0)  # (branches, 1), (branches, P)
             past = [
@@ -249,8 +257,8 @@ class ContextEncoder:
         cache: ContextCache | None = None,
         keep: bool = False,
     ) -> KeyValues:
-        """Runs `bucket` behind `past`, puts the queries (B, T, E) asked for into place and what is to be kept into the
-        cache. Returns the keys and values of its tokens where `keep`."""
+        """Runs `bucket` behind `past`; writes the wanted queries into `queries` (B, T, E), and later context into the
+        cache. Returns the keys and values of its tokens if `keep`."""
         states, present = self.tower.run(
             bucket.ids,
             eot_stream=self.query == "eot",
@@ -279,16 +287,16 @@ class ContextEncoder:
 
 
 class _Bucket:
-    """Runs that the text tower reads in one call, all of them new or all going on from kept tokens.
+    """Runs that the text tower reads in one call, either all new or all continuing from cached tokens.
 
-    New ones stand one behind the other in a single row, so that nothing is filled up and matrices are large. The others
-    have a row each, filled up on the right, behind the `longest` of what was kept for them.
+    New runs are concatenated in a single row, without padding and with large matrices. The others have a row each,
+    padded on the right, behind the cached tokens, of which `longest` is the largest number.
 
-    Token `at` of run n stands at [row[n], column[n] + at] of ids (N, T). The keys of the first p tokens of its segment,
-    all that were kept among them, are [row[n], first[n] : first[n] + p].
+    Token `at` of run n is at [row[n], column[n] + at] of ids (N, T). The keys of the first p tokens of its segment,
+    cached ones included, are [row[n], first[n] : first[n] + p].
     """
 
-    def __init__(self, runs: list[Run], filling: int, device: torch.device):
+    def __init__(self, runs: list[Run], pad: int, device: torch.device):
         self.runs = runs
         lengths = torch.tensor([len(run.ids) for run in runs])
         starts = torch.tensor([run.start for run in runs])
@@ -301,19 +309,19 @@ class _Bucket:
             positions = torch.arange(ids.shape[1]) - first_key
         else:
             length = int(lengths.max())
-            ids = torch.tensor([run.ids + [filling] * (length - len(run.ids)) for run in runs])
+            ids = torch.tensor([run.ids + [pad] * (length - len(run.ids)) for run in runs])
             row, column = torch.arange(len(runs)), torch.zeros_like(lengths)
             first = self.longest - starts
             first_key = first[:, None].expand(ids.shape)
             positions = torch.arange(length) + starts[:, None]
-        # where all see everything before them the argument would only cost time
+        # None if every token sees all tokens before it, which is faster
         self.first_key = first_key.int().to(device) if first_key.any() else None
         self.ids, self.positions = ids.to(device), positions.to(device)
         self.row, self.column, self.first = row.to(device), column.to(device), first.to(device)
 
 
 def _alike(runs: list[Run], spread: int = SPREAD) -> list[list[Run]]:
-    """Runs of like length together, within `spread` and CALL_TOKENS, what they look back at counted too."""
+    """Groups runs of similar length, within `spread` and CALL_TOKENS, counting the cached tokens they see too."""
     buckets: list[list[Run]] = []
     for run in sorted(runs, key=lambda run: (-len(run.ids), -run.start)):
         first = buckets[-1][0] if buckets else run

@@ -1,7 +1,7 @@
-"""What searches a knowledge base: exactly, or through an index of faiss where it has one.
+"""Searches a knowledge base: exactly, or through its faiss index if it has one.
 
-faiss finds candidates, and their float16 vectors in the knowledge base decide: scores and order are exact for
-whatever was found. `valm.retrieval.index_tuning` makes the index and measures its recall.
+faiss finds candidates, which are reranked by their float16 vectors in the knowledge base, so scores and order are
+exact. `valm.retrieval.index_tuning` makes the index and measures its recall.
 """
 
 from __future__ import annotations
@@ -29,17 +29,20 @@ from valm.shards.manifest import file_entry
 from valm_kernels import FlatIPIndex, TopK
 from valm_kernels.json_files import own_file
 
-# Pictures from which on an index is worth its making: `choose_factory` of valm.retrieval.index_tuning.
+# Number of images from which an index is worthwhile (`choose_factory` of valm.retrieval.index_tuning).
 EXACT_BELOW = 50_000
-# Distances between queries and centroids that are in memory at once.
+# Distances between queries and centroids held in memory at once.
 CELL_DISTANCES = 1 << 24
 
 
 def open_index(kb: ImageKnowledgeBase, device: torch.device | str = "cpu") -> FlatIPIndex | FaissIndex:
-    """What searches `kb`: its faiss index where it has one, else exact search on `device`.
+    """The index that searches `kb`: its faiss index if it has one, else exact search on `device`.
 
-    This is the one place that decides it. Warns where exact search is given EXACT_BELOW pictures or more. Raises
-    ValmError for an index that is damaged or stale, ImportError for one that cannot be read without faiss.
+    Only this function decides it. Warns if exact search has to search EXACT_BELOW images or more.
+
+    Raises:
+        ValmError: the faiss index is damaged or stale.
+        ImportError: there is a faiss index, but faiss is not installed.
     """
     if index_parameters(kb) is not None:
         return FaissIndex.open(kb)
@@ -57,7 +60,7 @@ def open_index(kb: ImageKnowledgeBase, device: torch.device | str = "cpu") -> Fl
 
 
 def verify_index(kb: ImageKnowledgeBase) -> list[str]:
-    """The name of the index file of `kb` in a list, where its content is not what was written."""
+    """The name of the index file of `kb` in a list if its content has changed, else an empty list."""
     parameters = index_parameters(kb)
     if parameters is None or file_entry(kb.path / INDEX_FILE) == parameters.file:
         return []
@@ -65,13 +68,13 @@ def verify_index(kb: ImageKnowledgeBase) -> list[str]:
 
 
 def remove_index(kb: ImageKnowledgeBase) -> None:
-    """Takes the index of `kb` away, where it has one: it is searched exactly from now on."""
+    """Removes the index of `kb`, if any: it is searched exactly from then on."""
     for name in (PARAMETERS_FILE, INDEX_FILE):
         (kb.path / name).unlink(missing_ok=True)
 
 
 class FaissIndex:
-    """Search through faiss, decided by the exact vectors; made by `build_index`, opened by `FaissIndex.open`."""
+    """Search through faiss, reranked by the exact vectors; made by `build_index`, opened by `FaissIndex.open`."""
 
     def __init__(self, kb: ImageKnowledgeBase, index: Any, parameters: IndexParameters):
         self.kb = kb
@@ -88,8 +91,12 @@ class FaissIndex:
 
     @classmethod
     def open(cls, kb: ImageKnowledgeBase) -> FaissIndex:
-        """The index in the folder of `kb`, memory-mapped. Raises ValmError where there is none, or another's, or a
-        damaged one; ImportError without faiss."""
+        """The index in the folder of `kb`, memory-mapped.
+
+        Raises:
+            ValmError: there is none, it is damaged, or it belongs to another knowledge base.
+            ImportError: faiss is not installed.
+        """
         parameters = index_parameters(kb)
         if parameters is None:
             raise ValmError(f"the knowledge base {kb.path} has no index: it has no {PARAMETERS_FILE}")
@@ -118,10 +125,10 @@ class FaissIndex:
         return self._index.ntotal
 
     def search(self, queries: Tensor, k: int) -> TopK:
-        """The `k` best that were found for each query (..., E), by (score falling, id rising).
+        """The `k` best candidates for each query (..., E), by (score falling, id rising).
 
-        Scores are exact, float32. Where fewer than `k` were found, ids are -1 and scores -inf; a query with NaN or
-        infinity has ids -1 and scores NaN.
+        Scores are exact, float32. Results are padded with id -1 and score -inf; a query with NaN or infinity has ids -1
+        and scores NaN.
         """
         flat = queries.reshape(-1, queries.shape[-1]).float().cpu()
         found = self._find(flat.numpy(), min(len(self), k * self.parameters.candidates))
@@ -145,9 +152,10 @@ class FaissIndex:
 
 
 class _Cells:
-    """An inverted file of 4-bit codes whose cells PyTorch chooses: these codes are scanned so fast that the matrix
-    product of faiss's CPU packages, slower than PyTorch's, would take much of a search. Other kinds scan longer, and
-    faiss shares them among threads in its own search only."""
+    """IVF of 4-bit codes whose cells PyTorch selects, because faiss's CPU matmul would dominate such fast scans.
+
+    Other codes take longer to scan, and faiss distributes them over threads in its own search only.
+    """
 
     def __init__(self, ivf: Any, quantizer: Any):
         if quantizer.ntotal != ivf.nlist:
@@ -160,7 +168,7 @@ class _Cells:
         self._squares = self._centroids.square().sum(1)
 
     def search(self, queries: np.ndarray, count: int) -> np.ndarray:
-        """Ids (Q, count) int64 of the candidates for queries (Q, d) that all transforms have been through."""
+        """Ids (Q, count) int64 of the candidates for transformed queries (Q, d)."""
         found = [
             self._ivf.search_preassigned(part.numpy(), count, *self._nearest(part))[1]
             for part in torch.from_numpy(queries).split(max(1, CELL_DISTANCES // self._ivf.nlist))
@@ -169,14 +177,14 @@ class _Cells:
 
     def _nearest(self, queries: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """The nprobe nearest cells (Q, nprobe) of each query, and the squared distances of their centroids."""
-        with torch.autocast("cpu", enabled=False):  # a model may be run in one
-            distances = torch.addmm(self._squares, queries, self._centroids.T, alpha=-2)  # but for |q|²
+        with torch.autocast("cpu", enabled=False):  # the caller may be in autocast
+            distances = torch.addmm(self._squares, queries, self._centroids.T, alpha=-2)  # without |q|²
         nearest = distances.topk(self._ivf.nprobe, largest=False)
         return nearest.indices.numpy(), (nearest.values + queries.square().sum(1, keepdim=True)).numpy()
 
 
 def stages(index: Any) -> tuple[list[Any], Any]:
-    """The transforms that vectors go through before a faiss index, in order, and what is searched behind them."""
+    """The transforms of a faiss index, in order, and the index behind them."""
     faiss = import_faiss()
     if not isinstance(index, faiss.IndexPreTransform):
         return [], index
@@ -185,13 +193,17 @@ def stages(index: Any) -> tuple[list[Any], Any]:
 
 
 def read_index(path: Path) -> Any:
-    """The faiss index in a file, its inverted lists or vectors memory-mapped where faiss can do that."""
+    """The faiss index in a file, with its inverted lists or vectors memory-mapped if faiss supports that."""
     faiss = import_faiss()
     return faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
 
 
 def import_faiss() -> ModuleType:
-    """faiss, or an ImportError that says how to get it."""
+    """The module faiss.
+
+    Raises:
+        ImportError: it is not installed; the message says how to install it.
+    """
     try:
         import faiss
     except ImportError as error:
@@ -201,7 +213,7 @@ def import_faiss() -> ModuleType:
 
 def _rerank(kb: ImageKnowledgeBase, queries: Tensor, found: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The best k of the candidates `found` (Q, C), -1 = none, by (exact score falling, id rising): scores and ids."""
-    found = found.sort(-1).values  # so that equal scores come in order of their ids
+    found = found.sort(-1).values  # so that equal scores are in order of id
     scores = torch.full(found.shape, -torch.inf)
     query_ids, places = (found >= 0).nonzero(as_tuple=True)
     pairs = query_ids.numpy(), found[query_ids, places].numpy()

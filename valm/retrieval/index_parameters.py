@@ -1,4 +1,4 @@
-"""What is written of the faiss index of a knowledge base, beside it."""
+"""The parameters of a knowledge base's faiss index, stored beside it in index.json."""
 
 from __future__ import annotations
 
@@ -25,13 +25,19 @@ class IndexFile(TypedDict):
 
 @dataclass(frozen=True)
 class IndexParameters:
-    """How a knowledge base is indexed, and how well that works: what index.json says.
+    """The content of index.json: how a knowledge base is indexed, and with what recall.
 
-    factory: faiss's description of the index. trained_on: vectors of the sample it was trained on. search: faiss's
-    search parameters, such as "nprobe=32" (cells of an inverted file that are looked into) or "efSearch=64" (of an HNSW
-    graph). candidates: how many, for each of the K asked for, are compared exactly. recall: share of the true `k`
-    nearest that were found, on `queries` queries that were not tuned on; target: what had to be reached; asked: what
-    the queries are. knowledge_base: fingerprint of what is indexed. file: name, size and SHA-256 of the index.
+    Attributes:
+        factory: faiss's description of the index.
+        trained_on: number of vectors it was trained on.
+        search: faiss's search parameters, such as "nprobe=32" (cells of an inverted file to search) or "efSearch=64"
+            (of an HNSW graph).
+        candidates: how many are reranked exactly for each of the K results.
+        recall: share of the true `k` nearest found, on `queries` queries that were not tuned on.
+        target: the recall to be reached.
+        asked: description of the queries.
+        knowledge_base: fingerprint of the indexed knowledge base.
+        file: name, size and SHA-256 of the index.
     """
 
     knowledge_base: str
@@ -47,14 +53,18 @@ class IndexParameters:
     file: IndexFile
 
     def summary(self) -> str:
-        """One line for people."""
-        settings = ", ".join(filter(None, [self.factory, self.search, f"{self.candidates} candidates a picture"]))
+        """One line for display."""
+        settings = ", ".join(filter(None, [self.factory, self.search, f"{self.candidates} candidates an image"]))
         size = f"{self.file['bytes'] / 1e6:,.0f} MB"
         return f"{settings}, {size}; recall@{self.k} {self.recall:.3f} on {self.queries:,} {self.asked}"
 
 
 def index_parameters(kb: ImageKnowledgeBase) -> IndexParameters | None:
-    """What is written of the index of `kb`, None where it has none. Raises ValmError where that is damaged or stale."""
+    """The parameters of the index of `kb`; None without an index.
+
+    Raises:
+        ValmError: they are damaged or stale.
+    """
     path = kb.path / PARAMETERS_FILE
     if not os.path.lexists(path):
         return None
@@ -66,5 +76,5 @@ def index_parameters(kb: ImageKnowledgeBase) -> IndexParameters | None:
 
 
 def remedy(kb: ImageKnowledgeBase) -> str:
-    """What to do where the index is damaged or stale."""
+    """What to do if the index is damaged or stale."""
     return f"make it anew with `valm kb index {kb.path}`, or delete {PARAMETERS_FILE} to search exactly"

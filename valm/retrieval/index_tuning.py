@@ -1,7 +1,7 @@
-"""Making the faiss index of a knowledge base: trained, filled, tuned on queries of real text, its recall measured.
+"""Makes the faiss index of a knowledge base: trains it, adds vectors, tunes it on real queries, measures its recall.
 
-How much of the index is searched and how many candidates are compared exactly are tuned together: of all the
-settings that find the asked share of the true K nearest, the one that reads the fewest bytes is taken.
+How much of the index is searched and how many candidates are reranked exactly are tuned together: of all settings that
+reach the target recall, it takes the one that reads the fewest bytes.
 """
 
 from __future__ import annotations
@@ -26,35 +26,35 @@ from valm.tokenizer import padded
 from valm_kernels import ip_topk, merge_topk
 from valm_kernels.atomic_files import folder_lock, move, remove_leftovers, temporary_file
 
-# Vectors a cell should have to be trained on (faiss warns below 39); at least and at most how many are taken.
+# Training vectors per cell (faiss warns below 39), and the least and most training vectors.
 TRAIN_PER_CELL = 40
 MIN_TRAIN, MAX_TRAIN = 1 << 16, 1 << 20
-ITERATIONS = 10  # of k-means
+ITERATIONS = 10  # iterations of k-means
 PRODUCT_CODES_FROM = 10_000_000
-# Principal components that candidates are found by. On 1 M vectors of 768 numbers (benchmarks/valm/inputs.py) 16 times
-# as many candidates as pictures then hold 0.97 of the true nearest; scanning all 768 numbers took three times as long.
+# Principal components by which candidates are found. On 1 M vectors of 768 numbers (benchmarks/valm/inputs.py) 16
+# candidates per image then contain 0.97 of the true nearest; scanning all 768 numbers took three times as long.
 PRINCIPAL = 256
 ADD_ROWS = 1 << 15
-# Queries that are tuned on, and as many again that recall is measured on.
+# Queries for tuning, and as many again for measuring recall.
 QUERIES = 1024
-# Standard errors by which the half that is tuned on must surpass the target. The shortest search that just reaches it
-# there falls short on every other sample of queries half the time.
+# Standard errors by which the tuning half must beat the target; a setting that only just reaches it misses on about
+# half of other samples.
 MARGIN = 1
-# Runs of queries whose recalls tell that error. The queries of a text stand together and are much alike, so single
-# ones would make it too small.
+# Groups of consecutive queries from whose recalls that error is estimated. Queries of one text are adjacent and
+# similar, so single queries would underestimate it.
 BLOCKS = 16
-# How many candidates are compared exactly for each picture asked for: what is tried.
+# Numbers of candidates per image that tuning tries.
 CANDIDATES = (32, 24, 16, 12, 8, 6, 4, 3, 2, 1)
 GIVE_UP = 1.5
-# What a byte of a vector costs that is read where it happens to lie, in bytes of codes that are scanned: 1.26 and
-# 4.5 GB/s, for 400,000 vectors of 768 and 256 numbers on two cores.
+# Cost of a randomly read vector byte, in bytes of sequentially scanned codes: 1.26 and 4.5 GB/s, for 400,000 vectors of
+# 768 and 256 numbers on two cores.
 RANDOM_READ = 4
 TEXTS_AT_ONCE = 64
-# The queries of one text are much alike: few of each, so that two halves of them need the same search.
+# Queries of one text are similar: take few of each, so that both halves need the same search.
 TOKENS_PER_TEXT = 8
 # How long to wait for another process that puts its index there.
 WAIT_SECONDS = 60.0
-# Pictures whose captions are taken for queries where no other text is given.
+# Number of images whose captions serve as queries if no other text is given.
 CAPTIONED = 1024
 
 
@@ -69,31 +69,34 @@ def build_index(
     seed: int = 0,
     progress: bool = True,
 ) -> FaissIndex:
-    """Indexes `kb` and writes the index beside it; one that was there stays until the new one is whole.
+    """Indexes `kb` and writes the index beside it; an old index stays until the new one is complete.
 
-    queries: (Q, E) of the kind the index will be asked (`context_queries`), of different texts in its two halves: the
-        first is tuned on, recall is measured on the second; the true nearest come from an exact search.
-    target_recall: share of the true `k` nearest to find, in the first half with a standard error to spare (MARGIN).
-        What falls short of it in the second half all the same is not taken either.
-    factory: a faiss factory string; `choose_factory` knows one for each size. Tuned are the cells looked into of an
-        inverted file ("IVF4096,Flat", "OPQ64,IVF65536,PQ64") and the width of the search in a graph ("HNSW32").
-    asked: what the queries are, for people.
+    Memory holds the index, its training vectors (at most MAX_TRAIN, in float32) and the largest shard.
 
-    In memory are the index, the vectors it is trained on (at most MAX_TRAIN, in float32) and the largest shard.
-    Raises ValmError for a factory faiss does not know and where the target is not reached however long is searched,
-    ImportError without faiss.
+    Args:
+        queries: (Q, E) of the kind that will be searched (`context_queries`), with different texts in the two halves:
+            the first is for tuning, the second for measuring recall against an exact search.
+        target_recall: share of the true `k` nearest to find, in the first half with a margin of standard errors
+            (MARGIN). Settings that miss it in the second half are rejected too.
+        factory: a faiss factory string; `choose_factory` has one for each size. Tuning sets the cells to search of an
+            inverted file ("IVF4096,Flat", "OPQ64,IVF65536,PQ64") or the search width of a graph ("HNSW32").
+        asked: description of the queries, for display.
+
+    Raises:
+        ValmError: faiss does not know the factory, or no setting reaches the target.
+        ImportError: faiss is not installed.
     """
     faiss = import_faiss()
     queries = queries.reshape(-1, kb.dim).float().cpu()
     if len(queries) < 2:
         raise ValmError(f"an index needs queries to be tuned and measured on, got {len(queries)}")
     try:
-        # of vectors of length 1 the nearest are those of the largest inner product, and no transform changes that
+        # for unit vectors the nearest have the largest inner product, and no transform changes that
         index = faiss.index_factory(kb.dim, factory, faiss.METRIC_L2)
     except RuntimeError as error:
         raise ValmError(f"faiss makes no index of {kb.dim} dimensions from the factory string {factory!r}") from error
     trained_on = _train(index, kb, seed, progress)
-    with progress_bar(total=len(kb), desc="add", unit=" pictures", unit_scale=True, shown=progress) as bar:
+    with progress_bar(total=len(kb), desc="add", unit=" images", unit_scale=True, shown=progress) as bar:
         for start in range(0, len(kb), ADD_ROWS):
             rows = np.arange(start, min(start + ADD_ROWS, len(kb)))
             index.add(kb.gather(rows).astype(np.float32))
@@ -106,10 +109,10 @@ def build_index(
     with write_errors(file), temporary_file(file) as temporary:
         try:
             faiss.write_index(index, str(temporary))
-        except RuntimeError as error:  # faiss has no other
+        except RuntimeError as error:  # faiss supports no other
             reason = "the disk is full, or does not let it be written"
             raise ValmError(f"cannot write {file}: {reason}; what was there is untouched") from error
-        # tuned as it will be used: read back, memory-mapped
+        # tune it as it will be used: read back, memory-mapped
         index = read_index(temporary)
         untuned = IndexParameters(
             knowledge_base=kb.fingerprint,
@@ -126,7 +129,7 @@ def build_index(
         )
         parameters = _tune(kb, index, untuned, queries, truth)
         with folder_lock(kb.path, WAIT_SECONDS):
-            # from here until the new parameters are there, the knowledge base has no index
+            # from here until the new parameters are written, the knowledge base has no index
             (kb.path / PARAMETERS_FILE).unlink(missing_ok=True)
             move(temporary, file)
             write_json(kb.path / PARAMETERS_FILE, asdict(parameters))
@@ -134,11 +137,11 @@ def build_index(
 
 
 def choose_factory(count: int, dim: int) -> str | None:
-    """The kind of index for `count` vectors of width `dim`; None while exact search is as good.
+    """The faiss factory string for `count` vectors of width `dim`; None if exact search is as good.
 
-    An inverted file of about 4 sqrt(N) cells with 4 bits for each of PRINCIPAL numbers; for very many vectors with 64
-    bytes a vector, as published, which faiss reads from a memory map. Of half as many cells a search has to look into
-    more vectors to find as much.
+    An inverted file of about 4 sqrt(N) cells with 4 bits for each of PRINCIPAL numbers; for very many vectors 64 bytes
+    a vector, as published, which faiss reads from a memory map. With half as many cells a search has to scan more
+    vectors for the same recall.
     """
     if count < EXACT_BELOW:
         return None
@@ -154,23 +157,27 @@ def _power_of_two(number: float) -> int:
     return 1 << round(np.log2(number))
 
 
-def captions(kb: ImageKnowledgeBase, pictures: int = CAPTIONED, seed: int = 0) -> list[str]:
-    """The captions of some pictures of `kb`, taken at random: one text a picture, each caption on a line of its own.
+def captions(kb: ImageKnowledgeBase, images: int = CAPTIONED, seed: int = 0) -> list[str]:
+    """The captions of some random images of `kb`: one text per image, one caption a line.
 
-    Raises ValmError where they have none.
+    Raises:
+        ValmError: they have no captions.
     """
-    ids = np.random.default_rng(seed).choice(len(kb), min(pictures, len(kb)), replace=False)
+    ids = np.random.default_rng(seed).choice(len(kb), min(images, len(kb)), replace=False)
     found = [text for id in np.sort(ids).tolist() if (text := kb.item(id).caption.strip())]
     if not found:
-        raise ValmError(f"the pictures of {kb.path} have no captions to make queries of: give a text file as --queries")
+        raise ValmError(f"the images of {kb.path} have no captions to make queries of: give a text file as --queries")
     return found
 
 
 def context_queries(encoder: ContextEncoder, texts: Sequence[str], count: int = 2 * QUERIES, seed: int = 0) -> Tensor:
-    """Up to `count` queries (Q, E) at tokens of `texts`; both are drawn, about TOKENS_PER_TEXT tokens of a text.
+    """Up to `count` queries (Q, E) at random tokens of random `texts`, about TOKENS_PER_TEXT tokens of each.
 
-    Lines of a text are read each alone. The two halves of the queries are of different texts, as `build_index` wants
-    them. Raises ValmError for fewer than two texts.
+    Each line of a text is read separately. The two halves of the queries are of different texts, as `build_index`
+    needs.
+
+    Raises:
+        ValmError: there are fewer than two texts.
     """
     texts = [text for text in texts if text.strip()]
     if not texts:
@@ -185,7 +192,7 @@ def context_queries(encoder: ContextEncoder, texts: Sequence[str], count: int = 
 
 
 def _queries(encoder: ContextEncoder, texts: list[str], count: int, random: np.random.Generator) -> Tensor:
-    """The first `count` queries (Q, E), or fewer, of those drawn from `texts`."""
+    """The first `count` queries (Q, E), or fewer, drawn from `texts`."""
     queries: list[Tensor] = []
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         some = texts[start : start + TEXTS_AT_ONCE]
@@ -205,21 +212,24 @@ def recall(found: Tensor, truth: Tensor) -> float:
 
 
 def _standard_error(found: Tensor, truth: Tensor) -> float:
-    """Of the difference between the recall of these queries and that of as many others like them."""
+    """Standard error of the difference between the recall of these queries and that of as many similar ones."""
     recalls = [recall(*block) for block in zip(found.chunk(BLOCKS), truth.chunk(BLOCKS), strict=True)]
     return (2 / len(recalls)) ** 0.5 * float(np.std(recalls))
 
 
 def _train(index: Any, kb: ImageKnowledgeBase, seed: int, progress: bool) -> int:
-    """Trains `index` on a sample of `kb`: an inverted file's cells here, with a bar, the rest as faiss does. Returns
-    the size of the sample, 0 for an index that learns nothing."""
+    """Trains `index` on a sample of `kb`: an inverted file's cells here, with a progress bar, the rest by faiss.
+
+    Returns:
+        The size of the sample, 0 for an index without training.
+    """
     if index.is_trained:
         return 0
     faiss = import_faiss()
     ivf = faiss.try_extract_index_ivf(index)
     cells = 0 if ivf is None else ivf.nlist
     if cells > len(kb):
-        raise ValmError(f"an index of {cells:,} cells needs as many pictures, the knowledge base has {len(kb):,}")
+        raise ValmError(f"an index of {cells:,} cells needs as many images, the knowledge base has {len(kb):,}")
     count = min(len(kb), MAX_TRAIN, max(MIN_TRAIN, TRAIN_PER_CELL * cells))
     rows = np.sort(np.random.default_rng(seed).choice(len(kb), count, replace=False))
     sample = kb.gather(rows).astype(np.float32)
@@ -235,7 +245,7 @@ def _train(index: Any, kb: ImageKnowledgeBase, seed: int, progress: bool) -> int
 
 
 def _train_cells(ivf: Any, sample: np.ndarray, progress: bool) -> None:
-    """faiss's k-means, one iteration at a time, on its GPUs where faiss has any."""
+    """faiss's k-means, one iteration at a time, on GPUs if faiss has any."""
     faiss = import_faiss()
     settings = ivf.cp
     settings.niter, settings.min_points_per_centroid = 1, 1
@@ -253,7 +263,7 @@ def _train_cells(ivf: Any, sample: np.ndarray, progress: bool) -> None:
 def _exact(kb: ImageKnowledgeBase, queries: Tensor, k: int, progress: bool) -> Tensor:
     """The true k nearest (Q, K), shard by shard."""
     results, offsets, start = [], [], 0
-    with progress_bar(total=len(kb), desc="search exactly", unit=" pictures", unit_scale=True, shown=progress) as bar:
+    with progress_bar(total=len(kb), desc="search exactly", unit=" images", unit_scale=True, shown=progress) as bar:
         for vectors in kb.shards():
             results.append(ip_topk(queries, vectors, min(k, len(vectors))))
             offsets.append(start)
@@ -265,8 +275,8 @@ def _exact(kb: ImageKnowledgeBase, queries: Tensor, k: int, progress: bool) -> T
 def _tune(
     kb: ImageKnowledgeBase, index: Any, start: IndexParameters, queries: Tensor, truth: Tensor
 ) -> IndexParameters:
-    """`start` with the search of the least `_work` that finds `start.target` of `truth` (Q, K): of the first half with
-    MARGIN to spare, and of the second, whose recall it has."""
+    """`start` with the search of least `_work` that reaches `start.target` on `truth` (Q, K): on the first half with
+    MARGIN to spare, and on the second, whose recall it reports."""
     searches = _searches(index)
     half = len(queries) // 2
     best, least = None, float("inf")
@@ -284,7 +294,7 @@ def _tune(
             candidates = candidates[1:]
             if work < least:
                 best, least = replace(tried, recall=measured), work
-        if work > GIVE_UP * least:  # fewer candidates need a longer search still
+        if work > GIVE_UP * least:  # fewer candidates would need an even longer search
             break
     if best is None:
         raise ValmError(
@@ -296,9 +306,9 @@ def _tune(
 
 
 def _work(index: Any, search: str, candidates: int, dim: int) -> float:
-    """Bytes that a search reads for a query: counted and not timed, so that an index made again is the same one.
+    """Bytes that a search reads for a query: counted, not timed, so that the same input makes the same index.
 
-    search: how much of the index is looked into (`_searches`); candidates: vectors (dim,) compared exactly.
+    search: faiss's search parameters (`_searches`); candidates: vectors (dim,) reranked exactly.
     """
     faiss = import_faiss()
     exact = RANDOM_READ * candidates * dim * np.dtype(np.float16).itemsize
@@ -308,13 +318,13 @@ def _work(index: Any, search: str, candidates: int, dim: int) -> float:
         return exact + setting * (ivf.ntotal / ivf.nlist) * ivf.code_size
     searched = stages(index)[1]
     if isinstance(searched, faiss.IndexHNSW):
-        # each of the setting's nodes has as many neighbours to compare
+        # each visited node has this many neighbours to compare
         return exact + RANDOM_READ * setting * searched.hnsw.nb_neighbors(0) * searched.d * 4
     return exact + searched.ntotal * searched.sa_code_size()
 
 
 def _searches(index: Any) -> list[str]:
-    """faiss's search parameters for `index`, from the fastest to the best; "" where nothing makes a search better."""
+    """faiss's search parameters for `index`, from the fastest to the best; "" if it has none."""
     faiss = import_faiss()
     ivf = faiss.try_extract_index_ivf(index)
     if ivf is not None:

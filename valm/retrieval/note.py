@@ -28,7 +28,7 @@ class _NoteFields(TypedDict):
 
 
 class NoteFile(_NoteFields, total=False):
-    """What is read of retrieval.json."""
+    """The keys of retrieval.json."""
 
     knowledge_base: PathText
     clip: str
@@ -37,14 +37,15 @@ class NoteFile(_NoteFields, total=False):
 
 @dataclass(frozen=True)
 class RetrievalNote:
-    """What finds the images of a saved model.
+    """How to retrieve the images of a saved model.
 
     Paths are absolute here and relative to the folder in its file, so that both can be moved together.
 
-    knowledge_base: its folder; None for a blind model, which needs a CLIP only.
-    clip: the CLIP of a model without a knowledge base (`Clip.load`); a knowledge base knows its own.
-    query: the kind of retrieval query (`ContextEncoder`).
-    index: what the index was when the model was saved, for the reader; opening takes the knowledge base's own.
+    Attributes:
+        knowledge_base: its folder; None for a blind model, which needs a CLIP only.
+        clip: the CLIP of a model without a knowledge base (`Clip.load`); a knowledge base has its own.
+        query: the kind of retrieval query (`ContextEncoder`).
+        index: the index when the model was saved, for information; opening uses the knowledge base's own.
     """
 
     knowledge_base: Path | None
@@ -59,7 +60,7 @@ class RetrievalNote:
 
     @classmethod
     def of_retriever(cls, retriever: object) -> RetrievalNote | None:
-        """None for a retriever of the user's own, which a file cannot describe."""
+        """The note of `retriever`; None for a retriever of the user's own, which a file cannot describe."""
         if isinstance(retriever, Retriever):
             return cls.of_knowledge_base(retriever.kb, retriever.encoder.query)
         if isinstance(retriever, BlindRetriever):
@@ -71,7 +72,11 @@ class RetrievalNote:
 
     @classmethod
     def read(cls, folder: str | os.PathLike) -> RetrievalNote | None:
-        """The note in `folder`, or None. Raises ValmError for one that is damaged."""
+        """The note in `folder`, or None.
+
+        Raises:
+            ValmError: it is damaged.
+        """
         file = current_files(Path(folder)) / RETRIEVAL_FILE
         if not os.path.lexists(file):
             file = Path(folder) / RETRIEVAL_FILE
@@ -86,7 +91,7 @@ class RetrievalNote:
         return cls(None if kb is None else (Path(folder) / kb).absolute(), note["query"], note.get("index"), clip)
 
     def write(self, folder: str | os.PathLike, *, place: str | os.PathLike | None = None) -> None:
-        """Writes the note into `folder`, which will be moved to `place` where that is given."""
+        """Writes the note into `folder`, which will be moved to `place` if that is given."""
         note: dict[str, Any] = {"query": self.query}
         place = folder if place is None else place
         if self.knowledge_base is not None:
@@ -96,13 +101,13 @@ class RetrievalNote:
         write_json(Path(folder) / RETRIEVAL_FILE, note)
 
     def missing(self) -> str | None:
-        """What the note names and is not where it says, in a sentence with the remedy; None where all is there.
+        """What the note names but does not exist, in a sentence with the remedy; None if all exists.
 
-        A CLIP that is named on a hub counts as there.
+        A CLIP on a hub is assumed to exist.
         """
         if self.knowledge_base is not None and not self.knowledge_base.is_dir():
             return f"the model's knowledge base {self.knowledge_base} is not there: give it as kb (--kb)"
-        # `read` makes the path of a folder that is there absolute
+        # `read` makes the path of an existing folder absolute
         if self.clip is not None and self.clip.startswith((os.sep, os.pardir)) and not os.path.isdir(self.clip):
             return f"the model's CLIP {self.clip} is not there: give it as clip (--clip)"
         return None
@@ -120,12 +125,12 @@ class RetrievalNote:
         """The retriever of `k` images for a model that reads with `tokenizer`.
 
         Raises:
-            ValmError: the knowledge base or the CLIP is not there, is damaged, or they do not belong together.
+            ValmError: the knowledge base or the CLIP is missing or damaged, or they do not belong together.
         """
         kb = None if self.knowledge_base is None else ImageKnowledgeBase.open(self.knowledge_base)
         if kb is None or (blind and self.clip is not None):
             source = clip or self.clip
-            assert source is not None  # `read` and `of_retriever` see to it
+            assert source is not None  # `read` and `of_retriever` ensure it
             if clip is None and not os.path.isdir(source) and not allow_download:
                 raise ValmError(
                     f"the note on retrieval says that the CLIP is {source!r}, which is no folder here: give its folder "

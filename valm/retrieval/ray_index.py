@@ -1,4 +1,4 @@
-"""A large knowledge base searched on the machines of a Ray cluster; see `valm.shards.ray` for what they must share."""
+"""Searches a large knowledge base on the machines of a Ray cluster; `valm.shards.ray` says what they must share."""
 
 from __future__ import annotations
 
@@ -18,9 +18,13 @@ from valm_kernels import FlatIPIndex, TopK, merge_topk
 class ShardedIndex:
     """Exact search over a knowledge base whose vectors are spread over Ray actors: the `index` of a `Retriever`.
 
-    Each of `actors` actors keeps an equal share of the rows in its memory, as a `FlatIPIndex`; one that is lost with
-    its machine reads them again elsewhere. Answers are those of a single index, to the bit.
-    Raises as `RayRun`; ValmError also for more actors than rows, and where they leave no core for what asks them.
+    Each of `actors` actors holds an equal share of the rows in memory, as a `FlatIPIndex`; if its machine is lost, they
+    are read again elsewhere. Results are bit-identical to those of a single index.
+
+    Raises:
+        ValmError: as `RayRun`; also if there are more actors than rows, or no core is left for the process that queries
+            them.
+        ImportError: as `RayRun`.
     """
 
     def __init__(self, kb: ImageKnowledgeBase, actors: int, address: str, *, cpus: int = 1):
@@ -47,10 +51,10 @@ class ShardedIndex:
     def search(self, queries: Tensor, k: int) -> TopK:
         """The `k` best rows of each query (..., E), by (score falling, row rising)."""
         flat = import_ray().put(queries.reshape(-1, queries.shape[-1]).float().cpu().numpy())
-        asked = [actor.search.remote(flat, k) for actor in self._actors]
-        found = [task_result(answer, "a search actor") for answer in asked]
-        answers = [TopK(*map(torch.tensor, arrays)) for arrays in found]  # copies: Ray's arrays are read-only
-        scores, rows = merge_topk(answers, self._offsets, k)
+        tasks = [actor.search.remote(flat, k) for actor in self._actors]
+        found = [task_result(task, "a search actor") for task in tasks]
+        results = [TopK(*map(torch.tensor, arrays)) for arrays in found]  # copies: Ray's arrays are read-only
+        scores, rows = merge_topk(results, self._offsets, k)
         shape = (*queries.shape[:-1], k)
         return TopK(scores.reshape(shape).to(queries.device), rows.reshape(shape).to(queries.device))
 
@@ -62,6 +66,6 @@ class _Rows:
         self.index = FlatIPIndex(ImageKnowledgeBase.open(path).gather(np.arange(start, stop)))
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and rows, (Q, k), or fewer columns where there are fewer rows."""
+        """Scores and rows, (Q, k), or fewer columns if there are fewer rows."""
         found = self.index.search(torch.tensor(queries), min(k, len(self.index)))
         return found.scores.numpy(), found.indices.numpy()

@@ -1,4 +1,4 @@
-"""From token ids to pictures: a query per token, the K nearest of the knowledge base, each vector once."""
+"""From token ids to images: a query per token, the K nearest in the knowledge base, each vector once."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ CACHE_TOKENS = 1 << 20
 
 
 class Retrieved(NamedTuple):
-    """The pictures of a batch of tokens, as `visual_fusion_attn` takes them in its pooled layout.
+    """The images of a batch of tokens, as `visual_fusion_attn` takes them in its pooled layout.
 
-    image_pool: (U, E) float32, the vectors of all pictures of the batch, each once.
-    image_index: (B, T, K) int64, the K pictures of each token as rows of the pool, best first; -1 = none.
-    image_ids: (U,) int64, which picture of the knowledge base each row of the pool is.
-    scores: (B, T, K) float32, inner product of query and picture; -inf = none.
+    Attributes:
+        image_pool: (U, E) float32, the vectors of all images of the batch, each once.
+        image_index: (B, T, K) int64, the K images of each token as rows of the pool, best first; -1 = none.
+        image_ids: (U,) int64, the id in the knowledge base of each row of the pool.
+        scores: (B, T, K) float32, inner product of query and image; -inf = none.
     """
 
     image_pool: Tensor
@@ -38,22 +39,22 @@ class Retrieved(NamedTuple):
 
 
 class VectorIndex(Protocol):
-    """What searches the vectors of a knowledge base: `FlatIPIndex`, `FaissIndex`, `ShardedIndex`, or one's own."""
+    """Searches the vectors of a knowledge base: `FlatIPIndex`, `FaissIndex`, `ShardedIndex`, or one's own class."""
 
     def search(self, queries: Tensor, k: int) -> TopK:
-        """The `k` best of each query (..., E), best first: ids in the knowledge base, -1 = none, and scores."""
+        """The `k` best for each query (..., E), best first: scores, and ids in the knowledge base (-1 = none)."""
         ...
 
 
 class ImageRetriever(Protocol):
-    """What finds the images of a model: `Retriever`, `BlindRetriever`, or one's own.
+    """Finds the images of a model: `Retriever`, `BlindRetriever`, or one's own class.
 
-    `start` and `step` serve cached generation: `start` makes the state that `step` changes in place.
+    `start` and `step` are for cached generation: `start` makes the state that `step` changes in place.
     """
 
     @property
     def k(self) -> int:
-        """K, the images of a token."""
+        """K, the images per token."""
         ...
 
     @property
@@ -75,14 +76,15 @@ class ImageRetriever(Protocol):
 
 
 class Retriever:
-    """Finds the `k` pictures of `kb` nearest to the context query of every token.
+    """Finds the `k` images of `kb` nearest to the context query of every token.
 
-    index: what searches; by default the faiss index of the knowledge base where it has one, else exact search
-        (`valm.retrieval.faiss_index.open_index`).
-    cache_tokens: equal segments are encoded and searched for once; of so many tokens the pictures are kept for later
-        batches (`cache` tells how often that served), 0 only within a batch.
-    Raises ValmError where the knowledge base was built with another CLIP than the encoder's, or has fewer than `k`
-    pictures.
+    Args:
+        index: what searches; by default the faiss index of the knowledge base if it has one, else exact search
+            (`valm.retrieval.faiss_index.open_index`).
+        cache_tokens: results cached across batches, in tokens; 0 deduplicates within a batch only. `cache` counts hits.
+
+    Raises:
+        ValmError: the knowledge base was built with another CLIP than the encoder's, or has fewer than `k` images.
     """
 
     def __init__(
@@ -111,15 +113,21 @@ class Retriever:
         return self.kb.dim
 
     def __call__(self, input_ids: Tensor | Sequence[str], attention_mask: Tensor | None = None) -> Retrieved:
-        """Pictures for every token of a batch; arguments and errors as in `find`."""
+        """Images for every token of a batch; arguments and errors as in `find`."""
         return self._pooled(*self.find(input_ids, attention_mask))
 
     def find(self, input_ids: Tensor | Sequence[str], attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Ids in the knowledge base (B, T, K) int64, -1 = none, and scores (B, T, K) float32 of a batch of tokens.
 
-        input_ids: (B, T), or a list of texts, which the encoder's tokenizer reads and which are padded on the right.
-        Arguments and errors otherwise as in `ContextEncoder.__call__`; a text that is in no list is a ValueError too.
-        Equal segments are encoded and searched for once, and not at all where their pictures are kept.
+        Equal segments are encoded and searched for once, and not at all if their images are cached.
+
+        Args:
+            input_ids: (B, T), or a list of texts, which are tokenized by the encoder's tokenizer and padded on the
+                right.
+            attention_mask: as in `ContextEncoder.__call__`.
+
+        Raises:
+            ValueError: as `ContextEncoder.__call__`; also for a single text instead of a list.
         """
         if isinstance(input_ids, str):
             raise ValueError(f"input_ids must be ids or a list of texts, got a text; give [{input_ids[:20]!r}]")
@@ -148,13 +156,13 @@ class Retriever:
         return self.encoder.new_cache(batch)
 
     def step(self, input_ids: Tensor, state: ContextCache, attention_mask: Tensor | None = None) -> Retrieved:
-        """Pictures for the next tokens (B, T) of each row; what came before is in `state`."""
+        """Images for the next tokens (B, T) of each row; `state` has the earlier ones."""
         return self._pooled(*self.nearest(self.encoder.step(input_ids, state, attention_mask)))
 
     def nearest(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Ids in the knowledge base (..., K) int64 and scores (..., K) float32 for queries (..., E).
 
-        A query of zeros, which is padding, has none: ids -1 and scores -inf.
+        A query of zeros, which is padding, has no images: ids -1 and scores -inf.
         """
         shape = (*queries.shape[:-1], self.k)
         ids = torch.full(shape, -1, dtype=torch.int64, device=queries.device)
@@ -166,8 +174,10 @@ class Retriever:
     def search(self, query: str | Image.Image, k: int) -> list[tuple[float, Item]]:
         """The `k` images nearest to CLIP's own feature of a text or of an image, with their scores, best first.
 
-        Fewer where the knowledge base has no more, or its index finds no more. Raises ValmError for a `k` that cannot
-        be searched.
+        Returns fewer if the index finds fewer.
+
+        Raises:
+            ValmError: `k` is out of range.
         """
         k = min(k, len(self.kb))
         _check_k(k, self.kb)
@@ -189,9 +199,9 @@ class Retriever:
 
 
 class BlindRetriever:
-    """Blind-VaLM (Ontalvilla et al. 2024): the query of a token is itself its one "picture", and nothing is searched.
+    """Blind-VaLM (Ontalvilla et al. 2024): the query of a token is itself its one "image", and nothing is searched.
 
-    Used as a `Retriever` is; image_ids are all -1, as no knowledge base has these pictures.
+    Used like a `Retriever`; image_ids are all -1, as these images are in no knowledge base.
     """
 
     k = 1
@@ -213,7 +223,7 @@ class BlindRetriever:
         return self.encoder.new_cache(batch)
 
     def step(self, input_ids: Tensor, state: ContextCache, attention_mask: Tensor | None = None) -> Retrieved:
-        """The queries of the next tokens (B, T) of each row; what came before is in `state`."""
+        """The queries of the next tokens (B, T) of each row; `state` has the earlier ones."""
         return self._pooled(self.encoder.step(input_ids, state, attention_mask))
 
     @staticmethod
@@ -222,15 +232,15 @@ class BlindRetriever:
         pool = queries[asked]  # (U, E)
         index = torch.full(asked.shape, -1, device=queries.device)
         index[asked] = torch.arange(len(pool), device=queries.device)
-        ones = torch.ones(asked.shape, device=queries.device)  # a normalised query and itself
+        ones = torch.ones(asked.shape, device=queries.device)  # the inner product of a normalised query with itself
         scores = ones.masked_fill(~asked, -torch.inf)
         return Retrieved(pool, index[..., None], torch.full((len(pool),), -1, device=queries.device), scores[..., None])
 
 
 class NoImages:
-    """A retriever that finds nothing, so that a model which takes `k` images a token reads the text alone.
+    """A retriever that finds nothing, so that a model of `k` images per token reads the text alone.
 
-    Used as a `Retriever` is, also by a blind model.
+    Used like a `Retriever`, also by a blind model.
     """
 
     def __init__(self, k: int, dim: int):
@@ -264,5 +274,5 @@ class _NoState:
 def _check_k(k: int, kb: ImageKnowledgeBase) -> None:
     most = min(len(kb), MAX_TOPK)
     if not 1 <= k <= most:
-        limit = f"the {len(kb)} pictures of {kb.path}" if most == len(kb) else f"{MAX_TOPK}"
+        limit = f"the {len(kb)} images of {kb.path}" if most == len(kb) else f"{MAX_TOPK}"
         raise ValmError(f"k must be from 1 to {limit}, got {k}")

@@ -1,6 +1,6 @@
-"""The pictures of segments that were asked about before.
+"""Caches the images of segments.
 
-A token's query depends on its segment alone, so the pictures of equal segments are equal, wherever they stand.
+A token's query depends on its segment alone, so equal segments have equal images anywhere.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ Nearest = tuple[Tensor, Tensor]  # ids (n, K) int64 and scores (n, K) float32 of
 
 
 class SegmentCache:
-    """The least recently used segments are forgotten first.
+    """A cache that evicts the least recently used segments first.
 
-    capacity: tokens whose pictures are kept, 12 K bytes each; 0 keeps none.
+    capacity: tokens whose images are cached, 12 K bytes each; 0 caches none.
     `hits` and `misses` count tokens.
     """
 
@@ -28,11 +28,11 @@ class SegmentCache:
 
     @property
     def hit_rate(self) -> float:
-        """Share of the tokens that were not encoded and searched for, 0 before the first."""
+        """Share of the tokens found in the cache, 0 before the first."""
         return self.hits / max(1, self.hits + self.misses)
 
     def clear(self) -> None:
-        """Forgets all segments."""
+        """Evicts all segments."""
         self._segments.clear()
         self.tokens = 0
 
@@ -42,7 +42,7 @@ class SegmentCache:
         return self._segments.get(key)
 
     def put(self, key: bytes, nearest: Nearest) -> None:
-        """Keeps a segment that is not kept yet."""
+        """Caches a segment that is not cached yet."""
         self._segments[key] = nearest
         self.tokens += len(nearest[0])
         while self.tokens > self.capacity:

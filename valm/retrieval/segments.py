@@ -1,9 +1,8 @@
-"""Where the text tower's segments begin and end: decided by past tokens alone.
+"""Splits text into the text tower's segments, by past tokens alone.
 
 A segment is what the text tower sees at once: SOT and at most `limit` tokens. It ends after a sentence once it
-has `min_tokens` of its own, or when it is full. The next one starts with its last `overlap` tokens, so that no
-token is read without the ones before it. SOT and EOT in the text begin and end documents, and nothing is carried
-from one document into another.
+has `min_tokens` of its own, or when it is full. The next one starts with its last `overlap` tokens, so that every
+token has some context. SOT and EOT in the text begin and end documents, and no context crosses documents.
 """
 
 from __future__ import annotations
@@ -19,11 +18,13 @@ SENTENCE_END = re.compile(r"""[.!?]+["')\]]*</w>""")
 
 @dataclass(frozen=True)
 class SegmentRule:
-    """The numbers that decide, and the ids that matter.
+    """The limits and ids that determine segments.
 
-    limit: most tokens of a segment, beside SOT. overlap: tokens carried into the next segment, all of a shorter one.
-    min_tokens: tokens of its own after which a sentence end ends a segment.
-    eot_in_segment: whether EOT is read by the text tower as the last token of its segment.
+    Attributes:
+        limit: most tokens of a segment, besides SOT.
+        overlap: tokens carried into the next segment, or all of a shorter one.
+        min_tokens: tokens of its own from which on a sentence end ends a segment.
+        eot_in_segment: whether the text tower reads EOT as the last token of its segment.
     """
 
     sot: int
@@ -37,13 +38,15 @@ class SegmentRule:
 
 @dataclass
 class Run:
-    """Tokens of one segment of one row that are to be encoded now.
+    """Tokens of one segment of one row that are to be encoded in one call.
 
-    ids: the tokens; start: how many tokens of the segment (with SOT) were encoded before, 0 for a new segment.
-    wanted: (position in the row's input, position in `ids`) of the tokens whose query is asked for. A position of
-        -1 in `ids` is the last token that was kept of an earlier call.
-    kept: how many of `ids` later calls go on from.
-    branches: runs that go on from a token of this one: their `start` says from which.
+    Attributes:
+        ids: the tokens.
+        start: how many tokens of the segment (with SOT) were encoded before, 0 for a new segment.
+        wanted: (position in the row's input, position in `ids`) of the tokens whose query is needed. A position of -1
+            in `ids` is the last token cached by an earlier call.
+        kept: how many of `ids` are cached for later calls.
+        branches: runs that continue from a token of this one, which their `start` tells.
     """
 
     row: int
@@ -54,11 +57,11 @@ class Run:
     branches: list[Run] = field(default_factory=list)
 
     def key(self) -> bytes:
-        """The same for two runs exactly where the same queries are asked of the same tokens."""
+        """Equal for two runs if and only if they need the same queries of the same tokens."""
         return array("q", self._numbers()).tobytes()
 
     def positions(self) -> list[int]:
-        """Where in the row's input the queries stand that are asked for, in one order for all runs of one key."""
+        """Positions of the wanted queries in the row's input, in the same order for all runs of one key."""
         return [position for run in (self, *self.branches) for position, _ in run.wanted]
 
     def _numbers(self) -> list[int]:
@@ -69,10 +72,10 @@ class Run:
 
 @dataclass
 class SegmentState:
-    """How far one row of text has been read."""
+    """State of reading one row of text."""
 
-    open: bool = False  # a document is open: the next token belongs to it
-    ended: bool = False  # its segment has ended: the next token starts another
+    open: bool = False  # the next token belongs to the current document
+    ended: bool = False  # the next token starts a new segment
     text: list[int] = field(default_factory=list)  # the segment's tokens after SOT
     own: int = 0  # how many of them were not carried over
 
@@ -81,10 +84,10 @@ class SegmentState:
 
 
 class Reading:
-    """Cuts further tokens of one row into runs, from where `state` stands.
+    """Splits further tokens of one row into runs, continuing from `state`.
 
-    `add` reads a token. After it `want` asks for the query of the text so far, `fork` for that of the text so far
-    with other tokens behind it, and `keep` says that later calls go on from here: `kept` is the state for them.
+    `add` reads a token. After it `want` requests the query of the text so far, `fork` the query of the text so far with
+    other tokens behind it, and `keep` makes later calls continue from here: `kept` is their state.
     """
 
     def __init__(self, row: int, state: SegmentState, rule: SegmentRule):
@@ -93,7 +96,7 @@ class Reading:
         self.state = state.copy()
         self.kept = state
         self.runs: list[Run] = []
-        self.forks: list[Run] = []  # those that stand by themselves
+        self.forks: list[Run] = []  # forks that begin a new segment
         if state.open and not state.ended:
             self._go_on()
 
@@ -129,7 +132,7 @@ class Reading:
         branch = Reading(self.row, self.state, self.rule)
         for id in ids:
             branch.add(id)
-        run = branch.runs[-1]  # of the segments before it nothing is asked
+        run = branch.runs[-1]  # no queries are needed of the segments before it
         run.wanted = [(position, len(run.ids) - 1) for position in positions]
         if run.start:
             self.runs[-1].branches.append(run)
@@ -151,5 +154,5 @@ class Reading:
 
 
 def sentence_end_ids(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
-    """Ids of the pieces that end a sentence: `.`, `!` or `?`, several of them, closing quotes and brackets after."""
-    return frozenset(id for piece, id in tokenizer.get_vocab().items() if SENTENCE_END.fullmatch(piece))
+    """Ids of the tokens that end a sentence: one or several of `.`, `!`, `?`, then closing quotes and brackets."""
+    return frozenset(id for token, id in tokenizer.get_vocab().items() if SENTENCE_END.fullmatch(token))

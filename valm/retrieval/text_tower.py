@@ -1,4 +1,4 @@
-"""open_clip's causal text tower, run on two streams at once and on keys and values kept from before."""
+"""open_clip's causal text tower, run on two streams at once and with cached keys and values."""
 
 from __future__ import annotations
 
@@ -21,29 +21,30 @@ KeyValues = list[tuple[Tensor, Tensor]]  # of each layer: keys and values (N, H,
 class TextTower:
     """The text tower of `clip` in `dtype`, its last projection in float32 at least.
 
-    Any open_clip text transformer whose feature is the state at EOT under a causal mask will do. Refused, with
-    ValmError, are towers that would see later tokens (bidirectional ones: SigLIP, CLIPA, most MobileCLIPs, Hugging
-    Face encoders), those that pool elsewhere (CoCa's class token after the text), and blocks other than the
-    standard pre-LN one.
+    Any open_clip text transformer whose feature is the state at EOT under a causal mask works.
+
+    Raises:
+        ValmError: the tower sees later tokens (bidirectional ones: SigLIP, CLIPA, most MobileCLIPs, Hugging Face
+            encoders), pools elsewhere (CoCa's class token after the text), or has other than standard pre-LN blocks.
     """
 
     def __init__(self, clip: Clip, dtype: torch.dtype):
         tower: Any = getattr(clip.model, "text", clip.model)  # open_clip has no types
         _check(tower, clip.name)
-        pieces: Any = torch.nn.ModuleDict(
+        modules: Any = torch.nn.ModuleDict(
             {"embedding": tower.token_embedding, "blocks": tower.transformer.resblocks, "norm": tower.ln_final}
         )
-        if next(pieces.parameters()).dtype != dtype:
-            pieces = copy.deepcopy(pieces).to(dtype)
-        self.embedding: torch.nn.Embedding = pieces["embedding"]
-        self.blocks: Any = pieces["blocks"]
-        self.norm = pieces["norm"]
+        if next(modules.parameters()).dtype != dtype:
+            modules = copy.deepcopy(modules).to(dtype)
+        self.embedding: torch.nn.Embedding = modules["embedding"]
+        self.blocks: Any = modules["blocks"]
+        self.norm = modules["norm"]
         self.positions: Tensor = tower.positional_embedding.to(dtype)  # (context_length, W)
         self.wide = torch.promote_types(dtype, torch.float32)
         projection = tower.text_projection
         self.projection: Tensor | None
         self.projection_bias: Tensor | None
-        if isinstance(projection, torch.nn.Linear):  # some towers have one, with a bias
+        if isinstance(projection, torch.nn.Linear):  # a module, with a bias, in some towers
             self.projection, self.projection_bias = projection.weight.T.to(self.wide), projection.bias.to(self.wide)
         else:
             self.projection = None if projection is None else projection.to(self.wide)  # (W, E)
@@ -64,21 +65,23 @@ class TextTower:
     ) -> tuple[Tensor, KeyValues]:
         """Final hidden states of N rows of tokens, before the last LayerNorm.
 
-        ids: (N, T) int64, filled up on the right with any id.
-        eot_stream: False gives the state of each token. True gives, for each token, the state of an EOT put
-            right after it: a second stream of EOTs runs along, and the one after position t sees the text up to
-            t and itself, through `visual_fusion_attn` with its own key as the one "image".
-        positions: (N, T) int64, where each token stands in its segment; by default 0, 1, 2, ...
-        past: keys and values (N, H, P, D) of tokens that came before (in any order: positions are in them).
-        first_key: (N, T) int32, the first of the P + T keys that each token sees; by default all up to itself.
-        keep: return the keys and values of the tokens given. Where nobody asks for them, what one layer makes is memory
-            for the next, which on a CPU need not wait for fresh pages.
-        Returns states (N, T, W), and the keys and values or an empty list.
+        Args:
+            ids: (N, T) int64, padded on the right with any id.
+            eot_stream: False returns the state of each token. True returns, for each token, the state of an EOT right
+                after it. A second stream of EOTs runs along: the EOT after position t sees the text up to t and itself,
+                through `visual_fusion_attn` with its own key as the one "image".
+            positions: (N, T) int64, each token's position in its segment; by default 0, 1, 2, ...
+            past: keys and values (N, H, P, D) of earlier tokens, in any order, as they contain the positions.
+            first_key: (N, T) int32, the first of the P + T keys that each token sees; by default all up to itself.
+            keep: also return keys and values; otherwise buffers are reused, which avoids page faults on CPU.
+
+        Returns:
+            States (N, T, W), and the keys and values or an empty list.
         """
         rows, length = ids.shape
         if positions is None:
             positions = torch.arange(length, device=ids.device)
-        limit = len(self.positions) - 1  # beyond it there is only filling
+        limit = len(self.positions) - 1  # only padding is beyond it
         hidden = self.embedding(ids) + self.positions[positions.clamp(max=limit)]  # (N, T, W)
         if eot_stream:
             ends = self.embedding.weight[self.eot] + self.positions[(positions + 1).clamp(max=limit)]
@@ -121,17 +124,21 @@ class TextTower:
 
 
 def _activate(activation: torch.nn.Module, states: Tensor) -> Tensor:
-    """activation(states), in the memory of `states` where PyTorch can do that."""
+    """activation(states), in place if PyTorch supports that."""
     if isinstance(activation, torch.nn.GELU):
         return torch.ops.aten.gelu_(states, approximate=activation.approximate)
     return activation(states)
 
 
 def _check(tower: Any, name: str) -> None:
-    """Raises ValmError for a text tower that cannot give queries, with the reason."""
+    """Checks that a text tower can compute queries.
+
+    Raises:
+        ValmError: it cannot; the message has the reason.
+    """
 
     def refuse(reason: str) -> ValmError:
-        return ValmError(f"the CLIP {name} cannot give context queries: {reason}")
+        return ValmError(f"the CLIP {name} cannot be used for context queries: {reason}")
 
     if isinstance(tower, HFTextEncoder):
         raise refuse("its text tower is a Hugging Face encoder, in which a token sees those after it")

@@ -282,8 +282,8 @@ def test_tokenizers_that_cannot_be_followed_are_refused(clip):
     word_pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     word_pieces.decoder = decoders.CTC()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=word_pieces, bos_token="[B]")
-    with pytest.raises(ValmError, match="whose tokens have each a text of their own"):
+    with pytest.raises(ValmError, match="in which each token has a text of its own"):
         token_bytes(tokenizer)
     other = gpt2_like()
-    with pytest.raises(ValueError, match=f"input_ids has {len(other)}, but the tokenizer has {len(other)} pieces"):
+    with pytest.raises(ValueError, match=f"input_ids has {len(other)}, but the tokenizer has {len(other)} tokens"):
         ContextEncoder(clip, tokenizer=other)(torch.tensor([[len(other)]]))

@@ -223,7 +223,7 @@ def test_wrong_arguments(clip, pool):
             encoder(wrong)
     with pytest.raises(ValueError, match=r"attention_mask must have the shape of input_ids \(1, 3\), got \(1, 2\)"):
         encoder(torch.zeros(1, 3, dtype=torch.int64), torch.ones(1, 2))
-    with pytest.raises(ValueError, match="input_ids has -1, but the CLIP tiny has 589 pieces"):
+    with pytest.raises(ValueError, match="input_ids has -1, but the CLIP tiny has 589 tokens"):
         encoder(torch.tensor([[1, -1]]))
     assert encoder(torch.tensor([[1, -1]]), torch.tensor([[1, 0]])).shape == (1, 2, 16)  # padding may be anything
     with pytest.raises(ValueError, match="input_ids has 2 rows, the cache 1"):

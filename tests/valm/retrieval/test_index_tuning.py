@@ -88,7 +88,7 @@ def test_what_cannot_be_indexed_is_refused(kb):
         build_index(kb, queries(kb, 1), "IVF8,Flat", progress=False)
     with pytest.raises(ValmError, match="faiss makes no index of 16 dimensions from the factory string 'IVFFF'"):
         build_index(kb, queries(kb), factory="IVFFF", progress=False)
-    with pytest.raises(ValmError, match="5,000 cells needs as many pictures, the knowledge base has 3,000"):
+    with pytest.raises(ValmError, match="5,000 cells needs as many images, the knowledge base has 3,000"):
         build_index(kb, queries(kb), factory="IVF5000,Flat", progress=False)
     before = open_index(kb)
     assert isinstance(before, FlatIPIndex)
@@ -170,7 +170,7 @@ def rounded(queries):
 
 def test_captions(kb, clip, tmp_path):
     assert set(captions(kb)) == {"a red apple\nthe blue sky"}
-    assert len(captions(kb, pictures=10)) == 10
+    assert len(captions(kb, images=10)) == 10
     with pytest.raises(ValmError, match="have no captions to make queries of: give a text file as --queries"):
         captions(make_kb_of_directions(clip, tmp_path / "without"))
 

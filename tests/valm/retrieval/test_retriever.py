@@ -159,7 +159,7 @@ def test_search(retriever, clip):
 
 
 def test_what_does_not_fit_is_refused(retriever, tokenizer, monkeypatch):
-    with pytest.raises(ValmError, match=r"k must be from 1 to the 30 pictures of .*, got 31"):
+    with pytest.raises(ValmError, match=r"k must be from 1 to the 30 images of .*, got 31"):
         Retriever(retriever.encoder, retriever.kb, 31)
     with pytest.raises(ValmError, match="k must be from 1"):
         Retriever(retriever.encoder, retriever.kb, 0)

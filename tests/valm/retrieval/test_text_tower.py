@@ -10,7 +10,7 @@ from valm.retrieval.text_tower import TextTower
 
 
 def refusal(clip):
-    with pytest.raises(ValmError, match=r"the CLIP .* cannot give context queries: ") as caught:
+    with pytest.raises(ValmError, match=r"the CLIP .* cannot be used for context queries: ") as caught:
         TextTower(clip, torch.float32)
     return str(caught.value).partition(": ")[2]
 
