@@ -44,7 +44,7 @@ def plain_question(item: ColorItem) -> str:
 
 
 def token_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> torch.Tensor:
-    """SOT and the pieces of one text, (1, T) int64."""
+    """SOT and the tokens of one text, (1, T) int64."""
     return tokenizer(text, return_tensors="pt")["input_ids"]
 
 
@@ -66,7 +66,7 @@ def hit_rates(
 
 
 def accuracies(result: ColorResult) -> dict[str, Any]:
-    """What results.json keeps of one evaluation."""
+    """The numbers of one evaluation for results.json."""
     gold = np.array([item.color for item in result.items])
     right = np.array(result.predictions) == gold[:, None]  # (items, prompts)
     return {

@@ -35,7 +35,11 @@ ROW_NAMES = {
 
 
 def check_can_report() -> None:
-    """Raises ValmError where the packages that draw figures are missing."""
+    """Checks that the packages that draw figures are installed.
+
+    Raises:
+        ValmError: one is missing.
+    """
     figures.check_can_draw()
 
 

@@ -68,7 +68,7 @@ class Settings:
     model_steps: int = 200
     batch_size: int = 64  # sentences a step
     lr: float = 3e-3
-    max_things: int | None = None  # keep only so many things, for a miniature run
+    max_things: int | None = None  # limit on the number of things, for a miniature run
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def run_demo(
     Args:
         seed: of the split, the views, the text, the weights and the order of training.
         eval_data: MemoryColor's table, or a folder that has it as eval/object_color/memory_color_data.csv. Without it
-            that part is left out, and said to be.
+            that part is skipped, which the report says.
         split: "test", or "validation" to choose settings on (see `split_things`).
 
     Raises:
@@ -332,7 +332,7 @@ class Stages:
 
 @contextmanager
 def _whole_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its place when the block ends well, and vanishes when it does not."""
+    """A folder beside `out` that replaces it when the block succeeds, and is removed when it raises."""
     if out.exists() and not out.is_dir():
         raise ValmError(f"the output {out} is a file; choose a folder")
     if out.exists() and any(out.iterdir()) and not (out / RESULTS_FILE).is_file():

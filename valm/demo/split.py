@@ -43,7 +43,7 @@ def split_things(
 
     split: "test", or "validation", which sets the test's held-out things aside and holds out a quarter of the rest:
         what settings are chosen on.
-    max_things: keep only so many things of either kind, for a miniature run.
+    max_things: limit on the things of either kind, for a miniature run.
     """
     if split not in SPLITS:
         raise ValmError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
@@ -70,7 +70,7 @@ def split_things(
 
 
 def find_memory_color(eval_data: str | os.PathLike | None) -> tuple[list[ColorItem], str | None]:
-    """MemoryColor's items, or none and a word on why.
+    """MemoryColor's items, or none and the reason.
 
     eval_data: the table itself, or the folder of the evaluation sets; None = not given.
     """

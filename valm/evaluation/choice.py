@@ -1,4 +1,4 @@
-"""Questions with a fixed set of answers, asked of every item with several prompts: the part all such sets share."""
+"""Questions with a fixed set of answers, asked of every item with several prompts: common code of such sets."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from valm.errors import ValmError
-from valm.evaluation.scoring import answer_pieces
+from valm.evaluation.scoring import answer_tokens
 
 
 def check_single_tokens(tokenizer: PreTrainedTokenizerFast, candidates: Sequence[str]) -> None:
-    """Raises ValmError for an answer that is not one token, as the published scripts need it."""
-    for answer, tokens in zip(candidates, answer_pieces(tokenizer, candidates), strict=True):
+    """Checks that every answer is one token, as the published scripts need.
+
+    Raises:
+        ValmError: an answer is not one token.
+    """
+    for answer, tokens in zip(candidates, answer_tokens(tokenizer, candidates), strict=True):
         if len(tokens) != 1:
             raise ValmError(
                 f"{answer!r} is {len(tokens)} tokens for this tokenizer, and the published protocol compares "
@@ -22,9 +26,10 @@ def check_single_tokens(tokenizer: PreTrainedTokenizerFast, candidates: Sequence
 
 
 def vote_of_prompts(scores: np.ndarray) -> np.ndarray:
-    """(items, prompts, candidates) -> (items,): what most prompts answer; among equals, what is likelier over all."""
+    """(items, prompts, candidates) -> (items,): the answer of most prompts; ties go to the likeliest over all
+    prompts."""
     votes = np.eye(scores.shape[-1])[scores.argmax(-1)].sum(1)  # (items, candidates)
-    likely = np.exp(_among_candidates(scores)).mean(1)  # below 1, so it decides between equal votes only
+    likely = np.exp(_among_candidates(scores)).mean(1)  # below 1, so it only breaks ties
     return (votes + likely).argmax(-1)
 
 

@@ -49,8 +49,8 @@ COLORS = ("white", "yellow", "green", "red", "grey", "brown", "black", "blue", "
 
 @dataclass(frozen=True)
 class ColorItem:
-    """A thing and its colour. The descriptor is what stands before the name ("a", "the inside of a", ""); None where
-    the data have none."""
+    """A thing and its colour. The descriptor precedes the name ("a", "the inside of a", ""); None if the data have
+    none."""
 
     item: str
     color: str
@@ -61,13 +61,14 @@ class ColorItem:
 class ColorResult:
     """Accuracies with their 95 % intervals over items, and every answer.
 
-    accuracy: over all items and prompts together. vote: over items, each answered by most of its prompts.
-    calibrated, calibrated_vote: the same after dividing each answer's probability by its mean over the items, prompt
-    by prompt, which takes out how often a word is said at all (no label is used).
-    majority: share of the most frequent answer, what always answering majority_answer would get.
-    balanced: mean over the answers of the accuracy among the items that have it: always saying one word gets
-    1 / number of answers, however the set is made up.
-    predictions: (items, prompts).
+    Attributes:
+        accuracy: over all items and prompts together.
+        vote: over items, by the vote of their prompts.
+        calibrated, calibrated_vote: the same after dividing each answer's probability by its mean over the items,
+            separately for each prompt, which removes the frequency of a word (no label is used).
+        majority: share of the most frequent answer, the accuracy of always answering majority_answer.
+        balanced: mean over the answers of the accuracy on their items; 1 / number of answers for any constant answer.
+        predictions: (items, prompts).
     """
 
     prompts: tuple[str, ...]
@@ -148,7 +149,11 @@ def evaluate_color(
 
 
 def check_prompts(items: Sequence[ColorItem], prompts: Sequence[str]) -> None:
-    """Raises ValmError for no items, no prompts, a prompt without [ITEM], and a color that is no candidate."""
+    """Checks items and prompts.
+
+    Raises:
+        ValmError: there are no items or prompts, a prompt lacks [ITEM], or a color is no candidate.
+    """
     if not items or not prompts:
         raise ValmError(f"there are no {'prompts' if items else 'items'} to ask with")
     for prompt in prompts:
@@ -160,7 +165,7 @@ def check_prompts(items: Sequence[ColorItem], prompts: Sequence[str]) -> None:
 
 
 def fill(prompt: str, item: str, descriptor: str | None, fair: bool) -> str:
-    """The prompt about `item`. Where the data have no descriptor, the published prompts say [DESCRIPTOR]."""
+    """The prompt about `item`. Without a descriptor in the data, the published prompts say [DESCRIPTOR]."""
     if descriptor is None:
         descriptor = "the" if fair else "[DESCRIPTOR]"
     return " ".join(prompt.replace("[DESCRIPTOR]", descriptor).replace("[ITEM]", item).split())

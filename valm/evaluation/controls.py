@@ -1,4 +1,4 @@
-"""Controls of an evaluation: other images, or none, in the place of those that a model's retriever finds."""
+"""Controls of an evaluation: other images, or none, instead of those that a model's retriever finds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RETRIEVAL = ("on", "off", "random")
 
 
 class _OtherVectors:
-    """A retriever that finds the same images and returns other vectors in their place."""
+    """A retriever that finds the same images but returns other vectors."""
 
     def __init__(self, retriever: Retriever):
         self.retriever = retriever
@@ -43,7 +43,7 @@ class _OtherVectors:
         return found._replace(image_pool=self.vectors_of(found.image_ids.cpu()).to(found.image_pool.device))
 
     def vectors_of(self, ids: Tensor) -> Tensor:
-        """(n, E) float32: what stands in the place of the images `ids` (n,)."""
+        """(n, E) float32: the replacements of the images `ids` (n,)."""
         raise NotImplementedError
 
 
@@ -70,8 +70,8 @@ class RandomImages(_OtherVectors):
 
 
 class FixedImages(NoImages):
-    """A retriever that returns the same `k` images for every token: the first of `vectors` (n, E), repeated where
-    there are fewer."""
+    """A retriever that returns the same `k` images for every token: the first of `vectors` (n, E), repeated if there
+    are fewer."""
 
     def __init__(self, vectors: Tensor, k: int):
         super().__init__(k, vectors.shape[1])
@@ -90,13 +90,17 @@ class FixedImages(NoImages):
 
 
 def read_images(files: Sequence[Path]) -> list[Image.Image]:
-    """The images in `files`. Raises ValmError for one that cannot be read."""
+    """The images in `files`.
+
+    Raises:
+        ValmError: one cannot be read.
+    """
     images = []
     for file in files:
         check_regular(file)
         try:
             images.append(read_image(file))
-        except Exception as error:  # damaged bytes make a decoder raise anything
+        except Exception as error:  # decoders raise many types for damaged bytes
             raise ValmError(f"cannot read the image {file.name}: {error}") from error
     return images
 
@@ -113,7 +117,11 @@ def images_in(folder: str | os.PathLike, clip: Clip, k: int) -> Tensor:
 
 
 def images_fingerprint(folder: str | os.PathLike) -> str:
-    """SHA-256 over the names and contents of the images under `folder`. Raises ValmError where there are none."""
+    """SHA-256 over the names and contents of the images under `folder`.
+
+    Raises:
+        ValmError: there are none.
+    """
     found = hashlib.sha256()
     for name in find_images(Path(folder)).images:
         check_regular(Path(folder) / name)
@@ -128,11 +136,11 @@ def switch_images(
 
     Args:
         retrieval: "on" those that its retriever finds, "off" none, "random" random ones of its knowledge base.
-        replace: a folder of images which every token sees in the place of what is retrieved.
+        replace: a folder of images that every token sees instead of the retrieved ones.
         seed: of the random images.
 
     Raises:
-        ValmError: a value there is not, or a model that has no such images.
+        ValmError: a value is invalid, or the model cannot see such images.
     """
     if retrieval not in RETRIEVAL:
         raise ValmError(f"retrieval must be one of {', '.join(RETRIEVAL)}, got {retrieval!r}")

@@ -1,4 +1,4 @@
-"""What images cost, and what more of them bring: the paper's table 7 for one's own model and knowledge base."""
+"""Cost of images, and accuracy against their number: the paper's table 7 for one's own model and knowledge base."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from valm.progress import progress_bar
 from valm.retrieval.retriever import Retriever, VectorIndex
 from valm_kernels import FlatIPIndex, TopK
 
-# Of a knowledge base, where no sizes are given.
+# Default sizes, as shares of a knowledge base.
 SHARES = (0.01, 0.1, 1.0)
 SEED = 0
-# A forward pass that is timed, and how often each of the three is.
+# Size of a timed forward pass, and how often each of the three is timed.
 ROWS, TOKENS, ROUNDS = 4, 256, 7
 
 
@@ -57,9 +57,9 @@ def measure(
     *,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """For the first checkpoint of each model that sees images, each knowledge base and each number of images in it: the
-    published accuracies of the settings' tasks in table 2, and the time of a forward pass relative to the same model
-    without images, `cached` with the images retrieved before and `live` with retrieval.
+    """Measures accuracy and time for the first checkpoint of each model that sees images, each knowledge base and each
+    number of images in it: the published accuracies of the settings' tasks in table 2, and the time of a forward pass
+    relative to the same model without images, `cached` with images retrieved before and `live` with retrieval.
 
     Args:
         knowledge_bases: none for the model's own.
@@ -106,7 +106,7 @@ def measure(
 
 
 def _own(scorer: CausalScorer, kb: str | os.PathLike | None) -> Any:
-    """The model's retriever, or None where it sees no images; with `kb` in the place of its own knowledge base."""
+    """The model's retriever, with `kb` instead of its own knowledge base; None if it sees no images."""
     if not scorer.sees_images:
         return None
     switch_images(scorer.model)
@@ -129,7 +129,7 @@ def _sizes(retriever: Retriever, sizes: Sequence[int] | None) -> list[int]:
 
 
 def _with_images(retriever: Retriever, size: int, cache: bool) -> Retriever:
-    index: VectorIndex = retriever.index  # the whole is searched as it always is
+    index: VectorIndex = retriever.index  # the whole knowledge base is searched as usual
     if size < len(retriever.kb):
         index = SubsetIndex(retriever.kb, size, retriever.encoder.clip.device)
     tokens = {} if cache else {"cache_tokens": 0}
@@ -137,7 +137,7 @@ def _with_images(retriever: Retriever, size: int, cache: bool) -> Retriever:
 
 
 def _ids(scorer: CausalScorer, asked: Sequence[Questions]) -> Tensor:
-    """(ROWS, TOKENS) ids to be timed: the questions one after the other, and again from the start."""
+    """(ROWS, TOKENS) ids to be timed: the questions concatenated and repeated."""
     texts = [text for one in asked for row in one.texts for text in row] or ["The color of the sky is blue."]
     ids = scorer.tokenizer(" ".join(texts[:1000]), add_special_tokens=False, verbose=False)["input_ids"]
     length = min(TOKENS, context_length(scorer.model))
@@ -159,7 +159,7 @@ def time_forward(scorer: CausalScorer, ids: Tensor) -> dict[str, float]:
         "live": lambda: model(ids),
     }
     seconds: dict[str, list[float]] = {name: [] for name in passes}
-    for turn in range(ROUNDS + 1):  # the first is not counted
+    for turn in range(ROUNDS + 1):  # the first is a warm-up
         for name, forward in passes.items():
             start = time.perf_counter()
             forward()

@@ -1,7 +1,7 @@
-"""What an encoder sees: CLIP's own evaluations (Radford et al. 2021) on a folder of one's own pictures.
+"""Evaluates an encoder: CLIP's own evaluations (Radford et al. 2021) on a folder of one's own images.
 
-Pictures in class folders: zero-shot accuracy (section 3.1) and a linear probe (section 3.2). Pictures with captions:
-retrieval of captions by picture and of pictures by caption (appendix E.1), recall@1, 5 and 10.
+Images in class folders: zero-shot accuracy (section 3.1) and a linear probe (section 3.2). Images with captions:
+retrieval of captions by image and of images by caption (appendix E.1), recall@1, 5 and 10.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from valm.knowledge_base.images import find_images
 from valm.knowledge_base.sources.folder import folder_records
 from valm.shards.progress import ProgressBar
 
-# A class has many texts, and their mean is a better classifier than any of them (section 3.1.4).
+# The mean of many texts of a class is a better classifier than any of them (section 3.1.4).
 TEMPLATES = (
     "a photo of a {}.",
     "a photo of the {}.",
@@ -41,10 +41,10 @@ TEMPLATES = (
 )
 RECALL_AT = (1, 5, 10)
 
-# Inverse strengths of regularisation that the probe tries: features are unit vectors, so useful ones are large.
+# Inverse regularisation strengths that the probe tries; large, as features are unit vectors.
 PROBE_C = tuple(10.0**power for power in range(-2, 6))
 PROBE_ITERATIONS = 1000
-MIN_PER_CLASS = 3  # to train on, to choose by and to test on
+MIN_PER_CLASS = 3  # training, validation, test
 
 # Scores of a retrieval held at once.
 BLOCK_SCORES = 1 << 24
@@ -52,7 +52,7 @@ BLOCK_SCORES = 1 << 24
 
 @dataclass(frozen=True)
 class Probe:
-    """accuracy: on the pictures held out. c: the inverse regularisation that did best on the validation part."""
+    """accuracy: on the held-out images. c: the inverse regularisation that was best on the validation part."""
 
     accuracy: Estimate
     majority: float
@@ -63,11 +63,13 @@ class Probe:
 
 @dataclass(frozen=True)
 class Classification:
-    """How well pictures are told apart by class.
+    """How well images are classified.
 
-    chance: of a guess among the classes. majority: what always saying the largest class gets (in `Probe`: of the
-    pictures held out). balanced: mean over classes of the zero-shot accuracy in each. linear_probe: None where a class
-    has fewer than MIN_PER_CLASS pictures.
+    Attributes:
+        chance: accuracy of a random guess.
+        majority: accuracy of always answering the largest class (in `Probe`: on the held-out images).
+        balanced: mean over classes of the zero-shot accuracy in each.
+        linear_probe: None if a class has fewer than MIN_PER_CLASS images.
     """
 
     classes: tuple[str, ...]
@@ -81,7 +83,7 @@ class Classification:
 
 @dataclass(frozen=True)
 class Recall:
-    """Share of the questions whose answer is among the first `at`, and that share for a random order."""
+    """Share of the questions whose answer is among the first `at` results, and that share for a random order."""
 
     at: int
     recall: Estimate
@@ -90,7 +92,7 @@ class Recall:
 
 @dataclass(frozen=True)
 class Retrieval:
-    """image_to_text: any of a picture's own captions is found. text_to_image: a caption's one picture is found."""
+    """image_to_text: any of an image's own captions is found. text_to_image: a caption's one image is found."""
 
     pictures: int
     captions: int
@@ -100,8 +102,10 @@ class Retrieval:
 
 @dataclass(frozen=True)
 class EncoderCheck:
-    """What was measured on a folder; None for what it has no labels or no captions for. Intervals are 95 % over
-    pictures. skipped: uri and reason of pictures and caption files that are damaged."""
+    """The measurements on a folder; None without labels or without captions. Intervals are 95 % over images.
+
+    skipped: uri and reason of damaged images and caption files.
+    """
 
     clip: str
     classification: Classification | None
@@ -124,27 +128,31 @@ def check_encoder(
     workers: int | None = None,
     progress: bool = True,
 ) -> EncoderCheck:
-    """Evaluates `clip` on the pictures in `folder`: by class where they all lie in class folders, two at least, by
-    captions where there are any (found as `read_captions` says), or both.
+    """Evaluates `clip` on the images in `folder`: by class if they are all in class folders, at least two, by captions
+    if there are any (see `read_captions`), or both.
 
-    templates: texts with {} for the name of a class, which is that of its folder with blanks for `_` and `-`.
-    seed: of the split of the linear probe.
-    Raises ValmError for a folder without pictures, without classes and captions, or in which too little is readable,
-    and for a template without {}; ImportError where a linear probe is due and scikit-learn is missing.
+    Args:
+        templates: texts with {} for the name of a class, which is that of its folder with blanks for `_` and `-`.
+        seed: of the split of the linear probe.
+
+    Raises:
+        ValmError: the folder has no images, neither classes nor captions, or too few readable images; or a template
+            lacks {}.
+        ImportError: scikit-learn is not installed, which a linear probe needs.
     """
     check_templates(templates)
     folder = Path(folder)
     records = folder_records(folder, find_images(folder).images, Path(captions) if captions is not None else None)
-    pictures = [record.uri for record in records if record.source is not None]
+    uris = [record.uri for record in records if record.source is not None]
     captioned = any(record.caption for record in records)
-    classes = {picture.partition("/")[0] if "/" in picture else None for picture in pictures}
+    classes = {uri.partition("/")[0] if "/" in uri else None for uri in uris}
     labelled = None not in classes and len(classes) > 1
     if not labelled and not captioned:
         raise ValmError(
-            f"there is nothing to check an encoder by in {folder}: its pictures lie in no class folders (two at least, "
+            f"there is nothing to check an encoder by in {folder}: its images are in no class folders (two at least, "
             f"and none beside them) and have no captions"
         )
-    with ProgressBar("encode", " pictures", 1, progress) as bar:
+    with ProgressBar("encode", " images", 1, progress) as bar:
         shard = encode_records(records, clip, Encoding(batch_size, thumbnails=0, workers=workers), bar)
     uris, texts = shard.items["uri"].to_pylist(), shard.items["caption"].to_pylist()
     features = torch.from_numpy(shard.vectors)  # (N, E)
@@ -157,7 +165,11 @@ def check_encoder(
 
 
 def check_templates(templates: Sequence[str]) -> None:
-    """Raises ValmError for no templates, or one without {}."""
+    """Checks the templates.
+
+    Raises:
+        ValmError: there are none, or one lacks {}.
+    """
     if not templates:
         raise ValmError("there are no prompt templates")
     for template in templates:
@@ -168,13 +180,14 @@ def check_templates(templates: Sequence[str]) -> None:
 def classify(
     features: Tensor, labels: Sequence[str], clip: Clip, templates: Sequence[str] = TEMPLATES, *, seed: int = 0
 ) -> Classification:
-    """Zero-shot accuracy and linear probe of image features (N, E), L2-normalised, with the class of each picture.
+    """Zero-shot accuracy and linear probe of image features (N, E), L2-normalised, with the class of each image.
 
-    Raises ValmError for fewer than two classes.
+    Raises:
+        ValmError: there are fewer than two classes.
     """
     classes = sorted(set(labels))
     if len(classes) < 2:
-        raise ValmError(f"there are readable pictures of {len(classes)} classes only; it takes two")
+        raise ValmError(f"there are readable images of {len(classes)} classes only; it takes two")
     gold = np.array([classes.index(label) for label in labels])  # (N,)
     weights = zero_shot_weights(clip, [name.replace("_", " ").replace("-", " ") for name in classes], templates)
     right = (features @ weights.cpu()).argmax(-1).numpy() == gold
@@ -191,16 +204,16 @@ def classify(
 
 
 def zero_shot_weights(clip: Clip, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """A linear classifier out of the names of the classes, (E, classes): for each, the mean of its texts' features."""
+    """A linear classifier from the names of the classes, (E, classes): for each, the mean of its texts' features."""
     texts = clip.encode_texts([template.replace("{}", name) for name in names for template in templates])
     return F.normalize(texts.unflatten(0, (len(names), len(templates))).mean(1), dim=-1).T
 
 
 def linear_probe(features: np.ndarray, labels: np.ndarray, seed: int) -> Probe:
-    """Logistic regression on features (N, E) with labels (N,) int, MIN_PER_CLASS of each at least.
+    """Logistic regression on features (N, E) with labels (N,) int, at least MIN_PER_CLASS of each.
 
-    A fifth of each class is held out to test on and a fifth to choose the regularisation by; then it is fitted again
-    on all but the test part.
+    A fifth of each class is for testing and a fifth for choosing the regularisation; then it is fitted again on all but
+    the test part.
     """
     try:
         from sklearn.exceptions import ConvergenceWarning
@@ -211,12 +224,12 @@ def linear_probe(features: np.ndarray, labels: np.ndarray, seed: int) -> Probe:
 
     def fitted(rows: np.ndarray, c: float) -> LogisticRegression:
         with warnings.catch_warnings():
-            # little regularisation converges slowly; what comes of it is measured like everything else
+            # little regularisation converges slowly; the result is measured anyway
             warnings.simplefilter("ignore", ConvergenceWarning)
             return LogisticRegression(C=c, max_iter=PROBE_ITERATIONS).fit(features[rows], labels[rows])
 
     scores = [fitted(train, c).score(features[validation], labels[validation]) for c in PROBE_C]
-    c = PROBE_C[int(np.argmax(scores))]  # the strongest of equals
+    c = PROBE_C[int(np.argmax(scores))]  # ties go to the strongest regularisation
     rest = np.concatenate([train, validation])
     right = fitted(rest, c).predict(features[test]) == labels[test]
     majority = float(np.bincount(labels[test]).max() / len(test))
@@ -224,7 +237,7 @@ def linear_probe(features: np.ndarray, labels: np.ndarray, seed: int) -> Probe:
 
 
 def _split(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Numbers of the pictures to train on, to choose by and to test on: of each class alike, one at least."""
+    """Indices of the images for training, validation and test: the same shares of each class, at least one."""
     random = np.random.default_rng(seed)
     train: list[np.ndarray] = []
     validation: list[np.ndarray] = []
@@ -239,11 +252,15 @@ def _split(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.nd
 
 
 def retrieve(features: Tensor, captions: Sequence[Sequence[str]], clip: Clip) -> Retrieval:
-    """Recall between image features (N, E), L2-normalised, and the captions of each picture; those without are left
-    out. Raises ValmError for fewer than two pictures with captions."""
+    """Recall between image features (N, E), L2-normalised, and the captions of each image; images without captions are
+    skipped.
+
+    Raises:
+        ValmError: fewer than two images have captions.
+    """
     has = [number for number, lines in enumerate(captions) if lines]
     if len(has) < 2:
-        raise ValmError(f"there are {len(has)} readable pictures with captions; it takes two")
+        raise ValmError(f"there are {len(has)} readable images with captions; it takes two")
     image_of = np.repeat(np.arange(len(has)), [len(captions[number]) for number in has])  # (M,)
     texts = clip.encode_texts([line for number in has for line in captions[number]]).cpu()  # (M, E)
     to_text, to_image = ranks(features[has], texts, image_of)
@@ -252,7 +269,7 @@ def retrieve(features: Tensor, captions: Sequence[Sequence[str]], clip: Clip) ->
         pictures=len(has),
         captions=len(image_of),
         image_to_text=tuple(Recall(k, accuracy(to_text < k), _chance(own, len(image_of), k)) for k in RECALL_AT),
-        # the captions of a picture are no independent questions
+        # the captions of an image are not independent questions
         text_to_image=tuple(
             Recall(
                 k,
@@ -265,10 +282,10 @@ def retrieve(features: Tensor, captions: Sequence[Sequence[str]], clip: Clip) ->
 
 
 def ranks(images: Tensor, texts: Tensor, image_of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How many other captions are at least as near to a picture (N, E) as the nearest of its own, (N,), and how many
-    other pictures at least as near to a caption (M, E) as its own, (M,): 0 is best, and equals count against it.
+    """Ranks from 0: how many other captions are at least as near to an image (N, E) as the nearest of its own, (N,),
+    and how many other images are at least as near to a caption (M, E) as its own, (M,). Ties count against it.
 
-    image_of: (M,), ascending, the picture of each caption.
+    image_of: (M,), ascending, the image of each caption.
     """
     image = torch.from_numpy(image_of)
     to_text = torch.empty(len(images), dtype=torch.int64)
@@ -286,6 +303,6 @@ def ranks(images: Tensor, texts: Tensor, image_of: np.ndarray) -> tuple[np.ndarr
 
 
 def _chance(own: np.ndarray, captions: int, k: int) -> float:
-    """Chance that one of a picture's own captions is among `k` random ones, mean over pictures."""
+    """Chance that one of an image's own captions is among `k` random ones, mean over images."""
     k = min(k, captions)
     return float(np.mean([1 - math.comb(captions - int(n), k) / math.comb(captions, k) for n in own]))

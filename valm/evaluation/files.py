@@ -1,4 +1,4 @@
-"""Reading the files of evaluation sets: what is wrong with one is said with its line."""
+"""Reads the files of evaluation sets; errors name the line."""
 
 from __future__ import annotations
 
@@ -11,12 +11,20 @@ from valm.files import read_text
 
 
 def read_lines(path: str | os.PathLike) -> list[str]:
-    """The lines of a UTF-8 text file that are not empty. Raises ValmError for a file that cannot be read."""
+    """The lines of a UTF-8 text file that are not empty.
+
+    Raises:
+        ValmError: the file cannot be read.
+    """
     return [line for line in read_text(path).splitlines() if line.strip()]
 
 
 def read_csv(path: str | os.PathLike, columns: list[str]) -> list[dict[str, str]]:
-    """The rows of a CSV file with exactly these columns, without blanks around values. Raises ValmError for others."""
+    """The rows of a CSV file with exactly these columns, without blanks around values.
+
+    Raises:
+        ValmError: the file cannot be read or has other columns.
+    """
     reader = csv.DictReader(read_lines(path))
     if reader.fieldnames != columns:
         raise ValmError(f"{path} has the columns {reader.fieldnames}, expected {columns}")
@@ -28,12 +36,20 @@ def read_csv(path: str | os.PathLike, columns: list[str]) -> list[dict[str, str]
 
 
 def read_rows(path: str | os.PathLike) -> list[list[str]]:
-    """The rows of a CSV file without a header. Raises ValmError for a file that cannot be read."""
+    """The rows of a CSV file without a header.
+
+    Raises:
+        ValmError: the file cannot be read.
+    """
     return list(csv.reader(read_lines(path)))
 
 
 def read_json_lines(path: str | os.PathLike, keys: set[str]) -> list[dict[str, str]]:
-    """One JSON object a line, each with at least these keys and texts as their values. Raises ValmError for others."""
+    """One JSON object a line, each with at least these keys and texts as their values.
+
+    Raises:
+        ValmError: the file cannot be read, or a line is something else.
+    """
     rows = []
     for number, line in enumerate(read_lines(path), 1):
         try:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
 TASKS = Path(__file__).parent / "tasks"
-# The commands of the harness that look for tasks.
+# The commands of the harness that search for tasks.
 WITH_TASKS = ("run", "ls", "validate")
 
 
@@ -40,7 +40,7 @@ class ValmLM(HFLM):
     Args:
         pretrained: the folder, as for `valm.load`; so are base, kb, clip and allow_download.
         retrieval: "on", "off" (the text alone) or "random" (random images of the knowledge base).
-        replace: a folder of images that every token sees in the place of what is retrieved.
+        replace: a folder of images that every token sees instead of the retrieved ones.
         image_seed: of the random images.
         device: as for `valm.load`; by default a GPU where torch has one.
         arguments: those of the harness's Hugging Face class for a model that is loaded already: batch_size,
@@ -66,7 +66,7 @@ class ValmLM(HFLM):
         device: str | None = None,
         **arguments: Any,
     ):
-        # the harness's command line says cuda:0 by default, wherever it runs
+        # the harness's command line has cuda:0 as the default everywhere
         if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
             device = "cuda" if torch.cuda.is_available() else "cpu"
         found: dict[str, Any] = {"base": base, "kb": kb, "clip": clip, "allow_download": allow_download}
@@ -87,7 +87,7 @@ def run(arguments: list[str]) -> None:
     """The harness's own command line, with model "valm" and the tasks in TASKS.
 
     Raises:
-        ValmError: there is no task of a name, or what the model's arguments say cannot be.
+        ValmError: a task does not exist, or the model's arguments are invalid.
     """
     if (
         arguments

@@ -27,13 +27,13 @@ def load_lambada(path: str | os.PathLike) -> list[str]:
     """The passages of a file of lines like {"text": ...}.
 
     Raises:
-        ValmError: the file is missing or has something else in it.
+        ValmError: the file is missing or has other content.
     """
     return [row["text"] for row in read_json_lines(path, {"text"})]
 
 
 def last_word(tokenizer: PreTrainedTokenizerFast, passage: str) -> tuple[list[int], int]:
-    """The tokens of a passage, and of how many its last word is.
+    """The tokens of a passage, and how many of them are its last word.
 
     Raises:
         ValmError: it does not end in a word with text before it.
@@ -48,7 +48,7 @@ def last_word(tokenizer: PreTrainedTokenizerFast, passage: str) -> tuple[list[in
 
 
 def windows(length: int, context: int) -> list[tuple[int, int, int]]:
-    """How a text of `length` tokens is read by a model that reads `context` at once.
+    """The windows in which a model of `context` tokens reads a text of `length` tokens.
 
     Returns:
         (start, end, scored) of each window: it reads the tokens start to end and scores those from scored on, which all

@@ -1,4 +1,4 @@
-"""From scores to numbers: each with its interval, and beside it what always giving one answer would get."""
+"""Turns scores into metrics with intervals, and computes the baselines of constant answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can be evaluated: causal language models with and without images, masked language models, CLIP's text tower."""
+"""Models that can be evaluated: causal language models with and without images, masked ones, CLIP's text tower."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from valm.evaluation.questions import FAIR, Documents, Questions
 from valm.evaluation.scoring import (
     Progress,
     answer_log_probs,
-    answer_pieces,
+    answer_tokens,
     check_writable,
     counting,
     equal_lengths,
@@ -52,7 +52,7 @@ BATCH_SIZE = 32
 
 
 class NotApplicable(ValmError):
-    """A model cannot be asked this at all; the message says why."""
+    """A model does not support a kind of question; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +93,21 @@ class Scorer(Protocol):
         ...
 
     def answers(self, asked: Questions, progress: Progress) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Log-probabilities of the candidates, (items, prompts, candidates), and without a prompt, (candidates,), or
-        None where there is no such thing. Raises NotApplicable."""
+        """Log-probabilities of the candidates, (items, prompts, candidates), and without a prompt, (candidates,) or
+        None
+        if the model has none.
+
+        Raises:
+            NotApplicable: the model does not support such questions.
+        """
         ...
 
     def documents(self, asked: Documents, progress: Progress) -> list[DocumentScore]:
-        """How likely each text is. Raises NotApplicable."""
+        """The likelihood of each text.
+
+        Raises:
+            NotApplicable: the model does not support it.
+        """
         ...
 
 
@@ -142,7 +151,7 @@ class CausalScorer:
 
     def answers(self, asked: Questions, progress: Progress) -> tuple[torch.Tensor, torch.Tensor | None]:
         try:
-            check_writable(self.tokenizer, asked.candidates, answer_pieces(self.tokenizer, asked.candidates))
+            check_writable(self.tokenizer, asked.candidates, answer_tokens(self.tokenizer, asked.candidates))
             if not asked.fair:
                 check_single_tokens(self.tokenizer, asked.candidates)
         except ValmError as error:
@@ -161,8 +170,8 @@ class CausalScorer:
 
     def _alone(self, candidates: Sequence[str]) -> torch.Tensor:
         """(candidates,): log-probability of each answer at the beginning of a text."""
-        pieces = answer_pieces(self.tokenizer, candidates)
-        texts = [[begin_id(self.tokenizer), *tokens] for tokens in pieces]
+        tokenized = answer_tokens(self.tokenizer, candidates)
+        texts = [[begin_id(self.tokenizer), *tokens] for tokens in tokenized]
         return torch.stack([row.sum() for row in token_log_probs(self.model, texts, BATCH_SIZE)[0]]).float()
 
     def documents(self, asked: Documents, progress: Progress) -> list[DocumentScore]:
@@ -329,7 +338,7 @@ def open_scorer(
             return _open_transformers(source, allow_download, device)
     except ValmError:
         raise
-    except Exception as error:  # transformers raises many kinds
+    except Exception as error:  # transformers raises many types
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValmError(f"cannot load a language model from {source}: {first_line}") from error
 

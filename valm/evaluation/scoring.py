@@ -1,4 +1,4 @@
-"""What all evaluations share: how likely an answer is after a prompt."""
+"""Scoring shared by all evaluations: the likelihood of an answer after a prompt."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from valm.image_model import ImageModel
 from valm.progress import progress_bar
 from valm.tokenizer import begin_id
 
-# What a progress bar is called, or what is told how many more texts are done; None for neither.
+# The name of a progress bar, or a function called with the number of further texts done; None for neither.
 Progress: TypeAlias = "str | Callable[[float], object] | None"
 
 
-def answer_pieces(tokenizer: PreTrainedTokenizerFast, answers: Sequence[str]) -> list[list[int]]:
+def answer_tokens(tokenizer: PreTrainedTokenizerFast, answers: Sequence[str]) -> list[list[int]]:
     """The ids of each answer as a further word of a text."""
     before = ":"
     skip = len(tokenizer(before, add_special_tokens=False)["input_ids"])
@@ -28,7 +28,11 @@ def answer_pieces(tokenizer: PreTrainedTokenizerFast, answers: Sequence[str]) ->
 
 
 def check_writable(tokenizer: PreTrainedTokenizerFast, answers: Sequence[str], tokens: Sequence[Sequence[int]]) -> None:
-    """Raises ValmError for an answer that the tokenizer cannot write: one without tokens, or with its unknown token."""
+    """Checks that the tokenizer can write every answer.
+
+    Raises:
+        ValmError: an answer has no tokens, or the unknown token.
+    """
     for answer, ids in zip(answers, tokens, strict=True):
         if not ids:
             raise ValmError(f"the answer {answer!r} has no tokens")
@@ -47,10 +51,10 @@ def answer_log_probs(
     batch_size: int = 64,
     progress: Progress = None,
 ) -> torch.Tensor:
-    """log p(answer | prompt), summed over the answer's pieces: (prompts, answers) float32.
+    """log p(answer | prompt), summed over the answer's tokens: (prompts, answers) float32.
 
-    Only texts of equal length share a batch, so there is no padding and no score depends on the batch. Of a prompt that
-    is too long for the model the last tokens are read.
+    Only texts of equal length share a batch, so there is no padding and no score depends on the batch. A prompt that is
+    too long for the model is cut to its last tokens.
 
     Args:
         model: a causal language model of transformers, with or without images.
@@ -60,47 +64,51 @@ def answer_log_probs(
         ValmError: an empty prompt or answer, or a model that sees images but was given no retriever.
     """
     check_model(model)
-    pieces = answer_pieces(tokenizer, answers)
+    tokenized = answer_tokens(tokenizer, answers)
     start = [begin_id(tokenizer)] if bos else []
-    longest = context_length(model) - max(map(len, pieces), default=1) + 1 - len(start)
+    longest = context_length(model) - max(map(len, tokenized), default=1) + 1 - len(start)
     texts = [start + ids[-longest:] for ids in tokenizer(list(prompts), add_special_tokens=False)["input_ids"]]
-    check_writable(tokenizer, answers, pieces)
+    check_writable(tokenizer, answers, tokenized)
     if [] in texts:
         raise ValmError(f"prompt {prompts[texts.index([])]!r} has no tokens")
 
-    # Answers that agree up to their last piece are read off the same text: one-piece answers off the prompt itself.
+    # Answers that agree up to their last token are scored on the same text: one-token answers on the prompt itself.
     by_head = defaultdict(list)
-    for i, ids in enumerate(pieces):
+    for i, ids in enumerate(tokenized):
         by_head[tuple(ids[:-1])].append(i)
     scores = torch.empty(len(texts), len(answers))
     with counting(progress, len(texts)) as advance:
         for head, members in by_head.items():
-            answer_ids = torch.tensor([pieces[i] for i in members], device=model.device)  # (answers here, pieces)
+            answer_ids = torch.tensor([tokenized[i] for i in members], device=model.device)  # (answers here, tokens)
             for rows in equal_lengths(texts, batch_size):
                 batch = torch.tensor([texts[row] + list(head) for row in rows], device=model.device)
-                logits = model(batch, logits_to_keep=len(head) + 1).logits.float()  # (b, pieces, V)
+                logits = model(batch, logits_to_keep=len(head) + 1).logits.float()  # (b, tokens, V)
                 log_probs = logits.log_softmax(-1)[
                     :, torch.arange(len(head) + 1), answer_ids
-                ]  # (b, answers here, pieces)
+                ]  # (b, answers here, tokens)
                 scores[torch.tensor(rows)[:, None], torch.tensor(members)] = log_probs.sum(-1).cpu()
                 advance(len(rows) / len(by_head))
     return scores
 
 
 def check_model(model: Any) -> None:
-    """Raises ValmError for a model whose scores would be taken without the images it was trained with."""
+    """Checks that a model has the images it was trained with.
+
+    Raises:
+        ValmError: it takes images but has no retriever.
+    """
     if isinstance(model, ImageModel) and model.image_options.num_images > 0 and model.retriever is None:
         raise ValmError(f"this model sees {model.image_options.num_images} images a token: give it a retriever first")
 
 
 def context_length(model: Any) -> int:
-    """The most tokens that the model reads at once, a large number where its config has no limit."""
+    """The most tokens that the model reads at once; a large number if its config has no limit."""
     return positions(model) or 1 << 20
 
 
 @contextmanager
 def counting(progress: Progress, total: int) -> Iterator[Callable[[float], object]]:
-    """What is told how many more of `total` texts are done."""
+    """A function called with the number of further texts done, of `total`."""
     if callable(progress):
         yield progress
         return
@@ -109,7 +117,7 @@ def counting(progress: Progress, total: int) -> Iterator[Callable[[float], objec
 
 
 def equal_lengths(texts: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
-    """Numbers of texts, in batches of one length each."""
+    """Indices of texts, in batches of one length each."""
     by_length = defaultdict(list)
     for row, text in enumerate(texts):
         by_length[len(text)].append(row)

@@ -1,4 +1,4 @@
-"""The evaluation sets: where each comes from, and how its file is read. None of them ships with this package."""
+"""The evaluation sets: their sources and file formats. None of them ships with this package."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from valm.evaluation.files import read_json_lines, read_lines, read_rows
 from valm.evaluation.language import load_lambada
 from valm.evaluation.size import load_size_pairs
 
-# Says which folder has the files where none is given.
+# The environment variable with the default folder of the files.
 DATA_VARIABLE = "VALM_EVAL_DATA"
 
-# The words that stand for the classes of AG News and DBPedia, as in Blind-VaLM's scripts, by the classes' own names.
+# The words for the classes of AG News and DBPedia, as in Blind-VaLM's scripts, by the classes' own names.
 AG_NEWS_LABELS = {"World": "world", "Sports": "sports", "Business": "business", "Sci/Tech": "technology"}
 DBPEDIA_LABELS = {
     "Company": "company",
@@ -340,7 +340,7 @@ def _download(title: str, hub: Hub) -> list[Any]:
         raise ImportError(f"{title} is read from the Hub by datasets: pip install -e '.[huggingface]'") from error
     try:
         rows: Any = datasets.load_dataset(hub.dataset, hub.config, split=hub.split)
-    except Exception as error:  # datasets and the hub's client have many kinds
+    except Exception as error:  # datasets and the hub's client raise many types
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValmError(f"cannot load {title} from the Hub ({hub.dataset}): {reason}") from error
     return [hub.read(row) for row in rows]

@@ -1,4 +1,4 @@
-"""How far few items can be trusted: intervals by bootstrap, and two models compared on the same items."""
+"""Bootstrap intervals, and the paired comparison of two models on the same items."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 RESAMPLES = 2000
 PERMUTATIONS = 10_000
-# Bootstrap weights drawn at once, so that 10,000 items need no gigabyte.
+# Bootstrap weights drawn at once, to bound memory for 10,000 items.
 CHUNK = 200
 
 
@@ -45,7 +45,7 @@ def ratio(
 ) -> Estimate:
     """transform(sum of hits / sum of tries), for hits and tries (seeds, items).
 
-    What belongs to one item, such as its prompts, is drawn together, being no independent tries.
+    The tries of one item, such as its prompts, are drawn together, as they are not independent.
     """
     drawn = _bootstrap(hits, seed) / _bootstrap(tries, seed)
     low, high = np.quantile(transform(drawn), [0.025, 0.975])

@@ -1,4 +1,4 @@
-"""Several models on several tasks, side by side: what `valm eval` runs. A killed run goes on where it was."""
+"""Several models on several tasks, side by side, for `valm eval`. A run that was killed resumes."""
 
 from __future__ import annotations
 
@@ -167,8 +167,11 @@ def evaluate(
 
 
 def asked_by(settings: Settings) -> dict[tuple[str, str], Questions | Documents]:
-    """What each task asks in each protocol that it has. Raises ValmError where there is nothing, and for data that are
-    missing or do not parse."""
+    """The questions of each task in each of its protocols.
+
+    Raises:
+        ValmError: there are none, or data are missing or do not parse.
+    """
     asked = {
         (task.name, protocol): what_is_asked(
             task,
@@ -199,7 +202,11 @@ def open_with(source: str, settings: Settings) -> Scorer:
 
 
 def variants_of(scorer: Scorer, settings: Settings) -> list[str]:
-    """Which of the variants the model has. Raises ValmError, before the first hour of work, for what is not there."""
+    """The variants that the model has; checked before any long work.
+
+    Raises:
+        ValmError: the images of one do not exist.
+    """
     if not scorer.sees_images:
         return [""]
     chosen = {name: sees for name, sees in settings.variants.items() if scorer.retrieves or sees in UNREPLACED}

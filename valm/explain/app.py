@@ -143,7 +143,7 @@ class App:
         return f"{self.name}, uploaded images", Reader(self.model, self.tokenizer, given)
 
     def show(self, head: int, *arguments: Any) -> str:
-        """What `explain` says as HTML, or one sentence on what is wrong. head: 0 = the mean of all."""
+        """The result of `explain` as HTML, or the error in one sentence. head: 0 = the mean of all."""
         try:
             body = render_body(self.explain(*arguments), head - 1 if head else None)
         except ValmError as error:
@@ -210,7 +210,7 @@ class App:
                     output = gradio.HTML(elem_id="explanation", apply_default_css=False, js_on_load=None)
             inputs = [head, prompt, images, k, uploads, answers, shown_beside]
             update = {"fn": self.show, "inputs": inputs, "outputs": output, "api_visibility": "private"}
-            # a change while the last one is computed is not lost
+            # a change during a computation is not lost
             update["trigger_mode"] = "always_last"
             changes = [prompt.submit, answers.submit, images.input, k.release, shown_beside.input, head.input]
             gradio.on([blocks.load, run.click, *changes], **update)

@@ -1,4 +1,4 @@
-"""What a model looked at while it read a text, and what it would say next, as arrays: Figures 2 and 3 of the paper."""
+"""A model's attention over text and images, and its next words, as arrays: Figures 2 and 3 of the paper."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from valm.errors import ValmError
-from valm.evaluation.scoring import answer_pieces, check_writable, context_length
+from valm.evaluation.scoring import answer_tokens, check_writable, context_length
 from valm.explain.images import FindsImages, ShownImage, show_images
 from valm.retrieval.retriever import BlindRetriever, Retrieved
 
-# Each token is a row of images on the page and a row of the attention matrix.
+# Limits the page: each token is a row of images and a row of the attention matrix.
 MAX_TOKENS = 128
 TOP_ANSWERS = 10
 
@@ -92,7 +92,7 @@ def explain(
             "knowledge base (--kb)"
         )
     elif isinstance(finder, BlindRetriever):
-        note = "This model is blind: the one image of each token is its own retrieval query, which is no picture."
+        note = "This model is blind: the one image of each token is its own retrieval query, which is not an image."
     found = _find(model, finder, ids)
     text_weights, image_weights = model.fusion_attention(ids, **_images(model, found))
     if answers is None:
@@ -127,7 +127,7 @@ def explain_together(
 ) -> dict[str, Explanation]:
     """One explanation of `text` by each reader, under its name, all with the same answers in the same order.
 
-    Without `answers` they are the likeliest of all readers together. Raises as `explain`.
+    Without `answers` they are the likeliest of all readers together. Errors as in `explain`.
     """
     explanations = {name: _explain(reader, text, answers) for name, reader in readers.items()}
     if answers is None and len(readers) > 1:
@@ -146,7 +146,7 @@ def _explain(reader: Reader, text: str, answers: Sequence[str] | None) -> Explan
 
 
 def _token_ids(model: Any, tokenizer: PreTrainedTokenizerFast, text: str) -> Tensor:
-    """(1, T), on the model's device."""
+    """Token ids (1, T), on the model's device."""
     if not text.strip():
         raise ValmError('the prompt is empty: give a text, such as "the color of the sky is"')
     ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]
@@ -195,7 +195,7 @@ def _likeliest(tokenizer: PreTrainedTokenizerFast, log_probs: Tensor) -> tuple[l
     words, probabilities = [], []
     for value, id in zip(values.tolist(), ids.tolist(), strict=True):
         word = str(tokenizer.decode([id])).strip()
-        if id not in tokenizer.all_special_ids and answer_pieces(tokenizer, [word]) == [[id]]:
+        if id not in tokenizer.all_special_ids and answer_tokens(tokenizer, [word]) == [[id]]:
             words.append(word)
             probabilities.append(float(np.exp(value)))
     return words[:TOP_ANSWERS], probabilities[:TOP_ANSWERS]
@@ -205,11 +205,11 @@ def _probabilities(
     model: Any, tokenizer: PreTrainedTokenizerFast, retriever: FindsImages | None, ids: Tensor, answers: Sequence[str]
 ) -> list[float]:
     """Of each answer as the next words after `ids` (1, T), over all its tokens."""
-    pieces = answer_pieces(tokenizer, answers)
-    check_writable(tokenizer, answers, pieces)
+    tokenized = answer_tokens(tokenizer, answers)
+    check_writable(tokenizer, answers, tokenized)
     by_head: dict[tuple[int, ...], Tensor] = {}
     probabilities = []
-    for answer in pieces:
+    for answer in tokenized:
         head = tuple(answer[:-1])  # one-token answers share the pass over the prompt
         _check_length(model, ids.shape[1] + len(head), "the prompt with an answer behind it has")
         if head not in by_head:

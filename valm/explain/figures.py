@@ -36,7 +36,11 @@ SWATCHES = {
 
 
 def check_can_draw() -> None:
-    """Raises ValmError where the packages that draw figures are missing."""
+    """Checks that the packages that draw figures are installed.
+
+    Raises:
+        ValmError: one is missing.
+    """
     new_figure(1, 1)
 
 
@@ -138,7 +142,7 @@ def _draw_images(axes: Axes, explanation: Explanation, weights: np.ndarray) -> N
         axes.text(slots - 0.4, row, f"{weights[row].sum():.0%}", va="center", fontsize=9, color=INK)
     axes.set_xticks([])
     axes.set_yticks([])
-    axes.set_title("its own pictures, and their share", color=INK, fontsize=10)
+    axes.set_title("its own images, and their share", color=INK, fontsize=10)
     quiet(axes)
     axes.tick_params(length=0)
     for side in ("left", "bottom"):

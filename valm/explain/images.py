@@ -1,4 +1,4 @@
-"""Images as they are shown, and what finds them besides a model's own retriever."""
+"""Images for display, and retrievers besides a model's own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ THUMBNAIL_SIZE = 128  # pixels, of images given as files
 
 
 class FindsImages(Protocol):
-    """What finds the images of a text: a `Retriever`, or what stands in for one."""
+    """Finds the images of a text: a `Retriever`, or a replacement."""
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Retrieved:
         """Images for every token (B, T)."""
@@ -29,7 +29,7 @@ class FindsImages(Protocol):
 
 @dataclass(frozen=True)
 class ShownImage:
-    """caption: what it shows, or where it is from; never empty. thumbnail: None where there is no picture to show."""
+    """caption: what it shows, or where it is from; never empty. thumbnail: None if there is none."""
 
     caption: str
     thumbnail: Image.Image | None
@@ -47,10 +47,10 @@ class RandomImages(controls.RandomImages):
 
 
 class GivenImages(controls.FixedImages):
-    """A retriever that returns images out of files, the same for every token, instead of the knowledge base's.
+    """A retriever that returns images from files, the same for every token, instead of the knowledge base's.
 
     Args:
-        files: at least one; the first K count, and where there are fewer they are repeated.
+        files: at least one; the first K are used, repeated if there are fewer.
 
     Raises:
         ValmError: a file cannot be read as an image.

@@ -119,7 +119,7 @@ def test_the_probe_tests_on_pictures_it_has_not_seen():
 def test_a_class_too_small_for_a_probe(trained):
     features = torch.nn.functional.normalize(torch.randn(5, 16), dim=-1)
     assert classify(features, ["a", "a", "a", "b", "b"], trained).linear_probe is None
-    with pytest.raises(ValmError, match="readable pictures of 1 classes only; it takes two"):
+    with pytest.raises(ValmError, match="readable images of 1 classes only; it takes two"):
         classify(features, ["a"] * 5, trained)
 
 
@@ -169,7 +169,7 @@ def test_what_cannot_be_checked(tmp_path, trained):
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
     fails("there is nothing to check an encoder by in .*class folders")
     (tmp_path / "x.txt").write_text("a square")
-    fails("there are 1 readable pictures with captions; it takes two")
+    fails("there are 1 readable images with captions; it takes two")
     fails("the prompt template 'a photo' has no {}", templates=["a photo"])
     fails("there are no prompt templates", templates=[])
 

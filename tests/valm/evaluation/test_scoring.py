@@ -3,7 +3,7 @@ import torch
 
 from tests.valm.models import tiny_model
 from valm.errors import ValmError
-from valm.evaluation.scoring import answer_log_probs, answer_pieces
+from valm.evaluation.scoring import answer_log_probs, answer_tokens
 from valm.tokenizer import clip_tokenizer, prune_tokenizer
 
 TOKENIZER = prune_tokenizer(clip_tokenizer(), ["the color of the sea is blue", "red"])
@@ -19,7 +19,7 @@ def test_scores_are_those_of_reading_each_text_alone(bos):
     prompts = ["the sea is", "the color of the sea is", "red", "the"]
     answers = ["blue", "red", "bluered", "blur", "blued"]  # one piece and several, some with a common beginning
     scores = answer_log_probs(model, TOKENIZER, prompts, answers, bos=bos, batch_size=2)
-    lengths = [len(pieces) for pieces in answer_pieces(TOKENIZER, answers)]
+    lengths = [len(tokenized) for tokenized in answer_tokens(TOKENIZER, answers)]
     assert lengths[:2] == [1, 1] and min(lengths[2:]) > 1
     for i, prompt in enumerate(prompts):
         for j, answer in enumerate(answers):
@@ -48,9 +48,9 @@ def test_of_a_long_prompt_the_last_tokens_are_read():
     model = a_model()
     long = " ".join(["the sea is blue"] * 20)
     answers = ["red", "blur"]
-    room = model.config.n_positions - max(map(len, answer_pieces(TOKENIZER, answers))) + 1 - 1
+    room = model.config.n_positions - max(map(len, answer_tokens(TOKENIZER, answers))) + 1 - 1
     ids = TOKENIZER(long, add_special_tokens=False)["input_ids"]
     assert len(ids) > room
     log_probs = model(torch.tensor([[TOKENIZER.bos_token_id, *ids[-room:]]])).logits[0, -1].log_softmax(-1)
     scores = answer_log_probs(model, TOKENIZER, [long], answers)
-    torch.testing.assert_close(scores[0, 0], log_probs[answer_pieces(TOKENIZER, ["red"])[0][0]], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scores[0, 0], log_probs[answer_tokens(TOKENIZER, ["red"])[0][0]], rtol=1e-5, atol=1e-5)
