@@ -31,7 +31,7 @@ from valm.image_model import ImageModel, ImageOptions
 
 _Config: Any = object  # for a type checker, the config class behind the mixin
 
-# What trains besides the fusion: nothing, the layer it is in, or everything.
+# What trains besides the fusion: nothing, its layer, or everything.
 UNFREEZE = ("", "block", "all")
 # Attention implementations of the other layers whose masks the fusion layer can read.
 READABLE = ("sdpa", "eager")
@@ -71,7 +71,7 @@ def augment(
         The model.
 
     Raises:
-        ValmError: an argument has a value that cannot be, or the family cannot be augmented; the message says why.
+        ValmError: an argument has an invalid value, or the family cannot be augmented; the message says why.
     """
     if isinstance(model, ImageModel):
         raise ValmError(f"this {type(model).__name__} takes images already")
@@ -241,7 +241,11 @@ def config_from_dict(config: dict[str, Any], **kwargs: Any) -> Any:
 
 
 def transformers_class(name: str) -> type[PreTrainedModel]:
-    """The causal language model of transformers with this name. Raises ValmError where there is none."""
+    """The causal language model of transformers with this name.
+
+    Raises:
+        ValmError: there is none.
+    """
     found = getattr(transformers, name, None) if name.isidentifier() else None
     if not isinstance(found, type) or not issubclass(found, PreTrainedModel) or not issubclass(found, GenerationMixin):
         raise ValmError(f"transformers {transformers.__version__} has no causal language model {name!r}")
@@ -315,8 +319,8 @@ class AugmentedCausalLM(ImageModel):
         """The fusion layer's joint attention weights: over text (B, H, T, T) and over images (B, H, T, K).
 
         Both together sum to 1 for every token, or to less where the family has an attention sink. Arguments as in
-        `forward`; without images they are those of the text alone. This materialises the weights, which `forward`
-        never does: for pictures and explanations, on texts of ordinary length.
+        `forward`; without images the weights are those of the text alone. Unlike `forward` this materialises the
+        weights: use it for plots and explanations of short texts.
 
         Raises:
             ValueError: the model is a text-only twin.
@@ -351,7 +355,7 @@ class AugmentedCausalLM(ImageModel):
         return inputs
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's. A reentrant checkpoint learns only where its input has a gradient: frozen embeddings get one."""
+        """The base's. A reentrant checkpoint needs an input with a gradient, so frozen embeddings get one."""
         result = super().activation_checkpointing_enable(*args, **kwargs)
         options = kwargs.get("activation_checkpointing_kwargs") or (args[0] if args else None) or {}
         if options.get("use_reentrant"):

@@ -1,4 +1,4 @@
-"""Finds where a decoder can see images: its layers, the attention of one, what that attention reads and hands over."""
+"""Finds where a decoder can see images: its layers, the attention of one, that attention's input and arguments."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from valm.augmented.attention import VisualAttention
 from valm.errors import ValmError
 
 PROBE_IMPLEMENTATION = "valm_probe"
-# Tokens of the probe's text. Some models have a first token unlike all others, so the scale of a hidden state is the
-# median over several.
+# Tokens of the probe's text. In some models the first token is an outlier, so the scale of a hidden state is the median
+# over several.
 PROBE_TOKENS = 8
 
 
 class Probe(NamedTuple):
-    """What the attention of a layer is like.
+    """Properties of a layer's attention.
 
     width: C, of what it reads. heads, kv_heads, key_dim, value_dim: Hq, Hkv, Dk, Dv.
     norm_weight, norm_bias: (C,), those of the norm before it; where it has none, the scale of what it reads, and 0.
@@ -38,7 +38,11 @@ class Probe(NamedTuple):
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The layers of the decoder. Raises ValmError where there are none."""
+    """The layers of the decoder.
+
+    Raises:
+        ValmError: there are none.
+    """
     if model.config.is_encoder_decoder:
         raise ValmError(f"{type(model).__name__} has an encoder: only decoders can be augmented")
     config = model.config.get_text_config(decoder=True)
@@ -50,7 +54,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def attention_path(model: PreTrainedModel, layer: int) -> str:
-    """Where the attention of a layer is inside of it.
+    """The path of a layer's attention inside the layer.
 
     Raises:
         ValmError: there is no such layer, or it has no attention that uses transformers' attention interface, or
@@ -135,9 +139,9 @@ def probe(model: PreTrainedModel, layer: nn.Module, path: str) -> Probe:
 
 
 def _affine(norm: nn.Module | None, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight and bias (C,) of a norm, whatever it calls them and however it applies them.
+    """Weight and bias (C,) of a norm, under any names and in any form.
 
-    A row of mean 0 and RMS 1 is one that every norm leaves as it is, but for its weight and bias.
+    Every norm maps a row of mean 0 and RMS 1 to itself, except for weight and bias.
     """
     if norm is None:  # the attention reads the residual stream
         scale = hidden_states.float().square().mean(-1).sqrt().median()

@@ -1,4 +1,4 @@
-"""What the fusion layer of an augmented model attends to: the joint weights that `forward` never has in memory."""
+"""Attention weights of an augmented model's fusion layer, which `forward` never materialises."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def fusion_weights(model: nn.Module, **inputs: Any) -> tuple[Tensor, Tensor]:
 
 
 class _WeightsRead(Exception):
-    """Ends the forward pass: nothing after the weights is wanted."""
+    """Ends the forward pass once the weights are read."""
 
     def __init__(self, text: Tensor, images: Tensor):
         self.text, self.images = text, images

@@ -1,8 +1,8 @@
 """The documents of a corpus: text, JSON and parquet files, folders of them, and rows of a dataset.
 
-A file is read by its name: `.jsonl`, `.ndjson` and `.json` (one object a line; a `.json` may be one array) and
-`.parquet` have a text in a column, anything else is UTF-8 text with one document a line. All but parquet, which is
-compressed itself, may end in `.gz`. Retrieval makes a shard of each part of a corpus, small enough for memory unless it
+The suffix decides the format: `.jsonl`, `.ndjson` and `.json` (one object a line; a `.json` may be one array) and
+`.parquet` have a text in a column; anything else is UTF-8 text with one document a line. All but parquet, which is
+compressed itself, may end in `.gz`. Retrieval makes a shard of each part of a corpus, which fits into memory unless it
 is an array.
 """
 
@@ -28,20 +28,20 @@ from valm.files import check_regular
 from valm.text import one_line, utf8
 from valm_kernels.json_files import short
 
-# Text in a part, and tokens where they are given: about a million tokens either way. A killed retrieval has one part to
-# do again.
+# Bytes of text in a part, or tokens if those are given: about a million tokens either way. A retrieval that was killed
+# repeats one part.
 PART_BYTES = 4 << 20
 PART_TOKENS = 1 << 20
 READ_ROWS = 4096
 JSON_LINES = (".jsonl", ".ndjson", ".json")
-# What is read of a folder; `.gz` of all but parquet too.
+# Suffixes of the files that are read in a folder; all but parquet also with `.gz`.
 SUFFIXES = (".txt", ".text", *JSON_LINES, ".parquet")
 
 Document = TypeVar("Document", str, Sequence[int])
 
 
 class Part(Protocol):
-    """A part of a corpus, which says where it is and reads it when asked."""
+    """A part of a corpus, which is read on demand."""
 
     def read(self) -> list[str] | list[Sequence[int]]:
         """Its documents, as text or as token ids."""
@@ -49,9 +49,9 @@ class Part(Protocol):
 
 @dataclass(frozen=True)
 class TextPart:
-    """The lines of a UTF-8 text file that begin in its bytes [start, end). Each is a document; blank ones are none.
+    """The lines of a UTF-8 text file that begin in its bytes [start, end). Each is a document; blank lines are skipped.
 
-    Bytes of a `.gz` file are those of its content, which each part decompresses from the beginning.
+    In a `.gz` file, bytes count its content, which each part decompresses from the beginning.
     """
 
     file: Path
@@ -59,10 +59,14 @@ class TextPart:
     end: int
 
     def read(self) -> list[str]:
-        """Raises ValmError for a line that cannot be read, and for a damaged `.gz`."""
+        """Reads the documents.
+
+        Raises:
+            ValmError: a line cannot be read, or the `.gz` is damaged.
+        """
         texts = []
         with _open(self.file) as file:
-            if self.start:  # the line that begins before `start` is another part's, to its end
+            if self.start:  # a line that begins before `start` belongs to another part
                 file.seek(self.start - 1)
                 file.readline()
             while (begin := file.tell()) < self.end:
@@ -94,7 +98,7 @@ class TextPart:
 
 @dataclass(frozen=True)
 class JsonLinesPart(TextPart):
-    """As `TextPart`, with a JSON object in each line and the document in its `column`; null and blank are none."""
+    """`TextPart` with a JSON object in each line and the document in its `column`; null and blank ones are skipped."""
 
     column: str
 
@@ -105,14 +109,18 @@ class JsonLinesPart(TextPart):
 
 @dataclass(frozen=True)
 class JsonArrayPart:
-    """A file that is one JSON array of objects, each with a document in `column`; null and blank are none. It is read
-    at once, however large it is."""
+    """A file that is one JSON array of objects, each with a document in `column`; null and blank ones are skipped. It
+    is read at once, however large."""
 
     file: Path
     column: str
 
     def read(self) -> list[str]:
-        """Raises ValmError for a file that is no JSON, and an element that has no text."""
+        """Reads the documents.
+
+        Raises:
+            ValmError: the file is not JSON, or an element has no text.
+        """
         with _open(self.file) as file:
             content = file.read()
         try:
@@ -132,7 +140,7 @@ class JsonArrayPart:
 
 @dataclass(frozen=True)
 class TablePart:
-    """Rows [start, stop) of a row group of a parquet file, with a text in `column`; empty ones are no documents."""
+    """Rows [start, stop) of a row group of a parquet file, with a text in `column`; empty rows are skipped."""
 
     file: Path
     column: str
@@ -141,7 +149,11 @@ class TablePart:
     stop: int
 
     def read(self) -> list[str]:
-        """Raises ValmError where the file is damaged."""
+        """Reads the documents.
+
+        Raises:
+            ValmError: the file is damaged.
+        """
         try:
             return self._read()
         except (pa.ArrowException, OSError, ValueError) as error:
@@ -163,7 +175,7 @@ class TablePart:
 
 @dataclass(frozen=True)
 class DocumentsPart:
-    """Documents that are read already, as text or as token ids."""
+    """Documents already read, as text or as token ids."""
 
     documents: list[Any]
 
@@ -181,14 +193,15 @@ def read_documents(paths: Iterable[str | os.PathLike], *, column: str = "text") 
 
 
 def corpus_files(paths: Iterable[str | os.PathLike]) -> list[Path]:
-    """The files among `paths`, and in place of a folder those below it that end as SUFFIXES say, in order of their path
-    in it. Hidden ones are none.
+    """The files among `paths`; a folder is replaced by the files with SUFFIXES below it, sorted by path, without hidden
+    ones.
 
-    Raises ValmError for a path that is missing, a folder without any such file, and no regular file.
+    Raises:
+        ValmError: a path is missing or is not a regular file, or a folder has no such file.
     """
     files = []
     for path in map(Path, paths):
-        path = path.absolute()  # another machine has another working directory
+        path = path.absolute()  # another machine may have another working directory
         if path.is_dir():
             found = sorted(
                 file.relative_to(path).as_posix()
@@ -210,12 +223,14 @@ def corpus_files(paths: Iterable[str | os.PathLike]) -> list[Path]:
 def file_parts(
     paths: Iterable[str | os.PathLike], *, column: str = "text", part_bytes: int = PART_BYTES
 ) -> list[TextPart | JsonArrayPart | TablePart]:
-    """The parts of files and folders of them (see `corpus_files`), in their order.
+    """The parts of files and folders (see `corpus_files`), in order.
 
-    column: where the text is in JSON and parquet files.
+    Args:
+        column: of the text in JSON and parquet files.
 
-    Raises ValmError for a file that is missing or is not what its name says. Reading a part raises it for a row or line
-    that is none, and names both.
+    Raises:
+        ValmError: a file is missing or has another format than its suffix. Reading a part raises it for a bad row or
+            line; the message names the file and the line.
     """
     parts: list[TextPart | JsonArrayPart | TablePart] = []
     for file in corpus_files(paths):
@@ -236,9 +251,11 @@ def file_parts(
 
 
 def row_documents(rows: Iterable[Mapping[str, Any]], column: str = "text") -> Iterator[str]:
-    """The text in `column` of each row of a dataset (`open_dataset`, or any iterable of rows); null and blank are none.
+    """The text in `column` of each row of a dataset (`open_dataset`, or any iterable of rows); null and blank ones are
+    skipped.
 
-    Raises ValmError, which names the row, for one without a text there.
+    Raises:
+        ValmError: a row has no text there; the message names the row.
     """
     for number, row in enumerate(rows):
         try:
@@ -252,10 +269,11 @@ def row_documents(rows: Iterable[Mapping[str, Any]], column: str = "text") -> It
 def document_parts(
     documents: Iterable[Document], *, part_tokens: int = PART_TOKENS, part_bytes: int = PART_BYTES
 ) -> Iterator[DocumentsPart]:
-    """`documents` (texts or token ids), read as they are asked for, in parts of about `part_bytes` bytes of text or
-    `part_tokens` tokens.
+    """`documents` (texts or token ids), read lazily, in parts of about `part_bytes` bytes of text or `part_tokens`
+    tokens.
 
-    Raises ValmError for an empty document.
+    Raises:
+        ValmError: a document is empty.
     """
     part: list[str | Sequence[int]] = []
     size = 0
@@ -275,7 +293,11 @@ def document_parts(
 
 
 def json_document(row: Any, column: str) -> str | None:
-    """The text in `column` of a JSON object, None where it is null or blank. Raises ValueError for anything else."""
+    """The text in `column` of a JSON object; None if it is null or blank.
+
+    Raises:
+        ValueError: it is something else.
+    """
     if not isinstance(row, Mapping):
         raise ValueError(f"expected an object with a text in {column!r}, got {short(row)}")
     if column not in row:
@@ -299,14 +321,18 @@ def fingerprint(documents: list[str] | list[Sequence[int]]) -> str:
 
 
 def _suffix(file: Path) -> str:
-    """What the content of a file is, by its name: its suffix before `.gz`, in small letters."""
+    """The suffix that tells a file's format: the one before `.gz`, in lower case."""
     name = file.name.lower().removesuffix(".gz")
     return os.path.splitext(name)[1]
 
 
 @contextmanager
 def _open(file: Path) -> Iterator[IO[bytes]]:
-    """A file's content, decompressed. Raises ValmError, also where the block reads, for what cannot be read."""
+    """A file's content, decompressed.
+
+    Raises:
+        ValmError: it cannot be read, on opening or while the block reads.
+    """
     opener: Any = gzip.open if file.suffix.lower() == ".gz" else open
     try:
         with opener(file, "rb") as content:
@@ -332,7 +358,11 @@ def _begins_array(file: Path) -> bool:
 
 
 def _parsed(text: str) -> Any:
-    """The JSON value in `text`. Raises ValueError in words."""
+    """The JSON value in `text`.
+
+    Raises:
+        ValueError: it is not JSON; the message is a sentence.
+    """
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:

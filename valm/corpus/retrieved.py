@@ -1,14 +1,14 @@
-"""Retrieval done once for a corpus, so that training reads picture ids instead of running CLIP.
+"""Retrieval done once for a corpus, so that training reads image ids instead of running CLIP.
 
     manifest.json          format, version, documents, tokens, plan, shards
-    tokens-00000.npy       (n,) int32: the documents of the shard, one after the other
+    tokens-00000.npy       (n,) int32: the documents of the shard, concatenated
     offsets-00000.npy      (documents + 1,) int64: where each begins
-    image_ids-00000.npy    (n, K) uint32: the pictures of each token, 2**32 - 1 = none
-    tokenizer.json, ...    what reads the corpus, as Hugging Face writes it
+    image_ids-00000.npy    (n, K) uint32: the images of each token, 2**32 - 1 = none
+    tokenizer.json, ...    the tokenizer of the corpus, in Hugging Face's format
     verified.json          which files were verified before a training; may be deleted
 
-A document's pictures depend on that document alone (to rounding, on those of its shard too): whatever length training
-cuts it to, it does not retrieve again.
+A document's images depend on that document alone (to rounding, on its shard too): training can cut it to any length
+without retrieving again.
 """
 
 from __future__ import annotations
@@ -62,16 +62,16 @@ from valm_kernels.json_files import Count, Range
 WHAT = "corpus retrieval"
 VERSION = 2
 VERIFIED_FILE = "verified.json"
-# What stands in an empty slot.
+# Padding of image ids.
 NO_IMAGE = 2**32 - 1
 # Tokens retrieved at once.
 BATCH_TOKENS = 16384
-# Shards kept open at once, of three files each; 1,024 file descriptors are a common limit.
+# Shards open at once, of three files each; 1,024 file descriptors are a common limit.
 OPEN_SHARDS = 128
 
 
 class CorpusShard(ShardRecord):
-    """What is said of a shard; without documents it has no files."""
+    """The record of a shard; without documents it has no files."""
 
     documents: Count
     tokens: Count
@@ -79,7 +79,7 @@ class CorpusShard(ShardRecord):
 
 
 class CorpusPlan(TypedDict):
-    """What is read of the plan; see `_retrieve` for all that is in it."""
+    """The keys of the plan that are read here; `_retrieve` writes all of them."""
 
     tokenizer: str
     knowledge_base: str
@@ -88,7 +88,7 @@ class CorpusPlan(TypedDict):
 
 
 class CorpusManifest(Manifest):
-    """What manifest.json holds."""
+    """The content of manifest.json."""
 
     documents: Annotated[int, Range(1)]
     tokens: Count
@@ -103,10 +103,10 @@ class _Shard(NamedTuple):
 
 
 class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
-    """The tokens of a corpus with the pictures of each, memory-mapped from the folder that retrieval wrote.
+    """The tokens of a corpus with the images of each, memory-mapped from the folder that retrieval wrote.
 
-    Document i is `{"input_ids": (T,) int32, "image_ids": (T, K) uint32}`, found in O(log shards); image ids count in
-    the knowledge base, NO_IMAGE is none.
+    Document i is `{"input_ids": (T,) int32, "image_ids": (T, K) uint32}`, found in O(log shards); image ids are those
+    of the knowledge base, NO_IMAGE is none.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any]):
@@ -119,7 +119,11 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> CorpusRetrieval:
-        """Raises ValmError where the folder is missing, something else, unfinished, damaged or of another version."""
+        """Opens the folder `path`.
+
+        Raises:
+            ValmError: it is missing, something else, unfinished, damaged or of another version.
+        """
         path = Path(path)
         manifest = open_manifest(path, WHAT, VERSION, "valm retrieve", CorpusManifest)
         for number, shard in enumerate(manifest["shards"]):
@@ -157,7 +161,7 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
 
     @property
     def k(self) -> int:
-        """K, the pictures of a token."""
+        """K, the images per token."""
         return self.manifest["plan"]["k"]
 
     @property
@@ -167,16 +171,20 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the manifest, which has those of all files."""
+        """A hash of the manifest, which has the hashes of all files."""
         return file_entry(self.path / MANIFEST_FILE)["sha256"]
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """What the corpus was read with. Raises ValmError where its files are damaged."""
+        """The tokenizer of the corpus.
+
+        Raises:
+            ValmError: its files are damaged.
+        """
         check_all_regular(self.path)
         try:
             tokenizer = open_tokenizer(self.path)
-        except Exception as error:  # transformers raises many kinds
+        except Exception as error:  # transformers raises many types
             raise ValmError(f"the tokenizer in {self.path} cannot be read: {str(error).splitlines()[0]}") from error
         if _tokenizer_hash(tokenizer) != self.manifest["plan"]["tokenizer"]:
             raise ValmError(f"the tokenizer in {self.path} is not the one that the corpus was read with")
@@ -187,24 +195,35 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
         return np.concatenate([np.diff(self._shard(place).offsets) for place in range(len(self._shards))])
 
     def check_knowledge_base(self, kb: ImageKnowledgeBase) -> None:
-        """Raises ValmError where the image ids are not those of `kb`."""
+        """Checks that the image ids are those of `kb`.
+
+        Raises:
+            ValmError: they are not.
+        """
         if self.manifest["plan"]["knowledge_base"] != kb.fingerprint:
             raise ValmError(f"{self.path} was retrieved from another knowledge base than {kb.path}; do it again")
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        """Raises ValmError where the tokens are not those of `tokenizer`."""
+        """Checks that the tokens are those of `tokenizer`.
+
+        Raises:
+            ValmError: they are not.
+        """
         if self.manifest["plan"]["tokenizer"] != _tokenizer_hash(tokenizer):
             raise ValmError(f"{self.path} was read with another tokenizer than the model's; retrieve it again")
 
     def verify(self, *, progress: bool = True) -> list[str]:
-        """Reads every file and returns the names of those whose content is not what was written."""
+        """Reads every file and returns the names of those whose content has changed."""
         return damaged_files(self.path, self.manifest, progress)
 
     def verify_once(self) -> None:
-        """`verify`, where these very files were not verified before: what a training calls before it begins.
+        """`verify`, unless these files were verified before. Training calls it before it begins.
 
-        Raises ValmError where one is damaged. That they are not is noted in VERIFIED_FILE, with the times and inodes of
-        the files: of changed, copied or downloaded ones the note says nothing.
+        Success is noted in VERIFIED_FILE, with the times and inodes of the files, so the note does not cover changed,
+        copied or downloaded files.
+
+        Raises:
+            ValmError: a file is damaged.
         """
         note = self.path / VERIFIED_FILE
         state = self._state()
@@ -213,11 +232,11 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
         damaged = self.verify()
         if damaged:
             raise ValmError(f"{self.path} is damaged, retrieve it again: {', '.join(damaged)}")
-        with suppress(ValmError):  # where nothing can be written it is verified each time
+        with suppress(ValmError):  # in a read-only folder it is verified each time
             write_json(note, state)
 
     def _state(self) -> dict[str, str]:
-        """The files as the system knows them, hashed: nobody but it sets the time of a file's last change."""
+        """A hash of the files' metadata; only the system can set a file's ctime."""
         digest = hashlib.sha256(file_entry(self.path / MANIFEST_FILE)["sha256"].encode())
         for entry in files_of(self.manifest):
             found = os.stat(os.path.join(self.path, entry["name"]))
@@ -252,14 +271,18 @@ def retrieve_corpus(
     progress: bool = True,
     run: Run = run_here,
 ) -> CorpusRetrieval:
-    """Retrieves the pictures of every token of `documents` (token ids) and writes the folder `out`.
+    """Retrieves the images of every token of `documents` (token ids) and writes the folder `out`.
 
-    documents: read once and in order, so more of them than memory holds is no matter.
-    part_tokens: tokens in a shard, which is also what a killed retrieval has to do again. The result of one that was
-        killed and run again is the same to the byte. One that was already finished is opened.
-    run: where it is done: here, or on the machines of a `valm.shards.ray.RayRun`.
-    Raises ValmError for no documents, an empty one, an `out` that holds something else, and one that was begun with
-    other documents, another knowledge base or other settings.
+    A retrieval that was killed resumes, with the same bytes as in one run. A finished one in `out` is just opened.
+
+    Args:
+        documents: read once and in order, so they need not fit into memory.
+        part_tokens: tokens in a shard; a retrieval that was killed repeats at most one shard.
+        run: where it runs: here, or on the machines of a `valm.shards.ray.RayRun`.
+
+    Raises:
+        ValmError: there are no documents, one is empty, or `out` holds something else or was begun with other
+            documents, another knowledge base or other settings.
     """
     parts = document_parts(documents, part_tokens=part_tokens)
     return _retrieve(parts, None, {"part_tokens": part_tokens}, retriever, out, progress, run)
@@ -274,8 +297,9 @@ def retrieve_texts(
     progress: bool = True,
     run: Run = run_here,
 ) -> CorpusRetrieval:
-    """As `retrieve_corpus`, for documents that the retriever's tokenizer is to read, such as the rows of a dataset
-    (`row_documents`). part_bytes: text in a shard."""
+    """`retrieve_corpus` for documents that the retriever's tokenizer has to read, such as the rows of a dataset
+    (`row_documents`). part_bytes: bytes of text in a shard.
+    """
     parts = document_parts(texts, part_bytes=part_bytes)
     return _retrieve(parts, None, {"part_bytes": part_bytes}, retriever, out, progress, run)
 
@@ -290,7 +314,7 @@ def retrieve_files(
     progress: bool = True,
     run: Run = run_here,
 ) -> CorpusRetrieval:
-    """As `retrieve_texts`, for files and folders of them, in their order; `column` and errors as in `file_parts`."""
+    """`retrieve_texts` for files and folders of them, in order; `column` and errors as in `file_parts`."""
     files = corpus_files(files)
     parts = file_parts(files, column=column, part_bytes=part_bytes)
     corpus = {
@@ -311,7 +335,7 @@ def _retrieve(
     run: Run,
 ) -> CorpusRetrieval:
     if len(retriever.kb) > NO_IMAGE:
-        raise ValmError(f"ids of {len(retriever.kb):,} pictures do not fit into 32 bits")
+        raise ValmError(f"ids of {len(retriever.kb):,} images do not fit into 32 bits")
     encoder, index = retriever.encoder, retriever.index
     plan = {
         "corpus": corpus,
@@ -342,8 +366,11 @@ def _retrieve(
 
 
 def _unchanged(parts: Iterable[Part], done: dict[int, dict[str, Any]], build: ShardedBuild) -> Iterator[Part]:
-    """`parts`; raises ValmError where one that is `done` is another now, or is no more, or a finished `build` lacks
-    one."""
+    """Yields `parts`, comparing finished ones.
+
+    Raises:
+        ValmError: a part that is `done` has changed or is gone, or a finished `build` lacks one.
+    """
     number = -1
     for number, part in enumerate(parts):
         if number in done and done[number].get("content") != fingerprint(part.read()):
@@ -362,7 +389,7 @@ def _unchanged(parts: Iterable[Part], done: dict[int, dict[str, Any]], build: Sh
 
 def _retrieve_part(number: int, part: Part, progress: Progress, *, out: Path, retriever: Retriever) -> None:
     """Writes shard `number` of the retrieval in `out`."""
-    # what was kept decides which segments are encoded together, and that decides how a query is rounded
+    # the cache decides which segments are encoded together, which affects rounding
     retriever.cache.clear()
     raw = part.read()
     documents: Sequence[Sequence[int]]
@@ -390,7 +417,7 @@ def _retrieve_part(number: int, part: Part, progress: Progress, *, out: Path, re
 
 
 def _batches(documents: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Indices of documents of like length, at most BATCH_TOKENS with their padding (one document alone may be more)."""
+    """Indices of documents of similar length, at most BATCH_TOKENS with their padding (a single one may have more)."""
     batches: list[list[int]] = []
     for index in sorted(range(len(documents)), key=lambda index: -len(documents[index])):
         if not batches or len(documents[batches[-1][0]]) * (len(batches[-1]) + 1) > BATCH_TOKENS:

@@ -1,7 +1,7 @@
-"""Folders of numbered shards, written by one process or by many, and resumed after any of them was killed.
+"""Folders of numbered shards, written by one process or many, and resumed after any of them was killed.
 
     build.json          the plan: everything the result depends on; only while the folder is unfinished
-    shard-00000.json    what shard 0 holds, written when its files are whole; only while the folder is unfinished
+    shard-00000.json    the record of shard 0, written when its files are complete; only while the folder is unfinished
     manifest.json       the plan, and every shard with the checksums of its files; only when the folder is finished
 
 A shard is the unit of work. It depends on the plan and on its own part of the source alone, so shards can be written in
@@ -39,9 +39,9 @@ SHARD_FILE = re.compile("shard-[0-9]{5,9}\\.json")
 WAIT_SECONDS = 5.0
 DELETE = "delete it or choose another folder"
 
-# Writes one shard: its number, its part of the source, and whom to tell how far it is.
+# Writes one shard, given its number, its part of the source, and its progress.
 Work = Callable[[int, Any, Progress], None]
-# Has the work done for numbered parts of the source: here, or on other machines (valm/shards/ray.py).
+# Runs the work for numbered parts of the source: here, or on other machines (valm/shards/ray.py).
 Run = Callable[[Work, Iterable[tuple[int, Any]], Progress], None]
 
 
@@ -52,12 +52,16 @@ def run_here(work: Work, shards: Iterable[tuple[int, Any]], progress: Progress) 
 
 
 class ShardedBuild:
-    """A folder that is being filled with shards, or was.
+    """A folder of shards, finished or being written.
 
-    out: new, empty, or holding the build of the same plan, finished or not.
-    what: what the folder is to be, for its errors. plan: everything the result depends on, as JSON.
-    record: the schema of what is said of a shard.
-    Raises ValmError where `out` holds something else, or cannot be written.
+    Args:
+        out: new, empty, or holding the build of the same plan, finished or not.
+        what: what the folder will be, for errors.
+        plan: everything the result depends on, as JSON.
+        record: the schema of a shard's record.
+
+    Raises:
+        ValmError: `out` holds something else, or cannot be written.
     """
 
     def __init__(self, out: str | os.PathLike, what: str, plan: dict[str, Any], record: type = ShardRecord):
@@ -104,7 +108,11 @@ class ShardedBuild:
             write_json(self.out / BUILD_FILE, {"plan": self.plan})
 
     def done(self) -> dict[int, dict[str, Any]]:
-        """The record of every shard that is whole, by its number. Raises ValmError where one is damaged."""
+        """The record of every finished shard, by number.
+
+        Raises:
+            ValmError: one is damaged.
+        """
         if self.finished:
             shards: list[dict[str, Any]] = read_json(self.out / MANIFEST_FILE, "the manifest", Manifest)["shards"]
             return dict(enumerate(shards))
@@ -122,19 +130,19 @@ class ShardedBuild:
         return records
 
     def write(self, work: Work, parts: Iterable[Any], run: Run, progress: Progress) -> None:
-        """Has those of `parts` (the parts of the source, shard by shard) written that are not there yet."""
+        """Writes the missing shards, from `parts` (the parts of the source, one per shard)."""
         done = self.done()
         run(work, ((number, part) for number, part in enumerate(parts) if number not in done), progress)
 
     def finish(self, manifest: dict[str, Any]) -> None:
-        """Writes `manifest`, with the plan and the shards: from here on the folder is finished."""
+        """Writes `manifest`, with the plan and the shards, which finishes the folder."""
         shards = [record for _, record in sorted(self.done().items())]
         write_json(self.out / MANIFEST_FILE, {**manifest, "plan": self.plan, "shards": shards})
         self.finished = True
         self._remove_state()
 
     def abandon(self) -> None:
-        """Removes all that was written. Killed meanwhile, it is an unfinished build still."""
+        """Removes all that was written. If killed meanwhile, it is still an unfinished build."""
         files = [entry["name"] for record in self.done().values() for entry in record["files"]]
         # the records before what they say is there
         for file in self.out.glob("shard-*.json"):

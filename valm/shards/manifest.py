@@ -1,7 +1,7 @@
 """The manifest of a finished folder of shards: every file with its size and checksum.
 
-What a manifest or a record says is not trusted: `check_files` is the one place where names that come out of a file are
-held against the names that are written here, and the files against what is said of them.
+Manifests and records are not trusted: only `check_files` compares the names in them with the names that are written
+here, and the files with their entries.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from valm_kernels.json_files import Count, Matching, SchemaError, Sha256, check,
 MANIFEST_FILE = "manifest.json"
 # The plan of a folder that is not finished (`valm.shards.build`).
 BUILD_FILE = "build.json"
-# All that `ShardFiles` writes: kind, number of the shard, suffix.
+# The names that `ShardFiles` writes: kind, number of the shard, suffix.
 FILE_NAME = r"[a-z_]+-[0-9]{5,9}\.(npy|parquet|json)"
 
 
 class FileEntry(TypedDict):
-    """What is said of a file."""
+    """The entry of a file."""
 
     name: Annotated[str, Matching(FILE_NAME, "a name such as vectors-00000.npy")]
     bytes: Count
@@ -37,7 +37,7 @@ class FileEntry(TypedDict):
 
 
 class ShardRecord(TypedDict):
-    """What is said of a shard, whatever it holds."""
+    """The record of a shard of any content."""
 
     files: list[FileEntry]
 
@@ -49,7 +49,7 @@ class Plan(TypedDict):
 
 
 class Manifest(Plan):
-    """Of a finished folder, whatever it holds."""
+    """The manifest of a finished folder of any content."""
 
     format: str
     version: int
@@ -78,8 +78,12 @@ def kinds_of(record: ShardRecord) -> set[str]:
 
 
 def check_files(folder: Path, shards: Iterable[tuple[int, ShardRecord]]) -> None:
-    """Raises ValueError where a file that the record of a shard (number, record) lists is another shard's or kind's
-    twice, is missing, leads out of `folder`, is no regular file, or has another size."""
+    """Checks the files that the records of `shards` (number, record) list.
+
+    Raises:
+        ValueError: a file has another shard's name, repeats a kind, is missing, leads out of `folder`, is not a regular
+            file, or has another size.
+    """
     for number, record in shards:
         kinds = set()
         for entry in record["files"]:
@@ -99,8 +103,10 @@ def check_files(folder: Path, shards: Iterable[tuple[int, ShardRecord]]) -> None
 def open_manifest(path: Path, what: str, version: int, command: str, schema: type) -> dict[str, Any]:
     """The manifest of the folder `path`, which is a `what` of format `version` that `command` makes.
 
-    Checks format, version, what else `schema` (a `Manifest`) says, and the name, kind and size of every file. Raises
-    ValmError, naming the file, where one is wrong.
+    Checks format, version, the rest of `schema` (a `Manifest`), and the name, kind and size of every file.
+
+    Raises:
+        ValmError: a check failed; the message names the file.
     """
     if not path.is_dir():
         raise ValmError(f"no {what} at {path}: there is no such folder")
@@ -137,10 +143,14 @@ def open_manifest(path: Path, what: str, version: int, command: str, schema: typ
 
 
 def open_array(file: Path, shape: tuple[int, ...], dtype: npt.DTypeLike) -> np.memmap:
-    """The array in `file`, memory-mapped. Raises ValmError where it is not of this shape and type."""
+    """The array in `file`, memory-mapped.
+
+    Raises:
+        ValmError: it is damaged or has another shape or dtype.
+    """
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # a damaged header makes numpy raise anything
+    except Exception as error:  # numpy raises many types for a damaged header
         if is_transient(error):
             raise ValmError(f"cannot read {file}: {error}") from error
         raise ValmError(f"{file} is damaged: {one_line(str(error))}; make it again") from error

@@ -1,4 +1,4 @@
-"""How far sharded work is, told by each shard while it is written, and shown as one progress bar."""
+"""Progress of sharded work, reported by each shard while it is written, and shown as one progress bar."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from valm.progress import progress_bar
 
 
 class Progress(Protocol):
-    """What a shard tells while it is written."""
+    """Receives the progress of a shard."""
 
     def begin(self, units: int) -> None:
-        """A shard of so many units of work was begun."""
+        """Reports that a shard of this many units of work was begun."""
 
     def advance(self, units: int, skipped: int = 0) -> None:
-        """So many more units are done, of which `skipped` could not be read."""
+        """Reports that this many more units are done, of which `skipped` could not be read."""
 
 
 class ProgressBar:
-    """Rate and time left over `shards` shards (None: nobody knows how many) whose sizes show only when they begin: the
-    whole is guessed from those begun so far."""
+    """Rate and time left over `shards` shards (None = unknown), whose sizes are known only once they begin: the total
+    is estimated from those begun so far."""
 
     def __init__(self, description: str, unit: str, shards: int | None, shown: bool):
         self.shards = shards

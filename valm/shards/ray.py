@@ -1,8 +1,8 @@
 """Shards written on the machines of a Ray cluster.
 
-Every machine must have valm installed and see the same files under the same paths (a network file system). What is
-written is what one machine would have written; a task or an actor that is lost with its machine is started again on
-another one, and the driver, killed and run again, goes on from the shards that are whole.
+Every machine must have valm installed and see the same files under the same paths (a network file system). The result
+is identical to that of one machine. A task or an actor that is lost with its machine is restarted on another one, and a
+driver that was killed resumes after the finished shards.
 """
 
 from __future__ import annotations
@@ -19,21 +19,25 @@ from valm.errors import ValmError
 from valm.shards.build import Work
 from valm.shards.progress import Progress
 
-# How often a shard is begun again whose machine was lost.
+# How often a shard is retried whose machine was lost.
 MAX_RETRIES = 10
-# Shards handed to the cluster for each that it can write at once: nobody waits, and few parts are in memory.
+# Shards submitted for each that the cluster can write at once: enough that none waits, few enough for memory.
 QUEUED = 2
 CONNECT_SECONDS = 10
 
 
 class RayRun:
-    """Has the shards of a build written by Ray tasks: the `run` of the builders and of corpus retrieval.
+    """Writes the shards of a build by Ray tasks: a `run` for the builders and corpus retrieval.
 
-    address: of a cluster ("auto" for the one this machine is part of, or "HOST:PORT"), or "local" for one of this
-        machine alone. A program that has called `ray.init` stays connected as it is.
-    cpus, gpus: what a task reserves; torch uses as many threads as it has cpus. A process that does tasks keeps what it
-        was sent: a `Retriever` opens its whole index in each, unless that is a `ShardedIndex`.
-    Raises ImportError without ray, and ValmError where there is no cluster, or no machine of it has room for a task.
+    Args:
+        address: of a cluster ("auto" for the one this machine is part of, or "HOST:PORT"), or "local" for one of this
+            machine alone. A program that has called `ray.init` stays connected as it is.
+        cpus, gpus: what a task reserves; torch uses as many threads as it has cpus. Each worker process caches its
+            arguments: a `Retriever` opens its whole index in each, unless that is a `ShardedIndex`.
+
+    Raises:
+        ImportError: ray is not installed.
+        ValmError: there is no cluster, or no machine of it has room for a task.
     """
 
     def __init__(self, address: str, *, cpus: int = 1, gpus: float = 0):
@@ -46,10 +50,14 @@ class RayRun:
             )
 
     def __call__(self, work: Work, shards: Iterable[tuple[int, Any]], progress: Progress) -> None:
-        """Raises the ValmError that `work` raised on another machine, and one where Ray gives up on it."""
+        """Runs `work` for all `shards`.
+
+        Raises:
+            ValmError: `work` raised it on another machine, or Ray gave up on it.
+        """
         ray = import_ray()
         task = ray.remote(_write_shard).options(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=MAX_RETRIES)
-        shared = [ray.put(work)]  # in a list, so that each process fetches it once and not with every task
+        shared = [ray.put(work)]  # in a list, so that each process fetches it once instead of with every task
         shards = iter(shards)
         pending: list[Any] = []
         try:
@@ -75,7 +83,7 @@ def connect(address: str) -> None:
         return
     host, _, port = address.rpartition(":")
     try:
-        if host and port.isdigit():  # ray itself takes minutes to find that nobody is there
+        if host and port.isdigit():  # ray itself takes minutes to notice that there is no cluster
             socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
         ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
     except (OSError, ValueError) as error:
@@ -84,7 +92,7 @@ def connect(address: str) -> None:
 
 
 class _Tally:
-    """The progress of one shard, to be told to the driver."""
+    """The progress of one shard, to be reported to the driver."""
 
     def __init__(self) -> None:
         self.units = self.skipped = 0
@@ -110,14 +118,18 @@ def _fetch(reference: Any) -> Work:
 
 
 def free_tasks(cpus: int, gpus: float = 0) -> int:
-    """How many tasks that reserve so much the machines of the cluster, as it is now, can do at once."""
+    """How many tasks of these reservations the cluster can currently run at once."""
     have = [node["Resources"] for node in import_ray().nodes() if node["Alive"]]
     each = [(node.get("CPU", 0) // cpus, node.get("GPU", 0) // gpus if gpus else math.inf) for node in have]
     return int(sum(map(min, each)))
 
 
 def task_result(reference: Any, what: str) -> Any:
-    """What a task or an actor answered. Raises ValmError for one that raised it, and where Ray gave up on it."""
+    """The result of a task or an actor.
+
+    Raises:
+        ValmError: the task raised it, or Ray gave up on it.
+    """
     ray = import_ray()
     try:
         return ray.get(reference)
@@ -127,7 +139,7 @@ def task_result(reference: Any, what: str) -> Any:
         raise
     except ray.exceptions.RayError as error:  # killed for its memory, crashed too often, an actor that cannot start
         lines = str(error).strip().splitlines()
-        # of an actor that cannot start the last line is what it raised, elsewhere the first says what happened
+        # if an actor cannot start, the last line has its error, otherwise the first line does
         reason = lines[-1 if isinstance(error, ray.exceptions.ActorDiedError) else 0]
         raise ValmError(
             f"{what} was given up on the Ray cluster: {reason} ({type(error).__name__}); once that is mended, run the "

@@ -98,7 +98,11 @@ def collect_pictures(sources: Mapping[str, Mapping[str, Any]], out: Path, *, pro
 
 
 def read_pictures(folder: Path) -> list[Picture]:
-    """What `collect_pictures` has written there. Raises ValmError where it has not, or not to the end."""
+    """The pictures that `collect_pictures` wrote.
+
+    Raises:
+        ValmError: there are none, or it did not finish.
+    """
     rows = read_json(folder / PICTURES_FILE, "the pictures of the study", list[Picture])
     return [Picture(**row) for row in rows]
 

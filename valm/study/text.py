@@ -218,7 +218,11 @@ def python_prose() -> list[str]:
 
 
 def file_prose(path: Path) -> list[str]:
-    """Paragraphs of prose in a UTF-8 text file. Raises ValmError where it cannot be read or has none."""
+    """Paragraphs of prose in a UTF-8 text file.
+
+    Raises:
+        ValmError: it cannot be read or has none.
+    """
     check_regular(path)
     try:
         found = _paragraphs(path.read_text(encoding="utf-8"))

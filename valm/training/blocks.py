@@ -1,4 +1,4 @@
-"""Documents of any length as blocks that a model can read."""
+"""Cuts documents of any length into blocks that a model can read."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def document_lengths(documents: Any) -> np.ndarray:
 class Blocks(Dataset[dict[str, Any]]):
     """`documents` (as `Collator` takes them), those longer than `length` tokens cut into several blocks.
 
-    Each later block of a document begins with its SOT again, so that it can be packed behind any other; what its tokens
-    see of the text begins anew there. The pictures of its tokens do not: they are those of the whole document.
-    A block is a dict as a document is. sot: id of SOT.
+    Each later block of a document begins with SOT again, so that it can be packed behind any other; its tokens do not
+    see the text of earlier blocks. Their images are still those of the whole document. A block is a dict like a
+    document. sot: id of SOT.
     """
 
     def __init__(self, documents: Any, length: int, sot: int):
@@ -45,7 +45,12 @@ class Blocks(Dataset[dict[str, Any]]):
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Raises IndexError, and ValmError for a document to be cut that does not begin with SOT."""
+        """Block `index`.
+
+        Raises:
+            IndexError: the index is out of range.
+            ValmError: a document to be cut does not begin with SOT.
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"blocks go from 0 to {len(self) - 1}, got {index}")
         number = int(np.searchsorted(self._ends, index, side="right"))

@@ -1,8 +1,8 @@
-"""The input of the fusion layer, computed once for a whole training.
+"""Caches the input of the fusion layer for a whole training.
 
-Where every weight below the fusion layer is frozen, as `valm.augment` leaves it, what the fusion layer reads of a
-document is the same in every epoch. `cache_below` runs the layers below once, writes their hidden states beside the
-data, and lets the training start at the fusion layer; docs/data.md has what that saved.
+If every weight below the fusion layer is frozen, as after `valm.augment`, the layer's input for a document is the same
+in every epoch. `cache_below` runs the layers below once, writes their hidden states beside the data, and lets the
+training start at the fusion layer; docs/data.md has what that saved.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ FUSION_INPUT = "fusion_input"
 
 
 class CachedBelow(Dataset[dict[str, Any]]):
-    """`documents` with what the fusion layer reads of each, `fusion_input` (T, C), from a memory-mapped file.
+    """`documents` with the fusion layer's input for each, `fusion_input` (T, C), from a memory-mapped file.
 
-    bfloat16 is in the file, and in the items, as uint16.
+    The file and the items hold bfloat16 as uint16.
     """
 
     def __init__(self, documents: Any, lengths: np.ndarray, states: np.ndarray):
@@ -66,7 +66,7 @@ class CachedBelow(Dataset[dict[str, Any]]):
 class FusionInput:
     """Lets `model` take `fusion_input` (B, T, C) in a call: its layers below `layer` then do not run.
 
-    A call without it runs them as ever. `remove` takes this back.
+    A call without it runs them as usual. `remove` restores the model.
     """
 
     def __init__(self, model: Any, layer: int):
@@ -74,17 +74,17 @@ class FusionInput:
         self._layers = decoder_layers(model)[:layer]
         self._hook = model.register_forward_pre_hook(self._take, with_kwargs=True)
         for below in self._layers:
-            # not the class: transformers' loops read attributes of their layers
+            # patch the layer, not the class: transformers' loops read attributes of their layers
             below.forward = self._skip(below.forward)
 
     def remove(self) -> None:
-        """Gives the model its own layers back."""
+        """Restores the model's own layers."""
         self._hook.remove()
         for below in self._layers:
-            vars(below).pop("forward", None)  # it may have been removed before
+            vars(below).pop("forward", None)  # may already be removed
 
     def _take(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        # kept until the next call, as gradient checkpointing runs layers again in backward
+        # stays until the next call, as gradient checkpointing reruns layers in backward
         self._states = kwargs.pop(FUSION_INPUT, None)
         return args, kwargs
 
@@ -105,16 +105,16 @@ class FusionInput:
 def cache_below(
     model: Any, documents: Any, folder: str | os.PathLike, *, layer: int | None = None, progress: bool = True
 ) -> CachedBelow:
-    """Computes what the fusion layer of `model` reads of each document, once, and lets the model start from it.
+    """Computes the input of the fusion layer of `model` for each document, once, and lets the model start from it.
 
-    The hidden states are written to `folder`, 4 C bytes a token in float32, under a name that says which weights,
-    tokens and dtype they are of: what is there already is used. The model is changed by `FusionInput`: train it on the
-    result by a `Collator`.
+    The hidden states are written to `folder`, 4 C bytes a token in float32, under a name that identifies weights,
+    tokens and dtype; an existing file is reused. The model is changed by `FusionInput`: train it on the result by a
+    `Collator`.
 
     Args:
         model: what `valm.augment` returned, a `VaLMForCausalLM`, or with `layer` any decoder of transformers.
         documents: as `Collator` takes them, none longer than the model's context (see `Blocks`).
-        folder: made where it is not there.
+        folder: created if missing.
         layer: by default the fusion layer.
 
     Raises:
@@ -142,7 +142,11 @@ def cache_below(
 
 
 def fusion_layer(model: Any) -> int:
-    """Index of the layer that sees images. Raises ValmError for a model without one."""
+    """Index of the layer that sees images.
+
+    Raises:
+        ValmError: the model has none.
+    """
     if isinstance(model, VaLMForCausalLM):
         return model.config.fusion_index
     if isinstance(model, ImageModel):
@@ -160,14 +164,14 @@ def fusion_input(states: Sequence[np.ndarray], places: Sequence[tuple[int, slice
 
 
 class _Reached(Exception):
-    """The layer was reached; what it was to read."""
+    """Signals that the layer was reached, with its input."""
 
     def __init__(self, states: Tensor):
         self.states = states
 
 
 def _input_of(model: Any, layer: int, ids: Tensor, mask: Tensor) -> Tensor:
-    """What the layer reads of tokens (B, T), (B, T, C)."""
+    """The layer's input (B, T, C) for tokens (B, T)."""
 
     def stop(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         raise _Reached(args[0] if args else kwargs["hidden_states"])
@@ -199,7 +203,11 @@ def _probe_tokens(model: Any) -> tuple[Tensor, Tensor]:
 
 
 def _check_frozen(model: Any, layer: int) -> None:
-    """Raises ValmError where the layer's input changes in training: by a weight that trains, or by dropout."""
+    """Checks that training does not change the layer's input.
+
+    Raises:
+        ValmError: a weight below trains, or dropout is active.
+    """
     was_training = model.training
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     try:
@@ -223,7 +231,7 @@ def _check_frozen(model: Any, layer: int) -> None:
 
 
 def _key(model: Any, layer: int, documents: Any) -> str:
-    """A hash of all that the hidden states depend on."""
+    """A hash of everything that the hidden states depend on."""
     config = model.config.to_diff_dict()
     config = config.get("base_config", config)
     above = {id(parameter) for module in decoder_layers(model)[layer:] for parameter in module.parameters()}
@@ -261,9 +269,7 @@ def _write(
             progress_bar(total=shape[0], desc="hidden states", unit=" tokens", unit_scale=True, shown=progress) as bar,
         ):
             states = np.lib.format.open_memmap(temporary, "w+", dtype, shape)
-            if hasattr(
-                os, "posix_fallocate"
-            ):  # a full disk would otherwise be noticed in a page of the map, by a signal
+            if hasattr(os, "posix_fallocate"):  # otherwise a full disk would raise a signal on access to the map
                 with open(temporary, "r+b") as opened:
                     os.posix_fallocate(opened.fileno(), 0, os.path.getsize(temporary))
             for batch in _batches(lengths):
@@ -280,7 +286,7 @@ def _write(
 
 
 def _batches(lengths: np.ndarray) -> list[list[int]]:
-    """Indices of documents of like length, at most BATCH_TOKENS with their padding (one document alone may be more)."""
+    """Indices of documents of similar length, at most BATCH_TOKENS with their padding (a single one may have more)."""
     batches: list[list[int]] = []
     for index in np.argsort(-lengths, kind="stable").tolist():
         if not batches or lengths[batches[-1][0]] * (len(batches[-1]) + 1) > BATCH_TOKENS:
@@ -291,7 +297,11 @@ def _batches(lengths: np.ndarray) -> list[list[int]]:
 
 @torch.no_grad()
 def _install(model: Any, layer: int) -> None:
-    """`FusionInput`, once, tried on a few tokens. Raises ValmError where the model's output is not what it was."""
+    """Installs `FusionInput` once, and tests it on a few tokens.
+
+    Raises:
+        ValmError: the model's output changes.
+    """
     if (installed := getattr(model, "_fusion_input", None)) is not None:  # perhaps for another layer
         installed.remove()
     was_training = model.training

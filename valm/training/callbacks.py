@@ -1,4 +1,4 @@
-"""What trainings show and measure as they go."""
+"""Progress bars and measures of trainings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from valm.progress import progress_bar
 
 
 class ProgressBar(TrainerCallback):
-    """A bar with a name of its own, where several trainings follow one another, and the last loss."""
+    """A bar with its own name, for several trainings in a row, and the last loss."""
 
     def __init__(self, name: str, shown: bool = True):
         self.name, self.shown = name, shown
@@ -45,7 +45,7 @@ class ProgressBar(TrainerCallback):
 
 
 def show_progress(training: Trainer, name: str, shown: bool = True) -> None:
-    """Gives a Trainer a `ProgressBar` in the place of its own, which writes a line for every log."""
+    """Replaces a Trainer's progress bar, which writes a line for every log, by a `ProgressBar`."""
     for own in (PrinterCallback, ProgressCallback):
         training.remove_callback(own)
     training.add_callback(ProgressBar(name, shown))
@@ -55,7 +55,7 @@ class ColorAccuracy:
     """A measure for `trainer`: how often the model names the colour of things of your own (`evaluate_color`, "fair").
 
     A model that takes images needs a retriever for it. Choose settings on things of your own, never on the public test
-    sets: a number on those says nothing any more once something was chosen by it.
+    sets: a result on those is biased once it was used for a choice.
     """
 
     def __init__(self, items: Sequence[ColorItem], tokenizer: PreTrainedTokenizerFast):

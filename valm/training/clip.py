@@ -3,8 +3,8 @@
 The loop is ours. open_clip's own, open_clip_train, is a program: importing its data needs webdataset and pandas, its
 checkpoints are pickles, and its largest logit scale is fixed at 100, with which a CLIP of few images overfits.
 
-Captions are cut behind a word drawn at random, half of the time by default: a language model asks for images in the
-middle of a sentence, and a CLIP that never saw a prefix does not find them then.
+Captions are cut after a random word, half of the time by default: a language model retrieves images in the middle of a
+sentence, where a CLIP that has never seen a prefix does not find them.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def train_clip(
         clip: for example from `Clip.create`, with `clip.model.requires_grad_(True)`; its image tower may be locked.
         batches: at least `steps` of images (B, 3, H, W), as the vision tower takes them, and B texts.
         max_logit_scale: where the learned temperature stops.
-        progress: what the progress bar is called, None for no bar.
+        progress: name of the progress bar; None shows none.
 
     Raises:
         ValmError: a loss is not finite.
@@ -153,7 +153,7 @@ class CaptionedImages(Dataset[tuple[Tensor, str] | None]):
         clip: whose image transform decides the size of the views, which show nearly the whole image, as open_clip's.
         prefixes: the share of captions that are cut behind a random word.
 
-    Reading an item raises ValmError where the machine, and not the image, is why it cannot be read.
+    Reading an item raises ValmError on a transient error (`is_transient`).
     """
 
     def __init__(self, records: list[Record], clip: Clip, seed: int, prefixes: float = 0.5):
@@ -178,23 +178,27 @@ class CaptionedImages(Dataset[tuple[Tensor, str] | None]):
         return pixels, " ".join(words)
 
     def _pixels(self, index: int, view: int) -> Tensor | None:
-        """Image `index` in one of its views, None where it is damaged."""
+        """Image `index` in one of its views; None if it is damaged."""
         record = self.records[index]
         try:
             image = record.read()
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(view)
                 return self.transform(image)
-        except Exception as error:  # damaged bytes make a decoder raise anything
+        except Exception as error:  # decoders raise many types for damaged bytes
             if is_transient(error):
                 raise cannot_read(record.uri, error) from error
             return None
 
     def batches(self, size: int, *, workers: int = 0) -> Iterator[tuple[Tensor, list[str]]]:
-        """Batches of `size` different images without end, every image once before any again (but for a rest smaller
-        than a batch). workers: processes that decode.
+        """Infinite batches of `size` different images; every image comes once before any again (except for a remainder
+        smaller than a batch).
 
-        Raises ValmError for batches of fewer than two, and where hardly any image can be read.
+        Args:
+            workers: processes that decode.
+
+        Raises:
+            ValmError: a batch has fewer than two images, or hardly any image can be read.
         """
         size = min(size, len(self.records))
         if size < 2:
@@ -236,7 +240,7 @@ class CachedImages(CaptionedImages):
         visual = self.clip.model.visual
         frozen = (visual.trunk if _has_projection(visual) else visual).eval()
         features: list[Tensor | None] = []
-        with progress_bar(total=len(self.records), desc="image tower", unit="picture", shown=progress) as bar:
+        with progress_bar(total=len(self.records), desc="image tower", unit="image", shown=progress) as bar:
             for indices in torch.arange(len(self.records)).split(CACHE_BATCH):
                 pixels = [CaptionedImages._pixels(self, index, 0) for index in indices.tolist()]
                 whole = [image for image in pixels if image is not None]

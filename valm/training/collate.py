@@ -1,4 +1,4 @@
-"""From documents to batches: padded or packed rows, with every picture of the batch held once."""
+"""Collates documents into batches: padded or packed rows, with each image of the batch once."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.tokenizer import begin_id
 from valm.training.cache_below import FUSION_INPUT, fusion_input
 
-# What PyTorch's cross entropy leaves out.
+# The label that PyTorch's cross entropy ignores.
 IGNORED = -100
 
 
 class Collator:
     """Turns a list of documents into the arguments of `VaLMForCausalLM.forward`.
 
-    A document is a dict with `input_ids` (T,) and, where pictures were retrieved, `image_ids` (T, K): ids in the
-    knowledge base, NO_IMAGE in empty slots. The batch has
+    A document is a dict with `input_ids` (T,) and, if images were retrieved, `image_ids` (T, K): ids in the knowledge
+    base, padded with NO_IMAGE. The batch has
 
-    - input_ids, attention_mask, labels (B, L) int64; labels leave out padding and bos, which nobody could foresee (of
-      a bos that is eos too, as GPT-2's, only where it begins a document);
-    - with a knowledge base: image_pool (U, E) float16, the vectors of the pictures in this batch, each once, and
+    - input_ids, attention_mask, labels (B, L) int64; labels ignore padding and bos (if bos is also eos, only the bos
+      that opens a document);
+    - with a knowledge base: image_pool (U, E) float16, the vectors of the images in this batch, each once, and
       image_index (B, L, K) int64 into it, -1 = none;
-    - of documents with hidden states (see `cache_below`), fusion_input (B, L, C).
+    - for documents with hidden states (see `cache_below`), fusion_input (B, L, C).
 
-    kb: where the vectors are; None for a model that sees no pictures, or that finds them itself (`set_retriever`).
-    row_length: None gives each document a row of its own, as long as the longest. A number puts as many documents
-        as fit, in their order, into rows of at most that length: the model keeps documents apart at each SOT.
+    Args:
+        kb: has the vectors; None for a model without images, or with a retriever (`set_retriever`).
+        row_length: None puts each document into its own row, padded to the longest. A number packs as many documents
+            as fit, in order, into rows of at most that length: the model separates documents at each SOT.
     """
 
     def __init__(
@@ -41,14 +42,18 @@ class Collator:
         self.vocabulary = len(tokenizer)
         self.bos = begin_id(tokenizer)
         self.bos_ends = self.bos == tokenizer.eos_token_id
-        # nothing looks at padding, so any token will do
+        # padding is never read, so any token works
         self.pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.kb = kb
         self.row_length = row_length
 
     def __call__(self, documents: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Raises ValmError for a document without image_ids where there is a knowledge base, a picture not in it, a
-        token that the tokenizer does not have, and a document to be packed that does not begin with bos."""
+        """The batch of `documents`.
+
+        Raises:
+            ValmError: with a knowledge base, a document lacks image_ids or has an image that is not in it; a token is
+                not in the tokenizer; or a document to be packed does not begin with bos.
+        """
         if self.row_length is not None and any(document["input_ids"][0] != self.bos for document in documents):
             raise ValmError("a document does not begin with bos: packed, it would be read on from the one before it")
         places, shape = self._places([len(document["input_ids"]) for document in documents])
@@ -75,7 +80,7 @@ class Collator:
         return tensors
 
     def _places(self, lengths: list[int]) -> tuple[list[tuple[int, slice]], tuple[int, int]]:
-        """Where each document goes, (row, columns), and the shape of the batch."""
+        """The place of each document, (row, columns), and the shape of the batch."""
         limit = self.row_length or 0
         row, end, width, places = -1, 0, 0, []
         for length in lengths:
@@ -95,11 +100,11 @@ class Collator:
                 "the documents have no image_ids: retrieve them first, or train without a knowledge base; a Trainer "
                 "that is not made by valm.training.trainer removes them unless it has remove_unused_columns=False"
             )
-        slots = np.full((*shape, documents[0]["image_ids"].shape[1]), NO_IMAGE, dtype=np.uint32)  # (B, L, K)
+        image_ids = np.full((*shape, documents[0]["image_ids"].shape[1]), NO_IMAGE, dtype=np.uint32)  # (B, L, K)
         for document, place in zip(documents, places, strict=True):
-            slots[place] = document["image_ids"]
-        images, index = np.unique(slots, return_inverse=True)  # ascending, so NO_IMAGE comes last
-        index = index.reshape(slots.shape).astype(np.int64)
+            image_ids[place] = document["image_ids"]
+        images, index = np.unique(image_ids, return_inverse=True)  # ascending, so NO_IMAGE comes last
+        index = index.reshape(image_ids.shape).astype(np.int64)
         if images[-1] == NO_IMAGE:
             images = images[:-1]
             index[index == len(images)] = -1

@@ -84,7 +84,7 @@ class ImageTrainer(Trainer):
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
-            for callback in self.callback_handler.callbacks:  # an error would stand behind an open bar
+            for callback in self.callback_handler.callbacks:  # otherwise an error would be printed after an open bar
                 bar = getattr(callback, "training_bar", None)
                 if bar is not None:
                     bar.close()
@@ -227,7 +227,7 @@ class ImageTrainer(Trainer):
                 self.state.save_to_json(str(written / STATE_FILE))
                 write_checksums(written)
                 move_folder(written, final)
-        except Exception as error:  # a full disk has a type of its own in torch and in safetensors
+        except Exception as error:  # torch and safetensors raise their own types for a full disk
             reason = str(error).strip().partition("\n")[0]
             last = get_last_checkpoint(str(final.parent))
             remedy = "there is no earlier one" if last is None else f"{last} is whole: resume from there"
@@ -273,7 +273,11 @@ class ImageTrainer(Trainer):
         super()._load_best_model()
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Raises ValmError where the Trainer would only warn: a weight would have another value than was saved."""
+        """Checks the loaded weights, where the Trainer would only warn.
+
+        Raises:
+            ValmError: a weight would have another value than was saved.
+        """
         model: Any = self.model
         tied = model._tied_weights_keys or ()  # they are saved under one name
         wrong = [name for name in load_result.missing_keys if name not in tied] + load_result.unexpected_keys
@@ -282,5 +286,5 @@ class ImageTrainer(Trainer):
 
 
 def _is_of_model(name: str) -> bool:
-    """Whether a logged number says something of the model, and not of the machine."""
+    """Whether a logged number is about the model, not the machine."""
     return name == "loss" or (name.startswith("eval_") and not name.endswith(("runtime", "per_second")))

@@ -1,7 +1,7 @@
 """A training loss over the tokens of the corpus only.
 
-Where most layers are frozen and their output is cached (`cache_below`), nearly all of a training step is the product of
-the hidden states with the whole vocabulary. A small corpus has few of its tokens.
+If most layers are frozen and their output is cached (`cache_below`), nearly all of a training step is the product of
+the hidden states with the whole vocabulary, of which a small corpus has few tokens.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class LimitedSoftmax:
         documents: as `Collator` takes them, of a known number.
 
     Raises:
-        ValmError: the model or the documents are others.
+        ValmError: the model or the documents are of another kind.
     """
 
     def __init__(self, model: Any, documents: Any):

@@ -1,10 +1,11 @@
 """Controls of a training: the same tokens in the same order, with other images.
 
-What images give a model is its difference to a twin that was trained alike (same data, order, seed, steps):
+The effect of images is the difference to a twin that was trained alike (same data, order, seed, steps):
 
-- `WithoutImages`, "text": what the text alone gives (K = 0, the baseline GPT-2*). Also the data of a blind model, whose
-  one image of a token is its own retrieval query (Blind-VaLM, Ontalvilla et al. 2024): a `BlindRetriever` finds it.
-- `RandomImages`, "random": what further parameters and any images give.
+- `WithoutImages`, "text": the effect of text alone (K = 0, the baseline GPT-2*). Also the data of a blind model, in
+  which each token's one image is its own retrieval query (Blind-VaLM, Ontalvilla et al. 2024): a `BlindRetriever` finds
+  it.
+- `RandomImages`, "random": the effect of more parameters and of any images.
 - `ShuffledImages`, "shuffled": as random, with the images that the corpus has, as often as it has them.
 
 Each wraps documents as `Collator` takes them, below whatever cuts them into blocks.
@@ -47,9 +48,9 @@ class WithoutImages(Twin):
 
 
 class RandomImages(Twin):
-    """Each token's images replaced by as many different ones, drawn from a knowledge base; empty slots stay empty.
+    """Replaces each token's images by as many different random ones of a knowledge base.
 
-    A document has the same ones for a seed, whenever and by whichever process it is read.
+    With one seed a document always has the same ones, in any process.
 
     Args:
         images: how many the knowledge base has, at least K.
@@ -61,7 +62,11 @@ class RandomImages(Twin):
         self.seed = seed
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Raises ValmError for a document without image_ids."""
+        """Document `index` with random images.
+
+        Raises:
+            ValmError: it has no image_ids.
+        """
         document = self.documents[index]
         found = image_ids(document, index)  # (T, K)
         drawn = np.empty(found.shape, found.dtype)
@@ -87,10 +92,14 @@ class ShuffledImages(Twin):
         self._ends = np.cumsum(self.lengths())
         cycle = np.random.default_rng(seed).permutation(self._ends[-1])
         self._other = np.empty_like(cycle)
-        self._other[cycle] = np.roll(cycle, 1)  # a single cycle, so no token keeps its own
+        self._other[cycle] = np.roll(cycle, 1)  # a single cycle, so no token gets its own
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Raises ValmError for a document without image_ids."""
+        """Document `index` with images of other tokens.
+
+        Raises:
+            ValmError: a document has no image_ids.
+        """
         document = self.documents[index]
         end = self._ends[index]
         others = self._other[end - len(document["input_ids"]) : end]  # (T,) tokens of the corpus
@@ -104,7 +113,11 @@ class ShuffledImages(Twin):
 
 
 def image_ids(document: dict[str, Any], index: int) -> np.ndarray:
-    """The image ids (T, K) of document `index`. Raises ValmError where it has none."""
+    """The image ids (T, K) of document `index`.
+
+    Raises:
+        ValmError: it has none.
+    """
     if "image_ids" not in document:
         raise ValmError(f"document {index} has no image_ids to be replaced: retrieve them first")
     return np.asarray(document["image_ids"])
@@ -113,7 +126,8 @@ def image_ids(document: dict[str, Any], index: int) -> np.ndarray:
 def twin(kind: str, documents: Sequence[dict[str, Any]], images: int, seed: int) -> Twin:
     """The data of a twin, one of TWINS; `images` and `seed` as in `RandomImages`.
 
-    Raises ValmError for a kind that there is not.
+    Raises:
+        ValmError: `kind` is unknown.
     """
     if kind not in TWINS:
         raise ValmError(f"twin must be one of {', '.join(TWINS)}, got {kind!r}")
