@@ -1,11 +1,11 @@
 """Visual fusion inside any attention that uses transformers' attention interface.
 
-The attention itself makes the keys and values of the images: it runs on LN_img(image), and what it hands to the
-interface is caught. So fused projections, norms of queries and keys, clipping, LoRA and latent attention need no code
-of their own here. Text and images then share one softmax (`visual_fusion_attn`).
+The attention itself computes the keys and values of the images: it runs on LN_img(image), and its call of the interface
+is intercepted. So fused projections, norms of queries and keys, clipping, LoRA and latent attention need no code here.
+Text and images then share one softmax (`visual_fusion_attn`).
 
-Rotary positions: an image stands at the position of the token that sees it, so the images meet the query as it was
-before the rotation, which is caught by running the attention on the text with the identity rotation.
+Rotary positions: an image is at the position of the token that sees it, so images need the query before rotation. That
+comes from running the attention on the text with the identity rotation.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from valm_kernels import visual_fusion_attn
 # For a type checker, the class behind a mixin, which is known when a model is augmented.
 _Module: Any = object
 
-# The name under which transformers' attention interface knows `fusion_attention`.
+# Name of `fusion_attention` in transformers' attention interface.
 IMPLEMENTATION = "valm"
 
 # Head dimensions of `visual_fusion_attn`.
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
 
-# What an attention's forward calls its key-value cache, in one family or another.
+# Names of the key-value cache in the attention's forward of different families.
 CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value", "layer_past")
 
 
 @dataclass(frozen=True)
 class FusionOptions:
-    """What rebuilds the fusion of a saved model: the `valm` entry of its config.
+    """Options that rebuild the fusion of a saved model: the `valm` entry of its config.
 
     Args:
         architecture: class of the model in transformers.
@@ -91,9 +91,9 @@ class Images(NamedTuple):
 
 
 class ImageFusion(nn.Module):
-    """What the fusion adds to an attention: an input projection where the dimensions differ, LN_img, and the biases.
+    """Modules that the fusion adds to an attention: an input projection if the dimensions differ, LN_img, and biases.
 
-    Its parameters are read in its own forward only, where hooks of offloading and sharding see to them.
+    Its parameters are read only in its own forward, where the hooks of offloading and sharding load them.
     """
 
     def __init__(self, options: FusionOptions):
@@ -128,7 +128,7 @@ class ImageFusion(nn.Module):
 
 
 class _Caught(Exception):
-    """Ends the run of an attention whose queries, keys and values are all that is wanted."""
+    """Ends the run of an attention once its queries, keys and values are known."""
 
 
 class VisualAttention(_Module):
@@ -160,7 +160,7 @@ class VisualAttention(_Module):
         )
 
     def named(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a call by their names."""
+        """The arguments of a call by name."""
         return dict(zip(self.forward_names, args, strict=False)) | kwargs
 
     def _catch(self, hidden_states: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -230,8 +230,8 @@ class VisualAttention(_Module):
 
 
 class VisualLayer(_Module):
-    """Mixin in front of a decoder layer: hands the images to its attention, past layers that drop what they do not
-    know, and inside what gradient checkpointing runs again."""
+    """Mixin of a decoder layer: passes the images to its attention, as some layers drop unknown arguments, and within
+    the part that gradient checkpointing reruns."""
 
     attention_path: str
 
@@ -308,10 +308,10 @@ def fusion_attention(
 def why_joint_eager(
     query: Tensor, value: Tensor, position_bias: Tensor | None, seen: Tensor | None = None
 ) -> str | None:
-    """Why `visual_fusion_attn` cannot serve these tensors, or None where it can.
+    """Why `visual_fusion_attn` cannot serve these tensors, or None if it can.
 
-    A mask is looked at, which waits for a GPU, as transformers itself does where it looks for padding. A compiled graph
-    cannot look: with a mask it takes the joint attention, which is right for every mask.
+    This reads the mask, which waits for a GPU, as transformers itself does to look for padding. A compiled graph cannot
+    do that: with a mask it uses the joint attention, which is right for every mask.
     """
     widest = max(query.shape[-1], value.shape[-1])
     if not MIN_HEAD_DIM <= widest <= MAX_HEAD_DIM:
@@ -403,7 +403,7 @@ def without_sink(lse: Tensor, sink: Tensor) -> Tensor:
 
 
 def _widened(tensor: Tensor, width: int) -> Tensor:
-    """Zeros behind the last dimension, which change no product."""
+    """The tensor with its last dimension padded by zeros, which change no product."""
     return tensor if tensor.shape[-1] == width else F.pad(tensor, (0, width - tensor.shape[-1]))
 
 
@@ -418,7 +418,7 @@ def joint_attention(
     position_bias: Tensor | None = None,
     sink: Tensor | None = None,
 ) -> Tensor:
-    """The same with all scores in memory, for any mask, bias and dimension; (B, Hq, Tq, Dv).
+    """Attention with all scores in memory, for any mask, bias and dimension; (B, Hq, Tq, Dv).
 
     seen: (B or 1, Tq, Tk) bool, None = causal. A query that sees nothing gets zeros.
     """
@@ -485,7 +485,7 @@ AttentionInterface.register(IMPLEMENTATION, fusion_attention)
 
 
 class Swapped(_Module):
-    """Mixin of the classes made here, which have no name that pickle could find."""
+    """Mixin of the classes made here, which pickle cannot find by name."""
 
     wrapped_class: type
     make_class: Any  # the function below that makes this class of the wrapped one

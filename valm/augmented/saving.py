@@ -1,4 +1,4 @@
-"""An augmented model without its base: the fusion's own small file, and a note on which base it belongs to."""
+"""Saves an augmented model without its base: a small file of the fusion, and a note on its base."""
 
 from __future__ import annotations
 
@@ -138,6 +138,6 @@ def _description(folder: Path) -> AdapterFile:
 
 
 def _tensors(model: PreTrainedModel, options: FusionOptions) -> dict[str, Tensor]:
-    """The adapter's tensors, sharing memory with the model's, by their names in the layer."""
+    """The adapter's tensors, sharing memory with the model's, by name in the layer."""
     state = decoder_layers(model)[options.layer].state_dict()
     return {name: tensor for name, tensor in state.items() if options.unfreeze == "block" or "image_fusion." in name}

@@ -42,7 +42,7 @@ def add_to(commands: Commands) -> None:
     train.add_argument(
         "--cache-images",
         action="store_true",
-        help="run the frozen --image-tower once over every picture, without random views, and train on what it returns",
+        help="run the frozen --image-tower once over every image, without random views, and train on what it returns",
     )
     train.add_argument("--out", type=Path, required=True, help="folder of the CLIP, in open_clip's format")
     train.add_argument("--steps", type=positive, default=1000, help="updates")

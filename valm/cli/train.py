@@ -29,13 +29,13 @@ FIELDS = {
     "lr": ("learning_rate", 5e-4),
     "seed": ("seed", 0),
 }
-# Of a new model, and their defaults; a pretrained decoder has its own.
+# Options of a new model, and their defaults; a pretrained decoder has its own.
 SIZES = {"layers": 12, "width": 768, "heads": 12}
-# Of a pretrained decoder, which a new model has no place for.
+# Options of a pretrained decoder only.
 BASE_OPTIONS = ("layer", "unfreeze", "logit_bias", "fusion_lr", "cache_below")
-# What a training is, noted in its folder: one that goes on compares.
+# Describes a training in its folder; a resumed one compares.
 RUN_FILE = "run.json"
-# Beginnings of fields that change neither data nor weights, so that a training may go on with others.
+# Prefixes of fields that change neither data nor weights, so that a resumed training may change them.
 FREE_FIELDS = ("dataloader_", "disable_tqdm", "hub_", "log", "push_", "report_to", "run_name", "save_")
 
 
@@ -56,18 +56,18 @@ def add_to(commands: Commands) -> None:
     train.add_argument("--config", type=Path, help="YAML file of options and fields; the command's own come first")
     train.add_argument("--out", type=Path, required=True, help="folder of the checkpoints and of the model")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out, if it has one")
-    train.add_argument("--kb", type=Path, help="knowledge base; without it the model sees no pictures")
+    train.add_argument("--kb", type=Path, help="knowledge base; without it the model sees no images")
     train.add_argument("--clip", help="the CLIP whose tokenizer the model reads with (default: that of --kb)")
     add_allow_download(train)
     train.add_argument("--tokenizer", help="another tokenizer for the model: folder or Hugging Face name")
-    train.add_argument("-k", "--images", type=positive, help="pictures a token sees (default: 4)")
+    train.add_argument("-k", "--images", type=positive, help="images a token sees (default: 4)")
     train.add_argument("--query", choices=["eot", "state"], help="kind of the retrieval query (default: eot)")
     train.add_argument(
         "--twin",
         choices=["text", "random", "blind", "shuffled"],
         help="train a control of the model with --kb instead, on the same tokens in the same order with the same seed: "
-        "without pictures, with random ones of the knowledge base, with its retrieval query as each token's one "
-        "picture (Blind), or with the pictures of other tokens of the corpus",
+        "without images, with random ones of the knowledge base, with its retrieval query as each token's one "
+        "image (Blind), or with the images of other tokens of the corpus",
     )
     train.add_argument(
         "--base", help="augment this pretrained decoder instead of making a new model: folder or Hugging Face name"
@@ -120,7 +120,7 @@ def add_to(commands: Commands) -> None:
         help="with --validation: things of your own in a CSV of Index,Descriptor,Item,Color, whose colors the model is "
         "asked at each evaluation",
     )
-    add_device(train, "pictures are retrieved (training itself takes the GPUs that torch has)")
+    add_device(train, "images are retrieved (training itself takes the GPUs that torch has)")
 
 
 def at_least_2(text: str) -> int:
@@ -155,7 +155,7 @@ def run_train(arguments: argparse.Namespace) -> None:
     settings = training_arguments(out, **training_fields(arguments))
     kb = ImageKnowledgeBase.open(arguments.kb) if arguments.kb else None
     if arguments.twin is not None and kb is None:
-        raise ValmError("--twin is of a model with pictures: give its --kb too")
+        raise ValmError("--twin is of a model with images: give its --kb too")
     dataset, tokenizer = open_corpus(arguments, kb, "retrieval")
     documents, held_out = split(arguments, kb, dataset, settings.seed)
     torch.manual_seed(settings.seed)
@@ -236,7 +236,7 @@ def in_blocks(documents: Any, model: Any, context: int, tokenizer: PreTrainedTok
 
 
 def training_fields(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The fields of TrainingArguments, from the command's own options where no field says otherwise."""
+    """The fields of TrainingArguments; the command's own options are the defaults."""
     fields: dict[str, Any] = {"save_total_limit": 2, "logging_steps": 10, "logging_first_step": True}
     for option, (field, default) in FIELDS.items():
         given = getattr(arguments, option)
@@ -253,7 +253,7 @@ def training_fields(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def processes() -> int:
-    """How many train together, as torchrun and accelerate say."""
+    """Number of training processes, as torchrun and accelerate set it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -330,7 +330,7 @@ def model_settings(config: Any) -> dict[str, Any]:
 
 
 def content_of(dataset: CorpusRetrieval | Sequence[Any]) -> str:
-    """A hash of all documents."""
+    """A hash of all the documents."""
     from valm.corpus.parts import fingerprint
     from valm.corpus.retrieved import CorpusRetrieval
 
@@ -341,7 +341,7 @@ def content_of(dataset: CorpusRetrieval | Sequence[Any]) -> str:
 
 
 def beside(out: Path, name: str) -> Path:
-    """The folder of what is made on the way to the model in `out`, and is not to be published with it."""
+    """The folder of intermediate files of the model in `out`, which are not published with it."""
     return out.absolute().with_name(f"{out.absolute().name}-{name}")
 
 
@@ -422,7 +422,7 @@ def image_options(twin: str | None, dataset: Any, kb: ImageKnowledgeBase | None)
 
 
 def open_retriever(arguments: argparse.Namespace, kb: Any, dataset: Any, blind: bool) -> Any:
-    """What finds images as `dataset` was retrieved with, of its tokens."""
+    """A retriever with the settings and tokenizer that `dataset` was retrieved with."""
     from valm.retrieval.note import RetrievalNote
 
     note = RetrievalNote.of_knowledge_base(kb, dataset.query)

@@ -23,23 +23,23 @@ from valm.training.order import TrainingOrder
 from valm.training.resumable import STATE_FILE, check_resumable, resume_errors, write_checksums
 from valm_kernels.atomic_files import move_folder, remove_leftovers, temporary_folder
 
-# In the names of an augmented model's new parameters.
+# Occurs in the names of an augmented model's new parameters.
 FUSION_NAME = ".image_fusion."
-# Takes a model and returns numbers by their names.
+# Takes a model and returns numbers by name.
 Measure = Callable[[Any], dict[str, float]]
 
 
 class ImageTrainer(Trainer):
     """A `Trainer`, made by `valm.training.trainer`.
 
-    - Data are read in a `TrainingOrder` (train_sampling_strategy "random"; the others are the Trainer's own).
+    - Data are read in a `TrainingOrder` (with train_sampling_strategy "random"; other strategies are the Trainer's).
     - A loss that is not finite stops the training before its step is taken.
     - A checkpoint is whole or absent, and notes what finds the model's images.
-    - Evaluation weighs every token alike, whatever batch it is in, and adds the perplexity and the `measures`.
+    - Evaluation weighs every token equally, in any batch, and adds the perplexity and the `measures`.
 
     Args:
-        note: what finds the images of a model that is trained on retrieved ones and has no retriever.
-        measures: called after each evaluation; what they return is logged as eval_NAME.
+        note: what finds the images, for a model that is trained on retrieved ones and has no retriever.
+        measures: called after each evaluation; their numbers are logged as eval_NAME.
         fusion_lr: learning rate of the new parameters of an augmented model; None = that of all others.
         options: the Trainer's.
     """
@@ -90,7 +90,7 @@ class ImageTrainer(Trainer):
                     bar.close()
 
     def losses(self) -> list[float]:
-        """The losses that were logged: of every step, with logging_steps=1."""
+        """The logged losses; with logging_steps=1, of every step."""
         return [entry["loss"] for entry in self.state.log_history if "loss" in entry]
 
     def write(self, folder: Any, tokenizer: Any, *, command: str | None = None) -> None:
@@ -99,7 +99,7 @@ class ImageTrainer(Trainer):
         state = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
         if self.args.should_save:
             model = self.accelerator.unwrap_model(self.model)
-            # where the best checkpoint became the model, later numbers are another's
+            # if the best checkpoint became the model, later numbers belong to another one
             best = self.state.best_global_step if self.args.load_best_model_at_end else None
             step = best or self.state.global_step
             numbers = {"steps": float(step)}
@@ -125,15 +125,15 @@ class ImageTrainer(Trainer):
         return self._order
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        """The Trainer's, with a generator of its own: else each epoch and each evaluation would take a random number
-        from those of the model's dropout."""
+        """The Trainer's, with its own generator: otherwise each epoch and each evaluation would draw a random number
+        from the generator of the model's dropout."""
         loader: Any = super()._get_dataloader(*args, **kwargs)
         seed = int(torch.empty((), dtype=torch.int64).random_()) if kwargs.get("is_training") else 0
         loader.base_dataloader.generator = torch.Generator().manual_seed(seed)
         return loader
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The Trainer's, with groups of their own for the parameters that have `fusion_lr`."""
+        """The Trainer's, with separate groups for the parameters that have `fusion_lr`."""
         given = self.optimizer is not None
         optimizer = super().create_optimizer(model)
         if self.fusion_lr is None or given:

@@ -1,4 +1,4 @@
-"""The order in which a training reads its data: one for each seed, however many processes share it."""
+"""The order in which a training reads its data: the same for one seed and any number of processes."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch.utils.data import Sampler
 
 
 class TrainingOrder(Sampler[int]):
-    """The numbers below `size` in one sequence for the whole training, shuffled anew each time they are used up.
+    """The numbers below `size` in one sequence for the whole training, reshuffled after each pass.
 
-    Step i reads the sequence's rows [i · step_rows, (i + 1) · step_rows), so all batches are full, a step's rows depend
-    on nothing but the seed, `size` and `step_rows`, and two processes never read the same place. An epoch is as many
-    whole steps as there are rows for, and the next one goes on where it ended. After the last step there are no rows.
+    Step i reads the sequence's rows [i · step_rows, (i + 1) · step_rows). So all batches are full, a step's rows depend
+    only on the seed, `size` and `step_rows`, and no two processes read the same position. An epoch has as many whole
+    steps as there are rows for, and the next one continues where it ended. After the last step there are no rows.
 
     Args:
         size: rows of the data.
         step_rows: rows of a step, of all processes together.
         seed: of the order.
-        step: returns how many steps were done.
-        max_steps: steps of the training, or -1 where they follow from the epochs.
+        step: returns the number of finished steps.
+        max_steps: steps of the training, or -1 if the epochs determine them.
     """
 
     def __init__(self, size: int, step_rows: int, seed: int, step: Callable[[], int], max_steps: int = -1):

@@ -27,8 +27,7 @@ from valm.training.collate import Collator
 from valm.training.image_trainer import FUSION_NAME, ImageTrainer, Measure
 from valm.training.limited_softmax import LimitedSoftmax
 
-# What `training_arguments` sets where nothing else is said. AdamW and clipping as in Wang et al. 2022, whose schedule
-# was inverse_sqrt.
+# Defaults of `training_arguments`. AdamW and clipping as in Wang et al. 2022, whose schedule was inverse_sqrt.
 DEFAULTS: dict[str, Any] = {
     "learning_rate": 5e-4,
     "lr_scheduler_type": "cosine",
@@ -40,10 +39,10 @@ DEFAULTS: dict[str, Any] = {
 
 
 def training_arguments(output_dir: str | os.PathLike, **fields: Any) -> TrainingArguments:
-    """`TrainingArguments` with `DEFAULTS` where the fields do not say otherwise.
+    """`TrainingArguments` with `DEFAULTS` for the fields that are not given.
 
     Raises:
-        ValmError: there is no such field, or transformers refuses the values.
+        ValmError: there is no such field, or transformers rejects a value.
     """
     known = [field.name for field in dataclasses.fields(TrainingArguments)]
     for name in fields:
@@ -74,16 +73,15 @@ def trainer(
     """A transformers `Trainer` for a model that takes images, which may be changed before its `train()`.
 
     Everything is the Trainer's: precision, accumulation, schedules, logs, checkpoints, several processes. The loss is a
-    mean over all tokens of a step, whatever batch and process they are in. What the data need is set in a copy of
-    `arguments`: columns are not removed, batches are made by each process from its own documents, and the logs hide no
-    loss that is not finite.
+    mean over all tokens of a step, in any batch and process. A copy of `arguments` is adapted to the data: columns are
+    not removed, each process makes batches from its own documents, and the logs show losses that are not finite.
 
     Args:
         model: a `VaLMForCausalLM`, what `valm.augment` returned, or a decoder of transformers that sees no images.
         dataset: documents as `Collator` takes them, such as a `CorpusRetrieval`. Those longer than the model's
             context, or than row_length, are cut (see `Blocks`).
-        kb: where the vectors of the documents' images are. None for a model that takes none (image_ids are then not
-            looked at) and for one that has a retriever.
+        kb: has the vectors of the documents' images. None for a model without images (image_ids are then ignored) and
+            for one with a retriever.
         arguments: see `training_arguments` for those of the paper. per_device_train_batch_size counts documents, or
             blocks of them.
         eval_dataset: documents to evaluate on, as `dataset`: loss and perplexity over all their tokens.
@@ -151,9 +149,9 @@ def trainer(
 
 
 class Evened(Dataset[dict[str, Any]]):
-    """`data` with documents of one token, of which nothing is learned, up to a multiple of `multiple`.
+    """`data`, padded to a multiple of `multiple` with documents of one token, which add no loss.
 
-    accelerate would give some documents to two processes instead, which would count them twice.
+    accelerate would instead send some documents to two processes, which would count them twice.
     """
 
     def __init__(self, data: Any, multiple: int):
@@ -185,7 +183,7 @@ def _check(
         raise ValmError("there are no documents to train on")
     check_vocabulary(model, tokenizer)
     if row_length is not None and not isinstance(model, VaLMForCausalLM):
-        raise ValmError("only VaLMForCausalLM keeps documents apart in a packed row: leave out row_length")
+        raise ValmError("only VaLMForCausalLM keeps documents apart in a packed row: drop row_length")
     if kb is not None and options.num_images == 0:
         raise ValmError("a model with num_images = 0 (GPT-2*) sees no images: train it without a knowledge base")
     if kb is None and options.num_images > 0 and model.retriever is None:

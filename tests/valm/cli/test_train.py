@@ -287,7 +287,7 @@ def wrong_inputs():
         "config missing": ([*train, "--config", "{tmp}/none.yaml"], "cannot read {tmp}/none.yaml"),
         "config that is none": ([*train, "--config", "{world}/corpus.txt"], "is no list of options"),
         "corpus and retrieval": ([*train, "--retrieval", "{world}/retrieval"], "give either a corpus or --retrieval"),
-        "twin without images": ([*train, "--twin", "random"], "--twin is of a model with pictures: give its --kb too"),
+        "twin without images": ([*train, "--twin", "random"], "--twin is of a model with images: give its --kb too"),
         "neither corpus nor retrieval": (["train", "--out", "{tmp}/model"], "give either a corpus or --retrieval"),
         "not a retrieval": ([*cached[:2], "{world}/kb", *cached[3:]], "is not the manifest of a corpus retrieval"),
         "no such retrieval": ([*cached[:2], "{tmp}/none", *cached[3:]], "no corpus retrieval at {tmp}/none"),
