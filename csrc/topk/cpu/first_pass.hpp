@@ -94,7 +94,7 @@ bool row_is_finite(const Rows& rows, int64_t row);
 // The mean of a sample of the rows, and its direction.
 void find_centre(const Rows& rows, float* centre, float* axis);
 
-// Centre and axis, filled up with zeros to whole vectors, as Kernels::pack_row wants them.
+// Centre and axis, padded with zeros to whole vectors, as Kernels::pack_row wants them.
 struct PaddedCentre {
     PaddedCentre(const PackedRows& packed, int64_t dim);
     std::vector<float> centre, axis;

@@ -76,7 +76,7 @@ bool pack_row(const Rows& rows, int64_t index, const float* centre, const float*
     return finite;
 }
 
-// As exact_score, the lanes in vectors. The zeros that fill up the last step leave every partial sum as it is.
+// As exact_score, the lanes in vectors. The zeros that pad the last step leave every partial sum as it is.
 float exact(const Rows& rows, int64_t index, const float* query) {
     DoubleVector sums[kExactLanes / Lanes<double>::count] = {};
     with_row(rows, index, [&](auto row) {

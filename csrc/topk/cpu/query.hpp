@@ -8,7 +8,7 @@
 
 namespace valm {
 
-// Numbers of a query, filled up with zeros, that the exact routine reads.
+// Numbers of a query, padded with zeros, that the exact routine reads.
 inline int64_t padded_dim(int64_t dim) { return (dim + kExactLanes - 1) / kExactLanes * kExactLanes; }
 
 struct Query {

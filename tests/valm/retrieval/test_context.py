@@ -195,7 +195,7 @@ def test_segments_carry_the_last_tokens_over(clip, pool):
 
 
 def test_segments_are_encoded_together(clip, pool, monkeypatch):
-    """New segments make one call of the tower, and nothing is filled up; a call has about as many tokens as allowed."""
+    """New segments make one call of the tower, and nothing is padded; a call has about as many tokens as allowed."""
     encoder = ContextEncoder(clip, dtype=torch.float64)
     calls = []
     run = encoder.tower.run

@@ -46,7 +46,7 @@ def test_ties_across_chunks_go_to_the_lower_row(chunks_of):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_chunks_reach_the_device_as_its_kernels_want_them(chunks_of, monkeypatch, dtype):
-    """E filled up once, on the way: the search of a chunk has nothing left to copy."""
+    """E padded once, on the way: the search of a chunk has nothing left to copy."""
     chunks_of(20, 16, getattr(torch, dtype).itemsize)
     database, queries = normals(101, 13), normals(6, 13, seed=1)
     index = FlatIPIndex(database, dtype, streamed=True)

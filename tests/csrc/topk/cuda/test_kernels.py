@@ -30,7 +30,7 @@ def assert_exact(queries: torch.Tensor, rows: torch.Tensor, k: int, row_scale: t
         (17, 520, 136, 17),  # blocks of 32 queries
         (70, 300, 48, 3),  # blocks of 64
         (3, 700, 40, 128),  # the largest pools
-        (2, 257, 61, 40),  # an odd number of elements, filled up
+        (2, 257, 61, 40),  # an odd number of elements, padded
     ],
 )
 def test_agrees_with_the_reference(simulate, library, order, dtype, n_queries, n_rows, dim, k):
