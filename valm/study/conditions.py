@@ -1,0 +1,151 @@
+"""What the tokens of a model see when it is asked: the images that are retrieved, others in their place, or none."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from valm.clip import Clip
+from valm.demo.questions import swap_red_and_blue
+from valm.evaluation.color import COLORS
+from valm.evaluation.controls import RandomImages, Replaced
+from valm.knowledge_base.images import read_image
+from valm.knowledge_base.store import ImageKnowledgeBase
+from valm.retrieval.context import ContextEncoder
+from valm.retrieval.retriever import BlindRetriever, NoImages, Retriever
+from valm.study.config import KB, KB_NOISE, KB_OTHERS
+from valm.study.pictures import Picture, shows
+
+# Images.
+ENCODED_AT_ONCE = 64
+
+
+class Conditions:
+    """The retrievers of one seed, each made when it is first asked for.
+
+    Args:
+        folder: of the seed, with its knowledge bases.
+        clip: with which they were built.
+        tokenizer: the language model's.
+        images: K.
+        pictures: all of them; folder_of_pictures: where their files are.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        clip: Clip,
+        tokenizer: Any,
+        images: int,
+        seed: int,
+        pictures: Sequence[Picture],
+        folder_of_pictures: Path,
+    ):
+        self.folder, self.images, self.seed = folder, images, seed
+        self.encoder = ContextEncoder(clip, tokenizer=tokenizer)
+        self.folder_of_pictures = folder_of_pictures
+        self._pictures = {picture.file: picture for picture in pictures}
+        self._colors = other_colors(seed)
+        self._makers: dict[str, Callable[[], Any]] = {
+            "retrieved": lambda: Retriever(self.encoder, self.kb, images),
+            "taken-out": lambda: self._of_kb(KB_OTHERS),
+            "random": lambda: RandomImages(self["retrieved"], seed),
+            "noise": lambda: RandomImages(self._of_kb(KB_NOISE), seed),
+            "exchanged": lambda: Replaced(self["retrieved"], self._exchanged_vectors()),
+            "other-colors": lambda: Replaced(self["retrieved"], self._other_vectors()),
+            "off": lambda: NoImages(images, self.kb.dim),
+        }
+        self._made: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._made:
+            self._made[name] = self._makers[name]()
+        return self._made[name]
+
+    def of_blind(self, name: str) -> Any:
+        """The retriever of a blind model, which has but two."""
+        return BlindRetriever(self.encoder) if name == "retrieved" else NoImages(1, self.kb.dim)
+
+    @cached_property
+    def kb(self) -> ImageKnowledgeBase:
+        return ImageKnowledgeBase.open(self.folder / KB)
+
+    @cached_property
+    def shown(self) -> list[Picture]:
+        """The picture of each image of the knowledge base."""
+        return [self._pictures[self.kb.item(id).uri] for id in range(len(self.kb))]
+
+    def image_of(self, picture: Picture) -> Image.Image:
+        return read_image(self.folder_of_pictures / picture.file)
+
+    def pictures_of(self, item: str) -> list[Picture]:
+        """Those in the knowledge base that show an item."""
+        return [
+            picture for of_caption in self._by_caption.values() if shows(of_caption[0], item) for picture in of_caption
+        ]
+
+    @cached_property
+    def _by_caption(self) -> dict[str, list[Picture]]:
+        found: dict[str, list[Picture]] = {}
+        for picture in self.shown:
+            found.setdefault(picture.caption, []).append(picture)
+        return found
+
+    def colors_of(self, item: str) -> dict[str, str | None]:
+        """The colour words of the pictures of an item, the commonest of several: as they are, and in each exchange.
+
+        None where no picture shows it, or no colour prevails.
+        """
+        own = self.pictures_of(item)
+        color = commonest(picture.color for picture in own)
+        return {
+            "retrieved": color,
+            "exchanged": commonest(picture.exchanged_color for picture in own),
+            "other-colors": None if color is None else self._colors.get(color),
+        }
+
+    def _of_kb(self, name: str) -> Retriever:
+        return Retriever(self.encoder, ImageKnowledgeBase.open(self.folder / name), self.images)
+
+    def _exchanged_vectors(self) -> Tensor:
+        """(N, E): of each image with red and blue exchanged."""
+        clip, vectors = self.encoder.clip, []
+        for start in range(0, len(self.shown), ENCODED_AT_ONCE):
+            batch = self.shown[start : start + ENCODED_AT_ONCE]
+            vectors.append(clip.encode_images([swap_red_and_blue(self.image_of(picture)) for picture in batch]))
+        return torch.cat(vectors)
+
+    def _other_vectors(self) -> Tensor:
+        """(N, E): for each image of a colour the vector of a random one of another, for the rest their own."""
+        draw = random.Random(self.seed)
+        of_color: dict[str, list[int]] = {}
+        for id, picture in enumerate(self.shown):
+            if picture.color is not None:
+                of_color.setdefault(picture.color, []).append(id)
+        instead = []
+        for id, picture in enumerate(self.shown):
+            others = [] if picture.color is None else of_color.get(self._colors.get(picture.color, ""), [])
+            instead.append(draw.choice(others) if others else id)
+        return torch.from_numpy(self.kb.gather(np.array(instead))).float()
+
+
+def other_colors(seed: int) -> dict[str, str]:
+    """Another colour for each of COLORS: one cycle through all of them, so that none stays."""
+    cycle = list(COLORS)
+    random.Random(seed).shuffle(cycle)
+    return dict(zip(cycle, cycle[1:] + cycle[:1], strict=True))
+
+
+def commonest(colors: Iterable[str | None]) -> str | None:
+    """The colour word that most have, the earlier one of equals; None where none has one."""
+    counts = Counter(color for color in colors if color is not None)
+    return counts.most_common(1)[0][0] if counts else None

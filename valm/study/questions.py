@@ -1,0 +1,64 @@
+"""What a study asks: validation things and the test sets."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from valm.errors import ValmError
+from valm.evaluation.color import ColorItem
+from valm.evaluation.files import read_csv, read_json_lines
+from valm.evaluation.questions import FAIR, TASKS, Questions
+from valm.evaluation.sets import Item, find_file, read_set
+
+# The sets about colours: no training text says the colours of their items.
+COLOR_SETS = ("memory_color", "color_terms", "vicomte_color")
+FLICKR_CAPTIONS = Path("flickr8k_1000", "captions.txt")
+CAPTIONS = 200
+VICOMTE_TRAINING_FILE = "color_single_train.jsonl"
+
+
+def set_items(name: str, data: str | os.PathLike | None) -> list[Item]:
+    """The items of a set of `valm eval`; of ViComTe colour its training part too, on which nothing here trains.
+
+    Raises:
+        ValmError: a file is missing or damaged.
+    """
+    items = read_set(name, data)
+    if name == "vicomte_color":
+        file = find_file(name, data)
+        assert file is not None  # read_set has read it
+        training = file.with_name(VICOMTE_TRAINING_FILE)
+        if not training.is_file():
+            raise ValmError(f"there is no {training}: the study asks both parts of ViComTe colour")
+        items = items + [Item(row["sub"], row["obj"]) for row in read_json_lines(training, {"sub", "obj"})]
+    return items
+
+
+def item_names(sets: Sequence[str], data: str | os.PathLike | None) -> list[str]:
+    """The names of all items of some sets, each once: what training text is filtered by."""
+    return list(dict.fromkeys(item.text for name in sets for item in set_items(name, data)))
+
+
+def flickr_captions(data: str | os.PathLike | None) -> list[str]:
+    """The first caption of some pictures of Flickr8k, where the data have them; nothing where not."""
+    table = None if data is None else Path(data) / FLICKR_CAPTIONS
+    if table is None or not table.is_file():
+        return []
+    first = dict(reversed([(row["image"], row["caption"]) for row in read_csv(table, ["image", "caption"])]))
+    return [first[image] for image in sorted(first)[:CAPTIONS]]
+
+
+def set_questions(name: str, data: str | os.PathLike | None) -> Questions:
+    """What is asked of a set, in the fair protocol."""
+    return TASKS[name].build(name, set_items(name, data), FAIR)  # type: ignore[return-value]  # none of texts
+
+
+def validation_questions(things: Sequence[ColorItem]) -> Questions:
+    """The nine prompts about things of one's own."""
+    items = [Item(thing.item, thing.color, thing.descriptor) for thing in things]
+    asked = TASKS["memory_color"].build("memory_color", items, FAIR)
+    assert isinstance(asked, Questions)
+    return dataclasses.replace(asked, task="validation")

@@ -1,0 +1,313 @@
+"""The tables and figures of docs/study.md, from the results of its seeds: no number there is typed by hand."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from valm.errors import ValmError
+from valm.evaluation.sets import SETS
+from valm.evaluation.statistics import Difference, Estimate
+from valm.files import atomic_path
+from valm.plots import FAINT, INK, SERIES, new_figure, quiet
+from valm.study.config import ARMS, EXCHANGES, VALIDATION
+from valm.study.results import CALIBRATED, RAW, Results
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+VALM, TWIN, BLIND = ("valm", "retrieved"), ("twin", "none"), ("blind", "retrieved")
+# What the plan calls decisive: five seeds, and ten points.
+SEEDS, POINTS = 5, 0.10
+PRIMARY = "memory_color"
+# (set, kind) in the order of the plan: the primary measure, then the secondary ones.
+MEASURES = (
+    (PRIMARY, RAW),
+    (PRIMARY, CALIBRATED),
+    ("color_terms", RAW),
+    ("color_terms", CALIBRATED),
+    ("vicomte_color", RAW),
+    ("vicomte_color", CALIBRATED),
+    ("object_shape", RAW),
+    ("relative_size", RAW),
+    (VALIDATION, RAW),
+    (VALIDATION, CALIBRATED),
+)
+PAIRS = {
+    "VaLM − twin": (VALM, TWIN),
+    "VaLM − Blind": (VALM, BLIND),
+    "Blind − twin": (BLIND, TWIN),
+    "VaLM, random images − twin": (("valm", "random"), TWIN),
+    "VaLM, images off − twin": (("valm", "off"), TWIN),
+    "VaLM, items' pictures taken out − twin": (("valm", "taken-out"), TWIN),
+    "trained on random images − twin": (("random", "random"), TWIN),
+    "trained on noise − twin": (("noise", "noise"), TWIN),
+    "trained on noise, images off − twin": (("noise", "off"), TWIN),
+    "natural VaLM − natural twin": (("natural-valm", "retrieved"), ("natural-twin", "none")),
+}
+NAMES = {
+    "twin": "twin",
+    "valm": "VaLM",
+    "blind": "Blind",
+    "random": "trained on random images",
+    "noise": "trained on noise",
+    "natural-twin": "natural twin",
+    "natural-valm": "natural VaLM",
+}
+SEEN = {
+    "none": "",
+    "retrieved": "",
+    "random": "random images",
+    "off": "images off",
+    "taken-out": "items' pictures taken out",
+    "noise": "",
+    "exchanged": "red and blue exchanged",
+    "other-colors": "images of another colour",
+}
+# Steps of the learning curves that are averaged.
+WINDOW = 20
+
+
+def write_page(results: Results, page: str | os.PathLike, images: str | os.PathLike) -> None:
+    """Writes the tables between the marks of `page`, and the figures into `images`.
+
+    A mark is `<!-- study: NAME -->`, and its table ends at `<!-- end -->`.
+
+    Raises:
+        ValmError: the page cannot be read, or has a mark of no table.
+    """
+    path = Path(page)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValmError(f"cannot read the page {path}: {error.strerror}") from error
+
+    def filled(mark: re.Match) -> str:
+        if mark[1] not in TABLES:
+            raise ValmError(f"{path} has the mark of a table {mark[1]!r}, expected one of {', '.join(TABLES)}")
+        return f"<!-- study: {mark[1]} -->\n{TABLES[mark[1]](results)}\n<!-- end -->"
+
+    text = re.sub(r"<!-- study: ([\w-]+) -->\n.*?<!-- end -->", filled, text, flags=re.DOTALL)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    for name, draw in FIGURES.items():
+        with atomic_path(Path(images) / f"study-{name}.png") as temporary:
+            draw(results).savefig(temporary, dpi=110, format="png")
+
+
+def state(results: Results) -> str:
+    """How many seeds there are, of which settings, and what they were run on."""
+    seeds = ", ".join(str(seed["seed"]) for seed in results.seeds)
+    first = results.seeds[0]
+    interim = "" if len(results.seeds) >= SEEDS else f" **Interim: the plan decides with {SEEDS} seeds.**"
+    versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
+    return (
+        f"Seeds: {seeds}.{interim} Settings `{first['recipe']}` of the study `{first['study']}`; {first['hardware']}, "
+        f"{first['threads']} threads; {versions}."
+    )
+
+
+def hypotheses(results: Results) -> str:
+    """What became of each hypothesis; nothing is decided before all seeds are there."""
+    decided = len(results.seeds) >= SEEDS
+    rows = []
+
+    def add(name: str, difference: Difference, holds: bool) -> None:
+        verdict = ("holds" if holds else "does not hold") if decided else ("so far yes" if holds else "so far no")
+        rows.append(f"| {name} | {points(difference)} | {verdict} |")
+
+    primary = results.difference(VALM, TWIN, PRIMARY)
+    add("H1: VaLM − twin, MemoryColor, raw", primary, primary.value >= POINTS and primary.low > 0)
+    if results.has(*PAIRS["VaLM, random images − twin"][0], PRIMARY):
+        control = results.difference(*PAIRS["VaLM, random images − twin"], PRIMARY)
+        add("H2: the same with random images at test time", control, control.value <= 0 or control.low <= 0)
+    for title, difference, count in _retrieval_tests(results):
+        add(f"H3: {title}, {count} things", difference, difference.low > 0)
+    if results.has(*BLIND, PRIMARY):
+        blind = results.difference(VALM, BLIND, PRIMARY)
+        add("H4: VaLM − Blind, MemoryColor, raw", blind, blind.low > 0 or blind.high < 0)
+    if results.has("natural-valm", "retrieved", PRIMARY):
+        natural = results.difference(*PAIRS["natural VaLM − natural twin"], PRIMARY)
+        add("H5: natural VaLM − natural twin, MemoryColor, raw", natural, natural.low > 0)
+    return "\n".join(["| Hypothesis | Points [95 %] | |", "| --- | --- | --- |", *rows])
+
+
+def differences(results: Results) -> str:
+    """Every pair of arms on every measure."""
+    measures = [measure for measure in MEASURES if measure[0] in results.sets()]
+    pairs = {name: pair for name, pair in PAIRS.items() if all(arm in results.arms() for arm in pair)}
+    lines = [f"| Points [95 %], p | {' | '.join(pairs)} |", "| --- |" + " --- |" * len(pairs)]
+    for of, kind in measures:
+        cells = []
+        for first, second in pairs.values():
+            asked = results.has(*first, of) and results.has(*second, of)
+            difference = results.difference(first, second, of, kind) if asked else None
+            cells.append("–" if difference is None else f"{points(difference)}, {difference.p:.3f}")
+        lines.append(f"| {_title(of)}, {kind} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def accuracies(results: Results) -> str:
+    """Every arm, with everything that it saw when it was asked."""
+    measures = [measure for measure in MEASURES if measure[0] in results.sets()]
+    heads = [f"{_title(of)}, {kind}" for of, kind in measures]
+    lines = [f"| Accuracy in percent [95 %] | {' | '.join(heads)} |", "| --- |" + " --- |" * len(heads)]
+    for arm, images in results.arms():
+        cells = [
+            percent(results.accuracy(arm, images, of, kind)) if results.has(arm, images, of) else "–"
+            for of, kind in measures
+        ]
+        lines.append(f"| {_arm(arm, images)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def retrieval(results: Results) -> str:
+    """The tests that a model without a knowledge base cannot pass."""
+    lines = ["| Test | Things | Points [95 %] | p |", "| --- | --- | --- | --- |"]
+    for title, difference, count in _retrieval_tests(results):
+        lines.append(f"| {title} | {count} | {points(difference)} | {difference.p:.3f} |")
+    return "\n".join(lines)
+
+
+def perplexities(results: Results) -> str:
+    """Of held-out text, per token."""
+    texts = results.texts()
+    lines = [f"| Perplexity per token [95 %] | {' | '.join(texts)} |", "| --- |" + " --- |" * len(texts)]
+    for arm, images in results.arms():
+        if not results.has(arm, images, texts[0]):
+            continue
+        cells = []
+        for text in texts:
+            found = results.perplexity(arm, images, text)
+            cells.append(f"{found.value:.1f} [{found.low:.1f}, {found.high:.1f}]")
+        lines.append(f"| {_arm(arm, images)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def seconds(results: Results) -> str:
+    """How long the stages took, mean of the seeds."""
+    stages = results.seeds[0]["seconds"]
+    lines = ["| Stage of a seed | Seconds |", "| --- | --- |"]
+    for stage in stages:
+        taken = [seed["seconds"][stage] for seed in results.seeds if stage in seed["seconds"]]
+        lines.append(f"| {stage} | {np.mean(taken):.0f} |")
+    total = np.mean([sum(seed["seconds"].values()) for seed in results.seeds])
+    return "\n".join([*lines, f"| all | {total:.0f} |"])
+
+
+def clips(results: Results) -> str:
+    """What the CLIP of each seed was found to be."""
+    numbers = {name: value for name, value in results.seeds[0]["clip"].items() if isinstance(value, int | float)}
+    lines = ["| CLIP | " + " | ".join(f"seed {seed['seed']}" for seed in results.seeds) + " |"]
+    lines.append("| --- |" + " --- |" * len(results.seeds))
+    for name in numbers:
+        lines.append(f"| {name} | " + " | ".join(f"{seed['clip'][name]:.3f}" for seed in results.seeds) + " |")
+    return "\n".join(lines)
+
+
+def counts(results: Results) -> str:
+    """What the text of each seed is, and what the filter dropped."""
+    lines = ["| Text | " + " | ".join(f"seed {seed['seed']}" for seed in results.seeds) + " |"]
+    lines.append("| --- |" + " --- |" * len(results.seeds))
+    for name in results.seeds[0]["counts"]:
+        lines.append(f"| {name} | " + " | ".join(f"{seed['counts'].get(name, 0):,}" for seed in results.seeds) + " |")
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[Results], str]] = {
+    "state": state,
+    "hypotheses": hypotheses,
+    "differences": differences,
+    "accuracies": accuracies,
+    "retrieval": retrieval,
+    "perplexities": perplexities,
+    "seconds": seconds,
+    "clips": clips,
+    "counts": counts,
+}
+
+
+def forest(results: Results) -> Figure:
+    """The differences of the plan with their intervals, in points."""
+    rows = []
+    for name, (first, second) in PAIRS.items():
+        for of, kind in MEASURES[:6]:
+            if results.has(*first, of) and results.has(*second, of):
+                rows.append((f"{name}: {_title(of)}, {kind}", results.difference(first, second, of, kind)))
+    rows += [(title, difference) for title, difference, _ in _retrieval_tests(results)]
+    figure = new_figure(9, 0.6 + 0.22 * len(rows))
+    axes = figure.subplots()
+    for place, (_, difference) in enumerate(rows):
+        color = SERIES[0] if difference.low > 0 else SERIES[1] if difference.high < 0 else INK
+        axes.plot([100 * difference.low, 100 * difference.high], [place, place], color=color, linewidth=1.4)
+        axes.plot(100 * difference.value, place, "o", color=color, markersize=4)
+    axes.axvline(0, color=FAINT, linewidth=0.8)
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("points, with the 95 % interval over items and seeds")
+    quiet(axes)
+    return figure
+
+
+def curves(results: Results) -> Figure:
+    """The loss of every arm against the step, mean of the seeds and of WINDOW steps."""
+    figure = new_figure(6.4, 3.6)
+    axes = figure.subplots()
+    for number, arm in enumerate(results.seeds[0]["losses"]):
+        runs = [seed["losses"][arm] for seed in results.seeds if seed["losses"][arm]]
+        if not runs:
+            continue
+        mean = np.mean([run[: min(map(len, runs))] for run in runs], axis=0)
+        width = min(WINDOW, len(mean))
+        smooth = np.convolve(mean, np.ones(width) / width, mode="valid")
+        line = "-" if number < len(SERIES) else "--"
+        color = SERIES[number % len(SERIES)]
+        axes.plot(np.arange(width, len(mean) + 1), smooth, line, color=color, label=NAMES[arm], linewidth=1.5)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats a token)")
+    axes.legend(frameon=False, fontsize=8)
+    quiet(axes)
+    return figure
+
+
+FIGURES: dict[str, Callable[[Results], Figure]] = {"forest": forest, "curves": curves}
+
+
+def points(difference: Difference) -> str:
+    value, low, high = (f"{100 * number:+.1f}".replace("-", "−") for number in _numbers(difference))
+    return f"{value} [{low}, {high}]"
+
+
+def percent(estimate: Estimate) -> str:
+    value, low, high = (f"{100 * number:.1f}" for number in _numbers(estimate))
+    return f"{value} [{low}, {high}]"
+
+
+def _numbers(found: Estimate | Difference) -> tuple[float, float, float]:
+    return found.value, found.low, found.high
+
+
+def _title(of: str) -> str:
+    return SETS[of].title if of in SETS else "validation things"
+
+
+def _arm(arm: str, images: str) -> str:
+    return NAMES[arm] + (f", {SEEN[images]}" if SEEN[images] else "")
+
+
+def _retrieval_tests(results: Results) -> list[tuple[str, Difference, int]]:
+    """Each test with what it is called, its difference and of how many things it is."""
+    found = []
+    for arm in (name for name, one in ARMS.items() if one.twin is None):
+        for of in (PRIMARY, "color_terms", VALIDATION):
+            for exchange in EXCHANGES:
+                if results.has(arm, exchange, of):
+                    found.append((f"{NAMES[arm]}, {SEEN[exchange]}, {_title(of)}", *results.follows(arm, exchange, of)))
+            if of != VALIDATION and results.has(arm, "taken-out", of):
+                found.append((f"{NAMES[arm]}, pictures added, {_title(of)}", *results.added(arm, of)))
+    return found

@@ -1,0 +1,158 @@
+"""The results of seeds, read back: which answers were right, and differences between arms with their intervals."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from valm.errors import ValmError
+from valm.evaluation.statistics import Difference, Estimate, paired, ratio
+from valm.files import read_json
+from valm.study.scoring import expanded
+
+RAW, CALIBRATED = "raw", "calibrated"
+
+
+@dataclass(frozen=True)
+class Results:
+    """The results of the seeds of one study, all of the same recipe: `seeds` are the contents of their files."""
+
+    seeds: tuple[dict[str, Any], ...]
+
+    def arms(self) -> list[tuple[str, str]]:
+        """(arm, images) of every row, in their order."""
+        return list(dict.fromkeys((row["arm"], row["images"]) for row in self.seeds[0]["rows"]))
+
+    def sets(self) -> list[str]:
+        return list(self.seeds[0]["sets"])
+
+    def texts(self) -> list[str]:
+        return list(dict.fromkeys(row["text"] for row in self.seeds[0]["rows"] if "text" in row))
+
+    def has(self, arm: str, images: str, of: str) -> bool:
+        return _row(self.seeds[0], arm, images, of) is not None
+
+    def hits(self, arm: str, images: str, of: str, kind: str = RAW) -> np.ndarray:
+        """(seeds, items): how many prompts are answered rightly. Where each seed has items of its own, all are one row
+        (1, items of all seeds).
+
+        Raises:
+            ValmError: there is no such row.
+        """
+        rows = []
+        for seed in self.seeds:
+            answers = expanded(_needed(seed, arm, images, of)[kind])
+            rows.append((answers == expanded(seed["sets"][of]["right"])).sum(-1).astype(float))
+        return _stacked(rows, self._same_items(of))
+
+    def accuracy(self, arm: str, images: str, of: str, kind: str = RAW) -> Estimate:
+        found = self.hits(arm, images, of, kind)
+        return ratio(found, np.full(found.shape, float(self.prompts(of))))
+
+    def difference(self, first: tuple[str, str], second: tuple[str, str], of: str, kind: str = RAW) -> Difference:
+        """What `first` (arm, images) is better by."""
+        hits = self.hits(*first, of, kind)
+        return paired(hits, self.hits(*second, of, kind), np.full(hits.shape[1], float(self.prompts(of))))
+
+    def prompts(self, of: str) -> int:
+        return len(self.seeds[0]["sets"][of]["right"][0])
+
+    def follows(self, arm: str, exchange: str, of: str) -> tuple[Difference, int]:
+        """How much more often the colour that the images have in `exchange` is answered then than with the images as
+        they are, and of how many items. Raises ValmError where there is none."""
+        chosen = [_changed(seed["sets"][of], exchange) for seed in self.seeds]
+        if not any(chosen):
+            raise ValmError(f"no item of {of} has a picture whose colour is another in {exchange!r}")
+
+        def now(images: str) -> np.ndarray:
+            rows = []
+            for seed, items in zip(self.seeds, chosen, strict=True):
+                about = seed["sets"][of]
+                answers = expanded(_needed(seed, arm, images, of)[RAW])
+                wanted = [about["candidates"].index(about["colors"][item][exchange]) for item in items]
+                rows.append((answers[items] == np.array(wanted)[:, None]).sum(-1).astype(float))
+            return _stacked(rows, self._same_items(of) and len({tuple(items) for items in chosen}) == 1)
+
+        after, before = now(exchange), now("retrieved")
+        tries = np.full(after.shape[1], float(self.prompts(of)))
+        return paired(after, before, tries), after.shape[1]
+
+    def added(self, arm: str, of: str) -> tuple[Difference, int]:
+        """On the items that have a picture: accuracy with the pictures of items in the knowledge base, less that
+        without them."""
+        about = self.seeds[0]["sets"][of]
+        items = np.flatnonzero(about["pictured"])
+        with_them, without = (self.hits(arm, images, of)[:, items] for images in ("retrieved", "taken-out"))
+        return paired(with_them, without, np.full(len(items), float(self.prompts(of)))), len(items)
+
+    def perplexity(self, arm: str, images: str, text: str) -> Estimate:
+        nats, tokens = self._text(arm, images, text)
+        return ratio(nats, tokens, transform=np.exp)
+
+    def nats_difference(self, first: tuple[str, str], second: tuple[str, str], text: str) -> Difference:
+        """In nats a token; above 0, `first` predicts the text worse."""
+        nats, tokens = self._text(*first, text)
+        return paired(nats, self._text(*second, text)[0], tokens[0])
+
+    def _text(self, arm: str, images: str, text: str) -> tuple[np.ndarray, np.ndarray]:
+        rows = [_needed(seed, arm, images, text) for seed in self.seeds]
+        same = len({tuple(row["tokens"]) for row in rows}) == 1
+        return tuple(_stacked([np.array(row[name], float) for row in rows], same) for name in ("nats", "tokens"))  # type: ignore[return-value]
+
+    def _same_items(self, of: str) -> bool:
+        return len({tuple(seed["sets"][of]["items"]) for seed in self.seeds}) == 1
+
+
+def read_results(files: Sequence[str | os.PathLike]) -> Results:
+    """The results in `files`, by their seeds.
+
+    Raises:
+        ValmError: there are none, two are of one seed, or their recipes differ.
+    """
+    if not files:
+        raise ValmError("there are no results of a study: run `valm study run`")
+    read = [read_json(Path(file), "the results", dict[str, Any], "run the study again") for file in files]
+    read.sort(key=lambda result: result["seed"])
+    if len({result["seed"] for result in read}) < len(read):
+        raise ValmError("two of the results are of the same seed")
+    if len({result["recipe"] for result in read}) > 1:
+        raise ValmError("the results are of different settings, and cannot be pooled")
+    return Results(tuple(read))
+
+
+def _row(seed: dict[str, Any], arm: str, images: str, of: str) -> dict[str, Any] | None:
+    return next(
+        (
+            row
+            for row in seed["rows"]
+            if row["arm"] == arm and row["images"] == images and of in (row.get("set"), row.get("text"))
+        ),
+        None,
+    )
+
+
+def _needed(seed: dict[str, Any], arm: str, images: str, of: str) -> dict[str, Any]:
+    found = _row(seed, arm, images, of)
+    if found is None:
+        raise ValmError(f"the results of seed {seed['seed']} have no row of {arm}, {images}, {of}")
+    return found
+
+
+def _changed(about: dict[str, Any], exchange: str) -> list[int]:
+    """The items whose pictures have another colour in `exchange`, and one that is a candidate."""
+    return [
+        number
+        for number, colors in enumerate(about["colors"])
+        if None not in (colors["retrieved"], colors[exchange])
+        and colors["retrieved"] != colors[exchange]
+        and colors[exchange] in about["candidates"]
+    ]
+
+
+def _stacked(rows: Sequence[np.ndarray], same: bool) -> np.ndarray:
+    return np.stack(rows) if same else np.concatenate(rows)[None]
