@@ -61,7 +61,7 @@ def test_what_a_task_is_sent(clip, make_kb, tmp_path, monkeypatch):
 
 def test_without_ray_the_sentence_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ImportError, match=r"install valm\[ray\]"):
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[ray\]'"):
         RayRun("auto")
 
 
