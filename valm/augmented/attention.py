@@ -198,10 +198,12 @@ class VisualAttention(_Module):
         """Compares tokens that see one image with the class's own attention over two tokens, image and token, once
         unrotated and once at a later position. Several, as of one the softmax may be all on the image or the token.
 
-        own_config: with the attention implementation of the class itself. arguments: those of any call.
+        Args:
+            own_config: with the attention implementation of the class itself.
+            arguments: those of any call.
 
         Raises:
-            ValmError: the two differ, as where a family computes more than a softmax over all it sees, or changes
+            ValmError: the two differ. So it is if a family computes more than a softmax over all it sees, or changes
                 queries or keys after their rotation.
         """
         text = arguments["hidden_states"][0]  # (T, C)
@@ -503,10 +505,11 @@ _subclasses: dict[Any, Any] = {}
 
 
 def subclass(mixin: type, base: Any, make_class: Any, **attributes: Any) -> Any:
-    """The class of `mixin` in front of `base`, one for each base, that bears the base's name: transformers and
-    accelerate look up what they know of a class by its name.
+    """The class of `mixin` in front of `base`, one for each base, with the base's name: transformers and accelerate
+    look up classes by name.
 
-    make_class: the function that asks for it, which pickle calls.
+    Args:
+        make_class: the function that makes this class, which pickle calls.
     """
     if (mixin, base) in _subclasses:
         return _subclasses[mixin, base]

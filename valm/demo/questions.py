@@ -53,7 +53,8 @@ def hit_rates(
 ) -> dict[str, float]:
     """How often a thing's own picture is among the first 1, 4 and 8 that the last token of its question finds.
 
-    names: of the thing on each picture of the knowledge base.
+    Args:
+        names: the name of the thing on each picture of the knowledge base.
     """
     retriever = Retriever(encoder, kb, min(max(HITS_AT), len(kb)))
     own = []

@@ -41,9 +41,10 @@ def split_things(
 ) -> Split:
     """Draws the split by `seed`.
 
-    split: "test", or "validation", which sets the test's held-out things aside and holds out a quarter of the rest:
-        what settings are chosen on.
-    max_things: limit on the things of either kind, for a miniature run.
+    Args:
+        split: "test", or "validation" to choose settings on, which sets the test's held-out things aside and holds out
+            a quarter of the rest.
+        max_things: limit on the things of either kind, for a miniature run.
     """
     if split not in SPLITS:
         raise ValmError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
@@ -72,7 +73,8 @@ def split_things(
 def find_memory_color(eval_data: str | os.PathLike | None) -> tuple[list[ColorItem], str | None]:
     """MemoryColor's items, or none and the reason.
 
-    eval_data: the table itself, or the folder of the evaluation sets; None = not given.
+    Args:
+        eval_data: the table itself, or the folder of the evaluation sets; None = not given.
     """
     if eval_data is None:
         return [], "no evaluation data given (--eval-data or VALM_EVAL_DATA)"

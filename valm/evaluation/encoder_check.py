@@ -285,7 +285,8 @@ def ranks(images: Tensor, texts: Tensor, image_of: np.ndarray) -> tuple[np.ndarr
     """Ranks from 0: how many other captions are at least as near to an image (N, E) as the nearest of its own, (N,),
     and how many other images are at least as near to a caption (M, E) as its own, (M,). Ties count against it.
 
-    image_of: (M,), ascending, the image of each caption.
+    Args:
+        image_of: (M,), ascending, the image of each caption.
     """
     image = torch.from_numpy(image_of)
     to_text = torch.empty(len(images), dtype=torch.int64)

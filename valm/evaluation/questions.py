@@ -1,4 +1,4 @@
-"""What each task asks, in two protocols, and the same for lm-evaluation-harness (`tasks/`).
+"""The questions of each task, in two protocols, and the same for lm-evaluation-harness (`tasks/`).
 
 "published" repeats the prompts and the scoring behind the published numbers, with their faults; "fair" corrects them:
 SOT before the text, answers of several tokens, both orders of a pair, every label among the candidates.
@@ -80,7 +80,7 @@ class Documents:
 
 @dataclass(frozen=True)
 class Task:
-    """A task: its set, what it is called in tables, and its protocols.
+    """A task: its set, its name in tables, and its protocols.
 
     build: (items of the set, protocol) -> what is asked. table: which of the paper's tables has it.
     note: what differs from the conditions of the published numbers.
@@ -144,7 +144,7 @@ def _about_things(
 
 
 def _about_sizes(task: str, pairs: list[tuple[str, str]], protocol: str) -> Questions:
-    """fair: after each prompt the same with the two exchanged, whose answer is no."""
+    """fair: each prompt is followed by the same with the two swapped, whose answer is no."""
     fair = protocol == FAIR
     prompts = size.PROMPTS if fair else size.PUBLISHED_PROMPTS
     texts = [size.fill(prompts, bigger, smaller, fair) for bigger, smaller in pairs]
@@ -300,10 +300,11 @@ def what_is_asked(
 ) -> Questions | Documents:
     """The questions or documents of `task`, of at most `limit` items drawn by a fixed seed.
 
-    file: of the set itself, instead of one in the folder `data`.
+    Args:
+        file: the file of the set, instead of one in the folder `data`.
 
     Raises:
-        ValmError: as `read_set`; or the task has no such protocol.
+        ValmError: as `read_set`, or the task has no such protocol.
     """
     if protocol not in task.protocols:
         raise ValmError(f"{task.name} has no protocol {protocol!r}, only {', '.join(task.protocols)}")

@@ -301,7 +301,8 @@ SETS = {
 def find_file(name: str, data: str | os.PathLike | None = None) -> Path | None:
     """The file of the set `name` in the folder `data` or in `data`/eval, None where it has none.
 
-    data: by default what the environment variable DATA_VARIABLE says.
+    Args:
+        data: by default the value of the environment variable DATA_VARIABLE.
     """
     folder = data or os.environ.get(DATA_VARIABLE)
     if not folder:

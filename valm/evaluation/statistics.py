@@ -61,7 +61,9 @@ def accuracy(right: np.ndarray, seed: int = 0) -> Estimate:
 def paired(first: np.ndarray, second: np.ndarray, tries: np.ndarray, seed: int = 0) -> Difference:
     """The difference of two models' hits / tries.
 
-    first, second: (seeds, items) hits; the two may differ in how many seeds they have. tries: (items,), of both.
+    Args:
+        first, second: (seeds, items) hits; the numbers of seeds may differ.
+        tries: (items,), of both.
     """
     total = tries.sum()
     each = first.mean(0) - second.mean(0)  # (items,)
