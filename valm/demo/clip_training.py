@@ -22,7 +22,7 @@ MODEL_CFG = {
 }
 # Pixels from -1 to 1.
 PREPROCESS_CFG = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-# With few pictures a free temperature goes on growing after there is nothing left to learn.
+# With few pictures an unlimited temperature keeps growing when there is nothing left to learn.
 MAX_LOGIT_SCALE = 50.0
 
 

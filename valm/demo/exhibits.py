@@ -104,5 +104,5 @@ def _swap(
 
 
 def _last_pictures(seen: Explanation) -> list[Image.Image]:
-    """What the last token of the question found, best first; the demo's knowledge base has thumbnails of all."""
+    """The pictures of the question's last token, best first; the demo's knowledge base has thumbnails of all."""
     return [image.thumbnail for image in seen.images_of(-1) if image.thumbnail is not None]

@@ -83,7 +83,7 @@ def svg(figure: Figure) -> Markup:
 
 
 def data_uri(picture: Image.Image) -> str:
-    """The picture as an address that holds all of it."""
+    """The picture as a data URI."""
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

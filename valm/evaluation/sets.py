@@ -40,8 +40,8 @@ POSITIVE, NEGATIVE = "Positive", "Negative"
 
 @dataclass(frozen=True)
 class Item:
-    """What is asked about: a thing or a text, its right answer, and what stands before the name of a thing (None where
-    the data have nothing)."""
+    """A thing or a text to ask about, its right answer, and the words before a thing's name (None if the data have
+    none)."""
 
     text: str
     answer: str
@@ -50,7 +50,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Hub:
-    """Where the Hugging Face Hub has a set, and how one of its rows is read."""
+    """The location of a set on the Hugging Face Hub, and the function that reads a row."""
 
     dataset: str
     config: str | None
@@ -62,8 +62,10 @@ class Hub:
 class EvaluationSet:
     """A set of items in a file.
 
-    file: below the data folder. load: reads it: a list of `Item`, of pairs (bigger, smaller), or of texts.
-    items: how many the file has that the published numbers were measured on, or that we had.
+    Attributes:
+        file: its path in the data folder.
+        load: reads the file: a list of `Item`, of pairs (bigger, smaller), or of texts.
+        items: number of items in the file of the published numbers, or in ours.
     """
 
     name: str
@@ -110,8 +112,8 @@ def _mpqa(path: Path) -> list[Item]:
 
 
 def _classes(path: Path, meta: str, labels: Mapping[str, str]) -> list[Item]:
-    """Rows of a class number and a text; the numbers mean what the file `meta` beside it says: they differ between
-    copies of these sets."""
+    """Rows of a class number and a text; the file `meta` beside it defines the numbers, which differ between copies of
+    these sets."""
     names = {}
     for number, line in enumerate(read_lines(path.with_name(meta)), 1):
         if line.startswith("#"):
@@ -317,7 +319,7 @@ def read_set(
     """The items of the set `name`: from `file`, from `data`, or from the Hub where `allow_download`.
 
     Raises:
-        ValmError: it is in neither; the message says where to get it. Or a row of it does not parse.
+        ValmError: it is in none of them (the message says where to get it), or a row does not parse.
     """
     found = SETS[name]
     file = file or find_file(name, data)

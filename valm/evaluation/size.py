@@ -1,8 +1,8 @@
 """Which of two things is bigger: 486 pairs of 41 objects (Bagherinezhad et al. 2016), yes or no.
 
-The published script asks only in the order whose answer is yes, so a model that always says yes gets 100 %, and two
-missing commas in it join three of its six prompts into one. "published" repeats both, to compare with published
-numbers; "fair" has all six prompts and asks in both orders, so that every constant answer gets 50 %.
+The published script asks only in the order whose answer is yes, so a constant yes scores 100 %, and two missing commas
+join three of its six prompts into one. "published" repeats both, to compare with published numbers; "fair" has all six
+prompts and asks in both orders, so that any constant answer scores 50 %.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def load_size_pairs(path: str | os.PathLike) -> list[tuple[str, str]]:
 
 
 def fill(prompts: Sequence[str], bigger: str, smaller: str, both_orders: bool) -> list[str]:
-    """Each prompt about two things; with `both_orders` each is followed by itself with the two exchanged."""
+    """Each prompt about two things; with `both_orders` each is followed by the same prompt with the two swapped."""
     orders = [(bigger, smaller), (smaller, bigger)] if both_orders else [(bigger, smaller)]
     return [
         prompt.replace("[ITEMA]", first).replace("[ITEMB]", second) for prompt in prompts for first, second in orders

@@ -15,7 +15,7 @@ CHUNK = 200
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with the 95 % interval of a bootstrap over items, and over seeds where there are several."""
+    """A number with the 95 % interval of a bootstrap over items, and over seeds if there are several."""
 
     value: float
     low: float
@@ -27,8 +27,8 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference:
-    """What the first of two models is better by on the same items, with its 95 % interval, and the p-value of a
-    permutation test: how often so large a difference comes out where it is chance which model is which."""
+    """By how much the first of two models is better on the same items, with its 95 % interval, and the p-value of a
+    permutation test: how often a difference as large occurs if the models are swapped at random."""
 
     value: float
     low: float
@@ -53,7 +53,7 @@ def ratio(
 
 
 def accuracy(right: np.ndarray, seed: int = 0) -> Estimate:
-    """The share that is right of (items,) or (items, prompts) bool. The prompts of an item are drawn together."""
+    """The share of true values of (items,) or (items, prompts). The prompts of an item are drawn together."""
     right = right.reshape(len(right), -1)
     return ratio(right.sum(-1)[None].astype(float), np.full((1, len(right)), float(right.shape[1])), seed)
 
@@ -81,8 +81,8 @@ def paired(first: np.ndarray, second: np.ndarray, tries: np.ndarray, seed: int =
 
 
 def _bootstrap(values: np.ndarray, seed: int) -> np.ndarray:
-    """(RESAMPLES,): the sum of `values` (seeds, items) over items, and seeds where there are several, drawn anew each
-    time; the same ones for a seed of the generator and the same numbers of seeds and items."""
+    """(RESAMPLES,): the sum of `values` (seeds, items) over resampled items, and resampled seeds if there are several;
+    the same draws for the same generator seed and numbers of seeds and items."""
     seeds, items = values.shape
     over_items, over_seeds = np.random.default_rng(seed), np.random.default_rng(seed + 1)
     sums = []

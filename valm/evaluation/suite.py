@@ -41,12 +41,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Settings:
-    """What is asked of every model.
+    """The options of an evaluation.
 
-    files: of a set's own, by its name; the others are looked for in `data`.
-    no_images, random_images, replace: each adds a row for every model that sees images: without them, with random ones
-    of its knowledge base, with those of the folder `replace` for every token.
-    fresh: nothing is taken from an earlier run.
+    Attributes:
+        files: the files of sets, by name; other sets are looked for in `data`.
+        no_images, random_images, replace: each adds a row for every model that sees images: without images, with random
+            ones of its knowledge base, with those of the folder `replace` for every token.
+        fresh: ignore the cache of earlier runs.
     """
 
     tasks: tuple[Task, ...]
@@ -65,7 +66,7 @@ class Settings:
 
     @property
     def variants(self) -> dict[str, tuple[str, str | os.PathLike | None]]:
-        """What a model that sees images sees, by what the row is called: arguments of `switch_images`."""
+        """The arguments of `switch_images` for each row of a model that sees images, by the row's name."""
         found: dict[str, tuple[str, str | os.PathLike | None]] = {"": ("on", None)}
         if self.no_images:
             found["no images"] = ("off", None)
@@ -77,7 +78,7 @@ class Settings:
 
 
 class Scores(TypedDict, total=False):
-    """A file of the cache: what one model says of one task, or why it cannot be asked."""
+    """A file of the cache: the scores of one model on one task, or why it does not apply."""
 
     scores: list[Any]
     alone: list[Any] | None
@@ -112,14 +113,14 @@ def evaluate(
     """Every model on every task in every protocol that it has.
 
     Args:
-        out: the folder whose CACHE holds what is already known, and gets what is found out.
+        out: the folder whose CACHE is read and extended.
 
     Returns:
-        What results.json says: rows, one for each model, images, task and protocol; pairs, the differences between
+        The content of results.json: rows, one for each model, images, task and protocol; pairs, the differences between
         the first row and each other one on the same task; and what the numbers depend on.
 
     Raises:
-        ValmError: data, a model or its images are not there, or do not belong together. Nothing has been scored then.
+        ValmError: data, a model or its images are missing or do not belong together. This is checked before scoring.
     """
     asked = asked_by(settings)
     variants = {
@@ -191,7 +192,7 @@ def asked_by(settings: Settings) -> dict[tuple[str, str], Questions | Documents]
 
 
 def open_with(source: str, settings: Settings) -> Scorer:
-    """The model `source` as the settings say."""
+    """Opens the model `source` with the settings."""
     return open_scorer(
         source,
         kb=settings.kb,
@@ -222,7 +223,7 @@ def _size(asked: Questions | Documents) -> int:
 def scores_of(
     scorer: Scorer, asked: Questions | Documents, cache: Path | None, own: list[Any], fresh: bool, bar: Any
 ) -> Scores:
-    """From the cache, or from the model and then into the cache.
+    """The scores from the cache, or from the model, which are then cached.
 
     The key is a digest of all that the scores depend on: weights, tokenizer, knowledge base and retrieval settings, the
     questions themselves (and so data and prompts), and the version of this package.

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Gradio and the hub look these up when they are imported: nothing is reported to anyone.
+# Gradio and the hub read these on import: they turn off all telemetry.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
@@ -20,7 +20,7 @@ from valm.retrieval.retriever import BlindRetriever, Retriever
 
 HOST = "127.0.0.1"
 MAX_IMAGES = 16  # of the slider; the operation takes more
-# Uploaded images are looked through every hour and deleted when they are an hour old, and all of them at the end.
+# Uploaded images are deleted when an hour old, checked every hour, and all of them at the end.
 UPLOADS_STAY = (3600, 3600)
 
 RETRIEVED, RANDOM, UPLOADED, NONE = "retrieved", "random", "uploaded", "none"
@@ -71,10 +71,10 @@ body:not(.dark) .valm-explain { color-scheme: light; }
 
 
 class App:
-    """What the app computes; `blocks` is what it shows.
+    """The app's computations; `blocks` builds its page.
 
     Args:
-        name, model, tokenizer: as `valm.load` returns them, and what the model is called.
+        name, model, tokenizer: the model's name, and model and tokenizer as `valm.load` returns them.
         other: a second model, to compare, as (name, model, tokenizer).
 
     Raises:
@@ -112,7 +112,7 @@ class App:
             images: one of `choices`.
             k: images per token.
             uploads: files whose images replace those of the knowledge base.
-            answers: words with commas between them; empty for the likeliest.
+            answers: words separated by commas; empty for the likeliest.
             beside: which of `comparisons` to show too.
         """
         title, reader = self._reader(images, k, uploads)

@@ -32,9 +32,9 @@ class Explanation:
     image_index: (T, K) int64, rows of `images`, best first; -1 = none.
     scores: (T, K) float32, inner product of the token's query and the image; -inf = none.
     images: U different images.
-    answers: A words, likeliest first where they were not given.
+    answers: A words, as given or likeliest first.
     probabilities: (A,) float32, the probability of each as the continuation of the text.
-    note: why there are no images, empty where there are.
+    note: why there are no images; empty if there are.
     """
 
     text: str
@@ -68,7 +68,7 @@ def explain(
     with_images: bool = True,
     answers: Sequence[str] | None = None,
 ) -> Explanation:
-    """What `model` looks at while it reads `text`, and how it goes on.
+    """Explains what `model` attends to while it reads `text`, and its next words.
 
     Args:
         model: a VaLM or an augmented decoder, as `valm.load` returns it.
@@ -78,8 +78,8 @@ def explain(
             token.
 
     Raises:
-        ValmError: the text is empty or longer than the model or an explanation can take; the model needs images and
-            has no retriever; an answer has no tokens.
+        ValmError: the text is empty or too long for the model or an explanation; the model needs images and has no
+            retriever; or an answer has no tokens.
     """
     ids = _token_ids(model, tokenizer, text)
     note = _why_no_images(model, with_images)

@@ -52,7 +52,7 @@ def write_figure(path: str | os.PathLike, explanations: Mapping[str, Explanation
 
 
 def explanation_rows(explanations: Mapping[str, Explanation]) -> Figure:
-    """A row for each explanation: on the left what each token looks at, on the right the answers."""
+    """A row for each explanation: on the left the attention of each token, on the right the answers."""
     sizes = [_attention_size(explanation) for explanation in explanations.values()]
     heights = [max(height, BARS_HEIGHT) + 0.5 for _, height in sizes]
     left, right = max(width for width, _ in sizes), 3.6
@@ -71,8 +71,8 @@ def explanation_rows(explanations: Mapping[str, Explanation]) -> Figure:
 
 
 def attention(explanation: Explanation) -> Figure:
-    """What each token looks at in the fusion block: the text before it and its own images, out of one softmax. The mean
-    over the heads."""
+    """The attention of each token in the fusion block, over the text before it and its own images, from one softmax;
+    the mean over the heads."""
     figure = new_figure(*_attention_size(explanation))
     _draw_attention(figure, explanation)
     return figure

@@ -1,4 +1,4 @@
-"""An explanation, or several beside each other, as one HTML page that needs nothing from outside itself."""
+"""An explanation, or several side by side, as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def write_page(path: str | os.PathLike, explanations: Mapping[str, Explanation])
 
 
 def render_page(explanations: Mapping[str, Explanation]) -> str:
-    """The page: what was answered, the images of each token, and the attention, with a choice of the head.
+    """The page: the answers, the images of each token, and the attention, with a choice of the head.
+
+    Everything is escaped. The page makes no request: its policy forbids all requests, and any script but its own.
 
     Args:
-        explanations: of one text, by what is said of each, such as the name of the model.
-
-    Everything is escaped. The page makes no request: its policy forbids all, and any script but its own.
+        explanations: of one text, by title, such as the name of the model.
     """
     script = (HERE / "heads.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -56,7 +56,7 @@ def render_page(explanations: Mapping[str, Explanation]) -> str:
 
 
 def render_body(explanations: Mapping[str, Explanation], head: int | None = None) -> str:
-    """What is between header and end of the page, for one head or the mean of all; it needs `style()`."""
+    """The body of the page, for one head or the mean of all; it needs `style()`."""
     return _environment().get_template("body.html.j2").render(**_content(explanations, head), choose_head=False)
 
 
@@ -67,7 +67,7 @@ def style() -> str:
 
 
 def data_uri(image: Image.Image) -> str:
-    """The image, small, as an address that holds all of it."""
+    """The image, made small, as a data URI."""
     return "data:image/jpeg;base64," + base64.b64encode(thumbnail_bytes(image, THUMBNAIL_SIZE)).decode()
 
 
