@@ -12,6 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import valm
 from benchmarks import report
+from tests.valm.cli.commands import SIZE
+from tests.valm.evaluation.small_sets import write_sets
 from tests.valm.other_tokenizers import gpt2_like
 from valm.cli import build_parser, main
 from valm.retrieval.note import RetrievalNote
@@ -73,6 +75,18 @@ def test_tutorials_run(name, workshop, capsys):
     code = "\n".join(blocks(page, "python"))
     assert code
     exec(compile(code, str(page), "exec"), {"__name__": name})
+
+
+def test_the_commands_of_the_readme_run(workshop, world, capsys):
+    (workshop / "corpus.txt").write_text((world / "corpus.txt").read_text())
+    write_sets(workshop / "DATA")
+    for command in commands(ROOT / "README.md"):
+        words = shlex.split(command, comments=True)[1:]
+        if words[0] == "app":  # serves until it is stopped; tests/valm/cli/test_app.py runs it
+            continue
+        words += SIZE if words[0] == "train" else []
+        assert main(words) == 0, f"{command}: {capsys.readouterr().err}"
+    assert (workshop / "report" / "report.html").is_file() and (workshop / "sky.html").is_file()
 
 
 def test_the_examples_of_the_readme_run(workshop, capsys):
