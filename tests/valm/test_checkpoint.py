@@ -116,7 +116,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
 
 @needs_fork
 @pytest.mark.parametrize("old", [None, 0])
-@pytest.mark.parametrize("points", [range(0, 60, 8), pytest.param(range(100), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("points", [range(0, 80, 8), pytest.param(range(100), marks=pytest.mark.slow)])
 def test_a_killed_save_leaves_the_old_checkpoint_or_the_new(tmp_path, old, points):
     save_checkpoint(a_model(1), TOKENIZER, tmp_path / "whole")
     whole = contents(tmp_path / "whole")

@@ -216,7 +216,9 @@ def test_generate_refuses_right_padding(model):
 
 def test_save_and_load(tmp_path, model):
     model.save_pretrained(tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "README.md", "config.json", "generation_config.json", "model.safetensors",
+    }  # fmt: skip
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert isinstance(loaded, VaLMForCausalLM)
     ids = random_ids(2, 6)

@@ -136,11 +136,11 @@ def test_an_unwritable_output_is_refused(tmp_path):
 
 def test_a_missing_package_is_named_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ValmError, match=r"matplotlib.*pip install 'valm\[demo\]'"):
+    with pytest.raises(ValmError, match=r"matplotlib.*pip install -e '.\[demo\]'"):
         run_demo(tmp_path / "out", progress=False)
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "resvg_py", None)
-    with pytest.raises(ValmError, match=r"resvg-py.*pip install 'valm\[demo\]'"):
+    with pytest.raises(ValmError, match=r"resvg-py.*pip install -e '.\[demo\]'"):
         run_demo(tmp_path / "out", progress=False)
     assert list(tmp_path.iterdir()) == []
 

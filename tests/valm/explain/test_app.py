@@ -87,7 +87,7 @@ def test_wrong_input_is_one_sentence(app, tmp_path):
 
 def test_without_gradio_there_is_one_sentence(app, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(ValmError, match=r"gradio.*pip install 'valm\[app\]'"):
+    with pytest.raises(ValmError, match=r"gradio.*pip install -e '.\[app\]'"):
         app.blocks()
 
 
