@@ -19,7 +19,6 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from augment_smollm2 import convert
 from transformers import AutoModelForCausalLM
 
 import valm
@@ -34,6 +33,7 @@ from valm.evaluation.language import token_log_probs
 from valm.knowledge_base.build import build
 from valm.knowledge_base.encode import Encoding
 from valm.knowledge_base.sources.folder import FolderSource
+from valm.study.language_model import convert_smollm2
 from valm.tokenizer import clip_tokenizer, load_tokenizer, prune_tokenizer, tokenize_documents
 from valm.training import trainer, training_arguments
 from valm.training.callbacks import show_progress
@@ -153,7 +153,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folder, out, seed = arguments.folder, arguments.out, arguments.seed
     if not (folder / "config.json").exists():
-        convert(folder)
+        convert_smollm2(folder)
     tokenizer = load_tokenizer(folder)
 
     # MemoryColor's things, where its table is, are set aside as those of the demo's test are: nobody asks for them here

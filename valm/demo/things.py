@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import unicodedata
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -103,11 +104,22 @@ def load_things(limit: int | None = None, *, progress: bool = True) -> list[Thin
         name = plain_name(codes)
         if name is not None:
             sources.setdefault(name, path)
+
+    def draw(path: Path) -> Image.Image:
+        svg = resvg.svg_to_bytes(svg_path=str(path), width=RENDER_SIZE, height=RENDER_SIZE)
+        return Image.open(io.BytesIO(bytes(svg))).convert("RGBA")
+
+    return things_of(sources, draw, limit, progress)
+
+
+def things_of(
+    sources: Mapping[str, Path], draw: Callable[[Path], Image.Image], limit: int | None, progress: bool
+) -> list[Thing]:
+    """The things of `sources` (name -> file) in the order of their names, or the first `limit`; `draw` opens a file."""
     things = []
     chosen = sorted(sources.items())[:limit]
     for name, path in progress_bar(chosen, desc="drawings", unit="thing", shown=progress, leave=False):
-        svg = resvg.svg_to_bytes(svg_path=str(path), width=RENDER_SIZE, height=RENDER_SIZE)
-        drawing = Image.open(io.BytesIO(bytes(svg))).convert("RGBA")
+        drawing = draw(path)
         things.append(Thing(name, label_color(drawing), drawing))
     return things
 

