@@ -63,7 +63,7 @@ def save_checkpoint(
     saved = with_length(tokenizer, model)
     with replaced_files(folder, "the checkpoint") as temporary, quiet_transformers():
         model.save_pretrained(temporary, state_dict=state_dict)
-        (temporary / CARD_FILE).unlink(missing_ok=True)  # one in `folder` may be the user's own
+        (temporary / CARD_FILE).unlink(missing_ok=True)  # save_pretrained wrote it, and would replace the user's own
         saved.save_pretrained(temporary)
         if note is not None:
             note.write(temporary, place=folder)

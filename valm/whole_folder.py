@@ -10,14 +10,22 @@ from pathlib import Path
 
 from valm.errors import ValmError
 from valm.files import writable_folder
-from valm_kernels.atomic_files import atomic_folder, folder_lock, move, remove_leftovers, sync_folder, temporary_name
+from valm_kernels.atomic_files import (
+    SAVE_WAIT_SECONDS,
+    atomic_folder,
+    folder_lock,
+    move,
+    remove_leftovers,
+    sync_folder,
+    temporary_name,
+)
 
-# Holds completely written files until they have replaced the old ones.
+# Holds completely written files until they have replaced the old ones; named when only checkpoints had it.
 NEW_FOLDER = "checkpoint.new"
-# Weights of a checkpoint. transformers prefers one file to several, so stale ones are removed.
+# Weights of a checkpoint. transformers prefers one file to several, so stale ones are removed; so is an adapter, which
+# would be loaded in the place of the checkpoint.
 WEIGHTS = "model*.safetensors*"
-# How long a save waits for another one in the same folder.
-WAIT_SECONDS = 60.0
+ADAPTER = "image_fusion.*"
 
 
 @contextmanager
@@ -32,11 +40,11 @@ def replaced_files(folder: str | os.PathLike, what: str) -> Iterator[Path]:
 
     Raises:
         ValmError: the folder cannot be written, not all of it, or another process is writing it; or the block raises
-            any exception. What was there before still loads.
+            any exception. What was there before still loads; if only the last step failed, what is new does.
     """
     folder = writable_folder(folder)
     try:
-        with folder_lock(folder, WAIT_SECONDS):
+        with folder_lock(folder, SAVE_WAIT_SECONDS):
             remove_leftovers(folder)
             _switch(folder)  # where an earlier save was killed
             with atomic_folder(folder / NEW_FOLDER) as temporary:
@@ -44,6 +52,8 @@ def replaced_files(folder: str | os.PathLike, what: str) -> Iterator[Path]:
             _switch(folder)
     except ValmError:
         raise
+    except TimeoutError as error:
+        raise ValmError(f"cannot write {what} {folder}: another process is writing there") from error
     except Exception as error:  # a full disk has a type of its own in safetensors, and in tokenizers
         reason = str(error).strip().partition("\n")[0]
         raise ValmError(f"cannot write {what} {folder}: {reason}; what it held before is untouched") from error
@@ -61,11 +71,12 @@ def _switch(folder: Path) -> None:
     if not new.is_dir():
         return
     try:
-        names = {file.name for file in new.iterdir()}
+        names = {file.relative_to(new).as_posix() for file in new.rglob("*") if file.is_file()}
         for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             _link(new / name, folder / name)
         if any(new.glob(WEIGHTS)):
-            for file in folder.glob(WEIGHTS):
+            for file in (*folder.glob(WEIGHTS), *folder.glob(ADAPTER)):
                 if file.name not in names:
                     file.unlink()
         sync_folder(folder)

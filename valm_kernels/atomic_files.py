@@ -73,6 +73,10 @@ def temporary_file(path: Path) -> Iterator[Path]:
             os.unlink(temporary)
 
 
+# How long a save waits for another one in the same folder.
+SAVE_WAIT_SECONDS = 60.0
+
+
 @contextmanager
 def folder_lock(path: Path, seconds: float) -> Iterator[None]:
     """Holds the lock of a folder that several processes may write; others wait for it until the block ends.

@@ -1,5 +1,7 @@
 """Files of a model that are replaced together. Kills at every point: tests/fuzz/test_kills.py."""
 
+from unittest.mock import Mock
+
 import pytest
 
 from valm import whole_folder
@@ -33,7 +35,7 @@ def test_files_take_the_places_of_the_old_ones(tmp_path):
 def test_until_all_are_there_the_new_ones_count(tmp_path, monkeypatch):
     write(tmp_path, a="1")
     with monkeypatch.context() as patch:
-        patch.setattr(whole_folder, "_link", lambda file, target: (_ for _ in ()).throw(OSError(28, "No space left")))
+        patch.setattr(whole_folder, "_link", Mock(side_effect=OSError(28, "No space left")))
         with pytest.raises(ValmError, match=r"is whole in .*checkpoint\.new and loads from there"):
             write(tmp_path, a="2")
     assert (tmp_path / "a").read_text() == "1"
@@ -43,9 +45,26 @@ def test_until_all_are_there_the_new_ones_count(tmp_path, monkeypatch):
 
 
 def test_another_writer_is_waited_for_and_then_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(whole_folder, "WAIT_SECONDS", 0)
+    monkeypatch.setattr(whole_folder, "SAVE_WAIT_SECONDS", 0)
     with replaced_files(tmp_path, "the model") as temporary:
         (temporary / "a").write_text("1")
-        with pytest.raises(ValmError, match=r"cannot write the model .*another process is writing there"):
+        with pytest.raises(ValmError, match=r"cannot write the model \S+: another process is writing there$"):
             write(tmp_path, a="2")
     assert (tmp_path / "a").read_text() == "1"
+
+
+def test_files_in_folders_are_replaced_too(tmp_path):
+    for value in ("1", "2"):
+        with replaced_files(tmp_path, "the model") as temporary:
+            (temporary / "templates").mkdir()
+            (temporary / "templates" / "tool.jinja").write_text(value)
+    assert (tmp_path / "templates" / "tool.jinja").read_text() == "2"
+    assert current_files(tmp_path) == tmp_path
+
+
+def test_a_checkpoint_takes_the_place_of_an_adapter(tmp_path):
+    for names in (("image_fusion.json", "image_fusion.safetensors"), ("config.json", "model.safetensors")):
+        with replaced_files(tmp_path, "the model") as temporary:
+            for name in names:
+                (temporary / name).write_text("{}")
+    assert set(contents(tmp_path)) == {"config.json", "model.safetensors"}

@@ -24,7 +24,7 @@ from valm.retrieval.index_parameters import INDEX_FILE, PARAMETERS_FILE, IndexPa
 from valm.shards.manifest import file_entry
 from valm.tokenizer import padded
 from valm_kernels import ip_topk, merge_topk
-from valm_kernels.atomic_files import folder_lock, move, remove_leftovers, temporary_file
+from valm_kernels.atomic_files import SAVE_WAIT_SECONDS, folder_lock, move, remove_leftovers, temporary_file
 
 # Training vectors per cell (faiss warns below 39), and the least and most training vectors.
 TRAIN_PER_CELL = 40
@@ -52,8 +52,6 @@ RANDOM_READ = 4
 TEXTS_AT_ONCE = 64
 # Queries of one text are similar: take few of each, so that both halves need the same search.
 TOKENS_PER_TEXT = 8
-# How long to wait for another process that puts its index there.
-WAIT_SECONDS = 60.0
 # Number of images whose captions serve as queries if no other text is given.
 CAPTIONED = 1024
 
@@ -128,12 +126,12 @@ def build_index(
             file={**file_entry(temporary), "name": INDEX_FILE},
         )
         parameters = _tune(kb, index, untuned, queries, truth)
-        with folder_lock(kb.path, WAIT_SECONDS):
+        with folder_lock(kb.path, SAVE_WAIT_SECONDS):
             # from here until the new parameters are written, the knowledge base has no index
             (kb.path / PARAMETERS_FILE).unlink(missing_ok=True)
             move(temporary, file)
             write_json(kb.path / PARAMETERS_FILE, asdict(parameters))
-    return FaissIndex.open(kb)
+            return FaissIndex.open(kb)
 
 
 def choose_factory(count: int, dim: int) -> str | None:

@@ -69,7 +69,8 @@ class ShardedBuild:
         self.what = what
         self.plan = plan
         self.record = record
-        self._look()
+        with self._lock():
+            self._look()
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -79,6 +80,12 @@ class ShardedBuild:
         Raises:
             ValmError: another process is writing it.
         """
+        with self._lock():
+            self._look()
+            yield
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
         with ExitStack() as stack:
             try:
                 stack.enter_context(folder_lock(self.out, WAIT_SECONDS))
@@ -86,7 +93,6 @@ class ShardedBuild:
                 raise ValmError(
                     f"another process is writing the {self.what} {self.out}; when it has ended, run the same again"
                 ) from error
-            self._look()
             yield
 
     def _look(self) -> None:

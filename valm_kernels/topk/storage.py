@@ -19,6 +19,7 @@ import numpy as np
 
 from valm_kernels.atomic_files import (
     ABANDONED_SECONDS,
+    SAVE_WAIT_SECONDS,
     folder_lock,
     move,
     remove_leftovers,
@@ -32,8 +33,6 @@ FORMAT = "valm flat inner-product index"
 VERSION = 2  # 1 had no checksum of the manifest
 OLD_VERSION = 1
 MANIFEST = "manifest.json"
-# How long a save waits for another process that saves there.
-WAIT_SECONDS = 60.0
 # No other name is read or deleted, even if a manifest lists it.
 ARRAY_FILE = re.compile(r"[a-z_]+-[0-9a-f]{16}\.npy")
 # Temporary names of this version, and of earlier ones without locks.
@@ -75,7 +74,7 @@ def write_folder(path: Path, arrays: dict[str, np.ndarray], properties: dict[str
         written: list[Path] = []
         try:
             path.mkdir(parents=True, exist_ok=True)
-            lock.enter_context(folder_lock(path, WAIT_SECONDS))
+            lock.enter_context(folder_lock(path, SAVE_WAIT_SECONDS))
             old_files = _referenced_files(path)
             entries = {}
             for name, array in arrays.items():
