@@ -52,7 +52,8 @@ def run_run(arguments: argparse.Namespace) -> None:
     for seed, file in files.items():
         print(f"seed {seed}: {file}")
         if arguments.results is not None:
-            shutil.copyfile(file, writable_folder(arguments.results) / f"{config.name}-seed-{seed}.json")
+            kind = "validation-" if arguments.validation else ""
+            shutil.copyfile(file, writable_folder(arguments.results) / f"{kind}{config.name}-seed-{seed}.json")
     results = read_results(list(files.values()))
     print("\n\n".join((accuracies(results), differences(results), perplexities(results))))
 

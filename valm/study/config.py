@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,7 +76,7 @@ class StudyConfig:
     tests: tuple[str, ...] = TESTS
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     images: int = 4
-    allow_download: bool = field(default=False)
+    allow_download: bool = False
 
     @property
     def recipe(self) -> str:

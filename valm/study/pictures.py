@@ -26,8 +26,8 @@ from valm.demo.things import (
     things_of,
 )
 from valm.errors import ValmError
-from valm.files import read_json, write_json
-from valm.knowledge_base.images import find_images
+from valm.files import cannot_read, is_transient, read_json, write_json
+from valm.knowledge_base.images import IMAGE_FORMATS, find_images
 from valm.knowledge_base.sources.folder import folder_records
 from valm.progress import progress_bar
 from valm.study.words import Names, words
@@ -200,11 +200,13 @@ def _folder_pictures(source: str, folder: Path, out: Path, limit: int | None, pr
     records = [record for record in records if record.source is not None][:limit]
     pictures = []
     for number, record in enumerate(progress_bar(records, desc=source, unit="picture", shown=progress, leave=False)):
+        assert isinstance(record.source, Path)
         try:
-            assert isinstance(record.source, Path)
-            with Image.open(record.source) as opened:
+            with Image.open(record.source, formats=IMAGE_FORMATS) as opened:
                 image = opened.convert("RGBA")
-        except Exception:  # damaged bytes make a decoder raise anything
+        except Exception as error:  # damaged bytes make a decoder raise anything
+            if is_transient(error):
+                raise cannot_read(record.uri, error) from error
             continue
         # Tux Paint has translations in the lines below an English caption, as "de.utf8=Ein Schwan."
         lines = [line for line in record.caption.split("\n") if ".utf8=" not in line]

@@ -9,12 +9,14 @@ from pathlib import Path
 
 from valm.errors import ValmError
 from valm.evaluation.color import ColorItem
-from valm.evaluation.files import read_csv, read_json_lines
+from valm.evaluation.files import read_csv
 from valm.evaluation.questions import FAIR, TASKS, Questions
-from valm.evaluation.sets import Item, find_file, read_set
+from valm.evaluation.sets import SETS, Item, find_file, read_set
+from valm.study.config import SETS as SET_NAMES
+from valm.study.config import VALIDATION
 
 # The sets about colours: no training text says the colours of their items.
-COLOR_SETS = ("memory_color", "color_terms", "vicomte_color")
+COLOR_SETS = SET_NAMES[:3]
 FLICKR_CAPTIONS = Path("flickr8k_1000", "captions.txt")
 CAPTIONS = 200
 VICOMTE_TRAINING_FILE = "color_single_train.jsonl"
@@ -33,7 +35,7 @@ def set_items(name: str, data: str | os.PathLike | None) -> list[Item]:
         training = file.with_name(VICOMTE_TRAINING_FILE)
         if not training.is_file():
             raise ValmError(f"there is no {training}: the study asks both parts of ViComTe colour")
-        items = items + [Item(row["sub"], row["obj"]) for row in read_json_lines(training, {"sub", "obj"})]
+        items = items + SETS[name].load(training)
     return items
 
 
@@ -61,4 +63,4 @@ def validation_questions(things: Sequence[ColorItem]) -> Questions:
     items = [Item(thing.item, thing.color, thing.descriptor) for thing in things]
     asked = TASKS["memory_color"].build("memory_color", items, FAIR)
     assert isinstance(asked, Questions)
-    return dataclasses.replace(asked, task="validation")
+    return dataclasses.replace(asked, task=VALIDATION)

@@ -62,6 +62,10 @@ class Results:
     def prompts(self, of: str) -> int:
         return len(self.seeds[0]["sets"][of]["right"][0])
 
+    def changes(self, exchange: str, of: str) -> bool:
+        """Whether a picture of an item has another colour in `exchange`."""
+        return any(_changed(seed["sets"][of], exchange) for seed in self.seeds)
+
     def follows(self, arm: str, exchange: str, of: str) -> tuple[Difference, int]:
         """How much more often the colour that the images have in `exchange` is answered then than with the images as
         they are, and of how many items.
@@ -126,6 +130,9 @@ def read_results(files: Sequence[str | os.PathLike]) -> Results:
         raise ValmError("two of the results are of the same seed")
     if len({result["recipe"] for result in read}) > 1:
         raise ValmError("the results are of different settings, and cannot be pooled")
+    asked = {tuple((row["arm"], row["images"], row.get("set", row.get("text"))) for row in one["rows"]) for one in read}
+    if len(asked) > 1:
+        raise ValmError("the results are of different arms or tests, and cannot be pooled")
     return Results(tuple(read))
 
 

@@ -55,6 +55,7 @@ from valm.study.stages import Stages
 from valm.study.text import study_text
 from valm.study.words import Names
 from valm.training.image_trainer import STATE_FILE
+from valm_kernels.atomic_files import remove_folder
 
 RESULTS_FILE = "results.json"
 STUDY_FILE = "study.json"
@@ -144,7 +145,9 @@ def _note_study(study: Study) -> None:
     file = study.out / STUDY_FILE
     if file.is_file():
         before = read_json(file, "the note on a study", dict[str, Any], "choose another folder")
-        if before.get("recipe") != study.config.recipe:
+        one_seed = [study.config.to_json()["seeds"], before.get("config", {}).get("seeds")]
+        # the folder of a single seed does not say which it is
+        if before.get("recipe") != study.config.recipe or (1 in map(len, one_seed) and one_seed[0] != one_seed[1]):
             raise ValmError(f"{study.out} holds a study of other settings: choose another folder")
     write_json(file, {"recipe": study.config.recipe, "config": study.config.to_json()})
 
@@ -187,7 +190,8 @@ def _run_seed(study: Study, seed: int, base: str) -> Path:
         stage(retrieval.name, partial(study.valm, "retrieve", text, *options))
     for name, arm in arms.items():
         stage(name, partial(_train, study, name, arm, folder, base, seed))
-    tested = "validation" if study.validation else "tests"
+    # scored anew where another arm or test is asked for
+    tested = f"scores of {', '.join(config.arms)} on {', '.join(study.tests)}"
     results = folder / (f"{VALIDATION}-{RESULTS_FILE}" if study.validation else RESULTS_FILE)
     stage(tested, lambda: _score(study, seed, folder, clip, pictures, results))
     found = read_json(results, "the results", dict[str, Any], "run the study again")
@@ -236,14 +240,14 @@ def _train(study: Study, name: str, arm: Arm, folder: Path, base: str, seed: int
         *("train", "--base", base, "--retrieval", folder / retrieval_name(arm.corpus, arm.kb), "--kb", kb),
         *(["--twin", arm.twin] if arm.twin else []),
         *("--unfreeze", "block", "--cache-below", study.out / "below", "--out", folder / name, "--resume"),
-        *("--seed", seed, "--logging_steps", "1", "--save_only_model", "true"),
+        *("--seed", seed, "--logging_steps", "1"),
         *as_options(study.config.training),
         *(["--allow-download"] if study.config.allow_download else []),
     )
     # what was trained is in the model; its last checkpoint is as large, and has the losses
     write_json(folder / name / LOSSES_FILE, losses(folder / name))
     for checkpoint in (folder / name).glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
+        remove_folder(checkpoint)
     if arm.twin is None:
         RetrievalNote.of_knowledge_base(ImageKnowledgeBase.open(folder / KB), "eot").write(folder / name)
 
@@ -252,6 +256,8 @@ def as_options(settings: dict[str, Any]) -> list[str]:
     """{"batch_size": 24, "limit_softmax": True} as ["--batch-size", "24", "--limit-softmax"]."""
     options = []
     for name, value in settings.items():
+        if value is False and name in OWN_OPTIONS:
+            continue
         options.append(f"--{name.replace('_', '-') if name in OWN_OPTIONS else name}")
         if value is not True:
             options.append(str(value))
@@ -274,7 +280,8 @@ def _score(study: Study, seed: int, folder: Path, clip_source: str, pictures: Se
         if name != HELDOUT
     }
     texts = _heldout(folder / "text", study.data) if HELDOUT in study.tests else {}
-    clip = Clip.load(clip_source)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    clip = Clip.load(clip_source, device=device)
     conditions: Conditions | None = None
     known: list[list[list[int]]] | None = None
     rows: list[dict[str, Any]] = []
@@ -285,7 +292,7 @@ def _score(study: Study, seed: int, folder: Path, clip_source: str, pictures: Se
 
     for name in config.arms:
         arm = ARMS[name]
-        model, tokenizer = load(folder / name)
+        model, tokenizer = load(folder / name, device=device)
         conditions = conditions or Conditions(folder, clip, tokenizer, config.images, seed, pictures, study.pictures)
         if known is None:
             known = [question_rows(tokenizer, one) for one in asked.values()]

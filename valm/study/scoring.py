@@ -76,7 +76,7 @@ def read_from_fusion(
         if len(found) < len(ids) or kwargs.get("past_key_values") is not None:
             return args, kwargs
         states = np.stack([cached[number][FUSION_INPUT] for cached, number in found])
-        tensor = torch.from_numpy(states)
+        tensor = torch.from_numpy(states).to(ids.device)
         return args, kwargs | {FUSION_INPUT: tensor.view(torch.bfloat16) if states.dtype == np.uint16 else tensor}
 
     # before the hook of cache_below, which takes fusion_input out of the arguments

@@ -13,9 +13,16 @@ from valm.evaluation.color import PROMPTS, ColorItem
 from valm.knowledge_base.build import build
 from valm.knowledge_base.encode import Encoding
 from valm.knowledge_base.sources.folder import FolderSource
-from valm.study.clip import COLOR_CONTROL, check, image_tower
+from valm.study.clip import MODEL_CFG, check, image_tower
 from valm.study.pictures import Picture
 from valm.training.clip import new_clip, train_clip
+
+# Sees colours and next to no shapes: a ViT with one patch, over pictures of 6 x 6 pixels.
+COLOR_CONTROL = {
+    "embed_dim": 128,
+    "vision_cfg": {"image_size": 6, "patch_size": 6, "layers": 2, "width": 128, "head_width": 32},
+    "text_cfg": MODEL_CFG["text_cfg"],
+}
 
 
 @pytest.fixture(scope="module")

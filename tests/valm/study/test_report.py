@@ -11,11 +11,13 @@ from valm.study.results import read_results
 
 def test_a_page_gets_every_table_and_figure(tmp_path):
     page = tmp_path / "study.md"
-    page.write_text("# A study\n\n" + "\n\n".join(f"<!-- study: {name} -->\nold\n<!-- end -->" for name in TABLES))
+    page.write_text(
+        "# A study\n\n" + "\n\n".join(f"<!-- study: {name} -->\nUNWRITTEN\n<!-- end -->" for name in TABLES)
+    )
     results = read_results(write(tmp_path))
     write_page(results, page, tmp_path)
     text = page.read_text()
-    assert "old" not in text
+    assert "UNWRITTEN" not in text
     assert text.count("<!-- end -->") == len(TABLES)
     assert "| VaLM | 88.9" in text
     assert "Interim" in text

@@ -63,6 +63,10 @@ def test_results_that_do_not_belong_together_are_refused(tmp_path):
     (tmp_path / "other.json").write_text(json.dumps(other))
     with pytest.raises(ValmError, match="different settings"):
         read_results([*files, tmp_path / "other.json"])
+    fewer = result(3)
+    (tmp_path / "fewer.json").write_text(json.dumps(fewer | {"rows": fewer["rows"][1:]}))
+    with pytest.raises(ValmError, match="different arms or tests"):
+        read_results([*files, tmp_path / "fewer.json"])
     with pytest.raises(ValmError, match="no results"):
         read_results([])
 

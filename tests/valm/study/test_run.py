@@ -19,10 +19,14 @@ from valm.retrieval.note import RetrievalNote
 from valm.study.config import EXCHANGES, read_config
 from valm.study.results import read_results
 from valm.study.run import Study, as_options, losses, run_study
+from valm.study.scoring import expanded
 
 COLORS = {"red": (220, 20, 20), "blue": (20, 20, 220), "green": (20, 160, 20), "yellow": (240, 220, 20)}
 THINGS = ["kettle", "bucket", "ladder", "hammer", "pencil", "wallet", "banjo", "violin", "canoe", "tractor"]
 THINGS += ["apple", "sky"]  # items of the test sets
+
+
+ASKED = ("valm", "retrieved", "memory_color")
 
 
 @pytest.fixture(scope="module")
@@ -85,14 +89,18 @@ def test_a_whole_study(world):
     assert set(results.sets()) == {"validation", "memory_color", "color_terms"}
     seen = {images for arm, images in results.arms() if arm == "valm"}
     assert seen == {"retrieved", "random", "off", "taken-out", *EXCHANGES}
-    assert results.accuracy("valm", "retrieved", "memory_color").value <= 1
+    row = next(row for row in results.seeds[0]["rows"] if (row["arm"], row["images"], row.get("set")) == ASKED)
+    right = expanded(row["raw"]) == expanded(results.seeds[0]["sets"]["memory_color"]["right"])
+    assert results.accuracy("valm", "retrieved", "memory_color").value == pytest.approx(right.mean())
     pictured = dict(
         zip(*(results.seeds[0]["sets"]["memory_color"][name] for name in ("items", "pictured")), strict=True)
     )
     assert pictured == {"banana": False, "apple": True, "sky": True, "cloud": False}
     assert results.added("valm", "memory_color")[1] == 2
     assert len(results.seeds[0]["losses"]["noise"]) == 2
-    assert set(results.seeds[0]["seconds"]) >= {"text", "clip", "kb-others", "kb", "retrieval-train", "twin", "tests"}
+    stages = set(results.seeds[0]["seconds"])
+    assert stages >= {"text", "clip", "kb-others", "kb", "retrieval-train", "twin"}
+    assert any(stage.startswith("scores of twin") for stage in stages)
 
     assert RetrievalNote.read(world / "out/valm").knowledge_base.name == "kb"
     for name in ("twin", "valm", "blind"):
@@ -120,12 +128,21 @@ def test_a_stage_that_fails_is_named(world, tmp_path):
         study.valm("kb", "build", tmp_path)
 
 
-def test_validation_opens_no_test_set(world):
+def test_the_folder_of_one_seed_is_of_no_other(world, tmp_path):
+    study = study_of(world)
+    note = {"recipe": study.config.recipe, "config": study.config.to_json() | {"seeds": [4]}}
+    (tmp_path / "study.json").write_text(json.dumps(note))
+    with pytest.raises(ValmError, match="other settings"):
+        run_study(Study(study.config, tmp_path, main, study.data))
+
+
+def test_validation_asks_no_test_set(world):
     assert study_of(world, validation=True).tests == ["validation", "heldout"]
 
 
 def test_settings_become_options():
     settings = {"batch_size": 24, "limit_softmax": True, "lr_scheduler_type": "cosine", "logit_bias": -3}
+    settings |= {"cache_images": False}
     assert as_options(settings) == [
         "--batch-size", "24", "--limit-softmax", "--lr_scheduler_type", "cosine", "--logit-bias", "-3",
     ]  # fmt: skip
