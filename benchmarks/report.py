@@ -1,24 +1,36 @@
-"""docs/benchmarks.md, and the table of README.md, from the rows of benchmarks/results/.
+"""The measured figures of README.md and docs/, from the files in benchmarks/results/: none is typed by hand.
 
     python -m benchmarks.report
 
-writes both, so that no measured figure is typed by hand. A test compares them with the rows.
+writes docs/benchmarks.md, its plots, and on other pages what stands between the marks
+
+    <!-- NAME: python -m benchmarks.report -->
+    <!-- end -->
+
+A test compares the pages with the results.
 """
 
 from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks.valm_kernels import topk_report
+from valm.plots import INK, SERIES, new_figure, quiet
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+IMAGES = ROOT / "docs" / "images"
 PAGE = ROOT / "docs" / "benchmarks.md"
 README = ROOT / "README.md"
-# The lines of README.md between which the table stands.
-BEGIN, END = "<!-- benchmarks: python -m benchmarks.report -->", "<!-- end of benchmarks -->"
+TOPK = ROOT / "docs" / "topk.md"
 
 # The parts of the page, in order: a title, and what the names of its groups begin with. The last takes all others.
 PARTS = {
@@ -38,8 +50,15 @@ sections cannot be compared. This page is written by `python -m benchmarks.repor
 **No GPU has been measured yet.** `make gpu-check` writes the rows of a card into the same folder.
 
 The text towers of the retrieval rows have random weights, on which speed does not depend, and their knowledge base is
-of perturbed context queries of real text (`benchmarks/valm/inputs.py`). [Exact top-K](topk.md) has its own page with a
-plot and where it is slower.
+of perturbed context queries of real text (`benchmarks/valm/inputs.py`).
+
+![Time of each implementation of attention over that of visual_fusion_attn](images/attention.png)
+
+*`cpu-xeon-2-cores.csv`. The same for the time of a search; [Exact top-K](topk.md) says where it is slower:*
+
+![Time of a search against the number of its queries, for 50,000, 200,000 and 1,000,000 rows](images/topk.png)
+
+*`topk-epyc-2-cores.csv`.*
 """
 
 
@@ -56,6 +75,16 @@ class Ratio:
 
 
 XEON = "cpu-xeon-2-cores.csv"
+EPYC_TOPK = "topk-epyc-2-cores.csv"
+# What the plot of attention shows: ours is the line at 1.
+ATTENTION = re.compile(r"(forward|forward \+ backward) B")
+DRAWN = {
+    "ours": INK,
+    "text-only flash attention": SERIES[2],
+    "flash + LSE merge": SERIES[0],
+    "eager concat": SERIES[1],
+    "FlexAttention, diagonal mask": SERIES[3],
+}
 WHOLE = "whole model, 2 x 512 tokens, RN50x16 text tower, 1M pictures, k 4"
 README_ROWS = [
     Ratio(
@@ -151,26 +180,66 @@ def number(text: str) -> str:
 
 def readme_table() -> str:
     """The table of README.md."""
-    machine = read(RESULTS / XEON)[0]["machine"]
-    lines = [f"{machine}; float32:", "", "| | Against | |", "| --- | --- | --- |"]
+    rows = read(RESULTS / XEON)
+    lines = [f"{rows[0]['machine']}; float32:", "", "| | Against | |", "| --- | --- | --- |"]
     for ratio in README_ROWS:
-        times = {row["name"]: float(row["median_ms"]) for row in read(RESULTS / XEON) if row["group"] == ratio.group}
+        times = {row["name"]: float(row["median_ms"]) for row in rows if row["group"] == ratio.group}
         ours, peer = times[ratio.ours], times[ratio.peer]
         result = f"{peer / ours:.1f} × faster" if ratio.faster else f"{ours / peer:.2f} × its time"
         lines.append(f"| {ratio.what} | {ratio.against} | {result} |")
     return "\n".join(lines)
 
 
-def readme(text: str) -> str:
-    """README.md with its table written anew."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{readme_table()}\n{END}{after}"
+def topk_tables() -> str:
+    """The machine and the tables of docs/topk.md."""
+    (machine,) = {row["machine"] for row in read(RESULTS / EPYC_TOPK)}
+    return f"{machine}:\n\n{topk_report.tables(topk_report.read(RESULTS / EPYC_TOPK))}"
+
+
+MARKED: dict[str, Callable[[], str]] = {"benchmarks": readme_table, "topk": topk_tables}
+MARK = re.compile(r"(<!-- ([\w-]+): python -m benchmarks\.report -->\n).*?(?=<!-- end -->)", re.DOTALL)
+
+
+def pages() -> dict[Path, str]:
+    """The pages as they should be."""
+    marked = {path: path.read_text(encoding="utf-8") for path in (README, TOPK)}
+    written = {path: MARK.sub(lambda mark: f"{mark[1]}{MARKED[mark[2]]()}\n", text) for path, text in marked.items()}
+    return {PAGE: page(), **written}
+
+
+def attention_figure() -> Figure:
+    """Of each case of attention, the time of the implementations over ours."""
+    groups: dict[str, dict[str, float]] = {}
+    for row in read(RESULTS / XEON):
+        if ATTENTION.match(row["group"]) and row["name"] in DRAWN:
+            groups.setdefault(row["group"], {})[row["name"]] = float(row["time_over_first"])
+    figure = new_figure(8.4, 3.6)
+    axes = figure.subplots()
+    for name, color in DRAWN.items():
+        points = [(times[name], place) for place, times in enumerate(groups.values()) if name in times]
+        axes.plot(*zip(*points, strict=True), "o", color=color, label=name, markersize=7 if name == "ours" else 6)
+    axes.set_yticks(range(len(groups)), list(groups))
+    axes.invert_yaxis()
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("time over ours")
+    axes.grid(axis="y", color="#e6e8eb", linewidth=0.6)
+    axes.legend(frameon=False, fontsize=8)
+    quiet(axes)
+    return figure
+
+
+FIGURES: dict[str, Callable[[], Figure]] = {
+    "attention.png": attention_figure,
+    "topk.png": lambda: topk_report.figure(topk_report.read(RESULTS / EPYC_TOPK)),
+}
 
 
 def main() -> None:
-    PAGE.write_text(page(), encoding="utf-8")
-    README.write_text(readme(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
+    for name, draw in FIGURES.items():
+        draw().savefig(IMAGES / name, dpi=150)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,12 @@
-"""The tables and the picture of docs/topk.md, from the rows that bench_topk.py has left in a CSV file.
+"""The tables and the plot of docs/topk.md, from the rows of bench_topk.py; `python -m benchmarks.report` writes them.
 
-    python -m benchmarks.valm_kernels.topk_report benchmarks/results/topk-epyc-2-cores.csv docs/images/topk.png
-
-prints the tables and draws the picture. Times are the least of each row's rounds: what else ran on the machine can
-only add to them.
+Times are the least of each row's rounds: what else ran on the machine can only add to them.
 """
 
 from __future__ import annotations
 
 import csv
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -24,7 +20,7 @@ OURS = "FlatIPIndex"
 FAISS = ("faiss IndexFlatIP", "faiss IndexFlatIP, tuned")
 GROUP = re.compile(r"N (\d+)k E (\d+) k (\d+) queries (\d+)(?: mean cosine (0\.\d+))?$")
 SIZES = {50: "50,000", 200: "200,000", 1000: "1,000,000"}
-# Of the picture: the colour of each line; recall tells which of them may miss a row.
+# Of the plot: the colour of each line; recall tells which of them may miss a row.
 DRAWN = {
     OURS: INK,
     "ip_topk, packs per call": SERIES[0],
@@ -140,13 +136,3 @@ def figure(results: Results) -> Figure:
     handles, labels = panels[1].get_legend_handles_labels()
     drawing.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return drawing
-
-
-def main(arguments: list[str]) -> None:
-    results = read(Path(arguments[0]))
-    print(tables(results))
-    figure(results).savefig(arguments[1], dpi=150)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

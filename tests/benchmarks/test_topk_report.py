@@ -1,13 +1,8 @@
 from pathlib import Path
 
-from benchmarks.valm_kernels.topk_report import Key, Measured, figure, read, tables
+from benchmarks.valm_kernels.topk_report import Key, Measured, figure, read
 
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results" / "topk-epyc-2-cores.csv"
-
-
-def test_page_shows_what_was_measured():
-    assert tables(read(RESULTS)) in (ROOT / "docs" / "topk.md").read_text()
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "topk-epyc-2-cores.csv"
 
 
 def test_rows_are_read_by_their_case(tmp_path):
@@ -24,7 +19,7 @@ def test_rows_are_read_by_their_case(tmp_path):
     }
 
 
-def test_picture_has_a_panel_for_each_size():
+def test_the_plot_has_a_panel_for_each_size():
     assert [axes.get_title() for axes in figure(read(RESULTS)).axes] == [
         "50,000 rows",
         "200,000 rows",

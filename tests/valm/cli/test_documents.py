@@ -13,7 +13,6 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import valm
-from benchmarks import report
 from tests.valm.cli.commands import SIZE
 from tests.valm.evaluation.small_sets import write_sets
 from tests.valm.other_tokenizers import gpt2_like
@@ -154,9 +153,3 @@ def test_an_augmented_decoder_agrees_with_its_own_attention_in_the_examples(monk
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 110
-
-
-def test_measured_figures_are_those_of_the_results():
-    assert report.PAGE.read_text(encoding="utf-8") == report.page(), "run python -m benchmarks.report"
-    readme = report.README.read_text(encoding="utf-8")
-    assert report.BEGIN in readme and report.readme(readme) == readme, "run python -m benchmarks.report"
