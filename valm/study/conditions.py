@@ -1,4 +1,4 @@
-"""What the tokens of a model see when it is asked: the images that are retrieved, others in their place, or none."""
+"""The images that a model's tokens see while it is evaluated: retrieved ones, others in their place, or none."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ from valm.study.pictures import Picture, shows
 
 
 class Conditions:
-    """The retrievers of one seed, each made when it is first asked for.
+    """The retrievers of one seed, each made on first use.
 
     Args:
-        folder: of the seed, with its knowledge bases.
-        clip: with which they were built.
+        folder: folder of the seed, with its knowledge bases.
+        clip: the CLIP that the knowledge bases were built with.
         tokenizer: the language model's.
-        images: K.
-        pictures: all of them; folder_of_pictures: where their files are.
+        images: K, images per token.
+        pictures: all pictures of the study.
+        folder_of_pictures: folder of their files.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Conditions:
         return self._made[name]
 
     def of_blind(self, name: str) -> Any:
-        """The retriever of a blind model, which has but two."""
+        """The retriever of a blind model, which sees its own query or nothing."""
         return BlindRetriever(self.encoder) if name == "retrieved" else NoImages(1, self.kb.dim)
 
     @cached_property
@@ -79,7 +80,7 @@ class Conditions:
         return [self._pictures[self.kb.item(id).uri] for id in range(len(self.kb))]
 
     def pictures_of(self, item: str) -> list[Picture]:
-        """Those in the knowledge base that show an item."""
+        """The pictures in the knowledge base that show an item."""
         return [
             picture for of_caption in self._by_caption.values() if shows(of_caption[0], item) for picture in of_caption
         ]
@@ -92,16 +93,16 @@ class Conditions:
         return found
 
     def colors_of(self, item: str) -> dict[str, str | None]:
-        """The colour words of the pictures of an item, the commonest of several: as they are, and in each exchange.
+        """The commonest colour word of an item's pictures, by what is done to them: nothing, or one of EXCHANGES.
 
-        None where no picture shows it, or no colour prevails.
+        None where no picture shows the item, or no colour prevails.
         """
         own = self.pictures_of(item)
         color = commonest(picture.color for picture in own)
         return {
             "retrieved": color,
             "exchanged": commonest(picture.exchanged_color for picture in own),
-            # where no image has the other colour, none takes their place
+            # where no image has the other colour, the item's own are shown
             "other-colors": self._colors[color] if color and self._colors.get(color) in self._of_color else None,
         }
 
@@ -118,7 +119,7 @@ class Conditions:
         return Retriever(self.encoder, ImageKnowledgeBase.open(self.folder / name), self.images)
 
     def _other_vectors(self) -> Tensor:
-        """(N, E): for each image of a colour the vector of a random one of another, for the rest their own."""
+        """(N, E): for an image with a colour, the vector of a random image of another colour; otherwise its own."""
         draw = random.Random(self.seed)
         instead = []
         for id, picture in enumerate(self.shown):
@@ -128,13 +129,13 @@ class Conditions:
 
 
 def other_colors(seed: int) -> dict[str, str]:
-    """Another colour for each of COLORS: one cycle through all of them, so that none stays."""
+    """Another colour for each of COLORS: one cycle through all of them, so that no colour maps to itself."""
     cycle = list(COLORS)
     random.Random(seed).shuffle(cycle)
     return dict(zip(cycle, cycle[1:] + cycle[:1], strict=True))
 
 
 def commonest(colors: Iterable[str | None]) -> str | None:
-    """The colour word that most have, the earlier one of equals; None where none has one."""
+    """The most frequent colour word, the earlier one of a tie; None if there is none."""
     counts = Counter(color for color in colors if color is not None)
     return counts.most_common(1)[0][0] if counts else None

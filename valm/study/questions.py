@@ -1,4 +1,4 @@
-"""What a study asks: validation things and the test sets."""
+"""The questions of a study, about validation things and the test sets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from valm.evaluation.sets import SETS, Item, find_file, read_set
 from valm.study.config import SETS as SET_NAMES
 from valm.study.config import VALIDATION
 
-# The sets about colours: no training text says the colours of their items.
+# The sets about colours, whose items' colours no training text says.
 COLOR_SETS = SET_NAMES[:3]
 FLICKR_CAPTIONS = Path("flickr8k_1000", "captions.txt")
 CAPTIONS = 200
@@ -23,7 +23,7 @@ VICOMTE_TRAINING_FILE = "color_single_train.jsonl"
 
 
 def set_items(name: str, data: str | os.PathLike | None) -> list[Item]:
-    """The items of a set of `valm eval`; of ViComTe colour its training part too, on which nothing here trains.
+    """The items of a set of `valm eval`. ViComTe colour includes its training part, which nothing here is trained on.
 
     Raises:
         ValmError: a file is missing or damaged.
@@ -40,12 +40,12 @@ def set_items(name: str, data: str | os.PathLike | None) -> list[Item]:
 
 
 def item_names(sets: Sequence[str], data: str | os.PathLike | None) -> list[str]:
-    """The names of all items of some sets, each once: what training text is filtered by."""
+    """The distinct names of the items in some sets, by which training text is filtered."""
     return list(dict.fromkeys(item.text for name in sets for item in set_items(name, data)))
 
 
 def flickr_captions(data: str | os.PathLike | None) -> list[str]:
-    """The first caption of some pictures of Flickr8k, where the data have them; nothing where not."""
+    """The first captions of some pictures of Flickr8k; empty if `data` has no Flickr8k."""
     table = None if data is None else Path(data) / FLICKR_CAPTIONS
     if table is None or not table.is_file():
         return []
@@ -54,12 +54,12 @@ def flickr_captions(data: str | os.PathLike | None) -> list[str]:
 
 
 def set_questions(name: str, data: str | os.PathLike | None) -> Questions:
-    """What is asked of a set, in the fair protocol."""
-    return TASKS[name].build(name, set_items(name, data), FAIR)  # type: ignore[return-value]  # none of texts
+    """The questions of a set in the fair protocol."""
+    return TASKS[name].build(name, set_items(name, data), FAIR)  # type: ignore[return-value]  # these tasks have no documents
 
 
 def validation_questions(things: Sequence[ColorItem]) -> Questions:
-    """The nine prompts about things of one's own."""
+    """The nine colour prompts about the validation things."""
     items = [Item(thing.item, thing.color, thing.descriptor) for thing in things]
     asked = TASKS["memory_color"].build("memory_color", items, FAIR)
     assert isinstance(asked, Questions)

@@ -1,4 +1,4 @@
-"""The results of seeds, read back: which answers were right, and differences between arms with their intervals."""
+"""Reads the results of seeds: which answers were right, and differences between arms with their intervals."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RAW, CALIBRATED = "raw", "calibrated"
 
 @dataclass(frozen=True)
 class Results:
-    """The results of the seeds of one study, all of the same recipe: `seeds` are the contents of their files."""
+    """The results of several seeds of one recipe; `seeds` are the contents of their files."""
 
     seeds: tuple[dict[str, Any], ...]
 
@@ -38,8 +38,7 @@ class Results:
         return _row(self.seeds[0], arm, images, of) is not None
 
     def hits(self, arm: str, images: str, of: str, kind: str = RAW) -> np.ndarray:
-        """(seeds, items): how many prompts are answered rightly. Where each seed has items of its own, all are one row
-        (1, items of all seeds).
+        """The number of right answers per item, (seeds, items), or (1, items of all seeds) if the seeds' items differ.
 
         Raises:
             ValmError: there is no such row.
@@ -55,7 +54,7 @@ class Results:
         return ratio(found, np.full(found.shape, float(self.prompts(of))))
 
     def difference(self, first: tuple[str, str], second: tuple[str, str], of: str, kind: str = RAW) -> Difference:
-        """What `first` (arm, images) is better by."""
+        """The accuracy of `first` (arm, images) minus that of `second`."""
         hits = self.hits(*first, of, kind)
         return paired(hits, self.hits(*second, of, kind), np.full(hits.shape[1], float(self.prompts(of))))
 
@@ -67,8 +66,10 @@ class Results:
         return any(_changed(seed["sets"][of], exchange) for seed in self.seeds)
 
     def follows(self, arm: str, exchange: str, of: str) -> tuple[Difference, int]:
-        """How much more often the colour that the images have in `exchange` is answered then than with the images as
-        they are, and of how many items.
+        """How much more often the exchanged colour is answered with the exchanged images than with the original ones.
+
+        Returns:
+            The difference, and the number of items whose colour is exchanged.
 
         Raises:
             ValmError: there are none.
@@ -91,8 +92,11 @@ class Results:
         return paired(after, before, tries), after.shape[1]
 
     def added(self, arm: str, of: str) -> tuple[Difference, int]:
-        """On the items that have a picture: accuracy with the pictures of items in the knowledge base, less that
-        without them."""
+        """The gain in accuracy from having the items' pictures in the knowledge base.
+
+        Returns:
+            The difference on the items that have a picture, and their number.
+        """
         about = self.seeds[0]["sets"][of]
         items = np.flatnonzero(about["pictured"])
         with_them, without = (self.hits(arm, images, of)[:, items] for images in ("retrieved", "taken-out"))
@@ -103,7 +107,7 @@ class Results:
         return ratio(nats, tokens, transform=np.exp)
 
     def nats_difference(self, first: tuple[str, str], second: tuple[str, str], text: str) -> Difference:
-        """In nats a token; above 0, `first` predicts the text worse."""
+        """The difference in nats per token; above 0, `first` predicts the text worse."""
         nats, tokens = self._text(*first, text)
         return paired(nats, self._text(*second, text)[0], tokens[0])
 
@@ -155,7 +159,7 @@ def _needed(seed: dict[str, Any], arm: str, images: str, of: str) -> dict[str, A
 
 
 def _changed(about: dict[str, Any], exchange: str) -> list[int]:
-    """The items whose pictures have another colour in `exchange`, and one that is a candidate."""
+    """The items whose pictures get another colour by `exchange` that is among the candidates."""
     return [
         number
         for number, colors in enumerate(about["colors"])

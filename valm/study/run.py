@@ -1,6 +1,6 @@
-"""A study from pictures to results: every stage is a command of this package, or a few lines of `valm.study`.
+"""Runs a study from pictures to results. Each stage is a command of this package, or a few lines of `valm.study`.
 
-OUT/pictures is shared by all seeds. What a seed makes is in OUT/seed-N, or in OUT itself where the study has one seed:
+All seeds share OUT/pictures. The files of a seed are in OUT/seed-N, or in OUT itself if the study has one seed:
 
     text/  clip/  kb-others/  kb/  retrieval-train/  twin/  valm/  blind/ …  results.json
 """
@@ -60,9 +60,9 @@ from valm_kernels.atomic_files import remove_folder
 RESULTS_FILE = "results.json"
 STUDY_FILE = "study.json"
 LOSSES_FILE = "losses.json"
-# The tower that `image_tower` of a study's `clip` names; anything else is a CLIP as `valm clip train` takes one.
+# A value of `image_tower` in a study's `clip`; any other value is a CLIP for `valm clip train --image-tower`.
 PACKAGE_TOWER = "efficientnet-lite0"
-# Sets of more items are asked of each arm once, as it is.
+# Sets with more items than this are asked only in the first test of each arm.
 LARGE = 300
 VERSIONS = ("torch", "transformers", "open_clip_torch", "timm", "numpy")
 # Options of `valm train` and `valm clip train`; any other name is a field of TrainingArguments.
@@ -81,14 +81,15 @@ Command = Callable[[list[str]], int]
 
 @dataclass(frozen=True)
 class Study:
-    """A study that runs.
+    """A study with its folders and the command that runs its stages.
 
     Args:
-        config: what it is.
-        out: its folder.
+        config: the study.
+        out: folder of everything that it writes.
         command: `valm.cli.main`.
         data: folder of the test sets.
-        validation: whether validation things alone are asked.
+        validation: ask about validation things only.
+        progress: print the stages and show progress bars.
     """
 
     config: StudyConfig
@@ -104,7 +105,7 @@ class Study:
 
     @property
     def tests(self) -> list[str]:
-        """Without the test sets, where validation things alone are asked."""
+        """The tests of the config, without the test sets if `validation`."""
         return [name for name in self.config.tests if not self.validation or name in (VALIDATION, HELDOUT)]
 
     def seed_folder(self, seed: int) -> Path:
@@ -124,7 +125,7 @@ class Study:
 
 
 def run_study(study: Study, seeds: Sequence[int] | None = None) -> dict[int, Path]:
-    """Runs all stages that are not finished, of all seeds or of `seeds`, and returns the file of each one's results.
+    """Runs the unfinished stages of all seeds, or of `seeds`, and returns the results file of each seed.
 
     Raises:
         ValmError: a stage fails; the folder holds a study of another recipe; or it has no such seed.
@@ -146,14 +147,14 @@ def _note_study(study: Study) -> None:
     if file.is_file():
         before = read_json(file, "the note on a study", dict[str, Any], "choose another folder")
         one_seed = [study.config.to_json()["seeds"], before.get("config", {}).get("seeds")]
-        # the folder of a single seed does not say which it is
+        # with one seed, the folder's name does not say which
         if before.get("recipe") != study.config.recipe or (1 in map(len, one_seed) and one_seed[0] != one_seed[1]):
             raise ValmError(f"{study.out} holds a study of other settings: choose another folder")
     write_json(file, {"recipe": study.config.recipe, "config": study.config.to_json()})
 
 
 def _make_pictures(study: Study) -> None:
-    """The image files, and two tables of them: those that show an item of MemoryColor or ColorTerms, and the others."""
+    """Writes the images and two tables of them: those that show an item of MemoryColor or ColorTerms, and the rest."""
     pictures = collect_pictures(study.config.pictures, study.pictures, progress=study.progress)
     names = Names(item_names(COLOR_SETS[:2], study.data))
     of_items = [picture.caption in names for picture in pictures]
@@ -190,7 +191,7 @@ def _run_seed(study: Study, seed: int, base: str) -> Path:
         stage(retrieval.name, partial(study.valm, "retrieve", text, *options))
     for name, arm in arms.items():
         stage(name, partial(_train, study, name, arm, folder, base, seed))
-    # scored anew where another arm or test is asked for
+    # the stage has the arms and tests in its name, so that other ones are scored again
     tested = f"scores of {', '.join(config.arms)} on {', '.join(study.tests)}"
     results = folder / (f"{VALIDATION}-{RESULTS_FILE}" if study.validation else RESULTS_FILE)
     stage(tested, lambda: _score(study, seed, folder, clip, pictures, results))
@@ -221,7 +222,7 @@ def _train_clip(study: Study, seed: int, folder: Path) -> None:
 
 
 def _noise(study: Study, folder: Path, clip: str, seed: int) -> None:
-    """A knowledge base of as many images as KB_OTHERS whose vectors are random directions."""
+    """Builds a knowledge base of random unit vectors, as many as KB_OTHERS has images."""
     kb = ImageKnowledgeBase.open(folder / KB_OTHERS)
     vectors = folder / "noise-embeddings"
     for part in ("img_emb", "metadata"):
@@ -234,7 +235,7 @@ def _noise(study: Study, folder: Path, clip: str, seed: int) -> None:
 
 
 def _train(study: Study, name: str, arm: Arm, folder: Path, base: str, seed: int) -> None:
-    """`valm train`, and for an arm that retrieves, the note that it finds its images in KB from now on."""
+    """Trains an arm. An arm that retrieves then gets the note that its images are in KB."""
     kb = folder / arm.kb
     study.valm(
         *("train", "--base", base, "--retrieval", folder / retrieval_name(arm.corpus, arm.kb), "--kb", kb),
@@ -244,7 +245,7 @@ def _train(study: Study, name: str, arm: Arm, folder: Path, base: str, seed: int
         *as_options(study.config.training),
         *(["--allow-download"] if study.config.allow_download else []),
     )
-    # what was trained is in the model; its last checkpoint is as large, and has the losses
+    # the model has the weights; the last checkpoint is as large, and only its losses are needed
     write_json(folder / name / LOSSES_FILE, losses(folder / name))
     for checkpoint in (folder / name).glob("checkpoint-*"):
         remove_folder(checkpoint)
@@ -335,7 +336,7 @@ def _retriever(conditions: Conditions, arm: Arm, images: str) -> Any:
 
 
 def _heldout(folder: Path, data: Path | None) -> dict[str, list[str]]:
-    """Texts to be predicted, by kind: those that no arm was trained on, and the captions of Flickr8k where they are."""
+    """Texts for perplexity, by kind: those held out of training, and the captions of Flickr8k if `data` has it."""
     files = {file.stem.removeprefix("heldout-"): file for file in sorted(folder.glob("heldout-*.jsonl"))}
     found = {kind: list(read_documents([file], column="text")) for kind, file in files.items()}
     captions = flickr_captions(data)
@@ -343,7 +344,7 @@ def _heldout(folder: Path, data: Path | None) -> dict[str, list[str]]:
 
 
 def _about(asked: Questions, conditions: Conditions) -> dict[str, Any]:
-    """Items, candidates, right answers, and of sets about colours the colour words of the items' pictures."""
+    """Items, candidates and right answers of a set, and for sets about colours the colours of the items' pictures."""
     found: dict[str, Any] = {
         "items": list(asked.items),
         "prompts": list(asked.prompts),

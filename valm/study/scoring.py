@@ -1,4 +1,4 @@
-"""What the models of one seed answer, item by item: the file that all numbers and figures of a study come from."""
+"""The answers of one seed's models, item by item; all numbers and figures of a study are computed from them."""
 
 from __future__ import annotations
 
@@ -20,18 +20,22 @@ DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
 def compact(answers: np.ndarray) -> list[str]:
-    """(items, prompts) numbers of candidates -> one string an item, a digit (0-9, a-z) a prompt."""
+    """Candidate numbers (items, prompts) as one string per item, with a digit (0-9, a-z) per prompt."""
     return ["".join(DIGITS[answer] for answer in row) for row in answers]
 
 
 def expanded(answers: Sequence[str]) -> np.ndarray:
-    """The opposite of `compact`."""
+    """The inverse of `compact`."""
     return np.array([[DIGITS.index(digit) for digit in row] for row in answers])
 
 
 def answers_of(scorer: CausalScorer, asked: Questions, progress: Progress = None) -> dict[str, Any]:
-    """The likeliest candidate for each item and prompt: `raw`, and `calibrated` by its mean probability over the items
-    where the same answers are right for all prompts."""
+    """The most probable candidate for each item and prompt.
+
+    Returns:
+        `raw`, and if each item has one right answer for all prompts, `calibrated`: each candidate's probability divided
+        by its mean over the items. Both are `compact`.
+    """
     scores = scorer.answers(asked, progress)[0].double().numpy()  # (items, prompts, candidates)
     found = {"raw": compact(scores.argmax(-1))}
     right = np.array(asked.right)
@@ -41,13 +45,13 @@ def answers_of(scorer: CausalScorer, asked: Questions, progress: Progress = None
 
 
 def predicted(scorer: CausalScorer, texts: Sequence[str], progress: Progress = None) -> dict[str, Any]:
-    """How likely each text is: its nats, and its tokens."""
+    """The negative log-probability of each text in nats, and its number of tokens."""
     found = scorer.documents(Documents("heldout", FAIR, tuple(texts), last_word=False), progress)
     return {"nats": [round(one.nats, 4) for one in found], "tokens": [one.tokens for one in found]}
 
 
 def question_rows(tokenizer: Any, asked: Questions) -> list[list[int]]:
-    """Every sequence of tokens that a model reads to answer, each once."""
+    """The distinct token sequences that a model reads to answer."""
     begin = begin_id(tokenizer)
     heads = {tuple(ids[:-1]) for ids in answer_tokens(tokenizer, asked.candidates)}
     texts = [text for row in asked.texts for text in row]
@@ -63,8 +67,11 @@ def text_rows(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 def read_from_fusion(
     model: Any, groups: Iterable[Sequence[Sequence[int]]], folder: Path, *, progress: bool = True
 ) -> None:
-    """Lets `model` begin at its fusion layer where it reads a row of `groups`: what is below was computed once, for all
-    models that share it, and a file for each group (`cache_below`). Other rows are read as ever."""
+    """Makes `model` start at its fusion layer for batches of rows in `groups`.
+
+    The layers below are the same in all models, so their output is computed once, in a file per group (`cache_below`).
+    Other batches run through all layers.
+    """
     known: dict[tuple[int, ...], tuple[Any, int]] = {}
     for rows in groups:
         cached = cache_below(model, [{"input_ids": np.array(row)} for row in rows], folder, progress=progress)
@@ -93,9 +100,12 @@ def score_arm(
     large: int,
     say: Callable[[str], object],
 ) -> list[dict[str, Any]]:
-    """The rows of one arm: for each of its `tests` (what its tokens see -> retriever) and each set or kind of text.
+    """The result rows of one arm, for each of its tests and each set or kind of text.
 
-    large: sets of more items are asked in the first test alone.
+    Args:
+        tests: the retriever of each test, by what the tokens see; None for a model without images.
+        large: sets with more items than this are asked in the first test only.
+        say: called with a line about what is being scored.
     """
     rows = []
     for number, (images, retriever) in enumerate(tests.items()):

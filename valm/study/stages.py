@@ -1,4 +1,4 @@
-"""The stages of a study: each named, timed, and skipped where an earlier run has finished it."""
+"""The stages of a study. Each has a name, is timed, and is skipped if an earlier run finished it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from valm.files import read_json, write_json
 
 
 class Stages:
-    """Runs stages and notes in `file` which are finished, and their seconds."""
+    """Runs stages and writes the finished ones, with their seconds, to `file`."""
 
     def __init__(self, file: Path, name: str = "", progress: bool = True):
         self.file, self.name, self.progress = file, name, progress
@@ -19,8 +19,7 @@ class Stages:
             self.seconds = read_json(file, "the finished stages", dict[str, float], "delete it: all stages run again")
 
     def __call__(self, stage: str, work: Callable[[], object]) -> None:
-        """Does `work`, unless `stage` is finished. A stage that was killed begins again: what it calls goes on where it
-        was, or begins anew."""
+        """Calls `work` unless `stage` is finished. A stage that was killed is called again, and resumes or restarts."""
         if stage in self.seconds:
             self._say(f"{self.name}{stage}: finished before")
             return

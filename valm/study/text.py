@@ -1,7 +1,7 @@
-"""The text of the study: what is trained on, what is held out, and what the filter has dropped.
+"""The text of the study: what is trained on, what is held out, and how much the filter dropped.
 
-A name of a test item and a colour word never stand together in what is trained on, nor a name of a validation thing and
-a colour word (`Names.beside_color`). Everything that is drawn depends on the seed.
+No training text has both a colour word and the name of a test item or a validation thing (`Names.beside_color`). All
+random choices depend on the seed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ COLOR_TEMPLATES = (
 )
 ARTICLES = ("the", "a", "this", "that")
 
-# What the CLIP reads of a picture.
+# The captions of a picture of a thing, on which the CLIP is trained.
 CAPTION_TEMPLATES = (
     "{x}",
     "{a} {x}",
@@ -69,14 +69,14 @@ CAPTION_TEMPLATES = (
 )
 COLOR_CAPTION_TEMPLATES = ("the {c} {x}", "a drawing of the {c} {x}", "the {x} is {c}", "{c} {x}, simple illustration")
 CAPTIONS = 10  # of each picture of a thing
-COLOR_CAPTIONS = 3  # among them, where the colour may be said
+COLOR_CAPTIONS = 3  # of these, with the colour, for things whose colour may be said
 
 VALIDATION_SHARE = 0.25
-# Of the sentences of a source that are left by the filter, held out to measure perplexity on.
+# The share of a source's sentences, after the filter, that is held out for perplexity.
 HELD_OUT_SHARE = 0.1
 MAX_HELD_OUT_CAPTIONS = 300
 
-# A paragraph of prose, in characters, and which share of it is letters and the commonest signs.
+# Bounds of a paragraph of prose: its length in characters, and its share of letters and common punctuation.
 PROSE_CHARACTERS = (80, 600)
 PROSE_LETTERS = 0.96
 
@@ -85,10 +85,13 @@ PROSE_LETTERS = 0.96
 class StudyText:
     """The text of one seed.
 
-    training: glosses, templated sentences and prose, in the order of training. natural: the glosses alone.
-    heldout: texts to measure perplexity on, by kind: glosses, prose, and captions where some pictures show scenes.
-    captions: of each picture, what the CLIP is trained on. validation: the things whose colour no text says.
-    counts: sentences by source and by what became of them, and things.
+    Attributes:
+        training: glosses, templated sentences and prose, in the order of training.
+        natural: the glosses only.
+        heldout: texts for perplexity, by kind: glosses, prose, and captions if some pictures show scenes.
+        captions: the captions of each picture that the CLIP is trained on.
+        validation: the things whose colour no text says.
+        counts: numbers of things, and of sentences by source and by whether they were dropped.
     """
 
     training: list[str]
@@ -99,8 +102,11 @@ class StudyText:
     counts: dict[str, int]
 
     def write(self, folder: Path) -> None:
-        """Writes train.jsonl, natural.jsonl and heldout-KIND.jsonl (a text in each line, in the column "text"),
-        captions.json, validation.csv in the format of MemoryColor's table, and counts.json, the last of all."""
+        """Writes the files of the text into `folder`.
+
+        train.jsonl, natural.jsonl and heldout-KIND.jsonl have a text in the column "text" of each line; validation.csv
+        has the format of MemoryColor's table. captions.json follows, and counts.json is written last.
+        """
         folder = writable_folder(folder)
         texts = {"train": self.training, "natural": self.natural}
         texts |= {f"heldout-{kind}": kept for kind, kept in self.heldout.items()}
@@ -133,8 +139,8 @@ def study_text(
         sources: `glosses` of WordNet that have a colour word; `templates`: `count` sentences (default 2,400) that say
             the colour of a thing, with `balanced` (default true) about as many of each colour; `prose`: `count`
             paragraphs (default 260) of Python's documentation, or of the text file `file`, with blank lines between.
-        items: every name in the test sets: no sentence with one of them, its plural or a synonym says a colour.
-        head_noun_items: those of them whose last word counts as their name too.
+        items: the names in the test sets. A sentence with one of them, its plural or a synonym has no colour word.
+        head_noun_items: those of `items` whose last word is treated as a name too.
 
     Raises:
         ValmError: a source or an option is unknown, or there are too few things with a colour.
@@ -162,7 +168,7 @@ def study_text(
     )
 
     def kept(source: str, sentences: Iterable[str]) -> list[str]:
-        """Those without leak, counted."""
+        """The sentences that pass the filter; counts the others by reason."""
         clean = []
         for sentence in sentences:
             if tested.beside_color(sentence) or tested_heads.beside_color(sentence):

@@ -9,10 +9,10 @@ from functools import cache
 
 from valm.errors import ValmError
 
-# Tokens of a name or a sentence; a hyphen separates two.
+# The words of a name or a sentence; a hyphen separates two words.
 _WORD = re.compile(r"[a-z]+")
 
-# Stems of colour words, with the two further words that ViComTe has. `-ish` and the like are made of them below.
+# Colour words, with the two that only ViComTe has. The endings below make further ones, such as those in -ish.
 _COLORS = (
     "white", "yellow", "green", "red", "grey", "gray", "brown", "black", "blue", "purple", "pink", "orange", "silver",
 )  # fmt: skip
@@ -21,11 +21,11 @@ _IRREGULAR_COLORS = (
     "whiter", "whitest", "whitish", "redder", "reddest", "reddish", "bluer", "bluish", "bluest", "purplish", "silvered",
 )  # fmt: skip
 COLOR_WORDS = frozenset([color + ending for color in _COLORS for ending in _ENDINGS] + [*_IRREGULAR_COLORS])
-# ViComTe asks for the colours of "red" and "i", and WordNet has "red" for a Marxist: these name no thing in a text.
+# ViComTe asks for the colours of "red" and "i", and WordNet has "red" for a Marxist. Such words are not read as names.
 _NO_NAMES = COLOR_WORDS - {"orange", "oranges"}
 MIN_NAME_LETTERS = 3
 
-# Plurals that no rule makes, of nouns that name things.
+# Irregular plurals of nouns that name things.
 _IRREGULAR_PLURALS = {
     "child": "children",
     "foot": "feet",
@@ -42,14 +42,14 @@ _IRREGULAR_SINGULARS = {plural: singular for singular, plural in _IRREGULAR_PLUR
 
 @dataclass(frozen=True)
 class Synset:
-    """A noun of WordNet: the names of one thing, the commonest first, and what it is."""
+    """A noun of WordNet: the names of one thing, the commonest first, and its definition."""
 
     names: tuple[str, ...]
     gloss: str
 
 
 def words(text: str) -> tuple[str, ...]:
-    """The words of a text in small letters, without signs and numbers."""
+    """The words of a text in lower case, without punctuation and numbers."""
     return tuple(_WORD.findall(text.lower()))
 
 
@@ -59,7 +59,7 @@ def head_noun(name: str) -> str:
 
 
 def word_forms(word: str) -> set[str]:
-    """A word with whatever may be its singular or plural. Some of them are no words, and match nothing."""
+    """A word and its possible singulars and plurals. Some of these are no words, and match nothing."""
     forms = {word, f"{word}s", f"{word}es"}
     if word in _IRREGULAR_PLURALS:
         forms.add(_IRREGULAR_PLURALS[word])
@@ -81,7 +81,7 @@ def name_forms(name: str) -> set[tuple[str, ...]]:
 
 @cache
 def wordnet() -> tuple[Synset, ...]:
-    """The nouns of WordNet that ImageNet has pictures of (21,841 kinds of things), as the package timm brings them.
+    """The nouns of WordNet that ImageNet has pictures of (21,841 kinds of things), as listed by the package timm.
 
     Raises:
         ValmError: timm is missing.
@@ -115,9 +115,11 @@ def synonyms(name: str) -> set[str]:
 class Names:
     """Finds the names of some things in text: each name, its plural and singular, and its synonyms in WordNet.
 
-    Colour words and names of fewer than MIN_NAME_LETTERS letters are passed over.
+    Colour words and names of fewer than MIN_NAME_LETTERS letters are ignored.
 
-    head_nouns: also the last words of the names, "bear" of "polar bear".
+    Args:
+        names: the names.
+        head_nouns: also find the last words of the names, "bear" of "polar bear".
     """
 
     def __init__(self, names: Iterable[str], *, head_nouns: bool = False):
@@ -130,7 +132,7 @@ class Names:
         self._lengths = sorted({len(form) for form in self._forms})
 
     def spans(self, text: tuple[str, ...]) -> list[range]:
-        """Where in the words of a text (see `words`) one of the names stands."""
+        """The places of the names in the words of a text (see `words`)."""
         return [
             range(start, start + length)
             for length in self._lengths
@@ -143,8 +145,10 @@ class Names:
         return bool(self.spans(words(text)))
 
     def beside_color(self, text: str) -> bool:
-        """Whether a text has one of the names and a colour word. A word is not both at once: "orange", alone, is either
-        the fruit or the colour."""
+        """Whether a text has one of the names and a colour word.
+
+        One word cannot be both: "orange", alone, is either the fruit or the colour.
+        """
         found = words(text)
         colors = [place for place, word in enumerate(found) if word in COLOR_WORDS]
         return bool(colors) and any(place not in span for span in self.spans(found) for place in colors)
