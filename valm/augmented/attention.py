@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache
 from valm.errors import ValmError
 from valm_kernels import visual_fusion_attn
 
-# For a type checker, the class behind a mixin, which is known when a model is augmented.
+# The class behind a mixin is known only when a model is augmented; this tells type checkers what it has.
 _Module: Any = object
 
 # Name of `fusion_attention` in transformers' attention interface.
@@ -45,13 +45,13 @@ class FusionOptions:
         image_dim: E, dimension of an image vector.
         num_images: K, images per token; 0 in a text-only twin, which has no fusion.
         layer: index of the fusion layer, as given (negative from the end).
-        width: dimension of what the attention reads.
-        heads, kv_heads, key_dim, value_dim: Hq, Hkv, Dk and Dv, as the attention hands them to the interface.
-        logit_bias: initial value of the number that each head adds to its scores of images.
+        width: C, dimension of the attention's input.
+        heads, kv_heads, key_dim, value_dim: Hq, Hkv, Dk and Dv, as the attention passes them to the interface.
+        logit_bias: initial value of the bias that each head adds to its image scores.
         blind: each token sees its own retrieval query as its one image (Blind-VaLM, Ontalvilla et al. 2024).
         unfreeze: what trained besides the fusion: "", "block" or "all".
-        fingerprint: mean absolute value of each parameter of the fusion layer before training, by which a file of the
-            fusion alone knows its base model.
+        fingerprint: mean absolute value of each parameter of the fusion layer before training, by which an adapter
+            recognises its base model.
     """
 
     architecture: str
@@ -80,7 +80,7 @@ class FusionTerms(NamedTuple):
 
 
 class Images(NamedTuple):
-    """What `fusion_attention` is told of the images: keys (Hkv, U, Dk), values (Hkv, U, Dv), image_index (B, T, K) with
+    """The images as `fusion_attention` takes them: keys (Hkv, U, Dk), values (Hkv, U, Dv), image_index (B, T, K) with
     -1 = no image, the query that meets them (B, Hq, T, Dk) or None for that of the text, and the biases."""
 
     keys: Tensor
@@ -109,8 +109,8 @@ class ImageFusion(nn.Module):
 
     @torch.no_grad()
     def reset(self, norm_weight: Tensor, norm_bias: Tensor) -> None:
-        """Initial values. LN_img starts as the layer's own input norm, so that the attention reads images at the scale
-        of its text: with weight 1 in SmolLM2 closed images still moved the logits by up to 11."""
+        """Sets the initial values. LN_img starts as the layer's own input norm, so that the attention reads images at
+        the scale of its text; with weight 1, closed images still moved the logits of SmolLM2."""
         if self.proj is not None:
             self.proj.weight.normal_(std=self.proj.in_features**-0.5)
         self.norm.weight.copy_(norm_weight)
@@ -132,7 +132,7 @@ class _Caught(Exception):
 
 
 class VisualAttention(_Module):
-    """Mixin in front of an attention class that uses transformers' attention interface."""
+    """Mixin of an attention class that uses transformers' attention interface."""
 
     image_fusion: ImageFusion
     forward_names: tuple[str, ...]  # of the arguments of the class behind
@@ -154,7 +154,7 @@ class VisualAttention(_Module):
         return super().forward(**arguments, images=Images(keys[0], values[0], image_index, query, terms))
 
     def _rotates(self, arguments: dict[str, Any]) -> bool:
-        """Whether queries and keys depend on their positions: by an argument, or by tables of the attention's own."""
+        """Whether queries and keys depend on their positions, by an argument or by the attention's own tables."""
         return arguments.get("position_embeddings") is not None or any(
             "rotary" in name or "embed_positions" in name for name, _ in self.named_buffers()
         )
@@ -164,7 +164,7 @@ class VisualAttention(_Module):
         return dict(zip(self.forward_names, args, strict=False)) | kwargs
 
     def _catch(self, hidden_states: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """Query (B, Hq, T, Dk), key and value that this attention makes of `hidden_states` (B, T, C), unrotated."""
+        """The unrotated query (B, Hq, T, Dk), key and value of this attention for `hidden_states` (B, T, C)."""
         caught: list[tuple[Tensor, Tensor, Tensor]] = []
         try:  # noqa: SIM105 - torch.compile knows no contextlib.suppress
             super().forward(**self._alone(hidden_states, arguments), caught=caught)
@@ -173,9 +173,9 @@ class VisualAttention(_Module):
         return caught[0]
 
     def _alone(self, hidden_states: Tensor, arguments: dict[str, Any], rotated: bool = False) -> dict[str, Any]:
-        """The arguments of a call, but for `hidden_states` (B, T, C), without mask and cache.
+        """The arguments of a call with other `hidden_states` (B, T, C), without mask and cache.
 
-        rotated: put all tokens at the position of the call's last one; otherwise none is rotated.
+        rotated: put all tokens at the position of the call's last token; otherwise none is rotated.
         """
         rows, length = hidden_states.shape[:2]
         replaced = {}
@@ -195,16 +195,18 @@ class VisualAttention(_Module):
 
     @torch.no_grad()
     def check_mathematics(self, own_config: Any, arguments: dict[str, Any]) -> None:
-        """Compares tokens that see one image with the class's own attention over two tokens, image and token, once
-        unrotated and once at a later position. Several, as of one the softmax may be all on the image or the token.
+        """Checks that a token with one image gets the class's own attention over two tokens, the image and itself.
+
+        This is done unrotated and at a later position, and for several tokens: for a single one, all of the softmax may
+        be on the image or on the token.
 
         Args:
-            own_config: with the attention implementation of the class itself.
-            arguments: those of any call.
+            own_config: config with the class's own attention implementation.
+            arguments: the arguments of any call.
 
         Raises:
-            ValmError: the two differ. So it is if a family computes more than a softmax over all it sees, or changes
-                queries or keys after their rotation.
+            ValmError: the two differ, because the family computes more than one softmax over all that a token sees, or
+                changes queries or keys after their rotation.
         """
         text = arguments["hidden_states"][0]  # (T, C)
         pairs = torch.stack([text[:-1], text[1:]], 1)  # (T - 1, 2, C)
@@ -232,8 +234,10 @@ class VisualAttention(_Module):
 
 
 class VisualLayer(_Module):
-    """Mixin of a decoder layer: passes the images to its attention, as some layers drop unknown arguments, and within
-    the part that gradient checkpointing reruns."""
+    """Mixin of a decoder layer: passes the images to its attention.
+
+    Some layers drop unknown arguments. This is done in the layer because gradient checkpointing reruns its forward.
+    """
 
     attention_path: str
 
@@ -260,7 +264,7 @@ def last_rotation(position_embeddings: Any, rows: int, length: int) -> Any:
 def identity_rotation(position_embeddings: Any, rows: int, length: int) -> Any:
     """Rotary embeddings (..., D) that rotate by no angle, for `rows` rows of `length` tokens.
 
-    A scale, as YaRN has, stays: the length of (cos, sin).
+    A scale, as YaRN has, is preserved: it is the length of (cos, sin).
     """
     if isinstance(position_embeddings, Tensor):  # complex numbers, in Llama 4
         return torch.ones_like(position_embeddings[:1, :1]).expand(rows, length, -1)
@@ -286,11 +290,11 @@ def fusion_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: (B, Tq, Hq, Dv), and no weights. Without dropout.
 
-    softcap, position_bias and s_aux (a sink: one more score per head, of no value) are what the families hand over.
+    softcap, position_bias and s_aux (a sink: one more score per head, without a value) come from the families.
     """
     if caught is not None:
         caught.append((query, key, value))
-        if not torch.compiler.is_compiling():  # a compiler drops by itself what nobody reads
+        if not torch.compiler.is_compiling():  # a compiler drops unused results by itself
             raise _Caught
         return query.transpose(1, 2)[..., : value.shape[-1]], None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -313,7 +317,7 @@ def why_joint_eager(
     """Why `visual_fusion_attn` cannot serve these tensors, or None if it can.
 
     This reads the mask, which waits for a GPU, as transformers itself does to look for padding. A compiled graph cannot
-    do that: with a mask it uses the joint attention, which is right for every mask.
+    read it, so with a mask it uses the joint attention, which is right for every mask.
     """
     widest = max(query.shape[-1], value.shape[-1])
     if not MIN_HEAD_DIM <= widest <= MAX_HEAD_DIM:
@@ -328,7 +332,7 @@ def why_joint_eager(
 
 
 def visible_keys(attention_mask: Tensor | None) -> Tensor | None:
-    """(B or 1, Tq, Tk) bool, True where a query sees a key, of the mask that transformers prepared.
+    """(B or 1, Tq, Tk) bool from the mask that transformers prepared, True where a query sees a key.
 
     Raises:
         ValmError: a mask that is not of four dimensions, which other attention implementations take.
@@ -345,12 +349,12 @@ def visible_keys(attention_mask: Tensor | None) -> Tensor | None:
 
 
 def first_visible_key(seen: Tensor) -> Tensor:
-    """(B, Tq) int32, of `seen` (B, Tq, Tk); Tk where a query sees none."""
+    """(B, Tq) int32: the first key of each query in `seen` (B, Tq, Tk); Tk for a query that sees none."""
     return torch.where(seen.any(-1), seen.int().argmax(-1), seen.shape[-1]).int()
 
 
 def is_interval(seen: Tensor) -> bool:
-    """Whether each query sees, of `seen` (B, Tq, Tk), all keys from one on to its own, or none at all."""
+    """Whether each query in `seen` (B, Tq, Tk) sees all keys from some key to its own, or none."""
     num_queries, num_keys = seen.shape[1:]
     key = torch.arange(num_keys, device=seen.device)
     interval = (key >= first_visible_key(seen)[..., None]) & (key <= key[num_keys - num_queries :, None])
@@ -367,7 +371,7 @@ def _kernel_attention(
     softcap: float | None,
     sink: Tensor | None,
 ) -> Tensor:
-    """By `visual_fusion_attn`; (B, Hq, Tq, Dv)."""
+    """(B, Hq, Tq, Dv) by `visual_fusion_attn`."""
     value_dim, widest = value.shape[-1], max(query.shape[-1], value.shape[-1])
     arguments = image_arguments(query, images, widest)
     image_k = image_v = None
@@ -380,13 +384,13 @@ def _kernel_attention(
     out, lse = visual_fusion_attn(
         query, key, value, image_k, image_v, **arguments, first_key=first_key, scale=scale, return_lse=True
     )
-    if sink is not None:  # it takes a share of the softmax and has no value
+    if sink is not None:  # a sink takes a share of the softmax and has no value
         out = out * without_sink(lse, sink)[..., None].to(out.dtype)
     return out[..., :value_dim]
 
 
 def image_arguments(query: Tensor, images: Images | None, width: int) -> dict[str, Any]:
-    """What `visual_fusion_attn` and `attention_weights` are told of the images besides their keys and values."""
+    """The image arguments of `visual_fusion_attn` and `attention_weights` besides keys and values."""
     if images is None:
         return {}
     arguments: dict[str, Any] = {
@@ -487,7 +491,7 @@ AttentionInterface.register(IMPLEMENTATION, fusion_attention)
 
 
 class Swapped(_Module):
-    """Mixin of the classes made here, which pickle cannot find by name."""
+    """Mixin of the classes that `subclass` makes, which pickle cannot find by name."""
 
     wrapped_class: type
     make_class: Any  # the function below that makes this class of the wrapped one

@@ -1,4 +1,4 @@
-"""A pretrained decoder whose one layer also attends to images: `valm.augment`."""
+"""`valm.augment`: makes one layer of a pretrained decoder attend to images too."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _Config: Any = object  # for a type checker, the config class behind the mixin
 UNFREEZE = ("", "block", "all")
 # Attention implementations of the other layers whose masks the fusion layer can read.
 READABLE = ("sdpa", "eager")
-# A model in another precision has nearly the same mean absolute values, another model has others.
+# The same model in another precision has nearly the same mean absolute values; another model does not.
 FINGERPRINT_TOLERANCE = 0.01
 
 
@@ -49,10 +49,10 @@ def augment(
     unfreeze: str = "",
     blind: bool = False,
 ) -> AugmentedCausalLM:
-    """Lets one layer of a pretrained decoder also attend to images, in one softmax with the text.
+    """Makes one layer of a pretrained decoder attend to images too, in one softmax with the text.
 
-    The model itself is changed and returned; its class, config and parameters stay those of its family, with one child
-    more, `image_fusion`, in the attention of the layer. Closed images (a very negative logit bias) and text alone give
+    The model itself is changed and returned. Its class, config and parameters stay those of its family; the attention
+    of the layer gets one more child, `image_fusion`. Closed images (a very negative logit bias) and text alone give
     the logits of the original. Images come as the arguments `image_pool` (U, E) and `image_index` (B, T, K) of forward,
     or from `set_retriever`. After Wang et al., "Visually-Augmented Language Modeling", section 2.3.
 
@@ -117,7 +117,7 @@ def augment(
 
 
 def become_augmented(model: PreTrainedModel, options: FusionOptions) -> AugmentedCausalLM:
-    """What `augment` does, for options that are known. The fusion's parameters have no values yet."""
+    """`augment` with known options; the fusion's parameters have no values yet."""
     if options.num_images > 0:
         attach(model, options)
     return _with_class(model, options)
@@ -133,7 +133,7 @@ def _with_class(model: PreTrainedModel, options: FusionOptions) -> AugmentedCaus
 
 
 def attach(model: PreTrainedModel, options: FusionOptions, found: Probe | None = None) -> None:
-    """Gives a layer its fusion, with initial values where `found` says which."""
+    """Adds the fusion to a layer, with the initial values of `found` if given."""
     block: Any = decoder_layers(model)[options.layer]
     path = attention_path(model, options.layer)
     attention = block.get_submodule(path)
@@ -152,7 +152,7 @@ def attach(model: PreTrainedModel, options: FusionOptions, found: Probe | None =
 
 
 def _attach_checked(model: PreTrainedModel, options: FusionOptions, found: Probe) -> None:
-    """`attach`, undone and raised from where the layer's mathematics is not that of the fusion."""
+    """`attach` with a check of the layer's mathematics; undone if the check raises."""
     block: Any = decoder_layers(model)[options.layer]
     attention = block.get_submodule(attention_path(model, options.layer))
     own_config = attention.config
@@ -167,7 +167,7 @@ def _attach_checked(model: PreTrainedModel, options: FusionOptions, found: Probe
 
 
 def freeze(model: PreTrainedModel, options: FusionOptions) -> None:
-    """Lets train what `options` say."""
+    """Freezes all parameters that do not train according to `options`."""
     model.requires_grad_(options.unfreeze == "all")
     if options.unfreeze == "block":
         decoder_layers(model)[options.layer].requires_grad_(True)
@@ -190,7 +190,7 @@ def fingerprint(block: nn.Module) -> dict[str, float]:
 
 
 def other_weight(found: dict[str, float], expected: dict[str, float]) -> str | None:
-    """The name of a parameter by which two fingerprints are those of different models, None where there is none."""
+    """The name of a parameter that differs between two fingerprints, None if all agree."""
     for name in sorted({*found, *expected}):
         values = (found.get(name, math.inf), expected.get(name, math.inf))
         if not math.isclose(*values, rel_tol=FINGERPRINT_TOLERANCE, abs_tol=1e-8):
@@ -199,10 +199,10 @@ def other_weight(found: dict[str, float], expected: dict[str, float]) -> str | N
 
 
 class AugmentedConfig(_Config):
-    """Mixin of the config of an augmented model: that of its base, with the fusion's options as `valm`.
+    """Mixin of an augmented model's config: the config of its base, with the fusion's options as `valm`.
 
-    In memory its model_type is the base's. Its file says "valm" and has the base's nested, so that whoever reads it
-    without this package fails by name and does not get the base without its images.
+    In memory the model_type is the base's. In the file it is "valm" and the base's config is nested, so that without
+    this package loading fails by that name, instead of loading the base without its images.
     """
 
     valm: dict[str, Any]
@@ -253,7 +253,7 @@ def transformers_class(name: str) -> type[PreTrainedModel]:
 
 
 class AugmentedCausalLM(ImageModel):
-    """Mixin in front of a causal language model one of whose layers sees images; made by `augment`."""
+    """Mixin of a causal language model with a layer that sees images; `augment` puts it in front of the class."""
 
     forward_names: tuple[str, ...]  # of the arguments of the class behind
 
@@ -334,7 +334,7 @@ class AugmentedCausalLM(ImageModel):
         return fusion_weights(self, input_ids=input_ids, attention_mask=attention_mask, **images)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """`GenerationMixin.generate`; the retriever finds the images of every token as it goes.
+        """`GenerationMixin.generate`; the retriever finds the images of each new token.
 
         Raises:
             ValueError: image_pool or image_index, which say nothing of the tokens to come.
@@ -355,7 +355,7 @@ class AugmentedCausalLM(ImageModel):
         return inputs
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's. A reentrant checkpoint needs an input with a gradient, so frozen embeddings get one."""
+        """The base's. A reentrant checkpoint needs an input that requires a gradient, so frozen embeddings get one."""
         result = super().activation_checkpointing_enable(*args, **kwargs)
         options = kwargs.get("activation_checkpointing_kwargs") or (args[0] if args else None) or {}
         if options.get("use_reentrant"):

@@ -1,4 +1,4 @@
-"""Finds where a decoder can see images: its layers, the attention of one, that attention's input and arguments."""
+"""Finds where a decoder can see images: its layers, a layer's attention, and the input and arguments of that."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ PROBE_TOKENS = 8
 class Probe(NamedTuple):
     """Properties of a layer's attention.
 
-    width: C, of what it reads. heads, kv_heads, key_dim, value_dim: Hq, Hkv, Dk, Dv.
-    norm_weight, norm_bias: (C,), those of the norm before it; where it has none, the scale of what it reads, and 0.
-    call: the arguments that the attention was called with.
+    Attributes:
+        width: C, dimension of its input.
+        heads, kv_heads, key_dim, value_dim: Hq, Hkv, Dk, Dv.
+        norm_weight, norm_bias: (C,), of the norm before it; without one, the scale of its input, and 0.
+        call: the arguments that it was called with.
     """
 
     width: int
@@ -75,7 +77,7 @@ def attention_path(model: PreTrainedModel, layer: int) -> str:
 
 
 def probe(model: PreTrainedModel, layer: nn.Module, path: str) -> Probe:
-    """Runs the model on a few tokens up to the attention at `path` of `layer` and reads what it is handed.
+    """Runs the model on a few tokens up to the attention at `path` of `layer` and reads its arguments.
 
     Raises:
         ValmError: the images do not reach the layer, the attention is not causal or was not called.

@@ -1,4 +1,4 @@
-"""Saves an augmented model without its base: a small file of the fusion, and a note on its base."""
+"""Saves an augmented model as an adapter: a small file of the fusion, and a note on the base model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class _Version(TypedDict):
 
 
 class AdapterFile(_Version):
-    """What ADAPTER_FILE holds; base: as the adapter's folder sees it."""
+    """The content of ADAPTER_FILE; `base` is relative to the adapter's folder, or a Hugging Face name."""
 
     base: str | None
     fusion: FusionOptions
@@ -83,7 +83,7 @@ def adapter_base(folder: str | os.PathLike) -> str:
 
 
 def load_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> AugmentedCausalLM:
-    """Lets `model`, the base that the adapter in `folder` was made with, see images as that did. It is changed itself.
+    """Adds the adapter in `folder` to `model`, the base that it was made with. The model itself is changed.
 
     Raises:
         ValmError: the adapter is damaged, or belongs to another base.

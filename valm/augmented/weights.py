@@ -26,8 +26,10 @@ WEIGHTS_IMPLEMENTATION = "valm-weights"
 
 
 def fusion_weights(model: nn.Module, **inputs: Any) -> tuple[Tensor, Tensor]:
-    """The weights over text (B, H, T, T) and over images (B, H, T, K) in a forward pass of an augmented model on
-    `inputs`, which ends at the fusion layer."""
+    """The weights over text (B, H, T, T) and over images (B, H, T, K) of an augmented model on `inputs`.
+
+    The forward pass ends at the fusion layer.
+    """
     attention: Any = next(module for module in model.modules() if isinstance(module, VisualAttention))
     config, attention.config = attention.config, copy.copy(attention.config)
     attention.config._attn_implementation_internal = WEIGHTS_IMPLEMENTATION
@@ -41,7 +43,7 @@ def fusion_weights(model: nn.Module, **inputs: Any) -> tuple[Tensor, Tensor]:
 
 
 class _WeightsRead(Exception):
-    """Ends the forward pass once the weights are read."""
+    """Ends the forward pass when the weights have been read."""
 
     def __init__(self, text: Tensor, images: Tensor):
         self.text, self.images = text, images
@@ -61,7 +63,7 @@ def _read_weights(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
-    """As `fusion_attention`, but the weights."""
+    """As `fusion_attention`, but reads the weights."""
     if caught is not None:
         return fusion_attention(module, query, key, value, attention_mask, scaling, caught=caught)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -28,8 +28,8 @@ from valm.files import check_regular
 from valm.text import one_line, utf8
 from valm_kernels.json_files import short
 
-# Bytes of text in a part, or tokens if those are given: about a million tokens either way. A retrieval that was killed
-# repeats one part.
+# Size of a part in bytes of text, or in tokens: about a million tokens either way. A retrieval that was killed repeats
+# at most one part.
 PART_BYTES = 4 << 20
 PART_TOKENS = 1 << 20
 READ_ROWS = 4096
@@ -41,7 +41,7 @@ Document = TypeVar("Document", str, Sequence[int])
 
 
 class Part(Protocol):
-    """A part of a corpus, which is read on demand."""
+    """A part of a corpus, read on demand."""
 
     def read(self) -> list[str] | list[Sequence[int]]:
         """Its documents, as text or as token ids."""
@@ -88,7 +88,7 @@ class TextPart:
         return line.strip()
 
     def _line(self, begin: int) -> int:
-        """The number, from 1, of the line that begins at byte `begin`."""
+        """The number (from 1) of the line that begins at byte `begin`."""
         number = 1
         with _open(self.file) as file:
             while file.tell() < begin:
@@ -311,7 +311,7 @@ def json_document(row: Any, column: str) -> str | None:
 
 
 def fingerprint(documents: list[str] | list[Sequence[int]]) -> str:
-    """SHA-256 over documents as `Part.read` gives them."""
+    """SHA-256 over documents as `Part.read` returns them."""
     digest = hashlib.sha256()
     for document in documents:
         data = document.encode() if isinstance(document, str) else np.asarray(document, np.int32).tobytes()

@@ -19,11 +19,16 @@ def document_lengths(documents: Any) -> np.ndarray:
 
 
 class Blocks(Dataset[dict[str, Any]]):
-    """`documents` (as `Collator` takes them), those longer than `length` tokens cut into several blocks.
+    """`documents` (as `Collator` takes them), with those longer than `length` tokens cut into several blocks.
 
-    Each later block of a document begins with SOT again, so that it can be packed behind any other; its tokens do not
-    see the text of earlier blocks. Their images are still those of the whole document. A block is a dict like a
-    document. sot: id of SOT.
+    A block is a dict like a document. Each later block begins with SOT again, so that it can be packed behind any
+    other; its tokens do not see the text of earlier blocks, but keep the images that were retrieved for the whole
+    document.
+
+    Args:
+        documents: the documents.
+        length: the most tokens of a block.
+        sot: id of SOT.
     """
 
     def __init__(self, documents: Any, length: int, sot: int):

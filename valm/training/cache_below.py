@@ -1,8 +1,8 @@
 """Caches the input of the fusion layer for a whole training.
 
 If every weight below the fusion layer is frozen, as after `valm.augment`, the layer's input for a document is the same
-in every epoch. `cache_below` runs the layers below once, writes their hidden states beside the data, and lets the
-training start at the fusion layer; docs/data.md has what that saved.
+in every epoch. `cache_below` runs the layers below once, writes their hidden states beside the data, and makes the
+training start at the fusion layer (docs/data.md; benchmarks/valm/bench_augmented.py measures what that saves).
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from valm.tokenizer import padded
 from valm.training.blocks import document_lengths
 
 VERSION = 1
-# Tokens of one pass through the layers below, with their padding.
+# Tokens of one pass through the layers below, padding included.
 BATCH_TOKENS = 4096
-# Tokens on which a model is tried before anything is computed.
+# Tokens of the test that a model passes before anything is computed.
 PROBE_TOKENS = 8
 # The name under which `Collator` and the model exchange the hidden states.
 FUSION_INPUT = "fusion_input"
@@ -64,7 +64,7 @@ class CachedBelow(Dataset[dict[str, Any]]):
 
 
 class FusionInput:
-    """Lets `model` take `fusion_input` (B, T, C) in a call: its layers below `layer` then do not run.
+    """Makes `model` accept `fusion_input` (B, T, C) in a call, which skips its layers below `layer`.
 
     A call without it runs them as usual. `remove` restores the model.
     """
@@ -105,7 +105,7 @@ class FusionInput:
 def cache_below(
     model: Any, documents: Any, folder: str | os.PathLike, *, layer: int | None = None, progress: bool = True
 ) -> CachedBelow:
-    """Computes the input of the fusion layer of `model` for each document, once, and lets the model start from it.
+    """Computes the input of the fusion layer of `model` once for each document, and makes the model start from it.
 
     The hidden states are written to `folder`, 4 C bytes a token in float32, under a name that identifies weights,
     tokens and dtype; an existing file is reused. The model is changed by `FusionInput`: train it on the result by a

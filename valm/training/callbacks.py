@@ -21,7 +21,7 @@ from valm.progress import progress_bar
 
 
 class ProgressBar(TrainerCallback):
-    """A bar with its own name, for several trainings in a row, and the last loss."""
+    """A progress bar with a name, for several trainings in a row, and the last loss."""
 
     def __init__(self, name: str, shown: bool = True):
         self.name, self.shown = name, shown
@@ -54,8 +54,8 @@ def show_progress(training: Trainer, name: str, shown: bool = True) -> None:
 class ColorAccuracy:
     """A measure for `trainer`: how often the model names the colour of things of your own (`evaluate_color`, "fair").
 
-    A model that takes images needs a retriever for it. Choose settings on things of your own, never on the public test
-    sets: a result on those is biased once it was used for a choice.
+    A model that takes images needs a retriever for it. Choose settings on your own things, never on the public test
+    sets, whose results are biased once they were used for a choice.
     """
 
     def __init__(self, items: Sequence[ColorItem], tokenizer: PreTrainedTokenizerFast):

@@ -33,9 +33,9 @@ from valm.knowledge_base.sources import Source
 from valm.processes import end_with_parent
 from valm.progress import progress_bar
 
-# Of open_clip; images and texts that are few overfit with it.
+# The limit of open_clip. A CLIP of few images and texts overfits with it.
 MAX_LOGIT_SCALE = 100.0
-# Images that go through a frozen image tower at once.
+# Batch size of a frozen image tower.
 CACHE_BATCH = 64
 
 
@@ -48,14 +48,14 @@ def train_clip(
     max_logit_scale: float = MAX_LOGIT_SCALE,
     progress: str | None = "CLIP",
 ) -> list[float]:
-    """Trains those parameters of `clip` in place that have requires_grad, and returns the loss of every step.
+    """Trains the parameters of `clip` that have requires_grad, in place, and returns the loss of every step.
 
     AdamW, a learning rate that rises for a tenth of the steps and falls as a cosine (one cycle), gradients clipped
     at 1. Afterwards the model is in eval mode, without gradients, as `Clip` has it.
 
     Args:
         clip: for example from `Clip.create`, with `clip.model.requires_grad_(True)`; its image tower may be locked.
-        batches: at least `steps` of images (B, 3, H, W), as the vision tower takes them, and B texts.
+        batches: at least `steps` batches of images (B, 3, H, W), as the vision tower takes them, and B texts.
         max_logit_scale: where the learned temperature stops.
         progress: name of the progress bar; None shows none.
 
@@ -102,8 +102,8 @@ def new_clip(
 
     Args:
         model: name of one of open_clip's architectures, or a JSON file with a `model_cfg` as in open_clip's
-            configuration files (the object itself, or under that name); None: that of `image_tower`.
-        image_tower: its image side is taken over and stays as it is.
+            configuration files (the object itself, or under that key); None: the model of `image_tower`.
+        image_tower: CLIP whose image side is copied and frozen.
         tokenizer: CLIP's own by default.
 
     Raises:
@@ -145,8 +145,8 @@ def new_clip(
 class CaptionedImages(Dataset[tuple[Tensor, str] | None]):
     """The images of a source with one of their captions each, as a CLIP is trained on them.
 
-    Item (n, i) is image i in the view and with the caption that the n-th draw of a seed decides, whichever process
-    reads it: pixels (3, H, W) and a text; None for a damaged image.
+    Item (n, i) is image i in its n-th random view, with its n-th random caption: pixels (3, H, W) and a text, or None
+    for a damaged image. Both depend on the seed only, in every process.
 
     Args:
         records: as `captioned` returns them.
@@ -191,8 +191,8 @@ class CaptionedImages(Dataset[tuple[Tensor, str] | None]):
             return None
 
     def batches(self, size: int, *, workers: int = 0) -> Iterator[tuple[Tensor, list[str]]]:
-        """Infinite batches of `size` different images; every image comes once before any again (except for a remainder
-        smaller than a batch).
+        """Infinite batches of `size` different images. Every image comes once before any comes again, except for a
+        remainder smaller than a batch.
 
         Args:
             workers: processes that decode.
@@ -220,10 +220,10 @@ class CaptionedImages(Dataset[tuple[Tensor, str] | None]):
 
 
 class CachedImages(CaptionedImages):
-    """As `CaptionedImages`, with what the frozen part of an image tower makes of each image in the place of the image.
+    """As `CaptionedImages`, with the frozen image tower's features in the place of each image.
 
-    It is computed once, of the image without a random view, and `clip` trains on it within `cached`. This is what makes
-    a frozen tower cheap (LiT, Zhai et al. 2022).
+    The features are computed once, without random views, and `clip` trains on them within `cached`. This makes training
+    with a frozen tower cheap (LiT, Zhai et al. 2022).
 
     Args:
         clip: from `new_clip` with an image tower.
@@ -258,7 +258,7 @@ class CachedImages(CaptionedImages):
 
     @contextmanager
     def cached(self) -> Iterator[None]:
-        """In the block the image side of the CLIP takes these features, and afterwards images again."""
+        """Within the block, the image side of the CLIP takes these features instead of images."""
         visual = self.clip.model.visual
         owner, name = (visual, "trunk") if _has_projection(visual) else (self.clip.model, "visual")
         frozen = getattr(owner, name)
@@ -291,7 +291,7 @@ class _Draws:
 
 
 def _stacked(items: list[tuple[Tensor, str] | None]) -> tuple[Tensor, list[str]] | None:
-    """A batch of those that could be read; None where fewer than two could, which teach nothing."""
+    """A batch of the images that could be read; None if fewer than two, which have no contrast."""
     whole = [item for item in items if item is not None]
     if len(whole) < 2:
         return None
@@ -299,7 +299,7 @@ def _stacked(items: list[tuple[Tensor, str] | None]) -> tuple[Tensor, list[str]]
 
 
 def captioned(source: Source) -> list[Record]:
-    """The images of a source that have a caption. Of a Hugging Face dataset all are in memory, undecoded.
+    """The images of a source that have a caption. Those of a Hugging Face dataset are held in memory, undecoded.
 
     Raises:
         ValmError: the source has no images, or fewer than two with captions.

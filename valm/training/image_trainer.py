@@ -23,9 +23,9 @@ from valm.training.order import TrainingOrder
 from valm.training.resumable import STATE_FILE, check_resumable, resume_errors, write_checksums
 from valm_kernels.atomic_files import move_folder, remove_leftovers, temporary_folder
 
-# Occurs in the names of an augmented model's new parameters.
+# A part of the names of an augmented model's new parameters.
 FUSION_NAME = ".image_fusion."
-# Takes a model and returns numbers by name.
+# A function from a model to numbers by name.
 Measure = Callable[[Any], dict[str, float]]
 
 
@@ -203,7 +203,7 @@ class ImageTrainer(Trainer):
         return super()._get_output_dir(trial) if self._saving is None else str(self._saving)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """The Trainer's, in a folder with a temporary name from which the checkpoint is moved when it is whole."""
+        """The Trainer's, into a temporary folder from which the finished checkpoint is moved."""
         run = Path(self._get_output_dir(trial))
         final = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with ExitStack() as stack:
@@ -236,7 +236,7 @@ class ImageTrainer(Trainer):
             self._saving = None
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._saving is None:  # else it is not yet where it will be
+        if self._saving is None:  # otherwise it is still in the temporary folder
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -247,7 +247,7 @@ class ImageTrainer(Trainer):
         folder = Path(str(self.args.output_dir) if output_dir is None else output_dir)
         note = RetrievalNote.read(folder) or self.note
         if note is not None:
-            # while a checkpoint is written it is one folder deeper
+            # a checkpoint that is being written is one folder deeper than in the end
             note.write(folder, place=folder if self._saving is None else self._saving.parent / folder.name)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:

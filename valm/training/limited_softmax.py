@@ -17,14 +17,14 @@ from valm.errors import ValmError
 
 
 class LimitedSoftmax:
-    """In training mode `model` has logits (B, T, V') of the tokens in `documents` only, and its loss is over these.
+    """Limits the logits and the loss of `model`, in training mode, to the V' tokens in `documents`: (B, T, V').
 
-    Tokens that are in no document are neither computed nor made less likely, so the losses are lower than those of
-    evaluation, which is over the whole vocabulary. The model is changed; its weights and their names stay the same.
+    Other tokens are not computed and not made less likely, so the losses are lower than in evaluation, which is over
+    the whole vocabulary. The model is changed; its weights and their names stay the same.
 
     Args:
         model: a decoder of transformers whose logits are a linear layer of the hidden states.
-        documents: as `Collator` takes them, of a known number.
+        documents: as `Collator` takes them; they must have a length.
 
     Raises:
         ValmError: the model or the documents are of another kind.

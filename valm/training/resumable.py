@@ -1,4 +1,4 @@
-"""Checks that a checkpoint of a training is as it was written, before the training resumes from it."""
+"""Checks, before a training resumes, that its checkpoint is as it was written."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def check_resumable(folder: Path) -> None:
 
 @contextmanager
 def resume_errors(folder: object) -> Iterator[None]:
-    """Turns whatever PyTorch and transformers raise for a damaged file of the checkpoint `folder` into a ValmError."""
+    """Turns the errors of PyTorch and transformers for a damaged file of the checkpoint `folder` into a ValmError."""
     try:
         yield
     except Exception as error:

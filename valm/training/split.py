@@ -1,4 +1,4 @@
-"""Documents held out of a training."""
+"""Holds documents out of a training, for evaluation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from valm.training.blocks import document_lengths
 
 
 class Selected(Dataset[dict[str, Any]]):
-    """Some of `documents`: those with the given numbers."""
+    """The subset of `documents` with the given numbers."""
 
     def __init__(self, documents: Any, numbers: np.ndarray):
         self.documents = documents
@@ -30,7 +30,7 @@ class Selected(Dataset[dict[str, Any]]):
 
 
 def hold_out(documents: Any, fraction: float, seed: int) -> tuple[Selected, Selected]:
-    """Those to train on and those held out, drawn by `seed`; at least one of each, in the order of `documents`.
+    """Splits `documents` into those to train on and those held out, at random by `seed`, at least one of each.
 
     Raises:
         ValmError: the fraction is not between 0 and 1, or there are not two documents.

@@ -80,16 +80,15 @@ def trainer(
         model: a `VaLMForCausalLM`, what `valm.augment` returned, or a decoder of transformers that sees no images.
         dataset: documents as `Collator` takes them, such as a `CorpusRetrieval`. Those longer than the model's
             context, or than row_length, are cut (see `Blocks`).
-        kb: has the vectors of the documents' images. None for a model without images (image_ids are then ignored) and
-            for one with a retriever.
+        kb: the knowledge base with the vectors of the documents' images. None for a model without images (image_ids are
+            then ignored) and for a model with a retriever.
         arguments: see `training_arguments` for those of the paper. per_device_train_batch_size counts documents, or
             blocks of them.
         eval_dataset: documents to evaluate on, as `dataset`: loss and perplexity over all their tokens.
         row_length: pack documents into rows of this length (see `Collator`); None pads.
-        cache_below: folder for the input of the fusion layer, computed once where all below it is frozen
+        cache_below: folder for the input of the fusion layer, computed once if all layers below are frozen
             (`valm.training.cache_below`); None computes it in every step.
-        fusion_lr: learning rate of the parameters that `valm.augment` added; None = that of `arguments`, which is that
-            of all others.
+        fusion_lr: learning rate of the parameters that `valm.augment` added; None uses that of `arguments`.
         limit_softmax: compute the training loss over the tokens of `dataset` only (`LimitedSoftmax`).
         measures: called with the model after each evaluation, such as a `ColorAccuracy`.
         options: more of the Trainer's arguments: callbacks, optimizers, compute_metrics, ...
@@ -151,7 +150,7 @@ def trainer(
 class Evened(Dataset[dict[str, Any]]):
     """`data`, padded to a multiple of `multiple` with documents of one token, which add no loss.
 
-    accelerate would instead send some documents to two processes, which would count them twice.
+    accelerate would instead send some documents to two processes, and their losses would count twice.
     """
 
     def __init__(self, data: Any, multiple: int):

@@ -1,14 +1,13 @@
 """Controls of a training: the same tokens in the same order, with other images.
 
-The effect of images is the difference to a twin that was trained alike (same data, order, seed, steps):
+The effect of images is the difference from a twin with the same data, order, seed and steps:
 
-- `WithoutImages`, "text": the effect of text alone (K = 0, the baseline GPT-2*). Also the data of a blind model, in
-  which each token's one image is its own retrieval query (Blind-VaLM, Ontalvilla et al. 2024): a `BlindRetriever` finds
-  it.
+- `WithoutImages`, "text": the effect of text alone (K = 0, the baseline GPT-2*). Also the data of a blind model, whose
+  `BlindRetriever` makes each token's own retrieval query its one image (Blind-VaLM, Ontalvilla et al. 2024).
 - `RandomImages`, "random": the effect of more parameters and of any images.
-- `ShuffledImages`, "shuffled": as random, with the images that the corpus has, as often as it has them.
+- `ShuffledImages`, "shuffled": the same, with each of the corpus' images as often as the corpus has it.
 
-Each wraps documents as `Collator` takes them, below whatever cuts them into blocks.
+Each wraps whole documents (as `Collator` takes them), before they are cut into blocks.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ TWINS = ("text", "random", "blind", "shuffled")
 
 
 class Twin(Dataset[dict[str, Any]]):
-    """`documents` with other images, or none."""
+    """Base class: `documents` with other images, or none."""
 
     def __init__(self, documents: Sequence[dict[str, Any]]):
         self.documents = documents
@@ -50,7 +49,7 @@ class WithoutImages(Twin):
 class RandomImages(Twin):
     """Replaces each token's images by as many different random ones of a knowledge base.
 
-    With one seed a document always has the same ones, in any process.
+    A document's images depend on the seed only, in every process.
 
     Args:
         images: how many the knowledge base has, at least K.
@@ -72,7 +71,7 @@ class RandomImages(Twin):
         drawn = np.empty(found.shape, found.dtype)
         random = np.random.default_rng([self.seed, index])
         for column in range(drawn.shape[1]):
-            # a number among those not drawn yet, by its rank among them
+            # draws a rank among the numbers not drawn yet
             rank = random.integers(0, self.images - column, len(drawn))
             for earlier in np.sort(drawn[:, :column], axis=1).T:
                 rank += rank >= earlier
