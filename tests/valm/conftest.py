@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -33,3 +35,17 @@ def make_kb(clip, tmp_path_factory):
         return build(FolderSource(folder, shard_size=max(1, count // 2)), out, clip, progress=False)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """The system's Chromium, headless; the test is skipped where it or what drives it is missing."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("needs Chromium (Debian: apt-get install chromium)")
+    with sync_api.sync_playwright() as playwright:
+        # root, as in a container, has no sandbox
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
-from valm.cli.options import Commands, add_retrieval, chosen_device, command, positive
+from valm.cli.options import Commands, add_json, add_retrieval, chosen_device, command, positive
 from valm.errors import ValmError
 
 # Sets whose file may be given separately.
@@ -51,6 +52,7 @@ def add_to(commands: Commands) -> None:
         "--out", type=Path, help="folder of results.json, results.md, report.html and the cache; a killed run goes on"
     )
     evaluate.add_argument("--fresh", action="store_true", help="score anew what the cache in --out has")
+    add_json(evaluate)
     add_retrieval(evaluate)
 
 
@@ -93,6 +95,10 @@ def run_eval(arguments: argparse.Namespace) -> None:
         from valm.evaluation.cost import measure
 
         results["cost"] = measure(models, settings, arguments.cost, arguments.cost_sizes, arguments.out)
+    report = None if arguments.out is None else write_report(results, arguments.out)
+    if arguments.json:
+        print(json.dumps(results, ensure_ascii=False, indent=2))
+        return
     print(markdown(results))
-    if arguments.out is not None:
-        print(f"written to {write_report(results, arguments.out)}")
+    if report is not None:
+        print(f"written to {report}")

@@ -22,7 +22,7 @@ class Blocks(Dataset[dict[str, Any]]):
     """`documents` (as `Collator` takes them), with those longer than `length` tokens cut into several blocks.
 
     A block is a dict like a document. Each later block begins with SOT again, so that it can be packed behind any
-    other; its tokens do not see the text of earlier blocks, but keep the images that were retrieved for the whole
+    other; its tokens do not see the text of earlier blocks, but have the images that were retrieved for the whole
     document.
 
     Args:

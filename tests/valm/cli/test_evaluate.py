@@ -38,6 +38,12 @@ def test_eval_prints_and_writes_the_tables(world, sets, tmp_path, capsys):
     assert len(list((out / "cache").iterdir())) == 5 * 3
 
 
+def test_eval_as_json_is_the_results_file(world, sets, tmp_path, capsys):
+    arguments = ["--memory-color", world / "colors.csv", "--protocol", "fair", "--out", tmp_path, "--json"]
+    assert run("eval", world / "gpt2", *arguments) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "results.json").read_text())
+
+
 @pytest.mark.parametrize("model", ["valm", "gpt2"])
 def test_a_named_file_is_its_own_task(world, capsys, model):
     assert run("eval", world / model, "--memory-color", world / "colors.csv", "--protocol", "fair") == 0

@@ -264,6 +264,12 @@ def test_a_knowledge_base_of_another_clip_is_one_sentence(sentence, tmp_path):
     sentence(["kb", "search", "{world}/kb", "x", "--clip", "{tmp}/other"], "was built with")
 
 
+def test_a_knowledge_base_that_was_moved_says_how_to_find_its_clip(sentence, world, tmp_path, capsys):
+    shutil.copytree(world / "kb", tmp_path / "kb")
+    sentence(["kb", "search", "{tmp}/kb", "sea"], "give its folder or name (--clip)")
+    assert run("kb", "search", tmp_path / "kb", "sea", "--clip", world / "clip") == 0
+
+
 def test_what_is_in_a_knowledge_base_does_not_steer_the_terminal(world, tmp_path, capsys):
     (tmp_path / "pictures").mkdir()
     Image.new("RGB", (40, 40), "red").save(tmp_path / "pictures" / "a\x1b[2J\n.png")

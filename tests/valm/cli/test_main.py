@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+import valm_kernels
 from tests.valm.cli.commands import run
 from valm import __version__
 from valm.cli import build_parser, main
@@ -69,6 +70,7 @@ def test_version(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--version"])
     assert stop.value.code == 0 and capsys.readouterr().out == f"valm {__version__}\n"
+    assert __version__ == valm_kernels.__version__
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a closed pipe is a signal or an error by system")

@@ -1,5 +1,7 @@
 """The report of given results: numbers, verdicts, swaps, and what is said when MemoryColor is left out."""
 
+import re
+
 import pytest
 from PIL import Image
 
@@ -61,6 +63,19 @@ def test_everything_given_is_shown(tmp_path, exhibits):
     assert '<th scope="row">together</th><td>91.8</td>' in text  # 61.25 + 30.5
     assert "Seed 7" in text
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_phone_and_a_desk_show_all_of_it(tmp_path, exhibits, browser, width, scheme):
+    write_report(tmp_path / "report.html", results(memory=True), {"CLIP": [2.0, 1.0], "VaLM": [3.0, 1.0]}, exhibits)
+    context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    page = context.new_page()
+    page.goto((tmp_path / "report.html").as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") == width  # nothing is cut off, nothing scrolls
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (max(map(int, re.findall(r"\d+", background)[:3])) < 80) == (scheme == "dark")
+    context.close()
 
 
 def test_without_memory_color_it_says_why(tmp_path, exhibits):

@@ -1,6 +1,4 @@
-"""Small models with a real knowledge base, and a real browser where there is one."""
-
-import shutil
+"""Small models with a real knowledge base."""
 
 import pytest
 import torch
@@ -49,17 +47,3 @@ def make_model(tokenizer, clip, kb):
 @pytest.fixture(scope="session")
 def model(make_model):
     return make_model()
-
-
-@pytest.fixture(scope="session")
-def browser():
-    """The system's Chromium, headless; the test is skipped where it or what drives it is missing."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if path is None:
-        pytest.skip("needs Chromium (Debian: apt-get install chromium)")
-    with sync_api.sync_playwright() as playwright:
-        # root, as in a container, has no sandbox
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
