@@ -2,7 +2,7 @@
 
     pytest benchmarks/ --benchmark-only                       # a few minutes on any machine
     pytest benchmarks/ --benchmark-only --full                # the large sizes too
-    pytest benchmarks/ --benchmark-only --results FILE.csv    # also keep the rows, with the machine they came from
+    pytest benchmarks/ --benchmark-only --results FILE.csv    # also write the rows, with the machine they came from
 
 A benchmark is one test per implementation of one case; `group` names the case:
 
@@ -13,6 +13,8 @@ A benchmark is one test per implementation of one case; `group` names the case:
 The rows of a group are printed together, with their time as a multiple of the group's first row (ours). A large
 size is marked `@pytest.mark.full`. Peak memory is what the call needs above its inputs: on CUDA always, on CPU where a
 benchmark says how a fresh process builds the call (`fresh`, see peak_memory.py).
+
+A call that takes long is timed in fewer rounds (`SECONDS_OF_A_ROW`).
 """
 
 from __future__ import annotations
@@ -49,6 +51,8 @@ class Row:
 
 
 ROWS: list[Row] = []
+# Seconds that the rounds of a row may take together, without and with --full; a row has one round at least.
+SECONDS_OF_A_ROW = {False: 4.0, True: 30.0}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -121,7 +125,7 @@ def device(pytestconfig: pytest.Config) -> torch.device:
 
 
 @pytest.fixture
-def measure(benchmark: Any, device: torch.device) -> Callable[..., None]:
+def measure(benchmark: Any, device: torch.device, pytestconfig: pytest.Config) -> Callable[..., None]:
     """Check a function's result, then time it: `measure(group, name, function, check, flop, bytes_moved)`.
 
     note: a text, or what makes one of the result. fresh: (build, *arguments) for `peak_mb`.
@@ -145,11 +149,15 @@ def measure(benchmark: Any, device: torch.device) -> Callable[..., None]:
                 torch.cuda.synchronize()
             return result
 
+        start = time.perf_counter()
         result = finished()
+        if rounds > 3:  # otherwise too long for a warm-up besides the check
+            start = time.perf_counter()
+            finished()
+        affordable = int(SECONDS_OF_A_ROW[pytestconfig.getoption("--full")] / (time.perf_counter() - start))
         check(result)
         benchmark.group = group
-        # the check has warmed up what is too long for many rounds
-        benchmark.pedantic(finished, rounds=rounds, warmup_rounds=1 if rounds > 3 else 0)
+        benchmark.pedantic(finished, rounds=max(1, min(rounds, affordable)))
         if benchmark.stats is None:  # --benchmark-disable
             return
         stats = benchmark.stats.stats
