@@ -15,7 +15,7 @@ static T* at(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-// Calls function(interrupted) without the GIL; raises what a signal's handler raised meanwhile.
+// Calls function(interrupted) without the GIL, and raises the exception of a signal handler that ran meanwhile.
 template <class Function>
 static int64_t interruptible(Function function) {
     int64_t result;

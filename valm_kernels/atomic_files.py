@@ -1,7 +1,7 @@
 """Files and folders that appear whole or not at all: a temporary name, fsync, one rename.
 
-A temporary name is NAME.<32 hex digits>.tmp. Its writer holds a lock on it (flock) for as long as it lives. A temporary
-file without a lock belonged to a writer that was killed, and may be removed.
+A temporary name is NAME.<32 hex digits>.tmp. Its writer holds a lock (flock) on the file while it lives. A temporary
+file without a lock belongs to a writer that was killed, and may be removed.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 TEMPORARY_NAME = re.compile(r".+\.[0-9a-f]{32}\.tmp")
-# On a file system without locks, a temporary file this old is taken to be abandoned.
+# On a file system without locks, a temporary file this old counts as abandoned.
 ABANDONED_SECONDS = 24 * 3600
-# Between two tries to get a lock.
+# Seconds between two attempts to get a lock.
 LOCK_INTERVAL = 0.05
 
 
@@ -73,7 +73,7 @@ def temporary_file(path: Path) -> Iterator[Path]:
             os.unlink(temporary)
 
 
-# How long a save waits for another one in the same folder.
+# Seconds that a save waits for another one in the same folder.
 SAVE_WAIT_SECONDS = 60.0
 
 
@@ -203,7 +203,7 @@ def _claim(path: Path, make: Callable[[Path], None], flags: int) -> tuple[Path, 
         temporary = temporary_name(path)
         make(temporary)
         descriptor = _locked(temporary, flags)
-        if temporary.exists():  # nobody removed it as abandoned before it was locked
+        if temporary.exists():  # not removed as abandoned before it was locked
             return temporary, descriptor
         _close(descriptor)
 

@@ -51,9 +51,9 @@ def _usable_isa(asked: str | None) -> str:
 
 
 def survives_fork(function: Callable[P, R]) -> Callable[P, R]:
-    """Runs `function` on one thread in a forked child, both native code and PyTorch's own operations.
+    """Makes `function` run on one thread in a forked child, both native code and PyTorch's own operations.
 
-    OpenMP's threads do not survive a fork: a child that waits for them waits forever.
+    OpenMP's threads do not survive a fork, and a child that used them would wait forever.
     """
 
     @wraps(function)

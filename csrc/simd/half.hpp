@@ -32,7 +32,7 @@ inline float bfloat_to_float(uint16_t bfloat) {
     return value;
 }
 
-// With intrinsics, as GCC 12 widens by the compiler's extension in halves.
+// Intrinsics, because GCC 12 compiles the vector extension's widening in halves.
 inline BitsVector widen_bits(HalfBitsVector x) {
 #if defined(__AVX512F__)
     return bit_cast<BitsVector>(_mm512_cvtepu16_epi32(bit_cast<__m256i>(x)));

@@ -9,8 +9,8 @@ namespace {
 constexpr std::pair<Isa, const char*> kNames[] = {
     {Isa::kAvx512Vnni, "avx512vnni"}, {Isa::kAvx512, "avx512"}, {Isa::kAvx2, "avx2"}, {Isa::kGeneric, "generic"}};
 
-// The best instruction set of this processor. An operating system that does not save the registers counts as a
-// processor without them.
+// The best instruction set of this processor. If the operating system does not save the registers of one, the processor
+// counts as one without it.
 Isa best_isa() {
 #if defined(__x86_64__)
     __builtin_cpu_init();

@@ -1,5 +1,5 @@
-// Which instruction set the native code uses: the only place that asks the processor. For files that are compiled for
-// any processor.
+// The choice of the instruction set that the native code uses, made here only. For files that are compiled for any
+// processor.
 #pragma once
 
 #include <initializer_list>

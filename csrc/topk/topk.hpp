@@ -38,8 +38,8 @@ constexpr int kStats = 4;
 
 // `isa` below is one of cpu_isas() of simd/isa.hpp.
 //
-// The functions below that take `interrupted` call it on the calling thread about every 50 ms; where it returns true
-// they end early, their result undefined.
+// The functions below with an argument `interrupted` call it on the calling thread about every 50 ms. If it returns
+// true they return early, and their result is undefined.
 
 // Groups equal rows: fills PackedRows::row with the first row of each group (room for rows.count) and
 // next_duplicate (rows.count). Returns how many groups there are.
@@ -59,7 +59,7 @@ int64_t ip_topk_cpu(const float* queries, int64_t n_queries, const Rows& rows, c
                     int64_t* indices);
 
 // The score, as exact.hpp says, of query query_ids[i] and row row_ids[i], for each of n_pairs pairs. queries (any
-// number, rows.dim filled up with zeros to a multiple of kExactLanes).
+// number, rows.dim padded with zeros to a multiple of kExactLanes).
 void ip_scores_cpu(const float* queries, const Rows& rows, int64_t n_pairs, const int64_t* query_ids,
                    const int64_t* row_ids, const std::string& isa, int threads, float* scores);
 

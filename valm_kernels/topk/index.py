@@ -39,7 +39,7 @@ PACKERS: dict[str, Callable[[Tensor, Tensor | None], cpu.PackedRows | cuda.RowNo
 }
 # The memory layout that a device's kernels need; none on other devices.
 LAYOUTS = {"cuda": cuda.aligned}
-# Rows that need more than this share of a device's free memory are streamed: a search needs memory too.
+# Rows that need more than this share of a device's free memory are streamed, because a search needs memory too.
 SHARE_OF_DEVICE = 0.8
 
 
@@ -55,8 +55,8 @@ class FlatIPIndex:
         dtype: what is stored: "float32", "float16", "bfloat16" or "int8" (symmetric, one float32 scale per row;
             the search is exact over the dequantised rows). None: the dtype of the database.
         device: where it is stored and searched. None: the device of the database.
-        pack: False stores no packed copy: every search packs the rows block by block. This is slower, for a
-            memory-mapped database whose packed copy would not fit into memory.
+        pack: False stores no packed copy; every search packs the rows block by block. This is slower, and meant for
+            a memory-mapped database whose packed copy would not fit into memory.
         streamed: True leaves the rows in host memory, or in the file they are mapped from; every search copies them
             to the device in chunks. None does so when a CUDA device has too little free memory.
 

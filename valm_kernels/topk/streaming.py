@@ -53,7 +53,7 @@ class _Buffer:
 def search(queries: Tensor, rows: Tensor, row_scale: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
     """Scores and indices (Q, k) of queries (Q, E) on their device over rows (N, E), and row_scale (N,), on the CPU.
 
-    Chunks may be smaller than k. On a CPU device torch's CPU streams stand in, which do nothing.
+    Chunks may be smaller than k. On a CPU device, torch's CPU streams are used, which do nothing.
     """
     queries = aligned(queries)
     device = queries.device

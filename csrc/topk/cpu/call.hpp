@@ -12,7 +12,7 @@
 
 namespace valm {
 
-// The number of the calling thread among those of its parallel region; 0 in a build without OpenMP.
+// The calling thread's number in its parallel region; 0 in a build without OpenMP.
 inline int thread_number() {
 #if defined(_OPENMP)
     return omp_get_thread_num();
@@ -21,8 +21,8 @@ inline int thread_number() {
 #endif
 }
 
-// Floating-point arithmetic as IEEE 754 defines it, on one thread, as long as this lives. A caller may have switched
-// denormal numbers off on its own thread (torch.set_flush_denormal): then threads would disagree on a score.
+// IEEE 754 arithmetic on one thread, during the lifetime of this object. A caller may have switched denormal numbers
+// off on its own thread (torch.set_flush_denormal), and then threads would disagree on a score.
 class PlainArithmetic {
   public:
     PlainArithmetic() {
@@ -37,7 +37,7 @@ class PlainArithmetic {
     fenv_t before_;
 };
 
-// Asks the caller about every 50 ms whether to stop. To be used on the calling thread alone.
+// Asks the caller about every 50 ms whether to stop. Use it on the calling thread only.
 class Interruption {
   public:
     explicit Interruption(const std::function<bool()>& interrupted) : interrupted_(interrupted) {}

@@ -47,8 +47,8 @@ bool pack_row(const Rows& rows, int64_t index, const float* centre, const float*
     }
     const float reach = largest_of(largest);
     const bool finite = sum_of(probe) == 0;
-    // Tiny rows are out of reach of relative bounds, and with huge ones the bound's own arithmetic may overflow; both
-    // are kept for the exact routine by an infinite error.
+    // Relative bounds do not hold for tiny rows, and with huge rows the bound's own arithmetic may overflow. An
+    // infinite // error passes both on to the exact routine.
     const bool bounded = finite && (reach == 0 || (reach > 1e-30f && reach < kMaxReach));
     const float step = bounded ? reach / 127 : 0;
     const float scale = step > 0 ? 127 / reach : 0;
@@ -76,7 +76,7 @@ bool pack_row(const Rows& rows, int64_t index, const float* centre, const float*
     return finite;
 }
 
-// As exact_score, the lanes in vectors. The zeros that pad the last step leave every partial sum as it is.
+// As exact_score, with the lanes in vectors. The zeros that pad the last step change no partial sum.
 float exact(const Rows& rows, int64_t index, const float* query) {
     DoubleVector sums[kExactLanes / Lanes<double>::count] = {};
     with_row(rows, index, [&](auto row) {
@@ -126,12 +126,12 @@ void dot(const Rows& rows, int64_t index, const float* query, float* product, fl
     });
 }
 
-// What remains of a pass once g.c is there: first_pass.hpp's `upper` and its test. The sums come in memory, so that
-// the loops before can keep theirs in registers.
+// The rest of a pass after g.c: first_pass.hpp's `upper` and its test. The sums are passed in memory, so that the loops
+// before can hold theirs in registers.
 uint32_t keep(const int32_t (*sums)[kPanelRows], const float* stats, const Tile& tile, Kept& kept) {
     uint32_t kept_queries = 0;
     for (int j = 0; j < tile.count; ++j) {
-        // before the loop: for all the compiler knows, its store may change the tile
+        // before the loop, because the compiler must assume that the store in it may change the tile
         const FloatVector along = splat(tile.along[j]), length = splat(tile.length[j]);
         const FloatVector error = splat(tile.error[j]), theta = splat(tile.theta[j]);
         uint32_t mask = 0;

@@ -1,4 +1,4 @@
-// Making the first pass's copy of a database, and finding the rows of it that are equal.
+// Makes the first pass's copy of a database and finds its equal rows.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -12,7 +12,7 @@ namespace valm {
 
 namespace {
 
-// The centre is the mean of one row in 64, at equal distances, within these limits: any centre is right.
+// The centre is the mean of every 64th row, within these limits. Any centre gives exact results.
 constexpr int64_t kMinCentreRows = 64, kMaxCentreRows = 1024;
 
 uint64_t mix(uint64_t hash, uint64_t word) {
@@ -164,7 +164,7 @@ int64_t pack_panel(const Kernels& kernels, const Rows& rows, const PackedRows& p
     float* stats = packed.stats + place * kStats * kPanelRows;
     const int64_t begin = panel * kPanelRows;
     const int64_t count = std::min<int64_t>(kPanelRows, packed.count - begin);
-    if (count < kPanelRows) {  // what no row fills
+    if (count < kPanelRows) {  // the padding of the last panel
         std::fill_n(codes, steps * kPanelRows * 4, uint8_t{128});
         std::fill_n(stats, kStats * kPanelRows, 0.0f);
     }

@@ -36,7 +36,7 @@ Query prepare_query(const float* values, const PackedRows& packed, int64_t dim, 
         base += static_cast<double>(values[e]) * packed.centre[e];
         dot_axis += static_cast<double>(values[e]) * packed.axis[e];
     }
-    const double a = static_cast<float>(dot_axis);  // any a is right, this one makes |p| least
+    const double a = static_cast<float>(dot_axis);  // any a is correct; this one minimises |p|
 
     const auto rest = [&](int64_t e) { return values[e] - a * packed.axis[e]; };  // p
     double largest = 0, rest_square = 0;

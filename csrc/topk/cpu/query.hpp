@@ -1,4 +1,4 @@
-// A query made ready for the first pass, and the threshold its rows are held against. first_pass.hpp has the proof.
+// A query prepared for the first pass, and the threshold that bounds are compared with. first_pass.hpp has the proof.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ inline int64_t padded_dim(int64_t dim) { return (dim + kExactLanes - 1) / kExact
 struct Query {
     int64_t output;       // its place in the answer
     const float* values;  // (padded_dim)
-    double base;          // q.m, what the bounds leave out
+    double base;          // q.m, which the bounds do not include
     double slack;         // in the score's unit
     double unit;          // t: a bound times unit, plus base, is a score
     double norm;          // |q|

@@ -1,7 +1,7 @@
-// Exact top-K inner product search on the CPU. Blocks of rows are shared out to threads; each holds every query of a
-// group against its block (the first pass), collects the rows that may belong to the answer, and scores them
-// exactly, best bound first, until the bounds fall below what it has. A query's kth best score so far is shared, so
-// that each thread profits from the others' finds.
+// Exact top-K inner product search on the CPU. Threads take blocks of rows. For every query of a group, a thread bounds
+// the scores of its block (the first pass), collects the rows that may belong to the answer, and scores them exactly,
+// highest bound first, until the bounds fall below the kth best. Threads share each query's kth best score, so that
+// one thread's results raise the threshold of all.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -17,17 +17,17 @@ namespace valm {
 
 namespace {
 
-// Queries done together: their integers (192 KiB at E = 768) stay in the second-level cache.
+// Queries of a group: their integers (192 KiB at E = 768) stay in the second-level cache.
 constexpr int64_t kGroup = 256;
-// Over all threads, so that their buffers stay below 32 MiB.
+// Bounds the group size times the number of threads, so that their buffers stay below 32 MiB.
 constexpr int64_t kGroupTimesThreads = 8192;
 // Rows collected for a query before they are scored.
 constexpr int kBuffer = 256;
-// Candidates scored exactly before the others' bounds are tightened, if more than as many are in reach.
+// Candidates scored exactly before the bounds of the others are tightened, if more than as many remain.
 constexpr int kScoredFirst = 32;
 // A block's packed rows: a share of the second-level cache.
 constexpr int64_t kBlockBytes = 256 << 10;
-// A block of rows that are multiplied as float32: read once, so long that memory is read in one direction.
+// Size of a block of rows that are multiplied as float32. They are read once, so long blocks are best.
 constexpr int64_t kFloatBlockBytes = 2 << 20;
 // Up to this many queries, unpacked rows are multiplied as float32; above it packing them first is cheaper.
 constexpr int64_t kFloatQueries = 3;
@@ -37,7 +37,7 @@ struct Candidate {
     uint32_t position;
 };
 
-// Highest bound first, among equal ones the lower row; NaN, from a bound that overflowed, before all.
+// Orders by the highest bound, then by the lowest row; a NaN bound, from an overflow, comes first.
 bool better_bound(const Candidate& a, const Candidate& b) {
     constexpr float kInfinity = std::numeric_limits<float>::infinity();
     const float upper_a = std::isnan(a.upper) ? kInfinity : a.upper;
@@ -45,7 +45,7 @@ bool better_bound(const Candidate& a, const Candidate& b) {
     return upper_a > upper_b || (upper_a == upper_b && a.position < b.position);
 }
 
-// What one thread knows of one query.
+// One thread's state for one query.
 struct Find {
     uint32_t candidates = 0;  // in its buffer
     uint32_t kept = 0;        // in its heap
@@ -54,7 +54,7 @@ struct Find {
     float theta = -std::numeric_limits<float>::infinity();
 };
 
-// One thread's part: its buffers, and its copy of the tiles, whose thresholds are its own.
+// One thread's buffers, and its copy of the tiles with its own thresholds.
 struct Worker {
     std::vector<Find> finds;            // (group)
     std::vector<Candidate> candidates;  // (group, kBuffer)
@@ -99,7 +99,7 @@ class Search {
     void score(Worker& worker, int64_t query, const Candidate* begin, const Candidate* end);
     bool offer(Worker& worker, int64_t query, uint64_t key);
     float float_upper(int64_t query, int64_t row);
-    // The key of a query's kth best so far, and the bounds that rows before and after it are held against.
+    // The key of a query's kth best so far, and the thresholds of the rows before and after it.
     struct Bar {
         uint64_t kth;
         float before, after;
@@ -130,7 +130,7 @@ class Search {
     std::atomic<int64_t> broken_{std::numeric_limits<int64_t>::max()};
     Interruption interruption_;
 
-    // the group at hand
+    // the current group
     std::vector<Query> group_;
     std::vector<float> values_;        // (group, dim padded)
     std::vector<int16_t> integers_;    // (group, steps * 4)

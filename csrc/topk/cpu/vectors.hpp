@@ -1,5 +1,5 @@
-// What top-K search does with vectors beside arithmetic: bytes, bounds and sums in float64. Local to the including
-// file, as simd/vector.hpp.
+// Vector operations of top-K search: bytes, bounds and sums in float64. Local to the including file, like
+// simd/vector.hpp.
 #pragma once
 
 #include <cmath>
@@ -28,7 +28,7 @@ inline void store_vector(float* p, FloatVector x) { std::memcpy(p, &x, sizeof(x)
 
 inline FloatVector splat(float x) { return x - FloatVector{}; }  // x - 0 is x, of -0 too
 inline FloatVector to_float(IntVector x) { return __builtin_convertvector(x, FloatVector); }
-// With intrinsics, and so below: GCC 12 widens by the compiler's extension lane by lane, or through memory.
+// Intrinsics here and below, because GCC 12 compiles the vector extension's widening lane by lane or through memory.
 inline FloatVector to_float(ByteVector x) {
 #if defined(__AVX512F__)
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bit_cast<__m128i>(x)));
@@ -42,7 +42,7 @@ inline FloatVector to_float(ByteVector x) {
 inline FloatVector abs_of(FloatVector x) { return bit_cast<FloatVector>(bit_cast<BitsVector>(x) & 0x7fffffffu); }
 inline FloatVector larger_of(FloatVector a, FloatVector b) { return a > b ? a : b; }
 
-// A bit for each lane where not a < b.
+// One bit per lane, set where a < b is false.
 inline uint32_t not_below(FloatVector a, FloatVector b) {
 #if defined(__AVX512F__)
     return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ);

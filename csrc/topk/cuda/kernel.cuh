@@ -4,8 +4,8 @@
 // sum s they return satisfies |s - q.x| <= error(q) norm(x), so u = s + error(q) norm(x) is never below the score,
 // and the pass keeps the rows with the best (u falling, index rising). Then the kept rows are scored exactly
 // (exact.hpp). The answer is proven when the k-th exact score is above the u of the last kept row, which bounds every
-// row that was dropped. A query without that proof goes to a list, and a scan of the whole database by exact scores
-// answers it; nothing waits for the host.
+// row that was dropped. A query without that proof goes to a list, and a scan of the whole database computes its
+// answer from exact scores; nothing waits for the host.
 //
 // The parts of error(q), for E elements and |.| the Euclidean norm, by the Cauchy-Schwarz inequality:
 //   |q - q16|                             q16 the query as the tensor cores get it, measured for each query
@@ -214,7 +214,7 @@ __global__ __launch_bounds__(kThreads,
     }
     __syncthreads();
 
-    // Tells the other parts of the database how good this one's last kept key is, and takes up the best of theirs: no
+    // Publishes the last kept key of this part of the database, and takes over the best of the other parts' keys: no
     // key below can be among the best of the whole.
     const auto share_threshold = [&](int query) {
         uint64_t& threshold = pools.thresholds[query];

@@ -1,4 +1,4 @@
-// How a search on a CUDA device is cut into blocks, and where its working memory lies. Plain C++, no GPU needed.
+// Divides a search on a CUDA device into blocks and lays out its workspace. Plain C++, no GPU needed.
 #pragma once
 
 #include <algorithm>
@@ -72,7 +72,7 @@ inline Plan make_plan(int64_t n_queries, const Rows& rows, int k, const DeviceLi
     plan.first_pass = plan.first_pass_shared <= limits.shared_per_block;
     plan.query_blocks = static_cast<int>(ceil_div(n_queries, 16 * plan.query_tiles));
 
-    // As many parts as give the shortest longest way: waves of blocks x row tiles of a block.
+    // The number of parts with the shortest critical path: waves of blocks times row tiles of a block.
     const int by_registers = first_pass_residents(plan.query_tiles, rows.element);
     const int by_shared = static_cast<int>(limits.shared_per_multiprocessor / (plan.first_pass_shared + 1024));
     const int64_t resident = int64_t{limits.multiprocessors} * std::max(1, std::min(by_registers, by_shared));

@@ -8,7 +8,7 @@ namespace valm {
 
 namespace {
 
-// The static CUDA runtime of this library has its own idea of the current device, so every call says which.
+// The statically linked CUDA runtime has a current device of its own, so every call sets it.
 class DeviceGuard {
   public:
     explicit DeviceGuard(int device) {

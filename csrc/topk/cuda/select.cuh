@@ -90,7 +90,7 @@ struct Pools {
     }
 };
 
-// A threshold that no key passes, for the places of a tile that hold no query.
+// A threshold that no key passes, for the padding queries of a tile.
 __device__ inline uint64_t closed_threshold() { return candidate_key(INFINITY, 0); }
 
 // The best `kept` of `count` keys in device memory, sorted, in the one pool of `pools`; by the whole block. Zeros are
