@@ -32,7 +32,6 @@ IMAGES = ROOT / "docs" / "images"
 PAGE = ROOT / "docs" / "benchmarks.md"
 README = ROOT / "README.md"
 TOPK = ROOT / "docs" / "topk.md"
-DEMO = ROOT / "docs" / "demo.md"
 
 # The parts of the page, in order: a title, and what the names of its groups begin with. The last takes all others.
 PARTS = {
@@ -44,14 +43,14 @@ PARTS = {
 INTRODUCTION = """\
 # Benchmarks
 
-`pytest benchmarks/ --benchmark-only` takes a few minutes, and `--full` adds the large sizes. Every row below was written by
+`pytest benchmarks/ --benchmark-only` takes a few minutes; `--full` adds the large sizes. Every row below was written by
 
 ```
 for f in benchmarks/*/bench_*.py; do pytest $f --benchmark-only --full --results FILE.csv; done
 ```
 
 or a part of that, on the machine that its section names. MALLOC_ variables there are those that the `valm` command sets
-itself. A result is checked before it is timed. Ratios are of medians within one run: rows of two sections cannot be compared.
+itself. A result is checked before it is timed. Ratios are of medians in one run; do not compare rows of two sections.
 `python -m benchmarks.report` writes this page from
 [benchmarks/results/](https://github.com/valm-kernels/valm/tree/main/benchmarks/results).
 
@@ -204,21 +203,9 @@ def topk_tables() -> str:
     return f"{machine}:\n\n{topk_report.tables(topk_report.read(RESULTS / EPYC_TOPK))}"
 
 
-def demo_table() -> str:
-    """What `make demo` shows, for README.md."""
-    (result,) = demo_report.read([RESULTS / "demo.json"])
-    return demo_report.short_table(result)
-
-
-def demo_tables() -> str:
-    """The tables of docs/demo.md."""
-    return demo_report.tables(demo_report.read(sorted(RESULTS.glob("demo-seed-*.json"))))
-
-
 MARKED: dict[str, Callable[[], str]] = {
     "benchmarks": readme_table,
-    "demo": demo_table,
-    "demo-seeds": demo_tables,
+    "demo": lambda: demo_report.table(RESULTS / "demo.json"),
     "topk": topk_tables,
 }
 MARK = re.compile(r"(<!-- ([\w-]+): python -m benchmarks\.report -->\n).*?(?=<!-- end -->)", re.DOTALL)
@@ -226,7 +213,7 @@ MARK = re.compile(r"(<!-- ([\w-]+): python -m benchmarks\.report -->\n).*?(?=<!-
 
 def pages() -> dict[Path, str]:
     """The pages as they should be."""
-    marked = {path: path.read_text(encoding="utf-8") for path in (README, TOPK, DEMO)}
+    marked = {path: path.read_text(encoding="utf-8") for path in (README, TOPK)}
     written = {path: MARK.sub(lambda mark: f"{mark[1]}{MARKED[mark[2]]()}\n", text) for path, text in marked.items()}
     return {PAGE: page(), **written}
 
