@@ -119,7 +119,7 @@ def is_transient(error: BaseException) -> bool:
 
 def cannot_read(name: object, reason: object) -> ValmError:
     """The error for a source that cannot be read now but may not be damaged (`is_transient`)."""
-    return ValmError(f"cannot read {name}: {reason}; once it can be read, run the same again: it goes on")
+    return ValmError(f"cannot read {name}: {reason}; once it can be read, run the same command again: it resumes")
 
 
 def writable_folder(path: str | os.PathLike) -> Path:

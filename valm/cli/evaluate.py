@@ -49,7 +49,7 @@ def add_to(commands: Commands) -> None:
     )
     evaluate.add_argument("--cost-sizes", type=sizes, metavar="N,N", help="images; by default 1, 10 and 100 percent")
     evaluate.add_argument(
-        "--out", type=Path, help="folder of results.json, results.md, report.html and the cache; a killed run goes on"
+        "--out", type=Path, help="folder of results.json, results.md, report.html and the cache; a killed run resumes"
     )
     evaluate.add_argument("--fresh", action="store_true", help="score anew what the cache in --out has")
     add_json(evaluate)

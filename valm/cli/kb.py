@@ -101,7 +101,7 @@ def add_to(commands: Commands) -> None:
     add_source(build)
     add_encoding(build)
     build.add_argument("--clip", required=True, help="CLIP folder, hf-hub:ORGANISATION/MODEL or ARCHITECTURE:WEIGHTS")
-    build.add_argument("--out", type=Path, required=True, help="folder of the knowledge base; a killed build goes on")
+    build.add_argument("--out", type=Path, required=True, help="folder of the knowledge base; a killed build resumes")
     add_device(build)
     add_ray(build)
     more = command(kb_commands, "add", run_add, "encode more images, and join them to a knowledge base in a new one")
@@ -110,7 +110,7 @@ def add_to(commands: Commands) -> None:
     add_encoding(more)
     add_clip(more)
     more.add_argument(
-        "--out", type=Path, required=True, help="folder of the joined knowledge base; a killed run goes on"
+        "--out", type=Path, required=True, help="folder of the joined knowledge base; a killed run resumes"
     )
     add_device(more)
     add_ray(more)
@@ -138,7 +138,7 @@ def add_to(commands: Commands) -> None:
     merge.add_argument("--out", type=Path, required=True, help="folder of the joined knowledge base")
     dedupe = command(kb_commands, "dedupe", run_dedupe, "copy a knowledge base without the images it holds twice")
     add_kb(dedupe)
-    dedupe.add_argument("--out", type=Path, required=True, help="folder of the copy; a killed run goes on")
+    dedupe.add_argument("--out", type=Path, required=True, help="folder of the copy; a killed run resumes")
     search = command(kb_commands, "search", run_search, "the images nearest to a text or an image")
     add_kb(search)
     search.add_argument("text", nargs="?", help="what is searched for")

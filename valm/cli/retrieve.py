@@ -23,7 +23,7 @@ def add_to(commands: Commands) -> None:
     )
     add_corpus(retrieve)
     retrieve.add_argument("--kb", type=Path, help="knowledge base")
-    retrieve.add_argument("--out", type=Path, help="folder of the result; a killed retrieval goes on")
+    retrieve.add_argument("--out", type=Path, help="folder of the result; a killed retrieval resumes")
     add_clip(retrieve)
     retrieve.add_argument(
         "--tokenizer",

@@ -14,7 +14,7 @@ def add_to(commands: Commands) -> None:
     study_commands = study.add_subparsers(required=True, metavar="COMMAND")
     run = command(study_commands, "run", run_run, "run all stages of a study that are not finished")
     run.add_argument("config", type=Path, help="YAML file, such as studies/small.yaml")
-    run.add_argument("--out", type=Path, required=True, help="folder of everything; a killed study goes on in it")
+    run.add_argument("--out", type=Path, required=True, help="folder of everything; a killed study resumes in it")
     run.add_argument("--data", type=Path, help="folder of the evaluation sets (default: $VALM_EVAL_DATA)")
     run.add_argument(
         "--validation", action="store_true", help="ask validation things and held-out text alone, and no test set"

@@ -55,7 +55,7 @@ def add_to(commands: Commands) -> None:
     )
     train.add_argument("--config", type=Path, help="YAML file of options and fields; the command's own come first")
     train.add_argument("--out", type=Path, required=True, help="folder of the checkpoints and of the model")
-    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out, if it has one")
+    train.add_argument("--resume", action="store_true", help="resume from the newest checkpoint in --out, if any")
     train.add_argument("--kb", type=Path, help="knowledge base; without it the model sees no images")
     train.add_argument("--clip", help="the CLIP whose tokenizer the model reads with (default: that of --kb)")
     add_allow_download(train)
@@ -258,7 +258,7 @@ def processes() -> int:
 
 
 def newest_checkpoint(out: Path, resume: bool) -> str | None:
-    """The checkpoint in `out` to go on from, None to begin.
+    """The checkpoint in `out` to resume from, None to start.
 
     Raises:
         ValmError: `out` holds something, and no training is to be resumed in it; or not that of a training.
@@ -271,7 +271,7 @@ def newest_checkpoint(out: Path, resume: bool) -> str | None:
         remove_leftovers(out)
         found = [file.name for file in out.iterdir() if not is_temporary(file.name)]
         if found and not resume:
-            raise ValmError(f"the output folder {out} is not empty: choose another, or give --resume to go on in it")
+            raise ValmError(f"the output folder {out} is not empty: choose another, or give --resume to continue in it")
         if found and RUN_FILE not in found:
             raise ValmError(f"{out} holds no training that could be resumed (it has no {RUN_FILE}): choose another")
     return get_last_checkpoint(str(out)) if resume else None

@@ -152,7 +152,7 @@ class Retriever:
         return ids, scores
 
     def start(self, batch: int) -> ContextCache:
-        """The state that `step` goes on from, for `batch` rows of text; it has `reorder(beam_idx)`."""
+        """The state that `step` continues from, for `batch` rows of text; it has `reorder(beam_idx)`."""
         return self.encoder.new_cache(batch)
 
     def step(self, input_ids: Tensor, state: ContextCache, attention_mask: Tensor | None = None) -> Retrieved:
@@ -219,7 +219,7 @@ class BlindRetriever:
         return self._pooled(self.encoder(input_ids, attention_mask))
 
     def start(self, batch: int) -> ContextCache:
-        """The state that `step` goes on from, for `batch` rows of text; it has `reorder(beam_idx)`."""
+        """The state that `step` continues from, for `batch` rows of text; it has `reorder(beam_idx)`."""
         return self.encoder.new_cache(batch)
 
     def step(self, input_ids: Tensor, state: ContextCache, attention_mask: Tensor | None = None) -> Retrieved:

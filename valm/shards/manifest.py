@@ -113,7 +113,7 @@ def open_manifest(path: Path, what: str, version: int, command: str, schema: typ
     if not (path / MANIFEST_FILE).exists():
         unfinished = (path / BUILD_FILE).exists()
         raise ValmError(
-            f"the {what} {path} is unfinished; run `{command}` again, it goes on where it stopped"
+            f"the {what} {path} is unfinished; run `{command}` again, it resumes where it stopped"
             if unfinished
             else f"{path} is not a {what}: it has no {MANIFEST_FILE}; make one with `{command}`"
         )

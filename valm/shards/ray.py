@@ -143,7 +143,7 @@ def task_result(reference: Any, what: str) -> Any:
         reason = lines[-1 if isinstance(error, ray.exceptions.ActorDiedError) else 0]
         raise ValmError(
             f"{what} was given up on the Ray cluster: {reason} ({type(error).__name__}); once that is mended, run the "
-            f"same again: it goes on"
+            "same command again: it resumes"
         ) from error
 
 

@@ -65,7 +65,7 @@ class ImageTrainer(Trainer):
         """`Trainer.train`.
 
         Raises:
-            ValmError: the folder holds another training's checkpoints; the one to go on from is damaged; a loss is not
+            ValmError: the folder holds another training's checkpoints; the one to resume from is damaged; a loss is not
                 finite; a checkpoint cannot be written.
         """
         folder = writable_folder(str(self.args.output_dir))
@@ -77,7 +77,7 @@ class ImageTrainer(Trainer):
         last = get_last_checkpoint(str(folder))
         if resume_from_checkpoint:
             if resume_from_checkpoint is True and last is None:
-                raise ValmError(f"{folder} holds no checkpoint to go on from")
+                raise ValmError(f"{folder} holds no checkpoint to resume from")
             check_resumable(Path(str(last if resume_from_checkpoint is True else resume_from_checkpoint)))
         elif last is not None:
             raise ValmError(f"{folder} holds the checkpoints of another training: resume it, or choose another folder")

@@ -57,7 +57,7 @@ def check_resumable(folder: Path) -> None:
         try:
             own_file(file)
         except ValueError as error:
-            raise ValmError(f"cannot go on from {folder}: {error}") from error
+            raise ValmError(f"cannot resume from {folder}: {error}") from error
     if CHECKSUMS_FILE in files:
         noted = read_json(files[CHECKSUMS_FILE], "the checksums", dict[str, Sha256], REMEDY)
         damaged = [name for name, sha256 in noted.items() if name not in files or file_sha256(files[name]) != sha256]
@@ -73,7 +73,7 @@ def resume_errors(folder: object) -> Iterator[None]:
         yield
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
-        raise ValmError(f"cannot go on from {folder}: {reason}") from error
+        raise ValmError(f"cannot resume from {folder}: {reason}") from error
 
 
 def _files(folder: Path) -> dict[str, Path]:

@@ -131,7 +131,7 @@ def test_a_folder_of_another_format_or_version_is_named(tmp_path):
     with pytest.raises(ValmError, match=r"is not a heap: it has no manifest\.json; make one with `make heap`"):
         open_manifest(tmp_path, "heap", 3, "make heap", Manifest)
     started = build(tmp_path)
-    with pytest.raises(ValmError, match="is unfinished; run `make heap` again, it goes on where it stopped"):
+    with pytest.raises(ValmError, match="is unfinished; run `make heap` again, it resumes where it stopped"):
         open_manifest(tmp_path, "heap", 3, "make heap", Manifest)
     started.write(write(started.out, []), [4], run_here, Silent())
     finish(started)

@@ -50,7 +50,7 @@ def test_without_checksums_what_cannot_be_read_is_one_sentence(checkpoint, name)
     """A checkpoint of an earlier version has none."""
     (checkpoint / CHECKSUMS_FILE).unlink()
     (checkpoint / name).write_bytes(b"{}")
-    with pytest.raises(ValmError, match=r"cannot go on from|is damaged"):
+    with pytest.raises(ValmError, match=r"cannot resume from|is damaged"):
         resume(checkpoint)
 
 
@@ -66,7 +66,7 @@ def test_pipes_and_links_out_are_not_opened(checkpoint):
 
 
 def test_no_checkpoint(tmp_path):
-    with pytest.raises(ValmError, match="holds no checkpoint to go on from"):
+    with pytest.raises(ValmError, match="holds no checkpoint to resume from"):
         new_trainer(tmp_path).train(resume_from_checkpoint=True)
     with pytest.raises(ValmError, match="there is no checkpoint"):
         new_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))

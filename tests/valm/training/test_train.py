@@ -175,7 +175,7 @@ def test_an_augmented_decoder_trains_what_was_added_and_goes_on(tmp_path):
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, other, reason):
     saving = {"save_strategy": "steps", "max_steps": 2}
     new_trainer(tmp_path, **saving).train()
-    with pytest.raises(ValmError, match=f"cannot go on from .*checkpoint-2: {reason}"):
+    with pytest.raises(ValmError, match=f"cannot resume from .*checkpoint-2: {reason}"):
         new_trainer(tmp_path, model=other(), **saving).train(resume_from_checkpoint=True)
 
 
