@@ -130,7 +130,7 @@ def _run(
     with stage("pictures"):
         memory_color, memory_note = find_memory_color(eval_data)
         if memory_note and progress:
-            print(f"MemoryColor is left out: {memory_note}")
+            print(f"MemoryColor is skipped: {memory_note}")
         parts = split_things(
             load_things(progress=progress), memory_color, seed=seed, split=split, max_things=settings.max_things
         )

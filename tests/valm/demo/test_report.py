@@ -1,4 +1,4 @@
-"""The report of given results: numbers, verdicts, swaps, and what is said when MemoryColor is left out."""
+"""The report of given results: numbers, verdicts, swaps, and what is said when MemoryColor is skipped."""
 
 import re
 
@@ -81,7 +81,7 @@ def test_a_phone_and_a_desk_show_all_of_it(tmp_path, exhibits, browser, width, s
 def test_without_memory_color_it_says_why(tmp_path, exhibits):
     write_report(tmp_path / "report.html", results(memory=False), {"CLIP": [1.0], "VaLM": [1.0]}, exhibits)
     text = (tmp_path / "report.html").read_text()
-    assert "MemoryColor is left out: there is no table &lt;here&gt;" in text
+    assert "MemoryColor is skipped: there is no table &lt;here&gt;" in text
     assert "things of MemoryColor" not in text
 
 
