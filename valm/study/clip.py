@@ -21,7 +21,7 @@ from valm.study.pictures import Picture
 
 IMAGE_SIZE = 112
 MODEL_CFG: dict[str, Any] = {
-    "embed_dim": 128,
+    "embed_dim": 512,  # as of ViT-B/32; with 128 the vectors say less of colours
     "vision_cfg": {
         "timm_model_name": "tf_efficientnet_lite0",
         "timm_model_pretrained": False,

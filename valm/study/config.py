@@ -15,6 +15,8 @@ from valm.text import nearest, one_line
 
 # The fields that a seed's results depend on: results are pooled only where these agree.
 RECIPE = ("language_model", "pictures", "clip", "text", "images", "training")
+# Counted up where the code draws or trains something else from the same fields.
+RECIPE_VERSION = 2
 
 
 class Arm(NamedTuple):
@@ -80,8 +82,8 @@ class StudyConfig:
 
     @property
     def recipe(self) -> str:
-        """A hash of the fields in RECIPE: results of different recipes are never pooled."""
-        settings = {name: getattr(self, name) for name in RECIPE}
+        """A hash of the fields in RECIPE and of RECIPE_VERSION: results of different recipes are never pooled."""
+        settings = {name: getattr(self, name) for name in RECIPE} | {"version": RECIPE_VERSION}
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
     def to_json(self) -> dict[str, Any]:

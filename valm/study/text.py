@@ -70,6 +70,10 @@ CAPTION_TEMPLATES = (
 COLOR_CAPTION_TEMPLATES = ("the {c} {x}", "a drawing of the {c} {x}", "the {x} is {c}", "{c} {x}, simple illustration")
 CAPTIONS = 10  # of each picture of a thing
 COLOR_CAPTIONS = 3  # of these, with the colour, for things whose colour may be said
+# Of these, with the name in the middle of running text. A CLIP that has read nothing but the templates above does not
+# find the thing of a sentence in other words, as a CLIP from the web does.
+RUNNING_CAPTIONS = 5
+MAX_RUNNING_WORDS = 6  # of such text, on either side of the name
 
 VALIDATION_SHARE = 0.25
 # The share of a source's sentences, after the filter, that is held out for perplexity.
@@ -182,6 +186,7 @@ def study_text(
 
     heldout: dict[str, list[str]] = {}
     natural: list[str] = []
+    prose: list[str] = []
     training: list[str] = []
     if "glosses" in sources:
         natural, heldout["glosses"] = _held_out(kept("glosses", color_glosses()), f"{seed} glosses")
@@ -192,7 +197,8 @@ def study_text(
         count, file = sources["prose"].get("count", 260), sources["prose"].get("file")
         paragraphs = kept("prose", python_prose() if file is None else file_prose(Path(file)))
         some, heldout["prose"] = _held_out(paragraphs, f"{seed} prose")
-        training += some[:count]
+        prose = some[:count]
+        training += prose
     random.Random(f"{seed} order").shuffle(training)
     scenes = [line for picture in pictures if picture.thing is None for line in picture.caption.split("\n")]
     if scenes:
@@ -200,9 +206,10 @@ def study_text(
         heldout["captions"] = scenes[:MAX_HELD_OUT_CAPTIONS]
     captions = {}
     rng = random.Random(f"{seed} captions")
+    running = [word for text in natural + prose for word in words(text) if word not in COLOR_WORDS]
     for picture in pictures:
         said = spoken.get(picture.thing or "")
-        lines = kept("captions", _captions(picture, picture.color if said else None, rng))
+        lines = kept("captions", _captions(picture, picture.color if said else None, running, rng))
         if lines:
             captions[picture.file] = lines
     counts["training"] = len(training)
@@ -296,23 +303,38 @@ def _templated(colors: Mapping[str, str], rng: random.Random, count: int = 2400,
 
 
 def _filled(template: str, thing: str, color: str, rng: random.Random) -> str:
+    return template.format(x=_with_article(thing, rng), c=color)
+
+
+def _with_article(thing: str, rng: random.Random) -> str:
     article = rng.choice(ARTICLES)
-    return template.format(x=f"{_article(thing) if article == 'a' else article} {thing}", c=color)
+    return f"{_article(thing) if article == 'a' else article} {thing}"
 
 
 def _article(name: str) -> str:
     return "an" if name[0] in "aeiou" else "a"
 
 
-def _captions(picture: Picture, color: str | None, rng: random.Random) -> list[str]:
-    """What the CLIP reads of a picture: its captions, or those made for a thing, of which some say `color`."""
+def _captions(picture: Picture, color: str | None, running: Sequence[str], rng: random.Random) -> list[str]:
+    """What the CLIP reads of a picture: its captions, or those made for a thing, of which some say `color`, and some
+    have the name between words of `running`."""
     if picture.thing is None:
         return picture.caption.split("\n")
-    plain = CAPTIONS - (0 if color is None else COLOR_CAPTIONS)
-    lines = [t.format(x=picture.thing, a=_article(picture.thing)) for t in rng.sample(CAPTION_TEMPLATES, plain)]
-    if color is not None:
-        lines += [t.format(x=picture.thing, c=color) for t in rng.sample(COLOR_CAPTION_TEMPLATES, COLOR_CAPTIONS)]
+    of_color = 0 if color is None else COLOR_CAPTIONS
+    of_running = RUNNING_CAPTIONS if running else 0
+    plain = rng.sample(CAPTION_TEMPLATES, CAPTIONS - of_color - of_running)
+    lines = [template.format(x=picture.thing, a=_article(picture.thing)) for template in plain]
+    lines += [t.format(x=picture.thing, c=color) for t in rng.sample(COLOR_CAPTION_TEMPLATES, of_color)]
+    for _ in range(of_running):
+        before, after = (_some_words(running, rng) for _ in range(2))
+        lines.append(" ".join([*before, _with_article(picture.thing, rng), *after]))
     return lines
+
+
+def _some_words(running: Sequence[str], rng: random.Random) -> Sequence[str]:
+    """Up to MAX_RUNNING_WORDS words that follow each other."""
+    start = rng.randrange(len(running))
+    return running[start : start + rng.randint(0, MAX_RUNNING_WORDS)]
 
 
 def _held_out(sentences: list[str], seed: str) -> tuple[list[str], list[str]]:

@@ -13,10 +13,11 @@ from valm.evaluation.sets import DATA_VARIABLE, find_file
 from valm.study import text as study
 from valm.study.pictures import Picture
 from valm.study.text import COLOR_TEMPLATES, color_glosses, file_prose, python_prose, study_text
-from valm.study.words import Names, words
+from valm.study.words import COLOR_WORDS, Names, words
 
 SOURCES = {"glosses": {}, "templates": {"count": 200}, "prose": {"count": 20}}
 ITEMS = ["tomato", "polar bear"]
+ALL_CAPTIONS = (*study.CAPTION_TEMPLATES, *study.COLOR_CAPTION_TEMPLATES)
 
 
 @pytest.fixture
@@ -46,6 +47,22 @@ def test_templates_are_unlike_the_prompts():
         assert not ngrams(template.replace("{c}", ""), "{x}") & prompts, template
         assert "color" not in template.lower() and "colour" not in template.lower()
     assert ngrams("The color of {x} is {c}.", "{x}") & prompts  # the test finds what it looks for
+
+
+def test_captions_name_the_thing_in_running_text_without_colours(pictures, glosses):
+    text = drawn(pictures)
+    of_things = [picture for picture in pictures if picture.thing is not None]
+    found = Counter()
+    for picture in of_things:
+        made = {t.format(x=picture.thing, a=a, c=picture.color) for t in ALL_CAPTIONS for a in ("a", "an")}
+        running = [line for line in text.captions[picture.file] if line not in made]
+        found[len(running)] += 1
+        for line in running:
+            before, after = line.split(picture.thing, 1)
+            assert not COLOR_WORDS & {*words(before), *words(after)}, line
+            assert len(words(before)) <= study.MAX_RUNNING_WORDS + 1 and len(words(after)) <= study.MAX_RUNNING_WORDS
+    # now and then, without words on either side, a line is that of a template
+    assert found[study.RUNNING_CAPTIONS] > len(of_things) / 2
 
 
 def test_a_planted_leak_is_dropped_and_counted(pictures, glosses):
