@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from valm.errors import ValmError
+from valm.files import read_text
 from valm.text import nearest, one_line
 
 # The fields that a seed's results depend on: results are pooled only where these agree.
@@ -100,8 +101,8 @@ def read_config(file: str | os.PathLike) -> StudyConfig:
 
     path = Path(file)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
         raise ValmError(f"the study {path} cannot be read: {one_line(str(error))}") from error
     if not isinstance(content, dict):
         raise ValmError(f"the study {path} is no mapping, each line NAME: VALUE")

@@ -13,7 +13,7 @@ import numpy as np
 from valm.errors import ValmError
 from valm.evaluation.sets import SETS
 from valm.evaluation.statistics import Difference, Estimate
-from valm.files import atomic_path
+from valm.files import atomic_path, read_text
 from valm.plots import FAINT, INK, SERIES, new_figure, quiet
 from valm.study.config import ARMS, EXCHANGES, VALIDATION
 from valm.study.results import CALIBRATED, RAW, Results
@@ -82,17 +82,13 @@ def write_page(results: Results, page: str | os.PathLike, images: str | os.PathL
         ValmError: the page cannot be read, or has a mark of no table.
     """
     path = Path(page)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValmError(f"cannot read the page {path}: {error.strerror}") from error
 
     def filled(mark: re.Match) -> str:
         if mark[1] not in TABLES:
             raise ValmError(f"{path} has the mark of a table {mark[1]!r}, expected one of {', '.join(TABLES)}")
         return f"<!-- study: {mark[1]} -->\n{TABLES[mark[1]](results)}\n<!-- end -->"
 
-    text = re.sub(r"<!-- study: ([\w-]+) -->\n.*?<!-- end -->", filled, text, flags=re.DOTALL)
+    text = re.sub(r"<!-- study: ([\w-]+) -->\n.*?<!-- end -->", filled, read_text(path), flags=re.DOTALL)
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     for name, draw in FIGURES.items():

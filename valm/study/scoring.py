@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from valm.evaluation.choice import log_prior
 from valm.evaluation.questions import FAIR, Documents, Questions
 from valm.evaluation.scorers import CausalScorer
 from valm.evaluation.scoring import Progress, answer_tokens
 from valm.tokenizer import begin_id
-from valm.training.cache_below import FUSION_INPUT, cache_below
+from valm.training.cache_below import FUSION_INPUT, cache_below, fusion_input
 
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
@@ -82,9 +81,9 @@ def read_from_fusion(
         found = [known[tuple(row)] for row in ids.tolist() if tuple(row) in known]
         if len(found) < len(ids) or kwargs.get("past_key_values") is not None:
             return args, kwargs
-        states = np.stack([cached[number][FUSION_INPUT] for cached, number in found])
-        tensor = torch.from_numpy(states).to(ids.device)
-        return args, kwargs | {FUSION_INPUT: tensor.view(torch.bfloat16) if states.dtype == np.uint16 else tensor}
+        states = [cached[number][FUSION_INPUT] for cached, number in found]
+        rows = [(row, slice(None)) for row in range(len(found))]
+        return args, kwargs | {FUSION_INPUT: fusion_input(states, rows, ids.shape).to(ids.device)}
 
     # before the hook of cache_below, which takes fusion_input out of the arguments
     model.register_forward_pre_hook(begin_above, with_kwargs=True, prepend=True)

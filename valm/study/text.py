@@ -19,7 +19,7 @@ from typing import Any
 
 from valm.errors import ValmError
 from valm.evaluation.color import ColorItem
-from valm.files import atomic_path, check_regular, writable_folder, write_json
+from valm.files import atomic_path, read_text, writable_folder, write_json
 from valm.study.pictures import Picture, thing_colors
 from valm.study.words import COLOR_WORDS, Names, head_noun, wordnet, words
 
@@ -236,11 +236,7 @@ def file_prose(path: Path) -> list[str]:
     Raises:
         ValmError: it cannot be read or has none.
     """
-    check_regular(path)
-    try:
-        found = _paragraphs(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValmError(f"cannot read the prose {path}: {error}") from error
+    found = _paragraphs(read_text(path))
     if not found:
         raise ValmError(f"the prose {path} has no paragraph of {PROSE_CHARACTERS[0]} to {PROSE_CHARACTERS[1]} letters")
     return found
