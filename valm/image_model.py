@@ -219,11 +219,17 @@ class ImageModel(_Base):
     def _open(self, note: RetrievalNote) -> None:
         options = self.image_options
         folder = Path(self._note_folder or self.config.name_or_path)
+        source = folder if (folder / "tokenizer_config.json").is_file() else self.config.name_or_path
         try:
-            source = folder if (folder / "tokenizer_config.json").is_file() else self.config.name_or_path
             tokenizer: Any = AutoTokenizer.from_pretrained(source, local_files_only=True)
-            self.set_retriever(note.open(tokenizer, options.num_images, blind=options.blind, device=self.device))
         except Exception as error:  # transformers raises many kinds
+            raise ValmError(
+                f"the images of the model in {folder} cannot be retrieved: no tokenizer can be loaded from {source}; "
+                "save one there by tokenizer.save_pretrained, or set a retriever by set_retriever"
+            ) from error
+        try:
+            self.set_retriever(note.open(tokenizer, options.num_images, blind=options.blind, device=self.device))
+        except Exception as error:  # open_clip raises many kinds
             raise ValmError(
                 f"the images of the model in {folder} cannot be retrieved: {str(error).splitlines()[0]}; set another "
                 "retriever by set_retriever, or None for text alone"

@@ -74,6 +74,14 @@ def test_saving_a_loaded_model_elsewhere_notes_its_images_again(saved, tmp_path)
     torch.testing.assert_close(loaded(ids).logits, expected)
 
 
+def test_a_folder_without_a_tokenizer_is_named(saved, tmp_path):
+    folder, ids, _ = saved
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "copy")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "copy")
+    with pytest.raises(ValmError, match=r"no tokenizer can be loaded from .*copy; save one there"):
+        loaded(ids)
+
+
 def test_a_trainers_checkpoint_finds_its_images(retriever, tmp_path):
     model = model_for(retriever)
     model.set_retriever(retriever)

@@ -306,6 +306,9 @@ def note_run(training: ImageTrainer, dataset: CorpusRetrieval | Sequence[Any], a
     }
     if file.is_file():
         before = read_json(file, "the note on a training", dict[str, Any], "choose another folder")
+        if (run["base"] is None) != (before.get("base") is None):
+            kind = "a pretrained decoder (--base)" if run["base"] is None else "a new model, without --base"
+            raise ValmError(f"{arguments.out} holds the training of {kind}; choose another folder")
         other = other_weight(run["base"] or {}, before.get("base") or {})
         if other is not None:
             raise ValmError(

@@ -359,7 +359,7 @@ def _retrieve(
             facts = {name: sum(shard[name] for shard in shards) for name in ("documents", "tokens")}
             if facts["documents"] == 0:
                 build.abandon()
-                raise ValmError("the corpus has no documents")
+                raise ValmError("the corpus has no documents: it has no text")
             encoder.tokenizer.save_pretrained(build.out)
             build.finish({"format": f"valm {WHAT}", "version": VERSION, **facts})
     return CorpusRetrieval.open(build.out)

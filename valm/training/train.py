@@ -179,7 +179,7 @@ def _check(
     options = getattr(model, "image_options", ImageOptions(0, 0, False))
     sized = hasattr(dataset, "__len__")
     if sized and len(dataset) == 0:
-        raise ValmError("there are no documents to train on")
+        raise ValmError("there are no documents to train on: the corpus has no text")
     check_vocabulary(model, tokenizer)
     if row_length is not None and not isinstance(model, VaLMForCausalLM):
         raise ValmError("only VaLMForCausalLM keeps documents apart in a packed row: drop row_length")

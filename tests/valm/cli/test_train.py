@@ -77,6 +77,9 @@ def test_a_pretrained_decoder_is_trained_beside_its_text_only_twin(world, base, 
     assert run(*train, "--base", tmp_path / "other", "--out", tmp_path / "model", "--resume") == 1
     error = "holds the training of another base model: mlp.up_proj.weight of its fusion layer had other values"
     assert error in capsys.readouterr().err
+    assert run("train", *options[:4], *SIZE, "--out", tmp_path / "model", "--resume") == 1
+    error = "holds the training of a pretrained decoder (--base); choose another folder"
+    assert error in capsys.readouterr().err
 
 
 def test_a_blind_twin_of_a_pretrained_decoder(world, base, tmp_path):
