@@ -35,6 +35,7 @@ def in_module(tmp_path: Path, expression: str) -> str:
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
 
 
+@pytest.mark.slow  # a whole build; `make test` has just made one
 def test_cpu_only_build_has_no_cuda_code(tmp_path):
     done = build(tmp_path, VALM_KERNELS_CUDA="off")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -104,6 +104,7 @@ def test_flickr8k(clip, tmp_path):
     assert kb.item(0).caption.startswith("A child in a pink dress is climbing up a set of stairs")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("VALM_EVAL_DATA" not in os.environ, reason="needs flickr8k_1000: set VALM_EVAL_DATA")
 @needs_fork
 def test_flickr8k_killed_at_random_and_with_corrupted_pictures(clip, tmp_path):
