@@ -45,9 +45,11 @@ Problem<T, Wide> problem(const std::vector<int64_t>& sizes, double scale, double
           std::pair{"image_k_bias", &Problem<T, Wide>::image_k_bias},
           std::pair{"image_v_bias", &Problem<T, Wide>::image_v_bias},
           std::pair{"image_logit_bias", &Problem<T, Wide>::image_logit_bias},
+          std::pair{"image_score_bias", &Problem<T, Wide>::image_score_bias},
           std::pair{"grad_image_k_bias", &Problem<T, Wide>::grad_image_k_bias},
           std::pair{"grad_image_v_bias", &Problem<T, Wide>::grad_image_v_bias},
-          std::pair{"grad_image_logit_bias", &Problem<T, Wide>::grad_image_logit_bias}})
+          std::pair{"grad_image_logit_bias", &Problem<T, Wide>::grad_image_logit_bias},
+          std::pair{"grad_image_score_bias", &Problem<T, Wide>::grad_image_score_bias}})
         p.*member = view<Wide>(tensors, name);
     p.image_index = view<int32_t>(tensors, "image_index");
     p.image_mask = view<bool>(tensors, "image_mask");

@@ -22,17 +22,17 @@ struct ImageAttnSizes {
 // isa is one of cpu_isas() of simd/isa.hpp; dtype is that of q, k, v, the images and their gradients: "float32",
 // "float16", "bfloat16" or "float64". All others ("wide") are float64 beside float64 and float32 otherwise, but
 // image_index (int32) and image_mask (bool).
-// softcap caps the scores before image_logit_bias is added; 0 = no cap.
+// softcap caps the scores before image_logit_bias and image_score_bias are added; 0 = no cap.
 //
 // in:      q (B, Hq, T, D); image_k, image_v (B, Hkv, T, K, D) or (Hkv, U, D); image_index or image_mask (B, T, K);
-//          wide image_k_bias, image_v_bias (Hkv, D), image_logit_bias (Hq)
+//          wide image_k_bias, image_v_bias (Hkv, D), image_logit_bias (Hq), image_score_bias (B, T, K)
 // in, out: out (B, Hq, T, D), wide lse (B, Hq, T): those of the text come in, the joint ones leave
 void image_attn_forward(const std::string& isa, const std::string& dtype, const std::vector<int64_t>& sizes,
                         double scale, double softcap, int threads, const TensorMap& tensors);
 
 // in:      as above, and the joint out and lse (+inf for a query that sees nothing), grad_out, wide grad_lse or none
-// in, out: grad_q: the text's share comes in, the sum leaves
-// out:     grad_image_k, grad_image_v, and those wide gradients of the three biases that are given
+// in, out: grad_q: the text's share comes in, the sum leaves; wide grad_image_score_bias, zeros come in, or none
+// out:     grad_image_k, grad_image_v, and those wide gradients of the other biases that are given
 void image_attn_backward(const std::string& isa, const std::string& dtype, const std::vector<int64_t>& sizes,
                          double scale, double softcap, int threads, const TensorMap& tensors);
 

@@ -147,6 +147,15 @@ struct Capped {
     Wide value, slope;
 };
 
+// Adds image_score_bias to the scores of the images that there are.
+template <typename T, typename Wide>
+void add_score_bias(const Problem<T, Wide>& p, int64_t b, int64_t i, const TokenImages<T>& rows, Scores<Wide>& scores) {
+    if (!p.image_score_bias) return;
+    const Wide* bias = p.image_score_bias.at(b, i);
+    for (int64_t k = 0; k < p.sizes.images; ++k)
+        if (rows.keys[k]) scores[k] += bias[k];
+}
+
 // What one thread needs for one token and head.
 template <typename Wide>
 struct ForwardScratch {
@@ -176,6 +185,7 @@ void forward(const Problem<T, Wide>& p) {
                 for (int64_t k = 0; k < images; ++k)
                     if (rows.keys[k])
                         weights[k] = Capped(p.scale * q.dot(rows.keys[k], dim) + offset, p.softcap).value + logit;
+                add_score_bias(p, b, i, rows, weights);
                 Wide& lse = *p.lse.at(b, head, i);
                 weights[images] = lse;
                 Wide highest = kNone;
@@ -358,6 +368,7 @@ void backward(const Problem<T, Wide>& p) {
                     grad_scores[k] = grad_out.dot(rows.values[k], dim) - delta;
                     slopes[k] = score.slope;
                 }
+                add_score_bias(p, b, i, rows, weights);
                 typename Lanes<Wide>::Vector weight_sums = {}, grad_score_sums = {};
                 for (int64_t k = 0; k < images; k += kLanes) {
                     auto &weight = weights.vector_at(k), &grad_score = grad_scores.vector_at(k);
@@ -365,6 +376,10 @@ void backward(const Problem<T, Wide>& p) {
                     grad_score_sums += grad_score *= weight;
                 }
 
+                if (p.grad_image_score_bias) {  // all heads of a token stay with one thread
+                    Wide* grad_score_bias = p.grad_image_score_bias.at(b, i);
+                    for (int64_t k = 0; k < images; ++k) grad_score_bias[k] += grad_scores[k];
+                }
                 // grad_scores are those of the scores so far, and of the products from here on
                 const Wide grad_logit = sum_of(grad_score_sums);
                 Wide grad_score_sum = grad_logit;

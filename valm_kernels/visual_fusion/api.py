@@ -35,6 +35,7 @@ def visual_fusion_attn(
     image_k_bias: Tensor | None = None,
     image_v_bias: Tensor | None = None,
     image_logit_bias: Tensor | None = None,
+    image_score_bias: Tensor | None = None,
     first_key: Tensor | None = None,
     causal: bool = True,
     scale: float | None = None,
@@ -56,6 +57,7 @@ def visual_fusion_attn(
     image_k_bias: Tensor | None = None,
     image_v_bias: Tensor | None = None,
     image_logit_bias: Tensor | None = None,
+    image_score_bias: Tensor | None = None,
     first_key: Tensor | None = None,
     causal: bool = True,
     scale: float | None = None,
@@ -76,6 +78,7 @@ def visual_fusion_attn(
     image_k_bias: Tensor | None = None,
     image_v_bias: Tensor | None = None,
     image_logit_bias: Tensor | None = None,
+    image_score_bias: Tensor | None = None,
     first_key: Tensor | None = None,
     causal: bool = True,
     scale: float | None = None,
@@ -85,15 +88,16 @@ def visual_fusion_attn(
     """Attention of every token over its text and its own K images, with one softmax over both.
 
     For query i of head h, its text keys j and its images k (equations 3 to 7 of Wang et al., "Visually-Augmented
-    Language Modeling", with several heads, a prefix, first_key and image_logit_bias added)::
+    Language Modeling", with several heads, a prefix, first_key and the two biases of scores added)::
 
         s_ij = scale * q_i . k_j                            first_key_i <= j <= i + (Tk - Tq)
-        t_ik = scale * u_i . (image_k_ik + image_k_bias) + image_logit_bias_h      u_i = image_q_i, or q_i without it
+        t_ik = scale * u_i . (image_k_ik + image_k_bias) + image_logit_bias_h + image_score_bias_ik
         [a_i | b_i] = softmax([s_i | t_i])
         out_i = sum_j a_ij v_j + sum_k b_ik (image_v_ik + image_v_bias)
         lse_i = log(sum_j exp s_ij + sum_k exp t_ik)
 
-    With softcap c the s_ij, and the products in t_ik before image_logit_bias is added, become c tanh(. / c).
+    u_i is image_q_i, or q_i without it. With softcap c the s_ij, and the products in t_ik before the two biases of
+    scores are added, become c tanh(. / c).
     A query that sees neither text nor image gets zeros, lse -inf and zero gradient.
 
     Args:
@@ -113,6 +117,9 @@ def visual_fusion_attn(
         image_mask: (B, Tq, K) bool, dense layout only; False = no image.
         image_k_bias, image_v_bias: (Hkv, D) added to every image's key / value; dtype of q or float32.
         image_logit_bias: (Hq,) float32 added to every image score of a head (float64 beside a float64 q).
+        image_score_bias: (B, Tq, K) float32 added to the score of each image in all heads (float64 beside a float64
+            q): a prior, such as the retrieval score. Differentiable. -inf gives an image the weight 0. A slot
+            without an image remains without, whatever its bias, NaN too.
         first_key: (B, Tq) int32, the first text key that each query sees: left padding, packed documents and
             sliding windows. It need not be monotone; values <= 0 mean all keys. It limits text only: mask the
             images of a padding query by image_index or image_mask.
@@ -143,6 +150,7 @@ def visual_fusion_attn(
         "image_k_bias": image_k_bias,
         "image_v_bias": image_v_bias,
         "image_logit_bias": image_logit_bias,
+        "image_score_bias": image_score_bias,
         "first_key": first_key,
     }
     _check_tensors(tensors, options)
@@ -167,6 +175,7 @@ def attention_weights(
     image_mask: Tensor | None = None,
     image_k_bias: Tensor | None = None,
     image_logit_bias: Tensor | None = None,
+    image_score_bias: Tensor | None = None,
     first_key: Tensor | None = None,
     causal: bool = True,
     scale: float | None = None,
@@ -190,6 +199,7 @@ def attention_weights(
         "image_k_bias": image_k_bias,
         "image_v_bias": None,
         "image_logit_bias": image_logit_bias,
+        "image_score_bias": image_score_bias,
         "first_key": first_key,
     }
     _check_tensors(tensors, options)
@@ -213,7 +223,7 @@ def _checked_inputs(
     if tensors["image_q"] is not None:
         _check_shape("image_q", tensors["image_q"], tuple(tensors["q"].shape), "that of q")
     num_images = _check_image_shapes(tensors, options)
-    _check_bias_shapes(tensors["q"], tensors["k"], options)
+    _check_option_shapes(tensors["q"], tensors["k"], num_images, options)
     if not isinstance(causal, bool):
         raise TypeError(f"causal must be a bool, got {type(causal).__name__}")
     if scale is not None:
@@ -291,6 +301,7 @@ def _check_dtypes(tensors: dict, options: dict) -> None:
         "image_k_bias": (dtype, wide),
         "image_v_bias": (dtype, wide),
         "image_logit_bias": (wide,),
+        "image_score_bias": (wide,),
         "first_key": (torch.int32,),
     }
     for name, dtypes in allowed.items():
@@ -376,12 +387,13 @@ def _check_image_shapes(tensors: dict, options: dict) -> int:
     return num_images
 
 
-def _check_bias_shapes(q: Tensor, k: Tensor, options: dict) -> None:
+def _check_option_shapes(q: Tensor, k: Tensor, num_images: int, options: dict) -> None:
     batch, query_heads, num_queries, head_dim = q.shape
     expected = {
         "image_k_bias": ((k.shape[1], head_dim), "(Hkv, D)"),
         "image_v_bias": ((k.shape[1], head_dim), "(Hkv, D)"),
         "image_logit_bias": ((query_heads,), "(Hq,)"),
+        "image_score_bias": ((batch, num_queries, num_images), "(B, Tq, K)"),
         "first_key": ((batch, num_queries), "(B, Tq)"),
     }
     for name, (shape, meaning) in expected.items():

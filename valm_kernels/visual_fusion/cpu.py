@@ -68,12 +68,14 @@ def backward(
     grad_lse = None if grad_lse is None else grad_lse.masked_fill(unseen, 0)
     grad_q, grad_k, grad_v = _text_backward(grad_out, grad_lse, out, lse, inputs)
     if inputs.image_k is None or inputs.image_v is None:
-        return _only(needed, grad_q, grad_k, grad_v, *[None] * 6)
+        return _only(needed, grad_q, grad_k, grad_v, *[None] * 7)
 
     biases = (inputs.image_k_bias, inputs.image_v_bias, inputs.image_logit_bias)
     gradients = [empty_rows_like(t) for t in (inputs.image_k, inputs.image_v)]
     grad_image_q = None if inputs.image_q is None else empty_tokens_first(inputs.image_q).zero_()
     bias_gradients = [None if b is None else lse.new_empty(b.shape) for b in biases]
+    score_bias = inputs.image_score_bias
+    grad_score_bias = None if score_bias is None else score_bias.new_zeros(score_bias.shape)
     _ImageBranch(inputs).run(
         "backward",
         out=out,
@@ -86,10 +88,11 @@ def backward(
         grad_image_k_bias=bias_gradients[0],
         grad_image_v_bias=bias_gradients[1],
         grad_image_logit_bias=bias_gradients[2],
+        grad_image_score_bias=grad_score_bias,
     )
     of_biases = zip(biases, bias_gradients, strict=True)
     bias_gradients = [None if b is None or g is None else g.to(b.dtype) for b, g in of_biases]
-    return _only(needed, grad_q, grad_k, grad_v, *gradients, grad_image_q, *bias_gradients)
+    return _only(needed, grad_q, grad_k, grad_v, *gradients, grad_image_q, *bias_gradients, grad_score_bias)
 
 
 def _only(needed: Sequence[bool], *gradients: Tensor | None) -> Gradients:
@@ -105,10 +108,11 @@ class _ImageBranch:
     """The native image branch, with its inputs in the form of csrc/image_attn/image_attn.hpp."""
 
     def __init__(self, inputs: Inputs) -> None:
-        _, _, _, image_k, image_v, image_q, image_index, image_mask, *biases, _, _, self.scale, softcap = inputs
+        image_k, image_v, image_q, image_index, image_mask = inputs[3:8]
         assert image_k is not None and image_v is not None
         q = inputs.q if image_q is None else whole_rows(image_q)
-        self.softcap = 0.0 if softcap is None else softcap
+        self.scale = inputs.scale
+        self.softcap = 0.0 if inputs.softcap is None else inputs.softcap
         if image_index is None:
             kv_heads, num_images, pool_rows = image_k.shape[1], image_k.shape[3], -1
         else:
@@ -119,16 +123,15 @@ class _ImageBranch:
         self.dtype = str(q.dtype).removeprefix("torch.")
         self.sizes = (batch, query_heads, kv_heads, num_queries, num_images, head_dim, pool_rows)
         wide = torch.promote_types(q.dtype, torch.float32)
-        image_k_bias, image_v_bias, image_logit_bias = (None if b is None else b.to(wide).contiguous() for b in biases)
+        biases = ("image_k_bias", "image_v_bias", "image_logit_bias", "image_score_bias")
+        of_biases = ((name, getattr(inputs, name)) for name in biases)
         self.inputs = {
             "q": q,
             "image_k": whole_rows(image_k),
             "image_v": whole_rows(image_v),
             "image_index": None if image_index is None else image_index.contiguous(),
             "image_mask": None if image_mask is None else image_mask.contiguous(),
-            "image_k_bias": image_k_bias,
-            "image_v_bias": image_v_bias,
-            "image_logit_bias": image_logit_bias,
+            **{name: None if bias is None else bias.to(wide).contiguous() for name, bias in of_biases},
         }
 
     def run(self, direction: str, **tensors: Tensor | None) -> None:

@@ -26,6 +26,7 @@ class Inputs(NamedTuple):
     image_k_bias: Tensor | None
     image_v_bias: Tensor | None
     image_logit_bias: Tensor | None
+    image_score_bias: Tensor | None
     first_key: Tensor | None
     causal: bool
     scale: float
@@ -49,6 +50,7 @@ class Gradients(NamedTuple):
     image_k_bias: Tensor | None
     image_v_bias: Tensor | None
     image_logit_bias: Tensor | None
+    image_score_bias: Tensor | None
 
 
 def check_image_index(image_index: Tensor, pool_size: int) -> None:

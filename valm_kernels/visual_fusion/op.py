@@ -17,8 +17,8 @@ from valm_kernels.visual_fusion.layout import empty_gradients, empty_rows_like
 
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? image_k, Tensor? image_v, Tensor? image_q, Tensor? image_index, "
-    "Tensor? image_mask, Tensor? image_k_bias, Tensor? image_v_bias, Tensor? image_logit_bias, Tensor? first_key, "
-    "bool causal, float scale, float? softcap, str impl"
+    "Tensor? image_mask, Tensor? image_k_bias, Tensor? image_v_bias, Tensor? image_logit_bias, "
+    "Tensor? image_score_bias, Tensor? first_key, bool causal, float scale, float? softcap, str impl"
 )
 # Positions of the differentiable tensors among the inputs.
 _DIFFERENTIABLE = tuple(Inputs._fields.index(name) for name in Gradients._fields)
@@ -27,7 +27,7 @@ _library = torch.library.Library("valm_kernels", "DEF")
 _library.define(f"visual_fusion_attn({_INPUTS}) -> (Tensor out, Tensor lse)")
 _library.define(
     f"visual_fusion_attn_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_INPUTS}, "
-    "bool[] needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "bool[] needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _forward_op = torch.ops.valm_kernels.visual_fusion_attn.default
 _backward_op = torch.ops.valm_kernels.visual_fusion_attn_backward.default

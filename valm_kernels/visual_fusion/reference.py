@@ -36,6 +36,8 @@ def joint_softmax(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         image_scores = _capped(image_scores, inputs.softcap)
         if inputs.image_logit_bias is not None:
             image_scores = image_scores + inputs.image_logit_bias[:, None, None]
+        if inputs.image_score_bias is not None:
+            image_scores = image_scores + inputs.image_score_bias[:, None]
         if present is not None:
             image_scores = image_scores.masked_fill(~present[:, None], -torch.inf)
         scores = torch.cat([scores, image_scores], -1)  # (B, Hq, Tq, Tk + K)

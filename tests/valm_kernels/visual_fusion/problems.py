@@ -11,8 +11,9 @@ from torch import Tensor
 
 from tests.tolerance import assert_accurate
 from valm_kernels import visual_fusion_attn
+from valm_kernels.visual_fusion.inputs import Gradients
 
-DIFFERENTIABLE = ("q", "k", "v", "image_k", "image_v", "image_q", "image_k_bias", "image_v_bias", "image_logit_bias")
+DIFFERENTIABLE = Gradients._fields
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Problem:
     softcap: float | None = None
     image_q: bool = False
     biases: bool = True
+    score_bias: bool = False  # NaN at slots without an image
     gaps: bool = True  # some slots hold no image
     tokens_first: bool = True  # memory (B, T, H, D), as a projection leaves it
     seed: int = 0
@@ -90,6 +92,13 @@ class Problem:
             inputs["first_key"] = FIRST_KEYS[self.first_key](self, generator)
         if self.image_q:
             inputs["image_q"] = tokens(self.query_heads, self.num_queries)
+        if self.score_bias:
+            bias = normal(*slots, dtype=wide)
+            if "image_mask" in inputs:
+                bias[~inputs["image_mask"]] = torch.nan
+            elif "image_index" in inputs:
+                bias[inputs["image_index"] < 0] = torch.nan
+            inputs["image_score_bias"] = bias
         return inputs
 
 
@@ -208,6 +217,22 @@ def assert_passes_nan_on(impl: str, name: str, dtype: torch.dtype) -> None:
         assert found_part.isnan().equal(expected_part.isnan())
 
 
+def assert_minus_infinity_is_weight_zero(impl: str, problem: Problem, dtype: torch.dtype) -> None:
+    """Checks that an image whose image_score_bias is -inf counts as one that is absent."""
+    inputs = replace(problem, score_bias=True).inputs(dtype)
+    excluded = torch.rand(inputs["image_score_bias"].shape, generator=torch.Generator().manual_seed(3)) < 0.4
+    excluded[:, -1] = True
+    by_bias = {**inputs, "image_score_bias": inputs["image_score_bias"].masked_fill(excluded, -torch.inf)}
+    absent = {**inputs}
+    if problem.pool_size is None:
+        absent["image_mask"] = inputs["image_mask"] & ~excluded
+    else:
+        absent["image_index"] = inputs["image_index"].masked_fill(excluded, -1)
+    found, expected = (solve(case, impl, cotangents(problem)) for case in (by_bias, absent))
+    for name, tensor in expected.items():
+        assert found[name].equal(tensor), name
+
+
 def assert_unseen_gradient_of_lse_is_ignored(impl: str, problem: Problem) -> None:
     """Checks that where a query sees nothing, a NaN as the gradient of its lse changes no gradient (merging results by
     log-sum-exp gives one), and its own is zero."""
@@ -264,6 +289,14 @@ PROBLEMS = {
     "random first_key not causal": Problem(first_key="random", num_queries=70, causal=False, num_images=0),
     "image_q": Problem(image_q=True),
     "image_q, pooled": Problem(image_q=True, pool_size=11, query_heads=6, num_queries=35),
+    "image_score_bias": Problem(score_bias=True, query_heads=6),
+    "image_score_bias, pooled": Problem(
+        score_bias=True, pool_size=11, first_key="documents", num_queries=80, softcap=1.5, image_q=True
+    ),
+    "image_score_bias, large group": Problem(
+        score_bias=True, batch=2, query_heads=40, kv_heads=2, num_queries=6, num_images=2, gaps=False
+    ),
+    "image_score_bias, decode": Problem(score_bias=True, num_queries=1, prefix=100, batch=8, pool_size=5),
     "softcap": Problem(softcap=1.5),
     "softcap, no images": Problem(softcap=1.5, num_images=0, num_queries=150),
     "softcap, image_q, pooled": Problem(softcap=1.5, image_q=True, pool_size=11, first_key="documents", num_queries=80),

@@ -1,4 +1,5 @@
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ def zeros(*shape, dtype=torch.float32, device=None):
 
 
 BIASES = ("image_k_bias", "image_v_bias", "image_logit_bias")
-OPTIONS = ("image_mask", *BIASES, "first_key")
+OPTIONS = ("image_mask", *BIASES, "image_score_bias", "first_key")
 
 # problem, changed arguments, error, what its message says
 WRONG = {
@@ -53,6 +54,7 @@ WRONG = {
     "image_k_bias rank": (DENSE, {"image_k_bias": zeros(16)}, ValueError, "image_k_bias must have shape"),
     "image_v_bias rank": (DENSE, {"image_v_bias": zeros(16)}, ValueError, "image_v_bias must have shape"),
     "image_logit_bias rank": (DENSE, {"image_logit_bias": zeros(4, 1)}, ValueError, "image_logit_bias must have shape"),
+    "image_score_bias rank": (DENSE, {"image_score_bias": zeros(2, 5)}, ValueError, "image_score_bias must have shape"),
     "first_key rank": (DENSE, {"first_key": zeros(5, dtype=torch.int32)}, ValueError, "first_key must have shape"),
     # shape
     "empty batch": (DENSE, {"q": zeros(0, 4, 5, 8)}, ValueError, "q must have no empty dimension"),
@@ -111,6 +113,27 @@ WRONG = {
     "image_k_bias heads": (DENSE, {"image_k_bias": zeros(4, 8)}, ValueError, "image_k_bias must have shape"),
     "image_v_bias dim": (DENSE, {"image_v_bias": zeros(2, 9)}, ValueError, "image_v_bias must have shape"),
     "image_logit_bias heads": (DENSE, {"image_logit_bias": zeros(2)}, ValueError, "image_logit_bias must have shape"),
+    **{
+        f"image_score_bias {what}": (
+            problem,
+            {"image_score_bias": zeros(*shape)},
+            ValueError,
+            r"image_score_bias must have shape \(B, Tq, K\) = \(2, 5, 3\), got",
+        )
+        for what, problem, shape in (
+            ("batch", DENSE, (1, 5, 3)),
+            ("tokens", DENSE, (2, 7, 3)),
+            ("images", DENSE, (2, 5, 4)),
+            ("of a pool", POOLED, (2, 5, 6)),
+            ("per head", POOLED, (2, 4, 5, 3)),
+        )
+    },
+    "image_score_bias without images": (
+        replace(DENSE, num_images=0),
+        {"image_score_bias": zeros(2, 5, 3)},
+        ValueError,
+        r"image_score_bias must have shape \(B, Tq, K\) = \(2, 5, 0\), got \(2, 5, 3\)",
+    ),
     "image_index batch": (
         POOLED,
         {"image_index": zeros(3, 5, 3, dtype=torch.int64)},
@@ -184,6 +207,18 @@ WRONG = {
         TypeError,
         "image_logit_bias must be torch.float32",
     ),
+    "image_score_bias dtype": (
+        DENSE,
+        {"image_score_bias": zeros(2, 5, 3, dtype=torch.float16)},
+        TypeError,
+        "image_score_bias must be torch.float32 beside",
+    ),
+    "image_score_bias of float64": (
+        DENSE,
+        {"image_score_bias": zeros(2, 5, 3, dtype=torch.float64)},
+        TypeError,
+        "image_score_bias must be torch.float32 beside a torch.float32 q, got torch.float64",
+    ),
     "first_key dtype": (
         DENSE,
         {"first_key": zeros(2, 5, dtype=torch.int64)},
@@ -202,6 +237,7 @@ WRONG = {
             "image_k_bias",
             "image_v_bias",
             "image_logit_bias",
+            "image_score_bias",
             "first_key",
         )
     },
@@ -287,6 +323,7 @@ def test_last_dimension_of_any_stride(name, impl):
     problem = POOLED if name == "image_index" else DENSE
     inputs = {"first_key": torch.tensor([[0, 3, 1, 2, 9]] * 2).int(), **problem.inputs(torch.float32)}
     inputs["image_q"] = inputs["q"].flip(2)
+    inputs["image_score_bias"] = torch.arange(30.0).view(2, 5, 3) / 10
     expected = visual_fusion_attn(**inputs, impl=impl)
     inputs[name] = torch.stack([inputs[name], torch.zeros_like(inputs[name])], -1)[..., 0]
     assert inputs[name].stride(-1) == 2
@@ -342,6 +379,7 @@ def test_every_way_to_have_no_images(impl):
         {"image_index": index},
         {"image_q": zeros(2, 4, 5, 16)},
         {"image_logit_bias": zeros(4), "image_k_bias": zeros(2, 16), "image_v_bias": zeros(2, 16)},
+        {"image_score_bias": zeros(2, 5, 0)},
     ):
         assert visual_fusion_attn(**{**inputs, **images}, impl=impl).equal(expected)
 

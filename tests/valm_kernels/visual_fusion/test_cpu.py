@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tests.valm_kernels.visual_fusion.problems import (
     PROBLEMS,
     Problem,
+    assert_minus_infinity_is_weight_zero,
     assert_passes_nan_on,
     assert_solves,
     assert_unseen_gradient_of_lse_is_ignored,
@@ -37,7 +38,11 @@ def test_agrees_with_float64_reference(name, dtype):
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize(
-    "name", ["dense", "pooled", "odd head", "head of 64", "head of 64, pooled", "heads first", "softcap"]
+    "name",
+    [
+        *("dense", "pooled", "odd head", "head of 64", "head of 64, pooled", "heads first", "softcap"),
+        *("image_score_bias", "image_score_bias, pooled"),
+    ],
 )
 @pytest.mark.parametrize("isa", native().cpu_isas())
 def test_every_instruction_set(isa, name, dtype, monkeypatch):
@@ -94,8 +99,13 @@ def test_unused_lse(name):
         Problem(num_queries=5, head_dim=9, num_images=0, first_key="left_padding"),
         Problem(num_queries=5, head_dim=8, num_images=2, softcap=1.5, image_q=True),
         Problem(num_queries=4, head_dim=8, num_images=2, pool_size=3, prefix=2, softcap=1.5, first_key="random"),
+        Problem(num_queries=5, head_dim=8, num_images=2, score_bias=True),
+        Problem(num_queries=4, head_dim=8, num_images=2, pool_size=3, softcap=1.5, image_q=True, score_bias=True),
     ],
-    ids=["dense", "pooled", "random first_key", "no images", "softcap and image_q", "softcap, pooled"],
+    ids=[
+        *("dense", "pooled", "random first_key", "no images", "softcap and image_q", "softcap, pooled"),
+        *("image_score_bias", "image_score_bias, softcap, image_q, pooled"),
+    ],
 )
 def test_gradcheck(problem):
     inputs = problem.inputs(torch.float64)
@@ -127,13 +137,14 @@ def test_gradcheck(problem):
     causal=st.booleans(),
     softcap=st.none() | st.floats(0.3, 60),
     image_q=st.booleans(),
+    score_bias=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_any_shape_and_stride(data, **sizes):
     sizes["query_heads"] = sizes["kv_heads"] * sizes.pop("group")
     problem = Problem(**sizes)
     inputs = problem.inputs(torch.float64)
-    for name in ("q", "k", "v", "image_k", "image_v", "image_q", "image_index", "image_mask"):
+    for name in ("q", "k", "v", "image_k", "image_v", "image_q", "image_index", "image_mask", "image_score_bias"):
         if inputs.get(name) is not None:
             inputs[name] = restride(inputs[name], data.draw(st.permutations(range(inputs[name].dim()))))
     assert_is_the_reference(inputs, cotangents(problem))
@@ -149,7 +160,7 @@ def restride(tensor, order):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["dense", "pooled", "documents", "softcap, image_q, pooled"])
+@pytest.mark.parametrize("name", ["dense", "pooled", "documents", "image_score_bias", "image_score_bias, pooled"])
 def test_same_bits_every_time_and_for_any_thread_count(name, dtype):
     problem = PROBLEMS[name]
     results = []
@@ -235,6 +246,12 @@ def test_gradient_of_lse_where_nothing_is_seen(impl, first_key):
 def test_nan_is_passed_on(name, isa, dtype, monkeypatch):
     monkeypatch.setenv("VALM_KERNELS_ISA", isa)
     assert_passes_nan_on("cpu", name, dtype)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("name", ["dense", "pooled", "random first_key"])
+def test_image_score_bias_of_minus_infinity(name, impl):
+    assert_minus_infinity_is_weight_zero(impl, PROBLEMS[name], torch.float32)
 
 
 def test_empty_pool():

@@ -14,7 +14,7 @@ backward_op = torch.ops.valm_kernels.visual_fusion_attn_backward.default
 
 NAMES = (
     *("dense", "pooled", "no images", "prefix", "documents", "heads first"),
-    *("image_q", "softcap, no images", "softcap, image_q, pooled"),
+    *("image_q", "softcap, no images", "softcap, image_q, pooled", "image_score_bias", "image_score_bias, pooled"),
 )
 
 
@@ -55,7 +55,7 @@ def test_opcheck_backward(name, with_lse):
     out, lse = forward_op(*arguments)
     grad_out, grad_lse = cotangents(problem, with_lse)
     grads = (grad_out.float(), grad_lse.float() if with_lse else None)
-    for needed in ([True] * 9, [False, True, False] * 3):
+    for needed in ([True] * 10, [False, True] * 5):
         torch.library.opcheck(backward_op, (*grads, out, lse, *arguments, needed))
 
 
@@ -67,7 +67,7 @@ def test_opcheck_backward(name, with_lse):
         ("pooled", False, "aot_eager"),
         ("documents", True, "aot_eager"),
         ("no images", True, "aot_eager"),
-        ("softcap, image_q, pooled", True, "aot_eager"),
+        ("image_score_bias, pooled", True, "aot_eager"),
     ],
 )
 # a graph that an earlier version of the operator left on disk is found by the operator's name alone

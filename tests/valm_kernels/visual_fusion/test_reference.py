@@ -8,7 +8,7 @@ from tests.valm_kernels.visual_fusion.problems import PROBLEMS, Problem
 from valm_kernels import attention_weights, visual_fusion_attn
 
 PLAIN = Problem(num_queries=5, prefix=2, head_dim=8, num_images=2, first_key="random")
-SMALL = replace(PLAIN, softcap=1.5, image_q=True)
+SMALL = replace(PLAIN, softcap=1.5, image_q=True, score_bias=True)
 
 
 def by_the_formula(inputs, scale):
@@ -43,6 +43,8 @@ def by_the_formula(inputs, scale):
                         key, value = (inputs[x][b, h // group, i, n] for x in ("image_k", "image_v"))
                     key = key + inputs["image_k_bias"][h // group]
                     score = cap(scale * u[b, h, i].dot(key)) + inputs["image_logit_bias"][h]
+                    if "image_score_bias" in inputs:
+                        score += inputs["image_score_bias"][b, i, n]
                     pairs.append((score, value + inputs["image_v_bias"][h // group]))
                 if pairs:
                     total = sum(math.exp(score) for score, _ in pairs)
@@ -53,7 +55,7 @@ def by_the_formula(inputs, scale):
 
 @pytest.mark.parametrize("pool_size", [None, 3])
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("problem", [PLAIN, SMALL], ids=["plain", "softcap and image_q"])
+@pytest.mark.parametrize("problem", [PLAIN, SMALL], ids=["plain", "softcap, image_q and image_score_bias"])
 def test_is_the_formula(problem, pool_size, causal):
     inputs = replace(problem, pool_size=pool_size, causal=causal).inputs()
     out, lse = visual_fusion_attn(**inputs, scale=0.7, return_lse=True, impl="reference")
@@ -85,7 +87,7 @@ def test_without_images_it_is_ordinary_attention():
     torch.testing.assert_close(visual_fusion_attn(**inputs, impl="reference"), expected, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("name", ["dense", "pooled", "random first_key", "softcap, image_q, pooled"])
+@pytest.mark.parametrize("name", ["dense", "pooled", "random first_key", "image_score_bias, pooled"])
 def test_attention_weights_are_those_of_the_operation(name):
     inputs = PROBLEMS[name].inputs()
     arguments = {key: value for key, value in inputs.items() if key not in ("v", "image_v", "image_v_bias")}

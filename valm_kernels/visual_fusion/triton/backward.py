@@ -10,13 +10,14 @@ With the joint lse, all weights are recomputed one tile at a time (FlashAttentio
     dk_j = scale sum_rows ds_j q        dv_j = sum_rows a_j do
     dimage_k_k = scale dx_k u           dimage_v_k = b_k do              (summed over the heads of a group)
     dimage_k_bias = scale sum dx_k u    dimage_v_bias = sum b_k do       dimage_logit_bias = sum dt_k
+    dimage_score_bias_k = dt_k summed over all heads
 
 u is image_q, and du its gradient; without it u is q, and du is added to dq. With softcap c a score is c tanh(x / c) of
-the product x, so ds_j and dx_k have the factor 1 - tanh² too; dt_k, the gradient before image_logit_bias, has not.
+the product x, so ds_j and dx_k have the factor 1 - tanh² too; dt_k, the gradient of the sum with the biases of scores, has not.
 
 Three steps, by what their programs own:
-- query tiles (backward_query.py): dq, delta, one partial sum of each bias gradient per program, and of the
-  images either their gradients (dense layout: an image belongs to one query) or dx and b (pooled layout);
+- query tiles (backward_query.py): dq, delta, one partial sum of each bias gradient per program (of image_score_bias
+  per head and part of a group), and of the images either their gradients (dense layout: an image belongs to one query) or dx and b (pooled layout);
 - key tiles (backward_key.py): dk and dv; under first_key a small kernel finds their rows of queries before;
 - images of the pool (backward_pool.py): dimage_k and dimage_v from dx and b, popular images in parts first.
 """

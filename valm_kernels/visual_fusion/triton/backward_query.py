@@ -33,6 +33,7 @@ from valm_kernels.visual_fusion.triton.primitives import (
     load_images,
     load_lse,
     load_rows,
+    load_score_bias,
     over_key_tiles,
     row_pointers,
     tile_rows,
@@ -66,6 +67,7 @@ def _query_kernel(
     image_k_bias,
     image_v_bias,
     image_logit_bias,
+    image_score_bias,
     first_key,
     out,
     lse,
@@ -81,6 +83,7 @@ def _query_kernel(
     dimage_k_bias,  # partial sums, (tiles, B, Hkv, D)
     dimage_v_bias,
     dimage_logit_bias,  # (tiles, B, Hkv, BLOCK_H)
+    dimage_score_bias,  # (parts of a group, Hkv, B, K, Tq)
     stride_q,  # (batch, head, position), as for all but image_k, image_v and their gradients
     stride_k,
     stride_v,
@@ -165,7 +168,10 @@ def _query_kernel(
             b_iv = load_images(image_v, stride_iv, i_b, i_h, o_t, o_slot, m_image, D, BLOCK_D, ALIGNED)
             # [BM]
             b_x = capped(tl.sum(b_u * b_ik, 1) * scale_log2 + b_t0, softcap_log2)
-            b_b = tl.where(m_image, tl.exp2(b_x + (b_logit - b_lse)), 0.0)
+            b_bias = b_logit - b_lse
+            if image_score_bias is not None:
+                b_bias += load_score_bias(image_score_bias, i_b, o_t, i_k, Tq, K)
+            b_b = tl.where(m_image, tl.exp2(b_x + b_bias), 0.0)
             b_dt = b_b * (tl.sum(b_dof * b_iv, 1) + b_db0)
             b_dx = b_dt
             if softcap_log2 is not None:
@@ -183,6 +189,11 @@ def _query_kernel(
                 b_div = tl.sum(tl.reshape(b_b[:, None] * b_dof, [BLOCK_T, BLOCK_H, BLOCK_D]), 1)
                 p_div = row_pointers(dimage_v + o_part, stride_div, i_b, i_h, o_t1) + i_k * stride_div[3]
                 tl.store(columns(p_div, BLOCK_D, ALIGNED), b_div.to(dimage_v.dtype.element_ty), mask=m_t1)
+            if dimage_score_bias is not None:
+                i_h_part = (i_m % (BLOCK_G // BLOCK_H)) * Hkv + i_h
+                o_dscore = ((i_h_part * (tl.num_programs(0) // n_tiles // Hkv) + i_b) * K + i_k) * Tq + o_t1
+                b_dscore = tl.sum(tl.reshape(b_dt, [BLOCK_T, BLOCK_H]), 1)
+                tl.store(dimage_score_bias + o_dscore, b_dscore, mask=o_t1 < Tq)
             if image_dx is not None:
                 o_coefficient = ((i_b * Hkv * G + o_h) * K + i_k) * Tq + o_t
                 tl.store(image_dx + o_coefficient, b_dx, mask=m_row)
@@ -275,6 +286,7 @@ def query_gradients(
             for g in (gradients.image_k_bias, gradients.image_v_bias)
         )
         logit_bias = scratch(gradients.image_logit_bias is not None, row_tiles, batch, kv_heads, block_h)
+        score_bias = scratch(gradients.image_score_bias is not None, parts * kv_heads, batch, images, q_len)
         _query_kernel[(row_tiles * batch * kv_heads,)](
             *inputs.tensors,
             out,
@@ -290,6 +302,7 @@ def query_gradients(
             k_bias,
             v_bias,
             logit_bias,
+            score_bias,
             *(strides(x) for x in (q, k, v)),
             *(image_strides(x, pooled) for x in (image_k, image_v)),
             *(strides(x) for x in (image_q, out, grad_out, gradients.q)),
@@ -320,6 +333,8 @@ def query_gradients(
             of_heads = logit_bias.view(-1, parts, batch, kv_heads, block_h).sum((0, 2)).transpose(0, 1)
             of_heads = of_heads.reshape(kv_heads, block_g)[:, : q_heads // kv_heads]
             gradients.image_logit_bias.copy_(of_heads.reshape(-1))
+        if gradients.image_score_bias is not None and score_bias is not None:
+            gradients.image_score_bias.copy_(score_bias.sum(0).transpose(1, 2))
         return delta, None if image_dx is None or image_b is None else ForPool(image_dx, image_b)
 
     return launch(choose_tiles("query" if inputs.softcap is None else "query softcap", inputs, launch))

@@ -2,7 +2,7 @@
 
 For a row (query i of head h), with scores in units of log 2 and a running maximum m:
 
-    t_k = cap(scale u.(image_k_k + image_k_bias)) + image_logit_bias      s_j = cap(scale q.k_j)
+    t_k = cap(scale u.(image_k_k + image_k_bias)) + image_logit_bias + image_score_bias_k      s_j = cap(scale q.k_j)
     l   = sum_k 2^(t_k - m) + sum_j 2^(s_j - m)
     out = (sum_k 2^(t_k - m) (image_v_k + image_v_bias) + sum_j 2^(s_j - m) v_j) / l,      lse = (m + log2 l) ln 2
 
@@ -51,6 +51,7 @@ from valm_kernels.visual_fusion.triton.primitives import (
     load_bias,
     load_images,
     load_rows,
+    load_score_bias,
     over_key_tiles,
     row_pointers,
     tile_rows,
@@ -108,6 +109,7 @@ def _forward_kernel(
     image_k_bias,
     image_v_bias,
     image_logit_bias,
+    image_score_bias,
     first_key,
     out,
     lse,
@@ -165,6 +167,8 @@ def _forward_kernel(
             b_iv = load_images(image_v, stride_iv, i_b, i_h, o_t, o_slot, m_image, D, BLOCK_D, ALIGNED)
             # [BM]
             b_t = capped(tl.sum(b_u * b_ik, 1) * scale_log2 + b_t0, softcap_log2) + b_logit
+            if image_score_bias is not None:
+                b_t += load_score_bias(image_score_bias, i_b, o_t, i_k, Tq, K)
             b_t = tl.where(m_image, b_t, float("-inf"))
             b_m_new = tl.maximum(b_m, b_t)
             b_alpha = tl.exp2(b_m - b_m_new)

@@ -250,6 +250,12 @@ def image_score_terms(
 
 
 @triton.jit
+def load_score_bias(image_score_bias, i_b, o_t, i_k, Tq, K):
+    """image_score_bias of the i_k-th image of each row, in units of log 2 ([BM])."""
+    return tl.load(image_score_bias + (i_b * Tq + o_t) * K + i_k) * LOG2E
+
+
+@triton.jit
 def load_lse(lse, o_row, m_row):
     """lse of rows in units of log 2; +inf where a row sees nothing or is none, so that all its weights become 0."""
     b_lse = tl.load(lse + o_row, mask=m_row, other=float("-inf"))

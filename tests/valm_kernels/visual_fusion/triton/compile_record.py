@@ -149,8 +149,9 @@ def meta_inputs(
     index_dtype: torch.dtype = torch.int64,
     softcap: float | None = None,
     image_q: bool = False,
+    score_bias: bool = False,
 ) -> Inputs:
-    """Arguments of forward with all switched on but softcap and image_q: B 4, 12 key-value heads, T 1024, K 8."""
+    """Arguments of forward with all switched on but those that this takes as options: B 4, 12 key-value heads, T 1024, K 8."""
     batch, heads = 4, 12
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -167,7 +168,8 @@ def meta_inputs(
     bias, logit_bias = empty(heads, head_dim), empty(heads * group, dtype=torch.float32)
     first_key = empty(batch, q_len, dtype=torch.int32)
     own_q = q if image_q else None
-    options = (index, mask, bias, bias, logit_bias, first_key, True, head_dim**-0.5, softcap)
+    of_scores = empty(batch, q_len, images, dtype=torch.float32) if score_bias else None
+    options = (index, mask, bias, bias, logit_bias, of_scores, first_key, True, head_dim**-0.5, softcap)
     return Inputs(q, k, k, image, image, own_q, *options)
 
 

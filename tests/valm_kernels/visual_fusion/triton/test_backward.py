@@ -14,6 +14,7 @@ from tests.valm_kernels.visual_fusion.problems import (
     DIFFERENTIABLE,
     PROBLEMS,
     Problem,
+    assert_minus_infinity_is_weight_zero,
     assert_solves,
     assert_unseen_gradient_of_lse_is_ignored,
     far_apart,
@@ -44,7 +45,8 @@ QUICK = {
     "extreme first_key",
     "striped first_key",
     "image_q",
-    "softcap, image_q, pooled",
+    "image_score_bias",
+    "image_score_bias, pooled",
 }
 
 
@@ -91,7 +93,8 @@ def gradients(inputs, grad_out):
 @pytest.mark.parametrize("layout", ["dense", "pooled"])
 def test_each_gradient_alone(monkeypatch, layout):
     """What is computed for one input does not depend on which others need a gradient."""
-    problem = Problem(batch=1, num_queries=20, image_q=True, pool_size=5 if layout == "pooled" else None)
+    problem = Problem(batch=1, num_queries=20, image_q=True, score_bias=True, gaps=False)
+    problem = replace(problem, pool_size=5 if layout == "pooled" else None)
     use_small_tiles(monkeypatch, problem)
     inputs = problem.inputs(torch.float32)
     grad_out = torch.randn(inputs["q"].shape, generator=torch.Generator().manual_seed(0))
@@ -154,7 +157,7 @@ def test_gradient_of_lse_where_nothing_is_seen(monkeypatch):
     assert_unseen_gradient_of_lse_is_ignored("triton", problem)
 
 
-@pytest.mark.parametrize("name", ["dense", "pooled", "no images"])
+@pytest.mark.parametrize("name", ["dense", "pooled", "no images", "image_score_bias"])
 def test_opcheck(monkeypatch, name):
     """Also of inputs of which none has a contiguous last dimension: outputs lie where the fake kernels say."""
     problem = replace(PROBLEMS[name], batch=1, num_queries=5)
@@ -198,13 +201,23 @@ def test_rows_and_heads_beyond_32_bits(layout):
             assert torch.equal(gradient, expected[key]), (name, key)
 
 
-@pytest.mark.parametrize("bias", ["image_k_bias", "image_v_bias", "image_logit_bias"])
+@pytest.mark.parametrize("name", ["dense", "pooled"])
+def test_image_score_bias_of_minus_infinity(monkeypatch, name):
+    problem = replace(PROBLEMS[name], num_queries=20)
+    use_small_tiles(monkeypatch, problem)
+    assert_minus_infinity_is_weight_zero("triton", problem, torch.float32)
+
+
+BIASES = ("image_k_bias", "image_v_bias", "image_logit_bias", "image_score_bias")
+
+
+@pytest.mark.parametrize("bias", BIASES)
 def test_each_bias_alone(monkeypatch, bias):
     """An absent bias is one of zeros, for the result and for every other gradient."""
-    problem = Problem(num_queries=20)
+    problem = Problem(num_queries=20, score_bias=True)
     use_small_tiles(monkeypatch, problem)
     inputs = problem.inputs(torch.float32)
-    others = {"image_k_bias", "image_v_bias", "image_logit_bias"} - {bias}
+    others = {*BIASES} - {bias}
     grad_out = torch.randn(inputs["q"].shape, generator=torch.Generator().manual_seed(0))
     zeros = gradients({**inputs, **{name: torch.zeros_like(inputs[name]) for name in others}}, grad_out)
     alone = gradients({name: t for name, t in inputs.items() if name not in others}, grad_out)

@@ -157,6 +157,18 @@ MUTANTS = {
         "tl.store(image_b + o_coefficient, b_b)",
         Problem(**SMALL, pool_size=4),
     ),
+    "gradient of image_score_bias past the last": (
+        "backward_query.py",
+        "b_dscore, mask=o_t1 < Tq)",
+        "b_dscore)",
+        Problem(**SMALL, score_bias=True),
+    ),
+    "bias of a slot without an image": (
+        "forward.py",
+        'tl.where(m_image, b_t, float("-inf"))',
+        'tl.where(m_image | (b_t != b_t), b_t, float("-inf"))',
+        Problem(**SMALL, score_bias=True),
+    ),
     "dense gradients past the last": (
         "backward_query.py",
         "m_t1 = (o_t1 < Tq)[:, None] & ",

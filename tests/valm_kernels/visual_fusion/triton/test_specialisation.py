@@ -85,5 +85,7 @@ def test_nothing_is_computed_for_gradients_that_nobody_needs():
     assert launched(dense, "image_v", "image_k_bias") == {"query": {"delta", "dimage_v", "dimage_k_bias"}}
     assert launched(pooled, "q", "image_logit_bias") == {"query": {"dq", "delta", "dimage_logit_bias"}}
     assert set(launched(pooled, "image_v")) == {"query", "popular", "pool"}
+    biased = without(meta_inputs(64, torch.float16, True, score_bias=True), "first_key")
+    assert launched(biased, "image_score_bias") == {"query": {"delta", "dimage_score_bias"}}
     own_query = without(meta_inputs(64, torch.float16, False, image_q=True), "first_key")
     assert launched(own_query, "image_q") == {"query": {"delta", "dimage_q"}}
