@@ -43,6 +43,8 @@ class TokenByToken(Once):
 def attend(x: Tensor) -> None:
     visual_fusion_attn(x, x, x, None, None).transpose(1, 2)
     visual_fusion_attn(x, x, x, None, None, image_q=x, softcap=30.0, return_lse=True)[1].exp()
+    out, weights = visual_fusion_attn(x, x, x, x, x, return_image_weights=True)
+    out.add(weights)
     visual_fusion_attn(q="x", k=x, v=x, image_k=None, image_v=None)  # call-overload
     visual_fusion_attn(x, x, x, None, None, return_lse=True).transpose(1, 2)  # attr-defined
 

@@ -42,6 +42,8 @@ Problem<T, Wide> problem(const std::vector<int64_t>& sizes, double scale, double
         p.*member = view<T>(tensors, name);
     for (const auto& [name, member] :
          {std::pair{"lse", &Problem<T, Wide>::lse}, std::pair{"grad_lse", &Problem<T, Wide>::grad_lse},
+          std::pair{"image_scores", &Problem<T, Wide>::image_scores},
+          std::pair{"grad_image_scores", &Problem<T, Wide>::grad_image_scores},
           std::pair{"image_k_bias", &Problem<T, Wide>::image_k_bias},
           std::pair{"image_v_bias", &Problem<T, Wide>::image_v_bias},
           std::pair{"image_logit_bias", &Problem<T, Wide>::image_logit_bias},

@@ -27,10 +27,12 @@ struct ImageAttnSizes {
 // in:      q (B, Hq, T, D); image_k, image_v (B, Hkv, T, K, D) or (Hkv, U, D); image_index or image_mask (B, T, K);
 //          wide image_k_bias, image_v_bias (Hkv, D), image_logit_bias (Hq), image_score_bias (B, T, K)
 // in, out: out (B, Hq, T, D), wide lse (B, Hq, T): those of the text come in, the joint ones leave
+// out:     wide image_scores (B, Hq, T, K) or none, -inf where there is no image
 void image_attn_forward(const std::string& isa, const std::string& dtype, const std::vector<int64_t>& sizes,
                         double scale, double softcap, int threads, const TensorMap& tensors);
 
-// in:      as above, and the joint out and lse (+inf for a query that sees nothing), grad_out, wide grad_lse or none
+// in:      as above, and the joint out and lse (+inf for a query that sees nothing), grad_out, wide grad_lse and
+//          grad_image_scores or none
 // in, out: grad_q: the text's share comes in, the sum leaves; wide grad_image_score_bias, zeros come in, or none
 // out:     grad_image_k, grad_image_v, and those wide gradients of the other biases that are given
 void image_attn_backward(const std::string& isa, const std::string& dtype, const std::vector<int64_t>& sizes,

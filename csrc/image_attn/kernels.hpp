@@ -186,6 +186,8 @@ void forward(const Problem<T, Wide>& p) {
                     if (rows.keys[k])
                         weights[k] = Capped(p.scale * q.dot(rows.keys[k], dim) + offset, p.softcap).value + logit;
                 add_score_bias(p, b, i, rows, weights);
+                if (p.image_scores)
+                    for (int64_t k = 0; k < images; ++k) p.image_scores.at(b, head, i)[k] = weights[k];
                 Wide& lse = *p.lse.at(b, head, i);
                 weights[images] = lse;
                 Wide highest = kNone;
@@ -376,12 +378,20 @@ void backward(const Problem<T, Wide>& p) {
                     grad_score_sums += grad_score *= weight;
                 }
 
+                Wide grad_logit = sum_of(grad_score_sums);
+                if (p.grad_image_scores) {
+                    const Wide* grad_image_scores = p.grad_image_scores.at(b, head, i);
+                    for (int64_t k = 0; k < images; ++k) {
+                        if (!rows.keys[k]) continue;
+                        grad_scores[k] += grad_image_scores[k];
+                        grad_logit += grad_image_scores[k];
+                    }
+                }
                 if (p.grad_image_score_bias) {  // all heads of a token stay with one thread
                     Wide* grad_score_bias = p.grad_image_score_bias.at(b, i);
                     for (int64_t k = 0; k < images; ++k) grad_score_bias[k] += grad_scores[k];
                 }
                 // grad_scores are those of the scores so far, and of the products from here on
-                const Wide grad_logit = sum_of(grad_score_sums);
                 Wide grad_score_sum = grad_logit;
                 if (p.softcap != 0) {
                     typename Lanes<Wide>::Vector sums = {};

@@ -52,7 +52,8 @@ struct Problem {
     View<T> q, out, grad_out, grad_q, image_k, image_v, grad_image_k, grad_image_v;
     View<int32_t> image_index;
     View<bool> image_mask;
-    View<Wide> lse, grad_lse, image_k_bias, image_v_bias, image_logit_bias, image_score_bias;
+    View<Wide> lse, grad_lse, image_scores, grad_image_scores;
+    View<Wide> image_k_bias, image_v_bias, image_logit_bias, image_score_bias;
     View<Wide> grad_image_k_bias, grad_image_v_bias, grad_image_logit_bias, grad_image_score_bias;
 
     VALM_INLINE bool pooled() const { return sizes.pool_rows >= 0; }

@@ -47,18 +47,24 @@ class TextSegment:
 
 
 @survives_fork
-def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """out (B, Hq, Tq, D) and the joint lse (B, Hq, Tq)."""
+def forward(inputs: Inputs, image_scores: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """out (B, Hq, Tq, D) and the joint lse (B, Hq, Tq); writes image_scores (B, Hq, Tq, K)."""
     inputs = _whole_rows(inputs)
     out, lse = _text_forward(inputs)
     if inputs.image_k is not None:
-        _ImageBranch(inputs).run("forward", out=out, lse=lse)
+        _ImageBranch(inputs).run("forward", out=out, lse=lse, image_scores=image_scores)
     return out, lse
 
 
 @survives_fork
 def backward(
-    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, inputs: Inputs, needed: Sequence[bool]
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    grad_image_scores: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    inputs: Inputs,
+    needed: Sequence[bool],
 ) -> Gradients:
     """The needed gradients, in the order of `Gradients`; all are computed, as they share their work."""
     grad_out, out, inputs = whole_rows(grad_out), whole_rows(out), _whole_rows(inputs)
@@ -82,6 +88,7 @@ def backward(
         lse=lse,
         grad_out=grad_out,
         grad_lse=grad_lse,
+        grad_image_scores=None if grad_image_scores is None else grad_image_scores.contiguous(),
         grad_q=grad_q if grad_image_q is None else grad_image_q,
         grad_image_k=gradients[0],
         grad_image_v=gradients[1],

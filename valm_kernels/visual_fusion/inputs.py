@@ -53,6 +53,13 @@ class Gradients(NamedTuple):
     image_score_bias: Tensor | None
 
 
+def num_images(inputs: Inputs) -> int:
+    """K of either layout."""
+    if inputs.image_index is not None:
+        return inputs.image_index.shape[2]
+    return 0 if inputs.image_k is None else inputs.image_k.shape[3]
+
+
 def check_image_index(image_index: Tensor, pool_size: int) -> None:
     """Checks the values of image_index, which on CUDA waits for the device.
 

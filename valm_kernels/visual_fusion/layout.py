@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from valm_kernels.visual_fusion.inputs import Gradients, Inputs
+from valm_kernels.visual_fusion.inputs import Gradients, Inputs, num_images
 
 
 def empty_tokens_first(like: Tensor) -> Tensor:
@@ -47,6 +47,13 @@ def empty_gradients(inputs: Inputs, needed: Sequence[bool]) -> Gradients:
             like = _GRADIENT_LIKE.get(name)
             gradients.append(tensor.new_empty(tensor.shape) if like is None else like(tensor))
     return Gradients._make(gradients)
+
+
+def empty_image_scores(inputs: Inputs, wanted: bool) -> Tensor:
+    """Uninitialised (B, Hq, Tq, K), in the precision of lse; (0,) if nobody wants them."""
+    q = inputs.q
+    shape = (*q.shape[:3], num_images(inputs)) if wanted else (0,)
+    return q.new_empty(shape, dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 def whole_rows(tensor: Tensor) -> Tensor:

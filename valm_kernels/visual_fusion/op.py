@@ -1,7 +1,7 @@
 """visual_fusion_attn as PyTorch operators: define, kernels, fake kernels and autograd formula.
 
-The gradient of an input that is absent or needs none is an empty tensor here; layout.py defines the layouts of the
-others.
+The gradient of an input that is absent or needs none is an empty tensor here, and so are image_scores where nobody
+asked for them; layout.py defines the layouts of the others.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from valm_kernels.visual_fusion import cpu
 from valm_kernels.visual_fusion.inputs import Gradients, Inputs
-from valm_kernels.visual_fusion.layout import empty_gradients, empty_rows_like
+from valm_kernels.visual_fusion.layout import empty_gradients, empty_image_scores, empty_rows_like
 
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? image_k, Tensor? image_v, Tensor? image_q, Tensor? image_index, "
@@ -24,18 +24,23 @@ _INPUTS = (
 _DIFFERENTIABLE = tuple(Inputs._fields.index(name) for name in Gradients._fields)
 
 _library = torch.library.Library("valm_kernels", "DEF")
-_library.define(f"visual_fusion_attn({_INPUTS}) -> (Tensor out, Tensor lse)")
 _library.define(
-    f"visual_fusion_attn_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_INPUTS}, "
-    "bool[] needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"visual_fusion_attn({_INPUTS}, bool with_image_scores) -> (Tensor out, Tensor lse, Tensor image_scores)"
+)
+_library.define(
+    "visual_fusion_attn_backward(Tensor grad_out, Tensor? grad_lse, Tensor? grad_image_scores, Tensor out, "
+    f"Tensor lse, {_INPUTS}, bool[] needed) -> ({', '.join('Tensor' for _ in Gradients._fields)})"
 )
 _forward_op = torch.ops.valm_kernels.visual_fusion_attn.default
 _backward_op = torch.ops.valm_kernels.visual_fusion_attn_backward.default
 
 
-def fused_attention(inputs: Inputs, impl: str) -> tuple[Tensor, Tensor]:
-    """(out, lse) through the operator; impl is "cpu" or "triton"."""
-    return _forward_op(*inputs, impl)
+def fused_attention(inputs: Inputs, impl: str, with_image_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """out, lse and image_scores through the operator; impl is "cpu" or "triton".
+
+    image_scores (B, Hq, Tq, K) are the t_ik of `visual_fusion_attn`, -inf where there is no image.
+    """
+    return _forward_op(*inputs, impl, with_image_scores)
 
 
 def _implementation(impl: str) -> tuple[Any, Any]:
@@ -48,14 +53,25 @@ def _implementation(impl: str) -> tuple[Any, Any]:
     return forward, backward
 
 
-def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-    *arguments, impl = inputs
-    return _implementation(impl)[0](Inputs(*arguments))
+def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *arguments, impl, with_image_scores = inputs
+    checked = Inputs(*arguments)
+    image_scores = empty_image_scores(checked, with_image_scores)
+    out, lse = _implementation(impl)[0](checked, image_scores if with_image_scores else None)
+    return out, lse, image_scores
 
 
-def _backward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+def _backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    grad_image_scores: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    *inputs: Any,
+) -> tuple[Tensor, ...]:
     *arguments, impl, needed = inputs
-    gradients = _implementation(impl)[1](grad_out, grad_lse, out, lse, Inputs(*arguments), needed)
+    backward = _implementation(impl)[1]
+    gradients = backward(grad_out, grad_lse, grad_image_scores, out, lse, Inputs(*arguments), needed)
     return _present(grad_out, gradients)
 
 
@@ -63,36 +79,48 @@ def _present(grad_out: Tensor, gradients: Gradients) -> tuple[Tensor, ...]:
     return tuple(grad_out.new_empty(0) if g is None else g for g in gradients)
 
 
-def _forward_fake(*inputs: Any) -> tuple[Tensor, Tensor]:
+def _forward_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *arguments, _, with_image_scores = inputs
     q = inputs[0]
-    return empty_rows_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    return empty_rows_like(q), lse, empty_image_scores(Inputs(*arguments), with_image_scores)
 
 
 def _backward_fake(
-    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *inputs: Any
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    grad_image_scores: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    *inputs: Any,
 ) -> tuple[Tensor, ...]:
     *arguments, _, needed = inputs
     return _present(grad_out, empty_gradients(Inputs(*arguments), needed))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     # Otherwise an unused lse would get a gradient of zeros, which costs time in the backward.
     ctx.set_materialize_grads(False)
-    *tensors, ctx.causal, ctx.scale, ctx.softcap, ctx.impl = inputs
-    ctx.save_for_backward(*output, *tensors)
+    *tensors, ctx.causal, ctx.scale, ctx.softcap, ctx.impl, ctx.with_image_scores = inputs
+    out, lse, _ = output
+    ctx.save_for_backward(out, lse, *tensors)
 
 
-def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autograd(
+    ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, grad_image_scores: Tensor | None
+) -> tuple[Tensor | None, ...]:
     out, lse, *tensors = ctx.saved_tensors
     inputs = (*tensors, ctx.causal, ctx.scale, ctx.softcap, ctx.impl)
-    if grad_out is None and grad_lse is None:
-        return (None,) * len(inputs)
+    if grad_out is None and grad_lse is None and grad_image_scores is None:
+    if not ctx.with_image_scores:
+        grad_image_scores = None  # of the empty tensor that stands for them
+        return (None,) * (len(inputs) + 1)
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     needed = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
-    gradients = _backward_op(grad_out, grad_lse, out, lse, *inputs, needed)
+    gradients = _backward_op(grad_out, grad_lse, grad_image_scores, out, lse, *inputs, needed)
     of_input = dict(zip(_DIFFERENTIABLE, gradients, strict=True))
-    return tuple(of_input.get(i) if ctx.needs_input_grad[i] else None for i in range(len(inputs)))
+    return tuple(of_input.get(i) if ctx.needs_input_grad[i] else None for i in range(len(inputs) + 1))
 
 
 def _no_double_backward(ctx: Any, *gradients: Tensor) -> None:

@@ -50,8 +50,8 @@ def joint_softmax(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     return weights[..., :num_keys], weights[..., num_keys:], lse
 
 
-def reference_attention(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """out (B, Hq, Tq, D) and lse (B, Hq, Tq), with gradients by autograd."""
+def reference_attention(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """out (B, Hq, Tq, D), lse (B, Hq, Tq) and the image weights (B, Hq, Tq, K), with gradients by autograd."""
     text_weights, image_weights, lse = joint_softmax(inputs)
     q, v, image_v = inputs.q, inputs.v, inputs.image_v
     group = q.shape[1] // v.shape[1]
@@ -62,7 +62,7 @@ def reference_attention(inputs: Inputs) -> tuple[Tensor, Tensor]:
             images = images + inputs.image_v_bias[:, None, None].to(images.dtype)
         images = images.repeat_interleave(group, 1)  # (B, Hq, Tq, K, D)
         out = out + (image_weights.to(q.dtype).unsqueeze(-2) @ images).squeeze(-2)
-    return out, lse
+    return out, lse, image_weights
 
 
 def text_visible(

@@ -39,6 +39,7 @@ class Problem:
     image_q: bool = False
     biases: bool = True
     score_bias: bool = False  # NaN at slots without an image
+    weights: bool = False  # the loss has the weights of the images too
     gaps: bool = True  # some slots hold no image
     tokens_first: bool = True  # memory (B, T, H, D), as a projection leaves it
     seed: int = 0
@@ -170,24 +171,29 @@ FIRST_KEYS = {
 
 
 def solve(
-    inputs: dict[str, Tensor | bool | None], impl: str, cotangents: tuple[Tensor, Tensor | None]
+    inputs: dict[str, Tensor | bool | None], impl: str, cotangents: tuple[Tensor | None, ...]
 ) -> dict[str, Tensor]:
-    """out, lse and the gradient of every input by `impl`; cotangents are those of out and lse (None: lse unused)."""
+    """out, lse and the gradient of every input by `impl`. Cotangents: of out, of lse (None: lse unused) and, where the
+    image weights are asked for, of these."""
     leaves = {name: inputs[name].detach().requires_grad_() for name in DIFFERENTIABLE if inputs.get(name) is not None}
-    out, lse = visual_fusion_attn(**{**inputs, **leaves}, impl=impl, return_lse=True)
+    names = ("out", "lse", "image_weights")[: len(cotangents)]
+    results = visual_fusion_attn(
+        **{**inputs, **leaves}, impl=impl, return_lse=True, return_image_weights="image_weights" in names
+    )
     used = {name: leaf for name, leaf in leaves.items() if inputs["image_k"] is not None or name in ("q", "k", "v")}
-    outputs = (out, lse) if cotangents[1] is not None else (out,)
-    cotangents = [c.to(o) for c, o in zip(cotangents, outputs, strict=False)]
-    gradients = torch.autograd.grad(outputs, list(used.values()), cotangents)
-    return {"out": out.detach(), "lse": lse.detach()} | dict(zip(used, gradients, strict=True))
+    pairs = [(r, c.to(r)) for r, c in zip(results, cotangents, strict=True) if c is not None]
+    outputs, grad_outputs = ([pair[i] for pair in pairs] for i in (0, 1))
+    gradients = torch.autograd.grad(outputs, list(used.values()), grad_outputs)
+    return {n: r.detach() for n, r in zip(names, results, strict=True)} | dict(zip(used, gradients, strict=True))
 
 
-def cotangents(problem: Problem, with_lse: bool = True) -> tuple[Tensor, Tensor | None]:
+def cotangents(problem: Problem, with_lse: bool = True) -> tuple[Tensor | None, ...]:
     generator = torch.Generator().manual_seed(problem.seed + 1)
     shape = (problem.batch, problem.query_heads, problem.num_queries)
     grad_out = (torch.randn((*shape, problem.head_dim), generator=generator) + 1).bfloat16().half().double()
     grad_lse = torch.randn(shape, generator=generator).double()  # float32, whatever the dtype of q
-    return grad_out, grad_lse if with_lse else None
+    of_weights = [torch.randn((*shape, problem.num_images), generator=generator).double()] if problem.weights else []
+    return grad_out, grad_lse if with_lse else None, *of_weights
 
 
 def assert_solves(
@@ -201,8 +207,7 @@ def assert_solves(
     actual = {name: tensor.cpu() for name, tensor in solve(inputs, impl, grads).items()}
     assert actual.keys() == truth.keys()
     for name, tensor in actual.items():
-        assert tensor.dtype == eager[name].dtype, f"{name}: {tensor.dtype}, expected {eager[name].dtype}"
-        assert_accurate(name, tensor, eager[name], truth[name], tensor.dtype if name == "lse" else dtype)
+        assert_result_accurate(name, tensor, eager[name], truth[name], dtype)
     return actual
 
 
@@ -211,6 +216,14 @@ def assert_passes_nan_on(impl: str, name: str, dtype: torch.dtype) -> None:
     inputs = Problem(batch=1, num_queries=6, num_images=3, head_dim=8).inputs(dtype)
     inputs["image_mask"][:] = True
     inputs[name][0, 1, 4, ..., 2] = torch.nan
+def assert_result_accurate(name: str, actual: Tensor, eager: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
+    """`assert_accurate`; of weights the logarithms are compared, for what is rounded are scores."""
+    assert actual.dtype == eager.dtype, f"{name}: {actual.dtype}, expected {eager.dtype}"
+    if name == "image_weights":
+        actual, eager, truth = actual.log(), eager.log(), truth.log()
+    assert_accurate(name, actual, eager, truth, actual.dtype if name in ("lse", "image_weights") else dtype)
+
+
     found, expected = (visual_fusion_attn(**inputs, return_lse=True, impl=i) for i in (impl, "reference"))
     assert expected[0].isnan().any() and (expected[1].isnan().any() or name == "image_v")
     for found_part, expected_part in zip(found, expected, strict=True):
@@ -289,6 +302,14 @@ PROBLEMS = {
     "random first_key not causal": Problem(first_key="random", num_queries=70, causal=False, num_images=0),
     "image_q": Problem(image_q=True),
     "image_q, pooled": Problem(image_q=True, pool_size=11, query_heads=6, num_queries=35),
+    "image weights": Problem(weights=True, query_heads=6),
+    "image weights, pooled": Problem(
+        weights=True, pool_size=11, first_key="random", num_queries=70, softcap=1.5, image_q=True, score_bias=True
+    ),
+    "image weights, large group": Problem(
+        weights=True, batch=1, query_heads=20, kv_heads=1, num_queries=6, num_images=2, pool_size=5
+    ),
+    "image weights, decode": Problem(weights=True, num_queries=1, prefix=300, batch=8, pool_size=5),
     "image_score_bias": Problem(score_bias=True, query_heads=6),
     "image_score_bias, pooled": Problem(
         score_bias=True, pool_size=11, first_key="documents", num_queries=80, softcap=1.5, image_q=True

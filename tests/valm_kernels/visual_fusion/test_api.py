@@ -292,6 +292,12 @@ WRONG = {
     "softcap zero": (DENSE, {"softcap": 0}, ValueError, "softcap must be positive and finite, got 0"),
     "softcap negative": (DENSE, {"softcap": -50.0}, ValueError, "softcap must be positive and finite, got -50.0"),
     "return_lse": (DENSE, {"return_lse": 1}, TypeError, "return_lse must be a bool, got int"),
+    "return_image_weights": (
+        DENSE,
+        {"return_image_weights": None},
+        TypeError,
+        "return_image_weights must be a bool, got NoneType",
+    ),
     "impl": (DENSE, {"impl": "flash"}, ValueError, "impl must be one of 'auto', 'triton', 'cpu', 'reference', got"),
 }
 
@@ -382,6 +388,25 @@ def test_every_way_to_have_no_images(impl):
         {"image_score_bias": zeros(2, 5, 0)},
     ):
         assert visual_fusion_attn(**{**inputs, **images}, impl=impl).equal(expected)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_results_in_order(impl):
+    inputs = DENSE.inputs(torch.bfloat16)
+    out, lse, weights = visual_fusion_attn(**inputs, return_lse=True, return_image_weights=True, impl=impl)
+    assert (out.shape, lse.shape, weights.shape) == ((2, 4, 5, 8), (2, 4, 5), (2, 4, 5, 3))
+    assert (out.dtype, lse.dtype, weights.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    pair = visual_fusion_attn(**inputs, return_image_weights=True, impl=impl)
+    assert pair[0].equal(out) and pair[1].equal(weights)
+    assert visual_fusion_attn(**inputs, impl=impl).equal(out)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_image_weights_without_images(impl):
+    inputs = Problem(num_images=0, num_queries=5, biases=False).inputs(torch.float32)
+    inputs["q"].requires_grad_()
+    _, weights = visual_fusion_attn(**inputs, return_image_weights=True, impl=impl)
+    assert weights.shape == (2, 4, 5, 0)
 
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])

@@ -41,7 +41,7 @@ def test_agrees_with_float64_reference(name, dtype):
     "name",
     [
         *("dense", "pooled", "odd head", "head of 64", "head of 64, pooled", "heads first", "softcap"),
-        *("image_score_bias", "image_score_bias, pooled"),
+        *("image_score_bias", "image_score_bias, pooled", "image weights, pooled"),
     ],
 )
 @pytest.mark.parametrize("isa", native().cpu_isas())
@@ -85,7 +85,7 @@ def test_16_bit_numbers_are_read_and_rounded_as_pytorch_does(dtype, isa, monkeyp
     assert out.equal((values.squeeze(3).float() + bias).to(dtype))
 
 
-@pytest.mark.parametrize("name", ["dense", "pooled", "prefix", "documents", "random first_key", "softcap, prefix"])
+@pytest.mark.parametrize("name", ["dense", "pooled", "prefix", "documents", "random first_key", "softcap, prefix", "image weights"])
 def test_unused_lse(name):
     assert_solves("cpu", PROBLEMS[name], torch.float32, with_lse=False)
 
@@ -114,10 +114,13 @@ def test_gradcheck(problem):
         names = ["q", "k", "v"]
 
     def function(*tensors):
-        out, lse = visual_fusion_attn(
-            **{**inputs, **dict(zip(names, tensors, strict=True))}, impl="cpu", return_lse=True
+        out, lse, weights = visual_fusion_attn(
+            **{**inputs, **dict(zip(names, tensors, strict=True))},
+            impl="cpu",
+            return_lse=True,
+            return_image_weights=True,
         )
-        return out, lse.masked_fill(lse == -torch.inf, 0)
+        return out, lse.masked_fill(lse == -torch.inf, 0), weights
 
     assert torch.autograd.gradcheck(function, [inputs[n].clone().requires_grad_() for n in names])
 
@@ -138,6 +141,7 @@ def test_gradcheck(problem):
     softcap=st.none() | st.floats(0.3, 60),
     image_q=st.booleans(),
     score_bias=st.booleans(),
+    weights=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_any_shape_and_stride(data, **sizes):
@@ -160,7 +164,7 @@ def restride(tensor, order):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["dense", "pooled", "documents", "image_score_bias", "image_score_bias, pooled"])
+@pytest.mark.parametrize("name", ["dense", "pooled", "documents", "image_score_bias", "image weights, pooled"])
 def test_same_bits_every_time_and_for_any_thread_count(name, dtype):
     problem = PROBLEMS[name]
     results = []
@@ -217,7 +221,7 @@ def fused_image_gradient(problem):
     tensors = (inputs.get(name) for name in Inputs._fields[:-3])
     inputs = Inputs(*tensors, problem.causal, problem.head_dim**-0.5, problem.softcap)
     needed = [True] * len(Gradients._fields)
-    return cpu.backward(grad_out, grad_lse, *cpu.forward(inputs), inputs, needed).image_k
+    return cpu.backward(grad_out, grad_lse, None, *cpu.forward(inputs), inputs, needed).image_k
 
 
 def test_query_that_sees_nothing():

@@ -18,12 +18,12 @@ NAMES = (
 )
 
 
-def op_arguments(inputs, impl="cpu"):
+def op_arguments(inputs, impl="cpu", with_image_scores=False):
     names = Inputs._fields[:-3]
     tensors = {name: inputs.get(name) for name in names}
     if inputs["image_k"] is None:
         tensors |= {name: None for name in names if name.startswith("image_")}
-    return *tensors.values(), inputs["causal"], 0.25, inputs.get("softcap"), impl
+    return *tensors.values(), inputs["causal"], 0.25, inputs.get("softcap"), impl, with_image_scores
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -34,6 +34,7 @@ def test_opcheck(name, dtype):
         if inputs.get(key) is not None:
             inputs[key].requires_grad_()
     torch.library.opcheck(forward_op, op_arguments(inputs))
+    torch.library.opcheck(forward_op, op_arguments(inputs, with_image_scores=True))
 
 
 @pytest.mark.parametrize("name", ["dense", "pooled", "softcap, image_q, pooled"])
@@ -51,12 +52,13 @@ def test_opcheck_of_strided_inputs(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck_backward(name, with_lse):
     problem = PROBLEMS[name]
-    arguments = op_arguments(problem.inputs(torch.float32))
-    out, lse = forward_op(*arguments)
+    arguments = op_arguments(problem.inputs(torch.float32), with_image_scores=True)
+    out, lse, image_scores = forward_op(*arguments)
     grad_out, grad_lse = cotangents(problem, with_lse)
-    grads = (grad_out.float(), grad_lse.float() if with_lse else None)
+    of_scores = torch.randn(image_scores.shape, generator=torch.Generator().manual_seed(0)) if with_lse else None
+    grads = (grad_out.float(), grad_lse.float() if with_lse else None, of_scores)
     for needed in ([True] * 10, [False, True] * 5):
-        torch.library.opcheck(backward_op, (*grads, out, lse, *arguments, needed))
+        torch.library.opcheck(backward_op, (*grads, out, lse, *arguments[:-1], needed))
 
 
 @pytest.mark.parametrize(
@@ -117,13 +119,13 @@ def test_only_lse_used():
     torch.testing.assert_close(gradients["cpu"], gradients["reference"], rtol=1e-12, atol=1e-12)
 
 
-def test_unused_lse_costs_nothing(monkeypatch):
+def test_unused_results_cost_nothing(monkeypatch):
     seen = []
     original = cpu.backward
-    monkeypatch.setattr(cpu, "backward", lambda *a: seen.append(a[1]) or original(*a))
+    monkeypatch.setattr(cpu, "backward", lambda *a: seen.append(a[1:3]) or original(*a))
     problem = PROBLEMS["dense"]
     solve(problem.inputs(torch.float32), "cpu", cotangents(problem, with_lse=False))
-    assert seen == [None]
+    assert seen == [(None, None)]
 
 
 def test_inputs_without_gradient_get_none():

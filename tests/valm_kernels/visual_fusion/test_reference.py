@@ -108,6 +108,18 @@ def test_attention_weights_are_those_of_the_operation(name):
     torch.testing.assert_close(visual_fusion_attn(**ones, impl="reference")[..., 0], sums, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("name", ["dense", "pooled", "random first_key", "image weights, pooled"])
+def test_image_weights_are_attention_weights(name, impl):
+    inputs = PROBLEMS[name].inputs()
+    arguments = {key: value for key, value in inputs.items() if key not in ("v", "image_v", "image_v_bias")}
+    _, expected, _ = attention_weights(**arguments)
+    out, lse, found = visual_fusion_attn(**inputs, return_lse=True, return_image_weights=True, impl=impl)
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+    plain = visual_fusion_attn(**inputs, return_lse=True, impl=impl)
+    assert out.equal(plain[0]) and lse.equal(plain[1])
+
+
 def test_attention_weights_check_their_arguments():
     inputs = PROBLEMS["pooled"].inputs()
     arguments = {name: inputs[name] for name in ("q", "k", "image_k", "image_index")}

@@ -27,8 +27,8 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.cache import get_cache_manager
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from valm_kernels.visual_fusion.inputs import Inputs
-from valm_kernels.visual_fusion.triton.launch import architecture, num_images
+from valm_kernels.visual_fusion.inputs import Inputs, num_images
+from valm_kernels.visual_fusion.triton.launch import architecture
 from valm_kernels.visual_fusion.triton.tiles import Tiles, tiles_for
 
 AUTOTUNE = os.environ.get("VALM_KERNELS_AUTOTUNE") == "1"
@@ -59,7 +59,7 @@ def _kind(inputs: Inputs) -> tuple[Any, ...]:
     q, k = inputs.q, inputs.k
     device = torch.cuda.get_device_name(q.device) if q.device.type == "cuda" else q.device.type
     layout = "none" if inputs.image_k is None else "dense" if inputs.image_index is None else "pooled"
-    images = num_images(inputs.image_k, inputs.image_index)
+    images = num_images(inputs)
     sizes = (triton.next_power_of_2(n) for n in (q.shape[0] * k.shape[1], q.shape[2], k.shape[2]))
     options = (inputs.image_q is not None, inputs.first_key is not None, inputs.softcap is not None, inputs.causal)
     return (device, q.dtype, q.shape[3], q.shape[1] // k.shape[1], *sizes, layout, images, *options)

@@ -13,11 +13,12 @@ With the joint lse, all weights are recomputed one tile at a time (FlashAttentio
     dimage_score_bias_k = dt_k summed over all heads
 
 u is image_q, and du its gradient; without it u is q, and du is added to dq. With softcap c a score is c tanh(x / c) of
-the product x, so ds_j and dx_k have the factor 1 - tanh² too; dt_k, the gradient of the sum with the biases of scores, has not.
+the product x, so ds_j and dx_k have the factor 1 - tanh² too; dt_k, the gradient after the biases of scores, has not.
+The gradient of the image scores t_k themselves (return_image_weights) is added to dt_k.
 
 Three steps, by what their programs own:
-- query tiles (backward_query.py): dq, delta, one partial sum of each bias gradient per program (of image_score_bias
-  per head and part of a group), and of the images either their gradients (dense layout: an image belongs to one query) or dx and b (pooled layout);
+- query tiles (backward_query.py): dq, delta, one partial sum of each bias gradient per program, and of the
+  images either their gradients (dense layout: an image belongs to one query) or dx and b (pooled layout);
 - key tiles (backward_key.py): dk and dv; under first_key a small kernel finds their rows of queries before;
 - images of the pool (backward_pool.py): dimage_k and dimage_v from dx and b, popular images in parts first.
 """
@@ -40,6 +41,7 @@ from valm_kernels.visual_fusion.triton.launch import aligned_rows, contiguous, k
 def backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
+    grad_image_scores: Tensor | None,
     out: Tensor,
     lse: Tensor,
     inputs: Inputs,
@@ -52,9 +54,9 @@ def backward(
     gradients = empty_gradients(inputs, needed)
     inputs = kernel_inputs(inputs)
     grad_out, out = aligned_rows(grad_out), aligned_rows(out)
-    grad_lse, lse = contiguous(grad_lse), lse.contiguous()
+    grad_lse, grad_image_scores, lse = contiguous(grad_lse), contiguous(grad_image_scores), lse.contiguous()
     with torch.cuda.device_of(inputs.q):
-        delta, for_pool = query_gradients(inputs, out, lse, grad_out, grad_lse, gradients)
+        delta, for_pool = query_gradients(inputs, out, lse, grad_out, grad_lse, grad_image_scores, gradients)
         if for_pool is not None:
             pool_gradients(inputs, grad_out, for_pool, gradients)
         if gradients.k is not None or gradients.v is not None:

@@ -9,14 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from valm_kernels.visual_fusion.inputs import Gradients, Inputs
+from valm_kernels.visual_fusion.inputs import Gradients, Inputs, num_images
 from valm_kernels.visual_fusion.triton.autotune import choose_tiles
 from valm_kernels.visual_fusion.triton.launch import (
     cdiv,
     dense_strides,
     image_strides,
     kernel_constants,
-    num_images,
     softcap_log2,
     strides,
 )
@@ -73,6 +72,7 @@ def _query_kernel(
     lse,
     grad_out,
     grad_lse,
+    grad_image_scores,
     dq,  # None here and below: not asked for
     delta,  # (B, Hq, Tq), for _key_kernel
     dimage_k,  # dense layout: (B, Hkv, Tq, K, D), or one such for each part of a group of heads
@@ -173,6 +173,8 @@ def _query_kernel(
                 b_bias += load_score_bias(image_score_bias, i_b, o_t, i_k, Tq, K)
             b_b = tl.where(m_image, tl.exp2(b_x + b_bias), 0.0)
             b_dt = b_b * (tl.sum(b_dof * b_iv, 1) + b_db0)
+            if grad_image_scores is not None:
+                b_dt += tl.load(grad_image_scores + o_row * K + i_k, mask=m_row & m_image, other=0.0)
             b_dx = b_dt
             if softcap_log2 is not None:
                 b_dx *= cap_slope(b_x, softcap_log2)
@@ -252,7 +254,13 @@ class ForPool:
 
 
 def query_gradients(
-    inputs: Inputs, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, gradients: Gradients
+    inputs: Inputs,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    grad_image_scores: Tensor | None,
+    gradients: Gradients,
 ) -> tuple[Tensor, ForPool | None]:
     """Writes all gradients that are not None, except those of k, v and a pool; inputs are those of `kernel_inputs`.
 
@@ -265,7 +273,7 @@ def query_gradients(
     pooled = image_index is not None
     constants = kernel_constants(q, k, inputs.causal)
     block_g = constants["BLOCK_G"]
-    images = num_images(image_k, image_index)
+    images = num_images(inputs)
     pool_wanted = pooled and (gradients.image_k is not None or gradients.image_v is not None)
 
     def scratch(wanted: bool, *size: int) -> Tensor | None:
@@ -293,6 +301,7 @@ def query_gradients(
             lse,
             grad_out,
             grad_lse,
+            grad_image_scores,
             gradients.q,
             delta,
             *dense,

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from valm_kernels.visual_fusion.inputs import Inputs, check_image_index
+from valm_kernels.visual_fusion.inputs import Inputs, check_image_index, num_images
 from valm_kernels.visual_fusion.layout import empty_rows_like
 from valm_kernels.visual_fusion.triton.autotune import choose_tiles
 from valm_kernels.visual_fusion.triton.launch import (
@@ -35,7 +35,6 @@ from valm_kernels.visual_fusion.triton.launch import (
     kernel_constants,
     kernel_inputs,
     multiprocessors,
-    num_images,
     softcap_log2,
     strides,
 )
@@ -113,6 +112,7 @@ def _forward_kernel(
     first_key,
     out,
     lse,
+    image_scores,  # (B, Hq, Tq, K) float32
     stride_q,  # (batch, head, position), as for k and v
     stride_k,
     stride_v,
@@ -170,6 +170,9 @@ def _forward_kernel(
             if image_score_bias is not None:
                 b_t += load_score_bias(image_score_bias, i_b, o_t, i_k, Tq, K)
             b_t = tl.where(m_image, b_t, float("-inf"))
+            if image_scores is not None:
+                o_score = ((i_b * Hkv * G + o_h) * Tq + o_t) * K + i_k
+                tl.store(image_scores + o_score, b_t * LN2, mask=m_row)
             b_m_new = tl.maximum(b_m, b_t)
             b_alpha = tl.exp2(b_m - b_m_new)
             b_p = tl.exp2(b_t - b_m_new)
@@ -263,8 +266,8 @@ def _merge_kernel(
     tl.store(lse + i_r, tl.where(b_seen, (b_m + tl.log2(b_l)) * LN2, float("-inf")))
 
 
-def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """out (B, Hq, Tq, D), laid out as q, and lse (B, Hq, Tq) float32."""
+def forward(inputs: Inputs, image_scores: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """out (B, Hq, Tq, D), laid out as q, and lse (B, Hq, Tq) float32; writes image_scores (B, Hq, Tq, K) float32."""
     if CHECK_INDEX and inputs.image_index is not None and inputs.image_k is not None:
         check_image_index(inputs.image_index, inputs.image_k.shape[1])
     out = empty_rows_like(inputs.q)
@@ -290,6 +293,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
                 *inputs.tensors,
                 out_part,
                 lse_part,
+                image_scores,
                 *(strides(x) for x in (q, k, v)),
                 *(image_strides(x, image_index is not None) for x in (image_k, image_v)),
                 strides(inputs.image_q),
@@ -298,7 +302,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
                 kv_heads,
                 q_len,
                 k_len,
-                num_images(image_k, image_index),
+                num_images(inputs),
                 inputs.scale * LOG2E.value,
                 softcap_log2(inputs),
                 **constants,

@@ -65,13 +65,6 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def num_images(image_k: Tensor | None, image_index: Tensor | None) -> int:
-    """K of either layout."""
-    if image_index is not None:
-        return image_index.shape[2]
-    return 0 if image_k is None else image_k.shape[3]
-
-
 def softcap_log2(inputs: Inputs) -> float | None:
     """The cap in the units of the kernels' scores."""
     return None if inputs.softcap is None else inputs.softcap * LOG2E.value

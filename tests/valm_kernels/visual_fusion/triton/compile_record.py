@@ -35,6 +35,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from valm_kernels.visual_fusion.inputs import Gradients, Inputs
+from valm_kernels.visual_fusion.layout import empty_image_scores
 from valm_kernels.visual_fusion.triton import (
     autotune,
     backward,
@@ -151,7 +152,7 @@ def meta_inputs(
     image_q: bool = False,
     score_bias: bool = False,
 ) -> Inputs:
-    """Arguments of forward with all switched on but those that this takes as options: B 4, 12 key-value heads, T 1024, K 8."""
+    """Arguments of forward with all switched on but the options here: B 4, 12 key-value heads, T 1024, K 8."""
     batch, heads = 4, 12
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -177,15 +178,17 @@ def without(inputs: Inputs, *names: str) -> Inputs:
     return inputs._replace(**dict.fromkeys(names))
 
 
-def record(kernel: str, arch: int, inputs: Inputs, with_lse: bool) -> Launch:
+def record(kernel: str, arch: int, inputs: Inputs, with_lse: bool, with_image_scores: bool) -> Launch:
     """The last launch of `kernel` in forward or backward."""
     q = inputs.q
+    image_scores = empty_image_scores(inputs, wanted=True) if with_image_scores else None
     with recorders(arch) as found:
         if kernel in ("forward", "merge"):
-            forward.forward(inputs)
+            forward.forward(inputs, image_scores)
         else:
             lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-            backward.backward(q, lse if with_lse else None, q, lse, inputs, needed=[True] * len(Gradients._fields))
+            results = (lse if with_lse else None, image_scores, q, lse)
+            backward.backward(q, *results, inputs, needed=[True] * len(Gradients._fields))
     return found[kernel].launches[-1]
 
 
@@ -231,9 +234,12 @@ def variant(call: str, head_dim: int, dtype: str) -> str:
     return f"{call} D{head_dim} {dtype}"
 
 
-def compile_kernel(kernel: str, variant: str, arch: int, inputs: Inputs, with_lse: bool = True) -> Compiled:
-    """Compiles `kernel` as it would be launched for `inputs`, in the backward with a gradient of lse or without."""
-    special = specialise(record(kernel, arch, inputs, with_lse), arch)
+def compile_kernel(
+    kernel: str, variant: str, arch: int, inputs: Inputs, with_lse: bool = True, with_image_scores: bool = False
+) -> Compiled:
+    """Compiles `kernel` as it would be launched for `inputs`, in the backward with the gradients of lse and of the
+    image scores or without."""
+    special = specialise(record(kernel, arch, inputs, with_lse, with_image_scores), arch)
     compiled = triton.compile(special.source, target=GPUTarget("cuda", arch, 32), options=special.options)
 
     registers, spill_bytes = _resource_usage(compiled.asm["cubin"])

@@ -47,6 +47,8 @@ QUICK = {
     "image_q",
     "image_score_bias",
     "image_score_bias, pooled",
+    "image weights",
+    "image weights, pooled",
 }
 
 
@@ -169,7 +171,7 @@ def test_opcheck(monkeypatch, name):
                 if strided:
                     inputs[key] = inputs[key].transpose(-1, 0).contiguous().transpose(-1, 0)
                 inputs[key].requires_grad_()
-        torch.library.opcheck(forward_op, op_arguments(inputs, "triton"))
+        torch.library.opcheck(forward_op, op_arguments(inputs, "triton", with_image_scores=name == "pooled"))
 
 
 @pytest.mark.parametrize("layout", ["dense", "pooled"])

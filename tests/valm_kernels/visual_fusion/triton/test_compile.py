@@ -94,6 +94,8 @@ VARIANTS = {
     "int32 index": lambda: meta_inputs(*POOLED, index_dtype=torch.int32),
     "image_q": lambda: meta_inputs(*DENSE, image_q=True),
     "image_q, pooled": lambda: meta_inputs(*POOLED, image_q=True),
+    "image weights": lambda: meta_inputs(*DENSE),
+    "image weights, pooled": lambda: without(meta_inputs(*POOLED), "first_key"),
     "image_score_bias": lambda: meta_inputs(*DENSE, score_bias=True),
     "image_score_bias, pooled": lambda: without(meta_inputs(*POOLED, score_bias=True), "first_key"),
     "image_score_bias, group of eight": lambda: meta_inputs(*POOLED, group=8, score_bias=True),
@@ -113,7 +115,8 @@ def test_every_kind_of_call_compiles(call, kernel):
     inputs = VARIANTS[call]()
     if kernel == "pool" and inputs.image_index is None:
         pytest.skip("the dense layout has no pool")
-    report = compile_kernel(kernel, call, 90, inputs, with_lse=False).report
+    with_image_scores = call.startswith("image weights")
+    report = compile_kernel(kernel, call, 90, inputs, with_lse=False, with_image_scores=with_image_scores).report
     assert report.spill_bytes <= VARIANT_SPILLS.get((kernel, call), 0)
     assert report.shared_bytes <= SHARED_LIMIT[90]
     assert report.mma or kernel == "pool"

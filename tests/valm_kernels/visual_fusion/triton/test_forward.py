@@ -11,8 +11,14 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("run by test_interpreted.py with TRITON_INTERPRET=1", allow_module_level=True)
 
-from tests.tolerance import assert_accurate
-from tests.valm_kernels.visual_fusion.problems import BEYOND_32_BITS, PROBLEMS, Problem, assert_passes_nan_on, far_apart
+from tests.valm_kernels.visual_fusion.problems import (
+    BEYOND_32_BITS,
+    PROBLEMS,
+    Problem,
+    assert_passes_nan_on,
+    assert_result_accurate,
+    far_apart,
+)
 from tests.valm_kernels.visual_fusion.triton.small_tiles import use_small_tiles
 from valm_kernels import visual_fusion_attn
 from valm_kernels.visual_fusion.triton import forward
@@ -20,12 +26,11 @@ from valm_kernels.visual_fusion.triton import forward
 
 def assert_forward_accurate(problem, dtype):
     def attend(impl, dtype):
-        return visual_fusion_attn(**problem.inputs(dtype), impl=impl, return_lse=True)
+        return visual_fusion_attn(**problem.inputs(dtype), impl=impl, return_lse=True, return_image_weights=True)
 
     results = zip(attend("triton", dtype), attend("reference", dtype), attend("reference", torch.float64), strict=True)
-    for name, (actual, eager, truth) in zip(("out", "lse"), results, strict=True):
-        assert actual.dtype == eager.dtype
-        assert_accurate(name, actual, eager, truth)
+    for name, (actual, eager, truth) in zip(("out", "lse", "image_weights"), results, strict=True):
+        assert_result_accurate(name, actual, eager, truth, dtype)
 
 
 @pytest.mark.parametrize(

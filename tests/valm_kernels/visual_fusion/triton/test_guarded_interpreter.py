@@ -163,6 +163,12 @@ MUTANTS = {
         "b_dscore)",
         Problem(**SMALL, score_bias=True),
     ),
+    "gradient of image scores of rows past the last": (
+        "backward_query.py",
+        "mask=m_row & m_image, other=0.0",
+        "mask=m_image, other=0.0",
+        Problem(**SMALL, weights=True),
+    ),
     "bias of a slot without an image": (
         "forward.py",
         'tl.where(m_image, b_t, float("-inf"))',

@@ -68,7 +68,9 @@ def launched(inputs, *needed):
     """The gradients that the kernels of the backward were given to fill, by kernel, where only some are needed."""
     lse = torch.empty(inputs.q.shape[:3], dtype=torch.float32, device=inputs.q.device)
     with recorders(ARCH) as found:
-        gradients = backward.backward(inputs.q, None, inputs.q, lse, inputs, [n in needed for n in Gradients._fields])
+        gradients = backward.backward(
+            inputs.q, None, None, inputs.q, lse, inputs, [n in needed for n in Gradients._fields]
+        )
     assert {name for name, gradient in gradients._asdict().items() if gradient is not None} == set(needed)
     filled = {}
     for name, recorder in found.items():
