@@ -18,6 +18,12 @@ IMPLS = ("auto", "triton", "cpu", "reference")
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
 MAX_IMAGES = 64
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+_INTEGER_DTYPES = {
+    "image_index": (torch.int32, torch.int64),
+    "image_mask": (torch.bool,),
+    "first_key": (torch.int32,),
+    "cache_seqlens": (torch.int32,),
+}
 
 
 @overload
@@ -37,6 +43,7 @@ def visual_fusion_attn(
     image_logit_bias: Tensor | None = None,
     image_score_bias: Tensor | None = None,
     first_key: Tensor | None = None,
+    cache_seqlens: Tensor | None = None,
     causal: bool = True,
     scale: float | None = None,
     return_lse: Literal[False] = False,
@@ -60,6 +67,7 @@ def visual_fusion_attn(
     image_logit_bias: Tensor | None = None,
     image_score_bias: Tensor | None = None,
     first_key: Tensor | None = None,
+    cache_seqlens: Tensor | None = None,
     causal: bool = True,
     scale: float | None = None,
     return_lse: Literal[True],
@@ -83,6 +91,7 @@ def visual_fusion_attn(
     image_logit_bias: Tensor | None = None,
     image_score_bias: Tensor | None = None,
     first_key: Tensor | None = None,
+    cache_seqlens: Tensor | None = None,
     causal: bool = True,
     scale: float | None = None,
     return_lse: bool = False,
@@ -105,6 +114,7 @@ def visual_fusion_attn(
     image_logit_bias: Tensor | None = None,
     image_score_bias: Tensor | None = None,
     first_key: Tensor | None = None,
+    cache_seqlens: Tensor | None = None,
     causal: bool = True,
     scale: float | None = None,
     return_lse: bool = False,
@@ -149,6 +159,10 @@ def visual_fusion_attn(
         first_key: (B, Tq) int32, the first text key that each query sees: left padding, packed documents and
             sliding windows. It need not be monotone; values <= 0 mean all keys. It limits text only: mask the
             images of a padding query by image_index or image_mask.
+        cache_seqlens: (B,) int32, how many keys of each row there are, those of this call included: takes the place of
+            Tk in j <= i + (Tk - Tq), for a cache of constant size Tk that is being filled (StaticCache, CUDA graphs).
+            The keys and values from there on are not used and may be anything, NaN too. 0 to Tk, fewer than Tq too:
+            on CPU anything else raises, on CUDA it counts as the nearest of these. It limits text only.
         causal: False lets every query see all keys from first_key on.
         scale: factor of the scores, positive; 1 / sqrt(D) by default.
         return_lse: return (out, lse) instead of out.
@@ -182,6 +196,7 @@ def visual_fusion_attn(
         "image_logit_bias": image_logit_bias,
         "image_score_bias": image_score_bias,
         "first_key": first_key,
+        "cache_seqlens": cache_seqlens,
     }
     _check_tensors(tensors, options)
     impl = _choose_impl(impl, q)
@@ -212,6 +227,7 @@ def attention_weights(
     image_logit_bias: Tensor | None = None,
     image_score_bias: Tensor | None = None,
     first_key: Tensor | None = None,
+    cache_seqlens: Tensor | None = None,
     causal: bool = True,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -239,6 +255,7 @@ def attention_weights(
         "image_logit_bias": image_logit_bias,
         "image_score_bias": image_score_bias,
         "first_key": first_key,
+        "cache_seqlens": cache_seqlens,
     }
     _check_tensors(tensors, options)
     inputs = _checked_inputs(tensors, options, causal, scale, softcap)
@@ -271,7 +288,7 @@ def _checked_inputs(
 
     if num_images == 0:
         tensors = tensors | {"image_k": None, "image_v": None, "image_q": None}
-        options = dict.fromkeys(options) | {"first_key": options["first_key"]}
+        options = dict.fromkeys(options) | {name: options[name] for name in ("first_key", "cache_seqlens")}
     scale = tensors["q"].shape[-1] ** -0.5 if scale is None else float(scale)
     softcap = None if softcap is None else float(softcap)
     return Inputs(**tensors, **options, causal=causal, scale=scale, softcap=softcap)
@@ -333,18 +350,13 @@ def _check_dtypes(tensors: dict, options: dict) -> None:
         if tensors[name] is not None and tensors[name].dtype != dtype:
             raise TypeError(f"{name} must have the dtype of q, {dtype}, got {tensors[name].dtype}")
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    allowed = {
-        "image_index": (torch.int32, torch.int64),
-        "image_mask": (torch.bool,),
-        "image_k_bias": (dtype, wide),
-        "image_v_bias": (dtype, wide),
-        "image_logit_bias": (wide,),
-        "image_score_bias": (wide,),
-        "first_key": (torch.int32,),
-    }
-    for name, dtypes in allowed.items():
-        tensor = options[name]
-        if tensor is not None and tensor.dtype not in dtypes:
+    for name, tensor in options.items():
+        if tensor is None:
+            continue
+        dtypes = _INTEGER_DTYPES.get(name)
+        if dtypes is None:
+            dtypes = (wide,) if name in ("image_logit_bias", "image_score_bias") else (dtype, wide)
+        if tensor.dtype not in dtypes:
             names = " or ".join(dict.fromkeys(str(d) for d in dtypes))
             raise TypeError(f"{name} must be {names} beside a {dtype} q, got {tensor.dtype}")
 
@@ -433,6 +445,7 @@ def _check_option_shapes(q: Tensor, k: Tensor, num_images: int, options: dict) -
         "image_logit_bias": ((query_heads,), "(Hq,)"),
         "image_score_bias": ((batch, num_queries, num_images), "(B, Tq, K)"),
         "first_key": ((batch, num_queries), "(B, Tq)"),
+        "cache_seqlens": ((batch,), "(B,)"),
     }
     for name, (shape, meaning) in expected.items():
         if options[name] is not None:

@@ -12,7 +12,7 @@ lse, returns exactly the text's share of the gradients.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from valm_kernels.native import cpu_isa, native, survives_fork
 from valm_kernels.visual_fusion import cpu_softcap
-from valm_kernels.visual_fusion.inputs import Gradients, Inputs, check_image_index
+from valm_kernels.visual_fusion.inputs import Gradients, Inputs, check_cache_seqlens, check_image_index
 from valm_kernels.visual_fusion.layout import empty_rows_like, empty_tokens_first, whole_rows
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -130,16 +130,17 @@ class _ImageBranch:
         self.dtype = str(q.dtype).removeprefix("torch.")
         self.sizes = (batch, query_heads, kv_heads, num_queries, num_images, head_dim, pool_rows)
         wide = torch.promote_types(q.dtype, torch.float32)
-        biases = ("image_k_bias", "image_v_bias", "image_logit_bias", "image_score_bias")
-        of_biases = ((name, getattr(inputs, name)) for name in biases)
         self.inputs = {
             "q": q,
             "image_k": whole_rows(image_k),
             "image_v": whole_rows(image_v),
             "image_index": None if image_index is None else image_index.contiguous(),
             "image_mask": None if image_mask is None else image_mask.contiguous(),
-            **{name: None if bias is None else bias.to(wide).contiguous() for name, bias in of_biases},
         }
+        for name in ("image_k_bias", "image_v_bias", "image_logit_bias", "image_score_bias"):
+            bias = getattr(inputs, name)
+            if bias is not None:
+                self.inputs[name] = bias.to(wide).contiguous()
 
     def run(self, direction: str, **tensors: Tensor | None) -> None:
         tensors |= self.inputs
@@ -216,7 +217,17 @@ def _run_segments(
 
 def _segments(inputs: Inputs) -> list[TextSegment]:
     batch, _, num_queries, _ = inputs.q.shape
-    return list(text_segments(batch, num_queries, inputs.k.shape[2], inputs.first_key, inputs.causal))
+    num_keys, first_key, lengths = inputs.k.shape[2], inputs.first_key, inputs.cache_seqlens
+    if lengths is None:
+        return list(text_segments(batch, num_queries, num_keys, first_key, inputs.causal))
+    check_cache_seqlens(lengths, num_keys)
+    segments = []
+    for row, row_end in pairwise(_change_points(lengths[1:] != lengths[:-1], batch)):
+        first_key = None if inputs.first_key is None else inputs.first_key[row:row_end]
+        for segment in text_segments(row_end - row, num_queries, int(lengths[row]), first_key, inputs.causal):
+            rows = slice(segment.rows.start + row, segment.rows.stop + row)
+            segments.append(replace(segment, rows=rows))
+    return segments
 
 
 def _text_forward(inputs: Inputs) -> tuple[Tensor, Tensor]:

@@ -28,13 +28,14 @@ class Inputs(NamedTuple):
     image_logit_bias: Tensor | None
     image_score_bias: Tensor | None
     first_key: Tensor | None
+    cache_seqlens: Tensor | None
     causal: bool
     scale: float
     softcap: float | None
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """q to first_key, in order."""
+        """q to cache_seqlens, in order."""
         return self[:-3]
 
 
@@ -74,3 +75,15 @@ def check_image_index(image_index: Tensor, pool_size: int) -> None:
         raise ValueError(
             f"image_index must be -1 (no image) or a row of the pool from 0 to {pool_size - 1}, got {wrong}"
         )
+
+
+def check_cache_seqlens(cache_seqlens: Tensor, num_keys: int) -> None:
+    """Checks the values of cache_seqlens, which on CUDA waits for the device.
+
+    Raises:
+        ValueError: a length is outside [0, num_keys].
+    """
+    low, high = (int(x) for x in torch.aminmax(cache_seqlens))
+    if low < 0 or high > num_keys:
+        wrong = low if low < 0 else high
+        raise ValueError(f"cache_seqlens must be from 0 to {num_keys}, the keys that there are (Tk), got {wrong}")

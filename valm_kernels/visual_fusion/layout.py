@@ -52,7 +52,9 @@ def empty_gradients(inputs: Inputs, needed: Sequence[bool]) -> Gradients:
 def empty_image_scores(inputs: Inputs, wanted: bool) -> Tensor:
     """Uninitialised (B, Hq, Tq, K), in the precision of lse; (0,) if nobody wants them."""
     q = inputs.q
-    shape = (*q.shape[:3], num_images(inputs)) if wanted else (0,)
+    if not wanted:
+        return q.new_empty(0)
+    shape = (*q.shape[:3], num_images(inputs))
     return q.new_empty(shape, dtype=torch.promote_types(q.dtype, torch.float32))
 
 

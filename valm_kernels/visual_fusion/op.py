@@ -18,7 +18,8 @@ from valm_kernels.visual_fusion.layout import empty_gradients, empty_image_score
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? image_k, Tensor? image_v, Tensor? image_q, Tensor? image_index, "
     "Tensor? image_mask, Tensor? image_k_bias, Tensor? image_v_bias, Tensor? image_logit_bias, "
-    "Tensor? image_score_bias, Tensor? first_key, bool causal, float scale, float? softcap, str impl"
+    "Tensor? image_score_bias, Tensor? first_key, Tensor? cache_seqlens, bool causal, float scale, float? softcap, "
+    "str impl"
 )
 # Positions of the differentiable tensors among the inputs.
 _DIFFERENTIABLE = tuple(Inputs._fields.index(name) for name in Gradients._fields)
@@ -111,9 +112,9 @@ def _autograd(
 ) -> tuple[Tensor | None, ...]:
     out, lse, *tensors = ctx.saved_tensors
     inputs = (*tensors, ctx.causal, ctx.scale, ctx.softcap, ctx.impl)
-    if grad_out is None and grad_lse is None and grad_image_scores is None:
     if not ctx.with_image_scores:
         grad_image_scores = None  # of the empty tensor that stands for them
+    if grad_out is None and grad_lse is None and grad_image_scores is None:
         return (None,) * (len(inputs) + 1)
     if grad_out is None:
         grad_out = torch.zeros_like(out)

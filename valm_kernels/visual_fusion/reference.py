@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from valm_kernels.visual_fusion.inputs import Inputs, check_image_index
+from valm_kernels.visual_fusion.inputs import Inputs, check_cache_seqlens, check_image_index
 
 
 def joint_softmax(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -17,14 +17,14 @@ def joint_softmax(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 
     The two weights of a query sum to 1 together, or to 0 where the query sees nothing.
     """
-    q, k, image_k = inputs.q, inputs.k, inputs.image_k
+    q, k, image_k = inputs.q, _used(inputs.k, inputs.cache_seqlens), inputs.image_k
     num_queries, num_keys = q.shape[2], k.shape[2]
     group = q.shape[1] // k.shape[1]
 
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = inputs.scale * (q @ k.repeat_interleave(group, 1).transpose(-1, -2)).to(wide)  # (B, Hq, Tq, Tk)
     scores = _capped(scores, inputs.softcap)
-    visible = text_visible(num_queries, num_keys, inputs.first_key, inputs.causal, q.device)
+    visible = text_visible(num_queries, num_keys, inputs.first_key, inputs.cache_seqlens, inputs.causal, q.device)
     scores = scores.masked_fill(~visible, -torch.inf)
     if image_k is not None:
         image_q = q if inputs.image_q is None else inputs.image_q
@@ -53,7 +53,7 @@ def joint_softmax(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 def reference_attention(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """out (B, Hq, Tq, D), lse (B, Hq, Tq) and the image weights (B, Hq, Tq, K), with gradients by autograd."""
     text_weights, image_weights, lse = joint_softmax(inputs)
-    q, v, image_v = inputs.q, inputs.v, inputs.image_v
+    q, v, image_v = inputs.q, _used(inputs.v, inputs.cache_seqlens), inputs.image_v
     group = q.shape[1] // v.shape[1]
     out = text_weights.to(q.dtype) @ v.repeat_interleave(group, 1)  # (B, Hq, Tq, D)
     if image_v is not None:
@@ -66,16 +66,33 @@ def reference_attention(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def text_visible(
-    num_queries: int, num_keys: int, first_key: Tensor | None, causal: bool, device: torch.device
+    num_queries: int,
+    num_keys: int,
+    first_key: Tensor | None,
+    cache_seqlens: Tensor | None,
+    causal: bool,
+    device: torch.device,
 ) -> Tensor:
     """(B or 1, 1, Tq, Tk) bool: which text keys each query sees."""
     key = torch.arange(num_keys, device=device)
     query = torch.arange(num_queries, device=device)[:, None]
-    visible = key <= query + (num_keys - num_queries) if causal else torch.ones_like(key == query)
-    visible = visible[None, None]
+    lengths = torch.tensor([num_keys], device=device) if cache_seqlens is None else cache_seqlens
+    end = lengths[:, None, None, None]  # (B or 1, 1, 1, 1)
+    if causal:
+        end = end + (query + 1 - num_queries)  # (B or 1, 1, Tq, 1)
+    visible = (key < end).expand(-1, -1, num_queries, -1)
     if first_key is not None:
         visible = visible & (key >= first_key[:, None, :, None])
     return visible
+
+
+def _used(text: Tensor, cache_seqlens: Tensor | None) -> Tensor:
+    """The keys or values (B, Hkv, Tk, D), with zeros for those from cache_seqlens on."""
+    if cache_seqlens is None:
+        return text
+    check_cache_seqlens(cache_seqlens, text.shape[2])
+    unused = torch.arange(text.shape[2], device=text.device) >= cache_seqlens[:, None]  # (B, Tk)
+    return text.masked_fill(unused[:, None, :, None], 0)
 
 
 def _capped(scores: Tensor, softcap: float | None) -> Tensor:

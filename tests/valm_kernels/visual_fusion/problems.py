@@ -33,6 +33,7 @@ class Problem:
     num_images: int = 3
     pool_size: int | None = None  # None: dense layout
     first_key: str | None = None  # a name of FIRST_KEYS
+    seqlens: bool = False  # cache_seqlens: other numbers of keys in each row, fewer than queries in the last
     causal: bool = True
     scale: float | None = None
     softcap: float | None = None
@@ -93,6 +94,10 @@ class Problem:
             inputs["first_key"] = FIRST_KEYS[self.first_key](self, generator)
         if self.image_q:
             inputs["image_q"] = tokens(self.query_heads, self.num_queries)
+        if self.seqlens:
+            lengths = torch.randint(self.num_queries, self.num_keys + 1, (self.batch,), generator=generator).int()
+            lengths[-1] = self.num_queries // 2
+            inputs["cache_seqlens"] = lengths
         if self.score_bias:
             bias = normal(*slots, dtype=wide)
             if "image_mask" in inputs:
@@ -211,11 +216,6 @@ def assert_solves(
     return actual
 
 
-def assert_passes_nan_on(impl: str, name: str, dtype: torch.dtype) -> None:
-    """Checks that a NaN in `name` shows itself in the results of every query it takes part in, and in those only."""
-    inputs = Problem(batch=1, num_queries=6, num_images=3, head_dim=8).inputs(dtype)
-    inputs["image_mask"][:] = True
-    inputs[name][0, 1, 4, ..., 2] = torch.nan
 def assert_result_accurate(name: str, actual: Tensor, eager: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
     """`assert_accurate`; of weights the logarithms are compared, for what is rounded are scores."""
     assert actual.dtype == eager.dtype, f"{name}: {actual.dtype}, expected {eager.dtype}"
@@ -224,6 +224,11 @@ def assert_result_accurate(name: str, actual: Tensor, eager: Tensor, truth: Tens
     assert_accurate(name, actual, eager, truth, actual.dtype if name in ("lse", "image_weights") else dtype)
 
 
+def assert_passes_nan_on(impl: str, name: str, dtype: torch.dtype) -> None:
+    """Checks that a NaN in `name` shows itself in the results of every query it takes part in, and in those only."""
+    inputs = Problem(batch=1, num_queries=6, num_images=3, head_dim=8).inputs(dtype)
+    inputs["image_mask"][:] = True
+    inputs[name][0, 1, 4, ..., 2] = torch.nan
     found, expected = (visual_fusion_attn(**inputs, return_lse=True, impl=i) for i in (impl, "reference"))
     assert expected[0].isnan().any() and (expected[1].isnan().any() or name == "image_v")
     for found_part, expected_part in zip(found, expected, strict=True):
@@ -243,7 +248,21 @@ def assert_minus_infinity_is_weight_zero(impl: str, problem: Problem, dtype: tor
         absent["image_index"] = inputs["image_index"].masked_fill(excluded, -1)
     found, expected = (solve(case, impl, cotangents(problem)) for case in (by_bias, absent))
     for name, tensor in expected.items():
-        assert found[name].equal(tensor), name
+        torch.testing.assert_close(found[name], tensor, msg=name)
+
+
+def assert_unused_keys_may_be_anything(impl: str, problem: Problem, dtype: torch.dtype) -> None:
+    """Checks that NaN in the keys and values from cache_seqlens on changes nothing, and that their gradients are 0."""
+    inputs = problem.inputs(dtype)
+    grads = cotangents(problem)
+    expected = solve(inputs, impl, grads)
+    unused = torch.arange(problem.num_keys) >= inputs["cache_seqlens"][:, None]  # (B, Tk)
+    assert unused.any()
+    filled = {name: inputs[name].masked_fill(unused[:, None, :, None], torch.nan) for name in ("k", "v")}
+    for name, tensor in solve({**inputs, **filled}, impl, grads).items():
+        assert tensor.equal(expected[name]), name
+    for name in ("k", "v"):
+        assert not expected[name].transpose(1, 2)[unused].any(), name
 
 
 def assert_unseen_gradient_of_lse_is_ignored(impl: str, problem: Problem) -> None:
@@ -302,6 +321,17 @@ PROBLEMS = {
     "random first_key not causal": Problem(first_key="random", num_queries=70, causal=False, num_images=0),
     "image_q": Problem(image_q=True),
     "image_q, pooled": Problem(image_q=True, pool_size=11, query_heads=6, num_queries=35),
+    "cache_seqlens": Problem(seqlens=True, prefix=37),
+    "cache_seqlens, documents": Problem(
+        seqlens=True, prefix=20, first_key="documents", pool_size=11, query_heads=6, num_queries=70, batch=3
+    ),
+    "cache_seqlens, random first_key": Problem(
+        seqlens=True, prefix=40, first_key="random", num_images=0, softcap=1.5, num_queries=33
+    ),
+    "cache_seqlens, not causal": Problem(seqlens=True, prefix=40, causal=False, batch=3, pool_size=3),
+    "cache_seqlens, decode": Problem(
+        seqlens=True, num_queries=1, prefix=300, batch=8, pool_size=5, first_key="left_padding"
+    ),
     "image weights": Problem(weights=True, query_heads=6),
     "image weights, pooled": Problem(
         weights=True, pool_size=11, first_key="random", num_queries=70, softcap=1.5, image_q=True, score_bias=True
@@ -331,6 +361,8 @@ PROBLEMS = {
     "softcap, wide": Problem(softcap=50.0, num_queries=20, scale=1.0),
 }
 
+
+CACHES = {name: problem for name, problem in PROBLEMS.items() if problem.seqlens}
 
 _BEYOND_32_BITS = Problem(batch=1, query_heads=2, kv_heads=2, num_queries=4, num_images=2, gaps=False, biases=False)
 BEYOND_32_BITS = {"dense": _BEYOND_32_BITS, "pooled": replace(_BEYOND_32_BITS, pool_size=5)}

@@ -21,7 +21,7 @@ def zeros(*shape, dtype=torch.float32, device=None):
 
 
 BIASES = ("image_k_bias", "image_v_bias", "image_logit_bias")
-OPTIONS = ("image_mask", *BIASES, "image_score_bias", "first_key")
+OPTIONS = ("image_mask", *BIASES, "image_score_bias", "first_key", "cache_seqlens")
 
 # problem, changed arguments, error, what its message says
 WRONG = {
@@ -56,6 +56,13 @@ WRONG = {
     "image_logit_bias rank": (DENSE, {"image_logit_bias": zeros(4, 1)}, ValueError, "image_logit_bias must have shape"),
     "image_score_bias rank": (DENSE, {"image_score_bias": zeros(2, 5)}, ValueError, "image_score_bias must have shape"),
     "first_key rank": (DENSE, {"first_key": zeros(5, dtype=torch.int32)}, ValueError, "first_key must have shape"),
+    "cache_seqlens rank": (
+        DENSE,
+        {"cache_seqlens": zeros(2, 5, dtype=torch.int32)},
+        ValueError,
+        r"cache_seqlens must have shape \(B,\) = \(2,\), got \(2, 5\)",
+    ),
+    "cache_seqlens number": (DENSE, {"cache_seqlens": 7}, TypeError, "cache_seqlens must be a tensor, got int"),
     # shape
     "empty batch": (DENSE, {"q": zeros(0, 4, 5, 8)}, ValueError, "q must have no empty dimension"),
     "no queries": (DENSE, {"q": zeros(2, 4, 0, 8)}, ValueError, "q must have no empty dimension"),
@@ -148,6 +155,12 @@ WRONG = {
     ),
     "first_key batch": (DENSE, {"first_key": zeros(1, 5, dtype=torch.int32)}, ValueError, "first_key must have shape"),
     "first_key tokens": (DENSE, {"first_key": zeros(2, 7, dtype=torch.int32)}, ValueError, "first_key must have shape"),
+    "cache_seqlens batch": (
+        DENSE,
+        {"cache_seqlens": zeros(3, dtype=torch.int32)},
+        ValueError,
+        "cache_seqlens must have shape",
+    ),
     # dtype
     "q integer": (DENSE, {"q": zeros(2, 4, 5, 8, dtype=torch.int64)}, TypeError, "q must be float32, .*int64"),
     "q complex": (DENSE, {"q": zeros(2, 4, 5, 8, dtype=torch.complex64)}, TypeError, "q must be float32"),
@@ -225,6 +238,12 @@ WRONG = {
         TypeError,
         "first_key must be torch.int32",
     ),
+    "cache_seqlens dtype": (
+        DENSE,
+        {"cache_seqlens": zeros(2, dtype=torch.int64)},
+        TypeError,
+        "cache_seqlens must be torch.int32 beside a torch.float32 q, got torch.int64",
+    ),
     # device
     **{
         f"{name} device": (DENSE, {name: zeros(2, 2, 7, 8, device="meta")}, ValueError, f"{name} must be on the device")
@@ -239,6 +258,7 @@ WRONG = {
             "image_logit_bias",
             "image_score_bias",
             "first_key",
+            "cache_seqlens",
         )
     },
     "image_index device": (POOLED, {"image_index": zeros(1, device="meta")}, ValueError, "image_index must be on"),
@@ -310,11 +330,12 @@ def test_wrong_argument(case, impl):
         visual_fusion_attn(**{**problem.inputs(torch.float32), "impl": impl, **changes})
 
 
-@pytest.mark.parametrize("name", ["image_index", "image_mask", "first_key"])
+@pytest.mark.parametrize("name", ["image_index", "image_mask", "first_key", "cache_seqlens"])
 def test_integer_arguments_take_no_gradient(name):
     """PyTorch itself refuses it for whole numbers; what could carry one has the wrong dtype here."""
     problem = POOLED if name == "image_index" else DENSE
-    inputs = {"first_key": zeros(2, 5, dtype=torch.int32), **problem.inputs(torch.float32)}
+    inputs = {"first_key": zeros(2, 5, dtype=torch.int32), "cache_seqlens": torch.tensor([6, 7]).int()}
+    inputs |= problem.inputs(torch.float32)
     with pytest.raises(RuntimeError, match=r"[Oo]nly Tensors of floating point"):
         inputs[name].requires_grad_()
     inputs[name] = inputs[name].float().requires_grad_()
@@ -329,6 +350,7 @@ def test_last_dimension_of_any_stride(name, impl):
     problem = POOLED if name == "image_index" else DENSE
     inputs = {"first_key": torch.tensor([[0, 3, 1, 2, 9]] * 2).int(), **problem.inputs(torch.float32)}
     inputs["image_q"] = inputs["q"].flip(2)
+    inputs["cache_seqlens"] = torch.tensor([6, 7]).int()
     inputs["image_score_bias"] = torch.arange(30.0).view(2, 5, 3) / 10
     expected = visual_fusion_attn(**inputs, impl=impl)
     inputs[name] = torch.stack([inputs[name], torch.zeros_like(inputs[name])], -1)[..., 0]

@@ -8,12 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.valm_kernels.visual_fusion.problems import (
+    CACHES,
     PROBLEMS,
     Problem,
     assert_minus_infinity_is_weight_zero,
     assert_passes_nan_on,
     assert_solves,
     assert_unseen_gradient_of_lse_is_ignored,
+    assert_unused_keys_may_be_anything,
     cotangents,
     solve,
 )
@@ -85,7 +87,9 @@ def test_16_bit_numbers_are_read_and_rounded_as_pytorch_does(dtype, isa, monkeyp
     assert out.equal((values.squeeze(3).float() + bias).to(dtype))
 
 
-@pytest.mark.parametrize("name", ["dense", "pooled", "prefix", "documents", "random first_key", "softcap, prefix", "image weights"])
+@pytest.mark.parametrize(
+    "name", ["dense", "pooled", "prefix", "documents", "random first_key", "softcap, prefix", "image weights"]
+)
 def test_unused_lse(name):
     assert_solves("cpu", PROBLEMS[name], torch.float32, with_lse=False)
 
@@ -100,11 +104,12 @@ def test_unused_lse(name):
         Problem(num_queries=5, head_dim=8, num_images=2, softcap=1.5, image_q=True),
         Problem(num_queries=4, head_dim=8, num_images=2, pool_size=3, prefix=2, softcap=1.5, first_key="random"),
         Problem(num_queries=5, head_dim=8, num_images=2, score_bias=True),
+        Problem(batch=3, num_queries=4, prefix=3, head_dim=8, num_images=2, seqlens=True),
         Problem(num_queries=4, head_dim=8, num_images=2, pool_size=3, softcap=1.5, image_q=True, score_bias=True),
     ],
     ids=[
         *("dense", "pooled", "random first_key", "no images", "softcap and image_q", "softcap, pooled"),
-        *("image_score_bias", "image_score_bias, softcap, image_q, pooled"),
+        *("image_score_bias", "cache_seqlens", "image_score_bias, softcap, image_q, pooled"),
     ],
 )
 def test_gradcheck(problem):
@@ -137,6 +142,7 @@ def test_gradcheck(problem):
     num_images=st.integers(0, 9),
     pool_size=st.none() | st.integers(1, 20),
     first_key=st.sampled_from([None, "documents", "left_padding", "sliding_window", "random"]),
+    seqlens=st.booleans(),
     causal=st.booleans(),
     softcap=st.none() | st.floats(0.3, 60),
     image_q=st.booleans(),
@@ -253,6 +259,21 @@ def test_nan_is_passed_on(name, isa, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("name", CACHES)
+def test_unused_keys_may_be_anything(name, impl):
+    assert_unused_keys_may_be_anything(impl, CACHES[name], torch.float32)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("length", [-1, 78])
+def test_cache_seqlens_out_of_range(length, impl):
+    inputs = Problem(prefix=37).inputs(torch.float32)
+    lengths = torch.tensor([40, length], dtype=torch.int32)
+    with pytest.raises(ValueError, match=rf"cache_seqlens must be from 0 to 77, .* got {length}"):
+        visual_fusion_attn(**inputs, cache_seqlens=lengths, impl=impl)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
 @pytest.mark.parametrize("name", ["dense", "pooled", "random first_key"])
 def test_image_score_bias_of_minus_infinity(name, impl):
     assert_minus_infinity_is_weight_zero(impl, PROBLEMS[name], torch.float32)
@@ -299,7 +320,7 @@ def test_text_segments_cover_each_visible_pair_once(first_key, prefix, causal):
         seen[segment.rows, segment.queries, segment.keys] += visible.int()
         assert (covered[segment.rows, segment.queries] == segment.joins).all()
         covered[segment.rows, segment.queries] = True
-    expected = text_visible(problem.num_queries, problem.num_keys, first, causal, torch.device("cpu"))
+    expected = text_visible(problem.num_queries, problem.num_keys, first, None, causal, torch.device("cpu"))
     assert seen.equal(expected[:, 0].expand_as(seen).int())
 
 

@@ -15,6 +15,7 @@ backward_op = torch.ops.valm_kernels.visual_fusion_attn_backward.default
 NAMES = (
     *("dense", "pooled", "no images", "prefix", "documents", "heads first"),
     *("image_q", "softcap, no images", "softcap, image_q, pooled", "image_score_bias", "image_score_bias, pooled"),
+    *("cache_seqlens", "cache_seqlens, random first_key"),
 )
 
 
@@ -70,6 +71,7 @@ def test_opcheck_backward(name, with_lse):
         ("documents", True, "aot_eager"),
         ("no images", True, "aot_eager"),
         ("image_score_bias, pooled", True, "aot_eager"),
+        ("cache_seqlens, documents", True, "aot_eager"),
     ],
 )
 # a graph that an earlier version of the operator left on disk is found by the operator's name alone
@@ -98,6 +100,32 @@ def test_compiles_with_dynamic_shapes():
     for length in (9, 17, 33):
         inputs = replace(PROBLEMS["pooled"], num_queries=length).inputs(torch.float32)
         torch.testing.assert_close(compiled(**inputs), visual_fusion_attn(**inputs), rtol=1e-6, atol=1e-6)
+
+
+def test_generation_in_a_static_cache_compiles_once():
+    """Token by token in a cache of constant shape, the rest of it NaN: one graph for all steps, with the results of the
+    whole text at once."""
+    problem = replace(PROBLEMS["pooled"], num_queries=64)
+    inputs = problem.inputs(torch.float32)
+    expected = visual_fusion_attn(**inputs)
+    caches = {name: torch.full_like(inputs[name], torch.nan) for name in ("k", "v")}
+    lengths = torch.zeros(problem.batch, dtype=torch.int32)
+    fixed = {name: t for name, t in inputs.items() if name.startswith("image_") and name != "image_index"}
+
+    def step(q, k, v, image_index, position):
+        caches["k"].index_copy_(2, position, k)
+        caches["v"].index_copy_(2, position, v)
+        lengths.add_(1)
+        return visual_fusion_attn(q, **caches, image_index=image_index, cache_seqlens=lengths, **fixed)
+
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for token in range(problem.num_queries):
+        at = slice(token, token + 1)
+        new = (inputs[name][:, :, at].contiguous() for name in "qkv")
+        with torch._dynamo.config.patch(error_on_recompile=token > 0):
+            out = compiled(*new, inputs["image_index"][:, at].contiguous(), torch.tensor([token]))
+        torch.testing.assert_close(out, expected[:, :, at], rtol=1e-5, atol=1e-5)
 
 
 def test_double_backward_raises():

@@ -9,6 +9,7 @@ from valm_kernels import attention_weights, visual_fusion_attn
 
 PLAIN = Problem(num_queries=5, prefix=2, head_dim=8, num_images=2, first_key="random")
 SMALL = replace(PLAIN, softcap=1.5, image_q=True, score_bias=True)
+CACHE = replace(PLAIN, batch=3, prefix=6, seqlens=True)
 
 
 def by_the_formula(inputs, scale):
@@ -20,14 +21,15 @@ def by_the_formula(inputs, scale):
         return score if softcap == math.inf else softcap * math.tanh(score / softcap)
 
     batch, heads, num_queries, _ = q.shape
-    group, prefix = heads // k.shape[1], k.shape[2] - num_queries
+    group = heads // k.shape[1]
+    lengths = inputs.get("cache_seqlens", torch.tensor([k.shape[2]] * batch))
     out, lse = torch.zeros_like(q), torch.full(q.shape[:3], -math.inf, dtype=q.dtype)
     for b in range(batch):
         for h in range(heads):
             for i in range(num_queries):
                 pairs = []  # (score, value)
                 first = int(inputs["first_key"][b, i]) if inputs.get("first_key") is not None else 0
-                last = i + prefix if inputs["causal"] else k.shape[2] - 1
+                last = int(lengths[b]) - 1 - (num_queries - 1 - i if inputs["causal"] else 0)
                 for j in range(max(first, 0), last + 1):
                     pairs.append((cap(scale * q[b, h, i].dot(k[b, h // group, j])), v[b, h // group, j]))
                 slots = inputs.get("image_index", inputs.get("image_mask"))
@@ -55,7 +57,9 @@ def by_the_formula(inputs, scale):
 
 @pytest.mark.parametrize("pool_size", [None, 3])
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("problem", [PLAIN, SMALL], ids=["plain", "softcap, image_q and image_score_bias"])
+@pytest.mark.parametrize(
+    "problem", [PLAIN, SMALL, CACHE], ids=["plain", "softcap, image_q and image_score_bias", "cache"]
+)
 def test_is_the_formula(problem, pool_size, causal):
     inputs = replace(problem, pool_size=pool_size, causal=causal).inputs()
     out, lse = visual_fusion_attn(**inputs, scale=0.7, return_lse=True, impl="reference")
@@ -87,7 +91,7 @@ def test_without_images_it_is_ordinary_attention():
     torch.testing.assert_close(visual_fusion_attn(**inputs, impl="reference"), expected, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("name", ["dense", "pooled", "random first_key", "image_score_bias, pooled"])
+@pytest.mark.parametrize("name", ["dense", "pooled", "random first_key", "image_score_bias, pooled", "cache_seqlens"])
 def test_attention_weights_are_those_of_the_operation(name):
     inputs = PROBLEMS[name].inputs()
     arguments = {key: value for key, value in inputs.items() if key not in ("v", "image_v", "image_v_bias")}
@@ -95,7 +99,8 @@ def test_attention_weights_are_those_of_the_operation(name):
     sums = text.sum(-1) + image.sum(-1)
     torch.testing.assert_close(sums, (lse > -torch.inf).double(), rtol=1e-13, atol=1e-13)
     assert lse.equal(visual_fusion_attn(**inputs, return_lse=True, impl="reference")[1])
-    future = torch.ones(text.shape[-2:], dtype=torch.bool).triu(1)
+    num_queries, num_keys = text.shape[-2:]
+    future = torch.ones(num_queries, num_keys, dtype=torch.bool).triu(1 + num_keys - num_queries)
     assert (text[..., future] == 0).all()
     if "image_mask" in inputs:
         present = inputs["image_mask"]

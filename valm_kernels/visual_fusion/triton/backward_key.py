@@ -20,6 +20,7 @@ from valm_kernels.visual_fusion.triton.primitives import (
     load_lse,
     row_pointers,
     tile_rows,
+    used_keys,
     visible_keys,
 )
 from valm_kernels.visual_fusion.triton.tiles import Tiles
@@ -42,6 +43,7 @@ def _causal_range(n_first, n_last, Tq, Tk, CAUSAL: tl.constexpr):
 @kernel
 def _query_range_kernel(
     first_key,
+    cache_seqlens,
     query_range,  # (B, key tiles, 3)
     Tq,
     Tk,
@@ -55,6 +57,7 @@ def _query_range_kernel(
     kernel of its own, for bounds that `_key_kernel` computes itself keep its loops from being pipelined.
     """
     i_b = tl.program_id(1).to(tl.int64)
+    Tk = used_keys(cache_seqlens, i_b, Tk)
     n_first = tl.program_id(0) * BLOCK_N
     n_last = tl.minimum(n_first + BLOCK_N, Tk) - 1
     begin, full, end = _causal_range(n_first, n_last, Tq, Tk, CAUSAL)
@@ -149,6 +152,7 @@ def _key_kernel(
     k,
     v,
     first_key,
+    cache_seqlens,
     query_range,  # with first_key: begin, full and end of every (batch row, key tile)
     lse,
     delta,
@@ -181,10 +185,11 @@ def _key_kernel(
     i_bh = (tl.program_id(0) // n_tiles).to(tl.int64)
     i_b, i_h = i_bh // Hkv, i_bh % Hkv
     n_first = tl.program_id(0) % n_tiles * BLOCK_N
-    n_last = tl.minimum(n_first + BLOCK_N, Tk) - 1
+    n_keys = used_keys(cache_seqlens, i_b, Tk)
+    n_last = tl.minimum(n_first + BLOCK_N, n_keys) - 1
 
     o_n = n_first + tl.arange(0, BLOCK_N)
-    m_n = (o_n < Tk)[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
+    m_n = (o_n < n_keys)[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
     o_row = o_n.to(tl.int64)
     # [BN, BD]; what is computed for keys past the last is never stored
     b_k = tl.load(columns(row_pointers(k, stride_k, i_b, i_h, o_row), BLOCK_D, ALIGNED), mask=m_n, other=0.0)
@@ -196,10 +201,14 @@ def _key_kernel(
         p_range = query_range + (i_b * n_tiles + tl.program_id(0) % n_tiles) * 3
         begin, full, end = tl.load(p_range), tl.load(p_range + 1), tl.load(p_range + 2)
     else:
-        begin, full, end = _causal_range(n_first, n_last, Tq, Tk, CAUSAL)
+        begin, full, end = _causal_range(n_first, n_last, Tq, n_keys, CAUSAL)
     # the masked part ends on a border of its own tiles
     BLOCK_T: tl.constexpr = max(1, BLOCK_M // BLOCK_G)
     full = begin + tl.cdiv(full - begin, BLOCK_T) * BLOCK_T
+    if cache_seqlens is not None:
+        # no query for a tile of which no key is used
+        end = tl.where(n_first < n_keys, end, begin)
+        full = tl.maximum(full, begin)
     for i_part in tl.static_range(0 if CAUSAL or first_key is not None else 1, 2):
         b_dk, b_dv = _key_query_tiles(
             b_dk,
@@ -220,7 +229,7 @@ def _key_kernel(
             tl.minimum(full, end) if i_part == 0 else end,
             Hkv,
             Tq,
-            Tk,
+            n_keys,
             scale_log2,
             softcap_log2,
             D,
@@ -235,8 +244,13 @@ def _key_kernel(
         )
     p_dk = columns(row_pointers(dk, stride_dk, i_b, i_h, o_row), BLOCK_D, ALIGNED)
     p_dv = columns(row_pointers(dv, stride_dv, i_b, i_h, o_row), BLOCK_D, ALIGNED)
-    tl.store(p_dk, (b_dk * scale).to(dk.dtype.element_ty), mask=m_n)
-    tl.store(p_dv, b_dv.to(dv.dtype.element_ty), mask=m_n)
+    m_stored = m_n
+    if cache_seqlens is not None:
+        m_stored = (o_n < Tk)[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
+        b_dk = tl.where(m_n, b_dk, 0.0)
+        b_dv = tl.where(m_n, b_dv, 0.0)
+    tl.store(p_dk, (b_dk * scale).to(dk.dtype.element_ty), mask=m_stored)
+    tl.store(p_dv, b_dv.to(dv.dtype.element_ty), mask=m_stored)
 
 
 def key_gradients(inputs: Inputs, lse: Tensor, delta: Tensor, grad_out: Tensor, gradients: Gradients) -> None:
@@ -254,6 +268,7 @@ def key_gradients(inputs: Inputs, lse: Tensor, delta: Tensor, grad_out: Tensor, 
             query_range = torch.empty(batch, key_tiles, 3, dtype=torch.int32, device=q.device)
             _query_range_kernel[(key_tiles, batch)](
                 inputs.first_key,
+                inputs.cache_seqlens,
                 query_range,
                 q.shape[2],
                 k_len,
@@ -266,6 +281,7 @@ def key_gradients(inputs: Inputs, lse: Tensor, delta: Tensor, grad_out: Tensor, 
             k,
             v,
             inputs.first_key,
+            inputs.cache_seqlens,
             query_range,
             lse,
             delta,

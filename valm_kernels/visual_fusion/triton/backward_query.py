@@ -36,6 +36,7 @@ from valm_kernels.visual_fusion.triton.primitives import (
     over_key_tiles,
     row_pointers,
     tile_rows,
+    used_keys,
     visible_keys,
 )
 from valm_kernels.visual_fusion.triton.tiles import Tiles
@@ -68,6 +69,7 @@ def _query_kernel(
     image_logit_bias,
     image_score_bias,
     first_key,
+    cache_seqlens,
     out,
     lse,
     grad_out,
@@ -217,6 +219,7 @@ def _query_kernel(
             b_dq = b_du
 
     if dq is not None:
+        Tk = used_keys(cache_seqlens, i_b, Tk)
         b_first, b_last = visible_keys(first_key, i_b, o_t, Tq, Tk, CAUSAL)
         b_dq = over_key_tiles(
             _dq_step,

@@ -54,6 +54,7 @@ from valm_kernels.visual_fusion.triton.primitives import (
     over_key_tiles,
     row_pointers,
     tile_rows,
+    used_keys,
     visible_keys,
 )
 from valm_kernels.visual_fusion.triton.tiles import Tiles
@@ -110,6 +111,7 @@ def _forward_kernel(
     image_logit_bias,
     image_score_bias,
     first_key,
+    cache_seqlens,
     out,
     lse,
     image_scores,  # (B, Hq, Tq, K) float32
@@ -182,6 +184,7 @@ def _forward_kernel(
         if image_v_bias is not None:
             b_acc += b_l[:, None] * load_bias(image_v_bias, i_h, D, BLOCK_D, ALIGNED)[None, :]
 
+    Tk = used_keys(cache_seqlens, i_b, Tk)
     b_first, b_last = visible_keys(first_key, i_b, o_t, Tq, Tk, CAUSAL)
     # in a sliding window that is a small part of all keys
     lo = tl.min(b_first, 0) // BLOCK_N * BLOCK_N

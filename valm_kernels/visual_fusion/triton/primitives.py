@@ -79,6 +79,14 @@ def load_rows(x, stride, i_b, o_h, o_t, D: tl.constexpr, BLOCK_D: tl.constexpr, 
 
 
 @triton.jit
+def used_keys(cache_seqlens, i_b, Tk):
+    """How many keys the batch row has."""
+    if cache_seqlens is not None:
+        Tk = tl.minimum(tl.maximum(tl.load(cache_seqlens + i_b), 0), Tk)
+    return Tk
+
+
+@triton.jit
 def visible_keys(first_key, i_b, o_t, Tq, Tk, CAUSAL: tl.constexpr):
     """First and last key, both inclusive, that each row may see ([BM] each). Nothing is seen where first > last."""
     if CAUSAL:

@@ -151,6 +151,7 @@ def meta_inputs(
     softcap: float | None = None,
     image_q: bool = False,
     score_bias: bool = False,
+    seqlens: bool = False,
 ) -> Inputs:
     """Arguments of forward with all switched on but the options here: B 4, 12 key-value heads, T 1024, K 8."""
     batch, heads = 4, 12
@@ -169,8 +170,9 @@ def meta_inputs(
     bias, logit_bias = empty(heads, head_dim), empty(heads * group, dtype=torch.float32)
     first_key = empty(batch, q_len, dtype=torch.int32)
     own_q = q if image_q else None
+    lengths = empty(batch, dtype=torch.int32) if seqlens else None
     of_scores = empty(batch, q_len, images, dtype=torch.float32) if score_bias else None
-    options = (index, mask, bias, bias, logit_bias, of_scores, first_key, True, head_dim**-0.5, softcap)
+    options = (index, mask, bias, bias, logit_bias, of_scores, first_key, lengths, True, head_dim**-0.5, softcap)
     return Inputs(q, k, k, image, image, own_q, *options)
 
 

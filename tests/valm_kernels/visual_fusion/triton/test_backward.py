@@ -11,12 +11,14 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from tests.valm_kernels.visual_fusion.problems import (
     BEYOND_32_BITS,
+    CACHES,
     DIFFERENTIABLE,
     PROBLEMS,
     Problem,
     assert_minus_infinity_is_weight_zero,
     assert_solves,
     assert_unseen_gradient_of_lse_is_ignored,
+    assert_unused_keys_may_be_anything,
     far_apart,
 )
 from tests.valm_kernels.visual_fusion.test_op import forward_op, op_arguments
@@ -46,9 +48,8 @@ QUICK = {
     "striped first_key",
     "image_q",
     "image_score_bias",
-    "image_score_bias, pooled",
-    "image weights",
     "image weights, pooled",
+    "cache_seqlens, documents",
 }
 
 
@@ -208,6 +209,28 @@ def test_image_score_bias_of_minus_infinity(monkeypatch, name):
     problem = replace(PROBLEMS[name], num_queries=20)
     use_small_tiles(monkeypatch, problem)
     assert_minus_infinity_is_weight_zero("triton", problem, torch.float32)
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CACHES])
+def test_unused_keys_may_be_anything(monkeypatch, name):
+    use_small_tiles(monkeypatch, CACHES[name])
+    assert_unused_keys_may_be_anything("triton", CACHES[name], torch.float32)
+
+
+@pytest.mark.parametrize("length", [-5, 200])
+def test_cache_seqlens_out_of_range_count_as_the_nearest(monkeypatch, length):
+    """Not an error, as looking would wait for the device, and no access beyond the keys."""
+    problem = Problem(num_queries=4, prefix=33)
+    use_small_tiles(monkeypatch, problem)
+    inputs = problem.inputs(torch.float32)
+    grad_out = torch.ones(2, 4, 4, 16)
+    nearest, beyond = (
+        {**inputs, "cache_seqlens": torch.tensor([20, n], dtype=torch.int32)} for n in (min(max(length, 0), 37), length)
+    )
+    with guarded():
+        expected, found = gradients(nearest, grad_out), gradients(beyond, grad_out)
+    for name, gradient in found.items():
+        assert torch.equal(gradient, expected[name]), name
 
 
 BIASES = ("image_k_bias", "image_v_bias", "image_logit_bias", "image_score_bias")

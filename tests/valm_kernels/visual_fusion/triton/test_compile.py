@@ -94,6 +94,11 @@ VARIANTS = {
     "int32 index": lambda: meta_inputs(*POOLED, index_dtype=torch.int32),
     "image_q": lambda: meta_inputs(*DENSE, image_q=True),
     "image_q, pooled": lambda: meta_inputs(*POOLED, image_q=True),
+    "cache_seqlens": lambda: meta_inputs(*DENSE, seqlens=True),
+    "cache_seqlens, no first_key": lambda: without(meta_inputs(*POOLED, seqlens=True), "first_key"),
+    "cache_seqlens, decode": lambda: without(
+        meta_inputs(*POOLED, q_len=1, k_len=4096, seqlens=True), *BIASES, "first_key"
+    ),
     "image weights": lambda: meta_inputs(*DENSE),
     "image weights, pooled": lambda: without(meta_inputs(*POOLED), "first_key"),
     "image_score_bias": lambda: meta_inputs(*DENSE, score_bias=True),

@@ -129,7 +129,7 @@ MUTANTS = {
     ),
     "keys past the last, gradient": (
         "backward_key.py",
-        "m_n = (o_n < Tk)[:, None] & (",
+        "m_n = (o_n < n_keys)[:, None] & (",
         "m_n = (o_n >= 0)[:, None] & (",
         Problem(**SMALL),
     ),
@@ -162,6 +162,24 @@ MUTANTS = {
         "b_dscore, mask=o_t1 < Tq)",
         "b_dscore)",
         Problem(**SMALL, score_bias=True),
+    ),
+    "gradients of keys past cache_seqlens": (
+        "backward_key.py",
+        "b_dv = tl.where(m_n, b_dv, 0.0)",
+        "pass",
+        Problem(**SMALL, prefix=7, seqlens=True),
+    ),
+    "gradients of tiles past cache_seqlens": (
+        "backward_key.py",
+        "mask=m_stored)",
+        "mask=m_n)",
+        Problem(**SMALL, prefix=7, seqlens=True),
+    ),
+    "cache_seqlens of another row": (
+        "primitives.py",
+        "tl.load(cache_seqlens + i_b)",
+        "tl.load(cache_seqlens)",
+        Problem(**{**SMALL, "batch": 2}, prefix=7, seqlens=True),
     ),
     "gradient of image scores of rows past the last": (
         "backward_query.py",

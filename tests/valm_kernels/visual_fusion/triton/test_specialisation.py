@@ -35,11 +35,17 @@ def decoding_step(num_keys, **options):
     return Inputs(*tensors, True, 72**-0.5, None)
 
 
-def keys_of_a_generation(options, steps, as_launched=lambda launch: launch):
+def static_step(num_keys, **options):
+    """The same with a cache of constant size, as a CUDA graph would be captured: only the values of tensors change."""
+    lengths = torch.tensor([num_keys], dtype=torch.int32)
+    return decoding_step(1024, **options)._replace(cache_seqlens=lengths)
+
+
+def keys_of_a_generation(options, steps, as_launched=lambda launch: launch, step=decoding_step):
     """By kernel, what its launches in the given steps would compile."""
     with recorders(ARCH) as found:
         for num_keys in steps:
-            forward.forward(decoding_step(num_keys, **options))
+            forward.forward(step(num_keys, **options))
     return {
         name: {specialise(as_launched(launch), ARCH).key for launch in recorder.launches}
         for name, recorder in found.items()
@@ -62,6 +68,24 @@ def test_generation_compiles_each_kernel_once(pool_size, first_key):
     assert all(len(of_kernel) == 1 for of_kernel in keys.values()), {n: len(k) for n, k in keys.items()}
     # the check sees what Triton does by default
     assert len(keys_of_a_generation(options, steps, with_default_specialisation)["forward"]) > 1
+
+
+@pytest.mark.parametrize("pool_size", [None, 16])
+def test_generation_in_a_static_cache_launches_the_same_at_every_step(pool_size):
+    """Kernels, grids and numbers are those of the first step, as in a CUDA graph that is replayed."""
+    steps = range(481, 545)
+    keys = keys_of_a_generation({"pool_size": pool_size}, steps, step=static_step)
+    assert {name: len(of_kernel) for name, of_kernel in keys.items()} == {"forward": 1, "merge": 1}
+    with recorders(ARCH) as found:
+        for num_keys in steps:
+            forward.forward(static_step(num_keys, pool_size=pool_size))
+    for name in keys:
+        numbers = {str([a for a in flat(launch) if not isinstance(a, torch.Tensor)]) for launch in found[name].launches}
+        assert len(found[name].launches) == len(steps) and len(numbers) == 1
+
+
+def flat(launch):
+    return [*launch.arguments, *launch.keywords.values()]
 
 
 def launched(inputs, *needed):
