@@ -20,7 +20,8 @@ class LimitedSoftmax:
     """Limits the logits and the loss of `model`, in training mode, to the V' tokens in `documents`: (B, T, V').
 
     Other tokens are not computed and not made less likely, so the losses are lower than in evaluation, which is over
-    the whole vocabulary. The model is changed; its weights and their names stay the same.
+    the whole vocabulary; perplexity on text with other tokens can get worse. The model is changed; its weights and
+    their names stay the same.
 
     Args:
         model: a decoder of transformers whose logits are a linear layer of the hidden states.
