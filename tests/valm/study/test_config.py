@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 
 from valm.errors import ValmError
+from valm.study import config as study_config
 from valm.study.config import ARMS, read_config
 
 SMALL = """\
@@ -30,11 +31,14 @@ def test_fields_and_defaults(tmp_path):
     assert "memory_color" in config.tests
 
 
-def test_the_recipe_is_of_what_results_depend_on(tmp_path):
+def test_the_recipe_is_of_what_results_depend_on(tmp_path, monkeypatch):
     config = config_of(tmp_path)
     assert dataclasses.replace(config, name="other", seeds=(0, 1), arms=("twin",)).recipe == config.recipe
     for change in ({"training": {"steps": 4}}, {"images": 2}, {"text": {}}, {"clip": {"steps": 3}}):
         assert dataclasses.replace(config, **change).recipe != config.recipe
+    before = config.recipe
+    monkeypatch.setattr(study_config, "RECIPE_VERSION", 1)
+    assert config.recipe != before
 
 
 def test_the_first_test_of_an_arm_is_its_own():
