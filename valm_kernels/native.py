@@ -15,20 +15,33 @@ P = ParamSpec("P")
 R = TypeVar("R")
 _process = os.getpid()
 
+# Of the calls in csrc/bindings.cpp, which has the same number.
+INTERFACE_VERSION = 1
 
+
+@cache
 def native() -> ModuleType:
     """The module valm_kernels._native.
 
     Raises:
-        ImportError: it is not built or cannot be loaded; the message says how to build it.
+        ImportError: it is not built, cannot be loaded or is of another version than the Python code; the message says
+            how to build it.
     """
     try:
-        return import_module("valm_kernels._native")
+        module = import_module("valm_kernels._native")
     except ImportError as error:
         raise ImportError(
             f"the native code of valm_kernels cannot be loaded ({error}). Unless memory is short, build it with `pip "
             "install -e .` (or `python setup.py build_ext --inplace`), or choose impl='reference'."
         ) from error
+    version = getattr(module, "interface_version", "none")
+    if version != INTERFACE_VERSION:
+        raise ImportError(
+            f"the native code of valm_kernels is of another version than its Python code: {module.__file__} has "
+            f"interface version {version}, expected {INTERFACE_VERSION}. Build it again with `pip install -e .` (or "
+            "`python setup.py build_ext --inplace`)."
+        )
+    return module
 
 
 def cpu_isa() -> str:

@@ -10,8 +10,8 @@
 
 namespace valm {
 
-// Named tensors as Python hands them over: address and strides in elements. A missing name is an absent tensor.
-// The last dimension of every tensor has stride 1.
+// Named tensors as Python hands them over: address and strides in elements. A missing name is an absent tensor;
+// an unknown one raises. The last dimension of every tensor has stride 1.
 using TensorMap = std::map<std::string, std::pair<std::uintptr_t, std::vector<int64_t>>>;
 
 struct ImageAttnSizes {
@@ -29,14 +29,14 @@ struct ImageAttnSizes {
 // in, out: out (B, Hq, T, D), wide lse (B, Hq, T): those of the text come in, the joint ones leave
 // out:     wide image_scores (B, Hq, T, K) or none, -inf where there is no image
 void image_attn_forward(const std::string& isa, const std::string& dtype, const std::vector<int64_t>& sizes,
-                        double scale, double softcap, int threads, const TensorMap& tensors);
+                        double scale, double softcap, int threads, TensorMap tensors);
 
 // in:      as above, and the joint out and lse (+inf for a query that sees nothing), grad_out, wide grad_lse and
 //          grad_image_scores or none
 // in, out: grad_q: the text's share comes in, the sum leaves; wide grad_image_score_bias, zeros come in, or none
 // out:     grad_image_k, grad_image_v, and those wide gradients of the other biases that are given
 void image_attn_backward(const std::string& isa, const std::string& dtype, const std::vector<int64_t>& sizes,
-                         double scale, double softcap, int threads, const TensorMap& tensors);
+                         double scale, double softcap, int threads, TensorMap tensors);
 
 // The instruction set whose kernels run for `isa`: there are none with VNNI, those for "avx512" serve.
 std::string image_attn_isa(const std::string& isa);

@@ -85,6 +85,32 @@ def test_the_best_instruction_set_is_the_default(monkeypatch):
     assert native().image_attn_isa(cpu_isa()) == cpu_isa().removesuffix("vnni")
 
 
+def test_a_tensor_that_the_native_code_does_not_know_is_refused(monkeypatch):
+    """A module older than the Python code must not compute without a new argument."""
+    out = visual_fusion_attn(QKV[0].clone().requires_grad_(), *QKV[1:], IMAGES, IMAGES)
+    run = attention_cpu._ImageBranch.run
+
+    def with_novel(self: attention_cpu._ImageBranch, direction: str, **tensors: torch.Tensor | None) -> None:
+        run(self, direction, novel=IDS, **tensors)
+
+    monkeypatch.setattr(attention_cpu._ImageBranch, "run", with_novel)
+    for call in (attend, out.sum().backward):
+        with pytest.raises(ValueError, match=r"unknown tensor 'novel'.* differ in version"):
+            call()
+
+
+@pytest.mark.parametrize("version", [{}, {"interface_version": 0}])
+def test_a_module_of_another_version_is_refused(monkeypatch, version):
+    stale = SimpleNamespace(__file__="old.so", **version)
+    monkeypatch.setattr("valm_kernels.native.import_module", lambda name: stale)
+    native.cache_clear()
+    try:
+        with pytest.raises(ImportError, match=r"old\.so has interface version .*, expected \d+\. Build it again with"):
+            attend()
+    finally:
+        native.cache_clear()
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_a_forked_child_computes_on_one_thread(name):
