@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from valm_kernels.visual_fusion.inputs import Inputs
-from valm_kernels.visual_fusion.op import fused_attention
+from valm_kernels.visual_fusion.op import document_starts, fused_attention
 from valm_kernels.visual_fusion.reference import joint_softmax, reference_attention
 
 IMPLS = ("auto", "triton", "cpu", "reference")
@@ -22,6 +22,7 @@ _INTEGER_DTYPES = {
     "image_index": (torch.int32, torch.int64),
     "image_mask": (torch.bool,),
     "first_key": (torch.int32,),
+    "cu_seqlens": (torch.int32, torch.int64),
     "cache_seqlens": (torch.int32,),
 }
 
@@ -43,6 +44,7 @@ def visual_fusion_attn(
     image_logit_bias: Tensor | None = None,
     image_score_bias: Tensor | None = None,
     first_key: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     cache_seqlens: Tensor | None = None,
     causal: bool = True,
     scale: float | None = None,
@@ -67,6 +69,7 @@ def visual_fusion_attn(
     image_logit_bias: Tensor | None = None,
     image_score_bias: Tensor | None = None,
     first_key: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     cache_seqlens: Tensor | None = None,
     causal: bool = True,
     scale: float | None = None,
@@ -91,6 +94,7 @@ def visual_fusion_attn(
     image_logit_bias: Tensor | None = None,
     image_score_bias: Tensor | None = None,
     first_key: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     cache_seqlens: Tensor | None = None,
     causal: bool = True,
     scale: float | None = None,
@@ -114,6 +118,7 @@ def visual_fusion_attn(
     image_logit_bias: Tensor | None = None,
     image_score_bias: Tensor | None = None,
     first_key: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     cache_seqlens: Tensor | None = None,
     causal: bool = True,
     scale: float | None = None,
@@ -159,6 +164,12 @@ def visual_fusion_attn(
         first_key: (B, Tq) int32, the first text key that each query sees: left padding, packed documents and
             sliding windows. It need not be monotone; values <= 0 mean all keys. It limits text only: mask the
             images of a padding query by image_index or image_mask.
+        cu_seqlens: (N + 1,) int32 or int64, for B = 1: the row is N documents, and document n is the keys from
+            cu_seqlens[n] to cu_seqlens[n + 1] - 1, as in flash-attention. It rises from 0 to Tk and may repeat a
+            number (an empty document); on CPU anything else raises, on CUDA it is not checked. A query sees only
+            text of its own document; with first_key as well, the later of the two limits counts. Every call computes
+            first_key from it, so a model of many layers saves time by doing that once. It needs causal=True and no
+            cache_seqlens.
         cache_seqlens: (B,) int32, how many keys of each row there are, those of this call included: takes the place of
             Tk in j <= i + (Tk - Tq), for a cache of constant size Tk that is being filled (StaticCache, CUDA graphs).
             The keys and values from there on are not used and may be anything, NaN too. 0 to Tk, fewer than Tq too:
@@ -196,6 +207,7 @@ def visual_fusion_attn(
         "image_logit_bias": image_logit_bias,
         "image_score_bias": image_score_bias,
         "first_key": first_key,
+        "cu_seqlens": cu_seqlens,
         "cache_seqlens": cache_seqlens,
     }
     _check_tensors(tensors, options)
@@ -227,6 +239,7 @@ def attention_weights(
     image_logit_bias: Tensor | None = None,
     image_score_bias: Tensor | None = None,
     first_key: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     cache_seqlens: Tensor | None = None,
     causal: bool = True,
     scale: float | None = None,
@@ -255,6 +268,7 @@ def attention_weights(
         "image_logit_bias": image_logit_bias,
         "image_score_bias": image_score_bias,
         "first_key": first_key,
+        "cu_seqlens": cu_seqlens,
         "cache_seqlens": cache_seqlens,
     }
     _check_tensors(tensors, options)
@@ -286,12 +300,34 @@ def _checked_inputs(
     if softcap is not None:
         _check_positive_number("softcap", softcap)
 
+    cu_seqlens = options["cu_seqlens"]
+    options = {name: tensor for name, tensor in options.items() if name != "cu_seqlens"}
+    if cu_seqlens is not None:
+        options["first_key"] = _first_key_in_document(tensors["q"], tensors["k"], cu_seqlens, causal, options)
     if num_images == 0:
         tensors = tensors | {"image_k": None, "image_v": None, "image_q": None}
         options = dict.fromkeys(options) | {name: options[name] for name in ("first_key", "cache_seqlens")}
     scale = tensors["q"].shape[-1] ** -0.5 if scale is None else float(scale)
     softcap = None if softcap is None else float(softcap)
     return Inputs(**tensors, **options, causal=causal, scale=scale, softcap=softcap)
+
+
+def _first_key_in_document(q: Tensor, k: Tensor, cu_seqlens: Tensor, causal: bool, options: dict[str, Any]) -> Tensor:
+    """first_key (1, Tq) int32 of the documents in `cu_seqlens`, and of the option first_key where that is later."""
+    if q.shape[0] != 1:
+        raise ValueError(
+            f"cu_seqlens needs one row of packed documents (B = 1), got B = {q.shape[0]}: join the rows along the "
+            "tokens, or give first_key"
+        )
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(f"cu_seqlens must have shape (N + 1,) with N >= 1, got {tuple(cu_seqlens.shape)}")
+    if not causal:
+        raise ValueError("cu_seqlens needs causal=True: without it a query would see the documents behind its own")
+    if options["cache_seqlens"] is not None:
+        raise ValueError("cu_seqlens cannot be combined with cache_seqlens: give first_key instead")
+    starts = document_starts(cu_seqlens, q.shape[2], k.shape[2])
+    first_key = options["first_key"]
+    return starts if first_key is None else torch.maximum(first_key, starts)
 
 
 def _outside_autocast(device_type: str) -> AbstractContextManager:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -87,3 +88,20 @@ def check_cache_seqlens(cache_seqlens: Tensor, num_keys: int) -> None:
     if low < 0 or high > num_keys:
         wrong = low if low < 0 else high
         raise ValueError(f"cache_seqlens must be from 0 to {num_keys}, the keys that there are (Tk), got {wrong}")
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, num_keys: int) -> None:
+    """Checks the values of cu_seqlens, which on CUDA would wait for the device.
+
+    Raises:
+        ValueError: they do not rise from 0 to num_keys.
+    """
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != num_keys:
+        raise ValueError(
+            f"cu_seqlens must begin with 0 and end with {num_keys}, the keys that there are (Tk), got {bounds[0]} and "
+            f"{bounds[-1]}"
+        )
+    for n, (start, end) in enumerate(pairwise(bounds)):
+        if start > end:
+            raise ValueError(f"cu_seqlens must not fall, but document {n} begins at {start} and ends at {end}")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from valm_kernels.visual_fusion import cpu
-from valm_kernels.visual_fusion.inputs import Gradients, Inputs
+from valm_kernels.visual_fusion.inputs import Gradients, Inputs, check_cu_seqlens
 from valm_kernels.visual_fusion.layout import empty_gradients, empty_image_scores, empty_rows_like
 
 _INPUTS = (
@@ -32,6 +32,7 @@ _library.define(
     "visual_fusion_attn_backward(Tensor grad_out, Tensor? grad_lse, Tensor? grad_image_scores, Tensor out, "
     f"Tensor lse, {_INPUTS}, bool[] needed) -> ({', '.join('Tensor' for _ in Gradients._fields)})"
 )
+_library.define("document_starts(Tensor cu_seqlens, SymInt num_queries, SymInt num_keys) -> Tensor")
 _forward_op = torch.ops.valm_kernels.visual_fusion_attn.default
 _backward_op = torch.ops.valm_kernels.visual_fusion_attn_backward.default
 
@@ -42,6 +43,17 @@ def fused_attention(inputs: Inputs, impl: str, with_image_scores: bool) -> tuple
     image_scores (B, Hq, Tq, K) are the t_ik of `visual_fusion_attn`, -inf where there is no image.
     """
     return _forward_op(*inputs, impl, with_image_scores)
+
+
+def document_starts(cu_seqlens: Tensor, num_queries: int, num_keys: int) -> Tensor:
+    """first_key (1, Tq) int32 of the last `num_queries` tokens of a row of documents with the bounds `cu_seqlens`.
+
+    An operator, so that a compiled graph checks the values too.
+
+    Raises:
+        ValueError: cu_seqlens is on the CPU and does not rise from 0 to num_keys.
+    """
+    return torch.ops.valm_kernels.document_starts(cu_seqlens, num_queries, num_keys)
 
 
 def _implementation(impl: str) -> tuple[Any, Any]:
@@ -124,6 +136,22 @@ def _autograd(
     return tuple(of_input.get(i) if ctx.needs_input_grad[i] else None for i in range(len(inputs) + 1))
 
 
+def _document_starts(cu_seqlens: Tensor, num_queries: int, num_keys: int) -> Tensor:
+    bounds = cu_seqlens.contiguous()
+    token = torch.arange(num_keys - num_queries, num_keys, dtype=bounds.dtype, device=bounds.device)
+    document = torch.searchsorted(bounds, token, right=True) - 1  # (Tq,)
+    return bounds[document].int()[None]
+
+
+def _checked_document_starts(cu_seqlens: Tensor, num_queries: int, num_keys: int) -> Tensor:
+    check_cu_seqlens(cu_seqlens, num_keys)
+    return _document_starts(cu_seqlens, num_queries, num_keys)
+
+
+def _document_starts_fake(cu_seqlens: Tensor, num_queries: int, num_keys: int) -> Tensor:
+    return cu_seqlens.new_empty((1, num_queries), dtype=torch.int32)
+
+
 def _no_double_backward(ctx: Any, *gradients: Tensor) -> None:
     raise NotImplementedError(
         'visual_fusion_attn can be differentiated once only; for second derivatives use impl="reference"'
@@ -133,6 +161,9 @@ def _no_double_backward(ctx: Any, *gradients: Tensor) -> None:
 for _device in ("CPU", "CUDA"):
     _library.impl("visual_fusion_attn", _forward, _device)
     _library.impl("visual_fusion_attn_backward", _backward, _device)
+_library.impl("document_starts", _checked_document_starts, "CPU")
+_library.impl("document_starts", _document_starts, "CompositeExplicitAutograd")
+torch.library.register_fake("valm_kernels::document_starts", _document_starts_fake, lib=_library)
 torch.library.register_fake("valm_kernels::visual_fusion_attn", _forward_fake, lib=_library)
 torch.library.register_fake("valm_kernels::visual_fusion_attn_backward", _backward_fake, lib=_library)
 torch.library.register_autograd(

@@ -33,6 +33,7 @@ class Problem:
     num_images: int = 3
     pool_size: int | None = None  # None: dense layout
     first_key: str | None = None  # a name of FIRST_KEYS
+    cu_seqlens: bool = False  # documents, an empty one among them; for batch = 1
     seqlens: bool = False  # cache_seqlens: other numbers of keys in each row, fewer than queries in the last
     causal: bool = True
     scale: float | None = None
@@ -92,6 +93,9 @@ class Problem:
             inputs["image_logit_bias"] = normal(self.query_heads, dtype=wide)
         if self.first_key:
             inputs["first_key"] = FIRST_KEYS[self.first_key](self, generator)
+        if self.cu_seqlens:
+            bounds = torch.tensor([0, 2, 3, 3, 7, 30, 55, self.num_keys])
+            inputs["cu_seqlens"] = bounds.clamp(max=self.num_keys).int()
         if self.image_q:
             inputs["image_q"] = tokens(self.query_heads, self.num_queries)
         if self.seqlens:
@@ -309,6 +313,10 @@ PROBLEMS = {
     "heads first": Problem(tokens_first=False, num_queries=130),
     "documents": Problem(first_key="documents", num_queries=150, pool_size=11),
     "documents with prefix": Problem(first_key="documents", num_queries=80, prefix=16),
+    "cu_seqlens": Problem(cu_seqlens=True, batch=1, num_queries=80, pool_size=11),
+    "cu_seqlens, random first_key with prefix": Problem(
+        cu_seqlens=True, batch=1, first_key="random", num_queries=40, prefix=20
+    ),
     "left padding": Problem(first_key="left_padding", num_queries=70),
     "left padding decode": Problem(first_key="left_padding", num_queries=1, prefix=60, batch=3),
     "sliding window": Problem(first_key="sliding_window", num_queries=200, pool_size=11),

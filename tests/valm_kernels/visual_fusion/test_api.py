@@ -9,6 +9,7 @@ from valm_kernels import visual_fusion_attn
 from valm_kernels.visual_fusion import api
 
 DENSE = Problem(batch=2, query_heads=4, kv_heads=2, num_queries=5, prefix=2, head_dim=8, num_images=3)
+ONE_ROW = replace(DENSE, batch=1)
 POOLED = Problem(batch=2, query_heads=4, kv_heads=2, num_queries=5, prefix=2, head_dim=8, num_images=3, pool_size=6)
 
 without_interpreter = pytest.mark.skipif(
@@ -27,7 +28,7 @@ OPTIONS = ("image_mask", *BIASES, "image_score_bias", "first_key", "cache_seqlen
 WRONG = {
     **{
         f"{name} not a tensor": (DENSE, {name: [1.0]}, TypeError, f"{name} must be a tensor, got list")
-        for name in ("q", "k", "v", "image_k", "image_v", "image_q", "image_index", *OPTIONS)
+        for name in ("q", "k", "v", "image_k", "image_v", "image_q", "image_index", "cu_seqlens", *OPTIONS)
     },
     "q None": (DENSE, {"q": None}, TypeError, "q must be a tensor, got None"),
     "k None": (DENSE, {"k": None}, TypeError, "k must be a tensor, got None"),
@@ -63,6 +64,12 @@ WRONG = {
         r"cache_seqlens must have shape \(B,\) = \(2,\), got \(2, 5\)",
     ),
     "cache_seqlens number": (DENSE, {"cache_seqlens": 7}, TypeError, "cache_seqlens must be a tensor, got int"),
+    "cu_seqlens rank": (
+        ONE_ROW,
+        {"cu_seqlens": torch.tensor([[0, 7]])},
+        ValueError,
+        r"cu_seqlens must have shape \(N \+ 1,\) with N >= 1, got \(1, 2\)",
+    ),
     # shape
     "empty batch": (DENSE, {"q": zeros(0, 4, 5, 8)}, ValueError, "q must have no empty dimension"),
     "no queries": (DENSE, {"q": zeros(2, 4, 0, 8)}, ValueError, "q must have no empty dimension"),
@@ -161,6 +168,18 @@ WRONG = {
         ValueError,
         "cache_seqlens must have shape",
     ),
+    "cu_seqlens batch": (
+        DENSE,
+        {"cu_seqlens": torch.tensor([0, 7])},
+        ValueError,
+        "cu_seqlens needs one row of packed documents .* got B = 2: join the rows",
+    ),
+    "cu_seqlens without documents": (
+        ONE_ROW,
+        {"cu_seqlens": torch.tensor([0])},
+        ValueError,
+        r"cu_seqlens must have shape \(N \+ 1,\) with N >= 1, got \(1,\)",
+    ),
     # dtype
     "q integer": (DENSE, {"q": zeros(2, 4, 5, 8, dtype=torch.int64)}, TypeError, "q must be float32, .*int64"),
     "q complex": (DENSE, {"q": zeros(2, 4, 5, 8, dtype=torch.complex64)}, TypeError, "q must be float32"),
@@ -244,6 +263,12 @@ WRONG = {
         TypeError,
         "cache_seqlens must be torch.int32 beside a torch.float32 q, got torch.int64",
     ),
+    "cu_seqlens dtype": (
+        ONE_ROW,
+        {"cu_seqlens": torch.tensor([0.0, 7.0])},
+        TypeError,
+        "cu_seqlens must be torch.int32 or torch.int64 beside a torch.float32 q, got torch.float32",
+    ),
     # device
     **{
         f"{name} device": (DENSE, {name: zeros(2, 2, 7, 8, device="meta")}, ValueError, f"{name} must be on the device")
@@ -258,6 +283,7 @@ WRONG = {
             "image_logit_bias",
             "image_score_bias",
             "first_key",
+            "cu_seqlens",
             "cache_seqlens",
         )
     },
@@ -285,7 +311,28 @@ WRONG = {
         ValueError,
         "image_k must be given for the 3 slots of image_index",
     ),
+    "cu_seqlens not causal": (
+        ONE_ROW,
+        {"cu_seqlens": torch.tensor([0, 7]), "causal": False},
+        ValueError,
+        "cu_seqlens needs causal=True",
+    ),
+    "cu_seqlens beside cache_seqlens": (
+        ONE_ROW,
+        {"cu_seqlens": torch.tensor([0, 7]), "cache_seqlens": torch.tensor([7]).int()},
+        ValueError,
+        "cu_seqlens cannot be combined with cache_seqlens",
+    ),
     # values
+    **{
+        f"cu_seqlens {what}": (ONE_ROW, {"cu_seqlens": torch.tensor(bounds).int()}, ValueError, message)
+        for what, bounds, message in (
+            ("begins late", [1, 7], "must begin with 0 and end with 7, .* got 1 and 7"),
+            ("ends early", [0, 5], "must begin with 0 and end with 7, .* got 0 and 5"),
+            ("ends late", [0, 9], "must begin with 0 and end with 7, .* got 0 and 9"),
+            ("falls", [0, 4, 3, 7], "must not fall, but document 1 begins at 4 and ends at 3"),
+        )
+    },
     "index too large": (
         POOLED,
         {"image_index": torch.full((2, 5, 3), 6)},
@@ -330,12 +377,12 @@ def test_wrong_argument(case, impl):
         visual_fusion_attn(**{**problem.inputs(torch.float32), "impl": impl, **changes})
 
 
-@pytest.mark.parametrize("name", ["image_index", "image_mask", "first_key", "cache_seqlens"])
+@pytest.mark.parametrize("name", ["image_index", "image_mask", "first_key", "cu_seqlens", "cache_seqlens"])
 def test_integer_arguments_take_no_gradient(name):
     """PyTorch itself refuses it for whole numbers; what could carry one has the wrong dtype here."""
     problem = POOLED if name == "image_index" else DENSE
     inputs = {"first_key": zeros(2, 5, dtype=torch.int32), "cache_seqlens": torch.tensor([6, 7]).int()}
-    inputs |= problem.inputs(torch.float32)
+    inputs |= {"cu_seqlens": torch.tensor([0, 7])} | problem.inputs(torch.float32)
     with pytest.raises(RuntimeError, match=r"[Oo]nly Tensors of floating point"):
         inputs[name].requires_grad_()
     inputs[name] = inputs[name].float().requires_grad_()
@@ -356,6 +403,16 @@ def test_last_dimension_of_any_stride(name, impl):
     inputs[name] = torch.stack([inputs[name], torch.zeros_like(inputs[name])], -1)[..., 0]
     assert inputs[name].stride(-1) == 2
     assert visual_fusion_attn(**inputs, impl=impl).equal(expected)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_cu_seqlens_of_any_stride(impl):
+    inputs = ONE_ROW.inputs(torch.float32)
+    bounds = torch.tensor([0, 4, 7])
+    expected = visual_fusion_attn(**inputs, cu_seqlens=bounds, impl=impl)
+    strided = torch.stack([bounds, bounds], -1)[:, 0]
+    assert visual_fusion_attn(**inputs, cu_seqlens=strided, impl=impl).equal(expected)
+    assert not visual_fusion_attn(**inputs, impl=impl).allclose(expected)
 
 
 def test_cpu_implementation_refuses_other_devices():

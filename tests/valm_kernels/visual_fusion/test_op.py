@@ -72,6 +72,7 @@ def test_opcheck_backward(name, with_lse):
         ("no images", True, "aot_eager"),
         ("image_score_bias, pooled", True, "aot_eager"),
         ("cache_seqlens, documents", True, "aot_eager"),
+        ("cu_seqlens", True, "aot_eager"),
     ],
 )
 # a graph that an earlier version of the operator left on disk is found by the operator's name alone
@@ -126,6 +127,20 @@ def test_generation_in_a_static_cache_compiles_once():
         with torch._dynamo.config.patch(error_on_recompile=token > 0):
             out = compiled(*new, inputs["image_index"][:, at].contiguous(), torch.tensor([token]))
         torch.testing.assert_close(out, expected[:, :, at], rtol=1e-5, atol=1e-5)
+
+
+def test_opcheck_of_documents():
+    torch.library.opcheck(torch.ops.valm_kernels.document_starts.default, (torch.tensor([0, 3, 7]).int(), 5, 7))
+
+
+def test_a_compiled_graph_checks_cu_seqlens():
+    inputs = PROBLEMS["cu_seqlens"].inputs(torch.float32)
+    torch.compiler.reset()
+    compiled = torch.compile(visual_fusion_attn, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**inputs), visual_fusion_attn(**inputs))
+    inputs["cu_seqlens"][3] = 1
+    with pytest.raises(ValueError, match="cu_seqlens must not fall"):
+        compiled(**inputs)
 
 
 def test_double_backward_raises():

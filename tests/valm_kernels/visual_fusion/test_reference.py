@@ -9,6 +9,7 @@ from valm_kernels import attention_weights, visual_fusion_attn
 
 PLAIN = Problem(num_queries=5, prefix=2, head_dim=8, num_images=2, first_key="random")
 SMALL = replace(PLAIN, softcap=1.5, image_q=True, score_bias=True)
+DOCUMENTS = replace(PLAIN, batch=1, prefix=4, first_key=None, cu_seqlens=True)
 CACHE = replace(PLAIN, batch=3, prefix=6, seqlens=True)
 
 
@@ -30,6 +31,8 @@ def by_the_formula(inputs, scale):
                 pairs = []  # (score, value)
                 first = int(inputs["first_key"][b, i]) if inputs.get("first_key") is not None else 0
                 last = int(lengths[b]) - 1 - (num_queries - 1 - i if inputs["causal"] else 0)
+                if "cu_seqlens" in inputs:
+                    first = max(first, *(int(c) for c in inputs["cu_seqlens"] if c <= i + k.shape[2] - num_queries))
                 for j in range(max(first, 0), last + 1):
                     pairs.append((cap(scale * q[b, h, i].dot(k[b, h // group, j])), v[b, h // group, j]))
                 slots = inputs.get("image_index", inputs.get("image_mask"))
@@ -68,6 +71,16 @@ def test_is_the_formula(problem, pool_size, causal):
     torch.testing.assert_close(lse, expected_lse, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("first_key", [None, "random"])
+def test_documents_are_the_formula(first_key):
+    inputs = replace(DOCUMENTS, first_key=first_key).inputs()
+    expected = by_the_formula(inputs, 0.7)
+    for bounds in (inputs["cu_seqlens"], inputs["cu_seqlens"].long()):
+        results = visual_fusion_attn(**inputs | {"cu_seqlens": bounds}, scale=0.7, return_lse=True, impl="reference")
+        for found, truth in zip(results, expected, strict=True):
+            torch.testing.assert_close(found, truth, rtol=1e-13, atol=1e-13)
+
+
 @pytest.mark.parametrize("pool_size", [None, 3])
 def test_gradcheck_twice(pool_size):
     problem = replace(SMALL, batch=1, query_heads=2, num_queries=3, pool_size=pool_size)
@@ -91,7 +104,9 @@ def test_without_images_it_is_ordinary_attention():
     torch.testing.assert_close(visual_fusion_attn(**inputs, impl="reference"), expected, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("name", ["dense", "pooled", "random first_key", "image_score_bias, pooled", "cache_seqlens"])
+@pytest.mark.parametrize(
+    "name", ["dense", "pooled", "random first_key", "image_score_bias, pooled", "cache_seqlens", "cu_seqlens"]
+)
 def test_attention_weights_are_those_of_the_operation(name):
     inputs = PROBLEMS[name].inputs()
     arguments = {key: value for key, value in inputs.items() if key not in ("v", "image_v", "image_v_bias")}
