@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from typing import Any
 
 from transformers import AutoConfig, GPT2Config
@@ -11,6 +12,20 @@ from valm.errors import ValmError
 from valm.registration import are_models_imported
 
 FUSION_SCALES = ("head_dim", "embed_dim")
+
+
+def check_score_scale(name: str, value: float | None, num_images: int) -> None:
+    """Checks the initial scale of retrieval scores, the option `name`; None = they are not used.
+
+    Raises:
+        ValmError: it is not finite, or the model sees no images.
+    """
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValmError(f"{name} must be a finite number or None, got {value!r}")
+    if num_images == 0:
+        raise ValmError(f"{name} scales the scores of images, but with num_images = 0 there are none: set it to None")
 
 
 class ValmConfig(GPT2Config):
@@ -28,6 +43,9 @@ class ValmConfig(GPT2Config):
             (Blind-VaLM, Ontalvilla et al. 2024). Needs num_images = 1.
         image_logit_bias_init: initial value of the bias that each head adds to its image scores. 0 as published;
             -20 starts a pretrained language model with its images switched off.
+        image_score_scale_init: initial value of a learnt scale, one for all heads. The scale times the retrieval score
+            of an image is added to its attention scores, so that images found with more certainty weigh more. None as
+            published: retrieval scores are not used.
 
     Raises:
         ValmError: an argument has an invalid value.
@@ -43,6 +61,7 @@ class ValmConfig(GPT2Config):
         fusion_scale: str = "head_dim",
         blind: bool = False,
         image_logit_bias_init: float = 0.0,
+        image_score_scale_init: float | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -52,6 +71,7 @@ class ValmConfig(GPT2Config):
         self.fusion_scale = fusion_scale
         self.blind = blind
         self.image_logit_bias_init = image_logit_bias_init
+        self.image_score_scale_init = image_score_scale_init
         if image_dim < 1:
             raise ValmError(f"image_dim must be at least 1, got {image_dim}")
         if not 0 <= num_images <= 64:
@@ -62,6 +82,7 @@ class ValmConfig(GPT2Config):
             raise ValmError(f"fusion_scale must be one of {FUSION_SCALES}, got {fusion_scale!r}")
         if blind and num_images != 1:
             raise ValmError(f"blind needs num_images = 1 (the query is the one image), got {num_images}")
+        check_score_scale("image_score_scale_init", image_score_scale_init, num_images)
         if self.add_cross_attention:
             raise ValmError("add_cross_attention must be False: VaLM is a decoder without an encoder")
         if self.n_embd % self.n_head or not 8 <= self.n_embd // self.n_head <= 256:

@@ -4,9 +4,10 @@ For the token at position i, with the block's own W_k and W_v for both text and 
 (Wang et al. 2022, equations 3-7)::
 
     image_k = W_k LN_img(z) + b^K_img      image_v = W_v LN_img(z) + b^V_img
-    [a_i | b_i] = softmax([scale q_i k_j | scale q_i image_k_ik + image_logit_bias])
+    [a_i | b_i] = softmax([scale q_i k_j | scale q_i image_k_ik + image_logit_bias + image_score_scale score_ik])
     out_i = sum_j a_ij v_j + sum_k b_ik image_v_ik
 
+score_ik is the retrieval score of the image, which is used only with `image_score_scale_init` in the config.
 The images z of a batch come as a pool without repetitions, are projected once and then gathered by index.
 These attention weights have no dropout (published: 0.1); the residual dropouts are those of GPT-2.
 """
@@ -29,14 +30,22 @@ class _ImageTerms(TypedDict, total=False):
     image_k_bias: Tensor
     image_v_bias: Tensor
     image_logit_bias: Tensor
+    image_score_bias: Tensor
+
+
+def retrieval_prior(scale: Tensor, image_scores: Tensor, image_index: Tensor) -> Tensor:
+    """image_score_bias (B, T, K) of `visual_fusion_attn`: `scale` (1,) times the retrieval scores (B, T, K), and 0
+    where image_index (B, T, K) has no image, as -inf there would make the gradient of the scale NaN."""
+    wide = torch.promote_types(scale.dtype, torch.float32)
+    return scale.to(wide) * image_scores.to(wide).masked_fill(image_index < 0, 0)
 
 
 class VisualFusionAttention(GPT2Attention):
     """GPT-2's self-attention joined with attention over images in one softmax.
 
     Besides GPT-2's weights it has LN_img, a key and a value bias for images, one score bias per head that can switch
-    them on or off, and a projection if the image vectors have another dimension than the model. With
-    num_images = 0 it has none of these.
+    them on or off, and a projection if the image vectors have another dimension than the model; with
+    image_score_scale_init also a scale of the retrieval scores. With num_images = 0 it has none of these.
     """
 
     def __init__(self, config: ValmConfig, layer_idx: int):
@@ -56,12 +65,16 @@ class VisualFusionAttention(GPT2Attention):
         self.image_k_bias = nn.Parameter(torch.zeros(self.num_heads, self.head_dim))
         self.image_v_bias = nn.Parameter(torch.zeros(self.num_heads, self.head_dim))
         self.image_logit_bias = nn.Parameter(torch.full((self.num_heads,), float(config.image_logit_bias_init)))
+        self.image_score_scale = None
+        if config.image_score_scale_init is not None:
+            self.image_score_scale = nn.Parameter(torch.full((1,), float(config.image_score_scale_init)))
 
     def forward(
         self,
         hidden_states: Tensor,  # (B, T, C)
         image_pool: Tensor | None,  # (U, E)
         image_index: Tensor | None,  # (B, T, K) rows of the pool, -1 = no image
+        image_scores: Tensor | None,  # (B, T, K) retrieval scores
         first_key: Tensor | None,  # (B, T) int32, None = all keys
         cache: Cache | None,
     ) -> Tensor:  # (B, T, C)
@@ -75,7 +88,7 @@ class VisualFusionAttention(GPT2Attention):
             v,
             image_k,
             image_v,
-            **self._image_terms(image_pool, image_index),
+            **self._image_terms(image_pool, image_index, image_scores),
             first_key=first_key,
             scale=self.scaling,
         )
@@ -83,12 +96,17 @@ class VisualFusionAttention(GPT2Attention):
         return self.resid_dropout(self.c_proj(out.transpose(1, 2).flatten(2)))
 
     def weights(
-        self, hidden_states: Tensor, image_pool: Tensor | None, image_index: Tensor | None, first_key: Tensor | None
+        self,
+        hidden_states: Tensor,
+        image_pool: Tensor | None,
+        image_index: Tensor | None,
+        image_scores: Tensor | None,
+        first_key: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """The joint attention weights over text, (B, H, T, T), and over images, (B, H, T, K); float32."""
         q, k, _ = self._project_text(hidden_states)
         image_k, _ = self._project_images(image_pool)
-        terms = self._image_terms(image_pool, image_index)
+        terms = self._image_terms(image_pool, image_index, image_scores)
         text, images, _ = attention_weights(
             q,
             k,
@@ -96,6 +114,7 @@ class VisualFusionAttention(GPT2Attention):
             image_index=terms.get("image_index"),
             image_k_bias=terms.get("image_k_bias"),
             image_logit_bias=terms.get("image_logit_bias"),
+            image_score_bias=terms.get("image_score_bias"),
             first_key=first_key,
             scale=self.scaling,
         )
@@ -117,10 +136,10 @@ class VisualFusionAttention(GPT2Attention):
         kv = (self.ln_img(pool) @ weight).split(self.split_size, dim=-1)
         return tuple(x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(0, 1) for x in kv)
 
-    def _image_terms(self, pool: Tensor | None, index: Tensor | None) -> _ImageTerms:
-        if pool is None:
+    def _image_terms(self, pool: Tensor | None, index: Tensor | None, scores: Tensor | None) -> _ImageTerms:
+        if pool is None or index is None:
             return {}
-        return {
+        terms: _ImageTerms = {
             "image_index": index,
             "image_k_bias": self.image_k_bias,
             "image_v_bias": self.image_v_bias,
@@ -128,6 +147,9 @@ class VisualFusionAttention(GPT2Attention):
                 torch.promote_types(self.image_logit_bias.dtype, torch.float32)
             ),
         }
+        if self.image_score_scale is not None and scores is not None:
+            terms["image_score_bias"] = retrieval_prior(self.image_score_scale, scores, index)
+        return terms
 
 
 class VisualFusionBlock(GPT2Block):
@@ -144,8 +166,10 @@ class VisualFusionBlock(GPT2Block):
         hidden_states: Tensor,  # (B, T, C)
         image_pool: Tensor | None,  # (U, E)
         image_index: Tensor | None,  # (B, T, K)
+        image_scores: Tensor | None,  # (B, T, K)
         first_key: Tensor | None,  # (B, T)
         cache: Cache | None,
     ) -> Tensor:  # (B, T, C)
-        hidden_states = hidden_states + self.attn(self.ln_1(hidden_states), image_pool, image_index, first_key, cache)
+        images = (image_pool, image_index, image_scores)
+        hidden_states = hidden_states + self.attn(self.ln_1(hidden_states), *images, first_key, cache)
         return hidden_states + self.mlp(self.ln_2(hidden_states))

@@ -23,11 +23,13 @@ _Base: Any = object  # for a type checker, the model class behind the mixin
 
 
 class ImageOptions(NamedTuple):
-    """num_images: K, images per token; 0 = none. image_dim: E. blind: see `ValmConfig`."""
+    """num_images: K, images per token; 0 = none. image_dim: E. blind: see `ValmConfig`. scored: whether the model
+    uses the retrieval scores of its images."""
 
     num_images: int
     image_dim: int
     blind: bool
+    scored: bool = False
 
 
 class RetrievalCache(Cache):
@@ -145,23 +147,24 @@ class ImageModel(_Base):
 
     def find_images(
         self, input_ids: Tensor | None, attention_mask: Tensor | None, cache: Cache | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """image_pool (U, E) and image_index (B, T, K) of the tokens `input_ids` (B, T), by the retriever.
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """image_pool (U, E), image_index and image_scores (B, T, K) of the tokens `input_ids` (B, T), by the retriever.
 
-        (None, None), with a warning, if the model has no retriever. `cache` has the state of the earlier tokens.
+        The scores are None for a model that does not use them. All three are None, with a warning, if the model has no
+        retriever. `cache` has the state of the earlier tokens.
 
         Raises:
             ValueError: there is no retriever and the model is `strict`; or the retriever did not see the earlier
                 tokens, because the cache was filled without it.
         """
         if not finds_images(self):
-            return None, None
+            return None, None, None
         return self._find_images(input_ids, attention_mask, cache)
 
     @torch.compiler.disable
     def _find_images(
         self, input_ids: Tensor | None, attention_mask: Tensor | None, cache: Any
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         retriever = self.retriever
         assert retriever is not None
         if input_ids is None:
@@ -188,19 +191,27 @@ class ImageModel(_Base):
                     )
                 cache.retrieval = retriever.start(input_ids.shape[0])
             found = retriever.step(input_ids, cache.retrieval, mask)
-        return found.image_pool.to(input_ids.device), found.image_index.to(input_ids.device)
+        scores = found.scores.to(input_ids.device) if self.image_options.scored else None
+        return found.image_pool.to(input_ids.device), found.image_index.to(input_ids.device), scores
 
-    def check_images(self, shape: torch.Size, pool: Tensor | None, index: Tensor | None) -> None:
-        """Checks image_pool and image_index against the model and the batch's `shape`.
+    def check_images(self, shape: torch.Size, pool: Tensor | None, index: Tensor | None, scores: Tensor | None) -> None:
+        """Checks image_pool, image_index and image_scores against the model and the batch's `shape`.
 
         Raises:
             ValueError: they do not fit.
         """
         if (pool is None) != (index is None):
             raise ValueError("image_pool and image_index must be given together")
-        if pool is None or index is None:
-            return
         options = self.image_options
+        if scores is not None and not options.scored:
+            raise ValueError(
+                "image_scores was given to a model that does not use retrieval scores: make it with "
+                "image_score_scale_init (ValmConfig) or score_scale (valm.augment)"
+            )
+        if pool is None or index is None:
+            if scores is not None:
+                raise ValueError("image_scores must be given together with image_pool and image_index")
+            return
         if options.num_images == 0:
             raise ValueError("image_pool was given to a model with num_images = 0 (GPT-2*), which sees no images")
         if pool.dim() != 2 or pool.shape[1] != options.image_dim:
@@ -210,6 +221,15 @@ class ImageModel(_Base):
         if index.dim() != 3 or index.shape[:2] != shape:
             raise ValueError(
                 f"image_index must have shape (B, T, K), (B, T) = {tuple(shape)}, got {tuple(index.shape)}"
+            )
+        if scores is None:
+            if options.scored and pool.shape[0] > 0:
+                raise ValueError("image_scores must be given with the images: this model uses their retrieval scores")
+            return
+        if scores.shape != index.shape or not scores.is_floating_point():
+            raise ValueError(
+                f"image_scores must be float with the shape of image_index, {tuple(index.shape)}, got {scores.dtype} "
+                f"with {tuple(scores.shape)}"
             )
 
     def _note(self) -> RetrievalNote | None:

@@ -33,7 +33,10 @@ class VaLMCache(RetrievalCache, DynamicCache):
 
 
 # Weights of the fusion attention that GPT-2 lacks.
-FUSION_PARAMETERS = ("image_proj", "ln_img.weight", "ln_img.bias", "image_k_bias", "image_v_bias", "image_logit_bias")
+FUSION_PARAMETERS = (
+    *("image_proj", "ln_img.weight", "ln_img.bias", "image_k_bias", "image_v_bias", "image_logit_bias"),
+    "image_score_scale",
+)
 
 
 class VaLMPreTrainedModel(GPT2PreTrainedModel):
@@ -56,6 +59,9 @@ class VaLMPreTrainedModel(GPT2PreTrainedModel):
             init.zeros_(module.image_k_bias)
             init.zeros_(module.image_v_bias)
             init.constant_(module.image_logit_bias, float(self.config.image_logit_bias_init))
+            initial_scale = self.config.image_score_scale_init
+            if module.image_score_scale is not None and initial_scale is not None:
+                init.constant_(module.image_score_scale, float(initial_scale))
             if module.image_proj is not None:
                 # from a generator of its own, so that with one seed GPT-2* and VaLM share the same initial weights
                 generator = torch.Generator(module.image_proj.device).manual_seed(torch.initial_seed() + 1)
@@ -90,6 +96,7 @@ class VaLMModel(VaLMPreTrainedModel):
         position_ids: Tensor,  # (B, T)
         image_pool: Tensor | None,  # (U, E)
         image_index: Tensor | None,  # (B, T, K)
+        image_scores: Tensor | None,  # (B, T, K)
         cache: VaLMCache | None,
     ) -> tuple[Tensor, ...]:  # the input of each block and the output of the last LayerNorm, all (B, T, C)
         limits = self.unless_all_zero(first_key)
@@ -99,7 +106,7 @@ class VaLMModel(VaLMPreTrainedModel):
         for block in self.h:
             inputs.append(hidden_states)
             if isinstance(block, VisualFusionBlock):
-                hidden_states = block(hidden_states, image_pool, image_index, limits, cache)
+                hidden_states = block(hidden_states, image_pool, image_index, image_scores, limits, cache)
             else:
                 hidden_states = block(hidden_states, cache, attention_mask=mask, use_cache=cache is not None)
         return *inputs, self.ln_f(hidden_states)
@@ -152,7 +159,9 @@ class VaLMForCausalLM(ImageModel, VaLMPreTrainedModel, GenerationMixin):
 
     @property
     def image_options(self) -> ImageOptions:
-        return ImageOptions(self.config.num_images, self.config.image_dim, self.config.blind)
+        config = self.config
+        scored = config.image_score_scale_init is not None
+        return ImageOptions(config.num_images, config.image_dim, config.blind, scored)
 
     @classmethod
     def from_gpt2(
@@ -193,6 +202,7 @@ class VaLMForCausalLM(ImageModel, VaLMPreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         image_pool: Tensor | None = None,
         image_index: Tensor | None = None,
+        image_scores: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: VaLMCache | None = None,
         labels: Tensor | None = None,
@@ -211,6 +221,8 @@ class VaLMForCausalLM(ImageModel, VaLMPreTrainedModel, GenerationMixin):
             attention_mask: (B, P + T), 0 at padding, with P the tokens already in the cache. None = no padding.
             image_pool: (U, E) float, the image vectors of this batch, each once.
             image_index: (B, T, K) int32 or int64 rows of the pool, -1 = no image.
+            image_scores: (B, T, K) float, the retrieval score of each image; of a model with image_score_scale_init
+                only, which needs it beside images.
             position_ids: (B, T) int64; by default the distance from the document's first token.
             cache: returned by an earlier call with use_cache=True; this call adds to it.
             labels: (B, T) int64, input_ids with -100 at ignored positions; shifted inside.
@@ -246,13 +258,14 @@ class VaLMForCausalLM(ImageModel, VaLMPreTrainedModel, GenerationMixin):
                 f"input_ids has a document of at least {int(position_ids.max()) + 1} tokens, "
                 f"but this model has {config.n_positions} positions; split it"
             )
-        if image_pool is None and image_index is None:
-            image_pool, image_index = self.find_images(input_ids, attention_mask, cache)
-        image_pool, image_index = self._present_images(tokens, image_pool, image_index, present)
+        if image_pool is None and image_index is None and image_scores is None:
+            image_pool, image_index, image_scores = self.find_images(input_ids, attention_mask, cache)
+        image_pool, image_index = self._present_images(tokens, image_pool, image_index, image_scores, present)
 
         if inputs_embeds is None:
             inputs_embeds = self.transformer.wte(input_ids)
-        hidden_states = self.transformer(inputs_embeds, first_key, position_ids, image_pool, image_index, cache)
+        images = (image_pool, image_index, image_scores)
+        hidden_states = self.transformer(inputs_embeds, first_key, position_ids, *images, cache)
         if cache is not None:
             cache.first_key = first_key[:, -1]
         logits = self.lm_head(hidden_states[-1][:, -logits_to_keep:])  # (B, T, V); -0 keeps all
@@ -271,6 +284,7 @@ class VaLMForCausalLM(ImageModel, VaLMPreTrainedModel, GenerationMixin):
         image_pool: Tensor | None = None,
         image_index: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        image_scores: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The fusion block's joint attention weights: over text (B, H, T, T) and over images (B, H, T, K).
 
@@ -280,11 +294,11 @@ class VaLMForCausalLM(ImageModel, VaLMPreTrainedModel, GenerationMixin):
         stack, index = self.transformer, self.config.fusion_index
         first_key, present = self._documents(input_ids, attention_mask, None)
         position_ids = torch.arange(input_ids.shape[1], device=input_ids.device) - first_key
-        pool, rows = self._present_images(input_ids, image_pool, image_index, present)
+        pool, rows = self._present_images(input_ids, image_pool, image_index, image_scores, present)
         # the images change nothing before the fusion block
-        hidden_states = stack(stack.wte(input_ids), first_key, position_ids, None, None, None)
+        hidden_states = stack(stack.wte(input_ids), first_key, position_ids, None, None, None, None)
         block = cast(VisualFusionBlock, stack.h[index])
-        return block.attn.weights(block.ln_1(hidden_states[index]), pool, rows, first_key)
+        return block.attn.weights(block.ln_1(hidden_states[index]), pool, rows, image_scores, first_key)
 
     def generate(
         self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **arguments: Any
@@ -342,10 +356,15 @@ class VaLMForCausalLM(ImageModel, VaLMPreTrainedModel, GenerationMixin):
         return first_key, present
 
     def _present_images(
-        self, tokens: Tensor, pool: Tensor | None, index: Tensor | None, present: Tensor | None
+        self,
+        tokens: Tensor,
+        pool: Tensor | None,
+        index: Tensor | None,
+        scores: Tensor | None,
+        present: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """The images as the blocks take them: without those at padding; None if there are none."""
-        self.check_images(tokens.shape[:2], pool, index)
+        self.check_images(tokens.shape[:2], pool, index, scores)
         if pool is None or index is None:
             return None, None
         if pool.shape[0] == 0:

@@ -15,7 +15,7 @@ import stat
 import sys
 import types
 from collections.abc import Callable
-from dataclasses import dataclass, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
@@ -268,7 +268,10 @@ def _dict_check(item: Check) -> Check:
 def _object_check(schema: Any) -> Check:
     hints = get_type_hints(schema, include_extras=True)
     checks = [(key, _check_of(hint)) for key, hint in hints.items()]
-    required = frozenset(hints if is_dataclass(schema) else schema.__required_keys__)
+    if is_dataclass(schema):
+        required = frozenset(field.name for field in fields(schema) if field.default is MISSING)
+    else:
+        required = schema.__required_keys__
 
     def check_object(value: Any) -> None:
         if type(value) is not dict:

@@ -50,6 +50,12 @@ def random_images(config: ValmConfig, batch: int, length: int, pool: int = 10, s
     return torch.randn(pool, config.image_dim, generator=generator), index
 
 
+def random_scores(index: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """Retrieval scores (B, T, K) of the images at `index`, -inf where there is none."""
+    scores = torch.randn(index.shape, generator=torch.Generator().manual_seed(seed))
+    return scores.masked_fill(index < 0, -torch.inf)
+
+
 class HashRetriever:
     """Images that depend on the last two tokens, found in one call or token by token."""
 
@@ -69,7 +75,8 @@ class HashRetriever:
         index = ((ids * 7 + before * 3)[..., None] + torch.arange(self.k)) % self.size
         if mask is not None:
             index = index.masked_fill(mask[..., None] == 0, -1)
-        return Retrieved(self.pool, index, torch.arange(self.size), torch.zeros(index.shape))
+        scores = torch.cos(index.float()).masked_fill(index < 0, -torch.inf)
+        return Retrieved(self.pool, index, torch.arange(self.size), scores)
 
     def __call__(self, ids, attention_mask=None):
         return self._find(ids, torch.zeros_like(ids[:, 0]), attention_mask)

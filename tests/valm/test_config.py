@@ -6,7 +6,14 @@ from valm.config import ValmConfig
 
 def test_save_and_load_keep_every_value(tmp_path):
     config = ValmConfig(
-        n_embd=64, n_head=4, n_layer=3, image_dim=12, num_images=1, blind=True, fusion_scale="embed_dim"
+        n_embd=64,
+        n_head=4,
+        n_layer=3,
+        image_dim=12,
+        num_images=1,
+        blind=True,
+        fusion_scale="embed_dim",
+        image_score_scale_init=0.5,
     )
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
@@ -28,6 +35,10 @@ def test_fusion_layer_counts_from_both_ends(layer, index):
         ({"num_images": -1}, "num_images must be from 0 to 64"),
         ({"image_dim": 0}, "image_dim must be at least 1"),
         ({"blind": True}, "blind needs num_images = 1"),
+        ({"image_score_scale_init": float("inf")}, "image_score_scale_init must be a finite number or None, got inf"),
+        ({"image_score_scale_init": "1"}, "image_score_scale_init must be a finite number or None, got '1'"),
+        ({"image_score_scale_init": True}, "image_score_scale_init must be a finite number or None, got True"),
+        ({"image_score_scale_init": 1.0, "num_images": 0}, "with num_images = 0 there are none: set it to None"),
         ({"add_cross_attention": True}, "add_cross_attention must be False"),
         ({"n_embd": 100, "n_head": 3}, "n_embd must be n_head times"),
     ],

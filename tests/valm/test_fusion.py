@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.valm.models import random_images, tiny_config
+from tests.valm.models import random_images, random_scores, tiny_config
 from valm.fusion import VisualFusionAttention
 
 
@@ -14,8 +14,8 @@ def attention(**arguments):
     return module.double()
 
 
-def expected(module, x, pool, index):
-    """Equations 3-7 of the paper, token by token and head by head."""
+def expected(module, x, pool, index, retrieval_scores=None):
+    """Equations 3-7 of the paper, token by token and head by head, with the scaled retrieval scores if given."""
     width, heads, dim = module.embed_dim, module.num_heads, module.head_dim
     query_w, key_w, value_w = module.c_attn.weight.split(width, dim=1)
     query_b, key_b, value_b = module.c_attn.bias.split(width)
@@ -34,6 +34,8 @@ def expected(module, x, pool, index):
                 image_v = z[slots] @ value_w[:, part] + module.image_v_bias[h]
                 scores = torch.cat([text_k @ q, image_k @ q]) * module.scaling
                 scores[i + 1 :] += module.image_logit_bias[h]
+                if retrieval_scores is not None:
+                    scores[i + 1 :] += module.image_score_scale * retrieval_scores[b, i][index[b, i] >= 0]
                 out[b, i, part] = scores.softmax(0) @ torch.cat([text_v, image_v])
     return module.c_proj(out)
 
@@ -47,14 +49,32 @@ def test_equals_the_equations_of_the_paper(image_dim, scale):
     x, pool = torch.randn(2, 5, 32).double(), pool.double()
     # image_logit_bias enters in float32, so the two agree to float32 only
     torch.testing.assert_close(
-        module(x, pool, index, None, None), expected(module, x, pool, index), rtol=1e-6, atol=1e-6
+        module(x, pool, index, None, None, None), expected(module, x, pool, index), rtol=1e-6, atol=1e-6
     )
+
+
+def test_the_scaled_retrieval_scores_are_added_to_the_logits_of_images():
+    module = attention(image_score_scale_init=0.5)
+    pool, index = random_images(module.config, 2, 5)
+    scores = random_scores(index)
+    assert (scores == -torch.inf).any()
+    x, pool = torch.randn(2, 5, 32).double().requires_grad_(), pool.double()
+    leaves = [module.image_score_scale, x, *module.parameters()]
+    found = module(x, pool, index, scores, None, None)
+    truth = expected(module, x, pool, index, scores.double())
+    torch.testing.assert_close(found, truth, rtol=1e-6, atol=1e-6)
+    gradients, expected_gradients = (torch.autograd.grad(out.square().sum(), leaves) for out in (found, truth))
+    for gradient, of_formula in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, of_formula, rtol=1e-5, atol=1e-5)
+    assert gradients[0].abs() > 1e-3
+    weights = module.weights(x, pool, index, scores, None)[1]
+    assert not weights.equal(module.weights(x, pool, index, None, None)[1])
 
 
 def test_weights_of_a_token_sum_to_one_and_empty_slots_have_none():
     module = attention()
     pool, index = random_images(module.config, 2, 5)
-    text, images = module.weights(torch.randn(2, 5, 32).double(), pool.double(), index, None)
+    text, images = module.weights(torch.randn(2, 5, 32).double(), pool.double(), index, None, None)
     assert text.shape == (2, 4, 5, 5) and images.shape == (2, 4, 5, 3)
     torch.testing.assert_close(text.sum(-1) + images.sum(-1), torch.ones(2, 4, 5, dtype=text.dtype))
     assert (images[(index < 0)[:, None].expand_as(images)] == 0).all()

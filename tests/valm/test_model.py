@@ -2,7 +2,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel
 
-from tests.valm.models import BOS, EOS, VOCAB, HashRetriever, random_ids, random_images, tiny_config, tiny_model
+from tests.valm.models import (
+    BOS,
+    EOS,
+    VOCAB,
+    HashRetriever,
+    random_ids,
+    random_images,
+    random_scores,
+    tiny_config,
+    tiny_model,
+)
 from valm.errors import ValmError
 from valm.model import VaLMCache, VaLMForCausalLM
 
@@ -301,6 +311,66 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 def test_wrong_inputs_are_named(model, arguments, message):
     with pytest.raises(ValueError, match=message):
         model(random_ids(2, 5), **arguments)
+
+
+SCORED = {"image_pool": torch.zeros(3, 24), "image_index": torch.zeros(2, 5, 3).long()}
+
+
+@pytest.mark.parametrize(
+    "scale, arguments, message",
+    [
+        (None, SCORED | {"image_scores": torch.zeros(2, 5, 3)}, "a model that does not use retrieval scores"),
+        (1.0, {"image_scores": torch.zeros(2, 5, 3)}, "image_scores must be given together with image_pool"),
+        (1.0, SCORED, "image_scores must be given with the images"),
+        (1.0, SCORED | {"image_scores": torch.zeros(2, 5, 2)}, r"image_scores .* \(2, 5, 3\), got .* \(2, 5, 2\)"),
+        (1.0, SCORED | {"image_scores": torch.zeros(2, 5, 3).long()}, "image_scores must be float .* got torch.int64"),
+    ],
+)
+def test_wrong_scores_are_named(scale, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model(image_score_scale_init=scale)(random_ids(2, 5), **arguments)
+
+
+def test_retrieval_scores_are_part_of_the_model(tmp_path):
+    """The scale learns, is saved and loaded, and every way to images brings their scores."""
+    model = tiny_model(image_score_scale_init=1.5)
+    ids = random_ids(2, 8)
+    pool, index = random_images(model.config, 2, 8)
+    images = {"image_pool": pool, "image_index": index, "image_scores": random_scores(index)}
+    model(ids, **images, labels=ids).loss.backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    expected = model(ids, **images).logits
+    none = tiny_model()
+    none.load_state_dict(model.state_dict(), strict=False)
+    assert (expected - none(ids, image_pool=pool, image_index=index).logits).abs().max() > 1e-2
+    text, weights = model.fusion_attention(ids, **images)
+    close(text.sum(-1) + weights.sum(-1), torch.ones(2, 4, 8))
+    assert not weights.equal(none.fusion_attention(ids, pool, index)[1])
+
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.image_score_scale_init == 1.5
+    assert loaded.transformer.h[1].attn.image_score_scale.equal(model.transformer.h[1].attn.image_score_scale)
+    assert torch.equal(loaded(ids, **images).logits, expected)
+
+    retriever = HashRetriever(BOS)
+    found = retriever(ids)
+    given = model(ids, image_pool=found.image_pool, image_index=found.image_index, image_scores=found.scores).logits
+    model.set_retriever(retriever)
+    assert torch.equal(model(ids).logits, given)
+    again = ids
+    for _ in range(6):
+        again = torch.cat([again, model(again).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None), again)
+
+
+def test_a_new_scale_begins_at_its_initial_value():
+    model = VaLMForCausalLM(tiny_config(image_score_scale_init=2.5))
+    assert model.transformer.h[1].attn.image_score_scale.tolist() == [2.5]
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_positions=32, n_embd=32, n_layer=3, n_head=4))
+    seeing = VaLMForCausalLM.from_gpt2(gpt2, image_dim=24, num_images=3, image_score_scale_init=2.5)
+    assert seeing.transformer.h[1].attn.image_score_scale.tolist() == [2.5]
 
 
 def test_gpt2_refuses_pictures_and_a_foreign_cache_is_refused(model):

@@ -31,6 +31,7 @@ class Document(TypedDict):
 @dataclass
 class Settings:
     share: Annotated[float, Range(0, 1)]
+    limit: int | None = None
 
 
 GOOD = {
@@ -69,9 +70,10 @@ def test_what_differs_is_named_with_its_place(change, message):
 
 
 def test_a_dataclass_is_a_schema():
-    check({"share": 1}, Settings)
-    for wrong in ({"share": 1.5}, {"share": float("nan")}, {}):
-        with pytest.raises(ValueError, match="share"):
+    check({"share": 1}, Settings)  # a field with a default may be absent
+    check({"share": 1, "limit": 3}, Settings)
+    for wrong in ({"share": 1.5}, {"share": float("nan")}, {"limit": 3}, {"share": 1, "limit": "3"}):
+        with pytest.raises(ValueError, match=r"share|limit"):
             check(wrong, Settings)
 
 

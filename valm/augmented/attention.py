@@ -21,6 +21,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
 from valm.errors import ValmError
+from valm.fusion import retrieval_prior
 from valm_kernels import visual_fusion_attn
 
 # The class behind a mixin is known only when a model is augmented; this tells type checkers what it has.
@@ -52,6 +53,7 @@ class FusionOptions:
         unfreeze: what trained besides the fusion: "", "block" or "all".
         fingerprint: mean absolute value of each parameter of the fusion layer before training, by which an adapter
             recognises its base model.
+        score_scale: initial value of the scale of the retrieval scores; None = they are not used.
     """
 
     architecture: str
@@ -67,31 +69,42 @@ class FusionOptions:
     blind: bool
     unfreeze: str
     fingerprint: dict[str, float]
+    score_scale: float | None = None
 
 
 class FusionTerms(NamedTuple):
     """hidden_states: (1, U, C), the images as the attention reads text. k_bias: (Hkv, Dk). v_bias: (Hkv, Dv).
-    logit_bias: (Hq,) float32."""
+    logit_bias: (Hq,) float32. score_scale: (1,), or None where retrieval scores are not used."""
 
     hidden_states: Tensor
     k_bias: Tensor
     v_bias: Tensor
     logit_bias: Tensor
+    score_scale: Tensor | None = None
 
 
 class Images(NamedTuple):
     """The images as `fusion_attention` takes them: keys (Hkv, U, Dk), values (Hkv, U, Dv), image_index (B, T, K) with
-    -1 = no image, the query that meets them (B, Hq, T, Dk) or None for that of the text, and the biases."""
+    -1 = no image, the query that meets them (B, Hq, T, Dk) or None for that of the text, the biases, and the retrieval
+    scores (B, T, K) or None where they are not used."""
 
     keys: Tensor
     values: Tensor
     image_index: Tensor
     query: Tensor | None
     terms: FusionTerms
+    scores: Tensor | None = None
+
+    def score_bias(self) -> Tensor | None:
+        """The `image_score_bias` of `visual_fusion_attn`."""
+        if self.scores is None or self.terms.score_scale is None:
+            return None
+        return retrieval_prior(self.terms.score_scale, self.scores, self.image_index)
 
 
 class ImageFusion(nn.Module):
-    """Modules that the fusion adds to an attention: an input projection if the dimensions differ, LN_img, and biases.
+    """Modules that the fusion adds to an attention: an input projection if the dimensions differ, LN_img, biases, and
+    a scale of the retrieval scores if these are used.
 
     Its parameters are read only in its own forward, where the hooks of offloading and sharding load them.
     """
@@ -99,6 +112,7 @@ class ImageFusion(nn.Module):
     def __init__(self, options: FusionOptions):
         super().__init__()
         self.initial_logit_bias = options.logit_bias
+        self.initial_score_scale = options.score_scale
         self.proj = None
         if options.image_dim != options.width:
             self.proj = nn.Linear(options.image_dim, options.width, bias=False)
@@ -106,6 +120,7 @@ class ImageFusion(nn.Module):
         self.k_bias = nn.Parameter(torch.empty(options.kv_heads, options.key_dim))
         self.v_bias = nn.Parameter(torch.empty(options.kv_heads, options.value_dim))
         self.logit_bias = nn.Parameter(torch.empty(options.heads))
+        self.score_scale = None if options.score_scale is None else nn.Parameter(torch.empty(1))
 
     @torch.no_grad()
     def reset(self, norm_weight: Tensor, norm_bias: Tensor) -> None:
@@ -118,13 +133,15 @@ class ImageFusion(nn.Module):
         self.k_bias.zero_()
         self.v_bias.zero_()
         self.logit_bias.fill_(self.initial_logit_bias)
+        if self.score_scale is not None and self.initial_score_scale is not None:
+            self.score_scale.fill_(self.initial_score_scale)
 
     def forward(self, image_pool: Tensor) -> FusionTerms:
         """image_pool: (U, E)."""
         images = image_pool.to(self.norm.weight.dtype)
         if self.proj is not None:
             images = self.proj(images)  # (U, C)
-        return FusionTerms(self.norm(images)[None], self.k_bias, self.v_bias, self.logit_bias)
+        return FusionTerms(self.norm(images)[None], self.k_bias, self.v_bias, self.logit_bias, self.score_scale)
 
 
 class _Caught(Exception):
@@ -137,12 +154,13 @@ class VisualAttention(_Module):
     image_fusion: ImageFusion
     forward_names: tuple[str, ...]  # of the arguments of the class behind
     config: Any
-    images: tuple[Tensor, Tensor] | None = None  # image_pool and image_index, for the length of a layer's forward
+    # image_pool, image_index and image_scores, for the length of a layer's forward
+    images: tuple[Tensor, Tensor, Tensor | None] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.images is None or self.images[0].shape[0] == 0:
             return super().forward(*args, **kwargs)
-        image_pool, image_index = self.images
+        image_pool, image_index, image_scores = self.images
         arguments = self.named(args, kwargs)
         terms = self.image_fusion(image_pool)
         _, keys, values = self._catch(terms.hidden_states, arguments)
@@ -151,7 +169,8 @@ class VisualAttention(_Module):
         query = None
         if self._rotates(arguments):
             query, _, _ = self._catch(arguments["hidden_states"], arguments)
-        return super().forward(**arguments, images=Images(keys[0], values[0], image_index, query, terms))
+        images = Images(keys[0], values[0], image_index, query, terms, image_scores)
+        return super().forward(**arguments, images=images)
 
     def _rotates(self, arguments: dict[str, Any]) -> bool:
         """Whether queries and keys depend on their positions, by an argument or by the attention's own tables."""
@@ -242,11 +261,16 @@ class VisualLayer(_Module):
     attention_path: str
 
     def forward(
-        self, *args: Any, image_pool: Tensor | None = None, image_index: Tensor | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        image_pool: Tensor | None = None,
+        image_index: Tensor | None = None,
+        image_scores: Tensor | None = None,
+        **kwargs: Any,
     ) -> Any:
         attention = self.get_submodule(self.attention_path)
         if image_pool is not None:
-            attention.images = (image_pool, image_index)
+            attention.images = (image_pool, image_index, image_scores)
         try:
             return super().forward(*args, **kwargs)
         finally:
@@ -398,6 +422,9 @@ def image_arguments(query: Tensor, images: Images | None, width: int) -> dict[st
         "image_k_bias": _widened(images.terms.k_bias, width),
         "image_logit_bias": images.terms.logit_bias.to(torch.promote_types(query.dtype, torch.float32)),
     }
+    score_bias = images.score_bias()
+    if score_bias is not None:
+        arguments["image_score_bias"] = score_bias
     if images.query is not None:
         arguments["image_q"] = _widened(images.query, width)
     return arguments
@@ -471,6 +498,9 @@ def joint_weights(
         products = (_of_each_query(image_k, images, group) @ image_query[..., None])[..., 0]
         image = capped(products * scale).to(wide)  # (B, Hq, Tq, K)
         image = image + images.terms.logit_bias.to(wide)[:, None, None]
+        score_bias = images.score_bias()
+        if score_bias is not None:
+            image = image + score_bias[:, None]
         scores.append(image.masked_fill((images.image_index < 0)[:, None], -torch.inf))
     if sink is not None:
         scores.append(sink.reshape(1, -1, 1, 1).to(wide).expand(batch, -1, num_queries, 1))

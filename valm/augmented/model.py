@@ -25,7 +25,7 @@ from valm.augmented.attention import (
 )
 from valm.augmented.probe import Probe, attention_path, decoder_layers, probe
 from valm.augmented.weights import fusion_weights
-from valm.config import ValmConfig
+from valm.config import ValmConfig, check_score_scale
 from valm.errors import ValmError
 from valm.image_model import ImageModel, ImageOptions
 
@@ -48,6 +48,7 @@ def augment(
     logit_bias: float = -10.0,
     unfreeze: str = "",
     blind: bool = False,
+    score_scale: float | None = None,
 ) -> AugmentedCausalLM:
     """Makes one layer of a pretrained decoder attend to images too, in one softmax with the text.
 
@@ -66,6 +67,8 @@ def augment(
             logits move by about their rounding, and there is still a gradient that can open the heads.
         unfreeze: what trains besides the new parameters: "" nothing, "block" the layer, "all" everything.
         blind: each token's one image is its own retrieval query (Blind-VaLM); needs num_images = 1.
+        score_scale: initial value of a learnt scale, one for all heads. The scale times the retrieval score of an image
+            is added to its attention scores. None: retrieval scores are not used.
 
     Returns:
         The model.
@@ -91,6 +94,7 @@ def augment(
         )
     if blind and num_images != 1:
         raise ValmError(f"blind needs num_images = 1 (the query is the one image), got {num_images}")
+    check_score_scale("score_scale", score_scale, num_images)
     path = attention_path(model, layer)
     implementation = model.config.get_text_config(decoder=True)._attn_implementation
     if implementation not in READABLE:
@@ -110,6 +114,7 @@ def augment(
         blind=blind,
         unfreeze=unfreeze,
         fingerprint=fingerprint(block),
+        score_scale=score_scale,
     )
     if num_images > 0:
         _attach_checked(model, options, found)
@@ -265,8 +270,8 @@ class AugmentedCausalLM(ImageModel):
 
     @property
     def image_options(self) -> ImageOptions:
-        options = self.config.valm
-        return ImageOptions(options["num_images"], options["image_dim"], options["blind"])
+        options = FusionOptions(**self.config.valm)
+        return ImageOptions(options.num_images, options.image_dim, options.blind, options.score_scale is not None)
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
@@ -284,13 +289,20 @@ class AugmentedCausalLM(ImageModel):
         return (model, info) if with_info else model
 
     def forward(
-        self, *args: Any, image_pool: Tensor | None = None, image_index: Tensor | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        image_pool: Tensor | None = None,
+        image_index: Tensor | None = None,
+        image_scores: Tensor | None = None,
+        **kwargs: Any,
     ) -> Any:
         """The base's forward, with images.
 
         Args:
             image_pool: (U, E) float, the image vectors of this batch, each once.
             image_index: (B, T, K) int32 or int64 rows of the pool for each of these tokens, -1 = none.
+            image_scores: (B, T, K) float, the retrieval score of each image; of a model with `score_scale` only, which
+                needs it beside images.
 
         Raises:
             ValueError: images that do not fit; `output_attentions`, which has no place for weights of images.
@@ -300,12 +312,15 @@ class AugmentedCausalLM(ImageModel):
             raise ValueError("output_attentions: the fusion layer has one softmax over text and images, got True")
         input_ids: Any = arguments.get("input_ids")
         embeds: Any = arguments.get("inputs_embeds")
-        if image_pool is None and image_index is None:
+        if image_pool is None and image_index is None and image_scores is None:
             cache = arguments.get("cache", arguments.get("past_key_values"))
-            image_pool, image_index = self.find_images(input_ids, arguments.get("attention_mask"), cache)
+            found = self.find_images(input_ids, arguments.get("attention_mask"), cache)
+            image_pool, image_index, image_scores = found
         else:
             shape = (input_ids if embeds is None else embeds).shape[:2]
-            self.check_images(shape, image_pool, image_index)
+            self.check_images(shape, image_pool, image_index, image_scores)
+        if image_scores is not None:
+            arguments["image_scores"] = image_scores
         return super().forward(**arguments, image_pool=image_pool, image_index=image_index)
 
     @torch.no_grad()
@@ -315,6 +330,7 @@ class AugmentedCausalLM(ImageModel):
         image_pool: Tensor | None = None,
         image_index: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        image_scores: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The fusion layer's joint attention weights: over text (B, H, T, T) and over images (B, H, T, K).
 
@@ -330,18 +346,18 @@ class AugmentedCausalLM(ImageModel):
         if image_pool is None or image_index is None:
             image_pool = torch.zeros(0, self.image_options.image_dim, device=input_ids.device)
             image_index = torch.full((*input_ids.shape, 0), -1, device=input_ids.device)
-        images = {"image_pool": image_pool, "image_index": image_index}
+        images = {"image_pool": image_pool, "image_index": image_index, "image_scores": image_scores}
         return fusion_weights(self, input_ids=input_ids, attention_mask=attention_mask, **images)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`GenerationMixin.generate`; the retriever finds the images of each new token.
 
         Raises:
-            ValueError: image_pool or image_index, which say nothing of the tokens to come.
+            ValueError: image_pool, image_index or image_scores, which say nothing of the tokens to come.
         """
-        if kwargs.get("image_pool") is not None or kwargs.get("image_index") is not None:
+        if any(kwargs.get(name) is not None for name in ("image_pool", "image_index", "image_scores")):
             raise ValueError(
-                "generate() takes no image_pool and image_index, as each new token has images of its own: "
+                "generate() takes no image_pool, image_index or image_scores, as each new token has images of its own: "
                 "set a retriever by set_retriever"
             )
         return super().generate(*args, **kwargs)
@@ -351,7 +367,7 @@ class AugmentedCausalLM(ImageModel):
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
         if self.retriever is not None:
             found = self.find_images(inputs.get("input_ids"), kwargs.get("attention_mask"), kwargs.get("cache"))
-            inputs["image_pool"], inputs["image_index"] = found
+            inputs["image_pool"], inputs["image_index"], inputs["image_scores"] = found
         return inputs
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> Any:
@@ -370,7 +386,7 @@ def augmented_class(base: Any) -> Any:
 
     parameters = dict(inspect.signature(base.forward).parameters)
     names = tuple(parameters)[1:]  # without self
-    for name in ("image_pool", "image_index"):
+    for name in ("image_pool", "image_index", "image_scores"):
         parameters[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
     ordered = sorted(parameters.values(), key=lambda parameter: parameter.kind)
     vars(forward)["__signature__"] = inspect.Signature(ordered)

@@ -84,6 +84,12 @@ def add_to(commands: Commands) -> None:
         help="with --base: what each head first adds to its scores of images (default: -10, closed)",
     )
     train.add_argument(
+        "--score-scale",
+        type=float,
+        help="initial value of a learnt scale, which times the retrieval score of an image is added to its attention "
+        "scores (default: these are not used); images are then retrieved as the model trains, which is slower",
+    )
+    train.add_argument(
         "--fusion-lr", type=float, help="with --base: learning rate of the new parameters (default: --lr)"
     )
     train.add_argument(
@@ -156,6 +162,14 @@ def run_train(arguments: argparse.Namespace) -> None:
     kb = ImageKnowledgeBase.open(arguments.kb) if arguments.kb else None
     if arguments.twin is not None and kb is None:
         raise ValmError("--twin is of a model with images: give its --kb too")
+    if arguments.score_scale is not None:
+        if kb is None:
+            raise ValmError("--score-scale is of a model with images: give its --kb too")
+        if arguments.twin in ("random", "shuffled"):
+            raise ValmError(
+                f"--score-scale retrieves images as the model trains, and --twin {arguments.twin} exchanges images "
+                "that were retrieved before: give one of the two"
+            )
     dataset, tokenizer = open_corpus(arguments, kb, "retrieval")
     documents, held_out = split(arguments, kb, dataset, settings.seed)
     torch.manual_seed(settings.seed)
@@ -168,12 +182,13 @@ def run_train(arguments: argparse.Namespace) -> None:
         held_out = None if held_out is None else in_blocks(held_out, model, arguments.context, tokenizer)
     sees = model.image_options
     measures = [] if arguments.colors is None else [ColorAccuracy(load_memory_color(arguments.colors), tokenizer)]
-    if sees.blind or (measures and sees.num_images > 0):
+    retrieves = sees.blind or sees.scored  # as it trains
+    if retrieves or (measures and sees.num_images > 0):
         model.set_retriever(open_retriever(arguments, kb, dataset, sees.blind))
     training = trainer(
         model,
         documents,
-        kb if sees.num_images > 0 and not sees.blind else None,
+        kb if sees.num_images > 0 and not retrieves else None,
         tokenizer=tokenizer,
         arguments=settings,
         eval_dataset=held_out,
@@ -209,6 +224,7 @@ def new_model(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerFast,
         bos_token_id=begin_id(tokenizer),
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        image_score_scale_init=arguments.score_scale if options else None,
         **(options or {"num_images": 0, "image_dim": sizes["width"]}),
     )
     return VaLMForCausalLM(config)
@@ -221,6 +237,8 @@ def augmented_base(arguments: argparse.Namespace, options: dict[str, Any]) -> An
 
     given = {"layer": arguments.layer, "unfreeze": arguments.unfreeze, "logit_bias": arguments.logit_bias}
     said = {name: value for name, value in given.items() if value is not None}
+    if options:
+        said["score_scale"] = arguments.score_scale
     if not options and arguments.unfreeze is None:
         raise ValmError("the text-only twin has no new parameters to train: give --unfreeze block or all")
     return augment(load_decoder(arguments.base), **(options or {"num_images": 0, "image_dim": 1}), **said)

@@ -59,7 +59,8 @@ class Replaced(_OtherVectors):
 
 
 class RandomImages(_OtherVectors):
-    """Every image is replaced by a random one of the knowledge base, always the same one for a seed."""
+    """Every image is replaced by a random one of the knowledge base, always the same one for a seed, with the score of
+    the image that it replaces."""
 
     def __init__(self, retriever: Retriever, seed: int):
         super().__init__(retriever)

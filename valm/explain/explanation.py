@@ -178,9 +178,11 @@ def _find(model: Any, retriever: FindsImages | None, ids: Tensor) -> Retrieved:
 
 def _images(model: Any, found: Retrieved) -> dict[str, Tensor]:
     """The arguments of the model; a model with K = 0 takes none, not even an empty pool."""
-    if model.image_options.num_images == 0:
+    options = model.image_options
+    if options.num_images == 0:
         return {}
-    return {"image_pool": found.image_pool, "image_index": found.image_index}
+    images = {"image_pool": found.image_pool, "image_index": found.image_index}
+    return images | {"image_scores": found.scores} if options.scored else images
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ class Head(nn.Module):
     """All that `fusion_attention` asks of the attention."""
 
 
-def problem(dim=16, value_dim=16, length=7, past=0, seed=0, images=True):
+def problem(dim=16, value_dim=16, length=7, past=0, seed=0, images=True, scored=False):
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape):
@@ -24,7 +24,11 @@ def problem(dim=16, value_dim=16, length=7, past=0, seed=0, images=True):
         return text, None
     terms = FusionTerms(random(1, 5, 8), random(2, dim), random(2, value_dim), random(4))
     index = torch.randint(-1, 5, (2, length, 3), generator=generator)
-    return text, Images(random(2, 5, dim), random(2, 5, value_dim), index, random(2, 4, length, dim), terms)
+    scores = None
+    if scored:
+        scores = random(2, length, 3).masked_fill(index < 0, -torch.inf)
+        terms = terms._replace(score_scale=torch.tensor([1.5]))
+    return text, Images(random(2, 5, dim), random(2, 5, value_dim), index, random(2, 4, length, dim), terms, scores)
 
 
 def interval_mask(first_key, length, past=0):
@@ -32,11 +36,11 @@ def interval_mask(first_key, length, past=0):
     return ((key >= first_key[..., None]) & (key <= key[past:, None]))[:, None]
 
 
-@pytest.mark.parametrize("images", [True, False])
+@pytest.mark.parametrize("images", [True, False, "scored"])
 @pytest.mark.parametrize("extras", [{}, {"softcap": 2.0}, {"s_aux": torch.tensor([0.5, -1.0, 3.0, 0.0])}])
 @pytest.mark.parametrize("dims", [(16, 16), (24, 16), (16, 24)])
 def test_kernel_and_joint_attention_agree(extras, dims, images, monkeypatch):
-    (query, key, value), given = problem(*dims, past=3, images=images)
+    (query, key, value), given = problem(*dims, past=3, images=images, scored=images == "scored")
     mask = interval_mask(torch.tensor([[0] * 7, [9, 9, 2, 3, 4, 5, 6]]), 7, past=3)
     outputs = []
     for reason in (None, "asked for"):
@@ -46,8 +50,9 @@ def test_kernel_and_joint_attention_agree(extras, dims, images, monkeypatch):
 
 
 @pytest.mark.parametrize("sink", [None, torch.tensor([0.5, -1.0, 3.0, 0.0])])
-def test_joint_attention_in_float64_by_hand(sink):
-    (query, key, value), images = problem()
+@pytest.mark.parametrize("scored", [False, True])
+def test_joint_attention_in_float64_by_hand(sink, scored):
+    (query, key, value), images = problem(scored=scored)
     out = joint_attention(query, key, value, images, None, 0.25, softcap=1.5, sink=sink)
     batch, head, token = 1, 3, 4
     text = (key[batch, head // 2, : token + 1] @ query[batch, head, token]).double() * 0.25
@@ -55,6 +60,8 @@ def test_joint_attention_in_float64_by_hand(sink):
     keys = (images.keys + images.terms.k_bias[:, None])[head // 2, index[index >= 0]]
     image = (keys @ images.query[batch, head, token]).double() * 0.25
     scores = [1.5 * torch.tanh(text / 1.5), 1.5 * torch.tanh(image / 1.5) + images.terms.logit_bias[head]]
+    if scored:
+        scores[1] = scores[1] + 1.5 * images.scores[batch, token][index >= 0]
     if sink is not None:
         scores.append(sink[head, None].double())
     weights = torch.cat(scores).softmax(0)

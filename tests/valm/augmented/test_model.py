@@ -17,6 +17,7 @@ from tests.valm.augmented.models import (
     augmented,
     random_ids,
     random_images,
+    random_scores,
     tiny_gpt2,
     tiny_llama,
 )
@@ -203,11 +204,54 @@ def test_other_precisions_give_the_same_loss(way, base):
         ({"unfreeze": "some"}, "unfreeze must be one of"),
         ({"logit_bias": float("nan")}, "logit_bias must be finite"),
         ({"blind": True}, "blind needs num_images = 1"),
+        ({"score_scale": float("nan")}, "score_scale must be a finite number or None, got nan"),
+        ({"score_scale": 1.0, "num_images": 0, "unfreeze": "all"}, "with num_images = 0 there are none"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):
     with pytest.raises(ValmError, match=message):
         augment(tiny_llama(), **({"image_dim": 8, "num_images": 2} | arguments))
+
+
+@pytest.mark.parametrize("base", [tiny_llama, tiny_gpt2])
+def test_retrieval_scores_are_added_to_the_logits_of_images(base):
+    """Images with one score between them are those of a model whose bias of every head is higher by scale x score."""
+    model, images = augmented(base, score_scale=1.5), random_images(2, 9)
+    index = images["image_index"]
+    module = fusion_module(model)
+    assert module.score_scale.tolist() == [1.5]
+    with torch.no_grad():
+        flat = model(random_ids(2, 9), **images, image_scores=torch.full(index.shape, 0.6)).logits
+        varied = model(random_ids(2, 9), **images, image_scores=random_scores(index)).logits
+        without = augmented(base)
+        fusion_module(without).logit_bias.add_(1.5 * 0.6)
+        close(without(random_ids(2, 9), **images).logits, flat)
+    assert (varied - flat).abs().max() > 1e-2
+    ids = random_ids(2, 9)
+    model(ids, **images, image_scores=random_scores(index), labels=ids).loss.backward()
+    assert all(p.grad.any() and p.grad.isfinite().all() for p in module.parameters())
+
+
+def test_scores_come_with_the_images():
+    model, ids, images = augmented(score_scale=1.0), random_ids(2, 9), random_images(2, 9)
+    with pytest.raises(ValueError, match="image_scores must be given with the images"):
+        model(ids, **images)
+    with pytest.raises(ValueError, match="a model that does not use retrieval scores"):
+        augmented()(ids, **images, image_scores=random_scores(images["image_index"]))
+    found = HashRetriever()(ids)
+    given = {"image_pool": found.image_pool, "image_index": found.image_index, "image_scores": found.scores}
+    expected = model(ids, **given).logits
+    model.set_retriever(HashRetriever())
+    assert torch.equal(model(ids).logits, expected)
+    _, weights = model.fusion_attention(ids, **given)
+    _, flat = model.fusion_attention(ids, **given | {"image_scores": torch.zeros_like(found.scores)})
+    assert not weights.equal(flat)
+    again = ids
+    for _ in range(6):
+        again = torch.cat([again, model(again, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    for cache in (None, "static"):
+        greedy = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+        assert torch.equal(model.generate(ids, **greedy, cache_implementation=cache), again)
 
 
 def test_models_that_cannot_are_refused_and_left_as_they_were():

@@ -117,6 +117,28 @@ def test_an_adapter_is_small_and_opens_on_its_base(tmp_path, base_folder, unfree
     assert torch.equal(logits(loaded), logits(model))
 
 
+def test_the_scale_of_retrieval_scores_is_saved(tmp_path, base_folder):
+    model = on_base(base_folder, score_scale=0.5)
+    with torch.no_grad():
+        fusion_module(model).score_scale.fill_(1.25)
+    save_adapter(model, tmp_path / "adapter")
+    model.save_pretrained(tmp_path / "whole")
+    adapter = load_adapter(AutoModelForCausalLM.from_pretrained(base_folder), tmp_path / "adapter")
+    for loaded in (adapter, AutoModelForCausalLM.from_pretrained(tmp_path / "whole")):
+        assert loaded.image_options.scored and loaded.config.valm["score_scale"] == 0.5
+        assert fusion_module(loaded).score_scale.tolist() == [1.25]
+
+
+def test_an_adapter_from_before_retrieval_scores_opens(tmp_path, base_folder):
+    model = on_base(base_folder)
+    save_adapter(model, tmp_path)
+    description = json.loads((tmp_path / "image_fusion.json").read_text())
+    assert description["fusion"].pop("score_scale") is None
+    (tmp_path / "image_fusion.json").write_text(json.dumps(description))
+    loaded = load_adapter(AutoModelForCausalLM.from_pretrained(base_folder), tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+
+
 def test_load_finds_base_tokenizer_and_images_of_an_adapter(tmp_path, clip, make_kb):
     kb = make_kb(5)
     clip.save(tmp_path / "clip")

@@ -89,6 +89,28 @@ def test_a_blind_twin_of_a_pretrained_decoder(world, base, tmp_path):
     assert blind.image_options.blind and isinstance(blind.retriever, BlindRetriever)
 
 
+@pytest.mark.parametrize("of", ["base", "new"])
+def test_retrieval_scores_train_a_scale(world, base, tmp_path, capsys, of):
+    """Retrieved as it trains, as the files of a retrieval have no scores."""
+    retrieval = world / ("base-retrieval" if of == "base" else "retrieval")
+    train = ["train", "--retrieval", retrieval, "--kb", world / "kb", "--score-scale", 0.5]
+    train += ["--base", base, *STEPS, "--context", "8"] if of == "base" else SIZE
+    assert run(*train, "--out", tmp_path / "model") == 0
+    model, tokenizer = load_checkpoint(tmp_path / "model")
+    (scale,) = (value for name, value in model.named_parameters() if name.endswith("score_scale"))
+    assert model.image_options.scored and scale.shape == (1,) and scale.item() != 0.5
+    ids = tokenizer("the color of the apple is", return_tensors="pt")["input_ids"]
+    assert model.generate(ids, max_new_tokens=2).shape[1] == ids.shape[1] + 2
+    if of == "base":
+        return
+    capsys.readouterr()
+    for twin in ("random", "shuffled"):
+        assert run(*train, "--out", tmp_path / "twin", "--twin", twin) == 1
+        assert f"--twin {twin} exchanges images that were retrieved before" in capsys.readouterr().err
+    assert run("train", world / "corpus.txt", "--score-scale", 1, *SIZE, "--out", tmp_path / "text") == 1
+    assert "--score-scale is of a model with images: give its --kb too" in capsys.readouterr().err
+
+
 def test_a_model_with_a_tokenizer_of_its_own(world, other_tokenizer, tmp_path, capsys):
     """Trained with pictures, saved and loaded, asked, and let go on: as one with CLIP's."""
     corpus, kb = world / "corpus.txt", ["--kb", world / "kb"]
