@@ -34,8 +34,9 @@ from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model import VaLMForCausalLM
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.faiss_index import FaissIndex, open_index
+from valm.retrieval.index_factory import choose_factory
 from valm.retrieval.index_parameters import index_parameters
-from valm.retrieval.index_tuning import build_index, choose_factory, context_queries, recall
+from valm.retrieval.index_tuning import build_index, context_queries, recall
 from valm.retrieval.retriever import Retriever
 from valm_kernels import ip_topk, merge_topk
 

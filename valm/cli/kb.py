@@ -132,7 +132,7 @@ def add_to(commands: Commands) -> None:
     index.add_argument("--queries", type=Path, help="text file to be tuned on (default: captions of the images)")
     index.add_argument("--query", choices=["eot", "state"], default="eot", help="kind of the retrieval query")
     add_clip(index)
-    add_device(index)
+    add_device(index, "queries are encoded, and faiss searches if it has GPUs (cuda: all of them)")
     merge = command(kb_commands, "merge", run_merge, "join knowledge bases of one CLIP")
     merge.add_argument("parts", type=Path, nargs="+", metavar="KB", help="folders of knowledge bases")
     merge.add_argument("--out", type=Path, required=True, help="folder of the joined knowledge base")
@@ -262,8 +262,10 @@ def run_index(arguments: argparse.Namespace) -> None:
     from valm.files import read_text
     from valm.knowledge_base.store import ImageKnowledgeBase
     from valm.retrieval.context import ContextEncoder
+    from valm.retrieval.faiss_gpu import faiss_device
     from valm.retrieval.faiss_index import remove_index
-    from valm.retrieval.index_tuning import build_index, captions, choose_factory, context_queries
+    from valm.retrieval.index_factory import choose_factory
+    from valm.retrieval.index_tuning import build_index, captions, context_queries
 
     kb = ImageKnowledgeBase.open(arguments.kb)
     factory = arguments.factory or choose_factory(len(kb), kb.dim)
@@ -272,7 +274,11 @@ def run_index(arguments: argparse.Namespace) -> None:
     else:
         texts = captions(kb) if arguments.queries is None else read_text(arguments.queries).splitlines()
         source = "captions of the images" if arguments.queries is None else arguments.queries.name
-        clip = kb.load_clip(arguments.clip, allow_download=arguments.allow_download).to(chosen_device(arguments))
+        device = chosen_device(arguments)
+        searched_on = faiss_device(device)
+        factory = arguments.factory or choose_factory(len(kb), kb.dim, searched_on.type)
+        assert factory is not None  # there is one for the CPU
+        clip = kb.load_clip(arguments.clip, allow_download=arguments.allow_download).to(device)
         encoder = ContextEncoder(clip, query=arguments.query)
         build_index(
             kb,
@@ -281,6 +287,7 @@ def run_index(arguments: argparse.Namespace) -> None:
             target_recall=arguments.target_recall,
             factory=factory,
             asked=f"{arguments.query} queries at the tokens of {source}",
+            device=searched_on,
         )
     print_kb(kb)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,8 @@ from torch import Tensor
 
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
+from valm.retrieval.faiss_gpu import check_candidates, check_for_gpus, faiss_device, on_gpus
+from valm.retrieval.index_factory import EXACT_BELOW, import_faiss, stages
 from valm.retrieval.index_parameters import (
     INDEX_FILE,
     PARAMETERS_FILE,
@@ -29,23 +30,22 @@ from valm.shards.manifest import file_entry
 from valm_kernels import FlatIPIndex, TopK
 from valm_kernels.json_files import own_file
 
-# Number of images from which an index is worthwhile (`choose_factory` of valm.retrieval.index_tuning).
-EXACT_BELOW = 50_000
 # Distances between queries and centroids held in memory at once.
 CELL_DISTANCES = 1 << 24
 
 
 def open_index(kb: ImageKnowledgeBase, device: torch.device | str = "cpu") -> FlatIPIndex | FaissIndex:
-    """The index that searches `kb`: its faiss index if it has one, else exact search on `device`.
+    """The index that searches `kb`: its faiss index if it has one, else exact search; both on `device`.
 
-    Only this function decides it. Warns if exact search has to search EXACT_BELOW images or more.
+    Only this function decides it. Warns if exact search has to search EXACT_BELOW images or more. A faiss without GPUs
+    (faiss-cpu) searches on the CPU.
 
     Raises:
-        ValmError: the faiss index is damaged or stale.
+        ValmError: the faiss index is damaged or stale, or is of a kind that faiss cannot search on a GPU.
         ImportError: there is a faiss index, but faiss is not installed.
     """
     if index_parameters(kb) is not None:
-        return FaissIndex.open(kb)
+        return FaissIndex.open(kb, faiss_device(device))
     if len(kb) >= EXACT_BELOW:
         size = f"{2e-9 * len(kb) * kb.dim:,.1f} GB"
         warnings.warn(
@@ -74,27 +74,50 @@ def remove_index(kb: ImageKnowledgeBase) -> None:
 
 
 class FaissIndex:
-    """Search through faiss, reranked by the exact vectors; made by `build_index`, opened by `FaissIndex.open`."""
+    """Search through faiss, reranked by the exact vectors; made by `build_index`, opened by `FaissIndex.open`.
 
-    def __init__(self, kb: ImageKnowledgeBase, index: Any, parameters: IndexParameters):
-        self.kb = kb
-        self.parameters = parameters
-        self._index = index
-        self._transforms, self._cells = [], None
+    Args:
+        index: a faiss index on the CPU.
+        device: where faiss finds the candidates: "cpu", one GPU ("cuda:0"), or all GPUs that faiss sees ("cuda"), each
+            of which holds a part of the index. They are reranked on the CPU, where the knowledge base is.
+
+    Raises:
+        ValmError: faiss cannot search this index on a GPU, or has none.
+    """
+
+    def __init__(
+        self, kb: ImageKnowledgeBase, index: Any, parameters: IndexParameters, device: torch.device | str = "cpu"
+    ):
         faiss = import_faiss()
-        faiss.ParameterSpace().set_index_parameters(index, parameters.search)
-        transforms, searched = stages(index)
-        if isinstance(searched, faiss.IndexIVFPQFastScan):
-            quantizer = faiss.downcast_index(searched.quantizer)
-            if isinstance(quantizer, faiss.IndexFlat) and quantizer.metric_type == faiss.METRIC_L2:
-                self._transforms, self._cells = transforms, _Cells(searched, quantizer)
+        self.kb = kb
+        self.device = torch.device(device)
+        self._transforms, self._cells = [], None
+        if self.device.type == "cuda":
+            check_for_gpus(kb, index, parameters.search, parameters.k * parameters.candidates)
+            index = on_gpus(index, self.device)
+            self._settings = faiss.GpuParameterSpace()
+        else:
+            self._settings = faiss.ParameterSpace()
+            transforms, searched = stages(index)
+            if isinstance(searched, faiss.IndexIVFPQFastScan):
+                quantizer = faiss.downcast_index(searched.quantizer)
+                if isinstance(quantizer, faiss.IndexFlat) and quantizer.metric_type == faiss.METRIC_L2:
+                    self._transforms, self._cells = transforms, _Cells(searched, quantizer)
+        self._index = index
+        self.use(parameters)
+
+    def use(self, parameters: IndexParameters) -> None:
+        """Search by these parameters from now on: tuning tries many."""
+        self._settings.set_index_parameters(self._index, parameters.search)
+        self.parameters = parameters
 
     @classmethod
-    def open(cls, kb: ImageKnowledgeBase) -> FaissIndex:
-        """The index in the folder of `kb`, memory-mapped.
+    def open(cls, kb: ImageKnowledgeBase, device: torch.device | str = "cpu") -> FaissIndex:
+        """The index in the folder of `kb`, memory-mapped, or copied to GPUs (`device` as for the class).
 
         Raises:
-            ValmError: there is none, it is damaged, or it belongs to another knowledge base.
+            ValmError: there is none, it is damaged, it belongs to another knowledge base, or faiss cannot search it on
+                a GPU.
             ImportError: faiss is not installed.
         """
         parameters = index_parameters(kb)
@@ -114,12 +137,12 @@ class FaissIndex:
                 f"{path} is damaged: it has {found} bytes instead of {parameters.file['bytes']}; {remedy(kb)}"
             )
         try:
-            return cls(kb, read_index(path), parameters)
+            return cls(kb, read_index(path), parameters, device)
         except RuntimeError as error:
             raise ValmError(f"cannot read {path}; {remedy(kb)}") from error
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return FaissIndex.open, (self.kb,)
+        return FaissIndex.open, (self.kb, self.device)
 
     def __len__(self) -> int:
         return self._index.ntotal
@@ -131,10 +154,11 @@ class FaissIndex:
         and scores NaN.
         """
         flat = queries.reshape(-1, queries.shape[-1]).float().cpu()
+        broken = ~flat.isfinite().all(1)
+        flat = flat.masked_fill(broken[:, None], 0)
         found = self._find(flat.numpy(), min(len(self), k * self.parameters.candidates))
         scores, ids = _rerank(self.kb, flat, torch.from_numpy(found), k)
-        broken = ~flat.isfinite().all(1)
-        if scores[~broken].isnan().any():
+        if scores.isnan().any():
             raise ValmError(f"the knowledge base {self.kb.path} is damaged: a vector is not finite; build it again")
         scores[broken], ids[broken] = torch.nan, -1
         shape = (*queries.shape[:-1], k)
@@ -142,6 +166,8 @@ class FaissIndex:
 
     def _find(self, queries: np.ndarray, count: int) -> np.ndarray:
         """Ids (Q, count) int64 of the candidates for queries (Q, E), -1 = none."""
+        if self.device.type == "cuda":
+            check_candidates(count)
         if not len(queries):
             return np.empty((0, count), np.int64)
         if self._cells is None:
@@ -161,7 +187,6 @@ class _Cells:
         if quantizer.ntotal != ivf.nlist:
             raise RuntimeError(f"an inverted file of {ivf.nlist} cells has {quantizer.ntotal} centroids")
         self._ivf = ivf
-        ivf.nprobe = min(ivf.nprobe, ivf.nlist)
         # faiss's own memory, which lives as long as the index
         centroids = import_faiss().rev_swig_ptr(quantizer.get_xb(), ivf.nlist * ivf.d)
         self._centroids = torch.from_numpy(centroids).reshape(ivf.nlist, ivf.d)
@@ -169,6 +194,7 @@ class _Cells:
 
     def search(self, queries: np.ndarray, count: int) -> np.ndarray:
         """Ids (Q, count) int64 of the candidates for transformed queries (Q, d)."""
+        self._ivf.nprobe = min(self._ivf.nprobe, self._ivf.nlist)
         found = [
             self._ivf.search_preassigned(part.numpy(), count, *self._nearest(part))[1]
             for part in torch.from_numpy(queries).split(max(1, CELL_DISTANCES // self._ivf.nlist))
@@ -183,32 +209,10 @@ class _Cells:
         return nearest.indices.numpy(), (nearest.values + queries.square().sum(1, keepdim=True)).numpy()
 
 
-def stages(index: Any) -> tuple[list[Any], Any]:
-    """The transforms of a faiss index, in order, and the index behind them."""
-    faiss = import_faiss()
-    if not isinstance(index, faiss.IndexPreTransform):
-        return [], index
-    transforms = [faiss.downcast_VectorTransform(index.chain.at(number)) for number in range(index.chain.size())]
-    return transforms, faiss.downcast_index(index.index)
-
-
 def read_index(path: Path) -> Any:
     """The faiss index in a file, with its inverted lists or vectors memory-mapped if faiss supports that."""
     faiss = import_faiss()
     return faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
-
-
-def import_faiss() -> ModuleType:
-    """The module faiss.
-
-    Raises:
-        ImportError: it is not installed; the message says how to install it.
-    """
-    try:
-        import faiss
-    except ImportError as error:
-        raise ImportError("an approximate index needs faiss: pip install -e '.[faiss]' or '.[gpu]'") from error
-    return faiss
 
 
 def _rerank(kb: ImageKnowledgeBase, queries: Tensor, found: Tensor, k: int) -> tuple[Tensor, Tensor]:

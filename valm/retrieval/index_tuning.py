@@ -19,7 +19,9 @@ from valm.files import write_errors, write_json
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.progress import progress_bar
 from valm.retrieval.context import ContextEncoder
-from valm.retrieval.faiss_index import EXACT_BELOW, FaissIndex, import_faiss, read_index, stages
+from valm.retrieval.faiss_gpu import MAX_SELECTED, check_for_gpus
+from valm.retrieval.faiss_index import FaissIndex, read_index
+from valm.retrieval.index_factory import import_faiss, stages
 from valm.retrieval.index_parameters import INDEX_FILE, PARAMETERS_FILE, IndexParameters
 from valm.shards.manifest import file_entry
 from valm.tokenizer import padded
@@ -30,10 +32,6 @@ from valm_kernels.atomic_files import SAVE_WAIT_SECONDS, folder_lock, move, remo
 TRAIN_PER_CELL = 40
 MIN_TRAIN, MAX_TRAIN = 1 << 16, 1 << 20
 ITERATIONS = 10  # iterations of k-means
-PRODUCT_CODES_FROM = 10_000_000
-# Principal components by which candidates are found. On 1 M vectors of 768 numbers (benchmarks/valm/inputs.py) 16
-# candidates per image then contain 0.97 of the true nearest; scanning all 768 numbers took three times as long.
-PRINCIPAL = 256
 ADD_ROWS = 1 << 15
 # Queries for tuning, and as many again for measuring recall.
 QUERIES = 1024
@@ -66,6 +64,7 @@ def build_index(
     asked: str = "queries",
     seed: int = 0,
     progress: bool = True,
+    device: torch.device | str = "cpu",
 ) -> FaissIndex:
     """Indexes `kb` and writes the index beside it; an old index stays until the new one is complete.
 
@@ -76,12 +75,14 @@ def build_index(
             the first is for tuning, the second for measuring recall against an exact search.
         target_recall: share of the true `k` nearest to find, in the first half with a margin of standard errors
             (MARGIN). Settings that miss it in the second half are rejected too.
-        factory: a faiss factory string; `choose_factory` has one for each size. Tuning sets the cells to search of an
-            inverted file ("IVF4096,Flat", "OPQ64,IVF65536,PQ64") or the search width of a graph ("HNSW32").
+        factory: a faiss factory string; `choose_factory` has one for each size and device. Tuning sets the cells to
+            search of an inverted file ("IVF4096,Flat", "OPQ64,IVF65536,PQ64") or the search width of a graph
+            ("HNSW32").
         asked: description of the queries, for display.
+        device: where it is tuned, and the index returned searches: as for `FaissIndex`.
 
     Raises:
-        ValmError: faiss does not know the factory, or no setting reaches the target.
+        ValmError: faiss does not know the factory, cannot search it on `device`, or no setting reaches the target.
         ImportError: faiss is not installed.
     """
     faiss = import_faiss()
@@ -93,6 +94,9 @@ def build_index(
         index = faiss.index_factory(kb.dim, factory, faiss.METRIC_L2)
     except RuntimeError as error:
         raise ValmError(f"faiss makes no index of {kb.dim} dimensions from the factory string {factory!r}") from error
+    device = torch.device(device)
+    if device.type == "cuda":  # before the training
+        check_for_gpus(kb, index, search="", candidates=k)
     trained_on = _train(index, kb, seed, progress)
     with progress_bar(total=len(kb), desc="add", unit=" images", unit_scale=True, shown=progress) as bar:
         for start in range(0, len(kb), ADD_ROWS):
@@ -125,34 +129,13 @@ def build_index(
             asked=asked,
             file={**file_entry(temporary), "name": INDEX_FILE},
         )
-        parameters = _tune(kb, index, untuned, queries, truth)
+        parameters = _tune(kb, index, untuned, queries, truth, device)
         with folder_lock(kb.path, SAVE_WAIT_SECONDS):
             # from here until the new parameters are written, the knowledge base has no index
             (kb.path / PARAMETERS_FILE).unlink(missing_ok=True)
             move(temporary, file)
             write_json(kb.path / PARAMETERS_FILE, asdict(parameters))
-            return FaissIndex.open(kb)
-
-
-def choose_factory(count: int, dim: int) -> str | None:
-    """The faiss factory string for `count` vectors of width `dim`; None if exact search is as good.
-
-    An inverted file of about 4 sqrt(N) cells with 4 bits for each of PRINCIPAL numbers; for very many vectors 64 bytes
-    a vector, as published, which faiss reads from a memory map. With half as many cells a search has to scan more
-    vectors for the same recall.
-    """
-    if count < EXACT_BELOW:
-        return None
-    cells = _power_of_two(4 * count**0.5)
-    if count >= PRODUCT_CODES_FROM and dim % 64 == 0:
-        return f"OPQ64,IVF{cells},PQ64"
-    if dim <= PRINCIPAL:
-        return f"IVF{cells},PQ{dim}x4fs"
-    return f"PCA{PRINCIPAL},IVF{cells},PQ{PRINCIPAL}x4fs"
-
-
-def _power_of_two(number: float) -> int:
-    return 1 << round(np.log2(number))
+            return FaissIndex.open(kb, device)
 
 
 def captions(kb: ImageKnowledgeBase, images: int = CAPTIONED, seed: int = 0) -> list[str]:
@@ -271,17 +254,24 @@ def _exact(kb: ImageKnowledgeBase, queries: Tensor, k: int, progress: bool) -> T
 
 
 def _tune(
-    kb: ImageKnowledgeBase, index: Any, start: IndexParameters, queries: Tensor, truth: Tensor
+    kb: ImageKnowledgeBase,
+    index: Any,
+    start: IndexParameters,
+    queries: Tensor,
+    truth: Tensor,
+    device: torch.device,
 ) -> IndexParameters:
     """`start` with the search of least `_work` that reaches `start.target` on `truth` (Q, K): on the first half with
     MARGIN to spare, and on the second, whose recall it reports."""
-    searches = _searches(index)
+    limit = MAX_SELECTED if device.type == "cuda" else None
+    searches = _searches(index, limit)
     half = len(queries) // 2
     best, least = None, float("inf")
-    candidates = list(CANDIDATES)
+    candidates = [number for number in CANDIDATES if limit is None or number * start.k <= limit]
+    searcher = FaissIndex(kb, index, start, device)
     while searches and candidates:
         tried = replace(start, search=searches[0], candidates=candidates[0])
-        searcher = FaissIndex(kb, index, tried)
+        searcher.use(tried)
         found = searcher.search(queries, start.k).indices
         work = _work(index, searches[0], candidates[0] * start.k, kb.dim)
         tuned, margin = recall(found[:half], truth[:half]), MARGIN * _standard_error(found[:half], truth[:half])
@@ -321,12 +311,15 @@ def _work(index: Any, search: str, candidates: int, dim: int) -> float:
     return exact + searched.ntotal * searched.sa_code_size()
 
 
-def _searches(index: Any) -> list[str]:
-    """faiss's search parameters for `index`, from the fastest to the best; "" if it has none."""
+def _searches(index: Any, limit: int | None) -> list[str]:
+    """faiss's search parameters for `index`, from the fastest to the best; "" if it has none.
+
+    limit: the most cells of an inverted file that a query may search.
+    """
     faiss = import_faiss()
     ivf = faiss.try_extract_index_ivf(index)
     if ivf is not None:
-        return [f"nprobe={cells}" for cells in _ladder(ivf.nlist)]
+        return [f"nprobe={cells}" for cells in _ladder(min(ivf.nlist, limit or ivf.nlist))]
     if isinstance(stages(index)[1], faiss.IndexHNSW):
         return [f"efSearch={width}" for width in _ladder(index.ntotal)]
     return [""]

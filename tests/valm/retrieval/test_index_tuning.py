@@ -14,8 +14,9 @@ from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.faiss_index import FaissIndex, open_index, remove_index
+from valm.retrieval.index_factory import choose_factory
 from valm.retrieval.index_parameters import index_parameters
-from valm.retrieval.index_tuning import build_index, captions, choose_factory, context_queries, recall
+from valm.retrieval.index_tuning import build_index, captions, context_queries, recall
 from valm_kernels import FlatIPIndex
 from valm_kernels.atomic_files import temporary_name
 

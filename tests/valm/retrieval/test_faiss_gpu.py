@@ -1,0 +1,238 @@
+"""faiss on GPUs: on a stand-in that has faiss's limits, and, marked `gpu`, on a card."""
+
+import dataclasses
+import pickle
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from tests.valm.retrieval.indexed import K, make_kb_of_directions, random_directions
+from valm.cli import main
+from valm.errors import ValmError
+from valm.retrieval import faiss_gpu
+from valm.retrieval.context import ContextEncoder
+from valm.retrieval.faiss_gpu import MAX_SELECTED, PRODUCT_CODES
+from valm.retrieval.faiss_index import FaissIndex, open_index
+from valm.retrieval.index_factory import choose_factory
+from valm.retrieval.index_parameters import index_parameters
+from valm.retrieval.index_tuning import _searches, build_index
+from valm.retrieval.retriever import Retriever
+
+faiss = pytest.importorskip("faiss", reason="needs faiss: install valm[faiss]")
+
+
+class OnStandIn:
+    """What `index_cpu_to_gpus_list` returns: searches on the CPU, but never more than faiss's GPUs can."""
+
+    def __init__(self, index, options, gpus):
+        self.index, self.options, self.gpus = index, options, gpus
+        self.ntotal = index.ntotal
+
+    def search(self, queries, count):
+        if count > 2048:
+            raise RuntimeError("GPU index only supports min/max-K selection up to 2048")
+        return self.index.search(queries, count)
+
+
+class StandInSettings:
+    """GpuParameterSpace."""
+
+    def set_index_parameters(self, index, search):
+        assert isinstance(index, OnStandIn)
+        if int(search.partition("=")[2] or 0) > 2048:
+            raise RuntimeError("GPU IVF index only supports nprobe selection up to 2048")
+        faiss.ParameterSpace().set_index_parameters(index.index, search)
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """A faiss with two GPUs; the list of what was moved there."""
+    moved = []
+
+    def move(index, co, gpus):
+        moved.append(OnStandIn(index, co, gpus))
+        return moved[-1]
+
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 2)
+    monkeypatch.setattr(faiss, "GpuMultipleClonerOptions", SimpleNamespace, raising=False)
+    monkeypatch.setattr(faiss, "GpuParameterSpace", StandInSettings, raising=False)
+    monkeypatch.setattr(faiss, "index_cpu_to_gpus_list", move)
+    # the assigner of k-means
+    monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", lambda index: index)
+    return moved
+
+
+@pytest.fixture
+def kb(clip, tmp_path):
+    return make_kb_of_directions(clip, tmp_path / "kb", caption="a red apple\nthe blue sky")
+
+
+def queries(kb, count=60, seed=1):
+    return torch.from_numpy(random_directions(count, kb.dim, seed)).float()
+
+
+def build(kb, factory, **arguments):
+    return build_index(kb, queries(kb), factory, k=K, target_recall=0.5, progress=False, **arguments)
+
+
+def test_one_gpu_or_all_of_them(kb, two_gpus):
+    """With float16 tables, in shards, by the rules of faiss's own kernels; and only once in all the tuning."""
+    built = build(kb, "PCA8,IVF32,SQ8", device="cuda")
+    assert [found.gpus for found in two_gpus] == [[0, 1], [0, 1]]  # for tuning, and as opened
+    FaissIndex.open(kb, "cuda:1")
+    assert two_gpus[-1].gpus == [1]
+    assert all(vars(found.options) == {"useFloat16": True, "use_cuvs": False, "shard": True} for found in two_gpus)
+    assert isinstance(built._index, OnStandIn)
+    again = pickle.loads(pickle.dumps(built))
+    assert again.device == built.device == torch.device("cuda") and two_gpus[-1].gpus == [0, 1]
+
+
+def test_candidates_of_a_gpu_are_reranked_like_those_of_the_cpu(kb, two_gpus):
+    build(kb, "PCA8,IVF32,SQ8", device="cuda")
+    on_gpu, on_cpu = FaissIndex.open(kb, "cuda"), FaissIndex.open(kb)
+    asked = queries(kb, 50, seed=3).reshape(5, 10, kb.dim)
+    asked[1, 2, 3] = torch.nan
+    found, expected = on_gpu.search(asked, K), on_cpu.search(asked, K)
+    assert torch.equal(found.indices, expected.indices)
+    assert torch.equal(found.scores.nan_to_num(7.0), expected.scores.nan_to_num(7.0))
+    assert (found.indices[1, 2] == -1).all() and found.scores[1, 2].isnan().all()
+    exact = (asked[:, :, None].double() * torch.from_numpy(kb.vectors()).double()[found.indices]).sum(-1).float()
+    here = found.indices >= 0
+    assert torch.equal(found.scores[here], exact[here])
+
+
+@pytest.mark.parametrize(
+    ("factory", "reason"),
+    [
+        ("PCA8,IVF32,PQ8x4fs", "no IndexIVFPQFastScan, only Flat and inverted files of Flat, SQ or PQ"),
+        ("HNSW8", "no IndexHNSWFlat"),
+        ("SQ8", "no IndexScalarQuantizer"),
+        ("IVF32,PQ8+4", "no IndexIVFPQR"),
+        ("IVF32_HNSW8,Flat", "no inverted file whose cells are found by IndexHNSWFlat"),
+        ("IVF32,PQ8x4", "no product codes of 4 bits, only of 8"),
+        ("PCA10,IVF32,PQ10", "no product codes of 10 bytes, only of 1, 2, 3, 4, 8,"),
+        ("IVF32,SQbf16", "no scalar codes but 8bit,"),
+    ],
+)
+def test_what_a_gpu_does_not_hold_is_refused_with_what_it_does(kb, two_gpus, factory, reason):
+    """Before it is trained."""
+    instead = rf"factory string 'Flat' \(`valm kb index {kb.path} --device cuda`\), or search on the CPU"
+    with pytest.raises(ValmError, match=f"faiss on a GPU has {reason}.*{instead}"):
+        build(kb, factory, device="cuda")
+    assert index_parameters(kb) is None and not two_gpus
+
+
+def test_an_index_built_for_the_cpu_is_refused_on_a_gpu(kb, two_gpus, monkeypatch):
+    build(kb, "PCA8,IVF32,PQ8x4fs")
+    with pytest.raises(ValmError, match=r"faiss on a GPU has no IndexIVFPQFastScan, .* factory string 'Flat'"):
+        open_index(kb, "cuda")
+    assert isinstance(open_index(kb), FaissIndex)
+    monkeypatch.setattr("valm.retrieval.index_factory.EXACT_BELOW", 100)
+    with pytest.raises(ValmError, match="factory string 'IVF256,SQ8'"):
+        FaissIndex.open(kb, "cuda")
+    assert not two_gpus
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF32,Flat", "IVF32,SQ8", "IVF32,SQ4", "IVF32,SQfp16", "IVF32,PQ1"])
+def test_what_a_gpu_holds(kb, two_gpus, factory):
+    assert build(kb, factory, device="cuda").search(queries(kb, 3), K).indices.shape == (3, K)
+
+
+@pytest.mark.parametrize("dim", [64, 96, 512, 640, 768, 1024])
+@pytest.mark.parametrize("count", [50_000, 1_000_000, 10_000_000, 200_000_000])
+def test_gpus_hold_what_is_chosen_for_them(two_gpus, count, dim):
+    index = faiss.index_factory(dim, choose_factory(count, dim, "cuda"), faiss.METRIC_L2)
+    assert faiss_gpu._not_held(index) == ""
+
+
+def test_codes_differ_between_cpu_and_gpus_only_where_they_must():
+    assert choose_factory(1_000_000, 768, "cuda") == "PCA256,IVF4096,SQ8"
+    assert choose_factory(1_000_000, 128, "cuda") == "IVF4096,SQ8"
+    assert choose_factory(200_000_000, 768, "cuda") == choose_factory(200_000_000, 768) == "OPQ64,IVF65536,PQ64"
+    assert choose_factory(1000, 768, "cuda") is None
+
+
+def test_product_codes_fit_the_shared_memory_of_a_block():
+    """48 KiB hold the lookup tables in float16, 256 entries for each byte of the code; in float32 they end at 48."""
+    assert max(PRODUCT_CODES) * 256 * 2 <= 48 * 1024 < (max(PRODUCT_CODES) + 1) * 256 * 2
+
+
+def test_cells_and_candidates_are_limited(kb, two_gpus):
+    index = build(kb, "IVF32,Flat", device="cuda")
+    wide = dataclasses.replace(index.parameters, search=f"nprobe={MAX_SELECTED + 1}")
+    on_cpu = two_gpus[0].index
+    with pytest.raises(ValmError, match=r"at most 2,048 cells for a query, the index of .* needs 2,049"):
+        FaissIndex(kb, on_cpu, wide, "cuda")
+    many = dataclasses.replace(index.parameters, candidates=MAX_SELECTED // K + 1)
+    with pytest.raises(ValmError, match="at most 2,048 candidates for a query, 2,052 are needed"):
+        FaissIndex(kb, on_cpu, many, "cuda")
+    index.use(dataclasses.replace(index.parameters, candidates=16))
+    assert index.search(queries(kb, 2), MAX_SELECTED // 16).indices.shape == (2, MAX_SELECTED // 16)
+    with pytest.raises(ValmError, match="at most 2,048 candidates for a query, 2,064 are needed: ask for fewer images"):
+        index.search(queries(kb, 2), MAX_SELECTED // 16 + 1)
+
+
+def test_tuning_tries_only_what_a_gpu_can_do(kb, two_gpus, monkeypatch):
+    ivf = SimpleNamespace(nlist=65536)
+    monkeypatch.setattr(faiss, "try_extract_index_ivf", lambda index: ivf)
+    assert _searches(None, MAX_SELECTED)[-1] == "nprobe=2048"
+    assert _searches(None, None)[-1] == "nprobe=65536"
+    monkeypatch.undo()
+
+
+def test_more_images_than_a_gpu_finds_are_refused_before_training(kb, two_gpus):
+    with pytest.raises(ValmError, match="at most 2,048 candidates for a query, 2,049 are needed"):
+        build_index(kb, queries(kb), "IVF32,Flat", k=MAX_SELECTED + 1, progress=False, device="cuda")
+
+
+def test_a_faiss_without_gpus_searches_on_the_cpu(kb):
+    build(kb, "IVF32,Flat")
+    assert open_index(kb, "cuda").device == torch.device("cpu")
+    with pytest.raises(ValmError, match=r"faiss has no GPU here: pip uninstall faiss-cpu, pip install -e '\.\[gpu\]'"):
+        FaissIndex.open(kb, "cuda")
+
+
+def test_too_little_memory_is_named(kb, two_gpus, monkeypatch):
+    build(kb, "IVF32,Flat")
+
+    def move(index, co, gpus):
+        raise RuntimeError("Error in virtual void* faiss::gpu::allocMemory\ncudaMalloc error out of memory [2]")
+
+    monkeypatch.setattr(faiss, "index_cpu_to_gpus_list", move)
+    with pytest.raises(ValmError, match=r"on cuda:1 \(cudaMalloc error out of memory \[2\]\): search on the CPU"):
+        FaissIndex.open(kb, "cuda:1")
+
+
+def test_a_retriever_searches_where_its_encoder_is(kb, clip, two_gpus, monkeypatch):
+    build(kb, "IVF32,Flat")
+    monkeypatch.setattr(type(clip), "device", property(lambda self: torch.device("cuda:1")))
+    retriever = Retriever(ContextEncoder(clip), kb, K)
+    assert retriever.index.device == torch.device("cuda:1") and two_gpus[-1].gpus == [1]
+
+
+def test_kb_index_chooses_an_index_for_gpus(kb, clip, two_gpus, monkeypatch, capsys):
+    monkeypatch.setattr("valm.retrieval.index_factory.EXACT_BELOW", 100)
+    monkeypatch.setattr("valm.cli.kb.chosen_device", lambda arguments: torch.device("cuda"))
+    monkeypatch.setattr(type(kb), "load_clip", lambda self, *_, **__: clip)
+    monkeypatch.setattr(type(clip), "to", lambda self, device: self)
+    assert main(["kb", "index", str(kb.path), "--target-recall", "0.3", "--quiet"]) == 0
+    assert index_parameters(kb).factory == "IVF256,SQ8"
+    assert two_gpus[0].gpus == [0, 1]
+    options = ["--factory", "IVF32,PQ8x4fs"]
+    assert main(["kb", "index", str(kb.path), *options, "--quiet"]) == 1
+    assert "make the index with the factory string 'IVF256,SQ8'" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("factory", ["Flat", "IVF32,Flat", "PCA8,IVF32,SQ8", "PCA8,IVF32,PQ8"])
+def test_a_card_finds_the_candidates_of_the_cpu(kb, factory):
+    if faiss.get_num_gpus() == 0:
+        pytest.skip("this faiss has no GPUs: install valm[gpu] instead of valm[faiss]")
+    build(kb, factory, device="cuda")
+    asked = queries(kb, 200, seed=5)
+    on_gpu, on_cpu = FaissIndex.open(kb, "cuda"), FaissIndex.open(kb)
+    found, expected = on_gpu._find(asked.numpy(), 3 * K), on_cpu._find(asked.numpy(), 3 * K)
+    assert (np.sort(found) == np.sort(expected)).mean() > 0.98  # but for cells and codes about equally far away
+    on_gpu.search(asked, K)
