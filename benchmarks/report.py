@@ -2,7 +2,7 @@
 
     python -m benchmarks.report
 
-writes docs/benchmarks.md, its plots, and on other pages what stands between the marks
+writes docs/benchmarks.md, its plots, docs/roofline.md, and on other pages what stands between the marks
 
     <!-- NAME: python -m benchmarks.report -->
     <!-- end -->
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.valm import demo_report
-from benchmarks.valm_kernels import topk_report
+from benchmarks.valm_kernels import roofline, topk_report
 from valm.plots import INK, SERIES, new_figure, quiet
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ IMAGES = ROOT / "docs" / "images"
 PAGE = ROOT / "docs" / "benchmarks.md"
 README = ROOT / "README.md"
 TOPK = ROOT / "docs" / "topk.md"
+ROOFLINE = ROOT / "docs" / "roofline.md"
 
 # The parts of the page, in order: a title, and what the names of its groups begin with. The last takes all others.
 PARTS = {
@@ -215,7 +216,7 @@ def pages() -> dict[Path, str]:
     """The pages as they should be."""
     marked = {path: path.read_text(encoding="utf-8") for path in (README, TOPK)}
     written = {path: MARK.sub(lambda mark: f"{mark[1]}{MARKED[mark[2]]()}\n", text) for path, text in marked.items()}
-    return {PAGE: page(), **written}
+    return {PAGE: page(), ROOFLINE: roofline.page(), **written}
 
 
 def attention_figure() -> Figure:

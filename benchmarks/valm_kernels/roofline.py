@@ -1,14 +1,13 @@
-"""What an H100 must move and compute for each Triton kernel of visual_fusion_attn, and the time that allows.
+"""What an H100 must move and compute for our GPU kernels, what their launches cost, and the time that allows.
 
 Arithmetic, not measurement: every tensor crosses the memory bus once, tiles waste nothing, nothing waits for anything
-else than the busiest unit. No kernel can be faster; how near ours come, only a card can tell.
-
-    python -m benchmarks.valm_kernels.roofline        # prints the tables of docs/roofline.md
+else than the busiest unit. No kernel can be faster; how near ours come, only a card can tell. `python -m
+benchmarks.report` writes docs/roofline.md from it, and the benchmarks of a card put it beside what they measure.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # NVIDIA H100 SXM5 80 GB (data sheet; without sparsity). Special functions: 16 exp2 per clock and multiprocessor
 # (CUDA C++ Programming Guide, arithmetic throughput), 132 multiprocessors, 1.83 GHz.
@@ -17,10 +16,22 @@ BF16_FLOP_PER_S = 989e12
 FLOAT32_FLOP_PER_S = 67e12
 EXP_PER_S = 16 * 132 * 1.83e9
 
+# What is not in a data sheet, all of it to be measured: the time from the end of one kernel to the work of the next on
+# the same stream, and the time of the host for a call. The latter was measured with stubbed launches on a CPU, when a
+# launch still took Triton's binder 10 to 16 µs more; for the backward, without and with a pool.
+LAUNCH_S = 3e-6
+BINDER_S = 13e-6
+FORWARD_HOST_S = 63e-6
+BACKWARD_HOST_S = {False: 320e-6, True: 410e-6}
+# Of a radix sort in PyTorch beside its passes of 8 bits: conversion, values, histogram and offsets, then arange and
+# searchsorted for the segments.
+SORT_LAUNCHES = 6
+
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes as in visual_fusion_attn; U images in the pool, 0 in the dense layout. 16-bit tensors."""
+    """Sizes as in visual_fusion_attn; U images in the pool, 0 in the dense layout; G query heads share a key head.
+    16-bit tensors."""
 
     name: str
     B: int
@@ -30,6 +41,7 @@ class Shape:
     K: int
     D: int
     U: int = 0
+    G: int = 1
 
     @property
     def pairs(self) -> int:
@@ -47,7 +59,8 @@ class Shape:
 
     @property
     def key_bytes(self) -> int:
-        return 2 * self.B * self.H * self.Tk * self.D
+        """k, or v."""
+        return 2 * self.B * self.H // self.G * self.Tk * self.D
 
     @property
     def row_bytes(self) -> int:
@@ -57,7 +70,7 @@ class Shape:
     @property
     def image_bytes(self) -> int:
         """image_k, or image_v."""
-        return 2 * self.D * (self.H * self.U or self.image_pairs)
+        return 2 * self.D * (self.H * self.U or self.image_pairs) // self.G
 
     @property
     def index_bytes(self) -> int:
@@ -73,6 +86,14 @@ class Work:
     # the images' element-wise work, on the ordinary units
     flop: int
     exponentials: int
+    launches: int = 1
+    # PyTorch's kernels need no binder
+    by_triton: bool = True
+
+    @property
+    def least_s(self) -> float:
+        """Of the busiest unit."""
+        return max(self.seconds.values())
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -136,36 +157,172 @@ def pool(s: Shape) -> Work:
     )
 
 
+def sort(s: Shape) -> Work:
+    """The slots of the pool by image, once for a backward."""
+    slots = s.B * s.Tq * s.K
+    key_bytes = 2 if s.U < 1 << 15 else 4  # and as many passes
+    # each pass reads and writes a key and an index of 8 bytes; then the segments, 8 bytes an image
+    moved = 2 * (key_bytes + 8) * key_bytes * slots + 8 * s.U
+    return Work("backward: sort of the slots", moved, 0, 0, 0, SORT_LAUNCHES + key_bytes, by_triton=False)
+
+
+def merge(s: Shape) -> Work:
+    """The parts of a decoding query, whose keys are split over the chip: too few bytes to count."""
+    return Work("forward: merge of the splits", 0, 0, 0, 0)
+
+
+def forward_works(s: Shape) -> list[Work]:
+    return [forward(s)] + ([merge(s)] if s.Tq == 1 else [])
+
+
+def backward_works(s: Shape) -> list[Work]:
+    # a popular image's parts are summed by a kernel of their own
+    return [query(s), key(s)] + ([sort(s), replace(pool(s), launches=2)] if s.U else [])
+
+
+def gpu_s(works: list[Work]) -> float:
+    """Of kernels that run one after the other."""
+    return sum(work.least_s + LAUNCH_S * work.launches for work in works)
+
+
+def host_s(s: Shape, backward: bool) -> float:
+    """Of the forward without gradients, or of the backward."""
+    works = backward_works(s) if backward else forward_works(s)
+    bound = sum(work.launches for work in works if work.by_triton)
+    return (BACKWARD_HOST_S[s.U > 0] if backward else FORWARD_HOST_S) + BINDER_S * bound
+
+
+def attention_s(s: Shape, backward: bool) -> float:
+    """The least time of the forward, or of forward and backward."""
+    return sum(work.least_s for work in forward_works(s) + (backward_works(s) if backward else []))
+
+
+def topk_s(queries: int, rows: int, dim: int) -> float:
+    """The least time of a search among 16-bit rows with their norms."""
+    return max(rows * (2 * dim + 4) / BYTES_PER_S, 2 * queries * rows * dim / BF16_FLOP_PER_S)
+
+
+def transformer_s(parameters: int, tokens: int, passes: int) -> float:
+    """The least time of `tokens` through the weights of a model in 16 bits: 1 pass is a forward, 3 a training step."""
+    return passes * max(2 * parameters * tokens / BF16_FLOP_PER_S, 2 * parameters / BYTES_PER_S)
+
+
 SHAPES = (
     Shape("B4 H12 T1024 K8 D64, dense", 4, 12, 1024, 1024, 8, 64),
     Shape("B4 H12 T1024 K8 D64, pooled, 30 % unique", 4, 12, 1024, 1024, 8, 64, U=int(0.3 * 4 * 1024 * 8)),
+    Shape("B8 H32/8 T4096 K4 D128, dense", 8, 32, 4096, 4096, 4, 128, G=4),
     Shape("B4 H12 T2048 K8 D64, pooled, 30 % unique", 4, 12, 2048, 2048, 8, 64, U=int(0.3 * 4 * 2048 * 8)),
     Shape("B4 H16 T4096 K8 D128, pooled, 30 % unique", 4, 16, 4096, 4096, 8, 128, U=int(0.3 * 4 * 4096 * 8)),
-    Shape("B1 H12 Tq1 Tk4096 K4 D64, dense (decoding)", 1, 12, 1, 4096, 4, 64),
+    Shape("B1 H12 Tq1 Tk8192 K8 D64, dense (decoding)", 1, 12, 1, 8192, 8, 64),
 )
+TOPK_QUERIES = (64, 512, 4096)
+TOPK_ROWS, TOPK_DIM = 1_000_000, 768
 
 
 def tables() -> str:
+    """The estimates of docs/roofline.md."""
     lines = []
     for shape in SHAPES:
         lines += [
             f"### {shape.name}, 16-bit",
             "",
-            "| kernel | MB | tensor GFLOP | float32 GFLOP | exp2, millions | least time, µs | bound by | measured |",
-            "|---|---|---|---|---|---|---|---|",
+            "| kernel | MB | tensor GFLOP | float32 GFLOP | exp2, millions | least time, µs | bound by | launches |",
+            "| --- | ---: | ---: | ---: | ---: | ---: | --- | ---: |",
         ]
-        works = [forward(shape)]
-        if shape.Tq > 1:
-            works += [query(shape), key(shape)] + ([pool(shape)] if shape.U else [])
-        for work in works:
-            bound = max(work.seconds, key=work.seconds.__getitem__)
+        directions = {"forward": forward_works(shape)} | ({"backward": backward_works(shape)} if shape.Tq > 1 else {})
+        for work in (work for works in directions.values() for work in works):
+            bound = max(work.seconds, key=work.seconds.__getitem__) if work.least_s else "launch"
             lines.append(
                 f"| {work.kernel} | {work.bytes / 1e6:.1f} | {work.tensor_flop / 1e9:.2f} | {work.flop / 1e9:.2f} "
-                f"| {work.exponentials / 1e6:.1f} | {work.seconds[bound] * 1e6:.1f} | {bound} | not yet |"
+                f"| {work.exponentials / 1e6:.1f} | {work.least_s * 1e6:.1f} | {bound} | {work.launches} |"
             )
+        lines += [
+            "",
+            "| call | sum of the least times, µs | with launches, µs | time of the host, µs | estimate, µs |",
+            "| --- | ---: | ---: | ---: | ---: |",
+        ]
+        for direction, works in directions.items():
+            least, gpu = sum(work.least_s for work in works), gpu_s(works)
+            host = host_s(shape, direction == "backward")
+            cells = (least, gpu, host, max(gpu, host))
+            lines.append(f"| {direction} | {' | '.join(f'{cell * 1e6:,.1f}' for cell in cells)} |")
         lines.append("")
+    lines += [
+        f"### Exact top-K, {TOPK_ROWS:,} rows of {TOPK_DIM}, 16-bit",
+        "",
+        "| queries | least time, ms | bound by |",
+        "| ---: | ---: | --- |",
+    ]
+    for queries in TOPK_QUERIES:
+        least = topk_s(queries, TOPK_ROWS, TOPK_DIM)
+        bound = "memory" if least == topk_s(0, TOPK_ROWS, TOPK_DIM) else "tensor cores"
+        lines.append(f"| {queries:,} | {least * 1e3:.2f} | {bound} |")
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
-    print(tables())
+PAGE = """\
+# Roofline on an H100
+
+**This page is arithmetic, an estimate and no measurement.** `python -m benchmarks.report` writes it from
+[roofline.py](https://github.com/valm-kernels/valm/blob/main/benchmarks/valm_kernels/roofline.py). What a card
+measures stands in [On a GPU](gpu.md).
+
+For each kernel: the bytes that have to cross the memory bus if every tensor does so once, the floating-point
+operations of the tile products (tensor cores) and of the images (ordinary float32 units: a query's images are its own,
+so there is no matrix product in them), the exponentials, and the time that the busiest of the four units needs at the
+H100 SXM's peak: 3.35 TB/s, 989 TFLOP/s (bfloat16, dense), 67 TFLOP/s (float32), 3.9 × 10¹² exp2/s (16 per clock in each
+of 132 multiprocessors at 1.83 GHz). The best published attention kernel for text alone reaches 75 % of the tensor peak,
+at long sequences (FlashAttention-3, Shah et al. 2024).
+
+With pairs = B H (Tq (Tk − Tq) + Tq (Tq + 1) / 2), the causal pairs of a query and a key, and slots = B H Tq K, the
+images of all queries:
+
+| kernel | tile products, FLOP | images, FLOP | exp2 |
+| --- | --- | --- | --- |
+| forward | 4 D pairs (q k, p v) | 5 D slots (score, rescaled sum) | pairs + 2 slots |
+| backward: queries | 6 D pairs (q k, do v, ds k) | 8 D slots, 6 D pooled | pairs + slots |
+| backward: keys | 8 D pairs (q k, do v, p do, ds q) | none | pairs |
+| backward: pool | none | 4 D slots (dt q, b do) | none |
+
+A call is more than its kernels. Three things are added, all of them assumptions until a card is there:
+
+- {launch:.0f} µs for each launch: the gap to the next kernel of the same stream.
+- The sort of the pool's slots: {sort} launches of PyTorch or more, before the kernel of the pool.
+- The time of the host: {forward:.0f} µs for a forward, {dense:.0f} for a dense backward and {pooled:.0f} for a pooled
+  one, measured on a CPU with stubbed launches at an earlier state of the code, and {binder:.0f} µs of Triton's binder
+  for each launch. The host runs ahead of the card, so the estimate of a call alone is the larger of both times.
+
+## Aims
+
+To be measured once there is a card; [On a GPU](gpu.md) has the measured ratios.
+
+1. At T 1024 the forward takes at most 1.3 × the time of flash attention over the text plus that of the images' bytes.
+2. At T 4096 and D 128 it takes at most 1.2 × the time of flash attention joined with the images by log-sum-exp, and in
+   the end less.
+3. A decoding step takes at most 12 µs plus the time of the host.
+
+## What the tables say
+
+- Up to T = 1024 the forward is bound by memory, and in the dense layout most of the bytes are the images themselves.
+  The pooled layout moves less than half of them. A call alone is bound by its host there.
+- Writing dense image gradients is the largest single cost of the backward. The pooled layout writes two coefficients
+  for each image of a query instead, and reduces them once.
+- At T = 4096 and D = 128 forward, queries and keys are bound by the tensor cores; launches and host hardly count.
+
+## Tables
+
+{tables}
+"""
+
+
+def page() -> str:
+    """docs/roofline.md."""
+    return PAGE.format(
+        launch=LAUNCH_S * 1e6,
+        sort=SORT_LAUNCHES + 2,
+        forward=FORWARD_HOST_S * 1e6,
+        dense=BACKWARD_HOST_S[False] * 1e6,
+        pooled=BACKWARD_HOST_S[True] * 1e6,
+        binder=BINDER_S * 1e6,
+        tables=tables(),
+    )

@@ -1,16 +1,37 @@
 from dataclasses import replace
-from pathlib import Path
 
+import pytest
 import torch
 
-from benchmarks.valm_kernels.roofline import Shape, forward, tables
+from benchmarks.valm_kernels import roofline
+from benchmarks.valm_kernels.roofline import Shape, forward
 from tests.valm_kernels.visual_fusion.problems import Problem
 
-PAGE = Path(__file__).parents[2] / "docs" / "roofline.md"
+
+def test_estimates_are_above_the_roof():
+    """Launches, the sort of the pool and the host only add to it."""
+    for shape in roofline.SHAPES:
+        for backward, works in ((False, roofline.forward_works(shape)), (True, roofline.backward_works(shape))):
+            least = sum(work.least_s for work in works)
+            assert roofline.gpu_s(works) >= least + len(works) * roofline.LAUNCH_S
+            assert roofline.host_s(shape, backward) > roofline.FORWARD_HOST_S
+    dense, pooled = roofline.SHAPES[:2]
+    sort = roofline.sort(pooled)
+    assert sort in roofline.backward_works(pooled) and sort not in roofline.backward_works(dense)
+    assert sort.launches == roofline.SORT_LAUNCHES + 2  # int16
+    assert roofline.sort(replace(pooled, U=1 << 15)).launches == roofline.SORT_LAUNCHES + 4  # int32
 
 
-def test_page_shows_what_the_script_computes():
-    assert tables() in PAGE.read_text()
+def test_roof_of_a_search_is_its_bytes_and_then_its_products():
+    assert roofline.topk_s(64, 1_000_000, 768) == pytest.approx(1_000_000 * (2 * 768 + 4) / 3.35e12)
+    assert roofline.topk_s(4096, 1_000_000, 768) == pytest.approx(2 * 4096 * 1_000_000 * 768 / 989e12)
+
+
+def test_grouped_heads_share_keys_and_images():
+    single = Shape("", B=2, H=8, Tq=16, Tk=16, K=3, D=8)
+    grouped = replace(single, G=4)
+    assert grouped.query_bytes == single.query_bytes and grouped.pairs == single.pairs
+    assert 4 * grouped.key_bytes == single.key_bytes and 4 * grouped.image_bytes == single.image_bytes
 
 
 def test_pairs_are_those_of_the_causal_mask():
