@@ -18,7 +18,7 @@ help:
 	@echo "make fuzz       damaged files for every reader, for MINUTES=10"
 	@echo "make sanitize   the native tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer"
 	@echo "make bench      the benchmarks, beside their peers"
-	@echo "make gpu-check  on a machine with a GPU: GPU tests, compute-sanitizer, GPU benchmarks, one result file"
+	@echo "make gpu-check  on a machine with a GPU: GPU tests, compute-sanitizer, GPU benchmarks, docs/gpu.md; resumable"
 	@echo "make lint       ruff, clang-format, schemas of the workflow and its neighbours; make format applies the first two"
 	@echo "make types      mypy over both packages"
 	@echo "make docs       the documentation as a site, into build/site/"
@@ -77,14 +77,11 @@ sanitize: $(VENV)/.installed-test
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only
 
-# The sanitizer without PyTorch's own memory pool, in which an access beyond a tensor stays unseen; CUDA graphs need it.
+# faiss-cpu and faiss-gpu exclude each other: the second takes the place of the first, and searches on CPUs too.
 gpu-check: $(VENV)/.installed-test
-	@$(BIN)/python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || \
-	    { echo "gpu-check needs a CUDA device, and torch sees none here"; exit 1; }
-	$(BIN)/python -m pytest -m gpu
-	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --target-processes all \
-	    $(BIN)/python -m pytest -m 'gpu and not slow' -k 'not graph'
-	$(BIN)/python -m pytest benchmarks/ --benchmark-only --device cuda --results benchmarks/results/gpu.csv
+	$(BIN)/python -m pip uninstall --quiet --yes faiss-cpu
+	$(BIN)/python -m pip install --quiet --editable '.[gpu]'
+	$(BIN)/python -m benchmarks.gpu_check
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .

@@ -46,6 +46,7 @@ class Row:
     gflop_per_s: float | None
     share_of_roof: float | None
     peak_mb: float | None
+    arithmetic_ms: float | None
     time_over_first: float
     note: str
 
@@ -128,7 +129,8 @@ def device(pytestconfig: pytest.Config) -> torch.device:
 def measure(benchmark: Any, device: torch.device, pytestconfig: pytest.Config) -> Callable[..., None]:
     """Check a function's result, then time it: `measure(group, name, function, check, flop, bytes_moved)`.
 
-    note: a text, or what makes one of the result. fresh: (build, *arguments) for `peak_mb`.
+    note: a text, or what makes one of the result. fresh: (build, *arguments) for `peak_mb`. arithmetic: the least
+    seconds that an H100 needs, by roofline.py; it stands beside what a card measures.
     """
 
     def run(
@@ -142,6 +144,7 @@ def measure(benchmark: Any, device: torch.device, pytestconfig: pytest.Config) -
         rounds: int = 10,
         note: str | Callable[[Any], str] = "",
         fresh: tuple[Any, ...] | None = None,
+        arithmetic: float | None = None,
     ) -> None:
         def finished() -> Any:
             result = function()
@@ -179,6 +182,7 @@ def measure(benchmark: Any, device: torch.device, pytestconfig: pytest.Config) -
                 gflop_per_s=flop / stats.median / 1e9 if flop else None,
                 share_of_roof=least / stats.median if least else None,
                 peak_mb=peak,
+                arithmetic_ms=arithmetic * 1e3 if arithmetic and device.type == "cuda" else None,
                 time_over_first=stats.median * 1e3 / first.median_ms if first else 1.0,
                 note=note if isinstance(note, str) else note(result),
             )

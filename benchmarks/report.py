@@ -2,7 +2,7 @@
 
     python -m benchmarks.report
 
-writes docs/benchmarks.md, its plots, docs/roofline.md, and on other pages what stands between the marks
+writes docs/benchmarks.md, its plots, docs/gpu.md, docs/roofline.md, and on other pages what stands between the marks
 
     <!-- NAME: python -m benchmarks.report -->
     <!-- end -->
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks import gpu_report
 from benchmarks.valm import demo_report
 from benchmarks.valm_kernels import roofline, topk_report
 from valm.plots import INK, SERIES, new_figure, quiet
@@ -55,7 +56,7 @@ itself. A result is checked before it is timed. Ratios are of medians in one run
 `python -m benchmarks.report` writes this page from
 [benchmarks/results/](https://github.com/valm-kernels/valm/tree/main/benchmarks/results).
 
-**No GPU has been measured yet.** `make gpu-check` writes the rows of a card into the same folder.
+[On a GPU](gpu.md) has what `make gpu-check` measures on a card.
 
 The text towers of the retrieval rows have random weights, on which speed does not depend, and their knowledge base is
 of perturbed context queries of real text (`benchmarks/valm/inputs.py`).
@@ -153,7 +154,8 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def page() -> str:
     """docs/benchmarks.md."""
-    return "\n".join([INTRODUCTION, *(section(path) for path in sorted(RESULTS.glob("*.csv")))])
+    files = sorted({*RESULTS.glob("*.csv")} - {gpu_report.RESULTS})
+    return "\n".join([INTRODUCTION, *(section(path) for path in files)])
 
 
 def section(path: Path) -> str:
@@ -216,7 +218,7 @@ def pages() -> dict[Path, str]:
     """The pages as they should be."""
     marked = {path: path.read_text(encoding="utf-8") for path in (README, TOPK)}
     written = {path: MARK.sub(lambda mark: f"{mark[1]}{MARKED[mark[2]]()}\n", text) for path, text in marked.items()}
-    return {PAGE: page(), ROOFLINE: roofline.page(), **written}
+    return {PAGE: page(), gpu_report.PAGE: gpu_report.page(), ROOFLINE: roofline.page(), **written}
 
 
 def attention_figure() -> Figure:

@@ -1,6 +1,7 @@
 """What one would write or use without valm_kernels: causal attention with K extra keys of its own for every query.
 
-All take q, k, v (B, H, T, D) and image_k, image_v (B, H, T, K, D), causal, Tq = Tk, scale 1 / sqrt(D).
+All take q, k, v (B, H, T, D) and image_k, image_v (B, H, T, K, D), causal, Tq = Tk, scale 1 / sqrt(D). text_only and
+flash_merge take fewer heads of keys and values too (grouped-query attention).
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ _aten = torch.ops.aten
 
 def text_only(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The floor: PyTorch's flash attention without any image."""
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    grouped = q.shape[1] != k.shape[1]
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
 
 
 def eager_concat(q: Tensor, k: Tensor, v: Tensor, image_k: Tensor, image_v: Tensor) -> Tensor:
@@ -64,14 +66,17 @@ def _flash_backward(
 
 
 class _FlashMerge(torch.autograd.Function):
+    """q, k, v (B, H, T, D); image_k, image_v (B, H / G, T, K, D), each for G query heads."""
+
     @staticmethod
     def forward(ctx, q, k, v, image_k, image_v):
         scale = q.shape[-1] ** -0.5
+        heads = image_k.shape[1]
         text_out, text_lse, ctx.state = _flash(q, k, v, scale)
-        image_scores = scale * (image_k @ q.unsqueeze(-1)).squeeze(-1).to(text_lse.dtype)  # (B, H, T, K)
+        image_scores = scale * _ungrouped((image_k @ _grouped(q, heads).mT).mT).to(text_lse.dtype)  # (B, H, T, K)
         lse = torch.logaddexp(text_lse, image_scores.logsumexp(-1))
         weights = (image_scores - lse.unsqueeze(-1)).exp().to(q.dtype)
-        image_out = (weights.unsqueeze(-2) @ image_v).squeeze(-2)
+        image_out = _ungrouped(_grouped(weights, heads) @ image_v)
         out = text_out * (text_lse - lse).exp().unsqueeze(-1).to(q.dtype) + image_out
         ctx.save_for_backward(q, k, v, image_k, image_v, weights, out, lse)
         return out
@@ -80,17 +85,37 @@ class _FlashMerge(torch.autograd.Function):
     def backward(ctx, grad_out):
         q, k, v, image_k, image_v, weights, out, lse = ctx.saved_tensors
         scale = q.shape[-1] ** -0.5
+        heads = image_k.shape[1]
         grad_q, grad_k, grad_v = _flash_backward(grad_out, q, k, v, out, lse, ctx.state, scale)
         delta = (grad_out * out).sum(-1, keepdim=True)
-        grad_scores = weights * ((image_v @ grad_out.unsqueeze(-1)).squeeze(-1) - delta) * scale  # (B, H, T, K)
-        grad_q = grad_q + (grad_scores.unsqueeze(-2) @ image_k).squeeze(-2)
-        grad_image_k = grad_scores.unsqueeze(-1) * q.unsqueeze(-2)
-        grad_image_v = weights.unsqueeze(-1) * grad_out.unsqueeze(-2)
+        grad_weights = _ungrouped((image_v @ _grouped(grad_out, heads).mT).mT)  # (B, H, T, K)
+        grad_scores = _grouped(weights * (grad_weights - delta) * scale, heads)
+        grad_q = grad_q + _ungrouped(grad_scores @ image_k)
+        grad_image_k = _outer(grad_scores, _grouped(q, heads))
+        grad_image_v = _outer(_grouped(weights, heads), _grouped(grad_out, heads))
         return grad_q, grad_k, grad_v, grad_image_k, grad_image_v
+
+
+def _grouped(x: Tensor, heads: int) -> Tensor:
+    """(B, heads G, T, X) as (B, heads, T, G, X)."""
+    return x.unflatten(1, (heads, -1)).transpose(2, 3)
+
+
+def _ungrouped(x: Tensor) -> Tensor:
+    """The inverse of `_grouped`."""
+    return x.transpose(2, 3).flatten(1, 2)
+
+
+def _outer(left: Tensor, right: Tensor) -> Tensor:
+    """Sums of outer products (..., X, Y) of the rows of left (..., G, X) and right (..., G, Y)."""
+    # of one row a matrix product is slower
+    return left.mT * right if left.shape[-2] == 1 else left.mT @ right
 
 
 def flash_merge(q: Tensor, k: Tensor, v: Tensor, image_k: Tensor, image_v: Tensor) -> Tensor:
     """The honest peer: stock flash attention, the images in PyTorch operations, joined by log-sum-exp."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (x if group == 1 else x.repeat_interleave(group, 1) for x in (k, v))
     return _FlashMerge.apply(q, k, v, image_k, image_v)
 
 

@@ -42,7 +42,8 @@ class PublishedContextEncoder:
         for segment in self.segments(ids):
             row = [self.sot, *segment, self.eot]
             row += [0] * (self.limit + 2 - len(row))
-            hidden = model.token_embedding(torch.tensor([row])) + model.positional_embedding
+            ids = torch.tensor([row], device=model.positional_embedding.device)
+            hidden = model.token_embedding(ids) + model.positional_embedding
             hidden = model.ln_final(model.transformer(hidden, attn_mask=model.attn_mask.to(hidden.dtype)))
             features = hidden[0] @ model.text_projection
             queries.append(F.normalize(features[1 : 1 + len(segment)], dim=-1).float())

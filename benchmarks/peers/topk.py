@@ -89,6 +89,21 @@ def usearch_exact(database: Tensor) -> Search:
     return search
 
 
+def faiss_gpu_float16(database: Tensor) -> Search:
+    """faiss's exact search on the device of the database, which takes and returns tensors there."""
+    faiss = pytest.importorskip("faiss")
+    if faiss.get_num_gpus() == 0:
+        pytest.skip("this faiss has no GPUs: install valm[gpu] instead of valm[faiss]")
+    import faiss.contrib.torch_utils  # faiss's methods take tensors from now on
+
+    config = faiss.GpuIndexFlatConfig()
+    config.useFloat16, config.device = True, database.device.index
+    index = faiss.GpuIndexFlatIP(faiss.StandardGpuResources(), database.shape[1], config)
+    for part in database.split(1 << 16):
+        index.add(part.float())
+    return lambda queries, k: index.search(queries.float(), k)[1]
+
+
 # By the device that they are measured on.
 PEERS: dict[str, Callable[[Tensor], Search]] = {
     "torch float32 mm + topk": torch_float32,
@@ -98,4 +113,7 @@ PEERS: dict[str, Callable[[Tensor], Search]] = {
     "faiss fp16 quantizer": faiss_float16,
     "usearch exact": usearch_exact,
 }
-CUDA_PEERS: dict[str, Callable[[Tensor], Search]] = {"torch float16 mm + topk": torch_float16}
+CUDA_PEERS: dict[str, Callable[[Tensor], Search]] = {
+    "torch float16 mm + topk": torch_float16,
+    "faiss-gpu IndexFlatIP float16": faiss_gpu_float16,
+}

@@ -27,6 +27,7 @@ from benchmarks.valm.inputs import (
     prose,
     token_rows,
 )
+from benchmarks.valm_kernels import roofline
 from valm.clip import Clip
 from valm.config import ValmConfig
 from valm.evaluation.sets import read_set
@@ -61,9 +62,9 @@ def passages(rows: int) -> torch.Tensor:
 
 
 def implementation(name: str, tower: str, dtype: torch.dtype, ids: torch.Tensor):
-    """What is timed, and a check of its result."""
+    """What is timed, on the device of the ids, and a check of its result."""
     if name == "GPT-2 base forward":
-        model = gpt2(dtype)
+        model = gpt2(dtype).to(ids.device)
 
         def check_logits(logits):
             assert logits.shape == (*ids.shape, 49408)
@@ -73,18 +74,28 @@ def implementation(name: str, tower: str, dtype: torch.dtype, ids: torch.Tensor)
     def check_queries(queries):
         """The first tokens against the same in float64, one prefix at a time."""
         kind = name if name in ("eot", "state") else "state"
-        exact = ContextEncoder(clip(tower), query=kind, dtype=torch.float64)
+        exact = ContextEncoder(clip(tower).to(ids.device), query=kind, dtype=torch.float64)
         for length in (1, 4):
             expected = exact(ids[:1, :length])[0, -1]
             assert (queries[0, length - 1] - expected).norm() < 32 * torch.finfo(dtype).eps
 
     if name == "published":
         wide = clip(tower)
-        model = copy.deepcopy(wide.model).to(dtype)
+        model = copy.deepcopy(wide.model).to(ids.device, dtype)
         published = PublishedContextEncoder(Clip(model, wide.tokenizer, wide.model_cfg))
         return lambda: torch.stack([published(row) for row in ids.tolist()]), check_queries
-    encoder = ContextEncoder(clip(tower), query=name, dtype=dtype)
+    encoder = ContextEncoder(clip(tower).to(ids.device), query=name, dtype=dtype)
     return lambda: encoder(ids), check_queries
+
+
+def arithmetic(name: str, tower: str, tokens: int) -> float | None:
+    """The least seconds on an H100, by roofline.py: each token once, for "eot" with an EOT of its own."""
+    if name == "published":  # reads tokens more than once
+        return None
+    if name == "GPT-2 base forward":
+        return roofline.transformer_s(gpt2(torch.float32).num_parameters(), tokens, passes=1)
+    weights = 12 * TOWERS[tower]["layers"] * TOWERS[tower]["width"] ** 2
+    return roofline.transformer_s(weights, (2 if name == "eot" else 1) * tokens, passes=1)
 
 
 @pytest.mark.parametrize("name", ["state", "eot", "published", "GPT-2 base forward"])
@@ -97,10 +108,16 @@ def implementation(name: str, tower: str, dtype: torch.dtype, ids: torch.Tensor)
         pytest.param("RN50x16", 8, marks=pytest.mark.full),
     ],
 )
-def bench_context(measure, tower, rows, dtype, name):
-    function, check = implementation(name, tower, dtype, text(rows))
-    group = f"context queries, {rows} x {TOKENS} tokens, {tower} text tower"
-    measure(group=group, name=f"{name} {str(dtype).removeprefix('torch.')}", function=function, check=check, rounds=2)
+def bench_context(measure, device, tower, rows, dtype, name):
+    function, check = implementation(name, tower, dtype, text(rows).to(device))
+    measure(
+        group=f"context queries, {rows} x {TOKENS} tokens, {tower} text tower",
+        name=f"{name} {str(dtype).removeprefix('torch.')}",
+        function=function,
+        check=check,
+        rounds=2,
+        arithmetic=arithmetic(name, tower, rows * TOKENS) if dtype == torch.bfloat16 else None,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

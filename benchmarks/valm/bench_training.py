@@ -1,6 +1,7 @@
 """A training step of VaLM on a retrieved corpus beside one of its text-only twin GPT-2*, both of GPT-2's base size.
 
-A step is the collator, forward, backward, clipping and AdamW, in float32. Each image of the batch stands at two tokens.
+A step is the collator, forward, backward, clipping and AdamW, in float32; with --device cuda under bfloat16 autocast,
+for a larger batch. Each image of the batch stands at two tokens.
 As in bench_retrieval.py, malloc is told to keep what is freed:
 MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=2147483647.
 """
@@ -14,13 +15,14 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.valm_kernels import roofline
 from valm.config import ValmConfig
 from valm.model import VaLMForCausalLM
 from valm.tokenizer import clip_tokenizer
 from valm.training.collate import Collator
 
-BATCH, TOKENS, K, DIM = 2, 512, 4, 768
-IMAGES = BATCH * TOKENS * K // 2  # different ones in a batch
+TOKENS, K, DIM = 512, 4, 768
+BATCH = {"cpu": 2, "cuda": 16}
 STORED = 100_000  # in the knowledge base
 
 pytestmark = pytest.mark.timeout(1800)
@@ -36,18 +38,23 @@ class Vectors:
         return self.vectors[ids]
 
 
-def retrieved_documents(vocabulary: int, bos: int) -> list[dict[str, np.ndarray]]:
-    """BATCH documents of TOKENS tokens with K images each, IMAGES different ones, as `CorpusRetrieval` returns them."""
+def images_of(batch: int) -> int:
+    """Different ones in a batch."""
+    return batch * TOKENS * K // 2
+
+
+def retrieved_documents(batch: int, vocabulary: int, bos: int) -> list[dict[str, np.ndarray]]:
+    """`batch` documents of TOKENS tokens with K images each, as `CorpusRetrieval` returns them."""
     random = np.random.default_rng(1)
-    ids = random.integers(0, vocabulary - 2, (BATCH, TOKENS)).astype(np.int32)
+    ids = random.integers(0, vocabulary - 2, (batch, TOKENS)).astype(np.int32)
     ids[:, 0] = bos
-    several = random.permutation(STORED)[:IMAGES]
-    images = random.permutation(np.concatenate([several, several])).reshape(BATCH, TOKENS, K).astype(np.uint32)
+    several = random.permutation(STORED)[: images_of(batch)]
+    images = random.permutation(np.concatenate([several, several])).reshape(batch, TOKENS, K).astype(np.uint32)
     return [{"input_ids": one, "image_ids": found} for one, found in zip(ids, images, strict=True)]
 
 
-def training_step(num_images: int) -> Callable[[], torch.Tensor]:
-    """A step, which returns the loss."""
+def training_step(num_images: int, device: torch.device) -> tuple[Callable[[], torch.Tensor], int]:
+    """A step, which returns the loss, and the number of the model's weights."""
     tokenizer = clip_tokenizer()
     torch.manual_seed(0)
     config = ValmConfig(
@@ -59,27 +66,33 @@ def training_step(num_images: int) -> Callable[[], torch.Tensor]:
         num_images=num_images,
         attn_pdrop=0.0,  # flash attention on CPU has no dropout
     )
-    model = VaLMForCausalLM(config).train()
+    model = VaLMForCausalLM(config).train().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     kb: Any = Vectors() if num_images else None
     collate = Collator(tokenizer, kb, TOKENS)
-    documents = retrieved_documents(len(tokenizer), tokenizer.bos_token_id)
-    assert num_images == 0 or len(collate(documents)["image_pool"]) == IMAGES
+    batch = BATCH[device.type]
+    documents = retrieved_documents(batch, len(tokenizer), tokenizer.bos_token_id)
+    assert num_images == 0 or len(collate(documents)["image_pool"]) == images_of(batch)
 
     def step() -> torch.Tensor:
-        loss = model(**collate(documents)).loss
+        inputs = {name: tensor.to(device) for name, tensor in collate(documents).items()}
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = model(**inputs).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0)
         optimizer.step()
         optimizer.zero_grad()
         return loss.detach()
 
-    return step
+    return step, model.num_parameters()
 
 
 @pytest.mark.parametrize("name", ["GPT-2*", "VaLM"])
 @pytest.mark.parametrize("threads", [1, 2])
-def bench_step(measure, threads, name):
+def bench_step(measure, device, threads, name):
+    if device.type == "cuda" and threads > 1:
+        pytest.skip("the threads are those of the CPU")
+    batch = BATCH[device.type]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
 
@@ -87,12 +100,15 @@ def bench_step(measure, threads, name):
         assert 5 < loss < 12  # log(49408) = 10.8 before the first step
 
     try:
+        step, parameters = training_step(0 if name == "GPT-2*" else K, device)
+        how = f"{threads} threads" if device.type == "cpu" else "bfloat16"
         measure(
-            group=f"training step, B{BATCH} T{TOKENS}, GPT-2 base size, K {K}, U {IMAGES}, {threads} threads",
+            group=f"training step, B{batch} T{TOKENS}, GPT-2 base size, K {K}, U {images_of(batch)}, {how}",
             name=name,
-            function=training_step(0 if name == "GPT-2*" else K),
+            function=step,
             check=check,
             rounds=7,
+            arithmetic=roofline.transformer_s(parameters, batch * TOKENS, passes=3),
         )
     finally:
         torch.set_num_threads(before)

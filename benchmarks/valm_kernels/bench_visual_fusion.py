@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers.attention import eager_concat, eager_softcap, flash_merge, flex_diagonal, text_only
+from benchmarks.valm_kernels import roofline
 from valm_kernels import visual_fusion_attn
 
 
@@ -95,6 +96,17 @@ class Tensors:
             pool = slots.new_zeros(self.pool_k.shape[1], *slots.shape[1:]).index_add_(0, rows, slots)
             pools.append(pool.transpose(0, 1))
         return *text, *pools
+
+
+def arithmetic(case: Case, name: str, *, backward: bool) -> float | None:
+    """The least seconds of an implementation's kernels on an H100, by roofline.py; its numbers are of 16 bits."""
+    if case.dtype == torch.float32:
+        return None
+    images = 0 if name in ("ours, no images", "text-only flash attention") else case.images
+    pool = int(case.unique * case.batch * case.length * case.images) if name == "ours, pooled" else 0
+    keys = case.length + case.prefix
+    shape = roofline.Shape("", case.batch, case.heads, case.length, keys, images, case.head_dim, pool)
+    return roofline.attention_s(shape, backward)
 
 
 @cache
@@ -202,6 +214,7 @@ def bench_forward(measure, device, case, name):
         bytes_moved=None if text_alone else case.image_bytes,
         note=inputs_note(inputs),
         fresh=(forward_call, name, case, device) if case == LARGE else None,
+        arithmetic=arithmetic(case, name, backward=False),
     )
 
 
@@ -226,6 +239,7 @@ def bench_forward_backward(measure, device, case, name):
         bytes_moved=None if text_alone else 3 * case.image_bytes,
         note=inputs_note(inputs),
         fresh=(forward_backward_call, name, case, device) if case == LARGE else None,
+        arithmetic=arithmetic(case, name, backward=True),
     )
 
 

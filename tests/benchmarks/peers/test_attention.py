@@ -1,6 +1,6 @@
 import torch
 
-from benchmarks.peers.attention import eager_concat, eager_softcap, flash_merge
+from benchmarks.peers.attention import eager_concat, eager_softcap, flash_merge, text_only
 
 
 def inputs(device="cpu", dtype=torch.float64):
@@ -17,6 +17,19 @@ def test_flash_merge_is_eager_attention():
         grads.append([out, *torch.autograd.grad(out.sin().sum(), leaves)])
     for found, expected in zip(*grads, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_flash_merge_of_grouped_heads_is_that_of_copied_ones():
+    q, k, v, image_k, image_v = inputs()
+    q = torch.cat([q, q.flip(2)], 1).detach().requires_grad_()  # 4 heads over 2
+    grouped = flash_merge(q, k, v, image_k, image_v)
+    copied = flash_merge(q, *(x.repeat_interleave(2, 1) for x in (k, v, image_k, image_v)))
+    torch.testing.assert_close(grouped, copied, rtol=1e-12, atol=1e-12)
+    leaves = (q, k, v, image_k, image_v)
+    pairs = (torch.autograd.grad(out.sin().sum(), leaves) for out in (grouped, copied))
+    for found, expected in zip(*pairs, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(text_only(q, k, v), text_only(q, *(x.repeat_interleave(2, 1) for x in (k, v))))
 
 
 def test_flash_merge_calls_the_operators_of_cuda_as_they_are_defined():

@@ -1,0 +1,129 @@
+"""docs/gpu.md: what `make gpu-check` has measured on a card, from benchmarks/results/gpu.csv."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.valm_kernels import roofline
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "gpu.csv"
+PAGE = ROOT / "docs" / "gpu.md"
+# The group of the rows that say how each step of gpu-check ended.
+STEPS = "make gpu-check"
+NOT_YET = "not measured yet"
+
+Rows = list[dict[str, str]]
+
+INTRODUCTION = """\
+# On a GPU
+
+`make gpu-check` does on a card, within ten minutes, what this project cannot do without one: the tests of the GPU code,
+the same under compute-sanitizer, and the benchmarks beside their peers. A run that was stopped, or of which a step
+failed, repeats only what is left; a change of the code repeats all. It writes
+`benchmarks/results/gpu.csv`, and this page from it.
+
+"Arithmetic" is the least time that an H100 needs by [the roofline](roofline.md), an estimate: bytes once over the
+memory bus, floating-point operations at the peak of the tensor cores, nothing for launches and host.
+"""
+
+
+@dataclass(frozen=True)
+class Aim:
+    """An aim of the roofline page: the largest ratio allowed, and the measured one."""
+
+    text: str
+    most: float
+    ratio: Callable[[Rows], float | None]
+
+
+def page() -> str:
+    """The page, also before anything has been measured."""
+    rows = read()
+    machines = list(dict.fromkeys(row["machine"] for row in rows))
+    if not rows:
+        measured = [f"**No card has run it yet: everything below is {NOT_YET}.**"]
+    else:
+        measured = [f"Measured on {machine}." for machine in machines]
+    parts = [INTRODUCTION, *measured, "", "## Steps", "", *steps(rows), "", "## Aims", "", *aims(rows), ""]
+    return "\n".join([*parts, "## Benchmarks", "", *benchmarks(rows), ""])
+
+
+def read() -> Rows:
+    if not RESULTS.exists():
+        return []
+    with RESULTS.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def steps(rows: Rows) -> Iterator[str]:
+    yield "| Step | | seconds |"
+    yield "| --- | --- | ---: |"
+    of_steps = [row for row in rows if row["group"] == STEPS]
+    for row in of_steps:
+        yield f"| {row['name']} | {row['note']} | {float(row['median_ms']) / 1e3:.0f} |"
+    if not of_steps:
+        yield f"| all | {NOT_YET} | |"
+
+
+def benchmarks(rows: Rows) -> Iterator[str]:
+    """A table row for each implementation of each case."""
+    yield "| Case | Implementation | ms | × the first | arithmetic, ms | ms over arithmetic | peak MB | |"
+    yield "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |"
+    group = None
+    measured = [row for row in rows if row["group"] != STEPS]
+    for row in measured:
+        case, group = "" if row["group"] == group else row["group"], row["group"]
+        least = row["arithmetic_ms"]
+        over = f"{float(row['median_ms']) / float(least):.1f}" if least else ""
+        numbers = [row["median_ms"], f"{float(row['time_over_first']):.2f}", least, over, row["peak_mb"]]
+        cells = [case, row["name"], *numbers, row["note"]]
+        yield f"| {' | '.join(cell.replace('*', chr(92) + '*') for cell in cells)} |"
+    if not measured:
+        yield f"| all | {NOT_YET} | | | | | | |"
+
+
+def aims(rows: Rows) -> Iterator[str]:
+    yield "| Aim | at most | measured |"
+    yield "| --- | ---: | ---: |"
+    for aim in AIMS:
+        ratio = aim.ratio(rows)
+        yield f"| {aim.text} | {aim.most:.1f} | {NOT_YET if ratio is None else f'{ratio:.2f}'} |"
+
+
+def _times(rows: Rows, group: str) -> dict[str, float]:
+    """Milliseconds by implementation."""
+    return {row["name"]: float(row["median_ms"]) for row in rows if row["group"] == group}
+
+
+def _over_flash_and_image_bytes(rows: Rows) -> float | None:
+    times = _times(rows, "forward B4 H12 T1024 K8 D64 bfloat16")
+    if not {"ours", "text-only flash attention"} <= times.keys():
+        return None
+    image_ms = 1e3 * 2 * roofline.SHAPES[0].image_bytes / roofline.BYTES_PER_S
+    return times["ours"] / (times["text-only flash attention"] + image_ms)
+
+
+def _over_flash_merge(rows: Rows) -> float | None:
+    times = _times(rows, "forward B8 H32/8 T4096 K4 D128 bfloat16")
+    if not {"ours", "flash + LSE merge"} <= times.keys():
+        return None
+    return times["ours"] / times["flash + LSE merge"]
+
+
+def _over_12_us_and_host(rows: Rows) -> float | None:
+    times = _times(rows, "decode B1 H12 T1 prefix 8191 K8 D64 bfloat16")
+    if "ours" not in times:
+        return None
+    (decoding,) = (shape for shape in roofline.SHAPES if shape.Tq == 1)
+    return times["ours"] / (0.012 + 1e3 * roofline.host_s(decoding, backward=False))
+
+
+AIMS = (
+    Aim("Forward at T 1024, over flash attention of the text and the images' bytes", 1.3, _over_flash_and_image_bytes),
+    Aim("Forward at T 4096 and D 128, over flash attention joined with the images", 1.2, _over_flash_merge),
+    Aim("Decoding step, over 12 µs and the time of the host", 1.0, _over_12_us_and_host),
+)

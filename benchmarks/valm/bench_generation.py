@@ -1,0 +1,80 @@
+"""Generation by VaLM, which retrieves images for every new token, beside its text-only twin GPT-2*, both of GPT-2's
+base size.
+
+Greedy, one row, with the cache of keys and values. Weights are random, which changes the tokens but not the time.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from benchmarks.valm.inputs import clip, prose, token_rows
+from benchmarks.valm_kernels import roofline
+from valm.config import ValmConfig
+from valm.knowledge_base.format import (
+    ITEM_SCHEMA,
+    EncodedShard,
+    begin_knowledge_base,
+    clip_entry,
+    finish_knowledge_base,
+    write_shard,
+)
+from valm.knowledge_base.store import ImageKnowledgeBase
+from valm.model import VaLMForCausalLM
+from valm.retrieval.context import ContextEncoder
+from valm.retrieval.retriever import Retriever
+from valm_kernels import FlatIPIndex
+
+TOWER, K = "ViT-B/32", 4
+PROMPT = 32
+NEW_TOKENS = {"cpu": 16, "cuda": 128}
+STORED = 100_000
+
+
+@pytest.fixture(scope="module")
+def kb(tmp_path_factory: pytest.TempPathFactory) -> ImageKnowledgeBase:
+    """STORED random directions."""
+    build = begin_knowledge_base(tmp_path_factory.mktemp("generation") / "kb", {})
+    vectors = np.random.default_rng(0).standard_normal((STORED, clip(TOWER).embed_dim), dtype=np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    rows = [{"uri": str(row), "caption": "", "width": 1, "height": 1} for row in range(STORED)]
+    write_shard(build.out, 0, EncodedShard(vectors, pa.Table.from_pylist(rows, ITEM_SCHEMA), None, []))
+    finish_knowledge_base(build, clip_entry(clip(TOWER), build.out), vectors.shape[1])
+    return ImageKnowledgeBase.open(build.out)
+
+
+@pytest.mark.parametrize("name", ["VaLM", "GPT-2*"])
+def bench_generate(measure, device, kb: ImageKnowledgeBase, name):
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    ids = token_rows(prose(), 1, PROMPT).to(device)
+    new = NEW_TOKENS[device.type]
+    torch.manual_seed(0)
+    config = ValmConfig(
+        vocab_size=49408,
+        n_positions=512,
+        bos_token_id=49406,
+        eos_token_id=49407,
+        image_dim=kb.dim,
+        num_images=K if name == "VaLM" else 0,
+    )
+    model = VaLMForCausalLM(config).eval().to(device, dtype)
+    if name == "VaLM":
+        encoder = ContextEncoder(clip(TOWER).to(device), dtype=dtype)
+        index = FlatIPIndex(kb.vectors(), device=device)
+        model.set_retriever(Retriever(encoder, kb, K, index, cache_tokens=0))
+
+    def check(tokens: torch.Tensor) -> None:
+        assert tokens.shape == (1, PROMPT + new) and torch.equal(tokens[:, :PROMPT], ids)
+
+    measure(
+        group=f"generation of {new} tokens after {PROMPT}, GPT-2 base size, {STORED // 1000}k images, K {K}",
+        name=name,
+        function=lambda: model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False),
+        check=check,
+        rounds=5,
+        # the weights once for each token
+        arithmetic=new * roofline.transformer_s(model.num_parameters(), 1, passes=1),
+    )

@@ -1,0 +1,115 @@
+"""visual_fusion_attn where text is long, as in a large decoder with grouped-query attention, and where it decodes.
+
+The sizes are those of a card; a CPU takes small ones, which show no more than that the benchmark runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.peers.attention import flash_merge, text_only
+from benchmarks.valm_kernels import roofline
+from benchmarks.valm_kernels.bench_visual_fusion import TOLERANCE, Case, Tensors, close_to
+from valm_kernels import visual_fusion_attn
+
+
+@dataclass(frozen=True)
+class Grouped:
+    batch: int
+    heads: int
+    kv_heads: int
+    length: int
+    images: int
+    head_dim: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        heads = f"H{self.heads}/{self.kv_heads}"
+        shape = f"B{self.batch} {heads} T{self.length} K{self.images} D{self.head_dim}"
+        return f"{shape} {str(self.dtype).removeprefix('torch.')}"
+
+    def arithmetic(self, name: str, *, backward: bool) -> float:
+        images = 0 if name == TEXT_ONLY else self.images
+        sizes = (self.batch, self.heads, self.length, self.length, images, self.head_dim)
+        return roofline.attention_s(roofline.Shape("", *sizes, G=self.heads // self.kv_heads), backward)
+
+    def tensors(self, device: torch.device) -> tuple[Tensor, ...]:
+        """q, k, v, image_k, image_v, tokens before heads in memory, and the gradient of the result."""
+        generator = torch.Generator(device).manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device, dtype=self.dtype)
+
+        text = (self.batch, self.length)
+        q, grad_out = (normal(*text, self.heads, self.head_dim).transpose(1, 2) for _ in range(2))
+        k, v = (normal(*text, self.kv_heads, self.head_dim).transpose(1, 2) for _ in range(2))
+        image_k, image_v = (
+            normal(*text, self.images, self.kv_heads, self.head_dim).permute(0, 3, 1, 2, 4) for _ in range(2)
+        )
+        return *(x.requires_grad_() for x in (q, k, v, image_k, image_v)), grad_out
+
+
+TEXT_ONLY = "text-only flash attention"
+FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "ours": visual_fusion_attn,
+    TEXT_ONLY: lambda q, k, v, *_: text_only(q, k, v),
+    "flash + LSE merge": flash_merge,
+}
+SIZES = {
+    "cuda": Grouped(8, 32, 8, 4096, 4, 128, torch.bfloat16),
+    "cpu": Grouped(1, 4, 2, 256, 4, 64, torch.float32),
+}
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward + backward"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def bench_grouped(measure, device, name, backward):
+    case = SIZES[device.type]
+    *inputs, grad_out = case.tensors(device)
+    leaves = inputs[:3] if name == TEXT_ONLY else inputs
+
+    def results(function: Callable[..., Tensor], leaves: list[Tensor], grad_out: Tensor) -> tuple[Tensor, ...]:
+        if backward:
+            return torch.autograd.grad(function(*leaves), leaves, grad_out)
+        with torch.no_grad():
+            return (function(*leaves),)
+
+    # the whole batch in float32 would need tens of gigabytes of scores; a row of it is independent of the others
+    first = [x[:1].detach().float().requires_grad_() for x in leaves]
+    reference = text_only if name == TEXT_ONLY else lambda *x: visual_fusion_attn(*x, impl="reference")
+    expected = results(reference, first, grad_out[:1].float())
+    is_close = close_to(expected, TOLERANCE[case.dtype])
+    measure(
+        group=f"{'forward + backward' if backward else 'forward'} {case}",
+        name=name,
+        function=lambda: results(FUNCTIONS[name], leaves, grad_out),
+        check=lambda found: is_close(tuple(x[:1] for x in found)),
+        arithmetic=case.arithmetic(name, backward=backward),
+    )
+
+
+@pytest.mark.parametrize("name", ["ours", TEXT_ONLY])
+def bench_decode(measure, device, name):
+    case = Case(1, 12, 1, 8, 64, torch.bfloat16, unique=1, prefix=8191)
+    t = Tensors(case, device)
+    functions = {
+        "ours": lambda: visual_fusion_attn(t.q, t.k, t.v, *t.dense),
+        TEXT_ONLY: lambda: torch.nn.functional.scaled_dot_product_attention(t.q, t.k, t.v),
+    }
+    with torch.no_grad():
+        wide = [x.float() for x in (t.q, t.k, t.v, *t.dense)]
+        expected = visual_fusion_attn(*wide, impl="reference")
+        (decoding,) = (shape for shape in roofline.SHAPES if shape.Tq == 1)
+        measure(
+            group=f"decode {case}",
+            name=name,
+            function=functions[name],
+            check=close_to(expected, TOLERANCE[case.dtype]) if name == "ours" else lambda out: None,
+            rounds=200,
+            arithmetic=roofline.attention_s(decoding, backward=False),
+        )
