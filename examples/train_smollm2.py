@@ -128,7 +128,6 @@ def train(folder: Path, corpus: CorpusRetrieval, kb: valm.ImageKnowledgeBase | N
         ),
         fusion_lr=None if kb is None else FUSION_LR,
         cache_below=out / "below",
-        # no limit_softmax: tokens of no text became likelier with every change of the layer (docs/smollm2.md)
     )
     show_progress(training, name)
     training.train()

@@ -102,7 +102,8 @@ def add_to(commands: Commands) -> None:
     train.add_argument(
         "--limit-softmax",
         action="store_true",
-        help="compute the training loss over the tokens of the corpus only, which is faster where these are few",
+        help="compute the training loss over the tokens of the corpus and a random sample of the others in each step, "
+        "which is faster where the corpus has few",
     )
     train.add_argument("--layers", type=at_least_2, help="blocks; the last but one sees the images (default: 12)")
     train.add_argument("--width", type=positive, help="numbers in a hidden state (default: 768)")

@@ -1,4 +1,4 @@
-"""A training loss over the tokens of the corpus only.
+"""A training loss over the tokens of the corpus and a random sample of the others.
 
 If most layers are frozen and their output is cached (`cache_below`), nearly all of a training step is the product of
 the hidden states with the whole vocabulary, of which a small corpus has few tokens.
@@ -6,6 +6,7 @@ the hidden states with the whole vocabulary, of which a small corpus has few tok
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,18 @@ from torch import Tensor, nn
 
 from valm.errors import ValmError
 
+# Other tokens in the softmax of a step. With none, no step would make them less likely, and they become likelier with
+# every change of the model (docs/smollm2.md).
+SAMPLED = 2048
+
 
 class LimitedSoftmax:
-    """Limits the logits and the loss of `model`, in training mode, to the V' tokens in `documents`: (B, T, V').
+    """Limits the logits and the loss of `model`, in training mode, to V' tokens: (B, T, V').
 
-    Other tokens are not computed and not made less likely, so the losses are lower than in evaluation, which is over
-    the whole vocabulary; perplexity on text with other tokens can get worse. The model is changed; its weights and
-    their names stay the same.
+    They are those of `documents`, and SAMPLED others, drawn anew in every step. Each of these stands for its share of
+    all others in the denominator (sampled softmax, Jean et al. 2015), whose expected value is that of the whole
+    vocabulary. The loss of evaluation is over the whole vocabulary. The model is changed; its weights and their names
+    stay the same.
 
     Args:
         model: a decoder of transformers whose logits are a linear layer of the hidden states.
@@ -39,11 +45,12 @@ class LimitedSoftmax:
             )
         if not hasattr(documents, "__len__"):
             raise ValmError("the softmax cannot be limited to the tokens of a stream, which are not known before")
-        used = np.zeros(head.out_features, dtype=bool)
+        used = torch.zeros(head.out_features, dtype=torch.bool)
         for index in range(len(documents)):
-            used[np.asarray(documents[index]["input_ids"])] = True
-        self.tokens = torch.from_numpy(used.nonzero()[0])  # (V',)
-        self._ranks = torch.full((len(used),), len(self.tokens))  # a token of no document is out of range
+            used[torch.from_numpy(np.asarray(documents[index]["input_ids"]))] = True
+        self.tokens = used.nonzero()[:, 0]  # those of the documents
+        self._others = (~used).nonzero()[:, 0]
+        self._ranks = torch.full((len(used),), len(used))  # a token of no document is out of range
         self._ranks[self.tokens] = torch.arange(len(self.tokens))
         self._head = head
         self._loss_of_model = model.loss_function
@@ -55,8 +62,12 @@ class LimitedSoftmax:
         weight, bias = self._head.weight, self._head.bias
         if not self._head.training:
             return F.linear(hidden_states, weight, bias)
-        tokens = self.tokens.to(weight.device)
-        return F.linear(hidden_states, weight[tokens], None if bias is None else bias[tokens])
+        sample = self._others[torch.randperm(len(self._others))[:SAMPLED]]
+        tokens = torch.cat((self.tokens, sample)).to(weight.device)
+        logits = F.linear(hidden_states, weight[tokens], None if bias is None else bias[tokens])
+        if len(sample):
+            logits[..., len(self.tokens) :] += math.log(len(self._others) / len(sample))
+        return logits
 
     def _loss(self, logits: Tensor, labels: Tensor, vocab_size: int, **more: Any) -> Tensor:
         if self._head.training:

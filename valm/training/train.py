@@ -89,7 +89,8 @@ def trainer(
         cache_below: folder for the input of the fusion layer, computed once if all layers below are frozen
             (`valm.training.cache_below`); None computes it in every step.
         fusion_lr: learning rate of the parameters that `valm.augment` added; None uses that of `arguments`.
-        limit_softmax: compute the training loss over the tokens of `dataset` only (`LimitedSoftmax`).
+        limit_softmax: compute the training loss over the tokens of `dataset` and a sample of the others
+            (`LimitedSoftmax`).
         measures: called with the model after each evaluation, such as a `ColorAccuracy`.
         options: more of the Trainer's arguments: callbacks, optimizers, compute_metrics, ...
 

@@ -5,6 +5,7 @@ from transformers import AutoModelForCausalLM
 from tests.valm.augmented.models import VOCAB, augmented, random_ids, random_images, tiny_gpt2, tiny_llama
 from tests.valm.models import tiny_model
 from valm.errors import ValmError
+from valm.training import limited_softmax
 from valm.training.limited_softmax import LimitedSoftmax
 
 TOKENS = [3, 5, 8, 13, 21, 34]
@@ -28,22 +29,42 @@ def gpt2_without_dropout(seed):
 
 
 @pytest.mark.parametrize("base", [tiny_llama, gpt2_without_dropout])
-def test_the_loss_is_that_of_a_softmax_over_the_tokens_of_the_documents(base):
+def test_with_all_other_tokens_in_the_sample_the_loss_is_that_of_the_whole_vocabulary(base):
     model = augmented(base, unfreeze="all").train()
     call = inputs() | random_images(2, 9)
-    logits = model(**call).logits[..., TOKENS].double()
-    targets = torch.searchsorted(torch.tensor(TOKENS), call["input_ids"])[:, 3:]
-    expected = torch.nn.functional.cross_entropy(logits[:, 2:-1].flatten(0, 1), targets.flatten())
-    expected.backward()
+    expected = model(**call)
+    expected.loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad()
     assert limited(model).tokens.tolist() == TOKENS
     found = model(**call)
-    assert found.logits.shape == (2, 9, len(TOKENS))
-    torch.testing.assert_close(found.loss.double(), expected.detach(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.logits[..., : len(TOKENS)], expected.logits[..., TOKENS], rtol=1e-4, atol=1e-5)
     found.loss.backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_sample_stands_for_all_other_tokens(monkeypatch):
+    monkeypatch.setattr(limited_softmax, "SAMPLED", 7)
+    model = augmented().train()
+    call = inputs() | random_images(2, 9)
+    whole = model(**call).logits.double()
+    limited(model)
+    torch.manual_seed(0)
+    draws = torch.stack([model(**call).logits.double().exp().sum(dim=-1) for _ in range(400)])  # (draws, B, T)
+    assert model(**call).logits.shape == (2, 9, len(TOKENS) + 7)
+    assert draws.std(dim=0).min() > 0, "every step draws the same"
+    error = (draws.mean(dim=0) - whole.exp().sum(dim=-1)) / (draws.std(dim=0) / 20)
+    assert error.abs().max() < 4.5
+
+
+def test_the_documents_may_have_every_token():
+    model = augmented().train()
+    call = inputs() | random_images(2, 9)
+    expected = model(**call).loss
+    LimitedSoftmax(model, [{"input_ids": list(range(VOCAB))}])
+    torch.testing.assert_close(model(**call).loss, expected)
 
 
 def test_evaluation_is_over_the_whole_vocabulary():
