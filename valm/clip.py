@@ -22,6 +22,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast
 
+import valm.multilevel_tower  # noqa: F401 - registers the architecture
 from valm.errors import ValmError
 from valm.files import check_all_regular, read_json, write_json
 from valm.tokenizer import clip_tokenizer, open_tokenizer

@@ -23,10 +23,10 @@ IMAGE_SIZE = 112
 MODEL_CFG: dict[str, Any] = {
     "embed_dim": 512,  # as of ViT-B/32; with 128 the vectors say less of colours
     "vision_cfg": {
-        "timm_model_name": "tf_efficientnet_lite0",
+        "timm_model_name": "tf_efficientnet_lite0_levels",  # of valm.multilevel_tower
         "timm_model_pretrained": False,
-        "timm_pool": "avg",
-        "timm_proj": "mlp",
+        "timm_pool": "",
+        "timm_proj": "linear",
         "image_size": IMAGE_SIZE,
     },
     "text_cfg": {"context_length": 32, "layers": 2, "width": 128, "heads": 4},
@@ -48,7 +48,7 @@ def image_tower(out: Path) -> Path:
     """
     torch.manual_seed(0)
     clip = Clip.create(MODEL_CFG, preprocess_cfg=PREPROCESS_CFG, name="efficientnet-lite0")
-    trunk = clip.model.visual.trunk
+    trunk = clip.model.visual.trunk.body
     trunk.load_state_dict(_renamed(_imagenet_weights(), trunk))
     clip.save(out)
     return out

