@@ -44,14 +44,14 @@ def write_errors(path: Path) -> Iterator[None]:
         raise ValmError(f"cannot write {path}: {reason}; what was there before is untouched") from error
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as indented JSON, all or nothing.
+def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
+    """Writes `value` as JSON, indented or (None) in one line, all or nothing.
 
     Raises:
         ValmError: the file cannot be written.
     """
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path, what: str, schema: Any, remedy: str = "make it again") -> Any:

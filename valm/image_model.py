@@ -123,7 +123,7 @@ class ImageModel(_Base):
                 if found != getattr(options, option):
                     raise ValmError(
                         f"retriever.{name} is {found}, but this model was made for {getattr(options, option)} "
-                        f"({option} in its config)"
+                        f"({option} in its config): give it the retriever or knowledge base that it was trained with"
                     )
         self._retriever = retriever
         self._note_ignored = True

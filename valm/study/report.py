@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable
@@ -173,16 +174,20 @@ def retrieval(results: Results) -> str:
 
 
 def perplexities(results: Results) -> str:
-    """Of held-out text, per token."""
+    """Of held-out text, per token, and how many times the twin's."""
     texts = results.texts()
-    lines = [f"| Perplexity per token [95 %] | {' | '.join(texts)} |", "| --- |" + " --- |" * len(texts)]
+    lines = [f"| Perplexity per token, × the twin's [95 %] | {' | '.join(texts)} |", "| --- |" + " --- |" * len(texts)]
     for arm, images in results.arms():
         if not results.has(arm, images, texts[0]):
             continue
         cells = []
         for text in texts:
-            found = results.perplexity(arm, images, text)
-            cells.append(f"{found.value:.1f} [{found.low:.1f}, {found.high:.1f}]")
+            cell = f"{results.perplexity(arm, images, text).value:.1f}"
+            if (arm, images) != TWIN and results.has(*TWIN, text):
+                difference = results.nats_difference((arm, images), TWIN, text)
+                value, low, high = (math.exp(nats) for nats in _numbers(difference))
+                cell += f", {value:.2f} [{low:.2f}, {high:.2f}]"
+            cells.append(cell)
         lines.append(f"| {_arm(arm, images)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -197,7 +197,7 @@ def _run_seed(study: Study, seed: int, base: str) -> Path:
     stage(tested, lambda: _score(study, seed, folder, clip, pictures, results))
     found = read_json(results, "the results", dict[str, Any], "run the study again")
     found["seconds"] = stage.seconds
-    write_json(results, found)
+    write_json(results, found, indent=None)
     return results
 
 
