@@ -102,6 +102,14 @@ class Images(NamedTuple):
         return retrieval_prior(self.terms.score_scale, self.scores, self.image_index)
 
 
+class TextLimits(NamedTuple):
+    """What each query sees of the text, as `visual_fusion_attn` takes it: first_key (B or 1, Tq) int32, and
+    cache_seqlens (B or 1,) int32 or None for all keys."""
+
+    first_key: Tensor
+    cache_seqlens: Tensor | None
+
+
 class ImageFusion(nn.Module):
     """Modules that the fusion adds to an attention: an input projection if the dimensions differ, LN_img, biases, and
     a scale of the retrieval scores if these are used.
@@ -156,10 +164,12 @@ class VisualAttention(_Module):
     config: Any
     # image_pool, image_index and image_scores, for the length of a layer's forward
     images: tuple[Tensor, Tensor, Tensor | None] | None = None
+    text_limits: TextLimits | None = None  # for as long, of a mask that was read before
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        limits = {} if self.text_limits is None else {"text_limits": self.text_limits}
         if self.images is None or self.images[0].shape[0] == 0:
-            return super().forward(*args, **kwargs)
+            return super().forward(*args, **kwargs, **limits)
         image_pool, image_index, image_scores = self.images
         arguments = self.named(args, kwargs)
         terms = self.image_fusion(image_pool)
@@ -170,7 +180,7 @@ class VisualAttention(_Module):
         if self._rotates(arguments):
             query, _, _ = self._catch(arguments["hidden_states"], arguments)
         images = Images(keys[0], values[0], image_index, query, terms, image_scores)
-        return super().forward(**arguments, images=images)
+        return super().forward(**arguments, **limits, images=images)
 
     def _rotates(self, arguments: dict[str, Any]) -> bool:
         """Whether queries and keys depend on their positions, by an argument or by the attention's own tables."""
@@ -266,15 +276,17 @@ class VisualLayer(_Module):
         image_pool: Tensor | None = None,
         image_index: Tensor | None = None,
         image_scores: Tensor | None = None,
+        text_limits: TextLimits | None = None,
         **kwargs: Any,
     ) -> Any:
         attention = self.get_submodule(self.attention_path)
         if image_pool is not None:
             attention.images = (image_pool, image_index, image_scores)
+        attention.text_limits = text_limits
         try:
             return super().forward(*args, **kwargs)
         finally:
-            attention.images = None
+            attention.images = attention.text_limits = None
 
 
 def last_rotation(position_embeddings: Any, rows: int, length: int) -> Any:
@@ -310,10 +322,12 @@ def fusion_attention(
     softcap: float | None = None,
     position_bias: Tensor | None = None,
     s_aux: Tensor | None = None,
+    text_limits: TextLimits | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: (B, Tq, Hq, Dv), and no weights. Without dropout.
 
+    text_limits: those of the mask where they are known; otherwise they are read from it, but not in a compiled graph.
     softcap, position_bias and s_aux (a sink: one more score per head, without a value) come from the families.
     """
     if caught is not None:
@@ -326,32 +340,35 @@ def fusion_attention(
     seen = visible_keys(attention_mask)
     if seen is None and 1 < num_queries < num_keys:  # a static cache that is being filled
         key, value = key[:, :, :num_queries], value[:, :, :num_queries]
-    reason = why_joint_eager(query, value, position_bias, seen)
+    if text_limits is None and not torch.compiler.is_compiling():
+        text_limits = read_limits(seen)
+    reason = why_joint_eager(query, value, position_bias, seen, text_limits)
     if reason is None:
-        first_key = None if seen is None else first_visible_key(seen).expand(query.shape[0], -1)
-        out = _kernel_attention(query, key, value, images, first_key, scale, softcap, s_aux)
+        out = _kernel_attention(query, key, value, images, text_limits, scale, softcap, s_aux)
     else:
         out = joint_attention(query, key, value, images, seen, scale, softcap, position_bias, s_aux)
     return out.transpose(1, 2).contiguous(), None
 
 
 def why_joint_eager(
-    query: Tensor, value: Tensor, position_bias: Tensor | None, seen: Tensor | None = None
+    query: Tensor,
+    value: Tensor,
+    position_bias: Tensor | None,
+    seen: Tensor | None = None,
+    text_limits: TextLimits | None = None,
 ) -> str | None:
     """Why `visual_fusion_attn` cannot serve these tensors, or None if it can.
 
-    This reads the mask, which waits for a GPU, as transformers itself does to look for padding. A compiled graph cannot
-    read it, so with a mask it uses the joint attention, which is right for every mask.
+    text_limits: those of the mask `seen`, None if it has holes or was not read. A compiled graph cannot read a mask, so
+    with an unread one it uses the joint attention, which is right for every mask.
     """
     widest = max(query.shape[-1], value.shape[-1])
     if not MIN_HEAD_DIM <= widest <= MAX_HEAD_DIM:
         return f"head dimension {widest}"
     if position_bias is not None:
         return "position bias"
-    if seen is not None and torch.compiler.is_compiling():
-        return "mask in a compiled graph"
-    if seen is not None and not is_interval(seen):
-        return "mask with holes"
+    if seen is not None and text_limits is None:
+        return "mask in a compiled graph" if torch.compiler.is_compiling() else "mask with holes"
     return None
 
 
@@ -372,17 +389,27 @@ def visible_keys(attention_mask: Tensor | None) -> Tensor | None:
     return mask if mask.dtype == torch.bool else mask == 0
 
 
-def first_visible_key(seen: Tensor) -> Tensor:
-    """(B, Tq) int32: the first key of each query in `seen` (B, Tq, Tk); Tk for a query that sees none."""
-    return torch.where(seen.any(-1), seen.int().argmax(-1), seen.shape[-1]).int()
+def read_limits(seen: Tensor | None) -> TextLimits | None:
+    """The limits in the mask `seen` (B, Tq, Tk); None without a mask, or if it has holes.
 
-
-def is_interval(seen: Tensor) -> bool:
-    """Whether each query in `seen` (B, Tq, Tk) sees all keys from some key to its own, or none."""
+    Without holes each query sees all keys from some key to its own, or none. The queries are the last tokens of the
+    text, behind which a static cache has unused keys. This waits for a GPU, as transformers itself does to look for
+    padding.
+    """
+    if seen is None:
+        return None
     num_queries, num_keys = seen.shape[1:]
     key = torch.arange(num_keys, device=seen.device)
-    interval = (key >= first_visible_key(seen)[..., None]) & (key <= key[num_keys - num_queries :, None])
-    return bool(((interval == seen) | ~seen.any(-1, keepdim=True)).all())
+    sees = seen.any(-1)  # (B, Tq)
+    first_key = torch.where(sees, seen.int().argmax(-1), num_keys)
+    later = torch.arange(num_queries - 1, -1, -1, device=seen.device)  # (Tq,): queries behind each
+    end = num_keys - seen.flip(-1).int().argmax(-1)  # (B, Tq): one past the last key that each sees
+    seqlens = torch.where(sees, end + later, 0).amax(-1)  # (B,)
+    interval = (key >= first_key[..., None]) & (key < (seqlens[:, None] - later)[..., None])
+    whole, full = torch.stack([(interval == seen).all(), (seqlens == num_keys).all()]).tolist()
+    if not whole:
+        return None
+    return TextLimits(first_key.int(), None if full else seqlens.int())
 
 
 def _kernel_attention(
@@ -390,14 +417,14 @@ def _kernel_attention(
     key: Tensor,
     value: Tensor,
     images: Images | None,
-    first_key: Tensor | None,
+    text_limits: TextLimits | None,
     scale: float,
     softcap: float | None,
     sink: Tensor | None,
 ) -> Tensor:
     """(B, Hq, Tq, Dv) by `visual_fusion_attn`."""
     value_dim, widest = value.shape[-1], max(query.shape[-1], value.shape[-1])
-    arguments = image_arguments(query, images, widest)
+    arguments = image_arguments(query, images, widest) | limit_arguments(query, text_limits)
     image_k = image_v = None
     if images is not None:
         image_k, image_v = _widened(images.keys, widest), _widened(images.values, widest)
@@ -405,9 +432,7 @@ def _kernel_attention(
     if softcap is not None:
         arguments["softcap"] = softcap
     query, key, value = (_widened(tensor, widest) for tensor in (query, key, value))
-    out, lse = visual_fusion_attn(
-        query, key, value, image_k, image_v, **arguments, first_key=first_key, scale=scale, return_lse=True
-    )
+    out, lse = visual_fusion_attn(query, key, value, image_k, image_v, **arguments, scale=scale, return_lse=True)
     if sink is not None:  # a sink takes a share of the softmax and has no value
         out = out * without_sink(lse, sink)[..., None].to(out.dtype)
     return out[..., :value_dim]
@@ -428,6 +453,18 @@ def image_arguments(query: Tensor, images: Images | None, width: int) -> dict[st
     if images.query is not None:
         arguments["image_q"] = _widened(images.query, width)
     return arguments
+
+
+def limit_arguments(query: Tensor, text_limits: TextLimits | None) -> dict[str, Any]:
+    """The arguments of `visual_fusion_attn` and `attention_weights` that limit the text."""
+    if text_limits is None:
+        return {}
+    first_key, seqlens = text_limits
+    batch = query.shape[0]
+    return {
+        "first_key": first_key.expand(batch, -1),
+        "cache_seqlens": None if seqlens is None else seqlens.expand(batch),
+    }
 
 
 def without_sink(lse: Tensor, sink: Tensor) -> Tensor:

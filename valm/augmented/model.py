@@ -10,16 +10,20 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, StaticCache
 from transformers.generation import GenerationMixin
 
 from valm.augmented.attention import (
     IMPLEMENTATION,
     FusionOptions,
     ImageFusion,
+    TextLimits,
+    read_limits,
     subclass,
+    visible_keys,
     visual_attention_class,
     visual_layer_class,
 )
@@ -363,12 +367,31 @@ class AugmentedCausalLM(ImageModel):
         return super().generate(*args, **kwargs)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The base's, with images: here, outside what `generate` compiles, where the mask is still that of tokens."""
+        """The base's, with images and, in a static cache, the limits of the text: here, outside what `generate`
+        compiles, where the retriever can run and the mask can be read. All shapes of the next tokens are constant."""
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        static = isinstance(kwargs.get("cache"), StaticCache)
+        if static:
+            inputs["text_limits"] = self._text_limits(inputs.get("attention_mask"))
         if self.retriever is not None:
             found = self.find_images(inputs.get("input_ids"), kwargs.get("attention_mask"), kwargs.get("cache"))
             inputs["image_pool"], inputs["image_index"], inputs["image_scores"] = found
+            if static and inputs["input_ids"].shape[1] == 1:
+                inputs["image_pool"] = _padded_pool(inputs["image_pool"], inputs["image_index"].numel())
         return inputs
+
+    def _text_limits(self, masks: Any) -> TextLimits | None:
+        """The limits of the fusion layer's text in the masks for `generate`: one, or one for each type of layer."""
+        if isinstance(masks, dict):
+            types = self.config.get_text_config(decoder=True).layer_types
+            masks = masks.get(types[self.config.valm["layer"]])
+        if not isinstance(masks, Tensor) or masks.dim() != 4:
+            return None
+        seen = visible_keys(masks)
+        limits = read_limits(seen)
+        if limits is None or limits.cache_seqlens is not None:
+            return limits
+        return limits._replace(cache_seqlens=limits.first_key.new_full((masks.shape[0],), masks.shape[-1]))
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> Any:
         """The base's. A reentrant checkpoint needs an input that requires a gradient, so frozen embeddings get one."""
@@ -377,6 +400,11 @@ class AugmentedCausalLM(ImageModel):
         if options.get("use_reentrant"):
             self.enable_input_require_grads()
         return result
+
+
+def _padded_pool(pool: Tensor, rows: int) -> Tensor:
+    """The pool with at least so many rows, as many as the tokens can have different images."""
+    return F.pad(pool, (0, 0, 0, max(0, rows - pool.shape[0])))
 
 
 def augmented_class(base: Any) -> Any:

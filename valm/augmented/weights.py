@@ -11,10 +11,11 @@ from transformers import AttentionInterface
 from valm.augmented.attention import (
     Images,
     VisualAttention,
-    first_visible_key,
     fusion_attention,
     image_arguments,
     joint_weights,
+    limit_arguments,
+    read_limits,
     visible_keys,
     why_joint_eager,
     without_sink,
@@ -68,14 +69,15 @@ def _read_weights(
         return fusion_attention(module, query, key, value, attention_mask, scaling, caught=caught)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     seen = visible_keys(attention_mask)
-    if why_joint_eager(query, query, position_bias, seen) is not None:
+    limits = read_limits(seen)
+    if why_joint_eager(query, query, position_bias, seen, limits) is not None:
         raise _WeightsRead(*joint_weights(query, key, images, seen, scale, softcap, position_bias, s_aux))
     text, image, lse = attention_weights(
         query,
         key,
         None if images is None else images.keys,
         **image_arguments(query, images, query.shape[-1]),
-        first_key=None if seen is None else first_visible_key(seen).expand(query.shape[0], -1),
+        **limit_arguments(query, limits),
         scale=scale,
         softcap=softcap,
     )

@@ -75,6 +75,7 @@ def test_a_mask_with_holes_is_obeyed():
     (query, key, value), images = problem()
     mask = interval_mask(torch.zeros(2, 7), 7)
     mask[0, 0, 5, 2] = False
+    assert fusion.read_limits(mask[:, 0]) is None
     assert fusion.why_joint_eager(query, value, None, mask[:, 0]) == "mask with holes"
     out = fusion_attention(Head(), query, key, value, mask, images=images)[0]
     moved = fusion_attention(Head(), query, key.index_fill(2, torch.tensor([2]), 9.0), value, mask, images=images)[0]
@@ -98,7 +99,38 @@ def test_reasons_for_the_joint_attention():
     assert fusion.why_joint_eager(query, value, None) is None
     assert fusion.why_joint_eager(query[..., :4], value[..., :4], None) == "head dimension 4"
     assert fusion.why_joint_eager(query, value, torch.zeros(1)) == "position bias"
-    assert fusion.why_joint_eager(query, value, None, interval_mask(torch.ones(2, 7), 7)[:, 0]) is None
+    seen = interval_mask(torch.ones(2, 7), 7)[:, 0]
+    assert fusion.why_joint_eager(query, value, None, seen, fusion.read_limits(seen)) is None
+
+
+def test_limits_are_those_of_the_mask():
+    first_key = torch.tensor([[0] * 7, [9, 9, 2, 3, 4, 5, 6]])
+    mask = interval_mask(first_key, 7, past=3)
+    limits = fusion.read_limits(mask[:, 0])
+    assert limits.cache_seqlens is None
+    static = torch.nn.functional.pad(mask, (0, 5))  # a cache of 15 keys that holds 10
+    first, seqlens = fusion.read_limits(static[:, 0])
+    assert first[0].equal(limits.first_key[0]) and seqlens.tolist() == [10, 10]
+    assert first.dtype == seqlens.dtype == torch.int32
+    assert first[1].tolist() == [15, 15, 2, 3, 4, 5, 6]  # sees nothing where its first key comes later
+    padded = torch.zeros(2, 1, 4, dtype=torch.bool)
+    padded[1, 0, 1:3] = True
+    first, seqlens = fusion.read_limits(padded)
+    assert first.tolist() == [[4], [1]] and seqlens.tolist() == [0, 3]
+    for hole in ((0, 3, 1), (1, 6, 8), (0, 5, 12)):
+        other = static[:, 0].clone()
+        other[hole] ^= True
+        assert fusion.read_limits(other) is None, hole
+
+
+def test_a_static_cache_goes_through_the_kernel(monkeypatch):
+    (query, key, value), images = problem(past=3)
+    expected = fusion_attention(Head(), query, key, value, interval_mask(torch.zeros(2, 7), 7, past=3), images=images)
+    monkeypatch.setattr(fusion, "joint_attention", None)
+    static = torch.nn.functional.pad(interval_mask(torch.zeros(2, 7), 7, past=3), (0, 5))
+    key, value = (torch.nn.functional.pad(x, (0, 0, 0, 5), value=torch.nan) for x in (key, value))
+    found = fusion_attention(Head(), query, key, value, static, images=images)
+    torch.testing.assert_close(found[0], expected[0])
 
 
 def test_float_masks_are_read_and_others_refused():

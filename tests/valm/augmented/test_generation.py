@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import StaticCache, TextStreamer
+from transformers import CompileConfig, StaticCache, TextStreamer
 
 from tests.valm.augmented.models import augmented, random_ids, random_images, tiny_gpt2, tiny_llama
 from tests.valm.models import HashRetriever
@@ -50,6 +50,59 @@ def test_left_padding(model, cache):
     out = model.generate(padded, attention_mask=mask, **GREEDY, cache_implementation=cache)
     for row, prompt in zip(out, prompts, strict=True):
         assert torch.equal(row[-8:], again_from_the_start(model, prompt)[0, -8:])
+
+
+class EachImageOnce(HashRetriever):
+    """As a `Retriever`: the pool has only the images that were found, so its size differs between steps; now and then
+    a row has none."""
+
+    def _find(self, ids, previous, mask):
+        found = super()._find(ids, previous, mask)
+        index = found.image_index.masked_fill(ids[..., None] % 7 == 0, -1)
+        image_ids, image_index = torch.unique(index, return_inverse=True)
+        if len(image_ids) and image_ids[0] == -1:
+            image_ids, image_index = image_ids[1:], image_index - 1
+        return found._replace(image_pool=self.pool[image_ids], image_index=image_index, image_ids=image_ids)
+
+
+def collecting_compile_config(graphs):
+    """Compiles each step of a generation to what runs it eagerly, and appends its graph to `graphs`."""
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    config = CompileConfig(fullgraph=True, backend=backend, mode="default")
+    config._compile_all_devices = True
+    return config
+
+
+@pytest.mark.parametrize("base", [tiny_llama, tiny_gpt2])
+@pytest.mark.parametrize("score_scale", [None, 1.0])
+def test_generation_in_a_static_cache_compiles_once(base, score_scale):
+    """One graph for all steps, in which the kernel reads the number of cached keys from a tensor."""
+    model = augmented(base, score_scale=score_scale)
+    model.set_retriever(EachImageOnce())
+    ids = random_ids(3, 6)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    sizes = {len(EachImageOnce()(ids[:, i : i + 1]).image_pool) for i in range(6)}
+    assert len(sizes) > 1
+    long = {"attention_mask": mask, **GREEDY, "max_new_tokens": 68}
+    expected = model.generate(ids, **long)
+    torch.compiler.reset()
+    graphs = []
+    cache = StaticCache(config=model.config, max_cache_len=80)
+    static = {"cache": cache, "compile_config": collecting_compile_config(graphs)}
+    warm = model.generate(ids, **long | {"max_new_tokens": 4}, **static)
+    assert torch.equal(warm, expected[:, : warm.shape[1]])
+    (graph,) = graphs
+    attention = torch.ops.valm_kernels.visual_fusion_attn.default
+    (call,) = (node for node in graph.graph.nodes if node.target == attention)
+    assert call.args[13] is not None  # cache_seqlens
+    cache.reset()
+    assert torch.equal(model.generate(ids, **long, **static), expected)
+    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
