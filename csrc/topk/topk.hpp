@@ -54,9 +54,11 @@ int64_t pack(const Rows& rows, const PackedRows& packed, const std::string& isa,
 // indices (n_queries, k); NaN and -1 for a query that is not finite. queries (n_queries, rows.dim).
 // Without packed the rows are prepared block by block in this call, and checked: returns the first row that
 // holds NaN or infinity, or -1.
+// allowed (rows.count): the rows that may be returned, null for all; with fewer than k of them the score is -inf and
+// the index -1 at the end.
 int64_t ip_topk_cpu(const float* queries, int64_t n_queries, const Rows& rows, const PackedRows* packed, int64_t k,
-                    const std::string& isa, int threads, const std::function<bool()>& interrupted, float* scores,
-                    int64_t* indices);
+                    const bool* allowed, const std::string& isa, int threads, const std::function<bool()>& interrupted,
+                    float* scores, int64_t* indices);
 
 // The score, as exact.hpp says, of query query_ids[i] and row row_ids[i], for each of n_pairs pairs. queries (any
 // number, rows.dim padded with zeros to a multiple of kExactLanes).

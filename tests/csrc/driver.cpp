@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <numeric>
 #include <vector>
 
@@ -55,12 +56,16 @@ void check_search(const char* dtype, const std::string& isa, const std::vector<V
                                   different,    first.data(), next.data()};
     check(valm::pack(stored, packed, isa, 2, never) == -1, "pack");
 
+    const auto allowed = std::make_unique<bool[]>(count);
+    for (int64_t i = 0; i < count; ++i) allowed[i] = i % 3 == 1;
+
     for (const valm::PackedRows* first_pass : {&packed, static_cast<const valm::PackedRows*>(nullptr)}) {
         for (const int64_t n_queries : {int64_t{1}, kQueries}) {
             std::vector<float> scores(n_queries * kBest);
             std::vector<int64_t> indices(n_queries * kBest);
-            const int64_t broken = valm::ip_topk_cpu(queries.data(), n_queries, stored, first_pass, kBest, isa, 2,
-                                                     never, scores.data(), indices.data());
+            const bool* const filter = n_queries == 1 ? allowed.get() : nullptr;
+            const int64_t broken = valm::ip_topk_cpu(queries.data(), n_queries, stored, first_pass, kBest, filter, isa,
+                                                     2, never, scores.data(), indices.data());
             check(broken == -1, "ip_topk_cpu");
             for (int64_t q = 0; q < n_queries; ++q) {
                 std::vector<float> all(count);
@@ -79,6 +84,10 @@ void check_search(const char* dtype, const std::string& isa, const std::vector<V
                 std::vector<int64_t> order(count);
                 std::iota(order.begin(), order.end(), 0);
                 std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return all[a] > all[b]; });
+                if (filter != nullptr) {
+                    const auto forbidden = [&](int64_t i) { return !filter[i]; };
+                    order.erase(std::remove_if(order.begin(), order.end(), forbidden), order.end());
+                }
                 for (int64_t i = 0; i < kBest; ++i) {
                     check(indices[q * kBest + i] == order[i], "row of ip_topk_cpu");
                     check(scores[q * kBest + i] == all[order[i]], "score of ip_topk_cpu");

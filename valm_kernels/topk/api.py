@@ -10,6 +10,7 @@ from torch import Tensor
 
 from valm_kernels.topk import cpu, cuda, op, reference  # noqa: F401  (op registers the operator)
 from valm_kernels.topk.checks import (
+    allowed_rows,
     as_tensor,
     check_database,
     check_float,
@@ -17,17 +18,39 @@ from valm_kernels.topk.checks import (
     check_queries,
     check_search,
 )
-from valm_kernels.topk.result import NumpyTopK, TopK, like_queries
+from valm_kernels.topk.result import NumpyTopK, TopK, check_out, like_queries, written_to
 
 IMPLS = ("auto", "cpu", "cuda", "reference")
 
 
 @overload
-def ip_topk(queries: Tensor, database: Tensor | np.ndarray, k: int, *, impl: str = "auto") -> TopK: ...
-@overload
-def ip_topk(queries: np.ndarray, database: Tensor | np.ndarray, k: int, *, impl: str = "auto") -> NumpyTopK: ...
 def ip_topk(
-    queries: Tensor | np.ndarray, database: Tensor | np.ndarray, k: int, *, impl: str = "auto"
+    queries: Tensor,
+    database: Tensor | np.ndarray,
+    k: int,
+    *,
+    allowed: Tensor | np.ndarray | None = None,
+    out: TopK | None = None,
+    impl: str = "auto",
+) -> TopK: ...
+@overload
+def ip_topk(
+    queries: np.ndarray,
+    database: Tensor | np.ndarray,
+    k: int,
+    *,
+    allowed: Tensor | np.ndarray | None = None,
+    out: NumpyTopK | None = None,
+    impl: str = "auto",
+) -> NumpyTopK: ...
+def ip_topk(
+    queries: Tensor | np.ndarray,
+    database: Tensor | np.ndarray,
+    k: int,
+    *,
+    allowed: Tensor | np.ndarray | None = None,
+    out: TopK | NumpyTopK | None = None,
+    impl: str = "auto",
 ) -> TopK | NumpyTopK:
     """The k database rows of largest inner product for each query: exact, and identical on every implementation.
 
@@ -39,7 +62,12 @@ def ip_topk(
         queries: (..., E) float32, float16 or bfloat16; any number, including none.
         database: (N, E), same dtypes, same device; E from 8 to 2048. A row with NaN or infinity raises on the CPU; a
             CUDA search never returns it.
-        k: 1 to 128, at most N.
+        k: 1 to 1024, at most N; above 128 a CUDA search reads the database again for every 4 queries.
+        allowed: the rows that may be returned, on the device of the database: (N,) bool, or their numbers (n,) int64.
+            With fewer than k of them results are padded with index −1 and score −inf. On a CUDA device numbers out of
+            range are undefined.
+        out: scores (..., k) float32 and indices (..., k) int64, as tensors or arrays like the queries: the result is
+            copied there, 12 bytes for each row found, and `out` returned.
         impl: "auto" (by device), "cpu", "cuda" or "reference" (plain PyTorch, any device).
 
     Raises:
@@ -52,7 +80,11 @@ def ip_topk(
     check_float(rows, "database")
     flat = as_tensor(queries, "queries")
     check_search(flat, len(rows), rows.shape[1], rows.device, k)
-    return like_queries(queries, *search(flat, rows, None, k, impl=impl))
+    some = allowed_rows(allowed, len(rows), rows.device)
+    if out is not None:
+        check_out(out, (*flat.shape[:-1], k), flat.device)
+    found = search(flat, rows, None, k, impl=impl, allowed=some)
+    return like_queries(queries, *found) if out is None else written_to(out, *found)
 
 
 def ip_scores(
@@ -104,6 +136,7 @@ def search(
     impl: str = "auto",
     *,
     streamed: bool = False,
+    allowed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Dispatches checked arguments: scores and indices (..., k) of queries (..., E). With `streamed`, the rows stay in
     host memory and are searched on the queries' device.
@@ -114,14 +147,14 @@ def search(
         raise ValueError(f"impl={impl!r} needs tensors on {impl}, but the database is on {rows.device}")
     flat = queries.reshape(-1, queries.shape[-1])  # [Q, E]
     if impl == "reference":
-        scores, indices = reference.ip_topk(flat, rows, row_scale, k)
+        scores, indices = reference.ip_topk(flat, rows, row_scale, k, allowed)
     elif streamed:
-        scores, indices = torch.ops.valm_kernels.streamed_ip_topk(flat, rows, row_scale, k)
+        scores, indices = torch.ops.valm_kernels.streamed_ip_topk(flat, rows, row_scale, k, allowed)
     elif prepared is None:
-        scores, indices = torch.ops.valm_kernels.ip_topk(flat, rows, row_scale, k)
+        scores, indices = torch.ops.valm_kernels.ip_topk(flat, rows, row_scale, k, allowed)
     elif isinstance(prepared, cuda.RowNorms):
-        scores, indices = torch.ops.valm_kernels.normed_ip_topk(flat, rows, row_scale, *prepared, k)
+        scores, indices = torch.ops.valm_kernels.normed_ip_topk(flat, rows, row_scale, *prepared, k, allowed)
     else:
-        scores, indices = torch.ops.valm_kernels.packed_ip_topk(flat, rows, row_scale, *prepared, k)
+        scores, indices = torch.ops.valm_kernels.packed_ip_topk(flat, rows, row_scale, *prepared, k, allowed)
     shape = (*queries.shape[:-1], k)
     return scores.reshape(shape), indices.reshape(shape)

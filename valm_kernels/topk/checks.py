@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MAX_TOPK = 128
+MAX_TOPK = 1024
 MIN_DIM, MAX_DIM = 8, 2048
 # Rows are counted in 32 bits; a larger database needs several indexes and `merge_topk`.
 MAX_ROWS = 2**31 - 1
@@ -100,6 +100,34 @@ def check_ids(ids: Tensor, count: int, device: torch.device, name: str) -> None:
         raise ValueError(f"{name} is on {ids.device}, the database is on {device}; move one of them")
     if len(ids) and not (ids.min() >= 0 and ids.max() < count):
         raise ValueError(f"{name} must be from 0 to {count - 1}, but goes from {int(ids.min())} to {int(ids.max())}")
+
+
+def allowed_rows(allowed: Tensor | np.ndarray | None, rows: int, device: torch.device) -> Tensor | None:
+    """The rows that a search may return as (N,) bool; None if all.
+
+    Args:
+        allowed: (N,) bool, or the numbers of the rows (n,) int64.
+
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape or device, or on the CPU a number out of range.
+    """
+    if allowed is None:
+        return None
+    if isinstance(allowed, np.ndarray) and allowed.dtype == np.bool_:
+        allowed = torch.from_numpy(np.array(allowed))
+    found = as_tensor(allowed, "allowed")
+    if found.dtype not in (torch.bool, torch.int64):
+        raise TypeError(f"allowed has dtype {found.dtype}, expected bool (a flag a row) or int64 (numbers of rows)")
+    if found.dim() != 1 or (found.dtype == torch.bool and len(found) != rows):
+        raise ValueError(f"allowed must have shape ({rows},) bool or (n,) int64, but has shape {tuple(found.shape)}")
+    if found.device != device:
+        raise ValueError(f"allowed is on {found.device}, the database is on {device}; move one of them")
+    if found.dtype == torch.bool:
+        return found
+    if device.type == "cpu":
+        check_ids(found, rows, device, "allowed")
+    return torch.zeros(rows, dtype=torch.bool, device=device).index_fill_(0, found, True)
 
 
 def check_finite(rows: Tensor, what: str) -> None:

@@ -91,10 +91,15 @@ def pack(rows: Tensor, row_scale: Tensor | None) -> PackedRows:
 
 @survives_fork
 def search(
-    queries: Tensor, rows: Tensor, row_scale: Tensor | None, packed: PackedRows | None, k: int
+    queries: Tensor,
+    rows: Tensor,
+    row_scale: Tensor | None,
+    packed: PackedRows | None,
+    k: int,
+    allowed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Scores and indices (Q, k) of queries (Q, E) over contiguous rows; without `packed` the search packs and checks
-    them block by block.
+    """Scores and indices (Q, k) of queries (Q, E) over contiguous rows, or those that allowed (N,) bool names; without
+    `packed` the search packs and checks them block by block.
     """
     queries = queries.float().contiguous()
     scores = queries.new_empty(queries.shape[0], k)
@@ -109,6 +114,7 @@ def search(
         torch.get_num_threads(),
         scores.data_ptr(),
         indices.data_ptr(),
+        *(() if allowed is None else (allowed.contiguous().data_ptr(),)),
     )
     _refuse(broken_row)
     return scores, indices

@@ -16,6 +16,7 @@ from valm_kernels.topk.api import search
 from valm_kernels.topk.checks import (
     MAX_ROWS,
     SCAN_VALUES,
+    allowed_rows,
     as_tensor,
     check_database,
     check_finite,
@@ -23,7 +24,7 @@ from valm_kernels.topk.checks import (
     check_search,
 )
 from valm_kernels.topk.reference import dequantise
-from valm_kernels.topk.result import NumpyTopK, TopK, like_queries
+from valm_kernels.topk.result import NumpyTopK, TopK, check_out, like_queries, written_to
 
 # Stored dtype: torch's type, and numpy's in the file (numpy has no bfloat16).
 DTYPES = {
@@ -142,11 +143,23 @@ class FlatIPIndex:
         return dequantise(self._rows[:, : self._dim], self._row_scale)
 
     @overload
-    def search(self, queries: Tensor, k: int) -> TopK: ...
+    def search(
+        self, queries: Tensor, k: int, *, allowed: Tensor | np.ndarray | None = None, out: TopK | None = None
+    ) -> TopK: ...
     @overload
-    def search(self, queries: np.ndarray, k: int) -> NumpyTopK: ...
-    def search(self, queries: Tensor | np.ndarray, k: int) -> TopK | NumpyTopK:
-        """The k best rows of each query (..., E), as `ip_topk` defines them.
+    def search(
+        self, queries: np.ndarray, k: int, *, allowed: Tensor | np.ndarray | None = None, out: NumpyTopK | None = None
+    ) -> NumpyTopK: ...
+    def search(
+        self,
+        queries: Tensor | np.ndarray,
+        k: int,
+        *,
+        allowed: Tensor | np.ndarray | None = None,
+        out: TopK | NumpyTopK | None = None,
+    ) -> TopK | NumpyTopK:
+        """The k best rows of each query (..., E), or of those that `allowed` names, as `ip_topk` defines them; in `out`
+        if it is given.
 
         Raises:
             TypeError, ValueError: as `ip_topk`.
@@ -155,8 +168,11 @@ class FlatIPIndex:
         check_search(flat, len(self), self.dim, self.device, k)
         if self._pack and self._prepared is None:  # rows were added
             self._prepared = self._prepare()
-        found = search(flat, self._rows, self._row_scale, k, self._prepared, streamed=self._streamed)
-        return like_queries(queries, *found)
+        some = allowed_rows(allowed, len(self), self.device)
+        if out is not None:
+            check_out(out, (*flat.shape[:-1], k), flat.device)
+        found = search(flat, self._rows, self._row_scale, k, self._prepared, streamed=self._streamed, allowed=some)
+        return like_queries(queries, *found) if out is None else written_to(out, *found)
 
     def add(self, vectors: Tensor | np.ndarray) -> None:
         """Appends rows (M, E), numbered from `len(index)` on. Each call copies all stored rows, and the next search

@@ -46,12 +46,23 @@ def dequantise(rows: Tensor, row_scale: Tensor | None) -> Tensor:
     return rows if row_scale is None else rows * row_scale[:, None]
 
 
-def ip_topk(queries: Tensor, database: Tensor, row_scale: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+def ip_topk(
+    queries: Tensor, database: Tensor, row_scale: Tensor | None, k: int, allowed: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The k best rows of each query by (score falling, index rising): scores and indices, both (Q, k).
 
-    queries (Q, E) and database (N, E) in any float dtype, or database int8 with row_scale (N,). A query that is
-    not finite gets scores NaN and indices −1.
+    queries (Q, E) and database (N, E) in any float dtype, or database int8 with row_scale (N,). With allowed (N,) bool,
+    of these rows only, padded with score −inf and index −1. A query that is not finite gets scores NaN and indices −1.
     """
+    if allowed is not None:
+        ids = allowed.nonzero()[:, 0]
+        found = min(k, len(ids))
+        scale = None if row_scale is None else row_scale[ids]
+        scores, indices = ip_topk(queries, database[ids], scale, found)
+        indices = torch.where(indices < 0, -1, ids[indices]) if found else indices
+        missing, broken = (0, k - found), ~queries.isfinite().all(1, keepdim=True)
+        scores = torch.nn.functional.pad(scores, missing, value=-torch.inf).masked_fill(broken, torch.nan)
+        return scores, torch.nn.functional.pad(indices, missing, value=-1)
     queries = queries.float()
     chunk = max(1, PARTIAL_SUMS_PER_CHUNK // EXACT_LANES // max(1, queries.shape[0]))
     best_scores = queries.new_empty(queries.shape[0], 0)

@@ -50,8 +50,11 @@ class _Buffer:
             self.copied.record(copies)
 
 
-def search(queries: Tensor, rows: Tensor, row_scale: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+def search(
+    queries: Tensor, rows: Tensor, row_scale: Tensor | None, k: int, allowed: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Scores and indices (Q, k) of queries (Q, E) on their device over rows (N, E), and row_scale (N,), on the CPU.
+    allowed (N,) bool is on the device.
 
     Chunks may be smaller than k. On a CPU device, torch's CPU streams are used, which do nothing.
     """
@@ -71,7 +74,8 @@ def search(queries: Tensor, rows: Tensor, row_scale: Tensor | None, k: int) -> t
         searches.wait_event(buffer.copied)
         here = [part[:count] for part in buffer.device]
         scale = None if row_scale is None else here[1]
-        found = TopK(*torch.ops.valm_kernels.ip_topk(queries, here[0], scale, min(k, count)))
+        some = None if allowed is None else allowed[start : start + count]
+        found = TopK(*torch.ops.valm_kernels.ip_topk(queries, here[0], scale, min(k, count), some))
         buffer.searched.record(searches)
         if number + 1 < len(chunks):  # while the device is busy
             buffers[(number + 1) % 2].fill(chunks[number + 1], copies, streams)

@@ -19,8 +19,10 @@ namespace {
 
 // Queries of a group: their integers (192 KiB at E = 768) stay in the second-level cache.
 constexpr int64_t kGroup = 256;
-// Bounds the group size times the number of threads, so that their buffers stay below 32 MiB.
+// Bounds the group size times the number of threads, so that their buffers stay below 32 MiB; for k up to kUsualBest,
+// and less above.
 constexpr int64_t kGroupTimesThreads = 8192;
+constexpr int64_t kUsualBest = 128;
 // Rows collected for a query before they are scored.
 constexpr int kBuffer = 256;
 // Candidates scored exactly before the bounds of the others are tightened, if more than as many remain.
@@ -66,11 +68,12 @@ struct Worker {
 
 class Search {
   public:
-    Search(const Rows& rows, const PackedRows* packed, int64_t k, const Kernels& kernels, int threads,
-           const std::function<bool()>& interrupted)
+    Search(const Rows& rows, const PackedRows* packed, int64_t k, const bool* allowed, const Kernels& kernels,
+           int threads, const std::function<bool()>& interrupted)
         : rows_(rows),
           kernels_(kernels),
           k_(k),
+          allowed_(allowed),
           threads_(threads),
           steps_((rows.dim + 3) / 4),
           interruption_(interrupted),
@@ -82,6 +85,7 @@ class Search {
             packed_rows_ = {nullptr, nullptr, centre_.data(), centre_.data() + rows.dim, rows.count, nullptr, nullptr};
         }
         packed_ = packed != nullptr;
+        if (allowed_ != nullptr) find_allowed();
     }
 
     // Answers all queries, unless interrupted or stopped by a broken row.
@@ -90,6 +94,7 @@ class Search {
     int64_t broken_row() const { return broken_ < rows_.count ? broken_.load() : -1; }
 
   private:
+    void find_allowed();
     void start_group(const std::vector<int64_t>& members, const float* queries);
     bool search_group();  // false: interrupted
     void search_block(Worker& worker, int64_t block, size_t first_tile, size_t last_tile);
@@ -112,14 +117,31 @@ class Search {
     }
     void refresh(Find& find, int64_t query, uint64_t kth, bool after);
     void finish_group(float* scores, int64_t* indices);
+    // The first row of a position; rises with it.
     int64_t row_at(int64_t position) const {
         return packed_rows_.row == nullptr ? position : packed_rows_.row[position];
+    }
+    // The first row of a position that may be returned.
+    int64_t allowed_row_at(int64_t position) const {
+        return allowed_rows_.empty() ? row_at(position) : allowed_rows_[position];
+    }
+    // The next equal row that may be returned; 0 if there is none.
+    int32_t next_duplicate(int32_t row) const {
+        while (true) {
+            const int32_t next = packed_rows_.next_duplicate[row];
+            if (next <= row) return 0;  // also where a file's row numbers were altered
+            if (allowed_ == nullptr || allowed_[next]) return next;
+            row = next;
+        }
     }
 
     const Rows rows_;
     PackedRows packed_rows_;
     const Kernels& kernels_;
     const int64_t k_;
+    const bool* const allowed_;
+    std::vector<uint32_t> allowed_panels_;  // a bit for each position; empty: all are allowed
+    std::vector<int32_t> allowed_rows_;     // by position, where rows are equal
     const int threads_;
     const int64_t steps_;
     bool packed_;
@@ -140,6 +162,22 @@ class Search {
     std::vector<Worker> workers_;
 };
 
+// Which positions hold a row that may be returned, and which of their rows is the first.
+void Search::find_allowed() {
+    const int64_t count = packed_rows_.count;
+    allowed_panels_.assign((count + kPanelRows - 1) / kPanelRows, 0);
+    if (packed_rows_.next_duplicate != nullptr) allowed_rows_.resize(count);
+    for (int64_t position = 0; position < count; ++position) {
+        auto row = static_cast<int32_t>(row_at(position));
+        if (!allowed_[row]) {
+            row = packed_rows_.next_duplicate == nullptr ? 0 : next_duplicate(row);
+            if (row == 0) continue;
+        }
+        if (!allowed_rows_.empty()) allowed_rows_[position] = row;
+        allowed_panels_[position / kPanelRows] |= uint32_t{1} << (position % kPanelRows);
+    }
+}
+
 void Search::run(const float* queries, int64_t n_queries, float* scores, int64_t* indices) {
     const int64_t dim = rows_.dim;
     float_pass_ = !packed_ && n_queries <= kFloatQueries;
@@ -151,7 +189,8 @@ void Search::run(const float* queries, int64_t n_queries, float* scores, int64_t
     const int64_t block_bytes = float_pass_ ? kFloatBlockBytes : kBlockBytes;
     block_rows_ = std::max<int64_t>(1, block_bytes / (row_bytes * kPanelRows)) * kPanelRows;
     n_blocks_ = (packed_rows_.count + block_rows_ - 1) / block_rows_;
-    const int64_t group = std::clamp<int64_t>(kGroupTimesThreads / threads_, kMaxTile, kGroup);
+    const int64_t group_times_threads = kGroupTimesThreads * kUsualBest / std::max(k_, kUsualBest);
+    const int64_t group = std::clamp<int64_t>(group_times_threads / threads_, kMaxTile, kGroup);
 
     std::vector<int64_t> members;
     for (int64_t q = 0; q < n_queries || !members.empty(); ++q) {
@@ -298,7 +337,8 @@ void Search::search_block(Worker& worker, int64_t block, size_t first_tile, size
         const uint8_t* codes = here.codes + panel * steps_ * kPanelRows * 4;
         const float* stats = here.stats + panel * kStats * kPanelRows;
         const int64_t rows_here = std::min<int64_t>(kPanelRows, end - begin - panel * kPanelRows);
-        const uint32_t real = rows_here == kPanelRows ? ~0u : (1u << rows_here) - 1;
+        uint32_t real = rows_here == kPanelRows ? ~0u : (1u << rows_here) - 1;
+        if (!allowed_panels_.empty()) real &= allowed_panels_[first_panel + panel];
         query = first_query;
         for (size_t t = first_tile; t < last_tile; query += worker.tiles[t].count, ++t) {
             Tile& tile = worker.tiles[t];
@@ -321,6 +361,7 @@ void Search::float_block(Worker& worker, int64_t begin, int64_t end) {
         refresh(find, query, kth, begin > key_row(kth));
         for (int64_t row = begin; row < end; ++row) {
             const float upper = float_upper(query, row);
+            if (allowed_ != nullptr && !allowed_[row]) continue;
             if (!(upper < find.theta)) collect(worker, query, upper, row, nullptr, 0);
         }
     }
@@ -369,7 +410,7 @@ void Search::settle(Worker& worker, int64_t query) {
 void Search::score(Worker& worker, int64_t query, const Candidate* begin, const Candidate* end) {
     Bar bar = bar_of(query);
     for (const Candidate* c = begin; c != end && !(c->upper < bar.before); ++c) {
-        const int64_t row = row_at(c->position);
+        const int64_t row = allowed_row_at(c->position);
         if (c->upper < bar.after && row > key_row(bar.kth)) continue;
         const float score = kernels_.exact(rows_, row, group_[query].values);
         if (offer(worker, query, candidate_key(score, static_cast<uint32_t>(row)))) bar = bar_of(query);
@@ -428,15 +469,15 @@ void Search::finish_group(float* scores, int64_t* indices) {
         if (static_cast<int64_t>(keys.size()) > k_) keys.resize(k_);
         if (packed_rows_.next_duplicate != nullptr) {
             for (size_t i = 0, first_rows = keys.size(); i < first_rows; ++i) {
-                int32_t row = packed_rows_.next_duplicate[key_row(keys[i])];
-                for (int64_t n = 1; n < k_ && row != 0; ++n, row = packed_rows_.next_duplicate[row]) {
+                int32_t row = next_duplicate(static_cast<int32_t>(key_row(keys[i])));
+                for (int64_t n = 1; n < k_ && row != 0; ++n, row = next_duplicate(row)) {
                     keys.push_back(candidate_key(key_score(keys[i]), static_cast<uint32_t>(row)));
                 }
             }
             std::sort(keys.begin(), keys.end(), std::greater<>());
         }
         const int64_t at = group_[query].output * k_;
-        for (int64_t i = 0; i < k_; ++i) {  // fewer than k where a file's row numbers were altered
+        for (int64_t i = 0; i < k_; ++i) {  // fewer than k rows are allowed, or a file's row numbers were altered
             const bool there = i < static_cast<int64_t>(keys.size());
             scores[at + i] = there ? key_score(keys[i]) : -std::numeric_limits<float>::infinity();
             indices[at + i] = there ? key_row(keys[i]) : int64_t{-1};
@@ -447,10 +488,10 @@ void Search::finish_group(float* scores, int64_t* indices) {
 }  // namespace
 
 int64_t ip_topk_cpu(const float* queries, int64_t n_queries, const Rows& rows, const PackedRows* packed, int64_t k,
-                    const std::string& isa, int threads, const std::function<bool()>& interrupted, float* scores,
-                    int64_t* indices) {
+                    const bool* allowed, const std::string& isa, int threads, const std::function<bool()>& interrupted,
+                    float* scores, int64_t* indices) {
     const PlainArithmetic plain;
-    Search search(rows, packed, k, topk_kernels(isa), threads, interrupted);
+    Search search(rows, packed, k, allowed, topk_kernels(isa), threads, interrupted);
     search.run(queries, n_queries, scores, indices);
     return search.broken_row();
 }

@@ -25,6 +25,9 @@ constexpr int kBlockRows = kWarps * kRowTiles * 8;
 // The exact scan: 4 lanes to a row, and as many queries at a time.
 constexpr int kScanQueries = 4;
 constexpr int kScanRows = kWarps * 8;
+// The largest k of the first pass: pools for more do not fit into shared memory beside the queries. A larger k is
+// answered by the exact scan alone.
+constexpr int kFirstPassBest = 128;
 
 struct Plan {
     int slabs;         // of a row, even: the first pass keeps two in flight
@@ -35,7 +38,7 @@ struct Plan {
     int capacity;      // of a pool, a power of two
     int scan_blocks;   // of the exact scan
     int64_t lists;     // candidate lists in the workspace
-    bool first_pass;   // false: the queries do not fit into shared memory, all are searched by the exact scan
+    bool first_pass;   // false: the queries or pools do not fit into shared memory, the exact scan searches for all
     int64_t first_pass_shared, merge_shared, scan_shared;  // bytes
     // Workspace: offsets and size in bytes.
     int64_t packed, errors, exponents, thresholds, candidates, redo, bytes;
@@ -58,8 +61,8 @@ inline Plan make_plan(int64_t n_queries, const Rows& rows, int k, const DeviceLi
     const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
     Plan plan{};
     plan.slabs = static_cast<int>(2 * ceil_div(rows.dim, 2 * kSlab));
-    plan.capacity = k <= 16 ? 64 : k <= 64 ? 128 : 256;
-    plan.kept = k <= 16 ? 32 : k <= 64 ? 96 : 192;
+    plan.capacity = k <= 16 ? 64 : k <= 64 ? 128 : k <= kFirstPassBest ? 256 : 2048;
+    plan.kept = k <= 16 ? 32 : k <= 64 ? 96 : k <= kFirstPassBest ? 192 : 1536;
 
     const int64_t query_bytes = int64_t{16} * plan.slabs * kSlab * 2 * query_terms(rows.element);  // of 16 queries
     const auto first_pass_shared = [&](int tiles) {
@@ -69,7 +72,7 @@ inline Plan make_plan(int64_t n_queries, const Rows& rows, int k, const DeviceLi
     plan.query_tiles = n_queries > 32 ? 4 : n_queries > 16 ? 2 : 1;
     while (plan.query_tiles > 1 && first_pass_shared(plan.query_tiles) > limits.shared_per_block) plan.query_tiles /= 2;
     plan.first_pass_shared = first_pass_shared(plan.query_tiles);
-    plan.first_pass = plan.first_pass_shared <= limits.shared_per_block;
+    plan.first_pass = k <= kFirstPassBest && plan.first_pass_shared <= limits.shared_per_block;
     plan.query_blocks = static_cast<int>(ceil_div(n_queries, 16 * plan.query_tiles));
 
     // The number of parts with the shortest critical path: waves of blocks times row tiles of a block.
@@ -77,7 +80,8 @@ inline Plan make_plan(int64_t n_queries, const Rows& rows, int k, const DeviceLi
     const int by_shared = static_cast<int>(limits.shared_per_multiprocessor / (plan.first_pass_shared + 1024));
     const int64_t resident = int64_t{limits.multiprocessors} * std::max(1, std::min(by_registers, by_shared));
     const int64_t row_tiles = ceil_div(rows.count, kBlockRows);
-    const int64_t most_splits = std::min(row_tiles, std::max<int64_t>(1, 4 * resident / plan.query_blocks));
+    const int64_t most_splits =
+        plan.first_pass ? std::min(row_tiles, std::max<int64_t>(1, 4 * resident / plan.query_blocks)) : 1;
     int64_t best = INT64_MAX;
     for (int64_t splits = 1; splits <= most_splits; ++splits) {
         const int64_t way = ceil_div(plan.query_blocks * splits, resident) * ceil_div(row_tiles, splits);

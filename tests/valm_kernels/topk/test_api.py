@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.valm_kernels.topk.databases import normals
-from valm_kernels import TopK, ip_scores, ip_topk
-from valm_kernels.topk import reference
+from valm_kernels import FlatIPIndex, TopK, ip_scores, ip_topk
+from valm_kernels.topk import NumpyTopK, reference
 
 SIZES = {
     "dim": st.integers(8, 130),
@@ -42,6 +42,119 @@ def test_cpu_is_the_reference_bit_for_bit(rows, dim, n_queries, k, dtype, seed):
     queries = normals(n_queries, dim, seed=seed).to(dtype)
     database = normals(rows, dim, seed=seed + 1).to(dtype)
     assert_same(ip_topk(queries, database, k, impl="cpu"), ip_topk(queries, database, k, impl="reference"))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 700),
+    n_queries=st.integers(0, 9),
+    k=st.integers(1, 128),
+    share=st.sampled_from([0.0, 0.02, 0.5, 1.0]),
+    different=st.sampled_from([1, 7, 700]),
+    **SIZES,
+)
+def test_only_allowed_rows_are_returned(rows, dim, n_queries, k, share, different, dtype, seed):
+    """Also where rows are equal, of which the first may be excluded, and where fewer than k are allowed."""
+    k = min(k, rows)
+    generator = torch.Generator().manual_seed(seed)
+    queries = normals(n_queries, dim, seed=seed).to(dtype)
+    database = normals(min(rows, different), dim, seed=seed + 1).to(dtype)
+    database = database[torch.randint(len(database), (rows,), generator=generator)]
+    allowed = torch.rand(rows, generator=generator) < share
+    found = ip_topk(queries, database, k, allowed=allowed, impl="cpu")
+    assert_same(found, ip_topk(queries, database, k, allowed=allowed, impl="reference"))
+    assert_same(FlatIPIndex(database).search(queries, k, allowed=allowed), found)
+    scores = reference.exact_scores(queries.float(), database.float())
+    best = min(k, int(allowed.sum()))
+    for query in range(n_queries):
+        order = sorted(allowed.nonzero()[:, 0].tolist(), key=lambda row: (-scores[query, row].item(), row))[:best]
+        assert found.indices[query].tolist() == order + [-1] * (k - best)
+        assert torch.equal(found.scores[query, :best], scores[query, order])
+        assert (found.scores[query, best:] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_allowed_rows_by_flags_or_numbers(impl):
+    queries, database = normals(3, 24), normals(90, 24, seed=1)
+    queries[1, 4] = torch.nan
+    numbers = torch.tensor([70, 3, 41, 5, 3])  # in any order, and twice
+    flags = torch.zeros(90, dtype=torch.bool)
+    flags[numbers] = True
+    expected = ip_topk(queries, database, 6, allowed=flags, impl=impl)
+    assert expected.indices[1].tolist() == [-1] * 6 and expected.scores[1].isnan().all()
+    assert expected.indices[0].sort().values.tolist() == [-1, -1, 3, 5, 41, 70]
+    for allowed in (numbers, numbers.numpy(), flags.numpy()):
+        found = ip_topk(queries, database, 6, allowed=allowed, impl=impl)
+        assert torch.equal(found.indices, expected.indices)
+        torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=0, equal_nan=True)
+    nothing = ip_topk(queries[:1], database, 2, allowed=numbers[:0], impl=impl)
+    assert nothing.indices.tolist() == [[-1, -1]] and (nothing.scores == -torch.inf).all()
+
+
+@pytest.mark.parametrize(
+    ("allowed", "error", "message"),
+    [
+        ([True], TypeError, "allowed must be a torch tensor or a numpy array, but is a list"),
+        (torch.ones(9), TypeError, "allowed has dtype torch.float32, expected bool"),
+        (torch.ones(9, dtype=torch.int32), TypeError, "allowed has dtype torch.int32, expected bool"),
+        (torch.ones(8, dtype=torch.bool), ValueError, r"allowed must have shape \(9,\) bool or \(n,\) int64, but .*8"),
+        (torch.ones(9, 1, dtype=torch.bool), ValueError, r"but has shape \(9, 1\)"),
+        (torch.ones(1, 1, dtype=torch.int64), ValueError, r"but has shape \(1, 1\)"),
+        (torch.tensor([0, 9]), ValueError, "allowed must be from 0 to 8, but goes from 0 to 9"),
+        (torch.tensor([-1]), ValueError, "allowed must be from 0 to 8, but goes from -1 to -1"),
+        (torch.ones(9, dtype=torch.bool, device="meta"), ValueError, "allowed is on meta, the database is on cpu"),
+    ],
+)
+def test_bad_allowed_rows_are_named(allowed, error, message):
+    with pytest.raises(error, match=message):
+        ip_topk(normals(2, 8), normals(9, 8), 3, allowed=allowed)
+    with pytest.raises(error, match=message):
+        FlatIPIndex(normals(9, 8)).search(normals(2, 8), 3, allowed=allowed)
+
+
+def test_results_go_where_they_are_wanted():
+    queries, database = normals(2, 3, 24), normals(90, 24, seed=1)
+    expected = ip_topk(queries, database, 5)
+    index = FlatIPIndex(database)
+    for search in (lambda q, out: ip_topk(q, database, 5, out=out), lambda q, out: index.search(q, 5, out=out)):
+        buffer = torch.empty(2, 10, 3)
+        out = TopK(buffer[:, ::2].transpose(1, 2), torch.empty(2, 3, 5, dtype=torch.int64))  # any strides
+        assert search(queries, out) is out
+        assert_same(out, expected)
+        arrays = NumpyTopK(np.empty((2, 3, 5), np.float32), np.empty((2, 3, 5), np.int64))
+        assert search(queries.numpy(), arrays) is arrays
+        assert (arrays.indices == expected.indices.numpy()).all() and (arrays.scores == expected.scores.numpy()).all()
+
+
+SCORES, INDICES = torch.empty(2, 3), torch.empty(2, 3, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("out", "error", "message"),
+    [
+        (SCORES, TypeError, r"out must be a TopK or NumpyTopK \(scores, indices\), but is a Tensor"),
+        (TopK(SCORES, None), TypeError, r"out\.indices must be a torch tensor or a numpy array, but is a NoneType"),
+        (TopK(SCORES.double(), INDICES), TypeError, r"out\.scores has dtype torch.float64, expected torch.float32"),
+        (TopK(SCORES, INDICES.int()), TypeError, r"out\.indices has dtype torch.int32, expected torch.int64"),
+        (TopK(SCORES[:1], INDICES), ValueError, r"out\.scores must have shape \(2, 3\), but has \(1, 3\)"),
+        (TopK(SCORES, INDICES.to("meta")), ValueError, r"out\.indices is on meta, the queries are on cpu"),
+        (NumpyTopK(np.broadcast_to(np.float32(0), (2, 3)), None), ValueError, r"out\.scores is a read-only array"),
+    ],
+)
+def test_bad_places_for_results_are_named(out, error, message):
+    with pytest.raises(error, match=message):
+        ip_topk(normals(2, 8), normals(9, 8), 3, out=out)
+    with pytest.raises(error, match=message):
+        FlatIPIndex(normals(9, 8)).search(normals(2, 8), 3, out=out)
+
+
+@pytest.mark.parametrize("different", [1200, 30])
+def test_as_many_as_1024_rows(different):
+    database = normals(different, 24, seed=1)[torch.arange(1200) % different]
+    queries = normals(70, 24)
+    expected = ip_topk(queries, database, 1024, impl="reference")
+    assert_same(ip_topk(queries, database, 1024), expected)
+    assert_same(FlatIPIndex(database).search(queries, 1024), expected)
 
 
 def test_ties_go_to_the_lower_row():
@@ -100,9 +213,9 @@ def test_numpy_in_numpy_out():
 
 Q, D = torch.ones(2, 16), torch.ones(5, 16)
 REFUSALS = {
-    "k 0": (ValueError, r"k is 0, expected 1 to 128", lambda: ip_topk(Q, D, 0)),
+    "k 0": (ValueError, r"k is 0, expected 1 to 1024", lambda: ip_topk(Q, D, 0)),
     "k above N": (ValueError, r"k is 6, but the database has only 5 rows", lambda: ip_topk(Q, D, 6)),
-    "k above 128": (ValueError, r"k is 129, expected 1 to 128", lambda: ip_topk(Q, torch.ones(200, 16), 129)),
+    "k above 1024": (ValueError, r"k is 1025, expected 1 to 1024", lambda: ip_topk(Q, torch.ones(2000, 16), 1025)),
     "k no int": (TypeError, r"k must be an int, but is a float", lambda: ip_topk(Q, D, 2.0)),
     "other E": (ValueError, r"queries must have shape \(\.\.\., 16\)", lambda: ip_topk(torch.ones(2, 15), D, 1)),
     "small E": (ValueError, r"E = 7, expected 8 to 2048", lambda: ip_topk(Q, torch.ones(5, 7), 1)),

@@ -79,7 +79,7 @@ def test_compiles_and_passes_opcheck():
 
 def test_in_a_cuda_graph_and_on_another_stream():
     queries, database = normals(4, 64).cuda(), normals(20_000, 64, seed=1).half().cuda()
-    norms = cuda.pack(database, None)
+    norms = cuda.RowNorms(cuda.row_norms(database, None), None)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -36,6 +36,19 @@ def test_chunks_change_nothing(chunks_of, dtype, chunk_rows):
         assert_same(index.search(queries, k), ip_topk(queries, index.dequantised(), k, impl="reference"))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_allowed_rows_across_chunks(chunks_of, dtype):
+    """In some chunks none are allowed."""
+    chunks_of(16, 24, getattr(torch, dtype).itemsize)
+    database, queries = normals(101, 24), normals(6, 24, seed=1)
+    index = FlatIPIndex(database, dtype, streamed=True)
+    allowed = torch.tensor([3, 4, 20, 97, 98, 99])
+    flags = torch.zeros(101, dtype=torch.bool).index_fill_(0, allowed, True)
+    for k in (2, 10):
+        expected = ip_topk(queries, index.dequantised(), k, allowed=flags, impl="reference")
+        assert_same(index.search(queries, k, allowed=allowed), expected)
+
+
 def test_ties_across_chunks_go_to_the_lower_row(chunks_of):
     chunks_of(16, 8)
     database = torch.ones(100, 8)

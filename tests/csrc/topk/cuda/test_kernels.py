@@ -29,7 +29,7 @@ def assert_exact(queries: torch.Tensor, rows: torch.Tensor, k: int, row_scale: t
         (1, 1700, 72, 8),  # one query, several parts
         (17, 520, 136, 17),  # blocks of 32 queries
         (70, 300, 48, 3),  # blocks of 64
-        (3, 700, 40, 128),  # the largest pools
+        (3, 700, 40, 128),  # the largest pools of a first pass
         (2, 257, 61, 40),  # an odd number of elements, padded
     ],
 )
@@ -139,6 +139,46 @@ def test_rows_that_are_not_finite_are_never_returned(simulate, library, order, d
 
 
 @pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("kind", ["random", "duplicates"])
+def test_only_allowed_rows_are_returned(simulate, library, order, kind):
+    """From the first pass, and from the exact scan, which equal rows need."""
+    simulator = simulate(library, order)
+    queries, rows = normals(3, 24), normals(300, 24, seed=1)
+    if kind == "duplicates":
+        rows = rows[torch.arange(300) % 3]
+    allowed = torch.arange(300) % 7 > 2
+    found = cuda.search(queries, rows, None, None, 8, allowed)
+    expected = reference.ip_topk(queries, rows, None, 8, allowed)
+    assert torch.equal(found[1], expected[1]) and torch.equal(found[0], expected[0])
+    assert (simulator.redone > 0) == (kind == "duplicates")
+    few = cuda.search(queries, rows, None, None, 8, torch.arange(300) == 5)
+    assert few[1].tolist() == [[5] + [-1] * 7] * 3 and (few[0][:, 1:] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [5, 40])
+def test_equal_rows_of_an_index_need_no_second_scan(simulate, library, dtype, k):
+    """A group of more rows than a query keeps candidates: without the groups its answer has no proof."""
+    simulator = simulate(library)
+    queries, different = normals(3, 24), normals(60, 24, seed=1)
+    queries[1, 2] = torch.nan
+    group = torch.randint(60, (500,), generator=torch.Generator().manual_seed(0))
+    group[100:220] = 7
+    rows, row_scale = store(different[group], dtype, torch.device("cpu"))
+    queries[0] = reference.dequantise(rows[100:101], None if row_scale is None else row_scale[100:101])[0]
+    expected = reference.ip_topk(queries, rows, row_scale, k)
+    packed = cuda.pack(rows, row_scale)
+    for prepared in (None, packed):
+        scores, indices = cuda.search(queries, rows, row_scale, prepared, k)
+        assert torch.equal(indices, expected[1])
+        torch.testing.assert_close(scores, expected[0], rtol=0, atol=0, equal_nan=True)
+        assert (simulator.redone > 0) == (prepared is None)
+    allowed = torch.arange(500) % 3 == 1
+    found = cuda.search(queries, rows, row_scale, packed, k, allowed)
+    assert torch.equal(found[1], reference.ip_topk(queries, rows, row_scale, k, allowed)[1])
+
+
+@pytest.mark.parametrize("order", ORDERS)
 def test_rows_that_are_not_finite_in_the_exact_scan(simulate, library, order):
     simulator = simulate(library, order)
     rows = torch.ones(300, 16)
@@ -156,6 +196,19 @@ def test_queries_too_long_for_shared_memory_are_scanned_exactly(simulate, librar
     queries[0, 0] = torch.nan
     assert_exact(queries, normals(200, 512, seed=1), 7)
     assert simulator.redone == n_queries - 1
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("k", [129, 1024])
+def test_more_rows_than_a_first_pass_finds_are_scored_exactly(simulate, library, order, k):
+    simulator = simulate(library, order)
+    queries, rows = normals(5, 40), normals(2200, 40, seed=1).half()
+    queries[3, 0] = torch.nan
+    assert_exact(queries, rows, k)
+    assert simulator.redone == 4
+    assert cuda.FIRST_PASS_TOPK == 128
+    assert_exact(queries[:1], rows, cuda.FIRST_PASS_TOPK)
+    assert simulator.redone == 0
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -193,8 +246,29 @@ def test_row_norms_are_upper_bounds(simulate, library, order):
     for dtype in DTYPES:
         rows, row_scale = store(normals(100, 40) * torch.logspace(-3, 3, 100)[:, None], dtype, torch.device("cpu"))
         exact = reference.dequantise(rows, row_scale).double().norm(dim=1)
-        norms = cuda.pack(rows, row_scale).norms.double()
+        norms = cuda.row_norms(rows, row_scale).double()
         assert (norms >= exact).all() and (norms <= exact * (1 + 2**-19) + 2**-95).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equal_rows_are_grouped_in_order(dtype):
+    rows, row_scale = store(normals(50, 12), dtype, torch.device("cpu"))
+    assert cuda.equal_rows(rows, row_scale) is None
+    group = torch.randint(50, (200,), generator=torch.Generator().manual_seed(0))
+    order, begin, size = cuda.equal_rows(rows[group], None if row_scale is None else row_scale[group])
+    for row in range(200):
+        members = (group == group[row]).nonzero()[:, 0]
+        assert size[row] == len(members)
+        assert torch.equal(order[begin[row] : begin[row] + size[row]], members.int())
+
+
+def test_rows_of_one_hash_that_differ_stay_apart(monkeypatch):
+    monkeypatch.setattr(torch, "randint", lambda low, high, shape, generator: torch.zeros(shape, dtype=torch.int64))
+    rows = torch.tensor([1.0, 2.0, 2.0, 1.0])[:, None].expand(4, 8).contiguous()
+    order, begin, size = cuda.equal_rows(rows, None)
+    assert order.tolist() == [0, 1, 2, 3] and begin.tolist() == [0, 1, 1, 3] and size.tolist() == [1, 2, 2, 1]
+    # int8 rows that differ in their scales only
+    assert cuda.equal_rows(torch.ones(2, 8, dtype=torch.int8), torch.tensor([1.0, 2.0])) is None
 
 
 def test_norms_are_found_once(simulate, library, monkeypatch):
@@ -221,9 +295,9 @@ def test_an_index_fills_up_its_rows_once(simulate, library, monkeypatch, tmp_pat
     expected = reference.ip_topk(queries, added.dequantised(), None, 6)
     used = []
 
-    def normed_search(queries, rows, row_scale, norms, k):
+    def normed_search(queries, rows, row_scale, norms, equal, k):
         used.append(cuda.aligned(rows).data_ptr())
-        return cuda.search(queries, rows, row_scale, cuda.RowNorms(norms), k)
+        return cuda.search(queries, rows, row_scale, cuda.RowNorms(norms, equal), k)
 
     with torch.library._scoped_library("valm_kernels", "IMPL") as implementations:
         implementations.impl("normed_ip_topk", normed_search, "CPU")
@@ -240,7 +314,7 @@ def test_an_index_fills_up_its_rows_once(simulate, library, monkeypatch, tmp_pat
 
 def test_dispatch_by_what_is_packed():
     queries, rows, norms = (torch.empty(*shape, device="meta") for shape in ((2, 3, 24), (200, 24), (200,)))
-    scores, indices = api.search(queries, rows, None, 4, cuda.RowNorms(norms))
+    scores, indices = api.search(queries, rows, None, 4, cuda.RowNorms(norms, None))
     assert scores.shape == indices.shape == (2, 3, 4)
     assert scores.dtype == torch.float32 and indices.dtype == torch.int64
 
