@@ -58,4 +58,4 @@ def _mean_and_std(states: Tensor) -> Tensor:
 
 @register_model
 def tf_efficientnet_lite0_levels(pretrained: bool = False, **options: Any) -> MultilevelTower:
-    return MultilevelTower(timm.create_model("tf_efficientnet_lite0", pretrained=pretrained, num_classes=0))
+    return MultilevelTower(timm.create_model("tf_efficientnet_lite0", pretrained=pretrained, num_classes=0, **options))

@@ -45,11 +45,11 @@ class LimitedSoftmax:
             )
         if not hasattr(documents, "__len__"):
             raise ValmError("the softmax cannot be limited to the tokens of a stream, which are not known before")
-        used = torch.zeros(head.out_features, dtype=torch.bool)
+        used = np.zeros(head.out_features, dtype=bool)
         for index in range(len(documents)):
-            used[torch.from_numpy(np.asarray(documents[index]["input_ids"]))] = True
-        self.tokens = used.nonzero()[:, 0]  # those of the documents
-        self._others = (~used).nonzero()[:, 0]
+            used[np.asarray(documents[index]["input_ids"])] = True
+        self.tokens = torch.from_numpy(np.flatnonzero(used))  # those of the documents
+        self._others = torch.from_numpy(np.flatnonzero(~used))
         self._ranks = torch.full((len(used),), len(used))  # a token of no document is out of range
         self._ranks[self.tokens] = torch.arange(len(self.tokens))
         self._head = head

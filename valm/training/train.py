@@ -188,6 +188,11 @@ def _check(
         raise ValmError("a model with num_images = 0 (GPT-2*) sees no images: train it without a knowledge base")
     if kb is None and options.num_images > 0 and model.retriever is None:
         raise ValmError(f"this model sees {options.num_images} images a token: give a knowledge base or a retriever")
+    if kb is not None and options.scored:
+        raise ValmError(
+            "this model uses the retrieval scores of its images, which a knowledge base alone does not have: give it a "
+            "retriever (model.set_retriever), and kb=None"
+        )
     if kb is not None and kb.dim != options.image_dim:
         raise ValmError(
             f"the knowledge base has vectors of dimension {kb.dim}, but the model's image_dim is {options.image_dim}"

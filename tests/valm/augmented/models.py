@@ -43,12 +43,6 @@ def augmented(base=tiny_llama, seed=0, **arguments):
     return model
 
 
-def random_scores(index, seed=0):
-    """Retrieval scores (B, T, K), -inf where there is no image."""
-    scores = torch.randn(index.shape, generator=torch.Generator().manual_seed(seed))
-    return scores.masked_fill(index < 0, -torch.inf)
-
-
 def random_ids(batch, length, seed=0):
     return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 

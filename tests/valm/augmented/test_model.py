@@ -17,11 +17,10 @@ from tests.valm.augmented.models import (
     augmented,
     random_ids,
     random_images,
-    random_scores,
     tiny_gpt2,
     tiny_llama,
 )
-from tests.valm.models import HashRetriever
+from tests.valm.models import HashRetriever, random_scores
 from valm.augmented.model import augment, fusion_module
 from valm.augmented.probe import attention_path, decoder_layers
 from valm.errors import ValmError
