@@ -106,7 +106,10 @@ def _needs(model: Any, note: RetrievalNote | None, with_base: bool) -> list[str]
     if model.image_options.num_images == 0:
         needs = needs or ["Nothing beside this folder."]
     elif note is None:
-        needs.append("- Images, given in each call as `image_pool` and `image_index`, or found by a retriever.")
+        given = "`image_pool` and `image_index`"
+        if model.image_options.scored:
+            given = "`image_pool`, `image_index` and `image_scores`"
+        needs.append(f"- Images, given in each call as {given}, or found by a retriever.")
     else:
         needs += _needs_of_retrieval(note)
     return ["\n".join(needs)]

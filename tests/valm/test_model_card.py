@@ -56,6 +56,13 @@ def test_an_augmented_model_names_its_base(tmp_path):
     assert card.data.base_model == "org/name" and "`valm.augment` of a LlamaForCausalLM" in card.text
 
 
+@pytest.mark.parametrize("scale", [None, 1.0])
+def test_a_card_names_the_arguments_of_images(tmp_path, scale):
+    write_card(tiny_model(image_score_scale_init=scale), tmp_path)
+    assert "`image_index`" in card_of(tmp_path).text
+    assert ("`image_scores`" in card_of(tmp_path).text) == (scale is not None)
+
+
 def test_every_way_of_saving_writes_a_card_and_leaves_the_users_own(tmp_path, kb):
     model = augmented()
     model.config.name_or_path = "org/name"
