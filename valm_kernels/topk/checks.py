@@ -102,7 +102,30 @@ def check_ids(ids: Tensor, count: int, device: torch.device, name: str) -> None:
         raise ValueError(f"{name} must be from 0 to {count - 1}, but goes from {int(ids.min())} to {int(ids.max())}")
 
 
-def allowed_rows(allowed: Tensor | np.ndarray | None, rows: int, device: torch.device) -> Tensor | None:
+def distinct_ids(ids: Tensor | np.ndarray, rows: int) -> Tensor:
+    """The rows' own numbers (N,) int64.
+
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape, or numbers that are negative or not distinct.
+    """
+    found = as_tensor(ids, "ids")
+    if found.dtype != torch.int64:
+        raise TypeError(f"ids has dtype {found.dtype}, expected int64")
+    if tuple(found.shape) != (rows,):
+        raise ValueError(f"ids must have shape ({rows},), one for each row, but has {tuple(found.shape)}")
+    ordered = found.sort().values
+    if rows and ordered[0] < 0:
+        raise ValueError(f"ids has {int(ordered[0])}, but must not be negative: -1 stands for no row")
+    same = ordered[1:][ordered[1:] == ordered[:-1]]
+    if len(same):
+        raise ValueError(f"ids has {int(same[0])} more than once")
+    return found.clone()
+
+
+def allowed_rows(
+    allowed: Tensor | np.ndarray | None, rows: int, device: torch.device, what: str = "allowed"
+) -> Tensor | None:
     """The rows that a search may return as (N,) bool; None if all.
 
     Args:
@@ -116,17 +139,17 @@ def allowed_rows(allowed: Tensor | np.ndarray | None, rows: int, device: torch.d
         return None
     if isinstance(allowed, np.ndarray) and allowed.dtype == np.bool_:
         allowed = torch.from_numpy(np.array(allowed))
-    found = as_tensor(allowed, "allowed")
+    found = as_tensor(allowed, what)
     if found.dtype not in (torch.bool, torch.int64):
-        raise TypeError(f"allowed has dtype {found.dtype}, expected bool (a flag a row) or int64 (numbers of rows)")
+        raise TypeError(f"{what} has dtype {found.dtype}, expected bool (a flag a row) or int64 (numbers of rows)")
     if found.dim() != 1 or (found.dtype == torch.bool and len(found) != rows):
-        raise ValueError(f"allowed must have shape ({rows},) bool or (n,) int64, but has shape {tuple(found.shape)}")
+        raise ValueError(f"{what} must have shape ({rows},) bool or (n,) int64, but has shape {tuple(found.shape)}")
     if found.device != device:
-        raise ValueError(f"allowed is on {found.device}, the database is on {device}; move one of them")
+        raise ValueError(f"{what} is on {found.device}, the database is on {device}; move one of them")
     if found.dtype == torch.bool:
         return found
     if device.type == "cpu":
-        check_ids(found, rows, device, "allowed")
+        check_ids(found, rows, device, what)
     return torch.zeros(rows, dtype=torch.bool, device=device).index_fill_(0, found, True)
 
 

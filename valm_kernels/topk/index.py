@@ -22,6 +22,7 @@ from valm_kernels.topk.checks import (
     check_finite,
     check_float,
     check_search,
+    distinct_ids,
 )
 from valm_kernels.topk.reference import dequantise
 from valm_kernels.topk.result import NumpyTopK, TopK, check_out, like_queries, written_to
@@ -60,10 +61,13 @@ class FlatIPIndex:
             a memory-mapped database whose packed copy would not fit into memory.
         streamed: True leaves the rows in host memory, or in the file they are mapped from; every search copies them
             to the device in chunks. None does so when a CUDA device has too little free memory.
+        ids: (N,) int64, the rows' own numbers, distinct and not negative: searches return them, and `allowed` and
+            `remove` take them. None: rows are numbered from 0.
 
     Raises:
         TypeError: a wrong type or dtype.
-        ValueError: a wrong shape, or a row that is not finite as given or in the stored dtype.
+        ValueError: a wrong shape, ids that are not distinct, or a row that is not finite as given or in the stored
+            dtype.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class FlatIPIndex:
         *,
         pack: bool = True,
         streamed: bool | None = None,
+        ids: Tensor | np.ndarray | None = None,
     ) -> None:
         rows = as_tensor(database, "database")
         check_database(rows)
@@ -83,6 +88,7 @@ class FlatIPIndex:
             raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
         self._choose_place(rows, dtype, rows.device if device is None else device, streamed)
         self._dim = rows.shape[1]
+        self._ids = None if ids is None else distinct_ids(ids, len(rows)).to(self._device)
         rows, self._row_scale = store(rows, dtype, self._home)
         self._rows = self._laid_out(rows)
         self._pack = pack and not self._streamed and self._device.type in PACKERS
@@ -134,8 +140,8 @@ class FlatIPIndex:
 
     @property
     def bytes_per_row(self) -> float:
-        """Bytes stored per row: the row, its scale and its share of the packed copy."""
-        stored = [self._rows, self._row_scale, *(self._prepared or ())]
+        """Bytes stored per row: the row, its scale, its own number and its share of the packed copy."""
+        stored = [self._rows, self._row_scale, self._ids, *(self._prepared or ())]
         return sum(array.nbytes for array in stored if array is not None) / len(self)
 
     def dequantised(self) -> Tensor:
@@ -168,18 +174,43 @@ class FlatIPIndex:
         check_search(flat, len(self), self.dim, self.device, k)
         if self._pack and self._prepared is None:  # rows were added
             self._prepared = self._prepare()
-        some = allowed_rows(allowed, len(self), self.device)
+        some = None if allowed is None else self._named(allowed, "allowed")
         if out is not None:
             check_out(out, (*flat.shape[:-1], k), flat.device)
-        found = search(flat, self._rows, self._row_scale, k, self._prepared, streamed=self._streamed, allowed=some)
-        return like_queries(queries, *found) if out is None else written_to(out, *found)
+        scores, indices = search(
+            flat, self._rows, self._row_scale, k, self._prepared, streamed=self._streamed, allowed=some
+        )
+        if self._ids is not None:
+            indices = torch.where(indices < 0, -1, self._ids[indices.clamp(min=0)])
+        return like_queries(queries, scores, indices) if out is None else written_to(out, scores, indices)
 
-    def add(self, vectors: Tensor | np.ndarray) -> None:
-        """Appends rows (M, E), numbered from `len(index)` on. Each call copies all stored rows, and the next search
-        packs them all again, which takes about as long as building the index: add many at a time.
+    def _named(self, names: Tensor | np.ndarray, what: str) -> Tensor:
+        """The rows (N,) bool that flags, or the numbers that searches return, name."""
+        if self._ids is None or str(getattr(names, "dtype", "")).endswith("bool"):
+            named = allowed_rows(names, len(self), self.device, what)
+            assert named is not None
+            return named
+        numbers = as_tensor(names, what)
+        if numbers.dtype != torch.int64:
+            raise TypeError(f"{what} has dtype {numbers.dtype}, expected bool (a flag a row) or int64 (their ids)")
+        if numbers.dim() != 1:
+            raise ValueError(f"{what} must have shape (n,), but has shape {tuple(numbers.shape)}")
+        if numbers.device != self.device:
+            raise ValueError(f"{what} is on {numbers.device}, the index is on {self.device}; move one of them")
+        if self.device.type == "cpu":
+            missing = numbers[~torch.isin(numbers, self._ids)]
+            if len(missing):
+                raise ValueError(f"{what} has the number {int(missing[0])}, which no row of the index has")
+        return torch.isin(self._ids, numbers)
+
+    def add(self, vectors: Tensor | np.ndarray, ids: Tensor | np.ndarray | None = None) -> None:
+        """Appends rows (M, E), numbered from `len(index)` on, or by ids (M,) where the rows have their own. Each call
+        copies all stored rows, and the next search packs them all again, which takes about as long as building the
+        index: add many at a time.
 
         Raises:
-            TypeError, ValueError: as the constructor.
+            TypeError, ValueError: as the constructor; also ids where the rows have none of their own, or none where
+                they have.
         """
         rows = as_tensor(vectors, "vectors")
         check_float(rows, "vectors")
@@ -190,12 +221,34 @@ class FlatIPIndex:
                 f"vectors has {len(rows)} rows, but beside the {len(self)} stored only {MAX_ROWS - len(self)} more "
                 "fit; split them and join by merge_topk"
             )
+        if (ids is None) != (self._ids is None):
+            expected = "must have ids too" if ids is None else "must have no ids"
+            raise ValueError(f"vectors {expected}, as the rows of the index")
+        all_ids = self._ids
+        if ids is not None and self._ids is not None:
+            new = distinct_ids(ids, len(rows)).to(self._ids.device)
+            all_ids = distinct_ids(torch.cat([self._ids, new]), len(self) + len(rows))
         rows, row_scale = store(rows, self.dtype, self._home, "vectors")
         if self._row_scale is not None and row_scale is not None:
             row_scale = torch.cat([self._row_scale, row_scale])
         rows = torch.cat([self._rows, self._laid_out(rows)])
         # together, so that an error leaves nothing half-added
-        self._rows, self._row_scale, self._prepared = rows, row_scale, None
+        self._rows, self._row_scale, self._prepared, self._ids = rows, row_scale, None, all_ids
+
+    def remove(self, ids: Tensor | np.ndarray) -> None:
+        """Removes the rows that have these numbers (n,), or these flags (N,) bool. Rows without ids of their own are
+        numbered anew: later ones move up. As with `add`, all rows that stay are copied, and packed again.
+
+        Raises:
+            TypeError, ValueError: as `allowed` of a search; also if no row would stay.
+        """
+        stays = ~self._named(ids, "ids")
+        if not stays.any():
+            raise ValueError(f"all {len(self)} rows would be removed, and an index has at least one")
+        row_ids = None if self._ids is None else self._ids[stays]
+        at_home = stays.to(self._home)
+        row_scale = None if self._row_scale is None else self._row_scale[at_home]
+        self._rows, self._row_scale, self._prepared, self._ids = self._rows[at_home], row_scale, None, row_ids
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the folder `path`: npy files and a manifest.json with their checksums, all or nothing.
@@ -206,7 +259,7 @@ class FlatIPIndex:
         """
         if self._pack and self._prepared is None:
             self._prepared = self._prepare()
-        arrays = {"rows": self._rows[:, : self._dim], "row_scale": self._row_scale}
+        arrays = {"rows": self._rows[:, : self._dim], "row_scale": self._row_scale, "ids": self._ids}
         if isinstance(self._prepared, cpu.PackedRows):
             arrays |= self._prepared._asdict()
         contents = {
@@ -259,6 +312,12 @@ class FlatIPIndex:
         index._row_scale = None
         if dtype == "int8":
             index._row_scale = torch.from_numpy(folder.read("row_scale", "<f4", (count,))).to(index._home)
+        index._ids = None
+        if "ids" in folder:
+            try:
+                index._ids = distinct_ids(folder.read("ids", "<i8", (count,)), count).to(index._device)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{folder.path} is damaged: {error}") from error
         index._prepared = None
         index._pack = not index._streamed and index._device.type in PACKERS
         if index._pack and index._device.type == "cpu":

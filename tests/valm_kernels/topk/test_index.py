@@ -70,6 +70,113 @@ def test_add(dtype):
     assert len(index) == 90
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("streamed", [None, True])
+def test_ids_of_the_rows_own(tmp_path, dtype, streamed):
+    """In searches, filters, added and removed rows, and files: as row numbers would be, translated."""
+    ids = torch.randperm(1000, generator=torch.Generator().manual_seed(0))[:80] + (1 << 40)
+    index = FlatIPIndex(normals(60, 24), dtype, ids=ids[:60], streamed=streamed)
+    index.add(normals(20, 24, seed=1), ids=ids[60:])
+    queries = normals(4, 24, seed=2)
+    queries[2, 3] = torch.nan
+
+    def assert_translated(numbers, k, **filters):
+        plain = FlatIPIndex(index.dequantised(), streamed=streamed)
+        rows = plain.search(queries, k, **{name: torch.isin(numbers, given) for name, given in filters.items()})
+        found = index.search(queries, k, **filters)
+        assert torch.equal(found.indices, torch.where(rows.indices < 0, -1, numbers[rows.indices]))
+        torch.testing.assert_close(found.scores, rows.scores, rtol=0, atol=0, equal_nan=True)
+
+    assert_translated(ids, 5)
+    assert_translated(ids, 5, allowed=ids[7:11])
+    index.remove(ids[10:30])
+    left = torch.cat([ids[:10], ids[30:]])
+    assert len(index) == 60
+    assert_translated(left, 60)
+    index.save(tmp_path)
+    index = FlatIPIndex.load(tmp_path, streamed=streamed)
+    assert_translated(left, 5, allowed=left[:40])
+
+
+def test_rows_without_ids_move_up_where_some_are_removed():
+    database, queries = normals(50, 16), normals(3, 16, seed=1)
+    for removed in (torch.tensor([3, 40, 3]), np.array([40, 3]), torch.isin(torch.arange(50), torch.tensor([3, 40]))):
+        index = FlatIPIndex(database)
+        before = index.search(queries, 4)
+        index.remove(removed)
+        stays = torch.ones(50, dtype=torch.bool)
+        stays[[3, 40]] = False
+        for found, expected in ((index.search(queries, 4), database[stays]), (before, database)):
+            assert torch.equal(found.indices, ip_topk(queries, expected, 4).indices)
+
+
+def with_ids(rows):
+    return FlatIPIndex(rows, ids=torch.arange(10, 60))
+
+
+def test_flags_name_rows_whatever_their_ids():
+    database, queries = normals(50, 16), normals(3, 16, seed=1)
+    flags = np.arange(50) % 2 == 0
+    found = with_ids(database).search(queries, 4, allowed=flags)
+    assert torch.equal(found.indices, 10 + ip_topk(queries, database, 4, allowed=flags).indices)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda rows: FlatIPIndex(rows, ids=torch.arange(49)),
+            ValueError,
+            r"ids must have shape \(50,\), .* has \(49,\)",
+        ),
+        (
+            lambda rows: FlatIPIndex(rows, ids=torch.arange(50.0)),
+            TypeError,
+            "ids has dtype torch.float32, expected int64",
+        ),
+        (lambda rows: FlatIPIndex(rows, ids=torch.arange(50) // 2), ValueError, "ids has 0 more than once"),
+        (lambda rows: FlatIPIndex(rows, ids=torch.arange(50) - 2), ValueError, "ids has -2, but must not be negative"),
+        (lambda rows: with_ids(rows).add(rows), ValueError, "vectors must have ids too"),
+        (lambda rows: FlatIPIndex(rows).add(rows, torch.arange(50)), ValueError, "vectors must have no ids"),
+        (
+            lambda rows: with_ids(rows).add(rows, torch.arange(50)),
+            ValueError,
+            "ids has 10 more than once",
+        ),
+        (
+            lambda rows: with_ids(rows).remove(torch.tensor([11, 9])),
+            ValueError,
+            "ids has the number 9, which",
+        ),
+        (
+            lambda rows: with_ids(rows).remove(torch.tensor([1.0])),
+            TypeError,
+            "ids has dtype torch.float32",
+        ),
+        (lambda rows: with_ids(rows).remove([11]), TypeError, "ids must be a torch tensor or a numpy array"),
+        (
+            lambda rows: with_ids(rows).remove(torch.tensor([[11]])),
+            ValueError,
+            r"ids must have shape \(n,\), .*\(1, 1\)",
+        ),
+        (lambda rows: FlatIPIndex(rows).remove(torch.arange(50)), ValueError, "all 50 rows would be removed"),
+        (
+            lambda rows: FlatIPIndex(rows).remove(torch.tensor([50])),
+            ValueError,
+            "ids must be from 0 to 49, but goes from 50",
+        ),
+        (
+            lambda rows: with_ids(rows).search(rows[:1], 2, allowed=torch.tensor([3])),
+            ValueError,
+            "allowed has the number 3, which no row of the index has",
+        ),
+    ],
+)
+def test_bad_ids_are_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call(normals(50, 16))
+
+
 def test_an_add_that_fails_adds_nothing(monkeypatch):
     index = FlatIPIndex(normals(5, 16), "int8")
     real, joined = torch.cat, []
