@@ -11,7 +11,7 @@ SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.c*' -o -name '*.h*
 
 help:
 	@echo "make demo       train and evaluate a small VaLM on real pictures, on the CPU, into $(DEMO_OUTPUT)/"
-	@echo "make study-small  one seed of the study (docs/study-plan.md), about half an hour, into $(STUDY_OUTPUT)/"
+	@echo "make study-small  one seed of the study (docs/study-plan.md), under an hour, into $(STUDY_OUTPUT)/"
 	@echo "make test       the tests, without the slow ones"
 	@echo "make test-all   every test"
 	@echo "make coverage   the tests, without the slow ones, and the share of lines that they run"

@@ -109,6 +109,18 @@ def state(results: Results) -> str:
     )
 
 
+def summary(results: Results) -> str:
+    """The primary measure and two others in a sentence."""
+    seeds = ", ".join(str(seed["seed"]) for seed in results.seeds)
+    found = [f"it is {points(results.difference(VALM, TWIN, PRIMARY))} points better on MemoryColor"]
+    if results.has(*VALM, VALIDATION):
+        found.append(f"{points(results.difference(VALM, TWIN, VALIDATION))} about things whose colour no text says")
+    if results.has("valm", "exchanged", PRIMARY) and results.changes("exchanged", PRIMARY):
+        follows, _ = results.follows("valm", "exchanged", PRIMARY)
+        found.append(f"and {points(follows)} points of its answers follow when red and blue are exchanged in the images")
+    return f"{', '.join(found)} (seeds {seeds} of {SEEDS})."
+
+
 def hypotheses(results: Results) -> str:
     """What became of each hypothesis; nothing is decided before all seeds are there."""
     decided = len(results.seeds) >= SEEDS
@@ -223,6 +235,7 @@ def counts(results: Results) -> str:
 
 TABLES: dict[str, Callable[[Results], str]] = {
     "state": state,
+    "summary": summary,
     "hypotheses": hypotheses,
     "differences": differences,
     "accuracies": accuracies,
