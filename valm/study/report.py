@@ -117,7 +117,7 @@ def summary(results: Results) -> str:
         found.append(f"{points(results.difference(VALM, TWIN, VALIDATION))} about things whose colour no text says")
     if results.has("valm", "exchanged", PRIMARY) and results.changes("exchanged", PRIMARY):
         follows, _ = results.follows("valm", "exchanged", PRIMARY)
-        found.append(f"and {points(follows)} points of its answers follow when red and blue are exchanged in the images")
+        found.append(f"and {points(follows)} of its answers follow when red and blue are exchanged in the images")
     return f"{', '.join(found)} (seeds {seeds} of {SEEDS})."
 
 
