@@ -102,6 +102,8 @@ def search(
     `packed` the search packs and checks them block by block.
     """
     queries = queries.float().contiguous()
+    # a name, because the native code reads it after this expression
+    allowed = None if allowed is None else allowed.contiguous()
     scores = queries.new_empty(queries.shape[0], k)
     indices = scores.new_empty(scores.shape, dtype=torch.int64)
     broken_row = native().ip_topk_cpu(
@@ -114,7 +116,7 @@ def search(
         torch.get_num_threads(),
         scores.data_ptr(),
         indices.data_ptr(),
-        *(() if allowed is None else (allowed.contiguous().data_ptr(),)),
+        *(() if allowed is None else (allowed.data_ptr(),)),
     )
     _refuse(broken_row)
     return scores, indices

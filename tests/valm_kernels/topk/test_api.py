@@ -83,10 +83,13 @@ def test_allowed_rows_by_flags_or_numbers(impl):
     expected = ip_topk(queries, database, 6, allowed=flags, impl=impl)
     assert expected.indices[1].tolist() == [-1] * 6 and expected.scores[1].isnan().all()
     assert expected.indices[0].sort().values.tolist() == [-1, -1, 3, 5, 41, 70]
-    for allowed in (numbers, numbers.numpy(), flags.numpy()):
+    apart = flags.repeat_interleave(2)[::2]  # stride 2
+    for allowed in (numbers, numbers.numpy(), flags.numpy(), apart, apart.numpy()):
         found = ip_topk(queries, database, 6, allowed=allowed, impl=impl)
         assert torch.equal(found.indices, expected.indices)
         torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=0, equal_nan=True)
+        found = FlatIPIndex(database).search(queries, 6, allowed=allowed)
+        assert torch.equal(found.indices, expected.indices)
     nothing = ip_topk(queries[:1], database, 2, allowed=numbers[:0], impl=impl)
     assert nothing.indices.tolist() == [[-1, -1]] and (nothing.scores == -torch.inf).all()
 
