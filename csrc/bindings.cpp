@@ -33,7 +33,7 @@ static int64_t interruptible(Function function) {
 PYBIND11_MODULE(_native, m) {
     m.doc() = "Native code of valm_kernels; call it through valm_kernels.";
     // Raise it here and in valm_kernels/native.py whenever a call changes.
-    m.attr("interface_version") = 1;
+    m.attr("interface_version") = 2;
 
     py::class_<valm::Rows>(m, "Rows").def(
         py::init([](uintptr_t data, uintptr_t scale, const std::string& dtype, int64_t count, int64_t dim) {
@@ -56,17 +56,14 @@ PYBIND11_MODULE(_native, m) {
         return interruptible(
             [&](const auto& interrupted) { return valm::pack(rows, packed, isa, threads, interrupted); });
     });
-    m.def(
-        "ip_topk_cpu",
-        [](uintptr_t queries, int64_t n_queries, const valm::Rows& rows, const valm::PackedRows* packed, int64_t k,
-           const std::string& isa, int threads, uintptr_t scores, uintptr_t indices, uintptr_t allowed) {
-            return interruptible([&](const auto& interrupted) {
-                return valm::ip_topk_cpu(at<float>(queries), n_queries, rows, packed, k, at<bool>(allowed), isa,
-                                         threads, interrupted, at<float>(scores), at<int64_t>(indices));
-            });
-        },
-        py::arg("queries"), py::arg("n_queries"), py::arg("rows"), py::arg("packed"), py::arg("k"), py::arg("isa"),
-        py::arg("threads"), py::arg("scores"), py::arg("indices"), py::arg("allowed") = 0);
+    m.def("ip_topk_cpu",
+          [](uintptr_t queries, int64_t n_queries, const valm::Rows& rows, const valm::PackedRows* packed, int64_t k,
+             const std::string& isa, int threads, uintptr_t scores, uintptr_t indices, uintptr_t allowed) {
+              return interruptible([&](const auto& interrupted) {
+                  return valm::ip_topk_cpu(at<float>(queries), n_queries, rows, packed, k, at<bool>(allowed), isa,
+                                           threads, interrupted, at<float>(scores), at<int64_t>(indices));
+              });
+          });
     m.def("ip_scores_cpu", [](uintptr_t queries, const valm::Rows& rows, int64_t n_pairs, uintptr_t query_ids,
                               uintptr_t row_ids, const std::string& isa, int threads, uintptr_t scores) {
         const py::gil_scoped_release release;

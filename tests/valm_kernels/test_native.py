@@ -99,7 +99,7 @@ def test_a_tensor_that_the_native_code_does_not_know_is_refused(monkeypatch):
             call()
 
 
-@pytest.mark.parametrize("version", [{}, {"interface_version": 0}])
+@pytest.mark.parametrize("version", [{}, {"interface_version": 1}])
 def test_a_module_of_another_version_is_refused(monkeypatch, version):
     stale = SimpleNamespace(__file__="old.so", **version)
     monkeypatch.setattr("valm_kernels.native.import_module", lambda name: stale)

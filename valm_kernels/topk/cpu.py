@@ -116,7 +116,7 @@ def search(
         torch.get_num_threads(),
         scores.data_ptr(),
         indices.data_ptr(),
-        *(() if allowed is None else (allowed.data_ptr(),)),
+        _pointer(allowed),
     )
     _refuse(broken_row)
     return scores, indices
