@@ -64,8 +64,11 @@ def check_out(out: TopK | NumpyTopK, shape: tuple[int, ...], device: torch.devic
 
 def written_to(out: TopK | NumpyTopK, scores: Tensor, indices: Tensor) -> TopK | NumpyTopK:
     """`out`, after `check_out`, with the result in it."""
-    as_tensor(out.scores, "out.scores").copy_(scores)
-    as_tensor(out.indices, "out.indices").copy_(indices)
+    for place, found in ((out.scores, scores), (out.indices, indices)):
+        if isinstance(place, np.ndarray):  # also with negative strides, of which torch would copy the array
+            np.copyto(place, found.numpy())
+        else:
+            place.detach().copy_(found)
     return out
 
 

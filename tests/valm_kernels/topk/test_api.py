@@ -127,6 +127,9 @@ def test_results_go_where_they_are_wanted():
         arrays = NumpyTopK(np.empty((2, 3, 5), np.float32), np.empty((2, 3, 5), np.int64))
         assert search(queries.numpy(), arrays) is arrays
         assert (arrays.indices == expected.indices.numpy()).all() and (arrays.scores == expected.scores.numpy()).all()
+        backwards = NumpyTopK(np.zeros((2, 3, 5), np.float32)[..., ::-1], np.zeros((2, 3, 5), np.int64)[::-1])
+        assert search(queries.numpy(), backwards) is backwards
+        assert (backwards.indices == arrays.indices).all() and (backwards.scores == arrays.scores).all()
 
 
 SCORES, INDICES = torch.empty(2, 3), torch.empty(2, 3, dtype=torch.int64)
