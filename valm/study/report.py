@@ -112,7 +112,7 @@ def state(results: Results) -> str:
 def summary(results: Results) -> str:
     """The primary measure and two others in a sentence."""
     seeds = ", ".join(str(seed["seed"]) for seed in results.seeds)
-    found = [f"it is {points(results.difference(VALM, TWIN, PRIMARY))} points better on MemoryColor"]
+    found = [f"With images it is {points(results.difference(VALM, TWIN, PRIMARY))} points better on MemoryColor"]
     if results.has(*VALM, VALIDATION):
         found.append(f"{points(results.difference(VALM, TWIN, VALIDATION))} about things whose colour no text says")
     if results.has("valm", "exchanged", PRIMARY) and results.changes("exchanged", PRIMARY):
