@@ -235,9 +235,7 @@ def _add_retriever(
         note = RetrievalNote(Path(kb).absolute(), "eot" if note is None else note.query)
     if note is None:
         raise ValmError(f"{folder} notes no knowledge base: give one as kb beside clip")
-    options = model.image_options
-    found: dict[str, Any] = {"clip": clip, "allow_download": allow_download, "device": device}
-    retriever = note.open(tokenizer, options.num_images, blind=options.blind, **found)
+    retriever = model.open_retriever(note, tokenizer, clip=clip, allow_download=allow_download, device=device)
     try:
         model.set_retriever(retriever)
     except ValmError as error:

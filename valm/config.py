@@ -46,6 +46,8 @@ class ValmConfig(GPT2Config):
         image_score_scale_init: initial value of a learnt scale, one for all heads. The scale times the retrieval score
             of an image is added to its attention scores, so that images found with more certainty weigh more. None as
             published: retrieval scores are not used.
+        query_clip: SHA-256 of the weights of the CLIP whose queries the model's own head predicts (`SelfRetriever`);
+            None is a model without such a head.
 
     Raises:
         ValmError: an argument has an invalid value.
@@ -62,6 +64,7 @@ class ValmConfig(GPT2Config):
         blind: bool = False,
         image_logit_bias_init: float = 0.0,
         image_score_scale_init: float | None = None,
+        query_clip: str | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -72,6 +75,7 @@ class ValmConfig(GPT2Config):
         self.blind = blind
         self.image_logit_bias_init = image_logit_bias_init
         self.image_score_scale_init = image_score_scale_init
+        self.query_clip = query_clip
         if image_dim < 1:
             raise ValmError(f"image_dim must be at least 1, got {image_dim}")
         if not 0 <= num_images <= 64:
@@ -83,6 +87,8 @@ class ValmConfig(GPT2Config):
         if blind and num_images != 1:
             raise ValmError(f"blind needs num_images = 1 (the query is the one image), got {num_images}")
         check_score_scale("image_score_scale_init", image_score_scale_init, num_images)
+        if query_clip is not None:
+            self.check_query_head()
         if self.add_cross_attention:
             raise ValmError("add_cross_attention must be False: VaLM is a decoder without an encoder")
         if self.n_embd % self.n_head or not 8 <= self.n_embd // self.n_head <= 256:
@@ -98,6 +104,17 @@ class ValmConfig(GPT2Config):
         from valm.augmented.model import config_from_dict
 
         return config_from_dict(config_dict, **kwargs)
+
+    def check_query_head(self) -> None:
+        """Checks that the model can have a query head.
+
+        Raises:
+            ValmError: it retrieves no images.
+        """
+        if self.num_images == 0 or self.blind:
+            raise ValmError(
+                f"a query head needs retrieved images, got num_images = {self.num_images}, blind = {self.blind}"
+            )
 
     @property
     def fusion_index(self) -> int:

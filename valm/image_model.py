@@ -14,10 +14,12 @@ from transformers import AutoTokenizer
 from transformers.cache_utils import Cache
 
 from valm.errors import ValmError
+from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model_card import write_card
 from valm.retrieval.context import ContextCache
 from valm.retrieval.note import RetrievalNote
 from valm.retrieval.retriever import BlindRetriever, ImageRetriever, NoImages
+from valm.self_query import SelfEncoder, SelfRetriever
 
 _Base: Any = object  # for a type checker, the model class behind the mixin
 
@@ -236,8 +238,22 @@ class ImageModel(_Base):
         folder = self._note_folder or self.config.name_or_path
         return RetrievalNote.read(folder) if folder else None
 
+    def open_retriever(self, note: RetrievalNote, tokenizer: Any, **options: Any) -> ImageRetriever:
+        """What `note` says finds the images of this model, which reads with `tokenizer`.
+
+        Args:
+            options: clip, allow_download and device, as in `RetrievalNote.open`.
+
+        Raises:
+            ValmError: the knowledge base or the CLIP is missing or damaged, or they do not belong together.
+        """
+        images = self.image_options
+        if note.query == "self" and note.knowledge_base is not None:
+            kb = ImageKnowledgeBase.open(note.knowledge_base)
+            return SelfRetriever(SelfEncoder(self, tokenizer, kb), kb, images.num_images)
+        return note.open(tokenizer, images.num_images, blind=images.blind, **options)
+
     def _open(self, note: RetrievalNote) -> None:
-        options = self.image_options
         folder = Path(self._note_folder or self.config.name_or_path)
         source = folder if (folder / "tokenizer_config.json").is_file() else self.config.name_or_path
         try:
@@ -248,7 +264,7 @@ class ImageModel(_Base):
                 "save one there by tokenizer.save_pretrained, or set a retriever by set_retriever"
             ) from error
         try:
-            self.set_retriever(note.open(tokenizer, options.num_images, blind=options.blind, device=self.device))
+            self.set_retriever(self.open_retriever(note, tokenizer, device=self.device))
         except Exception as error:  # open_clip raises many kinds
             raise ValmError(
                 f"the images of the model in {folder} cannot be retrieved: {str(error).splitlines()[0]}; set another "

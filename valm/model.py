@@ -1,6 +1,8 @@
 """VaLM: GPT-2 in which one block also attends to the images retrieved for each token (Wang et al. 2022)."""
 
-from typing import Any, cast
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,8 @@ from valm.config import ValmConfig
 from valm.errors import ValmError
 from valm.fusion import VisualFusionAttention, VisualFusionBlock
 from valm.image_model import ImageModel, ImageOptions, RetrievalCache
+from valm.retrieval.retriever import Retriever
+from valm.self_query import QueryHead, queries_itself
 from valm.tokenizer import ClipBpeTokenizer
 
 
@@ -31,6 +35,11 @@ class VaLMCache(RetrievalCache, DynamicCache):
         if self.first_key is not None:
             self.first_key = self.first_key[beam_idx.to(self.first_key.device)]
 
+
+# image_pool, image_index and image_scores, as the blocks take them.
+Images: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
+# Finds them by the embeddings (B, T, C) of tokens, the mask of the text blocks, and the cache.
+FindImages: TypeAlias = Callable[[Tensor, Tensor | None, Cache | None], Images]
 
 # Weights of the fusion attention that GPT-2 lacks.
 FUSION_PARAMETERS = (
@@ -98,10 +107,14 @@ class VaLMModel(VaLMPreTrainedModel):
         image_index: Tensor | None,  # (B, T, K)
         image_scores: Tensor | None,  # (B, T, K)
         cache: VaLMCache | None,
+        find_images: FindImages | None = None,  # instead of given images
     ) -> tuple[Tensor, ...]:  # the input of each block and the output of the last LayerNorm, all (B, T, C)
         limits = self.unless_all_zero(first_key)
-        mask = self._text_mask(inputs_embeds, limits, cache)
-        hidden_states = self.drop(inputs_embeds + self.wpe(position_ids))
+        mask = self.text_mask(inputs_embeds, limits, cache)
+        hidden_states = inputs_embeds + self.wpe(position_ids)
+        if find_images is not None:
+            image_pool, image_index, image_scores = find_images(hidden_states, mask, cache)
+        hidden_states = self.drop(hidden_states)
         inputs = []
         for block in self.h:
             inputs.append(hidden_states)
@@ -119,7 +132,7 @@ class VaLMModel(VaLMPreTrainedModel):
             return None
         return first_key
 
-    def _text_mask(self, inputs_embeds: Tensor, first_key: Tensor | None, cache: Cache | None) -> Tensor | None:
+    def text_mask(self, inputs_embeds: Tensor, first_key: Tensor | None, cache: Cache | None) -> Tensor | None:
         """The mask of the text blocks, (B, 1, T, S), or None for plain causal attention."""
         past = cache.get_seq_length() if cache is not None else 0
         length = inputs_embeds.shape[1]
@@ -155,7 +168,22 @@ class VaLMForCausalLM(ImageModel, VaLMPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.transformer = VaLMModel(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.query_head: QueryHead | None = None
+        if config.query_clip is not None:
+            self.query_head = QueryHead(config)
         self.post_init()
+
+    def add_query_head(self, clip: str) -> QueryHead:
+        """Gives the model a new query head, with random weights, for the CLIP whose weights have SHA-256 `clip`.
+
+        Raises:
+            ValmError: the model retrieves no images.
+        """
+        config = self.config
+        config.check_query_head()
+        config.query_clip = clip
+        self.query_head = QueryHead(config)
+        return self.query_head.to(self.device, self.dtype)
 
     @property
     def image_options(self) -> ImageOptions:
@@ -258,14 +286,18 @@ class VaLMForCausalLM(ImageModel, VaLMPreTrainedModel, GenerationMixin):
                 f"input_ids has a document of at least {int(position_ids.max()) + 1} tokens, "
                 f"but this model has {config.n_positions} positions; split it"
             )
+        find_images: FindImages | None = None
         if image_pool is None and image_index is None and image_scores is None:
-            image_pool, image_index, image_scores = self.find_images(input_ids, attention_mask, cache)
+            if queries_itself(self):
+                find_images = partial(self._find_images_itself, present)
+            else:
+                image_pool, image_index, image_scores = self.find_images(input_ids, attention_mask, cache)
         image_pool, image_index = self._present_images(tokens, image_pool, image_index, image_scores, present)
 
         if inputs_embeds is None:
             inputs_embeds = self.transformer.wte(input_ids)
         images = (image_pool, image_index, image_scores)
-        hidden_states = self.transformer(inputs_embeds, first_key, position_ids, *images, cache)
+        hidden_states = self.transformer(inputs_embeds, first_key, position_ids, *images, cache, find_images)
         if cache is not None:
             cache.first_key = first_key[:, -1]
         logits = self.lm_head(hidden_states[-1][:, -logits_to_keep:])  # (B, T, V); -0 keeps all
@@ -299,6 +331,23 @@ class VaLMForCausalLM(ImageModel, VaLMPreTrainedModel, GenerationMixin):
         hidden_states = stack(stack.wte(input_ids), first_key, position_ids, None, None, None, None)
         block = cast(VisualFusionBlock, stack.h[index])
         return block.attn.weights(block.ln_1(hidden_states[index]), pool, rows, image_scores, first_key)
+
+    def self_queries(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The queries of the model's own head, (B, T, E) float32, zeros at padding. Only the head gets a gradient.
+
+        Raises:
+            ValmError: the model has no query head.
+            ValueError: a wrong shape; arguments are as in `forward`.
+        """
+        stack = self.transformer
+        first_key, present = self._documents(input_ids, attention_mask, None)
+        position_ids = torch.arange(input_ids.shape[1], device=input_ids.device) - first_key
+        if present is not None:
+            position_ids = position_ids.masked_fill(~present, 0)
+        with torch.no_grad():
+            embeddings = stack.wte(input_ids) + stack.wpe(position_ids)
+        mask = stack.text_mask(embeddings, stack.unless_all_zero(first_key), None)
+        return self._self_queries(present, embeddings, mask, None)
 
     def generate(
         self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **arguments: Any
@@ -354,6 +403,24 @@ class VaLMForCausalLM(ImageModel, VaLMPreTrainedModel, GenerationMixin):
             start = cache.first_key
         first_key = torch.where(begins, index, start[:, None]).cummax(dim=1).values
         return first_key, present
+
+    def _self_queries(
+        self, present: Tensor | None, embeddings: Tensor, mask: Tensor | None, cache: Cache | None
+    ) -> Tensor:
+        if self.query_head is None:
+            raise ValmError('query="self" needs a query head: train one with `valm distill`')
+        queries = self.query_head(embeddings, mask, cache)
+        return queries if present is None else queries.masked_fill(~present[..., None], 0)
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _find_images_itself(
+        self, present: Tensor | None, embeddings: Tensor, mask: Tensor | None, cache: Cache | None
+    ) -> Images:
+        """The images nearest to the queries of the model's own head (`FindImages`)."""
+        found = cast(Retriever, self.retriever).retrieve(self._self_queries(present, embeddings, mask, cache))
+        scores = found.scores if self.image_options.scored else None
+        return *self._present_images(embeddings, found.image_pool, found.image_index, scores, present), scores
 
     def _present_images(
         self,

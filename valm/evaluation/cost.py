@@ -113,7 +113,7 @@ def _own(scorer: CausalScorer, kb: str | os.PathLike | None) -> Any:
     retriever = scorer.model.retriever
     if kb is None or not isinstance(retriever, Retriever):
         return retriever
-    return Retriever(retriever.encoder, ImageKnowledgeBase.open(kb), retriever.k)
+    return type(retriever)(retriever.encoder, ImageKnowledgeBase.open(kb), retriever.k)
 
 
 def _sizes(retriever: Retriever, sizes: Sequence[int] | None) -> list[int]:
@@ -131,9 +131,9 @@ def _sizes(retriever: Retriever, sizes: Sequence[int] | None) -> list[int]:
 def _with_images(retriever: Retriever, size: int, cache: bool) -> Retriever:
     index: VectorIndex = retriever.index  # the whole knowledge base is searched as usual
     if size < len(retriever.kb):
-        index = SubsetIndex(retriever.kb, size, retriever.encoder.clip.device)
+        index = SubsetIndex(retriever.kb, size, retriever.device)
     tokens = {} if cache else {"cache_tokens": 0}
-    return Retriever(retriever.encoder, retriever.kb, retriever.k, index, **tokens)
+    return type(retriever)(retriever.encoder, retriever.kb, retriever.k, index, **tokens)
 
 
 def _ids(scorer: CausalScorer, asked: Sequence[Questions]) -> Tensor:

@@ -44,6 +44,7 @@ from valm.evaluation.scoring import (
 )
 from valm.files import read_json
 from valm.image_model import ImageModel
+from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import Retriever
 from valm.tokenizer import begin_id
 
@@ -138,7 +139,9 @@ class CausalScorer:
         settings: list[Any] = [own, type(retriever).__name__]
         encoder = getattr(retriever, "encoder", None)
         if encoder is not None:
-            settings += [encoder.query, encoder.clip.weights_hash]
+            settings.append(encoder.query)
+        if isinstance(encoder, ContextEncoder):  # that of a query head is in the model's config
+            settings.append(encoder.clip.weights_hash)
         if isinstance(retriever, Retriever):
             index = getattr(retriever.index, "parameters", None)
             settings += [retriever.kb.fingerprint, retriever.k, str(index)]

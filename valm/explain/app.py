@@ -132,7 +132,7 @@ class App:
         retriever: Any = self.model.retriever
         if images == QUERY:
             return f"{self.name}, blind", Reader(self.model, self.tokenizer)
-        of_kb = Retriever(retriever.encoder, retriever.kb, k, retriever.index, cache_tokens=0)
+        of_kb = type(retriever)(retriever.encoder, retriever.kb, k, retriever.index, cache_tokens=0)
         if images == RETRIEVED:
             return f"{self.name}, {k} retrieved images", Reader(self.model, self.tokenizer, of_kb)
         if images == RANDOM:

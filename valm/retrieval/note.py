@@ -24,7 +24,7 @@ RETRIEVAL_FILE = "retrieval.json"
 
 
 class _NoteFields(TypedDict):
-    query: Literal["eot", "state"]
+    query: Literal["eot", "state", "self"]
 
 
 class NoteFile(_NoteFields, total=False):
@@ -44,7 +44,7 @@ class RetrievalNote:
     Attributes:
         knowledge_base: its folder; None for a blind model, which needs a CLIP only.
         clip: the CLIP of a model without a knowledge base (`Clip.load`); a knowledge base has its own.
-        query: the kind of retrieval query (`ContextEncoder`).
+        query: the kind of retrieval query: that of a `ContextEncoder`, or "self" (`SelfRetriever`).
         index: the index when the model was saved, for information; opening uses the knowledge base's own.
     """
 

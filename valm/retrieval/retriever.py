@@ -96,16 +96,28 @@ class Retriever:
         cache_tokens: int = CACHE_TOKENS,
     ):
         kb.check_encoder(encoder.clip)
+        self._open(encoder, kb, k, index, cache_tokens, encoder.clip.device)
+
+    def _open(
+        self,
+        encoder: Any,
+        kb: ImageKnowledgeBase,
+        k: int,
+        index: VectorIndex | None,
+        cache_tokens: int,
+        device: torch.device,
+    ) -> None:
         _check_k(k, kb)
         self._arguments = (encoder, kb, k, index, cache_tokens)
+        self.device = device
         self.encoder = encoder
         self.kb = kb
         self.k = k
-        self.index: VectorIndex = open_index(kb, encoder.clip.device) if index is None else index
+        self.index: VectorIndex = open_index(kb, device) if index is None else index
         self.cache = SegmentCache(cache_tokens)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Retriever, self._arguments  # another process opens the knowledge base itself
+        return type(self), self._arguments  # another process opens the knowledge base itself
 
     @property
     def dim(self) -> int:
@@ -115,6 +127,10 @@ class Retriever:
     def __call__(self, input_ids: Tensor | Sequence[str], attention_mask: Tensor | None = None) -> Retrieved:
         """Images for every token of a batch; arguments and errors as in `find`."""
         return self._pooled(*self.find(input_ids, attention_mask))
+
+    def retrieve(self, queries: Tensor) -> Retrieved:
+        """Images for queries (B, T, E); a query of zeros has none."""
+        return self._pooled(*self.nearest(queries))
 
     def find(self, input_ids: Tensor | Sequence[str], attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Ids in the knowledge base (B, T, K) int64, -1 = none, and scores (B, T, K) float32 of a batch of tokens.
@@ -157,7 +173,7 @@ class Retriever:
 
     def step(self, input_ids: Tensor, state: ContextCache, attention_mask: Tensor | None = None) -> Retrieved:
         """Images for the next tokens (B, T) of each row; `state` has the earlier ones."""
-        return self._pooled(*self.nearest(self.encoder.step(input_ids, state, attention_mask)))
+        return self.retrieve(self.encoder.step(input_ids, state, attention_mask))
 
     def nearest(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Ids in the knowledge base (..., K) int64 and scores (..., K) float32 for queries (..., E).

@@ -1,0 +1,144 @@
+"""Distilled queries, `query="self"`: a head of the language model itself predicts CLIP's query of each token.
+
+`ContextEncoder` runs a second network, CLIP's text tower, over a second tokenization of the text, which costs more than
+all the rest of a live retrieval. The head is two more blocks on the language model's own embeddings: it runs inside the
+forward pass, for all tokens at once, and its keys and values are in the model's own cache. `valm.training.distill`
+trains it, with CLIP's queries as targets.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+from transformers.cache_utils import Cache
+from transformers.models.gpt2.modeling_gpt2 import GPT2Block
+
+from valm.clip import Clip
+from valm.config import ValmConfig
+from valm.errors import ValmError
+from valm.knowledge_base.store import ImageKnowledgeBase
+from valm.retrieval.retriever import Retriever, VectorIndex
+from valm.tokenizer import padded
+
+# Blocks of a query head. On the demo's model, two on the embeddings came far closer to CLIP's queries than one, or an
+# MLP, on the input of the fusion block (docs/training.md has the numbers).
+QUERY_BLOCKS = 2
+
+
+class QueryHead(nn.Module):
+    """Predicts the query of each token from the embeddings of the text up to it: blocks, LayerNorm, projection."""
+
+    def __init__(self, config: ValmConfig):
+        super().__init__()
+        # numbered behind the model's own blocks, as all share one cache
+        self.blocks = nn.ModuleList(GPT2Block(config, layer_idx=config.n_layer + i) for i in range(QUERY_BLOCKS))
+        self.norm = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.out = nn.Linear(config.n_embd, config.image_dim)
+
+    def forward(self, embeddings: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
+        """Queries (B, T, E) float32, L2-normalised.
+
+        Args:
+            embeddings: (B, T, C), those of tokens and positions together.
+            mask: that of the model's text blocks, (B, 1, T, S), or None for plain causal attention.
+            cache: has the keys and values of earlier tokens, and gets those of these.
+        """
+        states = embeddings
+        for block in self.blocks:
+            states = block(states, cache, attention_mask=mask, use_cache=cache is not None)
+        return F.normalize(self.out(self.norm(states)).float(), dim=-1)
+
+
+class SelfEncoder:
+    """The queries of a model's own head, in the place of a `ContextEncoder`.
+
+    Args:
+        model: a `VaLMForCausalLM` with a query head.
+        tokenizer: the model's.
+        kb: names the CLIP, which only images from elsewhere need.
+    """
+
+    query = "self"
+
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerFast, kb: ImageKnowledgeBase):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.kb = kb
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Queries (B, T, E) float32, zeros where attention_mask (B, T) is 0."""
+        return self.model.self_queries(input_ids, attention_mask)
+
+    @functools.cached_property
+    def clip(self) -> Clip:
+        """The CLIP of the knowledge base.
+
+        Raises:
+            ValmError: it is missing.
+        """
+        return self.kb.load_clip()
+
+
+class SelfRetriever(Retriever):
+    """Finds the images nearest to the queries of a model's own head.
+
+    The model asks by `retrieve` in its forward pass. Called with tokens, as for an explanation or by a control that
+    replaces the images, this runs the head outside of it.
+
+    Args:
+        encoder, kb, k, index: as in `Retriever`; the device is the model's.
+        cache_tokens: unused, as a state is never the same twice.
+
+    Raises:
+        ValmError: the model has no query head; the knowledge base was built with another CLIP than the head was trained
+            for, or has fewer than `k` images.
+    """
+
+    encoder: Any  # a SelfEncoder
+
+    def __init__(
+        self,
+        encoder: SelfEncoder,
+        kb: ImageKnowledgeBase,
+        k: int,
+        index: VectorIndex | None = None,
+        cache_tokens: int = 0,
+    ):
+        expected, found = getattr(encoder.model.config, "query_clip", None), kb.manifest["clip"]
+        if expected is None:
+            raise ValmError('query="self" needs a VaLM with a query head: train one with `valm distill`')
+        if found["weights_hash"] != expected:
+            raise ValmError(
+                f"the model's query head was trained for the CLIP with weights {expected[:12]}, but the knowledge base "
+                f"{kb.path} was built with {found['name']} ({found['weights_hash'][:12]}): give one of that CLIP, or "
+                "train the head again with `valm distill`"
+            )
+        self._open(encoder, kb, k, index, cache_tokens, encoder.model.device)
+
+    def find(self, input_ids: Tensor | Sequence[str], attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As `Retriever.find`, without a cache."""
+        if not isinstance(input_ids, Tensor):
+            input_ids, attention_mask = padded(self.encoder.tokenizer(list(input_ids))["input_ids"])
+        return self.nearest(self.encoder(input_ids, attention_mask))
+
+    def start(self, batch: int) -> NoReturn:
+        """Always raises: the model's own cache has all that its head needs.
+
+        Raises:
+            ValueError: a control that replaces this retriever's images was asked to generate with a cache.
+        """
+        raise ValueError(
+            'the images of query="self" can be replaced without a cache only: generate with use_cache=False'
+        )
+
+
+@torch.compiler.assume_constant_result
+def queries_itself(model: Any) -> bool:
+    """Whether the model's own head asks for its images. A compiled graph evaluates this while tracing."""
+    return isinstance(model.retriever, SelfRetriever)
