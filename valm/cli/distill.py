@@ -1,0 +1,72 @@
+"""valm distill."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+
+from valm.cli.options import Commands, add_retrieval, chosen_device, command, positive, seed
+from valm.errors import ValmError
+
+
+def add_to(commands: Commands) -> None:
+    distill = command(
+        commands,
+        "distill",
+        run_distill,
+        "train a head of a VaLM that predicts CLIP's queries, so that it retrieves without CLIP's text tower "
+        "(experimental); nothing else of the model changes",
+    )
+    distill.add_argument("model", type=Path, help="checkpoint folder of a VaLM")
+    distill.add_argument(
+        "--retrieval", type=Path, required=True, help="text to train on, with its images: a result of `valm retrieve`"
+    )
+    distill.add_argument("--out", type=Path, required=True, help="folder of the model with its head")
+    distill.add_argument("--steps", type=positive, default=1000, help="updates")
+    distill.add_argument("--batch-size", type=positive, default=64, help="documents a step")
+    distill.add_argument("--lr", type=float, default=2e-3, help="learning rate")
+    distill.add_argument("--seed", type=seed, default=0, help="of the head's weights and the order of the documents")
+    add_retrieval(distill)
+
+
+def run_distill(arguments: argparse.Namespace) -> None:
+    from valm.checkpoint import load, save_checkpoint
+    from valm.corpus.retrieved import CorpusRetrieval
+    from valm.files import writable_folder
+    from valm.knowledge_base.store import ImageKnowledgeBase
+    from valm.retrieval.context import ContextEncoder
+    from valm.retrieval.note import RetrievalNote
+    from valm.training.distill import distill_queries
+
+    out = writable_folder(arguments.out)
+    model, tokenizer = load(arguments.model, device=chosen_device(arguments))
+    note = RetrievalNote.read(arguments.model)
+    place = arguments.kb or (None if note is None else note.knowledge_base)
+    if place is None:
+        raise ValmError(f"{arguments.model} names no knowledge base: give it as --kb")
+    kb = ImageKnowledgeBase.open(place)
+    corpus = CorpusRetrieval.open(arguments.retrieval)
+    clip = kb.load_clip(arguments.clip, allow_download=arguments.allow_download).to(model.device)
+    agreement = distill_queries(
+        model,
+        tokenizer,
+        corpus,
+        kb,
+        ContextEncoder(clip, tokenizer=tokenizer, query=corpus.query),
+        steps=arguments.steps,
+        batch_size=arguments.batch_size,
+        lr=arguments.lr,
+        seed=arguments.seed,
+    )
+    save_checkpoint(
+        model,
+        tokenizer,
+        out,
+        numbers={"cosine to CLIP's queries": agreement.cosine, "share of CLIP's images found": agreement.overlap},
+        command=shlex.join(["valm", *arguments.command_line]),
+    )
+    print(
+        f"{agreement.tokens:,} tokens held out: cosine {agreement.cosine:.3f} to the {corpus.query} queries, "
+        f"{agreement.overlap:.1%} of their {corpus.k} images found too; written to {out}"
+    )

@@ -1,0 +1,169 @@
+"""Trains the query head of a model (`valm.self_query`) to ask for images as CLIP would.
+
+The model itself stays as it is. The teacher is a `ContextEncoder`, and the loss of a token is the distance of the two
+queries and, over the images that the corpus retrieved for the batch, how differently they rank::
+
+    loss = (1 - cos(q, q_clip)) + KL(softmax(s V q_clip) || softmax(s V q))      s: CLIP's own logit scale
+
+The second is a contrastive loss whose targets are CLIP's probabilities (Hinton et al. 2015): which images are found
+depends on small differences between the nearest ones, which the cosine hardly sees.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim.lr_scheduler import OneCycleLR
+from transformers import PreTrainedTokenizerFast
+
+from valm.corpus.retrieved import NO_IMAGE, CorpusRetrieval
+from valm.errors import ValmError
+from valm.knowledge_base.store import ImageKnowledgeBase
+from valm.model import VaLMForCausalLM
+from valm.progress import progress_bar
+from valm.retrieval.context import ContextEncoder
+from valm.self_query import SelfEncoder, SelfRetriever
+from valm.tokenizer import begin_id
+from valm.training.blocks import Blocks
+from valm.training.collate import Collator
+from valm.training.split import hold_out
+
+# Documents that are not trained on, for `Agreement`: a share, and at most so many.
+HELD_OUT = 0.05
+MOST_HELD_OUT = 500
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How well the head's queries agree with CLIP's, over the tokens of documents that it was not trained on.
+
+    Attributes:
+        cosine: mean cosine of the two queries.
+        overlap: mean share of a token's K images that the head finds too.
+        tokens: how many tokens this is over.
+    """
+
+    cosine: float
+    overlap: float
+    tokens: int
+
+
+def distill_queries(
+    model: VaLMForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    corpus: CorpusRetrieval,
+    kb: ImageKnowledgeBase,
+    encoder: ContextEncoder,
+    *,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    seed: int = 0,
+    progress: bool = True,
+) -> Agreement:
+    """Gives `model` a new query head, trains it in place, and makes it find the model's images (`SelfRetriever`).
+
+    AdamW, a learning rate that rises for a tenth of the steps and falls as a cosine, gradients clipped at 1. Nothing
+    but the head is changed.
+
+    Args:
+        tokenizer: the model's.
+        corpus: the images of the tokens to train on, retrieved from `kb` with the queries of `encoder`.
+        batch_size: documents of a step.
+        seed: of the head's weights, the documents that are held out, and the order of the others.
+
+    Raises:
+        ValmError: the model cannot have a head; corpus, knowledge base, tokenizer and encoder do not belong together;
+            the corpus has too few documents; or a loss is not finite.
+    """
+    if not isinstance(model, VaLMForCausalLM):
+        raise ValmError(f"only a VaLMForCausalLM can have a query head, got a {type(model).__name__}")
+    corpus.check_tokenizer(tokenizer)
+    corpus.check_knowledge_base(kb)
+    kb.check_encoder(encoder.clip)
+    if corpus.query != encoder.query:
+        raise ValmError(f"{corpus.path} was retrieved with {corpus.query!r} queries, not with {encoder.query!r} ones")
+    torch.manual_seed(seed)
+    head = model.add_query_head(encoder.clip.weights_hash)
+    retriever = SelfRetriever(SelfEncoder(model, tokenizer, kb), kb, model.image_options.num_images)
+    model.set_retriever(retriever)
+    blocks = Blocks(corpus, model.config.n_positions, begin_id(tokenizer))
+    trained, held_out = hold_out(blocks, min(HELD_OUT, MOST_HELD_OUT / len(blocks)), seed)
+    collate = Collator(tokenizer, kb)
+    scale = encoder.clip.model.logit_scale.exp().item()
+    optimizer = torch.optim.AdamW(head.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    model.eval()
+    with progress_bar(total=steps, desc="distill", unit="step", shown=progress) as bar:
+        for step, numbers in zip(range(steps), _draws(len(trained), batch_size, seed), strict=False):
+            batch = _on(model.device, collate([trained[number] for number in numbers]))
+            present = batch["attention_mask"].bool()
+            queries = model.self_queries(batch["input_ids"], batch["attention_mask"])[present]  # (n, E)
+            expected = encoder(batch["input_ids"], batch["attention_mask"])[present]
+            loss = query_loss(queries, expected, batch["image_pool"].float(), scale)
+            if not math.isfinite(loss.item()):
+                raise ValmError(f"the loss of step {step + 1} is {loss.item()}: try a smaller learning rate than {lr}")
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+            bar.update()
+    head.requires_grad_(False)
+    return _agreement(model, encoder, retriever, held_out, collate, batch_size)
+
+
+def query_loss(queries: Tensor, expected: Tensor, images: Tensor, scale: float) -> Tensor:
+    """The loss of `queries` (n, E) against CLIP's (n, E), both normalised, over `images` (U, E)."""
+    cosine = (queries * expected).sum(-1)  # (n,)
+    found = F.log_softmax(scale * queries @ images.T, dim=-1)  # (n, U)
+    wanted = F.log_softmax(scale * expected @ images.T, dim=-1)
+    return (1 - cosine).mean() + F.kl_div(found, wanted, reduction="batchmean", log_target=True)
+
+
+@torch.no_grad()
+def _agreement(
+    model: VaLMForCausalLM,
+    encoder: ContextEncoder,
+    retriever: SelfRetriever,
+    documents: Any,
+    collate: Collator,
+    batch_size: int,
+) -> Agreement:
+    cosine, overlap, tokens = 0.0, 0.0, 0
+    for start in range(0, len(documents), batch_size):
+        chosen = [documents[number] for number in range(start, min(start + batch_size, len(documents)))]
+        batch = _on(model.device, collate(chosen))
+        present = batch["attention_mask"].bool()
+        queries = model.self_queries(batch["input_ids"], batch["attention_mask"])[present]  # (n, E)
+        expected = encoder(batch["input_ids"], batch["attention_mask"])[present]
+        ids, _ = retriever.nearest(queries)  # (n, K)
+        stored = torch.from_numpy(np.concatenate([document["image_ids"] for document in chosen]).astype(np.int64))
+        wanted = stored.masked_fill(stored == NO_IMAGE, -2).to(ids.device)  # in the order of `present`: row by row
+        cosine += float((queries * expected).sum())
+        overlap += float((wanted[:, :, None] == ids[:, None, :]).any(-1).float().mean(-1).sum())
+        tokens += len(ids)
+    return Agreement(cosine / tokens, overlap / tokens, tokens)
+
+
+def _on(device: torch.device, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _draws(count: int, size: int, seed: int) -> Iterator[list[int]]:
+    """Infinite batches of `size` numbers below `count`; all come once before any comes again, except for a remainder
+    smaller than a batch."""
+    random = np.random.default_rng(seed)
+    size = min(size, count)
+    while True:
+        order = random.permutation(count)
+        for start in range(0, count - size + 1, size):
+            yield order[start : start + size].tolist()
