@@ -26,6 +26,10 @@ PRODUCT_CODES = (1, 2, 3, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96)
 SCALAR_CODES = ("8bit", "8bit_uniform", "8bit_direct", "4bit", "4bit_uniform", "6bit", "fp16")
 
 
+class NotOnGPUs(ValmError):
+    """faiss cannot search an index on GPUs."""
+
+
 def faiss_device(device: torch.device | str) -> torch.device:
     """Where faiss searches for a caller that computes on `device`: there if it is a GPU and faiss has GPUs, else on the
     CPU.
@@ -45,19 +49,19 @@ def check_for_gpus(kb: ImageKnowledgeBase, index: Any, search: str, candidates: 
         candidates: number of candidates of a query.
 
     Raises:
-        ValmError: it cannot; the message says why and names the factory string of an index that it can search.
+        NotOnGPUs: it cannot; the message says why and names the factory string of an index that it can search.
     """
     if import_faiss().get_num_gpus() == 0:
-        raise ValmError("faiss has no GPU here: pip uninstall faiss-cpu, pip install -e '.[gpu]', or search on the CPU")
+        raise NotOnGPUs("faiss has no GPU here: pip uninstall faiss-cpu, pip install -e '.[gpu]', or search on the CPU")
     if reason := _not_held(index):
         instead = choose_factory(len(kb), kb.dim, "cuda") or "Flat"
-        raise ValmError(
+        raise NotOnGPUs(
             f"faiss on a GPU has {reason}: make the index with the factory string {instead!r} "
             f"(`valm kb index {kb.path} --device cuda`), or search on the CPU"
         )
     cells = int(search.removeprefix("nprobe=")) if search.startswith("nprobe=") else 1
     if cells > MAX_SELECTED:
-        raise ValmError(
+        raise NotOnGPUs(
             f"faiss on a GPU searches at most {MAX_SELECTED:,} cells for a query, the index of {kb.path} needs "
             f"{cells:,}: tune it for GPUs with `valm kb index {kb.path} --device cuda`, or search on the CPU"
         )
@@ -65,9 +69,9 @@ def check_for_gpus(kb: ImageKnowledgeBase, index: Any, search: str, candidates: 
 
 
 def check_candidates(count: int) -> None:
-    """Raises a ValmError if a query cannot have `count` candidates on a GPU."""
+    """Raises NotOnGPUs if a query cannot have `count` candidates on a GPU."""
     if count > MAX_SELECTED:
-        raise ValmError(
+        raise NotOnGPUs(
             f"faiss on a GPU finds at most {MAX_SELECTED:,} candidates for a query, {count:,} are needed: ask for "
             f"fewer images, or search on the CPU"
         )
@@ -79,7 +83,7 @@ def on_gpus(index: Any, device: torch.device) -> Any:
     Its transforms stay on the CPU.
 
     Raises:
-        ValmError: there is no such GPU, or not enough memory.
+        NotOnGPUs: there is no such GPU, or not enough memory.
     """
     faiss = import_faiss()
     options = faiss.GpuMultipleClonerOptions()
@@ -91,7 +95,7 @@ def on_gpus(index: Any, device: torch.device) -> Any:
         return faiss.index_cpu_to_gpus_list(index, options, gpus)
     except RuntimeError as error:
         reason = str(error).strip().rpartition("\n")[2]
-        raise ValmError(f"faiss cannot hold the index on {device} ({reason}): search on the CPU") from error
+        raise NotOnGPUs(f"faiss cannot hold the index on {device} ({reason}): search on the CPU") from error
 
 
 def _not_held(index: Any) -> str:

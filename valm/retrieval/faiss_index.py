@@ -17,7 +17,7 @@ from torch import Tensor
 
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
-from valm.retrieval.faiss_gpu import check_candidates, check_for_gpus, faiss_device, on_gpus
+from valm.retrieval.faiss_gpu import NotOnGPUs, check_candidates, check_for_gpus, faiss_device, on_gpus
 from valm.retrieval.index_factory import EXACT_BELOW, import_faiss, stages
 from valm.retrieval.index_parameters import (
     INDEX_FILE,
@@ -38,14 +38,18 @@ def open_index(kb: ImageKnowledgeBase, device: torch.device | str = "cpu") -> Fl
     """The index that searches `kb`: its faiss index if it has one, else exact search; both on `device`.
 
     Only this function decides it. Warns if exact search has to search EXACT_BELOW images or more. A faiss without GPUs
-    (faiss-cpu) searches on the CPU.
+    (faiss-cpu) searches on the CPU; so does, with a warning, an index that faiss cannot search on GPUs.
 
     Raises:
-        ValmError: the faiss index is damaged or stale, or is of a kind that faiss cannot search on a GPU.
+        ValmError: the faiss index is damaged or stale.
         ImportError: there is a faiss index, but faiss is not installed.
     """
     if index_parameters(kb) is not None:
-        return FaissIndex.open(kb, faiss_device(device))
+        try:
+            return FaissIndex.open(kb, faiss_device(device))
+        except NotOnGPUs as error:
+            warnings.warn(f"{error}. The index of {kb.path} is searched on the CPU", stacklevel=2)
+            return FaissIndex.open(kb)
     if len(kb) >= EXACT_BELOW:
         size = f"{2e-9 * len(kb) * kb.dim:,.1f} GB"
         warnings.warn(

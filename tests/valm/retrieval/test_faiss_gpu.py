@@ -124,10 +124,16 @@ def test_what_a_gpu_does_not_hold_is_refused_with_what_it_does(kb, two_gpus, fac
     assert index_parameters(kb) is None and not two_gpus
 
 
-def test_an_index_built_for_the_cpu_is_refused_on_a_gpu(kb, two_gpus, monkeypatch):
+def test_an_index_built_for_the_cpu_is_refused_on_a_gpu(kb, clip, two_gpus, monkeypatch):
+    """But a retriever, which takes its encoder's device, searches it on the CPU and warns."""
     build(kb, "PCA8,IVF32,PQ8x4fs")
-    with pytest.raises(ValmError, match=r"faiss on a GPU has no IndexIVFPQFastScan, .* factory string 'Flat'"):
-        open_index(kb, "cuda")
+    reason = r"faiss on a GPU has no IndexIVFPQFastScan, .* factory string 'Flat'"
+    with pytest.raises(ValmError, match=reason):
+        FaissIndex.open(kb, "cuda")
+    monkeypatch.setattr(type(clip), "device", property(lambda self: torch.device("cuda")))
+    with pytest.warns(UserWarning, match=rf"{reason}.* The index of {kb.path} is searched on the CPU"):
+        retriever = Retriever(ContextEncoder(clip), kb, K)
+    assert isinstance(retriever.index, FaissIndex) and retriever.index.device == torch.device("cpu")
     assert isinstance(open_index(kb), FaissIndex)
     monkeypatch.setattr("valm.retrieval.index_factory.EXACT_BELOW", 100)
     with pytest.raises(ValmError, match="factory string 'IVF256,SQ8'"):
