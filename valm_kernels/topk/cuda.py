@@ -158,12 +158,12 @@ def _with_equal_rows(scores: Tensor, indices: Tensor, equal: Tensor) -> TopK:
     A row that is better than a first row, or equal to it and before it, is better than all of its group, so the k best
     of the first rows hold the first row of every group in the answer.
     """
-    order, begin, size = equal.long()
+    order, begin, size = equal
     k = scores.shape[1]
     row = indices.clamp(min=0)
     place = torch.arange(k, device=row.device)
     there = (place < size[row][..., None]) & (indices >= 0)[..., None]  # [Q, k, k]
-    members = order[(begin[row][..., None] + place).clamp(max=len(order) - 1)]
+    members = order[(begin[row].long()[..., None] + place).clamp(max=len(order) - 1)].long()
     candidates = TopK(scores[..., None].expand(members.shape).flatten(1), members.masked_fill(~there, -1).flatten(1))
     return merge_topk([candidates], [0], k)
 

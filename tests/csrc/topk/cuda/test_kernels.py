@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.csrc.topk.cuda.problems import ADVERSARIAL, DTYPES, adversarial, normals
 from tests.csrc.topk.cuda.simulator import ORDERS
@@ -260,6 +261,29 @@ def test_equal_rows_are_grouped_in_order(dtype):
         members = (group == group[row]).nonzero()[:, 0]
         assert size[row] == len(members)
         assert torch.equal(order[begin[row] : begin[row] + size[row]], members.int())
+
+
+class Conversions(TorchDispatchMode):
+    """The sizes of the tensors that are converted to another dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default:
+            self.sizes.append(args[0].numel())
+        return function(*args, **(kwargs or {}))
+
+
+def test_equal_rows_are_gathered_before_they_are_converted():
+    """A conversion of the whole `equal` would cost 36 bytes a row for each chunk of queries."""
+    rows = normals(2000, 8).repeat(2, 1)
+    equal = cuda.equal_rows(rows, None)
+    with Conversions() as conversions:
+        best = cuda._with_equal_rows(torch.tensor([[3.0, 2.0]]), torch.tensor([[7, 5]]), equal)
+    assert best.indices.tolist() == [[7, 2007]] and best.indices.dtype == torch.int64
+    assert conversions.sizes and max(conversions.sizes) < len(rows)
 
 
 def test_rows_of_one_hash_that_differ_stay_apart(monkeypatch):
