@@ -22,9 +22,9 @@ INTRODUCTION = """\
 # On a GPU
 
 `make gpu-check` does on a card, within ten minutes, what this project cannot do without one: the tests of the GPU code,
-the same under compute-sanitizer, and the benchmarks beside their peers. A run that was stopped, or of which a step
-failed, repeats only what is left; a change of the code repeats all. It writes
-`benchmarks/results/gpu.csv`, and this page from it.
+a small set of them under compute-sanitizer, and the benchmarks beside their peers. A run that was stopped, or of which
+a step failed, repeats only what is left; a change of the code repeats all. It writes `benchmarks/results/gpu.csv`, and
+this page from it.
 
 "Arithmetic" is the least time that an H100 needs by [the roofline](roofline.md), an estimate: bytes once over the
 memory bus, floating-point operations at the peak of the tensor cores, nothing for launches and host.

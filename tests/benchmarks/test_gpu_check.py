@@ -1,7 +1,9 @@
 """The driver of `make gpu-check` and its page, with stand-ins for the card and the steps."""
 
 import csv
+import subprocess
 import sys
+import time
 from dataclasses import asdict
 
 import pytest
@@ -10,6 +12,9 @@ import torch
 from benchmarks import gpu_check, gpu_report
 from benchmarks.conftest import Row
 from benchmarks.gpu_check import Step, main
+from benchmarks.valm_kernels import bench_long_attention
+from benchmarks.valm_kernels.bench_long_attention import DECODING, SIZES, TEXT_ONLY
+from benchmarks.valm_kernels.bench_visual_fusion import CASES
 
 # A stand-in for a benchmark: writes a row to the file that --results names.
 BENCHMARK = """
@@ -134,6 +139,32 @@ def test_rows_that_are_gone_are_measured_again(card):
     assert len(rows()) == 2
 
 
+def test_rows_of_older_code_are_not_written(card, monkeypatch):
+    step = benchmark("decode", "ours", 0.1, 0.0075)
+    assert main([step]) == 0
+    (card / "sources" / "kernel.cu").write_text("2")
+    monkeypatch.setattr(gpu_check, "LIMIT_S", 0)
+    assert main([step]) == 1
+    assert [row["note"] for row in rows()] == ["not run: 0 s are over, run it again"]
+
+
+def test_processes_of_a_step_end_with_it(card):
+    started = card / "started"
+    sleeper = f"import os, time; open({str(started)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    starter = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {sleeper!r}])"
+    assert main([Step("slow", command(starter), 5)]) == 1
+    pid = int(started.read_text())
+    end = time.monotonic() + 10
+    while is_running(pid) and time.monotonic() < end:  # until the system has ended it
+        time.sleep(0.1)
+    assert not is_running(pid)
+
+
+def is_running(pid):
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    return bool(state) and not state.startswith("Z")
+
+
 def test_what_takes_too_long_or_is_not_installed_fails(card):
     steps = [
         Step("slow", command("import time; time.sleep(60)"), 1),
@@ -170,9 +201,36 @@ def test_page_before_anything_is_measured(monkeypatch, tmp_path):
     assert page.count(f"| {gpu_report.NOT_YET} |") == 2 + len(gpu_report.AIMS)
 
 
+def test_aims_are_found_under_the_names_of_the_benchmarks():
+    cases = [*(f"forward {case}" for case in CASES), f"forward {SIZES['cuda']}", f"decode {DECODING}"]
+    names = ["ours", TEXT_ONLY, "flash + LSE merge"]
+    rows = [{"group": case, "name": name, "median_ms": "1"} for case in cases for name in names]
+    assert all(aim.ratio(rows) is not None for aim in gpu_report.AIMS)
+
+
+def test_arithmetic_of_decoding_without_images_is_less():
+    measured = {}
+    for name in ("ours", TEXT_ONLY):
+        bench_long_attention.bench_decode(lambda name, **row: measured.update({name: row}), torch.device("cpu"), name)
+    assert measured["ours"]["group"] == measured[TEXT_ONLY]["group"]
+    assert measured[TEXT_ONLY]["arithmetic"] < measured["ours"]["arithmetic"]
+
+
 def test_steps_name_files_that_exist():
     assert [step.name for step in gpu_check.STEPS[1:5]] == ["memcheck", "racecheck", "synccheck", "initcheck"]
     for step in gpu_check.STEPS:
         files = [argument for argument in step.command if argument.startswith(("benchmarks/", "tests/"))]
         assert all((gpu_report.ROOT / file).exists() for file in files)
         assert step.results == bool([file for file in files if file.startswith("benchmarks/")])
+
+
+def test_the_small_set_has_one_dtype_of_each_kind_of_attention():
+    """The selection of the sanitizers' steps, as pytest collects it."""
+    *_, folder = gpu_check.sanitizer_step("memcheck").command
+    tests = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "gpu and not slow", "-k", gpu_check.SMALL]
+    files = [f"{folder}/visual_fusion/triton/test_gpu.py", f"{folder}/topk/test_cuda_gpu.py"]
+    found = subprocess.run([*tests, *files], cwd=gpu_report.ROOT, capture_output=True, text=True).stdout
+    selected = [line.rpartition("::")[2] for line in found.splitlines() if "::" in line]
+    attention = [name for name in selected if name.startswith("test_agrees_with_float64_reference")]
+    assert attention and all(name.endswith("torch.float16]") for name in attention)
+    assert {"test_public_functions_use_it", "test_numpy_rows_on_a_device"} <= set(selected)
