@@ -21,6 +21,12 @@ def add_to(commands: Commands) -> None:
     )
     run.add_argument("--seed", type=int, action="append", help="run this one of its seeds only; may be repeated")
     run.add_argument("--results", type=Path, help="folder into which the results of each seed are copied")
+    pictures = command(study_commands, "pictures", run_pictures, "draw what VaLM of a finished seed sees and answers")
+    pictures.add_argument("config", type=Path, help="YAML file of the study")
+    pictures.add_argument("--out", type=Path, required=True, help="its folder")
+    pictures.add_argument("--data", type=Path, help="folder of the evaluation sets (default: $VALM_EVAL_DATA)")
+    pictures.add_argument("--seed", type=int, help="which of its seeds (default: the first)")
+    pictures.add_argument("--figures", type=Path, default=Path("docs/images"), help="folder of the figures")
     report = command(study_commands, "report", run_report, "write the tables and figures of a page from results")
     report.add_argument("results", type=Path, nargs="+", help="results of the seeds of one study")
     report.add_argument("--page", type=Path, default=Path("docs/study.md"), help="Markdown file with marks for tables")
@@ -56,6 +62,20 @@ def run_run(arguments: argparse.Namespace) -> None:
             shutil.copyfile(file, writable_folder(arguments.results) / f"{kind}{config.name}-seed-{seed}.json")
     results = read_results(list(files.values()))
     print("\n\n".join((accuracies(results), differences(results), perplexities(results))))
+
+
+def run_pictures(arguments: argparse.Namespace) -> None:
+    from valm.cli import main
+    from valm.evaluation.sets import DATA_VARIABLE
+    from valm.study.config import read_config
+    from valm.study.exhibits import write_exhibits
+    from valm.study.run import Study
+
+    config = read_config(arguments.config)
+    data = arguments.data or os.environ.get(DATA_VARIABLE)
+    study = Study(config, arguments.out, main, None if data is None else Path(data))
+    write_exhibits(study, config.seeds[0] if arguments.seed is None else arguments.seed, arguments.figures)
+    print(f"written to {arguments.figures}")
 
 
 def run_report(arguments: argparse.Namespace) -> None:

@@ -111,6 +111,10 @@ def test_a_whole_study(world):
     table.write_text("Index,Descriptor,Item,Color\n1,the,kettle,red\n2,an,apple,green\n")
     folders = [str(world / "out" / name) for name in ("valm", "twin", "blind")]
     assert main(["eval", *folders, "--memory-color", str(table), "--quiet"]) == 0
+    figures = ["--figures", str(world)]
+    where = ["--out", str(world / "out"), "--data", str(world / "data")]
+    assert main(["study", "pictures", str(world / "study.yaml"), *where, *figures]) == 0
+    assert Image.open(world / "study-examples.png").size[0] > 400
 
 
 def test_a_folder_with_another_recipe_is_refused(world, tmp_path):
