@@ -223,11 +223,11 @@ def test_kb_index_chooses_an_index_for_gpus(kb, clip, two_gpus, monkeypatch, cap
     monkeypatch.setattr("valm.cli.kb.chosen_device", lambda arguments: torch.device("cuda"))
     monkeypatch.setattr(type(kb), "load_clip", lambda self, *_, **__: clip)
     monkeypatch.setattr(type(clip), "to", lambda self, device: self)
-    assert main(["kb", "index", str(kb.path), "--target-recall", "0.3", "--quiet"]) == 0
+    assert main(["kb", "index", str(kb.path), "--target-recall", "0.3"]) == 0
     assert index_parameters(kb).factory == "IVF256,SQ8"
     assert two_gpus[0].gpus == [0, 1]
     options = ["--factory", "IVF32,PQ8x4fs"]
-    assert main(["kb", "index", str(kb.path), *options, "--quiet"]) == 1
+    assert main(["kb", "index", str(kb.path), *options]) == 1
     assert "make the index with the factory string 'IVF256,SQ8'" in capsys.readouterr().err
 
 

@@ -110,7 +110,7 @@ def test_a_whole_study(world):
     table = world / "table.csv"
     table.write_text("Index,Descriptor,Item,Color\n1,the,kettle,red\n2,an,apple,green\n")
     folders = [str(world / "out" / name) for name in ("valm", "twin", "blind")]
-    assert main(["eval", *folders, "--memory-color", str(table), "--quiet"]) == 0
+    assert main(["eval", *folders, "--memory-color", str(table)]) == 0
     figures = ["--figures", str(world)]
     where = ["--out", str(world / "out"), "--data", str(world / "data")]
     assert main(["study", "pictures", str(world / "study.yaml"), *where, *figures]) == 0
