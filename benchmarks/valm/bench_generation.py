@@ -7,21 +7,12 @@ Greedy, one row, with the cache of keys and values. Weights are random, which ch
 from __future__ import annotations
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 
-from benchmarks.valm.inputs import clip, prose, token_rows
+from benchmarks.valm.inputs import clip, knowledge_base_of, prose, token_rows
 from benchmarks.valm_kernels import roofline
 from valm.config import ValmConfig
-from valm.knowledge_base.format import (
-    ITEM_SCHEMA,
-    EncodedShard,
-    begin_knowledge_base,
-    clip_entry,
-    finish_knowledge_base,
-    write_shard,
-)
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model import VaLMForCausalLM
 from valm.retrieval.context import ContextEncoder
@@ -37,13 +28,8 @@ STORED = 100_000
 @pytest.fixture(scope="module")
 def kb(tmp_path_factory: pytest.TempPathFactory) -> ImageKnowledgeBase:
     """STORED random directions."""
-    build = begin_knowledge_base(tmp_path_factory.mktemp("generation") / "kb", {})
     vectors = np.random.default_rng(0).standard_normal((STORED, clip(TOWER).embed_dim), dtype=np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    rows = [{"uri": str(row), "caption": "", "width": 1, "height": 1} for row in range(STORED)]
-    write_shard(build.out, 0, EncodedShard(vectors, pa.Table.from_pylist(rows, ITEM_SCHEMA), None, []))
-    finish_knowledge_base(build, clip_entry(clip(TOWER), build.out), vectors.shape[1])
-    return ImageKnowledgeBase.open(build.out)
+    return knowledge_base_of([vectors], tmp_path_factory.mktemp("generation") / "kb", clip(TOWER))
 
 
 @pytest.mark.parametrize("name", ["VaLM", "GPT-2*"])

@@ -8,7 +8,7 @@ DBPedia, which are found through VALM_EVAL_DATA.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -92,13 +92,25 @@ def large_knowledge_base(folder: Path, tower: str) -> ImageKnowledgeBase:
     if (out / "manifest.json").exists():
         return ImageKnowledgeBase.open(out)
     real = real_vectors(tower)
-    build = begin_knowledge_base(out, {"real": len(real), "perturbation": PERTURBATION, "count": PICTURES})
-    for number in range(PICTURES // SHARD):
-        generator = np.random.default_rng(number)
-        one, other, another = generator.integers(0, len(real), (3, SHARD))
-        vectors = real[one] + PERTURBATION * (real[other] - real[another])
-        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-        rows = [{"uri": f"{number}/{row}", "caption": "", "width": 1, "height": 1} for row in range(SHARD)]
+
+    def shards() -> Iterator[np.ndarray]:
+        for number in range(PICTURES // SHARD):
+            generator = np.random.default_rng(number)
+            one, other, another = generator.integers(0, len(real), (3, SHARD))
+            yield real[one] + PERTURBATION * (real[other] - real[another])
+
+    plan = {"real": len(real), "perturbation": PERTURBATION, "count": PICTURES}
+    return knowledge_base_of(shards(), out, clip(tower), plan)
+
+
+def knowledge_base_of(
+    shards: Iterable[np.ndarray], out: Path, clip: Clip, plan: dict[str, float] | None = None
+) -> ImageKnowledgeBase:
+    """A knowledge base of the directions of `shards`, (n, E) each, without pictures. `plan`: what they depend on."""
+    build = begin_knowledge_base(out, plan or {})
+    for number, shard in enumerate(shards):
+        vectors = shard / np.linalg.norm(shard, axis=1, keepdims=True)
+        rows = [{"uri": f"{number}/{row}", "caption": "", "width": 1, "height": 1} for row in range(len(vectors))]
         write_shard(build.out, number, EncodedShard(vectors, pa.Table.from_pylist(rows, ITEM_SCHEMA), None, []))
-    finish_knowledge_base(build, clip_entry(clip(tower), build.out), real.shape[1])
+    finish_knowledge_base(build, clip_entry(clip, build.out), clip.embed_dim)
     return ImageKnowledgeBase.open(out)

@@ -1,6 +1,7 @@
 """Tiny models, batches, and a retriever whose images depend on the text alone, for the tests of valm."""
 
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from valm.config import ValmConfig
 from valm.model import VaLMForCausalLM
@@ -33,6 +34,12 @@ def tiny_model(seed: int = 0, **arguments) -> VaLMForCausalLM:
         for name, parameter in model.named_parameters():
             parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 or "bias" in name else 0.1))
     return model
+
+
+def model_of(tokenizer: PreTrainedTokenizerFast, **arguments) -> VaLMForCausalLM:
+    """A `tiny_model` that reads and writes the tokens of `tokenizer`."""
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return tiny_model(vocab_size=len(tokenizer), **special, **arguments)
 
 
 def random_ids(batch: int, length: int, seed: int = 0) -> torch.Tensor:

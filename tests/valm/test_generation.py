@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.valm.models import tiny_model
+from tests.valm.models import model_of
 from tests.valm.other_tokenizers import gpt2_like, llama_like
 from tests.valm.tiny_clip import TEXTS
 from valm.retrieval.context import ContextEncoder
@@ -28,11 +28,8 @@ def model(request, clip, make_kb, tmp_path_factory):
         tokenizer = load_tokenizer(folder)
     encoder = ContextEncoder(clip, tokenizer=tokenizer)
     retriever = BlindRetriever(encoder) if blind else Retriever(encoder, make_kb(30), 3)
-    model = tiny_model(
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+    model = model_of(
+        tokenizer,
         image_dim=clip.embed_dim,
         num_images=retriever.k,
         blind=blind,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.valm.models import tiny_model
+from tests.valm.models import model_of, tiny_model
 from tests.valm.tiny_clip import TEXTS, make_clip
 from valm.checkpoint import load, save_checkpoint
 from valm.config import ValmConfig
@@ -24,15 +24,7 @@ def kb(make_kb):
 @pytest.fixture(scope="module")
 def model(clip, kb):
     tokenizer = clip.tokenizer
-    model = tiny_model(
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        image_dim=clip.embed_dim,
-        n_positions=128,
-        query_clip=clip.weights_hash,
-    )
+    model = model_of(tokenizer, image_dim=clip.embed_dim, n_positions=128, query_clip=clip.weights_hash)
     model.set_retriever(SelfRetriever(SelfEncoder(model, tokenizer, kb), kb, 3))
     return model
 

@@ -21,7 +21,6 @@ from open_clip import ClipLoss
 from open_clip.timm_model import TimmModel
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor
-from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast
 
@@ -32,6 +31,7 @@ from valm.knowledge_base.encode import Record
 from valm.knowledge_base.sources import Source
 from valm.processes import end_with_parent
 from valm.progress import progress_bar
+from valm.training.steps import Draws, take_steps
 
 # The limit of open_clip. A CLIP of few images and texts overfits with it.
 MAX_LOGIT_SCALE = 100.0
@@ -50,8 +50,7 @@ def train_clip(
 ) -> list[float]:
     """Trains the parameters of `clip` that have requires_grad, in place, and returns the loss of every step.
 
-    AdamW, a learning rate that rises for a tenth of the steps and falls as a cosine (one cycle), gradients clipped
-    at 1. Afterwards the model is in eval mode, without gradients, as `Clip` has it.
+    The steps are those of `take_steps`. Afterwards the model is in eval mode, without gradients, as `Clip` has it.
 
     Args:
         clip: for example from `Clip.create`, with `clip.model.requires_grad_(True)`; its image tower may be locked.
@@ -67,30 +66,24 @@ def train_clip(
         parameters = list(module.parameters())
         if parameters and not any(parameter.requires_grad for parameter in parameters):
             module.eval()  # a frozen batch norm updates no statistics
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.98), weight_decay=0.1)
-    schedule = OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
-    contrast = ClipLoss()
-    losses: list[float] = []
-    with progress_bar(total=steps, desc=progress, unit="step", shown=progress is not None) as bar:
-        for step, (images, texts) in zip(range(steps), batches, strict=False):
-            loss = contrast(
+
+    @torch.no_grad()
+    def limit_scale() -> None:
+        model.logit_scale.clamp_(max=math.log(max_logit_scale))
+
+    def batch_losses() -> Iterator[Tensor]:
+        contrast = ClipLoss()
+        for images, texts in batches:
+            limit_scale()
+            yield contrast(
                 model.encode_image(images.to(clip.device), normalize=True),
                 model.encode_text(clip.token_ids(texts).to(clip.device), normalize=True),
                 model.logit_scale.exp(),
             )
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
-                raise ValmError(f"the loss of step {step + 1} is {losses[-1]}: try a smaller learning rate than {lr}")
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            with torch.no_grad():
-                model.logit_scale.clamp_(max=math.log(max_logit_scale))
-            bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-            bar.update()
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    losses = take_steps(trained, batch_losses(), steps=steps, lr=lr, weight_decay=0.1, progress=progress)
+    limit_scale()
     model.eval().requires_grad_(False)
     return losses
 
@@ -205,7 +198,7 @@ class CaptionedImages(Dataset[tuple[Tensor, str] | None]):
             raise ValmError(f"a CLIP learns from batches of two images or more, got {size}")
         loader = DataLoader(
             self,
-            batch_sampler=_Draws(len(self.records), size, self.seed),
+            batch_sampler=Draws(len(self.records), size, self.seed),
             collate_fn=_stacked,
             num_workers=workers,
             worker_init_fn=end_with_parent,
@@ -272,22 +265,6 @@ class CachedImages(CaptionedImages):
 def _has_projection(visual: torch.nn.Module) -> bool:
     """Whether an image tower is one of timm's: open_clip freezes its trunk, and its projection is trained."""
     return isinstance(visual, TimmModel)
-
-
-class _Draws:
-    """Batches of (number of the draw, index of the image), without end."""
-
-    def __init__(self, images: int, size: int, seed: int):
-        self.images, self.size, self.seed = images, size, seed
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        generator = torch.Generator().manual_seed(self.seed)
-        number = 0
-        while True:
-            order = torch.randperm(self.images, generator=generator).tolist()
-            for start in range(0, self.images - self.size + 1, self.size):
-                yield [(number + row, order[start + row]) for row in range(self.size)]
-                number += self.size
 
 
 def _stacked(items: list[tuple[Tensor, str] | None]) -> tuple[Tensor, list[str]] | None:

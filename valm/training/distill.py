@@ -11,7 +11,6 @@ depends on small differences between the nearest ones, which the cosine hardly s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,20 +19,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim.lr_scheduler import OneCycleLR
 from transformers import PreTrainedTokenizerFast
 
 from valm.corpus.retrieved import NO_IMAGE, CorpusRetrieval
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model import VaLMForCausalLM
-from valm.progress import progress_bar
 from valm.retrieval.context import ContextEncoder
 from valm.self_query import SelfEncoder, SelfRetriever
 from valm.tokenizer import begin_id
 from valm.training.blocks import Blocks
 from valm.training.collate import Collator
 from valm.training.split import hold_out
+from valm.training.steps import Draws, take_steps
 
 # Documents that are not trained on, for `Agreement`: a share, and at most so many.
 HELD_OUT = 0.05
@@ -70,8 +68,7 @@ def distill_queries(
 ) -> Agreement:
     """Gives `model` a new query head, trains it in place, and makes it find the model's images (`SelfRetriever`).
 
-    AdamW, a learning rate that rises for a tenth of the steps and falls as a cosine, gradients clipped at 1. Nothing
-    but the head is changed.
+    The steps are those of `take_steps`. Nothing but the head is changed.
 
     Args:
         tokenizer: the model's.
@@ -98,25 +95,16 @@ def distill_queries(
     trained, held_out = hold_out(blocks, min(HELD_OUT, MOST_HELD_OUT / len(blocks)), seed)
     collate = Collator(tokenizer, kb)
     scale = encoder.clip.model.logit_scale.exp().item()
-    optimizer = torch.optim.AdamW(head.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     model.eval()
-    with progress_bar(total=steps, desc="distill", unit="step", shown=progress) as bar:
-        for step, numbers in zip(range(steps), _draws(len(trained), batch_size, seed), strict=False):
-            batch = _on(model.device, collate([trained[number] for number in numbers]))
-            present = batch["attention_mask"].bool()
-            queries = model.self_queries(batch["input_ids"], batch["attention_mask"])[present]  # (n, E)
-            expected = encoder(batch["input_ids"], batch["attention_mask"])[present]
-            loss = query_loss(queries, expected, batch["image_pool"].float(), scale)
-            if not math.isfinite(loss.item()):
-                raise ValmError(f"the loss of step {step + 1} is {loss.item()}: try a smaller learning rate than {lr}")
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-            bar.update()
+
+    def losses() -> Iterator[Tensor]:
+        for draws in Draws(len(trained), min(batch_size, len(trained)), seed):
+            batch = _on(model.device, collate([trained[number] for _, number in draws]))
+            queries, expected = _queries(model, encoder, batch)
+            yield query_loss(queries, expected, batch["image_pool"].float(), scale)
+
+    name = "distill" if progress else None
+    take_steps(head.parameters(), losses(), steps=steps, lr=lr, weight_decay=0.01, progress=name)
     head.requires_grad_(False)
     return _agreement(model, encoder, retriever, held_out, collate, batch_size)
 
@@ -142,28 +130,22 @@ def _agreement(
     for start in range(0, len(documents), batch_size):
         chosen = [documents[number] for number in range(start, min(start + batch_size, len(documents)))]
         batch = _on(model.device, collate(chosen))
-        present = batch["attention_mask"].bool()
-        queries = model.self_queries(batch["input_ids"], batch["attention_mask"])[present]  # (n, E)
-        expected = encoder(batch["input_ids"], batch["attention_mask"])[present]
+        queries, expected = _queries(model, encoder, batch)
         ids, _ = retriever.nearest(queries)  # (n, K)
         stored = torch.from_numpy(np.concatenate([document["image_ids"] for document in chosen]).astype(np.int64))
-        wanted = stored.masked_fill(stored == NO_IMAGE, -2).to(ids.device)  # in the order of `present`: row by row
+        wanted = stored.masked_fill(stored == NO_IMAGE, -2).to(ids.device)  # in the order of the queries: row by row
         cosine += float((queries * expected).sum())
         overlap += float((wanted[:, :, None] == ids[:, None, :]).any(-1).float().mean(-1).sum())
         tokens += len(ids)
     return Agreement(cosine / tokens, overlap / tokens, tokens)
 
 
+def _queries(model: VaLMForCausalLM, encoder: ContextEncoder, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The head's and CLIP's queries of the n tokens of a batch that are no padding, (n, E) each."""
+    present = batch["attention_mask"].bool()
+    arguments = batch["input_ids"], batch["attention_mask"]
+    return model.self_queries(*arguments)[present], encoder(*arguments)[present]
+
+
 def _on(device: torch.device, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-def _draws(count: int, size: int, seed: int) -> Iterator[list[int]]:
-    """Infinite batches of `size` numbers below `count`; all come once before any comes again, except for a remainder
-    smaller than a batch."""
-    random = np.random.default_rng(seed)
-    size = min(size, count)
-    while True:
-        order = random.permutation(count)
-        for start in range(0, count - size + 1, size):
-            yield order[start : start + size].tolist()

@@ -1,0 +1,72 @@
+"""The steps of trainings that are not a language model's, and so need no Trainer: a CLIP, a query head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR
+
+from valm.errors import ValmError
+from valm.progress import progress_bar
+
+
+def take_steps(
+    parameters: Iterable[nn.Parameter],
+    losses: Iterable[Tensor],
+    *,
+    steps: int,
+    lr: float,
+    weight_decay: float,
+    progress: str | None,
+) -> list[float]:
+    """Trains `parameters` in place, and returns the loss of every step.
+
+    AdamW, a learning rate that rises for a tenth of the steps and falls as a cosine (one cycle), gradients clipped
+    at 1.
+
+    Args:
+        losses: at least `steps` losses, each computed when it is asked for: with the parameters as they are then.
+        progress: name of the progress bar; None shows none.
+
+    Raises:
+        ValmError: a loss is not finite.
+    """
+    trained = list(parameters)
+    optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay)
+    schedule = OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    found: list[float] = []
+    with progress_bar(total=steps, desc=progress, unit="step", shown=progress is not None) as bar:
+        for step, loss in zip(range(steps), losses, strict=False):
+            found.append(loss.item())
+            if not math.isfinite(found[-1]):
+                raise ValmError(f"the loss of step {step + 1} is {found[-1]}: try a smaller learning rate than {lr}")
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            schedule.step()
+            bar.set_postfix(loss=f"{found[-1]:.3f}", refresh=False)
+            bar.update()
+    return found
+
+
+class Draws:
+    """Batches of (number of the draw, index of the example), without end.
+
+    All examples come once before any comes again, except for a remainder smaller than a batch.
+    """
+
+    def __init__(self, examples: int, size: int, seed: int):
+        self.examples, self.size, self.seed = examples, size, seed
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        generator = torch.Generator().manual_seed(self.seed)
+        number = 0
+        while True:
+            order = torch.randperm(self.examples, generator=generator).tolist()
+            for start in range(0, self.examples - self.size + 1, self.size):
+                yield [(number + row, order[start + row]) for row in range(self.size)]
+                number += self.size
