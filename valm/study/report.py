@@ -7,14 +7,14 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from valm.errors import ValmError
 from valm.evaluation.sets import SETS
 from valm.evaluation.statistics import Difference, Estimate
-from valm.files import atomic_path, read_text
+from valm.files import atomic_path, read_text, writable_folder
 from valm.plots import FAINT, INK, SERIES, new_figure, quiet
 from valm.study.config import ARMS, EXCHANGES, VALIDATION
 from valm.study.results import CALIBRATED, RAW, Results
@@ -82,7 +82,7 @@ def write_page(results: Results, page: str | os.PathLike, images: str | os.PathL
     Raises:
         ValmError: the page cannot be read, or has a mark of no table.
     """
-    path = Path(page)
+    path, folder = Path(page), writable_folder(images)
 
     def filled(mark: re.Match) -> str:
         if mark[1] not in TABLES:
@@ -93,7 +93,7 @@ def write_page(results: Results, page: str | os.PathLike, images: str | os.PathL
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     for name, draw in FIGURES.items():
-        with atomic_path(Path(images) / f"study-{name}.png") as temporary:
+        with atomic_path(folder / f"study-{name}.png") as temporary:
             draw(results).savefig(temporary, dpi=110, format="png")
 
 
@@ -113,38 +113,45 @@ def summary(results: Results) -> str:
     """The primary measure and two others in a sentence."""
     seeds = ", ".join(str(seed["seed"]) for seed in results.seeds)
     found = [f"With images it is {points(results.difference(VALM, TWIN, PRIMARY))} points better on MemoryColor"]
-    if results.has(*VALM, VALIDATION):
-        found.append(f"{points(results.difference(VALM, TWIN, VALIDATION))} about things whose colour no text says")
-    if results.has("valm", "exchanged", PRIMARY) and results.changes("exchanged", PRIMARY):
-        follows, _ = results.follows("valm", "exchanged", PRIMARY)
+    if (some := results.having(VALIDATION, VALM, TWIN)).seeds:
+        found.append(f"{points(some.difference(VALM, TWIN, VALIDATION))} about things whose colour no text says")
+    if (some := results.having(PRIMARY, VALM, ("valm", "exchanged"))).changes("exchanged", PRIMARY):
+        follows, _ = some.follows("valm", "exchanged", PRIMARY)
         found.append(f"and {points(follows)} of its answers follow when red and blue are exchanged in the images")
     return f"{', '.join(found)} (seeds {seeds} of {SEEDS})."
 
 
 def hypotheses(results: Results) -> str:
     """What became of each hypothesis; nothing is decided before all seeds are there."""
-    decided = len(results.seeds) >= SEEDS
     rows = []
 
-    def add(name: str, difference: Difference, holds: bool) -> None:
+    def add(name: str, difference: Difference, holds: bool, some: Results) -> None:
+        decided = len(some.seeds) >= SEEDS
         verdict = ("holds" if holds else "does not hold") if decided else ("so far yes" if holds else "so far no")
-        rows.append(f"| {name} | {points(difference)} | {verdict} |")
+        rows.append(f"| {name} | {points(difference)} | {verdict}{_fewer(some, results)} |")
 
-    primary = results.difference(VALM, TWIN, PRIMARY)
-    add("H1: VaLM − twin, MemoryColor, raw", primary, primary.value >= POINTS and primary.low > 0)
-    if results.has(*PAIRS["VaLM, random images − twin"][0], PRIMARY):
-        control = results.difference(*PAIRS["VaLM, random images − twin"], PRIMARY)
-        add("H2: the same with random images at test time", control, control.value <= 0 or control.low <= 0)
+    def difference(pair: str) -> tuple[Difference | None, Results]:
+        some = results.having(PRIMARY, *PAIRS[pair])
+        return some.difference(*PAIRS[pair], PRIMARY) if some.seeds else None, some
+
+    found, some = difference("VaLM − twin")
+    if found:
+        add("H1: VaLM − twin, MemoryColor, raw", found, found.value >= POINTS and found.low > 0, some)
+    found, some = difference("VaLM, random images − twin")
+    if found:
+        holds = found.value <= 0 or found.low <= 0
+        add("H2: the same with random images at test time", found, holds, some)
     tests = _retrieval_tests(results)
     if tests:
-        best = max(tests, key=lambda test: test[1].low)
-        add(f"H3: the clearest of {len(tests)} tests of retrieval: {best[0]}", best[1], best[1].low > 0)
-    if results.has(*BLIND, PRIMARY):
-        blind = results.difference(VALM, BLIND, PRIMARY)
-        add("H4: VaLM − Blind, MemoryColor, raw", blind, blind.low > 0 or blind.high < 0)
-    if results.has("natural-valm", "retrieved", PRIMARY):
-        natural = results.difference(*PAIRS["natural VaLM − natural twin"], PRIMARY)
-        add("H5: natural VaLM − natural twin, MemoryColor, raw", natural, natural.low > 0)
+        best = max(tests, key=lambda test: test.difference.low)
+        name = f"H3: the clearest of {len(tests)} tests of retrieval: {best.title}"
+        add(name, best.difference, best.difference.low > 0, best.results)
+    found, some = difference("VaLM − Blind")
+    if found:
+        add("H4: VaLM − Blind, MemoryColor, raw", found, found.low > 0 or found.high < 0, some)
+    found, some = difference("natural VaLM − natural twin")
+    if found:
+        add("H5: natural VaLM − natural twin, MemoryColor, raw", found, found.low > 0, some)
     return "\n".join(["| Hypothesis | Points [95 %] | |", "| --- | --- | --- |", *rows])
 
 
@@ -155,10 +162,13 @@ def differences(results: Results) -> str:
     lines = [f"| Points [95 %], p | {' | '.join(pairs)} |", "| --- |" + " --- |" * len(pairs)]
     for of, kind in measures:
         cells = []
-        for first, second in pairs.values():
-            asked = results.has(*first, of) and results.has(*second, of)
-            difference = results.difference(first, second, of, kind) if asked else None
-            cells.append("–" if difference is None else f"{points(difference)}, {difference.p:.3f}")
+        for pair in pairs.values():
+            some = results.having(of, *pair)
+            if some.seeds:
+                difference = some.difference(*pair, of, kind)
+                cells.append(f"{points(difference)}, {difference.p:.3f}{_fewer(some, results)}")
+            else:
+                cells.append("–")
         lines.append(f"| {_title(of)}, {kind} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -169,10 +179,11 @@ def accuracies(results: Results) -> str:
     heads = [f"{_title(of)}, {kind}" for of, kind in measures]
     lines = [f"| Accuracy in percent [95 %] | {' | '.join(heads)} |", "| --- |" + " --- |" * len(heads)]
     for arm, images in results.arms():
-        cells = [
-            percent(results.accuracy(arm, images, of, kind)) if results.has(arm, images, of) else "–"
-            for of, kind in measures
-        ]
+        cells = []
+        for of, kind in measures:
+            some = results.having(of, (arm, images))
+            asked = percent(some.accuracy(arm, images, of, kind)) if some.seeds else "–"
+            cells.append(asked + _fewer(some, results))
         lines.append(f"| {_arm(arm, images)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -180,8 +191,9 @@ def accuracies(results: Results) -> str:
 def retrieval(results: Results) -> str:
     """The tests that a model without a knowledge base cannot pass."""
     lines = ["| Test | Things | Points [95 %] | p |", "| --- | --- | --- | --- |"]
-    for title, difference, count in _retrieval_tests(results):
-        lines.append(f"| {title} | {count} | {points(difference)} | {difference.p:.3f} |")
+    for test in _retrieval_tests(results):
+        numbers = f"{points(test.difference)}{_fewer(test.results, results)} | {test.difference.p:.3f}"
+        lines.append(f"| {test.title} | {test.things} | {numbers} |")
     return "\n".join(lines)
 
 
@@ -190,23 +202,23 @@ def perplexities(results: Results) -> str:
     texts = results.texts()
     lines = [f"| Perplexity per token, × the twin's [95 %] | {' | '.join(texts)} |", "| --- |" + " --- |" * len(texts)]
     for arm, images in results.arms():
-        if not results.has(arm, images, texts[0]):
-            continue
         cells = []
         for text in texts:
-            cell = f"{results.perplexity(arm, images, text).value:.1f}"
-            if (arm, images) != TWIN and results.has(*TWIN, text):
-                difference = results.nats_difference((arm, images), TWIN, text)
+            some = results.having(text, (arm, images))
+            cell = f"{some.perplexity(arm, images, text).value:.1f}" if some.seeds else "–"
+            both = some.having(text, TWIN)
+            if (arm, images) != TWIN and both.seeds:
+                difference = both.nats_difference((arm, images), TWIN, text)
                 value, low, high = (math.exp(nats) for nats in _numbers(difference))
                 cell += f", {value:.2f} [{low:.2f}, {high:.2f}]"
-            cells.append(cell)
+            cells.append(cell + _fewer(some, results))
         lines.append(f"| {_arm(arm, images)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def seconds(results: Results) -> str:
     """How long the stages took, mean of the seeds."""
-    stages = results.seeds[0]["seconds"]
+    stages = dict.fromkeys(stage for seed in results.seeds for stage in seed["seconds"])
     lines = ["| Stage of a seed | Seconds |", "| --- | --- |"]
     for stage in stages:
         taken = [seed["seconds"][stage] for seed in results.seeds if stage in seed["seconds"]]
@@ -252,9 +264,11 @@ def forest(results: Results) -> Figure:
     rows = []
     for name, (first, second) in PAIRS.items():
         for of, kind in MEASURES[:6]:
-            if results.has(*first, of) and results.has(*second, of):
-                rows.append((f"{name}: {_title(of)}, {kind}", results.difference(first, second, of, kind)))
-    rows += [(title, difference) for title, difference, _ in _retrieval_tests(results)]
+            some = results.having(of, first, second)
+            if some.seeds:
+                title = f"{name}: {_title(of)}, {kind}{_fewer(some, results)}"
+                rows.append((title, some.difference(first, second, of, kind)))
+    rows += [(test.title + _fewer(test.results, results), test.difference) for test in _retrieval_tests(results)]
     figure = new_figure(9, 0.6 + 0.22 * len(rows))
     axes = figure.subplots()
     for place, (_, difference) in enumerate(rows):
@@ -273,8 +287,8 @@ def curves(results: Results) -> Figure:
     """The loss of every arm against the step, mean of the seeds and of WINDOW steps."""
     figure = new_figure(6.4, 3.6)
     axes = figure.subplots()
-    for number, arm in enumerate(results.seeds[0]["losses"]):
-        runs = [seed["losses"][arm] for seed in results.seeds if seed["losses"][arm]]
+    for number, arm in enumerate(dict.fromkeys(arm for seed in results.seeds for arm in seed["losses"])):
+        runs = [seed["losses"][arm] for seed in results.seeds if seed["losses"].get(arm)]
         if not runs:
             continue
         mean = np.mean([run[: min(map(len, runs))] for run in runs], axis=0)
@@ -315,14 +329,34 @@ def _arm(arm: str, images: str) -> str:
     return NAMES[arm] + (f", {SEEN[images]}" if SEEN[images] else "")
 
 
-def _retrieval_tests(results: Results) -> list[tuple[str, Difference, int]]:
-    """Each test with what it is called, its difference and of how many things it is."""
+def _fewer(some: Results, results: Results) -> str:
+    """Which seeds a number is of, where they are not all seeds of the page."""
+    if not some.seeds or len(some.seeds) == len(results.seeds):
+        return ""
+    return f" (seeds {', '.join(str(seed['seed']) for seed in some.seeds)})"
+
+
+class RetrievalTest(NamedTuple):
+    """A test that only a model with a knowledge base can pass: its difference, of how many things and which seeds."""
+
+    title: str
+    difference: Difference
+    things: int
+    results: Results
+
+
+def _retrieval_tests(results: Results) -> list[RetrievalTest]:
     found = []
     for arm in (name for name, one in ARMS.items() if one.twin is None):
+        retrieved = (arm, "retrieved")
         for of in (PRIMARY, "color_terms", VALIDATION):
             for exchange in EXCHANGES:
-                if results.has(arm, exchange, of) and results.changes(exchange, of):
-                    found.append((f"{NAMES[arm]}, {SEEN[exchange]}, {_title(of)}", *results.follows(arm, exchange, of)))
-            if of != VALIDATION and results.has(arm, "taken-out", of) and any(results.seeds[0]["sets"][of]["pictured"]):
-                found.append((f"{NAMES[arm]}, pictures added, {_title(of)}", *results.added(arm, of)))
+                some = results.having(of, retrieved, (arm, exchange))
+                if some.changes(exchange, of):
+                    title = f"{NAMES[arm]}, {SEEN[exchange]}, {_title(of)}"
+                    found.append(RetrievalTest(title, *some.follows(arm, exchange, of), some))
+            some = results.having(of, retrieved, (arm, "taken-out"))
+            if of != VALIDATION and some.seeds and any(some.seeds[0]["sets"][of]["pictured"]):
+                title = f"{NAMES[arm]}, pictures added, {_title(of)}"
+                found.append(RetrievalTest(title, *some.added(arm, of), some))
     return found

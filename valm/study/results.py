@@ -20,28 +20,35 @@ RAW, CALIBRATED = "raw", "calibrated"
 
 @dataclass(frozen=True)
 class Results:
-    """The results of several seeds of one recipe; `seeds` are the contents of their files."""
+    """The results of several seeds of one recipe.
+
+    Some seeds may have fewer arms or tests than others. A number is asked of seeds that all have it: see `having`.
+
+    Args:
+        seeds: the contents of the results files, those of a seed together.
+    """
 
     seeds: tuple[dict[str, Any], ...]
 
     def arms(self) -> list[tuple[str, str]]:
         """(arm, images) of every row, in their order."""
-        return list(dict.fromkeys((row["arm"], row["images"]) for row in self.seeds[0]["rows"]))
+        return list(dict.fromkeys((row["arm"], row["images"]) for seed in self.seeds for row in seed["rows"]))
 
     def sets(self) -> list[str]:
-        return list(self.seeds[0]["sets"])
+        return list(dict.fromkeys(name for seed in self.seeds for name in seed["sets"]))
 
     def texts(self) -> list[str]:
-        return list(dict.fromkeys(row["text"] for row in self.seeds[0]["rows"] if "text" in row))
+        return list(dict.fromkeys(row["text"] for seed in self.seeds for row in seed["rows"] if "text" in row))
 
-    def has(self, arm: str, images: str, of: str) -> bool:
-        return _row(self.seeds[0], arm, images, of) is not None
+    def having(self, of: str, *asked: tuple[str, str]) -> Results:
+        """The seeds in which each of `asked` (arm, images) was asked about the set or text `of`."""
+        return Results(tuple(seed for seed in self.seeds if all(_row(seed, *one, of) for one in asked)))
 
     def hits(self, arm: str, images: str, of: str, kind: str = RAW) -> np.ndarray:
         """The number of right answers per item, (seeds, items), or (1, items of all seeds) if the seeds' items differ.
 
         Raises:
-            ValmError: there is no such row.
+            ValmError: a seed has no such row.
         """
         rows = []
         for seed in self.seeds:
@@ -121,23 +128,39 @@ class Results:
 
 
 def read_results(files: Sequence[str | os.PathLike]) -> Results:
-    """The results in `files`, by their seeds.
+    """The results in `files`, by their seeds. Two files may hold different arms or tests of one seed.
 
     Raises:
-        ValmError: there are none, two are of one seed, or their recipes differ.
+        ValmError: there are none, their recipes differ, or two files of a seed have the same row or differ in what was
+            asked.
     """
     if not files:
         raise ValmError("there are no results of a study: run `valm study run`")
     read = [read_json(Path(file), "the results", dict[str, Any], "run the study again") for file in files]
-    read.sort(key=lambda result: result["seed"])
-    if len({result["seed"] for result in read}) < len(read):
-        raise ValmError("two of the results are of the same seed")
     if len({result["recipe"] for result in read}) > 1:
         raise ValmError("the results are of different settings, and cannot be pooled")
-    asked = {tuple((row["arm"], row["images"], row.get("set", row.get("text"))) for row in one["rows"]) for one in read}
-    if len(asked) > 1:
-        raise ValmError("the results are of different arms or tests, and cannot be pooled")
-    return Results(tuple(read))
+    seeds: dict[int, dict[str, Any]] = {}
+    for result in sorted(read, key=lambda result: result["seed"]):
+        seed = result["seed"]
+        seeds[seed] = _together(seeds[seed], result) if seed in seeds else result
+    return Results(tuple(seeds.values()))
+
+
+def _together(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Two results of one seed as one. What both tell of the CLIP, the text and the machine is the first's."""
+    seed = first["seed"]
+    rows = {(row["arm"], row["images"], row.get("set", row.get("text"))) for row in first["rows"]}
+    for row in second["rows"]:
+        arm, images, of = row["arm"], row["images"], row.get("set", row.get("text"))
+        if (arm, images, of) in rows:
+            raise ValmError(f"two of the results of seed {seed} have a row of {arm}, {images}, {of}")
+    for name in first["sets"].keys() & second["sets"].keys():
+        if any(first["sets"][name][part] != second["sets"][name][part] for part in ("items", "candidates", "right")):
+            raise ValmError(f"two of the results of seed {seed} asked different questions of {name}")
+    return first | {
+        "rows": first["rows"] + second["rows"],
+        **{part: second[part] | first[part] for part in ("sets", "losses", "seconds")},
+    }
 
 
 def _row(seed: dict[str, Any], arm: str, images: str, of: str) -> dict[str, Any] | None:

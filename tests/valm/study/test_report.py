@@ -1,11 +1,12 @@
+import json
 import re
 
 import pytest
 from PIL import Image
 
-from tests.valm.study.synthetic import write
+from tests.valm.study.synthetic import result, write
 from valm.errors import ValmError
-from valm.study.report import TABLES, hypotheses, write_page
+from valm.study.report import TABLES, accuracies, hypotheses, write_page
 from valm.study.results import read_results
 
 
@@ -35,6 +36,16 @@ def test_nothing_is_decided_before_all_seeds_are_there(tmp_path):
     assert "holds" not in two
     assert re.search(r"H1: .* \| holds \|", five)
     assert re.search(r"H4: .*0\.0.* \| does not hold \|", five)  # Blind gave the same answers
+
+
+def test_a_number_of_fewer_seeds_says_which(tmp_path):
+    fewer = result(2)
+    fewer["rows"] = [row for row in fewer["rows"] if row["arm"] != "blind"]
+    (tmp_path / "fewer.json").write_text(json.dumps(fewer))
+    results = read_results([*write(tmp_path), tmp_path / "fewer.json"])
+    assert re.search(r"H4: .*so far no \(seeds 0, 1\) \|", hypotheses(results))
+    assert re.search(r"\| Blind \| 88\.9 \S+ \S+ \(seeds 0, 1\) \|", accuracies(results))
+    assert "(seeds" not in accuracies(read_results(write(tmp_path)))
 
 
 def test_a_mark_of_no_table_is_named(tmp_path):

@@ -57,23 +57,54 @@ def test_perplexity(tmp_path):
 
 def test_results_that_do_not_belong_together_are_refused(tmp_path):
     files = write(tmp_path)
-    with pytest.raises(ValmError, match="same seed"):
+    with pytest.raises(ValmError, match="seed 0 have a row of twin, none, memory_color"):
         read_results([files[0], files[0]])
     other = result(2) | {"recipe": "xyz"}
     (tmp_path / "other.json").write_text(json.dumps(other))
     with pytest.raises(ValmError, match="different settings"):
         read_results([*files, tmp_path / "other.json"])
-    fewer = result(3)
-    (tmp_path / "fewer.json").write_text(json.dumps(fewer | {"rows": fewer["rows"][1:]}))
-    with pytest.raises(ValmError, match="different arms or tests"):
-        read_results([*files, tmp_path / "fewer.json"])
+    again = result(0, items=ITEMS - 1)
+    again["rows"] = [row | {"arm": "noise"} for row in again["rows"]]
+    (tmp_path / "again.json").write_text(json.dumps(again))
+    with pytest.raises(ValmError, match="seed 0 asked different questions"):
+        read_results([*files, tmp_path / "again.json"])
     with pytest.raises(ValmError, match="no results"):
         read_results([])
 
 
+def test_two_files_of_a_seed_with_different_arms_are_read_together(tmp_path):
+    whole = result(0)
+    for name, arms in (("blind", ("blind",)), ("rest", ("twin", "valm"))):
+        part = {
+            "rows": [row for row in whole["rows"] if row["arm"] in arms],
+            "losses": {arm: loss for arm, loss in whole["losses"].items() if arm in arms},
+            "seconds": whole["seconds"] | {name: 1.0},
+        }
+        (tmp_path / f"{name}.json").write_text(json.dumps(whole | part))
+    together = read_results([tmp_path / "blind.json", tmp_path / "rest.json"])
+    assert len(together.seeds) == 1
+    assert together.seeds[0]["losses"] == whole["losses"]
+    assert together.seeds[0]["seconds"].keys() == {"clip", "blind", "rest"}
+    difference = (("valm", "retrieved"), ("blind", "retrieved"), "memory_color")
+    assert together.difference(*difference) == read_results(write(tmp_path, [0])).difference(*difference)
+
+
+def test_a_number_can_be_of_the_seeds_that_have_it(tmp_path):
+    fewer = result(2)
+    fewer["rows"] = [row for row in fewer["rows"] if row["arm"] != "blind"]
+    (tmp_path / "fewer.json").write_text(json.dumps(fewer))
+    results = read_results([*write(tmp_path), tmp_path / "fewer.json"])
+    blind = ("blind", "retrieved")
+    assert blind in results.arms()
+    assert [seed["seed"] for seed in results.having("memory_color", blind).seeds] == [0, 1]
+    assert len(results.having("memory_color", ("valm", "retrieved")).seeds) == 3
+    with pytest.raises(ValmError, match="seed 2 have no row of blind"):
+        results.accuracy(*blind, "memory_color")
+
+
 def test_a_row_that_is_not_there_is_named(tmp_path):
     results = read_results(write(tmp_path))
-    assert not results.has("noise", "noise", "memory_color")
+    assert not results.having("memory_color", ("noise", "noise")).seeds
     with pytest.raises(ValmError, match="seed 0 have no row of noise, noise, memory_color"):
         results.accuracy("noise", "noise", "memory_color")
     assert results.prompts("memory_color") == PROMPTS
