@@ -107,12 +107,14 @@ def load(
     clip: str | None = None,
     allow_download: bool = False,
     device: str | torch.device = "cpu",
+    query_dtype: torch.dtype | None = None,
     strict: bool = False,
 ) -> tuple[Any, PreTrainedTokenizerFast]:
     """Loads a model that takes images: a VaLM, or an augmented decoder saved whole or as an adapter.
 
-    The folder's note names the knowledge base and CLIP. They are opened on first use, or now if `kb` or `clip` is
-    given; a warning names what is missing. Without a knowledge base the model needs `image_pool` in each call.
+    The folder's note names the knowledge base and CLIP. They are opened on first use, or now if `kb`, `clip` or
+    `query_dtype` is given; a warning names what is missing. Without a knowledge base the model needs `image_pool` in
+    each call.
 
     Args:
         folder: written by `save_checkpoint`, `save_pretrained` or `save_adapter`, with a tokenizer (an adapter's may be
@@ -122,6 +124,7 @@ def load(
         kb: another knowledge base than the noted one.
         clip: the CLIP, if it has moved from where the knowledge base or the note says (see `Clip.load`).
         allow_download: with `kb`, as in `ImageKnowledgeBase.load_clip`.
+        query_dtype: precision of CLIP's text tower, as for `ContextEncoder`; by default float32.
         strict: raise an error instead of a warning when the model needs images and has none.
 
     Returns:
@@ -151,8 +154,10 @@ def load(
         raise ValmError(f"the model in {folder} sees no images (GPT-2*), so it takes no knowledge base")
     model = model.eval().to(device)
     model.strict = strict
-    if model.image_options.num_images > 0 and (kb is not None or clip is not None or allow_download):
-        _add_retriever(model, tokenizer, folder, kb, clip, allow_download, device)
+    given = any(option is not None for option in (kb, clip, query_dtype)) or allow_download
+    if model.image_options.num_images > 0 and given:
+        options = {"clip": clip, "allow_download": allow_download, "device": device}
+        _add_retriever(model, tokenizer, folder, kb, options | {"dtype": query_dtype or torch.float32})
     elif model.image_options.num_images > 0:
         note = RetrievalNote.read(folder)
         missing = None if note is None else note.missing()
@@ -226,16 +231,14 @@ def _add_retriever(
     tokenizer: PreTrainedTokenizerFast,
     folder: Path,
     kb: str | os.PathLike | None,
-    clip: str | None,
-    allow_download: bool,
-    device: str | torch.device,
+    options: dict[str, Any],
 ) -> None:
     note = RetrievalNote.read(folder)
     if kb is not None:
         note = RetrievalNote(Path(kb).absolute(), "eot" if note is None else note.query)
     if note is None:
-        raise ValmError(f"{folder} notes no knowledge base: give one as kb beside clip")
-    retriever = model.open_retriever(note, tokenizer, clip=clip, allow_download=allow_download, device=device)
+        raise ValmError(f"{folder} notes no knowledge base: give one as kb")
+    retriever = model.open_retriever(note, tokenizer, **options)
     try:
         model.set_retriever(retriever)
     except ValmError as error:

@@ -6,7 +6,15 @@ import argparse
 import json
 from pathlib import Path
 
-from valm.cli.options import Commands, add_json, add_retrieval, chosen_device, command, positive
+from valm.cli.options import (
+    Commands,
+    add_json,
+    add_retrieval,
+    chosen_device,
+    chosen_query_dtype,
+    command,
+    positive,
+)
 from valm.errors import ValmError
 
 # Sets whose file may be given separately.
@@ -84,6 +92,7 @@ def run_eval(arguments: argparse.Namespace) -> None:
         clip=arguments.clip,
         allow_download=arguments.allow_download,
         device=chosen_device(arguments),
+        query_dtype=chosen_query_dtype(arguments),
         no_images=arguments.no_images,
         random_images=arguments.random_images,
         replace=arguments.replace,

@@ -86,7 +86,22 @@ def share(text: str) -> float:
 def add_retrieval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kb", type=Path, help="another knowledge base than the checkpoint was trained with")
     add_clip(parser)
+    add_query_dtype(parser)
     add_device(parser)
+
+
+def add_query_dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--query-dtype",
+        choices=["float32", "bfloat16", "int8"],
+        help="precision of CLIP's text tower (default: float32); int8 needs a CPU with AVX-512 VNNI",
+    )
+
+
+def chosen_query_dtype(arguments: argparse.Namespace) -> torch.dtype | None:
+    import torch
+
+    return None if arguments.query_dtype is None else getattr(torch, arguments.query_dtype)
 
 
 def add_clip(parser: argparse.ArgumentParser) -> None:
@@ -118,6 +133,7 @@ def _load(arguments: argparse.Namespace, folder: Path, kb: Path | None) -> tuple
         clip=arguments.clip,
         allow_download=arguments.allow_download,
         device=chosen_device(arguments),
+        query_dtype=chosen_query_dtype(arguments),
     )
 
 

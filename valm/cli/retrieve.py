@@ -7,7 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from valm.cli.corpus import add_corpus, has_corpus, retrieve_documents
-from valm.cli.options import Commands, add_clip, add_device, add_ray, chosen_device, chosen_run, command, positive
+from valm.cli.options import (
+    Commands,
+    add_clip,
+    add_device,
+    add_query_dtype,
+    add_ray,
+    chosen_device,
+    chosen_query_dtype,
+    chosen_run,
+    command,
+    positive,
+)
 from valm.errors import ValmError
 
 if TYPE_CHECKING:
@@ -31,6 +42,7 @@ def add_to(commands: Commands) -> None:
     )
     retrieve.add_argument("-k", "--images", type=positive, default=4, help="images a token sees")
     retrieve.add_argument("--query", choices=["eot", "state"], default="eot", help="kind of the retrieval query")
+    add_query_dtype(retrieve)
     retrieve.add_argument(
         "--search-actors",
         type=positive,
@@ -42,6 +54,8 @@ def add_to(commands: Commands) -> None:
 
 
 def run_retrieve(arguments: argparse.Namespace) -> None:
+    import torch
+
     from valm.knowledge_base.store import ImageKnowledgeBase
     from valm.retrieval.context import ContextEncoder
     from valm.retrieval.retriever import Retriever
@@ -59,7 +73,8 @@ def run_retrieve(arguments: argparse.Namespace) -> None:
     kb = ImageKnowledgeBase.open(arguments.kb)
     tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else None
     clip = kb.load_clip(arguments.clip, allow_download=arguments.allow_download).to(chosen_device(arguments))
-    encoder = ContextEncoder(clip, tokenizer=tokenizer, query=arguments.query)
+    dtype = chosen_query_dtype(arguments) or torch.float32
+    encoder = ContextEncoder(clip, tokenizer=tokenizer, query=arguments.query, dtype=dtype)
     run = chosen_run(arguments)
     index: VectorIndex | None = None
     if arguments.search_actors is not None:

@@ -346,7 +346,7 @@ def _retrieve(
         "query": encoder.query,
         "overlap": encoder.rule.overlap,
         "min_tokens": encoder.rule.min_tokens,
-        "precision": str(encoder.tower.positions.dtype).removeprefix("torch."),
+        "precision": str(encoder.tower.dtype).removeprefix("torch."),
     }
     build = ShardedBuild(out, WHAT, plan, CorpusShard)
     with build.writing():

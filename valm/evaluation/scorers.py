@@ -141,7 +141,7 @@ class CausalScorer:
         if encoder is not None:
             settings.append(encoder.query)
         if isinstance(encoder, ContextEncoder):  # that of a query head is in the model's config
-            settings.append(encoder.clip.weights_hash)
+            settings += [encoder.clip.weights_hash, str(encoder.tower.dtype)]
         if isinstance(retriever, Retriever):
             index = getattr(retriever.index, "parameters", None)
             settings += [retriever.kb.fingerprint, retriever.k, str(index)]
@@ -319,11 +319,12 @@ def open_scorer(
     clip: str | None = None,
     allow_download: bool = False,
     device: str | torch.device = "cpu",
+    query_dtype: torch.dtype | None = None,
 ) -> Scorer:
     """The model in the folder `source`, or of that Hugging Face name where `allow_download`.
 
-    It may be what `valm.load` loads (kb and clip are for such a model that sees images), a causal or masked language
-    model of transformers, or a CLIP in open_clip's format.
+    It may be what `valm.load` loads (kb, clip and query_dtype are for such a model that sees images), a causal or
+    masked language model of transformers, or a CLIP in open_clip's format.
 
     Raises:
         ValmError: it is none of them, or cannot be loaded.
@@ -331,12 +332,13 @@ def open_scorer(
     folder = Path(source)
     if (folder / CLIP_CONFIG_FILE).is_file():
         return ClipScorer(Clip.load(source, device=device))
+    where = {"kb": kb, "clip": clip, "allow_download": allow_download, "device": device, "query_dtype": query_dtype}
     if is_adapter(folder):
-        return _open_valm(source, kb, clip, allow_download, device)
+        return _open_valm(source, where)
     if not folder.is_dir() and not allow_download:
         raise ValmError(f"there is no model folder {source}; a model's name on a hub needs --allow-download")
     if (folder / CONFIG_FILE).is_file() and _model_type(folder) == ValmConfig.model_type:
-        return _open_valm(source, kb, clip, allow_download, device)
+        return _open_valm(source, where)
     try:
         with quiet_transformers():
             return _open_transformers(source, allow_download, device)
@@ -372,10 +374,8 @@ def _model_type(folder: Path) -> Any:
         return None
 
 
-def _open_valm(
-    source: str, kb: str | os.PathLike | None, clip: str | None, allow_download: bool, device: str | torch.device
-) -> CausalScorer:
-    model, tokenizer = load(source, kb=kb, clip=clip, allow_download=allow_download, device=device)
+def _open_valm(source: str, where: dict[str, Any]) -> CausalScorer:
+    model, tokenizer = load(source, **where)
     options = model.image_options
     if options.blind:
         kind = "blind: its own query is each token's image"

@@ -59,6 +59,7 @@ class Settings:
     clip: str | None = None
     allow_download: bool = False
     device: str | torch.device = "cpu"
+    query_dtype: torch.dtype | None = None
     no_images: bool = False
     random_images: bool = False
     replace: str | os.PathLike | None = None
@@ -163,6 +164,7 @@ def evaluate(
             "python": platform.python_version(),
             "limit": settings.limit,
             "knowledge_base": None if settings.kb is None else str(settings.kb),
+            "query_dtype": None if settings.query_dtype is None else str(settings.query_dtype).removeprefix("torch."),
         },
     }
 
@@ -199,6 +201,7 @@ def open_with(source: str, settings: Settings) -> Scorer:
         clip=settings.clip,
         allow_download=settings.allow_download,
         device=settings.device,
+        query_dtype=settings.query_dtype,
     )
 
 

@@ -65,7 +65,7 @@ class ContextEncoder:
         query: "eot" is CLIP's own text feature of each prefix, as if EOT followed: the state that CLIP was trained
             for. "state" is the tower's state at the token itself, as published (Wang et al. 2022, section 2.2).
         overlap, min_tokens: see `SegmentRule`; by default OVERLAP or a quarter of a segment, and half a segment.
-        dtype: precision of the text tower, float32, bfloat16 or float64; queries are always float32.
+        dtype: precision of the text tower, float32, bfloat16, float64 or int8; queries are always float32.
 
     Raises:
         ValmError: the text tower or the tokenizer cannot be used; see `TextTower` and `Alignment`.

@@ -121,11 +121,16 @@ class RetrievalNote:
         clip: str | None = None,
         allow_download: bool = False,
         device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> Retriever | BlindRetriever:
         """The retriever of `k` images for a model that reads with `tokenizer`.
 
+        Args:
+            dtype: precision of the text tower, as for `ContextEncoder`.
+
         Raises:
-            ValmError: the knowledge base or the CLIP is missing or damaged, or they do not belong together.
+            ValmError: the knowledge base or the CLIP is missing or damaged, or they do not belong together; or the text
+                tower cannot have this precision.
         """
         kb = None if self.knowledge_base is None else ImageKnowledgeBase.open(self.knowledge_base)
         if kb is None or (blind and self.clip is not None):
@@ -139,7 +144,7 @@ class RetrievalNote:
             loaded = Clip.load(source)
         else:
             loaded = kb.load_clip(clip, allow_download=allow_download)
-        encoder = ContextEncoder(loaded.to(device), tokenizer=tokenizer, query=self.query)
+        encoder = ContextEncoder(loaded.to(device), tokenizer=tokenizer, query=self.query, dtype=dtype)
         if blind:
             return BlindRetriever(encoder)
         if kb is None:

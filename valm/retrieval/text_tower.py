@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,31 +16,59 @@ from torch import Tensor
 
 from valm.clip import Clip
 from valm.errors import ValmError
+from valm.retrieval.int8_linear import ROWS, Int8Linear, check_int8
 from valm_kernels import visual_fusion_attn
 
+Linear = Callable[[Tensor], Tensor]
 KeyValues = list[tuple[Tensor, Tensor]]  # of each layer: keys and values (N, H, T, D)
+
+
+class BlockLinear(NamedTuple):
+    """The linear layers of a block."""
+
+    attention_in: Linear
+    attention_out: Linear
+    mlp_in: Linear
+    mlp_out: Linear
 
 
 class TextTower:
     """The text tower of `clip` in `dtype`, its last projection in float32 at least.
 
-    Any open_clip text transformer whose feature is the state at EOT under a causal mask works.
+    Any open_clip text transformer whose feature is the state at EOT under a causal mask works. In int8 are the linear
+    layers of the blocks (`Int8Linear`); the rest is then float32.
 
     Raises:
         ValmError: the tower sees later tokens (bidirectional ones: SigLIP, CLIPA, most MobileCLIPs, Hugging Face
-            encoders), pools elsewhere (CoCa's class token after the text), or has other than standard pre-LN blocks.
+            encoders), pools elsewhere (CoCa's class token after the text), or has other than standard pre-LN blocks;
+            or int8 would be slow (`check_int8`).
     """
 
     def __init__(self, clip: Clip, dtype: torch.dtype):
+        self.dtype = dtype
         tower: Any = getattr(clip.model, "text", clip.model)  # open_clip has no types
         _check(tower, clip.name)
         modules: Any = torch.nn.ModuleDict(
             {"embedding": tower.token_embedding, "blocks": tower.transformer.resblocks, "norm": tower.ln_final}
         )
+        linear: Callable[[Tensor, Tensor], Linear] = _linear
+        self.mlp_rows = sys.maxsize  # rows of the MLP at once
+        if dtype == torch.int8:
+            check_int8(clip.device)
+            linear, dtype = Int8Linear, torch.float32
+            self.mlp_rows = ROWS
         if next(modules.parameters()).dtype != dtype:
             modules = copy.deepcopy(modules).to(dtype)
         self.embedding: torch.nn.Embedding = modules["embedding"]
         self.blocks: Any = modules["blocks"]
+        # of each block: queries, keys and values; output of the attention; first and second of the MLP
+        self.linear = [
+            BlockLinear(
+                linear(block.attn.in_proj_weight, block.attn.in_proj_bias),
+                *(linear(one.weight, one.bias) for one in (block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj)),
+            )
+            for block in self.blocks
+        ]
         self.norm = modules["norm"]
         self.positions: Tensor = tower.positional_embedding.to(dtype)  # (context_length, W)
         self.wide = torch.promote_types(dtype, torch.float32)
@@ -89,8 +120,8 @@ class TextTower:
 
         present = []
         for layer, block in enumerate(self.blocks):
-            attention = block.attn
-            projected = F.linear(block.ln_1(hidden), attention.in_proj_weight, attention.in_proj_bias)
+            linear = self.linear[layer]
+            projected = linear.attention_in(block.ln_1(hidden))
             # (3, N or 2N, H, T, D)
             q, k, v = projected.unflatten(-1, (3, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4)
             keys, values = k[:rows], v[:rows]
@@ -108,9 +139,10 @@ class TextTower:
             if not text_is_needed:
                 hidden = hidden[rows:]
             mixed = torch.cat(streams) if len(streams) > 1 else streams[0]
-            hidden += block.ls_1(attention.out_proj(mixed.transpose(1, 2).flatten(2)))
-            wide = _activate(block.mlp.gelu, block.mlp.c_fc(block.ln_2(hidden)))  # (N or 2N, T, 4W)
-            hidden += block.ls_2(block.mlp.c_proj(wide))
+            hidden += block.ls_1(linear.attention_out(mixed.transpose(1, 2).flatten(2)))
+            for some in hidden.flatten(0, 1).split(self.mlp_rows):  # parts of `hidden`, in place
+                wide = _activate(block.mlp.gelu, linear.mlp_in(block.ln_2(some)))  # (rows, 4W)
+                some += block.ls_2(linear.mlp_out(wide))
         return hidden, present
 
     def project(self, states: Tensor) -> Tensor:
@@ -121,6 +153,10 @@ class TextTower:
         if self.projection_bias is not None:
             features = features + self.projection_bias
         return F.normalize(features, dim=-1).float()
+
+
+def _linear(weight: Tensor, bias: Tensor) -> Linear:
+    return partial(F.linear, weight=weight, bias=bias)
 
 
 def _activate(activation: torch.nn.Module, states: Tensor) -> Tensor:

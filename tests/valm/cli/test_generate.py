@@ -1,8 +1,10 @@
 import json
 
 import pytest
+import torch
 
 from tests.valm.cli.commands import run
+from valm.checkpoint import load
 
 
 @pytest.mark.parametrize("options", [[], ["--beams", "2"], ["--sample", "--seed", "3"]])
@@ -21,6 +23,15 @@ def test_a_prompt_longer_than_the_context_is_shortened(world, capsys, words, new
     assert (f"the model reads 32 tokens: the prompt is cut to its first token and its last {room - 1}" in err) == (
         words + 1 > room
     )
+
+
+def test_the_text_tower_in_another_precision(world, capsys, monkeypatch):
+    assert run("generate", world / "valm", "the sea", "--max-new-tokens", 2, "--query-dtype", "bfloat16") == 0
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    assert run("generate", world / "valm", "the sea", "--query-dtype", "int8") == 1
+    assert "this processor has no AVX-512 VNNI" in capsys.readouterr().err
+    model, _ = load(world / "valm", query_dtype=torch.bfloat16)
+    assert model.retriever.encoder.tower.dtype == torch.bfloat16
 
 
 def test_checkpoint_and_knowledge_base_move_together(copy_of, capsys):

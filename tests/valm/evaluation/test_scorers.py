@@ -151,6 +151,7 @@ def test_an_augmented_decoder_without_images_scores_as_the_original(folders, tmp
     build(FolderSource(tmp_path / "pictures", shard_size=3), tmp_path / "other", kb.load_clip(), progress=False)
     other = open_scorer(str(tmp_path / "adapter"), kb=tmp_path / "other")
     assert other.fingerprint != own
+    assert open_scorer(str(tmp_path / "adapter"), query_dtype=torch.bfloat16).fingerprint != own
 
 
 def test_the_published_protocol_needs_single_tokens(folders):
