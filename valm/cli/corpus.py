@@ -53,7 +53,7 @@ def corpus_documents(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def retrieve_documents(
-    arguments: argparse.Namespace, retriever: Retriever, out: Path, run: Run | None = None
+    arguments: argparse.Namespace, retriever: Retriever, out: Path, *, scores: bool, run: Run | None = None
 ) -> CorpusRetrieval:
     """Retrieves the images of the corpus' tokens into `out`, here or by `run`. Errors as in `retrieve_files`."""
     from valm.corpus.retrieved import retrieve_files, retrieve_texts
@@ -61,8 +61,8 @@ def retrieve_documents(
 
     run = run or run_here
     if _is_dataset(arguments):
-        return retrieve_texts(_dataset_documents(arguments), retriever, out, run=run)
-    return retrieve_files(arguments.corpus, retriever, out, column=arguments.column, run=run)
+        return retrieve_texts(_dataset_documents(arguments), retriever, out, scores=scores, run=run)
+    return retrieve_files(arguments.corpus, retriever, out, column=arguments.column, scores=scores, run=run)
 
 
 def _is_dataset(arguments: argparse.Namespace) -> bool:

@@ -42,6 +42,9 @@ def add_to(commands: Commands) -> None:
     )
     retrieve.add_argument("-k", "--images", type=positive, default=4, help="images a token sees")
     retrieve.add_argument("--query", choices=["eot", "state"], default="eot", help="kind of the retrieval query")
+    retrieve.add_argument(
+        "--scores", action="store_true", help="also write the score of each image, for `valm train --score-scale`"
+    )
     add_query_dtype(retrieve)
     retrieve.add_argument(
         "--search-actors",
@@ -82,7 +85,7 @@ def run_retrieve(arguments: argparse.Namespace) -> None:
 
         index = ShardedIndex(kb, arguments.search_actors, arguments.ray, cpus=arguments.cpus)
     retriever = Retriever(encoder, kb, arguments.images, index)
-    found = retrieve_documents(arguments, retriever, arguments.out, run)
+    found = retrieve_documents(arguments, retriever, arguments.out, scores=arguments.scores, run=run)
     print(f"{found.path}: {len(found):,} documents, {found.manifest['tokens']:,} tokens, {found.k} images a token")
 
 

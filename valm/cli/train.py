@@ -87,7 +87,7 @@ def add_to(commands: Commands) -> None:
         "--score-scale",
         type=float,
         help="initial value of a learnt scale, which times the retrieval score of an image is added to its attention "
-        "scores (default: these are not used); images are then retrieved as the model trains, which is slower",
+        "scores (default: these are not used); a --retrieval must have been made with --scores",
     )
     train.add_argument(
         "--fusion-lr", type=float, help="with --base: learning rate of the new parameters (default: --lr)"
@@ -168,8 +168,8 @@ def run_train(arguments: argparse.Namespace) -> None:
             raise ValmError("--score-scale is of a model with images: give its --kb too")
         if arguments.twin in ("random", "shuffled"):
             raise ValmError(
-                f"--score-scale retrieves images as the model trains, and --twin {arguments.twin} exchanges images "
-                "that were retrieved before: give one of the two"
+                f"--twin {arguments.twin} exchanges images, and their retrieval scores are not known: give it without "
+                "--score-scale"
             )
     dataset, tokenizer = open_corpus(arguments, kb, "retrieval")
     documents, held_out = split(arguments, kb, dataset, settings.seed)
@@ -183,13 +183,12 @@ def run_train(arguments: argparse.Namespace) -> None:
         held_out = None if held_out is None else in_blocks(held_out, model, arguments.context, tokenizer)
     sees = model.image_options
     measures = [] if arguments.colors is None else [ColorAccuracy(load_memory_color(arguments.colors), tokenizer)]
-    retrieves = sees.blind or sees.scored  # as it trains
-    if retrieves or (measures and sees.num_images > 0):
+    if sees.blind or (measures and sees.num_images > 0):
         model.set_retriever(open_retriever(arguments, kb, dataset, sees.blind))
     training = trainer(
         model,
         documents,
-        kb if sees.num_images > 0 and not retrieves else None,
+        kb if sees.num_images > 0 and not sees.blind else None,  # a blind model retrieves as it trains
         tokenizer=tokenizer,
         arguments=settings,
         eval_dataset=held_out,
@@ -466,7 +465,8 @@ def retrieved_corpus(
     clip = kb.load_clip(arguments.clip, allow_download=arguments.allow_download).to(chosen_device(arguments))
     encoder = ContextEncoder(clip, tokenizer=tokenizer, query=arguments.query or "eot")
     retriever = Retriever(encoder, kb, arguments.images or 4)
-    return retrieve_documents(arguments, retriever, beside(arguments.out, name)), encoder.tokenizer
+    scores = arguments.score_scale is not None
+    return retrieve_documents(arguments, retriever, beside(arguments.out, name), scores=scores), encoder.tokenizer
 
 
 def plain_corpus(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], PreTrainedTokenizerFast]:

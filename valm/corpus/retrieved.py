@@ -4,6 +4,7 @@
     tokens-00000.npy       (n,) int32: the documents of the shard, concatenated
     offsets-00000.npy      (documents + 1,) int64: where each begins
     image_ids-00000.npy    (n, K) uint32: the images of each token, 2**32 - 1 = none
+    image_scores-00000.npy (n, K) float32, if asked for: inner product of query and image, -inf = none
     tokenizer.json, ...    the tokenizer of the corpus, in Hugging Face's format
     verified.json          which files were verified before a training; may be deleted
 
@@ -66,7 +67,7 @@ VERIFIED_FILE = "verified.json"
 NO_IMAGE = 2**32 - 1
 # Tokens retrieved at once.
 BATCH_TOKENS = 16384
-# Shards open at once, of three files each; 1,024 file descriptors are a common limit.
+# Shards open at once, of three or four files each; 1,024 file descriptors are a common limit.
 OPEN_SHARDS = 128
 
 
@@ -78,13 +79,17 @@ class CorpusShard(ShardRecord):
     content: str
 
 
-class CorpusPlan(TypedDict):
-    """The keys of the plan that are read here; `_retrieve` writes all of them."""
-
+class _PlanFields(TypedDict):
     tokenizer: str
     knowledge_base: str
     k: Annotated[int, Range(1, 1 << 16)]
     query: Literal["eot", "state"]
+
+
+class CorpusPlan(_PlanFields, total=False):
+    """The keys of the plan that are read here; `_retrieve` writes all of them, and `scores` only where it is true."""
+
+    scores: bool
 
 
 class CorpusManifest(Manifest):
@@ -100,13 +105,14 @@ class _Shard(NamedTuple):
     tokens: np.ndarray  # (n,) int32
     offsets: np.ndarray  # (documents + 1,) int64
     image_ids: np.ndarray  # (n, K) uint32
+    image_scores: np.ndarray | None  # (n, K) float32
 
 
 class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
     """The tokens of a corpus with the images of each, memory-mapped from the folder that retrieval wrote.
 
     Document i is `{"input_ids": (T,) int32, "image_ids": (T, K) uint32}`, found in O(log shards); image ids are those
-    of the knowledge base, NO_IMAGE is none.
+    of the knowledge base, NO_IMAGE is none. If `has_scores`, there is also `image_scores` (T, K) float32, -inf = none.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any]):
@@ -127,7 +133,8 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
         path = Path(path)
         manifest = open_manifest(path, WHAT, VERSION, "valm retrieve", CorpusManifest)
         for number, shard in enumerate(manifest["shards"]):
-            if kinds_of(shard) != ({*_Shard._fields} if shard["documents"] else set()):
+            kinds = {*_Shard._fields} if manifest["plan"].get("scores") else {*_Shard._fields} - {"image_scores"}
+            if kinds_of(shard) != (kinds if shard["documents"] else set()):
                 raise ValmError(f"the manifest of {path} is damaged: its shard {number} lacks files; do it again")
         for name in ("documents", "tokens"):
             total = sum(shard[name] for shard in manifest["shards"])
@@ -157,12 +164,19 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
         shard = self._shard(place)
         row = index - self._ends[place] + len(shard.offsets) - 1
         here = slice(shard.offsets[row], shard.offsets[row + 1])
-        return {"input_ids": shard.tokens[here], "image_ids": shard.image_ids[here]}
+        document = {"input_ids": shard.tokens[here], "image_ids": shard.image_ids[here]}
+        if shard.image_scores is not None:
+            document["image_scores"] = shard.image_scores[here]
+        return document
 
     @property
     def k(self) -> int:
         """K, the images per token."""
         return self.manifest["plan"]["k"]
+
+    @property
+    def has_scores(self) -> bool:
+        return self.manifest["plan"].get("scores", False)
 
     @property
     def query(self) -> str:
@@ -254,6 +268,7 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
             tokens=array("tokens", (record["tokens"],), np.int32),
             offsets=array("offsets", (record["documents"] + 1,), np.int64),
             image_ids=array("image_ids", (record["tokens"], self.k), np.uint32),
+            image_scores=array("image_scores", (record["tokens"], self.k), np.float32) if self.has_scores else None,
         )
         ends = shard.offsets
         if ends[0] != 0 or ends[-1] != record["tokens"] or (np.diff(ends) <= 0).any():
@@ -268,6 +283,7 @@ def retrieve_corpus(
     out: str | os.PathLike,
     *,
     part_tokens: int = PART_TOKENS,
+    scores: bool = False,
     progress: bool = True,
     run: Run = run_here,
 ) -> CorpusRetrieval:
@@ -278,6 +294,7 @@ def retrieve_corpus(
     Args:
         documents: read once and in order, so they need not fit into memory.
         part_tokens: tokens in a shard; a retrieval that was killed repeats at most one shard.
+        scores: also write the score of each image, for models that use them (`image_score_scale_init`).
         run: where it runs: here, or on the machines of a `valm.shards.ray.RayRun`.
 
     Raises:
@@ -285,7 +302,7 @@ def retrieve_corpus(
             documents, another knowledge base or other settings.
     """
     parts = document_parts(documents, part_tokens=part_tokens)
-    return _retrieve(parts, None, {"part_tokens": part_tokens}, retriever, out, progress, run)
+    return _retrieve(parts, None, {"part_tokens": part_tokens}, retriever, out, scores, progress, run)
 
 
 def retrieve_texts(
@@ -294,6 +311,7 @@ def retrieve_texts(
     out: str | os.PathLike,
     *,
     part_bytes: int = PART_BYTES,
+    scores: bool = False,
     progress: bool = True,
     run: Run = run_here,
 ) -> CorpusRetrieval:
@@ -301,7 +319,7 @@ def retrieve_texts(
     (`row_documents`). part_bytes: bytes of text in a shard.
     """
     parts = document_parts(texts, part_bytes=part_bytes)
-    return _retrieve(parts, None, {"part_bytes": part_bytes}, retriever, out, progress, run)
+    return _retrieve(parts, None, {"part_bytes": part_bytes}, retriever, out, scores, progress, run)
 
 
 def retrieve_files(
@@ -311,6 +329,7 @@ def retrieve_files(
     *,
     column: str = "text",
     part_bytes: int = PART_BYTES,
+    scores: bool = False,
     progress: bool = True,
     run: Run = run_here,
 ) -> CorpusRetrieval:
@@ -322,7 +341,7 @@ def retrieve_files(
         "column": column,
         "part_bytes": part_bytes,
     }
-    return _retrieve(parts, len(parts), corpus, retriever, out, progress, run)
+    return _retrieve(parts, len(parts), corpus, retriever, out, scores, progress, run)
 
 
 def _retrieve(
@@ -331,6 +350,7 @@ def _retrieve(
     corpus: dict[str, Any],
     retriever: Retriever,
     out: str | os.PathLike,
+    scores: bool,
     progress: bool,
     run: Run,
 ) -> CorpusRetrieval:
@@ -348,11 +368,13 @@ def _retrieve(
         "min_tokens": encoder.rule.min_tokens,
         "precision": str(encoder.tower.dtype).removeprefix("torch."),
     }
+    if scores:
+        plan["scores"] = True
     build = ShardedBuild(out, WHAT, plan, CorpusShard)
     with build.writing():
         done = build.done()
         with ProgressBar("retrieve", " tokens", None if count is None else count - len(done), progress) as bar:
-            work = partial(_retrieve_part, out=build.out.absolute(), retriever=retriever)
+            work = partial(_retrieve_part, out=build.out.absolute(), retriever=retriever, scores=scores)
             build.write(work, _unchanged(parts, done, build), run, bar)
         if not build.finished:
             shards = build.done().values()
@@ -387,7 +409,9 @@ def _unchanged(parts: Iterable[Part], done: dict[int, dict[str, Any]], build: Sh
         raise ValmError(f"the corpus has become shorter since {build.out} was begun; choose another folder")
 
 
-def _retrieve_part(number: int, part: Part, progress: Progress, *, out: Path, retriever: Retriever) -> None:
+def _retrieve_part(
+    number: int, part: Part, progress: Progress, *, out: Path, retriever: Retriever, scores: bool
+) -> None:
     """Writes shard `number` of the retrieval in `out`."""
     # the cache decides which segments are encoded together, which affects rounding
     retriever.cache.clear()
@@ -403,16 +427,21 @@ def _retrieve_part(number: int, part: Part, progress: Progress, *, out: Path, re
     files = ShardFiles(out, number)
     if documents:
         image_ids = np.empty((count, retriever.k), np.uint32)
+        image_scores = np.empty((count, retriever.k), np.float32)
         for batch in _batches(documents):
             ids, mask = padded([documents[index] for index in batch])
-            found, _ = retriever.find(ids, mask)  # (B, T, K)
-            images = torch.where(found < 0, NO_IMAGE, found).cpu().numpy()
-            for index, row in zip(batch, images, strict=True):
-                image_ids[offsets[index] : offsets[index + 1]] = row[: len(documents[index])]
+            found, score = (tensor.cpu() for tensor in retriever.find(ids, mask))  # (B, T, K)
+            images = torch.where(found < 0, NO_IMAGE, found)
+            for row, index in enumerate(batch):
+                here, length = slice(offsets[index], offsets[index + 1]), len(documents[index])
+                image_ids[here] = images[row, :length].numpy()
+                image_scores[here] = score[row, :length].numpy()
             progress.advance(int(mask.sum()))
         files.write_array("tokens", np.concatenate(documents).astype(np.int32))
         files.write_array("offsets", offsets)
         files.write_array("image_ids", image_ids)
+        if scores:
+            files.write_array("image_scores", image_scores)
     files.finish(documents=len(documents), tokens=count, content=fingerprint(raw))
 
 

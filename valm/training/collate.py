@@ -16,28 +16,38 @@ from valm.training.cache_below import FUSION_INPUT, fusion_input
 
 # The label that PyTorch's cross entropy ignores.
 IGNORED = -100
+NO_SCORES = (
+    "this model uses the retrieval scores of its images, and the documents have none: retrieve them with scores "
+    "(`valm retrieve --scores`)"
+)
 
 
 class Collator:
     """Turns a list of documents into the arguments of `VaLMForCausalLM.forward`.
 
     A document is a dict with `input_ids` (T,) and, if images were retrieved, `image_ids` (T, K): ids in the knowledge
-    base, padded with NO_IMAGE. The batch has
+    base, padded with NO_IMAGE; for a model that uses them also `image_scores` (T, K). The batch has
 
     - input_ids, attention_mask, labels (B, L) int64; labels ignore padding and bos (if bos is also eos, only the bos
       that opens a document);
     - with a knowledge base: image_pool (U, E) float16, the vectors of the images in this batch, each once, and
-      image_index (B, L, K) int64 into it, -1 = none;
+      image_index (B, L, K) int64 into it, -1 = none; with `scores`, image_scores (B, L, K) float32, -inf = none;
     - for documents with hidden states (see `cache_below`), fusion_input (B, L, C).
 
     Args:
         kb: has the vectors; None for a model without images, or with a retriever (`set_retriever`).
+        scores: the model uses retrieval scores.
         row_length: None puts each document into its own row, padded to the longest. A number packs as many documents
             as fit, in order, into rows of at most that length: the model separates documents at each SOT.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, kb: ImageKnowledgeBase | None, row_length: int | None = None
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        kb: ImageKnowledgeBase | None,
+        row_length: int | None = None,
+        *,
+        scores: bool = False,
     ):
         self.vocabulary = len(tokenizer)
         self.bos = begin_id(tokenizer)
@@ -46,13 +56,15 @@ class Collator:
         self.pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.kb = kb
         self.row_length = row_length
+        self.scores = scores
 
     def __call__(self, documents: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """The batch of `documents`.
 
         Raises:
-            ValmError: with a knowledge base, a document lacks image_ids or has an image that is not in it; a token is
-                not in the tokenizer; or a document to be packed does not begin with bos.
+            ValmError: with a knowledge base, a document lacks image_ids, or image_scores that the model uses, or has an
+                image that is not in it; a token is not in the tokenizer; or a document to be packed does not begin with
+                bos.
         """
         if self.row_length is not None and any(document["input_ids"][0] != self.bos for document in documents):
             raise ValmError("a document does not begin with bos: packed, it would be read on from the one before it")
@@ -73,6 +85,8 @@ class Collator:
         batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
         if self.kb is not None:
             batch |= self._images(self.kb, documents, places, shape)
+            if self.scores:
+                batch["image_scores"] = self._scores(documents, places, batch["image_index"].shape)
         tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
         if FUSION_INPUT in documents[0]:
             states = [document[FUSION_INPUT] for document in documents]
@@ -90,6 +104,15 @@ class Collator:
             end += length
             width = max(width, end)
         return places, (row + 1, width)
+
+    @staticmethod
+    def _scores(documents: list[dict[str, Any]], places: list[tuple[int, slice]], shape: tuple[int, ...]) -> np.ndarray:
+        if any("image_scores" not in document for document in documents):
+            raise ValmError(NO_SCORES)
+        scores = np.full(shape, -np.inf, dtype=np.float32)  # (B, L, K)
+        for document, place in zip(documents, places, strict=True):
+            scores[place] = document["image_scores"]
+        return scores
 
     @staticmethod
     def _images(

@@ -23,7 +23,7 @@ from valm.text import nearest
 from valm.tokenizer import begin_id
 from valm.training.blocks import Blocks
 from valm.training.cache_below import cache_below as with_fusion_input
-from valm.training.collate import Collator
+from valm.training.collate import NO_SCORES, Collator
 from valm.training.image_trainer import FUSION_NAME, ImageTrainer, Measure
 from valm.training.limited_softmax import LimitedSoftmax
 
@@ -142,7 +142,7 @@ def trainer(
         args=changed,
         train_dataset=trained,
         eval_dataset=evaluated,
-        data_collator=Collator(tokenizer, kb, row_length),
+        data_collator=Collator(tokenizer, kb, row_length, scores=_image_options(inner).scored),
         processing_class=with_length(tokenizer, inner),
         **options,
     )
@@ -174,10 +174,14 @@ def _retrieval(dataset: Any) -> CorpusRetrieval | None:
     return dataset
 
 
+def _image_options(model: Any) -> ImageOptions:
+    return getattr(model, "image_options", ImageOptions(0, 0, False))
+
+
 def _check(
     model: Any, dataset: Any, kb: ImageKnowledgeBase | None, tokenizer: PreTrainedTokenizerFast, row_length: int | None
 ) -> None:
-    options = getattr(model, "image_options", ImageOptions(0, 0, False))
+    options = _image_options(model)
     sized = hasattr(dataset, "__len__")
     if sized and len(dataset) == 0:
         raise ValmError("there are no documents to train on: the corpus has no text")
@@ -188,11 +192,6 @@ def _check(
         raise ValmError("a model with num_images = 0 (GPT-2*) sees no images: train it without a knowledge base")
     if kb is None and options.num_images > 0 and model.retriever is None:
         raise ValmError(f"this model sees {options.num_images} images a token: give a knowledge base or a retriever")
-    if kb is not None and options.scored:
-        raise ValmError(
-            "this model uses the retrieval scores of its images, which a knowledge base alone does not have: give it a "
-            "retriever (model.set_retriever), and kb=None"
-        )
     if kb is not None and kb.dim != options.image_dim:
         raise ValmError(
             f"the knowledge base has vectors of dimension {kb.dim}, but the model's image_dim is {options.image_dim}"
@@ -202,6 +201,8 @@ def _check(
         corpus.check_tokenizer(tokenizer)
         if kb is not None:
             corpus.check_knowledge_base(kb)
+    if kb is not None and options.scored and sized and "image_scores" not in dataset[0]:
+        raise ValmError(NO_SCORES)
     found = dataset[0].get("image_ids") if sized else None
     if kb is not None and found is not None and found.shape[1] != options.num_images:
         raise ValmError(

@@ -77,7 +77,7 @@ class RandomImages(Twin):
                 rank += rank >= earlier
             drawn[:, column] = rank
         drawn[found == NO_IMAGE] = NO_IMAGE
-        return {**document, "image_ids": drawn}
+        return _with_images(document, drawn)
 
 
 class ShuffledImages(Twin):
@@ -108,7 +108,12 @@ class ShuffledImages(Twin):
             here = numbers == number
             found = image_ids(self.documents[number], number)
             images[here] = found[others[here] - self._ends[number]]  # counted from its end
-        return {**document, "image_ids": images}
+        return _with_images(document, images)
+
+
+def _with_images(document: dict[str, Any], images: np.ndarray) -> dict[str, Any]:
+    """`document` with other images, whose scores nobody knows."""
+    return {name: values for name, values in document.items() if name != "image_scores"} | {"image_ids": images}
 
 
 def image_ids(document: dict[str, Any], index: int) -> np.ndarray:

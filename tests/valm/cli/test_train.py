@@ -91,8 +91,10 @@ def test_a_blind_twin_of_a_pretrained_decoder(world, base, tmp_path):
 
 @pytest.mark.parametrize("of", ["base", "new"])
 def test_retrieval_scores_train_a_scale(world, base, tmp_path, capsys, of):
-    """Retrieved as it trains, as the files of a retrieval have no scores."""
-    retrieval = world / ("base-retrieval" if of == "base" else "retrieval")
+    retrieval = tmp_path / "retrieval"
+    tokenizer = ["--tokenizer", base] if of == "base" else []
+    retrieve = ["retrieve", world / "corpus.txt", "--kb", world / "kb", "-k", "2", *tokenizer, "--scores"]
+    assert run(*retrieve, "--out", retrieval) == 0
     train = ["train", "--retrieval", retrieval, "--kb", world / "kb", "--score-scale", 0.5]
     train += ["--base", base, *STEPS, "--context", "8"] if of == "base" else SIZE
     assert run(*train, "--out", tmp_path / "model") == 0
@@ -106,7 +108,12 @@ def test_retrieval_scores_train_a_scale(world, base, tmp_path, capsys, of):
     capsys.readouterr()
     for twin in ("random", "shuffled"):
         assert run(*train, "--out", tmp_path / "twin", "--twin", twin) == 1
-        assert f"--twin {twin} exchanges images that were retrieved before" in capsys.readouterr().err
+        assert f"--twin {twin} exchanges images, and their retrieval scores" in capsys.readouterr().err
+    unscored = ["train", "--retrieval", world / "retrieval", "--kb", world / "kb", "--score-scale", 0.5, *SIZE]
+    assert run(*unscored, "--out", tmp_path / "unscored") == 1
+    assert "the documents have none: retrieve them with scores (`valm retrieve --scores`)" in capsys.readouterr().err
+    at_once = ["train", world / "corpus.txt", "--kb", world / "kb", "-k", "2", "--score-scale", 0.5, *SIZE]
+    assert run(*at_once, "--out", tmp_path / "at-once") == 0
     assert run("train", world / "corpus.txt", "--score-scale", 1, *SIZE, "--out", tmp_path / "text") == 1
     assert "--score-scale is of a model with images: give its --kb too" in capsys.readouterr().err
 

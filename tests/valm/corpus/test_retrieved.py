@@ -59,6 +59,21 @@ def contents(folder):
     return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
 
 
+def test_scores_are_those_of_the_search(documents, retriever, tmp_path):
+    found = retrieve_corpus(documents, retriever, tmp_path / "scored", scores=True, part_tokens=50, progress=False)
+    assert found.has_scores and len(found.manifest["shards"]) > 1
+    for index, document in enumerate(documents):
+        ids, scores = retriever.find(torch.tensor([document]))
+        assert found[index]["image_ids"].tolist() == ids[0].tolist()
+        assert found[index]["image_scores"].dtype == np.float32
+        np.testing.assert_allclose(found[index]["image_scores"], scores[0].numpy(), rtol=0, atol=1e-5)
+    with pytest.raises(ValmError, match=r"\(scores differ\)"):
+        retrieve_corpus(documents, retriever, tmp_path / "scored", part_tokens=50, progress=False)
+    (found.path / "image_scores-00000.npy").unlink()
+    with pytest.raises(ValmError, match="image_scores-00000"):
+        CorpusRetrieval.open(found.path)
+
+
 def test_a_document_has_the_pictures_it_has_alone(corpus, documents, retriever):
     assert len(corpus) == len(documents)
     assert len(corpus.manifest["shards"]) > 3
@@ -68,6 +83,7 @@ def test_a_document_has_the_pictures_it_has_alone(corpus, documents, retriever):
         expected = found.image_ids[found.image_index[0]]
         assert corpus[index]["input_ids"].tolist() == document
         assert corpus[index]["image_ids"].tolist() == expected.tolist()
+        assert "image_scores" not in corpus[index]
     for wrong in (-1, len(documents)):
         with pytest.raises(IndexError, match=f"documents go from 0 to 15, got {wrong}"):
             corpus[wrong]

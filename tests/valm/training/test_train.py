@@ -100,7 +100,11 @@ def test_accumulation_changes_no_loss_and_no_weight(tmp_path, accumulation):
         ({}, None, "this model sees 3 images a token: give a knowledge base"),
         ({"num_images": 0}, Vectors(), "sees no images: train it without"),
         ({"image_dim": 7}, Vectors(), "vectors of dimension 24, but the model's image_dim is 7"),
-        ({"image_score_scale_init": 1.0}, Vectors(), "a knowledge base alone does not have: give it a retriever"),
+        (
+            {"image_score_scale_init": 1.0},
+            Vectors(),
+            r"have none: retrieve .* \(`valm retrieve --scores`\)",
+        ),
         ({"num_images": 2}, Vectors(), "the documents have 3 images a token, but the model's num_images is 2"),
     ],
 )

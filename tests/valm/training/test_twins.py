@@ -43,6 +43,12 @@ def test_random_images_are_as_many_different_ones_of_the_knowledge_base():
     Collator(TOKENIZER, Vectors(40))(list(drawn))
 
 
+@pytest.mark.parametrize("kind", ["random", "shuffled"])
+def test_exchanged_images_have_no_scores(kind):
+    made = [{**document, "image_scores": np.ones(document["image_ids"].shape, np.float32)} for document in documents()]
+    assert all(set(document) == {"input_ids", "image_ids"} for document in twin(kind, made, 40, seed=1))
+
+
 def test_all_images_can_be_drawn():
     """K of K: each row is a permutation."""
     images = np.zeros((50, 4), np.uint32)
