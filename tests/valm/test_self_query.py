@@ -93,6 +93,7 @@ def test_a_checkpoint_keeps_the_head_and_finds_the_same_images(model, clip, kb, 
         assert torch.equal(loaded(ids).logits, model(ids).logits)
         assert isinstance(loaded.retriever, SelfRetriever)
         assert "clip" not in vars(loaded.retriever.encoder), "the CLIP was loaded"
+    assert f"- No CLIP: this model predicts the queries of `{clip.name}`" in (tmp_path / "model/README.md").read_text()
     with pytest.raises(ValmError, match="no text tower to have a precision"):
         load(tmp_path / "model", query_dtype=torch.bfloat16)
 
