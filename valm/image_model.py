@@ -242,17 +242,17 @@ class ImageModel(_Base):
         """What `note` says finds the images of this model, which reads with `tokenizer`.
 
         Args:
-            options: clip, allow_download, device and dtype, as in `RetrievalNote.open`.
+            options: clip, allow_download, device and dtype, as in `RetrievalNote.open`. A query head has the device and
+                dtype of the model.
 
         Raises:
             ValmError: the knowledge base or the CLIP is missing or damaged, or they do not belong together.
         """
         images = self.image_options
         if note.query == "self" and note.knowledge_base is not None:
-            if options.get("dtype", torch.float32) != torch.float32:
-                raise ValmError("this model predicts its queries itself, so there is no text tower to have a precision")
             kb = ImageKnowledgeBase.open(note.knowledge_base)
-            return SelfRetriever(SelfEncoder(self, tokenizer, kb), kb, images.num_images)
+            of_clip = {name: options[name] for name in ("clip", "allow_download") if name in options}
+            return SelfRetriever(SelfEncoder(self, tokenizer, kb, **of_clip), kb, images.num_images)
         return note.open(tokenizer, images.num_images, blind=images.blind, **options)
 
     def _open(self, note: RetrievalNote) -> None:

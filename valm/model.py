@@ -280,12 +280,7 @@ class VaLMForCausalLM(ImageModel, VaLMPreTrainedModel, GenerationMixin):
             position_ids = torch.arange(past, past + tokens.shape[1], device=tokens.device) - first_key
             if present is not None:
                 position_ids = position_ids.masked_fill(~present, 0)
-        looked_up = position_ids.device.type == "cpu" and not torch.compiler.is_compiling()
-        if looked_up and int(position_ids.max()) >= config.n_positions:
-            raise ValueError(
-                f"input_ids has a document of at least {int(position_ids.max()) + 1} tokens, "
-                f"but this model has {config.n_positions} positions; split it"
-            )
+        self._check_positions(position_ids)
         find_images: FindImages | None = None
         if image_pool is None and image_index is None and image_scores is None:
             if queries_itself(self):
@@ -332,6 +327,14 @@ class VaLMForCausalLM(ImageModel, VaLMPreTrainedModel, GenerationMixin):
         block = cast(VisualFusionBlock, stack.h[index])
         return block.attn.weights(block.ln_1(hidden_states[index]), pool, rows, image_scores, first_key)
 
+    def _check_positions(self, position_ids: Tensor) -> None:
+        looked_up = position_ids.device.type == "cpu" and not torch.compiler.is_compiling()
+        if looked_up and int(position_ids.max()) >= self.config.n_positions:
+            raise ValueError(
+                f"input_ids has a document of at least {int(position_ids.max()) + 1} tokens, "
+                f"but this model has {self.config.n_positions} positions; split it"
+            )
+
     def self_queries(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The queries of the model's own head, (B, T, E) float32, zeros at padding. Only the head gets a gradient.
 
@@ -344,6 +347,7 @@ class VaLMForCausalLM(ImageModel, VaLMPreTrainedModel, GenerationMixin):
         position_ids = torch.arange(input_ids.shape[1], device=input_ids.device) - first_key
         if present is not None:
             position_ids = position_ids.masked_fill(~present, 0)
+        self._check_positions(position_ids)
         with torch.no_grad():
             embeddings = stack.wte(input_ids) + stack.wpe(position_ids)
         mask = stack.text_mask(embeddings, stack.unless_all_zero(first_key), None)
@@ -417,7 +421,19 @@ class VaLMForCausalLM(ImageModel, VaLMPreTrainedModel, GenerationMixin):
     def _find_images_itself(
         self, present: Tensor | None, embeddings: Tensor, mask: Tensor | None, cache: Cache | None
     ) -> Images:
-        """The images nearest to the queries of the model's own head (`FindImages`)."""
+        """The images nearest to the queries of the model's own head (`FindImages`).
+
+        Raises:
+            ValueError: the head has not read what the cache holds, or the retriever was replaced in a compiled model.
+        """
+        if not queries_itself(self):
+            raise ValueError("a model was compiled with its own queries and then got another retriever: compile again")
+        layers = self.config.n_layer
+        if cache is not None and cache.get_seq_length(layers) != cache.get_seq_length():
+            raise ValueError(
+                "the cache was filled with images that were given, so the model's query head has not read the text "
+                "before these tokens: begin with an empty cache"
+            )
         found = cast(Retriever, self.retriever).retrieve(self._self_queries(present, embeddings, mask, cache))
         scores = found.scores if self.image_options.scored else None
         return *self._present_images(embeddings, found.image_pool, found.image_index, scores, present), scores

@@ -8,6 +8,7 @@ trains it, with CLIP's queries as targets.
 
 from __future__ import annotations
 
+import copyreg
 import functools
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -62,15 +63,26 @@ class SelfEncoder:
         model: a `VaLMForCausalLM` with a query head.
         tokenizer: the model's.
         kb: names the CLIP, which only images from elsewhere need.
+        clip, allow_download: as in `ImageKnowledgeBase.load_clip`.
     """
 
     query = "self"
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerFast, kb: ImageKnowledgeBase):
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerFast,
+        kb: ImageKnowledgeBase,
+        *,
+        clip: str | None = None,
+        allow_download: bool = False,
+    ):
         self.model = model
         self.tokenizer = tokenizer
         self.kb = kb
+        self._clip: dict[str, Any] = {"source": clip, "allow_download": allow_download}
 
+    @torch.no_grad()
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Queries (B, T, E) float32, zeros where attention_mask (B, T) is 0."""
         return self.model.self_queries(input_ids, attention_mask)
@@ -82,7 +94,7 @@ class SelfEncoder:
         Raises:
             ValmError: it is missing.
         """
-        return self.kb.load_clip()
+        return self.kb.load_clip(**self._clip)
 
 
 class SelfRetriever(Retriever):
@@ -126,6 +138,10 @@ class SelfRetriever(Retriever):
         if not isinstance(input_ids, Tensor):
             input_ids, attention_mask = padded(self.encoder.tokenizer(list(input_ids))["input_ids"])
         return self.nearest(self.encoder(input_ids, attention_mask))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # made anew, as a Retriever is, it would look at a model that holds it and is itself not whole yet
+        return copyreg.__newobj__, (type(self),), vars(self)  # type: ignore[attr-defined]  # typeshed lacks it
 
     def start(self, batch: int) -> NoReturn:
         """Always raises: the model's own cache has all that its head needs.

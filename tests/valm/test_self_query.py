@@ -1,5 +1,8 @@
 """A model that asks for its images by its own head: the same images at every way of reading, and only with its CLIP."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from PIL import Image
@@ -9,10 +12,12 @@ from tests.valm.tiny_clip import TEXTS, make_clip
 from valm.checkpoint import load, save_checkpoint
 from valm.config import ValmConfig
 from valm.errors import ValmError
-from valm.evaluation.controls import switch_images
+from valm.evaluation.controls import RandomImages, switch_images
+from valm.explain.explanation import explain
 from valm.knowledge_base.build import build
 from valm.knowledge_base.sources.folder import FolderSource
 from valm.retrieval.note import RetrievalNote
+from valm.retrieval.retriever import NoImages
 from valm.self_query import SelfEncoder, SelfRetriever
 
 
@@ -61,6 +66,53 @@ def test_token_by_token_equals_the_whole_text_and_no_clip_is_cached(model, text_
     torch.testing.assert_close(model(ids[:, :7]).logits, whole[:, :7])
 
 
+def test_a_cache_that_the_head_did_not_fill_is_refused(model, text_ids):
+    ids = text_ids(TEXTS[0])["input_ids"]
+    found = model.retriever(ids[:, :8])
+    out = model(ids[:, :8], image_pool=found.image_pool, image_index=found.image_index, use_cache=True)
+    with pytest.raises(ValueError, match="the model's query head has not read the text before these tokens"):
+        model(ids[:, 8:], cache=out.cache)
+
+
+def test_a_text_longer_than_the_model_reads_is_refused(model):
+    with pytest.raises(ValueError, match="this model has 128 positions"):
+        model.retriever(torch.zeros(1, 129, dtype=torch.int64))
+
+
+def test_copies_and_pickles_find_the_same_images(model, text_ids):
+    ids = text_ids(TEXTS[0])["input_ids"]
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.retriever.encoder.model is other
+        assert torch.equal(other(ids).logits, model(ids).logits)
+
+
+def test_its_images_are_explained(model, clip, text_ids):
+    """Also with others in their place, whose scores are looked up."""
+    head = model.query_head
+    try:
+        head.requires_grad_(True)  # as after loading
+        explained = explain(model, clip.tokenizer, TEXTS[0])
+        assert len(explained.images) > 3
+        random = RandomImages(model.retriever, 0)
+        assert explain(model, clip.tokenizer, TEXTS[0], retriever=random).images != explained.images
+    finally:
+        head.requires_grad_(False)
+
+
+def test_a_compiled_model_whose_retriever_is_exchanged_says_so(model, text_ids):
+    ids, own = text_ids(TEXTS[0])["input_ids"], model.retriever
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    compiled(ids)
+    try:
+        model.set_retriever(NoImages(3, model.config.image_dim))
+        with pytest.raises(ValueError, match="got another retriever: compile again"):
+            compiled(ids)
+    finally:
+        model.set_retriever(own)
+        torch._dynamo.reset()
+
+
 def test_padded_rows_see_the_images_of_each_row_alone(model, text_ids):
     batch = text_ids("a red apple lies", "the sky is blue! is the grass green?")
     mask = batch["attention_mask"].bool()
@@ -94,8 +146,6 @@ def test_a_checkpoint_keeps_the_head_and_finds_the_same_images(model, clip, kb, 
         assert isinstance(loaded.retriever, SelfRetriever)
         assert "clip" not in vars(loaded.retriever.encoder), "the CLIP was loaded"
     assert f"- No CLIP: this model predicts the queries of `{clip.name}`" in (tmp_path / "model/README.md").read_text()
-    with pytest.raises(ValmError, match="no text tower to have a precision"):
-        load(tmp_path / "model", query_dtype=torch.bfloat16)
 
 
 def test_the_controls_replace_its_images(model, text_ids):

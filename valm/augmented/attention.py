@@ -406,7 +406,9 @@ def read_limits(seen: Tensor | None) -> TextLimits | None:
     end = num_keys - seen.flip(-1).int().argmax(-1)  # (B, Tq): one past the last key that each sees
     seqlens = torch.where(sees, end + later, 0).amax(-1)  # (B,)
     interval = (key >= first_key[..., None]) & (key < (seqlens[:, None] - later)[..., None])
-    whole, full = torch.stack([(interval == seen).all(), (seqlens == num_keys).all()]).tolist()
+    # more than all keys: the mask of an encoder, in which earlier queries see the last key too
+    whole = (interval == seen).all() & (seqlens <= num_keys).all()
+    whole, full = torch.stack([whole, (seqlens == num_keys).all()]).tolist()
     if not whole:
         return None
     return TextLimits(first_key.int(), None if full else seqlens.int())

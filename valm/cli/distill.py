@@ -6,7 +6,15 @@ import argparse
 import shlex
 from pathlib import Path
 
-from valm.cli.options import Commands, add_retrieval, chosen_device, command, positive, seed
+from valm.cli.options import (
+    Commands,
+    add_retrieval,
+    chosen_device,
+    chosen_query_dtype,
+    command,
+    positive,
+    seed,
+)
 from valm.errors import ValmError
 
 
@@ -31,6 +39,8 @@ def add_to(commands: Commands) -> None:
 
 
 def run_distill(arguments: argparse.Namespace) -> None:
+    import torch
+
     from valm.checkpoint import load, save_checkpoint
     from valm.corpus.retrieved import CorpusRetrieval
     from valm.files import writable_folder
@@ -53,7 +63,9 @@ def run_distill(arguments: argparse.Namespace) -> None:
         tokenizer,
         corpus,
         kb,
-        ContextEncoder(clip, tokenizer=tokenizer, query=corpus.query),
+        ContextEncoder(
+            clip, tokenizer=tokenizer, query=corpus.query, dtype=chosen_query_dtype(arguments) or torch.float32
+        ),
         steps=arguments.steps,
         batch_size=arguments.batch_size,
         lr=arguments.lr,

@@ -17,7 +17,7 @@ from valm.errors import ValmError
 from valm.evaluation.color import COLORS, PROMPTS, ColorItem, fill, load_memory_color
 from valm.explain.explanation import Explanation, explain
 from valm.explain.figures import explanation_rows
-from valm.files import atomic_path
+from valm.files import atomic_path, writable_folder
 from valm.plots import INK, SERIES, new_figure
 from valm.study.conditions import Conditions
 from valm.study.pictures import read_pictures
@@ -60,6 +60,7 @@ def write_exhibits(study: Study, seed: int, figures: Path) -> None:
     folder = study.seed_folder(seed)
     if not (folder / "valm").is_dir():
         raise ValmError(f"{folder} has no VaLM of seed {seed}: run `valm study run` with the arm valm first")
+    figures = writable_folder(figures)
     pictures = read_pictures(study.pictures)
     clip = Clip.load(study.config.clip.get("pretrained", folder / "clip"))
     model, tokenizer = load(folder / "valm")

@@ -111,13 +111,18 @@ def state(results: Results) -> str:
 
 def summary(results: Results) -> str:
     """The primary measure and two others in a sentence."""
+    results = results.having(PRIMARY, VALM, TWIN)
+    if not results.seeds:
+        return "No seed has both models yet."
     seeds = ", ".join(str(seed["seed"]) for seed in results.seeds)
     found = [f"With images it is {points(results.difference(VALM, TWIN, PRIMARY))} points better on MemoryColor"]
     if (some := results.having(VALIDATION, VALM, TWIN)).seeds:
-        found.append(f"{points(some.difference(VALM, TWIN, VALIDATION))} about things whose colour no text says")
+        better = points(some.difference(VALM, TWIN, VALIDATION))
+        found.append(f"{better} about things whose colour no text says{_fewer(some, results)}")
     if (some := results.having(PRIMARY, VALM, ("valm", "exchanged"))).changes("exchanged", PRIMARY):
         follows, _ = some.follows("valm", "exchanged", PRIMARY)
-        found.append(f"and {points(follows)} of its answers follow when red and blue are exchanged in the images")
+        after = f"follow when red and blue are exchanged in the images{_fewer(some, results)}"
+        found.append(f"and {points(follows)} of its answers {after}")
     return f"{', '.join(found)} (seeds {seeds} of {SEEDS})."
 
 
@@ -210,7 +215,7 @@ def perplexities(results: Results) -> str:
             if (arm, images) != TWIN and both.seeds:
                 difference = both.nats_difference((arm, images), TWIN, text)
                 value, low, high = (math.exp(nats) for nats in _numbers(difference))
-                cell += f", {value:.2f} [{low:.2f}, {high:.2f}]"
+                cell += f", {value:.2f} [{low:.2f}, {high:.2f}]{_fewer(both, some)}"
             cells.append(cell + _fewer(some, results))
         lines.append(f"| {_arm(arm, images)} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -155,8 +155,13 @@ def _together(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
         if (arm, images, of) in rows:
             raise ValmError(f"two of the results of seed {seed} have a row of {arm}, {images}, {of}")
     for name in first["sets"].keys() & second["sets"].keys():
-        if any(first["sets"][name][part] != second["sets"][name][part] for part in ("items", "candidates", "right")):
+        parts = ("items", "candidates", "right", "pictured", "colors")
+        if any(first["sets"][name].get(part) != second["sets"][name].get(part) for part in parts):
             raise ValmError(f"two of the results of seed {seed} asked different questions of {name}")
+    tokens = {row["text"]: row["tokens"] for row in first["rows"] if "text" in row}
+    for row in second["rows"]:
+        if "text" in row and row["tokens"] != tokens.get(row["text"], row["tokens"]):
+            raise ValmError(f"two of the results of seed {seed} read different texts as {row['text']}")
     return first | {
         "rows": first["rows"] + second["rows"],
         **{part: second[part] | first[part] for part in ("sets", "losses", "seconds")},

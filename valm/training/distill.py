@@ -85,6 +85,9 @@ def distill_queries(
     corpus.check_tokenizer(tokenizer)
     corpus.check_knowledge_base(kb)
     kb.check_encoder(encoder.clip)
+    num_images = model.image_options.num_images
+    if num_images > 0 and corpus.k != num_images:
+        raise ValmError(f"{corpus.path} has {corpus.k} images a token, but the model's num_images is {num_images}")
     if corpus.query != encoder.query:
         raise ValmError(f"{corpus.path} was retrieved with {corpus.query!r} queries, not with {encoder.query!r} ones")
     torch.manual_seed(seed)

@@ -36,7 +36,8 @@ def take_steps(
     """
     trained = list(parameters)
     optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay)
-    schedule = OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    # at 0.1 x 10 steps OneCycleLR would divide by 0
+    schedule = OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.11 if steps == 10 else 0.1)
     found: list[float] = []
     with progress_bar(total=steps, desc=progress, unit="step", shown=progress is not None) as bar:
         for step, loss in zip(range(steps), losses, strict=False):

@@ -117,6 +117,8 @@ def test_limits_are_those_of_the_mask():
     padded[1, 0, 1:3] = True
     first, seqlens = fusion.read_limits(padded)
     assert first.tolist() == [[4], [1]] and seqlens.tolist() == [0, 3]
+    assert fusion.read_limits(torch.ones(2, 7, 10, dtype=torch.bool)) is None  # an encoder's: all keys for all queries
+    assert fusion.read_limits(torch.ones(2, 1, 10, dtype=torch.bool)).cache_seqlens is None
     for hole in ((0, 3, 1), (1, 6, 8), (0, 5, 12)):
         other = static[:, 0].clone()
         other[hole] ^= True

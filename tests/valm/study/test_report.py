@@ -6,7 +6,7 @@ from PIL import Image
 
 from tests.valm.study.synthetic import result, write
 from valm.errors import ValmError
-from valm.study.report import TABLES, accuracies, hypotheses, write_page
+from valm.study.report import TABLES, accuracies, hypotheses, summary, write_page
 from valm.study.results import read_results
 
 
@@ -46,6 +46,15 @@ def test_a_number_of_fewer_seeds_says_which(tmp_path):
     assert re.search(r"H4: .*so far no \(seeds 0, 1\) \|", hypotheses(results))
     assert re.search(r"\| Blind \| 88\.9 \S+ \S+ \(seeds 0, 1\) \|", accuracies(results))
     assert "(seeds" not in accuracies(read_results(write(tmp_path)))
+    without = result(3)
+    without["rows"] = [row for row in without["rows"] if row["arm"] == "blind" or row.get("set") == "memory_color"]
+    (tmp_path / "without.json").write_text(json.dumps(without))
+    said = summary(read_results([*write(tmp_path), tmp_path / "without.json"]))
+    assert "no text says (seeds 0, 1), and" in said and said.endswith("(seeds 0, 1, 3 of 5).")
+    without["rows"] = [row for row in without["rows"] if row["arm"] == "blind"]
+    (tmp_path / "without.json").write_text(json.dumps(without))
+    assert summary(read_results([*write(tmp_path), tmp_path / "without.json"])).endswith("(seeds 0, 1 of 5).")
+    assert summary(read_results([tmp_path / "without.json"])) == "No seed has both models yet."
 
 
 def test_a_mark_of_no_table_is_named(tmp_path):

@@ -68,6 +68,12 @@ def test_results_that_do_not_belong_together_are_refused(tmp_path):
     (tmp_path / "again.json").write_text(json.dumps(again))
     with pytest.raises(ValmError, match="seed 0 asked different questions"):
         read_results([*files, tmp_path / "again.json"])
+    again = result(0)
+    again["rows"] = [row | {"arm": "noise"} for row in again["rows"]]
+    again["rows"][-1]["tokens"] = [2, 5]
+    (tmp_path / "again.json").write_text(json.dumps(again))
+    with pytest.raises(ValmError, match="seed 0 read different texts as prose"):
+        read_results([*files, tmp_path / "again.json"])
     with pytest.raises(ValmError, match="no results"):
         read_results([])
 
