@@ -111,29 +111,71 @@ def _backward_fake(
     return _present(grad_out, empty_gradients(Inputs(*arguments), needed))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    # Otherwise an unused lse would get a gradient of zeros, which costs time in the backward.
-    ctx.set_materialize_grads(False)
-    *tensors, ctx.causal, ctx.scale, ctx.softcap, ctx.impl, ctx.with_image_scores = inputs
-    out, lse, _ = output
-    ctx.save_for_backward(out, lse, *tensors)
+class _Attention(torch.autograd.Function):
+    """The operator with a node of the autograd graph, which has the differentiable inputs only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, keyset: Any, inputs: tuple[Any, ...], *differentiable: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        # Otherwise an unused lse would get a gradient of zeros, which costs time in the backward.
+        ctx.set_materialize_grads(False)
+        out, lse, image_scores = _below_autograd(_forward_op, keyset, inputs)
+        *tensors, ctx.causal, ctx.scale, ctx.softcap, ctx.impl, ctx.with_image_scores = inputs
+        ctx.save_for_backward(out, lse, *tensors)
+        return out, lse, image_scores
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, grad_image_scores: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        out, lse, *tensors = ctx.saved_tensors
+        if not ctx.with_image_scores:
+            grad_image_scores = None  # of the empty tensor that stands for them
+        needed = ctx.needs_input_grad[2:]
+        if grad_out is None:
+            if grad_lse is None and grad_image_scores is None:
+                return (None,) * (2 + len(needed))
+            grad_out = torch.zeros_like(out)
+        options = (ctx.causal, ctx.scale, ctx.softcap, ctx.impl, needed)
+        gradients = _backward_op(grad_out, grad_lse, grad_image_scores, out, lse, *tensors, *options)
+        return None, None, *(g if is_needed else None for g, is_needed in zip(gradients, needed, strict=True))
 
 
-def _autograd(
-    ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, grad_image_scores: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    out, lse, *tensors = ctx.saved_tensors
-    inputs = (*tensors, ctx.causal, ctx.scale, ctx.softcap, ctx.impl)
-    if not ctx.with_image_scores:
-        grad_image_scores = None  # of the empty tensor that stands for them
-    if grad_out is None and grad_lse is None and grad_image_scores is None:
-        return (None,) * (len(inputs) + 1)
-    if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    needed = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
-    gradients = _backward_op(grad_out, grad_lse, grad_image_scores, out, lse, *inputs, needed)
-    of_input = dict(zip(_DIFFERENTIABLE, gradients, strict=True))
-    return tuple(of_input.get(i) if ctx.needs_input_grad[i] else None for i in range(len(inputs) + 1))
+class _Gradients(torch.autograd.Function):
+    """The backward operator with a node that says that it cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, inputs: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return _below_autograd(_backward_op, keyset, inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        raise NotImplementedError(
+            'visual_fusion_attn can be differentiated once only; for second derivatives use impl="reference"'
+        )
+
+
+def _below_autograd(op: Any, keyset: Any, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+
+
+def _records_gradients(inputs: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)
+
+
+# What torch.library.register_autograd does, in half its time: that reads the operator's schema in every call.
+def _autograd(keyset: Any, *inputs: Any) -> tuple[Tensor, ...]:
+    if _records_gradients(inputs):
+        return _Attention.apply(keyset, inputs, *(inputs[i] for i in _DIFFERENTIABLE))
+    return _below_autograd(_forward_op, keyset, inputs)
+
+
+def _backward_autograd(keyset: Any, *inputs: Any) -> tuple[Tensor, ...]:
+    if _records_gradients(inputs):
+        return _Gradients.apply(keyset, inputs, *(x for x in inputs if isinstance(x, Tensor)))
+    return _below_autograd(_backward_op, keyset, inputs)
 
 
 def _document_starts(cu_seqlens: Tensor, num_queries: int, num_keys: int) -> Tensor:
@@ -152,12 +194,6 @@ def _document_starts_fake(cu_seqlens: Tensor, num_queries: int, num_keys: int) -
     return cu_seqlens.new_empty((1, num_queries), dtype=torch.int32)
 
 
-def _no_double_backward(ctx: Any, *gradients: Tensor) -> None:
-    raise NotImplementedError(
-        'visual_fusion_attn can be differentiated once only; for second derivatives use impl="reference"'
-    )
-
-
 for _device in ("CPU", "CUDA"):
     _library.impl("visual_fusion_attn", _forward, _device)
     _library.impl("visual_fusion_attn_backward", _backward, _device)
@@ -166,7 +202,5 @@ _library.impl("document_starts", _document_starts, "CompositeExplicitAutograd")
 torch.library.register_fake("valm_kernels::document_starts", _document_starts_fake, lib=_library)
 torch.library.register_fake("valm_kernels::visual_fusion_attn", _forward_fake, lib=_library)
 torch.library.register_fake("valm_kernels::visual_fusion_attn_backward", _backward_fake, lib=_library)
-torch.library.register_autograd(
-    "valm_kernels::visual_fusion_attn", _autograd, setup_context=_setup_context, lib=_library
-)
-torch.library.register_autograd("valm_kernels::visual_fusion_attn_backward", _no_double_backward, lib=_library)
+_library.impl("visual_fusion_attn", _autograd, "Autograd", with_keyset=True)
+_library.impl("visual_fusion_attn_backward", _backward_autograd, "Autograd", with_keyset=True)
