@@ -18,13 +18,30 @@ IMPLS = ("auto", "triton", "cpu", "reference")
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
 MAX_IMAGES = 64
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-_INTEGER_DTYPES = {
-    "image_index": (torch.int32, torch.int64),
-    "image_mask": (torch.bool,),
-    "first_key": (torch.int32,),
-    "cu_seqlens": (torch.int32, torch.int64),
-    "cache_seqlens": (torch.int32,),
-}
+# The tensors in the order in which they are checked, and those with the dtype of q.
+_NAMES = (*Inputs._fields[:-3], "cu_seqlens")
+_LIKE_Q = ("q", "k", "v", "image_k", "image_v", "image_q")
+_NO_IMAGES: dict[str, Any] = dict.fromkeys(name for name in _NAMES if name.startswith("image_"))
+
+
+def _dtypes(q: torch.dtype) -> tuple[tuple[torch.dtype, ...], ...]:
+    """What each of the tensors may be beside a q of that dtype."""
+    wide = torch.promote_types(q, torch.float32)
+    others = {
+        "image_index": (torch.int32, torch.int64),
+        "image_mask": (torch.bool,),
+        "image_k_bias": (q, wide),
+        "image_v_bias": (q, wide),
+        "image_logit_bias": (wide,),
+        "image_score_bias": (wide,),
+        "first_key": (torch.int32,),
+        "cu_seqlens": (torch.int32, torch.int64),
+        "cache_seqlens": (torch.int32,),
+    }
+    return tuple(others.get(name, (q,)) for name in _NAMES)
+
+
+_DTYPES = {q: _dtypes(q) for q in (torch.float32, torch.float16, torch.bfloat16, torch.float64)}
 
 
 @overload
@@ -195,24 +212,14 @@ def visual_fusion_attn(
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument has the wrong shape, device or value, or impl cannot serve these tensors.
     """
-    for name, flag in (("return_lse", return_lse), ("return_image_weights", return_image_weights)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name} must be a bool, got {type(flag).__name__}")
-    tensors: dict[str, Any] = {"q": q, "k": k, "v": v, "image_k": image_k, "image_v": image_v, "image_q": image_q}
-    options: dict[str, Any] = {
-        "image_index": image_index,
-        "image_mask": image_mask,
-        "image_k_bias": image_k_bias,
-        "image_v_bias": image_v_bias,
-        "image_logit_bias": image_logit_bias,
-        "image_score_bias": image_score_bias,
-        "first_key": first_key,
-        "cu_seqlens": cu_seqlens,
-        "cache_seqlens": cache_seqlens,
-    }
-    _check_tensors(tensors, options)
+    _check_bool("return_lse", return_lse)
+    _check_bool("return_image_weights", return_image_weights)
+    images = (image_k, image_v, image_q, image_index, image_mask)
+    biases = (image_k_bias, image_v_bias, image_logit_bias, image_score_bias)
+    tensors = (q, k, v, *images, *biases, first_key, cache_seqlens, cu_seqlens)
+    _check_tensor("q", q)
     impl = _choose_impl(impl, q)
-    inputs = _checked_inputs(tensors, options, causal, scale, softcap)
+    inputs = _checked_inputs(tensors, causal, scale, softcap)
     with _outside_autocast(q.device.type):
         if impl == "reference":
             out, lse, image_weights = reference_attention(inputs)
@@ -259,61 +266,59 @@ def attention_weights(
         TypeError, ValueError: as `visual_fusion_attn`.
     """
     # the weights do not depend on the values, so the keys stand in for them
-    tensors: dict[str, Any] = {"q": q, "k": k, "v": k, "image_k": image_k, "image_v": image_k, "image_q": image_q}
-    options: dict[str, Any] = {
-        "image_index": image_index,
-        "image_mask": image_mask,
-        "image_k_bias": image_k_bias,
-        "image_v_bias": None,
-        "image_logit_bias": image_logit_bias,
-        "image_score_bias": image_score_bias,
-        "first_key": first_key,
-        "cu_seqlens": cu_seqlens,
-        "cache_seqlens": cache_seqlens,
-    }
-    _check_tensors(tensors, options)
-    inputs = _checked_inputs(tensors, options, causal, scale, softcap)
+    images = (image_k, image_k, image_q, image_index, image_mask)
+    biases = (image_k_bias, None, image_logit_bias, image_score_bias)
+    tensors = (q, k, k, *images, *biases, first_key, cache_seqlens, cu_seqlens)
+    _check_tensor("q", q)
+    inputs = _checked_inputs(tensors, causal, scale, softcap)
     with _outside_autocast(q.device.type):
         return joint_softmax(inputs)
 
 
-def _checked_inputs(
-    tensors: dict[str, Any], options: dict[str, Any], causal: bool, scale: float | None, softcap: float | None
-) -> Inputs:
-    """The arguments with dtypes and shapes checked, cast to the autocast dtype; K = 0 always becomes None."""
-    device_type = tensors["q"].device.type
-    # Autocast is applied here, for all implementations: torch.library.register_autocast knows one fixed dtype and
-    # would cast the float32 biases too.
-    if torch.is_autocast_enabled(device_type) and tensors["q"].dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
-        tensors = {name: t.to(dtype) if _is_cast(t) else t for name, t in tensors.items()}
-    _check_dtypes(tensors, options)
-    _check_text_shapes(**{name: tensors[name] for name in ("q", "k", "v")})
-    if tensors["image_q"] is not None:
-        _check_shape("image_q", tensors["image_q"], tuple(tensors["q"].shape), "that of q")
-    num_images = _check_image_shapes(tensors, options)
-    _check_option_shapes(tensors["q"], tensors["k"], num_images, options)
-    if not isinstance(causal, bool):
-        raise TypeError(f"causal must be a bool, got {type(causal).__name__}")
+def _checked_inputs(tensors: tuple[Any, ...], causal: bool, scale: float | None, softcap: float | None) -> Inputs:
+    """The arguments checked and cast to the autocast dtype; K = 0 always becomes None.
+
+    `tensors` are as in `_NAMES`, and q is one.
+    """
+    tensors = _cast(tensors)
+    _check_tensors(tensors)
+    _check_bool("causal", causal)
     if scale is not None:
         _check_positive_number("scale", scale)
     if softcap is not None:
         _check_positive_number("softcap", softcap)
-
-    cu_seqlens = options["cu_seqlens"]
-    options = {name: tensor for name, tensor in options.items() if name != "cu_seqlens"}
+        softcap = float(softcap)
+    *of_inputs, cu_seqlens = tensors
+    q, k, v = of_inputs[:3]
+    _check_text_shapes(q, k, v)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    inputs = Inputs._make([*of_inputs, causal, scale, softcap])
+    num_images = _check_image_shapes(inputs)
+    _check_option_shapes(inputs, num_images)
     if cu_seqlens is not None:
-        options["first_key"] = _first_key_in_document(tensors["q"], tensors["k"], cu_seqlens, causal, options)
+        inputs = inputs._replace(first_key=_first_key_in_document(inputs, cu_seqlens))
     if num_images == 0:
-        tensors = tensors | {"image_k": None, "image_v": None, "image_q": None}
-        options = dict.fromkeys(options) | {name: options[name] for name in ("first_key", "cache_seqlens")}
-    scale = tensors["q"].shape[-1] ** -0.5 if scale is None else float(scale)
-    softcap = None if softcap is None else float(softcap)
-    return Inputs(**tensors, **options, causal=causal, scale=scale, softcap=softcap)
+        inputs = inputs._replace(**_NO_IMAGES)
+    return inputs
 
 
-def _first_key_in_document(q: Tensor, k: Tensor, cu_seqlens: Tensor, causal: bool, options: dict[str, Any]) -> Tensor:
-    """first_key (1, Tq) int32 of the documents in `cu_seqlens`, and of the option first_key where that is later."""
+def _cast(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Under autocast q, k, v, image_k, image_v and image_q in its dtype.
+
+    Applied here, for all implementations: torch.library.register_autocast knows one fixed dtype and would cast the
+    float32 biases too.
+    """
+    q = tensors[0]
+    device_type = q.device.type
+    if not torch.is_autocast_enabled(device_type) or q.dtype == torch.float64:
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return (*(t.to(dtype) if _is_cast(t) else t for t in tensors[:6]), *tensors[6:])
+
+
+def _first_key_in_document(inputs: Inputs, cu_seqlens: Tensor) -> Tensor:
+    """first_key (1, Tq) int32 of the documents in `cu_seqlens`, and of the inputs' first_key where that is later."""
+    q, first_key = inputs.q, inputs.first_key
     if q.shape[0] != 1:
         raise ValueError(
             f"cu_seqlens needs one row of packed documents (B = 1), got B = {q.shape[0]}: join the rows along the "
@@ -321,12 +326,11 @@ def _first_key_in_document(q: Tensor, k: Tensor, cu_seqlens: Tensor, causal: boo
         )
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(f"cu_seqlens must have shape (N + 1,) with N >= 1, got {tuple(cu_seqlens.shape)}")
-    if not causal:
+    if not inputs.causal:
         raise ValueError("cu_seqlens needs causal=True: without it a query would see the documents behind its own")
-    if options["cache_seqlens"] is not None:
+    if inputs.cache_seqlens is not None:
         raise ValueError("cu_seqlens cannot be combined with cache_seqlens: give first_key instead")
-    starts = document_starts(cu_seqlens, q.shape[2], k.shape[2])
-    first_key = options["first_key"]
+    starts = document_starts(cu_seqlens, q.shape[2], inputs.k.shape[2])
     return starts if first_key is None else torch.maximum(first_key, starts)
 
 
@@ -336,22 +340,23 @@ def _outside_autocast(device_type: str) -> AbstractContextManager:
     return nullcontext()
 
 
-def _is_cast(tensor: Tensor | None) -> bool:
-    """Whether autocast casts it: not float64, as everywhere in PyTorch, nor integers, which the checks reject."""
-    return tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
+def _is_cast(tensor: Any) -> bool:
+    """Whether autocast casts it: not float64, as everywhere in PyTorch, nor what the checks reject."""
+    return isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
 
 
 def _choose_impl(impl: str, q: Tensor) -> str:
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
-    on_cuda = q.device.type == "cuda"
+    device_type = q.device.type
+    on_cuda = device_type == "cuda"
     if impl == "auto":
-        if q.device.type not in ("cpu", "cuda"):
+        if device_type not in ("cpu", "cuda"):
             raise ValueError(
                 f'impl="auto" serves CPU and CUDA tensors, but q is on {q.device}; use impl="reference" there'
             )
         impl = "triton" if on_cuda else "cpu"
-    if impl == "cpu" and q.device.type != "cpu":
+    if impl == "cpu" and device_type != "cpu":
         raise ValueError(f'impl="cpu" needs CPU tensors, but q is on {q.device}; use impl="auto"')
     if impl == "triton":
         if not on_cuda and os.environ.get("TRITON_INTERPRET") != "1":
@@ -366,35 +371,32 @@ def _choose_impl(impl: str, q: Tensor) -> str:
     return impl
 
 
-def _check_tensors(tensors: dict, options: dict) -> None:
-    for name, tensor in (tensors | options).items():
-        if tensor is None:
-            if name in ("q", "k", "v"):
-                raise TypeError(f"{name} must be a tensor, got None")
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.device != tensors["q"].device:
-            raise ValueError(f"{name} must be on the device of q, {tensors['q'].device}, but is on {tensor.device}")
+def _check_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {'None' if value is None else type(value).__name__}")
 
 
-def _check_dtypes(tensors: dict, options: dict) -> None:
-    dtype = tensors["q"].dtype
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+def _check_tensors(tensors: tuple[Any, ...]) -> None:
+    """Checks types, devices and dtypes."""
+    dtype, device = tensors[0].dtype, tensors[0].device
+    if dtype not in _DTYPES:
         raise TypeError(f"q must be float32, float16, bfloat16 or float64, got {dtype}")
-    for name in ("k", "v", "image_k", "image_v", "image_q"):
-        if tensors[name] is not None and tensors[name].dtype != dtype:
-            raise TypeError(f"{name} must have the dtype of q, {dtype}, got {tensors[name].dtype}")
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    for name, tensor in options.items():
-        if tensor is None:
+    for name, tensor, dtypes in zip(_NAMES, tensors, _DTYPES[dtype], strict=True):
+        if tensor is None and name not in ("k", "v"):
             continue
-        dtypes = _INTEGER_DTYPES.get(name)
-        if dtypes is None:
-            dtypes = (wide,) if name in ("image_logit_bias", "image_score_bias") else (dtype, wide)
+        _check_tensor(name, tensor)
+        if tensor.device != device:
+            raise ValueError(f"{name} must be on the device of q, {device}, but is on {tensor.device}")
         if tensor.dtype not in dtypes:
+            if name in _LIKE_Q:
+                raise TypeError(f"{name} must have the dtype of q, {dtype}, got {tensor.dtype}")
             names = " or ".join(dict.fromkeys(str(d) for d in dtypes))
             raise TypeError(f"{name} must be {names} beside a {dtype} q, got {tensor.dtype}")
+
+
+def _check_bool(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
 
 
 def _check_positive_number(name: str, value: float) -> None:
@@ -405,35 +407,36 @@ def _check_positive_number(name: str, value: float) -> None:
 
 
 def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str) -> None:
-    if tuple(tensor.shape) != expected:
-        raise ValueError(f"{name} must have shape {meaning} = {expected}, got {tuple(tensor.shape)}")
+    if tensor.shape != expected:
+        raise ValueError(f"{name} must have shape {meaning} = {tuple(expected)}, got {tuple(tensor.shape)}")
 
 
 def _check_text_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, tensor, meaning in (("q", q, "(B, Hq, Tq, D)"), ("k", k, "(B, Hkv, Tk, D)"), ("v", v, "(B, Hkv, Tk, D)")):
         if tensor.dim() != 4:
             raise ValueError(f"{name} must have 4 dimensions {meaning}, got shape {tuple(tensor.shape)}")
-        if 0 in tensor.shape:
+        if tensor.numel() == 0:
             raise ValueError(f"{name} must have no empty dimension, got shape {tuple(tensor.shape)}")
     batch, query_heads, num_queries, head_dim = q.shape
     _, kv_heads, num_keys, _ = k.shape
     if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"q must have a head_dim D from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {head_dim}")
     _check_shape("k", k, (batch, kv_heads, num_keys, head_dim), "(B, Hkv, Tk, D)")
-    _check_shape("v", v, tuple(k.shape), "(B, Hkv, Tk, D) of k")
+    _check_shape("v", v, k.shape, "(B, Hkv, Tk, D) of k")
     if query_heads % kv_heads:
         raise ValueError(f"q must have a multiple of k's {kv_heads} heads, got {query_heads}")
     if num_keys < num_queries:
         raise ValueError(f"k must have at least as many tokens as q (Tk >= Tq), got {num_keys} < {num_queries}")
 
 
-def _check_image_shapes(tensors: dict, options: dict) -> int:
-    """Checks image_k, image_v, image_index and image_mask; returns K."""
-    q, k, image_k, image_v = (tensors[name] for name in ("q", "k", "image_k", "image_v"))
-    image_index, image_mask = options["image_index"], options["image_mask"]
+def _check_image_shapes(inputs: Inputs) -> int:
+    """Checks image_k, image_v, image_q, image_index and image_mask; returns K."""
+    q, k, _, image_k, image_v, image_q, image_index, image_mask = inputs[:8]
     batch, _, num_queries, head_dim = q.shape
     kv_heads = k.shape[1]
 
+    if image_q is not None:
+        _check_shape("image_q", image_q, q.shape, "that of q")
     if image_index is not None and image_mask is not None:
         raise ValueError("image_mask belongs to the dense layout; in the pooled layout put -1 into image_index instead")
     slots_name, slots = ("image_index", image_index) if image_index is not None else ("image_mask", image_mask)
@@ -445,7 +448,7 @@ def _check_image_shapes(tensors: dict, options: dict) -> int:
     if (image_k is None) != (image_v is None):
         missing, given = ("image_k", "image_v") if image_k is None else ("image_v", "image_k")
         raise ValueError(f"{missing} must be given together with {given}, got None")
-    if image_k is None:
+    if image_k is None or image_v is None:
         if slots is not None and slots.shape[2] > 0:
             raise ValueError(f"image_k must be given for the {slots.shape[2]} slots of {slots_name}, got None")
         return 0
@@ -467,22 +470,25 @@ def _check_image_shapes(tensors: dict, options: dict) -> int:
             )
         num_images = image_index.shape[2]
         _check_shape("image_k", image_k, (kv_heads, image_k.shape[1], head_dim), "(Hkv, U, D)")
-    _check_shape("image_v", image_v, tuple(image_k.shape), "that of image_k")
+    _check_shape("image_v", image_v, image_k.shape, "that of image_k")
     if num_images > MAX_IMAGES:
         raise ValueError(f"image_k must have at most {MAX_IMAGES} images per token (K), got {num_images}")
     return num_images
 
 
-def _check_option_shapes(q: Tensor, k: Tensor, num_images: int, options: dict) -> None:
-    batch, query_heads, num_queries, head_dim = q.shape
-    expected = {
-        "image_k_bias": ((k.shape[1], head_dim), "(Hkv, D)"),
-        "image_v_bias": ((k.shape[1], head_dim), "(Hkv, D)"),
-        "image_logit_bias": ((query_heads,), "(Hq,)"),
-        "image_score_bias": ((batch, num_queries, num_images), "(B, Tq, K)"),
-        "first_key": ((batch, num_queries), "(B, Tq)"),
-        "cache_seqlens": ((batch,), "(B,)"),
-    }
-    for name, (shape, meaning) in expected.items():
-        if options[name] is not None:
-            _check_shape(name, options[name], shape, meaning)
+def _check_option_shapes(inputs: Inputs, num_images: int) -> None:
+    batch, query_heads, num_queries, head_dim = inputs.q.shape
+    of_key_heads = (inputs.k.shape[1], head_dim)
+    k_bias, v_bias, logit_bias, score_bias, first_key, cache_seqlens = inputs[8:14]
+    if k_bias is not None:
+        _check_shape("image_k_bias", k_bias, of_key_heads, "(Hkv, D)")
+    if v_bias is not None:
+        _check_shape("image_v_bias", v_bias, of_key_heads, "(Hkv, D)")
+    if logit_bias is not None:
+        _check_shape("image_logit_bias", logit_bias, (query_heads,), "(Hq,)")
+    if score_bias is not None:
+        _check_shape("image_score_bias", score_bias, (batch, num_queries, num_images), "(B, Tq, K)")
+    if first_key is not None:
+        _check_shape("first_key", first_key, (batch, num_queries), "(B, Tq)")
+    if cache_seqlens is not None:
+        _check_shape("cache_seqlens", cache_seqlens, (batch,), "(B,)")

@@ -16,37 +16,34 @@ from valm_kernels.visual_fusion.inputs import Gradients, Inputs, num_images
 
 def empty_tokens_first(like: Tensor) -> Tensor:
     """An uninitialised (B, H, T, D) tensor whose memory is (B, T, H, D), as a projection's backward reads it."""
-    batch, heads, tokens, dim = like.shape
-    return like.new_empty(batch, tokens, heads, dim).transpose(1, 2)
+    _, heads, tokens, dim = like.shape
+    return like.new_empty_strided(like.shape, (tokens * heads * dim, dim, heads * dim, 1))
 
 
 def empty_rows_like(like: Tensor) -> Tensor:
     """An uninitialised tensor laid out like `like`, or contiguous where the last dimension of `like` is strided."""
-    whole_rows = like.stride(-1) == 1
-    return torch.empty_like(like, memory_format=torch.preserve_format if whole_rows else torch.contiguous_format)
+    return torch.empty_like(like) if like.stride(-1) == 1 else like.new_empty(like.shape)
 
 
-_GRADIENT_LIKE = {
-    "q": empty_tokens_first,
-    "k": empty_tokens_first,
-    "v": empty_tokens_first,
-    "image_k": empty_rows_like,
-    "image_v": empty_rows_like,
-    "image_q": empty_tokens_first,
-}
+def _empty_contiguous(like: Tensor) -> Tensor:
+    return like.new_empty(like.shape)
+
+
+# In the order of `Gradients`.
+_GRADIENT_LIKE = (
+    *(empty_tokens_first, empty_tokens_first, empty_tokens_first),
+    *(empty_rows_like, empty_rows_like, empty_tokens_first),
+    *(_empty_contiguous, _empty_contiguous, _empty_contiguous, _empty_contiguous),
+)
 
 
 def empty_gradients(inputs: Inputs, needed: Sequence[bool]) -> Gradients:
     """Uninitialised gradients of the inputs that are present and needed, in the order of `Gradients`."""
-    gradients: list[Tensor | None] = []
-    for name, is_needed in zip(Gradients._fields, needed, strict=True):
-        tensor = getattr(inputs, name)
-        if tensor is None or not is_needed:
-            gradients.append(None)
-        else:
-            like = _GRADIENT_LIKE.get(name)
-            gradients.append(tensor.new_empty(tensor.shape) if like is None else like(tensor))
-    return Gradients._make(gradients)
+    differentiable = (*inputs[:6], *inputs[8:12])
+    return Gradients._make(
+        empty(tensor) if is_needed and tensor is not None else None
+        for empty, tensor, is_needed in zip(_GRADIENT_LIKE, differentiable, needed, strict=True)
+    )
 
 
 def empty_image_scores(inputs: Inputs, wanted: bool) -> Tensor:

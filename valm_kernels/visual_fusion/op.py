@@ -6,6 +6,7 @@ asked for them; layout.py defines the layouts of the others.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ _library.define(
     f"Tensor lse, {_INPUTS}, bool[] needed) -> ({', '.join('Tensor' for _ in Gradients._fields)})"
 )
 _library.define("document_starts(Tensor cu_seqlens, SymInt num_queries, SymInt num_keys) -> Tensor")
+# Of the devices that have kernels.
+_KERNEL_KEYS = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
 _forward_op = torch.ops.valm_kernels.visual_fusion_attn.default
 _backward_op = torch.ops.valm_kernels.visual_fusion_attn_backward.default
 
@@ -57,9 +60,13 @@ def document_starts(cu_seqlens: Tensor, num_queries: int, num_keys: int) -> Tens
 
 
 def _implementation(impl: str) -> tuple[Any, Any]:
-    """(forward, backward) of one implementation; Triton is imported only where it is used."""
-    if impl == "cpu":
-        return cpu.forward, cpu.backward
+    """(forward, backward) of one implementation."""
+    return (cpu.forward, cpu.backward) if impl == "cpu" else _triton()
+
+
+@cache
+def _triton() -> tuple[Any, Any]:
+    """Triton is imported only where it is used."""
     from valm_kernels.visual_fusion.triton.backward import backward
     from valm_kernels.visual_fusion.triton.forward import forward
 
@@ -67,8 +74,8 @@ def _implementation(impl: str) -> tuple[Any, Any]:
 
 
 def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *arguments, impl, with_image_scores = inputs
-    checked = Inputs(*arguments)
+    *_, impl, with_image_scores = inputs
+    checked = Inputs(*inputs[:-2])
     image_scores = empty_image_scores(checked, with_image_scores)
     out, lse = _implementation(impl)[0](checked, image_scores if with_image_scores else None)
     return out, lse, image_scores
@@ -82,9 +89,9 @@ def _backward(
     lse: Tensor,
     *inputs: Any,
 ) -> tuple[Tensor, ...]:
-    *arguments, impl, needed = inputs
+    *_, impl, needed = inputs
     backward = _implementation(impl)[1]
-    gradients = backward(grad_out, grad_lse, grad_image_scores, out, lse, Inputs(*arguments), needed)
+    gradients = backward(grad_out, grad_lse, grad_image_scores, out, lse, Inputs(*inputs[:-2]), needed)
     return _present(grad_out, gradients)
 
 
@@ -120,7 +127,7 @@ class _Attention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         # Otherwise an unused lse would get a gradient of zeros, which costs time in the backward.
         ctx.set_materialize_grads(False)
-        out, lse, image_scores = _below_autograd(_forward_op, keyset, inputs)
+        out, lse, image_scores = _below_autograd(_forward_op, _forward, keyset, inputs)
         *tensors, ctx.causal, ctx.scale, ctx.softcap, ctx.impl, ctx.with_image_scores = inputs
         ctx.save_for_backward(out, lse, *tensors)
         return out, lse, image_scores
@@ -147,7 +154,7 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, keyset: Any, inputs: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        return _below_autograd(_backward_op, keyset, inputs)
+        return _below_autograd(_backward_op, _backward, keyset, inputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> None:
@@ -156,9 +163,13 @@ class _Gradients(torch.autograd.Function):
         )
 
 
-def _below_autograd(op: Any, keyset: Any, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
+def _below_autograd(op: Any, kernel: Any, keyset: Any, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """What the dispatcher does after autograd; where only `kernel` is left to do, without going there once more."""
+    keyset = keyset & torch._C._after_autograd_keyset
     with torch._C._AutoDispatchBelowAutograd():
-        return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+        if keyset.highestPriorityTypeId() in _KERNEL_KEYS:
+            return kernel(*inputs)
+        return op.redispatch(keyset, *inputs)
 
 
 def _records_gradients(inputs: tuple[Any, ...]) -> bool:
@@ -169,13 +180,13 @@ def _records_gradients(inputs: tuple[Any, ...]) -> bool:
 def _autograd(keyset: Any, *inputs: Any) -> tuple[Tensor, ...]:
     if _records_gradients(inputs):
         return _Attention.apply(keyset, inputs, *(inputs[i] for i in _DIFFERENTIABLE))
-    return _below_autograd(_forward_op, keyset, inputs)
+    return _below_autograd(_forward_op, _forward, keyset, inputs)
 
 
 def _backward_autograd(keyset: Any, *inputs: Any) -> tuple[Tensor, ...]:
     if _records_gradients(inputs):
         return _Gradients.apply(keyset, inputs, *(x for x in inputs if isinstance(x, Tensor)))
-    return _below_autograd(_backward_op, keyset, inputs)
+    return _below_autograd(_backward_op, _backward, keyset, inputs)
 
 
 def _document_starts(cu_seqlens: Tensor, num_queries: int, num_keys: int) -> Tensor:

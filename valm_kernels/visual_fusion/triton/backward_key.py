@@ -259,7 +259,8 @@ def key_gradients(inputs: Inputs, lse: Tensor, delta: Tensor, grad_out: Tensor, 
     batch, kv_heads, k_len = k.shape[:3]
     constants = kernel_constants(q, k, inputs.causal)
     # one without the other is no less work
-    dk, dv = (empty_tokens_first(x) if g is None else g for x, g in ((k, gradients.k), (v, gradients.v)))
+    dk = empty_tokens_first(k) if gradients.k is None else gradients.k
+    dv = empty_tokens_first(v) if gradients.v is None else gradients.v
 
     def launch(tiles: Tiles) -> None:
         key_tiles = cdiv(k_len, tiles.block_n)
@@ -288,7 +289,12 @@ def key_gradients(inputs: Inputs, lse: Tensor, delta: Tensor, grad_out: Tensor, 
             grad_out,
             dk,
             dv,
-            *(strides(x) for x in (q, k, v, grad_out, dk, dv)),
+            strides(q),
+            strides(k),
+            strides(v),
+            strides(grad_out),
+            strides(dk),
+            strides(dv),
             kv_heads,
             q.shape[2],
             k_len,

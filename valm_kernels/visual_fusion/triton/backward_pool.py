@@ -11,6 +11,9 @@ of the image then adds up these parts, again in order.
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -19,8 +22,9 @@ from torch import Tensor
 from valm_kernels.visual_fusion.inputs import Gradients, Inputs
 from valm_kernels.visual_fusion.layout import empty_rows_like
 from valm_kernels.visual_fusion.triton.backward_query import ForPool
-from valm_kernels.visual_fusion.triton.launch import cdiv, kernel_constants, strides
+from valm_kernels.visual_fusion.triton.launch import VECTOR, cdiv, strides
 from valm_kernels.visual_fusion.triton.primitives import kernel, row_pointers
+from valm_kernels.visual_fusion.triton.tiles import block_d
 
 # Slots per step of a program, columns (heads x D) of its sums, and slots from which an image is popular. Chosen by
 # arithmetic and by the registers that the compiler reports, not yet measured on a card.
@@ -226,24 +230,15 @@ def pool_gradients(inputs: Inputs, grad_out: Tensor, for_pool: ForPool, gradient
     assert image_k is not None and image_v is not None and image_index is not None
     image_q = inputs.q if inputs.image_q is None else inputs.image_q
     # one without the other is hardly less work
-    dimage_k, dimage_v = (
-        empty_rows_like(x) if g is None else g for x, g in ((image_k, gradients.image_k), (image_v, gradients.image_v))
-    )
+    dimage_k = empty_rows_like(image_k) if gradients.image_k is None else gradients.image_k
+    dimage_v = empty_rows_like(image_v) if gradients.image_v is None else gradients.image_v
     kv_heads, pool_size, head_dim = dimage_k.shape
     if pool_size == 0:
         return
     order, segment = sorted_slots(image_index, pool_size)
     blocks = cdiv(image_index.numel(), BLOCK_SLOTS)
-    parts = torch.empty(blocks, 2, 2, kv_heads, head_dim, dtype=torch.float32, device=image_q.device)
-    shared = kernel_constants(inputs.q, inputs.k, inputs.causal)
-    constants = {
-        **{name: shared[name] for name in ("D", "G", "ALIGNED", "BLOCK_D")},
-        "BLOCK_E": SLOTS,
-        "BLOCK_H": min(1 << (kv_heads - 1).bit_length(), max(1, COLUMNS // shared["BLOCK_D"])),
-        "BLOCK_SLOTS": BLOCK_SLOTS,
-        "num_warps": 4,
-        "enable_fp_fusion": True,
-    }
+    parts = for_pool.image_b.new_empty(blocks, 2, 2, kv_heads, head_dim)
+    constants = _constants(kv_heads, inputs.q.shape[1] // kv_heads, head_dim, inputs.q.dtype)
     head_blocks = cdiv(kv_heads, constants["BLOCK_H"])
     sizes = (kv_heads, image_q.shape[2], image_index.shape[2])
     of_slots = (image_q, grad_out, for_pool.image_dx, for_pool.image_b)
@@ -257,6 +252,7 @@ def pool_gradients(inputs: Inputs, grad_out: Tensor, for_pool: ForPool, gradient
         strides(grad_out),
         *sizes,
         image_index.numel(),
+        BLOCK_SLOTS=BLOCK_SLOTS,
         **constants,
     )
     _pool_kernel[(pool_size, head_blocks)](
@@ -272,8 +268,25 @@ def pool_gradients(inputs: Inputs, grad_out: Tensor, for_pool: ForPool, gradient
         dimage_v.stride()[:2],
         *sizes,
         inputs.scale,
+        BLOCK_SLOTS=BLOCK_SLOTS,
         **constants,
     )
+
+
+@cache
+def _constants(kv_heads: int, group: int, head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The compile-time arguments of both kernels."""
+    columns = block_d(head_dim)
+    return {
+        "D": head_dim,
+        "G": group,
+        "ALIGNED": head_dim * dtype.itemsize % VECTOR == 0,
+        "BLOCK_D": columns,
+        "BLOCK_E": SLOTS,
+        "BLOCK_H": min(1 << (kv_heads - 1).bit_length(), max(1, COLUMNS // columns)),
+        "num_warps": 4,
+        "enable_fp_fusion": True,
+    }
 
 
 def sorted_slots(image_index: Tensor, pool_size: int) -> tuple[Tensor, Tensor]:

@@ -280,26 +280,28 @@ def query_gradients(
     pool_wanted = pooled and (gradients.image_k is not None or gradients.image_v is not None)
 
     def scratch(wanted: bool, *size: int) -> Tensor | None:
-        return torch.empty(size, dtype=torch.float32, device=q.device) if wanted else None
+        return lse.new_empty(size) if wanted else None
 
     def launch(tiles: Tiles) -> tuple[Tensor, ForPool | None]:
         row_tiles = cdiv(q_len * block_g, tiles.block_m)
         block_h = min(block_g, tiles.block_m)
         parts = block_g // block_h  # tiles among which the heads of a group are divided
-        delta = torch.empty(batch, q_heads, q_len, dtype=torch.float32, device=q.device)
-        image_dx, image_b = (scratch(pool_wanted, batch, q_heads, images, q_len) for _ in range(2))
-        dense = [None if pooled else g for g in (gradients.image_k, gradients.image_v)]
+        delta = torch.empty_like(lse)
+        image_dx = scratch(pool_wanted, batch, q_heads, images, q_len)
+        image_b = scratch(pool_wanted, batch, q_heads, images, q_len)
+        dense_k, dense_v = (None, None) if pooled else (gradients.image_k, gradients.image_v)
         if parts > 1:
             # a dense image belongs to all heads of its group: the sum over each part of them is a result of its own
-            dense = [scratch(g is not None, parts, batch, kv_heads, q_len, images, head_dim) for g in dense]
-        k_bias, v_bias = (
-            scratch(g is not None, row_tiles, batch, kv_heads, head_dim)
-            for g in (gradients.image_k_bias, gradients.image_v_bias)
-        )
-        logit_bias = scratch(gradients.image_logit_bias is not None, row_tiles, batch, kv_heads, block_h)
+            dense_k = scratch(dense_k is not None, parts, batch, kv_heads, q_len, images, head_dim)
+            dense_v = scratch(dense_v is not None, parts, batch, kv_heads, q_len, images, head_dim)
+        k_bias = scratch(gradients.image_k_bias is not None, row_tiles, batch, kv_heads, head_dim)
+        v_bias = scratch(gradients.image_v_bias is not None, row_tiles, batch, kv_heads, head_dim)
+        # tiles of one part follow each other at a distance of `parts`
+        of_tiles = (row_tiles // parts, parts, batch, kv_heads, block_h)
+        logit_bias = scratch(gradients.image_logit_bias is not None, *of_tiles)
         score_bias = scratch(gradients.image_score_bias is not None, parts * kv_heads, batch, images, q_len)
         _query_kernel[(row_tiles * batch * kv_heads,)](
-            *inputs.tensors,
+            *inputs[:-3],
             out,
             lse,
             grad_out,
@@ -307,7 +309,8 @@ def query_gradients(
             grad_image_scores,
             gradients.q,
             delta,
-            *dense,
+            dense_k,
+            dense_v,
             gradients.image_q,
             image_dx,
             image_b,
@@ -315,10 +318,17 @@ def query_gradients(
             v_bias,
             logit_bias,
             score_bias,
-            *(strides(x) for x in (q, k, v)),
-            *(image_strides(x, pooled) for x in (image_k, image_v)),
-            *(strides(x) for x in (image_q, out, grad_out, gradients.q)),
-            *(dense_strides(x) for x in dense),
+            strides(q),
+            strides(k),
+            strides(v),
+            image_strides(image_k, pooled),
+            image_strides(image_v, pooled),
+            strides(image_q),
+            strides(out),
+            strides(grad_out),
+            strides(gradients.q),
+            dense_strides(dense_k),
+            dense_strides(dense_v),
             strides(gradients.image_q),
             0 if parts == 1 else batch * kv_heads * q_len * images * head_dim,
             kv_heads,
@@ -334,19 +344,27 @@ def query_gradients(
             **tiles.options(),
         )
         if parts > 1:
-            for gradient, partial in zip((gradients.image_k, gradients.image_v), dense, strict=True):
-                if gradient is not None and partial is not None:
-                    gradient.copy_(partial.sum(0))
-        for gradient, partial in ((gradients.image_k_bias, k_bias), (gradients.image_v_bias, v_bias)):
-            if gradient is not None and partial is not None:
-                gradient.copy_(partial.sum((0, 1)))
+            _sum_into(gradients.image_k, dense_k)
+            _sum_into(gradients.image_v, dense_v)
+        _sum_into(gradients.image_k_bias, k_bias)
+        _sum_into(gradients.image_v_bias, v_bias)
         if gradients.image_logit_bias is not None and logit_bias is not None:
-            # tiles of one part follow each other at a distance of `parts`; a group's rows are padded to a power of two
-            of_heads = logit_bias.view(-1, parts, batch, kv_heads, block_h).sum((0, 2)).transpose(0, 1)
-            of_heads = of_heads.reshape(kv_heads, block_g)[:, : q_heads // kv_heads]
-            gradients.image_logit_bias.copy_(of_heads.reshape(-1))
-        if gradients.image_score_bias is not None and score_bias is not None:
-            gradients.image_score_bias.copy_(score_bias.sum(0).transpose(1, 2))
+            # a group's rows are padded to a power of two
+            of_heads = logit_bias.sum((0, 2)).transpose(0, 1).reshape(kv_heads, block_g)[:, : q_heads // kv_heads]
+            gradients.image_logit_bias.view(kv_heads, -1).copy_(of_heads)
+        if gradients.image_score_bias is not None:
+            _sum_into(gradients.image_score_bias.transpose(1, 2), score_bias)
         return delta, None if image_dx is None or image_b is None else ForPool(image_dx, image_b)
 
     return launch(choose_tiles("query" if inputs.softcap is None else "query softcap", inputs, launch))
+
+
+def _sum_into(gradient: Tensor | None, partial: Tensor | None) -> None:
+    """Sums over the leading dimensions of `partial` that `gradient` has not; nothing where there is no partial."""
+    if gradient is None or partial is None:
+        return
+    dimensions = tuple(range(partial.dim() - gradient.dim()))
+    if gradient.dtype == partial.dtype:
+        torch.sum(partial, dimensions, out=gradient)
+    else:  # with `out` of 16 bits, torch.sum would round before it adds
+        gradient.copy_(partial.sum(dimensions))

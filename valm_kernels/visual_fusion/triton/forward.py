@@ -275,33 +275,39 @@ def forward(inputs: Inputs, image_scores: Tensor | None = None) -> tuple[Tensor,
         check_image_index(inputs.image_index, inputs.image_k.shape[1])
     out = empty_rows_like(inputs.q)
     inputs = kernel_inputs(inputs)
-    q, k, v, image_k, image_v, image_index = (*inputs[:5], inputs.image_index)
+    q, k, v, image_k, image_v = inputs[:5]
+    pooled = inputs.image_index is not None
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, k_len = k.shape[1:3]
     constants = kernel_constants(q, k, inputs.causal)
     block_g = constants["BLOCK_G"]
     tiles_of = "decode" if q_len * block_g <= DECODE_ROWS else "forward"
-    lse = torch.empty(batch, q_heads, q_len, dtype=torch.float32, device=q.device)
+    lse = q.new_empty((batch, q_heads, q_len), dtype=torch.float32)
 
     def launch(tiles: Tiles) -> None:
         programs = cdiv(q_len * block_g, tiles.block_m) * batch * kv_heads
         splits = splits_of(programs, k_len, image_k is not None, multiprocessors(q.device))
         if splits == 1:
-            out_part, lse_part = out.unsqueeze(0), lse
+            out_part, lse_part = out, lse
+            stride_part, stride_o = 0, strides(out)
         else:
-            out_part = torch.empty(splits, *q.shape, dtype=torch.float32, device=q.device)
-            lse_part = torch.empty(splits, *lse.shape, dtype=torch.float32, device=q.device)
+            out_part = lse.new_empty(splits, *q.shape)
+            lse_part = lse.new_empty(splits, *lse.shape)
+            stride_part, stride_o = out_part.stride(0), strides(out_part[0])
         with torch.cuda.device_of(q):
             _forward_kernel[(programs, splits)](
-                *inputs.tensors,
+                *inputs[:-3],
                 out_part,
                 lse_part,
                 image_scores,
-                *(strides(x) for x in (q, k, v)),
-                *(image_strides(x, image_index is not None) for x in (image_k, image_v)),
+                strides(q),
+                strides(k),
+                strides(v),
+                image_strides(image_k, pooled),
+                image_strides(image_v, pooled),
                 strides(inputs.image_q),
-                strides(out_part[0]),
-                out_part.stride(0),
+                stride_o,
+                stride_part,
                 kv_heads,
                 q_len,
                 k_len,

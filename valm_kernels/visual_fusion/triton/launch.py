@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -19,26 +19,33 @@ VECTOR = 16
 
 def kernel_inputs(inputs: Inputs) -> Inputs:
     """The inputs as kernels read them: rows are contiguous and aligned, the small tensors have no gaps."""
-    rows = (None if x is None else aligned_rows(x) for x in inputs.tensors[:6])
-    small = (None if x is None else aligned_rows(x.contiguous()) for x in inputs.tensors[6:])
-    return Inputs._make([*rows, *small, *inputs[len(inputs.tensors) :]])
+    rows = [None if x is None else aligned_rows(x) for x in inputs[:6]]
+    small = [None if x is None else aligned_rows(x.contiguous()) for x in inputs[6:-3]]
+    return Inputs._make([*rows, *small, *inputs[-3:]])
 
 
 def aligned_rows(x: Tensor) -> Tensor:
     """The tensor itself, or a contiguous copy if its last dimension is strided or a row is not vector-aligned that a
     copy would align."""
-    *strides, last = x.stride()
-    if last != 1:
-        return x.contiguous()
-    *sizes, row = x.shape
-    itemsize = x.element_size()
-    if row * itemsize % VECTOR:
+    multiple = _address_multiple(x.shape, x.stride(), x.element_size())
+    if multiple and x.data_ptr() % multiple == 0:
         return x
-    misplaced = x.data_ptr() % VECTOR
-    for size, stride in zip(sizes, strides, strict=True):
-        if size > 1:  # the stride of a single row means nothing
-            misplaced |= stride * itemsize % VECTOR
-    return x.clone(memory_format=torch.contiguous_format) if misplaced else x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+# Of the latest layouts only: during generation the keys have a new one at every step.
+@lru_cache(maxsize=1024)
+def _address_multiple(shape: torch.Size, strides: tuple[int, ...], itemsize: int) -> int:
+    """What the address of a tensor must be a multiple of for all its rows to be whole and aligned; 0 if they cannot."""
+    *sizes, row = shape
+    *strides_of_rows, last = strides
+    if last != 1 and row > 1:
+        return 0
+    if row * itemsize % VECTOR:
+        return 1
+    # the stride of a single row means nothing
+    apart = [stride for size, stride in zip(sizes, strides_of_rows, strict=True) if size > 1]
+    return 0 if any(stride * itemsize % VECTOR for stride in apart) else VECTOR
 
 
 def kernel_constants(q: Tensor, k: Tensor, causal: bool) -> dict[str, Any]:

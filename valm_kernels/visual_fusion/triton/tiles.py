@@ -10,6 +10,7 @@ VALM_KERNELS_AUTOTUNE=1 measures around these entries on the card at hand (autot
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -77,6 +78,7 @@ def block_d(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
+@cache
 def tiles_for(kernel: str, arch: int, head_dim: int, dtype: torch.dtype) -> Tiles:
     """The tiles of `kernel`, a name of the table, on compute capability `arch` (90 for 9.0)."""
     if 90 <= arch < 100:
