@@ -14,7 +14,7 @@ from valm_kernels.version import __version__
 if TYPE_CHECKING:
     from valm_kernels.build_info import show_config
     from valm_kernels.topk import MAX_TOPK, FlatIPIndex, NumpyTopK, TopK, ip_scores, ip_topk, merge_topk
-    from valm_kernels.visual_fusion import MAX_IMAGES, attention_weights, visual_fusion_attn
+    from valm_kernels.visual_fusion import MAX_IMAGES, attention_weights, sort_image_slots, visual_fusion_attn
 
 _MODULES = {
     "MAX_IMAGES": "valm_kernels.visual_fusion",
@@ -27,6 +27,7 @@ _MODULES = {
     "ip_topk": "valm_kernels.topk",
     "merge_topk": "valm_kernels.topk",
     "show_config": "valm_kernels.build_info",
+    "sort_image_slots": "valm_kernels.visual_fusion",
     "visual_fusion_attn": "valm_kernels.visual_fusion",
 }
 
@@ -42,6 +43,7 @@ __all__ = [
     "ip_topk",
     "merge_topk",
     "show_config",
+    "sort_image_slots",
     "visual_fusion_attn",
 ]
 

@@ -16,13 +16,16 @@ BF16_FLOP_PER_S = 989e12
 FLOAT32_FLOP_PER_S = 67e12
 EXP_PER_S = 16 * 132 * 1.83e9
 
-# What is not in a data sheet, all of it to be measured: the time from the end of one kernel to the work of the next on
-# the same stream, and the time of the host for a call. The latter was measured with stubbed launches on a CPU, when a
-# launch still took Triton's binder 10 to 16 µs more; for the backward, without and with a pool.
+# What is not in a data sheet, all of it to be measured on a card: the time from the end of one kernel to the work of
+# the next on the same stream, and the time of the host. That is Triton's binder for each launch, and besides, the least
+# by host_time.py on two busy cores of an AMD EPYC: of a forward without gradients, of a dense backward, and what a pool
+# and the sort of its slots add to the latter.
 LAUNCH_S = 3e-6
 BINDER_S = 13e-6
-FORWARD_HOST_S = 63e-6
-BACKWARD_HOST_S = {False: 320e-6, True: 410e-6}
+FORWARD_HOST_S = 52e-6
+BACKWARD_HOST_S = 119e-6
+POOL_HOST_S = 31e-6
+SORT_HOST_S = 40e-6
 # Of a radix sort in PyTorch beside its passes of 8 bits: conversion, values, histogram and offsets, then arange and
 # searchsorted for the segments.
 SORT_LAUNCHES = 6
@@ -30,8 +33,8 @@ SORT_LAUNCHES = 6
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes as in visual_fusion_attn; U images in the pool, 0 in the dense layout; G query heads share a key head.
-    16-bit tensors."""
+    """Sizes as in visual_fusion_attn; U images in the pool, 0 in the dense layout; G query heads share a key head;
+    sorted_slots: image_slots are given. 16-bit tensors."""
 
     name: str
     B: int
@@ -42,6 +45,7 @@ class Shape:
     D: int
     U: int = 0
     G: int = 1
+    sorted_slots: bool = False
 
     @property
     def pairs(self) -> int:
@@ -176,8 +180,12 @@ def forward_works(s: Shape) -> list[Work]:
 
 
 def backward_works(s: Shape) -> list[Work]:
-    # a popular image's parts are summed by a kernel of their own
-    return [query(s), key(s)] + ([sort(s), replace(pool(s), launches=2)] if s.U else [])
+    works = [query(s), key(s)]
+    if s.U and not s.sorted_slots:
+        works.append(sort(s))
+    if s.U:  # a popular image's parts are summed by a kernel of their own
+        works.append(replace(pool(s), launches=2))
+    return works
 
 
 def gpu_s(works: list[Work]) -> float:
@@ -188,8 +196,11 @@ def gpu_s(works: list[Work]) -> float:
 def host_s(s: Shape, backward: bool) -> float:
     """Of the forward without gradients, or of the backward."""
     works = backward_works(s) if backward else forward_works(s)
-    bound = sum(work.launches for work in works if work.by_triton)
-    return (BACKWARD_HOST_S[s.U > 0] if backward else FORWARD_HOST_S) + BINDER_S * bound
+    bound = BINDER_S * sum(work.launches for work in works if work.by_triton)
+    if not backward:
+        return FORWARD_HOST_S + bound
+    of_pool = POOL_HOST_S + (0 if s.sorted_slots else SORT_HOST_S)
+    return BACKWARD_HOST_S + (of_pool if s.U else 0) + bound
 
 
 def attention_s(s: Shape, backward: bool) -> float:
@@ -210,6 +221,12 @@ def transformer_s(parameters: int, tokens: int, passes: int) -> float:
 SHAPES = (
     Shape("B4 H12 T1024 K8 D64, dense", 4, 12, 1024, 1024, 8, 64),
     Shape("B4 H12 T1024 K8 D64, pooled, 30 % unique", 4, 12, 1024, 1024, 8, 64, U=int(0.3 * 4 * 1024 * 8)),
+    Shape(
+        "B4 H12 T1024 K8 D64, pooled, slots sorted before",
+        *(4, 12, 1024, 1024, 8, 64),
+        U=int(0.3 * 4 * 1024 * 8),
+        sorted_slots=True,
+    ),
     Shape("B8 H32/8 T4096 K4 D128, dense", 8, 32, 4096, 4096, 4, 128, G=4),
     Shape("B4 H12 T2048 K8 D64, pooled, 30 % unique", 4, 12, 2048, 2048, 8, 64, U=int(0.3 * 4 * 2048 * 8)),
     Shape("B4 H16 T4096 K8 D128, pooled, 30 % unique", 4, 16, 4096, 4096, 8, 128, U=int(0.3 * 4 * 4096 * 8)),
@@ -287,10 +304,12 @@ images of all queries:
 A call is more than its kernels. Three things are added, all of them assumptions until a card is there:
 
 - {launch:.0f} µs for each launch: the gap to the next kernel of the same stream.
-- The sort of the pool's slots: {sort} launches of PyTorch or more, before the kernel of the pool.
-- The time of the host: {forward:.0f} µs for a forward, {dense:.0f} for a dense backward and {pooled:.0f} for a pooled
-  one, measured on a CPU with stubbed launches at an earlier state of the code, and {binder:.0f} µs of Triton's binder
-  for each launch. The host runs ahead of the card, so the estimate of a call alone is the larger of both times.
+- The sort of the pool's slots: {sort} launches of PyTorch or more, before the kernel of the pool. With `image_slots`
+  there is none.
+- The time of the host: {forward:.0f} µs for a forward, {dense:.0f} for a dense backward, {pool:.0f} more for a pooled
+  one and {slots:.0f} more for the sort, measured with stubbed launches on two busy cores of an AMD EPYC
+  (`TRITON_INTERPRET=1 python -m benchmarks.valm_kernels.host_time`), and {binder:.0f} µs of Triton's binder for each
+  launch. The host runs ahead of the card, so the estimate of a call alone is the larger of both times.
 
 ## Aims
 
@@ -321,8 +340,9 @@ def page() -> str:
         launch=LAUNCH_S * 1e6,
         sort=SORT_LAUNCHES + 2,
         forward=FORWARD_HOST_S * 1e6,
-        dense=BACKWARD_HOST_S[False] * 1e6,
-        pooled=BACKWARD_HOST_S[True] * 1e6,
+        dense=BACKWARD_HOST_S * 1e6,
+        pool=POOL_HOST_S * 1e6,
+        slots=SORT_HOST_S * 1e6,
         binder=BINDER_S * 1e6,
         tables=tables(),
     )

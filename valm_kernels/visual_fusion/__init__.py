@@ -5,5 +5,6 @@ registration with torch.library, cpu.py and triton/ the implementations.
 """
 
 from valm_kernels.visual_fusion.api import MAX_IMAGES, attention_weights, visual_fusion_attn
+from valm_kernels.visual_fusion.slots import sort_image_slots
 
-__all__ = ["MAX_IMAGES", "attention_weights", "visual_fusion_attn"]
+__all__ = ["MAX_IMAGES", "attention_weights", "sort_image_slots", "visual_fusion_attn"]

@@ -37,6 +37,7 @@ def _dtypes(q: torch.dtype) -> tuple[tuple[torch.dtype, ...], ...]:
         "first_key": (torch.int32,),
         "cu_seqlens": (torch.int32, torch.int64),
         "cache_seqlens": (torch.int32,),
+        "image_slots": (torch.int32,),
     }
     return tuple(others.get(name, (q,)) for name in _NAMES)
 
@@ -63,6 +64,7 @@ def visual_fusion_attn(
     first_key: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     cache_seqlens: Tensor | None = None,
+    image_slots: Tensor | None = None,
     causal: bool = True,
     scale: float | None = None,
     return_lse: Literal[False] = False,
@@ -88,6 +90,7 @@ def visual_fusion_attn(
     first_key: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     cache_seqlens: Tensor | None = None,
+    image_slots: Tensor | None = None,
     causal: bool = True,
     scale: float | None = None,
     return_lse: Literal[True],
@@ -113,6 +116,7 @@ def visual_fusion_attn(
     first_key: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     cache_seqlens: Tensor | None = None,
+    image_slots: Tensor | None = None,
     causal: bool = True,
     scale: float | None = None,
     return_lse: bool = False,
@@ -137,6 +141,7 @@ def visual_fusion_attn(
     first_key: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     cache_seqlens: Tensor | None = None,
+    image_slots: Tensor | None = None,
     causal: bool = True,
     scale: float | None = None,
     return_lse: bool = False,
@@ -191,6 +196,9 @@ def visual_fusion_attn(
             Tk in j <= i + (Tk - Tq), for a cache of constant size Tk that is being filled (StaticCache, CUDA graphs).
             The keys and values from there on are not used and may be anything, NaN too. 0 to Tk, fewer than Tq too:
             on CPU anything else raises, on CUDA it counts as the nearest of these. It limits text only.
+        image_slots: (U + 1 + B Tq K,) int32, `sort_image_slots(image_index, U)`, for training on CUDA: the backward of
+            the pooled layout then sorts nothing. Gradients are the same to the last bit. On CPU it changes nothing,
+            and raises if it belongs to another image_index; on CUDA that is undefined behaviour, as for image_index.
         causal: False lets every query see all keys from first_key on.
         scale: factor of the scores, positive; 1 / sqrt(D) by default.
         return_lse: return (out, lse) instead of out.
@@ -216,7 +224,7 @@ def visual_fusion_attn(
     _check_bool("return_image_weights", return_image_weights)
     images = (image_k, image_v, image_q, image_index, image_mask)
     biases = (image_k_bias, image_v_bias, image_logit_bias, image_score_bias)
-    tensors = (q, k, v, *images, *biases, first_key, cache_seqlens, cu_seqlens)
+    tensors = (q, k, v, *images, *biases, first_key, cache_seqlens, image_slots, cu_seqlens)
     _check_tensor("q", q)
     impl = _choose_impl(impl, q)
     inputs = _checked_inputs(tensors, causal, scale, softcap)
@@ -268,7 +276,7 @@ def attention_weights(
     # the weights do not depend on the values, so the keys stand in for them
     images = (image_k, image_k, image_q, image_index, image_mask)
     biases = (image_k_bias, None, image_logit_bias, image_score_bias)
-    tensors = (q, k, k, *images, *biases, first_key, cache_seqlens, cu_seqlens)
+    tensors = (q, k, k, *images, *biases, first_key, cache_seqlens, None, cu_seqlens)
     _check_tensor("q", q)
     inputs = _checked_inputs(tensors, causal, scale, softcap)
     with _outside_autocast(q.device.type):
@@ -430,7 +438,7 @@ def _check_text_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _check_image_shapes(inputs: Inputs) -> int:
-    """Checks image_k, image_v, image_q, image_index and image_mask; returns K."""
+    """Checks image_k, image_v, image_q, image_index, image_mask and image_slots; returns K."""
     q, k, _, image_k, image_v, image_q, image_index, image_mask = inputs[:8]
     batch, _, num_queries, head_dim = q.shape
     kv_heads = k.shape[1]
@@ -471,6 +479,11 @@ def _check_image_shapes(inputs: Inputs) -> int:
         num_images = image_index.shape[2]
         _check_shape("image_k", image_k, (kv_heads, image_k.shape[1], head_dim), "(Hkv, U, D)")
     _check_shape("image_v", image_v, image_k.shape, "that of image_k")
+    if inputs.image_slots is not None:
+        if image_index is None:
+            raise ValueError("image_slots belongs to the pooled layout: give image_index too")
+        length = image_k.shape[1] + 1 + batch * num_queries * num_images
+        _check_shape("image_slots", inputs.image_slots, (length,), "(U + 1 + B Tq K,)")
     if num_images > MAX_IMAGES:
         raise ValueError(f"image_k must have at most {MAX_IMAGES} images per token (K), got {num_images}")
     return num_images

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from valm_kernels.native import cpu_isa, native, survives_fork
 from valm_kernels.visual_fusion import cpu_softcap
-from valm_kernels.visual_fusion.inputs import Gradients, Inputs, check_cache_seqlens, check_image_index
+from valm_kernels.visual_fusion.inputs import Gradients, Inputs, check_cache_seqlens
 from valm_kernels.visual_fusion.layout import empty_rows_like, empty_tokens_first, whole_rows
+from valm_kernels.visual_fusion.slots import check_pool
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -124,7 +125,7 @@ class _ImageBranch:
             kv_heads, num_images, pool_rows = image_k.shape[1], image_k.shape[3], -1
         else:
             kv_heads, num_images, pool_rows = image_k.shape[0], image_index.shape[2], image_k.shape[1]
-            check_image_index(image_index, pool_rows)
+            check_pool(inputs)
             image_index = image_index.int()
         batch, query_heads, num_queries, head_dim = q.shape
         self.dtype = str(q.dtype).removeprefix("torch.")

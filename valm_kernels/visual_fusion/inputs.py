@@ -13,7 +13,7 @@ class Inputs(NamedTuple):
     """The arguments of visual_fusion_attn, in the operator's order.
 
     Shapes and dtypes as there. At K = 0 image_k, image_v and all other image arguments are None. The values of
-    image_index are not checked yet.
+    image_index and image_slots are not checked yet.
     """
 
     q: Tensor
@@ -30,14 +30,15 @@ class Inputs(NamedTuple):
     image_score_bias: Tensor | None
     first_key: Tensor | None
     cache_seqlens: Tensor | None
+    image_slots: Tensor | None
     causal: bool
     scale: float
     softcap: float | None
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """q to cache_seqlens, in order."""
-        return self[:-3]
+        """q to cache_seqlens, in order: what the forward reads."""
+        return self[:14]
 
 
 class Gradients(NamedTuple):

@@ -19,8 +19,8 @@ from valm_kernels.visual_fusion.layout import empty_gradients, empty_image_score
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? image_k, Tensor? image_v, Tensor? image_q, Tensor? image_index, "
     "Tensor? image_mask, Tensor? image_k_bias, Tensor? image_v_bias, Tensor? image_logit_bias, "
-    "Tensor? image_score_bias, Tensor? first_key, Tensor? cache_seqlens, bool causal, float scale, float? softcap, "
-    "str impl"
+    "Tensor? image_score_bias, Tensor? first_key, Tensor? cache_seqlens, Tensor? image_slots, "
+    "bool causal, float scale, float? softcap, str impl"
 )
 # Positions of the differentiable tensors among the inputs.
 _DIFFERENTIABLE = tuple(Inputs._fields.index(name) for name in Gradients._fields)

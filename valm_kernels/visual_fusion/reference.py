@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from valm_kernels.visual_fusion.inputs import Inputs, check_cache_seqlens, check_image_index
+from valm_kernels.visual_fusion.inputs import Inputs, check_cache_seqlens
+from valm_kernels.visual_fusion.slots import check_pool
 
 
 def joint_softmax(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,6 +28,7 @@ def joint_softmax(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     visible = text_visible(num_queries, num_keys, inputs.first_key, inputs.cache_seqlens, inputs.causal, q.device)
     scores = scores.masked_fill(~visible, -torch.inf)
     if image_k is not None:
+        check_pool(inputs)
         image_q = q if inputs.image_q is None else inputs.image_q
         images, present = _images(image_k, q.shape[0], inputs.image_index, inputs.image_mask)
         if inputs.image_k_bias is not None:
@@ -105,7 +107,6 @@ def _images(
     """The images of every query, (B, Hkv, Tq, K, D), and which are present, (B, Tq, K) or None for all."""
     if image_index is None:
         return image, image_mask
-    check_image_index(image_index, image.shape[1])
     padded = torch.nn.functional.pad(image, (0, 0, 0, 1))  # (Hkv, U + 1, D): index -1 reads the zero row
     gathered = padded[:, image_index.long()]  # (Hkv, B, Tq, K, D)
     return gathered.transpose(0, 1), image_index >= 0

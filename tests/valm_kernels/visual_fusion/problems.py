@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.tolerance import assert_accurate
-from valm_kernels import visual_fusion_attn
+from valm_kernels import sort_image_slots, visual_fusion_attn
 from valm_kernels.visual_fusion.inputs import Gradients
 
 DIFFERENTIABLE = Gradients._fields
@@ -43,6 +43,7 @@ class Problem:
     score_bias: bool = False  # NaN at slots without an image
     weights: bool = False  # the loss has the weights of the images too
     gaps: bool = True  # some slots hold no image
+    sorted_slots: bool = False  # the slots of a pool are sorted before the call
     tokens_first: bool = True  # memory (B, T, H, D), as a projection leaves it
     seed: int = 0
 
@@ -87,6 +88,8 @@ class Problem:
                 inputs[name] = normal(self.pool_size, self.kv_heads, self.head_dim, mean=mean).transpose(0, 1)
             lowest = -1 if self.gaps else 0
             inputs["image_index"] = torch.randint(lowest, self.pool_size, slots, generator=generator)
+            if self.sorted_slots:
+                inputs["image_slots"] = sort_image_slots(inputs["image_index"], self.pool_size)
         if self.biases:
             inputs["image_k_bias"] = normal(self.kv_heads, self.head_dim, dtype=wide)
             inputs["image_v_bias"] = normal(self.kv_heads, self.head_dim, dtype=wide)
@@ -356,6 +359,7 @@ PROBLEMS = {
         score_bias=True, batch=2, query_heads=40, kv_heads=2, num_queries=6, num_images=2, gaps=False
     ),
     "image_score_bias, decode": Problem(score_bias=True, num_queries=1, prefix=100, batch=8, pool_size=5),
+    "sorted slots": Problem(pool_size=11, sorted_slots=True, num_queries=20),
     "softcap": Problem(softcap=1.5),
     "softcap, no images": Problem(softcap=1.5, num_images=0, num_queries=150),
     "softcap, image_q, pooled": Problem(softcap=1.5, image_q=True, pool_size=11, first_key="documents", num_queries=80),

@@ -30,6 +30,7 @@ WRONG = {
         f"{name} not a tensor": (DENSE, {name: [1.0]}, TypeError, f"{name} must be a tensor, got list")
         for name in ("q", "k", "v", "image_k", "image_v", "image_q", "image_index", "cu_seqlens", *OPTIONS)
     },
+    "image_slots not a tensor": (POOLED, {"image_slots": [1]}, TypeError, "image_slots must be a tensor, got list"),
     "q None": (DENSE, {"q": None}, TypeError, "q must be a tensor, got None"),
     "k None": (DENSE, {"k": None}, TypeError, "k must be a tensor, got None"),
     "v None": (DENSE, {"v": None}, TypeError, "v must be a tensor, got None"),
@@ -180,7 +181,31 @@ WRONG = {
         ValueError,
         r"cu_seqlens must have shape \(N \+ 1,\) with N >= 1, got \(1,\)",
     ),
+    "image_slots rank": (
+        POOLED,
+        {"image_slots": zeros(1, 37, dtype=torch.int32)},
+        ValueError,
+        r"image_slots must have shape \(U \+ 1 \+ B Tq K,\) = \(37,\), got \(1, 37\)",
+    ),
+    "image_slots length": (
+        POOLED,
+        {"image_slots": zeros(30, dtype=torch.int32)},
+        ValueError,
+        r"image_slots must have shape .* = \(37,\), got \(30,\)",
+    ),
+    "image_slots without image_index": (
+        DENSE,
+        {"image_slots": zeros(37, dtype=torch.int32)},
+        ValueError,
+        "image_slots belongs to the pooled layout: give image_index too",
+    ),
     # dtype
+    "image_slots dtype": (
+        POOLED,
+        {"image_slots": zeros(37, dtype=torch.int64)},
+        TypeError,
+        "image_slots must be torch.int32 .* got torch.int64",
+    ),
     "q integer": (DENSE, {"q": zeros(2, 4, 5, 8, dtype=torch.int64)}, TypeError, "q must be float32, .*int64"),
     "q complex": (DENSE, {"q": zeros(2, 4, 5, 8, dtype=torch.complex64)}, TypeError, "q must be float32"),
     "k dtype": (DENSE, {"k": zeros(2, 2, 7, 8, dtype=torch.bfloat16)}, TypeError, "k must have the dtype of q"),

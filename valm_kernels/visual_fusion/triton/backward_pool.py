@@ -1,7 +1,8 @@
 """Gradients of the image pool: a segmented reduction over the slots (b, t, k) of image_index that hold an image.
 
-The maths is in backward.py. The slots are sorted by image once. A program then owns one image, for as many heads as
-fit, and sums dx u and b do over its slots in that order, so the result is the same in every run.
+The maths is in backward.py. The slots are sorted by image, by the caller (image_slots) or here. A program then owns one
+image, for as many heads as fit, and sums dx u and b do over its slots in that order, so the result is the same in every
+run.
 
 A popular image, with very many slots, would make one program long. So the sorted slots are also cut into blocks of
 BLOCK_SLOTS, and separate programs sum the part of each block that belongs to a popular image. As such an image has
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from valm_kernels.visual_fusion.inputs import Gradients, Inputs
 from valm_kernels.visual_fusion.layout import empty_rows_like
+from valm_kernels.visual_fusion.slots import sorted_slots
 from valm_kernels.visual_fusion.triton.backward_query import ForPool
 from valm_kernels.visual_fusion.triton.launch import VECTOR, cdiv, strides
 from valm_kernels.visual_fusion.triton.primitives import kernel, row_pointers
@@ -235,7 +237,10 @@ def pool_gradients(inputs: Inputs, grad_out: Tensor, for_pool: ForPool, gradient
     kv_heads, pool_size, head_dim = dimage_k.shape
     if pool_size == 0:
         return
-    order, segment = sorted_slots(image_index, pool_size)
+    if inputs.image_slots is None:
+        order, segment = sorted_slots(image_index, pool_size)
+    else:
+        segment, order = inputs.image_slots.split((pool_size + 1, image_index.numel()))
     blocks = cdiv(image_index.numel(), BLOCK_SLOTS)
     parts = for_pool.image_b.new_empty(blocks, 2, 2, kv_heads, head_dim)
     constants = _constants(kv_heads, inputs.q.shape[1] // kv_heads, head_dim, inputs.q.dtype)
@@ -287,15 +292,3 @@ def _constants(kv_heads: int, group: int, head_dim: int, dtype: torch.dtype) -> 
         "num_warps": 4,
         "enable_fp_fusion": True,
     }
-
-
-def sorted_slots(image_index: Tensor, pool_size: int) -> tuple[Tensor, Tensor]:
-    """The slots (b, t, k) sorted by image, (B Tq K) int64, and where those of an image begin, (U + 1) int64.
-
-    Slots without an image come first, before those of image 0.
-    """
-    # the sort of a GPU takes time by the bits of its keys
-    narrow = torch.int16 if pool_size <= torch.iinfo(torch.int16).max else torch.int32
-    image, order = torch.sort(image_index.flatten().to(narrow), stable=True)
-    segment = torch.searchsorted(image, torch.arange(pool_size + 1, dtype=narrow, device=image.device))
-    return order, segment

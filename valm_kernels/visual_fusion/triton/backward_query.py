@@ -301,7 +301,7 @@ def query_gradients(
         logit_bias = scratch(gradients.image_logit_bias is not None, *of_tiles)
         score_bias = scratch(gradients.image_score_bias is not None, parts * kv_heads, batch, images, q_len)
         _query_kernel[(row_tiles * batch * kv_heads,)](
-            *inputs[:-3],
+            *inputs.tensors,
             out,
             lse,
             grad_out,

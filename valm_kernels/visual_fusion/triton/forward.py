@@ -26,8 +26,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from valm_kernels.visual_fusion.inputs import Inputs, check_image_index, num_images
+from valm_kernels.visual_fusion.inputs import Inputs, num_images
 from valm_kernels.visual_fusion.layout import empty_rows_like
+from valm_kernels.visual_fusion.slots import check_pool
 from valm_kernels.visual_fusion.triton.autotune import choose_tiles
 from valm_kernels.visual_fusion.triton.launch import (
     cdiv,
@@ -271,8 +272,8 @@ def _merge_kernel(
 
 def forward(inputs: Inputs, image_scores: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """out (B, Hq, Tq, D), laid out as q, and lse (B, Hq, Tq) float32; writes image_scores (B, Hq, Tq, K) float32."""
-    if CHECK_INDEX and inputs.image_index is not None and inputs.image_k is not None:
-        check_image_index(inputs.image_index, inputs.image_k.shape[1])
+    if CHECK_INDEX:
+        check_pool(inputs)
     out = empty_rows_like(inputs.q)
     inputs = kernel_inputs(inputs)
     q, k, v, image_k, image_v = inputs[:5]
@@ -296,7 +297,7 @@ def forward(inputs: Inputs, image_scores: Tensor | None = None) -> tuple[Tensor,
             stride_part, stride_o = out_part.stride(0), strides(out_part[0])
         with torch.cuda.device_of(q):
             _forward_kernel[(programs, splits)](
-                *inputs[:-3],
+                *inputs.tensors,
                 out_part,
                 lse_part,
                 image_scores,

@@ -24,7 +24,7 @@ from tests.valm_kernels.visual_fusion.problems import (
 from tests.valm_kernels.visual_fusion.test_op import forward_op, op_arguments
 from tests.valm_kernels.visual_fusion.triton.guarded_interpreter import guarded
 from tests.valm_kernels.visual_fusion.triton.small_tiles import use_small_tiles
-from valm_kernels import visual_fusion_attn
+from valm_kernels import sort_image_slots, visual_fusion_attn
 from valm_kernels.visual_fusion.triton import autotune, backward_pool
 
 # Between them they take every branch of the kernels; the other problems are slow here.
@@ -118,6 +118,24 @@ def test_popular_images(monkeypatch, pool_size):
     use_small_tiles(monkeypatch, problem)
     with guarded():
         assert_solves("triton", problem, torch.float32)
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+def test_sorted_slots_save_the_sort(monkeypatch, index_dtype):
+    """The gradients are the same to the last bit, also those of popular images."""
+    monkeypatch.setattr(backward_pool, "BLOCK_SLOTS", 8)
+    problem = Problem(batch=2, num_queries=11, pool_size=5)
+    use_small_tiles(monkeypatch, problem)
+    inputs = problem.inputs(torch.float32)
+    inputs["image_index"] = inputs["image_index"].to(index_dtype)
+    grad_out = torch.randn(inputs["q"].shape, generator=torch.Generator().manual_seed(0))
+    with guarded():
+        expected = gradients(inputs, grad_out)
+        inputs["image_slots"] = sort_image_slots(inputs["image_index"], 5)
+        monkeypatch.setattr(backward_pool, "sorted_slots", lambda *_: pytest.fail("sorted again"))
+        found = gradients(inputs, grad_out)
+    for name, gradient in found.items():
+        assert torch.equal(gradient, expected[name]), name
 
 
 def test_first_key_skips_whole_tiles(monkeypatch):

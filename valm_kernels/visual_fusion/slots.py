@@ -1,0 +1,66 @@
+"""The slots (b, t, k) of image_index by image: the order in which the backward sums the gradients of a pool."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from valm_kernels.visual_fusion.inputs import Inputs, check_image_index
+
+
+def sort_image_slots(image_index: Tensor, pool_size: int) -> Tensor:
+    """The `image_slots` of `visual_fusion_attn`, for an image_index that is known before the step.
+
+    Called where a batch is put together, it takes the sort from the GPU: without it the backward on CUDA sorts
+    image_index, in each layer that attends to images.
+
+    Args:
+        image_index: (B, Tq, K) int32 or int64 on the CPU, rows of the pool; -1 = no image.
+        pool_size: U, images in the pool.
+
+    Returns:
+        (U + 1 + B Tq K,) int32. First where the slots of each image begin among those that follow, and where those of
+        the last one end; then the numbers (b Tq + t) K + k of all slots, sorted by image and rising for each of them.
+        Slots without an image come before those of image 0.
+
+    Raises:
+        TypeError: image_index has the wrong type or dtype.
+        ValueError: it has the wrong shape, is not on the CPU, or has a number outside [-1, U).
+    """
+    if not isinstance(image_index, Tensor) or image_index.dtype not in (torch.int32, torch.int64):
+        found = image_index.dtype if isinstance(image_index, Tensor) else type(image_index).__name__
+        raise TypeError(f"image_index must be an int32 or int64 tensor, got {found}")
+    if image_index.dim() != 3:
+        raise ValueError(f"image_index must have 3 dimensions (B, Tq, K), got shape {tuple(image_index.shape)}")
+    if image_index.device.type != "cpu":
+        raise ValueError(f"image_index must be on the CPU, but is on {image_index.device}; the backward sorts it there")
+    check_image_index(image_index, pool_size)
+    order, bounds = sorted_slots(image_index, pool_size)
+    return torch.cat([bounds, order]).int()
+
+
+def sorted_slots(image_index: Tensor, pool_size: int) -> tuple[Tensor, Tensor]:
+    """The slots sorted by image, (B Tq K) int64, and where those of an image begin, (U + 1) int64, on any device."""
+    # the sort of a GPU takes time by the bits of its keys
+    narrow = torch.int16 if pool_size <= torch.iinfo(torch.int16).max else torch.int32
+    image, order = torch.sort(image_index.flatten().to(narrow), stable=True)
+    bounds = torch.searchsorted(image, torch.arange(pool_size + 1, dtype=narrow, device=image.device))
+    return order, bounds
+
+
+def check_pool(inputs: Inputs) -> None:
+    """Checks the values of image_index and image_slots, which on CUDA waits for the device.
+
+    Raises:
+        ValueError: an index is not in the pool, or image_slots are not those of `sort_image_slots`.
+    """
+    if inputs.image_index is None or inputs.image_k is None:
+        return
+    pool_size = inputs.image_k.shape[1]
+    check_image_index(inputs.image_index, pool_size)
+    if inputs.image_slots is not None:
+        order, bounds = sorted_slots(inputs.image_index, pool_size)
+        if not inputs.image_slots.equal(torch.cat([bounds, order]).int()):
+            raise ValueError(
+                "image_slots does not belong to this image_index: make it by sort_image_slots, from the same numbers"
+            )
