@@ -31,6 +31,7 @@ class _ImageTerms(TypedDict, total=False):
     image_v_bias: Tensor
     image_logit_bias: Tensor
     image_score_bias: Tensor
+    image_slots: Tensor
 
 
 def retrieval_prior(scale: Tensor, image_scores: Tensor, image_index: Tensor) -> Tensor:
@@ -77,6 +78,7 @@ class VisualFusionAttention(GPT2Attention):
         image_scores: Tensor | None,  # (B, T, K) retrieval scores
         first_key: Tensor | None,  # (B, T) int32, None = all keys
         cache: Cache | None,
+        image_slots: Tensor | None = None,  # of sort_image_slots
     ) -> Tensor:  # (B, T, C)
         q, k, v = self._project_text(hidden_states)
         if cache is not None:
@@ -88,7 +90,7 @@ class VisualFusionAttention(GPT2Attention):
             v,
             image_k,
             image_v,
-            **self._image_terms(image_pool, image_index, image_scores),
+            **self._image_terms(image_pool, image_index, image_scores, image_slots),
             first_key=first_key,
             scale=self.scaling,
         )
@@ -136,7 +138,9 @@ class VisualFusionAttention(GPT2Attention):
         kv = (self.ln_img(pool) @ weight).split(self.split_size, dim=-1)
         return tuple(x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(0, 1) for x in kv)
 
-    def _image_terms(self, pool: Tensor | None, index: Tensor | None, scores: Tensor | None) -> _ImageTerms:
+    def _image_terms(
+        self, pool: Tensor | None, index: Tensor | None, scores: Tensor | None, slots: Tensor | None = None
+    ) -> _ImageTerms:
         if pool is None or index is None:
             return {}
         terms: _ImageTerms = {
@@ -149,6 +153,8 @@ class VisualFusionAttention(GPT2Attention):
         }
         if self.image_score_scale is not None and scores is not None:
             terms["image_score_bias"] = retrieval_prior(self.image_score_scale, scores, index)
+        if slots is not None:
+            terms["image_slots"] = slots
         return terms
 
 
@@ -169,7 +175,8 @@ class VisualFusionBlock(GPT2Block):
         image_scores: Tensor | None,  # (B, T, K)
         first_key: Tensor | None,  # (B, T)
         cache: Cache | None,
+        image_slots: Tensor | None = None,
     ) -> Tensor:  # (B, T, C)
         images = (image_pool, image_index, image_scores)
-        hidden_states = hidden_states + self.attn(self.ln_1(hidden_states), *images, first_key, cache)
+        hidden_states = hidden_states + self.attn(self.ln_1(hidden_states), *images, first_key, cache, image_slots)
         return hidden_states + self.mlp(self.ln_2(hidden_states))

@@ -108,6 +108,7 @@ class VaLMModel(VaLMPreTrainedModel):
         image_scores: Tensor | None,  # (B, T, K)
         cache: VaLMCache | None,
         find_images: FindImages | None = None,  # instead of given images
+        image_slots: Tensor | None = None,
     ) -> tuple[Tensor, ...]:  # the input of each block and the output of the last LayerNorm, all (B, T, C)
         limits = self.unless_all_zero(first_key)
         mask = self.text_mask(inputs_embeds, limits, cache)
@@ -119,7 +120,8 @@ class VaLMModel(VaLMPreTrainedModel):
         for block in self.h:
             inputs.append(hidden_states)
             if isinstance(block, VisualFusionBlock):
-                hidden_states = block(hidden_states, image_pool, image_index, image_scores, limits, cache)
+                images = (image_pool, image_index, image_scores)
+                hidden_states = block(hidden_states, *images, limits, cache, image_slots)
             else:
                 hidden_states = block(hidden_states, cache, attention_mask=mask, use_cache=cache is not None)
         return *inputs, self.ln_f(hidden_states)
@@ -240,6 +242,7 @@ class VaLMForCausalLM(ImageModel, VaLMPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool = True,
+        image_slots: Tensor | None = None,
         **loss_arguments: Any,
     ) -> CausalLMOutputWithPast:
         """Next-token logits.
@@ -259,6 +262,8 @@ class VaLMForCausalLM(ImageModel, VaLMPreTrainedModel, GenerationMixin):
             inputs_embeds: (B, T, C), instead of input_ids. A document then begins after padding only, and a retriever
                 cannot be used.
             output_hidden_states: return the input of each block and the output of the last LayerNorm too.
+            image_slots: `valm_kernels.sort_image_slots(image_index, U)` beside images, so that the backward on CUDA
+                need not sort; image_index must be -1 at padding then.
 
         Raises:
             ValueError: a shape or value does not fit the model (the message says which), or output_attentions is set:
@@ -281,6 +286,8 @@ class VaLMForCausalLM(ImageModel, VaLMPreTrainedModel, GenerationMixin):
             if present is not None:
                 position_ids = position_ids.masked_fill(~present, 0)
         self._check_positions(position_ids)
+        if image_slots is not None and image_index is None:
+            raise ValueError("image_slots must be given together with image_pool and image_index")
         find_images: FindImages | None = None
         if image_pool is None and image_index is None and image_scores is None:
             if queries_itself(self):
@@ -292,7 +299,9 @@ class VaLMForCausalLM(ImageModel, VaLMPreTrainedModel, GenerationMixin):
         if inputs_embeds is None:
             inputs_embeds = self.transformer.wte(input_ids)
         images = (image_pool, image_index, image_scores)
-        hidden_states = self.transformer(inputs_embeds, first_key, position_ids, *images, cache, find_images)
+        hidden_states = self.transformer(
+            inputs_embeds, first_key, position_ids, *images, cache, find_images, image_slots
+        )
         if cache is not None:
             cache.first_key = first_key[:, -1]
         logits = self.lm_head(hidden_states[-1][:, -logits_to_keep:])  # (B, T, V); -0 keeps all

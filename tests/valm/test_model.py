@@ -15,6 +15,7 @@ from tests.valm.models import (
 )
 from valm.errors import ValmError
 from valm.model import VaLMCache, VaLMForCausalLM
+from valm_kernels import sort_image_slots
 
 
 def close(actual, expected):
@@ -311,6 +312,20 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 def test_wrong_inputs_are_named(model, arguments, message):
     with pytest.raises(ValueError, match=message):
         model(random_ids(2, 5), **arguments)
+
+
+def test_image_slots_reach_the_operator():
+    """On the CPU it raises where they belong to another image_index, and they change nothing."""
+    model, ids = tiny_model(), random_ids(2, 5)
+    pool, index = random_images(model.config, 2, 5)
+    images = {"image_pool": pool, "image_index": index}
+    slots = sort_image_slots(index, len(pool))
+    with torch.no_grad():
+        assert model(ids, **images, image_slots=slots).logits.equal(model(ids, **images).logits)
+        with pytest.raises(ValueError, match="image_slots does not belong to this image_index"):
+            model(ids, **images, image_slots=slots.flip(0))
+    with pytest.raises(ValueError, match="image_slots must be given together with image_pool and image_index"):
+        model(ids, image_slots=slots)
 
 
 SCORED = {"image_pool": torch.zeros(3, 24), "image_index": torch.zeros(2, 5, 3).long()}

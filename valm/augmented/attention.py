@@ -85,8 +85,8 @@ class FusionTerms(NamedTuple):
 
 class Images(NamedTuple):
     """The images as `fusion_attention` takes them: keys (Hkv, U, Dk), values (Hkv, U, Dv), image_index (B, T, K) with
-    -1 = no image, the query that meets them (B, Hq, T, Dk) or None for that of the text, the biases, and the retrieval
-    scores (B, T, K) or None where they are not used."""
+    -1 = no image, the query that meets them (B, Hq, T, Dk) or None for that of the text, the biases, the retrieval
+    scores (B, T, K) or None where they are not used, and the slots of image_index sorted before, or None."""
 
     keys: Tensor
     values: Tensor
@@ -94,6 +94,7 @@ class Images(NamedTuple):
     query: Tensor | None
     terms: FusionTerms
     scores: Tensor | None = None
+    slots: Tensor | None = None
 
     def score_bias(self) -> Tensor | None:
         """The `image_score_bias` of `visual_fusion_attn`."""
@@ -162,15 +163,15 @@ class VisualAttention(_Module):
     image_fusion: ImageFusion
     forward_names: tuple[str, ...]  # of the arguments of the class behind
     config: Any
-    # image_pool, image_index and image_scores, for the length of a layer's forward
-    images: tuple[Tensor, Tensor, Tensor | None] | None = None
+    # image_pool, image_index, image_scores and image_slots, for the length of a layer's forward
+    images: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None = None
     text_limits: TextLimits | None = None  # for as long, of a mask that was read before
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         limits = {} if self.text_limits is None else {"text_limits": self.text_limits}
         if self.images is None or self.images[0].shape[0] == 0:
             return super().forward(*args, **kwargs, **limits)
-        image_pool, image_index, image_scores = self.images
+        image_pool, image_index, image_scores, image_slots = self.images
         arguments = self.named(args, kwargs)
         terms = self.image_fusion(image_pool)
         _, keys, values = self._catch(terms.hidden_states, arguments)
@@ -179,7 +180,7 @@ class VisualAttention(_Module):
         query = None
         if self._rotates(arguments):
             query, _, _ = self._catch(arguments["hidden_states"], arguments)
-        images = Images(keys[0], values[0], image_index, query, terms, image_scores)
+        images = Images(keys[0], values[0], image_index, query, terms, image_scores, image_slots)
         return super().forward(**arguments, **limits, images=images)
 
     def _rotates(self, arguments: dict[str, Any]) -> bool:
@@ -276,12 +277,13 @@ class VisualLayer(_Module):
         image_pool: Tensor | None = None,
         image_index: Tensor | None = None,
         image_scores: Tensor | None = None,
+        image_slots: Tensor | None = None,
         text_limits: TextLimits | None = None,
         **kwargs: Any,
     ) -> Any:
         attention = self.get_submodule(self.attention_path)
         if image_pool is not None:
-            attention.images = (image_pool, image_index, image_scores)
+            attention.images = (image_pool, image_index, image_scores, image_slots)
         attention.text_limits = text_limits
         try:
             return super().forward(*args, **kwargs)
@@ -431,6 +433,7 @@ def _kernel_attention(
     if images is not None:
         image_k, image_v = _widened(images.keys, widest), _widened(images.values, widest)
         arguments["image_v_bias"] = _widened(images.terms.v_bias, widest)
+        arguments["image_slots"] = images.slots
     if softcap is not None:
         arguments["softcap"] = softcap
     query, key, value = (_widened(tensor, widest) for tensor in (query, key, value))

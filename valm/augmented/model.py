@@ -298,6 +298,7 @@ class AugmentedCausalLM(ImageModel):
         image_pool: Tensor | None = None,
         image_index: Tensor | None = None,
         image_scores: Tensor | None = None,
+        image_slots: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """The base's forward, with images.
@@ -307,6 +308,8 @@ class AugmentedCausalLM(ImageModel):
             image_index: (B, T, K) int32 or int64 rows of the pool for each of these tokens, -1 = none.
             image_scores: (B, T, K) float, the retrieval score of each image; of a model with `score_scale` only, which
                 needs it beside images.
+            image_slots: `valm_kernels.sort_image_slots(image_index, U)` beside images, so that the backward on CUDA
+                need not sort.
 
         Raises:
             ValueError: images that do not fit; `output_attentions`, which has no place for weights of images.
@@ -314,6 +317,10 @@ class AugmentedCausalLM(ImageModel):
         arguments = dict(zip(self.forward_names, args, strict=False)) | kwargs
         if arguments.get("output_attentions"):
             raise ValueError("output_attentions: the fusion layer has one softmax over text and images, got True")
+        if image_slots is not None:
+            if image_index is None:
+                raise ValueError("image_slots must be given together with image_pool and image_index")
+            arguments["image_slots"] = image_slots
         input_ids: Any = arguments.get("input_ids")
         embeds: Any = arguments.get("inputs_embeds")
         if image_pool is None and image_index is None and image_scores is None:
@@ -414,7 +421,7 @@ def augmented_class(base: Any) -> Any:
 
     parameters = dict(inspect.signature(base.forward).parameters)
     names = tuple(parameters)[1:]  # without self
-    for name in ("image_pool", "image_index", "image_scores"):
+    for name in ("image_pool", "image_index", "image_scores", "image_slots"):
         parameters[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
     ordered = sorted(parameters.values(), key=lambda parameter: parameter.kind)
     vars(forward)["__signature__"] = inspect.Signature(ordered)

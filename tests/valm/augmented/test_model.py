@@ -25,6 +25,7 @@ from valm.augmented.model import augment, fusion_module
 from valm.augmented.probe import attention_path, decoder_layers
 from valm.errors import ValmError
 from valm.model import VaLMForCausalLM
+from valm_kernels import sort_image_slots
 
 
 def close(actual, expected, tolerance=1e-4):
@@ -229,6 +230,19 @@ def test_retrieval_scores_are_added_to_the_logits_of_images(base):
     ids = random_ids(2, 9)
     model(ids, **images, image_scores=random_scores(index), labels=ids).loss.backward()
     assert all(p.grad.any() and p.grad.isfinite().all() for p in module.parameters())
+
+
+@pytest.mark.parametrize("base", [tiny_llama, tiny_gpt2])
+def test_image_slots_reach_the_operator(base):
+    """On the CPU it raises where they belong to another image_index, and they change nothing."""
+    model, ids, images = augmented(base), random_ids(2, 9), random_images(2, 9)
+    slots = sort_image_slots(images["image_index"], len(images["image_pool"]))
+    with torch.no_grad():
+        assert model(ids, **images, image_slots=slots).logits.equal(model(ids, **images).logits)
+        with pytest.raises(ValueError, match="image_slots does not belong to this image_index"):
+            model(ids, **images, image_slots=slots.flip(0))
+    with pytest.raises(ValueError, match="image_slots must be given together with image_pool and image_index"):
+        model(ids, image_slots=slots)
 
 
 def test_scores_come_with_the_images():

@@ -10,6 +10,7 @@ from tests.valm.training.documents import TOKENIZER, Vectors, documents
 from valm.corpus.retrieved import NO_IMAGE
 from valm.errors import ValmError
 from valm.training.collate import IGNORED, Collator
+from valm_kernels import sort_image_slots
 
 
 def random_documents(lengths, num_images=2, seed=0):
@@ -57,6 +58,7 @@ def test_every_token_keeps_its_pictures_and_every_picture_comes_once(lengths, ro
     present = index >= 0
     assert np.array_equal(batch["image_pool"].numpy()[index[present]], kb.vectors[images[present]])
     assert len(batch["image_pool"]) == len(np.unique(images[images != NO_IMAGE]))
+    assert batch["image_slots"].equal(sort_image_slots(batch["image_index"], len(batch["image_pool"])))
     if row_length is None:
         assert batch["input_ids"].shape == (len(lengths), max(lengths))
     else:
