@@ -15,7 +15,22 @@ import sys
 # imported, so this comes before everything else.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from valm.cli import app, clip, demo, distill, encoder, evaluate, explain, generate, kb, lm_eval, retrieve, study, train
+from valm.cli import (
+    app,
+    clip,
+    demo,
+    distill,
+    encoder,
+    evaluate,
+    explain,
+    generate,
+    kb,
+    lm_eval,
+    retrieve,
+    serve,
+    study,
+    train,
+)
 from valm.cli.options import CommandParser
 from valm.errors import ValmError
 from valm.text import printable
@@ -79,6 +94,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="valm", description="A language model that attends to retrieved images.")
     parser.add_argument("--version", action="version", version=f"valm {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=CommandParser)
-    for module in (clip, demo, encoder, kb, retrieve, train, distill, evaluate, lm_eval, generate, explain, app, study):
+    build = (clip, demo, encoder, kb, retrieve, serve)
+    use = (train, distill, evaluate, lm_eval, generate, explain, app, study)
+    for module in (*build, *use):
         module.add_to(commands)
     return parser

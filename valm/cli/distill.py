@@ -8,7 +8,9 @@ from pathlib import Path
 
 from valm.cli.options import (
     Commands,
-    add_retrieval,
+    add_clip,
+    add_device,
+    add_query_dtype,
     chosen_device,
     chosen_query_dtype,
     command,
@@ -35,7 +37,10 @@ def add_to(commands: Commands) -> None:
     distill.add_argument("--batch-size", type=positive, default=64, help="documents a step")
     distill.add_argument("--lr", type=float, default=2e-3, help="learning rate")
     distill.add_argument("--seed", type=seed, default=0, help="of the head's weights and the order of the documents")
-    add_retrieval(distill)
+    distill.add_argument("--kb", type=Path, help="another knowledge base than the checkpoint was trained with")
+    add_clip(distill)
+    add_query_dtype(distill)
+    add_device(distill)
 
 
 def run_distill(arguments: argparse.Namespace) -> None:
