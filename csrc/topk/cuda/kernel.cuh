@@ -7,6 +7,9 @@
 // row that was dropped. A query without that proof goes to a list, and a scan of the whole database computes its
 // answer from exact scores; nothing waits for the host.
 //
+// Of every 4 tiles or more of rows the pass looks at one beforehand: what is not among the best of this sample is not
+// among the best of all, so no block has to begin with an open threshold.
+//
 // The parts of error(q), for E elements and |.| the Euclidean norm, by the Cauchy-Schwarz inequality:
 //   |q - q16|                             q16 the query as the tensor cores get it, measured for each query
 //   |q16| 2^-18 for each mma              the sums: products are exact; an mma adds 16 of them and the sum so far,
@@ -36,7 +39,8 @@ struct Search {
     uint4* packed;         // (padded queries / 16, terms, slabs, 64): see prepare_queries_kernel
     float* errors;         // (padded queries): error(q), NaN for a query that is not finite
     int* exponents;        // (padded queries): the first pass works on 2^exponent q
-    uint64_t* thresholds;  // (padded queries): the best key that some part has `kept` candidates at or above
+    uint64_t* thresholds;  // (padded queries): the best key known to have `kept` candidates at or above it
+    uint64_t* sample;      // (padded queries, kSampleKeys): the best key of each group of 32 rows
     uint64_t* candidates;  // (lists, kept)
     int* redo;             // how many queries need the exact scan, then which
     float* scores;         // (n_queries, k)
@@ -127,19 +131,25 @@ __global__ __launch_bounds__(kThreads) void prepare_queries_kernel(Search s) {
 
 // --- first pass --------------------------------------------------------------------------------------------------
 
-// The rows that a lane loads, tile after tile, one slab at a time.
+// The rows that a lane loads, tile after tile, one slab at a time. Place p of a tile is row p * stride.
 template <class Format>
 struct RowStream {
     const Search& s;
     const typename Format::Value* row[kRowTiles];
-    int64_t first_row;  // of this lane in the tile that is being loaded
+    int64_t place;  // of this lane's first row in the tile that is being loaded
+    int64_t stride;
     int slab = 0, t;
 
-    __device__ RowStream(const Search& s, int64_t first_row, int t) : s(s), first_row(first_row), t(t) { find_rows(); }
+    __device__ RowStream(const Search& s, int64_t place, int64_t stride, int t)
+        : s(s), place(place), stride(stride), t(t) {
+        find_rows();
+    }
 
     __device__ void find_rows() {
 #pragma unroll
-        for (int i = 0; i < kRowTiles; ++i) row[i] = row_at<Format>(s.rows, min(first_row + 8 * i, s.rows.count - 1));
+        for (int i = 0; i < kRowTiles; ++i) {
+            row[i] = row_at<Format>(s.rows, min((place + 8 * i) * stride, s.rows.count - 1));
+        }
     }
 
     __device__ void next(typename Format::Chunk (&chunks)[kRowTiles]) {
@@ -147,7 +157,7 @@ struct RowStream {
         for (int i = 0; i < kRowTiles; ++i) chunks[i] = Format::load(row[i], slab, t, s.rows.dim);
         if (++slab == s.plan.slabs) {
             slab = 0;
-            first_row += static_cast<int64_t>(s.plan.splits) * kBlockRows;
+            place += static_cast<int64_t>(s.plan.splits) * kBlockRows;
             find_rows();
         }
     }
@@ -188,6 +198,140 @@ __device__ inline void multiply(const uint4* packed, int slab, int slabs, int la
     }
 }
 
+// Copies the block's queries to shared memory, first their 16-bit words, then their error factors. Returns the latter;
+// behind them the memory is free. By the whole block, before a barrier.
+template <class Format, int kQueryTiles>
+__device__ inline float* load_queries(const Search& s) {
+    constexpr int kQueries = 16 * kQueryTiles;
+    const int thread = threadIdx.x;
+    const int chunks = kQueryTiles * kQueryTerms<Format> * s.plan.slabs * 64;
+    uint4* const packed = dynamic_shared();
+    const uint4* const source = s.packed + static_cast<int64_t>(blockIdx.x) * chunks;
+    for (int i = thread; i < chunks; i += kThreads) packed[i] = source[i];
+    float* const errors = reinterpret_cast<float*>(packed + chunks);
+    if (thread < kQueries) {
+        const float error = s.errors[blockIdx.x * kQueries + thread];
+        errors[thread] = error == error ? error : 0.0f;
+    }
+    return errors;
+}
+
+// A warp's 32 rows of a tile, and the queries of its block.
+template <int kQueryTiles>
+struct Tile {
+    float bounds[kQueryTiles][kRowTiles][4];  // u: [..][..][2 h + j]: query g + 8 h, row 2 t + j
+    float norms[kRowTiles][2];                // NaN for a row that must not be returned
+};
+
+// The tile whose rows lie at the warp's places from `place` on; `even` holds their first slab, and then that of the
+// next.
+template <class Format, int kQueryTiles>
+__device__ inline void find_bounds(const Search& s, const float* errors, RowStream<Format>& stream,
+                                   typename Format::Chunk (&even)[kRowTiles], int64_t place, int lane,
+                                   Tile<kQueryTiles>& tile) {
+    const int g = lane / 4, t = lane % 4;
+    const auto row_of = [&](int n, int j) { return (place + 8 * n + 2 * t + j) * stream.stride; };
+#pragma unroll
+    for (int n = 0; n < kRowTiles; ++n) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            const int64_t row = row_of(n, j);
+            tile.norms[n][j] = row < s.rows.count ? s.row_norms[row] : NAN;
+        }
+    }
+    float sums[kQueryTiles][kRowTiles][4] = {};
+    typename Format::Chunk odd[kRowTiles];
+    for (int slab = 0; slab < s.plan.slabs; slab += 2) {
+        stream.next(odd);
+        multiply<Format, kQueryTiles>(dynamic_shared(), slab, s.plan.slabs, lane, even, sums);
+        stream.next(even);
+        multiply<Format, kQueryTiles>(dynamic_shared(), slab + 1, s.plan.slabs, lane, odd, sums);
+    }
+    if constexpr (Format::kElement == Element::kInt8) {
+#pragma unroll
+        for (int n = 0; n < kRowTiles; ++n) {
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                const int64_t row = row_of(n, j);
+                const float scale = row < s.rows.count ? s.rows.scale[row] : 0.0f;
+#pragma unroll
+                for (int m = 0; m < kQueryTiles; ++m) sums[m][n][j] *= scale, sums[m][n][2 + j] *= scale;
+            }
+        }
+    }
+#pragma unroll
+    for (int m = 0; m < kQueryTiles; ++m) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const float error = errors[16 * m + 8 * h + g];
+#pragma unroll
+            for (int n = 0; n < kRowTiles; ++n) {
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    tile.bounds[m][n][2 * h + j] = fmaf(error, tile.norms[n][j], sums[m][n][2 * h + j]);
+                }
+            }
+        }
+    }
+}
+
+// The key of a row by its upper bound, of which NaN counts as infinite.
+__device__ inline uint64_t bound_key(float bound, int64_t row) {
+    return candidate_key(bound == bound ? bound : INFINITY, static_cast<uint32_t>(row));
+}
+
+// A block takes 16 kQueryTiles queries and a tile of the sample, which is spread evenly over the database. Each warp
+// passes on its best key for each query.
+template <class Format, int kQueryTiles>
+__global__ __launch_bounds__(kThreads,
+                             first_pass_residents(kQueryTiles, Format::kElement)) void sample_kernel(Search s) {
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, t = lane % 4;
+    const float* const errors = load_queries<Format, kQueryTiles>(s);
+    __syncthreads();
+
+    const int64_t stride = s.rows.count / (static_cast<int64_t>(s.plan.sample_tiles) * kBlockRows);
+    const int64_t place = static_cast<int64_t>(blockIdx.y) * kBlockRows + warp * (kRowTiles * 8);
+    RowStream<Format> stream(s, place + g, stride, t);
+    typename Format::Chunk chunks[kRowTiles];
+    stream.next(chunks);
+    Tile<kQueryTiles> tile;
+    find_bounds<Format, kQueryTiles>(s, errors, stream, chunks, place, lane, tile);
+#pragma unroll
+    for (int m = 0; m < kQueryTiles; ++m) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            uint64_t best = 0;
+#pragma unroll
+            for (int n = 0; n < kRowTiles; ++n) {
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    if (tile.norms[n][j] != tile.norms[n][j]) continue;
+                    best = max(best, bound_key(tile.bounds[m][n][2 * h + j], (place + 8 * n + 2 * t + j) * stride));
+                }
+            }
+            best = max(best, shuffle_xor(best, 1));
+            best = max(best, shuffle_xor(best, 2));
+            const int64_t query = static_cast<int64_t>(blockIdx.x) * 16 * kQueryTiles + 16 * m + 8 * h + g;
+            if (t == 0) s.sample[query * kSampleKeys + blockIdx.y * kWarps + warp] = best;
+        }
+    }
+}
+
+// One warp for each query: `kept` rows of the sample are at or above the kept-th best of its keys.
+static __global__ __launch_bounds__(kThreads) void sample_thresholds_kernel(Search s) {
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    const int query = blockIdx.x * kWarps + warp;
+    if (query >= s.n_queries) return;
+    uint64_t* const keys = reinterpret_cast<uint64_t*>(dynamic_shared()) + warp * kSampleKeys;
+    for (int i = lane; i < kSampleKeys; i += kWarp) {
+        keys[i] = i < s.plan.sample_tiles * kWarps ? s.sample[static_cast<int64_t>(query) * kSampleKeys + i] : 0;
+    }
+    sort_descending(keys, kSampleKeys, lane);
+    const uint64_t last = keys[s.plan.kept - 1];
+    // one less: this row is still to be found
+    if (lane == 0) s.thresholds[query] = last ? last - 1 : 0;
+}
+
 // A block takes 16 kQueryTiles queries and every splits-th tile of 256 rows. Strided, so that the blocks of different
 // queries that run together read the same rows, and sorted databases spread over all blocks.
 template <class Format, int kQueryTiles>
@@ -198,19 +342,12 @@ __global__ __launch_bounds__(kThreads,
     const int first_query = blockIdx.x * kQueries;
     const int split = blockIdx.y;
 
-    // shared: packed queries, pools, error factors
-    const int query_chunks = kQueryTiles * kQueryTerms<Format> * s.plan.slabs * 64;
-    uint4* const packed = dynamic_shared();
-    const Pools pools(packed + query_chunks, kQueries, s.plan.capacity, s.plan.kept);
-    float* const errors = reinterpret_cast<float*>(pools.counts + kQueries);
-    const uint4* const packed_source = s.packed + static_cast<int64_t>(blockIdx.x) * query_chunks;
-    for (int i = thread; i < query_chunks; i += kThreads) packed[i] = packed_source[i];
+    float* const errors = load_queries<Format, kQueryTiles>(s);
+    const Pools pools(errors + kQueries, kQueries, s.plan.capacity, s.plan.kept);
     if (thread < kQueries) {
         const int query = first_query + thread;
-        const float error = s.errors[query];
-        const bool open = query < s.n_queries && error == error;
-        pools.reset(thread, open ? 0 : closed_threshold());
-        errors[thread] = open ? error : 0.0f;
+        const bool open = query < s.n_queries && s.errors[query] == s.errors[query];
+        pools.reset(thread, open ? s.thresholds[query] : closed_threshold());
     }
     __syncthreads();
 
@@ -222,57 +359,29 @@ __global__ __launch_bounds__(kThreads,
     };
 
     const int64_t warp_row = static_cast<int64_t>(split) * kBlockRows + warp * (kRowTiles * 8);
-    RowStream<Format> stream(s, warp_row + g, t);
-    typename Format::Chunk even[kRowTiles], odd[kRowTiles];
-    stream.next(even);
-    for (int64_t tile = warp_row; tile - warp * (kRowTiles * 8) < s.rows.count;
-         tile += static_cast<int64_t>(s.plan.splits) * kBlockRows) {
-        float sums[kQueryTiles][kRowTiles][4] = {};  // [..][..][2 h + j]: query g + 8 h, row 2 t + j
-        float norms[kRowTiles][2];                   // NaN for a row that must not be returned
-#pragma unroll
-        for (int n = 0; n < kRowTiles; ++n) {
-#pragma unroll
-            for (int j = 0; j < 2; ++j) {
-                const int64_t row = tile + 8 * n + 2 * t + j;
-                norms[n][j] = row < s.rows.count ? s.row_norms[row] : NAN;
-            }
-        }
-        for (int slab = 0; slab < s.plan.slabs; slab += 2) {
-            stream.next(odd);
-            multiply<Format, kQueryTiles>(packed, slab, s.plan.slabs, lane, even, sums);
-            stream.next(even);
-            multiply<Format, kQueryTiles>(packed, slab + 1, s.plan.slabs, lane, odd, sums);
-        }
-        if constexpr (Format::kElement == Element::kInt8) {
-#pragma unroll
-            for (int n = 0; n < kRowTiles; ++n) {
-#pragma unroll
-                for (int j = 0; j < 2; ++j) {
-                    const int64_t row = tile + 8 * n + 2 * t + j;
-                    const float scale = row < s.rows.count ? s.rows.scale[row] : 0.0f;
-#pragma unroll
-                    for (int m = 0; m < kQueryTiles; ++m) sums[m][n][j] *= scale, sums[m][n][2 + j] *= scale;
-                }
-            }
-        }
+    RowStream<Format> stream(s, warp_row + g, 1, t);
+    typename Format::Chunk chunks[kRowTiles];
+    stream.next(chunks);
+    for (int64_t row = warp_row; row - warp * (kRowTiles * 8) < s.rows.count;
+         row += static_cast<int64_t>(s.plan.splits) * kBlockRows) {
+        Tile<kQueryTiles> tile;
+        find_bounds<Format, kQueryTiles>(s, errors, stream, chunks, row, lane, tile);
 
-        // Upper bounds in place of the sums; a bit for each that may pass the threshold.
+        // A bit for each bound that may pass the threshold.
         uint32_t pending[kQueryTiles];
 #pragma unroll
         for (int m = 0; m < kQueryTiles; ++m) {
             pending[m] = 0;
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                const float error = errors[16 * m + 8 * h + g];
                 const float threshold = key_score(pools.thresholds[16 * m + 8 * h + g]);
 #pragma unroll
                 for (int n = 0; n < kRowTiles; ++n) {
 #pragma unroll
                     for (int j = 0; j < 2; ++j) {
-                        const float bound = fmaf(error, norms[n][j], sums[m][n][2 * h + j]);
-                        sums[m][n][2 * h + j] = bound;
                         // written so that a bound or threshold of NaN passes
-                        pending[m] |= static_cast<uint32_t>(!(bound < threshold)) << (4 * n + 2 * h + j);
+                        const bool passes = !(tile.bounds[m][n][2 * h + j] < threshold);
+                        pending[m] |= static_cast<uint32_t>(passes) << (4 * n + 2 * h + j);
                     }
                 }
             }
@@ -287,13 +396,12 @@ __global__ __launch_bounds__(kThreads,
                     float bound = 0, norm = 0;
 #pragma unroll
                     for (int i = 0; i < 4 * kRowTiles; ++i) {
-                        if (i == bit) bound = sums[m][i / 4][i % 4], norm = norms[i / 4][i % 2];
+                        if (i == bit) bound = tile.bounds[m][i / 4][i % 4], norm = tile.norms[i / 4][i % 2];
                     }
                     if (norm != norm) continue;
-                    if (bound != bound) bound = INFINITY;
                     const int query = 16 * m + 8 * (bit / 2 % 2) + g;
-                    const int64_t row = tile + 8 * (bit / 4) + 2 * t + bit % 2;
-                    if (!pools.offer(query, candidate_key(bound, static_cast<uint32_t>(row)))) again |= 1u << bit;
+                    const uint64_t key = bound_key(bound, row + 8 * (bit / 4) + 2 * t + bit % 2);
+                    if (!pools.offer(query, key)) again |= 1u << bit;
                 }
                 pending[m] = again;
                 turned_away |= again;
@@ -349,7 +457,9 @@ __global__ __launch_bounds__(kThreads) void merge_kernel(Search s) {
     const uint64_t threshold = s.thresholds[query];  // itself a key to be kept
     select_best(pools, s.candidates + static_cast<int64_t>(query) * s.plan.splits * s.plan.kept,
                 static_cast<int64_t>(s.plan.splits) * s.plan.kept, threshold ? threshold - 1 : 0);
-    const uint64_t last = keys[s.plan.kept - 1];  // zero: no row was dropped
+    // Above the key of every row that was dropped; zero: none was. The sample's threshold counts by itself, so that the
+    // proof does not need its kernel to compute the first pass's bounds bit for bit.
+    const uint64_t last = max(keys[s.plan.kept - 1], threshold);
     __syncthreads();
 
     const float* const elements = s.queries + static_cast<int64_t>(query) * s.rows.dim;

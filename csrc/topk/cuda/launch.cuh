@@ -39,6 +39,7 @@ inline void launch_search(Search search, void* workspace, Stream stream) {
     search.errors = reinterpret_cast<float*>(base + plan.errors);
     search.exponents = reinterpret_cast<int*>(base + plan.exponents);
     search.thresholds = reinterpret_cast<uint64_t*>(base + plan.thresholds);
+    search.sample = reinterpret_cast<uint64_t*>(base + plan.sample);
     search.candidates = reinterpret_cast<uint64_t*>(base + plan.candidates);
     search.redo = reinterpret_cast<int*>(base + plan.redo);
 
@@ -47,6 +48,13 @@ inline void launch_search(Search search, void* workspace, Stream stream) {
     with_format(search.rows.element, [&](auto format) {
         using Format = decltype(format);
         launch(prepare_queries_kernel<Format>, dim3(blocks_for(padded_queries, kWarps)), kThreads, 0, stream, search);
+        if (plan.sample_tiles) {
+            const auto sample = plan.query_tiles == 4 ? sample_kernel<Format, 4> : sample_kernel<Format, 2>;
+            const dim3 grid(plan.query_blocks, plan.sample_tiles);
+            launch(sample, grid, kThreads, plan.first_pass_shared, stream, search);
+            launch(sample_thresholds_kernel, dim3(blocks_for(search.n_queries, kWarps)), kThreads,
+                   kWarps * kSampleKeys * sizeof(uint64_t), stream, search);
+        }
         if (plan.first_pass) {
             const auto first_pass = plan.query_tiles == 4   ? first_pass_kernel<Format, 4>
                                     : plan.query_tiles == 2 ? first_pass_kernel<Format, 2>

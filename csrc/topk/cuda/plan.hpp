@@ -22,6 +22,9 @@ constexpr int kSlab = 32;
 // Rows of a warp in the first pass: 4 mma tiles of 8.
 constexpr int kRowTiles = 4;
 constexpr int kBlockRows = kWarps * kRowTiles * 8;
+// The first thresholds come from a sample of up to as many tiles of rows, of which each warp passes on one key a query.
+constexpr int kMostSampleTiles = 32;
+constexpr int kSampleKeys = kMostSampleTiles * kWarps;
 // The exact scan: 4 lanes to a row, and as many queries at a time.
 constexpr int kScanQueries = 4;
 constexpr int kScanRows = kWarps * 8;
@@ -34,6 +37,7 @@ struct Plan {
     int query_tiles;   // of 16 queries in a block of the first pass: 4, 2 or 1
     int query_blocks;  // blocks that share a part of the database
     int splits;        // parts of the database
+    int sample_tiles;  // of kBlockRows rows, whose best give the first thresholds; 0: they start open
     int kept;          // candidates that a part passes on for each query
     int capacity;      // of a pool, a power of two
     int scan_blocks;   // of the exact scan
@@ -41,7 +45,7 @@ struct Plan {
     bool first_pass;   // false: the queries or pools do not fit into shared memory, the exact scan searches for all
     int64_t first_pass_shared, merge_shared, scan_shared;  // bytes
     // Workspace: offsets and size in bytes.
-    int64_t packed, errors, exponents, thresholds, candidates, redo, bytes;
+    int64_t packed, errors, exponents, thresholds, sample, candidates, redo, bytes;
 };
 
 // Blocks of the first pass that share a multiprocessor, by their registers. float32 rows take more.
@@ -66,8 +70,8 @@ inline Plan make_plan(int64_t n_queries, const Rows& rows, int k, const DeviceLi
 
     const int64_t query_bytes = int64_t{16} * plan.slabs * kSlab * 2 * query_terms(rows.element);  // of 16 queries
     const auto first_pass_shared = [&](int tiles) {
-        // the packed queries, their pools, their error factors
-        return tiles * query_bytes + pool_bytes(16 * tiles, plan.capacity) + 16 * tiles * 4;
+        // the packed queries, their error factors, their pools
+        return tiles * query_bytes + 16 * tiles * 4 + pool_bytes(16 * tiles, plan.capacity);
     };
     plan.query_tiles = n_queries > 32 ? 4 : n_queries > 16 ? 2 : 1;
     while (plan.query_tiles > 1 && first_pass_shared(plan.query_tiles) > limits.shared_per_block) plan.query_tiles /= 2;
@@ -90,6 +94,12 @@ inline Plan make_plan(int64_t n_queries, const Rows& rows, int k, const DeviceLi
             plan.splits = static_cast<int>(splits);
         }
     }
+    // Estimates for an H100, 768 elements and k 8. A sample costs about 18 us: two launches, one tile, one sort. Open
+    // thresholds cost about 75 us with 64 queries in a block and 19 with 16: every block fills and sorts each pool
+    // about seven times in its first tile, and as often after it.
+    const int sample_tiles = static_cast<int>(std::min<int64_t>(kMostSampleTiles, row_tiles / 4));
+    const bool samples = plan.first_pass && plan.query_tiles > 1 && sample_tiles * kWarps >= plan.kept;
+    plan.sample_tiles = samples ? sample_tiles : 0;
     plan.scan_blocks = static_cast<int>(std::min<int64_t>(limits.multiprocessors, ceil_div(rows.count, kScanRows)));
     plan.lists =
         std::max(4 * ceil_div(n_queries, kScanQueries) * plan.splits, int64_t{kScanQueries} * plan.scan_blocks);
@@ -107,6 +117,7 @@ inline Plan make_plan(int64_t n_queries, const Rows& rows, int k, const DeviceLi
     plan.errors = place(padded_queries * 4);
     plan.exponents = place(padded_queries * 4);
     plan.thresholds = place(padded_queries * 8);
+    plan.sample = place(plan.sample_tiles ? padded_queries * kSampleKeys * 8 : 0);
     plan.candidates = place(plan.lists * plan.kept * 8);
     plan.redo = place((n_queries + 1) * 4);
     plan.bytes = at;

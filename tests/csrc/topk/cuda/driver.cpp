@@ -36,11 +36,12 @@ int64_t workspace_bytes(int64_t n_queries, int element, const void* data, const 
     return valm::make_plan(n_queries, rows, k, {multiprocessors, shared_bytes, shared_bytes}).bytes;
 }
 
-// `redone`: how many queries the exact scan answered.
+// `redone`: how many queries the exact scan answered; `offered`: how many keys the pools were offered, those again that
+// a full pool turned away.
 int search(int order, uint64_t seed, char* message, size_t message_bytes, int element, const void* data,
            const float* scale, int64_t count, int64_t dim, const float* norms, const float* queries, int n_queries,
            int k, int multiprocessors, int64_t shared_bytes, void* workspace, float* scores, int64_t* indices,
-           int* redone) {
+           int* redone, int64_t* offered) {
     return guarded(order, seed, message, message_bytes, [&] {
         valm::Search search{};
         search.queries = queries;
@@ -51,8 +52,10 @@ int search(int order, uint64_t seed, char* message, size_t message_bytes, int el
         search.plan = valm::make_plan(n_queries, search.rows, k, {multiprocessors, shared_bytes, shared_bytes});
         search.scores = scores;
         search.indices = indices;
+        valm::shim::block.additions = 0;
         valm::launch_search(search, workspace, {});
         *redone = *reinterpret_cast<const int*>(static_cast<const char*>(workspace) + search.plan.redo);
+        *offered = valm::shim::block.additions - *redone;
     });
 }
 }

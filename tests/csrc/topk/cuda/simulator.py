@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -25,6 +26,13 @@ def build(library: Path, sources: Path = SOURCES, driver: Path = HERE / "driver.
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return library
+
+
+def copy_sources(folder: Path) -> Path:
+    """A copy of the kernels to change before `build`."""
+    shutil.copytree(SOURCES / "topk", folder / "topk")
+    (folder / "topk" / "cuda" / "device.cuh").unlink()  # the shim's is meant
+    return folder
 
 
 class Rows:
@@ -56,6 +64,7 @@ class Simulator:
         self._schedule = (ORDERS[order], ctypes.c_uint64(seed))
         self._limits = (multiprocessors, ctypes.c_int64(shared_bytes))
         self.redone = 0  # queries that the exact scan answered in the last search
+        self.offered = 0  # keys that its pools were offered, those again that a full pool turned away
 
     def _call(self, name: str, *arguments) -> None:
         message = ctypes.create_string_buffer(200)
@@ -73,7 +82,7 @@ class Simulator:
         size = self.cuda_topk_workspace(device, n_queries, rows, k)
         memory = (ctypes.c_uint8 * size).from_address(workspace)
         ctypes.memset(memory, 0xFF, size)
-        redone = ctypes.c_int(-1)
+        redone, offered = ctypes.c_int(-1), ctypes.c_int64(-1)
         self._call(
             "search",
             *rows.arguments,
@@ -84,9 +93,10 @@ class Simulator:
             *self._limits,
             *map(ctypes.c_void_p, (workspace, scores, indices)),
             ctypes.byref(redone),
+            ctypes.byref(offered),
         )
         assert bytes(memory[-GUARD_BYTES:]) == b"\xff" * GUARD_BYTES, "written beyond the workspace"
-        self.redone = redone.value
+        self.redone, self.offered = redone.value, offered.value
 
 
 class NoStream:

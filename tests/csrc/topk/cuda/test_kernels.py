@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.csrc.topk.cuda.problems import ADVERSARIAL, DTYPES, adversarial, normals
-from tests.csrc.topk.cuda.simulator import ORDERS
+from tests.csrc.topk.cuda.simulator import ORDERS, build, copy_sources
 from valm_kernels.topk import api, cuda, index, reference
 from valm_kernels.topk.index import store
 
@@ -32,6 +32,8 @@ def assert_exact(queries: torch.Tensor, rows: torch.Tensor, k: int, row_scale: t
         (70, 300, 48, 3),  # blocks of 64
         (3, 700, 40, 128),  # the largest pools of a first pass
         (2, 257, 61, 40),  # an odd number of elements, padded
+        (18, 4200, 24, 8),  # a sample of 4 tiles
+        (33, 12400, 8, 40),  # of 12, for blocks of 64
     ],
 )
 def test_agrees_with_the_reference(simulate, library, order, dtype, n_queries, n_rows, dim, k):
@@ -39,6 +41,42 @@ def test_agrees_with_the_reference(simulate, library, order, dtype, n_queries, n
     rows, row_scale = store(normals(n_rows, dim, seed=1), dtype, torch.device("cpu"))
     assert_exact(normals(n_queries, dim), rows, min(k, n_rows), row_scale)
     assert simulator.redone == 0
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("k", "most"), [(8, 420), (40, 1400), (128, 4000)])
+def test_a_sample_of_the_rows_closes_the_thresholds(simulate, library, order, k, most):
+    """Few keys are offered: by what 8,192 rows in twice as many say (128, 480 or 1,420 rows), and those kept again by
+    the merge. From open thresholds it was 2,750, 3,800 and 7,130 a query.
+    """
+    simulator = simulate(library, order, multiprocessors=8)
+    assert_exact(normals(64, 8), normals(16384, 8, seed=1).half(), k)
+    assert simulator.redone == 0
+    assert simulator.offered / 64 < most
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("share", [0.5, 0.01])
+def test_a_sample_counts_only_rows_that_may_be_returned(simulate, library, order, share):
+    simulator = simulate(library, order)
+    queries, rows = normals(17, 16), normals(4200, 16, seed=1)
+    allowed = torch.rand(4200, generator=torch.Generator().manual_seed(2)) < share
+    found = cuda.search(queries, rows, None, None, 8, allowed)
+    expected = reference.ip_topk(queries, rows, None, 8, allowed)
+    assert torch.equal(found[1], expected[1]) and torch.equal(found[0], expected[0])
+    assert simulator.redone == 0
+
+
+def test_a_threshold_that_is_too_high_costs_a_scan_and_no_row(simulate, tmp_path):
+    """As if the sample's bounds came out above those of the first pass."""
+    sources = copy_sources(tmp_path)
+    kernel = sources / "topk" / "cuda" / "kernel.cuh"
+    right, wrong = "last = keys[s.plan.kept - 1];", "last = keys[0];"
+    assert kernel.read_text().count(right) == 1
+    kernel.write_text(kernel.read_text().replace(right, wrong))
+    simulator = simulate(build(tmp_path / "mutant.so", sources))
+    assert_exact(normals(17, 16), normals(4200, 16, seed=1).half(), 8)
+    assert simulator.redone > 0
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -85,6 +123,14 @@ def test_adversarial_rows(simulate, library, order, dtype, kind):
     assert_exact(queries, stored, 8, row_scale)
     if kind in ("equal", "duplicates"):
         assert simulator.redone == 2  # more ties than a candidate list has room for
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ADVERSARIAL)
+def test_adversarial_rows_with_a_sample(simulate, library, dtype, kind):
+    simulate(library, "random")
+    stored, row_scale = store(adversarial(kind, 4100, 16, dtype), dtype, torch.device("cpu"))
+    assert_exact(normals(17, 16), stored, 8, row_scale)
 
 
 @pytest.mark.parametrize("order", ORDERS)

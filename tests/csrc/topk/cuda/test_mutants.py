@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.csrc.topk.cuda.problems import normals
-from tests.csrc.topk.cuda.simulator import ORDERS, SOURCES, Simulator, build
+from tests.csrc.topk.cuda.simulator import ORDERS, SOURCES, Simulator, build, copy_sources
 from valm_kernels.topk import cuda, reference
 
 BARRIERS = ("__syncthreads();", "sync_warp();")
@@ -27,14 +26,15 @@ def sites() -> list[tuple[str, int]]:
 
 
 def answers_are_right(simulator: Simulator) -> bool:
-    """Whether searches with full pools, several parts and several exact scans give the reference's answers, and the
-    exact scans are those of the queries that need one.
+    """Whether searches with full pools, several parts, several exact scans and a sample give the reference's answers,
+    and the exact scans are those of the queries that need one.
     """
-    ordinary = (normals(18, 72), normals(1500, 72, seed=1).half(), 0)
-    duplicates = (normals(9, 16), normals(1400, 16, seed=1)[torch.arange(1400) % 9], 9)
-    for queries, rows, redone in (ordinary, duplicates):
-        scores, indices = cuda.search(queries, rows, None, None, 40)
-        expected_scores, expected_indices = reference.ip_topk(queries, rows, None, 40)
+    ordinary = (normals(18, 72), normals(1500, 72, seed=1).half(), 40, 0)
+    duplicates = (normals(9, 16), normals(1400, 16, seed=1)[torch.arange(1400) % 9], 40, 9)
+    sampled = (normals(18, 8), normals(8300, 8, seed=1).half(), 8, 0)
+    for queries, rows, k, redone in (ordinary, duplicates, sampled):
+        scores, indices = cuda.search(queries, rows, None, None, k)
+        expected_scores, expected_indices = reference.ip_topk(queries, rows, None, k)
         if not torch.equal(scores, expected_scores) or not torch.equal(indices, expected_indices):
             return False
         if simulator.redone != redone:
@@ -62,11 +62,9 @@ def test_nothing_taken_away(simulate, library):
     [pytest.param(*site, marks=pytest.mark.slow if i else []) for i, site in enumerate(sites())],
 )
 def test_a_missing_barrier_is_seen(simulate, library, tmp_path, file, line):
-    shutil.copytree(SOURCES / "topk", tmp_path / "topk")
-    source = tmp_path / "topk" / "cuda" / file
+    source = copy_sources(tmp_path) / "topk" / "cuda" / file
     lines = source.read_text().splitlines()
     assert lines[line - 1].strip() in BARRIERS
     lines[line - 1] = ""
     source.write_text("\n".join(lines))
-    (tmp_path / "topk" / "cuda" / "device.cuh").unlink()  # the shim's is meant
     assert not right_in_every_order(simulate, build(tmp_path / "mutant.so", tmp_path))

@@ -86,8 +86,9 @@ struct Block {
     std::vector<uint4> shared{std::vector<uint4>(kSharedBytes / sizeof(uint4))};
     std::vector<Exchange> exchange[2];
     int current = 0;
-    int barriers = 0;  // that the whole block has passed
-    bool any[2] = {};  // votes, alternating between barriers
+    int barriers = 0;       // that the whole block has passed
+    int64_t additions = 0;  // atomic ones, of all blocks so far
+    bool any[2] = {};       // votes, alternating between barriers
     jmp_buf scheduler;
     ucontext_t scheduler_context;
 };
@@ -296,6 +297,7 @@ inline uint64_t atomic_max(uint64_t* address, uint64_t value) {
 template <class T>
 T atomicAdd(T* address, T value) {
     shim::before_atomic();
+    ++shim::block.additions;
     const T old = *address;
     *address += value;
     return old;
