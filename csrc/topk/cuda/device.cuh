@@ -46,6 +46,30 @@ __device__ inline uint32_t pack_bfloat16(float low, float high) {
 
 __device__ inline float float16_value(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 
+// Starts the copy of 8 or 16 bytes, aligned to as many, from device to shared memory; zeros if not `there`. It belongs
+// to the next commit_copies() of this thread.
+template <class Part>
+__device__ inline void copy_async(Part* to, const void* from, bool there) {
+    static_assert(sizeof(Part) == 8 || sizeof(Part) == 16);
+    const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
+    const int bytes = there ? sizeof(Part) : 0;
+    if constexpr (sizeof(Part) == 16) {  // past the first-level cache
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
+    } else {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
+    }
+}
+
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most the `most` newest groups of this thread's copies are under way. `most` is at most 3.
+__device__ inline void wait_copies(int most) {
+    if (most == 0) asm volatile("cp.async.wait_group 0;" ::: "memory");
+    if (most == 1) asm volatile("cp.async.wait_group 1;" ::: "memory");
+    if (most == 2) asm volatile("cp.async.wait_group 2;" ::: "memory");
+    if (most == 3) asm volatile("cp.async.wait_group 3;" ::: "memory");
+}
+
 enum class MmaInput { kFloat16, kBFloat16 };
 
 // sums (16 x 8) += a (16 x 16) b (16 x 8), the PTX instruction mma.m16n8k16 with float32 sums. With g = lane / 4 and

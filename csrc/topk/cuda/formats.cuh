@@ -1,9 +1,7 @@
 // How the kernels of top-K search read a row, in each type that rows are stored in, and the norms of the rows.
 //
-// In the first pass a lane multiplies 8 elements of a slab of 32, which 4 lanes share: for the sum the order of the
-// elements is free, so each lane takes those that it can load at once. element(t, j) is the place in the slab of
-// element j of lane t of the 4. words() turns a chunk, as loaded, into 4 words of two 16-bit values for each term of
-// the row.
+// In the first pass 4 lanes share a slab of a row: for the sum the order of the elements is free, so each lane takes
+// those that it can copy at once, a Part. words() turns it into words of two 16-bit values for each term of the row.
 #pragma once
 
 #include "topk/cuda/device.cuh"
@@ -25,89 +23,64 @@ __device__ inline float unpack(uint16_t bits) {
 
 struct Float16Rows {
     using Value = uint16_t;
-    using Chunk = uint4;
+    using Part = uint4;
     static constexpr Element kElement = Element::kFloat16;
     static constexpr MmaInput kInput = MmaInput::kFloat16;
     static constexpr int kRowTerms = 1;
     // Queries are scaled to a largest magnitude in [2^14, 2^15): the least loss to float16's subnormals.
     static constexpr int kQueryExponent = 15;
 
-    static __device__ int element(int t, int j) { return 8 * t + j; }
-    static __device__ Chunk load(const Value* row, int slab, int t, int dim) {
-        const int e = slab * kSlab + 8 * t;
-        return e < dim ? *reinterpret_cast<const uint4*>(row + e) : make_uint4(0, 0, 0, 0);
-    }
-    static __device__ void words(const Chunk& chunk, uint32_t (&out)[1][4]) {
-        out[0][0] = chunk.x, out[0][1] = chunk.y, out[0][2] = chunk.z, out[0][3] = chunk.w;
+    static __device__ void words(const Part& part, uint32_t (&out)[1][4]) {
+        out[0][0] = part.x, out[0][1] = part.y, out[0][2] = part.z, out[0][3] = part.w;
     }
     static __device__ float value(Value element, float) { return float16_value(element); }
 };
 
 struct BFloat16Rows {
     using Value = uint16_t;
-    using Chunk = uint4;
+    using Part = uint4;
     static constexpr Element kElement = Element::kBFloat16;
     static constexpr MmaInput kInput = MmaInput::kBFloat16;
     static constexpr int kRowTerms = 1;
     static constexpr int kQueryExponent = 1;
 
-    static __device__ int element(int t, int j) { return Float16Rows::element(t, j); }
-    static __device__ Chunk load(const Value* row, int slab, int t, int dim) {
-        return Float16Rows::load(row, slab, t, dim);
-    }
-    static __device__ void words(const Chunk& chunk, uint32_t (&out)[1][4]) { Float16Rows::words(chunk, out); }
+    static __device__ void words(const Part& part, uint32_t (&out)[1][4]) { Float16Rows::words(part, out); }
     static __device__ float value(Value element, float) { return bfloat16_value(element); }
 };
 
 struct Float32Rows {
     using Value = float;
-    struct Chunk {
-        float4 low, high;
-    };
+    using Part = float4;
     static constexpr Element kElement = Element::kFloat32;
     static constexpr MmaInput kInput = MmaInput::kBFloat16;
     static constexpr int kRowTerms = 2;  // bfloat16 high and low part
     static constexpr int kQueryExponent = 1;
 
-    static __device__ int element(int t, int j) { return j / 4 * 16 + 4 * t + j % 4; }
-    static __device__ Chunk load(const Value* row, int slab, int t, int dim) {
-        const int e = slab * kSlab + 4 * t;
-        const float4 zero = make_float4(0, 0, 0, 0);
-        return {e < dim ? *reinterpret_cast<const float4*>(row + e) : zero,
-                e + 16 < dim ? *reinterpret_cast<const float4*>(row + e + 16) : zero};
-    }
     static __device__ void split(float a, float b, uint32_t& high, uint32_t& low) {
         high = pack_bfloat16(a, b);
         low = pack_bfloat16(a - bfloat16_value(high & 0xffffu), b - bfloat16_value(high >> 16));
     }
-    static __device__ void words(const Chunk& chunk, uint32_t (&out)[2][4]) {
-        split(chunk.low.x, chunk.low.y, out[0][0], out[1][0]);
-        split(chunk.low.z, chunk.low.w, out[0][1], out[1][1]);
-        split(chunk.high.x, chunk.high.y, out[0][2], out[1][2]);
-        split(chunk.high.z, chunk.high.w, out[0][3], out[1][3]);
+    static __device__ void words(const Part& part, uint32_t (&out)[2][2]) {
+        split(part.x, part.y, out[0][0], out[1][0]);
+        split(part.z, part.w, out[0][1], out[1][1]);
     }
     static __device__ float value(Value element, float) { return element; }
 };
 
 struct Int8Rows {
     using Value = int8_t;
-    using Chunk = uint2;
+    using Part = uint2;
     static constexpr Element kElement = Element::kInt8;
     static constexpr MmaInput kInput = MmaInput::kFloat16;
     static constexpr int kRowTerms = 1;
     static constexpr int kQueryExponent = 15;
 
-    static __device__ int element(int t, int j) { return 8 * t + j; }
-    static __device__ Chunk load(const Value* row, int slab, int t, int dim) {
-        const int e = slab * kSlab + 8 * t;
-        return e < dim ? *reinterpret_cast<const uint2*>(row + e) : make_uint2(0, 0);
-    }
     // Byte i of four: 2^23 + (byte + 128) as a float needs no conversion instruction, and its difference is exact.
     static __device__ float byte_value(uint32_t offset_bytes, int i) {
         return __uint_as_float(0x4b000000u | (offset_bytes >> (8 * i) & 0xffu)) - (8388608.0f + 128.0f);
     }
-    static __device__ void words(const Chunk& chunk, uint32_t (&out)[1][4]) {
-        const uint32_t low = chunk.x ^ 0x80808080u, high = chunk.y ^ 0x80808080u;
+    static __device__ void words(const Part& part, uint32_t (&out)[1][4]) {
+        const uint32_t low = part.x ^ 0x80808080u, high = part.y ^ 0x80808080u;
         out[0][0] = pack_float16(byte_value(low, 0), byte_value(low, 1));
         out[0][1] = pack_float16(byte_value(low, 2), byte_value(low, 3));
         out[0][2] = pack_float16(byte_value(high, 0), byte_value(high, 1));
@@ -115,6 +88,13 @@ struct Int8Rows {
     }
     static __device__ float value(Value element, float scale) { return static_cast<float>(element) * scale; }
 };
+
+template <class Format>
+constexpr int kPartElements = slab_elements(Format::kElement) / 4;
+
+// mma instructions for one product of a slab.
+template <class Format>
+constexpr int kSteps = slab_elements(Format::kElement) / 16;
 
 // 8 elements from `first` on as floats.
 template <class Format>
@@ -152,7 +132,7 @@ __global__ __launch_bounds__(kThreads) void row_norms_kernel(RowNorms s) {
     const auto* elements = row_at<Format>(s.rows, there);
     const float scale = scale_at<Format>(s.rows, there);
     double sum = 0;
-    for (int first = 8 * t; first < s.rows.dim; first += kSlab) {
+    for (int first = 8 * t; first < s.rows.dim; first += kScanSlab) {
         float values[8];
         load_values<Format>(elements, scale, first, values);
 #pragma unroll

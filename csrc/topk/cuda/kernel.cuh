@@ -36,7 +36,7 @@ struct Search {
     int n_queries, k;
     Plan plan;
     // Workspace, in the order of Plan's offsets.
-    uint4* packed;         // (padded queries / 16, terms, slabs, 64): see prepare_queries_kernel
+    uint4* packed;         // (padded queries / 16, terms, steps of 16 elements, lanes): `a` of an mma
     float* errors;         // (padded queries): error(q), NaN for a query that is not finite
     int* exponents;        // (padded queries): the first pass works on 2^exponent q
     uint64_t* thresholds;  // (padded queries): the best key known to have `kept` candidates at or above it
@@ -62,8 +62,7 @@ constexpr int kProducts = Format::kRowTerms + (kQueryTerms<Format> - 1);
 
 // --- queries -----------------------------------------------------------------------------------------------------
 
-// One warp for each query: its scale, its error factor, and its 16-bit words in the order of the mma's fragments:
-// slab by slab, 32 lanes' 16 bytes for rows 0 to 7 of 16 queries, then for rows 8 to 15.
+// One warp for each query: its scale, its error factor, and its 16-bit words as the mma's lanes take them.
 template <class Format>
 __global__ __launch_bounds__(kThreads) void prepare_queries_kernel(Search s) {
     const int lane = threadIdx.x % kWarp;
@@ -91,30 +90,31 @@ __global__ __launch_bounds__(kThreads) void prepare_queries_kernel(Search s) {
 
     double square = 0, lost_square = 0;  // of the scaled query, and of what its 16-bit words leave out
     const int half = query / 8 % 2, g = query % 8;
-    uint4* const packed = s.packed + static_cast<int64_t>(query / 16) * kQueryTerms<Format> * s.plan.slabs * 64;
+    const int64_t steps = static_cast<int64_t>(s.plan.slabs) * kSteps<Format>;
+    uint4* const packed = s.packed + query / 16 * kQueryTerms<Format> * steps * kWarp;
     for (int part = lane; part < s.plan.slabs * 4; part += kWarp) {
         const int slab = part / 4, t = part % 4;
-        double rest[8];
+        double rest[kPartElements<Format>];
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            const int e = slab * kSlab + Format::element(t, j);
+        for (int j = 0; j < kPartElements<Format>; ++j) {
+            const int e = part * kPartElements<Format> + j;
             rest[j] = there && !not_finite && e < s.rows.dim ? ldexp(static_cast<double>(elements[e]), exponent) : 0.0;
             square += rest[j] * rest[j];
         }
 #pragma unroll
         for (int term = 0; term < kQueryTerms<Format>; ++term) {
-            uint32_t word[4];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                word[i] = pack<Format::kInput>(static_cast<float>(rest[2 * i]), static_cast<float>(rest[2 * i + 1]));
-                rest[2 * i] -= unpack<Format::kInput>(word[i] & 0xffffu);
-                rest[2 * i + 1] -= unpack<Format::kInput>(word[i] >> 16);
+            for (int i = 0; i < kPartElements<Format> / 2; ++i) {
+                const uint32_t word =
+                    pack<Format::kInput>(static_cast<float>(rest[2 * i]), static_cast<float>(rest[2 * i + 1]));
+                rest[2 * i] -= unpack<Format::kInput>(word & 0xffffu);
+                rest[2 * i + 1] -= unpack<Format::kInput>(word >> 16);
+                uint4& fragment = packed[(term * steps + slab * kSteps<Format> + i / 2) * kWarp + g * 4 + t];
+                reinterpret_cast<uint32_t*>(&fragment)[i % 2 * 2 + half] = word;
             }
-            packed[(static_cast<int64_t>(term) * s.plan.slabs + slab) * 64 + half * 32 + g * 4 + t] =
-                make_uint4(word[0], word[1], word[2], word[3]);
         }
 #pragma unroll
-        for (int j = 0; j < 8; ++j) lost_square += rest[j] * rest[j];
+        for (int j = 0; j < kPartElements<Format>; ++j) lost_square += rest[j] * rest[j];
     }
     for (int mask = kWarp / 2; mask > 0; mask /= 2) {
         square += shuffle_xor(square, mask);
@@ -122,7 +122,7 @@ __global__ __launch_bounds__(kThreads) void prepare_queries_kernel(Search s) {
     }
     if (lane != 0) return;
     const double lost = sqrt(lost_square), norm16 = sqrt(square) + lost;
-    const int mmas = 2 * s.plan.slabs * kProducts<Format>;
+    const int mmas = static_cast<int>(steps) * kProducts<Format>;
     const double relative = mmas * 0x1p-18 + (Format::kRowTerms == 2 ? 0x1p-16 : 0.0) + 0x1p-20;
     s.errors[query] = not_finite ? NAN : static_cast<float>((lost + norm16 * relative) * (1 + 0x1p-20));
     s.exponents[query] = exponent;
@@ -131,18 +131,33 @@ __global__ __launch_bounds__(kThreads) void prepare_queries_kernel(Search s) {
 
 // --- first pass --------------------------------------------------------------------------------------------------
 
-// The rows that a lane loads, tile after tile, one slab at a time. Place p of a tile is row p * stride.
+// The rows of a lane on their way from device memory, tile after tile, one slab in each stage. A lane copies just what
+// it multiplies, so nobody else waits for it. Through registers instead, the compiler puts the loads of a slab behind
+// the products that should hide them. Place p of a tile is row p * stride.
 template <class Format>
 struct RowStream {
-    const Search& s;
-    const typename Format::Value* row[kRowTiles];
-    int64_t place;  // of this lane's first row in the tile that is being loaded
-    int64_t stride;
-    int slab = 0, t;
+    using Part = typename Format::Part;
+    static constexpr int kWarpParts = kRowTiles * kWarp;
+    static constexpr int kStageParts = kWarps * kWarpParts;
 
-    __device__ RowStream(const Search& s, int64_t place, int64_t stride, int t)
-        : s(s), place(place), stride(stride), t(t) {
+    const Search& s;
+    Part* const parts;  // of this lane: (stages, kWarps, kRowTiles, kWarp) in the block's order
+    int64_t place;      // of this lane's first row in the tile whose slabs are copied next
+    const int64_t stride;
+    const int t;
+    const typename Format::Value* row[kRowTiles];
+    int slab = 0;   // to be copied next
+    int stage = 0;  // of the oldest slab
+
+    // Starts the copies of the first slabs.
+    __device__ RowStream(const Search& s, Part* stages, int64_t warp_place, int64_t stride)
+        : s(s),
+          parts(stages + threadIdx.x / kWarp * kWarpParts + threadIdx.x % kWarp),
+          place(warp_place + threadIdx.x % kWarp / 4),
+          stride(stride),
+          t(threadIdx.x % 4) {
         find_rows();
+        for (int i = 0; i < s.plan.stages; ++i) replace();
     }
 
     __device__ void find_rows() {
@@ -152,9 +167,23 @@ struct RowStream {
         }
     }
 
-    __device__ void next(typename Format::Chunk (&chunks)[kRowTiles]) {
+    // The oldest slab, in parts that are kWarp apart.
+    __device__ Part* oldest() const { return parts + stage * kStageParts; }
+
+    __device__ const Part* wait() const {
+        wait_copies(s.plan.stages - 1);
+        return oldest();
+    }
+
+    // Starts the copy of the next slab in place of the oldest.
+    __device__ void replace() {
 #pragma unroll
-        for (int i = 0; i < kRowTiles; ++i) chunks[i] = Format::load(row[i], slab, t, s.rows.dim);
+        for (int i = 0; i < kRowTiles; ++i) {
+            const int e = (4 * slab + t) * kPartElements<Format>;
+            copy_async(oldest() + i * kWarp, row[i] + e, e < s.rows.dim);
+        }
+        commit_copies();
+        if (++stage == s.plan.stages) stage = 0;
         if (++slab == s.plan.slabs) {
             slab = 0;
             place += static_cast<int64_t>(s.plan.splits) * kBlockRows;
@@ -163,35 +192,39 @@ struct RowStream {
     }
 };
 
-// sums += queries (16 kQueryTiles) x rows (8 kRowTiles) over one slab.
+// sums += queries (16 kQueryTiles) x rows (8 kRowTiles) over one slab, whose rows lie as RowStream says.
 template <class Format, int kQueryTiles>
-__device__ inline void multiply(const uint4* packed, int slab, int slabs, int lane,
-                                const typename Format::Chunk (&chunks)[kRowTiles],
+__device__ inline void multiply(const uint4* packed, int slab, int slabs, int lane, const typename Format::Part* rows,
                                 float (&sums)[kQueryTiles][kRowTiles][4]) {
-    uint4 query[kQueryTiles][kQueryTerms<Format>][2];
+    uint4 query[kQueryTiles][kQueryTerms<Format>][kSteps<Format>];
 #pragma unroll
     for (int m = 0; m < kQueryTiles; ++m) {
 #pragma unroll
         for (int term = 0; term < kQueryTerms<Format>; ++term) {
-            const uint4* const at = packed + ((m * kQueryTerms<Format> + term) * slabs + slab) * 64 + lane;
-            query[m][term][0] = at[0];
-            query[m][term][1] = at[32];
+#pragma unroll
+            for (int step = 0; step < kSteps<Format>; ++step) {
+                const int at = ((m * kQueryTerms<Format> + term) * slabs + slab) * kSteps<Format> + step;
+                query[m][term][step] = packed[at * kWarp + lane];
+            }
         }
     }
 #pragma unroll
     for (int n = 0; n < kRowTiles; ++n) {
-        uint32_t row[Format::kRowTerms][4];
-        Format::words(chunks[n], row);
+        uint32_t row[Format::kRowTerms][2 * kSteps<Format>];
+        Format::words(rows[n * kWarp], row);
 #pragma unroll
         for (int m = 0; m < kQueryTiles; ++m) {
 #pragma unroll
             for (int query_term = 0; query_term < kQueryTerms<Format>; ++query_term) {
-                const uint4 q0 = query[m][query_term][0], q1 = query[m][query_term][1];
-                const uint32_t first[4] = {q0.x, q1.x, q0.y, q1.y}, second[4] = {q0.z, q1.z, q0.w, q1.w};
 #pragma unroll
                 for (int row_term = 0; row_term < row_terms<Format>(query_term); ++row_term) {
-                    mma_m16n8k16<Format::kInput>(sums[m][n], first, row[row_term][0], row[row_term][1]);
-                    mma_m16n8k16<Format::kInput>(sums[m][n], second, row[row_term][2], row[row_term][3]);
+#pragma unroll
+                    for (int step = 0; step < kSteps<Format>; ++step) {
+                        const uint4 q = query[m][query_term][step];
+                        const uint32_t a[4] = {q.x, q.y, q.z, q.w};
+                        const uint32_t* const b = row[row_term] + 2 * step;
+                        mma_m16n8k16<Format::kInput>(sums[m][n], a, b[0], b[1]);
+                    }
                 }
             }
         }
@@ -204,7 +237,7 @@ template <class Format, int kQueryTiles>
 __device__ inline float* load_queries(const Search& s) {
     constexpr int kQueries = 16 * kQueryTiles;
     const int thread = threadIdx.x;
-    const int chunks = kQueryTiles * kQueryTerms<Format> * s.plan.slabs * 64;
+    const int chunks = kQueryTiles * kQueryTerms<Format> * s.plan.slabs * kSteps<Format> * kWarp;
     uint4* const packed = dynamic_shared();
     const uint4* const source = s.packed + static_cast<int64_t>(blockIdx.x) * chunks;
     for (int i = thread; i < chunks; i += kThreads) packed[i] = source[i];
@@ -223,13 +256,11 @@ struct Tile {
     float norms[kRowTiles][2];                // NaN for a row that must not be returned
 };
 
-// The tile whose rows lie at the warp's places from `place` on; `even` holds their first slab, and then that of the
-// next.
+// The tile whose rows lie at the warp's places from `place` on, the next of the stream.
 template <class Format, int kQueryTiles>
-__device__ inline void find_bounds(const Search& s, const float* errors, RowStream<Format>& stream,
-                                   typename Format::Chunk (&even)[kRowTiles], int64_t place, int lane,
+__device__ inline void find_bounds(const Search& s, const float* errors, RowStream<Format>& stream, int64_t place,
                                    Tile<kQueryTiles>& tile) {
-    const int g = lane / 4, t = lane % 4;
+    const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
     const auto row_of = [&](int n, int j) { return (place + 8 * n + 2 * t + j) * stream.stride; };
 #pragma unroll
     for (int n = 0; n < kRowTiles; ++n) {
@@ -240,12 +271,9 @@ __device__ inline void find_bounds(const Search& s, const float* errors, RowStre
         }
     }
     float sums[kQueryTiles][kRowTiles][4] = {};
-    typename Format::Chunk odd[kRowTiles];
-    for (int slab = 0; slab < s.plan.slabs; slab += 2) {
-        stream.next(odd);
-        multiply<Format, kQueryTiles>(dynamic_shared(), slab, s.plan.slabs, lane, even, sums);
-        stream.next(even);
-        multiply<Format, kQueryTiles>(dynamic_shared(), slab + 1, s.plan.slabs, lane, odd, sums);
+    for (int slab = 0; slab < s.plan.slabs; ++slab) {
+        multiply<Format, kQueryTiles>(dynamic_shared(), slab, s.plan.slabs, lane, stream.wait(), sums);
+        stream.replace();
     }
     if constexpr (Format::kElement == Element::kInt8) {
 #pragma unroll
@@ -283,19 +311,18 @@ __device__ inline uint64_t bound_key(float bound, int64_t row) {
 // A block takes 16 kQueryTiles queries and a tile of the sample, which is spread evenly over the database. Each warp
 // passes on its best key for each query.
 template <class Format, int kQueryTiles>
-__global__ __launch_bounds__(kThreads,
-                             first_pass_residents(kQueryTiles, Format::kElement)) void sample_kernel(Search s) {
+__global__ __launch_bounds__(kThreads, first_pass_residents(kQueryTiles)) void sample_kernel(Search s) {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, t = lane % 4;
-    const float* const errors = load_queries<Format, kQueryTiles>(s);
+    float* const errors = load_queries<Format, kQueryTiles>(s);
     __syncthreads();
 
     const int64_t stride = s.rows.count / (static_cast<int64_t>(s.plan.sample_tiles) * kBlockRows);
     const int64_t place = static_cast<int64_t>(blockIdx.y) * kBlockRows + warp * (kRowTiles * 8);
-    RowStream<Format> stream(s, place + g, stride, t);
-    typename Format::Chunk chunks[kRowTiles];
-    stream.next(chunks);
+    auto* const stages = reinterpret_cast<typename Format::Part*>(errors + 16 * kQueryTiles);
+    RowStream<Format> stream(s, stages, place, stride);
     Tile<kQueryTiles> tile;
-    find_bounds<Format, kQueryTiles>(s, errors, stream, chunks, place, lane, tile);
+    find_bounds<Format, kQueryTiles>(s, errors, stream, place, tile);
+    wait_copies(0);
 #pragma unroll
     for (int m = 0; m < kQueryTiles; ++m) {
 #pragma unroll
@@ -335,15 +362,15 @@ static __global__ __launch_bounds__(kThreads) void sample_thresholds_kernel(Sear
 // A block takes 16 kQueryTiles queries and every splits-th tile of 256 rows. Strided, so that the blocks of different
 // queries that run together read the same rows, and sorted databases spread over all blocks.
 template <class Format, int kQueryTiles>
-__global__ __launch_bounds__(kThreads,
-                             first_pass_residents(kQueryTiles, Format::kElement)) void first_pass_kernel(Search s) {
+__global__ __launch_bounds__(kThreads, first_pass_residents(kQueryTiles)) void first_pass_kernel(Search s) {
     constexpr int kQueries = 16 * kQueryTiles;
     const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp, g = lane / 4, t = lane % 4;
     const int first_query = blockIdx.x * kQueries;
     const int split = blockIdx.y;
 
     float* const errors = load_queries<Format, kQueryTiles>(s);
-    const Pools pools(errors + kQueries, kQueries, s.plan.capacity, s.plan.kept);
+    auto* const stages = reinterpret_cast<typename Format::Part*>(errors + kQueries);
+    const Pools pools(stages + s.plan.stages * RowStream<Format>::kStageParts, kQueries, s.plan.capacity, s.plan.kept);
     if (thread < kQueries) {
         const int query = first_query + thread;
         const bool open = query < s.n_queries && s.errors[query] == s.errors[query];
@@ -359,13 +386,11 @@ __global__ __launch_bounds__(kThreads,
     };
 
     const int64_t warp_row = static_cast<int64_t>(split) * kBlockRows + warp * (kRowTiles * 8);
-    RowStream<Format> stream(s, warp_row + g, 1, t);
-    typename Format::Chunk chunks[kRowTiles];
-    stream.next(chunks);
+    RowStream<Format> stream(s, stages, warp_row, 1);
     for (int64_t row = warp_row; row - warp * (kRowTiles * 8) < s.rows.count;
          row += static_cast<int64_t>(s.plan.splits) * kBlockRows) {
         Tile<kQueryTiles> tile;
-        find_bounds<Format, kQueryTiles>(s, errors, stream, chunks, row, lane, tile);
+        find_bounds<Format, kQueryTiles>(s, errors, stream, row, tile);
 
         // A bit for each bound that may pass the threshold.
         uint32_t pending[kQueryTiles];
@@ -410,6 +435,7 @@ __global__ __launch_bounds__(kThreads,
         };
         pools.take(offer, share_threshold);
     }
+    wait_copies(0);
 
     for (int query = warp; query < kQueries && first_query + query < s.n_queries; query += kWarps) {
         pools.flush(query, lane);

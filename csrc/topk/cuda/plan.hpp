@@ -17,24 +17,30 @@ struct DeviceLimits {
 constexpr int kWarp = 32;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-// Elements of a row that a warp multiplies at a time.
-constexpr int kSlab = 32;
 // Rows of a warp in the first pass: 4 mma tiles of 8.
 constexpr int kRowTiles = 4;
 constexpr int kBlockRows = kWarps * kRowTiles * 8;
+// Slabs of a tile that are on their way to shared memory at a time. An H100 needs 20 KB under way in each
+// multiprocessor (3.35 TB/s, 132 of them, 0.8 us); a slab of a tile has 16 KB, of int8 rows 8 KB.
+constexpr int kMostStages = 4;
 // The first thresholds come from a sample of up to as many tiles of rows, of which each warp passes on one key a query.
 constexpr int kMostSampleTiles = 32;
 constexpr int kSampleKeys = kMostSampleTiles * kWarps;
-// The exact scan: 4 lanes to a row, and as many queries at a time.
+// The exact scan: 4 lanes to a row, of which they read as many elements at a time, and as many queries.
+constexpr int kScanSlab = 32;
 constexpr int kScanQueries = 4;
 constexpr int kScanRows = kWarps * 8;
 // The largest k of the first pass: pools for more do not fit into shared memory beside the queries. A larger k is
 // answered by the exact scan alone.
 constexpr int kFirstPassBest = 128;
 
+// Bytes of shared memory that CUDA takes for itself with every block.
+constexpr int64_t kReservedShared = 1024;
+
 struct Plan {
-    int slabs;         // of a row, even: the first pass keeps two in flight
+    int slabs;         // of a row
     int query_tiles;   // of 16 queries in a block of the first pass: 4, 2 or 1
+    int stages;        // slabs of rows in the shared memory of the first pass
     int query_blocks;  // blocks that share a part of the database
     int splits;        // parts of the database
     int sample_tiles;  // of kBlockRows rows, whose best give the first thresholds; 0: they start open
@@ -48,10 +54,8 @@ struct Plan {
     int64_t packed, errors, exponents, thresholds, sample, candidates, redo, bytes;
 };
 
-// Blocks of the first pass that share a multiprocessor, by their registers. float32 rows take more.
-constexpr int first_pass_residents(int query_tiles, Element element) {
-    return query_tiles == 1 && element != Element::kFloat32 ? 2 : 1;
-}
+// Blocks of the first pass that share a multiprocessor, by their registers.
+constexpr int first_pass_residents(int query_tiles) { return query_tiles == 1 ? 2 : 1; }
 
 // 16-bit numbers that stand for one of a query. One float16 is near enough. One bfloat16 is not: it left 13 of 16
 // queries without proof at k = 16, for 20,000 unit rows of 768 elements with a mean cosine of 0.8.
@@ -59,30 +63,49 @@ constexpr int query_terms(Element element) {
     return element == Element::kFloat32 || element == Element::kBFloat16 ? 2 : 1;
 }
 
+// Elements of a row that a warp multiplies at a time: 4 lanes take 16 bytes each, or 8 of int8 rows.
+constexpr int slab_elements(Element element) { return element == Element::kFloat32 ? 16 : 32; }
+
+// Of a slab of a block's rows in shared memory.
+constexpr int64_t stage_bytes(Element element) {
+    return int64_t{kThreads} * kRowTiles * (element == Element::kInt8 ? 8 : 16);
+}
+
 inline int64_t pool_bytes(int queries, int capacity) { return int64_t{queries} * (capacity * 8 + 12); }
 
 inline Plan make_plan(int64_t n_queries, const Rows& rows, int k, const DeviceLimits& limits) {
     const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
     Plan plan{};
-    plan.slabs = static_cast<int>(2 * ceil_div(rows.dim, 2 * kSlab));
+    plan.slabs = static_cast<int>(ceil_div(rows.dim, slab_elements(rows.element)));
     plan.capacity = k <= 16 ? 64 : k <= 64 ? 128 : k <= kFirstPassBest ? 256 : 2048;
     plan.kept = k <= 16 ? 32 : k <= 64 ? 96 : k <= kFirstPassBest ? 192 : 1536;
 
-    const int64_t query_bytes = int64_t{16} * plan.slabs * kSlab * 2 * query_terms(rows.element);  // of 16 queries
-    const auto first_pass_shared = [&](int tiles) {
-        // the packed queries, their error factors, their pools
-        return tiles * query_bytes + 16 * tiles * 4 + pool_bytes(16 * tiles, plan.capacity);
+    const int64_t query_bytes =  // of 16 queries
+        int64_t{16} * plan.slabs * slab_elements(rows.element) * 2 * query_terms(rows.element);
+    const auto first_pass_shared = [&](int tiles, int stages) {
+        // the packed queries, their error factors, their pools, the rows
+        return tiles * query_bytes + 16 * tiles * 4 + pool_bytes(16 * tiles, plan.capacity) +
+               stages * stage_bytes(rows.element);
     };
     plan.query_tiles = n_queries > 32 ? 4 : n_queries > 16 ? 2 : 1;
-    while (plan.query_tiles > 1 && first_pass_shared(plan.query_tiles) > limits.shared_per_block) plan.query_tiles /= 2;
-    plan.first_pass_shared = first_pass_shared(plan.query_tiles);
+    // with fewer than 2 stages a block waits for every slab
+    while (plan.query_tiles > 1 && first_pass_shared(plan.query_tiles, 2) > limits.shared_per_block) {
+        plan.query_tiles /= 2;
+    }
+    int residents = first_pass_residents(plan.query_tiles);
+    const auto fits = [&](int stages) {
+        const int64_t share = limits.shared_per_multiprocessor / residents - kReservedShared;
+        return first_pass_shared(plan.query_tiles, stages) <= std::min(limits.shared_per_block, share);
+    };
+    if (!fits(2)) residents = 1;
+    plan.stages = kMostStages;
+    while (plan.stages > 1 && !fits(plan.stages)) --plan.stages;
+    plan.first_pass_shared = first_pass_shared(plan.query_tiles, plan.stages);
     plan.first_pass = k <= kFirstPassBest && plan.first_pass_shared <= limits.shared_per_block;
     plan.query_blocks = static_cast<int>(ceil_div(n_queries, 16 * plan.query_tiles));
 
     // The number of parts with the shortest critical path: waves of blocks times row tiles of a block.
-    const int by_registers = first_pass_residents(plan.query_tiles, rows.element);
-    const int by_shared = static_cast<int>(limits.shared_per_multiprocessor / (plan.first_pass_shared + 1024));
-    const int64_t resident = int64_t{limits.multiprocessors} * std::max(1, std::min(by_registers, by_shared));
+    const int64_t resident = int64_t{limits.multiprocessors} * residents;
     const int64_t row_tiles = ceil_div(rows.count, kBlockRows);
     const int64_t most_splits =
         plan.first_pass ? std::min(row_tiles, std::max<int64_t>(1, 4 * resident / plan.query_blocks)) : 1;
@@ -104,7 +127,7 @@ inline Plan make_plan(int64_t n_queries, const Rows& rows, int k, const DeviceLi
     plan.lists =
         std::max(4 * ceil_div(n_queries, kScanQueries) * plan.splits, int64_t{kScanQueries} * plan.scan_blocks);
     plan.merge_shared = pool_bytes(1, plan.capacity);
-    plan.scan_shared = pool_bytes(kScanQueries, plan.capacity) + int64_t{kScanQueries} * plan.slabs * kSlab * 8;
+    plan.scan_shared = pool_bytes(kScanQueries, plan.capacity) + int64_t{kScanQueries} * rows.dim * 8;
 
     const int64_t padded_queries = int64_t{plan.query_blocks} * plan.query_tiles * 16;
     int64_t at = 0;

@@ -22,17 +22,16 @@ __global__ __launch_bounds__(kThreads, 1) void exact_scan_kernel(Search s) {
     const int splits = scan_splits(s, groups);
     const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp, g = lane / 4, t = lane % 4;
 
-    // shared: queries (4, slabs of elements), pools
+    // shared: queries (4, elements), pools
     double* const queries = reinterpret_cast<double*>(dynamic_shared());
-    const int padded_dim = s.plan.slabs * kSlab;
-    const Pools pools(queries + kScanQueries * padded_dim, kScanQueries, s.plan.capacity, s.plan.kept);
+    const int dim = static_cast<int>(s.rows.dim);
+    const Pools pools(queries + kScanQueries * dim, kScanQueries, s.plan.capacity, s.plan.kept);
 
     for (int64_t item = blockIdx.x; item < static_cast<int64_t>(groups) * splits; item += gridDim.x) {
         const int group = item % groups, split = item / groups;
-        for (int i = thread; i < kScanQueries * padded_dim; i += kThreads) {
-            const int slot = group * kScanQueries + i / padded_dim, e = i % padded_dim;
-            const bool there = slot < s.redo[0] && e < s.rows.dim;
-            queries[i] = there ? s.queries[static_cast<int64_t>(s.redo[1 + slot]) * s.rows.dim + e] : 0.0;
+        for (int i = thread; i < kScanQueries * dim; i += kThreads) {
+            const int slot = group * kScanQueries + i / dim, e = i % dim;
+            queries[i] = slot < s.redo[0] ? s.queries[static_cast<int64_t>(s.redo[1 + slot]) * s.rows.dim + e] : 0.0;
         }
         if (thread < kScanQueries) {
             pools.reset(thread, group * kScanQueries + thread < s.redo[0] ? 0 : closed_threshold());
@@ -46,14 +45,14 @@ __global__ __launch_bounds__(kThreads, 1) void exact_scan_kernel(Search s) {
             const float scale = scale_at<Format>(s.rows, there);
             // Lane t of a row's four holds partial sums 8 t to 8 t + 7 of exact.hpp.
             double sums[kScanQueries][8] = {};
-            for (int first = 8 * t; first < s.rows.dim; first += kSlab) {
+            for (int first = 8 * t; first < dim; first += kScanSlab) {
                 float values[8];
                 load_values<Format>(elements, scale, first, values);
 #pragma unroll
                 for (int q = 0; q < kScanQueries; ++q) {
 #pragma unroll
                     for (int j = 0; j < 8; ++j) {
-                        sums[q][j] += queries[q * padded_dim + first + j] * static_cast<double>(values[j]);
+                        sums[q][j] += queries[q * dim + first + j] * static_cast<double>(values[j]);
                     }
                 }
             }

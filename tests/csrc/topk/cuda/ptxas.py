@@ -1,4 +1,5 @@
-"""What ptxas says of the CUDA kernels: registers and spills, by architecture that setup.py builds machine code for.
+"""What ptxas makes of the CUDA kernels: registers, spills and how their loops of products get rows, by architecture
+that setup.py builds machine code for.
 
 `python -m tests.csrc.topk.cuda.ptxas` writes the committed table anew.
 """
@@ -28,6 +29,10 @@ class Figures(NamedTuple):
     spill_bytes: int  # stored and loaded
     shared_bytes: int  # of fixed size; a launch asks for more
     stack_bytes: int
+    # in the innermost loop with tensor-core instructions, zeros without one
+    mma: int
+    copies: int  # asynchronous, from device to shared memory
+    loads: int  # from device memory to registers
 
 
 def nvcc_version() -> str:
@@ -47,11 +52,20 @@ def source_hash() -> str:
 
 def measure(architecture: str) -> list[Figures]:
     """Compiles csrc/topk/cuda/search.cu and reads the figures of each kernel, in order of their names."""
+    import triton  # only on Linux
+
     with tempfile.TemporaryDirectory() as folder:
         command = ["nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", f"-arch=sm_{architecture}", f"-I{ROOT / 'csrc'}"]
         command += ["-cubin", str(ROOT / "csrc/topk/cuda/search.cu"), "-o", f"{folder}/cuda.cubin"]
         done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+        assert done.returncode == 0, done.stderr
+        cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        dump = subprocess.run([cuobjdump, "-sass", f"{folder}/cuda.cubin"], capture_output=True, text=True, check=True)
+    code = subprocess.run(["c++filt"], input=dump.stdout, capture_output=True, text=True, check=True).stdout
+    loops = {
+        _kernel_and_variant(name): _product_loop(instructions)
+        for name, instructions in re.findall(r"Function : ([^\n]+)\n(.*?)(?=Function : |\Z)", code, re.DOTALL)
+    }
     log = subprocess.run(["c++filt"], input=done.stderr, capture_output=True, text=True, check=True).stdout
     kernels = re.findall(
         r"Compiling entry function '(?P<name>[^']+)'.*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill "
@@ -68,8 +82,26 @@ def measure(architecture: str) -> list[Figures]:
             int(stores) + int(loads),
             int(shared or 0),
             int(stack),
+            *loops[_kernel_and_variant(name)],
         )
         for name, stack, stores, loads, registers, shared in kernels
+    )
+
+
+def _product_loop(instructions: str) -> tuple[int, ...]:
+    """Figures.mma, copies and loads of a kernel."""
+    lines = [(int(at, 16), line) for at, line in re.findall(r"/\*([0-9a-f]{4,5})\*/ +([^;]+);", instructions)]
+    backward = [
+        (int(to, 16), at)
+        for at, line in lines
+        for to in re.findall(r"\bBRA (?:\S+, )?0x([0-9a-f]+)", line)
+        if int(to, 16) < at
+    ]
+    loops = [[line for at, line in lines if first <= at <= last] for first, last in backward]
+    loops = [loop for loop in loops if any("HMMA" in line for line in loop)]
+    innermost = min(loops, key=len, default=[])
+    return tuple(
+        sum(re.search(rf"\b{name}\b", line) is not None for line in innermost) for name in ("HMMA", "LDGSTS", "LDG")
     )
 
 

@@ -78,6 +78,12 @@ class Simulator:
         needed = self._library.workspace_bytes(ctypes.c_int64(n_queries), *rows.arguments, k, *self._limits)
         return needed + GUARD_BYTES
 
+    def first_pass(self, n_queries: int, rows: Rows, k: int) -> tuple[int, ...]:
+        """Of a search: 1 if it has one, the queries of a block, the stages, the bytes of shared memory."""
+        figures = (ctypes.c_int64 * 4)()
+        self._library.first_pass(ctypes.c_int64(n_queries), *rows.arguments, k, *self._limits, figures)
+        return tuple(figures)
+
     def ip_topk_cuda(self, device, queries, n_queries, rows, norms, k, workspace, scores, indices, stream) -> None:
         size = self.cuda_topk_workspace(device, n_queries, rows, k)
         memory = (ctypes.c_uint8 * size).from_address(workspace)

@@ -79,6 +79,31 @@ def test_a_threshold_that_is_too_high_costs_a_scan_and_no_row(simulate, tmp_path
     assert simulator.redone > 0
 
 
+H100, A100, CONSUMER = (kib * 1024 for kib in (227, 163, 99))  # shared memory of a block
+
+
+@pytest.mark.parametrize(
+    ("shared_bytes", "dtype", "dim", "n_queries", "k", "queries", "stages"),
+    [
+        (H100, "float16", 768, 64, 8, 64, 4),
+        (H100, "int8", 768, 64, 8, 64, 4),
+        (H100, "float32", 768, 64, 8, 32, 4),
+        (H100, "float32", 512, 64, 8, 64, 4),
+        (H100, "float32", 768, 1, 8, 16, 3),  # two blocks share a multiprocessor
+        (H100, "float32", 2048, 64, 128, 16, 4),
+        (A100, "float16", 768, 64, 8, 64, 2),
+        (A100, "float32", 2048, 1, 16, 16, 1),
+        (CONSUMER, "float16", 768, 64, 8, 32, 2),
+        (CONSUMER, "float32", 1024, 1, 8, 16, 1),
+    ],
+)
+def test_stages_that_fit(simulate, library, shared_bytes, dtype, dim, n_queries, k, queries, stages):
+    simulator = simulate(library, multiprocessors=132, shared_bytes=shared_bytes)
+    figures = simulator.first_pass(n_queries, simulator.Rows(0, 0, dtype, 1_000_000, dim), k)
+    assert figures[:3] == (1, queries, stages)
+    assert figures[3] <= shared_bytes
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     n_queries=st.integers(1, 70),

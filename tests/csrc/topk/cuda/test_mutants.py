@@ -1,4 +1,4 @@
-"""The simulator sees races: with any one barrier of the kernels taken away, some schedule gives a wrong answer."""
+"""The simulator sees races: without any one barrier or wait of the kernels some schedule gives a wrong answer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from tests.csrc.topk.cuda.problems import normals
 from tests.csrc.topk.cuda.simulator import ORDERS, SOURCES, Simulator, build, copy_sources
 from valm_kernels.topk import cuda, reference
 
-BARRIERS = ("__syncthreads();", "sync_warp();")
+BARRIERS = (
+    "__syncthreads();",
+    "sync_warp();",
+    "commit_copies();",
+    "wait_copies(s.plan.stages - 1);",
+    "wait_copies(0);",
+)
 
 
 def sites() -> list[tuple[str, int]]:

@@ -1,4 +1,4 @@
-"""No kernel spills registers, and the committed figures are those of the sources."""
+"""No kernel spills registers, rows come through shared memory, and the committed figures are those of the sources."""
 
 from __future__ import annotations
 
@@ -28,3 +28,14 @@ def test_the_table_is_of_these_sources_and_has_no_spills():
     assert sources == source_hash(), "write it anew: python -m tests.csrc.topk.cuda.ptxas"
     assert {architecture for *_, architecture in table} == set(ARCHITECTURES)
     assert all(row.spill_bytes == row.stack_bytes == 0 for row in table.values())
+
+
+def test_rows_are_copied_ahead_of_their_products():
+    """A load to registers in the loop of the products is one that ptxas may put behind the products to hide it: 4 row
+    tiles are 4 copies a slab.
+    """
+    _, _, table = read_table()
+    loops = [row for row in table.values() if row.mma]
+    assert len(loops) == len(ARCHITECTURES) * 4 * (3 + 2)
+    assert {row.kernel for row in loops} == {"first_pass_kernel", "sample_kernel"}
+    assert all((row.copies, row.loads) == (4, 0) for row in loops)

@@ -34,9 +34,30 @@ void different(Nothing) {
 void missing(Nothing) {
     if (threadIdx.x % 32 != 5) sync_warp();
 }
+alignas(16) const uint32_t source[8] = {};
+void copied(Nothing) {
+    if (threadIdx.x == 9) {
+        copy_async(dynamic_shared(), source, true);
+        commit_copies();
+        wait_copies(0);
+    }
+}
+void not_waited_for(Nothing) {
+    if (threadIdx.x == 9) {
+        copy_async(dynamic_shared(), source, true);
+        commit_copies();
+    }
+}
+void not_aligned(Nothing) {
+    if (threadIdx.x == 9) {
+        copy_async(dynamic_shared(), source + 1, true);
+        commit_copies();
+        wait_copies(0);
+    }
+}
 
 extern "C" void run(int kernel, char* message) {
-    void (*const kernels[])(Nothing) = {sound, beyond, different, missing};
+    void (*const kernels[])(Nothing) = {sound, beyond, different, missing, copied, not_waited_for, not_aligned};
     try {
         launch(kernels[kernel], dim3(2), 64, 64, {}, Nothing{});
     } catch (const std::exception& error) {
@@ -69,6 +90,9 @@ def run(tmp_path_factory):
         (1, "written beyond the shared memory that the launch asked for"),
         (2, "the lanes of a warp meet at different instructions"),
         (3, "deadlock: not all threads meet at a barrier"),
+        (4, ""),
+        (5, "a thread ends before its copies"),
+        (6, "a copy that is not aligned"),
     ],
 )
 def test_what_is_wrong_is_said(run, kernel, message):

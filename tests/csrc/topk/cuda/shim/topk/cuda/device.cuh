@@ -2,7 +2,7 @@
 // operating system thread: one runs until it meets a barrier, a warp instruction or (in the random schedule) an atomic,
 // then another goes on. Blocks run one after the other. The schedule decides which thread, warp and block is next, so
 // that a missing barrier shows: in rising order one reads what a later one has yet to write, in falling order the other
-// way round.
+// way round. An asynchronous copy arrives at once in rising order, in falling order when its thread waits for it.
 #pragma once
 
 #include <setjmp.h>
@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <random>
 #include <stdexcept>
@@ -67,14 +68,24 @@ struct Exchange {
     uint64_t value;
 };
 
+struct Copy {
+    void* to;
+    const void* from;
+    size_t bytes;
+    bool there;
+    int group;
+};
+
 struct Thread {
     Wait wait;
     bool started;
     ucontext_t context;
     jmp_buf resume;
     unsigned char* stack;
-    Instruction instruction;  // at which it waits for its warp
-    int warp_instructions;    // met so far: the exchange buffers alternate, so that a lane may run one ahead
+    Instruction instruction;    // at which it waits for its warp
+    int warp_instructions;      // met so far: the exchange buffers alternate, so that a lane may run one ahead
+    std::deque<Copy> copies;    // under way
+    int groups, groups_waited;  // of copies
 };
 
 struct Block {
@@ -86,7 +97,8 @@ struct Block {
     std::vector<uint4> shared{std::vector<uint4>(kSharedBytes / sizeof(uint4))};
     std::vector<Exchange> exchange[2];
     int current = 0;
-    int barriers = 0;       // that the whole block has passed
+    int barriers = 0;  // that the whole block has passed
+    const char* error = nullptr;
     int64_t additions = 0;  // atomic ones, of all blocks so far
     bool any[2] = {};       // votes, alternating between barriers
     jmp_buf scheduler;
@@ -107,7 +119,10 @@ inline void yield(Wait wait) {
 
 inline void thread_main() {
     block.body();
-    current_thread().wait = Wait::kEnd;
+    Thread& thread = current_thread();
+    if (!thread.copies.empty() || thread.groups != thread.groups_waited)
+        block.error = "a thread ends before its copies";
+    thread.wait = Wait::kEnd;
     _longjmp(block.scheduler, 1);
 }
 
@@ -160,6 +175,7 @@ inline void run_block(int threads, size_t shared_bytes) {
     for (int i = 0; i < threads; ++i) block.threads[i].stack = block.stacks.data() + i * kStackBytes;
     for (auto& buffer : block.exchange) buffer.assign(threads, Exchange{});
     block.barriers = 0;
+    block.error = nullptr;
     block.any[0] = block.any[1] = false;
 
     // In the fixed orders a warp goes as far as it can, to a barrier of the block, before the next one starts.
@@ -185,6 +201,7 @@ inline void run_block(int threads, size_t shared_bytes) {
             throw std::runtime_error("deadlock: not all threads meet at a barrier");
         }
     }
+    if (block.error) throw std::runtime_error(block.error);
     const auto* const bytes = reinterpret_cast<const unsigned char*>(block.shared.data());
     if (!std::all_of(bytes + shared_bytes, bytes + kSharedBytes, [](unsigned char byte) { return byte == 0xff; })) {
         throw std::runtime_error("written beyond the shared memory that the launch asked for");
@@ -301,6 +318,42 @@ T atomicAdd(T* address, T value) {
     const T old = *address;
     *address += value;
     return old;
+}
+
+namespace shim {
+
+inline void finish(const Copy& copy) {
+    if (copy.there) {
+        std::memcpy(copy.to, copy.from, copy.bytes);
+    } else {
+        std::memset(copy.to, 0, copy.bytes);
+    }
+}
+
+}  // namespace shim
+
+template <class Part>
+void copy_async(Part* to, const void* from, bool there) {
+    static_assert(sizeof(Part) == 8 || sizeof(Part) == 16);
+    if (reinterpret_cast<uintptr_t>(to) % sizeof(Part) != 0 || reinterpret_cast<uintptr_t>(from) % sizeof(Part) != 0) {
+        shim::block.error = "a copy that is not aligned";
+    }
+    shim::Thread& thread = shim::current_thread();
+    const shim::Copy copy{to, from, sizeof(Part), there, thread.groups};
+    const bool late = shim::block.order == shim::Order::kFalling ||
+                      (shim::block.order == shim::Order::kRandom && shim::block.random() % 2 == 0);
+    late ? thread.copies.push_back(copy) : shim::finish(copy);
+}
+
+inline void commit_copies() { ++shim::current_thread().groups; }
+
+inline void wait_copies(int most) {
+    shim::Thread& thread = shim::current_thread();
+    thread.groups_waited = std::max(thread.groups_waited, thread.groups - most);
+    while (!thread.copies.empty() && thread.copies.front().group < thread.groups_waited) {
+        shim::finish(thread.copies.front());
+        thread.copies.pop_front();
+    }
 }
 
 inline uint32_t pack_float16(float low, float high) {
