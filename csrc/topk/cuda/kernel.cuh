@@ -4,8 +4,8 @@
 // sum s they return satisfies |s - q.x| <= error(q) norm(x), so u = s + error(q) norm(x) is never below the score,
 // and the pass keeps the rows with the best (u falling, index rising). Then the kept rows are scored exactly
 // (exact.hpp). The answer is proven when the k-th exact score is above the u of the last kept row, which bounds every
-// row that was dropped. A query without that proof goes to a list, and a scan of the whole database computes its
-// answer from exact scores; nothing waits for the host.
+// row that was dropped. A query without that proof has more of its candidates scored exactly. One still without goes to
+// a list, and a scan of the whole database computes its answer from exact scores; nothing waits for the host.
 //
 // Of every 4 tiles or more of rows the pass looks at one beforehand: what is not among the best of this sample is not
 // among the best of all, so no block has to begin with an open threshold.
@@ -460,37 +460,24 @@ __device__ inline void write_answer(const Search& s, int query, const uint64_t* 
 // Puts a query on the redo list, by one thread.
 __device__ inline void ask_for_scan(const Search& s, int query) { s.redo[1 + atomicAdd(s.redo, 1)] = query; }
 
-// A block for each query: the best candidates of all parts, scored exactly, and the proof that no other row belongs
-// into the answer.
+// The answer to a query from the `kept` best candidates of all parts, scored exactly; by the whole block. True if it is
+// proven that no other row belongs into it.
 template <class Format>
-__global__ __launch_bounds__(kThreads) void merge_kernel(Search s) {
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, query = blockIdx.x;
-    const float error = s.errors[query];
-    if (error != error) {
-        for (int i = threadIdx.x; i < s.k; i += kThreads) {
-            s.scores[static_cast<int64_t>(query) * s.k + i] = NAN;
-            s.indices[static_cast<int64_t>(query) * s.k + i] = -1;
-        }
-        return;
-    }
-    if (!s.plan.first_pass) {
-        if (threadIdx.x == 0) ask_for_scan(s, query);
-        return;
-    }
-
-    const Pools pools(dynamic_shared(), 1, s.plan.capacity, s.plan.kept);
+__device__ inline bool find_answer(const Search& s, int query, int capacity, int kept) {
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    const Pools pools(dynamic_shared(), 1, capacity, kept);
     uint64_t* const keys = pools.keys;
     const uint64_t threshold = s.thresholds[query];  // itself a key to be kept
     select_best(pools, s.candidates + static_cast<int64_t>(query) * s.plan.splits * s.plan.kept,
                 static_cast<int64_t>(s.plan.splits) * s.plan.kept, threshold ? threshold - 1 : 0);
-    // Above the key of every row that was dropped; zero: none was. The sample's threshold counts by itself, so that the
-    // proof does not need its kernel to compute the first pass's bounds bit for bit.
-    const uint64_t last = max(keys[s.plan.kept - 1], threshold);
+    // Not below the key of any row that was dropped, here or, by the threshold, in the first pass; zero: none was. So
+    // the proof does not need the sample's kernel to compute the first pass's bounds bit for bit.
+    const uint64_t last = max(keys[kept - 1], threshold);
     __syncthreads();
 
     const float* const elements = s.queries + static_cast<int64_t>(query) * s.rows.dim;
-    for (int i = warp; i < s.plan.capacity; i += kWarps) {
-        const uint64_t key = i < s.plan.kept ? keys[i] : 0;
+    for (int i = warp; i < capacity; i += kWarps) {
+        const uint64_t key = i < kept ? keys[i] : 0;
         uint64_t exact_key = 0;
         if (key != 0) {
             const uint32_t row = key_row(key);
@@ -504,17 +491,40 @@ __global__ __launch_bounds__(kThreads) void merge_kernel(Search s) {
         if (lane == 0) keys[i] = exact_key;  // the shuffles have let every lane read the old one
     }
     __syncthreads();
-    if (warp == 0) sort_descending(keys, s.plan.capacity, lane);
+    if (warp == 0) sort_descending(keys, capacity, lane);
     __syncthreads();
     write_answer(s, query, keys);
 
+    bool proven = true;
     if (threadIdx.x == 0 && last != 0) {
         // Both in the query's own scale. A dropped row with the last kept row's bound has a higher index than it.
         const double bound = ldexp(static_cast<double>(key_score(last)), -s.exponents[query]);
         const float kth = key_score(keys[s.k - 1]);
         const bool tied = s.exponents[query] == 0 && bound == kth && key_row(keys[s.k - 1]) <= key_row(last);
-        if (!(static_cast<float>(bound) < kth) && !tied) ask_for_scan(s, query);
+        proven = static_cast<float>(bound) < kth || tied;
     }
+    return !__syncthreads_or(!proven);
+}
+
+// A block for each query.
+template <class Format>
+__global__ __launch_bounds__(kThreads) void merge_kernel(Search s) {
+    const int query = blockIdx.x;
+    const float error = s.errors[query];
+    if (error != error) {
+        for (int i = threadIdx.x; i < s.k; i += kThreads) {
+            s.scores[static_cast<int64_t>(query) * s.k + i] = NAN;
+            s.indices[static_cast<int64_t>(query) * s.k + i] = -1;
+        }
+        return;
+    }
+    if (s.plan.first_pass) {
+        if (find_answer<Format>(s, query, s.plan.capacity, s.plan.kept)) return;
+        // Many rows are nearly as good as the k-th. The lists of the parts have more candidates than one list has room
+        // for, and their threshold is often far below: a second chance before the scan.
+        if (s.plan.kept < kMostKept && find_answer<Format>(s, query, kMostCapacity, kMostKept)) return;
+    }
+    if (threadIdx.x == 0) ask_for_scan(s, query);
 }
 
 }  // namespace valm

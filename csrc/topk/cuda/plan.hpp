@@ -33,6 +33,9 @@ constexpr int kScanRows = kWarps * 8;
 // The largest k of the first pass: pools for more do not fit into shared memory beside the queries. A larger k is
 // answered by the exact scan alone.
 constexpr int kFirstPassBest = 128;
+// The largest pool of a first pass or a merge, and how many of its keys are kept.
+constexpr int kMostCapacity = 256;
+constexpr int kMostKept = 192;
 
 // Bytes of shared memory that CUDA takes for itself with every block.
 constexpr int64_t kReservedShared = 1024;
@@ -77,8 +80,8 @@ inline Plan make_plan(int64_t n_queries, const Rows& rows, int k, const DeviceLi
     const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
     Plan plan{};
     plan.slabs = static_cast<int>(ceil_div(rows.dim, slab_elements(rows.element)));
-    plan.capacity = k <= 16 ? 64 : k <= 64 ? 128 : k <= kFirstPassBest ? 256 : 2048;
-    plan.kept = k <= 16 ? 32 : k <= 64 ? 96 : k <= kFirstPassBest ? 192 : 1536;
+    plan.capacity = k <= 16 ? 64 : k <= 64 ? 128 : k <= kFirstPassBest ? kMostCapacity : 2048;
+    plan.kept = k <= 16 ? 32 : k <= 64 ? 96 : k <= kFirstPassBest ? kMostKept : 1536;
 
     const int64_t query_bytes =  // of 16 queries
         int64_t{16} * plan.slabs * slab_elements(rows.element) * 2 * query_terms(rows.element);
@@ -126,7 +129,7 @@ inline Plan make_plan(int64_t n_queries, const Rows& rows, int k, const DeviceLi
     plan.scan_blocks = static_cast<int>(std::min<int64_t>(limits.multiprocessors, ceil_div(rows.count, kScanRows)));
     plan.lists =
         std::max(4 * ceil_div(n_queries, kScanQueries) * plan.splits, int64_t{kScanQueries} * plan.scan_blocks);
-    plan.merge_shared = pool_bytes(1, plan.capacity);
+    plan.merge_shared = pool_bytes(1, std::max(plan.capacity, kMostCapacity));
     plan.scan_shared = pool_bytes(kScanQueries, plan.capacity) + int64_t{kScanQueries} * rows.dim * 8;
 
     const int64_t padded_queries = int64_t{plan.query_blocks} * plan.query_tiles * 16;

@@ -227,6 +227,30 @@ def test_only_allowed_rows_are_returned(simulate, library, order, kind):
     assert few[1].tolist() == [[5] + [-1] * 7] * 3 and (few[0][:, 1:] == -torch.inf).all()
 
 
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_queries", [2, 40])
+def test_many_nearly_equal_rows_need_no_scan(simulate, library, order, dtype, n_queries):
+    """More than a merge keeps at first. They lie in many parts of the database, whose lists hold all of them."""
+    simulator = simulate(library, order, multiprocessors=8)
+    values = normals(4096, 32, seed=1)
+    group = torch.randperm(4096, generator=torch.Generator().manual_seed(0))[:100]
+    values[group] = 3 * normals(1, 32, seed=2) + 1e-4 * normals(100, 32, seed=3)
+    rows, row_scale = store(values, dtype, torch.device("cpu"))
+    assert_exact(normals(1, 32, seed=2) + 0.1 * normals(n_queries, 32), rows, 8, row_scale)
+    assert simulator.redone == 0
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_nearly_equal_rows_of_one_part_are_scanned(simulate, library, order):
+    """Its list has room for 32 of them."""
+    simulator = simulate(library, order)
+    rows = normals(600, 32, seed=1)
+    rows[:100] = 3 * normals(1, 32, seed=2) + 1e-4 * normals(100, 32, seed=3)
+    assert_exact(normals(1, 32, seed=2), rows.half(), 8)
+    assert simulator.redone == 1
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", [5, 40])
 def test_equal_rows_of_an_index_need_no_second_scan(simulate, library, dtype, k):
