@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.csrc.topk.cuda.problems import normals
-from tests.csrc.topk.cuda.simulator import ORDERS, SOURCES, Simulator, build, copy_sources
+from tests.csrc.topk.cuda.simulator import ORDERS, SOURCES, build, copy_sources
 from valm_kernels.topk import cuda, reference
 
 BARRIERS = (
@@ -31,14 +31,24 @@ def sites() -> list[tuple[str, int]]:
     ]
 
 
-def answers_are_right(simulator: Simulator) -> bool:
-    """Whether searches with full pools, several parts, several exact scans and a sample give the reference's answers,
-    and the exact scans are those of the queries that need one.
+def nearly_equal_rows() -> torch.Tensor:
+    """More than a merge keeps at first, in an order that their bounds do not show."""
+    rows = normals(4096, 16, seed=1)
+    group = torch.randperm(4096, generator=torch.Generator().manual_seed(0))[:100]
+    rows[group] = 3 * normals(1, 16, seed=2) + 1e-6 * normals(100, 16, seed=3)
+    return rows
+
+
+def answers_are_right(simulate, library: Path, order: str) -> bool:
+    """Whether searches with full pools, several parts, several exact scans, a sample and a second merge give the
+    reference's answers, and the exact scans are those of the queries that need one.
     """
-    ordinary = (normals(18, 72), normals(1500, 72, seed=1).half(), 40, 0)
-    duplicates = (normals(9, 16), normals(1400, 16, seed=1)[torch.arange(1400) % 3], 40, 9)
-    sampled = (normals(18, 8), normals(8300, 8, seed=1).half(), 8, 0)
-    for queries, rows, k, redone in (ordinary, duplicates, sampled):
+    ordinary = (normals(18, 72), normals(1500, 72, seed=1).half(), 40, 0, 1)
+    duplicates = (normals(9, 16), normals(1400, 16, seed=1)[torch.arange(1400) % 3], 40, 9, 1)
+    sampled = (normals(18, 8), normals(8300, 8, seed=1).half(), 8, 0, 1)
+    merged_twice = (normals(1, 16, seed=2) + 0.1 * normals(8, 16), nearly_equal_rows(), 8, 0, 8)
+    for queries, rows, k, redone, multiprocessors in (ordinary, duplicates, sampled, merged_twice):
+        simulator = simulate(library, order, multiprocessors=multiprocessors)
         scores, indices = cuda.search(queries, rows, None, None, k)
         expected_scores, expected_indices = reference.ip_topk(queries, rows, None, k)
         if not torch.equal(scores, expected_scores) or not torch.equal(indices, expected_indices):
@@ -51,7 +61,7 @@ def answers_are_right(simulator: Simulator) -> bool:
 def right_in_every_order(simulate, library: Path) -> bool:
     for order in ORDERS:
         try:
-            if not answers_are_right(simulate(library, order, multiprocessors=1)):
+            if not answers_are_right(simulate, library, order):
                 return False
         except RuntimeError:  # a deadlock, or no end
             return False
