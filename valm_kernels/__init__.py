@@ -13,7 +13,16 @@ from valm_kernels.version import __version__
 
 if TYPE_CHECKING:
     from valm_kernels.build_info import show_config
-    from valm_kernels.topk import MAX_TOPK, FlatIPIndex, NumpyTopK, TopK, ip_scores, ip_topk, merge_topk
+    from valm_kernels.topk import (
+        MAX_TOPK,
+        FlatIPIndex,
+        NumpyTopK,
+        ShardedIPIndex,
+        TopK,
+        ip_scores,
+        ip_topk,
+        merge_topk,
+    )
     from valm_kernels.visual_fusion import MAX_IMAGES, attention_weights, sort_image_slots, visual_fusion_attn
 
 _MODULES = {
@@ -21,6 +30,7 @@ _MODULES = {
     "MAX_TOPK": "valm_kernels.topk",
     "FlatIPIndex": "valm_kernels.topk",
     "NumpyTopK": "valm_kernels.topk",
+    "ShardedIPIndex": "valm_kernels.topk",
     "TopK": "valm_kernels.topk",
     "attention_weights": "valm_kernels.visual_fusion",
     "ip_scores": "valm_kernels.topk",
@@ -36,6 +46,7 @@ __all__ = [
     "MAX_TOPK",
     "FlatIPIndex",
     "NumpyTopK",
+    "ShardedIPIndex",
     "TopK",
     "__version__",
     "attention_weights",
