@@ -47,6 +47,7 @@ PAIRS = {
     "VaLM, images off − twin": (("valm", "off"), TWIN),
     "VaLM, items' pictures taken out − twin": (("valm", "taken-out"), TWIN),
     "trained on random images − twin": (("random", "random"), TWIN),
+    "trained on random images, images off − twin": (("random", "off"), TWIN),
     "trained on noise − twin": (("noise", "noise"), TWIN),
     "trained on noise, images off − twin": (("noise", "off"), TWIN),
     "natural VaLM − natural twin": (("natural-valm", "retrieved"), ("natural-twin", "none")),
@@ -94,7 +95,7 @@ def write_page(results: Results, page: str | os.PathLike, images: str | os.PathL
         temporary.write_text(text, encoding="utf-8")
     for name, draw in FIGURES.items():
         with atomic_path(folder / f"study-{name}.png") as temporary:
-            draw(results).savefig(temporary, dpi=110, format="png")
+            draw(results).savefig(temporary, dpi=110, format="png", bbox_inches="tight")
 
 
 def state(results: Results) -> str:

@@ -17,6 +17,7 @@ from valm.errors import ValmError
 from valm.files import write_json
 from valm.retrieval.note import RetrievalNote
 from valm.study.config import EXCHANGES, read_config
+from valm.study.exhibits import write_exhibits
 from valm.study.results import read_results
 from valm.study.run import Study, as_options, losses, run_study
 from valm.study.scoring import expanded
@@ -101,6 +102,9 @@ def test_a_whole_study(world):
     stages = set(results.seeds[0]["seconds"])
     assert stages >= {"text", "clip", "kb-others", "kb", "retrieval-train", "twin"}
     assert any(stage.startswith("scores of twin") for stage in stages)
+
+    write_exhibits(study_of(world), 3, world / "figures")
+    assert Image.open(world / "figures/study-examples.png").size[0] > 400
 
     assert RetrievalNote.read(world / "out/valm").knowledge_base.name == "kb"
     for name in ("twin", "valm", "blind"):
