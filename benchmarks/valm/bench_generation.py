@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.valm.inputs import clip, knowledge_base_of, prose, token_rows
+from benchmarks.valm.inputs import INT8, clip, knowledge_base_of, prose, token_rows
 from benchmarks.valm_kernels import roofline
 from valm.config import ValmConfig
 from valm.knowledge_base.store import ImageKnowledgeBase
@@ -32,8 +32,10 @@ def kb(tmp_path_factory: pytest.TempPathFactory) -> ImageKnowledgeBase:
     return knowledge_base_of([vectors], tmp_path_factory.mktemp("generation") / "kb", clip(TOWER))
 
 
-@pytest.mark.parametrize("name", ["VaLM", "GPT-2*"])
+@pytest.mark.parametrize("name", ["VaLM", pytest.param("VaLM, tower in int8", marks=INT8), "GPT-2*"])
 def bench_generate(measure, device, kb: ImageKnowledgeBase, name):
+    if "int8" in name and device.type != "cpu":
+        pytest.skip("int8 is for CPUs")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     ids = token_rows(prose(), 1, PROMPT).to(device)
     new = NEW_TOKENS[device.type]
@@ -44,11 +46,11 @@ def bench_generate(measure, device, kb: ImageKnowledgeBase, name):
         bos_token_id=49406,
         eos_token_id=49407,
         image_dim=kb.dim,
-        num_images=K if name == "VaLM" else 0,
+        num_images=0 if name == "GPT-2*" else K,
     )
     model = VaLMForCausalLM(config).eval().to(device, dtype)
-    if name == "VaLM":
-        encoder = ContextEncoder(clip(TOWER).to(device), dtype=dtype)
+    if name != "GPT-2*":
+        encoder = ContextEncoder(clip(TOWER).to(device), dtype=torch.int8 if "int8" in name else dtype)
         index = FlatIPIndex(kb.vectors(), device=device)
         model.set_retriever(Retriever(encoder, kb, K, index, cache_tokens=0))
 

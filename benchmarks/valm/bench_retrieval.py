@@ -20,6 +20,7 @@ import torch
 
 from benchmarks.peers.published_context import PublishedContextEncoder
 from benchmarks.valm.inputs import (
+    INT8,
     TOWERS,
     clip,
     gpt2,
@@ -33,7 +34,7 @@ from valm.config import ValmConfig
 from valm.evaluation.sets import read_set
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model import VaLMForCausalLM
-from valm.retrieval.context import ContextEncoder
+from valm.retrieval.context import QUERIES, ContextEncoder
 from valm.retrieval.faiss_index import FaissIndex, open_index
 from valm.retrieval.index_factory import choose_factory
 from valm.retrieval.index_parameters import index_parameters
@@ -77,7 +78,8 @@ def implementation(name: str, tower: str, dtype: torch.dtype, ids: torch.Tensor)
         exact = ContextEncoder(clip(tower).to(ids.device), query=kind, dtype=torch.float64)
         for length in (1, 4):
             expected = exact(ids[:1, :length])[0, -1]
-            assert (queries[0, length - 1] - expected).norm() < 32 * torch.finfo(dtype).eps
+            bound = 0.1 if dtype == torch.int8 else 32 * torch.finfo(dtype).eps
+            assert (queries[0, length - 1] - expected).norm() < bound
 
     if name == "published":
         wide = clip(tower)
@@ -98,8 +100,17 @@ def arithmetic(name: str, tower: str, tokens: int) -> float | None:
     return roofline.transformer_s(weights, (2 if name == "eot" else 1) * tokens, passes=1)
 
 
-@pytest.mark.parametrize("name", ["state", "eot", "published", "GPT-2 base forward"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param(
+            name, dtype, id=f"{name}-{str(dtype).removeprefix('torch.')}", marks=INT8 if dtype == torch.int8 else ()
+        )
+        for name in ("state", "eot", "published", "GPT-2 base forward")
+        for dtype in (torch.float32, torch.bfloat16, torch.int8)
+        if dtype != torch.int8 or name in QUERIES
+    ],
+)
 @pytest.mark.parametrize(
     ("tower", "rows"),
     [
@@ -229,8 +240,8 @@ def language_model(num_images: int, image_dim: int) -> VaLMForCausalLM:
 
 
 RETRIEVING = [
-    f"{query}{alone}, tower in {dtype}"
-    for dtype in ("float32", "bfloat16")
+    pytest.param(f"{query}{alone}, tower in {dtype}", marks=INT8 if dtype == "int8" else ())
+    for dtype in ("float32", "bfloat16", "int8")
     for query in ("state", "eot")
     for alone in ("", " alone")
 ]
@@ -249,7 +260,7 @@ def bench_whole_model(measure, indexed, tower, name):
     pictures: dict[str, torch.Tensor] = {}
     retriever = None
     if name != "GPT-2*":
-        dtype = torch.bfloat16 if "bfloat16" in name else torch.float32
+        dtype = getattr(torch, name.rpartition(" ")[2]) if "tower in" in name else torch.float32
         encoder = ContextEncoder(clip(tower), query="eot" if name.startswith("eot") else "state", dtype=dtype)
         retriever = Retriever(encoder, kb, K, cache_tokens=0)
     if name == "pictures given":

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -34,6 +35,7 @@ TOWERS = {
     "ViT-B/32": {"embed_dim": 512, "width": 512, "heads": 8, "layers": 12},
 }
 PICTURES = 1_000_000
+INT8 = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="int8 needs AVX-512 VNNI")
 # Context queries of each kind that the pictures of the large knowledge base are made from.
 REAL_VECTORS = 32_768
 PERTURBATION = 0.25

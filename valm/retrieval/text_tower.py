@@ -140,7 +140,7 @@ class TextTower:
                 hidden = hidden[rows:]
             mixed = torch.cat(streams) if len(streams) > 1 else streams[0]
             hidden += block.ls_1(linear.attention_out(mixed.transpose(1, 2).flatten(2)))
-            for some in hidden.flatten(0, 1).split(self.mlp_rows):  # parts of `hidden`, in place
+            for some in hidden.view(-1, hidden.shape[-1]).split(self.mlp_rows):  # in place
                 wide = _activate(block.mlp.gelu, linear.mlp_in(block.ln_2(some)))  # (rows, 4W)
                 some += block.ls_2(linear.mlp_out(wide))
         return hidden, present
