@@ -149,7 +149,7 @@ def load(
         if base is not None:
             raise ValmError(f"{folder} is no adapter (it has no {ADAPTER_FILE}), so it takes no base model")
         source = current_files(folder)
-        model = _load_whole(folder)
+        model = _load_whole(folder, source)
     tokenizer = _load_tokenizer(source, folder, local=base is None)
     check_vocabulary(model, tokenizer, f"the tokenizer in {source}")
     if model.image_options.num_images == 0 and kb is not None:
@@ -182,8 +182,7 @@ def load_checkpoint(
     return load(folder, kb=kb, clip=clip, allow_download=allow_download, device=device)
 
 
-def _load_whole(folder: Path) -> Any:
-    files = current_files(folder)
+def _load_whole(folder: Path, files: Path) -> Any:
     if not (files / CONFIG_FILE).is_file():
         raise ValmError(f"{folder} is no checkpoint: it has no {CONFIG_FILE}")
     check_all_regular(files)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from valm.errors import ValmError
+from valm.text import one_line
 from valm_kernels import atomic_files, json_files
 
 # OSErrors caused by the content of a file: Pillow's have no errno, and a damaged archive or dataset leads to an invalid
@@ -70,6 +71,29 @@ def read_json(path: Path, what: str, schema: Any, remedy: str = "make it again")
         raise ValmError(f"cannot read {what} {path}: {error.strerror}") from error
     except ValueError as error:
         raise ValmError(f"{what} {error}; {remedy}") from error
+
+
+def read_yaml(path: Path, what: str) -> Any:
+    """The YAML value in `path`.
+
+    Args:
+        what: what the file is, for the error.
+
+    Raises:
+        ValmError: the file cannot be read.
+    """
+    import yaml
+
+    text = read_text(path)
+    try:
+        # a few lines of aliases of aliases would fill the memory
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise ValmError(f"{what} {path} has an alias (*NAME), which is not read: write the value itself")
+        return yaml.safe_load(text)
+    except ValmError:
+        raise
+    except Exception as error:  # a value that is none, such as 2026-99-99, makes PyYAML raise anything
+        raise ValmError(f"{what} {path} cannot be read: {one_line(str(error))}") from error
 
 
 def read_text(path: str | os.PathLike) -> str:

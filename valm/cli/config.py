@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from valm.errors import ValmError
-from valm.files import read_text
-from valm.text import nearest, one_line
+from valm.files import read_yaml
+from valm.text import nearest
 from valm_kernels.json_files import short
 
 
@@ -63,7 +63,7 @@ class TrainingOptions:
 
     def _read(self, file: Path) -> tuple[list[str], dict[str, Any]]:
         """The file as options, and the fields whose values no option can have: lists and mappings."""
-        content = _read_yaml(file)
+        content = read_yaml(file, "the config")
         if not isinstance(content, dict):
             raise ValmError(f"the config {file} is no list of options, each a line NAME: VALUE")
         own = {action.dest: action for action in self.parser._actions if action.dest not in ("help", "config")}
@@ -89,21 +89,6 @@ class TrainingOptions:
             else:
                 options += [action.option_strings[-1], *values]
         return options, fields
-
-
-def _read_yaml(file: Path) -> Any:
-    import yaml
-
-    text = read_text(file)
-    try:
-        # a few lines of aliases of aliases would fill the memory
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-            raise ValmError(f"the config {file} has an alias (*NAME), which is not read: write the value itself")
-        return yaml.safe_load(text)
-    except ValmError:
-        raise
-    except Exception as error:  # a value that is none, such as 2026-99-99, makes PyYAML raise anything
-        raise ValmError(f"the config {file} cannot be read: {one_line(str(error))}") from error
 
 
 def _as_text(file: Path, value: Any) -> str:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from valm.errors import ValmError
-from valm.files import read_text
-from valm.text import nearest, one_line
+from valm.files import read_yaml
+from valm.text import nearest
+from valm_kernels.json_files import Count, SchemaError, check
 
 # The fields that a seed's results depend on: results are pooled only where these agree.
 RECIPE = ("language_model", "pictures", "clip", "text", "images", "training")
@@ -49,6 +50,16 @@ ARMS = {
 VALIDATION, HELDOUT = "validation", "heldout"
 SETS = ("memory_color", "color_terms", "vicomte_color", "object_shape", "relative_size")
 TESTS = (VALIDATION, *SETS, HELDOUT)
+
+# By the type of a field in StudyConfig.
+SCHEMAS: dict[str, Any] = {
+    "str": str,
+    "int": Count,
+    "bool": bool,
+    "dict[str, Any]": dict[str, Any],
+    "tuple[str, ...]": list[str],
+    "tuple[int, ...]": list[Count],
+}
 
 
 @dataclass(frozen=True)
@@ -97,13 +108,8 @@ def read_config(file: str | os.PathLike) -> StudyConfig:
     Raises:
         ValmError: it cannot be read, lacks a field, or has an unknown field, arm or test.
     """
-    import yaml
-
     path = Path(file)
-    try:
-        content = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
-        raise ValmError(f"the study {path} cannot be read: {one_line(str(error))}") from error
+    content = read_yaml(path, "the study")
     if not isinstance(content, dict):
         raise ValmError(f"the study {path} is no mapping, each line NAME: VALUE")
     fields = {one.name: one for one in dataclasses.fields(StudyConfig)}
@@ -118,22 +124,20 @@ def read_config(file: str | os.PathLike) -> StudyConfig:
         for one in given.get(name, ()):
             if one not in known:
                 raise ValmError(f"the study {path} names no known {name[:-1]}: {one!r}{nearest(one, known)}")
-    return StudyConfig(**given)
+    config = StudyConfig(**given)
+    try:
+        config.to_json()
+    except (TypeError, ValueError) as error:  # a date, or a number of thousands of digits
+        raise ValmError(f"the study {path} has a value that is no text, number, list or mapping") from error
+    return config
 
 
 def _typed(path: Path, of: dataclasses.Field, value: Any) -> Any:
     """The value of a field, sequences as tuples, and each source without options as an empty mapping."""
-    kind = str(of.type)
-    if kind.startswith("tuple"):
-        element = int if "int" in kind else str
-        if not isinstance(value, list) or not all(isinstance(one, element) for one in value):
-            raise ValmError(f"the study {path}: {of.name} is {value!r}, expected a list of {element.__name__}")
-        return tuple(value)
-    if kind.startswith("dict"):
-        if not isinstance(value, dict):
-            raise ValmError(f"the study {path}: {of.name} is {value!r}, expected a mapping")
+    try:
+        check(value, SCHEMAS[str(of.type)])
+    except SchemaError as error:
+        raise ValmError(f"the study {path}: {of.name}: {error}") from error
+    if isinstance(value, dict):
         return {name: {} if one is None else one for name, one in value.items()}
-    expected = {"str": str, "int": int, "bool": bool}[kind]
-    if not isinstance(value, expected):
-        raise ValmError(f"the study {path}: {of.name} is {value!r}, expected {expected.__name__}")
-    return value
+    return tuple(value) if isinstance(value, list) else value

@@ -6,16 +6,70 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
 
 from valm.errors import ValmError
 from valm.evaluation.statistics import Difference, Estimate, paired, ratio
 from valm.files import read_json
-from valm.study.scoring import expanded
+from valm.study.config import SETS, VALIDATION
+from valm.study.scoring import DIGITS, expanded
+from valm_kernels.json_files import Count, Matching, Range
 
 RAW, CALIBRATED = "raw", "calibrated"
+_Answers = list[Annotated[str, Matching(f"[{DIGITS}]+", "candidates as digits")]]  # see `scoring.compact`
+_Number = Annotated[float, Range(0)]
+
+
+# Of the pictures of an item, by what is done to the images.
+_Colors = TypedDict("_Colors", {"retrieved": str | None, "exchanged": str | None, "other-colors": str | None})
+
+
+class _ColorsAbout(TypedDict, total=False):
+    """Per item of a set about colours: whether it has a picture, and, for all but the large set, of what colour."""
+
+    pictured: list[bool]
+    colors: list[_Colors]
+
+
+class _About(_ColorsAbout):
+    """What was asked about the items of a set."""
+
+    items: list[str]
+    candidates: list[str]
+    right: _Answers
+
+
+class _Answered(TypedDict, total=False):
+    """Of a set, its name and the answers; of a text, its name and one number per document."""
+
+    set: str
+    raw: _Answers
+    calibrated: _Answers
+    text: str
+    nats: list[_Number]
+    tokens: list[Annotated[int, Range(1)]]
+
+
+class _Row(_Answered):
+    arm: str
+    images: str
+
+
+class _SeedResults(TypedDict):
+    study: str
+    recipe: str
+    seed: Count
+    sets: dict[str, _About]
+    rows: list[_Row]
+    losses: dict[str, list[_Number]]
+    clip: dict[str, Any]
+    counts: dict[str, Count]
+    versions: dict[str, str]
+    hardware: str
+    threads: Count
+    seconds: dict[str, _Number]
 
 
 @dataclass(frozen=True)
@@ -131,12 +185,12 @@ def read_results(files: Sequence[str | os.PathLike]) -> Results:
     """The results in `files`, by their seeds. Two files may hold different arms or tests of one seed.
 
     Raises:
-        ValmError: there are none, their recipes differ, or two files of a seed have the same row or differ in what was
-            asked.
+        ValmError: there are none, one is damaged, their recipes differ, or two files of a seed have the same row or
+            differ in what was asked.
     """
     if not files:
         raise ValmError("there are no results of a study: run `valm study run`")
-    read = [read_json(Path(file), "the results", dict[str, Any], "run the study again") for file in files]
+    read = [_read(Path(file)) for file in files]
     if len({result["recipe"] for result in read}) > 1:
         raise ValmError("the results are of different settings, and cannot be pooled")
     seeds: dict[int, dict[str, Any]] = {}
@@ -144,6 +198,38 @@ def read_results(files: Sequence[str | os.PathLike]) -> Results:
         seed = result["seed"]
         seeds[seed] = _together(seeds[seed], result) if seed in seeds else result
     return Results(tuple(seeds.values()))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    found = read_json(file, "the results", _SeedResults, "run the study again")
+    damaged = ValmError(f"the results {file} are damaged: they lack answers; run the study again")
+    prompts = {}
+    for name, about in found["sets"].items():
+        count = len(about["items"])
+        prompts[name] = len(about["right"][0]) if about["right"] else 0
+        parts = ("pictured", "colors") if name in (VALIDATION, *SETS[:2]) else ()
+        if not all(count == len(about.get(part, ())) > 0 for part in ("items", *parts)):
+            raise damaged
+        if not _fit(about["right"], about, prompts[name]):
+            raise damaged
+    for row in found["rows"]:
+        if "text" in row:
+            whole = len(row.get("nats", ())) == len(row.get("tokens", ())) > 0
+        else:
+            about = found["sets"].get(row.get("set"))
+            answers = [row[kind] for kind in (RAW, CALIBRATED) if kind in row]
+            whole = about is not None and RAW in row and all(_fit(one, about, prompts[row["set"]]) for one in answers)
+        if not whole:
+            raise damaged
+    return found
+
+
+def _fit(answers: Sequence[str], about: _About, prompts: int) -> bool:
+    """Whether there is a candidate for every item and prompt."""
+    known = DIGITS[: len(about["candidates"])]
+    return len(answers) == len(about["items"]) and all(
+        len(row) == prompts and set(row) <= set(known) for row in answers
+    )
 
 
 def _together(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:

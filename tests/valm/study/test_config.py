@@ -58,10 +58,10 @@ def test_the_first_test_of_an_arm_is_its_own():
     [
         ("arms: [twin, valm]", "arms: [twin, valn]", "no known arm: 'valn', did you mean valm?"),
         ("seeds: [3]", "seed: [3]", "unknown field 'seed', did you mean seeds?"),
-        ("seeds: [3]", "seeds: [a]", "expected a list of int"),
-        ("clip: {steps: 2}", "clip: 2", "expected a mapping"),
+        ("seeds: [3]", "seeds: [a]", "is 'a', expected a whole number"),
+        ("clip: {steps: 2}", "clip: 2", "expected an object"),
         ("name: tiny\n", "", "has no name"),
-        ("training: {steps: 3}", "images: [1]\ntraining: {steps: 3}", "expected int"),
+        ("training: {steps: 3}", "images: [1]\ntraining: {steps: 3}", "expected a whole number"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, old, new, said):

@@ -114,3 +114,25 @@ def test_a_row_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ValmError, match="seed 0 have no row of noise, noise, memory_color"):
         results.accuracy("noise", "noise", "memory_color")
     assert results.prompts("memory_color") == PROMPTS
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda found: found.pop("recipe"), "lacks 'recipe'|recipe"),
+        (lambda found: found["rows"][0].pop("raw"), "lack answers"),
+        (lambda found: found["rows"][0]["raw"].pop(), "lack answers"),
+        (lambda found: found["rows"][0]["raw"].__setitem__(0, "9" * PROMPTS), "lack answers"),
+        (lambda found: found["sets"].pop("memory_color"), "lack answers"),
+        (lambda found: found["sets"]["memory_color"].pop("colors"), "lack answers"),
+        (lambda found: found["rows"][-1]["tokens"].pop(), "lack answers"),
+        (lambda found: found["rows"][-1]["tokens"].__setitem__(0, 0), "rows.*tokens.*from 1"),
+    ],
+)
+def test_damaged_results_are_refused(tmp_path, damage, message):
+    found = result(0)
+    damage(found)
+    (tmp_path / "damaged.json").write_text(json.dumps(found))
+    with pytest.raises(ValmError, match=message) as error:
+        read_results([tmp_path / "damaged.json"])
+    assert "damaged.json" in str(error.value)
