@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 VALM, TWIN, BLIND = ("valm", "retrieved"), ("twin", "none"), ("blind", "retrieved")
 # What the plan calls decisive: five seeds, and ten points.
 SEEDS, POINTS = 5, 0.10
-PRIMARY = "memory_color"
+PRIMARY, SECONDARY = "memory_color", ("color_terms", "vicomte_color")
 # (set, kind) in the order of the plan: the primary measure, then the secondary ones.
 MEASURES = (
     (PRIMARY, RAW),
@@ -39,11 +39,12 @@ MEASURES = (
     (VALIDATION, RAW),
     (VALIDATION, CALIBRATED),
 )
+RANDOM_IMAGES = "VaLM, random images − twin"
 PAIRS = {
     "VaLM − twin": (VALM, TWIN),
     "VaLM − Blind": (VALM, BLIND),
     "Blind − twin": (BLIND, TWIN),
-    "VaLM, random images − twin": (("valm", "random"), TWIN),
+    RANDOM_IMAGES: (("valm", "random"), TWIN),
     "VaLM, images off − twin": (("valm", "off"), TWIN),
     "VaLM, items' pictures taken out − twin": (("valm", "taken-out"), TWIN),
     "trained on random images − twin": (("random", "random"), TWIN),
@@ -143,7 +144,7 @@ def hypotheses(results: Results) -> str:
     found, some = difference("VaLM − twin")
     if found:
         add("H1: VaLM − twin, MemoryColor, raw", found, found.value >= POINTS and found.low > 0, some)
-    found, some = difference("VaLM, random images − twin")
+    found, some = difference(RANDOM_IMAGES)
     if found:
         holds = found.value <= 0 or found.low <= 0
         add("H2: the same with random images at test time", found, holds, some)
@@ -275,7 +276,26 @@ def forest(results: Results) -> Figure:
                 title = f"{name}: {_title(of)}, {kind}{_fewer(some, results)}"
                 rows.append((title, some.difference(first, second, of, kind)))
     rows += [(test.title + _fewer(test.results, results), test.difference) for test in _retrieval_tests(results)]
-    figure = new_figure(9, 0.6 + 0.22 * len(rows))
+    return _intervals(rows, 9)
+
+
+def overview(results: Results) -> Figure:
+    """A few of the differences of `forest`, for the README."""
+    asked = [("colours that no text says, VaLM − twin", "VaLM − twin", VALIDATION)]
+    asked += [(f"{_title(of)}, VaLM − twin", "VaLM − twin", of) for of in (PRIMARY, *SECONDARY)]
+    asked += [(f"{_title(PRIMARY)}, {name}", name, PRIMARY) for name in (RANDOM_IMAGES, "VaLM − Blind")]
+    rows = []
+    for title, name, of in asked:
+        some = results.having(of, *PAIRS[name])
+        if some.seeds:
+            rows.append((title + _fewer(some, results), some.difference(*PAIRS[name], of)))
+    tests = [test for test in _retrieval_tests(results) if test.of == PRIMARY]
+    return _intervals(rows + [(test.title + _fewer(test.results, results), test.difference) for test in tests], 6)
+
+
+def _intervals(rows: Sequence[tuple[str, Difference]], width: float) -> Figure:
+    """A line for each difference: a dot and its interval, coloured where that excludes 0."""
+    figure = new_figure(width, 0.6 + 0.22 * len(rows))
     axes = figure.subplots()
     for place, (_, difference) in enumerate(rows):
         color = SERIES[0] if difference.low > 0 else SERIES[1] if difference.high < 0 else INK
@@ -310,7 +330,7 @@ def curves(results: Results) -> Figure:
     return figure
 
 
-FIGURES: dict[str, Callable[[Results], Figure]] = {"forest": forest, "curves": curves}
+FIGURES: dict[str, Callable[[Results], Figure]] = {"forest": forest, "overview": overview, "curves": curves}
 
 
 def points(difference: Difference) -> str:
@@ -343,9 +363,11 @@ def _fewer(some: Results, results: Results) -> str:
 
 
 class RetrievalTest(NamedTuple):
-    """A test that only a model with a knowledge base can pass: its difference, of how many things and which seeds."""
+    """A test that only a model with a knowledge base can pass: its set and difference, of how many things and which
+    seeds."""
 
     title: str
+    of: str
     difference: Difference
     things: int
     results: Results
@@ -360,9 +382,9 @@ def _retrieval_tests(results: Results) -> list[RetrievalTest]:
                 some = results.having(of, retrieved, (arm, exchange))
                 if some.changes(exchange, of):
                     title = f"{NAMES[arm]}, {SEEN[exchange]}, {_title(of)}"
-                    found.append(RetrievalTest(title, *some.follows(arm, exchange, of), some))
+                    found.append(RetrievalTest(title, of, *some.follows(arm, exchange, of), some))
             some = results.having(of, retrieved, (arm, "taken-out"))
             if of != VALIDATION and some.seeds and any(some.seeds[0]["sets"][of]["pictured"]):
                 title = f"{NAMES[arm]}, pictures added, {_title(of)}"
-                found.append(RetrievalTest(title, *some.added(arm, of), some))
+                found.append(RetrievalTest(title, of, *some.added(arm, of), some))
     return found

@@ -23,7 +23,7 @@ def test_a_page_gets_every_table_and_figure(tmp_path):
     assert "| VaLM | 88.9" in text
     assert "Interim" in text
     assert "| glosses dropped | 12 | 12 |" in text
-    for name in ("forest", "curves"):
+    for name in ("forest", "overview", "curves"):
         assert Image.open(tmp_path / f"study-{name}.png").size[0] > 400
     write_page(results, page, tmp_path)
     assert page.read_text() == text  # the same numbers, however often
