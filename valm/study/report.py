@@ -205,17 +205,19 @@ def retrieval(results: Results) -> str:
 
 
 def perplexities(results: Results) -> str:
-    """Of held-out text, per token, and how many times the twin's."""
+    """Of held-out text, per token, and how many times that of the twin of the same corpus."""
     texts = results.texts()
     lines = [f"| Perplexity per token, × the twin's [95 %] | {' | '.join(texts)} |", "| --- |" + " --- |" * len(texts)]
     for arm, images in results.arms():
+        corpus = ARMS[arm].corpus
+        twin = next((name, "none") for name, one in ARMS.items() if (one.twin, one.corpus) == ("text", corpus))
         cells = []
         for text in texts:
             some = results.having(text, (arm, images))
             cell = f"{some.perplexity(arm, images, text).value:.1f}" if some.seeds else "–"
-            both = some.having(text, TWIN)
-            if (arm, images) != TWIN and both.seeds:
-                difference = both.nats_difference((arm, images), TWIN, text)
+            both = some.having(text, twin)
+            if (arm, images) != twin and both.seeds:
+                difference = both.nats_difference((arm, images), twin, text)
                 value, low, high = (math.exp(nats) for nats in _numbers(difference))
                 cell += f", {value:.2f} [{low:.2f}, {high:.2f}]{_fewer(both, some)}"
             cells.append(cell + _fewer(some, results))

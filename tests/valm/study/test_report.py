@@ -6,7 +6,7 @@ from PIL import Image
 
 from tests.valm.study.synthetic import result, write
 from valm.errors import ValmError
-from valm.study.report import TABLES, accuracies, hypotheses, summary, write_page
+from valm.study.report import TABLES, accuracies, hypotheses, perplexities, summary, write_page
 from valm.study.results import read_results
 
 
@@ -62,3 +62,13 @@ def test_a_mark_of_no_table_is_named(tmp_path):
     page.write_text("<!-- study: nothing -->\n<!-- end -->\n")
     with pytest.raises(ValmError, match="nothing"):
         write_page(read_results(write(tmp_path)), page, tmp_path)
+
+
+def test_perplexity_is_compared_to_the_twin_of_the_same_corpus(tmp_path):
+    found = result(0)
+    for arm, images, nats in (("natural-twin", "none", 2.0), ("natural-valm", "retrieved", 2.0)):
+        found["rows"].append({"arm": arm, "images": images, "text": "prose", "nats": [nats, nats], "tokens": [2, 4]})
+    (tmp_path / "natural.json").write_text(json.dumps(found))
+    table = perplexities(read_results([tmp_path / "natural.json"]))
+    assert "| natural twin | 1.9 |" in table
+    assert "| natural VaLM | 1.9, 1.00 [1.00, 1.00] |" in table
