@@ -17,8 +17,8 @@ from valm_kernels.topk.checks import SCAN_VALUES
 from valm_kernels.topk.cpu import DTYPE_NAMES
 from valm_kernels.topk.result import TopK, merge_topk
 
-# The kernels load 8 elements at once.
-DIM_MULTIPLE = 8
+# The kernels load 16 bytes at once: so many elements of int8 rows, and rows of one length for all dtypes.
+DIM_MULTIPLE = 16
 # Bounds the workspace, which grows by about 2 E + 8 KiB bytes a query, and for k above FIRST_PASS_TOPK by 12 KiB more.
 QUERIES_PER_LAUNCH = 1 << 14
 # csrc/topk/cuda/plan.hpp: a search for more rows scores all of them exactly.
@@ -50,8 +50,8 @@ def free_memory(device: torch.device) -> int:
 
 
 def aligned(values: Tensor) -> Tensor:
-    """(N, E) as the kernels read it: contiguous, 16-byte aligned, E padded with zeros to a multiple of 8 (which changes
-    no score). Copies only if needed.
+    """(N, E) as the kernels read it: contiguous, 16-byte aligned, E padded with zeros to a multiple of 16 (which
+    changes no score). Copies only if needed.
     """
     missing = -values.shape[1] % DIM_MULTIPLE
     if missing:

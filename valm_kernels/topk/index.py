@@ -50,7 +50,7 @@ class FlatIPIndex:
 
     On the CPU it also stores a packed copy of the rows for a first pass (E + 16 bytes a row), which `save` writes too.
     On a CUDA device it stores their norms (4 bytes a row, and 12 more where rows are equal), and E is padded to a
-    multiple of 8.
+    multiple of 16.
 
     Args:
         database: (N, E) float32, float16 or bfloat16 tensor, or a numpy array, which may be memory-mapped; E from 8

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 namespace valm {
 
@@ -46,18 +47,14 @@ __device__ inline uint32_t pack_bfloat16(float low, float high) {
 
 __device__ inline float float16_value(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 
-// Starts the copy of 8 or 16 bytes, aligned to as many, from device to shared memory; zeros if not `there`. It belongs
-// to the next commit_copies() of this thread.
+// Starts the copy of 16 bytes, aligned to as many, from device to shared memory, past the first-level cache; zeros if
+// not `there`. It belongs to the next commit_copies() of this thread.
 template <class Part>
 __device__ inline void copy_async(Part* to, const void* from, bool there) {
-    static_assert(sizeof(Part) == 8 || sizeof(Part) == 16);
+    static_assert(sizeof(Part) == 16);
     const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
     const int bytes = there ? sizeof(Part) : 0;
-    if constexpr (sizeof(Part) == 16) {  // past the first-level cache
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
-    } else {
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
-    }
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
 }
 
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -70,19 +67,27 @@ __device__ inline void wait_copies(int most) {
     if (most == 3) asm volatile("cp.async.wait_group 3;" ::: "memory");
 }
 
-enum class MmaInput { kFloat16, kBFloat16 };
+enum class MmaInput { kFloat16, kBFloat16, kInt8 };
 
-// sums (16 x 8) += a (16 x 16) b (16 x 8), the PTX instruction mma.m16n8k16 with float32 sums. With g = lane / 4 and
-// t = lane % 4, a lane holds
-//   a:    rows g, g + 8, g, g + 8 of columns 2t and 2t + 1 (first two words), 2t + 8 and 2t + 9 (last two)
-//   b:    column g of rows 2t and 2t + 1 (first word), 2t + 8 and 2t + 9 (second)
+template <MmaInput kInput>
+using MmaSum = std::conditional_t<kInput == MmaInput::kInt8, int32_t, float>;
+
+// sums (16 x 8) += a (16 x 8V) b (8V x 8), for V values in a word: the PTX instructions mma.m16n8k16 with float32 sums
+// and, for int8, mma.m16n8k32 with int32 sums. With g = lane / 4 and t = lane % 4, a lane holds
+//   a:    rows g, g + 8, g, g + 8 of the V columns from Vt on (first two words), from Vt + 4V on (last two)
+//   b:    column g of the V rows from Vt on (first word), from Vt + 4V on (second)
 //   sums: row g of columns 2t and 2t + 1, then row g + 8 of the same columns
 template <MmaInput kInput>
-__device__ inline void mma_m16n8k16(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+__device__ inline void mma(MmaSum<kInput> (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     if constexpr (kInput == MmaInput::kFloat16) {
         asm volatile(
             "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
             : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    } else if constexpr (kInput == MmaInput::kInt8) {
+        asm volatile(
+            "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
     } else {
         asm volatile(

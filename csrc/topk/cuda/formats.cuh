@@ -1,7 +1,8 @@
 // How the kernels of top-K search read a row, in each type that rows are stored in, and the norms of the rows.
 //
 // In the first pass 4 lanes share a slab of a row: for the sum the order of the elements is free, so each lane takes
-// those that it can copy at once, a Part. words() turns it into words of two 16-bit values for each term of the row.
+// those that it can copy at once, a Part. words() turns it into the words of each term of the row, of two 16-bit values
+// or four of 8 bits.
 #pragma once
 
 #include "topk/cuda/device.cuh"
@@ -11,6 +12,9 @@ namespace valm {
 
 __device__ inline float bfloat16_value(uint16_t bits) { return __uint_as_float(uint32_t{bits} << 16); }
 
+// Of the two digits of a query's element, for int8 rows.
+constexpr int kDigitBase = 256;
+
 template <MmaInput kInput>
 __device__ inline uint32_t pack(float low, float high) {
     return kInput == MmaInput::kFloat16 ? pack_float16(low, high) : pack_bfloat16(low, high);
@@ -19,6 +23,28 @@ __device__ inline uint32_t pack(float low, float high) {
 template <MmaInput kInput>
 __device__ inline float unpack(uint16_t bits) {
     return kInput == MmaInput::kFloat16 ? float16_value(bits) : bfloat16_value(bits);
+}
+
+// The next term of a query's elements as a word, which it takes away from them. Two elements as the nearest 16-bit
+// values, or four as digits to the base kDigitBase: term 0 has the high ones.
+template <MmaInput kInput>
+__device__ inline uint32_t take_term(int term, double* rest) {
+    if constexpr (kInput == MmaInput::kInt8) {
+        const int unit = term == 0 ? kDigitBase : 1;
+        uint32_t word = 0;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int digit = static_cast<int>(min(rint(rest[i] / unit), 127.0));
+            rest[i] -= digit * unit;
+            word |= (static_cast<uint32_t>(digit) & 0xffu) << (8 * i);
+        }
+        return word;
+    } else {
+        const uint32_t word = pack<kInput>(static_cast<float>(rest[0]), static_cast<float>(rest[1]));
+        rest[0] -= unpack<kInput>(word & 0xffffu);
+        rest[1] -= unpack<kInput>(word >> 16);
+        return word;
+    }
 }
 
 struct Float16Rows {
@@ -69,32 +95,30 @@ struct Float32Rows {
 
 struct Int8Rows {
     using Value = int8_t;
-    using Part = uint2;
+    using Part = uint4;
     static constexpr Element kElement = Element::kInt8;
-    static constexpr MmaInput kInput = MmaInput::kFloat16;
+    static constexpr MmaInput kInput = MmaInput::kInt8;
     static constexpr int kRowTerms = 1;
-    static constexpr int kQueryExponent = 15;
+    // Below 2^14 a high digit is at most 64, so that the low digit leaves half a unit of an element, or one where it
+    // would be 128. At 2^15 the high digit would not fit.
+    static constexpr int kQueryExponent = 14;
 
-    // Byte i of four: 2^23 + (byte + 128) as a float needs no conversion instruction, and its difference is exact.
-    static __device__ float byte_value(uint32_t offset_bytes, int i) {
-        return __uint_as_float(0x4b000000u | (offset_bytes >> (8 * i) & 0xffu)) - (8388608.0f + 128.0f);
-    }
-    static __device__ void words(const Part& part, uint32_t (&out)[1][4]) {
-        const uint32_t low = part.x ^ 0x80808080u, high = part.y ^ 0x80808080u;
-        out[0][0] = pack_float16(byte_value(low, 0), byte_value(low, 1));
-        out[0][1] = pack_float16(byte_value(low, 2), byte_value(low, 3));
-        out[0][2] = pack_float16(byte_value(high, 0), byte_value(high, 1));
-        out[0][3] = pack_float16(byte_value(high, 2), byte_value(high, 3));
-    }
+    static __device__ void words(const Part& part, uint32_t (&out)[1][4]) { Float16Rows::words(part, out); }
     static __device__ float value(Value element, float scale) { return static_cast<float>(element) * scale; }
 };
 
 template <class Format>
 constexpr int kPartElements = slab_elements(Format::kElement) / 4;
 
+// Values in a word, and words of a part.
+template <class Format>
+constexpr int kWordValues = Format::kInput == MmaInput::kInt8 ? 4 : 2;
+template <class Format>
+constexpr int kPartWords = kPartElements<Format> / kWordValues<Format>;
+
 // mma instructions for one product of a slab.
 template <class Format>
-constexpr int kSteps = slab_elements(Format::kElement) / 16;
+constexpr int kSteps = kPartWords<Format> / 2;
 
 // 8 elements from `first` on as floats.
 template <class Format>

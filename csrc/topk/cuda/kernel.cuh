@@ -1,24 +1,30 @@
 // Exact top-K inner product on a CUDA device.
 //
-// First pass: tensor cores multiply 16-bit queries by the database. For query q (times a power of two) and row x the
-// sum s they return satisfies |s - q.x| <= error(q) norm(x), so u = s + error(q) norm(x) is never below the score,
-// and the pass keeps the rows with the best (u falling, index rising). Then the kept rows are scored exactly
-// (exact.hpp). The answer is proven when the k-th exact score is above the u of the last kept row, which bounds every
-// row that was dropped. A query without that proof has more of its candidates scored exactly. One still without goes to
-// a list, and a scan of the whole database computes its answer from exact scores; nothing waits for the host.
+// First pass: tensor cores multiply queries of 16-bit numbers, or of two digits of 8 bits for int8 rows, by the
+// database. For query q (times a power of two) and row x the sum s they return satisfies
+// |s - q.x| <= error(q) norm(x), so u = s + error(q) norm(x) is never below the score, and the pass keeps the rows with
+// the best (u falling, index rising). Then the kept rows are scored exactly (exact.hpp). The answer is proven when the
+// k-th exact score is above the u of the last kept row, which bounds every row that was dropped. A query without that
+// proof has more of its candidates scored exactly. One still without goes to a list, and a scan of the whole database
+// computes its answer from exact scores; nothing waits for the host.
 //
 // Of every 4 tiles or more of rows the pass looks at one beforehand: what is not among the best of this sample is not
 // among the best of all, so no block has to begin with an open threshold.
 //
 // The parts of error(q), for E elements and |.| the Euclidean norm, by the Cauchy-Schwarz inequality:
 //   |q - q16|                             q16 the query as the tensor cores get it, measured for each query
-//   |q16| 2^-18 for each mma              the sums: products are exact; an mma adds 16 of them and the sum so far,
-//                                         each cut after 23 bits below the largest, in at most 4 steps, so it loses
-//                                         at most (16 + 4 + 4) 2^-23 of the sum of magnitudes; 2^-18 is 32 of these.
-//                                         NVIDIA does not document this: it is what Fasi, Higham, Mikaitis and Pranesh
-//                                         measured (Numerical behavior of NVIDIA tensor cores, 2021)
+//   |q16| 2^-18 for each mma              sums in float32: products are exact; an mma adds 16 of them and the sum so
+//                                         far, each cut after 23 bits below the largest, in at most 4 steps, so it
+//                                         loses at most (16 + 4 + 4) 2^-23 of the sum of magnitudes; 2^-18 is 32 of
+//                                         these. NVIDIA does not document this: it is what Fasi, Higham, Mikaitis and
+//                                         Pranesh measured (Numerical behavior of NVIDIA tensor cores, 2021). The sums
+//                                         of int8 rows lose nothing: they are integers of at most E 2^14 <= 2^25
 //   |q16| 2^-16                           float32 rows only: x16 = high + low bfloat16, low x low left out
-//   |q16| 2^-20                           rounding of u, of norm(x), of the float64 score, of an int8 row's scale
+//   |q16| 2^-20                           rounding, each time by 2^-24 at most, of u, of the float64 score, and of int8
+//                                         rows: of an element times its scale, and of s = (256 high.x + low.x) scale,
+//                                         where both products are rounded, then their sum, then s. The products are
+//                                         at most 2 |q16| |x| and |q16| |x|, because |low| <= 128 sqrt(E) < 2^13 <=
+//                                         |q16|. Together 2^-21 at most
 // norm(x) includes 2^-96 for bfloat16 products that underflow, and is infinite above 2^64. Below that no sum overflows;
 // above it u is infinite or NaN, which counts as infinite, so the row is kept.
 #pragma once
@@ -31,7 +37,7 @@ namespace valm {
 // All a kernel needs, passed by value.
 struct Search {
     const float* queries;    // (n_queries, rows.dim)
-    Rows rows;               // rows.dim a multiple of 8, so that 8 elements load at once
+    Rows rows;               // rows.dim a multiple of 16, so that 16 bytes load at once
     const float* row_norms;  // (rows.count), from row_norms_kernel; NaN: never return this row
     int n_queries, k;
     Plan plan;
@@ -56,13 +62,19 @@ __host__ __device__ constexpr int row_terms(int query_term) {
     return query_term == 0 ? Format::kRowTerms : 1;
 }
 
-// mma instructions for 16 elements.
+// mma instructions for one step of a slab.
 template <class Format>
 constexpr int kProducts = Format::kRowTerms + (kQueryTerms<Format> - 1);
 
+// Sums of a query and a row: one for all terms of the query, but of digits one for each.
+template <class Format>
+constexpr int kSums = Format::kInput == MmaInput::kInt8 ? kQueryTerms<Format> : 1;
+template <class Format, int kQueryTiles>
+using Sums = MmaSum<Format::kInput>[kSums<Format>][kQueryTiles][kRowTiles][4];
+
 // --- queries -----------------------------------------------------------------------------------------------------
 
-// One warp for each query: its scale, its error factor, and its 16-bit words as the mma's lanes take them.
+// One warp for each query: its scale, its error factor, and its words as the mma's lanes take them.
 template <class Format>
 __global__ __launch_bounds__(kThreads) void prepare_queries_kernel(Search s) {
     const int lane = threadIdx.x % kWarp;
@@ -88,7 +100,7 @@ __global__ __launch_bounds__(kThreads) void prepare_queries_kernel(Search s) {
         exponent = Format::kQueryExponent - exponent;
     }
 
-    double square = 0, lost_square = 0;  // of the scaled query, and of what its 16-bit words leave out
+    double square = 0, lost_square = 0;  // of the scaled query, and of what its words leave out
     const int half = query / 8 % 2, g = query % 8;
     const int64_t steps = static_cast<int64_t>(s.plan.slabs) * kSteps<Format>;
     uint4* const packed = s.packed + query / 16 * kQueryTerms<Format> * steps * kWarp;
@@ -104,11 +116,8 @@ __global__ __launch_bounds__(kThreads) void prepare_queries_kernel(Search s) {
 #pragma unroll
         for (int term = 0; term < kQueryTerms<Format>; ++term) {
 #pragma unroll
-            for (int i = 0; i < kPartElements<Format> / 2; ++i) {
-                const uint32_t word =
-                    pack<Format::kInput>(static_cast<float>(rest[2 * i]), static_cast<float>(rest[2 * i + 1]));
-                rest[2 * i] -= unpack<Format::kInput>(word & 0xffffu);
-                rest[2 * i + 1] -= unpack<Format::kInput>(word >> 16);
+            for (int i = 0; i < kPartWords<Format>; ++i) {
+                const uint32_t word = take_term<Format::kInput>(term, rest + i * kWordValues<Format>);
                 uint4& fragment = packed[(term * steps + slab * kSteps<Format> + i / 2) * kWarp + g * 4 + t];
                 reinterpret_cast<uint32_t*>(&fragment)[i % 2 * 2 + half] = word;
             }
@@ -122,7 +131,7 @@ __global__ __launch_bounds__(kThreads) void prepare_queries_kernel(Search s) {
     }
     if (lane != 0) return;
     const double lost = sqrt(lost_square), norm16 = sqrt(square) + lost;
-    const int mmas = static_cast<int>(steps) * kProducts<Format>;
+    const int mmas = Format::kInput == MmaInput::kInt8 ? 0 : static_cast<int>(steps) * kProducts<Format>;
     const double relative = mmas * 0x1p-18 + (Format::kRowTerms == 2 ? 0x1p-16 : 0.0) + 0x1p-20;
     s.errors[query] = not_finite ? NAN : static_cast<float>((lost + norm16 * relative) * (1 + 0x1p-20));
     s.exponents[query] = exponent;
@@ -195,7 +204,7 @@ struct RowStream {
 // sums += queries (16 kQueryTiles) x rows (8 kRowTiles) over one slab, whose rows lie as RowStream says.
 template <class Format, int kQueryTiles>
 __device__ inline void multiply(const uint4* packed, int slab, int slabs, int lane, const typename Format::Part* rows,
-                                float (&sums)[kQueryTiles][kRowTiles][4]) {
+                                Sums<Format, kQueryTiles>& sums) {
     uint4 query[kQueryTiles][kQueryTerms<Format>][kSteps<Format>];
 #pragma unroll
     for (int m = 0; m < kQueryTiles; ++m) {
@@ -210,7 +219,7 @@ __device__ inline void multiply(const uint4* packed, int slab, int slabs, int la
     }
 #pragma unroll
     for (int n = 0; n < kRowTiles; ++n) {
-        uint32_t row[Format::kRowTerms][2 * kSteps<Format>];
+        uint32_t row[Format::kRowTerms][kPartWords<Format>];
         Format::words(rows[n * kWarp], row);
 #pragma unroll
         for (int m = 0; m < kQueryTiles; ++m) {
@@ -223,7 +232,7 @@ __device__ inline void multiply(const uint4* packed, int slab, int slabs, int la
                         const uint4 q = query[m][query_term][step];
                         const uint32_t a[4] = {q.x, q.y, q.z, q.w};
                         const uint32_t* const b = row[row_term] + 2 * step;
-                        mma_m16n8k16<Format::kInput>(sums[m][n], a, b[0], b[1]);
+                        mma<Format::kInput>(sums[query_term % kSums<Format>][m][n], a, b[0], b[1]);
                     }
                 }
             }
@@ -231,7 +240,7 @@ __device__ inline void multiply(const uint4* packed, int slab, int slabs, int la
     }
 }
 
-// Copies the block's queries to shared memory, first their 16-bit words, then their error factors. Returns the latter;
+// Copies the block's queries to shared memory, first their words, then their error factors. Returns the latter;
 // behind them the memory is free. By the whole block, before a barrier.
 template <class Format, int kQueryTiles>
 __device__ inline float* load_queries(const Search& s) {
@@ -270,33 +279,26 @@ __device__ inline void find_bounds(const Search& s, const float* errors, RowStre
             tile.norms[n][j] = row < s.rows.count ? s.row_norms[row] : NAN;
         }
     }
-    float sums[kQueryTiles][kRowTiles][4] = {};
+    Sums<Format, kQueryTiles> sums = {};
     for (int slab = 0; slab < s.plan.slabs; ++slab) {
         multiply<Format, kQueryTiles>(dynamic_shared(), slab, s.plan.slabs, lane, stream.wait(), sums);
         stream.replace();
     }
-    if constexpr (Format::kElement == Element::kInt8) {
 #pragma unroll
-        for (int n = 0; n < kRowTiles; ++n) {
+    for (int n = 0; n < kRowTiles; ++n) {
 #pragma unroll
-            for (int j = 0; j < 2; ++j) {
-                const int64_t row = row_of(n, j);
-                const float scale = row < s.rows.count ? s.rows.scale[row] : 0.0f;
+        for (int j = 0; j < 2; ++j) {
+            [[maybe_unused]] const float scale = scale_at<Format>(s.rows, min(row_of(n, j), s.rows.count - 1));
 #pragma unroll
-                for (int m = 0; m < kQueryTiles; ++m) sums[m][n][j] *= scale, sums[m][n][2 + j] *= scale;
-            }
-        }
-    }
+            for (int m = 0; m < kQueryTiles; ++m) {
 #pragma unroll
-    for (int m = 0; m < kQueryTiles; ++m) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            const float error = errors[16 * m + 8 * h + g];
-#pragma unroll
-            for (int n = 0; n < kRowTiles; ++n) {
-#pragma unroll
-                for (int j = 0; j < 2; ++j) {
-                    tile.bounds[m][n][2 * h + j] = fmaf(error, tile.norms[n][j], sums[m][n][2 * h + j]);
+                for (int h = 0; h < 2; ++h) {
+                    const float error = errors[16 * m + 8 * h + g];
+                    float sum = static_cast<float>(sums[0][m][n][2 * h + j]);
+                    if constexpr (kSums<Format> == 2) {
+                        sum = fmaf(kDigitBase, sum, static_cast<float>(sums[1][m][n][2 * h + j])) * scale;
+                    }
+                    tile.bounds[m][n][2 * h + j] = fmaf(error, tile.norms[n][j], sum);
                 }
             }
         }

@@ -21,8 +21,9 @@ constexpr int kWarps = kThreads / kWarp;
 constexpr int kRowTiles = 4;
 constexpr int kBlockRows = kWarps * kRowTiles * 8;
 // Slabs of a tile that are on their way to shared memory at a time. An H100 needs 20 KB under way in each
-// multiprocessor (3.35 TB/s, 132 of them, 0.8 us); a slab of a tile has 16 KB, of int8 rows 8 KB.
+// multiprocessor (3.35 TB/s, 132 of them, 0.8 us); a slab of a tile has kStageBytes, 16 KB.
 constexpr int kMostStages = 4;
+constexpr int64_t kStageBytes = int64_t{kThreads} * kRowTiles * 16;
 // The first thresholds come from a sample of up to as many tiles of rows, of which each warp passes on one key a query.
 constexpr int kMostSampleTiles = 32;
 constexpr int kSampleKeys = kMostSampleTiles * kWarps;
@@ -60,18 +61,19 @@ struct Plan {
 // Blocks of the first pass that share a multiprocessor, by their registers.
 constexpr int first_pass_residents(int query_tiles) { return query_tiles == 1 ? 2 : 1; }
 
-// 16-bit numbers that stand for one of a query. One float16 is near enough. One bfloat16 is not: it left 13 of 16
-// queries without proof at k = 16, for 20,000 unit rows of 768 elements with a mean cosine of 0.8.
-constexpr int query_terms(Element element) {
-    return element == Element::kFloat32 || element == Element::kBFloat16 ? 2 : 1;
+// Numbers that stand for one of a query: 16-bit ones, or for int8 rows digits of 8 bits. One float16 is near enough.
+// One bfloat16 is not: it left 13 of 16 queries without proof at k = 16, for 20,000 unit rows of 768 elements with a
+// mean cosine of 0.8.
+constexpr int query_terms(Element element) { return element == Element::kFloat16 ? 1 : 2; }
+
+// Bytes of them all.
+constexpr int query_element_bytes(Element element) {
+    return query_terms(element) * (element == Element::kInt8 ? 1 : 2);
 }
 
-// Elements of a row that a warp multiplies at a time: 4 lanes take 16 bytes each, or 8 of int8 rows.
-constexpr int slab_elements(Element element) { return element == Element::kFloat32 ? 16 : 32; }
-
-// Of a slab of a block's rows in shared memory.
-constexpr int64_t stage_bytes(Element element) {
-    return int64_t{kThreads} * kRowTiles * (element == Element::kInt8 ? 8 : 16);
+// Elements of a row that a warp multiplies at a time: 4 lanes take 16 bytes each.
+constexpr int slab_elements(Element element) {
+    return element == Element::kFloat32 ? 16 : element == Element::kInt8 ? 64 : 32;
 }
 
 inline int64_t pool_bytes(int queries, int capacity) { return int64_t{queries} * (capacity * 8 + 12); }
@@ -84,11 +86,10 @@ inline Plan make_plan(int64_t n_queries, const Rows& rows, int k, const DeviceLi
     plan.kept = k <= 16 ? 32 : k <= 64 ? 96 : k <= kFirstPassBest ? kMostKept : 1536;
 
     const int64_t query_bytes =  // of 16 queries
-        int64_t{16} * plan.slabs * slab_elements(rows.element) * 2 * query_terms(rows.element);
+        int64_t{16} * plan.slabs * slab_elements(rows.element) * query_element_bytes(rows.element);
     const auto first_pass_shared = [&](int tiles, int stages) {
         // the packed queries, their error factors, their pools, the rows
-        return tiles * query_bytes + 16 * tiles * 4 + pool_bytes(16 * tiles, plan.capacity) +
-               stages * stage_bytes(rows.element);
+        return tiles * query_bytes + 16 * tiles * 4 + pool_bytes(16 * tiles, plan.capacity) + stages * kStageBytes;
     };
     plan.query_tiles = n_queries > 32 ? 4 : n_queries > 16 ? 2 : 1;
     // with fewer than 2 stages a block waits for every slab

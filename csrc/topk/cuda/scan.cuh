@@ -1,5 +1,5 @@
 // The exact scan: a search by exact scores only, for the queries whose answer the first pass could not prove. Its
-// kernels // are launched with every search, and return at once if the redo list is empty.
+// kernels are launched with every search, and return at once if the redo list is empty.
 #pragma once
 
 #include "topk/cuda/kernel.cuh"

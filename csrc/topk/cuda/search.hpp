@@ -15,7 +15,7 @@ namespace valm {
 std::vector<std::string> cuda_devices();
 
 // An upper bound of each row's norm, an input of searches; NaN for a row that is not finite. norms (rows.count).
-// rows.dim is a multiple of 8, rows.data aligned to 16 bytes, here and below.
+// rows.dim is a multiple of 16, rows.data aligned to 16 bytes, here and below.
 void cuda_row_norms(int device, const Rows& rows, uintptr_t norms, uintptr_t stream);
 
 // Bytes of workspace of one search.

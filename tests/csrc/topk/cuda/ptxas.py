@@ -98,10 +98,10 @@ def _product_loop(instructions: str) -> tuple[int, ...]:
         if int(to, 16) < at
     ]
     loops = [[line for at, line in lines if first <= at <= last] for first, last in backward]
-    loops = [loop for loop in loops if any("HMMA" in line for line in loop)]
+    loops = [loop for loop in loops if any(re.search(r"\b[HI]MMA\b", line) for line in loop)]
     innermost = min(loops, key=len, default=[])
     return tuple(
-        sum(re.search(rf"\b{name}\b", line) is not None for line in innermost) for name in ("HMMA", "LDGSTS", "LDG")
+        sum(re.search(rf"\b{name}\b", line) is not None for line in innermost) for name in ("[HI]MMA", "LDGSTS", "LDG")
     )
 
 

@@ -176,6 +176,57 @@ def test_adversarial_queries(simulate, library, order, dtype):
     assert_exact(queries, rows, 5, row_scale)
 
 
+@pytest.mark.parametrize("dim", [8, 24, 72, 2048])
+@pytest.mark.parametrize("kind", ["largest", "near ties", "one large element", "scales"])
+def test_int8_rows_against_the_digits_of_a_query(simulate, library, kind, dim):
+    """The largest sums of integers, rows that differ by one unit, an element that leaves no digits to the others, and
+    rows that differ by their scales alone.
+    """
+    simulator = simulate(library, "random")
+    codes = normals(300, dim, seed=1).mul(40).round().clamp(-127, 127)
+    scale = torch.rand(300, generator=torch.Generator().manual_seed(2)) + 0.5
+    queries = normals(3, dim)
+    if kind == "largest":
+        codes = 127 * codes.sign()
+        queries = torch.stack([torch.full((dim,), value) for value in (16383.5, 8319.0, -8064.0)])
+        queries = queries * codes[:3].sign()  # the sums of some rows have one sign throughout
+    if kind == "near ties":
+        codes[:] = codes[0]
+        codes[torch.arange(300), torch.arange(300) % dim] += torch.where(torch.arange(300) // dim % 2 == 0, 1, -1)
+        scale[:] = scale[0]
+    if kind == "one large element":
+        queries[:, 3] = torch.tensor([1e3, -1e4, 1e7])
+    if kind == "scales":
+        codes[:] = codes[0]
+        scale = torch.logspace(-15, 15, 300)
+    assert_exact(queries, codes.to(torch.int8), 8, scale)
+    if kind in ("largest", "scales"):
+        assert simulator.redone == 0
+
+
+def test_what_the_digits_of_a_query_lose_is_in_the_bound(simulate, library, tmp_path):
+    """A row whose score is all lost, in the direction in which Cauchy-Schwarz is sharp: a bound a tenth smaller drops
+    it behind rows that the first pass ranks higher, and takes the wrong answer for proven.
+    """
+    query = torch.full((1, 64), 0.499)  # no digits
+    query[0, :2] = torch.tensor([8192.0, 37.0])  # the first sets the unit of a digit to 1
+    rows = torch.zeros(42, 64, dtype=torch.int8)
+    rows[7, 2:] = 127  # score 3929, first pass 0
+    rows[20, 1] = 101  # 3737
+    rows[[i for i in range(42) if i not in (7, 20)], 1] = 89  # 3293, and with their bound 3608 to 3643
+    scale = torch.ones(42)
+    simulator = simulate(library)
+    assert_exact(query, rows, 1, scale)
+    sources = copy_sources(tmp_path)
+    kernel = sources / "topk" / "cuda" / "kernel.cuh"
+    right, wrong = "(lost + norm16 * relative) * (1 + 0x1p-20)", "(lost + norm16 * relative) * 0.9"
+    assert kernel.read_text().count(right) == 1
+    kernel.write_text(kernel.read_text().replace(right, wrong))
+    simulator = simulate(build(tmp_path / "mutant.so", sources))
+    assert cuda.search(query, rows, scale, None, 1)[1].item() == 20
+    assert simulator.redone == 0
+
+
 @pytest.mark.parametrize("order", ["falling", "random"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_anisotropic_rows_keep_their_proof(simulate, library, order, dtype):

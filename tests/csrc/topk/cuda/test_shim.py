@@ -55,9 +55,15 @@ void not_aligned(Nothing) {
         wait_copies(0);
     }
 }
+void overflowing(Nothing) {
+    int32_t sums[4] = {2147483647, 0, 0, 0};
+    const uint32_t ones[4] = {0x01010101u, 0x01010101u, 0x01010101u, 0x01010101u};
+    mma<MmaInput::kInt8>(sums, ones, ones[0], ones[1]);
+}
 
 extern "C" void run(int kernel, char* message) {
-    void (*const kernels[])(Nothing) = {sound, beyond, different, missing, copied, not_waited_for, not_aligned};
+    void (*const kernels[])(Nothing) = {sound,  beyond,         different,   missing,
+                                        copied, not_waited_for, not_aligned, overflowing};
     try {
         launch(kernels[kernel], dim3(2), 64, 64, {}, Nothing{});
     } catch (const std::exception& error) {
@@ -93,6 +99,7 @@ def run(tmp_path_factory):
         (4, ""),
         (5, "a thread ends before its copies"),
         (6, "a copy that is not aligned"),
+        (7, "an int32 sum overflows"),
     ],
 )
 def test_what_is_wrong_is_said(run, kernel, message):

@@ -14,9 +14,11 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <numeric>
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #define __global__
@@ -28,16 +30,12 @@ struct dim3 {
     unsigned x, y, z;
     explicit dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-struct uint2 {
-    uint32_t x, y;
-};
 struct alignas(16) uint4 {
     uint32_t x, y, z, w;
 };
 struct alignas(16) float4 {
     float x, y, z, w;
 };
-inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
@@ -64,7 +62,6 @@ enum class Instruction { kSync, kVote, kShuffle, kMma };
 // What a lane brings to a warp instruction, and what it takes away.
 struct Exchange {
     uint32_t a[4], b[2];
-    float sums[4];
     uint64_t value;
 };
 
@@ -334,7 +331,7 @@ inline void finish(const Copy& copy) {
 
 template <class Part>
 void copy_async(Part* to, const void* from, bool there) {
-    static_assert(sizeof(Part) == 8 || sizeof(Part) == 16);
+    static_assert(sizeof(Part) == 16);
     if (reinterpret_cast<uintptr_t>(to) % sizeof(Part) != 0 || reinterpret_cast<uintptr_t>(from) % sizeof(Part) != 0) {
         shim::block.error = "a copy that is not aligned";
     }
@@ -377,33 +374,48 @@ inline int __syncthreads_or(int value) {
     return shim::block.any[vote];
 }
 
-enum class MmaInput { kFloat16, kBFloat16 };
+enum class MmaInput { kFloat16, kBFloat16, kInt8 };
 
-// The fragment layout is the one that the PTX manual gives for mma.m16n8k16 with 16-bit inputs.
 template <MmaInput kInput>
-void mma_m16n8k16(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+using MmaSum = std::conditional_t<kInput == MmaInput::kInt8, int32_t, float>;
+
+// The fragment layouts are those that the PTX manual gives for mma.m16n8k16 with 16-bit inputs and mma.m16n8k32 with
+// int8 ones. An int32 sum that overflows is an error, where a card would go on with it.
+template <MmaInput kInput>
+void mma(MmaSum<kInput> (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    constexpr int kWordValues = kInput == MmaInput::kInt8 ? 4 : 2, kHalf = 4 * kWordValues;
     shim::Exchange mine{};
     std::copy(a, a + 4, mine.a);
     mine.b[0] = b0, mine.b[1] = b1;
     const shim::Exchange* const lanes = shim::meet(shim::Instruction::kMma, mine);
-    const auto value = [](uint32_t word, int upper) -> double {
-        const uint16_t bits = static_cast<uint16_t>(upper ? word >> 16 : word);
+    const auto value = [](uint32_t word, int place) -> double {
+        if (kInput == MmaInput::kInt8) return static_cast<int8_t>(word >> (8 * place));
+        const uint16_t bits = static_cast<uint16_t>(word >> (16 * place));
         return kInput == MmaInput::kFloat16 ? shim::float16_value(bits)
                                             : shim::bits_as<float>(static_cast<uint32_t>(bits) << 16);
     };
-    // a[row][column] lies with lane 4 (row % 8) + column % 8 / 2, b[row][column] with lane 4 column + row % 8 / 2.
+    // a[row][column] lies with lane 4 (row % 8) + column % kHalf / V, b[row][column] with lane
+    // 4 column + row % kHalf / V, for V values in a word.
     const auto a_value = [&](int row, int column) {
-        return value(lanes[row % 8 * 4 + column % 8 / 2].a[row / 8 + column / 8 * 2], column % 2);
+        const int lane = row % 8 * 4 + column % kHalf / kWordValues;
+        return value(lanes[lane].a[row / 8 + column / kHalf * 2], column % kWordValues);
     };
     const auto b_value = [&](int row, int column) {
-        return value(lanes[column * 4 + row % 8 / 2].b[row / 8], row % 2);
+        const int lane = column * 4 + row % kHalf / kWordValues;
+        return value(lanes[lane].b[row / kHalf], row % kWordValues);
     };
     const int lane = shim::block.current % shim::kWarpSize;
     for (int i = 0; i < 4; ++i) {
         const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-        double products[16];
-        for (int k = 0; k < 16; ++k) products[k] = a_value(row, k) * b_value(k, column);
-        sums[i] = shim::add_products(sums[i], products);
+        double products[2 * kHalf];
+        for (int k = 0; k < 2 * kHalf; ++k) products[k] = a_value(row, k) * b_value(k, column);
+        if constexpr (kInput == MmaInput::kInt8) {
+            const double sum = std::accumulate(products, products + 2 * kHalf, static_cast<double>(sums[i]));
+            if (std::fabs(sum) >= 0x1p31) shim::block.error = "an int32 sum overflows";
+            sums[i] = static_cast<int32_t>(static_cast<int64_t>(sum));
+        } else {
+            sums[i] = shim::add_products(sums[i], products);
+        }
     }
 }
 
