@@ -131,11 +131,14 @@ def search(
 ) -> tuple[Tensor, Tensor]:
     """The k best rows (N, E) of each query (Q, E) by (score falling, index rising): scores and indices, both (Q, k).
 
-    `packed` comes from `pack`; None finds the norms now, but no equal rows. A row that is not finite, or that allowed
-    (N,) bool excludes, is never returned; results are padded with score −inf and index −1. A query that is not finite
-    gets scores NaN and indices −1.
+    `packed` comes from `pack`; with None the search itself finds the norms, but no equal rows. A row that is not
+    finite, or that allowed (N,) bool excludes, is never returned; results are padded with score −inf and index −1. A
+    query that is not finite gets scores NaN and indices −1.
     """
     queries, rows = aligned(queries.float()), aligned(rows)
+    if packed is None and allowed is None:
+        norms = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
+        return _search(queries, rows, row_scale, norms, k, finds_norms=True)
     norms, equal = (row_norms(rows, row_scale), None) if packed is None else packed
     if allowed is not None:  # the first of equal rows may be excluded, so all are searched
         norms, equal = norms.masked_fill(~allowed, torch.nan), None
@@ -168,8 +171,10 @@ def _with_equal_rows(scores: Tensor, indices: Tensor, equal: Tensor) -> TopK:
     return merge_topk([candidates], [0], k)
 
 
-def _search(queries: Tensor, rows: Tensor, row_scale: Tensor | None, norms: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`search` in aligned tensors, over the rows whose norm is a number."""
+def _search(
+    queries: Tensor, rows: Tensor, row_scale: Tensor | None, norms: Tensor, k: int, *, finds_norms: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`search` in aligned tensors, over the rows whose norm is a number. With `finds_norms` it writes the norms."""
     scores = torch.empty(queries.shape[0], k, dtype=torch.float32, device=rows.device)
     indices = torch.empty(queries.shape[0], k, dtype=torch.int64, device=rows.device)
     device, native_rows = rows.device.index, _native_rows(rows, row_scale)
@@ -186,6 +191,7 @@ def _search(queries: Tensor, rows: Tensor, row_scale: Tensor | None, norms: Tens
             count,
             native_rows,
             norms.data_ptr(),
+            finds_norms and start == 0,
             k,
             workspace.data_ptr(),
             scores[part].data_ptr(),

@@ -27,6 +27,11 @@ __device__ inline T shuffle_xor(T value, int mask) {
     return __shfl_xor_sync(kWholeWarp, value, mask);
 }
 
+template <class T>
+__device__ inline T shuffle(T value, int lane) {
+    return __shfl_sync(kWholeWarp, value, lane);
+}
+
 // Returns the old value.
 __device__ inline uint64_t atomic_max(uint64_t* address, uint64_t value) {
     return atomicMax(reinterpret_cast<unsigned long long*>(address), static_cast<unsigned long long>(value));

@@ -26,7 +26,8 @@
 //                                         at most 2 |q16| |x| and |q16| |x|, because |low| <= 128 sqrt(E) < 2^13 <=
 //                                         |q16|. Together 2^-21 at most
 // norm(x) includes 2^-96 for bfloat16 products that underflow, and is infinite above 2^64. Below that no sum overflows;
-// above it u is infinite or NaN, which counts as infinite, so the row is kept.
+// above it u is infinite or NaN, which counts as infinite, so the row is kept. It comes from row_norms_kernel or, so
+// that a search of rows without norms reads them once, from the first pass itself: norm_bound.
 #pragma once
 
 #include "topk/cuda/formats.cuh"
@@ -36,9 +37,10 @@ namespace valm {
 
 // All a kernel needs, passed by value.
 struct Search {
-    const float* queries;    // (n_queries, rows.dim)
-    Rows rows;               // rows.dim a multiple of 16, so that 16 bytes load at once
-    const float* row_norms;  // (rows.count), from row_norms_kernel; NaN: never return this row
+    const float* queries;  // (n_queries, rows.dim)
+    Rows rows;             // rows.dim a multiple of 16, so that 16 bytes load at once
+    float* row_norms;      // (rows.count), from row_norms_kernel; NaN: never return this row
+    bool finds_norms;      // row_norms has no values yet: the first pass finds and writes them
     int n_queries, k;
     Plan plan;
     // Workspace, in the order of Plan's offsets.
@@ -240,6 +242,23 @@ __device__ inline void multiply(const uint4* packed, int slab, int slabs, int la
     }
 }
 
+// The sums of the rows' squares += those of one slab. The words of 8 rows as the `b` of an mma are also the first half
+// of an `a`, so that the squares are the diagonal of the product.
+template <class Format>
+__device__ inline void add_squares(const typename Format::Part* rows, float (&squares)[kRowTiles][4]) {
+#pragma unroll
+    for (int n = 0; n < kRowTiles; ++n) {
+        uint32_t row[Format::kRowTerms][kPartWords<Format>];
+        Format::words(rows[n * kWarp], row);
+#pragma unroll
+        for (int step = 0; step < kSteps<Format>; ++step) {
+            const uint32_t* const b = row[0] + 2 * step;
+            const uint32_t a[4] = {b[0], 0, b[1], 0};
+            mma<Format::kInput>(squares[n], a, b[0], b[1]);
+        }
+    }
+}
+
 // Copies the block's queries to shared memory, first their words, then their error factors. Returns the latter;
 // behind them the memory is free. By the whole block, before a barrier.
 template <class Format, int kQueryTiles>
@@ -266,23 +285,39 @@ struct Tile {
 };
 
 // The tile whose rows lie at the warp's places from `place` on, the next of the stream.
-template <class Format, int kQueryTiles>
+template <class Format, int kQueryTiles, bool kFindsNorms>
 __device__ inline void find_bounds(const Search& s, const float* errors, RowStream<Format>& stream, int64_t place,
                                    Tile<kQueryTiles>& tile) {
     const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
     const auto row_of = [&](int n, int j) { return (place + 8 * n + 2 * t + j) * stream.stride; };
+    if constexpr (!kFindsNorms) {
 #pragma unroll
-    for (int n = 0; n < kRowTiles; ++n) {
+        for (int n = 0; n < kRowTiles; ++n) {
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-            const int64_t row = row_of(n, j);
-            tile.norms[n][j] = row < s.rows.count ? s.row_norms[row] : NAN;
+            for (int j = 0; j < 2; ++j) {
+                const int64_t row = row_of(n, j);
+                tile.norms[n][j] = row < s.rows.count ? s.row_norms[row] : NAN;
+            }
         }
     }
     Sums<Format, kQueryTiles> sums = {};
+    [[maybe_unused]] float squares[kRowTiles][4] = {};
     for (int slab = 0; slab < s.plan.slabs; ++slab) {
-        multiply<Format, kQueryTiles>(dynamic_shared(), slab, s.plan.slabs, lane, stream.wait(), sums);
+        const auto* const rows = stream.wait();
+        multiply<Format, kQueryTiles>(dynamic_shared(), slab, s.plan.slabs, lane, rows, sums);
+        if constexpr (kFindsNorms) add_squares<Format>(rows, squares);
         stream.replace();
+    }
+    if constexpr (kFindsNorms) {
+#pragma unroll
+        for (int n = 0; n < kRowTiles; ++n) {
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                const int64_t row = row_of(n, j);
+                const float square = shuffle(squares[n][j], 4 * (2 * t + j) + t);  // row and column 2 t + j
+                tile.norms[n][j] = row < s.rows.count ? norm_bound<Format>(square, s.rows, row) : NAN;
+            }
+        }
     }
 #pragma unroll
     for (int n = 0; n < kRowTiles; ++n) {
@@ -312,7 +347,7 @@ __device__ inline uint64_t bound_key(float bound, int64_t row) {
 
 // A block takes 16 kQueryTiles queries and a tile of the sample, which is spread evenly over the database. Each warp
 // passes on its best key for each query.
-template <class Format, int kQueryTiles>
+template <class Format, int kQueryTiles, bool kFindsNorms>
 __global__ __launch_bounds__(kThreads, first_pass_residents(kQueryTiles)) void sample_kernel(Search s) {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, t = lane % 4;
     float* const errors = load_queries<Format, kQueryTiles>(s);
@@ -323,7 +358,7 @@ __global__ __launch_bounds__(kThreads, first_pass_residents(kQueryTiles)) void s
     auto* const stages = reinterpret_cast<typename Format::Part*>(errors + 16 * kQueryTiles);
     RowStream<Format> stream(s, stages, place, stride);
     Tile<kQueryTiles> tile;
-    find_bounds<Format, kQueryTiles>(s, errors, stream, place, tile);
+    find_bounds<Format, kQueryTiles, kFindsNorms>(s, errors, stream, place, tile);
     wait_copies(0);
 #pragma unroll
     for (int m = 0; m < kQueryTiles; ++m) {
@@ -363,7 +398,7 @@ static __global__ __launch_bounds__(kThreads) void sample_thresholds_kernel(Sear
 
 // A block takes 16 kQueryTiles queries and every splits-th tile of 256 rows. Strided, so that the blocks of different
 // queries that run together read the same rows, and sorted databases spread over all blocks.
-template <class Format, int kQueryTiles>
+template <class Format, int kQueryTiles, bool kFindsNorms>
 __global__ __launch_bounds__(kThreads, first_pass_residents(kQueryTiles)) void first_pass_kernel(Search s) {
     constexpr int kQueries = 16 * kQueryTiles;
     const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp, g = lane / 4, t = lane % 4;
@@ -392,7 +427,14 @@ __global__ __launch_bounds__(kThreads, first_pass_residents(kQueryTiles)) void f
     for (int64_t row = warp_row; row - warp * (kRowTiles * 8) < s.rows.count;
          row += static_cast<int64_t>(s.plan.splits) * kBlockRows) {
         Tile<kQueryTiles> tile;
-        find_bounds<Format, kQueryTiles>(s, errors, stream, row, tile);
+        find_bounds<Format, kQueryTiles, kFindsNorms>(s, errors, stream, row, tile);
+        if (kFindsNorms && blockIdx.x == 0 && g == 0) {
+#pragma unroll
+            for (int i = 0; i < 2 * kRowTiles; ++i) {
+                const int64_t there = row + 8 * (i / 2) + 2 * t + i % 2;
+                if (there < s.rows.count) s.row_norms[there] = tile.norms[i / 2][i % 2];
+            }
+        }
 
         // A bit for each bound that may pass the threshold.
         uint32_t pending[kQueryTiles];

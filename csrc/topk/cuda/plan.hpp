@@ -24,6 +24,10 @@ constexpr int kBlockRows = kWarps * kRowTiles * 8;
 // multiprocessor (3.35 TB/s, 132 of them, 0.8 us); a slab of a tile has kStageBytes, 16 KB.
 constexpr int kMostStages = 4;
 constexpr int64_t kStageBytes = int64_t{kThreads} * kRowTiles * 16;
+// Rows that come without norms: up to so many blocks that share a part of the database find them in the first pass,
+// each with a quarter more products, for 64 queries of 16 bits. A kernel of its own reads the rows once more, which on
+// an H100 (3.35 TB/s, 989 TFLOP/s) takes as long as that quarter of 18 blocks, at a peak that they never reach.
+constexpr int kMostNormBlocks = 8;
 // The first thresholds come from a sample of up to as many tiles of rows, of which each warp passes on one key a query.
 constexpr int kMostSampleTiles = 32;
 constexpr int kSampleKeys = kMostSampleTiles * kWarps;

@@ -24,6 +24,11 @@ def assert_same(actual: TopK | tuple, expected: TopK | tuple) -> None:
     torch.testing.assert_close(actual[0].cpu(), expected[0].cpu(), rtol=0, atol=0, equal_nan=True)
 
 
+def norms_of(rows: torch.Tensor, row_scale: torch.Tensor | None) -> cuda.RowNorms:
+    return cuda.RowNorms(cuda.row_norms(rows, row_scale), None)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("n_queries", "n_rows", "dim", "k"),
@@ -38,20 +43,23 @@ def assert_same(actual: TopK | tuple, expected: TopK | tuple) -> None:
         (1000, 3_000, 96, 3),
     ],
 )
-def test_agrees_with_the_reference(dtype, n_queries, n_rows, dim, k):
+def test_agrees_with_the_reference(dtype, n_queries, n_rows, dim, k, prepared):
     rows, row_scale = store(normals(n_rows, dim, seed=1), dtype, torch.device("cuda"))
     queries = normals(n_queries, dim).cuda()
-    assert_same(cuda.search(queries, rows, row_scale, None, k), reference.ip_topk(queries, rows, row_scale, k))
+    packed = norms_of(rows, row_scale) if prepared else None
+    assert_same(cuda.search(queries, rows, row_scale, packed, k), reference.ip_topk(queries, rows, row_scale, k))
 
 
+@pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ADVERSARIAL)
-def test_adversarial_rows(kind, dtype):
+def test_adversarial_rows(kind, dtype, prepared):
     rows, row_scale = store(adversarial(kind, 40_000, 64, dtype), dtype, torch.device("cuda"))
     queries = normals(20, 64).cuda()
     queries[3] = 0
     queries[4, 2] = torch.nan
-    assert_same(cuda.search(queries, rows, row_scale, None, 8), reference.ip_topk(queries, rows, row_scale, 8))
+    packed = norms_of(rows, row_scale) if prepared else None
+    assert_same(cuda.search(queries, rows, row_scale, packed, 8), reference.ip_topk(queries, rows, row_scale, 8))
 
 
 def test_public_functions_use_it():
@@ -79,7 +87,7 @@ def test_compiles_and_passes_opcheck():
 
 def test_in_a_cuda_graph_and_on_another_stream():
     queries, database = normals(4, 64).cuda(), normals(20_000, 64, seed=1).half().cuda()
-    norms = cuda.RowNorms(cuda.row_norms(database, None), None)
+    norms = norms_of(database, None)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -65,6 +65,7 @@ class Simulator:
         self._limits = (multiprocessors, ctypes.c_int64(shared_bytes))
         self.redone = 0  # queries that the exact scan answered in the last search
         self.offered = 0  # keys that its pools were offered, those again that a full pool turned away
+        self.launches = 0  # of its kernels
 
     def _call(self, name: str, *arguments) -> None:
         message = ctypes.create_string_buffer(200)
@@ -84,15 +85,18 @@ class Simulator:
         self._library.first_pass(ctypes.c_int64(n_queries), *rows.arguments, k, *self._limits, figures)
         return tuple(figures)
 
-    def ip_topk_cuda(self, device, queries, n_queries, rows, norms, k, workspace, scores, indices, stream) -> None:
+    def ip_topk_cuda(
+        self, device, queries, n_queries, rows, norms, finds_norms, k, workspace, scores, indices, stream
+    ) -> None:
         size = self.cuda_topk_workspace(device, n_queries, rows, k)
         memory = (ctypes.c_uint8 * size).from_address(workspace)
         ctypes.memset(memory, 0xFF, size)
-        redone, offered = ctypes.c_int(-1), ctypes.c_int64(-1)
+        redone, offered, launches = ctypes.c_int(-1), ctypes.c_int64(-1), ctypes.c_int(-1)
         self._call(
             "search",
             *rows.arguments,
             ctypes.c_void_p(norms),
+            finds_norms,
             ctypes.c_void_p(queries),
             n_queries,
             k,
@@ -100,9 +104,10 @@ class Simulator:
             *map(ctypes.c_void_p, (workspace, scores, indices)),
             ctypes.byref(redone),
             ctypes.byref(offered),
+            ctypes.byref(launches),
         )
         assert bytes(memory[-GUARD_BYTES:]) == b"\xff" * GUARD_BYTES, "written beyond the workspace"
-        self.redone, self.offered = redone.value, offered.value
+        self.redone, self.offered, self.launches = redone.value, offered.value, launches.value
 
 
 class NoStream:

@@ -14,13 +14,23 @@ from valm_kernels.topk import api, cuda, index, reference
 from valm_kernels.topk.index import store
 
 
-def assert_exact(queries: torch.Tensor, rows: torch.Tensor, k: int, row_scale: torch.Tensor | None = None) -> None:
-    scores, indices = cuda.search(queries, rows, row_scale, None, k)
+def assert_exact(
+    queries: torch.Tensor,
+    rows: torch.Tensor,
+    k: int,
+    row_scale: torch.Tensor | None = None,
+    *,
+    prepared: bool = False,
+) -> None:
+    """Of a raw tensor, or with norms found beforehand as an index has them."""
+    packed = cuda.RowNorms(cuda.row_norms(rows, row_scale), None) if prepared else None
+    scores, indices = cuda.search(queries, rows, row_scale, packed, k)
     expected_scores, expected_indices = reference.ip_topk(queries, rows, row_scale, k)
     assert torch.equal(indices, expected_indices)
     torch.testing.assert_close(scores, expected_scores, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
@@ -36,10 +46,10 @@ def assert_exact(queries: torch.Tensor, rows: torch.Tensor, k: int, row_scale: t
         (33, 12400, 8, 40),  # of 12, for blocks of 64
     ],
 )
-def test_agrees_with_the_reference(simulate, library, order, dtype, n_queries, n_rows, dim, k):
+def test_agrees_with_the_reference(simulate, library, order, dtype, n_queries, n_rows, dim, k, prepared):
     simulator = simulate(library, order)
     rows, row_scale = store(normals(n_rows, dim, seed=1), dtype, torch.device("cpu"))
-    assert_exact(normals(n_queries, dim), rows, min(k, n_rows), row_scale)
+    assert_exact(normals(n_queries, dim), rows, min(k, n_rows), row_scale, prepared=prepared)
     assert simulator.redone == 0
 
 
@@ -115,13 +125,14 @@ def test_stages_that_fit(simulate, library, shared_bytes, dtype, dim, n_queries,
     multiprocessors=st.integers(1, 9),
     shared_kib=st.integers(12, 227),
     seed=st.integers(0, 99),
+    prepared=st.booleans(),
 )
 def test_any_shape_on_any_device(
-    simulate, library, n_queries, n_rows, dim, k, dtype, order, multiprocessors, shared_kib, seed
+    simulate, library, n_queries, n_rows, dim, k, dtype, order, multiprocessors, shared_kib, seed, prepared
 ):
     simulate(library, order, seed=seed, multiprocessors=multiprocessors, shared_bytes=shared_kib * 1024)
     rows, row_scale = store(normals(n_rows, dim, seed=seed), dtype, torch.device("cpu"))
-    assert_exact(normals(n_queries, dim, seed=seed + 1), rows, min(k, n_rows), row_scale)
+    assert_exact(normals(n_queries, dim, seed=seed + 1), rows, min(k, n_rows), row_scale, prepared=prepared)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -145,17 +156,18 @@ def test_adversarial_rows(simulate, library, order, dtype, kind):
     simulator = simulate(library, order)
     stored, row_scale = store(adversarial(kind, 600, 40, dtype), dtype, torch.device("cpu"))
     queries = normals(2, 40)
-    assert_exact(queries, stored, 8, row_scale)
+    assert_exact(queries, stored, 8, row_scale, prepared=order == "random")
     if kind in ("equal", "duplicates"):
         assert simulator.redone == 2  # more ties than a candidate list has room for
 
 
+@pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ADVERSARIAL)
-def test_adversarial_rows_with_a_sample(simulate, library, dtype, kind):
+def test_adversarial_rows_with_a_sample(simulate, library, dtype, kind, prepared):
     simulate(library, "random")
     stored, row_scale = store(adversarial(kind, 4100, 16, dtype), dtype, torch.device("cpu"))
-    assert_exact(normals(17, 16), stored, 8, row_scale)
+    assert_exact(normals(17, 16), stored, 8, row_scale, prepared=prepared)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -395,6 +407,43 @@ def test_row_norms_are_upper_bounds(simulate, library, order):
         exact = reference.dequantise(rows, row_scale).double().norm(dim=1)
         norms = cuda.row_norms(rows, row_scale).double()
         assert (norms >= exact).all() and (norms <= exact * (1 + 2**-19) + 2**-95).all()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("n_queries", [3, 70])
+def test_a_first_pass_finds_the_norms(simulate, library, order, dtype, n_queries):
+    """Upper bounds, infinite for a norm whose square may overflow, NaN for a row that is not finite."""
+    simulator = simulate(library, order)
+    rows = (normals(300, 40, seed=1) * torch.logspace(-3, 3, 300)[:, None]).to(DTYPES[dtype])
+    rows[3] = 0
+    rows[7, 5], rows[8, 0], rows[9, 39] = torch.inf, torch.nan, -torch.inf
+    if dtype != "float16":
+        rows[20, 2], rows[21] = 3e38, 1e19
+    norms = torch.full((300,), -1.0)
+    found = cuda._search(cuda.aligned(normals(n_queries, 40)), cuda.aligned(rows), None, norms, 5, finds_norms=True)
+    assert simulator.launches == 5  # none for the norms alone
+    exact = rows.double().norm(dim=1)
+    large = exact > 2**63
+    assert torch.equal(norms.isnan(), ~exact.isfinite())
+    assert torch.equal(norms.isinf(), large & exact.isfinite())
+    other = exact <= 2**63
+    assert (norms[other] >= exact[other]).all()
+    assert (norms[other] <= exact[other] * (1 + 2**-6) + 2**-55).all()
+    finite = exact.isfinite().nonzero()[:, 0]
+    expected = reference.ip_topk(normals(n_queries, 40), rows[finite], None, 5)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], finite[expected[1]])
+
+
+def test_norms_are_found_beforehand_where_no_first_pass_could(simulate, library):
+    simulator = simulate(library)
+    queries, rows = normals(600, 16), normals(300, 16, seed=1)
+    int8 = store(rows, "int8", torch.device("cpu"))
+    for some, stored, scale, k in ((queries, rows, None, 3), (queries[:1], rows, None, 129), (queries[:1], *int8, 3)):
+        assert_exact(some, stored, k, scale)
+        launches = simulator.launches
+        assert_exact(some, stored, k, scale, prepared=True)
+        assert launches == simulator.launches + 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -14,8 +14,8 @@ from tests.csrc.topk.cuda.ptxas import ARCHITECTURES, measure, nvcc_version, rea
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_figures(architecture):
     figures = measure(architecture)
-    # of the 4 types of rows: first pass in 3 tile heights, sample in 2, the others
-    assert len(figures) == 4 * (3 + 2 + 4) + 2
+    # of the 4 types of rows: first pass in 3 tile heights, sample in 2, the others; the former two also with norms
+    assert len(figures) == 4 * (3 + 2 + 4) + 2 + 3 * (3 + 2)
     assert [row for row in figures if row.spill_bytes or row.stack_bytes] == []
     version, _, table = read_table()
     assert {key for key in table if key[2] == architecture} == {row[:3] for row in figures}
@@ -36,6 +36,6 @@ def test_rows_are_copied_ahead_of_their_products():
     """
     _, _, table = read_table()
     loops = [row for row in table.values() if row.mma]
-    assert len(loops) == len(ARCHITECTURES) * 4 * (3 + 2)
+    assert len(loops) == len(ARCHITECTURES) * (4 + 3) * (3 + 2)
     assert {row.kernel for row in loops} == {"first_pass_kernel", "sample_kernel"}
     assert all((row.copies, row.loads) == (4, 0) for row in loops)

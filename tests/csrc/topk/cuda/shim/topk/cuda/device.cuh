@@ -97,7 +97,8 @@ struct Block {
     int barriers = 0;  // that the whole block has passed
     const char* error = nullptr;
     int64_t additions = 0;  // atomic ones, of all blocks so far
-    bool any[2] = {};       // votes, alternating between barriers
+    int launches = 0;
+    bool any[2] = {};  // votes, alternating between barriers
     jmp_buf scheduler;
     ucontext_t scheduler_context;
 };
@@ -294,11 +295,15 @@ inline bool any_in_warp(bool value) {
 }
 
 template <class T>
-T shuffle_xor(T value, int mask) {
+T shuffle(T value, int lane) {
     shim::Exchange mine{};
     mine.value = shim::bits_as<uint64_t>(value);
-    const int lane = shim::block.current % shim::kWarpSize;
-    return shim::bits_as<T>(shim::meet(shim::Instruction::kShuffle, mine)[lane ^ mask].value);
+    return shim::bits_as<T>(shim::meet(shim::Instruction::kShuffle, mine)[lane].value);
+}
+
+template <class T>
+T shuffle_xor(T value, int mask) {
+    return shuffle(value, shim::block.current % shim::kWarpSize ^ mask);
 }
 
 inline uint64_t atomic_max(uint64_t* address, uint64_t value) {
@@ -421,6 +426,7 @@ void mma(MmaSum<kInput> (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
 
 template <class Argument>
 void launch(void (*kernel)(Argument), dim3 grid, int threads, size_t shared_bytes, Stream, const Argument& argument) {
+    ++shim::block.launches;
     shim::block.body = [=] { kernel(argument); };
     shim::block_size = dim3(threads);
     shim::grid_size = grid;
