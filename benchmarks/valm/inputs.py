@@ -85,11 +85,7 @@ def real_vectors(tower: str) -> np.ndarray:
 
 
 def large_knowledge_base(folder: Path, tower: str) -> ImageKnowledgeBase:
-    """PICTURES vectors made by perturbing `real_vectors`, in `folder`; made where it is not there yet.
-
-    Each is one of them plus PERTURBATION times the difference of two others, which keeps the directions and lengths
-    in which real vectors differ.
-    """
+    """PICTURES vectors made by perturbing `real_vectors`, in `folder`; made where it is not there yet."""
     out = folder / f"{PICTURES}-{tower.replace('/', '-')}"
     if (out / "manifest.json").exists():
         return ImageKnowledgeBase.open(out)
@@ -97,12 +93,17 @@ def large_knowledge_base(folder: Path, tower: str) -> ImageKnowledgeBase:
 
     def shards() -> Iterator[np.ndarray]:
         for number in range(PICTURES // SHARD):
-            generator = np.random.default_rng(number)
-            one, other, another = generator.integers(0, len(real), (3, SHARD))
-            yield real[one] + PERTURBATION * (real[other] - real[another])
+            yield perturbed(real, SHARD, number)
 
     plan = {"real": len(real), "perturbation": PERTURBATION, "count": PICTURES}
     return knowledge_base_of(shards(), out, clip(tower), plan)
+
+
+def perturbed(real: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """`count` vectors (count, E), each one of `real` (N, E) plus PERTURBATION times the difference of two others, which
+    keeps the directions and lengths in which real vectors differ."""
+    one, other, another = np.random.default_rng(seed).integers(0, len(real), (3, count))
+    return real[one] + PERTURBATION * (real[other] - real[another])
 
 
 def knowledge_base_of(
