@@ -39,9 +39,9 @@ class Int8Linear(torch.nn.Module):
         for some, of_some in zip(rows.split(ROWS), out.split(ROWS), strict=True):
             least, largest = some.amin(-1, keepdim=True), some.amax(-1, keepdim=True)
             step = ((largest - least) / 255).clamp(min=torch.finfo(torch.float32).tiny)  # (rows, 1)
-            rounded = ((some - least) / step).round_().sub_(128).to(torch.int8)
-            product = torch._int_mm(rounded, self.weight).float()
-            torch.addcmul(self.bias, product.mul_(step), self.scale, out=of_some)
+            rounded = (some - least).div_(step).round_().sub_(128).to(torch.int8)
+            of_some.copy_(torch._int_mm(rounded, self.weight)).mul_(step)
+            torch.addcmul(self.bias, of_some, self.scale, out=of_some)
             # what is rounded to 0 is 128 steps above the least
             of_some.addr_((least + 128 * step)[:, 0], self.sum)
         return out.unflatten(0, states.shape[:-1])
