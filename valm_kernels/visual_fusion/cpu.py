@@ -67,13 +67,20 @@ def backward(
     inputs: Inputs,
     needed: Sequence[bool],
 ) -> Gradients:
-    """The needed gradients, in the order of `Gradients`; all are computed, as they share their work."""
+    """The needed gradients, in the order of `Gradients`.
+
+    Those of the text are computed if q, k or v needs one, all others always: each shares its work with the others.
+    """
     grad_out, out, inputs = whole_rows(grad_out), whole_rows(out), _whole_rows(inputs)
     # Where a query sees nothing, exp(score - lse) has to be 0, and the gradient of lse may be anything.
     unseen = lse == -torch.inf
     lse = lse.masked_fill(unseen, torch.inf)
     grad_lse = None if grad_lse is None else grad_lse.masked_fill(unseen, 0)
-    grad_q, grad_k, grad_v = _text_backward(grad_out, grad_lse, out, lse, inputs)
+    grad_k, grad_v = None, None
+    if any(needed[:3]):
+        grad_q, grad_k, grad_v = _text_backward(grad_out, grad_lse, out, lse, inputs)
+    else:  # of a frozen model in which only what makes the image keys and values learns
+        grad_q = empty_tokens_first(inputs.q).zero_()
     if inputs.image_k is None or inputs.image_v is None:
         return _only(needed, grad_q, grad_k, grad_v, *[None] * 7)
 

@@ -179,6 +179,19 @@ def test_inputs_without_gradient_get_none():
     assert inputs["v"].grad is not None and inputs["q"].grad is None
 
 
+@pytest.mark.parametrize("name", ["dense", "pooled", "image_q"])
+def test_text_has_no_backward_where_only_images_need_gradients(monkeypatch, name):
+    """As in a frozen model with a trained norm of the images."""
+    problem = PROBLEMS[name]
+    inputs, (grad_out, _) = problem.inputs(torch.float32), cotangents(problem)
+    expected = solve(inputs, "cpu", (grad_out, None))
+    monkeypatch.setattr(cpu, "_text_backward", lambda *_: pytest.fail("computes gradients of the text"))
+    leaves = {n: inputs[n].requires_grad_() for n in expected if n.startswith("image_")}
+    gradients = torch.autograd.grad(visual_fusion_attn(**inputs), list(leaves.values()), grad_out.float())
+    for leaf, gradient in zip(leaves, gradients, strict=True):
+        assert gradient.equal(expected[leaf]), leaf
+
+
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("tokens_first", [True, False])
 def test_layouts(tokens_first, softcap):
