@@ -106,6 +106,8 @@ def _images(
 ) -> tuple[Tensor, Tensor | None]:
     """The images of every query, (B, Hkv, Tq, K, D), and which are present, (B, Tq, K) or None for all."""
     if image_index is None:
+        if image_mask is not None:  # what is masked may be anything, NaN too
+            image = image.masked_fill(~image_mask[:, None, :, :, None], 0)
         return image, image_mask
     padded = torch.nn.functional.pad(image, (0, 0, 0, 1))  # (Hkv, U + 1, D): index -1 reads the zero row
     gathered = padded[:, image_index.long()]  # (Hkv, B, Tq, K, D)

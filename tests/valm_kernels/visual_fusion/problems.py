@@ -258,6 +258,19 @@ def assert_minus_infinity_is_weight_zero(impl: str, problem: Problem, dtype: tor
         torch.testing.assert_close(found[name], tensor, msg=name)
 
 
+def assert_masked_images_may_be_anything(impl: str) -> None:
+    """Checks that NaN in images that image_mask excludes changes nothing, and that their gradients are 0."""
+    problem = PROBLEMS["dense"]
+    inputs = problem.inputs(torch.float32)
+    expected = solve(inputs, impl, cotangents(problem))
+    absent = ~inputs["image_mask"][:, None, :, :, None]  # (B, 1, Tq, K, 1)
+    filled = {name: inputs[name].masked_fill(absent, torch.nan) for name in ("image_k", "image_v")}
+    for name, tensor in solve({**inputs, **filled}, impl, cotangents(problem)).items():
+        assert tensor.equal(expected[name]), name
+    for name in ("image_k", "image_v"):
+        assert not (expected[name] * absent).any(), name
+
+
 def assert_unused_keys_may_be_anything(impl: str, problem: Problem, dtype: torch.dtype) -> None:
     """Checks that NaN in the keys and values from cache_seqlens on changes nothing, and that their gradients are 0."""
     inputs = problem.inputs(dtype)

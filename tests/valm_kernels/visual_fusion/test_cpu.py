@@ -11,6 +11,7 @@ from tests.valm_kernels.visual_fusion.problems import (
     CACHES,
     PROBLEMS,
     Problem,
+    assert_masked_images_may_be_anything,
     assert_minus_infinity_is_weight_zero,
     assert_passes_nan_on,
     assert_solves,
@@ -256,6 +257,11 @@ def test_gradient_of_lse_where_nothing_is_seen(impl, first_key):
 def test_nan_is_passed_on(name, isa, dtype, monkeypatch):
     monkeypatch.setenv("VALM_KERNELS_ISA", isa)
     assert_passes_nan_on("cpu", name, dtype)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_masked_images_may_be_anything(impl):
+    assert_masked_images_may_be_anything(impl)
 
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
