@@ -116,7 +116,11 @@ def _only(needed: Sequence[bool], *gradients: Tensor | None) -> Gradients:
 
 def _whole_rows(inputs: Inputs) -> Inputs:
     """The inputs with contiguous rows of q, k and v, as the flash kernel and the image branch read them."""
-    return inputs._replace(q=whole_rows(inputs.q), k=whole_rows(inputs.k), v=whole_rows(inputs.v))
+    q = whole_rows(inputs.q)
+    # out is laid out like q, and of a q whose rows overlap it would have no contiguous ones
+    if torch.empty_like(q, device="meta").stride(-1) != 1:
+        q = q.contiguous()
+    return inputs._replace(q=q, k=whole_rows(inputs.k), v=whole_rows(inputs.v))
 
 
 class _ImageBranch:

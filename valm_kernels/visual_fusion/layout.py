@@ -21,8 +21,10 @@ def empty_tokens_first(like: Tensor) -> Tensor:
 
 
 def empty_rows_like(like: Tensor) -> Tensor:
-    """An uninitialised tensor laid out like `like`, or contiguous where the last dimension of `like` is strided."""
-    return torch.empty_like(like) if like.stride(-1) == 1 else like.new_empty(like.shape)
+    """An uninitialised tensor laid out like `like`, or contiguous where that would have no contiguous rows: the last
+    dimension of `like` is strided, or its rows overlap (`Tensor.unfold`)."""
+    empty = torch.empty_like(like)
+    return empty if like.stride(-1) == empty.stride(-1) == 1 else like.new_empty(like.shape)
 
 
 def _empty_contiguous(like: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.valm_kernels.visual_fusion.problems import Problem
+from tests.valm_kernels.visual_fusion.problems import Problem, solve
 from valm_kernels import visual_fusion_attn
 from valm_kernels.visual_fusion import api
 
@@ -428,6 +428,23 @@ def test_last_dimension_of_any_stride(name, impl):
     inputs[name] = torch.stack([inputs[name], torch.zeros_like(inputs[name])], -1)[..., 0]
     assert inputs[name].stride(-1) == 2
     assert visual_fusion_attn(**inputs, impl=impl).equal(expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"first_key": torch.tensor([[0, 3, 1, 2, 9]] * 2).int()}])
+def test_rows_that_overlap(options):
+    """Of tensors from `Tensor.unfold`: torch.empty_like makes one of them without contiguous rows."""
+    inputs = Problem(num_queries=5, head_dim=16).inputs(torch.float32) | options
+    overlapping = {
+        "q": torch.randn(2, 4, 20, generator=torch.Generator().manual_seed(0)).unfold(2, 16, 1),
+        "image_k": torch.randn(2, 2, 5, 18, generator=torch.Generator().manual_seed(1)).unfold(3, 16, 1),
+    }
+    assert torch.empty_like(overlapping["q"]).stride(-1) != 1
+    contiguous = {name: tensor.contiguous() for name, tensor in overlapping.items()}
+    expected, found = (
+        solve(inputs | tensors, "cpu", (torch.ones(2, 4, 5, 16), None)) for tensors in (contiguous, overlapping)
+    )
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], msg=name)
 
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])

@@ -15,6 +15,7 @@ from tests.valm_kernels.visual_fusion.problems import (
     BEYOND_32_BITS,
     PROBLEMS,
     Problem,
+    assert_masked_images_may_be_anything,
     assert_passes_nan_on,
     assert_result_accurate,
     far_apart,
@@ -114,6 +115,18 @@ class Recorder:
 @pytest.mark.parametrize("name", ["q", "image_k", "image_v"])
 def test_nan_is_passed_on(name):
     assert_passes_nan_on("triton", name, torch.float32)
+
+
+def test_masked_images_may_be_anything():
+    assert_masked_images_may_be_anything("triton")
+
+
+def test_rows_that_overlap():
+    """torch.empty_like makes of q a tensor without contiguous rows."""
+    inputs = Problem(num_queries=5, head_dim=16).inputs(torch.float32)
+    q = torch.randn(2, 4, 20, generator=torch.Generator().manual_seed(0)).unfold(2, 16, 1)
+    expected = visual_fusion_attn(**{**inputs, "q": q.contiguous()}, impl="triton")
+    assert torch.equal(visual_fusion_attn(**{**inputs, "q": q}, impl="triton"), expected)
 
 
 @pytest.mark.parametrize("index", [-2, 11])
