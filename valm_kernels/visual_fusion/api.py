@@ -206,7 +206,7 @@ def visual_fusion_attn(
             pass over the text: the same kernel writes the scores t_ik, and the weights are exp(t_ik - lse_i).
         impl: "auto" uses "triton" for CUDA tensors and "cpu" for CPU tensors. A named implementation never falls back
             to another one. With VALM_KERNELS_AUTOTUNE=1 in the environment, "triton" tunes its tile sizes at the first
-            call with each head dimension and dtype, and caches them on disk.
+            call of each kind (device, dtype, sizes, layout and options), and caches them on disk.
 
     Returns:
         out (B, Hq, Tq, D) in the dtype of q; with return_lse also lse (B, Hq, Tq), with return_image_weights also the
@@ -318,7 +318,7 @@ def _cast(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
     """
     q = tensors[0]
     device_type = q.device.type
-    if not torch.is_autocast_enabled(device_type) or q.dtype == torch.float64:
+    if not _is_autocast_enabled(device_type) or q.dtype == torch.float64:
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return (*(t.to(dtype) if _is_cast(t) else t for t in tensors[:6]), *tensors[6:])
@@ -343,9 +343,14 @@ def _first_key_in_document(inputs: Inputs, cu_seqlens: Tensor) -> Tensor:
 
 
 def _outside_autocast(device_type: str) -> AbstractContextManager:
-    if torch.is_autocast_enabled(device_type):
+    if _is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
+
+
+def _is_autocast_enabled(device_type: str) -> bool:
+    # of a device without autocast, such as "meta", PyTorch raises
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _is_cast(tensor: Any) -> bool:
@@ -445,6 +450,8 @@ def _check_image_shapes(inputs: Inputs) -> int:
 
     if image_q is not None:
         _check_shape("image_q", image_q, q.shape, "that of q")
+    if inputs.image_slots is not None and image_index is None:
+        raise ValueError("image_slots belongs to the pooled layout: give image_index too")
     if image_index is not None and image_mask is not None:
         raise ValueError("image_mask belongs to the dense layout; in the pooled layout put -1 into image_index instead")
     slots_name, slots = ("image_index", image_index) if image_index is not None else ("image_mask", image_mask)
@@ -480,8 +487,6 @@ def _check_image_shapes(inputs: Inputs) -> int:
         _check_shape("image_k", image_k, (kv_heads, image_k.shape[1], head_dim), "(Hkv, U, D)")
     _check_shape("image_v", image_v, image_k.shape, "that of image_k")
     if inputs.image_slots is not None:
-        if image_index is None:
-            raise ValueError("image_slots belongs to the pooled layout: give image_index too")
         length = image_k.shape[1] + 1 + batch * num_queries * num_images
         _check_shape("image_slots", inputs.image_slots, (length,), "(U + 1 + B Tq K,)")
     if num_images > MAX_IMAGES:

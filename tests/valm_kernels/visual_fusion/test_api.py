@@ -199,6 +199,12 @@ WRONG = {
         ValueError,
         "image_slots belongs to the pooled layout: give image_index too",
     ),
+    "image_slots without images": (
+        replace(DENSE, num_images=0),
+        {"image_slots": zeros(37, dtype=torch.int32)},
+        ValueError,
+        "image_slots belongs to the pooled layout: give image_index too",
+    ),
     # dtype
     "image_slots dtype": (
         POOLED,
@@ -473,6 +479,12 @@ def test_auto_refuses_other_devices():
     q = zeros(1, 1, 2, 8, device="meta")
     with pytest.raises(ValueError, match='impl="auto" serves CPU and CUDA tensors, but q is on meta; use impl="ref'):
         visual_fusion_attn(q, q, q, None, None)
+
+
+def test_reference_serves_every_device():
+    """Also one that has no autocast."""
+    q = zeros(1, 1, 2, 8, device="meta")
+    assert visual_fusion_attn(q, q, q, None, None, impl="reference").shape == q.shape
 
 
 def test_triton_has_to_be_installed(monkeypatch):
