@@ -56,9 +56,10 @@ def _query_range_kernel(
     Where first_key is not monotone, queries in between may see none: they are computed like the others, and masked. A
     kernel of its own, for bounds that `_key_kernel` computes itself keep its loops from being pipelined.
     """
-    i_b = tl.program_id(1).to(tl.int64)
+    n_tiles = tl.cdiv(Tk, BLOCK_N)
+    i_b = (tl.program_id(0) // n_tiles).to(tl.int64)
+    n_first = tl.program_id(0) % n_tiles * BLOCK_N
     Tk = used_keys(cache_seqlens, i_b, Tk)
-    n_first = tl.program_id(0) * BLOCK_N
     n_last = tl.minimum(n_first + BLOCK_N, Tk) - 1
     begin, full, end = _causal_range(n_first, n_last, Tq, Tk, CAUSAL)
     b_begin = tl.full([BLOCK_SCAN], Tq, tl.int32)
@@ -75,7 +76,7 @@ def _query_range_kernel(
     end = tl.max(b_end, 0)
     full = tl.maximum(full, tl.max(b_full, 0))
     full = tl.minimum(tl.maximum(full, begin), tl.maximum(end, begin))
-    p_range = query_range + (i_b * tl.num_programs(0) + tl.program_id(0)) * 3
+    p_range = query_range + tl.program_id(0).to(tl.int64) * 3
     tl.store(p_range, begin)
     tl.store(p_range + 1, full)
     tl.store(p_range + 2, end)
@@ -267,7 +268,7 @@ def key_gradients(inputs: Inputs, lse: Tensor, delta: Tensor, grad_out: Tensor, 
         query_range = None
         if inputs.first_key is not None:
             query_range = torch.empty(batch, key_tiles, 3, dtype=torch.int32, device=q.device)
-            _query_range_kernel[(key_tiles, batch)](
+            _query_range_kernel[(batch * key_tiles,)](
                 inputs.first_key,
                 inputs.cache_seqlens,
                 query_range,

@@ -114,13 +114,15 @@ class Launch:
 
 
 class Recorder:
-    """Stands in for a kernel and records its launches."""
+    """Stands in for a kernel and records its launches and their grids."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
         self.launches: list[Launch] = []
+        self.grids: list[tuple[int, ...]] = []
 
     def __getitem__(self, grid: tuple[int, ...]) -> Recorder:
+        self.grids.append(grid)
         return self
 
     def __call__(self, *arguments: Any, **keywords: Any) -> None:

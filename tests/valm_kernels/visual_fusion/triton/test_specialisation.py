@@ -115,3 +115,16 @@ def test_nothing_is_computed_for_gradients_that_nobody_needs():
     assert launched(biased, "image_score_bias") == {"query": {"delta", "dimage_score_bias"}}
     own_query = without(meta_inputs(64, torch.float16, False, image_q=True), "first_key")
     assert launched(own_query, "image_q") == {"query": {"delta", "dimage_q"}}
+
+
+def test_a_batch_may_be_larger_than_the_second_dimension_of_a_grid():
+    """CUDA launches at most 65,535 programs along it."""
+    problem = Problem(batch=2**16, num_queries=1, head_dim=8, num_images=1, pool_size=2, first_key="left_padding")
+    inputs = problem.inputs(torch.float16)
+    inputs = Inputs(*(inputs.get(name) for name in Inputs._fields[:-3]), True, 1.0, None)
+    lse = torch.empty(inputs.q.shape[:3])
+    with recorders(ARCH) as found:
+        forward.forward(inputs)
+        backward.backward(inputs.q, None, None, inputs.q, lse, inputs, [True] * len(Gradients._fields))
+    grids = [grid for recorder in found.values() for grid in recorder.grids]
+    assert len(grids) == 6 and all(size < 2**16 for grid in grids for size in grid[1:])
