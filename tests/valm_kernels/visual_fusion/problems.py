@@ -308,7 +308,7 @@ PROBLEMS = {
     "no images": Problem(num_images=0),
     "one image": Problem(num_images=1, biases=False, gaps=False),
     "one token": Problem(num_queries=1, batch=9),
-    "decode": Problem(num_queries=1, prefix=300, batch=8, pool_size=5),
+    "decode": Problem(num_queries=1, prefix=300, batch=8, pool_size=5, scale=0.15),
     "decode few": Problem(num_queries=5, prefix=129, batch=4, scale=0.15),
     "prefix": Problem(prefix=37, pool_size=11, scale=0.15),
     "not causal": Problem(causal=False, prefix=3),
