@@ -205,7 +205,7 @@ def _key_kernel(
         begin, full, end = _causal_range(n_first, n_last, Tq, n_keys, CAUSAL)
     # the masked part ends on a border of its own tiles
     BLOCK_T: tl.constexpr = max(1, BLOCK_M // BLOCK_G)
-    full = begin + tl.cdiv(full - begin, BLOCK_T) * BLOCK_T
+    full = begin + (full - begin + BLOCK_T - 1) // BLOCK_T * BLOCK_T
     if cache_seqlens is not None:
         # no query for a tile of which no key is used
         end = tl.where(n_first < n_keys, end, begin)
