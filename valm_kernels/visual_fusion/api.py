@@ -10,11 +10,12 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from valm_kernels.visual_fusion import flash
 from valm_kernels.visual_fusion.inputs import Inputs
 from valm_kernels.visual_fusion.op import document_starts, fused_attention
 from valm_kernels.visual_fusion.reference import joint_softmax, reference_attention
 
-IMPLS = ("auto", "triton", "cpu", "reference")
+IMPLS = ("auto", "triton", flash.NAME, "cpu", "reference")
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
 MAX_IMAGES = 64
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -204,9 +205,13 @@ def visual_fusion_attn(
         return_lse: return (out, lse) instead of out.
         return_image_weights: return the weights b_ik of the images as well, after the other results. Without a second
             pass over the text: the same kernel writes the scores t_ik, and the weights are exp(t_ik - lse_i).
-        impl: "auto" uses "triton" for CUDA tensors and "cpu" for CPU tensors. A named implementation never falls back
-            to another one. With VALM_KERNELS_AUTOTUNE=1 in the environment, "triton" tunes its tile sizes at the first
-            call of each kind (device, dtype, sizes, layout and options), and caches them on disk.
+        impl: "auto" uses "triton" for CUDA tensors and "cpu" for CPU tensors. For long CUDA texts (Tk D >= 2048 * 128)
+            it uses "flash+triton" where that serves the call: PyTorch's flash attention for the text and one kernel
+            that joins the images. That takes float16 and bfloat16, D a multiple of 8, with causal as many queries as
+            keys, and none of first_key, cu_seqlens, cache_seqlens and softcap; where lse or the weights of the images
+            have a gradient, its backward is that of "triton". A named implementation never falls back to another one.
+            With VALM_KERNELS_AUTOTUNE=1 in the environment, "triton" tunes its tile sizes at the first call of each
+            kind (device, dtype, sizes, layout and options), and caches them on disk.
 
     Returns:
         out (B, Hq, Tq, D) in the dtype of q; with return_lse also lse (B, Hq, Tq), with return_image_weights also the
@@ -226,8 +231,12 @@ def visual_fusion_attn(
     biases = (image_k_bias, image_v_bias, image_logit_bias, image_score_bias)
     tensors = (q, k, v, *images, *biases, first_key, cache_seqlens, image_slots, cu_seqlens)
     _check_tensor("q", q)
-    impl = _choose_impl(impl, q)
+    asked, impl = impl, _choose_impl(impl, q)
     inputs = _checked_inputs(tensors, causal, scale, softcap)
+    if impl == flash.NAME and (refusal := flash.refusal(inputs)) is not None:
+        raise ValueError(f'impl="{impl}" {refusal}; use impl="auto"')
+    if asked == "auto" and impl == "triton" and flash.is_long(inputs):
+        impl = flash.NAME
     with _outside_autocast(q.device.type):
         if impl == "reference":
             out, lse, image_weights = reference_attention(inputs)
@@ -371,16 +380,16 @@ def _choose_impl(impl: str, q: Tensor) -> str:
         impl = "triton" if on_cuda else "cpu"
     if impl == "cpu" and device_type != "cpu":
         raise ValueError(f'impl="cpu" needs CPU tensors, but q is on {q.device}; use impl="auto"')
-    if impl == "triton":
+    if impl in ("triton", flash.NAME):
         if not on_cuda and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError(
-                f'impl="triton" needs CUDA tensors, but q is on {q.device}; use impl="auto" (CPU tensors are '
+                f'impl="{impl}" needs CUDA tensors, but q is on {q.device}; use impl="auto" (CPU tensors are '
                 "served only by Triton's interpreter, with TRITON_INTERPRET=1 set before Python starts)"
             )
         if not HAS_TRITON:
-            raise ValueError('impl="triton" needs the package triton, which is not installed; use impl="reference"')
+            raise ValueError(f'impl="{impl}" needs the package triton, which is not installed; use impl="reference"')
         if q.dtype == torch.float64:
-            raise TypeError('impl="triton" does not take float64; use float32, or impl="reference"')
+            raise TypeError(f'impl="{impl}" does not take float64; use float32, or impl="reference"')
     return impl
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from valm_kernels.visual_fusion import cpu
+from valm_kernels.visual_fusion import cpu, flash
 from valm_kernels.visual_fusion.inputs import Gradients, Inputs, check_cu_seqlens
 from valm_kernels.visual_fusion.layout import empty_gradients, empty_image_scores, empty_rows_like
 
@@ -41,7 +41,7 @@ _backward_op = torch.ops.valm_kernels.visual_fusion_attn_backward.default
 
 
 def fused_attention(inputs: Inputs, impl: str, with_image_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """out, lse and image_scores through the operator; impl is "cpu" or "triton".
+    """out, lse and image_scores through the operator; impl is "cpu", "triton" or "flash+triton".
 
     image_scores (B, Hq, Tq, K) are the t_ik of `visual_fusion_attn`, -inf where there is no image.
     """
@@ -61,16 +61,15 @@ def document_starts(cu_seqlens: Tensor, num_queries: int, num_keys: int) -> Tens
 
 def _implementation(impl: str) -> tuple[Any, Any]:
     """(forward, backward) of one implementation."""
-    return (cpu.forward, cpu.backward) if impl == "cpu" else _triton()
+    return (cpu.forward, cpu.backward) if impl == "cpu" else _triton(impl == flash.NAME)
 
 
 @cache
-def _triton() -> tuple[Any, Any]:
+def _triton(with_flash: bool) -> tuple[Any, Any]:
     """Triton is imported only where it is used."""
-    from valm_kernels.visual_fusion.triton.backward import backward
-    from valm_kernels.visual_fusion.triton.forward import forward
+    from valm_kernels.visual_fusion.triton import backward, forward, joined
 
-    return forward, backward
+    return (joined.forward, joined.backward) if with_flash else (forward.forward, backward.backward)
 
 
 def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:

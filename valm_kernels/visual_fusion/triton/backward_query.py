@@ -75,6 +75,7 @@ def _query_kernel(
     grad_out,
     grad_lse,
     grad_image_scores,
+    text_dq,  # the text's part of dq; None: the kernel computes it
     dq,  # None here and below: not asked for
     delta,  # (B, Hq, Tq), for _key_kernel
     dimage_k,  # dense layout: (B, Hkv, Tq, K, D), or one such for each part of a group of heads
@@ -94,6 +95,7 @@ def _query_kernel(
     stride_iq,
     stride_o,
     stride_do,
+    stride_tdq,
     stride_dq,
     stride_dik,
     stride_div,
@@ -219,33 +221,38 @@ def _query_kernel(
             b_dq = b_du
 
     if dq is not None:
-        Tk = used_keys(cache_seqlens, i_b, Tk)
-        b_first, b_last = visible_keys(first_key, i_b, o_t, Tq, Tk, CAUSAL)
-        b_dq = over_key_tiles(
-            _dq_step,
-            b_dq,
-            (b_do, b_lse, b_delta, softcap_log2),
-            b_q,
-            k + i_b * stride_k[0] + i_h * stride_k[1],
-            v + i_b * stride_v[0] + i_h * stride_v[1],
-            stride_k[2],
-            stride_v[2],
-            first_key,
-            b_first,
-            b_last,
-            0,
-            Tk,
-            Tk,
-            scale_log2,
-            softcap_log2,
-            D,
-            BLOCK_D,
-            BLOCK_N,
-            ALIGNED,
-            INPUT_PRECISION,
-        )
+        if text_dq is not None:
+            b_text = load_rows(text_dq, stride_tdq, i_b, o_h, o_t, D, BLOCK_D, ALIGNED).to(tl.float32)
+            b_dq = b_dq * scale + b_text
+        else:
+            Tk = used_keys(cache_seqlens, i_b, Tk)
+            b_first, b_last = visible_keys(first_key, i_b, o_t, Tq, Tk, CAUSAL)
+            b_dq = over_key_tiles(
+                _dq_step,
+                b_dq,
+                (b_do, b_lse, b_delta, softcap_log2),
+                b_q,
+                k + i_b * stride_k[0] + i_h * stride_k[1],
+                v + i_b * stride_v[0] + i_h * stride_v[1],
+                stride_k[2],
+                stride_v[2],
+                first_key,
+                b_first,
+                b_last,
+                0,
+                Tk,
+                Tk,
+                scale_log2,
+                softcap_log2,
+                D,
+                BLOCK_D,
+                BLOCK_N,
+                ALIGNED,
+                INPUT_PRECISION,
+            )
+            b_dq *= scale
         p_dq = columns(row_pointers(dq, stride_dq, i_b, o_h, o_t), BLOCK_D, ALIGNED)
-        tl.store(p_dq, (b_dq * scale).to(dq.dtype.element_ty), mask=m_row[:, None] & m_d[None, :])
+        tl.store(p_dq, b_dq.to(dq.dtype.element_ty), mask=m_row[:, None] & m_d[None, :])
 
 
 @dataclass(frozen=True)
@@ -264,8 +271,12 @@ def query_gradients(
     grad_lse: Tensor | None,
     grad_image_scores: Tensor | None,
     gradients: Gradients,
+    text_dq: Tensor | None = None,
 ) -> tuple[Tensor, ForPool | None]:
     """Writes all gradients that are not None, except those of k, v and a pool; inputs are those of `kernel_inputs`.
+
+    Args:
+        text_dq: the text's part of the gradient of q, if it is computed already.
 
     Returns:
         delta (B, Hq, Tq) float32, and the input of `pool_gradients` if those are needed.
@@ -307,6 +318,7 @@ def query_gradients(
             grad_out,
             grad_lse,
             grad_image_scores,
+            text_dq,
             gradients.q,
             delta,
             dense_k,
@@ -326,6 +338,7 @@ def query_gradients(
             strides(image_q),
             strides(out),
             strides(grad_out),
+            strides(text_dq),
             strides(gradients.q),
             dense_strides(dense_k),
             dense_strides(dense_v),
@@ -356,7 +369,9 @@ def query_gradients(
             _sum_into(gradients.image_score_bias.transpose(1, 2), score_bias)
         return delta, None if image_dx is None or image_b is None else ForPool(image_dx, image_b)
 
-    return launch(choose_tiles("query" if inputs.softcap is None else "query softcap", inputs, launch))
+    joined = text_dq is not None
+    tiles_of = "query joined" if joined else "query" if inputs.softcap is None else "query softcap"
+    return launch(choose_tiles(tiles_of, inputs, launch))
 
 
 def _sum_into(gradient: Tensor | None, partial: Tensor | None) -> None:

@@ -13,6 +13,9 @@ The text keys are shared by all rows of the tile and go through tensor-core prod
 algorithm 1). image_k_bias adds the same u.image_k_bias to every image product, and image_v_bias is weighted by the sum
 of the image weights, which after the image loop is l: neither bias is ever added to an image vector.
 
+Where attention to the text is computed already (joined.py), its out and lse take the place of the keys: they enter as
+one more term of the sums, of weight 2^(lse_text - m).
+
 Where too few tiles exist to fill the chip (decoding) the keys that a tile may see are split, and the images are one
 more split, the last; each writes a float32 partial result with its own lse, and `_merge_kernel` joins them.
 """
@@ -116,6 +119,8 @@ def _forward_kernel(
     out,
     lse,
     image_scores,  # (B, Hq, Tq, K) float32
+    text_out,  # of attention to the text alone; None: the kernel attends to it
+    text_lse,
     stride_q,  # (batch, head, position), as for k and v
     stride_k,
     stride_v,
@@ -124,6 +129,7 @@ def _forward_kernel(
     stride_iq,  # (batch, head, position), as for out
     stride_o,
     stride_part,  # from one split's out to the next
+    stride_to,
     Hkv,
     Tq,
     Tk,
@@ -185,40 +191,50 @@ def _forward_kernel(
         if image_v_bias is not None:
             b_acc += b_l[:, None] * load_bias(image_v_bias, i_h, D, BLOCK_D, ALIGNED)[None, :]
 
-    Tk = used_keys(cache_seqlens, i_b, Tk)
-    b_first, b_last = visible_keys(first_key, i_b, o_t, Tq, Tk, CAUSAL)
-    # in a sliding window that is a small part of all keys
-    lo = tl.min(b_first, 0) // BLOCK_N * BLOCK_N
-    hi = tl.maximum(tl.max(b_last, 0) + 1, lo)
-    n_splits = tl.num_programs(1)
-    if image_k is not None:
-        n_splits = tl.maximum(n_splits - 1, 1)
-    split_keys = tl.cdiv(tl.cdiv(hi - lo, n_splits), BLOCK_N) * BLOCK_N
-    lo += tl.program_id(1) * split_keys
-    hi = tl.minimum(lo + split_keys, hi)
-    b_acc, b_m, b_l = over_key_tiles(
-        _softmax_step,
-        (b_acc, b_m, b_l),
-        None,
-        b_q,
-        k + i_b * stride_k[0] + i_h * stride_k[1],
-        v + i_b * stride_v[0] + i_h * stride_v[1],
-        stride_k[2],
-        stride_v[2],
-        first_key,
-        b_first,
-        b_last,
-        lo,
-        hi,
-        Tk,
-        scale_log2,
-        softcap_log2,
-        D,
-        BLOCK_D,
-        BLOCK_N,
-        ALIGNED,
-        INPUT_PRECISION,
-    )
+    if text_out is not None:
+        b_text = load_rows(text_out, stride_to, i_b, o_h, o_t, D, BLOCK_D, ALIGNED)
+        b_text_lse = tl.load(text_lse + (i_b * Hkv * G + o_h) * Tq + o_t) * LOG2E
+        b_m_new = tl.maximum(b_m, b_text_lse)
+        b_alpha = tl.exp2(b_m - b_m_new)
+        b_p = tl.exp2(b_text_lse - b_m_new)
+        b_l = b_l * b_alpha + b_p
+        b_acc = b_acc * b_alpha[:, None] + b_p[:, None] * b_text.to(tl.float32)
+        b_m = b_m_new
+    else:
+        Tk = used_keys(cache_seqlens, i_b, Tk)
+        b_first, b_last = visible_keys(first_key, i_b, o_t, Tq, Tk, CAUSAL)
+        # in a sliding window that is a small part of all keys
+        lo = tl.min(b_first, 0) // BLOCK_N * BLOCK_N
+        hi = tl.maximum(tl.max(b_last, 0) + 1, lo)
+        n_splits = tl.num_programs(1)
+        if image_k is not None:
+            n_splits = tl.maximum(n_splits - 1, 1)
+        split_keys = tl.cdiv(tl.cdiv(hi - lo, n_splits), BLOCK_N) * BLOCK_N
+        lo += tl.program_id(1) * split_keys
+        hi = tl.minimum(lo + split_keys, hi)
+        b_acc, b_m, b_l = over_key_tiles(
+            _softmax_step,
+            (b_acc, b_m, b_l),
+            None,
+            b_q,
+            k + i_b * stride_k[0] + i_h * stride_k[1],
+            v + i_b * stride_v[0] + i_h * stride_v[1],
+            stride_k[2],
+            stride_v[2],
+            first_key,
+            b_first,
+            b_last,
+            lo,
+            hi,
+            Tk,
+            scale_log2,
+            softcap_log2,
+            D,
+            BLOCK_D,
+            BLOCK_N,
+            ALIGNED,
+            INPUT_PRECISION,
+        )
 
     # a row that saw nothing: out 0, lse -inf
     b_seen = b_l != 0.0  # NaN too
@@ -270,8 +286,14 @@ def _merge_kernel(
     tl.store(lse + i_r, tl.where(b_seen, (b_m + tl.log2(b_l)) * LN2, float("-inf")))
 
 
-def forward(inputs: Inputs, image_scores: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """out (B, Hq, Tq, D), laid out as q, and lse (B, Hq, Tq) float32; writes image_scores (B, Hq, Tq, K) float32."""
+def forward(
+    inputs: Inputs, image_scores: Tensor | None = None, text: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """out (B, Hq, Tq, D), laid out as q, and lse (B, Hq, Tq) float32; writes image_scores (B, Hq, Tq, K) float32.
+
+    With `text`, the out and lse of attention to the text alone, the images are joined to it and no key is read.
+    """
+    text_out, text_lse = (None, None) if text is None else text
     if CHECK_INDEX:
         check_pool(inputs)
     out = empty_rows_like(inputs.q)
@@ -282,12 +304,14 @@ def forward(inputs: Inputs, image_scores: Tensor | None = None) -> tuple[Tensor,
     kv_heads, k_len = k.shape[1:3]
     constants = kernel_constants(q, k, inputs.causal)
     block_g = constants["BLOCK_G"]
-    tiles_of = "decode" if q_len * block_g <= DECODE_ROWS else "forward"
+    tiles_of = "forward joined" if text else "decode" if q_len * block_g <= DECODE_ROWS else "forward"
     lse = q.new_empty((batch, q_heads, q_len), dtype=torch.float32)
 
     def launch(tiles: Tiles) -> None:
         programs = cdiv(q_len * block_g, tiles.block_m) * batch * kv_heads
-        splits = splits_of(programs, k_len, image_k is not None, multiprocessors(q.device))
+        splits = 1
+        if text is None:
+            splits = splits_of(programs, k_len, image_k is not None, multiprocessors(q.device))
         if splits == 1:
             out_part, lse_part = out, lse
             stride_part, stride_o = 0, strides(out)
@@ -301,6 +325,8 @@ def forward(inputs: Inputs, image_scores: Tensor | None = None) -> tuple[Tensor,
                 out_part,
                 lse_part,
                 image_scores,
+                text_out,
+                text_lse,
                 strides(q),
                 strides(k),
                 strides(v),
@@ -309,6 +335,7 @@ def forward(inputs: Inputs, image_scores: Tensor | None = None) -> tuple[Tensor,
                 strides(inputs.image_q),
                 stride_o,
                 stride_part,
+                strides(text_out),
                 kv_heads,
                 q_len,
                 k_len,

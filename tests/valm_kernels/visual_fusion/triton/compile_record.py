@@ -43,6 +43,7 @@ from valm_kernels.visual_fusion.triton import (
     backward_pool,
     backward_query,
     forward,
+    joined,
 )
 
 TABLE = Path(__file__).parents[4] / "benchmarks" / "records" / "triton_compile.csv"
@@ -74,6 +75,8 @@ CASES = (
     ("forward", "softcap image_q"),
     ("query", "softcap image_q"),
     ("key", "softcap image_q"),
+    ("forward", "joined"),
+    ("query", "joined"),
 )
 # Limits of a multiprocessor and of a block (CUDA C++ Programming Guide, compute capabilities).
 REGISTERS_PER_SM = 65536
@@ -182,17 +185,20 @@ def without(inputs: Inputs, *names: str) -> Inputs:
     return inputs._replace(**dict.fromkeys(names))
 
 
-def record(kernel: str, arch: int, inputs: Inputs, with_lse: bool, with_image_scores: bool) -> Launch:
+def record(
+    kernel: str, arch: int, inputs: Inputs, with_lse: bool, with_image_scores: bool, with_flash: bool = False
+) -> Launch:
     """The last launch of `kernel` in forward or backward."""
     q = inputs.q
     image_scores = empty_image_scores(inputs, wanted=True) if with_image_scores else None
     with recorders(arch) as found:
         if kernel in ("forward", "merge"):
-            forward.forward(inputs, image_scores)
+            (joined if with_flash else forward).forward(inputs, image_scores)
         else:
             lse = q.new_empty(q.shape[:3], dtype=torch.float32)
             results = (lse if with_lse else None, image_scores, q, lse)
-            backward.backward(q, *results, inputs, needed=[True] * len(Gradients._fields))
+            module = joined if with_flash else backward
+            module.backward(q, *results, inputs, needed=[True] * len(Gradients._fields))
     return found[kernel].launches[-1]
 
 
@@ -231,7 +237,11 @@ def compile_case(kernel: str, call: str, arch: int, head_dim: int, dtype: str) -
     """Compiles one row of the table; raises what Triton raises where that fails."""
     options = {"decode": {"q_len": 1, "k_len": 4096}, "softcap image_q": {"softcap": 50.0, "image_q": True}}
     inputs = meta_inputs(head_dim, DTYPES[dtype], call == "pooled", **options.get(call, {}))
-    return compile_kernel(kernel, variant(call, head_dim, dtype), arch, inputs).report
+    if call == "joined":
+        inputs, options = without(inputs, "first_key"), {"with_lse": False, "with_flash": True}
+    else:
+        options = {}
+    return compile_kernel(kernel, variant(call, head_dim, dtype), arch, inputs, **options).report
 
 
 def variant(call: str, head_dim: int, dtype: str) -> str:
@@ -239,11 +249,17 @@ def variant(call: str, head_dim: int, dtype: str) -> str:
 
 
 def compile_kernel(
-    kernel: str, variant: str, arch: int, inputs: Inputs, with_lse: bool = True, with_image_scores: bool = False
+    kernel: str,
+    variant: str,
+    arch: int,
+    inputs: Inputs,
+    with_lse: bool = True,
+    with_image_scores: bool = False,
+    with_flash: bool = False,
 ) -> Compiled:
     """Compiles `kernel` as it would be launched for `inputs`, in the backward with the gradients of lse and of the
-    image scores or without."""
-    special = specialise(record(kernel, arch, inputs, with_lse, with_image_scores), arch)
+    image scores or without; with flash attention for the text as impl="flash+triton" launches it."""
+    special = specialise(record(kernel, arch, inputs, with_lse, with_image_scores, with_flash), arch)
     compiled = triton.compile(special.source, target=GPUTarget("cuda", arch, 32), options=special.options)
 
     registers, spill_bytes = _resource_usage(compiled.asm["cubin"])
@@ -289,7 +305,8 @@ def _resource_usage(cubin: bytes) -> tuple[int, int]:
 def all_cases() -> Iterator[tuple[str, str, int, int, str]]:
     """Arguments of compile_case for every row of the table."""
     for case, arch, head_dim, dtype in product(CASES, ARCHITECTURES, HEAD_DIMS, DTYPES):
-        yield *case, arch, head_dim, dtype
+        if "joined" not in case or dtype != "float32":  # which flash attention does not take
+            yield *case, arch, head_dim, dtype
 
 
 def read_table() -> tuple[str, dict[tuple[str, str, str], Report]]:

@@ -41,6 +41,13 @@ def test_agrees_on_large_problems(name, dtype):
     assert_solves("triton", LARGE[name], dtype, device="cuda")
 
 
+@pytest.mark.parametrize("with_lse", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("name", ["dense", "pooled", "group of six", "widest"])
+def test_agrees_with_flash_attention_for_the_text(name, dtype, with_lse):
+    assert_solves("flash+triton", LARGE[name], dtype, with_lse, device="cuda")
+
+
 @pytest.mark.parametrize("name", ["dense", "pooled", "decode"])
 def test_every_run_gives_the_same_bits(name):
     grads = cotangents(LARGE[name])

@@ -29,13 +29,15 @@ def run_interpreted(file: str, marker: str) -> None:
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("file", ["test_backward.py", "test_forward.py", "test_guarded_interpreter.py"])
+@pytest.mark.parametrize(
+    "file", ["test_backward.py", "test_forward.py", "test_guarded_interpreter.py", "test_joined.py"]
+)
 def test_kernels_under_interpreter(file):
     run_interpreted(file, "not slow")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("file", ["test_backward.py", "test_guarded_interpreter.py"])
+@pytest.mark.parametrize("file", ["test_backward.py", "test_guarded_interpreter.py", "test_joined.py"])
 def test_kernels_under_interpreter_on_all_problems(file):
     run_interpreted(file, "slow")

@@ -1,0 +1,83 @@
+"""When flash attention takes the text of a CUDA call, and how PyTorch's operators are called, without a card."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tests.valm_kernels.visual_fusion.problems import Problem
+from valm_kernels import visual_fusion_attn
+from valm_kernels.visual_fusion import api, flash
+from valm_kernels.visual_fusion.inputs import Inputs
+
+GROUPED = Problem(query_heads=8, kv_heads=2, num_queries=16, head_dim=64, num_images=0, biases=False)
+
+
+def checked(problem: Problem, dtype: torch.dtype = torch.float16, **options) -> Inputs:
+    given = problem.inputs(dtype) | options
+    names = (*Inputs._fields[:-3], "cu_seqlens")
+    tensors = tuple(given.get(name) for name in names)
+    return api._checked_inputs(tensors, given.get("causal", True), None, given.get("softcap"))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_operators_are_called_as_pytorch_declares_them(causal):
+    """On the meta device, whose operators check the arguments of those of CUDA."""
+    inputs = checked(replace(GROUPED, causal=causal))
+    inputs = inputs._replace(**{name: getattr(inputs, name).to("meta") for name in ("q", "k", "v")})
+    out, lse = flash.text_forward(inputs)
+    assert out.shape == inputs.q.shape and out.dtype == torch.float16
+    assert lse.shape == inputs.q.shape[:3] and lse.dtype == torch.float32
+    gradients = flash.text_backward(torch.empty_like(out), out, lse, inputs)
+    assert [g.shape for g in gradients] == [inputs.q.shape, inputs.k.shape, inputs.v.shape]
+
+
+def impl_for(monkeypatch, q_len, head_dim, dtype=torch.float16, **options):
+    """The implementation that impl="auto" takes for CUDA tensors."""
+    chosen = []
+
+    def attention(inputs, impl, with_image_scores):
+        chosen.append(impl)
+        return torch.empty_like(inputs.q), None, None
+
+    monkeypatch.setattr(api, "fused_attention", attention)
+    monkeypatch.setattr(api, "HAS_TRITON", True)
+    with FakeTensorMode():
+        q = torch.empty(1, 2, q_len, head_dim, dtype=dtype, device="cuda")
+        if options.pop("documents", False):
+            options["first_key"] = torch.zeros(1, q_len, dtype=torch.int32, device="cuda")
+        visual_fusion_attn(q, q, q, None, None, **options)
+    return chosen[0]
+
+
+def test_long_texts_on_cuda_take_flash_attention(monkeypatch):
+    assert impl_for(monkeypatch, 2048, 128) == impl_for(monkeypatch, 4096, 64) == "flash+triton"
+    assert impl_for(monkeypatch, 2047, 128) == impl_for(monkeypatch, 4095, 64) == "triton"
+    assert impl_for(monkeypatch, 4096, 128, torch.float32) == "triton"
+    assert impl_for(monkeypatch, 4096, 128, documents=True) == "triton"
+    assert impl_for(monkeypatch, 4096, 128, impl="triton") == "triton"
+    assert impl_for(monkeypatch, 16, 64, impl="flash+triton") == "flash+triton"
+
+
+@pytest.mark.parametrize(
+    ("problem", "options", "message"),
+    [
+        (GROUPED, {"dtype": torch.float32}, "does not take float32"),
+        (replace(GROUPED, head_dim=60), {}, "multiple of 8, not 60"),
+        (replace(GROUPED, first_key="random"), {}, "does not take first_key"),
+        (replace(GROUPED, seqlens=True), {}, "cache_seqlens"),
+        (replace(GROUPED, softcap=2.0), {}, "softcap"),
+        (replace(GROUPED, prefix=3), {}, "as many queries as keys with causal=True, not 16 and 19"),
+    ],
+)
+def test_what_flash_attention_cannot_do_is_refused(monkeypatch, problem, options, message):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # CPU tensors are then accepted
+    monkeypatch.setattr(api, "HAS_TRITON", True)
+    assert message in flash.refusal(checked(problem, **options))
+    with pytest.raises(ValueError, match=message):
+        visual_fusion_attn(**problem.inputs(options.get("dtype", torch.float16)), impl="flash+triton")
+
+
+def test_a_prefix_is_taken_without_a_causal_mask():
+    assert flash.refusal(checked(replace(GROUPED, prefix=3, causal=False))) is None

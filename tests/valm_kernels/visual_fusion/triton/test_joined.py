@@ -1,0 +1,91 @@
+"""impl="flash+triton" under Triton's interpreter, where the flash attention of CPUs stands in for that of CUDA;
+test_interpreted.py starts the process."""
+
+import os
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("run by test_interpreted.py with TRITON_INTERPRET=1", allow_module_level=True)
+
+from tests.valm_kernels.visual_fusion.problems import PROBLEMS, Problem, assert_passes_nan_on, assert_solves
+from tests.valm_kernels.visual_fusion.triton.small_tiles import use_small_tiles
+from valm_kernels import visual_fusion_attn
+from valm_kernels.visual_fusion import flash
+from valm_kernels.visual_fusion.triton import joined
+
+QUICK = {"dense", "pooled", "no images", "not causal", "group of three", "image_q"}
+
+
+def served() -> list[str]:
+    """Problems whose loss has no gradient of lse."""
+
+    def serves(problem: Problem) -> bool:
+        options = problem.first_key or problem.cu_seqlens or problem.seqlens or problem.softcap
+        return (
+            not (options or problem.weights) and problem.head_dim % 8 == 0 and not (problem.causal and problem.prefix)
+        )
+
+    return [name for name, problem in PROBLEMS.items() if serves(problem)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in served()]
+)
+def test_agrees_with_float64_reference(monkeypatch, name, dtype):
+    use_small_tiles(monkeypatch, PROBLEMS[name])
+    monkeypatch.setattr(joined.triton_backward, "key_gradients", lambda *_: pytest.fail("reads keys in Triton"))
+    assert_solves(flash.NAME, PROBLEMS[name], dtype, with_lse=False)
+
+
+@pytest.mark.parametrize(("name", "with_lse"), [("pooled", True), ("image weights", False)])
+def test_gradient_of_lse_is_computed_by_triton(monkeypatch, name, with_lse):
+    use_small_tiles(monkeypatch, PROBLEMS[name])
+    monkeypatch.setattr(flash, "text_backward", lambda *_: pytest.fail("has no gradient of lse"))
+    assert_solves(flash.NAME, PROBLEMS[name], torch.float16, with_lse)
+
+
+@pytest.mark.parametrize("name", ["q", "image_k", "image_v"])
+def test_nan_is_passed_on(name):
+    assert_passes_nan_on(flash.NAME, name, torch.float16)
+
+
+@pytest.mark.parametrize("needed", ["q", "k", "image_v"])
+def test_one_gradient_alone(monkeypatch, needed):
+    inputs = PROBLEMS["dense"].inputs(torch.float16)
+    if needed == "image_v":
+        monkeypatch.setattr(flash, "text_backward", lambda *_: pytest.fail("no gradient of the text is needed"))
+    found, expected = (
+        torch.autograd.grad(visual_fusion_attn(**inputs | {needed: leaf}, impl=impl).sum(), leaf)[0]
+        for impl in (flash.NAME, "triton")
+        for leaf in [inputs[needed].clone().requires_grad_()]
+    )
+    torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
+
+
+def test_keys_are_read_by_flash_attention_alone(monkeypatch):
+    """The kernel does not read k and v, which may be anything once the text's own part is there."""
+    inputs = PROBLEMS["dense"].inputs(torch.float16)
+    expected = visual_fusion_attn(**inputs, impl=flash.NAME)
+    text_forward = flash.text_forward
+
+    def then_spoiled(of):
+        result = text_forward(of)
+        for keys in (of.k, of.v):
+            keys.fill_(torch.nan)
+        return result
+
+    monkeypatch.setattr(flash, "text_forward", then_spoiled)
+    assert visual_fusion_attn(**inputs, impl=flash.NAME).equal(expected)
+
+
+def test_triton_alone_runs_the_kernel_of_keys(monkeypatch):
+    """What a test above forbids is there to be forbidden."""
+    calls = []
+    monkeypatch.setattr(joined.triton_backward, "key_gradients", lambda *_: calls.append(_))
+    inputs = PROBLEMS["dense"].inputs(torch.float16)
+    inputs["k"].requires_grad_()
+    visual_fusion_attn(**inputs, impl="triton").sum().backward()
+    assert len(calls) == 1

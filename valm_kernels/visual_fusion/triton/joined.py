@@ -1,0 +1,66 @@
+"""impl="flash+triton": flash attention for the text (flash.py), and the kernels of images joined to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from valm_kernels.visual_fusion import flash
+from valm_kernels.visual_fusion.inputs import Gradients, Inputs
+from valm_kernels.visual_fusion.layout import empty_gradients, empty_rows_like
+from valm_kernels.visual_fusion.triton import backward as triton_backward
+from valm_kernels.visual_fusion.triton import forward as triton_forward
+from valm_kernels.visual_fusion.triton.backward_pool import pool_gradients
+from valm_kernels.visual_fusion.triton.backward_query import query_gradients
+from valm_kernels.visual_fusion.triton.launch import aligned_rows, contiguous, kernel_inputs
+
+
+def forward(inputs: Inputs, image_scores: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """out (B, Hq, Tq, D), laid out as q, and lse (B, Hq, Tq) float32; writes image_scores (B, Hq, Tq, K) float32."""
+    text = flash.text_forward(kernel_inputs(inputs))
+    if inputs.image_k is None:
+        return _into(empty_rows_like(inputs.q), text[0]), text[1]
+    return triton_forward.forward(inputs, image_scores, text)
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    grad_image_scores: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    inputs: Inputs,
+    needed: Sequence[bool],
+) -> Gradients:
+    """The needed gradients, in the order of `Gradients`; out and lse come from `forward` for the same inputs."""
+    if grad_lse is not None:  # which flash attention's backward does not know
+        return triton_backward.backward(grad_out, grad_lse, grad_image_scores, out, lse, inputs, needed)
+    gradients = empty_gradients(inputs, needed)
+    inputs = kernel_inputs(inputs)
+    grad_out, out = aligned_rows(grad_out), aligned_rows(out)
+    grad_image_scores, lse = contiguous(grad_image_scores), lse.contiguous()
+    text_dq = None
+    with torch.cuda.device_of(inputs.q):
+        if any(needed[:3]):
+            text_dq, text_dk, text_dv = flash.text_backward(grad_out, out, lse, inputs)
+            gradients = _with(gradients, k=text_dk, v=text_dv)
+            if inputs.image_k is None:
+                gradients = _with(gradients, q=text_dq)
+        if inputs.image_k is not None:
+            _, for_pool = query_gradients(inputs, out, lse, grad_out, None, grad_image_scores, gradients, text_dq)
+            if for_pool is not None:
+                pool_gradients(inputs, grad_out, for_pool, gradients)
+    return gradients
+
+
+def _with(gradients: Gradients, **found: Tensor) -> Gradients:
+    """`gradients` with those of `found` that are wanted."""
+    wanted = {name: (getattr(gradients, name), tensor) for name, tensor in found.items()}
+    return gradients._replace(**{name: _into(*pair) for name, pair in wanted.items() if pair[0] is not None})
+
+
+def _into(result: Tensor, found: Tensor) -> Tensor:
+    """`found` in the layout of `result`."""
+    return found if found.stride() == result.stride() else result.copy_(found)
