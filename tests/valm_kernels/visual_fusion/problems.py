@@ -14,6 +14,8 @@ from valm_kernels import sort_image_slots, visual_fusion_attn
 from valm_kernels.visual_fusion.inputs import Gradients
 
 DIFFERENTIABLE = Gradients._fields
+# Gradients that in 16 bits may be four times as wrong as eager ones, for the reason that docs/reliability.md gives.
+ROUNDED = ("image_k_bias", "image_logit_bias")
 
 
 @dataclass(frozen=True)
@@ -228,7 +230,8 @@ def assert_result_accurate(name: str, actual: Tensor, eager: Tensor, truth: Tens
     assert actual.dtype == eager.dtype, f"{name}: {actual.dtype}, expected {eager.dtype}"
     if name == "image_weights":
         actual, eager, truth = actual.log(), eager.log(), truth.log()
-    assert_accurate(name, actual, eager, truth, actual.dtype if name in ("lse", "image_weights") else dtype)
+    precision = actual.dtype if name in ("lse", "image_weights") else dtype
+    assert_accurate(name, actual, eager, truth, precision, 4 if name in ROUNDED and dtype.itemsize == 2 else 2)
 
 
 def assert_passes_nan_on(impl: str, name: str, dtype: torch.dtype) -> None:
