@@ -39,7 +39,7 @@ MEASURES = (
     (VALIDATION, RAW),
     (VALIDATION, CALIBRATED),
 )
-RANDOM_IMAGES = "VaLM, random images − twin"
+RANDOM_IMAGES, NATURAL = "VaLM, random images − twin", "natural VaLM − natural twin"
 PAIRS = {
     "VaLM − twin": (VALM, TWIN),
     "VaLM − Blind": (VALM, BLIND),
@@ -51,7 +51,7 @@ PAIRS = {
     "trained on random images, images off − twin": (("random", "off"), TWIN),
     "trained on noise − twin": (("noise", "noise"), TWIN),
     "trained on noise, images off − twin": (("noise", "off"), TWIN),
-    "natural VaLM − natural twin": (("natural-valm", "retrieved"), ("natural-twin", "none")),
+    NATURAL: (("natural-valm", "retrieved"), ("natural-twin", "none")),
 }
 NAMES = {
     "twin": "twin",
@@ -156,7 +156,7 @@ def hypotheses(results: Results) -> str:
     found, some = difference("VaLM − Blind")
     if found:
         add("H4: VaLM − Blind, MemoryColor, raw", found, found.low > 0 or found.high < 0, some)
-    found, some = difference("natural VaLM − natural twin")
+    found, some = difference(NATURAL)
     if found:
         add("H5: natural VaLM − natural twin, MemoryColor, raw", found, found.low > 0, some)
     return "\n".join(["| Hypothesis | Points [95 %] | |", "| --- | --- | --- |", *rows])
@@ -285,13 +285,13 @@ def overview(results: Results) -> Figure:
     """A few of the differences of `forest`, for the README."""
     asked = [("colours that no text says, VaLM − twin", "VaLM − twin", VALIDATION)]
     asked += [(f"{_title(of)}, VaLM − twin", "VaLM − twin", of) for of in (PRIMARY, *SECONDARY)]
-    asked += [(f"{_title(PRIMARY)}, {name}", name, PRIMARY) for name in (RANDOM_IMAGES, "VaLM − Blind")]
+    asked += [(f"{_title(PRIMARY)}, {name}", name, PRIMARY) for name in (RANDOM_IMAGES, "VaLM − Blind", NATURAL)]
     rows = []
     for title, name, of in asked:
         some = results.having(of, *PAIRS[name])
         if some.seeds:
             rows.append((title + _fewer(some, results), some.difference(*PAIRS[name], of)))
-    tests = [test for test in _retrieval_tests(results) if test.of == PRIMARY]
+    tests = [test for test in _retrieval_tests(results) if (test.arm, test.of) == ("valm", PRIMARY)]
     return _intervals(rows + [(test.title + _fewer(test.results, results), test.difference) for test in tests], 6)
 
 
@@ -365,10 +365,11 @@ def _fewer(some: Results, results: Results) -> str:
 
 
 class RetrievalTest(NamedTuple):
-    """A test that only a model with a knowledge base can pass: its set and difference, of how many things and which
-    seeds."""
+    """A test that only a model with a knowledge base can pass: its arm, set and difference, of how many things and
+    which seeds."""
 
     title: str
+    arm: str
     of: str
     difference: Difference
     things: int
@@ -384,9 +385,9 @@ def _retrieval_tests(results: Results) -> list[RetrievalTest]:
                 some = results.having(of, retrieved, (arm, exchange))
                 if some.changes(exchange, of):
                     title = f"{NAMES[arm]}, {SEEN[exchange]}, {_title(of)}"
-                    found.append(RetrievalTest(title, of, *some.follows(arm, exchange, of), some))
+                    found.append(RetrievalTest(title, arm, of, *some.follows(arm, exchange, of), some))
             some = results.having(of, retrieved, (arm, "taken-out"))
             if of != VALIDATION and some.seeds and any(some.seeds[0]["sets"][of]["pictured"]):
                 title = f"{NAMES[arm]}, pictures added, {_title(of)}"
-                found.append(RetrievalTest(title, of, *some.added(arm, of), some))
+                found.append(RetrievalTest(title, arm, of, *some.added(arm, of), some))
     return found
