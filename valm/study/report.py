@@ -124,7 +124,7 @@ def summary(results: Results) -> str:
     if (some := results.having(PRIMARY, VALM, ("valm", "exchanged"))).changes("exchanged", PRIMARY):
         follows, _ = some.follows("valm", "exchanged", PRIMARY)
         after = f"follow when red and blue are exchanged in the images{_fewer(some, results)}"
-        found.append(f"and {points(follows)} of its answers {after}")
+        found.append(f"and {points(follows)} points more of its answers {after}")
     return f"{', '.join(found)} (seeds {seeds} of {SEEDS})."
 
 

@@ -194,7 +194,8 @@ def read_results(files: Sequence[str | os.PathLike]) -> Results:
     if len({result["recipe"] for result in read}) > 1:
         raise ValmError("the results are of different settings, and cannot be pooled")
     seeds: dict[int, dict[str, Any]] = {}
-    for result in sorted(read, key=lambda result: result["seed"]):
+    # the twin's first: what two files of a seed tell of its CLIP and machine is taken from there
+    for result in sorted(read, key=lambda result: (result["seed"], "twin" not in result["losses"])):
         seed = result["seed"]
         seeds[seed] = _together(seeds[seed], result) if seed in seeds else result
     return Results(tuple(seeds.values()))

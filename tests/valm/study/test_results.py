@@ -85,11 +85,13 @@ def test_two_files_of_a_seed_with_different_arms_are_read_together(tmp_path):
             "rows": [row for row in whole["rows"] if row["arm"] in arms],
             "losses": {arm: loss for arm, loss in whole["losses"].items() if arm in arms},
             "seconds": whole["seconds"] | {name: 1.0},
+            "study": name,
         }
         (tmp_path / f"{name}.json").write_text(json.dumps(whole | part))
     together = read_results([tmp_path / "blind.json", tmp_path / "rest.json"])
     assert len(together.seeds) == 1
     assert together.seeds[0]["losses"] == whole["losses"]
+    assert together.seeds[0]["study"] == "rest"  # the twin's, whichever comes first
     assert together.seeds[0]["seconds"].keys() == {"clip", "blind", "rest"}
     difference = (("valm", "retrieved"), ("blind", "retrieved"), "memory_color")
     assert together.difference(*difference) == read_results(write(tmp_path, [0])).difference(*difference)

@@ -100,6 +100,18 @@ def _softmax_step(carry, row_values, b_s, b_k, b_v, INPUT_PRECISION: tl.constexp
     return b_acc, b_m_new, b_l
 
 
+@triton.jit
+def _softmax_row_step(carry, b_s, b_v):
+    """Takes one value of each row, [BM, BD], with its score, [BM], into the running softmax."""
+    b_acc, b_m, b_l = carry
+    b_m_new = tl.maximum(b_m, b_s)
+    b_alpha = tl.exp2(b_m - b_m_new)
+    b_p = tl.exp2(b_s - b_m_new)
+    b_l = b_l * b_alpha + b_p
+    b_acc = b_acc * b_alpha[:, None] + b_p[:, None] * b_v
+    return b_acc, b_m_new, b_l
+
+
 @kernel
 def _forward_kernel(
     q,
@@ -182,24 +194,14 @@ def _forward_kernel(
             if image_scores is not None:
                 o_score = ((i_b * Hkv * G + o_h) * Tq + o_t) * K + i_k
                 tl.store(image_scores + o_score, b_t * LN2, mask=m_row)
-            b_m_new = tl.maximum(b_m, b_t)
-            b_alpha = tl.exp2(b_m - b_m_new)
-            b_p = tl.exp2(b_t - b_m_new)
-            b_l = b_l * b_alpha + b_p
-            b_acc = b_acc * b_alpha[:, None] + b_p[:, None] * b_iv
-            b_m = b_m_new
+            b_acc, b_m, b_l = _softmax_row_step((b_acc, b_m, b_l), b_t, b_iv)
         if image_v_bias is not None:
             b_acc += b_l[:, None] * load_bias(image_v_bias, i_h, D, BLOCK_D, ALIGNED)[None, :]
 
     if text_out is not None:
         b_text = load_rows(text_out, stride_to, i_b, o_h, o_t, D, BLOCK_D, ALIGNED)
         b_text_lse = tl.load(text_lse + (i_b * Hkv * G + o_h) * Tq + o_t) * LOG2E
-        b_m_new = tl.maximum(b_m, b_text_lse)
-        b_alpha = tl.exp2(b_m - b_m_new)
-        b_p = tl.exp2(b_text_lse - b_m_new)
-        b_l = b_l * b_alpha + b_p
-        b_acc = b_acc * b_alpha[:, None] + b_p[:, None] * b_text.to(tl.float32)
-        b_m = b_m_new
+        b_acc, b_m, b_l = _softmax_row_step((b_acc, b_m, b_l), b_text_lse, b_text.to(tl.float32))
     else:
         Tk = used_keys(cache_seqlens, i_b, Tk)
         b_first, b_last = visible_keys(first_key, i_b, o_t, Tq, Tk, CAUSAL)

@@ -19,10 +19,11 @@ from valm_kernels.visual_fusion.triton.launch import aligned_rows, contiguous, k
 
 def forward(inputs: Inputs, image_scores: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """out (B, Hq, Tq, D), laid out as q, and lse (B, Hq, Tq) float32; writes image_scores (B, Hq, Tq, K) float32."""
-    text = flash.text_forward(kernel_inputs(inputs))
+    q, inputs = inputs.q, kernel_inputs(inputs)
+    text = flash.text_forward(inputs)
     if inputs.image_k is None:
-        return _into(empty_rows_like(inputs.q), text[0]), text[1]
-    return triton_forward.forward(inputs, image_scores, text)
+        return _into(empty_rows_like(q), text[0]), text[1]
+    return triton_forward.forward(inputs._replace(q=q), image_scores, text)  # out is laid out like the original q
 
 
 def backward(
