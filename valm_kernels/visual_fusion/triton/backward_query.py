@@ -221,10 +221,7 @@ def _query_kernel(
             b_dq = b_du
 
     if dq is not None:
-        if text_dq is not None:
-            b_text = load_rows(text_dq, stride_tdq, i_b, o_h, o_t, D, BLOCK_D, ALIGNED).to(tl.float32)
-            b_dq = b_dq * scale + b_text
-        else:
+        if text_dq is None:
             Tk = used_keys(cache_seqlens, i_b, Tk)
             b_first, b_last = visible_keys(first_key, i_b, o_t, Tq, Tk, CAUSAL)
             b_dq = over_key_tiles(
@@ -250,8 +247,10 @@ def _query_kernel(
                 ALIGNED,
                 INPUT_PRECISION,
             )
-            b_dq *= scale
         p_dq = columns(row_pointers(dq, stride_dq, i_b, o_h, o_t), BLOCK_D, ALIGNED)
+        b_dq = b_dq * scale
+        if text_dq is not None:
+            b_dq += load_rows(text_dq, stride_tdq, i_b, o_h, o_t, D, BLOCK_D, ALIGNED).to(tl.float32)
         tl.store(p_dq, b_dq.to(dq.dtype.element_ty), mask=m_row[:, None] & m_d[None, :])
 
 
