@@ -20,7 +20,7 @@ MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
 MAX_IMAGES = 64
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # The tensors in the order in which they are checked, and those with the dtype of q.
-_NAMES = (*Inputs._fields[:-3], "cu_seqlens")
+_NAMES = Inputs._fields[:-3]
 _LIKE_Q = ("q", "k", "v", "image_k", "image_v", "image_q")
 _NO_IMAGES: dict[str, Any] = dict.fromkeys(name for name in _NAMES if name.startswith("image_"))
 
@@ -189,10 +189,10 @@ def visual_fusion_attn(
             images of a padding query by image_index or image_mask.
         cu_seqlens: (N + 1,) int32 or int64, for B = 1: the row is N documents, and document n is the keys from
             cu_seqlens[n] to cu_seqlens[n + 1] - 1, as in flash-attention. It rises from 0 to Tk and may repeat a
-            number (an empty document); on CPU anything else raises, on CUDA it is not checked. A query sees only
-            text of its own document; with first_key as well, the later of the two limits counts. Every call computes
-            first_key from it, so a model of many layers saves time by doing that once. It needs causal=True and no
-            cache_seqlens.
+            number (an empty document); on CPU anything else raises, on CUDA it is undefined behaviour. A query sees
+            only text of its own document; with first_key as well, the later of the two limits counts. Every call
+            computes first_key from it, so a model of many layers saves time by doing that once. It needs causal=True
+            and no cache_seqlens.
         cache_seqlens: (B,) int32, how many keys of each row there are, those of this call included: takes the place of
             Tk in j <= i + (Tk - Tq), for a cache of constant size Tk that is being filled (StaticCache, CUDA graphs).
             The keys and values from there on are not used and may be anything, NaN too. 0 to Tk, fewer than Tq too:
@@ -208,8 +208,9 @@ def visual_fusion_attn(
         impl: "auto" uses "triton" for CUDA tensors and "cpu" for CPU tensors. For long CUDA texts (Tk D >= 2048 * 128)
             it uses "flash+triton" where that serves the call: PyTorch's flash attention for the text and one kernel
             that joins the images. That takes float16 and bfloat16, D a multiple of 8, with causal as many queries as
-            keys, and none of first_key, cu_seqlens, cache_seqlens and softcap; where lse or the weights of the images
-            have a gradient, its backward is that of "triton". A named implementation never falls back to another one.
+            keys, and none of first_key, cache_seqlens and softcap; where lse or the weights of the images have a
+            gradient, its backward is that of "triton". Of documents in cu_seqlens, Tk stands for their mean length
+            here. A named implementation never falls back to another one.
             With VALM_KERNELS_AUTOTUNE=1 in the environment, "triton" tunes its tile sizes at the first call of each
             kind (device, dtype, sizes, layout and options), and caches them on disk.
 
@@ -305,15 +306,14 @@ def _checked_inputs(tensors: tuple[Any, ...], causal: bool, scale: float | None,
     if softcap is not None:
         _check_positive_number("softcap", softcap)
         softcap = float(softcap)
-    *of_inputs, cu_seqlens = tensors
-    q, k, v = of_inputs[:3]
+    q, k, v = tensors[:3]
     _check_text_shapes(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    inputs = Inputs._make([*of_inputs, causal, scale, softcap])
+    inputs = Inputs._make([*tensors, causal, scale, softcap])
     num_images = _check_image_shapes(inputs)
     _check_option_shapes(inputs, num_images)
-    if cu_seqlens is not None:
-        inputs = inputs._replace(first_key=_first_key_in_document(inputs, cu_seqlens))
+    if inputs.cu_seqlens is not None:
+        inputs = _with_documents(inputs, inputs.cu_seqlens)
     if num_images == 0:
         inputs = inputs._replace(**_NO_IMAGES)
     return inputs
@@ -333,8 +333,8 @@ def _cast(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
     return (*(t.to(dtype) if _is_cast(t) else t for t in tensors[:6]), *tensors[6:])
 
 
-def _first_key_in_document(inputs: Inputs, cu_seqlens: Tensor) -> Tensor:
-    """first_key (1, Tq) int32 of the documents in `cu_seqlens`, and of the inputs' first_key where that is later."""
+def _with_documents(inputs: Inputs, cu_seqlens: Tensor) -> Inputs:
+    """The inputs with the first_key of the documents in `cu_seqlens`, or the inputs' own where that is later."""
     q, first_key = inputs.q, inputs.first_key
     if q.shape[0] != 1:
         raise ValueError(
@@ -348,7 +348,9 @@ def _first_key_in_document(inputs: Inputs, cu_seqlens: Tensor) -> Tensor:
     if inputs.cache_seqlens is not None:
         raise ValueError("cu_seqlens cannot be combined with cache_seqlens: give first_key instead")
     starts = document_starts(cu_seqlens, q.shape[2], inputs.k.shape[2])
-    return starts if first_key is None else torch.maximum(first_key, starts)
+    if first_key is None:
+        return inputs._replace(first_key=starts)
+    return inputs._replace(first_key=torch.maximum(first_key, starts), cu_seqlens=None)
 
 
 def _outside_autocast(device_type: str) -> AbstractContextManager:

@@ -6,6 +6,9 @@ than one. From which length on is an estimate from the compiler's figures, and n
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,6 +16,9 @@ from valm_kernels.visual_fusion.inputs import Inputs
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
+# The same for documents, with tokens before heads.
+_packed_flash = torch.ops.aten._flash_attention_forward.default
+_packed_flash_backward = torch.ops.aten._flash_attention_backward.default
 # Under Triton's interpreter, whose tensors are the CPU's.
 _cpu_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _cpu_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -24,8 +30,8 @@ NAME = "flash+triton"
 
 def is_long(inputs: Inputs) -> bool:
     """Whether impl="auto" takes flash attention for the text of these inputs on CUDA."""
-    k = inputs.k
-    return k.shape[2] * k.shape[3] >= LONG and refusal(inputs) is None
+    documents = 1 if inputs.cu_seqlens is None else inputs.cu_seqlens.shape[0] - 1
+    return inputs.k.shape[2] * inputs.k.shape[3] >= LONG * documents and refusal(inputs) is None
 
 
 def refusal(inputs: Inputs) -> str | None:
@@ -35,8 +41,10 @@ def refusal(inputs: Inputs) -> str | None:
         return f"does not take {str(q.dtype).removeprefix('torch.')}, only float16 and bfloat16"
     if q.shape[3] % 8:
         return f"needs a head dimension that is a multiple of 8, not {q.shape[3]}"
-    if inputs.first_key is not None or inputs.cache_seqlens is not None or inputs.softcap is not None:
-        return "does not take first_key, cu_seqlens, cache_seqlens or softcap"
+    if inputs.cache_seqlens is not None or inputs.softcap is not None:
+        return "does not take cache_seqlens or softcap"
+    if inputs.first_key is not None and inputs.cu_seqlens is None:
+        return "does not take first_key, only documents as cu_seqlens"
     if inputs.causal and q.shape[2] != k.shape[2]:
         return f"needs as many queries as keys with causal=True, not {q.shape[2]} and {k.shape[2]}"
     return None
@@ -44,24 +52,60 @@ def refusal(inputs: Inputs) -> str | None:
 
 def text_forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """out (B, Hq, Tq, D) and lse (B, Hq, Tq) float32 of attention to the text alone."""
-    q, k, v = inputs[:3]
-    if q.device.type == "cpu":
-        out, lse = _cpu_flash(q, k, v, 0.0, inputs.causal, scale=inputs.scale)
+    text = inputs[:3]
+    options = (0.0, inputs.causal)  # there is no dropout
+    if inputs.q.device.type == "cpu":
+        out, lse = _of_each_document(_cpu_flash, text, options, inputs)
+    elif inputs.cu_seqlens is not None:
+        rows = (_tokens_first(x) for x in text)
+        out, lse, *_ = _packed_flash(*rows, *_bounds(inputs), *options, False, scale=inputs.scale)
+        out, lse = _heads_first(out), lse[None]
     else:
-        out, lse, *_ = _flash(q, k, v, 0.0, inputs.causal, False, scale=inputs.scale)
+        out, lse, *_ = _flash(*text, *options, False, scale=inputs.scale)
     return out, lse.contiguous()
 
 
-def text_backward(grad_out: Tensor, out: Tensor, lse: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+def text_backward(grad_out: Tensor, out: Tensor, lse: Tensor, inputs: Inputs) -> tuple[Tensor, ...]:
     """The text's part of the gradients of q, k and v, for the out and lse of text and images together.
 
     With these, flash attention's backward weighs each key with exp(score - lse) and subtracts sum(grad_out * out), as
     the joint softmax does.
     """
     q, k, v = inputs[:3]
-    arguments = (grad_out, q, k, v, out, lse)
+    options: tuple[Any, ...] = (0.0, inputs.causal)
     if q.device.type == "cpu":
-        return _cpu_flash_backward(*arguments, 0.0, inputs.causal, scale=inputs.scale)
-    no_seed = lse.new_empty(2, dtype=torch.int64)  # there is no dropout
+        return _of_each_document(_cpu_flash_backward, (grad_out, q, k, v, out, lse), options, inputs)
+    no_seed = lse.new_empty(2, dtype=torch.int64)
+    options = (*options, no_seed, no_seed[0])
+    if inputs.cu_seqlens is not None:
+        rows = (_tokens_first(x) for x in (grad_out, q, k, v, out))
+        gradients = _packed_flash_backward(*rows, lse[0], *_bounds(inputs), *options, scale=inputs.scale)
+        return tuple(_heads_first(gradient) for gradient in gradients)
     lengths = (None, None, q.shape[2], k.shape[2])
-    return _flash_backward(*arguments, *lengths, 0.0, inputs.causal, no_seed, no_seed[0], scale=inputs.scale)
+    return _flash_backward(grad_out, q, k, v, out, lse, *lengths, *options, scale=inputs.scale)
+
+
+def _bounds(inputs: Inputs) -> tuple[Any, ...]:
+    """The documents of queries and keys, and how long the longest may be: how long it is only the device knows."""
+    assert inputs.cu_seqlens is not None
+    bounds = inputs.cu_seqlens.int()
+    return bounds, bounds, inputs.q.shape[2], inputs.k.shape[2]
+
+
+def _tokens_first(x: Tensor) -> Tensor:
+    """(1, H, T, D) as (T, H, D)."""
+    return x[0].transpose(0, 1)
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    """(T, H, D) as (1, H, T, D)."""
+    return x.transpose(0, 1)[None]
+
+
+def _of_each_document(operator: Any, tensors: tuple[Tensor, ...], options: Any, inputs: Inputs) -> tuple[Tensor, ...]:
+    """The results of an operator of the CPU for one document after the other, joined along the tokens."""
+    if inputs.cu_seqlens is None:
+        return operator(*tensors, *options, scale=inputs.scale)
+    documents = [slice(*bounds) for bounds in pairwise(inputs.cu_seqlens.tolist()) if bounds[0] < bounds[1]]
+    parts = [operator(*(x[:, :, tokens] for x in tensors), *options, scale=inputs.scale) for tokens in documents]
+    return tuple(torch.cat(results, 2) for results in zip(*parts, strict=True))

@@ -13,7 +13,7 @@ class Inputs(NamedTuple):
     """The arguments of visual_fusion_attn, in the operator's order.
 
     Shapes and dtypes as there. At K = 0 image_k, image_v and all other image arguments are None. The values of
-    image_index and image_slots are not checked yet.
+    image_index and image_slots are not checked yet. Where cu_seqlens is given, first_key says the same.
     """
 
     q: Tensor
@@ -31,6 +31,7 @@ class Inputs(NamedTuple):
     first_key: Tensor | None
     cache_seqlens: Tensor | None
     image_slots: Tensor | None
+    cu_seqlens: Tensor | None
     causal: bool
     scale: float
     softcap: float | None

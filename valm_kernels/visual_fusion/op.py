@@ -19,7 +19,7 @@ from valm_kernels.visual_fusion.layout import empty_gradients, empty_image_score
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? image_k, Tensor? image_v, Tensor? image_q, Tensor? image_index, "
     "Tensor? image_mask, Tensor? image_k_bias, Tensor? image_v_bias, Tensor? image_logit_bias, "
-    "Tensor? image_score_bias, Tensor? first_key, Tensor? cache_seqlens, Tensor? image_slots, "
+    "Tensor? image_score_bias, Tensor? first_key, Tensor? cache_seqlens, Tensor? image_slots, Tensor? cu_seqlens, "
     "bool causal, float scale, float? softcap, str impl"
 )
 # Positions of the differentiable tensors among the inputs.

@@ -12,20 +12,20 @@ from valm_kernels.visual_fusion import api, flash
 from valm_kernels.visual_fusion.inputs import Inputs
 
 GROUPED = Problem(query_heads=8, kv_heads=2, num_queries=16, head_dim=64, num_images=0, biases=False)
+DOCUMENTS = replace(GROUPED, batch=1, num_queries=80, cu_seqlens=True)
 
 
 def checked(problem: Problem, dtype: torch.dtype = torch.float16, **options) -> Inputs:
     given = problem.inputs(dtype) | options
-    names = (*Inputs._fields[:-3], "cu_seqlens")
-    tensors = tuple(given.get(name) for name in names)
+    tensors = tuple(given.get(name) for name in Inputs._fields[:-3])
     return api._checked_inputs(tensors, given.get("causal", True), None, given.get("softcap"))
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_operators_are_called_as_pytorch_declares_them(causal):
+@pytest.mark.parametrize("problem", [GROUPED, replace(GROUPED, causal=False), DOCUMENTS])
+def test_operators_are_called_as_pytorch_declares_them(problem):
     """On the meta device, whose operators check the arguments of those of CUDA."""
-    inputs = checked(replace(GROUPED, causal=causal))
-    inputs = inputs._replace(**{name: getattr(inputs, name).to("meta") for name in ("q", "k", "v")})
+    inputs = checked(problem)
+    inputs = Inputs._make(x.to("meta") if isinstance(x, torch.Tensor) else x for x in inputs)
     out, lse = flash.text_forward(inputs)
     assert out.shape == inputs.q.shape and out.dtype == torch.float16
     assert lse.shape == inputs.q.shape[:3] and lse.dtype == torch.float32
@@ -45,8 +45,10 @@ def impl_for(monkeypatch, q_len, head_dim, dtype=torch.float16, **options):
     monkeypatch.setattr(api, "HAS_TRITON", True)
     with FakeTensorMode():
         q = torch.empty(1, 2, q_len, head_dim, dtype=dtype, device="cuda")
-        if options.pop("documents", False):
+        if options.pop("windows", False):
             options["first_key"] = torch.zeros(1, q_len, dtype=torch.int32, device="cuda")
+        if documents := options.pop("documents", None):
+            options["cu_seqlens"] = torch.zeros(documents + 1, dtype=torch.int32, device="cuda")
         visual_fusion_attn(q, q, q, None, None, **options)
     return chosen[0]
 
@@ -55,7 +57,10 @@ def test_long_texts_on_cuda_take_flash_attention(monkeypatch):
     assert impl_for(monkeypatch, 2048, 128) == impl_for(monkeypatch, 4096, 64) == "flash+triton"
     assert impl_for(monkeypatch, 2047, 128) == impl_for(monkeypatch, 4095, 64) == "triton"
     assert impl_for(monkeypatch, 4096, 128, torch.float32) == "triton"
-    assert impl_for(monkeypatch, 4096, 128, documents=True) == "triton"
+    assert impl_for(monkeypatch, 4096, 128, windows=True) == "triton"
+    assert impl_for(monkeypatch, 8192, 128, documents=4) == "flash+triton"
+    assert impl_for(monkeypatch, 8192, 128, documents=5) == "triton"  # short ones
+    assert impl_for(monkeypatch, 8192, 128, documents=4, windows=True) == "triton"
     assert impl_for(monkeypatch, 4096, 128, impl="triton") == "triton"
     assert impl_for(monkeypatch, 16, 64, impl="flash+triton") == "flash+triton"
 
@@ -65,7 +70,8 @@ def test_long_texts_on_cuda_take_flash_attention(monkeypatch):
     [
         (GROUPED, {"dtype": torch.float32}, "does not take float32"),
         (replace(GROUPED, head_dim=60), {}, "multiple of 8, not 60"),
-        (replace(GROUPED, first_key="random"), {}, "does not take first_key"),
+        (replace(GROUPED, first_key="random"), {}, "does not take first_key, only documents as cu_seqlens"),
+        (replace(DOCUMENTS, first_key="random"), {}, "does not take first_key, only documents as cu_seqlens"),
         (replace(GROUPED, seqlens=True), {}, "cache_seqlens"),
         (replace(GROUPED, softcap=2.0), {}, "softcap"),
         (replace(GROUPED, prefix=3), {}, "as many queries as keys with causal=True, not 16 and 19"),

@@ -23,7 +23,8 @@ def forward(inputs: Inputs, image_scores: Tensor | None = None) -> tuple[Tensor,
     text = flash.text_forward(inputs)
     if inputs.image_k is None:
         return _into(empty_rows_like(q), text[0]), text[1]
-    return triton_forward.forward(inputs._replace(q=q), image_scores, text)  # out is laid out like the original q
+    # out is laid out like the original q; documents were a matter of the text
+    return triton_forward.forward(inputs._replace(q=q, first_key=None), image_scores, text)
 
 
 def backward(
@@ -50,6 +51,7 @@ def backward(
             if inputs.image_k is None:
                 gradients = _with(gradients, q=text_dq)
         if inputs.image_k is not None:
+            inputs = inputs._replace(first_key=None)
             _, for_pool = query_gradients(inputs, out, lse, grad_out, None, grad_image_scores, gradients, text_dq)
             if for_pool is not None:
                 pool_gradients(inputs, grad_out, for_pool, gradients)

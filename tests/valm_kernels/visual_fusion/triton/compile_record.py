@@ -177,8 +177,8 @@ def meta_inputs(
     own_q = q if image_q else None
     lengths = empty(batch, dtype=torch.int32) if seqlens else None
     of_scores = empty(batch, q_len, images, dtype=torch.float32) if score_bias else None
-    options = (index, mask, bias, bias, logit_bias, of_scores, first_key, lengths, None, True, head_dim**-0.5, softcap)
-    return Inputs(q, k, k, image, image, own_q, *options)
+    options = (index, mask, bias, bias, logit_bias, of_scores, first_key, lengths, None, None)
+    return Inputs(q, k, k, image, image, own_q, *options, True, head_dim**-0.5, softcap)
 
 
 def without(inputs: Inputs, *names: str) -> Inputs:

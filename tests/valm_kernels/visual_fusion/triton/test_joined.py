@@ -15,14 +15,14 @@ from valm_kernels import visual_fusion_attn
 from valm_kernels.visual_fusion import flash
 from valm_kernels.visual_fusion.triton import joined
 
-QUICK = {"dense", "pooled", "no images", "not causal", "group of three", "image_q"}
+QUICK = {"dense", "pooled", "no images", "not causal", "group of three", "image_q", "cu_seqlens"}
 
 
 def served() -> list[str]:
     """Problems whose loss has no gradient of lse."""
 
     def serves(problem: Problem) -> bool:
-        options = problem.first_key or problem.cu_seqlens or problem.seqlens or problem.softcap
+        options = problem.first_key or problem.seqlens or problem.softcap
         return (
             not (options or problem.weights) and problem.head_dim % 8 == 0 and not (problem.causal and problem.prefix)
         )
