@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.valm.inputs import INT8, clip, knowledge_base_of, prose, token_rows
+from benchmarks.valm.inputs import INT8, clip, knowledge_base_of, prose, self_retriever, token_rows
 from benchmarks.valm_kernels import roofline
 from valm.config import ValmConfig
 from valm.knowledge_base.store import ImageKnowledgeBase
@@ -20,8 +20,8 @@ from valm.retrieval.retriever import Retriever
 from valm_kernels import FlatIPIndex
 
 TOWER, K = "ViT-B/32", 4
-PROMPT = 32
-NEW_TOKENS = {"cpu": 16, "cuda": 128}
+# Tokens of the prompt, and new ones.
+SHORT, LONG, ON_CUDA = (32, 16), (64, 64), (32, 128)
 STORED = 100_000
 
 
@@ -32,13 +32,17 @@ def kb(tmp_path_factory: pytest.TempPathFactory) -> ImageKnowledgeBase:
     return knowledge_base_of([vectors], tmp_path_factory.mktemp("generation") / "kb", clip(TOWER))
 
 
-@pytest.mark.parametrize("name", ["VaLM", pytest.param("VaLM, tower in int8", marks=INT8), "GPT-2*"])
-def bench_generate(measure, device, kb: ImageKnowledgeBase, name):
-    if "int8" in name and device.type != "cpu":
-        pytest.skip("int8 is for CPUs")
+@pytest.mark.parametrize("name", ["GPT-2*", "VaLM", pytest.param("VaLM, tower in int8", marks=INT8), "VaLM, self"])
+@pytest.mark.parametrize(
+    "length", [pytest.param(SHORT, id="short"), pytest.param(LONG, id="long", marks=pytest.mark.full)]
+)
+def bench_generate(measure, device, kb: ImageKnowledgeBase, length, name):
+    """ "self": the queries come from a head of the model."""
+    if device.type != "cpu" and ("int8" in name or length == LONG):
+        pytest.skip("int8 and this length are for CPUs")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    ids = token_rows(prose(), 1, PROMPT).to(device)
-    new = NEW_TOKENS[device.type]
+    prompt, new = length if device.type == "cpu" else ON_CUDA
+    ids = token_rows(prose(), 1, prompt).to(device)
     torch.manual_seed(0)
     config = ValmConfig(
         vocab_size=49408,
@@ -50,15 +54,20 @@ def bench_generate(measure, device, kb: ImageKnowledgeBase, name):
     )
     model = VaLMForCausalLM(config).eval().to(device, dtype)
     if name != "GPT-2*":
-        encoder = ContextEncoder(clip(TOWER).to(device), dtype=torch.int8 if "int8" in name else dtype)
         index = FlatIPIndex(kb.vectors(), device=device)
-        model.set_retriever(Retriever(encoder, kb, K, index, cache_tokens=0))
+        if name == "VaLM, self":
+            retriever: Retriever = self_retriever(model, kb, TOWER, K, index)
+            model.to(device, dtype)
+        else:
+            encoder = ContextEncoder(clip(TOWER).to(device), dtype=torch.int8 if "int8" in name else dtype)
+            retriever = Retriever(encoder, kb, K, index, cache_tokens=0)
+        model.set_retriever(retriever)
 
     def check(tokens: torch.Tensor) -> None:
-        assert tokens.shape == (1, PROMPT + new) and torch.equal(tokens[:, :PROMPT], ids)
+        assert tokens.shape == (1, prompt + new) and torch.equal(tokens[:, :prompt], ids)
 
     measure(
-        group=f"generation of {new} tokens after {PROMPT}, GPT-2 base size, {STORED // 1000}k images, K {K}",
+        group=f"generation of {new} tokens after {prompt}, GPT-2 base size, {STORED // 1000}k images, K {K}",
         name=name,
         function=lambda: model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False),
         check=check,

@@ -28,7 +28,10 @@ from valm.knowledge_base.format import (
     write_shard,
 )
 from valm.knowledge_base.store import ImageKnowledgeBase
+from valm.model import VaLMForCausalLM
 from valm.retrieval.context import ContextEncoder
+from valm.retrieval.retriever import VectorIndex
+from valm.self_query import SelfEncoder, SelfRetriever
 
 TOWERS = {
     "RN50x16": {"embed_dim": 768, "width": 768, "heads": 12, "layers": 12},
@@ -104,6 +107,15 @@ def perturbed(real: np.ndarray, count: int, seed: int) -> np.ndarray:
     keeps the directions and lengths in which real vectors differ."""
     one, other, another = np.random.default_rng(seed).integers(0, len(real), (3, count))
     return real[one] + PERTURBATION * (real[other] - real[another])
+
+
+def self_retriever(
+    model: VaLMForCausalLM, kb: ImageKnowledgeBase, tower: str, k: int, index: VectorIndex | None = None
+) -> SelfRetriever:
+    """The retriever of a head that `model` gets here, with random weights."""
+    model.add_query_head(kb.manifest["clip"]["weights_hash"])
+    model.eval()
+    return SelfRetriever(SelfEncoder(model, clip(tower).tokenizer, kb), kb, k, index)
 
 
 def knowledge_base_of(
