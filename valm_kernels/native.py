@@ -16,7 +16,7 @@ R = TypeVar("R")
 _process = os.getpid()
 
 # Of the calls in csrc/bindings.cpp, which has the same number.
-INTERFACE_VERSION = 2
+INTERFACE_VERSION = 3
 
 
 @cache

@@ -34,7 +34,7 @@ void image_attn_forward(const std::string& isa, const std::string& dtype, const 
 // in:      as above, and the joint out and lse (+inf for a query that sees nothing), grad_out, wide grad_lse and
 //          grad_image_scores or none
 // in, out: grad_q: the text's share comes in, the sum leaves; wide grad_image_score_bias, zeros come in, or none
-// out:     grad_image_k, grad_image_v, and those wide gradients of the other biases that are given
+// out:     grad_image_k and grad_image_v, or neither, and those wide gradients of the other biases that are given
 void image_attn_backward(const std::string& isa, const std::string& dtype, const std::vector<int64_t>& sizes,
                          double scale, double softcap, int threads, TensorMap tensors);
 

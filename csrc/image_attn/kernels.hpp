@@ -336,7 +336,8 @@ void backward(const Problem<T, Wide>& p) {
     const bool bias_gradients = p.grad_image_k_bias || p.grad_image_v_bias || p.grad_image_logit_bias;
     const int64_t units = n.batch * ((n.queries + kTokensPerUnit - 1) / kTokensPerUnit);
     BiasGradients<Wide> bias(n, bias_gradients ? units : 0);
-    const int64_t entries = p.pooled() ? n.batch * n.queries * n.query_heads * images : 0;
+    const bool pool_gradients = p.pooled() && p.grad_image_k;
+    const int64_t entries = pool_gradients ? n.batch * n.queries * n.query_heads * images : 0;
     Buffer<Wide> all_weights(entries), all_grad_scores(entries);
     constexpr Wide kNone = -std::numeric_limits<Wide>::infinity();
     constexpr int64_t kLanes = Lanes<Wide>::count;
@@ -406,7 +407,7 @@ void backward(const Problem<T, Wide>& p) {
                 if (p.image_k_bias) grad_q.add(p.scale * grad_score_sum, p.image_k_bias.at(kv_head), dim);
                 grad_q.write(p.grad_q.at(b, head, i), dim);
 
-                if (p.pooled()) {
+                if (pool_gradients) {
                     const int64_t first = ((b * n.queries + i) * n.query_heads + head) * images;
                     for (int64_t k = 0; k < images; ++k) {
                         all_weights[first + k] = weights[k];
@@ -419,7 +420,7 @@ void backward(const Problem<T, Wide>& p) {
                     bias.add(bias.values, unit, kv_head, sum_of(weight_sums), grad_out);
                 }
             }
-            if (p.pooled()) return;
+            if (p.pooled() || !p.grad_image_k) return;
             for (int64_t k = 0; k < images; ++k) {  // an absent image has weight and score gradient 0
                 T* key = p.grad_image_k.at(b, kv_head, i, k);
                 T* value = p.grad_image_v.at(b, kv_head, i, k);
@@ -440,7 +441,7 @@ void backward(const Problem<T, Wide>& p) {
                 }
             }
         });
-    if (p.pooled()) write_pool_gradients<kHeadDim>(p, all_weights, all_grad_scores);
+    if (pool_gradients) write_pool_gradients<kHeadDim>(p, all_weights, all_grad_scores);
     bias.write_sum(bias.keys, p.grad_image_k_bias);
     bias.write_sum(bias.values, p.grad_image_v_bias);
     bias.write_logit_sum(p.grad_image_logit_bias);

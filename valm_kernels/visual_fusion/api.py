@@ -182,8 +182,9 @@ def visual_fusion_attn(
         image_k_bias, image_v_bias: (Hkv, D) added to every image's key / value; dtype of q or float32.
         image_logit_bias: (Hq,) float32 added to every image score of a head (float64 beside a float64 q).
         image_score_bias: (B, Tq, K) float32 added to the score of each image in all heads (float64 beside a float64
-            q): a prior, such as the retrieval score. Differentiable. -inf gives an image the weight 0. A slot
-            without an image remains without, whatever its bias, NaN too.
+            q): a prior, such as the retrieval score. Differentiable. -inf gives an image the weight 0; a large negative
+            number does not do instead, as the float32 lse of a query that sees nothing else cannot tell such scores
+            apart. A slot without an image remains without, whatever its bias, NaN too.
         first_key: (B, Tq) int32, the first text key that each query sees: left padding, packed documents and
             sliding windows. It need not be monotone; values <= 0 mean all keys. It limits text only: mask the
             images of a padding query by image_index or image_mask.

@@ -69,7 +69,8 @@ def backward(
 ) -> Gradients:
     """The needed gradients, in the order of `Gradients`.
 
-    Those of the text are computed if q, k or v needs one, all others always: each shares its work with the others.
+    Those of the text are computed if q, k or v needs one, those of the images if image_k or image_v does, all others
+    always: each shares its work with the others.
     """
     grad_out, out, inputs = whole_rows(grad_out), whole_rows(out), _whole_rows(inputs)
     # Where a query sees nothing, exp(score - lse) has to be 0, and the gradient of lse may be anything.
@@ -85,7 +86,9 @@ def backward(
         return _only(needed, grad_q, grad_k, grad_v, *[None] * 7)
 
     biases = (inputs.image_k_bias, inputs.image_v_bias, inputs.image_logit_bias)
-    gradients = [empty_rows_like(t) for t in (inputs.image_k, inputs.image_v)]
+    image_gradients: list[Tensor | None] = [None, None]
+    if any(needed[3:5]):
+        image_gradients = [empty_rows_like(t) for t in (inputs.image_k, inputs.image_v)]
     grad_image_q = None if inputs.image_q is None else empty_tokens_first(inputs.image_q).zero_()
     bias_gradients = [None if b is None else lse.new_empty(b.shape) for b in biases]
     score_bias = inputs.image_score_bias
@@ -98,8 +101,8 @@ def backward(
         grad_lse=grad_lse,
         grad_image_scores=None if grad_image_scores is None else grad_image_scores.contiguous(),
         grad_q=grad_q if grad_image_q is None else grad_image_q,
-        grad_image_k=gradients[0],
-        grad_image_v=gradients[1],
+        grad_image_k=image_gradients[0],
+        grad_image_v=image_gradients[1],
         grad_image_k_bias=bias_gradients[0],
         grad_image_v_bias=bias_gradients[1],
         grad_image_logit_bias=bias_gradients[2],
@@ -107,7 +110,7 @@ def backward(
     )
     of_biases = zip(biases, bias_gradients, strict=True)
     bias_gradients = [None if b is None or g is None else g.to(b.dtype) for b, g in of_biases]
-    return _only(needed, grad_q, grad_k, grad_v, *gradients, grad_image_q, *bias_gradients, grad_score_bias)
+    return _only(needed, grad_q, grad_k, grad_v, *image_gradients, grad_image_q, *bias_gradients, grad_score_bias)
 
 
 def _only(needed: Sequence[bool], *gradients: Tensor | None) -> Gradients:

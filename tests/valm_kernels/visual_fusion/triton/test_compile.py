@@ -29,7 +29,7 @@ from tests.valm_kernels.visual_fusion.triton.compile_record import (
 
 # The tiles of 8.0 also serve 8.6, 8.9 and 12.x, whose blocks have less shared memory.
 SHARED_LIMIT = {**SHARED_PER_BLOCK, 80: 99 * 1024}
-# Bytes of registers that do not fit; other tiles spill more, or are too small for tcgen05.
+# Bytes of registers that do not fit, with every option and a gradient of lse; smaller tiles are too small for tcgen05.
 SPILLS = {("query", "dense", 100, 128): 32}
 # The same among VARIANTS: two registers of 255, beside half of the tile.
 VARIANT_SPILLS = {("query", "group of three"): 8}
@@ -125,6 +125,15 @@ def test_every_kind_of_call_compiles(call, kernel):
     assert report.spill_bytes <= VARIANT_SPILLS.get((kernel, call), 0)
     assert report.shared_bytes <= SHARED_LIMIT[90]
     assert report.mma or kernel == "pool"
+
+
+@pytest.mark.slow
+def test_without_a_gradient_of_lse_nothing_spills():
+    """The calls of `SPILLS` as a training makes them."""
+    for kernel, call, arch, head_dim in SPILLS:
+        assert call == "dense"
+        inputs = meta_inputs(head_dim, torch.float16, False)
+        assert compile_kernel(kernel, call, arch, inputs, with_lse=False).report.spill_bytes == 0
 
 
 def test_table_has_every_case():
