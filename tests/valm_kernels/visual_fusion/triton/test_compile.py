@@ -89,6 +89,8 @@ VARIANTS = {
     "not causal, no first_key": lambda: without(meta_inputs(*DENSE)._replace(causal=False), "first_key"),
     "group of three": lambda: meta_inputs(*DENSE, group=3),
     "group of eight, pooled": lambda: meta_inputs(*POOLED, group=8),
+    "group of 128": lambda: meta_inputs(*DENSE, group=128),
+    "group of 128, pooled": lambda: meta_inputs(*POOLED, group=128),
     "head of 80": lambda: meta_inputs(80, torch.float16, False),
     "head of 13": lambda: meta_inputs(13, torch.float16, False),
     "int32 index": lambda: meta_inputs(*POOLED, index_dtype=torch.int32),
