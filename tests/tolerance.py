@@ -7,9 +7,16 @@ from torch import Tensor
 
 
 def assert_accurate(
-    name: str, actual: Tensor, eager: Tensor, reference: Tensor, precision: torch.dtype | None = None, times: float = 2
+    name: str,
+    actual: Tensor,
+    eager: Tensor,
+    reference: Tensor,
+    precision: torch.dtype | None = None,
+    times: float = 2,
+    units: float = 1,
 ) -> None:
-    """`actual` may be twice (`times`) as wrong as eager code of the same precision plus a unit in the last place.
+    """`actual` may be twice (`times`) as wrong as eager code of the same precision plus a unit in the last place, or
+    `units` of them.
 
     `reference` is the float64 truth and `eager` what plain PyTorch gives in the dtype of `actual` for the same
     input. Both the largest and the RMS error are held to it; the unit is that of the output dtype at
@@ -24,7 +31,7 @@ def assert_accurate(
         return
     truth = reference[finite]
     error, eager_error = ((t[finite].double() - truth).abs() for t in (actual, eager))
-    ulp = torch.finfo(precision or actual.dtype).eps * truth.abs().max()
+    ulp = units * torch.finfo(precision or actual.dtype).eps * truth.abs().max()
     for kind, measure in (("largest", torch.max), ("RMS", lambda e: e.square().mean().sqrt())):
         found, allowed = measure(error), times * (measure(eager_error) + ulp)
         assert found <= allowed, (

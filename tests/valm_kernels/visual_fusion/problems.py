@@ -220,18 +220,24 @@ def assert_solves(
     inputs = {n: t.to(device) if isinstance(t, Tensor) else t for n, t in problem.inputs(dtype).items()}
     actual = {name: tensor.cpu() for name, tensor in solve(inputs, impl, grads).items()}
     assert actual.keys() == truth.keys()
+    # A backward begins from lse: where that is 8, a weight exp(score - lse) in float32 is off by up to four units.
+    of_lse = max(1.0, float(truth["lse"][truth["lse"].isfinite()].abs().max()) / 2)
     for name, tensor in actual.items():
-        assert_result_accurate(name, tensor, eager[name], truth[name], dtype)
+        units = of_lse if name in DIFFERENTIABLE and dtype.itemsize > 2 else 1
+        assert_result_accurate(name, tensor, eager[name], truth[name], dtype, units)
     return actual
 
 
-def assert_result_accurate(name: str, actual: Tensor, eager: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
+def assert_result_accurate(
+    name: str, actual: Tensor, eager: Tensor, truth: Tensor, dtype: torch.dtype, units: float = 1
+) -> None:
     """`assert_accurate`; of weights the logarithms are compared, for what is rounded are scores."""
     assert actual.dtype == eager.dtype, f"{name}: {actual.dtype}, expected {eager.dtype}"
     if name == "image_weights":
         actual, eager, truth = actual.log(), eager.log(), truth.log()
     precision = actual.dtype if name in ("lse", "image_weights") else dtype
-    assert_accurate(name, actual, eager, truth, precision, 4 if name in ROUNDED and dtype.itemsize == 2 else 2)
+    times = 4 if name in ROUNDED and dtype.itemsize == 2 else 2
+    assert_accurate(name, actual, eager, truth, precision, times, units)
 
 
 def assert_passes_nan_on(impl: str, name: str, dtype: torch.dtype) -> None:

@@ -119,7 +119,7 @@ def _query_kernel(
     BLOCK_N: tl.constexpr,
 ):
     # a tile is that many positions by that many heads of the group
-    BLOCK_H: tl.constexpr = min(BLOCK_G, BLOCK_M)
+    BLOCK_H: tl.constexpr = BLOCK_G if BLOCK_G < BLOCK_M else BLOCK_M  # Triton 3.5 has no min of these
     BLOCK_T: tl.constexpr = BLOCK_M // BLOCK_H
     n_tiles = tl.cdiv(Tq * BLOCK_G, BLOCK_M)
     i_bh = (tl.program_id(0) // n_tiles).to(tl.int64)

@@ -4,7 +4,8 @@
 size, and rows on the borders that the kernel promised to the compiler; no program reads or writes what another program
 of the same launch wrote, or writes what another one read. Programs run in a shuffled order, as nothing orders them on a
 card. bfloat16 products, which the interpreter computes from the numbers' bits as if they were integers, are right here,
-and float32 products lose what the three tf32 terms of a tensor core lose.
+and so is the rounding to bfloat16, where the interpreter cuts off. float32 products lose what the three tf32 terms of a
+tensor core lose.
 """
 
 from __future__ import annotations
@@ -80,10 +81,11 @@ def guarded(seed: int = 0) -> Iterator[None]:
     memory, program = Memory([]), 0
     order: Iterator[tuple[int, int, int]] = iter(())
     builder = InterpreterBuilder
-    load, store, dot, executor_arguments = (
+    load, store, dot, cast, executor_arguments = (
         builder.create_masked_load,
         builder.create_masked_store,
         builder.create_dot,
+        builder.cast_impl,
         GridExecutor._init_args_hst,
     )
 
@@ -123,6 +125,11 @@ def guarded(seed: int = 0) -> Iterator[None]:
             return dot(self, a, b, d, *rest)
         return TensorHandle((product + d.data).astype(d.data.dtype), d.dtype.scalar)
 
+    def rounding_cast(self: Any, source: TensorHandle, to: Any) -> Any:
+        if source.dtype.scalar == tl.float32 and to.scalar == tl.bfloat16:
+            return TensorHandle(_narrowed(source.data), tl.bfloat16)
+        return cast(self, source, to)
+
     with ExitStack() as stack:
         for owner, name, replacement in (
             (GridExecutor, "_init_args_hst", guarded_arguments),
@@ -131,6 +138,7 @@ def guarded(seed: int = 0) -> Iterator[None]:
             (builder, "create_masked_load", guarded_load),
             (builder, "create_masked_store", guarded_store),
             (builder, "create_dot", exact_dot),
+            (builder, "cast_impl", rounding_cast),
             (TensorHandle, "set_attr", _check_promise),
         ):
             stack.enter_context(mock.patch.object(owner, name, replacement))
@@ -151,6 +159,12 @@ def _check_promise(handle: TensorHandle, name: str, values: list[int]) -> None:
 def _widened(bits: np.ndarray) -> np.ndarray:
     """bfloat16 numbers, given by their bits, as float32."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _narrowed(numbers: np.ndarray) -> np.ndarray:
+    """The bits of float32 numbers rounded to bfloat16, halves to even."""
+    rounded = torch.from_numpy(np.ascontiguousarray(numbers)).bfloat16()
+    return rounded.view(torch.int16).numpy().view(np.uint16)
 
 
 def tf32x3(a: np.ndarray, b: np.ndarray) -> np.ndarray:

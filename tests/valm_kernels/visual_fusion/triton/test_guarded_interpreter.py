@@ -167,7 +167,7 @@ MUTANTS = {
         "backward_key.py",
         "b_dv = tl.where(m_n, b_dv, 0.0)",
         "pass",
-        Problem(**SMALL, prefix=7, seqlens=True),
+        Problem(**SMALL, prefix=7, seqlens=True, causal=False),
     ),
     "gradients of tiles past cache_seqlens": (
         "backward_key.py",
