@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "image_attn/image_attn.hpp"
+#include "int8_rows/int8_rows.hpp"
 #include "simd/isa.hpp"
 #include "topk/cuda/search.hpp"
 #include "topk/topk.hpp"
@@ -33,7 +34,7 @@ static int64_t interruptible(Function function) {
 PYBIND11_MODULE(_native, m) {
     m.doc() = "Native code of valm_kernels; call it through valm_kernels.";
     // Raise it here and in valm_kernels/native.py whenever a call changes.
-    m.attr("interface_version") = 3;
+    m.attr("interface_version") = 4;
 
     py::class_<valm::Rows>(m, "Rows").def(
         py::init([](uintptr_t data, uintptr_t scale, const std::string& dtype, int64_t count, int64_t dim) {
@@ -74,6 +75,19 @@ PYBIND11_MODULE(_native, m) {
     m.def("image_attn_forward", &valm::image_attn_forward, py::call_guard<py::gil_scoped_release>());
     m.def("image_attn_backward", &valm::image_attn_backward, py::call_guard<py::gil_scoped_release>());
     m.def("image_attn_isa", &valm::image_attn_isa);
+
+    m.def("round_rows", [](const std::string& isa, int threads, uintptr_t rows, int64_t count, int64_t width,
+                           uintptr_t rounded, uintptr_t step, uintptr_t zero) {
+        const py::gil_scoped_release release;
+        valm::round_rows(isa, threads, at<float>(rows), count, width, at<int8_t>(rounded), at<float>(step),
+                         at<float>(zero));
+    });
+    m.def("scale_products", [](const std::string& isa, int threads, uintptr_t products, int64_t count, int64_t width,
+                               uintptr_t step, uintptr_t zero, uintptr_t scale, uintptr_t sum, uintptr_t bias) {
+        const py::gil_scoped_release release;
+        valm::scale_products(isa, threads, at<int32_t>(products), count, width, at<float>(step), at<float>(zero),
+                             at<float>(scale), at<float>(sum), at<float>(bias));
+    });
 
 #ifdef VALM_KERNELS_CUDA
     m.attr("built_with_cuda") = true;

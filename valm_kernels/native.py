@@ -16,7 +16,7 @@ R = TypeVar("R")
 _process = os.getpid()
 
 # Of the calls in csrc/bindings.cpp, which has the same number.
-INTERFACE_VERSION = 3
+INTERFACE_VERSION = 4
 
 
 @cache

@@ -1,5 +1,6 @@
-// The native CPU code without Python, held against plain loops: top-K search of every stored dtype, packed and not, and
-// image attention forward and backward in both layouts. Prints what it ran and "ok"; exits with 1 at a difference.
+// The native CPU code without Python, held against plain loops: top-K search of every stored dtype, packed and not,
+// image attention forward and backward in both layouts, and the rows of int8 layers. Prints what it ran and "ok"; exits
+// with 1 at a difference.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -11,6 +12,7 @@
 #include <vector>
 
 #include "image_attn/image_attn.hpp"
+#include "int8_rows/int8_rows.hpp"
 #include "simd/half.hpp"
 #include "simd/isa.hpp"
 #include "topk/exact.hpp"
@@ -229,6 +231,39 @@ void check_image_attn(const std::string& isa, int64_t D, bool pooled) {
                 isa.c_str());
 }
 
+// More numbers than one thread is left with, in rows that end within a vector.
+void check_int8_rows(const std::string& isa) {
+    constexpr int64_t kCount = 600, kWidth = 77;
+    const std::vector<float> rows = uniforms(kCount * kWidth);
+    std::vector<int8_t> rounded(kCount * kWidth);
+    std::vector<float> step(kCount), zero(kCount);
+    valm::round_rows(isa, 2, rows.data(), kCount, kWidth, rounded.data(), step.data(), zero.data());
+    std::vector<int32_t> products(kCount * kWidth);
+    for (int64_t i = 0; i < kCount; ++i) {
+        const float* row = rows.data() + i * kWidth;
+        const auto [least, largest] = std::minmax_element(row, row + kWidth);
+        check(step[i] == (*largest - *least) / 255, "step of round_rows");
+        check(zero[i] == *least + 128 * step[i], "zero of round_rows");
+        for (int64_t e = 0; e < kWidth; ++e) {
+            const float expected = std::nearbyint((row[e] - *least) / step[i]) - 128;
+            check(static_cast<float>(rounded[i * kWidth + e]) == expected, "round_rows");
+            products[i * kWidth + e] = rounded[i * kWidth + e] * 1000;
+        }
+    }
+    const std::vector<float> scale = uniforms(kWidth), sum = uniforms(kWidth), bias = uniforms(kWidth);
+    std::vector<int32_t> out = products;
+    valm::scale_products(isa, 2, out.data(), kCount, kWidth, step.data(), zero.data(), scale.data(), sum.data(),
+                         bias.data());
+    for (int64_t i = 0; i < kCount * kWidth; ++i) {
+        const int64_t row = i / kWidth, e = i % kWidth;
+        float found;
+        std::memcpy(&found, &out[i], sizeof found);
+        const double expected = bias[e] + double{step[row]} * scale[e] * products[i] + double{zero[row]} * sum[e];
+        check(std::abs(found - expected) < 1e-3, "scale_products");
+    }
+    std::printf("rows of int8 layers on %s\n", isa.c_str());
+}
+
 // Every 16-bit float that is finite comes back from float32 as it was.
 void check_halves() {
     using namespace valm;
@@ -255,6 +290,7 @@ int main() {
     check_halves();
     for (const std::string& isa : valm::cpu_isas()) {
         check_searches(isa);
+        check_int8_rows(isa);
         for (const int64_t head_dim : {24, 64}) {
             check_image_attn(isa, head_dim, false);
             check_image_attn(isa, head_dim, true);

@@ -1,4 +1,4 @@
-"""The instruction set and the threads of the native code, which top-K search and image attention share."""
+"""The instruction set and the threads of the native code, which all of its operations share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from valm_kernels import ip_scores, ip_topk, visual_fusion_attn
+from valm_kernels import int8_rows, ip_scores, ip_topk, visual_fusion_attn
 from valm_kernels.native import cpu_isa, native
 from valm_kernels.topk import cpu as topk_cpu
 from valm_kernels.visual_fusion import cpu as attention_cpu
@@ -21,6 +21,7 @@ ROWS = torch.arange(5000 * 32).reshape(5000, 32).sin()
 QKV = torch.arange(3 * 4 * 64 * 16).reshape(3, 1, 4, 64, 16).sin()
 IMAGES = torch.arange(4 * 64 * 2 * 16).reshape(1, 4, 64, 2, 16).cos()
 IDS = torch.arange(100)
+PRODUCTS = torch.arange(5000 * 32, dtype=torch.int32).reshape(5000, 32)
 
 
 def search() -> torch.Tensor:
@@ -35,7 +36,25 @@ def attend() -> torch.Tensor:
     return visual_fusion_attn(*QKV, IMAGES, IMAGES)
 
 
-OPERATIONS = {"ip_topk": search, "ip_scores": score, "visual_fusion_attn": attend}
+def round_to_int8() -> torch.Tensor:
+    return int8_rows.round_rows(ROWS)[0][:100]
+
+
+def scale_int8() -> torch.Tensor:
+    # copied by NumPy, as PyTorch's own copy of so many numbers waits for threads
+    products = torch.from_numpy(PRODUCTS.numpy().copy())
+    factors = (ROWS[:, 0].contiguous(), ROWS[:, 1].contiguous(), *ROWS[:3])
+    return int8_rows.scale_products_(products, *factors)[:100]
+
+
+OPERATIONS = {
+    "ip_topk": search,
+    "ip_scores": score,
+    "visual_fusion_attn": attend,
+    "round_rows": round_to_int8,
+    "scale_products_": scale_int8,
+}
+NATIVE = ("ip_topk_cpu", "ip_scores_cpu", "image_attn_forward", "round_rows", "scale_products")
 
 
 @pytest.fixture(params=OPERATIONS)
@@ -56,11 +75,8 @@ def test_the_environment_moves_every_operation(monkeypatch, operation, isa):
         return call
 
     functions = {name: getattr(native(), name) for name in dir(native()) if not name.startswith("_")}
-    watching = {
-        name: watched(f) if name in ("ip_topk_cpu", "ip_scores_cpu", "image_attn_forward") else f
-        for name, f in functions.items()
-    }
-    for module in (topk_cpu, attention_cpu):
+    watching = {name: watched(f) if name in NATIVE else f for name, f in functions.items()}
+    for module in (topk_cpu, attention_cpu, int8_rows):
         monkeypatch.setattr(module, "native", lambda: SimpleNamespace(**watching))
     monkeypatch.setenv("VALM_KERNELS_ISA", isa)
     operation()

@@ -1,0 +1,41 @@
+// Threads, and the choice among the kernels of the instruction sets.
+#include "int8_rows/int8_rows.hpp"
+
+#include "int8_rows/kernel_table.hpp"
+#include "simd/isa.hpp"
+
+namespace valm {
+
+namespace {
+
+// Fewer numbers are left to one thread, as by PyTorch's own operations.
+constexpr int64_t kNumbersPerThread = 32768;
+
+const Int8RowKernels& kernels(const std::string& isa) {
+    return kernels_for<Int8RowKernels>(isa, {
+#if defined(__x86_64__)
+                                                {Isa::kAvx512, &int8_rows_avx512},
+                                                {Isa::kAvx2, &int8_rows_avx2},
+#endif
+                                                {Isa::kGeneric, &int8_rows_generic}});
+}
+
+}  // namespace
+
+void round_rows(const std::string& isa, int threads, const float* rows, int64_t count, int64_t width, int8_t* rounded,
+                float* step, float* zero) {
+    const Int8RowKernels& chosen = kernels(isa);
+#pragma omp parallel for num_threads(threads) if (count * width > kNumbersPerThread)
+    for (int64_t i = 0; i < count; ++i)
+        chosen.round_row(rows + i * width, width, rounded + i * width, step + i, zero + i);
+}
+
+void scale_products(const std::string& isa, int threads, int32_t* products, int64_t count, int64_t width,
+                    const float* step, const float* zero, const float* scale, const float* sum, const float* bias) {
+    const Int8RowKernels& chosen = kernels(isa);
+#pragma omp parallel for num_threads(threads) if (count * width > kNumbersPerThread)
+    for (int64_t i = 0; i < count; ++i)
+        chosen.scale_row(products + i * width, width, step[i], zero[i], scale, sum, bias);
+}
+
+}  // namespace valm

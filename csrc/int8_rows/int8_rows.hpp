@@ -1,0 +1,23 @@
+// What an int8 linear layer does before and after its integer products: rounding the rows that come in, and scaling the
+// products. Names are those of valm_kernels/int8_rows.py.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace valm {
+
+// Rounds float32 rows (count, width), width >= 1, to 256 steps from the least to the largest value of each:
+// rows ~ zero + step * rounded. isa is one of cpu_isas() of simd/isa.hpp.
+//
+// out: rounded (count, width), step (count), zero (count); step and zero of a row with a NaN or an infinity are NaN
+void round_rows(const std::string& isa, int threads, const float* rows, int64_t count, int64_t width, int8_t* rounded,
+                float* step, float* zero);
+
+// Products (count, width) of rounded rows and rounded weights become, in place, the layer's output as float32:
+// bias + step * scale * product + zero * sum, with step and zero (count) of the rows, and scale, sum and bias (width)
+// of the weights.
+void scale_products(const std::string& isa, int threads, int32_t* products, int64_t count, int64_t width,
+                    const float* step, const float* zero, const float* scale, const float* sum, const float* bias);
+
+}  // namespace valm

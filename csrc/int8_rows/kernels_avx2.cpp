@@ -1,0 +1,9 @@
+#if defined(__x86_64__)
+#include "int8_rows/kernels.hpp"
+
+namespace valm {
+
+const Int8RowKernels int8_rows_avx2 = {round_row, scale_row};
+
+}  // namespace valm
+#endif

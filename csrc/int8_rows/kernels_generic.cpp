@@ -1,0 +1,7 @@
+#include "int8_rows/kernels.hpp"
+
+namespace valm {
+
+const Int8RowKernels int8_rows_generic = {round_row, scale_row};
+
+}  // namespace valm
