@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from valm.errors import ValmError
-
-# Rows of one product, so that its int32 result stays in a core's cache.
-ROWS = 256
+from valm_kernels.int8_rows import round_rows, scale_products_
 
 
 class Int8Linear(torch.nn.Module):
@@ -34,16 +32,9 @@ class Int8Linear(torch.nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """float32 states (..., W) to (..., N)."""
-        rows = states.flatten(0, -2)
-        out = rows.new_empty(len(rows), len(self.bias))
-        for some, of_some in zip(rows.split(ROWS), out.split(ROWS), strict=True):
-            least, largest = some.amin(-1, keepdim=True), some.amax(-1, keepdim=True)
-            step = ((largest - least) / 255).clamp(min=torch.finfo(torch.float32).tiny)  # (rows, 1)
-            rounded = (some - least).div_(step).round_().sub_(128).to(torch.int8)
-            of_some.copy_(torch._int_mm(rounded, self.weight)).mul_(step)
-            torch.addcmul(self.bias, of_some, self.scale, out=of_some)
-            # what is rounded to 0 is 128 steps above the least
-            of_some.addr_((least + 128 * step)[:, 0], self.sum)
+        rounded, step, zero = round_rows(states.flatten(0, -2))
+        products = torch._int_mm(rounded, self.weight)
+        out = scale_products_(products, step, zero, self.scale, self.sum, self.bias)
         return out.unflatten(0, states.shape[:-1])
 
 

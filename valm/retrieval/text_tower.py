@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from valm.clip import Clip
 from valm.errors import ValmError
-from valm.retrieval.int8_linear import ROWS, Int8Linear, check_int8
+from valm.retrieval.int8_linear import Int8Linear, check_int8
 from valm_kernels import visual_fusion_attn
 
 Linear = Callable[[Tensor], Tensor]
@@ -52,11 +51,9 @@ class TextTower:
             {"embedding": tower.token_embedding, "blocks": tower.transformer.resblocks, "norm": tower.ln_final}
         )
         linear: Callable[[Tensor, Tensor], Linear] = _linear
-        self.mlp_rows = sys.maxsize  # rows of the MLP at once
         if dtype == torch.int8:
             check_int8(clip.device)
             linear, dtype = Int8Linear, torch.float32
-            self.mlp_rows = ROWS
         if next(modules.parameters()).dtype != dtype:
             modules = copy.deepcopy(modules).to(dtype)
         self.embedding: torch.nn.Embedding = modules["embedding"]
@@ -140,9 +137,8 @@ class TextTower:
                 hidden = hidden[rows:]
             mixed = torch.cat(streams) if len(streams) > 1 else streams[0]
             hidden += block.ls_1(linear.attention_out(mixed.transpose(1, 2).flatten(2)))
-            for some in hidden.view(-1, hidden.shape[-1]).split(self.mlp_rows):  # in place
-                wide = _activate(block.mlp.gelu, linear.mlp_in(block.ln_2(some)))  # (rows, 4W)
-                some += block.ls_2(linear.mlp_out(wide))
+            wide = _activate(block.mlp.gelu, linear.mlp_in(block.ln_2(hidden)))  # (N or 2N, T, 4W)
+            hidden += block.ls_2(linear.mlp_out(wide))
         return hidden, present
 
     def project(self, states: Tensor) -> Tensor:

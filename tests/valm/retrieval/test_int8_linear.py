@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tests.valm.tiny_clip import TEXTS
 from valm.errors import ValmError
 from valm.retrieval.context import ContextEncoder
-from valm.retrieval.int8_linear import ROWS, Int8Linear, check_int8
+from valm.retrieval.int8_linear import Int8Linear, check_int8
 from valm.retrieval.text_tower import TextTower
 
 
@@ -34,7 +34,7 @@ def rounded_in_float64(states, weight, bias):
 
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(
-    rows=st.sampled_from([1, 2, 17, ROWS - 1, ROWS, ROWS + 1]),
+    rows=st.sampled_from([1, 2, 17, 256, 300]),
     width=st.integers(2, 130),
     outputs=st.integers(1, 70),
     one_sided=st.booleans(),
@@ -66,10 +66,10 @@ def test_the_error_on_activations_of_real_size():
 
 
 def test_a_row_does_not_depend_on_the_others():
-    states, weight, bias = drawn(ROWS + 7, 48, 33, 1)
+    states, weight, bias = drawn(263, 48, 33, 1)
     linear = Int8Linear(weight, bias)
     together = linear(states)
-    for row in (0, 3, ROWS - 1, ROWS, ROWS + 6):
+    for row in (0, 3, 255, 256, 262):
         assert torch.equal(linear(states[row : row + 1]), together[row : row + 1])
     states[5] = torch.nan
     assert linear(states)[5].isnan().all()
