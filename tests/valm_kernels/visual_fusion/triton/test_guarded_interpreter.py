@@ -133,11 +133,11 @@ MUTANTS = {
         "m_n = (o_n >= 0)[:, None] & (",
         Problem(**SMALL),
     ),
-    "output rows past the last": (
+    "output columns past the last": (
         "forward.py",
-        "m_o = m_row[:, None] & (",
-        "m_o = (m_row | True)[:, None] & (",
-        Problem(**SMALL),
+        "m_o = m_row[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]",
+        "m_o = m_row[:, None]",
+        Problem(**SMALL, head_dim=13),
     ),
     "splits past the last": (
         "forward.py",
@@ -200,7 +200,7 @@ MUTANTS = {
         Problem(**SMALL),
     ),
 }
-QUICK_MUTANTS = {"keys past the last", "output rows past the last"}
+QUICK_MUTANTS = {"keys past the last", "output columns past the last"}
 
 
 @pytest.mark.parametrize(
