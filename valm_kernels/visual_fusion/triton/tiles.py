@@ -4,7 +4,7 @@ Not yet measured on a card. Each entry was chosen from the compiler's report (be
 of the candidates that spill no register and allow at least eight resident warps per multiprocessor, the one whose tiles
 reuse most. For float32 at D = 256 without such a candidate it is the smallest tiles; the table has their figures. A
 joined kernel has nothing to reuse, as every query has its own images: its tiles keep most copies and warps in flight.
-There are three stages because with two, Triton starts the copy of the next tile only after the work on this one.
+There are three stages where they fit: with two, Triton starts the copy of the next tile only after the work on this one.
 VALM_KERNELS_AUTOTUNE=1 measures around these entries on the card at hand (autotune.py).
 """
 
@@ -52,16 +52,16 @@ _TILES: dict[tuple[str, int, int], tuple[Tiles, Tiles, Tiles]] = {
     ("forward joined", 2, 100): (Tiles(32, 16, 4, 3), Tiles(16, 16, 8, 3), Tiles(16, 16, 8, 3)),
     ("query", 2, 80): (Tiles(64, 64, 8, 3), Tiles(32, 32, 8, 3), Tiles(16, 32, 8, 3)),
     ("query", 2, 90): (Tiles(128, 64, 8, 3), Tiles(64, 32, 8, 3), Tiles(16, 32, 8, 3)),
-    ("query", 2, 100): (Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2), Tiles(16, 32, 8, 3)),
+    ("query", 2, 100): (Tiles(64, 64, 8, 3), Tiles(64, 32, 8, 3), Tiles(16, 32, 8, 3)),
     ("query", 4, 80): (Tiles(32, 32, 8, 3), Tiles(16, 32, 8, 3), Tiles(16, 16, 8, 1)),
     ("query", 4, 90): (Tiles(32, 32, 8, 2), Tiles(16, 32, 8, 3), Tiles(16, 16, 8, 1)),
     ("query", 4, 100): (Tiles(32, 32, 8, 2), Tiles(16, 32, 8, 3), Tiles(16, 16, 8, 1)),
     ("query softcap", 2, 80): (Tiles(64, 64, 8, 3), Tiles(32, 32, 8, 3), Tiles(16, 32, 8, 3)),
     ("query softcap", 2, 90): (Tiles(64, 64, 8, 3), Tiles(32, 64, 8, 3), Tiles(16, 32, 8, 3)),
-    ("query softcap", 2, 100): (Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 2), Tiles(16, 32, 8, 3)),
+    ("query softcap", 2, 100): (Tiles(64, 64, 8, 3), Tiles(32, 64, 8, 3), Tiles(16, 32, 8, 3)),
     ("query softcap", 4, 80): (Tiles(32, 32, 8, 3), Tiles(16, 32, 8, 3), Tiles(16, 16, 8, 1)),
-    ("query softcap", 4, 90): (Tiles(32, 32, 8, 2), Tiles(16, 32, 8, 3), Tiles(16, 16, 8, 1)),
-    ("query softcap", 4, 100): (Tiles(32, 32, 8, 2), Tiles(16, 32, 8, 3), Tiles(16, 16, 8, 1)),
+    ("query softcap", 4, 90): (Tiles(32, 32, 8, 3), Tiles(16, 32, 8, 3), Tiles(16, 16, 8, 1)),
+    ("query softcap", 4, 100): (Tiles(32, 32, 8, 3), Tiles(16, 32, 8, 3), Tiles(16, 16, 8, 1)),
     ("query joined", 2, 80): (Tiles(32, 16, 8, 3), Tiles(16, 16, 8, 3), Tiles(16, 16, 8, 3)),
     ("query joined", 2, 90): (Tiles(32, 16, 8, 3), Tiles(16, 16, 8, 3), Tiles(16, 16, 8, 3)),
     ("query joined", 2, 100): (Tiles(32, 16, 8, 3), Tiles(16, 16, 8, 3), Tiles(16, 16, 8, 3)),
