@@ -56,7 +56,7 @@ def bench_generate(measure, device, kb: ImageKnowledgeBase, length, name):
     if name != "GPT-2*":
         index = FlatIPIndex(kb.vectors(), device=device)
         if name == "VaLM, self":
-            retriever: Retriever = self_retriever(model, kb, TOWER, K, index)
+            retriever: Retriever = self_retriever(model, kb, TOWER, K, index).read(ids, TOWER)
             model.to(device, dtype)
         else:
             encoder = ContextEncoder(clip(TOWER).to(device), dtype=torch.int8 if "int8" in name else dtype)

@@ -262,7 +262,7 @@ def bench_whole_model(measure, indexed, tower, name):
     retriever = None
     if name == "self":
         model = copy.deepcopy(model)  # `language_model` keeps one without a head
-        retriever = self_retriever(model, kb, tower, K)
+        retriever = self_retriever(model, kb, tower, K).read(ids, tower)
     elif name != "GPT-2*":
         dtype = getattr(torch, name.rpartition(" ")[2]) if "tower in" in name else torch.float32
         encoder = ContextEncoder(clip(tower), query="eot" if name.startswith("eot") else "state", dtype=dtype)

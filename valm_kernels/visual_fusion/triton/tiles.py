@@ -4,7 +4,7 @@ Not yet measured on a card. Each entry was chosen from the compiler's report (be
 of the candidates that spill no register and allow at least eight resident warps per multiprocessor, the one whose tiles
 reuse most. For float32 at D = 256 without such a candidate it is the smallest tiles; the table has their figures. A
 joined kernel has nothing to reuse, as every query has its own images: its tiles keep most copies and warps in flight.
-There are three stages where they fit: with two, Triton starts the copy of the next tile only after the work on this one.
+There are three stages where they fit: with two, the copy of the next tile starts only after the work on this one.
 VALM_KERNELS_AUTOTUNE=1 measures around these entries on the card at hand (autotune.py).
 """
 
