@@ -115,10 +115,14 @@ class TowerQueries(SelfRetriever):
 
     def read(self, ids: torch.Tensor, tower: str) -> TowerQueries:
         self.queries = ContextEncoder(clip(tower), query="eot")(ids)  # (B, T, E)
+        self.position = 0
         return self
 
     def retrieve(self, queries: torch.Tensor) -> Retrieved:
-        return super().retrieve(self.queries[:, : queries.shape[1]].to(queries.device))
+        """Of the next positions of the text, from the beginning again behind its end."""
+        at = (self.position + torch.arange(queries.shape[1])) % self.queries.shape[1]
+        self.position = int(at[-1]) + 1
+        return super().retrieve(self.queries[:, at].to(queries.device))
 
 
 def self_retriever(

@@ -48,6 +48,7 @@ def measured(encoder: ContextEncoder, ids: Tensor, index: FlatIPIndex, vectors: 
         for change, found in zip((queries - alone).split(AT_ONCE), nearest.split(AT_ONCE), strict=True):
             raised = change @ vectors.T  # (AT_ONCE, N)
             eps = max(eps, (raised.amax(1) - raised.gather(1, found[:, :K]).amin(1)).max().item())
+    eps += 4 * torch.finfo(torch.float32).eps  # of the scores that are compared
     scores = torch.einsum("ne,nke->nk", alone.double(), vectors[nearest].double())
     gap = scores[:, K - 1] - scores[:, K]
     expected = nearest[:, :K].sort().values

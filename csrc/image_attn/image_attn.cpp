@@ -79,7 +79,7 @@ void use_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes)
 template <typename T, typename Wide>
 void backward(void (*kernel)(const Problem<T, Wide>&), const Problem<T, Wide>& p) {
     const ImageAttnSizes& n = p.sizes;
-    if (!p.pooled()) {
+    if (!p.pooled() && p.grad_image_k) {
         const int64_t bytes = n.batch * n.kv_heads * n.queries * n.images * n.head_dim * int64_t{sizeof(T)};
         use_huge_pages(p.grad_image_k.data, bytes);
         use_huge_pages(p.grad_image_v.data, bytes);

@@ -190,10 +190,10 @@ def visual_fusion_attn(
             images of a padding query by image_index or image_mask.
         cu_seqlens: (N + 1,) int32 or int64, for B = 1: the row is N documents, and document n is the keys from
             cu_seqlens[n] to cu_seqlens[n + 1] - 1, as in flash-attention. It rises from 0 to Tk and may repeat a
-            number (an empty document); on CPU anything else raises, on CUDA it is undefined behaviour. A query sees
-            only text of its own document; with first_key as well, the later of the two limits counts. Every call
-            computes first_key from it, so a model of many layers saves time by doing that once. It needs causal=True
-            and no cache_seqlens.
+            number (an empty document); on CPU anything else raises, on CUDA it is undefined behaviour, as for
+            image_index. A query sees only text of its own document; with first_key as well, the later of the two
+            limits counts. Every call computes first_key from it, so a model of many layers saves time by doing that
+            once. It needs causal=True and no cache_seqlens.
         cache_seqlens: (B,) int32, how many keys of each row there are, those of this call included: takes the place of
             Tk in j <= i + (Tk - Tq), for a cache of constant size Tk that is being filled (StaticCache, CUDA graphs).
             The keys and values from there on are not used and may be anything, NaN too. 0 to Tk, fewer than Tq too:
@@ -239,6 +239,8 @@ def visual_fusion_attn(
         raise ValueError(f'impl="{impl}" {refusal}; use impl="auto"')
     if asked == "auto" and impl == "triton" and flash.is_long(inputs):
         impl = flash.NAME
+    if inputs.cu_seqlens is not None and impl != flash.NAME:
+        inputs = inputs._replace(cu_seqlens=None)  # the others read first_key
     with _outside_autocast(q.device.type):
         if impl == "reference":
             out, lse, image_weights = reference_attention(inputs)

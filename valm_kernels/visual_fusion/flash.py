@@ -54,7 +54,7 @@ def text_forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """out (B, Hq, Tq, D) and lse (B, Hq, Tq) float32 of attention to the text alone."""
     text = inputs[:3]
     options = (0.0, inputs.causal)  # there is no dropout
-    if inputs.q.device.type == "cpu":
+    if _on_cpu(inputs):
         out, lse = _of_each_document(_cpu_flash, text, options, inputs)
     elif inputs.cu_seqlens is not None:
         rows = (_tokens_first(x) for x in text)
@@ -73,7 +73,7 @@ def text_backward(grad_out: Tensor, out: Tensor, lse: Tensor, inputs: Inputs) ->
     """
     q, k, v = inputs[:3]
     options: tuple[Any, ...] = (0.0, inputs.causal)
-    if q.device.type == "cpu":
+    if _on_cpu(inputs):
         return _of_each_document(_cpu_flash_backward, (grad_out, q, k, v, out, lse), options, inputs)
     no_seed = lse.new_empty(2, dtype=torch.int64)
     options = (*options, no_seed, no_seed[0])
@@ -83,6 +83,10 @@ def text_backward(grad_out: Tensor, out: Tensor, lse: Tensor, inputs: Inputs) ->
         return tuple(_heads_first(gradient) for gradient in gradients)
     lengths = (None, None, q.shape[2], k.shape[2])
     return _flash_backward(grad_out, q, k, v, out, lse, *lengths, *options, scale=inputs.scale)
+
+
+def _on_cpu(inputs: Inputs) -> bool:
+    return inputs.q.device.type == "cpu"
 
 
 def _bounds(inputs: Inputs) -> tuple[Any, ...]:

@@ -93,7 +93,7 @@ def check_cache_seqlens(cache_seqlens: Tensor, num_keys: int) -> None:
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, num_keys: int) -> None:
-    """Checks the values of cu_seqlens, which on CUDA would wait for the device.
+    """Checks the values of cu_seqlens, which on CUDA waits for the device.
 
     Raises:
         ValueError: they do not rise from 0 to num_keys.

@@ -220,10 +220,11 @@ def assert_solves(
     inputs = {n: t.to(device) if isinstance(t, Tensor) else t for n, t in problem.inputs(dtype).items()}
     actual = {name: tensor.cpu() for name, tensor in solve(inputs, impl, grads).items()}
     assert actual.keys() == truth.keys()
-    # A backward begins from lse: where that is 8, a weight exp(score - lse) in float32 is off by up to four units.
+    # A backward begins from lse: where that is 8, a weight exp(score - lse) in float32 is off by up to four units. It
+    # shows in Triton's kernels, which have scores in units of log 2 and round lse once more.
     of_lse = max(1.0, float(truth["lse"][truth["lse"].isfinite()].abs().max()) / 2)
     for name, tensor in actual.items():
-        units = of_lse if name in DIFFERENTIABLE and dtype.itemsize > 2 else 1
+        units = of_lse if impl == "triton" and name in DIFFERENTIABLE and dtype == torch.float32 else 1
         assert_result_accurate(name, tensor, eager[name], truth[name], dtype, units)
     return actual
 
@@ -339,6 +340,7 @@ PROBLEMS = {
     "documents": Problem(first_key="documents", num_queries=150, pool_size=11),
     "documents with prefix": Problem(first_key="documents", num_queries=80, prefix=16),
     "cu_seqlens": Problem(cu_seqlens=True, batch=1, num_queries=80, pool_size=11),
+    "cu_seqlens, no images": Problem(cu_seqlens=True, batch=1, num_queries=80, num_images=0),
     "cu_seqlens, random first_key with prefix": Problem(
         cu_seqlens=True, batch=1, first_key="random", num_queries=40, prefix=20
     ),

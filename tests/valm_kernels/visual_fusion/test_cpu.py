@@ -58,14 +58,14 @@ def test_every_instruction_set(isa, name, dtype, monkeypatch):
 
 def assert_is_the_reference(inputs, grads):
     """In float64 both differ by the order of their sums only: by a few hundred units in the last place, and by more
-    where a sum nearly cancels."""
+    where the sum over all tokens, the gradient of a bias, nearly cancels."""
     truth = solve(inputs, "reference", grads)
     for name, tensor in solve(inputs, "cpu", grads).items():
         finite = truth[name].isfinite()
         assert tensor[~finite].equal(truth[name][~finite]), name
         if finite.any():
             error = (tensor - truth[name])[finite].abs().max() / truth[name][finite].abs().max().clamp(min=1e-3)
-            assert error < 1e-12, f"{name}: {error:.1e}"
+            assert error < (1e-12 if name.endswith("bias") else 1e-13), f"{name}: {error:.1e}"
 
 
 @pytest.mark.parametrize("isa", native().cpu_isas())

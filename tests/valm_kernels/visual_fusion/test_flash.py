@@ -1,6 +1,7 @@
 """When flash attention takes the text of a CUDA call, and how PyTorch's operators are called, without a card."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -31,6 +32,54 @@ def test_operators_are_called_as_pytorch_declares_them(problem):
     assert lse.shape == inputs.q.shape[:3] and lse.dtype == torch.float32
     gradients = flash.text_backward(torch.empty_like(out), out, lse, inputs)
     assert [g.shape for g in gradients] == [inputs.q.shape, inputs.k.shape, inputs.v.shape]
+
+
+def check_bounds(bounds, key_bounds, max_q, max_k):
+    """What CUDA's operators for documents require."""
+    assert bounds is key_bounds and bounds.dtype == torch.int32 and bounds.is_contiguous()
+    longest = int(bounds.diff().max())
+    assert max_q >= longest and max_k >= longest
+    return [slice(*pair) for pair in pairwise(bounds.tolist()) if pair[0] < pair[1]]
+
+
+def packed_forward(q, k, v, bounds, key_bounds, max_q, max_k, dropout, causal, debug, scale):
+    """Stands in for CUDA's operator: (T, H, D) and lse (H, T)."""
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    for tokens in check_bounds(bounds, key_bounds, max_q, max_k):
+        text = (x[tokens].transpose(0, 1)[None] for x in (q, k, v))
+        part, part_lse = flash._cpu_flash(*text, dropout, causal, scale=scale)
+        out[tokens], lse[:, tokens] = part[0].transpose(0, 1), part_lse[0]
+    return out, lse, None, None, None
+
+
+def packed_backward(
+    grad_out, q, k, v, out, lse, bounds, key_bounds, max_q, max_k, dropout, causal, seed, offset, scale
+):
+    gradients = [torch.empty_like(x) for x in (q, k, v)]
+    for tokens in check_bounds(bounds, key_bounds, max_q, max_k):
+        rows = (x[tokens].transpose(0, 1)[None] for x in (grad_out, q, k, v, out))
+        parts = flash._cpu_flash_backward(*rows, lse[None, :, tokens], dropout, causal, scale=scale)
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient[tokens] = part[0].transpose(0, 1)
+    return gradients
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_documents_are_handed_over_as_cuda_takes_them(monkeypatch, dtype):
+    """With CUDA's operators replaced, the results are those of the CPU's for one document after the other."""
+    inputs = checked(DOCUMENTS)
+    assert inputs.cu_seqlens is not None
+    inputs = inputs._replace(cu_seqlens=inputs.cu_seqlens.to(dtype))
+    grad_out = torch.randn_like(inputs.q)
+    expected = flash.text_forward(inputs)
+    gradients = flash.text_backward(grad_out, *expected, inputs)
+    monkeypatch.setattr(flash, "_on_cpu", lambda _: False)
+    monkeypatch.setattr(flash, "_packed_flash", packed_forward)
+    monkeypatch.setattr(flash, "_packed_flash_backward", packed_backward)
+    found = flash.text_forward(inputs)
+    assert all(a.equal(b) for a, b in zip(found, expected, strict=True))
+    found_gradients = flash.text_backward(grad_out, *found, inputs)
+    assert all(a.equal(b) for a, b in zip(found_gradients, gradients, strict=True))
 
 
 def impl_for(monkeypatch, q_len, head_dim, dtype=torch.float16, **options):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from valm_kernels.visual_fusion import flash
-from valm_kernels.visual_fusion.inputs import Gradients, Inputs
+from valm_kernels.visual_fusion.inputs import Gradients, Inputs, check_cu_seqlens
 from valm_kernels.visual_fusion.layout import empty_gradients, empty_rows_like
 from valm_kernels.visual_fusion.triton import backward as triton_backward
 from valm_kernels.visual_fusion.triton import forward as triton_forward
@@ -19,6 +19,8 @@ from valm_kernels.visual_fusion.triton.launch import aligned_rows, contiguous, k
 
 def forward(inputs: Inputs, image_scores: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """out (B, Hq, Tq, D), laid out as q, and lse (B, Hq, Tq) float32; writes image_scores (B, Hq, Tq, K) float32."""
+    if triton_forward.CHECK_INDEX and inputs.cu_seqlens is not None:
+        check_cu_seqlens(inputs.cu_seqlens, inputs.k.shape[2])
     q, inputs = inputs.q, kernel_inputs(inputs)
     text = flash.text_forward(inputs)
     if inputs.image_k is None:

@@ -16,7 +16,16 @@ from valm_kernels import visual_fusion_attn
 from valm_kernels.visual_fusion import flash
 from valm_kernels.visual_fusion.triton import joined
 
-QUICK = {"dense", "pooled", "no images", "not causal", "group of three", "image_q", "cu_seqlens"}
+QUICK = {
+    "dense",
+    "pooled",
+    "no images",
+    "not causal",
+    "group of three",
+    "image_q",
+    "cu_seqlens",
+    "cu_seqlens, no images",
+}
 
 
 def served() -> list[str]:
@@ -42,7 +51,7 @@ def test_agrees_with_float64_reference(monkeypatch, name, dtype):
         assert_solves(flash.NAME, PROBLEMS[name], dtype, with_lse=False)
 
 
-@pytest.mark.parametrize(("name", "with_lse"), [("pooled", True), ("image weights", False)])
+@pytest.mark.parametrize(("name", "with_lse"), [("pooled", True), ("image weights", False), ("cu_seqlens", True)])
 def test_gradient_of_lse_is_computed_by_triton(monkeypatch, name, with_lse):
     use_small_tiles(monkeypatch, PROBLEMS[name])
     monkeypatch.setattr(flash, "text_backward", lambda *_: pytest.fail("has no gradient of lse"))

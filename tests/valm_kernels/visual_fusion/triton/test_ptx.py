@@ -81,6 +81,8 @@ def test_data_moves_in_vectors_and_ahead_of_use(kernel, call, arch, head_dim, gr
     # reads transposed: in the backward a tile of a query's text and both of a key's. They are loaded in vectors too.
     through_registers = itemsize == 4 and kernel != "forward"
     assert through_registers or not any(loop.loads[16] for loop in loops(compiled.ptx))
+    if through_registers and kernel == "query":
+        assert all(loop.async_copies[16] for loop in loops(compiled.ptx) if loop.products)
     tiles = Counter(loop.async_copies[16] + loop.loads[16] for loop in loops(compiled.ptx))
     of_text = copies(report.block_m if kernel == "key" else report.block_n)
     assert tiles[of_text] >= (3 if call in ("first_key", "biases") and kernel != "key" else 2)
