@@ -7,12 +7,13 @@ BIN := $(VENV)/bin
 # What an editable install is built from: a change here installs again.
 SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.c*' -o -name '*.h*')
 
-.PHONY: help demo study-small test test-all coverage fuzz sanitize bench gpu-check lint types format docs sdist-check clean
+.PHONY: help demo study-small test test-oldest-triton test-all coverage fuzz sanitize bench gpu-check lint types format docs sdist-check clean
 
 help:
 	@echo "make demo       train and evaluate a small VaLM on real pictures, on the CPU, into $(DEMO_OUTPUT)/"
 	@echo "make study-small  one seed of the study (docs/study-plan.md), under an hour, into $(STUDY_OUTPUT)/"
 	@echo "make test       the tests, without the slow ones"
+	@echo "make test-oldest-triton  the Triton kernels' tests under the oldest Triton that is supported"
 	@echo "make test-all   every test"
 	@echo "make coverage   the tests, without the slow ones, and the share of lines that they run"
 	@echo "make fuzz       damaged files for every reader, for MINUTES=10"
@@ -43,6 +44,14 @@ study-small: $(VENV)/.installed-study
 # As many processes as cores, eight at most, of one thread each: a test that wants more threads sets their number.
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n auto --maxprocesses 8 --dist worksteal
+
+# With a PyTorch for CPUs, which wants no Triton of its own. This Triton's interpreter knows no newer numpy.
+OLDEST := .venv-oldest
+test-oldest-triton:
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet 'triton==3.5.0' 'numpy<2.3' --editable '.[test]'
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -m 'not slow' -n auto --maxprocesses 8 --dist worksteal \
+	    tests/valm_kernels/visual_fusion/triton
 
 test-all: $(VENV)/.installed-test,ray
 	$(BIN)/python -m pytest
@@ -117,4 +126,4 @@ $(VENV)/.installed-lint: pyproject.toml | $(VENV)/bin/python
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build valm.egg-info valm_kernels/_native*.so
+	rm -rf $(VENV) $(OLDEST) build valm.egg-info valm_kernels/_native*.so
