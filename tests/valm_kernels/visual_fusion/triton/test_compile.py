@@ -29,7 +29,7 @@ from tests.valm_kernels.visual_fusion.triton.compile_record import (
 
 # The tiles of 8.0 also serve 8.6, 8.9 and 12.x, whose blocks have less shared memory.
 SHARED_LIMIT = {**SHARED_PER_BLOCK, 80: 99 * 1024}
-# Bytes of registers that do not fit, with every option and a gradient of lse; smaller tiles are too small for tcgen05.
+# Bytes of registers that do not fit, with all options together; smaller tiles are too small for tcgen05.
 SPILLS = {("query", "dense", 100, 128): 32}
 # The same among VARIANTS: two registers of 255, beside half of the tile.
 VARIANT_SPILLS = {("query", "group of three"): 8}
@@ -130,12 +130,13 @@ def test_every_kind_of_call_compiles(call, kernel):
 
 
 @pytest.mark.slow
-def test_without_a_gradient_of_lse_nothing_spills():
-    """The calls of `SPILLS` as a training makes them."""
+@pytest.mark.parametrize(("absent", "with_lse"), [(BIASES, True), (("first_key",), False), (("image_mask",), False)])
+def test_fewer_options_spill_nothing(absent, with_lse):
+    """The calls of `SPILLS` as people make them."""
     for kernel, call, arch, head_dim in SPILLS:
         assert call == "dense"
-        inputs = meta_inputs(head_dim, torch.float16, False)
-        assert compile_kernel(kernel, call, arch, inputs, with_lse=False).report.spill_bytes == 0
+        inputs = without(meta_inputs(head_dim, torch.float16, False), *absent)
+        assert compile_kernel(kernel, call, arch, inputs, with_lse).report.spill_bytes == 0
 
 
 def test_table_has_every_case():
