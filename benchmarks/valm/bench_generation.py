@@ -37,7 +37,7 @@ def kb(tmp_path_factory: pytest.TempPathFactory) -> ImageKnowledgeBase:
     "length", [pytest.param(SHORT, id="short"), pytest.param(LONG, id="long", marks=pytest.mark.full)]
 )
 def bench_generate(measure, device, kb: ImageKnowledgeBase, length, name):
-    """ "self": the queries come from a head of the model."""
+    """The queries of "self" come from a head of the model."""
     if device.type != "cpu" and ("int8" in name or length == LONG):
         pytest.skip("int8 and this length are for CPUs")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16

@@ -32,9 +32,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 def readings(encoder: ContextEncoder, ids: Tensor) -> Iterator[Tensor]:
     """Queries (B, T, E) of the same text, read in each way; alone comes first."""
     yield torch.cat([encoder(row[None]) for row in ids])
-    yield encoder(ids)
+    together = encoder(ids)
+    yield together
     half = ids.shape[1] // 2
-    yield torch.cat([encoder(ids[:, :half]), encoder(ids)[:, half:]], dim=1)
+    yield torch.cat([encoder(ids[:, :half]), together[:, half:]], dim=1)
     cache = encoder.new_cache(len(ids))
     yield torch.cat([encoder.step(token, cache) for token in ids.split(1, dim=1)], dim=1)
 

@@ -164,7 +164,7 @@ def _widened(bits: np.ndarray) -> np.ndarray:
 def _narrowed(numbers: np.ndarray) -> np.ndarray:
     """The bits of float32 numbers rounded to bfloat16, halves to even."""
     rounded = torch.from_numpy(np.ascontiguousarray(numbers)).bfloat16()
-    return rounded.view(torch.int16).numpy().view(np.uint16)
+    return rounded.view(torch.int16).numpy().view(np.uint16).reshape(numbers.shape)
 
 
 def tf32x3(a: np.ndarray, b: np.ndarray) -> np.ndarray:
