@@ -1,0 +1,136 @@
+"""Models of an earlier version open in this one with the same logits, and its trainings go on to the same losses.
+
+`fixtures/0.1.0/make_models.py` wrote them.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PrinterCallback
+
+import valm
+from valm.augmented.model import augment
+from valm.augmented.saving import load_adapter
+from valm.model import VaLMForCausalLM
+from valm.tokenizer import load_tokenizer
+from valm.training.train import trainer, training_arguments
+
+STORES = Path(__file__).parent / "fixtures" / "0.1.0"
+# Saved by save_pretrained, without a tokenizer.
+WHOLE = [
+    *("score_scale", "embed_dim", "layer_norm_epsilon", "width", "inverse_layer_idx", "first_layer", "blind"),
+    "augmented",
+]
+# Of the largest value.
+TOLERANCE = 2e-6
+
+
+@pytest.fixture
+def stores(tmp_path) -> Path:
+    """A copy, so that no test changes what is committed."""
+    return shutil.copytree(STORES, tmp_path / "0.1.0")
+
+
+def assert_same_logits(model, folder: Path) -> None:
+    batch = load_file(folder / "expected.safetensors")
+    expected = batch.pop("logits")
+    with torch.no_grad():
+        found = model(**batch).logits
+    present = batch["attention_mask"].bool()
+    torch.testing.assert_close(found[present], expected[present], rtol=0, atol=TOLERANCE * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_whole_model_opens(stores, name):
+    folder = stores / "models" / name
+    assert_same_logits(AutoModelForCausalLM.from_pretrained(folder), folder)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_whole_model_is_saved_again(stores, tmp_path, name):
+    folder = stores / "models" / name
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "again")
+    assert_same_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), folder)
+
+
+@pytest.mark.parametrize("name", [name for name in WHOLE if name != "augmented"])
+def test_valm_opens_by_its_class(stores, name):
+    folder = stores / "models" / name
+    assert_same_logits(VaLMForCausalLM.from_pretrained(folder), folder)
+
+
+@pytest.mark.parametrize("name", ["adapter", "block_adapter"])
+def test_an_adapter_opens(stores, name):
+    folder = stores / "models" / name
+    base = AutoModelForCausalLM.from_pretrained(stores / "models" / "base")
+    assert_same_logits(load_adapter(base, folder).eval(), folder)
+
+
+def test_a_query_head_predicts_the_same(stores):
+    pytest.importorskip("faiss", reason="the knowledge base has a faiss index: install valm[faiss]")
+    folder = stores / "models" / "query_head"
+    model, tokenizer = valm.load(folder)
+    expected = load_file(folder / "expected.safetensors")
+    ids = tokenizer("the yellow bus is not blue", return_tensors="pt").input_ids
+    assert ids.equal(expected["input_ids"])
+    with torch.no_grad():
+        found = {"queries": model.self_queries(ids), "logits": model(ids).logits}
+    for name, tensor in found.items():
+        largest = expected[name].abs().max().item()
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=TOLERANCE * largest)
+
+
+class Vectors:
+    """What the collator needs of a knowledge base, as when the fixtures were made."""
+
+    dim = 8
+
+    def __init__(self):
+        self.vectors = np.random.default_rng(1).standard_normal((20, self.dim)).astype(np.float16)
+
+    def gather(self, ids):
+        return self.vectors[ids]
+
+
+def documents(tokenizer) -> list[dict]:
+    """Those of the fixtures' trainings."""
+    random = np.random.default_rng(0)
+    made = []
+    for length in range(4, 12):
+        ids = [tokenizer.bos_token_id, *random.integers(0, 256, length - 1).tolist()]
+        images = random.integers(0, 20, (length, 2)).astype(np.uint32)
+        images[random.random(images.shape) < 0.2] = 2**32 - 1
+        made.append({"input_ids": ids, "image_ids": images})
+    return made
+
+
+@pytest.mark.parametrize("name", ["training", "augmented_training"])
+def test_a_training_goes_on_to_the_same_losses(stores, name):
+    run = stores / "models" / name
+    expected = json.loads((run / "expected.json").read_text(encoding="utf-8"))
+    tokenizer = load_tokenizer(run / f"checkpoint-{expected['saved_at']}")
+    torch.manual_seed(1)  # of weights that the checkpoint replaces
+    if name == "training":
+        model = VaLMForCausalLM(valm.ValmConfig.from_pretrained(run / f"checkpoint-{expected['saved_at']}"))
+    else:
+        sizes = {"n_positions": 32, "n_embd": 8, "n_layer": 2, "n_head": 1, "n_inner": 16}
+        base = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes)).eval()
+        model = augment(base, Vectors.dim, 2, logit_bias=0.0, unfreeze="block")
+    fields = {"max_steps": expected["steps"], "per_device_train_batch_size": 3, "learning_rate": 3e-3}
+    fields |= {"logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "report_to": "none"}
+    training = trainer(
+        model,
+        documents(tokenizer),
+        Vectors(),
+        tokenizer=tokenizer,
+        arguments=training_arguments(run, **fields),
+        row_length=24 if name == "training" else None,
+    )
+    training.remove_callback(PrinterCallback)
+    training.train(resume_from_checkpoint=True)
+    np.testing.assert_allclose(training.losses(), expected["losses"], rtol=TOLERANCE)
