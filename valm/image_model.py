@@ -38,6 +38,9 @@ class RetrievalCache(Cache):
     """A cache that also holds the retriever's state and reorders it with the beams."""
 
     retrieval: ContextCache | None = None
+    # ids and mask (B, T) of the text that a model read before it returned this cache; `retrieval` begins with it
+    text: tuple[Tensor, Tensor | None] | None = None
+    num_retrieved = 0  # tokens that `retrieval` has read
     is_croppable = False
 
     def crop(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -48,30 +51,44 @@ class RetrievalCache(Cache):
 
     def reset(self) -> None:
         super().reset()
-        self.retrieval = None
+        self.retrieval = self.text = None
+        self.num_retrieved = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes a copy of row beam_idx[i]."""
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]  # any tensor of integers will do
-        self._reorder_retrieval(beam_idx)
+        self.reorder_state(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
-        self._reorder_retrieval(indices)
+        self.reorder_state(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Always raises: a cache does not know how many rows it has."""
         raise NotImplementedError("a cache with a retriever's state repeats its rows by reorder_cache only")
 
-    def _reorder_retrieval(self, rows: Tensor) -> None:
+    def reorder_state(self, rows: Tensor) -> None:
+        """What `reorder_cache` does beside the keys and values."""
         if self.retrieval is not None:
             self.retrieval.reorder(rows)
+        if self.text is not None:
+            ids, mask = self.text
+            at = rows.to(ids.device)
+            self.text = ids[at], None if mask is None else mask[at]
 
 
 @functools.cache
 def retrieval_cache_class(cache_class: Any) -> Any:
     """`cache_class` with a retriever's state."""
     return type(cache_class.__name__, (RetrievalCache, cache_class), {})
+
+
+def with_retrieval(cache: Any) -> RetrievalCache:
+    """`cache` itself, whose class becomes one with a retriever's state."""
+    if not isinstance(cache, RetrievalCache):
+        plain: Any = type(cache)
+        cache.__class__ = retrieval_cache_class(plain)
+    return cache
 
 
 class ImageModel(_Base):
@@ -156,8 +173,8 @@ class ImageModel(_Base):
         retriever. `cache` has the state of the earlier tokens.
 
         Raises:
-            ValueError: there is no retriever and the model is `strict`; or the retriever did not see the earlier
-                tokens, because the cache was filled without it.
+            ValueError: there is no retriever and the model is `strict`; or the retriever did not read all the tokens in
+                the cache.
         """
         if not finds_images(self):
             return None, None, None
@@ -173,28 +190,25 @@ class ImageModel(_Base):
             raise ValueError(
                 "the retriever reads token ids, got inputs_embeds only: give image_pool and image_index too"
             )
-        mask = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
-        if mask is not None and mask.dim() != 2:
-            raise ValueError(
-                f"beside a retriever attention_mask must have two dimensions (B, T), got {mask.dim()}: "
-                "give image_pool and image_index too"
-            )
+        mask = _mask_of(input_ids, attention_mask)
         if cache is None:
             found = retriever(input_ids, mask)
         else:
-            if not isinstance(cache, RetrievalCache):
-                plain: Any = type(cache)
-                cache.__class__ = retrieval_cache_class(plain)
-            if cache.retrieval is None:
-                if cache.get_seq_length() > 0:
-                    raise ValueError(
-                        "the cache was filled without a retriever, so the text before these tokens is unknown to it: "
-                        "start with an empty cache"
-                    )
-                cache.retrieval = retriever.start(input_ids.shape[0])
-            found = retriever.step(input_ids, cache.retrieval, mask)
+            found = retriever.step(input_ids, _retrieval_state(with_retrieval(cache), retriever, len(input_ids)), mask)
+            cache.num_retrieved += input_ids.shape[1]
         scores = found.scores.to(input_ids.device) if self.image_options.scored else None
         return found.image_pool.to(input_ids.device), found.image_index.to(input_ids.device), scores
+
+    @torch.compiler.disable
+    def keep_text(self, output: Any, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+        """Puts the text of a forward pass that began without a cache into the cache that it returns, if it does.
+
+        The retriever reads the text again when the cache is used, so that a pass whose cache nobody uses costs nothing.
+        """
+        values = output if isinstance(output, tuple) else output.values()
+        for cache in values:
+            if isinstance(cache, Cache):
+                with_retrieval(cache).text = input_ids.clone(), _mask_of(input_ids, attention_mask)
 
     def check_images(self, shape: torch.Size, pool: Tensor | None, index: Tensor | None, scores: Tensor | None) -> None:
         """Checks image_pool, image_index and image_scores against the model and the batch's `shape`.
@@ -291,6 +305,36 @@ class ImageModel(_Base):
         if not self._warned:
             self._warned = True
             warnings.warn(message + ". It reads the text alone now.", stacklevel=5)
+
+
+def _mask_of(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+    """The attention mask (B, T) of `input_ids` in that of all tokens."""
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ValueError(
+            f"beside a retriever attention_mask must have two dimensions (B, T), got {attention_mask.dim()}: "
+            "give image_pool and image_index too"
+        )
+    return None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
+
+
+def _retrieval_state(cache: RetrievalCache, retriever: ImageRetriever, batch: int) -> ContextCache:
+    """The retriever's state after the tokens in the cache.
+
+    Raises:
+        ValueError: the retriever has not read them.
+    """
+    if cache.retrieval is None:
+        cache.retrieval = retriever.start(batch)
+        if cache.text is not None:
+            ids, mask = cache.text
+            retriever.step(ids, cache.retrieval, mask)
+            cache.text, cache.num_retrieved = None, ids.shape[1]
+    if cache.num_retrieved != cache.get_seq_length():
+        raise ValueError(
+            f"the cache has {cache.get_seq_length()} tokens, but the retriever has read {cache.num_retrieved} of them: "
+            "the others were read without a retriever or with images that were given; start with an empty cache"
+        )
+    return cache.retrieval
 
 
 @torch.compiler.assume_constant_result

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block, GPT2PreTrainedModel
+from transformers.utils.deprecation import deprecate_kwarg
 
 from valm.config import ValmConfig
 from valm.errors import ValmError
@@ -25,15 +26,22 @@ from valm.tokenizer import ClipBpeTokenizer
 class VaLMCache(RetrievalCache, DynamicCache):
     """State of the tokens read so far: keys and values, where each row's document began, and the retriever's state."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.first_key: Tensor | None = None  # (B,) int32, the first key of the document being read
+    first_key: Tensor | None = None  # (B,) int32, the first key of the document being read
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes a copy of row beam_idx[i]."""
-        super().reorder_cache(beam_idx)
+    def reorder_state(self, rows: Tensor) -> None:
+        super().reorder_state(rows)
         if self.first_key is not None:
-            self.first_key = self.first_key[beam_idx.to(self.first_key.device)]
+            self.first_key = self.first_key[rows.to(self.first_key.device)]
+
+
+def valm_cache(cache: Any) -> VaLMCache | None:
+    """`cache` itself; an empty `DynamicCache`, as `generate` makes one, becomes a `VaLMCache`."""
+    if type(cache) is DynamicCache and cache.get_seq_length() == 0:
+        cache.__class__ = VaLMCache
+        cache.layer_class_to_replicate = DynamicLayer  # the blocks of a query head are not in the config
+    if cache is not None and not isinstance(cache, VaLMCache):
+        raise TypeError(f"cache must be a VaLMCache or an empty DynamicCache, got {type(cache).__name__}")
+    return cache
 
 
 # image_pool, image_index and image_scores, as the blocks take them.
@@ -226,6 +234,7 @@ class VaLMForCausalLM(ImageModel, VaLMPreTrainedModel, GenerationMixin):
             raise ValmError(f"the GPT-2 does not fit these arguments: {wrong[0]} is in one of the two models only")
         return model
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")  # as in transformers' own models
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -234,7 +243,7 @@ class VaLMForCausalLM(ImageModel, VaLMPreTrainedModel, GenerationMixin):
         image_index: Tensor | None = None,
         image_scores: Tensor | None = None,
         position_ids: Tensor | None = None,
-        cache: VaLMCache | None = None,
+        cache: Cache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
@@ -255,7 +264,7 @@ class VaLMForCausalLM(ImageModel, VaLMPreTrainedModel, GenerationMixin):
             image_scores: (B, T, K) float, the retrieval score of each image; of a model with image_score_scale_init
                 only, which needs it beside images.
             position_ids: (B, T) int64; by default the distance from the document's first token.
-            cache: returned by an earlier call with use_cache=True; this call adds to it.
+            cache: returned by an earlier call with use_cache=True, or an empty DynamicCache; this call adds to it.
             labels: (B, T) int64, input_ids with -100 at ignored positions; shifted inside.
             use_cache: return the cache too.
             logits_to_keep: return only the logits of the last positions, as many as this; 0 = all.
@@ -277,8 +286,7 @@ class VaLMForCausalLM(ImageModel, VaLMPreTrainedModel, GenerationMixin):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         tokens = cast(Tensor, input_ids if inputs_embeds is None else inputs_embeds)
-        if use_cache and cache is None:
-            cache = VaLMCache()
+        cache = VaLMCache() if use_cache and cache is None else valm_cache(cache)
         first_key, present = self._documents(tokens, attention_mask, cache)
         if position_ids is None:
             past = cache.get_seq_length() if cache is not None else 0
@@ -365,7 +373,7 @@ class VaLMForCausalLM(ImageModel, VaLMPreTrainedModel, GenerationMixin):
     def generate(
         self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **arguments: Any
     ) -> Any:
-        """`GenerationMixin.generate` with a cache that also holds the retriever's state.
+        """`GenerationMixin.generate`; the retriever finds the images of each new token.
 
         Raises:
             ValueError: attention_mask has padding on the right.
@@ -373,9 +381,6 @@ class VaLMForCausalLM(ImageModel, VaLMPreTrainedModel, GenerationMixin):
         mask = arguments.get("attention_mask")
         if mask is not None and not mask[:, -1].all():
             raise ValueError("attention_mask pads on the right; generate() continues the last column: pad on the left")
-        use_cache = arguments.get("use_cache", (generation_config or self.generation_config).use_cache)
-        if use_cache is not False:
-            arguments.setdefault("cache", VaLMCache())
         return super().generate(inputs, generation_config, **arguments)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
@@ -393,8 +398,6 @@ class VaLMForCausalLM(ImageModel, VaLMPreTrainedModel, GenerationMixin):
             name, shape = ("inputs_embeds", "(batch, tokens, n_embd)") if embedded else ("input_ids", "(batch, tokens)")
             raise ValueError(f"{name} must have shape {shape} with tokens, got {tuple(tokens.shape)}")
         batch, length = tokens.shape[:2]
-        if cache is not None and not isinstance(cache, VaLMCache):
-            raise TypeError(f"cache must be a VaLMCache, got {type(cache).__name__}")
         past = cache.get_seq_length() if cache is not None else 0
         if embedded or self.config.bos_token_id is None:
             begins = torch.zeros(batch, length, dtype=torch.bool, device=tokens.device)

@@ -152,7 +152,9 @@ def test_a_cache_that_was_filled_without_the_retriever_is_refused(retriever):
     none = {"image_pool": torch.zeros(0, retriever.dim), "image_index": torch.full((1, 3, 2), -1)}
     cache = model(ids, use_cache=True, **none).cache
     model.set_retriever(retriever)
-    with pytest.raises(ValueError, match="filled without a retriever"):
+    with pytest.raises(
+        ValueError, match="has 3 tokens, but the retriever has read 0 of them: the others were read without"
+    ):
         model(ids, cache=cache)
 
 

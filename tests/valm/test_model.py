@@ -1,6 +1,8 @@
+import copy
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
 
 from tests.valm.models import (
     BOS,
@@ -380,6 +382,39 @@ def test_retrieval_scores_are_part_of_the_model(tmp_path):
     assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None), again)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+@pytest.mark.parametrize("make", [lambda config: None, lambda config: DynamicCache(), lambda c: DynamicCache(config=c)])
+def test_a_cache_under_either_name_of_transformers(name, make):
+    model = tiny_model()
+    model.set_retriever(HashRetriever(BOS))
+    ids = random_ids(2, 9)
+    ids[1, 3] = BOS  # the second row goes on with another document
+    out = model(ids[:, :5], use_cache=True, **{name: make(model.config)})
+    expected = model(ids).logits[:, 5:]
+    close(model(ids[:, 5:], **{name: copy.deepcopy(out[name])}).logits, expected)
+    out[name].batch_select_indices(torch.tensor([1]))
+    close(model(ids[1:, 5:], **{name: out[name]}).logits, expected[1:])
+
+
+@pytest.mark.parametrize("arguments", [{"guidance_scale": 3.0}, {"prefill_chunk_size": 2}, {"num_beams": 3}])
+def test_generate_with_and_without_a_cache(arguments):
+    model = tiny_model()
+    model.set_retriever(HashRetriever(BOS))
+    greedy = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    ids = random_ids(2, 6)
+    with_cache = model.generate(ids, **greedy, **arguments)
+    arguments.pop("prefill_chunk_size", None)
+    assert torch.equal(with_cache, model.generate(ids, **greedy, **arguments, use_cache=False))
+
+
+def test_assisted_decoding_is_refused():
+    model = tiny_model()
+    model.set_retriever(HashRetriever(BOS))
+    with pytest.raises((NotImplementedError, ValueError)):
+        model.generate(random_ids(1, 6), max_new_tokens=4, prompt_lookup_num_tokens=2)
+
+
 def test_a_new_scale_begins_at_its_initial_value():
     model = VaLMForCausalLM(tiny_config(image_score_scale_init=2.5))
     assert model.transformer.h[1].attn.image_score_scale.tolist() == [2.5]
@@ -393,8 +428,11 @@ def test_gpt2_refuses_pictures_and_a_foreign_cache_is_refused(model):
         tiny_model(num_images=0)(
             random_ids(1, 3), image_pool=torch.zeros(3, 24), image_index=torch.zeros(1, 3, 3).long()
         )
-    with pytest.raises(TypeError, match="must be a VaLMCache"):
-        model(random_ids(1, 3), cache=DynamicCache())
+    filled = DynamicCache()
+    filled.update(torch.zeros(1, 4, 2, 8), torch.zeros(1, 4, 2, 8), 0)
+    for cache in (filled, StaticCache(config=model.config, max_cache_len=8)):
+        with pytest.raises(TypeError, match="must be a VaLMCache or an empty DynamicCache, got"):
+            model(random_ids(1, 3), cache=cache)
     with pytest.raises(NotImplementedError, match="assisted decoding"):
         VaLMCache().crop(1)
 

@@ -323,16 +323,21 @@ class AugmentedCausalLM(ImageModel):
             arguments["image_slots"] = image_slots
         input_ids: Any = arguments.get("input_ids")
         embeds: Any = arguments.get("inputs_embeds")
+        mask: Any = arguments.get("attention_mask")
+        began_here = False  # the retriever's text begins with these tokens, and no cache has its state
         if image_pool is None and image_index is None and image_scores is None:
-            cache = arguments.get("cache", arguments.get("past_key_values"))
-            found = self.find_images(input_ids, arguments.get("attention_mask"), cache)
-            image_pool, image_index, image_scores = found
+            cache: Any = arguments.get("cache", arguments.get("past_key_values"))
+            image_pool, image_index, image_scores = self.find_images(input_ids, mask, cache)
+            began_here = cache is None and image_index is not None
         else:
             shape = (input_ids if embeds is None else embeds).shape[:2]
             self.check_images(shape, image_pool, image_index, image_scores)
         if image_scores is not None:
             arguments["image_scores"] = image_scores
-        return super().forward(**arguments, image_pool=image_pool, image_index=image_index)
+        output = super().forward(**arguments, image_pool=image_pool, image_index=image_index)
+        if began_here:
+            self.keep_text(output, input_ids, mask)
+        return output
 
     @torch.no_grad()
     def fusion_attention(
@@ -377,11 +382,12 @@ class AugmentedCausalLM(ImageModel):
         """The base's, with images and, in a static cache, the limits of the text: here, outside what `generate`
         compiles, where the retriever can run and the mask can be read. All shapes of the next tokens are constant."""
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
-        static = isinstance(kwargs.get("cache"), StaticCache)
+        cache = inputs.get("cache")  # not what came: Phi-3 drops its cache where its rotation changes
+        static = isinstance(cache, StaticCache)
         if static:
             inputs["text_limits"] = self._text_limits(inputs.get("attention_mask"))
-        if self.retriever is not None:
-            found = self.find_images(inputs.get("input_ids"), kwargs.get("attention_mask"), kwargs.get("cache"))
+        if self.retriever is not None and cache is not None:
+            found = self.find_images(inputs.get("input_ids"), kwargs.get("attention_mask"), cache)
             inputs["image_pool"], inputs["image_index"], inputs["image_scores"] = found
             if static and inputs["input_ids"].shape[1] == 1:
                 inputs["image_pool"] = _padded_pool(inputs["image_pool"], inputs["image_index"].numel())

@@ -1,20 +1,44 @@
 """A tiny augmented decoder with open images."""
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MiniMaxConfig,
+    MiniMaxForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
 
 from tests.valm.augmented.families import open_images
 from valm.augmented.model import augment, fusion_module
 
 VOCAB, IMAGE_DIM, IMAGES = 64, 24, 3
 SMALL = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
 
 
 def tiny_llama(seed=0, **arguments):
     """Grouped queries, rotary positions; weights large enough that everything matters."""
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
-    return _randomised(LlamaForCausalLM, LlamaConfig(**SMALL, **sizes, **heads, **arguments), seed)
+    return _randomised(LlamaForCausalLM, LlamaConfig(**SMALL, **SIZES, **HEADS, **arguments), seed)
+
+
+def tiny_minimax(seed=0):
+    """Full attention and linear attention in turn, with a cache class of its own."""
+    sizes = SIZES | {"num_hidden_layers": 4, "head_dim": 8, "block_size": 8}
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1}
+    return _randomised(MiniMaxForCausalLM, MiniMaxConfig(**SMALL, **sizes, **HEADS, **experts), seed)
+
+
+def tiny_phi3_longrope(seed=0):
+    """Beyond 10 tokens the frequencies of the rotation are others."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 5.0]}
+    rotation = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 10, **factors}
+    threshold = {"rope_parameters": rotation, "original_max_position_embeddings": 10}
+    return _randomised(Phi3ForCausalLM, Phi3Config(**SMALL, **SIZES, **HEADS, **threshold), seed)
 
 
 def tiny_gpt2(seed=0, **arguments):

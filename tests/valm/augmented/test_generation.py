@@ -1,10 +1,21 @@
 """generate() with live retrieval: token by token equals reading it all again."""
 
+import copy
+from functools import partial
+
 import pytest
 import torch
-from transformers import CompileConfig, StaticCache, TextStreamer
+from transformers import CompileConfig, DynamicCache, StaticCache, TextStreamer
 
-from tests.valm.augmented.models import augmented, random_ids, random_images, tiny_gpt2, tiny_llama
+from tests.valm.augmented.models import (
+    augmented,
+    random_ids,
+    random_images,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_minimax,
+    tiny_phi3_longrope,
+)
 from tests.valm.models import HashRetriever
 from valm.image_model import RetrievalCache
 
@@ -140,6 +151,114 @@ def test_going_on_from_a_cache(model):
     assert isinstance(first.cache, RetrievalCache)
     both = model.generate(first.sequences, **GREEDY, cache=first.cache)
     assert torch.equal(both, again_from_the_start(model, ids, 16))
+
+
+# MiniMax makes a cache of its own class; Phi-3 drops its cache at token 10, where its rotation changes
+MODELS = {
+    "llama": lambda: augmented(tiny_llama),
+    "gpt2": lambda: augmented(tiny_gpt2),
+    "minimax": lambda: augmented(tiny_minimax),
+    "phi3": lambda: augmented(tiny_phi3_longrope),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def family(request):
+    model = MODELS[request.param]()
+    model.set_retriever(HashRetriever())
+    return model
+
+
+assert_close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def rest_from_cache(model, ids, cache, begin=4):
+    return model(ids[:, begin:], cache=cache).logits
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+@pytest.mark.parametrize("use_cache", [True, None])
+def test_a_returned_cache_has_the_retrievers_state(family, name, use_cache):
+    ids, mask = random_ids(2, 9), torch.ones(2, 9, dtype=torch.int64)
+    mask[1, :2] = 0
+    out = family(ids[:, :4], attention_mask=mask[:, :4], use_cache=use_cache)
+    got = family(ids[:, 4:], attention_mask=mask, **{name: out[name]}).logits
+    expected = family(ids, attention_mask=mask, use_cache=False).logits[:, 4:]
+    assert_close(got, expected)
+    family.set_retriever(None)
+    blind = family(ids, attention_mask=mask, use_cache=False).logits[:, 4:]
+    family.set_retriever(HashRetriever())
+    assert (blind - expected).abs().max() > 0.1  # the images matter
+
+
+def test_a_returned_cache_of_a_tuple_has_the_retrievers_state(family):
+    ids = random_ids(2, 9)
+    with torch.no_grad():
+        _, cache = family(ids[:, :4], use_cache=True, return_dict=False)
+        expected = family(ids, use_cache=False).logits[:, 4:]
+    assert_close(rest_from_cache(family, ids, cache), expected)
+
+
+@torch.no_grad()
+def test_a_returned_cache_can_be_copied_and_its_rows_selected(family):
+    ids = random_ids(2, 9)
+    expected = rest_from_cache(family, ids, family(ids[:, :4], use_cache=True).cache)
+    cache = family(ids[:, :4], use_cache=True).cache
+    assert_close(rest_from_cache(family, ids, copy.deepcopy(cache)), expected)
+    half_read = family(ids[:, 4:6], cache=cache).cache
+    assert_close(rest_from_cache(family, ids, copy.deepcopy(half_read), 6), expected[:, 2:])
+    half_read.batch_select_indices(torch.tensor([1]))
+    assert_close(rest_from_cache(family, ids[1:], half_read, 6), expected[1:, 2:])
+    unread = family(ids[:, :4], use_cache=True).cache
+    unread.batch_select_indices(torch.tensor([1]))
+    assert_close(rest_from_cache(family, ids[1:], unread), expected[1:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [DynamicCache, lambda: StaticCache(config=tiny_llama().config, max_cache_len=12)])
+def test_a_cache_of_ones_own_can_be_reset(make):
+    model = augmented()
+    model.set_retriever(HashRetriever())
+    ids, other, cache = random_ids(2, 9), random_ids(2, 3, seed=1), make()
+    model(other, cache=cache, use_cache=True)
+    cache.reset()
+    model(ids[:, :4], cache=cache, use_cache=True)
+    expected = model(ids, use_cache=False).logits[:, 4:]
+    assert_close(rest_from_cache(model, ids, cache), expected)
+
+
+@torch.no_grad()
+def test_a_cache_with_tokens_that_the_retriever_has_not_read_is_refused():
+    model = augmented()
+    model.set_retriever(HashRetriever())
+    ids = random_ids(1, 6)
+    cache = model(ids[:, :2], use_cache=True).cache
+    model(ids[:, 2:3], cache=cache)
+    given = {"image_pool": torch.zeros(0, 24), "image_index": torch.full((1, 2, 3), -1)}
+    model(ids[:, 3:5], cache=cache, **given)
+    with pytest.raises(ValueError, match="the cache has 5 tokens, but the retriever has read 3 of them"):
+        model(ids[:, 5:], cache=cache)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_every_family_generates_as_it_reads(family, use_cache):
+    ids = random_ids(2, 6)
+    assert torch.equal(family.generate(ids, **GREEDY, use_cache=use_cache), again_from_the_start(family, ids))
+
+
+def test_guidance(family):
+    ids = random_ids(2, 6)
+    guided = GREEDY | {"guidance_scale": 3.0}
+    without = family.generate(ids, **guided, use_cache=False)
+    assert torch.equal(family.generate(ids, **guided), without)
+    assert not torch.equal(without, family.generate(ids, **GREEDY))
+
+
+def test_a_prompt_read_in_chunks(model):
+    ids = random_ids(2, 7)
+    assert torch.equal(model.generate(ids, **GREEDY, prefill_chunk_size=3), again_from_the_start(model, ids))
 
 
 def test_assisted_decoding_is_refused(model):
