@@ -147,6 +147,19 @@ class ImageModel(_Base):
         self._retriever = retriever
         self._note_ignored = True
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's, which `generate_batch` calls too.
+
+        Raises:
+            ValmError: the model has a retriever.
+        """
+        if self.retriever is not None:
+            raise ValmError(
+                "continuous batching (generate_batch) reads several texts in one row, which a retriever cannot follow: "
+                "call generate(), or set_retriever(None) for text alone"
+            )
+        return super().init_continuous_batching(*args, **kwargs)
+
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """`PreTrainedModel.save_pretrained`, the note on what finds the images, and a model card (`write_card`)."""
         super().save_pretrained(save_directory, *args, **kwargs)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeAlias, cast
+from typing import Any, NoReturn, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -382,6 +382,10 @@ class VaLMForCausalLM(ImageModel, VaLMPreTrainedModel, GenerationMixin):
         if mask is not None and not mask[:, -1].all():
             raise ValueError("attention_mask pads on the right; generate() continues the last column: pad on the left")
         return super().generate(inputs, generation_config, **arguments)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Always raises: a VaLM reads its texts from a `VaLMCache`."""
+        raise ValmError("a VaLM has no continuous batching (generate_batch): call generate()")
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)

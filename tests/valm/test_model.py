@@ -408,6 +408,12 @@ def test_generate_with_and_without_a_cache(arguments):
     assert torch.equal(with_cache, model.generate(ids, **greedy, **arguments, use_cache=False))
 
 
+@pytest.mark.parametrize("num_images", [0, 3])
+def test_continuous_batching_is_refused(num_images):
+    with pytest.raises(ValmError, match="no continuous batching"):
+        tiny_model(num_images=num_images).generate_batch([[BOS, 3, 4]])
+
+
 def test_assisted_decoding_is_refused():
     model = tiny_model()
     model.set_retriever(HashRetriever(BOS))

@@ -53,7 +53,14 @@ def windows(length: int, context: int) -> list[tuple[int, int, int]]:
     Returns:
         (start, end, scored) of each window: it reads the tokens start to end and scores those from scored on, which all
         but the first window see at least half a context before.
+
+    Raises:
+        ValmError: the context is too short for a token and one before it.
     """
+    if context < 2:
+        raise ValmError(
+            f"a model must read at least 2 tokens at once to score one by another, this one reads {context}"
+        )
     found = [(0, min(length, context), 1)]
     while found[-1][1] < length:
         scored = found[-1][1]

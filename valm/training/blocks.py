@@ -29,9 +29,14 @@ class Blocks(Dataset[dict[str, Any]]):
         documents: the documents.
         length: the most tokens of a block.
         sot: id of SOT.
+
+    Raises:
+        ValmError: a block of `length` tokens has no room beside SOT.
     """
 
     def __init__(self, documents: Any, length: int, sot: int):
+        if length < 2:
+            raise ValmError(f"a block must have at least 2 tokens, SOT and another, got a length of {length}")
         self.documents = documents
         self.length = length
         self.sot = sot

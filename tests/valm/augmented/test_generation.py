@@ -5,7 +5,14 @@ from functools import partial
 
 import pytest
 import torch
-from transformers import CompileConfig, DynamicCache, StaticCache, TextStreamer
+from transformers import (
+    CompileConfig,
+    ContinuousBatchingConfig,
+    DynamicCache,
+    GenerationConfig,
+    StaticCache,
+    TextStreamer,
+)
 
 from tests.valm.augmented.models import (
     augmented,
@@ -17,6 +24,7 @@ from tests.valm.augmented.models import (
     tiny_phi3_longrope,
 )
 from tests.valm.models import HashRetriever
+from valm.errors import ValmError
 from valm.image_model import RetrievalCache
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 8}
@@ -264,6 +272,26 @@ def test_a_prompt_read_in_chunks(model):
 def test_assisted_decoding_is_refused(model):
     with pytest.raises((NotImplementedError, ValueError)):
         model.generate(random_ids(1, 6), **GREEDY, prompt_lookup_num_tokens=2)
+
+
+CONTINUOUS = {
+    "generation_config": GenerationConfig(do_sample=False, max_new_tokens=4, eos_token_id=-1),
+    "continuous_batching_config": ContinuousBatchingConfig(block_size=16, num_blocks=8, max_batch_tokens=64),
+}
+
+
+def test_continuous_batching_is_refused_with_a_retriever_only():
+    model = augmented()
+    model.set_retriever(HashRetriever())
+    ids = random_ids(2, 6)
+    with pytest.raises(ValmError, match="which a retriever cannot follow"):
+        model.generate_batch(ids.tolist(), **CONTINUOUS)
+    with pytest.raises(ValmError, match="which a retriever cannot follow"):
+        model.generate(ids, cache_implementation="paged", max_new_tokens=4)
+    model.set_retriever(None)
+    found = model.generate_batch(ids.tolist(), **CONTINUOUS)
+    expected = again_from_the_start(model, ids, 4)[:, -4:]
+    assert [output.generated_tokens for output in found.values()] == expected.tolist()
 
 
 def test_images_given_to_generate_are_refused(model):

@@ -108,6 +108,12 @@ def test_windows_score_every_token_once_with_half_a_context_before_it():
     assert windows(20, 8) == [(0, 8, 1), (4, 12, 8), (8, 16, 12), (12, 20, 16)]
 
 
+def test_windows_of_the_shortest_context_end():
+    assert windows(4, 2) == [(0, 2, 1), (1, 3, 2), (2, 4, 3)]
+    with pytest.raises(ValmError, match="at least 2 tokens at once"):
+        windows(4, 1)
+
+
 def test_a_text_longer_than_the_context_is_read_in_windows(model):
     (document,) = tokenize_documents([" ".join(TEXTS * 3)], TOKENIZER)
     assert len(document) > 2 * model.config.n_positions

@@ -44,3 +44,8 @@ def test_a_document_that_fits_is_left_alone():
 def test_a_long_document_without_sot_is_refused():
     with pytest.raises(ValmError, match="document 1 has 4 tokens, more than a block's 3, and cannot be cut"):
         list(Blocks([{"input_ids": [1, 2, 3]}, {"input_ids": [1, 2, 3, 4]}], 3, SOT))
+
+
+def test_a_block_has_room_for_a_token_beside_sot():
+    with pytest.raises(ValmError, match="at least 2 tokens, SOT and another, got a length of 1"):
+        Blocks([document(5)], 1, SOT)
