@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -73,7 +72,7 @@ def distill_queries(
     Args:
         tokenizer: the model's.
         corpus: the images of the tokens to train on, retrieved from `kb` with the queries of `encoder`.
-        batch_size: documents of a step.
+        batch_size: documents of a step, or blocks of a document longer than the model's context.
         seed: of the head's weights, the documents that are held out, and the order of the others.
 
     Raises:
@@ -94,8 +93,8 @@ def distill_queries(
     head = model.add_query_head(encoder.clip.weights_hash)
     retriever = SelfRetriever(SelfEncoder(model, tokenizer, kb), kb, model.image_options.num_images)
     model.set_retriever(retriever)
-    blocks = Blocks(corpus, model.config.n_positions, begin_id(tokenizer))
-    trained, held_out = hold_out(blocks, min(HELD_OUT, MOST_HELD_OUT / len(blocks)), seed)
+    parts = hold_out(corpus, min(HELD_OUT, MOST_HELD_OUT / len(corpus)), seed)
+    trained, held_out = (Blocks(part, model.config.n_positions, begin_id(tokenizer)) for part in parts)
     collate = Collator(tokenizer, kb)
     scale = encoder.clip.model.logit_scale.exp().item()
     model.eval()
@@ -125,17 +124,17 @@ def _agreement(
     model: VaLMForCausalLM,
     encoder: ContextEncoder,
     retriever: SelfRetriever,
-    documents: Any,
+    blocks: Blocks,
     collate: Collator,
     batch_size: int,
 ) -> Agreement:
     cosine, overlap, tokens = 0.0, 0.0, 0
-    for start in range(0, len(documents), batch_size):
-        chosen = [documents[number] for number in range(start, min(start + batch_size, len(documents)))]
+    for start in range(0, len(blocks), batch_size):
+        chosen = [blocks[number] for number in range(start, min(start + batch_size, len(blocks)))]
         batch = _on(model.device, collate(chosen))
         queries, expected = _queries(model, encoder, batch)
         ids, _ = retriever.nearest(queries)  # (n, K)
-        stored = torch.from_numpy(np.concatenate([document["image_ids"] for document in chosen]).astype(np.int64))
+        stored = torch.from_numpy(np.concatenate([block["image_ids"] for block in chosen]).astype(np.int64))
         wanted = stored.masked_fill(stored == NO_IMAGE, -2).to(ids.device)  # in the order of the queries: row by row
         cosine += float((queries * expected).sum())
         overlap += float((wanted[:, :, None] == ids[:, None, :]).any(-1).float().mean(-1).sum())

@@ -8,7 +8,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from valm.errors import ValmError
-from valm.training.blocks import document_lengths
+from valm.training.blocks import Blocks, document_lengths
 
 
 class Selected(Dataset[dict[str, Any]]):
@@ -34,12 +34,17 @@ def hold_out(documents: Any, fraction: float, seed: int) -> tuple[Selected, Sele
 
     Raises:
         ValmError: the fraction is not between 0 and 1, or there are not two documents.
+        TypeError: `documents` are blocks, of which one document may have several.
     """
+    if isinstance(documents, Blocks):
+        raise TypeError(
+            "hold_out takes documents, got Blocks: hold documents out first, then cut both parts into blocks"
+        )
     if not 0 < fraction < 1:
         raise ValmError(f"the fraction to hold out must be above 0 and below 1, got {fraction}")
     count = len(documents)
     if count < 2:
-        raise ValmError(f"documents cannot be held out of {count}")
+        raise ValmError(f"to hold documents out there must be at least 2, got {count}")
     held = min(count - 1, max(1, round(fraction * count)))
     drawn = np.random.default_rng(seed).permutation(count)
     return Selected(documents, np.sort(drawn[held:])), Selected(documents, np.sort(drawn[:held]))

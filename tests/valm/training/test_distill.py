@@ -11,6 +11,7 @@ from valm.errors import ValmError
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import Retriever
 from valm.training import distill
+from valm.training.blocks import Blocks
 from valm.training.distill import distill_queries, query_loss
 
 SETTINGS = {"steps": 60, "batch_size": 4, "lr": 1e-2, "progress": False}
@@ -51,14 +52,15 @@ def test_the_head_learns_and_nothing_else_changes(world):
     assert all(torch.equal(third.state_dict()[name], weight) for name, weight in after.items())
 
 
-def test_the_agreement_is_that_of_the_held_out_documents(world, monkeypatch):
+@pytest.mark.parametrize("n_positions", [32, 6])  # in the second a document has several blocks
+def test_the_agreement_is_that_of_the_held_out_documents(world, monkeypatch, n_positions):
     make_model, tokenizer, corpus, kb, encoder = world
-    model = make_model()
+    model = make_model(n_positions=n_positions)
     monkeypatch.setattr(distill, "HELD_OUT", 0.5)
     found = distill_queries(model, tokenizer, corpus, kb, encoder, **SETTINGS)
     _, held_out = distill.hold_out(corpus, 0.5, 0)
     cosines, shares = [], []
-    for document in held_out:
+    for document in Blocks(held_out, n_positions, tokenizer.bos_token_id):
         ids = torch.from_numpy(document["input_ids"].astype(np.int64))[None]
         cosines += (model.self_queries(ids) * encoder(ids)).sum(-1)[0].tolist()
         ids_found = model.retriever.find(ids)[0][0].tolist()

@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from valm.errors import ValmError
+from valm.training.blocks import Blocks
 from valm.training.split import hold_out
 
 DOCUMENTS = [{"input_ids": list(range(number + 1))} for number in range(40)]
@@ -21,7 +22,14 @@ def test_every_document_is_trained_on_or_held_out(count, fraction, seed):
     assert np.array_equal(hold_out(DOCUMENTS[:count], fraction, seed)[1].numbers, held.numbers)
 
 
-@pytest.mark.parametrize("count, fraction, message", [(9, 0.0, "above 0"), (9, 1.0, "below 1"), (1, 0.5, "out of 1")])
+@pytest.mark.parametrize(
+    "count, fraction, message", [(9, 0.0, "above 0"), (9, 1.0, "below 1"), (1, 0.5, "at least 2, got 1")]
+)
 def test_what_cannot_be_held_out_is_said(count, fraction, message):
     with pytest.raises(ValmError, match=message):
         hold_out(DOCUMENTS[:count], fraction, 0)
+
+
+def test_blocks_are_cut_after_the_split():
+    with pytest.raises(TypeError, match="got Blocks"):
+        hold_out(Blocks(DOCUMENTS, 8, 0), 0.5, 0)
