@@ -20,6 +20,7 @@ from valm.fusion import VisualFusionAttention, VisualFusionBlock
 from valm.image_model import ImageModel, ImageOptions, RetrievalCache
 from valm.retrieval.retriever import Retriever
 from valm.self_query import QueryHead, queries_itself
+from valm.text import nearest
 from valm.tokenizer import ClipBpeTokenizer
 
 
@@ -211,8 +212,13 @@ class VaLMForCausalLM(ImageModel, VaLMPreTrainedModel, GenerationMixin):
         the gradient can still switch the images on. The other arguments are those of `ValmConfig`.
 
         Raises:
-            ValmError: `gpt2` is a model of another kind, or its sizes differ from the arguments.
+            ValmError: `gpt2` is a model of another kind, its sizes differ from the arguments, or there is no such
+                argument.
         """
+        known = ValmConfig().to_dict()
+        for name in arguments:
+            if name not in known:
+                raise ValmError(f"from_gpt2 has no argument {name}{nearest(name, known)}")
         if not isinstance(gpt2, GPT2LMHeadModel):
             raise ValmError(
                 f"from_gpt2 takes a GPT2LMHeadModel, got a {type(gpt2).__name__}: valm.augment lets other decoders "

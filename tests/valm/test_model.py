@@ -487,3 +487,5 @@ def test_from_gpt2_refuses_what_would_not_be_that_gpt2():
         VaLMForCausalLM.from_gpt2(gpt2, image_dim=24, n_layer=4)
     with pytest.raises(ValmError, match="the GPT-2 does not fit these arguments: size mismatch"):
         VaLMForCausalLM.from_gpt2(gpt2, image_dim=24, n_positions=64)
+    with pytest.raises(ValmError, match=r"no argument num_image, did you mean num_images\?"):
+        VaLMForCausalLM.from_gpt2(gpt2, image_dim=24, num_image=0)

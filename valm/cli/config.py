@@ -85,6 +85,8 @@ class TrainingOptions:
                 convert: Any = action.type
                 self.parser.set_defaults(**{name: [convert(one) for one in values]})
             elif action.nargs == 0:
+                if not isinstance(value, bool):
+                    raise ValmError(f"the config {file} has {key}: {values[0]}, expected true or false")
                 options += [action.option_strings[-1]] if value else []
             else:
                 options += [action.option_strings[-1], *values]

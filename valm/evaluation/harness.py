@@ -6,6 +6,7 @@ the tasks of the paper in `valm/evaluation/tasks/`.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ except ImportError as error:
 
 from valm.checkpoint import load
 from valm.evaluation.controls import switch_images
+from valm.text import nearest
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -31,6 +33,11 @@ if TYPE_CHECKING:
 TASKS = Path(__file__).parent / "tasks"
 # The commands of the harness that search for tasks.
 WITH_TASKS = ("run", "ls", "validate")
+# Arguments with which the harness's class loads a model, so that they would change nothing of one that is loaded.
+OF_LOADING = (
+    *("tokenizer", "revision", "subfolder", "dtype", "use_fast_tokenizer", "peft", "delta", "autogptq", "gptqmodel"),
+    *("gguf_file", "parallelize", "tp_plan", "max_memory_per_gpu", "max_cpu_memory", "offload_folder"),
+)
 
 
 @register_model("valm")
@@ -47,7 +54,7 @@ class ValmLM(HFLM):
             max_length, add_bos_token, ...
 
     Raises:
-        ValmError: the model cannot be loaded, or has no such images.
+        ValmError: an argument is unknown or has no effect; the model cannot be loaded, or has no such images.
     """
 
     add_bos_token: bool | None
@@ -66,6 +73,7 @@ class ValmLM(HFLM):
         device: str | None = None,
         **arguments: Any,
     ):
+        _check_names(arguments)
         # the harness's command line has cuda:0 as the default everywhere
         if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -81,6 +89,17 @@ class ValmLM(HFLM):
             return super().loglikelihood_rolling(requests, disable_tqdm)
         finally:
             self.add_bos_token = add_bos_token
+
+
+def _check_names(arguments: dict[str, Any]) -> None:
+    """The harness's class ignores what it does not know."""
+    own, base = (dict(inspect.signature(of).parameters) for of in (ValmLM.__init__, HFLM.__init__))
+    known = {*own, *base} - {"self", "arguments", "kwargs", *OF_LOADING}
+    for name in arguments:
+        if name in OF_LOADING:
+            raise ValmError(f"the argument {name} of the model has no effect on what `valm.load` loads: leave it out")
+        if name not in known:
+            raise ValmError(f"the model has no argument {name}{nearest(name, sorted(known))}")
 
 
 def run(arguments: list[str]) -> None:

@@ -17,6 +17,8 @@ from valm.errors import ValmError
         ('out: "\\ud800"', "a value that no option can have"),
         ("steps: 0x" + "f" * 9999, "a value that no option can have: a number of more than 60 digits"),
         ("- steps", "is no list of options"),
+        ("resume: off-by-one", "has resume: off-by-one, expected true or false"),
+        ("step: 3", r"unknown field 'step', did you mean steps\?"),
     ],
 )
 def test_what_is_no_config_is_one_sentence(tmp_path, content, message):

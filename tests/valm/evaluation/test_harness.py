@@ -1,5 +1,6 @@
 """Our class and tasks in lm-evaluation-harness, against the harness's own class."""
 
+import inspect
 import json
 import math
 import os
@@ -32,8 +33,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from valm.evaluation.harness import OF_LOADING, ValmLM
 from valm.evaluation.harness import TASKS as TASK_FILES
-from valm.evaluation.harness import ValmLM
 
 DATA = os.environ.get("VALM_EVAL_DATA")
 PROSE = Path(__file__).parents[2] / "fixtures" / "prose.txt"
@@ -237,11 +238,40 @@ def test_the_command_hands_over_to_the_harness(models, data, tmp_path, capsys):
         ("valm", {"retrieval": "random"}, "sees no images"),
         ("valm", {"kb": "kb"}, "sees no images"),
         ("seeing", {"retrieval": "other"}, "must be one of on, off, random"),
+        ("seeing", {"retreival": "off"}, r"the model has no argument retreival, did you mean retrieval\?"),
+        ("seeing", {"add_bos": False}, r"no argument add_bos, did you mean add_bos_token\?"),
+        ("seeing", {"dtype": "bfloat16"}, "dtype of the model has no effect on what `valm.load` loads: leave it out"),
     ],
 )
 def test_wrong_arguments_are_named(models, name, arguments, message):
     with pytest.raises(ValmError, match=message):
         ValmLM(str(models / name), **arguments)
+
+
+@pytest.mark.slow  # the harness reads the files of all its own tasks first
+def test_a_misspelt_control_ends_the_command(models, capsys):
+    given = ["run", "--model", "valm", "--model_args", f"pretrained={models / 'seeing'},retreival=off"]
+    assert main(["lm-eval", *given, "--tasks", "piqa", "--limit", "1"]) == 1
+    assert "the model has no argument retreival, did you mean retrieval?" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_what_the_harness_class_takes_beside_a_loaded_model(models):
+    taken = {
+        **{
+            "backend": "causal",
+            "truncation": True,
+            "logits_cache": False,
+            "max_length": 32,
+            "softmax_dtype": "float32",
+        },
+        **{"mixed_precision_dtype": "float32", "batch_size": "auto", "max_batch_size": 2, "trust_remote_code": False},
+        **{"add_bos_token": True, "prefix_token_id": 1, "think_end_token": "x", "enable_thinking": True},
+        **{"chat_template_args": {"a": 1}, "device": "cpu"},
+    }
+    model = ValmLM(str(models / "seeing"), **taken)
+    assert (model.max_length, model.truncation, model.chat_template_args["a"]) == (32, True, 1)
+    parameters = {*inspect.signature(HFLM.__init__).parameters} - {"self", "pretrained", "kwargs"}
+    assert parameters == {*taken, *OF_LOADING}  # a new one of the harness is to be sorted into one of the two
 
 
 def test_missing_data_say_where_they_are(models, tmp_path, monkeypatch):
