@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from valm.errors import ValmError
-from valm.text import one_line
+from valm.text import one_line, why_no_text
 from valm_kernels import atomic_files, json_files
 
 # OSErrors caused by the content of a file: Pillow's have no errno, and a damaged archive or dataset leads to an invalid
@@ -97,14 +97,17 @@ def read_yaml(path: Path, what: str) -> Any:
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """The content of a UTF-8 text file.
+    """The content of a UTF-8 text file, without a byte order mark.
 
     Raises:
-        ValmError: it cannot be read, is not UTF-8, or is not a regular file.
+        ValmError: it cannot be read, is no UTF-8 text, or is not a regular file.
     """
     check_regular(Path(path))
     try:
-        return Path(path).read_text(encoding="utf-8")
+        content = Path(path).read_bytes()
+        if reason := why_no_text(content):
+            raise ValmError(f"{path} {reason}")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValmError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
     except OSError as error:

@@ -33,6 +33,20 @@ def decoded(content: bytes) -> str:
     return content.decode(encoding_of([content]), errors="replace")
 
 
+def why_no_text(content: bytes) -> str | None:
+    """Why the beginning of a file is not that of a UTF-8 text, as the end of a sentence; None if it may be one."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "is UTF-16, expected UTF-8: convert it, such as by `iconv -f UTF-16 -t UTF-8`"
+    begin = content.removeprefix(codecs.BOM_UTF8).lstrip()[:16].lower()
+    if begin.startswith((b"<!doctype html", b"<html", b"<?xml")):
+        return "is HTML or XML, expected plain text: save its text as .txt"
+    if begin.startswith((b"%pdf-", b"{\\rtf")):
+        return "is a PDF or RTF document, expected plain text: save its text as .txt"
+    if b"\0" in content:
+        return "has NUL bytes, as binary files and UTF-16 have, expected UTF-8 text: convert it first"
+    return None
+
+
 def one_line(text: str) -> str:
     """The text without line breaks and repeated blanks."""
     return " ".join(text.split())

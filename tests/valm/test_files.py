@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from valm.errors import ValmError
-from valm.files import atomic_path, read_json, writable_folder, write_json
+from valm.files import atomic_path, read_json, read_text, writable_folder, write_json
 
 
 def test_a_full_disk_names_the_file(tmp_path):
@@ -29,6 +29,28 @@ def test_json_errors_name_the_file(tmp_path):
     (tmp_path / "c.json").write_text('{"cut": ')
     with pytest.raises(ValmError, match=r"the manifest .*c\.json is damaged, it is not JSON: .*; make it again"):
         read_json(tmp_path / "c.json", "the manifest", Any)
+
+
+@pytest.mark.parametrize("content", ["\ufeffone\ntwo", "one\ntwo"])
+def test_a_text_is_read_without_its_byte_order_mark(tmp_path, content):
+    (tmp_path / "a.txt").write_text(content, encoding="utf-8")
+    assert read_text(tmp_path / "a.txt") == "one\ntwo"
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("one".encode("utf-16"), "is UTF-16, expected UTF-8: convert it"),
+        (b"one\0two", "has NUL bytes"),
+        (b"<!doctype HTML>\n<p>one", "is HTML or XML"),
+        (b"%PDF-1.7\n\xff", "is a PDF or RTF document"),
+        (b"\xff", "is not UTF-8 text: invalid start byte at byte 0"),
+    ],
+)
+def test_what_is_no_text_is_named(tmp_path, content, message):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(ValmError, match=rf"a\.txt {message}"):
+        read_text(tmp_path / "a.txt")
 
 
 def test_writable_folder(tmp_path):

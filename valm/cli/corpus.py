@@ -24,14 +24,14 @@ def add_corpus(parser: argparse.ArgumentParser) -> None:
         "corpus",
         type=Path,
         nargs="*",
-        help="text files, one document a line; .jsonl, .json or .parquet files, one document a row; all but .parquet "
-        "may end in .gz; folders of them",
+        help="text files, one document a line; .jsonl, .json, .csv, .tsv or .parquet files, one document a row; all "
+        "but .parquet may end in .gz; folders of them",
     )
     parser.add_argument("--dataset", help="Hugging Face dataset (name or folder), instead of files")
     parser.add_argument("--dataset-config", help="of a dataset that has several")
     parser.add_argument("--dataset-split", help="of the dataset (default: train)")
     parser.add_argument("--streaming", action="store_true", default=None, help="read the dataset as it is downloaded")
-    parser.add_argument("--column", default="text", help="where the text is in JSON and parquet files and the dataset")
+    parser.add_argument("--column", default="text", help="where the text is in all but text files")
 
 
 def has_corpus(arguments: argparse.Namespace) -> bool:

@@ -1,16 +1,19 @@
 """The documents of a corpus: text, JSON and parquet files, folders of them, and rows of a dataset.
 
 The suffix decides the format: `.jsonl`, `.ndjson` and `.json` (one object a line; a `.json` may be one array) and
-`.parquet` have a text in a column; anything else is UTF-8 text with one document a line. All but parquet, which is
-compressed itself, may end in `.gz`. Retrieval makes a shard of each part of a corpus, which fits into memory unless it
-is an array.
+`.parquet` have a text in a column, as have `.csv` and `.tsv`; anything else is UTF-8 text with one document a line. All
+but parquet, which is compressed itself, may end in `.gz`. Retrieval makes a shard of each part of a corpus, which fits
+into memory unless it is an array.
 """
 
 from __future__ import annotations
 
+import codecs
+import csv
 import gzip
 import hashlib
 import json
+import math
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,7 +28,7 @@ import pyarrow.parquet as pq
 
 from valm.errors import ValmError
 from valm.files import check_regular
-from valm.text import one_line, utf8
+from valm.text import one_line, utf8, why_no_text
 from valm_kernels.json_files import short
 
 # Size of a part in bytes of text, or in tokens: about a million tokens either way. A retrieval that was killed repeats
@@ -34,8 +37,18 @@ PART_BYTES = 4 << 20
 PART_TOKENS = 1 << 20
 READ_ROWS = 4096
 JSON_LINES = (".jsonl", ".ndjson", ".json")
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
 # Suffixes of the files that are read in a folder; all but parquet also with `.gz`.
-SUFFIXES = (".txt", ".text", *JSON_LINES, ".parquet")
+SUFFIXES = (".txt", ".text", *JSON_LINES, *DELIMITERS, ".parquet")
+# What other suffixes say is no text, and what to do about it.
+OTHER_FORMATS = {
+    **dict.fromkeys((".html", ".htm", ".xhtml", ".xml"), "markup: save its text as .txt, one document a line"),
+    **dict.fromkeys((".pdf", ".doc", ".docx", ".odt", ".rtf", ".epub"), "no plain text: save its text as .txt"),
+    **dict.fromkeys((".xls", ".xlsx", ".ods"), "a spreadsheet: save it as .csv"),
+    **dict.fromkeys((".arrow", ".feather"), "an Arrow file: save it as .parquet"),
+    **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".bz2", ".xz", ".zst"), "compressed: unpack it, or use .gz"),
+}
+HEAD_BYTES = 1 << 12
 
 Document = TypeVar("Document", str, Sequence[int])
 
@@ -72,6 +85,8 @@ class TextPart:
             while (begin := file.tell()) < self.end:
                 line = file.readline()
                 try:
+                    if b"\0" in line:
+                        raise ValueError("it has a NUL byte, so it is no text")
                     text = self._document(line.decode("utf-8"))
                 except UnicodeDecodeError as error:
                     raise ValmError(
@@ -85,7 +100,7 @@ class TextPart:
         return texts
 
     def _document(self, line: str) -> str | None:
-        return line.strip()
+        return line.removeprefix("\ufeff").strip()
 
     def _line(self, begin: int) -> int:
         """The number (from 1) of the line that begins at byte `begin`."""
@@ -98,7 +113,7 @@ class TextPart:
 
 @dataclass(frozen=True)
 class JsonLinesPart(TextPart):
-    """`TextPart` with a JSON object in each line and the document in its `column`; null and blank ones are skipped."""
+    """`TextPart` with a JSON object in each line and the document in its `column`; blank ones are skipped."""
 
     column: str
 
@@ -109,8 +124,8 @@ class JsonLinesPart(TextPart):
 
 @dataclass(frozen=True)
 class JsonArrayPart:
-    """A file that is one JSON array of objects, each with a document in `column`; null and blank ones are skipped. It
-    is read at once, however large."""
+    """A file that is one JSON array of objects, each with a document in `column`; blank ones are skipped. It is read at
+    once, however large."""
 
     file: Path
     column: str
@@ -139,8 +154,37 @@ class JsonArrayPart:
 
 
 @dataclass(frozen=True)
+class CsvPart:
+    """The rows in the bytes [start, end) of a CSV or TSV file, after `lines` lines, each of `fields` fields with a
+    document in field number `place`; blank ones are skipped."""
+
+    file: Path
+    place: int
+    fields: int
+    start: int
+    end: int
+    lines: int
+
+    def read(self) -> list[str]:
+        """Reads the documents.
+
+        Raises:
+            ValmError: a row cannot be read, or has more or fewer fields.
+        """
+        texts = []
+        for row, lines, _ in _csv_rows(self.file, self.start, self.end, self.lines):
+            if row and len(row) != self.fields:
+                raise ValmError(
+                    f"the corpus {self.file}, line {lines}: the row has {len(row)} fields, but the header {self.fields}"
+                )
+            if row and row[self.place].strip():
+                texts.append(row[self.place])
+        return texts
+
+
+@dataclass(frozen=True)
 class TablePart:
-    """Rows [start, stop) of a row group of a parquet file, with a text in `column`; empty rows are skipped."""
+    """Rows [start, stop) of a row group of a parquet file, with a text in `column`; blank ones are skipped."""
 
     file: Path
     column: str
@@ -152,10 +196,12 @@ class TablePart:
         """Reads the documents.
 
         Raises:
-            ValmError: the file is damaged.
+            ValmError: the file is damaged, or a row has no text.
         """
         try:
             return self._read()
+        except ValmError:
+            raise
         except (pa.ArrowException, OSError, ValueError) as error:
             raise ValmError(f"cannot read the corpus {self.file}: {one_line(str(error))}") from error
 
@@ -165,8 +211,14 @@ class TablePart:
         with pq.ParquetFile(self.file) as table:
             for batch in table.iter_batches(READ_ROWS, row_groups=[self.group], columns=[self.column]):
                 if row + len(batch) > self.start:
-                    wanted = batch.slice(max(0, self.start - row), self.stop - max(row, self.start))
-                    texts += [text for text in wanted[0].to_pylist() if text and text.strip()]
+                    wanted = batch.slice(max(0, self.start - row), self.stop - max(row, self.start))[0].to_pylist()
+                    if None in wanted:
+                        number = max(row, self.start) + wanted.index(None)
+                        number += sum(table.metadata.row_group(group).num_rows for group in range(self.group))
+                        raise ValmError(
+                            f"the corpus {self.file}, row {number}: {self.column!r} is null, expected a text"
+                        )
+                    texts += [text for text in wanted if text.strip()]
                 row += len(batch)
                 if row >= self.stop:
                     break
@@ -222,24 +274,32 @@ def corpus_files(paths: Iterable[str | os.PathLike]) -> list[Path]:
 
 def file_parts(
     paths: Iterable[str | os.PathLike], *, column: str = "text", part_bytes: int = PART_BYTES
-) -> list[TextPart | JsonArrayPart | TablePart]:
+) -> list[TextPart | JsonArrayPart | CsvPart | TablePart]:
     """The parts of files and folders (see `corpus_files`), in order.
 
     Args:
-        column: of the text in JSON and parquet files.
+        column: of the text in JSON, CSV, TSV and parquet files.
 
     Raises:
-        ValmError: a file is missing or has another format than its suffix. Reading a part raises it for a bad row or
-            line; the message names the file and the line.
+        ValmError: a file is missing, is no text or has another format than its suffix. Reading a part raises it for a
+            bad row or line; the message names the file and the line.
     """
-    parts: list[TextPart | JsonArrayPart | TablePart] = []
+    parts: list[TextPart | JsonArrayPart | CsvPart | TablePart] = []
     for file in corpus_files(paths):
         suffix = _suffix(file)
+        if suffix in OTHER_FORMATS:
+            raise ValmError(f"the corpus {file} is {OTHER_FORMATS[suffix]}")
         if suffix == ".parquet":
             if file.suffix == ".gz":
                 raise ValmError(f"{file} is a compressed parquet file, which is compressed itself: gunzip it first")
             parts += _table_parts(file, column, part_bytes)
-        elif suffix == ".json" and _begins_array(file):
+            continue
+        head = _head(file)
+        if reason := why_no_text(head):
+            raise ValmError(f"the corpus {file} {reason}")
+        if suffix in DELIMITERS:
+            parts += _csv_parts(file, column, part_bytes)
+        elif suffix == ".json" and head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
             parts.append(JsonArrayPart(file, column))
         else:
             size = _size(file)
@@ -251,8 +311,7 @@ def file_parts(
 
 
 def row_documents(rows: Iterable[Mapping[str, Any]], column: str = "text") -> Iterator[str]:
-    """The text in `column` of each row of a dataset (`open_dataset`, or any iterable of rows); null and blank ones are
-    skipped.
+    """The text in `column` of each row of a dataset (`open_dataset`, or any iterable of rows); blank ones are skipped.
 
     Raises:
         ValmError: a row has no text there; the message names the row.
@@ -293,7 +352,7 @@ def document_parts(
 
 
 def json_document(row: Any, column: str) -> str | None:
-    """The text in `column` of a JSON object; None if it is null or blank.
+    """The text in `column` of a JSON object; None if it is blank.
 
     Raises:
         ValueError: it is something else.
@@ -303,10 +362,8 @@ def json_document(row: Any, column: str) -> str | None:
     if column not in row:
         raise ValueError(f"there is no {column!r}, only {', '.join(map(str, row)) or 'an empty object'}")
     text = row[column]
-    if text is None:
-        return None
     if not isinstance(text, str):
-        raise ValueError(f"{column!r} is {short(text)}, expected a text")
+        raise ValueError(f"{column!r} is {'null' if text is None else short(text)}, expected a text")
     return utf8(text) if text.strip() else None
 
 
@@ -352,9 +409,9 @@ def _size(file: Path) -> int:
     return size
 
 
-def _begins_array(file: Path) -> bool:
+def _head(file: Path) -> bytes:
     with _open(file) as content:
-        return content.read(1 << 12).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+        return content.read(HEAD_BYTES)
 
 
 def _parsed(text: str) -> Any:
@@ -371,18 +428,72 @@ def _parsed(text: str) -> Any:
         raise ValueError("not JSON that can be read: nested too deeply") from error
 
 
+def _csv_rows(file: Path, start: int, end: float, lines: int) -> Iterator[tuple[list[str], int, int]]:
+    """The rows in the bytes [start, end) of a CSV or TSV file, after `lines` lines: the fields, the number of the row's
+    last line (from 1), and the byte after it. Within quotes a row may have several lines.
+
+    Raises:
+        ValmError: a row cannot be read.
+    """
+    csv.field_size_limit(1 << 30)
+    position = start
+    with _open(file) as content:
+        content.seek(start)
+
+        def decoded() -> Iterator[str]:
+            nonlocal lines, position
+            for line in content:
+                if position >= end:
+                    return
+                encoding = "utf-8" if position else "utf-8-sig"
+                lines, position = lines + 1, position + len(line)
+                if b"\0" in line:
+                    raise ValueError("it has a NUL byte, so it is no text")
+                yield line.decode(encoding)
+
+        try:
+            for row in csv.reader(decoded(), delimiter=DELIMITERS[_suffix(file)], strict=True):
+                yield row, lines, position
+        except (csv.Error, ValueError) as error:
+            raise ValmError(f"the corpus {file}, line {lines}: {error}") from error
+
+
+def _csv_parts(file: Path, column: str, part_bytes: int) -> list[CsvPart]:
+    parts: list[CsvPart] = []
+    header: list[str] | None = None
+    place = start = before = 0
+    for row, lines, position in _csv_rows(file, 0, math.inf, 0):
+        if header is None:
+            header, start, before = [name.strip() for name in row], position, lines
+            place = _place_of(column, header, file)
+        elif position - start >= part_bytes:
+            parts.append(CsvPart(file, place, len(header), start, position, before))
+            start, before = position, lines
+    if header is not None and position > start:
+        parts.append(CsvPart(file, place, len(header), start, position, before))
+    return parts
+
+
+def _place_of(column: str, names: list[str], file: Path) -> int:
+    """The place of the column of this name.
+
+    Raises:
+        ValmError: there is none, or several.
+    """
+    if column not in names:
+        raise ValmError(f"the corpus {file} has no column {column!r}; it has {', '.join(names)}: name one by --column")
+    if names.count(column) > 1:
+        raise ValmError(f"the corpus {file} has {names.count(column)} columns {column!r}; give each its own name")
+    return names.index(column)
+
+
 def _table_parts(file: Path, column: str, part_bytes: int) -> list[TablePart]:
     try:
         with pq.ParquetFile(file) as table:
             schema, metadata = table.schema_arrow, table.metadata
     except (pa.ArrowException, OSError) as error:
         raise ValmError(f"cannot read the corpus {file}: {one_line(str(error))}") from error
-    if column not in schema.names:
-        raise ValmError(f"the corpus {file} has no column {column!r}; it has {', '.join(schema.names)}")
-    if schema.names.count(column) > 1:
-        raise ValmError(
-            f"the corpus {file} has {schema.names.count(column)} columns {column!r}; give each its own name"
-        )
+    _place_of(column, schema.names, file)
     kind = schema.field(column).type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise ValmError(f"the column {column!r} of the corpus {file} holds {kind}, expected text")

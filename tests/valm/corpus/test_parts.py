@@ -1,5 +1,7 @@
+import csv
 import gzip
 import json
+import re
 
 import datasets
 import numpy as np
@@ -12,7 +14,9 @@ from hypothesis import strategies as st
 from valm.corpus.parts import document_parts, file_parts, fingerprint, read_documents, row_documents
 from valm.errors import ValmError
 
-LINES = st.lists(st.text(st.characters(exclude_characters="\n\r", exclude_categories=["Cs"]), max_size=12), max_size=20)
+LINES = st.lists(
+    st.text(st.characters(exclude_characters="\n\r\0\ufeff", exclude_categories=["Cs"]), max_size=12), max_size=20
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -26,13 +30,41 @@ def test_lines_of_a_text_file(tmp_path_factory, lines, part_bytes, ended, newlin
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.one_of(st.none(), st.text(max_size=8)), max_size=60), st.integers(1, 40), st.integers(1, 20))
+@given(st.lists(st.text(max_size=8), max_size=60), st.integers(1, 40), st.integers(1, 20))
 def test_rows_of_a_parquet_file(tmp_path_factory, texts, part_bytes, rows):
     file = tmp_path_factory.mktemp("table") / "corpus.parquet"
     table = pa.table({"number": range(len(texts)), "text": pa.array(texts, pa.string())})
     pq.write_table(table, file, row_group_size=rows)
     found = [text for part in file_parts([file], part_bytes=part_bytes) for text in part.read()]
-    assert found == [text for text in texts if text and text.strip()]
+    assert found == [text for text in texts if text.strip()]
+
+
+FIELDS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(FIELDS, FIELDS), max_size=20), st.integers(1, 60), st.sampled_from(["csv", "tsv"]), st.booleans()
+)
+def test_rows_of_a_csv_file(tmp_path_factory, rows, part_bytes, kind, marked):
+    """However the file is cut, every row is in one part, also one of several lines."""
+    file = tmp_path_factory.mktemp("table") / f"corpus.{kind}"
+    with open(file, "w", newline="", encoding="utf-8-sig" if marked else "utf-8") as opened:
+        writer = csv.writer(opened, delimiter="," if kind == "csv" else "\t", quoting=csv.QUOTE_ALL)
+        writer.writerows([("story", "label"), *rows])
+    parts = file_parts([file], column="story", part_bytes=part_bytes)
+    assert [text for part in parts for text in part.read()] == [text for text, _ in rows if text.strip()]
+
+
+def test_a_csv_file_with_a_long_field_blank_lines_and_gz(tmp_path):
+    long = "word " * 50_000
+    content = f"text,n\r\n\r\none,1\r\n,2\r\n{long},3\r\nlast,4"
+    expected = ["one", long, "last"]
+    assert (
+        list(read_documents([write(tmp_path / "a.csv", content), write(tmp_path / "a.csv.gz", content)]))
+        == expected * 2
+    )
+    assert list(read_documents([write(tmp_path / "header.csv", "text\n"), write(tmp_path / "empty.csv", "")])) == []
 
 
 def test_a_row_group_larger_than_a_batch(tmp_path, monkeypatch):
@@ -124,7 +156,7 @@ def test_damaged_pages_are_named(tmp_path):
 
 ROWS = [
     {"text": "one two", "n": 1},
-    {"text": None},
+    {"text": ""},
     {"text": " "},
     {"text": "three\nlines\u2028of", "n": 2},
     {"text": " x "},
@@ -195,6 +227,12 @@ def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path):
         ("a.jsonl", '{"text": "x"}\n{"body": "x"}\n', r"a\.jsonl, line 2: there is no 'text', only body"),
         ("a.jsonl", '{"text": "x"}\nplain text\n', r"a\.jsonl, line 2: not JSON: Expecting value"),
         ("a.jsonl", '{"text": "x"}\n"text"\n', r"a\.jsonl, line 2: expected an object with a text in 'text'"),
+        ("a.jsonl", '{"text": "x"}\n{"text": null}\n', r"a\.jsonl, line 2: 'text' is null, expected a text"),
+        ("a.json", '[{"text": null}]', r"a\.json, element 1 of its array: 'text' is null, expected a text"),
+        ("a.csv", "text,n\none,1\n\ntwo\n", r"a\.csv, line 4: the row has 1 fields, but the header 2"),
+        ("a.csv", 'text,n\n"one,1\ntwo,2\n', r"a\.csv, line 3: unexpected end of data"),
+        ("a.csv", "text;n\none;1\n", r"a\.csv has no column 'text'; it has text;n: name one by --column"),
+        ("a.tsv", "text\ttext\n", r"a\.tsv has 2 columns 'text'; give each its own name"),
         ("a.jsonl", "[" * 100000, r"a\.jsonl, line 1: not JSON"),
         ("a.jsonl.gz", '{"text": "x"}\n{"text": {}}\n', r"a\.jsonl\.gz, line 2: 'text' is an object of 0, expected"),
         ("a.json", '[{"text": "x"}, {"text": 2}]', r"a\.json, element 2 of its array: 'text' is 2, expected a text"),
@@ -207,6 +245,52 @@ def test_a_wrong_row_is_named_with_its_line(tmp_path, name, content, message, pa
     file = write(tmp_path / name, content)
     with pytest.raises(ValmError, match=message):
         [part.read() for part in file_parts([file], part_bytes=part_bytes)]
+
+
+@pytest.mark.parametrize("column", [pa.array(["x", None]), pa.array(["x"] * 5000 + [None])])
+def test_a_null_in_a_parquet_file_is_named(tmp_path, column):
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet", row_group_size=100)
+    with pytest.raises(
+        ValmError, match=rf"the corpus .*a\.parquet, row {len(column) - 1}: 'text' is null, expected a text"
+    ):
+        list(read_documents([tmp_path / "a.parquet"]))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a", "a.md", "a.jsonl", "a.csv", "a.json.gz"])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("text\ntext".encode("utf-16"), "is UTF-16, expected UTF-8: convert it, such as by `iconv -f UTF-16 -t UTF-8`"),
+        ("text\ntext".encode("utf-16-be"), "has NUL bytes"),
+        (b"text\n\0binary", "has NUL bytes"),
+        (b"\xef\xbb\xbf\n<!DOCTYPE html>\n<p>text", "is HTML or XML, expected plain text: save its text as .txt"),
+        (b"<html><p>text", "is HTML or XML"),
+        (b"%PDF-1.7\ntext", "is a PDF or RTF document"),
+    ],
+)
+def test_what_is_no_text_is_refused(tmp_path, name, content, message):
+    file = tmp_path / name
+    file.write_bytes(gzip.compress(content) if file.suffix == ".gz" else content)
+    with pytest.raises(ValmError, match=re.escape(f"the corpus {file} {message}")):
+        file_parts([file])
+
+
+@pytest.mark.parametrize("name", ["a.html", "a.PDF", "a.docx", "a.xlsx", "a.zip", "a.tar.gz", "a.xml.gz", "a.arrow"])
+def test_formats_that_are_not_read_are_named(tmp_path, name):
+    with pytest.raises(ValmError, match=rf"the corpus .*{re.escape(name)} is .*: (save|unpack)"):
+        file_parts([write(tmp_path / name, "x")])
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.csv"])
+def test_a_nul_byte_far_behind_is_refused(tmp_path, name):
+    file = write(tmp_path / name, "text\n" * 10_000 + "a\0b\n")
+    with pytest.raises(ValmError, match=rf"{name}, line 10001: it has a NUL byte"):
+        list(read_documents([file]))
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    assert list(read_documents([write(tmp_path / "a.txt", "\ufeffone\n\ufefftwo")])) == ["one", "two"]
+    assert list(read_documents([write(tmp_path / "b.txt", "\ufeff\n")])) == []
 
 
 def test_damaged_and_doubly_compressed_files_are_named(tmp_path):
@@ -228,6 +312,8 @@ def test_rows_of_a_dataset(streamed):
     assert list(row_documents(rows)) == TEXTS
     with pytest.raises(ValmError, match="the dataset, row 0: there is no 'story', only text, n"):
         list(row_documents(rows, "story"))
+    with pytest.raises(ValmError, match="the dataset, row 1: 'text' is null, expected a text"):
+        list(row_documents([{"text": "x"}, {"text": None}]))
     with pytest.raises(ValmError, match="the dataset, row 0: 'n' is 0, expected a text"):
         list(row_documents(rows, "n"))
 

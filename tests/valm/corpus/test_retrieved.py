@@ -1,3 +1,4 @@
+import csv
 import gzip
 import json
 import os
@@ -126,15 +127,18 @@ def test_a_tokenizer_without_bos(clip, kb, tmp_path):
     assert live.image_ids[live.image_index[0]].tolist() == document["image_ids"].tolist()
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".parquet", ".jsonl.gz"])
+@pytest.mark.parametrize("suffix", [".txt", ".parquet", ".jsonl.gz", ".csv"])
 def test_a_corpus_in_files(corpus, retriever, tmp_path, suffix):
     file = tmp_path / f"corpus{suffix}"
     if suffix == ".txt":
         file.write_text("\n\n".join(LINES))
+    elif suffix == ".csv":
+        with open(file, "w", newline="") as opened:
+            csv.writer(opened).writerows([("number", "story"), *enumerate(LINES)])
     elif suffix == ".jsonl.gz":
         file.write_bytes(gzip.compress("\n".join(json.dumps({"story": line}) for line in LINES).encode()))
     else:
-        pq.write_table(pa.table({"story": [*LINES, "", None]}), file, row_group_size=5)
+        pq.write_table(pa.table({"story": [*LINES, "", " "]}), file, row_group_size=5)
     found = retrieve_files([file], retriever, tmp_path / "out", column="story", part_bytes=150, progress=False)
     assert len(found.manifest["shards"]) > 3
     for one, other in zip(found, corpus, strict=True):

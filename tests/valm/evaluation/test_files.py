@@ -9,6 +9,8 @@ def test_lines_columns_and_objects(tmp_path):
     path.write_bytes(b"a,b\r\n x ,\r\n\r\ny,z\r\n")
     assert read_lines(path) == ["a,b", " x ,", "y,z"]
     assert read_csv(path, ["a", "b"]) == [{"a": "x", "b": ""}, {"a": "y", "b": "z"}]
+    path.write_bytes(b"\xef\xbb\xbfa,b\r\nx,y\r\n")
+    assert read_csv(path, ["a", "b"]) == [{"a": "x", "b": "y"}]
     path.write_text('{"text": "one", "more": 1}\n{"text": "two"}\n')
     assert [row["text"] for row in read_json_lines(path, {"text"})] == ["one", "two"]
 
@@ -19,7 +21,9 @@ def test_lines_columns_and_objects(tmp_path):
         (b"a,c\n1,2\n", r"has the columns \['a', 'c'\], expected \['a', 'b'\]"),
         (b"a,b\n1,2\n3\n", "row 3: expected 2 values"),
         (b"a,b\n1,2,3\n", "row 2: expected 2 values"),
-        (b"\xff\xfe", "is not UTF-8 text"),
+        (b"a,b\n\xff,2\n", "is not UTF-8 text"),
+        ("a,b\n1,2\n".encode("utf-16"), "is UTF-16, expected UTF-8"),
+        (b"a,b\n1,\0\n", "has NUL bytes"),
     ],
 )
 def test_a_wrong_csv_is_named(tmp_path, content, message):
