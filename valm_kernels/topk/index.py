@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import overload
+from typing import NamedTuple, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from valm_kernels.locks import Lock
 from valm_kernels.topk import cpu, cuda, storage
 from valm_kernels.topk.api import search
 from valm_kernels.topk.checks import (
@@ -45,12 +46,27 @@ LAYOUTS = {"cuda": cuda.aligned}
 SHARE_OF_DEVICE = 0.8
 
 
+class _Stored(NamedTuple):
+    """What an index holds at one time. A change replaces all of it at once, so no search sees half of a change.
+
+    prepared: of the first pass; None if there is none, or until the next search makes it.
+    """
+
+    rows: Tensor
+    row_scale: Tensor | None
+    ids: Tensor | None
+    prepared: cpu.PackedRows | cuda.RowNorms | None
+
+
 class FlatIPIndex:
     """Exact top-K inner product search over stored rows.
 
     On the CPU it also stores a packed copy of the rows for a first pass (E + 16 bytes a row), which `save` writes too.
     On a CUDA device it stores their norms (4 bytes a row, and 12 more where rows are equal), and E is padded to a
     multiple of 16.
+
+    Threads may share an index: any of its methods may run at once. A search returns the result over the rows that it
+    began with, `add` and `remove` run one after the other, and the first search after them prepares the rows for all.
 
     Args:
         database: (N, E) float32, float16 or bfloat16 tensor, or a numpy array, which may be memory-mapped; E from 8
@@ -89,11 +105,11 @@ class FlatIPIndex:
             raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
         self._choose_place(rows, dtype, rows.device if device is None else device, streamed)
         self._dim = rows.shape[1]
-        self._ids = None if ids is None else distinct_ids(ids, len(rows)).to(self._device)
-        rows, self._row_scale = store(rows, dtype, self._home)
-        self._rows = self._laid_out(rows)
+        row_ids = None if ids is None else distinct_ids(ids, len(rows)).to(self._device)
+        rows, row_scale = store(rows, dtype, self._home)
         self._pack = pack and not self._streamed and self._device.type in PACKERS
-        self._prepared = self._prepare() if self._pack else None
+        self._lock = Lock()  # of changes of _stored
+        self._stored = self._prepare(_Stored(self._laid_out(rows), row_scale, row_ids, None))
 
     def _choose_place(self, rows: Tensor, dtype: str, device: torch.device | str, streamed: bool | None) -> None:
         """Where to search, and where to store the rows."""
@@ -109,11 +125,21 @@ class FlatIPIndex:
     def _laid_out(self, rows: Tensor) -> Tensor:
         return LAYOUTS[self._home.type](rows) if self._home.type in LAYOUTS else rows
 
-    def _prepare(self) -> cpu.PackedRows | cuda.RowNorms:
-        return PACKERS[self.device.type](self._rows, self._row_scale)
+    def _prepare(self, stored: _Stored) -> _Stored:
+        if not self._pack or stored.prepared is not None:
+            return stored
+        return stored._replace(prepared=PACKERS[self._device.type](stored.rows, stored.row_scale))
+
+    def _searchable(self) -> _Stored:
+        """What is stored now, prepared for a search."""
+        stored = self._stored
+        if self._pack and stored.prepared is None:  # rows were added or removed
+            with self._lock:  # another thread may be doing it
+                stored = self._stored = self._prepare(self._stored)
+        return stored
 
     def __len__(self) -> int:
-        return self._rows.shape[0]
+        return self._stored.rows.shape[0]
 
     def __repr__(self) -> str:
         return (
@@ -127,7 +153,7 @@ class FlatIPIndex:
 
     @property
     def dtype(self) -> str:
-        return cpu.DTYPE_NAMES[self._rows.dtype]
+        return cpu.DTYPE_NAMES[self._stored.rows.dtype]
 
     @property
     def device(self) -> torch.device:
@@ -142,12 +168,14 @@ class FlatIPIndex:
     @property
     def bytes_per_row(self) -> float:
         """Bytes stored per row: the row, its scale, its own number and its share of the packed copy."""
-        stored = [self._rows, self._row_scale, self._ids, *(self._prepared or ())]
-        return sum(array.nbytes for array in stored if array is not None) / len(self)
+        rows, row_scale, ids, prepared = self._stored
+        arrays = [rows, row_scale, ids, *(prepared or ())]
+        return sum(array.nbytes for array in arrays if array is not None) / len(rows)
 
     def dequantised(self) -> Tensor:
         """The stored rows as the float32 numbers (N, E) that are searched."""
-        return dequantise(self._rows[:, : self._dim], self._row_scale)
+        stored = self._stored
+        return dequantise(stored.rows[:, : self._dim], stored.row_scale)
 
     @overload
     def search(
@@ -172,23 +200,21 @@ class FlatIPIndex:
             TypeError, ValueError: as `ip_topk`.
         """
         flat = as_tensor(queries, "queries")
-        check_search(flat, len(self), self.dim, self.device, k)
-        if self._pack and self._prepared is None:  # rows were added
-            self._prepared = self._prepare()
-        some = None if allowed is None else self._named(allowed, "allowed")
+        stored = self._searchable()
+        rows, row_scale, ids, prepared = stored
+        check_search(flat, len(rows), self.dim, self.device, k)
+        some = None if allowed is None else self._named(allowed, stored, "allowed")
         if out is not None:
             check_out(out, (*flat.shape[:-1], k), flat.device)
-        scores, indices = search(
-            flat, self._rows, self._row_scale, k, self._prepared, streamed=self._streamed, allowed=some
-        )
-        if self._ids is not None:
-            indices = torch.where(indices < 0, -1, self._ids[indices.clamp(min=0)])
+        scores, indices = search(flat, rows, row_scale, k, prepared, streamed=self._streamed, allowed=some)
+        if ids is not None:
+            indices = torch.where(indices < 0, -1, ids[indices.clamp(min=0)])
         return like_queries(queries, scores, indices) if out is None else written_to(out, scores, indices)
 
-    def _named(self, names: Tensor | np.ndarray, what: str) -> Tensor:
+    def _named(self, names: Tensor | np.ndarray, stored: _Stored, what: str) -> Tensor:
         """The rows (N,) bool that flags, or the numbers that searches return, name."""
-        if self._ids is None or str(getattr(names, "dtype", "")).endswith("bool"):
-            named = allowed_rows(names, len(self), self.device, what)
+        if stored.ids is None or str(getattr(names, "dtype", "")).endswith("bool"):
+            named = allowed_rows(names, len(stored.rows), self.device, what)
             assert named is not None
             return named
         numbers = as_tensor(names, what)
@@ -199,10 +225,10 @@ class FlatIPIndex:
         if numbers.device != self.device:
             raise ValueError(f"{what} is on {numbers.device}, the index is on {self.device}; move one of them")
         if self.device.type == "cpu":
-            missing = numbers[~torch.isin(numbers, self._ids)]
+            missing = numbers[~torch.isin(numbers, stored.ids)]
             if len(missing):
                 raise ValueError(f"{what} has the number {int(missing[0])}, which no row of the index has")
-        return torch.isin(self._ids, numbers)
+        return torch.isin(stored.ids, numbers)
 
     def add(self, vectors: Tensor | np.ndarray, ids: Tensor | np.ndarray | None = None) -> None:
         """Appends rows (M, E), numbered from `len(index)` on, or by ids (M,) where the rows have their own. Each call
@@ -217,24 +243,28 @@ class FlatIPIndex:
         check_float(rows, "vectors")
         if rows.dim() != 2 or rows.shape[1] != self.dim:
             raise ValueError(f"vectors must have shape (M, {self.dim}), but have shape {tuple(rows.shape)}")
-        if len(self) + len(rows) > MAX_ROWS:
+        with self._lock:
+            self._stored = self._with(rows, ids, self._stored)
+
+    def _with(self, rows: Tensor, ids: Tensor | np.ndarray | None, stored: _Stored) -> _Stored:
+        """What is stored, and float rows behind it."""
+        count = len(stored.rows)
+        if count + len(rows) > MAX_ROWS:
             raise ValueError(
-                f"vectors has {len(rows)} rows, but beside the {len(self)} stored only {MAX_ROWS - len(self)} more "
+                f"vectors has {len(rows)} rows, but beside the {count} stored only {MAX_ROWS - count} more "
                 "fit; split them and join by merge_topk"
             )
-        if (ids is None) != (self._ids is None):
+        if (ids is None) != (stored.ids is None):
             expected = "must have ids too" if ids is None else "must have no ids"
             raise ValueError(f"vectors {expected}, as the rows of the index")
-        all_ids = self._ids
-        if ids is not None and self._ids is not None:
-            new = distinct_ids(ids, len(rows)).to(self._ids.device)
-            all_ids = distinct_ids(torch.cat([self._ids, new]), len(self) + len(rows))
+        all_ids = stored.ids
+        if ids is not None and stored.ids is not None:
+            new = distinct_ids(ids, len(rows)).to(stored.ids.device)
+            all_ids = distinct_ids(torch.cat([stored.ids, new]), count + len(rows))
         rows, row_scale = store(rows, self.dtype, self._home, "vectors")
-        if self._row_scale is not None and row_scale is not None:
-            row_scale = torch.cat([self._row_scale, row_scale])
-        rows = torch.cat([self._rows, self._laid_out(rows)])
-        # together, so that an error leaves nothing half-added
-        self._rows, self._row_scale, self._prepared, self._ids = rows, row_scale, None, all_ids
+        if stored.row_scale is not None and row_scale is not None:
+            row_scale = torch.cat([stored.row_scale, row_scale])
+        return _Stored(torch.cat([stored.rows, self._laid_out(rows)]), row_scale, all_ids, None)
 
     def remove(self, ids: Tensor | np.ndarray) -> None:
         """Removes the rows that have these numbers (n,), or these flags (N,) bool. Rows without ids of their own are
@@ -243,13 +273,15 @@ class FlatIPIndex:
         Raises:
             TypeError, ValueError: as `allowed` of a search; also if no row would stay.
         """
-        stays = ~self._named(ids, "ids")
-        if not stays.any():
-            raise ValueError(f"all {len(self)} rows would be removed, and an index has at least one")
-        row_ids = None if self._ids is None else self._ids[stays]
-        at_home = stays.to(self._home)
-        row_scale = None if self._row_scale is None else self._row_scale[at_home]
-        self._rows, self._row_scale, self._prepared, self._ids = self._rows[at_home], row_scale, None, row_ids
+        with self._lock:
+            rows, row_scale, row_ids, _ = stored = self._stored
+            stays = ~self._named(ids, stored, "ids")
+            if not stays.any():
+                raise ValueError(f"all {len(rows)} rows would be removed, and an index has at least one")
+            at_home = stays.to(self._home)
+            row_ids = None if row_ids is None else row_ids[stays]
+            row_scale = None if row_scale is None else row_scale[at_home]
+            self._stored = _Stored(rows[at_home], row_scale, row_ids, None)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the folder `path`: npy files and a manifest.json with their checksums, all or nothing.
@@ -258,18 +290,17 @@ class FlatIPIndex:
             OSError: the index could not be written, and what the folder held before is untouched; or it is written
                 but could not be flushed to the disk. The message says which.
         """
-        if self._pack and self._prepared is None:
-            self._prepared = self._prepare()
-        arrays = {"rows": self._rows[:, : self._dim], "row_scale": self._row_scale, "ids": self._ids}
-        if isinstance(self._prepared, cpu.PackedRows):
-            arrays |= self._prepared._asdict()
+        rows, row_scale, ids, prepared = self._searchable()
+        arrays = {"rows": rows[:, : self._dim], "row_scale": row_scale, "ids": ids}
+        if isinstance(prepared, cpu.PackedRows):
+            arrays |= prepared._asdict()
         contents = {
             name: (array.view(torch.int16) if array.dtype == torch.bfloat16 else array).cpu().numpy()
             for name, array in arrays.items()
             if array is not None
         }
         contents["rows"] = contents["rows"].view(DTYPES[self.dtype][1])
-        storage.write_folder(Path(path), contents, {"dtype": self.dtype, "count": len(self), "dim": self.dim})
+        storage.write_folder(Path(path), contents, {"dtype": self.dtype, "count": len(rows), "dim": self.dim})
 
     @classmethod
     def load(
@@ -309,21 +340,20 @@ class FlatIPIndex:
         index = cls.__new__(cls)
         index._choose_place(rows, dtype, device, streamed)
         index._dim = dim
-        index._rows = index._laid_out(rows.to(index._home))
-        index._row_scale = None
+        row_scale = row_ids = prepared = None
         if dtype == "int8":
-            index._row_scale = torch.from_numpy(folder.read("row_scale", "<f4", (count,))).to(index._home)
-        index._ids = None
+            row_scale = torch.from_numpy(folder.read("row_scale", "<f4", (count,))).to(index._home)
         if "ids" in folder:
             try:
-                index._ids = distinct_ids(folder.read("ids", "<i8", (count,)), count).to(index._device)
+                row_ids = distinct_ids(folder.read("ids", "<i8", (count,)), count).to(index._device)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{folder.path} is damaged: {error}") from error
-        index._prepared = None
         index._pack = not index._streamed and index._device.type in PACKERS
         if index._pack and index._device.type == "cpu":
             index._pack = "codes" in folder
-            index._prepared = _read_packed_rows(folder, count, dim) if index._pack else None
+            prepared = _read_packed_rows(folder, count, dim) if index._pack else None
+        index._lock = Lock()
+        index._stored = _Stored(index._laid_out(rows.to(index._home)), row_scale, row_ids, prepared)
         return index
 
 

@@ -17,7 +17,7 @@ from valm_kernels.topk.result import NumpyTopK, TopK, like_queries, merge_topk
 
 class ShardedIPIndex:
     """A `FlatIPIndex` whose rows are divided among devices, with the same result: each searches its own rows, GPUs at
-    the same time, and `merge_topk` joins what they found on the first.
+    the same time, and `merge_topk` joins what they found on the first. Its rows never change, and threads may share it.
 
     Args:
         database, dtype, pack: as in `FlatIPIndex`.

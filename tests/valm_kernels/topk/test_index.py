@@ -45,11 +45,11 @@ def test_search_is_exact_over_what_is_stored(dtype):
 
 def test_fitting_memory_is_not_copied(tmp_path):
     database = normals(30, 16)
-    assert FlatIPIndex(database)._rows.data_ptr() == database.data_ptr()
+    assert FlatIPIndex(database)._stored.rows.data_ptr() == database.data_ptr()
     np.save(tmp_path / "shard.npy", database.half().numpy())
     shard = np.load(tmp_path / "shard.npy", mmap_mode="r")
     index = FlatIPIndex(shard)
-    assert index._rows.data_ptr() == shard.__array_interface__["data"][0]
+    assert index._stored.rows.data_ptr() == shard.__array_interface__["data"][0]
     assert_same_answers(index, FlatIPIndex(database, "float16"), normals(3, 16), 4)
 
 
@@ -329,7 +329,7 @@ def test_row_numbers_that_name_some_rows_twice(tmp_path):
     with pytest.raises(ValueError, match="first_rows and next_duplicate do not name each row once"):
         FlatIPIndex.load(tmp_path, mmap=True)
     # nor does a search read beyond what it found
-    index._prepared.next_duplicate.zero_()
+    index._stored.prepared.next_duplicate.zero_()
     result = index.search(normals(24), 5)
     assert result.indices.tolist() == [0, -1, -1, -1, -1] and (result.scores[1:] == -torch.inf).all()
 

@@ -510,7 +510,7 @@ def test_an_index_fills_up_its_rows_once(simulate, library, monkeypatch, tmp_pat
     added.add(database[100:])
     itemsize = DTYPES[dtype].itemsize
     assert added.dim == 13
-    assert added._rows.shape == (150, 16)
+    assert added._stored.rows.shape == (150, 16)
     expected = reference.ip_topk(queries, added.dequantised(), None, 6)
     used = []
 
@@ -522,7 +522,7 @@ def test_an_index_fills_up_its_rows_once(simulate, library, monkeypatch, tmp_pat
         implementations.impl("normed_ip_topk", normed_search, "CPU")
         found = added.search(queries, 6)
     assert torch.equal(found.indices, expected[1]) and torch.equal(found.scores, expected[0])
-    assert used == [added._rows.data_ptr()]
+    assert used == [added._stored.rows.data_ptr()]
     assert added.bytes_per_row == 16 * itemsize + 4 + (4 if dtype == "int8" else 0)
     added.save(tmp_path)
     monkeypatch.undo()

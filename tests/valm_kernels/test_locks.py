@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+
+import pytest
+
+from tests.threads import THREADS, at_once
+from valm_kernels.locks import Lock
+
+
+def is_open(lock: Lock) -> bool:
+    if not lock._lock.acquire(blocking=False):
+        return False
+    lock._lock.release()
+    return True
+
+
+def test_one_thread_at_a_time():
+    lock, inside, seen = Lock(), [], []
+
+    def enter():
+        for _ in range(200):
+            with lock:
+                inside.append(1)
+                seen.append(len(inside))
+                inside.pop()
+
+    at_once(*[enter] * THREADS)
+    assert seen == [1] * (200 * THREADS)
+
+
+def test_an_error_opens_it():
+    lock = Lock()
+    with pytest.raises(ZeroDivisionError), lock:
+        assert not is_open(lock)
+        raise ZeroDivisionError
+    assert is_open(lock)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda lock: pickle.loads(pickle.dumps(lock))])
+def test_a_copy_is_another_lock(duplicate):
+    lock = Lock()
+    with lock:
+        other = duplicate(lock)
+        assert is_open(other)
+        with other:
+            assert not is_open(lock)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_finds_it_open():
+    lock = Lock()
+    with lock:
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if is_open(lock) else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert not is_open(lock)
