@@ -19,14 +19,25 @@ _process = os.getpid()
 INTERFACE_VERSION = 4
 
 
-@cache
 def native() -> ModuleType:
-    """The module valm_kernels._native.
+    """The module valm_kernels._native, for a call with the addresses of tensors.
 
     Raises:
         ImportError: it is not built, cannot be loaded or is of another version than the Python code; the message says
             how to build it.
+        NotImplementedError: inside a transform of torch.func, whose tensors may have the address 0. (Operators come
+            here outside of it.)
     """
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            "this function of valm_kernels cannot run inside a transform of torch.func (vmap, grad, functionalize): "
+            "call it before; visual_fusion_attn, ip_topk and searches of an index that is built before can"
+        )
+    return _module()
+
+
+@cache
+def _module() -> ModuleType:
     try:
         module = import_module("valm_kernels._native")
     except ImportError as error:
@@ -55,7 +66,7 @@ def cpu_isa() -> str:
 
 @cache
 def _usable_isa(asked: str | None) -> str:
-    usable = native().cpu_isas()
+    usable = _module().cpu_isas()
     if asked is None:
         return usable[0]
     if asked not in usable:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from valm_kernels import int8_rows, ip_scores, ip_topk, visual_fusion_attn
-from valm_kernels.native import cpu_isa, native
+from valm_kernels.native import _module, cpu_isa, native
 from valm_kernels.topk import cpu as topk_cpu
 from valm_kernels.visual_fusion import cpu as attention_cpu
 
@@ -119,12 +119,12 @@ def test_a_tensor_that_the_native_code_does_not_know_is_refused(monkeypatch):
 def test_a_module_of_another_version_is_refused(monkeypatch, version):
     stale = SimpleNamespace(__file__="old.so", **version)
     monkeypatch.setattr("valm_kernels.native.import_module", lambda name: stale)
-    native.cache_clear()
+    _module.cache_clear()
     try:
         with pytest.raises(ImportError, match=r"old\.so has interface version .*, expected \d+\. Build it again with"):
             attend()
     finally:
-        native.cache_clear()
+        _module.cache_clear()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")

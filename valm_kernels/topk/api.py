@@ -56,7 +56,7 @@ def ip_topk(
 
     The score is the sum of the products in float64 in one fixed order, rounded to float32
     (`valm_kernels.topk.reference.exact_scores`). For repeated searches a `FlatIPIndex` is faster: this function
-    prepares the database in every call.
+    prepares the database in every call. Scores have no gradient, as if queries and database were detached.
 
     Args:
         queries: (..., E) float32, float16 or bfloat16; any number, including none.
@@ -96,7 +96,8 @@ def ip_scores(
     """The exact scores of (query, row) pairs, to rerank candidates from another search.
 
     They equal those of `ip_topk` bit for bit. Pairs sorted by row are read fastest. On the CPU a contiguous database is
-    not copied, and only the named rows are read; on other devices the reference implementation runs.
+    not copied, and only the named rows are read; on other devices the reference implementation runs. Scores have no
+    gradient.
 
     Args:
         queries: (Q, E) float32, float16 or bfloat16.
@@ -110,6 +111,7 @@ def ip_scores(
         TypeError: a wrong type or dtype.
         ValueError: a wrong shape or device, or an id out of range; the message says which.
         ImportError: the native code is not built.
+        NotImplementedError: on the CPU, inside a transform of torch.func.
     """
     rows = as_tensor(database, "database")
     check_database(rows)

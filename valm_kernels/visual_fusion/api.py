@@ -218,7 +218,8 @@ def visual_fusion_attn(
     Returns:
         out (B, Hq, Tq, D) in the dtype of q; with return_lse also lse (B, Hq, Tq), with return_image_weights also the
         weights (B, Hq, Tq, K), both float32 (float64 for float64 inputs). A weight is 0 where there is no image. All
-        are differentiable once: a double backward raises, except in impl="reference".
+        are differentiable once, by autograd or torch.func (grad, vjp, jacrev, also with vmap): second derivatives and
+        forward mode (jvp, jacfwd, hessian) raise, except in impl="reference".
         Under torch.autocast q, k, v, image_k, image_v and image_q are cast to the autocast dtype first.
         In 16 bits the gradients of image_k_bias and image_logit_bias are rounded more than the other ones, because the
         backward starts from the rounded out, as in all flash attention (docs/reliability.md has the numbers).

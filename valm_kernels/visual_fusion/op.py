@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
 from valm_kernels.visual_fusion import cpu, flash
 from valm_kernels.visual_fusion.inputs import Gradients, Inputs, check_cu_seqlens
@@ -168,23 +170,47 @@ def _below_autograd(op: Any, kernel: Any, keyset: Any, inputs: tuple[Any, ...]) 
     with torch._C._AutoDispatchBelowAutograd():
         if keyset.highestPriorityTypeId() in _KERNEL_KEYS:
             return kernel(*inputs)
-        return op.redispatch(keyset, *inputs)
+        if not torch._C._are_functorch_transforms_active():
+            return op.redispatch(keyset, *inputs)
+        # a Function turns both modes off, but an outer transform records in its turn
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+            return op.redispatch(keyset, *inputs)
 
 
 def _records_gradients(inputs: tuple[Any, ...]) -> bool:
+    """Whether a gradient of the inputs may be asked for.
+
+    Raises:
+        NotImplementedError: a tangent is asked for.
+    """
+    forward_mode = forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
+    if forward_mode and any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        raise NotImplementedError(
+            "visual_fusion_attn has no forward-mode derivative (torch.func.jvp, jacfwd, hessian, "
+            'torch.autograd.forward_ad); use impl="reference", or torch.func.jacrev for first derivatives'
+        )
     return torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)
+
+
+def _apply(function: Any, *arguments: Any) -> tuple[Tensor, ...]:
+    """function.apply, also inside transforms of torch.func: as for PyTorch's own operators, the dispatcher comes here
+    once for each of them."""
+    if not torch._C._are_functorch_transforms_active():
+        return function.apply(*arguments)
+    with enable_single_level_autograd_function():
+        return super(torch.autograd.Function, function).apply(*arguments)
 
 
 # What torch.library.register_autograd does, in half its time: that reads the operator's schema in every call.
 def _autograd(keyset: Any, *inputs: Any) -> tuple[Tensor, ...]:
     if _records_gradients(inputs):
-        return _Attention.apply(keyset, inputs, *(inputs[i] for i in _DIFFERENTIABLE))
+        return _apply(_Attention, keyset, inputs, *(inputs[i] for i in _DIFFERENTIABLE))
     return _below_autograd(_forward_op, _forward, keyset, inputs)
 
 
 def _backward_autograd(keyset: Any, *inputs: Any) -> tuple[Tensor, ...]:
     if _records_gradients(inputs):
-        return _Gradients.apply(keyset, inputs, *(x for x in inputs if isinstance(x, Tensor)))
+        return _apply(_Gradients, keyset, inputs, *(x for x in inputs if isinstance(x, Tensor)))
     return _below_autograd(_backward_op, _backward, keyset, inputs)
 
 

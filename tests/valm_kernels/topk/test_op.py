@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from valm_kernels import FlatIPIndex, ip_topk
+from valm_kernels import FlatIPIndex, ip_scores, ip_topk
+from valm_kernels.int8_rows import round_rows
 from valm_kernels.topk import cpu
 
 
@@ -47,3 +48,42 @@ def test_an_index_is_searched_inside_a_compiled_graph(streamed):
     result, expected = compiled(queries), index.search(queries + 1, 4)
     assert torch.equal(result.indices, expected.indices)
     assert torch.equal(result.scores, expected.scores)
+
+
+SEARCHES = {
+    "ip_topk": lambda index, database: lambda queries: ip_topk(queries, database, 3),
+    "index": lambda index, database: lambda queries: index.search(queries, 3),
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("search", SEARCHES.values(), ids=SEARCHES)
+def test_searches_inside_transforms(search):
+    """Right in batches and functionalized; scores are those of queries without their gradient, as in plain autograd."""
+    database, queries = torch.randn(50, 16), torch.randn(4, 5, 16)
+    search = search(FlatIPIndex(database), database)
+    expected = search(queries)
+    for transform in (torch.func.vmap, torch.func.functionalize):
+        found = transform(search)(queries)
+        assert torch.equal(found.indices, expected.indices) and torch.equal(found.scores, expected.scores)
+    found, tangent = torch.func.jvp(lambda q: search(q).scores, (queries,), (queries,))
+    assert torch.equal(found, expected.scores) and not tangent.any()
+    assert not search(queries.clone().requires_grad_()).scores.requires_grad
+    gradient = torch.func.grad(lambda q: (search(q).scores[..., :1] * q).sum())(queries)
+    assert torch.equal(gradient, expected.scores[..., :1].expand_as(queries))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda queries: ip_scores(queries, queries, torch.arange(5), torch.arange(5)),
+        lambda queries: FlatIPIndex(torch.ones(9, 16)).search(queries, 2).scores,
+        lambda queries: round_rows(queries)[1],
+    ],
+)
+@pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.functionalize, torch.func.grad])
+def test_what_no_operator_computes_says_so_inside_transforms(call, transform):
+    """Functionalized tensors have the address 0, at which native code would write."""
+    queries = torch.randn(2, 5, 16) if transform is torch.func.vmap else torch.randn(5, 16)
+    with pytest.raises((NotImplementedError, ValueError), match="inside a transform of torch.func|torch.no_grad"):
+        transform(lambda given: call(given).sum())(queries)

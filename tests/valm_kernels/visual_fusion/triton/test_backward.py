@@ -9,6 +9,7 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("run by test_interpreted.py with TRITON_INTERPRET=1", allow_module_level=True)
 
+from tests.valm_kernels.visual_fusion import transforms
 from tests.valm_kernels.visual_fusion.problems import (
     BEYOND_32_BITS,
     CACHES,
@@ -271,3 +272,10 @@ def test_each_bias_alone(monkeypatch, bias):
     assert set(zeros) - set(alone) == others
     for name, gradient in alone.items():
         assert torch.equal(gradient, zeros[name]), name
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_transforms():
+    problem = Problem(batch=1, query_heads=1, kv_heads=1, num_queries=2, head_dim=8, num_images=1, gaps=False)
+    transforms.assert_transforms("triton", problem)
+    transforms.assert_raises_where_it_has_no_derivative("triton", problem)
