@@ -85,5 +85,5 @@ def test_searches_inside_transforms(search):
 def test_what_no_operator_computes_says_so_inside_transforms(call, transform):
     """Functionalized tensors have the address 0, at which native code would write."""
     queries = torch.randn(2, 5, 16) if transform is torch.func.vmap else torch.randn(5, 16)
-    with pytest.raises((NotImplementedError, ValueError), match="inside a transform of torch.func|torch.no_grad"):
+    with pytest.raises((NotImplementedError, ValueError), match=r"transform of torch\.func|under torch\.no_grad"):
         transform(lambda given: call(given).sum())(queries)

@@ -1,0 +1,176 @@
+"""Random problems of visual_fusion_attn with all its options, and how far an implementation is off on them."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tests.valm_kernels.visual_fusion.problems import DIFFERENTIABLE, FIRST_KEYS, Problem, cotangents, solve
+
+Cotangents = tuple[Tensor | None, ...]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ALLOWED = 2
+# PyTorch's flash attention on CPU computes exp to this precision for 16-bit tensors, where the sum in lse is float32.
+FLASH_EXP = 2**-15
+# Numbers of the image keys of all query heads, at most: so a case takes some 30 ms.
+LARGEST = 1 << 19
+LAYOUTS = ("as is", "strided rows", "reversed dimensions", "expanded")
+
+
+@dataclass(frozen=True)
+class Case:
+    problem: Problem
+    dtype: torch.dtype
+    with_lse: bool  # the loss has lse too
+    layout: str  # of q, k, v, image_q and the images in memory
+    hidden: bool  # what no query may see is NaN, and some score biases are -inf
+
+
+def random_case(number: int) -> Case:
+    # seeded by a string, as which Python's generator is the same in all versions
+    draw = random.Random(f"attention {number}")
+    chance = draw.random
+    batch, kv_heads = draw.randint(1, 3), draw.choice((1, 1, 2, 3))
+    query_heads = kv_heads * draw.choice((1, 1, 2, 3, draw.randint(1, 20)))
+    num_images = draw.choice((0, 1, 2, 3, 4, 5, 8, draw.randint(0, 64)))
+    head_dim = draw.choice((8, 16, 24, 64, 64, draw.randint(8, 128), draw.randint(8, 256)))
+    affordable = max(1, LARGEST // (batch * query_heads * head_dim * (num_images + 1)))
+    causal = chance() < 0.85
+    packed = batch == 1 and causal and chance() < 0.4
+    problem = Problem(
+        batch=batch,
+        kv_heads=kv_heads,
+        query_heads=query_heads,
+        num_queries=min(affordable, draw.choice((1, draw.randint(1, 16), draw.randint(1, 100)))),
+        prefix=draw.choice((0, 0, draw.randint(0, 80))),
+        head_dim=head_dim,
+        num_images=num_images,
+        pool_size=draw.choice((None, draw.randint(1, 40))),
+        first_key=draw.choice((None, *FIRST_KEYS)) if chance() < 0.5 else None,
+        cu_seqlens=packed,
+        seqlens=not packed and chance() < 0.2,
+        causal=causal,
+        scale=None if chance() < 0.7 else 10 ** draw.uniform(-2, 0),
+        softcap=None if chance() < 0.75 else 10 ** draw.uniform(-0.5, 1.7),
+        image_q=chance() < 0.3,
+        biases=chance() < 0.7,
+        score_bias=num_images > 0 and chance() < 0.3,
+        weights=num_images > 0 and chance() < 0.2,
+        gaps=chance() < 0.7,
+        sorted_slots=chance() < 0.3,
+        tokens_first=chance() < 0.7,
+        seed=number,
+    )
+    return Case(problem, draw.choice(DTYPES), chance() < 0.5, draw.choice(LAYOUTS), chance() < 0.3)
+
+
+def case_inputs(case: Case, dtype: torch.dtype) -> dict[str, Tensor | bool | None]:
+    """Keyword arguments; the same numbers whatever the dtype."""
+    inputs = case.problem.inputs(dtype)
+    if case.layout == "expanded":  # all heads of the text have one key and value, all batch rows one query
+        inputs["k"], inputs["v"] = (inputs[name][:, :1].expand_as(inputs[name]) for name in ("k", "v"))
+        inputs["q"] = inputs["q"][:1].expand_as(inputs["q"])
+    if case.hidden:
+        _hide(inputs, case.problem.seed)
+    for name in DIFFERENTIABLE[:6]:
+        if inputs.get(name) is not None:
+            inputs[name] = _laid_out(inputs[name], case.layout)
+    return inputs
+
+
+def _hide(inputs: dict[str, Tensor | bool | None], seed: int) -> None:
+    """NaN where nothing may be read: keys from cache_seqlens on, images that are masked out."""
+    if inputs.get("cache_seqlens") is not None:
+        unused = torch.arange(inputs["k"].shape[2]) >= inputs["cache_seqlens"][:, None]
+        for name in ("k", "v"):
+            inputs[name] = inputs[name].masked_fill(unused[:, None, :, None], torch.nan)
+    if inputs.get("image_mask") is not None:
+        for name in ("image_k", "image_v"):
+            inputs[name] = inputs[name].masked_fill(~inputs["image_mask"][:, None, :, :, None], torch.nan)
+    if inputs.get("image_score_bias") is not None:
+        bias = inputs["image_score_bias"]
+        excluded = torch.rand(bias.shape, generator=torch.Generator().manual_seed(seed)) < 0.2
+        inputs["image_score_bias"] = bias.masked_fill(excluded & bias.isfinite(), -torch.inf)
+
+
+def _laid_out(tensor: Tensor, layout: str) -> Tensor:
+    if layout == "strided rows":
+        return torch.stack([tensor, tensor], -1)[..., 0]
+    if layout == "reversed dimensions":
+        order = list(reversed(range(tensor.dim())))
+        return tensor.permute(order).contiguous().permute(order)
+    return tensor
+
+
+class Error(NamedTuple):
+    """The RMS error of a result as a multiple of what it may be.
+
+    of_eager: of the error of eager code and a unit in the last place. of_bound: of that, and of what the rounding of
+    delta adds to a gradient.
+    """
+
+    of_eager: float
+    of_bound: float
+
+
+def attention_errors(number: int, impl: str) -> tuple[str, dict[str, Error]]:
+    """The dtype of case `number`, and how far each result of `impl` is off.
+
+    Raises:
+        AssertionError: a result is NaN, of a wrong shape, dtype or infinity, or off by more than `ALLOWED` bounds.
+    """
+    case = random_case(number)
+    grads = cotangents(case.problem, case.with_lse)
+    wide = case_inputs(case, torch.float64)
+    truth = solve(wide, "reference", grads)
+    of_delta = solve(wide, "reference", _rounded_delta(grads, truth, torch.finfo(case.dtype).eps))
+    eager = solve(case_inputs(case, case.dtype), "reference", grads)
+    actual = solve(case_inputs(case, case.dtype), impl, grads)
+    assert actual.keys() == truth.keys()
+    errors = {}
+    for name, found in actual.items():
+        rounding = of_delta[name] if name in DIFFERENTIABLE else None
+        errors[name] = _error(name, found, eager[name], truth[name], rounding, case.dtype)
+    wrong = {name: round(error.of_bound, 1) for name, error in errors.items() if not error.of_bound <= ALLOWED}
+    assert not wrong, f"off by more than {ALLOWED} times its bound: {wrong} in {case}"
+    return str(case.dtype).removeprefix("torch."), errors
+
+
+def _rounded_delta(grads: Cotangents, truth: dict[str, Tensor], eps: float) -> Cotangents:
+    """Cotangents whose gradients are those of rounding: delta = sum(grad_out * out) - grad_lse, and the product
+    grad_out.v that it is subtracted from, are each off by a unit of their terms, with random signs. The gradient of lse
+    is subtracted from delta, so it stands for the error."""
+    grad_out, grad_lse, *of_weights = grads
+    squares = (grad_out * truth["out"]).square().sum(-1)
+    if grad_lse is not None:
+        squares += grad_lse.square()
+    for gradient in of_weights:
+        squares += (gradient * truth["image_weights"]).square().sum(-1)
+    signs = torch.randn(squares.shape, generator=torch.Generator().manual_seed(0)).sign()
+    return torch.zeros_like(grad_out), 2 * eps * squares.sqrt() * signs, *map(torch.zeros_like, of_weights)
+
+
+def _error(
+    name: str, actual: Tensor, eager: Tensor, truth: Tensor, of_delta: Tensor | None, dtype: torch.dtype
+) -> Error:
+    assert actual.shape == truth.shape and actual.dtype == eager.dtype, f"{name}: {actual.shape} {actual.dtype}"
+    assert not actual.isnan().any(), f"{name}: {int(actual.isnan().sum())} NaN of {actual.numel()}"
+    finite = truth.isfinite()
+    assert actual[~finite].double().equal(truth[~finite]), f"{name}: wrong where the truth is infinite"
+    if not finite.any():
+        return Error(0, 0)
+
+    def rms(values: Tensor) -> float:
+        return float(values[finite].double().square().mean().sqrt())
+
+    precision = actual.dtype if name in ("lse", "image_weights") else dtype
+    unit = torch.finfo(precision).eps * float(truth[finite].abs().max())
+    if name == "lse" and dtype.itemsize == 2:
+        unit = max(unit, FLASH_EXP)
+    ours, allowed = rms(actual.double() - truth), rms(eager.double() - truth) + unit
+    bound = allowed if of_delta is None else allowed + rms(of_delta)
+    return Error(*(ours / most if most else ours and float("inf") for most in (allowed, bound)))
