@@ -37,9 +37,12 @@ def make_kb(clip, tmp_path_factory):
     return make
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def browser():
-    """The system's Chromium, headless; the test is skipped where it or what drives it is missing."""
+    """The system's Chromium, headless; the test is skipped where it or what drives it is missing.
+
+    For one test: Playwright's event loop runs in the test's thread for as long as the fixture lives.
+    """
     sync_api = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
     path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if path is None:

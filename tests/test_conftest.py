@@ -1,0 +1,64 @@
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests import conftest
+
+
+class Item(NamedTuple):
+    path: Path
+    number: int
+
+
+@pytest.fixture
+def run_tests(tmp_path):
+    """Runs pytest on modules of its own, below this project's conftest.py."""
+    shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path)
+
+    def run(modules, *options, seed=""):
+        for name, source in modules.items():
+            (tmp_path / name).write_text(source)
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, tmp_path]
+        environment = os.environ | {"VALM_TEST_SEED": seed}
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    return run
+
+
+def test_an_event_loop_that_is_left_running_is_an_error(run_tests):
+    leaves = """
+import asyncio
+
+def test_leaves_a_running_loop():
+    asyncio._set_running_loop(asyncio.new_event_loop())
+"""
+    done = run_tests({"test_a.py": leaves})
+    assert done.returncode == 1 and "1 passed, 1 error" in done.stdout
+    done = run_tests({"test_a.py": "import asyncio\n\ndef test_ends_its_loop():\n    asyncio.run(asyncio.sleep(0))\n"})
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_seed_orders_modules_and_the_tests_in_each(run_tests, monkeypatch):
+    usual = [Item(Path(f"test_{module}.py"), number) for module in "abcdefgh" for number in range(20)]
+
+    def order(seed):
+        monkeypatch.setattr(conftest, "SEED", seed)
+        tests = usual.copy()
+        conftest.pytest_collection_modifyitems(tests)
+        return tests
+
+    first, second = order("1"), order("2")
+    assert order(None) == usual and usual != first != second and sorted(first) == sorted(second) == usual
+    assert order("1") == first  # all workers of pytest-xdist must have one order
+    modules = [path for path, _ in itertools.groupby(first, key=lambda test: test.path)]
+    assert len(modules) == 8 and modules != sorted(modules)
+    named = {f"test_{letter}.py": "def test(): pass\n" for letter in "abcdefgh"}
+    done = run_tests(named, "--collect-only", seed="1")
+    ran = [line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line]
+    assert sorted(ran) == sorted(named) != ran
