@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -161,11 +160,11 @@ def run_train(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) is not None and is_for != (arguments.base is not None):
             kind = "a pretrained decoder: give --base too" if is_for else "a new model: --base has its own"
             raise ValmError(f"--{name.replace('_', '-')} is of {kind}")
-    out = writable_folder(arguments.out)
-    checkpoint = newest_checkpoint(out, arguments.resume)
     if "hub_token" in arguments.fields:
         raise ValmError("--hub_token would stand in the model card: give the token as HF_TOKEN in the environment")
-    settings = training_arguments(out, **training_fields(arguments))
+    settings = training_arguments(arguments.out, **training_fields(arguments))
+    out = writable_folder(arguments.out)
+    checkpoint = newest_checkpoint(out, arguments.resume, settings.should_save)
     server = server_name(arguments.kb)
     if server is not None:
         if arguments.retrieval is None:
@@ -282,13 +281,8 @@ def training_fields(arguments: argparse.Namespace) -> dict[str, Any]:
     return fields
 
 
-def processes() -> int:
-    """Number of training processes, as torchrun and accelerate set it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def newest_checkpoint(out: Path, resume: bool) -> str | None:
-    """The checkpoint in `out` to resume from, None to start.
+def newest_checkpoint(out: Path, resume: bool, writes: bool) -> str | None:
+    """The checkpoint in `out` to resume from, None to start; `writes`: whether it is this process that writes to `out`.
 
     Raises:
         ValmError: `out` holds something, and no training is to be resumed in it; or not that of a training.
@@ -297,7 +291,7 @@ def newest_checkpoint(out: Path, resume: bool) -> str | None:
 
     from valm_kernels.atomic_files import is_temporary, remove_leftovers
 
-    if int(os.environ.get("RANK", "0")) == 0:  # the others may find what this one has written
+    if writes:  # the others may find what this one has written
         remove_leftovers(out)
         found = [file.name for file in out.iterdir() if not is_temporary(file.name)]
         if found and not resume:
@@ -473,8 +467,9 @@ def retrieved_corpus(
     from valm.retrieval.context import ContextEncoder
     from valm.retrieval.retriever import Retriever
     from valm.tokenizer import load_tokenizer
+    from valm.training.launch import launched_processes
 
-    if processes() > 1:
+    if launched_processes() > 1:
         raise ValmError("several processes train on what one has retrieved: run `valm retrieve`, and give --retrieval")
     named = arguments.tokenizer or arguments.base
     tokenizer = load_tokenizer(named) if named else None

@@ -19,6 +19,7 @@ from valm.checkpoint import quiet_transformers, save_checkpoint
 from valm.errors import ValmError
 from valm.files import writable_folder
 from valm.retrieval.note import RetrievalNote
+from valm.training.launch import check_processes
 from valm.training.order import TrainingOrder
 from valm.training.resumable import STATE_FILE, check_resumable, resume_errors, write_checksums
 from valm_kernels.atomic_files import move_folder, remove_leftovers, temporary_folder
@@ -53,6 +54,7 @@ class ImageTrainer(Trainer):
         **options: Any,
     ):
         super().__init__(**options)
+        check_processes(self.args)
         self.fusion_lr = fusion_lr
         self.note = note
         self.measures = measures

@@ -25,6 +25,7 @@ from valm.training.blocks import Blocks
 from valm.training.cache_below import cache_below as with_fusion_input
 from valm.training.collate import NO_SCORES, Collator
 from valm.training.image_trainer import FUSION_NAME, ImageTrainer, Measure
+from valm.training.launch import check_processes
 from valm.training.limited_softmax import LimitedSoftmax
 
 # Defaults of `training_arguments`. AdamW and clipping as in Wang et al. 2022, whose schedule was inverse_sqrt.
@@ -39,20 +40,26 @@ DEFAULTS: dict[str, Any] = {
 
 
 def training_arguments(output_dir: str | os.PathLike, **fields: Any) -> TrainingArguments:
-    """`TrainingArguments` with `DEFAULTS` for the fields that are not given.
+    """`TrainingArguments` with `DEFAULTS` for the fields that are not given; use_cpu is set where torch has no GPU.
 
     Raises:
-        ValmError: there is no such field, or transformers rejects a value.
+        ValmError: there is no such field, transformers rejects a value, or launched processes would not train together.
     """
     known = [field.name for field in dataclasses.fields(TrainingArguments)]
     for name in fields:
         if name not in known:
             raise ValmError(f"TrainingArguments has no field {name!r}{nearest(name, known)}")
-    pin: dict[str, Any] = {"dataloader_pin_memory": torch.cuda.is_available()}
+    # without use_cpu, several processes on CPUs would each train by itself
+    machine: dict[str, Any] = {
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "use_cpu": not torch.accelerator.is_available(),
+    }
     try:
-        return TrainingArguments(output_dir=os.fspath(output_dir), **(DEFAULTS | pin | fields))
+        arguments = TrainingArguments(output_dir=os.fspath(output_dir), **(DEFAULTS | machine | fields))
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
         raise ValmError(f"the training arguments do not fit: {str(error).splitlines()[0]}") from error
+    check_processes(arguments)
+    return arguments
 
 
 def trainer(
@@ -95,8 +102,9 @@ def trainer(
         options: more of the Trainer's arguments: callbacks, optimizers, compute_metrics, ...
 
     Raises:
-        ValmError: model, data and knowledge base do not fit together.
+        ValmError: model, data and knowledge base do not fit together, or launched processes would not train together.
     """
+    check_processes(arguments)
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # of a PEFT model
     for documents in (dataset, eval_dataset):
         if documents is not None:

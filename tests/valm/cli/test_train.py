@@ -1,6 +1,11 @@
 import itertools
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -275,6 +280,71 @@ def test_a_fraction_is_held_out_and_training_stops_when_nothing_gets_better(worl
     check = ["--validation", 0.3, "--patience", 1, "--save_steps", 1, "--lr", 0]
     assert run(*train, *check) == 0
     assert [entry["step"] for entry in evaluations(tmp_path / "model")] == [1, 2]
+
+
+def launch(folder, command, *more):
+    """Runs a command line in `folder`, with the programs beside this Python."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    script = f"{command} {' '.join(map(str, more))}"
+    return subprocess.run(
+        script, shell=True, cwd=folder, env=os.environ | {"PATH": path}, capture_output=True, text=True
+    )
+
+
+def losses(folder):
+    """Of every step of the training in `folder`."""
+    history = json.loads((folder / f"checkpoint-{STEPS[1]}" / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def documented(world, base, tmp_path_factory):
+    """The folder in which the commands of docs/training.md run, and the losses of one process."""
+    folder = tmp_path_factory.mktemp("documented")
+    (folder / "kb").symlink_to(world / "kb")
+    (folder / "retrieval").symlink_to(world / "base-retrieval")
+    lines = [f"base: {base}", "unfreeze: block", "logit_bias: -1", "steps: 3", "batch_size: 2", "logging_steps: 1"]
+    (folder / "run.yaml").write_text("\n".join(lines))
+    options = ["--retrieval", world / "base-retrieval", "--kb", world / "kb", "--config", folder / "run.yaml"]
+    assert run("train", *options, "--batch-size", 4, "--out", folder / "one") == 0
+    return folder, losses(folder / "one")
+
+
+COMMANDS = re.findall(
+    r"^(?:torchrun|accelerate launch) .*$", (Path(__file__).parents[3] / "docs" / "training.md").read_text(), re.M
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", ["", "--ddp_backend gloo"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_documented_launches_train_one_model(documented, command, more, tmp_path):
+    """Without CUDA too, and with the losses of one process."""
+    folder, expected = documented
+    done = launch(folder, command, more, "--out", tmp_path / "model")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("written to") == 1
+    assert json.loads((tmp_path / "model" / "run.json").read_text())["step_rows"] == 4
+    assert losses(tmp_path / "model") == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        (f"{COMMANDS[0]} --use_cpu False --ddp_backend gloo", "2 processes were launched, but each would train by its"),
+        (
+            "accelerate launch --cpu --num_processes 2 -m valm train --retrieval retrieval --kb kb --config run.yaml",
+            "accelerate launch has started one process of several",
+        ),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without CUDA")
+def test_a_launch_that_would_train_several_models_writes_nothing(documented, command, sentence, tmp_path):
+    folder, _ = documented
+    done = launch(folder, command, "--out", tmp_path / "model")
+    assert done.returncode != 0 and f"valm: error: {sentence}" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def wrong_inputs():

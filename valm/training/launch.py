@@ -1,0 +1,37 @@
+"""How many processes a launcher has started, against how many train together."""
+
+from __future__ import annotations
+
+import os
+
+from accelerate.utils import get_int_from_env
+from transformers import TrainingArguments
+from transformers.training_args import ParallelMode
+
+from valm.errors import ValmError
+
+
+def launched_processes() -> int:
+    """Number of processes that torchrun, accelerate or MPI has started for this training."""
+    return get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1)
+
+
+def check_processes(arguments: TrainingArguments) -> None:
+    """Compares what the launcher has started with what `arguments` have set up.
+
+    Raises:
+        ValmError: the processes would train a model each, and all write it to one folder.
+    """
+    launched = launched_processes()
+    if launched > 1 and (launched != arguments.world_size or arguments.parallel_mode == ParallelMode.NOT_PARALLEL):
+        raise ValmError(
+            f"{launched} processes were launched, but each would train by itself on {arguments.device}: use as many "
+            "GPUs, or CPUs by use_cpu (--use_cpu)"
+        )
+    # accelerate's launcher for CPUs sets these two, but neither starts more than one process nor says how many it was
+    # asked for
+    if launched == 1 and "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ:
+        raise ValmError(
+            "accelerate launch has started one process of several, as it does on CPUs without MPI: launch them with "
+            "torchrun --nproc-per-node N, or give --num_processes 1"
+        )
