@@ -34,8 +34,25 @@ SIZES = {"layers": 12, "width": 768, "heads": 12}
 BASE_OPTIONS = ("layer", "unfreeze", "logit_bias", "fusion_lr", "cache_below")
 # Describes a training in its folder; a resumed one compares.
 RUN_FILE = "run.json"
-# Prefixes of fields that change neither data nor weights, so that a resumed training may change them.
-FREE_FIELDS = ("dataloader_", "disable_tqdm", "hub_", "log", "push_", "report_to", "run_name", "save_")
+# Prefixes of fields that a resumed training may change: they change neither the data nor the weights after a step, or
+# say how many steps there are.
+FREE_FIELDS = (
+    *("dataloader_", "ddp_", "disable_tqdm", "eval_", "hub_", "log", "max_steps", "num_train_epochs", "push_"),
+    *("report_to", "restore_callback_states", "run_name", "save_", "use_cpu"),
+)
+# The options of what RUN_FILE has under other names.
+OPTIONS = {
+    **{field: option for option, (field, _) in FIELDS.items()},
+    "step_rows": "batch_size",
+    "model.n_layer": "layers",
+    "model.n_embd": "width",
+    "model.n_head": "heads",
+    "model.n_positions": "context",
+    "model.num_images": "images",
+    "model.image_score_scale_init": "score_scale",
+    **{f"model.{option}": option for option in ("layer", "unfreeze", "logit_bias", "score_scale")},
+    **{option: option for option in ("twin", "fusion_lr", "limit_softmax", "validation")},
+}
 
 
 def add_to(commands: Commands) -> None:
@@ -142,13 +159,12 @@ def at_least_2(text: str) -> int:
 
 def run_train(arguments: argparse.Namespace) -> None:
     import torch
-    from transformers import EarlyStoppingCallback
 
     from valm.evaluation.color import load_memory_color
     from valm.files import writable_folder
     from valm.knowledge_base.store import ImageKnowledgeBase
     from valm.retrieval.ray_server import RetrievalServer, server_name
-    from valm.training.callbacks import ColorAccuracy, show_progress
+    from valm.training.callbacks import ColorAccuracy, Patience, show_progress
     from valm.training.train import trainer, training_arguments
 
     if has_corpus(arguments) == (arguments.retrieval is not None):
@@ -208,7 +224,7 @@ def run_train(arguments: argparse.Namespace) -> None:
         fusion_lr=arguments.fusion_lr if sees.num_images > 0 else None,
         limit_softmax=arguments.limit_softmax,
         measures=measures,
-        callbacks=[EarlyStoppingCallback(arguments.patience)] if arguments.patience else None,
+        callbacks=[Patience(arguments.patience)] if arguments.patience else None,
     )
     note_run(training, dataset, arguments)
     show_progress(training, "train")
@@ -276,7 +292,6 @@ def training_fields(arguments: argparse.Namespace) -> dict[str, Any]:
         steps = fields.get("save_steps", 500)
         best = {"eval_strategy": "steps", "eval_steps": steps, "save_steps": steps, "load_best_model_at_end": True}
         best |= {"per_device_eval_batch_size": fields["per_device_train_batch_size"]}
-        best |= {"restore_callback_states_from_checkpoint": arguments.patience is not None}
         fields = best | fields
     return fields
 
@@ -312,7 +327,7 @@ def note_run(training: ImageTrainer, dataset: CorpusRetrieval | Sequence[Any], a
     from valm_kernels.json_files import short
 
     file = arguments.out / RUN_FILE
-    fields = {name: value for name, value in training_fields(arguments).items() if not name.startswith(FREE_FIELDS)}
+    fields = training_fields(arguments)
     # what a step reads is `step_rows`, and no number of an evaluation depends on its batches
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size"):
         fields.pop(name, None)
@@ -328,6 +343,7 @@ def note_run(training: ImageTrainer, dataset: CorpusRetrieval | Sequence[Any], a
         "data": content_of(dataset),
         "validation": arguments.validation,
     }
+    run = {name: value for name, value in run.items() if not name.startswith(FREE_FIELDS)}
     if file.is_file():
         before = read_json(file, "the note on a training", dict[str, Any], "choose another folder")
         if (run["base"] is None) != (before.get("base") is None):
@@ -339,14 +355,23 @@ def note_run(training: ImageTrainer, dataset: CorpusRetrieval | Sequence[Any], a
                 f"{arguments.out} holds the training of another base model: {other} of its fusion layer had other "
                 "values; choose another folder"
             )
-        for name in {*run, *before} - {"base"}:
-            if json.loads(json.dumps(run.get(name))) != before.get(name):
+        for name in dict.fromkeys([*run, *before]):
+            there, here = before.get(name), json.loads(json.dumps(run.get(name)))
+            if name != "base" and not name.startswith(FREE_FIELDS) and here != there:
+                there, here = ("not given" if value is None else short(value) for value in (there, here))
                 raise ValmError(
-                    f"{arguments.out} holds another training: its {name} is {short(before.get(name))}, here it is "
-                    f"{short(run.get(name))}; choose another folder"
+                    f"{arguments.out} holds another training: its {option_of(name)} is {there}, here it is {here}; "
+                    "choose another folder"
                 )
     elif training.is_world_process_zero():
         write_json(file, run)
+
+
+def option_of(name: str) -> str:
+    """What a user calls the setting `name` of RUN_FILE."""
+    if name in OPTIONS:
+        return f"--{OPTIONS[name].replace('_', '-')}" + (" of all processes together" if name == "step_rows" else "")
+    return name if name.startswith("model.") or name == "data" else f"--{name}"
 
 
 def model_settings(config: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from transformers import (
+    EarlyStoppingCallback,
     PreTrainedTokenizerFast,
     PrinterCallback,
     ProgressCallback,
@@ -49,6 +50,20 @@ def show_progress(training: Trainer, name: str, shown: bool = True) -> None:
     for own in (PrinterCallback, ProgressCallback):
         training.remove_callback(own)
     training.add_callback(ProgressBar(name, shown))
+
+
+class Patience(EarlyStoppingCallback):
+    """Early stopping that, in a resumed training, counts the evaluations before too, with the patience of now."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
+    ) -> None:
+        super().on_train_begin(args, state, control, **more)
+        best = state.best_global_step
+        if best is not None:
+            self.early_stopping_patience_counter = sum(
+                "eval_loss" in entry and entry["step"] > best for entry in state.log_history
+            )
 
 
 class ColorAccuracy:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, get_last_checkpoint, rotate_checkpoints
@@ -23,6 +25,8 @@ from valm.training.launch import check_processes
 from valm.training.order import TrainingOrder
 from valm.training.resumable import STATE_FILE, check_resumable, resume_errors, write_checksums
 from valm_kernels.atomic_files import move_folder, remove_leftovers, temporary_folder
+
+log = logging.getLogger(__name__)
 
 # A part of the names of an augmented model's new parameters.
 FUSION_NAME = ".image_fusion."
@@ -59,6 +63,7 @@ class ImageTrainer(Trainer):
         self.note = note
         self.measures = measures
         self._order: TrainingOrder | None = None
+        self._planned: int | None = None  # steps of the training that wrote the checkpoint to resume from
         self._batch = (0, 0)  # the step that is being done, and which of its batches
         self._scored = (0.0, 0.0)  # of the evaluation so far: sum of the losses of tokens, and how many
         self._saving: Path | None = None  # where a checkpoint is written until it is whole
@@ -67,8 +72,8 @@ class ImageTrainer(Trainer):
         """`Trainer.train`.
 
         Raises:
-            ValmError: the folder holds another training's checkpoints; the one to resume from is damaged; a loss is not
-                finite; a checkpoint cannot be written.
+            ValmError: the folder holds another training's checkpoints; the one to resume from is damaged, or has more
+                steps than this training; a loss is not finite; a checkpoint cannot be written.
         """
         folder = writable_folder(str(self.args.output_dir))
         if self.args.should_save:
@@ -80,7 +85,8 @@ class ImageTrainer(Trainer):
         if resume_from_checkpoint:
             if resume_from_checkpoint is True and last is None:
                 raise ValmError(f"{folder} holds no checkpoint to resume from")
-            check_resumable(Path(str(last if resume_from_checkpoint is True else resume_from_checkpoint)))
+            checkpoint = str(last if resume_from_checkpoint is True else resume_from_checkpoint)
+            self._planned = check_resumable(Path(checkpoint))
         elif last is not None:
             raise ValmError(f"{folder} holds the checkpoints of another training: resume it, or choose another folder")
         try:
@@ -114,6 +120,23 @@ class ImageTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     # ---- what the Trainer calls ----
+
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        found = super()._init_training_state(max_steps, *args, **kwargs)
+        # those of now: the Trainer takes the intervals of saving, evaluating and logging from the checkpoint
+        self.state.compute_steps(self.args, max_steps)
+        step = self.state.global_step
+        if step > max_steps:
+            raise ValmError(
+                f"the checkpoint is at step {step}, but the training is to end at step {max_steps}: give at least "
+                f"{step} steps (--steps, max_steps), or resume from an earlier checkpoint"
+            )
+        if step > 0 and self._planned not in (None, max_steps) and self.is_world_process_zero():
+            log.warning(
+                f"the training goes on to step {max_steps}, not to step {self._planned} as before: from here the "
+                f"learning rate is that of the {self.args.lr_scheduler_type.value} schedule over {max_steps} steps"
+            )
+        return found
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
@@ -259,6 +282,13 @@ class ImageTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with resume_errors(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and isinstance(self.lr_scheduler, LambdaLR):
+            # the schedule of now: the checkpoint has the learning rates of the training that wrote it
+            schedule = self.lr_scheduler
+            groups = schedule.optimizer.param_groups
+            for group, base, of_step in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+                group["lr"] = base * of_step(schedule.last_epoch)
+            schedule._last_lr = [group["lr"] for group in groups]
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         with resume_errors(checkpoint):

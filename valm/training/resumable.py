@@ -27,6 +27,7 @@ class _OptionalState(TypedDict, total=False):
     best_global_step: Count | None
     best_metric: float | None
     best_model_checkpoint: PathText | None
+    max_steps: Count
 
 
 class _State(_OptionalState):
@@ -42,10 +43,13 @@ def write_checksums(folder: Path) -> None:
     write_json(folder / CHECKSUMS_FILE, {name: file_sha256(file) for name, file in sorted(_files(folder).items())})
 
 
-def check_resumable(folder: Path) -> None:
+def check_resumable(folder: Path) -> int | None:
     """Reads the whole checkpoint `folder` and compares it with its checksums.
 
     Checkpoints of earlier versions have none: only the state of the training is checked then.
+
+    Returns:
+        How many steps its training was to have, None if it does not say.
 
     Raises:
         ValmError: a file is not as it was written, or is a pipe or a link out of the folder.
@@ -63,7 +67,8 @@ def check_resumable(folder: Path) -> None:
         damaged = [name for name, sha256 in noted.items() if name not in files or file_sha256(files[name]) != sha256]
         if damaged:
             raise ValmError(f"the checkpoint {folder} is damaged ({one_line(damaged[0])}); {REMEDY}")
-    read_json(folder / STATE_FILE, "the state of the training", _State, REMEDY)
+    state: _State = read_json(folder / STATE_FILE, "the state of the training", _State, REMEDY)
+    return state.get("max_steps")
 
 
 @contextmanager

@@ -74,7 +74,7 @@ def test_a_pretrained_decoder_is_trained_beside_its_text_only_twin(world, base, 
     assert losses[0] > losses[-1] > 4  # of 300 tokens that are about alike; the text has 60
     capsys.readouterr()
     assert run(*train, "--fusion-lr", "1e-3", "--out", tmp_path / "model", "--resume") == 1
-    assert "holds another training: its fusion_lr is 0.01, here it is 0.001" in capsys.readouterr().err
+    assert "holds another training: its --fusion-lr is 0.01, here it is 0.001" in capsys.readouterr().err
     shutil.copytree(base, tmp_path / "other")
     weights = load_file(base / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"] *= 1.1
@@ -234,13 +234,66 @@ def test_a_training_goes_on_from_its_newest_checkpoint(world, tmp_path, capsys):
     written = load_file(tmp_path / "model" / "model.safetensors")
     assert all(torch.equal(written[name], weight) for name, weight in expected.items())
     for other, name in (
-        (["--lr", 1], "learning_rate is 0.0005, here it is 1"),
-        (["--layers", 2], "model.n_layer is 3, here it is 2"),
+        (["--lr", 1], "--lr is 0.0005, here it is 1"),
+        (["--layers", 2], "--layers is 3, here it is 2"),
+        (["--batch-size", 2], "--batch-size of all processes together is 4, here it is 2"),
+        (["--weight_decay", 1], "--weight_decay is not given, here it is 1"),
     ):
         assert run(*train, *other, *out, "--resume") == 1
         assert f"holds another training: its {name}" in capsys.readouterr().err
     assert run(*train, "--out", world / "kb", "--resume") == 1
     assert "holds no training that could be resumed" in capsys.readouterr().err
+
+
+def test_a_resumed_training_takes_more_steps(world, tmp_path, capsys, caplog):
+    """At a constant learning rate they are those of a training that was begun with them."""
+    train = ["train", world / "corpus.txt", "--clip", world / "clip", *SIZE, "--lr_scheduler_type", "constant"]
+    assert run(*train, "--steps", 6, "--out", tmp_path / "begun") == 0
+    assert run(*train, "--steps", 3, "--out", tmp_path / "more") == 0
+    assert run(*train, "--steps", 6, "--out", tmp_path / "more", "--resume") == 0
+    assert "goes on to step 6, not to step 3 as before" in caplog.text and "constant schedule over 6" in caplog.text
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("begun", "more")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert run(*train, "--steps", 4, "--out", tmp_path / "more", "--resume") == 1
+    assert (
+        "is at step 6, but the training is to end at step 4: give at least 6 steps (--steps" in capsys.readouterr().err
+    )
+    steps = train.index("--steps")
+    epochs = [*train[:steps], *train[steps + 2 :], "--num_train_epochs", 8]
+    assert run(*epochs, "--out", tmp_path / "more", "--resume") == 0
+    state = json.loads((tmp_path / "more" / "checkpoint-8" / "trainer_state.json").read_text())
+    assert state["global_step"] == state["max_steps"] == 8
+
+
+def test_a_resumed_training_saves_and_evaluates_as_now_asked(world, tmp_path):
+    train = ["train", "--retrieval", world / "retrieval", "--kb", world / "kb", *SIZE, "--out", tmp_path / "model"]
+    train += ["--validation", 0.3, "--save_total_limit", 9]
+    assert run(*train, "--save_steps", 2, "--patience", 9) == 0
+    assert [entry["step"] for entry in evaluations(tmp_path / "model")] == [2, 3]
+    assert run(*train, "--save_steps", 1, "--steps", 5, "--patience", 8, "--use_cpu", "--resume") == 0
+    assert [entry["step"] for entry in evaluations(tmp_path / "model")] == [2, 3, 4, 5]
+    assert sorted(path.name for path in (tmp_path / "model").glob("checkpoint-*")) == [
+        f"checkpoint-{step}" for step in (2, 3, 4, 5)
+    ]
+
+
+def test_a_note_of_an_earlier_version_may_hold_what_is_free(world, tmp_path):
+    train = ["train", world / "corpus.txt", "--clip", world / "clip", *SIZE, "--out", tmp_path / "model"]
+    assert run(*train) == 0
+    note = tmp_path / "model" / "run.json"
+    earlier = json.loads(note.read_text()) | {"eval_steps": 3, "restore_callback_states_from_checkpoint": True}
+    note.write_text(json.dumps(earlier))
+    assert run(*train, "--resume") == 0
+
+
+def test_evaluations_without_gain_are_counted_on(world, tmp_path):
+    """When a training resumes, the patience is that of now, and of evaluations those before count too."""
+    train = ["train", "--retrieval", world / "retrieval", "--kb", world / "kb", *SIZE, "--out", tmp_path / "model"]
+    check = ["--validation", 0.3, "--save_steps", 1, "--lr", 0]
+    assert run(*train, *check, "--patience", 9) == 0
+    assert [entry["step"] for entry in evaluations(tmp_path / "model")] == [1, 2, 3]  # two without gain
+    assert run(*train, *check, "--patience", 4, "--steps", 9, "--resume") == 0
+    assert [entry["step"] for entry in evaluations(tmp_path / "model")] == [1, 2, 3, 4, 5]
 
 
 def test_a_loss_that_is_not_finite_ends_with_status_1_and_no_model(sentence):
@@ -316,6 +369,7 @@ COMMANDS = re.findall(
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two processes need two GPUs, or none")
 @pytest.mark.parametrize("more", ["", "--ddp_backend gloo"])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_documented_launches_train_one_model(documented, command, more, tmp_path):

@@ -258,3 +258,14 @@ def test_a_learning_rate_of_new_parameters_that_there_are_not_is_refused(tmp_pat
             arguments=training_arguments(tmp_path),
             fusion_lr=1.0,
         )
+
+
+def test_a_resumed_training_follows_the_schedule_of_its_own_steps(tmp_path):
+    def rates(folder, steps, resume=None):
+        made = new_trainer(folder, max_steps=steps, save_strategy="steps", save_steps=3)
+        made.train(resume_from_checkpoint=resume)
+        return [entry["learning_rate"] for entry in made.state.log_history if "learning_rate" in entry]
+
+    begun, short = rates(tmp_path / "begun", 6), rates(tmp_path / "more", 3)
+    more = rates(tmp_path / "more", 6, resume=True)
+    assert more == short + begun[3:] and short[-1] < begun[3]  # it does not go on where the short one ended
