@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from valm.cli.options import (
@@ -57,7 +58,10 @@ def add_to(commands: Commands) -> None:
     )
     evaluate.add_argument("--cost-sizes", type=sizes, metavar="N,N", help="images; by default 1, 10 and 100 percent")
     evaluate.add_argument(
-        "--out", type=Path, help="folder of results.json, results.md, report.html and the cache; a killed run resumes"
+        "--out",
+        type=Path,
+        help="folder of results.json, results.md, report.html and the cache; a killed run resumes, and an earlier "
+        "report is kept in a folder of its own",
     )
     evaluate.add_argument("--fresh", action="store_true", help="score anew what the cache in --out has")
     add_json(evaluate)
@@ -107,7 +111,9 @@ def run_eval(arguments: argparse.Namespace) -> None:
         from valm.evaluation.cost import measure
 
         results["cost"] = measure(models, settings, arguments.cost, arguments.cost_sizes, arguments.out)
-    report = None if arguments.out is None else write_report(results, arguments.out)
+    report, earlier = (None, None) if arguments.out is None else write_report(results, arguments.out)
+    if earlier is not None:
+        print(f"the report that was in {arguments.out} is now in {earlier}", file=sys.stderr)
     if arguments.json:
         print(json.dumps(results, ensure_ascii=False, indent=2))
         return

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,9 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from valm.evaluation.published import TABLE_5, TABLE_7, TABLES
 from valm.evaluation.questions import FAIR, PUBLISHED, TASKS
 from valm.evaluation.suite import RESULTS
-from valm.files import atomic_path, writable_folder, write_json
+from valm.files import atomic_path, writable_folder, write_errors, write_json
 from valm.text import one_line
-from valm_kernels.atomic_files import remove_leftovers
+from valm_kernels.atomic_files import atomic_folder, remove_leftovers
 
 MARKDOWN, PAGE = "results.md", "report.html"
 MISSING = "–"
@@ -54,19 +56,42 @@ class Table:
     note: str = ""
 
 
-def write_report(results: Mapping[str, Any], out: str | os.PathLike) -> Path:
-    """Writes RESULTS, MARKDOWN and PAGE into `out` and returns the page.
+def write_report(results: Mapping[str, Any], out: str | os.PathLike) -> tuple[Path, Path | None]:
+    """Writes RESULTS, MARKDOWN and PAGE into `out`. A report with other results that is there is copied to a new folder
+    earlier-N in `out` first.
+
+    Returns:
+        The page, and the folder of the earlier report or None.
 
     Raises:
         ValmError: they cannot be written.
     """
     out = writable_folder(out)
     remove_leftovers(out)
-    write_json(out / RESULTS, json.loads(json.dumps(results)))
+    written = json.loads(json.dumps(results))
+    earlier = _keep_earlier(out, written)
+    write_json(out / RESULTS, written)
     for name, content in ((MARKDOWN, markdown(results)), (PAGE, page(results))):
         with atomic_path(out / name) as temporary:
             temporary.write_text(content, encoding="utf-8")
-    return out / PAGE
+    return out / PAGE, earlier
+
+
+def _keep_earlier(out: Path, results: Any) -> Path | None:
+    """Copies the report in `out`, unless it is of the same results, and returns the copy's folder."""
+    if not (out / RESULTS).is_file():
+        return None
+    try:
+        if json.loads((out / RESULTS).read_bytes()) == results:
+            return None
+    except (ValueError, RecursionError):  # not one of ours, or damaged
+        pass
+    earlier = next(folder for number in count(1) if not (folder := out / f"earlier-{number}").exists())
+    with write_errors(earlier), atomic_folder(earlier) as temporary:
+        for name in (RESULTS, MARKDOWN, PAGE):
+            if (out / name).is_file():
+                shutil.copyfile(out / name, temporary / name)
+    return earlier
 
 
 def tables(results: Mapping[str, Any]) -> list[Table]:
@@ -76,7 +101,20 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
         found += [_accuracies(results, number, protocol) for number in (2, 4)]
         found.append(_perplexities(results, protocol))
     found += [_further(results), _differences(results), _details(results), _cost(results)]
-    return [table for table in found if "ours" in table.groups]
+    limit = results["conditions"].get("limit")
+    return [table if limit is None else _marked(table, limit) for table in found if "ours" in table.groups]
+
+
+def _marked(table: Table, limit: int) -> Table:
+    """The table with its own rows marked as of a part of the items."""
+    rows = tuple(
+        row if group == "published" else (f"{row[0]} ({limit} items at most)", *row[1:])
+        for group, row in zip(table.groups, table.rows, strict=True)
+    )
+    note = (
+        f"A quick look at {limit} items of each set at most: do not compare it with other numbers, such as the paper's."
+    )
+    return replace(table, rows=rows, note=f"{note} {table.note}".rstrip())
 
 
 def markdown(results: Mapping[str, Any]) -> str:
@@ -104,8 +142,11 @@ def conditions(results: Mapping[str, Any]) -> list[str]:
     about = results["conditions"]
     versions = ", ".join(f"{name} {about[name]}" for name in ("valm", "torch", "transformers", "python"))
     found.append(f"Measured with {versions}.")
+    found.append(
+        "In brackets stands the 95 % interval of a bootstrap over items, and over seeds of pooled checkpoints."
+    )
     if about.get("limit"):
-        found.append(f"Of each set {about['limit']} items only, drawn by a fixed seed: for a quick look.")
+        found.append(f"Of each set {about['limit']} items at most, drawn by a fixed seed: for a quick look.")
     kinds = {row["model"]: row["kind"] for row in results["rows"]}
     found += [f"{name}: {kind}." for name, kind in kinds.items()]
     pooled = {row["model"]: row["checkpoints"] for row in results["rows"] if row["checkpoints"] > 1}
@@ -251,7 +292,7 @@ def _details(results: Mapping[str, Any]) -> Table:
             continue
         metrics = row["metrics"]
         perplexities = {name for name in DETAILS if name.endswith("perplexity")}
-        cells = [_number(metrics, name) if name in perplexities else _percent(metrics, name, True) for name in used]
+        cells = [_number(metrics, name) if name in perplexities else _percent(metrics, name) for name in used]
         baselines = metrics.get("baselines")
         majority = MISSING
         if baselines and baselines["constants"]:
@@ -264,8 +305,8 @@ def _details(results: Mapping[str, Any]) -> Table:
         columns,
         tuple(rows),
         ("ours",) * len(rows),
-        "Percent with the 95 % interval of a bootstrap over items (and seeds). Calibrated: less the answer's score "
-        "without a prompt; by mean: less its mean over the items. Balanced: mean over the answers.",
+        "Calibrated: less the answer's score without a prompt; by mean: less its mean over the items. Balanced: mean "
+        "over the answers.",
     )
 
 
@@ -297,19 +338,20 @@ def _share(value: float | None) -> str:
     return MISSING if value is None else f"{100 * value:.2f}"
 
 
-def _percent(metrics: Mapping[str, Any] | None, name: str, interval: bool = False) -> str:
+def _percent(metrics: Mapping[str, Any] | None, name: str) -> str:
     if metrics is None or name not in metrics:
         return MISSING
     value = metrics[name]
     if not isinstance(value, Mapping):
         return f"{100 * value:.1f}"
-    if not interval:
-        return f"{100 * value['value']:.2f}"
     return f"{100 * value['value']:.1f} [{100 * value['low']:.1f}, {100 * value['high']:.1f}]"
 
 
 def _number(metrics: Mapping[str, Any] | None, name: str) -> str:
-    return MISSING if metrics is None or name not in metrics else f"{metrics[name]['value']:.4g}"
+    if metrics is None or name not in metrics:
+        return MISSING
+    value = metrics[name]
+    return f"{value['value']:.4g} [{value['low']:.4g}, {value['high']:.4g}]"
 
 
 def _signed(pair: Mapping[str, float], scale: float) -> str:

@@ -32,7 +32,8 @@ def test_eval_prints_and_writes_the_tables(world, sets, tmp_path, capsys):
     for content in (page, text):
         assert all(name in content for name in names)
         assert "53.99" in content and "VaLM, K = 4 (paper)" in content  # the published row of table 2
-        assert f"{100 * first['metrics']['accuracy']['value']:.2f}" in content
+        value, low, high = (100 * first["metrics"]["accuracy"][name] for name in ("value", "low", "high"))
+        assert f"{value:.1f} [{low:.1f}, {high:.1f}]" in content
     assert printed.startswith(text)
     assert "http" not in page  # it needs nothing from elsewhere
     assert len(list((out / "cache").iterdir())) == 5 * 3
@@ -42,6 +43,21 @@ def test_eval_as_json_is_the_results_file(world, sets, tmp_path, capsys):
     arguments = ["--memory-color", world / "colors.csv", "--protocol", "fair", "--out", tmp_path, "--json"]
     assert run("eval", world / "gpt2", *arguments) == 0
     assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "results.json").read_text())
+
+
+def test_another_evaluation_into_the_same_folder_loses_nothing(world, tmp_path, capsys):
+    arguments = ["eval", world / "gpt2", "--memory-color", world / "colors.csv", "--protocol", "published"]
+    arguments += ["--out", tmp_path]
+    assert run(*arguments) == 0
+    before = (tmp_path / "results.json").read_bytes()
+    capsys.readouterr()
+    assert run(*arguments, "--limit", 2) == 0
+    printed = capsys.readouterr()
+    assert f"the report that was in {tmp_path} is now in {tmp_path / 'earlier-1'}" in printed.err
+    assert "gpt2 (2 items at most)" in printed.out
+    assert (tmp_path / "earlier-1" / "results.json").read_bytes() == before
+    assert run(*arguments, "--limit", 2) == 0  # the same again
+    assert not (tmp_path / "earlier-2").exists()
 
 
 @pytest.mark.parametrize("model", ["valm", "gpt2"])

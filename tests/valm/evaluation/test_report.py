@@ -3,7 +3,7 @@
 from html.parser import HTMLParser
 
 from valm.evaluation.published import TABLES
-from valm.evaluation.report import MISSING, markdown, page, tables
+from valm.evaluation.report import MISSING, markdown, page, tables, write_report
 
 
 def estimate(value):
@@ -37,11 +37,40 @@ def test_ours_stands_below_the_published_rows():
     table2, table5, details = tables(results())
     assert table2.columns == ("model", "MemoryColor", "ColorTerms", "ObjectShape", "RelativeSize")
     assert table2.rows[0] == ("GPT-2* (paper)", "44.14", "39.10", "51.09", "47.22")
-    assert table2.rows[len(TABLES[2][1])] == ("ours", "50.00", MISSING, MISSING, MISSING)
+    assert table2.rows[len(TABLES[2][1])] == ("ours", "50.0 [25.0, 50.0]", MISSING, MISSING, MISSING)
     assert table2.rows[-1] == ("always the commonest answer", "25.00", MISSING, MISSING, MISSING)
     assert table2.groups == ("published",) * 8 + ("ours", "baseline")
-    assert table5.rows[-1] == ("ours", MISSING, "40.5", "40.00")
+    assert table5.rows[-1] == ("ours", MISSING, "40.5 [20.25, 40.5]", "40.0 [20.0, 40.0]")
     assert details.rows[0][:5] == ("ours", "MemoryColor", "published", "4 × 2", "50.0 [25.0, 50.0]")
+
+
+def test_numbers_of_a_part_of_the_items_are_marked():
+    cost = [{"model": "ours", "knowledge_base": "kb", "images": 9, "cached": 1.2, "live": 2.25, "metrics": {}}]
+    pair = {"first": "ours", "second": "theirs", "task": "memory_color", "protocol": "fair", "metric": "accuracy"}
+    pair |= {"value": 0.1, "low": 0.0, "high": 0.2, "p": 0.5}
+    limited = results(cost=cost, pairs=[pair])
+    limited["conditions"]["limit"] = 50
+    found = tables(limited)
+    assert len(found) == 5 and all("50 items of each set at most" in table.note for table in found)
+    for table in found:
+        for group, row in zip(table.groups, table.rows, strict=True):
+            assert row[0].endswith("(50 items at most)") == (group != "published")
+    assert "at most" not in markdown(results(cost=cost, pairs=[pair]))
+
+
+def test_a_second_report_keeps_the_first(tmp_path):
+    page, earlier = write_report(results(), tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert page.name in before and earlier is None
+    assert write_report(results(), tmp_path) == (page, None)  # the same numbers
+    for number in (1, 2):
+        page, earlier = write_report(results(f"model {number}"), tmp_path)
+        assert earlier == tmp_path / f"earlier-{number}"
+        assert f"model {number}" in page.read_text()
+    assert {file.name: file.read_bytes() for file in (tmp_path / "earlier-1").iterdir()} == before
+    assert "model 1" in (tmp_path / "earlier-2" / "report.html").read_text()
+    (tmp_path / "results.json").write_text("{")
+    assert write_report(results(), tmp_path)[1] == tmp_path / "earlier-3"
 
 
 class Texts(HTMLParser):
@@ -77,4 +106,4 @@ def test_table_7_has_time_and_accuracy_for_each_size():
     ]  # fmt: skip
     table = tables(results(cost=cost))[-1]
     assert table.rows[0] == ("200M (paper)", "53.99", "52.66", "62.77", "85.03", MISSING, "2.06")
-    assert table.rows[-1] == ("ours, kb, 1,000", "50.00", MISSING, MISSING, MISSING, "1.20", "2.25")
+    assert table.rows[-1] == ("ours, kb, 1,000", "50.0 [25.0, 50.0]", MISSING, MISSING, MISSING, "1.20", "2.25")
