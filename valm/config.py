@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
+import os
 from typing import Any
 
-from transformers import AutoConfig, GPT2Config
+from transformers import AutoConfig, GPT2Config, PreTrainedConfig
 
 from valm.errors import ValmError
 from valm.registration import are_models_imported
 
 FUSION_SCALES = ("head_dim", "embed_dim")
+
+# The entry of a config in which transformers looks for the name of its weights. In the file of a model with images it
+# has this sentence, so a class of transformers raises it instead of loading the model without its images.
+WEIGHTS_KEY = "transformers_weights"
+NO_WEIGHTS = (
+    "this model takes images, which only its own class reads: load it by valm.load or, after `import valm`, by "
+    "AutoModelForCausalLM"
+)
 
 
 def check_score_scale(name: str, value: float | None, num_images: int) -> None:
@@ -100,10 +110,13 @@ class ValmConfig(GPT2Config):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """The config in a file of model_type "valm": this one, or that of an augmented decoder (`valm.augment`)."""
         if "base_config" not in config_dict:
-            return super().from_dict(config_dict, **kwargs)
+            return super().from_dict({key: config_dict[key] for key in config_dict if key != WEIGHTS_KEY}, **kwargs)
         from valm.augmented.model import config_from_dict
 
         return config_from_dict(config_dict, **kwargs)
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        return without_weights(super().to_json_string(use_diff))
 
     def check_query_head(self) -> None:
         """Checks that the model can have a query head.
@@ -122,6 +135,34 @@ class ValmConfig(GPT2Config):
         return self.fusion_layer % self.n_layer
 
 
+def without_weights(content: str) -> str:
+    """The `content` of a config file; if the model takes images, one with which transformers finds no weights."""
+    config = json.loads(content)
+    if config.get("fusion", config)["num_images"] > 0:
+        config.get("base_config", config)[WEIGHTS_KEY] = NO_WEIGHTS
+    return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+_config_dict = vars(PreTrainedConfig)["get_config_dict"].__func__
+
+
+def _get_config_dict(cls: type[PreTrainedConfig], name: str | os.PathLike, **kwargs: Any) -> Any:
+    """`PreTrainedConfig.get_config_dict`, which every config class reads its file by.
+
+    Raises:
+        ValmError: the file is that of a model with images, and the class that of another model: it would load without
+            them. Configs of earlier versions have no `WEIGHTS_KEY`.
+    """
+    found, unused = _config_dict(cls, name, **kwargs)
+    # AutoConfig asks by PreTrainedConfig itself
+    if found.get("model_type") == ValmConfig.model_type and cls is not PreTrainedConfig:
+        options = found.get("fusion", found)
+        if not issubclass(cls, ValmConfig) and isinstance(options, dict) and options.get("num_images") != 0:
+            raise ValmError(f"{name} cannot be loaded by a class of {cls.model_type}: {NO_WEIGHTS}")
+    return found, unused
+
+
+PreTrainedConfig.get_config_dict = classmethod(_get_config_dict)  # type: ignore[method-assign, assignment]
 AutoConfig.register(ValmConfig.model_type, ValmConfig)
 if are_models_imported():
     importlib.import_module("valm.auto_model")

@@ -6,6 +6,7 @@ import copy
 import inspect
 import math
 import os
+from contextvars import ContextVar
 from dataclasses import asdict
 from typing import Any
 
@@ -29,7 +30,7 @@ from valm.augmented.attention import (
 )
 from valm.augmented.probe import Probe, attention_path, decoder_layers, probe
 from valm.augmented.weights import fusion_weights
-from valm.config import ValmConfig, check_score_scale
+from valm.config import NO_WEIGHTS, WEIGHTS_KEY, ValmConfig, check_score_scale, without_weights
 from valm.errors import ValmError
 from valm.image_model import ImageModel, ImageOptions
 
@@ -41,6 +42,8 @@ UNFREEZE = ("", "block", "all")
 READABLE = ("sdpa", "eager")
 # The same model in another precision has nearly the same mean absolute values; another model does not.
 FINGERPRINT_TOLERANCE = 0.01
+# Whether an augmented class is reading the weights, and not another class that was given its config.
+_reads_images: ContextVar[bool] = ContextVar("reads_images", default=False)
 
 
 def augment(
@@ -216,6 +219,30 @@ class AugmentedConfig(_Config):
 
     valm: dict[str, Any]
 
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike, **kwargs: Any) -> Any:
+        """`PreTrainedConfig.from_pretrained`.
+
+        Raises:
+            ValmError: it is the config of another model.
+        """
+        found = ValmConfig.from_pretrained(name, **kwargs)
+        config = found[0] if isinstance(found, tuple) else found
+        if not isinstance(config, cls):
+            raise ValmError(
+                f"{name} holds the config of a {config.model_type}, expected that of an augmented {cls.model_type}"
+            )
+        return found
+
+    @property
+    def transformers_weights(self) -> str | None:
+        """What `from_pretrained` of any class of transformers looks for, such as that of AutoModel: none but an
+        augmented class finds the weights."""
+        return None if self.valm["num_images"] == 0 or _reads_images.get() else NO_WEIGHTS
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        return without_weights(super().to_json_string(use_diff))
+
     def to_diff_dict(self) -> dict[str, Any]:
         base = super().to_diff_dict()
         fusion = base.pop("valm")
@@ -241,6 +268,7 @@ def config_from_dict(config: dict[str, Any], **kwargs: Any) -> Any:
     except TypeError as error:
         raise ValmError(f"the config's fusion does not fit: {error}") from error
     model_class = transformers_class(options.architecture)
+    base = {key: base[key] for key in base if key != WEIGHTS_KEY}
     result = transformers.CONFIG_MAPPING[base["model_type"]].from_dict(base, **kwargs)
     made = result[0] if isinstance(result, tuple) else result  # beside it the arguments that were not used
     made.__class__ = augmented_config_class(type(made))
@@ -285,7 +313,11 @@ class AugmentedCausalLM(ImageModel):
             ValmError: the weights have no image_fusion.
         """
         with_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        token = _reads_images.set(True)
+        try:
+            model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        finally:
+            _reads_images.reset(token)
         missing = [key for key in info["missing_keys"] if ".image_fusion." in key]
         if missing:
             raise ValmError(f"the weights in {name} have no {sorted(missing)[0]}: they are not those of its config")

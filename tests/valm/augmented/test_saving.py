@@ -5,10 +5,21 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaModel,
+)
 
 from tests.valm.augmented.models import augmented, random_ids, random_images, tiny_gpt2, tiny_llama
-from valm import load, load_adapter, save_adapter
+from tests.valm.models import tiny_model
+from valm import VaLMForCausalLM, load, load_adapter, save_adapter
 from valm.augmented.model import augment, fusion_module
 from valm.errors import ValmError
 from valm.image_model import ImageModel
@@ -56,16 +67,22 @@ def test_a_whole_folder_in_another_precision(tmp_path):
     assert logits(loaded).isfinite().all()
 
 
-@pytest.mark.slow  # two more processes that import torch
+@pytest.mark.slow  # four more processes that import torch
 def test_without_valm_a_whole_folder_fails_by_name(tmp_path):
     augmented().save_pretrained(tmp_path)
-    code = "from transformers import AutoModelForCausalLM as A; A.from_pretrained({!r})"
+    code = "{}from transformers import {} as A; A.from_pretrained({!r})"
     runs = [
-        subprocess.run([sys.executable, "-c", start + code.format(str(tmp_path))], capture_output=True, text=True)
-        for start in ("", "import valm; ")
+        subprocess.run([sys.executable, "-c", code.format(first, door, str(tmp_path))], capture_output=True, text=True)
+        for first, door in (
+            ("", "AutoModelForCausalLM"),
+            ("", "LlamaForCausalLM"),
+            ("import valm; ", "LlamaForCausalLM"),
+            ("import valm; ", "AutoModelForCausalLM"),
+        )
     ]
-    assert runs[0].returncode == 1 and "`valm`" in runs[0].stderr
-    assert runs[1].returncode == 0, runs[1].stderr
+    assert [run.returncode for run in runs] == [1, 1, 1, 0], runs[3].stderr
+    assert "`valm`" in runs[0].stderr
+    assert all("this model takes images" in run.stderr for run in runs[1:3])
 
 
 def test_weights_without_the_fusion_are_refused(tmp_path):
@@ -142,7 +159,7 @@ def test_an_adapter_from_before_retrieval_scores_opens(tmp_path, base_folder):
 def test_load_finds_base_tokenizer_and_images_of_an_adapter(tmp_path, clip, make_kb):
     kb = make_kb(5)
     clip.save(tmp_path / "clip")
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig
 
     config = LlamaConfig(
         vocab_size=len(clip.tokenizer) + 5,
@@ -217,3 +234,83 @@ def test_a_damaged_adapter_is_named(tmp_path):
 def load_file_of(content, folder):
     (folder / "copy").write_bytes(content)
     return load_file(folder / "copy")
+
+
+# the doors of transformers, none of which may open a model with images as one without
+OTHER_CLASSES = [
+    LlamaForCausalLM,
+    LlamaModel,
+    LlamaForSequenceClassification,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+]
+
+
+def as_an_earlier_version_wrote_it(folder):
+    """Without what keeps a class of transformers from its weights."""
+    config = json.loads((folder / "config.json").read_text())
+    config.get("base_config", config).pop("transformers_weights", None)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+@pytest.mark.parametrize("door", OTHER_CLASSES)
+def test_another_class_does_not_open_a_whole_folder_without_its_images(tmp_path, door, earlier):
+    augmented().save_pretrained(tmp_path)
+    if earlier:
+        as_an_earlier_version_wrote_it(tmp_path)
+    with pytest.raises(ValueError, match=r"this model takes images.*valm\.load"):
+        door.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_gpt2_does_not_open_a_valm_without_its_images(tmp_path, earlier):
+    tiny_model().save_pretrained(tmp_path)
+    if earlier:
+        as_an_earlier_version_wrote_it(tmp_path)
+    for door in (GPT2LMHeadModel, AutoModel):
+        with pytest.raises(ValueError, match=r"this model takes images|Unrecognized configuration class"):
+            door.from_pretrained(tmp_path)
+    assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path), VaLMForCausalLM)
+
+
+@pytest.mark.parametrize("sharded", [{}, {"max_shard_size": "20KB"}])
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_whole_folder_opens_by_its_own_classes(tmp_path, earlier, sharded):
+    model = augmented()
+    model.save_pretrained(tmp_path, **sharded)
+    assert (tmp_path / "model.safetensors.index.json").exists() == bool(sharded)
+    if earlier:
+        as_an_earlier_version_wrote_it(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    for opened in (
+        AutoModelForCausalLM.from_pretrained(tmp_path),
+        AutoModelForCausalLM.from_pretrained(tmp_path, config=config),
+        type(model).from_pretrained(tmp_path),
+        type(model).from_pretrained(tmp_path, config=model.config, dtype=torch.float32),
+        type(model).from_pretrained(tmp_path, use_cache=False),
+    ):
+        assert type(opened) is type(model) and opened.config.valm == model.config.valm
+        assert torch.equal(logits(opened), logits(model))
+    assert not opened.config.use_cache
+    opened.save_pretrained(tmp_path / "again")
+    with pytest.raises(ValueError, match="this model takes images"):
+        LlamaForCausalLM.from_pretrained(tmp_path / "again", config=opened.config)
+
+
+def test_an_augmented_class_opens_no_other_model(tmp_path):
+    model = augmented()
+    tiny_llama().save_pretrained(tmp_path / "plain")
+    augmented(tiny_gpt2).save_pretrained(tmp_path / "gpt2")
+    for name in ("plain", "gpt2"):
+        with pytest.raises(ValmError, match=f"{name} holds the config of a .*, expected that of an augmented llama"):
+            type(model).from_pretrained(tmp_path / name)
+
+
+def test_a_text_only_twin_is_a_model_of_its_family(tmp_path):
+    twin = augment(tiny_llama(), 1, 0, unfreeze="all").eval()
+    twin.save_pretrained(tmp_path)
+    ids = random_ids(2, 9)
+    for door in (LlamaForCausalLM, AutoModelForCausalLM, type(twin)):
+        assert torch.equal(door.from_pretrained(tmp_path)(ids).logits, twin(ids).logits)
