@@ -51,9 +51,10 @@ class FusionOptions:
         logit_bias: initial value of the bias that each head adds to its image scores.
         blind: each token sees its own retrieval query as its one image (Blind-VaLM, Ontalvilla et al. 2024).
         unfreeze: what trained besides the fusion: "", "block" or "all".
-        fingerprint: mean absolute value of each parameter of the fusion layer before training, by which an adapter
-            recognises its base model.
+        fingerprint: mean absolute value of each parameter of the fusion layer before training.
         score_scale: initial value of the scale of the retrieval scores; None = they are not used.
+        sketch: of the base model (`valm.augmented.sketch`), by which an adapter recognises it; None in what an earlier
+            version saved.
     """
 
     architecture: str
@@ -70,6 +71,7 @@ class FusionOptions:
     unfreeze: str
     fingerprint: dict[str, float]
     score_scale: float | None = None
+    sketch: dict[str, str] | None = None
 
 
 class FusionTerms(NamedTuple):

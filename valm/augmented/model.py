@@ -29,6 +29,7 @@ from valm.augmented.attention import (
     visual_layer_class,
 )
 from valm.augmented.probe import Probe, attention_path, decoder_layers, probe
+from valm.augmented.sketch import project, sketch
 from valm.augmented.weights import fusion_weights
 from valm.config import NO_WEIGHTS, WEIGHTS_KEY, ValmConfig, check_score_scale, without_weights
 from valm.errors import ValmError
@@ -122,6 +123,7 @@ def augment(
         unfreeze=unfreeze,
         fingerprint=fingerprint(block),
         score_scale=score_scale,
+        sketch=sketch(project(model)),
     )
     if num_images > 0:
         _attach_checked(model, options, found)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, fields
+import warnings
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 from valm.augmented.attention import FusionOptions
 from valm.augmented.model import AugmentedCausalLM, become_augmented, fingerprint, other_weight
 from valm.augmented.probe import decoder_layers
+from valm.augmented.sketch import other_tensor, project, sketch
 from valm.errors import ValmError
 from valm.files import check_regular, read_json, write_json
 from valm.model_card import write_card
@@ -45,11 +47,23 @@ def save_adapter(model: AugmentedCausalLM, folder: str | os.PathLike) -> Path:
     `load_adapter` loads the old adapter or the new one.
 
     Raises:
-        ValmError: every weight was trained, so an adapter would not be the model; or the folder cannot be written.
+        ValmError: every weight was trained, or a weight of the base has changed since `augment` (a LoRA was merged into
+            it, for one), so an adapter would not be the model; or the folder cannot be written.
     """
     options = FusionOptions(**model.config.valm)
     if options.unfreeze == "all":
         raise ValmError('with unfreeze="all" every weight was trained: save the whole model by save_pretrained')
+    if options.sketch is not None:
+        found, expected = project(model), options.sketch
+        if options.unfreeze == "block":
+            layer = f"{_layer_name(model, options)}."
+            found = {name: found[name] for name in found if not name.startswith(layer)}
+            expected = {name: expected[name] for name in expected if not name.startswith(layer)}
+        if name := other_tensor(found, expected, exact=True):
+            raise ValmError(
+                f"{name} is not what it was when the model was augmented, and an adapter does not have it: save the "
+                "whole model by save_pretrained"
+            )
     folder = Path(folder)
     base = model.config.name_or_path
     if base and Path(base).is_dir():
@@ -85,6 +99,8 @@ def adapter_base(folder: str | os.PathLike) -> str:
 def load_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> AugmentedCausalLM:
     """Adds the adapter in `folder` to `model`, the base that it was made with. The model itself is changed.
 
+    A base in another precision is the same; one whose weights differ by more is another.
+
     Raises:
         ValmError: the adapter is damaged, or belongs to another base.
     """
@@ -97,11 +113,7 @@ def load_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> Augmented
     layers = decoder_layers(model)
     if not -len(layers) <= options.layer < len(layers):
         raise ValmError(f"the adapter {folder} is for layer {options.layer}, but the base model has {len(layers)}")
-    if name := other_weight(fingerprint(layers[options.layer]), options.fingerprint):
-        raise ValmError(
-            f"the adapter {folder} belongs to another base model than {model.config.name_or_path or 'this one'}: "
-            f"{name} of layer {options.layer} has other values"
-        )
+    options = _of_this_base(model, options, folder)
     weights = current_files(folder) / WEIGHTS_FILE
     check_regular(weights)
     try:
@@ -121,6 +133,38 @@ def load_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> Augmented
         tensor.copy_(tensors[name])
     augmented._note_folder = str(folder)
     return augmented
+
+
+def _of_this_base(model: PreTrainedModel, options: FusionOptions, folder: Path) -> FusionOptions:
+    """The options with the sketch of `model`, the base.
+
+    Raises:
+        ValmError: the adapter in `folder` belongs to another base.
+    """
+    found = project(model)
+    if options.sketch is not None:
+        name = other_tensor(found, options.sketch)
+    else:
+        layer = decoder_layers(model)[options.layer]
+        name = other_weight(fingerprint(layer), options.fingerprint)
+        name = None if name is None else f"{_layer_name(model, options)}.{name}"
+    if name is not None:
+        raise ValmError(
+            f"the adapter {folder} belongs to another base model than {model.config.name_or_path or 'this one'}: "
+            f"{name} has other values"
+        )
+    if options.sketch is None:
+        warnings.warn(
+            f"the adapter {folder} was saved by an earlier version: of its base model only layer {options.layer} was "
+            "compared",
+            stacklevel=3,
+        )
+    return replace(options, sketch=sketch(found))
+
+
+def _layer_name(model: PreTrainedModel, options: FusionOptions) -> str:
+    layer = decoder_layers(model)[options.layer]
+    return next(name for name, module in model.named_modules() if module is layer)
 
 
 def _description(folder: Path) -> AdapterFile:

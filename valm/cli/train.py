@@ -378,7 +378,11 @@ def model_settings(config: Any) -> dict[str, Any]:
     """All that the config says of the model, of an augmented one its base's and the fusion's together."""
     found = config.to_diff_dict()
     found |= {**found.pop("base_config", {}), **found.pop("fusion", {})}
-    return {f"model.{name}": found[name] for name in found if "version" not in name and name != "fingerprint"}
+    return {
+        f"model.{name}": found[name]
+        for name in found
+        if "version" not in name and name not in ("fingerprint", "sketch")
+    }
 
 
 def content_of(dataset: CorpusRetrieval | Sequence[Any]) -> str:

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -193,12 +194,91 @@ def test_load_finds_base_tokenizer_and_images_of_an_adapter(tmp_path, clip, make
 
 def test_an_adapter_of_another_base_is_refused(tmp_path, base_folder):
     save_adapter(on_base(base_folder), tmp_path)
-    with pytest.raises(ValmError, match=r"belongs to another base model .*: .* of layer -2 has other values"):
+    with pytest.raises(ValmError, match=r"belongs to another base model .*: .*\.weight has other values"):
         load_adapter(tiny_llama(seed=1), tmp_path)
     with pytest.raises(ValmError, match="belongs to a LlamaForCausalLM, but the base model is a GPT2LMHeadModel"):
         load_adapter(tiny_gpt2(), tmp_path)
     half = load_adapter(tiny_llama().to(torch.bfloat16), tmp_path)  # the same in another precision
     assert fusion_module(half).k_bias.dtype == torch.bfloat16
+
+
+def merge_lora(model):
+    """Merges a random LoRA of rank 4 into the queries of the first layer, which the fusion does not change."""
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj"], layers_to_transform=[0], init_lora_weights=False)
+    torch.manual_seed(0)
+    return peft.get_peft_model(model, lora).merge_and_unload()
+
+
+def change_head(model):
+    with torch.no_grad():
+        model.lm_head.weight += 0.01 * torch.randn(model.lm_head.weight.shape)
+    return model
+
+
+def change_embeddings(model):
+    with torch.no_grad():
+        model.model.embed_tokens.weight[3] *= 1.5
+    return model
+
+
+@pytest.mark.parametrize("unfreeze", ["", "block"])
+@pytest.mark.parametrize(
+    "change, name",
+    [
+        (merge_lora, r"model\.layers\.0\.self_attn\.q_proj\.weight"),
+        (change_head, r"lm_head\.weight"),
+        (change_embeddings, r"model\.embed_tokens\.weight"),
+    ],
+)
+def test_an_adapter_drops_no_change_of_the_base(tmp_path, base_folder, change, name, unfreeze):
+    model = on_base(base_folder, unfreeze=unfreeze)
+    save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(ValmError, match=f"belongs to another base model .*: {name} has other values"):
+        load_adapter(change(AutoModelForCausalLM.from_pretrained(base_folder)), tmp_path / "adapter")
+    changed = change(load_adapter(AutoModelForCausalLM.from_pretrained(base_folder), tmp_path / "adapter"))
+    changed.save_pretrained(tmp_path / "whole")
+    for other in (change(model), changed, AutoModelForCausalLM.from_pretrained(tmp_path / "whole")):
+        with pytest.raises(ValmError, match=f"{name} is not what it was .* save_pretrained"):
+            save_adapter(other, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_an_adapter_with_a_lora_beside_it_is_refused(tmp_path, base_folder):
+    peft = pytest.importorskip("peft")
+    model = on_base(base_folder)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules=["q_proj"]), model)
+    with pytest.raises(ValmError, match=r"q_proj.* is not what it was"):
+        save_adapter(model, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_adapter_opens_on_its_base_in_another_precision(tmp_path, base_folder, dtype):
+    save_adapter(on_base(base_folder).to(dtype), tmp_path / "adapter")
+    half = load_adapter(AutoModelForCausalLM.from_pretrained(base_folder, dtype=dtype), tmp_path / "adapter")
+    save_adapter(half, tmp_path / "of-half")
+    AutoModelForCausalLM.from_pretrained(base_folder, dtype=dtype).save_pretrained(tmp_path / "half")
+    for base in (base_folder, tmp_path / "half"):
+        wide = load_adapter(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), tmp_path / "of-half")
+        save_adapter(wide, tmp_path / "of-wide")  # exact, although the file has the sketch of the half
+
+
+def test_an_adapter_of_an_earlier_version_says_that_only_its_layer_was_compared(tmp_path, base_folder):
+    model = on_base(base_folder)
+    save_adapter(model, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "image_fusion.json"
+    description = json.loads(file.read_text())
+    del description["fusion"]["sketch"]
+    file.write_text(json.dumps(description))
+    with pytest.warns(UserWarning, match="of its base model only layer -2 was compared"):
+        loaded = load_adapter(AutoModelForCausalLM.from_pretrained(base_folder), tmp_path / "adapter")
+    assert torch.equal(logits(loaded), logits(model))
+    with pytest.raises(ValmError, match=r"model\.layers\.1\.\S+ has other values"):
+        load_adapter(tiny_llama(seed=1), tmp_path / "adapter")
+    save_adapter(loaded, tmp_path / "adapter")  # with the sketch
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_adapter(AutoModelForCausalLM.from_pretrained(base_folder), tmp_path / "adapter")
 
 
 def test_an_adapter_of_a_model_that_trained_as_a_whole_is_refused(tmp_path):
