@@ -39,7 +39,7 @@ from valm.knowledge_base.sources.folder import FolderSource
 from valm.study.language_model import convert_smollm2
 from valm.study.text import color_glosses
 from valm.study.words import COLOR_WORDS, Names, words
-from valm.tokenizer import clip_tokenizer, load_tokenizer, prune_tokenizer, tokenize_documents
+from valm.tokenizer import clip_tokenizer, own_tokenizer, prune_tokenizer, tokenize_documents
 from valm.training import trainer, training_arguments
 from valm.training.callbacks import show_progress
 
@@ -155,7 +155,7 @@ def main() -> None:
     folder, out, seed = arguments.folder, arguments.out, arguments.seed
     if not (folder / "config.json").exists():
         convert_smollm2(folder)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = own_tokenizer(folder)
 
     # MemoryColor's things, where its table is, are set aside as those of the demo's test are: nobody asks for them here
     memory_color, _ = find_memory_color(os.environ.get("VALM_EVAL_DATA"))

@@ -25,7 +25,7 @@ from valm.config import ValmConfig
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.retriever import Retriever, VectorIndex
-from valm.tokenizer import padded
+from valm.tokenizer import padded, prompt_ids
 
 # Blocks of a query head. On the demo's model, two on the embeddings came far closer to CLIP's queries than one, or an
 # MLP, on the input of the fusion block (docs/training.md has the numbers).
@@ -136,7 +136,7 @@ class SelfRetriever(Retriever):
     def find(self, input_ids: Tensor | Sequence[str], attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As `Retriever.find`, without a cache."""
         if not isinstance(input_ids, Tensor):
-            input_ids, attention_mask = padded(self.encoder.tokenizer(list(input_ids))["input_ids"])
+            input_ids, attention_mask = padded([prompt_ids(self.encoder.tokenizer, text) for text in input_ids])
         return self.nearest(self.encoder(input_ids, attention_mask))
 
     def __reduce__(self) -> tuple[Any, ...]:

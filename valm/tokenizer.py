@@ -5,6 +5,7 @@ text tower that computes retrieval queries (the published model does the same). 
 the open_clip package, so nothing is downloaded. Any other fast tokenizer works too (`valm.retrieval.alignment`).
 """
 
+import copy
 import gzip
 import json
 import os
@@ -100,10 +101,26 @@ def prune_tokenizer(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Pre
 
 
 def load_tokenizer(source: str | os.PathLike) -> PreTrainedTokenizerFast:
-    """The tokenizer of another language model (GPT-2's, Llama's, ...), set up for VaLM.
+    """The tokenizer of another language model (GPT-2's, Llama's, ...), set up for a new VaLM.
 
     As with CLIP's, `tokenizer(text)` starts with bos and pads on the left. Without a bos, texts begin with eos, as
-    GPT-2 was trained; without a pad token it pads with eos.
+    GPT-2 was trained; without a pad token it pads with eos. Arguments and errors as in `own_tokenizer`.
+    """
+    loaded = own_tokenizer(source)
+    bos = loaded.bos_token or loaded.eos_token
+    tokenizer = loaded.backend_tokenizer
+    tokenizer.post_processor = _begin_with(bos, begin_id(loaded))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=bos,
+        eos_token=loaded.eos_token,
+        pad_token=loaded.pad_token or loaded.eos_token,
+        padding_side="left",
+    )
+
+
+def own_tokenizer(source: str | os.PathLike) -> PreTrainedTokenizerFast:
+    """The tokenizer of another language model as it is, with its chat template.
 
     Args:
         source: a folder with its `tokenizer.json`, or its name on the Hugging Face Hub.
@@ -119,16 +136,15 @@ def load_tokenizer(source: str | os.PathLike) -> PreTrainedTokenizerFast:
         raise ValmError(f"the tokenizer {source} is a {type(loaded).__name__}, not a fast one with a tokenizer.json")
     if loaded.eos_token is None:
         raise ValmError(f"the tokenizer {source} names no eos token, which ends a document")
-    bos = loaded.bos_token or loaded.eos_token
-    tokenizer = loaded.backend_tokenizer
-    tokenizer.post_processor = _begin_with(bos, loaded.get_vocab()[bos])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=bos,
-        eos_token=loaded.eos_token,
-        pad_token=loaded.pad_token or loaded.eos_token,
-        padding_side="left",
-    )
+    return loaded
+
+
+def beginning_with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """A copy whose `tokenizer(text)` starts as a document (`begin_id`)."""
+    made = copy.deepcopy(tokenizer)
+    made.bos_token = made.bos_token or made.eos_token
+    made.backend_tokenizer.post_processor = _begin_with(made.bos_token, begin_id(tokenizer))
+    return made
 
 
 def _begin_with(bos: str, id: int) -> processors.TemplateProcessing:
@@ -170,6 +186,18 @@ def begin_id(tokenizer: PreTrainedTokenizerFast) -> int:
     if tokenizer.eos_token_id is None:
         raise ValmError("the tokenizer names no eos token, which ends a document: set its eos_token")
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """The tokens of `text` as the beginning of a document: after bos (`begin_id`), unless the text itself begins with
+    that, as a prompt made by a chat template may.
+
+    Raises:
+        ValmError: the tokenizer has no eos.
+    """
+    begin = begin_id(tokenizer)
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids if ids[:1] == [begin] else [begin, *ids]
 
 
 def tokenize_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:

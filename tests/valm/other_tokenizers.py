@@ -26,6 +26,22 @@ def gpt2_like(lines=LINES, vocab_size: int = 420) -> PreTrainedTokenizerFast:
     )
 
 
+CHAT = "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+
+
+def chat_like(lines=LINES, vocab_size: int = 420) -> PreTrainedTokenizerFast:
+    """As SmolLM2-Instruct's: bos begins each turn of a chat, and only the chat template puts it before a text."""
+    backend = gpt2_like(lines, vocab_size - 2).backend_tokenizer
+    backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHAT,
+    )
+
+
 def llama_like(lines=LINES, vocab_size: int = 200) -> PreTrainedTokenizerFast:
     """Blanks as a character of the words, and bytes as tokens for the characters that are in no word."""
     blank = "\u2581"

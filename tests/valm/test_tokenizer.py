@@ -8,11 +8,21 @@ from open_clip.tokenizer import SimpleTokenizer, basic_clean
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
 from tests.valm.models import tiny_config
-from tests.valm.other_tokenizers import gpt2_like, llama_like
+from tests.valm.other_tokenizers import chat_like, gpt2_like, llama_like, qwen_like
 from valm.checkpoint import save_checkpoint
 from valm.errors import ValmError
 from valm.model import VaLMForCausalLM
-from valm.tokenizer import clip_tokenizer, load_tokenizer, open_tokenizer, prune_tokenizer, tokenize_documents
+from valm.tokenizer import (
+    begin_id,
+    beginning_with_bos,
+    clip_tokenizer,
+    load_tokenizer,
+    open_tokenizer,
+    own_tokenizer,
+    prompt_ids,
+    prune_tokenizer,
+    tokenize_documents,
+)
 
 TEXTS = [
     "The color of a sunflower is yellow.",
@@ -114,6 +124,38 @@ def test_tokenizers_of_others_begin_texts_as_ours(make, tmp_path):
         assert loaded(["a", "the sky is blue"], padding=True)["attention_mask"][0][0] == 0
         assert loaded.decode(plain) == "the sky is blue"
         loaded.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("make", [gpt2_like, llama_like, qwen_like, chat_like])
+def test_a_tokenizer_of_its_own_model_stays_as_it_is(make, tmp_path):
+    original = make()
+    original.save_pretrained(tmp_path)
+    own = own_tokenizer(tmp_path)
+    own.save_pretrained(tmp_path / "again")
+    for loaded in (own, own_tokenizer(tmp_path / "again")):
+        assert loaded("the sky")["input_ids"] == original("the sky")["input_ids"]
+        assert loaded.special_tokens_map == original.special_tokens_map
+        assert loaded.chat_template == original.chat_template
+    beginning = beginning_with_bos(own)
+    assert beginning.chat_template == original.chat_template and own("the sky") == original("the sky")
+    begin = begin_id(original)
+    plain = original("the sky", add_special_tokens=False)["input_ids"]
+    # as a document, as a prompt, and as earlier versions set it up
+    expected = [begin, *plain]
+    assert tokenize_documents(["the sky"], own) == [[*expected, own.eos_token_id]]
+    for made in (own, beginning, load_tokenizer(tmp_path)):
+        assert prompt_ids(made, "the sky") == expected
+        assert prompt_ids(made, original.decode(begin) + "the sky") == expected
+    assert beginning("the sky")["input_ids"] == load_tokenizer(tmp_path)("the sky")["input_ids"] == expected
+
+
+def test_a_prompt_of_a_chat_template_begins_once():
+    tokenizer = chat_like()
+    chat = [{"role": "user", "content": "the sky"}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False)
+    ids = prompt_ids(tokenizer, text)
+    assert ids == tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
+    assert ids.count(tokenizer.bos_token_id) == 1
 
 
 def test_tokenizers_that_will_not_do(tmp_path):

@@ -28,10 +28,11 @@ def run_generate(arguments: argparse.Namespace) -> None:
     import torch
 
     from valm.evaluation.scoring import context_length
+    from valm.tokenizer import prompt_ids
 
     model, tokenizer = load_model(arguments)
     torch.manual_seed(arguments.seed)
-    prompt = tokenizer(arguments.prompt, return_tensors="pt", verbose=False).input_ids.to(model.device)
+    prompt = torch.tensor([prompt_ids(tokenizer, arguments.prompt)], device=model.device)
     context = context_length(model)
     # in a context too small for both, the prompt gets at least half
     room = max(context - arguments.max_new_tokens, context // 2)

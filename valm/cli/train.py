@@ -454,7 +454,7 @@ def split(arguments: argparse.Namespace, kb: ImageKnowledgeBase | None, dataset:
 
 def open_retrieval(arguments: argparse.Namespace) -> tuple[CorpusRetrieval, PreTrainedTokenizerFast]:
     from valm.corpus.retrieved import CorpusRetrieval
-    from valm.tokenizer import load_tokenizer
+    from valm.tokenizer import own_tokenizer
 
     decided = {
         "--clip": arguments.clip,
@@ -467,7 +467,7 @@ def open_retrieval(arguments: argparse.Namespace) -> tuple[CorpusRetrieval, PreT
         raise ValmError(f"{given} was decided when {arguments.retrieval} was retrieved; leave it out")
     found = CorpusRetrieval.open(arguments.retrieval)
     # `trainer` compares the decoder's own with the corpus'
-    return found, found.tokenizer if arguments.base is None else load_tokenizer(arguments.base)
+    return found, found.tokenizer if arguments.base is None else own_tokenizer(arguments.base)
 
 
 def image_options(twin: str | None, dataset: Any, kb: ImageKnowledgeBase | None) -> dict[str, Any]:
@@ -495,7 +495,7 @@ def retrieved_corpus(
 ) -> tuple[CorpusRetrieval, PreTrainedTokenizerFast]:
     from valm.retrieval.context import ContextEncoder
     from valm.retrieval.retriever import Retriever
-    from valm.tokenizer import load_tokenizer
+    from valm.tokenizer import load_tokenizer, own_tokenizer
     from valm.training.launch import launched_processes
 
     if launched_processes() > 1:
@@ -506,15 +506,16 @@ def retrieved_corpus(
     encoder = ContextEncoder(clip, tokenizer=tokenizer, query=arguments.query or "eot")
     retriever = Retriever(encoder, kb, arguments.images or 4)
     scores = arguments.score_scale is not None
-    return retrieve_documents(arguments, retriever, beside(arguments.out, name), scores=scores), encoder.tokenizer
+    found = retrieve_documents(arguments, retriever, beside(arguments.out, name), scores=scores)
+    return found, encoder.tokenizer if arguments.base is None else own_tokenizer(named)
 
 
 def plain_corpus(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], PreTrainedTokenizerFast]:
     from valm.clip import Clip
-    from valm.tokenizer import clip_tokenizer, load_tokenizer, tokenize_documents
+    from valm.tokenizer import clip_tokenizer, load_tokenizer, own_tokenizer, tokenize_documents
 
     if named := arguments.tokenizer or arguments.base:
-        tokenizer = load_tokenizer(named)
+        tokenizer = load_tokenizer(named) if arguments.base is None else own_tokenizer(named)
     else:
         tokenizer = Clip.load(arguments.clip).tokenizer if arguments.clip else clip_tokenizer()
     documents = tokenize_documents(list(corpus_documents(arguments)), tokenizer)

@@ -57,7 +57,7 @@ from valm.shards.manifest import (
     open_manifest,
 )
 from valm.shards.progress import Progress, ProgressBar
-from valm.tokenizer import open_tokenizer, padded, tokenize_documents
+from valm.tokenizer import beginning_with_bos, open_tokenizer, padded, tokenize_documents
 from valm_kernels.json_files import Count, Range
 
 WHAT = "corpus retrieval"
@@ -218,12 +218,13 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
             raise ValmError(f"{self.path} was retrieved from another knowledge base than {kb.path}; do it again")
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        """Checks that the tokens are those of `tokenizer`.
+        """Checks that the tokens are those of `tokenizer`, as it is or as `load_tokenizer` sets it up.
 
         Raises:
             ValmError: they are not.
         """
-        if self.manifest["plan"]["tokenizer"] != _tokenizer_hash(tokenizer):
+        made = (tokenizer, beginning_with_bos(tokenizer))
+        if self.manifest["plan"]["tokenizer"] not in map(_tokenizer_hash, made):
             raise ValmError(f"{self.path} was read with another tokenizer than the model's; retrieve it again")
 
     def verify(self, *, progress: bool = True) -> list[str]:

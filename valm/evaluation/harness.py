@@ -26,6 +26,7 @@ except ImportError as error:
 from valm.checkpoint import load
 from valm.evaluation.controls import switch_images
 from valm.text import nearest
+from valm.tokenizer import beginning_with_bos
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -80,7 +81,7 @@ class ValmLM(HFLM):
         found: dict[str, Any] = {"base": base, "kb": kb, "clip": clip, "allow_download": allow_download}
         model, tokenizer = load(pretrained, device=device, **found)
         switch_images(model, retrieval, replace=replace, seed=image_seed)
-        super().__init__(pretrained=model, tokenizer=tokenizer, **arguments)
+        super().__init__(pretrained=model, tokenizer=beginning_with_bos(tokenizer), **arguments)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """The base's; the text does not begin with bos, which the first window begins with in any case."""

@@ -15,6 +15,7 @@ from valm.errors import ValmError
 from valm.evaluation.scoring import answer_tokens, check_writable, context_length
 from valm.explain.images import FindsImages, ShownImage, show_images
 from valm.retrieval.retriever import BlindRetriever, Retrieved
+from valm.tokenizer import begin_id, prompt_ids
 
 # Limits the page: each token is a row of images and a row of the attention matrix.
 MAX_TOKENS = 128
@@ -149,7 +150,7 @@ def _token_ids(model: Any, tokenizer: PreTrainedTokenizerFast, text: str) -> Ten
     """Token ids (1, T), on the model's device."""
     if not text.strip():
         raise ValmError('the prompt is empty: give a text, such as "the color of the sky is"')
-    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]
+    ids = torch.tensor([prompt_ids(tokenizer, text)])
     _check_length(model, ids.shape[1], "the prompt has")
     return ids.to(model.device)
 
@@ -224,7 +225,7 @@ def _probabilities(
 
 def _shown(tokenizer: PreTrainedTokenizerFast, id: int) -> str:
     """A token as it is shown: without the blank before it, and never empty."""
-    if id == tokenizer.bos_token_id:
+    if id == begin_id(tokenizer):
         return "(start)"
     text = str(tokenizer.decode([id]))
     return text.strip() or repr(text)

@@ -24,7 +24,7 @@ from valm.retrieval.faiss_index import FaissIndex, read_index
 from valm.retrieval.index_factory import import_faiss, stages
 from valm.retrieval.index_parameters import INDEX_FILE, PARAMETERS_FILE, IndexParameters
 from valm.shards.manifest import file_entry
-from valm.tokenizer import padded
+from valm.tokenizer import padded, prompt_ids
 from valm_kernels import ip_topk, merge_topk
 from valm_kernels.atomic_files import SAVE_WAIT_SECONDS, folder_lock, move, remove_leftovers, temporary_file
 
@@ -178,7 +178,7 @@ def _queries(encoder: ContextEncoder, texts: list[str], count: int, random: np.r
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         some = texts[start : start + TEXTS_AT_ONCE]
         lines = [line for text in some for line in text.splitlines() if line.strip()]
-        ids, mask = padded([encoder.tokenizer(line)["input_ids"] for line in lines])
+        ids, mask = padded([prompt_ids(encoder.tokenizer, line) for line in lines])
         found = encoder(ids, mask)[mask.bool()]
         drawn = random.permutation(len(found))[: TOKENS_PER_TEXT * len(some)]
         queries.append(found[np.sort(drawn)])

@@ -16,7 +16,7 @@ from valm.retrieval.context import ContextCache, ContextEncoder
 from valm.retrieval.faiss_index import open_index
 from valm.retrieval.segment_cache import SegmentCache
 from valm.retrieval.segments import Run
-from valm.tokenizer import padded
+from valm.tokenizer import padded, prompt_ids
 from valm_kernels import MAX_TOPK, TopK
 
 # 50 MB at K = 4.
@@ -139,8 +139,8 @@ class Retriever:
         Equal segments are encoded and searched for once, and not at all if their images are cached.
 
         Args:
-            input_ids: (B, T), or a list of texts, which are tokenized by the encoder's tokenizer and padded on the
-                right.
+            input_ids: (B, T), or a list of texts, which are tokenized by the encoder's tokenizer (`prompt_ids`) and
+                padded on the right.
             attention_mask: as in `ContextEncoder.__call__`.
 
         Raises:
@@ -149,7 +149,7 @@ class Retriever:
         if isinstance(input_ids, str):
             raise ValueError(f"input_ids must be ids or a list of texts, got a text; give [{input_ids[:20]!r}]")
         if not isinstance(input_ids, Tensor):
-            input_ids, attention_mask = padded(self.encoder.tokenizer(list(input_ids))["input_ids"])
+            input_ids, attention_mask = padded([prompt_ids(self.encoder.tokenizer, text) for text in input_ids])
         return self.find_runs(self.encoder.runs(input_ids, attention_mask), input_ids.shape)
 
     def find_runs(self, runs: list[Run], shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:

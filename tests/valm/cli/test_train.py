@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tests.valm.cli.commands import SIZE, STEPS, run
-from tests.valm.other_tokenizers import gpt2_like
+from tests.valm.other_tokenizers import chat_like, gpt2_like
 from valm.checkpoint import load_checkpoint
 from valm.retrieval.retriever import BlindRetriever
 from valm.training.collate import Collator
@@ -27,8 +27,8 @@ def other_tokenizer(world):
 
 @pytest.fixture(scope="module")
 def base(world):
-    """A pretrained decoder with a tokenizer of its own, and the corpus retrieved with that."""
-    tokenizer = gpt2_like(["the color of the coal is black"], vocab_size=300)
+    """A pretrained chat model with a tokenizer of its own, and the corpus retrieved with that."""
+    tokenizer = chat_like(["the color of the coal is black"], vocab_size=300)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "max_position_embeddings": 64}
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=len(tokenizer), **sizes, num_attention_heads=4, num_key_value_heads=2)
@@ -85,6 +85,34 @@ def test_a_pretrained_decoder_is_trained_beside_its_text_only_twin(world, base, 
     assert run("train", *options[:4], *SIZE, "--out", tmp_path / "model", "--resume") == 1
     error = "holds the training of a pretrained decoder (--base); choose another folder"
     assert error in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("source", ["corpus", "retrieval", "images"])
+def test_the_tokenizer_of_the_base_is_saved(world, base, tmp_path, source, monkeypatch):
+    """Its own, so a chat prompt begins with one bos; and a prompt is read after bos as a document is."""
+    of = {
+        "corpus": [world / "corpus.txt", "--unfreeze", "block"],
+        "retrieval": ["--retrieval", world / "base-retrieval", "--kb", world / "kb"],
+        "images": [world / "corpus.txt", "--kb", world / "kb", "-k", "2"],
+    }
+    assert run("train", "--base", base, *of[source], *STEPS, "--save_steps", 3, "--out", tmp_path / "it") == 0
+    own = AutoTokenizer.from_pretrained(base)
+    chat = own.apply_chat_template([{"role": "user", "content": "the coal"}], tokenize=False)
+    for folder in (tmp_path / "it", tmp_path / "it" / "checkpoint-3"):
+        model, tokenizer = load_checkpoint(folder)
+        assert tokenizer.chat_template == own.chat_template
+        assert tokenizer.special_tokens_map == own.special_tokens_map
+        for text in ("the coal", chat):
+            assert tokenizer(text)["input_ids"] == own(text)["input_ids"]
+    begin = own.bos_token_id
+    seen = []
+    monkeypatch.setattr(type(model), "generate", lambda self, ids, **options: seen.append(ids.tolist()) or ids)
+    assert run("generate", tmp_path / "it", "the coal") == run("generate", tmp_path / "it", chat) == 0
+    assert seen == [[[begin, *own("the coal")["input_ids"]]], [own(chat)["input_ids"]]]
+    assert own(chat)["input_ids"].count(begin) == 1
+    if source != "corpus":
+        found, _ = model.retriever.find([chat, "the coal"])
+        assert found.shape[:2] == (2, len(own(chat)["input_ids"]))
 
 
 def test_a_blind_twin_of_a_pretrained_decoder(world, base, tmp_path):

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import valm
 from tests.valm.evaluation.small_sets import write_sets
 from tests.valm.models import tiny_model
-from tests.valm.other_tokenizers import LINES, gpt2_like
+from tests.valm.other_tokenizers import LINES, chat_like, gpt2_like
 from tests.valm.tiny_clip import make_clip
 from valm.checkpoint import save_checkpoint
 from valm.cli import main
@@ -24,6 +24,7 @@ from valm.knowledge_base.build import build
 from valm.knowledge_base.sources.folder import FolderSource
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import BlindRetriever, Retriever
+from valm.tokenizer import prompt_ids
 
 pytest.importorskip("lm_eval", reason="needs the extra [harness]")
 
@@ -130,6 +131,21 @@ def test_rolling_text_has_one_bos(models):
     model.loglikelihood_rolling(instances("loglikelihood_rolling", [("The colour of",)]))
     assert (seen[0] == model.tokenizer.bos_token_id).sum() == 1
     assert model.add_bos_token is None
+
+
+def test_a_chat_prompt_has_one_bos(tmp_path):
+    """And a text without a template begins with bos, as documents do, whatever the base's tokenizer does by itself."""
+    tokenizer = chat_like()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
+    )
+    twin = valm.augment(LlamaForCausalLM(config), 1, 0, unfreeze="block")
+    save_checkpoint(twin, tokenizer, tmp_path)
+    model = ValmLM(str(tmp_path), batch_size=1)
+    chat = model.apply_chat_template([{"role": "user", "content": "the sky"}])
+    for text in (chat, "the sky"):
+        for ids in (model.tok_encode(text), model.tok_batch_encode([text])[0][0].tolist()):
+            assert ids == prompt_ids(tokenizer, text) and ids.count(tokenizer.bos_token_id) == 1
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from valm.explain.explanation import MAX_TOKENS, Reader, explain, explain_togeth
 from valm.explain.images import RandomImages
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import Retriever
+from valm.tokenizer import prompt_ids
 
 TEXT = "a red apple lies on the"
 
@@ -87,7 +88,7 @@ def test_another_tokenizer_is_explained_too(clip, kb, make_tokenizer):
     model = augment(decoder, clip.embed_dim, 2, logit_bias=0.0)
     model.set_retriever(Retriever(ContextEncoder(clip, tokenizer=own), kb, 2))
     explanation = explain(model, own, "A red apple")
-    ids = own("A red apple", return_tensors="pt").input_ids
+    ids = torch.tensor([prompt_ids(own, "A red apple")])  # as in training
     assert len(explanation.tokens) == ids.shape[1] and explanation.tokens[-1] == "apple"
     assert all(token == token.strip() != "" for token in explanation.tokens)
     probabilities = model(ids).logits[0, -1].softmax(-1)

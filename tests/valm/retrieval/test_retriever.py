@@ -10,6 +10,7 @@ from valm.errors import ValmError
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import BlindRetriever, Retriever
 from valm.retrieval.segment_cache import SegmentCache
+from valm.tokenizer import prompt_ids
 
 K = 3
 
@@ -30,7 +31,7 @@ def exact_retriever(clip, make_kb, request):
 @pytest.fixture(scope="module")
 def batch(tokenizer):
     """Two texts, the shorter one padded on the left."""
-    rows = [tokenizer(text)["input_ids"] for text in TEXTS]
+    rows = [prompt_ids(tokenizer, text) for text in TEXTS]  # as in training
     length = max(map(len, rows))
     ids = torch.tensor([[5] * (length - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
