@@ -5,29 +5,27 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
-from transformers.utils import logging
 
 from valm.augmented.saving import ADAPTER_FILE, adapter_base, is_adapter, load_adapter
 from valm.config import ValmConfig
 from valm.errors import ValmError
-from valm.files import check_all_regular, read_json
+from valm.files import read_json
 from valm.image_model import ImageModel
 from valm.model import VaLMForCausalLM
 from valm.model_card import CARD_FILE, write_card
+from valm.pretrained import CONFIG_FILE, from_pretrained, quiet_transformers
 from valm.retrieval.note import RetrievalNote
 from valm.retrieval.ray_server import RetrievalServer, server_name
 from valm.retrieval.retriever import ImageRetriever
 from valm.whole_folder import current_files, replaced_files
 from valm_kernels.json_files import short
 
-CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer_config.json"
 
 
@@ -185,15 +183,17 @@ def load_checkpoint(
 def _load_whole(folder: Path, files: Path) -> Any:
     if not (files / CONFIG_FILE).is_file():
         raise ValmError(f"{folder} is no checkpoint: it has no {CONFIG_FILE}")
-    check_all_regular(files)
     kind = read_json(files / CONFIG_FILE, "the config", Config, "save the checkpoint again").get("model_type")
     if kind != ValmConfig.model_type:
         raise ValmError(f"{folder} holds a model of type {short(kind)}, expected {ValmConfig.model_type!r}")
-    with _read_errors(f"the checkpoint {folder}"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            files, output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True
-        )
-    model, report = loaded
+    model, report = from_pretrained(
+        AutoModelForCausalLM,
+        files,
+        f"the checkpoint {folder}",
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        local_files_only=True,
+    )
     model.config.name_or_path = os.fspath(folder)  # where the note is
     wrong = [f"{name} {sorted(map(str, found))[0]}" for name, found in report.items() if found]
     if wrong:
@@ -210,9 +210,9 @@ def load_decoder(source: str | os.PathLike) -> Any:
     Raises:
         ValmError: it cannot be read, or lacks weights.
     """
-    with _read_errors(f"the base model {source}"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
-    model, report = loaded
+    model, report = from_pretrained(
+        AutoModelForCausalLM, source, f"the base model {source}", dtype=torch.float32, output_loading_info=True
+    )
     missing = sorted(map(str, report["missing_keys"]))
     if missing:
         raise ValmError(f"the base model {source} has no weights for {missing[0]}")
@@ -220,13 +220,13 @@ def load_decoder(source: str | os.PathLike) -> Any:
 
 
 def _load_base(folder: Path, base: str | os.PathLike, by_user: bool) -> Any:
-    with _read_errors(f"the base model {base} of the adapter {folder}", remedy="; give it as base"):
-        return AutoModelForCausalLM.from_pretrained(base, local_files_only=not by_user)
+    what = f"the base model {base} of the adapter {folder}"
+    return from_pretrained(AutoModelForCausalLM, base, what, "; give it as base", local_files_only=not by_user)
 
 
 def _load_tokenizer(source: str | os.PathLike, folder: Path, local: bool) -> Any:
-    with _read_errors(f"the tokenizer of the checkpoint {folder}", remedy="; save one there by save_pretrained"):
-        return AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
+    what, remedy = f"the tokenizer of the checkpoint {folder}", "; save one there by save_pretrained"
+    return from_pretrained(AutoTokenizer, source, what, remedy, local_files_only=local)
 
 
 def _add_retriever(
@@ -253,28 +253,3 @@ def _add_retriever(
         model.set_retriever(retriever)
     except ValmError as error:
         raise ValmError(f"the model in {folder} and the knowledge base {kb} do not fit: {error}") from error
-
-
-@contextmanager
-def _read_errors(what: str, remedy: str = "") -> Iterator[None]:
-    """Turns the many errors that transformers raises for damaged files into a ValmError of one sentence."""
-    try:
-        with quiet_transformers():
-            yield
-    except Exception as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValmError(f"{what} cannot be read: {first_line}{remedy}") from error
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Hides transformers' progress bar for every file and its table of weights that do not fit."""
-    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if shown:
-            logging.enable_progress_bar()

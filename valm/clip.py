@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerFast
 import valm.multilevel_tower  # noqa: F401 - registers the architecture
 from valm.errors import ValmError
 from valm.files import check_all_regular, read_json, write_json
+from valm.pretrained import check_sizes, library_errors, shapes_in
 from valm.tokenizer import clip_tokenizer, open_tokenizer
 from valm.whole_folder import current_files, replaced_files
 from valm_kernels.checksums import file_sha256
@@ -169,6 +170,10 @@ class Clip:
         for part, name in (("text_cfg", "hf_model_name"), ("vision_cfg", "timm_model_pretrained")):
             if model_cfg[part].get(name):  # open_clip would download it
                 raise ValmError(f"{folder / CONFIG_FILE} names {name}: a CLIP folder must have all that it needs")
+        shapes = shapes_in(files)
+        check_sizes(folder / CONFIG_FILE, model_cfg, len(shapes) or None)
+        largest = max((size for shape in shapes for size in shape), default=None)
+        check_sizes(folder / CONFIG_FILE, model_cfg, largest, names="(.*_)?(width|dim|size|length|ratio)")
         if not any(file.suffix in WEIGHT_SUFFIXES for file in files.iterdir()):
             raise ValmError(f"the CLIP folder {folder} has no weights; expected {WEIGHTS_FILE}")
         with _load_errors(str(folder)):
@@ -307,16 +312,12 @@ def _default_tokenizer(model_cfg: dict[str, Any], name: str) -> PreTrainedTokeni
 
 @contextmanager
 def _load_errors(name: str) -> Iterator[None]:
-    """Turns errors of open_clip, safetensors and tokenizers into a ValmError of one sentence. Turns off logging, as
-    open_clip logs through the root logger, which would install a handler in the process."""
+    """`library_errors`, without logging, as open_clip logs through the root logger, which would install a handler in
+    the process."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        yield
-    except ValmError:
-        raise
-    except Exception as error:
-        first_line = str(error).strip().partition("\n")[0]
-        raise ValmError(f"cannot load the CLIP {name}: {first_line}") from error
+        with library_errors(f"the CLIP {name}"):
+            yield
     finally:
         logging.disable(previous)

@@ -3,3 +3,9 @@
 
 class ValmError(ValueError):
     """An input cannot be used. The message names it, says what was found and what to do."""
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether a library written in Rust, such as tokenizers, panicked. pyo3 raises an exception that is no `Exception`
+    and that no module exports."""
+    return type(error).__module__ == "pyo3_runtime"

@@ -129,12 +129,12 @@ def check_regular(path: Path) -> None:
 
 
 def check_all_regular(folder: Path) -> None:
-    """`check_regular` for all files in `folder`, for a library that chooses by itself which to open.
+    """`check_regular` for all files in `folder` and its folders, for a library that chooses by itself which to open.
 
     Raises:
         ValmError: one is not a regular file.
     """
-    for path in folder.iterdir():
+    for path in (*folder.glob("*"), *folder.glob("*/*")):
         if not path.is_dir() and path.exists():
             check_regular(path)
 

@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model_card import write_card
+from valm.pretrained import from_pretrained
 from valm.retrieval.context import ContextCache
 from valm.retrieval.note import RetrievalNote
 from valm.retrieval.retriever import BlindRetriever, ImageRetriever, NoImages
@@ -286,8 +287,8 @@ class ImageModel(_Base):
         folder = Path(self._note_folder or self.config.name_or_path)
         source = folder if (folder / "tokenizer_config.json").is_file() else self.config.name_or_path
         try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(source, local_files_only=True)
-        except Exception as error:  # transformers raises many kinds
+            tokenizer: Any = from_pretrained(AutoTokenizer, source, f"the tokenizer in {source}", local_files_only=True)
+        except ValmError as error:
             raise ValmError(
                 f"the images of the model in {folder} cannot be retrieved: no tokenizer can be loaded from {source}; "
                 "save one there by tokenizer.save_pretrained, or set a retriever by set_retriever"

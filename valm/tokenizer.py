@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from valm.errors import ValmError
+from valm.pretrained import from_pretrained
 
 SOT = "<|startoftext|>"
 EOT = "<|endoftext|>"
@@ -61,10 +62,15 @@ class ClipBpeTokenizer(PreTrainedTokenizerFast):
 
 
 def open_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
-    """The tokenizer that `save_pretrained` wrote into `folder`. transformers raises many types of errors."""
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    """The tokenizer that `save_pretrained` wrote into `folder`.
+
+    Raises:
+        ValmError: its files are damaged.
+    """
+    what = f"the tokenizer in {folder}"
+    tokenizer = from_pretrained(PreTrainedTokenizerFast, folder, what, local_files_only=True)
     if getattr(tokenizer.backend_tokenizer.model, "end_of_word_suffix", None):
-        return ClipBpeTokenizer.from_pretrained(folder, local_files_only=True)
+        return from_pretrained(ClipBpeTokenizer, folder, what, local_files_only=True)
     return tokenizer
 
 
@@ -128,10 +134,7 @@ def own_tokenizer(source: str | os.PathLike) -> PreTrainedTokenizerFast:
     Raises:
         ValmError: it cannot be loaded, is no fast tokenizer, or has no eos.
     """
-    try:
-        loaded = AutoTokenizer.from_pretrained(source)
-    except Exception as error:  # transformers raises many kinds
-        raise ValmError(f"cannot load the tokenizer {source}: {str(error).splitlines()[0]}") from error
+    loaded = from_pretrained(AutoTokenizer, source, f"the tokenizer {source}")
     if not isinstance(loaded, PreTrainedTokenizerFast):
         raise ValmError(f"the tokenizer {source} is a {type(loaded).__name__}, not a fast one with a tokenizer.json")
     if loaded.eos_token is None:

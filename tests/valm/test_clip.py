@@ -140,13 +140,13 @@ def test_errors_name_the_folder(clip, tmp_path):
         return str(caught.value)
 
     weights = (whole / "open_clip_model.safetensors").read_bytes()
-    assert "cannot load the CLIP" in damaged("open_clip_model.safetensors", weights[: len(weights) // 2])
+    assert "cannot be read" in damaged("open_clip_model.safetensors", weights[: len(weights) // 2])
     assert "has no weights" in damaged("open_clip_model.safetensors", None)
-    assert "cannot load the CLIP" in damaged("tokenizer.json", b"{}")
+    assert "cannot be read" in damaged("tokenizer.json", b"{}")
     assert "has no 'model_cfg'" in damaged("open_clip_config.json", b"{}")
     config = json.loads((whole / "open_clip_config.json").read_text())
     config["model_cfg"]["embed_dim"] = 8
-    assert "cannot load the CLIP" in damaged("open_clip_config.json", json.dumps(config).encode())
+    assert "cannot be read" in damaged("open_clip_config.json", json.dumps(config).encode())
 
 
 def test_another_tokenizer_is_refused(clip, tmp_path):
@@ -180,5 +180,5 @@ def test_an_odd_image_transform_is_one_sentence(clip, tmp_path):
     config = json.loads((tmp_path / "open_clip_config.json").read_text())
     config["preprocess_cfg"]["resize_mode"] = "x"
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
-    with pytest.raises(ValmError, match="cannot load the CLIP"):
+    with pytest.raises(ValmError, match="the CLIP .* cannot be read"):
         Clip.load(tmp_path)

@@ -40,7 +40,7 @@ from valm.corpus.parts import (
     fingerprint,
 )
 from valm.errors import ValmError
-from valm.files import check_all_regular, read_json, write_json
+from valm.files import read_json, write_json
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.faiss_index import FaissIndex
 from valm.retrieval.retriever import Retriever
@@ -195,11 +195,7 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
         Raises:
             ValmError: its files are damaged.
         """
-        check_all_regular(self.path)
-        try:
-            tokenizer = open_tokenizer(self.path)
-        except Exception as error:  # transformers raises many types
-            raise ValmError(f"the tokenizer in {self.path} cannot be read: {str(error).splitlines()[0]}") from error
+        tokenizer = open_tokenizer(self.path)
         if _tokenizer_hash(tokenizer) != self.manifest["plan"]["tokenizer"]:
             raise ValmError(f"the tokenizer in {self.path} is not the one that the corpus was read with")
         return tokenizer

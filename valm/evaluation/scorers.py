@@ -25,7 +25,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from valm.augmented.saving import is_adapter
-from valm.checkpoint import CONFIG_FILE, Config, load, quiet_transformers
+from valm.checkpoint import Config, load
 from valm.clip import CONFIG_FILE as CLIP_CONFIG_FILE
 from valm.clip import Clip
 from valm.config import ValmConfig
@@ -44,6 +44,7 @@ from valm.evaluation.scoring import (
 )
 from valm.files import read_json
 from valm.image_model import ImageModel
+from valm.pretrained import CONFIG_FILE, from_pretrained
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.ray_server import ServedEncoder
 from valm.retrieval.retriever import Retriever
@@ -342,28 +343,24 @@ def open_scorer(
         raise ValmError(f"there is no model folder {source}; a model's name on a hub needs --allow-download")
     if (folder / CONFIG_FILE).is_file() and _model_type(folder) == ValmConfig.model_type:
         return _open_valm(source, where)
-    try:
-        with quiet_transformers():
-            return _open_transformers(source, allow_download, device)
-    except ValmError:
-        raise
-    except Exception as error:  # transformers raises many types
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValmError(f"cannot load a language model from {source}: {first_line}") from error
+    return _open_transformers(source, allow_download, device)
 
 
 def _open_transformers(source: str, allow_download: bool, device: str | torch.device) -> Scorer:
     """A causal or masked language model of transformers."""
-    where = {"local_files_only": not allow_download}
-    config = AutoConfig.from_pretrained(source, **where)
+
+    def opened(loader: Any) -> Any:
+        return from_pretrained(loader, source, f"the language model {source}", local_files_only=not allow_download)
+
+    config = opened(AutoConfig)
     architecture = (config.architectures or [""])[0]
-    tokenizer = AutoTokenizer.from_pretrained(source, **where)
+    tokenizer = opened(AutoTokenizer)
     if architecture.endswith(("ForMaskedLM", "ForPreTraining")) and architecture not in _CAUSAL:
         # VisualBERT predicts its masks only in the class that it was pretrained with
         known = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
         loader: Any = AutoModelForMaskedLM if known else AutoModelForPreTraining
-        return MaskedScorer(loader.from_pretrained(source, **where).float().to(device), tokenizer)
-    model = AutoModelForCausalLM.from_pretrained(source, **where).float().to(device)
+        return MaskedScorer(opened(loader).float().to(device), tokenizer)
+    model = opened(AutoModelForCausalLM).float().to(device)
     return CausalScorer(model, tokenizer, f"causal language model ({type(model).__name__})")
 
 

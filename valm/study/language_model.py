@@ -37,8 +37,10 @@ def convert_smollm2(folder: Path) -> None:
     file = next(Path(package.origin).parent.glob("*.gguf"), None)
     if file is None:
         raise ValmError(f"the package {PACKAGE} has no weights (no .gguf): install it again")
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    quantized = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+    quantized = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
+    )
     # transformers does not save a model that was read from GGUF, so its weights go into a new one
     model = LlamaForCausalLM(LlamaConfig(**_without_quantization(quantized.config.to_dict())))
     model.load_state_dict(quantized.state_dict())

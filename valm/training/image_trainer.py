@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, get_last_checkpoint, rotate_checkpoints
 
-from valm.checkpoint import quiet_transformers, save_checkpoint
+from valm.checkpoint import save_checkpoint
 from valm.errors import ValmError
 from valm.files import writable_folder
+from valm.pretrained import quiet_transformers
 from valm.retrieval.note import RetrievalNote
 from valm.training.launch import check_processes
 from valm.training.order import TrainingOrder

@@ -76,7 +76,7 @@ def wrong_inputs():
         "table of something else": (["eval", "{world}/gpt2", "--memory-color", "{world}/corpus.txt"], "columns"),
         "data missing": (["eval", "{world}/gpt2", "--tasks", "size", "--data", "{tmp}"], "get it from https://"),
         "model missing": (["eval", "{tmp}/none", *color], "there is no model folder {tmp}/none"),
-        "no model": (["eval", "{world}/pictures", *color], "cannot load a language model"),
+        "no model": (["eval", "{world}/pictures", *color], "the language model {world}/pictures cannot be read"),
         "no pictures to replace by": (["eval", "{world}/valm", *color, "--replace", "{tmp}"], "no images in {tmp}"),
         "output is a file": (["eval", "{world}/gpt2", *color, "--out", "{tmp}/empty.txt"], "is a file"),
         "two of one name": (["eval", "{world}/gpt2", "{world}/gpt2/", *color], "two models are called 'gpt2'"),

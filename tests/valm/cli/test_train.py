@@ -180,7 +180,7 @@ def test_a_model_with_a_tokenizer_of_its_own(world, other_tokenizer, tmp_path, c
     assert run("train", *retrieval, *kb, *other, "--out", tmp_path / "never", *size) == 1
     assert "--tokenizer was decided when" in capsys.readouterr().err
     assert run("train", corpus, "--tokenizer", world / "pictures", "--out", tmp_path / "never", *size) == 1
-    assert "cannot load the tokenizer" in capsys.readouterr().err
+    assert "cannot be read" in capsys.readouterr().err
 
 
 def test_training_on_a_retrieval_is_training_on_its_corpus(world, tmp_path, capsys):
@@ -436,7 +436,7 @@ def wrong_inputs():
     base = ["train", "{world}/corpus.txt", "--out", "{tmp}/model", "--base", "{world}/base", *STEPS]
     with_kb = ["train", "--retrieval", "{world}/base-retrieval", "--kb", "{world}/kb", *base[2:]]
     return {
-        "no such base": ([*base[:4], "--base", "{tmp}/none", *STEPS], "cannot load the tokenizer {tmp}/none"),
+        "no such base": ([*base[:4], "--base", "{tmp}/none", *STEPS], "the tokenizer {tmp}/none cannot be read"),
         "base that lacks weights": ([*with_kb, "--base", "{tmp}/hole"], "has no weights for lm_head.weight"),
         "size of a base": ([*base, "--layers", "3"], "--layers is of a new model: --base has its own"),
         "option of a base": ([*train, "--fusion-lr", "1"], "--fusion-lr is of a pretrained decoder: give --base too"),
