@@ -107,7 +107,7 @@ def shapes_in(folder: Path) -> list[list[int]]:
             return []
         try:
             with safe_open(file, "pt") as opened:
-                shapes += [opened.get_slice(name).get_shape() for name in opened.keys()]
+                shapes += [opened.get_slice(name).get_shape() for name in opened.keys()]  # noqa: SIM118
         except (SafetensorError, OSError):  # which loading will report
             return []
     return shapes

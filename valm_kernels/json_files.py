@@ -105,14 +105,22 @@ def own_file(path: str | os.PathLike[str]) -> os.stat_result:
         OSError: as `regular_file`.
         ValueError: as `regular_file`, and for a link that leads out of the folder.
     """
+    status = check_own(path)
+    return status if stat.S_ISREG(status.st_mode) else regular_file(path)
+
+
+def check_own(path: str | os.PathLike[str]) -> os.stat_result:
+    """Checks that a file or folder is not a link that leads out of the folder it is in; returns its own status.
+
+    Raises:
+        OSError: there is no such file or folder.
+        ValueError: it is such a link.
+    """
     status = os.lstat(path)
     if stat.S_ISLNK(status.st_mode):
         folder = os.path.realpath(os.path.dirname(path))
         if os.path.commonpath([folder, os.path.realpath(path)]) != folder:
-            raise ValueError(f"{path} is a link that leads out of its folder; copy the file it leads to instead")
-        return regular_file(path)
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"{path} is {_kind(status)}, not a file")
+            raise ValueError(f"{path} is a link that leads out of its folder; copy what it leads to instead")
     return status
 
 

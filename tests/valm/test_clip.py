@@ -180,5 +180,5 @@ def test_an_odd_image_transform_is_one_sentence(clip, tmp_path):
     config = json.loads((tmp_path / "open_clip_config.json").read_text())
     config["preprocess_cfg"]["resize_mode"] = "x"
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
-    with pytest.raises(ValmError, match="the CLIP .* cannot be read"):
+    with pytest.raises(ValmError, match=r"the CLIP .* cannot be read"):
         Clip.load(tmp_path)

@@ -1,4 +1,4 @@
-"""What transformers opens for valm: no code of others, nothing outside of the folder, no sizes that the weights lack."""
+"""What transformers opens for valm: no code of others, nothing outside the folder, no sizes that the weights lack."""
 
 import ast
 import json
@@ -26,8 +26,8 @@ OPENERS = {"from_pretrained", "from_config", "pipeline"}
 
 
 def calls_of_openers():
-    """Each call of one of OPENERS in the package, and whether it is told not to run code. An own `from_pretrained` hands
-    on the arguments that it was called with."""
+    """Each call of one of OPENERS in the package, and whether it is told not to run code. `from_pretrained` of our own
+    classes hands on the arguments that it was called with."""
     for file in sorted(PACKAGE.rglob("*.py")):
         tree = ast.parse(file.read_text(encoding="utf-8"))
         handed_on = {

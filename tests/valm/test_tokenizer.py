@@ -159,7 +159,7 @@ def test_a_prompt_of_a_chat_template_begins_once():
 
 
 def test_tokenizers_that_will_not_do(tmp_path):
-    with pytest.raises(ValmError, match="the tokenizer .* cannot be read"):
+    with pytest.raises(ValmError, match=r"the tokenizer .* cannot be read"):
         load_tokenizer(tmp_path)
     endless = gpt2_like()
     endless.eos_token = None

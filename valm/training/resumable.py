@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypedDict
+from typing import Annotated, TypedDict
 
 from valm.errors import ValmError
 from valm.files import read_json, write_json
 from valm.text import one_line
 from valm_kernels.checksums import file_sha256
-from valm_kernels.json_files import Count, PathText, Sha256, own_file
+from valm_kernels.json_files import Count, Matching, Sha256, check_own, own_file
 
 # Written by the Trainer.
 STATE_FILE = "trainer_state.json"
 CHECKSUMS_FILE = "checksums.json"
 REMEDY = "resume from an earlier checkpoint"
+
+
+# The files that PyTorch, transformers, accelerate or DeepSpeed read; others may be the user's own notes.
+READ = re.compile(r".*\.(json|pt|pth|bin|safetensors|distcp|metadata)|(.*/)?latest")
+BestCheckpoint = Annotated[str, Matching(r"[^\0\ud800-\udfff]*checkpoint-[0-9]+", "the path of a checkpoint")]
 
 
 class _Logged(TypedDict):
@@ -26,7 +32,7 @@ class _Logged(TypedDict):
 class _OptionalState(TypedDict, total=False):
     best_global_step: Count | None
     best_metric: float | None
-    best_model_checkpoint: PathText | None
+    best_model_checkpoint: BestCheckpoint | None
     max_steps: Count
 
 
@@ -52,19 +58,27 @@ def check_resumable(folder: Path) -> int | None:
         How many steps its training was to have, None if it does not say.
 
     Raises:
-        ValmError: a file is not as it was written, or is a pipe or a link out of the folder.
+        ValmError: a file is not as it was written or has no checksum, is a pipe, or is a link out of the folder; or so
+            is the folder itself.
     """
     if not folder.is_dir():
         raise ValmError(f"there is no checkpoint {folder}")
-    files = _files(folder)
-    for file in files.values():
-        try:
+    try:
+        check_own(folder)
+        files = _files(folder)
+        for file in files.values():
             own_file(file)
-        except ValueError as error:
-            raise ValmError(f"cannot resume from {folder}: {error}") from error
+    except ValueError as error:
+        raise ValmError(f"cannot resume from {folder}: {error}") from error
     if CHECKSUMS_FILE in files:
         noted = read_json(files[CHECKSUMS_FILE], "the checksums", dict[str, Sha256], REMEDY)
         damaged = [name for name, sha256 in noted.items() if name not in files or file_sha256(files[name]) != sha256]
+        unknown = sorted(
+            name for name in files if name not in noted and name != CHECKSUMS_FILE and READ.fullmatch(name)
+        )
+        if unknown:
+            found = one_line(unknown[0])
+            raise ValmError(f"the checkpoint {folder} has no checksum of {found} in {CHECKSUMS_FILE}; {REMEDY}")
         if damaged:
             raise ValmError(f"the checkpoint {folder} is damaged ({one_line(damaged[0])}); {REMEDY}")
     state: _State = read_json(folder / STATE_FILE, "the state of the training", _State, REMEDY)
@@ -82,5 +96,6 @@ def resume_errors(folder: object) -> Iterator[None]:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Every file in `folder` and below it, by its path relative to `folder`."""
-    return {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if not file.is_dir()}
+    """Every file and link in `folder` and below it, by its path relative to `folder`."""
+    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return {path.relative_to(folder).as_posix(): path for path in found}

@@ -170,7 +170,7 @@ def test_what_cannot_be_opened_is_named(folders, tmp_path):
     with pytest.raises(ValmError, match="there is no model folder"):
         open_scorer(str(tmp_path / "none"))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "nonsense"}))
-    with pytest.raises(ValmError, match="the language model .* cannot be read"):
+    with pytest.raises(ValmError, match=r"the language model .* cannot be read"):
         open_scorer(str(tmp_path))
     plain = Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
     plain.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -65,6 +65,37 @@ def test_pipes_and_links_out_are_not_opened(checkpoint):
         resume(checkpoint)
 
 
+def test_a_checkpoint_that_links_out_is_not_resumed_from(checkpoint, tmp_path):
+    elsewhere = checkpoint.rename(tmp_path / "elsewhere")
+    checkpoint.symlink_to(elsewhere)
+    with pytest.raises(ValmError, match=r"cannot resume from .*checkpoint-1.*is a link that leads out of its folder"):
+        resume(checkpoint)
+    checkpoint.unlink()
+    elsewhere.rename(checkpoint)
+    (checkpoint / "optimizer").symlink_to(tmp_path)
+    with pytest.raises(ValmError, match=r"optimizer is a link that leads out of its folder"):
+        resume(checkpoint)
+
+
+@pytest.mark.parametrize("kept", [set(), {STATE_FILE}])
+def test_a_file_without_a_checksum_is_not_read(checkpoint, kept):
+    noted = json.loads((checkpoint / CHECKSUMS_FILE).read_text())
+    (checkpoint / CHECKSUMS_FILE).write_text(json.dumps({name: noted[name] for name in kept}))
+    with pytest.raises(
+        ValmError, match=rf"has no checksum of config\.json in {CHECKSUMS_FILE}; resume from an earlier"
+    ):
+        resume(checkpoint)
+
+
+@pytest.mark.parametrize("best", ["..", "/", "checkpoint-1/../.."])
+def test_the_best_checkpoint_is_in_the_folder(checkpoint, best):
+    state = json.loads((checkpoint / STATE_FILE).read_text())
+    (checkpoint / STATE_FILE).write_text(json.dumps(state | {"best_model_checkpoint": best}))
+    (checkpoint / CHECKSUMS_FILE).unlink()
+    with pytest.raises(ValmError, match="best_model_checkpoint is .*expected the path of a checkpoint"):
+        resume(checkpoint)
+
+
 def test_no_checkpoint(tmp_path):
     with pytest.raises(ValmError, match="holds no checkpoint to resume from"):
         new_trainer(tmp_path).train(resume_from_checkpoint=True)
