@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +30,26 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     with write_errors(path), atomic_files.atomic_path(path) as temporary:
         yield temporary
+
+
+@contextmanager
+def output_file(path: Path) -> Iterator[Path]:
+    """A temporary file whose content goes to the file `path` that a user named, all or nothing. A link is followed, and
+    a device or a pipe is written to: neither is replaced, as `atomic_path` would do in a store.
+
+    Raises:
+        ValmError: `path` cannot be written.
+    """
+    with write_errors(path):
+        if path.is_file() or not path.exists():
+            with atomic_files.atomic_path(Path(os.path.realpath(path))) as temporary:
+                yield temporary
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            temporary = Path(folder) / "output"
+            yield temporary
+            with open(temporary, "rb") as content, open(path, "wb") as special:
+                shutil.copyfileobj(content, special)
 
 
 @contextmanager

@@ -1,12 +1,15 @@
 import errno
 import json
 import os
+import stat
+import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from valm.errors import ValmError
-from valm.files import atomic_path, read_json, read_text, writable_folder, write_json
+from valm.files import atomic_path, output_file, read_json, read_text, writable_folder, write_json
 
 
 def test_a_full_disk_names_the_file(tmp_path):
@@ -62,3 +65,50 @@ def test_writable_folder(tmp_path):
         (tmp_path / "locked").mkdir(mode=0o500)
         with pytest.raises(ValmError, match="permission denied"):
             writable_folder(tmp_path / "locked")
+
+
+def write_output(path: Path, text: str) -> None:
+    with output_file(path) as temporary:
+        temporary.write_text(text)
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_an_output_goes_to_what_a_link_leads_to(tmp_path, exists):
+    (tmp_path / "there").mkdir()
+    target, link = tmp_path / "there" / "page.html", tmp_path / "page.html"
+    link.symlink_to(Path("there") / "page.html")
+    if exists:
+        target.write_text("old")
+    write_output(link, "new")
+    assert link.is_symlink() and target.read_text() == "new"
+    with pytest.raises(RuntimeError), output_file(link) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert target.read_text() == "new" and os.listdir(target.parent) == ["page.html"]
+
+
+def test_an_output_goes_into_a_device(tmp_path):
+    device = tmp_path / "null"
+    try:
+        os.mknod(device, 0o600 | stat.S_IFCHR, os.makedev(1, 3))
+        device.write_bytes(b"")
+    except OSError:
+        pytest.skip("may not make a device")
+    write_output(device, "new")
+    assert stat.S_ISCHR(device.stat().st_mode) and os.listdir(tmp_path) == ["null"]
+
+
+@pytest.mark.timeout(60)
+def test_an_output_goes_into_a_pipe(tmp_path):
+    pipe, read = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
+    reader.start()
+    write_output(pipe, "new")
+    reader.join()
+    assert read == ["new"] and stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+def test_an_output_that_is_a_folder_is_one_sentence(tmp_path):
+    with pytest.raises(ValmError, match=r"cannot write .*: Is a directory"):
+        write_output(tmp_path, "new")

@@ -26,7 +26,7 @@ def run_check(arguments: argparse.Namespace) -> None:
     from valm.clip import Clip
     from valm.evaluation.encoder_check import MIN_PER_CLASS, TEMPLATES, check_encoder
     from valm.evaluation.files import read_lines
-    from valm.files import write_json
+    from valm.files import output_file, write_json
 
     result = check_encoder(
         arguments.folder,
@@ -61,4 +61,5 @@ def run_check(arguments: argparse.Namespace) -> None:
     if result.skipped:
         print(f"{len(result.skipped):,} images or captions could not be read; the first: {result.skipped[0]['uri']}")
     if arguments.out:
-        write_json(arguments.out, result.to_json())
+        with output_file(arguments.out) as temporary:
+            write_json(temporary, result.to_json())

@@ -363,6 +363,9 @@ def print_kb(kb: ImageKnowledgeBase) -> None:
 
 
 def run_search(arguments: argparse.Namespace) -> None:
+    from PIL import Image
+
+    from valm.files import output_file
     from valm.knowledge_base.contact_sheet import contact_sheet
     from valm.knowledge_base.store import ImageKnowledgeBase
     from valm.retrieval.context import ContextEncoder
@@ -370,6 +373,12 @@ def run_search(arguments: argparse.Namespace) -> None:
 
     if (arguments.text is None) == (arguments.image is None):
         raise ValmError("give either a text or --image")
+    if arguments.sheet is not None:
+        picture_format = Image.registered_extensions().get(arguments.sheet.suffix.lower())
+        if picture_format not in Image.SAVE:
+            raise ValmError(
+                f"cannot write the picture {arguments.sheet}: unknown file extension, expected .png or .jpg"
+            )
     kb = ImageKnowledgeBase.open(arguments.kb)
     query = arguments.text if arguments.image is None else open_image(arguments.image)
     clip = kb.load_clip(arguments.clip, allow_download=arguments.allow_download).to(chosen_device(arguments))
@@ -382,10 +391,9 @@ def run_search(arguments: argparse.Namespace) -> None:
             caption = item.caption.splitlines()[0] if item.caption else ""
             print(f"{score:7.4f}  {printable(item.uri)}  {printable(shortened(caption))}")
     if arguments.sheet is not None:
-        try:
-            contact_sheet(kb, results, arguments.text or str(arguments.image)).save(arguments.sheet)
-        except ValueError as error:  # a suffix that Pillow does not know
-            raise ValmError(f"cannot write the picture {arguments.sheet}: {error}") from error
+        sheet = contact_sheet(kb, results, arguments.text or str(arguments.image))
+        with output_file(arguments.sheet) as temporary:
+            sheet.save(temporary, picture_format)
 
 
 def open_image(path: Path) -> Image.Image:

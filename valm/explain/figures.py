@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from valm.explain.explanation import Explanation
-from valm.files import atomic_path
+from valm.files import output_file
 from valm.plots import FAINT, INK, SERIES, new_figure, quiet
 from valm.text import printable
 
@@ -47,7 +47,7 @@ def check_can_draw() -> None:
 def write_figure(path: str | os.PathLike, explanations: Mapping[str, Explanation]) -> None:
     """Writes `explanations`, which are of one text, as one PNG: a row for each. All or nothing."""
     figure = explanation_rows(explanations)
-    with atomic_path(Path(path)) as temporary:
+    with output_file(Path(path)) as temporary:
         figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight", facecolor="white")
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from valm.explain.explanation import Explanation
 from valm.explain.images import THUMBNAIL_SIZE
-from valm.files import atomic_path
+from valm.files import output_file
 from valm.knowledge_base.images import thumbnail_bytes
 
 HERE = Path(__file__).parent
@@ -28,7 +28,7 @@ WEIGHT_UNIT = 1e-4
 def write_page(path: str | os.PathLike, explanations: Mapping[str, Explanation]) -> None:
     """Writes the page to `path`, all or nothing; arguments as in `render_page`."""
     page = render_page(explanations)
-    with atomic_path(Path(path)) as temporary:
+    with output_file(Path(path)) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 

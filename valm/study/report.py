@@ -14,7 +14,7 @@ import numpy as np
 from valm.errors import ValmError
 from valm.evaluation.sets import SETS
 from valm.evaluation.statistics import Difference, Estimate
-from valm.files import atomic_path, read_text, writable_folder
+from valm.files import atomic_path, output_file, read_text, writable_folder
 from valm.plots import FAINT, INK, SERIES, new_figure, quiet
 from valm.study.config import ARMS, EXCHANGES, VALIDATION
 from valm.study.results import CALIBRATED, RAW, Results
@@ -92,7 +92,7 @@ def write_page(results: Results, page: str | os.PathLike, images: str | os.PathL
         return f"<!-- study: {mark[1]} -->\n{TABLES[mark[1]](results)}\n<!-- end -->"
 
     text = re.sub(r"<!-- study: ([\w-]+) -->\n.*?<!-- end -->", filled, read_text(path), flags=re.DOTALL)
-    with atomic_path(path) as temporary:
+    with output_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     for name, draw in FIGURES.items():
         with atomic_path(folder / f"study-{name}.png") as temporary:

@@ -15,11 +15,12 @@ def test_encoder_check(world, tmp_path, capsys):
         for number in range(3 if name != "coal" else 2):
             Image.new("RGB", (40, 40), color).save(tmp_path / "classes" / name / f"{number}.png")
     (tmp_path / "templates.txt").write_text("the {}\n")
+    (tmp_path / "check.json").symlink_to("there.json")
     options = ["--templates", tmp_path / "templates.txt", "--out", tmp_path / "check.json"]
     assert run(*check, tmp_path / "classes", *options) == 0
     out = capsys.readouterr().out
     assert "17 images of 6 classes, chance 0.167" in out and "skipped: a class has fewer than 3" in out
-    assert json.loads((tmp_path / "check.json").read_text())["retrieval"] is None
+    assert json.loads((tmp_path / "there.json").read_text())["retrieval"] is None
     Image.new("RGB", (40, 40)).save(tmp_path / "classes" / "coal" / "2.png")
     assert run(*check, tmp_path / "classes") == 0
     assert "linear probe  1.000" in capsys.readouterr().out

@@ -66,6 +66,9 @@ def test_kb_search_shortens_captions(world, tmp_path, capsys):
 def test_kb_search_draws_a_contact_sheet(world, tmp_path, capsys):
     assert run("kb", "search", world / "kb", "the apple", "--sheet", tmp_path / "sheet.png") == 0
     assert Image.open(tmp_path / "sheet.png").width > 400
+    (tmp_path / "link.jpg").symlink_to("there.jpg")
+    assert run("kb", "search", world / "kb", "the apple", "--sheet", tmp_path / "link.jpg") == 0
+    assert (tmp_path / "link.jpg").is_symlink() and Image.open(tmp_path / "there.jpg").format == "JPEG"
 
 
 def test_kb_verify_and_merge(world, tmp_path, capsys):

@@ -92,7 +92,7 @@ def test_the_best_checkpoint_is_in_the_folder(checkpoint, best):
     state = json.loads((checkpoint / STATE_FILE).read_text())
     (checkpoint / STATE_FILE).write_text(json.dumps(state | {"best_model_checkpoint": best}))
     (checkpoint / CHECKSUMS_FILE).unlink()
-    with pytest.raises(ValmError, match="best_model_checkpoint is .*expected the path of a checkpoint"):
+    with pytest.raises(ValmError, match=r"best_model_checkpoint is .*expected the path of a checkpoint"):
         resume(checkpoint)
 
 
