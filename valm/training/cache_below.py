@@ -28,12 +28,14 @@ from valm.progress import progress_bar
 from valm.shards.manifest import open_array
 from valm.tokenizer import padded
 from valm.training.blocks import document_lengths
+from valm_kernels.checksums import file_sha256
 
-VERSION = 1
+VERSION = 2
 # Tokens of one pass through the layers below, padding included.
 BATCH_TOKENS = 4096
 # Tokens of the test that a model passes before anything is computed.
 PROBE_TOKENS = 8
+CHECKSUM_BYTES = 32  # of a SHA-256
 # The name under which `Collator` and the model exchange the hidden states.
 FUSION_INPUT = "fusion_input"
 
@@ -41,7 +43,7 @@ FUSION_INPUT = "fusion_input"
 class CachedBelow(Dataset[dict[str, Any]]):
     """`documents` with the fusion layer's input for each, `fusion_input` (T, C), from a memory-mapped file.
 
-    The file and the items hold bfloat16 as uint16.
+    The file and the items hold bfloat16 as uint16. After its array the file has the SHA-256 of what is before.
     """
 
     def __init__(self, documents: Any, lengths: np.ndarray, states: np.ndarray):
@@ -108,8 +110,8 @@ def cache_below(
     """Computes the input of the fusion layer of `model` once for each document, and makes the model start from it.
 
     The hidden states are written to `folder`, 4 C bytes a token in float32, under a name that identifies weights,
-    tokens and dtype; an existing file is reused. The model is changed by `FusionInput`: train it on the result by a
-    `Collator`.
+    tokens and dtype; an existing file is reused, after all of it was compared with its checksum. The model is changed
+    by `FusionInput`: train it on the result by a `Collator`.
 
     Args:
         model: what `valm.augment` returned, a `VaLMForCausalLM`, or with `layer` any decoder of transformers.
@@ -119,8 +121,8 @@ def cache_below(
 
     Raises:
         ValmError: a weight below the layer trains, or dropout there is active, so that its input changes from step to
-            step; the model's layers hand on more than hidden states; there are no documents; or `folder` cannot be
-            written.
+            step; the model's layers hand on more than hidden states; there are no documents; an existing file is
+            damaged; or `folder` cannot be written.
     """
     layers = decoder_layers(model)
     layer = fusion_layer(model) if layer is None else layer % len(layers)
@@ -136,6 +138,8 @@ def cache_below(
     if not file.is_file():
         _write(model, layer, documents, lengths, file, shape, dtype, progress)
     states = open_array(file, shape, dtype)
+    if not _is_as_written(file):
+        raise ValmError(f"the hidden states {file} do not match their checksum: they are damaged; delete the file")
     cached = CachedBelow(documents, lengths, states)
     _install(model, layer)
     return cached
@@ -281,8 +285,19 @@ def _write(
                 bar.update(int(mask.sum()))
             states.flush()
             del states
+            checksum = bytes.fromhex(file_sha256(temporary))
+            with open(temporary, "ab") as appended:
+                appended.write(checksum)
     finally:
         model.train(was_training)
+
+
+def _is_as_written(file: Path) -> bool:
+    size = max(0, file.stat().st_size - CHECKSUM_BYTES)
+    with open(file, "rb") as opened:
+        opened.seek(size)
+        checksum = opened.read()
+    return file_sha256(file, size) == checksum.hex()
 
 
 def _batches(lengths: np.ndarray) -> list[list[int]]:
