@@ -30,7 +30,7 @@ def test_knowledge_base(stores, outside, data):
         if verified and kb.verify(progress=False):
             return REFUSED
         items = [kb.item(id) for id in range(len(kb))]
-        thumbnails = [kb.thumbnail(id).tobytes() for id in range(len(kb))]
+        thumbnails = [small and small.tobytes() for small in map(kb.thumbnail, range(len(kb)))]
         return items, thumbnails, list(kb.skipped()), kb.vectors().tobytes()
 
     files = [file for file in files_of(stores / "kb") if not file.name.startswith("index")]

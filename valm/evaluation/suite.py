@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypedDict
@@ -262,15 +262,19 @@ def _fits(found: Scores, asked: Questions | Documents) -> bool:
         return True
     try:
         if isinstance(asked, Documents):
-            scores = [DocumentScore(*fields) for fields in found["documents"]]
-            np.array([list(asdict(score).values()) for score in scores], dtype=float)
-            return len(scores) == len(asked.texts)
+            scores = [list(asdict(DocumentScore(*values)).values()) for values in found["documents"]]
+            return _are_numbers(scores, (len(asked.texts), len(fields(DocumentScore))))
         shape = (len(asked.texts), len(asked.texts[0]), len(asked.candidates))
         alone = found["alone"]
-        fits = alone is None or np.array(alone, dtype=float).shape == shape[2:]
-        return fits and np.array(found["scores"], dtype=float).shape == shape
+        return (alone is None or _are_numbers(alone, shape[2:])) and _are_numbers(found["scores"], shape)
     except (KeyError, TypeError, ValueError, OverflowError):
         return False
+
+
+def _are_numbers(values: list[Any], shape: tuple[int, ...]) -> bool:
+    """Whether nested lists have this shape and hold numbers alone; as floats, numpy would take null for NaN."""
+    array = np.array(values)
+    return array.shape == shape and array.dtype.kind in "iuf"
 
 
 def _row(

@@ -7,6 +7,7 @@ here, and the files with their entries.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
@@ -67,9 +68,14 @@ def files_of(manifest: Mapping[str, Any]) -> Iterator[FileEntry]:
 
 
 def damaged_files(folder: Path, manifest: Mapping[str, Any], progress: bool) -> list[str]:
-    """The names of those files that the manifest of `folder` lists whose content is not what was written. Reads all."""
-    files = progress_bar(list(files_of(manifest)), desc="verify", unit=" files", shown=progress)
-    return [entry["name"] for entry in files if file_entry(folder / entry["name"]) != entry]
+    """The names of those files whose content is not what the manifest of `folder` lists, and of those that it does not
+    list, as a damaged manifest may have lost them. Reads all."""
+    files = list(files_of(manifest))
+    bar = progress_bar(files, desc="verify", unit=" files", shown=progress)
+    damaged = [entry["name"] for entry in bar if file_entry(folder / entry["name"]) != entry]
+    listed = {entry["name"] for entry in files}
+    found = sorted(file.name for file in folder.iterdir() if re.fullmatch(FILE_NAME, file.name))
+    return damaged + [name for name in found if name not in listed and not name.startswith("shard-")]
 
 
 def kinds_of(record: ShardRecord) -> set[str]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, TypedDict
+from typing import Annotated, Any, TypedDict
 
 from valm.errors import ValmError
 from valm.files import read_json, write_json
@@ -32,6 +32,10 @@ class _Logged(TypedDict):
 class _OptionalState(TypedDict, total=False):
     best_global_step: Count | None
     best_metric: float | None
+    total_flos: float
+    num_input_tokens_seen: Count
+    train_batch_size: Count | None
+    stateful_callbacks: dict[str, Any]
     best_model_checkpoint: BestCheckpoint | None
     max_steps: Count
 

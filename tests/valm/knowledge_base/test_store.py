@@ -175,6 +175,16 @@ def test_changed_content_is_named_by_verify(copied):
     assert ImageKnowledgeBase.open(copied).verify(progress=False) == ["vectors-00001.npy", "items-00002.parquet"]
 
 
+def test_files_that_the_manifest_does_not_list_are_named_by_verify(copied):
+    manifest = json.loads((copied / "manifest.json").read_text())
+    manifest["shards"][1]["files"] = [
+        entry for entry in manifest["shards"][1]["files"] if not entry["name"].startswith("thumbnails")
+    ]
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    (copied / "shard-00000.json").write_text("{}")  # left by a build that was killed after its manifest was there
+    assert ImageKnowledgeBase.open(copied).verify(progress=False) == ["thumbnails-00001.parquet"]
+
+
 def test_overwritten_files_of_the_same_size(copied):
     for name in ("vectors-00000.npy", "items-00000.parquet"):
         (copied / name).write_bytes(bytes((copied / name).stat().st_size))

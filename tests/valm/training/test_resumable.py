@@ -87,6 +87,16 @@ def test_a_file_without_a_checksum_is_not_read(checkpoint, kept):
         resume(checkpoint)
 
 
+@pytest.mark.parametrize("name", ["total_flos", "num_input_tokens_seen", "train_batch_size", "stateful_callbacks"])
+def test_a_state_that_the_trainer_could_not_use_is_one_sentence(checkpoint, name):
+    """It would fail long after the training went on: when the next checkpoint is written."""
+    state = json.loads((checkpoint / STATE_FILE).read_text())
+    (checkpoint / STATE_FILE).write_text(json.dumps(state | {name: "x"}))
+    (checkpoint / CHECKSUMS_FILE).unlink()
+    with pytest.raises(ValmError, match=rf"{STATE_FILE} is damaged: {name} is 'x'"):
+        check_resumable(checkpoint)
+
+
 @pytest.mark.parametrize("best", ["..", "/", "checkpoint-1/../.."])
 def test_the_best_checkpoint_is_in_the_folder(checkpoint, best):
     state = json.loads((checkpoint / STATE_FILE).read_text())
