@@ -32,11 +32,15 @@ from valm.cli import (
     train,
 )
 from valm.cli.options import CommandParser
-from valm.errors import ValmError
-from valm.text import printable
+from valm.errors import ValmError, is_panic
+from valm.text import printable, utf8
 from valm_kernels import __version__
+from valm_kernels.json_files import short
 
 OUT_OF_MEMORY = "there is not enough memory for this; use smaller batches or a machine with more"
+
+
+PANIC = "a tokenizer stopped; its tokenizer.json is damaged, or cannot split this text"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,6 +50,11 @@ def main(argv: list[str] | None = None) -> int:
         The exit status: 0, or 1 after one sentence on stderr about what was wrong with the input.
     """
     try:
+        for argument in sys.argv[1:] if argv is None else argv:
+            if argument != utf8(argument):  # as Python holds bytes that are not UTF-8
+                raise ValmError(
+                    f"the argument {short(argument)} is not UTF-8 text; rename the file, or write it in UTF-8"
+                )
         arguments = build_parser().parse_args(argv)
         arguments.command_line = sys.argv[1:] if argv is None else argv
         if arguments.quiet:
@@ -71,6 +80,11 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("valm: interrupted", file=sys.stderr)
         return 130
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        print(f"valm: error: {PANIC}: {printable(str(error))}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -1,6 +1,8 @@
 import argparse
+import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 
@@ -64,6 +66,30 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10)
     assert done.returncode == 0, done.stderr
     faults = float(done.stdout)
     assert faults < 0.1 * 50_000_000 / os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("command", [["explain", "model", "\udcff"], ["kb", "info", "a\udcff"], ["--port=\ud800"]])
+def test_an_argument_that_is_not_utf8_is_one_sentence(capsys, command):
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("valm: error: the argument '") and "is not UTF-8 text" in error
+
+
+def test_a_panic_of_a_tokenizer_is_one_sentence(capfd, monkeypatch, world, tmp_path):
+    """A regex whose matching takes too long makes the tokenizer panic, in an exception that is no Exception."""
+    model = shutil.copytree(world / "gpt2", tmp_path / "model")
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["pre_tokenizer"] = {
+        "type": "Split",
+        "pattern": {"Regex": "(a+)+$"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert run("generate", model, "a" * 200 + "b", "--max-new-tokens", 1) == 1
+    error = capfd.readouterr().err
+    assert "Traceback" not in error
+    assert error.splitlines()[-1].startswith("valm: error: a tokenizer stopped; ")
 
 
 def test_version(capsys):
