@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model_card import write_card
-from valm.pretrained import from_pretrained
+from valm.pretrained import CONFIG_FILE, from_pretrained
 from valm.retrieval.context import ContextCache
 from valm.retrieval.note import RetrievalNote
 from valm.retrieval.retriever import BlindRetriever, ImageRetriever, NoImages
@@ -165,6 +165,9 @@ class ImageModel(_Base):
         """`PreTrainedModel.save_pretrained`, the note on what finds the images, and a model card (`write_card`)."""
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", args[0] if args else True):
+            # as the umask says, not for their owner alone
+            for weights in Path(save_directory).glob("model*.safetensors"):
+                weights.chmod((Path(save_directory) / CONFIG_FILE).stat().st_mode)
             self.save_note(save_directory)
             write_card(self, save_directory)
 

@@ -118,12 +118,15 @@ def move(temporary: Path, path: Path) -> None:
 
 
 def move_folder(temporary: Path, path: Path) -> None:
-    """`move` for a folder; one that exists at `path` is replaced."""
+    """`move` for a folder; one that exists at `path` is replaced. Its files get the mode that the umask says, which was
+    that of the folder: safetensors makes its own for their owner alone."""
+    mode = stat.S_IMODE(temporary.stat().st_mode) & 0o666
     for file in temporary.rglob("*"):
         if file.is_dir():
             sync_folder(file)
         else:
             _sync(file)
+            file.chmod(mode)
     sync_folder(temporary)
     old = temporary_name(path)
     with suppress(FileNotFoundError):

@@ -1,9 +1,14 @@
 """Files of a model that are replaced together. Kills at every point: tests/fuzz/test_kills.py."""
 
+import os
+import stat
 from unittest.mock import Mock
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from tests.valm.models import tiny_model
 from valm import whole_folder
 from valm.errors import ValmError
 from valm.whole_folder import NEW_FOLDER, current_files, replaced_files
@@ -30,6 +35,22 @@ def test_files_take_the_places_of_the_old_ones(tmp_path):
         "notes": "mine",
     }
     assert current_files(tmp_path) == tmp_path
+
+
+@pytest.mark.skipif(os.name != "posix", reason="files have modes")
+def test_files_have_the_mode_that_the_umask_says(tmp_path):
+    for umask, mode in ((0o022, 0o644), (0o077, 0o600), (0o002, 0o664)):
+        before = os.umask(umask)
+        try:
+            folder = tmp_path / str(umask)
+            with replaced_files(folder, "the model") as temporary:
+                save_file({"a": torch.zeros(1)}, temporary / "model.safetensors")
+                (temporary / "config.json").write_text("{}")
+            tiny_model().save_pretrained(folder / "by transformers")
+        finally:
+            os.umask(before)
+        files = [file for file in folder.rglob("*") if file.is_file()]
+        assert len(files) >= 4 and {stat.S_IMODE(file.stat().st_mode) for file in files} == {mode}
 
 
 def test_until_all_are_there_the_new_ones_count(tmp_path, monkeypatch):
