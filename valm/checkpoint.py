@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from valm.augmented.saving import ADAPTER_FILE, adapter_base, is_adapter, load_adapter
 from valm.config import ValmConfig
 from valm.errors import ValmError
-from valm.files import read_json
+from valm.files import is_file, is_folder, read_json
 from valm.image_model import ImageModel
 from valm.model import VaLMForCausalLM
 from valm.model_card import CARD_FILE, write_card
@@ -135,14 +135,14 @@ def load(
             CLIP do not belong together.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise ValmError(f"there is no checkpoint folder {folder}")
     source: str | os.PathLike
     if is_adapter(folder):
         source = adapter_base(folder) if base is None else base
         model = _load_base(folder, source, by_user=base is not None)
         model = load_adapter(model, folder)
-        source = folder if (folder / TOKENIZER_FILE).is_file() else source
+        source = folder if is_file(folder / TOKENIZER_FILE) else source
     else:
         if base is not None:
             raise ValmError(f"{folder} is no adapter (it has no {ADAPTER_FILE}), so it takes no base model")
@@ -181,7 +181,7 @@ def load_checkpoint(
 
 
 def _load_whole(folder: Path, files: Path) -> Any:
-    if not (files / CONFIG_FILE).is_file():
+    if not is_file(files / CONFIG_FILE):
         raise ValmError(f"{folder} is no checkpoint: it has no {CONFIG_FILE}")
     kind = read_json(files / CONFIG_FILE, "the config", Config, "save the checkpoint again").get("model_type")
     if kind != ValmConfig.model_type:

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 import valm.multilevel_tower  # noqa: F401 - registers the architecture
 from valm.errors import ValmError
-from valm.files import check_all_regular, read_json, write_json
+from valm.files import check_all_regular, is_folder, read_json, write_json
 from valm.pretrained import check_sizes, library_errors, shapes_in
 from valm.tokenizer import clip_tokenizer, open_tokenizer
 from valm.whole_folder import current_files, replaced_files
@@ -136,7 +136,7 @@ class Clip:
         """
         source = os.fspath(source)
         folder = Path(source.removeprefix("local-dir:"))
-        if folder.is_dir():
+        if is_folder(folder):
             return cls._load_folder(folder, device)
         model_name, weights = source, None
         if not source.startswith("hf-hub:"):

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any
 from valm.errors import ValmError
 from valm.text import one_line, why_no_text
 from valm_kernels import atomic_files, json_files
+from valm_kernels.json_files import short
 
 # OSErrors caused by the content of a file: Pillow's have no errno, and a damaged archive or dataset leads to an invalid
 # offset or name. All others come from the machine: disk, memory, permissions, open files.
@@ -41,7 +43,7 @@ def output_file(path: Path) -> Iterator[Path]:
         ValmError: `path` cannot be written.
     """
     with write_errors(path):
-        if path.is_file() or not path.exists():
+        if is_file(path) or not exists(path):
             with atomic_files.atomic_path(Path(os.path.realpath(path))) as temporary:
                 yield temporary
             return
@@ -134,6 +136,37 @@ def read_text(path: str | os.PathLike) -> str:
         raise ValmError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
     except OSError as error:
         raise ValmError(f"cannot read {path}: {error.strerror}") from error
+
+
+def is_folder(path: str | os.PathLike) -> bool:
+    """Whether there is a folder `path`.
+
+    Raises:
+        ValmError: it cannot be looked at, such as without permission; to `os.path.isdir` there would be none.
+    """
+    return stat.S_ISDIR(_mode(path))
+
+
+def is_file(path: str | os.PathLike) -> bool:
+    """Whether there is a regular file `path`; errors as in `is_folder`."""
+    return stat.S_ISREG(_mode(path))
+
+
+def exists(path: str | os.PathLike) -> bool:
+    """Whether there is anything at `path`; errors as in `is_folder`."""
+    return _mode(path) != 0
+
+
+def _mode(path: str | os.PathLike) -> int:
+    """st_mode of what is at `path`; 0 if there is nothing."""
+    try:
+        return os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    except OSError as error:
+        raise ValmError(f"cannot look at {short(os.fspath(path))}: {error.strerror}") from error
+    except ValueError:  # a NUL in it
+        return 0
 
 
 def check_regular(path: Path) -> None:

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from transformers.utils import logging
 
 from valm.errors import ValmError, is_panic
-from valm.files import check_all_regular, check_regular, read_json
+from valm.files import check_all_regular, check_regular, is_file, is_folder, read_json
 from valm.text import one_line
 from valm_kernels.json_files import PathText, short
 
@@ -48,7 +48,7 @@ def from_pretrained(loader: Any, source: str | os.PathLike, what: str, remedy: s
             a model larger than its weights.
     """
     with library_errors(what, remedy), quiet_transformers():
-        if os.path.isdir(source):
+        if is_folder(source):
             check_folder(Path(source))
             if hasattr(loader, "from_config"):
                 _check_size(Path(source), loader)
@@ -71,7 +71,7 @@ def check_folder(folder: Path) -> None:
                 raise ValmError(f"{index} names {short(name)}, which leads out of its folder")
             if (folder / name).exists():
                 check_regular(folder / name)
-    if (folder / CONFIG_FILE).is_file():
+    if is_file(folder / CONFIG_FILE):
         config = read_json(folder / CONFIG_FILE, "the config", dict[str, Any], "save the model again")
         check_sizes(folder / CONFIG_FILE, config, len(shapes_in(folder)) or None)
 

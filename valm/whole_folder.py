@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from valm.errors import ValmError
-from valm.files import writable_folder
+from valm.files import is_folder, writable_folder
 from valm_kernels.atomic_files import (
     SAVE_WAIT_SECONDS,
     atomic_folder,
@@ -62,7 +62,7 @@ def replaced_files(folder: str | os.PathLike, what: str) -> Iterator[Path]:
 def current_files(folder: Path) -> Path:
     """The folder of the model's files: NEW_FOLDER if the writer was killed while linking, as some files in `folder` are
     then old."""
-    return folder / NEW_FOLDER if (folder / NEW_FOLDER).is_dir() else folder
+    return folder / NEW_FOLDER if is_folder(folder / NEW_FOLDER) else folder
 
 
 def _switch(folder: Path) -> None:

@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from valm.errors import ValmError
-from valm.files import check_regular
+from valm.files import check_regular, exists, is_folder
 from valm.text import one_line, utf8, why_no_text
 from valm_kernels.json_files import short
 
@@ -254,7 +254,7 @@ def corpus_files(paths: Iterable[str | os.PathLike]) -> list[Path]:
     files = []
     for path in map(Path, paths):
         path = path.absolute()  # another machine may have another working directory
-        if path.is_dir():
+        if is_folder(path):
             found = sorted(
                 file.relative_to(path).as_posix()
                 for file in path.rglob("*")
@@ -264,7 +264,7 @@ def corpus_files(paths: Iterable[str | os.PathLike]) -> list[Path]:
             if not found:
                 raise ValmError(f"the folder {path} has no file that ends in {', '.join(SUFFIXES)}, or these and .gz")
             files += [path / name for name in found]
-        elif path.exists():
+        elif exists(path):
             check_regular(path)
             files.append(path)
         else:

@@ -42,7 +42,7 @@ from valm.evaluation.scoring import (
     counting,
     equal_lengths,
 )
-from valm.files import read_json
+from valm.files import is_file, is_folder, read_json
 from valm.image_model import ImageModel
 from valm.pretrained import CONFIG_FILE, from_pretrained
 from valm.retrieval.context import ContextEncoder
@@ -334,14 +334,14 @@ def open_scorer(
         ValmError: it is none of them, or cannot be loaded.
     """
     folder = Path(source)
-    if (folder / CLIP_CONFIG_FILE).is_file():
+    if is_file(folder / CLIP_CONFIG_FILE):
         return ClipScorer(Clip.load(source, device=device))
     where = {"kb": kb, "clip": clip, "allow_download": allow_download, "device": device, "query_dtype": query_dtype}
     if is_adapter(folder):
         return _open_valm(source, where)
-    if not folder.is_dir() and not allow_download:
+    if not is_folder(folder) and not allow_download:
         raise ValmError(f"there is no model folder {source}; a model's name on a hub needs --allow-download")
-    if (folder / CONFIG_FILE).is_file() and _model_type(folder) == ValmConfig.model_type:
+    if is_file(folder / CONFIG_FILE) and _model_type(folder) == ValmConfig.model_type:
         return _open_valm(source, where)
     return _open_transformers(source, allow_download, device)
 

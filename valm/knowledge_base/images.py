@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from valm.errors import ValmError
-from valm.files import cannot_read
+from valm.files import cannot_read, exists, is_folder
 
 # The formats that are read, with their suffixes. Pillow detects the format by content, and would run Ghostscript on
 # PostScript.
@@ -61,8 +61,8 @@ def find_images(folder: Path, follow_links: bool = False) -> FolderContent:
     Raises:
         ValmError: the folder is missing or has no image, or a folder below it cannot be read.
     """
-    if not folder.is_dir():
-        raise ValmError(f"no folder {folder}" if not folder.exists() else f"{folder} is not a folder")
+    if not is_folder(folder):
+        raise ValmError(f"no folder {folder}" if not exists(folder) else f"{folder} is not a folder")
 
     def unreadable(error: OSError) -> None:
         raise cannot_read(f"the folder {error.filename}", error.strerror) from error

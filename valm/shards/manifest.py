@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from valm.errors import ValmError
-from valm.files import is_transient, read_json
+from valm.files import exists, is_folder, is_transient, read_json
 from valm.progress import progress_bar
 from valm.text import one_line
 from valm_kernels.checksums import file_sha256
@@ -114,9 +114,9 @@ def open_manifest(path: Path, what: str, version: int, command: str, schema: typ
     Raises:
         ValmError: a check failed; the message names the file.
     """
-    if not path.is_dir():
+    if not is_folder(path):
         raise ValmError(f"no {what} at {path}: there is no such folder")
-    if not (path / MANIFEST_FILE).exists():
+    if not exists(path / MANIFEST_FILE):
         unfinished = (path / BUILD_FILE).exists()
         raise ValmError(
             f"the {what} {path} is unfinished; run `{command}` again, it resumes where it stopped"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 from valm.errors import ValmError
-from valm.files import read_json, write_json
+from valm.files import is_folder, read_json, write_json
 from valm.text import one_line
 from valm_kernels.checksums import file_sha256
 from valm_kernels.json_files import Count, Matching, Sha256, check_own, own_file
@@ -65,7 +65,7 @@ def check_resumable(folder: Path) -> int | None:
         ValmError: a file is not as it was written or has no checksum, is a pipe, or is a link out of the folder; or so
             is the folder itself.
     """
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise ValmError(f"there is no checkpoint {folder}")
     try:
         check_own(folder)

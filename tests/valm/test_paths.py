@@ -1,0 +1,70 @@
+"""Whatever opens a path says in one sentence that it may not, or that the name is no name."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from valm.augmented.saving import load_adapter
+from valm.checkpoint import load, load_decoder
+from valm.clip import Clip
+from valm.corpus.parts import file_parts
+from valm.corpus.retrieved import CorpusRetrieval
+from valm.errors import ValmError
+from valm.evaluation.scorers import open_scorer
+from valm.files import read_text, writable_folder
+from valm.knowledge_base.sources.folder import FolderSource
+from valm.knowledge_base.sources.table import TableSource
+from valm.knowledge_base.store import ImageKnowledgeBase
+from valm.retrieval.note import RetrievalNote
+from valm.tokenizer import load_tokenizer, open_tokenizer
+from valm.training.resumable import check_resumable
+
+DOORS = {
+    "model": load,
+    "adapter": lambda path: load_adapter(None, path),
+    "decoder": load_decoder,
+    "tokenizer": load_tokenizer,
+    "saved tokenizer": open_tokenizer,
+    "evaluation": open_scorer,
+    "CLIP": Clip.load,
+    "knowledge base": ImageKnowledgeBase.open,
+    "corpus": lambda path: file_parts([path]),
+    "corpus retrieval": CorpusRetrieval.open,
+    "note": RetrievalNote.read,
+    "checkpoint": lambda path: check_resumable(Path(path)),
+    "images": lambda path: FolderSource(Path(path)),
+    "table": lambda path: TableSource(Path(path)).plan(),
+    "text": read_text,
+    "output": writable_folder,
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("name", ["x" * 5000, "x/" * 3000], ids=["long", "deep"])
+def test_a_name_that_no_file_has_is_one_sentence(tmp_path, monkeypatch, door, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValmError) as raised:
+        DOORS[door](name)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.fixture
+def locked(tmp_path):
+    """A folder in one that this user may not enter; root becomes nobody, whom the tests' folders are closed to."""
+    folder = tmp_path / "locked" / "folder"
+    folder.mkdir(parents=True)
+    folder.parent.chmod(0)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    yield folder
+    os.seteuid(user)
+    folder.parent.chmod(0o700)
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="needs users")
+@pytest.mark.parametrize("door", DOORS)
+def test_what_may_not_be_looked_at_is_not_called_missing(locked, door):
+    with pytest.raises(ValmError, match=r"(?i)permission denied"):
+        DOORS[door](str(locked))
