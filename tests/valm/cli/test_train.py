@@ -452,7 +452,7 @@ def wrong_inputs():
         ),
         "corpus missing": (["train", "{tmp}/none.txt", "--out", "{tmp}/model"], "none.txt"),
         "corpus without text": (["train", "{tmp}/empty.txt", "--out", "{tmp}/model"], "no documents"),
-        "corpus not text": (["train", "{world}/pictures/sea.png", "--out", "{tmp}/model"], "is not UTF-8"),
+        "corpus not text": (["train", "{world}/pictures/sea.png", "--out", "{tmp}/model"], "has NUL bytes"),
         "impossible heads": ([*train, "--clip", "{world}/clip", "--heads", "5"], "n_embd"),
         "more images than there are": ([*train, "--kb", "{world}/kb", "-k", "7"], "k must be from 1 to the 6"),
         "output of another training": ([*train[:3], "{world}/gpt2", *SIZE], "is not empty"),
