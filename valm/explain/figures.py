@@ -52,7 +52,9 @@ def write_figure(path: str | os.PathLike, explanations: Mapping[str, Explanation
 
 
 def explanation_rows(explanations: Mapping[str, Explanation]) -> Figure:
-    """A row for each explanation: on the left the attention of each token, on the right the answers."""
+    """A row for each explanation, with one scale for all: on the left the attention of each token, on the right the
+    answers."""
+    largest_image = max(map(_largest_image, explanations.values()))
     sizes = [_attention_size(explanation) for explanation in explanations.values()]
     heights = [max(height, BARS_HEIGHT) + 0.5 for _, height in sizes]
     left, right = max(width for width, _ in sizes), 3.6
@@ -61,7 +63,7 @@ def explanation_rows(explanations: Mapping[str, Explanation]) -> Figure:
     for row, (name, explanation) in zip(rows, explanations.items(), strict=True):
         row.suptitle(printable(f"{explanation.text} …   ({name})"), x=0.01, ha="left", color=INK, fontsize=12)
         looks, answers = row.subfigures(1, 2, width_ratios=[left, right])
-        _draw_attention(looks, explanation)
+        _draw_attention(looks, explanation, largest_image)
         probabilities = dict(zip(explanation.answers, explanation.probabilities.tolist(), strict=True))
         axes = answers.subplots()
         _draw_answers(axes, probabilities)
@@ -74,7 +76,7 @@ def attention(explanation: Explanation) -> Figure:
     """The attention of each token in the fusion block, over the text before it and its own images, from one softmax;
     the mean over the heads."""
     figure = new_figure(*_attention_size(explanation))
-    _draw_attention(figure, explanation)
+    _draw_attention(figure, explanation, _largest_image(explanation))
     return figure
 
 
@@ -95,21 +97,29 @@ def answer_bars(answers: Mapping[str, Mapping[str, float]]) -> Figure:
 
 def _attention_size(explanation: Explanation) -> tuple[float, float]:
     rows, slots = explanation.image_weights.shape[1:]
-    return CELL * (rows + slots) + 2.8, CELL * rows + 1.3
+    return CELL * (rows + slots) + 3.6, CELL * rows + 1.3
 
 
-def _draw_attention(figure: Figure, explanation: Explanation) -> None:
+def _largest_image(explanation: Explanation) -> float:
+    return float(explanation.weights()[1].max(initial=0.0))
+
+
+def _draw_attention(figure: Figure, explanation: Explanation, largest_image: float) -> None:
+    """The colours of the text go from 0 to 100 %; the bars of images are relative to `largest_image`."""
     text_weights, image_weights = explanation.weights()
     rows, slots = image_weights.shape
     tokens = [printable(token) for token in explanation.tokens]
     if slots:
         text_axes, image_axes = figure.subplots(1, 2, width_ratios=[rows, slots])
-        _draw_images(image_axes, explanation, image_weights)
+        _draw_images(image_axes, explanation, image_weights, largest_image)
     else:
         text_axes = figure.subplots()
     causal = np.ma.masked_where(np.triu(np.ones((rows, rows), bool), 1), text_weights)
-    largest = max(text_weights.max(), image_weights.max(initial=0.0))
-    text_axes.imshow(causal, cmap="Blues", vmin=0, vmax=largest, aspect="equal")
+    heat = text_axes.imshow(causal, cmap="Blues", vmin=0, vmax=1, aspect="equal")
+    scale = figure.colorbar(heat, ax=text_axes, ticks=[0, 0.5, 1], format="{x:.0%}", shrink=0.6, aspect=12)
+    scale.set_label("share of the attention", color=INK, fontsize=9)
+    scale.outline.set_visible(False)
+    scale.ax.tick_params(colors=INK, labelsize=9, length=0)
     text_axes.set_xticks(range(rows), tokens, rotation=60, ha="right", rotation_mode="anchor")
     text_axes.set_yticks(range(rows), tokens)
     text_axes.set_title("text", color=INK, fontsize=10)
@@ -117,13 +127,13 @@ def _draw_attention(figure: Figure, explanation: Explanation) -> None:
     text_axes.tick_params(length=0)
 
 
-def _draw_images(axes: Axes, explanation: Explanation, weights: np.ndarray) -> None:
-    """The images of each token in a row, and at its end their share together. weights: (T, K)."""
+def _draw_images(axes: Axes, explanation: Explanation, weights: np.ndarray, largest: float) -> None:
+    """The images of each token in a row, and at its end their share together. weights: (T, K); largest: that of a whole
+    bar."""
     rows, slots = weights.shape
     axes.set_xlim(-0.5, slots - 0.5)
     axes.set_ylim(rows - 0.5, -0.5)
     axes.set_aspect("equal")
-    largest = weights.max()
     for row in range(rows):
         for slot in range(slots):
             share = weights[row, slot] / largest if largest > 0 else 0.0
@@ -142,7 +152,7 @@ def _draw_images(axes: Axes, explanation: Explanation, weights: np.ndarray) -> N
         axes.text(slots - 0.4, row, f"{weights[row].sum():.0%}", va="center", fontsize=9, color=INK)
     axes.set_xticks([])
     axes.set_yticks([])
-    axes.set_title("its own images, and their share", color=INK, fontsize=10)
+    axes.set_title(f"its own images, and their share (whole bar: {100 * largest:.3g}%)", color=INK, fontsize=10)
     quiet(axes)
     axes.tick_params(length=0)
     for side in ("left", "bottom"):

@@ -2,18 +2,15 @@
 // Shows the weights of the chosen head. Without this script the page shows their mean.
 const settings = JSON.parse(document.getElementById("heads").textContent);
 for (const section of document.querySelectorAll("[data-setting]")) {
-  const { tokens, weights } = settings[Number(section.dataset.setting)];
+  const { tokens, largest, weights } = settings[Number(section.dataset.setting)];
   const choice = section.querySelector("[data-heads]");
   choice.parentElement.hidden = false;
-  choice.addEventListener("change", () => show(section, weights[Number(choice.value)], tokens));
+  choice.addEventListener("change", () => show(section, weights[Number(choice.value)], tokens, largest));
   choice.value = "0"; // a reloaded page would keep the choice, but not what it showed
 }
 
-function show(section, weights, tokens) {
+function show(section, weights, tokens, largest) {
   const width = weights.length / tokens;
-  const isImage = (place) => place % width >= tokens;
-  const largest = (wanted) => Math.max(1, ...weights.filter((_, place) => isImage(place) === wanted));
-  const [largestText, largestImage] = [largest(false), largest(true)];
   const share = (token) =>
     weights.slice(token * width + tokens, (token + 1) * width).reduce((sum, weight) => sum + weight, 0);
   const percent = (weight) => Math.round(weight / 100); // of the unit 1e-4
@@ -22,10 +19,10 @@ function show(section, weights, tokens) {
 
   each("cell", (cell, place) => {
     cell.textContent = percent(weights[place]);
-    cell.style.setProperty("--bar", weights[place] / largestText);
+    cell.style.setProperty("--bar", weights[place] / 1e4);
   });
   each("weight", (element, place) => (element.textContent = `${percent(weights[place])}%`));
-  each("bar", (bar, place) => bar.style.setProperty("--bar", weights[place] / largestImage));
+  each("bar", (bar, place) => bar.style.setProperty("--bar", weights[place] / largest));
   each("share", (element, token) => (element.textContent = `${percent(share(token))}%`));
   each("share-bar", (bar, token) => bar.style.setProperty("--bar", share(token) / 1e4));
   each("sum", (cell, token) => (cell.textContent = percent(share(token))));

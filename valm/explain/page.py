@@ -50,7 +50,7 @@ def render_page(explanations: Mapping[str, Explanation]) -> str:
             style=Markup(style()),
             script=Markup(script),
             script_hash=digest,
-            heads=[_heads(explanation) for explanation in explanations.values()],
+            heads=[_heads(explanation, explanations) for explanation in explanations.values()],
         )
     )
 
@@ -82,19 +82,27 @@ def _environment() -> Environment:
 
 def _content(explanations: Mapping[str, Explanation], head: int | None) -> dict[str, Any]:
     first = next(iter(explanations.values()))
+    largest = _largest_image(explanations)
     settings = [
-        _setting(number, title, explanation, head) for number, (title, explanation) in enumerate(explanations.items())
+        _setting(number, title, explanation, head, largest)
+        for number, (title, explanation) in enumerate(explanations.items())
     ]
-    return {"text": first.text, "settings": settings}
+    return {"text": first.text, "settings": settings, "largest_image": largest}
 
 
-def _setting(number: int, title: str, explanation: Explanation, head: int | None) -> dict[str, Any]:
+def _largest_image(explanations: Mapping[str, Explanation]) -> float:
+    """The largest weight of an image in any head of any explanation: that of a whole bar."""
+    return max(float(explanation.image_weights.max(initial=0.0)) for explanation in explanations.values()) or 1.0
+
+
+def _setting(
+    number: int, title: str, explanation: Explanation, head: int | None, largest_image: float
+) -> dict[str, Any]:
     """One explanation as the template shows it; the mean where it has no such head."""
     if head is not None and head >= len(explanation.text_weights):
         head = None
     text, image = explanation.weights(head)
     sources = [None if shown.thumbnail is None else data_uri(shown.thumbnail) for shown in explanation.images]
-    largest_text, largest_image = (float(weights.max(initial=0.0)) or 1.0 for weights in (text, image))
     width = len(explanation.tokens) + image.shape[1]
 
     def shown(token: int, rank: int, row: int) -> dict[str, Any]:
@@ -114,7 +122,7 @@ def _setting(number: int, title: str, explanation: Explanation, head: int | None
             "share": float(image[number].sum()),
             "images": [shown(number, rank, row) for rank, row in enumerate(rows) if row >= 0],
             "attention": [
-                {"weight": weight, "bar": weight / largest_text, "place": number * width + other}
+                {"weight": weight, "place": number * width + other}
                 for other, weight in enumerate(text[number, : number + 1].tolist())
             ],
         }
@@ -138,11 +146,13 @@ def _setting(number: int, title: str, explanation: Explanation, head: int | None
     }
 
 
-def _heads(explanation: Explanation) -> dict[str, Any]:
-    """The weights of the mean and of every head, each as T rows of T + K integers in WEIGHT_UNIT."""
+def _heads(explanation: Explanation, explanations: Mapping[str, Explanation]) -> dict[str, Any]:
+    """The weights of the mean and of every head, each as T rows of T + K integers in WEIGHT_UNIT, and that of a whole
+    bar."""
     joint = np.concatenate([explanation.text_weights, explanation.image_weights], -1)  # (H, T, T + K)
     every = np.concatenate([joint.mean(0, keepdims=True), joint])
     return {
         "tokens": len(explanation.tokens),
+        "largest": max(1, round(_largest_image(explanations) / WEIGHT_UNIT)),
         "weights": np.rint(every / WEIGHT_UNIT).astype(int).reshape(len(every), -1).tolist(),
     }

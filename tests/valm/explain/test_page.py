@@ -80,6 +80,26 @@ def test_the_script_gets_all_heads():
     np.testing.assert_allclose(weights[0], (weights[1] + weights[2]) / 2, atol=1e-4)
 
 
+def test_models_and_heads_have_one_scale():
+    """Equal weights look the same, whatever else a model or a head looks at."""
+    whole = explanation()
+    half = explanation(text_weights=whole.text_weights / 2, image_weights=whole.image_weights / 2)
+
+    def bars(shown, head, name):
+        elements = [element for _, element, _ in Elements(render_body(shown, head)).all if name in element]
+        return [float(element["style"].removeprefix("--bar: ")) for element in elements]
+
+    for head in (None, 0):
+        cells = bars({"whole": whole, "half": half}, head, "data-cell")
+        np.testing.assert_allclose(cells[: len(cells) // 2], 2 * np.array(cells[len(cells) // 2 :]), atol=1e-4)
+    assert max(cells) == 0.5  # of 100 %
+    alone, both = (bars(shown, 0, "data-bar") for shown in ({"half": half}, {"whole": whole, "half": half}))
+    assert max(alone) == 1 and max(both) == 1 and max(both[len(alone) :]) == 0.5
+    mean = bars({"whole": whole}, None, "data-bar")
+    np.testing.assert_allclose(mean, np.array(both[: len(alone)]) / 2, atol=1e-4)
+    assert "A whole bar below an image is 40% of the attention, here" in render_body({"whole": whole, "half": half})
+
+
 def test_everything_hostile_is_text():
     page = Elements(render_page(hostile()))
     assert len(page.of("script")) == 2  # the page's own: data and code
@@ -157,6 +177,9 @@ def test_in_a_browser(browser, tmp_path, width, scheme):
     section.locator("select").select_option("1")
     assert numbers.inner_text().split() == ["bat", "40", "40", "20", "0"]
     assert section.locator("[data-share='0']").inner_text() == "50%"
+    bar = "element => Number(element.style.getPropertyValue('--bar'))"
+    assert section.locator("[data-bar='3']").evaluate(bar) == 1
+    assert section.locator("[data-cell='0']").evaluate(bar) == 0.5
     section.locator("select").select_option("2")
     assert numbers.inner_text().split() == ["bat", "0", "0", "100", "0"]
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
