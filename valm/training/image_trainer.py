@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Sampler
-from transformers import Trainer
+from transformers import SchedulerType, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, get_last_checkpoint, rotate_checkpoints
 
 from valm.checkpoint import save_checkpoint
@@ -133,9 +133,10 @@ class ImageTrainer(Trainer):
                 f"{step} steps (--steps, max_steps), or resume from an earlier checkpoint"
             )
         if step > 0 and self._planned not in (None, max_steps) and self.is_world_process_zero():
+            schedule = SchedulerType(self.args.lr_scheduler_type).value
             log.warning(
                 f"the training goes on to step {max_steps}, not to step {self._planned} as before: from here the "
-                f"learning rate is that of the {self.args.lr_scheduler_type.value} schedule over {max_steps} steps"
+                f"learning rate is that of the {schedule} schedule over {max_steps} steps"
             )
         return found
 
