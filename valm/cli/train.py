@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -228,8 +229,9 @@ def run_train(arguments: argparse.Namespace) -> None:
     )
     note_run(training, dataset, arguments)
     show_progress(training, "train")
-    training.train(resume_from_checkpoint=checkpoint)
-    training.write(out, tokenizer, command=shlex.join(["valm", *arguments.command_line]))
+    with only_training(out) if settings.should_save else nullcontext():
+        training.train(resume_from_checkpoint=checkpoint)
+        training.write(out, tokenizer, command=shlex.join(["valm", *arguments.command_line]))
     if training.is_world_process_zero():
         losses = training.losses()
         print(f"loss {losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last; written to {out}")
@@ -324,6 +326,7 @@ def note_run(training: ImageTrainer, dataset: CorpusRetrieval | Sequence[Any], a
     """
     from valm.augmented.model import other_weight
     from valm.files import read_json, write_json
+    from valm_kernels.atomic_files import SAVE_WAIT_SECONDS, folder_lock
     from valm_kernels.json_files import short
 
     file = arguments.out / RUN_FILE
@@ -364,7 +367,28 @@ def note_run(training: ImageTrainer, dataset: CorpusRetrieval | Sequence[Any], a
                     "choose another folder"
                 )
     elif training.is_world_process_zero():
-        write_json(file, run)
+        with folder_lock(arguments.out, SAVE_WAIT_SECONDS):
+            if file.exists():
+                raise ValmError(f"another process has started a training in {arguments.out}: choose another folder")
+            write_json(file, run)
+
+
+@contextmanager
+def only_training(out: Path) -> Iterator[None]:
+    """Keeps other processes from training in `out` until the block ends.
+
+    Raises:
+        ValmError: another one does.
+    """
+    from valm.shards.build import WAIT_SECONDS
+    from valm_kernels.atomic_files import folder_lock
+
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(folder_lock(out / RUN_FILE, WAIT_SECONDS))  # saving a model locks the folder itself
+        except TimeoutError as error:
+            raise ValmError(f"another process is training in {out}: wait for its end, or choose another") from error
+        yield
 
 
 def option_of(name: str) -> str:

@@ -17,6 +17,7 @@ from tests.valm.other_tokenizers import chat_like, gpt2_like
 from valm.checkpoint import load_checkpoint
 from valm.retrieval.retriever import BlindRetriever
 from valm.training.collate import Collator
+from valm.training.image_trainer import ImageTrainer
 
 
 @pytest.fixture(scope="module")
@@ -303,6 +304,23 @@ def test_a_resumed_training_saves_and_evaluates_as_now_asked(world, tmp_path):
     assert sorted(path.name for path in (tmp_path / "model").glob("checkpoint-*")) == [
         f"checkpoint-{step}" for step in (2, 3, 4, 5)
     ]
+
+
+def test_one_process_at_a_time_trains_in_a_folder(world, tmp_path, capsys, monkeypatch):
+    """However they were started, such as by srun, which sets no WORLD_SIZE."""
+    train = ["train", world / "corpus.txt", "--clip", world / "clip", *SIZE, "--out", tmp_path / "model"]
+    monkeypatch.setattr("valm.shards.build.WAIT_SECONDS", 0)
+    statuses = []
+
+    def start_another(self, *arguments, real=ImageTrainer.train, **options):
+        monkeypatch.setattr(ImageTrainer, "train", real)
+        statuses.append(run(*train, "--resume"))
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(ImageTrainer, "train", start_another)
+    assert run(*train) == 0 and statuses == [1]
+    assert f"another process is training in {tmp_path / 'model'}" in capsys.readouterr().err
+    assert run(*train, "--resume") == 0  # it has ended
 
 
 def test_a_note_of_an_earlier_version_may_hold_what_is_free(world, tmp_path):
