@@ -31,7 +31,7 @@ def exact_retriever(clip, make_kb, request):
 @pytest.fixture(scope="module")
 def batch(tokenizer):
     """Two texts, the shorter one padded on the left."""
-    rows = [prompt_ids(tokenizer, text) for text in TEXTS]  # as in training
+    rows = [tokenizer(text)["input_ids"] for text in TEXTS]
     length = max(map(len, rows))
     ids = torch.tensor([[5] * (length - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
@@ -124,7 +124,7 @@ def test_the_oldest_segments_are_forgotten():
 def test_texts_are_read_with_the_encoders_tokenizer(exact_retriever):
     tokenizer = exact_retriever.encoder.tokenizer
     found_ids, found_scores = exact_retriever.find(TEXTS)
-    rows = [tokenizer(text)["input_ids"] for text in TEXTS]
+    rows = [prompt_ids(tokenizer, text) for text in TEXTS]  # as in training
     assert found_ids.shape == (2, max(map(len, rows)), K) and len(rows[0]) < len(rows[1])
     for row, ids in enumerate(rows):
         expected_ids, expected_scores = exact_retriever.find(torch.tensor([ids]))
