@@ -100,6 +100,8 @@ class ImageModel(_Base):
     """
 
     strict = False
+    # says that the images come from another knowledge base than the model was saved with; None otherwise
+    other_images: str | None = None
     _retriever: ImageRetriever | None = None
     # folder of the note on retrieval; None: the one the model was loaded from
     _note_folder: str | None = None
@@ -129,9 +131,13 @@ class ImageModel(_Base):
         """Sets what finds the images of every token; a blind model takes a `BlindRetriever`. None removes it.
         With `NoImages` any model reads the text alone.
 
+        A model that was loaded with a note on retrieval warns if the images come from another knowledge base.
+
         Raises:
-            ValmError: the retriever differs from the model in kind (blind or not), number or dimension of images.
+            ValmError: the retriever differs from the model in kind (blind or not), number or dimension of images, or
+                from the note in its CLIP.
         """
+        self.other_images = None
         if retriever is not None:
             options = self.image_options
             if options.blind != isinstance(retriever, BlindRetriever) and not isinstance(retriever, NoImages):
@@ -145,6 +151,11 @@ class ImageModel(_Base):
                         f"retriever.{name} is {found}, but this model was made for {getattr(options, option)} "
                         f"({option} in its config): give it the retriever or knowledge base that it was trained with"
                     )
+            saved, given = self._note(), RetrievalNote.of_retriever(retriever)
+            if saved is not None and given is not None:
+                self.other_images = saved.other_images(given)
+                if self.other_images is not None:
+                    warnings.warn(self.other_images, stacklevel=2)
         self._retriever = retriever
         self._note_ignored = True
 
@@ -179,7 +190,7 @@ class ImageModel(_Base):
         """
         note = RetrievalNote.of_retriever(self._retriever) if self._note_ignored else self._note()
         if note is not None:
-            note.write(folder, place=place)
+            note.completed().write(folder, place=place)
 
     def find_images(
         self, input_ids: Tensor | None, attention_mask: Tensor | None, cache: Cache | None

@@ -148,6 +148,13 @@ def test_a_checkpoint_keeps_the_head_and_finds_the_same_images(model, clip, kb, 
     assert f"- No CLIP: this model predicts the queries of `{clip.name}`" in (tmp_path / "model/README.md").read_text()
 
 
+def test_another_knowledge_base_of_its_clip_is_named(model, clip, make_kb, tmp_path):
+    save_checkpoint(model, clip.tokenizer, tmp_path / "model")
+    with pytest.warns(UserWarning, match="was saved with the knowledge base .*, and its images are now those of"):
+        loaded, _ = load(tmp_path / "model", kb=make_kb(9).path)
+    assert "clip" not in vars(loaded.retriever.encoder), "the CLIP was loaded"
+
+
 def test_the_controls_replace_its_images(model, text_ids):
     ids = text_ids(TEXTS[0])["input_ids"]
     own, expected = model.retriever, model(ids).logits

@@ -383,6 +383,8 @@ def _open_valm(source: str, where: dict[str, Any]) -> CausalScorer:
         kind = f"{options.num_images} images a token"
     else:
         kind = "no images (K = 0)"
+    if options.num_images and model.retriever is not None and model.other_images is not None:
+        kind += f"; {model.other_images}"
     return CausalScorer(model, tokenizer, f"{type(model).__name__}, {kind}")
 
 

@@ -136,10 +136,10 @@ def evaluate(
     with progress_bar(total=total, unit="text", unit_scale=True, shown=progress) as bar:
         for entry in models:
             scored: dict[tuple[str, str, str], list[Scores]] = {}
-            kind = ""
+            kinds: dict[str, None] = {}
             for source in entry.sources:
                 scorer = open_with(source, settings)
-                kind = scorer.kind
+                kinds[scorer.kind] = None
                 own = scorer.fingerprint
                 for variant in variants[source]:
                     retrieval, replace = settings.variants[variant]
@@ -150,7 +150,7 @@ def evaluate(
                         of_unit = scores_of(scorer, one, cache, [own, images], settings.fresh, bar)
                         scored.setdefault((variant, *key), []).append(of_unit)
             for (variant, task, protocol), of_seeds in scored.items():
-                row, values = _row(entry, kind, variant, asked[task, protocol], of_seeds)
+                row, values = _row(entry, "; ".join(kinds), variant, asked[task, protocol], of_seeds)
                 rows.append(row)
                 compared.append(values)
     return {

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -18,9 +19,11 @@ from valm.retrieval.context import ContextEncoder
 from valm.retrieval.index_parameters import index_parameters
 from valm.retrieval.retriever import BlindRetriever, Retriever
 from valm.whole_folder import current_files
-from valm_kernels.json_files import PathText
+from valm_kernels.json_files import PathText, Sha256
 
 RETRIEVAL_FILE = "retrieval.json"
+# Keys of the file, and attributes of the note, that tell what it names from another of the same name.
+HASHES = ("clip_name", "clip_sha256", "knowledge_base_sha256")
 
 
 class _NoteFields(TypedDict):
@@ -31,8 +34,15 @@ class NoteFile(_NoteFields, total=False):
     """The keys of retrieval.json."""
 
     knowledge_base: PathText
+    knowledge_base_sha256: Sha256
     clip: str
+    clip_name: str
+    clip_sha256: Sha256
     index: Any
+
+
+def _named(name: object, sha256: str | None) -> str:
+    return f"{name} (SHA-256 {str(sha256)[:12]})"
 
 
 @dataclass(frozen=True)
@@ -46,17 +56,29 @@ class RetrievalNote:
         clip: the CLIP of a model without a knowledge base (`Clip.load`); a knowledge base has its own.
         query: the kind of retrieval query: that of a `ContextEncoder`, or "self" (`SelfRetriever`).
         index: the index when the model was saved, for information; opening uses the knowledge base's own.
+        clip_name, clip_sha256: of the CLIP's weights (`Clip.weights_hash`).
+        knowledge_base_sha256: of its content (`ImageKnowledgeBase.fingerprint`). Earlier versions noted neither.
     """
 
     knowledge_base: Path | None
     query: str
     index: Any = "exact"
     clip: str | None = None
+    clip_name: str | None = None
+    clip_sha256: str | None = None
+    knowledge_base_sha256: str | None = None
 
     @classmethod
     def of_knowledge_base(cls, kb: ImageKnowledgeBase, query: str) -> RetrievalNote:
-        index = index_parameters(kb)
-        return cls(Path(kb.path).absolute(), query, "exact" if index is None else asdict(index))
+        index, clip = index_parameters(kb), kb.manifest["clip"]
+        return cls(
+            Path(kb.path).absolute(),
+            query,
+            "exact" if index is None else asdict(index),
+            clip_name=clip["name"],
+            clip_sha256=clip["weights_hash"],
+            knowledge_base_sha256=kb.fingerprint,
+        )
 
     @classmethod
     def of_retriever(cls, retriever: object) -> RetrievalNote | None:
@@ -64,10 +86,12 @@ class RetrievalNote:
         if isinstance(retriever, Retriever):
             return cls.of_knowledge_base(retriever.kb, retriever.encoder.query)
         if isinstance(retriever, BlindRetriever):
-            source = retriever.encoder.clip.source
+            clip = retriever.encoder.clip
+            source = clip.source
             if source is not None and Path(source).is_dir():
                 source = str(Path(source).absolute())
-            return cls(None, retriever.encoder.query, clip=source)
+            name, sha256 = clip.name, clip.weights_hash
+            return cls(None, retriever.encoder.query, clip=source, clip_name=name, clip_sha256=sha256)
         return None
 
     @classmethod
@@ -88,7 +112,9 @@ class RetrievalNote:
             raise ValmError(f"{file} names neither a knowledge_base nor a clip")
         if clip is not None and (Path(folder) / clip).is_dir():
             clip = str((Path(folder) / clip).absolute())
-        return cls(None if kb is None else (Path(folder) / kb).absolute(), note["query"], note.get("index"), clip)
+        kb_path = None if kb is None else (Path(folder) / kb).absolute()
+        hashes: Any = {key: note.get(key) for key in HASHES}
+        return cls(kb_path, note["query"], note.get("index"), clip, **hashes)
 
     def write(self, folder: str | os.PathLike, *, place: str | os.PathLike | None = None) -> None:
         """Writes the note into `folder`, which will be moved to `place` if that is given."""
@@ -98,7 +124,42 @@ class RetrievalNote:
             note |= {"knowledge_base": os.path.relpath(self.knowledge_base, place), "index": self.index}
         if self.clip is not None:
             note["clip"] = os.path.relpath(self.clip, place) if os.path.isabs(self.clip) else self.clip
+        note |= {key: getattr(self, key) for key in HASHES if getattr(self, key) is not None}
         write_json(Path(folder) / RETRIEVAL_FILE, note)
+
+    def completed(self) -> RetrievalNote:
+        """With the hashes that a note of an earlier version lacks, where the knowledge base or the CLIP is here."""
+        if self.clip_sha256 is not None:
+            return self
+        with suppress(ValmError):
+            if self.knowledge_base is not None:
+                found = RetrievalNote.of_knowledge_base(ImageKnowledgeBase.open(self.knowledge_base), self.query)
+                return replace(found, index=self.index, clip=self.clip)
+            if self.clip is not None and os.path.isdir(self.clip):
+                clip = Clip.load(self.clip)
+                return replace(self, clip_name=clip.name, clip_sha256=clip.weights_hash)
+        return self
+
+    def other_images(self, found: RetrievalNote) -> str | None:
+        """What differs, in a sentence, if the images of `found` come from another knowledge base than these, of the
+        same CLIP; None if they are the same, or if a note of an earlier version does not say.
+
+        Raises:
+            ValmError: they come by another CLIP.
+        """
+        if None not in (self.clip_sha256, found.clip_sha256) and self.clip_sha256 != found.clip_sha256:
+            raise ValmError(
+                f"this model was saved with the CLIP {_named(self.clip_name, self.clip_sha256)}, and its images would "
+                f"be found by {_named(found.clip_name, found.clip_sha256)}: give it a knowledge base of its own CLIP"
+            )
+        hashes = (self.knowledge_base_sha256, found.knowledge_base_sha256)
+        if None in hashes or hashes[0] == hashes[1]:
+            return None
+        names = [note.knowledge_base and str(note.knowledge_base) for note in (self, found)]
+        return (
+            f"this model was saved with the knowledge base {_named(names[0], hashes[0])}, and its images are now those "
+            f"of {_named(names[1], hashes[1])}"
+        )
 
     def missing(self) -> str | None:
         """What the note names but does not exist, in a sentence with the remedy; None if all exists.

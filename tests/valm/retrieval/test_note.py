@@ -1,0 +1,192 @@
+"""A saved model's images come by the CLIP and the knowledge base that it was saved with, through every door."""
+
+import json
+import re
+import shutil
+import warnings
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForCausalLM
+
+from tests.valm.augmented.models import tiny_llama
+from tests.valm.cli.commands import run
+from tests.valm.models import model_of
+from tests.valm.tiny_clip import make_clip
+from valm import Clip, ContextEncoder, ImageKnowledgeBase, Retriever, augment, load, save_adapter, save_checkpoint
+from valm.errors import ValmError
+from valm.knowledge_base.build import build
+from valm.knowledge_base.sources.folder import FolderSource
+from valm.retrieval.note import RetrievalNote
+from valm.retrieval.retriever import BlindRetriever, NoImages
+from valm.tokenizer import prompt_ids
+
+OTHER_CLIP = r"saved with the CLIP clip \(SHA-256 \w{12}\), and its images would be found by other \(SHA-256 \w{12}\)"
+OTHER_KB = r"saved with the knowledge base .*kb \(SHA-256 \w{12}\), and its images are now those of .*\)"
+HASHES = ("clip_name", "clip_sha256", "knowledge_base_sha256")
+
+
+def knowledge_base(root, name, clip_name, colors):
+    for number, color in enumerate(colors):
+        (root / f"{name}-pictures").mkdir(exist_ok=True)
+        Image.new("RGB", (32, 32), color).save(root / f"{name}-pictures" / f"{number}.png")
+    build(FolderSource(root / f"{name}-pictures"), root / name, Clip.load(root / clip_name), progress=False)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, clip):
+    """kb: the models'. more: another one of the same CLIP. foreign: one of another CLIP, of the same dimension."""
+    root = tmp_path_factory.mktemp("world")
+    for name, seed in (("clip", 0), ("other", 1)):
+        made = make_clip(clip.tokenizer, seed)
+        made.name = name
+        made.save(root / name)
+    knowledge_base(root, "kb", "clip", ["red", "blue", "green"])
+    knowledge_base(root, "more", "clip", ["red", "blue", "green", "white"])
+    knowledge_base(root, "foreign", "other", ["red", "blue", "green"])
+    kb = ImageKnowledgeBase.open(root / "kb")
+    encoder = ContextEncoder(kb.load_clip())
+    tokenizer = encoder.clip.tokenizer
+    for name, blind in (("valm", False), ("blind", True)):
+        model = model_of(tokenizer, image_dim=kb.dim, num_images=1, blind=blind)
+        model.set_retriever(BlindRetriever(encoder) if blind else Retriever(encoder, kb, 1))
+        save_checkpoint(model, tokenizer, root / name)
+    base = tiny_llama()
+    base.resize_token_embeddings(len(tokenizer))
+    base.save_pretrained(root / "base")
+    model = augment(AutoModelForCausalLM.from_pretrained(root / "base"), kb.dim, 1, logit_bias=1.0)
+    model.set_retriever(Retriever(encoder, kb, 1))
+    save_adapter(model, root / "adapter")
+    save_checkpoint(model, tokenizer, root / "whole")
+    tokenizer.save_pretrained(root / "adapter")
+    return root
+
+
+@pytest.fixture
+def copy(world, tmp_path):
+    return shutil.copytree(world, tmp_path / "copy")
+
+
+def retriever(folder, kb_name):
+    kb = ImageKnowledgeBase.open(folder / kb_name)
+    return Retriever(ContextEncoder(kb.load_clip()), kb, 1)
+
+
+def note(folder):
+    return json.loads((folder / "retrieval.json").read_text())
+
+
+def rebuild(folder, name):
+    """Another knowledge base where kb was."""
+    shutil.rmtree(folder / "kb")
+    shutil.move(folder / name, folder / "kb")
+
+
+@pytest.mark.parametrize("name", ["valm", "adapter", "whole"])
+def test_a_knowledge_base_of_another_clip_is_refused(world, name):
+    with pytest.raises(ValmError, match=f"do not fit: this model was {OTHER_CLIP}"):
+        load(world / name, kb=world / "foreign", strict=True)
+    model, tokenizer = load(world / name)
+    with pytest.raises(ValmError, match=OTHER_CLIP):
+        model.set_retriever(retriever(world, "foreign"))
+    model(torch.tensor([prompt_ids(tokenizer, "a red apple")]))  # by its own still
+    assert model.retriever.kb.path.name == "kb" and model.other_images is None
+
+
+@pytest.mark.parametrize("name", ["valm", "adapter", "whole"])
+def test_another_knowledge_base_of_the_same_clip_is_named(world, name):
+    with pytest.warns(UserWarning, match=OTHER_KB) as caught:
+        model, _ = load(world / name, kb=world / "more", strict=True)
+    assert len(caught) == 1 and str(caught[0].message) == model.other_images
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.set_retriever(retriever(world, "kb"))
+        assert model.other_images is None
+        model.set_retriever(NoImages(1, model.image_options.image_dim))
+        model.set_retriever(None)
+
+
+@pytest.mark.parametrize("name", ["valm", "adapter", "whole"])
+def test_a_knowledge_base_rebuilt_in_its_place_is_seen(copy, name):
+    rebuild(copy, "more")
+    model, tokenizer = load(copy / name, strict=True)
+    ids = torch.tensor([prompt_ids(tokenizer, "a red apple")])
+    with pytest.warns(UserWarning, match=OTHER_KB):
+        model(ids)
+    rebuild(copy, "foreign")
+    model, _ = load(copy / name, strict=True)
+    with pytest.raises(ValmError, match=f"cannot be retrieved: this model was {OTHER_CLIP}"):
+        model(ids)
+
+
+def test_a_blind_model_keeps_its_clip(copy):
+    model, tokenizer = load(copy / "blind")
+    assert set(note(copy / "blind")) == {"query", "clip", "clip_name", "clip_sha256"}
+    with pytest.raises(ValmError, match=OTHER_CLIP):
+        load(copy / "blind", clip=str(copy / "other"))
+    with pytest.raises(ValmError, match=OTHER_CLIP):
+        model.set_retriever(BlindRetriever(ContextEncoder(Clip.load(copy / "other"))))
+    shutil.rmtree(copy / "clip")
+    shutil.move(copy / "other", copy / "clip")
+    with pytest.raises(ValmError, match=OTHER_CLIP):
+        model(torch.tensor([prompt_ids(tokenizer, "a red apple")]))
+
+
+@pytest.mark.parametrize(
+    "command", [["generate", "valm", "a red apple"], ["explain", "valm", "a red apple", "--out", "page.html"]]
+)
+def test_the_commands_refuse_another_clip_and_name_another_knowledge_base(copy, monkeypatch, capsys, command):
+    monkeypatch.chdir(copy)
+    assert run(*command, "--kb", "foreign") == 1
+    assert "saved with the CLIP clip" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match=OTHER_KB):
+        assert run(*command, "--kb", "more") == 0
+    rebuild(copy, "foreign")
+    assert run(*command) == 1
+    assert "saved with the CLIP clip" in capsys.readouterr().err
+
+
+def test_the_evaluations_report_names_another_knowledge_base(copy):
+    (copy / "colors.csv").write_text("Index,Descriptor,Item,Color\n1,a,apple,red\n2,the,sky,blue\n")
+    asked = ["--memory-color", copy / "colors.csv", "--protocol", "fair"]
+    assert run("eval", copy / "valm", *asked, "--out", copy / "own") == 0
+    assert "saved with" not in (copy / "own" / "results.md").read_text()
+    with pytest.warns(UserWarning, match=OTHER_KB):
+        assert run("eval", copy / "valm", *asked, "--kb", copy / "more", "--out", copy / "out") == 0
+    (line,) = (line for line in (copy / "out" / "results.md").read_text().splitlines() if "saved with" in line)
+    assert re.search(OTHER_KB, line.replace("\\", ""))
+
+
+@pytest.mark.parametrize("name", ["valm", "adapter", "whole", "blind"])
+def test_a_note_of_an_earlier_version_opens_and_is_completed(copy, tmp_path, name):
+    whole = note(copy / name)
+    old = {key: value for key, value in whole.items() if key not in HASHES}
+    assert old != whole
+    (copy / name / "retrieval.json").write_text(json.dumps(old))
+    for opened in (False, True):
+        model, tokenizer = load(copy / name)
+        if opened:
+            model(torch.tensor([prompt_ids(tokenizer, "a red apple")]))
+        folder = copy / f"{name}-{opened}"
+        save_adapter(model, folder) if name == "adapter" else save_checkpoint(model, tokenizer, folder)
+        assert note(folder) == whole
+    if name != "blind":
+        rebuild(copy, "foreign")  # an old note does not say which CLIP it was
+        load(copy / name)[0].retriever  # noqa: B018
+        shutil.rmtree(copy / "kb")
+        model, tokenizer = load_without_warning(copy / name)
+        model.save_pretrained(tmp_path / "again")
+        assert set(note(tmp_path / "again")) == set(old)
+
+
+def load_without_warning(folder):
+    with pytest.warns(UserWarning, match="is not there"):
+        return load(folder)
+
+
+def test_a_damaged_hash_is_named(world, tmp_path):
+    shutil.copy(world / "valm" / "retrieval.json", tmp_path)
+    (tmp_path / "retrieval.json").write_text(json.dumps(note(tmp_path) | {"clip_sha256": "abc"}))
+    with pytest.raises(ValmError, match="clip_sha256 is 'abc', expected a SHA-256"):
+        RetrievalNote.read(tmp_path)
