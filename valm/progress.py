@@ -22,7 +22,7 @@ class _Bar(tqdm):
 
 def progress_bar(iterable: Iterable[Any] | None = None, *, shown: bool = True, **options: Any) -> Any:
     """A `tqdm` with `options`, on stderr. If that is no terminal, it prints a plain line every LOG_INTERVAL seconds and
-    one at the end, without carriage returns.
+    one at the end, without carriage returns. One thread updates a bar.
 
     Args:
         shown: False hides the bar; TQDM_DISABLE=1 in the environment and `valm --quiet` hide all.

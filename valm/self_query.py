@@ -101,7 +101,7 @@ class SelfRetriever(Retriever):
     """Finds the images nearest to the queries of a model's own head.
 
     The model asks by `retrieve` in its forward pass. Called with tokens, as for an explanation or by a control that
-    replaces the images, this runs the head outside of it.
+    replaces the images, this runs the head outside of it. Threads may share it while the model is in eval mode.
 
     Args:
         encoder, kb, k, index: as in `Retriever`; the device is the model's.

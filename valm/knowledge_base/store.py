@@ -46,7 +46,8 @@ OPEN_TABLES = 16
 class ImageKnowledgeBase:
     """A knowledge base opened from its folder (see `valm.knowledge_base.format` for the files in it).
 
-    Vectors are memory-mapped and items are read on use, so opening only checks the size of each file.
+    Vectors are memory-mapped and items are read on use, so opening only checks the size of each file. Threads may share
+    it, and any of its methods may run at once.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any]):

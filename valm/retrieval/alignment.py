@@ -131,7 +131,7 @@ class Alignment:
         """CLIP's tokens of `word`."""
         ids = self._words.get(word)
         if ids is None:
-            if len(self._words) == WORD_CACHE:
+            if len(self._words) >= WORD_CACHE:
                 self._words.clear()
             ids = self._words[word] = self._clip.encode(word, add_special_tokens=False).ids
         return ids

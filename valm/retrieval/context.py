@@ -191,6 +191,8 @@ class ContextEncoder(ContextReader):
     any padding, at the end of a prefix, and token by token. bos (SOT) in the ids begins a document and eos (EOT) ends
     one; text without bos is read as if it had one. The query at eos is that of the whole text, in both kinds.
 
+    Threads may share an encoder, and any of its methods may run at once. A cache belongs to one thread at a time.
+
     Args:
         clip: the CLIP; its text tower must be causal (see `TextTower`).
         tokenizer: the tokenizer of the ids; by default CLIP's own. Another one is read through `Alignment`: a token's

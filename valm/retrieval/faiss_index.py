@@ -29,6 +29,7 @@ from valm.retrieval.index_parameters import (
 from valm.shards.manifest import file_entry
 from valm_kernels import FlatIPIndex, TopK
 from valm_kernels.json_files import own_file
+from valm_kernels.locks import Lock
 
 # Distances between queries and centroids held in memory at once.
 CELL_DISTANCES = 1 << 24
@@ -80,6 +81,8 @@ def remove_index(kb: ImageKnowledgeBase) -> None:
 class FaissIndex:
     """Search through faiss, reranked by the exact vectors; made by `build_index`, opened by `FaissIndex.open`.
 
+    Threads may share an index and search at once; on GPUs, faiss finds candidates for one search after the other.
+
     Args:
         index: a faiss index on the CPU.
         device: where faiss finds the candidates: "cpu", one GPU ("cuda:0"), or all GPUs that faiss sees ("cuda"), each
@@ -96,6 +99,7 @@ class FaissIndex:
         self.kb = kb
         self.device = torch.device(device)
         self._transforms, self._cells = [], None
+        self._gpu = Lock()  # faiss's GPU indexes do not support searches at once
         if self.device.type == "cuda":
             check_for_gpus(kb, index, parameters.search, parameters.k * parameters.candidates)
             index = on_gpus(index, self.device)
@@ -111,7 +115,7 @@ class FaissIndex:
         self.use(parameters)
 
     def use(self, parameters: IndexParameters) -> None:
-        """Search by these parameters from now on: tuning tries many."""
+        """Search by these parameters from now on: tuning tries many. Not while another thread searches."""
         self._settings.set_index_parameters(self._index, parameters.search)
         self.parameters = parameters
 
@@ -174,6 +178,9 @@ class FaissIndex:
             check_candidates(count)
         if not len(queries):
             return np.empty((0, count), np.int64)
+        if self.device.type == "cuda":
+            with self._gpu:
+                return self._index.search(queries, count)[1]
         if self._cells is None:
             return self._index.search(queries, count)[1]
         for transform in self._transforms:

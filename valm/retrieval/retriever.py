@@ -79,6 +79,9 @@ class ImageRetriever(Protocol):
 class Retriever:
     """Finds the `k` images of `kb` nearest to the context query of every token.
 
+    Threads may share a retriever, and any of its methods may run at once if those of its `index` may. A state of
+    `start` belongs to one thread at a time.
+
     Args:
         index: what searches; by default the faiss index of the knowledge base if it has one, else exact search
             (`valm.retrieval.faiss_index.open_index`).
@@ -161,13 +164,15 @@ class Retriever:
         for key, run in new.items():
             known[key] = (ids[run.row, run.positions()], scores[run.row, run.positions()])
             self.cache.put(key, known[key])
+        hits = misses = 0
         for key, run in zip(keys, runs, strict=True):
             places = run.positions()
             ids[run.row, places], scores[run.row, places] = known[key]
             if new.get(key) is run:
-                self.cache.misses += len(places)
+                misses += len(places)
             else:
-                self.cache.hits += len(places)
+                hits += len(places)
+        self.cache.count(hits, misses)
         return ids, scores
 
     def start(self, batch: int) -> ContextCache:

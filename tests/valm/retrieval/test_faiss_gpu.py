@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.threads import THREADS, at_once
 from tests.valm.retrieval.indexed import K, make_kb_of_directions, random_directions
 from valm.cli import main
 from valm.errors import ValmError
@@ -28,12 +29,17 @@ class OnStandIn:
 
     def __init__(self, index, options, gpus):
         self.index, self.options, self.gpus = index, options, gpus
-        self.ntotal = index.ntotal
+        self.ntotal, self.searching = index.ntotal, False
 
     def search(self, queries, count):
         if count > 2048:
             raise RuntimeError("GPU index only supports min/max-K selection up to 2048")
-        return self.index.search(queries, count)
+        assert not self.searching, "faiss's GPU indexes do not support searches at once"
+        self.searching = True
+        try:
+            return self.index.search(queries, count)
+        finally:
+            self.searching = False
 
 
 class StandInSettings:
@@ -101,6 +107,18 @@ def test_candidates_of_a_gpu_are_reranked_like_those_of_the_cpu(kb, two_gpus):
     exact = (asked[:, :, None].double() * torch.from_numpy(kb.vectors()).double()[found.indices]).sum(-1).float()
     here = found.indices >= 0
     assert torch.equal(found.scores[here], exact[here])
+
+
+def test_searches_on_gpus_go_one_after_the_other(kb, two_gpus):
+    build(kb, "PCA8,IVF32,SQ8", device="cuda")
+    index, asked = FaissIndex.open(kb, "cuda"), queries(kb, 200, seed=3)
+    expected = index.search(asked, K)
+
+    def search():
+        for _ in range(10):
+            assert all(map(torch.equal, index.search(asked, K), expected))
+
+    at_once(*[search] * THREADS)
 
 
 @pytest.mark.parametrize(
