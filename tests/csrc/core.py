@@ -24,13 +24,13 @@ def build(compiler: str, folder: Path, *flags: str, x86: bool) -> Path:
         target = folder / f"{source.parent.name}_{source.stem}.o"
         isa_flags = ISA_FLAGS.get(f"_{source.stem.rpartition('_')[2]}", []) if x86 else []
         _run(compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}", *flags, *isa_flags,
-             "-c", str(source), "-o", str(target))  # fmt: skip
+             "-pthread", "-c", str(source), "-o", str(target))  # fmt: skip
         return target
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = [str(path) for path in pool.map(compile_file, sources)]
     program = folder / "driver"
-    _run(compiler, *flags, *objects, "-o", str(program))
+    _run(compiler, "-pthread", *flags, *objects, "-o", str(program))
     return program
 
 

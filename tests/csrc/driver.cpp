@@ -1,6 +1,7 @@
 // The native CPU code without Python, held against plain loops: top-K search of every stored dtype, packed and not,
-// image attention forward and backward in both layouts, and the rows of int8 layers. Prints what it ran and "ok"; exits
-// with 1 at a difference.
+// image attention forward and backward in both layouts, and the rows of int8 layers. Each is called by several threads
+// at once with the same inputs, and each call has threads of its own. Prints what it ran and "ok"; exits with 1 at a
+// difference.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -9,6 +10,7 @@
 #include <limits>
 #include <memory>
 #include <numeric>
+#include <thread>
 #include <vector>
 
 #include "image_attn/image_attn.hpp"
@@ -40,6 +42,14 @@ void check(bool right, const char* what) {
 
 bool never() { return false; }
 
+// Calls function() in several threads at once.
+template <class Function>
+void at_once(const Function& function) {
+    std::vector<std::thread> threads;
+    for (int n = 0; n < 3; ++n) threads.emplace_back([&function] { function(); });
+    for (std::thread& thread : threads) thread.join();
+}
+
 // The k best rows by (score falling, row rising), by sorting all of them.
 template <class Value>
 void check_search(const char* dtype, const std::string& isa, const std::vector<Value>& rows, const float* scale,
@@ -48,6 +58,9 @@ void check_search(const char* dtype, const std::string& isa, const std::vector<V
     const int64_t count = static_cast<int64_t>(rows.size()) / dim;
     const valm::Rows stored{rows.data(), scale, valm::element_of(dtype), count, dim};
     const std::vector<float> queries = uniforms(kQueries * dim);
+
+    const auto allowed = std::make_unique<bool[]>(count);
+    for (int64_t i = 0; i < count; ++i) allowed[i] = i % 3 == 1;
 
     std::vector<int32_t> first(count), next(count);
     const int64_t different = valm::find_duplicates(stored, 2, first.data(), next.data(), never);
@@ -58,45 +71,44 @@ void check_search(const char* dtype, const std::string& isa, const std::vector<V
                                   different,    first.data(), next.data()};
     check(valm::pack(stored, packed, isa, 2, never) == -1, "pack");
 
-    const auto allowed = std::make_unique<bool[]>(count);
-    for (int64_t i = 0; i < count; ++i) allowed[i] = i % 3 == 1;
-
-    for (const valm::PackedRows* first_pass : {&packed, static_cast<const valm::PackedRows*>(nullptr)}) {
-        for (const int64_t n_queries : {int64_t{1}, kQueries}) {
-            std::vector<float> scores(n_queries * kBest);
-            std::vector<int64_t> indices(n_queries * kBest);
-            const bool* const filter = n_queries == 1 ? allowed.get() : nullptr;
-            const int64_t broken = valm::ip_topk_cpu(queries.data(), n_queries, stored, first_pass, kBest, filter, isa,
-                                                     2, never, scores.data(), indices.data());
-            check(broken == -1, "ip_topk_cpu");
-            for (int64_t q = 0; q < n_queries; ++q) {
-                std::vector<float> all(count);
-                for (int64_t i = 0; i < count; ++i) {
-                    const auto row = [&](int64_t e) {
-                        return as_float(rows[i * dim + e]) * (scale == nullptr ? 1.0f : scale[i]);
-                    };
-                    double lanes[valm::kExactLanes] = {};
-                    for (int64_t e = 0; e < dim; ++e)
-                        lanes[e % valm::kExactLanes] += double{queries[q * dim + e]} * row(e);
-                    for (int step = valm::kExactLanes / 2; step > 0; step /= 2) {
-                        for (int lane = 0; lane < step; ++lane) lanes[lane] += lanes[lane + step];
+    at_once([&] {
+        for (const valm::PackedRows* first_pass : {&packed, static_cast<const valm::PackedRows*>(nullptr)}) {
+            for (const int64_t n_queries : {int64_t{1}, kQueries}) {
+                std::vector<float> scores(n_queries * kBest);
+                std::vector<int64_t> indices(n_queries * kBest);
+                const bool* const filter = n_queries == 1 ? allowed.get() : nullptr;
+                const int64_t broken = valm::ip_topk_cpu(queries.data(), n_queries, stored, first_pass, kBest, filter,
+                                                         isa, 2, never, scores.data(), indices.data());
+                check(broken == -1, "ip_topk_cpu");
+                for (int64_t q = 0; q < n_queries; ++q) {
+                    std::vector<float> all(count);
+                    for (int64_t i = 0; i < count; ++i) {
+                        const auto row = [&](int64_t e) {
+                            return as_float(rows[i * dim + e]) * (scale == nullptr ? 1.0f : scale[i]);
+                        };
+                        double lanes[valm::kExactLanes] = {};
+                        for (int64_t e = 0; e < dim; ++e)
+                            lanes[e % valm::kExactLanes] += double{queries[q * dim + e]} * row(e);
+                        for (int step = valm::kExactLanes / 2; step > 0; step /= 2) {
+                            for (int lane = 0; lane < step; ++lane) lanes[lane] += lanes[lane + step];
+                        }
+                        all[i] = static_cast<float>(lanes[0]) + 0.0f;
                     }
-                    all[i] = static_cast<float>(lanes[0]) + 0.0f;
-                }
-                std::vector<int64_t> order(count);
-                std::iota(order.begin(), order.end(), 0);
-                std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return all[a] > all[b]; });
-                if (filter != nullptr) {
-                    const auto forbidden = [&](int64_t i) { return !filter[i]; };
-                    order.erase(std::remove_if(order.begin(), order.end(), forbidden), order.end());
-                }
-                for (int64_t i = 0; i < kBest; ++i) {
-                    check(indices[q * kBest + i] == order[i], "row of ip_topk_cpu");
-                    check(scores[q * kBest + i] == all[order[i]], "score of ip_topk_cpu");
+                    std::vector<int64_t> order(count);
+                    std::iota(order.begin(), order.end(), 0);
+                    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return all[a] > all[b]; });
+                    if (filter != nullptr) {
+                        const auto forbidden = [&](int64_t i) { return !filter[i]; };
+                        order.erase(std::remove_if(order.begin(), order.end(), forbidden), order.end());
+                    }
+                    for (int64_t i = 0; i < kBest; ++i) {
+                        check(indices[q * kBest + i] == order[i], "row of ip_topk_cpu");
+                        check(scores[q * kBest + i] == all[order[i]], "score of ip_topk_cpu");
+                    }
                 }
             }
         }
-    }
+    });
     std::printf("top-K of %s rows on %s\n", dtype, isa.c_str());
 }
 
@@ -163,70 +175,72 @@ void check_image_attn(const std::string& isa, int64_t D, bool pooled) {
     for (int64_t s = 0; s < T * K; ++s) mask[s] = index[s] >= 0;
     const auto row_of = [&](int64_t s) { return pooled ? int64_t{index[s]} : s; };
 
-    std::vector<float> out = text_out, lse = text_lse;
-    std::vector<float> grad_q(T * D), grad_keys(image_rows * D, 7), grad_values(image_rows * D, 7);
-    const std::vector<int64_t> sizes = {1, 1, 1, T, K, D, pooled ? U : -1};
-    const std::vector<int64_t> image_strides =
-        pooled ? std::vector<int64_t>{U * D, D, 1} : std::vector<int64_t>{T * K * D, T * K * D, K * D, D, 1};
-    valm::TensorMap tensors = {
-        {"q", tensor(q.data(), {T * D, T * D, D, 1})},
-        {"out", tensor(out.data(), {T * D, T * D, D, 1})},
-        {"lse", tensor(lse.data(), {T, T, 1})},
-        {"image_k", tensor(keys.data(), image_strides)},
-        {"image_v", tensor(values.data(), image_strides)},
-    };
-    if (pooled) {
-        tensors["image_index"] = tensor(index.data(), {T * K, K, 1});
-    } else {
-        tensors["image_mask"] = tensor(mask.data(), {T * K, K, 1});
-    }
-    valm::image_attn_forward(isa, "float32", sizes, scale, 0.0, 2, tensors);
-    tensors["grad_out"] = tensor(grad_out.data(), {T * D, T * D, D, 1});
-    tensors["grad_q"] = tensor(grad_q.data(), {T * D, T * D, D, 1});
-    tensors["grad_image_k"] = tensor(grad_keys.data(), image_strides);
-    tensors["grad_image_v"] = tensor(grad_values.data(), image_strides);
-    valm::image_attn_backward(isa, "float32", sizes, scale, 0.0, 2, tensors);
+    at_once([&] {
+        std::vector<float> out = text_out, lse = text_lse;
+        std::vector<float> grad_q(T * D), grad_keys(image_rows * D, 7), grad_values(image_rows * D, 7);
+        const std::vector<int64_t> sizes = {1, 1, 1, T, K, D, pooled ? U : -1};
+        const std::vector<int64_t> image_strides =
+            pooled ? std::vector<int64_t>{U * D, D, 1} : std::vector<int64_t>{T * K * D, T * K * D, K * D, D, 1};
+        valm::TensorMap tensors = {
+            {"q", tensor(q.data(), {T * D, T * D, D, 1})},
+            {"out", tensor(out.data(), {T * D, T * D, D, 1})},
+            {"lse", tensor(lse.data(), {T, T, 1})},
+            {"image_k", tensor(keys.data(), image_strides)},
+            {"image_v", tensor(values.data(), image_strides)},
+        };
+        if (pooled) {
+            tensors["image_index"] = tensor(index.data(), {T * K, K, 1});
+        } else {
+            tensors["image_mask"] = tensor(mask.data(), {T * K, K, 1});
+        }
+        valm::image_attn_forward(isa, "float32", sizes, scale, 0.0, 2, tensors);
+        tensors["grad_out"] = tensor(grad_out.data(), {T * D, T * D, D, 1});
+        tensors["grad_q"] = tensor(grad_q.data(), {T * D, T * D, D, 1});
+        tensors["grad_image_k"] = tensor(grad_keys.data(), image_strides);
+        tensors["grad_image_v"] = tensor(grad_values.data(), image_strides);
+        valm::image_attn_backward(isa, "float32", sizes, scale, 0.0, 2, tensors);
 
-    const auto near = [](double found, double expected) { return std::abs(found - expected) < 1e-5; };
-    std::vector<double> key_sums(image_rows * D), value_sums(image_rows * D);
-    for (int64_t i = 0; i < T; ++i) {
-        std::vector<double> weights(K);
-        double sum = std::exp(text_lse[i]);
-        for (int64_t k = 0; k < K; ++k) {
-            if (index[i * K + k] < 0) continue;
-            double product = 0;
-            for (int64_t d = 0; d < D; ++d) product += double{q[i * D + d]} * keys[row_of(i * K + k) * D + d];
-            sum += weights[k] = std::exp(scale * product);
-        }
-        check(near(lse[i], std::log(sum)), "lse of image_attn_forward");
-        double delta = 0;
-        for (int64_t d = 0; d < D; ++d) {
-            double expected = std::exp(text_lse[i]) / sum * text_out[i * D + d];
+        const auto near = [](double found, double expected) { return std::abs(found - expected) < 1e-5; };
+        std::vector<double> key_sums(image_rows * D), value_sums(image_rows * D);
+        for (int64_t i = 0; i < T; ++i) {
+            std::vector<double> weights(K);
+            double sum = std::exp(text_lse[i]);
             for (int64_t k = 0; k < K; ++k) {
-                if (weights[k] > 0) expected += weights[k] / sum * values[row_of(i * K + k) * D + d];
+                if (index[i * K + k] < 0) continue;
+                double product = 0;
+                for (int64_t d = 0; d < D; ++d) product += double{q[i * D + d]} * keys[row_of(i * K + k) * D + d];
+                sum += weights[k] = std::exp(scale * product);
             }
-            check(near(out[i * D + d], expected), "out of image_attn_forward");
-            delta += expected * grad_out[i * D + d];
-        }
-        std::vector<double> expected_grad_q(D);
-        for (int64_t k = 0; k < K; ++k) {
-            if (weights[k] == 0) continue;
-            const int64_t row = row_of(i * K + k);
-            double grad_score = -delta;
-            for (int64_t d = 0; d < D; ++d) grad_score += double{grad_out[i * D + d]} * values[row * D + d];
-            grad_score *= weights[k] / sum * scale;
+            check(near(lse[i], std::log(sum)), "lse of image_attn_forward");
+            double delta = 0;
             for (int64_t d = 0; d < D; ++d) {
-                expected_grad_q[d] += grad_score * keys[row * D + d];
-                key_sums[row * D + d] += grad_score * q[i * D + d];
-                value_sums[row * D + d] += weights[k] / sum * grad_out[i * D + d];
+                double expected = std::exp(text_lse[i]) / sum * text_out[i * D + d];
+                for (int64_t k = 0; k < K; ++k) {
+                    if (weights[k] > 0) expected += weights[k] / sum * values[row_of(i * K + k) * D + d];
+                }
+                check(near(out[i * D + d], expected), "out of image_attn_forward");
+                delta += expected * grad_out[i * D + d];
             }
+            std::vector<double> expected_grad_q(D);
+            for (int64_t k = 0; k < K; ++k) {
+                if (weights[k] == 0) continue;
+                const int64_t row = row_of(i * K + k);
+                double grad_score = -delta;
+                for (int64_t d = 0; d < D; ++d) grad_score += double{grad_out[i * D + d]} * values[row * D + d];
+                grad_score *= weights[k] / sum * scale;
+                for (int64_t d = 0; d < D; ++d) {
+                    expected_grad_q[d] += grad_score * keys[row * D + d];
+                    key_sums[row * D + d] += grad_score * q[i * D + d];
+                    value_sums[row * D + d] += weights[k] / sum * grad_out[i * D + d];
+                }
+            }
+            for (int64_t d = 0; d < D; ++d) check(near(grad_q[i * D + d], expected_grad_q[d]), "grad_q");
         }
-        for (int64_t d = 0; d < D; ++d) check(near(grad_q[i * D + d], expected_grad_q[d]), "grad_q");
-    }
-    for (int64_t e = 0; e < image_rows * D; ++e) {
-        check(near(grad_keys[e], key_sums[e]), "grad_image_k");
-        check(near(grad_values[e], value_sums[e]), "grad_image_v");
-    }
+        for (int64_t e = 0; e < image_rows * D; ++e) {
+            check(near(grad_keys[e], key_sums[e]), "grad_image_k");
+            check(near(grad_values[e], value_sums[e]), "grad_image_v");
+        }
+    });
     std::printf("image attention of width %d, %s, on %s\n", static_cast<int>(D), pooled ? "pooled" : "dense",
                 isa.c_str());
 }
@@ -235,32 +249,34 @@ void check_image_attn(const std::string& isa, int64_t D, bool pooled) {
 void check_int8_rows(const std::string& isa) {
     constexpr int64_t kCount = 600, kWidth = 77;
     const std::vector<float> rows = uniforms(kCount * kWidth);
-    std::vector<int8_t> rounded(kCount * kWidth);
-    std::vector<float> step(kCount), zero(kCount);
-    valm::round_rows(isa, 2, rows.data(), kCount, kWidth, rounded.data(), step.data(), zero.data());
-    std::vector<int32_t> products(kCount * kWidth);
-    for (int64_t i = 0; i < kCount; ++i) {
-        const float* row = rows.data() + i * kWidth;
-        const auto [least, largest] = std::minmax_element(row, row + kWidth);
-        check(step[i] == (*largest - *least) / 255, "step of round_rows");
-        check(zero[i] == *least + 128 * step[i], "zero of round_rows");
-        for (int64_t e = 0; e < kWidth; ++e) {
-            const float expected = std::nearbyint((row[e] - *least) / step[i]) - 128;
-            check(static_cast<float>(rounded[i * kWidth + e]) == expected, "round_rows");
-            products[i * kWidth + e] = rounded[i * kWidth + e] * 1000;
-        }
-    }
     const std::vector<float> scale = uniforms(kWidth), sum = uniforms(kWidth), bias = uniforms(kWidth);
-    std::vector<int32_t> out = products;
-    valm::scale_products(isa, 2, out.data(), kCount, kWidth, step.data(), zero.data(), scale.data(), sum.data(),
-                         bias.data());
-    for (int64_t i = 0; i < kCount * kWidth; ++i) {
-        const int64_t row = i / kWidth, e = i % kWidth;
-        float found;
-        std::memcpy(&found, &out[i], sizeof found);
-        const double expected = bias[e] + double{step[row]} * scale[e] * products[i] + double{zero[row]} * sum[e];
-        check(std::abs(found - expected) < 1e-3, "scale_products");
-    }
+    at_once([&] {
+        std::vector<int8_t> rounded(kCount * kWidth);
+        std::vector<float> step(kCount), zero(kCount);
+        valm::round_rows(isa, 2, rows.data(), kCount, kWidth, rounded.data(), step.data(), zero.data());
+        std::vector<int32_t> products(kCount * kWidth);
+        for (int64_t i = 0; i < kCount; ++i) {
+            const float* row = rows.data() + i * kWidth;
+            const auto [least, largest] = std::minmax_element(row, row + kWidth);
+            check(step[i] == (*largest - *least) / 255, "step of round_rows");
+            check(zero[i] == *least + 128 * step[i], "zero of round_rows");
+            for (int64_t e = 0; e < kWidth; ++e) {
+                const float expected = std::nearbyint((row[e] - *least) / step[i]) - 128;
+                check(static_cast<float>(rounded[i * kWidth + e]) == expected, "round_rows");
+                products[i * kWidth + e] = rounded[i * kWidth + e] * 1000;
+            }
+        }
+        std::vector<int32_t> out = products;
+        valm::scale_products(isa, 2, out.data(), kCount, kWidth, step.data(), zero.data(), scale.data(), sum.data(),
+                             bias.data());
+        for (int64_t i = 0; i < kCount * kWidth; ++i) {
+            const int64_t row = i / kWidth, e = i % kWidth;
+            float found;
+            std::memcpy(&found, &out[i], sizeof found);
+            const double expected = bias[e] + double{step[row]} * scale[e] * products[i] + double{zero[row]} * sum[e];
+            check(std::abs(found - expected) < 1e-3, "scale_products");
+        }
+    });
     std::printf("rows of int8 layers on %s\n", isa.c_str());
 }
 
