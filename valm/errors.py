@@ -1,5 +1,7 @@
 """The error that the command line shows as one sentence."""
 
+PANIC = "a tokenizer stopped; its tokenizer.json is damaged, or cannot split this text"
+
 
 class ValmError(ValueError):
     """An input cannot be used. The message names it, says what was found and what to do."""

@@ -32,15 +32,12 @@ from valm.cli import (
     train,
 )
 from valm.cli.options import CommandParser
-from valm.errors import ValmError, is_panic
+from valm.errors import PANIC, ValmError, is_panic
 from valm.text import printable, utf8
 from valm_kernels import __version__
 from valm_kernels.json_files import short
 
 OUT_OF_MEMORY = "there is not enough memory for this; use smaller batches or a machine with more"
-
-
-PANIC = "a tokenizer stopped; its tokenizer.json is damaged, or cannot split this text"
 
 
 def main(argv: list[str] | None = None) -> int:

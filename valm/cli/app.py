@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 from pathlib import Path
 
 from valm.cli.options import Commands, add_retrieval, command, load_compared, load_model, name_of, positive
@@ -23,6 +24,7 @@ def run_app(arguments: argparse.Namespace) -> None:
     model, tokenizer = load_model(arguments)
     if arguments.compare:
         other = (name_of(arguments.compare, unlike=[name]), *load_compared(arguments))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which removes the uploaded images, as Ctrl-C does
     served = launch(App(name, model, tokenizer, other), arguments.port)
     print(f"app: {served.local_url}  (Ctrl-C ends it)", flush=True)
     served.block_thread()

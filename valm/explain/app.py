@@ -12,14 +12,19 @@ from typing import Any, NamedTuple
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
-from valm.errors import ValmError
+from valm.errors import PANIC, ValmError, is_panic
 from valm.explain.explanation import Explanation, Reader, explain_together
 from valm.explain.images import GivenImages, RandomImages
 from valm.explain.page import render_body, style
 from valm.retrieval.retriever import BlindRetriever, Retriever
 
 HOST = "127.0.0.1"
+# The only hosts of a request: a page elsewhere can have its own name resolved to this machine (DNS rebinding).
+HOSTS = (HOST, "localhost")
 MAX_IMAGES = 16  # of the slider; the operation takes more
+# Characters of the prompt, which models of 4,096 tokens and more read, and of all answers.
+MAX_PROMPT, MAX_ANSWERS = 20_000, 2_000
+MAX_UPLOAD = "64mb"  # of each image
 # Uploaded images are deleted when an hour old, checked every hour, and all of them at the end.
 UPLOADS_STAY = (3600, 3600)
 
@@ -115,6 +120,11 @@ class App:
             answers: words separated by commas; empty for the likeliest.
             beside: which of `comparisons` to show too.
         """
+        for what, text, most in (("the prompt", prompt, MAX_PROMPT), ("the list of answers", answers, MAX_ANSWERS)):
+            if len(text) > most:
+                raise ValmError(f"{what} has {len(text):,} characters, and the app takes {most:,} at most")
+        if RETRIEVED in self.choices and not 1 <= k <= self._max_images():
+            raise ValmError(f"K is {k}, expected 1 to {self._max_images()}")
         title, reader = self._reader(images, k, uploads)
         readers = {title: reader}
         if self.choices[0] in beside and images != self.choices[0]:
@@ -146,8 +156,11 @@ class App:
         """The result of `explain` as HTML, or the error in one sentence. head: 0 = the mean of all."""
         try:
             body = render_body(self.explain(*arguments), head - 1 if head else None)
-        except ValmError as error:
-            body = f'<p class="error" role="alert">{escape(str(error))}</p>'
+        except BaseException as error:
+            if not isinstance(error, ValmError) and not is_panic(error):
+                raise
+            reason = str(error) if isinstance(error, ValmError) else f"{PANIC}: {error}"
+            body = f'<p class="error" role="alert">{escape(reason)}</p>'
         return f'<div class="valm-explain">{body}</div>'
 
     def blocks(self) -> Any:
@@ -175,7 +188,7 @@ class App:
                     images = gradio.Radio(self.choices, value=self.choices[0], label="Images", elem_id="images")
                     k = gradio.Slider(
                         1,
-                        max(options.num_images, min(MAX_IMAGES, len(self.model.retriever.kb) if has_kb else 1)),
+                        self._max_images(),
                         value=max(options.num_images, 1),
                         step=1,
                         label="K, images of a token",
@@ -222,6 +235,10 @@ class App:
                 ).then(**update)
         return blocks
 
+    def _max_images(self) -> int:
+        in_kb = len(self.model.retriever.kb) if RETRIEVED in self.choices else 1
+        return max(1, self.model.image_options.num_images, min(MAX_IMAGES, in_kb))
+
     def _num_heads(self) -> int:
         """H of the fusion layer."""
         config = self.model.config
@@ -229,7 +246,7 @@ class App:
 
 
 def launch(app: App, port: int | None = None) -> Any:
-    """Serves the app on this machine alone, in a thread.
+    """Serves the app on this machine alone, under its own names, in a thread.
 
     Args:
         port: by default the first free one from 7860 on.
@@ -241,6 +258,10 @@ def launch(app: App, port: int | None = None) -> Any:
         ValmError: Gradio is missing, or the port is taken.
     """
     gradio = _gradio()
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    own_hosts = Middleware(TrustedHostMiddleware, allowed_hosts=list(HOSTS))
     fonts = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif"]
     theme = gradio.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"], primary_hue="blue")
     blocks = app.blocks()
@@ -257,6 +278,8 @@ def launch(app: App, port: int | None = None) -> Any:
             theme=theme,
             css=style() + CSS,
             prevent_thread_lock=True,
+            max_file_size=MAX_UPLOAD,
+            app_kwargs={"middleware": [own_hosts]},
         )
     except OSError as error:
         raise ValmError(f"the app cannot be served at {HOST}: {error}") from error

@@ -4,6 +4,7 @@ import re
 import socket
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 
 import pytest
@@ -11,16 +12,29 @@ import pytest
 pytest.importorskip("gradio", reason="needs the extra [app]")
 
 
-def test_the_app_is_served_on_this_machine_alone(world):
+def test_the_app_is_served_on_this_machine_alone(world, tmp_path, monkeypatch):
+    """Under its own names only, and what was uploaded is gone when it is ended."""
+    uploads = tmp_path / "uploads"
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(uploads))
     command = [sys.executable, "-m", "valm", "app", str(world / "valm"), "--compare", str(world / "gpt2")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             address = re.search(r"http://127\.0\.0\.1:\d+/", process.stdout.readline())[0]
             with urllib.request.urlopen(address) as page:
                 text = page.read().decode()
+            with pytest.raises(urllib.error.HTTPError) as rebound:
+                urllib.request.urlopen(urllib.request.Request(address, headers={"Host": "attacker.example"}))
+            refused = rebound.value.code
+            body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\nmine\r\n--x--\r\n'
+            headers = {"Content-Type": "multipart/form-data; boundary=x"}
+            urllib.request.urlopen(urllib.request.Request(f"{address}gradio_api/upload", body, headers)).read()
+            assert [file.read_bytes() for file in uploads.rglob("*.png")] == [b"mine"]
         finally:
             process.terminate()
+            status = process.wait(60)
     assert "valm · valm" in text
+    assert refused == 400
+    assert status == 0 and not [file for file in uploads.rglob("*") if file.is_file()]
     sources = re.findall(r"(?:src|href)=\"(//|https?:)", text)
     assert sources == []
 

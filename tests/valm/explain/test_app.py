@@ -10,6 +10,7 @@ import urllib.request
 import numpy as np
 import pytest
 from PIL import Image
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from valm.errors import ValmError
 from valm.explain.explanation import explain
@@ -78,11 +79,22 @@ def test_wrong_input_is_one_sentence(app, tmp_path):
         ({"prompt": "red " * 30}, "this model reads 24 at most"),
         ({"images": "uploaded"}, "no uploaded images yet"),
         ({"images": "uploaded", "uploads": [str(tmp_path / "a.png")]}, "cannot read the image a.png"),
+        ({"prompt": "red " * 10_000}, "the prompt has 40,000 characters, and the app takes 20,000 at most"),
+        ({"answers": "red, " * 1_000}, "the list of answers has 5,000 characters, and the app takes 2,000 at most"),
+        ({"k": 10**9}, "K is 1000000000, expected 1 to"),
+        ({"k": 0}, "K is 0, expected 1 to"),
         ({"answers": "red,,blue"}, "the answer &#x27;&#x27; has no tokens"),
     ):
         usual = {"prompt": TEXT, "images": "retrieved", "k": 3, "uploads": None, "answers": "", "beside": ()}
         shown = app.show(0, *(usual | arguments).values())
         assert sentence in shown and shown.count("<p") == 1 and 'role="alert"' in shown
+
+
+def test_a_panic_of_the_tokenizer_is_one_sentence(app, monkeypatch):
+    endless = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    endless.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$"), behavior="isolated")
+    monkeypatch.setattr(app, "explain", lambda prompt: endless.encode(prompt))
+    assert "a tokenizer stopped; its tokenizer.json is damaged" in app.show(0, "a" * 200 + "b")
 
 
 def test_without_gradio_there_is_one_sentence(app, monkeypatch):
