@@ -18,6 +18,8 @@ from valm_kernels.visual_fusion.reference import joint_softmax, reference_attent
 IMPLS = ("auto", "triton", flash.NAME, "cpu", "reference")
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
 MAX_IMAGES = 64
+# scale and softcap are from 2**-RANGE to 2**RANGE: beyond, scores or their gradients would not be finite in float32.
+RANGE = 60
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # The tensors in the order in which they are checked, and those with the dtype of q.
 _NAMES = Inputs._fields[:-3]
@@ -174,7 +176,7 @@ def visual_fusion_attn(
         image_q: (B, Hq, Tq, D), dtype of q: the query for the images; by default q. In a rotary model pass the query
             before rotation, so that every image is at its token's own position. The gradient of q then comes from the
             text alone.
-        softcap: cap of the scores as in Gemma 2, positive and finite; None means no cap.
+        softcap: cap of the scores as in Gemma 2, from 2**-60 to 2**60; None means no cap.
         image_index: (B, Tq, K) int32 or int64 rows of the pool; -1 = no image. Selects the pooled layout.
             On CPU an index outside [-1, U) raises. On CUDA it is undefined behaviour, unless the environment has
             VALM_KERNELS_CHECK_INDEX=1: then every call checks the indices, which waits for the device.
@@ -202,7 +204,7 @@ def visual_fusion_attn(
             the pooled layout then sorts nothing. Gradients are the same to the last bit. On CPU it changes nothing,
             and raises if it belongs to another image_index; on CUDA that is undefined behaviour, as for image_index.
         causal: False lets every query see all keys from first_key on.
-        scale: factor of the scores, positive; 1 / sqrt(D) by default.
+        scale: factor of the scores, from 2**-60 to 2**60; 1 / sqrt(D) by default.
         return_lse: return (out, lse) instead of out.
         return_image_weights: return the weights b_ik of the images as well, after the other results. Without a second
             pass over the text: the same kernel writes the scores t_ik, and the weights are exp(t_ik - lse_i).
@@ -432,6 +434,10 @@ def _check_positive_number(name: str, value: float) -> None:
         raise TypeError(f"{name} must be a number or None, got {type(value).__name__}")
     if not 0 < value < float("inf"):
         raise ValueError(f"{name} must be positive and finite, got {value}")
+    if not 2**-RANGE <= value <= 2**RANGE:
+        raise ValueError(
+            f"{name} must be from 2**-{RANGE} to 2**{RANGE}, as scores are computed in float32, got {value}"
+        )
 
 
 def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str) -> None:

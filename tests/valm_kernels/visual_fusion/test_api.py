@@ -382,6 +382,14 @@ WRONG = {
     "scale infinite": (DENSE, {"scale": float("inf")}, ValueError, "scale must be positive and finite, got inf"),
     "scale NaN": (DENSE, {"scale": float("nan")}, ValueError, "scale must be positive and finite, got nan"),
     "scale zero": (DENSE, {"scale": 0}, ValueError, "scale must be positive and finite, got 0"),
+    "scale subnormal": (
+        DENSE,
+        {"scale": 1e-310},
+        ValueError,
+        r"scale must be from 2\*\*-60 to 2\*\*60, .*, got 1e-310",
+    ),
+    "scale huge": (DENSE, {"scale": 1e38}, ValueError, r"scale must be from 2\*\*-60 to 2\*\*60, .*, got 1e\+38"),
+    "softcap subnormal": (DENSE, {"softcap": 5e-324}, ValueError, r"softcap must be from 2\*\*-60 to 2\*\*60"),
     "scale negative": (DENSE, {"scale": -0.3}, ValueError, "scale must be positive and finite, got -0.3"),
     "softcap": (DENSE, {"softcap": "50"}, TypeError, "softcap must be a number or None, got str"),
     "softcap bool": (DENSE, {"softcap": True}, TypeError, "softcap must be a number or None, got bool"),
@@ -547,6 +555,20 @@ def test_image_q_is_checked_without_images(impl):
     inputs = Problem(num_images=0, num_queries=5, biases=False).inputs(torch.float32)
     with pytest.raises(ValueError, match="image_q must have shape that of q"):
         visual_fusion_attn(**inputs, image_q=zeros(2, 4, 6, 16), impl=impl)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("scale", [2**-60, 2**60])
+@pytest.mark.parametrize("softcap", [None, 2**-60, 2**60])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_at_the_ends_of_scale_and_softcap_results_are_finite(impl, scale, softcap, dtype):
+    inputs = POOLED.inputs(dtype)
+    leaves = [
+        tensor.requires_grad_() for tensor in inputs.values() if torch.is_tensor(tensor) and tensor.is_floating_point()
+    ]
+    out = visual_fusion_attn(**inputs, scale=scale, softcap=softcap, impl=impl)
+    out.float().sum().backward()
+    assert all(tensor.isfinite().all() for tensor in (out, *(leaf.grad for leaf in leaves)))
 
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
