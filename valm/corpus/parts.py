@@ -36,6 +36,9 @@ from valm_kernels.json_files import short
 PART_BYTES = 4 << 20
 PART_TOKENS = 1 << 20
 READ_ROWS = 4096
+# Length of a document and of its line. Tokenizers take 140 times the memory, and abort where there is not as much.
+MAX_DOCUMENT = 16 << 20
+TOO_LONG = f"a document or line of more than {MAX_DOCUMENT >> 20} MiB: split it into several"
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 # Suffixes of the files that are read in a folder; all but parquet also with `.gz`.
@@ -81,12 +84,14 @@ class TextPart:
         with _open(self.file) as file:
             if self.start:  # a line that begins before `start` belongs to another part
                 file.seek(self.start - 1)
-                file.readline()
+                while (piece := file.readline(1 << 20)) and not piece.endswith(b"\n"):
+                    pass
             while (begin := file.tell()) < self.end:
-                line = file.readline()
+                line = file.readline(MAX_DOCUMENT + 1)
                 try:
                     if b"\0" in line:
                         raise ValueError("it has a NUL byte, so it is no text")
+                    _check_length(line)
                     text = self._document(line.decode("utf-8"))
                 except UnicodeDecodeError as error:
                     raise ValmError(
@@ -218,7 +223,10 @@ class TablePart:
                         raise ValmError(
                             f"the corpus {self.file}, row {number}: {self.column!r} is null, expected a text"
                         )
-                    texts += [text for text in wanted if text.strip()]
+                    for text in wanted:
+                        if text.strip():
+                            _check_length(text)
+                            texts.append(text)
                 row += len(batch)
                 if row >= self.stop:
                     break
@@ -339,6 +347,8 @@ def document_parts(
     for document in documents:
         if not len(document):
             raise ValmError("the corpus has an empty document")
+        if isinstance(document, str) and len(document) > MAX_DOCUMENT:
+            raise ValmError(f"the corpus has {TOO_LONG}")
         part.append(document)
         if isinstance(document, str):
             size, limit = size + len(document.encode()), part_bytes
@@ -364,7 +374,14 @@ def json_document(row: Any, column: str) -> str | None:
     text = row[column]
     if not isinstance(text, str):
         raise ValueError(f"{column!r} is {'null' if text is None else short(text)}, expected a text")
+    _check_length(text)
     return utf8(text) if text.strip() else None
+
+
+def _check_length(text: str | bytes) -> None:
+    """Raises ValueError for a document or line longer than MAX_DOCUMENT."""
+    if len(text) > MAX_DOCUMENT:
+        raise ValueError(TOO_LONG)
 
 
 def fingerprint(documents: list[str] | list[Sequence[int]]) -> str:

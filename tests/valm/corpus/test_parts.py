@@ -305,6 +305,45 @@ def test_damaged_and_doubly_compressed_files_are_named(tmp_path):
         file_parts([write(tmp_path / "a.parquet.gz", "x")])
 
 
+LONG = "a " * (8 << 20) + "b"
+LONG_ROW = json.dumps({"text": LONG})
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.txt", f"short\n{LONG}\n"),
+        ("a.txt.gz", f"short\n{LONG}\n"),
+        ("a.jsonl", f'{{"text": "short"}}\n{LONG_ROW}'),
+        ("a.json", f"[{LONG_ROW}]"),
+        ("a.parquet", ""),
+    ],
+)
+def test_documents_have_a_limit(tmp_path, name, content):
+    """Tokenizing one of 300 MB aborts a process that lacks 40 GB."""
+    file = tmp_path / name
+    if name.endswith(".parquet"):
+        pq.write_table(pa.table({"text": ["short", LONG]}), file)
+    else:
+        file.write_bytes(gzip.compress(content.encode(), 1) if name.endswith(".gz") else content.encode())
+    with pytest.raises(ValmError, match=r"the corpus .*a\..*: a document or line of more than 16 MiB: split it"):
+        list(read_documents([file]))
+
+
+def test_the_parts_of_a_file_meet_behind_a_long_line(tmp_path):
+    lines = ["a" * (3 << 20), "b", "c" * (2 << 20), "d"]
+    (tmp_path / "a.txt").write_text("\n".join(lines))
+    found = [text for part in file_parts([tmp_path / "a.txt"], part_bytes=1 << 20) for text in part.read()]
+    assert found == lines
+
+
+def test_documents_of_python_have_a_limit():
+    with pytest.raises(ValmError, match="a document or line of more than 16 MiB"):
+        list(document_parts(["short", LONG]))
+    with pytest.raises(ValmError, match=r"row 1: a document or line of more than 16 MiB"):
+        list(row_documents([{"text": "short"}, {"text": LONG}]))
+
+
 @pytest.mark.parametrize("streamed", [False, True])
 def test_rows_of_a_dataset(streamed):
     dataset = datasets.Dataset.from_dict({"text": [row["text"] for row in ROWS], "n": range(5)})
