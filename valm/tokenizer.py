@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from valm.errors import ValmError
-from valm.pretrained import from_pretrained
+from valm.pretrained import from_pretrained, library_errors
+from valm_kernels.json_files import short
 
 SOT = "<|startoftext|>"
 EOT = "<|endoftext|>"
@@ -146,7 +147,8 @@ def beginning_with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenize
     """A copy whose `tokenizer(text)` starts as a document (`begin_id`)."""
     made = copy.deepcopy(tokenizer)
     made.bos_token = made.bos_token or made.eos_token
-    made.backend_tokenizer.post_processor = _begin_with(made.bos_token, begin_id(tokenizer))
+    with library_errors(f"the bos token {short(made.bos_token)} of the tokenizer"):  # a template takes no : in it
+        made.backend_tokenizer.post_processor = _begin_with(made.bos_token, begin_id(tokenizer))
     return made
 
 

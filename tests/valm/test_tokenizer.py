@@ -166,6 +166,11 @@ def test_tokenizers_that_will_not_do(tmp_path):
     endless.save_pretrained(tmp_path)
     with pytest.raises(ValmError, match="names no eos token, which ends a document"):
         load_tokenizer(tmp_path)
+    odd = gpt2_like()
+    odd.add_special_tokens({"bos_token": "hf-hub:a/b"})
+    odd.save_pretrained(tmp_path)
+    with pytest.raises(ValmError, match=r"the bos token 'hf-hub:a/b' of the tokenizer .* cannot be read"):
+        load_tokenizer(tmp_path)
 
 
 def test_a_continuation_begins_with_a_blank(tmp_path):
