@@ -452,18 +452,17 @@ def _csv_rows(file: Path, start: int, end: float, lines: int) -> Iterator[tuple[
     Raises:
         ValmError: a row cannot be read.
     """
-    csv.field_size_limit(1 << 30)
+    csv.field_size_limit(MAX_DOCUMENT)
     position = start
     with _open(file) as content:
         content.seek(start)
 
         def decoded() -> Iterator[str]:
             nonlocal lines, position
-            for line in content:
-                if position >= end:
-                    return
+            while position < end and (line := content.readline(MAX_DOCUMENT + 1)):
                 encoding = "utf-8" if position else "utf-8-sig"
                 lines, position = lines + 1, position + len(line)
+                _check_length(line)
                 if b"\0" in line:
                     raise ValueError("it has a NUL byte, so it is no text")
                 yield line.decode(encoding)

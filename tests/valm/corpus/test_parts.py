@@ -316,6 +316,8 @@ LONG_ROW = json.dumps({"text": LONG})
         ("a.txt.gz", f"short\n{LONG}\n"),
         ("a.jsonl", f'{{"text": "short"}}\n{LONG_ROW}'),
         ("a.json", f"[{LONG_ROW}]"),
+        ("a.csv", f"text\nshort\n{LONG}\n"),
+        ("a.tsv", f'text\nshort\n"{LONG[: 9 << 20]}\n{LONG[: 9 << 20]}"\n'),
         ("a.parquet", ""),
     ],
 )
@@ -326,7 +328,10 @@ def test_documents_have_a_limit(tmp_path, name, content):
         pq.write_table(pa.table({"text": ["short", LONG]}), file)
     else:
         file.write_bytes(gzip.compress(content.encode(), 1) if name.endswith(".gz") else content.encode())
-    with pytest.raises(ValmError, match=r"the corpus .*a\..*: a document or line of more than 16 MiB: split it"):
+    with pytest.raises(
+        ValmError,
+        match=r"the corpus .*a\..*: (a document or line of more than 16 MiB: split it|field .* limit \(16777216\))",
+    ):
         list(read_documents([file]))
 
 
