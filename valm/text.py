@@ -43,7 +43,7 @@ def why_no_text(content: bytes) -> str | None:
     if begin.startswith((b"%pdf-", b"{\\rtf")):
         return "is a PDF or RTF document, expected plain text: save its text as .txt"
     if b"\0" in content:
-        return "has NUL bytes, as binary files and UTF-16 have, expected UTF-8 text: convert it first"
+        return "is not UTF-8 text: it has NUL bytes, as UTF-16 and binary files have; convert it"
     return None
 
 

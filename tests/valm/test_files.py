@@ -44,7 +44,7 @@ def test_a_text_is_read_without_its_byte_order_mark(tmp_path, content):
     "content, message",
     [
         ("one".encode("utf-16"), "is UTF-16, expected UTF-8: convert it"),
-        (b"one\0two", "has NUL bytes"),
+        (b"one\0two", "is not UTF-8 text: it has NUL bytes"),
         (b"<!doctype HTML>\n<p>one", "is HTML or XML"),
         (b"%PDF-1.7\n\xff", "is a PDF or RTF document"),
         (b"\xff", "is not UTF-8 text: invalid start byte at byte 0"),

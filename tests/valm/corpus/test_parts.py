@@ -261,8 +261,8 @@ def test_a_null_in_a_parquet_file_is_named(tmp_path, column):
     "content, message",
     [
         ("text\ntext".encode("utf-16"), "is UTF-16, expected UTF-8: convert it, such as by `iconv -f UTF-16 -t UTF-8`"),
-        ("text\ntext".encode("utf-16-be"), "has NUL bytes"),
-        (b"text\n\0binary", "has NUL bytes"),
+        ("text\ntext".encode("utf-16-be"), "is not UTF-8 text: it has NUL bytes"),
+        (b"text\n\0binary", "is not UTF-8 text: it has NUL bytes"),
         (b"\xef\xbb\xbf\n<!DOCTYPE html>\n<p>text", "is HTML or XML, expected plain text: save its text as .txt"),
         (b"<html><p>text", "is HTML or XML"),
         (b"%PDF-1.7\ntext", "is a PDF or RTF document"),
