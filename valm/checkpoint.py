@@ -121,8 +121,10 @@ def load(
             in the folder of its base model).
         base: folder or Hugging Face name of an adapter's base model, if it has moved. A name that only the adapter's
             own file has is never downloaded.
-        kb: another knowledge base than the noted one: its folder, or ray:NAME for what `valm serve` holds.
-        clip: the CLIP, if it has moved from where the knowledge base or the note says (see `Clip.load`).
+        kb: another knowledge base of the noted CLIP, which is named by a warning: its folder, or ray:NAME for what
+            `valm serve` holds.
+        clip: the CLIP, if it has moved from where the knowledge base or the note says (see `Clip.load`). Another one is
+            an error.
         allow_download: with `kb`, as in `ImageKnowledgeBase.load_clip`.
         query_dtype: precision of CLIP's text tower, as for `ContextEncoder`; by default float32.
         strict: raise an error instead of a warning when the model needs images and has none.
