@@ -151,7 +151,9 @@ class ImageModel(_Base):
                         f"retriever.{name} is {found}, but this model was made for {getattr(options, option)} "
                         f"({option} in its config): give it the retriever or knowledge base that it was trained with"
                     )
-            saved, given = self._note(), RetrievalNote.of_retriever(retriever)
+            saved = self._note()
+            # a note of an earlier version has no hash, and that of a CLIP takes seconds
+            given = None if saved is None or saved.clip_sha256 is None else RetrievalNote.of_retriever(retriever)
             if saved is not None and given is not None:
                 self.other_images = saved.other_images(given)
                 if self.other_images is not None:
