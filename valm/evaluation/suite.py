@@ -25,6 +25,7 @@ from valm_kernels import __version__
 from valm_kernels.atomic_files import remove_leftovers
 
 CACHE = "cache"
+CACHE_VERSION = 2  # of its files; those of another are scored again
 # What a model sees that retrieves no images of a knowledge base too: its own, or none.
 UNREPLACED = (("on", None), ("off", None))
 RESULTS = "results.json"
@@ -85,6 +86,7 @@ class Scores(TypedDict, total=False):
     alone: list[Any] | None
     documents: list[Any]
     not_applicable: str
+    sha256: str  # in a file, of the rest
 
 
 def entries(names: Sequence[str]) -> list[Entry]:
@@ -231,11 +233,13 @@ def scores_of(
     The key is a digest of all that the scores depend on: weights, tokenizer, knowledge base and retrieval settings, the
     questions themselves (and so data and prompts), and the version of this package.
     """
-    name = f"{asked.task}-{asked.protocol}-{digest([own, asdict(asked), __version__])[:32]}.json"
+    name = f"{asked.task}-{asked.protocol}-{digest([CACHE_VERSION, own, asdict(asked), __version__])[:32]}.json"
     file = None if cache is None else cache / name
     if file is not None and file.is_file() and not fresh:
         bar.update(_size(asked))
         known: Scores = read_json(file, "the scores", Scores, REMEDY)
+        if known.pop("sha256", None) != digest(known):
+            raise ValmError(f"the scores {file} do not match their checksum; {REMEDY}")
         if not _fits(known, asked):
             raise ValmError(f"the scores {file} are not of this task; {REMEDY}")
         return known
@@ -252,7 +256,7 @@ def scores_of(
     bar.update(_size(asked) - (bar.n - done))
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, found)
+        write_json(file, found | {"sha256": digest(found)})
     return found
 
 

@@ -1,5 +1,7 @@
 """Several models side by side: what is cached, what is scored anew, what is said of wrong input."""
 
+import json
+
 import pytest
 import torch
 
@@ -73,6 +75,21 @@ def test_a_killed_run_goes_on_and_a_retrained_model_is_scored_anew(world, tmp_pa
     calls.clear()
     evaluate(model, settings(world, protocols=(FAIR,), fresh=True), tmp_path, progress=False)
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("key, value", [("scores", ...), ("sha256", "0"), ("sha256", None)])
+def test_changed_scores_are_not_used(world, tmp_path, key, value):
+    asked, model = settings(world, "memory_color", protocols=(FAIR,)), [Entry("model", (str(world / "seed0"),))]
+    evaluate(model, asked, tmp_path, progress=False)
+    (file,) = (tmp_path / CACHE).iterdir()
+    scores = json.loads(file.read_text())
+    if key == "scores":
+        scores["scores"][0][0][0] += 1
+    else:
+        scores[key] = value
+    file.write_text(json.dumps(scores))
+    with pytest.raises(ValmError, match=r"the scores .* (do not match their checksum|is damaged).*; delete it and run"):
+        evaluate(model, asked, tmp_path, progress=False)
 
 
 def test_other_data_are_scored_anew(world, tmp_path, calls):
