@@ -30,7 +30,18 @@ LAYERS = [
     {"corpus", "retrieval"},
     {"knowledge_base"},
     {"shards", "clip"},
-    {"errors", "files", "multilevel_tower", "plots", "processes", "progress", "text", "tokenizer", "whole_folder"},
+    {
+        "errors",
+        "files",
+        "multilevel_tower",
+        "plots",
+        "pretrained",
+        "processes",
+        "progress",
+        "text",
+        "tokenizer",
+        "whole_folder",
+    },
 ]
 LAYER = {unit: number for number, layer in enumerate(LAYERS) for unit in layer}
 # valm/__init__.py names the public API and imports it when it is asked for.
