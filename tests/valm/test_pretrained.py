@@ -22,7 +22,7 @@ from valm.tokenizer import clip_tokenizer, load_tokenizer, prune_tokenizer
 PACKAGE = Path(__file__).parents[2] / "valm"
 TOKENIZER = prune_tokenizer(clip_tokenizer(), ["the sea is blue"])
 # Functions that run what a repository brings along, unless they are told not to.
-OPENERS = {"from_pretrained", "from_config", "pipeline"}
+OPENERS = {"from_pretrained", "from_config", "load_dataset", "pipeline"}
 
 
 def calls_of_openers():

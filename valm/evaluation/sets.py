@@ -342,7 +342,7 @@ def _download(title: str, hub: Hub) -> list[Any]:
     except ImportError as error:
         raise ImportError(f"{title} is read from the Hub by datasets: pip install -e '.[huggingface]'") from error
     try:
-        rows: Any = datasets.load_dataset(hub.dataset, hub.config, split=hub.split)
+        rows: Any = datasets.load_dataset(hub.dataset, hub.config, split=hub.split, trust_remote_code=False)
     except Exception as error:  # datasets and the hub's client raise many types
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValmError(f"cannot load {title} from the Hub ({hub.dataset}): {reason}") from error

@@ -135,7 +135,9 @@ def open_dataset(
     try:
         saved = [name for name in ("state.json", "dataset_dict.json") if (Path(source) / name).is_file()]
         if not saved:
-            return datasets.load_dataset(os.fspath(source), config, split=split, streaming=streaming)
+            return datasets.load_dataset(
+                os.fspath(source), config, split=split, streaming=streaming, trust_remote_code=False
+            )
         dataset = datasets.load_from_disk(source)
     except Exception as error:  # datasets raises many types
         first_line = str(error).strip().partition("\n")[0]
