@@ -10,7 +10,10 @@ comes from running the attention on the text with the identity rotation.
 
 from __future__ import annotations
 
+import copy
 import inspect
+import itertools
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,6 +23,14 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
+from valm.augmented.positions import (
+    CACHE_ARGUMENTS,
+    Call,
+    TokensBefore,
+    alone,
+    identity_rotation,
+    named_arguments,
+)
 from valm.errors import ValmError
 from valm.fusion import retrieval_prior
 from valm_kernels import visual_fusion_attn
@@ -32,9 +43,6 @@ IMPLEMENTATION = "valm"
 
 # Head dimensions of `visual_fusion_attn`.
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
-
-# Names of the key-value cache in the attention's forward of different families.
-CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value", "layer_past")
 
 
 @dataclass(frozen=True)
@@ -174,91 +182,103 @@ class VisualAttention(_Module):
         if self.images is None or self.images[0].shape[0] == 0:
             return super().forward(*args, **kwargs, **limits)
         image_pool, image_index, image_scores, image_slots = self.images
-        arguments = self.named(args, kwargs)
+        arguments = named_arguments(self.forward_names, args, kwargs)
         terms = self.image_fusion(image_pool)
-        _, keys, values = self._catch(terms.hidden_states, arguments)
-        if keys.shape[2] != image_pool.shape[0]:
-            raise ValmError("this layer takes its keys and values from another layer, so it can make none of images")
-        query = None
-        if self._rotates(arguments):
-            query, _, _ = self._catch(arguments["hidden_states"], arguments)
+        _, keys, values = self._catch(self._at_no_position(terms.hidden_states, arguments))
+        query = self._image_query(arguments)
         images = Images(keys[0], values[0], image_index, query, terms, image_scores, image_slots)
         return super().forward(**arguments, **limits, images=images)
 
-    def _rotates(self, arguments: dict[str, Any]) -> bool:
-        """Whether queries and keys depend on their positions, by an argument or by the attention's own tables."""
-        return arguments.get("position_embeddings") is not None or any(
-            "rotary" in name or "embed_positions" in name for name, _ in self.named_buffers()
-        )
-
-    def named(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a call by name."""
-        return dict(zip(self.forward_names, args, strict=False)) | kwargs
-
-    def _catch(self, hidden_states: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """The unrotated query (B, Hq, T, Dk), key and value of this attention for `hidden_states` (B, T, C)."""
+    def _catch(self, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """The query (B, Hq, T, Dk), key and value of this attention in a call with `arguments`."""
         caught: list[tuple[Tensor, Tensor, Tensor]] = []
         try:  # noqa: SIM105 - torch.compile knows no contextlib.suppress
-            super().forward(**self._alone(hidden_states, arguments), caught=caught)
+            super().forward(**arguments, caught=caught)
         except _Caught:
             pass
         return caught[0]
 
-    def _alone(self, hidden_states: Tensor, arguments: dict[str, Any], rotated: bool = False) -> dict[str, Any]:
-        """The arguments of a call with other `hidden_states` (B, T, C), without mask and cache.
+    def _image_query(self, arguments: dict[str, Any]) -> Tensor | None:
+        """The unrotated query of a call, (B, Hq, T, Dk); None where neither an argument nor the attention's own tables
+        rotate it."""
+        tables = any("rotary" in name or "embed_positions" in name for name, _ in self.named_buffers())
+        if arguments.get("position_embeddings") is None and not tables:
+            return None
+        return self._catch(self._unrotated(arguments))[0]
 
-        rotated: put all tokens at the position of the call's last token; otherwise none is rotated.
+    def _unrotated(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call for the same tokens, unrotated, without mask and with a cache that stays unchanged.
+
+        Their positions stay where the attention does not rotate by them itself: some families scale the query by them.
         """
-        rows, length = hidden_states.shape[:2]
         replaced = {}
+        layer = arguments.get("layer_idx", getattr(self, "layer_idx", 0))  # an argument in Zamba, which shares layers
         for name, value in arguments.items():
-            if name == "hidden_states":
-                value = hidden_states
-            elif isinstance(value, Cache) or name in CACHE_ARGUMENTS or name == "attention_mask":
+            if isinstance(value, Cache):
+                value = TokensBefore(value.get_seq_length(layer))
+            elif name == "attention_mask":
                 value = None
             elif name == "use_cache":
                 value = False
             elif name == "position_embeddings" and value is not None:
-                value = last_rotation(value, rows, length) if rotated else identity_rotation(value, rows, length)
-            elif name == "position_ids" and value is not None:
-                value = (value[:1, -1:] if rotated else torch.zeros_like(value[:1, :1])).expand(rows, length)
+                value = identity_rotation(value)
+            elif name == "position_ids" and value is not None and arguments.get("position_embeddings") is None:
+                value = torch.zeros_like(value)
+            elif isinstance(value, MutableMapping):  # such as keys that later layers read
+                value = copy.copy(value)
             replaced[name] = value
         return replaced
 
+    def _at_no_position(self, hidden_states: Tensor, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call for other `hidden_states` (B, T, C), alone, unrotated and unscaled."""
+        replaced = self._unrotated(alone(hidden_states, arguments))
+        if replaced.get("position_ids") is not None:
+            replaced["position_ids"] = torch.zeros_like(replaced["position_ids"])
+        return replaced
+
     @torch.no_grad()
-    def check_mathematics(self, own_config: Any, arguments: dict[str, Any]) -> None:
+    def check_mathematics(self, own_config: Any, calls: list[Call]) -> None:
         """Checks that a token with one image gets the class's own attention over two tokens, the image and itself.
 
-        This is done unrotated and at a later position, and for several tokens: for a single one, all of the softmax may
-        be on the image or on the token.
+        This is done unrotated and at the last position of each call, with and without a cache, and for several tokens:
+        for a single one, all of the softmax may be on the image or on the token.
 
         Args:
             own_config: config with the class's own attention implementation.
-            arguments: the arguments of any call.
+            calls: at positions near and far, without a cache.
 
         Raises:
-            ValmError: the two differ, because the family computes more than one softmax over all that a token sees, or
-                changes queries or keys after their rotation.
+            ValmError: the two differ, because the family computes more than one softmax over all that a token sees,
+                changes queries or keys after their rotation, or scales keys by their position.
         """
-        text = arguments["hidden_states"][0]  # (T, C)
+        text = calls[0].arguments["hidden_states"][0]  # (T, C)
         pairs = torch.stack([text[:-1], text[1:]], 1)  # (T - 1, 2, C)
-        _, keys, values = self._catch(pairs[None, :, 0], arguments)
-        query, _, _ = self._catch(pairs[:, 1:], arguments)
+        _, keys, values = self._catch(self._at_no_position(pairs[None, :, 0], calls[0].arguments))
         k_bias, v_bias = (text.new_zeros(x.shape[1], x.shape[3]) for x in (keys, values))
-        terms = FusionTerms(text, k_bias, v_bias, text.new_zeros(query.shape[1]))
-        index = torch.arange(len(pairs), device=text.device)[:, None, None]  # (T - 1, 1, 1)
-        images = Images(keys[0], values[0], index, query if self._rotates(arguments) else None, terms)
-        for rotated in (False, True):
-            with_image = super().forward(**self._alone(pairs[:, 1:], arguments, rotated), images=images)[0][:, -1]
+        image = torch.arange(len(pairs), device=text.device)
+        index = torch.stack([torch.full_like(image, -1), image], 1)[..., None]  # (T - 1, 2, 1): of each second token
+        itself = torch.eye(2, dtype=torch.bool, device=text.device)[None, None]
+        cache_names = [name for name in CACHE_ARGUMENTS if name in self.forward_names]
+        for call, cached, rotated in itertools.product(calls, (False, True), (False, True)):
+            cache = TokensBefore(call.position - 1) if cached else None
+            placed = alone(pairs, call.arguments) | dict.fromkeys(cache_names, cache)
+            query = self._image_query(placed)
+            if not rotated:
+                placed = self._unrotated(placed)
+            terms = FusionTerms(text, k_bias, v_bias, text.new_zeros(self.image_fusion.logit_bias.shape))
+            images = Images(keys[0], values[0], index, query, terms)
+            with_image = super().forward(**placed | {"attention_mask": itself}, images=images)[0][:, -1]
             config, self.config = self.config, own_config
             try:
-                own = super().forward(**self._alone(pairs, arguments, rotated))[0][:, -1]
+                own = super().forward(**placed)[0][:, -1]
             finally:
                 self.config = config
             error = ((with_image - own).abs().max() / own.abs().max()).item()
             if not error <= torch.finfo(own.dtype).eps ** 0.5:
                 why = "is not one softmax over all that a token sees"
-                if rotated:
+                if call.position >= len(text):
+                    why = f"computes something else at position {call.position}"
+                elif rotated:
                     why = "changes queries or keys after their rotation"
                 raise ValmError(
                     f"{type(self).__name__} {why}: with images it would be off by {error:.1e} of its largest value"
@@ -291,26 +311,6 @@ class VisualLayer(_Module):
             return super().forward(*args, **kwargs)
         finally:
             attention.images = attention.text_limits = None
-
-
-def last_rotation(position_embeddings: Any, rows: int, length: int) -> Any:
-    """Rotary embeddings (..., D) that rotate as the last position does, for `rows` rows of `length` tokens."""
-    if isinstance(position_embeddings, Tensor):
-        return position_embeddings[:1, -1:].expand(rows, length, -1)
-    cos, sin = (table[:1, -1:].expand(rows, length, -1) for table in position_embeddings)
-    return cos, sin
-
-
-def identity_rotation(position_embeddings: Any, rows: int, length: int) -> Any:
-    """Rotary embeddings (..., D) that rotate by no angle, for `rows` rows of `length` tokens.
-
-    A scale, as YaRN has, is preserved: it is the length of (cos, sin).
-    """
-    if isinstance(position_embeddings, Tensor):  # complex numbers, in Llama 4
-        return torch.ones_like(position_embeddings[:1, :1]).expand(rows, length, -1)
-    cos, sin = position_embeddings
-    scale = torch.hypot(cos[:1, :1].float(), sin[:1, :1].float()).to(cos.dtype).expand(rows, length, -1)
-    return scale, torch.zeros_like(scale)
 
 
 def fusion_attention(

@@ -6,6 +6,7 @@ import copy
 import inspect
 import math
 import os
+import warnings
 from contextvars import ContextVar
 from dataclasses import asdict
 from typing import Any
@@ -28,7 +29,7 @@ from valm.augmented.attention import (
     visual_attention_class,
     visual_layer_class,
 )
-from valm.augmented.probe import Probe, attention_path, decoder_layers, probe
+from valm.augmented.probe import Probe, attention_path, decoder_layers, default_layer, in_mode, probe
 from valm.augmented.sketch import project, sketch
 from valm.augmented.weights import fusion_weights
 from valm.config import NO_WEIGHTS, WEIGHTS_KEY, ValmConfig, check_score_scale, without_weights
@@ -51,7 +52,7 @@ def augment(
     model: PreTrainedModel,
     image_dim: int,
     num_images: int,
-    layer: int = -2,
+    layer: int | None = None,
     *,
     logit_bias: float = -10.0,
     unfreeze: str = "",
@@ -70,7 +71,8 @@ def augment(
         image_dim: E, dimension of an image vector.
         num_images: K, images per token, from 1 to 64. 0 makes the text-only twin: what `unfreeze` names trains, nothing
             is new and no image is taken.
-        layer: which layer, negative from the end.
+        layer: which layer, negative from the end. None: the layer before the last; where that has no attention with
+            keys of its own, the last layer that has one, which a warning names.
         logit_bias: initial value of the number that each head adds to its scores of images. At -10 the pretrained
             logits move by about their rounding, and there is still a gradient that can open the heads.
         unfreeze: what trains besides the new parameters: "" nothing, "block" the layer, "all" everything.
@@ -103,15 +105,20 @@ def augment(
     if blind and num_images != 1:
         raise ValmError(f"blind needs num_images = 1 (the query is the one image), got {num_images}")
     check_score_scale("score_scale", score_scale, num_images)
-    path = attention_path(model, layer)
     implementation = model.config.get_text_config(decoder=True)._attn_implementation
     if implementation not in READABLE:
         raise ValmError(
             f'the model has attn_implementation="{implementation}", whose masks the fusion layer cannot read: load it '
             f"with {' or '.join(map(repr, READABLE))}"
         )
+    if layer is None:
+        layer = default_layer(model)
+        if layer != -2:
+            warnings.warn(
+                f"layer -2 has no attention with keys of its own, so layer {layer} attends to the images", stacklevel=2
+            )
+    found = probe(model, layer)
     block: Any = decoder_layers(model)[layer]
-    found = probe(model, block, path)
     options = FusionOptions(
         architecture=type(model).__name__,
         image_dim=image_dim,
@@ -156,7 +163,7 @@ def attach(model: PreTrainedModel, options: FusionOptions, found: Probe | None =
         fusion = ImageFusion(options).to(model.dtype)
     if found is not None:
         fusion.reset(found.norm_weight, found.norm_bias)
-    attention.image_fusion = fusion
+    attention.image_fusion = fusion.train(attention.training)
     # the other layers' masks follow the model's own config, so this one may ask for another implementation
     attention.config = copy.copy(attention.config)
     attention.config._attn_implementation_internal = IMPLEMENTATION
@@ -172,7 +179,8 @@ def _attach_checked(model: PreTrainedModel, options: FusionOptions, found: Probe
     own_config = attention.config
     attach(model, options, found)
     try:
-        attention.check_mathematics(own_config, attention.named(*found.call))
+        with in_mode(attention, training=False):
+            attention.check_mathematics(own_config, found.calls)
     except Exception:
         attention.config = own_config
         del attention.image_fusion, block.attention_path

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from valm.augmented.attention import VisualAttention
+from valm.augmented.positions import Call, alone, named_arguments
 from valm.errors import ValmError
 
 PROBE_IMPLEMENTATION = "valm_probe"
@@ -26,7 +30,7 @@ class Probe(NamedTuple):
         width: C, dimension of its input.
         heads, kv_heads, key_dim, value_dim: Hq, Hkv, Dk, Dv.
         norm_weight, norm_bias: (C,), of the norm before it; without one, the scale of its input, and 0.
-        call: the arguments that it was called with.
+        calls: of the attention, at the first positions and at the last ones.
     """
 
     width: int
@@ -36,11 +40,11 @@ class Probe(NamedTuple):
     value_dim: int
     norm_weight: Tensor
     norm_bias: Tensor
-    call: tuple[tuple, dict[str, Any]]
+    calls: list[Call]
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The layers of the decoder.
+    """The layers of the decoder, without those of a vision tower beside it.
 
     Raises:
         ValmError: there are none.
@@ -49,10 +53,15 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
         raise ValmError(f"{type(model).__name__} has an encoder: only decoders can be augmented")
     config = model.config.get_text_config(decoder=True)
     count = getattr(config, "num_hidden_layers", None)
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
-    if not lists:
+    # the decoder first, without a vision tower; in some models its name is that of their head
+    modules = (*model.get_decoder().modules(), *model.modules())
+    lists = [module for module in modules if isinstance(module, nn.ModuleList)]
+    of_length = [module for module in lists if len(module) == count]
+    # in LongCat a layer counts twice, as it has two attentions
+    found = of_length or [module for module in lists if any(_interface_paths(layer) for layer in module)]
+    if not found:
         raise ValmError(f"{type(model).__name__} has no list of its {count} layers")
-    return lists[0]
+    return found[0]
 
 
 def attention_path(model: PreTrainedModel, layer: int) -> str:
@@ -76,13 +85,71 @@ def attention_path(model: PreTrainedModel, layer: int) -> str:
     )
 
 
-def probe(model: PreTrainedModel, layer: nn.Module, path: str) -> Probe:
-    """Runs the model on a few tokens up to the attention at `path` of `layer` and reads its arguments.
+def default_layer(model: PreTrainedModel) -> int:
+    """-2, the layer before the last; where that has no attention with keys of its own, the last layer that has one."""
+    count, serving = len(decoder_layers(model)), layers_with_keys(model)
+    return -2 if count - 2 in serving or not serving else serving[-1] - count
+
+
+def layers_with_keys(model: PreTrainedModel) -> list[int]:
+    """The numbers of the layers that have one attention, which makes keys and values of its own input.
+
+    In some families, such as Gemma 4, the last layers attend to the keys of a layer before them.
+    """
+    attentions = {
+        number: layer.get_submodule(paths[0])
+        for number, layer in enumerate(decoder_layers(model))
+        if len(paths := _interface_paths(layer)) == 1
+    }
+    calls: dict[int, dict[str, Any]] = {}
+
+    def read(number: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        calls[number] = named_arguments(_forward_names(module), args, kwargs)
+
+    hooks = [
+        attention.register_forward_pre_hook(partial(read, number), with_kwargs=True)
+        for number, attention in attentions.items()
+    ]
+    try:
+        with torch.no_grad(), in_mode(model, training=False):
+            model(_probe_tokens(model), use_cache=False)
+        return [number for number in calls if _has_keys(attentions[number], calls[number])]
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def _has_keys(attention: nn.Module, arguments: dict[str, Any]) -> bool:
+    """Whether the attention makes keys of its input, by a call as that with `arguments` but of one token less.
 
     Raises:
-        ValmError: the images do not reach the layer, the attention is not causal or was not called.
+        ValmError: it does not run on other tokens.
     """
-    attention: Any = layer.get_submodule(path)
+    try:
+        fewer = arguments["hidden_states"][:, :-1]
+        with _probing(attention):
+            attention(**alone(fewer, arguments))
+    except _Probed as probed:
+        return probed.key[2] == fewer.shape[1]
+    except Exception as error:  # of the family's own code
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValmError(
+            f"{type(attention).__name__} does not run on images, without the text's mask: {reason}"
+        ) from error
+    return False
+
+
+def probe(model: PreTrainedModel, layer: int) -> Probe:
+    """Runs the model on a few tokens up to the attention of `layer` and reads its arguments.
+
+    Raises:
+        ValmError: the images do not reach the layer, the attention is not causal, was not called or takes its keys from
+            another layer.
+    """
+    path = attention_path(model, layer)
+    block = decoder_layers(model)[layer]
+    attention: Any = block.get_submodule(path)
     outputs: list[tuple[nn.Module, Any]] = []
     read: dict[str, Any] = {}
 
@@ -92,52 +159,89 @@ def probe(model: PreTrainedModel, layer: nn.Module, path: str) -> Probe:
         return args, kwargs
 
     def at_attention(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        read["call"] = args, kwargs
+        read["arguments"] = named_arguments(_forward_names(attention), args, kwargs)
 
+    def run(**inputs: Any) -> _Probed | None:
+        try:
+            with _probing(attention):
+                model(tokens, use_cache=False, **images, **inputs)
+        except _Probed as probed:
+            return probed
+        except TypeError as error:
+            raise ValmError(f"{type(model).__name__} cannot pass images on to its layers: {error}") from error
+        return None
+
+    tokens = _probe_tokens(model)
+    images = {"image_pool": torch.zeros(1, 1, device=model.device), "image_index": torch.zeros_like(tokens)[..., None]}
     hooks = [
-        layer.register_forward_pre_hook(at_layer, with_kwargs=True),
+        block.register_forward_pre_hook(at_layer, with_kwargs=True),
         attention.register_forward_pre_hook(at_attention, with_kwargs=True),
         *(
             child.register_forward_hook(lambda module, args, output: outputs.append((module, output)))
-            for child in layer.children()
+            for child in block.children()
         ),
     ]
-    config, attention.config = attention.config, copy.copy(attention.config)
-    attention.config._attn_implementation_internal = PROBE_IMPLEMENTATION
-    tokens = torch.arange(PROBE_TOKENS, device=model.device)[None] % model.config.get_text_config().vocab_size
-    images = {"image_pool": torch.zeros(1, 1, device=model.device), "image_index": torch.zeros_like(tokens)[..., None]}
-    found = None
     try:
-        with torch.no_grad():
-            model(tokens, use_cache=False, **images)
-    except _Probed as probed:
-        found = probed
-    except TypeError as error:
-        raise ValmError(f"{type(model).__name__} cannot pass images on to its layers: {error}") from error
+        with torch.no_grad(), in_mode(model, training=False):
+            found = run()
+            if not read.get("reached"):
+                raise ValmError(f"{type(model).__name__} does not pass images on to its layers")
+            if found is None:
+                raise ValmError(f"{type(attention).__name__} did not call transformers' attention interface")
+            if not found.causal:
+                raise ValmError(f"{type(attention).__name__} is not causal: only decoders can be augmented")
+            calls = [Call(read["arguments"], PROBE_TOKENS - 1)]
+            hidden_states = calls[0].arguments["hidden_states"]
+            norm = next((module for module, output in outputs if output is hidden_states), None)
+            weight, bias = _affine(norm, hidden_states)
+            # position by position, as what depends on them may do so only from some position on
+            last = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 0
+            if last > PROBE_TOKENS and "position_ids" in inspect.signature(model.forward).parameters:
+                run(position_ids=torch.arange(last - PROBE_TOKENS, last, device=model.device)[None])
+                calls.append(Call(read["arguments"], last - 1))
     finally:
-        attention.config = config
         for hook in hooks:
             hook.remove()
-    if not read.get("reached"):
-        raise ValmError(f"{type(model).__name__} does not pass images on to its layers")
-    if found is None:
-        raise ValmError(f"{type(attention).__name__} did not call transformers' attention interface")
-    if not found.causal:
-        raise ValmError(f"{type(attention).__name__} is not causal: only decoders can be augmented")
-    args, kwargs = read["call"]
-    hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    norm = next((module for module, output in outputs if output is hidden_states), None)
-    weight, bias = _affine(norm, hidden_states)
+    if not _has_keys(attention, calls[0].arguments):
+        others = layers_with_keys(model)
+        raise ValmError(
+            f"layer {layer} of {type(model).__name__} takes its keys and values from another layer, so it can make "
+            f"none of images; those that make their own: {', '.join(map(str, others))}"
+        )
     return Probe(
-        hidden_states.shape[-1],
-        found.query[1],
-        found.key[1],
-        found.key[-1],
-        found.value[-1],
-        weight,
-        bias,
-        read["call"],
+        hidden_states.shape[-1], found.query[1], found.key[1], found.key[-1], found.value[-1], weight, bias, calls
     )
+
+
+@contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """The model in training or eval mode; each module's own mode is restored."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _probing(attention: Any) -> Iterator[None]:
+    """The attention raises _Probed where it would call its implementation."""
+    config, attention.config = attention.config, copy.copy(attention.config)
+    attention.config._attn_implementation_internal = PROBE_IMPLEMENTATION
+    try:
+        yield
+    finally:
+        attention.config = config
+
+
+def _probe_tokens(model: PreTrainedModel) -> Tensor:
+    return torch.arange(PROBE_TOKENS, device=model.device)[None] % model.config.get_text_config().vocab_size
+
+
+def _forward_names(attention: nn.Module) -> tuple[str, ...]:
+    return tuple(inspect.signature(attention.forward).parameters)
 
 
 def _affine(norm: nn.Module | None, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,13 +273,16 @@ AttentionInterface.register(PROBE_IMPLEMENTATION, _probe_attention)
 
 
 def _interface_paths(layer: nn.Module) -> list[str]:
-    return [
-        name
+    """The paths of a layer's attentions, without those over an encoder's states."""
+    found = {
+        name: module
         for name, module in layer.named_modules()
         if _uses_interface(type(module))
         and "cross" not in name.lower()
         and "cross" not in type(module).__name__.lower()
-    ]
+    }
+    causal = [name for name, module in found.items() if getattr(module, "is_causal", True)]
+    return causal or list(found)
 
 
 def _uses_interface(cls: type) -> bool:

@@ -94,7 +94,11 @@ def add_to(commands: Commands) -> None:
     train.add_argument(
         "--base", help="augment this pretrained decoder instead of making a new model: folder or Hugging Face name"
     )
-    train.add_argument("--layer", type=int, help="with --base: the layer that sees the images (default: -2)")
+    train.add_argument(
+        "--layer",
+        type=int,
+        help="with --base: the layer that sees the images (default: -2, or the last that has keys of its own)",
+    )
     train.add_argument(
         "--unfreeze",
         choices=["block", "all"],

@@ -4,7 +4,7 @@ from torch import nn
 
 from tests.valm.augmented.models import augmented, random_ids, random_images, tiny_gpt2
 from valm.augmented import attention as fusion
-from valm.augmented.attention import FusionTerms, Images, fusion_attention, identity_rotation, joint_attention
+from valm.augmented.attention import FusionTerms, Images, fusion_attention, joint_attention
 from valm.augmented.probe import decoder_layers
 from valm.errors import ValmError
 
@@ -141,17 +141,6 @@ def test_float_masks_are_read_and_others_refused():
     assert torch.equal(fusion.visible_keys(mask), fusion.visible_keys(floats))
     with pytest.raises(ValmError, match='attn_implementation="sdpa"'):
         fusion.visible_keys(torch.ones(2, 5))
-
-
-def test_the_identity_rotation_keeps_the_scale():
-    angle = torch.randn(2, 5, 8)
-    cos, sin = identity_rotation((1.2 * angle.cos(), 1.2 * angle.sin()), 3, 4)
-    assert cos.shape == sin.shape == (3, 4, 8)
-    torch.testing.assert_close(cos, torch.full((3, 4, 8), 1.2))
-    assert not sin.any()
-    assert torch.equal(
-        identity_rotation(torch.polar(torch.ones(2, 5, 4), angle[..., :4]), 1, 6), torch.ones(1, 6, 4) + 0j
-    )
 
 
 def test_images_stand_at_the_tokens_position_wherever_the_text_is():

@@ -276,7 +276,7 @@ def test_models_that_cannot_are_refused_and_left_as_they_were():
     with pytest.raises(
         ValmError, match=r"layer -2 of Qwen3NextForCausalLM has no attention .*; those that have one: 1, 3"
     ):
-        augment(tiny("qwen3_next"), 8, 2)
+        augment(tiny("qwen3_next"), 8, 2, -2)
     doge = tiny("doge")
     ids = torch.arange(3, 9)[None]
     expected, names = doge(ids).logits, set(doge.state_dict())
