@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from valm.augmented.probe import decoder_layers
+from valm.augmented.probe import decoder_layers, in_mode
 from valm.errors import ValmError
 from valm.files import atomic_path, writable_folder
 from valm.image_model import ImageModel
@@ -182,7 +182,7 @@ def _input_of(model: Any, layer: int, ids: Tensor, mask: Tensor) -> Tensor:
 
     hook = decoder_layers(model)[layer].register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        model(input_ids=ids, attention_mask=mask, use_cache=False, **_no_images(model, ids))
+        model(input_ids=ids, attention_mask=mask, use_cache=False, **no_images(model, ids))
     except _Reached as reached:
         return reached.states
     finally:
@@ -190,7 +190,8 @@ def _input_of(model: Any, layer: int, ids: Tensor, mask: Tensor) -> Tensor:
     raise ValmError(f"{type(model).__name__} does not run its layer {layer}")
 
 
-def _no_images(model: Any, ids: Tensor) -> dict[str, Tensor]:
+def no_images(model: Any, ids: Tensor) -> dict[str, Tensor]:
+    """The arguments of a call of `model` on `ids` (B, T) without images."""
     options = getattr(model, "image_options", None)
     if options is None or options.num_images == 0:
         return {}
@@ -212,17 +213,12 @@ def _check_frozen(model: Any, layer: int) -> None:
     Raises:
         ValmError: a weight below trains, or dropout is active.
     """
-    was_training = model.training
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    try:
-        model.train()
-        with torch.enable_grad(), torch.random.fork_rng():
-            states, again = (_input_of(model, layer, *_probe_tokens(model)) for _ in range(2))
-            reached: Sequence[Tensor | None] = ()
-            if states.requires_grad and trained:
-                reached = torch.autograd.grad(states.sum(), list(trained.values()), allow_unused=True)
-    finally:
-        model.train(was_training)
+    with in_mode(model, training=True), torch.enable_grad(), torch.random.fork_rng():
+        states, again = (_input_of(model, layer, *_probe_tokens(model)) for _ in range(2))
+        reached: Sequence[Tensor | None] = ()
+        if states.requires_grad and trained:
+            reached = torch.autograd.grad(states.sum(), list(trained.values()), allow_unused=True)
     for name, gradient in zip(trained, reached, strict=False):
         if gradient is not None:
             raise ValmError(
@@ -265,31 +261,27 @@ def _write(
     progress: bool,
 ) -> None:
     ends = np.cumsum(lengths)
-    was_training = model.training
-    model.eval()
-    try:
-        with (
-            atomic_path(file) as temporary,
-            progress_bar(total=shape[0], desc="hidden states", unit=" tokens", unit_scale=True, shown=progress) as bar,
-        ):
-            states = np.lib.format.open_memmap(temporary, "w+", dtype, shape)
-            if hasattr(os, "posix_fallocate"):  # otherwise a full disk would raise a signal on access to the map
-                with open(temporary, "r+b") as opened:
-                    os.posix_fallocate(opened.fileno(), 0, os.path.getsize(temporary))
-            for batch in _batches(lengths):
-                ids, mask = padded([documents[index]["input_ids"] for index in batch])
-                found = _input_of(model, layer, ids.to(model.device), mask.to(model.device)).cpu()
-                found = found.view(torch.uint16) if found.dtype == torch.bfloat16 else found
-                for index, row in zip(batch, found.numpy(), strict=True):
-                    states[ends[index] - lengths[index] : ends[index]] = row[: lengths[index]]
-                bar.update(int(mask.sum()))
-            states.flush()
-            del states
-            checksum = bytes.fromhex(file_sha256(temporary))
-            with open(temporary, "ab") as appended:
-                appended.write(checksum)
-    finally:
-        model.train(was_training)
+    with (
+        in_mode(model, training=False),
+        atomic_path(file) as temporary,
+        progress_bar(total=shape[0], desc="hidden states", unit=" tokens", unit_scale=True, shown=progress) as bar,
+    ):
+        states = np.lib.format.open_memmap(temporary, "w+", dtype, shape)
+        if hasattr(os, "posix_fallocate"):  # otherwise a full disk would raise a signal on access to the map
+            with open(temporary, "r+b") as opened:
+                os.posix_fallocate(opened.fileno(), 0, os.path.getsize(temporary))
+        for batch in _batches(lengths):
+            ids, mask = padded([documents[index]["input_ids"] for index in batch])
+            found = _input_of(model, layer, ids.to(model.device), mask.to(model.device)).cpu()
+            found = found.view(torch.uint16) if found.dtype == torch.bfloat16 else found
+            for index, row in zip(batch, found.numpy(), strict=True):
+                states[ends[index] - lengths[index] : ends[index]] = row[: lengths[index]]
+            bar.update(int(mask.sum()))
+        states.flush()
+        del states
+        checksum = bytes.fromhex(file_sha256(temporary))
+        with open(temporary, "ab") as appended:
+            appended.write(checksum)
 
 
 def _is_as_written(file: Path) -> bool:
@@ -319,19 +311,16 @@ def _install(model: Any, layer: int) -> None:
     """
     if (installed := getattr(model, "_fusion_input", None)) is not None:  # perhaps for another layer
         installed.remove()
-    was_training = model.training
     ids, mask = _probe_tokens(model)
-    call = {"input_ids": ids, "attention_mask": mask, "use_cache": False, **_no_images(model, ids)}
-    model.eval()
+    call = {"input_ids": ids, "attention_mask": mask, "use_cache": False, **no_images(model, ids)}
     installed = FusionInput(model, layer)
     try:
-        expected = model(**call).logits
-        found = model(**call, fusion_input=_input_of(model, layer, ids, mask)).logits
+        with in_mode(model, training=False):
+            expected = model(**call).logits
+            found = model(**call, fusion_input=_input_of(model, layer, ids, mask)).logits
     except (TypeError, ValueError, AttributeError) as error:
         installed.remove()
         raise ValmError(f"the layers of {type(model).__name__} cannot be skipped: {error}") from error
-    finally:
-        model.train(was_training)
     if not torch.equal(expected, found):
         installed.remove()
         raise ValmError(f"the layers of {type(model).__name__} hand on more than hidden states: they cannot be skipped")

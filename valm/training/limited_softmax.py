@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from valm.augmented.probe import PROBE_TOKENS, in_mode
 from valm.errors import ValmError
+from valm.training.cache_below import no_images
 
 # Other tokens in the softmax of a step. With none, no step would make them less likely, and they become likelier with
 # every change of the model (docs/smollm2.md).
@@ -30,7 +32,8 @@ class LimitedSoftmax:
     stay the same.
 
     Args:
-        model: a decoder of transformers whose logits are a linear layer of the hidden states.
+        model: a decoder of transformers whose logits are a linear layer of the hidden states, after which each is
+            changed by itself only, as by a scale or a cap.
         documents: as `Collator` takes them; they must have a length.
 
     Raises:
@@ -53,23 +56,61 @@ class LimitedSoftmax:
         self._ranks = torch.full((len(used),), len(used))  # a token of no document is out of range
         self._ranks[self.tokens] = torch.arange(len(self.tokens))
         self._head = head
+        self._sampled = SAMPLED
         self._loss_of_model = model.loss_function
         # not the class: it says how the weights are saved and sharded
         vars(head)["forward"] = self._logits
         model.loss_function = self._loss
+        try:
+            self._check(model)
+        except Exception:
+            del vars(head)["forward"]
+            model.loss_function = self._loss_of_model
+            raise
 
     def _logits(self, hidden_states: Tensor) -> Tensor:
         weight, bias = self._head.weight, self._head.bias
         if not self._head.training:
             return F.linear(hidden_states, weight, bias)
-        sample = self._others[torch.randperm(len(self._others))[:SAMPLED]]
+        sample = self._others[torch.randperm(len(self._others))[: self._sampled]]
         tokens = torch.cat((self.tokens, sample)).to(weight.device)
-        logits = F.linear(hidden_states, weight[tokens], None if bias is None else bias[tokens])
-        if len(sample):
-            logits[..., len(self.tokens) :] += math.log(len(self._others) / len(sample))
-        return logits
+        return F.linear(hidden_states, weight[tokens], None if bias is None else bias[tokens])
 
     def _loss(self, logits: Tensor, labels: Tensor, vocab_size: int, **more: Any) -> Tensor:
+        size = logits.shape[-1]
         if self._head.training:
             labels = torch.where(labels < 0, labels, self._ranks.to(labels.device)[labels.clamp(min=0)])
-        return self._loss_of_model(logits=logits, labels=labels, vocab_size=logits.shape[-1], **more)
+            sampled = size - len(self.tokens)
+            if sampled:  # here and not at the head, behind which some families scale or cap the logits
+                share = logits.new_zeros(size)
+                share[len(self.tokens) :] = math.log(len(self._others) / sampled)
+                logits = logits + share
+        return self._loss_of_model(logits=logits, labels=labels, vocab_size=size, **more)
+
+    @torch.no_grad()
+    def _check(self, model: Any) -> None:
+        """Checks that the logits are those of the chosen tokens, and with all tokens the loss that of the vocabulary.
+
+        Raises:
+            ValmError: they are not.
+        """
+        ids = self.tokens.repeat(PROBE_TOKENS)[:PROBE_TOKENS][None].to(model.device)
+        call = {"input_ids": ids, "labels": ids, **no_images(model, ids)}
+        with in_mode(model, training=False), torch.random.fork_rng():
+            whole = model(**call)
+            self._head.train()
+            self._sampled = 0
+            logits = model(**call).logits
+            self._sampled = len(self._others)
+            loss = model(**call).loss
+            self._sampled = SAMPLED
+        expected = whole.logits[..., self.tokens.to(whole.logits.device)]
+        tolerance = torch.finfo(expected.dtype).eps ** 0.5
+        same = logits.shape == expected.shape and torch.allclose(
+            logits, expected, rtol=0, atol=tolerance * expected.abs().max().item()
+        )
+        if not same or not torch.allclose(loss, whole.loss, rtol=tolerance):
+            raise ValmError(
+                f"the softmax of {type(model).__name__} cannot be limited: its logits or its loss depend on more than "
+                "the head's rows of the tokens"
+            )

@@ -116,6 +116,11 @@ def trainer(
         raise ValmError(
             f"fusion_lr is of the parameters that valm.augment adds, and this {type(inner).__name__} has none"
         )
+    if limit_softmax and arguments.label_smoothing_factor:
+        raise ValmError(
+            f"label_smoothing_factor is {arguments.label_smoothing_factor}, but limit_softmax computes a part of the "
+            "logits: set it to 0, or leave limit_softmax out"
+        )
     corpus = _retrieval(dataset)
     note = None if kb is None or corpus is None else RetrievalNote.of_knowledge_base(kb, corpus.query)
     limit = min((length for length in (positions(inner), row_length) if length), default=None)

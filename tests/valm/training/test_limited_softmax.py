@@ -1,7 +1,10 @@
+from functools import partial
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from tests.valm.augmented.families import tiny
 from tests.valm.augmented.models import VOCAB, augmented, random_ids, random_images, tiny_gpt2, tiny_llama
 from tests.valm.models import tiny_model
 from valm.errors import ValmError
@@ -45,18 +48,68 @@ def test_with_all_other_tokens_in_the_sample_the_loss_is_that_of_the_whole_vocab
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-5)
 
 
-def test_a_sample_stands_for_all_other_tokens(monkeypatch):
+def scaled_granite():
+    model = tiny("granite")
+    model.config.logits_scaling = 4.0
+    return model
+
+
+@pytest.mark.parametrize("base", [tiny_llama, partial(tiny, "cohere"), partial(tiny, "gemma2"), scaled_granite])
+def test_a_sample_stands_for_all_other_tokens(base, monkeypatch):
+    """Also where the family scales (Cohere, Granite) or caps (Gemma 2) the logits of the head."""
     monkeypatch.setattr(limited_softmax, "SAMPLED", 7)
-    model = augmented().train()
-    call = inputs() | random_images(2, 9)
-    whole = model(**call).logits.double()
-    limited(model)
+    model = base().eval()
+    with torch.no_grad():
+        for parameter in model.get_output_embeddings().parameters():
+            parameter.mul_(3)  # so that scale and cap matter
+    whole = model(**inputs()).logits.double()
+    found = limited(model)
+    of_loss = []
+    own_loss, found._loss_of_model = (
+        found._loss_of_model,
+        lambda logits, **more: of_loss.append(logits.double()) or own_loss(logits, **more),
+    )
+    model.get_output_embeddings().train()
     torch.manual_seed(0)
-    draws = torch.stack([model(**call).logits.double().exp().sum(dim=-1) for _ in range(400)])  # (draws, B, T)
-    assert model(**call).logits.shape == (2, 9, len(TOKENS) + 7)
+    with torch.no_grad():
+        for _ in range(400):
+            assert model(**inputs()).logits.shape == (2, 9, len(TOKENS) + 7)
+    draws = torch.stack(of_loss).exp().sum(dim=-1)  # (draws, B, T)
     assert draws.std(dim=0).min() > 0, "every step draws the same"
     error = (draws.mean(dim=0) - whole.exp().sum(dim=-1)) / (draws.std(dim=0) / 20)
     assert error.abs().max() < 4.5
+
+
+class Centred(LlamaForCausalLM):
+    """Its logits depend on the whole vocabulary."""
+
+    def forward(self, labels=None, **arguments):
+        out = super().forward(**arguments)
+        out.logits = out.logits - out.logits.mean(dim=-1, keepdim=True)
+        out.loss = self.loss_function(logits=out.logits, labels=labels, vocab_size=VOCAB)
+        return out
+
+
+class OwnLoss(LlamaForCausalLM):
+    """It does not compute its loss by `loss_function`."""
+
+    def forward(self, labels=None, **arguments):
+        out = super().forward(**arguments)
+        out.loss = out.logits.log_softmax(dim=-1)[:, :-1, 3].mean()
+        return out
+
+
+@pytest.mark.parametrize("other", [Centred, OwnLoss])
+def test_a_softmax_of_more_than_the_rows_of_the_head_is_refused(other):
+    model = tiny_llama().train()
+    model.__class__ = other
+    model.lm_head.eval()
+    modes = [module.training for module in model.modules()]
+    with pytest.raises(ValmError, match=f"the softmax of {other.__name__} cannot be limited: its logits or its loss"):
+        limited(model)
+    assert [module.training for module in model.modules()] == modes
+    call = {"input_ids": random_ids(1, 4), "labels": random_ids(1, 4)}
+    assert model.train()(**call).logits.shape[-1] == VOCAB, "the model is still changed"
 
 
 def test_the_documents_may_have_every_token():

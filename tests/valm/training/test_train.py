@@ -197,6 +197,13 @@ def test_documents_to_evaluate_on_are_checked_too(tmp_path):
         new_trainer(tmp_path, eval_dataset=documents(num_images=2))
 
 
+def test_a_limited_softmax_cannot_be_smoothed(tmp_path):
+    """Label smoothing reads the logits of the labels, by their numbers in the whole vocabulary."""
+    arguments = training_arguments(tmp_path, label_smoothing_factor=0.1, use_cpu=True)
+    with pytest.raises(ValmError, match=r"label_smoothing_factor is 0\.1, but limit_softmax .*: set it to 0"):
+        trainer(new_model(), documents(), Vectors(), tokenizer=TOKENIZER, arguments=arguments, limit_softmax=True)
+
+
 def test_a_retrieved_corpus_of_another_tokenizer_is_refused(tmp_path, clip, make_kb):
     kb = make_kb(4)
     retriever = Retriever(ContextEncoder(clip), kb, 3)
