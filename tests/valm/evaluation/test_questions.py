@@ -139,16 +139,16 @@ def test_a_set_without_a_file_is_read_from_the_hub_where_that_is_allowed(tmp_pat
     datasets = pytest.importorskip("datasets")
     asked = []
 
-    def load_dataset(*names, split):
-        asked.append((*names, split))
+    def load_dataset(*names, split, trust_remote_code):
+        asked.append((*names, split, trust_remote_code))
         return datasets.Dataset.from_list([{"text": "Shares fell.", "label": 2}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     found = what_is_asked(TASKS["ag_news"], FAIR, tmp_path, allow_download=True)
-    assert asked == [("fancyzhang/ag_news", None, "test")]
+    assert asked == [("fancyzhang/ag_news", None, "test", False)]
     assert found.candidates[found.right[0][0]] == "business"
 
-    def unreachable(*names, split):
+    def unreachable(*names, split, trust_remote_code):
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
