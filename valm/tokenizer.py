@@ -116,7 +116,8 @@ def load_tokenizer(source: str | os.PathLike) -> PreTrainedTokenizerFast:
     loaded = own_tokenizer(source)
     bos = loaded.bos_token or loaded.eos_token
     tokenizer = loaded.backend_tokenizer
-    tokenizer.post_processor = _begin_with(bos, begin_id(loaded))
+    with library_errors(f"the bos token {short(bos)} of the tokenizer {source}"):  # a template takes no : in it
+        tokenizer.post_processor = _begin_with(bos, begin_id(loaded))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=bos,
@@ -147,7 +148,7 @@ def beginning_with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenize
     """A copy whose `tokenizer(text)` starts as a document (`begin_id`)."""
     made = copy.deepcopy(tokenizer)
     made.bos_token = made.bos_token or made.eos_token
-    with library_errors(f"the bos token {short(made.bos_token)} of the tokenizer"):  # a template takes no : in it
+    with library_errors(f"the bos token {short(made.bos_token)} of the tokenizer"):
         made.backend_tokenizer.post_processor = _begin_with(made.bos_token, begin_id(tokenizer))
     return made
 
