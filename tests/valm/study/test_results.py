@@ -123,6 +123,7 @@ def test_a_row_that_is_not_there_is_named(tmp_path):
     [
         (lambda found: found.pop("recipe"), "lacks 'recipe'|recipe"),
         (lambda found: found["rows"][0].pop("raw"), "lack answers"),
+        (lambda found: found["rows"][0].pop("calibrated"), "lack answers"),
         (lambda found: found["rows"][0]["raw"].pop(), "lack answers"),
         (lambda found: found["rows"][0]["raw"].__setitem__(0, "9" * PROMPTS), "lack answers"),
         (lambda found: found["sets"].pop("memory_color"), "lack answers"),
