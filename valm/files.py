@@ -9,7 +9,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from valm_kernels.json_files import short
 # OSErrors caused by the content of a file: Pillow's have no errno, and a damaged archive or dataset leads to an invalid
 # offset or name. All others come from the machine: disk, memory, permissions, open files.
 CONTENT_ERRORS = (None, errno.EINVAL, errno.ENAMETOOLONG)
+# Long enough for the workers of a killed command, which share its lock, to end.
+WAIT_SECONDS = 5.0
 
 
 @contextmanager
@@ -67,6 +69,21 @@ def write_errors(path: Path) -> Iterator[None]:
         # numpy's error for a partial write has no errno, only a message
         reason = error.strerror or f"not all of it could be written ({error}); the disk may be full"
         raise ValmError(f"cannot write {path}: {reason}; what was there before is untouched") from error
+
+
+@contextmanager
+def only_writer(path: Path, otherwise: str) -> Iterator[None]:
+    """Holds the lock of `path` (`valm_kernels.atomic_files.folder_lock`) until the block ends.
+
+    Raises:
+        ValmError: another process holds it; the message is `otherwise`.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(atomic_files.folder_lock(path, WAIT_SECONDS))
+        except TimeoutError as error:
+            raise ValmError(otherwise) from error
+        yield  # outside of the try: the block may raise a TimeoutError of its own
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:

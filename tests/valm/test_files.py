@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from valm.errors import ValmError
-from valm.files import atomic_path, output_file, read_json, read_text, writable_folder, write_json
+from valm.files import atomic_path, only_writer, output_file, read_json, read_text, writable_folder, write_json
 
 
 def test_a_full_disk_names_the_file(tmp_path):
@@ -18,6 +18,15 @@ def test_a_full_disk_names_the_file(tmp_path):
         with pytest.raises(ValmError, match=match), atomic_path(tmp_path / "data.bin"):
             raise error
     assert os.listdir(tmp_path) == []
+
+
+def test_one_process_at_a_time_holds_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("valm.files.WAIT_SECONDS", 0)
+    refused = pytest.raises(ValmError, match="second writer")
+    with only_writer(tmp_path, "first writer"), refused, only_writer(tmp_path, "second writer"):
+        pass
+    with pytest.raises(TimeoutError, match="of the block"), only_writer(tmp_path, "third writer"):
+        raise TimeoutError("of the block")
 
 
 def test_json_round_trip(tmp_path):

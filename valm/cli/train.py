@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -166,7 +166,7 @@ def run_train(arguments: argparse.Namespace) -> None:
     import torch
 
     from valm.evaluation.color import load_memory_color
-    from valm.files import writable_folder
+    from valm.files import only_writer, writable_folder
     from valm.knowledge_base.store import ImageKnowledgeBase
     from valm.retrieval.ray_server import RetrievalServer, server_name
     from valm.training.callbacks import ColorAccuracy, Patience, show_progress
@@ -233,7 +233,9 @@ def run_train(arguments: argparse.Namespace) -> None:
     )
     note_run(training, dataset, arguments)
     show_progress(training, "train")
-    with only_training(out) if settings.should_save else nullcontext():
+    # saving a model locks the folder itself
+    lock = only_writer(out / RUN_FILE, f"another process is training in {out}: wait for its end, or choose another")
+    with lock if settings.should_save else nullcontext():
         training.train(resume_from_checkpoint=checkpoint)
         training.write(out, tokenizer, command=shlex.join(["valm", *arguments.command_line]))
     if training.is_world_process_zero():
@@ -375,24 +377,6 @@ def note_run(training: ImageTrainer, dataset: CorpusRetrieval | Sequence[Any], a
             if file.exists():
                 raise ValmError(f"another process has started a training in {arguments.out}: choose another folder")
             write_json(file, run)
-
-
-@contextmanager
-def only_training(out: Path) -> Iterator[None]:
-    """Keeps other processes from training in `out` until the block ends.
-
-    Raises:
-        ValmError: another one does.
-    """
-    from valm.shards.build import WAIT_SECONDS
-    from valm_kernels.atomic_files import folder_lock
-
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(folder_lock(out / RUN_FILE, WAIT_SECONDS))  # saving a model locks the folder itself
-        except TimeoutError as error:
-            raise ValmError(f"another process is training in {out}: wait for its end, or choose another") from error
-        yield
 
 
 def option_of(name: str) -> str:

@@ -13,14 +13,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from valm.errors import ValmError
-from valm.files import atomic_path, read_json, writable_folder, write_json
+from valm.files import atomic_path, only_writer, read_json, writable_folder, write_json
 from valm.shards.manifest import (
     BUILD_FILE,
     MANIFEST_FILE,
@@ -32,11 +32,9 @@ from valm.shards.manifest import (
     file_entry,
 )
 from valm.shards.progress import Progress
-from valm_kernels.atomic_files import folder_lock, is_temporary, remove_leftovers
+from valm_kernels.atomic_files import is_temporary, remove_leftovers
 
 SHARD_FILE = re.compile("shard-[0-9]{5,9}\\.json")
-# Long enough for the workers of a killed build, which share its lock, to end.
-WAIT_SECONDS = 5.0
 DELETE = "delete it or choose another folder"
 
 # Writes one shard, given its number, its part of the source, and its progress.
@@ -84,16 +82,10 @@ class ShardedBuild:
             self._look()
             yield
 
-    @contextmanager
-    def _lock(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            try:
-                stack.enter_context(folder_lock(self.out, WAIT_SECONDS))
-            except TimeoutError as error:
-                raise ValmError(
-                    f"another process is writing the {self.what} {self.out}; when it has ended, run the same again"
-                ) from error
-            yield
+    def _lock(self) -> AbstractContextManager[None]:
+        return only_writer(
+            self.out, f"another process is writing the {self.what} {self.out}; when it has ended, run the same again"
+        )
 
     def _look(self) -> None:
         """Finds out whether the folder is finished, unfinished or new."""

@@ -309,7 +309,7 @@ def test_a_resumed_training_saves_and_evaluates_as_now_asked(world, tmp_path):
 def test_one_process_at_a_time_trains_in_a_folder(world, tmp_path, capsys, monkeypatch):
     """However they were started, such as by srun, which sets no WORLD_SIZE."""
     train = ["train", world / "corpus.txt", "--clip", world / "clip", *SIZE, "--out", tmp_path / "model"]
-    monkeypatch.setattr("valm.shards.build.WAIT_SECONDS", 0)
+    monkeypatch.setattr("valm.files.WAIT_SECONDS", 0)
     statuses = []
 
     def start_another(self, *arguments, real=ImageTrainer.train, **options):

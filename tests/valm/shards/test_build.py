@@ -92,7 +92,7 @@ def test_what_killed_tries_left_is_removed_at_the_end(tmp_path, end):
 
 
 def test_another_writer_is_refused_and_finds_what_was_finished(tmp_path, monkeypatch):
-    monkeypatch.setattr("valm.shards.build.WAIT_SECONDS", 0)
+    monkeypatch.setattr("valm.files.WAIT_SECONDS", 0)
     first, second = build(tmp_path), build(tmp_path)
     with first.writing():
         message = r"another process is writing the heap .*; when it has ended, run"
