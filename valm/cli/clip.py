@@ -65,8 +65,10 @@ def run_train(arguments: argparse.Namespace) -> None:
     from valm.clip import Clip
     from valm.files import writable_folder
     from valm.training.clip import CachedImages, CaptionedImages, captioned, new_clip, train_clip
+    from valm.training.launch import check_alone
     from valm_kernels.atomic_files import remove_leftovers
 
+    check_alone("clip train")
     if arguments.model is None and arguments.image_tower is None:
         raise ValmError("give --model, --image-tower, or both")
     if arguments.cache_images and arguments.image_tower is None:

@@ -25,5 +25,7 @@ def add_to(commands: Commands) -> None:
 
 def run_demo(arguments: argparse.Namespace) -> None:
     from valm.demo.run import run_demo
+    from valm.training.launch import check_alone
 
+    check_alone("demo")
     run_demo(arguments.out, seed=arguments.seed, eval_data=arguments.eval_data)

@@ -53,7 +53,9 @@ def run_distill(arguments: argparse.Namespace) -> None:
     from valm.retrieval.context import ContextEncoder
     from valm.retrieval.note import RetrievalNote
     from valm.training.distill import distill_queries
+    from valm.training.launch import check_alone
 
+    check_alone("distill")
     out = writable_folder(arguments.out)
     model, tokenizer = load(arguments.model, device=chosen_device(arguments))
     note = RetrievalNote.read(arguments.model)

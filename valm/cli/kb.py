@@ -197,7 +197,9 @@ def run_build(arguments: argparse.Namespace) -> None:
     from valm.clip import Clip
     from valm.knowledge_base.build import build
     from valm.knowledge_base.encode import Encoding
+    from valm.training.launch import check_alone
 
+    check_alone("kb build")
     source = open_source(arguments)
     clip = Clip.load(arguments.clip, device=chosen_device(arguments))
     encoding = Encoding(batch_size=arguments.batch_size, thumbnails=arguments.thumbnails)
@@ -210,8 +212,10 @@ def run_add(arguments: argparse.Namespace) -> None:
     from valm.knowledge_base.encode import Encoding
     from valm.knowledge_base.merge import merge
     from valm.knowledge_base.store import ImageKnowledgeBase
+    from valm.training.launch import check_alone
     from valm_kernels.atomic_files import remove_folder, remove_leftovers
 
+    check_alone("kb add")
     source, kb = open_source(arguments), ImageKnowledgeBase.open(arguments.kb)
     clip = kb.load_clip(arguments.clip, allow_download=arguments.allow_download).to(chosen_device(arguments))
     encoding = Encoding(batch_size=arguments.batch_size, thumbnails=arguments.thumbnails)

@@ -63,10 +63,12 @@ def run_retrieve(arguments: argparse.Namespace) -> None:
     from valm.retrieval.context import ContextEncoder
     from valm.retrieval.retriever import Retriever
     from valm.tokenizer import load_tokenizer
+    from valm.training.launch import check_alone
 
     if arguments.verify is not None:
         run_verify(arguments.verify)
         return
+    check_alone("retrieve")
     missing = [] if has_corpus(arguments) else ["corpus"]
     missing += [f"--{name}" for name in ("kb", "out") if not getattr(arguments, name)]
     if missing:

@@ -43,7 +43,9 @@ def run_run(arguments: argparse.Namespace) -> None:
     from valm.study.report import accuracies, differences, perplexities
     from valm.study.results import read_results
     from valm.study.run import Study, run_study
+    from valm.training.launch import check_alone
 
+    check_alone("study run")
     config = read_config(arguments.config)
     data = arguments.data or os.environ.get(DATA_VARIABLE)
     study = Study(

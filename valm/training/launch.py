@@ -1,4 +1,4 @@
-"""How many processes a launcher has started, against how many train together."""
+"""How many processes a launcher has started, against how many work together."""
 
 from __future__ import annotations
 
@@ -12,8 +12,22 @@ from valm.errors import ValmError
 
 
 def launched_processes() -> int:
-    """Number of processes that torchrun, accelerate or MPI has started for this training."""
+    """Number of processes that torchrun, accelerate or MPI has started for this command."""
     return get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1)
+
+
+def check_alone(command: str) -> None:
+    """Checks that no launcher has started several processes of `valm COMMAND`, which is the work of one.
+
+    Raises:
+        ValmError: each would do all of it, and write it to one folder.
+    """
+    launched = launched_processes()
+    if launched > 1:
+        raise ValmError(
+            f"valm {command} runs in one process, but {launched} were launched: start it without torchrun or "
+            "accelerate launch"
+        )
 
 
 def check_processes(arguments: TrainingArguments) -> None:

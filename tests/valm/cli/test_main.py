@@ -2,6 +2,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,28 @@ def test_help_does_not_wait_for_torch():
     script = "import sys, valm.cli; valm.cli.build_parser(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "demo",
+        "kb build pictures --clip clip",
+        "kb add kb pictures",
+        "clip train pictures --model ViT-B-32",
+        "retrieve corpus.txt --kb kb",
+        "distill model --retrieval retrieval",
+        "study run study.yaml",
+    ],
+)
+def test_what_one_process_does_is_refused_to_several(command, tmp_path, monkeypatch, capsys):
+    """As torchrun launches them: each would write the same folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.chdir(tmp_path)
+    name = re.match("(kb |clip |study )?[a-z]+", command).group()
+    assert run(*command.split(), "--out", "out") == 1
+    assert f"valm {name} runs in one process, but 2 were launched: start it without torchrun" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_command_itself_has_no_traceback(tmp_path):

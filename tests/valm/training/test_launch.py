@@ -3,6 +3,7 @@ from transformers import TrainingArguments
 
 from tests.valm.training.documents import TOKENIZER, Vectors, documents, new_model
 from valm.errors import ValmError
+from valm.training.launch import check_alone
 from valm.training.train import trainer, training_arguments
 
 
@@ -32,3 +33,10 @@ def test_without_a_gpu_training_is_on_the_cpu(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     assert training_arguments(tmp_path, bf16=True).use_cpu
     assert not training_arguments(tmp_path, use_cpu=False).use_cpu
+
+
+def test_a_command_of_one_process_is_refused_to_several(monkeypatch):
+    check_alone("distill")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValmError, match="valm distill runs in one process, but 2 were launched: start it without"):
+        check_alone("distill")
