@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from accelerate.utils import get_int_from_env
+from accelerate.utils import get_int_from_env, parse_flag_from_env
 from transformers import TrainingArguments
 from transformers.training_args import ParallelMode
 
@@ -42,10 +42,10 @@ def check_processes(arguments: TrainingArguments) -> None:
             f"{launched} processes were launched, but each would train by itself on {arguments.device}: use as many "
             "GPUs, or CPUs by use_cpu (--use_cpu)"
         )
-    # accelerate's launcher for CPUs sets these two, but neither starts more than one process nor says how many it was
-    # asked for
-    if launched == 1 and "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ:
+    # accelerate's launcher for CPUs sets both, but neither starts more than one process nor says how many it was asked
+    # for; its launcher for one GPU sets the first to False
+    if launched == 1 and parse_flag_from_env("ACCELERATE_USE_CPU") and "MASTER_PORT" in os.environ:
         raise ValmError(
             "accelerate launch has started one process of several, as it does on CPUs without MPI: launch them with "
-            "torchrun --nproc-per-node N, or give --num_processes 1"
+            "torchrun --nproc-per-node N, or give --num_processes 1 with MASTER_PORT unset"
         )

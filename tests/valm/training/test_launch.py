@@ -25,8 +25,10 @@ def test_accelerate_starts_one_process_on_cpus(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
     training_arguments(tmp_path)  # --num_processes 1
     monkeypatch.setenv("MASTER_PORT", "29500")
-    with pytest.raises(ValmError, match=r"has started one process of several.*torchrun --nproc-per-node"):
+    with pytest.raises(ValmError, match=r"one process of several.*torchrun .*with MASTER_PORT unset"):
         training_arguments(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "False")  # as its launcher for one GPU says
+    training_arguments(tmp_path)
 
 
 def test_without_a_gpu_training_is_on_the_cpu(tmp_path, monkeypatch):
