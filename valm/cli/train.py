@@ -36,10 +36,10 @@ BASE_OPTIONS = ("layer", "unfreeze", "logit_bias", "fusion_lr", "cache_below")
 # Describes a training in its folder; a resumed one compares.
 RUN_FILE = "run.json"
 # Prefixes of fields that a resumed training may change: they change neither the data nor the weights after a step, or
-# say how many steps there are.
+# say how many steps there are, or which checkpoint becomes the model.
 FREE_FIELDS = (
-    *("dataloader_", "ddp_", "disable_tqdm", "eval_", "hub_", "log", "max_steps", "num_train_epochs", "push_"),
-    *("report_to", "restore_callback_states", "run_name", "save_", "use_cpu"),
+    *("dataloader_", "ddp_", "disable_tqdm", "eval_", "hub_", "load_best_", "log", "max_steps", "num_train_epochs"),
+    *("push_", "report_to", "restore_callback_states", "run_name", "save_", "use_cpu"),
 )
 # The options of what RUN_FILE has under other names.
 OPTIONS = {
@@ -52,7 +52,7 @@ OPTIONS = {
     "model.num_images": "images",
     "model.image_score_scale_init": "score_scale",
     **{f"model.{option}": option for option in ("layer", "unfreeze", "logit_bias", "score_scale")},
-    **{option: option for option in ("twin", "fusion_lr", "limit_softmax", "validation")},
+    **{option: option for option in ("fusion_lr", "limit_softmax")},
 }
 
 

@@ -306,6 +306,14 @@ def test_a_resumed_training_saves_and_evaluates_as_now_asked(world, tmp_path):
     ]
 
 
+def test_another_training_is_named_by_the_option_that_was_given(world, tmp_path, capsys):
+    """Not by a field that follows from it."""
+    train = ["train", world / "corpus.txt", "--clip", world / "clip", *SIZE, "--out", tmp_path / "model"]
+    assert run(*train) == 0
+    assert run(*train, "--validation", 0.3, "--resume") == 1
+    assert "holds another training: its --validation is not given, here it is '0.3'" in capsys.readouterr().err
+
+
 def test_one_process_at_a_time_trains_in_a_folder(world, tmp_path, capsys, monkeypatch):
     """However they were started, such as by srun, which sets no WORLD_SIZE."""
     train = ["train", world / "corpus.txt", "--clip", world / "clip", *SIZE, "--out", tmp_path / "model"]
@@ -328,7 +336,7 @@ def test_a_note_of_an_earlier_version_may_hold_what_is_free(world, tmp_path):
     assert run(*train) == 0
     note = tmp_path / "model" / "run.json"
     earlier = json.loads(note.read_text()) | {"eval_steps": 3, "restore_callback_states_from_checkpoint": True}
-    note.write_text(json.dumps(earlier))
+    note.write_text(json.dumps(earlier | {"load_best_model_at_end": True}))
     assert run(*train, "--resume") == 0
 
 
