@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from transformers import (
 
 from valm.evaluation.color import ColorItem, evaluate_color
 from valm.progress import progress_bar
+
+log = logging.getLogger(__name__)
 
 
 class ProgressBar(TrainerCallback):
@@ -53,7 +56,8 @@ def show_progress(training: Trainer, name: str, shown: bool = True) -> None:
 
 
 class Patience(EarlyStoppingCallback):
-    """Early stopping that, in a resumed training, counts the evaluations before too, with the patience of now."""
+    """Early stopping that, in a resumed training, counts the evaluations before too, with the patience of now. Where
+    these are enough, an `ImageTrainer` takes no step."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
@@ -64,6 +68,14 @@ class Patience(EarlyStoppingCallback):
             self.early_stopping_patience_counter = sum(
                 "eval_loss" in entry and entry["step"] > best for entry in state.log_history
             )
+            if self.early_stopping_patience_counter >= self.early_stopping_patience:
+                control.should_training_stop = True
+                if state.is_world_process_zero:
+                    log.warning(
+                        f"the last {self.early_stopping_patience_counter} evaluations were no better than that of step "
+                        f"{best}: no step is added to the {state.global_step} of before; a patience above "
+                        f"{self.early_stopping_patience_counter} (--patience) adds some"
+                    )
 
 
 class ColorAccuracy:

@@ -140,6 +140,10 @@ class ImageTrainer(Trainer):
             )
         return found
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if not self.control.should_training_stop:  # the Trainer looks only after a step
+            super()._run_epoch(*args, **kwargs)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "random" or not hasattr(dataset, "__len__"):

@@ -350,6 +350,25 @@ def test_evaluations_without_gain_are_counted_on(world, tmp_path):
     assert [entry["step"] for entry in evaluations(tmp_path / "model")] == [1, 2, 3, 4, 5]
 
 
+def test_a_training_that_patience_ended_takes_no_further_step(world, tmp_path, caplog):
+    folder = tmp_path / "model"
+    train = ["train", "--retrieval", world / "retrieval", "--kb", world / "kb", *SIZE, "--out", folder, "--steps", 20]
+    train += ["--validation", 0.3, "--patience", 1, "--save_steps", 1, "--lr", 1, "--lr_scheduler_type", "constant"]
+    assert run(*train) == 0
+    ended = evaluations(folder)
+    best, last = (entry["step"] for entry in ended[-2:])
+    assert last < 20 and ended[-1]["eval_loss"] > ended[-2]["eval_loss"]
+    (folder / "model.safetensors").unlink()
+    assert run(*train, "--resume") == 0
+    assert f"no better than that of step {best}: no step is added to the {last} of before" in caplog.text
+    assert evaluations(folder) == ended and not (folder / f"checkpoint-{last + 1}").exists()
+    written, expected, other = (
+        (path / "model.safetensors").read_bytes()
+        for path in (folder, folder / f"checkpoint-{best}", folder / f"checkpoint-{last}")
+    )
+    assert written == expected != other
+
+
 def test_a_loss_that_is_not_finite_ends_with_status_1_and_no_model(sentence):
     train = ["train", "{world}/corpus.txt", "--clip", "{world}/clip", "--out", "{tmp}/model", *SIZE]
     sentence([*train, "--lr", "1e30", "--lr_scheduler_type", "constant"], "the loss is nan at step 2 (rows ")
