@@ -166,8 +166,9 @@ class ImageModel(_Base):
 
         Raises:
             ValmError: the model has a retriever.
+            ValueError: it has none and is `strict`.
         """
-        if self.retriever is not None:
+        if finds_images(self):  # the batching thread would keep its errors to itself
             raise ValmError(
                 "continuous batching (generate_batch) reads several texts in one row, which a retriever cannot follow: "
                 "call generate(), or set_retriever(None) for text alone"

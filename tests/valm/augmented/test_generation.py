@@ -292,6 +292,9 @@ def test_continuous_batching_is_refused_with_a_retriever_only():
     found = model.generate_batch(ids.tolist(), **CONTINUOUS)
     expected = again_from_the_start(model, ids, 4)[:, -4:]
     assert [output.generated_tokens for output in found.values()] == expected.tolist()
+    model.strict = True
+    with pytest.raises(ValueError, match="has no retriever and was given none"):
+        model.generate_batch(ids.tolist(), **CONTINUOUS)
 
 
 def test_images_given_to_generate_are_refused(model):
