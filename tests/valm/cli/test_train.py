@@ -441,10 +441,14 @@ COMMANDS = re.findall(
 )
 
 
-@pytest.mark.slow
+# The first one is launched by `make test` too.
+LAUNCHES = [(command, more) for more in ("", "--ddp_backend gloo") for command in COMMANDS]
+
+
 @pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two processes need two GPUs, or none")
-@pytest.mark.parametrize("more", ["", "--ddp_backend gloo"])
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    ("command", "more"), [LAUNCHES[0], *(pytest.param(*launch, marks=pytest.mark.slow) for launch in LAUNCHES[1:])]
+)
 def test_the_documented_launches_train_one_model(documented, command, more, tmp_path):
     """Without CUDA too, and with the losses of one process."""
     folder, expected = documented
