@@ -64,6 +64,10 @@ class RetrievalCache(Cache):
         super().batch_select_indices(indices)
         self.reorder_state(indices)
 
+        # MiniMax's states of linear attention, which its class reorders in batch_select_indices only; [] is none
+        for layer, state in enumerate(getattr(self, "linear_cache", [])):
+            if isinstance(state, Tensor):
+                self.linear_cache[layer] = state[beam_idx.to(state.device)]
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Always raises: a cache does not know how many rows it has."""
         raise NotImplementedError("a cache with a retriever's state repeats its rows by reorder_cache only")

@@ -7,13 +7,14 @@ import pytest
 import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM, DynamicCache, Trainer, TrainingArguments, pipeline
+from transformers.models.minimax.modeling_minimax import MiniMaxCache
 
 from tests.valm.models import tiny_model
 from valm import load
 from valm.checkpoint import save_checkpoint
 from valm.clip import Clip
 from valm.errors import ValmError
-from valm.image_model import RetrievalCache, retrieval_cache_class
+from valm.image_model import RetrievalCache, retrieval_cache_class, with_retrieval
 from valm.knowledge_base.build import build
 from valm.knowledge_base.sources.folder import FolderSource
 from valm.retrieval.context import ContextEncoder
@@ -184,6 +185,18 @@ def test_the_retrievers_state_moves_with_the_rows_of_any_cache():
         cache.crop(1)
     cache.reset()
     assert cache.retrieval is None
+
+
+def test_minimaxs_linear_attention_moves_with_the_rows():
+    """The layers here are full, linear and full attention; MiniMax's own batch_select_indices fails with them."""
+    cache = MiniMaxCache()
+    state = torch.arange(2.0).view(2, 1, 1, 1)
+    cache.set_linear_cache(1, state)
+    for layer in (0, 2):
+        cache.update(state, state, layer)
+    with_retrieval(cache).reorder_cache(torch.tensor([1, 1]))
+    for rows in (cache.layers[0].keys, cache.linear_cache[1], cache.layers[2].values):
+        assert rows.flatten().tolist() == [1, 1]
 
 
 @pytest.mark.parametrize(

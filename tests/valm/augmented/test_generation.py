@@ -269,6 +269,14 @@ def test_a_prompt_read_in_chunks(model):
     assert torch.equal(model.generate(ids, **GREEDY, prefill_chunk_size=3), again_from_the_start(model, ids))
 
 
+def test_every_family_finds_the_same_beams_with_a_cache(family):
+    ids = random_ids(2, 6)
+    beams = GREEDY | {"num_beams": 4}
+    without = family.generate(ids, **beams, use_cache=False)
+    assert torch.equal(family.generate(ids, **beams), without)
+    assert not torch.equal(family.generate(ids, **GREEDY), without)
+
+
 def test_assisted_decoding_is_refused(model):
     with pytest.raises((NotImplementedError, ValueError)):
         model.generate(random_ids(1, 6), **GREEDY, prompt_lookup_num_tokens=2)
