@@ -43,6 +43,12 @@ class RetrievalCache(Cache):
     text: tuple[Tensor, Tensor | None] | None = None
     num_retrieved = 0  # tokens that `retrieval` has read
     is_croppable = False
+    plain_class: Any = None  # of a class that `retrieval_cache_class` made: what it was made of
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced = super().__reduce_ex__(protocol)
+        # such a class cannot be imported by its name
+        return reduced if self.plain_class is None else (_empty_cache, (self.plain_class,), *reduced[2:])
 
     def crop(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Always raises: the retriever's state cannot be rolled back."""
@@ -58,16 +64,16 @@ class RetrievalCache(Cache):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes a copy of row beam_idx[i]."""
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]  # any tensor of integers will do
+        # MiniMax's states of linear attention, which its class reorders in batch_select_indices only; [] is none
+        for layer, state in enumerate(getattr(self, "linear_cache", [])):
+            if isinstance(state, Tensor):
+                self.linear_cache[layer] = state[beam_idx.to(state.device)]
         self.reorder_state(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
         self.reorder_state(indices)
 
-        # MiniMax's states of linear attention, which its class reorders in batch_select_indices only; [] is none
-        for layer, state in enumerate(getattr(self, "linear_cache", [])):
-            if isinstance(state, Tensor):
-                self.linear_cache[layer] = state[beam_idx.to(state.device)]
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Always raises: a cache does not know how many rows it has."""
         raise NotImplementedError("a cache with a retriever's state repeats its rows by reorder_cache only")
@@ -85,7 +91,13 @@ class RetrievalCache(Cache):
 @functools.cache
 def retrieval_cache_class(cache_class: Any) -> Any:
     """`cache_class` with a retriever's state."""
-    return type(cache_class.__name__, (RetrievalCache, cache_class), {})
+    return type(cache_class.__name__, (RetrievalCache, cache_class), {"plain_class": cache_class})
+
+
+def _empty_cache(plain_class: Any) -> Any:
+    """The cache whose state pickle sets."""
+    made = retrieval_cache_class(plain_class)
+    return made.__new__(made)
 
 
 def with_retrieval(cache: Any) -> RetrievalCache:

@@ -74,6 +74,18 @@ def test_beams_with_the_cache_equal_beams_without(model, text_ids):
     assert torch.equal(model.generate(ids, **arguments), model.generate(ids, **arguments, use_cache=False))
 
 
+@torch.no_grad()
+def test_a_cache_is_saved_and_loaded_with_the_retrievers_state(model, text_ids, tmp_path):
+    ids = text_ids(TEXTS[0])["input_ids"][:, :10]
+    cache = model(ids[:, :5], use_cache=True).cache
+    cache = model(ids[:, 5:7], cache=cache).cache
+    torch.save(cache, tmp_path / "cache.pt")
+    expected = model(ids[:, 7:], cache=cache).logits
+    loaded = torch.load(tmp_path / "cache.pt", weights_only=False)
+    assert type(loaded) is type(cache)
+    torch.testing.assert_close(model(ids[:, 7:], cache=loaded).logits, expected)
+
+
 def test_the_pictures_matter(model, text_ids):
     ids = text_ids(TEXTS[0])["input_ids"]
     found = model.retriever(ids)

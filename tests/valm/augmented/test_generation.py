@@ -1,6 +1,7 @@
 """generate() with live retrieval: token by token equals reading it all again."""
 
 import copy
+import pickle
 from functools import partial
 
 import pytest
@@ -225,6 +226,18 @@ def test_a_returned_cache_can_be_copied_and_its_rows_selected(family):
 
 
 @torch.no_grad()
+def test_a_returned_cache_can_be_pickled(family):
+    ids = random_ids(2, 9)
+    cache = family(ids[:, :4], use_cache=True).cache
+    unread = pickle.dumps(cache)
+    read = pickle.dumps(family(ids[:, 4:6], cache=cache).cache)
+    expected = rest_from_cache(family, ids, pickle.loads(unread))
+    assert_close(rest_from_cache(family, ids, cache, 6), expected[:, 2:])
+    assert_close(rest_from_cache(family, ids, pickle.loads(read), 6), expected[:, 2:])
+    assert type(pickle.loads(read)) is type(cache)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("make", [DynamicCache, lambda: StaticCache(config=tiny_llama().config, max_cache_len=12)])
 def test_a_cache_of_ones_own_can_be_reset(make):
     model = augmented()
@@ -256,6 +269,14 @@ def test_every_family_generates_as_it_reads(family, use_cache):
     assert torch.equal(family.generate(ids, **GREEDY, use_cache=use_cache), again_from_the_start(family, ids))
 
 
+def test_every_family_finds_the_same_beams_with_a_cache(family):
+    ids = random_ids(2, 6)
+    beams = GREEDY | {"num_beams": 4}
+    without = family.generate(ids, **beams, use_cache=False)
+    assert torch.equal(family.generate(ids, **beams), without)
+    assert not torch.equal(family.generate(ids, **GREEDY), without)
+
+
 def test_guidance(family):
     ids = random_ids(2, 6)
     guided = GREEDY | {"guidance_scale": 3.0}
@@ -267,14 +288,6 @@ def test_guidance(family):
 def test_a_prompt_read_in_chunks(model):
     ids = random_ids(2, 7)
     assert torch.equal(model.generate(ids, **GREEDY, prefill_chunk_size=3), again_from_the_start(model, ids))
-
-
-def test_every_family_finds_the_same_beams_with_a_cache(family):
-    ids = random_ids(2, 6)
-    beams = GREEDY | {"num_beams": 4}
-    without = family.generate(ids, **beams, use_cache=False)
-    assert torch.equal(family.generate(ids, **beams), without)
-    assert not torch.equal(family.generate(ids, **GREEDY), without)
 
 
 def test_assisted_decoding_is_refused(model):
