@@ -41,7 +41,10 @@ def valm_cache(cache: Any) -> VaLMCache | None:
         cache.__class__ = VaLMCache
         cache.layer_class_to_replicate = DynamicLayer  # the blocks of a query head are not in the config
     if cache is not None and not isinstance(cache, VaLMCache):
-        raise TypeError(f"cache must be a VaLMCache or an empty DynamicCache, got {type(cache).__name__}")
+        got = f"a {type(cache).__name__}"
+        if type(cache) is DynamicCache:
+            got += f" with {cache.get_seq_length()} tokens: begin with an empty one"
+        raise TypeError(f"cache must be a VaLMCache or an empty DynamicCache, got {got}")
     return cache
 
 

@@ -436,9 +436,10 @@ def test_gpt2_refuses_pictures_and_a_foreign_cache_is_refused(model):
         )
     filled = DynamicCache()
     filled.update(torch.zeros(1, 4, 2, 8), torch.zeros(1, 4, 2, 8), 0)
-    for cache in (filled, StaticCache(config=model.config, max_cache_len=8)):
-        with pytest.raises(TypeError, match="must be a VaLMCache or an empty DynamicCache, got"):
-            model(random_ids(1, 3), cache=cache)
+    with pytest.raises(TypeError, match="got a DynamicCache with 2 tokens: begin with an empty one"):
+        model(random_ids(1, 3), cache=filled)
+    with pytest.raises(TypeError, match="must be a VaLMCache or an empty DynamicCache, got a StaticCache"):
+        model(random_ids(1, 3), cache=StaticCache(config=model.config, max_cache_len=8))
     with pytest.raises(NotImplementedError, match="assisted decoding"):
         VaLMCache().crop(1)
 
