@@ -15,12 +15,12 @@ def utf8(text: str) -> str:
 
 
 def encoding_of(chunks: Iterable[bytes]) -> str:
-    """The encoding of a text: UTF-8 or UTF-16 by its byte order mark, UTF-8 if all of it is valid, else Latin-1, in
-    which every byte is a character."""
+    """The encoding of a text: UTF-8, UTF-16 or UTF-32 by its byte order mark, UTF-8 if all of it is valid, else
+    Latin-1, in which every byte is a character."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     for number, chunk in enumerate(chunks):
-        if number == 0 and chunk.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            return "utf-16"
+        if number == 0 and (wide := _wide_encoding(chunk)):
+            return wide
         try:
             decoder.decode(chunk)
         except UnicodeDecodeError:
@@ -29,21 +29,32 @@ def encoding_of(chunks: Iterable[bytes]) -> str:
 
 
 def decoded(content: bytes) -> str:
-    """The text of `content`, decoded as `encoding_of` says. What is invalid in UTF-16 is replaced."""
+    """The text of `content`, decoded as `encoding_of` says. What is invalid in UTF-16 or UTF-32 is
+    replaced."""
     return content.decode(encoding_of([content]), errors="replace")
+
+
+def _wide_encoding(content: bytes) -> str | None:
+    """UTF-16 or UTF-32, if the content begins with its byte order mark; that of UTF-32 begins with that of UTF-16."""
+    if content.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "utf-32"
+    return "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else None
 
 
 def why_no_text(content: bytes) -> str | None:
     """Why the beginning of a file is not that of a UTF-8 text, as the end of a sentence; None if it may be one."""
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return "is UTF-16, expected UTF-8: convert it, such as by `iconv -f UTF-16 -t UTF-8`"
+    if wide := _wide_encoding(content):
+        return f"is {wide.upper()}, expected UTF-8: convert it, such as by `iconv -f {wide.upper()} -t UTF-8`"
     begin = content.removeprefix(codecs.BOM_UTF8).lstrip()[:16].lower()
     if begin.startswith((b"<!doctype html", b"<html", b"<?xml")):
         return "is HTML or XML, expected plain text: save its text as .txt"
     if begin.startswith((b"%pdf-", b"{\\rtf")):
         return "is a PDF or RTF document, expected plain text: save its text as .txt"
     if b"\0" in content:
-        return "is not UTF-8 text: it has NUL bytes, as UTF-16 and binary files have; convert it"
+        return (
+            "is not UTF-8 text: it has NUL bytes, as UTF-16 and binary files have; convert it if it is text, "
+            "else leave it out"
+        )
     return None
 
 

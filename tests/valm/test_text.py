@@ -1,6 +1,6 @@
 import pytest
 
-from valm.text import decoded, encoding_of, printable
+from valm.text import decoded, encoding_of, printable, why_no_text
 
 
 @pytest.mark.parametrize(
@@ -28,3 +28,16 @@ def test_an_encoding_is_seen_across_chunks():
 
 def test_a_damaged_text_is_decoded():
     assert decoded("ab".encode("utf-16")[:-1]) == "a\ufffd"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_a_byte_order_mark_tells_the_encoding(encoding):
+    content = "a café".encode(encoding)
+    assert decoded(content) == "a café"
+    assert f"is {encoding.upper()}, expected UTF-8: convert it, such as by `iconv -f {encoding.upper()}" in why_no_text(
+        content
+    )
+
+
+def test_binary_files_need_not_be_converted():
+    assert why_no_text(b"\x89PNG\r\n\x1a\n\0\0").endswith("convert it if it is text, else leave it out")
