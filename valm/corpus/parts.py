@@ -1,9 +1,9 @@
 """The documents of a corpus: text, JSON and parquet files, folders of them, and rows of a dataset.
 
-The suffix decides the format: `.jsonl`, `.ndjson` and `.json` (one object a line; a `.json` may be one array) and
-`.parquet` have a text in a column, as have `.csv` and `.tsv`; anything else is UTF-8 text with one document a line. All
-but parquet, which is compressed itself, may end in `.gz`. Retrieval makes a shard of each part of a corpus, which fits
-into memory unless it is an array.
+The suffix decides the format: JSON_LINES (one object a line; a `.json` may be one array), DELIMITERS (CSV and TSV) and
+`.parquet` have a text in a column, OTHER_FORMATS are not read, and anything else is UTF-8 text with one document a line.
+All but parquet, which is compressed itself, may end in `.gz`. Retrieval makes a shard of each part of a corpus, which
+fits into memory unless it is an array.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ READ_ROWS = 4096
 # Length of a document and of its line. Tokenizers take 140 times the memory, and abort where there is not as much.
 MAX_DOCUMENT = 16 << 20
 TOO_LONG = f"a document or line of more than {MAX_DOCUMENT >> 20} MiB: split it into several"
-JSON_LINES = (".jsonl", ".ndjson", ".json")
-DELIMITERS = {".csv": ",", ".tsv": "\t"}
+JSON_LINES = (".jsonl", ".jsonlines", ".ndjson", ".json")
+DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 # Suffixes of the files that are read in a folder; all but parquet also with `.gz`.
 SUFFIXES = (".txt", ".text", *JSON_LINES, *DELIMITERS, ".parquet")
 # What other suffixes say is no text, and what to do about it.
@@ -49,6 +49,9 @@ OTHER_FORMATS = {
     **dict.fromkeys((".pdf", ".doc", ".docx", ".odt", ".rtf", ".epub"), "no plain text: save its text as .txt"),
     **dict.fromkeys((".xls", ".xlsx", ".ods"), "a spreadsheet: save it as .csv"),
     **dict.fromkeys((".arrow", ".feather"), "an Arrow file: save it as .parquet"),
+    **dict.fromkeys((".parq", ".pq"), "a parquet file by its name: name it .parquet"),
+    ".orc": "an ORC file: save it as .parquet",
+    ".ipynb": "a notebook: save its text as .txt",
     **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".bz2", ".xz", ".zst"), "compressed: unpack it, or use .gz"),
 }
 HEAD_BYTES = 1 << 12

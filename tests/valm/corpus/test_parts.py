@@ -44,7 +44,7 @@ FIELDS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(st.tuples(FIELDS, FIELDS), max_size=20), st.integers(1, 60), st.sampled_from(["csv", "tsv"]), st.booleans()
+    st.lists(st.tuples(FIELDS, FIELDS), max_size=20), st.integers(1, 60), st.sampled_from(["csv", "tsv", "tab"]), st.booleans()
 )
 def test_rows_of_a_csv_file(tmp_path_factory, rows, part_bytes, kind, marked):
     """However the file is cut, every row is in one part, also one of several lines."""
@@ -176,7 +176,7 @@ def write(file, content):
 def test_json_lines(tmp_path, ending, part_bytes):
     """However a file is cut, each row is one document, and is never read as text."""
     content = "\ufeff" + "\n\n".join(map(json.dumps, ROWS))
-    for name in ("a.jsonl", "a.ndjson", "a.json", "a.JSONL"):
+    for name in ("a.jsonl", "a.ndjson", "a.json", "a.JSONL", "a.jsonlines"):
         file = write(tmp_path / (name + ending), content)
         parts = file_parts([file], part_bytes=part_bytes)
         assert [text for part in parts for text in part.read()] == TEXTS
@@ -265,6 +265,8 @@ def test_a_null_in_a_parquet_file_is_named(tmp_path, column):
         (b"text\n\0binary", "is not UTF-8 text: it has NUL bytes"),
         (b"\xef\xbb\xbf\n<!DOCTYPE html>\n<p>text", "is HTML or XML, expected plain text: save its text as .txt"),
         (b"<html><p>text", "is HTML or XML"),
+        (b"<!-- saved from a site -->\n<p>text", "is HTML or XML"),
+        (b"<head><title>text", "is HTML or XML"),
         (b"%PDF-1.7\ntext", "is a PDF or RTF document"),
     ],
 )
@@ -275,9 +277,15 @@ def test_what_is_no_text_is_refused(tmp_path, name, content, message):
         file_parts([file])
 
 
-@pytest.mark.parametrize("name", ["a.html", "a.PDF", "a.docx", "a.xlsx", "a.zip", "a.tar.gz", "a.xml.gz", "a.arrow"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("a.html", "a.PDF", "a.docx", "a.xlsx", "a.zip", "a.tar.gz", "a.xml.gz", "a.arrow", "a.ipynb", "a.orc"),
+        *("a.parq", "a.pq"),
+    ],
+)
 def test_formats_that_are_not_read_are_named(tmp_path, name):
-    with pytest.raises(ValmError, match=rf"the corpus .*{re.escape(name)} is .*: (save|unpack)"):
+    with pytest.raises(ValmError, match=rf"the corpus .*{re.escape(name)} is .*: (save|unpack|name)"):
         file_parts([write(tmp_path / name, "x")])
 
 
