@@ -55,6 +55,7 @@ OTHER_FORMATS = {
     **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".bz2", ".xz", ".zst"), "compressed: unpack it, or use .gz"),
 }
 HEAD_BYTES = 1 << 12
+QUOTE = "quote fields as in RFC 4180, or save the texts as .jsonl"
 
 Document = TypeVar("Document", str, Sequence[int])
 
@@ -97,10 +98,7 @@ class TextPart:
                     _check_length(line)
                     text = self._document(line.decode("utf-8"))
                 except UnicodeDecodeError as error:
-                    raise ValmError(
-                        f"the corpus {self.file} is not UTF-8 text: {error.reason} in line {self._line(begin)}, "
-                        f"at byte {begin + error.start}"
-                    ) from error
+                    raise _not_utf8(self.file, error, self._line(begin), begin) from error
                 except ValueError as error:
                     raise ValmError(f"the corpus {self.file}, line {self._line(begin)}: {error}") from error
                 if text:
@@ -147,7 +145,9 @@ class JsonArrayPart:
         with _open(self.file) as file:
             content = file.read()
         try:
-            rows = _parsed(content.decode("utf-8-sig"))
+            rows = _parsed(content.decode("utf-8").removeprefix("\ufeff"))
+        except UnicodeDecodeError as error:
+            raise _not_utf8(self.file, error, content.count(b"\n", 0, error.start) + 1) from error
         except ValueError as error:
             raise ValmError(f"the corpus {self.file}: {error}") from error
         texts = []
@@ -183,7 +183,8 @@ class CsvPart:
         for row, lines, _ in _csv_rows(self.file, self.start, self.end, self.lines):
             if row and len(row) != self.fields:
                 raise ValmError(
-                    f"the corpus {self.file}, line {lines}: the row has {len(row)} fields, but the header {self.fields}"
+                    f"the corpus {self.file}, line {lines}: the row has {len(row)} fields, but the header "
+                    f"{self.fields}: {QUOTE}"
                 )
             if row and row[self.place].strip():
                 texts.append(row[self.place])
@@ -309,6 +310,11 @@ def file_parts(
         if reason := why_no_text(head):
             raise ValmError(f"the corpus {file} {reason}")
         if suffix in DELIMITERS:
+            if b"\r" in head.rstrip(b"\r") and b"\n" not in head:
+                raise ValmError(
+                    f"the corpus {file} has rows that end in a carriage return alone: convert them to line feeds, such "
+                    "as by `tr '\\r' '\\n'`"
+                )
             parts += _csv_parts(file, column, part_bytes)
         elif suffix == ".json" and head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
             parts.append(JsonArrayPart(file, column))
@@ -434,6 +440,14 @@ def _head(file: Path) -> bytes:
         return content.read(HEAD_BYTES)
 
 
+def _not_utf8(file: Path, error: UnicodeDecodeError, line: int, begin: int = 0) -> ValmError:
+    """The error for bytes that begin at byte `begin` of a file and are not UTF-8 in line number `line` (from 1)."""
+    return ValmError(
+        f"the corpus {file} is not UTF-8 text: {error.reason} in line {line}, at byte {begin + error.start}: convert it "
+        "to UTF-8"
+    )
+
+
 def _parsed(text: str) -> Any:
     """The JSON value in `text`.
 
@@ -463,18 +477,23 @@ def _csv_rows(file: Path, start: int, end: float, lines: int) -> Iterator[tuple[
         def decoded() -> Iterator[str]:
             nonlocal lines, position
             while position < end and (line := content.readline(MAX_DOCUMENT + 1)):
-                encoding = "utf-8" if position else "utf-8-sig"
                 lines, position = lines + 1, position + len(line)
                 _check_length(line)
                 if b"\0" in line:
                     raise ValueError("it has a NUL byte, so it is no text")
-                yield line.decode(encoding)
+                text = line.decode("utf-8")
+                yield text if position > len(line) else text.removeprefix("\ufeff")
 
         try:
             for row in csv.reader(decoded(), delimiter=DELIMITERS[_suffix(file)], strict=True):
                 yield row, lines, position
-        except (csv.Error, ValueError) as error:
+        except UnicodeDecodeError as error:
+            raise _not_utf8(file, error, lines, position - len(error.object)) from error
+        except ValueError as error:
             raise ValmError(f"the corpus {file}, line {lines}: {error}") from error
+        except csv.Error as error:
+            reason = TOO_LONG if "field limit" in str(error) else f"{error}: {QUOTE}"
+            raise ValmError(f"the corpus {file}, line {lines}: {reason}") from error
 
 
 def _csv_parts(file: Path, column: str, part_bytes: int) -> list[CsvPart]:
@@ -482,6 +501,8 @@ def _csv_parts(file: Path, column: str, part_bytes: int) -> list[CsvPart]:
     header: list[str] | None = None
     place = start = before = 0
     for row, lines, position in _csv_rows(file, 0, math.inf, 0):
+        if header is None and not "".join(row).strip():
+            continue  # a blank row before the header
         if header is None:
             header, start, before = [name.strip() for name in row], position, lines
             place = _place_of(column, header, file)
