@@ -1,7 +1,7 @@
 """The documents of a corpus: text, JSON and parquet files, folders of them, and rows of a dataset.
 
 The suffix decides the format: JSON_LINES (one object a line; a `.json` may be one array), DELIMITERS (CSV and TSV) and
-`.parquet` have a text in a column, OTHER_FORMATS are not read, and anything else is UTF-8 text with one document a line.
+`.parquet` have a text in a column. OTHER_FORMATS are not read. Anything else is UTF-8 text with one document a line.
 All but parquet, which is compressed itself, may end in `.gz`. Retrieval makes a shard of each part of a corpus, which
 fits into memory unless it is an array.
 """
@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -258,7 +259,7 @@ def read_documents(paths: Iterable[str | os.PathLike], *, column: str = "text") 
 
 def corpus_files(paths: Iterable[str | os.PathLike]) -> list[Path]:
     """The files among `paths`; a folder is replaced by the files with SUFFIXES below it, sorted by path, without hidden
-    ones.
+    ones. Warns of files there in OTHER_FORMATS.
 
     Raises:
         ValmError: a path is missing or is not a regular file, or a folder has no such file.
@@ -267,15 +268,18 @@ def corpus_files(paths: Iterable[str | os.PathLike]) -> list[Path]:
     for path in map(Path, paths):
         path = path.absolute()  # another machine may have another working directory
         if is_folder(path):
-            found = sorted(
-                file.relative_to(path).as_posix()
-                for file in path.rglob("*")
-                if file.is_file() and _suffix(file) in SUFFIXES
-            )
-            found = [name for name in found if not any(part.startswith(".") for part in name.split("/"))]
+            names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+            below = [path / name for name in names if not any(part.startswith(".") for part in name.split("/"))]
+            found = [file for file in below if _suffix(file) in SUFFIXES]
             if not found:
                 raise ValmError(f"the folder {path} has no file that ends in {', '.join(SUFFIXES)}, or these and .gz")
-            files += [path / name for name in found]
+            if skipped := [_suffix(file) for file in below if _suffix(file) in OTHER_FORMATS]:
+                warnings.warn(
+                    f"the folder {path} has {len(skipped)} files in formats that are not read "
+                    f"({', '.join(sorted(set(skipped)))}): they are skipped",
+                    stacklevel=2,
+                )
+            files += found
         elif exists(path):
             check_regular(path)
             files.append(path)
@@ -443,8 +447,8 @@ def _head(file: Path) -> bytes:
 def _not_utf8(file: Path, error: UnicodeDecodeError, line: int, begin: int = 0) -> ValmError:
     """The error for bytes that begin at byte `begin` of a file and are not UTF-8 in line number `line` (from 1)."""
     return ValmError(
-        f"the corpus {file} is not UTF-8 text: {error.reason} in line {line}, at byte {begin + error.start}: convert it "
-        "to UTF-8"
+        f"the corpus {file} is not UTF-8 text: {error.reason} in line {line}, at byte {begin + error.start}: convert "
+        "it to UTF-8"
     )
 
 
@@ -521,7 +525,10 @@ def _place_of(column: str, names: list[str], file: Path) -> int:
         ValmError: there is none, or several.
     """
     if column not in names:
-        raise ValmError(f"the corpus {file} has no column {column!r}; it has {', '.join(names)}: name one by --column")
+        raise ValmError(
+            f"the corpus {file} has no column {column!r}; it has {', '.join(names)}: name one by --column, or name the "
+            "files instead of the folder"
+        )
     if names.count(column) > 1:
         raise ValmError(f"the corpus {file} has {names.count(column)} columns {column!r}; give each its own name")
     return names.index(column)

@@ -261,6 +261,24 @@ def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path):
         file_parts([tmp_path / "empty"])
 
 
+def test_files_of_a_folder_that_are_not_read_are_counted(tmp_path, recwarn):
+    for name in ("a.txt", "b.PDF", "deep/c.html.gz", "README.md", ".hidden.pdf", ".git/d.html"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, "text")
+    assert list(read_documents([tmp_path])) == ["text"]
+    (warning,) = recwarn
+    assert str(warning.message) == (
+        f"the folder {tmp_path} has 2 files in formats that are not read (.html, .pdf): they are skipped"
+    )
+
+
+def test_a_table_of_a_folder_without_the_column_can_be_avoided(tmp_path):
+    write(tmp_path / "a.txt", "text")
+    write(tmp_path / "index.csv", "file,label\n")
+    with pytest.raises(ValmError, match="name one by --column, or name the files instead of the folder"):
+        list(read_documents([tmp_path]))
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [
