@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import math
 import os
+from collections.abc import Iterable
+from dataclasses import fields
 from typing import Any
 
 from transformers import AutoConfig, GPT2Config, PreTrainedConfig
 
 from valm.errors import ValmError
 from valm.registration import are_models_imported
+from valm.text import nearest
 
 FUSION_SCALES = ("head_dim", "embed_dim")
 
@@ -60,7 +64,7 @@ class ValmConfig(GPT2Config):
             None is a model without such a head.
 
     Raises:
-        ValmError: an argument has an invalid value.
+        ValmError: there is no such argument, or it has an invalid value.
     """
 
     model_type = "valm"
@@ -77,6 +81,9 @@ class ValmConfig(GPT2Config):
         query_clip: str | None = None,
         **kwargs: Any,
     ):
+        # as files and `to_dict` have it, with names that are those of another version of transformers
+        if "transformers_version" not in kwargs:
+            self.check_names(kwargs)
         super().__init__(**kwargs)
         self.image_dim = image_dim
         self.num_images = num_images
@@ -110,10 +117,28 @@ class ValmConfig(GPT2Config):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """The config in a file of model_type "valm": this one, or that of an augmented decoder (`valm.augment`)."""
         if "base_config" not in config_dict:
-            return super().from_dict({key: config_dict[key] for key in config_dict if key != WEIGHTS_KEY}, **kwargs)
+            entries = {key: config_dict[key] for key in config_dict if key != WEIGHTS_KEY}
+            return super().from_dict({"transformers_version": None} | entries, **kwargs)
         from valm.augmented.model import config_from_dict
 
         return config_from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def from_json_file(cls, json_file: str | os.PathLike) -> Any:
+        return cls.from_dict(cls._dict_from_json_file(json_file))
+
+    @classmethod
+    def check_names(cls, names: Iterable[str]) -> None:
+        """Checks names of arguments: transformers takes any name, and a misspelt one would change nothing.
+
+        Raises:
+            ValmError: there is no such argument.
+        """
+        known = {*inspect.signature(cls).parameters, *(field.name for field in fields(cls)), *cls.attribute_map}
+        known |= {"attn_implementation", "experts_implementation"}  # which PreTrainedConfig takes out of **kwargs
+        for name in names:
+            if name not in known and not hasattr(cls, name):  # a property, such as num_labels
+                raise ValmError(f"ValmConfig has no argument {name}{nearest(name, known)}")
 
     def to_json_string(self, use_diff: bool = True) -> str:
         return without_weights(super().to_json_string(use_diff))

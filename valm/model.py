@@ -20,7 +20,6 @@ from valm.fusion import VisualFusionAttention, VisualFusionBlock
 from valm.image_model import ImageModel, ImageOptions, RetrievalCache
 from valm.retrieval.retriever import Retriever
 from valm.self_query import QueryHead, queries_itself
-from valm.text import nearest
 from valm.tokenizer import ClipBpeTokenizer
 
 
@@ -218,17 +217,14 @@ class VaLMForCausalLM(ImageModel, VaLMPreTrainedModel, GenerationMixin):
             ValmError: `gpt2` is a model of another kind, its sizes differ from the arguments, or there is no such
                 argument.
         """
-        known = ValmConfig().to_dict()
-        for name in arguments:
-            if name not in known:
-                raise ValmError(f"from_gpt2 has no argument {name}{nearest(name, known)}")
+        ValmConfig.check_names(arguments)
         if not isinstance(gpt2, GPT2LMHeadModel):
             raise ValmError(
                 f"from_gpt2 takes a GPT2LMHeadModel, got a {type(gpt2).__name__}: valm.augment lets other decoders "
                 "see images"
             )
         config = gpt2.config.to_dict()
-        for name in ("model_type", "architectures", "transformers_version"):
+        for name in ("model_type", "architectures"):
             config.pop(name, None)
         config |= arguments | {"image_logit_bias_init": image_logit_bias_init}
         model = cls(ValmConfig(**config))

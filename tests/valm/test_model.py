@@ -490,3 +490,10 @@ def test_from_gpt2_refuses_what_would_not_be_that_gpt2():
         VaLMForCausalLM.from_gpt2(gpt2, image_dim=24, n_positions=64)
     with pytest.raises(ValmError, match=r"no argument num_image, did you mean num_images\?"):
         VaLMForCausalLM.from_gpt2(gpt2, image_dim=24, num_image=0)
+
+
+def test_from_gpt2_takes_the_arguments_of_the_config():
+    config = GPT2Config(vocab_size=VOCAB, n_positions=32, n_embd=32, n_layer=3, n_head=4, n_ctx=32)  # an old name
+    names = {"hidden_size": 32, "num_hidden_layers": 3, "attn_implementation": "eager"}
+    model = VaLMForCausalLM.from_gpt2(GPT2LMHeadModel(config), image_dim=24, **names)
+    assert model.config._attn_implementation == "eager" and model.config.model_type == "valm"
