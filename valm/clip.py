@@ -167,9 +167,15 @@ class Clip:
         config = read_json(files / CONFIG_FILE, "the CLIP configuration", Config, "give a CLIP folder of open_clip's")
         check_all_regular(files)
         model_cfg = config["model_cfg"]
-        for part, name in (("text_cfg", "hf_model_name"), ("vision_cfg", "timm_model_pretrained")):
-            if model_cfg[part].get(name):  # open_clip would download it
-                raise ValmError(f"{folder / CONFIG_FILE} names {name}: a CLIP folder must have all that it needs")
+        outside = [
+            name
+            for part, name in (("text_cfg", "hf_model_name"), ("vision_cfg", "timm_model_pretrained"))
+            if model_cfg[part].get(name)
+        ]
+        if ":" in str(model_cfg["vision_cfg"].get("timm_model_name")):  # hf-hub:... or local-dir:...
+            outside.append("timm_model_name")
+        if outside:  # open_clip or timm would download it, or read it elsewhere
+            raise ValmError(f"{folder / CONFIG_FILE} names {outside[0]}: a CLIP folder must have all that it needs")
         shapes = shapes_in(files)
         check_sizes(folder / CONFIG_FILE, model_cfg, len(shapes) or None)
         largest = max((size for shape in shapes for size in shape), default=None)

@@ -165,14 +165,25 @@ def test_unwritable_output(clip, tmp_path):
         clip.save(tmp_path / "file" / "clip")
 
 
-@pytest.mark.parametrize("part, name", [("text_cfg", "hf_model_name"), ("vision_cfg", "timm_model_pretrained")])
-def test_a_folder_does_not_reach_the_network(clip, tmp_path, part, name):
+@pytest.mark.parametrize(
+    "part, name, value",
+    [
+        ("text_cfg", "hf_model_name", "someone/model"),
+        ("vision_cfg", "timm_model_pretrained", True),
+        ("vision_cfg", "timm_model_name", "hf-hub:someone/model"),
+        ("vision_cfg", "timm_model_name", "local-dir:elsewhere"),
+    ],
+)
+def test_a_folder_reaches_neither_the_network_nor_other_folders(clip, tmp_path, monkeypatch, part, name, value):
     clip.save(tmp_path)
     config = json.loads((tmp_path / "open_clip_config.json").read_text())
-    config["model_cfg"][part][name] = "someone/model"
+    config["model_cfg"][part][name] = value
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    asked = []
+    monkeypatch.setattr("socket.getaddrinfo", lambda host, *_, **__: asked.append(host) or [])
     with pytest.raises(ValmError, match=f"names {name}: a CLIP folder must have all"):
         Clip.load(tmp_path)
+    assert asked == []
 
 
 def test_an_odd_image_transform_is_one_sentence(clip, tmp_path):
