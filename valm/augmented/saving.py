@@ -54,12 +54,12 @@ def save_adapter(model: AugmentedCausalLM, folder: str | os.PathLike) -> Path:
     if options.unfreeze == "all":
         raise ValmError('with unfreeze="all" every weight was trained: save the whole model by save_pretrained')
     if options.sketch is not None:
-        found, expected = project(model), options.sketch
+        found, expected = project(model, options.sketch), options.sketch
         if options.unfreeze == "block":
             layer = f"{_layer_name(model, options)}."
             found = {name: found[name] for name in found if not name.startswith(layer)}
             expected = {name: expected[name] for name in expected if not name.startswith(layer)}
-        if name := other_tensor(found, expected, exact=True):
+        if name := other_tensor(found, expected):
             raise ValmError(
                 f"{name} is not what it was when the model was augmented, and an adapter does not have it: save the "
                 "whole model by save_pretrained"
@@ -141,7 +141,7 @@ def _of_this_base(model: PreTrainedModel, options: FusionOptions, folder: Path) 
     Raises:
         ValmError: the adapter in `folder` belongs to another base.
     """
-    found = project(model)
+    found = project(model, options.sketch)
     if options.sketch is not None:
         name = other_tensor(found, options.sketch)
     else:

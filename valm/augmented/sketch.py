@@ -11,6 +11,7 @@ import binascii
 import functools
 import hashlib
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,52 +24,58 @@ PROJECTIONS = 16
 # Numbers that share their signs up to one sign for all, and how many such blocks are multiplied at once (16 MB).
 BLOCK, SLAB = 1 << 14, 1 << 8
 # How far the projections may move (RMS), relative to the tensor's norm. That of rounding is 2.2 times the worst case of
-# bfloat16, which 16 projections exceed by chance once in 10^9 tensors. EXACT allows for the sketch's own float32.
+# bfloat16, which 16 projections exceed by chance once in 10^9 tensors. EXACT allows for the sketch's own float32; it
+# holds where both tensors are of one type.
 ROUNDING, EXACT = 0.005, 1e-5
 # The largest error of a number that float16 rounds to a subnormal or to 0.
 SMALLEST = 2.0**-25
 
 
 class Projections(NamedTuple):
-    """values: (PROJECTIONS,) float32. norm, size: of the tensor. rounded: its type has 16 bits or fewer."""
+    """values: (PROJECTIONS,) float32. norm, size, dtype: of the tensor, as it was projected."""
 
     values: np.ndarray
     norm: float
     size: int
-    rounded: bool
+    dtype: str
 
 
-def project(model: nn.Module) -> dict[str, Projections]:
-    """The projections of all parameters and persistent buffers but the fusion's, by name. Reads each once."""
+def project(model: nn.Module, expected: Mapping[str, str] | None = None) -> dict[str, Projections]:
+    """The projections of all parameters and persistent buffers but the fusion's, by name. Reads each once.
+
+    expected: a sketch to be compared. Where its tensor has 16 bits, a wider one of the model is rounded to that type.
+    """
+    expected = expected or {}
     state = {name: tensor for name, tensor in model.state_dict().items() if "image_fusion." not in name}
-    return {name: _project(_loaded(model, name, tensor)) for name, tensor in state.items()}
+    return {name: _project(_loaded(model, name, tensor), expected.get(name)) for name, tensor in state.items()}
 
 
 def sketch(found: dict[str, Projections]) -> dict[str, str]:
     """The projections as a JSON file has them."""
-    return {name: base64.b64encode(each.values.tobytes()).decode() for name, each in found.items()}
+    return {name: f"{each.dtype}:{base64.b64encode(each.values.tobytes()).decode()}" for name, each in found.items()}
 
 
-def other_tensor(found: dict[str, Projections], expected: dict[str, str], *, exact: bool = False) -> str | None:
+def other_tensor(found: dict[str, Projections], expected: dict[str, str]) -> str | None:
     """The name of a tensor that is in one of both only, or has other values; None if all agree.
 
-    exact: allow for rounding to 16 bits only in tensors that are of such a type now.
+    Tensors of different types may differ by rounding to 16 bits.
     """
     for name in sorted({*found, *expected}):
-        if name not in found or name not in expected or not _agree(found[name], expected[name], exact):
+        if name not in found or name not in expected or not _agree(found[name], expected[name]):
             return name
     return None
 
 
-def _agree(found: Projections, expected: str, exact: bool) -> bool:
+def _agree(found: Projections, expected: str) -> bool:
     try:
-        values = np.frombuffer(base64.b64decode(expected, validate=True), np.float32)
-    except (binascii.Error, ValueError, TypeError):
+        dtype, _, content = expected.partition(":")
+        values = np.frombuffer(base64.b64decode(content, validate=True), np.float32)
+    except (binascii.Error, ValueError, TypeError, AttributeError):
         return False
     if values.shape != found.values.shape:
         return False
     moved = float(np.sqrt(np.square(found.values.astype(np.float64) - values).mean()))
-    if exact and not found.rounded:
+    if found.dtype == dtype:
         return moved <= EXACT * found.norm
     return moved <= ROUNDING * found.norm + 2.2 * SMALLEST * found.size**0.5
 
@@ -78,15 +85,18 @@ def _loaded(model: Any, name: str, tensor: Tensor) -> Tensor:
     return load_offloaded_parameter(model, name) if tensor.device.type == "meta" else tensor
 
 
-def _project(tensor: Tensor) -> Projections:
+def _project(tensor: Tensor, expected: str | None) -> Projections:
     flat = tensor.detach().reshape(-1)
+    narrow = getattr(torch, str(expected).partition(":")[0], None)
+    rounds = isinstance(narrow, torch.dtype) and narrow.is_floating_point and narrow.itemsize <= 2
+    dtype = narrow if rounds and flat.is_floating_point() and flat.dtype.itemsize > 2 else flat.dtype
     # on CPU ten times faster than float64; on a GPU float32 may mean TF32
     wide = torch.float32 if tensor.device.type == "cpu" else torch.float64
     signs = _signs(tensor.device).to(wide)
     values = torch.zeros(PROJECTIONS, dtype=torch.float64)
     square = 0.0
     for number, slab in enumerate(flat.split(SLAB * BLOCK)):
-        numbers = slab.to(wide)
+        numbers = slab.to(dtype).to(wide)
         norm = float(torch.linalg.vector_norm(numbers))
         if not math.isfinite(norm):  # a mask with -inf, for one
             numbers = numbers.nan_to_num(0.0, 0.0, 0.0)
@@ -95,8 +105,7 @@ def _project(tensor: Tensor) -> Projections:
         blocks = F.pad(numbers, (0, -len(numbers) % BLOCK)).view(-1, BLOCK)
         products = (blocks @ signs).to("cpu", torch.float64)
         values += _random_signs(f"blocks {number}", len(blocks)) @ products
-    rounded = tensor.is_floating_point() and tensor.element_size() <= 2
-    return Projections(values.numpy().astype(np.float32), square**0.5, len(flat), rounded)
+    return Projections(values.numpy().astype(np.float32), square**0.5, len(flat), str(dtype).removeprefix("torch."))
 
 
 @functools.lru_cache(2)

@@ -244,6 +244,21 @@ def test_an_adapter_drops_no_change_of_the_base(tmp_path, base_folder, change, n
     assert not (tmp_path / "again").exists()
 
 
+@pytest.mark.parametrize("then, now", [("bfloat16", "bfloat16"), ("float16", "float16"), ("bfloat16", "float32")])
+def test_a_model_of_16_bits_loses_no_small_change(tmp_path, base_folder, then, now):
+    """0.2 % of the norm, less than what rounding may add."""
+    model = on_base(base_folder).to(getattr(torch, then))
+    save_adapter(model, tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=then)
+    model = load_adapter(base, tmp_path / "adapter").to(getattr(torch, now))
+    with torch.no_grad():
+        torch.manual_seed(0)
+        weight = model.lm_head.weight
+        weight += (0.002 * weight.float().std() * torch.randn(weight.shape)).to(weight.dtype)
+    with pytest.raises(ValmError, match=r"lm_head\.weight is not what it was"):
+        save_adapter(model, tmp_path / "again")
+
+
 def test_an_adapter_with_a_lora_beside_it_is_refused(tmp_path, base_folder):
     peft = pytest.importorskip("peft")
     model = on_base(base_folder)
