@@ -171,19 +171,23 @@ def without_weights(content: str) -> str:
 _config_dict = vars(PreTrainedConfig)["get_config_dict"].__func__
 
 
-def _get_config_dict(cls: type[PreTrainedConfig], name: str | os.PathLike, **kwargs: Any) -> Any:
+def _get_config_dict(
+    cls: type[PreTrainedConfig], pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+) -> Any:
     """`PreTrainedConfig.get_config_dict`, which every config class reads its file by.
 
     Raises:
         ValmError: the file is that of a model with images, and the class that of another model: it would load without
             them. Configs of earlier versions have no `WEIGHTS_KEY`.
     """
-    found, unused = _config_dict(cls, name, **kwargs)
+    found, unused = _config_dict(cls, pretrained_model_name_or_path, **kwargs)
     # AutoConfig asks by PreTrainedConfig itself
     if found.get("model_type") == ValmConfig.model_type and cls is not PreTrainedConfig:
         options = found.get("fusion", found)
         if not issubclass(cls, ValmConfig) and isinstance(options, dict) and options.get("num_images") != 0:
-            raise ValmError(f"{name} cannot be loaded by a class of {cls.model_type}: {NO_WEIGHTS}")
+            raise ValmError(
+                f"{pretrained_model_name_or_path} cannot be loaded by a class of {cls.model_type}: {NO_WEIGHTS}"
+            )
     return found, unused
 
 

@@ -230,17 +230,18 @@ class AugmentedConfig(_Config):
     valm: dict[str, Any]
 
     @classmethod
-    def from_pretrained(cls, name: str | os.PathLike, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
         """`PreTrainedConfig.from_pretrained`.
 
         Raises:
             ValmError: it is the config of another model.
         """
-        found = ValmConfig.from_pretrained(name, **kwargs)
+        found = ValmConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
         config = found[0] if isinstance(found, tuple) else found
         if not isinstance(config, cls):
             raise ValmError(
-                f"{name} holds the config of a {config.model_type}, expected that of an augmented {cls.model_type}"
+                f"{pretrained_model_name_or_path} holds the config of a {config.model_type}, expected that of an "
+                f"augmented {cls.model_type}"
             )
         return found
 
@@ -316,7 +317,7 @@ class AugmentedCausalLM(ImageModel):
         return ImageOptions(options.num_images, options.image_dim, options.blind, options.score_scale is not None)
 
     @classmethod
-    def from_pretrained(cls, name: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """`PreTrainedModel.from_pretrained` of a whole folder.
 
         Raises:
@@ -325,12 +326,17 @@ class AugmentedCausalLM(ImageModel):
         with_info = kwargs.pop("output_loading_info", False)
         token = _reads_images.set(True)
         try:
-            model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
         finally:
             _reads_images.reset(token)
         missing = [key for key in info["missing_keys"] if ".image_fusion." in key]
         if missing:
-            raise ValmError(f"the weights in {name} have no {sorted(missing)[0]}: they are not those of its config")
+            raise ValmError(
+                f"the weights in {pretrained_model_name_or_path} have no {sorted(missing)[0]}: they are not those of "
+                "its config"
+            )
         freeze(model, FusionOptions(**model.config.valm))
         return (model, info) if with_info else model
 

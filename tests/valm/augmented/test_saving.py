@@ -378,11 +378,12 @@ def test_a_whole_folder_opens_by_its_own_classes(tmp_path, earlier, sharded):
     assert (tmp_path / "model.safetensors.index.json").exists() == bool(sharded)
     if earlier:
         as_an_earlier_version_wrote_it(tmp_path)
-    config = AutoConfig.from_pretrained(tmp_path)
+    config = type(model.config).from_pretrained(pretrained_model_name_or_path=tmp_path)
     for opened in (
         AutoModelForCausalLM.from_pretrained(tmp_path),
         AutoModelForCausalLM.from_pretrained(tmp_path, config=config),
         type(model).from_pretrained(tmp_path),
+        type(model).from_pretrained(pretrained_model_name_or_path=tmp_path),
         type(model).from_pretrained(tmp_path, config=model.config, dtype=torch.float32),
         type(model).from_pretrained(tmp_path, use_cache=False),
     ):
