@@ -44,7 +44,7 @@ def hold_out(documents: Any, fraction: float, seed: int) -> tuple[Selected, Sele
         raise ValmError(f"the fraction to hold out must be above 0 and below 1, got {fraction}")
     count = len(documents)
     if count < 2:
-        raise ValmError(f"to hold documents out there must be at least 2, got {count}")
+        raise ValmError(f"to hold documents out there must be at least 2, got {count}: give a corpus of more documents")
     held = min(count - 1, max(1, round(fraction * count)))
     drawn = np.random.default_rng(seed).permutation(count)
     return Selected(documents, np.sort(drawn[held:])), Selected(documents, np.sort(drawn[:held]))

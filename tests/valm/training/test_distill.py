@@ -71,6 +71,14 @@ def test_the_agreement_is_that_of_the_held_out_documents(world, monkeypatch, n_p
     assert found.overlap == pytest.approx(np.mean(shares), abs=1e-6)
 
 
+def test_the_agreement_is_measured_on_so_many_blocks(world, monkeypatch):
+    make_model, *rest = world
+    monkeypatch.setattr(distill, "HELD_OUT", 0.5)
+    monkeypatch.setattr(distill, "MOST_HELD_OUT", 2)
+    found = distill_queries(make_model(n_positions=6), *rest, **SETTINGS | {"steps": 1})
+    assert found.tokens == 2 * 6  # of two documents of ten tokens
+
+
 def test_the_loss_is_0_for_clips_own_queries_and_sees_the_order_of_images():
     torch.manual_seed(0)
     queries, images = (torch.nn.functional.normalize(torch.randn(n, 8), dim=-1) for n in (5, 20))

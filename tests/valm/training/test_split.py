@@ -23,7 +23,8 @@ def test_every_document_is_trained_on_or_held_out(count, fraction, seed):
 
 
 @pytest.mark.parametrize(
-    "count, fraction, message", [(9, 0.0, "above 0"), (9, 1.0, "below 1"), (1, 0.5, "at least 2, got 1")]
+    "count, fraction, message",
+    [(9, 0.0, "above 0"), (9, 1.0, "below 1"), (1, 0.5, "at least 2, got 1: give a corpus of more")],
 )
 def test_what_cannot_be_held_out_is_said(count, fraction, message):
     with pytest.raises(ValmError, match=message):
