@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 import valm.multilevel_tower  # noqa: F401 - registers the architecture
 from valm.errors import ValmError
 from valm.files import check_all_regular, is_folder, read_json, write_json
-from valm.pretrained import check_sizes, library_errors, shapes_in
+from valm.pretrained import check_lists, check_sizes, library_errors, shapes_of
 from valm.tokenizer import clip_tokenizer, open_tokenizer
 from valm.whole_folder import current_files, replaced_files
 from valm_kernels.checksums import file_sha256
@@ -176,12 +176,14 @@ class Clip:
             outside.append("timm_model_name")
         if outside:  # open_clip or timm would download it, or read it elsewhere
             raise ValmError(f"{folder / CONFIG_FILE} names {outside[0]}: a CLIP folder must have all that it needs")
-        shapes = shapes_in(files)
-        check_sizes(folder / CONFIG_FILE, model_cfg, len(shapes) or None)
-        largest = max((size for shape in shapes for size in shape), default=None)
-        check_sizes(folder / CONFIG_FILE, model_cfg, largest, names="(.*_)?(width|dim|size|length|ratio)")
-        if not any(file.suffix in WEIGHT_SUFFIXES for file in files.iterdir()):
+        weights = [file for file in files.iterdir() if file.suffix in WEIGHT_SUFFIXES]
+        if not weights:
             raise ValmError(f"the CLIP folder {folder} has no weights; expected {WEIGHTS_FILE}")
+        shapes = shapes_of(weights)
+        check_lists(folder / CONFIG_FILE, model_cfg, shapes)
+        if shapes:
+            largest = max(size for shape in shapes for size in (1, *shape))
+            check_sizes(folder / CONFIG_FILE, model_cfg, largest, "(.*_)?(width|dim|size|length|ratio)")
         with _load_errors(str(folder)):
             if (files / "tokenizer.json").exists():
                 tokenizer = open_tokenizer(files)

@@ -5,25 +5,31 @@ from __future__ import annotations
 import math
 import os
 import re
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import AutoConfig
 from transformers.utils import logging
 
 from valm.errors import ValmError, is_panic
-from valm.files import check_all_regular, check_regular, is_file, is_folder, read_json
+from valm.files import check_all_regular, check_regular, exists, is_file, is_folder, read_json
 from valm.text import one_line
 from valm_kernels.json_files import PathText, short
 
 CONFIG_FILE = "config.json"
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
-# A config's keys for the number of its layers: n_layer, num_hidden_layers, encoder_layers, ...
-LAYERS = r"(.*_)?(layers?|depth)"
+# Files of weights, in the order in which transformers looks for them; with .index.json, their list of shards.
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+# A config's keys for the length of a list that is made of them: n_layer, num_hidden_layers, attention_types, ...
+LISTS = r"(.*_)?(layers?|depths?|blocks?|stages|stack|cycles|experts|codebooks|quantizers|attention_types)"
+# Such a list may be that long however few the weights are: some of the keys are bounds, such as Qwen2's
+# max_window_layers, and experts may be stored as one tensor.
+FEW = 512
+LABELS = 1 << 16
 # A model may have so many numbers however few its weights are: buffers, such as GPT-2's mask, are not stored ...
 UNSTORED = 1 << 28
 # ... and so many for each byte of its weights, which may be packed.
@@ -59,62 +65,103 @@ def check_folder(folder: Path) -> None:
     """Checks all that transformers chooses from in the folder of a model.
 
     Raises:
-        ValmError: a file is a pipe or a device, an index of weights leads out of the folder, or the config has more
-            layers than there are weights.
+        ValmError: a file is a pipe or a device, an index of weights leads out of the folder, or the config has far more
+            layers or labels than there are weights.
     """
     check_all_regular(folder)
     for index in folder.glob("*.index.json"):
-        for name in set(
-            read_json(index, "the index of weights", _Index, "save the model again")["weight_map"].values()
-        ):
-            if os.path.isabs(name) or ".." in Path(name).parts:
-                raise ValmError(f"{index} names {short(name)}, which leads out of its folder")
-            if (folder / name).exists():
-                check_regular(folder / name)
+        for file in _shards(index):
+            check_regular(file)
     if is_file(folder / CONFIG_FILE):
-        config = read_json(folder / CONFIG_FILE, "the config", dict[str, Any], "save the model again")
-        check_sizes(folder / CONFIG_FILE, config, len(shapes_in(folder)) or None)
+        check_lists(folder / CONFIG_FILE, _config(folder), shapes_of(_weight_files(folder)))
 
 
-def check_sizes(file: Path, config: dict[str, Any], most: int | None, names: str = LAYERS, part: str = "") -> None:
-    """Checks, before a config is used, that its numbers of layers are at most `most`, the number of tensors.
+def check_lists(file: Path, config: dict[str, Any], shapes: list[list[int]]) -> None:
+    """Checks, before a config is used, that it has no more layers and the like than weights of `shapes` can have.
+
+    Raises:
+        ValmError: it has; building or even listing the layers would take all memory.
+    """
+    check_sizes(file, config, max(len(shapes), FEW), LISTS)
+    check_sizes(file, config, LABELS, "num_labels")
+
+
+def check_sizes(file: Path, config: dict[str, Any], most: int, names: str, part: str = "") -> None:
+    """Checks that the numbers in a config are at most `most`.
 
     Args:
-        most: None checks nothing.
         names: regular expression of the keys that are checked.
         part: where in the config of `file` this one stands, for the error.
 
     Raises:
-        ValmError: one is larger; building or even listing the layers would take all memory.
+        ValmError: one is larger.
     """
-    if most is None:
-        return
     for key, value in config.items():
         if isinstance(value, dict):
             check_sizes(file, value, most, names, f"{part}{key}.")
-        sizes = [size for size in (value if isinstance(value, list) else [value]) if isinstance(size, int | float)]
-        if max(sizes, default=0) > most and re.fullmatch(names, key):
+        if re.fullmatch(names, key) and max(_numbers(value), default=0) > most:
             raise ValmError(
-                f"{file} describes another model: {part}{key} is {short(value)}, but its weights have only {most}"
+                f"{file} describes another model: {part}{key} is {short(value)}, but its weights allow {most} at most"
             )
 
 
-def shapes_in(folder: Path) -> list[list[int]]:
-    """The shapes of all weights in `folder`; none if they cannot be read without loading them."""
-    shapes = []
-    for file in _weight_files(folder):
-        if file.suffix != ".safetensors":
-            return []
+def _numbers(value: Any) -> Iterator[float]:
+    """The numbers in lists of lists."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _numbers(item)
+    elif isinstance(value, int | float):
+        yield value
+
+
+def shapes_of(files: list[Path]) -> list[list[int]]:
+    """The shapes of the tensors in files of weights, which are not loaded. A file that cannot be read has none: loading
+    will report it."""
+    shapes: list[list[int]] = []
+    for file in files:
         try:
-            with safe_open(file, "pt") as opened:
-                shapes += [opened.get_slice(name).get_shape() for name in opened.keys()]  # noqa: SIM118
-        except (SafetensorError, OSError):  # which loading will report
-            return []
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt") as opened:
+                    shapes += [opened.get_slice(name).get_shape() for name in opened.keys()]  # noqa: SIM118
+            else:
+                tensors = torch.load(file, "meta", weights_only=True, mmap=zipfile.is_zipfile(file)).values()
+                shapes += [list(tensor.shape) for tensor in tensors if isinstance(tensor, torch.Tensor)]
+        except Exception:  # safetensors and PyTorch raise many
+            continue
     return shapes
 
 
+def _config(folder: Path) -> dict[str, Any]:
+    return read_json(folder / CONFIG_FILE, "the config", dict[str, Any], "save the model again")
+
+
 def _weight_files(folder: Path) -> list[Path]:
-    return [file for file in folder.rglob("*") if file.suffix in WEIGHT_SUFFIXES and file.is_file()]
+    """The files that transformers loads the weights in `folder` from."""
+    named = _config(folder).get("transformers_weights")  # a file, or what a model of our own says to other classes
+    for name in (named, *WEIGHTS) if isinstance(named, str) else WEIGHTS:
+        file = _named_by(folder / CONFIG_FILE, name)
+        index = Path(f"{file}.index.json")
+        if is_file(file):
+            return _shards(file) if name.endswith(".index.json") else [file]
+        if is_file(index):
+            return _shards(index)
+    return []
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index of weights names and that exist.
+
+    Raises:
+        ValmError: one is outside of its folder.
+    """
+    names = read_json(index, "the index of weights", _Index, "save the model again")["weight_map"].values()
+    return [file for file in (_named_by(index, name) for name in sorted(set(names))) if exists(file)]
+
+
+def _named_by(file: Path, name: str) -> Path:
+    if os.path.isabs(name) or ".." in Path(name).parts:
+        raise ValmError(f"{file} names {short(name)}, which leads out of its folder")
+    return file.parent / name
 
 
 def _check_size(folder: Path, loader: Any) -> None:
@@ -123,6 +170,8 @@ def _check_size(folder: Path, loader: Any) -> None:
     Raises:
         ValmError: the model is far larger; transformers would first make what the weights lack.
     """
+    if not is_file(folder / CONFIG_FILE):
+        return
     stored = sum(file.stat().st_size for file in _weight_files(folder))
     if stored == 0:
         return
