@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 
 import pytest
@@ -14,6 +15,7 @@ from tests.valm_kernels.visual_fusion.random_cases import DTYPES, LAYOUTS, atten
 from valm_kernels import TopK, ip_topk
 from valm_kernels.topk import cpu as topk_cpu
 from valm_kernels.visual_fusion import cpu
+from valm_kernels.visual_fusion.inputs import Gradients
 
 
 def test_a_sample_has_nothing_wrong(capsys):
@@ -36,7 +38,7 @@ def test_cases_have_all_options():
     assert {case.problem.num_images for case in cases} >= {0, 1, 8, 64}
 
 
-@pytest.mark.parametrize("wrong", ["out", "lse", "gradient"])
+@pytest.mark.parametrize("wrong", ["out", "lse", *Gradients._fields])
 def test_wrong_attention_is_found(monkeypatch, capsys, wrong):
     forward, backward = cpu.forward, cpu.backward
 
@@ -46,14 +48,13 @@ def test_wrong_attention_is_found(monkeypatch, capsys, wrong):
 
     def other_backward(*arguments):
         gradients = backward(*arguments)
-        return (
-            gradients._replace(k=gradients.k * 1.02) if wrong == "gradient" and gradients.k is not None else gradients
-        )
+        gradient = getattr(gradients, wrong, None)
+        return gradients if gradient is None else gradients._replace(**{wrong: gradient * 1.02})
 
     monkeypatch.setattr(cpu, "forward", other_forward)
     monkeypatch.setattr(cpu, "backward", other_backward)
-    assert attack.main(["--attention", "12", "--searches", "0"]) == 1
-    assert "AssertionError: off by more than 2 times its bound" in capsys.readouterr().out
+    assert attack.main(["--attention", "7", "--searches", "0", "--first", "5"]) == 1  # these have all gradients
+    assert re.search(f"AssertionError: off by more than 2 times its bound: .*'{wrong}':", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("wrong", ["another row", "another score"])
