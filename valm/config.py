@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import json
 import math
 import os
 from collections.abc import Iterable
@@ -140,8 +139,9 @@ class ValmConfig(GPT2Config):
             if name not in known and not hasattr(cls, name):  # a property, such as num_labels
                 raise ValmError(f"ValmConfig has no argument {name}{nearest(name, known)}")
 
-    def to_json_string(self, use_diff: bool = True) -> str:
-        return without_weights(super().to_json_string(use_diff))
+    def to_diff_dict(self) -> dict[str, Any]:
+        found = super().to_diff_dict()
+        return found | {WEIGHTS_KEY: NO_WEIGHTS} if self.num_images > 0 else found
 
     def check_query_head(self) -> None:
         """Checks that the model can have a query head.
@@ -158,14 +158,6 @@ class ValmConfig(GPT2Config):
     def fusion_index(self) -> int:
         """Index of the fusion block, counted from the first block."""
         return self.fusion_layer % self.n_layer
-
-
-def without_weights(content: str) -> str:
-    """The `content` of a config file; if the model takes images, one with which transformers finds no weights."""
-    config = json.loads(content)
-    if config.get("fusion", config)["num_images"] > 0:
-        config.get("base_config", config)[WEIGHTS_KEY] = NO_WEIGHTS
-    return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
 _config_dict = vars(PreTrainedConfig)["get_config_dict"].__func__

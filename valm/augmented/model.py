@@ -32,7 +32,7 @@ from valm.augmented.attention import (
 from valm.augmented.probe import Probe, attention_path, decoder_layers, default_layer, in_mode, probe
 from valm.augmented.sketch import project, sketch
 from valm.augmented.weights import fusion_weights
-from valm.config import NO_WEIGHTS, WEIGHTS_KEY, ValmConfig, check_score_scale, without_weights
+from valm.config import NO_WEIGHTS, WEIGHTS_KEY, ValmConfig, check_score_scale
 from valm.errors import ValmError
 from valm.image_model import ImageModel, ImageOptions
 
@@ -251,12 +251,11 @@ class AugmentedConfig(_Config):
         augmented class finds the weights."""
         return None if self.valm["num_images"] == 0 or _reads_images.get() else NO_WEIGHTS
 
-    def to_json_string(self, use_diff: bool = True) -> str:
-        return without_weights(super().to_json_string(use_diff))
-
     def to_diff_dict(self) -> dict[str, Any]:
         base = super().to_diff_dict()
         fusion = base.pop("valm")
+        if fusion["num_images"] > 0:
+            base[WEIGHTS_KEY] = NO_WEIGHTS
         return {"model_type": ValmConfig.model_type, "base_config": base, "fusion": fusion}
 
 

@@ -388,12 +388,14 @@ def option_of(name: str) -> str:
 
 def model_settings(config: Any) -> dict[str, Any]:
     """All that the config says of the model, of an augmented one its base's and the fusion's together."""
+    from valm.config import WEIGHTS_KEY
+
     found = config.to_diff_dict()
     found |= {**found.pop("base_config", {}), **found.pop("fusion", {})}
     return {
         f"model.{name}": found[name]
         for name in found
-        if "version" not in name and name not in ("fingerprint", "sketch")
+        if "version" not in name and name not in ("fingerprint", "sketch", WEIGHTS_KEY)
     }
 
 

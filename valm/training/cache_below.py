@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from valm.augmented.probe import decoder_layers, in_mode
+from valm.config import WEIGHTS_KEY
 from valm.errors import ValmError
 from valm.files import atomic_path, writable_folder
 from valm.image_model import ImageModel
@@ -234,6 +235,7 @@ def _key(model: Any, layer: int, documents: Any) -> str:
     """A hash of everything that the hidden states depend on."""
     config = model.config.to_diff_dict()
     config = config.get("base_config", config)
+    config.pop(WEIGHTS_KEY, None)  # the same states are read by a model with images and by its twin
     above = {id(parameter) for module in decoder_layers(model)[layer:] for parameter in module.parameters()}
     digest = hashlib.sha256(
         json.dumps([VERSION, layer, str(model.dtype), config], sort_keys=True, default=str).encode()

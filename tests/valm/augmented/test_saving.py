@@ -61,6 +61,14 @@ def test_a_whole_folder_opens_as_it_was(tmp_path, base):
     assert AutoConfig.from_pretrained(tmp_path).valm == model.config.valm
 
 
+@pytest.mark.parametrize("model", [augmented, tiny_model])
+def test_a_config_is_written_in_full(model):
+    config = model().config
+    full = json.loads(config.to_json_string(use_diff=False))
+    assert full.items() >= json.loads(json.dumps(config.to_dict())).items()
+    assert "transformers_weights" in config.to_json_string() and "transformers_weights" not in config.to_dict()
+
+
 def test_a_whole_folder_in_another_precision(tmp_path):
     augmented().save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
