@@ -65,9 +65,10 @@ class RetrievalCache(Cache):
         """Row i becomes a copy of row beam_idx[i]."""
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]  # any tensor of integers will do
         # MiniMax's states of linear attention, which its class reorders in batch_select_indices only; [] is none
-        for layer, state in enumerate(getattr(self, "linear_cache", [])):
+        states: list[Any] = getattr(self, "linear_cache", [])
+        for layer, state in enumerate(states):
             if isinstance(state, Tensor):
-                self.linear_cache[layer] = state[beam_idx.to(state.device)]
+                states[layer] = state[beam_idx.to(state.device)]
         self.reorder_state(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
