@@ -194,7 +194,7 @@ class FlatIPIndex:
         out: TopK | NumpyTopK | None = None,
     ) -> TopK | NumpyTopK:
         """The k best rows of each query (..., E), or of those that `allowed` names, as `ip_topk` defines them; in `out`
-        if it is given.
+        if it is given. Scores have no gradient, as if queries and database were detached.
 
         Raises:
             TypeError, ValueError: as `ip_topk`.

@@ -72,7 +72,8 @@ class ShardedIPIndex:
     def search(
         self, queries: Tensor | np.ndarray, k: int, *, allowed: Tensor | np.ndarray | None = None
     ) -> TopK | NumpyTopK:
-        """The k best rows of each query (..., E), or of those that `allowed` names, as `FlatIPIndex.search`.
+        """The k best rows of each query (..., E), or of those that `allowed` names, as `FlatIPIndex.search`. Scores
+        have no gradient, as if queries and database were detached.
 
         Raises:
             TypeError, ValueError: as `ip_topk`.

@@ -59,3 +59,11 @@ def test_wrong_arguments_are_named():
         index.search(normals(2, 9), 1)
     with pytest.raises(ValueError, match=r"allowed must have shape \(4,\)"):
         index.search(database, 1, allowed=torch.ones(3, dtype=torch.bool))
+
+
+def test_scores_have_no_gradient():
+    """As if queries and database were detached, in forward mode too."""
+    index, queries = ShardedIPIndex(normals(60, 8), ["cpu"] * 3), normals(4, 8, seed=1)
+    assert not index.search(queries.clone().requires_grad_(), 7).scores.requires_grad
+    scores, tangent = torch.func.jvp(lambda q: index.search(q, 7).scores, (queries,), (queries,))
+    assert torch.equal(scores, index.search(queries, 7).scores) and not tangent.any()
