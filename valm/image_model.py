@@ -114,6 +114,9 @@ class ImageModel(_Base):
 
     A model that takes images but gets none and has no retriever warns once; with `strict = True` it raises ValueError
     each time. Pass an empty `image_pool` to run without images on purpose.
+
+    Threads may share a model in eval mode: `forward`, `generate` and `fusion_attention` may run at once. Training,
+    `augment`, `set_retriever`, `to` and saving need the model alone.
     """
 
     strict = False

@@ -13,9 +13,10 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-from collections.abc import MutableMapping
+import threading
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -163,6 +164,11 @@ class ImageFusion(nn.Module):
         return FusionTerms(self.norm(images)[None], self.k_bias, self.v_bias, self.logit_bias, self.score_scale)
 
 
+# What a layer hands to its attention for the length of its forward, in each thread that uses the model: `images`
+# (image_pool, image_index, image_scores and image_slots) or None, and `passed_on`, arguments of `fusion_attention`.
+_call = threading.local()
+
+
 class _Caught(Exception):
     """Ends the run of an attention once its queries, keys and values are known."""
 
@@ -173,21 +179,18 @@ class VisualAttention(_Module):
     image_fusion: ImageFusion
     forward_names: tuple[str, ...]  # of the arguments of the class behind
     config: Any
-    # image_pool, image_index, image_scores and image_slots, for the length of a layer's forward
-    images: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None = None
-    text_limits: TextLimits | None = None  # for as long, of a mask that was read before
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        limits = {} if self.text_limits is None else {"text_limits": self.text_limits}
-        if self.images is None or self.images[0].shape[0] == 0:
-            return super().forward(*args, **kwargs, **limits)
-        image_pool, image_index, image_scores, image_slots = self.images
+        given, passed_on = getattr(_call, "images", None), getattr(_call, "passed_on", {})
+        if given is None or given[0].shape[0] == 0:
+            return super().forward(*args, **kwargs, **passed_on)
+        image_pool, image_index, image_scores, image_slots = given
         arguments = named_arguments(self.forward_names, args, kwargs)
         terms = self.image_fusion(image_pool)
         _, keys, values = self._catch(self._at_no_position(terms.hidden_states, arguments))
         query = self._image_query(arguments)
         images = Images(keys[0], values[0], image_index, query, terms, image_scores, image_slots)
-        return super().forward(**arguments, **limits, images=images)
+        return super().forward(**arguments, **passed_on, images=images)
 
     def _catch(self, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """The query (B, Hq, T, Dk), key and value of this attention in a call with `arguments`."""
@@ -291,8 +294,6 @@ class VisualLayer(_Module):
     Some layers drop unknown arguments. This is done in the layer because gradient checkpointing reruns its forward.
     """
 
-    attention_path: str
-
     def forward(
         self,
         *args: Any,
@@ -301,16 +302,15 @@ class VisualLayer(_Module):
         image_scores: Tensor | None = None,
         image_slots: Tensor | None = None,
         text_limits: TextLimits | None = None,
+        read_weights: Callable[..., NoReturn] | None = None,
         **kwargs: Any,
     ) -> Any:
-        attention = self.get_submodule(self.attention_path)
-        if image_pool is not None:
-            attention.images = (image_pool, image_index, image_scores, image_slots)
-        attention.text_limits = text_limits
+        _call.images = None if image_pool is None else (image_pool, image_index, image_scores, image_slots)
+        _call.passed_on = {"text_limits": text_limits, "read_weights": read_weights}
         try:
             return super().forward(*args, **kwargs)
         finally:
-            attention.images = attention.text_limits = None
+            _call.images, _call.passed_on = None, {}
 
 
 def fusion_attention(
@@ -327,11 +327,13 @@ def fusion_attention(
     position_bias: Tensor | None = None,
     s_aux: Tensor | None = None,
     text_limits: TextLimits | None = None,
+    read_weights: Callable[..., NoReturn] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: (B, Tq, Hq, Dv), and no weights. Without dropout.
 
     text_limits: those of the mask where they are known; otherwise they are read from it, but not in a compiled graph.
+    read_weights: takes the weights, and ends the forward pass.
     softcap, position_bias and s_aux (a sink: one more score per head, without a value) come from the families.
     """
     if caught is not None:
@@ -342,6 +344,8 @@ def fusion_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     num_queries, num_keys = query.shape[2], key.shape[2]
     seen = visible_keys(attention_mask)
+    if read_weights is not None:
+        read_weights(query, key, seen, scale, images, softcap, position_bias, s_aux)
     if seen is None and 1 < num_queries < num_keys:  # a static cache that is being filled
         key, value = key[:, :, :num_queries], value[:, :, :num_queries]
     if text_limits is None and not torch.compiler.is_compiling():

@@ -156,8 +156,7 @@ def _with_class(model: PreTrainedModel, options: FusionOptions) -> AugmentedCaus
 def attach(model: PreTrainedModel, options: FusionOptions, found: Probe | None = None) -> None:
     """Adds the fusion to a layer, with the initial values of `found` if given."""
     block: Any = decoder_layers(model)[options.layer]
-    path = attention_path(model, options.layer)
-    attention = block.get_submodule(path)
+    attention = block.get_submodule(attention_path(model, options.layer))
     device = next(attention.parameters()).device
     with torch.device(device):
         fusion = ImageFusion(options).to(model.dtype)
@@ -168,7 +167,6 @@ def attach(model: PreTrainedModel, options: FusionOptions, found: Probe | None =
     attention.config = copy.copy(attention.config)
     attention.config._attn_implementation_internal = IMPLEMENTATION
     attention.__class__ = visual_attention_class(type(attention))
-    block.attention_path = path
     block.__class__ = visual_layer_class(type(block))
 
 
@@ -183,7 +181,7 @@ def _attach_checked(model: PreTrainedModel, options: FusionOptions, found: Probe
             attention.check_mathematics(own_config, found.calls)
     except Exception:
         attention.config = own_config
-        del attention.image_fusion, block.attention_path
+        del attention.image_fusion
         attention.__class__, block.__class__ = type(attention).wrapped_class, type(block).wrapped_class
         raise
 

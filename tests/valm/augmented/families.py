@@ -28,7 +28,7 @@ from transformers.models.auto.modeling_auto import (
 
 from valm.augmented import attention as fusion
 from valm.augmented.model import augment, fusion_module
-from valm.augmented.probe import decoder_layers
+from valm.augmented.probe import attention_path, decoder_layers
 from valm.errors import ValmError
 
 TABLE = Path(__file__).parents[3] / "docs" / "families.md"
@@ -259,9 +259,8 @@ def check(family: str, layer: int | None = None) -> Findings:
     open_images(model, -1e4)
     closed = distance(model(ids, use_cache=False, **images).logits, expected)
     open_images(model)
-    block = decoder_layers(model)[layer]
-    attention = block.get_submodule(block.attention_path)
-    own = decoder_layers(original)[layer].get_submodule(block.attention_path)
+    path = attention_path(original, layer)
+    attention, own = (decoder_layers(of)[layer].get_submodule(path) for of in (model, original))
     embedded = fusion_module(model)(images["image_pool"]).hidden_states[0]
     reasons: list[str | None] = []
 

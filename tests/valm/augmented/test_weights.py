@@ -21,7 +21,7 @@ def test_the_weights_are_those_of_the_output(images, extras, mask):
     (query, key, value), given = problem(images=images)
     out = fusion_attention(Head(), query, key, value, mask, images=given, **extras)[0].transpose(1, 2)
     with pytest.raises(_WeightsRead) as read:
-        _read_weights(Head(), query, key, value, mask, images=given, **extras)
+        fusion_attention(Head(), query, key, value, mask, images=given, read_weights=_read_weights, **extras)
     expected = read.value.text @ value.repeat_interleave(2, 1)
     assert read.value.images.shape == (2, 4, 7, 3 if images else 0)
     if given is not None:
