@@ -261,7 +261,7 @@ def launch(app: App, port: int | None = None) -> Any:
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    own_hosts = Middleware(TrustedHostMiddleware, allowed_hosts=list(HOSTS))
+    own_hosts = [Middleware(TrustedHostMiddleware, allowed_hosts=list(HOSTS)), Middleware(_OwnOrigin)]
     fonts = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif"]
     theme = gradio.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"], primary_hue="blue")
     blocks = app.blocks()
@@ -279,11 +279,28 @@ def launch(app: App, port: int | None = None) -> Any:
             css=style() + CSS,
             prevent_thread_lock=True,
             max_file_size=MAX_UPLOAD,
-            app_kwargs={"middleware": [own_hosts]},
+            app_kwargs={"middleware": own_hosts},
         )
     except OSError as error:
         raise ValmError(f"the app cannot be served at {HOST}: {error}") from error
     return blocks
+
+
+class _OwnOrigin:
+    """ASGI middleware: what a page of another host asks for is refused."""
+
+    def __init__(self, app: Any):
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        from starlette.datastructures import Headers
+        from starlette.responses import PlainTextResponse
+
+        origin = Headers(scope=scope).get("origin") if scope["type"] in ("http", "websocket") else None
+        if origin is None or origin.partition("://")[2].partition(":")[0] in HOSTS:
+            await self.app(scope, receive, send)
+        else:
+            await PlainTextResponse("this page may not ask valm app", 403)(scope, receive, send)
 
 
 def _gradio() -> Any:

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 
 import numpy as np
@@ -140,6 +141,20 @@ def test_it_is_served_on_this_machine_alone(served):
     assert served.local_url.startswith("http://127.0.0.1:") and served.share_url is None
     with urllib.request.urlopen(served.local_url) as page:
         assert "valm · valm" in page.read().decode()
+
+
+def test_pages_elsewhere_upload_nothing(served):
+    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.txt"\r\n\r\na\r\n--x--\r\n'
+    statuses = {}
+    for origin in (None, served.local_url.rstrip("/"), "http://localhost:7860", "http://evil.example", "null"):
+        headers = {"Content-Type": "multipart/form-data; boundary=x"} | ({"Origin": origin} if origin else {})
+        request = urllib.request.Request(f"{served.local_url}gradio_api/upload", body, headers)
+        try:
+            with urllib.request.urlopen(request) as answer:
+                statuses[origin] = answer.status
+        except urllib.error.HTTPError as error:
+            statuses[origin] = error.code
+    assert list(statuses.values()) == [200, 200, 200, 403, 403]
 
 
 @pytest.mark.slow
