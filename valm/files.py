@@ -38,8 +38,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def output_file(path: Path) -> Iterator[Path]:
-    """A temporary file whose content goes to the file `path` that a user named, all or nothing. A link is followed, and
-    a device or a pipe is written to: neither is replaced, as `atomic_path` would do in a store.
+    """A temporary file whose content goes to the file `path` that a user named, all or nothing. An existing file
+    keeps its mode, a link is followed, and a device or a pipe is written to: `atomic_path` replaces them, in a store.
 
     Raises:
         ValmError: `path` cannot be written.
@@ -47,6 +47,8 @@ def output_file(path: Path) -> Iterator[Path]:
     with write_errors(path):
         if is_file(path) or not exists(path):
             with atomic_files.atomic_path(Path(os.path.realpath(path))) as temporary:
+                if exists(path):  # before its content could be read by others
+                    atomic_files.set_mode(temporary, stat.S_IMODE(_mode(path)) | stat.S_IWUSR)
                 yield temporary
             return
         with tempfile.TemporaryDirectory() as folder:

@@ -126,7 +126,7 @@ def move_folder(temporary: Path, path: Path) -> None:
             sync_folder(file)
         else:
             _sync(file)
-            file.chmod(mode)
+            set_mode(file, mode)
     sync_folder(temporary)
     old = temporary_name(path)
     with suppress(FileNotFoundError):
@@ -134,6 +134,13 @@ def move_folder(temporary: Path, path: Path) -> None:
     os.replace(temporary, path)
     sync_folder(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def set_mode(file: Path, mode: int) -> None:
+    """Gives a file its mode, where the file system has modes."""
+    if stat.S_IMODE(file.stat().st_mode) != mode:
+        with suppress(PermissionError):
+            file.chmod(mode)
 
 
 def remove_folder(path: Path) -> None:

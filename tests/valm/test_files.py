@@ -96,6 +96,16 @@ def test_an_output_goes_to_what_a_link_leads_to(tmp_path, exists):
     assert target.read_text() == "new" and os.listdir(target.parent) == ["page.html"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="files have modes")
+def test_an_output_keeps_the_mode_of_the_file_before(tmp_path):
+    file = tmp_path / "page.html"
+    file.write_text("old")
+    for mode in (0o600, 0o664):
+        file.chmod(mode)
+        write_output(file, "new")
+        assert stat.S_IMODE(file.stat().st_mode) == mode and file.read_text() == "new"
+
+
 def test_an_output_goes_into_a_device(tmp_path):
     device = tmp_path / "null"
     try:
