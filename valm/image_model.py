@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import stat
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -21,6 +22,7 @@ from valm.retrieval.context import ContextCache
 from valm.retrieval.note import RetrievalNote
 from valm.retrieval.retriever import BlindRetriever, ImageRetriever, NoImages
 from valm.self_query import SelfEncoder, SelfRetriever
+from valm_kernels.atomic_files import set_mode
 
 _Base: Any = object  # for a type checker, the model class behind the mixin
 
@@ -200,8 +202,9 @@ class ImageModel(_Base):
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", args[0] if args else True):
             # as the umask says, not for their owner alone
+            mode = stat.S_IMODE((Path(save_directory) / CONFIG_FILE).stat().st_mode)
             for weights in Path(save_directory).glob("model*.safetensors"):
-                weights.chmod((Path(save_directory) / CONFIG_FILE).stat().st_mode)
+                set_mode(weights, mode)
             self.save_note(save_directory)
             write_card(self, save_directory)
 

@@ -1,7 +1,9 @@
 """Files of a model that are replaced together. Kills at every point: tests/fuzz/test_kills.py."""
 
+import errno
 import os
 import stat
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -51,6 +53,19 @@ def test_files_have_the_mode_that_the_umask_says(tmp_path):
             os.umask(before)
         files = [file for file in folder.rglob("*") if file.is_file()]
         assert len(files) >= 4 and {stat.S_IMODE(file.stat().st_mode) for file in files} == {mode}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="files have modes")
+def test_a_file_system_without_modes_is_written(tmp_path, monkeypatch):
+    def refused(file, *_, **__):
+        raise PermissionError(errno.EPERM, "Operation not permitted", str(file))
+
+    monkeypatch.setattr(Path, "chmod", refused)
+    with replaced_files(tmp_path / "own", "the model") as temporary:
+        save_file({"a": torch.zeros(1)}, temporary / "model.safetensors")
+    tiny_model().save_pretrained(tmp_path / "by transformers")
+    assert (tmp_path / "own" / "model.safetensors").exists()
+    assert (tmp_path / "by transformers" / "config.json").exists()
 
 
 def test_until_all_are_there_the_new_ones_count(tmp_path, monkeypatch):
