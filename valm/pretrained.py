@@ -16,7 +16,7 @@ from safetensors import safe_open
 from transformers import AutoConfig
 from transformers.utils import logging
 
-from valm.errors import ValmError, is_panic
+from valm.errors import ValmError, is_out_of_memory, is_panic
 from valm.files import check_all_regular, check_regular, exists, is_file, is_folder, read_json
 from valm.text import one_line
 from valm_kernels.json_files import PathText, short
@@ -193,14 +193,14 @@ def library_errors(what: str, remedy: str = "") -> Iterator[None]:
     """Turns the many errors that transformers and tokenizers raise for damaged files into a ValmError of one sentence.
 
     Raises:
-        ValmError: the block raised an error, or panicked in Rust.
+        ValmError: the block raised an error, but not for want of memory, or panicked in Rust.
     """
     try:
         yield
     except ValmError:
         raise
     except BaseException as error:
-        if not isinstance(error, Exception) and not is_panic(error):
+        if is_out_of_memory(error) or (not isinstance(error, Exception) and not is_panic(error)):
             raise
         if "trust_remote_code" in str(error):
             raise ValmError(f"{what} needs code of its own (auto_map), which is not run") from error

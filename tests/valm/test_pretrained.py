@@ -17,6 +17,7 @@ from valm.checkpoint import load_decoder
 from valm.clip import Clip
 from valm.errors import ValmError
 from valm.evaluation.scorers import open_scorer
+from valm.pretrained import library_errors
 from valm.tokenizer import clip_tokenizer, load_tokenizer, prune_tokenizer
 
 PACKAGE = Path(__file__).parents[2] / "valm"
@@ -241,6 +242,15 @@ def test_bounds_are_no_numbers_of_layers(tmp_path):
     Qwen2ForCausalLM(config).save_pretrained(tmp_path)
     TOKENIZER.save_pretrained(tmp_path)
     assert load_decoder(tmp_path).config.max_window_layers == 28
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_want_of_memory_does_not_blame_the_file(error):
+    with pytest.raises(type(error)) as raised, library_errors("the model x"):
+        raise error
+    assert raised.value is error
+    with pytest.raises(ValmError, match="the model x cannot be read: odd"), library_errors("the model x"):
+        raise RuntimeError("odd")
 
 
 def test_a_model_of_one_weight_in_two_places_fits(tmp_path):

@@ -32,7 +32,7 @@ from valm.cli import (
     train,
 )
 from valm.cli.options import CommandParser
-from valm.errors import PANIC, ValmError, is_panic
+from valm.errors import PANIC, ValmError, is_out_of_memory, is_panic
 from valm.text import printable, utf8
 from valm_kernels import __version__
 from valm_kernels.json_files import short
@@ -65,12 +65,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValmError, ImportError, OSError) as error:
         print(f"valm: error: {printable(str(error))}", file=sys.stderr)
         return 1
-    except MemoryError:
-        print(f"valm: error: {OUT_OF_MEMORY}", file=sys.stderr)
-        return 1
-    except RuntimeError as error:  # raised by PyTorch's and oneDNN's allocators, and by faiss
-        signs = ("t allocate memory", "out of memory", "bad_alloc", "could not create a ")
-        if not any(sign in str(error) for sign in signs):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         print(f"valm: error: {OUT_OF_MEMORY}", file=sys.stderr)
         return 1
