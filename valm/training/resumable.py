@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,7 +57,7 @@ def write_checksums(folder: Path) -> None:
 def check_resumable(folder: Path) -> int | None:
     """Reads the whole checkpoint `folder` and compares it with its checksums.
 
-    Checkpoints of earlier versions have none: only the state of the training is checked then.
+    Checkpoints of earlier versions have none: only the state of the training is checked then, with a warning.
 
     Returns:
         How many steps its training was to have, None if it does not say.
@@ -85,6 +86,10 @@ def check_resumable(folder: Path) -> int | None:
             raise ValmError(f"the checkpoint {folder} has no checksum of {found} in {CHECKSUMS_FILE}; {REMEDY}")
         if damaged:
             raise ValmError(f"the checkpoint {folder} is damaged ({one_line(damaged[0])}); {REMEDY}")
+    else:
+        warnings.warn(
+            f"the checkpoint {folder} has no {CHECKSUMS_FILE}: its files were compared with nothing", stacklevel=2
+        )
     state: _State = read_json(folder / STATE_FILE, "the state of the training", _State, REMEDY)
     return state.get("max_steps")
 

@@ -45,6 +45,13 @@ def test_a_damaged_file_is_named(checkpoint, name):
         resume(checkpoint)
 
 
+def test_without_checksums_a_warning_says_that_nothing_was_compared(checkpoint):
+    (checkpoint / CHECKSUMS_FILE).unlink()
+    with pytest.warns(UserWarning, match=r"checkpoint-1 has no checksums\.json: its files were compared with nothing"):
+        check_resumable(checkpoint)
+
+
+@pytest.mark.filterwarnings("ignore:.*compared with nothing")
 @pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "scheduler.pt", STATE_FILE])
 def test_without_checksums_what_cannot_be_read_is_one_sentence(checkpoint, name):
     """A checkpoint of an earlier version has none."""
