@@ -222,15 +222,12 @@ class TablePart:
             for batch in table.iter_batches(READ_ROWS, row_groups=[self.group], columns=[self.column]):
                 if row + len(batch) > self.start:
                     wanted = batch.slice(max(0, self.start - row), self.stop - max(row, self.start))[0].to_pylist()
-                    if None in wanted:
-                        number = max(row, self.start) + wanted.index(None)
-                        number += sum(table.metadata.row_group(group).num_rows for group in range(self.group))
-                        raise ValmError(
-                            f"the corpus {self.file}, row {number}: {self.column!r} is null, expected a text"
-                        )
-                    for text in wanted:
+                    for number, text in enumerate(wanted, max(row, self.start)):
+                        if text is None or len(text) > MAX_DOCUMENT:
+                            wrong = TOO_LONG if text else f"{self.column!r} is null, expected a text"
+                            number += sum(table.metadata.row_group(group).num_rows for group in range(self.group))
+                            raise ValmError(f"the corpus {self.file}, row {number}: {wrong}")
                         if text.strip():
-                            _check_length(text)
                             texts.append(text)
                 row += len(batch)
                 if row >= self.stop:

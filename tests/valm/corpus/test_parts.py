@@ -417,6 +417,12 @@ def test_documents_of_python_have_a_limit():
         list(row_documents([{"text": "short"}, {"text": LONG}]))
 
 
+def test_a_long_document_in_a_parquet_file_is_named(tmp_path):
+    pq.write_table(pa.table({"text": ["short"] * 3 + [LONG]}), tmp_path / "a.parquet", row_group_size=2)
+    with pytest.raises(ValmError, match=r"a\.parquet, row 3: a document or line of more than 16 MiB"):
+        list(read_documents([tmp_path / "a.parquet"]))
+
+
 @pytest.mark.parametrize("streamed", [False, True])
 def test_rows_of_a_dataset(streamed):
     dataset = datasets.Dataset.from_dict({"text": [row["text"] for row in ROWS], "n": range(5)})
