@@ -38,7 +38,7 @@ def run_run(arguments: argparse.Namespace) -> None:
 
     from valm.cli import main
     from valm.evaluation.sets import DATA_VARIABLE
-    from valm.files import writable_folder
+    from valm.files import output_file, writable_folder
     from valm.study.config import read_config
     from valm.study.report import accuracies, differences, perplexities
     from valm.study.results import read_results
@@ -61,7 +61,8 @@ def run_run(arguments: argparse.Namespace) -> None:
         print(f"seed {seed}: {file}")
         if arguments.results is not None:
             kind = "validation-" if arguments.validation else ""
-            shutil.copyfile(file, writable_folder(arguments.results) / f"{kind}{config.name}-seed-{seed}.json")
+            with output_file(writable_folder(arguments.results) / f"{kind}{config.name}-seed-{seed}.json") as copy:
+                shutil.copyfile(file, copy)
     results = read_results(list(files.values()))
     print("\n\n".join((accuracies(results), differences(results), perplexities(results))))
 
