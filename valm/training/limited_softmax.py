@@ -82,7 +82,8 @@ class LimitedSoftmax:
             labels = torch.where(labels < 0, labels, self._ranks.to(labels.device)[labels.clamp(min=0)])
             sampled = size - len(self.tokens)
             if sampled:  # here and not at the head, behind which some families scale or cap the logits
-                logits[..., len(self.tokens) :] += math.log(len(self._others) / sampled)
+                # of the tensor without its gradient, which a constant does not change: autograd would copy the logits
+                logits.detach()[..., len(self.tokens) :] += math.log(len(self._others) / sampled)
         return self._loss_of_model(logits=logits, labels=labels, vocab_size=size, **more)
 
     @torch.no_grad()

@@ -48,6 +48,18 @@ def test_with_all_other_tokens_in_the_sample_the_loss_is_that_of_the_whole_vocab
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-5)
 
 
+def test_autograd_does_not_copy_the_logits(monkeypatch):
+    model = augmented(unfreeze="all").train()
+    softmax = limited(model)
+    softmax._sampled = 7
+    made = []
+    own = softmax._loss_of_model
+    softmax._loss_of_model = lambda logits, **more: made.append(logits.grad_fn.name()) or own(logits=logits, **more)
+    model(**inputs(), **random_images(2, 9)).loss.backward()
+    assert made and "CopySlices" not in made[0]
+    assert model.lm_head.weight.grad.abs().sum() > 0
+
+
 def scaled_granite():
     model = tiny("granite")
     model.config.logits_scaling = 4.0
