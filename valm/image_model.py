@@ -159,7 +159,7 @@ class ImageModel(_Base):
             ValmError: the retriever differs from the model in kind (blind or not), number or dimension of images, or
                 from the note in its CLIP.
         """
-        self.other_images = None
+        other_images = None
         if retriever is not None:
             options = self.image_options
             if options.blind != isinstance(retriever, BlindRetriever) and not isinstance(retriever, NoImages):
@@ -177,10 +177,10 @@ class ImageModel(_Base):
             # a note of an earlier version has no hash, and that of a CLIP takes seconds
             given = None if saved is None or saved.clip_sha256 is None else RetrievalNote.of_retriever(retriever)
             if saved is not None and given is not None:
-                self.other_images = saved.other_images(given)
-                if self.other_images is not None:
-                    warnings.warn(self.other_images, stacklevel=2)
-        self._retriever = retriever
+                other_images = saved.other_images(given)
+                if other_images is not None:
+                    warnings.warn(other_images, stacklevel=2)
+        self._retriever, self.other_images = retriever, other_images
         self._note_ignored = True
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:

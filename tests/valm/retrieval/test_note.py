@@ -99,6 +99,9 @@ def test_another_knowledge_base_of_the_same_clip_is_named(world, name):
     with pytest.warns(UserWarning, match=OTHER_KB) as caught:
         model, _ = load(world / name, kb=world / "more", strict=True)
     assert len(caught) == 1 and str(caught[0].message) == model.other_images
+    with pytest.raises(ValmError, match=OTHER_CLIP):  # and so the images are the others still
+        model.set_retriever(retriever(world, "foreign"))
+    assert str(caught[0].message) == model.other_images
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.set_retriever(retriever(world, "kb"))
