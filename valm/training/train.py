@@ -119,7 +119,7 @@ def trainer(
     if limit_softmax and arguments.label_smoothing_factor:
         raise ValmError(
             f"label_smoothing_factor is {arguments.label_smoothing_factor}, but limit_softmax computes a part of the "
-            "logits: set it to 0, or leave limit_softmax out"
+            "logits: set it to 0, or leave limit_softmax (--limit-softmax) out"
         )
     corpus = _retrieval(dataset)
     note = None if kb is None or corpus is None else RetrievalNote.of_knowledge_base(kb, corpus.query)
