@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -53,7 +53,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
         raise ValmError(f"{type(model).__name__} has an encoder: only decoders can be augmented")
     config = model.config.get_text_config(decoder=True)
     count = getattr(config, "num_hidden_layers", None)
-    # the decoder first, without a vision tower; in some models its name is that of their head
+    # the decoder first, without a vision tower; get_decoder() of ModernBERT-Decoder is its head, which has that name
     modules = (*model.get_decoder().modules(), *model.modules())
     lists = [module for module in modules if isinstance(module, nn.ModuleList)]
     of_length = [module for module in lists if len(module) == count]
@@ -87,21 +87,27 @@ def attention_path(model: PreTrainedModel, layer: int) -> str:
 
 def default_layer(model: PreTrainedModel) -> int:
     """-2, the layer before the last; where that has no attention with keys of its own, the last layer that has one."""
-    count, serving = len(decoder_layers(model)), layers_with_keys(model)
-    return -2 if count - 2 in serving or not serving else serving[-1] - count
+    count = len(decoder_layers(model))
+    if layers_with_keys(model, [count - 2]):
+        return -2
+    serving = layers_with_keys(model)
+    return serving[-1] - count if serving else -2
 
 
-def layers_with_keys(model: PreTrainedModel) -> list[int]:
-    """The numbers of the layers that have one attention, which makes keys and values of its own input.
+def layers_with_keys(model: PreTrainedModel, among: Sequence[int] | None = None) -> list[int]:
+    """The numbers of the layers that have one attention, which runs on images and makes keys and values of its input.
 
     In some families, such as Gemma 4, the last layers attend to the keys of a layer before them.
+
+    among: the numbers that are looked at; None for all.
     """
     attentions = {
         number: layer.get_submodule(paths[0])
         for number, layer in enumerate(decoder_layers(model))
-        if len(paths := _interface_paths(layer)) == 1
+        if (among is None or number in among) and len(paths := _interface_paths(layer)) == 1
     }
     calls: dict[int, dict[str, Any]] = {}
+    found = []
 
     def read(number: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
         calls[number] = named_arguments(_forward_names(module), args, kwargs)
@@ -113,7 +119,11 @@ def layers_with_keys(model: PreTrainedModel) -> list[int]:
     try:
         with torch.no_grad(), in_mode(model, training=False):
             model(_probe_tokens(model), use_cache=False)
-        return [number for number in calls if _has_keys(attentions[number], calls[number])]
+            for number in calls:
+                with suppress(ValmError):
+                    if _has_keys(attentions[number], calls[number]):
+                        found.append(number)
+        return found
     finally:
         for hook in hooks:
             hook.remove()
@@ -204,9 +214,10 @@ def probe(model: PreTrainedModel, layer: int) -> Probe:
             hook.remove()
     if not _has_keys(attention, calls[0].arguments):
         others = layers_with_keys(model)
+        remedy = f"; those that make their own: {', '.join(map(str, others))}" if others else ""
         raise ValmError(
             f"layer {layer} of {type(model).__name__} takes its keys and values from another layer, so it can make "
-            f"none of images; those that make their own: {', '.join(map(str, others))}"
+            f"none of images{remedy}"
         )
     return Probe(
         hidden_states.shape[-1], found.query[1], found.key[1], found.key[-1], found.value[-1], weight, bias, calls

@@ -1,3 +1,4 @@
+import functools
 import warnings
 
 import pytest
@@ -39,6 +40,31 @@ def test_the_default_is_the_layer_before_the_last_without_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert augment(tiny_llama(), IMAGE_DIM, IMAGES).config.valm["layer"] == -2
+
+
+def test_a_layer_that_nobody_asked_for_need_not_run_on_images():
+    def broken(model, layer):
+        attention = decoder_layers(model)[layer].self_attn
+        own = attention.forward
+
+        @functools.wraps(own)
+        def forward(hidden_states, *args, **kwargs):
+            if hidden_states.shape[1] < 8:
+                raise RuntimeError("not on images")
+            return own(hidden_states, *args, **kwargs)
+
+        attention.forward = forward
+        return model
+
+    assert augment(broken(tiny_llama(), 0), IMAGE_DIM, IMAGES).config.valm["layer"] == -2
+    assert layers_with_keys(broken(tiny("gemma3n_text"), 0)) == [1]
+    with pytest.raises(ValmError, match=r"those that make their own: 1$"):
+        augment(broken(tiny("gemma3n_text"), 0), IMAGE_DIM, IMAGES, -1)
+
+
+def test_the_only_layer_is_the_fusion_layer():
+    with pytest.warns(UserWarning, match="the model has one layer, so layer -1 is the fusion layer"):
+        augment(tiny_gpt2(num_hidden_layers=1), IMAGE_DIM, 0, unfreeze="all")
 
 
 def test_a_hybrid_sees_images_in_its_last_layer_with_attention():
