@@ -114,9 +114,9 @@ def augment(
     if layer is None:
         layer = default_layer(model)
         if layer != -2:
-            warnings.warn(
-                f"layer -2 has no attention with keys of its own, so layer {layer} attends to the images", stacklevel=2
-            )
+            alone = len(decoder_layers(model)) == 1
+            reason = "the model has one layer" if alone else "layer -2 has no attention with keys of its own"
+            warnings.warn(f"{reason}, so layer {layer} is the fusion layer", stacklevel=2)
     found = probe(model, layer)
     block: Any = decoder_layers(model)[layer]
     options = FusionOptions(
@@ -301,6 +301,7 @@ class AugmentedCausalLM(ImageModel):
     """Mixin of a causal language model with a layer that sees images; `augment` puts it in front of the class."""
 
     forward_names: tuple[str, ...]  # of the arguments of the class behind
+    opened_whole = False  # so that name_or_path is the place of this model, and not of its base
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
@@ -335,6 +336,7 @@ class AugmentedCausalLM(ImageModel):
                 "its config"
             )
         freeze(model, FusionOptions(**model.config.valm))
+        model.opened_whole = True
         return (model, info) if with_info else model
 
     def forward(

@@ -19,6 +19,7 @@ from valm.augmented.probe import decoder_layers
 from valm.augmented.sketch import other_tensor, project, sketch
 from valm.errors import ValmError
 from valm.files import check_regular, read_json, write_json
+from valm.image_model import ImageModel
 from valm.model_card import write_card
 from valm.text import one_line
 from valm.whole_folder import current_files, replaced_files
@@ -42,30 +43,42 @@ class AdapterFile(_Version):
 def save_adapter(model: AugmentedCausalLM, folder: str | os.PathLike) -> Path:
     """Writes what `augment` added to the base model, and with unfreeze="block" the layer, into `folder`.
 
-    The base is named as it was loaded, a folder relative to this one, so that both can be moved together. The note on
+    The base is named as it was loaded, a folder relative to this one, so that both can be moved together; it is not
+    known where the model was opened from a whole folder. The note on
     what finds the images (`ImageModel.save_note`) and a model card (`write_card`) are written too. Killed at any point,
     `load_adapter` loads the old adapter or the new one.
 
     Raises:
         ValmError: every weight was trained, or a weight of the base has changed since `augment` (a LoRA was merged into
-            it, for one), so an adapter would not be the model; or the folder cannot be written.
+            it, for one) or may have, in a model of an earlier version, so an adapter would not be the model; or the
+            folder cannot be written.
     """
     options = FusionOptions(**model.config.valm)
     if options.unfreeze == "all":
         raise ValmError('with unfreeze="all" every weight was trained: save the whole model by save_pretrained')
-    if options.sketch is not None:
-        found, expected = project(model, options.sketch), options.sketch
-        if options.unfreeze == "block":
-            layer = f"{_layer_name(model, options)}."
-            found = {name: found[name] for name in found if not name.startswith(layer)}
-            expected = {name: expected[name] for name in expected if not name.startswith(layer)}
-        if name := other_tensor(found, expected):
+    if options.sketch is None:
+        raise ValmError(
+            "this model was saved by an earlier version, so whether its base has changed is not known: save the whole "
+            "model by save_pretrained"
+        )
+    found, expected = project(model, options.sketch), options.sketch
+    if options.unfreeze == "block":
+        layer = f"{_layer_name(model, options)}."
+        found = {name: found[name] for name in found if not name.startswith(layer)}
+        expected = {name: expected[name] for name in expected if not name.startswith(layer)}
+    if name := other_tensor(found, expected):
+        if name not in found or name not in expected:
             raise ValmError(
-                f"{name} is not what it was when the model was augmented, and an adapter does not have it: save the "
-                "whole model by save_pretrained"
+                f"{name} {'was added' if name in found else 'is gone'} since the model was augmented, and an adapter "
+                "does not have that: unload a LoRA and save it by PEFT, or merge it and save the whole model by "
+                "save_pretrained"
             )
+        raise ValmError(
+            f"{name} is not what it was when the model was augmented, and an adapter does not have it: save the "
+            "whole model by save_pretrained"
+        )
     folder = Path(folder)
-    base = model.config.name_or_path
+    base = None if model.opened_whole else model.config.name_or_path
     if base and Path(base).is_dir():
         base = os.path.relpath(base, folder)
     tensors = {name: tensor.contiguous() for name, tensor in _tensors(model, options).items()}
@@ -102,9 +115,14 @@ def load_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> Augmented
     A base in another precision is the same; one whose weights differ by more is another.
 
     Raises:
-        ValmError: the adapter is damaged, or belongs to another base.
+        ValmError: the adapter is damaged, or belongs to another base; or `model` is no base, as it takes images.
     """
     folder = Path(folder)
+    if isinstance(model, ImageModel):
+        raise ValmError(
+            f"the adapter {folder} is for a base model, but this {type(model).__name__} takes images already: give its "
+            "base model"
+        )
     options = _description(folder)["fusion"]
     if type(model).__name__ != options.architecture:
         raise ValmError(
@@ -142,8 +160,13 @@ def _of_this_base(model: PreTrainedModel, options: FusionOptions, folder: Path) 
         ValmError: the adapter in `folder` belongs to another base.
     """
     found = project(model, options.sketch)
+    how = "has other values"
     if options.sketch is not None:
         name = other_tensor(found, options.sketch)
+        if name not in found:
+            how = "is missing"
+        elif name not in options.sketch:
+            how = "is no tensor of that base"
     else:
         layer = decoder_layers(model)[options.layer]
         name = other_weight(fingerprint(layer), options.fingerprint)
@@ -151,7 +174,7 @@ def _of_this_base(model: PreTrainedModel, options: FusionOptions, folder: Path) 
     if name is not None:
         raise ValmError(
             f"the adapter {folder} belongs to another base model than {model.config.name_or_path or 'this one'}: "
-            f"{name} has other values"
+            f"{name} {how}"
         )
     if options.sketch is None:
         warnings.warn(

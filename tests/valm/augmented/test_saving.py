@@ -271,7 +271,7 @@ def test_an_adapter_with_a_lora_beside_it_is_refused(tmp_path, base_folder):
     peft = pytest.importorskip("peft")
     model = on_base(base_folder)
     peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules=["q_proj"]), model)
-    with pytest.raises(ValmError, match=r"q_proj.* is not what it was"):
+    with pytest.raises(ValmError, match=r"q_proj.*base_layer\.weight was added since .*: unload a LoRA"):
         save_adapter(model, tmp_path / "adapter")
 
 
@@ -284,6 +284,44 @@ def test_an_adapter_opens_on_its_base_in_another_precision(tmp_path, base_folder
     for base in (base_folder, tmp_path / "half"):
         wide = load_adapter(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), tmp_path / "of-half")
         save_adapter(wide, tmp_path / "of-wide")  # exact, although the file has the sketch of the half
+
+
+def test_a_base_with_a_tensor_more_or_less_is_another(tmp_path):
+    model = augmented()
+    save_adapter(model, tmp_path)
+    base = tiny_llama()
+    base.model.register_buffer("added", torch.ones(1))
+    with pytest.raises(ValmError, match=r"model\.added is no tensor of that base"):
+        load_adapter(base, tmp_path)
+    del model.model.norm.weight
+    with pytest.raises(ValmError, match=r"model\.norm\.weight is gone since the model was augmented"):
+        save_adapter(model, tmp_path)
+    base = tiny_llama()
+    del base.model.norm.weight
+    with pytest.raises(ValmError, match=r"model\.norm\.weight is missing"):
+        load_adapter(base, tmp_path)
+
+
+def test_a_whole_model_of_an_earlier_version_makes_no_adapter(tmp_path):
+    augmented().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["fusion"]["sketch"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValmError, match=r"was saved by an earlier version.*save_pretrained"):
+        save_adapter(AutoModelForCausalLM.from_pretrained(tmp_path), tmp_path / "adapter")
+
+
+def test_an_adapter_of_a_model_opened_from_a_whole_folder_names_no_base(tmp_path, base_folder):
+    model = on_base(base_folder)
+    model.save_pretrained(tmp_path / "whole")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    save_adapter(whole, tmp_path / "adapter")
+    with pytest.raises(ValmError, match="does not say which base"):
+        load(tmp_path / "adapter")
+    loaded = load_adapter(AutoModelForCausalLM.from_pretrained(base_folder), tmp_path / "adapter")
+    assert torch.equal(logits(loaded), logits(model))
+    with pytest.raises(ValmError, match="takes images already: give its base model"):
+        load_adapter(whole, tmp_path / "adapter")
 
 
 def test_an_adapter_of_an_earlier_version_says_that_only_its_layer_was_compared(tmp_path, base_folder):
