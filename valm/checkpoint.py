@@ -12,6 +12,7 @@ from typing import Any, TypedDict
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from valm.augmented.positions import positions
 from valm.augmented.saving import ADAPTER_FILE, adapter_base, is_adapter, load_adapter
 from valm.config import ValmConfig
 from valm.errors import ValmError
@@ -79,12 +80,6 @@ def with_length(tokenizer: PreTrainedTokenizerFast, model: Any) -> PreTrainedTok
     saved = copy.copy(tokenizer)
     saved.model_max_length = min(saved.model_max_length, positions(model) or saved.model_max_length)
     return saved
-
-
-def positions(model: Any) -> int | None:
-    """The most tokens that a model can read; None if its config does not say."""
-    config = model.config.get_text_config(decoder=True)
-    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
 
 
 def check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerFast, what: str = "the tokenizer") -> None:

@@ -89,3 +89,9 @@ def identity_rotation(position_embeddings: Any) -> Any:
     first = (..., slice(1), slice(1), slice(None))
     scale = torch.hypot(cos[first].float(), sin[first].float()).to(cos.dtype).expand_as(cos)
     return scale, torch.zeros_like(scale)
+
+
+def positions(model: Any) -> int | None:
+    """The most tokens that a model can read; None if its config does not say."""
+    config = model.config.get_text_config(decoder=True)
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from valm.augmented.attention import VisualAttention
-from valm.augmented.positions import Call, alone, named_arguments
+from valm.augmented.positions import Call, alone, named_arguments, positions
 from valm.errors import ValmError
 
 PROBE_IMPLEMENTATION = "valm_probe"
@@ -118,7 +118,7 @@ def layers_with_keys(model: PreTrainedModel, among: Sequence[int] | None = None)
     ]
     try:
         with torch.no_grad(), in_mode(model, training=False):
-            model(_probe_tokens(model), use_cache=False)
+            model(probe_tokens(model), use_cache=False)
             for number in calls:
                 with suppress(ValmError):
                     if _has_keys(attentions[number], calls[number]):
@@ -153,6 +153,9 @@ def _has_keys(attention: nn.Module, arguments: dict[str, Any]) -> bool:
 def probe(model: PreTrainedModel, layer: int) -> Probe:
     """Runs the model on a few tokens up to the attention of `layer` and reads its arguments.
 
+    A model whose forward has no position_ids, or whose config does not say how many positions there are, runs at the
+    first positions only.
+
     Raises:
         ValmError: the images do not reach the layer, the attention is not causal, was not called or takes its keys from
             another layer.
@@ -181,7 +184,7 @@ def probe(model: PreTrainedModel, layer: int) -> Probe:
             raise ValmError(f"{type(model).__name__} cannot pass images on to its layers: {error}") from error
         return None
 
-    tokens = _probe_tokens(model)
+    tokens = probe_tokens(model)
     images = {"image_pool": torch.zeros(1, 1, device=model.device), "image_index": torch.zeros_like(tokens)[..., None]}
     hooks = [
         block.register_forward_pre_hook(at_layer, with_kwargs=True),
@@ -200,14 +203,15 @@ def probe(model: PreTrainedModel, layer: int) -> Probe:
                 raise ValmError(f"{type(attention).__name__} did not call transformers' attention interface")
             if not found.causal:
                 raise ValmError(f"{type(attention).__name__} is not causal: only decoders can be augmented")
-            calls = [Call(read["arguments"], PROBE_TOKENS - 1)]
+            count = tokens.shape[1]
+            calls = [Call(read["arguments"], count - 1)]
             hidden_states = calls[0].arguments["hidden_states"]
             norm = next((module for module, output in outputs if output is hidden_states), None)
             weight, bias = _affine(norm, hidden_states)
             # position by position, as what depends on them may do so only from some position on
-            last = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 0
-            if last > PROBE_TOKENS and "position_ids" in inspect.signature(model.forward).parameters:
-                run(position_ids=torch.arange(last - PROBE_TOKENS, last, device=model.device)[None])
+            last = positions(model) or 0
+            if last > count and "position_ids" in inspect.signature(model.forward).parameters:
+                run(position_ids=torch.arange(last - count, last, device=model.device)[None])
                 calls.append(Call(read["arguments"], last - 1))
     finally:
         for hook in hooks:
@@ -222,6 +226,18 @@ def probe(model: PreTrainedModel, layer: int) -> Probe:
     return Probe(
         hidden_states.shape[-1], found.query[1], found.key[1], found.key[-1], found.value[-1], weight, bias, calls
     )
+
+
+def probe_tokens(model: Any) -> Tensor:
+    """Token ids (1, T) that the model can read, T = PROBE_TOKENS or all its positions if they are fewer.
+
+    Raises:
+        ValmError: it reads one token only.
+    """
+    count = min(PROBE_TOKENS, positions(model) or PROBE_TOKENS)
+    if count < 2:
+        raise ValmError(f"{type(model).__name__} reads texts of {count} token: it must read at least 2")
+    return torch.arange(count, device=model.device)[None] % model.config.get_text_config(decoder=True).vocab_size
 
 
 @contextmanager
@@ -245,10 +261,6 @@ def _probing(attention: Any) -> Iterator[None]:
         yield
     finally:
         attention.config = config
-
-
-def _probe_tokens(model: PreTrainedModel) -> Tensor:
-    return torch.arange(PROBE_TOKENS, device=model.device)[None] % model.config.get_text_config().vocab_size
 
 
 def _forward_names(attention: nn.Module) -> tuple[str, ...]:

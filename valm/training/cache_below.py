@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from valm.augmented.probe import decoder_layers, in_mode
+from valm.augmented.probe import decoder_layers, in_mode, probe_tokens
 from valm.config import WEIGHTS_KEY
 from valm.errors import ValmError
 from valm.files import atomic_path, writable_folder
@@ -34,8 +34,6 @@ from valm_kernels.checksums import file_sha256
 VERSION = 2
 # Tokens of one pass through the layers below, padding included.
 BATCH_TOKENS = 4096
-# Tokens of the test that a model passes before anything is computed.
-PROBE_TOKENS = 8
 CHECKSUM_BYTES = 32  # of a SHA-256
 # The name under which `Collator` and the model exchange the hidden states.
 FUSION_INPUT = "fusion_input"
@@ -203,8 +201,7 @@ def no_images(model: Any, ids: Tensor) -> dict[str, Tensor]:
 
 
 def _probe_tokens(model: Any) -> tuple[Tensor, Tensor]:
-    size = model.config.get_text_config(decoder=True).vocab_size
-    ids = torch.arange(PROBE_TOKENS, device=model.device)[None] % size
+    ids = probe_tokens(model)
     return ids, torch.ones_like(ids)
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from valm.augmented.probe import PROBE_TOKENS, in_mode
+from valm.augmented.probe import in_mode, probe_tokens
 from valm.errors import ValmError
 from valm.training.cache_below import no_images
 
@@ -93,7 +93,8 @@ class LimitedSoftmax:
         Raises:
             ValmError: they are not.
         """
-        ids = self.tokens.repeat(PROBE_TOKENS)[:PROBE_TOKENS][None].to(model.device)
+        count = probe_tokens(model).shape[1]
+        ids = self.tokens.repeat(count)[:count][None].to(model.device)
         call = {"input_ids": ids, "labels": ids, **no_images(model, ids)}
         with in_mode(model, training=False), torch.random.fork_rng():
             whole = model(**call)

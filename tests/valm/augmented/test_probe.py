@@ -3,7 +3,7 @@ import warnings
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
+from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadModel
 from transformers.models.ministral3 import modeling_ministral3
 
 from tests.valm.augmented.families import VISION, tiny
@@ -11,6 +11,7 @@ from tests.valm.augmented.models import IMAGE_DIM, IMAGES, tiny_gpt2, tiny_llama
 from valm.augmented.model import augment
 from valm.augmented.probe import attention_path, decoder_layers, layers_with_keys
 from valm.errors import ValmError
+from valm.training.limited_softmax import LimitedSoftmax
 
 
 @pytest.mark.parametrize("family", VISION)
@@ -65,6 +66,21 @@ def test_a_layer_that_nobody_asked_for_need_not_run_on_images():
 def test_the_only_layer_is_the_fusion_layer():
     with pytest.warns(UserWarning, match="the model has one layer, so layer -1 is the fusion layer"):
         augment(tiny_gpt2(num_hidden_layers=1), IMAGE_DIM, 0, unfreeze="all")
+
+
+@pytest.mark.parametrize("n_positions", [2, 5])
+def test_a_model_of_few_positions(n_positions):
+    model = augment(tiny_gpt2_of(n_positions), IMAGE_DIM, IMAGES)
+    assert len(LimitedSoftmax(model, [{"input_ids": [3, 5]}]).tokens) == 2
+
+
+def test_a_model_of_one_position_is_refused():
+    with pytest.raises(ValmError, match="GPT2LMHeadModel reads texts of 1 token: it must read at least 2"):
+        augment(tiny_gpt2_of(1), IMAGE_DIM, IMAGES)
+
+
+def tiny_gpt2_of(n_positions):
+    return GPT2LMHeadModel(GPT2Config(vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=n_positions)).eval()
 
 
 def test_a_hybrid_sees_images_in_its_last_layer_with_attention():
