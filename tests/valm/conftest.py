@@ -16,9 +16,29 @@ def tokenizer():
     return prune_tokenizer(clip_tokenizer(), TEXTS)
 
 
+SHARED: list[Clip] = []
+
+
 @pytest.fixture(scope="session")
 def clip(tokenizer) -> Clip:
-    return make_clip(tokenizer)
+    SHARED.append(make_clip(tokenizer))
+    return SHARED[0]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def clip_forgets_where_a_module_saved_it():
+    """Otherwise the manifests of knowledge bases would depend on the order of the tests."""
+    yield
+    for clip in SHARED:
+        clip.source = None
+
+
+@pytest.fixture(autouse=True)
+def clip_forgets_where_a_test_saved_it():
+    before = SHARED[0].source if SHARED else None
+    yield
+    if SHARED:
+        SHARED[0].source = before
 
 
 @pytest.fixture(scope="session")

@@ -118,7 +118,7 @@ def test_shards_outside_of_the_folder_are_not_read(sharded, tmp_path, absolute, 
     OPENED[door](sharded.parent)
     outside = tmp_path / "outside.safetensors"
     rename_shard(sharded, str(outside) if absolute else "../outside.safetensors").rename(outside)
-    with pytest.raises(ValmError, match=r"model\.safetensors\.index\.json names .*outside.*leads out of its folder"):
+    with pytest.raises(ValmError, match=r"model\.safetensors\.index\.json names .*, which leads out of its folder"):
         OPENED[door](sharded.parent)
 
 

@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -23,7 +25,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def kb(folder, clip, tmp_path_factory):
-    return build_folder(folder, tmp_path_factory.mktemp("kb"), clip)
+    unsaved = copy.copy(clip)  # whatever the module that asks first has done with it
+    unsaved.source = None
+    return build_folder(folder, tmp_path_factory.mktemp("kb"), unsaved)
 
 
 @pytest.fixture
