@@ -46,7 +46,9 @@ def why_no_text(content: bytes) -> str | None:
     if wide := _wide_encoding(content):
         return f"is {wide.upper()}, expected UTF-8: convert it, such as by `iconv -f {wide.upper()} -t UTF-8`"
     begin = content.removeprefix(codecs.BOM_UTF8).lstrip()[:16].lower()
-    if begin.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml", b"<!--")):
+    if begin.startswith(b"<!--"):  # of HTML, or of Markdown
+        begin = content.partition(b"-->")[2].lstrip()[:16].lower()
+    if begin.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")):
         return "is HTML or XML, expected plain text: save its text as .txt"
     if begin.startswith((b"%pdf-", b"{\\rtf")):
         return "is a PDF or RTF document, expected plain text: save its text as .txt"

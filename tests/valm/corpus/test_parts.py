@@ -325,7 +325,7 @@ def test_a_null_in_a_parquet_file_is_named(tmp_path, column):
         (b"text\n\0binary", "is not UTF-8 text: it has NUL bytes"),
         (b"\xef\xbb\xbf\n<!DOCTYPE html>\n<p>text", "is HTML or XML, expected plain text: save its text as .txt"),
         (b"<html><p>text", "is HTML or XML"),
-        (b"<!-- saved from a site -->\n<p>text", "is HTML or XML"),
+        (b"<!-- saved from a site -->\n<html><p>text", "is HTML or XML"),
         (b"<head><title>text", "is HTML or XML"),
         (b"%PDF-1.7\ntext", "is a PDF or RTF document"),
     ],
