@@ -86,27 +86,14 @@ def test_a_query_head_predicts_the_same(stores):
 
 
 class Vectors:
-    """What the collator needs of a knowledge base, as when the fixtures were made."""
+    """What the collator needs of a knowledge base."""
 
-    dim = 8
-
-    def __init__(self):
-        self.vectors = np.random.default_rng(1).standard_normal((20, self.dim)).astype(np.float16)
+    def __init__(self, file: Path):
+        self.vectors = np.load(file, allow_pickle=False)
+        self.dim = self.vectors.shape[1]
 
     def gather(self, ids):
         return self.vectors[ids]
-
-
-def documents(tokenizer) -> list[dict]:
-    """Those of the fixtures' trainings."""
-    random = np.random.default_rng(0)
-    made = []
-    for length in range(4, 12):
-        ids = [tokenizer.bos_token_id, *random.integers(0, 256, length - 1).tolist()]
-        images = random.integers(0, 20, (length, 2)).astype(np.uint32)
-        images[random.random(images.shape) < 0.2] = 2**32 - 1
-        made.append({"input_ids": ids, "image_ids": images})
-    return made
 
 
 @pytest.mark.parametrize("name", ["training", "augmented_training"])
@@ -114,19 +101,22 @@ def test_a_training_goes_on_to_the_same_losses(stores, name):
     run = stores / "models" / name
     expected = json.loads((run / "expected.json").read_text(encoding="utf-8"))
     tokenizer = load_tokenizer(run / f"checkpoint-{expected['saved_at']}")
+    documents = json.loads((run.parent / "documents.json").read_text(encoding="utf-8"))
+    documents = [one | {"image_ids": np.array(one["image_ids"], np.uint32)} for one in documents]
+    vectors = Vectors(run.parent / "vectors.npy")
     torch.manual_seed(1)  # of weights that the checkpoint replaces
     if name == "training":
         model = VaLMForCausalLM(valm.ValmConfig.from_pretrained(run / f"checkpoint-{expected['saved_at']}"))
     else:
         sizes = {"n_positions": 32, "n_embd": 8, "n_layer": 2, "n_head": 1, "n_inner": 16}
         base = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes)).eval()
-        model = augment(base, Vectors.dim, 2, logit_bias=0.0, unfreeze="block")
+        model = augment(base, vectors.dim, 2, logit_bias=0.0, unfreeze="block")
     fields = {"max_steps": expected["steps"], "per_device_train_batch_size": 3, "learning_rate": 3e-3}
     fields |= {"logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "report_to": "none"}
     training = trainer(
         model,
-        documents(tokenizer),
-        Vectors(),
+        documents,
+        vectors,
         tokenizer=tokenizer,
         arguments=training_arguments(run, **fields),
         row_length=24 if name == "training" else None,

@@ -79,7 +79,7 @@ def test_a_definition_that_is_wrong_itself_is_found(monkeypatch):
     random_searches._check(right, queries, rows, 4, None, None)
     for wrong, message in (
         (TopK(right.scores * 1.0001, right.indices), "not the float64 sum, rounded"),
-        (TopK(right.scores[:, 1:], right.indices[:, 1:]), "a better row was left out"),
+        (TopK(right.scores[:, 1:], right.indices[:, 1:]), "a better row is missing"),
         (TopK(right.scores[:, [0, 0]], right.indices[:, [0, 0]]), "a row is returned twice"),
     ):
         monkeypatch.setattr(random_searches, "ip_topk", lambda *_, wrong=wrong, **options: wrong)

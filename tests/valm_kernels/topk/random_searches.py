@@ -127,6 +127,6 @@ def _check(found: TopK, queries: Tensor, rows: Tensor, k: int, ids: Tensor | Non
         left[taken] = False
         if len(taken) and left.any():
             best = exact[query, left] - rounding[query, left]
-            assert (best.float() <= scores[len(taken) - 1]).all(), "a better row was left out"
+            assert (best.float() <= scores[len(taken) - 1]).all(), "a better row is missing"
         pairs = ip_scores(queries[query : query + 1].float(), rows, torch.zeros_like(taken), taken)
         assert torch.equal(pairs, scores[: len(taken)]), "ip_scores differs from the search"
