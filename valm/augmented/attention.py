@@ -60,10 +60,9 @@ class FusionOptions:
         logit_bias: initial value of the bias that each head adds to its image scores.
         blind: each token sees its own retrieval query as its one image (Blind-VaLM, Ontalvilla et al. 2024).
         unfreeze: what trained besides the fusion: "", "block" or "all".
-        fingerprint: mean absolute value of each parameter of the fusion layer before training.
         score_scale: initial value of the scale of the retrieval scores; None = they are not used.
-        sketch: of the base model (`valm.augmented.sketch`), by which an adapter recognises it; None in what an earlier
-            version saved.
+        sketch: of the base model (`valm.augmented.sketch`), by which an adapter recognises it.
+        fingerprint: in what an earlier version saved, instead of the sketch (`valm.augmented.sketch.fingerprint`).
     """
 
     architecture: str
@@ -78,9 +77,9 @@ class FusionOptions:
     logit_bias: float
     blind: bool
     unfreeze: str
-    fingerprint: dict[str, float]
     score_scale: float | None = None
     sketch: dict[str, str] | None = None
+    fingerprint: dict[str, float] | None = None
 
 
 class FusionTerms(NamedTuple):

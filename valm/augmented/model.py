@@ -42,8 +42,6 @@ _Config: Any = object  # for a type checker, the config class behind the mixin
 UNFREEZE = ("", "block", "all")
 # Attention implementations of the other layers whose masks the fusion layer can read.
 READABLE = ("sdpa", "eager")
-# The same model in another precision has nearly the same mean absolute values; another model does not.
-FINGERPRINT_TOLERANCE = 0.01
 # Whether an augmented class is reading the weights, and not another class that was given its config.
 _reads_images: ContextVar[bool] = ContextVar("reads_images", default=False)
 
@@ -118,7 +116,6 @@ def augment(
             reason = "the model has one layer" if alone else "layer -2 has no attention with keys of its own"
             warnings.warn(f"{reason}, so layer {layer} is the fusion layer", stacklevel=2)
     found = probe(model, layer)
-    block: Any = decoder_layers(model)[layer]
     options = FusionOptions(
         architecture=type(model).__name__,
         image_dim=image_dim,
@@ -128,7 +125,6 @@ def augment(
         logit_bias=logit_bias,
         blind=blind,
         unfreeze=unfreeze,
-        fingerprint=fingerprint(block),
         score_scale=score_scale,
         sketch=sketch(project(model)),
     )
@@ -198,24 +194,6 @@ def freeze(model: PreTrainedModel, options: FusionOptions) -> None:
 def fusion_module(model: nn.Module) -> ImageFusion:
     """The `image_fusion` of an augmented model."""
     return next(module for module in model.modules() if isinstance(module, ImageFusion))
-
-
-def fingerprint(block: nn.Module) -> dict[str, float]:
-    """Mean absolute value of each parameter of the layer, without the fusion's."""
-    return {
-        name: parameter.detach().abs().float().mean().item()
-        for name, parameter in block.named_parameters()
-        if "image_fusion" not in name
-    }
-
-
-def other_weight(found: dict[str, float], expected: dict[str, float]) -> str | None:
-    """The name of a parameter that differs between two fingerprints, None if all agree."""
-    for name in sorted({*found, *expected}):
-        values = (found.get(name, math.inf), expected.get(name, math.inf))
-        if not math.isclose(*values, rel_tol=FINGERPRINT_TOLERANCE, abs_tol=1e-8):
-            return name
-    return None
 
 
 class AugmentedConfig(_Config):

@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from valm.augmented.attention import FusionOptions
-from valm.augmented.model import AugmentedCausalLM, become_augmented, fingerprint, other_weight
+from valm.augmented.model import AugmentedCausalLM, become_augmented
 from valm.augmented.probe import decoder_layers
-from valm.augmented.sketch import other_tensor, project, sketch
+from valm.augmented.sketch import fingerprint, other_tensor, other_weight, project, sketch
 from valm.errors import ValmError
 from valm.files import check_regular, read_json, write_json
 from valm.image_model import ImageModel
@@ -44,9 +44,9 @@ def save_adapter(model: AugmentedCausalLM, folder: str | os.PathLike) -> Path:
     """Writes what `augment` added to the base model, and with unfreeze="block" the layer, into `folder`.
 
     The base is named as it was loaded, a folder relative to this one, so that both can be moved together; it is not
-    known where the model was opened from a whole folder. The note on
-    what finds the images (`ImageModel.save_note`) and a model card (`write_card`) are written too. Killed at any point,
-    `load_adapter` loads the old adapter or the new one.
+    known where the model was opened from a whole folder. The note on what finds the images (`ImageModel.save_note`) and
+    a model card (`write_card`) are written too. Killed at any point, `load_adapter` loads the old adapter or the new
+    one.
 
     Raises:
         ValmError: every weight was trained, or a weight of the base has changed since `augment` (a LoRA was merged into
@@ -169,7 +169,7 @@ def _of_this_base(model: PreTrainedModel, options: FusionOptions, folder: Path) 
             how = "is no tensor of that base"
     else:
         layer = decoder_layers(model)[options.layer]
-        name = other_weight(fingerprint(layer), options.fingerprint)
+        name = other_weight(fingerprint(layer), options.fingerprint or {})
         name = None if name is None else f"{_layer_name(model, options)}.{name}"
     if name is not None:
         raise ValmError(
@@ -182,7 +182,7 @@ def _of_this_base(model: PreTrainedModel, options: FusionOptions, folder: Path) 
             "compared",
             stacklevel=3,
         )
-    return replace(options, sketch=sketch(found))
+    return replace(options, sketch=sketch(found), fingerprint=None)
 
 
 def _layer_name(model: PreTrainedModel, options: FusionOptions) -> str:

@@ -330,7 +330,6 @@ def note_run(training: ImageTrainer, dataset: CorpusRetrieval | Sequence[Any], a
     Raises:
         ValmError: the folder has the note of another one.
     """
-    from valm.augmented.model import other_weight
     from valm.files import read_json, write_json
     from valm_kernels.atomic_files import SAVE_WAIT_SECONDS, folder_lock
     from valm_kernels.json_files import short
@@ -343,7 +342,7 @@ def note_run(training: ImageTrainer, dataset: CorpusRetrieval | Sequence[Any], a
     model: Any = training.model
     run = {
         "twin": arguments.twin,
-        "base": getattr(model.config, "valm", {}).get("fingerprint"),
+        "base": getattr(model.config, "valm", {}).get("sketch"),
         "fusion_lr": training.fusion_lr,
         "limit_softmax": arguments.limit_softmax or None,
         "step_rows": training.get_total_train_batch_size(training.args),
@@ -358,11 +357,10 @@ def note_run(training: ImageTrainer, dataset: CorpusRetrieval | Sequence[Any], a
         if (run["base"] is None) != (before.get("base") is None):
             kind = "a pretrained decoder (--base)" if run["base"] is None else "a new model, without --base"
             raise ValmError(f"{arguments.out} holds the training of {kind}; choose another folder")
-        other = other_weight(run["base"] or {}, before.get("base") or {})
-        if other is not None:
+        if run["base"] is not None and (other := other_base_tensor(model, before["base"])) is not None:
             raise ValmError(
-                f"{arguments.out} holds the training of another base model: {other} of its fusion layer had other "
-                "values; choose another folder"
+                f"{arguments.out} holds the training of another base model: {other} had other values; choose another "
+                "folder"
             )
         for name in dict.fromkeys([*run, *before]):
             there, here = before.get(name), json.loads(json.dumps(run.get(name)))
@@ -377,6 +375,21 @@ def note_run(training: ImageTrainer, dataset: CorpusRetrieval | Sequence[Any], a
             if file.exists():
                 raise ValmError(f"another process has started a training in {arguments.out}: choose another folder")
             write_json(file, run)
+
+
+def other_base_tensor(model: Any, noted: Any) -> str | None:
+    """The name of a tensor of the base that is not as RUN_FILE has noted it, None if there is none.
+
+    noted: a sketch; of earlier versions the fingerprint of the fusion layer.
+    """
+    from valm.augmented.probe import decoder_layers
+    from valm.augmented.sketch import fingerprint, other_tensor, other_weight, project
+
+    if not isinstance(noted, dict):
+        return "every tensor"
+    if all(isinstance(value, float) for value in noted.values()):
+        return other_weight(fingerprint(decoder_layers(model)[model.config.valm["layer"]]), noted)
+    return other_tensor(project(model, noted), noted)
 
 
 def option_of(name: str) -> str:

@@ -22,6 +22,8 @@ from tests.valm.augmented.models import augmented, random_ids, random_images, ti
 from tests.valm.models import tiny_model
 from valm import VaLMForCausalLM, load, load_adapter, save_adapter
 from valm.augmented.model import augment, fusion_module
+from valm.augmented.probe import decoder_layers
+from valm.augmented.sketch import fingerprint
 from valm.errors import ValmError
 from valm.image_model import ImageModel
 from valm.retrieval.context import ContextEncoder
@@ -330,6 +332,7 @@ def test_an_adapter_of_an_earlier_version_says_that_only_its_layer_was_compared(
     file = tmp_path / "adapter" / "image_fusion.json"
     description = json.loads(file.read_text())
     del description["fusion"]["sketch"]
+    description["fusion"]["fingerprint"] = fingerprint(decoder_layers(model)[-2])
     file.write_text(json.dumps(description))
     with pytest.warns(UserWarning, match="of its base model only layer -2 was compared"):
         loaded = load_adapter(AutoModelForCausalLM.from_pretrained(base_folder), tmp_path / "adapter")

@@ -14,6 +14,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tests.valm.cli.commands import SIZE, STEPS, run
 from tests.valm.other_tokenizers import chat_like, gpt2_like
+from valm.augmented.probe import decoder_layers
+from valm.augmented.sketch import fingerprint
 from valm.checkpoint import load_checkpoint
 from valm.retrieval.retriever import BlindRetriever
 from valm.training.collate import Collator
@@ -79,10 +81,19 @@ def test_a_pretrained_decoder_is_trained_beside_its_text_only_twin(world, base, 
     shutil.copytree(base, tmp_path / "other")
     weights = load_file(base / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"] *= 1.1
+    weights["model.embed_tokens.weight"][3] += 0.01
     save_file(weights, tmp_path / "other" / "model.safetensors", {"format": "pt"})
-    assert run(*train, "--base", tmp_path / "other", "--out", tmp_path / "model", "--resume") == 1
-    error = "holds the training of another base model: mlp.up_proj.weight of its fusion layer had other values"
-    assert error in capsys.readouterr().err
+    other = [*train, "--base", tmp_path / "other", "--out", tmp_path / "model", "--resume"]
+    assert run(*other) == 1
+    error = "holds the training of another base model: {} had other values"
+    assert error.format("model.embed_tokens.weight") in capsys.readouterr().err
+    note = tmp_path / "model" / "run.json"
+    layer = decoder_layers(LlamaForCausalLM.from_pretrained(base))[-2]
+    note.write_text(json.dumps(json.loads(note.read_text()) | {"base": fingerprint(layer)}))  # of an earlier version
+    assert run(*other) == 1
+    assert error.format("mlp.up_proj.weight") in capsys.readouterr().err
+    assert run(*train, "--out", tmp_path / "model", "--resume") == 0
+    capsys.readouterr()
     assert run("train", *options[:4], *SIZE, "--out", tmp_path / "model", "--resume") == 1
     error = "holds the training of a pretrained decoder (--base); choose another folder"
     assert error in capsys.readouterr().err
