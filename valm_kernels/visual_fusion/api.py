@@ -272,6 +272,7 @@ def attention_weights(
     first_key: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     cache_seqlens: Tensor | None = None,
+    text_bias: Tensor | None = None,
     causal: bool = True,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -280,7 +281,10 @@ def attention_weights(
     For the weights of images alone `visual_fusion_attn(..., return_image_weights=True)` takes less time, and memory
     linear in the number of tokens.
 
-    Args: as in `visual_fusion_attn`.
+    Args: as in `visual_fusion_attn`, with any head dimension, and
+
+        text_bias: (B or 1, Hq or 1, Tq, Tk) float, added to the scores of text behind scale and softcap; -inf hides a
+            key. So positions can have a bias (ALiBi), and with causal=False any mask will do.
 
     Returns:
         text_weights (B, Hq, Tq, Tk), image_weights (B, Hq, Tq, K) and lse (B, Hq, Tq), in float32 (float64 for float64
@@ -294,15 +298,34 @@ def attention_weights(
     biases = (image_k_bias, None, image_logit_bias, image_score_bias)
     tensors = (q, k, k, *images, *biases, first_key, cache_seqlens, None, cu_seqlens)
     _check_tensor("q", q)
-    inputs = _checked_inputs(tensors, causal, scale, softcap)
+    inputs = _checked_inputs(tensors, causal, scale, softcap, any_dim=True)
+    if text_bias is not None:
+        _check_text_bias(text_bias, inputs)
     with _outside_autocast(q.device.type):
-        return joint_softmax(inputs)
+        return joint_softmax(inputs, text_bias)
 
 
-def _checked_inputs(tensors: tuple[Any, ...], causal: bool, scale: float | None, softcap: float | None) -> Inputs:
+def _check_text_bias(text_bias: Tensor, inputs: Inputs) -> None:
+    _check_tensor("text_bias", text_bias)
+    if not text_bias.is_floating_point():
+        raise TypeError(f"text_bias must be floating point, got {text_bias.dtype}")
+    batch, heads, num_queries, _ = inputs.q.shape
+    shape, tokens = text_bias.shape, (num_queries, inputs.k.shape[2])
+    if len(shape) != 4 or shape[0] not in (1, batch) or shape[1] not in (1, heads) or shape[2:] != tokens:
+        expected = (batch, heads, *tokens)
+        raise ValueError(f"text_bias must have shape (B or 1, Hq or 1, Tq, Tk), here {expected}, got {tuple(shape)}")
+
+
+def _checked_inputs(
+    tensors: tuple[Any, ...],
+    causal: bool,
+    scale: float | None,
+    softcap: float | None,
+    any_dim: bool = False,
+) -> Inputs:
     """The arguments checked and cast to the autocast dtype; K = 0 always becomes None.
 
-    `tensors` are as in `_NAMES`, and q is one.
+    `tensors` are as in `_NAMES`, and q is one. any_dim: of heads too.
     """
     tensors = _cast(tensors)
     _check_tensors(tensors)
@@ -314,6 +337,8 @@ def _checked_inputs(tensors: tuple[Any, ...], causal: bool, scale: float | None,
         softcap = float(softcap)
     q, k, v = tensors[:3]
     _check_text_shapes(q, k, v)
+    if not any_dim and not MIN_HEAD_DIM <= q.shape[-1] <= MAX_HEAD_DIM:
+        raise ValueError(f"q must have a head_dim D from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {q.shape[-1]}")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     inputs = Inputs._make([*tensors, causal, scale, softcap])
     num_images = _check_image_shapes(inputs)
@@ -453,8 +478,6 @@ def _check_text_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(f"{name} must have no empty dimension, got shape {tuple(tensor.shape)}")
     batch, query_heads, num_queries, head_dim = q.shape
     _, kv_heads, num_keys, _ = k.shape
-    if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"q must have a head_dim D from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {head_dim}")
     _check_shape("k", k, (batch, kv_heads, num_keys, head_dim), "(B, Hkv, Tk, D)")
     _check_shape("v", v, k.shape, "(B, Hkv, Tk, D) of k")
     if query_heads % kv_heads:

@@ -13,10 +13,11 @@ from valm_kernels.visual_fusion.inputs import Inputs, check_cache_seqlens
 from valm_kernels.visual_fusion.slots import check_pool
 
 
-def joint_softmax(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+def joint_softmax(inputs: Inputs, text_bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The weights of text (B, Hq, Tq, Tk) and images (B, Hq, Tq, K), and lse (B, Hq, Tq); float32 or wider.
 
-    The two weights of a query sum to 1 together, or to 0 where the query sees nothing.
+    The two weights of a query sum to 1 together, or to 0 where the query sees nothing. text_bias is as in
+    `attention_weights`.
     """
     q, k, image_k = inputs.q, _used(inputs.k, inputs.cache_seqlens), inputs.image_k
     num_queries, num_keys = q.shape[2], k.shape[2]
@@ -25,10 +26,13 @@ def joint_softmax(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = inputs.scale * (q @ k.repeat_interleave(group, 1).transpose(-1, -2)).to(wide)  # (B, Hq, Tq, Tk)
     scores = _capped(scores, inputs.softcap)
+    if text_bias is not None:
+        scores = scores + text_bias
     visible = text_visible(num_queries, num_keys, inputs.first_key, inputs.cache_seqlens, inputs.causal, q.device)
     scores = scores.masked_fill(~visible, -torch.inf)
     if image_k is not None:
-        check_pool(inputs)
+        if not torch.compiler.is_compiling():  # a compiled graph cannot read values
+            check_pool(inputs)
         image_q = q if inputs.image_q is None else inputs.image_q
         images, present = _images(image_k, q.shape[0], inputs.image_index, inputs.image_mask)
         if inputs.image_k_bias is not None:

@@ -149,6 +149,39 @@ def test_attention_weights_check_their_arguments():
         attention_weights(**{**arguments, "k": arguments["k"].float()})
 
 
+@pytest.mark.parametrize("heads", [1, 4])
+def test_a_text_bias_is_a_bias_and_a_mask(heads):
+    """By float64's own softmax, with a hole in the mask and a query that sees only images."""
+    inputs = replace(PROBLEMS["pooled"], batch=2, query_heads=4, kv_heads=4, num_queries=5, prefix=2).inputs()
+    bias = torch.randn(1, heads, 5, 7, dtype=torch.float64)
+    bias[..., 2, 3] = bias[..., 4, :] = -torch.inf
+    arguments = {name: inputs[name] for name in ("q", "k", "image_k", "image_index")}
+    text, image, _ = attention_weights(**arguments, text_bias=bias, causal=False, scale=0.5)
+    scores = 0.5 * inputs["q"] @ inputs["k"].transpose(2, 3) + bias
+    pool = torch.nn.functional.pad(inputs["image_k"], (0, 0, 0, 1))[:, inputs["image_index"]].transpose(0, 1)
+    of_images = 0.5 * (pool @ inputs["q"][..., None])[..., 0]
+    of_images = of_images.masked_fill((inputs["image_index"] < 0)[:, None], -torch.inf)
+    expected = torch.cat([scores, of_images], -1).softmax(-1)
+    torch.testing.assert_close(torch.cat([text, image], -1), expected, rtol=1e-13, atol=1e-13)
+    assert text[..., 4, :].max() == 0 and text[..., 2, 3].max() == 0 and text[..., 0, 6].min() > 0
+
+
+def test_attention_weights_have_any_head_dimension():
+    q, k = torch.randn(2, 1, 2, 3, 4, dtype=torch.float64)
+    text, _, _ = attention_weights(q, k, None)
+    scores = (q @ k.transpose(2, 3) / 2).masked_fill(torch.ones(3, 3).triu(1).bool(), -torch.inf)
+    torch.testing.assert_close(text, scores.softmax(-1), rtol=1e-13, atol=1e-13)
+
+
+def test_a_text_bias_that_does_not_fit_is_refused():
+    inputs = PROBLEMS["pooled"].inputs()
+    q, k = inputs["q"], inputs["k"]
+    with pytest.raises(ValueError, match=r"text_bias must have shape \(B or 1, Hq or 1, Tq, Tk\)"):
+        attention_weights(q, k, None, text_bias=torch.zeros(1, 1, q.shape[2], k.shape[2] + 1))
+    with pytest.raises(TypeError, match="text_bias must be floating point"):
+        attention_weights(q, k, None, text_bias=torch.zeros(1, 1, q.shape[2], k.shape[2], dtype=torch.bool))
+
+
 def test_attention_weights_without_images():
     inputs = PROBLEMS["no images"].inputs()
     text, image, lse = attention_weights(inputs["q"], inputs["k"], None)
