@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
                 )
         arguments = build_parser().parse_args(argv)
         arguments.command_line = sys.argv[1:] if argv is None else argv
+        arguments.main = main  # for a study, which runs other commands
         if arguments.quiet:
             os.environ["TQDM_DISABLE"] = "1"
         keep_freed_memory()

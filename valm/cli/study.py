@@ -36,7 +36,6 @@ def add_to(commands: Commands) -> None:
 def run_run(arguments: argparse.Namespace) -> None:
     import shutil
 
-    from valm.cli import main
     from valm.evaluation.sets import DATA_VARIABLE
     from valm.files import output_file, writable_folder
     from valm.study.config import read_config
@@ -51,7 +50,7 @@ def run_run(arguments: argparse.Namespace) -> None:
     study = Study(
         config,
         arguments.out,
-        main,
+        arguments.main,
         None if data is None else Path(data),
         validation=arguments.validation,
         progress=not arguments.quiet,
@@ -68,7 +67,6 @@ def run_run(arguments: argparse.Namespace) -> None:
 
 
 def run_pictures(arguments: argparse.Namespace) -> None:
-    from valm.cli import main
     from valm.evaluation.sets import DATA_VARIABLE
     from valm.study.config import read_config
     from valm.study.exhibits import write_exhibits
@@ -76,7 +74,7 @@ def run_pictures(arguments: argparse.Namespace) -> None:
 
     config = read_config(arguments.config)
     data = arguments.data or os.environ.get(DATA_VARIABLE)
-    study = Study(config, arguments.out, main, None if data is None else Path(data))
+    study = Study(config, arguments.out, arguments.main, None if data is None else Path(data))
     write_exhibits(study, config.seeds[0] if arguments.seed is None else arguments.seed, arguments.figures)
     print(f"written to {arguments.figures}")
 
