@@ -17,20 +17,21 @@ LAYERS = [
     {"demo", "explain", "evaluation", "study", "training"},
     {
         "augmented",
-        "auto_model",
+        "auto_config",
         "checkpoint",
         "config",
-        "fusion",
         "image_model",
         "model",
         "model_card",
-        "registration",
+        "old_weights",
         "self_query",
     },
     {"corpus", "retrieval"},
     {"knowledge_base"},
     {"shards", "clip"},
     {
+        "config_file",
+        "documents",
         "errors",
         "files",
         "multilevel_tower",
@@ -38,6 +39,7 @@ LAYERS = [
         "pretrained",
         "processes",
         "progress",
+        "registration",
         "text",
         "tokenizer",
         "whole_folder",
@@ -46,8 +48,6 @@ LAYERS = [
 LAYER = {unit: number for number, layer in enumerate(LAYERS) for unit in layer}
 # valm/__init__.py names the public API and imports it when it is asked for.
 LAYER["__init__"] = 0
-# model_type "valm" names two kinds of config, and only a file's content tells which: ValmConfig opens both.
-LATE_IMPORTS = {("config", "augmented")}
 
 
 def modules(root: Path, package: str) -> dict[str, Path]:
@@ -59,8 +59,8 @@ def modules(root: Path, package: str) -> dict[str, Path]:
     return names
 
 
-def imports(file: Path, when_loaded: bool = False) -> Iterator[str]:
-    """What a file imports, `from a import b` as "a.b"; `when_loaded`: not inside functions or for type checkers."""
+def imports(file: Path) -> Iterator[str]:
+    """What a file imports, also inside functions and for type checkers, `from a import b` as "a.b"."""
     pending: list[ast.AST] = [ast.parse(file.read_text(encoding="utf-8"))]
     while pending:
         node = pending.pop()
@@ -69,11 +69,6 @@ def imports(file: Path, when_loaded: bool = False) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file} has a relative import; write the full name"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif when_loaded and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            continue
-        elif when_loaded and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            pending.extend(node.orelse)
-            continue
         pending.extend(ast.iter_child_nodes(node))
 
 
@@ -93,12 +88,12 @@ def wrong_arrows(root: Path) -> list[str]:
     return found
 
 
-def graph(root: Path, when_loaded: bool) -> dict[str, set[str]]:
+def graph(root: Path) -> dict[str, set[str]]:
     """Which modules of valm each of them imports."""
     files = modules(root, "valm")
     arrows = {}
     for name, file in files.items():
-        targets = {t if t in files else t.rpartition(".")[0] for t in imports(file, when_loaded)}
+        targets = {t if t in files else t.rpartition(".")[0] for t in imports(file)}
         arrows[name] = targets & files.keys()
     return arrows
 
@@ -117,8 +112,7 @@ def folders(arrows: dict[str, set[str]]) -> dict[str, set[str]]:
     between: dict[str, set[str]] = {}
     for name, targets in arrows.items():
         if name != "valm":
-            others = {unit(t) for t in targets if unit(t) != unit(name) and (unit(name), unit(t)) not in LATE_IMPORTS}
-            between.setdefault(unit(name), set()).update(others)
+            between.setdefault(unit(name), set()).update(unit(t) for t in targets if unit(t) != unit(name))
     return between
 
 
@@ -140,8 +134,10 @@ def test_every_arrow_points_down():
 
 
 def test_no_circles():
-    assert circle(folders(graph(ROOT, when_loaded=False))) == []
-    assert circle(graph(ROOT, when_loaded=True)) == []
+    """Not even by an import inside a function. `valm` itself names its public modules for type checkers."""
+    arrows = graph(ROOT)
+    assert circle(folders(arrows)) == []
+    assert circle({name: targets for name, targets in arrows.items() if name != "valm"}) == []
 
 
 def test_the_kernels_know_no_valm():
@@ -185,13 +181,12 @@ def test_a_planted_arrow_up_is_found(planted):
 def test_planted_circles_are_found(planted):
     root = planted({"corpus/a.py": "from valm.retrieval.b import x", "retrieval/c.py": "from valm.corpus import a"})
     planted({"retrieval/b.py": "y = 1"})
-    assert wrong_arrows(root) == [] and circle(graph(root, when_loaded=True)) == []
-    assert set(circle(folders(graph(root, when_loaded=False)))) == {"corpus", "retrieval"}
+    assert wrong_arrows(root) == [] and circle(graph(root)) == []
+    assert set(circle(folders(graph(root)))) == {"corpus", "retrieval"}
     planted({"shards/a.py": "import valm.shards.b", "shards/b.py": "from valm.shards.a import x"})
-    assert set(circle(graph(root, when_loaded=True))) == {"valm.shards.a", "valm.shards.b"}
-    for late in ("def f():\n    from valm.shards.a import x", "if TYPE_CHECKING:\n    from valm.shards.a import x"):
-        planted({"shards/b.py": late})
-        assert circle(graph(root, when_loaded=True)) == []
+    for found in ("from valm.shards.a import x", "def f():\n    from valm.shards.a import x"):
+        planted({"shards/b.py": found})
+        assert set(circle(graph(root))) == {"valm.shards.a", "valm.shards.b"}
 
 
 def test_a_planted_private_import_is_found(planted):

@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Prin
 import valm
 from valm.augmented.model import augment
 from valm.augmented.saving import load_adapter
+from valm.config import ValmConfig
+from valm.errors import ValmError
 from valm.model import VaLMForCausalLM
 from valm.tokenizer import load_tokenizer
 from valm.training.train import trainer, training_arguments
@@ -96,31 +98,54 @@ class Vectors:
         return self.vectors[ids]
 
 
-@pytest.mark.parametrize("name", ["training", "augmented_training"])
-def test_a_training_goes_on_to_the_same_losses(stores, name):
-    run = stores / "models" / name
+def resumed(run: Path, model_of, row_length: int | None):
+    """The training in `run`, resumed to its end, and the losses that it had there."""
     expected = json.loads((run / "expected.json").read_text(encoding="utf-8"))
-    tokenizer = load_tokenizer(run / f"checkpoint-{expected['saved_at']}")
+    checkpoint = run / f"checkpoint-{expected['saved_at']}"
+    tokenizer = load_tokenizer(checkpoint)
     documents = json.loads((run.parent / "documents.json").read_text(encoding="utf-8"))
     documents = [one | {"image_ids": np.array(one["image_ids"], np.uint32)} for one in documents]
     vectors = Vectors(run.parent / "vectors.npy")
     torch.manual_seed(1)  # of weights that the checkpoint replaces
-    if name == "training":
-        model = VaLMForCausalLM(valm.ValmConfig.from_pretrained(run / f"checkpoint-{expected['saved_at']}"))
-    else:
-        sizes = {"n_positions": 32, "n_embd": 8, "n_layer": 2, "n_head": 1, "n_inner": 16}
-        base = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes)).eval()
-        model = augment(base, vectors.dim, 2, logit_bias=0.0, unfreeze="block")
     fields = {"max_steps": expected["steps"], "per_device_train_batch_size": 3, "learning_rate": 3e-3}
     fields |= {"logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "report_to": "none"}
     training = trainer(
-        model,
+        model_of(checkpoint, tokenizer, vectors),
         documents,
         vectors,
         tokenizer=tokenizer,
         arguments=training_arguments(run, **fields),
-        row_length=24 if name == "training" else None,
+        row_length=row_length,
     )
     training.remove_callback(PrinterCallback)
     training.train(resume_from_checkpoint=True)
-    np.testing.assert_allclose(training.losses(), expected["losses"], rtol=TOLERANCE)
+    return training.losses(), expected["losses"]
+
+
+def test_a_training_of_an_augmented_decoder_goes_on_to_the_same_losses(stores):
+    def model_of(checkpoint, tokenizer, vectors):
+        sizes = {"n_positions": 32, "n_embd": 8, "n_layer": 2, "n_head": 1, "n_inner": 16}
+        base = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes)).eval()
+        return augment(base, vectors.dim, 2, logit_bias=0.0, unfreeze="block")
+
+    losses, expected = resumed(stores / "models" / "augmented_training", model_of, None)
+    np.testing.assert_allclose(losses, expected, rtol=TOLERANCE)
+
+
+def test_a_training_of_valm_says_that_it_cannot_go_on(stores):
+    """Its biases of keys and values trained apart from those of its images."""
+
+    def model_of(checkpoint, tokenizer, vectors):
+        return VaLMForCausalLM(ValmConfig.from_pretrained(checkpoint))
+
+    with pytest.raises(ValmError, match=r"the checkpoint is of an earlier version, .*finish it by that version"):
+        resumed(stores / "models" / "training", model_of, 24)
+    model = AutoModelForCausalLM.from_pretrained(stores / "models" / "training" / "checkpoint-3")
+    assert type(model) is VaLMForCausalLM and model.config._name_or_path.endswith("checkpoint-3")
+
+
+def test_an_option_that_the_earlier_version_ignored_is_refused(stores):
+    file = stores / "models" / "width" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"scale_attn_weights": False}))
+    with pytest.raises(ValmError, match="ignored scale_attn_weights=False"):
+        VaLMForCausalLM.from_pretrained(file.parent)

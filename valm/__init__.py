@@ -28,7 +28,7 @@ _MODULES = {
     "ImageKnowledgeBase": "valm.knowledge_base.store",
     "Retriever": "valm.retrieval.retriever",
     "VaLMForCausalLM": "valm.model",
-    "ValmConfig": "valm.config",
+    "ValmConfig": "valm.model",
     "ValmError": "valm.errors",
     "__version__": "valm_kernels",
     "augment": "valm.augmented.model",

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from valm.augmented.positions import positions
 from valm.augmented.saving import ADAPTER_FILE, adapter_base, is_adapter, load_adapter
-from valm.config import ValmConfig
+from valm.config_file import MODEL_TYPE
 from valm.errors import ValmError
 from valm.files import is_file, is_folder, read_json
 from valm.image_model import ImageModel
@@ -181,8 +181,8 @@ def _load_whole(folder: Path, files: Path) -> Any:
     if not is_file(files / CONFIG_FILE):
         raise ValmError(f"{folder} is no checkpoint: it has no {CONFIG_FILE}")
     kind = read_json(files / CONFIG_FILE, "the config", Config, "save the checkpoint again").get("model_type")
-    if kind != ValmConfig.model_type:
-        raise ValmError(f"{folder} holds a model of type {short(kind)}, expected {ValmConfig.model_type!r}")
+    if kind != MODEL_TYPE:
+        raise ValmError(f"{folder} holds a model of type {short(kind)}, expected {MODEL_TYPE!r}")
     model, report = from_pretrained(
         AutoModelForCausalLM,
         files,

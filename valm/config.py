@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
 import os
@@ -10,21 +9,13 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
-from transformers import AutoConfig, GPT2Config, PreTrainedConfig
+from transformers import GPT2Config
 
+from valm.config_file import MODEL_TYPE, NO_WEIGHTS, WEIGHTS_KEY
 from valm.errors import ValmError
-from valm.registration import are_models_imported
 from valm.text import nearest
 
 FUSION_SCALES = ("head_dim", "embed_dim")
-
-# The entry of a config in which transformers looks for the name of its weights. In the file of a model with images it
-# has this sentence, so a class of transformers raises it instead of loading the model without its images.
-WEIGHTS_KEY = "transformers_weights"
-NO_WEIGHTS = (
-    "this model takes images, which only its own class reads: load it by valm.load or, after `import valm`, by "
-    "AutoModelForCausalLM"
-)
 
 
 def check_score_scale(name: str, value: float | None, num_images: int) -> None:
@@ -49,8 +40,8 @@ class ValmConfig(GPT2Config):
     Args:
         image_dim: dimension E of an image vector. When it is not the model's width, one input projection is added.
         num_images: K, the images per token. 0 is the baseline GPT-2*: a GPT-2 without any image parameters.
-        fusion_layer: index of the fusion block, negative from the end; the paper puts it last but one.
-        fusion_scale: "head_dim" scales scores in the fusion block by 1/sqrt(head_dim), as in every other block;
+        fusion_layer: index of the fusion layer, negative from the end; the paper puts it last but one.
+        fusion_scale: "head_dim" scales scores in the fusion layer by 1/sqrt(head_dim), as in every other block;
             "embed_dim" by 1/sqrt(n_embd), as the published code does (3.5 times flatter with 12 heads).
         blind: each token sees its own retrieval query as its one "image" and nothing is searched
             (Blind-VaLM, Ontalvilla et al. 2024). Needs num_images = 1.
@@ -66,7 +57,7 @@ class ValmConfig(GPT2Config):
         ValmError: there is no such argument, or it has an invalid value.
     """
 
-    model_type = "valm"
+    model_type = MODEL_TYPE
 
     def __init__(
         self,
@@ -114,13 +105,15 @@ class ValmConfig(GPT2Config):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """The config in a file of model_type "valm": this one, or that of an augmented decoder (`valm.augment`)."""
-        if "base_config" not in config_dict:
-            entries = {key: config_dict[key] for key in config_dict if key != WEIGHTS_KEY}
-            return super().from_dict({"transformers_version": None} | entries, **kwargs)
-        from valm.augmented.model import config_from_dict
+        """`PreTrainedConfig.from_dict`.
 
-        return config_from_dict(config_dict, **kwargs)
+        Raises:
+            ValmError: it is the config of an augmented decoder (`valm.augment`), which AutoConfig opens.
+        """
+        if "base_config" in config_dict:
+            raise ValmError("this is the config of an augmented decoder: open it by AutoConfig")
+        entries = {key: config_dict[key] for key in config_dict if key != WEIGHTS_KEY}
+        return super().from_dict({"transformers_version": None} | entries, **kwargs)
 
     @classmethod
     def from_json_file(cls, json_file: str | os.PathLike) -> Any:
@@ -156,34 +149,5 @@ class ValmConfig(GPT2Config):
 
     @property
     def fusion_index(self) -> int:
-        """Index of the fusion block, counted from the first block."""
+        """Index of the fusion layer, counted from the first block."""
         return self.fusion_layer % self.n_layer
-
-
-_config_dict = vars(PreTrainedConfig)["get_config_dict"].__func__
-
-
-def _get_config_dict(
-    cls: type[PreTrainedConfig], pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
-) -> Any:
-    """`PreTrainedConfig.get_config_dict`, which every config class reads its file by.
-
-    Raises:
-        ValmError: the file is that of a model with images, and the class that of another model: it would load without
-            them. Configs of earlier versions have no `WEIGHTS_KEY`.
-    """
-    found, unused = _config_dict(cls, pretrained_model_name_or_path, **kwargs)
-    # AutoConfig asks by PreTrainedConfig itself
-    if found.get("model_type") == ValmConfig.model_type and cls is not PreTrainedConfig:
-        options = found.get("fusion", found)
-        if not issubclass(cls, ValmConfig) and isinstance(options, dict) and options.get("num_images") != 0:
-            raise ValmError(
-                f"{pretrained_model_name_or_path} cannot be loaded by a class of {cls.model_type}: {NO_WEIGHTS}"
-            )
-    return found, unused
-
-
-PreTrainedConfig.get_config_dict = classmethod(_get_config_dict)  # type: ignore[method-assign, assignment]
-AutoConfig.register(ValmConfig.model_type, ValmConfig)
-if are_models_imported():
-    importlib.import_module("valm.auto_model")

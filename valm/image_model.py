@@ -38,12 +38,13 @@ class ImageOptions(NamedTuple):
 
 
 class RetrievalCache(Cache):
-    """A cache that also holds the retriever's state and reorders it with the beams."""
+    """A cache that also holds the retriever's state and where documents began, and reorders both with the beams."""
 
     retrieval: ContextCache | None = None
     # ids and mask (B, T) of the text that a model read before it returned this cache; `retrieval` begins with it
     text: tuple[Tensor, Tensor | None] | None = None
     num_retrieved = 0  # tokens that `retrieval` has read
+    first_key: Tensor | None = None  # (B,) int32 of a VaLM: the first key of the document being read
     is_croppable = False
     plain_class: Any = None  # of a class that `retrieval_cache_class` made: what it was made of
 
@@ -60,7 +61,7 @@ class RetrievalCache(Cache):
 
     def reset(self) -> None:
         super().reset()
-        self.retrieval = self.text = None
+        self.retrieval = self.text = self.first_key = None
         self.num_retrieved = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -89,6 +90,8 @@ class RetrievalCache(Cache):
             ids, mask = self.text
             at = rows.to(ids.device)
             self.text = ids[at], None if mask is None else mask[at]
+        if self.first_key is not None:
+            self.first_key = self.first_key[rows.to(self.first_key.device)]
 
 
 @functools.cache
@@ -104,7 +107,8 @@ def _empty_cache(plain_class: Any) -> Any:
 
 
 def with_retrieval(cache: Any) -> RetrievalCache:
-    """`cache` itself, whose class becomes one with a retriever's state."""
+    """`cache` itself, whose class becomes one with a retriever's state: `generate` and the user hold this object, and
+    reorder it by its methods."""
     if not isinstance(cache, RetrievalCache):
         plain: Any = type(cache)
         cache.__class__ = retrieval_cache_class(plain)

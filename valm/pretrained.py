@@ -73,7 +73,7 @@ def check_folder(folder: Path) -> None:
         for file in _shards(index):
             check_regular(file)
     if is_file(folder / CONFIG_FILE):
-        check_lists(folder / CONFIG_FILE, _config(folder), shapes_of(_weight_files(folder)))
+        check_lists(folder / CONFIG_FILE, _config(folder), shapes_of(weight_files(folder)))
 
 
 def check_lists(file: Path, config: dict[str, Any], shapes: list[list[int]]) -> None:
@@ -135,7 +135,7 @@ def _config(folder: Path) -> dict[str, Any]:
     return read_json(folder / CONFIG_FILE, "the config", dict[str, Any], "save the model again")
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The files that transformers loads the weights in `folder` from."""
     named = _config(folder).get("transformers_weights")  # a file, or what a model of our own says to other classes
     for name in (named, *WEIGHTS) if isinstance(named, str) else WEIGHTS:
@@ -172,7 +172,7 @@ def _check_size(folder: Path, loader: Any) -> None:
     """
     if not is_file(folder / CONFIG_FILE):
         return
-    stored = sum(file.stat().st_size for file in _weight_files(folder))
+    stored = sum(file.stat().st_size for file in weight_files(folder))
     if stored == 0:
         return
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)

@@ -1,9 +1,8 @@
 """Distilled queries, `query="self"`: a head of the language model itself predicts CLIP's query of each token.
 
 `ContextEncoder` runs a second network, CLIP's text tower, over a second tokenization of the text, which costs more than
-all the rest of a live retrieval. The head is two more blocks on the language model's own embeddings: it runs inside the
-forward pass, for all tokens at once, and its keys and values are in the model's own cache. `valm.training.distill`
-trains it, with CLIP's queries as targets.
+all the rest of a live retrieval. The head is two more blocks on the language model's own embeddings, which run for all
+tokens at once. `valm.training.distill` trains it, with CLIP's queries as targets.
 """
 
 from __future__ import annotations
@@ -11,49 +10,81 @@ from __future__ import annotations
 import copyreg
 import functools
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
-from transformers.cache_utils import Cache
+from transformers import GPT2Config, PreTrainedTokenizerFast
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
 from valm.clip import Clip
-from valm.config import ValmConfig
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.retriever import Retriever, VectorIndex
 from valm.tokenizer import padded, prompt_ids
 
 # Blocks of a query head. On the demo's model, two on the embeddings came far closer to CLIP's queries than one, or an
-# MLP, on the input of the fusion block (docs/training.md has the numbers).
+# MLP, on the input of the fusion layer (docs/training.md has the numbers).
 QUERY_BLOCKS = 2
 
 
 class QueryHead(nn.Module):
-    """Predicts the query of each token from the embeddings of the text up to it: blocks, LayerNorm, projection."""
+    """Predicts the query of each token from the embeddings of the text up to it: blocks, LayerNorm, projection.
 
-    def __init__(self, config: ValmConfig):
+    Args:
+        config: has the sizes and the attention implementation of the blocks.
+        image_dim: E, dimension of a query.
+    """
+
+    def __init__(self, config: GPT2Config, image_dim: int):
         super().__init__()
-        # numbered behind the model's own blocks, as all share one cache
-        self.blocks = nn.ModuleList(GPT2Block(config, layer_idx=config.n_layer + i) for i in range(QUERY_BLOCKS))
+        # numbered behind the model's own blocks, by which a block may scale its scores
+        blocks: list[Any] = [GPT2Block(config, layer_idx=config.n_layer + i) for i in range(QUERY_BLOCKS)]
+        for number, block in enumerate(blocks):
+            block.attn.layer_idx = number  # in the head's own cache
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.out = nn.Linear(config.n_embd, config.image_dim)
+        self.out = nn.Linear(config.n_embd, image_dim)
 
     def forward(self, embeddings: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
         """Queries (B, T, E) float32, L2-normalised.
 
         Args:
             embeddings: (B, T, C), those of tokens and positions together.
-            mask: that of the model's text blocks, (B, 1, T, S), or None for plain causal attention.
+            mask: as of the model's text blocks, (B, 1, T, S), or None for plain causal attention.
             cache: has the keys and values of earlier tokens, and gets those of these.
         """
         states = embeddings
         for block in self.blocks:
             states = block(states, cache, attention_mask=mask, use_cache=cache is not None)
         return F.normalize(self.out(self.norm(states)).float(), dim=-1)
+
+
+class QueryState:
+    """What a query head has read of each row: keys and values, the mask, and where the document being read began."""
+
+    def __init__(self) -> None:
+        self.cache = DynamicCache()
+        self.length = 0
+        self.mask: Tensor | None = None  # (B, length), 0 at padding; None = no padding
+        self.first_key: Tensor | None = None  # (B,)
+
+    def mask_with(self, input_ids: Tensor, mask: Tensor | None) -> Tensor | None:
+        """The mask of all tokens with that of the next ones, `input_ids` and `mask` (B, T)."""
+        if mask is not None or self.mask is not None:
+            before = input_ids.new_ones(len(input_ids), self.length) if self.mask is None else self.mask
+            self.mask = torch.cat([before, torch.ones_like(input_ids) if mask is None else mask], 1)
+        return self.mask
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row i becomes a copy of row rows[i]."""
+        self.cache.reorder_cache(rows)  # type: ignore[arg-type]  # any tensor of integers will do
+        if self.mask is not None:
+            self.mask = self.mask[rows]
+        if self.first_key is not None:
+            self.first_key = self.first_key[rows]
 
 
 class SelfEncoder:
@@ -87,6 +118,15 @@ class SelfEncoder:
         """Queries (B, T, E) float32, zeros where attention_mask (B, T) is 0."""
         return self.model.self_queries(input_ids, attention_mask)
 
+    def new_cache(self, batch: int) -> QueryState:
+        """The state before the first token."""
+        return QueryState()
+
+    @torch.no_grad()
+    def step(self, input_ids: Tensor, state: QueryState, attention_mask: Tensor | None = None) -> Tensor:
+        """Queries (B, T, E) of the next tokens (B, T); `state` has the earlier ones, and gets these too."""
+        return self.model.self_queries(input_ids, state.mask_with(input_ids, attention_mask), state)
+
     @functools.cached_property
     def clip(self) -> Clip:
         """The CLIP of the knowledge base.
@@ -100,8 +140,7 @@ class SelfEncoder:
 class SelfRetriever(Retriever):
     """Finds the images nearest to the queries of a model's own head.
 
-    The model asks by `retrieve` in its forward pass. Called with tokens, as for an explanation or by a control that
-    replaces the images, this runs the head outside of it. Threads may share it while the model is in eval mode.
+    Threads may share it while the model is in eval mode.
 
     Args:
         encoder, kb, k, index: as in `Retriever`; the device is the model's.
@@ -142,19 +181,3 @@ class SelfRetriever(Retriever):
     def __reduce__(self) -> tuple[Any, ...]:
         # made anew, as a Retriever is, it would look at a model that holds it and is itself not whole yet
         return copyreg.__newobj__, (type(self),), vars(self)  # type: ignore[attr-defined]  # typeshed lacks it
-
-    def start(self, batch: int) -> NoReturn:
-        """Always raises: the model's own cache has all that its head needs.
-
-        Raises:
-            ValueError: a control that replaces this retriever's images was asked to generate with a cache.
-        """
-        raise ValueError(
-            'the images of query="self" can be replaced without a cache only: generate with use_cache=False'
-        )
-
-
-@torch.compiler.assume_constant_result
-def queries_itself(model: Any) -> bool:
-    """Whether the model's own head asks for its images. A compiled graph evaluates this while tracing."""
-    return isinstance(model.retriever, SelfRetriever)

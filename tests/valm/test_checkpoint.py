@@ -173,8 +173,8 @@ def test_what_is_no_checkpoint_is_said_in_one_sentence(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"n_layer": 4}, "missing_keys transformer.h.2.attn.image"),
-        ({"n_layer": 2}, "unexpected_keys"),
+        ({"n_layer": 4}, "have no transformer.h.2.attn.image_fusion"),
+        ({"n_layer": 2}, "have no transformer.h.0.attn.image_fusion"),
         ({"image_dim": 25}, "mismatched_keys"),
         ({"num_images": 0}, "unexpected_keys transformer.h.1.attn.image"),
         ({"fusion_layer": 5}, "fusion_layer must name one of the 3 blocks"),

@@ -15,8 +15,9 @@ from tests.valm.models import (
     tiny_config,
     tiny_model,
 )
+from valm.augmented.model import fusion_module
 from valm.errors import ValmError
-from valm.model import VaLMCache, VaLMForCausalLM
+from valm.model import VaLMForCausalLM
 from valm_kernels import sort_image_slots
 
 
@@ -64,7 +65,7 @@ def test_from_gpt2_keeps_its_logits_until_the_pictures_open():
     pool, index = random_images(model.config, 2, 12)
     close(model(ids, image_pool=pool, image_index=index).logits, gpt2(ids).logits)
     with torch.no_grad():
-        model.transformer.h[1].attn.image_logit_bias.fill_(3.0)
+        fusion_module(model).logit_bias.fill_(3.0)
     opened = model(ids, image_pool=pool, image_index=index).logits
     assert (opened - gpt2(ids).logits).abs().max() > 1e-3
 
@@ -77,10 +78,24 @@ def test_one_seed_gives_valm_and_gpt2_the_same_shared_weights():
     assert set(gpt2) < set(valm)
     for name, weight in gpt2.items():
         assert torch.equal(weight, valm[name]), name
-    assert valm["transformer.h.1.attn.image_proj"].std() > 0.1
+    assert valm["transformer.h.1.attn.image_fusion.proj.weight"].std() > 0.1
     # GPT-2's scheme: what adds to the residual stream starts smaller by sqrt(2 x layers)
     for name in ("h.0.attn.c_proj", "h.1.attn.c_proj", "h.2.mlp.c_proj"):
         assert gpt2[f"transformer.{name}.weight"].std().item() == pytest.approx(0.02 / 6**0.5, rel=0.1)
+
+
+def test_one_seed_gives_valm_and_gpt2_the_same_dropout():
+    """Building either draws the same random numbers, and so does training it."""
+    found = []
+    for num_images in (3, 0):
+        torch.manual_seed(5)
+        model = VaLMForCausalLM(tiny_config(num_images=num_images, image_logit_bias_init=-1e4)).train()
+        ids = random_ids(2, 12)
+        pool, index = random_images(tiny_config(), 2, 12)
+        images = {"image_pool": pool, "image_index": index} if num_images else {}
+        found.append((model(ids, labels=ids, **images).loss, torch.rand(3)))
+    close(*(loss for loss, _ in found))
+    assert found[0][1].equal(found[1][1])
 
 
 def test_a_future_token_changes_no_earlier_logit(model):
@@ -249,7 +264,7 @@ def test_fusion_attention_gives_the_weights_of_the_forward_pass(model):
     close(text.sum(-1) + images.sum(-1), torch.ones(2, 4, 6))
     with torch.no_grad():  # a closed head gives pictures no weight
         closed = tiny_model()
-        closed.transformer.h[1].attn.image_logit_bias.fill_(-1e4)
+        fusion_module(closed).logit_bias.fill_(-1e4)
     assert closed.fusion_attention(ids, pool, index)[1].max() == 0
     assert (images.sum(-1) > 0).any()
 
@@ -368,7 +383,9 @@ def test_retrieval_scores_are_part_of_the_model(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.config.image_score_scale_init == 1.5
-    assert loaded.transformer.h[1].attn.image_score_scale.equal(model.transformer.h[1].attn.image_score_scale)
+    assert loaded.transformer.h[1].attn.image_fusion.score_scale.equal(
+        model.transformer.h[1].attn.image_fusion.score_scale
+    )
     assert torch.equal(loaded(ids, **images).logits, expected)
 
     retriever = HashRetriever(BOS)
@@ -408,6 +425,39 @@ def test_generate_with_and_without_a_cache(arguments):
     assert torch.equal(with_cache, model.generate(ids, **greedy, **arguments, use_cache=False))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("num_images", [0, 3])
+def test_a_static_cache(num_images):
+    """By forward and by generate, with a second document in a row and with padding."""
+    model = tiny_model(num_images=num_images)
+    if num_images:
+        model.set_retriever(HashRetriever(BOS))
+    ids = random_ids(3, 9)
+    mask = torch.ones_like(ids)
+    ids[1, 3] = BOS
+    ids[2, :4], mask[2, :4], ids[2, 4] = EOS, 0, BOS
+    greedy = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(ids, **greedy)
+    assert model.generate(ids, **greedy, cache_implementation="static").equal(expected)
+    cache = StaticCache(config=model.config, max_cache_len=12)
+    logits = [model(ids[:, a:b], mask[:, :b], cache=cache).logits for a, b in ((0, 5), (5, 6), (6, 9))]
+    present = mask.bool()
+    close(torch.cat(logits, 1)[present], model(ids, mask).logits[present])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_document_begins_inside_a_prompt(beams, use_cache):
+    model = tiny_model()
+    model.set_retriever(HashRetriever(BOS))
+    ids = random_ids(2, 9)
+    ids[:, 5] = BOS
+    greedy = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "num_beams": beams, "use_cache": use_cache}
+    alone = model.generate(ids[:, 5:], **greedy)
+    assert model.generate(ids, **greedy)[:, 5:].equal(alone)
+
+
 @pytest.mark.parametrize("num_images", [0, 3])
 def test_continuous_batching_is_refused(num_images):
     with pytest.raises(ValmError, match="no continuous batching"):
@@ -423,10 +473,10 @@ def test_assisted_decoding_is_refused():
 
 def test_a_new_scale_begins_at_its_initial_value():
     model = VaLMForCausalLM(tiny_config(image_score_scale_init=2.5))
-    assert model.transformer.h[1].attn.image_score_scale.tolist() == [2.5]
+    assert fusion_module(model).score_scale.tolist() == [2.5]
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_positions=32, n_embd=32, n_layer=3, n_head=4))
     seeing = VaLMForCausalLM.from_gpt2(gpt2, image_dim=24, num_images=3, image_score_scale_init=2.5)
-    assert seeing.transformer.h[1].attn.image_score_scale.tolist() == [2.5]
+    assert fusion_module(seeing).score_scale.tolist() == [2.5]
 
 
 def test_gpt2_refuses_pictures_and_a_foreign_cache_is_refused(model):
@@ -436,12 +486,8 @@ def test_gpt2_refuses_pictures_and_a_foreign_cache_is_refused(model):
         )
     filled = DynamicCache()
     filled.update(torch.zeros(1, 4, 2, 8), torch.zeros(1, 4, 2, 8), 0)
-    with pytest.raises(TypeError, match="got a DynamicCache with 2 tokens: begin with an empty one"):
+    with pytest.raises(TypeError, match="of the 2 tokens in this DynamicCache begin is not known: begin with an empty"):
         model(random_ids(1, 3), cache=filled)
-    with pytest.raises(TypeError, match="must be a VaLMCache or an empty DynamicCache, got a StaticCache"):
-        model(random_ids(1, 3), cache=StaticCache(config=model.config, max_cache_len=8))
-    with pytest.raises(NotImplementedError, match="assisted decoding"):
-        VaLMCache().crop(1)
 
 
 @pytest.mark.parametrize("name, value", [("k", 5), ("dim", 7)])

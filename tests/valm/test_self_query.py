@@ -53,7 +53,7 @@ def test_the_images_are_those_nearest_to_the_heads_queries(model, kb, text_ids):
     assert (model(ids, image_pool=-found.image_pool, image_index=found.image_index).logits - given).abs().max() > 1e-2
 
 
-def test_token_by_token_equals_the_whole_text_and_no_clip_is_cached(model, text_ids):
+def test_token_by_token_equals_the_whole_text(model, text_ids):
     ids = text_ids(TEXTS[0])["input_ids"]
     whole = model(ids).logits
     cache, rows = None, []
@@ -62,7 +62,7 @@ def test_token_by_token_equals_the_whole_text_and_no_clip_is_cached(model, text_
         cache = out.cache
         rows.append(out.logits)
     torch.testing.assert_close(torch.cat(rows, 1), whole)
-    assert cache.retrieval is None
+    assert cache.retrieval.length == ids.shape[1]
     torch.testing.assert_close(model(ids[:, :7]).logits, whole[:, :7])
 
 
@@ -70,7 +70,7 @@ def test_a_cache_that_the_head_did_not_fill_is_refused(model, text_ids):
     ids = text_ids(TEXTS[0])["input_ids"]
     found = model.retriever(ids[:, :8])
     out = model(ids[:, :8], image_pool=found.image_pool, image_index=found.image_index, use_cache=True)
-    with pytest.raises(ValueError, match="the model's query head has not read the text before these tokens"):
+    with pytest.raises(ValueError, match="the retriever has read 0 of them"):
         model(ids[:, 8:], cache=out.cache)
 
 
@@ -99,15 +99,16 @@ def test_its_images_are_explained(model, clip, text_ids):
         head.requires_grad_(False)
 
 
-def test_a_compiled_model_whose_retriever_is_exchanged_says_so(model, text_ids):
+def test_a_compiled_model_asks_the_retriever_that_it_has_now(model, text_ids):
     ids, own = text_ids(TEXTS[0])["input_ids"], model.retriever
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager")
-    compiled(ids)
+    before = compiled(ids).logits
+    torch.testing.assert_close(before, model(ids).logits)
     try:
         model.set_retriever(NoImages(3, model.config.image_dim))
-        with pytest.raises(ValueError, match="got another retriever: compile again"):
-            compiled(ids)
+        torch.testing.assert_close(compiled(ids).logits, model(ids).logits)
+        assert (compiled(ids).logits - before).abs().max() > 1e-2
     finally:
         model.set_retriever(own)
         torch._dynamo.reset()
@@ -161,8 +162,8 @@ def test_the_controls_replace_its_images(model, text_ids):
     try:
         switch_images(model, "random")
         assert (model(ids).logits - expected).abs().max() > 1e-2
-        with pytest.raises(ValueError, match="generate with use_cache=False"):
-            model(ids, use_cache=True)
+        arguments = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+        assert model.generate(ids, **arguments).equal(model.generate(ids, **arguments, use_cache=False))
         model.set_retriever(own)
         switch_images(model, "off")
         assert (model(ids).logits - expected).abs().max() > 1e-2

@@ -1,5 +1,14 @@
 """Visual fusion inside any attention that uses transformers' attention interface.
 
+With the attention's own W_k and W_v and their biases for both text and images (Wang et al. 2022, equations 3-7)::
+
+    image_k = W_k LN_img(z) + b^K_img      image_v = W_v LN_img(z) + b^V_img
+    [a_i | b_i] = softmax([scale q_i k_j | scale q_i image_k_ik + logit_bias + score_scale score_ik])
+    out_i = sum_j a_ij v_j + sum_k b_ik image_v_ik
+
+The images z of a batch come as a pool without repetitions, are projected once and then gathered by index. These
+attention weights have no dropout (published: 0.1).
+
 The attention itself computes the keys and values of the images: it runs on LN_img(image), and its call of the interface
 is intercepted. So fused projections, norms of queries and keys, clipping, LoRA and latent attention need no code here.
 Text and images then share one softmax (`visual_fusion_attn`).
@@ -16,12 +25,13 @@ import itertools
 import threading
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
+from transformers import initialization as init
 from transformers.cache_utils import Cache
 
 from valm.augmented.positions import (
@@ -33,8 +43,7 @@ from valm.augmented.positions import (
     named_arguments,
 )
 from valm.errors import ValmError
-from valm.fusion import retrieval_prior
-from valm_kernels import visual_fusion_attn
+from valm_kernels import attention_weights, visual_fusion_attn
 
 # The class behind a mixin is known only when a model is augmented; this tells type checkers what it has.
 _Module: Any = object
@@ -61,6 +70,7 @@ class FusionOptions:
         blind: each token sees its own retrieval query as its one image (Blind-VaLM, Ontalvilla et al. 2024).
         unfreeze: what trained besides the fusion: "", "block" or "all".
         score_scale: initial value of the scale of the retrieval scores; None = they are not used.
+        norm_eps: of LN_img.
         sketch: of the base model (`valm.augmented.sketch`), by which an adapter recognises it.
         fingerprint: in what an earlier version saved, instead of the sketch (`valm.augmented.sketch.fingerprint`).
     """
@@ -78,6 +88,7 @@ class FusionOptions:
     blind: bool
     unfreeze: str
     score_scale: float | None = None
+    norm_eps: float = 1e-5
     sketch: dict[str, str] | None = None
     fingerprint: dict[str, float] | None = None
 
@@ -110,7 +121,10 @@ class Images(NamedTuple):
         """The `image_score_bias` of `visual_fusion_attn`."""
         if self.scores is None or self.terms.score_scale is None:
             return None
-        return retrieval_prior(self.terms.score_scale, self.scores, self.image_index)
+        scale, scores = self.terms.score_scale, self.scores
+        wide = torch.promote_types(scale.dtype, torch.float32)
+        # 0 where there is no image, as -inf there would make the gradient of the scale NaN
+        return scale.to(wide) * scores.to(wide).masked_fill(self.image_index < 0, 0)
 
 
 class TextLimits(NamedTuple):
@@ -119,6 +133,17 @@ class TextLimits(NamedTuple):
 
     first_key: Tensor
     cache_seqlens: Tensor | None
+
+
+class ImageProjection(nn.Linear):
+    """The input projection. Making one draws no random numbers, so that with one seed a model and its text-only twin
+    have the same other weights, and read the same random numbers afterwards."""
+
+    def reset_parameters(self) -> None:
+        """Sets the initial weight, from a generator of its own."""
+        if self.weight.device.type != "meta":
+            generator = torch.Generator(self.weight.device).manual_seed(torch.initial_seed() + 1)
+            init.normal_(self.weight, std=self.in_features**-0.5, generator=generator)
 
 
 class ImageFusion(nn.Module):
@@ -134,26 +159,22 @@ class ImageFusion(nn.Module):
         self.initial_score_scale = options.score_scale
         self.proj = None
         if options.image_dim != options.width:
-            self.proj = nn.Linear(options.image_dim, options.width, bias=False)
-        self.norm = nn.LayerNorm(options.width)
+            self.proj = ImageProjection(options.image_dim, options.width, bias=False)
+        self.norm = nn.LayerNorm(options.width, eps=options.norm_eps)
         self.k_bias = nn.Parameter(torch.empty(options.kv_heads, options.key_dim))
         self.v_bias = nn.Parameter(torch.empty(options.kv_heads, options.value_dim))
         self.logit_bias = nn.Parameter(torch.empty(options.heads))
         self.score_scale = None if options.score_scale is None else nn.Parameter(torch.empty(1))
+        self.reset_parameters()
 
     @torch.no_grad()
-    def reset(self, norm_weight: Tensor, norm_bias: Tensor) -> None:
-        """Sets the initial values. LN_img starts as the layer's own input norm, so that the attention reads images at
-        the scale of its text; with weight 1, closed images still moved the logits of SmolLM2."""
-        if self.proj is not None:
-            self.proj.weight.normal_(std=self.proj.in_features**-0.5)
-        self.norm.weight.copy_(norm_weight)
-        self.norm.bias.copy_(norm_bias)
-        self.k_bias.zero_()
-        self.v_bias.zero_()
-        self.logit_bias.fill_(self.initial_logit_bias)
+    def reset_parameters(self) -> None:
+        """Sets the initial values of all but its modules."""
+        init.zeros_(self.k_bias)
+        init.zeros_(self.v_bias)
+        init.constant_(self.logit_bias, self.initial_logit_bias)
         if self.score_scale is not None and self.initial_score_scale is not None:
-            self.score_scale.fill_(self.initial_score_scale)
+            init.constant_(self.score_scale, self.initial_score_scale)
 
     def forward(self, image_pool: Tensor) -> FusionTerms:
         """image_pool: (U, E)."""
@@ -169,7 +190,8 @@ _call = threading.local()
 
 
 class _Caught(Exception):
-    """Ends the run of an attention once its queries, keys and values are known."""
+    """Ends the run of an attention once its queries, keys and values are known: the rest, its output projection, would
+    be computed for nothing, and there is no other way out of a family's forward."""
 
 
 class VisualAttention(_Module):
@@ -255,7 +277,8 @@ class VisualAttention(_Module):
         """
         text = calls[0].arguments["hidden_states"][0]  # (T, C)
         pairs = torch.stack([text[:-1], text[1:]], 1)  # (T - 1, 2, C)
-        _, keys, values = self._catch(self._at_no_position(pairs[None, :, 0], calls[0].arguments))
+        query, keys, values = self._catch(self._at_no_position(pairs[None, :, 0], calls[0].arguments))
+        logit_bias = text.new_zeros(query.shape[1])
         k_bias, v_bias = (text.new_zeros(x.shape[1], x.shape[3]) for x in (keys, values))
         image = torch.arange(len(pairs), device=text.device)
         index = torch.stack([torch.full_like(image, -1), image], 1)[..., None]  # (T - 1, 2, 1): of each second token
@@ -264,11 +287,11 @@ class VisualAttention(_Module):
         for call, cached, rotated in itertools.product(calls, (False, True), (False, True)):
             cache = TokensBefore(call.position - 1) if cached else None
             placed = alone(pairs, call.arguments) | dict.fromkeys(cache_names, cache)
-            query = self._image_query(placed)
+            image_query = self._image_query(placed)
             if not rotated:
                 placed = self._unrotated(placed)
-            terms = FusionTerms(text, k_bias, v_bias, text.new_zeros(self.image_fusion.logit_bias.shape))
-            images = Images(keys[0], values[0], index, query, terms)
+            terms = FusionTerms(text, k_bias, v_bias, logit_bias)
+            images = Images(keys[0], values[0], index, image_query, terms)
             with_image = super().forward(**placed | {"attention_mask": itself}, images=images)[0][:, -1]
             config, self.config = self.config, own_config
             try:
@@ -301,7 +324,7 @@ class VisualLayer(_Module):
         image_scores: Tensor | None = None,
         image_slots: Tensor | None = None,
         text_limits: TextLimits | None = None,
-        read_weights: Callable[..., NoReturn] | None = None,
+        read_weights: Callable[..., None] | None = None,
         **kwargs: Any,
     ) -> Any:
         _call.images = None if image_pool is None else (image_pool, image_index, image_scores, image_slots)
@@ -326,13 +349,13 @@ def fusion_attention(
     position_bias: Tensor | None = None,
     s_aux: Tensor | None = None,
     text_limits: TextLimits | None = None,
-    read_weights: Callable[..., NoReturn] | None = None,
+    read_weights: Callable[..., None] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: (B, Tq, Hq, Dv), and no weights. Without dropout.
 
     text_limits: those of the mask where they are known; otherwise they are read from it, but not in a compiled graph.
-    read_weights: takes the weights, and ends the forward pass.
+    read_weights: called with the arguments of `joint_weights`.
     softcap, position_bias and s_aux (a sink: one more score per head, without a value) come from the families.
     """
     if caught is not None:
@@ -344,7 +367,7 @@ def fusion_attention(
     num_queries, num_keys = query.shape[2], key.shape[2]
     seen = visible_keys(attention_mask)
     if read_weights is not None:
-        read_weights(query, key, seen, scale, images, softcap, position_bias, s_aux)
+        read_weights(query, key, images, seen, scale, softcap, position_bias, s_aux)
     if seen is None and 1 < num_queries < num_keys:  # a static cache that is being filled
         key, value = key[:, :, :num_queries], value[:, :, :num_queries]
     if text_limits is None and not torch.compiler.is_compiling():
@@ -466,7 +489,7 @@ def image_arguments(query: Tensor, images: Images | None, width: int) -> dict[st
 
 
 def limit_arguments(query: Tensor, text_limits: TextLimits | None) -> dict[str, Any]:
-    """The arguments of `visual_fusion_attn` and `attention_weights` that limit the text."""
+    """The arguments of `visual_fusion_attn` that limit the text."""
     if text_limits is None:
         return {}
     first_key, seqlens = text_limits
@@ -506,8 +529,11 @@ def joint_attention(
     group = query.shape[1] // key.shape[1]
     out = text.to(query.dtype) @ value.repeat_interleave(group, 1)
     if images is not None:
-        image_v = (images.values + images.terms.v_bias[:, None]).to(query.dtype)
-        out = out + (image.to(query.dtype)[..., None, :] @ _of_each_query(image_v, images, group))[..., 0, :]
+        image_v = (images.values + images.terms.v_bias[:, None]).to(query.dtype)[
+            :, images.image_index.clamp(min=0).long()
+        ]
+        image_v = image_v.repeat_interleave(group, 0).transpose(0, 1)  # (B, Hq, Tq, K, Dv)
+        out = out + (image.to(query.dtype)[..., None, :] @ image_v)[..., 0, :]
     return out
 
 
@@ -522,46 +548,25 @@ def joint_weights(
     sink: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The weights of `joint_attention` over text (B, Hq, Tq, Tk) and over images (B, Hq, Tq, K), at least float32."""
-    batch, heads, num_queries, _ = query.shape
-    kv_heads, num_keys = key.shape[1:3]
-    group = heads // kv_heads
-
-    def capped(scores: Tensor) -> Tensor:
-        return scores if softcap is None else torch.tanh(scores / softcap) * softcap
-
-    wide = torch.promote_types(query.dtype, torch.float32)
-    text = capped(query @ key.repeat_interleave(group, 1).transpose(2, 3) * scale).to(wide)  # (B, Hq, Tq, Tk)
+    bias = query.new_zeros(1, 1, query.shape[2], key.shape[2], dtype=torch.promote_types(query.dtype, torch.float32))
     if position_bias is not None:
-        text = text + position_bias
-    if seen is None:
-        position = torch.arange(num_keys, device=query.device)
-        seen = (position <= position[num_keys - num_queries :, None])[None]
-    scores = [text.masked_fill(~seen[:, None], -torch.inf)]
-    num_images = 0
-    if images is not None:
-        num_images = images.image_index.shape[-1]
-        image_k = (images.keys + images.terms.k_bias[:, None]).to(query.dtype)
-        image_query = query if images.query is None else images.query
-        products = (_of_each_query(image_k, images, group) @ image_query[..., None])[..., 0]
-        image = capped(products * scale).to(wide)  # (B, Hq, Tq, K)
-        image = image + images.terms.logit_bias.to(wide)[:, None, None]
-        score_bias = images.score_bias()
-        if score_bias is not None:
-            image = image + score_bias[:, None]
-        scores.append(image.masked_fill((images.image_index < 0)[:, None], -torch.inf))
+        bias = bias + position_bias
+    if seen is not None:
+        bias = bias.masked_fill(~seen[:, None], -torch.inf)
+    text, image, lse = attention_weights(
+        query,
+        key,
+        None if images is None else images.keys,
+        **image_arguments(query, images, query.shape[-1]),
+        text_bias=bias,
+        causal=seen is None,
+        scale=scale,
+        softcap=softcap,
+    )
     if sink is not None:
-        scores.append(sink.reshape(1, -1, 1, 1).to(wide).expand(batch, -1, num_queries, 1))
-    joint = torch.cat(scores, -1)
-    # the largest finite score instead of none, so that a query that sees nothing has weights of 0 and no NaN
-    largest = joint.amax(-1, keepdim=True).clamp(min=torch.finfo(joint.dtype).min).detach()
-    weights = (joint - largest).exp()
-    weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(joint.dtype).tiny)
-    return weights[..., :num_keys], weights[..., num_keys : num_keys + num_images]
-
-
-def _of_each_query(pool: Tensor, images: Images, group: int) -> Tensor:
-    """Keys or values of the images (Hkv, U, D) for each query: (B, Hq, Tq, K, D)."""
-    return pool[:, images.image_index.clamp(min=0).long()].repeat_interleave(group, 0).transpose(0, 1)
+        share = without_sink(lse, sink)[..., None]
+        text, image = text * share, image * share
+    return text, image
 
 
 AttentionInterface.register(IMPLEMENTATION, fusion_attention)

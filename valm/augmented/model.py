@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, StaticCache
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, StaticCache
 from transformers.generation import GenerationMixin
 
 from valm.augmented.attention import (
@@ -29,10 +29,12 @@ from valm.augmented.attention import (
     visual_attention_class,
     visual_layer_class,
 )
-from valm.augmented.probe import Probe, attention_path, decoder_layers, default_layer, in_mode, probe
+from valm.augmented.probe import Probe, attention_path, decoder_layers, default_layer, in_mode, not_on_images, probe
 from valm.augmented.sketch import project, sketch
 from valm.augmented.weights import fusion_weights
-from valm.config import NO_WEIGHTS, WEIGHTS_KEY, ValmConfig, check_score_scale
+from valm.config import check_score_scale
+from valm.config_file import MODEL_TYPE, NO_WEIGHTS, WEIGHTS_KEY
+from valm.documents import padding_apart, restart
 from valm.errors import ValmError
 from valm.image_model import ImageModel, ImageOptions
 
@@ -68,7 +70,7 @@ def augment(
         model: a causal language model of transformers, loaded, with attention implementation "sdpa" or "eager".
         image_dim: E, dimension of an image vector.
         num_images: K, images per token, from 1 to 64. 0 makes the text-only twin: what `unfreeze` names trains, nothing
-            is new and no image is taken.
+            is new and no image is taken. Its layer computes as that of its twin does: without attention dropout.
         layer: which layer, negative from the end. None: the layer before the last; where that has no attention with
             keys of its own, the last layer that has one, which a warning names.
         logit_bias: initial value of the number that each head adds to its scores of images. At -10 the pretrained
@@ -128,19 +130,18 @@ def augment(
         score_scale=score_scale,
         sketch=sketch(project(model)),
     )
-    if num_images > 0:
-        _attach_checked(model, options, found)
+    _attach_checked(model, options, found)
     return _with_class(model, options)
 
 
 def become_augmented(model: PreTrainedModel, options: FusionOptions) -> AugmentedCausalLM:
-    """`augment` with known options; the fusion's parameters have no values yet."""
-    if options.num_images > 0:
-        attach(model, options)
+    """`augment` with known options, for a model whose weights are still to be loaded."""
+    attach(model, options)
     return _with_class(model, options)
 
 
 def _with_class(model: PreTrainedModel, options: FusionOptions) -> AugmentedCausalLM:
+    # the class of this object, as the user holds it, and so do its optimizer, its hooks and PEFT
     model.config.valm = asdict(options)
     model.config.__class__ = augmented_config_class(type(model.config))
     model.__class__ = augmented_class(type(model))
@@ -150,18 +151,26 @@ def _with_class(model: PreTrainedModel, options: FusionOptions) -> AugmentedCaus
 
 
 def attach(model: PreTrainedModel, options: FusionOptions, found: Probe | None = None) -> None:
-    """Adds the fusion to a layer, with the initial values of `found` if given."""
+    """Adds the fusion to a layer; in a text-only twin it has no parameters, and attends to the text as its twin's does.
+
+    LN_img starts as the layer's own input norm, `found`, so that the attention reads images at the scale of its text;
+    with weight 1, closed images still moved the logits of SmolLM2.
+    """
     block: Any = decoder_layers(model)[options.layer]
     attention = block.get_submodule(attention_path(model, options.layer))
-    device = next(attention.parameters()).device
-    with torch.device(device):
-        fusion = ImageFusion(options).to(model.dtype)
-    if found is not None:
-        fusion.reset(found.norm_weight, found.norm_bias)
-    attention.image_fusion = fusion.train(attention.training)
+    if options.num_images > 0:
+        with torch.device(next(attention.parameters()).device):
+            fusion = ImageFusion(options).to(model.dtype)
+        if found is not None:
+            with torch.no_grad():
+                fusion.norm.weight.copy_(found.norm_weight)
+                fusion.norm.bias.copy_(found.norm_bias)
+        attention.image_fusion = fusion.train(attention.training)
     # the other layers' masks follow the model's own config, so this one may ask for another implementation
     attention.config = copy.copy(attention.config)
     attention.config._attn_implementation_internal = IMPLEMENTATION
+    # their classes, as modules around them would change the names of the weights, and transformers' checkpointing,
+    # sharding and output recorders look for the layer's own class
     attention.__class__ = visual_attention_class(type(attention))
     block.__class__ = visual_layer_class(type(block))
 
@@ -175,11 +184,14 @@ def _attach_checked(model: PreTrainedModel, options: FusionOptions, found: Probe
     try:
         with in_mode(attention, training=False):
             attention.check_mathematics(own_config, found.calls)
-    except Exception:
+    except Exception as error:
         attention.config = own_config
-        del attention.image_fusion
+        if options.num_images > 0:
+            del attention.image_fusion
         attention.__class__, block.__class__ = type(attention).wrapped_class, type(block).wrapped_class
-        raise
+        if isinstance(error, ValmError):
+            raise
+        raise not_on_images(attention, error) from error  # of the family's own code
 
 
 def freeze(model: PreTrainedModel, options: FusionOptions) -> None:
@@ -212,7 +224,7 @@ class AugmentedConfig(_Config):
         Raises:
             ValmError: it is the config of another model.
         """
-        found = ValmConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        found = AutoConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
         config = found[0] if isinstance(found, tuple) else found
         if not isinstance(config, cls):
             raise ValmError(
@@ -232,7 +244,7 @@ class AugmentedConfig(_Config):
         fusion = base.pop("valm")
         if fusion["num_images"] > 0:
             base[WEIGHTS_KEY] = NO_WEIGHTS
-        return {"model_type": ValmConfig.model_type, "base_config": base, "fusion": fusion}
+        return {"model_type": MODEL_TYPE, "base_config": base, "fusion": fusion}
 
 
 def augmented_config_class(base: Any) -> Any:
@@ -283,17 +295,19 @@ class AugmentedCausalLM(ImageModel):
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
-        options = FusionOptions(**config.valm)
-        if options.num_images > 0:
-            attach(self, options)
+        attach(self, self.fusion_options)
+
+    @property
+    def fusion_options(self) -> FusionOptions:
+        return FusionOptions(**self.config.valm)
 
     @property
     def image_options(self) -> ImageOptions:
-        options = FusionOptions(**self.config.valm)
+        options = self.fusion_options
         return ImageOptions(options.num_images, options.image_dim, options.blind, options.score_scale is not None)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any) -> Any:
         """`PreTrainedModel.from_pretrained` of a whole folder.
 
         Raises:
@@ -313,7 +327,7 @@ class AugmentedCausalLM(ImageModel):
                 f"the weights in {pretrained_model_name_or_path} have no {sorted(missing)[0]}: they are not those of "
                 "its config"
             )
-        freeze(model, FusionOptions(**model.config.valm))
+        freeze(model, model.fusion_options)
         model.opened_whole = True
         return (model, info) if with_info else model
 
@@ -335,17 +349,21 @@ class AugmentedCausalLM(ImageModel):
                 needs it beside images.
             image_slots: `valm_kernels.sort_image_slots(image_index, U)` beside images, so that the backward on CUDA
                 need not sort.
+            position_ids: where they restart in a row, another document begins, which sees none before it.
 
         Raises:
-            ValueError: images that do not fit; `output_attentions`, which has no place for weights of images.
+            ValueError: images that do not fit; `output_attentions`, which has no place for weights of images; or
+                several documents in a row and a cache.
         """
         arguments = dict(zip(self.forward_names, args, strict=False)) | kwargs
-        if arguments.get("output_attentions"):
-            raise ValueError("output_attentions: the fusion layer has one softmax over text and images, got True")
-        if image_slots is not None:
-            if image_index is None:
-                raise ValueError("image_slots must be given together with image_pool and image_index")
-            arguments["image_slots"] = image_slots
+        asked = arguments.get("output_attentions")
+        if asked or (asked is None and self.config.output_attentions):
+            raise ValueError(
+                "output_attentions: the fusion layer has one softmax over text and images; call fusion_attention()"
+            )
+        if image_slots is not None and image_index is None:
+            raise ValueError("image_slots must be given together with image_pool and image_index")
+        placed = self.place_text(arguments)
         input_ids: Any = arguments.get("input_ids")
         embeds: Any = arguments.get("inputs_embeds")
         mask: Any = arguments.get("attention_mask")
@@ -357,12 +375,41 @@ class AugmentedCausalLM(ImageModel):
         else:
             shape = (input_ids if embeds is None else embeds).shape[:2]
             self.check_images(shape, image_pool, image_index, image_scores)
-        if image_scores is not None:
-            arguments["image_scores"] = image_scores
-        output = super().forward(**arguments, image_pool=image_pool, image_index=image_index)
+        given = {"image_scores": image_scores, "image_slots": image_slots}
+        given = {name: tensor for name, tensor in given.items() if tensor is not None}
+        output = super().forward(**placed, **given, image_pool=image_pool, image_index=image_index)
         if began_here:
             self.keep_text(output, input_ids, mask)
         return output
+
+    def place_text(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a forward pass with those that say what each token sees of the text.
+
+        Documents in a row are told apart by positions that restart. transformers sees that without a mask and without a
+        cache only, and would otherwise mix them in silence.
+
+        Raises:
+            ValueError: there are several documents in a row and a cache.
+        """
+        positions, mask = arguments.get("position_ids"), arguments.get("attention_mask")
+        if positions is None or positions.dim() != 2 or positions.shape[1] == 1:
+            return arguments
+        if mask is not None and (not isinstance(mask, Tensor) or mask.shape[1:] != positions.shape[1:]):
+            return arguments
+        cached = arguments.get("cache", arguments.get("past_key_values")) is not None or arguments.get("use_cache")
+        if torch.compiler.is_compiling():  # a compiled graph cannot look
+            if cached:
+                return arguments
+        elif not restart(positions, mask):
+            return arguments
+        if cached:
+            raise ValueError(
+                "position_ids restart, so there are several documents in a row, which a cache cannot hold: call with "
+                "use_cache=False and without a cache, or give one document a row"
+            )
+        if mask is not None:
+            positions = padding_apart(positions.expand(len(mask), -1), mask)
+        return arguments | {"position_ids": positions, "attention_mask": None, "use_cache": False}
 
     @torch.no_grad()
     def fusion_attention(
@@ -379,11 +426,9 @@ class AugmentedCausalLM(ImageModel):
         `forward`; without images the weights are those of the text alone. Unlike `forward` this materialises the
         weights: use it for plots and explanations of short texts.
 
-        Raises:
-            ValueError: the model is a text-only twin.
         """
         if self.image_options.num_images == 0:
-            raise ValueError("a model with num_images = 0 has no fusion layer whose weights could be read")
+            return fusion_weights(self, input_ids=input_ids, attention_mask=attention_mask)
         if image_pool is None or image_index is None:
             image_pool = torch.zeros(0, self.image_options.image_dim, device=input_ids.device)
             image_index = torch.full((*input_ids.shape, 0), -1, device=input_ids.device)
@@ -410,7 +455,7 @@ class AugmentedCausalLM(ImageModel):
         cache = inputs.get("cache")  # not what came: Phi-3 drops its cache where its rotation changes
         static = isinstance(cache, StaticCache)
         if static:
-            inputs["text_limits"] = self._text_limits(inputs.get("attention_mask"))
+            inputs |= self.place_in_static_cache(inputs, kwargs.get("attention_mask"))
         if self.retriever is not None and cache is not None:
             found = self.find_images(inputs.get("input_ids"), kwargs.get("attention_mask"), cache)
             inputs["image_pool"], inputs["image_index"], inputs["image_scores"] = found
@@ -418,11 +463,15 @@ class AugmentedCausalLM(ImageModel):
                 inputs["image_pool"] = _padded_pool(inputs["image_pool"], inputs["image_index"].numel())
         return inputs
 
+    def place_in_static_cache(self, inputs: dict[str, Any], mask: Tensor | None) -> dict[str, Any]:
+        """What `place_text` adds to the `inputs` of a pass with a static cache. mask: (B, P + T), that of the text."""
+        return {"text_limits": self._text_limits(inputs.get("attention_mask"))}
+
     def _text_limits(self, masks: Any) -> TextLimits | None:
         """The limits of the fusion layer's text in the masks for `generate`: one, or one for each type of layer."""
         if isinstance(masks, dict):
             types = self.config.get_text_config(decoder=True).layer_types
-            masks = masks.get(types[self.config.valm["layer"]])
+            masks = masks.get(types[self.fusion_options.layer])
         if not isinstance(masks, Tensor) or masks.dim() != 4:
             return None
         seen = visible_keys(masks)

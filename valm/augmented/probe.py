@@ -143,11 +143,14 @@ def _has_keys(attention: nn.Module, arguments: dict[str, Any]) -> bool:
     except _Probed as probed:
         return probed.key[2] == fewer.shape[1]
     except Exception as error:  # of the family's own code
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValmError(
-            f"{type(attention).__name__} does not run on images, without the text's mask: {reason}"
-        ) from error
+        raise not_on_images(attention, error) from error
     return False
+
+
+def not_on_images(attention: nn.Module, error: Exception) -> ValmError:
+    """What to raise where the family's own code raised `error` when its attention ran on images."""
+    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    return ValmError(f"{type(attention).__name__} does not run on images, without the text's mask: {reason}")
 
 
 def probe(model: PreTrainedModel, layer: int) -> Probe:
@@ -203,6 +206,8 @@ def probe(model: PreTrainedModel, layer: int) -> Probe:
                 raise ValmError(f"{type(attention).__name__} did not call transformers' attention interface")
             if not found.causal:
                 raise ValmError(f"{type(attention).__name__} is not causal: only decoders can be augmented")
+            if "hidden_states" not in read["arguments"]:
+                raise ValmError(f"{type(attention).__name__} has no hidden_states among its arguments")
             count = tokens.shape[1]
             calls = [Call(read["arguments"], count - 1)]
             hidden_states = calls[0].arguments["hidden_states"]
@@ -283,6 +288,8 @@ def _affine(norm: nn.Module | None, hidden_states: Tensor) -> tuple[Tensor, Tens
 
 
 class _Probed(Exception):
+    """Ends the run at the attention: its output is not known, and the layers behind it could not go on without it."""
+
     def __init__(self, query: torch.Size, key: torch.Size, value: torch.Size, causal: bool):
         self.query, self.key, self.value, self.causal = query, key, value, causal
 

@@ -53,7 +53,7 @@ def save_adapter(model: AugmentedCausalLM, folder: str | os.PathLike) -> Path:
             it, for one) or may have, in a model of an earlier version, so an adapter would not be the model; or the
             folder cannot be written.
     """
-    options = FusionOptions(**model.config.valm)
+    options = model.fusion_options
     if options.unfreeze == "all":
         raise ValmError('with unfreeze="all" every weight was trained: save the whole model by save_pretrained')
     if options.sketch is None:

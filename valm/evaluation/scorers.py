@@ -28,7 +28,7 @@ from valm.augmented.saving import is_adapter
 from valm.checkpoint import Config, load
 from valm.clip import CONFIG_FILE as CLIP_CONFIG_FILE
 from valm.clip import Clip
-from valm.config import ValmConfig
+from valm.config_file import MODEL_TYPE
 from valm.errors import ValmError
 from valm.evaluation.choice import check_single_tokens
 from valm.evaluation.controls import switch_images
@@ -341,7 +341,7 @@ def open_scorer(
         return _open_valm(source, where)
     if not is_folder(folder) and not allow_download:
         raise ValmError(f"there is no model folder {source}; a model's name on a hub needs --allow-download")
-    if is_file(folder / CONFIG_FILE) and _model_type(folder) == ValmConfig.model_type:
+    if is_file(folder / CONFIG_FILE) and _model_type(folder) == MODEL_TYPE:
         return _open_valm(source, where)
     return _open_transformers(source, allow_download, device)
 

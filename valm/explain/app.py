@@ -174,7 +174,7 @@ class App:
         has_kb = RETRIEVED in self.choices
         stops = [stop for stop in TOUR if stop.images in self.choices]
         beside = [*self.choices[:1], *([self.other[0]] if self.other else [])]
-        heads = self._num_heads()
+        heads = self.model.fusion_options.heads
         page = {"title": f"valm · {self.name}", "analytics_enabled": False, "delete_cache": UPLOADS_STAY}
         with gradio.Blocks(**page) as blocks:
             gradio.HTML(
@@ -238,11 +238,6 @@ class App:
     def _max_images(self) -> int:
         in_kb = len(self.model.retriever.kb) if RETRIEVED in self.choices else 1
         return max(1, self.model.image_options.num_images, min(MAX_IMAGES, in_kb))
-
-    def _num_heads(self) -> int:
-        """H of the fusion layer."""
-        config = self.model.config
-        return config.valm["heads"] if hasattr(config, "valm") else config.n_head
 
 
 def launch(app: App, port: int | None = None) -> Any:

@@ -24,7 +24,7 @@ TOP_ANSWERS = 10
 
 @dataclass(frozen=True)
 class Explanation:
-    """One text of T tokens, read by a model with H heads in its fusion block, and the K images of each token.
+    """One text of T tokens, read by a model with H heads in its fusion layer, and the K images of each token.
 
     text: the prompt.
     tokens: T strings, as they are shown.

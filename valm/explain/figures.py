@@ -73,7 +73,7 @@ def explanation_rows(explanations: Mapping[str, Explanation]) -> Figure:
 
 
 def attention(explanation: Explanation) -> Figure:
-    """The attention of each token in the fusion block, over the text before it and its own images, from one softmax;
+    """The attention of each token in the fusion layer, over the text before it and its own images, from one softmax;
     the mean over the heads."""
     figure = new_figure(*_attention_size(explanation))
     _draw_attention(figure, explanation, _largest_image(explanation))

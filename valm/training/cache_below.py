@@ -19,12 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from valm.augmented.model import AugmentedCausalLM
 from valm.augmented.probe import decoder_layers, in_mode, probe_tokens
-from valm.config import WEIGHTS_KEY
+from valm.config_file import WEIGHTS_KEY
 from valm.errors import ValmError
 from valm.files import atomic_path, writable_folder
-from valm.image_model import ImageModel
-from valm.model import VaLMForCausalLM
 from valm.progress import progress_bar
 from valm.shards.manifest import open_array
 from valm.tokenizer import padded
@@ -150,10 +149,8 @@ def fusion_layer(model: Any) -> int:
     Raises:
         ValmError: the model has none.
     """
-    if isinstance(model, VaLMForCausalLM):
-        return model.config.fusion_index
-    if isinstance(model, ImageModel):
-        return model.config.valm["layer"] % len(decoder_layers(model))
+    if isinstance(model, AugmentedCausalLM):
+        return model.fusion_options.layer % len(decoder_layers(model))
     raise ValmError(f"{type(model).__name__} has no fusion layer: name a layer")
 
 
@@ -167,7 +164,7 @@ def fusion_input(states: Sequence[np.ndarray], places: Sequence[tuple[int, slice
 
 
 class _Reached(Exception):
-    """Signals that the layer was reached, with its input."""
+    """Ends the run at the layer, with its input: running the layers from there on is what the cache saves."""
 
     def __init__(self, states: Tensor):
         self.states = states

@@ -20,6 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, ge
 from valm.checkpoint import save_checkpoint
 from valm.errors import ValmError
 from valm.files import writable_folder
+from valm.old_weights import is_old
 from valm.pretrained import quiet_transformers
 from valm.retrieval.note import RetrievalNote
 from valm.training.launch import check_processes
@@ -29,7 +30,7 @@ from valm_kernels.atomic_files import move_folder, remove_leftovers, temporary_f
 
 log = logging.getLogger(__name__)
 
-# A part of the names of an augmented model's new parameters.
+# A part of the names of the parameters that only see images.
 FUSION_NAME = ".image_fusion."
 # A function from a model to numbers by name.
 Measure = Callable[[Any], dict[str, float]]
@@ -46,7 +47,7 @@ class ImageTrainer(Trainer):
     Args:
         note: what finds the images, for a model that is trained on retrieved ones and has no retriever.
         measures: called after each evaluation; their numbers are logged as eval_NAME.
-        fusion_lr: learning rate of the new parameters of an augmented model; None = that of all others.
+        fusion_lr: learning rate of the parameters that only see images; None = that of all others.
         options: the Trainer's.
     """
 
@@ -319,6 +320,11 @@ class ImageTrainer(Trainer):
         model: Any = self.model
         tied = model._tied_weights_keys or ()  # they are saved under one name
         wrong = [name for name in load_result.missing_keys if name not in tied] + load_result.unexpected_keys
+        if is_old(load_result.unexpected_keys):
+            raise ValmError(
+                "the checkpoint is of an earlier version, whose fusion block had other parameters, so its training "
+                "cannot go on: finish it by that version, or begin a new one"
+            )
         if wrong:
             raise ValmError(f"the checkpoint is of another model than this {type(model).__name__}: {wrong[0]}")
 

@@ -2,10 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from tests.valm.augmented.models import augmented, random_ids, random_images, tiny_gpt2
+from tests.valm.augmented.models import augmented, random_ids, random_images
 from valm.augmented import attention as fusion
 from valm.augmented.attention import FusionTerms, Images, fusion_attention, joint_attention
-from valm.augmented.probe import decoder_layers
 from valm.errors import ValmError
 
 
@@ -150,27 +149,3 @@ def test_images_stand_at_the_tokens_position_wherever_the_text_is():
     here = model(ids, position_ids=positions, **images).logits
     far = model(ids, position_ids=positions + 50, **images).logits
     torch.testing.assert_close(here, far, rtol=1e-3, atol=1e-3)
-
-
-def test_gpt2_computes_what_valm_does():
-    """One mechanism in two codes: VaLM adds no bias of c_attn to its images."""
-    from valm.augmented.model import fusion_module
-    from valm.model import VaLMForCausalLM
-
-    model = augmented(tiny_gpt2)
-    module = fusion_module(model)
-    valm = VaLMForCausalLM.from_gpt2(tiny_gpt2(), image_dim=24, num_images=3).eval()
-    own = valm.transformer.h[1].attn
-    with torch.no_grad():
-        bias = decoder_layers(model)[-2].attn.c_attn.bias[32:].view(2, 4, 8)
-        for mine, other in (
-            (own.image_proj, module.proj.weight),
-            (own.ln_img.weight, module.norm.weight),
-            (own.ln_img.bias, module.norm.bias),
-            (own.image_k_bias, module.k_bias + bias[0]),
-            (own.image_v_bias, module.v_bias + bias[1]),
-            (own.image_logit_bias, module.logit_bias),
-        ):
-            mine.copy_(other)
-    ids, images = random_ids(2, 9), random_images(2, 9)
-    torch.testing.assert_close(valm(ids, **images).logits, model(ids, **images).logits, rtol=1e-4, atol=1e-4)

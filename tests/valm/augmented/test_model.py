@@ -110,8 +110,9 @@ def test_the_text_only_twin_is_the_base_of_which_a_part_trains(unfreeze, count, 
     assert len(trained(twin)) == count
     with pytest.raises(ValueError, match="num_images = 0"):
         logits(twin)
-    with pytest.raises(ValueError, match="has no fusion layer"):
-        twin.fusion_attention(random_ids(2, 9))
+    text, image = twin.fusion_attention(random_ids(2, 9))
+    assert image.shape == (2, 4, 9, 0)
+    torch.testing.assert_close(text.sum(-1), torch.ones(2, 4, 9))
     twin.save_pretrained(tmp_path)
     loaded = valm_class_from(tmp_path)
     assert loaded.image_options.num_images == 0 and trained(loaded) == trained(twin)

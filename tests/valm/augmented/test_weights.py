@@ -3,9 +3,8 @@ import torch
 
 from tests.valm.augmented.models import augmented, random_ids, random_images, tiny_gpt2, tiny_llama
 from tests.valm.augmented.test_attention import Head, interval_mask, problem
-from valm.augmented.attention import fusion_attention
+from valm.augmented.attention import fusion_attention, joint_weights
 from valm.augmented.model import fusion_module
-from valm.augmented.weights import _read_weights, _WeightsRead
 
 SINK = torch.tensor([0.5, -1.0, 3.0, 0.0])
 HOLE = interval_mask(torch.zeros(2, 7), 7)
@@ -20,14 +19,16 @@ HOLE[0, 0, 5, 2] = False
 def test_the_weights_are_those_of_the_output(images, extras, mask):
     (query, key, value), given = problem(images=images)
     out = fusion_attention(Head(), query, key, value, mask, images=given, **extras)[0].transpose(1, 2)
-    with pytest.raises(_WeightsRead) as read:
-        fusion_attention(Head(), query, key, value, mask, images=given, read_weights=_read_weights, **extras)
-    expected = read.value.text @ value.repeat_interleave(2, 1)
-    assert read.value.images.shape == (2, 4, 7, 3 if images else 0)
+    read = []
+    fusion_attention(Head(), query, key, value, mask, images=given, read_weights=lambda *a: read.append(a), **extras)
+    (arguments,) = read
+    text, image = joint_weights(*arguments)
+    expected = text @ value.repeat_interleave(2, 1)
+    assert image.shape == (2, 4, 7, 3 if images else 0)
     if given is not None:
         image_v = given.values + given.terms.v_bias[:, None]  # (Hkv, U, D)
         gathered = image_v[:, given.image_index.clamp(min=0)].repeat_interleave(2, 0).transpose(0, 1)
-        expected = expected + (read.value.images[..., None] * gathered).sum(-2)
+        expected = expected + (image[..., None] * gathered).sum(-2)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 

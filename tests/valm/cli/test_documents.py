@@ -16,6 +16,7 @@ import valm
 from tests.valm.cli.commands import SIZE
 from tests.valm.evaluation.small_sets import write_sets
 from tests.valm.other_tokenizers import gpt2_like
+from valm.augmented.model import fusion_module
 from valm.cli import build_parser, main
 from valm.retrieval.note import RetrievalNote
 
@@ -128,10 +129,9 @@ def test_the_search_of_the_examples_is_exact(monkeypatch, tmp_path, capsys):
 
 def test_images_are_switched_on_and_off_in_the_examples(monkeypatch, world, tmp_path, capsys):
     model, tokenizer = valm.load(world / "valm")
-    attention = model.transformer.h[model.config.fusion_index].attn
     with torch.no_grad():  # so little trained, the model hardly looks at its images
-        attention.image_logit_bias.fill_(4)
-        attention.c_proj.weight.mul_(100)
+        fusion_module(model).logit_bias.fill_(4)
+        model.transformer.h[model.config.fusion_index].attn.c_proj.weight.mul_(100)
         model.transformer.ln_f.weight.mul_(5)
     valm.save_checkpoint(model, tokenizer, tmp_path / "valm", note=RetrievalNote.read(world / "valm"))
     run_example(monkeypatch, "images_on_and_off", str(tmp_path / "valm"), "--question", "the color of the sea is")

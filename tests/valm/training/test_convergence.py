@@ -11,7 +11,7 @@ import torch
 
 from tests.valm.killed import SECONDS, forked, needs_fork
 from tests.valm.training.documents import TOKENIZER, documents, new_model, new_trainer
-from valm import fusion
+from valm.augmented import attention
 from valm.checkpoint import load
 from valm_kernels import visual_fusion_attn
 from valm_kernels.atomic_files import is_temporary
@@ -30,7 +30,7 @@ def test_the_fused_operation_has_the_losses_of_the_reference(tmp_path, monkeypat
     """Over 200 steps, as far apart as twice what another thread count does to the reference."""
 
     def losses(impl, count):
-        monkeypatch.setattr(fusion, "visual_fusion_attn", functools.partial(visual_fusion_attn, impl=impl))
+        monkeypatch.setattr(attention, "visual_fusion_attn", functools.partial(visual_fusion_attn, impl=impl))
         threads(count)
         model = new_model(n_embd=128, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
         sizes = {"max_steps": 200, "per_device_train_batch_size": 16, "learning_rate": 1e-3, "warmup_steps": 20}

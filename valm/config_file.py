@@ -1,0 +1,14 @@
+"""What the config.json of a model with images says to transformers."""
+
+from __future__ import annotations
+
+# Of a VaLM, and of a decoder that `valm.augment` made one that takes images.
+MODEL_TYPE = "valm"
+
+# The entry of a config in which transformers looks for the name of its weights. In the file of a model with images it
+# has this sentence, so a class of transformers raises it instead of loading the model without its images.
+WEIGHTS_KEY = "transformers_weights"
+NO_WEIGHTS = (
+    "this model takes images, which only its own class reads: load it by valm.load or, after `import valm`, by "
+    "AutoModelForCausalLM"
+)

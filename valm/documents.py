@@ -1,0 +1,91 @@
+"""Documents in rows of tokens: where each begins, its positions, and the mask that keeps a text block inside it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Documents(NamedTuple):
+    """first_key: (B, T) int32, the first key of each token's document. position_ids: (B, T) int64, the distance from
+    it, 0 at padding. present: (B, T) bool, False at padding; None = no padding."""
+
+    first_key: Tensor
+    position_ids: Tensor
+    present: Tensor | None
+
+
+def find_documents(begins: Tensor, mask: Tensor | None, *, past: int = 0, first_key: Tensor | None = None) -> Documents:
+    """The documents of T tokens behind `past` others. One begins where `begins` says so, and behind padding.
+
+    Args:
+        begins: (B, T) bool.
+        mask: (B, 1 + T), 0 at padding, of the token before these (0 where there is none) and of these; None = no
+            padding.
+        first_key: (B,) int32, of the document that the last of the `past` tokens belongs to.
+    """
+    batch, length = begins.shape
+    key = torch.arange(length, dtype=torch.int32, device=begins.device) + past
+    present = None
+    if mask is not None:
+        text = mask.bool()
+        present = text[:, 1:]
+        begins = present & (begins | ~text[:, :-1])
+    if first_key is None:
+        first_key = torch.zeros(batch, dtype=torch.int32, device=begins.device)
+    first_keys = torch.where(begins, key.int(), first_key[:, None]).cummax(dim=1).values
+    positions = (key - first_keys).long()
+    if present is not None:
+        positions = positions.masked_fill(~present, 0)
+    return Documents(first_keys, positions, present)
+
+
+def unless_all_zero(first_key: Tensor) -> Tensor | None:
+    """None if every query sees everything before it, which is faster. Checked on CPU only: elsewhere it would wait for
+    the device, and a compiled graph cannot check."""
+    if first_key.device.type == "cpu" and not torch.compiler.is_compiling() and not first_key.any():
+        return None
+    return first_key
+
+
+def text_mask(
+    first_key: Tensor | None,
+    shape: tuple[int, int],
+    past: int,
+    *,
+    float_dtype: torch.dtype | None,
+    device: torch.device,
+) -> Tensor:
+    """The mask (B or 1, 1, T, S) of text blocks for `shape` (T, S).
+
+    Args:
+        first_key: (B, T), None = 0.
+        past: tokens before these T; behind all of them, up to S, are keys that are not used yet.
+        float_dtype: of a mask that is added to the scores; None makes one of bool.
+    """
+    length, num_keys = shape
+    query = torch.arange(length, device=device) + past
+    key = torch.arange(num_keys, device=device)
+    mask = (key <= query[:, None])[None, None]  # (1, 1, T, S)
+    if first_key is not None:
+        mask = mask & (key >= first_key[:, None, :, None])  # (B, 1, T, S)
+    if float_dtype is None:
+        return mask
+    return torch.zeros(mask.shape, dtype=float_dtype, device=device).masked_fill(~mask, torch.finfo(float_dtype).min)
+
+
+def restart(position_ids: Tensor, mask: Tensor | None) -> bool:
+    """Whether the positions (B or 1, T) of one token are not behind those of the token before it, both no padding in
+    `mask` (B, T): they are of several documents in a row. This waits for a GPU."""
+    again = position_ids[:, 1:] <= position_ids[:, :-1]
+    if mask is not None:
+        again = again & mask[:, 1:].bool() & mask[:, :-1].bool()
+    return bool(again.any())
+
+
+def padding_apart(position_ids: Tensor, mask: Tensor) -> Tensor:
+    """The positions (B, T) with others at padding, 0 in `mask` (B, T), that make each padding token a document of its
+    own: transformers sees documents where a position is not the one before it plus 1."""
+    return torch.where(mask.bool(), position_ids, position_ids.amax(-1, keepdim=True))
