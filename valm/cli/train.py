@@ -224,7 +224,7 @@ def run_train(arguments: argparse.Namespace) -> None:
         tokenizer=tokenizer,
         arguments=settings,
         eval_dataset=held_out,
-        row_length=arguments.context if arguments.base is None else None,
+        row_length=arguments.context,
         cache_below=arguments.cache_below,
         fusion_lr=arguments.fusion_lr if sees.num_images > 0 else None,
         limit_softmax=arguments.limit_softmax,
@@ -388,7 +388,7 @@ def other_base_tensor(model: Any, noted: Any) -> str | None:
     if not isinstance(noted, dict):
         return "every tensor"
     if all(isinstance(value, float) for value in noted.values()):
-        return other_weight(fingerprint(decoder_layers(model)[model.config.valm["layer"]]), noted)
+        return other_weight(fingerprint(decoder_layers(model)[model.fusion_options.layer]), noted)
     return other_tensor(project(model, noted), noted)
 
 
@@ -401,7 +401,7 @@ def option_of(name: str) -> str:
 
 def model_settings(config: Any) -> dict[str, Any]:
     """All that the config says of the model, of an augmented one its base's and the fusion's together."""
-    from valm.config import WEIGHTS_KEY
+    from valm.config_file import WEIGHTS_KEY
 
     found = config.to_diff_dict()
     found |= {**found.pop("base_config", {}), **found.pop("fusion", {})}

@@ -30,8 +30,8 @@ class Collator:
     base, padded with NO_IMAGE; for a model that uses them also `image_scores` (T, K). The batch has
 
     - input_ids, attention_mask, labels (B, L) int64; labels ignore padding and bos (if bos is also eos, only the bos
-      that opens a document);
-    - with a knowledge base: image_pool (U, E) float16, the vectors of the images in this batch, each once, and
+      that opens a document). With `by_positions` no attention_mask, but position_ids (B, L) int64, which restart at
+      each document; each token of padding is one of its own;
     - with a knowledge base: image_pool (U, E) float16, the vectors of the images in this batch, each once, and
       image_index (B, L, K) int64 into it, -1 = none, and image_slots, which saves the backward on CUDA a sort
       (`sort_image_slots`); with `scores`, image_scores (B, L, K) float32, -inf = none;
@@ -41,7 +41,9 @@ class Collator:
         kb: has the vectors; None for a model without images, or with a retriever (`set_retriever`).
         scores: the model uses retrieval scores.
         row_length: None puts each document into its own row, padded to the longest. A number packs as many documents
-            as fit, in order, into rows of at most that length: the model separates documents at each SOT.
+            as fit, in order, into rows of at most that length.
+        by_positions: the model keeps packed documents apart by their positions (`keeps_apart`), and not, as a
+            `VaLMForCausalLM` does, at each SOT.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Collator:
         row_length: int | None = None,
         *,
         scores: bool = False,
+        by_positions: bool = False,
     ):
         self.vocabulary = len(tokenizer)
         self.bos = begin_id(tokenizer)
@@ -60,6 +63,7 @@ class Collator:
         self.kb = kb
         self.row_length = row_length
         self.scores = scores
+        self.by_positions = by_positions
 
     def __call__(self, documents: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """The batch of `documents`.
@@ -67,16 +71,19 @@ class Collator:
         Raises:
             ValmError: with a knowledge base, a document lacks image_ids, or image_scores that the model uses, or has an
                 image that is not in it; a token is not in the tokenizer; or a document to be packed does not begin with
-                bos.
+                bos, where the model separates documents at that.
         """
-        if self.row_length is not None and any(document["input_ids"][0] != self.bos for document in documents):
+        begins = self.row_length is not None and not self.by_positions
+        if begins and any(document["input_ids"][0] != self.bos for document in documents):
             raise ValmError("a document does not begin with bos: packed, it would be read on from the one before it")
         places, shape = self._places([len(document["input_ids"]) for document in documents])
         ids = np.full(shape, self.pad, dtype=np.int64)
         mask = np.zeros(shape, dtype=np.int64)
+        positions = np.zeros(shape, dtype=np.int64)
         for document, place in zip(documents, places, strict=True):
             ids[place] = document["input_ids"]
             mask[place] = 1
+            positions[place] = np.arange(len(document["input_ids"]))
         if ids.min() < 0 or ids.max() >= self.vocabulary:
             raise ValmError(
                 f"the documents have token ids from {ids.min()} to {ids.max()}, the tokenizer only {self.vocabulary}; "
@@ -85,7 +92,8 @@ class Collator:
         labels = np.where((mask == 1) & (self.bos_ends | (ids != self.bos)), ids, IGNORED)
         for row, columns in places:
             labels[row, columns.start] = IGNORED
-        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        batch = {"input_ids": ids, "labels": labels}
+        batch |= {"position_ids": positions} if self.by_positions else {"attention_mask": mask}
         if self.kb is not None:
             batch |= self._images(self.kb, documents, places, shape)
             if self.scores:

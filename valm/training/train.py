@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -27,6 +28,9 @@ from valm.training.collate import NO_SCORES, Collator
 from valm.training.image_trainer import FUSION_NAME, ImageTrainer, Measure
 from valm.training.launch import check_processes
 from valm.training.limited_softmax import LimitedSoftmax
+from valm.training.packing import keeps_apart
+
+log = logging.getLogger(__name__)
 
 # Defaults of `training_arguments`. AdamW and clipping as in Wang et al. 2022, whose schedule was inverse_sqrt.
 DEFAULTS: dict[str, Any] = {
@@ -92,10 +96,11 @@ def trainer(
         arguments: see `training_arguments` for those of the paper. per_device_train_batch_size counts documents, or
             blocks of them.
         eval_dataset: documents to evaluate on, as `dataset`: loss and perplexity over all their tokens.
-        row_length: pack documents into rows of this length (see `Collator`); None pads.
+        row_length: pack documents into rows of this length (see `Collator`); None pads. A model that does not keep them
+            apart (`keeps_apart`), or that retrieves as it trains, gets padded rows, and the log says so.
         cache_below: folder for the input of the fusion layer, computed once if all layers below are frozen
             (`valm.training.cache_below`); None computes it in every step.
-        fusion_lr: learning rate of the parameters that `valm.augment` added; None uses that of `arguments`.
+        fusion_lr: learning rate of the parameters that only see images; None uses that of `arguments`.
         limit_softmax: compute the training loss over the tokens of `dataset` and a sample of the others
             (`LimitedSoftmax`).
         measures: called with the model after each evaluation, such as a `ColorAccuracy`.
@@ -108,14 +113,12 @@ def trainer(
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # of a PEFT model
     for documents in (dataset, eval_dataset):
         if documents is not None:
-            _check(inner, documents, kb, tokenizer, row_length)
+            _check(inner, documents, kb, tokenizer)
             if (retrieved := _retrieval(documents)) is not None:
                 with arguments.main_process_first(desc="verify"):
                     retrieved.verify_once()
     if fusion_lr is not None and not any(FUSION_NAME in name for name, _ in model.named_parameters()):
-        raise ValmError(
-            f"fusion_lr is of the parameters that valm.augment adds, and this {type(inner).__name__} has none"
-        )
+        raise ValmError(f"fusion_lr is of the parameters that see images, and this {type(inner).__name__} has none")
     if limit_softmax and arguments.label_smoothing_factor:
         raise ValmError(
             f"label_smoothing_factor is {arguments.label_smoothing_factor}, but limit_softmax computes a part of the "
@@ -130,6 +133,12 @@ def trainer(
             return documents
         return Blocks(documents, limit, begin_id(tokenizer))
 
+    if row_length is not None and not isinstance(inner, VaLMForCausalLM):
+        retrieves = kb is None and _image_options(inner).num_images > 0
+        if retrieves or not keeps_apart(inner):
+            why = "retrieves as it trains" if retrieves else "does not keep documents apart by their positions"
+            log.warning(f"this {type(inner).__name__} {why}: each document gets a row of its own")
+            row_length = None
     changed: Any = copy.copy(arguments)
     changed.remove_unused_columns = False  # the collator makes the model's arguments of others
     changed.logging_nan_inf_filter = False
@@ -155,7 +164,13 @@ def trainer(
         args=changed,
         train_dataset=trained,
         eval_dataset=evaluated,
-        data_collator=Collator(tokenizer, kb, row_length, scores=_image_options(inner).scored),
+        data_collator=Collator(
+            tokenizer,
+            kb,
+            row_length,
+            scores=_image_options(inner).scored,
+            by_positions=row_length is not None and not isinstance(inner, VaLMForCausalLM),
+        ),
         processing_class=with_length(tokenizer, inner),
         **options,
     )
@@ -191,16 +206,12 @@ def _image_options(model: Any) -> ImageOptions:
     return getattr(model, "image_options", ImageOptions(0, 0, False))
 
 
-def _check(
-    model: Any, dataset: Any, kb: ImageKnowledgeBase | None, tokenizer: PreTrainedTokenizerFast, row_length: int | None
-) -> None:
+def _check(model: Any, dataset: Any, kb: ImageKnowledgeBase | None, tokenizer: PreTrainedTokenizerFast) -> None:
     options = _image_options(model)
     sized = hasattr(dataset, "__len__")
     if sized and len(dataset) == 0:
         raise ValmError("there are no documents to train on: the corpus has no text")
     check_vocabulary(model, tokenizer)
-    if row_length is not None and not isinstance(model, VaLMForCausalLM):
-        raise ValmError("only VaLMForCausalLM keeps documents apart in a packed row: drop row_length")
     if kb is not None and options.num_images == 0:
         raise ValmError("a model with num_images = 0 (GPT-2*) sees no images: train it without a knowledge base")
     if kb is None and options.num_images > 0 and model.retriever is None:

@@ -162,8 +162,8 @@ def test_an_augmented_decoder_trains_what_was_added_and_goes_on(tmp_path):
     assert all(torch.equal(weight, made.model.state_dict()[name]) for name, weight in loaded.state_dict().items())
     made.write(tmp_path / "model", TOKENIZER)
     assert type(load(tmp_path / "model")[0]).__name__ == "LlamaForCausalLM"
-    with pytest.raises(ValmError, match="only VaLMForCausalLM keeps documents apart in a packed row"):
-        trainer(augmented(), documents(), Vectors(), tokenizer=TOKENIZER, arguments=made.args, row_length=8)
+    packed = trainer(augmented(), documents(), Vectors(), tokenizer=TOKENIZER, arguments=made.args, row_length=16)
+    assert packed.data_collator.by_positions and packed.data_collator.row_length == 16
 
 
 @pytest.mark.parametrize(
@@ -258,11 +258,10 @@ def test_the_new_parameters_have_a_learning_rate_of_their_own(tmp_path):
 
 
 def test_a_learning_rate_of_new_parameters_that_there_are_not_is_refused(tmp_path):
-    with pytest.raises(ValmError, match=r"valm\.augment adds, and this VaLMForCausalLM has none"):
+    with pytest.raises(ValmError, match=r"of the parameters that see images, and this VaLMForCausalLM has none"):
         trainer(
-            new_model(),
+            new_model(num_images=0),
             documents(),
-            Vectors(),
             tokenizer=TOKENIZER,
             arguments=training_arguments(tmp_path),
             fusion_lr=1.0,
