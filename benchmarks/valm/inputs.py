@@ -30,7 +30,7 @@ from valm.knowledge_base.format import (
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model import VaLMForCausalLM
 from valm.retrieval.context import ContextEncoder
-from valm.retrieval.retriever import Retrieved, VectorIndex
+from valm.retrieval.retriever import VectorIndex
 from valm.self_query import SelfEncoder, SelfRetriever
 
 TOWERS = {
@@ -118,11 +118,11 @@ class TowerQueries(SelfRetriever):
         self.position = 0
         return self
 
-    def retrieve(self, queries: torch.Tensor) -> Retrieved:
+    def nearest(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the next positions of the text, from the beginning again behind its end."""
         at = (self.position + torch.arange(queries.shape[1])) % self.queries.shape[1]
         self.position = int(at[-1]) + 1
-        return super().retrieve(self.queries[:, at].to(queries.device))
+        return super().nearest(self.queries[:, at].to(queries.device))
 
 
 def self_retriever(
