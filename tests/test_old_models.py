@@ -147,5 +147,20 @@ def test_a_training_of_valm_says_that_it_cannot_go_on(stores):
 def test_an_option_that_the_earlier_version_ignored_is_refused(stores):
     file = stores / "models" / "width" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"scale_attn_weights": False}))
-    with pytest.raises(ValmError, match="ignored scale_attn_weights=False"):
+    with pytest.raises(ValmError, match="scale_attn_weights must be True"):
         VaLMForCausalLM.from_pretrained(file.parent)
+
+
+def test_an_earlier_model_takes_the_arguments_of_from_pretrained(stores):
+    folder = stores / "models" / "width"
+    arguments = {"resid_pdrop": 0.0, "dtype": torch.bfloat16, "attn_implementation": "eager", "state_dict": None}
+    for source, more in ((folder, {}), (folder.parent, {"subfolder": "width"})):
+        model = VaLMForCausalLM.from_pretrained(source, **arguments, **more)
+        assert model.config.resid_pdrop == 0 and model.dtype == torch.bfloat16
+        assert model.config._attn_implementation == "eager" and not model.training
+
+
+def test_a_class_of_transformers_finds_no_weights(stores, tmp_path):
+    VaLMForCausalLM.from_pretrained(stores / "models" / "width").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="this model takes images"):
+        GPT2LMHeadModel.from_pretrained(tmp_path, config=ValmConfig.from_pretrained(tmp_path))

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import GPT2Config
 
-from valm.config_file import MODEL_TYPE, NO_WEIGHTS, WEIGHTS_KEY
+from valm.config_file import MODEL_TYPE, NO_WEIGHTS, WEIGHTS_KEY, reads_images
 from valm.errors import ValmError
 from valm.text import nearest
 
@@ -96,6 +96,10 @@ class ValmConfig(GPT2Config):
         check_score_scale("image_score_scale_init", image_score_scale_init, num_images)
         if query_clip is not None:
             self.check_query_head()
+        if not self.scale_attn_weights:
+            raise ValmError(
+                "scale_attn_weights must be True: earlier versions ignored another value in the fusion layer"
+            )
         if self.add_cross_attention:
             raise ValmError("add_cross_attention must be False: VaLM is a decoder without an encoder")
         if self.n_embd % self.n_head or not 8 <= self.n_embd // self.n_head <= 256:
@@ -146,6 +150,11 @@ class ValmConfig(GPT2Config):
             raise ValmError(
                 f"a query head needs retrieved images, got num_images = {self.num_images}, blind = {self.blind}"
             )
+
+    @property
+    def transformers_weights(self) -> str | None:
+        """What `from_pretrained` of any class looks for: none but that of a VaLM finds the weights."""
+        return None if self.num_images == 0 or reads_images.get() else NO_WEIGHTS
 
     @property
     def fusion_index(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
+
 # Of a VaLM, and of a decoder that `valm.augment` made one that takes images.
 MODEL_TYPE = "valm"
 
@@ -12,3 +14,6 @@ NO_WEIGHTS = (
     "this model takes images, which only its own class reads: load it by valm.load or, after `import valm`, by "
     "AutoModelForCausalLM"
 )
+
+# Whether a class that takes images is reading the weights, and not another class that was given its config.
+reads_images: ContextVar[bool] = ContextVar("reads_images", default=False)

@@ -76,13 +76,30 @@ def text_mask(
     return torch.zeros(mask.shape, dtype=float_dtype, device=device).masked_fill(~mask, torch.finfo(float_dtype).min)
 
 
-def restart(position_ids: Tensor, mask: Tensor | None) -> bool:
-    """Whether the positions (B or 1, T) of one token are not behind those of the token before it, both no padding in
-    `mask` (B, T): they are of several documents in a row. This waits for a GPU."""
-    again = position_ids[:, 1:] <= position_ids[:, :-1]
-    if mask is not None:
-        again = again & mask[:, 1:].bool() & mask[:, :-1].bool()
-    return bool(again.any())
+class Restarts(NamedTuple):
+    """Of positions (B, T): `any` bool tensor, whether another document begins in a row behind one. `odd` bool tensor,
+    whether a document has a gap in its positions, or padding inside it."""
+
+    any: Tensor
+    odd: Tensor
+
+
+def restarts(position_ids: Tensor, mask: Tensor | None, text_before: Tensor | None = None) -> Restarts:
+    """Finds documents by their positions.
+
+    Args:
+        mask: (B, T), 0 at padding; None = no padding.
+        text_before: (B,) bool, whether a row has text before these tokens; None = none has.
+    """
+    text = torch.ones_like(position_ids, dtype=torch.bool) if mask is None else mask.bool()
+    step = position_ids.diff(dim=1)
+    goes_on = text[:, 1:] & text[:, :-1]
+    behind_padding = text[:, 1:] & ~text[:, :-1] & (text.cumsum(1) > 0)[:, :-1]
+    at_start = position_ids[:, 1:] == 0
+    again = (goes_on & (step <= 0)).any() | (behind_padding & at_start).any()
+    if text_before is not None:
+        again = again | (text_before & text[:, 0] & (position_ids[:, 0] == 0)).any()
+    return Restarts(again, (goes_on & (step > 1)).any() | (behind_padding & ~at_start).any())
 
 
 def padding_apart(position_ids: Tensor, mask: Tensor) -> Tensor:

@@ -6,7 +6,9 @@ import functools
 import os
 import stat
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -44,7 +46,8 @@ class RetrievalCache(Cache):
     # ids and mask (B, T) of the text that a model read before it returned this cache; `retrieval` begins with it
     text: tuple[Tensor, Tensor | None] | None = None
     num_retrieved = 0  # tokens that `retrieval` has read
-    first_key: Tensor | None = None  # (B,) int32 of a VaLM: the first key of the document being read
+    # of a VaLM: the first key (B,) int32 of the document being read, behind so many tokens
+    first_keys: Mapping[int, Tensor] = MappingProxyType({})
     is_croppable = False
     plain_class: Any = None  # of a class that `retrieval_cache_class` made: what it was made of
 
@@ -61,8 +64,8 @@ class RetrievalCache(Cache):
 
     def reset(self) -> None:
         super().reset()
-        self.retrieval = self.text = self.first_key = None
-        self.num_retrieved = 0
+        self.retrieval = self.text = None
+        self.num_retrieved, self.first_keys = 0, {}
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes a copy of row beam_idx[i]."""
@@ -90,8 +93,7 @@ class RetrievalCache(Cache):
             ids, mask = self.text
             at = rows.to(ids.device)
             self.text = ids[at], None if mask is None else mask[at]
-        if self.first_key is not None:
-            self.first_key = self.first_key[rows.to(self.first_key.device)]
+        self.first_keys = {past: keys[rows.to(keys.device)] for past, keys in self.first_keys.items()}
 
 
 @functools.cache

@@ -58,6 +58,7 @@ class VaLMForCausalLM(AugmentedCausalLM, GPT2LMHeadModel):
         self.query_head: QueryHead | None = None
         if config.query_clip is not None:
             self.query_head = QueryHead(config, config.image_dim)
+            self.query_head.apply(self._init_weights)
 
     def add_query_head(self, clip: str) -> QueryHead:
         """Gives the model a new query head, with random weights, for the CLIP whose weights have SHA-256 `clip`.
@@ -96,11 +97,17 @@ class VaLMForCausalLM(AugmentedCausalLM, GPT2LMHeadModel):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any) -> Any:
         """`PreTrainedModel.from_pretrained`, also of what an earlier version saved (`converted_weights`)."""
         source = pretrained_model_name_or_path
-        weights = None if source is None else converted_weights(source)
+        weights = None
+        if source is not None and kwargs.get("state_dict") is None:
+            weights = converted_weights(Path(source) / kwargs.get("subfolder", ""))
         if source is None or weights is None:
             return super().from_pretrained(source, *args, **kwargs)
+        source = Path(source) / kwargs.pop("subfolder", "")
         config = kwargs.pop("config", None) or ValmConfig.from_pretrained(source)
-        found = super().from_pretrained(None, *args, config=config, state_dict=weights, **kwargs)
+        for name in [name for name in kwargs if hasattr(config, name) and name not in ("dtype", "attn_implementation")]:
+            setattr(config, name, kwargs.pop(name))
+        kwargs |= {"config": config, "state_dict": weights}
+        found = super().from_pretrained(None, *args, **kwargs)
         model = found[0] if isinstance(found, tuple) else found
         model.config.name_or_path = os.fspath(source)
         if (Path(source) / GENERATION_CONFIG_NAME).is_file():
@@ -214,18 +221,24 @@ class VaLMForCausalLM(AugmentedCausalLM, GPT2LMHeadModel):
         cache = arguments.get("cache")
         if cache is None and arguments.get("use_cache"):
             cache = DynamicCache(config=self.config)
-        past = 0 if cache is None else int(cache.get_seq_length())
-        kept = None if cache is None else _with_documents(cache, past)
+        kept, past = (None, 0) if cache is None else _with_documents(cache)
         tokens = ids if embeds is None else embeds
-        documents = self._documents(tokens, mask, past, None if kept is None else kept.first_key)
+        documents = self._documents(tokens, mask, past, None if kept is None else kept.first_keys.get(past))
         positions = arguments.get("position_ids")
         positions = documents.position_ids if positions is None else positions
+        if positions.dim() != 2 or positions.shape[1] != tokens.shape[1]:
+            raise ValueError(
+                f"position_ids must have shape (batch, tokens) = {tuple(tokens.shape[:2])}, "
+                f"got {tuple(positions.shape)}"
+            )
         self._check_positions(positions)
+        length = tokens.shape[1]
         if kept is not None:
-            kept.first_key = documents.first_key[:, -1]
+            # beside the present one, which is needed again if this pass fails
+            known = {past: kept.first_keys[past]} if past > 0 else {}
+            kept.first_keys = known | {past + length: documents.first_key[:, -1]}
         static = isinstance(cache, StaticCache)
         first_key = documents.first_key if static else unless_all_zero(documents.first_key)
-        length = tokens.shape[1]
         num_keys = length if cache is None else cache.get_mask_sizes(length, 0)[0]
         limits = None
         if first_key is not None:
@@ -332,18 +345,21 @@ class VaLMForCausalLM(AugmentedCausalLM, GPT2LMHeadModel):
             )
 
 
-def _with_documents(cache: Cache, past: int) -> RetrievalCache:
-    """`cache` itself, which knows where the document being read began.
+def _with_documents(cache: Cache) -> tuple[RetrievalCache, int]:
+    """`cache` itself, which knows where the document being read began, and the number of its tokens.
 
     Raises:
-        TypeError: it has tokens, but a VaLM did not fill it.
+        TypeError: it is no cache of transformers, or has tokens, but a VaLM did not fill it.
     """
-    if past > 0 and (not isinstance(cache, RetrievalCache) or cache.first_key is None):
+    if not isinstance(cache, Cache):
+        raise TypeError(f"cache must be a Cache of transformers, such as DynamicCache, got a {type(cache).__name__}")
+    past = int(cache.get_seq_length())
+    if past > 0 and past not in getattr(cache, "first_keys", {}):
         raise TypeError(
             f"where the documents of the {past} tokens in this {type(cache).__name__} begin is not known: begin with "
             "an empty one"
         )
-    return with_retrieval(cache)
+    return with_retrieval(cache), past
 
 
 AutoModelForCausalLM.register(ValmConfig, VaLMForCausalLM, exist_ok=True)

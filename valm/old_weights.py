@@ -10,8 +10,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from valm.config import ValmConfig
-from valm.errors import ValmError
 from valm.files import is_file
 from valm.pretrained import CONFIG_FILE, weight_files
 
@@ -35,22 +33,12 @@ def is_old(names: Any) -> bool:
 
 
 def converted_weights(source: str | os.PathLike) -> dict[str, Tensor] | None:
-    """The weights in the folder `source` by their names of today; None if they have these already.
-
-    Raises:
-        ValmError: the config has an option that the earlier version did not honour.
-    """
+    """The weights in the folder `source` by their names of today; None if they have these already."""
     if not is_file(Path(source) / CONFIG_FILE):
         return None
     files = [file for file in weight_files(Path(source)) if file.suffix == ".safetensors"]
     if not any(is_old(_names(file)) for file in files):
         return None
-    config = ValmConfig.from_json_file(Path(source) / CONFIG_FILE)
-    if not config.scale_attn_weights:
-        raise ValmError(
-            f"{source} was saved by an earlier version, whose fusion block ignored scale_attn_weights=False: it would "
-            "be another model now"
-        )
     state = {name: tensor for file in files for name, tensor in load_file(file).items()}
     return converted(state)
 

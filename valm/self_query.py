@@ -73,10 +73,10 @@ class QueryState:
 
     def mask_with(self, input_ids: Tensor, mask: Tensor | None) -> Tensor | None:
         """The mask of all tokens with that of the next ones, `input_ids` and `mask` (B, T)."""
-        if mask is not None or self.mask is not None:
-            before = input_ids.new_ones(len(input_ids), self.length) if self.mask is None else self.mask
-            self.mask = torch.cat([before, torch.ones_like(input_ids) if mask is None else mask], 1)
-        return self.mask
+        if mask is None and self.mask is None:
+            return None
+        before = input_ids.new_ones(len(input_ids), self.length) if self.mask is None else self.mask
+        return torch.cat([before, torch.ones_like(input_ids) if mask is None else mask], 1)
 
     def reorder(self, rows: Tensor) -> None:
         """Row i becomes a copy of row rows[i]."""
@@ -125,7 +125,10 @@ class SelfEncoder:
     @torch.no_grad()
     def step(self, input_ids: Tensor, state: QueryState, attention_mask: Tensor | None = None) -> Tensor:
         """Queries (B, T, E) of the next tokens (B, T); `state` has the earlier ones, and gets these too."""
-        return self.model.self_queries(input_ids, state.mask_with(input_ids, attention_mask), state)
+        mask = state.mask_with(input_ids, attention_mask)
+        queries = self.model.self_queries(input_ids, mask, state)
+        state.mask = mask  # now that nothing was wrong
+        return queries
 
     @functools.cached_property
     def clip(self) -> Clip:

@@ -426,6 +426,35 @@ def test_generate_with_and_without_a_cache(arguments):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("make", [DynamicCache, lambda: StaticCache(config=tiny_config(), max_cache_len=12)])
+def test_a_failed_pass_leaves_the_cache_as_it_was(make):
+    model = tiny_model()
+    ids, other = random_ids(1, 9), random_ids(1, 4, seed=1)
+    other[:, 2] = BOS
+    pool, index = random_images(model.config, 1, 9)
+    cache = make()
+    for part in (slice(0, 4), slice(4, 9)):
+        with pytest.raises(ValueError, match="image_pool must have shape"):
+            model(other, image_pool=pool[:, 1:], image_index=index[:, :4], cache=cache)
+        found = model(ids[:, part], image_pool=pool, image_index=index[:, part], cache=cache).logits
+        close(found, model(ids, image_pool=pool, image_index=index).logits[:, part])
+
+
+def test_padding_sees_no_images():
+    """Its last token predicts the first of the text, so images there would change the loss."""
+    model, ids = tiny_model(), random_ids(2, 8)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    pool, index = random_images(model.config, 2, 8)
+    other = index.clone()
+    other[0, :3] = (other[0, :3] + 1).clamp(min=0)
+    labels = ids.masked_fill(mask == 0, -100)
+    first, second = (model(ids, mask, pool, i, labels=labels).loss for i in (index, other))
+    assert first.equal(second)
+    assert model.fusion_attention(ids, pool, index, mask)[1][0, :, :3].max() == 0
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("num_images", [0, 3])
 def test_a_static_cache(num_images):
     """By forward and by generate, with a second document in a row and with padding."""
@@ -484,6 +513,12 @@ def test_gpt2_refuses_pictures_and_a_foreign_cache_is_refused(model):
         tiny_model(num_images=0)(
             random_ids(1, 3), image_pool=torch.zeros(3, 24), image_index=torch.zeros(1, 3, 3).long()
         )
+    with pytest.raises(ValueError, match="num_images = 0"):
+        tiny_model(num_images=0).fusion_attention(random_ids(1, 3), torch.zeros(3, 24), torch.zeros(1, 3, 3).long())
+    with pytest.raises(TypeError, match="cache must be a Cache of transformers"):
+        model(random_ids(1, 3), cache=((torch.zeros(1, 4, 2, 8),) * 2,))
+    with pytest.raises(ValueError, match=r"position_ids must have shape \(batch, tokens\)"):
+        model(random_ids(1, 3), position_ids=torch.arange(3))
     filled = DynamicCache()
     filled.update(torch.zeros(1, 4, 2, 8), torch.zeros(1, 4, 2, 8), 0)
     with pytest.raises(TypeError, match="of the 2 tokens in this DynamicCache begin is not known: begin with an empty"):

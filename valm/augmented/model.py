@@ -7,7 +7,6 @@ import inspect
 import math
 import os
 import warnings
-from contextvars import ContextVar
 from dataclasses import asdict
 from typing import Any
 
@@ -29,12 +28,13 @@ from valm.augmented.attention import (
     visual_attention_class,
     visual_layer_class,
 )
+from valm.augmented.packing import keeps_apart
 from valm.augmented.probe import Probe, attention_path, decoder_layers, default_layer, in_mode, not_on_images, probe
 from valm.augmented.sketch import project, sketch
 from valm.augmented.weights import fusion_weights
 from valm.config import check_score_scale
-from valm.config_file import MODEL_TYPE, NO_WEIGHTS, WEIGHTS_KEY
-from valm.documents import padding_apart, restart
+from valm.config_file import MODEL_TYPE, NO_WEIGHTS, WEIGHTS_KEY, reads_images
+from valm.documents import padding_apart, restarts
 from valm.errors import ValmError
 from valm.image_model import ImageModel, ImageOptions
 
@@ -44,8 +44,10 @@ _Config: Any = object  # for a type checker, the config class behind the mixin
 UNFREEZE = ("", "block", "all")
 # Attention implementations of the other layers whose masks the fusion layer can read.
 READABLE = ("sdpa", "eager")
-# Whether an augmented class is reading the weights, and not another class that was given its config.
-_reads_images: ContextVar[bool] = ContextVar("reads_images", default=False)
+RESTART_IN_A_GRAPH = (
+    "position_ids restart, so there are several documents in a row, which a compiled model keeps apart only without an "
+    "attention_mask and with use_cache=False"
+)
 
 
 def augment(
@@ -237,7 +239,7 @@ class AugmentedConfig(_Config):
     def transformers_weights(self) -> str | None:
         """What `from_pretrained` of any class of transformers looks for, such as that of AutoModel: none but an
         augmented class finds the weights."""
-        return None if self.valm["num_images"] == 0 or _reads_images.get() else NO_WEIGHTS
+        return None if self.valm["num_images"] == 0 or reads_images.get() else NO_WEIGHTS
 
     def to_diff_dict(self) -> dict[str, Any]:
         base = super().to_diff_dict()
@@ -291,6 +293,7 @@ class AugmentedCausalLM(ImageModel):
     """Mixin of a causal language model with a layer that sees images; `augment` puts it in front of the class."""
 
     forward_names: tuple[str, ...]  # of the arguments of the class behind
+    _keeps_apart: bool | None = None  # None: not tried yet
     opened_whole = False  # so that name_or_path is the place of this model, and not of its base
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
@@ -314,13 +317,13 @@ class AugmentedCausalLM(ImageModel):
             ValmError: the weights have no image_fusion.
         """
         with_info = kwargs.pop("output_loading_info", False)
-        token = _reads_images.set(True)
+        token = reads_images.set(True)
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
             )
         finally:
-            _reads_images.reset(token)
+            reads_images.reset(token)
         missing = [key for key in info["missing_keys"] if ".image_fusion." in key]
         if missing:
             raise ValmError(
@@ -348,7 +351,7 @@ class AugmentedCausalLM(ImageModel):
             image_scores: (B, T, K) float, the retrieval score of each image; of a model with `score_scale` only, which
                 needs it beside images.
             image_slots: `valm_kernels.sort_image_slots(image_index, U)` beside images, so that the backward on CUDA
-                need not sort.
+                need not sort; image_index must be -1 at padding then.
             position_ids: where they restart in a row, another document begins, which sees none before it.
 
         Raises:
@@ -375,6 +378,8 @@ class AugmentedCausalLM(ImageModel):
         else:
             shape = (input_ids if embeds is None else embeds).shape[:2]
             self.check_images(shape, image_pool, image_index, image_scores)
+            if image_index is not None and isinstance(mask, Tensor) and mask.dim() == 2:  # padding sees none
+                image_index = image_index.masked_fill(mask[:, -shape[1] :, None] == 0, -1)
         given = {"image_scores": image_scores, "image_slots": image_slots}
         given = {name: tensor for name, tensor in given.items() if tensor is not None}
         output = super().forward(**placed, **given, image_pool=image_pool, image_index=image_index)
@@ -389,27 +394,63 @@ class AugmentedCausalLM(ImageModel):
         cache only, and would otherwise mix them in silence.
 
         Raises:
-            ValueError: there are several documents in a row and a cache.
+            ValueError: there are several documents in a row and a cache; or gaps inside of them, by which transformers
+                would split them; or the family mixes them.
         """
         positions, mask = arguments.get("position_ids"), arguments.get("attention_mask")
-        if positions is None or positions.dim() != 2 or positions.shape[1] == 1:
+        cache: Any = arguments.get("cache", arguments.get("past_key_values"))
+        use_cache = arguments.get("use_cache")
+        if positions is None or positions.dim() != 2:
             return arguments
-        if mask is not None and (not isinstance(mask, Tensor) or mask.shape[1:] != positions.shape[1:]):
+        length = positions.shape[1]
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < length):
             return arguments
-        cached = arguments.get("cache", arguments.get("past_key_values")) is not None or arguments.get("use_cache")
+        before = None if mask is None else mask[:, :-length]
+        if mask is not None:
+            positions, mask = torch.broadcast_tensors(positions, mask[:, -length:])
         if torch.compiler.is_compiling():  # a compiled graph cannot look
-            if cached:
-                return arguments
-        elif not restart(positions, mask):
+            by_default = getattr(self.config.get_text_config(decoder=True), "use_cache", False)
+            if mask is not None or cache is not None or (by_default if use_cache is None else use_cache):
+                torch._assert_async(~restarts(positions, mask).any, RESTART_IN_A_GRAPH)
             return arguments
-        if cached:
+        past = 0 if cache is None else int(cache.get_seq_length())
+        if length == 1 and (
+            past == 0 or positions.device.type != "cpu"
+        ):  # a step of `generate` does not wait for a GPU
+            return arguments
+        text_before = None
+        if past > 0:
+            everywhere = positions.new_ones(len(positions), dtype=torch.bool)
+            text_before = everywhere if before is None else before.bool().any(1)
+        found = restarts(positions, mask, text_before)
+        restart, odd = torch.stack([found.any, found.odd]).tolist()
+        if not restart:
+            return arguments
+        if cache is not None or use_cache:
             raise ValueError(
                 "position_ids restart, so there are several documents in a row, which a cache cannot hold: call with "
                 "use_cache=False and without a cache, or give one document a row"
             )
+        if odd:
+            raise ValueError(
+                "position_ids restart, so there are several documents in a row, and one has a gap in its positions or "
+                "padding inside it, where it would be split: give it a row of its own"
+            )
+        if not self.keeps_documents_apart:
+            raise ValueError(
+                f"position_ids restart, but this {type(self).__name__} does not keep documents in a row apart by them: "
+                "give each a row of its own"
+            )
         if mask is not None:
-            positions = padding_apart(positions.expand(len(mask), -1), mask)
+            positions = padding_apart(positions, mask)
         return arguments | {"position_ids": positions, "attention_mask": None, "use_cache": False}
+
+    @property
+    def keeps_documents_apart(self) -> bool:
+        """Whether documents in a row, whose positions restart, do not see each other (`keeps_apart`)."""
+        if self._keeps_apart is None:
+            self._keeps_apart = keeps_apart(self, super().forward)
+        return self._keeps_apart
 
     @torch.no_grad()
     def fusion_attention(
@@ -427,6 +468,7 @@ class AugmentedCausalLM(ImageModel):
         weights: use it for plots and explanations of short texts.
 
         """
+        self.check_images(input_ids.shape, image_pool, image_index, image_scores)
         if self.image_options.num_images == 0:
             return fusion_weights(self, input_ids=input_ids, attention_mask=attention_mask)
         if image_pool is None or image_index is None:

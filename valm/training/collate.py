@@ -42,8 +42,8 @@ class Collator:
         scores: the model uses retrieval scores.
         row_length: None puts each document into its own row, padded to the longest. A number packs as many documents
             as fit, in order, into rows of at most that length.
-        by_positions: the model keeps packed documents apart by their positions (`keeps_apart`), and not, as a
-            `VaLMForCausalLM` does, at each SOT.
+        by_positions: the model keeps packed documents apart by their positions (`valm.augmented.packing`), and not at
+            each SOT, as a `VaLMForCausalLM` does.
     """
 
     def __init__(

@@ -13,6 +13,8 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
+from valm.augmented.model import AugmentedCausalLM
+from valm.augmented.packing import keeps_apart
 from valm.checkpoint import check_vocabulary, positions, with_length
 from valm.corpus.retrieved import CorpusRetrieval
 from valm.errors import ValmError
@@ -28,7 +30,6 @@ from valm.training.collate import NO_SCORES, Collator
 from valm.training.image_trainer import FUSION_NAME, ImageTrainer, Measure
 from valm.training.launch import check_processes
 from valm.training.limited_softmax import LimitedSoftmax
-from valm.training.packing import keeps_apart
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ def trainer(
             blocks of them.
         eval_dataset: documents to evaluate on, as `dataset`: loss and perplexity over all their tokens.
         row_length: pack documents into rows of this length (see `Collator`); None pads. A model that does not keep them
-            apart (`keeps_apart`), or that retrieves as it trains, gets padded rows, and the log says so.
+            apart (`valm.augmented.packing`), or that retrieves as it trains, gets padded rows, and the log says so.
         cache_below: folder for the input of the fusion layer, computed once if all layers below are frozen
             (`valm.training.cache_below`); None computes it in every step.
         fusion_lr: learning rate of the parameters that only see images; None uses that of `arguments`.
@@ -133,13 +134,17 @@ def trainer(
             return documents
         return Blocks(documents, limit, begin_id(tokenizer))
 
-    if row_length is not None and not isinstance(inner, VaLMForCausalLM):
+    by_positions = row_length is not None and not isinstance(inner, VaLMForCausalLM)
+    if by_positions:
         retrieves = kb is None and _image_options(inner).num_images > 0
-        if retrieves or not keeps_apart(inner):
+        augmented = isinstance(inner, AugmentedCausalLM)
+        if retrieves or not (inner.keeps_documents_apart if augmented else keeps_apart(inner, inner)):
             why = "retrieves as it trains" if retrieves else "does not keep documents apart by their positions"
             log.warning(f"this {type(inner).__name__} {why}: each document gets a row of its own")
-            row_length = None
+            row_length, by_positions = None, False
     changed: Any = copy.copy(arguments)
+    if by_positions:
+        changed.use_cache = False  # with a cache transformers does not look for documents
     changed.remove_unused_columns = False  # the collator makes the model's arguments of others
     changed.logging_nan_inf_filter = False
     changed.accelerator_config = copy.copy(changed.accelerator_config)
@@ -169,7 +174,7 @@ def trainer(
             kb,
             row_length,
             scores=_image_options(inner).scored,
-            by_positions=row_length is not None and not isinstance(inner, VaLMForCausalLM),
+            by_positions=by_positions,
         ),
         processing_class=with_length(tokenizer, inner),
         **options,

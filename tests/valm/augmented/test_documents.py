@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from tests.valm.augmented.families import tiny
 from tests.valm.augmented.models import augmented, random_ids, random_images, tiny_gpt2, tiny_llama
 
 LENGTHS = (5, 1, 8, 3)
@@ -83,18 +84,30 @@ def test_padding_on_the_left_and_a_mask(name):
         torch.testing.assert_close(found[:, 3:], expected, rtol=1e-4, atol=1e-4)
 
 
-@torch.no_grad()
-def test_a_mask_with_holes_and_documents_together():
-    """What stands before a hole is a document of its own."""
+def test_gaps_and_holes_beside_several_documents_are_refused():
+    """transformers would split a document there. In a batch without restarts they mean what they mean to the family."""
     model, batch = MODELS["llama"], packed_rows()
-    expected = alone(model, batch)
     mask = torch.ones_like(batch["input_ids"])
-    mask[0, 5] = 0  # the document of one token
-    found = model(**batch, attention_mask=mask).logits
-    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-4)
+    mask[0, 8] = 0  # inside the third document
+    with pytest.raises(ValueError, match="one has a gap in its positions or padding inside it"):
+        model(**batch, attention_mask=mask)
+    gap = batch["position_ids"].clone()
+    gap[1, 5:11] += 4
+    with pytest.raises(ValueError, match="one has a gap in its positions or padding inside it"):
+        model(**batch | {"position_ids": gap})
 
 
-@pytest.mark.parametrize("cache", [{"use_cache": True}, {"cache": DynamicCache()}])
+@torch.no_grad()
+def test_a_document_behind_padding():
+    model, ids, images = MODELS["llama"], random_ids(1, 9), random_images(1, 9)
+    mask, positions = torch.tensor([[1, 1, 1, 0, 0, 1, 1, 1, 1]]), torch.tensor([[0, 1, 2, 9, 9, 0, 1, 2, 3]])
+    found = model(input_ids=ids, attention_mask=mask, position_ids=positions, **images).logits
+    for place in (slice(0, 3), slice(5, 9)):
+        own = {"image_pool": images["image_pool"], "image_index": images["image_index"][:, place]}
+        torch.testing.assert_close(found[:, place], model(input_ids=ids[:, place], **own).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("cache", [{"use_cache": True}, {"cache": DynamicCache()}, {"past_key_values": DynamicCache()}])
 def test_several_documents_and_a_cache_are_refused(cache):
     with pytest.raises(ValueError, match="several documents in a row, which a cache cannot hold"):
         MODELS["llama"](**packed_rows(), **cache)
@@ -102,11 +115,34 @@ def test_several_documents_and_a_cache_are_refused(cache):
 
 @torch.no_grad()
 @pytest.mark.parametrize("masked", [False, True])
-def test_packed_documents_in_a_compiled_model(masked):
-    model, batch = MODELS["llama"], packed_rows()
-    expected = alone(model, batch)
+@pytest.mark.parametrize("positions", [[3, 4, 5, 0, 1, 2], [0, 1, 2, 3, 4, 5], [0]])
+def test_a_document_behind_a_filled_cache_is_refused(positions, masked):
+    model, ids = MODELS["llama"], random_ids(1, 9)
+    cache = model(input_ids=ids[:, :3], use_cache=True).cache
+    given = {"input_ids": ids[:, 3 : 3 + len(positions)], "position_ids": torch.tensor([positions]), "cache": cache}
     if masked:
-        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        given["attention_mask"] = torch.ones(1, 3 + len(positions), dtype=torch.int64)
+    with pytest.raises(ValueError, match="several documents in a row, which a cache cannot hold"):
+        model(**given)
+
+
+def test_a_family_that_mixes_documents_is_refused():
+    model = augmented(lambda seed: tiny("jamba"), layer=0)
+    ids, positions = random_ids(1, 6), torch.tensor([[0, 1, 2, 0, 1, 2]])
+    with pytest.raises(ValueError, match="JambaForCausalLM does not keep documents in a row apart"):
+        model(input_ids=ids, position_ids=positions, **random_images(1, 6))
+
+
+@torch.no_grad()
+def test_packed_documents_in_a_compiled_model():
+    """A graph cannot look at positions: it separates documents, or ends with an error."""
+    model, batch = MODELS["llama"], packed_rows()
+    mask, one = torch.ones_like(batch["input_ids"]), torch.arange(17).expand(2, -1)
     torch._dynamo.reset()
-    found = torch.compile(model, backend="eager")(**batch).logits
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(**batch, use_cache=False).logits, alone(model, batch), rtol=1e-4, atol=1e-4)
+    for arguments in ({"attention_mask": mask}, {"attention_mask": mask, "use_cache": False}, {}):
+        with pytest.raises(RuntimeError, match="which a compiled model keeps apart only without an attention_mask"):
+            compiled(**batch, **arguments)
+        own = batch | {"position_ids": one} | arguments
+        torch.testing.assert_close(compiled(**own).logits, model(**own).logits, rtol=1e-4, atol=1e-4)

@@ -10,8 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from tests.valm.augmented.families import tiny
 from tests.valm.training.documents import TOKENIZER, Vectors, documents
 from valm.augmented.model import augment
+from valm.augmented.packing import keeps_apart
 from valm.training.collate import Collator
-from valm.training.packing import keeps_apart
 from valm.training.train import trainer, training_arguments
 
 SIZES = {"vocab_size": len(TOKENIZER), "pad_token_id": TOKENIZER.eos_token_id}
@@ -63,12 +63,16 @@ def test_a_packed_training_has_the_losses_of_a_padded_one(kind, images, tmp_path
 
 def test_a_family_that_mixes_documents_is_padded(tmp_path, caplog):
     """Jamba's layers without attention have a state that goes on."""
-    assert not keeps_apart(tiny("jamba"))
-    assert keeps_apart(tiny("llama")) and keeps_apart(tiny("gemma3_text")) and keeps_apart(tiny("gpt2"))
+    for dtype in (torch.float32, torch.bfloat16):
+        found = {
+            family: tiny(family).to(dtype) for family in ("jamba", "opt", "gpt_oss", "llama", "gemma3_text", "gpt2")
+        }
+        apart = [family for family, model in found.items() if keeps_apart(model, model)]
+        assert apart == ["llama", "gemma3_text", "gpt2"], dtype
 
 
 def test_the_log_says_who_is_padded(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("valm.training.train.keeps_apart", lambda model: False)
+    monkeypatch.setattr("valm.training.train.keeps_apart", lambda model, forward: False)
     with caplog.at_level(logging.WARNING):
         _, collator = losses(tmp_path, decoder("llama"), 24, None)
     assert collator.row_length is None and not collator.by_positions
