@@ -94,4 +94,5 @@ def identity_rotation(position_embeddings: Any) -> Any:
 def positions(model: Any) -> int | None:
     """The most tokens that a model can read; None if its config does not say."""
     config = model.config.get_text_config(decoder=True)
-    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    found = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return found if found is None or found > 0 else None  # -1 in XLNet
