@@ -408,16 +408,15 @@ class AugmentedCausalLM(ImageModel):
         before = None if mask is None else mask[:, :-length]
         if mask is not None:
             positions, mask = torch.broadcast_tensors(positions, mask[:, -length:])
-        if torch.compiler.is_compiling():  # a compiled graph cannot look
+        compiling, on_cpu = torch.compiler.is_compiling(), positions.device.type == "cpu"
+        if length == 1 and (compiling or cache is None or not on_cpu):  # no step of `generate` waits for a GPU
+            return arguments
+        if compiling:  # a graph cannot look
             by_default = getattr(self.config.get_text_config(decoder=True), "use_cache", False)
             if mask is not None or cache is not None or (by_default if use_cache is None else use_cache):
                 torch._assert_async(~restarts(positions, mask).any, RESTART_IN_A_GRAPH)
             return arguments
         past = 0 if cache is None else int(cache.get_seq_length())
-        if length == 1 and (
-            past == 0 or positions.device.type != "cpu"
-        ):  # a step of `generate` does not wait for a GPU
-            return arguments
         text_before = None
         if past > 0:
             everywhere = positions.new_ones(len(positions), dtype=torch.bool)
