@@ -27,7 +27,7 @@ def find_documents(begins: Tensor, mask: Tensor | None, *, past: int = 0, first_
         first_key: (B,) int32, of the document that the last of the `past` tokens belongs to.
     """
     batch, length = begins.shape
-    key = torch.arange(length, dtype=torch.int32, device=begins.device) + past
+    key = torch.arange(past, past + length, dtype=torch.int32, device=begins.device)
     present = None
     if mask is not None:
         text = mask.bool()
@@ -35,7 +35,9 @@ def find_documents(begins: Tensor, mask: Tensor | None, *, past: int = 0, first_
         begins = present & (begins | ~text[:, :-1])
     if first_key is None:
         first_key = torch.zeros(batch, dtype=torch.int32, device=begins.device)
-    first_keys = torch.where(begins, key.int(), first_key[:, None]).cummax(dim=1).values
+    first_keys = torch.where(begins, key, first_key[:, None])
+    if length > 1:
+        first_keys = first_keys.cummax(dim=1).values
     positions = (key - first_keys).long()
     if present is not None:
         positions = positions.masked_fill(~present, 0)

@@ -20,7 +20,7 @@ from valm.augmented.model import AugmentedCausalLM
 from valm.config import ValmConfig
 from valm.documents import Documents, find_documents, text_mask, unless_all_zero
 from valm.errors import ValmError
-from valm.image_model import RetrievalCache, with_retrieval
+from valm.image_model import ImageOptions, RetrievalCache, with_retrieval
 from valm.old_weights import converted_weights
 from valm.self_query import QueryHead, QueryState
 from valm.tokenizer import ClipBpeTokenizer
@@ -92,6 +92,12 @@ class VaLMForCausalLM(AugmentedCausalLM, GPT2LMHeadModel):
             score_scale=config.image_score_scale_init,
             norm_eps=config.layer_norm_epsilon,
         )
+
+    @property
+    def image_options(self) -> ImageOptions:
+        config = self.config
+        scored = config.image_score_scale_init is not None
+        return ImageOptions(config.num_images, config.image_dim, config.blind, scored)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any) -> Any:

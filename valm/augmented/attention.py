@@ -198,6 +198,7 @@ class VisualAttention(_Module):
     """Mixin of an attention class that uses transformers' attention interface."""
 
     image_fusion: ImageFusion
+    has_tables: bool  # of its own, by which it rotates queries and keys
     forward_names: tuple[str, ...]  # of the arguments of the class behind
     config: Any
 
@@ -225,8 +226,7 @@ class VisualAttention(_Module):
     def _image_query(self, arguments: dict[str, Any]) -> Tensor | None:
         """The unrotated query of a call, (B, Hq, T, Dk); None where neither an argument nor the attention's own tables
         rotate it."""
-        tables = any("rotary" in name or "embed_positions" in name for name, _ in self.named_buffers())
-        if arguments.get("position_embeddings") is None and not tables:
+        if arguments.get("position_embeddings") is None and not self.has_tables:
             return None
         return self._catch(self._unrotated(arguments))[0]
 

@@ -171,6 +171,7 @@ def attach(model: PreTrainedModel, options: FusionOptions, found: Probe | None =
     # the other layers' masks follow the model's own config, so this one may ask for another implementation
     attention.config = copy.copy(attention.config)
     attention.config._attn_implementation_internal = IMPLEMENTATION
+    attention.has_tables = any("rotary" in name or "embed_positions" in name for name, _ in attention.named_buffers())
     # their classes, as modules around them would change the names of the weights, and transformers' checkpointing,
     # sharding and output recorders look for the layer's own class
     attention.__class__ = visual_attention_class(type(attention))
@@ -188,6 +189,7 @@ def _attach_checked(model: PreTrainedModel, options: FusionOptions, found: Probe
             attention.check_mathematics(own_config, found.calls)
     except Exception as error:
         attention.config = own_config
+        del attention.has_tables
         if options.num_images > 0:
             del attention.image_fusion
         attention.__class__, block.__class__ = type(attention).wrapped_class, type(block).wrapped_class
