@@ -529,10 +529,9 @@ def joint_attention(
     group = query.shape[1] // key.shape[1]
     out = text.to(query.dtype) @ value.repeat_interleave(group, 1)
     if images is not None:
-        image_v = (images.values + images.terms.v_bias[:, None]).to(query.dtype)[
-            :, images.image_index.clamp(min=0).long()
-        ]
-        image_v = image_v.repeat_interleave(group, 0).transpose(0, 1)  # (B, Hq, Tq, K, Dv)
+        pool = (images.values + images.terms.v_bias[:, None]).to(query.dtype)  # (Hkv, U, Dv)
+        of_each = pool[:, images.image_index.clamp(min=0).long()]  # (Hkv, B, Tq, K, Dv)
+        image_v = of_each.repeat_interleave(group, 0).transpose(0, 1)
         out = out + (image.to(query.dtype)[..., None, :] @ image_v)[..., 0, :]
     return out
 

@@ -382,8 +382,8 @@ class AugmentedCausalLM(ImageModel):
             self.check_images(shape, image_pool, image_index, image_scores)
             if image_index is not None and isinstance(mask, Tensor) and mask.dim() == 2:  # padding sees none
                 image_index = image_index.masked_fill(mask[:, -shape[1] :, None] == 0, -1)
-        given = {"image_scores": image_scores, "image_slots": image_slots}
-        given = {name: tensor for name, tensor in given.items() if tensor is not None}
+        more = {"image_scores": image_scores, "image_slots": image_slots}
+        given = {name: tensor for name, tensor in more.items() if tensor is not None}
         output = super().forward(**placed, **given, image_pool=image_pool, image_index=image_index)
         if began_here:
             self.keep_text(output, input_ids, mask)

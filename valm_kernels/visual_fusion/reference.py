@@ -31,8 +31,7 @@ def joint_softmax(inputs: Inputs, text_bias: Tensor | None = None) -> tuple[Tens
     visible = text_visible(num_queries, num_keys, inputs.first_key, inputs.cache_seqlens, inputs.causal, q.device)
     scores = scores.masked_fill(~visible, -torch.inf)
     if image_k is not None:
-        if not torch.compiler.is_compiling():  # a compiled graph cannot read values
-            check_pool(inputs)
+        check_pool(inputs)
         image_q = q if inputs.image_q is None else inputs.image_q
         images, present = _images(image_k, q.shape[0], inputs.image_index, inputs.image_mask)
         if inputs.image_k_bias is not None:

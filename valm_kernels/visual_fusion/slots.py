@@ -57,6 +57,10 @@ def check_pool(inputs: Inputs) -> None:
     if inputs.image_index is None or inputs.image_k is None:
         return
     pool_size = inputs.image_k.shape[1]
+    if torch.compiler.is_compiling():  # a graph cannot read values, and index U would be the reference's row of zeros
+        known = (inputs.image_index >= -1) & (inputs.image_index < pool_size)
+        torch._assert_async(known.all(), f"image_index must be -1 (no image) or a row of the pool below {pool_size}")
+        return
     check_image_index(inputs.image_index, pool_size)
     if inputs.image_slots is not None:
         order, bounds = sorted_slots(inputs.image_index, pool_size)

@@ -173,6 +173,19 @@ def test_attention_weights_have_any_head_dimension():
     torch.testing.assert_close(text, scores.softmax(-1), rtol=1e-13, atol=1e-13)
 
 
+def test_a_compiled_reference_refuses_a_row_that_there_is_not():
+    inputs = PROBLEMS["pooled"].inputs()
+    arguments = {name: inputs[name] for name in ("q", "k", "image_k", "image_index")}
+    torch._dynamo.reset()
+    compiled = torch.compile(attention_weights, backend="eager", fullgraph=True)
+    for found, expected in zip(compiled(**arguments), attention_weights(**arguments), strict=True):
+        torch.testing.assert_close(found, expected)
+    arguments["image_index"] = arguments["image_index"].clone()
+    arguments["image_index"][0, 0, 0] = inputs["image_k"].shape[1]
+    with pytest.raises(RuntimeError, match="image_index must be -1"):
+        compiled(**arguments)
+
+
 def test_a_text_bias_that_does_not_fit_is_refused():
     inputs = PROBLEMS["pooled"].inputs()
     q, k = inputs["q"], inputs["k"]
