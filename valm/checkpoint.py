@@ -22,8 +22,6 @@ from valm.model import VaLMForCausalLM
 from valm.model_card import CARD_FILE, write_card
 from valm.pretrained import CONFIG_FILE, from_pretrained, quiet_transformers
 from valm.retrieval.note import RetrievalNote
-from valm.retrieval.ray_server import RetrievalServer, server_name
-from valm.retrieval.retriever import ImageRetriever
 from valm.whole_folder import current_files, replaced_files
 from valm_kernels.json_files import short
 
@@ -116,8 +114,7 @@ def load(
             in the folder of its base model).
         base: folder or Hugging Face name of an adapter's base model, if it has moved. A name that only the adapter's
             own file has is never downloaded.
-        kb: another knowledge base of the noted CLIP, which is named by a warning: its folder, or ray:NAME for what
-            `valm serve` holds.
+        kb: another knowledge base of the noted CLIP, which is named by a warning.
         clip: the CLIP, if it has moved from where the knowledge base or the note says (see `Clip.load`). Another one is
             an error.
         allow_download: with `kb`, as in `ImageKnowledgeBase.load_clip`.
@@ -149,8 +146,6 @@ def load(
     check_vocabulary(model, tokenizer, f"the tokenizer in {source}")
     if model.image_options.num_images == 0 and kb is not None:
         raise ValmError(f"the model in {folder} sees no images (GPT-2*), so it takes no knowledge base")
-    if server_name(kb) is not None and (clip is not None or query_dtype is not None):
-        raise ValmError(f"the CLIP of {kb} and its precision are the server's: give them to `valm serve`")
     model = model.eval().to(device)
     model.strict = strict
     given = any(option is not None for option in (kb, clip, query_dtype)) or allow_download
@@ -234,19 +229,14 @@ def _add_retriever(
     options: dict[str, Any],
 ) -> None:
     note = RetrievalNote.read(folder)
-    server = server_name(kb)
-    retriever: ImageRetriever
-    if server is not None:
-        query, images = "eot" if note is None else note.query, model.image_options
-        retriever = RetrievalServer(server).retriever(tokenizer, images.num_images, query, blind=images.blind)
-    else:
-        if kb is not None:
-            note = RetrievalNote(Path(kb).absolute(), "eot" if note is None else note.query)
-        if note is None:
-            raise ValmError(f"{folder} notes no knowledge base: give one as kb")
-        kb = note.knowledge_base
-        retriever = model.open_retriever(note, tokenizer, **options)
+    if kb is not None:
+        note = RetrievalNote(Path(kb).absolute(), "eot" if note is None else note.query)
+    if note is None:
+        raise ValmError(f"{folder} notes no knowledge base: give one as kb")
+    retriever = model.open_retriever(note, tokenizer, **options)
     try:
         model.set_retriever(retriever)
     except ValmError as error:
-        raise ValmError(f"the model in {folder} and the knowledge base {kb} do not fit: {error}") from error
+        raise ValmError(
+            f"the model in {folder} and the knowledge base {note.knowledge_base} do not fit: {error}"
+        ) from error

@@ -27,7 +27,6 @@ from valm.cli import (
     kb,
     lm_eval,
     retrieve,
-    serve,
     study,
     train,
 )
@@ -102,7 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="valm", description="A language model that attends to retrieved images.")
     parser.add_argument("--version", action="version", version=f"valm {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=CommandParser)
-    build = (clip, demo, encoder, kb, retrieve, serve)
+    build = (clip, demo, encoder, kb, retrieve)
     use = (train, distill, evaluate, lm_eval, generate, explain, app, study)
     for module in (*build, *use):
         module.add_to(commands)

@@ -77,12 +77,9 @@ def run_eval(arguments: argparse.Namespace) -> None:
     from valm.evaluation.report import markdown, write_report
     from valm.evaluation.suite import Settings, entries, evaluate
     from valm.files import writable_folder
-    from valm.retrieval.ray_server import server_name
 
     if arguments.cost_sizes is not None and arguments.cost is None:
         raise ValmError("--cost-sizes are of --cost: give it too")
-    if arguments.cost is not None and server_name(arguments.kb) is not None:
-        raise ValmError(f"--cost times retrieval in this process: give a folder as --kb, not {arguments.kb}")
     files = {name: path for name in FILES if (path := getattr(arguments, name)) is not None}
     tasks = arguments.tasks or (",".join(files) if files else "color")
     if arguments.out is not None:

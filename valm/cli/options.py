@@ -84,12 +84,7 @@ def share(text: str) -> float:
 
 
 def add_retrieval(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--kb",
-        type=Path,
-        help="another knowledge base than the checkpoint was trained with: folder, or ray:NAME for what `valm serve` "
-        "holds",
-    )
+    parser.add_argument("--kb", type=Path, help="another knowledge base than the checkpoint was trained with")
     add_clip(parser)
     add_query_dtype(parser)
     add_device(parser)

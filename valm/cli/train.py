@@ -73,12 +73,7 @@ def add_to(commands: Commands) -> None:
     train.add_argument("--config", type=Path, help="YAML file of options and fields; the command's own come first")
     train.add_argument("--out", type=Path, required=True, help="folder of the checkpoints and of the model")
     train.add_argument("--resume", action="store_true", help="resume from the newest checkpoint in --out, if any")
-    train.add_argument(
-        "--kb",
-        type=Path,
-        help="knowledge base: folder, or with --retrieval also ray:NAME for what `valm serve` holds; without it the "
-        "model sees no images",
-    )
+    train.add_argument("--kb", type=Path, help="knowledge base; without it the model sees no images")
     train.add_argument("--clip", help="the CLIP whose tokenizer the model reads with (default: that of --kb)")
     add_allow_download(train)
     train.add_argument("--tokenizer", help="another tokenizer for the model: folder or Hugging Face name")
@@ -168,7 +163,6 @@ def run_train(arguments: argparse.Namespace) -> None:
     from valm.evaluation.color import load_memory_color
     from valm.files import only_writer, writable_folder
     from valm.knowledge_base.store import ImageKnowledgeBase
-    from valm.retrieval.ray_server import RetrievalServer, server_name
     from valm.training.callbacks import ColorAccuracy, Patience, show_progress
     from valm.training.train import trainer, training_arguments
 
@@ -186,13 +180,7 @@ def run_train(arguments: argparse.Namespace) -> None:
     settings = training_arguments(arguments.out, **training_fields(arguments))
     out = writable_folder(arguments.out)
     checkpoint = newest_checkpoint(out, arguments.resume, settings.should_save)
-    server = server_name(arguments.kb)
-    if server is not None:
-        if arguments.retrieval is None:
-            raise ValmError("a server finds images as a model trains: run `valm retrieve` first, and give --retrieval")
-        kb: ImageKnowledgeBase | None = ImageKnowledgeBase.open(RetrievalServer(server).about.path)
-    else:
-        kb = ImageKnowledgeBase.open(arguments.kb) if arguments.kb else None
+    kb = ImageKnowledgeBase.open(arguments.kb) if arguments.kb else None
     if arguments.twin is not None and kb is None:
         raise ValmError("--twin is of a model with images: give its --kb too")
     if arguments.score_scale is not None:
@@ -507,11 +495,7 @@ def image_options(twin: str | None, dataset: Any, kb: ImageKnowledgeBase | None)
 def open_retriever(arguments: argparse.Namespace, kb: Any, dataset: Any, blind: bool) -> Any:
     """A retriever with the settings and tokenizer that `dataset` was retrieved with."""
     from valm.retrieval.note import RetrievalNote
-    from valm.retrieval.ray_server import RetrievalServer, server_name
 
-    server = server_name(arguments.kb)
-    if server is not None:
-        return RetrievalServer(server).retriever(dataset.tokenizer, dataset.k, dataset.query, blind=blind)
     note = RetrievalNote.of_knowledge_base(kb, dataset.query)
     clip = {"clip": arguments.clip, "allow_download": arguments.allow_download}
     return note.open(dataset.tokenizer, dataset.k, blind=blind, device=chosen_device(arguments), **clip)

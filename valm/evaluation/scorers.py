@@ -46,7 +46,6 @@ from valm.files import is_file, is_folder, read_json
 from valm.image_model import ImageModel
 from valm.pretrained import CONFIG_FILE, from_pretrained
 from valm.retrieval.context import ContextEncoder
-from valm.retrieval.ray_server import ServedEncoder
 from valm.retrieval.retriever import Retriever
 from valm.tokenizer import begin_id
 
@@ -144,8 +143,6 @@ class CausalScorer:
             settings.append(encoder.query)
         if isinstance(encoder, ContextEncoder):  # that of a query head is in the model's config
             settings += [encoder.clip.weights_hash, str(encoder.tower.dtype)]
-        if isinstance(encoder, ServedEncoder):
-            settings.append(str(encoder.server.about.dtype))
         if isinstance(retriever, Retriever):
             index = getattr(retriever.index, "parameters", None)
             settings += [retriever.kb.fingerprint, retriever.k, str(index)]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -27,40 +25,15 @@ CPU_CALL_TOKENS = 2048
 SPREAD = 8
 
 
-class TextInput(NamedTuple):
-    """What a CLIP says of the text that its tower reads: its name, its tokenizer, its vocabulary and longest text in
-    tokens."""
-
-    name: str
-    tokenizer: PreTrainedTokenizerFast
-    num_ids: int
-    context_length: int
-
-
-class ReadingState:
-    """State of reading each of `batch` rows of text: the text of its segment.
-
-    `ContextReader.further_runs` changes it in place.
-    """
-
-    def __init__(self, batch: int):
-        self.states = [SegmentState() for _ in range(batch)]
-        self.texts = [TextState() for _ in range(batch)]  # used if the ids are not CLIP's
-
-    def reorder(self, beam_idx: Tensor) -> None:
-        """Row i becomes a copy of row beam_idx[i], (new batch,) int64: beam search."""
-        self.states = [self.states[row].copy() for row in beam_idx.tolist()]
-        self.texts = [self.texts[row].copy() for row in beam_idx.tolist()]
-
-
-class ContextCache(ReadingState):
+class ContextCache:
     """State of incremental encoding for each row: its segment, with the segment's keys and values.
 
     `ContextEncoder.new_cache` makes one; `ContextEncoder.step` changes it in place.
     """
 
     def __init__(self, batch: int, tower: TextTower, embed_dim: int):
-        super().__init__(batch)
+        self.states = [SegmentState() for _ in range(batch)]
+        self.texts = [TextState() for _ in range(batch)]  # used if the ids are not CLIP's
         like = tower.positions
         # SOT and the tokens of a segment; no other token sees its EOT. Token p of a segment is at index capacity-1-p,
         # so the last P entries are always the P tokens before the next one.
@@ -71,120 +44,14 @@ class ContextCache(ReadingState):
 
     def reorder(self, beam_idx: Tensor) -> None:
         """Row i becomes a copy of row beam_idx[i], (new batch,) int64: beam search."""
-        super().reorder(beam_idx)
+        self.states = [self.states[row].copy() for row in beam_idx.tolist()]
+        self.texts = [self.texts[row].copy() for row in beam_idx.tolist()]
         index = beam_idx.to(self.last_query.device)
         self.past = [(keys[index], values[index]) for keys, values in self.past]
         self.last_query = self.last_query[index]
 
 
-class ContextReader:
-    """Splits token ids into the segments that a CLIP's text tower encodes, without the tower.
-
-    Args:
-        text: of the CLIP.
-        tokenizer, query, overlap, min_tokens: as in `ContextEncoder`.
-
-    Raises:
-        ValmError: the tokenizer cannot be used; see `Alignment`.
-    """
-
-    def __init__(
-        self,
-        text: TextInput,
-        *,
-        tokenizer: PreTrainedTokenizerFast | None = None,
-        query: str = "eot",
-        overlap: int | None = None,
-        min_tokens: int | None = None,
-    ):
-        if query not in QUERIES:
-            raise ValueError(f"query must be one of {', '.join(map(repr, QUERIES))}, got {query!r}")
-        limit = text.context_length - 2
-        overlap = min(OVERLAP, limit // 4) if overlap is None else overlap
-        min_tokens = limit // 2 if min_tokens is None else min_tokens
-        if not 0 <= overlap < limit:
-            raise ValueError(f"overlap must be from 0 to {limit - 1} for this CLIP, got {overlap}")
-        if min_tokens < 1:
-            raise ValueError(f"min_tokens must be at least 1, got {min_tokens}")
-        self.text = text
-        self.tokenizer = text.tokenizer if tokenizer is None else tokenizer
-        self.query = query
-        self.num_ids, self._whose_ids = text.num_ids, f"the CLIP {text.name}"
-        self.alignment: Alignment | None = None
-        if self.tokenizer.get_vocab() != text.tokenizer.get_vocab():
-            self.alignment = Alignment(self.tokenizer, text.tokenizer)
-            self.num_ids, self._whose_ids = len(self.tokenizer), "the tokenizer"
-        self.rule = SegmentRule(
-            sot=text.tokenizer.bos_token_id,
-            eot=text.tokenizer.eos_token_id,
-            sentence_ends=sentence_end_ids(text.tokenizer),
-            limit=limit,
-            overlap=overlap,
-            min_tokens=min_tokens,
-            eot_in_segment=query == "state",
-        )
-
-    def runs(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[Run]:
-        """The segments of a batch, as `ContextEncoder.encode` takes them. Arguments and errors as in
-        `ContextEncoder.__call__`."""
-        tokens = self._tokens(input_ids, attention_mask)
-        readings = [self._read(row, of_row, SegmentState(), TextState()) for row, of_row in enumerate(tokens)]
-        return [run for reading in readings for run in reading.runs + reading.forks]
-
-    def further_runs(self, input_ids: Tensor, state: ReadingState, attention_mask: Tensor | None = None) -> list[Run]:
-        """The whole segments of the next tokens (B, T) of each row; only the queries of these tokens are wanted.
-
-        Arguments and errors otherwise as in `ContextEncoder.step`.
-        """
-        tokens = self._tokens(input_ids, attention_mask, rows=len(state.states))
-        runs: list[Run] = []
-        for row, of_row in enumerate(tokens):
-            before = [self.rule.sot, *state.states[row].text]
-            reading = self._read(row, of_row, state.states[row], state.texts[row])
-            state.states[row] = reading.kept
-            read = (run.whole(before) if run.start else run for run in reading.runs + reading.forks)
-            runs += [run for run in read if run.positions()]
-        return runs
-
-    def _read(self, row: int, tokens: list[tuple[int, int]], state: SegmentState, text: TextState) -> Reading:
-        """Cuts the tokens of a row into runs. Changes `text`; the new state is in the result."""
-        reading = Reading(row, state, self.rule)
-        if self.alignment is not None:
-            self.alignment.read(tokens, text, reading)
-        else:
-            for position, id in tokens:
-                reading.add(id)
-                reading.want(position)
-            reading.keep()
-        return reading
-
-    def _tokens(
-        self, input_ids: Tensor, attention_mask: Tensor | None, rows: int | None = None
-    ) -> list[list[tuple[int, int]]]:
-        """(position, id) of the tokens of each row that are not padding; `rows`: how many an earlier call had."""
-        if input_ids.ndim != 2 or input_ids.dtype != torch.int64:
-            raise ValueError(f"input_ids must be (B, T) int64, got {tuple(input_ids.shape)} {input_ids.dtype}")
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)}, got "
-                f"{tuple(attention_mask.shape)}"
-            )
-        if rows is not None and len(input_ids) != rows:
-            raise ValueError(f"input_ids has {len(input_ids)} rows, the cache {rows}")
-        tokens = [list(enumerate(row)) for row in input_ids.tolist()]
-        if attention_mask is not None:
-            masks = attention_mask.tolist()
-            tokens = [
-                [token for token, real in zip(row, mask, strict=True) if real]
-                for row, mask in zip(tokens, masks, strict=True)
-            ]
-        wrong = next((id for row in tokens for _, id in row if not 0 <= id < self.num_ids), None)
-        if wrong is not None:
-            raise ValueError(f"input_ids has {wrong}, but {self._whose_ids} has {self.num_ids} tokens")
-        return tokens
-
-
-class ContextEncoder(ContextReader):
+class ContextEncoder:
     """Queries for retrieval: CLIP's encoding of the text up to each token.
 
     A token's query depends on itself and the tokens before it alone: it is the same (to rounding) in any batch, with
@@ -216,10 +83,33 @@ class ContextEncoder(ContextReader):
         min_tokens: int | None = None,
         dtype: torch.dtype = torch.float32,
     ):
+        if query not in QUERIES:
+            raise ValueError(f"query must be one of {', '.join(map(repr, QUERIES))}, got {query!r}")
+        limit = clip.context_length - 2
+        overlap = min(OVERLAP, limit // 4) if overlap is None else overlap
+        min_tokens = limit // 2 if min_tokens is None else min_tokens
+        if not 0 <= overlap < limit:
+            raise ValueError(f"overlap must be from 0 to {limit - 1} for this CLIP, got {overlap}")
+        if min_tokens < 1:
+            raise ValueError(f"min_tokens must be at least 1, got {min_tokens}")
         self.clip = clip
         self.tower = TextTower(clip, dtype)
-        text = TextInput(clip.name, clip.tokenizer, self.tower.embedding.num_embeddings, clip.context_length)
-        super().__init__(text, tokenizer=tokenizer, query=query, overlap=overlap, min_tokens=min_tokens)
+        self.tokenizer = clip.tokenizer if tokenizer is None else tokenizer
+        self.query = query
+        self.num_ids, self._whose_ids = self.tower.embedding.num_embeddings, f"the CLIP {clip.name}"
+        self.alignment: Alignment | None = None
+        if self.tokenizer.get_vocab() != clip.tokenizer.get_vocab():
+            self.alignment = Alignment(self.tokenizer, clip.tokenizer)
+            self.num_ids, self._whose_ids = len(self.tokenizer), "the tokenizer"
+        self.rule = SegmentRule(
+            sot=clip.tokenizer.bos_token_id,
+            eot=clip.tokenizer.eos_token_id,
+            sentence_ends=sentence_end_ids(clip.tokenizer),
+            limit=limit,
+            overlap=overlap,
+            min_tokens=min_tokens,
+            eot_in_segment=query == "state",
+        )
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Queries (B, T, E) float32, L2-normalised, zeros where attention_mask (B, T) is 0.
@@ -231,6 +121,12 @@ class ContextEncoder(ContextReader):
             ValueError: a wrong shape, dtype or id.
         """
         return self.encode(self.runs(input_ids, attention_mask), input_ids.shape)
+
+    def runs(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[Run]:
+        """The segments of a batch, as `encode` takes them. Arguments and errors as in `__call__`."""
+        tokens = self._tokens(input_ids, attention_mask)
+        readings = [self._read(row, of_row, SegmentState(), TextState()) for row, of_row in enumerate(tokens)]
+        return [run for reading in readings for run in reading.runs + reading.forks]
 
     @torch.no_grad()
     def encode(self, runs: list[Run], shape: tuple[int, ...]) -> Tensor:
@@ -269,6 +165,43 @@ class ContextEncoder(ContextReader):
         for some in _alike(going_on) + self._together(new):
             self._encode(some, queries, cache)
         return queries
+
+    def _read(self, row: int, tokens: list[tuple[int, int]], state: SegmentState, text: TextState) -> Reading:
+        """Cuts the tokens of a row into runs. Changes `text`; the new state is in the result."""
+        reading = Reading(row, state, self.rule)
+        if self.alignment is not None:
+            self.alignment.read(tokens, text, reading)
+        else:
+            for position, id in tokens:
+                reading.add(id)
+                reading.want(position)
+            reading.keep()
+        return reading
+
+    def _tokens(
+        self, input_ids: Tensor, attention_mask: Tensor | None, rows: int | None = None
+    ) -> list[list[tuple[int, int]]]:
+        """(position, id) of the tokens of each row that are not padding; `rows`: how many an earlier call had."""
+        if input_ids.ndim != 2 or input_ids.dtype != torch.int64:
+            raise ValueError(f"input_ids must be (B, T) int64, got {tuple(input_ids.shape)} {input_ids.dtype}")
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)}, got "
+                f"{tuple(attention_mask.shape)}"
+            )
+        if rows is not None and len(input_ids) != rows:
+            raise ValueError(f"input_ids has {len(input_ids)} rows, the cache {rows}")
+        tokens = [list(enumerate(row)) for row in input_ids.tolist()]
+        if attention_mask is not None:
+            masks = attention_mask.tolist()
+            tokens = [
+                [token for token, real in zip(row, mask, strict=True) if real]
+                for row, mask in zip(tokens, masks, strict=True)
+            ]
+        wrong = next((id for row in tokens for _, id in row if not 0 <= id < self.num_ids), None)
+        if wrong is not None:
+            raise ValueError(f"input_ids has {wrong}, but {self._whose_ids} has {self.num_ids} tokens")
+        return tokens
 
     def _zeros(self, shape: tuple[int, ...]) -> Tensor:
         return torch.zeros(*shape, self.clip.embed_dim, device=self.tower.positions.device)

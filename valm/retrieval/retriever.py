@@ -15,7 +15,6 @@ from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.context import ContextCache, ContextEncoder
 from valm.retrieval.faiss_index import open_index
 from valm.retrieval.segment_cache import SegmentCache
-from valm.retrieval.segments import Run
 from valm.tokenizer import padded, prompt_ids
 from valm_kernels import MAX_TOPK, TopK
 
@@ -153,14 +152,11 @@ class Retriever:
             raise ValueError(f"input_ids must be ids or a list of texts, got a text; give [{input_ids[:20]!r}]")
         if not isinstance(input_ids, Tensor):
             input_ids, attention_mask = padded([prompt_ids(self.encoder.tokenizer, text) for text in input_ids])
-        return self.find_runs(self.encoder.runs(input_ids, attention_mask), input_ids.shape)
-
-    def find_runs(self, runs: list[Run], shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """As `find`, for the segments of a batch of `shape` (B, T)."""
+        runs = self.encoder.runs(input_ids, attention_mask)
         keys = [run.key() for run in runs]
         known = {key: nearest for key in keys if (nearest := self.cache.get(key)) is not None}
         new = {key: run for key, run in zip(keys, runs, strict=True) if key not in known}
-        ids, scores = self._nearest_to(list(new.values()), shape)
+        ids, scores = self.nearest(self.encoder.encode(list(new.values()), input_ids.shape))
         for key, run in new.items():
             known[key] = (ids[run.row, run.positions()], scores[run.row, run.positions()])
             self.cache.put(key, known[key])
@@ -213,10 +209,6 @@ class Retriever:
         scores, ids = self.index.search(features, k)
         hits = zip(scores[0].tolist(), ids[0].tolist(), strict=True)
         return [(score, self.kb.item(id)) for score, id in hits if id >= 0]
-
-    def _nearest_to(self, runs: list[Run], shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Ids and scores (B, T, K) of different segments, none at positions that they do not ask for."""
-        return self.nearest(self.encoder.encode(runs, shape))
 
     def _pooled(self, ids: Tensor, scores: Tensor) -> Retrieved:
         image_ids, image_index = torch.unique(ids, return_inverse=True)

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import count, islice
 
 from transformers import PreTrainedTokenizerFast
 
@@ -61,24 +59,6 @@ class Run:
     def key(self) -> bytes:
         """Equal for two runs if and only if they need the same queries of the same tokens."""
         return array("q", self._numbers()).tobytes()
-
-    @classmethod
-    def of_key(cls, key: bytes, row: int) -> Run:
-        """The run of `key` (see `key`), with its wanted queries at positions 0, 1, ... of `row`."""
-        return cls._of_numbers(row, iter(array("q", key)), count())
-
-    @classmethod
-    def _of_numbers(cls, row: int, numbers: Iterator[int], positions: Iterator[int]) -> Run:
-        start = next(numbers)
-        ids = list(islice(numbers, next(numbers)))
-        wanted = [(next(positions), at) for at in islice(numbers, next(numbers))]
-        branches = [cls._of_numbers(row, numbers, positions) for _ in range(next(numbers))]
-        return cls(row, ids, start, wanted, branches=branches)
-
-    def whole(self, before: list[int]) -> Run:
-        """This run together with the `start` tokens `before` it in its segment."""
-        wanted = [(position, self.start + at) for position, at in self.wanted]
-        return Run(self.row, before + self.ids, 0, wanted, branches=self.branches)
 
     def positions(self) -> list[int]:
         """Positions of the wanted queries in the row's input, in the same order for all runs of one key."""

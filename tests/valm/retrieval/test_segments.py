@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from valm.retrieval.segments import Reading, Run, SegmentRule, SegmentState, sentence_end_ids
+from valm.retrieval.segments import Reading, SegmentRule, SegmentState, sentence_end_ids
 from valm.tokenizer import clip_tokenizer
 
 SOT, EOT, STOP = 100, 101, 9
@@ -112,17 +112,3 @@ def test_sentence_ends_of_clip():
     pieces = set(tokenizer.convert_ids_to_tokens(sorted(sentence_end_ids(tokenizer))))
     assert {".</w>", "!</w>", "?</w>", '."</w>', "...</w>", ".)</w>"} <= pieces
     assert not pieces & {",</w>", ";</w>", ".", "/.</w>"}
-
-
-def test_a_run_is_read_back_from_its_key_and_made_whole():
-    run = read([1, 2, 3], rule()).runs[0]
-    reading = read([4, 5], rule(), SegmentState(open=True, text=[1, 2, 3], own=3))
-    reading.fork([6, 7], [2])
-    further = reading.runs[0]
-    for one in (run, further):
-        again = Run.of_key(one.key(), 7)
-        assert again.key() == one.key() and again.row == 7
-        assert again.positions() == list(range(len(one.positions())))
-    whole = further.whole([SOT, 1, 2, 3])
-    assert (whole.ids, whole.start, whole.positions()) == ([SOT, 1, 2, 3, 4, 5], 0, further.positions())
-    assert [whole.ids[at] for _, at in whole.wanted] == [4, 5] and whole.branches == further.branches
