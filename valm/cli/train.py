@@ -141,13 +141,6 @@ def add_to(commands: Commands) -> None:
         "on it every --save_steps steps, and the best checkpoint becomes the model",
     )
     train.add_argument("--patience", type=positive, help="stop after so many evaluations that were no better")
-    train.add_argument(
-        "--colors",
-        type=Path,
-        metavar="FILE",
-        help="with --validation: things of your own in a CSV of Index,Descriptor,Item,Color, whose colors the model is "
-        "asked at each evaluation",
-    )
     add_device(train, "images are retrieved (training itself takes the GPUs that torch has)")
 
 
@@ -160,17 +153,15 @@ def at_least_2(text: str) -> int:
 def run_train(arguments: argparse.Namespace) -> None:
     import torch
 
-    from valm.evaluation.color import load_memory_color
     from valm.files import only_writer, writable_folder
     from valm.knowledge_base.store import ImageKnowledgeBase
-    from valm.training.callbacks import ColorAccuracy, Patience, show_progress
+    from valm.training.callbacks import Patience, show_progress
     from valm.training.train import trainer, training_arguments
 
     if has_corpus(arguments) == (arguments.retrieval is not None):
         raise ValmError("give either a corpus or --retrieval")
-    for name in ("patience", "colors"):
-        if arguments.validation is None and getattr(arguments, name) is not None:
-            raise ValmError(f"--{name} looks at the evaluations: give --validation too")
+    if arguments.validation is None and arguments.patience is not None:
+        raise ValmError("--patience looks at the evaluations: give --validation too")
     for name, is_for in {**dict.fromkeys(BASE_OPTIONS, True), **dict.fromkeys(SIZES, False)}.items():
         if getattr(arguments, name) is not None and is_for != (arguments.base is not None):
             kind = "a pretrained decoder: give --base too" if is_for else "a new model: --base has its own"
@@ -202,9 +193,8 @@ def run_train(arguments: argparse.Namespace) -> None:
         documents = in_blocks(documents, model, arguments.context, tokenizer)
         held_out = None if held_out is None else in_blocks(held_out, model, arguments.context, tokenizer)
     sees = model.image_options
-    measures = [] if arguments.colors is None else [ColorAccuracy(load_memory_color(arguments.colors), tokenizer)]
-    if sees.blind or (measures and sees.num_images > 0):
-        model.set_retriever(open_retriever(arguments, kb, dataset, sees.blind))
+    if sees.blind:
+        model.set_retriever(open_blind_retriever(arguments, kb, dataset))
     training = trainer(
         model,
         documents,
@@ -216,7 +206,6 @@ def run_train(arguments: argparse.Namespace) -> None:
         cache_below=arguments.cache_below,
         fusion_lr=arguments.fusion_lr if sees.num_images > 0 else None,
         limit_softmax=arguments.limit_softmax,
-        measures=measures,
         callbacks=[Patience(arguments.patience)] if arguments.patience else None,
     )
     note_run(training, dataset, arguments)
@@ -492,13 +481,13 @@ def image_options(twin: str | None, dataset: Any, kb: ImageKnowledgeBase | None)
     return {"num_images": 1 if twin == "blind" else dataset.k, "image_dim": kb.dim, "blind": twin == "blind"}
 
 
-def open_retriever(arguments: argparse.Namespace, kb: Any, dataset: Any, blind: bool) -> Any:
-    """A retriever with the settings and tokenizer that `dataset` was retrieved with."""
+def open_blind_retriever(arguments: argparse.Namespace, kb: Any, dataset: Any) -> Any:
+    """A `BlindRetriever` with the settings and tokenizer that `dataset` was retrieved with."""
     from valm.retrieval.note import RetrievalNote
 
     note = RetrievalNote.of_knowledge_base(kb, dataset.query)
     clip = {"clip": arguments.clip, "allow_download": arguments.allow_download}
-    return note.open(dataset.tokenizer, dataset.k, blind=blind, device=chosen_device(arguments), **clip)
+    return note.open(dataset.tokenizer, dataset.k, blind=True, device=chosen_device(arguments), **clip)
 
 
 def retrieved_corpus(

@@ -1,14 +1,12 @@
-"""Progress bars and measures of trainings."""
+"""Progress bars of trainings, and when they stop early."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 from transformers import (
     EarlyStoppingCallback,
-    PreTrainedTokenizerFast,
     PrinterCallback,
     ProgressCallback,
     Trainer,
@@ -18,7 +16,6 @@ from transformers import (
     TrainingArguments,
 )
 
-from valm.evaluation.color import ColorItem, evaluate_color
 from valm.progress import progress_bar
 
 log = logging.getLogger(__name__)
@@ -76,18 +73,3 @@ class Patience(EarlyStoppingCallback):
                         f"{best}: no step is added to the {state.global_step} of before; a patience above "
                         f"{self.early_stopping_patience_counter} (--patience) adds some"
                     )
-
-
-class ColorAccuracy:
-    """A measure for `trainer`: how often the model names the colour of things of your own (`evaluate_color`, "fair").
-
-    A model that takes images needs a retriever for it. Choose settings on your own things, never on the public test
-    sets, whose results are biased once they were used for a choice.
-    """
-
-    def __init__(self, items: Sequence[ColorItem], tokenizer: PreTrainedTokenizerFast):
-        self.items, self.tokenizer = items, tokenizer
-
-    def __call__(self, model: Any) -> dict[str, float]:
-        result = evaluate_color(model, self.tokenizer, self.items)
-        return {"color_accuracy": result.accuracy.value}

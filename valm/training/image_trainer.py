@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -32,8 +31,6 @@ log = logging.getLogger(__name__)
 
 # A part of the names of the parameters that only see images.
 FUSION_NAME = ".image_fusion."
-# A function from a model to numbers by name.
-Measure = Callable[[Any], dict[str, float]]
 
 
 class ImageTrainer(Trainer):
@@ -42,11 +39,10 @@ class ImageTrainer(Trainer):
     - Data are read in a `TrainingOrder` (with train_sampling_strategy "random"; other strategies are the Trainer's).
     - A loss that is not finite stops the training before its step is taken.
     - A checkpoint is whole or absent, and notes what finds the model's images.
-    - Evaluation weighs every token equally, in any batch, and adds the perplexity and the `measures`.
+    - Evaluation weighs every token equally, in any batch, and adds the perplexity.
 
     Args:
         note: what finds the images, for a model that is trained on retrieved ones and has no retriever.
-        measures: called after each evaluation; their numbers are logged as eval_NAME.
         fusion_lr: learning rate of the parameters that only see images; None = that of all others.
         options: the Trainer's.
     """
@@ -55,7 +51,6 @@ class ImageTrainer(Trainer):
         self,
         *,
         note: RetrievalNote | None = None,
-        measures: Sequence[Measure] = (),
         fusion_lr: float | None = None,
         **options: Any,
     ):
@@ -63,7 +58,6 @@ class ImageTrainer(Trainer):
         check_processes(self.args)
         self.fusion_lr = fusion_lr
         self.note = note
-        self.measures = measures
         self._order: TrainingOrder | None = None
         self._planned: int | None = None  # steps of the training that wrote the checkpoint to resume from
         self._batch = (0, 0)  # the step that is being done, and which of its batches
@@ -226,9 +220,6 @@ class ImageTrainer(Trainer):
             loss = total / tokens
             metrics[f"{prefix}_loss"] = loss
             metrics[f"{prefix}_perplexity"] = math.exp(min(loss, 700))
-        for measure in self.measures:
-            found = measure(self.accelerator.unwrap_model(self.model))
-            metrics.update((f"{prefix}_{name}", value) for name, value in found.items())
         return output
 
     def _get_output_dir(self, trial: Any) -> str:

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import logging
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from valm.tokenizer import begin_id
 from valm.training.blocks import Blocks
 from valm.training.cache_below import cache_below as with_fusion_input
 from valm.training.collate import NO_SCORES, Collator
-from valm.training.image_trainer import FUSION_NAME, ImageTrainer, Measure
+from valm.training.image_trainer import FUSION_NAME, ImageTrainer
 from valm.training.launch import check_processes
 from valm.training.limited_softmax import LimitedSoftmax
 
@@ -79,7 +78,6 @@ def trainer(
     cache_below: str | os.PathLike | None = None,
     fusion_lr: float | None = None,
     limit_softmax: bool = False,
-    measures: Sequence[Measure] = (),
     **options: Any,
 ) -> ImageTrainer:
     """A transformers `Trainer` for a model that takes images, which may be changed before its `train()`.
@@ -104,7 +102,6 @@ def trainer(
         fusion_lr: learning rate of the parameters that only see images; None uses that of `arguments`.
         limit_softmax: compute the training loss over the tokens of `dataset` and a sample of the others
             (`LimitedSoftmax`).
-        measures: called with the model after each evaluation, such as a `ColorAccuracy`.
         options: more of the Trainer's arguments: callbacks, optimizers, compute_metrics, ...
 
     Raises:
@@ -163,7 +160,6 @@ def trainer(
         evaluated = Evened(evaluated, changed.eval_batch_size * changed.world_size)
     return ImageTrainer(
         note=note,
-        measures=measures,
         fusion_lr=fusion_lr,
         model=model,
         args=changed,

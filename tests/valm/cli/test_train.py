@@ -397,11 +397,11 @@ def evaluations(folder):
 
 def test_a_text_of_its_own_is_measured_as_it_goes_and_the_best_checkpoint_becomes_the_model(world, tmp_path):
     train = ["train", world / "corpus.txt", "--kb", world / "kb", "-k", 2, *SIZE, "--out", tmp_path / "model"]
-    check = ["--validation", world / "corpus.txt", "--colors", world / "colors.csv", "--save_steps", 1]
+    check = ["--validation", world / "corpus.txt", "--save_steps", 1]
     assert run(*train, *check) == 0
     found = evaluations(tmp_path / "model")
     assert [entry["step"] for entry in found] == [1, 2, 3]
-    assert all(entry["eval_perplexity"] > 1 and 0 <= entry["eval_color_accuracy"] <= 1 for entry in found)
+    assert all(entry["eval_perplexity"] > 1 for entry in found)
     best = min(found, key=lambda entry: entry["eval_loss"])["step"]
     weights = [
         load_file(path / "model.safetensors") for path in (tmp_path / "model", tmp_path / f"model/checkpoint-{best}")
@@ -523,7 +523,7 @@ def wrong_inputs():
             [*train, "--config", "{tmp}/value.yaml"],
             "argument --layers: invalid",
         ),
-        "colors without evaluations": ([*train, "--colors", "{world}/colors.csv"], "--colors looks at the evaluations"),
+        "patience without evaluations": ([*train, "--patience", "1"], "--patience looks at the evaluations"),
         "validation missing": ([*train, "--validation", "{tmp}/none.txt"], "there is no corpus file {tmp}/none.txt"),
         "validation of another kind": ([*train, "--validation", "{world}/retrieval"], "and the corpus is none: give a"),
         "validation as text beside a retrieval": ([*cached, "--validation", "{world}/corpus.txt"], "retrieve --valid"),
