@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from valm import Clip, ContextEncoder, ImageKnowledgeBase, Retriever, load_checkpoint
+from valm import Clip, ContextEncoder, ImageKnowledgeBase, Retriever, load
 from valm.corpus.retrieved import CorpusRetrieval, retrieve_files
 from valm.knowledge_base.build import build
 from valm.knowledge_base.encode import Encoding
@@ -48,7 +48,7 @@ def file_names(shard: dict) -> list[str]:
 @pytest.mark.parametrize("name", ["valm", "gpt2", "blind"])
 def test_a_checkpoint_predicts_the_same(stores, name):
     (record,) = (record for record in expected(stores, "models") if record["name"] == name)
-    model, tokenizer = load_checkpoint(stores / name)
+    model, tokenizer = load(stores / name)
     ids = tokenizer(record["text"], return_tensors="pt").input_ids
     assert ids[0].tolist() == record["input_ids"]
     if name == "gpt2":

@@ -10,7 +10,7 @@ from valm.registration import register_when_imported
 if TYPE_CHECKING:
     from valm.augmented.model import augment
     from valm.augmented.saving import load_adapter, save_adapter
-    from valm.checkpoint import load, load_checkpoint, save_checkpoint
+    from valm.checkpoint import load, save_checkpoint
     from valm.clip import Clip
     from valm.config import ValmConfig
     from valm.errors import ValmError
@@ -34,7 +34,6 @@ _MODULES = {
     "augment": "valm.augmented.model",
     "load": "valm.checkpoint",
     "load_adapter": "valm.augmented.saving",
-    "load_checkpoint": "valm.checkpoint",
     "save_adapter": "valm.augmented.saving",
     "save_checkpoint": "valm.checkpoint",
 }
@@ -51,7 +50,6 @@ __all__ = [
     "augment",
     "load",
     "load_adapter",
-    "load_checkpoint",
     "save_adapter",
     "save_checkpoint",
 ]

@@ -160,18 +160,6 @@ def load(
     return model, tokenizer
 
 
-def load_checkpoint(
-    folder: str | os.PathLike,
-    *,
-    kb: str | os.PathLike | None = None,
-    clip: str | None = None,
-    allow_download: bool = False,
-    device: str | torch.device = "cpu",
-) -> tuple[Any, PreTrainedTokenizerFast]:
-    """The older name of `load`."""
-    return load(folder, kb=kb, clip=clip, allow_download=allow_download, device=device)
-
-
 def _load_whole(folder: Path, files: Path) -> Any:
     if not is_file(files / CONFIG_FILE):
         raise ValmError(f"{folder} is no checkpoint: it has no {CONFIG_FILE}")

@@ -46,7 +46,7 @@ class ValmConfig(GPT2Config):
         blind: each token sees its own retrieval query as its one "image" and nothing is searched
             (Blind-VaLM, Ontalvilla et al. 2024). Needs num_images = 1.
         image_logit_bias_init: initial value of the bias that each head adds to its image scores. 0 as published;
-            -20 starts a pretrained language model with its images switched off.
+            -10 starts with the images closed.
         image_score_scale_init: initial value of a learnt scale, one for all heads. The scale times the retrieval score
             of an image is added to its attention scores, so that images found with more certainty weigh more. None as
             published: retrieval scores are not used.

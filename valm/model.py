@@ -120,39 +120,6 @@ class VaLMForCausalLM(AugmentedCausalLM, GPT2LMHeadModel):
             model.generation_config = GenerationConfig.from_pretrained(source)
         return found
 
-    @classmethod
-    def from_gpt2(cls, gpt2: GPT2LMHeadModel, *, image_logit_bias_init: float = -10.0, **arguments: Any) -> Any:
-        """A VaLM that starts from a pretrained GPT-2: same weights, images switched off by a negative image_logit_bias.
-
-        At -10 an image weighs e^-10 of a token with the same score: the logits equal GPT-2's to about four digits, and
-        the gradient can still switch the images on. The other arguments are those of `ValmConfig`.
-
-        Raises:
-            ValmError: `gpt2` is a model of another kind, its sizes differ from the arguments, or there is no such
-                argument.
-        """
-        ValmConfig.check_names(arguments)
-        if not isinstance(gpt2, GPT2LMHeadModel):
-            raise ValmError(
-                f"from_gpt2 takes a GPT2LMHeadModel, got a {type(gpt2).__name__}: valm.augment lets other decoders "
-                "see images"
-            )
-        config = gpt2.config.to_dict()
-        for name in ("model_type", "architectures"):
-            config.pop(name, None)
-        config |= arguments | {"image_logit_bias_init": image_logit_bias_init}
-        model = cls(ValmConfig(**config))
-        model.to(dtype=gpt2.dtype)  # type: ignore[call-arg]  # transformers wraps `to` so that self is lost
-        try:
-            names = model.load_state_dict(gpt2.state_dict(), strict=False)
-        except RuntimeError as error:  # sizes that differ
-            raise ValmError(f"the GPT-2 does not fit these arguments: {str(error).splitlines()[-1].strip()}") from error
-        own = {name for name in names.missing_keys if ".image_fusion." in name}
-        wrong = sorted({*names.missing_keys, *names.unexpected_keys} - own)
-        if wrong:
-            raise ValmError(f"the GPT-2 does not fit these arguments: {wrong[0]} is in one of the two models only")
-        return model
-
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")  # as in transformers' own models
     def forward(
         self,

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from tests.fuzz.mutations import check_mutants, files_of, fuzzed
 from tests.valm.augmented.models import IMAGE_DIM, IMAGES, tiny_llama
 from tests.valm.training.documents import TOKENIZER, new_trainer
-from valm import load_checkpoint
+from valm import load
 from valm.augmented.model import augment
 from valm.augmented.saving import adapter_base, load_adapter, save_adapter
 from valm.clip import Clip
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the model's")
 def test_checkpoint(stores, outside, data):
     folder = stores / data.draw(st.sampled_from(["gpt2", "valm", "blind"]))
-    check_mutants(data, files_of(folder), outside, lambda: load_checkpoint(folder), ...)
+    check_mutants(data, files_of(folder), outside, lambda: load(folder), ...)
 
 
 @fuzzed(100)

@@ -12,7 +12,7 @@ from tests.valm.hub_cache import as_in_the_hub_cache
 from tests.valm.killed import exit_code, exit_code_if_killed_at, forked, needs_fork
 from tests.valm.models import tiny_model
 from valm import whole_folder
-from valm.checkpoint import load, load_checkpoint, save_checkpoint
+from valm.checkpoint import load, save_checkpoint
 from valm.clip import Clip
 from valm.errors import ValmError
 from valm.knowledge_base.build import build
@@ -33,7 +33,7 @@ def a_model(seed=0, **arguments):
 def test_saved_checkpoint_opens_here_and_in_transformers(tmp_path):
     model = a_model()
     save_checkpoint(model, TOKENIZER, tmp_path / "new" / "folder")
-    loaded, tokenizer = load_checkpoint(tmp_path / "new" / "folder")
+    loaded, tokenizer = load(tmp_path / "new" / "folder")
     assert not loaded.training
     ids = tokenizer("the sea is blue", return_tensors="pt")["input_ids"]
     assert torch.equal(loaded(ids).logits, model(ids).logits)
@@ -54,13 +54,13 @@ def test_saving_again_replaces_and_leaves_nothing_else(tmp_path):
     names = {file.name for file in tmp_path.iterdir()}
     save_checkpoint(a_model(1), TOKENIZER, tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == names
-    loaded, _ = load_checkpoint(tmp_path)
+    loaded, _ = load(tmp_path)
     assert torch.equal(loaded.transformer.wte.weight, a_model(1).transformer.wte.weight)
 
 
 def weights_of(folder):
     """Seed of the model in `folder`, by its weights."""
-    loaded, _ = load_checkpoint(folder)
+    loaded, _ = load(folder)
     (seed,) = (
         seed for seed in (0, 1) if torch.equal(loaded.transformer.wte.weight, a_model(seed).transformer.wte.weight)
     )
@@ -162,12 +162,12 @@ def change_config(folder, **values):
 
 def test_what_is_no_checkpoint_is_said_in_one_sentence(tmp_path):
     with pytest.raises(ValmError, match="there is no checkpoint folder"):
-        load_checkpoint(tmp_path / "nowhere")
+        load(tmp_path / "nowhere")
     with pytest.raises(ValmError, match="is no checkpoint"):
-        load_checkpoint(tmp_path)
+        load(tmp_path)
     GPT2LMHeadModel(GPT2Config(vocab_size=10, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
     with pytest.raises(ValmError, match="holds a model of type 'gpt2', expected 'valm'"):
-        load_checkpoint(tmp_path)
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_weights_of_another_config_are_refused(tmp_path, change, message, capfd)
     save_checkpoint(a_model(), TOKENIZER, tmp_path)
     change_config(tmp_path, **change)
     with pytest.raises(ValmError, match=message):
-        load_checkpoint(tmp_path)
+        load(tmp_path)
     assert capfd.readouterr() == ("", "")
 
 
@@ -192,11 +192,11 @@ def test_damaged_weights_and_a_foreign_tokenizer_are_refused(tmp_path):
     save_checkpoint(a_model(), TOKENIZER, tmp_path)
     prune_tokenizer(TOKENIZER, []).save_pretrained(tmp_path)
     with pytest.raises(ValmError, match="has 514 tokens, but the model's vocab_size is"):
-        load_checkpoint(tmp_path)
+        load(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ValmError, match="cannot be read"):
-        load_checkpoint(tmp_path)
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("blind", [False, True])
@@ -226,25 +226,25 @@ def test_a_checkpoint_finds_its_pictures_again(tmp_path, clip, blind):
     for name in ("model", "kb", "clip"):  # all of it together
         (tmp_path / name).rename(moved / name)
     assert json.loads((moved / "model" / "retrieval.json").read_text())["index"] == "exact"
-    loaded, _ = load_checkpoint(moved / "model")
+    loaded, _ = load(moved / "model")
     torch.testing.assert_close(loaded(ids).logits, expected)
-    assert load_checkpoint(moved / "model", clip=moved / "clip")[0].retriever.encoder.query == "state"
+    assert load(moved / "model", clip=moved / "clip")[0].retriever.encoder.query == "state"
 
 
 def test_pictures_that_do_not_fit_are_refused(tmp_path, clip, make_kb):
     kb = make_kb(3)
     save_checkpoint(tiny_model(num_images=0, vocab_size=len(TOKENIZER)), TOKENIZER, tmp_path / "gpt2")
     with pytest.raises(ValmError, match="sees no images"):
-        load_checkpoint(tmp_path / "gpt2", kb=kb.path)
+        load(tmp_path / "gpt2", kb=kb.path)
     clip.save(tmp_path / "clip")
     # another vocabulary than the CLIP's is no hindrance
     save_checkpoint(a_model(image_dim=kb.dim), TOKENIZER, tmp_path / "other")
-    loaded, _ = load_checkpoint(tmp_path / "other", kb=kb.path, clip=tmp_path / "clip")
+    loaded, _ = load(tmp_path / "other", kb=kb.path, clip=tmp_path / "clip")
     assert loaded.retriever.encoder.alignment is not None
     same = tiny_model(vocab_size=len(clip.tokenizer), image_dim=kb.dim + 1)
     save_checkpoint(same, clip.tokenizer, tmp_path / "wide")
     with pytest.raises(ValmError, match=r"do not fit: retriever\.dim is"):
-        load_checkpoint(tmp_path / "wide", kb=kb.path, clip=tmp_path / "clip")
+        load(tmp_path / "wide", kb=kb.path, clip=tmp_path / "clip")
 
 
 def test_the_saved_tokenizer_knows_how_long_the_models_texts_may_be(tmp_path):

@@ -55,21 +55,6 @@ def test_without_pictures_it_is_gpt2(attention, inverse):
     close(out.loss, expected.loss)
 
 
-def test_from_gpt2_keeps_its_logits_until_the_pictures_open():
-    torch.manual_seed(0)
-    gpt2 = GPT2LMHeadModel(
-        GPT2Config(vocab_size=VOCAB, n_positions=32, n_embd=32, n_layer=3, n_head=4, bos_token_id=BOS)
-    ).eval()
-    model = VaLMForCausalLM.from_gpt2(gpt2, image_dim=24, num_images=3, image_logit_bias_init=-30.0).eval()
-    ids = random_ids(2, 12)
-    pool, index = random_images(model.config, 2, 12)
-    close(model(ids, image_pool=pool, image_index=index).logits, gpt2(ids).logits)
-    with torch.no_grad():
-        fusion_module(model).logit_bias.fill_(3.0)
-    opened = model(ids, image_pool=pool, image_index=index).logits
-    assert (opened - gpt2(ids).logits).abs().max() > 1e-3
-
-
 def test_one_seed_gives_valm_and_gpt2_the_same_shared_weights():
     torch.manual_seed(5)
     valm = VaLMForCausalLM(tiny_config()).state_dict()
@@ -503,9 +488,6 @@ def test_assisted_decoding_is_refused():
 def test_a_new_scale_begins_at_its_initial_value():
     model = VaLMForCausalLM(tiny_config(image_score_scale_init=2.5))
     assert fusion_module(model).score_scale.tolist() == [2.5]
-    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_positions=32, n_embd=32, n_layer=3, n_head=4))
-    seeing = VaLMForCausalLM.from_gpt2(gpt2, image_dim=24, num_images=3, image_score_scale_init=2.5)
-    assert fusion_module(seeing).score_scale.tolist() == [2.5]
 
 
 def test_gpt2_refuses_pictures_and_a_foreign_cache_is_refused(model):
@@ -561,20 +543,3 @@ def test_it_compiles_to_one_graph():
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     for arguments in ({"image_pool": pool, "image_index": index}, {}):
         close(compiled(ids, **arguments).logits, model(ids, **arguments).logits)
-
-
-def test_from_gpt2_refuses_what_would_not_be_that_gpt2():
-    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_positions=32, n_embd=32, n_layer=3, n_head=4))
-    with pytest.raises(ValmError, match=r"transformer\.h\.3\..* is in one of the two models only"):
-        VaLMForCausalLM.from_gpt2(gpt2, image_dim=24, n_layer=4)
-    with pytest.raises(ValmError, match="the GPT-2 does not fit these arguments: size mismatch"):
-        VaLMForCausalLM.from_gpt2(gpt2, image_dim=24, n_positions=64)
-    with pytest.raises(ValmError, match=r"no argument num_image, did you mean num_images\?"):
-        VaLMForCausalLM.from_gpt2(gpt2, image_dim=24, num_image=0)
-
-
-def test_from_gpt2_takes_the_arguments_of_the_config():
-    config = GPT2Config(vocab_size=VOCAB, n_positions=32, n_embd=32, n_layer=3, n_head=4, n_ctx=32)  # an old name
-    names = {"hidden_size": 32, "num_hidden_layers": 3, "attn_implementation": "eager"}
-    model = VaLMForCausalLM.from_gpt2(GPT2LMHeadModel(config), image_dim=24, **names)
-    assert model.config._attn_implementation == "eager" and model.config.model_type == "valm"

@@ -24,7 +24,6 @@ from tests.valm.models import HashRetriever, random_scores
 from valm.augmented.model import augment, fusion_module
 from valm.augmented.probe import attention_path, decoder_layers
 from valm.errors import ValmError
-from valm.model import VaLMForCausalLM
 from valm_kernels import sort_image_slots
 
 
@@ -290,8 +289,6 @@ def test_models_that_cannot_are_refused_and_left_as_they_were():
 
     with pytest.raises(ValmError, match="no causal language model of transformers itself"):
         augment(Mine(LlamaConfig(**SMALL, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)), 8, 2)
-    with pytest.raises(ValmError, match=r"from_gpt2 takes a GPT2LMHeadModel, got a LlamaForCausalLM: valm.augment"):
-        VaLMForCausalLM.from_gpt2(tiny_llama(), image_dim=8)
 
 
 def test_wrong_inputs_are_named():

@@ -16,7 +16,7 @@ from tests.valm.cli.commands import SIZE, STEPS, run
 from tests.valm.other_tokenizers import chat_like, gpt2_like
 from valm.augmented.probe import decoder_layers
 from valm.augmented.sketch import fingerprint
-from valm.checkpoint import load_checkpoint
+from valm.checkpoint import load
 from valm.retrieval.retriever import BlindRetriever
 from valm.training.collate import Collator
 from valm.training.image_trainer import ImageTrainer
@@ -57,11 +57,11 @@ def test_a_pretrained_decoder_is_trained_beside_its_text_only_twin(world, base, 
         moved = {weight for weight in before if not torch.equal(before[weight], after[weight])}
         assert moved == {weight for weight in before if ".layers.1." in weight}
         assert {weight.partition(".image_fusion.")[2] for weight in set(after) - set(before)} == new
-    model, tokenizer = load_checkpoint(tmp_path / "model")
+    model, tokenizer = load(tmp_path / "model")
     assert model.config.valm["layer"] == -2 and model.config.valm["logit_bias"] == -1
     ids = tokenizer("the color of the apple is", return_tensors="pt")["input_ids"]
     assert model.generate(ids, max_new_tokens=2).shape[1] == ids.shape[1] + 2
-    twin, _ = load_checkpoint(tmp_path / "twin")
+    twin, _ = load(tmp_path / "twin")
     assert twin.image_options.num_images == 0 and twin.retriever is None
     assert "trained by" in (tmp_path / "twin" / "README.md").read_text()
     # from the text itself, and going on
@@ -111,7 +111,7 @@ def test_the_tokenizer_of_the_base_is_saved(world, base, tmp_path, source, monke
     own = AutoTokenizer.from_pretrained(base)
     chat = own.apply_chat_template([{"role": "user", "content": "the coal"}], tokenize=False)
     for folder in (tmp_path / "it", tmp_path / "it" / "checkpoint-3"):
-        model, tokenizer = load_checkpoint(folder)
+        model, tokenizer = load(folder)
         assert tokenizer.chat_template == own.chat_template
         assert tokenizer.special_tokens_map == own.special_tokens_map
         for text in ("the coal", chat):
@@ -130,7 +130,7 @@ def test_the_tokenizer_of_the_base_is_saved(world, base, tmp_path, source, monke
 def test_a_blind_twin_of_a_pretrained_decoder(world, base, tmp_path):
     options = ["--retrieval", world / "base-retrieval", "--kb", world / "kb", *STEPS, "--context", "8"]
     assert run("train", "--base", base, *options, "--out", tmp_path / "blind", "--twin", "blind") == 0
-    blind, _ = load_checkpoint(tmp_path / "blind")
+    blind, _ = load(tmp_path / "blind")
     assert blind.image_options.blind and isinstance(blind.retriever, BlindRetriever)
 
 
@@ -143,7 +143,7 @@ def test_retrieval_scores_train_a_scale(world, base, tmp_path, capsys, of):
     train = ["train", "--retrieval", retrieval, "--kb", world / "kb", "--score-scale", 0.5]
     train += ["--base", base, *STEPS, "--context", "8"] if of == "base" else SIZE
     assert run(*train, "--out", tmp_path / "model") == 0
-    model, tokenizer = load_checkpoint(tmp_path / "model")
+    model, tokenizer = load(tmp_path / "model")
     (scale,) = (value for name, value in model.named_parameters() if name.endswith("score_scale"))
     assert model.image_options.scored and scale.shape == (1,) and scale.item() != 0.5
     ids = tokenizer("the color of the apple is", return_tensors="pt")["input_ids"]
@@ -169,7 +169,7 @@ def test_a_model_with_a_tokenizer_of_its_own(world, other_tokenizer, tmp_path, c
     size = [*SIZE, "--context", "64"]  # of this tokenizer prompts have more tokens
     other = ["--tokenizer", other_tokenizer]
     assert run("train", corpus, *kb, *other, "--out", tmp_path / "valm", "-k", "2", *size) == 0
-    model, tokenizer = load_checkpoint(tmp_path / "valm")
+    model, tokenizer = load(tmp_path / "valm")
     assert model.retriever.encoder.alignment is not None
     assert tokenizer.bos_token == tokenizer.eos_token == "<|endoftext|>"
     ids = tokenizer("the color of the apple is", return_tensors="pt")["input_ids"]
@@ -232,7 +232,7 @@ def test_twins_see_the_same_tokens_with_other_images(world, tmp_path, monkeypatc
     assert set(weights["text"]) < set(weights["random"]) == set(weights["blind"]) == set(weights[None])
     for one, other in itertools.combinations(weights.values(), 2):
         assert not torch.equal(one["transformer.wte.weight"], other["transformer.wte.weight"])
-    blind, tokenizer = load_checkpoint(tmp_path / "blind")
+    blind, tokenizer = load(tmp_path / "blind")
     assert blind.config.blind and isinstance(blind.retriever, BlindRetriever)
     ids = tokenizer("the color of the apple is", return_tensors="pt")["input_ids"]
     assert blind.generate(ids, max_new_tokens=2).shape[1] == ids.shape[1] + 2
@@ -408,7 +408,7 @@ def test_a_text_of_its_own_is_measured_as_it_goes_and_the_best_checkpoint_become
     ]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert {path.name for path in tmp_path.iterdir()} == {"model", "model-retrieval", "model-validation-retrieval"}
-    model, _ = load_checkpoint(tmp_path / "model")
+    model, _ = load(tmp_path / "model")
     assert model.retriever is not None
 
 

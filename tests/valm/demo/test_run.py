@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from valm.checkpoint import load_checkpoint
+from valm.checkpoint import load
 from valm.clip import Clip
 from valm.demo import run as demo
 from valm.demo.run import REPORT_FILE, RESULTS_FILE, Settings, run_demo
@@ -102,7 +102,7 @@ def test_the_report_has_all_its_parts_in_one_file(miniature):
 
 def test_the_checkpoints_are_ready_for_use(miniature):
     for name, sees in (("gpt2", False), ("valm", True), ("valm-state", True)):
-        model, tokenizer = load_checkpoint(miniature.output / name)
+        model, tokenizer = load(miniature.output / name)
         assert (model.retriever is not None) == sees
         ids = tokenizer("the color of the tomato is", return_tensors="pt").input_ids
         assert model.generate(ids, max_new_tokens=2, do_sample=False).shape[1] > ids.shape[1]

@@ -57,16 +57,16 @@ def models(tmp_path_factory, clip):
     root = tmp_path_factory.mktemp("models")
     tokenizer = gpt2_like([*LINES, PROSE.read_text(encoding="utf-8")])
     torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=2, n_head=4,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    gpt2 = GPT2LMHeadModel(config).eval()
+    sizes = {"vocab_size": len(tokenizer), "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    sizes |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    gpt2 = GPT2LMHeadModel(GPT2Config(**sizes)).eval()
     for parameter in gpt2.parameters():
         parameter.data.add_(torch.randn_like(parameter) * 0.1)
     gpt2.save_pretrained(root / "gpt2")
     tokenizer.save_pretrained(root / "gpt2")
-    save_checkpoint(valm.VaLMForCausalLM.from_gpt2(gpt2, num_images=0, image_dim=16), tokenizer, root / "valm")
+    plain = valm.VaLMForCausalLM(valm.ValmConfig(num_images=0, **sizes))
+    plain.load_state_dict(gpt2.state_dict())
+    save_checkpoint(plain, tokenizer, root / "valm")
     kb = knowledge_base(root, clip)
     seeing = valm.augment(gpt2, kb.dim, 3, logit_bias=1.0)
     seeing.set_retriever(Retriever(ContextEncoder(kb.load_clip(), tokenizer=tokenizer), kb, 3))

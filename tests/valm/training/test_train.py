@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 from tests.valm.models import tiny_config
 from tests.valm.training.documents import TOKENIZER, Vectors, documents, new_model, new_trainer
 from valm.augmented.model import augment
-from valm.checkpoint import load, load_checkpoint
+from valm.checkpoint import load
 from valm.corpus.retrieved import retrieve_corpus
 from valm.errors import ValmError
 from valm.model import VaLMForCausalLM
@@ -62,7 +62,7 @@ def test_training_learns_and_writes_a_checkpoint_that_gives_the_same_logits(tmp_
     assert "valm: 100%" in shown and "loss=" in shown
     made.write(tmp_path, TOKENIZER)
     model = made.model.eval()
-    loaded, tokenizer = load_checkpoint(tmp_path)
+    loaded, tokenizer = load(tmp_path)
     ids = tokenizer("the color of the sun is", return_tensors="pt")["input_ids"]
     pool, index = torch.randn(5, 24), torch.randint(-1, 5, (1, ids.shape[1], 3))
     assert torch.equal(
