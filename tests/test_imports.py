@@ -73,7 +73,7 @@ def imports(file: Path) -> Iterator[str]:
 
 
 def unit(name: str) -> str:
-    """The folder or module right below valm: "shards" of "valm.shards.build.Run"."""
+    """The folder or module right below valm: "shards" of "valm.shards.build.Runner"."""
     return name.split(".")[1] if "." in name else "__init__"
 
 
@@ -165,7 +165,7 @@ def planted(tmp_path):
 def test_a_planted_arrow_up_is_found(planted):
     root = planted(
         {
-            "cli/kb.py": "from valm.shards.build import Run",
+            "cli/kb.py": "from valm.shards.build import Runner",
             "shards/build.py": "def late():\n    import valm.cli.kb",
             "clip.py": "from valm.nowhere import x",
             "model.py": "from valm import Clip",

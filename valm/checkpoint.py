@@ -28,7 +28,7 @@ from valm_kernels.json_files import short
 TOKENIZER_FILE = "tokenizer_config.json"
 
 
-class Config(TypedDict, total=False):
+class ModelConfig(TypedDict, total=False):
     """The keys of config.json that are read here."""
 
     model_type: Any
@@ -163,7 +163,7 @@ def load(
 def _load_whole(folder: Path, files: Path) -> Any:
     if not is_file(files / CONFIG_FILE):
         raise ValmError(f"{folder} is no checkpoint: it has no {CONFIG_FILE}")
-    kind = read_json(files / CONFIG_FILE, "the config", Config, "save the checkpoint again").get("model_type")
+    kind = read_json(files / CONFIG_FILE, "the config", ModelConfig, "save the checkpoint again").get("model_type")
     if kind != MODEL_TYPE:
         raise ValmError(f"{folder} holds a model of type {short(kind)}, expected {MODEL_TYPE!r}")
     model, report = from_pretrained(

@@ -45,7 +45,7 @@ class ModelConfig(TypedDict):
     vision_cfg: dict[str, Any]
 
 
-class Config(TypedDict):
+class OpenClipConfig(TypedDict):
     """The keys of open_clip_config.json that are read here."""
 
     model_cfg: ModelConfig
@@ -164,7 +164,9 @@ class Clip:
     @classmethod
     def _load_folder(cls, folder: Path, device: str | torch.device) -> Clip:
         files = current_files(folder)
-        config = read_json(files / CONFIG_FILE, "the CLIP configuration", Config, "give a CLIP folder of open_clip's")
+        config = read_json(
+            files / CONFIG_FILE, "the CLIP configuration", OpenClipConfig, "give a CLIP folder of open_clip's"
+        )
         check_all_regular(files)
         model_cfg = config["model_cfg"]
         outside = [

@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import open_clip.tokenizer
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -225,3 +226,13 @@ def padded(documents: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         ids[row, : len(document)] = torch.tensor(document)
         mask[row, : len(document)] = 1
     return ids, mask
+
+
+def batches_by_length(lengths: Sequence[int] | np.ndarray, most: int) -> list[list[int]]:
+    """Indices of documents of similar length, at most `most` tokens with their padding (a single one may have more)."""
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        if not batches or lengths[batches[-1][0]] * (len(batches[-1]) + 1) > most:
+            batches.append([])
+        batches[-1].append(index)
+    return batches

@@ -13,6 +13,7 @@ from valm.checkpoint import save_checkpoint
 from valm.errors import ValmError
 from valm.model import VaLMForCausalLM
 from valm.tokenizer import (
+    batches_by_length,
     begin_id,
     beginning_with_bos,
     clip_tokenizer,
@@ -198,3 +199,8 @@ def test_a_pipeline_puts_a_blank_between_prompt_and_answer(tmp_path):
     # eos stays allowed among bad words, unless there must be a token
     (found,) = pipe("The color is", min_new_tokens=1, max_new_tokens=1, do_sample=False, bad_words_ids=other)
     assert found["generated_text"] == "The color is yellow"
+
+
+def test_batches_have_documents_of_similar_length():
+    assert batches_by_length([3, 9, 3, 2, 4], 8) == [[1], [4, 0], [2, 3]]
+    assert batches_by_length([], 8) == []

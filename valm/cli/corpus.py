@@ -12,7 +12,7 @@ from valm.errors import ValmError
 if TYPE_CHECKING:
     from valm.corpus.retrieved import CorpusRetrieval
     from valm.retrieval.retriever import Retriever
-    from valm.shards.build import Run
+    from valm.shards.build import Runner
 
 # The options of a dataset, and their names in `open_dataset`.
 DATASET_OPTIONS = {"dataset_config": "config", "dataset_split": "split", "streaming": "streaming"}
@@ -53,7 +53,7 @@ def corpus_documents(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def retrieve_documents(
-    arguments: argparse.Namespace, retriever: Retriever, out: Path, *, scores: bool, run: Run | None = None
+    arguments: argparse.Namespace, retriever: Retriever, out: Path, *, scores: bool, run: Runner | None = None
 ) -> CorpusRetrieval:
     """Retrieves the images of the corpus' tokens into `out`, here or by `run`. Errors as in `retrieve_files`."""
     from valm.corpus.retrieved import retrieve_files, retrieve_texts

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast
 
-    from valm.shards.build import Run
+    from valm.shards.build import Runner
 
 # NumPy's generators take no seed below 0, and its older one none above this.
 MAX_SEED = 1 << 32
@@ -193,7 +193,7 @@ def add_ray(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def chosen_run(arguments: argparse.Namespace) -> Run:
+def chosen_run(arguments: argparse.Namespace) -> Runner:
     """The value of the options of `add_ray`: where shards are written."""
     if arguments.ray is None:
         from valm.shards.build import run_here

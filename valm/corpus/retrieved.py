@@ -44,7 +44,7 @@ from valm.files import read_json, write_json
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.faiss_index import FaissIndex
 from valm.retrieval.retriever import Retriever
-from valm.shards.build import Run, ShardedBuild, ShardFiles, run_here
+from valm.shards.build import Runner, ShardedBuild, ShardFiles, run_here
 from valm.shards.manifest import (
     MANIFEST_FILE,
     Manifest,
@@ -57,7 +57,7 @@ from valm.shards.manifest import (
     open_manifest,
 )
 from valm.shards.progress import Progress, ProgressBar
-from valm.tokenizer import beginning_with_bos, open_tokenizer, padded, tokenize_documents
+from valm.tokenizer import batches_by_length, beginning_with_bos, open_tokenizer, padded, tokenize_documents
 from valm_kernels.json_files import Count, Range
 
 WHAT = "corpus retrieval"
@@ -282,7 +282,7 @@ def retrieve_corpus(
     part_tokens: int = PART_TOKENS,
     scores: bool = False,
     progress: bool = True,
-    run: Run = run_here,
+    run: Runner = run_here,
 ) -> CorpusRetrieval:
     """Retrieves the images of every token of `documents` (token ids) and writes the folder `out`.
 
@@ -310,7 +310,7 @@ def retrieve_texts(
     part_bytes: int = PART_BYTES,
     scores: bool = False,
     progress: bool = True,
-    run: Run = run_here,
+    run: Runner = run_here,
 ) -> CorpusRetrieval:
     """`retrieve_corpus` for documents that the retriever's tokenizer has to read, such as the rows of a dataset
     (`row_documents`). part_bytes: bytes of text in a shard.
@@ -328,7 +328,7 @@ def retrieve_files(
     part_bytes: int = PART_BYTES,
     scores: bool = False,
     progress: bool = True,
-    run: Run = run_here,
+    run: Runner = run_here,
 ) -> CorpusRetrieval:
     """`retrieve_texts` for files and folders of them, in order; `column` and errors as in `file_parts`."""
     files = corpus_files(files)
@@ -349,7 +349,7 @@ def _retrieve(
     out: str | os.PathLike,
     scores: bool,
     progress: bool,
-    run: Run,
+    run: Runner,
 ) -> CorpusRetrieval:
     if len(retriever.kb) > NO_IMAGE:
         raise ValmError(f"ids of {len(retriever.kb):,} images do not fit into 32 bits")
@@ -425,7 +425,7 @@ def _retrieve_part(
     if documents:
         image_ids = np.empty((count, retriever.k), np.uint32)
         image_scores = np.empty((count, retriever.k), np.float32)
-        for batch in _batches(documents):
+        for batch in batches_by_length(list(map(len, documents)), BATCH_TOKENS):
             ids, mask = padded([documents[index] for index in batch])
             found, score = (tensor.cpu() for tensor in retriever.find(ids, mask))  # (B, T, K)
             images = torch.where(found < 0, NO_IMAGE, found)
@@ -440,16 +440,6 @@ def _retrieve_part(
         if scores:
             files.write_array("image_scores", image_scores)
     files.finish(documents=len(documents), tokens=count, content=fingerprint(raw))
-
-
-def _batches(documents: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Indices of documents of similar length, at most BATCH_TOKENS with their padding (a single one may have more)."""
-    batches: list[list[int]] = []
-    for index in sorted(range(len(documents)), key=lambda index: -len(documents[index])):
-        if not batches or len(documents[batches[-1][0]]) * (len(batches[-1]) + 1) > BATCH_TOKENS:
-            batches.append([])
-        batches[-1].append(index)
-    return batches
 
 
 def _tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:

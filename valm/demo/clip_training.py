@@ -46,7 +46,7 @@ def train_demo_clip(
     clip.model.requires_grad_(True)
     losses = train_clip(
         clip,
-        _batches(things, min(batch_size, len(things)), seed),
+        _captioned_views(things, min(batch_size, len(things)), seed),
         steps=steps,
         lr=lr,
         max_logit_scale=MAX_LOGIT_SCALE,
@@ -55,7 +55,7 @@ def train_demo_clip(
     return clip, losses
 
 
-def _batches(things: list[Thing], size: int, seed: int) -> Iterator[tuple[torch.Tensor, list[str]]]:
+def _captioned_views(things: list[Thing], size: int, seed: int) -> Iterator[tuple[torch.Tensor, list[str]]]:
     """Views of different things, and captions of them, without end."""
     generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
     drawings = drawing_tensor(things, DRAWING_SIZE)

@@ -50,7 +50,7 @@ def write_report(
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(data_uri=data_uri, percent=lambda share: f"{share:.1%}", counts=_counts)
+    environment.filters.update(png_uri=png_uri, percent=lambda share: f"{share:.1%}", counts=_counts)
     page = environment.get_template("report.html.j2").render(
         style=Markup((HERE / "report.css").read_text(encoding="utf-8")),
         results=results,
@@ -82,7 +82,7 @@ def svg(figure: Figure) -> Markup:
     return Markup(text[text.index("<svg") :])
 
 
-def data_uri(picture: Image.Image) -> str:
+def png_uri(picture: Image.Image) -> str:
     """The picture as a data URI."""
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")

@@ -124,7 +124,7 @@ def _run(
     settings: Settings,
     progress: bool,
 ) -> dict[str, Any]:
-    stage = Stages(progress)
+    stage = Stopwatch(progress)
     losses: dict[str, list[float]] = {}
 
     with stage("pictures"):
@@ -313,8 +313,8 @@ def summary(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-class Stages:
-    """Names and times the stages of the demo."""
+class Stopwatch:
+    """Names and times the stages of the demo, which always runs them all."""
 
     def __init__(self, progress: bool):
         self.progress = progress

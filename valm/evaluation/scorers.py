@@ -25,7 +25,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from valm.augmented.saving import is_adapter
-from valm.checkpoint import Config, load
+from valm.checkpoint import ModelConfig, load
 from valm.clip import CONFIG_FILE as CLIP_CONFIG_FILE
 from valm.clip import Clip
 from valm.config_file import MODEL_TYPE
@@ -366,7 +366,7 @@ _CAUSAL = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) - {"BertLMHeadModel"}
 
 def _model_type(folder: Path) -> Any:
     try:
-        return read_json(folder / CONFIG_FILE, "the config", Config).get("model_type")
+        return read_json(folder / CONFIG_FILE, "the config", ModelConfig).get("model_type")
     except ValmError:  # which transformers will explain
         return None
 

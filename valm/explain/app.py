@@ -14,7 +14,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 from valm.errors import PANIC, ValmError, is_panic
 from valm.explain.explanation import Explanation, Reader, explain_together
-from valm.explain.images import GivenImages, RandomImages
+from valm.explain.images import GivenImages, ShownRandomImages
 from valm.explain.page import render_body, style
 from valm.retrieval.retriever import BlindRetriever, Retriever
 
@@ -146,7 +146,7 @@ class App:
         if images == RETRIEVED:
             return f"{self.name}, {k} retrieved images", Reader(self.model, self.tokenizer, of_kb)
         if images == RANDOM:
-            return f"{self.name}, {k} random images", Reader(self.model, self.tokenizer, RandomImages(of_kb, 0))
+            return f"{self.name}, {k} random images", Reader(self.model, self.tokenizer, ShownRandomImages(of_kb, 0))
         if not uploads:
             raise ValmError("there are no uploaded images yet: add some below")
         given = GivenImages([Path(file) for file in uploads], of_kb)

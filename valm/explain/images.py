@@ -35,8 +35,8 @@ class ShownImage:
     thumbnail: Image.Image | None
 
 
-class RandomImages(controls.RandomImages):
-    """The control of the same name, with the ids and scores of the images that the model sees."""
+class ShownRandomImages(controls.RandomImages):
+    """The control `RandomImages`, with the ids and scores of the images that the model sees."""
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Retrieved:
         found = self.retriever(input_ids, attention_mask)
@@ -81,7 +81,7 @@ def show_images(retriever: Any, image_ids: Sequence[int]) -> list[ShownImage]:
     """Each image with its thumbnail and caption, as far as `retriever` knows them."""
     if isinstance(retriever, GivenImages):
         return [retriever.images[id] for id in image_ids]
-    kb = getattr(retriever.retriever if isinstance(retriever, RandomImages) else retriever, "kb", None)
+    kb = getattr(retriever.retriever if isinstance(retriever, ShownRandomImages) else retriever, "kb", None)
     if not isinstance(kb, ImageKnowledgeBase):
         return [ShownImage("the token's own query" if id < 0 else f"image {id}", None) for id in image_ids]
     return [_show(kb, id) for id in image_ids]

@@ -66,7 +66,7 @@ def style() -> str:
     return (HERE / "style.css").read_text(encoding="utf-8")
 
 
-def data_uri(image: Image.Image) -> str:
+def thumbnail_uri(image: Image.Image) -> str:
     """The image, made small, as a data URI."""
     return "data:image/jpeg;base64," + base64.b64encode(thumbnail_bytes(image, THUMBNAIL_SIZE)).decode()
 
@@ -102,7 +102,7 @@ def _setting(
     if head is not None and head >= len(explanation.text_weights):
         head = None
     text, image = explanation.weights(head)
-    sources = [None if shown.thumbnail is None else data_uri(shown.thumbnail) for shown in explanation.images]
+    sources = [None if shown.thumbnail is None else thumbnail_uri(shown.thumbnail) for shown in explanation.images]
     width = len(explanation.tokens) + image.shape[1]
 
     def shown(token: int, rank: int, row: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from valm.knowledge_base.encode import Encoding
 from valm.knowledge_base.format import begin_knowledge_base, clip_entry, finish_knowledge_base, write_shard
 from valm.knowledge_base.sources import Source, SourceShard
 from valm.knowledge_base.store import ImageKnowledgeBase
-from valm.shards.build import Run, run_here
+from valm.shards.build import Runner, run_here
 from valm.shards.progress import Progress, ProgressBar
 
 # The order of the plan's entries in the manifest; a source's own settings come at OWN. This is the order of valm 0.1.0
@@ -28,7 +28,7 @@ def build(
     encoding: Encoding = Encoding(),
     *,
     progress: bool = True,
-    run: Run = run_here,
+    run: Runner = run_here,
 ) -> ImageKnowledgeBase:
     """Encodes the images of `source` and writes a knowledge base to the folder `out`.
 

@@ -40,7 +40,7 @@ DELETE = "delete it or choose another folder"
 # Writes one shard, given its number, its part of the source, and its progress.
 Work = Callable[[int, Any, Progress], None]
 # Runs the work for numbered parts of the source: here, or on other machines (valm/shards/ray.py).
-Run = Callable[[Work, Iterable[tuple[int, Any]], Progress], None]
+Runner = Callable[[Work, Iterable[tuple[int, Any]], Progress], None]
 
 
 def run_here(work: Work, shards: Iterable[tuple[int, Any]], progress: Progress) -> None:
@@ -127,7 +127,7 @@ class ShardedBuild:
             raise ValmError(f"the unfinished {self.what} {self.out} is damaged: {error}; {DELETE}") from error
         return records
 
-    def write(self, work: Work, parts: Iterable[Any], run: Run, progress: Progress) -> None:
+    def write(self, work: Work, parts: Iterable[Any], run: Runner, progress: Progress) -> None:
         """Writes the missing shards, from `parts` (the parts of the source, one per shard)."""
         done = self.done()
         run(work, ((number, part) for number, part in enumerate(parts) if number not in done), progress)

@@ -26,7 +26,7 @@ from valm.errors import ValmError
 from valm.files import atomic_path, writable_folder
 from valm.progress import progress_bar
 from valm.shards.manifest import open_array
-from valm.tokenizer import padded
+from valm.tokenizer import batches_by_length, padded
 from valm.training.blocks import document_lengths
 from valm_kernels.checksums import file_sha256
 
@@ -266,7 +266,7 @@ def _write(
         if hasattr(os, "posix_fallocate"):  # otherwise a full disk would raise a signal on access to the map
             with open(temporary, "r+b") as opened:
                 os.posix_fallocate(opened.fileno(), 0, os.path.getsize(temporary))
-        for batch in _batches(lengths):
+        for batch in batches_by_length(lengths, BATCH_TOKENS):
             ids, mask = padded([documents[index]["input_ids"] for index in batch])
             found = _input_of(model, layer, ids.to(model.device), mask.to(model.device)).cpu()
             found = found.view(torch.uint16) if found.dtype == torch.bfloat16 else found
@@ -286,16 +286,6 @@ def _is_as_written(file: Path) -> bool:
         opened.seek(size)
         checksum = opened.read()
     return file_sha256(file, size) == checksum.hex()
-
-
-def _batches(lengths: np.ndarray) -> list[list[int]]:
-    """Indices of documents of similar length, at most BATCH_TOKENS with their padding (a single one may have more)."""
-    batches: list[list[int]] = []
-    for index in np.argsort(-lengths, kind="stable").tolist():
-        if not batches or lengths[batches[-1][0]] * (len(batches[-1]) + 1) > BATCH_TOKENS:
-            batches.append([])
-        batches[-1].append(index)
-    return batches
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ The effect of images is the difference from a twin with the same data, order, se
 
 - `WithoutImages`, "text": the effect of text alone (K = 0, the baseline GPT-2*). Also the data of a blind model, whose
   `BlindRetriever` makes each token's own retrieval query its one image (Blind-VaLM, Ontalvilla et al. 2024).
-- `RandomImages`, "random": the effect of more parameters and of any images.
+- `WithRandomImages`, "random": the effect of more parameters and of any images.
 - `ShuffledImages`, "shuffled": the same, with each of the corpus' images as often as the corpus has it.
 
 Each wraps whole documents (as `Collator` takes them), before they are cut into blocks.
@@ -46,7 +46,7 @@ class WithoutImages(Twin):
         return {"input_ids": self.documents[index]["input_ids"]}
 
 
-class RandomImages(Twin):
+class WithRandomImages(Twin):
     """Replaces each token's images by as many different random ones of a knowledge base.
 
     A document's images depend on the seed only, in every process.
@@ -128,7 +128,7 @@ def image_ids(document: dict[str, Any], index: int) -> np.ndarray:
 
 
 def twin(kind: str, documents: Sequence[dict[str, Any]], images: int, seed: int) -> Twin:
-    """The data of a twin, one of TWINS; `images` and `seed` as in `RandomImages`.
+    """The data of a twin, one of TWINS; `images` and `seed` as in `WithRandomImages`.
 
     Raises:
         ValmError: `kind` is unknown.
@@ -136,7 +136,7 @@ def twin(kind: str, documents: Sequence[dict[str, Any]], images: int, seed: int)
     if kind not in TWINS:
         raise ValmError(f"twin must be one of {', '.join(TWINS)}, got {kind!r}")
     if kind == "random":
-        return RandomImages(documents, images, seed)
+        return WithRandomImages(documents, images, seed)
     if kind == "shuffled":
         return ShuffledImages(documents, seed)
     return WithoutImages(documents)

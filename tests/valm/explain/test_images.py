@@ -3,7 +3,7 @@ import torch
 from PIL import Image
 
 from valm.errors import ValmError
-from valm.explain.images import GivenImages, RandomImages, ShownImage, show_images
+from valm.explain.images import GivenImages, ShownImage, ShownRandomImages, show_images
 from valm.knowledge_base.build import build
 from valm.knowledge_base.encode import Encoding
 from valm.knowledge_base.sources.folder import FolderSource
@@ -22,13 +22,13 @@ def paint(folder, **colors):
 
 
 def test_random_images_are_those_of_the_seed(model, ids, kb):
-    first, again, other = (RandomImages(model.retriever, seed)(ids) for seed in (0, 0, 1))
+    first, again, other = (ShownRandomImages(model.retriever, seed)(ids) for seed in (0, 0, 1))
     assert torch.equal(first.image_ids, again.image_ids) and not torch.equal(first.image_ids, other.image_ids)
     vectors = torch.from_numpy(kb.gather(first.image_ids.numpy())).float()
     assert torch.equal(first.image_pool, vectors)
     query = model.retriever.encoder(ids)[0, 2]
     torch.testing.assert_close(first.scores[0, 2, 1], query @ vectors[first.image_index[0, 2, 1]])
-    shown = show_images(RandomImages(model.retriever, 0), first.image_ids.tolist())
+    shown = show_images(ShownRandomImages(model.retriever, 0), first.image_ids.tolist())
     assert [image.caption for image in shown] == [kb.item(id).uri for id in first.image_ids.tolist()]
 
 

@@ -8,7 +8,7 @@ from valm.corpus.retrieved import NO_IMAGE
 from valm.errors import ValmError
 from valm.training.blocks import Blocks
 from valm.training.collate import Collator
-from valm.training.twins import TWINS, RandomImages, ShuffledImages, twin
+from valm.training.twins import TWINS, ShuffledImages, WithRandomImages, twin
 
 
 @pytest.mark.parametrize("kind", TWINS)
@@ -30,7 +30,7 @@ def test_a_text_twin_has_no_images(kind):
 
 def test_random_images_are_as_many_different_ones_of_the_knowledge_base():
     made = documents(num_images=3, count=200)
-    drawn = RandomImages(made, 40, seed=1)
+    drawn = WithRandomImages(made, 40, seed=1)
     for document, found in zip(made, drawn, strict=True):
         assert found["image_ids"].dtype == np.uint32
         assert ((found["image_ids"] == NO_IMAGE) == (document["image_ids"] == NO_IMAGE)).all()
@@ -52,7 +52,7 @@ def test_exchanged_images_have_no_scores(kind):
 def test_all_images_can_be_drawn():
     """K of K: each row is a permutation."""
     images = np.zeros((50, 4), np.uint32)
-    (found,) = RandomImages([{"input_ids": [0] * 50, "image_ids": images}], 4, seed=0)
+    (found,) = WithRandomImages([{"input_ids": [0] * 50, "image_ids": images}], 4, seed=0)
     assert all(sorted(row) == [0, 1, 2, 3] for row in found["image_ids"].tolist())
     assert len(np.unique(found["image_ids"], axis=0)) > 10
 
