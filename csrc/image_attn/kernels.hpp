@@ -1,4 +1,4 @@
-// The kernels, compiled once per instruction set: each image_attn_*.cpp includes this file.
+// The kernels, compiled once per instruction set: each kernels_*.cpp includes this file.
 //
 // Threads share out units of kTokensPerUnit neighbouring tokens of one batch row, with all their heads. Sums over
 // tokens (the gradients of the biases) are kept per unit and added up in the order of the units, and a pool row's

@@ -31,7 +31,7 @@ class Collator:
 
     - input_ids, attention_mask, labels (B, L) int64; labels ignore padding and bos (if bos is also eos, only the bos
       that opens a document). With `by_positions` no attention_mask, but position_ids (B, L) int64, which restart at
-      each document; each token of padding is one of its own;
+      each document; each token of padding is a document of its own;
     - with a knowledge base: image_pool (U, E) float16, the vectors of the images in this batch, each once, and
       image_index (B, L, K) int64 into it, -1 = none, and image_slots, which saves the backward on CUDA a sort
       (`sort_image_slots`); with `scores`, image_scores (B, L, K) float32, -inf = none;

@@ -48,7 +48,7 @@ bool pack_row(const Rows& rows, int64_t index, const float* centre, const float*
     const float reach = largest_of(largest);
     const bool finite = sum_of(probe) == 0;
     // Relative bounds do not hold for tiny rows, and with huge rows the bound's own arithmetic may overflow. An
-    // infinite // error passes both on to the exact routine.
+    // infinite error passes both on to the exact routine.
     const bool bounded = finite && (reach == 0 || (reach > 1e-30f && reach < kMaxReach));
     const float step = bounded ? reach / 127 : 0;
     const float scale = step > 0 ? 127 / reach : 0;
