@@ -104,7 +104,9 @@ def resumed(run: Path, model_of, row_length: int | None):
     checkpoint = run / f"checkpoint-{expected['saved_at']}"
     tokenizer = load_tokenizer(checkpoint)
     documents = json.loads((run.parent / "documents.json").read_text(encoding="utf-8"))
-    documents = [one | {"image_ids": np.array(one["image_ids"], np.uint32)} for one in documents]
+    for document in documents:
+        images = np.array(document["image_ids"])
+        document["image_ids"] = np.where(images == 2**32 - 1, -1, images)  # as `CorpusRetrieval` reads them
     vectors = Vectors(run.parent / "vectors.npy")
     torch.manual_seed(1)  # of weights that the checkpoint replaces
     fields = {"max_steps": expected["steps"], "per_device_train_batch_size": 3, "learning_rate": 3e-3}

@@ -49,7 +49,7 @@ def retrieved_documents(batch: int, vocabulary: int, bos: int) -> list[dict[str,
     ids = random.integers(0, vocabulary - 2, (batch, TOKENS)).astype(np.int32)
     ids[:, 0] = bos
     several = random.permutation(STORED)[: images_of(batch)]
-    images = random.permutation(np.concatenate([several, several])).reshape(batch, TOKENS, K).astype(np.uint32)
+    images = random.permutation(np.concatenate([several, several])).reshape(batch, TOKENS, K)
     return [{"input_ids": one, "image_ids": found} for one, found in zip(ids, images, strict=True)]
 
 

@@ -63,7 +63,7 @@ from valm_kernels.json_files import Count, Range
 WHAT = "corpus retrieval"
 VERSION = 2
 VERIFIED_FILE = "verified.json"
-# Padding of image ids.
+# How a file, whose image ids have no sign, holds the -1 of a document.
 NO_IMAGE = 2**32 - 1
 # Tokens retrieved at once.
 BATCH_TOKENS = 16384
@@ -111,8 +111,8 @@ class _Shard(NamedTuple):
 class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
     """The tokens of a corpus with the images of each, memory-mapped from the folder that retrieval wrote.
 
-    Document i is `{"input_ids": (T,) int32, "image_ids": (T, K) uint32}`, found in O(log shards); image ids are those
-    of the knowledge base, NO_IMAGE is none. If `has_scores`, there is also `image_scores` (T, K) float32, -inf = none.
+    Document i is `{"input_ids": (T,) int32, "image_ids": (T, K) int64}`, found in O(log shards); image ids are those
+    of the knowledge base, -1 is none. If `has_scores`, there is also `image_scores` (T, K) float32, -inf = none.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any]):
@@ -164,7 +164,9 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
         shard = self._shard(place)
         row = index - self._ends[place] + len(shard.offsets) - 1
         here = slice(shard.offsets[row], shard.offsets[row + 1])
-        document = {"input_ids": shard.tokens[here], "image_ids": shard.image_ids[here]}
+        ids = np.array(shard.image_ids[here], np.int64)
+        ids[ids == NO_IMAGE] = -1
+        document = {"input_ids": shard.tokens[here], "image_ids": ids}
         if shard.image_scores is not None:
             document["image_scores"] = shard.image_scores[here]
         return document

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from valm.corpus.retrieved import NO_IMAGE
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.tokenizer import begin_id
@@ -27,7 +26,7 @@ class Collator:
     """Turns a list of documents into the arguments of `VaLMForCausalLM.forward`.
 
     A document is a dict with `input_ids` (T,) and, if images were retrieved, `image_ids` (T, K): ids in the knowledge
-    base, padded with NO_IMAGE; for a model that uses them also `image_scores` (T, K). The batch has
+    base, -1 = none; for a model that uses them also `image_scores` (T, K). The batch has
 
     - input_ids, attention_mask, labels (B, L) int64; labels ignore padding and bos (if bos is also eos, only the bos
       that opens a document). With `by_positions` no attention_mask, but position_ids (B, L) int64, which restart at
@@ -136,15 +135,14 @@ class Collator:
                 "the documents have no image_ids: retrieve them first, or train without a knowledge base; a Trainer "
                 "that is not made by valm.training.trainer removes them unless it has remove_unused_columns=False"
             )
-        image_ids = np.full((*shape, documents[0]["image_ids"].shape[1]), NO_IMAGE, dtype=np.uint32)  # (B, L, K)
+        image_ids = np.full((*shape, documents[0]["image_ids"].shape[1]), -1)  # (B, L, K)
         for document, place in zip(documents, places, strict=True):
             image_ids[place] = document["image_ids"]
-        images, index = np.unique(image_ids, return_inverse=True)  # ascending, so NO_IMAGE comes last
-        index = index.reshape(image_ids.shape).astype(np.int64)
-        if images[-1] == NO_IMAGE:
-            images = images[:-1]
-            index[index == len(images)] = -1
+        images, index = np.unique(image_ids, return_inverse=True)
+        index = index.reshape(image_ids.shape)
+        if images[0] == -1:  # ascending, so "none" comes first
+            images, index = images[1:], index - 1
         try:
-            return {"image_pool": kb.gather(images.astype(np.int64)), "image_index": index}
+            return {"image_pool": kb.gather(images), "image_index": index}
         except IndexError as error:
             raise ValmError(f"the documents' image_ids belong to another knowledge base: {error}") from error

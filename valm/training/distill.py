@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from valm.corpus.retrieved import NO_IMAGE, CorpusRetrieval
+from valm.corpus.retrieved import CorpusRetrieval
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model import VaLMForCausalLM
@@ -136,8 +136,8 @@ def _agreement(
         batch = _on(model.device, collate(chosen))
         queries, expected = _queries(model, encoder, batch)
         ids, _ = retriever.nearest(queries)  # (n, K)
-        stored = torch.from_numpy(np.concatenate([block["image_ids"] for block in chosen]).astype(np.int64))
-        wanted = stored.masked_fill(stored == NO_IMAGE, -2).to(ids.device)  # in the order of the queries: row by row
+        stored = torch.from_numpy(np.concatenate([block["image_ids"] for block in chosen]))
+        wanted = stored.masked_fill(stored == -1, -2).to(ids.device)  # in the order of the queries: row by row
         cosine += float((queries * expected).sum())
         overlap += float((wanted[:, :, None] == ids[:, None, :]).any(-1).float().mean(-1).sum())
         tokens += len(ids)

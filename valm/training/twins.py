@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from valm.corpus.retrieved import NO_IMAGE
 from valm.errors import ValmError
 from valm.training.blocks import document_lengths
 
@@ -76,7 +75,7 @@ class WithRandomImages(Twin):
             for earlier in np.sort(drawn[:, :column], axis=1).T:
                 rank += rank >= earlier
             drawn[:, column] = rank
-        drawn[found == NO_IMAGE] = NO_IMAGE
+        drawn[found == -1] = -1
         return _with_images(document, drawn)
 
 

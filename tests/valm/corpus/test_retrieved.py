@@ -18,7 +18,7 @@ from tests.valm.other_tokenizers import qwen_like
 from tests.valm.retrieval.indexed import make_kb_of_directions
 from tests.valm.tiny_clip import TEXTS
 from valm.corpus import retrieved
-from valm.corpus.retrieved import NO_IMAGE, CorpusRetrieval, retrieve_corpus, retrieve_files, retrieve_texts
+from valm.corpus.retrieved import CorpusRetrieval, retrieve_corpus, retrieve_files, retrieve_texts
 from valm.errors import ValmError
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import Retriever
@@ -152,14 +152,32 @@ def test_the_files(corpus, documents, tokenizer):
     assert not list(corpus.path.glob("shard-*")) and not (corpus.path / "build.json").exists()
     opened = CorpusRetrieval.open(corpus.path)
     document = opened[3]
-    assert isinstance(document["image_ids"], np.memmap) and isinstance(document["input_ids"], np.memmap)
-    assert document["image_ids"].dtype == np.uint32
-    assert all((document["image_ids"] != NO_IMAGE).all() for document in opened)
+    assert isinstance(document["input_ids"], np.memmap)
+    assert all((document["image_ids"] >= 0).all() for document in opened)
     assert opened.manifest["tokens"] == sum(map(len, documents))
     assert (opened.k, opened.query) == (4, "eot")
     assert opened.tokenizer.get_vocab() == tokenizer.get_vocab()
     copied = pickle.loads(pickle.dumps(opened))
     assert np.array_equal(copied[3]["image_ids"], document["image_ids"])
+
+
+class FindsOne:
+    """An index that finds the best image only."""
+
+    def __init__(self, index):
+        self.index = index
+
+    def search(self, queries, k):
+        scores, ids = self.index.search(queries, k)
+        return scores.index_fill(-1, torch.arange(1, k), -torch.inf), ids.index_fill(-1, torch.arange(1, k), -1)
+
+
+def test_no_image_is_minus_one_and_all_ones_in_the_file(documents, retriever, tmp_path):
+    few = Retriever(retriever.encoder, retriever.kb, 2, FindsOne(retriever.index))
+    found = retrieve_corpus(documents[:1], few, tmp_path / "corpus", progress=False)
+    assert (found[0]["image_ids"][:, 0] >= 0).all() and (found[0]["image_ids"][:, 1] == -1).all()
+    stored = np.load(found.path / "image_ids-00000.npy")
+    assert stored.dtype == np.uint32 and (stored[:, 1] == 2**32 - 1).all()
 
 
 def test_few_open_shards_are_enough(corpus, documents, monkeypatch):

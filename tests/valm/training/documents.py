@@ -35,8 +35,8 @@ def documents(num_images=3, count=8, seed=0):
     made = []
     for text in (TEXTS * (count // len(TEXTS) + 1))[:count]:
         ids = TOKENIZER(text)["input_ids"] + [TOKENIZER.eos_token_id]
-        images = random.integers(0, 40, (len(ids), num_images)).astype(np.uint32)
-        images[random.random(images.shape) < 0.2] = 2**32 - 1
+        images = random.integers(0, 40, (len(ids), num_images))
+        images[random.random(images.shape) < 0.2] = -1
         made.append({"input_ids": ids, "image_ids": images})
     return made
 

@@ -10,7 +10,7 @@ SOT = 99
 
 
 def document(length, seed=0):
-    images = np.random.default_rng(seed).integers(0, 50, (length, 2)).astype(np.uint32)
+    images = np.random.default_rng(seed).integers(0, 50, (length, 2))
     return {"input_ids": [SOT, *range(length - 1)], "image_ids": images}
 
 

@@ -10,7 +10,6 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, PrinterCallback
 from tests.valm.augmented.models import IMAGES, SMALL, VOCAB, augmented, tiny_gpt2, tiny_llama
 from tests.valm.models import BOS, tiny_model
 from tests.valm.training.documents import Vectors
-from valm.corpus.retrieved import NO_IMAGE
 from valm.errors import ValmError
 from valm.training.cache_below import BATCH_TOKENS, FUSION_INPUT, cache_below, fusion_layer
 from valm.training.collate import Collator
@@ -31,8 +30,8 @@ def documents(count=12, images=IMAGES):
     made = []
     for length in random.integers(2, 20, count):
         ids = np.r_[BOS, random.integers(3, BOS, length - 1)]
-        found = random.integers(0, 40, (length, images)).astype(np.uint32)
-        found[random.random(found.shape) < 0.2] = NO_IMAGE
+        found = random.integers(0, 40, (length, images))
+        found[random.random(found.shape) < 0.2] = -1
         made.append({"input_ids": ids, "image_ids": found})
     return made
 

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from tests.valm.models import tiny_model
 from tests.valm.other_tokenizers import gpt2_like
 from tests.valm.training.documents import TOKENIZER, Vectors, documents
-from valm.corpus.retrieved import NO_IMAGE
 from valm.errors import ValmError
 from valm.training.collate import IGNORED, Collator
 from valm_kernels import sort_image_slots
@@ -17,8 +16,8 @@ def random_documents(lengths, num_images=2, seed=0):
     random = np.random.default_rng(seed)
     made = []
     for length in lengths:
-        images = random.integers(0, 12, (length, num_images)).astype(np.uint32)
-        images[random.random(images.shape) < 0.3] = NO_IMAGE
+        images = random.integers(0, 12, (length, num_images))
+        images[random.random(images.shape) < 0.3] = -1
         ids = random.integers(0, 500, length)
         ids[0] = TOKENIZER.bos_token_id
         made.append({"input_ids": ids, "image_ids": images})
@@ -29,7 +28,7 @@ def test_scores_stay_with_their_images():
     made = random_documents([5, 3, 9])
     for number, document in enumerate(made):
         ids = document["image_ids"]
-        document["image_scores"] = np.where(ids == NO_IMAGE, -np.inf, 100 * number + ids).astype(np.float32)
+        document["image_scores"] = np.where(ids == -1, -np.inf, 100 * number + ids).astype(np.float32)
     for row_length in (None, 9):
         batch = Collator(TOKENIZER, Vectors(), row_length, scores=True)(made)
         assert ((batch["image_scores"] == -torch.inf) == (batch["image_index"] < 0)).all()
@@ -53,11 +52,11 @@ def test_every_token_keeps_its_pictures_and_every_picture_comes_once(lengths, ro
     assert batch["input_ids"][real].tolist() == ids.tolist()
     images = np.concatenate([document["image_ids"] for document in made])
     index = batch["image_index"][real].numpy()
-    assert ((index < 0) == (images == NO_IMAGE)).all()
+    assert ((index < 0) == (images == -1)).all()
     assert (batch["image_index"][~real] == -1).all()
     present = index >= 0
     assert np.array_equal(batch["image_pool"].numpy()[index[present]], kb.vectors[images[present]])
-    assert len(batch["image_pool"]) == len(np.unique(images[images != NO_IMAGE]))
+    assert len(batch["image_pool"]) == len(np.unique(images[images != -1]))
     assert batch["image_slots"].equal(sort_image_slots(batch["image_index"], len(batch["image_pool"])))
     if row_length is None:
         assert batch["input_ids"].shape == (len(lengths), max(lengths))

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from tests.valm.training.documents import TOKENIZER, Vectors, documents
-from valm.corpus.retrieved import NO_IMAGE
 from valm.errors import ValmError
 from valm.training.blocks import Blocks
 from valm.training.collate import Collator
@@ -32,11 +31,11 @@ def test_random_images_are_as_many_different_ones_of_the_knowledge_base():
     made = documents(num_images=3, count=200)
     drawn = WithRandomImages(made, 40, seed=1)
     for document, found in zip(made, drawn, strict=True):
-        assert found["image_ids"].dtype == np.uint32
-        assert ((found["image_ids"] == NO_IMAGE) == (document["image_ids"] == NO_IMAGE)).all()
-        assert all(len(set(row)) == len(row) for row in (row[row != NO_IMAGE] for row in found["image_ids"]))
+        assert found["image_ids"].dtype == np.int64
+        assert ((found["image_ids"] == -1) == (document["image_ids"] == -1)).all()
+        assert all(len(set(row)) == len(row) for row in (row[row != -1] for row in found["image_ids"]))
     every = np.concatenate([found["image_ids"].ravel() for found in drawn])
-    counts = np.bincount(every[every != NO_IMAGE], minlength=40)
+    counts = np.bincount(every[every != -1], minlength=40)
     expected = counts.sum() / 40
     # chi-square with 39 degrees of freedom: above 73 once in a thousand seeds
     assert len(counts) == 40 and ((counts - expected) ** 2 / expected).sum() < 73
@@ -51,7 +50,7 @@ def test_exchanged_images_have_no_scores(kind):
 
 def test_all_images_can_be_drawn():
     """K of K: each row is a permutation."""
-    images = np.zeros((50, 4), np.uint32)
+    images = np.zeros((50, 4), np.int64)
     (found,) = WithRandomImages([{"input_ids": [0] * 50, "image_ids": images}], 4, seed=0)
     assert all(sorted(row) == [0, 1, 2, 3] for row in found["image_ids"].tolist())
     assert len(np.unique(found["image_ids"], axis=0)) > 10
@@ -62,7 +61,7 @@ def test_shuffled_images_are_those_of_another_token_each():
     lengths, made, token = [4, 1, 7, 3], [], 0
     for length in lengths:
         ids = np.arange(token, token + length)
-        made.append({"input_ids": ids, "image_ids": np.stack([ids, ids + 100], axis=1).astype(np.uint32)})
+        made.append({"input_ids": ids, "image_ids": np.stack([ids, ids + 100], axis=1)})
         token += length
     shuffled = ShuffledImages(made, seed=2)
     tokens = np.concatenate([document["input_ids"] for document in shuffled])
