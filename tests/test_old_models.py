@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PrinterCallback
 
 import valm
-from valm.augmented.model import augment
-from valm.augmented.saving import load_adapter
-from valm.config import ValmConfig
+from valm.clip.tokenizer import load_tokenizer
 from valm.errors import ValmError
-from valm.model import VaLMForCausalLM
-from valm.tokenizer import load_tokenizer
+from valm.model.adapter import load_adapter
+from valm.model.augment import augment
+from valm.model.config import ValmConfig
+from valm.model.gpt2 import VaLMForCausalLM
 from valm.training.train import trainer, training_arguments
 
 STORES = Path(__file__).parent / "fixtures" / "0.1.0"

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from valm.model import VaLMForCausalLM
+from valm.model.gpt2 import VaLMForCausalLM
 from valm.retrieval.context import ContextCache
 from valm.retrieval.ray_index import ShardedIndex
 from valm.retrieval.retriever import BlindRetriever, Retrieved, Retriever

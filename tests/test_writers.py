@@ -15,7 +15,7 @@ WRITERS = {
     "write_array", "write_bytes", "write_json", "write_table", "write_text",
 }  # fmt: skip
 # They hold files for others, and write none of their own.
-HELPERS = {"valm/files.py", "valm/whole_folder.py", "valm_kernels/atomic_files.py"}
+HELPERS = {"valm/store/files.py", "valm/store/whole_folder.py", "valm_kernels/atomic_files.py"}
 
 
 def writes(call):
@@ -33,7 +33,7 @@ def writes(call):
 
 def writers():
     found = set()
-    for package in ("valm", "valm_kernels"):
+    for package in ("valm", "valm_kernels", "studies"):
         for file in sorted((ROOT / package).rglob("*.py")):
             calls = (node for node in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(node, ast.Call))
             if any(map(writes, calls)):

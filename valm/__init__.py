@@ -5,17 +5,17 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from valm.registration import register_when_imported
+from valm.model.registration import register_when_imported
 
 if TYPE_CHECKING:
-    from valm.augmented.model import augment
-    from valm.augmented.saving import load_adapter, save_adapter
-    from valm.checkpoint import load, save_checkpoint
-    from valm.clip import Clip
-    from valm.config import ValmConfig
+    from valm.clip.clip import Clip
     from valm.errors import ValmError
     from valm.knowledge_base.store import ImageKnowledgeBase
-    from valm.model import VaLMForCausalLM
+    from valm.model.adapter import load_adapter, save_adapter
+    from valm.model.augment import augment
+    from valm.model.checkpoint import load, save_checkpoint
+    from valm.model.config import ValmConfig
+    from valm.model.gpt2 import VaLMForCausalLM
     from valm.retrieval.context import ContextEncoder
     from valm.retrieval.retriever import Retriever
     from valm_kernels import __version__
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 # The module of each public name, imported on first use: the command line sets up the process before torch is loaded,
 # and prints --help without it.
 _MODULES = {
-    "Clip": "valm.clip",
+    "Clip": "valm.clip.clip",
     "ContextEncoder": "valm.retrieval.context",
     "ImageKnowledgeBase": "valm.knowledge_base.store",
     "Retriever": "valm.retrieval.retriever",
-    "VaLMForCausalLM": "valm.model",
-    "ValmConfig": "valm.model",
+    "VaLMForCausalLM": "valm.model.gpt2",
+    "ValmConfig": "valm.model.gpt2",
     "ValmError": "valm.errors",
     "__version__": "valm_kernels",
-    "augment": "valm.augmented.model",
-    "load": "valm.checkpoint",
-    "load_adapter": "valm.augmented.saving",
-    "save_adapter": "valm.augmented.saving",
-    "save_checkpoint": "valm.checkpoint",
+    "augment": "valm.model.augment",
+    "load": "valm.model.checkpoint",
+    "load_adapter": "valm.model.adapter",
+    "save_adapter": "valm.model.adapter",
+    "save_checkpoint": "valm.model.checkpoint",
 }
 
 __all__ = [

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from valm.clip import Clip
+from valm.clip.clip import Clip
 
 SEPARATORS = (".", ";", "!", ":", ",", '."', ',"', '".', '",', ").", "),", "/", "-")
 

@@ -12,9 +12,9 @@ import torch
 
 from benchmarks.valm.inputs import INT8, clip, knowledge_base_of, prose, self_retriever, token_rows
 from benchmarks.valm_kernels import roofline
-from valm.config import ValmConfig
 from valm.knowledge_base.store import ImageKnowledgeBase
-from valm.model import VaLMForCausalLM
+from valm.model.config import ValmConfig
+from valm.model.gpt2 import VaLMForCausalLM
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import Retriever
 from valm_kernels import FlatIPIndex

@@ -30,11 +30,11 @@ from benchmarks.valm.inputs import (
     token_rows,
 )
 from benchmarks.valm_kernels import roofline
-from valm.clip import Clip
-from valm.config import ValmConfig
+from valm.clip.clip import Clip
 from valm.evaluation.sets import read_set
 from valm.knowledge_base.store import ImageKnowledgeBase
-from valm.model import VaLMForCausalLM
+from valm.model.config import ValmConfig
+from valm.model.gpt2 import VaLMForCausalLM
 from valm.retrieval.context import QUERIES, ContextEncoder
 from valm.retrieval.faiss_index import FaissIndex, open_index
 from valm.retrieval.index_factory import choose_factory

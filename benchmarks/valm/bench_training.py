@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from benchmarks.valm_kernels import roofline
-from valm.config import ValmConfig
-from valm.model import VaLMForCausalLM
-from valm.tokenizer import clip_tokenizer
+from valm.clip.tokenizer import clip_tokenizer
+from valm.model.config import ValmConfig
+from valm.model.gpt2 import VaLMForCausalLM
 from valm.training.collate import Collator
 
 TOKENS, K, DIM = 512, 4, 768

@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from valm.clip import Clip
+from valm.clip.clip import Clip
 from valm.evaluation.sets import read_set
 from valm.knowledge_base.format import (
     ITEM_SCHEMA,
@@ -28,10 +28,10 @@ from valm.knowledge_base.format import (
     write_shard,
 )
 from valm.knowledge_base.store import ImageKnowledgeBase
-from valm.model import VaLMForCausalLM
+from valm.model.gpt2 import VaLMForCausalLM
+from valm.model.query_head import SelfEncoder, SelfRetriever
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import VectorIndex
-from valm.self_query import SelfEncoder, SelfRetriever
 
 TOWERS = {
     "RN50x16": {"embed_dim": 768, "width": 768, "heads": 12, "layers": 12},

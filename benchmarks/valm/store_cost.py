@@ -62,9 +62,7 @@ def measure(folder: Path) -> None:
     """In a process of one of the checkouts: prints its times as JSON."""
     import torch
 
-    from valm import ImageKnowledgeBase
-    from valm.config import ValmConfig
-    from valm.model import VaLMForCausalLM
+    from valm import ImageKnowledgeBase, ValmConfig, VaLMForCausalLM
 
     try:
         from valm.corpus.retrieved import CorpusRetrieval

@@ -1,6 +1,6 @@
 """Every writer, killed before each change that it makes to its folder: nothing is lost, and run again it finishes.
 
-The checkpoint's own test is in tests/valm/test_checkpoint.py. The end of the run says how often each was done.
+The checkpoint's own test is in tests/valm/model/test_checkpoint.py. The end of the run says how often each was done.
 """
 
 from __future__ import annotations
@@ -21,18 +21,15 @@ from PIL import Image
 from transformers import AutoModelForCausalLM
 
 from tests.fuzz.mutations import COUNTS
-from tests.valm.augmented.models import IMAGE_DIM, IMAGES, tiny_llama
 from tests.valm.cli.commands import run
 from tests.valm.evaluation.small_sets import write_sets
 from tests.valm.killed import exit_code, exit_code_if_killed_at, forked, needs_fork
+from tests.valm.model.decoders import IMAGE_DIM, IMAGES, tiny_llama
 from tests.valm.models import tiny_model
 from tests.valm.retrieval.indexed import K, make_indexed, make_kb_of_directions, random_directions
 from tests.valm.tiny_clip import TEXTS, TINY, make_clip
 from tests.valm.training.documents import TOKENIZER, new_trainer
-from valm.augmented.model import augment, fusion_module
-from valm.augmented.saving import load_adapter, save_adapter
-from valm.checkpoint import load, save_checkpoint
-from valm.clip import Clip
+from valm.clip.clip import Clip
 from valm.corpus.retrieved import CorpusRetrieval, retrieve_files
 from valm.errors import ValmError
 from valm.evaluation.questions import chosen_tasks
@@ -44,6 +41,9 @@ from valm.knowledge_base.encode import Encoding
 from valm.knowledge_base.merge import merge
 from valm.knowledge_base.sources.folder import FolderSource
 from valm.knowledge_base.store import ImageKnowledgeBase
+from valm.model.adapter import load_adapter, save_adapter
+from valm.model.augment import augment, fusion_module
+from valm.model.checkpoint import load, save_checkpoint
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.faiss_index import FaissIndex, open_index, verify_index
 from valm.retrieval.index_tuning import build_index

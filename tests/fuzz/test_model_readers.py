@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from tests.fuzz.mutations import check_mutants, files_of, fuzzed
-from tests.valm.augmented.models import IMAGE_DIM, IMAGES, tiny_llama
+from tests.valm.model.decoders import IMAGE_DIM, IMAGES, tiny_llama
 from tests.valm.training.documents import TOKENIZER, new_trainer
 from valm import load
-from valm.augmented.model import augment
-from valm.augmented.saving import adapter_base, load_adapter, save_adapter
-from valm.clip import Clip
+from valm.clip.clip import Clip
+from valm.clip.tokenizer import load_tokenizer
 from valm.errors import ValmError
-from valm.tokenizer import load_tokenizer
+from valm.model.adapter import adapter_base, load_adapter, save_adapter
+from valm.model.augment import augment
 from valm.training.cache_below import cache_below
 from valm.training.clip import new_clip
 from valm.training.resumable import CHECKSUMS_FILE

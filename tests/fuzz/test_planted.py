@@ -17,7 +17,7 @@ import torch
 from tests.fuzz.conftest import STORES
 from tests.fuzz.mutations import COUNTS, REFUSED, files_of, result_of
 from valm import ImageKnowledgeBase, load
-from valm.clip import Clip
+from valm.clip.clip import Clip
 from valm.corpus.retrieved import CorpusRetrieval
 from valm.errors import ValmError
 from valm.knowledge_base.build import build

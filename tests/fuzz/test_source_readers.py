@@ -31,14 +31,14 @@ from valm.evaluation.questions import Documents, Questions, chosen_tasks
 from valm.evaluation.scorers import DocumentScore
 from valm.evaluation.sets import SETS, read_set
 from valm.evaluation.suite import CACHE, Entry, Settings, _row, asked_by, scores_of
-from valm.files import writable_folder
 from valm.knowledge_base.captions import read_captions
 from valm.knowledge_base.encode import Encoding
 from valm.knowledge_base.sources.embeddings import EmbeddingSource
 from valm.knowledge_base.sources.table import TableSource
 from valm.knowledge_base.sources.webdataset import tar_records
 from valm.progress import progress_bar
-from valm.shards.progress import ProgressBar
+from valm.store.files import writable_folder
+from valm.store.shard_progress import ProgressBar
 from valm.training.train import training_arguments
 
 pytestmark = pytest.mark.slow

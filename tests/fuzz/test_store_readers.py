@@ -17,7 +17,7 @@ from tests.fuzz.mutations import REFUSED, check_mutants, files_of, fuzzed
 from valm import ImageKnowledgeBase
 from valm.corpus.retrieved import CorpusRetrieval
 from valm.retrieval.index_parameters import index_parameters
-from valm.shards.build import ShardedBuild
+from valm.store.shards import ShardedBuild
 from valm_kernels import FlatIPIndex
 
 pytestmark = pytest.mark.slow

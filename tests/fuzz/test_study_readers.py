@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from hypothesis import strategies as st
 
+from studies.color.config import read_config
+from studies.color.pictures import PICTURES_FILE, read_pictures
+from studies.color.report import TABLES
+from studies.color.results import read_results
+from studies.stages import Stages
 from tests.fuzz.mutations import ODD_VALUES, ODD_YAML, REFUSED, check_mutants, fuzzed, result_of
-from tests.valm.study import synthetic
+from tests.studies.color import synthetic
 from valm.errors import ValmError
-from valm.study.config import read_config
-from valm.study.pictures import PICTURES_FILE, read_pictures
-from valm.study.report import TABLES
-from valm.study.results import read_results
-from valm.study.stages import Stages
 
 pytestmark = pytest.mark.slow
 

@@ -1,14 +1,12 @@
-import shutil
-
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.valm.tiny_clip import TEXTS, make_clip
-from valm.clip import Clip
+from valm.clip.clip import Clip
+from valm.clip.tokenizer import clip_tokenizer, prune_tokenizer
 from valm.knowledge_base.build import build
 from valm.knowledge_base.sources.folder import FolderSource
-from valm.tokenizer import clip_tokenizer, prune_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -55,20 +53,3 @@ def make_kb(clip, tmp_path_factory):
         return build(FolderSource(folder, shard_size=max(1, count // 2)), out, clip, progress=False)
 
     return make
-
-
-@pytest.fixture
-def browser():
-    """The system's Chromium, headless; the test is skipped where it or what drives it is missing.
-
-    For one test: Playwright's event loop runs in the test's thread for as long as the fixture lives.
-    """
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if path is None:
-        pytest.skip("needs Chromium (Debian: apt-get install chromium)")
-    with sync_api.sync_playwright() as playwright:
-        # root, as in a container, has no sandbox
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()

@@ -3,8 +3,8 @@
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from valm.config import ValmConfig
-from valm.model import VaLMForCausalLM
+from valm.model.config import ValmConfig
+from valm.model.gpt2 import VaLMForCausalLM
 from valm.retrieval.retriever import Retrieved
 
 BOS, EOS, VOCAB = 62, 63, 64

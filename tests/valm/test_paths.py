@@ -5,19 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from valm.augmented.saving import load_adapter
-from valm.checkpoint import load, load_decoder
-from valm.clip import Clip
+from valm.clip.clip import Clip
+from valm.clip.tokenizer import load_tokenizer, open_tokenizer
 from valm.corpus.parts import file_parts
 from valm.corpus.retrieved import CorpusRetrieval
 from valm.errors import ValmError
 from valm.evaluation.scorers import open_scorer
-from valm.files import read_text, writable_folder
 from valm.knowledge_base.sources.folder import FolderSource
 from valm.knowledge_base.sources.table import TableSource
 from valm.knowledge_base.store import ImageKnowledgeBase
+from valm.model.adapter import load_adapter
+from valm.model.checkpoint import load, load_decoder
 from valm.retrieval.note import RetrievalNote
-from valm.tokenizer import load_tokenizer, open_tokenizer
+from valm.store.files import read_text, writable_folder
 from valm.training.resumable import check_resumable
 
 DOORS = {

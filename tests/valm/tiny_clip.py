@@ -2,7 +2,7 @@
 
 import torch
 
-from valm.clip import Clip
+from valm.clip.clip import Clip
 
 TEXTS = [
     "a red apple lies on the wooden table. the sky is blue! is the grass green?",

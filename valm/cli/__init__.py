@@ -5,7 +5,6 @@ The library is imported when a command runs, so that `--help` and option errors 
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import os
 import sys
@@ -18,7 +17,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 from valm.cli import (
     app,
     clip,
-    demo,
     distill,
     encoder,
     evaluate,
@@ -27,8 +25,8 @@ from valm.cli import (
     kb,
     lm_eval,
     retrieve,
-    study,
     train,
+    verify,
 )
 from valm.cli.options import CommandParser
 from valm.errors import PANIC, ValmError, is_out_of_memory, is_panic
@@ -40,7 +38,12 @@ OUT_OF_MEMORY = "there is not enough memory for this; use smaller batches or a m
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line `argv` (by default the process's own).
+    """Runs the command line `argv` (by default the process's own) of `valm`; returns what `run_command` does."""
+    return run_command(build_parser(), argv)
+
+
+def run_command(parser: CommandParser, argv: list[str] | None = None) -> int:
+    """Runs the command that `parser` finds in `argv` (by default the process's own arguments).
 
     Returns:
         The exit status: 0, or 1 after one sentence on stderr about what was wrong with the input.
@@ -51,9 +54,8 @@ def main(argv: list[str] | None = None) -> int:
                 raise ValmError(
                     f"the argument {short(argument)} is not UTF-8 text; rename the file, or write it in UTF-8"
                 )
-        arguments = build_parser().parse_args(argv)
+        arguments = parser.parse_args(argv)
         arguments.command_line = sys.argv[1:] if argv is None else argv
-        arguments.main = main  # for a study, which runs other commands
         if arguments.quiet:
             os.environ["TQDM_DISABLE"] = "1"
         keep_freed_memory()
@@ -63,20 +65,20 @@ def main(argv: list[str] | None = None) -> int:
         # The reader closed the pipe, as `| head` does. At exit Python would flush into it again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValmError, ImportError, OSError) as error:
-        print(f"valm: error: {printable(str(error))}", file=sys.stderr)
+        print(f"{parser.prog}: error: {printable(str(error))}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        print(f"valm: error: {OUT_OF_MEMORY}", file=sys.stderr)
+        print(f"{parser.prog}: error: {OUT_OF_MEMORY}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("valm: interrupted", file=sys.stderr)
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
         return 130
     except BaseException as error:
         if not is_panic(error):
             raise
-        print(f"valm: error: {PANIC}: {printable(str(error))}", file=sys.stderr)
+        print(f"{parser.prog}: error: {PANIC}: {printable(str(error))}", file=sys.stderr)
         return 1
     return 0
 
@@ -97,12 +99,12 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="valm", description="A language model that attends to retrieved images.")
+def build_parser() -> CommandParser:
+    parser = CommandParser(prog="valm", description="A language model that attends to retrieved images.")
     parser.add_argument("--version", action="version", version=f"valm {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=CommandParser)
-    build = (clip, demo, encoder, kb, retrieve)
-    use = (train, distill, evaluate, lm_eval, generate, explain, app, study)
+    build = (clip, encoder, kb, retrieve, verify)
+    use = (train, distill, evaluate, lm_eval, generate, explain, app)
     for module in (*build, *use):
         module.add_to(commands)
     return parser

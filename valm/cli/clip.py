@@ -62,8 +62,8 @@ def add_to(commands: Commands) -> None:
 def run_train(arguments: argparse.Namespace) -> None:
     import torch
 
-    from valm.clip import Clip
-    from valm.files import writable_folder
+    from valm.clip.clip import Clip
+    from valm.store.files import writable_folder
     from valm.training.clip import CachedImages, CaptionedImages, captioned, new_clip, train_clip
     from valm.training.launch import check_alone
     from valm_kernels.atomic_files import remove_leftovers

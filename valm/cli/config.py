@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from valm.errors import ValmError
-from valm.files import read_yaml
+from valm.store.files import read_yaml
 from valm.text import nearest
 from valm_kernels.json_files import short
 

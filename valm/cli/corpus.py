@@ -12,7 +12,7 @@ from valm.errors import ValmError
 if TYPE_CHECKING:
     from valm.corpus.retrieved import CorpusRetrieval
     from valm.retrieval.retriever import Retriever
-    from valm.shards.build import Runner
+    from valm.store.shards import Runner
 
 # The options of a dataset, and their names in `open_dataset`.
 DATASET_OPTIONS = {"dataset_config": "config", "dataset_split": "split", "streaming": "streaming"}
@@ -57,7 +57,7 @@ def retrieve_documents(
 ) -> CorpusRetrieval:
     """Retrieves the images of the corpus' tokens into `out`, here or by `run`. Errors as in `retrieve_files`."""
     from valm.corpus.retrieved import retrieve_files, retrieve_texts
-    from valm.shards.build import run_here
+    from valm.store.shards import run_here
 
     run = run or run_here
     if _is_dataset(arguments):

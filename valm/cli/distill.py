@@ -46,12 +46,12 @@ def add_to(commands: Commands) -> None:
 def run_distill(arguments: argparse.Namespace) -> None:
     import torch
 
-    from valm.checkpoint import load, save_checkpoint
     from valm.corpus.retrieved import CorpusRetrieval
-    from valm.files import writable_folder
     from valm.knowledge_base.store import ImageKnowledgeBase
+    from valm.model.checkpoint import load, save_checkpoint
     from valm.retrieval.context import ContextEncoder
     from valm.retrieval.note import RetrievalNote
+    from valm.store.files import writable_folder
     from valm.training.distill import distill_queries
     from valm.training.launch import check_alone
 

@@ -23,10 +23,10 @@ def add_to(commands: Commands) -> None:
 
 
 def run_check(arguments: argparse.Namespace) -> None:
-    from valm.clip import Clip
+    from valm.clip.clip import Clip
     from valm.evaluation.encoder_check import MIN_PER_CLASS, TEMPLATES, check_encoder
     from valm.evaluation.files import read_lines
-    from valm.files import output_file, write_json
+    from valm.store.files import output_file, write_json
 
     result = check_encoder(
         arguments.folder,

@@ -76,7 +76,7 @@ def run_eval(arguments: argparse.Namespace) -> None:
     from valm.evaluation.questions import FAIR, PUBLISHED, chosen_tasks
     from valm.evaluation.report import markdown, write_report
     from valm.evaluation.suite import Settings, entries, evaluate
-    from valm.files import writable_folder
+    from valm.store.files import writable_folder
 
     if arguments.cost_sizes is not None and arguments.cost is None:
         raise ValmError("--cost-sizes are of --cost: give it too")

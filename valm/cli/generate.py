@@ -27,8 +27,8 @@ def add_to(commands: Commands) -> None:
 def run_generate(arguments: argparse.Namespace) -> None:
     import torch
 
+    from valm.clip.tokenizer import prompt_ids
     from valm.evaluation.scoring import context_length
-    from valm.tokenizer import prompt_ids
 
     model, tokenizer = load_model(arguments)
     torch.manual_seed(arguments.seed)

@@ -1,4 +1,4 @@
-"""valm kb build, add, info, verify, index, merge, dedupe, search."""
+"""valm kb build, add, info, index, merge, dedupe, search."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ from valm.cli.options import (
     command,
     not_negative,
     positive,
+    runs,
     share,
 )
+from valm.cli.verify import verify
 from valm.errors import ValmError
 from valm.text import printable
 
@@ -117,8 +119,8 @@ def add_to(commands: Commands) -> None:
     info = command(kb_commands, "info", run_info, "what a knowledge base holds")
     add_kb(info)
     add_json(info)
-    verify = command(kb_commands, "verify", run_verify, "read a whole knowledge base and compare its checksums")
-    add_kb(verify)
+    # an alias of `valm verify`, for one version; without help it is not listed
+    add_kb(runs(kb_commands.add_parser("verify"), lambda arguments: print(verify(arguments.kb))))
     index = command(kb_commands, "index", run_index, "choose how a knowledge base is searched, and index a large one")
     add_kb(index)
     index.add_argument(
@@ -194,7 +196,7 @@ def add_encoding(parser: argparse.ArgumentParser) -> None:
 
 
 def run_build(arguments: argparse.Namespace) -> None:
-    from valm.clip import Clip
+    from valm.clip.clip import Clip
     from valm.knowledge_base.build import build
     from valm.knowledge_base.encode import Encoding
     from valm.training.launch import check_alone
@@ -207,11 +209,11 @@ def run_build(arguments: argparse.Namespace) -> None:
 
 
 def run_add(arguments: argparse.Namespace) -> None:
-    from valm.files import writable_folder
     from valm.knowledge_base.build import build
     from valm.knowledge_base.encode import Encoding
     from valm.knowledge_base.merge import merge
     from valm.knowledge_base.store import ImageKnowledgeBase
+    from valm.store.files import writable_folder
     from valm.training.launch import check_alone
     from valm_kernels.atomic_files import remove_folder, remove_leftovers
 
@@ -251,25 +253,14 @@ def run_info(arguments: argparse.Namespace) -> None:
         print_kb(kb)
 
 
-def run_verify(arguments: argparse.Namespace) -> None:
-    from valm.knowledge_base.store import ImageKnowledgeBase
-    from valm.retrieval.faiss_index import verify_index
-
-    kb = ImageKnowledgeBase.open(arguments.kb)
-    damaged = kb.verify() + verify_index(kb)
-    if damaged:
-        raise ValmError(f"{arguments.kb} is damaged, build it again: {', '.join(damaged)}")
-    print(f"{arguments.kb}: all {len(kb):,} images are as they were written")
-
-
 def run_index(arguments: argparse.Namespace) -> None:
-    from valm.files import read_text
     from valm.knowledge_base.store import ImageKnowledgeBase
     from valm.retrieval.context import ContextEncoder
     from valm.retrieval.faiss_gpu import faiss_device
     from valm.retrieval.faiss_index import remove_index
     from valm.retrieval.index_factory import choose_factory
     from valm.retrieval.index_tuning import build_index, captions, context_queries
+    from valm.store.files import read_text
 
     kb = ImageKnowledgeBase.open(arguments.kb)
     factory = arguments.factory or choose_factory(len(kb), kb.dim)
@@ -328,7 +319,7 @@ def print_built(kb: ImageKnowledgeBase) -> None:
 def kb_facts(kb: ImageKnowledgeBase) -> dict[str, Any]:
     """The output of `kb info`, as JSON."""
     from valm.retrieval.index_parameters import index_parameters
-    from valm.shards.manifest import MANIFEST_FILE, files_of
+    from valm.store.manifest import MANIFEST_FILE, files_of
 
     files = list(files_of(kb.manifest))
     index = index_parameters(kb)
@@ -369,11 +360,11 @@ def print_kb(kb: ImageKnowledgeBase) -> None:
 def run_search(arguments: argparse.Namespace) -> None:
     from PIL import Image
 
-    from valm.files import output_file
     from valm.knowledge_base.contact_sheet import contact_sheet
     from valm.knowledge_base.store import ImageKnowledgeBase
     from valm.retrieval.context import ContextEncoder
     from valm.retrieval.retriever import Retriever
+    from valm.store.files import output_file
 
     if (arguments.text is None) == (arguments.image is None):
         raise ValmError("give either a text or --image")
@@ -406,8 +397,8 @@ def open_image(path: Path) -> Image.Image:
     Raises:
         ValmError: it is not an image.
     """
-    from valm.files import check_regular
     from valm.knowledge_base.images import read_image
+    from valm.store.files import check_regular
 
     check_regular(path)
     try:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast
 
-    from valm.shards.build import Runner
+    from valm.store.shards import Runner
 
 # NumPy's generators take no seed below 0, and its older one none above this.
 MAX_SEED = 1 << 32
@@ -40,10 +40,14 @@ Commands: TypeAlias = "argparse._SubParsersAction[CommandParser]"
 
 def command(group: Commands, name: str, run: Callable[[argparse.Namespace], None], help: str) -> CommandParser:
     """Declares the command `name` of `group`, which calls `run`."""
-    added = group.add_parser(name, help=help, description=help, formatter_class=HelpFormatter)
-    added.set_defaults(run=run)
-    added.add_argument("--quiet", action="store_true", help="show no progress")
-    return added
+    return runs(group.add_parser(name, help=help, description=help, formatter_class=HelpFormatter), run)
+
+
+def runs(parser: CommandParser, run: Callable[[argparse.Namespace], None]) -> CommandParser:
+    """Makes `parser` one that calls `run`."""
+    parser.set_defaults(run=run)
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    return parser
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -125,7 +129,7 @@ def load_compared(arguments: argparse.Namespace) -> tuple[Any, PreTrainedTokeniz
 
 
 def _load(arguments: argparse.Namespace, folder: Path, kb: Path | None) -> tuple[Any, PreTrainedTokenizerFast]:
-    from valm.checkpoint import load
+    from valm.model.checkpoint import load
 
     return load(
         folder,
@@ -196,9 +200,9 @@ def add_ray(parser: argparse.ArgumentParser) -> None:
 def chosen_run(arguments: argparse.Namespace) -> Runner:
     """The value of the options of `add_ray`: where shards are written."""
     if arguments.ray is None:
-        from valm.shards.build import run_here
+        from valm.store.shards import run_here
 
         return run_here
-    from valm.shards.ray import RayRun
+    from valm.store.ray import RayRun
 
     return RayRun(arguments.ray, cpus=arguments.cpus, gpus=arguments.gpus)

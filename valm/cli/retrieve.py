@@ -19,6 +19,7 @@ from valm.cli.options import (
     command,
     positive,
 )
+from valm.cli.verify import verify
 from valm.errors import ValmError
 
 if TYPE_CHECKING:
@@ -29,9 +30,8 @@ def add_to(commands: Commands) -> None:
     retrieve = command(
         commands, "retrieve", run_retrieve, "find the images of every token of a corpus once, to train on them"
     )
-    retrieve.add_argument(
-        "--verify", type=Path, metavar="FOLDER", help="read a whole result of `valm retrieve` and compare its checksums"
-    )
+    # an alias of `valm verify`, for one version
+    retrieve.add_argument("--verify", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)
     add_corpus(retrieve)
     retrieve.add_argument("--kb", type=Path, help="knowledge base")
     retrieve.add_argument("--out", type=Path, help="folder of the result; a killed retrieval resumes")
@@ -59,14 +59,14 @@ def add_to(commands: Commands) -> None:
 def run_retrieve(arguments: argparse.Namespace) -> None:
     import torch
 
+    from valm.clip.tokenizer import load_tokenizer
     from valm.knowledge_base.store import ImageKnowledgeBase
     from valm.retrieval.context import ContextEncoder
     from valm.retrieval.retriever import Retriever
-    from valm.tokenizer import load_tokenizer
     from valm.training.launch import check_alone
 
     if arguments.verify is not None:
-        run_verify(arguments.verify)
+        print(verify(arguments.verify))
         return
     check_alone("retrieve")
     missing = [] if has_corpus(arguments) else ["corpus"]
@@ -89,13 +89,3 @@ def run_retrieve(arguments: argparse.Namespace) -> None:
     retriever = Retriever(encoder, kb, arguments.images, index)
     found = retrieve_documents(arguments, retriever, arguments.out, scores=arguments.scores, run=run)
     print(f"{found.path}: {len(found):,} documents, {found.manifest['tokens']:,} tokens, {found.k} images a token")
-
-
-def run_verify(folder: Path) -> None:
-    from valm.corpus.retrieved import CorpusRetrieval
-
-    found = CorpusRetrieval.open(folder)
-    damaged = found.verify()
-    if damaged:
-        raise ValmError(f"{folder} is damaged, retrieve it again: {', '.join(damaged)}")
-    print(f"{folder}: all {len(found):,} documents are as they were written")

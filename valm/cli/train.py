@@ -153,8 +153,8 @@ def at_least_2(text: str) -> int:
 def run_train(arguments: argparse.Namespace) -> None:
     import torch
 
-    from valm.files import only_writer, writable_folder
     from valm.knowledge_base.store import ImageKnowledgeBase
+    from valm.store.files import only_writer, writable_folder
     from valm.training.callbacks import Patience, show_progress
     from valm.training.train import trainer, training_arguments
 
@@ -222,9 +222,9 @@ def run_train(arguments: argparse.Namespace) -> None:
 
 def new_model(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, options: dict[str, Any]) -> Any:
     """A VaLM with random weights, or without images GPT-2*; `options`: of its images."""
-    from valm.config import ValmConfig
-    from valm.model import VaLMForCausalLM
-    from valm.tokenizer import begin_id
+    from valm.clip.tokenizer import begin_id
+    from valm.model.config import ValmConfig
+    from valm.model.gpt2 import VaLMForCausalLM
 
     sizes = {name: getattr(arguments, name) or default for name, default in SIZES.items()}
     config = ValmConfig(
@@ -244,8 +244,8 @@ def new_model(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerFast,
 
 def augmented_base(arguments: argparse.Namespace, options: dict[str, Any]) -> Any:
     """The pretrained decoder `--base`, augmented, or without images its text-only twin; `options`: of its images."""
-    from valm.augmented.model import augment
-    from valm.checkpoint import load_decoder
+    from valm.model.augment import augment
+    from valm.model.checkpoint import load_decoder
 
     given = {"layer": arguments.layer, "unfreeze": arguments.unfreeze, "logit_bias": arguments.logit_bias}
     said = {name: value for name, value in given.items() if value is not None}
@@ -258,8 +258,8 @@ def augmented_base(arguments: argparse.Namespace, options: dict[str, Any]) -> An
 
 def in_blocks(documents: Any, model: Any, context: int, tokenizer: PreTrainedTokenizerFast) -> Any:
     """`documents`, those longer than `context`, or than the model can read, cut."""
-    from valm.checkpoint import positions
-    from valm.tokenizer import begin_id
+    from valm.clip.tokenizer import begin_id
+    from valm.model.checkpoint import positions
     from valm.training.blocks import Blocks
 
     return Blocks(documents, min(context, positions(model) or context), begin_id(tokenizer))
@@ -307,7 +307,7 @@ def note_run(training: ImageTrainer, dataset: CorpusRetrieval | Sequence[Any], a
     Raises:
         ValmError: the folder has the note of another one.
     """
-    from valm.files import read_json, write_json
+    from valm.store.files import read_json, write_json
     from valm_kernels.atomic_files import SAVE_WAIT_SECONDS, folder_lock
     from valm_kernels.json_files import short
 
@@ -359,8 +359,8 @@ def other_base_tensor(model: Any, noted: Any) -> str | None:
 
     noted: a sketch; of earlier versions the fingerprint of the fusion layer.
     """
-    from valm.augmented.probe import decoder_layers
-    from valm.augmented.sketch import fingerprint, other_tensor, other_weight, project
+    from valm.model.probe import decoder_layers
+    from valm.model.sketch import fingerprint, other_tensor, other_weight, project
 
     if not isinstance(noted, dict):
         return "every tensor"
@@ -378,7 +378,7 @@ def option_of(name: str) -> str:
 
 def model_settings(config: Any) -> dict[str, Any]:
     """All that the config says of the model, of an augmented one its base's and the fusion's together."""
-    from valm.config_file import WEIGHTS_KEY
+    from valm.model.config_file import WEIGHTS_KEY
 
     found = config.to_diff_dict()
     found |= {**found.pop("base_config", {}), **found.pop("fusion", {})}
@@ -457,8 +457,8 @@ def split(arguments: argparse.Namespace, kb: ImageKnowledgeBase | None, dataset:
 
 
 def open_retrieval(arguments: argparse.Namespace) -> tuple[CorpusRetrieval, PreTrainedTokenizerFast]:
+    from valm.clip.tokenizer import own_tokenizer
     from valm.corpus.retrieved import CorpusRetrieval
-    from valm.tokenizer import own_tokenizer
 
     decided = {
         "--clip": arguments.clip,
@@ -493,9 +493,9 @@ def open_blind_retriever(arguments: argparse.Namespace, kb: Any, dataset: Any) -
 def retrieved_corpus(
     arguments: argparse.Namespace, kb: ImageKnowledgeBase, name: str
 ) -> tuple[CorpusRetrieval, PreTrainedTokenizerFast]:
+    from valm.clip.tokenizer import load_tokenizer, own_tokenizer
     from valm.retrieval.context import ContextEncoder
     from valm.retrieval.retriever import Retriever
-    from valm.tokenizer import load_tokenizer, own_tokenizer
     from valm.training.launch import launched_processes
 
     if launched_processes() > 1:
@@ -511,8 +511,8 @@ def retrieved_corpus(
 
 
 def plain_corpus(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], PreTrainedTokenizerFast]:
-    from valm.clip import Clip
-    from valm.tokenizer import clip_tokenizer, load_tokenizer, own_tokenizer, tokenize_documents
+    from valm.clip.clip import Clip
+    from valm.clip.tokenizer import clip_tokenizer, load_tokenizer, own_tokenizer, tokenize_documents
 
     if named := arguments.tokenizer or arguments.base:
         tokenizer = load_tokenizer(named) if arguments.base is None else own_tokenizer(named)

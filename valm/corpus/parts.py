@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from valm.errors import ValmError
-from valm.files import check_regular, exists, is_folder
+from valm.store.files import check_regular, exists, is_folder
 from valm.text import one_line, utf8, why_no_text
 from valm_kernels.json_files import short
 

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from valm.clip.tokenizer import batches_by_length, beginning_with_bos, open_tokenizer, padded, tokenize_documents
 from valm.corpus.parts import (
     PART_BYTES,
     PART_TOKENS,
@@ -40,12 +41,11 @@ from valm.corpus.parts import (
     fingerprint,
 )
 from valm.errors import ValmError
-from valm.files import read_json, write_json
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.faiss_index import FaissIndex
 from valm.retrieval.retriever import Retriever
-from valm.shards.build import Runner, ShardedBuild, ShardFiles, run_here
-from valm.shards.manifest import (
+from valm.store.files import read_json, write_json
+from valm.store.manifest import (
     MANIFEST_FILE,
     Manifest,
     ShardRecord,
@@ -56,8 +56,8 @@ from valm.shards.manifest import (
     open_array,
     open_manifest,
 )
-from valm.shards.progress import Progress, ProgressBar
-from valm.tokenizer import batches_by_length, beginning_with_bos, open_tokenizer, padded, tokenize_documents
+from valm.store.shard_progress import Progress, ProgressBar
+from valm.store.shards import Runner, ShardedBuild, ShardFiles, run_here
 from valm_kernels.json_files import Count, Range
 
 WHAT = "corpus retrieval"
@@ -294,7 +294,7 @@ def retrieve_corpus(
         documents: read once and in order, so they need not fit into memory.
         part_tokens: tokens in a shard; a retrieval that was killed repeats at most one shard.
         scores: also write the score of each image, for models that use them (`image_score_scale_init`).
-        run: where it runs: here, or on the machines of a `valm.shards.ray.RayRun`.
+        run: where it runs: here, or on the machines of a `valm.store.ray.RayRun`.
 
     Raises:
         ValmError: there are no documents, one is empty, or `out` holds something else or was begun with other

@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from valm.clip import Clip
+from valm.clip.clip import Clip
 from valm.errors import ValmError
-from valm.files import check_regular
-from valm.image_model import ImageModel
 from valm.knowledge_base.images import find_images, read_image
+from valm.model.image_model import ImageModel
 from valm.retrieval.context import ContextCache
 from valm.retrieval.retriever import BlindRetriever, NoImages, Retrieved, Retriever
+from valm.store.files import check_regular
 
 RETRIEVAL = ("on", "off", "random")
 

@@ -19,14 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from valm.clip import Clip
+from valm.clip.clip import Clip
 from valm.errors import ValmError
 from valm.evaluation.statistics import Estimate, accuracy, ratio
 from valm.knowledge_base.encode import Encoding, encode_records
 from valm.knowledge_base.format import Skipped
 from valm.knowledge_base.images import find_images
 from valm.knowledge_base.sources.folder import folder_records
-from valm.shards.progress import ProgressBar
+from valm.store.shard_progress import ProgressBar
 
 # The mean of many texts of a class is a better classifier than any of them (section 3.1.4).
 TEMPLATES = (

@@ -7,7 +7,7 @@ import json
 import os
 
 from valm.errors import ValmError
-from valm.files import read_text
+from valm.store.files import read_text
 
 
 def read_lines(path: str | os.PathLike) -> list[str]:

@@ -23,10 +23,10 @@ try:
 except ImportError as error:
     raise ImportError(f"lm-evaluation-harness is needed for this: pip install -e '.[harness]' ({error})") from error
 
-from valm.checkpoint import load
+from valm.clip.tokenizer import beginning_with_bos
 from valm.evaluation.controls import switch_images
+from valm.model.checkpoint import load
 from valm.text import nearest
-from valm.tokenizer import beginning_with_bos
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from valm.evaluation.published import TABLE_5, TABLE_7, TABLES
 from valm.evaluation.questions import FAIR, PUBLISHED, TASKS
 from valm.evaluation.suite import RESULTS
-from valm.files import atomic_path, writable_folder, write_errors, write_json
+from valm.store.files import atomic_path, writable_folder, write_errors, write_json
 from valm.text import one_line
 from valm_kernels.atomic_files import atomic_folder, remove_leftovers
 

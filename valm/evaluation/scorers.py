@@ -24,11 +24,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from valm.augmented.saving import is_adapter
-from valm.checkpoint import ModelConfig, load
-from valm.clip import CONFIG_FILE as CLIP_CONFIG_FILE
-from valm.clip import Clip
-from valm.config_file import MODEL_TYPE
+from valm.clip.clip import CONFIG_FILE as CLIP_CONFIG_FILE
+from valm.clip.clip import Clip
+from valm.clip.tokenizer import begin_id
 from valm.errors import ValmError
 from valm.evaluation.choice import check_single_tokens
 from valm.evaluation.controls import switch_images
@@ -42,12 +40,14 @@ from valm.evaluation.scoring import (
     counting,
     equal_lengths,
 )
-from valm.files import is_file, is_folder, read_json
-from valm.image_model import ImageModel
-from valm.pretrained import CONFIG_FILE, from_pretrained
+from valm.model.adapter import is_adapter
+from valm.model.checkpoint import ModelConfig, load
+from valm.model.config_file import MODEL_TYPE
+from valm.model.image_model import ImageModel
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import Retriever
-from valm.tokenizer import begin_id
+from valm.store.files import is_file, is_folder, read_json
+from valm.store.pretrained import CONFIG_FILE, from_pretrained
 
 # Texts of one batch.
 BATCH_SIZE = 32

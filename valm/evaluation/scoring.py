@@ -10,11 +10,11 @@ from typing import Any, TypeAlias
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from valm.checkpoint import positions
+from valm.clip.tokenizer import begin_id
 from valm.errors import ValmError
-from valm.image_model import ImageModel
+from valm.model.checkpoint import positions
+from valm.model.image_model import ImageModel
 from valm.progress import progress_bar
-from valm.tokenizer import begin_id
 
 # The name of a progress bar, or a function called with the number of further texts done; None for neither.
 Progress: TypeAlias = "str | Callable[[float], object] | None"

@@ -19,8 +19,8 @@ from valm.evaluation.metrics import choice_metrics, document_metrics
 from valm.evaluation.questions import FAIR, PUBLISHED, Documents, Questions, Task, what_is_asked
 from valm.evaluation.scorers import DocumentScore, NotApplicable, Scorer, digest, open_scorer
 from valm.evaluation.statistics import paired
-from valm.files import read_json, write_json
 from valm.progress import progress_bar
+from valm.store.files import read_json, write_json
 from valm_kernels import __version__
 from valm_kernels.atomic_files import remove_leftovers
 
@@ -225,6 +225,18 @@ def _size(asked: Questions | Documents) -> int:
     return len(asked.texts) * (len(asked.texts[0]) if isinstance(asked, Questions) else 1)
 
 
+def read_cached(file: Path) -> Scores:
+    """The scores in a file that `scores_of` wrote.
+
+    Raises:
+        ValmError: they cannot be read, or do not match their checksum.
+    """
+    known: Scores = read_json(file, "the scores", Scores, REMEDY)
+    if known.pop("sha256", None) != digest(known):
+        raise ValmError(f"the scores {file} do not match their checksum; {REMEDY}")
+    return known
+
+
 def scores_of(
     scorer: Scorer, asked: Questions | Documents, cache: Path | None, own: list[Any], fresh: bool, bar: Any
 ) -> Scores:
@@ -237,9 +249,7 @@ def scores_of(
     file = None if cache is None else cache / name
     if file is not None and file.is_file() and not fresh:
         bar.update(_size(asked))
-        known: Scores = read_json(file, "the scores", Scores, REMEDY)
-        if known.pop("sha256", None) != digest(known):
-            raise ValmError(f"the scores {file} do not match their checksum; {REMEDY}")
+        known = read_cached(file)
         if not _fits(known, asked):
             raise ValmError(f"the scores {file} are not of this task; {REMEDY}")
         return known

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from valm.clip.tokenizer import begin_id, prompt_ids
 from valm.errors import ValmError
 from valm.evaluation.scoring import answer_tokens, check_writable, context_length
 from valm.explain.images import FindsImages, ShownImage, show_images
 from valm.retrieval.retriever import BlindRetriever, Retrieved
-from valm.tokenizer import begin_id, prompt_ids
 
 # Limits the page: each token is a row of images and a row of the attention matrix.
 MAX_TOKENS = 128

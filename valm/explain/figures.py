@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from valm.explain.explanation import Explanation
-from valm.files import output_file
-from valm.plots import FAINT, INK, SERIES, new_figure, quiet
+from valm.explain.plots import FAINT, INK, SERIES, new_figure, quiet
+from valm.store.files import output_file
 from valm.text import printable
 
 if TYPE_CHECKING:

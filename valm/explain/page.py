@@ -17,8 +17,8 @@ from PIL import Image
 
 from valm.explain.explanation import Explanation
 from valm.explain.images import THUMBNAIL_SIZE
-from valm.files import output_file
 from valm.knowledge_base.images import thumbnail_bytes
+from valm.store.files import output_file
 
 HERE = Path(__file__).parent
 # The page's script gets the weights of every head as integers in this unit.

@@ -7,13 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from valm.clip import Clip
+from valm.clip.clip import Clip
 from valm.knowledge_base.encode import Encoding
 from valm.knowledge_base.format import begin_knowledge_base, clip_entry, finish_knowledge_base, write_shard
 from valm.knowledge_base.sources import Source, SourceShard
 from valm.knowledge_base.store import ImageKnowledgeBase
-from valm.shards.build import Runner, run_here
-from valm.shards.progress import Progress, ProgressBar
+from valm.store.shard_progress import Progress, ProgressBar
+from valm.store.shards import Runner, run_here
 
 # The order of the plan's entries in the manifest; a source's own settings come at OWN. This is the order of valm 0.1.0
 # and must not change: the hash of the manifest is the fingerprint of a knowledge base.
@@ -38,7 +38,7 @@ def build(
     Args:
         source: from `valm.knowledge_base.sources`, such as `FolderSource("images")`.
         encoding: how images are decoded and encoded.
-        run: where the shards are encoded: here, or on the machines of a `valm.shards.ray.RayRun`.
+        run: where the shards are encoded: here, or on the machines of a `valm.store.ray.RayRun`.
 
     Raises:
         ValmError: there is no readable image, or `out` cannot be written or holds something else. Also for a transient

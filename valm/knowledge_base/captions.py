@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from valm.errors import ValmError
-from valm.files import cannot_read, check_regular, is_transient
+from valm.store.files import cannot_read, check_regular, is_transient
 from valm.text import decoded, encoding_of, one_line
 
 CAPTION_SUFFIXES = (".txt", ".json")

@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from valm.clip import Clip
-from valm.files import cannot_read, is_transient
+from valm.clip.clip import Clip
 from valm.knowledge_base.format import ITEM_SCHEMA, EncodedShard, Skipped
 from valm.knowledge_base.images import read_image, thumbnail_bytes
-from valm.processes import end_with_parent
-from valm.shards.progress import Progress
+from valm.knowledge_base.workers import end_with_parent
+from valm.store.files import cannot_read, is_transient
+from valm.store.shard_progress import Progress
 from valm.text import one_line, utf8
 
 # Fewer images than this are decoded in this process: starting workers would take longer.

@@ -10,8 +10,8 @@ from pathlib import Path
 from PIL import Image
 
 from valm.errors import ValmError
-from valm.files import cannot_read, is_transient
 from valm.knowledge_base.encode import Record
+from valm.store.files import cannot_read, is_transient
 
 
 def fingerprint_files(files: Iterable[Path]) -> str:

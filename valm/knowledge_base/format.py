@@ -6,7 +6,7 @@
     thumbnails-00000.parquet   one JPEG a row; only if thumbnails were asked for
     skipped-00000.json     damaged images and caption files, with the reason; only if there were any
 
-`valm.shards.build` resumes builds and runs them on several machines.
+`valm.store.shards` resumes builds and runs them on several machines.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from valm.errors import ValmError
-from valm.files import read_json, write_json
-from valm.shards.build import ShardedBuild, ShardFiles
-from valm.shards.manifest import Manifest, ShardRecord, kinds_of
+from valm.store.files import read_json, write_json
+from valm.store.manifest import Manifest, ShardRecord, kinds_of
+from valm.store.shards import ShardedBuild, ShardFiles
 from valm_kernels.json_files import Count, PathText, Range, Sha256
 
 if TYPE_CHECKING:
-    from valm.clip import Clip
+    from valm.clip.clip import Clip
 
 WHAT = "knowledge base"
 VERSION = 2
@@ -131,7 +131,7 @@ def read_skipped(file: Path) -> list[Skipped]:
 
 def clip_entry(clip: Clip, out: str | os.PathLike) -> dict[str, Any]:
     """The encoder's entry in the manifest; a folder is relative to `out`, so that the two can be moved together."""
-    from valm.clip import weight_files  # imports torch and open_clip, which few users of this module need
+    from valm.clip.clip import weight_files  # imports torch and open_clip, which few users of this module need
 
     entry: dict[str, Any] = {"name": clip.name, "weights_hash": clip.weights_hash, "source": clip.source}
     if clip.source is not None and Path(clip.source).is_dir():

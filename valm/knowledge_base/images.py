@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from valm.errors import ValmError
-from valm.files import cannot_read, exists, is_folder
+from valm.store.files import cannot_read, exists, is_folder
 
 # The formats that are read, with their suffixes. Pillow detects the format by content, and would run Ghostscript on
 # PostScript.

@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from valm.errors import ValmError
-from valm.files import is_transient
 from valm.knowledge_base.format import (
     ITEM_SCHEMA,
     THUMBNAIL_SCHEMA,
@@ -30,13 +29,14 @@ from valm.knowledge_base.format import (
     check_kinds,
     read_skipped,
 )
-from valm.shards.manifest import MANIFEST_FILE, damaged_files, file_entry, open_array, open_manifest
+from valm.store.files import is_transient
+from valm.store.manifest import MANIFEST_FILE, damaged_files, file_entry, open_array, open_manifest
 from valm.text import one_line
 
 if TYPE_CHECKING:  # so that opening a knowledge base does not wait for torch
     from torch import Tensor
 
-    from valm.clip import Clip
+    from valm.clip.clip import Clip
 
 # Shards mapped at once; a process may have 65,530 maps on Linux.
 OPEN_SHARDS = 1 << 14
@@ -197,7 +197,7 @@ class ImageKnowledgeBase:
         Raises:
             ValmError: the CLIP is missing or is another one.
         """
-        from valm.clip import Clip, weight_files
+        from valm.clip.clip import Clip, weight_files
 
         if source is None:
             noted = self.manifest["clip"]["source"]

@@ -20,9 +20,9 @@ from open_clip.tokenizer import bytes_to_unicode
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from valm.clip.tokenizer import begin_id
 from valm.errors import ValmError
 from valm.retrieval.segments import Reading
-from valm.tokenizer import begin_id
 
 # Blanks after which CLIP's tokens do not depend on the text before: neither words nor Unicode normalisation cross one.
 # Its tokenizer handles other blanks.

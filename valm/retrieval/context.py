@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from valm.clip import Clip
+from valm.clip.clip import Clip
+from valm.clip.text_tower import KeyValues, TextTower
 from valm.retrieval.alignment import Alignment, TextState
 from valm.retrieval.segments import Reading, Run, SegmentRule, SegmentState, sentence_end_ids
-from valm.retrieval.text_tower import KeyValues, TextTower
 
 QUERIES = ("eot", "state")
 

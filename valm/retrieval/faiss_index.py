@@ -26,7 +26,7 @@ from valm.retrieval.index_parameters import (
     index_parameters,
     remedy,
 )
-from valm.shards.manifest import file_entry
+from valm.store.manifest import file_entry
 from valm_kernels import FlatIPIndex, TopK
 from valm_kernels.json_files import own_file
 from valm_kernels.locks import Lock

@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields
 from typing import Annotated, TypedDict
 
 from valm.errors import ValmError
-from valm.files import read_json
 from valm.knowledge_base.store import ImageKnowledgeBase
+from valm.store.files import read_json
 from valm_kernels.json_files import Count, Matching, Range, Sha256
 
 INDEX_FILE = "index.faiss"

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from valm.clip.tokenizer import padded, prompt_ids
 from valm.errors import ValmError
-from valm.files import write_errors, write_json
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.progress import progress_bar
 from valm.retrieval.context import ContextEncoder
@@ -23,8 +23,8 @@ from valm.retrieval.faiss_gpu import MAX_SELECTED, check_for_gpus
 from valm.retrieval.faiss_index import FaissIndex, read_index
 from valm.retrieval.index_factory import import_faiss, stages
 from valm.retrieval.index_parameters import INDEX_FILE, PARAMETERS_FILE, IndexParameters
-from valm.shards.manifest import file_entry
-from valm.tokenizer import padded, prompt_ids
+from valm.store.files import write_errors, write_json
+from valm.store.manifest import file_entry
 from valm_kernels import ip_topk, merge_topk
 from valm_kernels.atomic_files import SAVE_WAIT_SECONDS, folder_lock, move, remove_leftovers, temporary_file
 

@@ -11,14 +11,14 @@ from typing import Any, Literal, TypedDict
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from valm.clip import Clip
+from valm.clip.clip import Clip
 from valm.errors import ValmError
-from valm.files import read_json, write_json
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.index_parameters import index_parameters
 from valm.retrieval.retriever import BlindRetriever, Retriever
-from valm.whole_folder import current_files
+from valm.store.files import read_json, write_json
+from valm.store.whole_folder import current_files
 from valm_kernels.json_files import PathText, Sha256
 
 RETRIEVAL_FILE = "retrieval.json"

@@ -1,4 +1,4 @@
-"""Searches a large knowledge base on the machines of a Ray cluster; `valm.shards.ray` says what they must share."""
+"""Searches a large knowledge base on the machines of a Ray cluster; `valm.store.ray` says what they must share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
-from valm.shards.ray import connect, free_tasks, import_ray, task_result
+from valm.store.ray import connect, free_tasks, import_ray, task_result
 from valm_kernels import FlatIPIndex, TopK, merge_topk
 
 

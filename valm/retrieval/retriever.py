@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from valm.clip.tokenizer import padded, prompt_ids
 from valm.errors import ValmError
 from valm.knowledge_base.format import Item
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.context import ContextCache, ContextEncoder
 from valm.retrieval.faiss_index import open_index
 from valm.retrieval.segment_cache import SegmentCache
-from valm.tokenizer import padded, prompt_ids
 from valm_kernels import MAX_TOPK, TopK
 
 # 50 MB at K = 4.

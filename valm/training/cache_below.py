@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from valm.augmented.model import AugmentedCausalLM
-from valm.augmented.probe import decoder_layers, in_mode, probe_tokens
-from valm.config_file import WEIGHTS_KEY
+from valm.clip.tokenizer import batches_by_length, padded
 from valm.errors import ValmError
-from valm.files import atomic_path, writable_folder
+from valm.model.augment import AugmentedCausalLM
+from valm.model.config_file import WEIGHTS_KEY
+from valm.model.probe import decoder_layers, in_mode, probe_tokens
 from valm.progress import progress_bar
-from valm.shards.manifest import open_array
-from valm.tokenizer import batches_by_length, padded
+from valm.store.files import atomic_path, writable_folder
+from valm.store.manifest import open_array
 from valm.training.blocks import document_lengths
 from valm_kernels.checksums import file_sha256
 
@@ -136,11 +136,29 @@ def cache_below(
     if not file.is_file():
         _write(model, layer, documents, lengths, file, shape, dtype, progress)
     states = open_array(file, shape, dtype)
-    if not _is_as_written(file):
-        raise ValmError(f"the hidden states {file} do not match their checksum: they are damaged; delete the file")
+    check_cached_states(file)
     cached = CachedBelow(documents, lengths, states)
     _install(model, layer)
     return cached
+
+
+def cached_states(folder: Path) -> list[Path]:
+    """The files that `cache_below` wrote into `folder`."""
+    return sorted(folder.glob("below-*.npy"))
+
+
+def check_cached_states(file: Path) -> None:
+    """Compares all of a file of `cache_below` with its checksum.
+
+    Raises:
+        ValmError: it is damaged.
+    """
+    size = max(0, file.stat().st_size - CHECKSUM_BYTES)
+    with open(file, "rb") as opened:
+        opened.seek(size)
+        checksum = opened.read()
+    if file_sha256(file, size) != checksum.hex():
+        raise ValmError(f"the hidden states {file} do not match their checksum: they are damaged; delete the file")
 
 
 def fusion_layer(model: Any) -> int:
@@ -278,14 +296,6 @@ def _write(
         checksum = bytes.fromhex(file_sha256(temporary))
         with open(temporary, "ab") as appended:
             appended.write(checksum)
-
-
-def _is_as_written(file: Path) -> bool:
-    size = max(0, file.stat().st_size - CHECKSUM_BYTES)
-    with open(file, "rb") as opened:
-        opened.seek(size)
-        checksum = opened.read()
-    return file_sha256(file, size) == checksum.hex()
 
 
 @torch.no_grad()

@@ -24,13 +24,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast
 
-from valm.clip import Clip
+from valm.clip.clip import Clip
 from valm.errors import ValmError
-from valm.files import cannot_read, is_transient, read_json
 from valm.knowledge_base.encode import Record
 from valm.knowledge_base.sources import Source
-from valm.processes import end_with_parent
+from valm.knowledge_base.workers import end_with_parent
 from valm.progress import progress_bar
+from valm.store.files import cannot_read, is_transient, read_json
 from valm.training.steps import Draws, take_steps
 
 # The limit of open_clip. A CLIP of few images and texts overfits with it.

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from valm.clip.tokenizer import begin_id
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
-from valm.tokenizer import begin_id
 from valm.training.cache_below import FUSION_INPUT, fusion_input
 from valm_kernels import sort_image_slots
 
@@ -41,7 +41,7 @@ class Collator:
         scores: the model uses retrieval scores.
         row_length: None puts each document into its own row, padded to the longest. A number packs as many documents
             as fit, in order, into rows of at most that length.
-        by_positions: the model keeps packed documents apart by their positions (`valm.augmented.packing`), and not at
+        by_positions: the model keeps packed documents apart by their positions (`valm.model.packing`), and not at
             each SOT, as a `VaLMForCausalLM` does.
     """
 

@@ -1,4 +1,4 @@
-"""Trains the query head of a model (`valm.self_query`) to ask for images as CLIP would.
+"""Trains the query head of a model (`valm.model.query_head`) to ask for images as CLIP would.
 
 The model itself stays as it is. The teacher is a `ContextEncoder`, and the loss of a token is the distance of the two
 queries and, over the images that the corpus retrieved for the batch, how differently they rank::
@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from valm.clip.tokenizer import begin_id
 from valm.corpus.retrieved import CorpusRetrieval
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
-from valm.model import VaLMForCausalLM
+from valm.model.gpt2 import VaLMForCausalLM
+from valm.model.query_head import SelfEncoder, SelfRetriever
 from valm.retrieval.context import ContextEncoder
-from valm.self_query import SelfEncoder, SelfRetriever
-from valm.tokenizer import begin_id
 from valm.training.blocks import Blocks
 from valm.training.collate import Collator
 from valm.training.split import hold_out

@@ -16,12 +16,12 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import SchedulerType, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, get_last_checkpoint, rotate_checkpoints
 
-from valm.checkpoint import save_checkpoint
 from valm.errors import ValmError
-from valm.files import writable_folder
-from valm.old_weights import is_old
-from valm.pretrained import quiet_transformers
+from valm.model.checkpoint import save_checkpoint
+from valm.model.old_weights import is_old
 from valm.retrieval.note import RetrievalNote
+from valm.store.files import writable_folder
+from valm.store.pretrained import quiet_transformers
 from valm.training.launch import check_processes
 from valm.training.order import TrainingOrder
 from valm.training.resumable import STATE_FILE, check_resumable, resume_errors, write_checksums

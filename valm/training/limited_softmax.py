@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from valm.augmented.probe import in_mode, probe_tokens
 from valm.errors import ValmError
+from valm.model.probe import in_mode, probe_tokens
 from valm.training.cache_below import no_images
 
 # Other tokens in the softmax of a step. With none, no step would make them less likely, and they become likelier with

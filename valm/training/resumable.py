@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 from valm.errors import ValmError
-from valm.files import is_folder, read_json, write_json
+from valm.store.files import is_folder, read_json, write_json
 from valm.text import one_line
 from valm_kernels.checksums import file_sha256
 from valm_kernels.json_files import Count, Matching, Sha256, check_own, own_file

@@ -12,17 +12,17 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
-from valm.augmented.model import AugmentedCausalLM
-from valm.augmented.packing import keeps_apart
-from valm.checkpoint import check_vocabulary, positions, with_length
+from valm.clip.tokenizer import begin_id
 from valm.corpus.retrieved import CorpusRetrieval
 from valm.errors import ValmError
-from valm.image_model import ImageOptions
 from valm.knowledge_base.store import ImageKnowledgeBase
-from valm.model import VaLMForCausalLM
+from valm.model.augment import AugmentedCausalLM
+from valm.model.checkpoint import check_vocabulary, positions, with_length
+from valm.model.gpt2 import VaLMForCausalLM
+from valm.model.image_model import ImageOptions
+from valm.model.packing import keeps_apart
 from valm.retrieval.note import RetrievalNote
 from valm.text import nearest
-from valm.tokenizer import begin_id
 from valm.training.blocks import Blocks
 from valm.training.cache_below import cache_below as with_fusion_input
 from valm.training.collate import NO_SCORES, Collator
@@ -96,7 +96,7 @@ def trainer(
             blocks of them.
         eval_dataset: documents to evaluate on, as `dataset`: loss and perplexity over all their tokens.
         row_length: pack documents into rows of this length (see `Collator`); None pads. A model that does not keep them
-            apart (`valm.augmented.packing`), or that retrieves as it trains, gets padded rows, and the log says so.
+            apart (`valm.model.packing`), or that retrieves as it trains, gets padded rows, and the log says so.
         cache_below: folder for the input of the fusion layer, computed once if all layers below are frozen
             (`valm.training.cache_below`); None computes it in every step.
         fusion_lr: learning rate of the parameters that only see images; None uses that of `arguments`.

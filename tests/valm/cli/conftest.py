@@ -8,7 +8,7 @@ from PIL import Image
 
 from tests.valm.cli.commands import SIZE, THINGS, run
 from tests.valm.tiny_clip import make_clip
-from valm.tokenizer import clip_tokenizer, prune_tokenizer
+from valm.clip.tokenizer import clip_tokenizer, prune_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ import torch
 
 from tests.valm.cli.commands import run
 from tests.valm.tiny_clip import TINY
-from valm.clip import Clip
+from valm.clip.clip import Clip
 
 
 def test_a_clip_is_trained_and_checked(world, tmp_path, capsys):

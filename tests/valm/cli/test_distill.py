@@ -3,7 +3,7 @@ import json
 import pytest
 
 from tests.valm.cli.commands import run
-from valm.checkpoint import load
+from valm.model.checkpoint import load
 
 FEW = ["--steps", "5", "--batch-size", "4"]
 

@@ -13,16 +13,23 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import valm
+from studies.color.__main__ import build_parser as color_parser
+from studies.demo.__main__ import build_parser as demo_parser
 from tests.valm.cli.commands import SIZE
 from tests.valm.evaluation.small_sets import write_sets
 from tests.valm.other_tokenizers import gpt2_like
-from valm.augmented.model import fusion_module
 from valm.cli import build_parser, main
+from valm.model.augment import fusion_module
 from valm.retrieval.note import RetrievalNote
 
 ROOT = Path(__file__).parents[3]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PARSERS = {
+    "valm ": build_parser,
+    "python -m studies.demo ": demo_parser,
+    "python -m studies.color ": color_parser,
+}
 TUTORIALS = ["attention", "search", "knowledge-base"]
 
 
@@ -31,9 +38,9 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def commands(page: Path) -> list[str]:
-    """The `valm` commands of a page, without comments; a line that ends in a backslash goes on in the next."""
+    """The `valm` commands of a page, and those of studies; a line that ends in a backslash goes on in the next."""
     lines = "\n".join(blocks(page, "")).replace("\\\n", " ").splitlines()
-    return [line for line in map(str.strip, lines) if line.startswith("valm ")]
+    return [line for line in map(str.strip, lines) if line.startswith(tuple(PARSERS))]
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.stem)
@@ -43,11 +50,12 @@ def test_every_command_is_one(page, tmp_path, monkeypatch, capsys):
         named = re.match(r"# (\w+\.yaml)", config)
         assert named, f"{page.name}: a config begins with a comment that has its file's name"
         Path(named[1]).write_text(config, encoding="utf-8")
-    parser = build_parser()
     for command in commands(page):
-        words = [word for word in shlex.split(command, comments=True)[1:] if word not in ("…", "...")]
+        start, parser = next((start, parser) for start, parser in PARSERS.items() if command.startswith(start))
+        words = shlex.split(command.removeprefix(start), comments=True)
+        words = [word for word in words if word not in ("…", "...")]
         try:
-            parser.parse_args(words)
+            parser().parse_args(words)
         except SystemExit:
             pytest.fail(f"{page.name}: {command}: {capsys.readouterr().err}")
 

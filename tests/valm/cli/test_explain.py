@@ -3,7 +3,7 @@ from PIL import Image
 
 from tests.valm.cli.commands import run
 from tests.valm.tiny_clip import make_clip
-from valm.tokenizer import clip_tokenizer, prune_tokenizer
+from valm.clip.tokenizer import clip_tokenizer, prune_tokenizer
 
 PROMPT = "the color of the apple is"
 

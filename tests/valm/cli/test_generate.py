@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.valm.cli.commands import run
-from valm.checkpoint import load
+from valm.model.checkpoint import load
 
 
 @pytest.mark.parametrize("options", [[], ["--beams", "2"], ["--sample", "--seed", "3"]])

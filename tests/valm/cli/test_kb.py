@@ -11,8 +11,8 @@ from PIL import Image
 
 from tests.valm.cli.commands import THINGS, run
 from tests.valm.tiny_clip import make_clip
+from valm.clip.tokenizer import clip_tokenizer, prune_tokenizer
 from valm.knowledge_base.store import ImageKnowledgeBase
-from valm.tokenizer import clip_tokenizer, prune_tokenizer
 
 
 def test_kb_info_names_size_and_encoder(world, capsys):

@@ -12,7 +12,7 @@ import torch
 
 from tests.valm.cli.commands import run
 from tests.valm.killed import exit_code, forked, needs_fork
-from valm.clip import Clip
+from valm.clip.clip import Clip
 from valm.retrieval.retriever import Retriever
 
 resource = pytest.importorskip("resource")

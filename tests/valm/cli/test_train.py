@@ -14,9 +14,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tests.valm.cli.commands import SIZE, STEPS, run
 from tests.valm.other_tokenizers import chat_like, gpt2_like
-from valm.augmented.probe import decoder_layers
-from valm.augmented.sketch import fingerprint
-from valm.checkpoint import load
+from valm.model.checkpoint import load
+from valm.model.probe import decoder_layers
+from valm.model.sketch import fingerprint
 from valm.retrieval.retriever import BlindRetriever
 from valm.training.collate import Collator
 from valm.training.image_trainer import ImageTrainer
@@ -328,7 +328,7 @@ def test_another_training_is_named_by_the_option_that_was_given(world, tmp_path,
 def test_one_process_at_a_time_trains_in_a_folder(world, tmp_path, capsys, monkeypatch):
     """However they were started, such as by srun, which sets no WORLD_SIZE."""
     train = ["train", world / "corpus.txt", "--clip", world / "clip", *SIZE, "--out", tmp_path / "model"]
-    monkeypatch.setattr("valm.files.WAIT_SECONDS", 0)
+    monkeypatch.setattr("valm.store.files.WAIT_SECONDS", 0)
     statuses = []
 
     def start_another(self, *arguments, real=ImageTrainer.train, **options):

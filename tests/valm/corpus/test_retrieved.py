@@ -17,12 +17,12 @@ from tests.valm.killed import exit_code_if_killed, needs_fork
 from tests.valm.other_tokenizers import qwen_like
 from tests.valm.retrieval.indexed import make_kb_of_directions
 from tests.valm.tiny_clip import TEXTS
+from valm.clip.tokenizer import tokenize_documents
 from valm.corpus import retrieved
 from valm.corpus.retrieved import CorpusRetrieval, retrieve_corpus, retrieve_files, retrieve_texts
 from valm.errors import ValmError
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import Retriever
-from valm.tokenizer import tokenize_documents
 
 LINES = [*TEXTS, "a dog.", "a red apple lies on", TEXTS[1] + TEXTS[0], "the sky", "blue grass", TEXTS[0][:30]] * 2
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from tests.valm.models import tiny_model
+from valm.clip.tokenizer import clip_tokenizer, prune_tokenizer
 from valm.errors import ValmError
 from valm.evaluation import color
 from valm.evaluation.color import COLORS, PROMPTS, ColorItem, evaluate_color, fill, load_color_terms, load_memory_color
-from valm.tokenizer import clip_tokenizer, prune_tokenizer
 
 TOKENIZER = prune_tokenizer(clip_tokenizer(), [*PROMPTS, " ".join(COLORS), "sea sun cat snow"])
 ITEMS = [

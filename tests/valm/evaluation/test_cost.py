@@ -4,8 +4,7 @@ from PIL import Image
 
 from tests.valm.evaluation.small_sets import write_sets
 from tests.valm.models import tiny_model
-from valm.checkpoint import save_checkpoint
-from valm.clip import Clip
+from valm.clip.clip import Clip
 from valm.errors import ValmError
 from valm.evaluation.cost import SubsetIndex, measure
 from valm.evaluation.questions import chosen_tasks
@@ -13,6 +12,7 @@ from valm.evaluation.suite import Settings, entries
 from valm.knowledge_base.build import build
 from valm.knowledge_base.sources.folder import FolderSource
 from valm.knowledge_base.store import ImageKnowledgeBase
+from valm.model.checkpoint import save_checkpoint
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import Retriever
 

@@ -12,7 +12,8 @@ from open_clip.loss import ClipLoss
 from PIL import Image
 
 from tests.valm.tiny_clip import TINY
-from valm.clip import Clip
+from valm.clip.clip import Clip
+from valm.clip.tokenizer import clip_tokenizer, prune_tokenizer
 from valm.errors import ValmError
 from valm.evaluation.encoder_check import (
     RECALL_AT,
@@ -24,7 +25,6 @@ from valm.evaluation.encoder_check import (
     retrieve,
     zero_shot_weights,
 )
-from valm.tokenizer import clip_tokenizer, prune_tokenizer
 
 COLORS = {"red": (230, 20, 20), "dark_green": (10, 110, 20), "blue": (20, 20, 230), "yellow": (240, 230, 20)}
 NAMES = [name.replace("_", " ") for name in COLORS]

@@ -16,15 +16,15 @@ from tests.valm.evaluation.small_sets import write_sets
 from tests.valm.models import tiny_model
 from tests.valm.other_tokenizers import LINES, chat_like, gpt2_like
 from tests.valm.tiny_clip import make_clip
-from valm.checkpoint import save_checkpoint
 from valm.cli import main
+from valm.clip.tokenizer import prompt_ids
 from valm.errors import ValmError
 from valm.evaluation.questions import TASKS, harness_docs
 from valm.knowledge_base.build import build
 from valm.knowledge_base.sources.folder import FolderSource
+from valm.model.checkpoint import save_checkpoint
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import BlindRetriever, Retriever
-from valm.tokenizer import prompt_ids
 
 pytest.importorskip("lm_eval", reason="needs the extra [harness]")
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from tests.valm.models import tiny_model
+from valm.clip.tokenizer import clip_tokenizer, prune_tokenizer, tokenize_documents
 from valm.errors import ValmError
 from valm.evaluation.language import LAST_WORD, last_word, load_lambada, token_log_probs, windows
 from valm.evaluation.metrics import document_metrics
 from valm.evaluation.questions import FAIR, PUBLISHED, Documents
 from valm.evaluation.scorers import CausalScorer
-from valm.tokenizer import clip_tokenizer, prune_tokenizer, tokenize_documents
 from valm.training.collate import Collator
 
 DATA = os.environ.get("VALM_EVAL_DATA")

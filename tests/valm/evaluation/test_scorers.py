@@ -19,7 +19,7 @@ from transformers import (
 
 import valm
 from tests.valm.other_tokenizers import gpt2_like
-from valm.clip import Clip
+from valm.clip.clip import Clip
 from valm.errors import ValmError
 from valm.evaluation.questions import FAIR, PUBLISHED, Documents, Questions
 from valm.evaluation.scorers import CausalScorer, ClipScorer, MaskedScorer, NotApplicable, open_scorer

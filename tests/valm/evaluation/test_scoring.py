@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from tests.valm.models import tiny_model
+from valm.clip.tokenizer import clip_tokenizer, prune_tokenizer
 from valm.errors import ValmError
 from valm.evaluation.scoring import answer_log_probs, answer_tokens
-from valm.tokenizer import clip_tokenizer, prune_tokenizer
 
 TOKENIZER = prune_tokenizer(clip_tokenizer(), ["the color of the sea is blue", "red"])
 

@@ -7,14 +7,14 @@ import torch
 
 from tests.valm.evaluation.small_sets import write_sets
 from tests.valm.models import tiny_model
-from valm.checkpoint import save_checkpoint
+from valm.clip.tokenizer import clip_tokenizer, prune_tokenizer
 from valm.errors import ValmError
 from valm.evaluation import scorers
 from valm.evaluation.questions import FAIR, chosen_tasks
 from valm.evaluation.suite import CACHE, Entry, Settings, entries, evaluate, variants_of
+from valm.model.checkpoint import save_checkpoint
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import BlindRetriever
-from valm.tokenizer import clip_tokenizer, prune_tokenizer
 
 
 @pytest.fixture(scope="module")

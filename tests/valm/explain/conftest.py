@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from valm.config import ValmConfig
-from valm.model import VaLMForCausalLM
+from valm.model.config import ValmConfig
+from valm.model.gpt2 import VaLMForCausalLM
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import BlindRetriever, Retriever
 

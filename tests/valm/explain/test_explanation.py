@@ -2,16 +2,16 @@ import numpy as np
 import pytest
 import torch
 
-from tests.valm.augmented.models import tiny_gpt2
+from tests.valm.model.decoders import tiny_gpt2
 from tests.valm.other_tokenizers import gpt2_like, llama_like
-from valm.augmented.model import augment
+from valm.clip.tokenizer import prompt_ids
 from valm.errors import ValmError
 from valm.evaluation.scoring import answer_log_probs
 from valm.explain.explanation import MAX_TOKENS, Reader, explain, explain_together
 from valm.explain.images import ShownRandomImages
+from valm.model.augment import augment
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import Retriever
-from valm.tokenizer import prompt_ids
 
 TEXT = "a red apple lies on the"
 

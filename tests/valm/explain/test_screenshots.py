@@ -1,6 +1,6 @@
 """The screenshots of the docs, taken of the demo's model in a real browser.
 
-With VALM_DEMO naming a folder that `valm demo` wrote; VALM_SCREENSHOTS=docs/images writes them there.
+With VALM_DEMO naming a folder that `python -m studies.demo` wrote; VALM_SCREENSHOTS=docs/images writes them there.
 """
 
 import io
@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from valm.checkpoint import load
 from valm.explain.explanation import Reader, explain_together
 from valm.explain.images import GivenImages
 from valm.explain.page import write_page
+from valm.model.checkpoint import load
 
 PROMPT = "the most common color of tomato is"
 COLORS = 256
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 def demo():
     folder = os.environ.get("VALM_DEMO")
     if folder is None:
-        pytest.skip("needs VALM_DEMO, a folder that `valm demo` wrote")
+        pytest.skip("needs VALM_DEMO, a folder that `python -m studies.demo` wrote")
     return Path(folder)
 
 

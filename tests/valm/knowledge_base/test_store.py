@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.valm.knowledge_base.inputs import COUNT, build_folder, contents
 from tests.valm.tiny_clip import make_clip
-from valm.clip import WEIGHTS_FILE, Clip
+from valm.clip.clip import WEIGHTS_FILE, Clip
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
 

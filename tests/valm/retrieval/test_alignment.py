@@ -8,11 +8,11 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from tests.valm.other_tokenizers import gpt2_like, llama_like, qwen_like
 from tests.valm.retrieval.test_context import close
 from tests.valm.tiny_clip import TEXTS, make_clip
+from valm.clip.tokenizer import clip_tokenizer, prune_tokenizer, tokenize_documents
 from valm.errors import ValmError
 from valm.retrieval.alignment import Alignment, TextState, token_bytes
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.segments import Reading, SegmentState
-from valm.tokenizer import clip_tokenizer, prune_tokenizer, tokenize_documents
 
 # Text as it comes: words that CLIP has and has not, contractions, what its reading changes or joins with characters
 # before (signs over letters, a capital that becomes two characters, ligatures), characters of several tokens, blanks.

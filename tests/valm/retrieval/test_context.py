@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.valm.tiny_clip import TEXTS, make_clip
+from valm.clip.tokenizer import padded
 from valm.retrieval import context
 from valm.retrieval.context import ContextEncoder
-from valm.tokenizer import padded
 
 # Two units in the last place of float32 at 1. The text tower runs in float64 where two ways of asking for the same
 # query are compared, so nothing but the last rounding may differ.

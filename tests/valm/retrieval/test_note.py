@@ -10,17 +10,17 @@ import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM
 
-from tests.valm.augmented.models import tiny_llama
 from tests.valm.cli.commands import run
+from tests.valm.model.decoders import tiny_llama
 from tests.valm.models import model_of
 from tests.valm.tiny_clip import make_clip
 from valm import Clip, ContextEncoder, ImageKnowledgeBase, Retriever, augment, load, save_adapter, save_checkpoint
+from valm.clip.tokenizer import prompt_ids
 from valm.errors import ValmError
 from valm.knowledge_base.build import build
 from valm.knowledge_base.sources.folder import FolderSource
 from valm.retrieval.note import RetrievalNote
 from valm.retrieval.retriever import BlindRetriever, NoImages
-from valm.tokenizer import prompt_ids
 
 OTHER_CLIP = r"saved with the CLIP clip \(SHA-256 \w{12}\), and its images would be found by other \(SHA-256 \w{12}\)"
 OTHER_KB = r"saved with the knowledge base .*kb \(SHA-256 \w{12}\), and its images are now those of .*\)"

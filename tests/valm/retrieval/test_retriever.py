@@ -6,11 +6,11 @@ from hypothesis import strategies as st
 
 from tests.valm.retrieval.test_alignment import gpt2_like
 from tests.valm.tiny_clip import TEXTS, make_clip
+from valm.clip.tokenizer import prompt_ids
 from valm.errors import ValmError
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import BlindRetriever, Retriever
 from valm.retrieval.segment_cache import SegmentCache
-from valm.tokenizer import prompt_ids
 
 K = 3
 

@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from valm.clip.tokenizer import clip_tokenizer
 from valm.retrieval.segments import Reading, SegmentRule, SegmentState, sentence_end_ids
-from valm.tokenizer import clip_tokenizer
 
 SOT, EOT, STOP = 100, 101, 9
 

@@ -5,8 +5,8 @@ import torch
 from transformers import PrinterCallback
 
 from tests.valm.models import tiny_config
-from valm.model import VaLMForCausalLM
-from valm.tokenizer import clip_tokenizer, prune_tokenizer
+from valm.clip.tokenizer import clip_tokenizer, prune_tokenizer
+from valm.model.gpt2 import VaLMForCausalLM
 from valm.training.train import trainer, training_arguments
 
 TEXTS = [

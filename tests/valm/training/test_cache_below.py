@@ -7,7 +7,7 @@ import torch
 from torch.optim import AdamW
 from transformers import Gemma2Config, Gemma2ForCausalLM, PrinterCallback
 
-from tests.valm.augmented.models import IMAGES, SMALL, VOCAB, augmented, tiny_gpt2, tiny_llama
+from tests.valm.model.decoders import IMAGES, SMALL, VOCAB, augmented, tiny_gpt2, tiny_llama
 from tests.valm.models import BOS, tiny_model
 from tests.valm.training.documents import Vectors
 from valm.errors import ValmError
@@ -96,7 +96,7 @@ def test_the_losses_are_those_without_the_cache(tmp_path, name):
 
 
 def cached_layers(model):
-    from valm.augmented.probe import decoder_layers
+    from valm.model.probe import decoder_layers
 
     return decoder_layers(model)[: fusion_layer(model)]
 

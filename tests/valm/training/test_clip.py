@@ -9,12 +9,12 @@ from PIL import Image
 
 from tests.valm.knowledge_base.inputs import png
 from tests.valm.tiny_clip import TINY
-from valm.clip import Clip
+from valm.clip.clip import Clip
+from valm.clip.tokenizer import clip_tokenizer, prune_tokenizer
 from valm.errors import ValmError
 from valm.knowledge_base.encode import Record
 from valm.knowledge_base.sources.embeddings import EmbeddingSource
 from valm.knowledge_base.sources.huggingface import DatasetSource
-from valm.tokenizer import clip_tokenizer, prune_tokenizer
 from valm.training.clip import CachedImages, CaptionedImages, captioned, new_clip, train_clip
 
 COLORS = ["red", "lime", "blue", "yellow", "black", "white", "cyan", "magenta"]

@@ -11,8 +11,8 @@ import torch
 
 from tests.valm.killed import SECONDS, forked, needs_fork
 from tests.valm.training.documents import TOKENIZER, documents, new_model, new_trainer
-from valm.augmented import attention
-from valm.checkpoint import load
+from valm.model import attention
+from valm.model.checkpoint import load
 from valm_kernels import visual_fusion_attn
 from valm_kernels.atomic_files import is_temporary
 

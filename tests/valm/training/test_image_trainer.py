@@ -12,9 +12,9 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 from tests.valm.killed import exit_code, exit_code_if_killed_at, forked, needs_fork
 from tests.valm.training.documents import TOKENIZER, Vectors, documents, new_model, new_trainer
-from valm.checkpoint import load
 from valm.errors import ValmError
 from valm.evaluation.language import token_log_probs
+from valm.model.checkpoint import load
 from valm.retrieval.note import RetrievalNote
 from valm_kernels.atomic_files import is_temporary
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from tests.valm.augmented.families import tiny
+from tests.valm.model.families import tiny
 from tests.valm.training.documents import TOKENIZER, Vectors, documents
-from valm.augmented.model import augment
-from valm.augmented.packing import keeps_apart
+from valm.model.augment import augment
+from valm.model.packing import keeps_apart
 from valm.training.collate import Collator
 from valm.training.train import trainer, training_arguments
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.valm.training.documents import new_trainer
 from tests.valm.training.process import STEPS, train, unequal_documents
-from valm.checkpoint import load
+from valm.model.checkpoint import load
 
 pytestmark = pytest.mark.slow
 

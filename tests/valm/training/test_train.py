@@ -7,11 +7,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 
 from tests.valm.models import tiny_config
 from tests.valm.training.documents import TOKENIZER, Vectors, documents, new_model, new_trainer
-from valm.augmented.model import augment
-from valm.checkpoint import load
 from valm.corpus.retrieved import retrieve_corpus
 from valm.errors import ValmError
-from valm.model import VaLMForCausalLM
+from valm.model.augment import augment
+from valm.model.checkpoint import load
+from valm.model.gpt2 import VaLMForCausalLM
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import Retriever
 from valm.training.callbacks import show_progress

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
-from valm.clip import Clip
+from valm.clip.clip import Clip
 from valm.knowledge_base.encode import Encoding, Record
 from valm.knowledge_base.format import EncodedShard
-from valm.shards.progress import Progress
+from valm.store.shard_progress import Progress
 
 # The part of a source that becomes one shard. Calling it reads and encodes that part, possibly in another process, so
 # it must be picklable: a `functools.partial` of a module's function. For images that function ends in `encode_records`.

@@ -13,14 +13,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from valm.clip import Clip
+from valm.clip.clip import Clip
 from valm.errors import ValmError
-from valm.files import check_regular
 from valm.knowledge_base.encode import Encoding, Record
 from valm.knowledge_base.fingerprint import fingerprint_files
 from valm.knowledge_base.format import ITEM_SCHEMA, EncodedShard, Skipped
 from valm.knowledge_base.sources import SourceShard
-from valm.shards.progress import Progress
+from valm.store.files import check_regular
+from valm.store.shard_progress import Progress
 from valm.text import one_line
 
 # Rows normalised at once.

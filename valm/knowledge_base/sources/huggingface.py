@@ -12,14 +12,14 @@ from itertools import islice
 from pathlib import Path, PurePath
 from typing import Any, cast
 
-from valm.clip import Clip
+from valm.clip.clip import Clip
 from valm.errors import ValmError
 from valm.knowledge_base.captions import CAPTION_COLUMNS, join_captions
 from valm.knowledge_base.encode import Encoding, Record, encode_records
 from valm.knowledge_base.fingerprint import fingerprint_records
 from valm.knowledge_base.format import EncodedShard
 from valm.knowledge_base.sources import SourceShard
-from valm.shards.progress import Progress
+from valm.store.shard_progress import Progress
 
 
 class DatasetSource:

@@ -9,16 +9,16 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from valm.clip import Clip
+from valm.clip.clip import Clip
 from valm.errors import ValmError
-from valm.files import cannot_read, check_regular, is_transient
 from valm.knowledge_base.captions import CAPTION_SUFFIXES, MAX_CAPTION_BYTES, parse_caption
 from valm.knowledge_base.encode import Encoding, Record, encode_records
 from valm.knowledge_base.fingerprint import fingerprint_files
 from valm.knowledge_base.format import EncodedShard
 from valm.knowledge_base.images import IMAGE_SUFFIXES
 from valm.knowledge_base.sources import SourceShard
-from valm.shards.progress import Progress
+from valm.store.files import cannot_read, check_regular, is_transient
+from valm.store.shard_progress import Progress
 from valm.text import one_line
 
 # Bytes after the last member of an archive that are checked to be zero: tar itself pads with a few thousand.

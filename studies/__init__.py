@@ -1,0 +1,1 @@
+"""Experiments with valm: they use it as anyone may, and are not installed with it."""

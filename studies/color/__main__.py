@@ -1,0 +1,95 @@
+"""python -m studies.color run, pictures, report: do pictures help a language model (docs/study-plan.md)?"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from valm.cli import main as valm
+from valm.cli import run_command
+from valm.cli.options import CommandParser, command
+
+
+def build_parser() -> CommandParser:
+    study = CommandParser(prog="python -m studies.color", description="Do pictures help a language model?")
+    study_commands = study.add_subparsers(required=True, metavar="COMMAND", parser_class=CommandParser)
+    run = command(study_commands, "run", run_run, "run all stages of a study that are not finished")
+    run.add_argument("config", type=Path, help="YAML file, such as studies/color/small.yaml")
+    run.add_argument("--out", type=Path, required=True, help="folder of everything; a killed study resumes in it")
+    run.add_argument("--data", type=Path, help="folder of the evaluation sets (default: $VALM_EVAL_DATA)")
+    run.add_argument(
+        "--validation", action="store_true", help="ask validation things and held-out text alone, and no test set"
+    )
+    run.add_argument("--seed", type=int, action="append", help="run this one of its seeds only; may be repeated")
+    run.add_argument("--results", type=Path, help="folder into which the results of each seed are copied")
+    pictures = command(study_commands, "pictures", run_pictures, "draw what VaLM of a finished seed sees and answers")
+    pictures.add_argument("config", type=Path, help="YAML file of the study")
+    pictures.add_argument("--out", type=Path, required=True, help="its folder")
+    pictures.add_argument("--data", type=Path, help="folder of the evaluation sets (default: $VALM_EVAL_DATA)")
+    pictures.add_argument("--seed", type=int, help="which of its seeds (default: the first)")
+    pictures.add_argument("--figures", type=Path, default=Path("docs/images"), help="folder of the figures")
+    report = command(study_commands, "report", run_report, "write the tables and figures of a page from results")
+    report.add_argument("results", type=Path, nargs="+", help="results of the seeds of one study")
+    report.add_argument("--page", type=Path, default=Path("docs/study.md"), help="Markdown file with marks for tables")
+    report.add_argument("--figures", type=Path, default=Path("docs/images"), help="folder of the figures")
+    return study
+
+
+def run_run(arguments: argparse.Namespace) -> None:
+    import shutil
+
+    from studies.color.config import read_config
+    from studies.color.report import accuracies, differences, perplexities
+    from studies.color.results import read_results
+    from studies.color.run import Study, run_study
+    from valm.evaluation.sets import DATA_VARIABLE
+    from valm.store.files import output_file, writable_folder
+    from valm.training.launch import check_alone
+
+    check_alone("python -m studies.color run")
+    config = read_config(arguments.config)
+    data = arguments.data or os.environ.get(DATA_VARIABLE)
+    study = Study(
+        config,
+        arguments.out,
+        valm,
+        None if data is None else Path(data),
+        validation=arguments.validation,
+        progress=not arguments.quiet,
+    )
+    files = run_study(study, arguments.seed)
+    for seed, file in files.items():
+        print(f"seed {seed}: {file}")
+        if arguments.results is not None:
+            kind = "validation-" if arguments.validation else ""
+            with output_file(writable_folder(arguments.results) / f"{kind}{config.name}-seed-{seed}.json") as copy:
+                shutil.copyfile(file, copy)
+    results = read_results(list(files.values()))
+    print("\n\n".join((accuracies(results), differences(results), perplexities(results))))
+
+
+def run_pictures(arguments: argparse.Namespace) -> None:
+    from studies.color.config import read_config
+    from studies.color.exhibits import write_exhibits
+    from studies.color.run import Study
+    from valm.evaluation.sets import DATA_VARIABLE
+
+    config = read_config(arguments.config)
+    data = arguments.data or os.environ.get(DATA_VARIABLE)
+    study = Study(config, arguments.out, valm, None if data is None else Path(data))
+    write_exhibits(study, config.seeds[0] if arguments.seed is None else arguments.seed, arguments.figures)
+    print(f"written to {arguments.figures}")
+
+
+def run_report(arguments: argparse.Namespace) -> None:
+    from studies.color.report import write_page
+    from studies.color.results import read_results
+
+    write_page(read_results(arguments.results), arguments.page, arguments.figures)
+    print(f"written to {arguments.page} and {arguments.figures}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(build_parser()))

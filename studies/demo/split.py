@@ -1,0 +1,85 @@
+"""Which things have their colours said in the text, and which are asked for."""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from studies.demo.things import Thing
+from valm.errors import ValmError
+from valm.evaluation.color import ColorItem, load_memory_color
+from valm.evaluation.sets import SETS, find_file
+
+SPLITS = ("test", "validation")
+HELD_OUT = 4  # one in so many
+
+
+@dataclass(frozen=True)
+class Split:
+    """The things of a demo.
+
+    spoken: the text says their colours.
+    heldout: a quarter of the others, with the colour of their pixels; the text names them and says no colour.
+    memory: MemoryColor's things that have a picture, with the colour that people gave; as silent as the held-out.
+    pictured: all of these, in the order of their names, and in a validation split also those of the test.
+    """
+
+    spoken: list[Thing]
+    heldout: list[ColorItem]
+    memory: list[ColorItem]
+    pictured: list[Thing]
+
+    @property
+    def asked(self) -> list[ColorItem]:
+        return self.heldout + self.memory
+
+
+def split_things(
+    things: list[Thing], memory_color: list[ColorItem], *, seed: int, split: str, max_things: int | None = None
+) -> Split:
+    """Draws the split by `seed`.
+
+    Args:
+        split: "test", or "validation" to choose settings on, which sets the test's held-out things aside and holds out
+            a quarter of the rest.
+        max_things: limit on the things of either kind, for a miniature run.
+    """
+    if split not in SPLITS:
+        raise ValmError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    rng = random.Random(seed)
+    names = {thing.name for thing in things}
+    memory = [item for item in memory_color if item.item in names]
+    remembered = {item.item for item in memory}
+    colored = [thing for thing in things if thing.color is not None and thing.name not in remembered]
+    rng.shuffle(colored)
+    if max_things is not None:
+        colored, memory = colored[:max_things], memory[:max_things]
+    test, rest = colored[: len(colored) // HELD_OUT], colored[len(colored) // HELD_OUT :]
+    if split == "test":
+        heldout, spoken = test, rest
+    else:
+        heldout, spoken = rest[: len(rest) // HELD_OUT], rest[len(rest) // HELD_OUT :]
+    kept = {thing.name for thing in colored} | {item.item for item in memory}
+    return Split(
+        spoken=spoken,
+        heldout=[ColorItem(thing.name, thing.color, "the") for thing in heldout if thing.color is not None],
+        memory=memory,
+        pictured=[thing for thing in things if thing.name in kept],
+    )
+
+
+def find_memory_color(eval_data: str | os.PathLike | None) -> tuple[list[ColorItem], str | None]:
+    """MemoryColor's items, or none and the reason.
+
+    Args:
+        eval_data: the table itself, or the folder of the evaluation sets; None = not given.
+    """
+    if eval_data is None:
+        return [], "no evaluation data given (--eval-data or VALM_EVAL_DATA)"
+    path = Path(eval_data)
+    table = path if path.is_file() else find_file("memory_color", path)
+    if table is None:
+        return [], f"there is no {SETS['memory_color'].file} in {path}"
+    return load_memory_color(table), None

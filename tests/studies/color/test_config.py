@@ -1,0 +1,70 @@
+import dataclasses
+
+import pytest
+
+from studies.color import config as study_config
+from studies.color.config import ARMS, read_config
+from valm.errors import ValmError
+
+SMALL = """\
+name: tiny
+language_model: model
+pictures: {openmoji: , folder: {limit: 3}}
+clip: {steps: 2}
+text: {glosses: {}}
+training: {steps: 3}
+arms: [twin, valm]
+seeds: [3]
+"""
+
+
+def config_of(tmp_path, text=SMALL):
+    file = tmp_path / "study.yaml"
+    file.write_text(text)
+    return read_config(file)
+
+
+def test_fields_and_defaults(tmp_path):
+    config = config_of(tmp_path)
+    assert config.pictures == {"openmoji": {}, "folder": {"limit": 3}}
+    assert (config.arms, config.seeds, config.images) == (("twin", "valm"), (3,), 4)
+    assert "memory_color" in config.tests
+
+
+def test_the_recipe_is_of_what_results_depend_on(tmp_path, monkeypatch):
+    config = config_of(tmp_path)
+    assert dataclasses.replace(config, name="other", seeds=(0, 1), arms=("twin",)).recipe == config.recipe
+    for change in ({"training": {"steps": 4}}, {"images": 2}, {"text": {}}, {"clip": {"steps": 3}}):
+        assert dataclasses.replace(config, **change).recipe != config.recipe
+    before = config.recipe
+    monkeypatch.setattr(study_config, "RECIPE_VERSION", 1)
+    assert config.recipe != before
+
+
+def test_the_first_test_of_an_arm_is_its_own():
+    assert {name: arm.tests[0] for name, arm in ARMS.items()} == {
+        "twin": "none",
+        "valm": "retrieved",
+        "blind": "retrieved",
+        "random": "random",
+        "noise": "noise",
+        "natural-twin": "none",
+        "natural-valm": "retrieved",
+    }
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("arms: [twin, valm]", "arms: [twin, valn]", "no known arm: 'valn', did you mean valm?"),
+        ("seeds: [3]", "seed: [3]", "unknown field 'seed', did you mean seeds?"),
+        ("seeds: [3]", "seeds: [a]", "is 'a', expected a whole number"),
+        ("clip: {steps: 2}", "clip: 2", "expected an object"),
+        ("name: tiny\n", "", "has no name"),
+        ("training: {steps: 3}", "images: [1]\ntraining: {steps: 3}", "expected a whole number"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path, old, new, said):
+    with pytest.raises(ValmError, match="study") as error:
+        config_of(tmp_path, SMALL.replace(old, new))
+    assert said in str(error.value)

@@ -1,0 +1,164 @@
+"""A whole study of tiny models: every stage, killed and gone on, and what its results say."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from PIL import Image, ImageDraw
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import valm
+from studies.color.config import EXCHANGES, read_config
+from studies.color.exhibits import write_exhibits
+from studies.color.results import read_results
+from studies.color.run import Study, as_options, losses, run_study
+from studies.color.scoring import expanded
+from tests.valm.evaluation.small_sets import write_sets
+from tests.valm.other_tokenizers import gpt2_like
+from tests.valm.tiny_clip import TINY
+from valm.cli import main
+from valm.errors import ValmError
+from valm.retrieval.note import RetrievalNote
+from valm.store.files import write_json
+
+COLORS = {"red": (220, 20, 20), "blue": (20, 20, 220), "green": (20, 160, 20), "yellow": (240, 220, 20)}
+THINGS = ["kettle", "bucket", "ladder", "hammer", "pencil", "wallet", "banjo", "violin", "canoe", "tractor"]
+THINGS += ["apple", "sky"]  # items of the test sets
+
+
+ASKED = ("valm", "retrieved", "memory_color")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Pictures of things in one colour each, test sets, and a tiny language model."""
+    root = tmp_path_factory.mktemp("study")
+    (root / "pictures").mkdir()
+    for number, thing in enumerate(THINGS):
+        image = Image.new("RGBA", (72, 72), (0, 0, 0, 0))
+        ImageDraw.Draw(image).ellipse((8, 8, 64, 64), fill=(*list(COLORS.values())[number % 4], 255))
+        image.save(root / "pictures" / f"{thing}.png")
+    write_sets(root / "data")
+    training = {"sub": "chair", "obj": "brown"}
+    (root / "data/vicomte/color_single_train.jsonl").write_text(json.dumps(training))
+    tokenizer = gpt2_like()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "max_position_embeddings": 512}
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = LlamaConfig(vocab_size=len(tokenizer), num_attention_heads=4, num_key_value_heads=2, **sizes, **ids)
+    LlamaForCausalLM(config).save_pretrained(root / "model")
+    tokenizer.save_pretrained(root / "model")
+    (root / "clip.json").write_text(json.dumps({"model_cfg": TINY}))
+    study = {
+        "name": "tiny",
+        "language_model": str(root / "model"),
+        "pictures": {"things": {"folder": str(root / "pictures")}},
+        "clip": {"model": str(root / "clip.json"), "steps": 2, "batch_size": 8},
+        "text": {"templates": {"count": 30}},
+        "training": {"steps": 2, "batch_size": 4, "lr": 1e-3, "fusion_lr": 1e-2, "logit_bias": 0},
+        "arms": ["twin", "valm", "blind", "noise"],
+        "tests": ["validation", "memory_color", "color_terms", "heldout"],
+        "images": 2,
+        "seeds": [3],
+    }
+    (root / "study.yaml").write_text(yaml.safe_dump(study))
+    return root
+
+
+def study_of(world, command=main, **options):
+    return Study(read_config(world / "study.yaml"), world / "out", command, world / "data", progress=False, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_whole_study(world):
+    def killed(line):
+        if "blind" in line:
+            raise KeyboardInterrupt
+        return main(line)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_study(study_of(world, killed))
+    lines = []
+    files = run_study(study_of(world, lambda line: lines.append(line) or main(line)))
+    assert [line[:2] for line in lines] == [["train", "--base"]] * 2  # Blind, and noise: all else was finished
+    assert list(files) == [3]
+    assert run_study(study_of(world, lambda line: pytest.fail("all was finished"))) == files
+
+    results = read_results(files.values())
+    assert set(results.sets()) == {"validation", "memory_color", "color_terms"}
+    seen = {images for arm, images in results.arms() if arm == "valm"}
+    assert seen == {"retrieved", "random", "off", "taken-out", *EXCHANGES}
+    row = next(row for row in results.seeds[0]["rows"] if (row["arm"], row["images"], row.get("set")) == ASKED)
+    right = expanded(row["raw"]) == expanded(results.seeds[0]["sets"]["memory_color"]["right"])
+    assert results.accuracy("valm", "retrieved", "memory_color").value == pytest.approx(right.mean())
+    pictured = dict(
+        zip(*(results.seeds[0]["sets"]["memory_color"][name] for name in ("items", "pictured")), strict=True)
+    )
+    assert pictured == {"banana": False, "apple": True, "sky": True, "cloud": False}
+    assert results.added("valm", "memory_color")[1] == 2
+    assert len(results.seeds[0]["losses"]["noise"]) == 2
+    stages = set(results.seeds[0]["seconds"])
+    assert stages >= {"text", "clip", "kb-others", "kb", "retrieval-train", "twin"}
+    assert any(stage.startswith("scores of twin") for stage in stages)
+
+    write_exhibits(study_of(world), 3, world / "figures")
+    assert Image.open(world / "figures/study-examples.png").size[0] > 400
+
+    assert RetrievalNote.read(world / "out/valm").knowledge_base.name == "kb"
+    for name in ("twin", "valm", "blind"):
+        model, tokenizer = valm.load(world / "out" / name)
+        ids = tokenizer("The color of the sky is", return_tensors="pt").input_ids
+        assert torch.isfinite(model(ids).logits).all()
+    table = world / "table.csv"
+    table.write_text("Index,Descriptor,Item,Color\n1,the,kettle,red\n2,an,apple,green\n")
+    folders = [str(world / "out" / name) for name in ("valm", "twin", "blind")]
+    assert main(["eval", *folders, "--memory-color", str(table)]) == 0
+    figures = ["--figures", str(world)]
+    where = ["--out", str(world / "out"), "--data", str(world / "data")]
+    assert main(["study", "pictures", str(world / "study.yaml"), *where, *figures]) == 0
+    assert Image.open(world / "study-examples.png").size[0] > 400
+
+
+def test_a_folder_with_another_recipe_is_refused(world, tmp_path):
+    (tmp_path / "study.json").write_text(json.dumps({"recipe": "other"}))
+    study = study_of(world)
+    with pytest.raises(ValmError, match="other settings"):
+        run_study(Study(study.config, tmp_path, main, study.data))
+    with pytest.raises(ValmError, match="no seed 7, only 3"):
+        run_study(study, [7])
+
+
+def test_a_stage_that_fails_is_named(world, tmp_path):
+    study = study_of(world, lambda line: 1)
+    with pytest.raises(ValmError, match="this stage of the study failed: valm kb build"):
+        study.valm("kb", "build", tmp_path)
+
+
+def test_the_folder_of_one_seed_is_of_no_other(world, tmp_path):
+    study = study_of(world)
+    note = {"recipe": study.config.recipe, "config": study.config.to_json() | {"seeds": [4]}}
+    (tmp_path / "study.json").write_text(json.dumps(note))
+    with pytest.raises(ValmError, match="other settings"):
+        run_study(Study(study.config, tmp_path, main, study.data))
+
+
+def test_validation_asks_no_test_set(world):
+    assert study_of(world, validation=True).tests == ["validation", "heldout"]
+
+
+def test_settings_become_options():
+    settings = {"batch_size": 24, "limit_softmax": True, "lr_scheduler_type": "cosine", "logit_bias": -3}
+    settings |= {"cache_images": False}
+    assert as_options(settings) == [
+        "--batch-size", "24", "--limit-softmax", "--lr_scheduler_type", "cosine", "--logit-bias", "-3",
+    ]  # fmt: skip
+
+
+def test_the_losses_are_those_of_the_last_checkpoint(tmp_path):
+    for step, history in ((9, [{"loss": 3.0}]), (10, [{"loss": 3.0}, {"eval_loss": 2.0}, {"loss": 1.23456}])):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        write_json(folder / "trainer_state.json", {"log_history": history})
+    assert losses(tmp_path) == [3.0, 1.2346]

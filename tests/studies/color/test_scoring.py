@@ -1,0 +1,84 @@
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from studies.color.questions import validation_questions
+from studies.color.scoring import answers_of, predicted, question_rows, read_from_fusion, score_arm, text_rows
+from tests.valm.model.families import open_images
+from tests.valm.other_tokenizers import gpt2_like
+from valm.evaluation.color import ColorItem
+from valm.evaluation.scorers import CausalScorer
+from valm.model.augment import augment
+from valm.retrieval.retriever import NoImages, Retrieved
+
+THINGS = [ColorItem("banana", "yellow", "a"), ColorItem("apple", "red", "an"), ColorItem("sky", "blue", "the")]
+TEXTS = ["the color of the sky is blue", "apples and bananas"]
+
+
+class EveryImage:
+    """A retriever of the same two images for every token."""
+
+    k, dim = 2, 24
+    pool = torch.randn(2, 24, generator=torch.Generator().manual_seed(1))
+
+    def __call__(self, ids, attention_mask=None):
+        index = torch.arange(2).expand(*ids.shape, 2)
+        return Retrieved(self.pool, index, torch.full((2,), -1), torch.zeros(index.shape))
+
+
+@pytest.fixture
+def scorer():
+    tokenizer = gpt2_like()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "max_position_embeddings": 128}
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = LlamaConfig(vocab_size=len(tokenizer), num_attention_heads=4, num_key_value_heads=2, **sizes, **ids)
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    augment(model, 24, 2, unfreeze="block")
+    open_images(model)
+    model.set_retriever(EveryImage())
+    return CausalScorer(model, tokenizer, "tiny")
+
+
+def test_known_rows_begin_at_the_fusion_layer_and_give_the_same_scores(scorer, tmp_path):
+    asked = validation_questions(THINGS)
+    rows = [question_rows(scorer.tokenizer, asked), text_rows(scorer.tokenizer, TEXTS)]
+    expected = scorer.answers(asked, None)[0], predicted(scorer, [*TEXTS, "a yellow bus"])
+    read_from_fusion(scorer.model, rows, tmp_path, progress=False)
+    below = []
+    scorer.model.model.layers[0].self_attn.register_forward_hook(lambda *_: below.append(1))
+    torch.testing.assert_close(scorer.answers(asked, None)[0], expected[0], rtol=1e-4, atol=1e-4)  # other batches
+    texts = predicted(scorer, TEXTS)
+    asked_alone = len(below)  # answers without a prompt are no known rows
+    assert texts["nats"] == pytest.approx(expected[1]["nats"][:2], rel=1e-4)
+    assert len(below) == asked_alone
+    assert predicted(scorer, ["a yellow bus"])["nats"] == expected[1]["nats"][2:]
+    assert len(below) == asked_alone + 1
+
+
+def test_answers_are_the_likeliest_candidates(scorer):
+    asked = validation_questions(THINGS)
+    scores = scorer.answers(asked, None)[0]
+    found = answers_of(scorer, asked)
+    assert found["raw"] == ["".join("0123456789a"[int(best)] for best in row) for row in scores.argmax(-1)]
+    assert len(found["calibrated"]) == len(THINGS)
+    assert found["calibrated"] != found["raw"]
+
+
+def test_an_arm_is_asked_everything_but_large_sets_only_as_it_is(scorer):
+    asked = {"validation": validation_questions(THINGS), "large": validation_questions(THINGS * 2)}
+    said = []
+    tests = {"retrieved": EveryImage(), "off": NoImages(2, 24)}
+    rows = score_arm("valm", scorer, tests, asked, {"prose": TEXTS}, large=3, say=said.append)
+    assert [(row["images"], row.get("set") or row["text"]) for row in rows] == [
+        ("retrieved", "validation"),
+        ("retrieved", "large"),
+        ("retrieved", "prose"),
+        ("off", "validation"),
+        ("off", "prose"),
+    ]
+    assert rows[2]["nats"] != rows[4]["nats"]
+    assert said[0] == "valm, retrieved, validation"

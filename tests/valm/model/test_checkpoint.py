@@ -1,0 +1,254 @@
+import errno
+import json
+import os
+import signal
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from tests.valm.hub_cache import as_in_the_hub_cache
+from tests.valm.killed import exit_code, exit_code_if_killed_at, forked, needs_fork
+from tests.valm.models import tiny_model
+from valm.clip.clip import Clip
+from valm.clip.tokenizer import clip_tokenizer, prune_tokenizer
+from valm.errors import ValmError
+from valm.knowledge_base.build import build
+from valm.knowledge_base.sources.folder import FolderSource
+from valm.model.checkpoint import load, save_checkpoint
+from valm.retrieval.context import ContextEncoder
+from valm.retrieval.note import RetrievalNote
+from valm.retrieval.retriever import BlindRetriever, Retriever
+from valm.store import whole_folder
+from valm_kernels.atomic_files import is_temporary
+
+TOKENIZER = prune_tokenizer(clip_tokenizer(), ["the sea is blue"])
+
+
+def a_model(seed=0, **arguments):
+    return tiny_model(seed, vocab_size=len(TOKENIZER), bos_token_id=TOKENIZER.bos_token_id, **arguments)
+
+
+def test_saved_checkpoint_opens_here_and_in_transformers(tmp_path):
+    model = a_model()
+    save_checkpoint(model, TOKENIZER, tmp_path / "new" / "folder")
+    loaded, tokenizer = load(tmp_path / "new" / "folder")
+    assert not loaded.training
+    ids = tokenizer("the sea is blue", return_tensors="pt")["input_ids"]
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    auto = AutoModelForCausalLM.from_pretrained(tmp_path / "new" / "folder")
+    assert torch.equal(auto(ids).logits, model(ids).logits)
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "new" / "folder")("sea")["input_ids"] == TOKENIZER("sea")["input_ids"]
+    )
+
+
+def test_a_snapshot_in_the_hub_cache_is_loaded(tmp_path):
+    save_checkpoint(a_model(0), TOKENIZER, tmp_path / "model")
+    assert weights_of(as_in_the_hub_cache(tmp_path / "model", tmp_path / "cache")) == 0
+
+
+def test_saving_again_replaces_and_leaves_nothing_else(tmp_path):
+    save_checkpoint(a_model(0), TOKENIZER, tmp_path)
+    names = {file.name for file in tmp_path.iterdir()}
+    save_checkpoint(a_model(1), TOKENIZER, tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == names
+    loaded, _ = load(tmp_path)
+    assert torch.equal(loaded.transformer.wte.weight, a_model(1).transformer.wte.weight)
+
+
+def weights_of(folder):
+    """Seed of the model in `folder`, by its weights."""
+    loaded, _ = load(folder)
+    (seed,) = (
+        seed for seed in (0, 1) if torch.equal(loaded.transformer.wte.weight, a_model(seed).transformer.wte.weight)
+    )
+    return seed
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    save_checkpoint(a_model(0), TOKENIZER, tmp_path)
+    before = contents(tmp_path)
+
+    def fail(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(TOKENIZER), "save_pretrained", fail)
+        with pytest.raises(ValmError, match=r"cannot write the checkpoint .*No space left .*untouched"):
+            save_checkpoint(a_model(1), TOKENIZER, tmp_path)
+    assert contents(tmp_path) == before
+    with monkeypatch.context() as patch:
+        patch.setattr(whole_folder, "move", fail)
+        with pytest.raises(
+            ValmError, match=r"is whole in .*checkpoint\.new and loads from there, but its files cannot be"
+        ):
+            save_checkpoint(a_model(1), TOKENIZER, tmp_path)
+    assert weights_of(tmp_path) == 1
+    save_checkpoint(a_model(0), TOKENIZER, tmp_path)
+    assert contents(tmp_path) == before
+
+
+@needs_fork
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
+    """A limit on the size of files stands for it."""
+    resource = pytest.importorskip("resource")
+    save_checkpoint(a_model(0), TOKENIZER, tmp_path)
+    before = contents(tmp_path)
+
+    def save(limit):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that write() reports EFBIG
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        try:
+            save_checkpoint(a_model(1), TOKENIZER, tmp_path)
+        except ValmError as error:
+            os._exit(3 if "cannot write the checkpoint" in str(error) else 4)
+
+    for limit in (100, 1000, 30_000):
+        assert exit_code(forked(lambda limit=limit: save(limit))) == 3
+        assert contents(tmp_path) == before
+
+
+@needs_fork
+@pytest.mark.parametrize("old", [None, 0])
+@pytest.mark.parametrize("points", [range(0, 80, 8), pytest.param(range(100), marks=pytest.mark.slow)])
+def test_a_killed_save_leaves_the_old_checkpoint_or_the_new(tmp_path, old, points):
+    save_checkpoint(a_model(1), TOKENIZER, tmp_path / "whole")
+    whole = contents(tmp_path / "whole")
+    seen = []
+    for point in points:
+        folder = tmp_path / str(point)
+        folder.mkdir()
+        if old is not None:
+            save_checkpoint(a_model(old), TOKENIZER, folder)
+
+        def save(folder=folder):
+            save_checkpoint(a_model(1), TOKENIZER, folder)
+
+        code = exit_code_if_killed_at(save, folder, point)
+        try:
+            seen.append(weights_of(folder))
+        except ValmError as error:
+            assert "is no checkpoint" in str(error) and old is None
+            assert all(is_temporary(file.name) for file in folder.iterdir())
+            seen.append(None)
+        save()
+        assert contents(folder) == whole
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+    assert code == 0 and seen == sorted(seen, key=lambda seed: seed == 1) and set(seen) == {old, 1}
+    print(f"{len(seen) - 1} kills")
+
+
+def test_weights_that_the_new_checkpoint_lacks_go(tmp_path):
+    """transformers would read one file of weights before several, whichever is newer."""
+    save_checkpoint(a_model(0), TOKENIZER, tmp_path)
+    (tmp_path / "model-00001-of-00002.safetensors").touch()
+    (tmp_path / "notes.txt").touch()
+    save_checkpoint(a_model(1), TOKENIZER, tmp_path)
+    assert not (tmp_path / "model-00001-of-00002.safetensors").exists() and (tmp_path / "notes.txt").exists()
+
+
+def change_config(folder, **values):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
+def test_what_is_no_checkpoint_is_said_in_one_sentence(tmp_path):
+    with pytest.raises(ValmError, match="there is no checkpoint folder"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(ValmError, match="is no checkpoint"):
+        load(tmp_path)
+    GPT2LMHeadModel(GPT2Config(vocab_size=10, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
+    with pytest.raises(ValmError, match="holds a model of type 'gpt2', expected 'valm'"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"n_layer": 4}, "have no transformer.h.2.attn.image_fusion"),
+        ({"n_layer": 2}, "have no transformer.h.0.attn.image_fusion"),
+        ({"image_dim": 25}, "mismatched_keys"),
+        ({"num_images": 0}, "unexpected_keys transformer.h.1.attn.image"),
+        ({"fusion_layer": 5}, "fusion_layer must name one of the 3 blocks"),
+    ],
+)
+def test_weights_of_another_config_are_refused(tmp_path, change, message, capfd):
+    save_checkpoint(a_model(), TOKENIZER, tmp_path)
+    change_config(tmp_path, **change)
+    with pytest.raises(ValmError, match=message):
+        load(tmp_path)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_damaged_weights_and_a_foreign_tokenizer_are_refused(tmp_path):
+    save_checkpoint(a_model(), TOKENIZER, tmp_path)
+    prune_tokenizer(TOKENIZER, []).save_pretrained(tmp_path)
+    with pytest.raises(ValmError, match="has 514 tokens, but the model's vocab_size is"):
+        load(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValmError, match="cannot be read"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("blind", [False, True])
+def test_a_checkpoint_finds_its_pictures_again(tmp_path, clip, blind):
+    clip.save(tmp_path / "clip")
+    (tmp_path / "pictures").mkdir()
+    for name, colour in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
+        Image.new("RGB", (32, 32), colour).save(tmp_path / "pictures" / f"{name}.png")
+    kb = build(FolderSource(tmp_path / "pictures"), tmp_path / "kb", Clip.load(tmp_path / "clip"), progress=False)
+    encoder = ContextEncoder(kb.load_clip(), query="state")
+    tokenizer = encoder.clip.tokenizer
+    model = tiny_model(
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        image_dim=kb.dim,
+        num_images=1 if blind else 2,
+        blind=blind,
+    )
+    seeing = Retriever(encoder, kb, 1 if blind else 2)
+    model.set_retriever(BlindRetriever(encoder) if blind else seeing)
+    save_checkpoint(model, tokenizer, tmp_path / "model")
+    RetrievalNote.of_knowledge_base(seeing.kb, seeing.encoder.query).write(tmp_path / "model")
+    ids = tokenizer("a red apple", return_tensors="pt")["input_ids"]
+    expected = model(ids).logits
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for name in ("model", "kb", "clip"):  # all of it together
+        (tmp_path / name).rename(moved / name)
+    assert json.loads((moved / "model" / "retrieval.json").read_text())["index"] == "exact"
+    loaded, _ = load(moved / "model")
+    torch.testing.assert_close(loaded(ids).logits, expected)
+    assert load(moved / "model", clip=moved / "clip")[0].retriever.encoder.query == "state"
+
+
+def test_pictures_that_do_not_fit_are_refused(tmp_path, clip, make_kb):
+    kb = make_kb(3)
+    save_checkpoint(tiny_model(num_images=0, vocab_size=len(TOKENIZER)), TOKENIZER, tmp_path / "gpt2")
+    with pytest.raises(ValmError, match="sees no images"):
+        load(tmp_path / "gpt2", kb=kb.path)
+    clip.save(tmp_path / "clip")
+    # another vocabulary than the CLIP's is no hindrance
+    save_checkpoint(a_model(image_dim=kb.dim), TOKENIZER, tmp_path / "other")
+    loaded, _ = load(tmp_path / "other", kb=kb.path, clip=tmp_path / "clip")
+    assert loaded.retriever.encoder.alignment is not None
+    same = tiny_model(vocab_size=len(clip.tokenizer), image_dim=kb.dim + 1)
+    save_checkpoint(same, clip.tokenizer, tmp_path / "wide")
+    with pytest.raises(ValmError, match=r"do not fit: retriever\.dim is"):
+        load(tmp_path / "wide", kb=kb.path, clip=tmp_path / "clip")
+
+
+def test_the_saved_tokenizer_knows_how_long_the_models_texts_may_be(tmp_path):
+    save_checkpoint(a_model(), TOKENIZER, tmp_path)
+    _, tokenizer = load(tmp_path)
+    assert tokenizer.model_max_length == 32
+    assert TOKENIZER.model_max_length > 32

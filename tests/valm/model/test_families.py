@@ -1,0 +1,38 @@
+"""Each family of docs/families.md does what its row says."""
+
+import pytest
+
+from tests.valm.model.families import describe, read_table
+
+QUICK = (
+    "llama",
+    "gpt2",
+    "gemma2",
+    "gpt_oss",
+    "qwen3",
+    "qwen3_next",
+    "olmo2",
+    "deepseek_v3",
+    "gptj",
+    "doge",
+    "dory",
+    "hunyuan_v1_dense",
+)
+TABLE = read_table()
+
+
+@pytest.mark.parametrize("family", QUICK)
+def test_family(family):
+    assert describe(family) == TABLE[family] or same_refusal(family)
+
+
+@pytest.mark.slow  # four minutes together
+@pytest.mark.parametrize("family", sorted(set(TABLE) - set(QUICK)))
+def test_other_family(family):
+    assert describe(family) == TABLE[family] or same_refusal(family)
+
+
+def same_refusal(family):
+    """A refusal or a difference may name another number on another machine."""
+    route, _ = describe(family)
+    return route == TABLE[family][0] and route in ("refused", "differs", "not tried")

@@ -1,0 +1,106 @@
+"""Files of a model that are replaced together. Kills at every point: tests/fuzz/test_kills.py."""
+
+import errno
+import os
+import stat
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.valm.models import tiny_model
+from valm.errors import ValmError
+from valm.store import whole_folder
+from valm.store.whole_folder import NEW_FOLDER, current_files, replaced_files
+
+
+def write(folder, **contents):
+    with replaced_files(folder, "the model") as temporary:
+        for name, content in contents.items():
+            (temporary / name).write_text(content)
+
+
+def contents(folder):
+    return {file.name: file.read_text() for file in folder.iterdir()}
+
+
+def test_files_take_the_places_of_the_old_ones(tmp_path):
+    write(tmp_path, a="1", b="1")
+    (tmp_path / "notes").write_text("mine")
+    write(tmp_path, a="2", c="2")
+    assert contents(tmp_path) == {
+        "a": "2",
+        "b": "1",
+        "c": "2",
+        "notes": "mine",
+    }
+    assert current_files(tmp_path) == tmp_path
+
+
+@pytest.mark.skipif(os.name != "posix", reason="files have modes")
+def test_files_have_the_mode_that_the_umask_says(tmp_path):
+    for umask, mode in ((0o022, 0o644), (0o077, 0o600), (0o002, 0o664)):
+        before = os.umask(umask)
+        try:
+            folder = tmp_path / str(umask)
+            with replaced_files(folder, "the model") as temporary:
+                save_file({"a": torch.zeros(1)}, temporary / "model.safetensors")
+                (temporary / "config.json").write_text("{}")
+            tiny_model().save_pretrained(folder / "by transformers")
+        finally:
+            os.umask(before)
+        files = [file for file in folder.rglob("*") if file.is_file()]
+        assert len(files) >= 4 and {stat.S_IMODE(file.stat().st_mode) for file in files} == {mode}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="files have modes")
+def test_a_file_system_without_modes_is_written(tmp_path, monkeypatch):
+    def refused(file, *_, **__):
+        raise PermissionError(errno.EPERM, "Operation not permitted", str(file))
+
+    monkeypatch.setattr(Path, "chmod", refused)
+    with replaced_files(tmp_path / "own", "the model") as temporary:
+        save_file({"a": torch.zeros(1)}, temporary / "model.safetensors")
+    tiny_model().save_pretrained(tmp_path / "by transformers")
+    assert (tmp_path / "own" / "model.safetensors").exists()
+    assert (tmp_path / "by transformers" / "config.json").exists()
+
+
+def test_until_all_are_there_the_new_ones_count(tmp_path, monkeypatch):
+    write(tmp_path, a="1")
+    with monkeypatch.context() as patch:
+        patch.setattr(whole_folder, "_link", Mock(side_effect=OSError(28, "No space left")))
+        with pytest.raises(ValmError, match=r"is whole in .*checkpoint\.new and loads from there"):
+            write(tmp_path, a="2")
+    assert (tmp_path / "a").read_text() == "1"
+    assert current_files(tmp_path) == tmp_path / NEW_FOLDER and (tmp_path / NEW_FOLDER / "a").read_text() == "2"
+    write(tmp_path, b="3")
+    assert contents(tmp_path) == {"a": "2", "b": "3"}
+
+
+def test_another_writer_is_waited_for_and_then_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(whole_folder, "SAVE_WAIT_SECONDS", 0)
+    with replaced_files(tmp_path, "the model") as temporary:
+        (temporary / "a").write_text("1")
+        with pytest.raises(ValmError, match=r"cannot write the model \S+: another process is writing there$"):
+            write(tmp_path, a="2")
+    assert (tmp_path / "a").read_text() == "1"
+
+
+def test_files_in_folders_are_replaced_too(tmp_path):
+    for value in ("1", "2"):
+        with replaced_files(tmp_path, "the model") as temporary:
+            (temporary / "templates").mkdir()
+            (temporary / "templates" / "tool.jinja").write_text(value)
+    assert (tmp_path / "templates" / "tool.jinja").read_text() == "2"
+    assert current_files(tmp_path) == tmp_path
+
+
+def test_a_checkpoint_takes_the_place_of_an_adapter(tmp_path):
+    for names in (("image_fusion.json", "image_fusion.safetensors"), ("config.json", "model.safetensors")):
+        with replaced_files(tmp_path, "the model") as temporary:
+            for name in names:
+                (temporary / name).write_text("{}")
+    assert set(contents(tmp_path)) == {"config.json", "model.safetensors"}

@@ -1,0 +1,96 @@
+"""valm verify."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from valm.cli.options import Commands, command
+from valm.errors import ValmError
+
+
+def add_to(commands: Commands) -> None:
+    verify = command(
+        commands,
+        "verify",
+        run_verify,
+        "read all of a folder and compare its checksums: a knowledge base, a retrieved corpus, an index of vectors, "
+        "checkpoint-N of a training, the hidden states of --cache-below, or the scores of an evaluation",
+    )
+    verify.add_argument("folder", type=Path)
+
+
+def run_verify(arguments: argparse.Namespace) -> None:
+    print(verify(arguments.folder))
+
+
+def verify(folder: Path) -> str:
+    """Reads a whole store, and returns a sentence about it.
+
+    Raises:
+        ValmError: it is damaged, or no store with checksums.
+    """
+    from valm.corpus.retrieved import WHAT as CORPUS
+    from valm.evaluation.suite import CACHE, read_cached
+    from valm.knowledge_base.format import WHAT as KNOWLEDGE_BASE
+    from valm.store.files import exists, is_folder, read_json
+    from valm.store.manifest import BUILD_FILE, MANIFEST_FILE
+    from valm.training.cache_below import cached_states, check_cached_states
+    from valm.training.resumable import CHECKSUMS_FILE, check_resumable
+
+    if not is_folder(folder):
+        raise ValmError(f"there is no folder {folder}")
+    if exists(folder / MANIFEST_FILE):
+        of = read_json(folder / MANIFEST_FILE, "the manifest", dict[str, Any]).get("format")
+        if of == f"valm {KNOWLEDGE_BASE}":
+            return _knowledge_base(folder)
+        if of == f"valm {CORPUS}":
+            return _corpus(folder)
+        return _index(folder)
+    if exists(folder / CHECKSUMS_FILE):
+        check_resumable(folder)
+        return f"{folder}: this checkpoint of a training is as it was written"
+    if states := cached_states(folder):
+        for file in states:
+            check_cached_states(file)
+        return f"{folder}: all {len(states):,} files of hidden states are as they were written"
+    if scores := sorted((folder / CACHE).glob("*.json")) if is_folder(folder / CACHE) else []:
+        for file in scores:
+            read_cached(file)
+        return f"{folder}: all {len(scores):,} files of scores are as they were written"
+    if exists(folder / BUILD_FILE):
+        raise ValmError(f"{folder} is unfinished: run the command that was to make it again, it resumes")
+    raise ValmError(
+        f"{folder} has no checksums: it is none of the folders that `valm verify --help` lists. A model or a CLIP has "
+        "none either; it is checked when it is loaded"
+    )
+
+
+def _knowledge_base(folder: Path) -> str:
+    from valm.knowledge_base.store import ImageKnowledgeBase
+    from valm.retrieval.faiss_index import verify_index
+
+    kb = ImageKnowledgeBase.open(folder)
+    if damaged := kb.verify() + verify_index(kb):
+        raise ValmError(f"{folder} is damaged, build it again: {', '.join(damaged)}")
+    return f"{folder}: all {len(kb):,} images are as they were written"
+
+
+def _corpus(folder: Path) -> str:
+    from valm.corpus.retrieved import CorpusRetrieval
+
+    found = CorpusRetrieval.open(folder)
+    if damaged := found.verify():
+        raise ValmError(f"{folder} is damaged, retrieve it again: {', '.join(damaged)}")
+    return f"{folder}: all {len(found):,} documents are as they were written"
+
+
+def _index(folder: Path) -> str:
+    from valm_kernels import FlatIPIndex
+
+    try:
+        rows = len(FlatIPIndex.load(folder, verify=True))
+    except (ValueError, OSError) as error:
+        raise ValmError(f"{error}; make the index again") from error
+    return f"{folder}: all {rows:,} rows are as they were written"

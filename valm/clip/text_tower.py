@@ -1,0 +1,186 @@
+"""open_clip's causal text tower, run on two streams at once and with cached keys and values."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from open_clip.hf_model import HFTextEncoder
+from open_clip.transformer import ResidualAttentionBlock
+from torch import Tensor
+
+from valm.clip.clip import Clip
+from valm.clip.int8_linear import Int8Linear, check_int8
+from valm.errors import ValmError
+from valm_kernels import visual_fusion_attn
+
+Linear = Callable[[Tensor], Tensor]
+KeyValues = list[tuple[Tensor, Tensor]]  # of each layer: keys and values (N, H, T, D)
+
+
+class BlockLinear(NamedTuple):
+    """The linear layers of a block."""
+
+    attention_in: Linear
+    attention_out: Linear
+    mlp_in: Linear
+    mlp_out: Linear
+
+
+class TextTower:
+    """The text tower of `clip` in `dtype`, its last projection in float32 at least.
+
+    Any open_clip text transformer whose feature is the state at EOT under a causal mask works. In int8 are the linear
+    layers of the blocks (`Int8Linear`); the rest is then float32.
+
+    Raises:
+        ValmError: the tower sees later tokens (bidirectional ones: SigLIP, CLIPA, most MobileCLIPs, Hugging Face
+            encoders), pools elsewhere (CoCa's class token after the text), or has other than standard pre-LN blocks;
+            or int8 would be slow (`check_int8`).
+    """
+
+    def __init__(self, clip: Clip, dtype: torch.dtype):
+        self.dtype = dtype
+        tower: Any = getattr(clip.model, "text", clip.model)  # open_clip has no types
+        _check(tower, clip.name)
+        modules: Any = torch.nn.ModuleDict(
+            {"embedding": tower.token_embedding, "blocks": tower.transformer.resblocks, "norm": tower.ln_final}
+        )
+        linear: Callable[[Tensor, Tensor], Linear] = _linear
+        if dtype == torch.int8:
+            check_int8(clip.device)
+            linear, dtype = Int8Linear, torch.float32
+        if next(modules.parameters()).dtype != dtype:
+            modules = copy.deepcopy(modules).to(dtype)
+        self.embedding: torch.nn.Embedding = modules["embedding"]
+        self.blocks: Any = modules["blocks"]
+        # of each block: queries, keys and values; output of the attention; first and second of the MLP
+        self.linear = [
+            BlockLinear(
+                linear(block.attn.in_proj_weight, block.attn.in_proj_bias),
+                *(linear(one.weight, one.bias) for one in (block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj)),
+            )
+            for block in self.blocks
+        ]
+        self.norm = modules["norm"]
+        self.positions: Tensor = tower.positional_embedding.to(dtype)  # (context_length, W)
+        self.wide = torch.promote_types(dtype, torch.float32)
+        projection = tower.text_projection
+        self.projection: Tensor | None
+        self.projection_bias: Tensor | None
+        if isinstance(projection, torch.nn.Linear):  # a module, with a bias, in some towers
+            self.projection, self.projection_bias = projection.weight.T.to(self.wide), projection.bias.to(self.wide)
+        else:
+            self.projection = None if projection is None else projection.to(self.wide)  # (W, E)
+            self.projection_bias = None
+        self.eot = clip.tokenizer.eos_token_id
+        self.heads = self.blocks[0].attn.num_heads
+        self.head_dim = self.blocks[0].attn.head_dim
+
+    def run(
+        self,
+        ids: Tensor,
+        *,
+        eot_stream: bool,
+        positions: Tensor | None = None,
+        first_key: Tensor | None = None,
+        past: KeyValues | None = None,
+        keep: bool = False,
+    ) -> tuple[Tensor, KeyValues]:
+        """Final hidden states of N rows of tokens, before the last LayerNorm.
+
+        Args:
+            ids: (N, T) int64, padded on the right with any id.
+            eot_stream: False returns the state of each token. True returns, for each token, the state of an EOT right
+                after it. A second stream of EOTs runs along: the EOT after position t sees the text up to t and itself,
+                through `visual_fusion_attn` with its own key as the one "image".
+            positions: (N, T) int64, each token's position in its segment; by default 0, 1, 2, ...
+            past: keys and values (N, H, P, D) of earlier tokens, in any order, as they contain the positions.
+            first_key: (N, T) int32, the first of the P + T keys that each token sees; by default all up to itself.
+            keep: also return keys and values; otherwise buffers are reused, which avoids page faults on CPU.
+
+        Returns:
+            States (N, T, W), and the keys and values or an empty list.
+        """
+        rows, length = ids.shape
+        if positions is None:
+            positions = torch.arange(length, device=ids.device)
+        limit = len(self.positions) - 1  # only padding is beyond it
+        hidden = self.embedding(ids) + self.positions[positions.clamp(max=limit)]  # (N, T, W)
+        if eot_stream:
+            ends = self.embedding.weight[self.eot] + self.positions[(positions + 1).clamp(max=limit)]
+            hidden = torch.cat([hidden, ends.expand_as(hidden)])  # (2N, T, W)
+
+        present = []
+        for layer, block in enumerate(self.blocks):
+            linear = self.linear[layer]
+            projected = linear.attention_in(block.ln_1(hidden))
+            # (3, N or 2N, H, T, D)
+            q, k, v = projected.unflatten(-1, (3, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+            keys, values = k[:rows], v[:rows]
+            if keep:
+                present.append((keys, values))
+            if past is not None:
+                keys, values = (torch.cat(both, 2) for both in zip(past[layer], (keys, values), strict=True))
+            streams = []
+            text_is_needed = not (eot_stream and block is self.blocks[-1])
+            if text_is_needed:
+                streams.append(visual_fusion_attn(q[:rows], keys, values, None, None, first_key=first_key))
+            if eot_stream:
+                own_k, own_v = k[rows:].unsqueeze(3), v[rows:].unsqueeze(3)  # (N, H, T, 1, D)
+                streams.append(visual_fusion_attn(q[rows:], keys, values, own_k, own_v, first_key=first_key))
+            if not text_is_needed:
+                hidden = hidden[rows:]
+            mixed = torch.cat(streams) if len(streams) > 1 else streams[0]
+            hidden += block.ls_1(linear.attention_out(mixed.transpose(1, 2).flatten(2)))
+            wide = _activate(block.mlp.gelu, linear.mlp_in(block.ln_2(hidden)))  # (N or 2N, T, 4W)
+            hidden += block.ls_2(linear.mlp_out(wide))
+        return hidden, present
+
+    def project(self, states: Tensor) -> Tensor:
+        """Text features (n, E) float32, L2-normalised, of final hidden states (n, W)."""
+        features = self.norm(states).to(self.wide)
+        if self.projection is not None:
+            features = features @ self.projection
+        if self.projection_bias is not None:
+            features = features + self.projection_bias
+        return F.normalize(features, dim=-1).float()
+
+
+def _linear(weight: Tensor, bias: Tensor) -> Linear:
+    return partial(F.linear, weight=weight, bias=bias)
+
+
+def _activate(activation: torch.nn.Module, states: Tensor) -> Tensor:
+    """activation(states), in place if PyTorch supports that."""
+    if isinstance(activation, torch.nn.GELU):
+        return torch.ops.aten.gelu_(states, approximate=activation.approximate)
+    return activation(states)
+
+
+def _check(tower: Any, name: str) -> None:
+    """Checks that a text tower can compute queries.
+
+    Raises:
+        ValmError: it cannot; the message has the reason.
+    """
+
+    def refuse(reason: str) -> ValmError:
+        return ValmError(f"the CLIP {name} cannot be used for context queries: {reason}")
+
+    if isinstance(tower, HFTextEncoder):
+        raise refuse("its text tower is a Hugging Face encoder, in which a token sees those after it")
+    if tower.attn_mask is None:
+        raise refuse("its text tower is bidirectional, a token sees those after it")
+    if getattr(tower, "cls_emb", None) is not None:
+        raise refuse("its text feature is the state of a class token after the text, not of EOT")
+    pool_type = tower.text_pool_type if hasattr(tower, "text_pool_type") else tower.pool_type
+    if pool_type not in ("argmax", "eos"):
+        raise refuse(f"its text feature is pooled by {pool_type!r}, not at EOT")
+    for block in tower.transformer.resblocks:
+        if type(block) is not ResidualAttentionBlock:
+            raise refuse(f"its text tower has blocks of type {type(block).__name__}, not the standard one")

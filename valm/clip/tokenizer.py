@@ -1,0 +1,238 @@
+"""CLIP's tokenizer as a Hugging Face tokenizer, the same pruned to the tokens a corpus needs, and others.
+
+VaLM reads text in CLIP's own tokens by default, so that one position of the language model is one position of the
+text tower that computes retrieval queries (the published model does the same). The vocabulary comes from the file in
+the open_clip package, so nothing is downloaded. Any other fast tokenizer works too (`valm.retrieval.alignment`).
+"""
+
+import copy
+import gzip
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import open_clip.tokenizer
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from valm.errors import ValmError
+from valm.store.pretrained import from_pretrained, library_errors
+from valm_kernels.json_files import short
+
+SOT = "<|startoftext|>"
+EOT = "<|endoftext|>"
+
+# How many merges of the file CLIP uses: 49,408 tokens less 2 x 256 bytes and the two special tokens.
+NUM_MERGES = 49408 - 2 * 256 - 2
+
+# A word, one digit, or a run of anything else; blanks separate and vanish.
+WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+# What open_clip's cleaning (ftfy) does to single characters. Its repair of wrongly decoded text and of HTML entities
+# (`open_clip.tokenizer.basic_clean`) needs whole strings, which a tokenizer file cannot express.
+CHARACTER_FIXES = [
+    ("[\u2018\u2019\u201a\u201b\u02bc]", "'"),
+    ("[\u201c\u201d\u201e\u201f]", '"'),
+    ("\ufb00", "ff"),
+    ("\ufb01", "fi"),
+    ("\ufb02", "fl"),
+    ("\ufb03", "ffi"),
+    ("\ufb04", "ffl"),
+    ("[\ufb05\ufb06]", "st"),
+]
+
+
+class ClipBpeTokenizer(PreTrainedTokenizerFast):
+    """A tokenizer whose tokens mark the end of a word and so the blank after it, as CLIP's do.
+
+    `decode` of a continuation, which does not begin with bos, begins with the blank before its first word. GPT-2's
+    tokens contain that blank, and transformers' pipelines and streamers append a continuation directly to the prompt.
+    """
+
+    def _decode(self, token_ids: Any, skip_special_tokens: bool = False, *args: Any, **kwargs: Any) -> str:
+        ids = token_ids["input_ids"] if isinstance(token_ids, dict) else token_ids
+        ids = [ids] if isinstance(ids, int) else list(ids)
+        special = set(self.all_special_ids) if skip_special_tokens else set()
+        if special.issuperset(ids):  # of no tokens its decoder would panic
+            return ""
+        text = super()._decode(ids, skip_special_tokens, *args, **kwargs)
+        return text if ids[0] == self.bos_token_id else f" {text}"
+
+
+def open_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
+    """The tokenizer that `save_pretrained` wrote into `folder`.
+
+    Raises:
+        ValmError: its files are damaged.
+    """
+    what = f"the tokenizer in {folder}"
+    tokenizer = from_pretrained(PreTrainedTokenizerFast, folder, what, local_files_only=True)
+    if getattr(tokenizer.backend_tokenizer.model, "end_of_word_suffix", None):
+        return from_pretrained(ClipBpeTokenizer, folder, what, local_files_only=True)
+    return tokenizer
+
+
+def clip_tokenizer() -> PreTrainedTokenizerFast:
+    """CLIP's tokenizer: 49,408 tokens, lower-cased text, the ids of open_clip's `SimpleTokenizer`.
+
+    `tokenizer(text)` starts with SOT, as `generate()` needs; the caller adds EOT, which ends a document.
+    It pads on the left, with EOT. EOT is the largest id, which open_clip's pooling relies on.
+    """
+    with gzip.open(open_clip.tokenizer.default_bpe(), "rt", encoding="utf-8") as file:
+        lines = file.read().split("\n")
+    merges = [(left, right) for left, right in map(str.split, lines[1 : 1 + NUM_MERGES])]
+    return _build(merges)
+
+
+def prune_tokenizer(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> PreTrainedTokenizerFast:
+    """The same tokenizer pruned to the tokens that `texts` need and all single bytes, with new ids.
+
+    The texts are tokenized as before; any other text still can be, into more tokens. A merge stays if some token of the
+    texts is made with it. The result of a merge is always part of a token, so all merges of the texts stay, in the same
+    order.
+    """
+    merges = [(left, right) for left, right in json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]]
+    parts = {left + right: (left, right) for left, right in merges}
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    pending = list(tokenizer.convert_ids_to_tokens(sorted({id for ids in encoded for id in ids})))
+    needed = set()
+    while pending:
+        token = pending.pop()
+        if token in parts and token not in needed:
+            needed.add(token)
+            pending.extend(parts[token])
+    return _build([merge for merge in merges if "".join(merge) in needed])
+
+
+def load_tokenizer(source: str | os.PathLike) -> PreTrainedTokenizerFast:
+    """The tokenizer of another language model (GPT-2's, Llama's, ...), set up for a new VaLM.
+
+    As with CLIP's, `tokenizer(text)` starts with bos and pads on the left. Without a bos, texts begin with eos, as
+    GPT-2 was trained; without a pad token it pads with eos. Arguments and errors as in `own_tokenizer`.
+    """
+    loaded = own_tokenizer(source)
+    bos = loaded.bos_token or loaded.eos_token
+    tokenizer = loaded.backend_tokenizer
+    with library_errors(f"the bos token {short(bos)} of the tokenizer {source}"):  # a template takes no : in it
+        tokenizer.post_processor = _begin_with(bos, begin_id(loaded))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=bos,
+        eos_token=loaded.eos_token,
+        pad_token=loaded.pad_token or loaded.eos_token,
+        padding_side="left",
+    )
+
+
+def own_tokenizer(source: str | os.PathLike) -> PreTrainedTokenizerFast:
+    """The tokenizer of another language model as it is, with its chat template.
+
+    Args:
+        source: a folder with its `tokenizer.json`, or its name on the Hugging Face Hub.
+
+    Raises:
+        ValmError: it cannot be loaded, is no fast tokenizer, or has no eos.
+    """
+    loaded = from_pretrained(AutoTokenizer, source, f"the tokenizer {source}")
+    if not isinstance(loaded, PreTrainedTokenizerFast):
+        raise ValmError(f"the tokenizer {source} is a {type(loaded).__name__}, not a fast one with a tokenizer.json")
+    if loaded.eos_token is None:
+        raise ValmError(f"the tokenizer {source} names no eos token, which ends a document")
+    return loaded
+
+
+def beginning_with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """A copy whose `tokenizer(text)` starts as a document (`begin_id`)."""
+    made = copy.deepcopy(tokenizer)
+    made.bos_token = made.bos_token or made.eos_token
+    with library_errors(f"the bos token {short(made.bos_token)} of the tokenizer"):
+        made.backend_tokenizer.post_processor = _begin_with(made.bos_token, begin_id(tokenizer))
+    return made
+
+
+def _begin_with(bos: str, id: int) -> processors.TemplateProcessing:
+    return processors.TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, id)])
+
+
+def _build(merges: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
+    alphabet = list(open_clip.tokenizer.bytes_to_unicode().values())  # 256 bytes, the printable ones first
+    tokens = alphabet + [character + "</w>" for character in alphabet]
+    tokens += ["".join(merge) for merge in merges] + [SOT, EOT]
+    ids = {token: id for id, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges, end_of_word_suffix="</w>"))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC()]
+        + [normalizers.Replace(Regex(pattern), text) for pattern, text in CHARACTER_FIXES]
+        + [normalizers.Lowercase()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.ByteLevel(), decoders.Replace("</w>", " "), decoders.Strip(" ", 0, 1)]
+    )
+    tokenizer.post_processor = _begin_with(SOT, ids[SOT])
+    return ClipBpeTokenizer(
+        tokenizer_object=tokenizer, bos_token=SOT, eos_token=EOT, pad_token=EOT, padding_side="left"
+    )
+
+
+def begin_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The id of the token that begins a document: bos, or eos if a tokenizer has no bos (Qwen's).
+
+    Raises:
+        ValmError: the tokenizer has no eos, which ends a document.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValmError("the tokenizer names no eos token, which ends a document: set its eos_token")
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """The tokens of `text` as the beginning of a document: after bos (`begin_id`), unless the text itself begins with
+    that, as a prompt made by a chat template may.
+
+    Raises:
+        ValmError: the tokenizer has no eos.
+    """
+    begin = begin_id(tokenizer)
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids if ids[:1] == [begin] else [begin, *ids]
+
+
+def tokenize_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
+    """Each text as a document: bos (`begin_id`), its tokens, eos. Texts without any token are skipped.
+
+    Raises:
+        ValmError: the tokenizer has no eos.
+    """
+    begin, end = begin_id(tokenizer), tokenizer.eos_token_id
+    tokens = tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+    return [[begin, *ids, end] for ids in tokens if ids]
+
+
+def padded(documents: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask (B, T), int64, padded on the right."""
+    ids = torch.zeros(len(documents), max(map(len, documents)), dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, document in enumerate(documents):
+        ids[row, : len(document)] = torch.tensor(document)
+        mask[row, : len(document)] = 1
+    return ids, mask
+
+
+def batches_by_length(lengths: Sequence[int] | np.ndarray, most: int) -> list[list[int]]:
+    """Indices of documents of similar length, at most `most` tokens with their padding (a single one may have more)."""
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        if not batches or lengths[batches[-1][0]] * (len(batches[-1]) + 1) > most:
+            batches.append([])
+        batches[-1].append(index)
+    return batches

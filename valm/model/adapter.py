@@ -1,0 +1,210 @@
+"""Saves an augmented model as an adapter: a small file of the fusion, and a note on the base model."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any, TypedDict
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from valm.errors import ValmError
+from valm.model.attention import FusionOptions
+from valm.model.augment import AugmentedCausalLM, become_augmented
+from valm.model.card import write_card
+from valm.model.image_model import ImageModel
+from valm.model.probe import decoder_layers
+from valm.model.sketch import fingerprint, other_tensor, other_weight, project, sketch
+from valm.store.files import check_regular, read_json, write_json
+from valm.store.whole_folder import current_files, replaced_files
+from valm.text import one_line
+
+ADAPTER_FILE = "image_fusion.json"
+WEIGHTS_FILE = "image_fusion.safetensors"
+FORMAT_VERSION = 1
+
+
+class _Version(TypedDict):
+    format_version: int
+
+
+class AdapterFile(_Version):
+    """The content of ADAPTER_FILE; `base` is relative to the adapter's folder, or a Hugging Face name."""
+
+    base: str | None
+    fusion: FusionOptions
+
+
+def save_adapter(model: AugmentedCausalLM, folder: str | os.PathLike) -> Path:
+    """Writes what `augment` added to the base model, and with unfreeze="block" the layer, into `folder`.
+
+    The base is named as it was loaded, a folder relative to this one, so that both can be moved together; it is not
+    known where the model was opened from a whole folder. The note on what finds the images (`ImageModel.save_note`) and
+    a model card (`write_card`) are written too. Killed at any point, `load_adapter` loads the old adapter or the new
+    one.
+
+    Raises:
+        ValmError: every weight was trained, or a weight of the base has changed since `augment` (a LoRA was merged into
+            it, for one) or may have, in a model of an earlier version, so an adapter would not be the model; or the
+            folder cannot be written.
+    """
+    options = model.fusion_options
+    if options.unfreeze == "all":
+        raise ValmError('with unfreeze="all" every weight was trained: save the whole model by save_pretrained')
+    if options.sketch is None:
+        raise ValmError(
+            "this model was saved by an earlier version, so whether its base has changed is not known: save the whole "
+            "model by save_pretrained"
+        )
+    found, expected = project(model, options.sketch), options.sketch
+    if options.unfreeze == "block":
+        layer = f"{_layer_name(model, options)}."
+        found = {name: found[name] for name in found if not name.startswith(layer)}
+        expected = {name: expected[name] for name in expected if not name.startswith(layer)}
+    if name := other_tensor(found, expected):
+        if name not in found or name not in expected:
+            raise ValmError(
+                f"{name} {'was added' if name in found else 'is gone'} since the model was augmented, and an adapter "
+                "does not have that: unload a LoRA and save it by PEFT, or merge it and save the whole model by "
+                "save_pretrained"
+            )
+        raise ValmError(
+            f"{name} is not what it was when the model was augmented, and an adapter does not have it: save the "
+            "whole model by save_pretrained"
+        )
+    folder = Path(folder)
+    base = None if model.opened_whole else model.config.name_or_path
+    if base and Path(base).is_dir():
+        base = os.path.relpath(base, folder)
+    tensors = {name: tensor.contiguous() for name, tensor in _tensors(model, options).items()}
+    description = {"format_version": FORMAT_VERSION, "base": base, "fusion": asdict(options)}
+    with replaced_files(folder, "the adapter") as temporary:
+        save_file(tensors, temporary / WEIGHTS_FILE)
+        write_json(temporary / ADAPTER_FILE, description)
+        model.save_note(temporary, place=folder)
+    write_card(model, folder, with_base=False)
+    return folder
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether `save_adapter` wrote the folder."""
+    return (current_files(folder) / ADAPTER_FILE).is_file()
+
+
+def adapter_base(folder: str | os.PathLike) -> str:
+    """Where the adapter in `folder` says that its base model is: a folder or a Hugging Face name.
+
+    Raises:
+        ValmError: it does not say.
+    """
+    base = _description(Path(folder))["base"]
+    if not base:
+        raise ValmError(f"the adapter {folder} does not say which base model it belongs to: give it as base")
+    beside = Path(folder) / base
+    return str(beside.resolve()) if beside.is_dir() else base
+
+
+def load_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> AugmentedCausalLM:
+    """Adds the adapter in `folder` to `model`, the base that it was made with. The model itself is changed.
+
+    A base in another precision is the same; one whose weights differ by more is another.
+
+    Raises:
+        ValmError: the adapter is damaged, or belongs to another base; or `model` is no base, as it takes images.
+    """
+    folder = Path(folder)
+    if isinstance(model, ImageModel):
+        raise ValmError(
+            f"the adapter {folder} is for a base model, but this {type(model).__name__} takes images already: give its "
+            "base model"
+        )
+    options = _description(folder)["fusion"]
+    if type(model).__name__ != options.architecture:
+        raise ValmError(
+            f"the adapter {folder} belongs to a {options.architecture}, but the base model is a {type(model).__name__}"
+        )
+    layers = decoder_layers(model)
+    if not -len(layers) <= options.layer < len(layers):
+        raise ValmError(f"the adapter {folder} is for layer {options.layer}, but the base model has {len(layers)}")
+    options = _of_this_base(model, options, folder)
+    weights = current_files(folder) / WEIGHTS_FILE
+    check_regular(weights)
+    try:
+        tensors = load_file(weights)
+    except (OSError, SafetensorError) as error:
+        raise ValmError(f"the weights {weights} cannot be read: {error}") from error
+    try:
+        augmented: Any = become_augmented(model, options)
+    except (RuntimeError, ValueError, TypeError) as error:  # sizes that no memory has
+        raise ValmError(f"{folder / ADAPTER_FILE} does not describe an adapter: {one_line(str(error))}") from error
+    expected = _tensors(model, options)
+    for name in sorted({*tensors, *expected}):
+        shapes = [tuple(some[name].shape) if name in some else None for some in (tensors, expected)]
+        if shapes[0] != shapes[1]:
+            raise ValmError(f"{name} in {weights} has shape {shapes[0]}, expected {shapes[1]}")
+    for name, tensor in expected.items():
+        tensor.copy_(tensors[name])
+    augmented._note_folder = str(folder)
+    return augmented
+
+
+def _of_this_base(model: PreTrainedModel, options: FusionOptions, folder: Path) -> FusionOptions:
+    """The options with the sketch of `model`, the base.
+
+    Raises:
+        ValmError: the adapter in `folder` belongs to another base.
+    """
+    found = project(model, options.sketch)
+    how = "has other values"
+    if options.sketch is not None:
+        name = other_tensor(found, options.sketch)
+        if name not in found:
+            how = "is missing"
+        elif name not in options.sketch:
+            how = "is no tensor of that base"
+    else:
+        layer = decoder_layers(model)[options.layer]
+        name = other_weight(fingerprint(layer), options.fingerprint or {})
+        name = None if name is None else f"{_layer_name(model, options)}.{name}"
+    if name is not None:
+        raise ValmError(
+            f"the adapter {folder} belongs to another base model than {model.config.name_or_path or 'this one'}: "
+            f"{name} {how}"
+        )
+    if options.sketch is None:
+        warnings.warn(
+            f"the adapter {folder} was saved by an earlier version: of its base model only layer {options.layer} was "
+            "compared",
+            stacklevel=3,
+        )
+    return replace(options, sketch=sketch(found), fingerprint=None)
+
+
+def _layer_name(model: PreTrainedModel, options: FusionOptions) -> str:
+    layer = decoder_layers(model)[options.layer]
+    return next(name for name, module in model.named_modules() if module is layer)
+
+
+def _description(folder: Path) -> AdapterFile:
+    file = current_files(folder) / ADAPTER_FILE
+    if not is_adapter(folder):
+        raise ValmError(f"{folder} is no adapter: it has no {ADAPTER_FILE}")
+    what, remedy = "the adapter's description", "save the adapter again"
+    version = read_json(file, what, _Version, remedy)["format_version"]
+    if version != FORMAT_VERSION:
+        raise ValmError(f"{file} has format_version {version}, expected {FORMAT_VERSION}")
+    found = read_json(file, what, AdapterFile, remedy)
+    known = {field.name for field in fields(FusionOptions)}
+    options = FusionOptions(**{name: value for name, value in found["fusion"].items() if name in known})
+    return {"format_version": version, "base": found["base"], "fusion": options}
+
+
+def _tensors(model: PreTrainedModel, options: FusionOptions) -> dict[str, Tensor]:
+    """The adapter's tensors, sharing memory with the model's, by name in the layer."""
+    state = decoder_layers(model)[options.layer].state_dict()
+    return {name: tensor for name, tensor in state.items() if options.unfreeze == "block" or "image_fusion." in name}

@@ -1,0 +1,613 @@
+"""Visual fusion inside any attention that uses transformers' attention interface.
+
+With the attention's own W_k and W_v and their biases for both text and images (Wang et al. 2022, equations 3-7)::
+
+    image_k = W_k LN_img(z) + b^K_img      image_v = W_v LN_img(z) + b^V_img
+    [a_i | b_i] = softmax([scale q_i k_j | scale q_i image_k_ik + logit_bias + score_scale score_ik])
+    out_i = sum_j a_ij v_j + sum_k b_ik image_v_ik
+
+The images z of a batch come as a pool without repetitions, are projected once and then gathered by index. These
+attention weights have no dropout (published: 0.1).
+
+The attention itself computes the keys and values of the images: it runs on LN_img(image), and its call of the interface
+is intercepted. So fused projections, norms of queries and keys, clipping, LoRA and latent attention need no code here.
+Text and images then share one softmax (`visual_fusion_attn`).
+
+Rotary positions: an image is at the position of the token that sees it, so images need the query before rotation. That
+comes from running the attention on the text with the identity rotation.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import threading
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+
+from valm.errors import ValmError
+from valm.model.positions import (
+    CACHE_ARGUMENTS,
+    Call,
+    TokensBefore,
+    alone,
+    identity_rotation,
+    named_arguments,
+)
+from valm_kernels import attention_weights, visual_fusion_attn
+
+# The class behind a mixin is known only when a model is augmented; this tells type checkers what it has.
+_Module: Any = object
+
+# Name of `fusion_attention` in transformers' attention interface.
+IMPLEMENTATION = "valm"
+
+# Head dimensions of `visual_fusion_attn`.
+MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
+
+
+@dataclass(frozen=True)
+class FusionOptions:
+    """Options that rebuild the fusion of a saved model: the `valm` entry of its config.
+
+    Args:
+        architecture: class of the model in transformers.
+        image_dim: E, dimension of an image vector.
+        num_images: K, images per token; 0 in a text-only twin, which has no fusion.
+        layer: index of the fusion layer, as given (negative from the end).
+        width: C, dimension of the attention's input.
+        heads, kv_heads, key_dim, value_dim: Hq, Hkv, Dk and Dv, as the attention passes them to the interface.
+        logit_bias: initial value of the bias that each head adds to its image scores.
+        blind: each token sees its own retrieval query as its one image (Blind-VaLM, Ontalvilla et al. 2024).
+        unfreeze: what trained besides the fusion: "", "block" or "all".
+        score_scale: initial value of the scale of the retrieval scores; None = they are not used.
+        norm_eps: of LN_img.
+        sketch: of the base model (`valm.model.sketch`), by which an adapter recognises it.
+        fingerprint: in what an earlier version saved, instead of the sketch (`valm.model.sketch.fingerprint`).
+    """
+
+    architecture: str
+    image_dim: int
+    num_images: int
+    layer: int
+    width: int
+    heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    logit_bias: float
+    blind: bool
+    unfreeze: str
+    score_scale: float | None = None
+    norm_eps: float = 1e-5
+    sketch: dict[str, str] | None = None
+    fingerprint: dict[str, float] | None = None
+
+
+class FusionTerms(NamedTuple):
+    """hidden_states: (1, U, C), the images as the attention reads text. k_bias: (Hkv, Dk). v_bias: (Hkv, Dv).
+    logit_bias: (Hq,) float32. score_scale: (1,), or None where retrieval scores are not used."""
+
+    hidden_states: Tensor
+    k_bias: Tensor
+    v_bias: Tensor
+    logit_bias: Tensor
+    score_scale: Tensor | None = None
+
+
+class Images(NamedTuple):
+    """The images as `fusion_attention` takes them: keys (Hkv, U, Dk), values (Hkv, U, Dv), image_index (B, T, K) with
+    -1 = no image, the query that meets them (B, Hq, T, Dk) or None for that of the text, the biases, the retrieval
+    scores (B, T, K) or None where they are not used, and the slots of image_index sorted before, or None."""
+
+    keys: Tensor
+    values: Tensor
+    image_index: Tensor
+    query: Tensor | None
+    terms: FusionTerms
+    scores: Tensor | None = None
+    slots: Tensor | None = None
+
+    def score_bias(self) -> Tensor | None:
+        """The `image_score_bias` of `visual_fusion_attn`."""
+        if self.scores is None or self.terms.score_scale is None:
+            return None
+        scale, scores = self.terms.score_scale, self.scores
+        wide = torch.promote_types(scale.dtype, torch.float32)
+        # 0 where there is no image, as -inf there would make the gradient of the scale NaN
+        return scale.to(wide) * scores.to(wide).masked_fill(self.image_index < 0, 0)
+
+
+class TextLimits(NamedTuple):
+    """What each query sees of the text, as `visual_fusion_attn` takes it: first_key (B or 1, Tq) int32, and
+    cache_seqlens (B or 1,) int32 or None for all keys."""
+
+    first_key: Tensor
+    cache_seqlens: Tensor | None
+
+
+class ImageProjection(nn.Linear):
+    """The input projection. Making one draws no random numbers, so that with one seed a model and its text-only twin
+    have the same other weights, and read the same random numbers afterwards."""
+
+    def reset_parameters(self) -> None:
+        """Sets the initial weight, from a generator of its own."""
+        if self.weight.device.type != "meta":
+            generator = torch.Generator(self.weight.device).manual_seed(torch.initial_seed() + 1)
+            init.normal_(self.weight, std=self.in_features**-0.5, generator=generator)
+
+
+class ImageFusion(nn.Module):
+    """Modules that the fusion adds to an attention: an input projection if the dimensions differ, LN_img, biases, and
+    a scale of the retrieval scores if these are used.
+
+    Its parameters are read only in its own forward, where the hooks of offloading and sharding load them.
+    """
+
+    def __init__(self, options: FusionOptions):
+        super().__init__()
+        self.initial_logit_bias = options.logit_bias
+        self.initial_score_scale = options.score_scale
+        self.proj = None
+        if options.image_dim != options.width:
+            self.proj = ImageProjection(options.image_dim, options.width, bias=False)
+        self.norm = nn.LayerNorm(options.width, eps=options.norm_eps)
+        self.k_bias = nn.Parameter(torch.empty(options.kv_heads, options.key_dim))
+        self.v_bias = nn.Parameter(torch.empty(options.kv_heads, options.value_dim))
+        self.logit_bias = nn.Parameter(torch.empty(options.heads))
+        self.score_scale = None if options.score_scale is None else nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Sets the initial values of all but its modules."""
+        init.zeros_(self.k_bias)
+        init.zeros_(self.v_bias)
+        init.constant_(self.logit_bias, self.initial_logit_bias)
+        if self.score_scale is not None and self.initial_score_scale is not None:
+            init.constant_(self.score_scale, self.initial_score_scale)
+
+    def forward(self, image_pool: Tensor) -> FusionTerms:
+        """image_pool: (U, E)."""
+        images = image_pool.to(self.norm.weight.dtype)
+        if self.proj is not None:
+            images = self.proj(images)  # (U, C)
+        return FusionTerms(self.norm(images)[None], self.k_bias, self.v_bias, self.logit_bias, self.score_scale)
+
+
+# What a layer hands to its attention for the length of its forward, in each thread that uses the model: `images`
+# (image_pool, image_index, image_scores and image_slots) or None, and `passed_on`, arguments of `fusion_attention`.
+_call = threading.local()
+
+
+class _Caught(Exception):
+    """Ends the run of an attention once its queries, keys and values are known: the rest, its output projection, would
+    be computed for nothing, and there is no other way out of a family's forward."""
+
+
+class VisualAttention(_Module):
+    """Mixin of an attention class that uses transformers' attention interface."""
+
+    image_fusion: ImageFusion
+    has_tables: bool  # of its own, by which it rotates queries and keys
+    forward_names: tuple[str, ...]  # of the arguments of the class behind
+    config: Any
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given, passed_on = getattr(_call, "images", None), getattr(_call, "passed_on", {})
+        if given is None or given[0].shape[0] == 0:
+            return super().forward(*args, **kwargs, **passed_on)
+        image_pool, image_index, image_scores, image_slots = given
+        arguments = named_arguments(self.forward_names, args, kwargs)
+        terms = self.image_fusion(image_pool)
+        _, keys, values = self._catch(self._at_no_position(terms.hidden_states, arguments))
+        query = self._image_query(arguments)
+        images = Images(keys[0], values[0], image_index, query, terms, image_scores, image_slots)
+        return super().forward(**arguments, **passed_on, images=images)
+
+    def _catch(self, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """The query (B, Hq, T, Dk), key and value of this attention in a call with `arguments`."""
+        caught: list[tuple[Tensor, Tensor, Tensor]] = []
+        try:  # noqa: SIM105 - torch.compile knows no contextlib.suppress
+            super().forward(**arguments, caught=caught)
+        except _Caught:
+            pass
+        return caught[0]
+
+    def _image_query(self, arguments: dict[str, Any]) -> Tensor | None:
+        """The unrotated query of a call, (B, Hq, T, Dk); None where neither an argument nor the attention's own tables
+        rotate it."""
+        if arguments.get("position_embeddings") is None and not self.has_tables:
+            return None
+        return self._catch(self._unrotated(arguments))[0]
+
+    def _unrotated(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call for the same tokens, unrotated, without mask and with a cache that stays unchanged.
+
+        Their positions stay where the attention does not rotate by them itself: some families scale the query by them.
+        """
+        replaced = {}
+        layer = arguments.get("layer_idx", getattr(self, "layer_idx", 0))  # an argument in Zamba, which shares layers
+        for name, value in arguments.items():
+            if isinstance(value, Cache):
+                value = TokensBefore(value.get_seq_length(layer))
+            elif name == "attention_mask":
+                value = None
+            elif name == "use_cache":
+                value = False
+            elif name == "position_embeddings" and value is not None:
+                value = identity_rotation(value)
+            elif name == "position_ids" and value is not None and arguments.get("position_embeddings") is None:
+                value = torch.zeros_like(value)
+            elif isinstance(value, MutableMapping):  # such as keys that later layers read
+                value = copy.copy(value)
+            replaced[name] = value
+        return replaced
+
+    def _at_no_position(self, hidden_states: Tensor, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call for other `hidden_states` (B, T, C), alone, unrotated and unscaled."""
+        replaced = self._unrotated(alone(hidden_states, arguments))
+        if replaced.get("position_ids") is not None:
+            replaced["position_ids"] = torch.zeros_like(replaced["position_ids"])
+        return replaced
+
+    @torch.no_grad()
+    def check_mathematics(self, own_config: Any, calls: list[Call]) -> None:
+        """Checks that a token with one image gets the class's own attention over two tokens, the image and itself.
+
+        This is done unrotated and at the last position of each call, with and without a cache, and for several tokens:
+        for a single one, all of the softmax may be on the image or on the token.
+
+        Args:
+            own_config: config with the class's own attention implementation.
+            calls: at positions near and far, without a cache.
+
+        Raises:
+            ValmError: the two differ, because the family computes more than one softmax over all that a token sees,
+                changes queries or keys after their rotation, or scales keys by their position.
+        """
+        text = calls[0].arguments["hidden_states"][0]  # (T, C)
+        pairs = torch.stack([text[:-1], text[1:]], 1)  # (T - 1, 2, C)
+        query, keys, values = self._catch(self._at_no_position(pairs[None, :, 0], calls[0].arguments))
+        logit_bias = text.new_zeros(query.shape[1])
+        k_bias, v_bias = (text.new_zeros(x.shape[1], x.shape[3]) for x in (keys, values))
+        image = torch.arange(len(pairs), device=text.device)
+        index = torch.stack([torch.full_like(image, -1), image], 1)[..., None]  # (T - 1, 2, 1): of each second token
+        itself = torch.eye(2, dtype=torch.bool, device=text.device)[None, None]
+        cache_names = [name for name in CACHE_ARGUMENTS if name in self.forward_names]
+        for call, cached, rotated in itertools.product(calls, (False, True), (False, True)):
+            cache = TokensBefore(call.position - 1) if cached else None
+            placed = alone(pairs, call.arguments) | dict.fromkeys(cache_names, cache)
+            image_query = self._image_query(placed)
+            if not rotated:
+                placed = self._unrotated(placed)
+            terms = FusionTerms(text, k_bias, v_bias, logit_bias)
+            images = Images(keys[0], values[0], index, image_query, terms)
+            with_image = super().forward(**placed | {"attention_mask": itself}, images=images)[0][:, -1]
+            config, self.config = self.config, own_config
+            try:
+                own = super().forward(**placed)[0][:, -1]
+            finally:
+                self.config = config
+            error = ((with_image - own).abs().max() / own.abs().max()).item()
+            if not error <= torch.finfo(own.dtype).eps ** 0.5:
+                why = "is not one softmax over all that a token sees"
+                if call.position >= len(text):
+                    why = f"computes something else at position {call.position}"
+                elif rotated:
+                    why = "changes queries or keys after their rotation"
+                raise ValmError(
+                    f"{type(self).__name__} {why}: with images it would be off by {error:.1e} of its largest value"
+                )
+
+
+class VisualLayer(_Module):
+    """Mixin of a decoder layer: passes the images to its attention.
+
+    Some layers drop unknown arguments. This is done in the layer because gradient checkpointing reruns its forward.
+    """
+
+    def forward(
+        self,
+        *args: Any,
+        image_pool: Tensor | None = None,
+        image_index: Tensor | None = None,
+        image_scores: Tensor | None = None,
+        image_slots: Tensor | None = None,
+        text_limits: TextLimits | None = None,
+        read_weights: Callable[..., None] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        _call.images = None if image_pool is None else (image_pool, image_index, image_scores, image_slots)
+        _call.passed_on = {"text_limits": text_limits, "read_weights": read_weights}
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            _call.images, _call.passed_on = None, {}
+
+
+def fusion_attention(
+    module: nn.Module,
+    query: Tensor,  # (B, Hq, Tq, Dk)
+    key: Tensor,  # (B, Hkv, Tk, Dk)
+    value: Tensor,  # (B, Hkv, Tk, Dv)
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    images: Images | None = None,
+    caught: list | None = None,
+    softcap: float | None = None,
+    position_bias: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    text_limits: TextLimits | None = None,
+    read_weights: Callable[..., None] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: (B, Tq, Hq, Dv), and no weights. Without dropout.
+
+    text_limits: those of the mask where they are known; otherwise they are read from it, but not in a compiled graph.
+    read_weights: called with the arguments of `joint_weights`.
+    softcap, position_bias and s_aux (a sink: one more score per head, without a value) come from the families.
+    """
+    if caught is not None:
+        caught.append((query, key, value))
+        if not torch.compiler.is_compiling():  # a compiler drops unused results by itself
+            raise _Caught
+        return query.transpose(1, 2)[..., : value.shape[-1]], None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    seen = visible_keys(attention_mask)
+    if read_weights is not None:
+        read_weights(query, key, images, seen, scale, softcap, position_bias, s_aux)
+    if seen is None and 1 < num_queries < num_keys:  # a static cache that is being filled
+        key, value = key[:, :, :num_queries], value[:, :, :num_queries]
+    if text_limits is None and not torch.compiler.is_compiling():
+        text_limits = read_limits(seen)
+    reason = why_joint_eager(query, value, position_bias, seen, text_limits)
+    if reason is None:
+        out = _kernel_attention(query, key, value, images, text_limits, scale, softcap, s_aux)
+    else:
+        out = joint_attention(query, key, value, images, seen, scale, softcap, position_bias, s_aux)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def why_joint_eager(
+    query: Tensor,
+    value: Tensor,
+    position_bias: Tensor | None,
+    seen: Tensor | None = None,
+    text_limits: TextLimits | None = None,
+) -> str | None:
+    """Why `visual_fusion_attn` cannot serve these tensors, or None if it can.
+
+    text_limits: those of the mask `seen`, None if it has holes or was not read. A compiled graph cannot read a mask, so
+    with an unread one it uses the joint attention, which is right for every mask.
+    """
+    widest = max(query.shape[-1], value.shape[-1])
+    if not MIN_HEAD_DIM <= widest <= MAX_HEAD_DIM:
+        return f"head dimension {widest}"
+    if position_bias is not None:
+        return "position bias"
+    if seen is not None and text_limits is None:
+        return "mask in a compiled graph" if torch.compiler.is_compiling() else "mask with holes"
+    return None
+
+
+def visible_keys(attention_mask: Tensor | None) -> Tensor | None:
+    """(B or 1, Tq, Tk) bool from the mask that transformers prepared, True where a query sees a key.
+
+    Raises:
+        ValmError: a mask that is not of four dimensions, which other attention implementations take.
+    """
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 4:
+        raise ValmError(
+            f"the fusion layer cannot read an attention mask of type {type(attention_mask).__name__}: load the model "
+            'with attn_implementation="sdpa" or "eager"'
+        )
+    mask = attention_mask[:, 0]
+    return mask if mask.dtype == torch.bool else mask == 0
+
+
+def read_limits(seen: Tensor | None) -> TextLimits | None:
+    """The limits in the mask `seen` (B, Tq, Tk); None without a mask, or if it has holes.
+
+    Without holes each query sees all keys from some key to its own, or none. The queries are the last tokens of the
+    text, behind which a static cache has unused keys. This waits for a GPU, as transformers itself does to look for
+    padding.
+    """
+    if seen is None:
+        return None
+    num_queries, num_keys = seen.shape[1:]
+    key = torch.arange(num_keys, device=seen.device)
+    sees = seen.any(-1)  # (B, Tq)
+    first_key = torch.where(sees, seen.int().argmax(-1), num_keys)
+    later = torch.arange(num_queries - 1, -1, -1, device=seen.device)  # (Tq,): queries behind each
+    end = num_keys - seen.flip(-1).int().argmax(-1)  # (B, Tq): one past the last key that each sees
+    seqlens = torch.where(sees, end + later, 0).amax(-1)  # (B,)
+    interval = (key >= first_key[..., None]) & (key < (seqlens[:, None] - later)[..., None])
+    # more than all keys: the mask of an encoder, in which earlier queries see the last key too
+    whole = (interval == seen).all() & (seqlens <= num_keys).all()
+    whole, full = torch.stack([whole, (seqlens == num_keys).all()]).tolist()
+    if not whole:
+        return None
+    return TextLimits(first_key.int(), None if full else seqlens.int())
+
+
+def _kernel_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    images: Images | None,
+    text_limits: TextLimits | None,
+    scale: float,
+    softcap: float | None,
+    sink: Tensor | None,
+) -> Tensor:
+    """(B, Hq, Tq, Dv) by `visual_fusion_attn`."""
+    value_dim, widest = value.shape[-1], max(query.shape[-1], value.shape[-1])
+    arguments = image_arguments(query, images, widest) | limit_arguments(query, text_limits)
+    image_k = image_v = None
+    if images is not None:
+        image_k, image_v = _widened(images.keys, widest), _widened(images.values, widest)
+        arguments["image_v_bias"] = _widened(images.terms.v_bias, widest)
+        arguments["image_slots"] = images.slots
+    if softcap is not None:
+        arguments["softcap"] = softcap
+    query, key, value = (_widened(tensor, widest) for tensor in (query, key, value))
+    out, lse = visual_fusion_attn(query, key, value, image_k, image_v, **arguments, scale=scale, return_lse=True)
+    if sink is not None:  # a sink takes a share of the softmax and has no value
+        out = out * without_sink(lse, sink)[..., None].to(out.dtype)
+    return out[..., :value_dim]
+
+
+def image_arguments(query: Tensor, images: Images | None, width: int) -> dict[str, Any]:
+    """The image arguments of `visual_fusion_attn` and `attention_weights` besides keys and values."""
+    if images is None:
+        return {}
+    arguments: dict[str, Any] = {
+        "image_index": images.image_index,
+        "image_k_bias": _widened(images.terms.k_bias, width),
+        "image_logit_bias": images.terms.logit_bias.to(torch.promote_types(query.dtype, torch.float32)),
+    }
+    score_bias = images.score_bias()
+    if score_bias is not None:
+        arguments["image_score_bias"] = score_bias
+    if images.query is not None:
+        arguments["image_q"] = _widened(images.query, width)
+    return arguments
+
+
+def limit_arguments(query: Tensor, text_limits: TextLimits | None) -> dict[str, Any]:
+    """The arguments of `visual_fusion_attn` that limit the text."""
+    if text_limits is None:
+        return {}
+    first_key, seqlens = text_limits
+    batch = query.shape[0]
+    return {
+        "first_key": first_key.expand(batch, -1),
+        "cache_seqlens": None if seqlens is None else seqlens.expand(batch),
+    }
+
+
+def without_sink(lse: Tensor, sink: Tensor) -> Tensor:
+    """(B, Hq, Tq): the share of the softmax that a sink (Hq,) leaves to what has the logsumexp `lse` (B, Hq, Tq)."""
+    return torch.sigmoid(lse - sink.reshape(1, -1, 1))
+
+
+def _widened(tensor: Tensor, width: int) -> Tensor:
+    """The tensor with its last dimension padded by zeros, which change no product."""
+    return tensor if tensor.shape[-1] == width else F.pad(tensor, (0, width - tensor.shape[-1]))
+
+
+def joint_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    images: Images | None,
+    seen: Tensor | None,
+    scale: float,
+    softcap: float | None = None,
+    position_bias: Tensor | None = None,
+    sink: Tensor | None = None,
+) -> Tensor:
+    """Attention with all scores in memory, for any mask, bias and dimension; (B, Hq, Tq, Dv).
+
+    seen: (B or 1, Tq, Tk) bool, None = causal. A query that sees nothing gets zeros.
+    """
+    text, image = joint_weights(query, key, images, seen, scale, softcap, position_bias, sink)
+    group = query.shape[1] // key.shape[1]
+    out = text.to(query.dtype) @ value.repeat_interleave(group, 1)
+    if images is not None:
+        pool = (images.values + images.terms.v_bias[:, None]).to(query.dtype)  # (Hkv, U, Dv)
+        of_each = pool[:, images.image_index.clamp(min=0).long()]  # (Hkv, B, Tq, K, Dv)
+        image_v = of_each.repeat_interleave(group, 0).transpose(0, 1)
+        out = out + (image.to(query.dtype)[..., None, :] @ image_v)[..., 0, :]
+    return out
+
+
+def joint_weights(
+    query: Tensor,
+    key: Tensor,
+    images: Images | None,
+    seen: Tensor | None,
+    scale: float,
+    softcap: float | None = None,
+    position_bias: Tensor | None = None,
+    sink: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The weights of `joint_attention` over text (B, Hq, Tq, Tk) and over images (B, Hq, Tq, K), at least float32."""
+    bias = query.new_zeros(1, 1, query.shape[2], key.shape[2], dtype=torch.promote_types(query.dtype, torch.float32))
+    if position_bias is not None:
+        bias = bias + position_bias
+    if seen is not None:
+        bias = bias.masked_fill(~seen[:, None], -torch.inf)
+    text, image, lse = attention_weights(
+        query,
+        key,
+        None if images is None else images.keys,
+        **image_arguments(query, images, query.shape[-1]),
+        text_bias=bias,
+        causal=seen is None,
+        scale=scale,
+        softcap=softcap,
+    )
+    if sink is not None:
+        share = without_sink(lse, sink)[..., None]
+        text, image = text * share, image * share
+    return text, image
+
+
+AttentionInterface.register(IMPLEMENTATION, fusion_attention)
+
+
+class Swapped(_Module):
+    """Mixin of the classes that `subclass` makes, which pickle cannot find by name."""
+
+    wrapped_class: type
+    make_class: Any  # the function below that makes this class of the wrapped one
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _new, (type(self).make_class, self.wrapped_class), self.__dict__
+
+
+def _new(make_class: Any, wrapped_class: type) -> Any:
+    made = make_class(wrapped_class)
+    return made.__new__(made)
+
+
+_subclasses: dict[Any, Any] = {}
+
+
+def subclass(mixin: type, base: Any, make_class: Any, **attributes: Any) -> Any:
+    """The class of `mixin` in front of `base`, one for each base, with the base's name: transformers and accelerate
+    look up classes by name.
+
+    Args:
+        make_class: the function that makes this class, which pickle calls.
+    """
+    if (mixin, base) in _subclasses:
+        return _subclasses[mixin, base]
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    made = {"wrapped_class": base, "make_class": staticmethod(make_class)}
+    bases = (mixin, Swapped, base)
+    return _subclasses.setdefault((mixin, base), type(base.__name__, bases, names | made | attributes))
+
+
+def visual_attention_class(base: type[nn.Module]) -> type[VisualAttention]:
+    names = tuple(inspect.signature(base.forward).parameters)[1:]  # without self
+    return subclass(VisualAttention, base, visual_attention_class, forward_names=names)
+
+
+def visual_layer_class(base: type[nn.Module]) -> type[VisualLayer]:
+    return subclass(VisualLayer, base, visual_layer_class)

@@ -1,0 +1,340 @@
+"""VaLM: GPT-2 in which one layer also attends to the images retrieved for each token (Wang et al. 2022)."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2LMHeadModel
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils.deprecation import deprecate_kwarg
+
+from valm.clip.tokenizer import ClipBpeTokenizer
+from valm.errors import ValmError
+from valm.model.attention import FusionOptions, TextLimits
+from valm.model.augment import AugmentedCausalLM
+from valm.model.config import ValmConfig
+from valm.model.documents import Documents, find_documents, text_mask, unless_all_zero
+from valm.model.image_model import ImageOptions, RetrievalCache, with_retrieval
+from valm.model.old_weights import converted_weights
+from valm.model.query_head import QueryHead, QueryState
+
+
+class VaLMForCausalLM(AugmentedCausalLM, GPT2LMHeadModel):
+    """VaLM with a language-model head, with Hugging Face's interface: `from_pretrained`, `generate`, `Trainer`.
+
+    It is what `valm.augment` makes of a GPT-2, with documents: one begins at every `bos_token_id` (SOT) and after
+    padding. Positions restart there, and no layer lets a token see an earlier document. Padding may be on either side
+    for training and scoring, on the left for `generate()`.
+
+    Images come in one of two ways: as `image_pool` and `image_index`, or from a retriever passed to
+    `set_retriever`, which then serves every forward pass and `generate()` token by token. Without either, or
+    with num_images = 0, the model is a GPT-2.
+    """
+
+    config_class = ValmConfig
+    config: ValmConfig
+    forward_names = tuple(inspect.signature(GPT2LMHeadModel.forward).parameters)[1:]
+    _supports_flash_attn = False  # its layers take a mask of documents, which these do not
+    _supports_flex_attn = False
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: transformers skips GPT-2's scaled initialisation in classes outside its own package, as their
+        `_init_weights` may overwrite loaded weights. This one does not."""
+        return False
+
+    def __init__(self, config: ValmConfig):
+        super().__init__(config)
+        if config.fusion_scale == "embed_dim":
+            block: Any = self.transformer.h[config.fusion_index]
+            block.attn.scaling = config.n_embd**-0.5
+        self.query_head: QueryHead | None = None
+        if config.query_clip is not None:
+            self.query_head = QueryHead(config, config.image_dim)
+            self.query_head.apply(self._init_weights)
+
+    def add_query_head(self, clip: str) -> QueryHead:
+        """Gives the model a new query head, with random weights, for the CLIP whose weights have SHA-256 `clip`.
+
+        Raises:
+            ValmError: the model retrieves no images.
+        """
+        config = self.config
+        config.check_query_head()
+        config.query_clip = clip
+        self.query_head = QueryHead(config, config.image_dim)
+        return self.query_head.to(self.device, self.dtype)
+
+    @property
+    def fusion_options(self) -> FusionOptions:
+        config = self.config
+        head_dim = config.n_embd // config.n_head
+        return FusionOptions(
+            architecture="GPT2LMHeadModel",
+            image_dim=config.image_dim,
+            num_images=config.num_images,
+            layer=config.fusion_layer,
+            width=config.n_embd,
+            heads=config.n_head,
+            kv_heads=config.n_head,
+            key_dim=head_dim,
+            value_dim=head_dim,
+            logit_bias=config.image_logit_bias_init,
+            blind=config.blind,
+            unfreeze="all",
+            score_scale=config.image_score_scale_init,
+            norm_eps=config.layer_norm_epsilon,
+        )
+
+    @property
+    def image_options(self) -> ImageOptions:
+        config = self.config
+        scored = config.image_score_scale_init is not None
+        return ImageOptions(config.num_images, config.image_dim, config.blind, scored)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any) -> Any:
+        """`PreTrainedModel.from_pretrained`, also of what an earlier version saved (`converted_weights`)."""
+        source = pretrained_model_name_or_path
+        weights = None
+        if source is not None and kwargs.get("state_dict") is None:
+            weights = converted_weights(Path(source) / kwargs.get("subfolder", ""))
+        if source is None or weights is None:
+            return super().from_pretrained(source, *args, **kwargs)
+        source = Path(source) / kwargs.pop("subfolder", "")
+        config = kwargs.pop("config", None) or ValmConfig.from_pretrained(source)
+        for name in [name for name in kwargs if hasattr(config, name) and name not in ("dtype", "attn_implementation")]:
+            setattr(config, name, kwargs.pop(name))
+        kwargs |= {"config": config, "state_dict": weights}
+        found = super().from_pretrained(None, *args, **kwargs)
+        model = found[0] if isinstance(found, tuple) else found
+        model.config.name_or_path = os.fspath(source)
+        if (Path(source) / GENERATION_CONFIG_NAME).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(source)
+        return found
+
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")  # as in transformers' own models
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_pool: Tensor | None = None,
+        image_index: Tensor | None = None,
+        image_scores: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        inputs_embeds: Tensor | None = None,
+        image_slots: Tensor | None = None,
+        **arguments: Any,
+    ) -> CausalLMOutputWithPast:
+        """Next-token logits.
+
+        Args:
+            input_ids: (B, T) int64.
+            attention_mask: (B, P + T), 0 at padding, with P the tokens already in the cache. None = no padding.
+            image_pool: (U, E) float, the image vectors of this batch, each once.
+            image_index: (B, T, K) int32 or int64 rows of the pool, -1 = no image.
+            image_scores: (B, T, K) float, the retrieval score of each image; of a model with image_score_scale_init
+                only, which needs it beside images.
+            position_ids: (B, T) int64; by default the distance from the document's first token.
+            cache: returned by an earlier call with use_cache=True, or an empty one; this call adds to it.
+            labels: (B, T) int64, input_ids with -100 at ignored positions; shifted inside.
+            use_cache: return the cache too.
+            logits_to_keep: return only the logits of the last positions, as many as this; 0 = all.
+            inputs_embeds: (B, T, C), instead of input_ids. A document then begins after padding only, and a retriever
+                cannot be used.
+            image_slots: `valm_kernels.sort_image_slots(image_index, U)` beside images, so that the backward on CUDA
+                need not sort.
+            arguments: others of GPT2LMHeadModel, such as output_hidden_states.
+
+        Raises:
+            ValueError: a shape or value does not fit the model (the message says which), or output_attentions is set:
+                it has no place for the weights of images.
+        """
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            image_pool=image_pool,
+            image_index=image_index,
+            image_scores=image_scores,
+            position_ids=position_ids,
+            cache=cache,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            inputs_embeds=inputs_embeds,
+            image_slots=image_slots,
+            **arguments,
+        )
+
+    def place_text(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a forward pass with the masks and positions of its documents.
+
+        Raises:
+            ValueError: a shape does not fit, or a document is longer than the model's positions.
+            TypeError: the cache has tokens of which it does not know where their documents begin.
+        """
+        if "text_limits" in arguments:  # of `generate` with a static cache
+            return arguments
+        ids: Any = arguments.get("input_ids")
+        embeds: Any = arguments.get("inputs_embeds")
+        mask = arguments.get("attention_mask")
+        if (ids is None) == (embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        cache = arguments.get("cache")
+        if cache is None and arguments.get("use_cache"):
+            cache = DynamicCache(config=self.config)
+        kept, past = (None, 0) if cache is None else _with_documents(cache)
+        tokens = ids if embeds is None else embeds
+        documents = self._documents(tokens, mask, past, None if kept is None else kept.first_keys.get(past))
+        positions = arguments.get("position_ids")
+        positions = documents.position_ids if positions is None else positions
+        if positions.dim() != 2 or positions.shape[1] != tokens.shape[1]:
+            raise ValueError(
+                f"position_ids must have shape (batch, tokens) = {tuple(tokens.shape[:2])}, "
+                f"got {tuple(positions.shape)}"
+            )
+        self._check_positions(positions)
+        length = tokens.shape[1]
+        if kept is not None:
+            # beside the present one, which is needed again if this pass fails
+            known = {past: kept.first_keys[past]} if past > 0 else {}
+            kept.first_keys = known | {past + length: documents.first_key[:, -1]}
+        static = isinstance(cache, StaticCache)
+        first_key = documents.first_key if static else unless_all_zero(documents.first_key)
+        num_keys = length if cache is None else cache.get_mask_sizes(length, 0)[0]
+        limits = None
+        if first_key is not None:
+            limits = TextLimits(first_key, first_key.new_full(first_key.shape[:1], past + length) if static else None)
+        return arguments | {
+            # not the ids, for which transformers would say that they have padding and no mask
+            "input_ids": None,
+            "inputs_embeds": self.transformer.wte(ids) if embeds is None else embeds,
+            "attention_mask": self._blocks_mask(first_key, (length, num_keys), past),
+            "position_ids": positions,
+            "cache": cache,
+            "use_cache": cache is not None,
+            "text_limits": limits,
+        }
+
+    def place_in_static_cache(self, inputs: dict[str, Any], mask: Tensor | None) -> dict[str, Any]:
+        placed = self.place_text(inputs | {"attention_mask": mask, "position_ids": None})
+        return {name: placed[name] for name in ("attention_mask", "position_ids", "text_limits")}
+
+    def self_queries(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, state: QueryState | None = None
+    ) -> Tensor:
+        """The queries of the model's own head, (B, T, E) float32, zeros at padding. Only the head gets a gradient.
+
+        Args:
+            attention_mask: (B, P + T), 0 at padding, with P the tokens in `state`. None = no padding.
+            state: of the tokens before; gets these too.
+
+        Raises:
+            ValmError: the model has no query head.
+            ValueError: a wrong shape, as in `forward`.
+        """
+        if self.query_head is None:
+            raise ValmError('query="self" needs a query head: train one with `valm distill`')
+        past = 0 if state is None else state.length
+        documents = self._documents(input_ids, attention_mask, past, None if state is None else state.first_key)
+        self._check_positions(documents.position_ids)
+        with torch.no_grad():
+            embeddings = self.transformer.wte(input_ids) + self.transformer.wpe(documents.position_ids)
+        length = input_ids.shape[1]
+        mask = self._blocks_mask(unless_all_zero(documents.first_key), (length, past + length), past)
+        queries = self.query_head(embeddings, mask, None if state is None else state.cache)
+        if state is not None:
+            state.first_key = documents.first_key[:, -1]
+            state.length += length
+        return queries if documents.present is None else queries.masked_fill(~documents.present[..., None], 0)
+
+    def generate(
+        self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **arguments: Any
+    ) -> Any:
+        """`GenerationMixin.generate`; the retriever finds the images of each new token.
+
+        Raises:
+            ValueError: attention_mask has padding on the right, or there are arguments that `forward` takes only.
+        """
+        mask = arguments.get("attention_mask")
+        if mask is not None and not mask[:, -1].all():
+            raise ValueError("attention_mask pads on the right; generate() continues the last column: pad on the left")
+        return super().generate(inputs, generation_config, **arguments)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Always raises: continuous batching has no place for where documents begin."""
+        raise ValmError("a VaLM has no continuous batching (generate_batch): call generate()")
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        if "text_limits" not in inputs:
+            inputs.pop("position_ids", None)  # forward handles documents, generate() does not
+        return inputs
+
+    def _documents(self, tokens: Tensor, mask: Tensor | None, past: int, first_key: Tensor | None) -> Documents:
+        """Of ids (B, T) or embeddings (B, T, C) behind `past` tokens, as in `find_documents`; mask (B, P + T)."""
+        embedded = tokens.is_floating_point()
+        if tokens.dim() != 2 + embedded or tokens.shape[1] == 0:
+            name, shape = ("inputs_embeds", "(batch, tokens, n_embd)") if embedded else ("input_ids", "(batch, tokens)")
+            raise ValueError(f"{name} must have shape {shape} with tokens, got {tuple(tokens.shape)}")
+        batch, length = tokens.shape[:2]
+        if embedded or self.config.bos_token_id is None:
+            begins = torch.zeros(batch, length, dtype=torch.bool, device=tokens.device)
+        else:
+            begins = tokens == self.config.bos_token_id
+        if mask is not None:
+            if mask.shape != (batch, past + length):
+                raise ValueError(
+                    f"attention_mask must have shape (batch, past + tokens) = {(batch, past + length)}, "
+                    f"got {tuple(mask.shape)}"
+                )
+            mask = nn.functional.pad(mask.bool(), (1, 0))[:, past:]  # (B, 1 + T), from one column earlier
+        return find_documents(begins, mask, past=past, first_key=first_key)
+
+    def _blocks_mask(self, first_key: Tensor | None, shape: tuple[int, int], past: int) -> Tensor | None:
+        """`text_mask`, or None where a text block does the same without."""
+        eager = self.config._attn_implementation == "eager"
+        if first_key is None and not eager and (past == 0 or shape[0] == 1):
+            return None
+        return text_mask(first_key, shape, past, float_dtype=self.dtype if eager else None, device=self.device)
+
+    def _check_positions(self, position_ids: Tensor) -> None:
+        looked_up = position_ids.device.type == "cpu" and not torch.compiler.is_compiling()
+        if looked_up and int(position_ids.max()) >= self.config.n_positions:
+            raise ValueError(
+                f"input_ids has a document of at least {int(position_ids.max()) + 1} tokens, "
+                f"but this model has {self.config.n_positions} positions; split it"
+            )
+
+
+def _with_documents(cache: Cache) -> tuple[RetrievalCache, int]:
+    """`cache` itself, which knows where the document being read began, and the number of its tokens.
+
+    Raises:
+        TypeError: it is no cache of transformers, or has tokens, but a VaLM did not fill it.
+    """
+    if not isinstance(cache, Cache):
+        raise TypeError(f"cache must be a Cache of transformers, such as DynamicCache, got a {type(cache).__name__}")
+    past = int(cache.get_seq_length())
+    if past > 0 and past not in getattr(cache, "first_keys", {}):
+        raise TypeError(
+            f"where the documents of the {past} tokens in this {type(cache).__name__} begin is not known: begin with "
+            "an empty one"
+        )
+    return with_retrieval(cache), past
+
+
+AutoModelForCausalLM.register(ValmConfig, VaLMForCausalLM, exist_ok=True)
+# AutoTokenizer looks up the name in a saved tokenizer's configuration; otherwise it would load a plain fast tokenizer.
+AutoTokenizer.register(ValmConfig, tokenizer_class=ClipBpeTokenizer, exist_ok=True)

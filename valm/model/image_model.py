@@ -1,0 +1,406 @@
+"""Retrieves a model's images when `forward` gets none: shared by VaLM and augmented decoders."""
+
+from __future__ import annotations
+
+import functools
+import os
+import stat
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+from transformers.cache_utils import Cache
+
+from valm.errors import ValmError
+from valm.knowledge_base.store import ImageKnowledgeBase
+from valm.model.card import write_card
+from valm.model.query_head import SelfEncoder, SelfRetriever
+from valm.retrieval.context import ContextCache
+from valm.retrieval.note import RetrievalNote
+from valm.retrieval.retriever import BlindRetriever, ImageRetriever, NoImages
+from valm.store.pretrained import CONFIG_FILE, from_pretrained
+from valm_kernels.atomic_files import set_mode
+
+_Base: Any = object  # for a type checker, the model class behind the mixin
+
+
+class ImageOptions(NamedTuple):
+    """num_images: K, images per token; 0 = none. image_dim: E. blind: see `ValmConfig`. scored: whether the model
+    uses the retrieval scores of its images."""
+
+    num_images: int
+    image_dim: int
+    blind: bool
+    scored: bool = False
+
+
+class RetrievalCache(Cache):
+    """A cache that also holds the retriever's state and where documents began, and reorders both with the beams."""
+
+    retrieval: ContextCache | None = None
+    # ids and mask (B, T) of the text that a model read before it returned this cache; `retrieval` begins with it
+    text: tuple[Tensor, Tensor | None] | None = None
+    num_retrieved = 0  # tokens that `retrieval` has read
+    # of a VaLM: the first key (B,) int32 of the document being read, behind so many tokens
+    first_keys: Mapping[int, Tensor] = MappingProxyType({})
+    is_croppable = False
+    plain_class: Any = None  # of a class that `retrieval_cache_class` made: what it was made of
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced = super().__reduce_ex__(protocol)
+        # such a class cannot be imported by its name
+        return reduced if self.plain_class is None else (_empty_cache, (self.plain_class,), *reduced[2:])
+
+    def crop(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Always raises: the retriever's state cannot be rolled back."""
+        raise NotImplementedError(
+            f"a {type(self).__name__} with a retriever's state cannot be cropped, so assisted decoding does not work"
+        )
+
+    def reset(self) -> None:
+        super().reset()
+        self.retrieval = self.text = None
+        self.num_retrieved, self.first_keys = 0, {}
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes a copy of row beam_idx[i]."""
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]  # any tensor of integers will do
+        # MiniMax's states of linear attention, which its class reorders in batch_select_indices only; [] is none
+        states: list[Any] = getattr(self, "linear_cache", [])
+        for layer, state in enumerate(states):
+            if isinstance(state, Tensor):
+                states[layer] = state[beam_idx.to(state.device)]
+        self.reorder_state(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.reorder_state(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Always raises: a cache does not know how many rows it has."""
+        raise NotImplementedError("a cache with a retriever's state repeats its rows by reorder_cache only")
+
+    def reorder_state(self, rows: Tensor) -> None:
+        """What `reorder_cache` does beside the keys and values."""
+        if self.retrieval is not None:
+            self.retrieval.reorder(rows)
+        if self.text is not None:
+            ids, mask = self.text
+            at = rows.to(ids.device)
+            self.text = ids[at], None if mask is None else mask[at]
+        self.first_keys = {past: keys[rows.to(keys.device)] for past, keys in self.first_keys.items()}
+
+
+@functools.cache
+def retrieval_cache_class(cache_class: Any) -> Any:
+    """`cache_class` with a retriever's state."""
+    return type(cache_class.__name__, (RetrievalCache, cache_class), {"plain_class": cache_class})
+
+
+def _empty_cache(plain_class: Any) -> Any:
+    """The cache whose state pickle sets."""
+    made = retrieval_cache_class(plain_class)
+    return made.__new__(made)
+
+
+def with_retrieval(cache: Any) -> RetrievalCache:
+    """`cache` itself, whose class becomes one with a retriever's state: `generate` and the user hold this object, and
+    reorder it by its methods."""
+    if not isinstance(cache, RetrievalCache):
+        plain: Any = type(cache)
+        cache.__class__ = retrieval_cache_class(plain)
+    return cache
+
+
+class ImageModel(_Base):
+    """Mixin of a causal language model that takes images, passed to `forward` or found by a retriever.
+
+    A model that takes images but gets none and has no retriever warns once; with `strict = True` it raises ValueError
+    each time. Pass an empty `image_pool` to run without images on purpose.
+
+    Threads may share a model in eval mode: `forward`, `generate` and `fusion_attention` may run at once. Training,
+    `augment`, `set_retriever`, `to` and saving need the model alone.
+    """
+
+    strict = False
+    # says that the images come from another knowledge base than the model was saved with; None otherwise
+    other_images: str | None = None
+    _retriever: ImageRetriever | None = None
+    # folder of the note on retrieval; None: the one the model was loaded from
+    _note_folder: str | None = None
+    _note_ignored = False
+    _warned = False
+
+    @property
+    def image_options(self) -> ImageOptions:
+        """Which images the model takes."""
+        raise NotImplementedError
+
+    @property
+    def retriever(self) -> ImageRetriever | None:
+        """What finds the images when `forward` gets none: set by `set_retriever`, or else noted in the model's folder
+        and opened on first use.
+
+        Raises:
+            ValmError: what the folder notes is missing or does not fit.
+        """
+        if self._retriever is None and self.image_options.num_images > 0 and not self._note_ignored:
+            note = self._note()
+            if note is not None:
+                self._open(note)
+        return self._retriever
+
+    def set_retriever(self, retriever: ImageRetriever | None) -> None:
+        """Sets what finds the images of every token; a blind model takes a `BlindRetriever`. None removes it.
+        With `NoImages` any model reads the text alone.
+
+        A model that was loaded with a note on retrieval warns if the images come from another knowledge base.
+
+        Raises:
+            ValmError: the retriever differs from the model in kind (blind or not), number or dimension of images, or
+                from the note in its CLIP.
+        """
+        other_images = None
+        if retriever is not None:
+            options = self.image_options
+            if options.blind != isinstance(retriever, BlindRetriever) and not isinstance(retriever, NoImages):
+                kind = "a BlindRetriever" if options.blind else "a Retriever"
+                raise ValmError(
+                    f"this model needs {kind} (blind={options.blind} in its config), got a {type(retriever).__name__}"
+                )
+            for name, found, option in (("k", retriever.k, "num_images"), ("dim", retriever.dim, "image_dim")):
+                if found != getattr(options, option):
+                    raise ValmError(
+                        f"retriever.{name} is {found}, but this model was made for {getattr(options, option)} "
+                        f"({option} in its config): give it the retriever or knowledge base that it was trained with"
+                    )
+            saved = self._note()
+            # a note of an earlier version has no hash, and that of a CLIP takes seconds
+            given = None if saved is None or saved.clip_sha256 is None else RetrievalNote.of_retriever(retriever)
+            if saved is not None and given is not None:
+                other_images = saved.other_images(given)
+                if other_images is not None:
+                    warnings.warn(other_images, stacklevel=2)
+        self._retriever, self.other_images = retriever, other_images
+        self._note_ignored = True
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's, which `generate_batch` calls too.
+
+        Raises:
+            ValmError: the model has a retriever.
+            ValueError: it has none and is `strict`.
+        """
+        if finds_images(self):  # the batching thread would keep its errors to itself
+            raise ValmError(
+                "continuous batching (generate_batch) reads several texts in one row, which a retriever cannot follow: "
+                "call generate(), or set_retriever(None) for text alone"
+            )
+        return super().init_continuous_batching(*args, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """`PreTrainedModel.save_pretrained`, the note on what finds the images, and a model card (`write_card`)."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", args[0] if args else True):
+            # as the umask says, not for their owner alone
+            mode = stat.S_IMODE((Path(save_directory) / CONFIG_FILE).stat().st_mode)
+            for weights in Path(save_directory).glob("model*.safetensors"):
+                set_mode(weights, mode)
+            self.save_note(save_directory)
+            write_card(self, save_directory)
+
+    def save_note(self, folder: str | os.PathLike, *, place: str | os.PathLike | None = None) -> None:
+        """Writes the note on what finds the images, if a retriever is set that a file can describe.
+
+        Args:
+            folder, place: as in `RetrievalNote.write`.
+        """
+        note = RetrievalNote.of_retriever(self._retriever) if self._note_ignored else self._note()
+        if note is not None:
+            note.completed().write(folder, place=place)
+
+    def find_images(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, cache: Cache | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """image_pool (U, E), image_index and image_scores (B, T, K) of the tokens `input_ids` (B, T), by the retriever.
+
+        The scores are None for a model that does not use them. All three are None, with a warning, if the model has no
+        retriever. `cache` has the state of the earlier tokens.
+
+        Raises:
+            ValueError: there is no retriever and the model is `strict`; or the retriever did not read all the tokens in
+                the cache.
+        """
+        if not finds_images(self):
+            return None, None, None
+        return self._find_images(input_ids, attention_mask, cache)
+
+    @torch.compiler.disable
+    def _find_images(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, cache: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        retriever = self.retriever
+        assert retriever is not None
+        if input_ids is None:
+            raise ValueError(
+                "the retriever reads token ids, got inputs_embeds only: give image_pool and image_index too"
+            )
+        mask = _mask_of(input_ids, attention_mask)
+        if cache is None:
+            found = retriever(input_ids, mask)
+        else:
+            found = retriever.step(input_ids, _retrieval_state(with_retrieval(cache), retriever, len(input_ids)), mask)
+            cache.num_retrieved += input_ids.shape[1]
+        scores = found.scores.to(input_ids.device) if self.image_options.scored else None
+        return found.image_pool.to(input_ids.device), found.image_index.to(input_ids.device), scores
+
+    @torch.compiler.disable
+    def keep_text(self, output: Any, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+        """Puts the text of a forward pass that began without a cache into the cache that it returns, if it does.
+
+        The retriever reads the text again when the cache is used, so that a pass whose cache nobody uses costs nothing.
+        """
+        values = output if isinstance(output, tuple) else output.values()
+        for cache in values:
+            if isinstance(cache, Cache):
+                with_retrieval(cache).text = input_ids.clone(), _mask_of(input_ids, attention_mask)
+
+    def check_images(self, shape: torch.Size, pool: Tensor | None, index: Tensor | None, scores: Tensor | None) -> None:
+        """Checks image_pool, image_index and image_scores against the model and the batch's `shape`.
+
+        Raises:
+            ValueError: they do not fit.
+        """
+        if (pool is None) != (index is None):
+            raise ValueError("image_pool and image_index must be given together")
+        options = self.image_options
+        if scores is not None and not options.scored:
+            raise ValueError(
+                "image_scores was given to a model that does not use retrieval scores: make it with "
+                "image_score_scale_init (ValmConfig) or score_scale (valm.augment)"
+            )
+        if pool is None or index is None:
+            if scores is not None:
+                raise ValueError("image_scores must be given together with image_pool and image_index")
+            return
+        if options.num_images == 0:
+            raise ValueError("image_pool was given to a model with num_images = 0 (GPT-2*), which sees no images")
+        if pool.dim() != 2 or pool.shape[1] != options.image_dim:
+            raise ValueError(
+                f"image_pool must have shape (U, image_dim = {options.image_dim}), got {tuple(pool.shape)}"
+            )
+        if index.dim() != 3 or index.shape[:2] != shape:
+            raise ValueError(
+                f"image_index must have shape (B, T, K), (B, T) = {tuple(shape)}, got {tuple(index.shape)}"
+            )
+        if scores is None:
+            if options.scored and pool.shape[0] > 0:
+                raise ValueError("image_scores must be given with the images: this model uses their retrieval scores")
+            return
+        if scores.shape != index.shape or not scores.is_floating_point():
+            raise ValueError(
+                f"image_scores must be float with the shape of image_index, {tuple(index.shape)}, got {scores.dtype} "
+                f"with {tuple(scores.shape)}"
+            )
+
+    def _note(self) -> RetrievalNote | None:
+        folder = self._note_folder or self.config.name_or_path
+        return RetrievalNote.read(folder) if folder else None
+
+    def open_retriever(self, note: RetrievalNote, tokenizer: Any, **options: Any) -> ImageRetriever:
+        """What `note` says finds the images of this model, which reads with `tokenizer`.
+
+        Args:
+            options: clip, allow_download, device and dtype, as in `RetrievalNote.open`. A query head has the device and
+                dtype of the model.
+
+        Raises:
+            ValmError: the knowledge base or the CLIP is missing or damaged, or they do not belong together.
+        """
+        images = self.image_options
+        if note.query == "self" and note.knowledge_base is not None:
+            kb = ImageKnowledgeBase.open(note.knowledge_base)
+            of_clip = {name: options[name] for name in ("clip", "allow_download") if name in options}
+            return SelfRetriever(SelfEncoder(self, tokenizer, kb, **of_clip), kb, images.num_images)
+        return note.open(tokenizer, images.num_images, blind=images.blind, **options)
+
+    def _open(self, note: RetrievalNote) -> None:
+        folder = Path(self._note_folder or self.config.name_or_path)
+        source = folder if (folder / "tokenizer_config.json").is_file() else self.config.name_or_path
+        try:
+            tokenizer: Any = from_pretrained(AutoTokenizer, source, f"the tokenizer in {source}", local_files_only=True)
+        except ValmError as error:
+            raise ValmError(
+                f"the images of the model in {folder} cannot be retrieved: no tokenizer can be loaded from {source}; "
+                "save one there by tokenizer.save_pretrained, or set a retriever by set_retriever"
+            ) from error
+        try:
+            self.set_retriever(self.open_retriever(note, tokenizer, device=self.device))
+        except Exception as error:  # open_clip raises many kinds
+            raise ValmError(
+                f"the images of the model in {folder} cannot be retrieved: {str(error).splitlines()[0]}; set another "
+                "retriever by set_retriever, or None for text alone"
+            ) from error
+
+    def say_that_images_are_missing(self) -> None:
+        """Warns once that the model has no images; silent if it takes none.
+
+        Raises:
+            ValueError: the model is `strict`.
+        """
+        options = self.image_options
+        if options.num_images == 0:
+            return
+        message = (
+            f"this model takes {options.num_images} images a token, but has no retriever and was given none: set one "
+            "by set_retriever, or give image_pool and image_index"
+        )
+        if self.strict:
+            raise ValueError(message)
+        if not self._warned:
+            self._warned = True
+            warnings.warn(message + ". It reads the text alone now.", stacklevel=5)
+
+
+def _mask_of(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+    """The attention mask (B, T) of `input_ids` in that of all tokens."""
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ValueError(
+            f"beside a retriever attention_mask must have two dimensions (B, T), got {attention_mask.dim()}: "
+            "give image_pool and image_index too"
+        )
+    return None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
+
+
+def _retrieval_state(cache: RetrievalCache, retriever: ImageRetriever, batch: int) -> ContextCache:
+    """The retriever's state after the tokens in the cache.
+
+    Raises:
+        ValueError: the retriever has not read them.
+    """
+    if cache.retrieval is None:
+        cache.retrieval = retriever.start(batch)
+        if cache.text is not None:
+            ids, mask = cache.text
+            retriever.step(ids, cache.retrieval, mask)
+            cache.text, cache.num_retrieved = None, ids.shape[1]
+    if cache.num_retrieved != cache.get_seq_length():
+        raise ValueError(
+            f"the cache has {cache.get_seq_length()} tokens, but the retriever has read {cache.num_retrieved} of them: "
+            "the others were read without a retriever or with images that were given; start with an empty cache"
+        )
+    return cache.retrieval
+
+
+@torch.compiler.assume_constant_result
+def finds_images(model: ImageModel) -> bool:
+    """Whether the model has a retriever; warns if it lacks one. A compiled graph evaluates this while tracing."""
+    if model.retriever is not None:
+        return True
+    model.say_that_images_are_missing()
+    return False

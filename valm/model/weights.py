@@ -1,0 +1,17 @@
+"""Attention weights of an augmented model's fusion layer, which `forward` never materialises."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from valm.model.attention import joint_weights
+
+
+def fusion_weights(model: nn.Module, **inputs: Any) -> tuple[Tensor, Tensor]:
+    """The weights over text (B, H, T, T) and over images (B, H, T, K) of an augmented model on `inputs`."""
+    found: list[tuple[Tensor, Tensor]] = []
+    model(**inputs, use_cache=False, read_weights=lambda *arguments: found.append(joint_weights(*arguments)))
+    (weights,) = found
+    return weights
