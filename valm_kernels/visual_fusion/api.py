@@ -1,4 +1,4 @@
-"""The public functions visual_fusion_attn and attention_weights: argument checks, choice of an implementation."""
+"""The public functions visual_fusion_attn and attention_weights: autocast and the choice of an implementation."""
 
 from __future__ import annotations
 
@@ -11,41 +11,13 @@ import torch
 from torch import Tensor
 
 from valm_kernels.visual_fusion import flash
+from valm_kernels.visual_fusion.checks import check_bool, check_tensor, check_text_bias, checked_inputs
 from valm_kernels.visual_fusion.inputs import Inputs
 from valm_kernels.visual_fusion.op import document_starts, fused_attention
 from valm_kernels.visual_fusion.reference import joint_softmax, reference_attention
 
 IMPLS = ("auto", "triton", flash.NAME, "cpu", "reference")
-MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
-MAX_IMAGES = 64
-# scale and softcap are from 2**-RANGE to 2**RANGE: beyond, scores or their gradients would not be finite in float32.
-RANGE = 60
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-# The tensors in the order in which they are checked, and those with the dtype of q.
-_NAMES = Inputs._fields[:-3]
-_LIKE_Q = ("q", "k", "v", "image_k", "image_v", "image_q")
-_NO_IMAGES: dict[str, Any] = dict.fromkeys(name for name in _NAMES if name.startswith("image_"))
-
-
-def _dtypes(q: torch.dtype) -> tuple[tuple[torch.dtype, ...], ...]:
-    """What each of the tensors may be beside a q of that dtype."""
-    wide = torch.promote_types(q, torch.float32)
-    others = {
-        "image_index": (torch.int32, torch.int64),
-        "image_mask": (torch.bool,),
-        "image_k_bias": (q, wide),
-        "image_v_bias": (q, wide),
-        "image_logit_bias": (wide,),
-        "image_score_bias": (wide,),
-        "first_key": (torch.int32,),
-        "cu_seqlens": (torch.int32, torch.int64),
-        "cache_seqlens": (torch.int32,),
-        "image_slots": (torch.int32,),
-    }
-    return tuple(others.get(name, (q,)) for name in _NAMES)
-
-
-_DTYPES = {q: _dtypes(q) for q in (torch.float32, torch.float16, torch.bfloat16, torch.float64)}
 
 
 @overload
@@ -230,14 +202,14 @@ def visual_fusion_attn(
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument has the wrong shape, device or value, or impl cannot serve these tensors.
     """
-    _check_bool("return_lse", return_lse)
-    _check_bool("return_image_weights", return_image_weights)
+    check_bool("return_lse", return_lse)
+    check_bool("return_image_weights", return_image_weights)
     images = (image_k, image_v, image_q, image_index, image_mask)
     biases = (image_k_bias, image_v_bias, image_logit_bias, image_score_bias)
     tensors = (q, k, v, *images, *biases, first_key, cache_seqlens, image_slots, cu_seqlens)
-    _check_tensor("q", q)
+    check_tensor("q", q)
     asked, impl = impl, _choose_impl(impl, q)
-    inputs = _checked_inputs(tensors, causal, scale, softcap)
+    inputs = _with_documents(checked_inputs(_cast(tensors), causal, scale, softcap))
     if impl == flash.NAME and (refusal := flash.refusal(inputs)) is not None:
         raise ValueError(f'impl="{impl}" {refusal}; use impl="auto"')
     if asked == "auto" and impl == "triton" and flash.is_long(inputs):
@@ -297,57 +269,12 @@ def attention_weights(
     images = (image_k, image_k, image_q, image_index, image_mask)
     biases = (image_k_bias, None, image_logit_bias, image_score_bias)
     tensors = (q, k, k, *images, *biases, first_key, cache_seqlens, None, cu_seqlens)
-    _check_tensor("q", q)
-    inputs = _checked_inputs(tensors, causal, scale, softcap, any_dim=True)
+    check_tensor("q", q)
+    inputs = _with_documents(checked_inputs(_cast(tensors), causal, scale, softcap, any_dim=True))
     if text_bias is not None:
-        _check_text_bias(text_bias, inputs)
+        check_text_bias(text_bias, inputs)
     with _outside_autocast(q.device.type):
         return joint_softmax(inputs, text_bias)
-
-
-def _check_text_bias(text_bias: Tensor, inputs: Inputs) -> None:
-    _check_tensor("text_bias", text_bias)
-    if not text_bias.is_floating_point():
-        raise TypeError(f"text_bias must be floating point, got {text_bias.dtype}")
-    batch, heads, num_queries, _ = inputs.q.shape
-    shape, tokens = text_bias.shape, (num_queries, inputs.k.shape[2])
-    if len(shape) != 4 or shape[0] not in (1, batch) or shape[1] not in (1, heads) or shape[2:] != tokens:
-        expected = (batch, heads, *tokens)
-        raise ValueError(f"text_bias must have shape (B or 1, Hq or 1, Tq, Tk), here {expected}, got {tuple(shape)}")
-
-
-def _checked_inputs(
-    tensors: tuple[Any, ...],
-    causal: bool,
-    scale: float | None,
-    softcap: float | None,
-    any_dim: bool = False,
-) -> Inputs:
-    """The arguments checked and cast to the autocast dtype; K = 0 always becomes None.
-
-    `tensors` are as in `_NAMES`, and q is one. any_dim: of heads too.
-    """
-    tensors = _cast(tensors)
-    _check_tensors(tensors)
-    _check_bool("causal", causal)
-    if scale is not None:
-        _check_positive_number("scale", scale)
-    if softcap is not None:
-        _check_positive_number("softcap", softcap)
-        softcap = float(softcap)
-    q, k, v = tensors[:3]
-    _check_text_shapes(q, k, v)
-    if not any_dim and not MIN_HEAD_DIM <= q.shape[-1] <= MAX_HEAD_DIM:
-        raise ValueError(f"q must have a head_dim D from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {q.shape[-1]}")
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    inputs = Inputs._make([*tensors, causal, scale, softcap])
-    num_images = _check_image_shapes(inputs)
-    _check_option_shapes(inputs, num_images)
-    if inputs.cu_seqlens is not None:
-        inputs = _with_documents(inputs, inputs.cu_seqlens)
-    if num_images == 0:
-        inputs = inputs._replace(**_NO_IMAGES)
-    return inputs
 
 
 def _cast(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -364,24 +291,14 @@ def _cast(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
     return (*(t.to(dtype) if _is_cast(t) else t for t in tensors[:6]), *tensors[6:])
 
 
-def _with_documents(inputs: Inputs, cu_seqlens: Tensor) -> Inputs:
-    """The inputs with the first_key of the documents in `cu_seqlens`, or the inputs' own where that is later."""
-    q, first_key = inputs.q, inputs.first_key
-    if q.shape[0] != 1:
-        raise ValueError(
-            f"cu_seqlens needs one row of packed documents (B = 1), got B = {q.shape[0]}: join the rows along the "
-            "tokens, or give first_key"
-        )
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
-        raise ValueError(f"cu_seqlens must have shape (N + 1,) with N >= 1, got {tuple(cu_seqlens.shape)}")
-    if not inputs.causal:
-        raise ValueError("cu_seqlens needs causal=True: without it a query would see the documents behind its own")
-    if inputs.cache_seqlens is not None:
-        raise ValueError("cu_seqlens cannot be combined with cache_seqlens: give first_key instead")
-    starts = document_starts(cu_seqlens, q.shape[2], inputs.k.shape[2])
-    if first_key is None:
+def _with_documents(inputs: Inputs) -> Inputs:
+    """The inputs with the first_key of the documents in cu_seqlens, or the inputs' own where that is later."""
+    if inputs.cu_seqlens is None:
+        return inputs
+    starts = document_starts(inputs.cu_seqlens, inputs.q.shape[2], inputs.k.shape[2])
+    if inputs.first_key is None:
         return inputs._replace(first_key=starts)
-    return inputs._replace(first_key=torch.maximum(first_key, starts), cu_seqlens=None)
+    return inputs._replace(first_key=torch.maximum(inputs.first_key, starts), cu_seqlens=None)
 
 
 def _outside_autocast(device_type: str) -> AbstractContextManager:
@@ -424,133 +341,3 @@ def _choose_impl(impl: str, q: Tensor) -> str:
         if q.dtype == torch.float64:
             raise TypeError(f'impl="{impl}" does not take float64; use float32, or impl="reference"')
     return impl
-
-
-def _check_tensor(name: str, value: Any) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {'None' if value is None else type(value).__name__}")
-
-
-def _check_tensors(tensors: tuple[Any, ...]) -> None:
-    """Checks types, devices and dtypes."""
-    dtype, device = tensors[0].dtype, tensors[0].device
-    if dtype not in _DTYPES:
-        raise TypeError(f"q must be float32, float16, bfloat16 or float64, got {dtype}")
-    for name, tensor, dtypes in zip(_NAMES, tensors, _DTYPES[dtype], strict=True):
-        if tensor is None and name not in ("k", "v"):
-            continue
-        _check_tensor(name, tensor)
-        if tensor.device != device:
-            raise ValueError(f"{name} must be on the device of q, {device}, but is on {tensor.device}")
-        if tensor.dtype not in dtypes:
-            if name in _LIKE_Q:
-                raise TypeError(f"{name} must have the dtype of q, {dtype}, got {tensor.dtype}")
-            names = " or ".join(dict.fromkeys(str(d) for d in dtypes))
-            raise TypeError(f"{name} must be {names} beside a {dtype} q, got {tensor.dtype}")
-
-
-def _check_bool(name: str, value: bool) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
-
-
-def _check_positive_number(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number or None, got {type(value).__name__}")
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{name} must be positive and finite, got {value}")
-    if not 2**-RANGE <= value <= 2**RANGE:
-        raise ValueError(
-            f"{name} must be from 2**-{RANGE} to 2**{RANGE}, as scores are computed in float32, got {value}"
-        )
-
-
-def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str) -> None:
-    if tensor.shape != expected:
-        raise ValueError(f"{name} must have shape {meaning} = {tuple(expected)}, got {tuple(tensor.shape)}")
-
-
-def _check_text_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
-    for name, tensor, meaning in (("q", q, "(B, Hq, Tq, D)"), ("k", k, "(B, Hkv, Tk, D)"), ("v", v, "(B, Hkv, Tk, D)")):
-        if tensor.dim() != 4:
-            raise ValueError(f"{name} must have 4 dimensions {meaning}, got shape {tuple(tensor.shape)}")
-        if tensor.numel() == 0:
-            raise ValueError(f"{name} must have no empty dimension, got shape {tuple(tensor.shape)}")
-    batch, query_heads, num_queries, head_dim = q.shape
-    _, kv_heads, num_keys, _ = k.shape
-    _check_shape("k", k, (batch, kv_heads, num_keys, head_dim), "(B, Hkv, Tk, D)")
-    _check_shape("v", v, k.shape, "(B, Hkv, Tk, D) of k")
-    if query_heads % kv_heads:
-        raise ValueError(f"q must have a multiple of k's {kv_heads} heads, got {query_heads}")
-    if num_keys < num_queries:
-        raise ValueError(f"k must have at least as many tokens as q (Tk >= Tq), got {num_keys} < {num_queries}")
-
-
-def _check_image_shapes(inputs: Inputs) -> int:
-    """Checks image_k, image_v, image_q, image_index, image_mask and image_slots; returns K."""
-    q, k, _, image_k, image_v, image_q, image_index, image_mask = inputs[:8]
-    batch, _, num_queries, head_dim = q.shape
-    kv_heads = k.shape[1]
-
-    if image_q is not None:
-        _check_shape("image_q", image_q, q.shape, "that of q")
-    if inputs.image_slots is not None and image_index is None:
-        raise ValueError("image_slots belongs to the pooled layout: give image_index too")
-    if image_index is not None and image_mask is not None:
-        raise ValueError("image_mask belongs to the dense layout; in the pooled layout put -1 into image_index instead")
-    slots_name, slots = ("image_index", image_index) if image_index is not None else ("image_mask", image_mask)
-    if slots is not None:
-        if slots.dim() != 3:
-            raise ValueError(f"{slots_name} must have 3 dimensions (B, Tq, K), got shape {tuple(slots.shape)}")
-        _check_shape(slots_name, slots, (batch, num_queries, slots.shape[2]), "(B, Tq, K)")
-
-    if (image_k is None) != (image_v is None):
-        missing, given = ("image_k", "image_v") if image_k is None else ("image_v", "image_k")
-        raise ValueError(f"{missing} must be given together with {given}, got None")
-    if image_k is None or image_v is None:
-        if slots is not None and slots.shape[2] > 0:
-            raise ValueError(f"image_k must be given for the {slots.shape[2]} slots of {slots_name}, got None")
-        return 0
-
-    if image_index is None:
-        if image_k.dim() != 5:
-            hint = "; the pooled layout (Hkv, U, D) needs image_index" if image_k.dim() == 3 else ""
-            raise ValueError(
-                f"image_k must have 5 dimensions (B, Hkv, Tq, K, D), got shape {tuple(image_k.shape)}{hint}"
-            )
-        num_images = image_k.shape[3]
-        _check_shape("image_k", image_k, (batch, kv_heads, num_queries, num_images, head_dim), "(B, Hkv, Tq, K, D)")
-        if image_mask is not None:
-            _check_shape("image_mask", image_mask, (batch, num_queries, num_images), "(B, Tq, K)")
-    else:
-        if image_k.dim() != 3:
-            raise ValueError(
-                f"image_k must have 3 dimensions (Hkv, U, D) beside image_index, got shape {tuple(image_k.shape)}"
-            )
-        num_images = image_index.shape[2]
-        _check_shape("image_k", image_k, (kv_heads, image_k.shape[1], head_dim), "(Hkv, U, D)")
-    _check_shape("image_v", image_v, image_k.shape, "that of image_k")
-    if inputs.image_slots is not None:
-        length = image_k.shape[1] + 1 + batch * num_queries * num_images
-        _check_shape("image_slots", inputs.image_slots, (length,), "(U + 1 + B Tq K,)")
-    if num_images > MAX_IMAGES:
-        raise ValueError(f"image_k must have at most {MAX_IMAGES} images per token (K), got {num_images}")
-    return num_images
-
-
-def _check_option_shapes(inputs: Inputs, num_images: int) -> None:
-    batch, query_heads, num_queries, head_dim = inputs.q.shape
-    of_key_heads = (inputs.k.shape[1], head_dim)
-    k_bias, v_bias, logit_bias, score_bias, first_key, cache_seqlens = inputs[8:14]
-    if k_bias is not None:
-        _check_shape("image_k_bias", k_bias, of_key_heads, "(Hkv, D)")
-    if v_bias is not None:
-        _check_shape("image_v_bias", v_bias, of_key_heads, "(Hkv, D)")
-    if logit_bias is not None:
-        _check_shape("image_logit_bias", logit_bias, (query_heads,), "(Hq,)")
-    if score_bias is not None:
-        _check_shape("image_score_bias", score_bias, (batch, num_queries, num_images), "(B, Tq, K)")
-    if first_key is not None:
-        _check_shape("first_key", first_key, (batch, num_queries), "(B, Tq)")
-    if cache_seqlens is not None:
-        _check_shape("cache_seqlens", cache_seqlens, (batch,), "(B,)")

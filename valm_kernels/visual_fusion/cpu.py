@@ -20,7 +20,8 @@ from torch import Tensor
 
 from valm_kernels.native import cpu_isa, native, survives_fork
 from valm_kernels.visual_fusion import cpu_softcap
-from valm_kernels.visual_fusion.inputs import Gradients, Inputs, check_cache_seqlens
+from valm_kernels.visual_fusion.checks import check_cache_seqlens
+from valm_kernels.visual_fusion.inputs import Gradients, Inputs
 from valm_kernels.visual_fusion.layout import empty_rows_like, empty_tokens_first, whole_rows
 from valm_kernels.visual_fusion.slots import check_pool
 

@@ -15,7 +15,8 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from valm_kernels.visual_fusion import cpu, flash
-from valm_kernels.visual_fusion.inputs import Gradients, Inputs, check_cu_seqlens
+from valm_kernels.visual_fusion.checks import check_cu_seqlens
+from valm_kernels.visual_fusion.inputs import Gradients, Inputs
 from valm_kernels.visual_fusion.layout import empty_gradients, empty_image_scores, empty_rows_like
 
 _INPUTS = (

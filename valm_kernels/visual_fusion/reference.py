@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from valm_kernels.visual_fusion.inputs import Inputs, check_cache_seqlens
+from valm_kernels.visual_fusion.checks import check_cache_seqlens
+from valm_kernels.visual_fusion.inputs import Inputs
 from valm_kernels.visual_fusion.slots import check_pool
 
 

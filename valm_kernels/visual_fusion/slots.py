@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from valm_kernels.visual_fusion.inputs import Inputs, check_image_index
+from valm_kernels.visual_fusion.checks import check_image_index, check_index_on_cpu
+from valm_kernels.visual_fusion.inputs import Inputs
 
 
 def sort_image_slots(image_index: Tensor, pool_size: int) -> Tensor:
@@ -27,13 +28,7 @@ def sort_image_slots(image_index: Tensor, pool_size: int) -> Tensor:
         TypeError: image_index has the wrong type or dtype.
         ValueError: it has the wrong shape, is not on the CPU, or has a number outside [-1, U).
     """
-    if not isinstance(image_index, Tensor) or image_index.dtype not in (torch.int32, torch.int64):
-        found = image_index.dtype if isinstance(image_index, Tensor) else type(image_index).__name__
-        raise TypeError(f"image_index must be an int32 or int64 tensor, got {found}")
-    if image_index.dim() != 3:
-        raise ValueError(f"image_index must have 3 dimensions (B, Tq, K), got shape {tuple(image_index.shape)}")
-    if image_index.device.type != "cpu":
-        raise ValueError(f"image_index must be on the CPU, but is on {image_index.device}; the backward sorts it there")
+    check_index_on_cpu(image_index)
     check_image_index(image_index, pool_size)
     order, bounds = sorted_slots(image_index, pool_size)
     return torch.cat([bounds, order]).int()

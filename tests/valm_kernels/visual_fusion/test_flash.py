@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tests.valm_kernels.visual_fusion.problems import Problem
 from valm_kernels import visual_fusion_attn
 from valm_kernels.visual_fusion import api, flash
+from valm_kernels.visual_fusion.checks import checked_inputs
 from valm_kernels.visual_fusion.inputs import Inputs
 
 GROUPED = Problem(query_heads=8, kv_heads=2, num_queries=16, head_dim=64, num_images=0, biases=False)
@@ -19,7 +20,7 @@ DOCUMENTS = replace(GROUPED, batch=1, num_queries=80, cu_seqlens=True)
 def checked(problem: Problem, dtype: torch.dtype = torch.float16, **options) -> Inputs:
     given = problem.inputs(dtype) | options
     tensors = tuple(given.get(name) for name in Inputs._fields[:-3])
-    return api._checked_inputs(tensors, given.get("causal", True), None, given.get("softcap"))
+    return api._with_documents(checked_inputs(tensors, given.get("causal", True), None, given.get("softcap")))
 
 
 @pytest.mark.parametrize("problem", [GROUPED, replace(GROUPED, causal=False), DOCUMENTS])

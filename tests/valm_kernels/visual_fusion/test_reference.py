@@ -186,15 +186,6 @@ def test_a_compiled_reference_refuses_a_row_that_there_is_not():
         compiled(**arguments)
 
 
-def test_a_text_bias_that_does_not_fit_is_refused():
-    inputs = PROBLEMS["pooled"].inputs()
-    q, k = inputs["q"], inputs["k"]
-    with pytest.raises(ValueError, match=r"text_bias must have shape \(B or 1, Hq or 1, Tq, Tk\)"):
-        attention_weights(q, k, None, text_bias=torch.zeros(1, 1, q.shape[2], k.shape[2] + 1))
-    with pytest.raises(TypeError, match="text_bias must be floating point"):
-        attention_weights(q, k, None, text_bias=torch.zeros(1, 1, q.shape[2], k.shape[2], dtype=torch.bool))
-
-
 def test_attention_weights_without_images():
     inputs = PROBLEMS["no images"].inputs()
     text, image, lse = attention_weights(inputs["q"], inputs["k"], None)

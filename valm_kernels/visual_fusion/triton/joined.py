@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from valm_kernels.visual_fusion import flash
-from valm_kernels.visual_fusion.inputs import Gradients, Inputs, check_cu_seqlens
+from valm_kernels.visual_fusion.checks import check_cu_seqlens
+from valm_kernels.visual_fusion.inputs import Gradients, Inputs
 from valm_kernels.visual_fusion.layout import empty_gradients, empty_rows_like
 from valm_kernels.visual_fusion.triton import backward as triton_backward
 from valm_kernels.visual_fusion.triton import forward as triton_forward
