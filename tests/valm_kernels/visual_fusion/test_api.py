@@ -1,3 +1,5 @@
+import ast
+import inspect
 import os
 from dataclasses import replace
 
@@ -215,3 +217,17 @@ def test_float32_biases_beside_16_bit_tensors(impl):
     narrow = {**inputs, "image_k_bias": inputs["image_k_bias"].bfloat16()}
     narrow["image_v_bias"] = inputs["image_v_bias"].bfloat16()
     assert visual_fusion_attn(**inputs, impl=impl).equal(visual_fusion_attn(**narrow, impl=impl))
+
+
+def test_overloads_have_the_parameters_and_defaults_of_the_function():
+    """Editors show the overloads. Type checkers compare their types with the function's, but not the defaults."""
+    named = [n for n in ast.parse(inspect.getsource(api)).body if getattr(n, "name", None) == "visual_fusion_attn"]
+
+    def parameters(function):
+        chosen = ("return_lse", "return_image_weights")
+        options = zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True)
+        given = [ast.unparse(a) for a in function.args.args]
+        return given + [a.arg if a.arg in chosen else (ast.unparse(a), ast.unparse(d)) for a, d in options]
+
+    *overloads, function = map(parameters, named)
+    assert overloads == [function] * 3
