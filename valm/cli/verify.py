@@ -11,14 +11,13 @@ from valm.errors import ValmError
 
 
 def add_to(commands: Commands) -> None:
-    verify = command(
-        commands,
-        "verify",
-        run_verify,
-        "read all of a folder and compare its checksums: a knowledge base, a retrieved corpus, an index of vectors, "
-        "checkpoint-N of a training, the hidden states of --cache-below, or the scores of an evaluation",
+    verify = command(commands, "verify", run_verify, "compare all of a folder that valm wrote with its checksums")
+    verify.add_argument(
+        "folder",
+        type=Path,
+        help="knowledge base, retrieved corpus, index of vectors, checkpoint-N of a training, hidden states of "
+        "--cache-below, or evaluation",
     )
-    verify.add_argument("folder", type=Path)
 
 
 def run_verify(arguments: argparse.Namespace) -> None:

@@ -1,0 +1,300 @@
+"""200 mutants of the code, drawn at random, and a test that kills each of them.
+
+    python -m tests.checks.mutants draw --seed 1    # writes tests/checks/mutants.json, without the tests
+    OMP_NUM_THREADS=1 python -m pytest -n auto -m "not slow" --cov --cov-context=test --cov-report=
+    python -m tests.checks.mutants run              # plants each, and looks for a test that fails
+    python -m tests.checks.mutants check            # the same for those whose recorded test is gone or passes
+
+A mutant is one changed line. Its tests are those that run the line, as the second command noted in .coverage; where it
+noted none (C++, and what runs in processes of their own), those in the files that mirror the source or name its module.
+The slow tests are left out. The checkout is changed while this runs, so use one of your own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+LIST = Path(__file__).with_suffix(".json")
+COUNT = 200
+SOURCES = ("valm", "valm_kernels", "studies", "csrc")
+SECONDS = 600  # for the tests of one step; who runs longer hangs
+AT_ONCE = 60  # tests of one step, at most
+NAMING = 6  # files that name the module, at most
+
+SWAPS = {
+    "<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "in": "not in", "not in": "in", "is": "is not",
+    "is not": "is", "+": "-", "-": "+", "*": "+", "/": "*", "//": "*", "%": "+", "and": "or", "or": "and",
+}  # fmt: skip
+CPP = re.compile(r" (<|<=|>|>=|==|!=|\+|-|\*|/|&&|\|\||\+=|-=) ")
+CPP_SWAPS = SWAPS | {"&&": "||", "||": "&&", "+=": "-=", "-=": "+="}
+
+
+def python_sites(file: Path) -> Iterator[tuple[int, str]]:
+    """(number of a line, what it becomes)."""
+    text = file.read_text(encoding="utf-8")
+    lines = [line.encode() for line in text.splitlines()]
+
+    def change(line: int, start: int, end: int, new: str) -> tuple[int, str]:
+        raw = lines[line - 1]
+        return line, (raw[:start] + new.encode() + raw[end:]).decode()
+
+    def between(left: ast.expr, right: ast.expr) -> Iterator[tuple[int, str]]:
+        if left.end_lineno == right.lineno:
+            raw = lines[right.lineno - 1][left.end_col_offset : right.col_offset].decode()
+            operator = raw.strip("() ")
+            if operator in SWAPS:
+                yield change(
+                    right.lineno, left.end_col_offset, right.col_offset, raw.replace(operator, SWAPS[operator])
+                )
+
+    def visit(node: ast.AST) -> Iterator[tuple[int, str]]:
+        if isinstance(node, ast.Compare) and len(node.ops) == 1:
+            yield from between(node.left, node.comparators[0])
+        elif isinstance(node, ast.BinOp):
+            yield from between(node.left, node.right)
+        elif isinstance(node, ast.BoolOp):
+            yield from between(node.values[0], node.values[1])
+        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            yield change(node.lineno, node.col_offset, node.operand.col_offset, "")
+        elif isinstance(node, ast.Constant) and isinstance(node.value, bool | int) and node.lineno == node.end_lineno:
+            new = not node.value if isinstance(node.value, bool) else node.value + 1
+            yield change(node.lineno, node.col_offset, node.end_col_offset, repr(new))
+        elif isinstance(node, ast.If | ast.While | ast.IfExp) and node.test.lineno == node.test.end_lineno:
+            start, end = node.test.col_offset, node.test.end_col_offset
+            test = lines[node.test.lineno - 1][start:end].decode()
+            yield change(node.test.lineno, start, end, f"(not ({test}))")
+        elif isinstance(node, ast.Return) and node.value is not None and node.lineno == node.end_lineno:
+            yield change(node.lineno, node.col_offset, node.end_col_offset, "return None")
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and node.lineno == node.end_lineno:
+            yield change(node.lineno, node.col_offset, node.end_col_offset, "pass")
+        for field, value in ast.iter_fields(node):
+            if field in ("annotation", "returns") or isinstance(node, ast.JoinedStr):
+                continue
+            for child in value if isinstance(value, list) else [value]:
+                if isinstance(child, ast.AST):
+                    yield from visit(child)
+
+    yield from visit(ast.parse(text))
+
+
+def cpp_sites(file: Path) -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        code = line.partition("//")[0]
+        if not code.lstrip().startswith(("#", "template", "*", "/*")):
+            for found in CPP.finditer(code):
+                yield number, line[: found.start(1)] + CPP_SWAPS[found[1]] + line[found.end(1) :]
+
+
+def draw(seed: int) -> list[dict[str, Any]]:
+    """COUNT lines at random, and one change at random of each."""
+    sites: dict[tuple[str, int], list[str]] = {}
+    for source in SOURCES:
+        for file in sorted((ROOT / source).rglob("*")):
+            find = {".py": python_sites, ".cpp": cpp_sites, ".hpp": cpp_sites, ".cuh": cpp_sites}.get(file.suffix)
+            for number, line in find(file) if find else ():
+                sites.setdefault((str(file.relative_to(ROOT)), number), []).append(line)
+    random_ = random.Random(seed)
+    mutants = []
+    for file, number in sorted(random_.sample(sorted(sites), COUNT)):
+        lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+        line = lines[number - 1]
+        mutants.append(
+            {
+                "file": file,
+                "line": line,
+                "occurrence": lines[: number - 1].count(line),
+                "becomes": random_.choice(sites[file, number]),
+            }
+        )
+    return mutants
+
+
+def place(mutant: dict[str, Any]) -> int:
+    """The number of its line, from 1."""
+    lines = (ROOT / mutant["file"]).read_text(encoding="utf-8").splitlines()
+    places = [number for number, line in enumerate(lines, 1) if line == mutant["line"]]
+    if mutant["occurrence"] >= len(places):
+        raise SystemExit(f"{mutant['file']} has no longer the line {mutant['line']!r}; draw anew, or mend the list")
+    return places[mutant["occurrence"]]
+
+
+def plant(mutant: dict[str, Any]) -> str:
+    """Changes the file, and returns what it was."""
+    path, number = ROOT / mutant["file"], place(mutant)
+    text = path.read_text(encoding="utf-8")
+    lines = text.splitlines(keepends=True)
+    lines[number - 1] = mutant["becomes"] + "\n"
+    path.write_text("".join(lines), encoding="utf-8")
+    return text
+
+
+def covering(file: str, number: int) -> list[str]:
+    """The tests that run a line, those of its mirror first."""
+    from coverage import CoverageData
+
+    if not (ROOT / ".coverage").exists() or not file.endswith(".py"):
+        return []
+    data = CoverageData(str(ROOT / ".coverage"))
+    data.read()
+    contexts = data.contexts_by_lineno(str(ROOT / file))
+    # coverage notes a statement by its first line
+    found = next((contexts[line] for line in range(number, max(0, number - 12), -1) if contexts.get(line)), [])
+    tests = sorted({context.partition("|")[0] for context in found if "::" in context})
+    mirror = f"/test_{Path(file).stem}.py"
+    return sorted(tests, key=lambda test: mirror not in test)
+
+
+def files(file: str) -> Iterator[list[str]]:
+    """Test files for a source file that .coverage knows nothing of, nearest first."""
+    path = Path(file)
+    if path.parts[0] == "csrc":
+        near = {
+            "topk": ["tests/valm_kernels/topk/test_cpu.py"],
+            "image_attn": ["tests/valm_kernels/visual_fusion/test_cpu.py"],
+        }
+        if "cuda" in path.parts:
+            yield ["tests/csrc/topk/cuda/test_kernels.py"]
+            yield ["tests/csrc/topk/cuda"]
+            return
+        yield near.get(path.parts[1], ["tests/valm_kernels/test_int8_rows.py"])
+        yield ["tests/valm_kernels/topk", "tests/valm_kernels/test_native.py", "tests/csrc/test_sanitizers.py"]
+        return
+    folder = Path("tests") / path.parent
+    done = []
+    mirror = folder / f"test_{path.stem}.py"
+    if (ROOT / mirror).exists():
+        done = [str(mirror)]
+        yield done
+    rest = [str(f.relative_to(ROOT)) for f in sorted((ROOT / folder).glob("test_*.py"))]
+    if folder != Path("tests/valm"):
+        yield [f for f in rest if f not in done]
+        done += rest
+    module = ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+    names = re.compile(rf"{re.escape(module)}\b")
+    users = [f for f in sorted((ROOT / "tests").rglob("test_*.py")) if names.search(f.read_text(encoding="utf-8"))]
+    command = ROOT / "tests" / "valm" / "cli" / f"test_{path.stem}.py"
+    named = dict.fromkeys(str(f.relative_to(ROOT)) for f in [*([command] if command.exists() else []), *users])
+    yield [name for name in named if name not in done][:NAMING]
+
+
+def steps(mutant: dict[str, Any]) -> Iterator[list[str]]:
+    tests = covering(mutant["file"], place(mutant))
+    if not tests:
+        yield from files(mutant["file"])
+    elif len(tests) <= AT_ONCE:
+        yield tests
+    else:  # the nearest, and a sample of the rest
+        yield tests[:AT_ONCE]
+        yield random.Random(0).sample(tests[AT_ONCE:], min(AT_ONCE, len(tests) - AT_ONCE))
+
+
+def failing(tests: list[str], log: Path) -> str | None:
+    """The first of the tests that fails, "timeout", or None. In a process forked from this one, which has imported
+    what takes long to import."""
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        with log.open("w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        import pytest
+
+        status = pytest.main(
+            ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:benchmark", *tests]
+        )
+        sys.stdout.flush()
+        os._exit(int(status))
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            break
+        time.sleep(0.05)
+    else:
+        os.killpg(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        return "timeout"
+    code = os.waitstatus_to_exitcode(status)
+    found = re.search(r"^(?:FAILED|ERROR) (\S+\.py(?:::[^\s\[]+)?)", log.read_text(errors="replace"), re.MULTILINE)
+    if found:
+        return found[1]
+    if code == 4:  # a parameter's name is another in this process
+        return failing(list(dict.fromkeys(test.partition("[")[0] for test in tests)), log)
+    return None if code in (0, 5) else f"status {code}"
+
+
+def kill(mutant: dict[str, Any], log: Path, first: str | None = None) -> str | None:
+    """A test that fails with the mutant, `first` tried first, or None."""
+    candidates = [*([[first]] if first else []), *steps(mutant)]
+    before = plant(mutant)
+    native = mutant["file"].startswith("csrc") and "cuda" not in mutant["file"]
+    try:
+        if native and not build():
+            return "the compiler"
+        for tests in candidates:
+            if tests and (found := failing(tests, log)):
+                return found
+        return None
+    finally:
+        (ROOT / mutant["file"]).write_text(before, encoding="utf-8")
+
+
+def build() -> bool:
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    environment = os.environ | {"VALM_KERNELS_CUDA": "off"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True).returncode == 0
+
+
+def import_heavy() -> None:
+    import faiss  # noqa: F401
+    import hypothesis  # noqa: F401
+    import open_clip  # noqa: F401
+    import pyarrow.parquet  # noqa: F401
+    import torch  # noqa: F401
+    import transformers  # noqa: F401
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["draw", "run", "check"])
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", default=":", help="a part of the list, as FROM:TO")
+    parser.add_argument("--out", type=Path, default=LIST, help="where `run` writes the list with its tests")
+    arguments = parser.parse_args()
+    if arguments.what == "draw":
+        LIST.write_text(json.dumps(draw(arguments.seed), indent=1) + "\n", encoding="utf-8")
+        return
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT))
+    sys.dont_write_bytecode = True
+    os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    import_heavy()
+    first, last = (int(part) if part else None for part in arguments.only.split(":"))
+    mutants = json.loads(LIST.read_text(encoding="utf-8"))
+    log = Path(f"/tmp/mutant-{os.getpid()}.log")
+    for number, mutant in list(enumerate(mutants))[first:last]:
+        known = mutant.get("killed_by") if arguments.what == "check" else None
+        mutant["killed_by"] = kill(mutant, log, known if known and "::" in known else None)
+        print(number, mutant["file"], mutant["becomes"].strip(), "->", mutant.get("killed_by"), flush=True)
+        arguments.out.write_text(json.dumps(mutants, indent=1) + "\n", encoding="utf-8")
+    if any(m["file"].startswith("csrc") for m in mutants[first:last]):
+        build()
+    alive = sum(not mutant.get("killed_by") for mutant in mutants)
+    print(f"{len(mutants) - alive} of {len(mutants)} die")
+
+
+if __name__ == "__main__":
+    main()
