@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -10,7 +12,7 @@ from torch import Tensor
 from valm_kernels.visual_fusion.inputs import Gradients, Inputs
 from valm_kernels.visual_fusion.layout import empty_tokens_first
 from valm_kernels.visual_fusion.triton.autotune import choose_tiles
-from valm_kernels.visual_fusion.triton.launch import cdiv, kernel_constants, softcap_log2, strides
+from valm_kernels.visual_fusion.triton.launch import RowStrides, cdiv, kernel_constants, softcap_log2, strides
 from valm_kernels.visual_fusion.triton.primitives import (
     LOG2E,
     cap_slope,
@@ -147,6 +149,17 @@ def _key_query_tiles(
     return b_dk, b_dv
 
 
+class KeyStrides(NamedTuple):
+    """Of the tensors of `_key_kernel`."""
+
+    q: RowStrides
+    k: RowStrides
+    v: RowStrides
+    grad_out: RowStrides
+    dk: RowStrides
+    dv: RowStrides
+
+
 @kernel
 def _key_kernel(
     q,
@@ -160,12 +173,7 @@ def _key_kernel(
     grad_out,
     dk,
     dv,
-    stride_q,  # (batch, head, position), as for all
-    stride_k,
-    stride_v,
-    stride_do,
-    stride_dk,
-    stride_dv,
+    strides,  # KeyStrides
     Hkv,
     Tq,
     Tk,
@@ -193,8 +201,8 @@ def _key_kernel(
     m_n = (o_n < n_keys)[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
     o_row = o_n.to(tl.int64)
     # [BN, BD]; what is computed for keys past the last is never stored
-    b_k = tl.load(columns(row_pointers(k, stride_k, i_b, i_h, o_row), BLOCK_D, ALIGNED), mask=m_n, other=0.0)
-    b_v = tl.load(columns(row_pointers(v, stride_v, i_b, i_h, o_row), BLOCK_D, ALIGNED), mask=m_n, other=0.0)
+    b_k = tl.load(columns(row_pointers(k, strides.k, i_b, i_h, o_row), BLOCK_D, ALIGNED), mask=m_n, other=0.0)
+    b_v = tl.load(columns(row_pointers(v, strides.v, i_b, i_h, o_row), BLOCK_D, ALIGNED), mask=m_n, other=0.0)
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
@@ -221,8 +229,8 @@ def _key_kernel(
             lse,
             delta,
             first_key,
-            stride_q,
-            stride_do,
+            strides.q,
+            strides.grad_out,
             i_b,
             i_h,
             o_n,
@@ -243,8 +251,8 @@ def _key_kernel(
             i_part == 0,
             INPUT_PRECISION,
         )
-    p_dk = columns(row_pointers(dk, stride_dk, i_b, i_h, o_row), BLOCK_D, ALIGNED)
-    p_dv = columns(row_pointers(dv, stride_dv, i_b, i_h, o_row), BLOCK_D, ALIGNED)
+    p_dk = columns(row_pointers(dk, strides.dk, i_b, i_h, o_row), BLOCK_D, ALIGNED)
+    p_dv = columns(row_pointers(dv, strides.dv, i_b, i_h, o_row), BLOCK_D, ALIGNED)
     m_stored = m_n
     if cache_seqlens is not None:
         m_stored = (o_n < Tk)[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
@@ -290,12 +298,9 @@ def key_gradients(inputs: Inputs, lse: Tensor, delta: Tensor, grad_out: Tensor, 
             grad_out,
             dk,
             dv,
-            strides(q),
-            strides(k),
-            strides(v),
-            strides(grad_out),
-            strides(dk),
-            strides(dv),
+            KeyStrides(
+                q=strides(q), k=strides(k), v=strides(v), grad_out=strides(grad_out), dk=strides(dk), dv=strides(dv)
+            ),
             kv_heads,
             q.shape[2],
             k_len,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -12,6 +13,8 @@ from torch import Tensor
 from valm_kernels.visual_fusion.inputs import Gradients, Inputs, num_images
 from valm_kernels.visual_fusion.triton.autotune import choose_tiles
 from valm_kernels.visual_fusion.triton.launch import (
+    ImageStrides,
+    RowStrides,
     cdiv,
     dense_strides,
     image_strides,
@@ -54,6 +57,24 @@ def _dq_step(b_dq, row_values, b_s, b_k, b_v, INPUT_PRECISION: tl.constexpr):
     return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=INPUT_PRECISION)
 
 
+class QueryStrides(NamedTuple):
+    """Of the tensors of `_query_kernel`; a tensor that is absent has zeros."""
+
+    q: RowStrides
+    k: RowStrides
+    v: RowStrides
+    image_k: ImageStrides
+    image_v: ImageStrides
+    image_q: RowStrides
+    out: RowStrides
+    grad_out: RowStrides
+    text_dq: RowStrides
+    dq: RowStrides
+    dimage_k: ImageStrides
+    dimage_v: ImageStrides
+    dimage_q: RowStrides
+
+
 @kernel
 def _query_kernel(
     q,
@@ -87,19 +108,7 @@ def _query_kernel(
     dimage_v_bias,
     dimage_logit_bias,  # (tiles, B, Hkv, BLOCK_H)
     dimage_score_bias,  # (parts of a group, Hkv, B, K, Tq)
-    stride_q,  # (batch, head, position), as for all but image_k, image_v and their gradients
-    stride_k,
-    stride_v,
-    stride_ik,  # (batch, head, position, slot)
-    stride_iv,
-    stride_iq,
-    stride_o,
-    stride_do,
-    stride_tdq,
-    stride_dq,
-    stride_dik,
-    stride_div,
-    stride_diq,
+    strides,  # QueryStrides
     stride_part,  # from one part's dimage_k and dimage_v to the next
     Hkv,
     Tq,
@@ -131,9 +140,9 @@ def _query_kernel(
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
     # [BM, BD]
-    b_q = load_rows(q, stride_q, i_b, o_h, o_t, D, BLOCK_D, ALIGNED)
-    b_o = load_rows(out, stride_o, i_b, o_h, o_t, D, BLOCK_D, ALIGNED)
-    b_do = load_rows(grad_out, stride_do, i_b, o_h, o_t, D, BLOCK_D, ALIGNED)
+    b_q = load_rows(q, strides.q, i_b, o_h, o_t, D, BLOCK_D, ALIGNED)
+    b_o = load_rows(out, strides.out, i_b, o_h, o_t, D, BLOCK_D, ALIGNED)
+    b_do = load_rows(grad_out, strides.grad_out, i_b, o_h, o_t, D, BLOCK_D, ALIGNED)
     # [BM]
     o_row = (i_b * Hkv * G + o_h) * Tq + o_t
     b_lse = load_lse(lse, o_row, m_row)
@@ -148,7 +157,7 @@ def _query_kernel(
     if image_k is not None:
         b_u = b_q.to(tl.float32)
         if image_q is not None:
-            b_u = load_rows(image_q, stride_iq, i_b, o_h, o_t, D, BLOCK_D, ALIGNED).to(tl.float32)
+            b_u = load_rows(image_q, strides.image_q, i_b, o_h, o_t, D, BLOCK_D, ALIGNED).to(tl.float32)
         b_dof = b_do.to(tl.float32)
         b_t0, b_logit = image_score_terms(
             b_u, image_k_bias, image_logit_bias, i_h, o_h, scale_log2, D, BLOCK_D, ALIGNED
@@ -168,8 +177,8 @@ def _query_kernel(
         for i_k in tl.range(0, K, num_stages=IMAGE_STAGES):
             o_slot, m_image = image_slots(image_index, image_mask, i_b, o_t, i_k, Tq, K)
             # [BM, BD]
-            b_ik = load_images(image_k, stride_ik, i_b, i_h, o_t, o_slot, m_image, D, BLOCK_D, ALIGNED)
-            b_iv = load_images(image_v, stride_iv, i_b, i_h, o_t, o_slot, m_image, D, BLOCK_D, ALIGNED)
+            b_ik = load_images(image_k, strides.image_k, i_b, i_h, o_t, o_slot, m_image, D, BLOCK_D, ALIGNED)
+            b_iv = load_images(image_v, strides.image_v, i_b, i_h, o_t, o_slot, m_image, D, BLOCK_D, ALIGNED)
             # [BM]
             b_x = capped(tl.sum(b_u * b_ik, 1) * scale_log2 + b_t0, softcap_log2)
             b_bias = b_logit - b_lse
@@ -189,11 +198,11 @@ def _query_kernel(
             if dimage_k is not None:
                 # [BT, BD]
                 b_dik = tl.sum(tl.reshape((b_dx * scale)[:, None] * b_u, [BLOCK_T, BLOCK_H, BLOCK_D]), 1)
-                p_dik = row_pointers(dimage_k + o_part, stride_dik, i_b, i_h, o_t1) + i_k * stride_dik[3]
+                p_dik = row_pointers(dimage_k + o_part, strides.dimage_k, i_b, i_h, o_t1) + i_k * strides.dimage_k[3]
                 tl.store(columns(p_dik, BLOCK_D, ALIGNED), b_dik.to(dimage_k.dtype.element_ty), mask=m_t1)
             if dimage_v is not None:
                 b_div = tl.sum(tl.reshape(b_b[:, None] * b_dof, [BLOCK_T, BLOCK_H, BLOCK_D]), 1)
-                p_div = row_pointers(dimage_v + o_part, stride_div, i_b, i_h, o_t1) + i_k * stride_div[3]
+                p_div = row_pointers(dimage_v + o_part, strides.dimage_v, i_b, i_h, o_t1) + i_k * strides.dimage_v[3]
                 tl.store(columns(p_div, BLOCK_D, ALIGNED), b_div.to(dimage_v.dtype.element_ty), mask=m_t1)
             if dimage_score_bias is not None:
                 i_h_part = (i_m % (BLOCK_G // BLOCK_H)) * Hkv + i_h
@@ -215,7 +224,7 @@ def _query_kernel(
             b_dlogit = tl.sum(tl.reshape(b_dt_sum, [BLOCK_T, BLOCK_H]), 0)
             tl.store(dimage_logit_bias + i_part * BLOCK_H + tl.arange(0, BLOCK_H), b_dlogit)
         if dimage_q is not None:
-            p_diq = columns(row_pointers(dimage_q, stride_diq, i_b, o_h, o_t), BLOCK_D, ALIGNED)
+            p_diq = columns(row_pointers(dimage_q, strides.dimage_q, i_b, o_h, o_t), BLOCK_D, ALIGNED)
             tl.store(p_diq, (b_du * scale).to(dimage_q.dtype.element_ty), mask=m_row[:, None] & m_d[None, :])
         if image_q is None:
             b_dq = b_du
@@ -229,10 +238,10 @@ def _query_kernel(
                 b_dq,
                 (b_do, b_lse, b_delta, softcap_log2),
                 b_q,
-                k + i_b * stride_k[0] + i_h * stride_k[1],
-                v + i_b * stride_v[0] + i_h * stride_v[1],
-                stride_k[2],
-                stride_v[2],
+                k + i_b * strides.k[0] + i_h * strides.k[1],
+                v + i_b * strides.v[0] + i_h * strides.v[1],
+                strides.k[2],
+                strides.v[2],
                 first_key,
                 b_first,
                 b_last,
@@ -247,10 +256,10 @@ def _query_kernel(
                 ALIGNED,
                 INPUT_PRECISION,
             )
-        p_dq = columns(row_pointers(dq, stride_dq, i_b, o_h, o_t), BLOCK_D, ALIGNED)
+        p_dq = columns(row_pointers(dq, strides.dq, i_b, o_h, o_t), BLOCK_D, ALIGNED)
         b_dq = b_dq * scale
         if text_dq is not None:
-            b_dq += load_rows(text_dq, stride_tdq, i_b, o_h, o_t, D, BLOCK_D, ALIGNED).to(tl.float32)
+            b_dq += load_rows(text_dq, strides.text_dq, i_b, o_h, o_t, D, BLOCK_D, ALIGNED).to(tl.float32)
         tl.store(p_dq, b_dq.to(dq.dtype.element_ty), mask=m_row[:, None] & m_d[None, :])
 
 
@@ -329,19 +338,21 @@ def query_gradients(
             v_bias,
             logit_bias,
             score_bias,
-            strides(q),
-            strides(k),
-            strides(v),
-            image_strides(image_k, pooled),
-            image_strides(image_v, pooled),
-            strides(image_q),
-            strides(out),
-            strides(grad_out),
-            strides(text_dq),
-            strides(gradients.q),
-            dense_strides(dense_k),
-            dense_strides(dense_v),
-            strides(gradients.image_q),
+            QueryStrides(
+                q=strides(q),
+                k=strides(k),
+                v=strides(v),
+                image_k=image_strides(image_k, pooled),
+                image_v=image_strides(image_v, pooled),
+                image_q=strides(image_q),
+                out=strides(out),
+                grad_out=strides(grad_out),
+                text_dq=strides(text_dq),
+                dq=strides(gradients.q),
+                dimage_k=dense_strides(dense_k),
+                dimage_v=dense_strides(dense_v),
+                dimage_q=strides(gradients.image_q),
+            ),
             0 if parts == 1 else batch * kv_heads * q_len * images * head_dim,
             kv_heads,
             q_len,

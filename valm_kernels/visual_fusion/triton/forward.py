@@ -23,6 +23,7 @@ more split, the last; each writes a float32 partial result with its own lse, and
 from __future__ import annotations
 
 import os
+from typing import NamedTuple
 
 import torch
 import triton
@@ -34,6 +35,8 @@ from valm_kernels.visual_fusion.layout import empty_rows_like
 from valm_kernels.visual_fusion.slots import check_pool
 from valm_kernels.visual_fusion.triton.autotune import choose_tiles
 from valm_kernels.visual_fusion.triton.launch import (
+    ImageStrides,
+    RowStrides,
     cdiv,
     image_strides,
     kernel_constants,
@@ -112,6 +115,18 @@ def _softmax_row_step(carry, b_s, b_v):
     return b_acc, b_m_new, b_l
 
 
+class ForwardStrides(NamedTuple):
+    """Of the tensors of `_forward_kernel` but text_out; a tensor that is absent has zeros."""
+
+    q: RowStrides
+    k: RowStrides
+    v: RowStrides
+    image_k: ImageStrides
+    image_v: ImageStrides
+    image_q: RowStrides
+    out: RowStrides
+
+
 @kernel
 def _forward_kernel(
     q,
@@ -133,15 +148,9 @@ def _forward_kernel(
     image_scores,  # (B, Hq, Tq, K) float32
     text_out,  # of attention to the text alone; None: the kernel attends to it
     text_lse,
-    stride_q,  # (batch, head, position), as for k and v
-    stride_k,
-    stride_v,
-    stride_ik,  # (batch, head, position, slot)
-    stride_iv,
-    stride_iq,  # (batch, head, position), as for out
-    stride_o,
+    strides,  # ForwardStrides
     stride_part,  # from one split's out to the next
-    stride_to,
+    stride_to,  # of text_out
     Hkv,
     Tq,
     Tk,
@@ -167,7 +176,7 @@ def _forward_kernel(
 
     o_t, o_h, m_row = tile_rows(i_m * BLOCK_M, i_h, Tq, G, BLOCK_G, BLOCK_M)
     # [BM, BD]
-    b_q = load_rows(q, stride_q, i_b, o_h, o_t, D, BLOCK_D, ALIGNED)
+    b_q = load_rows(q, strides.q, i_b, o_h, o_t, D, BLOCK_D, ALIGNED)
 
     b_m = tl.full([BLOCK_M], NO_SCORE, tl.float32)
     b_l = tl.zeros([BLOCK_M], tl.float32)
@@ -176,7 +185,7 @@ def _forward_kernel(
     if image_k is not None:
         b_u = b_q.to(tl.float32)
         if image_q is not None:
-            b_u = load_rows(image_q, stride_iq, i_b, o_h, o_t, D, BLOCK_D, ALIGNED).to(tl.float32)
+            b_u = load_rows(image_q, strides.image_q, i_b, o_h, o_t, D, BLOCK_D, ALIGNED).to(tl.float32)
         b_t0, b_logit = image_score_terms(
             b_u, image_k_bias, image_logit_bias, i_h, o_h, scale_log2, D, BLOCK_D, ALIGNED
         )
@@ -184,8 +193,8 @@ def _forward_kernel(
         for i_k in tl.range(0, n_images, num_stages=IMAGE_STAGES):
             o_slot, m_image = image_slots(image_index, image_mask, i_b, o_t, i_k, Tq, K)
             # [BM, BD]
-            b_ik = load_images(image_k, stride_ik, i_b, i_h, o_t, o_slot, m_image, D, BLOCK_D, ALIGNED)
-            b_iv = load_images(image_v, stride_iv, i_b, i_h, o_t, o_slot, m_image, D, BLOCK_D, ALIGNED)
+            b_ik = load_images(image_k, strides.image_k, i_b, i_h, o_t, o_slot, m_image, D, BLOCK_D, ALIGNED)
+            b_iv = load_images(image_v, strides.image_v, i_b, i_h, o_t, o_slot, m_image, D, BLOCK_D, ALIGNED)
             # [BM]
             b_t = capped(tl.sum(b_u * b_ik, 1) * scale_log2 + b_t0, softcap_log2) + b_logit
             if image_score_bias is not None:
@@ -219,10 +228,10 @@ def _forward_kernel(
             (b_acc, b_m, b_l),
             None,
             b_q,
-            k + i_b * stride_k[0] + i_h * stride_k[1],
-            v + i_b * stride_v[0] + i_h * stride_v[1],
-            stride_k[2],
-            stride_v[2],
+            k + i_b * strides.k[0] + i_h * strides.k[1],
+            v + i_b * strides.v[0] + i_h * strides.v[1],
+            strides.k[2],
+            strides.v[2],
             first_key,
             b_first,
             b_last,
@@ -243,7 +252,7 @@ def _forward_kernel(
     b_l = tl.where(b_seen, b_l, 1.0)
     b_acc = b_acc / b_l[:, None]
     b_lse = tl.where(b_seen, (b_m + tl.log2(b_l)) * LN2, float("-inf"))
-    p_o = row_pointers(out + i_s * stride_part, stride_o, i_b, o_h, o_t)
+    p_o = row_pointers(out + i_s * stride_part, strides.out, i_b, o_h, o_t)
     m_o = m_row[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
     tl.store(columns(p_o, BLOCK_D, ALIGNED), b_acc.to(out.dtype.element_ty), mask=m_o)
     p_l = lse + ((i_s * (tl.num_programs(0) // n_tiles) + i_b * Hkv) * G + o_h) * Tq + o_t
@@ -329,13 +338,15 @@ def forward(
                 image_scores,
                 text_out,
                 text_lse,
-                strides(q),
-                strides(k),
-                strides(v),
-                image_strides(image_k, pooled),
-                image_strides(image_v, pooled),
-                strides(inputs.image_q),
-                stride_o,
+                ForwardStrides(
+                    q=strides(q),
+                    k=strides(k),
+                    v=strides(v),
+                    image_k=image_strides(image_k, pooled),
+                    image_v=image_strides(image_v, pooled),
+                    image_q=strides(inputs.image_q),
+                    out=stride_o,
+                ),
                 stride_part,
                 strides(text_out),
                 kv_heads,

@@ -29,11 +29,14 @@ IMAGE_STAGES = tl.constexpr(3)
 
 
 def kernel(function: Callable) -> Any:
-    """`triton.jit` for a kernel that is compiled once whatever the values of its arguments.
+    """`triton.jit` for a kernel that is compiled once whatever the values of its arguments, but for the strides.
 
     By default Triton compiles anew where an integer turns 1 or a multiple of 16, or a pointer is aligned otherwise.
     During generation the number of keys takes every value: each new variant would be a stall of seconds, and fatal to a
     CUDA graph. The alignment that loads need is stated where they are (`columns`).
+
+    This does not reach into tuples, so sizes and tensors are parameters of their own. Strides are in tuples, as they
+    hardly change: those of a cache that grows by torch.cat do, and make a second variant where D is 72.
     """
     parameters = inspect.signature(function).parameters.values()
     runtime = [p.name for p in parameters if "constexpr" not in str(p.annotation)]
