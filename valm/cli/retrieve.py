@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from valm.cli.corpus import add_corpus, has_corpus, retrieve_documents
+from valm.cli.corpus import add_corpus, chosen_corpus
 from valm.cli.options import (
     Commands,
     add_clip,
@@ -69,9 +69,10 @@ def run_retrieve(arguments: argparse.Namespace) -> None:
         print(verify(arguments.verify))
         return
     check_alone("retrieve")
-    missing = [] if has_corpus(arguments) else ["corpus"]
+    corpus = chosen_corpus(arguments)
+    missing = [] if corpus else ["corpus"]
     missing += [f"--{name}" for name in ("kb", "out") if not getattr(arguments, name)]
-    if missing:
+    if corpus is None or missing:
         raise ValmError(f"give {', '.join(missing)} too")
     if arguments.search_actors is not None and arguments.ray is None:
         raise ValmError("--search-actors are of a Ray cluster: give --ray too")
@@ -87,5 +88,5 @@ def run_retrieve(arguments: argparse.Namespace) -> None:
 
         index = ShardedIndex(kb, arguments.search_actors, arguments.ray, cpus=arguments.cpus)
     retriever = Retriever(encoder, kb, arguments.images, index)
-    found = retrieve_documents(arguments, retriever, arguments.out, scores=arguments.scores, run=run)
+    found = corpus.retrieve(retriever, arguments.out, scores=arguments.scores, run=run)
     print(f"{found.path}: {len(found):,} documents, {found.manifest['tokens']:,} tokens, {found.k} images a token")

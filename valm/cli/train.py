@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from valm.cli.config import TrainingOptions
-from valm.cli.corpus import DATASET_OPTIONS, add_corpus, corpus_documents, has_corpus, retrieve_documents
+from valm.cli.corpus import add_corpus, chosen_corpus
 from valm.cli.options import Commands, add_allow_download, add_device, chosen_device, command, positive, seed
 from valm.errors import ValmError
 
@@ -158,7 +158,8 @@ def run_train(arguments: argparse.Namespace) -> None:
     from valm.training.callbacks import Patience, show_progress
     from valm.training.train import trainer, training_arguments
 
-    if has_corpus(arguments) == (arguments.retrieval is not None):
+    arguments.corpus = chosen_corpus(arguments)
+    if (arguments.corpus is None) == (arguments.retrieval is None):
         raise ValmError("give either a corpus or --retrieval")
     if arguments.validation is None and arguments.patience is not None:
         raise ValmError("--patience looks at the evaluations: give --validation too")
@@ -423,6 +424,7 @@ def split(arguments: argparse.Namespace, kb: ImageKnowledgeBase | None, dataset:
         ValmError: the two do not belong together.
     """
     from valm.corpus.retrieved import CorpusRetrieval
+    from valm.corpus.text import TextCorpus
     from valm.training.split import hold_out
     from valm.training.twins import twin
 
@@ -438,8 +440,8 @@ def split(arguments: argparse.Namespace, kb: ImageKnowledgeBase | None, dataset:
     else:
         return hold_out(with_images(dataset), fraction, seed)
     path = Path(arguments.validation)
-    other = argparse.Namespace(**{**vars(arguments), **dict.fromkeys(DATASET_OPTIONS), "dataset": None})
-    other.corpus, other.retrieval = ([], path) if path.is_dir() else ([path], None)
+    other = argparse.Namespace(**vars(arguments))
+    other.corpus, other.retrieval = TextCorpus([path], column=arguments.column), path if path.is_dir() else None
     if isinstance(dataset, CorpusRetrieval) and arguments.retrieval is not None and other.retrieval is None:
         raise ValmError(f"the corpus was retrieved: retrieve --validation {path} too, or give a fraction to hold out")
     found, _ = open_corpus(other, kb, "validation-retrieval")
@@ -506,7 +508,7 @@ def retrieved_corpus(
     encoder = ContextEncoder(clip, tokenizer=tokenizer, query=arguments.query or "eot")
     retriever = Retriever(encoder, kb, arguments.images or 4)
     scores = arguments.score_scale is not None
-    found = retrieve_documents(arguments, retriever, beside(arguments.out, name), scores=scores)
+    found = arguments.corpus.retrieve(retriever, beside(arguments.out, name), scores=scores)
     return found, encoder.tokenizer if arguments.base is None else own_tokenizer(named)
 
 
@@ -518,5 +520,5 @@ def plain_corpus(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], P
         tokenizer = load_tokenizer(named) if arguments.base is None else own_tokenizer(named)
     else:
         tokenizer = Clip.load(arguments.clip).tokenizer if arguments.clip else clip_tokenizer()
-    documents = tokenize_documents(list(corpus_documents(arguments)), tokenizer)
+    documents = tokenize_documents(list(arguments.corpus.documents()), tokenizer)
     return [{"input_ids": document} for document in documents], tokenizer
