@@ -17,7 +17,6 @@ from valm.cli.options import (
     positive,
     seed,
 )
-from valm.errors import ValmError
 
 
 def add_to(commands: Commands) -> None:
@@ -47,10 +46,8 @@ def run_distill(arguments: argparse.Namespace) -> None:
     import torch
 
     from valm.corpus.retrieved import CorpusRetrieval
-    from valm.knowledge_base.store import ImageKnowledgeBase
     from valm.model.checkpoint import load, save_checkpoint
-    from valm.retrieval.context import ContextEncoder
-    from valm.retrieval.note import RetrievalNote
+    from valm.retrieval.note import RetrievalNote, open_encoder
     from valm.store.files import writable_folder
     from valm.training.distill import distill_queries
     from valm.training.launch import check_alone
@@ -58,21 +55,23 @@ def run_distill(arguments: argparse.Namespace) -> None:
     check_alone("distill")
     out = writable_folder(arguments.out)
     model, tokenizer = load(arguments.model, device=chosen_device(arguments))
-    note = RetrievalNote.read(arguments.model)
-    place = arguments.kb or (None if note is None else note.knowledge_base)
-    if place is None:
-        raise ValmError(f"{arguments.model} names no knowledge base: give it as --kb")
-    kb = ImageKnowledgeBase.open(place)
+    kb = RetrievalNote.chosen(arguments.model, arguments.kb).open_knowledge_base()
     corpus = CorpusRetrieval.open(arguments.retrieval)
-    clip = kb.load_clip(arguments.clip, allow_download=arguments.allow_download).to(model.device)
+    encoder = open_encoder(
+        kb,
+        corpus.query,
+        tokenizer,
+        clip=arguments.clip,
+        allow_download=arguments.allow_download,
+        device=model.device,
+        dtype=chosen_query_dtype(arguments) or torch.float32,
+    )
     agreement = distill_queries(
         model,
         tokenizer,
         corpus,
         kb,
-        ContextEncoder(
-            clip, tokenizer=tokenizer, query=corpus.query, dtype=chosen_query_dtype(arguments) or torch.float32
-        ),
+        encoder,
         steps=arguments.steps,
         batch_size=arguments.batch_size,
         lr=arguments.lr,

@@ -61,7 +61,7 @@ def run_retrieve(arguments: argparse.Namespace) -> None:
 
     from valm.clip.tokenizer import load_tokenizer
     from valm.knowledge_base.store import ImageKnowledgeBase
-    from valm.retrieval.context import ContextEncoder
+    from valm.retrieval.note import open_encoder
     from valm.retrieval.retriever import Retriever
     from valm.training.launch import check_alone
 
@@ -78,9 +78,15 @@ def run_retrieve(arguments: argparse.Namespace) -> None:
         raise ValmError("--search-actors are of a Ray cluster: give --ray too")
     kb = ImageKnowledgeBase.open(arguments.kb)
     tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else None
-    clip = kb.load_clip(arguments.clip, allow_download=arguments.allow_download).to(chosen_device(arguments))
-    dtype = chosen_query_dtype(arguments) or torch.float32
-    encoder = ContextEncoder(clip, tokenizer=tokenizer, query=arguments.query, dtype=dtype)
+    encoder = open_encoder(
+        kb,
+        arguments.query,
+        tokenizer,
+        clip=arguments.clip,
+        allow_download=arguments.allow_download,
+        device=chosen_device(arguments),
+        dtype=chosen_query_dtype(arguments) or torch.float32,
+    )
     run = chosen_run(arguments)
     index: VectorIndex | None = None
     if arguments.search_actors is not None:

@@ -195,7 +195,7 @@ def run_train(arguments: argparse.Namespace) -> None:
         held_out = None if held_out is None else in_blocks(held_out, model, arguments.context, tokenizer)
     sees = model.image_options
     if sees.blind:
-        model.set_retriever(open_blind_retriever(arguments, kb, dataset))
+        model.set_retriever(open_blind_retriever(arguments, model, kb, dataset))
     training = trainer(
         model,
         documents,
@@ -483,20 +483,20 @@ def image_options(twin: str | None, dataset: Any, kb: ImageKnowledgeBase | None)
     return {"num_images": 1 if twin == "blind" else dataset.k, "image_dim": kb.dim, "blind": twin == "blind"}
 
 
-def open_blind_retriever(arguments: argparse.Namespace, kb: Any, dataset: Any) -> Any:
+def open_blind_retriever(arguments: argparse.Namespace, model: Any, kb: Any, dataset: Any) -> Any:
     """A `BlindRetriever` with the settings and tokenizer that `dataset` was retrieved with."""
     from valm.retrieval.note import RetrievalNote
 
     note = RetrievalNote.of_knowledge_base(kb, dataset.query)
     clip = {"clip": arguments.clip, "allow_download": arguments.allow_download}
-    return note.open(dataset.tokenizer, dataset.k, blind=True, device=chosen_device(arguments), **clip)
+    return model.open_retriever(note, dataset.tokenizer, device=chosen_device(arguments), **clip)
 
 
 def retrieved_corpus(
     arguments: argparse.Namespace, kb: ImageKnowledgeBase, name: str
 ) -> tuple[CorpusRetrieval, PreTrainedTokenizerFast]:
     from valm.clip.tokenizer import load_tokenizer, own_tokenizer
-    from valm.retrieval.context import ContextEncoder
+    from valm.retrieval.note import open_encoder
     from valm.retrieval.retriever import Retriever
     from valm.training.launch import launched_processes
 
@@ -504,8 +504,14 @@ def retrieved_corpus(
         raise ValmError("several processes train on what one has retrieved: run `valm retrieve`, and give --retrieval")
     named = arguments.tokenizer or arguments.base
     tokenizer = load_tokenizer(named) if named else None
-    clip = kb.load_clip(arguments.clip, allow_download=arguments.allow_download).to(chosen_device(arguments))
-    encoder = ContextEncoder(clip, tokenizer=tokenizer, query=arguments.query or "eot")
+    encoder = open_encoder(
+        kb,
+        arguments.query or "eot",
+        tokenizer,
+        clip=arguments.clip,
+        allow_download=arguments.allow_download,
+        device=chosen_device(arguments),
+    )
     retriever = Retriever(encoder, kb, arguments.images or 4)
     scores = arguments.score_scale is not None
     found = arguments.corpus.retrieve(retriever, beside(arguments.out, name), scores=scores)

@@ -117,7 +117,7 @@ def load(
         kb: another knowledge base of the noted CLIP, which is named by a warning.
         clip: the CLIP, if it has moved from where the knowledge base or the note says (see `Clip.load`). Another one is
             an error.
-        allow_download: with `kb`, as in `ImageKnowledgeBase.load_clip`.
+        allow_download: of the CLIP, as in `open_encoder`.
         query_dtype: precision of CLIP's text tower, as for `ContextEncoder`; by default float32.
         strict: raise an error instead of a warning when the model needs images and has none.
 
@@ -151,7 +151,7 @@ def load(
     given = any(option is not None for option in (kb, clip, query_dtype)) or allow_download
     if model.image_options.num_images > 0 and given:
         options = {"clip": clip, "allow_download": allow_download, "device": device}
-        _add_retriever(model, tokenizer, folder, kb, options | {"dtype": query_dtype or torch.float32})
+        _add_retriever(model, tokenizer, folder, kb, dtype=query_dtype or torch.float32, **options)
     elif model.image_options.num_images > 0:
         note = RetrievalNote.read(folder)
         missing = None if note is None else note.missing()
@@ -209,18 +209,8 @@ def _load_tokenizer(source: str | os.PathLike, folder: Path, local: bool) -> Any
     return from_pretrained(AutoTokenizer, source, what, remedy, local_files_only=local)
 
 
-def _add_retriever(
-    model: Any,
-    tokenizer: PreTrainedTokenizerFast,
-    folder: Path,
-    kb: str | os.PathLike | None,
-    options: dict[str, Any],
-) -> None:
-    note = RetrievalNote.read(folder)
-    if kb is not None:
-        note = RetrievalNote(Path(kb).absolute(), "eot" if note is None else note.query)
-    if note is None:
-        raise ValmError(f"{folder} notes no knowledge base: give one as kb")
+def _add_retriever(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path, kb: Any, **options: Any) -> None:
+    note = RetrievalNote.chosen(folder, kb)
     retriever = model.open_retriever(note, tokenizer, **options)
     try:
         model.set_retriever(retriever)

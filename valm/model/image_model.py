@@ -17,12 +17,11 @@ from transformers import AutoTokenizer
 from transformers.cache_utils import Cache
 
 from valm.errors import ValmError
-from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model.card import write_card
 from valm.model.query_head import SelfEncoder, SelfRetriever
 from valm.retrieval.context import ContextCache
-from valm.retrieval.note import RetrievalNote
-from valm.retrieval.retriever import BlindRetriever, ImageRetriever, NoImages
+from valm.retrieval.note import RetrievalNote, open_encoder
+from valm.retrieval.retriever import BlindRetriever, ImageRetriever, NoImages, Retriever
 from valm.store.pretrained import CONFIG_FILE, from_pretrained
 from valm_kernels.atomic_files import set_mode
 
@@ -312,22 +311,35 @@ class ImageModel(_Base):
         folder = self._note_folder or self.config.name_or_path
         return RetrievalNote.read(folder) if folder else None
 
-    def open_retriever(self, note: RetrievalNote, tokenizer: Any, **options: Any) -> ImageRetriever:
+    def open_retriever(
+        self,
+        note: RetrievalNote,
+        tokenizer: Any,
+        *,
+        clip: str | None = None,
+        allow_download: bool = False,
+        **of_tower: Any,
+    ) -> ImageRetriever:
         """What `note` says finds the images of this model, which reads with `tokenizer`.
 
         Args:
-            options: clip, allow_download, device and dtype, as in `RetrievalNote.open`. A query head has the device and
-                dtype of the model.
+            clip, allow_download: as in `open_encoder`.
+            of_tower: device and dtype, as in `open_encoder`. A query head has those of the model.
 
         Raises:
-            ValmError: the knowledge base or the CLIP is missing or damaged, or they do not belong together.
+            ValmError: the knowledge base or the CLIP is missing or damaged, or they do not belong together; or the text
+                tower cannot have this precision.
         """
         images = self.image_options
-        if note.query == "self" and note.knowledge_base is not None:
-            kb = ImageKnowledgeBase.open(note.knowledge_base)
-            of_clip = {name: options[name] for name in ("clip", "allow_download") if name in options}
+        of_clip: Any = {"clip": clip, "allow_download": allow_download}
+        if note.query == "self":
+            kb = note.open_knowledge_base()
             return SelfRetriever(SelfEncoder(self, tokenizer, kb, **of_clip), kb, images.num_images)
-        return note.open(tokenizer, images.num_images, blind=images.blind, **options)
+        if images.blind:
+            place = note.open_knowledge_base() if note.clip is None else note.clip
+            return BlindRetriever(open_encoder(place, note.query, tokenizer, **of_clip, **of_tower))
+        kb = note.open_knowledge_base()
+        return Retriever(open_encoder(kb, note.query, tokenizer, **of_clip, **of_tower), kb, images.num_images)
 
     def _open(self, note: RetrievalNote) -> None:
         folder = Path(self._note_folder or self.config.name_or_path)

@@ -95,6 +95,20 @@ class RetrievalNote:
         return None
 
     @classmethod
+    def chosen(cls, folder: str | os.PathLike, kb: str | os.PathLike | None) -> RetrievalNote:
+        """What finds the images of the model in `folder`: the knowledge base `kb` if it is given, or else its note.
+
+        Raises:
+            ValmError: neither says it, or the note is damaged.
+        """
+        note = cls.read(folder)
+        if kb is not None:
+            return cls(Path(kb).absolute(), "eot" if note is None else note.query)
+        if note is None:
+            raise ValmError(f"{folder} names no knowledge base: give it as kb (--kb)")
+        return note
+
+    @classmethod
     def read(cls, folder: str | os.PathLike) -> RetrievalNote | None:
         """The note in `folder`, or None.
 
@@ -173,41 +187,49 @@ class RetrievalNote:
             return f"the model's CLIP {self.clip} is not there: give it as clip (--clip)"
         return None
 
-    def open(
-        self,
-        tokenizer: PreTrainedTokenizerFast,
-        k: int,
-        *,
-        blind: bool = False,
-        clip: str | None = None,
-        allow_download: bool = False,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> Retriever | BlindRetriever:
-        """The retriever of `k` images for a model that reads with `tokenizer`.
-
-        Args:
-            dtype: precision of the text tower, as for `ContextEncoder`.
+    def open_knowledge_base(self) -> ImageKnowledgeBase:
+        """The knowledge base that the note names.
 
         Raises:
-            ValmError: the knowledge base or the CLIP is missing or damaged, or they do not belong together; or the text
-                tower cannot have this precision.
+            ValmError: it names none, as that of a blind model; or the knowledge base is missing or damaged.
         """
-        kb = None if self.knowledge_base is None else ImageKnowledgeBase.open(self.knowledge_base)
-        if kb is None or (blind and self.clip is not None):
-            source = clip or self.clip
-            assert source is not None  # `read` and `of_retriever` ensure it
-            if clip is None and not os.path.isdir(source) and not allow_download:
-                raise ValmError(
-                    f"the note on retrieval says that the CLIP is {source!r}, which is no folder here: give its folder "
-                    "or name (--clip), or allow its download (--allow-download) if you trust both"
-                )
-            loaded = Clip.load(source)
-        else:
-            loaded = kb.load_clip(clip, allow_download=allow_download)
-        encoder = ContextEncoder(loaded.to(device), tokenizer=tokenizer, query=self.query, dtype=dtype)
-        if blind:
-            return BlindRetriever(encoder)
-        if kb is None:
-            raise ValmError("the note on retrieval names no knowledge base, and this model is not blind")
-        return Retriever(encoder, kb, k)
+        if self.knowledge_base is None:
+            raise ValmError(
+                "the note on retrieval names no knowledge base, which only a blind model can do without: give it as kb "
+                "(--kb)"
+            )
+        return ImageKnowledgeBase.open(self.knowledge_base)
+
+
+def open_encoder(
+    place: ImageKnowledgeBase | str,
+    query: str,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    *,
+    clip: str | None = None,
+    allow_download: bool = False,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> ContextEncoder:
+    """What makes the queries: the CLIP that `place` names, on `device`, for ids of `tokenizer`.
+
+    Args:
+        place: the knowledge base, or the CLIP of a note without one (`RetrievalNote.clip`).
+        query, tokenizer, dtype: as for `ContextEncoder`.
+        clip: the CLIP, if it has moved from there (see `Clip.load`).
+        allow_download: as in `ImageKnowledgeBase.load_clip`.
+
+    Raises:
+        ValmError: the CLIP is missing, damaged or not that of the knowledge base, or would have to be downloaded; or
+            the text tower cannot have this precision.
+    """
+    if isinstance(place, ImageKnowledgeBase):
+        loaded = place.load_clip(clip, allow_download=allow_download)
+    elif clip is None and not os.path.isdir(place) and not allow_download:
+        raise ValmError(
+            f"the note on retrieval says that the CLIP is {place!r}, which is no folder here: give its folder or name "
+            "(--clip), or allow its download (--allow-download) if you trust both"
+        )
+    else:
+        loaded = Clip.load(clip or place)
+    return ContextEncoder(loaded.to(device), tokenizer=tokenizer, query=query, dtype=dtype)

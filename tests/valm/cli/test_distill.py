@@ -29,7 +29,7 @@ def wrong_inputs():
     some = ["--retrieval", "{world}/retrieval", "--out", "{tmp}/self", *FEW]
     return {
         "no such checkpoint": (["distill", "{world}/none", *some], "no checkpoint folder {world}/none"),
-        "no knowledge base": (["distill", "{world}/gpt2", *some], "names no knowledge base: give it as --kb"),
+        "no knowledge base": (["distill", "{world}/gpt2", *some], "names no knowledge base: give it as kb (--kb)"),
         "no images": (["distill", "{world}/gpt2", "--kb", "{world}/kb", *some], "a query head needs retrieved images"),
         "no retrieval": (
             ["distill", "{world}/valm", "--retrieval", "{world}/kb", "--out", "{tmp}/self"],

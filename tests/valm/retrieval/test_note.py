@@ -193,3 +193,41 @@ def test_a_damaged_hash_is_named(world, tmp_path):
     (tmp_path / "retrieval.json").write_text(json.dumps(note(tmp_path) | {"clip_sha256": "abc"}))
     with pytest.raises(ValmError, match="clip_sha256 is 'abc', expected a SHA-256"):
         RetrievalNote.read(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:this model was saved with the knowledge base")  # as its manifest is edited
+def test_no_clip_is_downloaded_unless_that_is_allowed(copy, monkeypatch):
+    """Through every door that opens the CLIP of a note or of a knowledge base."""
+    (copy / "blind" / "retrieval.json").write_text(json.dumps(note(copy / "blind") | {"clip": "someone/clip"}))
+    manifest = json.loads((copy / "kb" / "manifest.json").read_text())
+    manifest["clip"]["source"] = "someone/clip"
+    (copy / "kb" / "manifest.json").write_text(json.dumps(manifest))
+    asked = []
+    original = Clip.load
+
+    def loaded(source, **options):
+        asked.append(str(source))
+        return original(copy / "clip" if source == "someone/clip" else source, **options)
+
+    monkeypatch.setattr(Clip, "load", loaded)
+    for name in ("blind", "valm", "adapter", "whole"):
+        model, tokenizer = load(copy / name)
+        with pytest.raises(ValmError, match="says that (the|its) CLIP is 'someone/clip', which is no folder"):
+            model(torch.tensor([prompt_ids(tokenizer, "a red apple")]))
+        with pytest.raises(ValmError, match=r"give its folder or name \(--clip\), or allow its download"):
+            load(copy / name, query_dtype=torch.float32)
+        assert asked == []
+        load(copy / name, clip=str(copy / "clip"))
+        load(copy / name, allow_download=True)
+        assert asked == [str(copy / "clip"), "someone/clip"]
+        asked.clear()
+
+
+@pytest.mark.parametrize("name, query", [("valm", "eot"), ("adapter", "state"), ("valm", "self"), ("blind", "self")])
+def test_a_note_without_the_knowledge_base_that_its_model_needs(copy, name, query):
+    (copy / name / "retrieval.json").write_text(json.dumps({"query": query, "clip": "../clip"}))
+    model, tokenizer = load(copy / name)
+    with pytest.raises(ValmError, match="cannot be retrieved: the note on retrieval names no knowledge base"):
+        model(torch.tensor([prompt_ids(tokenizer, "a red apple")]))
+    with pytest.raises(ValmError, match=r"names no knowledge base, .*: give it as kb \(--kb\)"):
+        load(copy / name, clip=str(copy / "clip"))
