@@ -24,7 +24,7 @@ from tests.fuzz.mutations import COUNTS, ODD_YAML, check_mutants, files_of, fuzz
 from tests.valm.evaluation.small_sets import write_sets
 from tests.valm.training.documents import documents, new_trainer
 from valm.cli import build_parser
-from valm.cli.train import RUN_FILE, note_run, training_fields
+from valm.cli.train import chosen_plan
 from valm.corpus.parts import file_parts
 from valm.evaluation.controls import read_images
 from valm.evaluation.questions import Documents, Questions, chosen_tasks
@@ -39,6 +39,7 @@ from valm.knowledge_base.sources.webdataset import tar_records
 from valm.progress import progress_bar
 from valm.store.files import writable_folder
 from valm.store.shard_progress import ProgressBar
+from valm.training.run_note import RUN_FILE, note_run
 from valm.training.train import training_arguments
 
 pytestmark = pytest.mark.slow
@@ -180,8 +181,8 @@ def test_config_of_a_training(tmp_path_factory, monkeypatch, linked, data):
     file.write_text("\n".join(lines))
 
     def read() -> Any:
-        arguments = build_parser().parse_args(["train", "--config", str(file)])
-        return training_arguments(writable_folder(arguments.out), **training_fields(arguments)).max_steps
+        plan = chosen_plan(build_parser().parse_args(["train", "--config", str(file)]))
+        return training_arguments(writable_folder(plan.out), **plan.training_fields()).max_steps
 
     check_mutants(data, [file], linked, read, ...)
 
@@ -191,10 +192,9 @@ def test_note_on_a_training(tmp_path_factory, outside, data):
     """What `valm train --resume` compares: `run.json`."""
     folder = tmp_path_factory.mktemp("run")
     made = new_trainer(folder)
-    arguments = build_parser().parse_args(["train", "a.txt", "--out", str(folder)])
 
     def read() -> Any:
-        note_run(made, documents(), arguments)
+        note_run(folder, made, documents(), {"learning_rate": 5e-4, "validation": None})
 
     read()
     check_mutants(data, [folder / RUN_FILE], outside, read, None)

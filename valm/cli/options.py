@@ -160,22 +160,16 @@ def chosen_device(arguments: argparse.Namespace) -> torch.device:
     Raises:
         ValmError: there is no such device.
     """
-    import torch
+    from valm.device import open_device
 
     name = arguments.device
-    on_ray = getattr(arguments, "ray", None) is not None
-    # a task sees only the GPUs that it reserves
-    has_gpu = arguments.gpus > 0 if on_ray else torch.cuda.is_available()
+    if getattr(arguments, "ray", None) is None:
+        return open_device(name)
+    has_gpu = arguments.gpus > 0  # a task sees only the GPUs that it reserves
     if name == "auto":
         name = "cuda" if has_gpu else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError from a torch without CUDA
-        reason = str(error).partition("\n")[0]
-        remedy = "drop --gpus" if on_ray and has_gpu else "drop --device, or give cpu"
-        raise ValmError(f"there is no device {name!r} here ({reason}); {remedy}") from error
-    if on_ray and device.type != "cpu" and not has_gpu:
+    device = open_device(name, "drop --gpus") if has_gpu else open_device(name)
+    if device.type != "cpu" and not has_gpu:
         raise ValmError(f"--device {name} with --ray: a task has no GPU; give --gpus 1")
     return device
 

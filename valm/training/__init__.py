@@ -1,16 +1,23 @@
-"""Training: `trainer` makes a transformers Trainer for models that take images."""
+"""Training: `TrainingPlan` is a whole one, `trainer` makes a transformers Trainer for models that take images."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from valm.training.plan import TrainingPlan
     from valm.training.train import trainer, training_arguments
 
-__all__ = ["trainer", "training_arguments"]
+# The module of each name, imported on first use: commands that train nothing import `valm.training.launch` alone.
+_MODULES = {
+    "TrainingPlan": "valm.training.plan",
+    "trainer": "valm.training.train",
+    "training_arguments": "valm.training.train",
+}
+
+__all__ = ["TrainingPlan", "trainer", "training_arguments"]
 
 
 def __getattr__(name: str) -> Any:
-    # on first use: commands that train nothing import `valm.training.launch` alone
-    if name not in __all__:
+    if name not in _MODULES:
         raise AttributeError(f"module 'valm.training' has no attribute {name!r}")
-    return getattr(importlib.import_module("valm.training.train"), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)

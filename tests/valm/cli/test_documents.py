@@ -21,6 +21,7 @@ from tests.valm.other_tokenizers import gpt2_like
 from valm.cli import build_parser, main
 from valm.model.augment import fusion_module
 from valm.retrieval.note import RetrievalNote
+from valm.training import TrainingPlan, training_arguments
 
 ROOT = Path(__file__).parents[3]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -97,6 +98,21 @@ def test_the_commands_of_the_readme_run(workshop, world, capsys):
         words += SIZE if words[0] == "train" else []
         assert main(words) == 0, f"{command}: {capsys.readouterr().err}"
     assert (workshop / "report" / "report.html").is_file() and (workshop / "sky.html").is_file()
+
+
+def test_the_plan_of_the_page_on_training_goes_together(monkeypatch):
+    """It would take too long to run, and what a plan runs is tested elsewhere."""
+    checked = []
+
+    def check(plan):
+        plan.check()
+        training_arguments(plan.out, **plan.training_fields() | {"bf16": False})  # which not every machine has
+        checked.append(plan)
+
+    monkeypatch.setattr(TrainingPlan, "run", check)
+    (example,) = (code for code in blocks(ROOT / "docs" / "training.md", "python") if "TrainingPlan" in code)
+    exec(compile(example, "training.md", "exec"), {})
+    assert len(checked) == 1
 
 
 def test_the_examples_of_the_readme_run(workshop, capsys):

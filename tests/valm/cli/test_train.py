@@ -151,16 +151,11 @@ def test_retrieval_scores_train_a_scale(world, base, tmp_path, capsys, of):
     if of == "base":
         return
     capsys.readouterr()
-    for twin in ("random", "shuffled"):
-        assert run(*train, "--out", tmp_path / "twin", "--twin", twin) == 1
-        assert f"--twin {twin} exchanges images, and their retrieval scores" in capsys.readouterr().err
     unscored = ["train", "--retrieval", world / "retrieval", "--kb", world / "kb", "--score-scale", 0.5, *SIZE]
     assert run(*unscored, "--out", tmp_path / "unscored") == 1
     assert "the documents have none: retrieve them with scores (`valm retrieve --scores`)" in capsys.readouterr().err
     at_once = ["train", world / "corpus.txt", "--kb", world / "kb", "-k", "2", "--score-scale", 0.5, *SIZE]
     assert run(*at_once, "--out", tmp_path / "at-once") == 0
-    assert run("train", world / "corpus.txt", "--score-scale", 1, *SIZE, "--out", tmp_path / "text") == 1
-    assert "--score-scale is of a model with images: give its --kb too" in capsys.readouterr().err
 
 
 def test_a_model_with_a_tokenizer_of_its_own(world, other_tokenizer, tmp_path, capsys):
@@ -498,8 +493,6 @@ def wrong_inputs():
     return {
         "no such base": ([*base[:4], "--base", "{tmp}/none", *STEPS], "the tokenizer {tmp}/none cannot be read"),
         "base that lacks weights": ([*with_kb, "--base", "{tmp}/hole"], "has no weights for lm_head.weight"),
-        "size of a base": ([*base, "--layers", "3"], "--layers is of a new model: --base has its own"),
-        "option of a base": ([*train, "--fusion-lr", "1"], "--fusion-lr is of a pretrained decoder: give --base too"),
         "twin that trains nothing": ([*with_kb, "--twin", "text"], "no new parameters to train: give --unfreeze"),
         "no such layer": ([*with_kb, "--layer", "3"], "layer must be one of the 3 layers of LlamaForCausalLM, got 3"),
         "inputs of a layer that change": (
@@ -512,6 +505,11 @@ def wrong_inputs():
         ),
         "corpus missing": (["train", "{tmp}/none.txt", "--out", "{tmp}/model"], "none.txt"),
         "corpus without text": (["train", "{tmp}/empty.txt", "--out", "{tmp}/model"], "no documents"),
+        "corpus without text for a base": (
+            ["train", "{tmp}/empty.txt", *base[2:], "--unfreeze", "block"],
+            "no documents",
+        ),
+        "options that do not go together": ([*train, "--patience", "1"], "--patience looks at the evaluations"),
         "corpus not text": (["train", "{world}/pictures/sea.png", "--out", "{tmp}/model"], "has NUL bytes"),
         "impossible heads": ([*train, "--clip", "{world}/clip", "--heads", "5"], "n_embd"),
         "more images than there are": ([*train, "--kb", "{world}/kb", "-k", "7"], "k must be from 1 to the 6"),
@@ -523,16 +521,12 @@ def wrong_inputs():
             [*train, "--config", "{tmp}/value.yaml"],
             "argument --layers: invalid",
         ),
-        "patience without evaluations": ([*train, "--patience", "1"], "--patience looks at the evaluations"),
         "validation missing": ([*train, "--validation", "{tmp}/none.txt"], "there is no corpus file {tmp}/none.txt"),
         "validation of another kind": ([*train, "--validation", "{world}/retrieval"], "and the corpus is none: give a"),
         "validation as text beside a retrieval": ([*cached, "--validation", "{world}/corpus.txt"], "retrieve --valid"),
         "nothing held out": ([*train, "--validation", "1.5"], "above 0 and below 1, got 1.5"),
         "config missing": ([*train, "--config", "{tmp}/none.yaml"], "cannot read {tmp}/none.yaml"),
         "config that is none": ([*train, "--config", "{world}/corpus.txt"], "is no list of options"),
-        "corpus and retrieval": ([*train, "--retrieval", "{world}/retrieval"], "give either a corpus or --retrieval"),
-        "twin without images": ([*train, "--twin", "random"], "--twin is of a model with images: give its --kb too"),
-        "neither corpus nor retrieval": (["train", "--out", "{tmp}/model"], "give either a corpus or --retrieval"),
         "not a retrieval": ([*cached[:2], "{world}/kb", *cached[3:]], "is not the manifest of a corpus retrieval"),
         "no such retrieval": ([*cached[:2], "{tmp}/none", *cached[3:]], "no corpus retrieval at {tmp}/none"),
         "setting of a retrieval": ([*cached, "--query", "eot"], "--query was decided when"),

@@ -212,7 +212,7 @@ def test_no_clip_is_downloaded_unless_that_is_allowed(copy, monkeypatch):
     monkeypatch.setattr(Clip, "load", loaded)
     for name in ("blind", "valm", "adapter", "whole"):
         model, tokenizer = load(copy / name)
-        with pytest.raises(ValmError, match="says that (the|its) CLIP is 'someone/clip', which is no folder"):
+        with pytest.raises(ValmError, match=r"says that (the|its) CLIP is 'someone/clip', which is no folder"):
             model(torch.tensor([prompt_ids(tokenizer, "a red apple")]))
         with pytest.raises(ValmError, match=r"give its folder or name \(--clip\), or allow its download"):
             load(copy / name, query_dtype=torch.float32)

@@ -1,0 +1,79 @@
+"""What a plan refuses, and that it is the training of `valm train`, whose tests have the rest."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.valm.cli.commands import SIZE, run
+from valm import load
+from valm.corpus.text import TextCorpus
+from valm.errors import ValmError
+from valm.training import TrainingPlan
+
+TEXT = {"corpus": TextCorpus(["corpus.txt"])}
+RETRIEVED = {"retrieval": "retrieval"}
+WITH_KB = RETRIEVED | {"kb": "kb"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "give either a corpus or --retrieval"),
+        (TEXT | RETRIEVED, "give either a corpus or --retrieval"),
+        (TEXT | {"patience": 1}, "--patience looks at the evaluations: give --validation too"),
+        (TEXT | {"base": "base", "layers": 3}, "--layers is of a new model: --base has its own"),
+        (TEXT | {"fusion_lr": 1.0}, "--fusion-lr is of a pretrained decoder: give --base too"),
+        (TEXT | {"twin": "random"}, "--twin is of a model with images: give its --kb too"),
+        (TEXT | {"score_scale": 1.0}, "--score-scale is of a model with images: give its --kb too"),
+        (WITH_KB | {"score_scale": 0.5, "twin": "random"}, "--twin random exchanges images, and their retrieval scor"),
+        (WITH_KB | {"score_scale": 0.5, "twin": "shuffled"}, "--twin shuffled exchanges images, and their retrieval s"),
+        (TEXT | {"fields": {"output_dir": "b"}}, "output_dir is the folder that --out names: leave it out"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_anything_is_opened(tmp_path, fields, message):
+    with pytest.raises(ValmError, match=f"^{message}"):
+        TrainingPlan(out=tmp_path / "out", **fields).run()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    texts = [f"the color of the {thing} is {color}" for thing in ("apple", "sea", "sky") for color in ("red", "blue")]
+    (tmp_path / "corpus.txt").write_text("\n".join(texts))
+    return tmp_path / "corpus.txt"
+
+
+def test_a_plan_is_the_training_of_the_command(tmp_path, clip, corpus):
+    """The same model, and the same note, so that either goes on where the other ended."""
+    clip.save(tmp_path / "clip")
+    sizes = {"layers": 3, "width": 32, "heads": 4, "context": 32, "steps": 3, "batch_size": 4}
+    plan = {"corpus": TextCorpus([corpus]), "clip": str(tmp_path / "clip"), **sizes, "validation": 0.3}
+    training = TrainingPlan(out=tmp_path / "plan", **plan).run(command="from Python")
+    assert training.state.global_step == 3 and "from Python" in (tmp_path / "plan" / "README.md").read_text()
+    command = ["train", corpus, "--clip", tmp_path / "clip", *SIZE, "--validation", 0.3]
+    assert run(*command, "--out", tmp_path / "command") == 0
+    written, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("plan", "command"))
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(written[name], expected[name]) for name in expected)
+    notes = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("plan", "command")]
+    assert notes[0] == notes[1] and notes[0]["validation"] == "0.3"
+    assert run(*command, "--out", tmp_path / "plan", "--resume") == 0
+    with pytest.raises(ValmError, match=r"holds another training: its --lr is 0.0005, here it is 1.0"):
+        TrainingPlan(out=tmp_path / "plan", resume=True, lr=1.0, **plan).run()
+
+
+def test_a_plan_retrieves_its_corpus(tmp_path, clip, make_kb, corpus):
+    kb = make_kb(5)
+    clip.save(tmp_path / "clip")
+    sizes = {"layers": 2, "width": 32, "heads": 4, "context": 32, "steps": 1, "batch_size": 2}
+    plan = {"corpus": TextCorpus([corpus]), "kb": kb.path, "clip": str(tmp_path / "clip"), "images": 2, **sizes}
+    TrainingPlan(out=tmp_path / "model", validation=corpus, **plan).run()
+    assert {path.name for path in tmp_path.glob("model*")} == {
+        *("model", "model-retrieval", "model-validation-retrieval"),
+    }
+    model, _ = load(tmp_path / "model", clip=tmp_path / "clip")
+    assert model.config.num_images == 2 and model.retriever.encoder.query == "eot"
+    with pytest.raises(ValmError, match="twin must be one of text, random, blind, shuffled, got 'other'"):
+        TrainingPlan(out=tmp_path / "other", twin="other", **plan).run()

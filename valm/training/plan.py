@@ -1,0 +1,333 @@
+"""A training from beginning to end: what `valm train` does, and what Python does by `TrainingPlan(...).run()`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from valm.clip.clip import Clip
+from valm.clip.tokenizer import begin_id, clip_tokenizer, load_tokenizer, own_tokenizer, tokenize_documents
+from valm.corpus.retrieved import CorpusRetrieval
+from valm.corpus.text import TextCorpus
+from valm.device import open_device
+from valm.errors import ValmError
+from valm.knowledge_base.store import ImageKnowledgeBase
+from valm.model.augment import augment
+from valm.model.checkpoint import load_decoder
+from valm.model.config import ValmConfig
+from valm.model.gpt2 import VaLMForCausalLM
+from valm.retrieval.note import RetrievalNote, open_encoder
+from valm.retrieval.retriever import Retriever
+from valm.store.files import only_writer, writable_folder
+from valm.training.callbacks import Patience, show_progress
+from valm.training.image_trainer import ImageTrainer
+from valm.training.launch import launched_processes
+from valm.training.run_note import RUN_FILE, newest_checkpoint, note_run
+from valm.training.split import hold_out
+from valm.training.train import trainer, training_arguments
+from valm.training.twins import twin
+
+STEPS = 1000
+# Images a token sees and kind of the retrieval query, where the corpus is retrieved here.
+IMAGES, QUERY = 4, "eot"
+# Fields of a new model, and their defaults; a pretrained decoder has its own.
+SIZES = {"layers": 12, "width": 768, "heads": 12}
+# Fields of a pretrained decoder only.
+BASE_FIELDS = ("layer", "unfreeze", "logit_bias", "fusion_lr", "cache_below")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPlan:
+    """What a training is. Its fields are the options of `valm train`, whose names the error messages use.
+
+    Attributes:
+        out: folder of the checkpoints and of the model.
+        corpus: the texts to train on. With `kb` their images are retrieved, into a folder beside `out`.
+        retrieval: instead, the folder that `valm retrieve` wrote.
+        kb: folder of the knowledge base; None = the model sees no images.
+        clip, allow_download: as in `open_encoder`, where the corpus is retrieved or the twin is blind. Without `kb`,
+            `clip` is the CLIP whose tokenizer the model reads with; None = CLIP's own.
+        device: where images are retrieved, as for `open_device`. Training itself takes the GPUs that torch has.
+        tokenizer: another tokenizer for the model: folder or Hugging Face name; None = the base's, or CLIP's.
+        images: K, images a token sees; None = IMAGES.
+        query: kind of the retrieval query (`ContextEncoder`); None = QUERY.
+        twin: trains this control of the model with `kb` instead (`valm.training.twins.TWINS`).
+        base: augments this pretrained decoder instead of making a new model: folder or Hugging Face name.
+        layer, unfreeze, logit_bias: of the base, as in `augment`; None = its defaults.
+        score_scale: as in `augment`, of a new model too; a `retrieval` must have scores.
+        fusion_lr, cache_below: of the base, as in `trainer`.
+        limit_softmax: as in `trainer`.
+        layers, width, heads: of a new model; None = as in SIZES.
+        context: most tokens of a document, or of a part of it.
+        steps: updates; None = STEPS, or what num_train_epochs in `fields` says.
+        batch_size: documents of a step and process.
+        lr: learning rate.
+        seed: of the weights, the order, the documents held out and dropout.
+        validation: what to evaluate on: a text file, a result of `valm retrieve`, or the fraction of the documents to
+            hold out. The best checkpoint then becomes the model.
+        patience: stop after so many evaluations that were no better; None = never.
+        resume: resume from the newest checkpoint in `out`, if any.
+        fields: fields of transformers' TrainingArguments; they come before `steps`, `batch_size`, `lr` and `seed`.
+    """
+
+    out: str | os.PathLike
+    corpus: TextCorpus | None = None
+    retrieval: str | os.PathLike | None = None
+    kb: str | os.PathLike | None = None
+    clip: str | None = None
+    allow_download: bool = False
+    device: str = "auto"
+    tokenizer: str | None = None
+    images: int | None = None
+    query: str | None = None
+    twin: str | None = None
+    base: str | None = None
+    layer: int | None = None
+    unfreeze: str | None = None
+    logit_bias: float | None = None
+    score_scale: float | None = None
+    fusion_lr: float | None = None
+    cache_below: str | os.PathLike | None = None
+    limit_softmax: bool = False
+    layers: int | None = None
+    width: int | None = None
+    heads: int | None = None
+    context: int = 512
+    steps: int | None = None
+    batch_size: int = 16
+    lr: float = 5e-4
+    seed: int = 0
+    validation: str | os.PathLike | float | None = None
+    patience: int | None = None
+    resume: bool = False
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def run(self, *, command: str | None = None) -> ImageTrainer:
+        """Trains, and writes the model into `out`. In a launched training all processes call it.
+
+        Args:
+            command: for the model card (`write_card`).
+
+        Returns:
+            The Trainer after the training.
+
+        Raises:
+            ValmError: fields do not go together, or with what `out` holds; something cannot be read or does not belong
+                together; another process trains in `out`; or as in `ImageTrainer.train`.
+        """
+        self.check()
+        settings = training_arguments(self.out, **self.training_fields())
+        out = writable_folder(Path(self.out))
+        checkpoint = newest_checkpoint(out, self.resume, settings.should_save)
+        kb = None if self.kb is None else ImageKnowledgeBase.open(self.kb)
+        dataset, tokenizer = self._open_corpus(kb, "retrieval")
+        documents, held_out = self._split(kb, dataset, settings.seed)
+        torch.manual_seed(settings.seed)
+        model = self._model(kb, dataset, tokenizer)
+        sees = model.image_options
+        training = trainer(
+            model,
+            documents,
+            kb if sees.num_images > 0 and not sees.blind else None,  # a blind model retrieves as it trains
+            tokenizer=tokenizer,
+            arguments=settings,
+            eval_dataset=held_out,
+            row_length=self.context,
+            cache_below=self.cache_below,
+            fusion_lr=self.fusion_lr if sees.num_images > 0 else None,
+            limit_softmax=self.limit_softmax,
+            callbacks=None if self.patience is None else [Patience(self.patience)],
+        )
+        own = {"twin": self.twin, "limit_softmax": self.limit_softmax or None}
+        own["validation"] = None if self.validation is None else str(self.validation)
+        note_run(out, training, dataset, own | self.training_fields())
+        show_progress(training, "train")
+        # saving a model locks the folder itself
+        lock = only_writer(out / RUN_FILE, f"another process is training in {out}: wait for its end, or choose another")
+        with lock if settings.should_save else nullcontext():
+            training.train(resume_from_checkpoint=checkpoint)
+            training.write(out, tokenizer, command=command)
+        return training
+
+    def check(self) -> None:
+        """Checks the fields against each other; nothing is opened.
+
+        Raises:
+            ValmError: some do not go together.
+        """
+        if (self.corpus is None) == (self.retrieval is None):
+            raise ValmError("give either a corpus or --retrieval")
+        if self.validation is None and self.patience is not None:
+            raise ValmError("--patience looks at the evaluations: give --validation too")
+        for name, is_for in {**dict.fromkeys(BASE_FIELDS, True), **dict.fromkeys(SIZES, False)}.items():
+            if getattr(self, name) is not None and is_for != (self.base is not None):
+                kind = "a pretrained decoder: give --base too" if is_for else "a new model: --base has its own"
+                raise ValmError(f"--{name.replace('_', '-')} is of {kind}")
+        for name in ("twin", "score_scale"):
+            if getattr(self, name) is not None and self.kb is None:
+                raise ValmError(f"--{name.replace('_', '-')} is of a model with images: give its --kb too")
+        if self.score_scale is not None and self.twin in ("random", "shuffled"):
+            raise ValmError(
+                f"--twin {self.twin} exchanges images, and their retrieval scores are not known: give it without "
+                "--score-scale"
+            )
+        if "output_dir" in self.fields:
+            raise ValmError("output_dir is the folder that --out names: leave it out")
+
+    def training_fields(self) -> dict[str, Any]:
+        """The fields of TrainingArguments that are given, or follow from other fields of the plan."""
+        found: dict[str, Any] = {"save_total_limit": 2, "logging_steps": 10, "logging_first_step": True}
+        if self.steps is not None or "num_train_epochs" not in self.fields:
+            found["max_steps"] = STEPS if self.steps is None else self.steps
+        found |= {"per_device_train_batch_size": self.batch_size, "learning_rate": self.lr, "seed": self.seed}
+        found |= self.fields
+        if self.validation is not None:
+            steps = found.get("save_steps", 500)
+            best = {"eval_strategy": "steps", "eval_steps": steps, "save_steps": steps, "load_best_model_at_end": True}
+            best |= {"per_device_eval_batch_size": found["per_device_train_batch_size"]}
+            found = best | found
+        return found
+
+    def _model(self, kb: ImageKnowledgeBase | None, dataset: Any, tokenizer: PreTrainedTokenizerFast) -> Any:
+        """The model or its twin, before the training."""
+        images: dict[str, Any] = {}
+        if kb is not None and self.twin != "text":
+            blind = self.twin == "blind"
+            images = {"num_images": 1 if blind else dataset.k, "image_dim": kb.dim, "blind": blind}
+        model = self._new(tokenizer, images) if self.base is None else self._augmented(self.base, images)
+        if kb is not None and self.twin == "blind":
+            note = RetrievalNote.of_knowledge_base(kb, dataset.query)
+            of_clip: Any = {"clip": self.clip, "allow_download": self.allow_download}
+            device = open_device(self.device)
+            model.set_retriever(model.open_retriever(note, dataset.tokenizer, device=device, **of_clip))
+        return model
+
+    def _new(self, tokenizer: PreTrainedTokenizerFast, images: dict[str, Any]) -> Any:
+        """A VaLM with random weights, or without images GPT-2*."""
+        sizes = SIZES | {name: value for name in SIZES if (value := getattr(self, name)) is not None}
+        config = ValmConfig(
+            vocab_size=len(tokenizer),
+            n_positions=self.context,
+            n_layer=sizes["layers"],
+            n_embd=sizes["width"],
+            n_head=sizes["heads"],
+            bos_token_id=begin_id(tokenizer),
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            image_score_scale_init=self.score_scale if images else None,
+            **(images or {"num_images": 0, "image_dim": sizes["width"]}),
+        )
+        return VaLMForCausalLM(config)
+
+    def _augmented(self, base: str, images: dict[str, Any]) -> Any:
+        """The pretrained decoder `base`, augmented, or without images its text-only twin."""
+        given = {"layer": self.layer, "unfreeze": self.unfreeze, "logit_bias": self.logit_bias}
+        said: Any = {name: value for name, value in given.items() if value is not None}
+        if images:
+            said["score_scale"] = self.score_scale
+        elif self.unfreeze is None:
+            raise ValmError("the text-only twin has no new parameters to train: give --unfreeze block or all")
+        return augment(load_decoder(base), **(images or {"num_images": 0, "image_dim": 1}), **said)
+
+    def _split(self, kb: ImageKnowledgeBase | None, dataset: Any, seed: int) -> tuple[Any, Any]:
+        """The documents to train on and those of `validation`, or None, with the images of the twin.
+
+        Raises:
+            ValmError: the two do not belong together.
+        """
+
+        def with_images(documents: Any) -> Any:
+            return documents if self.twin is None or kb is None else twin(self.twin, documents, len(kb), seed)
+
+        if self.validation is None:
+            return with_images(dataset), None
+        try:
+            fraction = float(str(self.validation))
+        except ValueError:
+            return with_images(dataset), with_images(self._open_validation(kb, dataset, Path(str(self.validation))))
+        return hold_out(with_images(dataset), fraction, seed)
+
+    def _open_validation(self, kb: ImageKnowledgeBase | None, dataset: Any, path: Path) -> Any:
+        """The documents of `validation` that are in `path`.
+
+        Raises:
+            ValmError: they do not belong to `dataset`.
+        """
+        retrieved = path.is_dir()
+        if self.retrieval is not None and not retrieved:
+            raise ValmError(
+                f"the corpus was retrieved: retrieve --validation {path} too, or give a fraction to hold out"
+            )
+        if retrieved:
+            other = dataclasses.replace(self, corpus=None, retrieval=path)
+        else:
+            assert self.corpus is not None  # as `check` found
+            texts = TextCorpus([path], column=self.corpus.column)
+            other = dataclasses.replace(self, corpus=texts, retrieval=None)
+        found, _ = other._open_corpus(kb, "validation-retrieval")
+        if not isinstance(dataset, CorpusRetrieval):
+            if retrieved:
+                raise ValmError(
+                    f"--validation {path} is a result of `valm retrieve`, and the corpus is none: give a text file"
+                )
+            return found
+        for name in ("tokenizer", "knowledge_base", "k", "query"):
+            here, there = found.manifest["plan"][name], dataset.manifest["plan"][name]
+            if here != there:
+                raise ValmError(
+                    f"--validation {path} was retrieved otherwise than the corpus: its {name.replace('_', ' ')} is "
+                    f"{here}, not {there}"
+                )
+        return found
+
+    def _open_corpus(self, kb: ImageKnowledgeBase | None, name: str) -> tuple[Any, PreTrainedTokenizerFast]:
+        """The documents and the tokenizer of the model; `name`: of the folder in which their images are retrieved."""
+        if self.corpus is None:
+            documents = self._open_retrieval()
+        elif kb is not None:
+            documents = self._retrieve(self.corpus, kb, name)
+        else:
+            named = self.tokenizer or self.base
+            if named:
+                tokenizer = load_tokenizer(named) if self.base is None else own_tokenizer(named)
+            else:
+                tokenizer = Clip.load(self.clip).tokenizer if self.clip else clip_tokenizer()
+            found = tokenize_documents(list(self.corpus.documents()), tokenizer)
+            return [{"input_ids": document} for document in found], tokenizer
+        # `trainer` compares the base's own with the corpus'
+        return documents, documents.tokenizer if self.base is None else own_tokenizer(self.tokenizer or self.base)
+
+    def _open_retrieval(self) -> CorpusRetrieval:
+        decided = {"--clip": self.clip, "--tokenizer": self.tokenizer, "-k": self.images, "--query": self.query}
+        given = next((name for name, value in decided.items() if value is not None), None)
+        if given is not None:
+            raise ValmError(f"{given} was decided when {self.retrieval} was retrieved; leave it out")
+        assert self.retrieval is not None  # as `check` found
+        return CorpusRetrieval.open(self.retrieval)
+
+    def _retrieve(self, corpus: TextCorpus, kb: ImageKnowledgeBase, name: str) -> CorpusRetrieval:
+        """Retrieves the images of `corpus` into a folder beside `out`, which is not published with the model."""
+        if launched_processes() > 1:
+            raise ValmError(
+                "several processes train on what one has retrieved: run `valm retrieve`, and give --retrieval"
+            )
+        named = self.tokenizer or self.base
+        encoder = open_encoder(
+            kb,
+            QUERY if self.query is None else self.query,
+            load_tokenizer(named) if named else None,
+            clip=self.clip,
+            allow_download=self.allow_download,
+            device=open_device(self.device),
+        )
+        retriever = Retriever(encoder, kb, IMAGES if self.images is None else self.images)
+        out = Path(self.out).absolute()
+        return corpus.retrieve(retriever, out.with_name(f"{out.name}-{name}"), scores=self.score_scale is not None)

@@ -1,0 +1,156 @@
+"""What a training is, noted in its folder: `run.json`, which a resumed one compares."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import get_last_checkpoint
+
+from valm.corpus.parts import fingerprint
+from valm.corpus.retrieved import CorpusRetrieval
+from valm.errors import ValmError
+from valm.model.config_file import WEIGHTS_KEY
+from valm.model.probe import decoder_layers
+from valm.model.sketch import fingerprint as layer_fingerprint
+from valm.model.sketch import other_tensor, other_weight, project
+from valm.store.files import read_json, write_json
+from valm.training.image_trainer import ImageTrainer
+from valm_kernels.atomic_files import SAVE_WAIT_SECONDS, folder_lock, is_temporary, remove_leftovers
+from valm_kernels.json_files import short
+
+RUN_FILE = "run.json"
+# Prefixes of fields that a resumed training may change: they change neither the data nor the weights after a step, or
+# say how many steps there are, or which checkpoint becomes the model.
+FREE_FIELDS = (
+    *("dataloader_", "ddp_", "disable_tqdm", "eval_", "hub_", "load_best_", "log", "max_steps", "num_train_epochs"),
+    *("push_", "report_to", "restore_callback_states", "run_name", "save_", "use_cpu"),
+)
+# The options of what RUN_FILE has under other names.
+OPTIONS = {
+    "learning_rate": "lr",
+    "step_rows": "batch-size",
+    "fusion_lr": "fusion-lr",
+    "limit_softmax": "limit-softmax",
+    "model.n_layer": "layers",
+    "model.n_embd": "width",
+    "model.n_head": "heads",
+    "model.n_positions": "context",
+    "model.num_images": "images",
+    "model.image_score_scale_init": "score-scale",
+    "model.layer": "layer",
+    "model.unfreeze": "unfreeze",
+    "model.logit_bias": "logit-bias",
+    "model.score_scale": "score-scale",
+}
+
+
+def newest_checkpoint(out: Path, resume: bool, writes: bool) -> str | None:
+    """The checkpoint in `out` to resume from, None to start; `writes`: whether it is this process that writes to `out`.
+
+    Raises:
+        ValmError: `out` holds something, and no training is to be resumed in it; or not that of a training.
+    """
+    if writes:  # the others may find what this one has written
+        remove_leftovers(out)
+        found = [file.name for file in out.iterdir() if not is_temporary(file.name)]
+        if found and not resume:
+            raise ValmError(f"the output folder {out} is not empty: choose another, or give --resume to continue in it")
+        if found and RUN_FILE not in found:
+            raise ValmError(f"{out} holds no training that could be resumed (it has no {RUN_FILE}): choose another")
+    return get_last_checkpoint(str(out)) if resume else None
+
+
+def note_run(out: Path, training: ImageTrainer, dataset: Any, settings: Mapping[str, Any]) -> None:
+    """Notes in the folder `out` what `training` is, unless the same is noted there.
+
+    Args:
+        dataset: all its documents, with those that are held out.
+        settings: what neither `training` nor its model says, and the fields of TrainingArguments that were given. The
+            first one that differs is named, so what others follow from comes first.
+
+    Raises:
+        ValmError: the folder has the note of another one.
+    """
+    file = out / RUN_FILE
+    model: Any = training.model
+    # what a step reads is `step_rows`, and no number of an evaluation depends on its batches
+    batches = ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size")
+    run = {
+        **{name: value for name, value in settings.items() if name not in batches},
+        "base": getattr(model.config, "valm", {}).get("sketch"),
+        "fusion_lr": training.fusion_lr,
+        "step_rows": training.get_total_train_batch_size(training.args),
+        **model_settings(model.config),
+        "data": content_of(dataset),
+    }
+    run = {name: value for name, value in run.items() if not name.startswith(FREE_FIELDS)}
+    if file.is_file():
+        compare(out, model, read_json(file, "the note on a training", dict[str, Any], "choose another folder"), run)
+    elif training.is_world_process_zero():
+        with folder_lock(out, SAVE_WAIT_SECONDS):
+            if file.exists():
+                raise ValmError(f"another process has started a training in {out}: choose another folder")
+            write_json(file, run)
+
+
+def compare(out: Path, model: Any, before: dict[str, Any], run: dict[str, Any]) -> None:
+    """Compares `run` with what RUN_FILE in `out` says, `before`.
+
+    Raises:
+        ValmError: they differ; the message names the option.
+    """
+    if (run["base"] is None) != (before.get("base") is None):
+        kind = "a pretrained decoder (--base)" if run["base"] is None else "a new model, without --base"
+        raise ValmError(f"{out} holds the training of {kind}; choose another folder")
+    if run["base"] is not None and (other := other_base_tensor(model, before["base"])) is not None:
+        raise ValmError(
+            f"{out} holds the training of another base model: {other} had other values; choose another folder"
+        )
+    for name in dict.fromkeys([*run, *before]):
+        there, here = before.get(name), json.loads(json.dumps(run.get(name)))
+        if name != "base" and not name.startswith(FREE_FIELDS) and here != there:
+            there, here = ("not given" if value is None else short(value) for value in (there, here))
+            raise ValmError(
+                f"{out} holds another training: its {option_of(name)} is {there}, here it is {here}; choose another "
+                "folder"
+            )
+
+
+def other_base_tensor(model: Any, noted: Any) -> str | None:
+    """The name of a tensor of the base that is not as RUN_FILE has noted it, None if there is none.
+
+    noted: a sketch; of earlier versions the fingerprint of the fusion layer.
+    """
+    if not isinstance(noted, dict):
+        return "every tensor"
+    if all(isinstance(value, float) for value in noted.values()):
+        return other_weight(layer_fingerprint(decoder_layers(model)[model.fusion_options.layer]), noted)
+    return other_tensor(project(model, noted), noted)
+
+
+def option_of(name: str) -> str:
+    """What a user calls the setting `name` of RUN_FILE."""
+    if name in OPTIONS:
+        return f"--{OPTIONS[name]}" + (" of all processes together" if name == "step_rows" else "")
+    return name if name.startswith("model.") or name == "data" else f"--{name}"
+
+
+def model_settings(config: Any) -> dict[str, Any]:
+    """All that the config says of the model, of an augmented one its base's and the fusion's together."""
+    found = config.to_diff_dict()
+    found |= {**found.pop("base_config", {}), **found.pop("fusion", {})}
+    return {
+        f"model.{name}": found[name]
+        for name in found
+        if "version" not in name and name not in ("fingerprint", "sketch", WEIGHTS_KEY)
+    }
+
+
+def content_of(dataset: Any) -> str:
+    """A hash of all the documents."""
+    if isinstance(dataset, CorpusRetrieval):
+        return dataset.fingerprint
+    return fingerprint([document["input_ids"] for document in dataset])
