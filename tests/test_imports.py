@@ -21,7 +21,7 @@ LAYERS = [
     {"knowledge_base"},
     {"clip"},
     {"store"},
-    {"device", "errors", "progress", "text"},
+    {"errors", "progress", "text"},
 ]
 LAYER = {unit: number for number, layer in enumerate(LAYERS) for unit in layer}
 # valm/__init__.py names the public API and imports it when it is asked for.

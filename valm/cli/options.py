@@ -160,7 +160,7 @@ def chosen_device(arguments: argparse.Namespace) -> torch.device:
     Raises:
         ValmError: there is no such device.
     """
-    from valm.device import open_device
+    from valm.clip.device import open_device
 
     name = arguments.device
     if getattr(arguments, "ray", None) is None:

@@ -14,10 +14,10 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from valm.clip.clip import Clip
+from valm.clip.device import open_device
 from valm.clip.tokenizer import begin_id, clip_tokenizer, load_tokenizer, own_tokenizer, tokenize_documents
 from valm.corpus.retrieved import CorpusRetrieval
 from valm.corpus.text import TextCorpus
-from valm.device import open_device
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model.augment import augment
