@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # What an editable install is built from: a change here installs again.
 SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.c*' -o -name '*.h*')
 
-.PHONY: help demo study-small test test-oldest-triton test-all coverage fuzz sanitize bench gpu-check lint types format docs sdist-check clean
+.PHONY: help demo study-small test test-oldest-triton test-all check coverage fuzz sanitize bench gpu-check lint types format docs sdist-check clean
 
 help:
 	@echo "make demo       train and evaluate a small VaLM on real pictures, on the CPU, into $(DEMO_OUTPUT)/"
@@ -15,6 +15,7 @@ help:
 	@echo "make test       the tests, without the slow ones"
 	@echo "make test-oldest-triton  the Triton kernels' tests under the oldest Triton that is supported"
 	@echo "make test-all   every test"
+	@echo "make check      the slow checks of a build: model families, fuzz, kills, compile record, barriers (tests/checks/)"
 	@echo "make coverage   the tests, without the slow ones, and the share of lines that they run"
 	@echo "make fuzz       damaged files for every reader, for MINUTES=10"
 	@echo "make sanitize   the native tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer"
@@ -51,10 +52,14 @@ test-oldest-triton:
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet 'triton==3.5.0' 'numpy<2.3' --editable '.[test]'
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -m 'not slow' -n auto --maxprocesses 8 --dist worksteal \
-	    tests/valm_kernels/visual_fusion/triton
+	    tests/valm_kernels/visual_fusion/triton tests/checks/triton
 
 test-all: $(VENV)/.installed-test,ray
 	$(BIN)/python -m pytest
+
+# What a change rarely breaks and a person does not wait for; .github/workflows/ci.yml runs it every night.
+check: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal tests/checks
 
 coverage: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --cov -m 'not slow'
@@ -65,7 +70,7 @@ fuzz: $(VENV)/.installed-test
 	end=$$(($$(date +%s) + 60 * $(MINUTES))); number=1; \
 	while [ $$(date +%s) -lt $$end ]; do \
 	    echo "VALM_FUZZ_SEED=$$number"; \
-	    VALM_FUZZ_SEED=$$number $(BIN)/python -m pytest tests/fuzz --ignore tests/fuzz/test_kills.py || exit 1; \
+	    VALM_FUZZ_SEED=$$number $(BIN)/python -m pytest tests/checks/fuzz || exit 1; \
 	    number=$$(($$number + 1)); \
 	done
 

@@ -4,7 +4,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from studies.color.questions import validation_questions
 from studies.color.scoring import answers_of, predicted, question_rows, read_from_fusion, score_arm, text_rows
-from tests.valm.model.families import open_images
+from tests.checks.families import open_images
 from tests.valm.other_tokenizers import gpt2_like
 from valm.evaluation.color import ColorItem
 from valm.evaluation.scorers import CausalScorer

@@ -12,7 +12,7 @@ from transformers import (
     Phi3ForCausalLM,
 )
 
-from tests.valm.model.families import open_images
+from tests.checks.families import open_images
 from valm.model.augment import augment, fusion_module
 
 VOCAB, IMAGE_DIM, IMAGES = 64, 24, 3

@@ -9,6 +9,7 @@ from accelerate import cpu_offload, disk_offload
 from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import valm
+from tests.checks.families import tiny
 from tests.valm.model.decoders import (
     IMAGE_DIM,
     IMAGES,
@@ -19,7 +20,6 @@ from tests.valm.model.decoders import (
     tiny_gpt2,
     tiny_llama,
 )
-from tests.valm.model.families import tiny
 from tests.valm.models import HashRetriever, random_scores
 from valm.errors import ValmError
 from valm.model.augment import augment, fusion_module

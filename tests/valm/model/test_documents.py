@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from tests.checks.families import tiny
 from tests.valm.model.decoders import augmented, random_ids, random_images, tiny_gpt2, tiny_llama
-from tests.valm.model.families import tiny
 
 LENGTHS = (5, 1, 8, 3)
 MODELS = {

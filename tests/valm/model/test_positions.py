@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tests.valm.model.families import check
+from tests.checks.families import check
 from valm.model.positions import TokensBefore, alone, identity_rotation
 
 

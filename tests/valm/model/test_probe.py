@@ -6,8 +6,8 @@ import torch
 from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadModel
 from transformers.models.ministral3 import modeling_ministral3
 
+from tests.checks.families import VISION, tiny
 from tests.valm.model.decoders import IMAGE_DIM, IMAGES, tiny_gpt2, tiny_llama
-from tests.valm.model.families import VISION, tiny
 from valm.errors import ValmError
 from valm.model.augment import augment
 from valm.model.probe import attention_path, decoder_layers, layers_with_keys

@@ -1,4 +1,4 @@
-"""Files of a model that are replaced together. Kills at every point: tests/fuzz/test_kills.py."""
+"""Files of a model that are replaced together. Kills at every point: tests/checks/test_kills.py."""
 
 import errno
 import os

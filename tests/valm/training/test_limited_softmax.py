@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from tests.checks.families import tiny
 from tests.valm.model.decoders import VOCAB, augmented, random_ids, random_images, tiny_gpt2, tiny_llama
-from tests.valm.model.families import tiny
 from tests.valm.models import tiny_model
 from valm.errors import ValmError
 from valm.training import limited_softmax

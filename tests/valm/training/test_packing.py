@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from tests.valm.model.families import tiny
+from tests.checks.families import tiny
 from tests.valm.training.documents import TOKENIZER, Vectors, documents
 from valm.model.augment import augment
 from valm.model.packing import keeps_apart

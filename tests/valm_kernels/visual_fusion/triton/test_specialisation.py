@@ -16,8 +16,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import triton
 
+from tests.checks.triton.compile_record import Launch, meta_inputs, recorders, specialise, without
 from tests.valm_kernels.visual_fusion.problems import Problem
-from tests.valm_kernels.visual_fusion.triton.compile_record import Launch, meta_inputs, recorders, specialise, without
 from valm_kernels.visual_fusion.inputs import Gradients, Inputs
 from valm_kernels.visual_fusion.triton import backward, forward
 

@@ -11,7 +11,7 @@ if importlib.util.find_spec("triton") is None:
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton compiles nothing in an interpreting process", allow_module_level=True)
 
-from tests.valm_kernels.visual_fusion.triton.compile_record import (
+from tests.checks.triton.compile_record import (
     BIASES,
     DTYPES,
     IMAGES,
@@ -19,7 +19,7 @@ from tests.valm_kernels.visual_fusion.triton.compile_record import (
     meta_inputs,
     without,
 )
-from tests.valm_kernels.visual_fusion.triton.ptx import Code, loops, whole
+from tests.checks.triton.ptx import Code, loops, whole
 from valm_kernels.visual_fusion.triton.tiles import block_d
 
 # The calls that people make: whether the images are pooled, and what is absent.

@@ -20,7 +20,8 @@ import torch
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.fuzz.mutations import COUNTS, ODD_YAML, check_mutants, files_of, fuzzed, mutated_bytes, result_of
+from tests.checks.counts import COUNTS
+from tests.checks.fuzz.mutations import ODD_YAML, check_mutants, files_of, fuzzed, mutated_bytes, result_of
 from tests.valm.evaluation.small_sets import write_sets
 from tests.valm.training.documents import documents, new_trainer
 from valm.cli import build_parser

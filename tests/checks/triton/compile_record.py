@@ -7,7 +7,7 @@ source and options, in its own cache.
 The figures of one Triton version are recorded in benchmarks/records/triton_compile.csv. Where a kernel or its tiles
 changed on purpose, this writes the table anew, in a few minutes:
 
-    python -m tests.valm_kernels.visual_fusion.triton.compile_record
+    python -m tests.checks.triton.compile_record
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from valm_kernels.visual_fusion.triton import (
     joined,
 )
 
-TABLE = Path(__file__).parents[4] / "benchmarks" / "records" / "triton_compile.csv"
+TABLE = Path(__file__).parents[3] / "benchmarks" / "records" / "triton_compile.csv"
 IMAGES = ("image_k", "image_v", "image_index", "image_mask")
 BIASES = ("image_k_bias", "image_v_bias", "image_logit_bias")
 ARCHITECTURES = (80, 90, 100)

@@ -12,7 +12,7 @@ import torch
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from tests.fuzz.mutations import check_mutants, files_of, fuzzed
+from tests.checks.fuzz.mutations import check_mutants, files_of, fuzzed
 from tests.valm.model.decoders import IMAGE_DIM, IMAGES, tiny_llama
 from tests.valm.training.documents import TOKENIZER, new_trainer
 from valm import load

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.valm.model.families import describe, read_table
+from tests.checks.families import describe, read_table
 
 QUICK = (
     "llama",

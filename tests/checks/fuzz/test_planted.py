@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.fuzz.conftest import STORES
-from tests.fuzz.mutations import COUNTS, REFUSED, files_of, result_of
+from tests.checks.counts import COUNTS
+from tests.checks.fuzz.conftest import STORES
+from tests.checks.fuzz.mutations import REFUSED, files_of, result_of
 from valm import ImageKnowledgeBase, load
 from valm.clip.clip import Clip
 from valm.corpus.retrieved import CorpusRetrieval

@@ -13,7 +13,7 @@ from studies.color.pictures import PICTURES_FILE, read_pictures
 from studies.color.report import TABLES
 from studies.color.results import read_results
 from studies.stages import Stages
-from tests.fuzz.mutations import ODD_VALUES, ODD_YAML, REFUSED, check_mutants, fuzzed, result_of
+from tests.checks.fuzz.mutations import ODD_VALUES, ODD_YAML, REFUSED, check_mutants, fuzzed, result_of
 from tests.studies.color import synthetic
 from valm.errors import ValmError
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from tests.fuzz.conftest import STORES
-from tests.fuzz.mutations import REFUSED, check_mutants, files_of, fuzzed
+from tests.checks.fuzz.conftest import STORES
+from tests.checks.fuzz.mutations import REFUSED, check_mutants, files_of, fuzzed
 from valm import ImageKnowledgeBase
 from valm.corpus.retrieved import CorpusRetrieval
 from valm.retrieval.index_parameters import index_parameters

@@ -3,12 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuzz.mutations import COUNTS
-from tests.valm.conftest import clip, make_kb, tokenizer
-
-__all__ = ["clip", "make_kb", "tokenizer"]
-
-STORES = Path(__file__).parents[1] / "fixtures" / "0.1.0"
+STORES = Path(__file__).parents[2] / "fixtures" / "0.1.0"
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +17,3 @@ def outside(tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("outside") / "secret"
     file.write_text('{"secret": "this is not to be read"}')
     return file
-
-
-def pytest_terminal_summary(terminalreporter) -> None:
-    if COUNTS:
-        terminalreporter.write_line("seen: " + ", ".join(f"{count:,} {what}" for what, count in sorted(COUNTS.items())))

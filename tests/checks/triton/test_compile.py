@@ -13,7 +13,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import torch
 import triton
 
-from tests.valm_kernels.visual_fusion.triton.compile_record import (
+from tests.checks.triton.compile_record import (
     BIASES,
     IMAGES,
     SHARED_PER_BLOCK,
@@ -74,7 +74,7 @@ def test_figures_are_those_on_record(kernel, call, arch, head_dim, dtype):
     report = compile_case(kernel, call, arch, head_dim, dtype)
     assert report == table[report.kernel, report.variant, report.arch], (
         "the compiler's figures changed; where that is meant, write the table anew with "
-        "`python -m tests.valm_kernels.visual_fusion.triton.compile_record`"
+        "`python -m tests.checks.triton.compile_record`"
     )
 
 

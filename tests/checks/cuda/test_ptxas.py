@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from tests.csrc.topk.cuda.ptxas import ARCHITECTURES, measure, nvcc_version, read_table, source_hash
+from tests.checks.cuda.ptxas import ARCHITECTURES, measure, nvcc_version, read_table, source_hash
 
 
 @pytest.mark.slow  # the test below holds the table to the sources
@@ -25,7 +25,7 @@ def test_figures(architecture):
 
 def test_the_table_is_of_these_sources_and_has_no_spills():
     _, sources, table = read_table()
-    assert sources == source_hash(), "write it anew: python -m tests.csrc.topk.cuda.ptxas"
+    assert sources == source_hash(), "write it anew: python -m tests.checks.cuda.ptxas"
     assert {architecture for *_, architecture in table} == set(ARCHITECTURES)
     assert all(row.spill_bytes == row.stack_bytes == 0 for row in table.values())
 

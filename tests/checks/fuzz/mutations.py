@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,12 +14,11 @@ import torch
 from hypothesis import HealthCheck, Phase, given, note, seed, settings
 from hypothesis import strategies as st
 
+from tests.checks.counts import COUNTS
 from valm.errors import ValmError
 
 SEED = int(os.environ.get("VALM_FUZZ_SEED", "0"))
 REFUSED = "refused"
-# What was tried and seen, which conftest.py shows at the end.
-COUNTS: Counter[str] = Counter()
 
 # What PyTorch writes.
 PICKLES = (".pt", ".pth", ".bin")

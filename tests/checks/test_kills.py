@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM
 
-from tests.fuzz.mutations import COUNTS
+from tests.checks.counts import COUNTS
 from tests.valm.cli.commands import run
 from tests.valm.evaluation.small_sets import write_sets
 from tests.valm.killed import exit_code, exit_code_if_killed_at, forked, needs_fork

@@ -1,6 +1,6 @@
 """Every causal family of transformers, tiny: can it be augmented, and does it then compute what it should?
 
-`python -m tests.valm.model.families` writes docs/families.md; the tests hold the code to it.
+`python -m tests.checks.families` writes docs/families.md; the tests hold the code to it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from valm.model import attention as fusion
 from valm.model.augment import augment, fusion_module
 from valm.model.probe import attention_path, decoder_layers
 
-TABLE = Path(__file__).parents[3] / "docs" / "families.md"
+TABLE = Path(__file__).parents[2] / "docs" / "families.md"
 
 # In every family of transformers that has an argument of this name; layer_types are cycled through besides.
 TINY = {
@@ -420,7 +420,7 @@ A layer is named where the one before the last has no attention with keys of its
 - *differs*: it runs, but is not the family's own attention over images, by so much; do not use it unread.
 - *not tried*: no tiny model of it runs here.
 
-Written by `python -m tests.valm.model.families`; `make test-all` holds the code to it.
+Written by `python -m tests.checks.families`; `make check` holds the code to it.
 
 | family | route | why |
 |---|---|---|

@@ -1,7 +1,7 @@
 """What ptxas makes of the CUDA kernels: registers, spills and how their loops of products get rows, by architecture
 that setup.py builds machine code for.
 
-`python -m tests.csrc.topk.cuda.ptxas` writes the committed table anew.
+`python -m tests.checks.cuda.ptxas` writes the committed table anew.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parents[4]
+ROOT = Path(__file__).parents[3]
 TABLE = ROOT / "benchmarks" / "records" / "ptxas.csv"
 ARCHITECTURES = ("80", "90")
 

@@ -1,0 +1,3 @@
+from tests.csrc.topk.cuda.conftest import library, simulate
+
+__all__ = ["library", "simulate"]
