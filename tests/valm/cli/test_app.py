@@ -1,5 +1,6 @@
 """valm app: served on this machine alone, and wrong input in one sentence. What it shows: tests/valm/explain."""
 
+import importlib.util
 import re
 import socket
 import subprocess
@@ -9,7 +10,8 @@ import urllib.request
 
 import pytest
 
-pytest.importorskip("gradio", reason="needs the extra [app]")
+# Not imported here: that takes as long as all else together, in every process that collects these tests.
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="needs the extra [app]")
 
 
 def test_the_app_is_served_on_this_machine_alone(world, tmp_path, monkeypatch):
