@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.csrc.topk.cuda.simulator import NoStream, Simulator, build
+from tests.once import made_once
 from valm_kernels.topk import cuda
 
 
@@ -15,7 +16,8 @@ from valm_kernels.topk import cuda
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if shutil.which("g++") is None:
         pytest.skip("the simulated CUDA kernels need g++")
-    return build(tmp_path_factory.mktemp("simulator") / "kernels.so")
+    made = made_once(tmp_path_factory, "simulator", lambda folder: build(folder / "kernels.so"))
+    return made / "kernels.so"
 
 
 @pytest.fixture

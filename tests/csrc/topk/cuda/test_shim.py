@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import shutil
+from pathlib import Path
 
 import pytest
 
 from tests.csrc.topk.cuda.simulator import build
+from tests.once import made_once
 
 # Kernels of one block of 64 threads that asks for 64 bytes of shared memory.
 KERNELS = """
@@ -77,9 +79,12 @@ extern "C" void run(int kernel, char* message) {
 def run(tmp_path_factory):
     if shutil.which("g++") is None:
         pytest.skip("the simulated CUDA kernels need g++")
-    folder = tmp_path_factory.mktemp("shim")
-    (folder / "kernels.cpp").write_text(KERNELS)
-    library = ctypes.CDLL(str(build(folder / "kernels.so", driver=folder / "kernels.cpp")))
+
+    def make(folder: Path) -> None:
+        (folder / "kernels.cpp").write_text(KERNELS)
+        build(folder / "kernels.so", driver=folder / "kernels.cpp")
+
+    library = ctypes.CDLL(str(made_once(tmp_path_factory, "shim", make) / "kernels.so"))
 
     def message(kernel: int) -> str:
         text = ctypes.create_string_buffer(200)
