@@ -34,9 +34,7 @@ def chosen_corpus(arguments: argparse.Namespace) -> TextCorpus | None:
     """
     from valm.corpus.text import TextCorpus
 
-    if not arguments.corpus and arguments.dataset is None:
-        return None
-    return TextCorpus(
+    found = TextCorpus(
         files=arguments.corpus,
         dataset=arguments.dataset,
         dataset_config=arguments.dataset_config,
@@ -44,3 +42,4 @@ def chosen_corpus(arguments: argparse.Namespace) -> TextCorpus | None:
         streaming=arguments.streaming,
         column=arguments.column,
     )
+    return found if found.files or found.dataset else None

@@ -171,7 +171,7 @@ class TrainingPlan:
             if getattr(self, name) is not None and is_for != (self.base is not None):
                 kind = "a pretrained decoder: give --base too" if is_for else "a new model: --base has its own"
                 raise ValmError(f"--{name.replace('_', '-')} is of {kind}")
-        for name in ("twin", "score_scale"):
+        for name in ("twin", "score_scale", *(("images", "query") if self.retrieval is None else ())):
             if getattr(self, name) is not None and self.kb is None:
                 raise ValmError(f"--{name.replace('_', '-')} is of a model with images: give its --kb too")
         if self.score_scale is not None and self.twin in ("random", "shuffled"):

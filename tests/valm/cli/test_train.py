@@ -510,6 +510,11 @@ def wrong_inputs():
             "no documents",
         ),
         "options that do not go together": ([*train, "--patience", "1"], "--patience looks at the evaluations"),
+        "option of images without any": ([*train, "-k", "2"], "--images is of a model with images"),
+        "option of a dataset beside a retrieval": (
+            [*cached, "--dataset-split", "test"],
+            "--dataset-split is of a Hugging Face dataset",
+        ),
         "corpus not text": (["train", "{world}/pictures/sea.png", "--out", "{tmp}/model"], "has NUL bytes"),
         "impossible heads": ([*train, "--clip", "{world}/clip", "--heads", "5"], "n_embd"),
         "more images than there are": ([*train, "--kb", "{world}/kb", "-k", "7"], "k must be from 1 to the 6"),

@@ -26,6 +26,8 @@ WITH_KB = RETRIEVED | {"kb": "kb"}
         (TEXT | {"base": "base", "layers": 3}, "--layers is of a new model: --base has its own"),
         (TEXT | {"fusion_lr": 1.0}, "--fusion-lr is of a pretrained decoder: give --base too"),
         (TEXT | {"twin": "random"}, "--twin is of a model with images: give its --kb too"),
+        (TEXT | {"images": 4}, "--images is of a model with images: give its --kb too"),
+        (TEXT | {"query": "eot"}, "--query is of a model with images: give its --kb too"),
         (TEXT | {"score_scale": 1.0}, "--score-scale is of a model with images: give its --kb too"),
         (WITH_KB | {"score_scale": 0.5, "twin": "random"}, "--twin random exchanges images, and their retrieval scor"),
         (WITH_KB | {"score_scale": 0.5, "twin": "shuffled"}, "--twin shuffled exchanges images, and their retrieval s"),
