@@ -68,7 +68,7 @@ def run_train(arguments: argparse.Namespace) -> None:
     from valm.training.launch import check_alone
     from valm_kernels.atomic_files import remove_leftovers
 
-    check_alone("clip train")
+    check_alone("valm clip train")
     if arguments.model is None and arguments.image_tower is None:
         raise ValmError("give --model, --image-tower, or both")
     if arguments.cache_images and arguments.image_tower is None:

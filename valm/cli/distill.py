@@ -52,7 +52,7 @@ def run_distill(arguments: argparse.Namespace) -> None:
     from valm.training.distill import distill_queries
     from valm.training.launch import check_alone
 
-    check_alone("distill")
+    check_alone("valm distill")
     out = writable_folder(arguments.out)
     model, tokenizer = load(arguments.model, device=chosen_device(arguments))
     kb = RetrievalNote.chosen(arguments.model, arguments.kb).open_knowledge_base()

@@ -201,7 +201,7 @@ def run_build(arguments: argparse.Namespace) -> None:
     from valm.knowledge_base.encode import Encoding
     from valm.training.launch import check_alone
 
-    check_alone("kb build")
+    check_alone("valm kb build")
     source = open_source(arguments)
     clip = Clip.load(arguments.clip, device=chosen_device(arguments))
     encoding = Encoding(batch_size=arguments.batch_size, thumbnails=arguments.thumbnails)
@@ -217,7 +217,7 @@ def run_add(arguments: argparse.Namespace) -> None:
     from valm.training.launch import check_alone
     from valm_kernels.atomic_files import remove_folder, remove_leftovers
 
-    check_alone("kb add")
+    check_alone("valm kb add")
     source, kb = open_source(arguments), ImageKnowledgeBase.open(arguments.kb)
     clip = kb.load_clip(arguments.clip, allow_download=arguments.allow_download).to(chosen_device(arguments))
     encoding = Encoding(batch_size=arguments.batch_size, thumbnails=arguments.thumbnails)

@@ -68,7 +68,7 @@ def run_retrieve(arguments: argparse.Namespace) -> None:
     if arguments.verify is not None:
         print(verify(arguments.verify))
         return
-    check_alone("retrieve")
+    check_alone("valm retrieve")
     corpus = chosen_corpus(arguments)
     missing = [] if corpus else ["corpus"]
     missing += [f"--{name}" for name in ("kb", "out") if not getattr(arguments, name)]

@@ -17,7 +17,7 @@ def launched_processes() -> int:
 
 
 def check_alone(command: str) -> None:
-    """Checks that no launcher has started several processes of `valm COMMAND`, which is the work of one.
+    """Checks that no launcher has started several processes of `command`, which is the work of one.
 
     Raises:
         ValmError: each would do all of it, and write it to one folder.
@@ -25,7 +25,7 @@ def check_alone(command: str) -> None:
     launched = launched_processes()
     if launched > 1:
         raise ValmError(
-            f"valm {command} runs in one process, but {launched} were launched: start it without torchrun or "
+            f"{command} runs in one process, but {launched} were launched: start it without torchrun or "
             "accelerate launch"
         )
 

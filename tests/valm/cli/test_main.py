@@ -17,7 +17,6 @@ from valm.cli import build_parser, main
 
 def test_every_command_answers_help(capsys):
     for command in (
-        ["demo"],
         ["kb"],
         ["kb", "build"],
         ["encoder", "check"],
@@ -41,20 +40,18 @@ def test_help_does_not_wait_for_torch():
 @pytest.mark.parametrize(
     "command",
     [
-        "demo",
         "kb build pictures --clip clip",
         "kb add kb pictures",
         "clip train pictures --model ViT-B-32",
         "retrieve corpus.txt --kb kb",
         "distill model --retrieval retrieval",
-        "study run study.yaml",
     ],
 )
 def test_what_one_process_does_is_refused_to_several(command, tmp_path, monkeypatch, capsys):
     """As torchrun launches them: each would write the same folder."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.chdir(tmp_path)
-    name = re.match("(kb |clip |study )?[a-z]+", command).group()
+    name = re.match("(kb |clip )?[a-z]+", command).group()
     assert run(*command.split(), "--out", "out") == 1
     assert f"valm {name} runs in one process, but 2 were launched: start it without torchrun" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -218,7 +218,8 @@ def test_control_c_ends_a_search():
         "from valm_kernels import FlatIPIndex\n"
         "index, queries = FlatIPIndex(torch.randn(10_000, 64)), torch.randn(4_000, 64)\n"
         "index.search(queries, 100)\n"  # the first is slower, so that all might end within its time
-        "start = time.monotonic(); index.search(queries, 100); part = time.monotonic() - start\n"
+        "def seconds(): start = time.monotonic(); index.search(queries, 100); return time.monotonic() - start\n"
+        "part = min(seconds() for _ in range(3))\n"  # one alone may have waited for other processes
         "threading.Timer(part, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
         "start = time.monotonic()\n"
         "try: index.search(queries.repeat(20, 1), 100)\n"
