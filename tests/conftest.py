@@ -1,6 +1,7 @@
 """A random order of the tests, a check that none leaves an event loop running, and a browser."""
 
 import asyncio
+import gc
 import os
 import random
 import shutil
@@ -9,6 +10,20 @@ from collections.abc import Iterator
 import pytest
 
 SEED = os.environ.get("VALM_TEST_SEED")
+
+# Modules and tests stay until the end. Python's collector would walk through them many times while they are made, and
+# again at each full collection of a test.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.set_threshold(20_000)
+    gc.enable()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # modules with native code say at the end of the process what was not taken away
 
 
 def pytest_report_header() -> str | None:

@@ -16,9 +16,17 @@ pytest.importorskip("triton", reason="Triton comes for Linux only")
 FOLDER = Path(__file__).parent
 
 
-def run_interpreted(file: str, marker: str) -> None:
+# What each process runs: one of them has half of the work, and each spends seconds on its imports.
+PROCESSES = {
+    "backward": ["test_backward.py"],
+    "the others": ["test_forward.py", "test_guarded_interpreter.py", "test_joined.py"],
+}
+
+
+def run_interpreted(files: list[str], marker: str) -> None:
+    paths = [FOLDER / file for file in files]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", marker, FOLDER / file],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", marker, *paths],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=FOLDER.parents[3],
         capture_output=True,
@@ -29,15 +37,13 @@ def run_interpreted(file: str, marker: str) -> None:
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize(
-    "file", ["test_backward.py", "test_forward.py", "test_guarded_interpreter.py", "test_joined.py"]
-)
-def test_kernels_under_interpreter(file):
-    run_interpreted(file, "not slow")
+@pytest.mark.parametrize("files", PROCESSES.values(), ids=PROCESSES)
+def test_kernels_under_interpreter(files):
+    run_interpreted(files, "not slow")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("file", ["test_backward.py", "test_guarded_interpreter.py", "test_joined.py"])
-def test_kernels_under_interpreter_on_all_problems(file):
-    run_interpreted(file, "slow")
+@pytest.mark.parametrize("files", PROCESSES.values(), ids=PROCESSES)
+def test_kernels_under_interpreter_on_all_problems(files):
+    run_interpreted(files, "slow")
