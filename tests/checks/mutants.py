@@ -1,13 +1,12 @@
 """200 mutants of the code, drawn at random, and a test that kills each of them.
 
     python -m tests.checks.mutants draw --seed 1    # writes tests/checks/mutants.json, without the tests
-    OMP_NUM_THREADS=1 python -m pytest -n auto -m "not slow" --cov --cov-context=test --cov-report=
-    python -m tests.checks.mutants run              # plants each, and looks for a test that fails
-    python -m tests.checks.mutants check            # the same for those whose recorded test is gone or passes
+    python -m tests.checks.mutants run              # plants each, and looks for a test that fails; resumes
+    python -m tests.checks.mutants check            # plants each again, and tries the recorded test first
 
-A mutant is one changed line. Its tests are those that run the line, as the second command noted in .coverage; where it
-noted none (C++, and what runs in processes of their own), those in the files that mirror the source or name its module.
-The slow tests are left out. The checkout is changed while this runs, so use one of your own.
+A mutant is one changed line. Its tests are those in the file that mirrors the source, then those in its folder, then
+those that name the module, without the slow ones. `killed_by` is the first that fails, "the compiler", the status of a
+process that died, or null. The checkout is changed while this runs, so use one of your own.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +31,6 @@ LIST = Path(__file__).with_suffix(".json")
 COUNT = 200
 SOURCES = ("valm", "valm_kernels", "studies", "csrc")
 SECONDS = 600  # for the tests of one step; who runs longer hangs
-AT_ONCE = 60  # tests of one step, at most
 NAMING = 6  # files that name the module, at most
 
 SWAPS = {
@@ -141,24 +140,8 @@ def plant(mutant: dict[str, Any]) -> str:
     return text
 
 
-def covering(file: str, number: int) -> list[str]:
-    """The tests that run a line, those of its mirror first."""
-    from coverage import CoverageData
-
-    if not (ROOT / ".coverage").exists() or not file.endswith(".py"):
-        return []
-    data = CoverageData(str(ROOT / ".coverage"))
-    data.read()
-    contexts = data.contexts_by_lineno(str(ROOT / file))
-    # coverage notes a statement by its first line
-    found = next((contexts[line] for line in range(number, max(0, number - 12), -1) if contexts.get(line)), [])
-    tests = sorted({context.partition("|")[0] for context in found if "::" in context})
-    mirror = f"/test_{Path(file).stem}.py"
-    return sorted(tests, key=lambda test: mirror not in test)
-
-
-def files(file: str) -> Iterator[list[str]]:
-    """Test files for a source file that .coverage knows nothing of, nearest first."""
+def steps(file: str) -> Iterator[list[str]]:
+    """Test files for a source file, nearest first."""
     path = Path(file)
     if path.parts[0] == "csrc":
         near = {
@@ -188,17 +171,6 @@ def files(file: str) -> Iterator[list[str]]:
     command = ROOT / "tests" / "valm" / "cli" / f"test_{path.stem}.py"
     named = dict.fromkeys(str(f.relative_to(ROOT)) for f in [*([command] if command.exists() else []), *users])
     yield [name for name in named if name not in done][:NAMING]
-
-
-def steps(mutant: dict[str, Any]) -> Iterator[list[str]]:
-    tests = covering(mutant["file"], place(mutant))
-    if not tests:
-        yield from files(mutant["file"])
-    elif len(tests) <= AT_ONCE:
-        yield tests
-    else:  # the nearest, and a sample of the rest
-        yield tests[:AT_ONCE]
-        yield random.Random(0).sample(tests[AT_ONCE:], min(AT_ONCE, len(tests) - AT_ONCE))
 
 
 def failing(tests: list[str], log: Path) -> str | None:
@@ -231,14 +203,12 @@ def failing(tests: list[str], log: Path) -> str | None:
     found = re.search(r"^(?:FAILED|ERROR) (\S+\.py(?:::[^\s\[]+)?)", log.read_text(errors="replace"), re.MULTILINE)
     if found:
         return found[1]
-    if code == 4:  # a parameter's name is another in this process
-        return failing(list(dict.fromkeys(test.partition("[")[0] for test in tests)), log)
     return None if code in (0, 5) else f"status {code}"
 
 
 def kill(mutant: dict[str, Any], log: Path, first: str | None = None) -> str | None:
     """A test that fails with the mutant, `first` tried first, or None."""
-    candidates = [*([[first]] if first else []), *steps(mutant)]
+    candidates = [*([[first]] if first else []), *steps(mutant["file"])]
     before = plant(mutant)
     native = mutant["file"].startswith("csrc") and "cuda" not in mutant["file"]
     try:
@@ -284,9 +254,11 @@ def main() -> None:
     import_heavy()
     first, last = (int(part) if part else None for part in arguments.only.split(":"))
     mutants = json.loads(LIST.read_text(encoding="utf-8"))
-    log = Path(f"/tmp/mutant-{os.getpid()}.log")
+    log = Path(tempfile.gettempdir()) / f"mutant-{os.getpid()}.log"
     for number, mutant in list(enumerate(mutants))[first:last]:
-        known = mutant.get("killed_by") if arguments.what == "check" else None
+        if arguments.what == "run" and "killed_by" in mutant:  # an earlier run came so far
+            continue
+        known = mutant.get("killed_by")
         mutant["killed_by"] = kill(mutant, log, known if known and "::" in known else None)
         print(number, mutant["file"], mutant["becomes"].strip(), "->", mutant.get("killed_by"), flush=True)
         arguments.out.write_text(json.dumps(mutants, indent=1) + "\n", encoding="utf-8")
