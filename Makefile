@@ -22,7 +22,7 @@ help:
 	@echo "make bench      the benchmarks, beside their peers"
 	@echo "make gpu-check  on a machine with a GPU: GPU tests, compute-sanitizer, GPU benchmarks, docs/gpu.md; resumable"
 	@echo "make lint       ruff, clang-format, schemas of the workflow and its neighbours; make format applies the first two"
-	@echo "make types      mypy over both packages"
+	@echo "make types      mypy over both packages and the studies"
 	@echo "make docs       the documentation as a site, into build/site/"
 	@echo "make sdist-check  build the source distribution and a wheel, install the sdist, and try it"
 

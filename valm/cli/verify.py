@@ -16,7 +16,7 @@ def add_to(commands: Commands) -> None:
         "folder",
         type=Path,
         help="knowledge base, retrieved corpus, index of vectors, checkpoint-N of a training, hidden states of "
-        "--cache-below, or evaluation",
+        "--cache-below, or evaluation (its cached scores)",
     )
 
 
@@ -82,6 +82,7 @@ def _corpus(folder: Path) -> str:
     found = CorpusRetrieval.open(folder)
     if damaged := found.verify():
         raise ValmError(f"{folder} is damaged, retrieve it again: {', '.join(damaged)}")
+    _ = found.tokenizer  # compared with its hash in the manifest
     return f"{folder}: all {len(found):,} documents are as they were written"
 
 
@@ -89,7 +90,7 @@ def _index(folder: Path) -> str:
     from valm_kernels import FlatIPIndex
 
     try:
-        rows = len(FlatIPIndex.load(folder, verify=True))
+        rows = len(FlatIPIndex.load(folder, mmap=True, verify=True))
     except (ValueError, OSError) as error:
         raise ValmError(f"{error}; make the index again") from error
     return f"{folder}: all {rows:,} rows are as they were written"

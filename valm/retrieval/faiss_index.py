@@ -6,6 +6,7 @@ exact. `valm.retrieval.index_tuning` makes the index and measures its recall.
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -65,11 +66,16 @@ def open_index(kb: ImageKnowledgeBase, device: torch.device | str = "cpu") -> Fl
 
 
 def verify_index(kb: ImageKnowledgeBase) -> list[str]:
-    """The name of the index file of `kb` in a list if its content has changed, else an empty list."""
-    parameters = index_parameters(kb)
-    if parameters is None or file_entry(kb.path / INDEX_FILE) == parameters.file:
-        return []
-    return [INDEX_FILE]
+    """The name of the index file of `kb` in a list if its content has changed, or its parameters are gone; else an
+    empty list."""
+    parameters, file = index_parameters(kb), kb.path / INDEX_FILE
+    if not os.path.lexists(file):
+        return [] if parameters is None else [INDEX_FILE]
+    try:
+        own_file(file)  # a pipe would block
+    except ValueError:
+        return [INDEX_FILE]
+    return [] if parameters is not None and file_entry(file) == parameters.file else [INDEX_FILE]
 
 
 def remove_index(kb: ImageKnowledgeBase) -> None:

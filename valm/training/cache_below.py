@@ -29,6 +29,7 @@ from valm.store.files import atomic_path, writable_folder
 from valm.store.manifest import open_array
 from valm.training.blocks import document_lengths
 from valm_kernels.checksums import file_sha256
+from valm_kernels.json_files import own_file
 
 VERSION = 2
 # Tokens of one pass through the layers below, padding included.
@@ -153,7 +154,10 @@ def check_cached_states(file: Path) -> None:
     Raises:
         ValmError: it is damaged.
     """
-    size = max(0, file.stat().st_size - CHECKSUM_BYTES)
+    try:
+        size = max(0, own_file(file).st_size - CHECKSUM_BYTES)
+    except ValueError as error:
+        raise ValmError(f"the hidden states {error}; delete it") from error
     with open(file, "rb") as opened:
         opened.seek(size)
         checksum = opened.read()

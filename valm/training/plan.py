@@ -24,6 +24,7 @@ from valm.model.augment import augment
 from valm.model.checkpoint import load_decoder
 from valm.model.config import ValmConfig
 from valm.model.gpt2 import VaLMForCausalLM
+from valm.retrieval.context import QUERIES
 from valm.retrieval.note import RetrievalNote, open_encoder
 from valm.retrieval.retriever import Retriever
 from valm.store.files import only_writer, writable_folder
@@ -31,9 +32,9 @@ from valm.training.callbacks import Patience, show_progress
 from valm.training.image_trainer import ImageTrainer
 from valm.training.launch import launched_processes
 from valm.training.run_note import RUN_FILE, newest_checkpoint, note_run
-from valm.training.split import hold_out
+from valm.training.split import hold_out, validation_of
 from valm.training.train import trainer, training_arguments
-from valm.training.twins import twin
+from valm.training.twins import TWINS, twin
 
 STEPS = 1000
 # Images a token sees and kind of the retrieval query, where the corpus is retrieved here.
@@ -147,7 +148,7 @@ class TrainingPlan:
             callbacks=None if self.patience is None else [Patience(self.patience)],
         )
         own = {"twin": self.twin, "limit_softmax": self.limit_softmax or None}
-        own["validation"] = None if self.validation is None else str(self.validation)
+        own["validation"] = None if self.validation is None else str(validation_of(self.validation))
         note_run(out, training, dataset, own | self.training_fields())
         show_progress(training, "train")
         # saving a model locks the folder itself
@@ -165,15 +166,27 @@ class TrainingPlan:
         """
         if (self.corpus is None) == (self.retrieval is None):
             raise ValmError("give either a corpus or --retrieval")
+        for name in ("images", *SIZES, "context", "steps", "batch_size", "patience"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValmError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
+        for name, kinds in (("twin", TWINS), ("query", QUERIES)):
+            if (value := getattr(self, name)) is not None and value not in kinds:
+                raise ValmError(f"{name} must be one of {', '.join(kinds)}, got {value!r}")
         if self.validation is None and self.patience is not None:
             raise ValmError("--patience looks at the evaluations: give --validation too")
         for name, is_for in {**dict.fromkeys(BASE_FIELDS, True), **dict.fromkeys(SIZES, False)}.items():
             if getattr(self, name) is not None and is_for != (self.base is not None):
                 kind = "a pretrained decoder: give --base too" if is_for else "a new model: --base has its own"
                 raise ValmError(f"--{name.replace('_', '-')} is of {kind}")
-        for name in ("twin", "score_scale", *(("images", "query") if self.retrieval is None else ())):
+        # those of a `retrieval` were decided with it
+        of_images = ("twin", "score_scale", "logit_bias", "fusion_lr", *(() if self.retrieval else ("images", "query")))
+        for name in of_images:
             if getattr(self, name) is not None and self.kb is None:
                 raise ValmError(f"--{name.replace('_', '-')} is of a model with images: give its --kb too")
+        if self.clip is not None and self.kb is None and (self.tokenizer or self.base):
+            raise ValmError(
+                "without --kb, --clip has the model's tokenizer, and so have --tokenizer and --base: drop it"
+            )
         if self.score_scale is not None and self.twin in ("random", "shuffled"):
             raise ValmError(
                 f"--twin {self.twin} exchanges images, and their retrieval scores are not known: give it without "
@@ -249,11 +262,10 @@ class TrainingPlan:
 
         if self.validation is None:
             return with_images(dataset), None
-        try:
-            fraction = float(str(self.validation))
-        except ValueError:
-            return with_images(dataset), with_images(self._open_validation(kb, dataset, Path(str(self.validation))))
-        return hold_out(with_images(dataset), fraction, seed)
+        found = validation_of(self.validation)
+        if isinstance(found, float):
+            return hold_out(with_images(dataset), found, seed)
+        return with_images(dataset), with_images(self._open_validation(kb, dataset, found))
 
     def _open_validation(self, kb: ImageKnowledgeBase | None, dataset: Any, path: Path) -> Any:
         """The documents of `validation` that are in `path`.
@@ -306,7 +318,9 @@ class TrainingPlan:
         return documents, documents.tokenizer if self.base is None else own_tokenizer(self.tokenizer or self.base)
 
     def _open_retrieval(self) -> CorpusRetrieval:
-        decided = {"--clip": self.clip, "--tokenizer": self.tokenizer, "-k": self.images, "--query": self.query}
+        decided = {"--tokenizer": self.tokenizer, "-k": self.images, "--query": self.query}
+        if self.twin != "blind":  # which retrieves as it trains
+            decided["--clip"] = self.clip
         given = next((name for name, value in decided.items() if value is not None), None)
         if given is not None:
             raise ValmError(f"{given} was decided when {self.retrieval} was retrieved; leave it out")

@@ -18,6 +18,7 @@ from valm.model.sketch import fingerprint as layer_fingerprint
 from valm.model.sketch import other_tensor, other_weight, project
 from valm.store.files import read_json, write_json
 from valm.training.image_trainer import ImageTrainer
+from valm.training.split import validation_of
 from valm_kernels.atomic_files import SAVE_WAIT_SECONDS, folder_lock, is_temporary, remove_leftovers
 from valm_kernels.json_files import short
 
@@ -88,7 +89,10 @@ def note_run(out: Path, training: ImageTrainer, dataset: Any, settings: Mapping[
     }
     run = {name: value for name, value in run.items() if not name.startswith(FREE_FIELDS)}
     if file.is_file():
-        compare(out, model, read_json(file, "the note on a training", dict[str, Any], "choose another folder"), run)
+        before = read_json(file, "the note on a training", dict[str, Any], "choose another folder")
+        if before.get("validation") is not None:  # earlier versions noted it as it was written
+            before["validation"] = str(validation_of(before["validation"]))
+        compare(out, model, before, run)
     elif training.is_world_process_zero():
         with folder_lock(out, SAVE_WAIT_SECONDS):
             if file.exists():

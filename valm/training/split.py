@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,3 +50,13 @@ def hold_out(documents: Any, fraction: float, seed: int) -> tuple[Selected, Sele
     held = min(count - 1, max(1, round(fraction * count)))
     drawn = np.random.default_rng(seed).permutation(count)
     return Selected(documents, np.sort(drawn[held:])), Selected(documents, np.sort(drawn[:held]))
+
+
+def validation_of(given: str | os.PathLike | float) -> float | Path:
+    """The fraction or the path that `validation` of a plan means; a text may be either."""
+    if isinstance(given, float):
+        return given
+    try:
+        return float(given) if isinstance(given, str) else Path(given)
+    except ValueError:
+        return Path(given)

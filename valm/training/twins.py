@@ -119,11 +119,16 @@ def image_ids(document: dict[str, Any], index: int) -> np.ndarray:
     """The image ids (T, K) of document `index`.
 
     Raises:
-        ValmError: it has none.
+        ValmError: it has none, or they cannot say -1, which is no image.
     """
     if "image_ids" not in document:
         raise ValmError(f"document {index} has no image_ids to be replaced: retrieve them first")
-    return np.asarray(document["image_ids"])
+    found = np.asarray(document["image_ids"])
+    if found.dtype.kind == "u":
+        raise ValmError(
+            f"the image_ids of document {index} are {found.dtype}, which has no -1 for no image: give int64"
+        )
+    return found
 
 
 def twin(kind: str, documents: Sequence[dict[str, Any]], images: int, seed: int) -> Twin:

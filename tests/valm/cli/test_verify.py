@@ -1,5 +1,8 @@
 """`valm verify` of every store with checksums: whole, and with one changed byte."""
 
+import json
+import os
+
 import numpy as np
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -70,6 +73,33 @@ def test_whole_and_damaged(name, world, copy_of, tmp_path, capsys):
     assert run("verify", folder) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("valm: error: ") and str(folder) in error and ("damaged" in error or "checksum" in error)
+
+
+def test_a_damaged_tokenizer_and_an_index_without_parameters(copy_of, capsys):
+    root = copy_of("retrieval", "kb")
+    file = root / "retrieval" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocab = content["model"]["vocab"]
+    vocab["a</w>"], vocab["b</w>"] = vocab["b</w>"], vocab["a</w>"]
+    file.write_text(json.dumps(content))
+    assert run("verify", root / "retrieval") == 1
+    assert "is not the one that the corpus was read with" in capsys.readouterr().err
+    (root / "kb" / "index.faiss").write_bytes(b"")
+    assert run("verify", root / "kb") == 1
+    assert "index.faiss" in capsys.readouterr().err
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+def test_what_is_no_file_is_never_opened(kind, world, copy_of, capsys):
+    root = copy_of("kb")
+    hidden_states(root / "states", world)
+    (states,) = (root / "states").glob("below-*.npy")
+    states.rename(root / "elsewhere.npy")
+    for file in (root / "kb" / "index.faiss", states):
+        os.mkfifo(file) if kind == "pipe" else file.symlink_to(root / "elsewhere.npy")
+        assert run("verify", file.parent) == 1
+        assert file.name in capsys.readouterr().err
 
 
 def test_what_has_no_checksums_is_named(world, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """What a plan refuses, and that it is the training of `valm train`, whose tests have the rest."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from valm import load
 from valm.corpus.text import TextCorpus
 from valm.errors import ValmError
 from valm.training import TrainingPlan
+from valm.training.split import validation_of
 
 TEXT = {"corpus": TextCorpus(["corpus.txt"])}
 RETRIEVED = {"retrieval": "retrieval"}
@@ -31,6 +33,15 @@ WITH_KB = RETRIEVED | {"kb": "kb"}
         (TEXT | {"score_scale": 1.0}, "--score-scale is of a model with images: give its --kb too"),
         (WITH_KB | {"score_scale": 0.5, "twin": "random"}, "--twin random exchanges images, and their retrieval scor"),
         (WITH_KB | {"score_scale": 0.5, "twin": "shuffled"}, "--twin shuffled exchanges images, and their retrieval s"),
+        (TEXT | {"steps": 0}, "--steps is 0, expected at least 1"),
+        (TEXT | {"context": 0}, "--context is 0, expected at least 1"),
+        (TEXT | {"validation": 0.5, "patience": 0}, "--patience is 0, expected at least 1"),
+        (TEXT | {"layers": -1}, "--layers is -1, expected at least 1"),
+        (WITH_KB | {"twin": "tetx"}, "twin must be one of text, random, blind, shuffled, got 'tetx'"),
+        (TEXT | {"kb": "kb", "query": "self"}, "query must be one of eot, state, got 'self'"),
+        (TEXT | {"base": "base", "fusion_lr": 1.0}, "--fusion-lr is of a model with images: give its --kb too"),
+        (TEXT | {"base": "base", "logit_bias": 1.0}, "--logit-bias is of a model with images: give its --kb too"),
+        (TEXT | {"base": "base", "clip": "clip"}, "without --kb, --clip has the model's tokenizer, and so have"),
         (TEXT | {"fields": {"output_dir": "b"}}, "output_dir is the folder that --out names: leave it out"),
     ],
 )
@@ -64,6 +75,14 @@ def test_a_plan_is_the_training_of_the_command(tmp_path, clip, corpus):
     assert run(*command, "--out", tmp_path / "plan", "--resume") == 0
     with pytest.raises(ValmError, match=r"holds another training: its --lr is 0.0005, here it is 1.0"):
         TrainingPlan(out=tmp_path / "plan", resume=True, lr=1.0, **plan).run()
+
+
+@pytest.mark.parametrize(
+    ("given", "means"),
+    [("0.10", 0.1), ("1e-05", 1e-5), (0.1, 0.1), ("./v.txt", Path("v.txt")), (Path("0.1"), Path("0.1"))],
+)
+def test_what_a_validation_means(given, means):
+    assert validation_of(given) == means and str(validation_of(str(means))) == str(validation_of(str(given)))
 
 
 def test_a_plan_retrieves_its_corpus(tmp_path, clip, make_kb, corpus):

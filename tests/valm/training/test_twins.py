@@ -27,6 +27,12 @@ def test_a_text_twin_has_no_images(kind):
     assert "image_pool" not in Collator(TOKENIZER, None)(list(made))
 
 
+def test_ids_that_cannot_say_no_image_are_refused():
+    made = [document | {"image_ids": document["image_ids"].astype(np.uint32)} for document in documents(count=1)]
+    with pytest.raises(ValmError, match="image_ids of document 0 are uint32, which has no -1"):
+        WithRandomImages(made, 40, seed=1)[0]
+
+
 def test_random_images_are_as_many_different_ones_of_the_knowledge_base():
     made = documents(num_images=3, count=200)
     drawn = WithRandomImages(made, 40, seed=1)
