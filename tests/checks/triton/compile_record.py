@@ -309,6 +309,7 @@ def all_cases() -> Iterator[tuple[str, str, int, int, str]]:
             yield *case, arch, head_dim, dtype
 
 
+@cache
 def read_table() -> tuple[str, dict[tuple[str, str, str], Report]]:
     """The Triton version of the table, and its rows by (kernel, variant, arch)."""
 
