@@ -65,7 +65,9 @@ def test_compiles_within_limits_and_as_on_record(kernel, call, arch, head_dim, d
 
     version, table = read_table()
     if triton.__version__ != version:
-        pytest.skip(f"within its limits; {TABLE.name} has the figures of Triton {version}, here is {triton.__version__}")
+        pytest.skip(
+            f"within its limits; {TABLE.name} has the figures of Triton {version}, here is {triton.__version__}"
+        )
     assert report == table[report.kernel, report.variant, report.arch], (
         "the compiler's figures changed; where that is meant, write the table anew with "
         "`python -m tests.checks.triton.compile_record`"
