@@ -23,7 +23,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_sessionfinish() -> None:
-    gc.unfreeze()  # modules with native code say at the end of the process what was not taken away
+    gc.unfreeze()  # what stays frozen is reported as leaked by native modules when the process ends
 
 
 def pytest_report_header() -> str | None:

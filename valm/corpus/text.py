@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from valm.corpus.parts import read_documents, row_documents
 from valm.corpus.retrieved import CorpusRetrieval, retrieve_files, retrieve_texts
 from valm.errors import ValmError
-from valm.knowledge_base.sources.huggingface import open_dataset
 from valm.retrieval.retriever import Retriever
 from valm.store.shards import Runner, run_here
 
@@ -55,6 +54,8 @@ class TextCorpus:
         """
         if self.dataset is None:
             return read_documents(self.files, column=self.column)
+        from valm.knowledge_base.sources.huggingface import open_dataset  # with the encoding of images
+
         given = {name: getattr(self, field) for field, name in DATASET_FIELDS.items()}
         options = {name: value for name, value in given.items() if value is not None}
         return row_documents(open_dataset(self.dataset, **options), self.column)
