@@ -10,14 +10,16 @@ from typing import Annotated, Any, TypedDict
 
 import numpy as np
 
-from studies.color.config import SETS, VALIDATION
+from studies.color.config import ARMS, SETS, VALIDATION
 from studies.color.scoring import DIGITS, expanded
 from valm.errors import ValmError
 from valm.evaluation.statistics import Difference, Estimate, paired, ratio
 from valm.store.files import read_json
-from valm_kernels.json_files import Count, Matching, Range
+from valm_kernels.json_files import Count, Matching, Range, short
 
 RAW, CALIBRATED = "raw", "calibrated"
+# What the tokens of a row saw.
+SEEN = {images for arm in ARMS.values() for images in arm.tests}
 _Answers = list[Annotated[str, Matching(f"[{DIGITS}]+", "candidates as digits")]]  # see `scoring.compact`
 _Number = Annotated[float, Range(0)]
 
@@ -214,6 +216,9 @@ def _read(file: Path) -> dict[str, Any]:
         if not _fit(about["right"], about, prompts[name]):
             raise damaged
     for row in found["rows"]:
+        if row["arm"] not in ARMS or row["images"] not in SEEN:
+            unknown = f"{short(row['arm'])}, {short(row['images'])}"
+            raise ValmError(f"the results {file} have a row that no study has: {unknown}")
         if "text" in row:
             whole = len(row.get("nats", ())) == len(row.get("tokens", ())) > 0
         else:

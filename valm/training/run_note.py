@@ -90,7 +90,7 @@ def note_run(out: Path, training: ImageTrainer, dataset: Any, settings: Mapping[
     run = {name: value for name, value in run.items() if not name.startswith(FREE_FIELDS)}
     if file.is_file():
         before = read_json(file, "the note on a training", dict[str, Any], "choose another folder")
-        if before.get("validation") is not None:  # earlier versions noted it as it was written
+        if isinstance(before.get("validation"), str | float):  # earlier versions noted it as it was written
             before["validation"] = str(validation_of(before["validation"]))
         compare(out, model, before, run)
     elif training.is_world_process_zero():

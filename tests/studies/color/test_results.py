@@ -129,6 +129,8 @@ def test_a_row_that_is_not_there_is_named(tmp_path):
         (lambda found: found["sets"].pop("memory_color"), "lack answers"),
         (lambda found: found["sets"]["memory_color"].pop("colors"), "lack answers"),
         (lambda found: found["rows"][-1]["tokens"].pop(), "lack answers"),
+        (lambda found: found["rows"][0].__setitem__("arm", "?"), r"a row that no study has: .*\?"),
+        (lambda found: found["rows"][0].__setitem__("images", "?"), r"a row that no study has: .*\?"),
         (lambda found: found["rows"][-1]["tokens"].__setitem__(0, 0), "rows.*tokens.*from 1"),
     ],
 )

@@ -73,6 +73,12 @@ def test_a_plan_is_the_training_of_the_command(tmp_path, clip, corpus):
     notes = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("plan", "command")]
     assert notes[0] == notes[1] and notes[0]["validation"] == "0.3"
     assert run(*command, "--out", tmp_path / "plan", "--resume") == 0
+    run_file = tmp_path / "plan" / "run.json"
+    for damaged in (True, [0.3], {}):
+        run_file.write_text(json.dumps(notes[0] | {"validation": damaged}))
+        with pytest.raises(ValmError, match="holds another training: its --validation is"):
+            TrainingPlan(out=tmp_path / "plan", resume=True, **plan).run()
+    run_file.write_text(json.dumps(notes[0]))
     with pytest.raises(ValmError, match=r"holds another training: its --lr is 0.0005, here it is 1.0"):
         TrainingPlan(out=tmp_path / "plan", resume=True, lr=1.0, **plan).run()
 
