@@ -535,7 +535,7 @@ def _table_parts(file: Path, column: str, part_bytes: int) -> list[TablePart]:
     try:
         with pq.ParquetFile(file) as table:
             schema, metadata = table.schema_arrow, table.metadata
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: names that are not UTF-8
         raise ValmError(f"cannot read the corpus {file}: {one_line(str(error))}") from error
     _place_of(column, schema.names, file)
     kind = schema.field(column).type

@@ -302,7 +302,7 @@ class ImageKnowledgeBase:
             with pq.ParquetFile(file, memory_map=True) as opened:
                 table = opened.read()
             table.validate(full=True)  # texts that are not UTF-8, for one
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: names that are not UTF-8
             if is_transient(error):
                 raise ValmError(f"cannot read {file}: {error}") from error
             raise ValmError(f"{file} is damaged: {one_line(str(error))}; build the knowledge base again") from error

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
+from transformers.trainer_callback import TrainerState
+
 from valm.errors import ValmError
 from valm.store.files import is_folder, read_json, write_json
 from valm.text import one_line
@@ -91,6 +93,8 @@ def check_resumable(folder: Path) -> int | None:
             f"the checkpoint {folder} has no {CHECKSUMS_FILE}: its files were compared with nothing", stacklevel=2
         )
     state: _State = read_json(folder / STATE_FILE, "the state of the training", _State, REMEDY)
+    with resume_errors(folder):
+        TrainerState.load_from_json(str(folder / STATE_FILE))  # which refuses names that it does not know
     return state.get("max_steps")
 
 

@@ -212,6 +212,14 @@ def write(file, content):
     return file
 
 
+def test_a_name_in_a_parquet_file_that_is_no_text(tmp_path):
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"textual": ["one"], "other": ["two"]}), file)
+    file.write_bytes(file.read_bytes().replace(b"textual", b"text\x95al"))
+    with pytest.raises(ValmError, match=r"cannot read the corpus .*a\.parquet: .*utf-8"):
+        list(read_documents([file], column="other"))
+
+
 @pytest.mark.parametrize("ending", ["", ".gz"])
 @pytest.mark.parametrize("part_bytes", [1, 7, 40, 1 << 20])
 def test_json_lines(tmp_path, ending, part_bytes):

@@ -195,6 +195,13 @@ def test_overwritten_files_of_the_same_size(copied):
         kb.item(0)
 
 
+def test_a_name_in_a_table_that_is_no_text(copied):
+    file = copied / "items-00000.parquet"
+    file.write_bytes(file.read_bytes().replace(b"caption", b"capti\x95n"))
+    with pytest.raises(ValmError, match=r"items-00000\.parquet is damaged: .*utf-8"):
+        ImageKnowledgeBase.open(copied).item(0)
+
+
 @pytest.mark.parametrize("source", ["hf-hub:some/one", "ViT-B-32:laion2b_s34b_b79k", "/", "local-dir:/", "../gone"])
 def test_a_manifest_alone_reaches_neither_the_network_nor_folders_elsewhere(copied, clip, monkeypatch, source):
     manifest = json.loads((copied / "manifest.json").read_text())

@@ -104,6 +104,14 @@ def test_a_state_that_the_trainer_could_not_use_is_one_sentence(checkpoint, name
         check_resumable(checkpoint)
 
 
+def test_a_state_with_a_name_that_the_trainer_does_not_know_is_one_sentence(checkpoint):
+    state = json.loads((checkpoint / STATE_FILE).read_text())
+    (checkpoint / STATE_FILE).write_text(json.dumps(state | {"is_local_processzzero": True}))
+    (checkpoint / CHECKSUMS_FILE).unlink()
+    with pytest.raises(ValmError, match=r"cannot resume from .*is_local_processzzero"):
+        check_resumable(checkpoint)
+
+
 @pytest.mark.parametrize("best", ["..", "/", "checkpoint-1/../.."])
 def test_the_best_checkpoint_is_in_the_folder(checkpoint, best):
     state = json.loads((checkpoint / STATE_FILE).read_text())
