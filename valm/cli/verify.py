@@ -69,11 +69,15 @@ def verify(folder: Path) -> str:
 def _knowledge_base(folder: Path) -> str:
     from valm.knowledge_base.store import ImageKnowledgeBase
     from valm.retrieval.faiss_index import verify_index
+    from valm.retrieval.index_parameters import INDEX_FILE, index_parameters
 
     kb = ImageKnowledgeBase.open(folder)
     if damaged := kb.verify() + verify_index(kb):
         raise ValmError(f"{folder} is damaged, build it again: {', '.join(damaged)}")
-    return f"{folder}: all {len(kb):,} images are as they were written"
+    found = f"{folder}: all {len(kb):,} images are as they were written"
+    if index_parameters(kb) is None and (folder / INDEX_FILE).exists():
+        found += f"; {INDEX_FILE} has no parameters, as after a killed `valm kb index`, and is not used: run it again"
+    return found
 
 
 def _corpus(folder: Path) -> str:

@@ -66,8 +66,10 @@ def open_index(kb: ImageKnowledgeBase, device: torch.device | str = "cpu") -> Fl
 
 
 def verify_index(kb: ImageKnowledgeBase) -> list[str]:
-    """The name of the index file of `kb` in a list if its content has changed, or its parameters are gone; else an
-    empty list."""
+    """The name of the index file of `kb` in a list if its content has changed, or it is gone; else an empty list.
+
+    One without parameters, as a killed `build_index` leaves it, is not used, and not damaged either.
+    """
     parameters, file = index_parameters(kb), kb.path / INDEX_FILE
     if not os.path.lexists(file):
         return [] if parameters is None else [INDEX_FILE]
@@ -75,7 +77,7 @@ def verify_index(kb: ImageKnowledgeBase) -> list[str]:
         own_file(file)  # a pipe would block
     except ValueError:
         return [INDEX_FILE]
-    return [] if parameters is not None and file_entry(file) == parameters.file else [INDEX_FILE]
+    return [] if parameters is None or file_entry(file) == parameters.file else [INDEX_FILE]
 
 
 def remove_index(kb: ImageKnowledgeBase) -> None:
