@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast
 
+    from valm.corpus.min_score import MinScore
     from valm.store.shards import Runner
 
 # NumPy's generators take no seed below 0, and its older one none above this.
@@ -87,8 +88,51 @@ def share(text: str) -> float:
     return value
 
 
+def score(text: str) -> float | str:
+    return text if text == "auto" else float(text)
+
+
+def add_min_score(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--min-score",
+        type=score,
+        metavar="SCORE",
+        help="a token whose best image has a lower retrieval score sees none; -1 cuts nothing, auto chooses it from "
+        f"--questions or --ordinary-text (default: {default})",
+    )
+    parser.add_argument(
+        "--questions",
+        type=Path,
+        metavar="CORPUS",
+        help="with --min-score auto: texts at whose last tokens images matter; 95 in 100 of them keep theirs",
+    )
+    parser.add_argument(
+        "--ordinary-text",
+        type=Path,
+        metavar="CORPUS",
+        help="with --min-score auto, instead: texts that need no images; 5 in 100 of their tokens see some",
+    )
+
+
+def chosen_min_score(arguments: argparse.Namespace) -> MinScore | None:
+    """The value of the options of `add_min_score`.
+
+    Raises:
+        ValmError: they do not go together.
+    """
+    from valm.corpus.min_score import MinScore
+
+    names = (arguments.min_score, arguments.questions, arguments.ordinary_text)
+    if names == (None, None, None):
+        return None
+    found = MinScore(0.0 if arguments.min_score is None else arguments.min_score, *names[1:])
+    found.check()
+    return found
+
+
 def add_retrieval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kb", type=Path, help="another knowledge base than the checkpoint was trained with")
+    add_min_score(parser, "the model's own")
     add_clip(parser)
     add_query_dtype(parser)
     add_device(parser)
@@ -131,7 +175,8 @@ def load_compared(arguments: argparse.Namespace) -> tuple[Any, PreTrainedTokeniz
 def _load(arguments: argparse.Namespace, folder: Path, kb: Path | None) -> tuple[Any, PreTrainedTokenizerFast]:
     from valm.model.checkpoint import load
 
-    return load(
+    min_score = chosen_min_score(arguments)
+    model, tokenizer = load(
         folder,
         kb=kb,
         clip=arguments.clip,
@@ -139,6 +184,9 @@ def _load(arguments: argparse.Namespace, folder: Path, kb: Path | None) -> tuple
         device=chosen_device(arguments),
         query_dtype=chosen_query_dtype(arguments),
     )
+    if min_score is not None:
+        min_score.set(model, folder)
+    return model, tokenizer
 
 
 def name_of(folder: Path, unlike: Iterable[str] = ()) -> str:

@@ -43,7 +43,10 @@ def add_to(commands: Commands) -> None:
     retrieve.add_argument("-k", "--images", type=positive, default=4, help="images a token sees")
     retrieve.add_argument("--query", choices=["eot", "state"], default="eot", help="kind of the retrieval query")
     retrieve.add_argument(
-        "--scores", action="store_true", help="also write the score of each image, for `valm train --score-scale`"
+        "--scores",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="write the score of each image too, for `valm train --min-score` and --score-scale",
     )
     add_query_dtype(retrieve)
     retrieve.add_argument(

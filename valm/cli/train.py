@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from valm.cli.config import TrainingOptions
 from valm.cli.corpus import add_corpus, chosen_corpus
-from valm.cli.options import Commands, add_allow_download, add_device, command, positive, seed
+from valm.cli.options import Commands, add_allow_download, add_device, add_min_score, command, positive, seed
 from valm.errors import ValmError
 
 if TYPE_CHECKING:
@@ -69,8 +69,9 @@ def add_to(commands: Commands) -> None:
         "--score-scale",
         type=float,
         help="initial value of a learnt scale, which times the retrieval score of an image is added to its attention "
-        "scores (default: these are not used); a --retrieval must have been made with --scores",
+        "scores (default: these are not used)",
     )
+    add_min_score(train, "each token but the first of a document sees -k images")
     train.add_argument(
         "--fusion-lr", type=float, help="with --base: learning rate of the new parameters (default: --lr)"
     )

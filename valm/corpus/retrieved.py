@@ -4,7 +4,7 @@
     tokens-00000.npy       (n,) int32: the documents of the shard, concatenated
     offsets-00000.npy      (documents + 1,) int64: where each begins
     image_ids-00000.npy    (n, K) uint32: the images of each token, 2**32 - 1 = none
-    image_scores-00000.npy (n, K) float32, if asked for: inner product of query and image, -inf = none
+    image_scores-00000.npy (n, K) float32, unless they were not wanted: inner product of query and image, -inf = none
     tokenizer.json, ...    the tokenizer of the corpus, in Hugging Face's format
     verified.json          which files were verified before a training; may be deleted
 
@@ -166,9 +166,10 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
         here = slice(shard.offsets[row], shard.offsets[row + 1])
         ids = np.array(shard.image_ids[here], np.int64)
         ids[ids == NO_IMAGE] = -1
+        ids[0] = -1  # of an earlier version, in which the first token had images
         document = {"input_ids": shard.tokens[here], "image_ids": ids}
         if shard.image_scores is not None:
-            document["image_scores"] = shard.image_scores[here]
+            document["image_scores"] = np.where(ids == -1, -np.inf, shard.image_scores[here]).astype(np.float32)
         return document
 
     @property
@@ -282,7 +283,7 @@ def retrieve_corpus(
     out: str | os.PathLike,
     *,
     part_tokens: int = PART_TOKENS,
-    scores: bool = False,
+    scores: bool = True,
     progress: bool = True,
     run: Runner = run_here,
 ) -> CorpusRetrieval:
@@ -293,12 +294,12 @@ def retrieve_corpus(
     Args:
         documents: read once and in order, so they need not fit into memory.
         part_tokens: tokens in a shard; a retrieval that was killed repeats at most one shard.
-        scores: also write the score of each image, for models that use them (`image_score_scale_init`).
+        scores: also write the score of each image, which `min_score` and models with `image_score_scale_init` need.
         run: where it runs: here, or on the machines of a `valm.store.ray.RayRun`.
 
     Raises:
         ValmError: there are no documents, one is empty, or `out` holds something else or was begun with other
-            documents, another knowledge base or other settings.
+            documents, another knowledge base or other settings; or the retriever has a `min_score`.
     """
     parts = document_parts(documents, part_tokens=part_tokens)
     return _retrieve(parts, None, {"part_tokens": part_tokens}, retriever, out, scores, progress, run)
@@ -310,7 +311,7 @@ def retrieve_texts(
     out: str | os.PathLike,
     *,
     part_bytes: int = PART_BYTES,
-    scores: bool = False,
+    scores: bool = True,
     progress: bool = True,
     run: Runner = run_here,
 ) -> CorpusRetrieval:
@@ -328,7 +329,7 @@ def retrieve_files(
     *,
     column: str = "text",
     part_bytes: int = PART_BYTES,
-    scores: bool = False,
+    scores: bool = True,
     progress: bool = True,
     run: Runner = run_here,
 ) -> CorpusRetrieval:
@@ -355,6 +356,11 @@ def _retrieve(
 ) -> CorpusRetrieval:
     if len(retriever.kb) > NO_IMAGE:
         raise ValmError(f"ids of {len(retriever.kb):,} images do not fit into 32 bits")
+    if retriever.min_score is not None:
+        raise ValmError(
+            f"the retriever has min_score {retriever.min_score}, but a corpus keeps all images, so that a training can "
+            "choose: give one without"
+        )
     encoder, index = retriever.encoder, retriever.index
     plan = {
         "corpus": corpus,

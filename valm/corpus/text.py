@@ -61,7 +61,7 @@ class TextCorpus:
         return row_documents(open_dataset(self.dataset, **options), self.column)
 
     def retrieve(
-        self, retriever: Retriever, out: str | os.PathLike, *, scores: bool, run: Runner = run_here
+        self, retriever: Retriever, out: str | os.PathLike, *, scores: bool = True, run: Runner = run_here
     ) -> CorpusRetrieval:
         """Retrieves the images of every token into `out`. Arguments and errors as in `retrieve_files`, and those of
         `documents`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 from collections.abc import Sequence
@@ -29,6 +30,16 @@ class _OtherVectors:
     def __init__(self, retriever: Retriever):
         self.retriever = retriever
         self.k, self.dim = retriever.k, retriever.dim
+
+    @property
+    def min_score(self) -> float | None:
+        return self.retriever.min_score
+
+    def with_min_score(self, min_score: float | None) -> Any:
+        """As `Retriever.with_min_score`."""
+        other = copy.copy(self)
+        other.retriever = self.retriever.with_min_score(min_score)
+        return other
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Retrieved:
         return self._replaced(self.retriever(input_ids, attention_mask))
@@ -70,23 +81,22 @@ class RandomImages(_OtherVectors):
         return torch.from_numpy(self.retriever.kb.gather(self.other[ids].numpy())).float()
 
 
-class FixedImages(NoImages):
-    """A retriever that returns the same `k` images for every token: the first of `vectors` (n, E), repeated if there
-    are fewer."""
+class FixedImages(_OtherVectors):
+    """Every token that has images sees the same K: the first of `vectors` (n, E), repeated if there are fewer."""
 
-    def __init__(self, vectors: Tensor, k: int):
-        super().__init__(k, vectors.shape[1])
-        self.vectors = vectors
+    def __init__(self, retriever: Retriever, vectors: Tensor):
+        super().__init__(retriever)
+        self.vectors = vectors[: self.k]
 
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Retrieved:
-        shape = (*input_ids.shape, self.k)
-        count = min(self.k, len(self.vectors))
-        index = torch.arange(self.k, device=input_ids.device) % count  # (K,)
+    def _replaced(self, found: Retrieved) -> Retrieved:
+        index, device = found.image_index, found.image_index.device
+        none = (index < 0).all(-1, keepdim=True)  # (B, T, 1)
+        slots = torch.arange(self.k, device=device) % len(self.vectors)  # (K,)
         return Retrieved(
-            self.vectors[:count].to(input_ids.device),
-            index.expand(shape),
-            torch.full((count,), -1, device=input_ids.device),
-            torch.ones(shape, device=input_ids.device),
+            self.vectors.to(device),
+            slots.expand(index.shape).masked_fill(none, -1),
+            torch.full((len(self.vectors),), -1, device=device),
+            torch.ones_like(found.scores).masked_fill(none, -torch.inf),
         )
 
 
@@ -137,7 +147,7 @@ def switch_images(
 
     Args:
         retrieval: "on" those that its retriever finds, "off" none, "random" random ones of its knowledge base.
-        replace: a folder of images that every token sees instead of the retrieved ones.
+        replace: a folder of images that every token which has retrieved ones sees instead of them.
         seed: of the random images.
 
     Raises:
@@ -166,5 +176,5 @@ def switch_images(
             raise ValmError("a blind model has no knowledge base, so its images cannot be replaced: only switched off")
         other: Any = RandomImages(retriever, seed)
         if replace is not None:
-            other = FixedImages(images_in(replace, retriever.encoder.clip, options.num_images), options.num_images)
+            other = FixedImages(retriever, images_in(replace, retriever.encoder.clip, options.num_images))
         model.set_retriever(other)

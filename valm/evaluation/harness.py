@@ -50,6 +50,7 @@ class ValmLM(HFLM):
         retrieval: "on", "off" (the text alone) or "random" (random images of the knowledge base).
         replace: a folder of images that every token sees instead of the retrieved ones.
         image_seed: of the random images.
+        min_score: another one than the model's own (`ImageModel.set_min_score`).
         device: as for `valm.load`; by default a GPU where torch has one.
         arguments: those of the harness's Hugging Face class for a model that is loaded already: batch_size,
             max_length, add_bos_token, ...
@@ -71,6 +72,7 @@ class ValmLM(HFLM):
         retrieval: str = "on",
         replace: str | None = None,
         image_seed: int = 0,
+        min_score: float | None = None,
         device: str | None = None,
         **arguments: Any,
     ):
@@ -80,6 +82,8 @@ class ValmLM(HFLM):
             device = "cuda" if torch.cuda.is_available() else "cpu"
         found: dict[str, Any] = {"base": base, "kb": kb, "clip": clip, "allow_download": allow_download}
         model, tokenizer = load(pretrained, device=device, **found)
+        if min_score is not None:
+            model.set_min_score(min_score)
         switch_images(model, retrieval, replace=replace, seed=image_seed)
         super().__init__(pretrained=model, tokenizer=beginning_with_bos(tokenizer), **arguments)
 

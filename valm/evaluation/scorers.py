@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import (
 from valm.clip.clip import CONFIG_FILE as CLIP_CONFIG_FILE
 from valm.clip.clip import Clip
 from valm.clip.tokenizer import begin_id
+from valm.corpus.min_score import MinScore
 from valm.errors import ValmError
 from valm.evaluation.choice import check_single_tokens
 from valm.evaluation.controls import switch_images
@@ -321,11 +322,12 @@ def open_scorer(
     allow_download: bool = False,
     device: str | torch.device = "cpu",
     query_dtype: torch.dtype | None = None,
+    min_score: MinScore | None = None,
 ) -> Scorer:
     """The model in the folder `source`, or of that Hugging Face name where `allow_download`.
 
-    It may be what `valm.load` loads (kb, clip and query_dtype are for such a model that sees images), a causal or
-    masked language model of transformers, or a CLIP in open_clip's format.
+    It may be what `valm.load` loads (kb, clip, query_dtype and min_score are of such models), a causal or masked
+    language model of transformers, or a CLIP in open_clip's format.
 
     Raises:
         ValmError: it is none of them, or cannot be loaded.
@@ -335,11 +337,11 @@ def open_scorer(
         return ClipScorer(Clip.load(source, device=device))
     where = {"kb": kb, "clip": clip, "allow_download": allow_download, "device": device, "query_dtype": query_dtype}
     if is_adapter(folder):
-        return _open_valm(source, where)
+        return _open_valm(source, where, min_score)
     if not is_folder(folder) and not allow_download:
         raise ValmError(f"there is no model folder {source}; a model's name on a hub needs --allow-download")
     if is_file(folder / CONFIG_FILE) and _model_type(folder) == MODEL_TYPE:
-        return _open_valm(source, where)
+        return _open_valm(source, where, min_score)
     return _open_transformers(source, allow_download, device)
 
 
@@ -371,8 +373,10 @@ def _model_type(folder: Path) -> Any:
         return None
 
 
-def _open_valm(source: str, where: dict[str, Any]) -> CausalScorer:
+def _open_valm(source: str, where: dict[str, Any], min_score: MinScore | None) -> CausalScorer:
     model, tokenizer = load(source, **where)
+    if min_score is not None:
+        min_score.set(model, source)
     options = model.image_options
     if options.blind:
         kind = "blind: its own query is each token's image"
@@ -380,6 +384,8 @@ def _open_valm(source: str, where: dict[str, Any]) -> CausalScorer:
         kind = f"{options.num_images} images a token"
     else:
         kind = "no images (K = 0)"
+    if options.min_score is not None:
+        kind += f" with a retrieval score from {options.min_score:.4g}"
     if options.num_images and model.retriever is not None and model.other_images is not None:
         kind += f"; {model.other_images}"
     return CausalScorer(model, tokenizer, f"{type(model).__name__}, {kind}")

@@ -13,6 +13,7 @@ from typing import Any, TypedDict
 import numpy as np
 import torch
 
+from valm.corpus.min_score import MinScore
 from valm.errors import ValmError
 from valm.evaluation.controls import images_fingerprint
 from valm.evaluation.metrics import choice_metrics, document_metrics
@@ -61,6 +62,7 @@ class Settings:
     allow_download: bool = False
     device: str | torch.device = "cpu"
     query_dtype: torch.dtype | None = None
+    min_score: MinScore | None = None
     no_images: bool = False
     random_images: bool = False
     replace: str | os.PathLike | None = None
@@ -204,6 +206,7 @@ def open_with(source: str, settings: Settings) -> Scorer:
         allow_download=settings.allow_download,
         device=settings.device,
         query_dtype=settings.query_dtype,
+        min_score=settings.min_score,
     )
 
 

@@ -80,11 +80,11 @@ def explain(
 
     Raises:
         ValmError: the text is empty or too long for the model or an explanation; the model needs images and has no
-            retriever; or an answer has no tokens.
+            retriever, or `retriever` another min_score; or an answer has no tokens.
     """
     ids = _token_ids(model, tokenizer, text)
     note = _why_no_images(model, with_images)
-    finder = retriever or model.retriever
+    finder = model.with_own_min_score(retriever or model.retriever)
     if note:
         finder = None
     elif finder is None:

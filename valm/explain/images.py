@@ -47,7 +47,8 @@ class ShownRandomImages(controls.RandomImages):
 
 
 class GivenImages(controls.FixedImages):
-    """A retriever that returns images from files, the same for every token, instead of the knowledge base's.
+    """A retriever that returns images from files, the same for every token that has some, instead of the knowledge
+    base's.
 
     Args:
         files: at least one; the first K are used, repeated if there are fewer.
@@ -58,15 +59,14 @@ class GivenImages(controls.FixedImages):
 
     def __init__(self, files: Sequence[Path], retriever: Retriever):
         images = controls.read_images(files[: retriever.k])
-        super().__init__(retriever.encoder.clip.encode_images(images), retriever.k)
-        self.encoder = retriever.encoder
+        super().__init__(retriever, retriever.encoder.clip.encode_images(images))
         self.images = [
             ShownImage(printable(file.name), _small(image)) for file, image in zip(files, images, strict=False)
         ]
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Retrieved:
         found = super().__call__(input_ids, attention_mask)
-        queries = self.encoder(input_ids, attention_mask)
+        queries = self.retriever.encoder(input_ids, attention_mask)
         ids = torch.arange(len(self.images))
         return found._replace(image_ids=ids, scores=_scores(queries, found.image_pool, found.image_index))
 

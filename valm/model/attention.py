@@ -70,6 +70,7 @@ class FusionOptions:
         blind: each token sees its own retrieval query as its one image (Blind-VaLM, Ontalvilla et al. 2024).
         unfreeze: what trained besides the fusion: "", "block" or "all".
         score_scale: initial value of the scale of the retrieval scores; None = they are not used.
+        min_score: a token whose best image has a lower retrieval score sees none; None = no cut.
         norm_eps: of LN_img.
         sketch: of the base model (`valm.model.sketch`), by which an adapter recognises it.
         fingerprint: in what an earlier version saved, instead of the sketch (`valm.model.sketch.fingerprint`).
@@ -88,6 +89,7 @@ class FusionOptions:
     blind: bool
     unfreeze: str
     score_scale: float | None = None
+    min_score: float | None = None
     norm_eps: float = 1e-5
     sketch: dict[str, str] | None = None
     fingerprint: dict[str, float] | None = None

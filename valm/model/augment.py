@@ -29,7 +29,7 @@ from valm.model.attention import (
     visual_attention_class,
     visual_layer_class,
 )
-from valm.model.config import check_score_scale
+from valm.model.config import check_min_score, check_score_scale
 from valm.model.config_file import MODEL_TYPE, NO_WEIGHTS, WEIGHTS_KEY, reads_images
 from valm.model.documents import padding_apart, restarts
 from valm.model.image_model import ImageModel, ImageOptions
@@ -60,6 +60,7 @@ def augment(
     unfreeze: str = "",
     blind: bool = False,
     score_scale: float | None = None,
+    min_score: float | None = None,
 ) -> AugmentedCausalLM:
     """Makes one layer of a pretrained decoder attend to images too, in one softmax with the text.
 
@@ -81,6 +82,8 @@ def augment(
         blind: each token's one image is its own retrieval query (Blind-VaLM); needs num_images = 1.
         score_scale: initial value of a learnt scale, one for all heads. The scale times the retrieval score of an image
             is added to its attention scores. None: retrieval scores are not used.
+        min_score: a token whose best image has a lower retrieval score sees none (`valm.retrieval.min_score`); None:
+            every token but the first of a document sees K.
 
     Returns:
         The model.
@@ -107,6 +110,7 @@ def augment(
     if blind and num_images != 1:
         raise ValmError(f"blind needs num_images = 1 (the query is the one image), got {num_images}")
     check_score_scale("score_scale", score_scale, num_images)
+    check_min_score(min_score, num_images, blind)
     implementation = model.config.get_text_config(decoder=True)._attn_implementation
     if implementation not in READABLE:
         raise ValmError(
@@ -130,6 +134,7 @@ def augment(
         blind=blind,
         unfreeze=unfreeze,
         score_scale=score_scale,
+        min_score=min_score,
         sketch=sketch(project(model)),
     )
     _attach_checked(model, options, found)
@@ -309,7 +314,11 @@ class AugmentedCausalLM(ImageModel):
     @property
     def image_options(self) -> ImageOptions:
         options = self.fusion_options
-        return ImageOptions(options.num_images, options.image_dim, options.blind, options.score_scale is not None)
+        scored = options.score_scale is not None
+        return ImageOptions(options.num_images, options.image_dim, options.blind, scored, options.min_score)
+
+    def keep_min_score(self, value: float | None) -> None:
+        self.config.valm["min_score"] = value
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any) -> Any:

@@ -91,6 +91,8 @@ def _what(model: Any) -> str:
         twin = "the text-only twin of an augmented model" if base else "the baseline GPT-2*"
         return f"A {kind} by [valm](https://github.com/valm-kernels/valm), which sees no images: {twin}."
     kind = "its own retrieval query as one image" if options.blind else f"{options.num_images} retrieved images"
+    if options.min_score is not None:
+        kind += f" with a retrieval score from {options.min_score:.4g}, or none"
     made = f"`valm.augment` of a {base}" if base else "A VaLM (Wang et al. 2022)"
     return (
         f"{made} by [valm](https://github.com/valm-kernels/valm) {__version__}: each token sees {kind}, of dimension "

@@ -32,6 +32,22 @@ def check_score_scale(name: str, value: float | None, num_images: int) -> None:
         raise ValmError(f"{name} scales the scores of images, but with num_images = 0 there are none: set it to None")
 
 
+def check_min_score(value: float | None, num_images: int, blind: bool) -> None:
+    """Checks `min_score`; None = no cut.
+
+    Raises:
+        ValmError: it is not finite, or the model retrieves no images.
+    """
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValmError(f"min_score must be a finite number or None, got {value!r}")
+    if num_images == 0 or blind:
+        raise ValmError(
+            f"min_score is of retrieved images, got num_images = {num_images}, blind = {blind}: set it to None"
+        )
+
+
 class ValmConfig(GPT2Config):
     """GPT-2 with one block that also attends to retrieved images (Wang et al. 2022, section 2.3).
 
@@ -50,6 +66,8 @@ class ValmConfig(GPT2Config):
         image_score_scale_init: initial value of a learnt scale, one for all heads. The scale times the retrieval score
             of an image is added to its attention scores, so that images found with more certainty weigh more. None as
             published: retrieval scores are not used.
+        min_score: a token whose best image has a lower retrieval score sees none (`valm.retrieval.min_score`). None as
+            published: every token but the first of a document sees K.
         query_clip: SHA-256 of the weights of the CLIP whose queries the model's own head predicts (`SelfRetriever`);
             None is a model without such a head.
 
@@ -68,6 +86,7 @@ class ValmConfig(GPT2Config):
         blind: bool = False,
         image_logit_bias_init: float = 0.0,
         image_score_scale_init: float | None = None,
+        min_score: float | None = None,
         query_clip: str | None = None,
         **kwargs: Any,
     ):
@@ -82,6 +101,7 @@ class ValmConfig(GPT2Config):
         self.blind = blind
         self.image_logit_bias_init = image_logit_bias_init
         self.image_score_scale_init = image_score_scale_init
+        self.min_score = min_score
         self.query_clip = query_clip
         if image_dim < 1:
             raise ValmError(f"image_dim must be at least 1, got {image_dim}")
@@ -94,6 +114,7 @@ class ValmConfig(GPT2Config):
         if blind and num_images != 1:
             raise ValmError(f"blind needs num_images = 1 (the query is the one image), got {num_images}")
         check_score_scale("image_score_scale_init", image_score_scale_init, num_images)
+        check_min_score(min_score, num_images, blind)
         if query_clip is not None:
             self.check_query_head()
         if not self.scale_attn_weights:

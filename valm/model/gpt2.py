@@ -90,6 +90,7 @@ class VaLMForCausalLM(AugmentedCausalLM, GPT2LMHeadModel):
             blind=config.blind,
             unfreeze="all",
             score_scale=config.image_score_scale_init,
+            min_score=config.min_score,
             norm_eps=config.layer_norm_epsilon,
         )
 
@@ -97,7 +98,10 @@ class VaLMForCausalLM(AugmentedCausalLM, GPT2LMHeadModel):
     def image_options(self) -> ImageOptions:
         config = self.config
         scored = config.image_score_scale_init is not None
-        return ImageOptions(config.num_images, config.image_dim, config.blind, scored)
+        return ImageOptions(config.num_images, config.image_dim, config.blind, scored, config.min_score)
+
+    def keep_min_score(self, value: float | None) -> None:
+        self.config.min_score = value
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any) -> Any:
@@ -234,7 +238,8 @@ class VaLMForCausalLM(AugmentedCausalLM, GPT2LMHeadModel):
     def self_queries(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, state: QueryState | None = None
     ) -> Tensor:
-        """The queries of the model's own head, (B, T, E) float32, zeros at padding. Only the head gets a gradient.
+        """The queries of the model's own head, (B, T, E) float32, 0 at padding and at the first token of a document.
+        Only the head gets a gradient.
 
         Args:
             attention_mask: (B, P + T), 0 at padding, with P the tokens in `state`. None = no padding.
@@ -257,7 +262,7 @@ class VaLMForCausalLM(AugmentedCausalLM, GPT2LMHeadModel):
         if state is not None:
             state.first_key = documents.first_key[:, -1]
             state.length += length
-        return queries if documents.present is None else queries.masked_fill(~documents.present[..., None], 0)
+        return queries.masked_fill(documents.position_ids[..., None] == 0, 0)  # which padding has too
 
     def generate(
         self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **arguments: Any

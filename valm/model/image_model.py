@@ -18,8 +18,10 @@ from transformers.cache_utils import Cache
 
 from valm.errors import ValmError
 from valm.model.card import write_card
+from valm.model.config import check_min_score
 from valm.model.query_head import SelfEncoder, SelfRetriever
 from valm.retrieval.context import ContextCache
+from valm.retrieval.min_score import cut
 from valm.retrieval.note import RetrievalNote, open_encoder
 from valm.retrieval.retriever import BlindRetriever, ImageRetriever, NoImages, Retriever
 from valm.store.pretrained import CONFIG_FILE, from_pretrained
@@ -29,13 +31,14 @@ _Base: Any = object  # for a type checker, the model class behind the mixin
 
 
 class ImageOptions(NamedTuple):
-    """num_images: K, images per token; 0 = none. image_dim: E. blind: see `ValmConfig`. scored: whether the model
-    uses the retrieval scores of its images."""
+    """num_images: K, images per token; 0 = none. image_dim: E. blind, min_score: see `ValmConfig`. scored: whether the
+    model uses the retrieval scores of its images."""
 
     num_images: int
     image_dim: int
     blind: bool
     scored: bool = False
+    min_score: float | None = None
 
 
 class RetrievalCache(Cache):
@@ -156,16 +159,17 @@ class ImageModel(_Base):
 
     def set_retriever(self, retriever: ImageRetriever | None) -> None:
         """Sets what finds the images of every token; a blind model takes a `BlindRetriever`. None removes it.
-        With `NoImages` any model reads the text alone.
+        With `NoImages` any model reads the text alone. A `Retriever` gets the model's `min_score`, in a copy.
 
         A model that was loaded with a note on retrieval warns if the images come from another knowledge base.
 
         Raises:
             ValmError: the retriever differs from the model in kind (blind or not), number or dimension of images, or
-                from the note in its CLIP.
+                `min_score`, or from the note in its CLIP.
         """
         other_images = None
         if retriever is not None:
+            retriever = self.with_own_min_score(retriever)
             options = self.image_options
             if options.blind != isinstance(retriever, BlindRetriever) and not isinstance(retriever, NoImages):
                 kind = "a BlindRetriever" if options.blind else "a Retriever"
@@ -187,6 +191,42 @@ class ImageModel(_Base):
                     warnings.warn(other_images, stacklevel=2)
         self._retriever, self.other_images = retriever, other_images
         self._note_ignored = True
+
+    def set_min_score(self, value: float | None) -> None:
+        """Sets the retrieval score below which a token sees no images (`valm.retrieval.min_score`). None: every token
+        but the first of a document sees K. It is saved with the model.
+
+        Images that are given to `forward` are seen as they are.
+
+        Raises:
+            ValmError: it is not finite, or the model retrieves no images.
+        """
+        options = self.image_options
+        check_min_score(value, options.num_images, options.blind)
+        self.keep_min_score(value)
+        retriever: Any = self._retriever
+        if hasattr(retriever, "with_min_score"):
+            self._retriever = retriever.with_min_score(value)
+
+    def keep_min_score(self, value: float | None) -> None:
+        """Puts it into the config."""
+        raise NotImplementedError
+
+    def with_own_min_score(self, retriever: Any) -> Any:
+        """`retriever`, with the model's `min_score` if it can have one.
+
+        Raises:
+            ValmError: it has another one.
+        """
+        expected, found = self.image_options.min_score, getattr(retriever, "min_score", None)
+        if found == expected or not hasattr(retriever, "with_min_score"):
+            return retriever
+        if found is not None:
+            raise ValmError(
+                f"the retriever's min_score is {found}, but the model's is {expected}: call model.set_min_score, or "
+                "leave it out of the retriever"
+            )
+        return retriever.with_min_score(expected)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """The base's, which `generate_batch` calls too.
@@ -255,8 +295,11 @@ class ImageModel(_Base):
         else:
             found = retriever.step(input_ids, _retrieval_state(with_retrieval(cache), retriever, len(input_ids)), mask)
             cache.num_retrieved += input_ids.shape[1]
-        scores = found.scores.to(input_ids.device) if self.image_options.scored else None
-        return found.image_pool.to(input_ids.device), found.image_index.to(input_ids.device), scores
+        options = self.image_options
+        # again, for a retriever that is no `Retriever`
+        index, scores = cut(found.image_index, found.scores, options.min_score)
+        device = input_ids.device
+        return found.image_pool.to(device), index.to(device), scores.to(device) if options.scored else None
 
     @torch.compiler.disable
     def keep_text(self, output: Any, input_ids: Tensor, attention_mask: Tensor | None) -> None:

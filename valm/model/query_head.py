@@ -23,6 +23,7 @@ from valm.clip.clip import Clip
 from valm.clip.tokenizer import padded, prompt_ids
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
+from valm.retrieval.min_score import cut
 from valm.retrieval.retriever import Retriever, VectorIndex
 
 # Blocks of a query head. On the demo's model, two on the embeddings came far closer to CLIP's queries than one, or an
@@ -115,7 +116,7 @@ class SelfEncoder:
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Queries (B, T, E) float32, zeros where attention_mask (B, T) is 0."""
+        """Queries (B, T, E) float32; zeros where attention_mask (B, T) is 0, and at the first token of a document."""
         return self.model.self_queries(input_ids, attention_mask)
 
     def new_cache(self, batch: int) -> QueryState:
@@ -179,7 +180,7 @@ class SelfRetriever(Retriever):
         """As `Retriever.find`, without a cache."""
         if not isinstance(input_ids, Tensor):
             input_ids, attention_mask = padded([prompt_ids(self.encoder.tokenizer, text) for text in input_ids])
-        return self.nearest(self.encoder(input_ids, attention_mask))
+        return cut(*self.nearest(self.encoder(input_ids, attention_mask)), self.min_score)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # made anew, as a Retriever is, it would look at a model that holds it and is itself not whole yet

@@ -84,8 +84,10 @@ class Alignment:
         The last word is read but not stored: later calls read it again with its continuation.
         """
         closed: list[int] = []  # CLIP tokens that later text cannot change
-        prefixes = []  # for each token: its position, the number of closed tokens, the open word
+        # for each token but the first of a document: its position, the number of closed tokens, the open word
+        prefixes = []
         for position, id in tokens:
+            first = id == self.bos or not text.open
             if id in (self.bos, self.eos):
                 closed += self.clip_ids(text.word)
                 closed.append(self.sot if id == self.bos else self.eot)
@@ -100,7 +102,8 @@ class Alignment:
                     text.word = ""
                 for word in words:
                     closed += self.clip_ids(word)
-            prefixes.append((position, len(closed), text.word))
+            if not first:
+                prefixes.append((position, len(closed), text.word))
 
         whole = closed + self.clip_ids(text.word)
         wanted = defaultdict(list)  # positions whose text is the first n tokens of the whole text

@@ -56,7 +56,9 @@ class ContextEncoder:
 
     A token's query depends on itself and the tokens before it alone: it is the same (to rounding) in any batch, with
     any padding, at the end of a prefix, and token by token. bos (SOT) in the ids begins a document and eos (EOT) ends
-    one; text without bos is read as if it had one. The query at eos is that of the whole text, in both kinds.
+    one; text without bos is read as if it had one. The query at eos is that of the whole text, in both kinds. The first
+    token of a document has no query, and so no images: the other tokens rest on it, and an image there took 99 % of its
+    attention (SmolLM2-135M).
 
     Threads may share an encoder, and any of its methods may run at once. A cache belongs to one thread at a time.
 
@@ -112,7 +114,8 @@ class ContextEncoder:
         )
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Queries (B, T, E) float32, L2-normalised, zeros where attention_mask (B, T) is 0.
+        """Queries (B, T, E) float32, L2-normalised; zeros where attention_mask (B, T) is 0, and at the first token of a
+        document.
 
         Args:
             input_ids: (B, T) int64 ids of the tokenizer.
@@ -173,8 +176,10 @@ class ContextEncoder:
             self.alignment.read(tokens, text, reading)
         else:
             for position, id in tokens:
+                first = id == self.rule.sot or not reading.state.open
                 reading.add(id)
-                reading.want(position)
+                if not first:
+                    reading.want(position)
             reading.keep()
         return reading
 

@@ -15,6 +15,7 @@ from valm.knowledge_base.format import Item
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.context import ContextCache, ContextEncoder
 from valm.retrieval.faiss_index import open_index
+from valm.retrieval.min_score import cut
 from valm.retrieval.segment_cache import SegmentCache
 from valm_kernels import MAX_TOPK, TopK
 
@@ -85,6 +86,8 @@ class Retriever:
         index: what searches; by default the faiss index of the knowledge base if it has one, else exact search
             (`valm.retrieval.faiss_index.open_index`).
         cache_tokens: results cached across batches, in tokens; 0 deduplicates within a batch only. `cache` counts hits.
+        min_score: a token whose best image has a lower score has none (`valm.retrieval.min_score`). None: each token
+            but the first of a document has K. A model sets its own (`ImageModel.set_retriever`).
 
     Raises:
         ValmError: the knowledge base was built with another CLIP than the encoder's, or has fewer than `k` images.
@@ -97,9 +100,10 @@ class Retriever:
         k: int,
         index: VectorIndex | None = None,
         cache_tokens: int = CACHE_TOKENS,
+        min_score: float | None = None,
     ):
         kb.check_encoder(encoder.clip)
-        self._open(encoder, kb, k, index, cache_tokens, encoder.clip.device)
+        self._open(encoder, kb, k, index, cache_tokens, encoder.clip.device, min_score)
 
     def _open(
         self,
@@ -109,9 +113,11 @@ class Retriever:
         index: VectorIndex | None,
         cache_tokens: int,
         device: torch.device,
+        min_score: float | None = None,
     ) -> None:
         _check_k(k, kb)
         self._arguments = (encoder, kb, k, index, cache_tokens)
+        self.min_score = min_score
         self.device = device
         self.encoder = encoder
         self.kb = kb
@@ -120,7 +126,14 @@ class Retriever:
         self.cache = SegmentCache(cache_tokens)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), self._arguments  # another process opens the knowledge base itself
+        return type(self), (*self._arguments, self.min_score)  # another process opens the knowledge base itself
+
+    def with_min_score(self, min_score: float | None) -> Retriever:
+        """The same with another `min_score`; both share the index and the cache."""
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
+        other.min_score = min_score
+        return other
 
     @property
     def dim(self) -> int:
@@ -133,7 +146,7 @@ class Retriever:
 
     def retrieve(self, queries: Tensor) -> Retrieved:
         """Images for queries (B, T, E); a query of zeros has none."""
-        return self._pooled(*self.nearest(queries))
+        return self._pooled(*cut(*self.nearest(queries), self.min_score))
 
     def find(self, input_ids: Tensor | Sequence[str], attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Ids in the knowledge base (B, T, K) int64, -1 = none, and scores (B, T, K) float32 of a batch of tokens.
@@ -169,7 +182,7 @@ class Retriever:
             else:
                 hits += len(places)
         self.cache.count(hits, misses)
-        return ids, scores
+        return cut(ids, scores, self.min_score)
 
     def start(self, batch: int) -> ContextCache:
         """The state that `step` continues from, for `batch` rows of text; it has `reorder(beam_idx)`."""
@@ -182,7 +195,7 @@ class Retriever:
     def nearest(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Ids in the knowledge base (..., K) int64 and scores (..., K) float32 for queries (..., E).
 
-        A query of zeros, which is padding, has no images: ids -1 and scores -inf.
+        A query of zeros, as of padding, has no images: ids -1 and scores -inf. `min_score` does not matter here.
         """
         shape = (*queries.shape[:-1], self.k)
         ids = torch.full(shape, -1, dtype=torch.int64, device=queries.device)
@@ -221,7 +234,8 @@ class Retriever:
 class BlindRetriever:
     """Blind-VaLM (Ontalvilla et al. 2024): the query of a token is itself its one "image", and nothing is searched.
 
-    Used like a `Retriever`; image_ids are all -1, as these images are in no knowledge base.
+    Used like a `Retriever`; image_ids are all -1, as these images are in no knowledge base. The first token of a
+    document has none, as with a `Retriever`.
     """
 
     k = 1
@@ -248,7 +262,7 @@ class BlindRetriever:
 
     @staticmethod
     def _pooled(queries: Tensor) -> Retrieved:
-        asked = queries.any(-1)  # (B, T): padding has a query of zeros
+        asked = queries.any(-1)  # (B, T): padding and the first token of a document have a query of zeros
         pool = queries[asked]  # (U, E)
         index = torch.full(asked.shape, -1, device=queries.device)
         index[asked] = torch.arange(len(pool), device=queries.device)

@@ -17,8 +17,8 @@ from valm_kernels import sort_image_slots
 # The label that PyTorch's cross entropy ignores.
 IGNORED = -100
 NO_SCORES = (
-    "this model uses the retrieval scores of its images, and the documents have none: retrieve them with scores "
-    "(`valm retrieve --scores`)"
+    "this model uses the retrieval scores of its images, and the documents have none: retrieve them again "
+    "(`valm retrieve` writes scores)"
 )
 
 

@@ -136,8 +136,9 @@ def _agreement(
         batch = _on(model.device, collate(chosen))
         queries, expected = _queries(model, encoder, batch)
         ids, _ = retriever.nearest(queries)  # (n, K)
-        stored = torch.from_numpy(np.concatenate([block["image_ids"] for block in chosen]))
-        wanted = stored.masked_fill(stored == -1, -2).to(ids.device)  # in the order of the queries: row by row
+        # in the order of the queries, row by row, without the first token
+        stored = torch.from_numpy(np.concatenate([block["image_ids"][1:] for block in chosen]))
+        wanted = stored.masked_fill(stored == -1, -2).to(ids.device)
         cosine += float((queries * expected).sum())
         overlap += float((wanted[:, :, None] == ids[:, None, :]).any(-1).float().mean(-1).sum())
         tokens += len(ids)
@@ -145,10 +146,10 @@ def _agreement(
 
 
 def _queries(model: VaLMForCausalLM, encoder: ContextEncoder, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The head's and CLIP's queries of the n tokens of a batch that are no padding, (n, E) each."""
-    present = batch["attention_mask"].bool()
+    """The head's and CLIP's queries of the n tokens of a batch behind the first of each row, (n, E) each."""
+    behind = batch["attention_mask"][:, 1:].bool()
     arguments = batch["input_ids"], batch["attention_mask"]
-    return model.self_queries(*arguments)[present], encoder(*arguments)[present]
+    return model.self_queries(*arguments)[:, 1:][behind], encoder(*arguments)[:, 1:][behind]
 
 
 def _on(device: torch.device, batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from valm.clip.clip import Clip
 from valm.clip.device import open_device
 from valm.clip.tokenizer import begin_id, clip_tokenizer, load_tokenizer, own_tokenizer, tokenize_documents
+from valm.corpus.min_score import MinScore
 from valm.corpus.retrieved import CorpusRetrieval
 from valm.corpus.text import TextCorpus
 from valm.errors import ValmError
@@ -31,6 +33,7 @@ from valm.store.files import only_writer, writable_folder
 from valm.training.callbacks import Patience, show_progress
 from valm.training.image_trainer import ImageTrainer
 from valm.training.launch import launched_processes
+from valm.training.min_score import with_min_score
 from valm.training.run_note import RUN_FILE, newest_checkpoint, note_run
 from valm.training.split import hold_out, validation_of
 from valm.training.train import trainer, training_arguments
@@ -64,6 +67,9 @@ class TrainingPlan:
         base: augments this pretrained decoder instead of making a new model: folder or Hugging Face name.
         layer, unfreeze, logit_bias: of the base, as in `augment`; None = its defaults.
         score_scale: as in `augment`, of a new model too; a `retrieval` must have scores.
+        min_score: as in `augment`, of a new model too; or "auto", which chooses it from `questions` or `ordinary_text`
+            (`MinScore`). A `retrieval` must have scores.
+        questions, ordinary_text: as in `MinScore`; with a `retrieval` they are results of `valm retrieve` too.
         fusion_lr, cache_below: of the base, as in `trainer`.
         limit_softmax: as in `trainer`.
         layers, width, heads: of a new model; None = as in SIZES.
@@ -95,6 +101,9 @@ class TrainingPlan:
     unfreeze: str | None = None
     logit_bias: float | None = None
     score_scale: float | None = None
+    min_score: float | str | None = None
+    questions: str | os.PathLike | None = None
+    ordinary_text: str | os.PathLike | None = None
     fusion_lr: float | None = None
     cache_below: str | os.PathLike | None = None
     limit_softmax: bool = False
@@ -130,9 +139,10 @@ class TrainingPlan:
         checkpoint = newest_checkpoint(out, self.resume, settings.should_save)
         kb = None if self.kb is None else ImageKnowledgeBase.open(self.kb)
         dataset, tokenizer = self._open_corpus(kb, "retrieval")
-        documents, held_out = self._split(kb, dataset, settings.seed)
+        min_score = self._min_score(kb, dataset)
+        documents, held_out = self._split(kb, dataset, min_score, settings.seed)
         torch.manual_seed(settings.seed)
-        model = self._model(kb, dataset, tokenizer)
+        model = self._model(kb, dataset, tokenizer, min_score)
         sees = model.image_options
         training = trainer(
             model,
@@ -179,8 +189,8 @@ class TrainingPlan:
                 kind = "a pretrained decoder: give --base too" if is_for else "a new model: --base has its own"
                 raise ValmError(f"--{name.replace('_', '-')} is of {kind}")
         # those of a `retrieval` were decided with it
-        of_images = ("twin", "score_scale", "logit_bias", "fusion_lr", *(() if self.retrieval else ("images", "query")))
-        for name in of_images:
+        of_images = ("twin", "score_scale", "min_score", "questions", "ordinary_text", "logit_bias", "fusion_lr")
+        for name in (*of_images, *(() if self.retrieval else ("images", "query"))):
             if getattr(self, name) is not None and self.kb is None:
                 raise ValmError(f"--{name.replace('_', '-')} is of a model with images: give its --kb too")
         if self.clip is not None and self.kb is None and (self.tokenizer or self.base):
@@ -192,6 +202,7 @@ class TrainingPlan:
                 f"--twin {self.twin} exchanges images, and their retrieval scores are not known: give it without "
                 "--score-scale"
             )
+        MinScore(0.0 if self.min_score is None else self.min_score, self.questions, self.ordinary_text).check()
         if "output_dir" in self.fields:
             raise ValmError("output_dir is the folder that --out names: leave it out")
 
@@ -209,12 +220,29 @@ class TrainingPlan:
             found = best | found
         return found
 
-    def _model(self, kb: ImageKnowledgeBase | None, dataset: Any, tokenizer: PreTrainedTokenizerFast) -> Any:
+    def _min_score(self, kb: ImageKnowledgeBase | None, dataset: Any) -> float | None:
+        """The `min_score` of the documents, also of those of a twin."""
+        if self.min_score is None or kb is None:
+            return None
+        retriever = None if self.corpus is None else self._retriever(kb)
+        found = MinScore(self.min_score, self.questions, self.ordinary_text).find(kb, retriever)
+        if isinstance(self.min_score, str):
+            print(f"min_score {found:.4f}: below it a token sees no images", file=sys.stderr)
+        return found
+
+    def _model(
+        self,
+        kb: ImageKnowledgeBase | None,
+        dataset: Any,
+        tokenizer: PreTrainedTokenizerFast,
+        min_score: float | None,
+    ) -> Any:
         """The model or its twin, before the training."""
         images: dict[str, Any] = {}
         if kb is not None and self.twin != "text":
             blind = self.twin == "blind"
             images = {"num_images": 1 if blind else dataset.k, "image_dim": kb.dim, "blind": blind}
+            images["min_score"] = None if blind else min_score
         model = self._new(tokenizer, images) if self.base is None else self._augmented(self.base, images)
         if kb is not None and self.twin == "blind":
             note = RetrievalNote.of_knowledge_base(kb, dataset.query)
@@ -250,7 +278,9 @@ class TrainingPlan:
             raise ValmError("the text-only twin has no new parameters to train: give --unfreeze block or all")
         return augment(load_decoder(base), **(images or {"num_images": 0, "image_dim": 1}), **said)
 
-    def _split(self, kb: ImageKnowledgeBase | None, dataset: Any, seed: int) -> tuple[Any, Any]:
+    def _split(
+        self, kb: ImageKnowledgeBase | None, dataset: Any, min_score: float | None, seed: int
+    ) -> tuple[Any, Any]:
         """The documents to train on and those of `validation`, or None, with the images of the twin.
 
         Raises:
@@ -258,7 +288,8 @@ class TrainingPlan:
         """
 
         def with_images(documents: Any) -> Any:
-            return documents if self.twin is None or kb is None else twin(self.twin, documents, len(kb), seed)
+            seen = with_min_score(documents, min_score)
+            return seen if self.twin is None or kb is None else twin(self.twin, seen, len(kb), seed)
 
         if self.validation is None:
             return with_images(dataset), None
@@ -333,6 +364,10 @@ class TrainingPlan:
             raise ValmError(
                 "several processes train on what one has retrieved: run `valm retrieve`, and give --retrieval"
             )
+        out = Path(self.out).absolute()
+        return corpus.retrieve(self._retriever(kb), out.with_name(f"{out.name}-{name}"))
+
+    def _retriever(self, kb: ImageKnowledgeBase) -> Retriever:
         named = self.tokenizer or self.base
         encoder = open_encoder(
             kb,
@@ -342,6 +377,4 @@ class TrainingPlan:
             allow_download=self.allow_download,
             device=open_device(self.device),
         )
-        retriever = Retriever(encoder, kb, IMAGES if self.images is None else self.images)
-        out = Path(self.out).absolute()
-        return corpus.retrieve(retriever, out.with_name(f"{out.name}-{name}"), scores=self.score_scale is not None)
+        return Retriever(encoder, kb, IMAGES if self.images is None else self.images)

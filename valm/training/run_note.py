@@ -45,6 +45,7 @@ OPTIONS = {
     "model.unfreeze": "unfreeze",
     "model.logit_bias": "logit-bias",
     "model.score_scale": "score-scale",
+    "model.min_score": "min-score",
 }
 
 

@@ -29,6 +29,7 @@ from valm.training.collate import NO_SCORES, Collator
 from valm.training.image_trainer import FUSION_NAME, ImageTrainer
 from valm.training.launch import check_processes
 from valm.training.limited_softmax import LimitedSoftmax
+from valm.training.min_score import with_min_score
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ def trainer(
     Args:
         model: a `VaLMForCausalLM`, what `valm.augment` returned, or a decoder of transformers that sees no images.
         dataset: documents as `Collator` takes them, such as a `CorpusRetrieval`. Those longer than the model's
-            context, or than row_length, are cut (see `Blocks`).
+            context, or than row_length, are cut (see `Blocks`). Tokens below the model's `min_score` see no images.
         kb: the knowledge base with the vectors of the documents' images. None for a model without images (image_ids are
             then ignored) and for a model with a retriever.
         arguments: see `training_arguments` for those of the paper. per_device_train_batch_size counts documents, or
@@ -122,6 +123,10 @@ def trainer(
             f"label_smoothing_factor is {arguments.label_smoothing_factor}, but limit_softmax computes a part of the "
             "logits: set it to 0, or leave limit_softmax (--limit-softmax) out"
         )
+    if kb is not None:
+        min_score = _image_options(inner).min_score
+        dataset = with_min_score(dataset, min_score)
+        eval_dataset = None if eval_dataset is None else with_min_score(eval_dataset, min_score)
     corpus = _retrieval(dataset)
     note = None if kb is None or corpus is None else RetrievalNote.of_knowledge_base(kb, corpus.query)
     limit = min((length for length in (positions(inner), row_length) if length), default=None)

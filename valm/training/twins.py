@@ -80,31 +80,31 @@ class WithRandomImages(Twin):
 
 
 class ShuffledImages(Twin):
-    """Each token has the images of another token of the corpus, by a permutation that moves every token.
+    """Each token that has images has those of another one of the corpus, by a permutation that moves each of them.
 
-    The permutation is in memory, 8 bytes a token.
+    The permutation is in memory, 8 bytes a token. All documents are read once to make it.
+
+    Raises:
+        ValmError: a document has no image_ids.
     """
 
     def __init__(self, documents: Sequence[dict[str, Any]], seed: int):
         super().__init__(documents)
         self._ends = np.cumsum(self.lengths())
-        cycle = np.random.default_rng(seed).permutation(self._ends[-1])
-        self._other = np.empty_like(cycle)
+        seeing = [(image_ids(documents[index], index) >= 0).any(-1) for index in range(len(documents))]
+        cycle = np.random.default_rng(seed).permutation(np.flatnonzero(np.concatenate(seeing)))
+        self._other = np.full(self._ends[-1], -1)  # by token; -1 has no images
         self._other[cycle] = np.roll(cycle, 1)  # a single cycle, so no token gets its own
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Document `index` with images of other tokens.
-
-        Raises:
-            ValmError: a document has no image_ids.
-        """
+        """Document `index` with images of other tokens."""
         document = self.documents[index]
         end = self._ends[index]
         others = self._other[end - len(document["input_ids"]) : end]  # (T,) tokens of the corpus
         numbers = np.searchsorted(self._ends, others, side="right")  # (T,) the document of each
-        images = np.empty_like(image_ids(document, index))
-        for number in np.unique(numbers):
-            here = numbers == number
+        images = np.full_like(image_ids(document, index), -1)
+        for number in np.unique(numbers[others >= 0]):
+            here = (numbers == number) & (others >= 0)
             found = image_ids(self.documents[number], number)
             images[here] = found[others[here] - self._ends[number]]  # counted from its end
         return _with_images(document, images)

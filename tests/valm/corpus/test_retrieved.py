@@ -61,7 +61,7 @@ def contents(folder):
 
 
 def test_scores_are_those_of_the_search(documents, retriever, tmp_path):
-    found = retrieve_corpus(documents, retriever, tmp_path / "scored", scores=True, part_tokens=50, progress=False)
+    found = retrieve_corpus(documents, retriever, tmp_path / "scored", part_tokens=50, progress=False)
     assert found.has_scores and len(found.manifest["shards"]) > 1
     for index, document in enumerate(documents):
         ids, scores = retriever.find(torch.tensor([document]))
@@ -69,7 +69,7 @@ def test_scores_are_those_of_the_search(documents, retriever, tmp_path):
         assert found[index]["image_scores"].dtype == np.float32
         np.testing.assert_allclose(found[index]["image_scores"], scores[0].numpy(), rtol=0, atol=1e-5)
     with pytest.raises(ValmError, match=r"\(scores differ\)"):
-        retrieve_corpus(documents, retriever, tmp_path / "scored", part_tokens=50, progress=False)
+        retrieve_corpus(documents, retriever, tmp_path / "scored", scores=False, part_tokens=50, progress=False)
     (found.path / "image_scores-00000.npy").unlink()
     with pytest.raises(ValmError, match="image_scores-00000"):
         CorpusRetrieval.open(found.path)
@@ -81,13 +81,34 @@ def test_a_document_has_the_pictures_it_has_alone(corpus, documents, retriever):
     assert corpus.lengths().tolist() == list(map(len, documents))
     for index, document in enumerate(documents):
         found = retriever(torch.tensor([document]))
-        expected = found.image_ids[found.image_index[0]]
+        expected = found.image_ids[found.image_index[0, 1:]]
         assert corpus[index]["input_ids"].tolist() == document
-        assert corpus[index]["image_ids"].tolist() == expected.tolist()
-        assert "image_scores" not in corpus[index]
+        assert corpus[index]["image_ids"].tolist() == [[-1] * 4, *expected.tolist()]
     for wrong in (-1, len(documents)):
         with pytest.raises(IndexError, match=f"documents go from 0 to 15, got {wrong}"):
             corpus[wrong]
+
+
+def test_without_scores(documents, retriever, tmp_path):
+    found = retrieve_corpus(documents[:2], retriever, tmp_path / "out", scores=False, progress=False)
+    assert not found.has_scores and found[0].keys() == {"input_ids", "image_ids"}
+
+
+def test_the_first_token_of_an_earlier_version_has_no_images(documents, retriever, tmp_path):
+    found = retrieve_corpus(documents[:2], retriever, tmp_path / "out", progress=False)
+    for kind, value in (("image_ids", 3), ("image_scores", 0.5)):
+        file = found.path / f"{kind}-00000.npy"
+        stored = np.load(file)
+        stored[[0, len(documents[0])]] = value
+        np.save(file, stored)
+    for document in CorpusRetrieval.open(found.path):
+        assert (document["image_ids"][0] == -1).all() and (document["image_scores"][0] == -np.inf).all()
+        assert (document["image_ids"][1:] >= 0).all() and np.isfinite(document["image_scores"][1:]).all()
+
+
+def test_all_images_are_kept(documents, retriever, tmp_path):
+    with pytest.raises(ValmError, match=r"min_score 0.5, but a corpus keeps all images"):
+        retrieve_corpus(documents, retriever.with_min_score(0.5), tmp_path / "out", progress=False)
 
 
 def test_slices_are_lists_of_documents(corpus):
@@ -124,7 +145,10 @@ def test_a_tokenizer_without_bos(clip, kb, tmp_path):
     document = found[0]
     assert document["input_ids"][0] == document["input_ids"][-1] == tokenizer.eos_token_id
     live = retriever(torch.tensor([document["input_ids"].tolist()]))
-    assert live.image_ids[live.image_index[0]].tolist() == document["image_ids"].tolist()
+    here = document["image_ids"] >= 0
+    assert not here[0].any() and here[1:-1].all()
+    assert np.array_equal(live.image_index[0].numpy() >= 0, here)
+    assert live.image_ids[live.image_index[0, here]].tolist() == document["image_ids"][here].tolist()
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".parquet", ".jsonl.gz", ".csv"])
@@ -148,12 +172,12 @@ def test_a_corpus_in_files(corpus, retriever, tmp_path, suffix):
 
 def test_the_files(corpus, documents, tokenizer):
     kinds = {name.partition("-")[0] for name in os.listdir(corpus.path) if name.endswith(".npy")}
-    assert kinds == {"tokens", "offsets", "image_ids"}
+    assert kinds == {"tokens", "offsets", "image_ids", "image_scores"}
     assert not list(corpus.path.glob("shard-*")) and not (corpus.path / "build.json").exists()
     opened = CorpusRetrieval.open(corpus.path)
     document = opened[3]
     assert isinstance(document["input_ids"], np.memmap)
-    assert all((document["image_ids"] >= 0).all() for document in opened)
+    assert all((document["image_ids"][1:] >= 0).all() for document in opened)
     assert opened.manifest["tokens"] == sum(map(len, documents))
     assert (opened.k, opened.query) == (4, "eot")
     assert opened.tokenizer.get_vocab() == tokenizer.get_vocab()
@@ -175,7 +199,7 @@ class FindsOne:
 def test_no_image_is_minus_one_and_all_ones_in_the_file(documents, retriever, tmp_path):
     few = Retriever(retriever.encoder, retriever.kb, 2, FindsOne(retriever.index))
     found = retrieve_corpus(documents[:1], few, tmp_path / "corpus", progress=False)
-    assert (found[0]["image_ids"][:, 0] >= 0).all() and (found[0]["image_ids"][:, 1] == -1).all()
+    assert (found[0]["image_ids"][1:, 0] >= 0).all() and (found[0]["image_ids"][:, 1] == -1).all()
     stored = np.load(found.path / "image_ids-00000.npy")
     assert stored.dtype == np.uint32 and (stored[:, 1] == 2**32 - 1).all()
 
@@ -215,7 +239,7 @@ def test_a_killed_retrieval_goes_on_to_the_same_bytes(text_file, retriever, tmp_
         return retrieve_files([text_file], retriever, out, part_bytes=150, progress=False)
 
     whole = retrieve(tmp_path / "whole")
-    for finished in (0, 1, 2, 5, 4, 9, 3):
+    for finished in (0, 1, 2, 5, 4, 12, 9):
         assert exit_code_if_killed(retrieve, finished) == -signal.SIGKILL
         with pytest.raises(ValmError, match=r"is unfinished; run `valm retrieve` again|has no manifest\.json"):
             CorpusRetrieval.open(tmp_path / "killed")

@@ -60,10 +60,19 @@ def test_random_images_are_a_permutation_by_seed():
     assert sorted(first[:, 0].tolist()) == [4.0 * i for i in range(10)]
 
 
-def test_fixed_images_are_the_same_for_every_token():
-    found = FixedImages(torch.randn(2, 4), 3)(torch.zeros(2, 5))
+def test_fixed_images_are_the_same_for_every_token_that_has_some():
+    class FindsSome(FakeRetriever):
+        k = 3
+
+        def __call__(self, input_ids, attention_mask=None) -> Retrieved:
+            index = torch.tensor([[[-1, -1, -1], [0, -1, -1], [0, 0, 0]]])
+            return Retrieved(torch.zeros(1, 4), index, torch.tensor([5]), torch.zeros(1, 3, 3))
+
+    found = FixedImages(FindsSome(), torch.randn(2, 4))(torch.zeros(1, 3))
     assert found.image_pool.shape == (2, 4)
-    assert found.image_index.shape == (2, 5, 3) and (found.image_index == torch.tensor([0, 1, 0])).all()
+    assert found.image_index.tolist() == [[[-1, -1, -1], [0, 1, 0], [0, 1, 0]]]
+    assert torch.equal(found.scores == -torch.inf, found.image_index < 0)
+    assert len(FixedImages(FindsSome(), torch.randn(5, 4))(torch.zeros(1, 3)).image_pool) == 3
 
 
 @pytest.fixture
@@ -95,7 +104,8 @@ def test_random_and_replaced_images_change_what_a_model_says(seeing, tmp_path):
     Image.new("RGB", (32, 32), "green").save(tmp_path / "green.png")
     switch_images(model, replace=tmp_path)
     pool = images_in(tmp_path, own.encoder.clip, own.k)
-    expected = model(ids, image_pool=pool, image_index=torch.zeros(2, 6, 3, dtype=torch.int64)).logits
+    index = torch.zeros(2, 6, 3, dtype=torch.int64).index_fill(1, torch.tensor([0]), -1)
+    expected = model(ids, image_pool=pool, image_index=index).logits
     torch.testing.assert_close(model(ids).logits, expected)
 
 

@@ -37,7 +37,8 @@ def test_given_images_take_the_place_of_the_knowledge_base(model, ids, tmp_path,
     files = [folder / "dark.png", folder / "light.png"]
     images = GivenImages(files, model.retriever)
     found = images(ids)
-    assert found.image_index[0].tolist() == [[0, 1, 0]] * 4  # the model takes 3, there are 2
+    # the model takes 3, there are 2; the first token has none
+    assert found.image_index[0].tolist() == [[-1] * 3, *[[0, 1, 0]] * 3]
     expected = clip.encode_images([Image.open(file) for file in files])
     torch.testing.assert_close(found.image_pool, expected)
     torch.testing.assert_close(found.scores[0, 2, 1], model.retriever.encoder(ids)[0, 2] @ expected[1])

@@ -43,11 +43,13 @@ def test_the_images_are_those_nearest_to_the_heads_queries(model, kb, text_ids):
     ids = text_ids(TEXTS[0])["input_ids"]
     queries = model.self_queries(ids)
     assert queries.shape == (1, ids.shape[1], kb.dim)
-    torch.testing.assert_close(queries.norm(dim=-1), torch.ones(ids.shape))
+    assert not queries[:, 0].any()  # the first token has none
+    torch.testing.assert_close(queries[:, 1:].norm(dim=-1), torch.ones(ids[:, 1:].shape))
     found = model.retriever(ids)
     assert len(found.image_ids) > 3, "all tokens see the same images, so the test says little"
     best = (queries @ torch.from_numpy(kb.vectors()).float().T).topk(3).indices
-    assert torch.equal(found.image_ids[found.image_index], best)
+    assert torch.equal(found.image_ids[found.image_index][:, 1:], best[:, 1:])
+    assert (found.image_index[:, 0] == -1).all()
     given = model(ids, image_pool=found.image_pool, image_index=found.image_index).logits
     torch.testing.assert_close(model(ids).logits, given)
     assert (model(ids, image_pool=-found.image_pool, image_index=found.image_index).logits - given).abs().max() > 1e-2

@@ -10,7 +10,7 @@ from tests.valm.retrieval.test_context import close
 from tests.valm.tiny_clip import TEXTS, make_clip
 from valm.clip.tokenizer import clip_tokenizer, prune_tokenizer, tokenize_documents
 from valm.errors import ValmError
-from valm.retrieval.alignment import Alignment, TextState, token_bytes
+from valm.retrieval.alignment import BLANKS, LONGEST_WORD, Alignment, TextState, token_bytes
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.segments import Reading, SegmentState
 
@@ -51,6 +51,8 @@ BITS = [
 ]
 ANY = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd"), max_size=6)
 TEXT = st.lists(st.sampled_from(BITS) | ANY, max_size=16).map("".join)
+# A longer one is closed, which CLIP does not do.
+SHORT_WORDS = TEXT.filter(lambda text: all(len(word) < LONGEST_WORD for word in BLANKS.split(text)))
 fixed = settings(max_examples=12, deadline=None, derandomize=True)
 
 
@@ -74,7 +76,7 @@ def text_so_far(tokenizer, ids):
 
 
 @fixed
-@given(text=TEXT)
+@given(text=SHORT_WORDS)
 @example(text="the colour of the banana")
 @example(text="\U0001f600 \U0001f469\u200d\U0001f680 don\u2019t")
 @example(text="we'r we're a\u0301b\u0323\u0301")
@@ -85,13 +87,16 @@ def test_a_query_is_that_of_the_text_so_far(encoder, other, text):
         return
     found = encoder(torch.tensor([ids]))[0]
     own = ContextEncoder(encoder.clip, query=encoder.query, dtype=torch.float64)
-    for n in range(len(ids)):
+    assert not found[0].any()
+    for n in range(1, len(ids)):
         tokens = encoder.clip.tokenizer(text_so_far(other, ids[: n + 1]))["input_ids"]
-        assert close(found[n], own(torch.tensor([tokens]))[0, -1])
+        if len(tokens) > 1:  # of a text that is still empty CLIP's own reading has no query
+            assert close(found[n], own(torch.tensor([tokens]))[0, -1])
     around = encoder(torch.tensor([[other.bos_token_id, *ids, other.eos_token_id]]))[0]
-    assert close(around[1:-1], found)
+    assert close(around[2:-1], found[1:])
+    assert not around[0].any() and around[1].any()
     if other.bos_token_id == other.eos_token_id:
-        assert close(around[-1], around[0])
+        assert not around[-1].any()  # it begins the next
     else:
         tokens = [*encoder.clip.tokenizer(text)["input_ids"], encoder.clip.tokenizer.eos_token_id]
         assert close(around[-1], own(torch.tensor([tokens]))[0, -1])
@@ -161,9 +166,9 @@ def test_a_word_is_seen_where_it_ends_and_not_before(clip):
     other = gpt2_like(["ban ban ban anas anas"], vocab_size=262)
     ban, ana = (other(text, add_special_tokens=False)["input_ids"] for text in ("ban", "ana"))
     encoder = ContextEncoder(clip, tokenizer=other, dtype=torch.float64)
-    found = encoder(torch.tensor([ban + ana]))[0]
+    found = encoder(torch.tensor([[other.bos_token_id, *ban, *ana]]))[0]
     expected = clip.encode_texts(["ban", "banana"])
-    assert torch.allclose(found[[len(ban) - 1, -1]], expected, atol=1e-5)
+    assert torch.allclose(found[[len(ban), -1]], expected, atol=1e-5)
 
 
 def test_documents_do_not_see_each_other(encoder, other):

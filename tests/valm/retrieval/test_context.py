@@ -142,13 +142,13 @@ def test_eot_queries_are_clips_own_features_of_every_prefix(tokenizer, custom_te
         encoder = ContextEncoder(clip, min_tokens=limit, dtype=dtype)
         queries = alone(encoder, [tokenizer.bos_token_id, *words, tokenizer.eos_token_id])
         assert close(queries[-1], queries[-2])  # at EOT: the whole text
-        return queries[:-1]
+        return queries[1:-1]
 
     with torch.no_grad():
-        expected = copy.deepcopy(clip.model).double().encode_text(rows, normalize=True)
+        expected = copy.deepcopy(clip.model).double().encode_text(rows[1:], normalize=True)
         assert close(found(torch.float64).double(), expected)
         for dtype in (torch.float32, torch.bfloat16):
-            eager = copy.deepcopy(clip.model).to(dtype).encode_text(rows, normalize=True)
+            eager = copy.deepcopy(clip.model).to(dtype).encode_text(rows[1:], normalize=True)
             rounding = 2 * torch.finfo(dtype).eps * expected.abs().max()
             assert (errors(found(dtype), expected) <= 2 * errors(eager, expected) + rounding).all()
 
@@ -164,12 +164,12 @@ def test_state_queries_are_the_towers_states(clip, tokenizer):
         assert close(found[-1:].double(), model.encode_text(rows[:1], normalize=True))
         model.text_pool_type, model.text_eos_id = "none", None
         states = torch.nn.functional.normalize(model.encode_text(rows[:1]), dim=-1)[0, : len(row)]
-    assert close(found.double(), states)
+    assert close(found[1:].double(), states[1:])
 
 
 def test_queries_are_unit_vectors_that_training_may_use(clip, pool):
     queries = ContextEncoder(clip)(torch.tensor([pool[:30]]))
-    assert torch.allclose(queries.norm(dim=-1), torch.ones(1, 30))
+    assert torch.allclose(queries[:, 1:].norm(dim=-1), torch.ones(1, 29))
     assert not queries.requires_grad
     assert not queries.is_inference()
 
@@ -180,8 +180,20 @@ def test_documents_do_not_see_each_other(encoder, clip, pool):
     both = alone(encoder, first + second)
     assert close(both, torch.cat([alone(encoder, first), alone(encoder, second)]))
     # text without SOT is read as if it had one, after EOT too
-    assert close(alone(encoder, first[1:]), alone(encoder, first)[1:])
-    assert close(alone(encoder, first + second[1:]), torch.cat([both[: len(first)], both[len(first) + 1 :]]))
+    assert close(alone(encoder, first[1:])[1:], alone(encoder, first)[2:])
+    found = alone(encoder, first + second[1:])
+    assert close(found[len(first) + 1 :], both[len(first) + 2 :])
+
+
+def test_the_first_token_of_a_document_has_no_query(encoder, clip, pool):
+    sot, eot = clip.tokenizer.bos_token_id, clip.tokenizer.eos_token_id
+    row = [*pool[:3], eot, *pool[3:5], sot, *pool[5:8], eot, eot, sot, sot]
+    first = [0, 4, 6, 11, 12, 13]  # after EOT, at SOT, and an EOT that ends nothing
+    expected = torch.ones(len(row), dtype=torch.bool).index_fill(0, torch.tensor(first), False)
+    assert torch.equal(alone(encoder, row).any(-1), expected)
+    cache = encoder.new_cache(1)
+    steps = [encoder.step(torch.tensor([[id]]), cache)[0, 0].any() for id in row]
+    assert torch.equal(torch.stack(steps), expected)
 
 
 def test_segments_carry_the_last_tokens_over(clip, pool):
@@ -191,7 +203,7 @@ def test_segments_carry_the_last_tokens_over(clip, pool):
     found = alone(encoder, words)
     assert close(found[18:20], alone(encoder, words[14:20])[4:])
     bare = ContextEncoder(clip, min_tokens=18, overlap=0, dtype=torch.float64)
-    assert close(alone(bare, words)[18:20], alone(bare, words[18:20]))
+    assert close(alone(bare, words)[18:20], alone(bare, [clip.tokenizer.bos_token_id, *words[18:20]])[1:])
 
 
 def test_segments_are_encoded_together(clip, pool, monkeypatch):

@@ -82,6 +82,8 @@ def test_a_retriever(encoder, make_kb, monkeypatch, cache_tokens):
         state = retriever.start(1)
         for at in range(tokens.shape[1]):
             found = retriever.step(tokens[:, at : at + 1], state)
+            if at == 0:
+                continue  # the first token has none
             assert torch.equal(found.image_ids[found.image_index[0, 0]], whole.image_ids[whole.image_index[0, at]])
 
     at_once(*[lambda thread=thread: use(thread) for thread in range(THREADS)])

@@ -62,9 +62,9 @@ def test_the_agreement_is_that_of_the_held_out_documents(world, monkeypatch, n_p
     cosines, shares = [], []
     for document in Blocks(held_out, n_positions, tokenizer.bos_token_id):
         ids = torch.from_numpy(document["input_ids"].astype(np.int64))[None]
-        cosines += (model.self_queries(ids) * encoder(ids)).sum(-1)[0].tolist()
-        ids_found = model.retriever.find(ids)[0][0].tolist()
-        pairs = zip(ids_found, document["image_ids"].tolist(), strict=True)
+        cosines += (model.self_queries(ids) * encoder(ids)).sum(-1)[0, 1:].tolist()  # the first token has no query
+        ids_found = model.retriever.find(ids)[0][0, 1:].tolist()
+        pairs = zip(ids_found, document["image_ids"][1:].tolist(), strict=True)
         shares += [len({*own} & {*theirs}) / 3 for own, theirs in pairs]
     assert found.tokens == len(cosines)
     assert found.cosine == pytest.approx(np.mean(cosines), abs=1e-4)
@@ -76,7 +76,7 @@ def test_the_agreement_is_measured_on_so_many_blocks(world, monkeypatch):
     monkeypatch.setattr(distill, "HELD_OUT", 0.5)
     monkeypatch.setattr(distill, "MOST_HELD_OUT", 2)
     found = distill_queries(make_model(n_positions=6), *rest, **SETTINGS | {"steps": 1})
-    assert found.tokens == 2 * 6  # of two documents of ten tokens
+    assert found.tokens == 2 * (6 - 1)  # of two documents of ten tokens, without the first of each block
 
 
 def test_the_loss_is_0_for_clips_own_queries_and_sees_the_order_of_images():

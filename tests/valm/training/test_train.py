@@ -103,7 +103,7 @@ def test_accumulation_changes_no_loss_and_no_weight(tmp_path, accumulation):
         (
             {"image_score_scale_init": 1.0},
             Vectors(),
-            r"have none: retrieve .* \(`valm retrieve --scores`\)",
+            r"have none: retrieve them again \(`valm retrieve` writes scores\)",
         ),
         ({"num_images": 2}, Vectors(), "the documents have 3 images a token, but the model's num_images is 2"),
     ],

@@ -1,0 +1,94 @@
+import re
+
+import pytest
+import torch
+
+from tests.valm.tiny_clip import TEXTS
+from valm.corpus.min_score import MinScore
+from valm.corpus.retrieved import retrieve_texts
+from valm.errors import ValmError
+from valm.retrieval.context import ContextEncoder
+from valm.retrieval.min_score import choose_min_score
+from valm.retrieval.retriever import Retriever
+
+
+@pytest.fixture(scope="module")
+def retriever(clip, make_kb):
+    return Retriever(ContextEncoder(clip), make_kb(30), 2)
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    (tmp_path / "text.txt").write_text("\n".join([*TEXTS, *TEXTS[:1]]))
+    return tmp_path / "text.txt"
+
+
+@pytest.mark.parametrize("source", ["questions", "ordinary_text"])
+def test_texts_and_what_was_retrieved_of_them_give_the_same(retriever, tmp_path, text_file, source):
+    lines = text_file.read_text().split("\n")
+    rows = [retriever.find([line])[1][0].numpy() for line in lines]
+    expected = choose_min_score(**{"questions" if source == "questions" else "text": rows})
+    found = MinScore("auto", **{source: text_file}).find(retriever.kb, retriever.with_min_score(0.9))
+    assert found == pytest.approx(expected, abs=1e-6)
+    corpus = retrieve_texts(lines, retriever, tmp_path / "corpus", progress=False)
+    again = MinScore("auto", **{source: corpus.path}).find(retriever.kb, None)
+    rows = [corpus[number]["image_scores"] for number in range(len(corpus))]
+    assert again == choose_min_score(**{"questions" if source == "questions" else "text": rows})
+    if source == "questions":  # whose last token is EOT in a corpus, with the same query as the one before
+        assert again == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_number_is_itself(retriever):
+    assert MinScore(0.25).find(retriever.kb, None) == 0.25
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"score": "auto"}, "give either --questions or --ordinary-text"),
+        ({"score": "auto", "questions": "a", "ordinary_text": "b"}, "give either --questions or --ordinary-text"),
+        ({"score": 0.5, "questions": "a"}, "give --min-score auto with them"),
+        ({"score": "high"}, "--min-score must be a number or auto, got 'high'"),
+    ],
+)
+def test_options_that_do_not_go_together(retriever, given, message):
+    with pytest.raises(ValmError, match=message):
+        MinScore(**given).find(retriever.kb, retriever)
+
+
+def test_what_cannot_be_chosen_from_is_named(retriever, make_kb, tmp_path, text_file):
+    with pytest.raises(ValmError, match=re.escape(f"retrieve {text_file} too, and give that folder")):
+        MinScore("auto", questions=text_file).find(retriever.kb, None)
+    bare = retrieve_texts(TEXTS, retriever, tmp_path / "bare", scores=False, progress=False)
+    with pytest.raises(ValmError, match="has no retrieval scores: retrieve it again, `valm retrieve CORPUS --kb KB"):
+        MinScore("auto", ordinary_text=bare.path).find(retriever.kb, retriever)
+    with pytest.raises(ValmError, match="was retrieved from another knowledge base"):
+        MinScore("auto", questions=bare.path).find(make_kb(5), retriever)
+
+
+def test_it_is_set_where_a_model_retrieves(retriever):
+    class Model:
+        def __init__(self, num_images, blind=False, retriever=None):
+            self.image_options = type("Options", (), {"num_images": num_images, "blind": blind})
+            self.retriever, self.found = retriever, []
+
+        def set_min_score(self, value):
+            self.found.append(value)
+
+    seeing = Model(2, retriever=retriever)
+    MinScore(0.5).set(seeing, "model")
+    assert seeing.found == [0.5]
+    for without in (Model(0), Model(1, blind=True)):
+        with pytest.warns(UserWarning, match="--min-score changes nothing of twin, which retrieves no images"):
+            MinScore(0.5).set(without, "twin")
+        assert without.found == []
+    with pytest.raises(ValmError, match="lost has no knowledge base"):
+        MinScore("auto", questions="a.txt").set(Model(2), "lost")
+
+
+def test_a_long_text_is_read_whole(retriever, tmp_path):
+    """In batches: the documents of one are padded to its longest."""
+    (tmp_path / "long.txt").write_text("\n".join([TEXTS[0], " ".join(TEXTS * 4)] * 70))
+    found = MinScore("auto", ordinary_text=tmp_path / "long.txt").find(retriever.kb, retriever)
+    rows = [retriever.find([text])[1][0].numpy() for text in (TEXTS[0], " ".join(TEXTS * 4))] * 70
+    assert found == pytest.approx(choose_min_score(text=rows), abs=1e-5) and torch.tensor(found).isfinite()

@@ -1,0 +1,70 @@
+"""Documents of which the tokens with weak images see none, and the twins of a model that is trained on them."""
+
+import numpy as np
+import pytest
+
+from tests.valm.training.documents import Vectors, documents, new_model, new_trainer
+from valm.errors import ValmError
+from valm.training.min_score import WithMinScore, with_min_score
+from valm.training.twins import twin
+
+
+@pytest.fixture
+def scored():
+    """Documents with scores; one is exactly at 0.5."""
+    random = np.random.default_rng(0)
+    made = []
+    for document in documents():
+        scores = random.uniform(0, 0.7, document["image_ids"].shape).astype(np.float32)
+        scores[0] = 0.5
+        made.append(
+            document | {"image_scores": np.where(document["image_ids"] < 0, -np.inf, scores).astype(np.float32)}
+        )
+    return made
+
+
+def test_all_images_of_a_token_or_none(scored):
+    found = WithMinScore(scored, 0.5)
+    assert len(found) == len(scored) and found.lengths().tolist() == [len(one["input_ids"]) for one in scored]
+    kept = 0
+    for document, one in zip(scored, found, strict=True):
+        keep = (document["image_scores"] >= 0.5).any(-1)
+        kept += keep.mean() / len(scored)
+        assert np.array_equal(one["image_ids"][keep], document["image_ids"][keep])
+        assert (one["image_ids"][~keep] == -1).all() and (one["image_scores"][~keep] == -np.inf).all()
+        assert one["image_ids"].dtype == np.int64 and one["image_scores"].dtype == np.float32
+        assert keep[0] == (document["image_ids"][0] >= 0).any()
+    assert 0.2 < kept < 0.8
+
+
+@pytest.mark.parametrize("kind", ["random", "shuffled"])
+def test_a_twin_has_images_where_the_model_has(scored, kind):
+    seen = WithMinScore(scored, 0.5)
+    made = twin(kind, seen, 40, seed=1)
+    for document, one in zip(seen, made, strict=True):
+        assert np.array_equal((document["image_ids"] >= 0).any(-1), (one["image_ids"] >= 0).any(-1))
+        assert not np.array_equal(document["image_ids"], one["image_ids"])
+    assert with_min_score(made, 0.5) is made
+    with pytest.raises(ValmError, match=r"the documents have the min_score 0\.5, but the model's is 0\.6"):
+        with_min_score(made, 0.6)
+
+
+def test_the_trainer_cuts_by_the_models_min_score(scored, tmp_path):
+    def weights(name, model, dataset):
+        made = new_trainer(tmp_path / name, model=model, dataset=dataset, max_steps=2)
+        made.train()
+        return {key: tensor.clone() for key, tensor in made.model.state_dict().items()}
+
+    cut = weights("cut", new_model(min_score=0.5), scored)
+    given = weights("given", new_model(), list(WithMinScore(scored, 0.5)))
+    uncut = weights("uncut", new_model(), scored)
+    assert all((cut[name] == given[name]).all() for name in cut)
+    assert any((cut[name] != uncut[name]).any() for name in cut)
+
+
+def test_documents_without_scores_are_refused_before_the_training(tmp_path):
+    with pytest.raises(ValmError, match="for a model with a min_score, has no retrieval scores: retrieve it again"):
+        new_trainer(tmp_path, model=new_model(min_score=0.5))
+    with pytest.raises(ValmError, match="a streamed dataset has no min_score"):
+        with_min_score(iter(documents()), 0.5)
+    assert with_min_score(iter(()), None) is not None and Vectors().dim == 24

@@ -1,0 +1,58 @@
+"""`min_score`: a token whose best image is found with less certainty than this sees none of its K images.
+
+Retrieval always finds something. Prose has few words that a picture shows, and there the nearest images only disturb:
+with a cut at 0.62 a study's perplexity of photo captions fell from 1.32 to 0.65 times that of its text-only twin, and
+44.6 of 45.2 points on questions about colours stayed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from valm.errors import ValmError
+
+# `choose_min_score` keeps the images of all but so many percent of the questions, and of so many percent of the tokens
+# of ordinary text.
+PERCENT = 5.0
+
+
+def below(scores: Any, min_score: float) -> Any:
+    """(..., 1) bool: whether all of the scores (..., K) of a token, an array or a tensor, are below `min_score`."""
+    return (scores < min_score).all(-1)[..., None]
+
+
+def cut(ids: Tensor, scores: Tensor, min_score: float | None) -> tuple[Tensor, Tensor]:
+    """Ids or rows, and scores, (..., K) each, with none (-1 and -inf) where the token's are all below `min_score`."""
+    if min_score is None:
+        return ids, scores
+    none = below(scores, min_score)
+    return ids.masked_fill(none, -1), scores.masked_fill(none, -torch.inf)
+
+
+def choose_min_score(questions: Iterable[np.ndarray] | None = None, text: Iterable[np.ndarray] | None = None) -> float:
+    """The `min_score` at which nearly all questions keep their images, or nearly no token of a text has any.
+
+    Args:
+        questions: the retrieval scores (T, K) of each question, whose last token must see its images. The result is
+            the PERCENTth percentile of their best scores.
+        text: instead, the scores (T, K) of documents that need no images. The result is the (100 - PERCENT)th
+            percentile of the best scores of their tokens.
+
+    Raises:
+        ValmError: there is nothing to choose from.
+    """
+    if questions is not None:
+        best = np.array([scores[-1].max() for scores in questions])
+        percent, what = PERCENT, "questions"
+    else:
+        best = np.concatenate([np.empty(0), *(scores.max(-1) for scores in text or ())])
+        percent, what = 100 - PERCENT, "text"
+    best = best[np.isfinite(best)]  # the first token of a document has no images
+    if len(best) == 0:
+        raise ValmError(f"the {what} to choose min_score from has no token with images")
+    return float(np.percentile(best, percent))

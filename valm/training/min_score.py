@@ -1,0 +1,61 @@
+"""Documents of which the tokens with weak images see none (`valm.retrieval.min_score`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from valm.corpus.min_score import NO_SCORES
+from valm.errors import ValmError
+from valm.retrieval.min_score import below
+from valm.training.twins import Twin
+
+
+class WithMinScore(Twin):
+    """The tokens of `documents` whose scores are all below `min_score` have no images.
+
+    The controls `WithRandomImages` and `ShuffledImages` go around this, so that they have as many images.
+    """
+
+    def __init__(self, documents: Any, min_score: float):
+        super().__init__(documents)
+        self.min_score = min_score
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Document `index`.
+
+        Raises:
+            ValmError: it has no image_scores.
+        """
+        document = self.documents[index]
+        if "image_scores" not in document:
+            raise ValmError(f"document {index}, for a model with a min_score, {NO_SCORES}")
+        none = below(document["image_scores"], self.min_score)  # (T, 1)
+        return document | {
+            "image_ids": np.where(none, -1, document["image_ids"]),
+            "image_scores": np.where(none, np.float32(-np.inf), document["image_scores"]),
+        }
+
+
+def with_min_score(documents: Any, min_score: float | None) -> Any:
+    """`documents` with this `min_score`, unless they have it already; None: as they are.
+
+    Raises:
+        ValmError: they have another one, or no image_scores, or no length.
+    """
+    if min_score is None:
+        return documents
+    if not hasattr(documents, "__len__"):
+        raise ValmError("a streamed dataset has no min_score: give documents that have a length")
+    inner = documents
+    while inner is not None and not isinstance(inner, WithMinScore):
+        inner = getattr(inner, "documents", None)
+    if inner is None:
+        made = WithMinScore(documents, min_score)
+        if len(made):
+            made[0]  # which raises before anything is computed
+        return made
+    if inner.min_score != min_score:
+        raise ValmError(f"the documents have the min_score {inner.min_score}, but the model's is {min_score}")
+    return documents
