@@ -48,7 +48,7 @@ class ValmLM(HFLM):
     Args:
         pretrained: the folder, as for `valm.load`; so are base, kb, clip and allow_download.
         retrieval: "on", "off" (the text alone) or "random" (random images of the knowledge base).
-        replace: a folder of images that every token sees instead of the retrieved ones.
+        replace: a folder of images that every token which has retrieved ones sees instead.
         image_seed: of the random images.
         min_score: another one than the model's own (`ImageModel.set_min_score`).
         device: as for `valm.load`; by default a GPU where torch has one.

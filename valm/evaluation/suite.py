@@ -48,7 +48,7 @@ class Settings:
     Attributes:
         files: the files of sets, by name; other sets are looked for in `data`.
         no_images, random_images, replace: each adds a row for every model that sees images: without images, with random
-            ones of its knowledge base, with those of the folder `replace` for every token.
+            ones of its knowledge base, with those of the folder `replace` instead.
         fresh: ignore the cache of earlier runs.
     """
 

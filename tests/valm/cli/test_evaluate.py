@@ -39,6 +39,20 @@ def test_eval_prints_and_writes_the_tables(world, sets, tmp_path, capsys):
     assert len(list((out / "cache").iterdir())) == 5 * 3
 
 
+def test_eval_with_another_min_score(world, tmp_path, capsys):
+    """One that no image reaches is the row without images; the twin has none to cut, which a warning says."""
+    arguments = ["eval", world / "valm", world / "gpt2", "--memory-color", world / "colors.csv", "--protocol", "fair"]
+    with pytest.warns(UserWarning, match="--min-score changes nothing of .*gpt2"):
+        assert run(*arguments, "--min-score", "2", "--no-images", "--json", "--out", tmp_path) == 0
+    cut, off, _ = json.loads(capsys.readouterr().out)["rows"]
+    assert cut["metrics"] == off["metrics"] and "2 images a token with a retrieval score from 2" in cut["kind"]
+    scored = set((tmp_path / "cache").iterdir())
+    assert run("eval", world / "valm", *arguments[3:], "--json", "--out", tmp_path) == 0
+    (whole,) = json.loads(capsys.readouterr().out)["rows"]
+    assert whole["kind"].endswith("2 images a token")
+    assert len(set((tmp_path / "cache").iterdir()) - scored) == 1  # not from the scores of the other
+
+
 def test_eval_as_json_is_the_results_file(world, sets, tmp_path, capsys):
     arguments = ["--memory-color", world / "colors.csv", "--protocol", "fair", "--out", tmp_path, "--json"]
     assert run("eval", world / "gpt2", *arguments) == 0

@@ -34,6 +34,33 @@ def test_the_text_tower_in_another_precision(world, capsys, monkeypatch):
     assert model.retriever.encoder.tower.dtype == torch.bfloat16
 
 
+def test_images_only_from_a_score_on(world, tmp_path, capsys):
+    """A number, and one chosen from texts; what the model says follows the images that are left."""
+    ask = ["explain", world / "valm", "the color of the apple is", "--out", tmp_path / "page.html"]
+
+    def page(*options):
+        assert run(*ask, *options) == 0
+        return (tmp_path / "page.html").read_text()
+
+    whole, same, without = page(), page("--min-score", "-1"), page("--min-score", "2")
+    assert whole == same != without
+    (tmp_path / "questions.txt").write_text("the color of the apple is\nthe color of the sea is")
+    chosen = page("--min-score", "auto", "--questions", tmp_path / "questions.txt")
+    assert chosen not in (whole, without)
+    generate = ["generate", world / "valm", "the color of the apple", "--max-new-tokens", 4]
+    assert run(*generate, "--min-score", "0.5") == 0
+    capsys.readouterr()
+    for options, message in (
+        (["--min-score", "auto"], "give either --questions or --ordinary-text"),
+        (["--questions", tmp_path / "questions.txt"], "give --min-score auto with them"),
+        (["--min-score", "nan"], "min_score must be a finite number"),
+    ):
+        assert run(*generate, *options) == 1
+        assert message in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="--min-score changes nothing of .*gpt2, which retrieves no images"):
+        assert run("generate", world / "gpt2", "the sea", "--max-new-tokens", 2, "--min-score", "0.5") == 0
+
+
 def test_checkpoint_and_knowledge_base_move_together(copy_of, capsys):
     root = copy_of("valm", "kb", "clip")
     assert run("generate", root / "valm", "the sea", "--max-new-tokens", 2) == 0

@@ -42,6 +42,51 @@ def base(world):
     return world / "base"
 
 
+def test_images_only_from_a_score_on(world, base, tmp_path, capsys):
+    """The same number from a text and from what was retrieved of it, in the model and in all of its twins' data."""
+    questions = tmp_path / "questions.txt"
+    questions.write_text("the color of the apple is\nthe color of the sea is")
+    auto = ["--min-score", "auto", "--questions"]
+    train = ["train", "--kb", world / "kb", "--base", base, *STEPS]
+    assert run(*train, world / "corpus.txt", "-k", "2", "--out", tmp_path / "live", *auto, questions) == 0
+    printed = float(re.search(r"min_score (\S+): below it", capsys.readouterr().err)[1])
+    retrieve = [
+        "retrieve",
+        questions,
+        "--kb",
+        world / "kb",
+        "--tokenizer",
+        base,
+        "-k",
+        "2",
+        "--out",
+        tmp_path / "asked",
+    ]
+    assert run(*retrieve) == 0
+    train += ["--retrieval", world / "base-retrieval"]
+    assert run(*train, "--out", tmp_path / "stored", *auto, tmp_path / "asked") == 0
+    scores = [load(tmp_path / name)[0].image_options.min_score for name in ("live", "stored")]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5) and scores[0] == pytest.approx(printed, abs=1e-4)
+    expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("live", "stored"))
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
+    for twin in ("random", "shuffled", "blind", "text"):
+        more = ["--clip", world / "clip"] if twin == "blind" else []
+        more += ["--unfreeze", "block"] if twin == "text" else []
+        assert run(*train, "--out", tmp_path / twin, "--twin", twin, "--min-score", scores[1], *more) == 0
+    kept = {twin: load(tmp_path / twin)[0].image_options.min_score for twin in ("random", "shuffled", "blind", "text")}
+    assert kept == {"random": scores[1], "shuffled": scores[1], "blind": None, "text": None}
+    capsys.readouterr()
+    assert run(*train, "--out", tmp_path / "stored", "--min-score", "0.9", "--resume") == 1
+    assert "its --min-score is" in capsys.readouterr().err
+    assert run(*train, "--out", tmp_path / "other", *auto, questions) == 1
+    assert f"retrieve {questions} too, and give that folder" in capsys.readouterr().err
+    assert (
+        run("train", world / "corpus.txt", "--clip", world / "clip", "--min-score", "1", "--out", tmp_path / "o") == 1
+    )
+    assert "--min-score is of a model with images: give its --kb too" in capsys.readouterr().err
+
+
 def test_a_pretrained_decoder_is_trained_beside_its_text_only_twin(world, base, tmp_path, capsys):
     """Of both the same block, from the same inputs, which are computed once."""
     options = ["--retrieval", world / "base-retrieval", "--kb", world / "kb", *STEPS, "--unfreeze", "block"]

@@ -121,6 +121,8 @@ def test_no_batch_size_and_no_order_changes_a_score(models):
     assert [score for score, _ in one] == pytest.approx([score for score, _ in many[::-1]], rel=1e-4)
     off = ValmLM(str(models / "seeing"), retrieval="off").loglikelihood(instances("loglikelihood", asked))
     assert [score for score, _ in off] != pytest.approx([score for score, _ in one], rel=1e-3)
+    cut = ValmLM(str(models / "seeing"), min_score=2.0).loglikelihood(instances("loglikelihood", asked))
+    assert [score for score, _ in cut] == pytest.approx([score for score, _ in off], rel=1e-4)
 
 
 def test_rolling_text_has_one_bos(models):
