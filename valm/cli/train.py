@@ -88,6 +88,13 @@ def add_to(commands: Commands) -> None:
         help="compute the training loss over the tokens of the corpus and a random sample of the others in each step, "
         "which is faster where the corpus has few",
     )
+    train.add_argument(
+        "--image-dropout",
+        type=float,
+        metavar="SHARE",
+        help="share of the documents that train without their images, others in each pass, so that the model stays "
+        "good without any (default: 0)",
+    )
     train.add_argument("--layers", type=at_least_2, help="blocks; the last but one sees the images (default: 12)")
     train.add_argument("--width", type=positive, help="numbers in a hidden state (default: 768)")
     train.add_argument("--heads", type=positive, help="attention heads (default: 12)")

@@ -22,6 +22,7 @@ from valm.model.old_weights import is_old
 from valm.retrieval.note import RetrievalNote
 from valm.store.files import writable_folder
 from valm.store.pretrained import quiet_transformers
+from valm.training.image_dropout import ImageDropout
 from valm.training.launch import check_processes
 from valm.training.order import TrainingOrder
 from valm.training.resumable import STATE_FILE, check_resumable, resume_errors, write_checksums
@@ -146,7 +147,12 @@ class ImageTrainer(Trainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         step_rows = self.get_total_train_batch_size(self.args)
         self._order = TrainingOrder(
-            len(dataset), step_rows, seed, lambda: self.state.global_step, max_steps=self.args.max_steps
+            len(dataset),
+            step_rows,
+            seed,
+            lambda: self.state.global_step,
+            max_steps=self.args.max_steps,
+            passes=isinstance(dataset, ImageDropout),
         )
         return self._order
 

@@ -72,6 +72,7 @@ class TrainingPlan:
         questions, ordinary_text: as in `MinScore`; with a `retrieval` they are results of `valm retrieve` too.
         fusion_lr, cache_below: of the base, as in `trainer`.
         limit_softmax: as in `trainer`.
+        image_dropout: as in `trainer`; the text-only twin ignores it.
         layers, width, heads: of a new model; None = as in SIZES.
         context: most tokens of a document, or of a part of it.
         steps: updates; None = STEPS, or what num_train_epochs in `fields` says.
@@ -107,6 +108,7 @@ class TrainingPlan:
     fusion_lr: float | None = None
     cache_below: str | os.PathLike | None = None
     limit_softmax: bool = False
+    image_dropout: float = 0.0
     layers: int | None = None
     width: int | None = None
     heads: int | None = None
@@ -155,9 +157,11 @@ class TrainingPlan:
             cache_below=self.cache_below,
             fusion_lr=self.fusion_lr if sees.num_images > 0 else None,
             limit_softmax=self.limit_softmax,
+            image_dropout=self.image_dropout if sees.num_images > 0 else 0.0,
             callbacks=None if self.patience is None else [Patience(self.patience)],
         )
-        own = {"twin": self.twin, "limit_softmax": self.limit_softmax or None}
+        own: dict[str, Any] = {"twin": self.twin, "limit_softmax": self.limit_softmax or None}
+        own["image_dropout"] = self.image_dropout or None
         own["validation"] = None if self.validation is None else str(validation_of(self.validation))
         note_run(out, training, dataset, own | self.training_fields())
         show_progress(training, "train")
@@ -190,9 +194,13 @@ class TrainingPlan:
                 raise ValmError(f"--{name.replace('_', '-')} is of {kind}")
         # those of a `retrieval` were decided with it
         of_images = ("twin", "score_scale", "min_score", "questions", "ordinary_text", "logit_bias", "fusion_lr")
-        for name in (*of_images, *(() if self.retrieval else ("images", "query"))):
-            if getattr(self, name) is not None and self.kb is None:
+        of_images = (*of_images, *(() if self.retrieval else ("images", "query")))
+        given = {name: getattr(self, name) for name in of_images} | {"image_dropout": self.image_dropout or None}
+        for name, value in given.items():
+            if value is not None and self.kb is None:
                 raise ValmError(f"--{name.replace('_', '-')} is of a model with images: give its --kb too")
+        if not 0 <= self.image_dropout < 1:
+            raise ValmError(f"--image-dropout is {self.image_dropout}, expected at least 0 and below 1")
         if self.clip is not None and self.kb is None and (self.tokenizer or self.base):
             raise ValmError(
                 "without --kb, --clip has the model's tokenizer, and so have --tokenizer and --base: drop it"

@@ -35,6 +35,7 @@ OPTIONS = {
     "step_rows": "batch-size",
     "fusion_lr": "fusion-lr",
     "limit_softmax": "limit-softmax",
+    "image_dropout": "image-dropout",
     "model.n_layer": "layers",
     "model.n_embd": "width",
     "model.n_head": "heads",

@@ -26,6 +26,7 @@ from valm.text import nearest
 from valm.training.blocks import Blocks
 from valm.training.cache_below import cache_below as with_fusion_input
 from valm.training.collate import NO_SCORES, Collator
+from valm.training.image_dropout import ImageDropout
 from valm.training.image_trainer import FUSION_NAME, ImageTrainer
 from valm.training.launch import check_processes
 from valm.training.limited_softmax import LimitedSoftmax
@@ -79,6 +80,7 @@ def trainer(
     cache_below: str | os.PathLike | None = None,
     fusion_lr: float | None = None,
     limit_softmax: bool = False,
+    image_dropout: float = 0.0,
     **options: Any,
 ) -> ImageTrainer:
     """A transformers `Trainer` for a model that takes images, which may be changed before its `train()`.
@@ -103,6 +105,8 @@ def trainer(
         fusion_lr: learning rate of the parameters that only see images; None uses that of `arguments`.
         limit_softmax: compute the training loss over the tokens of `dataset` and a sample of the others
             (`LimitedSoftmax`).
+        image_dropout: share of the documents, after they are cut, that see no images; others in each pass. Evaluation
+            sees all images.
         options: more of the Trainer's arguments: callbacks, optimizers, compute_metrics, ...
 
     Raises:
@@ -123,6 +127,8 @@ def trainer(
             f"label_smoothing_factor is {arguments.label_smoothing_factor}, but limit_softmax computes a part of the "
             "logits: set it to 0, or leave limit_softmax (--limit-softmax) out"
         )
+    if image_dropout:
+        _check_dropout(image_dropout, model, inner, dataset, kb, arguments)
     if kb is not None:
         min_score = _image_options(inner).min_score
         dataset = with_min_score(dataset, min_score)
@@ -161,6 +167,9 @@ def trainer(
                 evaluated = with_fusion_input(inner, evaluated, cache_below, progress=not changed.disable_tqdm)
     if limit_softmax:
         LimitedSoftmax(inner, dataset)
+    if image_dropout:
+        seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
+        trained = ImageDropout(trained, image_dropout, seed)
     if evaluated is not None and changed.world_size > 1:
         evaluated = Evened(evaluated, changed.eval_batch_size * changed.world_size)
     return ImageTrainer(
@@ -210,6 +219,35 @@ def _retrieval(dataset: Any) -> CorpusRetrieval | None:
 
 def _image_options(model: Any) -> ImageOptions:
     return getattr(model, "image_options", ImageOptions(0, 0, False))
+
+
+def _check_dropout(
+    share: float, model: Any, inner: Any, dataset: Any, kb: ImageKnowledgeBase | None, arguments: TrainingArguments
+) -> None:
+    """Checks that an image dropout of `share` can have its effect; `inner` is `model` without PEFT.
+
+    Raises:
+        ValmError: it cannot.
+    """
+    if not 0 <= share < 1:
+        raise ValmError(f"image_dropout (--image-dropout) is {share}, expected at least 0 and below 1")
+    if _image_options(inner).num_images == 0:
+        raise ValmError(f"image_dropout is of a model with images, and this {type(inner).__name__} sees none: drop it")
+    if kb is None:
+        raise ValmError(
+            f"image_dropout takes images from retrieved documents, and this {type(inner).__name__} retrieves as it "
+            "trains: leave --image-dropout out"
+        )
+    if all(FUSION_NAME in name for name, parameter in model.named_parameters() if parameter.requires_grad):
+        raise ValmError(
+            "image_dropout is for weights that change what the model says without images, and all of these are "
+            "frozen: let some train (--unfreeze block or all), or leave --image-dropout out"
+        )
+    if not hasattr(dataset, "__len__") or arguments.train_sampling_strategy != "random":
+        raise ValmError(
+            "image_dropout counts the passes over documents in random order: give documents that have a length and "
+            'train_sampling_strategy "random", or leave --image-dropout out'
+        )
 
 
 def _check(model: Any, dataset: Any, kb: ImageKnowledgeBase | None, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -179,6 +179,24 @@ def test_a_blind_twin_of_a_pretrained_decoder(world, base, tmp_path):
     assert blind.image_options.blind and isinstance(blind.retriever, BlindRetriever)
 
 
+def test_image_dropout_is_of_models_that_are_given_images(world, base, tmp_path, capsys):
+    """The text-only twin trains as without it, as it sees none anyway."""
+    options = ["--retrieval", world / "base-retrieval", "--kb", world / "kb", *STEPS, "--unfreeze", "block"]
+    train = ["train", "--base", base, *options]
+    dropout = ["--image-dropout", 0.5, "--cache-below", tmp_path / "below", "--logit-bias", 0]
+    for name, more in {"plain": dropout[2:], "dropout": dropout}.items():
+        assert run(*train, *more, "--out", tmp_path / name) == 0
+        assert run(*train, *more, "--out", tmp_path / f"{name}-twin", "--twin", "text") == 0
+    weights = {path.name: load_file(path / "model.safetensors") for path in tmp_path.iterdir() if path.name != "below"}
+    assert all(torch.equal(weights["plain-twin"][name], weight) for name, weight in weights["dropout-twin"].items())
+    assert any(not torch.equal(weights["plain"][name], weight) for name, weight in weights["dropout"].items())
+    capsys.readouterr()
+    assert run(*train, *dropout, "--out", tmp_path / "blind", "--twin", "blind") == 1
+    assert "retrieves as it trains: leave --image-dropout out" in capsys.readouterr().err
+    assert run(*train, *dropout, "--image-dropout", 0.25, "--out", tmp_path / "dropout", "--resume") == 1
+    assert "holds another training: its --image-dropout is 0.5, here it is 0.25" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("of", ["base", "new"])
 def test_retrieval_scores_train_a_scale(world, base, tmp_path, capsys, of):
     retrieval = tmp_path / "retrieval"

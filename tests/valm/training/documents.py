@@ -48,7 +48,7 @@ def new_model(**arguments):
     return VaLMForCausalLM(tiny_config(vocab_size=len(TOKENIZER), **ids, **arguments))
 
 
-def new_trainer(folder, *, model=None, kb="default", dataset=None, eval_dataset=None, **fields):
+def new_trainer(folder, *, model=None, kb="default", dataset=None, eval_dataset=None, image_dropout=0.0, **fields):
     """A trainer of `new_model` on `documents`: six steps of three, every loss logged and nothing printed."""
     defaults = {"max_steps": 6, "per_device_train_batch_size": 3, "learning_rate": 3e-3, "logging_steps": 1}
     defaults |= {"save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
@@ -59,6 +59,7 @@ def new_trainer(folder, *, model=None, kb="default", dataset=None, eval_dataset=
         tokenizer=TOKENIZER,
         arguments=training_arguments(folder, **(defaults | fields)),
         eval_dataset=eval_dataset,
+        image_dropout=image_dropout,
     )
     made.remove_callback(PrinterCallback)
     return made

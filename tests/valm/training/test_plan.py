@@ -31,6 +31,8 @@ WITH_KB = RETRIEVED | {"kb": "kb"}
         (TEXT | {"images": 4}, "--images is of a model with images: give its --kb too"),
         (TEXT | {"query": "eot"}, "--query is of a model with images: give its --kb too"),
         (TEXT | {"score_scale": 1.0}, "--score-scale is of a model with images: give its --kb too"),
+        (TEXT | {"image_dropout": 0.5}, "--image-dropout is of a model with images: give its --kb too"),
+        (WITH_KB | {"image_dropout": 1.0}, "--image-dropout is 1.0, expected at least 0 and below 1"),
         (WITH_KB | {"score_scale": 0.5, "twin": "random"}, "--twin random exchanges images, and their retrieval scor"),
         (WITH_KB | {"score_scale": 0.5, "twin": "shuffled"}, "--twin shuffled exchanges images, and their retrieval s"),
         (TEXT | {"steps": 0}, "--steps is 0, expected at least 1"),
