@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING
 
 from valm.cli.config import TrainingOptions
 from valm.cli.corpus import add_corpus, chosen_corpus
-from valm.cli.options import Commands, add_allow_download, add_device, add_min_score, command, positive, seed
+from valm.cli.options import (
+    Commands,
+    add_allow_download,
+    add_device,
+    add_min_score,
+    command,
+    not_negative,
+    positive,
+    seed,
+)
 from valm.errors import ValmError
 
 if TYPE_CHECKING:
@@ -107,9 +116,13 @@ def add_to(commands: Commands) -> None:
         "--validation",
         metavar="CORPUS",
         help="text file, result of `valm retrieve`, or fraction of the documents to hold out, such as 0.01: perplexity "
-        "on it every --save_steps steps, and the best checkpoint becomes the model",
+        "on it at 20 steps of the training (--eval_steps), and the best checkpoint becomes the model",
     )
-    train.add_argument("--patience", type=positive, help="stop after so many evaluations that were no better")
+    train.add_argument(
+        "--patience",
+        type=not_negative,
+        help="with --validation: stop after so many evaluations that were no better; 0: never (default: 3)",
+    )
     add_device(train, "images are retrieved (training itself takes the GPUs that torch has)")
 
 

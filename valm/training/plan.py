@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from valm.clip.clip import Clip
 from valm.clip.device import open_device
@@ -40,6 +40,8 @@ from valm.training.train import trainer, training_arguments
 from valm.training.twins import TWINS, twin
 
 STEPS = 1000
+# Evaluations of a training, and how many without gain end it, unless the fields say otherwise.
+EVALUATIONS, PATIENCE = 20, 3
 # Images a token sees and kind of the retrieval query, where the corpus is retrieved here.
 IMAGES, QUERY = 4, "eot"
 # Fields of a new model, and their defaults; a pretrained decoder has its own.
@@ -81,7 +83,7 @@ class TrainingPlan:
         seed: of the weights, the order, the documents held out and dropout.
         validation: what to evaluate on: a text file, a result of `valm retrieve`, or the fraction of the documents to
             hold out. The best checkpoint then becomes the model.
-        patience: stop after so many evaluations that were no better; None = never.
+        patience: stop after so many evaluations that were no better, 0 = never; None = PATIENCE.
         resume: resume from the newest checkpoint in `out`, if any.
         fields: fields of transformers' TrainingArguments; they come before `steps`, `batch_size`, `lr` and `seed`.
     """
@@ -146,6 +148,7 @@ class TrainingPlan:
         torch.manual_seed(settings.seed)
         model = self._model(kb, dataset, tokenizer, min_score)
         sees = model.image_options
+        patience = self._patience(settings)
         training = trainer(
             model,
             documents,
@@ -158,7 +161,7 @@ class TrainingPlan:
             fusion_lr=self.fusion_lr if sees.num_images > 0 else None,
             limit_softmax=self.limit_softmax,
             image_dropout=self.image_dropout if sees.num_images > 0 else 0.0,
-            callbacks=None if self.patience is None else [Patience(self.patience)],
+            callbacks=[Patience(patience)] if patience else None,
         )
         own: dict[str, Any] = {"twin": self.twin, "limit_softmax": self.limit_softmax or None}
         own["image_dropout"] = self.image_dropout or None
@@ -180,9 +183,11 @@ class TrainingPlan:
         """
         if (self.corpus is None) == (self.retrieval is None):
             raise ValmError("give either a corpus or --retrieval")
-        for name in ("images", *SIZES, "context", "steps", "batch_size", "patience"):
+        for name in ("images", *SIZES, "context", "steps", "batch_size"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValmError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
+        if self.patience is not None and self.patience < 0:
+            raise ValmError(f"--patience is {self.patience}, expected at least 0, which is never")
         for name, kinds in (("twin", TWINS), ("query", QUERIES)):
             if (value := getattr(self, name)) is not None and value not in kinds:
                 raise ValmError(f"{name} must be one of {', '.join(kinds)}, got {value!r}")
@@ -222,11 +227,19 @@ class TrainingPlan:
         found |= {"per_device_train_batch_size": self.batch_size, "learning_rate": self.lr, "seed": self.seed}
         found |= self.fields
         if self.validation is not None:
-            steps = found.get("save_steps", 500)
+            # where the epochs say how many steps there are, a share of them
+            default = max(1, found["max_steps"] // EVALUATIONS) if found.get("max_steps", -1) > 0 else 1 / EVALUATIONS
+            steps = found.get("save_steps", found.get("eval_steps", default))
             best = {"eval_strategy": "steps", "eval_steps": steps, "save_steps": steps, "load_best_model_at_end": True}
             best |= {"per_device_eval_batch_size": found["per_device_train_batch_size"]}
             found = best | found
         return found
+
+    def _patience(self, settings: TrainingArguments) -> int:
+        """Evaluations without gain that end the training, 0 = none."""
+        if self.patience is not None:
+            return self.patience
+        return PATIENCE if self.validation is not None and settings.load_best_model_at_end else 0
 
     def _min_score(self, kb: ImageKnowledgeBase | None, dataset: Any) -> float | None:
         """The `min_score` of the documents, also of those of a twin."""

@@ -11,7 +11,7 @@ from tests.valm.cli.commands import SIZE, run
 from valm import load
 from valm.corpus.text import TextCorpus
 from valm.errors import ValmError
-from valm.training import TrainingPlan
+from valm.training import TrainingPlan, training_arguments
 from valm.training.split import validation_of
 
 TEXT = {"corpus": TextCorpus(["corpus.txt"])}
@@ -37,7 +37,10 @@ WITH_KB = RETRIEVED | {"kb": "kb"}
         (WITH_KB | {"score_scale": 0.5, "twin": "shuffled"}, "--twin shuffled exchanges images, and their retrieval s"),
         (TEXT | {"steps": 0}, "--steps is 0, expected at least 1"),
         (TEXT | {"context": 0}, "--context is 0, expected at least 1"),
-        (TEXT | {"validation": 0.5, "patience": 0}, "--patience is 0, expected at least 1"),
+        (TEXT | {"validation": 0.5, "patience": -1}, "--patience is -1, expected at least 0, which is never"),
+        (
+            "--no-mix is of a pretrained decoder that is evaluated: give --base",
+        ),
         (TEXT | {"layers": -1}, "--layers is -1, expected at least 1"),
         (WITH_KB | {"twin": "tetx"}, "twin must be one of text, random, blind, shuffled, got 'tetx'"),
         (TEXT | {"kb": "kb", "query": "self"}, "query must be one of eot, state, got 'self'"),
@@ -83,6 +86,41 @@ def test_a_plan_is_the_training_of_the_command(tmp_path, clip, corpus):
     run_file.write_text(json.dumps(notes[0]))
     with pytest.raises(ValmError, match=r"holds another training: its --lr is 0.0005, here it is 1.0"):
         TrainingPlan(out=tmp_path / "plan", resume=True, lr=1.0, **plan).run()
+
+
+@pytest.mark.parametrize(
+    ("fields", "evaluates", "saves"),
+    [
+        ({}, 50, 50),
+        ({"steps": 7}, 1, 1),
+        ({"steps": 399}, 19, 19),
+        ({"fields": {"max_steps": 60}}, 3, 3),
+        ({"fields": {"num_train_epochs": 2}}, 0.05, 0.05),
+        ({"fields": {"save_steps": 7}}, 7, 7),
+        ({"fields": {"eval_steps": 7}}, 7, 7),
+        ({"fields": {"eval_steps": 7, "save_steps": 14}}, 7, 14),
+    ],
+)
+def test_an_evaluation_takes_place_at_each_twentieth_of_the_steps(tmp_path, fields, evaluates, saves):
+    found = TrainingPlan(out=tmp_path, **TEXT, validation=0.5, **fields).training_fields()
+    assert (found["eval_steps"], found["save_steps"]) == (evaluates, saves)
+    training_arguments(tmp_path, **found)
+
+
+def test_a_training_that_is_evaluated_stops_after_three_evaluations_without_gain(tmp_path, clip, corpus):
+    clip.save(tmp_path / "clip")
+    sizes = {"layers": 2, "width": 32, "heads": 4, "context": 32, "steps": 6, "batch_size": 4, "lr": 0.0}
+    plan = {"corpus": TextCorpus([corpus]), "clip": str(tmp_path / "clip"), "validation": 0.3, **sizes}
+    for number, (more, steps) in enumerate(
+        [
+            ({}, 4),
+            ({"patience": 0}, 6),
+            ({"patience": 2}, 3),
+            ({"fields": {"load_best_model_at_end": False}}, 6),
+            ({"validation": None}, 6),
+        ]
+    ):
+        assert TrainingPlan(out=tmp_path / str(number), **(plan | more)).run().state.global_step == steps
 
 
 @pytest.mark.parametrize(
