@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -123,6 +124,12 @@ def add_to(commands: Commands) -> None:
         type=not_negative,
         help="with --validation: stop after so many evaluations that were no better; 0: never (default: 3)",
     )
+    train.add_argument(
+        "--no-mix",
+        action="store_true",
+        help="with --base, --unfreeze and --validation: do not mix the trained weights with the base's at the end, in "
+        "the share that predicts the validation documents best",
+    )
     add_device(train, "images are retrieved (training itself takes the GPUs that torch has)")
 
 
@@ -140,9 +147,20 @@ def chosen_plan(arguments: argparse.Namespace) -> TrainingPlan:
     """
     from valm.training import TrainingPlan
 
-    options = vars(arguments) | {"corpus": chosen_corpus(arguments)}
+    options = vars(arguments) | {"corpus": chosen_corpus(arguments), "mix": not arguments.no_mix}
     names = [field.name for field in dataclasses.fields(TrainingPlan)]
     return TrainingPlan(**{name: options[name] for name in names if options[name] is not None})
+
+
+def print_held_out(numbers: Mapping[str, float]) -> None:
+    """Prints the perplexities that `valm.training.mix.mix` found, if there are any."""
+    lines = {"eval_perplexity_base": "of the base", "eval_perplexity_trained": "after the training"}
+    if "base_share" in numbers:
+        lines["eval_perplexity"] = f"mixed with the base, whose share is {numbers['base_share']:g}"
+    lines["eval_perplexity_without_images"] = "the same without images"
+    for name, what in lines.items():
+        if name in numbers:
+            print(f"held-out perplexity {numbers[name]:.2f} {what}")
 
 
 def run_train(arguments: argparse.Namespace) -> None:
@@ -151,5 +169,6 @@ def run_train(arguments: argparse.Namespace) -> None:
     plan = chosen_plan(arguments)
     training = plan.run(command=shlex.join(["valm", *arguments.command_line]))
     if training.is_world_process_zero():
+        print_held_out(training.numbers)
         losses = training.losses()
         print(f"loss {losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last; written to {plan.out}")

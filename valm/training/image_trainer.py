@@ -59,6 +59,7 @@ class ImageTrainer(Trainer):
         check_processes(self.args)
         self.fusion_lr = fusion_lr
         self.note = note
+        self.numbers: dict[str, float] = {}  # for the model card, in place of those that were logged
         self._order: TrainingOrder | None = None
         self._planned: int | None = None  # steps of the training that wrote the checkpoint to resume from
         self._batch = (0, 0)  # the step that is being done, and which of its batches
@@ -98,6 +99,17 @@ class ImageTrainer(Trainer):
         """The logged losses; with logging_steps=1, of every step."""
         return [entry["loss"] for entry in self.state.log_history if "loss" in entry]
 
+    def held_out_loss(self) -> float:
+        """The mean loss of a token of eval_dataset, which is not logged; all processes call it, after the training."""
+        self.is_in_train = True  # otherwise bf16_full_eval would change the type of the weights
+        try:
+            loader = self.get_eval_dataloader()
+            output = self.evaluation_loop(loader, description="Evaluation", prediction_loss_only=True)
+        finally:
+            self.is_in_train = False
+        metrics: Any = output.metrics
+        return metrics["eval_loss"]
+
     def write(self, folder: Any, tokenizer: Any, *, command: str | None = None) -> None:
         """Writes the trained model into `folder`, whole or not at all, with a card that has its losses and `command`;
         all processes call it (`save_checkpoint`)."""
@@ -111,6 +123,7 @@ class ImageTrainer(Trainer):
             for entry in self.state.log_history:  # the last of each stays
                 if entry["step"] <= step:
                     numbers |= {name: entry[name] for name in entry if _is_of_model(name)}
+            numbers |= self.numbers
             save_checkpoint(
                 model, tokenizer, folder, state_dict=state, note=self.note, numbers=numbers, command=command
             )

@@ -34,7 +34,8 @@ from valm.training.callbacks import Patience, show_progress
 from valm.training.image_trainer import ImageTrainer
 from valm.training.launch import launched_processes
 from valm.training.min_score import with_min_score
-from valm.training.run_note import RUN_FILE, newest_checkpoint, note_run
+from valm.training.mix import SHARES, base_weights, mix
+from valm.training.run_note import RUN_FILE, newest_checkpoint, note_numbers, note_run
 from valm.training.split import hold_out, validation_of
 from valm.training.train import trainer, training_arguments
 from valm.training.twins import TWINS, twin
@@ -84,6 +85,7 @@ class TrainingPlan:
         validation: what to evaluate on: a text file, a result of `valm retrieve`, or the fraction of the documents to
             hold out. The best checkpoint then becomes the model.
         patience: stop after so many evaluations that were no better, 0 = never; None = PATIENCE.
+        mix: with `base` and `validation`, mix the trained weights with the base's at the end (`valm.training.mix`).
         resume: resume from the newest checkpoint in `out`, if any.
         fields: fields of transformers' TrainingArguments; they come before `steps`, `batch_size`, `lr` and `seed`.
     """
@@ -121,6 +123,7 @@ class TrainingPlan:
     seed: int = 0
     validation: str | os.PathLike | float | None = None
     patience: int | None = None
+    mix: bool = True
     resume: bool = False
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -148,6 +151,7 @@ class TrainingPlan:
         torch.manual_seed(settings.seed)
         model = self._model(kb, dataset, tokenizer, min_score)
         sees = model.image_options
+        base = None if self.base is None or held_out is None else base_weights(model)
         patience = self._patience(settings)
         training = trainer(
             model,
@@ -163,6 +167,10 @@ class TrainingPlan:
             image_dropout=self.image_dropout if sees.num_images > 0 else 0.0,
             callbacks=[Patience(patience)] if patience else None,
         )
+        if base is not None and training.is_fsdp_enabled:
+            if self.mix and base:
+                raise ValmError("weights that FSDP divides among the processes cannot be mixed: give --no-mix")
+            base = None
         own: dict[str, Any] = {"twin": self.twin, "limit_softmax": self.limit_softmax or None}
         own["image_dropout"] = self.image_dropout or None
         own["validation"] = None if self.validation is None else str(validation_of(self.validation))
@@ -172,6 +180,9 @@ class TrainingPlan:
         lock = only_writer(out / RUN_FILE, f"another process is training in {out}: wait for its end, or choose another")
         with lock if settings.should_save else nullcontext():
             training.train(resume_from_checkpoint=checkpoint)
+            if base is not None:
+                training.numbers = mix(training, base, SHARES if self.mix and base else SHARES[:1])
+                note_numbers(out, training)
             training.write(out, tokenizer, command=command)
         return training
 
@@ -193,6 +204,8 @@ class TrainingPlan:
                 raise ValmError(f"{name} must be one of {', '.join(kinds)}, got {value!r}")
         if self.validation is None and self.patience is not None:
             raise ValmError("--patience looks at the evaluations: give --validation too")
+        if not self.mix and (self.base is None or self.validation is None):
+            raise ValmError("--no-mix is of a pretrained decoder that is evaluated: give --base and --validation too")
         for name, is_for in {**dict.fromkeys(BASE_FIELDS, True), **dict.fromkeys(SIZES, False)}.items():
             if getattr(self, name) is not None and is_for != (self.base is not None):
                 kind = "a pretrained decoder: give --base too" if is_for else "a new model: --base has its own"

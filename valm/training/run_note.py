@@ -24,10 +24,10 @@ from valm_kernels.json_files import short
 
 RUN_FILE = "run.json"
 # Prefixes of fields that a resumed training may change: they change neither the data nor the weights after a step, or
-# say how many steps there are, or which checkpoint becomes the model.
+# say how many steps there are, or which checkpoint becomes the model, or were measured at the end.
 FREE_FIELDS = (
     *("dataloader_", "ddp_", "disable_tqdm", "eval_", "hub_", "load_best_", "log", "max_steps", "num_train_epochs"),
-    *("push_", "report_to", "restore_callback_states", "run_name", "save_", "use_cpu"),
+    *("numbers", "push_", "report_to", "restore_callback_states", "run_name", "save_", "use_cpu"),
 )
 # The options of what RUN_FILE has under other names.
 OPTIONS = {
@@ -100,6 +100,13 @@ def note_run(out: Path, training: ImageTrainer, dataset: Any, settings: Mapping[
             if file.exists():
                 raise ValmError(f"another process has started a training in {out}: choose another folder")
             write_json(file, run)
+
+
+def note_numbers(out: Path, training: ImageTrainer) -> None:
+    """Adds to the note in `out` what was measured after `training`."""
+    if training.is_world_process_zero():
+        run = read_json(out / RUN_FILE, "the note on a training", dict[str, Any], "choose another folder")
+        write_json(out / RUN_FILE, run | {"numbers": training.numbers})
 
 
 def compare(out: Path, model: Any, before: dict[str, Any], run: dict[str, Any]) -> None:

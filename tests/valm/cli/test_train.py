@@ -14,10 +14,13 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tests.valm.cli.commands import SIZE, STEPS, run
 from tests.valm.other_tokenizers import chat_like, gpt2_like
+from valm.corpus.retrieved import CorpusRetrieval
+from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model.checkpoint import load
 from valm.model.probe import decoder_layers
 from valm.model.sketch import fingerprint
 from valm.retrieval.retriever import BlindRetriever
+from valm.training import trainer, training_arguments
 from valm.training.collate import Collator
 from valm.training.image_trainer import ImageTrainer
 
@@ -142,6 +145,60 @@ def test_a_pretrained_decoder_is_trained_beside_its_text_only_twin(world, base, 
     assert run("train", *options[:4], *SIZE, "--out", tmp_path / "model", "--resume") == 1
     error = "holds the training of a pretrained decoder (--base); choose another folder"
     assert error in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("twin", [None, "text", "blind"])
+def test_what_is_trained_is_mixed_with_the_base(world, base, tmp_path, capsys, twin):
+    """As the terminal, run.json and the card say; again where all steps are done; and not with --no-mix."""
+    out = tmp_path / "model"
+    train = ["train", "--retrieval", world / "base-retrieval", "--kb", world / "kb", "--base", base, "--out", out]
+    train += [] if twin is None else ["--twin", twin]
+    train += ["--unfreeze", "block", "--steps", 8, "--batch-size", 4, "--lr", 0.1, "--lr_scheduler_type", "constant"]
+    train += ["--patience", 0, "--limit-softmax", "--cache-below", tmp_path / "below", "--logit-bias", 0]
+    train += ["--validation", world / "base-retrieval"]
+    assert run(*train) == 0
+    said = capsys.readouterr().out
+    numbers = json.loads((out / "run.json").read_text())["numbers"]
+    share = numbers["base_share"]
+    assert share > 0 or twin == "blind"
+    assert f"{numbers['eval_perplexity']:.2f} mixed with the base, whose share is {share:g}" in said
+    assert f"{numbers['eval_perplexity_base']:.2f} of the base\n" in said
+    assert ("the same without images" in said) == ("eval_perplexity_without_images" in numbers) == (twin != "text")
+    best = min(evaluations(out), key=lambda entry: entry["eval_loss"])
+    assert numbers["eval_perplexity_trained"] == pytest.approx(best["eval_perplexity"], rel=1e-6)
+    assert (numbers["eval_perplexity"] < numbers["eval_perplexity_trained"]) == (share > 0)
+    for name in ("base_share", "eval_perplexity", "eval_perplexity_base"):
+        assert f"| {name} | {numbers[name]:.4g} |" in (out / "README.md").read_text()
+    of_base, trained, written = (
+        load_file(folder / "model.safetensors") for folder in (base, out / f"checkpoint-{best['step']}", out)
+    )
+    for name, weight in written.items():
+        mixed = (1 - share) * trained[name] + share * of_base.get(name, trained[name])
+        torch.testing.assert_close(weight, mixed)
+    # what was written has the perplexity that was said
+    model, tokenizer = load(out)
+    corpus, kb = CorpusRetrieval.open(world / "base-retrieval"), ImageKnowledgeBase.open(world / "kb")
+    arguments = training_arguments(tmp_path / "check", use_cpu=True, report_to="none")
+    check = trainer(
+        model, corpus, kb if twin is None else None, tokenizer=tokenizer, arguments=arguments, eval_dataset=corpus
+    )
+    assert check.evaluate()["eval_perplexity"] == pytest.approx(numbers["eval_perplexity"], rel=1e-5)
+    before = (out / "model.safetensors").read_bytes()
+    (out / "model.safetensors").unlink()
+    assert run(*train, "--resume") == 0
+    assert (out / "model.safetensors").read_bytes() == before
+    capsys.readouterr()
+    assert run(*train, "--no-mix", "--resume") == 0
+    assert "mixed with the base" not in capsys.readouterr().out
+    assert all(torch.equal(weight, trained[name]) for name, weight in load_file(out / "model.safetensors").items())
+
+
+def test_a_frozen_base_is_evaluated_and_nothing_is_mixed(world, base, tmp_path, capsys):
+    train = ["train", "--retrieval", world / "base-retrieval", "--kb", world / "kb", "--base", base, *STEPS]
+    assert run(*train, "--validation", 0.3, "--out", tmp_path / "model") == 0
+    said = re.findall(r"held-out perplexity \d+\.\d\d (.*)", capsys.readouterr().out)
+    assert said == ["of the base", "after the training", "the same without images"]
+    assert "base_share" not in json.loads((tmp_path / "model" / "run.json").read_text())["numbers"]
 
 
 @pytest.mark.parametrize("source", ["corpus", "retrieval", "images"])
@@ -526,6 +583,33 @@ def test_the_documented_launches_train_one_model(documented, command, more, tmp_
     assert done.stdout.count("written to") == 1
     assert json.loads((tmp_path / "model" / "run.json").read_text())["step_rows"] == 4
     assert losses(tmp_path / "model") == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_all_processes_mix_as_one_does(documented, world, tmp_path):
+    folder, _ = documented
+    fields = ["--validation", folder / "retrieval", "--steps", 8, "--lr", 0.1, "--lr_scheduler_type", "constant"]
+    fields += ["--patience", 0, "--logit-bias", 0, "--limit-softmax"]
+    done = launch(folder, COMMANDS[0], *fields, "--out", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("mixed with the base") == 1
+    options = ["--retrieval", world / "base-retrieval", "--kb", world / "kb", "--config", folder / "run.yaml"]
+    assert run("train", *options, "--batch-size", 4, *fields, "--out", tmp_path / "one") == 0
+    one, two = (json.loads((tmp_path / name / "run.json").read_text())["numbers"] for name in ("one", "two"))
+    assert one["base_share"] > 0 and two == pytest.approx(one, rel=1e-4)
+
+
+def test_divided_weights_are_not_mixed(world, base, tmp_path, capsys, monkeypatch):
+    def sharded(*arguments, **options):
+        made = trainer(*arguments, **options)
+        made.is_fsdp_enabled = True
+        return made
+
+    monkeypatch.setattr("valm.training.plan.trainer", sharded)
+    train = ["train", "--retrieval", world / "base-retrieval", "--kb", world / "kb", "--base", base, *STEPS]
+    assert run(*train, "--unfreeze", "block", "--validation", 0.3, "--out", tmp_path / "model") == 1
+    assert "weights that FSDP divides among the processes cannot be mixed: give --no-mix" in capsys.readouterr().err
+    assert not list(tmp_path.glob("model/*"))
 
 
 @pytest.mark.slow

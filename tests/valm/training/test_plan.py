@@ -39,8 +39,10 @@ WITH_KB = RETRIEVED | {"kb": "kb"}
         (TEXT | {"context": 0}, "--context is 0, expected at least 1"),
         (TEXT | {"validation": 0.5, "patience": -1}, "--patience is -1, expected at least 0, which is never"),
         (
+            TEXT | {"validation": 0.5, "mix": False},
             "--no-mix is of a pretrained decoder that is evaluated: give --base",
         ),
+        (TEXT | {"base": "base", "mix": False}, "--no-mix is of a pretrained decoder that is evaluated: give --base"),
         (TEXT | {"layers": -1}, "--layers is -1, expected at least 1"),
         (WITH_KB | {"twin": "tetx"}, "twin must be one of text, random, blind, shuffled, got 'tetx'"),
         (TEXT | {"kb": "kb", "query": "self"}, "query must be one of eot, state, got 'self'"),

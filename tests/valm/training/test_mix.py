@@ -1,0 +1,92 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from tests.valm.training.documents import Vectors, documents, new_trainer
+from tests.valm.training.test_train import plain_llama
+from valm.model.adapter import load_adapter, save_adapter
+from valm.model.augment import augment
+from valm.training.image_trainer import FUSION_NAME
+from valm.training.mix import SHARES, base_weights, mix
+
+# Texts from back to front, of which a training forgets more the longer it is.
+HELD_OUT = documents(count=4, seed=1)[::-1]
+for document in HELD_OUT:
+    document["input_ids"] = [document["input_ids"][0], *document["input_ids"][:0:-1]]
+OVERFITTED = {"max_steps": 20, "learning_rate": 3e-2}
+
+
+def trained(folder, num_images=3, unfreeze="block", **fields):
+    """A finished training and the weights of before."""
+    model = augment(plain_llama(), image_dim=24, num_images=num_images, logit_bias=0.0, unfreeze=unfreeze)
+    before = base_weights(model)
+    kb = Vectors() if num_images else None
+    made = new_trainer(folder, model=model, kb=kb, eval_dataset=HELD_OUT, **(OVERFITTED | fields))
+    made.train()
+    return made, before
+
+
+def state(model):
+    return {name: weight.clone() for name, weight in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("num_images", [3, 0])
+@pytest.mark.parametrize("unfreeze", ["block", "all"])
+def test_the_share_of_the_least_held_out_loss_is_mixed(tmp_path, num_images, unfreeze):
+    made, before = trained(tmp_path, num_images, unfreeze)
+    after = state(made.model)
+    assert before and not any(FUSION_NAME in name for name in before)
+    losses = []
+    for share in SHARES:
+        for name, weight in before.items():
+            made.model.get_parameter(name).data.copy_((1 - share) * after[name] + share * weight)
+        losses.append(made.evaluate()["eval_loss"])
+    expected = SHARES[np.argmin(losses)]
+    assert expected > 0
+    made.model.load_state_dict(after)
+    found = mix(made, before, SHARES)
+    assert found["base_share"] == expected
+    np.testing.assert_allclose(found["eval_loss"], min(losses), rtol=1e-5)
+    np.testing.assert_allclose(found["eval_perplexity"], math.exp(min(losses)), rtol=1e-5)
+    np.testing.assert_allclose(found["eval_perplexity_trained"], math.exp(losses[0]), rtol=1e-5)
+    for name, weight in made.model.state_dict().items():
+        mixed = (1 - expected) * after[name] + expected * before[name] if name in before else after[name]
+        torch.testing.assert_close(weight, mixed)
+    assert ("eval_perplexity_without_images" in found) == (num_images > 0)
+    base = new_trainer(tmp_path, model=plain_llama(), kb=None, eval_dataset=HELD_OUT).evaluate()
+    np.testing.assert_allclose(found["eval_perplexity_base"], base["eval_perplexity"], rtol=1e-5)
+    if num_images:
+        blind = [document | {"image_ids": np.full_like(document["image_ids"], -1)} for document in HELD_OUT]
+        without = made.evaluate(blind)["eval_perplexity"]
+        np.testing.assert_allclose(found["eval_perplexity_without_images"], without, rtol=1e-5)
+        assert abs(without / found["eval_perplexity"] - 1) > 1e-3
+
+
+def test_of_equal_shares_the_smallest_is_chosen(tmp_path):
+    made, before = trained(tmp_path, learning_rate=0.0)
+    assert mix(made, before, SHARES)["base_share"] == 0
+
+
+def test_without_a_choice_nothing_is_mixed_and_no_share_is_said(tmp_path):
+    made, before = trained(tmp_path, unfreeze="")
+    after = state(made.model)
+    found = mix(made, before, SHARES[:1])
+    assert before == {} and "base_share" not in found
+    assert all(torch.equal(weight, after[name]) for name, weight in made.model.state_dict().items())
+    assert found["eval_perplexity_base"] == found["eval_perplexity_without_images"] != found["eval_perplexity"]
+
+
+def test_the_weights_keep_their_type_where_evaluations_are_narrow(tmp_path):
+    made, before = trained(tmp_path, bf16_full_eval=True)
+    mix(made, before, SHARES)
+    assert {parameter.dtype for parameter in made.model.parameters()} == {torch.float32}
+
+
+def test_a_mixed_model_is_saved_as_an_adapter_too(tmp_path):
+    made, before = trained(tmp_path / "run")
+    assert mix(made, before, SHARES)["base_share"] > 0
+    save_adapter(made.model, tmp_path / "adapter")
+    loaded = load_adapter(plain_llama(), tmp_path / "adapter")
+    assert all(torch.equal(weight, made.model.state_dict()[name]) for name, weight in loaded.state_dict().items())
