@@ -58,7 +58,6 @@ class VaLMForCausalLM(AugmentedCausalLM, GPT2LMHeadModel):
         self.query_head: QueryHead | None = None
         if config.query_clip is not None:
             self.query_head = QueryHead(config, config.image_dim)
-            self.query_head.apply(self._init_weights)
 
     def add_query_head(self, clip: str) -> QueryHead:
         """Gives the model a new query head, with random weights, for the CLIP whose weights have SHA-256 `clip`.
