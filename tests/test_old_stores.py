@@ -53,13 +53,21 @@ def test_a_checkpoint_predicts_the_same(stores, name):
     assert ids[0].tolist() == record["input_ids"]
     if name == "gpt2":
         assert model.retriever is None
+    images = {}  # with those of the first token, which it had then
     if name == "valm":
-        assert model.retriever.find(ids)[0][0].tolist() == record["image_ids"]
+        assert model.retriever.find(ids)[0][0, 1:].tolist() == record["image_ids"][1:]
+        index = torch.arange(ids.numel() * 2).view(1, -1, 2)
+        vectors = model.retriever.kb.gather(np.ravel(record["image_ids"]))
+        images = {"image_pool": torch.from_numpy(vectors).float(), "image_index": index}
     if name == "blind":
         assert model.retriever.encoder.query == "state"
+        found = model.retriever(ids)
+        bos = torch.tensor([[tokenizer.bos_token_id]])
+        first = model.retriever.encoder(torch.cat([bos, ids[:, :1]], 1))[0, 1:]  # the same text behind bos
+        images = {"image_pool": torch.cat([first, found.image_pool]), "image_index": found.image_index + 1}
     logits = np.load(stores / "expected" / f"{name}-logits.npy", allow_pickle=False)
     with torch.no_grad():
-        assert_close(model(ids, logits_to_keep=len(logits)).logits[0].numpy(), logits)
+        assert_close(model(ids, logits_to_keep=len(logits), **images).logits[0].numpy(), logits)
 
 
 def test_a_knowledge_base_opens_with_its_index(stores):
@@ -109,24 +117,33 @@ def test_a_corpus_retrieval_opens(stores):
     corpus.check_knowledge_base(ImageKnowledgeBase.open(stores / "kb"))
     assert (corpus.k, corpus.query) == (2, "eot")
     documents = expected(stores, "corpus")
+    for document in documents:
+        document["image_ids"][0] = [-1, -1]  # the first token had images then
     assert [{name: array.tolist() for name, array in document.items()} for document in corpus] == documents
     assert corpus.lengths().tolist() == [len(document["input_ids"]) for document in documents]
     assert corpus.tokenizer.bos_token_id == documents[0]["input_ids"][0]
 
 
-def test_an_unfinished_corpus_retrieval_is_finished_to_the_same_bytes(stores):
+def test_an_unfinished_corpus_retrieval_is_finished_to_the_same_documents(stores):
     kb = ImageKnowledgeBase.open(stores / "kb")
     whole = CorpusRetrieval.open(stores / "corpus")
     retriever = Retriever(ContextEncoder(kb.load_clip(), tokenizer=whole.tokenizer), kb, whole.k)
     part_bytes = whole.manifest["plan"]["corpus"]["part_bytes"]
     out = stores / "corpus-unfinished"
     written = last_writes(out)
-    retrieve_files([stores / "corpus.txt"], retriever, out, part_bytes=part_bytes, progress=False)
+    corpus = stores / "corpus.txt"
+    found = retrieve_files([corpus], retriever, out, part_bytes=part_bytes, scores=False, progress=False)
 
     assert last_writes(out).keys() == last_writes(whole.path).keys()
     assert all(last_writes(out)[name] == written[name] for name in file_names(whole.manifest["shards"][0]))
-    for name in ["manifest.json", *(name for shard in whole.manifest["shards"] for name in file_names(shard))]:
-        assert (out / name).read_bytes() == (whole.path / name).read_bytes(), name
+    for name in (name for shard in whole.manifest["shards"] for name in file_names(shard)):
+        # the first token of a document had images then
+        same = (out / name).read_bytes() == (whole.path / name).read_bytes()
+        assert same or (name.startswith("image_ids") and not name.endswith("-00000.npy")), name
+    for document, before in zip(found, whole, strict=True):
+        assert np.array_equal(document["input_ids"], before["input_ids"])
+        # the last token is bos too, and begins the next document
+        assert np.array_equal(document["image_ids"][:-1], before["image_ids"][:-1])
     # the files of the tokenizer are the other ones: another transformers may write them differently
     assert CorpusRetrieval.open(out).tokenizer.get_vocab() == whole.tokenizer.get_vocab()
 

@@ -295,11 +295,11 @@ class ImageModel(_Base):
         else:
             found = retriever.step(input_ids, _retrieval_state(with_retrieval(cache), retriever, len(input_ids)), mask)
             cache.num_retrieved += input_ids.shape[1]
-        options = self.image_options
-        # again, for a retriever that is no `Retriever`
-        index, scores = cut(found.image_index, found.scores, options.min_score)
-        device = input_ids.device
-        return found.image_pool.to(device), index.to(device), scores.to(device) if options.scored else None
+        options, index, device = self.image_options, found.image_index, input_ids.device
+        if options.min_score is not None:  # again, for a retriever that is no `Retriever`
+            index, _ = cut(index, found.scores, options.min_score)
+        scores = found.scores.to(device) if options.scored else None
+        return found.image_pool.to(device), index.to(device), scores
 
     @torch.compiler.disable
     def keep_text(self, output: Any, input_ids: Tensor, attention_mask: Tensor | None) -> None:

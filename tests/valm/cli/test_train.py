@@ -154,7 +154,7 @@ def test_what_is_trained_is_mixed_with_the_base(world, base, tmp_path, capsys, t
     train = ["train", "--retrieval", world / "base-retrieval", "--kb", world / "kb", "--base", base, "--out", out]
     train += [] if twin is None else ["--twin", twin]
     train += ["--unfreeze", "block", "--steps", 8, "--batch-size", 4, "--lr", 0.1, "--lr_scheduler_type", "constant"]
-    train += ["--patience", 0, "--limit-softmax", "--cache-below", tmp_path / "below", "--logit-bias", 0]
+    train += ["--patience", 0, "--limit-softmax", "--cache-below", tmp_path / "below", "--logit-bias", -3]
     train += ["--validation", world / "base-retrieval"]
     assert run(*train) == 0
     said = capsys.readouterr().out
@@ -258,7 +258,7 @@ def test_image_dropout_is_of_models_that_are_given_images(world, base, tmp_path,
 def test_retrieval_scores_train_a_scale(world, base, tmp_path, capsys, of):
     retrieval = tmp_path / "retrieval"
     tokenizer = ["--tokenizer", base] if of == "base" else []
-    retrieve = ["retrieve", world / "corpus.txt", "--kb", world / "kb", "-k", "2", *tokenizer, "--scores"]
+    retrieve = ["retrieve", world / "corpus.txt", "--kb", world / "kb", "-k", "2", *tokenizer]
     assert run(*retrieve, "--out", retrieval) == 0
     train = ["train", "--retrieval", retrieval, "--kb", world / "kb", "--score-scale", 0.5]
     train += ["--base", base, *STEPS, "--context", "8"] if of == "base" else SIZE
@@ -271,9 +271,12 @@ def test_retrieval_scores_train_a_scale(world, base, tmp_path, capsys, of):
     if of == "base":
         return
     capsys.readouterr()
-    unscored = ["train", "--retrieval", world / "retrieval", "--kb", world / "kb", "--score-scale", 0.5, *SIZE]
-    assert run(*unscored, "--out", tmp_path / "unscored") == 1
-    assert "the documents have none: retrieve them with scores (`valm retrieve --scores`)" in capsys.readouterr().err
+    assert run(*retrieve, "--no-scores", "--out", tmp_path / "bare") == 0
+    unscored = ["train", "--retrieval", tmp_path / "bare", "--kb", world / "kb", *SIZE, "--out", tmp_path / "unscored"]
+    assert run(*unscored, "--score-scale", 0.5) == 1
+    assert "the documents have none: retrieve them again (`valm retrieve` writes scores)" in capsys.readouterr().err
+    assert run(*unscored, "--min-score", 0.5) == 1
+    assert "for a model with a min_score, has no retrieval scores: retrieve it again" in capsys.readouterr().err
     at_once = ["train", world / "corpus.txt", "--kb", world / "kb", "-k", "2", "--score-scale", 0.5, *SIZE]
     assert run(*at_once, "--out", tmp_path / "at-once") == 0
 

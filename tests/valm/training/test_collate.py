@@ -37,7 +37,7 @@ def test_scores_stay_with_their_images():
         assert np.array_equal(batch["image_scores"][real].numpy(), scores)
     assert "image_scores" not in Collator(TOKENIZER, Vectors())(made)
     del made[1]["image_scores"]
-    with pytest.raises(ValmError, match="the documents have none: retrieve them with scores"):
+    with pytest.raises(ValmError, match="the documents have none: retrieve them again"):
         Collator(TOKENIZER, Vectors(), scores=True)(made)
 
 
