@@ -1,7 +1,8 @@
 """A training step of VaLM on a retrieved corpus beside one of its text-only twin GPT-2*, both of GPT-2's base size.
 
 A step is the collator, forward, backward, clipping and AdamW, in float32; with --device cuda under bfloat16 autocast,
-for a larger batch. Each image of the batch stands at two tokens.
+for a larger batch. Each image of the batch stands at two tokens. One more row has a `min_score` that takes the images
+of half of the tokens.
 As in bench_retrieval.py, malloc is told to keep what is freed:
 MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=2147483647.
 """
@@ -20,6 +21,7 @@ from valm.clip.tokenizer import clip_tokenizer
 from valm.model.config import ValmConfig
 from valm.model.gpt2 import VaLMForCausalLM
 from valm.training.collate import Collator
+from valm.training.min_score import with_min_score
 
 TOKENS, K, DIM = 512, 4, 768
 BATCH = {"cpu": 2, "cuda": 16}
@@ -50,10 +52,14 @@ def retrieved_documents(batch: int, vocabulary: int, bos: int) -> list[dict[str,
     ids[:, 0] = bos
     several = random.permutation(STORED)[: images_of(batch)]
     images = random.permutation(np.concatenate([several, several])).reshape(batch, TOKENS, K)
-    return [{"input_ids": one, "image_ids": found} for one, found in zip(ids, images, strict=True)]
+    best = random.random((batch, TOKENS, 1), dtype=np.float32)
+    parts = zip(ids, images, np.broadcast_to(best, images.shape), strict=True)
+    return [{"input_ids": one, "image_ids": found, "image_scores": scores} for one, found, scores in parts]
 
 
-def training_step(num_images: int, device: torch.device) -> tuple[Callable[[], torch.Tensor], int]:
+def training_step(
+    num_images: int, device: torch.device, min_score: float | None = None
+) -> tuple[Callable[[], torch.Tensor], int]:
     """A step, which returns the loss, and the number of the model's weights."""
     tokenizer = clip_tokenizer()
     torch.manual_seed(0)
@@ -71,11 +77,13 @@ def training_step(num_images: int, device: torch.device) -> tuple[Callable[[], t
     kb: Any = Vectors() if num_images else None
     collate = Collator(tokenizer, kb, TOKENS)
     batch = BATCH[device.type]
-    documents = retrieved_documents(batch, len(tokenizer), tokenizer.bos_token_id)
-    assert num_images == 0 or len(collate(documents)["image_pool"]) == images_of(batch)
+    documents = with_min_score(retrieved_documents(batch, len(tokenizer), tokenizer.bos_token_id), min_score)
+    if num_images:
+        seeing = float((collate([*documents])["image_index"] >= 0).float().mean())
+        assert abs(seeing - (1.0 if min_score is None else 1 - min_score)) < 0.05
 
     def step() -> torch.Tensor:
-        inputs = {name: tensor.to(device) for name, tensor in collate(documents).items()}
+        inputs = {name: tensor.to(device) for name, tensor in collate([*documents]).items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = model(**inputs).loss
         loss.backward()
@@ -87,7 +95,7 @@ def training_step(num_images: int, device: torch.device) -> tuple[Callable[[], t
     return step, model.num_parameters()
 
 
-@pytest.mark.parametrize("name", ["GPT-2*", "VaLM"])
+@pytest.mark.parametrize("name", ["GPT-2*", "VaLM", "VaLM, images at half of the tokens"])
 @pytest.mark.parametrize("threads", [1, 2])
 def bench_step(measure, device, threads, name):
     if device.type == "cuda" and threads > 1:
@@ -100,7 +108,7 @@ def bench_step(measure, device, threads, name):
         assert 5 < loss < 12  # log(49408) = 10.8 before the first step
 
     try:
-        step, parameters = training_step(0 if name == "GPT-2*" else K, device)
+        step, parameters = training_step(0 if name == "GPT-2*" else K, device, 0.5 if "half" in name else None)
         how = f"{threads} threads" if device.type == "cpu" else "bfloat16"
         measure(
             group=f"training step, B{batch} T{TOKENS}, GPT-2 base size, K {K}, U {images_of(batch)}, {how}",

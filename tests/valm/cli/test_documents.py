@@ -155,7 +155,7 @@ def test_images_are_switched_on_and_off_in_the_examples(monkeypatch, world, tmp_
     model, tokenizer = valm.load(world / "valm")
     with torch.no_grad():  # so little trained, the model hardly looks at its images
         fusion_module(model).logit_bias.fill_(4)
-        model.transformer.h[model.config.fusion_index].attn.c_proj.weight.mul_(100)
+        model.transformer.h[model.config.fusion_index].attn.c_proj.weight.mul_(20)
         model.transformer.ln_f.weight.mul_(20)
     valm.save_checkpoint(model, tokenizer, tmp_path / "valm", note=RetrievalNote.read(world / "valm"))
     run_example(monkeypatch, "images_on_and_off", str(tmp_path / "valm"), "--question", "the color of the sea is")

