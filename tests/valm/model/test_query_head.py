@@ -17,6 +17,7 @@ from valm.knowledge_base.sources.folder import FolderSource
 from valm.model.checkpoint import load, save_checkpoint
 from valm.model.config import ValmConfig
 from valm.model.query_head import SelfEncoder, SelfRetriever
+from valm.retrieval.min_score import cut
 from valm.retrieval.note import RetrievalNote
 from valm.retrieval.retriever import NoImages
 
@@ -53,6 +54,17 @@ def test_the_images_are_those_nearest_to_the_heads_queries(model, kb, text_ids):
     given = model(ids, image_pool=found.image_pool, image_index=found.image_index).logits
     torch.testing.assert_close(model(ids).logits, given)
     assert (model(ids, image_pool=-found.image_pool, image_index=found.image_index).logits - given).abs().max() > 1e-2
+
+
+def test_a_weak_token_has_no_images(model, text_ids):
+    ids = text_ids(TEXTS[0])["input_ids"]
+    found, scores = model.retriever.find(ids)
+    best = scores.amax(-1)[0, 1:].sort().values
+    other = model.retriever.with_min_score(best[len(best) // 2].item())
+    expected, _ = cut(found, scores, other.min_score)
+    assert (expected >= 0).any(-1).sum() == len(best) - len(best) // 2
+    assert torch.equal(other.find(ids)[0], expected)
+    assert torch.equal(other(ids).image_index >= 0, expected >= 0)
 
 
 def test_token_by_token_equals_the_whole_text(model, text_ids):
