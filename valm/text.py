@@ -72,6 +72,11 @@ def printable(text: str) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The suffix ", did you mean ...?" with the known name most similar to `name`; empty if none is similar."""
-    found = difflib.get_close_matches(name, list(known), n=1)
-    return f", did you mean {found[0]}?" if found else ""
+    """The suffix ", did you mean ...?" with the known name most similar to `name`, and with one that is about as
+    similar; empty if none is."""
+    found = difflib.get_close_matches(name, list(known), n=2)
+    if not found:
+        return ""
+    first, *others = (difflib.SequenceMatcher(None, other, name).ratio() for other in found)
+    about = [found[0]] + [other for other, ratio in zip(found[1:], others, strict=True) if first - ratio < 0.1]
+    return f", did you mean {' or '.join(about)}?"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from valm.cli.options import CommandParser
 from valm.errors import ValmError
 from valm.store.files import read_yaml
 from valm.text import nearest
@@ -19,7 +19,7 @@ class TrainingOptions:
     """Extra options of a command that trains: `--config FILE`, and every field of TrainingArguments. transformers,
     whose import takes seconds, is imported only if such a field is given."""
 
-    def __init__(self, parser: argparse.ArgumentParser):
+    def __init__(self, parser: CommandParser):
         self.parser = parser
 
     def __call__(self, given: list[str]) -> tuple[list[str], dict[str, Any]]:
@@ -36,7 +36,7 @@ class TrainingOptions:
             options, fields = self._read(file)
             given = options + given
             vars(self.parser)["error"] = self._fail
-        if self._unknown(given):
+        if self.parser.unknown_options(given):
             from transformers import HfArgumentParser, TrainingArguments
 
             known_fields: Any = TrainingArguments
@@ -45,21 +45,13 @@ class TrainingOptions:
             unset = argparse.Namespace(**dict.fromkeys(_fields()))
             found, given = parser.parse_known_args(given, unset)
             fields |= {name: value for name, value in vars(found).items() if value is not None}
-            for name in self._unknown(given):
-                known = [*self._own(), *(f"--{field}" for field in _fields())]
+            for name in self.parser.unknown_options(given):
+                known = [*self.parser.option_names(), *(f"--{field}" for field in _fields())]
                 raise ValmError(f"{self.parser.prog} has no option {name}{nearest(name, known)}")
         return given, {"fields": fields}
 
     def _fail(self, message: str) -> NoReturn:
         raise ValmError(f"{self.parser.prog}: {message}")
-
-    def _own(self) -> list[str]:
-        return [option for action in self.parser._actions for option in action.option_strings]
-
-    def _unknown(self, given: Sequence[str]) -> list[str]:
-        """The options in `given` that are neither the parser's own nor a prefix of one."""
-        names = [text.partition("=")[0] for text in given if text.startswith("--") and text != "--"]
-        return [name for name in names if not any(option.startswith(name) for option in self._own())]
 
     def _read(self, file: Path) -> tuple[list[str], dict[str, Any]]:
         """The file as options, and the fields whose values no option can have: lists and mappings."""

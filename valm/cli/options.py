@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from valm.errors import ValmError
+from valm.text import nearest
 
 if TYPE_CHECKING:
     import torch
@@ -21,19 +23,64 @@ MAX_SEED = 1 << 32
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser with a hook, `prepare`, that may change the arguments first: it returns those to be parsed, and
-    attributes of the result."""
+    """A parser that suggests what was meant by a misspelt command or option, and without a command prints its help.
+
+    A hook, `prepare`, may change the arguments first: it returns those to be parsed, and attributes of the result.
+    """
 
     prepare: Callable[[list[str]], tuple[list[str], dict[str, Any]]] | None = None
+    commands: Commands | None = None
+    _given: Sequence[str] = ()
+
+    def add_subparsers(self, **options: Any) -> Any:
+        self.commands = super().add_subparsers(**options)
+        return self.commands
+
+    def option_names(self) -> list[str]:
+        return [name for action in self._actions for name in action.option_strings]
+
+    def unknown_options(self, given: Sequence[str]) -> list[str]:
+        """The options in `given`, such as --name, that are neither the parser's own nor a prefix of one."""
+        before_end = given[: list(given).index("--")] if "--" in given else given
+        names = [text.partition("=")[0] for text in before_end if text.startswith("--")]
+        known = self.option_names()
+        return [name for name in names if " " not in name and not any(option.startswith(name) for option in known)]
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        if self.prepare is None or not args or {"-h", "--help"} & {*args}:
-            return super().parse_known_args(args, namespace)
-        given, attributes = self.prepare(list(args))
+        given = list(sys.argv[1:] if args is None else args)
+        attributes: dict[str, Any] = {}
+        if self.commands is not None:
+            self._check_command(given)
+        if self.prepare is not None and not {"-h", "--help"} & {*given}:
+            given, attributes = self.prepare(given)
+        self._given = given
         result, more = super().parse_known_args(given, namespace)
+        for text in more:
+            if text.startswith("-"):
+                self._fail(text.partition("=")[0])
         for name, value in attributes.items():
             setattr(result, name, value)
         return result, more
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the usage and exits, unless an option is misspelt: argparse first names required ones it lacks."""
+        for name in self.unknown_options(self._given):
+            if nearest(name, self.option_names()):
+                self._fail(name)
+        super().error(message)
+
+    def _check_command(self, given: list[str]) -> None:
+        if not given:
+            self.print_help()
+            self.exit()
+        known = list(self.commands.choices) if self.commands is not None else []
+        name = next((text for text in given if not text.startswith("-")), None)
+        if name is not None and name not in known:
+            remedy = nearest(name, known) or f": give one of {', '.join(known)}"
+            raise ValmError(f"{self.prog} has no command {name}{remedy}")
+
+    def _fail(self, option: str) -> NoReturn:
+        raise ValmError(f"{self.prog} has no option {option}{nearest(option, self.option_names())}")
 
 
 Commands: TypeAlias = "argparse._SubParsersAction[CommandParser]"

@@ -19,6 +19,7 @@ from valm.errors import ValmError
         ("- steps", "is no list of options"),
         ("resume: off-by-one", "has resume: off-by-one, expected true or false"),
         ("step: 3", r"unknown field 'step', did you mean steps\?"),
+        ("layerz: 3", r"unknown field 'layerz', did you mean layer or layers\?"),
     ],
 )
 def test_what_is_no_config_is_one_sentence(tmp_path, content, message):

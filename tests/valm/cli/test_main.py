@@ -160,3 +160,36 @@ def test_an_error_names_the_option(words, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["train", "corpus.txt", "--out", "model", *words])
     assert stop.value.code == 2 and f"argument {words[0]}: {words[1]} is not" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("genrate model text", "valm has no command genrate, did you mean generate?"),
+        ("kb buidl", "valm kb has no command buidl, did you mean build?"),
+        ("encoder zzz", "valm encoder has no command zzz: give one of check"),
+        ("--verson", "valm has no option --verson, did you mean --version?"),
+        ("generate model text --max-new-tokenz=3", "valm generate has no option --max-new-tokenz, did you mean --max-"),
+        ("generate model text --zzz", "valm generate has no option --zzz"),
+        ("kb build images --clip clip --outt kb", "valm kb build has no option --outt, did you mean --out?"),
+        ("train corpus.txt --out model --layerz 3", "valm train has no option --layerz, did you mean --layer or --la"),
+    ],
+)
+def test_a_misspelt_command_or_option_is_one_sentence(capsys, words, message):
+    assert run(*words.split()) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"valm: error: {message}") and error.count("\n") == 1
+
+
+def test_what_looks_like_an_option_may_be_a_text(capsys, tmp_path):
+    for words in (["--beems and pillars"], ["--", "--beems"]):
+        assert run("generate", tmp_path / "none", *words) == 1
+        assert "there is no checkpoint folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [[], ["kb"], ["clip"], ["encoder"]], ids=str)
+def test_without_a_command_there_is_help(capsys, words):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 0 and out.startswith(f"usage: {' '.join(['valm', *words])}") and not err
