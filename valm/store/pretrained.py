@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
@@ -12,14 +13,18 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import safe_open
 from transformers import AutoConfig
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 from valm.errors import ValmError, is_out_of_memory, is_panic
 from valm.store.files import check_all_regular, check_regular, exists, is_file, is_folder, read_json
 from valm.text import one_line
 from valm_kernels.json_files import PathText, short
+
+log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 # Files of weights, in the order in which transformers looks for them; with .index.json, their list of shards.
@@ -58,7 +63,39 @@ def from_pretrained(loader: Any, source: str | os.PathLike, what: str, remedy: s
             check_folder(Path(source))
             if hasattr(loader, "from_config"):
                 _check_size(Path(source), loader)
-        return loader.from_pretrained(source, trust_remote_code=False, **options)
+            return loader.from_pretrained(source, trust_remote_code=False, **options)
+        with _no_folder(os.fspath(source), what, remedy, options.get("local_files_only", False)):
+            return loader.from_pretrained(source, trust_remote_code=False, **options)
+
+
+@contextmanager
+def _no_folder(name: str, what: str, remedy: str, only_cache: bool) -> Iterator[None]:
+    """Says that there is no folder `name` before it is looked for on the Hugging Face Hub, which may take a minute, and
+    in the error of the block.
+
+    Raises:
+        ValmError: `name` is none of the Hub's either, or the block raised an OSError.
+    """
+    missing = f"{what} cannot be read: there is no folder {name}"
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise ValmError(f"{missing}{remedy}") from None
+    if only_cache and not _is_cached(name):  # transformers would ask the Hub all the same
+        raise ValmError(f"{missing}, and it is not in the cache of the Hugging Face Hub{remedy}")
+    if not _is_cached(name):
+        log.warning("there is no folder %s: looking for it on the Hugging Face Hub", name)
+    try:
+        yield
+    except OSError as error:  # also of requests
+        reason = one_line((str(error).strip().splitlines() or [type(error).__name__])[0])
+        raise ValmError(f"{missing}, and {reason}{remedy}") from error
+
+
+def _is_cached(name: str) -> bool:
+    """Whether the cache of the Hugging Face Hub has a model or a tokenizer of this name."""
+    files = (CONFIG_FILE, "tokenizer_config.json", "tokenizer.json")
+    return any(isinstance(try_to_load_from_cache(name, file), str) for file in files)
 
 
 def check_folder(folder: Path) -> None:
@@ -211,12 +248,12 @@ def library_errors(what: str, remedy: str = "") -> Iterator[None]:
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Hides transformers' progress bar for every file and its table of weights that do not fit."""
-    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    shown, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
+        transformers_logging.set_verbosity(verbosity)
         if shown:
-            logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()

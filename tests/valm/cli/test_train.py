@@ -641,7 +641,7 @@ def wrong_inputs():
     base = ["train", "{world}/corpus.txt", "--out", "{tmp}/model", "--base", "{world}/base", *STEPS]
     with_kb = ["train", "--retrieval", "{world}/base-retrieval", "--kb", "{world}/kb", *base[2:]]
     return {
-        "no such base": ([*base[:4], "--base", "{tmp}/none", *STEPS], "the tokenizer {tmp}/none cannot be read"),
+        "no such base": ([*base[:4], "--base", "{tmp}/none", *STEPS], "cannot be read: there is no folder {tmp}/none"),
         "base that lacks weights": ([*with_kb, "--base", "{tmp}/hole"], "has no weights for lm_head.weight"),
         "twin that trains nothing": ([*with_kb, "--twin", "text"], "no new parameters to train: give --unfreeze"),
         "no such layer": ([*with_kb, "--layer", "3"], "layer must be one of the 3 layers of LlamaForCausalLM, got 3"),

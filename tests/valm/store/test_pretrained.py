@@ -18,7 +18,7 @@ from valm.clip.tokenizer import clip_tokenizer, load_tokenizer, prune_tokenizer
 from valm.errors import ValmError
 from valm.evaluation.scorers import open_scorer
 from valm.model.checkpoint import load_decoder
-from valm.store.pretrained import library_errors
+from valm.store.pretrained import from_pretrained, library_errors
 
 PACKAGE = Path(__file__).parents[3] / "valm"
 TOKENIZER = prune_tokenizer(clip_tokenizer(), ["the sea is blue"])
@@ -265,3 +265,27 @@ def test_a_model_of_one_weight_in_two_places_fits(tmp_path):
     os.replace(tmp_path / "w.safetensors", tmp_path / "model.safetensors")
     with pytest.raises(ValmError, match=r"has no weights for transformer\.ln_f\.bias"):
         load_decoder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["no/such/folder", "./none", "none/", "{tmp}/none"])
+def test_what_no_hub_can_have_is_a_folder_that_is_missing(name, tmp_path, caplog):
+    name = name.format(tmp=tmp_path)
+    with pytest.raises(ValmError, match=f"^the base model {name} cannot be read: there is no folder {name}$"):
+        load_decoder(name)
+    assert not caplog.records
+
+
+def test_a_missing_folder_is_said_before_the_hub_is_asked(monkeypatch, caplog):
+    def offline(*args, **kwargs):
+        assert caplog.messages == ["there is no folder nosuchdir: looking for it on the Hugging Face Hub"]
+        raise OSError("We couldn't connect to 'https://huggingface.co'")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", offline)
+    with pytest.raises(ValmError, match="cannot be read: there is no folder nosuchdir, and We couldn't connect to"):
+        load_decoder("nosuchdir")
+
+
+def test_where_nothing_is_downloaded_the_hub_is_not_blamed(caplog):
+    with pytest.raises(ValmError, match="cannot be read: there is no folder nosuchdir, and it is not in the cache of"):
+        from_pretrained(AutoModelForCausalLM, "nosuchdir", "the model nosuchdir", local_files_only=True)
+    assert not caplog.records
