@@ -11,6 +11,8 @@ from tqdm import tqdm
 
 # Seconds between two lines of a log.
 LOG_INTERVAL = 30.0
+# Counts up to here are shown in full: tqdm's unit_scale would make 29 of 29 images 29.0/29.0.
+IN_FULL = 99_999
 
 
 class _Bar(tqdm):
@@ -18,6 +20,13 @@ class _Bar(tqdm):
     without memory for a new thread Python would wait forever."""
 
     monitor_interval = 0
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        found = dict(super().format_dict)
+        if max(found["n"], found["total"] or 0) <= IN_FULL:
+            found["unit_scale"] = False
+        return found
 
 
 def progress_bar(iterable: Iterable[Any] | None = None, *, shown: bool = True, **options: Any) -> Any:

@@ -31,6 +31,17 @@ def test_a_log_is_quiet_between_its_lines(monkeypatch):
     assert len(log.getvalue().splitlines()) == 2  # at the beginning and at the end
 
 
+@pytest.mark.parametrize(
+    ("total", "shown"), [(5, "5/5"), (29, "29/29"), (2200, "2200/2200"), (99_999, "99999/99999"), (123_456, "123k/123k")]
+)
+def test_small_counts_are_whole_numbers(monkeypatch, total, shown):
+    monkeypatch.setattr(sys, "stderr", log := io.StringIO())
+    with progress_bar(desc="encode", unit=" images", unit_scale=True) as bar:
+        bar.total = total
+        bar.update(total)
+    assert f"| {shown} [" in log.getvalue().splitlines()[-1]
+
+
 def test_a_terminal_has_a_bar(monkeypatch):
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     list(progress_bar(range(3), desc="encode"))
@@ -55,4 +66,4 @@ with ProgressBar('a', ' b', 1, True) as bar:
     bar.advance(2, skipped=1)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "\r" not in done.stderr and "2.00/2.00" in done.stderr and "skipped=1" in done.stderr
+    assert "\r" not in done.stderr and "2/2" in done.stderr and "skipped=1" in done.stderr
