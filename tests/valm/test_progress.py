@@ -32,7 +32,8 @@ def test_a_log_is_quiet_between_its_lines(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("total", "shown"), [(5, "5/5"), (29, "29/29"), (2200, "2200/2200"), (99_999, "99999/99999"), (123_456, "123k/123k")]
+    ("total", "shown"),
+    [(5, "5/5"), (29, "29/29"), (2200, "2200/2200"), (99_999, "99999/99999"), (123_456, "123k/123k")],
 )
 def test_small_counts_are_whole_numbers(monkeypatch, total, shown):
     monkeypatch.setattr(sys, "stderr", log := io.StringIO())

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from valm.knowledge_base.store import ImageKnowledgeBase
 
 SKIPPED_SHOWN = 10
+FOUND_SHOWN = 8  # images that a search lists
 CAPTION_SHOWN = 100  # characters
 MAX_COMPARED = 1_000_000  # images up to which a build looks for duplicates; `kb dedupe` takes any number
 COLUMNS = ("image_column", "caption_column")
@@ -147,7 +148,7 @@ def add_to(commands: Commands) -> None:
     search.add_argument("--image", type=Path, help="search for images like this one, instead of a text")
     add_clip(search)
     add_device(search)
-    search.add_argument("-k", type=positive, default=8, help="how many images")
+    search.add_argument("-k", type=positive, help=f"how many images (default: {FOUND_SHOWN})")
     search.add_argument("--sheet", type=Path, help="also draw what was found into this picture file")
     add_json(search)
 
@@ -378,7 +379,9 @@ def run_search(arguments: argparse.Namespace) -> None:
     query = arguments.text if arguments.image is None else open_image(arguments.image)
     clip = kb.load_clip(arguments.clip, allow_download=arguments.allow_download).to(chosen_device(arguments))
     retriever = Retriever(ContextEncoder(clip), kb, k=1)
-    results = retriever.search(query, arguments.k)
+    results = retriever.search(query, FOUND_SHOWN if arguments.k is None else arguments.k)
+    if arguments.k is not None and arguments.k > len(kb):
+        print(f"{kb.path} has {len(kb):,} images, fewer than -k {arguments.k:,}", file=sys.stderr)
     if arguments.json:
         print(json.dumps([{"score": score, **asdict(item)} for score, item in results], ensure_ascii=False, indent=2))
     else:

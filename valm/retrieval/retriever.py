@@ -207,12 +207,13 @@ class Retriever:
     def search(self, query: str | Image.Image, k: int) -> list[tuple[float, Item]]:
         """The `k` images nearest to CLIP's own feature of a text or of an image, with their scores, best first.
 
-        Returns fewer if the index finds fewer.
+        Returns fewer if the knowledge base has fewer, or the index finds fewer.
 
         Raises:
-            ValmError: `k` is out of range.
+            ValmError: `k` is below 1, or more than a search finds of the images that there are.
         """
-        k = min(k, len(self.kb))
+        if k > len(self.kb) <= MAX_TOPK:
+            k = len(self.kb)
         _check_k(k, self.kb)
         clip = self.encoder.clip
         if isinstance(query, str):
@@ -306,7 +307,9 @@ class _NoState:
 
 
 def _check_k(k: int, kb: ImageKnowledgeBase) -> None:
-    most = min(len(kb), MAX_TOPK)
-    if not 1 <= k <= most:
-        limit = f"the {len(kb)} images of {kb.path}" if most == len(kb) else f"{MAX_TOPK}"
-        raise ValmError(f"k must be from 1 to {limit}, got {k}")
+    if 1 <= k <= min(len(kb), MAX_TOPK):
+        return
+    images = f"{len(kb):,} images of {kb.path}"
+    if len(kb) <= MAX_TOPK:
+        raise ValmError(f"k must be from 1 to the {images}, got {k:,}")
+    raise ValmError(f"k must be from 1 to {MAX_TOPK:,}, got {k:,}: a search finds no more of the {images}")

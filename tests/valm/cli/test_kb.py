@@ -45,6 +45,16 @@ def test_kb_search_lists_the_nearest_pictures(world, capsys):
     assert all(line.split()[1].removesuffix(".png") in THINGS for line in lines)
 
 
+def test_kb_search_says_how_many_images_there_are(world, capsys, monkeypatch):
+    assert run("kb", "search", world / "kb", "the apple", "-k", 100_000) == 0
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 6 and f"{world / 'kb'} has 6 images, fewer than -k 100,000" in err
+    monkeypatch.setattr("valm.retrieval.retriever.MAX_TOPK", 5)
+    assert run("kb", "search", world / "kb", "the apple", "-k", 100_000) == 1
+    error = f"k must be from 1 to 5, got 100,000: a search finds no more of the 6 images of {world / 'kb'}"
+    assert error in capsys.readouterr().err
+
+
 def test_kb_search_finds_by_a_picture(world, capsys):
     assert run("kb", "search", world / "kb", "--image", world / "pictures" / "sea.png", "-k", 2, "--json") == 0
     found = json.loads(capsys.readouterr().out)

@@ -171,6 +171,10 @@ def test_what_does_not_fit_is_refused(retriever, tokenizer, monkeypatch):
     monkeypatch.setattr("valm.retrieval.retriever.MAX_TOPK", 5)
     with pytest.raises(ValmError, match="k must be from 1 to 5, got 6"):
         retriever.search("a", 6)
+    with pytest.raises(
+        ValmError, match=r"k must be from 1 to 5, got 100,000: a search finds no more of the 30 images of"
+    ):
+        retriever.search("a", 100_000)
     with pytest.raises(ValmError, match="was built with the CLIP tiny"):
         Retriever(ContextEncoder(make_clip(tokenizer, seed=1)), retriever.kb, K)
 
