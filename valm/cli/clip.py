@@ -60,20 +60,25 @@ def add_to(commands: Commands) -> None:
 
 
 def run_train(arguments: argparse.Namespace) -> None:
-    import torch
-
-    from valm.clip.clip import Clip
-    from valm.store.files import writable_folder
-    from valm.training.clip import CachedImages, CaptionedImages, captioned, new_clip, train_clip
+    from valm.store.files import output_folder
     from valm.training.launch import check_alone
-    from valm_kernels.atomic_files import remove_leftovers
 
     check_alone("valm clip train")
     if arguments.model is None and arguments.image_tower is None:
         raise ValmError("give --model, --image-tower, or both")
     if arguments.cache_images and arguments.image_tower is None:
         raise ValmError("--cache-images is for a frozen image tower: give --image-tower, or train without it")
-    out = writable_folder(arguments.out)
+    with output_folder(arguments.out) as out:
+        train(arguments, out)
+
+
+def train(arguments: argparse.Namespace, out: Path) -> None:
+    import torch
+
+    from valm.clip.clip import Clip
+    from valm.training.clip import CachedImages, CaptionedImages, captioned, new_clip, train_clip
+    from valm_kernels.atomic_files import remove_leftovers
+
     remove_leftovers(out)
     if any(out.iterdir()):
         raise ValmError(f"the output folder {out} is not empty; choose another")

@@ -43,17 +43,22 @@ def add_to(commands: Commands) -> None:
 
 
 def run_distill(arguments: argparse.Namespace) -> None:
+    from valm.store.files import output_folder
+    from valm.training.launch import check_alone
+
+    check_alone("valm distill")
+    with output_folder(arguments.out) as out:
+        train(arguments, out)
+
+
+def train(arguments: argparse.Namespace, out: Path) -> None:
     import torch
 
     from valm.corpus.retrieved import CorpusRetrieval
     from valm.model.checkpoint import load, save_checkpoint
     from valm.retrieval.note import RetrievalNote, open_encoder
-    from valm.store.files import writable_folder
     from valm.training.distill import distill_queries
-    from valm.training.launch import check_alone
 
-    check_alone("valm distill")
-    out = writable_folder(arguments.out)
     model, tokenizer = load(arguments.model, device=chosen_device(arguments))
     kb = RetrievalNote.chosen(arguments.model, arguments.kb).open_knowledge_base()
     corpus = CorpusRetrieval.open(arguments.retrieval)

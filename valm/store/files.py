@@ -9,7 +9,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -237,3 +237,18 @@ def writable_folder(path: str | os.PathLike) -> Path:
     if not os.access(path, os.W_OK | os.X_OK):
         raise ValmError(f"cannot write into the output folder {path}: permission denied")
     return path
+
+
+@contextmanager
+def output_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """`writable_folder`, removed with its new parents if the block raises and has left it empty."""
+    path = Path(path)
+    made = [folder for folder in (path, *path.parents) if not exists(folder)]
+    folder = writable_folder(path)
+    try:
+        yield folder
+    except BaseException:
+        with suppress(OSError):  # it is not empty
+            for new in made:
+                new.rmdir()
+        raise

@@ -29,7 +29,7 @@ from valm.model.gpt2 import VaLMForCausalLM
 from valm.retrieval.context import QUERIES
 from valm.retrieval.note import RetrievalNote, open_encoder
 from valm.retrieval.retriever import Retriever
-from valm.store.files import only_writer, writable_folder
+from valm.store.files import only_writer, output_folder
 from valm.training.callbacks import Patience, show_progress
 from valm.training.image_trainer import ImageTrainer
 from valm.training.launch import launched_processes
@@ -142,7 +142,10 @@ class TrainingPlan:
         """
         self.check()
         settings = training_arguments(self.out, **self.training_fields())
-        out = writable_folder(Path(self.out))
+        with output_folder(self.out) as out:
+            return self._run(out, settings, command)
+
+    def _run(self, out: Path, settings: TrainingArguments, command: str | None) -> ImageTrainer:
         checkpoint = newest_checkpoint(out, self.resume, settings.should_save)
         kb = None if self.kb is None else ImageKnowledgeBase.open(self.kb)
         dataset, tokenizer = self._open_corpus(kb, "retrieval")

@@ -22,6 +22,23 @@ def test_a_clip_is_trained_and_checked(world, tmp_path, capsys):
     assert Clip.load(tmp_path / "cached").encode_images(torch.zeros(1, 3, 32, 32)).shape == (1, TINY["embed_dim"])
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_an_interrupted_training_leaves_no_empty_folder(world, tmp_path, monkeypatch, capsys, there):
+    """Nor one that was there before is removed."""
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY))
+    monkeypatch.setattr("valm.training.clip.train_clip", interrupted)
+    out = tmp_path / "new" / "clip"
+    if there:
+        out.mkdir(parents=True)
+    assert run("clip", "train", world / "pictures", "--model", tmp_path / "tiny.json", "--out", out) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert out.is_dir() == out.parent.is_dir() == there
+
+
 def wrong_inputs():
     """name -> (arguments, what the sentence must say); {world} and {tmp} are the folders."""
     train = ["clip", "train", "{world}/pictures", "--out", "{tmp}/clip"]
