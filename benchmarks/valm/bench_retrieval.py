@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
 
 import pytest
 import torch
@@ -23,6 +22,7 @@ from benchmarks.valm.inputs import (
     INT8,
     TOWERS,
     clip,
+    evaluation_set,
     gpt2,
     large_knowledge_base,
     prose,
@@ -31,7 +31,6 @@ from benchmarks.valm.inputs import (
 )
 from benchmarks.valm_kernels import roofline
 from valm.clip.clip import Clip
-from valm.evaluation.sets import read_set
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model.config import ValmConfig
 from valm.model.gpt2 import VaLMForCausalLM
@@ -60,7 +59,7 @@ def text(rows: int) -> torch.Tensor:
 @functools.cache
 def passages(rows: int) -> torch.Tensor:
     """(rows, TOKENS) ids of LAMBADA, for what is measured with the million pictures."""
-    return token_rows(read_set("lambada"), rows, TOKENS)
+    return token_rows(evaluation_set("lambada"), rows, TOKENS)
 
 
 def implementation(name: str, tower: str, dtype: torch.dtype, ids: torch.Tensor):
@@ -156,11 +155,10 @@ def indexed(pytestconfig: pytest.Config):
 
     @functools.cache
     def make(tower: str) -> ImageKnowledgeBase:
-        if "VALM_EVAL_DATA" not in os.environ:
-            pytest.skip("needs LAMBADA, AG News and DBPedia: set VALM_EVAL_DATA")
+        pytest.importorskip("faiss", reason="needs faiss: install valm[faiss]")
         kb = large_knowledge_base(pytestconfig.getoption("--scratch"), tower)
         if index_parameters(kb) is None:
-            texts = [item.text for item in read_set("ag_news")]
+            texts = [item.text for item in evaluation_set("ag_news")]
             kinds = [context_queries(ContextEncoder(clip(tower), query=query), texts) for query in ("eot", "state")]
             queries = torch.cat([kind.chunk(2)[half] for half in (0, 1) for kind in kinds])
             factory = choose_factory(len(kb), kb.dim)

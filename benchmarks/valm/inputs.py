@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +19,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from valm.clip.clip import Clip
-from valm.evaluation.sets import read_set
+from valm.evaluation.sets import SETS, find_file, read_set
 from valm.knowledge_base.format import (
     ITEM_SCHEMA,
     EncodedShard,
@@ -66,6 +67,13 @@ def prose() -> list[str]:
     return [" ".join(topic.split()) for topic in topics.values()]
 
 
+def evaluation_set(name: str) -> list[Any]:
+    """The items of an evaluation set; where it is not on this machine, the benchmark is skipped."""
+    if find_file(name) is None:
+        pytest.skip(f"needs {SETS[name].title}: set VALM_EVAL_DATA to the folder of the evaluation sets")
+    return read_set(name)
+
+
 def token_rows(texts: Iterable[str], rows: int, length: int) -> torch.Tensor:
     """(rows, length) ids of running text."""
     tokenizer, ids = clip("ViT-B/32").tokenizer, []
@@ -79,7 +87,7 @@ def token_rows(texts: Iterable[str], rows: int, length: int) -> torch.Tensor:
 def real_vectors(tower: str) -> np.ndarray:
     """Context queries of DBPedia's descriptions (2 REAL_VECTORS, E) float32, half of each kind: an aligned CLIP has its
     pictures where it has the texts that describe them."""
-    ids = token_rows((item.text for item in read_set("dbpedia")), 2 * REAL_VECTORS // 512, 512)
+    ids = token_rows((item.text for item in evaluation_set("dbpedia")), 2 * REAL_VECTORS // 512, 512)
     queries = [
         ContextEncoder(clip(tower), query=query, dtype=torch.bfloat16)(part).flatten(0, 1)
         for query, part in zip(("eot", "state"), ids.chunk(2), strict=True)
