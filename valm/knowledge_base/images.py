@@ -6,9 +6,10 @@ import io
 import os
 import warnings
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError, features
@@ -32,6 +33,13 @@ SUFFIXES_OF = {
 }
 IMAGE_FORMATS = tuple(SUFFIXES_OF)
 IMAGE_SUFFIXES = {suffix for suffixes in SUFFIXES_OF.values() for suffix in suffixes}
+
+# Common formats that are not read, and what to do with them.
+UNREAD_SUFFIXES = {".heic": "HEIC", ".heif": "HEIC", ".hif": "HEIC", ".svg": "SVG", ".svgz": "SVG"}
+REMEDIES = {
+    "HEIC": "convert it to JPEG, such as by ImageMagick: magick NAME.heic NAME.jpg",
+    "SVG": "draw it as PNG, such as by librsvg: rsvg-convert NAME.svg -o NAME.png",
+}
 
 # An image of more pixels is rejected before it is decoded: a file of a few kilobytes can claim gigabytes.
 MAX_PIXELS = 1 << 26
@@ -89,9 +97,18 @@ def find_images(folder: Path, follow_links: bool = False) -> FolderContent:
                 found.ignored[suffix] += 1
     if not found.images:
         suffixes = " ".join(sorted(IMAGE_SUFFIXES))
-        raise ValmError(f"no images in {folder}; looked for files ending in {suffixes}, in folders below it too")
+        unread = "".join(f"; {remark}" for remark in unread_formats(found.ignored))
+        raise ValmError(
+            f"no images in {folder}; looked for files ending in {suffixes}, in folders below it too{unread}"
+        )
     found.images.sort()
     return found
+
+
+def unread_formats(suffixes: Iterable[str]) -> list[str]:
+    """What to do with each of the formats that are not read, of those that have one of the `suffixes`."""
+    names = sorted({UNREAD_SUFFIXES[suffix] for suffix in suffixes if suffix in UNREAD_SUFFIXES})
+    return [f"{name} is not read: {REMEDIES[name]}" for name in names]
 
 
 def read_image(source: str | os.PathLike | BinaryIO | Image.Image) -> Image.Image:
@@ -110,7 +127,8 @@ def read_image(source: str | os.PathLike | BinaryIO | Image.Image) -> Image.Imag
         try:
             image = source if isinstance(source, Image.Image) else Image.open(source, formats=IMAGE_FORMATS)
         except UnidentifiedImageError as error:  # Pillow's message contains an object's address
-            raise ValueError(f"not a picture in one of the formats {', '.join(IMAGE_FORMATS)}") from error
+            remedy = "".join(f": it is {name}, {REMEDIES[name]}" for name in _unread_format(source))
+            raise ValueError(f"not a picture in one of the formats {', '.join(IMAGE_FORMATS)}{remedy}") from error
     with image:
         width, height = image.size
         if width * height > MAX_PIXELS:
@@ -125,6 +143,27 @@ def read_image(source: str | os.PathLike | BinaryIO | Image.Image) -> Image.Imag
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image)
         return image.convert("RGB")
+
+
+def _unread_format(source: Any) -> list[str]:
+    """The one of REMEDIES that the content of a file has, whatever its name."""
+    if isinstance(source, str | os.PathLike):
+        with open(source, "rb") as file:
+            return _unread_format(file)
+    source.seek(0)
+    begin = source.read(1024)
+    if begin[4:8] == b"ftyp" and begin[8:12] in (
+        b"heic",
+        b"heix",
+        b"heim",
+        b"heis",
+        b"hevc",
+        b"hevx",
+        b"mif1",
+        b"msf1",
+    ):
+        return ["HEIC"]
+    return ["SVG"] if b"<svg" in begin else []
 
 
 def _in_8_bits(image: Image.Image) -> Image.Image:

@@ -131,3 +131,18 @@ def test_what_cannot_be_read_now_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", lambda path: denied(path) if str(path).endswith("b") else scandir(path))
     with pytest.raises(ValmError, match=r"cannot read the folder .*/b: Input/output error"):
         find_images(tmp_path)
+
+
+def test_formats_that_are_not_read_have_a_remedy(tmp_path):
+    """By the suffix in a folder, by the content of a file: phones write HEIC that is named .jpg."""
+    (tmp_path / "a.HEIC").touch()
+    with pytest.raises(
+        ValmError, match=r"no images in .*; HEIC is not read: convert it to JPEG, such as by ImageMagick"
+    ):
+        find_images(tmp_path)
+    heic, svg = b"\0\0\0\x24ftypheic\0\0\0\0mif1", b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>'
+    for content, remedy in ((heic, "it is HEIC, convert it to JPEG"), (svg, "it is SVG, draw it as PNG")):
+        (tmp_path / "a.jpg").write_bytes(content)
+        for source in (io.BytesIO(content), tmp_path / "a.jpg"):
+            with pytest.raises(ValueError, match=f"not a picture in one of the formats JPEG, .*: {remedy}"):
+                read_image(source)

@@ -11,7 +11,7 @@ from typing import Any
 from valm.knowledge_base.captions import CAPTION_SUFFIXES, read_captions
 from valm.knowledge_base.encode import Record, encode_records
 from valm.knowledge_base.fingerprint import fingerprint_records
-from valm.knowledge_base.images import FolderContent, find_images
+from valm.knowledge_base.images import FolderContent, find_images, unread_formats
 from valm.knowledge_base.sources import SourceShard
 
 
@@ -82,7 +82,7 @@ def _remarks(content: FolderContent, without_caption: int) -> list[str]:
     remarks = []
     if ignored:
         kinds = ", ".join(f"{count:,} {suffix or 'without a suffix'}" for suffix, count in sorted(ignored.items()))
-        remarks.append(f"files ignored: {kinds}")
+        remarks.append("; ".join([f"files ignored: {kinds}", *unread_formats(ignored)]))
     if without_caption:
         remarks.append(f"{without_caption:,} of {len(content.images):,} images have no caption")
     if content.links:
