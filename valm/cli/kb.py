@@ -219,14 +219,41 @@ def run_add(arguments: argparse.Namespace) -> None:
     from valm_kernels.atomic_files import remove_folder, remove_leftovers
 
     check_alone("valm kb add")
-    source, kb = open_source(arguments), ImageKnowledgeBase.open(arguments.kb)
+    kb = ImageKnowledgeBase.open(arguments.kb)
+    check_new(arguments.out)
+    source = open_source(arguments)
     clip = kb.load_clip(arguments.clip, allow_download=arguments.allow_download).to(chosen_device(arguments))
     encoding = Encoding(batch_size=arguments.batch_size, thumbnails=arguments.thumbnails)
-    added = arguments.out.with_name(arguments.out.name + ".added")
+    added = added_folder(arguments.out)
     remove_leftovers(writable_folder(added.parent), re.compile(re.escape(added.name) + ".*"))
     build(source, added, clip, encoding, run=chosen_run(arguments))
     print_built(merge([kb.path, added], arguments.out))
     remove_folder(added)
+
+
+def added_folder(out: Path) -> Path:
+    """Where `kb add --out OUT` encodes the images, before it joins them."""
+    return out.with_name(out.name + ".added")
+
+
+def check_new(out: Path) -> None:
+    """Checks before `kb add` encodes anything that it can write `out`.
+
+    Raises:
+        ValmError: `out` holds something, and all images are not encoded yet, so it is not a killed `kb add` that is to
+            go on.
+    """
+    from valm.store.files import exists, is_folder
+    from valm.store.manifest import MANIFEST_FILE
+    from valm_kernels.atomic_files import is_temporary
+
+    if not exists(out) or exists(added_folder(out) / MANIFEST_FILE):
+        return
+    if not is_folder(out):
+        raise ValmError(f"the output {out} is a file; choose a folder")
+    found = sorted(file.name for file in out.iterdir() if not is_temporary(file.name))
+    if found:
+        raise ValmError(f"the output folder {out} is not empty (it has {found[0]}); choose a new one")
 
 
 def open_source(arguments: argparse.Namespace) -> Source:
@@ -259,7 +286,7 @@ def run_index(arguments: argparse.Namespace) -> None:
     from valm.retrieval.context import ContextEncoder
     from valm.retrieval.faiss_gpu import faiss_device
     from valm.retrieval.faiss_index import remove_index
-    from valm.retrieval.index_factory import choose_factory
+    from valm.retrieval.index_factory import EXACT_BELOW, choose_factory
     from valm.retrieval.index_tuning import build_index, captions, context_queries
     from valm.store.files import read_text
 
@@ -267,6 +294,10 @@ def run_index(arguments: argparse.Namespace) -> None:
     factory = arguments.factory or choose_factory(len(kb), kb.dim)
     if factory is None:
         remove_index(kb)
+        print(
+            f"no index was built: it would save no time with {len(kb):,} images (from {EXACT_BELOW:,} on it does, and "
+            "--factory builds one of any number)"
+        )
     else:
         texts = captions(kb) if arguments.queries is None else read_text(arguments.queries).splitlines()
         source = "captions of the images" if arguments.queries is None else arguments.queries.name

@@ -97,7 +97,9 @@ def test_kb_index(copy_of, capsys):
     pytest.importorskip("faiss", reason="needs faiss: install valm[faiss]")
     root = copy_of("kb", "clip", "valm")
     assert run("kb", "index", root / "kb") == 0
-    assert "searched exactly" in capsys.readouterr().out  # there are few pictures
+    out = capsys.readouterr().out
+    assert out.startswith("no index was built: it would save no time with 6 images (from 50,000 on it does, and --fact")
+    assert "searched exactly" in out
     options = ["--factory", "IVF2,Flat", "-k", 1, "--target-recall", 1]
     assert run("kb", "index", root / "kb", *options) == 0
     out = capsys.readouterr().out
@@ -172,13 +174,19 @@ def test_a_corrupt_picture_is_named_and_left_out(world, tmp_path, capsys):
 def test_what_kb_build_passes_over_is_said(world, tmp_path, capsys):
     shutil.copytree(world / "pictures", tmp_path / "pictures")
     (tmp_path / "pictures" / "drawing.svg").touch()
+    (tmp_path / "pictures" / "phone.HEIC").touch()
     (tmp_path / "pictures" / "sea.txt").unlink()
     (tmp_path / "pictures" / "more").symlink_to(world / "pictures")
     build = ["kb", "build", tmp_path / "pictures", "--clip", world / "clip"]
     assert run(*build, "--out", tmp_path / "kb") == 0
     out, err = capsys.readouterr()
     assert "6 images, 5 with captions" in out
-    for remark in ("files ignored: 1 .svg", "1 of 6 images have no caption", "1 linked folders not followed"):
+    for remark in (
+        "files ignored: 1 .heic, 1 .svg; HEIC is not read: convert it to JPEG, such as by ImageMagick: magick NAME.he",
+        "; SVG is not read: draw it as PNG, such as by librsvg: rsvg-convert NAME.svg -o NAME.png",
+        "1 of 6 images have no caption",
+        "1 linked folders not followed",
+    ):
         assert remark in err
     assert run(*build, "--out", tmp_path / "all", "--follow-links") == 0
     assert "12 images" in capsys.readouterr().out
@@ -203,6 +211,31 @@ def test_kb_add_joins_more_pictures(world, tmp_path, capsys):
     kb = ImageKnowledgeBase.open(tmp_path / "kb")
     assert kb.item(6).uri == "orange.png" and kb.verify(progress=False) == []
     assert sorted(os.listdir(tmp_path)) == ["kb", "more"]
+
+
+def test_kb_add_looks_at_its_output_before_it_encodes(world, copy_of, capsys, monkeypatch):
+    root = copy_of("kb", "clip")
+    (root / "file").touch()
+    monkeypatch.setattr("valm.knowledge_base.build.build", lambda *arguments, **options: pytest.fail("it encodes"))
+    for out, error in (
+        ("kb", "is not empty (it has "),
+        ("clip", "is not empty (it has "),
+        ("file", "is a file; choose"),
+    ):
+        assert run("kb", "add", world / "kb", world / "pictures", "--out", root / out) == 1
+        assert error in capsys.readouterr().err
+    assert sorted(os.listdir(root)) == ["clip", "file", "kb"]
+
+
+def test_a_killed_kb_add_goes_on(world, tmp_path, monkeypatch):
+    """While it joins, and while it removes what it has joined."""
+    add = ["kb", "add", world / "kb", world / "pictures", "--out", tmp_path / "kb"]
+    for killed in ("valm.knowledge_base.merge._copy_shard", "valm_kernels.atomic_files.remove_folder"):
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+            patch.setattr(killed, lambda *arguments, **options: (_ for _ in ()).throw(RuntimeError("killed")))
+            run(*add)
+    assert run(*add) == 0
+    assert len(ImageKnowledgeBase.open(tmp_path / "kb")) == 12 and os.listdir(tmp_path) == ["kb"]
 
 
 def test_pictures_that_are_there_twice(world, tmp_path, capsys):
