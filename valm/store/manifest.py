@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
@@ -25,6 +26,8 @@ from valm_kernels.json_files import Count, Matching, SchemaError, Sha256, check,
 MANIFEST_FILE = "manifest.json"
 # The plan of a folder that is not finished (`valm.store.shards`).
 BUILD_FILE = "build.json"
+# Stores in a folder that an error names, if the folder itself is none.
+BELOW_SHOWN = 8
 # The names that `ShardFiles` writes: kind, number of the shard, suffix.
 FILE_NAME = r"[a-z_]+-[0-9]{5,9}\.(npy|parquet|json)"
 
@@ -117,12 +120,11 @@ def open_manifest(path: Path, what: str, version: int, command: str, schema: typ
     if not is_folder(path):
         raise ValmError(f"no {what} at {path}: there is no such folder")
     if not exists(path / MANIFEST_FILE):
-        unfinished = (path / BUILD_FILE).exists()
-        raise ValmError(
-            f"the {what} {path} is unfinished; run `{command}` again, it resumes where it stopped"
-            if unfinished
-            else f"{path} is not a {what}: it has no {MANIFEST_FILE}; make one with `{command}`"
-        )
+        if (path / BUILD_FILE).exists():
+            raise ValmError(f"the {what} {path} is unfinished; run `{command}` again, it resumes where it stopped")
+        below = _stores_below(path, what)
+        remedy = f"name one of those in it: {', '.join(below)}" if below else f"make one with `{command}`"
+        raise ValmError(f"{path} is not a {what}: it has no {MANIFEST_FILE}; {remedy}")
     try:
         own_file(path / MANIFEST_FILE)
     except ValueError as error:
@@ -146,6 +148,17 @@ def open_manifest(path: Path, what: str, version: int, command: str, schema: typ
     except ValueError as error:
         raise ValmError(f"the {what} {path} is damaged: {error}; make it again") from error
     return manifest
+
+
+def _stores_below(path: Path, what: str) -> list[str]:
+    """The folders in `path` whose manifest is that of a `what`, at most BELOW_SHOWN."""
+    found = []
+    for file in sorted(path.glob(f"*/{MANIFEST_FILE}")):
+        with suppress(ValmError):
+            manifest = read_json(file, "the manifest", dict[str, Any])
+            if manifest.get("format") == f"valm {what}":
+                found.append(str(file.parent))
+    return found[:BELOW_SHOWN]
 
 
 def open_array(file: Path, shape: tuple[int, ...], dtype: npt.DTypeLike) -> np.memmap:

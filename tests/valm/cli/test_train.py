@@ -683,6 +683,11 @@ def wrong_inputs():
         "config missing": ([*train, "--config", "{tmp}/none.yaml"], "cannot read {tmp}/none.yaml"),
         "config that is none": ([*train, "--config", "{world}/corpus.txt"], "is no list of options"),
         "not a retrieval": ([*cached[:2], "{world}/kb", *cached[3:]], "is not the manifest of a corpus retrieval"),
+        "retrievals one level below": (
+            [*cached[:2], "{tmp}/both", *cached[3:]],
+            "{tmp}/both is not a corpus retrieval: it has no manifest.json; name one of those in it: {tmp}/both/eot, "
+            "{tmp}/both/state",
+        ),
         "no such retrieval": ([*cached[:2], "{tmp}/none", *cached[3:]], "no corpus retrieval at {tmp}/none"),
         "setting of a retrieval": ([*cached, "--query", "eot"], "--query was decided when"),
         "output is a file": ([*train[:3], "{world}/corpus.txt", "--clip", "{world}/clip"], "{world}/corpus.txt"),
@@ -690,9 +695,11 @@ def wrong_inputs():
 
 
 @pytest.mark.parametrize("name", wrong_inputs())
-def test_wrong_input_is_one_sentence(sentence, name, base, tmp_path):
+def test_wrong_input_is_one_sentence(sentence, name, base, world, tmp_path):
     (tmp_path / "wrong.yaml").write_text("learning_rat: 1")
     (tmp_path / "value.yaml").write_text("layers: many")
+    for below in ("retrieval/eot", "retrieval/state", "kb/kb"):
+        shutil.copytree(world / below.partition("/")[0], tmp_path / "both" / below.partition("/")[2])
     shutil.copytree(base, tmp_path / "hole")
     weights = load_file(base / "model.safetensors")
     save_file(
