@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import shlex
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +24,7 @@ from valm.errors import ValmError
 
 if TYPE_CHECKING:
     from valm.training import TrainingPlan
+    from valm.training.image_trainer import ImageTrainer
 
 
 def add_to(commands: Commands) -> None:
@@ -152,12 +152,18 @@ def chosen_plan(arguments: argparse.Namespace) -> TrainingPlan:
     return TrainingPlan(**{name: options[name] for name in names if options[name] is not None})
 
 
-def print_held_out(numbers: Mapping[str, float]) -> None:
-    """Prints the perplexities that `valm.training.mix.mix` found, if there are any."""
+def print_held_out(training: ImageTrainer) -> None:
+    """Prints the perplexities of the documents that were held out, if there are any: those that
+    `valm.training.mix.mix` found, or the logged one of the model."""
+    numbers = training.model_numbers()
     lines = {"eval_perplexity_base": "of the base", "eval_perplexity_trained": "after the training"}
     if "base_share" in numbers:
         lines["eval_perplexity"] = f"mixed with the base, whose share is {numbers['base_share']:g}"
     lines["eval_perplexity_without_images"] = "the same without images"
+    if "eval_perplexity_base" not in numbers:
+        best = training.args.load_best_model_at_end
+        last = "of the best checkpoint, at step {}, which is the model" if best else "at the last evaluation"
+        lines = {"eval_perplexity": last.format(f"{numbers['steps']:.0f}")}
     for name, what in lines.items():
         if name in numbers:
             print(f"held-out perplexity {numbers[name]:.2f} {what}")
@@ -169,6 +175,6 @@ def run_train(arguments: argparse.Namespace) -> None:
     plan = chosen_plan(arguments)
     training = plan.run(command=shlex.join(["valm", *arguments.command_line]))
     if training.is_world_process_zero():
-        print_held_out(training.numbers)
+        print_held_out(training)
         losses = training.losses()
         print(f"loss {losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last; written to {plan.out}")

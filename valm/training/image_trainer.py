@@ -110,20 +110,26 @@ class ImageTrainer(Trainer):
         metrics: Any = output.metrics
         return metrics["eval_loss"]
 
+    def model_numbers(self) -> dict[str, float]:
+        """What was logged or measured of the model that `write` writes: `steps` after which, and losses and the like.
+
+        If the best checkpoint became the model, later numbers belong to another one.
+        """
+        best = self.state.best_global_step if self.args.load_best_model_at_end else None
+        step = best or self.state.global_step
+        numbers = {"steps": float(step)}
+        for entry in self.state.log_history:  # the last of each stays
+            if entry["step"] <= step:
+                numbers |= {name: entry[name] for name in entry if _is_of_model(name)}
+        return numbers | self.numbers
+
     def write(self, folder: Any, tokenizer: Any, *, command: str | None = None) -> None:
         """Writes the trained model into `folder`, whole or not at all, with a card that has its losses and `command`;
         all processes call it (`save_checkpoint`)."""
         state = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
         if self.args.should_save:
             model = self.accelerator.unwrap_model(self.model)
-            # if the best checkpoint became the model, later numbers belong to another one
-            best = self.state.best_global_step if self.args.load_best_model_at_end else None
-            step = best or self.state.global_step
-            numbers = {"steps": float(step)}
-            for entry in self.state.log_history:  # the last of each stays
-                if entry["step"] <= step:
-                    numbers |= {name: entry[name] for name in entry if _is_of_model(name)}
-            numbers |= self.numbers
+            numbers = self.model_numbers()
             save_checkpoint(
                 model, tokenizer, folder, state_dict=state, note=self.note, numbers=numbers, command=command
             )

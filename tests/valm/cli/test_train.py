@@ -513,7 +513,7 @@ def evaluations(folder):
     ]
 
 
-def test_a_text_of_its_own_is_measured_as_it_goes_and_the_best_checkpoint_becomes_the_model(world, tmp_path):
+def test_a_text_of_its_own_is_measured_as_it_goes_and_the_best_checkpoint_becomes_the_model(world, tmp_path, capsys):
     train = ["train", world / "corpus.txt", "--kb", world / "kb", "-k", 2, *SIZE, "--out", tmp_path / "model"]
     check = ["--validation", world / "corpus.txt", "--save_steps", 1]
     assert run(*train, *check) == 0
@@ -521,6 +521,8 @@ def test_a_text_of_its_own_is_measured_as_it_goes_and_the_best_checkpoint_become
     assert [entry["step"] for entry in found] == [1, 2, 3]
     assert all(entry["eval_perplexity"] > 1 for entry in found)
     best = min(found, key=lambda entry: entry["eval_loss"])["step"]
+    perplexity = f"held-out perplexity {found[best - 1]['eval_perplexity']:.2f} of the best checkpoint, at step {best}"
+    assert f"{perplexity}, which is the model\n" in capsys.readouterr().out
     weights = [
         load_file(path / "model.safetensors") for path in (tmp_path / "model", tmp_path / f"model/checkpoint-{best}")
     ]
