@@ -17,6 +17,7 @@ from valm.errors import ValmError
 from valm.model.attention import FusionOptions
 from valm.model.augment import AugmentedCausalLM, become_augmented
 from valm.model.card import write_card
+from valm.model.config_file import ADAPTER_FILE
 from valm.model.image_model import ImageModel
 from valm.model.probe import decoder_layers
 from valm.model.sketch import fingerprint, other_tensor, other_weight, project, sketch
@@ -24,7 +25,6 @@ from valm.store.files import check_regular, read_json, write_json
 from valm.store.whole_folder import current_files, replaced_files
 from valm.text import one_line
 
-ADAPTER_FILE = "image_fusion.json"
 WEIGHTS_FILE = "image_fusion.safetensors"
 FORMAT_VERSION = 1
 

@@ -11,11 +11,12 @@ from typing import Any, TypedDict
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from valm.errors import ValmError
-from valm.model.adapter import ADAPTER_FILE, adapter_base, is_adapter, load_adapter
+from valm.model.adapter import adapter_base, is_adapter, load_adapter
 from valm.model.card import CARD_FILE, write_card
-from valm.model.config_file import MODEL_TYPE
+from valm.model.config_file import ADAPTER_FILE, MODEL_TYPE
 from valm.model.gpt2 import VaLMForCausalLM
 from valm.model.image_model import ImageModel
 from valm.model.positions import positions
@@ -165,7 +166,9 @@ def _load_whole(folder: Path, files: Path) -> Any:
         raise ValmError(f"{folder} is no checkpoint: it has no {CONFIG_FILE}")
     kind = read_json(files / CONFIG_FILE, "the config", ModelConfig, "save the checkpoint again").get("model_type")
     if kind != MODEL_TYPE:
-        raise ValmError(f"{folder} holds a model of type {short(kind)}, expected {MODEL_TYPE!r}")
+        plain = isinstance(kind, str) and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        remedy = f": it sees no images until `valm train --base {folder}` trains it to" if plain else ""
+        raise ValmError(f"{folder} holds a model of type {short(kind)}, expected {MODEL_TYPE!r}{remedy}")
     model, report = from_pretrained(
         AutoModelForCausalLM,
         files,

@@ -1,4 +1,4 @@
-"""What the config.json of a model with images says to transformers."""
+"""What the config.json of a model with images says to transformers, and the file that an adapter has instead."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from contextvars import ContextVar
 
 # Of a VaLM, and of a decoder that `valm.augment` made one that takes images.
 MODEL_TYPE = "valm"
+
+# Of an adapter (`valm.model.adapter`), whose base model has the config.
+ADAPTER_FILE = "image_fusion.json"
 
 # The entry of a config in which transformers looks for the name of its weights. In the file of a model with images it
 # has this sentence, so a class of transformers raises it instead of loading the model without its images.

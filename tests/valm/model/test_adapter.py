@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -12,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    AutoTokenizer,
     GPT2LMHeadModel,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -20,6 +22,7 @@ from transformers import (
 
 from tests.valm.model.decoders import augmented, random_ids, random_images, tiny_gpt2, tiny_llama
 from tests.valm.models import tiny_model
+from tests.valm.other_tokenizers import chat_like
 from valm import VaLMForCausalLM, load, load_adapter, save_adapter
 from valm.errors import ValmError
 from valm.model.augment import augment, fusion_module
@@ -155,6 +158,20 @@ def test_the_scale_of_retrieval_scores_is_saved(tmp_path, base_folder):
     for loaded in (adapter, AutoModelForCausalLM.from_pretrained(tmp_path / "whole")):
         assert loaded.image_options.scored and loaded.config.valm["score_scale"] == 0.5
         assert fusion_module(loaded).score_scale.tolist() == [1.25]
+
+
+@pytest.mark.parametrize("loader", [AutoModelForCausalLM, AutoModel, AutoConfig, LlamaForCausalLM])
+def test_an_adapter_that_transformers_is_given_names_load(tmp_path, base_folder, loader):
+    save_adapter(augmented(lambda seed: AutoModelForCausalLM.from_pretrained(base_folder)), tmp_path / "adapter")
+    with pytest.raises(ValmError, match=r"adapter is an adapter, which transformers does not load: use valm\.load"):
+        loader.from_pretrained(tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        chat_like(["the sea"], vocab_size=260).save_pretrained(tmp_path / "adapter")
+        assert len(AutoTokenizer.from_pretrained(tmp_path / "adapter"))  # a tokenizer beside it opens
+    shutil.copytree(base_folder, tmp_path / "both")
+    shutil.copy(tmp_path / "adapter" / "image_fusion.json", tmp_path / "both")
+    AutoConfig.from_pretrained(tmp_path / "both")  # a base beside its adapter
 
 
 def test_an_adapter_from_before_retrieval_scores_opens(tmp_path, base_folder):
@@ -388,6 +405,7 @@ OTHER_CLASSES = [
     AutoModel,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    AutoTokenizer,
 ]
 
 
