@@ -62,6 +62,15 @@ def test_the_trainer_cuts_by_the_models_min_score(scored, tmp_path):
     assert any((cut[name] != uncut[name]).any() for name in cut)
 
 
+def test_what_is_evaluated_on_is_cut_too(scored, tmp_path):
+    def loss(model, eval_dataset):
+        made = new_trainer(tmp_path, model=model, dataset=scored, eval_dataset=eval_dataset)
+        return made.evaluate()["eval_loss"]
+
+    cut = loss(new_model(min_score=0.5), scored)
+    assert cut == loss(new_model(), list(WithMinScore(scored, 0.5))) != loss(new_model(), scored)
+
+
 def test_documents_without_scores_are_refused_before_the_training(tmp_path):
     with pytest.raises(ValmError, match="for a model with a min_score, has no retrieval scores: retrieve it again"):
         new_trainer(tmp_path, model=new_model(min_score=0.5))
