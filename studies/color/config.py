@@ -18,7 +18,7 @@ from valm_kernels.json_files import Count, SchemaError, check
 # The fields that a seed's results depend on: results are pooled only where these agree.
 RECIPE = ("language_model", "pictures", "clip", "text", "images", "training")
 # Counted up where the code draws or trains something else from the same fields.
-RECIPE_VERSION = 3
+RECIPE_VERSION = 4
 
 
 class Arm(NamedTuple):
