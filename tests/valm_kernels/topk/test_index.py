@@ -243,6 +243,18 @@ def test_save_and_load(tmp_path, dtype, mmap, equal_rows):
     assert len(loaded) == 63
 
 
+def test_what_is_read_into_memory_is_aligned(tmp_path):
+    """Searches of codes at other addresses took a third longer."""
+    FlatIPIndex(normals(61, 23), "int8").save(tmp_path)
+    folder = storage.Folder(tmp_path, mmap=False, verify=True)
+    for file in tmp_path.glob("*.npy"):
+        stored = np.load(file)
+        shape = tuple(None for _ in stored.shape)
+        array = folder.read(file.name.rpartition("-")[0], str(stored.dtype), shape)
+        assert array.ctypes.data % 64 == 0 and array.flags.writeable
+        assert np.array_equal(array, stored)
+
+
 def test_without_a_packed_copy(tmp_path):
     database, queries = normals(500, 24), normals(9, 24, seed=1)
     packed, plain = FlatIPIndex(database, "float16"), FlatIPIndex(database, "float16", pack=False)
