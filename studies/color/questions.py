@@ -19,6 +19,8 @@ from valm.evaluation.sets import SETS, Item, find_file, read_set
 COLOR_SETS = SET_NAMES[:3]
 FLICKR_CAPTIONS = Path("flickr8k_1000", "captions.txt")
 CAPTIONS = 200
+# Of held-out text, the kind that these are.
+CAPTIONS_KIND = "captions"
 VICOMTE_TRAINING_FILE = "color_single_train.jsonl"
 
 

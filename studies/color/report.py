@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from studies.color.config import ARMS, EXCHANGES, VALIDATION
+from studies.color.questions import CAPTIONS_KIND, FLICKR_CAPTIONS
 from studies.color.results import CALIBRATED, RAW, Results
 from valm.errors import ValmError
 from valm.evaluation.sets import SETS
@@ -221,6 +222,8 @@ def perplexities(results: Results) -> str:
                 cell += f", {value:.2f} [{low:.2f}, {high:.2f}]{_fewer(both, some)}"
             cells.append(cell + _fewer(some, results))
         lines.append(f"| {_arm(arm, images)} | {' | '.join(cells)} |")
+    if texts and CAPTIONS_KIND not in texts:
+        lines.append(f"\nNo captions of Flickr8k were read: VALM_EVAL_DATA names no folder that has {FLICKR_CAPTIONS}.")
     return "\n".join(lines)
 
 

@@ -37,7 +37,14 @@ from studies.color.config import (
     StudyConfig,
 )
 from studies.color.pictures import Picture, collect_pictures, read_pictures
-from studies.color.questions import COLOR_SETS, flickr_captions, item_names, set_questions, validation_questions
+from studies.color.questions import (
+    CAPTIONS_KIND,
+    COLOR_SETS,
+    flickr_captions,
+    item_names,
+    set_questions,
+    validation_questions,
+)
 from studies.color.scoring import compact, question_rows, read_from_fusion, score_arm, text_rows
 from studies.color.text import study_text
 from studies.color.words import Names
@@ -349,7 +356,7 @@ def _heldout(folder: Path, data: Path | None) -> dict[str, list[str]]:
     files = {file.stem.removeprefix("heldout-"): file for file in sorted(folder.glob("heldout-*.jsonl"))}
     found = {kind: list(read_documents([file], column="text")) for kind, file in files.items()}
     captions = flickr_captions(data)
-    return found | ({"captions": captions} if captions else {})
+    return found | ({CAPTIONS_KIND: captions} if captions else {})
 
 
 def _about(asked: Questions, conditions: Conditions) -> dict[str, Any]:

@@ -57,6 +57,15 @@ def test_a_number_of_fewer_seeds_says_which(tmp_path):
     assert summary(read_results([tmp_path / "without.json"])) == "No seed has both models yet."
 
 
+def test_captions_that_were_not_read_are_a_line(tmp_path):
+    line = "No captions of Flickr8k were read: VALM_EVAL_DATA names no folder that has flickr8k_1000/captions.txt."
+    assert perplexities(read_results(write(tmp_path))).endswith(f"|\n\n{line}")
+    found = result(0)
+    found["rows"] += [row | {"text": "captions"} for row in found["rows"] if "text" in row]
+    (tmp_path / "whole.json").write_text(json.dumps(found))
+    assert line not in perplexities(read_results([tmp_path / "whole.json"]))
+
+
 def test_a_mark_of_no_table_is_named(tmp_path):
     page = tmp_path / "study.md"
     page.write_text("<!-- study: nothing -->\n<!-- end -->\n")
