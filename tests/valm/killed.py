@@ -45,6 +45,7 @@ def exit_code_if_killed_at(
             if done == point + 1:
                 os.kill(os.getpid(), number)
 
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
         sys.addaudithook(hook)
         function()
 
