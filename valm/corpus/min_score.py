@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from valm.clip.tokenizer import batches_by_length, padded, prompt_ids
 from valm.corpus.parts import read_documents
-from valm.corpus.retrieved import CorpusRetrieval
+from valm.corpus.retrieved import BATCH_TOKENS, CorpusRetrieval
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.min_score import choose_min_score
@@ -21,8 +22,8 @@ from valm.retrieval.retriever import Retriever
 
 AUTO = "auto"
 NO_SCORES = "has no retrieval scores: retrieve it again, `valm retrieve CORPUS --kb KB --out FOLDER` writes them"
-# Texts whose images are found at once.
-BATCH_TEXTS = 64
+# Texts that are read ahead, to find the images of equally long ones together.
+WINDOW = 256
 
 
 @dataclass(frozen=True)
@@ -68,45 +69,55 @@ class MinScore:
             retriever = model.retriever
             if not isinstance(retriever, Retriever):
                 raise ValmError(f"--min-score auto: {name} has no knowledge base: give it as kb (--kb)")
-            value = self.find(retriever.kb, retriever)
+            value = self.find(retriever.kb, retriever.encoder.query, retriever)
         model.set_min_score(value)
 
-    def find(self, kb: ImageKnowledgeBase, retriever: Retriever | None) -> float:
+    def find(self, kb: ImageKnowledgeBase, query: str, retriever: Retriever | None) -> float:
         """The number.
 
         Args:
-            kb: the model's knowledge base.
+            kb, query: the model's knowledge base and kind of query.
             retriever: finds the images of texts; None: only results of `valm retrieve` can be read.
 
         Raises:
-            ValmError: as `check`; or the texts cannot be read, were retrieved from another knowledge base or without
-                scores, or have no token with images.
+            ValmError: as `check`; or the texts cannot be read, were retrieved from another knowledge base, with another
+                kind of query or without scores, or have no token with images.
         """
         self.check()
         if not isinstance(self.score, str):
             return self.score
-        if self.questions is not None:
-            return choose_min_score(questions=_scores_of(Path(self.questions), kb, retriever))
-        assert self.ordinary_text is not None  # as `check` found
-        return choose_min_score(text=_scores_of(Path(self.ordinary_text), kb, retriever))
+        source = self.ordinary_text if self.questions is None else self.questions
+        assert source is not None  # as `check` found
+        path = Path(source)
+        found = _stored_scores(path, kb, query) if path.is_dir() else _scores_of(path, retriever)
+        return choose_min_score(**{"text" if self.questions is None else "questions": found})
 
 
-def _scores_of(source: Path, kb: ImageKnowledgeBase, retriever: Retriever | None) -> Iterator[np.ndarray]:
-    """The retrieval scores (T, K) of each document in `source`, a text file or a result of `valm retrieve`."""
-    if source.is_dir():
-        corpus = CorpusRetrieval.open(source)
-        corpus.check_knowledge_base(kb)
-        if not corpus.has_scores:
-            raise ValmError(f"{source} {NO_SCORES}")
-        for number in range(len(corpus)):
-            yield corpus[number]["image_scores"]
-        return
+def _stored_scores(folder: Path, kb: ImageKnowledgeBase, query: str) -> Iterator[np.ndarray]:
+    """The retrieval scores (T, K) of each document in `folder`, without the eos behind its text."""
+    corpus = CorpusRetrieval.open(folder)
+    corpus.check_knowledge_base(kb)
+    if corpus.query != query:
+        raise ValmError(f"{folder} was retrieved with {corpus.query!r} queries, and the model has {query!r} ones")
+    if not corpus.has_scores:
+        raise ValmError(f"{folder} {NO_SCORES}")
+    eos = corpus.tokenizer.eos_token_id
+    for number in range(len(corpus)):
+        document = corpus[number]
+        yield document["image_scores"][: -1 if document["input_ids"][-1] == eos else None]
+
+
+def _scores_of(file: Path, retriever: Retriever | None) -> Iterator[np.ndarray]:
+    """The retrieval scores (T, K) of each document in the text `file`, in any order."""
     if retriever is None:
-        raise ValmError(f"the corpus was retrieved: retrieve {source} too, and give that folder")
-    texts = iter(read_documents([source]))
-    retriever = retriever.with_min_score(None)
-    while batch := list(itertools.islice(texts, BATCH_TEXTS)):
-        ids, scores = retriever.find(batch)
-        last = (ids[..., 0] >= 0).cpu().numpy()
-        for row, found in zip(scores.cpu().numpy(), last, strict=True):
-            yield row[: int(np.flatnonzero(found).max(initial=0)) + 1]  # without padding
+        raise ValmError(f"the corpus was retrieved: retrieve {file} too, and give that folder")
+    retriever, texts = retriever.with_min_score(None), read_documents([file])
+    while window := list(itertools.islice(texts, WINDOW)):
+        rows = [prompt_ids(retriever.encoder.tokenizer, text) for text in window]
+        for batch in batches_by_length(list(map(len, rows)), BATCH_TOKENS):
+            try:
+                _, scores = retriever.find(*padded([rows[index] for index in batch]))
+            except ValueError as error:  # longer than a query head can read
+                raise ValmError(f"the images of {file} cannot be found: {error}") from error
+            for index, found in zip(batch, scores.cpu().numpy(), strict=True):
+                yield found[: len(rows[index])]

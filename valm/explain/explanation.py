@@ -15,6 +15,7 @@ from valm.clip.tokenizer import begin_id, prompt_ids
 from valm.errors import ValmError
 from valm.evaluation.scoring import answer_tokens, check_writable, context_length
 from valm.explain.images import FindsImages, ShownImage, show_images
+from valm.retrieval.min_score import cut
 from valm.retrieval.retriever import BlindRetriever, Retrieved
 
 # Limits the page: each token is a row of images and a row of the attention matrix.
@@ -171,7 +172,11 @@ def _why_no_images(model: Any, with_images: bool) -> str:
 def _find(model: Any, retriever: FindsImages | None, ids: Tensor) -> Retrieved:
     """The images of each token; none at all without a retriever."""
     if retriever is not None:
-        return Retrieved(*(tensor.to(ids.device) for tensor in retriever(ids)))
+        found = Retrieved(*(tensor.to(ids.device) for tensor in retriever(ids)))
+        if hasattr(retriever, "with_min_score"):
+            return found
+        index, scores = cut(found.image_index, found.scores, model.image_options.min_score)  # as the model does
+        return found._replace(image_index=index, scores=scores)
     none = torch.empty(*ids.shape, 0, device=ids.device)
     pool = torch.empty(0, model.image_options.image_dim, device=ids.device)
     return Retrieved(pool, none.long(), torch.empty(0, dtype=torch.int64), none)

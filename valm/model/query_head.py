@@ -180,7 +180,8 @@ class SelfRetriever(Retriever):
         """As `Retriever.find`, without a cache."""
         if not isinstance(input_ids, Tensor):
             input_ids, attention_mask = padded([prompt_ids(self.encoder.tokenizer, text) for text in input_ids])
-        return cut(*self.nearest(self.encoder(input_ids, attention_mask)), self.min_score)
+        mask = None if attention_mask is None else attention_mask.to(self.device)
+        return cut(*self.nearest(self.encoder(input_ids.to(self.device), mask)), self.min_score)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # made anew, as a Retriever is, it would look at a model that holds it and is itself not whole yet

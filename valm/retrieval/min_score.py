@@ -43,6 +43,8 @@ def choose_min_score(questions: Iterable[np.ndarray] | None = None, text: Iterab
         text: instead, the scores (T, K) of documents that need no images. The result is the (100 - PERCENT)th
             percentile of the best scores of their tokens.
 
+    It is rounded to four decimals, so that another device chooses the same.
+
     Raises:
         ValmError: there is nothing to choose from.
     """
@@ -55,4 +57,4 @@ def choose_min_score(questions: Iterable[np.ndarray] | None = None, text: Iterab
     best = best[np.isfinite(best)]  # the first token of a document has no images
     if len(best) == 0:
         raise ValmError(f"the {what} to choose min_score from has no token with images")
-    return float(np.percentile(best, percent))
+    return round(float(np.percentile(best, percent)), 4)

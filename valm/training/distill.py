@@ -11,6 +11,7 @@ depends on small differences between the nearest ones, which the cosine hardly s
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -90,6 +91,12 @@ def distill_queries(
         raise ValmError(f"{corpus.path} has {corpus.k} images a token, but the model's num_images is {num_images}")
     if corpus.query != encoder.query:
         raise ValmError(f"{corpus.path} was retrieved with {corpus.query!r} queries, not with {encoder.query!r} ones")
+    if model.image_options.min_score is not None:
+        warnings.warn(
+            f"the model's min_score, {model.image_options.min_score}, is of CLIP's queries: choose it anew for those "
+            "of the head (--min-score auto, model.set_min_score)",
+            stacklevel=2,
+        )
     torch.manual_seed(seed)
     head = model.add_query_head(encoder.clip.weights_hash)
     retriever = SelfRetriever(SelfEncoder(model, tokenizer, kb), kb, model.image_options.num_images)

@@ -9,7 +9,7 @@ import numpy as np
 from valm.corpus.min_score import NO_SCORES
 from valm.errors import ValmError
 from valm.retrieval.min_score import below
-from valm.training.twins import Twin
+from valm.training.twins import Twin, image_ids
 
 
 class WithMinScore(Twin):
@@ -26,14 +26,14 @@ class WithMinScore(Twin):
         """Document `index`.
 
         Raises:
-            ValmError: it has no image_scores.
+            ValmError: it has no image_scores, or its image_ids cannot say -1.
         """
         document = self.documents[index]
         if "image_scores" not in document:
             raise ValmError(f"document {index}, for a model with a min_score, {NO_SCORES}")
         none = below(document["image_scores"], self.min_score)  # (T, 1)
         return document | {
-            "image_ids": np.where(none, -1, document["image_ids"]),
+            "image_ids": np.where(none, -1, image_ids(document, index)),
             "image_scores": np.where(none, np.float32(-np.inf), document["image_scores"]),
         }
 

@@ -45,7 +45,7 @@ def mix(training: ImageTrainer, base: Mapping[str, Tensor], shares: Sequence[flo
     trained = base_weights(model)
 
     def loss(share: float) -> float:
-        _set(model, {name: torch.lerp(trained[name], base[name], share) for name in base})
+        _set(model, trained, base, share)
         return training.held_out_loss()
 
     with _without_images(model):
@@ -74,9 +74,9 @@ def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 @torch.no_grad()
-def _set(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def _set(model: nn.Module, trained: Mapping[str, Tensor], base: Mapping[str, Tensor], share: float) -> None:
     for name, parameter in _trained(model):
-        parameter.copy_(weights[name])
+        parameter.copy_(torch.lerp(trained[name], base[name], share))
 
 
 @contextmanager

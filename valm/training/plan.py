@@ -30,6 +30,7 @@ from valm.retrieval.context import QUERIES
 from valm.retrieval.note import RetrievalNote, open_encoder
 from valm.retrieval.retriever import Retriever
 from valm.store.files import only_writer, output_folder
+from valm.store.manifest import MANIFEST_FILE
 from valm.training.callbacks import Patience, show_progress
 from valm.training.image_trainer import ImageTrainer
 from valm.training.launch import launched_processes
@@ -259,12 +260,13 @@ class TrainingPlan:
 
     def _min_score(self, kb: ImageKnowledgeBase | None, dataset: Any) -> float | None:
         """The `min_score` of the documents, also of those of a twin."""
-        if self.min_score is None or kb is None:
+        if kb is None or self.min_score is None:
             return None
+        if not isinstance(self.min_score, str):
+            return self.min_score
         retriever = None if self.corpus is None else self._retriever(kb)
-        found = MinScore(self.min_score, self.questions, self.ordinary_text).find(kb, retriever)
-        if isinstance(self.min_score, str):
-            print(f"min_score {found:.4f}: below it a token sees no images", file=sys.stderr)
+        found = MinScore(self.min_score, self.questions, self.ordinary_text).find(kb, dataset.query, retriever)
+        print(f"min_score {found:.4f}: below it a token sees no images", file=sys.stderr)
         return found
 
     def _model(
@@ -325,7 +327,7 @@ class TrainingPlan:
         """
 
         def with_images(documents: Any) -> Any:
-            seen = with_min_score(documents, min_score)
+            seen = documents if self.twin in ("text", "blind") else with_min_score(documents, min_score)
             return seen if self.twin is None or kb is None else twin(self.twin, seen, len(kb), seed)
 
         if self.validation is None:
@@ -402,7 +404,11 @@ class TrainingPlan:
                 "several processes train on what one has retrieved: run `valm retrieve`, and give --retrieval"
             )
         out = Path(self.out).absolute()
-        return corpus.retrieve(self._retriever(kb), out.with_name(f"{out.name}-{name}"))
+        folder = out.with_name(f"{out.name}-{name}")
+        scores = True
+        if self.min_score is None and self.score_scale is None and (folder / MANIFEST_FILE).is_file():
+            scores = CorpusRetrieval.open(folder).has_scores  # earlier versions wrote none
+        return corpus.retrieve(self._retriever(kb), folder, scores=scores)
 
     def _retriever(self, kb: ImageKnowledgeBase) -> Retriever:
         named = self.tokenizer or self.base

@@ -135,6 +135,15 @@ def test_controls_and_explanations_see_the_same_tokens(model, retriever, ids, mi
         page = explain(model, clip.tokenizer, TEXTS[0], retriever=finder)
         assert ((page.image_index < 0).all(-1) == none[0].numpy()).all()
         assert (page.image_weights[:, none[0].numpy()] == 0).all()
+
+    class OwnRetriever:
+        k, dim = retriever.k, retriever.dim
+
+        def __call__(self, ids, attention_mask=None):
+            return retriever(ids, attention_mask)
+
+    page = explain(model, clip.tokenizer, TEXTS[0], retriever=OwnRetriever())
+    assert ((page.image_index < 0).all(-1) == none[0].numpy()).all()
     switch_images(model, "off")
     assert isinstance(model.retriever, NoImages)
 

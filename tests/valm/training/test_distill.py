@@ -71,6 +71,12 @@ def test_the_agreement_is_that_of_the_held_out_documents(world, monkeypatch, n_p
     assert found.overlap == pytest.approx(np.mean(shares), abs=1e-6)
 
 
+def test_a_min_score_of_clips_queries_is_named(world):
+    make_model, *rest = world
+    with pytest.warns(UserWarning, match=r"the model's min_score, 0\.3, is of CLIP's queries: choose it anew"):
+        distill_queries(make_model(min_score=0.3), *rest, **SETTINGS | {"steps": 1})
+
+
 def test_the_agreement_is_measured_on_so_many_blocks(world, monkeypatch):
     make_model, *rest = world
     monkeypatch.setattr(distill, "HELD_OUT", 0.5)

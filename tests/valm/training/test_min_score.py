@@ -62,6 +62,12 @@ def test_the_trainer_cuts_by_the_models_min_score(scored, tmp_path):
     assert any((cut[name] != uncut[name]).any() for name in cut)
 
 
+def test_ids_that_cannot_say_no_image_are_refused(scored):
+    unsigned = [document | {"image_ids": document["image_ids"].astype(np.uint32)} for document in scored]
+    with pytest.raises(ValmError, match="image_ids of document 0 are uint32, which has no -1"):
+        with_min_score(unsigned, 0.5)
+
+
 def test_what_is_evaluated_on_is_cut_too(scored, tmp_path):
     def loss(model, eval_dataset):
         made = new_trainer(tmp_path, model=model, dataset=scored, eval_dataset=eval_dataset)
