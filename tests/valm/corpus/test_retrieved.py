@@ -355,8 +355,11 @@ def copied(corpus, tmp_path):
 
 
 def test_damage_is_named(copied, tmp_path):
-    with pytest.raises(ValmError, match=r"it has no manifest\.json; make one with `valm retrieve`"):
+    with pytest.raises(ValmError, match=rf"it has no manifest\.json; name one of those in it: .*{copied.name}"):
         CorpusRetrieval.open(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValmError, match=r"it has no manifest\.json; make one with `valm retrieve`"):
+        CorpusRetrieval.open(tmp_path / "empty")
     name = "image_ids-00001.npy"
     content = (copied / name).read_bytes()
     (copied / name).write_bytes(content[:-8])

@@ -405,7 +405,6 @@ OTHER_CLASSES = [
     AutoModel,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    AutoTokenizer,
 ]
 
 
