@@ -172,7 +172,7 @@ def chosen_min_score(arguments: argparse.Namespace) -> MinScore | None:
     names = (arguments.min_score, arguments.questions, arguments.ordinary_text)
     if names == (None, None, None):
         return None
-    found = MinScore(0.0 if arguments.min_score is None else arguments.min_score, *names[1:])
+    found = MinScore(*names)
     found.check()
     return found
 

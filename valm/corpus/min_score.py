@@ -31,12 +31,12 @@ class MinScore:
     """The options --min-score, --questions and --ordinary-text, whose names the error messages use.
 
     Attributes:
-        score: a number, or AUTO.
+        score: a number, or AUTO; None is not given.
         questions: of AUTO, texts at whose last tokens images matter.
         ordinary_text: of AUTO instead, texts that need none. Both are a text file, or a result of `valm retrieve`.
     """
 
-    score: float | str
+    score: float | str | None
     questions: str | os.PathLike | None = None
     ordinary_text: str | os.PathLike | None = None
 
@@ -72,8 +72,8 @@ class MinScore:
             value = self.find(retriever.kb, retriever.encoder.query, retriever)
         model.set_min_score(value)
 
-    def find(self, kb: ImageKnowledgeBase, query: str, retriever: Retriever | None) -> float:
-        """The number.
+    def find(self, kb: ImageKnowledgeBase, query: str, retriever: Retriever | None) -> float | None:
+        """The number, chosen if it is AUTO.
 
         Args:
             kb, query: the model's knowledge base and kind of query.

@@ -26,8 +26,7 @@ def check_score_scale(name: str, value: float | None, num_images: int) -> None:
     """
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValmError(f"{name} must be a finite number or None, got {value!r}")
+    _check_finite(name, value)
     if num_images == 0:
         raise ValmError(f"{name} scales the scores of images, but with num_images = 0 there are none: set it to None")
 
@@ -40,12 +39,16 @@ def check_min_score(value: float | None, num_images: int, blind: bool) -> None:
     """
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValmError(f"min_score must be a finite number or None, got {value!r}")
+    _check_finite("min_score", value)
     if num_images == 0 or blind:
         raise ValmError(
             f"min_score is of retrieved images, got num_images = {num_images}, blind = {blind}: set it to None"
         )
+
+
+def _check_finite(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValmError(f"{name} must be a finite number or None, got {value!r}")
 
 
 class ValmConfig(GPT2Config):

@@ -232,7 +232,7 @@ class TrainingPlan:
                 f"--twin {self.twin} exchanges images, and their retrieval scores are not known: give it without "
                 "--score-scale"
             )
-        MinScore(0.0 if self.min_score is None else self.min_score, self.questions, self.ordinary_text).check()
+        MinScore(self.min_score, self.questions, self.ordinary_text).check()
         if "output_dir" in self.fields:
             raise ValmError("output_dir is the folder that --out names: leave it out")
 
