@@ -38,6 +38,7 @@ def visual_fusion_attn(
     image_score_bias: Tensor | None = None,
     first_key: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     cache_seqlens: Tensor | None = None,
     image_slots: Tensor | None = None,
     causal: bool = True,
@@ -64,6 +65,7 @@ def visual_fusion_attn(
     image_score_bias: Tensor | None = None,
     first_key: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     cache_seqlens: Tensor | None = None,
     image_slots: Tensor | None = None,
     causal: bool = True,
@@ -90,6 +92,7 @@ def visual_fusion_attn(
     image_score_bias: Tensor | None = None,
     first_key: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     cache_seqlens: Tensor | None = None,
     image_slots: Tensor | None = None,
     causal: bool = True,
@@ -115,6 +118,7 @@ def visual_fusion_attn(
     image_score_bias: Tensor | None = None,
     first_key: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     cache_seqlens: Tensor | None = None,
     image_slots: Tensor | None = None,
     causal: bool = True,
@@ -162,16 +166,18 @@ def visual_fusion_attn(
         first_key: (B, Tq) int32, the first text key that each query sees: left padding, packed documents and
             sliding windows. It need not be monotone; values <= 0 mean all keys. It limits text only: mask the
             images of a padding query by image_index or image_mask.
-        cu_seqlens: (N + 1,) int32 or int64, for B = 1: the row is N documents, and document n is the keys from
-            cu_seqlens[n] to cu_seqlens[n + 1] - 1, as in flash-attention. It rises from 0 to Tk and may repeat a
-            number (an empty document); on CPU anything else raises, on CUDA it is undefined behaviour, as for
-            image_index. A query sees only text of its own document; with first_key as well, the later of the two
-            limits counts. Every call computes first_key from it, so a model of many layers saves time by doing that
-            once. It needs causal=True and no cache_seqlens.
+        cu_seqlens: (N + 1,) int32 or int64: the B rows, one behind the other, are N documents, and document n is the
+            keys from cu_seqlens[n] to cu_seqlens[n + 1] - 1 of these B Tk, as in flash-attention. It rises from 0 to
+            B Tk, has the bound of each row, and may repeat a number (an empty document); on CPU anything else raises,
+            on CUDA it is undefined behaviour, as for image_index. A query sees only text of its own document; with
+            first_key as well, the later of the two limits counts. Every call computes first_key from it, so a model of
+            many layers saves time by doing that once. It needs causal=True and no cache_seqlens.
         cache_seqlens: (B,) int32, how many keys of each row there are, those of this call included: takes the place of
             Tk in j <= i + (Tk - Tq), for a cache of constant size Tk that is being filled (StaticCache, CUDA graphs).
             The keys and values from there on are not used and may be anything, NaN too. 0 to Tk, fewer than Tq too:
             on CPU anything else raises, on CUDA it counts as the nearest of these. It limits text only.
+        max_seqlen: the longest document of cu_seqlens has at most as many tokens, Tk by default: "flash+triton" then
+            starts fewer programs. On CPU a longer document raises, on CUDA it is undefined behaviour.
         image_slots: (U + 1 + B Tq K,) int32, `sort_image_slots(image_index, U)`, for training on CUDA: the backward of
             the pooled layout then sorts nothing. Gradients are the same to the last bit. On CPU it changes nothing,
             and raises if it belongs to another image_index; on CUDA that is undefined behaviour, as for image_index.
@@ -180,12 +186,13 @@ def visual_fusion_attn(
         return_lse: return (out, lse) instead of out.
         return_image_weights: return the weights b_ik of the images as well, after the other results. Without a second
             pass over the text: the same kernel writes the scores t_ik, and the weights are exp(t_ik - lse_i).
-        impl: "auto" uses "triton" for CUDA tensors and "cpu" for CPU tensors. For long CUDA texts (Tk D >= 2048 * 128)
-            it uses "flash+triton" where that serves the call: PyTorch's flash attention for the text and one kernel
-            that joins the images. That takes float16 and bfloat16, D a multiple of 8, with causal as many queries as
-            keys, and none of first_key, cache_seqlens and softcap; where lse or the weights of the images have a
-            gradient, its backward is that of "triton". Of documents in cu_seqlens, Tk stands for their mean length
-            here. A named implementation never falls back to another one.
+        impl: "auto" uses "triton" for CUDA tensors and "cpu" for CPU tensors. For CUDA texts without images, and long
+            ones with them (Tk D >= 2048 * 128, an estimate), it uses "flash+triton" where that serves the call:
+            PyTorch's flash attention for the text and one kernel that joins the images. That takes float16 and
+            bfloat16, D a multiple of 8, with causal as many queries as keys, and none of first_key, cache_seqlens and
+            softcap; where lse or the weights of the images have a gradient, or
+            `torch.use_deterministic_algorithms(True)` is set, its backward is that of "triton". Of documents in
+            cu_seqlens, Tk stands for their mean length here. A named implementation never falls back to another one.
             With VALM_KERNELS_AUTOTUNE=1 in the environment, "triton" tunes its tile sizes at the first call of each
             kind (device, dtype, sizes, layout and options), and caches them on disk.
 
@@ -209,13 +216,13 @@ def visual_fusion_attn(
     tensors = (q, k, v, *images, *biases, first_key, cache_seqlens, image_slots, cu_seqlens)
     check_tensor("q", q)
     asked, impl = impl, _choose_impl(impl, q)
-    inputs = _with_documents(checked_inputs(_cast(tensors), causal, scale, softcap))
+    inputs = _with_documents(checked_inputs(_cast(tensors), causal, scale, softcap, max_seqlen))
     if impl == flash.NAME and (refusal := flash.refusal(inputs)) is not None:
         raise ValueError(f'impl="{impl}" {refusal}; use impl="auto"')
-    if asked == "auto" and impl == "triton" and flash.is_long(inputs):
+    if asked == "auto" and impl == "triton" and flash.is_faster(inputs):
         impl = flash.NAME
     if inputs.cu_seqlens is not None and impl != flash.NAME:
-        inputs = inputs._replace(cu_seqlens=None)  # the others read first_key
+        inputs = inputs._replace(cu_seqlens=None, max_seqlen=None)  # the others read first_key
     with _outside_autocast(q.device.type):
         if impl == "reference":
             out, lse, image_weights = reference_attention(inputs)
@@ -295,10 +302,11 @@ def _with_documents(inputs: Inputs) -> Inputs:
     """The inputs with the first_key of the documents in cu_seqlens, or the inputs' own where that is later."""
     if inputs.cu_seqlens is None:
         return inputs
-    starts = document_starts(inputs.cu_seqlens, inputs.q.shape[2], inputs.k.shape[2])
+    batch, _, num_queries, _ = inputs.q.shape
+    starts = document_starts(inputs.cu_seqlens, batch, num_queries, inputs.k.shape[2], inputs.max_seqlen)
     if inputs.first_key is None:
         return inputs._replace(first_key=starts)
-    return inputs._replace(first_key=torch.maximum(inputs.first_key, starts), cu_seqlens=None)
+    return inputs._replace(first_key=torch.maximum(inputs.first_key, starts), cu_seqlens=None, max_seqlen=None)
 
 
 def _outside_autocast(device_type: str) -> AbstractContextManager:

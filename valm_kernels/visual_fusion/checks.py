@@ -12,16 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from valm_kernels.visual_fusion.inputs import Inputs
+from valm_kernels.visual_fusion.inputs import TENSOR_NAMES, Inputs
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
 MAX_IMAGES = 64
 # scale and softcap are from 2**-RANGE to 2**RANGE: beyond, scores or their gradients would not be finite in float32.
 RANGE = 60
-# The tensors in the order in which they are checked, and those with the dtype of q.
-_NAMES = Inputs._fields[:-3]
+# The tensors with the dtype of q.
 _LIKE_Q = ("q", "k", "v", "image_k", "image_v", "image_q")
-_NO_IMAGES: dict[str, Any] = dict.fromkeys(name for name in _NAMES if name.startswith("image_"))
+_NO_IMAGES: dict[str, Any] = dict.fromkeys(name for name in TENSOR_NAMES if name.startswith("image_"))
 
 
 def _dtypes(q: torch.dtype) -> tuple[tuple[torch.dtype, ...], ...]:
@@ -39,7 +38,7 @@ def _dtypes(q: torch.dtype) -> tuple[tuple[torch.dtype, ...], ...]:
         "cache_seqlens": (torch.int32,),
         "image_slots": (torch.int32,),
     }
-    return tuple(others.get(name, (q,)) for name in _NAMES)
+    return tuple(others.get(name, (q,)) for name in TENSOR_NAMES)
 
 
 _DTYPES = {q: _dtypes(q) for q in (torch.float32, torch.float16, torch.bfloat16, torch.float64)}
@@ -50,6 +49,8 @@ def checked_inputs(
     causal: bool,
     scale: float | None,
     softcap: float | None,
+    max_seqlen: int | None = None,
+    *,
     any_dim: bool = False,
 ) -> Inputs:
     """The arguments with their defaults; K = 0 always becomes None.
@@ -73,11 +74,13 @@ def checked_inputs(
     if not any_dim and not MIN_HEAD_DIM <= q.shape[-1] <= MAX_HEAD_DIM:
         raise ValueError(f"q must have a head_dim D from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {q.shape[-1]}")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    inputs = Inputs._make([*tensors, causal, scale, softcap])
+    inputs = Inputs._make([*tensors, causal, scale, softcap, max_seqlen])
     num_images = _check_image_shapes(inputs)
     _check_option_shapes(inputs, num_images)
     if inputs.cu_seqlens is not None:
         _check_documents(inputs, inputs.cu_seqlens)
+    elif max_seqlen is not None:
+        raise ValueError("max_seqlen is the length of the longest document in cu_seqlens: give that too")
     if num_images == 0:
         inputs = inputs._replace(**_NO_IMAGES)
     return inputs
@@ -104,7 +107,7 @@ def _check_tensors(tensors: tuple[Any, ...]) -> None:
     dtype, device = tensors[0].dtype, tensors[0].device
     if dtype not in _DTYPES:
         raise TypeError(f"q must be float32, float16, bfloat16 or float64, got {dtype}")
-    for name, tensor, dtypes in zip(_NAMES, tensors, _DTYPES[dtype], strict=True):
+    for name, tensor, dtypes in zip(TENSOR_NAMES, tensors, _DTYPES[dtype], strict=True):
         if tensor is None and name not in ("k", "v"):
             continue
         check_tensor(name, tensor)
@@ -225,13 +228,16 @@ def _check_option_shapes(inputs: Inputs, num_images: int) -> None:
 
 
 def _check_documents(inputs: Inputs, cu_seqlens: Tensor) -> None:
-    if inputs.q.shape[0] != 1:
+    batch, max_seqlen = inputs.q.shape[0], inputs.max_seqlen
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] <= batch:
         raise ValueError(
-            f"cu_seqlens needs one row of packed documents (B = 1), got B = {inputs.q.shape[0]}: join the rows along "
-            "the tokens, or give first_key"
+            f"cu_seqlens must have shape (N + 1,) with at least one document for each of the {batch} rows, got "
+            f"{tuple(cu_seqlens.shape)}"
         )
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
-        raise ValueError(f"cu_seqlens must have shape (N + 1,) with N >= 1, got {tuple(cu_seqlens.shape)}")
+    if max_seqlen is not None and (isinstance(max_seqlen, bool) or not isinstance(max_seqlen, int)):
+        raise TypeError(f"max_seqlen must be an int or None, got {type(max_seqlen).__name__}")
+    if max_seqlen is not None and max_seqlen < 1:
+        raise ValueError(f"max_seqlen must be at least 1, got {max_seqlen}")
     if not inputs.causal:
         raise ValueError("cu_seqlens needs causal=True: without it a query would see the documents behind its own")
     if inputs.cache_seqlens is not None:
@@ -277,18 +283,25 @@ def check_cache_seqlens(cache_seqlens: Tensor, num_keys: int) -> None:
         raise ValueError(f"cache_seqlens must be from 0 to {num_keys}, the keys that there are (Tk), got {wrong}")
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, num_keys: int) -> None:
+def check_cu_seqlens(cu_seqlens: Tensor, batch: int, num_keys: int, max_seqlen: int | None) -> None:
     """Checks the values of cu_seqlens, which on CUDA waits for the device.
 
     Raises:
-        ValueError: they do not rise from 0 to num_keys.
+        ValueError: they do not rise from 0 to batch * num_keys, a document is in two rows or longer than max_seqlen.
     """
     bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != num_keys:
+    if bounds[0] != 0 or bounds[-1] != batch * num_keys:
         raise ValueError(
-            f"cu_seqlens must begin with 0 and end with {num_keys}, the keys that there are (Tk), got {bounds[0]} and "
-            f"{bounds[-1]}"
+            f"cu_seqlens must begin with 0 and end with {batch * num_keys}, the keys that there are (B Tk), got "
+            f"{bounds[0]} and {bounds[-1]}"
         )
     for n, (start, end) in enumerate(pairwise(bounds)):
         if start > end:
             raise ValueError(f"cu_seqlens must not fall, but document {n} begins at {start} and ends at {end}")
+        if max_seqlen is not None and end - start > max_seqlen:
+            raise ValueError(f"max_seqlen is {max_seqlen}, but document {n} of cu_seqlens has {end - start} tokens")
+        if start < end and start // num_keys != (end - 1) // num_keys:
+            raise ValueError(
+                f"cu_seqlens must have the bound of each row of {num_keys} keys, but document {n}, {start} to {end}, "
+                "is in two rows"
+            )

@@ -28,10 +28,15 @@ LONG = 2048 * 128
 NAME = "flash+triton"
 
 
-def is_long(inputs: Inputs) -> bool:
+def is_faster(inputs: Inputs) -> bool:
     """Whether impl="auto" takes flash attention for the text of these inputs on CUDA."""
-    documents = 1 if inputs.cu_seqlens is None else inputs.cu_seqlens.shape[0] - 1
-    return inputs.k.shape[2] * inputs.k.shape[3] >= LONG * documents and refusal(inputs) is None
+    if refusal(inputs) is not None:
+        return False
+    if inputs.image_k is None:  # there is nothing to join
+        return True
+    batch, _, num_keys, head_dim = inputs.k.shape
+    documents = batch if inputs.cu_seqlens is None else inputs.cu_seqlens.shape[0] - 1
+    return batch * num_keys * head_dim >= LONG * documents
 
 
 def refusal(inputs: Inputs) -> str | None:
@@ -54,12 +59,17 @@ def text_forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """out (B, Hq, Tq, D) and lse (B, Hq, Tq) float32 of attention to the text alone."""
     text = inputs[:3]
     options = (0.0, inputs.causal)  # there is no dropout
-    if _on_cpu(inputs):
-        out, lse = _of_each_document(_cpu_flash, text, options, inputs)
-    elif inputs.cu_seqlens is not None:
-        rows = (_tokens_first(x) for x in text)
-        out, lse, *_ = _packed_flash(*rows, *_bounds(inputs), *options, False, scale=inputs.scale)
-        out, lse = _heads_first(out), lse[None]
+    if inputs.cu_seqlens is not None:
+        rows = [_one_row(x) for x in text]
+        if _on_cpu(inputs):
+            out, lse = _of_each_document(_cpu_flash, rows, options, inputs)
+        else:
+            tokens_first = (x.transpose(0, 1) for x in rows)
+            out, lse, *_ = _packed_flash(*tokens_first, *_bounds(inputs), *options, False, scale=inputs.scale)
+            out = out.transpose(0, 1)
+        out, lse = _rows(out, inputs), _rows(lse, inputs)
+    elif _on_cpu(inputs):
+        out, lse = _cpu_flash(*text, *options, scale=inputs.scale)
     else:
         out, lse, *_ = _flash(*text, *options, False, scale=inputs.scale)
     return out, lse.contiguous()
@@ -72,17 +82,23 @@ def text_backward(grad_out: Tensor, out: Tensor, lse: Tensor, inputs: Inputs) ->
     the joint softmax does.
     """
     q, k, v = inputs[:3]
+    tensors = (grad_out, q, k, v, out, lse)
     options: tuple[Any, ...] = (0.0, inputs.causal)
-    if _on_cpu(inputs):
-        return _of_each_document(_cpu_flash_backward, (grad_out, q, k, v, out, lse), options, inputs)
     no_seed = lse.new_empty(2, dtype=torch.int64)
-    options = (*options, no_seed, no_seed[0])
     if inputs.cu_seqlens is not None:
-        rows = (_tokens_first(x) for x in (grad_out, q, k, v, out))
-        gradients = _packed_flash_backward(*rows, lse[0], *_bounds(inputs), *options, scale=inputs.scale)
-        return tuple(_heads_first(gradient) for gradient in gradients)
+        rows = [_one_row(x) for x in tensors]
+        if _on_cpu(inputs):
+            gradients = _of_each_document(_cpu_flash_backward, rows, options, inputs)
+        else:
+            *tokens_first, lse_row = (*(x.transpose(0, 1) for x in rows[:-1]), rows[-1])
+            options = (*_bounds(inputs), *options, no_seed, no_seed[0])
+            found = _packed_flash_backward(*tokens_first, lse_row, *options, scale=inputs.scale)
+            gradients = tuple(gradient.transpose(0, 1) for gradient in found)
+        return tuple(_rows(gradient, inputs) for gradient in gradients)
+    if _on_cpu(inputs):
+        return _cpu_flash_backward(*tensors, *options, scale=inputs.scale)
     lengths = (None, None, q.shape[2], k.shape[2])
-    return _flash_backward(grad_out, q, k, v, out, lse, *lengths, *options, scale=inputs.scale)
+    return _flash_backward(*tensors, *lengths, *options, no_seed, no_seed[0], scale=inputs.scale)
 
 
 def _on_cpu(inputs: Inputs) -> bool:
@@ -90,26 +106,27 @@ def _on_cpu(inputs: Inputs) -> bool:
 
 
 def _bounds(inputs: Inputs) -> tuple[Any, ...]:
-    """The documents of queries and keys, and how long the longest may be: how long it is only the device knows."""
+    """The documents of queries and keys, and how long the longest may be."""
     assert inputs.cu_seqlens is not None
     bounds = inputs.cu_seqlens.int()
-    return bounds, bounds, inputs.q.shape[2], inputs.k.shape[2]
+    # how long it is only the device knows
+    longest = inputs.q.shape[2] if inputs.max_seqlen is None else min(inputs.max_seqlen, inputs.q.shape[2])
+    return bounds, bounds, longest, longest
 
 
-def _tokens_first(x: Tensor) -> Tensor:
-    """(1, H, T, D) as (T, H, D)."""
-    return x[0].transpose(0, 1)
+def _one_row(x: Tensor) -> Tensor:
+    """(B, H, T, ...) as (H, B T, ...)."""
+    return x.transpose(0, 1).flatten(1, 2)
 
 
-def _heads_first(x: Tensor) -> Tensor:
-    """(T, H, D) as (1, H, T, D)."""
-    return x.transpose(0, 1)[None]
+def _rows(x: Tensor, inputs: Inputs) -> Tensor:
+    """(H, B T, ...) as (B, H, T, ...)."""
+    return x.unflatten(1, (inputs.q.shape[0], -1)).transpose(0, 1)
 
 
-def _of_each_document(operator: Any, tensors: tuple[Tensor, ...], options: Any, inputs: Inputs) -> tuple[Tensor, ...]:
+def _of_each_document(operator: Any, rows: list[Tensor], options: Any, inputs: Inputs) -> tuple[Tensor, ...]:
     """The results of an operator of the CPU for one document after the other, joined along the tokens."""
-    if inputs.cu_seqlens is None:
-        return operator(*tensors, *options, scale=inputs.scale)
+    assert inputs.cu_seqlens is not None
     documents = [slice(*bounds) for bounds in pairwise(inputs.cu_seqlens.tolist()) if bounds[0] < bounds[1]]
-    parts = [operator(*(x[:, :, tokens] for x in tensors), *options, scale=inputs.scale) for tokens in documents]
-    return tuple(torch.cat(results, 2) for results in zip(*parts, strict=True))
+    parts = [operator(*(x[None, :, tokens] for x in rows), *options, scale=inputs.scale) for tokens in documents]
+    return tuple(torch.cat(results, 2)[0] for results in zip(*parts, strict=True))

@@ -33,11 +33,16 @@ class Inputs(NamedTuple):
     causal: bool
     scale: float
     softcap: float | None
+    max_seqlen: int | None = None
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """q to cache_seqlens, in order: what the forward reads."""
         return self[:14]
+
+
+# q to cu_seqlens: the others are options
+TENSOR_NAMES = Inputs._fields[:16]
 
 
 class Gradients(NamedTuple):

@@ -23,7 +23,7 @@ _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? image_k, Tensor? image_v, Tensor? image_q, Tensor? image_index, "
     "Tensor? image_mask, Tensor? image_k_bias, Tensor? image_v_bias, Tensor? image_logit_bias, "
     "Tensor? image_score_bias, Tensor? first_key, Tensor? cache_seqlens, Tensor? image_slots, Tensor? cu_seqlens, "
-    "bool causal, float scale, float? softcap, str impl"
+    "bool causal, float scale, float? softcap, SymInt? max_seqlen, str impl"
 )
 # Positions of the differentiable tensors among the inputs.
 _DIFFERENTIABLE = tuple(Inputs._fields.index(name) for name in Gradients._fields)
@@ -36,7 +36,10 @@ _library.define(
     "visual_fusion_attn_backward(Tensor grad_out, Tensor? grad_lse, Tensor? grad_image_scores, Tensor out, "
     f"Tensor lse, {_INPUTS}, bool[] needed) -> ({', '.join('Tensor' for _ in Gradients._fields)})"
 )
-_library.define("document_starts(Tensor cu_seqlens, SymInt num_queries, SymInt num_keys) -> Tensor")
+_library.define(
+    "document_starts(Tensor cu_seqlens, SymInt batch, SymInt num_queries, SymInt num_keys, SymInt? max_seqlen) -> "
+    "Tensor"
+)
 # Of the devices that have kernels.
 _KERNEL_KEYS = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
 _forward_op = torch.ops.valm_kernels.visual_fusion_attn.default
@@ -51,15 +54,15 @@ def fused_attention(inputs: Inputs, impl: str, with_image_scores: bool) -> tuple
     return _forward_op(*inputs, impl, with_image_scores)
 
 
-def document_starts(cu_seqlens: Tensor, num_queries: int, num_keys: int) -> Tensor:
-    """first_key (1, Tq) int32 of the last `num_queries` tokens of a row of documents with the bounds `cu_seqlens`.
+def document_starts(cu_seqlens: Tensor, batch: int, num_queries: int, num_keys: int, max_seqlen: int | None) -> Tensor:
+    """first_key (B, Tq) int32 of the last `num_queries` tokens of each row of documents with the bounds `cu_seqlens`.
 
     An operator, so that a compiled graph checks the values too.
 
     Raises:
-        ValueError: cu_seqlens is on the CPU and does not rise from 0 to num_keys.
+        ValueError: cu_seqlens is on the CPU and fails `check_cu_seqlens`.
     """
-    return torch.ops.valm_kernels.document_starts(cu_seqlens, num_queries, num_keys)
+    return torch.ops.valm_kernels.document_starts(cu_seqlens, batch, num_queries, num_keys, max_seqlen)
 
 
 def _implementation(impl: str) -> tuple[Any, Any]:
@@ -130,7 +133,7 @@ class _Attention(torch.autograd.Function):
         # Otherwise an unused lse would get a gradient of zeros, which costs time in the backward.
         ctx.set_materialize_grads(False)
         out, lse, image_scores = _below_autograd(_forward_op, _forward, keyset, inputs)
-        *tensors, ctx.causal, ctx.scale, ctx.softcap, ctx.impl, ctx.with_image_scores = inputs
+        *tensors, ctx.causal, ctx.scale, ctx.softcap, ctx.max_seqlen, ctx.impl, ctx.with_image_scores = inputs
         ctx.save_for_backward(out, lse, *tensors)
         return out, lse, image_scores
 
@@ -146,7 +149,7 @@ class _Attention(torch.autograd.Function):
             if grad_lse is None and grad_image_scores is None:
                 return (None,) * (2 + len(needed))
             grad_out = torch.zeros_like(out)
-        options = (ctx.causal, ctx.scale, ctx.softcap, ctx.impl, needed)
+        options = (ctx.causal, ctx.scale, ctx.softcap, ctx.max_seqlen, ctx.impl, needed)
         gradients = _backward_op(grad_out, grad_lse, grad_image_scores, out, lse, *tensors, *options)
         return None, None, *(g if is_needed else None for g, is_needed in zip(gradients, needed, strict=True))
 
@@ -215,20 +218,26 @@ def _backward_autograd(keyset: Any, *inputs: Any) -> tuple[Tensor, ...]:
     return _below_autograd(_backward_op, _backward, keyset, inputs)
 
 
-def _document_starts(cu_seqlens: Tensor, num_queries: int, num_keys: int) -> Tensor:
+def _document_starts(cu_seqlens: Tensor, batch: int, num_queries: int, num_keys: int, max_seqlen: int | None) -> Tensor:
     bounds = cu_seqlens.contiguous()
-    token = torch.arange(num_keys - num_queries, num_keys, dtype=bounds.dtype, device=bounds.device)
-    document = torch.searchsorted(bounds, token, right=True) - 1  # (Tq,)
-    return bounds[document].int()[None]
+    options = {"dtype": bounds.dtype, "device": bounds.device}
+    row_start = num_keys * torch.arange(batch, **options)[:, None]  # (B, 1)
+    token = row_start + torch.arange(num_keys - num_queries, num_keys, **options)  # (B, Tq)
+    document = torch.searchsorted(bounds, token, right=True) - 1
+    return (bounds[document] - row_start).int()
 
 
-def _checked_document_starts(cu_seqlens: Tensor, num_queries: int, num_keys: int) -> Tensor:
-    check_cu_seqlens(cu_seqlens, num_keys)
-    return _document_starts(cu_seqlens, num_queries, num_keys)
+def _checked_document_starts(
+    cu_seqlens: Tensor, batch: int, num_queries: int, num_keys: int, max_seqlen: int | None
+) -> Tensor:
+    check_cu_seqlens(cu_seqlens, batch, num_keys, max_seqlen)
+    return _document_starts(cu_seqlens, batch, num_queries, num_keys, max_seqlen)
 
 
-def _document_starts_fake(cu_seqlens: Tensor, num_queries: int, num_keys: int) -> Tensor:
-    return cu_seqlens.new_empty((1, num_queries), dtype=torch.int32)
+def _document_starts_fake(
+    cu_seqlens: Tensor, batch: int, num_queries: int, num_keys: int, max_seqlen: int | None
+) -> Tensor:
+    return cu_seqlens.new_empty((batch, num_queries), dtype=torch.int32)
 
 
 for _device in ("CPU", "CUDA"):

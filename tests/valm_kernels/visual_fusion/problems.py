@@ -35,7 +35,7 @@ class Problem:
     num_images: int = 3
     pool_size: int | None = None  # None: dense layout
     first_key: str | None = None  # a name of FIRST_KEYS
-    cu_seqlens: bool = False  # documents, an empty one among them; for batch = 1
+    cu_seqlens: bool = False  # documents, an empty one among them
     seqlens: bool = False  # cache_seqlens: other numbers of keys in each row, fewer than queries in the last
     causal: bool = True
     scale: float | None = None
@@ -99,8 +99,10 @@ class Problem:
         if self.first_key:
             inputs["first_key"] = FIRST_KEYS[self.first_key](self, generator)
         if self.cu_seqlens:
-            bounds = torch.tensor([0, 2, 3, 3, 7, 30, 55, self.num_keys])
-            inputs["cu_seqlens"] = bounds.clamp(max=self.num_keys).int()
+            bounds = torch.tensor([0, 2, 3, 3, 7, 30, 55, self.num_keys]).clamp(max=self.num_keys)
+            mirrored = self.num_keys - bounds.flip(0)
+            rows = [(mirrored if row % 2 else bounds) + row * self.num_keys for row in range(self.batch)]
+            inputs["cu_seqlens"] = torch.cat(rows).int()
         if self.image_q:
             inputs["image_q"] = tokens(self.query_heads, self.num_queries)
         if self.seqlens:
@@ -340,6 +342,8 @@ PROBLEMS = {
     "documents": Problem(first_key="documents", num_queries=150, pool_size=11),
     "documents with prefix": Problem(first_key="documents", num_queries=80, prefix=16),
     "cu_seqlens": Problem(cu_seqlens=True, batch=1, num_queries=80, pool_size=11),
+    "cu_seqlens, rows": Problem(cu_seqlens=True, batch=3, num_queries=80, pool_size=11),
+    "cu_seqlens, rows with prefix": Problem(cu_seqlens=True, num_queries=40, prefix=20),
     "cu_seqlens, no images": Problem(cu_seqlens=True, batch=1, num_queries=80, num_images=0),
     "cu_seqlens, random first_key with prefix": Problem(
         cu_seqlens=True, batch=1, first_key="random", num_queries=40, prefix=20

@@ -41,7 +41,7 @@ def random_case(number: int) -> Case:
     head_dim = draw.choice((8, 16, 24, 64, 64, draw.randint(8, 128), draw.randint(8, 256)))
     affordable = max(1, LARGEST // (batch * query_heads * head_dim * (num_images + 1)))
     causal = chance() < 0.85
-    packed = batch == 1 and causal and chance() < 0.4
+    packed = causal and chance() < 0.4
     problem = Problem(
         batch=batch,
         kv_heads=kv_heads,

@@ -11,19 +11,21 @@ from tests.valm_kernels.visual_fusion.problems import Problem
 from valm_kernels import visual_fusion_attn
 from valm_kernels.visual_fusion import api, flash
 from valm_kernels.visual_fusion.checks import checked_inputs
-from valm_kernels.visual_fusion.inputs import Inputs
+from valm_kernels.visual_fusion.inputs import TENSOR_NAMES, Inputs
 
 GROUPED = Problem(query_heads=8, kv_heads=2, num_queries=16, head_dim=64, num_images=0, biases=False)
 DOCUMENTS = replace(GROUPED, batch=1, num_queries=80, cu_seqlens=True)
+ROWS = replace(DOCUMENTS, batch=3)
 
 
 def checked(problem: Problem, dtype: torch.dtype = torch.float16, **options) -> Inputs:
     given = problem.inputs(dtype) | options
-    tensors = tuple(given.get(name) for name in Inputs._fields[:-3])
-    return api._with_documents(checked_inputs(tensors, given.get("causal", True), None, given.get("softcap")))
+    tensors = tuple(given.get(name) for name in TENSOR_NAMES)
+    options = (given.get("causal", True), None, given.get("softcap"), given.get("max_seqlen"))
+    return api._with_documents(checked_inputs(tensors, *options))
 
 
-@pytest.mark.parametrize("problem", [GROUPED, replace(GROUPED, causal=False), DOCUMENTS])
+@pytest.mark.parametrize("problem", [GROUPED, replace(GROUPED, causal=False), DOCUMENTS, ROWS])
 def test_operators_are_called_as_pytorch_declares_them(problem):
     """On the meta device, whose operators check the arguments of those of CUDA."""
     inputs = checked(problem)
@@ -39,7 +41,7 @@ def check_bounds(bounds, key_bounds, max_q, max_k):
     """What CUDA's operators for documents require."""
     assert bounds is key_bounds and bounds.dtype == torch.int32 and bounds.is_contiguous()
     longest = int(bounds.diff().max())
-    assert max_q >= longest and max_k >= longest
+    assert max_q == max_k >= longest
     return [slice(*pair) for pair in pairwise(bounds.tolist()) if pair[0] < pair[1]]
 
 
@@ -65,10 +67,11 @@ def packed_backward(
     return gradients
 
 
+@pytest.mark.parametrize("problem", [DOCUMENTS, ROWS, replace(ROWS, tokens_first=False)])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_documents_are_handed_over_as_cuda_takes_them(monkeypatch, dtype):
+def test_documents_are_handed_over_as_cuda_takes_them(monkeypatch, problem, dtype):
     """With CUDA's operators replaced, the results are those of the CPU's for one document after the other."""
-    inputs = checked(DOCUMENTS)
+    inputs = checked(problem)
     assert inputs.cu_seqlens is not None
     inputs = inputs._replace(cu_seqlens=inputs.cu_seqlens.to(dtype))
     grad_out = torch.randn_like(inputs.q)
@@ -81,6 +84,15 @@ def test_documents_are_handed_over_as_cuda_takes_them(monkeypatch, dtype):
     assert all(a.equal(b) for a, b in zip(found, expected, strict=True))
     found_gradients = flash.text_backward(grad_out, *found, inputs)
     assert all(a.equal(b) for a, b in zip(found_gradients, gradients, strict=True))
+    if problem.tokens_first:  # the rows are joined without a copy, and nothing need be copied afterwards
+        assert all(flash._one_row(x).data_ptr() == x.data_ptr() for x in inputs[:3])
+        assert found[0].stride() == inputs.q.stride()
+
+
+@pytest.mark.parametrize(("given", "longest"), [(None, 80), (25, 25), (100, 80)])
+def test_the_longest_document_limits_the_programs(given, longest):
+    inputs = checked(ROWS, max_seqlen=given)
+    assert flash._bounds(inputs)[2:] == (longest, longest)
 
 
 def impl_for(monkeypatch, q_len, head_dim, dtype=torch.float16, **options):
@@ -94,12 +106,14 @@ def impl_for(monkeypatch, q_len, head_dim, dtype=torch.float16, **options):
     monkeypatch.setattr(api, "fused_attention", attention)
     monkeypatch.setattr(api, "HAS_TRITON", True)
     with FakeTensorMode():
-        q = torch.empty(1, 2, q_len, head_dim, dtype=dtype, device="cuda")
+        q = torch.empty(options.pop("rows", 1), 2, q_len, head_dim, dtype=dtype, device="cuda")
+        image = torch.empty(*q.shape[:3], 1, head_dim, dtype=dtype, device="cuda")
+        image = None if options.pop("text_alone", False) else image
         if options.pop("windows", False):
             options["first_key"] = torch.zeros(1, q_len, dtype=torch.int32, device="cuda")
         if documents := options.pop("documents", None):
             options["cu_seqlens"] = torch.zeros(documents + 1, dtype=torch.int32, device="cuda")
-        visual_fusion_attn(q, q, q, None, None, **options)
+        visual_fusion_attn(q, q, q, image, image, **options)
     return chosen[0]
 
 
@@ -111,8 +125,16 @@ def test_long_texts_on_cuda_take_flash_attention(monkeypatch):
     assert impl_for(monkeypatch, 8192, 128, documents=4) == "flash+triton"
     assert impl_for(monkeypatch, 8192, 128, documents=5) == "triton"  # short ones
     assert impl_for(monkeypatch, 8192, 128, documents=4, windows=True) == "triton"
+    assert impl_for(monkeypatch, 4096, 128, rows=2, documents=4) == "flash+triton"
+    assert impl_for(monkeypatch, 4096, 128, rows=2, documents=5) == "triton"
     assert impl_for(monkeypatch, 4096, 128, impl="triton") == "triton"
     assert impl_for(monkeypatch, 16, 64, impl="flash+triton") == "flash+triton"
+
+
+def test_text_alone_on_cuda_takes_flash_attention_at_any_length(monkeypatch):
+    assert impl_for(monkeypatch, 1, 64, text_alone=True) == "flash+triton"
+    assert impl_for(monkeypatch, 16, 64, torch.float32, text_alone=True) == "triton"
+    assert impl_for(monkeypatch, 16, 64, text_alone=True, windows=True) == "triton"
 
 
 @pytest.mark.parametrize(

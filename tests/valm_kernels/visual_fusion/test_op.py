@@ -6,7 +6,7 @@ import torch
 from tests.valm_kernels.visual_fusion.problems import DIFFERENTIABLE, PROBLEMS, cotangents, solve
 from valm_kernels import visual_fusion_attn
 from valm_kernels.visual_fusion import cpu
-from valm_kernels.visual_fusion.inputs import Inputs
+from valm_kernels.visual_fusion.inputs import TENSOR_NAMES
 from valm_kernels.visual_fusion.layout import empty_tokens_first
 
 forward_op = torch.ops.valm_kernels.visual_fusion_attn.default
@@ -20,11 +20,11 @@ NAMES = (
 
 
 def op_arguments(inputs, impl="cpu", with_image_scores=False):
-    names = Inputs._fields[:-3]
-    tensors = {name: inputs.get(name) for name in names}
+    tensors = {name: inputs.get(name) for name in TENSOR_NAMES}
     if inputs["image_k"] is None:
-        tensors |= {name: None for name in names if name.startswith("image_")}
-    return *tensors.values(), inputs["causal"], 0.25, inputs.get("softcap"), impl, with_image_scores
+        tensors |= {name: None for name in TENSOR_NAMES if name.startswith("image_")}
+    options = (inputs["causal"], 0.25, inputs.get("softcap"), inputs.get("max_seqlen"))
+    return *tensors.values(), *options, impl, with_image_scores
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -131,7 +131,7 @@ def test_generation_in_a_static_cache_compiles_once():
 
 
 def test_opcheck_of_documents():
-    torch.library.opcheck(torch.ops.valm_kernels.document_starts.default, (torch.tensor([0, 3, 7]).int(), 5, 7))
+    torch.library.opcheck(torch.ops.valm_kernels.document_starts.default, (torch.tensor([0, 3, 7]).int(), 1, 5, 7, 4))
 
 
 def test_a_compiled_graph_checks_cu_seqlens():

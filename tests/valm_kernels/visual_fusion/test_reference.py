@@ -9,7 +9,7 @@ from valm_kernels import attention_weights, visual_fusion_attn
 
 PLAIN = Problem(num_queries=5, prefix=2, head_dim=8, num_images=2, first_key="random")
 SMALL = replace(PLAIN, softcap=1.5, image_q=True, score_bias=True)
-DOCUMENTS = replace(PLAIN, batch=1, prefix=4, first_key=None, cu_seqlens=True)
+DOCUMENTS = replace(PLAIN, prefix=4, first_key=None, cu_seqlens=True)
 CACHE = replace(PLAIN, batch=3, prefix=6, seqlens=True)
 
 
@@ -32,7 +32,9 @@ def by_the_formula(inputs, scale):
                 first = int(inputs["first_key"][b, i]) if inputs.get("first_key") is not None else 0
                 last = int(lengths[b]) - 1 - (num_queries - 1 - i if inputs["causal"] else 0)
                 if "cu_seqlens" in inputs:
-                    first = max(first, *(int(c) for c in inputs["cu_seqlens"] if c <= i + k.shape[2] - num_queries))
+                    row = b * k.shape[2]
+                    token = row + i + k.shape[2] - num_queries
+                    first = max(first, *(int(c) - row for c in inputs["cu_seqlens"] if c <= token))
                 for j in range(max(first, 0), last + 1):
                     pairs.append((cap(scale * q[b, h, i].dot(k[b, h // group, j])), v[b, h // group, j]))
                 slots = inputs.get("image_index", inputs.get("image_mask"))

@@ -21,7 +21,8 @@ Three steps, by what their programs own:
   images either their gradients (dense layout: an image belongs to one query) or dx and b (pooled layout);
 - key tiles (backward_key.py): dk and dv; under first_key a small kernel finds their rows of queries before;
 - images of the pool (backward_pool.py): dimage_k and dimage_v from dx and b, popular images in parts first.
-In joined.py flash attention computes dk, dv and the text's part of dq, in place of the second step.
+In joined.py flash attention computes dk, dv and the text's part of dq, in place of the second step. Its dq may differ
+in the last bits from run to run, so where PyTorch is asked for deterministic algorithms these kernels take its place.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from valm_kernels.visual_fusion.triton.launch import aligned_rows, contiguous, k
 def forward(inputs: Inputs, image_scores: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """out (B, Hq, Tq, D), laid out as q, and lse (B, Hq, Tq) float32; writes image_scores (B, Hq, Tq, K) float32."""
     if triton_forward.CHECK_INDEX and inputs.cu_seqlens is not None:
-        check_cu_seqlens(inputs.cu_seqlens, inputs.k.shape[2])
+        check_cu_seqlens(inputs.cu_seqlens, inputs.q.shape[0], inputs.k.shape[2], inputs.max_seqlen)
     q, inputs = inputs.q, kernel_inputs(inputs)
     text = flash.text_forward(inputs)
     if inputs.image_k is None:
@@ -40,7 +40,8 @@ def backward(
     needed: Sequence[bool],
 ) -> Gradients:
     """The needed gradients, in the order of `Gradients`; out and lse come from `forward` for the same inputs."""
-    if grad_lse is not None:  # which flash attention's backward does not know
+    # flash attention's backward knows no gradient of lse, and adds up dq in any order
+    if grad_lse is not None or torch.are_deterministic_algorithms_enabled():
         return triton_backward.backward(grad_out, grad_lse, grad_image_scores, out, lse, inputs, needed)
     gradients = empty_gradients(inputs, needed)
     inputs = kernel_inputs(inputs)

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from valm_kernels.visual_fusion.inputs import Inputs
+from valm_kernels.visual_fusion.inputs import TENSOR_NAMES, Inputs
 from valm_kernels.visual_fusion.triton.primitives import LOG2E
 from valm_kernels.visual_fusion.triton.tiles import block_d
 
@@ -25,8 +25,8 @@ ImageStrides = tuple[int, int, int, int]
 def kernel_inputs(inputs: Inputs) -> Inputs:
     """The inputs as kernels read them: rows are contiguous and aligned, the small tensors have no gaps."""
     rows = [None if x is None else aligned_rows(x) for x in inputs[:6]]
-    small = [None if x is None else aligned_rows(x.contiguous()) for x in inputs[6:-3]]
-    return Inputs._make([*rows, *small, *inputs[-3:]])
+    small = [None if x is None else aligned_rows(x.contiguous()) for x in inputs[6 : len(TENSOR_NAMES)]]
+    return Inputs._make([*rows, *small, *inputs[len(TENSOR_NAMES) :]])
 
 
 def aligned_rows(x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import triton
 
 from tests.checks.triton.compile_record import Launch, meta_inputs, recorders, specialise, without
 from tests.valm_kernels.visual_fusion.problems import Problem
-from valm_kernels.visual_fusion.inputs import Gradients, Inputs
+from valm_kernels.visual_fusion.inputs import TENSOR_NAMES, Gradients, Inputs
 from valm_kernels.visual_fusion.triton import backward, forward
 
 ARCH = 90
@@ -31,7 +31,7 @@ def decoding_step(num_keys, **options):
     for name in ("k", "v"):
         cache = torch.zeros(1, 1024, problem.kv_heads, 72, dtype=torch.float16).transpose(1, 2)
         inputs[name] = cache[:, :, :num_keys]
-    tensors = (inputs.get(name) for name in Inputs._fields[:-3])
+    tensors = (inputs.get(name) for name in TENSOR_NAMES)
     return Inputs(*tensors, True, 72**-0.5, None)
 
 
@@ -121,7 +121,7 @@ def test_a_batch_may_be_larger_than_the_second_dimension_of_a_grid():
     """CUDA launches at most 65,535 programs along it."""
     problem = Problem(batch=2**16, num_queries=1, head_dim=8, num_images=1, pool_size=2, first_key="left_padding")
     inputs = problem.inputs(torch.float16)
-    inputs = Inputs(*(inputs.get(name) for name in Inputs._fields[:-3]), True, 1.0, None)
+    inputs = Inputs(*(inputs.get(name) for name in TENSOR_NAMES), True, 1.0, None)
     lse = torch.empty(inputs.q.shape[:3])
     with recorders(ARCH) as found:
         forward.forward(inputs)
