@@ -130,11 +130,14 @@ class Images(NamedTuple):
 
 
 class TextLimits(NamedTuple):
-    """What each query sees of the text, as `visual_fusion_attn` takes it: first_key (B or 1, Tq) int32, and
-    cache_seqlens (B or 1,) int32 or None for all keys."""
+    """What each query sees of the text, as `visual_fusion_attn` takes it: first_key (B or 1, Tq) int32 or None for all
+    keys before it, cache_seqlens (B or 1,) int32 or None for all keys, and documents by cu_seqlens (N + 1,) int32 and
+    max_seqlen."""
 
-    first_key: Tensor
-    cache_seqlens: Tensor | None
+    first_key: Tensor | None = None
+    cache_seqlens: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    max_seqlen: int | None = None
 
 
 class ImageProjection(nn.Linear):
@@ -440,10 +443,10 @@ def read_limits(seen: Tensor | None) -> TextLimits | None:
     interval = (key >= first_key[..., None]) & (key < (seqlens[:, None] - later)[..., None])
     # more than all keys: the mask of an encoder, in which earlier queries see the last key too
     whole = (interval == seen).all() & (seqlens <= num_keys).all()
-    whole, full = torch.stack([whole, (seqlens == num_keys).all()]).tolist()
+    whole, full, limited = torch.stack([whole, (seqlens == num_keys).all(), first_key.any()]).tolist()
     if not whole:
         return None
-    return TextLimits(first_key.int(), None if full else seqlens.int())
+    return TextLimits(first_key.int() if limited else None, None if full else seqlens.int())
 
 
 def _kernel_attention(
@@ -494,11 +497,13 @@ def limit_arguments(query: Tensor, text_limits: TextLimits | None) -> dict[str, 
     """The arguments of `visual_fusion_attn` that limit the text."""
     if text_limits is None:
         return {}
-    first_key, seqlens = text_limits
+    first_key, seqlens, cu_seqlens, max_seqlen = text_limits
     batch = query.shape[0]
     return {
-        "first_key": first_key.expand(batch, -1),
+        "first_key": None if first_key is None else first_key.expand(batch, -1),
         "cache_seqlens": None if seqlens is None else seqlens.expand(batch),
+        "cu_seqlens": cu_seqlens,
+        "max_seqlen": max_seqlen,
     }
 
 

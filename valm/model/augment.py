@@ -528,9 +528,15 @@ class AugmentedCausalLM(ImageModel):
             return None
         seen = visible_keys(masks)
         limits = read_limits(seen)
-        if limits is None or limits.cache_seqlens is not None:
-            return limits
-        return limits._replace(cache_seqlens=limits.first_key.new_full((masks.shape[0],), masks.shape[-1]))
+        if limits is None or seen is None:
+            return None
+        # all of them in every step, so that a compiled graph stays the same
+        options = {"dtype": torch.int32, "device": seen.device}
+        first_key = torch.zeros(seen.shape[:2], **options) if limits.first_key is None else limits.first_key
+        seqlens = limits.cache_seqlens
+        if seqlens is None:
+            seqlens = torch.full(seen.shape[:1], seen.shape[2], **options)
+        return TextLimits(first_key, seqlens)
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> Any:
         """The base's. A reentrant checkpoint needs an input that requires a gradient, so frozen embeddings get one."""

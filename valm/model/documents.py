@@ -44,6 +44,34 @@ def find_documents(begins: Tensor, mask: Tensor | None, *, past: int = 0, first_
     return Documents(first_keys, positions, present)
 
 
+def check_bounds(cu_seqlens: Tensor, documents: Documents) -> None:
+    """Checks on the CPU that documents begin where cu_seqlens says; elsewhere that would wait for the device.
+
+    Args:
+        cu_seqlens: (N + 1,), the documents of the B rows, one row behind the other. Padding is of the document before.
+
+    Raises:
+        ValueError: one does not.
+    """
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    first_key, _, present = documents
+    batch, length = first_key.shape
+    row_start = length * torch.arange(batch)[:, None]  # (B, 1)
+    starts = cu_seqlens[:-1].unique()
+    token = row_start + torch.arange(length)  # (B, T)
+    before = torch.searchsorted(starts, token, right=True) - 1
+    wrong = (starts[before] - row_start != first_key) | (before < 0)
+    if present is not None:
+        wrong &= present
+    if wrong.any():
+        row, column = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"cu_seqlens says that the document of token {column} in row {row} begins elsewhere than at token "
+            f"{int(first_key[row, column])}, where it does: leave it out, and it is found"
+        )
+
+
 def unless_all_zero(first_key: Tensor) -> Tensor | None:
     """None if every query sees everything before it, which is faster. Checked on CPU only: elsewhere it would wait for
     the device, and a compiled graph cannot check."""

@@ -20,7 +20,7 @@ from valm.errors import ValmError
 from valm.model.attention import FusionOptions, TextLimits
 from valm.model.augment import AugmentedCausalLM
 from valm.model.config import ValmConfig
-from valm.model.documents import Documents, find_documents, text_mask, unless_all_zero
+from valm.model.documents import Documents, check_bounds, find_documents, text_mask, unless_all_zero
 from valm.model.image_model import ImageOptions, RetrievalCache, with_retrieval
 from valm.model.old_weights import converted_weights
 from valm.model.query_head import QueryHead, QueryState
@@ -138,6 +138,8 @@ class VaLMForCausalLM(AugmentedCausalLM, GPT2LMHeadModel):
         logits_to_keep: int | Tensor = 0,
         inputs_embeds: Tensor | None = None,
         image_slots: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
         **arguments: Any,
     ) -> CausalLMOutputWithPast:
         """Next-token logits.
@@ -158,6 +160,11 @@ class VaLMForCausalLM(AugmentedCausalLM, GPT2LMHeadModel):
                 cannot be used.
             image_slots: `valm_kernels.sort_image_slots(image_index, U)` beside images, so that the backward on CUDA
                 need not sort.
+            cu_seqlens: (N + 1,) int32, where the documents of input_ids begin, with its rows one behind the other, and
+                B T; padding, on the right only, is of the document before it. For whole rows without a cache. A model
+                on a GPU needs no mask where each row is one document, and cannot look whether that is so. On CPU
+                wrong ones raise, on CUDA they are undefined behaviour.
+            max_seqlen: the longest of these documents has at most as many tokens.
             arguments: others of GPT2LMHeadModel, such as output_hidden_states.
 
         Raises:
@@ -177,6 +184,8 @@ class VaLMForCausalLM(AugmentedCausalLM, GPT2LMHeadModel):
             logits_to_keep=logits_to_keep,
             inputs_embeds=inputs_embeds,
             image_slots=image_slots,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
             **arguments,
         )
 
@@ -187,6 +196,7 @@ class VaLMForCausalLM(AugmentedCausalLM, GPT2LMHeadModel):
             ValueError: a shape does not fit, or a document is longer than the model's positions.
             TypeError: the cache has tokens of which it does not know where their documents begin.
         """
+        cu_seqlens, max_seqlen = arguments.pop("cu_seqlens", None), arguments.pop("max_seqlen", None)
         if "text_limits" in arguments:  # of `generate` with a static cache
             return arguments
         ids: Any = arguments.get("input_ids")
@@ -200,8 +210,8 @@ class VaLMForCausalLM(AugmentedCausalLM, GPT2LMHeadModel):
         kept, past = (None, 0) if cache is None else _with_documents(cache)
         tokens = ids if embeds is None else embeds
         documents = self._documents(tokens, mask, past, None if kept is None else kept.first_keys.get(past))
-        positions = arguments.get("position_ids")
-        positions = documents.position_ids if positions is None else positions
+        given = arguments.get("position_ids")
+        positions = documents.position_ids if given is None else given
         if positions.dim() != 2 or positions.shape[1] != tokens.shape[1]:
             raise ValueError(
                 f"position_ids must have shape (batch, tokens) = {tuple(tokens.shape[:2])}, "
@@ -214,17 +224,28 @@ class VaLMForCausalLM(AugmentedCausalLM, GPT2LMHeadModel):
             known = {past: kept.first_keys[past]} if past > 0 else {}
             kept.first_keys = known | {past + length: documents.first_key[:, -1]}
         static = isinstance(cache, StaticCache)
-        first_key = documents.first_key if static else unless_all_zero(documents.first_key)
+        if cu_seqlens is not None:
+            if cache is not None or embeds is not None:
+                raise ValueError("cu_seqlens is of the documents in input_ids, without a cache: leave it out")
+            check_bounds(cu_seqlens, documents)
+            first_key = None if cu_seqlens.shape[0] == len(tokens) + 1 else documents.first_key
+        else:
+            first_key = documents.first_key if static else unless_all_zero(documents.first_key)
         num_keys = length if cache is None else cache.get_mask_sizes(length, 0)[0]
         limits = None
-        if first_key is not None:
+        if first_key is not None and cu_seqlens is not None:
+            limits = TextLimits(cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+        elif first_key is not None:
             limits = TextLimits(first_key, first_key.new_full(first_key.shape[:1], past + length) if static else None)
+        # where they are those of any text, GPT-2 counts them itself: in those of padding, transformers would see
+        # documents, and make a mask
+        counted = given is None and first_key is None and cache is None and length <= self.config.n_positions
         return arguments | {
             # not the ids, for which transformers would say that they have padding and no mask
             "input_ids": None,
             "inputs_embeds": self.transformer.wte(ids) if embeds is None else embeds,
             "attention_mask": self._blocks_mask(first_key, (length, num_keys), past),
-            "position_ids": positions,
+            "position_ids": None if counted else positions,
             "cache": cache,
             "use_cache": cache is not None,
             "text_limits": limits,

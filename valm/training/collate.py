@@ -34,6 +34,8 @@ class Collator:
     - with a knowledge base: image_pool (U, E) float16, the vectors of the images in this batch, each once, and
       image_index (B, L, K) int64 into it, -1 = none, and image_slots, which saves the backward on CUDA a sort
       (`sort_image_slots`); with `scores`, image_scores (B, L, K) float32, -inf = none;
+    - with `bounds`, cu_seqlens (N + 1,) int32 and max_seqlen, where the N documents begin in the B rows one behind the
+      other, as `visual_fusion_attn` takes them, and how long the longest is; padding is of the document before it;
     - for documents with hidden states (see `cache_below`), fusion_input (B, L, C).
 
     Args:
@@ -43,6 +45,8 @@ class Collator:
             as fit, in order, into rows of at most that length.
         by_positions: the model keeps packed documents apart by their positions (`valm.model.packing`), and not at
             each SOT, as a `VaLMForCausalLM` does.
+        bounds: say where documents begin. A model on a GPU otherwise expects several in any row, as looking would wait
+            for the device.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class Collator:
         *,
         scores: bool = False,
         by_positions: bool = False,
+        bounds: bool = False,
     ):
         self.vocabulary = len(tokenizer)
         self.bos = begin_id(tokenizer)
@@ -63,8 +68,9 @@ class Collator:
         self.row_length = row_length
         self.scores = scores
         self.by_positions = by_positions
+        self.bounds = bounds
 
-    def __call__(self, documents: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, documents: list[dict[str, Any]]) -> dict[str, Any]:
         """The batch of `documents`.
 
         Raises:
@@ -97,7 +103,11 @@ class Collator:
             batch |= self._images(self.kb, documents, places, shape)
             if self.scores:
                 batch["image_scores"] = self._scores(documents, places, batch["image_index"].shape)
-        tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
+        tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in batch.items()}
+        if self.bounds:
+            starts = [row * shape[1] + columns.start for row, columns in places]
+            tensors["cu_seqlens"] = torch.tensor([*starts, ids.size], dtype=torch.int32)
+            tensors["max_seqlen"] = int(tensors["cu_seqlens"].diff().max())
         if self.kb is not None:
             tensors["image_slots"] = sort_image_slots(tensors["image_index"], len(tensors["image_pool"]))
         if FUSION_INPUT in documents[0]:

@@ -185,6 +185,7 @@ def trainer(
             row_length,
             scores=_image_options(inner).scored,
             by_positions=by_positions,
+            bounds=isinstance(inner, VaLMForCausalLM),
         ),
         processing_class=with_length(tokenizer, inner),
         **options,

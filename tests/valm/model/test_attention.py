@@ -108,16 +108,18 @@ def test_limits_are_those_of_the_mask():
     limits = fusion.read_limits(mask[:, 0])
     assert limits.cache_seqlens is None
     static = torch.nn.functional.pad(mask, (0, 5))  # a cache of 15 keys that holds 10
-    first, seqlens = fusion.read_limits(static[:, 0])
+    first, seqlens, *_ = fusion.read_limits(static[:, 0])
     assert first[0].equal(limits.first_key[0]) and seqlens.tolist() == [10, 10]
     assert first.dtype == seqlens.dtype == torch.int32
     assert first[1].tolist() == [15, 15, 2, 3, 4, 5, 6]  # sees nothing where its first key comes later
     padded = torch.zeros(2, 1, 4, dtype=torch.bool)
     padded[1, 0, 1:3] = True
-    first, seqlens = fusion.read_limits(padded)
+    first, seqlens, *_ = fusion.read_limits(padded)
     assert first.tolist() == [[4], [1]] and seqlens.tolist() == [0, 3]
     assert fusion.read_limits(torch.ones(2, 7, 10, dtype=torch.bool)) is None  # an encoder's: all keys for all queries
-    assert fusion.read_limits(torch.ones(2, 1, 10, dtype=torch.bool)).cache_seqlens is None
+    assert fusion.read_limits(torch.ones(2, 1, 10, dtype=torch.bool)) == fusion.TextLimits()
+    causal = interval_mask(torch.zeros(2, 7), 7, past=3)[:, 0]
+    assert fusion.read_limits(causal) == fusion.TextLimits()  # as without a mask
     for hole in ((0, 3, 1), (1, 6, 8), (0, 5, 12)):
         other = static[:, 0].clone()
         other[hole] ^= True

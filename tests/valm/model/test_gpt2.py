@@ -2,7 +2,8 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache, masking_utils
+from transformers.models.gpt2 import modeling_gpt2
 
 from tests.valm.models import (
     BOS,
@@ -16,6 +17,7 @@ from tests.valm.models import (
     tiny_model,
 )
 from valm.errors import ValmError
+from valm.model import attention
 from valm.model.augment import fusion_module
 from valm.model.gpt2 import VaLMForCausalLM
 from valm_kernels import sort_image_slots
@@ -543,3 +545,91 @@ def test_it_compiles_to_one_graph():
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     for arguments in ({"image_pool": pool, "image_index": index}, {}):
         close(compiled(ids, **arguments).logits, model(ids, **arguments).logits)
+
+
+# rows of tokens whose documents begin at BOS, and the bounds of these documents
+PACKED = (torch.tensor([[BOS, 5, 6, BOS, 7], [BOS, 8, 9, 10, 11]]), torch.tensor([0, 3, 5, 10]).int())
+WHOLE = (PACKED[0][1:].expand(2, -1), torch.tensor([0, 5, 10]).int())
+
+
+def arguments_of_the_operator(monkeypatch, model, **inputs):
+    """Those of the fusion layer's call, and the mask of the text blocks."""
+    seen = []
+
+    def operator(q, *tensors, **arguments):
+        seen.append(arguments)
+        return torch.empty_like(q), q.new_empty(q.shape[:3])
+
+    blocks_mask = type(model)._blocks_mask
+
+    def mask(*arguments):
+        seen.append(blocks_mask(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(attention, "visual_fusion_attn", operator)
+    monkeypatch.setattr(type(model), "_blocks_mask", mask)
+    with torch.no_grad():
+        model(**inputs)
+    mask, arguments = seen
+    return mask, {name: value for name, value in arguments.items() if not name.startswith("image_")}
+
+
+def test_rows_of_one_document_need_no_mask_on_any_device(monkeypatch):
+    """The meta device has no values that could be looked at; transformers itself looks whether positions restart."""
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda positions: None)
+    ids, bounds = WHOLE
+    model = tiny_model()
+    pool, index = random_images(model.config, *ids.shape)
+    inputs = {"input_ids": ids, "image_pool": pool, "image_index": index, "attention_mask": torch.ones_like(ids)}
+    monkeypatch.setattr(attention, "read_limits", lambda seen: None if seen is None else pytest.fail("waits"))
+    on_meta = {name: tensor.to("meta") for name, tensor in inputs.items()} | {"max_seqlen": 5}
+    mask, arguments = arguments_of_the_operator(monkeypatch, model.to("meta"), **on_meta, cu_seqlens=bounds.to("meta"))
+    assert mask is None
+    assert arguments.get("first_key") is arguments.get("cu_seqlens") is arguments.get("cache_seqlens") is None
+    packed = PACKED[1].to("meta")
+    mask, arguments = arguments_of_the_operator(monkeypatch, model, **on_meta, cu_seqlens=packed)
+    assert mask is not None and arguments["cu_seqlens"] is packed and arguments["max_seqlen"] == 5
+    assert arguments["first_key"] is None
+
+
+def test_padding_makes_no_mask(monkeypatch, model):
+    """On the right, where no text sees it."""
+    masks = []
+    original = masking_utils.create_causal_mask
+    monkeypatch.setattr(modeling_gpt2, "create_causal_mask", lambda **given: masks.append(original(**given)))
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    with torch.no_grad():
+        model(WHOLE[0], attention_mask=mask)
+    assert masks == [None]
+
+
+@pytest.mark.parametrize("ids, bounds", [PACKED, WHOLE])
+def test_documents_by_bounds_are_those_that_are_found(model, ids, bounds):
+    pool, index = random_images(model.config, *ids.shape)
+    with torch.no_grad():
+        found = model(ids, image_pool=pool, image_index=index).logits
+        given = model(ids, image_pool=pool, image_index=index, cu_seqlens=bounds, max_seqlen=5).logits
+    assert given.equal(found)
+
+
+@pytest.mark.parametrize(
+    "bounds, mask, message",
+    [
+        ([0, 5, 10], None, "document of token 3 in row 0 begins elsewhere than at token 3"),
+        ([0, 3, 5, 7, 10], None, "document of token 2 in row 1 begins elsewhere than at token 0"),
+        ([1, 3, 5, 10], None, "document of token 0 in row 0"),
+        ([0, 3, 5, 10], [[1, 1, 1, 1, 1], [0, 1, 1, 1, 1]], "document of token 1 in row 1 .* at token 1"),
+    ],
+)
+def test_wrong_bounds_are_named(model, bounds, mask, message):
+    mask = None if mask is None else torch.tensor(mask)
+    with pytest.raises(ValueError, match=message):
+        model(PACKED[0], attention_mask=mask, cu_seqlens=torch.tensor(bounds).int())
+
+
+def test_bounds_are_of_whole_rows(model):
+    ids, bounds = PACKED
+    with pytest.raises(ValueError, match="cu_seqlens is of the documents in input_ids, without a cache"):
+        model(ids, cu_seqlens=bounds, use_cache=True)
+    with pytest.raises(ValueError, match="cu_seqlens is of the documents in input_ids, without a cache"):
+        model(inputs_embeds=model.transformer.wte(ids), cu_seqlens=bounds)

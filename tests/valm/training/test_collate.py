@@ -1,6 +1,9 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -8,6 +11,7 @@ from tests.valm.models import tiny_model
 from tests.valm.other_tokenizers import gpt2_like
 from tests.valm.training.documents import TOKENIZER, Vectors, documents
 from valm.errors import ValmError
+from valm.model.documents import check_bounds, find_documents
 from valm.training.collate import IGNORED, Collator
 from valm_kernels import sort_image_slots
 
@@ -63,6 +67,20 @@ def test_every_token_keeps_its_pictures_and_every_picture_comes_once(lengths, ro
     else:
         assert batch["input_ids"].shape[1] <= max(row_length, max(lengths))
         assert batch["input_ids"].shape[0] <= len(lengths)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.sampled_from([None, 1, 9, 16]))
+def test_bounds_are_where_documents_begin(lengths, row_length):
+    made = random_documents(lengths)
+    batch = Collator(TOKENIZER, None, row_length, bounds=True)(made)
+    rows, width = batch["input_ids"].shape
+    bounds, real = batch["cu_seqlens"], batch["attention_mask"].flatten().bool()
+    assert bounds.dtype == torch.int32 and bounds[-1] == rows * width
+    assert [int(real[start:end].sum()) for start, end in pairwise(bounds.tolist())] == lengths
+    assert batch["max_seqlen"] == max(end - start for start, end in pairwise(bounds.tolist()))
+    begins = (batch["input_ids"] == TOKENIZER.bos_token_id) & batch["attention_mask"].bool()
+    check_bounds(bounds, find_documents(begins, F.pad(batch["attention_mask"], (1, 0))))
 
 
 def test_labels_leave_out_padding_and_the_start_of_documents():
