@@ -69,7 +69,7 @@ def _native_cuda() -> str:
     except ImportError:
         return "not usable: no native module"
     if not module.built_with_cuda:
-        return "not built: nvcc was not found (VALM_KERNELS_CUDA=on makes that an error)"
+        return "not built, as nvcc was not found (VALM_KERNELS_CUDA=on makes that an error): PyTorch searches on a GPU"
     try:
         return "; ".join(module.cuda_devices())
     except RuntimeError as error:

@@ -68,7 +68,8 @@ def ip_topk(
             range are undefined.
         out: scores (..., k) float32 and indices (..., k) int64, as tensors or arrays like the queries: the result is
             copied there, 12 bytes for each row found, and `out` returned.
-        impl: "auto" (by device), "cpu", "cuda" or "reference" (plain PyTorch, any device).
+        impl: "auto" (by device; on CUDA without native code for it a matrix product in PyTorch, with exact scores of
+            what may be among the best), "cpu", "cuda" or "reference" (plain PyTorch, any device).
 
     Raises:
         TypeError: a wrong type or dtype.
@@ -147,6 +148,8 @@ def search(
         raise ValueError(f"impl is {impl!r}, expected one of {', '.join(IMPLS)}")
     if impl in ("cpu", "cuda") and rows.device.type != impl:
         raise ValueError(f"impl={impl!r} needs tensors on {impl}, but the database is on {rows.device}")
+    if impl == "cuda":
+        cuda.code()  # it never falls back to PyTorch
     flat = queries.reshape(-1, queries.shape[-1])  # [Q, E]
     if impl == "reference":
         scores, indices = reference.ip_topk(flat, rows, row_scale, k, allowed)

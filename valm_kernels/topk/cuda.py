@@ -1,4 +1,5 @@
-"""Exact top-K inner product search on CUDA devices: csrc/topk/cuda/kernel.cuh, called on torch's current stream.
+"""Exact top-K inner product search on CUDA devices: csrc/topk/cuda/kernel.cuh, called on torch's current stream; where
+the native code has no CUDA part, matmul.py in PyTorch.
 
 The host never waits for the device and all memory comes from torch, so a search can be captured in a CUDA graph. The
 tests run the kernels without a GPU, as plain C++: tests/csrc/topk/cuda/.
@@ -13,12 +14,15 @@ import torch
 from torch import Tensor
 
 from valm_kernels.native import native
+from valm_kernels.topk import matmul
 from valm_kernels.topk.checks import SCAN_VALUES
 from valm_kernels.topk.cpu import DTYPE_NAMES
 from valm_kernels.topk.result import TopK, merge_topk
 
 # The kernels load 16 bytes at once: so many elements of int8 rows, and rows of one length for all dtypes.
 DIM_MULTIPLE = 16
+# Of the oldest GPU that setup.py builds for.
+MIN_CAPABILITY = (8, 0)
 # Bounds the workspace, which grows by about 2 E + 8 KiB bytes a query, and for k above FIRST_PASS_TOPK by 12 KiB more.
 QUERIES_PER_LAUNCH = 1 << 14
 # csrc/topk/cuda/plan.hpp: a search for more rows scores all of them exactly.
@@ -26,6 +30,16 @@ FIRST_PASS_TOPK = 128
 # Rows that the results of a search are expanded to at a time, where rows are equal.
 EXPANDED_ROWS = 1 << 22
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+
+
+def has_code(device: torch.device) -> bool:
+    """Whether the native module is there and has code for this device."""
+    try:
+        if not native().built_with_cuda:
+            return False
+    except ImportError:
+        return False
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
 
 
 def code() -> ModuleType:
@@ -38,7 +52,7 @@ def code() -> ModuleType:
     if not module.built_with_cuda:
         raise ImportError(
             "the native code of valm_kernels was built without CUDA: put nvcc on the PATH and build it again, or "
-            "choose impl='reference'"
+            "choose impl='auto', which then searches in PyTorch"
         )
     return module
 
@@ -73,6 +87,8 @@ class RowNorms(NamedTuple):
 
 def pack(rows: Tensor, row_scale: Tensor | None) -> RowNorms:
     """The norms and the equal rows of rows (N, E). It waits for the device."""
+    if not has_code(rows.device):
+        return RowNorms(matmul.row_norms(rows, row_scale), None)
     return RowNorms(row_norms(rows, row_scale), equal_rows(rows, row_scale))
 
 
@@ -81,7 +97,8 @@ def row_norms(rows: Tensor, row_scale: Tensor | None) -> Tensor:
     rows = aligned(rows)
     norms = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
     stream = torch.cuda.current_stream(rows.device).cuda_stream
-    code().cuda_row_norms(rows.device.index, _native_rows(rows, row_scale), norms.data_ptr(), stream)
+    with torch.cuda.device(rows.device):
+        code().cuda_row_norms(rows.device.index, _native_rows(rows, row_scale), norms.data_ptr(), stream)
     return norms
 
 
@@ -136,6 +153,9 @@ def search(
     query that is not finite gets scores NaN and indices −1.
     """
     queries, rows = aligned(queries.float()), aligned(rows)
+    if not has_code(rows.device):
+        norms = matmul.row_norms(rows, row_scale) if packed is None else packed.norms
+        return matmul.search(queries, rows, row_scale, norms, k, allowed)
     if packed is None and allowed is None:
         norms = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
         return _search(queries, rows, row_scale, norms, k, finds_norms=True)
@@ -185,19 +205,20 @@ def _search(
         workspace = torch.empty(
             code().cuda_topk_workspace(device, count, native_rows, k), dtype=torch.uint8, device=rows.device
         )
-        code().ip_topk_cuda(
-            device,
-            queries[part].data_ptr(),
-            count,
-            native_rows,
-            norms.data_ptr(),
-            finds_norms and start == 0,
-            k,
-            workspace.data_ptr(),
-            scores[part].data_ptr(),
-            indices[part].data_ptr(),
-            stream,
-        )
+        with torch.cuda.device(rows.device):
+            code().ip_topk_cuda(
+                device,
+                queries[part].data_ptr(),
+                count,
+                native_rows,
+                norms.data_ptr(),
+                finds_norms and start == 0,
+                k,
+                workspace.data_ptr(),
+                scores[part].data_ptr(),
+                indices[part].data_ptr(),
+                stream,
+            )
     return scores, indices
 
 

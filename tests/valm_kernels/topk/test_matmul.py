@@ -1,0 +1,129 @@
+"""The search of GPUs without native code for them, on the CPU: it is plain PyTorch."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.valm_kernels.topk.databases import ADVERSARIAL, adversarial, normals
+from valm_kernels import FlatIPIndex, ip_topk
+from valm_kernels.topk import cuda, matmul, reference
+from valm_kernels.topk.index import store
+
+DIM = 48
+
+
+def found(queries, rows, k, row_scale=None, allowed=None):
+    return matmul.search(queries, rows, row_scale, matmul.row_norms(rows, row_scale), k, allowed)
+
+
+def assert_same(actual, expected):
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(matmul, "SCORES_PER_CHUNK", 500)
+    monkeypatch.setattr(matmul, "QUERIES_PER_CHUNK", 7)
+    monkeypatch.setattr(matmul, "VALUES_PER_CHUNK", 64 * DIM)
+
+
+@pytest.mark.parametrize("k", [1, 5, 100])
+@pytest.mark.parametrize("kind", ADVERSARIAL)
+def test_the_answer_is_that_of_the_reference(kind, k):
+    rows = adversarial(kind, 300, DIM)
+    queries = torch.cat([normals(9, DIM, seed=1), rows[:3], torch.zeros(2, DIM), 1e-30 * normals(2, DIM, seed=2)])
+    assert_same(found(queries, rows, k), reference.ip_topk(queries, rows, None, k))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
+def test_stored_rows(dtype):
+    rows, scale = store(normals(300, DIM), dtype, torch.device("cpu"))
+    queries = normals(20, DIM, seed=1)
+    assert_same(found(queries, rows, 8, scale), reference.ip_topk(queries, rows, scale, 8))
+
+
+def test_some_rows_are_allowed():
+    rows, queries = normals(300, DIM), normals(20, DIM, seed=1)
+    allowed = torch.zeros(300, dtype=torch.bool)
+    allowed[[3, 100, 299]] = True
+    for k in (2, 8):
+        assert_same(found(queries, rows, k, allowed=allowed), reference.ip_topk(queries, rows, None, k, allowed))
+
+
+def test_numbers_that_are_not_finite():
+    rows, queries = normals(300, DIM), normals(20, DIM, seed=1)
+    expected = reference.ip_topk(queries, rows[2:], None, 8)
+    queries[4, 0], rows[0, 3], rows[1, 5] = torch.nan, torch.inf, torch.nan
+    scores, indices = found(queries, rows, 8)
+    assert scores[4].isnan().all() and (indices[4] == -1).all()
+    others = torch.arange(20) != 4
+    assert scores[others].equal(expected[0][others]) and indices[others].equal(expected[1][others] + 2)
+
+
+def test_products_that_overflow():
+    rows, queries = 1e25 * normals(300, DIM), 1e15 * normals(20, DIM, seed=1)
+    queries[:10] *= -1
+    expected = reference.ip_topk(queries, rows, None, 8)
+    assert expected[0].isinf().any()
+    assert_same(found(queries, rows, 8), expected)
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_rounded_operands(monkeypatch, precision):
+    """As a GPU in TF32 or bfloat16 rounds them; with the bound of full precision the answer would be wrong."""
+    rows, queries = normals(1, DIM, seed=2) + 1e-3 * normals(300, DIM), normals(20, DIM, seed=1)
+    bits = 13 if precision == "high" else 16
+    product = torch.Tensor.__matmul__
+
+    def rounded(x):
+        return ((x.contiguous().view(torch.int32) + (1 << (bits - 1))) >> bits << bits).view(torch.float32)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: product(rounded(a), rounded(b)))
+    expected = reference.ip_topk(queries, rows, None, 8)
+    with pytest.raises(AssertionError):
+        assert_same(found(queries, rows, 8), expected)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+    assert_same(found(queries, rows, 8), expected)
+
+
+def test_a_precision_that_pytorch_cannot_tell_is_the_least(monkeypatch):
+    expected = matmul.OPERAND_ERRORS["medium"]
+
+    def raises():
+        raise RuntimeError("mix of the legacy and new APIs")
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", raises)
+    assert matmul._relative_error(DIM) > 2 * expected
+
+
+@pytest.fixture
+def without_code(monkeypatch):
+    """On CUDA without native code for it, with the CPU as the device."""
+    monkeypatch.setattr(cuda, "native", lambda: SimpleNamespace(built_with_cuda=False))
+    for name in ("ip_topk", "normed_ip_topk"):
+        monkeypatch.setattr(torch.ops.valm_kernels, name, getattr(cuda_operators, name))
+
+
+class cuda_operators:
+    """The CUDA kernels of the operators."""
+
+    @staticmethod
+    def ip_topk(queries, database, row_scale, k, allowed=None):
+        return cuda.search(queries, database, row_scale, None, k, allowed)
+
+    @staticmethod
+    def normed_ip_topk(queries, database, row_scale, norms, equal, k, allowed=None):
+        return cuda.search(queries, database, row_scale, cuda.RowNorms(norms, equal), k, allowed)
+
+
+def test_it_serves_where_the_native_code_has_no_cuda(monkeypatch, without_code):
+    monkeypatch.setattr("valm_kernels.topk.index.PACKERS", {"cpu": cuda.pack})
+    monkeypatch.setattr("valm_kernels.topk.index.LAYOUTS", {"cpu": cuda.aligned})
+    rows, queries = normals(300, 50), normals(20, 50, seed=1)  # padded to 64
+    expected = reference.ip_topk(queries, rows, None, 8)
+    assert_same(ip_topk(queries, rows, 8), expected)
+    assert_same(FlatIPIndex(rows).search(queries, 8), expected)
+    with pytest.raises(ImportError, match="choose impl='auto', which then searches in PyTorch"):
+        cuda.code()
