@@ -29,9 +29,10 @@ class _Buffer:
         shapes = [(chunk_rows, dim + -dim % DIM_MULTIPLE), (chunk_rows,)][: len(sources)]
         pinned = device.type == "cuda"
         self.host = [
-            torch.zeros(shape, dtype=source.dtype, pin_memory=pinned)
+            torch.empty(shape, dtype=source.dtype, pin_memory=pinned)
             for source, shape in zip(sources, shapes, strict=True)
         ]
+        self.host[0][:, dim:] = 0
         self.values = [self.host[0][:, :dim], *self.host[1:]]  # without the padding
         self.device = [torch.empty_like(part, device=device) for part in self.host]
         self.copied, self.searched = streams.Event(), streams.Event()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any, Literal, overload
 
 import torch
@@ -18,6 +19,8 @@ from valm_kernels.visual_fusion.reference import joint_softmax, reference_attent
 
 IMPLS = ("auto", "triton", flash.NAME, "cpu", "reference")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Of the tensor cores that take bfloat16, and of asynchronous copies to shared memory.
+MIN_CAPABILITY = (8, 0)
 
 
 @overload
@@ -348,4 +351,18 @@ def _choose_impl(impl: str, q: Tensor) -> str:
             raise ValueError(f'impl="{impl}" needs the package triton, which is not installed; use impl="reference"')
         if q.dtype == torch.float64:
             raise TypeError(f'impl="{impl}" does not take float64; use float32, or impl="reference"')
+        if on_cuda and not torch.compiler.is_compiling() and (capability := _too_old(q.device)) is not None:
+            raise ValueError(
+                f'impl="{impl}" needs a GPU of compute capability 8.0 or newer (Ampere), but {q.device} has '
+                f'{capability}; use impl="reference", or CPU tensors'
+            )
     return impl
+
+
+@cache
+def _too_old(device: torch.device) -> str | None:
+    """The compute capability of an NVIDIA GPU that the kernels do not serve; None of others."""
+    if not torch.cuda.is_available() or torch.version.hip is not None:  # a fake tensor, an AMD GPU
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    return None if capability >= MIN_CAPABILITY else ".".join(map(str, capability))

@@ -8,20 +8,9 @@ namespace valm {
 
 namespace {
 
-// The statically linked CUDA runtime has a current device of its own, so every call sets it.
-class DeviceGuard {
-  public:
-    explicit DeviceGuard(int device) {
-        check_cuda(cudaGetDevice(&before_), "current CUDA device");
-        check_cuda(cudaSetDevice(device), "choice of the CUDA device");
-    }
-    ~DeviceGuard() { cudaSetDevice(before_); }
-    DeviceGuard(const DeviceGuard&) = delete;
-    DeviceGuard& operator=(const DeviceGuard&) = delete;
-
-  private:
-    int before_ = 0;
-};
+// The statically linked CUDA runtime has a current device of its own, so every call sets it. The caller restores
+// PyTorch's (torch.cuda.device): setting the one before here would make a context on GPU 0 in a thread without one.
+void use_device(int device) { check_cuda(cudaSetDevice(device), "choice of the CUDA device"); }
 
 DeviceLimits device_limits(int device) {
     const auto attribute = [&](cudaDeviceAttr name) {
@@ -51,7 +40,7 @@ std::vector<std::string> cuda_devices() {
 }
 
 void cuda_row_norms(int device, const Rows& rows, uintptr_t norms, uintptr_t stream) {
-    const DeviceGuard guard(device);
+    use_device(device);
     launch_row_norms({rows, reinterpret_cast<float*>(norms)}, reinterpret_cast<Stream>(stream));
 }
 
@@ -61,7 +50,7 @@ int64_t cuda_topk_workspace(int device, int64_t n_queries, const Rows& rows, int
 
 void ip_topk_cuda(int device, uintptr_t queries, int64_t n_queries, const Rows& rows, uintptr_t row_norms,
                   bool finds_norms, int k, uintptr_t workspace, uintptr_t scores, uintptr_t indices, uintptr_t stream) {
-    const DeviceGuard guard(device);
+    use_device(device);
     Search search{};
     search.queries = reinterpret_cast<const float*>(queries);
     search.rows = rows;

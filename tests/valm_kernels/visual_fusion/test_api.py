@@ -1,10 +1,12 @@
 import ast
 import inspect
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.valm_kernels.visual_fusion.problems import Problem, solve
 from valm_kernels import visual_fusion_attn
@@ -102,6 +104,22 @@ def test_triton_has_to_be_installed(monkeypatch):
     monkeypatch.setattr(api, "HAS_TRITON", False)
     with pytest.raises(ValueError, match="needs the package triton, which is not installed"):
         visual_fusion_attn(**DENSE.inputs(torch.float32), impl="triton")
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "message"),
+    [((7, 5), None, "8.0 or newer .* but cuda:0 has 7.5"), ((8, 0), None, None), ((7, 0), "6", None)],
+)
+def test_old_gpus_are_named(monkeypatch, capability, hip, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(api, "fused_attention", lambda inputs, impl, scores: (inputs.q, None, None))
+    api._too_old.cache_clear()
+    with FakeTensorMode(), pytest.raises(ValueError, match=message) if message else nullcontext():
+        q = torch.empty(1, 2, 4, 8, dtype=torch.float16, device="cuda")
+        visual_fusion_attn(q, q, q, None, None)
+    api._too_old.cache_clear()
 
 
 def test_triton_refuses_float64(monkeypatch):

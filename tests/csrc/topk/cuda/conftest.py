@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.csrc.topk.cuda.simulator import NoStream, Simulator, build
+from tests.csrc.topk.cuda.simulator import NoStream, OnDevice, Simulator, build
 from tests.once import made_once
 from valm_kernels.topk import cuda
 
@@ -28,6 +28,7 @@ def simulate(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Simulator]:
         simulator = Simulator(library, *arguments, **options)
         monkeypatch.setattr(cuda, "native", lambda: simulator)
         monkeypatch.setattr(torch.cuda, "current_stream", NoStream)
+        monkeypatch.setattr(torch.cuda, "device", OnDevice)
         return simulator
 
     return start

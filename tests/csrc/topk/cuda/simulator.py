@@ -68,6 +68,7 @@ class Simulator:
         self.launches = 0  # of its kernels
 
     def _call(self, name: str, *arguments) -> None:
+        assert OnDevice.depth > 0, "nothing restores PyTorch's device after the launch"
         message = ctypes.create_string_buffer(200)
         if getattr(self._library, name)(*self._schedule, message, ctypes.c_size_t(200), *arguments):
             raise RuntimeError(message.value.decode())
@@ -108,6 +109,21 @@ class Simulator:
         )
         assert bytes(memory[-GUARD_BYTES:]) == b"\xff" * GUARD_BYTES, "written beyond the workspace"
         self.redone, self.offered, self.launches = redone.value, offered.value, launches.value
+
+
+class OnDevice:
+    """Stands for torch.cuda.device(device): launches choose a device, and this restores the one of PyTorch."""
+
+    depth = 0
+
+    def __init__(self, device: torch.device) -> None:
+        pass
+
+    def __enter__(self) -> None:
+        OnDevice.depth += 1
+
+    def __exit__(self, *exception: object) -> None:
+        OnDevice.depth -= 1
 
 
 class NoStream:
