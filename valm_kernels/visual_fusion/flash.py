@@ -1,15 +1,20 @@
 """PyTorch's flash attention on CUDA for the text of a long call, whose images one kernel of ours then joins to it.
 
 The images of a query take registers that a tile of text products could use, so for long texts two passes take less time
-than one. From which length on is an estimate from the compiler's figures, and not measured yet.
+than one. The crossover length is an estimate from the compiler's figures; it has not been measured.
+
+The operators are those that `torch.nn.attention.activate_flash_attention_impl` replaces: after "FA3" or "FA4" they are
+FlashAttention-3 or -4.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.attention
 from torch import Tensor
 
 from valm_kernels.visual_fusion.inputs import Inputs
@@ -22,6 +27,9 @@ _packed_flash_backward = torch.ops.aten._flash_attention_backward.default
 # Under Triton's interpreter, whose tensors are the CPU's.
 _cpu_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _cpu_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+# The compute capabilities, rounded down, that other implementations of these operators serve.
+SERVED = {"FA3": (9,), "FA4": (9, 10)}
 
 # Keys times head dimension: 2,048 keys of 128 numbers, or 4,096 of 64.
 LONG = 2048 * 128
@@ -52,7 +60,25 @@ def refusal(inputs: Inputs) -> str | None:
         return "does not take first_key, only documents as cu_seqlens"
     if inputs.causal and q.shape[2] != k.shape[2]:
         return f"needs as many queries as keys with causal=True, not {q.shape[2]} and {k.shape[2]}"
+    if not torch.compiler.is_compiling() and not serves(active := active_implementation(), q.device):
+        return (
+            f"is {active} now, which does not serve {q.device}: call torch.nn.attention.restore_flash_attention_impl()"
+        )
     return None
+
+
+def active_implementation() -> str | None:
+    """The name of what takes the place of PyTorch's own flash attention."""
+    current = getattr(torch.nn.attention, "current_flash_attention_impl", None)  # from PyTorch 2.11 on
+    return None if current is None else current()
+
+
+@cache
+def serves(implementation: str | None, device: torch.device) -> bool:
+    """Whether an implementation of the operators, None for PyTorch's own, serves a device."""
+    if implementation not in SERVED or device.type != "cuda" or not torch.cuda.is_available():
+        return True
+    return torch.cuda.get_device_capability(device)[0] in SERVED[implementation]
 
 
 def text_forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -84,21 +110,22 @@ def text_backward(grad_out: Tensor, out: Tensor, lse: Tensor, inputs: Inputs) ->
     q, k, v = inputs[:3]
     tensors = (grad_out, q, k, v, out, lse)
     options: tuple[Any, ...] = (0.0, inputs.causal)
-    no_seed = lse.new_empty(2, dtype=torch.int64)
+    # of a dropout that there is not
+    random = (lse.new_empty(2, dtype=torch.int64), lse.new_empty((), dtype=torch.int64))
     if inputs.cu_seqlens is not None:
         rows = [_one_row(x) for x in tensors]
         if _on_cpu(inputs):
             gradients = _of_each_document(_cpu_flash_backward, rows, options, inputs)
         else:
             *tokens_first, lse_row = (*(x.transpose(0, 1) for x in rows[:-1]), rows[-1])
-            options = (*_bounds(inputs), *options, no_seed, no_seed[0])
+            options = (*_bounds(inputs), *options, *random)
             found = _packed_flash_backward(*tokens_first, lse_row, *options, scale=inputs.scale)
             gradients = tuple(gradient.transpose(0, 1) for gradient in found)
         return tuple(_rows(gradient, inputs) for gradient in gradients)
     if _on_cpu(inputs):
         return _cpu_flash_backward(*tensors, *options, scale=inputs.scale)
     lengths = (None, None, q.shape[2], k.shape[2])
-    return _flash_backward(*tensors, *lengths, *options, no_seed, no_seed[0], scale=inputs.scale)
+    return _flash_backward(*tensors, *lengths, *options, *random, scale=inputs.scale)
 
 
 def _on_cpu(inputs: Inputs) -> bool:
