@@ -20,6 +20,7 @@ import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -59,7 +60,16 @@ def find_nvcc() -> str | None:
 
 
 def cxx() -> str:
-    return os.environ.get("CXX", "c++")
+    return os.environ.get("CXX") or "c++"
+
+
+def check_compiler() -> None:
+    if shutil.which(shlex.split(cxx())[0]) is None:
+        raise SystemExit(
+            f"The native code of valm needs a compiler for C++17, but there is no {cxx()!r} here: install one (Debian, "
+            "Ubuntu: apt-get install g++), name yours in the environment variable CXX, or install a wheel that `make "
+            "wheel` built elsewhere."
+        )
 
 
 def openmp_flags() -> list[str]:
@@ -82,11 +92,18 @@ def host_flags(source: Path) -> list[str]:
     return HOST_FLAGS
 
 
+class Build(build):
+    """The native module comes first, so that what stops it does not stand below hundreds of copied files."""
+
+    sub_commands = sorted(build.sub_commands, key=lambda command: command[0] != "build_ext")
+
+
 class NinjaBuild(build_ext):
     """build_ext whose compiler calls all go through ninja."""
 
     def build_extension(self, ext: Extension) -> None:
         nvcc = find_nvcc()
+        check_compiler()
 
         import ninja
         import pybind11
@@ -152,5 +169,5 @@ def ninja_path(path: Path) -> str:
 
 setup(
     ext_modules=[Extension("valm_kernels._native", sources=["csrc/bindings.cpp"])],
-    cmdclass={"build_ext": NinjaBuild},
+    cmdclass={"build": Build, "build_ext": NinjaBuild},
 )

@@ -74,6 +74,22 @@ def test_cuda_on_without_nvcc_is_an_error(tmp_path):
     assert "nvcc is neither on PATH nor under CUDA_HOME" in done.stderr
 
 
+def test_a_build_without_a_compiler_ends_in_one_sentence(tmp_path):
+    """And soon: no file is copied first."""
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build", "--build-base", tmp_path / "build"],
+        cwd=ROOT,
+        env={**os.environ, "PATH": str(tmp_path), "CXX": "", "VALM_KERNELS_CUDA": "off"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("The native code of valm needs a compiler for C++17, but there is no 'c++' here: install")
+    assert "Traceback" not in done.stderr and len(done.stdout.splitlines()) < 10, done.stdout
+    assert not (tmp_path / "build").exists()
+
+
 @pytest.mark.parametrize("choice", ["yes", ""])
 def test_unknown_cuda_choice_is_an_error(tmp_path, choice):
     done = build(tmp_path, VALM_KERNELS_CUDA=choice)
