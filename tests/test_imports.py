@@ -1,6 +1,7 @@
 """Imports follow the arrows of the design: valm's folders use only those below them, valm_kernels knows no valm."""
 
 import ast
+import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -38,16 +39,36 @@ def modules(root: Path, package: str) -> dict[str, Path]:
 
 
 def imports(file: Path) -> Iterator[str]:
-    """What a file imports, also inside functions and for type checkers, `from a import b` as "a.b"."""
+    """What a file imports, also inside functions and for type checkers, `from a import b` as "a.b".
+
+    In valm imports have the full name. In valm_kernels they are relative, because a kernel hub gives each copy of it a
+    name of its own, and begin with a dot here.
+    """
     pending: list[ast.AST] = [ast.parse(file.read_text(encoding="utf-8"))]
     while pending:
         node = pending.pop()
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file} has a relative import; write the full name"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            yield from (f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names)
         pending.extend(ast.iter_child_nodes(node))
+
+
+def at_import(file: Path) -> set[str]:
+    """The packages that the import of a file imports: not those inside functions or for type checkers."""
+    pending: list[ast.AST] = [ast.parse(file.read_text(encoding="utf-8"))]
+    found = set()
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(node.module.partition(".")[0])
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if not isinstance(node, ast.FunctionDef | ast.Lambda):
+            pending.extend(ast.iter_child_nodes(node))
+    return found
 
 
 def unit(name: str) -> str:
@@ -118,9 +139,22 @@ def test_no_circles():
     assert circle({name: targets for name, targets in arrows.items() if name != "valm"}) == []
 
 
-def test_the_kernels_know_no_valm():
+def test_imports_of_valm_have_the_full_name():
+    names = {target for file in modules(ROOT, "valm").values() for target in imports(file)}
+    assert [name for name in names if name.startswith(".")] == []
+
+
+def test_the_kernels_know_no_valm_and_not_their_own_name():
     names = {target for file in modules(ROOT, "valm_kernels").values() for target in imports(file)}
-    assert [name for name in names if name.partition(".")[0] == "valm"] == []
+    assert [name for name in names if name.partition(".")[0] in ("valm", "valm_kernels")] == []
+
+
+def test_the_kernels_are_imported_with_torch_alone():
+    """What a kernel hub asks for. Triton is in a folder that is imported when it is used, files are numpy's."""
+    allowed = {"triton": {"triton"}, "storage.py": {"numpy"}}
+    for file in modules(ROOT, "valm_kernels").values():
+        here = allowed.get(file.parent.name, allowed.get(file.name, set()))
+        assert at_import(file) - sys.stdlib_module_names <= {"torch"} | here, file
 
 
 def test_valm_uses_the_public_names_of_the_kernels():

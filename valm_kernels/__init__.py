@@ -9,11 +9,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from valm_kernels.version import __version__
+from .version import __version__
 
 if TYPE_CHECKING:
-    from valm_kernels.build_info import show_config
-    from valm_kernels.topk import (
+    from .build_info import show_config
+    from .topk import (
         MAX_TOPK,
         FlatIPIndex,
         NumpyTopK,
@@ -23,22 +23,22 @@ if TYPE_CHECKING:
         ip_topk,
         merge_topk,
     )
-    from valm_kernels.visual_fusion import MAX_IMAGES, attention_weights, sort_image_slots, visual_fusion_attn
+    from .visual_fusion import MAX_IMAGES, attention_weights, sort_image_slots, visual_fusion_attn
 
 _MODULES = {
-    "MAX_IMAGES": "valm_kernels.visual_fusion",
-    "MAX_TOPK": "valm_kernels.topk",
-    "FlatIPIndex": "valm_kernels.topk",
-    "NumpyTopK": "valm_kernels.topk",
-    "ShardedIPIndex": "valm_kernels.topk",
-    "TopK": "valm_kernels.topk",
-    "attention_weights": "valm_kernels.visual_fusion",
-    "ip_scores": "valm_kernels.topk",
-    "ip_topk": "valm_kernels.topk",
-    "merge_topk": "valm_kernels.topk",
-    "show_config": "valm_kernels.build_info",
-    "sort_image_slots": "valm_kernels.visual_fusion",
-    "visual_fusion_attn": "valm_kernels.visual_fusion",
+    "MAX_IMAGES": ".visual_fusion",
+    "MAX_TOPK": ".topk",
+    "FlatIPIndex": ".topk",
+    "NumpyTopK": ".topk",
+    "ShardedIPIndex": ".topk",
+    "TopK": ".topk",
+    "attention_weights": ".visual_fusion",
+    "ip_scores": ".topk",
+    "ip_topk": ".topk",
+    "merge_topk": ".topk",
+    "show_config": ".build_info",
+    "sort_image_slots": ".visual_fusion",
+    "visual_fusion_attn": ".visual_fusion",
 }
 
 __all__ = [
@@ -61,5 +61,5 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
-        raise AttributeError(f"module 'valm_kernels' has no attribute {name!r}")
-    return getattr(importlib.import_module(_MODULES[name]), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name], __name__), name)

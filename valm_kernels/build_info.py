@@ -8,11 +8,10 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import numpy
 import torch
 
-from valm_kernels.native import cpu_isa, native
-from valm_kernels.version import __version__
+from .native import cpu_isa, native
+from .version import __version__
 
 
 def show_config() -> str:
@@ -25,7 +24,7 @@ def show_config() -> str:
         ("valm", __version__),
         ("Python", f"{platform.python_version()} on {platform.platform()}"),
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
-        ("numpy", numpy.__version__),
+        ("numpy", _version("numpy")),
         ("native module", _native_module()),
         ("instruction set", _instruction_set()),
         ("CUDA in the native module", _native_cuda()),
@@ -43,7 +42,7 @@ def _version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        return "not installed (imported from a source tree)"
+        return "not installed by pip"
 
 
 def _native_module() -> str:

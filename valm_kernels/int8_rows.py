@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from valm_kernels.native import cpu_isa, native, survives_fork
+from .native import cpu_isa, native, survives_fork
 
 
 @survives_fork

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from functools import cache, wraps
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import ParamSpec, TypeVar
 
@@ -20,7 +21,7 @@ INTERFACE_VERSION = 4
 
 
 def native() -> ModuleType:
-    """The module valm_kernels._native, for a call with the addresses of tensors.
+    """The module `_native` of this package, for a call with the addresses of tensors.
 
     Raises:
         ImportError: it is not built, cannot be loaded or is of another version than the Python code; the message says
@@ -39,8 +40,14 @@ def native() -> ModuleType:
 @cache
 def _module() -> ModuleType:
     try:
-        module = import_module("valm_kernels._native")
+        module = import_module(f"{__package__}._native")
     except ImportError as error:
+        if __package__ != "valm_kernels" and isinstance(error, ModuleNotFoundError):
+            raise ImportError(
+                f"this copy of valm_kernels ({Path(__file__).parent}) has no native code, as kernel hubs have Python "
+                "code alone: choose impl='reference' where there is one, or install valm with pip and import "
+                "valm_kernels."
+            ) from error
         raise ImportError(
             f"the native code of valm_kernels cannot be loaded ({error}). Unless memory is short, build it with `pip "
             "install -e .` (or `python setup.py build_ext --inplace`), or choose impl='reference'."

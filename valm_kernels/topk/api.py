@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from valm_kernels.topk import cpu, cuda, op, reference  # noqa: F401  (op registers the operator)
-from valm_kernels.topk.checks import (
+from .._ops import ops
+from . import cpu, cuda, op, reference  # noqa: F401  (op registers the operator)
+from .checks import (
     allowed_rows,
     as_tensor,
     check_database,
@@ -18,7 +17,10 @@ from valm_kernels.topk.checks import (
     check_queries,
     check_search,
 )
-from valm_kernels.topk.result import NumpyTopK, TopK, check_out, like_queries, written_to
+from .result import NumpyTopK, TopK, check_out, like_queries, written_to
+
+if TYPE_CHECKING:
+    import numpy as np
 
 IMPLS = ("auto", "cpu", "cuda", "reference")
 
@@ -154,12 +156,12 @@ def search(
     if impl == "reference":
         scores, indices = reference.ip_topk(flat, rows, row_scale, k, allowed)
     elif streamed:
-        scores, indices = torch.ops.valm_kernels.streamed_ip_topk(flat, rows, row_scale, k, allowed)
+        scores, indices = ops.streamed_ip_topk(flat, rows, row_scale, k, allowed)
     elif prepared is None:
-        scores, indices = torch.ops.valm_kernels.ip_topk(flat, rows, row_scale, k, allowed)
+        scores, indices = ops.ip_topk(flat, rows, row_scale, k, allowed)
     elif isinstance(prepared, cuda.RowNorms):
-        scores, indices = torch.ops.valm_kernels.normed_ip_topk(flat, rows, row_scale, *prepared, k, allowed)
+        scores, indices = ops.normed_ip_topk(flat, rows, row_scale, *prepared, k, allowed)
     else:
-        scores, indices = torch.ops.valm_kernels.packed_ip_topk(flat, rows, row_scale, *prepared, k, allowed)
+        scores, indices = ops.packed_ip_topk(flat, rows, row_scale, *prepared, k, allowed)
     shape = (*queries.shape[:-1], k)
     return scores.reshape(shape), indices.reshape(shape)

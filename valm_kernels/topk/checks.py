@@ -4,11 +4,14 @@ expected.
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any, TypeGuard
 
-import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MAX_TOPK = 1024
 MIN_DIM, MAX_DIM = 8, 2048
@@ -19,6 +22,12 @@ FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SCAN_VALUES = 1 << 20
 
 
+def is_array(value: Any) -> TypeGuard[np.ndarray]:
+    """Whether `value` is a numpy array. Who has one has imported numpy; without numpy there are none."""
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.ndarray)
+
+
 def as_tensor(value: Tensor | np.ndarray, name: str) -> Tensor:
     """`value` as a tensor over the same memory.
 
@@ -27,7 +36,7 @@ def as_tensor(value: Tensor | np.ndarray, name: str) -> Tensor:
     """
     if isinstance(value, Tensor):
         return value.detach()
-    if not isinstance(value, np.ndarray):
+    if not is_array(value):
         raise TypeError(f"{name} must be a torch tensor or a numpy array, but is a {type(value).__name__}")
     if value.dtype.kind not in "fi" or not value.dtype.isnative:
         raise TypeError(
@@ -40,6 +49,8 @@ def as_tensor(value: Tensor | np.ndarray, name: str) -> Tensor:
 
 def _read_only_tensor(array: np.ndarray) -> Tensor:
     """A tensor over a read-only array (a memory-mapped file), without torch's warning: it is never written."""
+    import numpy as np
+
     array = np.ascontiguousarray(array)
     interface = dict(array.__array_interface__)
     interface["data"] = (interface["data"][0], False)
@@ -137,8 +148,8 @@ def allowed_rows(
     """
     if allowed is None:
         return None
-    if isinstance(allowed, np.ndarray) and allowed.dtype == np.bool_:
-        allowed = torch.from_numpy(np.array(allowed))
+    if is_array(allowed) and allowed.dtype == bool:
+        allowed = torch.from_numpy(allowed.copy())
     found = as_tensor(allowed, what)
     if found.dtype not in (torch.bool, torch.int64):
         raise TypeError(f"{what} has dtype {found.dtype}, expected bool (a flag a row) or int64 (numbers of rows)")

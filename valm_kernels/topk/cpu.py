@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from valm_kernels.native import cpu_isa, native, survives_fork
-from valm_kernels.topk.reference import EXACT_LANES
+from ..native import cpu_isa, native, survives_fork
+from .reference import EXACT_LANES
 
 DTYPE_NAMES = {
     torch.float32: "float32",

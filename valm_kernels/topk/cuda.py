@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from valm_kernels.native import native
-from valm_kernels.topk import matmul
-from valm_kernels.topk.checks import SCAN_VALUES
-from valm_kernels.topk.cpu import DTYPE_NAMES
-from valm_kernels.topk.result import TopK, merge_topk
+from ..native import native
+from . import matmul
+from .checks import SCAN_VALUES
+from .cpu import DTYPE_NAMES
+from .result import TopK, merge_topk
 
 # The kernels load 16 bytes at once: so many elements of int8 rows, and rows of one length for all dtypes.
 DIM_MULTIPLE = 16

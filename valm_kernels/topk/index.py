@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, overload
+from typing import TYPE_CHECKING, NamedTuple, overload
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from valm_kernels.locks import Lock
-from valm_kernels.topk import cpu, cuda, storage
-from valm_kernels.topk.api import search
-from valm_kernels.topk.checks import (
+from ..locks import Lock
+from . import cpu, cuda
+from .api import search
+from .checks import (
     MAX_ROWS,
     SCAN_VALUES,
     allowed_rows,
@@ -25,8 +24,13 @@ from valm_kernels.topk.checks import (
     check_search,
     distinct_ids,
 )
-from valm_kernels.topk.reference import dequantise
-from valm_kernels.topk.result import NumpyTopK, TopK, check_out, like_queries, written_to
+from .reference import dequantise
+from .result import NumpyTopK, TopK, check_out, like_queries, written_to
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from . import storage
 
 # Stored dtype: torch's type, and numpy's in the file (numpy has no bfloat16).
 DTYPES = {
@@ -290,6 +294,8 @@ class FlatIPIndex:
             OSError: the index could not be written, and what the folder held before is untouched; or it is written
                 but could not be flushed to the disk. The message says which.
         """
+        from . import storage
+
         rows, row_scale, ids, prepared = self._searchable()
         arrays = {"rows": rows[:, : self._dim], "row_scale": row_scale, "ids": ids}
         if isinstance(prepared, cpu.PackedRows):
@@ -325,6 +331,8 @@ class FlatIPIndex:
             FileNotFoundError: there is no saved index.
             ValueError: it is damaged, or of a format version that this code does not read.
         """
+        from . import storage
+
         folder = storage.Folder(Path(path), mmap=mmap, verify=not mmap if verify is None else verify)
         dtype, (count, dim) = folder.dtype, folder.shape
         if dtype not in DTYPES:
@@ -332,7 +340,7 @@ class FlatIPIndex:
         torch_dtype, file_dtype = DTYPES[dtype]
         array = folder.read("rows", file_dtype, (count, dim))
         # torch views int16, not uint16, as bfloat16
-        rows = torch.from_numpy(array.view(np.int16) if dtype == "bfloat16" else array).view(torch_dtype)
+        rows = torch.from_numpy(array.view("int16") if dtype == "bfloat16" else array).view(torch_dtype)
         try:
             check_database(rows)
         except ValueError as error:

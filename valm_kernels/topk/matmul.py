@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from valm_kernels.topk.reference import dequantise, pair_scores
-from valm_kernels.topk.result import TopK, merge_topk
+from .reference import dequantise, pair_scores
+from .result import TopK, merge_topk
 
 # Scores of one matrix product, at most (64 MiB, of which several copies in float64 exist at a time), and its queries.
 SCORES_PER_CHUNK = 1 << 24

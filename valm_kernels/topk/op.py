@@ -8,32 +8,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from valm_kernels.topk import cpu, cuda, streaming
+from .._ops import add_op_namespace_prefix
+from . import cpu, cuda, streaming
 
 # `allowed` (N,) bool names the rows that may be returned.
 torch.library.define(
-    "valm_kernels::ip_topk",
+    add_op_namespace_prefix("ip_topk"),
     "(Tensor queries, Tensor database, Tensor? row_scale, int k, Tensor? allowed=None) "
     "-> (Tensor scores, Tensor indices)",
 )
 torch.library.define(
-    "valm_kernels::packed_ip_topk",
+    add_op_namespace_prefix("packed_ip_topk"),
     "(Tensor queries, Tensor database, Tensor? row_scale, Tensor codes, Tensor stats, Tensor frame, "
     "Tensor? first_rows, Tensor? next_duplicate, int k, Tensor? allowed=None) -> (Tensor scores, Tensor indices)",
 )
 torch.library.define(
-    "valm_kernels::normed_ip_topk",
+    add_op_namespace_prefix("normed_ip_topk"),
     "(Tensor queries, Tensor database, Tensor? row_scale, Tensor norms, Tensor? equal, int k, Tensor? allowed=None) "
     "-> (Tensor scores, Tensor indices)",
 )
 torch.library.define(
-    "valm_kernels::streamed_ip_topk",
+    add_op_namespace_prefix("streamed_ip_topk"),
     "(Tensor queries, Tensor rows, Tensor? row_scale, int k, Tensor? allowed=None) -> (Tensor scores, Tensor indices)",
 )
 
 
-@torch.library.register_fake("valm_kernels::streamed_ip_topk")
-@torch.library.register_fake("valm_kernels::ip_topk")
+@torch.library.register_fake(add_op_namespace_prefix("streamed_ip_topk"))
+@torch.library.register_fake(add_op_namespace_prefix("ip_topk"))
 def _ip_topk_fake(
     queries: Tensor, database: Tensor, row_scale: Tensor | None, k: int, allowed: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -41,21 +42,21 @@ def _ip_topk_fake(
     return queries.new_empty(shape, dtype=torch.float32), queries.new_empty(shape, dtype=torch.int64)
 
 
-@torch.library.impl("valm_kernels::ip_topk", "CPU")
+@torch.library.impl(add_op_namespace_prefix("ip_topk"), "CPU")
 def _ip_topk_cpu(
     queries: Tensor, database: Tensor, row_scale: Tensor | None, k: int, allowed: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     return cpu.search(queries, database.contiguous(), row_scale, None, k, allowed)
 
 
-@torch.library.impl("valm_kernels::ip_topk", "CUDA")
+@torch.library.impl(add_op_namespace_prefix("ip_topk"), "CUDA")
 def _ip_topk_cuda(
     queries: Tensor, database: Tensor, row_scale: Tensor | None, k: int, allowed: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     return cuda.search(queries, database, row_scale, None, k, allowed)
 
 
-@torch.library.register_fake("valm_kernels::packed_ip_topk")
+@torch.library.register_fake(add_op_namespace_prefix("packed_ip_topk"))
 def _packed_ip_topk_fake(
     queries: Tensor,
     database: Tensor,
@@ -71,7 +72,7 @@ def _packed_ip_topk_fake(
     return _ip_topk_fake(queries, database, row_scale, k)
 
 
-@torch.library.impl("valm_kernels::packed_ip_topk", "CPU")
+@torch.library.impl(add_op_namespace_prefix("packed_ip_topk"), "CPU")
 def _packed_ip_topk_cpu(
     queries: Tensor,
     database: Tensor,
@@ -88,7 +89,7 @@ def _packed_ip_topk_cpu(
     return cpu.search(queries, database, row_scale, packed, k, allowed)
 
 
-@torch.library.register_fake("valm_kernels::normed_ip_topk")
+@torch.library.register_fake(add_op_namespace_prefix("normed_ip_topk"))
 def _normed_ip_topk_fake(
     queries: Tensor,
     database: Tensor,
@@ -101,7 +102,7 @@ def _normed_ip_topk_fake(
     return _ip_topk_fake(queries, database, row_scale, k)
 
 
-@torch.library.impl("valm_kernels::normed_ip_topk", "CUDA")
+@torch.library.impl(add_op_namespace_prefix("normed_ip_topk"), "CUDA")
 def _normed_ip_topk_cuda(
     queries: Tensor,
     database: Tensor,
@@ -115,7 +116,7 @@ def _normed_ip_topk_cuda(
 
 
 # the rows are on the CPU, the queries on any device
-@torch.library.impl("valm_kernels::streamed_ip_topk", "CompositeExplicitAutograd")
+@torch.library.impl(add_op_namespace_prefix("streamed_ip_topk"), "CompositeExplicitAutograd")
 def _streamed_ip_topk(
     queries: Tensor, rows: Tensor, row_scale: Tensor | None, k: int, allowed: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

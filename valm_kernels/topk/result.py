@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, overload
+from typing import TYPE_CHECKING, NamedTuple, overload
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from valm_kernels.topk.checks import as_tensor
+from .checks import as_tensor, is_array
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class TopK(NamedTuple):
@@ -36,7 +38,7 @@ def like_queries(queries: Tensor, scores: Tensor, indices: Tensor) -> TopK: ...
 def like_queries(queries: np.ndarray, scores: Tensor, indices: Tensor) -> NumpyTopK: ...
 def like_queries(queries: Tensor | np.ndarray, scores: Tensor, indices: Tensor) -> TopK | NumpyTopK:
     """The result as tensors or numpy arrays, like the queries."""
-    if isinstance(queries, np.ndarray):
+    if is_array(queries):
         return NumpyTopK(scores.numpy(), indices.numpy())
     return TopK(scores, indices)
 
@@ -51,7 +53,7 @@ def check_out(out: TopK | NumpyTopK, shape: tuple[int, ...], device: torch.devic
     if not isinstance(out, TopK | NumpyTopK):
         raise TypeError(f"out must be a TopK or NumpyTopK (scores, indices), but is a {type(out).__name__}")
     for name, given, dtype in (("scores", out.scores, torch.float32), ("indices", out.indices, torch.int64)):
-        if isinstance(given, np.ndarray) and not given.flags.writeable:
+        if is_array(given) and not given.flags.writeable:
             raise ValueError(f"out.{name} is a read-only array")
         found = as_tensor(given, f"out.{name}")
         if found.dtype != dtype:
@@ -65,10 +67,10 @@ def check_out(out: TopK | NumpyTopK, shape: tuple[int, ...], device: torch.devic
 def written_to(out: TopK | NumpyTopK, scores: Tensor, indices: Tensor) -> TopK | NumpyTopK:
     """`out`, after `check_out`, with the result in it."""
     for place, found in ((out.scores, scores), (out.indices, indices)):
-        if isinstance(place, np.ndarray):  # also with negative strides, of which torch would copy the array
-            np.copyto(place, found.numpy())
-        else:
+        if isinstance(place, Tensor):
             place.detach().copy_(found)
+        else:  # by numpy, as torch would copy an array with negative strides
+            place[...] = found.numpy()
     return out
 
 

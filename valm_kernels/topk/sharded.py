@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from valm_kernels.topk.checks import allowed_rows, as_tensor, check_database, check_search
-from valm_kernels.topk.index import FlatIPIndex
-from valm_kernels.topk.result import NumpyTopK, TopK, like_queries, merge_topk
+from .checks import allowed_rows, as_tensor, check_database, check_search
+from .index import FlatIPIndex
+from .result import NumpyTopK, TopK, like_queries, merge_topk
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class ShardedIPIndex:

@@ -18,7 +18,7 @@ from typing import Annotated, Any, BinaryIO, TypedDict
 
 import numpy as np
 
-from valm_kernels.atomic_files import (
+from ..atomic_files import (
     ABANDONED_SECONDS,
     SAVE_WAIT_SECONDS,
     folder_lock,
@@ -27,8 +27,8 @@ from valm_kernels.atomic_files import (
     sync_folder,
     temporary_file,
 )
-from valm_kernels.checksums import file_sha256
-from valm_kernels.json_files import Count, Matching, SchemaError, Sha256, check, own_file, read_json, short
+from ..checksums import file_sha256
+from ..json_files import Count, Matching, SchemaError, Sha256, check, own_file, read_json, short
 
 FORMAT = "valm flat inner-product index"
 VERSION = 2  # 1 had no checksum of the manifest

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from valm_kernels.topk.cuda import DIM_MULTIPLE, aligned
-from valm_kernels.topk.result import TopK, merge_topk
+from .cuda import DIM_MULTIPLE, aligned
+from .result import TopK, merge_topk
 
 # Size of one buffer: two are pinned in host memory, two are on the device.
 CHUNK_BYTES = 64 << 20

@@ -4,8 +4,8 @@ api.py has the public functions, checks.py the checks of their arguments, refere
 op.py the registration with torch.library, cpu.py and triton/ the implementations.
 """
 
-from valm_kernels.visual_fusion.api import attention_weights, visual_fusion_attn
-from valm_kernels.visual_fusion.checks import MAX_IMAGES
-from valm_kernels.visual_fusion.slots import sort_image_slots
+from .api import attention_weights, visual_fusion_attn
+from .checks import MAX_IMAGES
+from .slots import sort_image_slots
 
 __all__ = ["MAX_IMAGES", "attention_weights", "sort_image_slots", "visual_fusion_attn"]

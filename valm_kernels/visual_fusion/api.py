@@ -11,11 +11,11 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from valm_kernels.visual_fusion import flash
-from valm_kernels.visual_fusion.checks import check_bool, check_tensor, check_text_bias, checked_inputs
-from valm_kernels.visual_fusion.inputs import Inputs
-from valm_kernels.visual_fusion.op import document_starts, fused_attention
-from valm_kernels.visual_fusion.reference import joint_softmax, reference_attention
+from . import flash
+from .checks import check_bool, check_tensor, check_text_bias, checked_inputs
+from .inputs import Inputs
+from .op import document_starts, fused_attention
+from .reference import joint_softmax, reference_attention
 
 IMPLS = ("auto", "triton", flash.NAME, "cpu", "reference")
 HAS_TRITON = importlib.util.find_spec("triton") is not None

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from valm_kernels.visual_fusion.inputs import TENSOR_NAMES, Inputs
+from .inputs import TENSOR_NAMES, Inputs
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
 MAX_IMAGES = 64

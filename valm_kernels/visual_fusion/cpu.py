@@ -18,12 +18,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from valm_kernels.native import cpu_isa, native, survives_fork
-from valm_kernels.visual_fusion import cpu_softcap
-from valm_kernels.visual_fusion.checks import check_cache_seqlens
-from valm_kernels.visual_fusion.inputs import Gradients, Inputs
-from valm_kernels.visual_fusion.layout import empty_rows_like, empty_tokens_first, whole_rows
-from valm_kernels.visual_fusion.slots import check_pool
+from ..native import cpu_isa, native, survives_fork
+from . import cpu_softcap
+from .checks import check_cache_seqlens
+from .inputs import Gradients, Inputs
+from .layout import empty_rows_like, empty_tokens_first, whole_rows
+from .slots import check_pool
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default

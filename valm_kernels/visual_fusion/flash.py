@@ -17,7 +17,7 @@ import torch
 import torch.nn.attention
 from torch import Tensor
 
-from valm_kernels.visual_fusion.inputs import Inputs
+from .inputs import Inputs
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_backward.default

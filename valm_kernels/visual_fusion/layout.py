@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from valm_kernels.visual_fusion.inputs import Gradients, Inputs, num_images
+from .inputs import Gradients, Inputs, num_images
 
 
 def empty_tokens_first(like: Tensor) -> Tensor:

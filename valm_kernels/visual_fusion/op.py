@@ -14,10 +14,11 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
-from valm_kernels.visual_fusion import cpu, flash
-from valm_kernels.visual_fusion.checks import check_cu_seqlens
-from valm_kernels.visual_fusion.inputs import Gradients, Inputs
-from valm_kernels.visual_fusion.layout import empty_gradients, empty_image_scores, empty_rows_like
+from .._ops import add_op_namespace_prefix, ops
+from . import cpu, flash
+from .checks import check_cu_seqlens
+from .inputs import Gradients, Inputs
+from .layout import empty_gradients, empty_image_scores, empty_rows_like
 
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? image_k, Tensor? image_v, Tensor? image_q, Tensor? image_index, "
@@ -28,7 +29,7 @@ _INPUTS = (
 # Positions of the differentiable tensors among the inputs.
 _DIFFERENTIABLE = tuple(Inputs._fields.index(name) for name in Gradients._fields)
 
-_library = torch.library.Library("valm_kernels", "DEF")
+_library = torch.library.Library(ops.name, "DEF")
 _library.define(
     f"visual_fusion_attn({_INPUTS}, bool with_image_scores) -> (Tensor out, Tensor lse, Tensor image_scores)"
 )
@@ -42,8 +43,8 @@ _library.define(
 )
 # Of the devices that have kernels.
 _KERNEL_KEYS = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
-_forward_op = torch.ops.valm_kernels.visual_fusion_attn.default
-_backward_op = torch.ops.valm_kernels.visual_fusion_attn_backward.default
+_forward_op = ops.visual_fusion_attn.default
+_backward_op = ops.visual_fusion_attn_backward.default
 
 
 def fused_attention(inputs: Inputs, impl: str, with_image_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,7 +63,7 @@ def document_starts(cu_seqlens: Tensor, batch: int, num_queries: int, num_keys: 
     Raises:
         ValueError: cu_seqlens is on the CPU and fails `check_cu_seqlens`.
     """
-    return torch.ops.valm_kernels.document_starts(cu_seqlens, batch, num_queries, num_keys, max_seqlen)
+    return ops.document_starts(cu_seqlens, batch, num_queries, num_keys, max_seqlen)
 
 
 def _implementation(impl: str) -> tuple[Any, Any]:
@@ -73,7 +74,7 @@ def _implementation(impl: str) -> tuple[Any, Any]:
 @cache
 def _triton(with_flash: bool) -> tuple[Any, Any]:
     """Triton is imported only where it is used."""
-    from valm_kernels.visual_fusion.triton import backward, forward, joined
+    from .triton import backward, forward, joined
 
     return (joined.forward, joined.backward) if with_flash else (forward.forward, backward.backward)
 
@@ -245,8 +246,8 @@ for _device in ("CPU", "CUDA"):
     _library.impl("visual_fusion_attn_backward", _backward, _device)
 _library.impl("document_starts", _checked_document_starts, "CPU")
 _library.impl("document_starts", _document_starts, "CompositeExplicitAutograd")
-torch.library.register_fake("valm_kernels::document_starts", _document_starts_fake, lib=_library)
-torch.library.register_fake("valm_kernels::visual_fusion_attn", _forward_fake, lib=_library)
-torch.library.register_fake("valm_kernels::visual_fusion_attn_backward", _backward_fake, lib=_library)
+torch.library.register_fake(add_op_namespace_prefix("document_starts"), _document_starts_fake, lib=_library)
+torch.library.register_fake(add_op_namespace_prefix("visual_fusion_attn"), _forward_fake, lib=_library)
+torch.library.register_fake(add_op_namespace_prefix("visual_fusion_attn_backward"), _backward_fake, lib=_library)
 _library.impl("visual_fusion_attn", _autograd, "Autograd", with_keyset=True)
 _library.impl("visual_fusion_attn_backward", _backward_autograd, "Autograd", with_keyset=True)

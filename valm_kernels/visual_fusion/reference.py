@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from valm_kernels.visual_fusion.checks import check_cache_seqlens
-from valm_kernels.visual_fusion.inputs import Inputs
-from valm_kernels.visual_fusion.slots import check_pool
+from .checks import check_cache_seqlens
+from .inputs import Inputs
+from .slots import check_pool
 
 
 def joint_softmax(inputs: Inputs, text_bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from valm_kernels.visual_fusion.checks import check_image_index, check_index_on_cpu
-from valm_kernels.visual_fusion.inputs import Inputs
+from .checks import check_image_index, check_index_on_cpu
+from .inputs import Inputs
 
 
 def sort_image_slots(image_index: Tensor, pool_size: int) -> Tensor:

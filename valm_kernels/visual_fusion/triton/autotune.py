@@ -27,9 +27,9 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.cache import get_cache_manager
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from valm_kernels.visual_fusion.inputs import Inputs, num_images
-from valm_kernels.visual_fusion.triton.launch import architecture
-from valm_kernels.visual_fusion.triton.tiles import Tiles, tiles_for
+from ..inputs import Inputs, num_images
+from .launch import architecture
+from .tiles import Tiles, tiles_for
 
 AUTOTUNE = os.environ.get("VALM_KERNELS_AUTOTUNE") == "1"
 MAX_BLOCK, MAX_STAGES = 128, 4

@@ -32,12 +32,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from valm_kernels.visual_fusion.inputs import Gradients, Inputs
-from valm_kernels.visual_fusion.layout import empty_gradients
-from valm_kernels.visual_fusion.triton.backward_key import key_gradients
-from valm_kernels.visual_fusion.triton.backward_pool import pool_gradients
-from valm_kernels.visual_fusion.triton.backward_query import query_gradients
-from valm_kernels.visual_fusion.triton.launch import aligned_rows, contiguous, kernel_inputs
+from ..inputs import Gradients, Inputs
+from ..layout import empty_gradients
+from .backward_key import key_gradients
+from .backward_pool import pool_gradients
+from .backward_query import query_gradients
+from .launch import aligned_rows, contiguous, kernel_inputs
 
 
 def backward(

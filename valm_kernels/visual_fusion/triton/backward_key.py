@@ -9,11 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from valm_kernels.visual_fusion.inputs import Gradients, Inputs
-from valm_kernels.visual_fusion.layout import empty_tokens_first
-from valm_kernels.visual_fusion.triton.autotune import choose_tiles
-from valm_kernels.visual_fusion.triton.launch import RowStrides, cdiv, kernel_constants, softcap_log2, strides
-from valm_kernels.visual_fusion.triton.primitives import (
+from ..inputs import Gradients, Inputs
+from ..layout import empty_tokens_first
+from .autotune import choose_tiles
+from .launch import RowStrides, cdiv, kernel_constants, softcap_log2, strides
+from .primitives import (
     LOG2E,
     cap_slope,
     capped,
@@ -25,7 +25,7 @@ from valm_kernels.visual_fusion.triton.primitives import (
     used_keys,
     visible_keys,
 )
-from valm_kernels.visual_fusion.triton.tiles import Tiles
+from .tiles import Tiles
 
 # Queries per step of the scan of first_key. Chosen by arithmetic, not yet measured on a card.
 SCAN = 1024

@@ -20,13 +20,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from valm_kernels.visual_fusion.inputs import Gradients, Inputs
-from valm_kernels.visual_fusion.layout import empty_rows_like
-from valm_kernels.visual_fusion.slots import sorted_slots
-from valm_kernels.visual_fusion.triton.backward_query import ForPool
-from valm_kernels.visual_fusion.triton.launch import VECTOR, cdiv, strides
-from valm_kernels.visual_fusion.triton.primitives import kernel, row_pointers
-from valm_kernels.visual_fusion.triton.tiles import block_d
+from ..inputs import Gradients, Inputs
+from ..layout import empty_rows_like
+from ..slots import sorted_slots
+from .backward_query import ForPool
+from .launch import VECTOR, cdiv, strides
+from .primitives import kernel, row_pointers
+from .tiles import block_d
 
 # Slots per step of a program, columns (heads x D) of its sums, and slots from which an image is popular. Chosen by
 # arithmetic and by the registers that the compiler reports, not yet measured on a card.

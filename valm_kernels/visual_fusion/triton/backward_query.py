@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from valm_kernels.visual_fusion.inputs import Gradients, Inputs, num_images
-from valm_kernels.visual_fusion.triton.autotune import choose_tiles
-from valm_kernels.visual_fusion.triton.launch import (
+from ..inputs import Gradients, Inputs, num_images
+from .autotune import choose_tiles
+from .launch import (
     ImageStrides,
     RowStrides,
     cdiv,
@@ -22,7 +22,7 @@ from valm_kernels.visual_fusion.triton.launch import (
     softcap_log2,
     strides,
 )
-from valm_kernels.visual_fusion.triton.primitives import (
+from .primitives import (
     IMAGE_STAGES,
     LOG2E,
     cap_slope,
@@ -42,7 +42,7 @@ from valm_kernels.visual_fusion.triton.primitives import (
     used_keys,
     visible_keys,
 )
-from valm_kernels.visual_fusion.triton.tiles import Tiles
+from .tiles import Tiles
 
 
 @triton.jit

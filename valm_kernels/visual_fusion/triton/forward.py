@@ -30,11 +30,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from valm_kernels.visual_fusion.inputs import Inputs, num_images
-from valm_kernels.visual_fusion.layout import empty_rows_like
-from valm_kernels.visual_fusion.slots import check_pool
-from valm_kernels.visual_fusion.triton.autotune import choose_tiles
-from valm_kernels.visual_fusion.triton.launch import (
+from ..inputs import Inputs, num_images
+from ..layout import empty_rows_like
+from ..slots import check_pool
+from .autotune import choose_tiles
+from .launch import (
     ImageStrides,
     RowStrides,
     cdiv,
@@ -45,7 +45,7 @@ from valm_kernels.visual_fusion.triton.launch import (
     softcap_log2,
     strides,
 )
-from valm_kernels.visual_fusion.triton.primitives import (
+from .primitives import (
     IMAGE_STAGES,
     LN2,
     LOG2E,
@@ -64,7 +64,7 @@ from valm_kernels.visual_fusion.triton.primitives import (
     used_keys,
     visible_keys,
 )
-from valm_kernels.visual_fusion.triton.tiles import Tiles
+from .tiles import Tiles
 
 # For finding a wrong index: the host reads them all before each launch.
 CHECK_INDEX = os.environ.get("VALM_KERNELS_CHECK_INDEX") == "1"

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from valm_kernels.visual_fusion import flash
-from valm_kernels.visual_fusion.checks import check_cu_seqlens
-from valm_kernels.visual_fusion.inputs import Gradients, Inputs
-from valm_kernels.visual_fusion.layout import empty_gradients, empty_rows_like
-from valm_kernels.visual_fusion.triton import backward as triton_backward
-from valm_kernels.visual_fusion.triton import forward as triton_forward
-from valm_kernels.visual_fusion.triton.backward_pool import pool_gradients
-from valm_kernels.visual_fusion.triton.backward_query import query_gradients
-from valm_kernels.visual_fusion.triton.launch import aligned_rows, contiguous, kernel_inputs
+from .. import flash
+from ..checks import check_cu_seqlens
+from ..inputs import Gradients, Inputs
+from ..layout import empty_gradients, empty_rows_like
+from . import backward as triton_backward
+from . import forward as triton_forward
+from .backward_pool import pool_gradients
+from .backward_query import query_gradients
+from .launch import aligned_rows, contiguous, kernel_inputs
 
 
 def forward(inputs: Inputs, image_scores: Tensor | None = None) -> tuple[Tensor, Tensor]:

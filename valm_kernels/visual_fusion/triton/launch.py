@@ -9,9 +9,9 @@ import torch
 import triton
 from torch import Tensor
 
-from valm_kernels.visual_fusion.inputs import TENSOR_NAMES, Inputs
-from valm_kernels.visual_fusion.triton.primitives import LOG2E
-from valm_kernels.visual_fusion.triton.tiles import block_d
+from ..inputs import TENSOR_NAMES, Inputs
+from .primitives import LOG2E
+from .tiles import block_d
 
 # Bytes of the widest load and store.
 VECTOR = 16
