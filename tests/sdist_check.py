@@ -74,12 +74,12 @@ def compare(archive: Path, found: set[str], expected: set[str]) -> None:
     assert not superfluous, f"{archive.name} has {', '.join(superfluous)}: exclude them in MANIFEST.in"
 
 
-def install(sdist: Path, environment: Path) -> Path:
-    """Installs the sdist into a new virtual environment, and returns the environment's Python."""
+def install(archive: Path, environment: Path) -> Path:
+    """Installs an sdist or a wheel into a new virtual environment, and returns the environment's Python."""
     venv.create(environment, with_pip=True)
     python = environment / "bin" / "python"
     # The dependencies only after the build, so that it cannot use one of them.
-    subprocess.run([python, "-I", "-m", "pip", "install", "--quiet", "--no-deps", sdist], check=True)
+    subprocess.run([python, "-I", "-m", "pip", "install", "--quiet", "--no-deps", archive], check=True)
     query = "import sysconfig; print(sysconfig.get_path('purelib'))"
     site_packages = subprocess.run([python, "-Ic", query], capture_output=True, text=True, check=True).stdout.strip()
     # A folder named in a .pth file has its own .pth files ignored: an editable valm in it is not importable.
