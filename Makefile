@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 DEMO_OUTPUT ?= demo-output
 STUDY_OUTPUT ?= study-output
+HUB_KERNEL := build/hub-kernel
 BIN := $(VENV)/bin
 # What an editable install is built from: a change here installs again.
 SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.c*' -o -name '*.h*')
 
-.PHONY: help demo study-small test test-oldest-triton test-all check coverage fuzz sanitize bench gpu-check lint types format docs sdist-check wheel clean
+.PHONY: help demo study-small test test-oldest-triton test-all check coverage fuzz sanitize bench gpu-check lint types format docs sdist-check wheel hub-kernel clean
 
 help:
 	@echo "make demo       train and evaluate a small VaLM on real pictures, on the CPU, into $(DEMO_OUTPUT)/"
@@ -26,6 +27,7 @@ help:
 	@echo "make docs       the documentation as a site, into build/site/"
 	@echo "make sdist-check  build the source distribution and a wheel, install the sdist, and try it"
 	@echo "make wheel      a manylinux wheel for this Python, into dist/, tried where there is no compiler"
+	@echo "make hub-kernel  valm_kernels without native code for a kernel hub, into $(HUB_KERNEL)/, loaded by the library kernels"
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -132,6 +134,13 @@ $(VENV)/.installed-wheel: | $(VENV)/bin/python
 
 wheel: $(VENV)/.installed-test $(VENV)/.installed-wheel
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m tests.wheel_check dist
+
+# The library is no dependency of valm, as transformers behaves differently with it: it is installed beside.
+hub-kernel: $(VENV)/.installed-test
+	rm -rf $(HUB_KERNEL) $(HUB_KERNEL)-library
+	$(BIN)/python -m valm_kernels.hub.assemble $(HUB_KERNEL)
+	$(BIN)/python -m pip install --quiet --no-warn-conflicts --target $(HUB_KERNEL)-library kernels
+	PYTHONPATH=$(HUB_KERNEL)-library $(BIN)/python -m pytest tests/valm_kernels/hub
 
 # The linters alone, without the package and its dependencies.
 $(VENV)/.installed-lint: pyproject.toml | $(VENV)/bin/python
