@@ -12,7 +12,7 @@ SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.c*' -o -name '*.h*
 
 help:
 	@echo "make demo       train and evaluate a small VaLM on real pictures, on the CPU, into $(DEMO_OUTPUT)/"
-	@echo "make study-small  one seed of the study (docs/study-plan.md), under an hour, into $(STUDY_OUTPUT)/"
+	@echo "make study-small  one seed of the study (docs/results/study-plan.md), under an hour, into $(STUDY_OUTPUT)/"
 	@echo "make test       the tests, without the slow ones"
 	@echo "make test-oldest-triton  the Triton kernels' tests under the oldest Triton that is supported"
 	@echo "make test-all   every test"
@@ -21,7 +21,7 @@ help:
 	@echo "make fuzz       damaged files for every reader, for MINUTES=10"
 	@echo "make sanitize   the native tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer"
 	@echo "make bench      the benchmarks, beside their peers"
-	@echo "make gpu-check  on a machine with a GPU: GPU tests, compute-sanitizer, GPU benchmarks, docs/gpu.md; resumable"
+	@echo "make gpu-check  on a machine with a GPU: GPU tests, compute-sanitizer, GPU benchmarks, docs/results/gpu.md; resumable"
 	@echo "make lint       ruff, clang-format, schemas of the workflow and its neighbours; make format applies the first two"
 	@echo "make types      mypy over both packages and the studies"
 	@echo "make docs       the documentation as a site, into build/site/"

@@ -4,7 +4,7 @@
 
 A step is a command with a log under build/gpu-check/; what passed is noted beside the logs, with the card and the state
 of the code. The rows of all benchmarks, and a row for each step, go into benchmarks/results/gpu.csv, from which
-docs/gpu.md is written.
+docs/results/gpu.md is written.
 """
 
 from __future__ import annotations

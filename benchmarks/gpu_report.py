@@ -1,4 +1,4 @@
-"""docs/gpu.md: what `make gpu-check` has measured on a card, from benchmarks/results/gpu.csv."""
+"""docs/results/gpu.md: what `make gpu-check` has measured on a card, from benchmarks/results/gpu.csv."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.valm_kernels import roofline
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu.csv"
-PAGE = ROOT / "docs" / "gpu.md"
+PAGE = ROOT / "docs" / "results" / "gpu.md"
 # The group of the rows that say how each step of gpu-check ended.
 STEPS = "make gpu-check"
 NOT_YET = "not measured yet"

@@ -2,7 +2,7 @@
 
     python -m benchmarks.report
 
-writes docs/benchmarks.md, its plots, docs/gpu.md, docs/roofline.md, and on other pages what stands between the marks
+writes docs/results/{benchmarks,gpu,roofline}.md and their plots, and on other pages what stands between the marks
 
     <!-- NAME: python -m benchmarks.report -->
     <!-- end -->
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 IMAGES = ROOT / "docs" / "images"
-PAGE = ROOT / "docs" / "benchmarks.md"
+PAGE = ROOT / "docs" / "results" / "benchmarks.md"
 README = ROOT / "README.md"
-TOPK = ROOT / "docs" / "topk.md"
-ROOFLINE = ROOT / "docs" / "roofline.md"
+TOPK = ROOT / "docs" / "results" / "topk.md"
+ROOFLINE = ROOT / "docs" / "results" / "roofline.md"
 
 # The parts of the page, in order: a title, and what the names of its groups begin with. The last takes all others.
 PARTS = {
@@ -61,11 +61,11 @@ itself. A result is checked before it is timed. Ratios are of medians in one run
 The text towers of the retrieval rows have random weights, on which speed does not depend, and their knowledge base is
 of perturbed context queries of real text (`benchmarks/valm/inputs.py`).
 
-![Time of each implementation of attention over that of visual_fusion_attn](images/attention.png)
+![Time of each implementation of attention over that of visual_fusion_attn](../images/attention.png)
 
 *`cpu-xeon-2-cores.csv`. The same for the time of a search; [Exact top-K](topk.md) says where it is slower:*
 
-![Time of a search against the number of its queries, for 50,000, 200,000 and 1,000,000 rows](images/topk.png)
+![Time of a search against the number of its queries, for 50,000, 200,000 and 1,000,000 rows](../images/topk.png)
 
 *`topk-epyc-2-cores.csv`.*
 """
@@ -153,7 +153,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def page() -> str:
-    """docs/benchmarks.md."""
+    """docs/results/benchmarks.md."""
     files = sorted({*RESULTS.glob("*.csv")} - {gpu_report.RESULTS})
     return "\n".join([INTRODUCTION, *(section(path) for path in files)])
 
@@ -201,7 +201,7 @@ def readme_table() -> str:
 
 
 def topk_tables() -> str:
-    """The machine and the tables of docs/topk.md."""
+    """The machine and the tables of docs/results/topk.md."""
     (machine,) = {row["machine"] for row in read(RESULTS / EPYC_TOPK)}
     return f"{machine}:\n\n{topk_report.tables(topk_report.read(RESULTS / EPYC_TOPK))}"
 

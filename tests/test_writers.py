@@ -1,4 +1,4 @@
-"""Every module that writes files has its row in docs/reliability.md, which says what a reader may rely on."""
+"""Every module that writes files has its row in docs/reference/reliability.md, which says what a reader may rely on."""
 
 import ast
 import re
@@ -59,7 +59,7 @@ def test_writers_are_seen(code, expected):
 
 
 def test_every_writer_has_a_row():
-    text = (ROOT / "docs" / "reliability.md").read_text("utf-8")
+    text = (ROOT / "docs" / "reference" / "reliability.md").read_text("utf-8")
     rows = text.partition("| Written by |")[2].partition("\n\n")[0]
     named = {name for row in rows.splitlines()[2:] for name in re.findall(r"`([\w/]+\.py)`", row.split("|")[1])}
     assert len(named) >= 20

@@ -2,7 +2,7 @@
 
 Arithmetic, not measurement: every tensor crosses the memory bus once, tiles waste nothing, nothing waits for anything
 else than the busiest unit. No kernel can be faster; how near ours come, only a card can tell. `python -m
-benchmarks.report` writes docs/roofline.md from it, and the benchmarks of a card put it beside what they measure.
+benchmarks.report` writes docs/results/roofline.md from it; benchmarks of a card put it beside what they measure.
 """
 
 from __future__ import annotations
@@ -237,7 +237,7 @@ TOPK_ROWS, TOPK_DIM = 1_000_000, 768
 
 
 def tables() -> str:
-    """The estimates of docs/roofline.md."""
+    """The estimates of docs/results/roofline.md."""
     lines = []
     for shape in SHAPES:
         lines += [
@@ -335,7 +335,7 @@ To be measured once there is a card; [On a GPU](gpu.md) has the measured ratios.
 
 
 def page() -> str:
-    """docs/roofline.md."""
+    """docs/results/roofline.md."""
     return PAGE.format(
         launch=LAUNCH_S * 1e6,
         sort=SORT_LAUNCHES + 2,

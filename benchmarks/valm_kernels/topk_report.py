@@ -1,4 +1,4 @@
-"""The tables and the plot of docs/topk.md, from the rows of bench_topk.py; `python -m benchmarks.report` writes them.
+"""The tables and the plot of docs/results/topk.md, from the rows of bench_topk.py, for `python -m benchmarks.report`.
 
 Times are the least of each row's rounds: what else ran on the machine can only add to them.
 """

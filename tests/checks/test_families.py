@@ -1,4 +1,4 @@
-"""Each family of docs/families.md does what its row says."""
+"""Each family of docs/reference/families.md does what its row says."""
 
 import pytest
 

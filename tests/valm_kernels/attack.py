@@ -3,7 +3,8 @@
     python -m tests.valm_kernels.attack [--attention 10000] [--searches 2000] [--first 0] [--impl cpu]
 
 A case depends on its number alone: `--attention 1 --searches 0 --first N` repeats case N. Prints what it ran and how
-far the results were off, and exits with 1 if one was wrong. docs/reliability.md has the counts of a whole run.
+far the results were off, and exits with 1 if one was wrong.
+docs/reference/reliability.md has the counts of a whole run.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from valm.retrieval.min_score import cut
 from valm.retrieval.retriever import Retriever, VectorIndex
 
 # Blocks of a query head. On the demo's model, two on the embeddings came far closer to CLIP's queries than one, or an
-# MLP, on the input of the fusion layer (docs/training.md has the numbers).
+# MLP, on the input of the fusion layer (docs/how-to/training.md has the numbers).
 QUERY_BLOCKS = 2
 
 

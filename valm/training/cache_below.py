@@ -2,7 +2,7 @@
 
 If every weight below the fusion layer is frozen, as after `valm.augment`, the layer's input for a document is the same
 in every epoch. `cache_below` runs the layers below once, writes their hidden states beside the data, and makes the
-training start at the fusion layer (docs/data.md; benchmarks/valm/bench_augmented.py measures what that saves).
+training start at the fusion layer (docs/how-to/data.md; benchmarks/valm/bench_augmented.py measures what that saves).
 """
 
 from __future__ import annotations

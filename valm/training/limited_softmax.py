@@ -19,7 +19,7 @@ from valm.model.probe import in_mode, probe_tokens
 from valm.training.cache_below import no_images
 
 # Other tokens in the softmax of a step. With none, no step would make them less likely, and they become likelier with
-# every change of the model (docs/smollm2.md).
+# every change of the model (docs/results/smollm2.md).
 SAMPLED = 2048
 
 

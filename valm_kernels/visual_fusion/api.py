@@ -206,7 +206,7 @@ def visual_fusion_attn(
         forward mode (jvp, jacfwd, hessian) raise, except in impl="reference".
         Under torch.autocast q, k, v, image_k, image_v and image_q are cast to the autocast dtype first.
         In 16 bits the gradients of image_k_bias and image_logit_bias are rounded more than the other ones, because the
-        backward starts from the rounded out, as in all flash attention (docs/reliability.md has the numbers).
+        backward starts from the rounded out, as in all flash attention (docs/reference/reliability.md has the numbers).
 
     Raises:
         TypeError: an argument has the wrong type or dtype.

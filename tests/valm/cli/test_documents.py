@@ -110,7 +110,7 @@ def test_the_plan_of_the_page_on_training_goes_together(monkeypatch):
         checked.append(plan)
 
     monkeypatch.setattr(TrainingPlan, "run", check)
-    (example,) = (code for code in blocks(ROOT / "docs" / "training.md", "python") if "TrainingPlan" in code)
+    (example,) = (code for code in blocks(ROOT / "docs" / "how-to" / "training.md", "python") if "TrainingPlan" in code)
     exec(compile(example, "training.md", "exec"), {})
     assert len(checked) == 1
 

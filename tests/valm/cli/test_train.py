@@ -556,7 +556,7 @@ def losses(folder):
 
 @pytest.fixture(scope="module")
 def documented(world, base, tmp_path_factory):
-    """The folder in which the commands of docs/training.md run, and the losses of one process."""
+    """The folder in which the commands of docs/how-to/training.md run, and the losses of one process."""
     folder = tmp_path_factory.mktemp("documented")
     (folder / "kb").symlink_to(world / "kb")
     (folder / "retrieval").symlink_to(world / "base-retrieval")
@@ -567,9 +567,8 @@ def documented(world, base, tmp_path_factory):
     return folder, losses(folder / "one")
 
 
-COMMANDS = re.findall(
-    r"^(?:torchrun|accelerate launch) .*$", (Path(__file__).parents[3] / "docs" / "training.md").read_text(), re.M
-)
+PAGE = Path(__file__).parents[3] / "docs" / "how-to" / "training.md"
+COMMANDS = re.findall(r"^(?:torchrun|accelerate launch) .*$", PAGE.read_text(), re.M)
 
 
 # The first one is launched by `make test` too.
