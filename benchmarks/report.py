@@ -73,10 +73,11 @@ of perturbed context queries of real text (`benchmarks/valm/inputs.py`).
 
 @dataclass(frozen=True)
 class Ratio:
-    """A row of README's table: `ours` of a group against `peer`, faster or as a multiple of its time."""
+    """A row of README's table: `ours` of a group of a file against `peer`, faster or as a multiple of its time."""
 
     what: str
     against: str
+    file: str
     group: str
     ours: str
     peer: str
@@ -85,6 +86,7 @@ class Ratio:
 
 XEON = "cpu-xeon-2-cores.csv"
 EPYC_TOPK = "topk-epyc-2-cores.csv"
+EPYC_WHOLE = "whole-model-epyc-2-cores.csv"
 # What the plot of attention shows: ours is the line at 1.
 ATTENTION = re.compile(r"(forward|forward \+ backward) B")
 DRAWN = {
@@ -99,6 +101,7 @@ README_ROWS = [
     Ratio(
         "`visual_fusion_attn`, forward + backward, B4 H12 T1024 K8 D64",
         "flash attention over the text alone: the floor",
+        XEON,
         "forward + backward B4 H12 T1024 K8 D64 float32",
         "ours",
         "text-only flash attention",
@@ -106,7 +109,8 @@ README_ROWS = [
     ),
     Ratio(
         "the same",
-        "flash attention joined with the images by log-sum-exp in PyTorch",
+        "flash attention joined with the images in PyTorch",
+        XEON,
         "forward + backward B4 H12 T1024 K8 D64 float32",
         "ours",
         "flash + LSE merge",
@@ -115,30 +119,34 @@ README_ROWS = [
     Ratio(
         "`FlatIPIndex`, 64 queries of 200k rows of 768, k 8",
         "faiss `IndexFlatIP`, tuned",
+        XEON,
         "N 200k E 768 k 8 queries 64",
         "FlatIPIndex",
         "faiss IndexFlatIP, tuned",
         True,
     ),
     Ratio(
-        '`"eot"` queries of 8 × 512 tokens, RN50x16-size tower',
-        "the published code's way: overlapping blocks, encoded anew",
-        "context queries, 8 x 512 tokens, RN50x16 text tower",
-        "eot float32",
-        "published float32",
-        True,
-    ),
-    Ratio(
-        "whole VaLM ¹, 1M images, K 4, images given (`valm retrieve`)",
+        "VaLM, 1M images, K 4, RN50x16-size tower, images retrieved before (`valm retrieve`)",
         "GPT-2\\*, the same model without images",
+        EPYC_WHOLE,
         WHOLE,
         "VaLM, pictures given",
         "GPT-2*",
         False,
     ),
     Ratio(
-        "the same ¹, images retrieved as it reads (approximate index)",
+        "the same, images retrieved as it reads, text tower in int8 (`--query-dtype int8`)",
         "the same",
+        EPYC_WHOLE,
+        WHOLE,
+        "VaLM, eot, tower in int8",
+        "GPT-2*",
+        False,
+    ),
+    Ratio(
+        "the same, text tower in float32 (the default)",
+        "the same",
+        EPYC_WHOLE,
         WHOLE,
         "VaLM, eot, tower in float32",
         "GPT-2*",
@@ -189,14 +197,17 @@ def number(text: str) -> str:
 
 
 def readme_table() -> str:
-    """The table of README.md."""
-    rows = read(RESULTS / XEON)
-    lines = [f"{rows[0]['machine']}; float32:", "", "| | Against | |", "| --- | --- | --- |"]
+    """The table of README.md: the name of each machine, then a row for each ratio."""
+    rows = {file: read(RESULTS / file) for file in dict.fromkeys(ratio.file for ratio in README_ROWS)}
+    machines = {file: re.sub(r" MALLOC_[^;]*;", "", lines[0]["machine"]) for file, lines in rows.items()}
+    names = {file: next(name for name in ("Xeon", "EPYC") if name in machine) for file, machine in machines.items()}
+    named = "; ".join(f"{names[file]}: {machine}" for file, machine in machines.items())
+    lines = [f"{named}. Float32, unless int8 is named.", "", "| | Against | | On |", "| --- | --- | --- | --- |"]
     for ratio in README_ROWS:
-        times = {row["name"]: float(row["median_ms"]) for row in rows if row["group"] == ratio.group}
+        times = {row["name"]: float(row["median_ms"]) for row in rows[ratio.file] if row["group"] == ratio.group}
         ours, peer = times[ratio.ours], times[ratio.peer]
         result = f"{peer / ours:.1f} × faster" if ratio.faster else f"{ours / peer:.2f} × its time"
-        lines.append(f"| {ratio.what} | {ratio.against} | {result} |")
+        lines.append(f"| {ratio.what} | {ratio.against} | {result} | {names[ratio.file]} |")
     return "\n".join(lines)
 
 

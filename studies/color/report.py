@@ -113,20 +113,24 @@ def state(results: Results) -> str:
 
 
 def summary(results: Results) -> str:
-    """The primary measure and two others in a sentence."""
+    """The primary measure and two others, of VaLM beside the twin and beside Blind: the table of the README."""
     results = results.having(PRIMARY, VALM, TWIN)
     if not results.seeds:
         return "No seed has both models yet."
+    pairs = ("VaLM − twin", "VaLM − Blind")
     seeds = ", ".join(str(seed["seed"]) for seed in results.seeds)
-    found = [f"With images it is {points(results.difference(VALM, TWIN, PRIMARY))} points better on MemoryColor"]
-    if (some := results.having(VALIDATION, VALM, TWIN)).seeds:
-        better = points(some.difference(VALM, TWIN, VALIDATION))
-        found.append(f"{better} about things whose colour no text says{_fewer(some, results)}")
+    lines = [f"| Points [95 %], seeds {seeds} of {SEEDS} | {' | '.join(pairs)} |", "| --- |" + " --- |" * len(pairs)]
+    for what, of in (("MemoryColor", PRIMARY), ("things whose colour no text says", VALIDATION)):
+        cells = []
+        for pair in pairs:
+            some = results.having(of, *PAIRS[pair])
+            cells.append(_tested(some.difference(*PAIRS[pair], of)) + _fewer(some, results) if some.seeds else "–")
+        lines.append(f"| right answers, {what} | {' | '.join(cells)} |")
     if (some := results.having(PRIMARY, VALM, ("valm", "exchanged"))).changes("exchanged", PRIMARY):
         follows, _ = some.follows("valm", "exchanged", PRIMARY)
-        after = f"follow when red and blue are exchanged in the images{_fewer(some, results)}"
-        found.append(f"and {points(follows)} points more of its answers {after}")
-    return f"{', '.join(found)} (seeds {seeds} of {SEEDS})."
+        what = "answers that follow when the images' red and blue are exchanged, MemoryColor"
+        lines.append(f"| {what} | {_tested(follows)}{_fewer(some, results)} | the same: Blind sees no image |")
+    return "\n".join(lines)
 
 
 def hypotheses(results: Results) -> str:
@@ -340,6 +344,10 @@ FIGURES: dict[str, Callable[[Results], Figure]] = {"forest": forest, "overview":
 def points(difference: Difference) -> str:
     value, low, high = (f"{100 * number:+.1f}".replace("-", "−") for number in _numbers(difference))
     return f"{value} [{low}, {high}]"
+
+
+def _tested(difference: Difference) -> str:
+    return points(difference) + (", not significant" if difference.low <= 0 <= difference.high else "")
 
 
 def percent(estimate: Estimate) -> str:

@@ -50,11 +50,20 @@ def test_a_number_of_fewer_seeds_says_which(tmp_path):
     without["rows"] = [row for row in without["rows"] if row["arm"] == "blind" or row.get("set") == "memory_color"]
     (tmp_path / "without.json").write_text(json.dumps(without))
     said = summary(read_results([*write(tmp_path), tmp_path / "without.json"]))
-    assert "no text says (seeds 0, 1), and" in said and said.endswith("(seeds 0, 1, 3 of 5).")
+    assert said.startswith("| Points [95 %], seeds 0, 1, 3 of 5 | VaLM − twin | VaLM − Blind |\n")
+    assert re.search(r"no text says \| \S+ \S+ \S+ \(seeds 0, 1\) \|", said)
     without["rows"] = [row for row in without["rows"] if row["arm"] == "blind"]
     (tmp_path / "without.json").write_text(json.dumps(without))
-    assert summary(read_results([*write(tmp_path), tmp_path / "without.json"])).endswith("(seeds 0, 1 of 5).")
+    assert "seeds 0, 1 of 5" in summary(read_results([*write(tmp_path), tmp_path / "without.json"]))
     assert summary(read_results([tmp_path / "without.json"])) == "No seed has both models yet."
+
+
+def test_a_difference_whose_interval_has_zero_is_called_not_significant(tmp_path):
+    header, _, memory_color, *_ = summary(read_results(write(tmp_path, range(5)))).splitlines()
+    assert header.endswith("| VaLM − twin | VaLM − Blind |")
+    twin, blind = memory_color.split("|")[2:4]
+    assert "not significant" not in twin
+    assert blind.strip().endswith("not significant")  # Blind gave the same answers
 
 
 def test_captions_that_were_not_read_are_a_line(tmp_path):
