@@ -35,39 +35,47 @@ README = ROOT / "README.md"
 TOPK = ROOT / "docs" / "results" / "topk.md"
 ROOFLINE = ROOT / "docs" / "results" / "roofline.md"
 
-# The parts of the page, in order: a title, and what the names of its groups begin with. The last takes all others.
+# The parts of a file's rows, in order: a title, and what the names of its groups begin with. The last takes all others.
 PARTS = {
-    "Attention: `visual_fusion_attn`": r"(forward|decode|image side|whole layer|8 packed|softcap)",
-    "Exact top-K inner product: `FlatIPIndex`, `ip_topk`": r"(N \d+k|adversarial|one query|scores)",
+    "Attention: visual_fusion_attn": r"(forward|decode|image side|whole layer|8 packed|softcap)",
+    "Exact top-K inner product: FlatIPIndex, ip_topk": r"(N \d+k|adversarial|one query|scores)",
     "Context queries, search and the whole model": "",
 }
 
 INTRODUCTION = """\
 # Benchmarks
 
-`pytest benchmarks/ --benchmark-only` takes a few minutes; `--full` adds the large sizes. Every row below was written by
+Each operation beside what one would use otherwise, on CPUs. [On a GPU](gpu.md) has what `make gpu-check` measures.
+
+## Summary
+"""
+
+FIGURES_AND_METHOD = """\
+![Time of each implementation of attention over that of visual_fusion_attn](../images/attention.png)
+
+*`cpu-xeon-2-cores.csv`. The same for the time of a search; [Search times](topk.md) says where it is slower:*
+
+![Time of a search against the number of its queries, for 50,000, 200,000 and 1,000,000 rows](../images/topk.png)
+
+*`topk-epyc-2-cores.csv`.*
+
+## How it is measured
+
+`pytest benchmarks/ --benchmark-only` takes a few minutes; `--full` adds the large sizes. Every row was written by
 
 ```
 for f in benchmarks/*/bench_*.py; do pytest $f --benchmark-only --full --results FILE.csv; done
 ```
 
-or a part of that, on the machine that its section names. MALLOC_ variables there are those that the `valm` command sets
-itself. A result is checked before it is timed. Ratios are of medians in one run; do not compare rows of two sections.
+or a part of that, on the machine that stands above it. MALLOC_ variables there are those that the `valm` command sets
+itself. A result is checked before it is timed. Ratios are of medians in one run; do not compare rows of two files.
 `python -m benchmarks.report` writes this page from
-[benchmarks/results/](https://github.com/valm-kernels/valm/tree/main/benchmarks/results).
-
-[On a GPU](gpu.md) has what `make gpu-check` measures on a card.
+[the result files](https://github.com/valm-kernels/valm/tree/main/benchmarks/results).
 
 The text towers of the retrieval rows have random weights, on which speed does not depend, and their knowledge base is
 of perturbed context queries of real text (`benchmarks/valm/inputs.py`).
 
-![Time of each implementation of attention over that of visual_fusion_attn](../images/attention.png)
-
-*`cpu-xeon-2-cores.csv`. The same for the time of a search; [Exact top-K](topk.md) says where it is slower:*
-
-![Time of a search against the number of its queries, for 50,000, 200,000 and 1,000,000 rows](../images/topk.png)
-
-*`topk-epyc-2-cores.csv`.*
+## All rows
 """
 
 
@@ -87,6 +95,15 @@ class Ratio:
 XEON = "cpu-xeon-2-cores.csv"
 EPYC_TOPK = "topk-epyc-2-cores.csv"
 EPYC_WHOLE = "whole-model-epyc-2-cores.csv"
+# What a file of results has, and where it was measured; a file without a title has its name.
+TITLES = {
+    XEON: "All benchmarks, Intel Xeon",
+    "cpu-epyc-2-cores.csv": "Attention and small searches, AMD EPYC",
+    EPYC_TOPK: "Searches, AMD EPYC",
+    EPYC_WHOLE: "The whole model, AMD EPYC",
+    "query-dtype-epyc-2-cores.csv": "Precision of the queries, AMD EPYC",
+    "retrieval-1m-cpu.csv": "Retrieval from a million images, AMD EPYC",
+}
 # What the plot of attention shows: ours is the line at 1.
 ATTENTION = re.compile(r"(forward|forward \+ backward) B")
 DRAWN = {
@@ -161,22 +178,35 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def page() -> str:
-    """docs/results/benchmarks.md."""
-    files = sorted({*RESULTS.glob("*.csv")} - {gpu_report.RESULTS})
-    return "\n".join([INTRODUCTION, *(section(path) for path in files)])
+    """docs/results/benchmarks.md: a summary first, and all rows folded."""
+    files = sorted({*RESULTS.glob("*.csv")} - {gpu_report.RESULTS}, key=_place)
+    return "\n".join([INTRODUCTION, readme_table(), "", FIGURES_AND_METHOD, *(section(path) for path in files)])
+
+
+def _place(path: Path) -> tuple[int, str]:
+    titled = list(TITLES)
+    return titled.index(path.name) if path.name in titled else len(titled), path.name
 
 
 def section(path: Path) -> str:
-    """The rows of one file: a table for each of PARTS."""
+    """The rows of one file: a table that unfolds for each of PARTS."""
     rows = read(path)
     machines = list(dict.fromkeys(row["machine"] for row in rows))
-    lines = [f"## {path.name}", "", *(f"{machine}\n" for machine in machines)]
+    lines = [
+        f"### {TITLES.get(path.name, path.name)}",
+        "",
+        f"`{path.name}`",
+        "",
+        *(f"- {machine}" for machine in machines),
+        "",
+    ]
     left = rows
     for title, begin in PARTS.items():
         part = [row for row in left if re.match(begin, row["group"])]
         left = [row for row in left if row not in part]
         if part:
-            lines += [f"### {title}", "", *table(part), ""]
+            summary = f"<summary>{title} ({len(part)} rows)</summary>"
+            lines += ["<details markdown>", summary, "", *table(part), "", "</details>", ""]
     return "\n".join(lines)
 
 

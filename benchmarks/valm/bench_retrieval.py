@@ -281,5 +281,5 @@ def bench_whole_model(measure, indexed, tower, name):
         name=name if name == "GPT-2*" else f"VaLM, {name}",
         function=torch.no_grad()(lambda: retriever(ids) if alone else model(ids, **pictures)),
         check=check,
-        rounds=8,  # of the first ones some still wait for fresh pages of memory
+        rounds=8,  # the first ones still have page faults
     )

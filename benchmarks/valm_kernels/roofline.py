@@ -281,7 +281,7 @@ PAGE = """\
 # Roofline on an H100
 
 **This page is arithmetic, an estimate and no measurement.** `python -m benchmarks.report` writes it from
-[roofline.py](https://github.com/valm-kernels/valm/blob/main/benchmarks/valm_kernels/roofline.py). What a card
+[its source](https://github.com/valm-kernels/valm/blob/main/benchmarks/valm_kernels/roofline.py). What a card
 measures stands in [On a GPU](gpu.md).
 
 For each kernel: the bytes that have to cross the memory bus if every tensor does so once, the floating-point

@@ -113,13 +113,13 @@ for result, wanted in zip(*(torch.autograd.grad(f(q).sum(), q) for f in (compile
 
 
 def test_the_library_kernels_loads_it(kernel, tmp_path, monkeypatch):
-    """By the example of docs/install.md. `make hub-kernel` installs the library: it is no dependency of valm."""
+    """By the example of docs/how-to/install.md. `make hub-kernel` installs the library: it is no dependency of valm."""
     pytest.importorskip("kernels", reason="needs the package kernels")
     (tmp_path / "build").mkdir()
     (tmp_path / "build" / "hub-kernel").symlink_to(kernel)
     monkeypatch.chdir(tmp_path)
     (example,) = re.findall(
-        r"^```python\n(.*?)^```$", (ROOT / "docs" / "install.md").read_text(), re.DOTALL | re.MULTILINE
+        r"^```python\n(.*?)^```$", (ROOT / "docs" / "how-to" / "install.md").read_text(), re.DOTALL | re.MULTILINE
     )
     names = {}
     exec(example, names)
