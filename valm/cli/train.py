@@ -73,13 +73,13 @@ def add_to(commands: Commands) -> None:
     train.add_argument(
         "--logit-bias",
         type=float,
-        help="with --base: what each head first adds to its scores of images (default: -10, closed)",
+        help="with --base: initial bias of each head's image scores (default: -10, at which no image counts)",
     )
     train.add_argument(
         "--score-scale",
         type=float,
-        help="initial value of a learnt scale, which times the retrieval score of an image is added to its attention "
-        "scores (default: these are not used)",
+        help="initial value of a learned weight on the retrieval score, added to the image's attention scores "
+        "(default: retrieval scores are not used)",
     )
     add_min_score(train, "each token but the first of a document sees -k images")
     train.add_argument(

@@ -34,8 +34,8 @@ class BlockLinear(NamedTuple):
 class TextTower:
     """The text tower of `clip` in `dtype`, its last projection in float32 at least.
 
-    Any open_clip text transformer whose feature is the state at EOT under a causal mask works. In int8 are the linear
-    layers of the blocks (`Int8Linear`); the rest is then float32.
+    Any open_clip text transformer whose feature is the state at EOT under a causal mask works. int8 quantises the
+    linear layers of the tower's blocks (`Int8Linear`); the rest is then float32.
 
     Raises:
         ValmError: the tower sees later tokens (bidirectional ones: SigLIP, CLIPA, most MobileCLIPs, Hugging Face

@@ -80,8 +80,8 @@ def augment(
             logits move by about their rounding, and there is still a gradient that can open the heads.
         unfreeze: what trains besides the new parameters: "" nothing, "block" the layer, "all" everything.
         blind: each token's one image is its own retrieval query (Blind-VaLM); needs num_images = 1.
-        score_scale: initial value of a learnt scale, one for all heads. The scale times the retrieval score of an image
-            is added to its attention scores. None: retrieval scores are not used.
+        score_scale: initial value of a learned weight on the retrieval score, one for all heads, added to the image's
+            attention scores. None: retrieval scores are not used.
         min_score: a token whose best image has a lower retrieval score sees none (`valm.retrieval.min_score`); None:
             every token but the first of a document sees K.
 

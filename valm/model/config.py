@@ -66,9 +66,8 @@ class ValmConfig(GPT2Config):
             (Blind-VaLM, Ontalvilla et al. 2024). Needs num_images = 1.
         image_logit_bias_init: initial value of the bias that each head adds to its image scores. 0 as published;
             -10 starts with the images closed.
-        image_score_scale_init: initial value of a learnt scale, one for all heads. The scale times the retrieval score
-            of an image is added to its attention scores, so that images found with more certainty weigh more. None as
-            published: retrieval scores are not used.
+        image_score_scale_init: initial value of a learned weight on the retrieval score, one for all heads, added to
+            the image's attention scores. None as published: retrieval scores are not used.
         min_score: a token whose best image has a lower retrieval score sees none (`valm.retrieval.min_score`). None as
             published: every token but the first of a document sees K.
         query_clip: SHA-256 of the weights of the CLIP whose queries the model's own head predicts (`SelfRetriever`);

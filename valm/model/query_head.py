@@ -27,7 +27,7 @@ from valm.retrieval.min_score import cut
 from valm.retrieval.retriever import Retriever, VectorIndex
 
 # Blocks of a query head. On the demo's model, two on the embeddings came far closer to CLIP's queries than one, or an
-# MLP, on the input of the fusion layer (docs/how-to/training.md has the numbers).
+# MLP, on the input of the fusion layer (docs/results/queries.md has the numbers).
 QUERY_BLOCKS = 2
 
 
@@ -184,5 +184,5 @@ class SelfRetriever(Retriever):
         return cut(*self.nearest(self.encoder(input_ids.to(self.device), mask)), self.min_score)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # made anew, as a Retriever is, it would look at a model that holds it and is itself not whole yet
+        # pickled by state: __init__ would read the model while it is still being unpickled
         return copyreg.__newobj__, (type(self),), vars(self)  # type: ignore[attr-defined]  # typeshed lacks it

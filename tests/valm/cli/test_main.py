@@ -67,7 +67,7 @@ def test_the_command_itself_has_no_traceback(tmp_path):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc is what is told")
 def test_memory_that_is_freed_is_used_again():
-    """By a command: 50 MB that are taken and freed again and again are no fresh pages each time."""
+    """A command that takes and frees 50 MB again and again has no page faults each time."""
     code = """
 import ctypes, resource, sys, torch
 from valm.cli import M_MMAP_THRESHOLD, keep_freed_memory
