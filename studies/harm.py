@@ -7,7 +7,7 @@ python -m studies.harm smollm2 --out harm               # its folder is written 
 Flickr8k is read from VALM_EVAL_DATA. The commands of a user are run as they are, and what is there already is not made
 again: a CLIP, a knowledge base, a model with images and its text-only twin, which stop and mix alike. Then the base,
 the twin and the model, with images on, random and off, read prose, definitions and captions that none of them was
-trained on. docs/how-to/training.md has the table.
+trained on. docs/results/ordinary-text.md has the table.
 """
 
 from __future__ import annotations

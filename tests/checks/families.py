@@ -403,7 +403,7 @@ def rendered(rows: dict[str, tuple[str, str]]) -> str:
     return head + "\n".join(lines) + "\n"
 
 
-HEAD = """# Families that `valm.augment` serves
+HEAD = """# Model families
 
 Every causal family of transformers {version}, and {wrappers}
 with a vision tower, as tiny random models: {kernel} run on `visual_fusion_attn`, {eager} on the eager joint attention,

@@ -133,7 +133,7 @@ def visual_fusion_attn(
     """Attention of every token over its text and its own K images, with one softmax over both.
 
     For query i of head h, its text keys j and its images k (equations 3 to 7 of Wang et al., "Visually-Augmented
-    Language Modeling", with several heads, a prefix, first_key and the two biases of scores added)::
+    Language Modeling", with several heads, a prefix, first_key and the two biases of scores added):
 
         s_ij = scale * q_i . k_j                            first_key_i <= j <= i + (Tk - Tq)
         t_ik = scale * u_i . (image_k_ik + image_k_bias) + image_logit_bias_h + image_score_bias_ik
@@ -206,7 +206,7 @@ def visual_fusion_attn(
         forward mode (jvp, jacfwd, hessian) raise, except in impl="reference".
         Under torch.autocast q, k, v, image_k, image_v and image_q are cast to the autocast dtype first.
         In 16 bits the gradients of image_k_bias and image_logit_bias are rounded more than the other ones, because the
-        backward starts from the rounded out, as in all flash attention (docs/reference/reliability.md has the numbers).
+        backward starts from the rounded out, as in all flash attention (docs/results/tests.md has the numbers).
 
     Raises:
         TypeError: an argument has the wrong type or dtype.

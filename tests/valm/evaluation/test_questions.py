@@ -157,7 +157,7 @@ def test_a_set_without_a_file_is_read_from_the_hub_where_that_is_allowed(tmp_pat
 
 
 def test_the_documentation_has_every_set():
-    lines = (Path(__file__).parents[3] / "docs" / "how-to" / "evaluation.md").read_text(encoding="utf-8").splitlines()
+    lines = (Path(__file__).parents[3] / "docs" / "reference" / "test-sets.md").read_text(encoding="utf-8").splitlines()
     for name, entry in SETS.items():
         facts = (
             f"`{name}`",
