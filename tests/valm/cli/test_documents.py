@@ -1,4 +1,4 @@
-"""Every command and Python example of README.md and docs/ is run, or at least understood, and no link leads nowhere."""
+"""Every command and Python example of README.md and docs/ is run, or at least understood."""
 
 import ast
 import importlib
@@ -59,13 +59,6 @@ def test_every_command_is_one(page, tmp_path, monkeypatch, capsys):
             parser().parse_args(words)
         except SystemExit:
             pytest.fail(f"{page.name}: {command}: {capsys.readouterr().err}")
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_no_link_leads_nowhere(page):
-    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
-        if "://" not in target:
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
 @pytest.fixture
@@ -173,7 +166,3 @@ def test_an_augmented_decoder_agrees_with_its_own_attention_in_the_examples(monk
     found = json.loads(capsys.readouterr().out)
     assert found["text_alone_largest_difference"] < 1e-5 and found["closed_kl"] < 1e-4
     assert found["open_against_own_attention"] < 1e-5 < found["open_largest_difference"]
-
-
-def test_the_readme_is_short():
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 100

@@ -1,0 +1,89 @@
+"""Where a page of docs/ stands, and where its links lead; tests/valm/cli/test_documents.py runs its commands."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
+# The folder of each section of the site: what a reader wants of its pages.
+KINDS = {"Tutorials": "tutorials", "How-to guides": "how-to", "Reference": "reference", "Results": "results"}
+FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[([^]]*)\]\(([^)\s]*)\)")
+SUFFIX = r"\.(md|py|hpp|cpp|cuh?|csv|json|ya?ml|toml|css|txt)"
+
+
+def links(text: str) -> Iterator[tuple[str, str]]:
+    """Text and target of every link, of what is no code."""
+    return ((" ".join(link[1].split()), link[2]) for link in LINK.finditer(FENCE.sub("", text)))
+
+
+def anchors(text: str) -> set[str]:
+    """What a link to a page may have behind its #: its headings as the site and GitHub name them."""
+    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", text), re.MULTILINE)
+    return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip()) for heading in headings}
+
+
+def file_names(text: str) -> list[str]:
+    """The links of a text that a reader sees as the name of a file."""
+    return [shown for shown, _ in links(text) if re.fullmatch(rf"`?[\w./-]+{SUFFIX}`?", shown)]
+
+
+def wrong_links(page: Path, text: str) -> list[str]:
+    """The relative targets that are no file, or no heading of one."""
+    wrong = []
+    for _, target in links(text):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        if not file.exists() or (anchor and anchor not in anchors(file.read_text(encoding="utf-8"))):
+            wrong.append(target)
+    return wrong
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_no_link_leads_nowhere(page):
+    assert wrong_links(page, page.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_link_shows_a_title(page):
+    assert file_names(page.read_text(encoding="utf-8")) == []
+
+
+def test_wrong_links_are_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# A page\n\n## It's `here`, 2\n")
+    text = "[a](page.md) [b](#its-here-2) [c](page.md#its-here-2) [d](gone.md) [e](#gone) [f](https://x.y/z)\n"
+    assert wrong_links(page, text + "```\n[g](code.md)\n```\n") == ["gone.md", "#gone"]
+    assert file_names("[docs/page.md](page.md) [`a.py`](a.py) [a page](page.md) [valm](page.md)") == [
+        "docs/page.md",
+        "`a.py`",
+    ]
+
+
+def test_every_page_is_of_one_kind():
+    """Its folder is the section of the site that lists it."""
+    (nav,) = re.findall(r"^nav:\n.*", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    listed = {}
+    for entry in yaml.safe_load(nav)["nav"]:
+        ((section, pages),) = entry.items()
+        if pages != "index.md":
+            listed |= {page: KINDS[section] for one in pages for page in one.values()}
+    assert {page: page.split("/")[0] for page in listed} == listed
+    assert {*listed, "index.md"} == {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")}
+
+
+def test_the_title_of_a_page_is_that_of_the_navigation():
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for title, page in re.findall(r"^ +- (.+): (\S+\.md)$", nav, re.MULTILINE):
+        assert (DOCS / page).read_text(encoding="utf-8").startswith(f"# {title}\n"), page
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 100
