@@ -113,7 +113,7 @@ def _outer(left: Tensor, right: Tensor) -> Tensor:
 
 
 def flash_merge(q: Tensor, k: Tensor, v: Tensor, image_k: Tensor, image_v: Tensor) -> Tensor:
-    """What one would write otherwise: stock flash attention and the images in PyTorch, joined by log-sum-exp."""
+    """The honest peer: stock flash attention, the images in PyTorch operations, joined by log-sum-exp."""
     group = q.shape[1] // k.shape[1]
     k, v = (x if group == 1 else x.repeat_interleave(group, 1) for x in (k, v))
     return _FlashMerge.apply(q, k, v, image_k, image_v)
