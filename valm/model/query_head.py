@@ -24,7 +24,7 @@ from valm.clip.tokenizer import padded, prompt_ids
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.min_score import cut
-from valm.retrieval.retriever import Retriever, VectorIndex
+from valm.retrieval.retriever import Retrieved, Retriever, VectorIndex
 
 # Blocks of a query head. On the demo's model, two on the embeddings came far closer to CLIP's queries than one, or an
 # MLP, on the input of the fusion layer (docs/results/queries.md has the numbers).
@@ -182,6 +182,10 @@ class SelfRetriever(Retriever):
             input_ids, attention_mask = padded([prompt_ids(self.encoder.tokenizer, text) for text in input_ids])
         mask = None if attention_mask is None else attention_mask.to(self.device)
         return cut(*self.nearest(self.encoder(input_ids.to(self.device), mask)), self.min_score)
+
+    def step(self, input_ids: Tensor, state: Any, attention_mask: Tensor | None = None) -> Retrieved:
+        """As `Retriever.step`, without a cache."""
+        return self.retrieve(self.encoder.step(input_ids, state, attention_mask))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # pickled by state: __init__ would read the model while it is still being unpickled

@@ -143,27 +143,36 @@ class ContextEncoder:
         """An empty cache for `step` on `batch` rows of text."""
         return ContextCache(batch, self.tower, self.clip.embed_dim)
 
-    @torch.no_grad()
     def step(self, input_ids: Tensor, cache: ContextCache, attention_mask: Tensor | None = None) -> Tensor:
         """Queries (B, T, E) of the next T tokens of each row; `cache` has the earlier ones.
 
         Pass a whole prompt first, then one token at a time. Arguments and errors otherwise as in `__call__`.
         """
-        tokens = self._tokens(input_ids, attention_mask, rows=len(cache.states))
-        queries = self._zeros(input_ids.shape)
-        new: list[Run] = []
-        going_on: list[Run] = []
-        for row, of_row in enumerate(tokens):
+        return self.encode_next(self.next_runs(input_ids, cache, attention_mask), input_ids.shape, cache)
+
+    def next_runs(self, input_ids: Tensor, cache: ContextCache, attention_mask: Tensor | None = None) -> list[Run]:
+        """The segments of the next tokens, as `encode_next` takes them, which must follow. Arguments as in `step`."""
+        runs = []
+        for row, of_row in enumerate(self._tokens(input_ids, attention_mask, rows=len(cache.states))):
             reading = self._read(row, of_row, cache.states[row], cache.texts[row])
             cache.states[row] = reading.kept
-            for run in reading.runs + reading.forks:
-                for position, at in run.wanted:
-                    if at < 0:
-                        queries[row, position] = cache.last_query[row]
-                if run.ids:
-                    (going_on if run.start else new).append(run)
-                else:  # it has no tokens itself, so its branches continue from the cache
-                    going_on += run.branches
+            runs += reading.runs + reading.forks
+        return runs
+
+    @torch.no_grad()
+    def encode_next(self, runs: list[Run], shape: tuple[int, ...], cache: ContextCache) -> Tensor:
+        """As `encode`, for `runs` of `next_runs`. The cache needs none of those that are `whole`."""
+        queries = self._zeros(shape)
+        new: list[Run] = []
+        going_on: list[Run] = []
+        for run in runs:
+            for position, at in run.wanted:
+                if at < 0:
+                    queries[run.row, position] = cache.last_query[run.row]
+            if run.ids:
+                (going_on if run.start else new).append(run)
+            else:  # it has no tokens itself, so its branches continue from the cache
+                going_on += run.branches
         # first those that read the cache, as the others may overwrite it
         for some in _alike(going_on) + self._together(new):
             self._encode(some, queries, cache)

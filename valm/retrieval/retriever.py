@@ -16,7 +16,8 @@ from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.context import ContextCache, ContextEncoder
 from valm.retrieval.faiss_index import open_index
 from valm.retrieval.min_score import cut
-from valm.retrieval.segment_cache import SegmentCache
+from valm.retrieval.segment_cache import Nearest, SegmentCache
+from valm.retrieval.segments import Run
 from valm_kernels import MAX_TOPK, TopK
 
 # 50 MB at K = 4.
@@ -189,8 +190,31 @@ class Retriever:
         return self.encoder.new_cache(batch)
 
     def step(self, input_ids: Tensor, state: ContextCache, attention_mask: Tensor | None = None) -> Retrieved:
-        """Images for the next tokens (B, T) of each row; `state` has the earlier ones."""
-        return self.retrieve(self.encoder.step(input_ids, state, attention_mask))
+        """Images for the next tokens (B, T) of each row; `state` has the earlier ones.
+
+        Of the prompt of a single row (B = 1), segments that end before its last token are cached, as in `find`: what
+        the next prompt of a conversation repeats is not encoded again. Each is encoded and searched for by itself, so
+        its images are the same, bit by bit, whether they were cached or not.
+        """
+        if len(input_ids) > 1 or input_ids.shape[1] == 1:  # several rows share calls of the text tower
+            return self.retrieve(self.encoder.step(input_ids, state, attention_mask))
+        runs = self.encoder.next_runs(input_ids, state, attention_mask)
+        others = [run for run in runs if not run.whole]
+        ids, scores = self.nearest(self.encoder.encode_next(others, input_ids.shape, state))
+        for run in runs:
+            if run.whole:
+                ids[0, run.positions()], scores[0, run.positions()] = self._of_segment(run, input_ids.shape[1])
+        return self._pooled(*cut(ids, scores, self.min_score))
+
+    def _of_segment(self, run: Run, length: int) -> Nearest:
+        """The images of the n positions of a whole run, in a row of `length` tokens."""
+        key, places = run.key(), run.positions()
+        known = self.cache.get(key)
+        self.cache.count(*((0, len(places)) if known is None else (len(places), 0)))
+        if known is None:
+            known = self.nearest(self.encoder.encode([run], (1, length))[0, places])
+            self.cache.put(key, known)
+        return known
 
     def nearest(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Ids in the knowledge base (..., K) int64 and scores (..., K) float32 for queries (..., E).

@@ -60,6 +60,11 @@ class Run:
         """Equal for two runs if and only if they need the same queries of the same tokens."""
         return array("q", self._numbers()).tobytes()
 
+    @property
+    def whole(self) -> bool:
+        """Whether no later call continues the run, nor did it continue an earlier one: its queries depend on `key`."""
+        return self.start == 0 and self.kept == 0
+
     def positions(self) -> list[int]:
         """Positions of the wanted queries in the row's input, in the same order for all runs of one key."""
         return [position for run in (self, *self.branches) for position, _ in run.wanted]

@@ -152,6 +152,32 @@ def test_step_by_step(retriever, batch):
     assert torch.equal(found.image_ids[found.image_index[:, 0]], whole.image_ids[whole.image_index[[1, 0], 14]])
 
 
+@pytest.mark.parametrize("tokenizer_of_model", [None, gpt2_like])
+def test_a_conversation_reads_each_segment_once(clip, make_kb, monkeypatch, tokenizer_of_model):
+    """And what it finds is, bit by bit, what it finds without a cache."""
+    encoder = ContextEncoder(clip, tokenizer=tokenizer_of_model and tokenizer_of_model())
+    cached, uncached = (Retriever(encoder, make_kb(30), K, cache_tokens=tokens) for tokens in (200, 0))
+    encode, read = encoder.encode, []
+
+    def counted(runs, shape):
+        read.extend(run.key() for run in runs)
+        return encode(runs, shape)
+
+    turns = [prompt_ids(encoder.tokenizer, " ".join([*TEXTS, *TEXTS][:n])) for n in (1, 2, 4)]
+    assert turns[1][: len(turns[0])] == turns[0]
+    for ids in turns:
+        prompt = torch.tensor([ids])
+        monkeypatch.setattr(encoder, "encode", counted)
+        found = cached.step(prompt, cached.start(1))
+        monkeypatch.setattr(encoder, "encode", encode)
+        expected = uncached.step(prompt, uncached.start(1))
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+        whole = uncached(prompt)
+        assert torch.equal(found.image_ids[found.image_index], whole.image_ids[whole.image_index])
+    assert len(read) == len(set(read)) >= 4
+    assert cached.cache.hits > 0 and 0 < cached.cache.tokens <= 200
+
+
 def test_search(retriever, clip):
     results = retriever.search("a red apple", 5)
     scores = clip.encode_texts(["a red apple"])[0].double() @ torch.from_numpy(retriever.kb.vectors()).double().T
