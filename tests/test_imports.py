@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"evaluation", "explain", "training"},
+    {"evaluation", "explain", "serving", "training"},
     {"model"},
     {"corpus"},
     {"retrieval"},

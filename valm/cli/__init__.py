@@ -25,6 +25,7 @@ from valm.cli import (
     kb,
     lm_eval,
     retrieve,
+    serve,
     train,
     verify,
 )
@@ -104,7 +105,7 @@ def build_parser() -> CommandParser:
     parser.add_argument("--version", action="version", version=f"valm {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=CommandParser)
     build = (clip, encoder, kb, retrieve, verify)
-    use = (train, distill, evaluate, lm_eval, generate, explain, app)
+    use = (train, distill, evaluate, lm_eval, generate, explain, app, serve)
     for module in (*build, *use):
         module.add_to(commands)
     return parser

@@ -1,0 +1,172 @@
+"""valm serve: another process, asked by curl and by many at once, and ended by signals."""
+
+import importlib.util
+import io
+import json
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+
+import pytest
+
+from tests.valm.cli.commands import THINGS, run
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("uvicorn") is None, reason="needs the extra [serve]")
+NEW = 3
+PAGE = Path(__file__).parents[3] / "docs" / "serve.md"
+
+
+@contextmanager
+def serving(model, *options):
+    """The process, and its address."""
+    command = [sys.executable, "-m", "valm", "serve", str(model), "--port", "0", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process, re.search(r"http://127\.0\.0\.1:\d+/v1", process.stdout.readline())[0]
+        finally:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def address(world):
+    with serving(world / "valm", "--max-waiting", "200") as (_, address):
+        yield address
+
+
+def ask(address, prompt, **fields):
+    """The status and the text, or the error's code."""
+    body = json.dumps({"prompt": prompt, "max_tokens": NEW} | fields).encode()
+    request = urllib.request.Request(f"{address}/completions", body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return answer.status, json.load(answer)["choices"][0]["text"]
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)["error"]["code"]
+
+
+@pytest.fixture(scope="module")
+def generated(world):
+    """What `valm generate` says after each prompt."""
+    found = {}
+    for prompt in ["the most common color of tomato is", *(f"the color of the {name}" for name in list(THINGS)[:3])]:
+        with redirect_stdout(io.StringIO()) as out:
+            assert run("generate", world / "valm", prompt, "--max-new-tokens", NEW) == 0
+        found[prompt] = out.getvalue().removesuffix("\n")
+    return found
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_the_commands_of_the_page_get_what_generate_says(address, generated):
+    """Completions and chats, streamed and not, by the curl commands of docs/how-to/serve.md."""
+    asked = []
+    for line in PAGE.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("curl "):
+            continue
+        words = shlex.split(line.replace("http://127.0.0.1:8000", address.removesuffix("/v1")))
+        out = subprocess.run([*words, "-sS"], capture_output=True, text=True, check=True).stdout
+        if "-d" not in words:
+            assert json.loads(out)
+            continue
+        body = json.loads(words[words.index("-d") + 1])
+        if body.get("stream"):
+            *events, done = re.findall("data: (.*)", out)
+            assert done == "[DONE]" and len(events) > 1
+        else:
+            events = [out]
+        choices = [json.loads(event)["choices"][0] for event in events]
+        texts = [{"content": "", **choice.get("delta", choice.get("message", {}))} for choice in choices]
+        text = "".join(choice.get("text", part["content"]) for choice, part in zip(choices, texts, strict=True))
+        prompt = body["messages"][0]["content"] if "messages" in body else body["prompt"]
+        assert prompt + text == generated[prompt] and body["max_tokens"] == NEW
+        asked.append((words[1].removeprefix(address), "stream" in body))
+    assert sorted(asked) == [
+        (path, stream) for path in ("/chat/completions", "/completions") for stream in (False, True)
+    ]
+
+
+def test_200_requests_at_once(address, generated):
+    prompts = [list(generated)[number % len(generated)] for number in range(200)]
+    with ThreadPoolExecutor(200) as pool:
+        found = list(pool.map(lambda prompt: ask(address, prompt), prompts))
+    assert found == [(200, generated[prompt].removeprefix(prompt)) for prompt in prompts]
+    assert len(set(found)) > 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_loses_no_request(world, generated, number):
+    """Each is answered, told that the server stops (on a slow machine), or finds nobody who accepts it."""
+    with serving(world / "valm") as (process, address):
+        prompts = list(generated) * 3
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            asked = {pool.submit(answer_or_nobody, address, prompt): prompt for prompt in prompts}
+            first = next(as_completed(asked))
+            process.send_signal(number)
+            found = [(each.result(), generated[prompt].removeprefix(prompt)) for each, prompt in asked.items()]
+        assert process.wait(60) == 0 and process.stderr.read() == "stopped\n"
+    assert first.result()[0] == 200
+    assert all(got in ((200, text), (503, "server_stopping"), "nobody") for got, text in found)
+
+
+def answer_or_nobody(address, prompt):
+    try:
+        return ask(address, prompt)
+    except urllib.error.URLError as error:
+        assert isinstance(error.reason, ConnectionRefusedError | ConnectionResetError)
+        return "nobody"
+
+
+def test_the_next_signal_stops_at_once(world):
+    """And tells it in the stream."""
+    with serving(world / "valm") as (process, address):
+        body = json.dumps({"prompt": "the", "max_tokens": 28, "stream": True}).encode()
+        request = urllib.request.Request(f"{address}/completions", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            assert answer.readline().startswith(b"data: ")
+            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGTERM)
+            last = answer.read().decode().strip().splitlines()[-1]
+        assert process.wait(60) == 0
+    assert "[DONE]" in last or "server_stopping" in last
+
+
+def test_a_model_without_images(world):
+    with serving(world / "gpt2") as (_, address):
+        assert ask(address, "the color of the sea")[0] == 200
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["serve", "{tmp}/none"], "no checkpoint folder {tmp}/none"),
+        (["serve", "{tmp}/alone"], "takes 2 images a token, but has no retriever: give it a knowledge base (--kb)"),
+        (["serve", "{world}/valm", "--kb", "{tmp}/none"], "{tmp}/none"),
+        (["serve", "{world}/valm", "--host", "300.0.0.1"], "the model cannot be served at 300.0.0.1, port 8000"),
+    ],
+)
+def test_wrong_input_is_one_sentence(sentence, copy_of, arguments, expected):
+    root = copy_of("valm")
+    (root / "valm").rename(root / "alone")
+    (root / "alone" / "retrieval.json").unlink()
+    sentence(arguments, expected)
+
+
+def test_a_taken_port_is_one_sentence(sentence):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        sentence(["serve", "{world}/valm", "--port", port], f"the model cannot be served at 127.0.0.1, port {port}")
+
+
+def test_without_the_extra_it_says_what_is_missing(sentence, monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    for name in [name for name in sys.modules if name.startswith("valm.serving")]:
+        monkeypatch.delitem(sys.modules, name)
+    sentence(["serve", "{world}/valm"], "valm serve needs the package uvicorn: pip install -e '.[serve]'")

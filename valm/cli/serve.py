@@ -1,0 +1,49 @@
+"""valm serve."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from valm.cli.options import Commands, add_retrieval, command, load_model, name_of, not_negative, positive
+from valm.errors import ValmError
+
+
+def add_to(commands: Commands) -> None:
+    serve = command(commands, "serve", run_serve, "serve a model over HTTP, by OpenAI's API")
+    serve.add_argument("model", type=Path, help="checkpoint folder")
+    serve.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; another one than this machine's own lets everyone who reaches it use the model",
+    )
+    serve.add_argument("--port", type=not_negative, default=8000, help="0 takes any free one")
+    serve.add_argument("--max-tokens", type=positive, default=512, help="the most that a request may ask for")
+    serve.add_argument(
+        "--max-waiting", type=not_negative, default=64, help="requests that may wait for the one being answered"
+    )
+    add_retrieval(serve)
+
+
+def run_serve(arguments: argparse.Namespace) -> None:
+    try:
+        from valm.serving.server import serve
+    except ModuleNotFoundError as error:
+        raise ValmError(f"valm serve needs the package {error.name}: pip install -e '.[serve]'") from error
+
+    model, tokenizer = load_model(arguments)
+    retriever = model.retriever  # opened now: what it lacks is an error before anyone asks
+    if model.image_options.num_images > 0 and retriever is None:
+        raise ValmError(
+            f"the model {arguments.model} takes {model.image_options.num_images} images a token, but has no retriever: "
+            "give it a knowledge base (--kb)"
+        )
+    serve(
+        name_of(arguments.model),
+        model,
+        tokenizer,
+        host=arguments.host,
+        port=arguments.port,
+        max_tokens=arguments.max_tokens,
+        max_waiting=arguments.max_waiting,
+    )
