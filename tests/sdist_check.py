@@ -64,7 +64,7 @@ def check_wheel(wheel: Path) -> None:
     native module and its own dist-info, and nothing else."""
     native = f"valm_kernels/_native{sysconfig.get_config_var('EXT_SUFFIX')}"
     with zipfile.ZipFile(wheel) as archive:
-        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        names = {name for name in archive.namelist() if ".dist-info/" not in name and not name.endswith("/")}
     compare(wheel, names, {name for name in checkout_files() if name.startswith(PACKAGES)} | {native})
 
 
