@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 
 from tests import conftest
+from tests.bare_python import bare_python
 
 
 class Item(NamedTuple):
@@ -62,3 +63,17 @@ def test_a_seed_orders_modules_and_the_tests_in_each(run_tests, monkeypatch):
     done = run_tests(named, "--collect-only", seed="1")
     ran = [line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line]
     assert sorted(ran) == sorted(named) != ran
+
+
+@pytest.mark.slow  # collects two thousand tests
+def test_kernels_are_tested_without_what_a_machine_with_a_card_may_lack(tmp_path):
+    """No plugin of pytest, no hypothesis, nothing of the model: every module is collected, and a skip says why."""
+    root = Path(__file__).parents[1]
+    pytest_ = [bare_python(tmp_path / "bare"), "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run([*pytest_, "--collect-only", "tests/valm_kernels"], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "test_gpu.py::test_agrees_with_float64_reference" in done.stdout
+    file = "tests/valm_kernels/test_int8_rows.py"
+    done = subprocess.run([*pytest_, file], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "needs the package hypothesis" in done.stdout and "passed" in done.stdout

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.optional_hypothesis import given, settings, st
 from valm_kernels.int8_rows import round_rows, scale_products_
 from valm_kernels.native import native
 

@@ -22,7 +22,7 @@ from tests.valm.cli.commands import THINGS, run
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("uvicorn") is None, reason="needs the extra [serve]")
 NEW = 3
-PAGE = Path(__file__).parents[3] / "docs" / "serve.md"
+PAGE = Path(__file__).parents[3] / "docs" / "how-to" / "serve.md"
 
 
 @contextmanager

@@ -7,9 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
+from tests.optional_hypothesis import given, settings, st
 from tests.valm_kernels.topk.databases import normals
 from valm_kernels import FlatIPIndex, TopK, ip_scores, ip_topk
 from valm_kernels.topk import NumpyTopK, reference

@@ -4,9 +4,8 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
+from tests.optional_hypothesis import given, settings, st
 from tests.valm_kernels.visual_fusion.problems import (
     CACHES,
     PROBLEMS,
