@@ -2,22 +2,31 @@
 
 The module has no PyTorch headers, so one build serves every torch version and pip's build isolation needs
 only pybind11 and ninja. VALM_KERNELS_CUDA=auto|on|off chooses the CUDA part: "auto" (the default) builds it
-when nvcc is found, "on" without nvcc is an error. The GPU itself is never looked at. VALM_KERNELS_CXXFLAGS has more
-flags for the host code, behind ours (`make sanitize`).
+when nvcc is found, "on" without nvcc is an error. The GPU itself is never looked at: VALM_KERNELS_CUDA_ARCH=90 builds
+for compute capability 9.0 alone, which takes less time. VALM_KERNELS_CXXFLAGS has more flags for the host code, behind
+ours (`make sanitize`).
+
+`python setup.py build_ext --inplace` also works without pybind11, whose headers PyTorch ships, and without ninja: then
+every source is compiled each time, in as many processes as there are cores.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from string import Template
 
 from setuptools import Extension, setup
 from setuptools.command.build import build
@@ -59,6 +68,16 @@ def find_nvcc() -> str | None:
     return nvcc
 
 
+def cuda_archs() -> list[str]:
+    """What nvcc compiles for: VALM_KERNELS_CUDA_ARCH alone, or else CUDA_ARCHS."""
+    arch = os.environ.get("VALM_KERNELS_CUDA_ARCH", "")
+    if not arch:
+        return CUDA_ARCHS
+    if not re.fullmatch(r"\d{2,3}a?", arch):
+        raise SystemExit(f"VALM_KERNELS_CUDA_ARCH must be a compute capability such as 90, but is {arch!r}")
+    return [f"arch=compute_{arch},code=sm_{arch}"]
+
+
 def cxx() -> str:
     return os.environ.get("CXX") or "c++"
 
@@ -92,82 +111,144 @@ def host_flags(source: Path) -> list[str]:
     return HOST_FLAGS
 
 
-class Build(build):
+class NativeFirst(build):
     """The native module comes first, so that what stops it does not stand below hundreds of copied files."""
 
     sub_commands = sorted(build.sub_commands, key=lambda command: command[0] != "build_ext")
 
 
-class NinjaBuild(build_ext):
-    """build_ext whose compiler calls all go through ninja."""
+@dataclass(frozen=True)
+class Build:
+    """One command of the compiler or linker: a rule of `rules` for these files."""
+
+    output: str
+    rule: str
+    inputs: tuple[Path | str, ...]
+    flags: str = ""
+
+    def command(self, rules: dict[str, str]) -> str:
+        """As the shell takes it."""
+        inputs = " ".join(shlex.quote(str(path)) for path in self.inputs)
+        values = {"in": inputs, "out": shlex.quote(self.output), "flags": self.flags}
+        return Template(rules[self.rule]).safe_substitute(values)
+
+
+class NativeBuild(build_ext):
+    """build_ext whose compiler calls go through ninja, or without it through a few threads."""
 
     def build_extension(self, ext: Extension) -> None:
         nvcc = find_nvcc()
         check_compiler()
-
-        import ninja
-        import pybind11
-
         print(f"valm_kernels: building {'CPU and CUDA code, ' + nvcc if nvcc else 'CPU code only'}")
         build_dir = Path(self.build_temp).resolve()
         build_dir.mkdir(parents=True, exist_ok=True)
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
-        includes = [ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
-        (build_dir / "build.ninja").write_text(self.ninja_file(nvcc, openmp_flags(), includes, output))
-        command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build_dir)]
-        write_compile_commands(command)
-        subprocess.run(command, check=True)
-
-    def ninja_file(self, nvcc: str | None, openmp: list[str], includes: list, output: Path) -> str:
-        include_flags = " ".join(f'-I"{path}"' for path in includes)
-        defines = "-DVALM_KERNELS_CUDA" if nvcc else ""
-        more_flags = os.environ.get("VALM_KERNELS_CXXFLAGS", "")
-        lines = [
-            "ninja_required_version = 1.5",
-            f"rule host\n  command = {cxx()} -MMD -MF $out.d $flags {more_flags} {defines} {include_flags} -c $in "
-            "-o $out",
-            "  depfile = $out.d\n  deps = gcc",
-        ]
-        if nvcc:
-            gencode = " ".join(f"-gencode {arch}" for arch in CUDA_ARCHS)
-            lines += [
-                f"rule cuda\n  command = {nvcc} -MD -MF $out.d {' '.join(NVCC_FLAGS)} {gencode} {defines} "
-                f"{include_flags} -c $in -o $out",
-                "  depfile = $out.d\n  deps = gcc",
-                f"rule link\n  command = {nvcc} -shared -cudart static -Xcompiler {','.join(openmp)} $in -o $out",
-            ]
+        openmp = openmp_flags()
+        rules = compiler_rules(nvcc, openmp, [ROOT / "csrc", pybind11_include(), sysconfig.get_path("include")])
+        builds = native_builds(nvcc, openmp, output)
+        write_compile_commands(rules, builds)
+        if ninja := find_ninja():
+            (build_dir / "build.ninja").write_text(ninja_file(rules, builds))
+            subprocess.run([ninja, "-C", str(build_dir)], check=True)
         else:
-            lines += [f"rule link\n  command = {cxx()} {' '.join([*LINK_FLAGS, *openmp, more_flags])} $in -o $out"]
-
-        objects = []
-        for source in sorted((ROOT / "csrc").rglob("*.c*")):
-            if source.suffix not in (".cpp", ".cu") or (source.suffix == ".cu" and not nvcc):
-                continue
-            name = str(source.relative_to(ROOT / "csrc").with_suffix(source.suffix + ".o"))
-            objects.append(name.replace(os.sep, "."))
-            rule = "cuda" if source.suffix == ".cu" else "host"
-            lines.append(f"build {objects[-1]}: {rule} {ninja_path(source)}")
-            if rule == "host":
-                lines.append(f"  flags = {' '.join(host_flags(source) + openmp)}")
-        lines.append(f"build {ninja_path(output)}: link {' '.join(objects)}")
-        lines.append(f"default {ninja_path(output)}")
-        return "\n".join(lines) + "\n"
+            print("valm_kernels: there is no ninja, so every source is compiled, changed or not")
+            run_all([build.command(rules) for build in builds[:-1]], build_dir)
+            run_all([builds[-1].command(rules)], build_dir)
 
 
-def write_compile_commands(ninja: list[str]) -> None:
+def pybind11_include() -> str:
+    """The headers of the pybind11 that is installed, or of PyTorch, which ships them."""
+    if importlib.util.find_spec("pybind11") is not None:
+        import pybind11
+
+        return pybind11.get_include()
+    torch = importlib.util.find_spec("torch")
+    folders = [Path(folder) / "include" for folder in torch.submodule_search_locations or ()] if torch else []
+    for folder in folders:
+        if (folder / "pybind11" / "pybind11.h").exists():
+            print(f"valm_kernels: pybind11 is not installed, taking PyTorch's headers of it in {folder}")
+            return str(folder)
+    raise SystemExit("valm_kernels is built with pybind11, which is not installed: pip install pybind11")
+
+
+def find_ninja() -> str | None:
+    if importlib.util.find_spec("ninja") is not None:
+        import ninja
+
+        return str(Path(ninja.BIN_DIR) / "ninja")
+    return shutil.which("ninja")
+
+
+def compiler_rules(nvcc: str | None, openmp: list[str], includes: list) -> dict[str, str]:
+    """Commands by name, with $in, $out and $flags."""
+    include_flags = " ".join(f'-I"{path}"' for path in includes)
+    defines = "-DVALM_KERNELS_CUDA" if nvcc else ""
+    more_flags = os.environ.get("VALM_KERNELS_CXXFLAGS", "")
+    host = f"{cxx()} -MMD -MF $out.d $flags {more_flags} {defines} {include_flags} -c $in -o $out"
+    if nvcc is None:
+        return {"host": host, "link": f"{cxx()} {' '.join([*LINK_FLAGS, *openmp, more_flags])} $in -o $out"}
+    gencode = " ".join(f"-gencode {arch}" for arch in cuda_archs())
+    cuda = f"{nvcc} -MD -MF $out.d {' '.join(NVCC_FLAGS)} {gencode} {defines} {include_flags} -c $in -o $out"
+    link = f"{nvcc} -shared -cudart static -Xcompiler {','.join(openmp)} $in -o $out"
+    return {"host": host, "cuda": cuda, "link": link}
+
+
+def native_builds(nvcc: str | None, openmp: list[str], output: Path) -> list[Build]:
+    """The objects, and at the end the module."""
+    objects = []
+    for source in sorted((ROOT / "csrc").rglob("*.c*")):
+        if source.suffix not in (".cpp", ".cu") or (source.suffix == ".cu" and not nvcc):
+            continue
+        name = str(source.relative_to(ROOT / "csrc").with_suffix(source.suffix + ".o")).replace(os.sep, ".")
+        if source.suffix == ".cu":
+            objects.append(Build(name, "cuda", (source,)))
+        else:
+            objects.append(Build(name, "host", (source,), " ".join(host_flags(source) + openmp)))
+    return [*objects, Build(str(output), "link", tuple(build.output for build in objects))]
+
+
+def ninja_file(rules: dict[str, str], builds: list[Build]) -> str:
+    lines = ["ninja_required_version = 1.5"]
+    for name, command in rules.items():
+        lines.append(f"rule {name}\n  command = {command}")
+        if name != "link":
+            lines.append("  depfile = $out.d\n  deps = gcc")
+    for build in builds:
+        inputs = " ".join(ninja_path(path) for path in build.inputs)
+        lines.append(f"build {ninja_path(build.output)}: {build.rule} {inputs}\n  flags = {build.flags}")
+    lines.append(f"default {ninja_path(builds[-1].output)}")
+    return "\n".join(lines) + "\n"
+
+
+def run_all(commands: list[str], folder: Path) -> None:
+    """Runs commands in as many processes as there are cores."""
+
+    def run(command: str) -> None:
+        done = subprocess.run(command, shell=True, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        print(f"{command}\n{done.stdout.decode(errors='replace')}", end="", flush=True)
+        if done.returncode:
+            raise SystemExit(f"valm_kernels: this command failed: {command}")
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        list(threads.map(run, commands))
+
+
+def write_compile_commands(rules: dict[str, str], builds: list[Build]) -> None:
     """compile_commands.json in the root of the sources, for editors and clang-tidy."""
-    listed = subprocess.run([*ninja, "-t", "compdb", "host", "cuda"], check=True, capture_output=True, text=True)
     # every path but that of the output is absolute, and pip removes the build's own folder
-    commands = [{**entry, "directory": str(ROOT)} for entry in json.loads(listed.stdout)]
+    commands = [
+        {"directory": str(ROOT), "command": build.command(rules), "file": str(build.inputs[0]), "output": build.output}
+        for build in builds[:-1]
+    ]
     (ROOT / "compile_commands.json").write_text(json.dumps(commands, indent=2) + "\n")
 
 
-def ninja_path(path: Path) -> str:
+def ninja_path(path: Path | str) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
 setup(
     ext_modules=[Extension("valm_kernels._native", sources=["csrc/bindings.cpp"])],
-    cmdclass={"build": Build, "build_ext": NinjaBuild},
+    cmdclass={"build": NativeFirst, "build_ext": NativeBuild},
 )

@@ -1,5 +1,6 @@
 """setup.py builds with and without nvcc or OpenMP, and says so."""
 
+import importlib.util
 import json
 import os
 import platform
@@ -10,13 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.bare_python import bare_python, path_without
+
 ROOT = Path(__file__).parent.parent
 
 
-def build(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess:
+def build(tmp_path: Path, python: str | Path = sys.executable, **environment: str) -> subprocess.CompletedProcess:
     """Build the extension into tmp_path, from this tree, under the given environment."""
     return subprocess.run(
-        [sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path / "lib", "--build-temp", tmp_path / "temp"],
+        [python, "setup.py", "build_ext", "--build-lib", tmp_path / "lib", "--build-temp", tmp_path / "temp"],
         cwd=ROOT,
         env={**os.environ, **environment},
         capture_output=True,
@@ -65,6 +68,42 @@ exec {shutil.which("c++")} "$@"
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{compiler} has no OpenMP (-fopenmp), so the CPU code runs on one thread" in done.stdout
     assert in_module(tmp_path, "m.cpu_isas()[-1]") == "generic"
+
+
+@pytest.mark.slow
+def test_builds_without_pybind11_and_ninja(tmp_path):
+    python = bare_python(tmp_path / "bare")
+    path = path_without(tmp_path / "bin", "ninja")
+    done = build(tmp_path, python, VALM_KERNELS_CUDA="off", PATH=path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "taking PyTorch's headers of it" in done.stdout and "there is no ninja" in done.stdout
+    assert in_module(tmp_path, "m.cpu_isas()[-1]") == "generic"
+    done = build(tmp_path, python, VALM_KERNELS_CUDA="off", PATH=path, VALM_KERNELS_CXXFLAGS="--no-such-flag")
+    assert done.returncode != 0 and "this command failed: c++ " in done.stderr
+
+
+def test_one_compute_capability(monkeypatch):
+    """As gpu-check builds for the card that is there."""
+    setup = load_setup(monkeypatch)
+    monkeypatch.delenv("VALM_KERNELS_CUDA_ARCH", raising=False)
+    rules = setup.compiler_rules("nvcc", [], [])
+    assert all(f"-gencode {arch}" in rules["cuda"] for arch in setup.CUDA_ARCHS)
+    monkeypatch.setenv("VALM_KERNELS_CUDA_ARCH", "90")
+    rules = setup.compiler_rules("nvcc", [], [])
+    assert rules["cuda"].count("-gencode") == 1 and "-gencode arch=compute_90,code=sm_90 " in rules["cuda"]
+    monkeypatch.setenv("VALM_KERNELS_CUDA_ARCH", "9.0")
+    with pytest.raises(SystemExit, match=r"must be a compute capability such as 90, but is '9\.0'"):
+        setup.compiler_rules("nvcc", [], [])
+
+
+def load_setup(monkeypatch):
+    """setup.py as a module, without setting anything up."""
+    monkeypatch.setattr("setuptools.setup", lambda **options: None)
+    spec = importlib.util.spec_from_file_location("valm_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "valm_setup", module)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_cuda_on_without_nvcc_is_an_error(tmp_path):
