@@ -1,24 +1,53 @@
 """What one would write or use without valm_kernels: causal attention with K extra keys of its own for every query.
 
-All take q, k, v (B, H, T, D) and image_k, image_v (B, H, T, K, D), causal, Tq = Tk, scale 1 / sqrt(D). text_only and
-flash_merge take fewer heads of keys and values too (grouped-query attention).
+All take q, k, v (B, H, T, D) and image_k, image_v (B, H, T, K, D), causal, Tq = Tk, scale 1 / sqrt(D). Attention to the
+text alone and flash_merge take fewer heads of keys and values too (grouped-query attention).
 """
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 _aten = torch.ops.aten
 
 
-def text_only(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def text_only(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
     """The floor: PyTorch's flash attention without any image."""
+    if q.device.type == "cuda" and q.dtype != torch.float32:  # whichever attention PyTorch would choose there
+        return _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)[0]
     grouped = q.shape[1] != k.shape[1]
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
+
+
+def cudnn_text_only(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """cuDNN's attention without any image; a RuntimeError where cuDNN does not take it."""
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+        )
+
+
+def flash3_text_only(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """FlashAttention-3, which is a package of its own, without any image."""
+    reason = "FlashAttention-3 (the module flash_attn_interface) is not installed"
+    flash = pytest.importorskip("flash_attn_interface", reason=reason, exc_type=ImportError)
+    out = flash.flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=True)
+    return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+
+# On CUDA, in 16 bits.
+CUDA_TEXT_ONLY: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "text-only cuDNN attention": cudnn_text_only,
+    "text-only FlashAttention-3": flash3_text_only,
+}
 
 
 def eager_concat(q: Tensor, k: Tensor, v: Tensor, image_k: Tensor, image_v: Tensor) -> Tensor:
@@ -65,35 +94,58 @@ def _flash_backward(
     )
 
 
+def _join(
+    q: Tensor, image_k: Tensor, image_v: Tensor, text_out: Tensor, text_lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out and lse of text and images, and the weights of the images."""
+    heads = image_k.shape[1]
+    image_scores = q.shape[-1] ** -0.5 * _ungrouped((image_k @ _grouped(q, heads).mT).mT).to(text_lse.dtype)
+    lse = torch.logaddexp(text_lse, image_scores.logsumexp(-1))
+    weights = (image_scores - lse.unsqueeze(-1)).exp().to(q.dtype)  # (B, H, T, K)
+    image_out = _ungrouped(_grouped(weights, heads) @ image_v)
+    return text_out * (text_lse - lse).exp().unsqueeze(-1).to(q.dtype) + image_out, lse, weights
+
+
+def _image_gradients(
+    grad_out: Tensor, q: Tensor, image_k: Tensor, image_v: Tensor, weights: Tensor, out: Tensor, text_dq: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of q, to which the text's part is added, image_k and image_v."""
+    heads = image_k.shape[1]
+    delta = (grad_out * out).sum(-1, keepdim=True)
+    grad_weights = _ungrouped((image_v @ _grouped(grad_out, heads).mT).mT)  # (B, H, T, K)
+    grad_scores = _grouped(weights * (grad_weights - delta) * q.shape[-1] ** -0.5, heads)
+    grad_q = text_dq + _ungrouped(grad_scores @ image_k)
+    return (
+        grad_q,
+        _outer(grad_scores, _grouped(q, heads)),
+        _outer(_grouped(weights, heads), _grouped(grad_out, heads)),
+    )
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False)
+
+
 class _FlashMerge(torch.autograd.Function):
-    """q, k, v (B, H, T, D); image_k, image_v (B, H / G, T, K, D), each for G query heads."""
+    """q (B, H, T, D); k, v (B, H / G, T, D); image_k, image_v (B, H / G', T, K, D). `compiled`: what joins is."""
 
     @staticmethod
-    def forward(ctx, q, k, v, image_k, image_v):
-        scale = q.shape[-1] ** -0.5
-        heads = image_k.shape[1]
-        text_out, text_lse, ctx.state = _flash(q, k, v, scale)
-        image_scores = scale * _ungrouped((image_k @ _grouped(q, heads).mT).mT).to(text_lse.dtype)  # (B, H, T, K)
-        lse = torch.logaddexp(text_lse, image_scores.logsumexp(-1))
-        weights = (image_scores - lse.unsqueeze(-1)).exp().to(q.dtype)
-        image_out = _ungrouped(_grouped(weights, heads) @ image_v)
-        out = text_out * (text_lse - lse).exp().unsqueeze(-1).to(q.dtype) + image_out
+    def forward(ctx, q, k, v, image_k, image_v, compiled):
+        text_out, text_lse, ctx.state = _flash(q, k, v, q.shape[-1] ** -0.5)
+        join = _compiled(_join) if compiled else _join
+        out, lse, weights = join(q, image_k, image_v, text_out, text_lse)
         ctx.save_for_backward(q, k, v, image_k, image_v, weights, out, lse)
+        ctx.compiled = compiled
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
         q, k, v, image_k, image_v, weights, out, lse = ctx.saved_tensors
-        scale = q.shape[-1] ** -0.5
-        heads = image_k.shape[1]
-        grad_q, grad_k, grad_v = _flash_backward(grad_out, q, k, v, out, lse, ctx.state, scale)
-        delta = (grad_out * out).sum(-1, keepdim=True)
-        grad_weights = _ungrouped((image_v @ _grouped(grad_out, heads).mT).mT)  # (B, H, T, K)
-        grad_scores = _grouped(weights * (grad_weights - delta) * scale, heads)
-        grad_q = grad_q + _ungrouped(grad_scores @ image_k)
-        grad_image_k = _outer(grad_scores, _grouped(q, heads))
-        grad_image_v = _outer(_grouped(weights, heads), _grouped(grad_out, heads))
-        return grad_q, grad_k, grad_v, grad_image_k, grad_image_v
+        text_dq, grad_k, grad_v = _flash_backward(grad_out, q, k, v, out, lse, ctx.state, q.shape[-1] ** -0.5)
+        of_images = _compiled(_image_gradients) if ctx.compiled else _image_gradients
+        grad_q, grad_image_k, grad_image_v = of_images(grad_out, q, image_k, image_v, weights, out, text_dq)
+        return grad_q, grad_k, grad_v, grad_image_k, grad_image_v, None
 
 
 def _grouped(x: Tensor, heads: int) -> Tensor:
@@ -112,16 +164,15 @@ def _outer(left: Tensor, right: Tensor) -> Tensor:
     return left.mT * right if left.shape[-2] == 1 else left.mT @ right
 
 
-def flash_merge(q: Tensor, k: Tensor, v: Tensor, image_k: Tensor, image_v: Tensor) -> Tensor:
+def flash_merge(
+    q: Tensor, k: Tensor, v: Tensor, image_k: Tensor, image_v: Tensor, compiled: bool = False
+) -> Tensor:
     """The honest peer: stock flash attention, the images in PyTorch operations, joined by log-sum-exp."""
-    group = q.shape[1] // k.shape[1]
-    k, v = (x if group == 1 else x.repeat_interleave(group, 1) for x in (k, v))
-    return _FlashMerge.apply(q, k, v, image_k, image_v)
+    return _FlashMerge.apply(q, k, v, image_k, image_v, compiled)
 
 
-@cache
-def _compiled_flex_attention():
-    return torch.compile(flex_attention)
+# The same through torch.compile, which makes fewer kernels of the images' operations.
+flash_merge_compiled = partial(flash_merge, compiled=True)
 
 
 @cache
@@ -136,4 +187,4 @@ def flex_diagonal(q: Tensor, k: Tensor, v: Tensor, image_k: Tensor, image_v: Ten
     """FlexAttention over text and all images in one sequence of keys; on CPU it has no backward."""
     keys, values = (torch.cat([t, i.flatten(2, 3)], 2) for t, i in ((k, image_k), (v, image_v)))
     mask = _diagonal_mask(q.shape[2], image_k.shape[3], q.device)
-    return _compiled_flex_attention()(q, keys, values, block_mask=mask)
+    return _compiled(flex_attention)(q, keys, values, block_mask=mask)

@@ -1,6 +1,7 @@
+import pytest
 import torch
 
-from benchmarks.peers.attention import eager_concat, eager_softcap, flash_merge, text_only
+from benchmarks.peers.attention import eager_concat, eager_softcap, flash_merge, flash_merge_compiled, text_only
 
 
 def inputs(device="cpu", dtype=torch.float64):
@@ -9,9 +10,12 @@ def inputs(device="cpu", dtype=torch.float64):
     return [torch.randn(s, generator=generator, dtype=torch.float64).to(device, dtype).requires_grad_() for s in shapes]
 
 
-def test_flash_merge_is_eager_attention():
+@pytest.mark.parametrize(
+    "merge", [flash_merge, pytest.param(flash_merge_compiled, marks=pytest.mark.slow)], ids=["eager", "compiled"]
+)
+def test_flash_merge_is_eager_attention(merge):
     grads = []
-    for attend in (flash_merge, eager_concat):
+    for attend in (merge, eager_concat):
         leaves = inputs()
         out = attend(*leaves)
         grads.append([out, *torch.autograd.grad(out.sin().sum(), leaves)])
