@@ -164,9 +164,7 @@ def _outer(left: Tensor, right: Tensor) -> Tensor:
     return left.mT * right if left.shape[-2] == 1 else left.mT @ right
 
 
-def flash_merge(
-    q: Tensor, k: Tensor, v: Tensor, image_k: Tensor, image_v: Tensor, compiled: bool = False
-) -> Tensor:
+def flash_merge(q: Tensor, k: Tensor, v: Tensor, image_k: Tensor, image_v: Tensor, compiled: bool = False) -> Tensor:
     """The honest peer: stock flash attention, the images in PyTorch operations, joined by log-sum-exp."""
     return _FlashMerge.apply(q, k, v, image_k, image_v, compiled)
 

@@ -91,7 +91,7 @@ def usearch_exact(database: Tensor) -> Search:
 
 def faiss_gpu_float16(database: Tensor) -> Search:
     """faiss's exact search on the device of the database, which takes and returns tensors there."""
-    faiss = pytest.importorskip("faiss")
+    faiss = pytest.importorskip("faiss", exc_type=ImportError)
     if faiss.get_num_gpus() == 0:
         pytest.skip("this faiss has no GPUs: install valm[gpu] instead of valm[faiss]")
     import faiss.contrib.torch_utils  # faiss's methods take tensors from now on
@@ -102,6 +102,18 @@ def faiss_gpu_float16(database: Tensor) -> Search:
     for part in database.split(1 << 16):
         index.add(part.float())
     return lambda queries, k: index.search(queries.float(), k)[1]
+
+
+def cuvs_float16(database: Tensor) -> Search:
+    """cuVS's exact search on the device of the database."""
+    reason = "cuVS (the module cuvs) is not installed"
+    brute_force = pytest.importorskip("cuvs.neighbors.brute_force", reason=reason, exc_type=ImportError)
+    index = brute_force.build(database, metric="inner_product")
+
+    def search(queries: Tensor, k: int) -> Tensor:
+        return torch.as_tensor(brute_force.search(index, queries, k)[1], device=queries.device)
+
+    return search
 
 
 # By the device that they are measured on.
@@ -116,4 +128,5 @@ PEERS: dict[str, Callable[[Tensor], Search]] = {
 CUDA_PEERS: dict[str, Callable[[Tensor], Search]] = {
     "torch float16 mm + topk": torch_float16,
     "faiss-gpu IndexFlatIP float16": faiss_gpu_float16,
+    "cuVS brute force float16": cuvs_float16,
 }

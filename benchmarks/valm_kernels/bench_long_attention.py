@@ -12,9 +12,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.peers.attention import flash_merge, text_only
+from benchmarks.peers.attention import CUDA_TEXT_ONLY, flash_merge, flash_merge_compiled, text_only
 from benchmarks.valm_kernels import roofline
-from benchmarks.valm_kernels.bench_visual_fusion import TOLERANCE, Case, Tensors, close_to
+from benchmarks.valm_kernels.bench_visual_fusion import (
+    COMPILED_MERGE,
+    MERGE,
+    TOLERANCE,
+    Case,
+    Tensors,
+    close_to,
+    forward,
+    forward_backward,
+    skip_cuda_peer,
+)
 from valm_kernels import visual_fusion_attn
 
 
@@ -34,7 +44,7 @@ class Grouped:
         return f"{shape} {str(self.dtype).removeprefix('torch.')}"
 
     def arithmetic(self, name: str, *, backward: bool) -> float:
-        images = 0 if name == TEXT_ONLY else self.images
+        images = 0 if name in TEXT_ALONE else self.images
         sizes = (self.batch, self.heads, self.length, self.length, images, self.head_dim)
         return roofline.attention_s(roofline.Shape("", *sizes, G=self.heads // self.kv_heads), backward)
 
@@ -55,12 +65,14 @@ class Grouped:
 
 
 TEXT_ONLY = "text-only flash attention"
+TEXT_ALONE = {TEXT_ONLY: text_only, **CUDA_TEXT_ONLY}
 ONE_KERNEL = "ours, text in Triton too"
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "ours": visual_fusion_attn,
     ONE_KERNEL: lambda *inputs: visual_fusion_attn(*inputs, impl="triton"),
-    TEXT_ONLY: lambda q, k, v, *_: text_only(q, k, v),
-    "flash + LSE merge": flash_merge,
+    **TEXT_ALONE,
+    MERGE: flash_merge,
+    COMPILED_MERGE: flash_merge_compiled,
 }
 SIZES = {
     "cuda": Grouped(8, 32, 8, 4096, 4, 128, torch.bfloat16),
@@ -75,24 +87,29 @@ def bench_grouped(measure, device, name, backward):
         pytest.skip("the kernels in Triton are for CUDA")
     case = SIZES[device.type]
     *inputs, grad_out = case.tensors(device)
-    leaves = inputs[:3] if name == TEXT_ONLY else inputs
-
-    def results(function: Callable[..., Tensor], leaves: list[Tensor], grad_out: Tensor) -> tuple[Tensor, ...]:
-        if backward:
-            return torch.autograd.grad(function(*leaves), leaves, grad_out)
-        with torch.no_grad():
-            return (function(*leaves),)
+    leaves = inputs[:3] if name in TEXT_ALONE else inputs
+    function = FUNCTIONS[name]
+    if name in CUDA_TEXT_ONLY or name == COMPILED_MERGE:
+        skip_cuda_peer(name, function, tuple(leaves))
 
     # the whole batch in float32 would need tens of gigabytes of scores; a row of it is independent of the others
     first = [x[:1].detach().float().requires_grad_() for x in leaves]
-    reference = text_only if name == TEXT_ONLY else lambda *x: visual_fusion_attn(*x, impl="reference")
-    expected = results(reference, first, grad_out[:1].float())
+    reference = text_only if name in TEXT_ALONE else lambda *x: visual_fusion_attn(*x, impl="reference")
+    if backward:
+        expected = forward_backward(reference)(*first, grad_out[:1].float())
+    else:
+        expected = (forward(reference)(*first),)
     is_close = close_to(expected, TOLERANCE[case.dtype])
+
+    def check(found: Tensor | tuple[Tensor, ...]) -> None:
+        is_close(tuple(x[:1] for x in (found if backward else (found,))))
+
     measure(
         group=f"{'forward + backward' if backward else 'forward'} {case}",
         name=name,
-        function=lambda: results(FUNCTIONS[name], leaves, grad_out),
-        check=lambda found: is_close(tuple(x[:1] for x in found)),
+        function=forward_backward(function) if backward else forward(function),
+        inputs=(*leaves, grad_out) if backward else tuple(leaves),
+        check=check,
         arithmetic=case.arithmetic(name, backward=backward),
     )
 
@@ -103,10 +120,12 @@ DECODING = Case(1, 12, 1, 8, 64, torch.bfloat16, unique=1, prefix=8191)
 @pytest.mark.parametrize("name", ["ours", TEXT_ONLY])
 def bench_decode(measure, device, name):
     t = Tensors(DECODING, device)
+    text = (t.q, t.k, t.v)
     functions = {
-        "ours": lambda: visual_fusion_attn(t.q, t.k, t.v, *t.dense),
-        TEXT_ONLY: lambda: torch.nn.functional.scaled_dot_product_attention(t.q, t.k, t.v),
+        "ours": (visual_fusion_attn, (*text, *t.dense)),
+        TEXT_ONLY: (lambda *inputs: text_only(*inputs, causal=False), text),
     }
+    function, inputs = functions[name]
     with torch.no_grad():
         wide = [x.float() for x in (t.q, t.k, t.v, *t.dense)]
         expected = visual_fusion_attn(*wide, impl="reference")
@@ -114,7 +133,8 @@ def bench_decode(measure, device, name):
         measure(
             group=f"decode {DECODING}",
             name=name,
-            function=functions[name],
+            function=function,
+            inputs=inputs,
             check=close_to(expected, TOLERANCE[DECODING.dtype]) if name == "ours" else lambda out: None,
             rounds=200,
             arithmetic=roofline.attention_s(replace(shape, K=0) if name == TEXT_ONLY else shape, backward=False),

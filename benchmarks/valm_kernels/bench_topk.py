@@ -69,15 +69,15 @@ TORCH_CPU_PEERS = ("torch float32 mm + topk", "torch bfloat16 mm + topk")
 def generate(vectors: Vectors, device: torch.device) -> tuple[Tensor, Tensor]:
     """A database and 4096 queries of unit length; float16 on CUDA, the answer is that of the rounded numbers."""
     rows, dim, cosine = vectors
-    generator = torch.Generator().manual_seed(0)
-    both = torch.randn(rows + 4096, dim, generator=generator)
+    generator = torch.Generator(device).manual_seed(0)
+    both = torch.randn(rows + 4096, dim, generator=generator, device=device)
     both /= both.norm(dim=1, keepdim=True)
     if cosine:
-        common = torch.randn(dim, generator=generator)
+        common = torch.randn(dim, generator=generator, device=device)
         both.mul_((1 - cosine) ** 0.5).add_(cosine**0.5 * common / common.norm())
         both /= both.norm(dim=1, keepdim=True)
     if device.type == "cuda":
-        both = both.half().to(device)
+        both = both.half()
     return both[:rows], both[rows:]
 
 
@@ -146,7 +146,8 @@ def bench_search(measure, device, case, name):
     measure(
         group=str(case),
         name=name,
-        function=lambda: search(queries, case.k),
+        function=lambda queries: search(queries, case.k),
+        inputs=(queries,),
         check=check,
         flop=2.0 * scores * case.vectors.dim,
         rounds=10 if scores < 64 * 200_000 else 3 if scores < 1024 * 200_000 or name in OURS else 2,

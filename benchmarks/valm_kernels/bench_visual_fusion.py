@@ -7,13 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.peers.attention import eager_concat, eager_softcap, flash_merge, flex_diagonal, text_only
+from benchmarks.peers.attention import (
+    CUDA_TEXT_ONLY,
+    eager_concat,
+    eager_softcap,
+    flash_merge,
+    flash_merge_compiled,
+    flex_diagonal,
+    text_only,
+)
 from benchmarks.valm_kernels import roofline
 from valm_kernels import visual_fusion_attn
 
@@ -102,7 +110,7 @@ def arithmetic(case: Case, name: str, *, backward: bool) -> float | None:
     """The least seconds of an implementation's kernels on an H100, by roofline.py; its numbers are of 16 bits."""
     if case.dtype == torch.float32:
         return None
-    images = 0 if name in ("ours, no images", "text-only flash attention") else case.images
+    images = 0 if name == "ours, no images" or name.startswith("text-only") else case.images
     pool = int(case.unique * case.batch * case.length * case.images) if name == "ours, pooled" else 0
     keys = case.length + case.prefix
     shape = roofline.Shape("", case.batch, case.heads, case.length, keys, images, case.head_dim, pool)
@@ -114,49 +122,65 @@ def tensors(case: Case, device: torch.device) -> Tensors:
     return Tensors(case, device)
 
 
-def attention(name: str, t: Tensors) -> tuple[object, tuple[Tensor, ...]]:
+def attention(name: str, t: Tensors) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
     """(function, its differentiable inputs) of one implementation."""
     text = (t.q, t.k, t.v)
     dense = (*text, *t.dense)
     functions = {
-        "ours": (lambda: visual_fusion_attn(*dense), dense),
+        "ours": (visual_fusion_attn, dense),
         "ours, pooled": (
-            lambda: visual_fusion_attn(*text, t.pool_k, t.pool_v, image_index=t.image_index),
+            lambda *inputs: visual_fusion_attn(*inputs, image_index=t.image_index),
             (*text, t.pool_k, t.pool_v),
         ),
-        "ours, no images": (lambda: visual_fusion_attn(*text, None, None), text),
-        "text-only flash attention": (lambda: text_only(*text), text),
-        "flash + LSE merge": (lambda: flash_merge(*dense), dense),
-        "eager concat": (lambda: eager_concat(*dense), dense),
+        "ours, no images": (lambda *inputs: visual_fusion_attn(*inputs, None, None), text),
+        "text-only flash attention": (text_only, text),
+        **{peer: (function, text) for peer, function in CUDA_TEXT_ONLY.items()},
+        MERGE: (flash_merge, dense),
+        COMPILED_MERGE: (flash_merge_compiled, dense),
+        "eager concat": (eager_concat, dense),
         # on CPU it refuses inputs that require a gradient
-        "FlexAttention, diagonal mask": (
-            lambda: flex_diagonal(*(x.detach() if x.device.type == "cpu" else x for x in dense)),
-            dense,
-        ),
+        FLEX: (lambda *inputs: flex_diagonal(*(x.detach() if x.device.type == "cpu" else x for x in inputs)), dense),
     }
     return functions[name]
 
 
-def forward_call(name: str, case: Case, device: torch.device) -> Callable[[], object]:
-    function, _ = attention(name, tensors(case, device))
+def forward(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Without gradients."""
 
-    def call() -> object:
+    def call(*inputs: Tensor) -> Tensor:
         with torch.no_grad():
-            return function()
+            return function(*inputs)
 
     return call
+
+
+def forward_backward(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+    """The gradients of the inputs, which the gradient of the result follows."""
+
+    def call(*inputs: Tensor) -> tuple[Tensor, ...]:
+        *leaves, grad_out = inputs
+        return torch.autograd.grad(function(*leaves), leaves, grad_out)
+
+    return call
+
+
+def forward_call(name: str, case: Case, device: torch.device) -> Callable[[], object]:
+    function, inputs = attention(name, tensors(case, device))
+    return partial(forward(function), *inputs)
 
 
 def forward_backward_call(name: str, case: Case, device: torch.device) -> Callable[[], object]:
     t = tensors(case, device)
     function, inputs = attention(name, t)
-    return lambda: torch.autograd.grad(function(), inputs, t.grad_out)
+    return partial(forward_backward(function), *inputs, t.grad_out)
 
 
 def inputs_note(inputs: tuple[Tensor, ...]) -> str:
     return f"inputs {sum(x.nbytes for x in inputs) / 1e6:.0f} MB"
 
 
+MERGE, COMPILED_MERGE = "flash + LSE merge", "flash + LSE merge, compiled"
+FLEX = "FlexAttention, diagonal mask"
 # Largest error over largest value: a benchmark's check is for wrong results, the tests hold the last bits.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
@@ -177,38 +201,55 @@ def close_to(expected: Tensor | tuple[Tensor, ...], tolerance: float):
 LARGE = Case(4, 12, 1024, 8, 64, torch.float32)
 SMALL = Case(1, 12, 512, 4, 64, torch.float32)
 CASES = [LARGE, replace(LARGE, dtype=torch.bfloat16), SMALL, replace(SMALL, dtype=torch.bfloat16)]
-FLEX = "FlexAttention, diagonal mask"
 IMPLEMENTATIONS = [
     "ours",
     "ours, pooled",
     "ours, no images",
     "text-only flash attention",
-    "flash + LSE merge",
+    *CUDA_TEXT_ONLY,
+    MERGE,
+    COMPILED_MERGE,
     "eager concat",
     FLEX,
 ]
 
 
-def skip_where_it_does_not_run(name: str, case: Case, device: torch.device, backward: bool) -> None:
-    if name.startswith("flash + LSE merge") and device.type == "cuda" and case.dtype == torch.float32:
+def skip_where_it_does_not_run(
+    name: str, case: Case, function: Callable[..., Tensor], inputs: tuple[Tensor, ...], backward: bool
+) -> None:
+    on_cuda = inputs[0].device.type == "cuda"
+    if name in CUDA_TEXT_ONLY or name == COMPILED_MERGE:
+        skip_cuda_peer(name, function, inputs)
+    if name == MERGE and on_cuda and case.dtype == torch.float32:
         pytest.skip("PyTorch's flash attention on CUDA takes 16-bit numbers only")
-    if name == FLEX and device.type == "cpu" and (backward or case != SMALL):
+    if name == FLEX and not on_cuda and (backward or case != SMALL):
         pytest.skip("FlexAttention on CPU has no backward, and takes seconds on all but one small shape")
+
+
+def skip_cuda_peer(name: str, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
+    """Skips a peer that is for CUDA in 16 bits, and may not be there or not take these inputs."""
+    if inputs[0].device.type != "cuda" or inputs[0].dtype == torch.float32:
+        pytest.skip(f"{name} is measured on CUDA in 16 bits only")
+    try:
+        function(*inputs)
+    except RuntimeError as error:
+        pytest.skip(f"{name} does not take this: {str(error).splitlines()[0]}")
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def bench_forward(measure, device, case, name):
-    skip_where_it_does_not_run(name, case, device, backward=False)
     t = tensors(case, device)
-    _, inputs = attention(name, t)
+    function, inputs = attention(name, t)
+    skip_where_it_does_not_run(name, case, function, inputs, backward=False)
     text_alone = len(inputs) == 3
     with torch.no_grad():
         expected = text_only(*(x.float() for x in inputs)) if text_alone else t.expected
     measure(
         group=f"forward {case}",
         name=name,
-        function=forward_call(name, case, device),
+        function=forward(function),
+        inputs=inputs,
         check=close_to(expected, TOLERANCE[case.dtype]),
         flop=case.flop,
         bytes_moved=None if text_alone else case.image_bytes,
@@ -221,9 +262,9 @@ def bench_forward(measure, device, case, name):
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def bench_forward_backward(measure, device, case, name):
-    skip_where_it_does_not_run(name, case, device, backward=True)
     t = tensors(case, device)
-    _, inputs = attention(name, t)
+    function, inputs = attention(name, t)
+    skip_where_it_does_not_run(name, case, function, inputs, backward=True)
     text_alone = len(inputs) == 3
     if text_alone:
         leaves = [x.detach().float().requires_grad_() for x in inputs]
@@ -233,7 +274,8 @@ def bench_forward_backward(measure, device, case, name):
     measure(
         group=f"forward + backward {case}",
         name=name,
-        function=forward_backward_call(name, case, device),
+        function=forward_backward(function),
+        inputs=(*inputs, t.grad_out),
         check=close_to(expected, TOLERANCE[case.dtype]),
         flop=int(3.5 * case.flop),
         bytes_moved=None if text_alone else 3 * case.image_bytes,
