@@ -6,16 +6,23 @@ reuse most. For float32 at D = 256 without such a candidate it is the smallest t
 joined kernel has nothing to reuse, as every query has its own images: its tiles keep most copies and warps in flight.
 There are three stages where they fit: with two, the copy of the next tile starts only after the work on this one.
 VALM_KERNELS_AUTOTUNE=1 measures around these entries on the card at hand (autotune.py).
+
+Where measured_tiles.json, which `make gpu-check` writes, or the file named by VALM_KERNELS_TILES has tiles of a compute
+capability, these take the place of the table's.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, TypedDict
 
 import torch
 import triton
+
+from valm_kernels.json_files import read_json
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,41 @@ def block_d(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
+class MeasuredTiles(TypedDict):
+    """An entry of measured_tiles.json: the fastest tiles for head dimensions up to `head_dim` on one card."""
+
+    kernel: str
+    bytes: Literal[2, 4]  # of an element
+    capability: int  # 90 for 9.0
+    head_dim: Literal[64, 128, 256]
+    block_m: Literal[16, 32, 64, 128, 256]
+    block_n: Literal[16, 32, 64, 128, 256]
+    num_warps: Literal[1, 2, 4, 8, 16]
+    num_stages: Literal[1, 2, 3, 4, 5, 6]
+    device: str
+    triton: str
+
+
+@cache
+def measured_tiles() -> dict[tuple[str, int, int, int], Tiles]:
+    """Measured tiles by (kernel, bytes of an element, compute capability, largest head dimension).
+
+    Raises:
+        OSError: the file that VALM_KERNELS_TILES names cannot be read.
+        ValueError: the file is damaged; the message names it.
+    """
+    named = os.environ.get("VALM_KERNELS_TILES")
+    path = Path(named) if named else Path(__file__).with_name("measured_tiles.json")
+    if not named and not path.exists():
+        return {}
+    return {
+        (entry["kernel"], entry["bytes"], entry["capability"], entry["head_dim"]): Tiles(
+            entry["block_m"], entry["block_n"], entry["num_warps"], entry["num_stages"]
+        )
+        for entry in read_json(path, list[MeasuredTiles])
+    }
+
+
 @cache
 def tiles_for(kernel: str, arch: int, head_dim: int, dtype: torch.dtype) -> Tiles:
     """The tiles of `kernel`, a name of the table, on compute capability `arch` (90 for 9.0)."""
@@ -93,4 +135,7 @@ def tiles_for(kernel: str, arch: int, head_dim: int, dtype: torch.dtype) -> Tile
     else:
         family = 100 if 100 <= arch < 120 else 80
     wide = 0 if head_dim <= 64 else 1 if head_dim <= 128 else 2
+    measured = measured_tiles().get((kernel, dtype.itemsize, arch, (64, 128, 256)[wide]))
+    if measured is not None:
+        return measured
     return _TILES[kernel, dtype.itemsize, family][wide]
