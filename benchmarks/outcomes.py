@@ -1,0 +1,127 @@
+"""A plugin of pytest for gpu-check: notes how each test ended as soon as it has, and runs a part of the tests.
+
+    python -m pytest -p benchmarks.outcomes --outcomes FILE --run-number 2 --part 3/16 tests/valm_kernels
+
+Tests that passed before are not run again. Neither are those that an earlier process of the same run has begun: one
+that died goes on with what is left. An error after which the GPU takes no more work ends the process, as every later
+test would fail too.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import pytest
+import torch
+
+# The process ended itself because the GPU takes no more work from it.
+DEVICE_LOST = 70
+STARTED, PASSED, FAILED, SKIPPED = "started", "passed", "failed", "skipped"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a test ended, or that it was started: a process that dies leaves it so."""
+
+    run: int
+    test: str
+    outcome: str
+    seconds: float = 0
+    note: str = ""
+
+
+def read(path: Path) -> dict[str, Ended]:
+    """The last that is known of each test."""
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        rows = [
+            Ended(int(row["run"]), row["test"], row["outcome"], float(row["seconds"]), row["note"])
+            for row in csv.DictReader(file)
+            if row["run"] != "run"  # two processes may both begin the file
+        ]
+    return {row.test: row for row in rows}
+
+
+def write(path: Path, ended: Ended) -> None:
+    """Adds a row. Several processes may, as each row is one call of the system."""
+    line = io.StringIO()
+    writer = csv.DictWriter(line, [field.name for field in fields(Ended)])
+    if not path.exists() or not path.stat().st_size:
+        writer.writeheader()
+    writer.writerow(asdict(ended))
+    with path.open("a", newline="") as file:
+        file.write(line.getvalue())
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--outcomes", type=Path, required=True, help="the CSV file of how the tests ended")
+    parser.addoption("--run-number", type=int, default=0, help="of gpu-check's run")
+    parser.addoption("--part", default="0/1", help="I/N: every Nth of the tests, beginning with the Ith")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    part, parts = map(int, config.getoption("--part").split("/"))
+    known, run = read(config.getoption("--outcomes")), config.getoption("--run-number")
+
+    def is_left(item: pytest.Item) -> bool:
+        before = known.get(item.nodeid)
+        return before is None or (before.outcome != PASSED and before.run != run)
+
+    left = [item for item in items[part::parts] if is_left(item)]
+    kept = {id(item) for item in left}
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
+    items[:] = left
+
+
+class Notes:
+    """Writes the file during the run."""
+
+    def __init__(self, path: Path, run: int) -> None:
+        self.path, self.run = path, run
+        self.failed = False
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.failed = False
+        write(self.path, Ended(self.run, nodeid, STARTED))
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.outcome != PASSED:
+            write(self.path, Ended(self.run, report.nodeid, report.outcome, round(report.duration, 3), reason(report)))
+        self.failed = self.failed or report.failed
+        if report.when == "teardown" and self.failed and (error := lost_device()):
+            print(f"\n{report.nodeid}: the GPU takes no more work from this process: {error}", flush=True)
+            os._exit(DEVICE_LOST)
+        if report.failed:
+            print(f"\n{report.longreprtext}", flush=True)  # now, as the process may die before it ends
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Notes(config.getoption("--outcomes"), config.getoption("--run-number")))
+
+
+def reason(report: pytest.TestReport) -> str:
+    """Why a test was skipped or failed, on one line."""
+    if report.passed:
+        return ""
+    if isinstance(report.longrepr, tuple):
+        text = report.longrepr[2]
+    else:
+        text = getattr(getattr(report.longrepr, "reprcrash", None), "message", report.longreprtext)
+    return (text.strip().splitlines() or [""])[0][:300]
+
+
+def lost_device() -> str | None:
+    """The error of a GPU that takes no more work; None where it does, or was never used."""
+    if not torch.cuda.is_initialized():
+        return None
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return None

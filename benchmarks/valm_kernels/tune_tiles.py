@@ -1,0 +1,312 @@
+"""Measures the tiles of the Triton kernels on the card at hand: gpu-check's way to a measured table.
+
+    python -m benchmarks.valm_kernels.tune_tiles compile FOLDER --part 3/16     # needs no card, but its --arch
+    python -m benchmarks.valm_kernels.tune_tiles measure FOLDER
+
+Each entry of the table (tiles.py) is measured in a call that it is made for (CASES), beside the candidates around it
+(autotune.py). `compile` fills Triton's cache in several processes; `measure` then only loads. Each measurement is
+written to FOLDER/candidates.csv at once, and the fastest tiles so far to FOLDER/tiles.json, which tiles.py reads: a run
+that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, astuple, dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from benchmarks.outcomes import DEVICE_LOST
+from tests.checks.triton.compile_record import Launch, recorders, specialise
+from valm_kernels.atomic_files import atomic_path
+from valm_kernels.visual_fusion.inputs import Gradients, Inputs
+from valm_kernels.visual_fusion.triton import backward, backward_key, backward_query, forward, joined
+from valm_kernels.visual_fusion.triton.autotune import candidates
+from valm_kernels.visual_fusion.triton.launch import architecture
+from valm_kernels.visual_fusion.triton.tiles import Tiles, tiles_for
+
+CHOOSING = (forward, backward_query, backward_key)
+# A compiler or card that this one kills. It is tried twice, as the first time the step may just have been stopped.
+BEGUN, BEGUN_AGAIN = "begun", "begun again"
+COMPILED, MEASURED = "compiled", "measured"
+# Tiles take the place of the table's where they are faster by more than two measurements differ.
+GAIN = 1.03
+COLUMNS = ("case", "kernel", *Tiles.__dataclass_fields__, "ms", "note")
+
+Choose = Callable[[str, Inputs, Callable[[Tiles], Any]], Tiles]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call whose kernels are measured. `kernels`: the entries of the table that it is for."""
+
+    kernels: tuple[str, ...]
+    dtype: torch.dtype
+    head_dim: int
+    batch: int
+    heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+    images: int
+    softcap: float | None = None
+    flash: bool = False
+
+    def __str__(self) -> str:
+        sizes = f"B{self.batch} H{self.heads}/{self.kv_heads} Tq{self.queries} Tk{self.keys} K{self.images}"
+        return f"{sizes} D{self.head_dim} {str(self.dtype).removeprefix('torch.')}"
+
+    def inputs(self, device: str) -> Inputs:
+        """As a projection leaves them: tokens before heads; a pool with 0.3 rows for each image of a token."""
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, dtype=self.dtype, device=device)
+
+        q = normal(self.batch, self.queries, self.heads, self.head_dim).transpose(1, 2)
+        k, v = (normal(self.batch, self.keys, self.kv_heads, self.head_dim).transpose(1, 2) for _ in range(2))
+        rows = max(16, int(0.3 * self.batch * self.queries * self.images))
+        pool_k, pool_v = (normal(rows, self.kv_heads, self.head_dim).transpose(0, 1) for _ in range(2))
+        index = torch.randint(rows, (self.batch, self.queries, self.images), device=device)
+        fields = dict.fromkeys(Inputs._fields) | {"q": q, "k": k, "v": v, "image_k": pool_k, "image_v": pool_v}
+        options = {"image_index": index, "causal": True, "scale": self.head_dim**-0.5, "softcap": self.softcap}
+        return Inputs(**(fields | options))
+
+    def run(self, inputs: Inputs) -> None:
+        """The forward, and the backward if its kernels are measured."""
+        out, lse = (joined if self.flash else forward).forward(inputs)
+        if any(kernel.startswith(("query", "key")) for kernel in self.kernels):
+            module = joined if self.flash else backward
+            module.backward(torch.ones_like(out), None, None, out, lse, inputs, [True] * len(Gradients._fields))
+
+
+def cases() -> list[Case]:
+    """The most important first: 16 bits and the usual head dimensions."""
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        for sizes in ((64, 4, 12, 12, 1024, 1024, 8), (128, 2, 32, 8, 2048, 2048, 4), (256, 1, 8, 4, 2048, 2048, 4)):
+            plain = Case(("forward", "query", "key"), dtype, *sizes)
+            found.append(plain)
+            found.append(replace(plain, kernels=("decode",), batch=1, queries=1, keys=8192))
+            if dtype == torch.bfloat16:
+                found.append(replace(plain, kernels=("forward joined", "query joined"), flash=True))
+            found.append(replace(plain, kernels=("query softcap", "key softcap"), softcap=50.0))
+    return sorted(found, key=lambda case: (case.head_dim == 256, case.dtype == torch.float32))
+
+
+@contextmanager
+def chosen(choose: Choose) -> Iterator[None]:
+    """`choose` in the place of choose_tiles."""
+    with ExitStack() as stack:
+        for module in CHOOSING:
+            stack.enter_context(mock.patch.object(module, "choose_tiles", choose))
+        yield
+
+
+def launches(case: Case, arch: int, kernel: str | None, tiles: Tiles | None) -> list[Launch]:
+    """What is launched for a case on a card of `arch`: everything with the table's tiles, or `kernel` with others."""
+
+    def choose(name: str, inputs: Inputs, launch: Callable[[Tiles], Any]) -> Tiles:
+        return tiles if tiles and name == kernel else tiles_for(name, arch, case.head_dim, case.dtype)
+
+    with recorders(arch) as found, chosen(choose):
+        case.run(case.inputs("meta"))
+    wanted = found.values() if kernel is None else [found[kernel.split()[0].replace("decode", "forward")]]
+    return [launch for recorder in wanted for launch in recorder.launches]
+
+
+def others(case: Case, kernel: str, arch: int) -> list[Tiles]:
+    """The candidates beside the table's tiles."""
+    table = tiles_for(kernel, arch, case.head_dim, case.dtype)
+    return [tiles for tiles in candidates(table) if tiles != table]
+
+
+def works(arch: int) -> list[tuple[Case, str | None, Tiles | None]]:
+    """All that is compiled: (case, None, None) is what a case launches with the table's tiles."""
+    found: list[tuple[Case, str | None, Tiles | None]] = []
+    for case in cases():
+        found.append((case, None, None))
+        found += [(case, kernel, tiles) for kernel in case.kernels for tiles in others(case, kernel, arch)]
+    return found
+
+
+def compile_part(folder: Path, arch: int, part: int, parts: int) -> None:
+    path = folder / "compiled.csv"
+    for case, kernel, tiles in works(arch)[part::parts]:
+        if tiles is not None and not begin(path, case, kernel, tiles):
+            continue
+        note = COMPILED
+        try:
+            for launch in launches(case, arch, kernel, tiles):
+                special = specialise(launch, arch)
+                triton.compile(special.source, target=GPUTarget("cuda", arch, 32), options=special.options)
+        except Exception as error:  # whatever a pass of the compiler raises
+            note = f"does not compile: {first_line(error)}"
+        if tiles is not None:
+            write_row(path, case, kernel, tiles, None, note)
+
+
+def measure(folder: Path) -> None:
+    """Measures what has been compiled, and writes tiles.json after each case."""
+    device = torch.device("cuda")
+    arch = architecture(device)
+    compiled = read_rows(folder / "compiled.csv")
+    path = folder / "candidates.csv"
+    for case in cases():
+        found = launchers(case, arch)
+        for kernel, tiles in pairs(case, arch):
+            table = tiles == tiles_for(kernel, arch, case.head_dim, case.dtype)
+            if kernel not in found or not (
+                table or compiled.get(key(case, kernel, tiles), (None, ""))[1] == "compiled"
+            ):
+                continue  # it does not compile, or there was no time for it
+            if begin(path, case, kernel, tiles):
+                ms, note = time_of(found[kernel], tiles)
+                write_row(path, case, kernel, tiles, ms, note)
+                torch.cuda.synchronize()  # raises where the card takes no more work from this process
+        write_tiles(folder, arch)
+
+
+def launchers(case: Case, arch: int) -> dict[str, Callable[[Tiles], Any]]:
+    """What launches each kernel of a case on the card with given tiles."""
+    found: dict[str, Callable[[Tiles], Any]] = {}
+
+    def choose(name: str, inputs: Inputs, launch: Callable[[Tiles], Any]) -> Tiles:
+        found.setdefault(name, launch)
+        return tiles_for(name, arch, case.head_dim, case.dtype)
+
+    with chosen(choose):
+        try:
+            case.run(case.inputs("cuda"))
+        except Exception as error:  # those that were found before it are measured all the same
+            print(f"{case}: {first_line(error)}", flush=True)
+    return found
+
+
+def pairs(case: Case, arch: int) -> list[tuple[str, Tiles]]:
+    """Each kernel of a case with each of its tiles, the table's first."""
+    found = []
+    for kernel in case.kernels:
+        table = tiles_for(kernel, arch, case.head_dim, case.dtype)
+        found += [(kernel, tiles) for tiles in (table, *others(case, kernel, arch))]
+    return found
+
+
+def time_of(launch: Callable[[Tiles], Any], tiles: Tiles) -> tuple[float | None, str]:
+    """Milliseconds of the GPU, with L2 flushed between calls, or why there are none."""
+    try:
+        return triton.testing.do_bench(lambda: launch(tiles), warmup=5, rep=30, return_mode="median"), MEASURED
+    except Exception as error:  # too much shared memory, or what the compiler or CUDA raise
+        return None, f"does not run: {first_line(error)}"
+
+
+def write_tiles(folder: Path, arch: int) -> None:
+    """FOLDER/tiles.json: for each entry that was measured with its table's tiles, the fastest."""
+    rows = read_rows(folder / "candidates.csv")
+    entries = []
+    for case in cases():
+        for kernel in case.kernels:
+            times = {
+                tiles: rows[key(case, kernel, tiles)][0]
+                for name, tiles in pairs(case, arch)
+                if name == kernel and rows.get(key(case, kernel, tiles), (None,))[0] is not None
+            }
+            table = tiles_for(kernel, arch, case.head_dim, case.dtype)
+            if table not in times:
+                continue
+            best = min(times, key=times.__getitem__)
+            if times[table] <= GAIN * times[best]:
+                best = table
+            entries.append(
+                {
+                    "kernel": kernel,
+                    "bytes": case.dtype.itemsize,
+                    "capability": arch,
+                    "head_dim": case.head_dim,
+                    **asdict(best),
+                    "ms": times[best],
+                    "table_ms": times[table],
+                    "case": str(case),
+                    "candidates": len(times),
+                    "device": torch.cuda.get_device_name(),
+                    "triton": triton.__version__,
+                }
+            )
+    with atomic_path(folder / "tiles.json") as partial:
+        partial.write_text(json.dumps(entries, indent=1) + "\n")
+
+
+def key(case: Case, kernel: str, tiles: Tiles) -> tuple[Any, ...]:
+    return (str(case), kernel, *astuple(tiles))
+
+
+def begin(path: Path, case: Case, kernel: str, tiles: Tiles) -> bool:
+    """Whether this is still to be done; notes that it is."""
+    _, note = read_rows(path).get(key(case, kernel, tiles), (None, ""))
+    if note not in ("", BEGUN):
+        return False
+    write_row(path, case, kernel, tiles, None, BEGUN_AGAIN if note else BEGUN)
+    return True
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
+def write_row(path: Path, case: Case, kernel: str | None, tiles: Tiles, ms: float | None, note: str) -> None:
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if not file.tell():
+            writer.writerow(COLUMNS)
+        writer.writerow((case, kernel, *astuple(tiles), "" if ms is None else f"{ms:.6g}", note))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_rows(path: Path) -> dict[tuple[Any, ...], tuple[float | None, str]]:
+    """(ms, note) by case, kernel and tiles."""
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        return {
+            (row["case"], row["kernel"], *(int(row[name]) for name in Tiles.__dataclass_fields__)): (
+                float(row["ms"]) if row["ms"] else None,
+                row["note"],
+            )
+            for row in csv.DictReader(file)
+            if row["case"] != "case"  # two processes may both begin the file
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["compile", "measure"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--part", default="0/1", help="I/N: every Nth compilation, beginning with the Ith")
+    parser.add_argument("--arch", type=int, help="the compute capability to compile for, 90 for 9.0; that of the card")
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    if arguments.what == "measure":
+        try:
+            measure(arguments.folder)
+        except RuntimeError as error:  # of `synchronize`
+            print(first_line(error))
+            sys.exit(DEVICE_LOST)
+    else:
+        part, parts = map(int, arguments.part.split("/"))
+        compile_part(arguments.folder, arguments.arch or architecture(torch.device("cuda")), part, parts)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""What gpu-check compiles and measures for the table of tiles, without a card."""
+
+import json
+from dataclasses import astuple
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks.outcomes import DEVICE_LOST
+from benchmarks.valm_kernels import tune_tiles
+from benchmarks.valm_kernels.tune_tiles import Case, cases, compile_part, launches, measure, pairs, read_rows
+from tests.checks.triton.compile_record import specialise
+from valm_kernels.visual_fusion.triton import tiles as tiles_module
+from valm_kernels.visual_fusion.triton.tiles import _TILES, Tiles, tiles_for
+
+CASE = Case(("query", "key"), torch.bfloat16, 64, 1, 2, 2, 128, 128, 2)
+
+
+@pytest.fixture
+def one_case(monkeypatch):
+    monkeypatch.setattr(tune_tiles, "cases", lambda: [CASE])
+
+
+def test_every_entry_of_the_table_has_a_case():
+    found = [(kernel, case.dtype.itemsize, case.head_dim) for case in cases() for kernel in case.kernels]
+    assert len(found) == len(set(found))
+    assert set(found) == {(kernel, size, dim) for kernel, size, _ in _TILES for dim in (64, 128, 256)}
+
+
+def test_a_candidate_is_launched_with_its_tiles_and_nothing_else():
+    for case in cases():
+        if case.head_dim != 64:
+            continue
+        everything = launches(case, 90, None, None)
+        for kernel in case.kernels:
+            (launch,) = launches(case, 90, kernel, Tiles(32, 16, 4, 2))
+            values = specialise(launch, 90).values
+            assert (values["BLOCK_M"], values["BLOCK_N"]) == (32, 16) and launch.keywords["num_warps"] == 4
+            assert launch.kernel in [other.kernel for other in everything]
+
+
+def test_a_candidate_that_kills_the_compiler_is_tried_twice(one_case, monkeypatch, tmp_path):
+    compiled = []
+    _, bad, killer, *good = pairs(CASE, 90)
+
+    class Killed(BaseException):
+        pass
+
+    def compile_(source, target, options):
+        if source == killer:
+            raise Killed
+        if source == bad:
+            raise RuntimeError("PassManager::run failed\nmore")
+        compiled.append(source)
+
+    monkeypatch.setattr(tune_tiles, "launches", lambda case, arch, *work: [work])
+    monkeypatch.setattr(tune_tiles, "specialise", lambda work, arch: SimpleNamespace(source=work, options={}))
+    monkeypatch.setattr(tune_tiles.triton, "compile", compile_)
+    for _ in range(2):
+        with pytest.raises(Killed):
+            compile_part(tmp_path, 90, 0, 1)
+    assert compiled == [(None, None)] * 2  # what the table's tiles launch
+    compile_part(tmp_path, 90, 0, 1)
+    compile_part(tmp_path, 90, 0, 1)
+    tables = [(kernel, tiles_for(kernel, 90, 64, torch.bfloat16)) for kernel in CASE.kernels]
+    assert [one for one in compiled if one[0]] == [one for one in good if one not in tables]
+    notes = {key[1:]: note for key, (_, note) in read_rows(tmp_path / "compiled.csv").items()}
+    assert notes.pop((killer[0], *astuple(killer[1]))) == tune_tiles.BEGUN_AGAIN
+    assert notes.pop((bad[0], *astuple(bad[1]))) == "does not compile: RuntimeError: PassManager::run failed"
+    assert set(notes.values()) == {tune_tiles.COMPILED}
+
+
+@pytest.fixture
+def card(one_case, monkeypatch, tmp_path):
+    """A card on which a launch takes `times` milliseconds by kernel and tiles, or 1; every candidate is compiled."""
+    times, launched = {}, []
+    monkeypatch.setattr(tune_tiles, "architecture", lambda device: 90)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    def do_bench(function, **options):
+        function()
+        time = times.get(launched[-1], 1.0)
+        if isinstance(time, Exception):
+            raise time
+        return time
+
+    def launchers(case, arch):
+        return {kernel: lambda tiles, kernel=kernel: launched.append((kernel, tiles)) for kernel in case.kernels}
+
+    monkeypatch.setattr(tune_tiles.triton.testing, "do_bench", do_bench)
+    monkeypatch.setattr(tune_tiles, "launchers", launchers)
+    for kernel, tiles in pairs(CASE, 90):
+        tune_tiles.write_row(tmp_path / "compiled.csv", CASE, kernel, tiles, None, tune_tiles.COMPILED)
+    return times, launched
+
+
+def test_the_fastest_tiles_are_those_that_kernels_take(card, monkeypatch, tmp_path):
+    times, launched = card
+    of_query = [tiles for kernel, tiles in pairs(CASE, 90) if kernel == "query"]
+    of_key = [tiles for kernel, tiles in pairs(CASE, 90) if kernel == "key"]
+    times |= {
+        ("query", of_query[2]): 0.8,
+        ("query", of_query[1]): RuntimeError("out of resources"),
+        ("key", of_key[1]): 0.98,
+    }
+    measure(tmp_path)
+    assert launched == pairs(CASE, 90)
+    monkeypatch.setenv("VALM_KERNELS_TILES", str(tmp_path / "tiles.json"))
+    tiles_module.measured_tiles.cache_clear()
+    try:
+        found = tiles_module.measured_tiles()
+    finally:
+        tiles_module.measured_tiles.cache_clear()
+    # a gain of 2 % may be chance
+    assert found == {("query", 2, 90, 64): of_query[2], ("key", 2, 90, 64): of_key[0]}
+    entry = json.loads((tmp_path / "tiles.json").read_text())[0]
+    assert (entry["ms"], entry["table_ms"], entry["candidates"]) == (0.8, 1.0, len(of_query) - 1)
+    measure(tmp_path)
+    assert len(launched) == len(pairs(CASE, 90))  # nothing again
+
+
+def test_a_lost_card_ends_the_process_and_the_next_goes_on(card, monkeypatch, tmp_path):
+    _, launched = card
+    third = pairs(CASE, 90)[2]
+
+    def synchronize():
+        if launched[-1] == third:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr("sys.argv", ["tune_tiles", "measure", str(tmp_path)])
+    with pytest.raises(SystemExit) as raised:
+        tune_tiles.main()
+    assert raised.value.code == DEVICE_LOST
+    tune_tiles.main()
+    assert launched == pairs(CASE, 90)
+
+
+def test_only_what_was_compiled_is_measured(card, tmp_path):
+    _, launched = card
+    (tmp_path / "compiled.csv").unlink()
+    measure(tmp_path)
+    assert launched == [
+        ("query", tiles_for("query", 90, 64, torch.bfloat16)),
+        ("key", tiles_for("key", 90, 64, torch.bfloat16)),
+    ]
