@@ -1,4 +1,4 @@
-# Every target sets up what it needs in a virtual environment of its own (.venv); nothing else is touched.
+# Every target but gpu-check sets up what it needs in a virtual environment of its own (.venv); nothing else is touched.
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_OUTPUT ?= demo-output
@@ -21,7 +21,7 @@ help:
 	@echo "make fuzz       damaged files for every reader, for MINUTES=10"
 	@echo "make sanitize   the native tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer"
 	@echo "make bench      the benchmarks, beside their peers"
-	@echo "make gpu-check  on a machine with a GPU: GPU tests, compute-sanitizer, GPU benchmarks, docs/results/gpu.md; resumable"
+	@echo "make gpu-check  on a machine with a GPU, with its own PYTHON: tests, tiles, benchmarks, sanitizers, docs/results/gpu.md; resumable"
 	@echo "make lint       ruff, clang-format, schemas of the workflow and its neighbours; make format applies the first two"
 	@echo "make types      mypy over both packages and the studies"
 	@echo "make docs       the documentation as a site, into build/site/"
@@ -94,11 +94,9 @@ sanitize: $(VENV)/.installed-test
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only
 
-# faiss-cpu and faiss-gpu exclude each other: the second takes the place of the first, and searches on CPUs too.
-gpu-check: $(VENV)/.installed-test
-	$(BIN)/python -m pip uninstall --quiet --yes faiss-cpu
-	$(BIN)/python -m pip install --quiet --editable '.[gpu]'
-	$(BIN)/python -m benchmarks.gpu_check
+# With the Python that is there, without network: a machine with a card often has nothing but PyTorch (docs/results/gpu.md).
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .

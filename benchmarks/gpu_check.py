@@ -1,199 +1,505 @@
 """`make gpu-check`: everything that has to be seen once on a card, one step after the other, within ten minutes.
 
-    python -m benchmarks.gpu_check            # a rerun repeats only what has not passed, or what the code has changed
+    python -m benchmarks.gpu_check                    # a rerun does what has not passed, or all if the code has changed
+    python -m benchmarks.gpu_check --results FOLDER   # goes on in a folder that was brought along
+    python -m benchmarks.gpu_check --dry-run          # shows the plan, and what it compiles; needs no card
+    python -m benchmarks.gpu_check --report           # writes the repository's files from the results; needs no card
 
-A step is a command with a log under build/gpu-check/; what passed is noted beside the logs, with the card and the state
-of the code. The rows of all benchmarks, and a row for each step, go into benchmarks/results/gpu.csv, from which
-docs/results/gpu.md is written.
+It runs under the Python that is there, installs nothing and needs no network. A step is one or more processes side by
+side, with logs in the folder of the results (build/gpu-check/). Each has a budget in seconds, and what the steps before
+it have left of theirs; then it is stopped and the next begins. What is measured is written at once, so that a run that
+was killed goes on where it was. From the results come benchmarks/results/gpu.csv, docs/results/gpu.md and, if the tests pass
+with them, the measured tiles of the Triton kernels.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import hashlib
+import importlib.util
 import json
 import os
+import platform
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-from benchmarks import gpu_report
-from benchmarks.conftest import Row, machine
+from benchmarks import gpu_report, outcomes
+from benchmarks.conftest import COLUMNS, machine
 from valm_kernels.atomic_files import atomic_path
 
 ROOT = Path(__file__).parents[1]
-STATE = ROOT / "build" / "gpu-check"
-# Seconds of a run: what is left then is done by the next.
-LIMIT_S = 600
-SOURCES = ("valm_kernels", "csrc", "valm", "benchmarks", "tests")
-SUFFIXES = {".py", ".cpp", ".hpp", ".cu", ".cuh", ".yaml"}
-# An access beyond a tensor stays unseen in PyTorch's own memory pool, which CUDA graphs need.
-SANITIZED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-# The small set: each kind of attention in one dtype ("float16" alone is also in "bfloat16"), and the searches of the
-# public functions.
+RESULTS = ROOT / "build" / "gpu-check"
+MEASURED_TILES = ROOT / "valm_kernels" / "visual_fusion" / "triton" / "measured_tiles.json"
+# Seconds of a run: what is left then is done by the next. In ten minutes Python also starts and the summary is written.
+LIMIT_S = 580
+SOURCES = ("valm_kernels", "csrc", "valm", "benchmarks", "tests", "setup.py", "conftest.py", "pyproject.toml")
+SUFFIXES = {".py", ".cpp", ".hpp", ".cu", ".cuh", ".yaml", ".toml"}
+# Often not on PATH: nvcc and compute-sanitizer.
+CUDA_BIN = Path("/usr/local/cuda/bin")
+GPU_BYTES_OF_A_PROCESS = 2 << 30
+# How often a process that died is started again, which goes on with what is left.
+RESTARTS = 20
+
+# The small set of the sanitizers: each kind of attention in one dtype ("float16" alone is also in "bfloat16"), and the
+# searches of the public functions.
 SMALL = "(test_agrees_with_float64_reference and torch.float16) or test_public_functions or test_numpy_rows"
+SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
+# An access beyond a tensor stays unseen in PyTorch's own memory pool, which CUDA graphs need.
+SANITIZED = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
+# The tests ask PyTorch for deterministic results, which cuBLAS gives only with this; and they run side by side.
+TESTED = (("CUBLAS_WORKSPACE_CONFIG", ":4096:8"), ("OMP_NUM_THREADS", "1"))
+TILES, TESTS_OF_TILES = "measure tiles", "tests of the measured tiles"
+
+# What may be missing, and what follows. By the name of the module, or of the program.
+OPTIONAL_MODULES = {
+    "pytest_timeout": "a test that hangs ends with its step",
+    "xdist": "nothing is lost: the tests are divided among processes here",
+    "pytest_benchmark": "a stopwatch of benchmarks/conftest.py measures",
+    "hypothesis": "the tests that it draws examples for are skipped; none of them needs a card",
+    "pybind11": "PyTorch's headers of it are taken",
+    "ninja": "every source is compiled each time",
+    "faiss": "no row of faiss-gpu",
+    "cuvs": "no row of cuVS",
+    "flash_attn_interface": "no row of FlashAttention-3",
+}
+OPTIONAL_PROGRAMS = {
+    "nvcc": "the CUDA part of the native module is not built, so the native top-K of CUDA is not tested",
+    "compute-sanitizer": "no sanitizers",
+}
 
 
 @dataclass(frozen=True)
 class Step:
-    """A command of gpu-check. `results`: whether it is a benchmark, which is given a file to write its rows to."""
+    """Commands that run side by side. tests: they are of pytest with the plugin outcomes.py.
+
+    always: also where an earlier run did it, because what it makes does not stay with the results. skipped: why it
+    cannot run here.
+    """
 
     name: str
-    command: tuple[str, ...]
-    limit_s: int
-    results: bool = False
+    budget_s: int
+    commands: tuple[tuple[str, ...], ...]
     environment: tuple[tuple[str, str], ...] = ()
-
-    def file(self, suffix: str) -> Path:
-        """Its log, or its rows."""
-        return STATE / f"{self.name.replace(' ', '-')}.{suffix}"
-
-
-def pytest_step(name: str, *arguments: str, limit_s: int) -> Step:
-    return Step(name, (sys.executable, "-m", "pytest", "-q", *arguments), limit_s)
-
-
-def sanitizer_step(tool: str) -> Step:
-    sanitizer = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", "--target-processes", "all")
-    tests = (sys.executable, "-m", "pytest", "-q", "-m", "gpu and not slow", "-k", SMALL, "tests/valm_kernels")
-    return Step(tool, (*sanitizer, *tests), 90, environment=tuple(SANITIZED.items()))
-
-
-def benchmark_step(name: str, file: str, *arguments: str, limit_s: int = 90) -> Step:
-    pytest = (sys.executable, "-m", "pytest", "-q", f"benchmarks/{file}", "--benchmark-only", "--device", "cuda")
-    return Step(name, (*pytest, *arguments), limit_s, results=True)
-
-
-STEPS = (
-    pytest_step("tests", "-m", "gpu", limit_s=180),
-    *(sanitizer_step(tool) for tool in ("memcheck", "racecheck", "synccheck", "initcheck")),
-    benchmark_step("attention", "valm_kernels/bench_visual_fusion.py", "-k", "bench_forward and bfloat16"),
-    benchmark_step("long attention and decoding", "valm_kernels/bench_long_attention.py"),
-    benchmark_step("top-K", "valm_kernels/bench_topk.py", "--full", "-k", "1000k and (64 or 512 or 4096)"),
-    benchmark_step("context queries", "valm/bench_retrieval.py", "--full", "-k", "RN50x16-8-bfloat16"),
-    benchmark_step("training step", "valm/bench_training.py"),
-    benchmark_step("generation", "valm/bench_generation.py"),
-)
+    tests: bool = False
+    always: bool = False
+    skipped: str = ""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    passed: bool
+    outcome: str  # "passed", "failed" or "skipped"
     seconds: float
-    ended: str
+    note: str
+    machine: str = ""
 
 
-def main(steps: Sequence[Step] = STEPS) -> int:
-    """Runs the steps that have not passed yet, writes the CSV and the page; 1 if a step failed, else 0."""
-    if not torch.cuda.is_available():
-        print("gpu-check needs a CUDA device, and torch sees none here", file=sys.stderr)
-        return 1
-    STATE.mkdir(parents=True, exist_ok=True)
-    state = state_of_card_and_code()
-    passed = passed_before(state)
-    for step in steps:
-        if step.name not in passed:  # its rows are of older code
-            step.file("csv").unlink(missing_ok=True)
-    end = time.monotonic() + LIMIT_S
-    outcomes: dict[Step, Outcome] = {}
-    for step in steps:
-        if step.name in passed and (not step.results or step.file("csv").exists()):
-            outcomes[step] = passed[step.name]
-            print(f"{step.name}: passed before, in {outcomes[step].seconds:.0f} s")
+def slug(name: str) -> str:
+    return re.sub(r"\W+", "-", name)
+
+
+def tests_of(folder: Path, step: Step) -> list[outcomes.Ended]:
+    """How the tests of a step ended; none where it has no tests."""
+    files = [command[command.index("--outcomes") + 1] for command in step.commands if "--outcomes" in command]
+    return [ended for file in dict.fromkeys(files) for ended in outcomes.read(folder / Path(file).name).values()]
+
+
+def plan(folder: Path, arch: int, processes: int, run: int = 0) -> list[Step]:
+    """All steps on a card of compute capability `arch`, with their results in `folder`."""
+    rows = ("--results", str(folder / "rows.csv"), "--append", "--device", "cuda")
+    tune = (sys.executable, "-m", "benchmarks.valm_kernels.tune_tiles")
+
+    def pytest(name: str, *arguments: str) -> tuple[str, ...]:
+        noted = ("--outcomes", str(folder / f"{slug(name)}.outcomes.csv"), "--run-number", str(run))
+        plugins = ("-p", "no:cacheprovider", "-p", "no:xdist", "-p", "benchmarks.outcomes")
+        return (sys.executable, "-m", "pytest", "-q", "--continue-on-collection-errors", *plugins, *noted, *arguments)
+
+    def tests(name: str, budget_s: int, *arguments: str) -> Step:
+        commands = tuple(pytest(name, "--part", f"{i}/{processes}", *arguments) for i in range(processes))
+        return Step(name, budget_s, commands, TESTED, tests=True)
+
+    def benchmark(name: str, budget_s: int, file: str, *arguments: str, skipped: str = "") -> Step:
+        command = pytest(name, f"benchmarks/{file}", *rows, *arguments)
+        return Step(name, budget_s, (command,), tests=True, skipped=skipped)
+
+    def sanitizer(tool: str) -> tuple[str, ...]:
+        options = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", "--target-processes", "all")
+        return (*options, *pytest(f"sanitizers {tool}", "-m", "gpu", "-k", SMALL, "tests/valm_kernels"))
+
+    no_sanitizer = "" if program("compute-sanitizer") else "there is no compute-sanitizer"
+    no_model = why_no_model()
+    return [
+        Step(
+            "build",
+            75,
+            ((sys.executable, "setup.py", "build_ext", "--inplace"),),
+            (("VALM_KERNELS_CUDA_ARCH", str(arch)),),
+            always=True,
+        ),
+        tests("tests", 105, "-m", "gpu", "tests/valm_kernels"),
+        Step(
+            "compile tiles",
+            60,
+            tuple((*tune, "compile", str(folder), "--part", f"{i}/{processes}") for i in range(processes)),
+            (("OMP_NUM_THREADS", "1"),),
+        ),
+        Step(TILES, 45, ((*tune, "measure", str(folder)),)),
+        tests(TESTS_OF_TILES, 40, "-m", "gpu", "-k", "large_problems or flash_attention", "tests/valm_kernels"),
+        benchmark("attention", 65, "valm_kernels/bench_visual_fusion.py", "-k", "bench_forward and bfloat16"),
+        benchmark("long attention and decoding", 45, "valm_kernels/bench_long_attention.py"),
+        benchmark("top-K", 35, "valm_kernels/bench_topk.py", "--full", "-k", "1000k and (64 or 512 or 4096)"),
+        benchmark(
+            *("context queries", 15, "valm/bench_retrieval.py", "--full", "-k", "RN50x16-8-bfloat16"), skipped=no_model
+        ),
+        benchmark("training step", 15, "valm/bench_training.py", skipped=no_model),
+        benchmark("generation", 15, "valm/bench_generation.py", skipped=no_model),
+        Step(
+            "sanitizers",
+            55,
+            tuple(map(sanitizer, SANITIZERS)),
+            (*SANITIZED, *TESTED),
+            tests=True,
+            skipped=no_sanitizer,
+        ),
+    ]
+
+
+def program(name: str) -> str | None:
+    return shutil.which(name, path=search_path())
+
+
+def search_path() -> str:
+    return os.pathsep.join([os.environ.get("PATH", os.defpath), str(CUDA_BIN)])
+
+
+def missing() -> dict[str, str]:
+    """What is not here of what may be missing, and what follows."""
+    modules = {name: text for name, text in OPTIONAL_MODULES.items() if importlib.util.find_spec(name) is None}
+    return modules | {name: text for name, text in OPTIONAL_PROGRAMS.items() if program(name) is None}
+
+
+def why_no_model() -> str:
+    """Why the package valm, and with it the benchmarks of the model, cannot run here; empty if it can."""
+    from packaging.requirements import Requirement
+
+    listed = re.search(r"^dependencies = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.M | re.S)
+    assert listed is not None
+    found = []
+    for text in re.findall(r'^\s*"(.+?)"', listed[1], re.M):
+        requirement = Requirement(text)
+        if requirement.marker and not requirement.marker.evaluate():
             continue
-        outcomes[step] = run(step, min(step.limit_s, end - time.monotonic()))
-        if outcomes[step].passed:
-            passed[step.name] = outcomes[step]
-            note_passed(state, passed)
-    write_results(outcomes)
-    with atomic_path(gpu_report.PAGE) as partial:
-        partial.write_text(gpu_report.page(), encoding="utf-8")
-    print(f"written: {gpu_report.RESULTS}, {gpu_report.PAGE}")
-    print(f"{sum(outcome.seconds for outcome in outcomes.values()):.0f} s in all")
-    failed = [step for step, outcome in outcomes.items() if not outcome.passed]
-    for step in failed:
-        print(f"{step.name} {outcomes[step].ended}: see {step.file('log')}")
-    return 1 if failed else 0
-
-
-def run(step: Step, limit_s: float) -> Outcome:
-    if limit_s <= 0:
-        return Outcome(False, 0, f"not run: {LIMIT_S} s are over, run it again")
-    print(f"{step.name}: {' '.join(step.command)}", flush=True)
-    command = list(step.command)
-    if step.results:
-        command += ["--results", str(step.file("csv"))]
-    start = time.monotonic()
-    with step.file("log").open("w") as log:
         try:
-            # a session of its own, so that the processes it starts end with it
-            with subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env={**os.environ, **dict(step.environment)},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            ) as process:
-                try:
-                    code = process.wait(limit_s)
-                except BaseException:  # also Ctrl-C, which does not reach another session
-                    os.killpg(process.pid, signal.SIGKILL)
-                    raise
-            ended = "passed" if code == 0 else f"failed with exit status {code}"
-        except subprocess.TimeoutExpired:
-            ended = f"failed: not done in {limit_s:.0f} s"
-        except FileNotFoundError:
-            ended = f"failed: {step.command[0]} is not installed"
-    outcome = Outcome(ended == "passed", time.monotonic() - start, ended)
-    print(f"{step.name}: {ended}, {outcome.seconds:.0f} s", flush=True)
-    return outcome
+            here = version(requirement.name)
+        except PackageNotFoundError:
+            found.append(f"{requirement.name} is missing")
+        else:
+            if not requirement.specifier.contains(here, prereleases=True):
+                found.append(f"{requirement.name} is {here}, not {requirement.specifier}")
+    if found:
+        return "the package valm cannot run here: " + ", ".join(found)
+    # a package that is there may still not be importable
+    code = "import open_clip, transformers, valm.model.gpt2, valm.clip.clip"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    return (done.returncode and f"the package valm cannot run here: {done.stderr.strip().splitlines()[-1]}") or ""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the steps that have not passed yet and writes what follows from them; 1 if a step failed, else 0."""
+    begun = time.monotonic()
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of the results (%(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="show the plan and what it compiles")
+    parser.add_argument("--report", action="store_true", help="write the repository's files from the results")
+    options = parser.parse_args(arguments)
+    folder = options.results.resolve()
+    if options.report:
+        if not (folder / "steps.csv").exists():
+            print(f"{folder} has no results of gpu-check: no steps.csv", file=sys.stderr)
+            return 1
+        return finish(folder)
+    if options.dry_run:
+        return dry_run(folder)
+    if not torch.cuda.is_available():
+        print("gpu-check needs a CUDA device, and torch sees none here (--dry-run shows the plan)", file=sys.stderr)
+        return 1
+    folder.mkdir(parents=True, exist_ok=True)
+    run = begin(folder, state_of_card_and_code())
+    for name, text in missing().items():
+        print(f"missing: {name}: {text}")
+    # so that what it has started ends with it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("gpu-check was told to end"))
+    major, minor = torch.cuda.get_device_capability()
+    steps = plan(folder, 10 * major + minor, number_of_processes(), run)
+    run_steps(steps, folder, begun)
+    return finish(folder)
+
+
+def number_of_processes() -> int:
+    """As many as cores, of which each has some memory of the card."""
+    cores = len(os.sched_getaffinity(0))
+    if not torch.cuda.is_available():
+        return cores
+    return max(1, min(cores, torch.cuda.get_device_properties(0).total_memory // GPU_BYTES_OF_A_PROCESS))
+
+
+def begin(folder: Path, state: str) -> int:
+    """The number of this run in the folder. Results of another card or of other code are moved into a folder there."""
+    path = folder / "state.json"
+    noted = json.loads(path.read_text()) if path.exists() else {"state": state, "run": 0}
+    if noted["state"] != state:
+        old = folder / f"before-{noted['state'][:8]}"
+        shutil.rmtree(old, ignore_errors=True)
+        old.mkdir()
+        for file in folder.iterdir():
+            if file.is_file():
+                file.rename(old / file.name)
+        print(f"the results in {folder} are of another card or of other code: moved to {old}")
+        noted = {"run": 0}
+    with atomic_path(path) as partial:
+        partial.write_text(json.dumps({"state": state, "run": noted["run"] + 1}))
+    return noted["run"] + 1
 
 
 def state_of_card_and_code() -> str:
     """A hash that changes with the card, with torch and with any source file: what has passed then counts no longer."""
     digest = hashlib.sha256(f"{torch.cuda.get_device_name()} {torch.__version__}".encode())
-    for folder in SOURCES:
-        for path in sorted((ROOT / folder).rglob("*")):
-            if path.suffix in SUFFIXES:
-                digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    for source in SOURCES:
+        path = ROOT / source
+        for file in [path] if path.is_file() else sorted(path.rglob("*")):
+            if file.suffix in SUFFIXES:
+                digest.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes())
     return digest.hexdigest()
 
 
-def passed_before(state: str) -> dict[str, Outcome]:
-    """The outcomes, by name of the step, that an earlier run noted in the same state."""
+def run_steps(steps: Sequence[Step], folder: Path, begun: float) -> None:
+    """Runs what has not passed within LIMIT_S of `begun`, and notes each step as soon as it has ended."""
+    end = begun + LIMIT_S
+    before = read_steps(folder)
+
+    def is_left(step: Step) -> bool:
+        return not step.skipped and (step.always or step.name not in before or before[step.name].outcome != "passed")
+
+    for number, step in enumerate(steps):
+        if step.skipped:
+            outcome = Outcome("skipped", 0, step.skipped)
+        elif not is_left(step):
+            print(f"{step.name}: passed before, in {before[step.name].seconds:.0f} s", flush=True)
+            continue
+        else:
+            # what it may take: its own budget, and what the steps before it have left of theirs
+            later = sum(other.budget_s for other in steps[number + 1 :] if is_left(other))
+            outcome = run_step(step, folder, end - time.monotonic() - later)
+        note_step(folder, step.name, outcome)
+        print(f"{step.name}: {outcome.outcome} in {outcome.seconds:.0f} s {outcome.note}".rstrip(), flush=True)
+
+
+def run_step(step: Step, folder: Path, limit_s: float) -> Outcome:
+    """Runs the commands of a step side by side, for `limit_s` seconds at the most."""
+    if limit_s < 1:
+        return Outcome("failed", 0, f"not run: {LIMIT_S} s are over, run it again")
+    if step.name == TESTS_OF_TILES and not (folder / "tiles.json").exists():
+        return Outcome("failed", 0, "no tiles were measured")
+    print(f"{step.name}: {len(step.commands)} x {' '.join(step.commands[0])}, {limit_s:.0f} s", flush=True)
+    environment = os.environ | {"PATH": search_path()} | dict(step.environment) | tiles_for_step(step, folder)
+    start = time.monotonic()
+    processes: dict[int, subprocess.Popen[bytes]] = {}
+    restarts: Counter[int] = Counter()
+    failures: list[str] = []
+    late = ""
+
+    def launch(number: int) -> None:
+        log = folder / f"{slug(step.name)}{f'-{number}' if len(step.commands) > 1 else ''}.log"
+        try:
+            with log.open("ab") as file:
+                # a session of its own, so that the processes it starts end with it
+                processes[number] = subprocess.Popen(
+                    step.commands[number],
+                    cwd=ROOT,
+                    env=environment,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+        except FileNotFoundError:
+            failures.append(f"{step.commands[number][0]} is not installed")
+
     try:
-        noted = json.loads((STATE / "passed.json").read_text())
-    except FileNotFoundError:
+        for number in range(len(step.commands)):
+            launch(number)
+        while processes:
+            for number, code in [(number, process.poll()) for number, process in processes.items()]:
+                if code is None:
+                    continue
+                del processes[number]
+                # a signal or DEVICE_LOST; 0 to 5 are pytest's own, of which the last is "no tests"
+                if code not in range(6) and restarts[number] < RESTARTS:
+                    restarts[number] += 1
+                    launch(number)
+                elif code and not (step.tests and code == 5):
+                    which = f"process {number} " if len(step.commands) > 1 else ""
+                    failures.append(f"{which}ended with exit status {code}")
+            if time.monotonic() - start > limit_s:
+                late = f"not done in {limit_s:.0f} s"
+                break
+            time.sleep(0.02)
+    finally:  # also after Ctrl-C, which does not reach another session
+        for process in processes.values():
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    seconds = time.monotonic() - start
+    notes = [late, *failures[:3], f"{len(failures) - 3} more" if len(failures) > 3 else ""]
+    failed = bool(late or failures)
+    if step.tests:
+        tests = tests_of(folder, step)
+        counts = Counter(test.outcome for test in tests)
+        begun = [test.test for test in tests if test.outcome == outcomes.STARTED]
+        notes.insert(0, ", ".join(f"{count} {name}" for name, count in counts.items() if name != outcomes.STARTED))
+        if begun:
+            notes.append(f"not ended: {', '.join(begun[:3])}{', ...' if len(begun) > 3 else ''}")
+        if not tests:
+            notes.append("no test ran")
+        failed = failed or bool(begun or counts[outcomes.FAILED] or not tests)
+    return Outcome("failed" if failed else "passed", seconds, "; ".join(filter(None, notes)))
+
+
+def tiles_for_step(step: Step, folder: Path) -> dict[str, str]:
+    """The measured tiles for their tests, and after these have passed for what follows."""
+    if step.name == TESTS_OF_TILES or (tiles_passed(folder) and step.name not in ("tests", "compile tiles", TILES)):
+        return {"VALM_KERNELS_TILES": str(folder / "tiles.json")}
+    return {}
+
+
+def tiles_passed(folder: Path) -> bool:
+    tests = read_steps(folder).get(TESTS_OF_TILES)
+    return tests is not None and tests.outcome == "passed" and (folder / "tiles.json").exists()
+
+
+def read_steps(folder: Path) -> dict[str, Outcome]:
+    """The last outcome of each step."""
+    path = folder / "steps.csv"
+    if not path.exists():
         return {}
-    return {name: Outcome(**outcome) for name, outcome in noted["steps"].items()} if noted["state"] == state else {}
+    with path.open(newline="") as file:
+        return {
+            row["step"]: Outcome(row["outcome"], float(row["seconds"]), row["note"], row["machine"])
+            for row in csv.DictReader(file)
+        }
 
 
-def note_passed(state: str, passed: dict[str, Outcome]) -> None:
-    steps = {name: asdict(outcome) for name, outcome in passed.items()}
-    with atomic_path(STATE / "passed.json") as partial:
-        partial.write_text(json.dumps({"state": state, "steps": steps}))
+def note_step(folder: Path, name: str, outcome: Outcome) -> None:
+    path = folder / "steps.csv"
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, ["step", *(field.name for field in fields(Outcome))])
+        if not file.tell():
+            writer.writeheader()
+        row = {**asdict(outcome), "seconds": f"{outcome.seconds:.1f}", "machine": machine()}
+        writer.writerow({"step": name, **row})
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def write_results(outcomes: dict[Step, Outcome]) -> None:
+def finish(folder: Path) -> int:
+    """Writes the repository's files and the summary; 1 if a step failed, else 0."""
+    ended = read_steps(folder)
+    write_results(folder, ended)
+    if tiles_passed(folder):
+        write_measured_tiles(folder)
+        print(f"written: {MEASURED_TILES}")
+    with atomic_path(gpu_report.PAGE) as partial:
+        partial.write_text(gpu_report.page(), encoding="utf-8")
+    print(f"written: {gpu_report.RESULTS}, {gpu_report.PAGE}\n")
+    width = max(map(len, ended), default=0)
+    for name, outcome in ended.items():
+        print(f"{name:<{width}}  {outcome.outcome:<7}  {outcome.seconds:5.0f} s  {outcome.note}".rstrip())
+    print(f"{'':<{width}}           {sum(outcome.seconds for outcome in ended.values()):5.0f} s in all")
+    for line in why_skipped_or_failed(folder):
+        print(line)
+    failed = [name for name, outcome in ended.items() if outcome.outcome == "failed"]
+    if failed:
+        print(f"\nfailed: {', '.join(failed)}; the logs are in {folder}")
+    return 1 if failed else 0
+
+
+def why_skipped_or_failed(folder: Path) -> list[str]:
+    """The reasons in all steps, each once with the number of its tests."""
+    lines = []
+    for file in sorted(folder.glob("*.outcomes.csv")):
+        tests = outcomes.read(file).values()
+        for outcome in (outcomes.FAILED, outcomes.SKIPPED):
+            reasons = Counter(test.note for test in tests if test.outcome == outcome)
+            name = file.name.removesuffix(".outcomes.csv")
+            lines += [f"{name}: {count} {outcome}: {reason}" for reason, count in reasons.items()]
+    return lines
+
+
+def write_results(folder: Path, ended: Mapping[str, Outcome]) -> None:
     """The rows of all benchmarks in one file, after a row for each step."""
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    if (folder / "rows.csv").exists():
+        with (folder / "rows.csv").open(newline="") as file:
+            rows = {(row["group"], row["name"]): row for row in csv.DictReader(file)}
     with atomic_path(gpu_report.RESULTS) as partial, partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=[*(field.name for field in fields(Row)), "machine"])
+        writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        for step, outcome in outcomes.items():
+        for name, outcome in ended.items():
+            note = f"{outcome.outcome}: {outcome.note}" if outcome.note else outcome.outcome
             took = f"{outcome.seconds * 1e3:.4g}"
-            row = {"group": gpu_report.STEPS, "name": step.name, "median_ms": took, "note": outcome.ended}
-            writer.writerow({**row, "machine": machine()})
-        for step in outcomes:
-            if step.results and step.file("csv").exists():
-                with step.file("csv").open(newline="") as rows:
-                    writer.writerows(csv.DictReader(rows))
+            row = {"group": gpu_report.STEPS, "name": name, "median_ms": took, "note": note}
+            writer.writerow({**row, "machine": outcome.machine})
+        # the cases together, also where a second run added a row
+        for group in dict.fromkeys(group for group, _ in rows):
+            writer.writerows(row for (of, _), row in rows.items() if of == group)
+
+
+def write_measured_tiles(folder: Path) -> None:
+    """The measured tiles in the package, with those of other compute capabilities that it has."""
+    new = json.loads((folder / "tiles.json").read_text())
+    old = json.loads(MEASURED_TILES.read_text()) if MEASURED_TILES.exists() else []
+    measured = {entry["capability"] for entry in new}
+    with atomic_path(MEASURED_TILES) as partial:
+        kept = [entry for entry in old if entry["capability"] not in measured]
+        partial.write_text(json.dumps([*kept, *new], indent=1) + "\n")
+
+
+def dry_run(folder: Path) -> int:
+    """Prints the plan of a first run, and what it compiles."""
+    from benchmarks.valm_kernels import compilations
+
+    arch, card = 90, "an H100, which is assumed: there is no card here"
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        arch, card = 10 * major + minor, torch.cuda.get_device_name()
+    processes = number_of_processes()
+    print(f"{card}; {processes} processes; torch {torch.__version__}, Python {platform.python_version()}\n")
+    for name, text in missing().items():
+        print(f"missing: {name}: {text}")
+    steps = plan(folder, arch, processes)
+    for step in steps:
+        print(f"\n{step.name}, {step.budget_s} s{f', skipped: {step.skipped}' if step.skipped else ''}")
+        variables = "".join(f"{name}={value} " for name, value in step.environment)
+        print(f"  {len(step.commands)} x {variables}{' '.join(step.commands[0])}")
+    print(f"\nbudgets: {sum(step.budget_s for step in steps)} s of {LIMIT_S} s in a run")
+    for what, count in (("tests", compilations.of_tests(arch)), ("compile tiles", compilations.of_tiles(arch))):
+        seconds = compilations.SECONDS * count
+        print(
+            f"{what}: {count} compilations of Triton kernels, estimated {seconds:.0f} s on one core, "
+            f"{seconds / processes:.0f} s in {processes} processes"
+        )
+    return 0
 
 
 if __name__ == "__main__":

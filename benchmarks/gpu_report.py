@@ -21,13 +21,31 @@ Rows = list[dict[str, str]]
 INTRODUCTION = """\
 # On a GPU
 
-`make gpu-check` does on a card, within ten minutes, what this project cannot do without one: the tests of the GPU code,
-a small set of them under compute-sanitizer, and the benchmarks beside their peers. A run that was stopped, or of which
-a step failed, repeats only what is left; a change of the code repeats all. It writes `benchmarks/results/gpu.csv`, and
-this page from it.
+`make gpu-check` does on a card, within ten minutes, what this project cannot do without one: it builds the native
+module, runs the tests of the GPU code, measures the tiles of the Triton kernels and tests the fastest, runs the
+benchmarks beside their peers, and a small set of the tests under compute-sanitizer. It writes
+`benchmarks/results/gpu.csv`, `valm_kernels/visual_fusion/triton/measured_tiles.json`, and this page.
 
-"Arithmetic" is the least time that an H100 needs by [the roofline](roofline.md), an estimate: bytes once over the
-memory bus, floating-point operations at the peak of the tensor cores, nothing for launches and host.
+The machine needs PyTorch 2.9 with CUDA, Triton 3.5, NumPy, packaging and pytest; nothing is installed, and no network
+is used. What else is missing is listed at the start, and skipped with a reason: the model's benchmarks need the
+packages that valm asks for, the CUDA part of the native module needs nvcc.
+
+```
+python -m benchmarks.gpu_check --dry-run             # the plan, its budgets and what it compiles; needs no card
+make gpu-check PYTHON=python3                        # = python3 -m benchmarks.gpu_check
+python -m benchmarks.gpu_check --results FOLDER      # keeps the results there, and goes on with those it finds
+python -m benchmarks.gpu_check --results FOLDER --report    # on any machine: writes the files from the results
+```
+
+Each step has a budget of seconds. A step that is not done by then is stopped and noted, and the next begins; each row
+and each test is written as soon as it is measured. Run it again, and it does what has not passed yet. Results of other
+code or of another card are moved aside. Where the machine is only lent, take the folder of the results away and use
+`--report` at home.
+
+A call's time is that of its host too, until the result is there. The GPU's own time is that of a CUDA graph of calls on
+copies of the inputs, together twice the size of the L2 cache. "Arithmetic" is the least time that an H100 needs by
+[the roofline](roofline.md), an estimate: bytes once over the memory bus, floating-point operations at the peak of the
+tensor cores, nothing for launches and host.
 """
 
 
@@ -71,19 +89,24 @@ def steps(rows: Rows) -> Iterator[str]:
 
 def benchmarks(rows: Rows) -> Iterator[str]:
     """A table row for each implementation of each case."""
-    yield "| Case | Implementation | ms | × the first | arithmetic, ms | ms over arithmetic | peak MB | |"
-    yield "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |"
-    group = None
+    yield "| Case | Implementation | call, ms | GPU, ms | GPU × the first | arithmetic, ms | GPU over it | peak MB | |"
+    yield "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |"
+    group, first = None, ""
     measured = [row for row in rows if row["group"] != STEPS]
     for row in measured:
-        case, group = "" if row["group"] == group else row["group"], row["group"]
-        least = row["arithmetic_ms"]
-        over = f"{float(row['median_ms']) / float(least):.1f}" if least else ""
-        numbers = [row["median_ms"], f"{float(row['time_over_first']):.2f}", least, over, row["peak_mb"]]
+        case = "" if row["group"] == group else row["group"]
+        if case:
+            group, first = case, row["gpu_ms"]
+        gpu, least = row["gpu_ms"], row["arithmetic_ms"]
+        numbers = [row["median_ms"], gpu, _ratio(gpu, first), least, _ratio(gpu, least), row["peak_mb"]]
         cells = [case, row["name"], *numbers, row["note"]]
-        yield f"| {' | '.join(cell.replace('*', chr(92) + '*') for cell in cells)} |"
+        yield f"| {' | '.join(cell.replace('*', chr(92) + '*').replace('|', '/') for cell in cells)} |"
     if not measured:
-        yield f"| all | {NOT_YET} | | | | | | |"
+        yield f"| all | {NOT_YET} | | | | | | | |"
+
+
+def _ratio(time: str, other: str) -> str:
+    return f"{float(time) / float(other):.2f}" if time and other else ""
 
 
 def aims(rows: Rows) -> Iterator[str]:
@@ -94,9 +117,9 @@ def aims(rows: Rows) -> Iterator[str]:
         yield f"| {aim.text} | {aim.most:.1f} | {NOT_YET if ratio is None else f'{ratio:.2f}'} |"
 
 
-def _times(rows: Rows, group: str) -> dict[str, float]:
+def _times(rows: Rows, group: str, column: str = "gpu_ms") -> dict[str, float]:
     """Milliseconds by implementation."""
-    return {row["name"]: float(row["median_ms"]) for row in rows if row["group"] == group}
+    return {row["name"]: float(row[column]) for row in rows if row["group"] == group and row[column]}
 
 
 def _over_flash_and_image_bytes(rows: Rows) -> float | None:
@@ -115,7 +138,7 @@ def _over_flash_merge(rows: Rows) -> float | None:
 
 
 def _over_12_us_and_host(rows: Rows) -> float | None:
-    times = _times(rows, "decode B1 H12 T1 prefix 8191 K8 D64 bfloat16")
+    times = _times(rows, "decode B1 H12 T1 prefix 8191 K8 D64 bfloat16", "median_ms")
     if "ours" not in times:
         return None
     (decoding,) = (shape for shape in roofline.SHAPES if shape.Tq == 1)
@@ -125,5 +148,5 @@ def _over_12_us_and_host(rows: Rows) -> float | None:
 AIMS = (
     Aim("Forward at T 1024, over flash attention of the text and the images' bytes", 1.3, _over_flash_and_image_bytes),
     Aim("Forward at T 4096 and D 128, over flash attention joined with the images", 1.2, _over_flash_merge),
-    Aim("Decoding step, over 12 µs and the time of the host", 1.0, _over_12_us_and_host),
+    Aim("Call of a decoding step, over 12 µs and the time of the host", 1.0, _over_12_us_and_host),
 )

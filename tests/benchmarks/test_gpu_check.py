@@ -1,60 +1,126 @@
-"""The driver of `make gpu-check` and its page, with stand-ins for the card and the steps."""
+"""The driver of `make gpu-check` and its page, with stand-ins for the card and for what the steps run."""
 
 import csv
+import json
+import re
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
-from benchmarks import gpu_check, gpu_report
-from benchmarks.conftest import Row
-from benchmarks.gpu_check import Step, main
+from benchmarks import gpu_check, gpu_report, outcomes
+from benchmarks.conftest import Row, write_row
+from benchmarks.gpu_check import Step, main, plan, read_steps, run_steps, slug
+from benchmarks.outcomes import Ended
 from benchmarks.valm_kernels import bench_long_attention
 from benchmarks.valm_kernels.bench_long_attention import DECODING, SIZES, TEXT_ONLY
 from benchmarks.valm_kernels.bench_visual_fusion import CASES
+from tests.bare_python import bare_python, path_without
 
-# A stand-in for a benchmark: writes a row to the file that --results names.
-BENCHMARK = """
-import csv, sys
-row = {row!r}
-with open(sys.argv[sys.argv.index("--results") + 1], "w", newline="") as file:
-    writer = csv.DictWriter(file, row)
-    writer.writeheader()
-    writer.writerow(row)
+# In the place of what a step runs: notes its call, ends the tests "a" and "b", adds a row to the file of --results, and
+# writes tiles. Where it is told to die it does so in "b", the first time.
+STAND_IN = """
+import json, os, pathlib, sys
+
+def value(option):
+    return sys.argv[sys.argv.index(option) + 1] if option in sys.argv else None
+
+def add(path, line, header):
+    path = pathlib.Path(path)
+    with path.open("a") as file:
+        file.write(line if path.stat().st_size else header + line)
+
+name, folder, dies = sys.argv[1:4]
+called = pathlib.Path(folder, "calls.txt")
+calls = called.read_text() if called.exists() else ""
+with called.open("a") as file:
+    file.write(f"{name} {os.environ.get('VALM_KERNELS_TILES', '')}\\n")
+first = name not in [line.rpartition(" ")[0] for line in calls.splitlines()]
+if ended := value("--outcomes"):
+    header = "run,test,outcome,seconds,note\\n"
+    run = value("--run-number")
+    if first:
+        add(ended, f"{run},a,passed,0.1,\\n", header)
+    add(ended, f"{run},b,started,0,\\n", header)
+if rows := value("--results"):
+    row = ROW
+    add(rows, ",".join(row.values()) % name + "\\n", ",".join(row) + "\\n")
+if "measure" in sys.argv:
+    pathlib.Path(folder, "tiles.json").write_text(TILES)
+if dies == "always" or dies == "first" and first:
+    os.kill(os.getpid(), 9)
+if ended:
+    add(ended, f"{run},b,passed,0.1,\\n", header)
 """
+TILES = [
+    {
+        **{"kernel": "forward", "bytes": 2, "capability": 90, "head_dim": 64, "device": "a card", "triton": "3.6.0"},
+        **{"block_m": 64, "block_n": 64, "num_warps": 4, "num_stages": 3, "ms": 0.04, "table_ms": 0.05},
+    }
+]
+
+
+def row_of(group, name, ms, gpu_ms, least):
+    return Row(group, name, ms, ms, gpu_ms, 3, None, None, None, 12.5, least, 1.0, "")
 
 
 def command(code):
-    return sys.executable, "-c", code
+    return (sys.executable, "-c", code)
 
 
-def counting(path, code=""):
-    """A step's command that also counts its runs in a file."""
-    return command(f"open({str(path)!r}, 'a').write('x')\n{code}")
-
-
-def benchmark(group, name, ms, least):
-    row = asdict(Row(group, name, ms, ms, 3, None, None, None, 12.5, least, 1.0, "")) | {"machine": "a card; torch"}
-    return Step(f"benchmark {name}", command(BENCHMARK.format(row=row)), 60, True)
+def stand_in(steps, folder, dies="never"):
+    """The plan with STAND_IN in the place of every command."""
+    row = {name: "" if cell is None else str(cell) for name, cell in asdict(row_of("%s", "ours", 1, 0.5, 0.1)).items()}
+    code = STAND_IN.replace("ROW", repr({**row, "machine": "a card"})).replace("TILES)", f"{json.dumps(TILES)!r})")
+    return [
+        replace(
+            step,
+            commands=tuple((sys.executable, "-Sc", code, step.name, str(folder), dies, *one) for one in step.commands),
+        )
+        for step in steps
+    ]
 
 
 @pytest.fixture
 def card(tmp_path, monkeypatch):
-    """A machine with a card, a state of the code that tests can change, and files of its own."""
+    """A machine with an H100 and every program, a state of the code that tests can change, and files of its own."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(gpu_check, "number_of_processes", lambda: 2)
+    monkeypatch.setattr(gpu_check, "program", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(gpu_check, "why_no_model", lambda: "transformers is 5.17, not >=5.24")
     monkeypatch.setattr(gpu_check, "machine", lambda: "a card; torch")
-    monkeypatch.setattr(gpu_check, "STATE", tmp_path / "state")
     monkeypatch.setattr(gpu_check, "SOURCES", (str(tmp_path / "sources"),))
     monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_check, "MEASURED_TILES", tmp_path / "measured_tiles.json")
     monkeypatch.setattr(gpu_report, "RESULTS", tmp_path / "gpu.csv")
     monkeypatch.setattr(gpu_report, "PAGE", tmp_path / "gpu.md")
+    monkeypatch.setattr(gpu_check.signal, "signal", lambda *_: None)
     (tmp_path / "sources").mkdir()
     (tmp_path / "sources" / "kernel.cu").write_text("1")
     return tmp_path
+
+
+@pytest.fixture
+def check(card, monkeypatch):
+    """Runs gpu-check with stand-ins for the commands, which may die; returns its exit status."""
+    folder = card / "results"
+
+    def check(dies="never", *arguments):
+        steps = gpu_check.plan
+
+        def planned(*options):
+            return stand_in(steps(*options), folder, dies)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(gpu_check, "plan", planned)
+            return main(["--results", str(folder), *arguments])
+
+    return check
 
 
 def rows():
@@ -62,97 +128,97 @@ def rows():
         return list(csv.DictReader(file))
 
 
-def test_all_steps_run_and_one_file_has_their_rows(card, capfd):
-    forward = "forward B4 H12 T1024 K8 D64 bfloat16"
-    steps = [
-        Step("tests", command("print('3 passed')"), 60),
-        benchmark(forward, "ours", 0.05, 0.0376),
-        benchmark(forward, "text-only flash attention", 0.02, 0.0075),
-    ]
-    assert main(steps) == 0
+def calls(folder):
+    """The steps that were called and the tiles that they were given."""
+    return [line.rpartition(" ")[::2] for line in (folder / "calls.txt").read_text().splitlines()]
+
+
+MODEL = ("context queries", "training step", "generation")
+BENCHMARKS = ("attention", "long attention and decoding", "top-K")
+
+
+def test_the_whole_plan_runs_to_its_end(card, check, capfd):
+    folder = card / "results"
+    assert check() == 0
+    ended = read_steps(folder)
+    assert list(ended) == [step.name for step in plan(folder, 90, 2)]
+    assert {name: outcome.outcome for name, outcome in ended.items() if outcome.outcome != "passed"} == dict.fromkeys(
+        MODEL, "skipped"
+    )
+    called = calls(folder)
+    assert [name for name, _ in called].count("tests") == 2 and [name for name, _ in called].count("sanitizers") == 4
+    # the measured tiles are tested, and used once they have passed
+    after = [name for name, tiles in called if tiles]
+    assert set(after) == {gpu_check.TESTS_OF_TILES, *BENCHMARKS, "sanitizers"}
+    assert json.loads(gpu_check.MEASURED_TILES.read_text()) == TILES
     found = rows()
-    assert [row["name"] for row in found] == [*(step.name for step in steps), "ours", "text-only flash attention"]
-    assert [row["note"] for row in found[:3]] == ["passed"] * 3
-    assert {row["machine"] for row in found[:3]} == {"a card; torch"}
-    assert found[3]["arithmetic_ms"] == "0.0376"
-    assert "3 passed" in (card / "state" / "tests.log").read_text()
+    assert [row["name"] for row in found] == [*ended, *["ours"] * 3]
+    assert [row["group"] for row in found[-3:]] == list(BENCHMARKS)
     page = gpu_report.PAGE.read_text()
     assert "Measured on a card; torch." in page
-    assert f"| {forward} | ours | 0.05 | 1.00 | 0.0376 | 1.3 | 12.5 |  |" in page
-    assert "|  | text-only flash attention | 0.02 | 1.00 | 0.0075 | 2.7 | 12.5 |  |" in page
-    # 50 µs over 20 µs and 100.7 MB at 3.35 TB/s
-    assert f"the images' bytes | 1.3 | {0.05 / (0.02 + 100.663296e6 / 3.35e9):.2f} |" in page
-    assert page.count(gpu_report.NOT_YET) == 2  # the other aims
-    assert "written:" in capfd.readouterr().out
+    assert "| generation | skipped: transformers is 5.17, not >=5.24 | 0 |" in page
+    assert "| attention | ours | 1 | 0.5 | 1.00 | 0.1 | 5.00 | 12.5 |  |" in page
+    out = capfd.readouterr().out
+    assert "tests: passed in" in out and "written:" in out
 
 
-def test_a_rerun_repeats_only_what_has_not_passed(card, capfd):
-    runs = {name: card / name for name in ("first", "second", "third")}
-    fixed = card / "fixed"
-    steps = [
-        Step("first", counting(runs["first"]), 60),
-        Step("second", counting(runs["second"], f"import os, sys; sys.exit(not os.path.exists({str(fixed)!r}))"), 60),
-        Step("third", counting(runs["third"]), 60),
-    ]
-
-    def counts():
-        return [len(path.read_text()) for path in runs.values()]
-
-    assert main(steps) == 1
-    assert counts() == [1, 1, 1]  # a failure stops nothing
-    assert "second failed with exit status 1: see " in capfd.readouterr().out
-    assert "| second | failed with exit status 1 |" in gpu_report.PAGE.read_text()
-    fixed.touch()
-    assert main(steps) == 0
-    assert counts() == [1, 2, 1]
-    assert "first: passed before" in capfd.readouterr().out
-    assert [row["note"] for row in rows()] == ["passed"] * 3
+def test_a_rerun_builds_and_repeats_nothing_else(card, check, capfd):
+    folder = card / "results"
+    assert check() == 0
+    first = calls(folder)
+    assert check() == 0
+    assert [name for name, _ in calls(folder)[len(first) :]] == ["build"]
+    assert "tests: passed before" in capfd.readouterr().out
     (card / "sources" / "kernel.cu").write_text("2")
-    assert main(steps) == 0
-    assert counts() == [2, 3, 2]
+    assert check() == 0
+    assert "of another card or of other code: moved to" in capfd.readouterr().out
+    assert calls(folder) == first
 
 
-def test_a_killed_run_keeps_what_has_passed(card):
-    path = card / "first"
-
-    class Killed(BaseException):
-        pass
-
-    def die():
-        raise Killed
-
-    steps = [Step("first", counting(path), 60), Step("second", counting(card / "second"), 60)]
-    run = gpu_check.run
-    with pytest.MonkeyPatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(gpu_check, "run", lambda step, limit_s: run(step, 60) if step.name == "first" else die())
-        main(steps)
-    assert main(steps) == 0
-    assert path.read_text() == "x"
+def test_dies_in_every_step_and_resumes(card, check):
+    """At once with the tests that are left; and in a second run with what has not passed."""
+    folder = card / "results"
+    assert check("always") == 1
+    ended = read_steps(folder)
+    assert {outcome.outcome for name, outcome in ended.items() if name not in MODEL} == {"failed"}
+    assert "ended with exit status -9" in ended["build"].note
+    assert "1 passed" in ended["tests"].note and "not ended: b" in ended["tests"].note
+    assert not gpu_check.MEASURED_TILES.exists()  # as their tests have not passed
+    assert check("never") == 0
+    assert {outcome.outcome for name, outcome in read_steps(folder).items() if name not in MODEL} == {"passed"}
+    assert len([row for row in rows() if row["group"] == "attention"]) == 1  # the last of each
 
 
-def test_rows_that_are_gone_are_measured_again(card):
-    step = benchmark("decode", "ours", 0.1, 0.0075)
-    assert main([step]) == 0
-    assert len(rows()) == 2
-    step.file("csv").unlink()
-    assert main([step]) == 0
-    assert len(rows()) == 2
+def test_a_process_that_died_is_started_again(card, check):
+    folder = card / "results"
+    assert check("first") == 0
+    assert [name for name, _ in calls(folder)].count("attention") == 2
 
 
-def test_rows_of_older_code_are_not_written(card, monkeypatch):
-    step = benchmark("decode", "ours", 0.1, 0.0075)
-    assert main([step]) == 0
-    (card / "sources" / "kernel.cu").write_text("2")
-    monkeypatch.setattr(gpu_check, "LIMIT_S", 0)
-    assert main([step]) == 1
-    assert [row["note"] for row in rows()] == ["not run: 0 s are over, run it again"]
+def test_results_that_were_brought_along(card, check, monkeypatch):
+    """To a machine without a card: the repository's files are written from them."""
+    assert check() == 0
+    before = gpu_report.RESULTS.read_text()
+    for path in (gpu_report.RESULTS, gpu_report.PAGE, gpu_check.MEASURED_TILES):
+        path.unlink()
+    other = {**TILES[0], "capability": 80}
+    gpu_check.MEASURED_TILES.write_text(json.dumps([other, TILES[0] | {"num_warps": 8}]))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert check("never", "--report") == 0
+    assert gpu_report.RESULTS.read_text() == before and gpu_report.PAGE.exists()
+    assert json.loads(gpu_check.MEASURED_TILES.read_text()) == [other, *TILES]
+
+
+def test_no_results_to_report(card, capfd):
+    assert main(["--results", str(card / "nothing"), "--report"]) == 1
+    assert "has no results of gpu-check: no steps.csv" in capfd.readouterr().err
 
 
 def test_processes_of_a_step_end_with_it(card):
     started = card / "started"
     sleeper = f"import os, time; open({str(started)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
-    starter = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {sleeper!r}])"
-    assert main([Step("slow", command(starter), 5)]) == 1
+    starter = f"import subprocess, sys; subprocess.run([sys.executable, '-Sc', {sleeper!r}])"
+    run_steps([Step("slow", 5, (command(starter),))], card, time.monotonic() - gpu_check.LIMIT_S + 5)
     pid = int(started.read_text())
     end = time.monotonic() + 10
     while is_running(pid) and time.monotonic() < end:  # until the system has ended it
@@ -165,33 +231,116 @@ def is_running(pid):
     return bool(state) and not state.startswith("Z")
 
 
-def test_what_takes_too_long_or_is_not_installed_fails(card):
+def test_a_step_takes_what_those_before_have_left_and_no_more(card, monkeypatch):
+    monkeypatch.setattr(gpu_check, "LIMIT_S", 6)
+    sleeper = command("import time; time.sleep(60)")
     steps = [
-        Step("slow", command("import time; time.sleep(60)"), 1),
-        Step("absent", ("no-such-sanitizer",), 60),
+        Step("quick", 2, (command("pass"),)),
+        Step("slow", 1, (sleeper,)),
+        Step("absent", 2, (("no-such-sanitizer",),)),
+        Step("skipped", 100, (sleeper,), skipped="no reason"),
     ]
-    assert main(steps) == 1
-    assert [row["note"] for row in rows()] == ["failed: not done in 1 s", "failed: no-such-sanitizer is not installed"]
+    run_steps(steps, card, time.monotonic())
+    ended = read_steps(card)
+    assert [outcome.outcome for outcome in ended.values()] == ["passed", "failed", "failed", "skipped"]
+    assert re.fullmatch(r"not done in [234] s", ended["slow"].note)
+    assert ended["absent"].note == "no-such-sanitizer is not installed"
+    run_steps([Step("late", 1, (sleeper,))], card, time.monotonic() - 6)
+    assert read_steps(card)["late"].note == "not run: 6 s are over, run it again"
 
 
-def test_what_ten_minutes_leave_is_done_by_the_next_run(card, monkeypatch):
-    runs = card / "first", card / "second"
-    slow = counting(runs[0], "import time; time.sleep(1)")
-    steps = [Step("first", slow, 60), Step("second", counting(runs[1]), 60)]
-    monkeypatch.setattr(gpu_check, "LIMIT_S", 0.5)
-    assert main(steps) == 1
-    assert [row["note"] for row in rows()] == ["failed: not done in 0 s", "not run: 0.5 s are over, run it again"]
-    assert not runs[1].exists()
-    monkeypatch.setattr(gpu_check, "LIMIT_S", 600)
-    assert main(steps) == 0
-    assert runs[1].read_text() == "x"
+def test_failed_tests_fail_a_step_and_give_their_reasons(card):
+    path = card / f"{slug('some tests')}.outcomes.csv"
+    for test, outcome, note in (("a", "passed", ""), ("b", "failed", "1 is not 2"), ("c", "skipped", "no faiss")):
+        outcomes.write(path, Ended(1, test, outcome, 0.1, note))
+    step = Step("some tests", 9, ((*command("pass"), "--outcomes", str(path)),), tests=True)
+    run_steps([step], card, time.monotonic())
+    assert read_steps(card)["some tests"].outcome == "failed"
+    assert read_steps(card)["some tests"].note == "1 passed, 1 failed, 1 skipped"
+    assert gpu_check.why_skipped_or_failed(card) == [
+        "some-tests: 1 failed: 1 is not 2",
+        "some-tests: 1 skipped: no faiss",
+    ]
+
+
+def test_no_test_is_no_success(card):
+    step = Step("tests", 9, ((*command("import sys; sys.exit(5)"), "--outcomes", str(card / "tests.outcomes.csv")),))
+    run_steps([replace(step, tests=True)], card, time.monotonic())
+    assert read_steps(card)["tests"].note == "no test ran"
 
 
 def test_without_a_card_nothing_runs(card, monkeypatch, capfd):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main([Step("first", counting(card / "first"), 60)]) == 1
+    assert main(["--results", str(card / "results")]) == 1
     assert "needs a CUDA device, and torch sees none here" in capfd.readouterr().err
-    assert not (card / "first").exists() and not gpu_report.RESULTS.exists()
+    assert not (card / "results").exists() and not gpu_report.RESULTS.exists()
+
+
+def test_budgets_of_all_steps_fit_in_ten_minutes(card):
+    steps = plan(card, 90, 16)
+    assert sum(step.budget_s for step in steps) <= gpu_check.LIMIT_S < 600
+    assert [len(step.commands) for step in steps if step.name in ("tests", "compile tiles", "sanitizers")] == [
+        16,
+        16,
+        4,
+    ]
+
+
+def test_steps_name_files_and_options_that_exist(card):
+    for step in plan(card, 90, 1):
+        for one in step.commands:
+            files = [argument for argument in one if argument.startswith(("benchmarks/", "tests/", "setup.py"))]
+            assert all((gpu_report.ROOT / file).exists() for file in files)
+    measured = [command for step in plan(card, 90, 1) for command in step.commands if "--results" in command]
+    assert len(measured) == 6 and all("--append" in command for command in measured)
+
+
+@pytest.mark.slow  # another Python, which imports PyTorch again and again
+def test_dry_run_on_a_machine_that_has_nothing_but_pytorch(tmp_path, monkeypatch):
+    python = bare_python(tmp_path / "bare")
+    monkeypatch.setenv("PATH", path_without(tmp_path / "bin", "ninja", "nvcc", "compute-sanitizer"))
+    dry = [python, "-m", "benchmarks.gpu_check", "--dry-run"]
+    done = subprocess.run(dry, cwd=gpu_report.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in ("pytest_timeout", "xdist", "pytest_benchmark", "hypothesis", "pybind11", "ninja", "faiss"):
+        assert f"missing: {name}: " in done.stdout
+    assert "generation, 15 s, skipped: the package valm cannot run here: open_clip_torch is missing" in done.stdout
+    budget, limit = map(int, re.search(r"budgets: (\d+) s of (\d+) s", done.stdout).groups())
+    assert budget <= limit < 600
+    assert re.search(r"tests: \d{3} compilations of Triton kernels, estimated \d+ s on one core", done.stdout)
+    assert re.search(r"compile tiles: \d{3} compilations", done.stdout)
+
+
+@pytest.mark.slow
+def test_a_benchmark_resumes_on_a_machine_that_has_nothing_but_pytorch(tmp_path):
+    """The command of a step itself, on the CPU: each row is written once, also if the run is stopped between them."""
+    python = bare_python(tmp_path / "bare")
+    rows, ended = tmp_path / "rows.csv", tmp_path / "ended.csv"
+
+    def run(number, only):
+        (step,) = (step for step in plan(tmp_path, 90, 1) if step.name == "long attention and decoding")
+        (command,) = step.commands
+        changed = {"cuda": "cpu", str(tmp_path / "rows.csv"): str(rows), sys.executable: str(python)}
+        changed[str(tmp_path / f"{slug(step.name)}.outcomes.csv")] = str(ended)
+        command = [changed.get(argument, argument) for argument in command]
+        command[command.index("--run-number") + 1] = str(number)
+        done = subprocess.run([*command, "-k", only], cwd=gpu_report.ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        with rows.open(newline="") as file:
+            return [(row["name"], float(row["time_over_first"])) for row in csv.DictReader(file)]
+
+    first = run(1, "decode and ours")
+    assert first == [("ours", 1.0)]
+    both = run(2, "decode")
+    assert [name for name, _ in both] == ["ours", TEXT_ONLY]  # ours only once
+    assert both[1][1] != 1.0  # over the row of the first run
+    assert run(3, "decode") == both
+
+
+def test_model_needs_the_versions_that_valm_asks_for(monkeypatch):
+    versions = {"transformers": "5.17.0", "open_clip_torch": "3.3.0"}
+    monkeypatch.setattr(gpu_check, "version", lambda name: versions.get(name, "1000"))
+    assert gpu_check.why_no_model() == "the package valm cannot run here: transformers is 5.17.0, not >=5.24"
 
 
 def test_page_before_anything_is_measured(monkeypatch, tmp_path):
@@ -201,10 +350,26 @@ def test_page_before_anything_is_measured(monkeypatch, tmp_path):
     assert page.count(f"| {gpu_report.NOT_YET} |") == 2 + len(gpu_report.AIMS)
 
 
+def test_page_compares_the_gpus_own_time(monkeypatch, tmp_path):
+    path = tmp_path / "gpu.csv"
+    monkeypatch.setattr(gpu_report, "RESULTS", path)
+    forward = "forward B4 H12 T1024 K8 D64 bfloat16"
+    write_row(path, row_of(forward, "ours", 0.11, 0.05, 0.0376), begin=True)
+    write_row(path, row_of(forward, "text-only flash attention", 0.06, 0.02, 0.0075), begin=False)
+    write_row(path, row_of(forward, "eager concat", 0.3, None, 0.0376), begin=False)
+    page = gpu_report.page()
+    assert f"| {forward} | ours | 0.11 | 0.05 | 1.00 | 0.0376 | 1.33 | 12.5 |  |" in page
+    assert "|  | text-only flash attention | 0.06 | 0.02 | 0.40 | 0.0075 | 2.67 | 12.5 |  |" in page
+    assert "|  | eager concat | 0.3 |  |  | 0.0376 |  | 12.5 |  |" in page
+    # 50 µs over 20 µs and 100.7 MB at 3.35 TB/s
+    assert f"the images' bytes | 1.3 | {0.05 / (0.02 + 100.663296e6 / 3.35e9):.2f} |" in page
+    assert page.count(gpu_report.NOT_YET) == 3  # the steps and the other aims
+
+
 def test_aims_are_found_under_the_names_of_the_benchmarks():
     cases = [*(f"forward {case}" for case in CASES), f"forward {SIZES['cuda']}", f"decode {DECODING}"]
     names = ["ours", TEXT_ONLY, "flash + LSE merge"]
-    rows = [{"group": case, "name": name, "median_ms": "1"} for case in cases for name in names]
+    rows = [{"group": case, "name": name, "median_ms": "1", "gpu_ms": "1"} for case in cases for name in names]
     assert all(aim.ratio(rows) is not None for aim in gpu_report.AIMS)
 
 
@@ -216,19 +381,10 @@ def test_arithmetic_of_decoding_without_images_is_less():
     assert measured[TEXT_ONLY]["arithmetic"] < measured["ours"]["arithmetic"]
 
 
-def test_steps_name_files_that_exist():
-    assert [step.name for step in gpu_check.STEPS[1:5]] == ["memcheck", "racecheck", "synccheck", "initcheck"]
-    for step in gpu_check.STEPS:
-        files = [argument for argument in step.command if argument.startswith(("benchmarks/", "tests/"))]
-        assert all((gpu_report.ROOT / file).exists() for file in files)
-        assert step.results == bool([file for file in files if file.startswith("benchmarks/")])
-
-
 def test_the_small_set_has_one_dtype_of_each_kind_of_attention():
     """The selection of the sanitizers' steps, as pytest collects it."""
-    *_, folder = gpu_check.sanitizer_step("memcheck").command
-    tests = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "gpu and not slow", "-k", gpu_check.SMALL]
-    files = [f"{folder}/visual_fusion/triton/test_gpu.py", f"{folder}/topk/test_cuda_gpu.py"]
+    tests = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "gpu", "-k", gpu_check.SMALL]
+    files = ["tests/valm_kernels/visual_fusion/triton/test_gpu.py", "tests/valm_kernels/topk/test_cuda_gpu.py"]
     found = subprocess.run([*tests, *files], cwd=gpu_report.ROOT, capture_output=True, text=True).stdout
     selected = [line.rpartition("::")[2] for line in found.splitlines() if "::" in line]
     attention = [name for name in selected if name.startswith("test_agrees_with_float64_reference")]

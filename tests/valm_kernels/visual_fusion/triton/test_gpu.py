@@ -22,6 +22,8 @@ LARGE = {
     "decode": Problem(num_queries=1, prefix=5000, head_dim=64, num_images=4),
     "decode grouped": Problem(query_heads=8, kv_heads=1, num_queries=2, prefix=3000, head_dim=128, pool_size=9),
 }
+# Those that flash attention takes.
+WITH_FLASH = ["dense", "pooled", "group of six", "widest"]
 
 
 def on_card(problem, dtype):
@@ -43,7 +45,7 @@ def test_agrees_on_large_problems(name, dtype):
 
 @pytest.mark.parametrize("with_lse", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("name", ["dense", "pooled", "group of six", "widest"])
+@pytest.mark.parametrize("name", WITH_FLASH)
 def test_agrees_with_flash_attention_for_the_text(name, dtype, with_lse):
     assert_solves("flash+triton", LARGE[name], dtype, with_lse, device="cuda")
 

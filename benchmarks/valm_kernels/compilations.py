@@ -1,0 +1,69 @@
+"""Counts what a card's first run of the Triton kernels compiles, without a card: for the estimate of gpu-check.
+
+python -m benchmarks.valm_kernels.compilations
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks.valm_kernels import tune_tiles
+from tests.checks.triton.compile_record import Launch, recorders, specialise
+from tests.valm_kernels.visual_fusion.problems import PROBLEMS, Problem
+from tests.valm_kernels.visual_fusion.triton.test_gpu import DTYPES, LARGE, WITH_FLASH
+from valm_kernels.visual_fusion import api
+from valm_kernels.visual_fusion.inputs import Gradients, Inputs
+from valm_kernels.visual_fusion.layout import empty_image_scores
+from valm_kernels.visual_fusion.triton import backward, forward, joined
+
+# Of one kernel on one core: 506 of them took 650 s under Triton 3.6.0.
+SECONDS = 1.3
+
+
+def of_tests(arch: int) -> int:
+    """Of tests/valm_kernels/visual_fusion/triton/test_gpu.py, on a card of compute capability `arch`."""
+    found: set[tuple[str, str]] = set()
+    for problem in (*PROBLEMS.values(), *LARGE.values()):
+        for dtype in DTYPES:
+            found |= {key(launch, arch) for launch in launches(problem, dtype, arch)}
+    for name in WITH_FLASH:
+        for dtype in DTYPES[1:]:
+            for with_lse in (False, True):
+                found |= {key(launch, arch) for launch in launches(LARGE[name], dtype, arch, with_lse, flash=True)}
+    return len(found)
+
+
+def of_tiles(arch: int) -> int:
+    """Of the candidates that tune_tiles.py measures."""
+    works = tune_tiles.works(arch)
+    return len({key(launch, arch) for work in works for launch in tune_tiles.launches(work[0], arch, *work[1:])})
+
+
+def key(launch: Launch, arch: int) -> tuple[str, str]:
+    """Launches with the same one share a compilation."""
+    return launch.kernel.__name__, specialise(launch, arch).key
+
+
+def launches(
+    problem: Problem, dtype: torch.dtype, arch: int, with_lse: bool = True, flash: bool = False
+) -> Iterator[Launch]:
+    """Of the forward and backward that a test of a problem runs."""
+    given = problem.inputs(dtype)
+    tensors = tuple(given.get(name) for name in Inputs._fields[:-3])
+    inputs = api.checked_inputs(tensors, given.get("causal", True), given.get("scale"), given.get("softcap"))
+    if not flash:
+        inputs = inputs._replace(cu_seqlens=None)
+    scores = empty_image_scores(inputs, True) if problem.weights else None
+    lse = torch.empty(inputs.q.shape[:3])
+    results = (torch.empty_like(inputs.q), lse if with_lse else None, scores, torch.empty_like(inputs.q), lse)
+    with recorders(arch) as found:
+        (joined if flash else forward).forward(inputs, scores)
+        (joined if flash else backward).backward(*results, inputs, [True] * len(Gradients._fields))
+    for recorder in found.values():
+        yield from recorder.launches
+
+
+if __name__ == "__main__":
+    print(f"tests: {of_tests(90)}, candidates of tiles: {of_tiles(90)}, at {SECONDS} s each on one core")
