@@ -34,11 +34,14 @@ from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
+try:
+    import torch
 
-from benchmarks import gpu_report, outcomes
-from benchmarks.conftest import COLUMNS, machine
-from valm_kernels.atomic_files import atomic_path
+    from benchmarks import gpu_report, outcomes
+    from benchmarks.conftest import COLUMNS, machine
+    from valm_kernels.atomic_files import atomic_path
+except ModuleNotFoundError as error:
+    sys.exit(f"gpu-check needs the package {error.name}, which is not installed for {sys.executable}")
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "build" / "gpu-check"
@@ -320,10 +323,12 @@ def run_step(step: Step, folder: Path, limit_s: float) -> Outcome:
     failures: list[str] = []
     late = ""
 
+    def log(number: int) -> Path:
+        return folder / f"{slug(step.name)}{f'-{number}' if len(step.commands) > 1 else ''}.log"
+
     def launch(number: int) -> None:
-        log = folder / f"{slug(step.name)}{f'-{number}' if len(step.commands) > 1 else ''}.log"
         try:
-            with log.open("ab") as file:
+            with log(number).open("ab") as file:
                 # a session of its own, so that the processes it starts end with it
                 processes[number] = subprocess.Popen(
                     step.commands[number],
@@ -351,6 +356,8 @@ def run_step(step: Step, folder: Path, limit_s: float) -> Outcome:
                 elif code and not (step.tests and code == 5):
                     which = f"process {number} " if len(step.commands) > 1 else ""
                     failures.append(f"{which}ended with exit status {code}")
+                    if not step.tests:  # whose outcomes say more
+                        print("\n".join(log(number).read_text(errors="replace").splitlines()[-5:]), flush=True)
             if time.monotonic() - start > limit_s:
                 late = f"not done in {limit_s:.0f} s"
                 break
@@ -359,7 +366,8 @@ def run_step(step: Step, folder: Path, limit_s: float) -> Outcome:
         for process in processes.values():
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            with suppress(subprocess.TimeoutExpired):  # one that a hanging driver keeps
+                process.wait(5)
     seconds = time.monotonic() - start
     notes = [late, *failures[:3], f"{len(failures) - 3} more" if len(failures) > 3 else ""]
     failed = bool(late or failures)

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from benchmarks.peers.optional import optional_module
 
 _aten = torch.ops.aten
 
@@ -37,8 +38,7 @@ def cudnn_text_only(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def flash3_text_only(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """FlashAttention-3, which is a package of its own, without any image."""
-    reason = "FlashAttention-3 (the module flash_attn_interface) is not installed"
-    flash = pytest.importorskip("flash_attn_interface", reason=reason, exc_type=ImportError)
+    flash = optional_module("flash_attn_interface", "FlashAttention-3 (flash_attn_interface)")
     out = flash.flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=True)
     return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 

@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.peers.optional import optional_module
+
 Search = Callable[[Tensor, int], Tensor]
 
 
@@ -56,7 +58,7 @@ def _faiss_search(index: object, *, tuned: bool = False) -> Search:
 
 
 def _faiss_flat(database: Tensor, *, tuned: bool) -> Search:
-    faiss = pytest.importorskip("faiss")
+    faiss = optional_module("faiss", "faiss")
     index = faiss.IndexFlatIP(database.shape[1])
     index.add(database.numpy())
     return _faiss_search(index, tuned=tuned)
@@ -71,7 +73,7 @@ def faiss_flat_tuned(database: Tensor) -> Search:
 
 
 def faiss_float16(database: Tensor) -> Search:
-    faiss = pytest.importorskip("faiss")
+    faiss = optional_module("faiss", "faiss")
     quantizer = faiss.ScalarQuantizer.QT_fp16
     index = faiss.IndexScalarQuantizer(database.shape[1], quantizer, faiss.METRIC_INNER_PRODUCT)
     index.add(database.numpy())
@@ -79,7 +81,7 @@ def faiss_float16(database: Tensor) -> Search:
 
 
 def usearch_exact(database: Tensor) -> Search:
-    usearch = pytest.importorskip("usearch.index")
+    usearch = optional_module("usearch.index", "usearch")
     rows, threads = database.numpy(), torch.get_num_threads()
 
     def search(queries: Tensor, k: int) -> Tensor:
@@ -91,7 +93,7 @@ def usearch_exact(database: Tensor) -> Search:
 
 def faiss_gpu_float16(database: Tensor) -> Search:
     """faiss's exact search on the device of the database, which takes and returns tensors there."""
-    faiss = pytest.importorskip("faiss", exc_type=ImportError)
+    faiss = optional_module("faiss", "faiss")
     if faiss.get_num_gpus() == 0:
         pytest.skip("this faiss has no GPUs: install valm[gpu] instead of valm[faiss]")
     import faiss.contrib.torch_utils  # faiss's methods take tensors from now on
@@ -106,8 +108,7 @@ def faiss_gpu_float16(database: Tensor) -> Search:
 
 def cuvs_float16(database: Tensor) -> Search:
     """cuVS's exact search on the device of the database."""
-    reason = "cuVS (the module cuvs) is not installed"
-    brute_force = pytest.importorskip("cuvs.neighbors.brute_force", reason=reason, exc_type=ImportError)
+    brute_force = optional_module("cuvs.neighbors.brute_force", "cuVS (cuvs)")
     index = brute_force.build(database, metric="inner_product")
 
     def search(queries: Tensor, k: int) -> Tensor:

@@ -1,6 +1,9 @@
 """What gpu-check compiles and measures for the table of tiles, without a card."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import astuple
 from types import SimpleNamespace
 
@@ -38,6 +41,33 @@ def test_a_candidate_is_launched_with_its_tiles_and_nothing_else():
             values = specialise(launch, 90).values
             assert (values["BLOCK_M"], values["BLOCK_N"]) == (32, 16) and launch.keywords["num_warps"] == 4
             assert launch.kernel in [other.kernel for other in everything]
+
+
+# Under the interpreter, on small inputs in an element type that it multiplies.
+INTERPRETED = """
+from dataclasses import replace
+import torch
+from benchmarks.valm_kernels import tune_tiles
+from valm_kernels.visual_fusion.triton.tiles import Tiles
+
+inputs = tune_tiles.Case.inputs
+tune_tiles.Case.inputs = lambda case, device: inputs(case, "cpu")
+for case in tune_tiles.cases():
+    if case.head_dim == 64:
+        sizes = {"batch": 1, "heads": 2, "kv_heads": 2, "queries": min(case.queries, 20), "keys": 20, "images": 2}
+        dtype = torch.float16 if case.dtype == torch.bfloat16 else case.dtype
+        found = tune_tiles.launchers(replace(case, dtype=dtype, **sizes), 80)
+        for kernel in case.kernels:
+            found[kernel](Tiles(16, 16, 4, 2))
+            print(kernel, case.dtype.itemsize)
+"""
+
+
+def test_every_kernel_is_found_and_launched_again():
+    command = [sys.executable, "-W", "ignore", "-c", INTERPRETED]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == len({(kernel, size) for kernel, size, _ in _TILES})
 
 
 def test_a_candidate_that_kills_the_compiler_is_tried_twice(one_case, monkeypatch, tmp_path):
