@@ -59,6 +59,7 @@ RESTARTS = 20
 # The small set of the sanitizers: each kind of attention in one dtype ("float16" alone is also in "bfloat16"), and the
 # searches of the public functions.
 SMALL = "(test_agrees_with_float64_reference and torch.float16) or test_public_functions or test_numpy_rows"
+ATTENTION = "bench_forward and bfloat16 and not Flex"
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 # An access beyond a tensor stays unseen in PyTorch's own memory pool, which CUDA graphs need.
 SANITIZED = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
@@ -160,7 +161,10 @@ def plan(folder: Path, arch: int, processes: int, run: int = 0) -> list[Step]:
         ),
         Step(TILES, 45, ((*tune, "measure", str(folder)),)),
         tests(TESTS_OF_TILES, 40, "-m", "gpu", "-k", "large_problems or flash_attention", "tests/valm_kernels"),
-        benchmark("attention", 65, "valm_kernels/bench_visual_fusion.py", "-k", "bench_forward and bfloat16"),
+        # FlexAttention compiles for as long as all others together take, and loses
+        benchmark(
+            "attention", 65, "valm_kernels/bench_visual_fusion.py", "-k", "bench_forward and bfloat16 and not Flex"
+        ),
         benchmark("long attention and decoding", 45, "valm_kernels/bench_long_attention.py"),
         benchmark("top-K", 35, "valm_kernels/bench_topk.py", "--full", "-k", "1000k and (64 or 512 or 4096)"),
         benchmark(
