@@ -507,10 +507,8 @@ def dry_run(folder: Path) -> int:
     print(f"\nbudgets: {sum(step.budget_s for step in steps)} s of {LIMIT_S} s in a run")
     for what, count in (("tests", compilations.of_tests(arch)), ("compile tiles", compilations.of_tiles(arch))):
         seconds = compilations.SECONDS * count
-        print(
-            f"{what}: {count} compilations of Triton kernels, estimated {seconds:.0f} s on one core, "
-            f"{seconds / processes:.0f} s in {processes} processes"
-        )
+        several = " and ".join(f"{seconds / number:.0f} s in {number} processes" for number in {processes, 16})
+        print(f"{what}: {count} compilations of Triton kernels, estimated {seconds:.0f} s on one core, {several}")
     return 0
 
 

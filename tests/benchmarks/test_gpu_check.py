@@ -263,6 +263,16 @@ def test_failed_tests_fail_a_step_and_give_their_reasons(card):
     ]
 
 
+def test_a_test_that_killed_its_process_fails_the_step(card):
+    """Also where the process that went on after it ended well."""
+    path = card / "tests.outcomes.csv"
+    outcomes.write(path, Ended(1, "a", "passed", 0.1))
+    outcomes.write(path, Ended(1, "b", outcomes.STARTED))
+    run_steps([Step("tests", 9, ((*command("pass"), "--outcomes", str(path)),), tests=True)], card, time.monotonic())
+    assert read_steps(card)["tests"].outcome == "failed"
+    assert read_steps(card)["tests"].note == "1 passed; not ended: b"
+
+
 def test_no_test_is_no_success(card):
     step = Step("tests", 9, ((*command("import sys; sys.exit(5)"), "--outcomes", str(card / "tests.outcomes.csv")),))
     run_steps([replace(step, tests=True)], card, time.monotonic())
@@ -341,6 +351,13 @@ def test_model_needs_the_versions_that_valm_asks_for(monkeypatch):
     versions = {"transformers": "5.17.0", "open_clip_torch": "3.3.0"}
     monkeypatch.setattr(gpu_check, "version", lambda name: versions.get(name, "1000"))
     assert gpu_check.why_no_model() == "the package valm cannot run here: transformers is 5.17.0, not >=5.24"
+
+
+def test_a_model_package_that_cannot_be_imported_is_named(monkeypatch, tmp_path):
+    (tmp_path / "open_clip.py").write_text("raise ImportError('libfoo.so is missing')")
+    monkeypatch.setattr(gpu_check, "version", lambda name: "1000")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert gpu_check.why_no_model() == "the package valm cannot run here: ImportError: libfoo.so is missing"
 
 
 def test_page_before_anything_is_measured(monkeypatch, tmp_path):

@@ -50,19 +50,22 @@ import torch
 from benchmarks.valm_kernels import tune_tiles
 from valm_kernels.visual_fusion.triton.tiles import Tiles
 
-inputs = tune_tiles.Case.inputs
-tune_tiles.Case.inputs = lambda case, device: inputs(case, "cpu")
 for case in tune_tiles.cases():
     if case.head_dim == 64:
         sizes = {"batch": 1, "heads": 2, "kv_heads": 2, "queries": min(case.queries, 20), "keys": 20, "images": 2}
         dtype = torch.float16 if case.dtype == torch.bfloat16 else case.dtype
-        found = tune_tiles.launchers(replace(case, dtype=dtype, **sizes), 80)
+        small = replace(case, dtype=dtype, **sizes)
+        call = small.inputs("cpu")
+        found = tune_tiles.launchers(small, call, 80)
         for kernel in case.kernels:
-            found[kernel](Tiles(16, 16, 4, 2))
+            tiles = Tiles(16, 16, 4, 2)
+            found[kernel](tiles)
+            assert tune_tiles.agrees(small, call, 80, kernel, tiles)
             print(kernel, case.dtype.itemsize)
 """
 
 
+@pytest.mark.slow
 def test_every_kernel_is_found_and_launched_again():
     command = [sys.executable, "-W", "ignore", "-c", INTERPRETED]
     done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
@@ -116,11 +119,13 @@ def card(one_case, monkeypatch, tmp_path):
             raise time
         return time
 
-    def launchers(case, arch):
+    def launchers(case, inputs, arch):
         return {kernel: lambda tiles, kernel=kernel: launched.append((kernel, tiles)) for kernel in case.kernels}
 
     monkeypatch.setattr(tune_tiles.triton.testing, "do_bench", do_bench)
     monkeypatch.setattr(tune_tiles, "launchers", launchers)
+    monkeypatch.setattr(Case, "inputs", lambda case, device: None)
+    monkeypatch.setattr(Case, "run", lambda case, inputs: [torch.ones(2)])
     for kernel, tiles in pairs(CASE, 90):
         tune_tiles.write_row(tmp_path / "compiled.csv", CASE, kernel, tiles, None, tune_tiles.COMPILED)
     return times, launched
@@ -149,6 +154,22 @@ def test_the_fastest_tiles_are_those_that_kernels_take(card, monkeypatch, tmp_pa
     assert (entry["ms"], entry["table_ms"], entry["candidates"]) == (0.8, 1.0, len(of_query) - 1)
     measure(tmp_path)
     assert len(launched) == len(pairs(CASE, 90))  # nothing again
+
+
+def test_tiles_with_other_results_are_not_taken(card, monkeypatch, tmp_path):
+    times, _ = card
+    table, wrong, second, *_ = [tiles for kernel, tiles in pairs(CASE, 90) if kernel == "query"]
+    times |= {("query", wrong): 0.5, ("query", second): 0.8}
+
+    def run(case, inputs):
+        tiles = tune_tiles.backward_query.choose_tiles("query", inputs, None)
+        return [torch.ones(2), torch.tensor([1.0, 1.04 if tiles == wrong else 1.0 if tiles == table else 1.02])]
+
+    monkeypatch.setattr(Case, "run", run)
+    measure(tmp_path)
+    (entry,) = [entry for entry in json.loads((tmp_path / "tiles.json").read_text()) if entry["kernel"] == "query"]
+    assert (entry["ms"], entry["block_m"], entry["block_n"]) == (0.8, second.block_m, second.block_n)
+    assert "other results" in read_rows(tmp_path / "candidates.csv")[tune_tiles.key(CASE, "query", wrong)][1]
 
 
 def test_a_lost_card_ends_the_process_and_the_next_goes_on(card, monkeypatch, tmp_path):
