@@ -22,7 +22,7 @@ from typing import Any, Literal, TypedDict
 import torch
 import triton
 
-from valm_kernels.json_files import read_json
+from ...json_files import read_json
 
 
 @dataclass(frozen=True)
