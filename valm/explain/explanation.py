@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -129,7 +129,7 @@ def explain_together(
 ) -> dict[str, Explanation]:
     """One explanation of `text` by each reader, under its name, all with the same answers in the same order.
 
-    Without `answers` they are the likeliest of all readers together. Errors as in `explain`.
+    Without `answers` they are the likeliest of all readers together, in the order of the first. Errors as in `explain`.
     """
     explanations = {name: _explain(reader, text, answers) for name, reader in readers.items()}
     if answers is None and len(readers) > 1:
@@ -139,7 +139,14 @@ def explain_together(
                 largest[word] = max(largest.get(word, 0.0), probability)
         likeliest = sorted(largest, key=lambda word: -largest[word])[:TOP_ANSWERS]
         explanations = {name: _explain(reader, text, likeliest) for name, reader in readers.items()}
+        order = np.argsort(-next(iter(explanations.values())).probabilities, kind="stable")
+        explanations = {name: _with_order(explanation, order) for name, explanation in explanations.items()}
     return explanations
+
+
+def _with_order(explanation: Explanation, order: np.ndarray) -> Explanation:
+    answers = tuple(explanation.answers[place] for place in order)
+    return replace(explanation, answers=answers, probabilities=explanation.probabilities[order])
 
 
 def _explain(reader: Reader, text: str, answers: Sequence[str] | None) -> Explanation:

@@ -77,6 +77,7 @@ def _environment() -> Environment:
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["percent"] = lambda share: int(100 * share + 0.5)  # rounded as the script does
+    environment.filters["probability"] = lambda p: "<0.1%" if 0 < p < 0.0005 else f"{p:.1%}"
     return environment
 
 

@@ -112,6 +112,8 @@ def test_readers_side_by_side_have_the_same_answers(model, make_model, tokenizer
     readers = {"valm": Reader(model, tokenizer), "gpt2": Reader(make_model(0), tokenizer)}
     together = explain_together(readers, TEXT)
     assert together["valm"].answers == together["gpt2"].answers and len(together["valm"].answers) == 10
+    first = list(together["valm"].probabilities)
+    assert first == sorted(first, reverse=True)
     alone = [explain(model, tokenizer, TEXT), explain(make_model(0), tokenizer, TEXT)]
     for explanation, own in zip(together.values(), alone, strict=True):
         shared = dict(zip(explanation.answers, explanation.probabilities, strict=True))

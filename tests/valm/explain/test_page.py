@@ -154,6 +154,14 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path):
     assert [file.read_text()[:15] for file in tmp_path.iterdir()] == ["<!doctype html>"]
 
 
+def test_a_small_probability_is_not_zero():
+    small = explanation(probabilities=np.array([0.9997, 0.0003], np.float32))
+    none = explanation(probabilities=np.array([1, 0], np.float32))
+    rows, without = ([text.split() for text in Elements(render_page({"valm": of})).texts("tr")] for of in (small, none))
+    assert ["red", "100.0%"] in rows and ["blue", "<0.1%"] in rows
+    assert ["blue", "0.0%"] in without and ["anything", "else", "0.0%"] in without
+
+
 class Broken(dict):
     def items(self):
         raise ZeroDivisionError
@@ -186,3 +194,25 @@ def test_in_a_browser(browser, tmp_path, width, scheme):
     assert (background == "rgb(20, 23, 27)") == (scheme == "dark")
     assert messages == [] and set(requests) <= {"file:///t", "data:imag"}
     context.close()
+
+
+@pytest.mark.parametrize("tokens, scrolls", [(3, False), (20, True)])
+def test_a_wide_table_says_that_it_scrolls(browser, tmp_path, tokens, scrolls):
+    weights, none = np.zeros((2, tokens, tokens), np.float32), np.full((tokens, 2), -1)
+    long = explanation(
+        tokens=("word",) * tokens,
+        text_weights=weights,
+        image_weights=weights[:, :, :2],
+        image_index=none,
+        scores=none.astype(float),
+    )
+    write_page(tmp_path / "page.html", {"valm": long})
+    page = browser.new_page(viewport={"width": 390, "height": 800})
+    page.goto((tmp_path / "page.html").as_uri())
+    table = page.locator(".scroll")
+    assert table.evaluate("element => element.scrollWidth > element.clientWidth") == scrolls
+    assert (table.evaluate("element => parseFloat(getComputedStyle(element, '::before').height)") > 10) == scrolls
+    before = table.locator("th[scope=row]").first.bounding_box()
+    table.evaluate("element => element.scrollLeft = 200")
+    assert table.locator("th[scope=row]").first.bounding_box() == before  # the first column stays
+    page.close()
