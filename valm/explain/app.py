@@ -41,6 +41,9 @@ class Stop(NamedTuple):
     hint: str
 
 
+# Phones begin with the further controls closed, so that the answers are near the button.
+FOLD_ON_PHONES = "() => { if (innerWidth < 640) document.querySelector('#more > button').click() }"
+
 TOUR = (
     Stop(
         "1. What it looks at",
@@ -70,7 +73,8 @@ body:not(.dark) .valm-explain { color-scheme: light; }
 .valm-explain { --paper: var(--body-background-fill); background: none; padding: 0; max-width: none; }
 .valm-explain .settings { margin-top: .5rem; }
 .html-container:has(> * > .valm-explain), .html-container:has(> .valm-explain) { padding: 0 !important; }
-.valm-explain .error { border-left: 4px solid var(--orange); padding: .5rem 0 .5rem 1rem; margin: 1rem 0; }
+.valm-explain .error { border-left: 4px solid var(--orange); padding: .1rem 0 .1rem 1rem; margin: 0; }
+#error:not(:has(.error)) { display: none; }
 .valm-explain h1 { font-size: 1.35rem; font-weight: 650; letter-spacing: -.01em; margin: 0; }
 """
 
@@ -148,20 +152,24 @@ class App:
         if images == RANDOM:
             return f"{self.name}, {k} random images", Reader(self.model, self.tokenizer, ShownRandomImages(of_kb, 0))
         if not uploads:
-            raise ValmError("there are no uploaded images yet: add some below")
+            raise ValmError("there are no uploaded images yet: add some in More controls")
         given = GivenImages([Path(file) for file in uploads], of_kb)
         return f"{self.name}, uploaded images", Reader(self.model, self.tokenizer, given)
 
-    def show(self, head: int, *arguments: Any) -> str:
-        """The result of `explain` as HTML, or the error in one sentence. head: 0 = the mean of all."""
+    def show(self, head: int, *arguments: Any) -> tuple[str, str]:
+        """The result of `explain` and the error in one sentence, as HTML; one of the two is empty.
+
+        Args:
+            head: from 1 on; 0 for the mean of all.
+        """
         try:
             body = render_body(self.explain(*arguments), head - 1 if head else None)
         except BaseException as error:
             if not isinstance(error, ValmError) and not is_panic(error):
                 raise
             reason = str(error) if isinstance(error, ValmError) else f"{PANIC}: {error}"
-            body = f'<p class="error" role="alert">{escape(reason)}</p>'
-        return f'<div class="valm-explain">{body}</div>'
+            return "", f'<div class="valm-explain"><p class="error" role="alert">{escape(reason)}</p></div>'
+        return f'<div class="valm-explain">{body}</div>', ""
 
     def blocks(self) -> Any:
         """The app as Gradio's Blocks.
@@ -186,46 +194,47 @@ class App:
                 with gradio.Column(scale=1, min_width=300):
                     prompt = gradio.Textbox(stops[0].prompt, label="Prompt", lines=2, elem_id="prompt")
                     images = gradio.Radio(self.choices, value=self.choices[0], label="Images", elem_id="images")
-                    k = gradio.Slider(
-                        1,
-                        self._max_images(),
-                        value=max(options.num_images, 1),
-                        step=1,
-                        label="K, images of a token",
-                        visible=has_kb,
-                        elem_id="k",
-                    )
-                    uploads = gradio.File(
-                        label="Your own images",
-                        file_count="multiple",
-                        file_types=["image"],
-                        height=150,
-                        visible=has_kb,
-                        elem_id="uploads",
-                    )
-                    shown_beside = gradio.CheckboxGroup(
-                        beside, value=beside, label="Beside it", visible=len(self.choices) > 1 or len(beside) > 1
-                    )
-                    answers = gradio.Textbox(
-                        label="Answers, with commas between them (else the likeliest)", elem_id="answers"
-                    )
-                    head = gradio.Dropdown(
-                        [("all heads, their mean", 0), *((f"head {number}", number) for number in range(1, heads + 1))],
-                        value=0,
-                        label="Attention of",
-                        elem_id="head",
-                    )
                     run = gradio.Button("Explain", variant="primary", elem_id="run")
+                    error = gradio.HTML(elem_id="error", apply_default_css=False, js_on_load=None)
+                    with gradio.Accordion("More controls", elem_id="more"):
+                        k = gradio.Slider(
+                            1,
+                            self._max_images(),
+                            value=max(options.num_images, 1),
+                            step=1,
+                            label="K, images a token",
+                            visible=has_kb,
+                            elem_id="k",
+                        )
+                        uploads = gradio.File(
+                            label="Your own images",
+                            file_count="multiple",
+                            file_types=["image"],
+                            height=150,
+                            visible=has_kb,
+                            elem_id="uploads",
+                        )
+                        shown_beside = gradio.CheckboxGroup(
+                            beside, value=beside, label="Beside it", visible=len(self.choices) > 1 or len(beside) > 1
+                        )
+                        answers = gradio.Textbox(
+                            label="Answers, with commas between them (else the likeliest)", elem_id="answers"
+                        )
+                        every_head = ((f"head {number}", number) for number in range(1, heads + 1))
+                        head = gradio.Dropdown(
+                            [("all heads, their mean", 0), *every_head], value=0, label="Attention of", elem_id="head"
+                        )
                 with gradio.Column(scale=3, min_width=320):
-                    with gradio.Row():
+                    with gradio.Row(equal_height=True):
                         buttons = [gradio.Button(stop.name, size="sm", min_width=90) for stop in stops]
                     hint = gradio.Markdown("A tour of three examples, or a prompt of your own.", elem_id="hint")
                     output = gradio.HTML(elem_id="explanation", apply_default_css=False, js_on_load=None)
             inputs = [head, prompt, images, k, uploads, answers, shown_beside]
-            update = {"fn": self.show, "inputs": inputs, "outputs": output, "api_visibility": "private"}
-            # a change during a computation is not lost
-            update["trigger_mode"] = "always_last"
+            update = {"fn": self.show, "inputs": inputs, "outputs": [output, error], "show_progress_on": output}
+            # always_last: a change during a computation is not lost
+            update |= {"api_visibility": "private", "trigger_mode": "always_last"}
             changes = [prompt.submit, answers.submit, images.input, k.release, shown_beside.input, head.input]
+            blocks.load(js=FOLD_ON_PHONES)
             gradio.on([blocks.load, run.click, *changes], **update)
             uploads.upload(lambda: UPLOADED, outputs=images, api_visibility="private").then(**update)
             for button, stop in zip(buttons, stops, strict=True):

@@ -87,15 +87,15 @@ def test_wrong_input_is_one_sentence(app, tmp_path):
         ({"answers": "red,,blue"}, "the answer &#x27;&#x27; has no tokens"),
     ):
         usual = {"prompt": TEXT, "images": "retrieved", "k": 3, "uploads": None, "answers": "", "beside": ()}
-        shown = app.show(0, *(usual | arguments).values())
-        assert sentence in shown and shown.count("<p") == 1 and 'role="alert"' in shown
+        explanation, shown = app.show(0, *(usual | arguments).values())
+        assert explanation == "" and sentence in shown and shown.count("<p") == 1 and 'role="alert"' in shown
 
 
 def test_a_panic_of_the_tokenizer_is_one_sentence(app, monkeypatch):
     endless = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     endless.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$"), behavior="isolated")
     monkeypatch.setattr(app, "explain", lambda prompt: endless.encode(prompt))
-    assert "a tokenizer stopped; its tokenizer.json is damaged" in app.show(0, "a" * 200 + "b")
+    assert "a tokenizer stopped; its tokenizer.json is damaged" in app.show(0, "a" * 200 + "b")[1]
 
 
 def test_without_gradio_there_is_one_sentence(app, monkeypatch):
@@ -180,6 +180,10 @@ def test_the_app_in_a_browser(browser, served, tmp_path):
         expect(explanation.locator(".label").first).to_contain_text("Images of “the”", timeout=60_000)
         shows("valm, 3 retrieved images", "gpt2")
         assert page.evaluate("document.documentElement.scrollWidth") == width
+        expect(page.locator("#k")).to_be_visible(visible=width > 640)  # a phone begins with it folded
+        if width < 640:
+            page.get_by_role("button", name="More controls").click()
+            expect(page.locator("#k")).to_be_visible()
         background = page.evaluate("getComputedStyle(document.querySelector('#explanation .answers th')).color")
         assert (background == "rgb(228, 231, 235)") == (scheme == "dark")
         page.locator("#images").get_by_label("random").check()
@@ -195,9 +199,12 @@ def test_the_app_in_a_browser(browser, served, tmp_path):
         page.locator("#answers textarea").fill("")
         page.locator("#prompt textarea").fill(" ")
         page.locator("#run").click()
-        expect(explanation).to_contain_text("the prompt is empty", timeout=60_000)
+        error = page.locator("#error")
+        expect(error).to_contain_text("the prompt is empty", timeout=60_000)
+        assert 0 < error.bounding_box()["y"] - page.locator("#run").bounding_box()["y"] < 100  # below the button
         page.get_by_role("button", name="3. No images").click()
         shows("valm, 3 retrieved images", "valm, no images", "gpt2")
+        expect(error).to_be_hidden()
         assert "without looking" in page.locator("#hint").inner_text()
         context.close()
     assert errors == []
