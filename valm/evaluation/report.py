@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 
+from valm.evaluation.charts import axes, charts
 from valm.evaluation.published import TABLE_5, TABLE_7, TABLES
 from valm.evaluation.questions import FAIR, PUBLISHED, TASKS
 from valm.evaluation.suite import RESULTS
@@ -27,6 +28,22 @@ TITLES = {
     2: "Table 2: colour, shape and size, accuracy in percent",
     4: "Table 4: language understanding, accuracy in percent",
     5: "Table 5: language modelling",
+}
+# Columns of the tables of language modelling: title, task, metric.
+PERPLEXITIES = {
+    PUBLISHED: (
+        ("perplexity", "wikitext103", "perplexity"),
+        ("perplexity", "lambada", "perplexity"),
+        ("accuracy", "lambada", "accuracy"),
+    ),
+    FAIR: (
+        ("per word", "wikitext103", "word_perplexity"),
+        ("per byte", "wikitext103", "byte_perplexity"),
+        ("per word", "lambada", "word_perplexity"),
+        ("per byte", "lambada", "byte_perplexity"),
+        ("last word", "lambada", "target_perplexity"),
+        ("accuracy", "lambada", "accuracy"),
+    ),
 }
 # Metrics of the details, in their order, and how they are called.
 DETAILS = {
@@ -130,10 +147,14 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def page(results: Mapping[str, Any]) -> str:
-    """The same as one HTML page, which needs nothing else. All names are escaped."""
+    """The same with charts as one HTML page, which needs nothing else. All names are escaped."""
     environment = Environment(loader=PackageLoader("valm.evaluation", "templates"), autoescape=select_autoescape())
     template = environment.get_template("report.html")
-    return template.render(tables=tables(results), conditions=conditions(results))
+    drawn = charts(results)
+    titles = {name: task.title for name, task in TASKS.items()}
+    return template.render(
+        charts=drawn, axes=axes(drawn), titles=titles, tables=tables(results), conditions=conditions(results)
+    )
 
 
 def conditions(results: Mapping[str, Any]) -> list[str]:
@@ -177,12 +198,33 @@ def _find(results: Mapping[str, Any], model: str, task: str, protocol: str) -> M
     return None
 
 
+def _items(results: Mapping[str, Any], protocol: str) -> dict[str, int]:
+    """The tasks that were asked in this protocol, and of how many items."""
+    return {row["task"]: row["items"] for row in results["rows"] if row["protocol"] == protocol}
+
+
+def _title(task: str, items: Mapping[str, int]) -> str:
+    return f"{TASKS[task].title}, {items[task]:,} items"
+
+
+def _published_rows(
+    rows: Mapping[str, tuple[float, ...]], tasks: Sequence[str], asked: Container[str]
+) -> list[tuple[str, ...]]:
+    """Published rows, one value for each of `tasks`, as texts without those that were not asked."""
+    return [
+        (f"{name} (paper)", *(f"{value:.2f}" for task, value in zip(tasks, values, strict=True) if task in asked))
+        for name, values in rows.items()
+    ]
+
+
 def _accuracies(results: Mapping[str, Any], number: int, protocol: str) -> Table:
-    tasks, published = TABLES[number]
+    every, published = TABLES[number]
+    items = _items(results, protocol)
+    tasks = [task for task in every if task in items]
     rows: list[tuple[str, ...]] = []
     groups = []
     if protocol == PUBLISHED:
-        rows += [(f"{name} (paper)", *(f"{value:.2f}" for value in values)) for name, values in published.items()]
+        rows += _published_rows(published, every, items)
         groups += ["published"] * len(published)
     for name in _models(results):
         metrics = [_find(results, name, task, protocol) for task in tasks]
@@ -194,7 +236,7 @@ def _accuracies(results: Mapping[str, Any], number: int, protocol: str) -> Table
     groups.append("baseline")
     return Table(
         f"{TITLES[number]}, {protocol} protocol",
-        ("model", *(TASKS[task].title for task in tasks)),
+        ("model", *(_title(task, items) for task in tasks)),
         tuple(rows),
         tuple(groups),
         "The paper's prompts and scoring with their known faults." if protocol == PUBLISHED else "",
@@ -202,26 +244,13 @@ def _accuracies(results: Mapping[str, Any], number: int, protocol: str) -> Table
 
 
 def _perplexities(results: Mapping[str, Any], protocol: str) -> Table:
-    columns: tuple[tuple[str, str, str], ...]
-    if protocol == PUBLISHED:
-        columns = (
-            ("WikiText-103, perplexity", "wikitext103", "perplexity"),
-            ("LAMBADA, perplexity", "lambada", "perplexity"),
-            ("LAMBADA, accuracy", "lambada", "accuracy"),
-        )
-    else:
-        columns = (
-            ("WikiText-103, per word", "wikitext103", "word_perplexity"),
-            ("per byte", "wikitext103", "byte_perplexity"),
-            ("LAMBADA, per word", "lambada", "word_perplexity"),
-            ("per byte", "lambada", "byte_perplexity"),
-            ("last word", "lambada", "target_perplexity"),
-            ("LAMBADA, accuracy", "lambada", "accuracy"),
-        )
+    items = _items(results, protocol)
+    every = PERPLEXITIES[protocol]
+    columns = [column for column in every if column[1] in items]
     rows: list[tuple[str, ...]] = []
     groups = []
     if protocol == PUBLISHED:
-        rows += [(f"{name} (paper)", *(f"{value:.2f}" for value in values)) for name, values in TABLE_5.items()]
+        rows += _published_rows(TABLE_5, [task for _, task, _ in every], items)
         groups += ["published"] * len(TABLE_5)
     for name in _models(results):
         cells = []
@@ -233,7 +262,7 @@ def _perplexities(results: Mapping[str, Any], protocol: str) -> Table:
             groups.append("ours")
     return Table(
         f"{TITLES[5]}, {protocol} protocol",
-        ("model", *(title for title, _, _ in columns)),
+        ("model", *(f"{_title(task, items)}: {title}" for title, task, _ in columns)),
         tuple(rows),
         tuple(groups),
         "Perplexity per token of each model's own tokenizer; not the same text as the paper's (see the conditions)."
@@ -244,7 +273,8 @@ def _perplexities(results: Mapping[str, Any], protocol: str) -> Table:
 
 def _further(results: Mapping[str, Any]) -> Table:
     """The tasks that the paper has not."""
-    tasks = [task["task"] for task in results["tasks"] if task["table"] is None and task["group"] != "lm"]
+    items = _items(results, FAIR)
+    tasks = [task for task in items if TASKS[task].table is None and TASKS[task].group != "lm"]
     rows, groups = [], []
     for name in _models(results):
         metrics = [_find(results, name, task, FAIR) for task in tasks]
@@ -253,7 +283,7 @@ def _further(results: Mapping[str, Any]) -> Table:
             groups.append("ours")
     baselines = [_baseline(results, task, FAIR) for task in tasks]
     rows.append(("always the commonest answer", *(_share(one) for one in baselines)))
-    columns = ("model", *(TASKS[task].title for task in tasks))
+    columns = ("model", *(_title(task, items) for task in tasks))
     return Table(
         "Sets that the paper has not, accuracy in percent, fair protocol",
         columns,
@@ -311,16 +341,19 @@ def _details(results: Mapping[str, Any]) -> Table:
 
 
 def _cost(results: Mapping[str, Any]) -> Table:
-    published = [(f"{name} (paper)", *(f"{value:.2f}" for value in row)) for name, row in TABLE_7.items()]
+    every = TABLES[2][0]
+    items = _items(results, PUBLISHED)
+    tasks = [task for task in every if task in items]
+    published = _published_rows(TABLE_7, [*every, "live"], [*tasks, "live"])
     rows: list[tuple[str, ...]] = [(*row[:-1], MISSING, row[-1]) for row in published]
     cost = results.get("cost", [])
     for row in cost:
-        cells = [_percent(row["metrics"].get(task), "accuracy") for task in TABLES[2][0]]
+        cells = [_percent(row["metrics"].get(task), "accuracy") for task in tasks]
         of = f"{row['model']}, {row['knowledge_base']}, {row['images']:,}"
         rows.append((of, *cells, f"{row['cached']:.2f}", f"{row['live']:.2f}"))
     return Table(
         "Table 7: images, accuracy in percent (published protocol), and time of a forward pass over the same without",
-        ("images", *(TASKS[task].title for task in TABLES[2][0]), "retrieved before", "retrieving"),
+        ("images", *(_title(task, items) for task in tasks), "retrieved before", "retrieving"),
         tuple(rows),
         ("published",) * len(published) + ("ours",) * len(cost),
         "Time relative to the same model without images (K = 0).",

@@ -2,6 +2,8 @@
 
 from html.parser import HTMLParser
 
+import pytest
+
 from valm.evaluation.published import TABLES
 from valm.evaluation.report import MISSING, markdown, page, tables, write_report
 
@@ -35,12 +37,15 @@ def results(model="ours", **more):
 
 def test_ours_stands_below_the_published_rows():
     table2, table5, details = tables(results())
-    assert table2.columns == ("model", "MemoryColor", "ColorTerms", "ObjectShape", "RelativeSize")
-    assert table2.rows[0] == ("GPT-2* (paper)", "44.14", "39.10", "51.09", "47.22")
-    assert table2.rows[len(TABLES[2][1])] == ("ours", "50.0 [25.0, 50.0]", MISSING, MISSING, MISSING)
-    assert table2.rows[-1] == ("always the commonest answer", "25.00", MISSING, MISSING, MISSING)
+    # the tasks that were asked: ours has no number for the second, the others are not shown
+    assert table2.columns == ("model", "MemoryColor, 4 items", "RelativeSize, 4 items")
+    assert table2.rows[0] == ("GPT-2* (paper)", "44.14", "47.22")
+    assert table2.rows[len(TABLES[2][1])] == ("ours", "50.0 [25.0, 50.0]", MISSING)
+    assert table2.rows[-1] == ("always the commonest answer", "25.00", MISSING)
     assert table2.groups == ("published",) * 8 + ("ours", "baseline")
-    assert table5.rows[-1] == ("ours", MISSING, "40.5 [20.25, 40.5]", "40.0 [20.0, 40.0]")
+    assert table5.columns == ("model", "LAMBADA, 4 items: perplexity", "LAMBADA, 4 items: accuracy")
+    assert table5.rows[0] == ("GPT-2* (paper)", "42.46", "42.17")
+    assert table5.rows[-1] == ("ours", "40.5 [20.25, 40.5]", "40.0 [20.0, 40.0]")
     assert details.rows[0][:5] == ("ours", "MemoryColor", "published", "4 × 2", "50.0 [25.0, 50.0]")
 
 
@@ -105,5 +110,39 @@ def test_table_7_has_time_and_accuracy_for_each_size():
          "metrics": {"memory_color": {"accuracy": estimate(0.5)}}}
     ]  # fmt: skip
     table = tables(results(cost=cost))[-1]
-    assert table.rows[0] == ("200M (paper)", "53.99", "52.66", "62.77", "85.03", MISSING, "2.06")
-    assert table.rows[-1] == ("ours, kb, 1,000", "50.0 [25.0, 50.0]", MISSING, MISSING, MISSING, "1.20", "2.25")
+    assert table.rows[0] == ("200M (paper)", "53.99", "85.03", MISSING, "2.06")
+    assert table.rows[-1] == ("ours, kb, 1,000", "50.0 [25.0, 50.0]", MISSING, "1.20", "2.25")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_in_a_browser(browser, tmp_path, width, scheme):
+    """Nothing is wider than the screen, nothing is asked of the network, and the colours follow the scheme."""
+    long = results("a model with a long name")
+    second = row("another model", "memory_color", "published", accuracy=estimate(0.5))
+    about = {"first": "x", "second": "another model", "task": "memory_color", "protocol": "published"}
+    long["pairs"] = [about | {"metric": "accuracy", "value": 0.2, "low": -0.1, "high": 0.3, "p": 0.5}]
+    long["rows"].append(second)
+    (tmp_path / "page.html").write_text(page(long))
+    shown = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    requests = []
+    shown.on("request", lambda request: requests.append(request.url))
+    shown.goto((tmp_path / "page.html").as_uri())
+    assert shown.evaluate("document.documentElement.scrollWidth") == width
+    background = shown.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (background == "rgb(20, 23, 28)") == (scheme == "dark")
+    scrolls = "tables => tables.map(table => table.scrollWidth > table.clientWidth)"
+    says = "tables => tables.map(table => parseFloat(getComputedStyle(table, '::before').height) > 10)"
+    tables = shown.get_by_role("region")
+    assert tables.evaluate_all(scrolls) == tables.evaluate_all(says) and True in tables.evaluate_all(says)
+    table = shown.get_by_role("region", name="Every number")
+    first = table.locator("tbody th").first
+    before = first.bounding_box()
+    table.evaluate("element => element.scrollLeft = 200")
+    assert first.bounding_box() == before  # the first column stays
+    plots = shown.locator("tr", has_text="another model").first.locator(".plot")
+    boxes = [(plots.nth(n).bounding_box(), plots.nth(n).locator(".point").bounding_box()) for n in range(2)]
+    shares = [(point["x"] + 4 - plot["x"]) / plot["width"] for plot, point in boxes]
+    assert shares == [pytest.approx(0.5 / 0.5, abs=0.02), pytest.approx(0.3 / 0.4, abs=0.02)]
+    assert len(requests) == 1
+    shown.close()

@@ -1,0 +1,125 @@
+"""The charts of the evaluation's report: every model on each task, and the first one's difference to each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from valm.evaluation.statistics import Estimate
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What an axis shows: results times `factor`, written as `digits` says."""
+
+    title: str
+    factor: float
+    digits: str
+    from_zero: bool = True
+
+    def estimate(self, result: Mapping[str, float]) -> Estimate:
+        return Estimate(*(self.factor * result[name] for name in ("value", "low", "high")))
+
+    def text(self, estimate: Estimate) -> str:
+        value, low, high = (format(number, self.digits) for number in (estimate.value, estimate.low, estimate.high))
+        return f"{value} [{low}, {high}]"
+
+
+# A chart shows the first of these that a task has.
+METRICS = {
+    "accuracy": Quantity("accuracy in percent", 100, ".1f"),
+    "word_perplexity": Quantity("perplexity per word", 1, ".4g", from_zero=False),
+    "perplexity": Quantity("perplexity per token", 1, ".4g", from_zero=False),
+}
+DIFFERENCES = {
+    "accuracy": Quantity("points", 100, "+.1f"),
+    "nats per byte": Quantity("nats per byte", 1, "+.4f"),
+}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One task in one protocol.
+
+    rows: of each model its name, its number, and by how much `first` is above it, None without a comparison.
+    difference: what the comparisons are of; None without any.
+    majority: the accuracy of always giving the commonest answer, in percent; None where there is none.
+    """
+
+    task: str
+    protocol: str
+    items: int
+    quantity: Quantity
+    rows: tuple[tuple[str, Estimate, Estimate | None], ...]
+    first: str
+    difference: Quantity | None
+    majority: float | None
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A scale from `start` to `end`."""
+
+    start: float
+    end: float
+
+    def place(self, value: float) -> float:
+        """Where a number is, in percent of the axis."""
+        return 100 * (value - self.start) / (self.end - self.start)
+
+
+def charts(results: Mapping[str, Any]) -> list[Chart]:
+    """A chart for each task and protocol in which a model has a number."""
+    panels: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in results["rows"]:
+        if "not_applicable" not in row:
+            panels.setdefault((row["task"], row["protocol"]), []).append(row)
+    found = []
+    for (task, protocol), rows in panels.items():
+        metric = next(name for name in METRICS if name in rows[0]["metrics"])
+        pairs = {p["second"]: p for p in results["pairs"] if (p["task"], p["protocol"]) == (task, protocol)}
+        difference = DIFFERENCES[next(iter(pairs.values()))["metric"]] if pairs else None
+        baselines = rows[0]["metrics"].get("baselines")
+        found.append(
+            Chart(
+                task,
+                protocol,
+                rows[0]["items"],
+                METRICS[metric],
+                tuple(
+                    (
+                        row["model"],
+                        METRICS[metric].estimate(row["metrics"][metric]),
+                        difference.estimate(pairs[row["model"]]) if difference and row["model"] in pairs else None,
+                    )
+                    for row in rows
+                ),
+                rows[0]["model"],
+                difference,
+                100 * baselines["majority"] if baselines and baselines["constants"] else None,
+            )
+        )
+    return found
+
+
+def axes(charts: Sequence[Chart]) -> dict[Quantity, Axis]:
+    """One axis for each quantity, with all its numbers in all charts, so that equal lengths are equal numbers."""
+    numbers: dict[Quantity, list[float]] = {}
+    for chart in charts:
+        for _, number, difference in chart.rows:
+            for quantity, estimate in ((chart.quantity, number), (chart.difference, difference)):
+                if quantity is not None and estimate is not None:
+                    numbers.setdefault(quantity, []).extend((estimate.low, estimate.value, estimate.high))
+        if chart.majority is not None:
+            numbers[chart.quantity].append(chart.majority)
+    return {quantity: _axis([0.0, *values] if quantity.from_zero else values) for quantity, values in numbers.items()}
+
+
+def _axis(values: Sequence[float]) -> Axis:
+    """From the round number below the smallest to that above the largest."""
+    low, high = min(values), max(values)
+    step = 10.0 ** math.floor(math.log10((high - low) or 1))
+    start, end = math.floor(low / step) * step, math.ceil(high / step) * step
+    return Axis(start, end if end > start else start + step)
