@@ -74,10 +74,10 @@ def _counts(counts: Mapping[str, int]) -> str:
 
 
 def svg(figure: Figure) -> Markup:
-    """The figure as an SVG element, its texts as text."""
+    """The figure as an SVG element, its texts as text, its ink as the page's."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg")
-    text = buffer.getvalue()
+    figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight")
+    text = buffer.getvalue().replace(plots.INK, "var(--ink)").replace(plots.FAINT, "var(--faint)")
     return Markup(text[text.index("<svg") :])
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from valm.explain.explanation import Explanation
-from valm.explain.plots import FAINT, INK, SERIES, new_figure, quiet
+from valm.explain.plots import FAINT, INK, SERIES, new_figure, quiet, transparent_to
 from valm.store.files import output_file
 from valm.text import printable
 
@@ -115,7 +115,7 @@ def _draw_attention(figure: Figure, explanation: Explanation, largest_image: flo
     else:
         text_axes = figure.subplots()
     causal = np.ma.masked_where(np.triu(np.ones((rows, rows), bool), 1), text_weights)
-    heat = text_axes.imshow(causal, cmap="Blues", vmin=0, vmax=1, aspect="equal")
+    heat = text_axes.imshow(causal, cmap=transparent_to(SERIES[0]), vmin=0, vmax=1, aspect="equal")
     scale = figure.colorbar(heat, ax=text_axes, ticks=[0, 0.5, 1], format="{x:.0%}", shrink=0.6, aspect=12)
     scale.set_label("share of the attention", color=INK, fontsize=9)
     scale.outline.set_visible(False)
@@ -148,7 +148,8 @@ def _draw_images(axes: Axes, explanation: Explanation, weights: np.ndarray, larg
                     alpha=0.15 + 0.85 * share,
                     interpolation="none",
                 )
-            axes.plot([left, left + 0.92 * share], [bottom] * 2, color=SERIES[0], linewidth=2.5)
+            bar = [left, left + 0.92 * share]
+            axes.plot(bar, [bottom] * 2, color=SERIES[0], linewidth=2.5, solid_capstyle="butt")
         axes.text(slots - 0.4, row, f"{weights[row].sum():.0%}", va="center", fontsize=9, color=INK)
     axes.set_xticks([])
     axes.set_yticks([])

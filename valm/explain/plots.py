@@ -11,6 +11,7 @@ from valm.errors import ValmError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
 INK = "#23272e"
@@ -33,6 +34,7 @@ def new_figure(width: float, height: float) -> Figure:
     matplotlib.rcParams["svg.fonttype"] = "none"
     matplotlib.rcParams["font.family"] = "sans-serif"
     matplotlib.rcParams["text.parse_math"] = False  # a token may be $$
+    matplotlib.rcParams["text.color"] = matplotlib.rcParams["axes.labelcolor"] = INK
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -58,10 +60,17 @@ def loss_curves(curves: Mapping[str, Sequence[float]], *, window: int = 10) -> F
     return figure
 
 
+def transparent_to(color: str) -> Colormap:
+    """A color map for light and dark paper."""
+    from matplotlib.colors import LinearSegmentedColormap, to_rgba
+
+    return LinearSegmentedColormap.from_list(color, [to_rgba(color, 0.0), to_rgba(color, 1.0)])
+
+
 def quiet(axes: Axes) -> None:
     """Removes the frame and sets the colours of the other figures."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
         axes.spines[side].set_color(FAINT)
-    axes.tick_params(colors=INK, labelsize=9)
+    axes.tick_params(which="both", colors=INK, labelsize=9)

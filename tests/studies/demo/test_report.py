@@ -79,6 +79,10 @@ def test_a_phone_and_a_desk_show_all_of_it(tmp_path, exhibits, browser, width, s
     assert page.evaluate("document.documentElement.scrollWidth") == width  # nothing is cut off, nothing scrolls
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (max(map(int, re.findall(r"\d+", background)[:3])) < 80) == (scheme == "dark")
+    ink = page.locator("svg text").evaluate_all("texts => [...new Set(texts.map(text => getComputedStyle(text).fill))]")
+    assert ink == ["rgb(228, 231, 235)" if scheme == "dark" else "rgb(35, 39, 46)"]
+    says = "element => parseFloat(getComputedStyle(element, '::before').height) > 10"
+    assert page.locator(".paper.wide").evaluate(says) == (width == 390)
     context.close()
 
 
