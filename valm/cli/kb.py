@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 SKIPPED_SHOWN = 10
 FOUND_SHOWN = 8  # images that a search lists
+MISSING_SHOWN = 20  # characters that no font has
 CAPTION_SHOWN = 100  # characters
 MAX_COMPARED = 1_000_000  # images up to which a build looks for duplicates; `kb dedupe` takes any number
 COLUMNS = ("image_column", "caption_column")
@@ -392,7 +393,7 @@ def print_kb(kb: ImageKnowledgeBase) -> None:
 def run_search(arguments: argparse.Namespace) -> None:
     from PIL import Image
 
-    from valm.knowledge_base.contact_sheet import contact_sheet
+    from valm.knowledge_base.contact_sheet import caption_of, contact_sheet, undrawable
     from valm.knowledge_base.store import ImageKnowledgeBase
     from valm.retrieval.context import ContextEncoder
     from valm.retrieval.retriever import Retriever
@@ -420,7 +421,14 @@ def run_search(arguments: argparse.Namespace) -> None:
             caption = item.caption.splitlines()[0] if item.caption else ""
             print(f"{score:7.4f}  {printable(item.uri)}  {printable(shortened(caption))}")
     if arguments.sheet is not None:
-        sheet = contact_sheet(kb, results, arguments.text or str(arguments.image))
+        title = arguments.text or str(arguments.image)
+        sheet = contact_sheet(kb, results, title)
+        if missing := undrawable(title + "".join(caption_of(item) for _, item in results)):
+            print(
+                f"no font of this machine has {printable(missing[:MISSING_SHOWN])}: {arguments.sheet} has question "
+                "marks instead; install a font that has them (matplotlib brings DejaVu), or take --json",
+                file=sys.stderr,
+            )
         with output_file(arguments.sheet) as temporary:
             sheet.save(temporary, picture_format)
 

@@ -79,6 +79,9 @@ def test_kb_search_draws_a_contact_sheet(world, tmp_path, capsys):
     (tmp_path / "link.jpg").symlink_to("there.jpg")
     assert run("kb", "search", world / "kb", "the apple", "--sheet", tmp_path / "link.jpg") == 0
     assert (tmp_path / "link.jpg").is_symlink() and Image.open(tmp_path / "there.jpg").format == "JPEG"
+    assert "no font" not in capsys.readouterr().err
+    assert run("kb", "search", world / "kb", "the \U0010ffff", "--sheet", tmp_path / "sheet.png") == 0
+    assert "no font of this machine has \\U0010ffff: " in capsys.readouterr().err
 
 
 def test_kb_verify_and_merge(world, tmp_path, capsys):
