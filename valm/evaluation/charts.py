@@ -35,7 +35,7 @@ METRICS = {
 }
 DIFFERENCES = {
     "accuracy": Quantity("points", 100, "+.1f"),
-    "nats per byte": Quantity("nats per byte", 1, "+.4f"),
+    "nats per byte": Quantity("nats per byte (less is better)", 1, "+.3f"),
 }
 
 

@@ -41,9 +41,6 @@ class Stop(NamedTuple):
     hint: str
 
 
-# Phones begin with the further controls closed, so that the answers are near the button.
-FOLD_ON_PHONES = "() => { if (innerWidth < 640) document.querySelector('#more > button').click() }"
-
 TOUR = (
     Stop(
         "1. What it looks at",
@@ -65,6 +62,9 @@ TOUR = (
         "The text alone: what the model would say without looking.",
     ),
 )
+
+# Phones begin with the further controls closed, so that the answers are near the button.
+FOLD_ON_PHONES = "() => { if (innerWidth < 640) document.querySelector('#more > button').click() }"
 
 CSS = """
 .gradio-container { max-width: 84rem !important; margin: 0 auto !important; }

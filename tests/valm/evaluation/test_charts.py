@@ -41,7 +41,7 @@ def test_a_chart_has_every_model_and_its_difference_to_the_first():
     assert colors.quantity.text(own) == "50.0 [40.0, 62.0]"
     assert colors.difference.text(difference) == "+37.5 [+30.0, +45.0]"
     assert words.quantity is METRICS["word_perplexity"] and words.majority is None
-    assert words.difference.text(words.rows[1][2]) == "-0.0100 [-0.0200, +0.0050]"
+    assert words.difference.text(words.rows[1][2]) == "-0.010 [-0.020, +0.005]"
 
 
 def test_one_model_has_no_difference():

@@ -122,7 +122,11 @@ def test_the_page_in_a_browser(browser, tmp_path, width, scheme):
     second = row("another model", "memory_color", "published", accuracy=estimate(0.5))
     about = {"first": "x", "second": "another model", "task": "memory_color", "protocol": "published"}
     long["pairs"] = [about | {"metric": "accuracy", "value": 0.2, "low": -0.1, "high": 0.3, "p": 0.5}]
-    long["rows"].append(second)
+    words = estimate(40.0)
+    long["rows"] += [second, row("ours", "wikitext103", "fair", word_perplexity=words, perplexity=words)]
+    long["rows"].append(row("another model", "wikitext103", "fair", word_perplexity=words, perplexity=words))
+    wide = {"metric": "nats per byte", "value": -0.011, "low": -0.222, "high": -0.001, "p": 0.5}
+    long["pairs"].append(about | wide | {"task": "wikitext103", "protocol": "fair"})
     (tmp_path / "page.html").write_text(page(long))
     shown = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
     requests = []
