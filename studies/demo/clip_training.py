@@ -11,19 +11,10 @@ from transformers import PreTrainedTokenizerFast
 from studies.demo.corpus import caption
 from studies.demo.things import Thing, drawing_tensor, random_views
 from valm.clip.clip import Clip
-from valm.training.clip import train_clip
+from valm.training.clip import SMALL, SMALL_CONFIG, SMALL_MAX_LOGIT_SCALE, new_clip, train_clip
 
-IMAGE_SIZE = 64
+IMAGE_SIZE = SMALL_CONFIG["model_cfg"]["vision_cfg"]["image_size"]
 DRAWING_SIZE = 96  # the resolution that views are taken from
-MODEL_CFG = {
-    "embed_dim": 128,
-    "vision_cfg": {"image_size": IMAGE_SIZE, "patch_size": 16, "layers": 2, "width": 128, "head_width": 32},
-    "text_cfg": {"context_length": 32, "layers": 2, "width": 128, "heads": 4},
-}
-# Pixels from -1 to 1.
-PREPROCESS_CFG = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-# With few pictures an unlimited temperature keeps growing when there is nothing left to learn.
-MAX_LOGIT_SCALE = 50.0
 
 
 def train_demo_clip(
@@ -36,20 +27,20 @@ def train_demo_clip(
     lr: float = 1e-3,
     progress: bool = True,
 ) -> tuple[Clip, list[float]]:
-    """Trains a CLIP of MODEL_CFG on fresh views and fresh captions of different things in every step.
+    """Trains a small CLIP on fresh views and fresh captions of different things in every step.
 
     Returns:
         The CLIP, and the loss of each step.
     """
     torch.manual_seed(seed)
-    clip = Clip.create(MODEL_CFG, tokenizer, preprocess_cfg=PREPROCESS_CFG, name="valm-demo-clip")
-    clip.model.requires_grad_(True)
+    clip = new_clip(SMALL, tokenizer=tokenizer)
+    clip.name = "valm-demo-clip"
     losses = train_clip(
         clip,
         _captioned_views(things, min(batch_size, len(things)), seed),
         steps=steps,
         lr=lr,
-        max_logit_scale=MAX_LOGIT_SCALE,
+        max_logit_scale=SMALL_MAX_LOGIT_SCALE,
         progress="CLIP" if progress else None,
     )
     return clip, losses

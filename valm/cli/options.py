@@ -135,6 +135,13 @@ def share(text: str) -> float:
     return value
 
 
+def above_zero(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value
+
+
 def score(text: str) -> float | str:
     return text if text == "auto" else float(text)
 

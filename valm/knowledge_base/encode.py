@@ -101,16 +101,19 @@ class _Decoded:
     thumbnail: bytes | None = None
 
 
+def decoding_workers(images: int) -> int:
+    """How many processes decode so many images, 0 for this one."""
+    # torch's threads, not the machine's cores: a Ray task has only some of those
+    return min(torch.get_num_threads(), MAX_WORKERS) if images >= WORKERS_FROM_IMAGES else 0
+
+
 def encode_records(records: list[Record], clip: Clip, encoding: Encoding, progress: Progress) -> EncodedShard:
     """Decodes and encodes the images of `records`; damaged ones are skipped and listed.
 
     Raises:
         ValmError: a transient error (`is_transient`) while an image is read.
     """
-    workers = encoding.workers
-    if workers is None:
-        # torch's threads, not the machine's cores: a Ray task has only some of those
-        workers = min(torch.get_num_threads(), MAX_WORKERS) if len(records) >= WORKERS_FROM_IMAGES else 0
+    workers = decoding_workers(len(records)) if encoding.workers is None else encoding.workers
     progress.begin(len(records))
     vectors = [np.empty((0, clip.embed_dim), np.float32)]
     items: list[dict[str, Any]] = []

@@ -320,6 +320,9 @@ class AugmentedCausalLM(ImageModel):
     def keep_min_score(self, value: float | None) -> None:
         self.config.valm["min_score"] = value
 
+    def keep_num_images(self, value: int) -> None:
+        self.config.valm["num_images"] = value
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any) -> Any:
         """`PreTrainedModel.from_pretrained` of a whole folder.

@@ -102,6 +102,9 @@ class VaLMForCausalLM(AugmentedCausalLM, GPT2LMHeadModel):
     def keep_min_score(self, value: float | None) -> None:
         self.config.min_score = value
 
+    def keep_num_images(self, value: int) -> None:
+        self.config.num_images = value
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any) -> Any:
         """`PreTrainedModel.from_pretrained`, also of what an earlier version saved (`converted_weights`)."""

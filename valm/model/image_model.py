@@ -25,6 +25,7 @@ from valm.retrieval.min_score import cut
 from valm.retrieval.note import RetrievalNote, open_encoder
 from valm.retrieval.retriever import BlindRetriever, ImageRetriever, NoImages, Retriever
 from valm.store.pretrained import CONFIG_FILE, from_pretrained
+from valm_kernels import MAX_IMAGES
 from valm_kernels.atomic_files import set_mode
 
 _Base: Any = object  # for a type checker, the model class behind the mixin
@@ -209,6 +210,24 @@ class ImageModel(_Base):
             self._retriever = retriever.with_min_score(value)
 
     def keep_min_score(self, value: float | None) -> None:
+        """Puts it into the config."""
+        raise NotImplementedError
+
+    def set_num_images(self, value: int) -> None:
+        """Sets K, the images that a token sees from now on; no weight depends on it. It is saved with the model.
+
+        Raises:
+            ValmError: the model has no knowledge base, or that has fewer images, or a token cannot see so many.
+        """
+        retriever = self.retriever
+        if not isinstance(retriever, Retriever):
+            raise ValmError("this model retrieves no images from a knowledge base, so their number cannot be set")
+        if value > MAX_IMAGES:
+            raise ValmError(f"a token sees {MAX_IMAGES} images at most, got {value:,}")
+        self._retriever = retriever.with_k(value)
+        self.keep_num_images(value)
+
+    def keep_num_images(self, value: int) -> None:
         """Puts it into the config."""
         raise NotImplementedError
 

@@ -136,6 +136,20 @@ class Retriever:
         other.min_score = min_score
         return other
 
+    def with_k(self, k: int) -> Retriever:
+        """The same for another number of images, without what is cached.
+
+        Raises:
+            ValmError: the knowledge base has fewer.
+        """
+        _check_k(k, self.kb)
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
+        encoder, kb, _, index, cache_tokens = self._arguments
+        other.k, other._arguments = k, (encoder, kb, k, index, cache_tokens)
+        other.cache = SegmentCache(cache_tokens)
+        return other
+
     @property
     def dim(self) -> int:
         """E, the width of the vectors."""

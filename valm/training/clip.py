@@ -9,6 +9,8 @@ sentence, where a CLIP that has never seen a prefix does not find them.
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import math
 import random
 from collections.abc import Iterable, Iterator
@@ -20,21 +22,42 @@ import torch
 from open_clip import ClipLoss
 from open_clip.timm_model import TimmModel
 from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast
 
 from valm.clip.clip import Clip
 from valm.errors import ValmError
-from valm.knowledge_base.encode import Record
+from valm.knowledge_base.encode import Record, decoding_workers
 from valm.knowledge_base.sources import Source
 from valm.knowledge_base.workers import end_with_parent
 from valm.progress import progress_bar
 from valm.store.files import cannot_read, is_transient, read_json
+from valm.text import one_line
 from valm.training.steps import Draws, take_steps
+from valm.training.steps_checkpoint import StepsCheckpoint
 
-# The limit of open_clip. A CLIP of few images and texts overfits with it.
+log = logging.getLogger(__name__)
+
+# The model "small", for hundreds or thousands of images: trained from scratch in minutes on two cores, as in the demo.
+SMALL = "small"
+SMALL_CONFIG: dict[str, dict[str, Any]] = {
+    "model_cfg": {
+        "embed_dim": 128,
+        "vision_cfg": {"image_size": 64, "patch_size": 16, "layers": 2, "width": 128, "head_width": 32},
+        "text_cfg": {"context_length": 32, "layers": 2, "width": 128, "heads": 4},
+    },
+    "preprocess_cfg": {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
+}
+# The limit of open_clip. A CLIP of few images and texts overfits with it: its scale keeps growing when there is nothing
+# left to learn.
 MAX_LOGIT_SCALE = 100.0
+SMALL_MAX_LOGIT_SCALE = 50.0
+# Views are drawn from images whose shorter side is so many times theirs ...
+SHRUNK = 1.5
+# ... which stay in memory up to so many bytes. More of them are decoded for every view.
+SHRUNK_BYTES = 2 << 30
 # Batch size of a frozen image tower.
 CACHE_BATCH = 64
 
@@ -47,6 +70,7 @@ def train_clip(
     lr: float,
     max_logit_scale: float = MAX_LOGIT_SCALE,
     progress: str | None = "CLIP",
+    checkpoint: StepsCheckpoint | None = None,
 ) -> list[float]:
     """Trains the parameters of `clip` that have requires_grad, in place, and returns the loss of every step.
 
@@ -54,12 +78,14 @@ def train_clip(
 
     Args:
         clip: for example from `Clip.create`, with `clip.model.requires_grad_(True)`; its image tower may be locked.
-        batches: at least `steps` batches of images (B, 3, H, W), as the vision tower takes them, and B texts.
+        batches: at least `steps` batches of images (B, 3, H, W), as the vision tower takes them, and B texts; with a
+            checkpoint those after the ones that it has read.
         max_logit_scale: where the learned temperature stops.
         progress: name of the progress bar; None shows none.
+        checkpoint: of `clip.model`, as in `take_steps`.
 
     Raises:
-        ValmError: a loss is not finite.
+        ValmError: as `take_steps`.
     """
     model = clip.model.train()
     for module in model.modules():
@@ -82,7 +108,9 @@ def train_clip(
             )
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    losses = take_steps(trained, batch_losses(), steps=steps, lr=lr, weight_decay=0.1, progress=progress)
+    losses = take_steps(
+        trained, batch_losses(), steps=steps, lr=lr, weight_decay=0.1, progress=progress, checkpoint=checkpoint
+    )
     limit_scale()
     model.eval().requires_grad_(False)
     return losses
@@ -94,7 +122,7 @@ def new_clip(
     """A CLIP to be trained, with random weights but for a frozen `image_tower` (LiT, Zhai et al. 2022).
 
     Args:
-        model: name of one of open_clip's architectures, or a JSON file with a `model_cfg` as in open_clip's
+        model: SMALL, the name of one of open_clip's architectures, or a JSON file with a `model_cfg` as in open_clip's
             configuration files (the object itself, or under that key); None: the model of `image_tower`.
         image_tower: CLIP whose image side is copied and frozen.
         tokenizer: CLIP's own by default.
@@ -108,6 +136,8 @@ def new_clip(
         if image_tower is None:
             raise ValmError("give a model, an image tower, or both")
         config = image_tower.model_cfg
+    elif model == SMALL:
+        config, preprocess = SMALL_CONFIG["model_cfg"], SMALL_CONFIG["preprocess_cfg"]
     elif Path(model).suffix == ".json":
         found = read_json(Path(model), "the CLIP configuration", dict[str, Any], "give a model_cfg as open_clip has it")
         config, preprocess = found.get("model_cfg", found), found.get("preprocess_cfg", {})
@@ -176,18 +206,20 @@ class CaptionedImages(Dataset[tuple[Tensor, str] | None]):
         try:
             image = record.read()
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(view)
+                # torch.manual_seed would seed accelerators too: slower, and remembered for each one not yet in use
+                torch.default_generator.manual_seed(view)
                 return self.transform(image)
         except Exception as error:  # decoders raise many types for damaged bytes
             if is_transient(error):
                 raise cannot_read(record.uri, error) from error
             return None
 
-    def batches(self, size: int, *, workers: int = 0) -> Iterator[tuple[Tensor, list[str]]]:
+    def batches(self, size: int, *, skip: int = 0, workers: int = 0) -> Iterator[tuple[Tensor, list[str]]]:
         """Infinite batches of `size` different images. Every image comes once before any comes again, except for a
         remainder smaller than a batch.
 
         Args:
+            skip: batches left out at the beginning, which a resumed training has had.
             workers: processes that decode.
 
         Raises:
@@ -198,10 +230,11 @@ class CaptionedImages(Dataset[tuple[Tensor, str] | None]):
             raise ValmError(f"a CLIP learns from batches of two images or more, got {size}")
         loader = DataLoader(
             self,
-            batch_sampler=Draws(len(self.records), size, self.seed),
+            batch_sampler=Draws(len(self.records), size, self.seed, skip),
             collate_fn=_stacked,
             num_workers=workers,
             worker_init_fn=end_with_parent,
+            generator=torch.Generator(),  # its seeds of workers must not move the numbers of a resumed training
         )
         empty = 0
         for batch in loader:
@@ -285,3 +318,72 @@ def captioned(source: Source) -> list[Record]:
     if len(records) < 2:
         raise ValmError(f"the source has {len(records)} images with captions, and a CLIP learns from two or more")
     return records
+
+
+def shrunk(
+    records: list[Record], clip: Clip, *, workers: int | None = None, progress: str | None = "shrink images"
+) -> list[Record]:
+    """The records with their images decoded once and shrunk to what the views of `clip` need (SHRUNK); damaged images
+    are left out, with a warning. The records as they are, with a note, if that would take more than SHRUNK_BYTES.
+
+    Args:
+        workers: processes that decode; None chooses by the number of images and cores.
+        progress: name of the progress bar; None shows none.
+
+    Raises:
+        ValmError: a transient error (`is_transient`) while an image is read, or fewer than two can be read.
+    """
+    size = clip.model.visual.image_size
+    side = round(SHRUNK * (size if isinstance(size, int) else max(size)))
+    needed = len(records) * side * side * 4 / 3 * 4  # photographs of 4:3, Pillow's 4 bytes per pixel
+    if needed > SHRUNK_BYTES:
+        log.warning(f"{len(records):,} images of {side} pixels take {needed / 1e9:.0f} GB: each step decodes its own")
+        return records
+    if workers is None:
+        workers = decoding_workers(len(records))
+    loader = DataLoader(
+        _Shrinker(records, side),
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=end_with_parent,
+        generator=torch.Generator(),
+    )
+    kept, damaged = [], []
+    with progress_bar(total=len(records), desc=progress, unit="image", shown=progress is not None) as bar:
+        for record, (image, reason, transient) in zip(records, loader, strict=True):
+            if transient:
+                raise cannot_read(record.uri, reason)
+            if image is None:
+                damaged.append(f"{record.uri} ({reason})")
+            else:
+                kept.append(dataclasses.replace(record, source=image, offset=0, size=None))
+            bar.update()
+    if damaged:
+        log.warning(
+            f"{len(damaged):,} of {len(records):,} images cannot be read and are left out, such as {damaged[0]}"
+        )
+    if len(kept) < 2:
+        raise ValmError("hardly any image of the source can be read: a CLIP learns from two or more at once")
+    return kept
+
+
+class _Shrinker(Dataset[tuple[Image.Image | None, str, bool]]):
+    """The image of each record with `side` pixels at its shorter side or fewer; or why there is none, and whether the
+    machine is the reason."""
+
+    def __init__(self, records: list[Record], side: int):
+        self.records, self.side = records, side
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image | None, str, bool]:
+        try:
+            image = self.records[index].read()
+        except Exception as error:  # decoders raise many types for damaged bytes
+            return None, one_line(str(error)) or type(error).__name__, is_transient(error)
+        scale = self.side / min(image.size)
+        if scale < 1:
+            width, height = (round(scale * length) for length in image.size)
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
+        return image, "", False

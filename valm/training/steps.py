@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 
@@ -11,6 +12,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from valm.errors import ValmError
 from valm.progress import progress_bar
+from valm.training.steps_checkpoint import StepsCheckpoint
 
 
 def take_steps(
@@ -21,6 +23,7 @@ def take_steps(
     lr: float,
     weight_decay: float,
     progress: str | None,
+    checkpoint: StepsCheckpoint | None = None,
 ) -> list[float]:
     """Trains `parameters` in place, and returns the loss of every step.
 
@@ -28,19 +31,22 @@ def take_steps(
     at 1.
 
     Args:
-        losses: at least `steps` losses, each computed when it is asked for: with the parameters as they are then.
+        losses: at least `steps` losses, each computed when it is asked for: with the parameters as they are then. With
+            a checkpoint, those after `checkpoint.losses`.
         progress: name of the progress bar; None shows none.
+        checkpoint: continue from it, and write it on the way.
 
     Raises:
-        ValmError: a loss is not finite.
+        ValmError: a loss is not finite, or the checkpoint cannot be written or is of another model.
     """
     trained = list(parameters)
     optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay)
     # at 0.1 x 10 steps OneCycleLR would divide by 0
     schedule = OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.11 if steps == 10 else 0.1)
-    found: list[float] = []
-    with progress_bar(total=steps, desc=progress, unit="step", shown=progress is not None) as bar:
-        for step, loss in zip(range(steps), losses, strict=False):
+    found = [] if checkpoint is None else checkpoint.restore(optimizer, schedule)
+    done, shown = len(found), progress is not None
+    with progress_bar(total=steps, initial=done, desc=progress, unit="step", shown=shown) as bar:
+        for step, loss in zip(range(done, steps), losses, strict=False):
             found.append(loss.item())
             if not math.isfinite(found[-1]):
                 raise ValmError(f"the loss of step {step + 1} is {found[-1]}: try a smaller learning rate than {lr}")
@@ -51,6 +57,8 @@ def take_steps(
             schedule.step()
             bar.set_postfix(loss=f"{found[-1]:.3f}", refresh=False)
             bar.update()
+            if checkpoint is not None:
+                checkpoint.save_if_due(optimizer, found)
     return found
 
 
@@ -58,12 +66,18 @@ class Draws:
     """Batches of (number of the draw, index of the example), without end.
 
     All examples come once before any comes again, except for a remainder smaller than a batch.
+
+    Args:
+        skip: batches left out at the beginning, which a resumed training has had.
     """
 
-    def __init__(self, examples: int, size: int, seed: int):
-        self.examples, self.size, self.seed = examples, size, seed
+    def __init__(self, examples: int, size: int, seed: int, skip: int = 0):
+        self.examples, self.size, self.seed, self.skip = examples, size, seed, skip
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return itertools.islice(self._all(), self.skip, None)
+
+    def _all(self) -> Iterator[list[tuple[int, int]]]:
         generator = torch.Generator().manual_seed(self.seed)
         number = 0
         while True:

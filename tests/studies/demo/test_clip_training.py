@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from studies.demo.clip_training import IMAGE_SIZE, MODEL_CFG, pixels, train_demo_clip
+from studies.demo.clip_training import IMAGE_SIZE, pixels, train_demo_clip
 from studies.demo.things import drawing_tensor, random_views
 from valm.clip.tokenizer import clip_tokenizer, prune_tokenizer
 
@@ -31,7 +31,7 @@ def test_it_finds_the_picture_of_a_name(things, trained):
 
 def test_it_comes_back_ready_for_use(trained):
     clip, _ = trained
-    assert clip.embed_dim == MODEL_CFG["embed_dim"]
+    assert clip.embed_dim == 128
     assert not clip.model.training
     assert not any(parameter.requires_grad for parameter in clip.model.parameters())
     assert clip.model.logit_scale.exp() <= 50.01

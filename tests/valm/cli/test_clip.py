@@ -5,7 +5,10 @@ import torch
 
 from tests.valm.cli.commands import run
 from tests.valm.tiny_clip import TINY
+from valm.cli.clip import TRAINING_FILE
 from valm.clip.clip import Clip
+from valm.training import steps_checkpoint
+from valm.training.steps_checkpoint import StepsCheckpoint
 
 
 def test_a_clip_is_trained_and_checked(world, tmp_path, capsys):
@@ -39,6 +42,63 @@ def test_an_interrupted_training_leaves_no_empty_folder(world, tmp_path, monkeyp
     assert out.is_dir() == out.parent.is_dir() == there
 
 
+@pytest.fixture
+def killed_training(world, tmp_path, monkeypatch):
+    """Runs a training that is killed after its second checkpoint, in {tmp}/small, and returns the command."""
+    monkeypatch.setattr(steps_checkpoint, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(steps_checkpoint.time, "monotonic", lambda: 0.0)
+    save = StepsCheckpoint.save_if_due
+
+    def save_twice(checkpoint, optimizer, losses):
+        save(checkpoint, optimizer, losses)
+        if len(losses) == 2:
+            raise KeyboardInterrupt
+
+    train = ["clip", "train", world / "pictures", "--model", "small", "--steps", 5, "--batch-size", 4]
+    with monkeypatch.context() as patch:
+        patch.setattr(StepsCheckpoint, "save_if_due", save_twice)
+        assert run(*train, "--out", tmp_path / "small") == 130
+    return train
+
+
+def test_a_killed_training_resumes(killed_training, tmp_path, capsys):
+    capsys.readouterr()
+    assert run(*killed_training, "--out", tmp_path / "small", "--resume") == 0
+    out, err = capsys.readouterr()
+    assert "has the first 2 of 5 steps: resuming there" in err
+    assert "6 images; loss" in out and "a caption finds its own of 6 images trained on among the first 1 " in out
+    assert not (tmp_path / "small" / TRAINING_FILE).exists()
+    assert run(*killed_training, "--out", tmp_path / "whole", "--resume") == 0  # there is nothing to resume
+    small, whole = (Clip.load(tmp_path / name) for name in ("small", "whole"))
+    assert small.weights_hash == whole.weights_hash
+    assert len(small.tokenizer) < 1000
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "holds an unfinished training: give --resume to continue it"),
+        (["--resume", "--lr", "1e-2"], "holds another training: its --lr is 0.001, here 0.01"),
+        (["--resume", "--vocabulary", "{world}/corpus.txt"], "holds another training: its --vocabulary is "),
+    ],
+)
+def test_another_training_does_not_continue_a_killed_one(killed_training, sentence, options, message):
+    sentence([*map(str, killed_training), "--out", "{tmp}/small", *options], message)
+
+
+def test_the_words_of_another_text_are_tokens_too(world, tmp_path):
+    train = ["clip", "train", world / "pictures", "--model", "small", "--steps", 1]
+    assert run(*train, "--vocabulary", world / "corpus.txt", "--out", tmp_path / "more") == 0
+    assert len(Clip.load(tmp_path / "more").tokenizer("the color of the sea")["input_ids"]) == 6
+
+
+def test_images_are_held_out(world, tmp_path, capsys):
+    train = ["clip", "train", world / "pictures", "--model", "small", "--steps", 1]
+    assert run(*train, "--held-out", 0.34, "--out", tmp_path / "clip") == 0
+    out = capsys.readouterr().out
+    assert "4 images; loss" in out and "of 4 images trained on" in out and "of 2 images held out" in out
+
+
 def wrong_inputs():
     """name -> (arguments, what the sentence must say); {world} and {tmp} are the folders."""
     train = ["clip", "train", "{world}/pictures", "--out", "{tmp}/clip"]
@@ -47,6 +107,16 @@ def wrong_inputs():
         "nothing is frozen": (
             [*train, "--model", "ViT-B-32", "--cache-images"],
             "--cache-images is for a frozen image tower",
+        ),
+        "a vocabulary of another model": (
+            [*train, "--model", "ViT-B-32", "--vocabulary", "{world}/corpus.txt"],
+            "--vocabulary is for --model small",
+        ),
+        "one image held out": ([*train, "--model", "small", "--held-out", "0.1"], "--held-out 0.1 of 6 images is 1"),
+        "all images held out": ([*train, "--model", "small", "--held-out", "1"], "--held-out 1 of 6 images is 6"),
+        "nothing to resume": (
+            [*train[:-1], "{world}/clip", "--model", "small", "--resume"],
+            "it holds no unfinished training",
         ),
         "no such architecture": ([*train, "--model", "ViT-Z"], "open_clip has no architecture named 'ViT-Z'"),
         "no such tower": ([*train, "--image-tower", "{tmp}/none"], "no CLIP at"),

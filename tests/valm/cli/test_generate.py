@@ -1,3 +1,4 @@
+import io
 import json
 
 import pytest
@@ -61,6 +62,73 @@ def test_images_only_from_a_score_on(world, tmp_path, capsys):
         assert run("generate", world / "gpt2", "the sea", "--max-new-tokens", 2, "--min-score", "0.5") == 0
 
 
+def generate_json(world, capsys, *options):
+    assert run("generate", world / "valm", *options, "--max-new-tokens", 3, "--json") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_images_are_listed_below_the_text(world, capsys):
+    assert run("generate", world / "valm", "the color of the apple", "--max-new-tokens", 3) == 0
+    text, *images = capsys.readouterr().out.splitlines()
+    assert text.startswith("the color of the apple")
+    assert images and all(".png  a " in line and "  seen for: " in line for line in images)
+    assert run("generate", world / "gpt2", "the color of the apple", "--max-new-tokens", 3) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_the_images_of_a_new_token_are_those_it_was_predicted_from(world, capsys):
+    (result,) = generate_json(world, capsys, "the color of the apple")
+    model, tokenizer = load(world / "valm")
+    found = model.retriever([result["text"]])
+    ids = found.image_ids[found.image_index[0]].tolist()
+    prompt = len(tokenizer("the color of the apple")["input_ids"])
+    assert len(result["tokens"]) == 3
+    for place, token in enumerate(result["tokens"], prompt - 1):
+        assert [image["id"] for image in token["images"]] == ids[place]
+        assert token["images"][0]["score"] == pytest.approx(found.scores[0, place, 0].item())
+
+
+def test_another_number_of_images(world, capsys):
+    for k in (1, 5):
+        (result,) = generate_json(world, capsys, "the sea", "-k", k)
+        assert [len(token["images"]) for token in result["tokens"]] == [k] * 3
+
+
+def test_prompts_come_from_a_file_or_standard_input(world, tmp_path, capsys, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("the sea\n\nthe apple\n")
+    found = generate_json(world, capsys, "--prompts", tmp_path / "prompts.txt")
+    assert [result["prompt"] for result in found] == ["the sea", "the apple"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("the sea\nthe apple"))
+    assert generate_json(world, capsys, "--prompts", "-") == found
+
+
+def test_temperature_and_top_p_sample(world, capsys):
+    ask = ("the color of the", "--max-new-tokens", 6)
+
+    def texts(*options):
+        return [generate_json(world, capsys, *ask, *options, "--seed", seed)[0]["text"] for seed in range(4)]
+
+    greedy, hot = texts(), texts("--temperature", 50)
+    assert len(set(greedy)) == 1 and len(set(hot)) == 4
+    assert texts("--temperature", 50) == hot
+    assert texts("--top-p", 1e-6) == greedy  # the likeliest token alone
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--temperature", "0"], "0 is not a number above 0"),
+        (["--temperature", "nan"], "nan is not a number above 0"),
+        (["--top-p", "1.5"], "1.5 is not above 0 and at most 1"),
+        (["-k", "0"], "0 is not at least 1"),
+    ],
+)
+def test_values_out_of_range_are_refused(option, message, capsys):
+    with pytest.raises(SystemExit):
+        run("generate", "model", "x", *option)
+    assert message in capsys.readouterr().err
+
+
 def test_checkpoint_and_knowledge_base_move_together(copy_of, capsys):
     root = copy_of("valm", "kb", "clip")
     assert run("generate", root / "valm", "the sea", "--max-new-tokens", 2) == 0
@@ -71,6 +139,13 @@ def wrong_inputs():
     return {
         "no such checkpoint": (["generate", "{tmp}/none", "x"], "no checkpoint folder {tmp}/none"),
         "not a checkpoint": (["generate", "{world}/kb", "x"], "is no checkpoint"),
+        "no prompt": (["generate", "{world}/valm"], "give either a prompt or --prompts FILE"),
+        "two prompts": (["generate", "{world}/valm", "x", "--prompts", "-"], "give either a prompt or --prompts FILE"),
+        "no text": (["generate", "{world}/valm", "--prompts", "{tmp}/empty.txt"], "{tmp}/empty.txt has no prompt"),
+        "no such prompts": (["generate", "{world}/valm", "--prompts", "{tmp}/none"], "cannot read {tmp}/none"),
+        "more images than there are": (["generate", "{world}/valm", "x", "-k", "7"], "from 1 to the 6 images of"),
+        "more images than a token sees": (["generate", "{world}/valm", "x", "-k", "65"], "sees 64 images at most"),
+        "images for a model without": (["generate", "{world}/gpt2", "x", "-k", "2"], "retrieves no images"),
         "pictures for a model without": (["generate", "{world}/gpt2", "x", "--kb", "{world}/kb"], "sees no images"),
     }
 

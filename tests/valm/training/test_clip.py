@@ -15,7 +15,10 @@ from valm.errors import ValmError
 from valm.knowledge_base.encode import Record
 from valm.knowledge_base.sources.embeddings import EmbeddingSource
 from valm.knowledge_base.sources.huggingface import DatasetSource
-from valm.training.clip import CachedImages, CaptionedImages, captioned, new_clip, train_clip
+from valm.training import clip as clip_training
+from valm.training import steps_checkpoint
+from valm.training.clip import SMALL, CachedImages, CaptionedImages, captioned, new_clip, shrunk, train_clip
+from valm.training.steps_checkpoint import StepsCheckpoint
 
 COLORS = ["red", "lime", "blue", "yellow", "black", "white", "cyan", "magenta"]
 TOKENIZER = prune_tokenizer(clip_tokenizer(), [f"a photo of {color} paint" for color in COLORS])
@@ -111,6 +114,74 @@ def test_damaged_images_are_passed_over(config):
     images = CaptionedImages([*records(), Record("broken", "red", b"no picture")], clip, seed=0)
     sizes = [len(pixels) for pixels, _ in islice(images.batches(9), 3)]
     assert sizes == [8, 8, 8]
+
+
+def test_images_are_decoded_and_shrunk_once(config, tmp_path, monkeypatch):
+    clip = new_clip(config, None, TOKENIZER)  # with views of 32 pixels, from images of 48
+    sizes = {"wide": (300, 100), "tall": (50, 200), "small": (20, 30)}
+    for name, size in sizes.items():
+        Image.new("RGB", size, "red").save(tmp_path / f"{name}.png")
+    files = [Record(name, "red", tmp_path / f"{name}.png") for name in sizes]
+    for workers in (0, 2):
+        found = shrunk(files, clip, workers=workers, progress=None)
+        assert [record.read().size for record in found] == [(144, 48), (48, 192), (20, 30)]
+    for file in tmp_path.iterdir():
+        file.unlink()
+    pixels, texts = next(CaptionedImages(found, clip, seed=0).batches(3))
+    assert pixels.shape == (3, 3, 32, 32) and texts == ["red"] * 3
+    monkeypatch.setattr(clip_training, "SHRUNK_BYTES", 3 * 48 * 48 * 5)
+    assert shrunk(files, clip, progress=None) is files
+
+
+def test_images_that_cannot_be_read_are_left_out(config, tmp_path, caplog):
+    clip = new_clip(config, None, TOKENIZER)
+    damaged = Record("broken", "red", b"no picture")
+    assert len(shrunk([damaged, *records()], clip, progress=None)) == len(records())
+    assert "1 of 9 images cannot be read and are left out, such as broken (not a picture" in caplog.text
+    with pytest.raises(ValmError, match="hardly any image of the source can be read"):
+        shrunk([damaged] * 3, clip, progress=None)
+    (tmp_path / "secret.png").write_bytes(png(0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Record, "read", lambda record: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+        with pytest.raises(ValmError, match=r"cannot read secret: .*Permission denied"):
+            shrunk([Record("secret", "red", tmp_path / "secret.png")], clip, progress=None)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_training_has_the_weights_of_an_uninterrupted_one(config, tmp_path, monkeypatch, workers):
+    monkeypatch.setattr(steps_checkpoint, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(steps_checkpoint.time, "monotonic", lambda: 0.0)
+    whole, losses = trained(config, steps=6)
+
+    def part(stop):
+        torch.manual_seed(0)
+        clip = new_clip(config, None, TOKENIZER)
+        checkpoint = StepsCheckpoint(tmp_path / "state", clip.model, {})
+        done = len(checkpoint.losses)
+        batches = CaptionedImages(records(), clip, seed=0).batches(8, skip=done, workers=workers)
+        return clip, train_clip(
+            clip, islice(batches, stop - done), steps=6, lr=3e-3, progress=None, checkpoint=checkpoint
+        )
+
+    assert part(4)[1] == losses[:4]
+    resumed, resumed_losses = part(6)
+    assert resumed_losses == losses
+    assert resumed.weights_hash == whole.weights_hash
+
+
+def test_the_small_one_learns():
+    torch.manual_seed(0)
+    small = new_clip(SMALL, None, TOKENIZER)
+    assert sum(parameter.numel() for parameter in small.model.parameters()) < 1_500_000
+    losses = train_clip(
+        small,
+        CaptionedImages(records(), small, seed=0).batches(8),
+        steps=40,
+        lr=1e-3,
+        max_logit_scale=50,
+        progress=None,
+    )
+    assert np.mean(losses[-5:]) < 0.7 * losses[0]
 
 
 def test_a_batch_that_never_fills_ends(config):
