@@ -23,7 +23,7 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embed
 
 def tiny_llama(seed=0, **arguments):
     """Grouped queries, rotary positions; weights large enough that everything matters."""
-    return _randomised(LlamaForCausalLM, LlamaConfig(**SMALL, **SIZES, **HEADS, **arguments), seed)
+    return _randomised(LlamaForCausalLM, LlamaConfig(**(SMALL | SIZES | HEADS | arguments)), seed)
 
 
 def tiny_minimax(seed=0):

@@ -1,6 +1,7 @@
 """Every way of loading a model finds its images, or says that they are missing."""
 
 import json
+import pickle
 import warnings
 
 import pytest
@@ -9,12 +10,14 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, DynamicCache, Trainer, TrainingArguments, pipeline
 from transformers.models.minimax.modeling_minimax import MiniMaxCache
 
+from tests.valm.model.decoders import tiny_llama
 from tests.valm.models import tiny_model
 from valm import load
 from valm.clip.clip import Clip
 from valm.errors import ValmError
 from valm.knowledge_base.build import build
 from valm.knowledge_base.sources.folder import FolderSource
+from valm.model.augment import augment
 from valm.model.checkpoint import save_checkpoint
 from valm.model.image_model import RetrievalCache, retrieval_cache_class, with_retrieval
 from valm.retrieval.context import ContextEncoder
@@ -56,6 +59,28 @@ def test_auto_model_finds_the_images_of_a_checkpoint(saved):
     assert loaded._retriever is None  # nothing is opened before it is needed
     torch.testing.assert_close(loaded(ids).logits, expected)
     assert loaded.retriever.encoder.query == "state"
+
+
+@pytest.mark.parametrize("augmented", [False, True])
+def test_the_number_of_images_may_change(retriever, tmp_path, augmented):
+    tokenizer = retriever.encoder.tokenizer
+    model = model_for(retriever)
+    if augmented:
+        model = augment(tiny_llama(vocab_size=len(tokenizer)), retriever.dim, retriever.k, logit_bias=0.0)
+    model.set_retriever(retriever)
+    ids = tokenizer("a red apple", return_tensors="pt")["input_ids"]
+    before = model(ids).logits
+    for k in (1, 3):
+        model.set_num_images(k)
+        found = Retriever(retriever.encoder, retriever.kb, k)(ids)
+        expected = model(ids, image_pool=found.image_pool, image_index=found.image_index).logits
+        torch.testing.assert_close(model(ids).logits, expected)
+        assert not torch.allclose(expected, before)
+        again = pickle.loads(pickle.dumps(model.retriever))
+        assert again.k == k and again(ids).image_index.shape[-1] == k
+    assert retriever.k == 2 and retriever(ids).image_index.shape[-1] == 2
+    save_checkpoint(model, tokenizer, tmp_path / "model")
+    torch.testing.assert_close(load(tmp_path / "model")[0](ids).logits, expected)
 
 
 def test_a_pipeline_generates_with_images(saved, retriever):
