@@ -223,5 +223,5 @@ def print_recall(which: str, records: list[Record], clip: Clip) -> None:
         shard = encode_records(records, clip, Encoding(thumbnails=0, workers=0), bar)
     captions = [text.splitlines() for text in shard.items["caption"].to_pylist()]
     found = retrieve(torch.from_numpy(shard.vectors), captions, clip).text_to_image
-    shares = ", ".join(f"the first {r.at} {r.recall.value:.0%} (chance {r.chance:.0%})" for r in found)
-    print(f"a caption finds its own of {len(captions):,} images {which} among {shares}")
+    recall = ", ".join(f"@{r.at} {r.recall.value:.2f} (chance {r.chance:.2f})" for r in found)
+    print(f"text to image among {len(captions):,} images {which}: recall {recall}")

@@ -66,7 +66,7 @@ def test_a_killed_training_resumes(killed_training, tmp_path, capsys):
     assert run(*killed_training, "--out", tmp_path / "small", "--resume") == 0
     out, err = capsys.readouterr()
     assert "has the first 2 of 5 steps: resuming there" in err
-    assert "6 images; loss" in out and "a caption finds its own of 6 images trained on among the first 1 " in out
+    assert "6 images; loss" in out and "text to image among 6 images trained on: recall @1 " in out
     assert not (tmp_path / "small" / TRAINING_FILE).exists()
     assert run(*killed_training, "--out", tmp_path / "whole", "--resume") == 0  # there is nothing to resume
     small, whole = (Clip.load(tmp_path / name) for name in ("small", "whole"))
@@ -96,7 +96,7 @@ def test_images_are_held_out(world, tmp_path, capsys):
     train = ["clip", "train", world / "pictures", "--model", "small", "--steps", 1]
     assert run(*train, "--held-out", 0.34, "--out", tmp_path / "clip") == 0
     out = capsys.readouterr().out
-    assert "4 images; loss" in out and "of 4 images trained on" in out and "of 2 images held out" in out
+    assert "4 images; loss" in out and "among 4 images trained on" in out and "among 2 images held out" in out
 
 
 def wrong_inputs():

@@ -3,22 +3,31 @@
 import ast
 import importlib
 import json
+import os
 import re
 import runpy
 import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image, ImageDraw
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import valm
 from studies.color.__main__ import build_parser as color_parser
+from studies.color.questions import FLICKR_CAPTIONS
 from studies.demo.__main__ import build_parser as demo_parser
 from tests.valm.cli.commands import SIZE
 from tests.valm.evaluation.small_sets import write_sets
 from tests.valm.other_tokenizers import gpt2_like
 from valm.cli import build_parser, main
+from valm.evaluation.files import read_csv
 from valm.model.augment import fusion_module
 from valm.retrieval.note import RetrievalNote
 from valm.training import TrainingPlan, training_arguments
@@ -79,6 +88,47 @@ def test_tutorials_run(name, workshop, capsys):
     code = "\n".join(blocks(page, "python"))
     assert code
     exec(compile(code, str(page), "exec"), {"__name__": name})
+
+
+def write_photographs(folder: Path) -> None:
+    """300 captioned photographs of Flickr8k where VALM_EVAL_DATA has them, else drawings of shapes."""
+    folder.mkdir()
+    data = Path(os.environ.get("VALM_EVAL_DATA", "none")) / FLICKR_CAPTIONS
+    if data.is_file():
+        captions = defaultdict(list)
+        for row in read_csv(data, ["image", "caption"]):
+            captions[row["image"]].append(row["caption"])
+        for name in sorted(captions)[:300]:
+            shutil.copy(data.parent / "images" / name, folder)
+            (folder / name).with_suffix(".txt").write_text("\n".join(captions[name]))
+        return
+    colors = ("red", "green", "blue", "yellow", "black", "white")
+    for number in range(300):
+        color, ground = colors[number % 6], colors[(number % 6 + 1 + number // 6 % 5) % 6]
+        shape = ("ellipse", "rectangle")[number // 30 % 2]
+        image = Image.new("RGB", (320, 240), ground)
+        left, top = 10 + number % 97, 10 + number % 61
+        getattr(ImageDraw.Draw(image), shape)((left, top, left + 120, top + 120), fill=color)
+        image.save(folder / f"{number}.jpg")
+        (folder / f"{number}.txt").write_text(f"a {color} {shape} on a {ground} ground")
+
+
+@pytest.mark.slow  # it trains a CLIP and two models
+@pytest.mark.timeout(3600)
+def test_own_pictures_in_ten_minutes(tmp_path):
+    write_photographs(tmp_path / "pictures")
+    seconds = {}
+    for command in commands(ROOT / "docs" / "tutorials" / "own-pictures.md"):
+        begin = time.monotonic()
+        words = shlex.split(command, comments=True)
+        done = subprocess.run([sys.executable, "-m", *words], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+        seconds[command] = time.monotonic() - begin
+        print(f"{seconds[command]:6.1f} s  {command}\n{done.stdout}")
+        if words[1] == "generate":
+            assert "  seen for: " in done.stdout
+    print(f"{sum(seconds.values()):6.1f} s in all")
+    assert (tmp_path / "dog.html").read_text().count("data:image/") > 1
 
 
 def test_the_commands_of_the_readme_run(workshop, world, capsys):
