@@ -29,7 +29,7 @@ from pathlib import Path
 from string import Template
 
 from setuptools import Extension, setup
-from setuptools.command.build import build
+from setuptools.command import build as build_command
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -111,10 +111,10 @@ def host_flags(source: Path) -> list[str]:
     return HOST_FLAGS
 
 
-class NativeFirst(build):
+class NativeFirst(build_command.build):
     """The native module comes first, so that what stops it does not stand below hundreds of copied files."""
 
-    sub_commands = sorted(build.sub_commands, key=lambda command: command[0] != "build_ext")
+    sub_commands = sorted(build_command.build.sub_commands, key=lambda command: command[0] != "build_ext")
 
 
 @dataclass(frozen=True)
