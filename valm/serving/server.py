@@ -65,7 +65,7 @@ def serve(
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listening = socket.create_server((host, port), family=family, backlog=1024)
-    except OSError as error:
+    except (OSError, OverflowError) as error:  # the latter of a port above 65535
         raise ValmError(f"the model cannot be served at {host}, port {port}: {error}; give another --port") from error
     with listening:
         engine = Engine(model, tokenizer, max_waiting)

@@ -150,6 +150,7 @@ def test_a_model_without_images(world):
         (["serve", "{tmp}/alone"], "takes 2 images a token, but has no retriever: give it a knowledge base (--kb)"),
         (["serve", "{world}/valm", "--kb", "{tmp}/none"], "{tmp}/none"),
         (["serve", "{world}/valm", "--host", "300.0.0.1"], "the model cannot be served at 300.0.0.1, port 8000"),
+        (["serve", "{world}/valm", "--port", "70000"], "port 70000"),
     ],
 )
 def test_wrong_input_is_one_sentence(sentence, copy_of, arguments, expected):

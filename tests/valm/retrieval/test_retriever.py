@@ -178,6 +178,20 @@ def test_a_conversation_reads_each_segment_once(clip, make_kb, monkeypatch, toke
     assert cached.cache.hits > 0 and 0 < cached.cache.tokens <= 200
 
 
+def test_a_prompt_and_what_follows_it(exact_retriever):
+    """The prompt's open segment goes on in later steps, also where its other segments were cached."""
+    ids = torch.tensor([prompt_ids(exact_retriever.encoder.tokenizer, " ".join(TEXTS))])
+    whole_ids, whole_scores = exact_retriever.find(ids)
+    for _ in range(2):
+        state = exact_retriever.start(1)
+        steps = [slice(0, 30), *(slice(n, n + 1) for n in range(30, ids.shape[1]))]
+        for at in steps:
+            found = exact_retriever.step(ids[:, at], state)
+            assert torch.allclose(found.scores, whole_scores[:, at], rtol=0, atol=2**-22)
+            seen = found.image_index >= 0
+            assert torch.equal(found.image_ids[found.image_index[seen]], whole_ids[:, at][seen])
+
+
 def test_search(retriever, clip):
     results = retriever.search("a red apple", 5)
     scores = clip.encode_texts(["a red apple"])[0].double() @ torch.from_numpy(retriever.kb.vectors()).double().T
