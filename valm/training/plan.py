@@ -28,7 +28,7 @@ from valm.model.config import ValmConfig
 from valm.model.gpt2 import VaLMForCausalLM
 from valm.retrieval.context import QUERIES
 from valm.retrieval.note import RetrievalNote, open_encoder
-from valm.retrieval.retriever import Retriever
+from valm.retrieval.retriever import BlindRetriever, Retriever
 from valm.store.files import only_writer, output_folder
 from valm.store.manifest import MANIFEST_FILE
 from valm.training.callbacks import Patience, show_progress
@@ -46,6 +46,8 @@ STEPS = 1000
 EVALUATIONS, PATIENCE = 20, 3
 # Images a token sees and kind of the retrieval query, where the corpus is retrieved here.
 IMAGES, QUERY = 4, "eot"
+# Tokens whose queries a blind model keeps from one epoch to the next.
+CACHED_QUERIES = 1 << 17
 # Fields of a new model, and their defaults; a pretrained decoder has its own.
 SIZES = {"layers": 12, "width": 768, "heads": 12}
 # Fields of a pretrained decoder only.
@@ -287,7 +289,8 @@ class TrainingPlan:
             note = RetrievalNote.of_knowledge_base(kb, dataset.query)
             of_clip: Any = {"clip": self.clip, "allow_download": self.allow_download}
             device = open_device(self.device)
-            model.set_retriever(model.open_retriever(note, dataset.tokenizer, device=device, **of_clip))
+            retriever = model.open_retriever(note, dataset.tokenizer, device=device, **of_clip)
+            model.set_retriever(BlindRetriever(retriever.encoder, CACHED_QUERIES))
         return model
 
     def _new(self, tokenizer: PreTrainedTokenizerFast, images: dict[str, Any]) -> Any:

@@ -235,3 +235,24 @@ def test_the_blind_retriever_gives_each_token_its_query(clip, batch):
     stepped = torch.cat([step.image_pool for step in steps])
     by_step = queries.transpose(0, 1)[real.T]  # the order in which single steps come
     torch.testing.assert_close(stepped, by_step)
+
+
+def test_a_blind_retriever_encodes_a_row_that_it_keeps_once(clip, batch, monkeypatch):
+    ids, mask = batch
+    blind = BlindRetriever(ContextEncoder(clip), cache_tokens=int(mask[0].sum()) + 1)  # room for the first row
+    expected = BlindRetriever(blind.encoder)(ids, mask)
+    encoded = []
+    encode = ContextEncoder.__call__
+    monkeypatch.setattr(
+        ContextEncoder, "__call__", lambda self, ids, mask: encoded.append(len(ids)) or encode(self, ids, mask)
+    )
+    for _ in range(2):
+        torch.testing.assert_close(blind(ids, mask).image_pool, expected.image_pool)
+    blind(ids[:1], mask[:1])
+    assert encoded == [len(ids), len(ids) - 1]
+    wider = torch.nn.functional.pad(ids[:1], (0, 2)), torch.nn.functional.pad(mask[:1], (0, 2))
+    found = blind(*wider)
+    assert (found.image_index[0, -2:] == -1).all()
+    torch.testing.assert_close(found.image_pool, expected.image_pool[: len(found.image_pool)])
+    with pytest.raises(ValueError, match="attention_mask must have the shape"):
+        blind(ids, mask[:, :-1])
