@@ -300,7 +300,7 @@ def _score(study: Study, seed: int, folder: Path, clip_source: str, pictures: Se
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     clip = Clip.load(clip_source, device=device)
     conditions: Conditions | None = None
-    known: list[list[list[int]]] | None = None
+    known: list[list[int]] | None = None
     rows: list[dict[str, Any]] = []
 
     def say(line: str) -> None:
@@ -312,8 +312,8 @@ def _score(study: Study, seed: int, folder: Path, clip_source: str, pictures: Se
         model, tokenizer = load(folder / name, device=device)
         conditions = conditions or Conditions(folder, clip, tokenizer, config.images, seed, pictures, study.pictures)
         if known is None:
-            known = [question_rows(tokenizer, one) for one in asked.values()]
-            known += [text_rows(tokenizer, documents) for documents in texts.values()]
+            known = [row for one in asked.values() for row in question_rows(tokenizer, one)]
+            known += [row for documents in texts.values() for row in text_rows(tokenizer, documents)]
         read_from_fusion(model, known, study.out / "below", progress=study.progress)
         scorer = CausalScorer(model, tokenizer, name)
         tests = {images: _retriever(conditions, arm, images) for images in arm.tests}

@@ -63,27 +63,23 @@ def text_rows(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return [[begin_id(tokenizer), *ids] for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
 
 
-def read_from_fusion(
-    model: Any, groups: Iterable[Sequence[Sequence[int]]], folder: Path, *, progress: bool = True
-) -> None:
-    """Makes `model` start at its fusion layer for batches of rows in `groups`.
+def read_from_fusion(model: Any, rows: Iterable[Sequence[int]], folder: Path, *, progress: bool = True) -> None:
+    """Makes `model` start at its fusion layer for batches of token sequences in `rows`.
 
-    The layers below are the same in all models, so their output is computed once, in a file per group (`cache_below`).
-    Other batches run through all layers.
+    The layers below are the same in all models, so their output is computed once for each distinct row, in one file
+    (`cache_below`): whoever opens it hashes all weights below. Other batches run through all layers.
     """
-    known: dict[tuple[int, ...], tuple[Any, int]] = {}
-    for rows in groups:
-        cached = cache_below(model, [{"input_ids": np.array(row)} for row in rows], folder, progress=progress)
-        known |= {tuple(row): (cached, number) for number, row in enumerate(rows)}
+    known = {row: number for number, row in enumerate(dict.fromkeys(map(tuple, rows)))}
+    cached = cache_below(model, [{"input_ids": np.array(row)} for row in known], folder, progress=progress)
 
     def begin_above(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         ids = args[0] if args else kwargs["input_ids"]
         found = [known[tuple(row)] for row in ids.tolist() if tuple(row) in known]
         if len(found) < len(ids) or kwargs.get("past_key_values") is not None:
             return args, kwargs
-        states = [cached[number][FUSION_INPUT] for cached, number in found]
-        rows = [(row, slice(None)) for row in range(len(found))]
-        return args, kwargs | {FUSION_INPUT: fusion_input(states, rows, ids.shape).to(ids.device)}
+        states = [cached[number][FUSION_INPUT] for number in found]
+        places = [(row, slice(None)) for row in range(len(found))]
+        return args, kwargs | {FUSION_INPUT: fusion_input(states, places, ids.shape).to(ids.device)}
 
     # before the hook of cache_below, which takes fusion_input out of the arguments
     model.register_forward_pre_hook(begin_above, with_kwargs=True, prepend=True)

@@ -3,7 +3,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from studies.color.questions import validation_questions
-from studies.color.scoring import answers_of, predicted, question_rows, read_from_fusion, score_arm, text_rows
+from studies.color.scoring import (
+    answers_of,
+    predicted,
+    question_rows,
+    read_from_fusion,
+    score_arm,
+    text_rows,
+)
 from tests.checks.families import open_images
 from tests.valm.other_tokenizers import gpt2_like
 from valm.evaluation.color import ColorItem
@@ -45,9 +52,10 @@ def scorer():
 
 def test_known_rows_begin_at_the_fusion_layer_and_give_the_same_scores(scorer, tmp_path):
     asked = validation_questions(THINGS)
-    rows = [question_rows(scorer.tokenizer, asked), text_rows(scorer.tokenizer, TEXTS)]
+    rows = question_rows(scorer.tokenizer, asked) + text_rows(scorer.tokenizer, TEXTS)
     expected = scorer.answers(asked, None)[0], predicted(scorer, [*TEXTS, "a yellow bus"])
-    read_from_fusion(scorer.model, rows, tmp_path, progress=False)
+    read_from_fusion(scorer.model, rows + rows, tmp_path, progress=False)
+    assert len(list(tmp_path.iterdir())) == 1
     below = []
     scorer.model.model.layers[0].self_attn.register_forward_hook(lambda *_: below.append(1))
     torch.testing.assert_close(scorer.answers(asked, None)[0], expected[0], rtol=1e-4, atol=1e-4)  # other batches
