@@ -76,6 +76,7 @@ VERSIONS = ("torch", "transformers", "open_clip_torch", "timm", "numpy")
 OWN_OPTIONS = {
     "batch_size",
     "cache_images",
+    "context",
     "fusion_lr",
     "image_tower",
     "limit_softmax",
