@@ -251,7 +251,9 @@ def _key(model: Any, layer: int, documents: Any) -> str:
     """A hash of everything that the hidden states depend on."""
     config = model.config.to_diff_dict()
     config = config.get("base_config", config)
-    config.pop(WEIGHTS_KEY, None)  # the same states are read by a model with images and by its twin
+    # the same states are read by a model with images and by its twin, and before and after a training
+    for name in (WEIGHTS_KEY, "use_cache", "pad_token_id"):
+        config.pop(name, None)
     above = {id(parameter) for module in decoder_layers(model)[layer:] for parameter in module.parameters()}
     digest = hashlib.sha256(
         json.dumps([VERSION, layer, str(model.dtype), config], sort_keys=True, default=str).encode()
