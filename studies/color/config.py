@@ -16,35 +16,64 @@ from valm.text import nearest
 from valm_kernels.json_files import Count, SchemaError, check
 
 # The fields that a seed's results depend on: results are pooled only where these agree.
-RECIPE = ("language_model", "pictures", "clip", "text", "images", "training")
+RECIPE = ("language_model", "pictures", "clip", "colorless_clip", "text", "images", "training", "training_of")
 # Counted up where the code draws or trains something else from the same fields.
-RECIPE_VERSION = 4
+RECIPE_VERSION = 5
+
+# How an arm is made: not at all, by `valm train`, or by `studies.color.training`.
+BASE, TRAINED, CONTEXT, LATE = "base", "trained", "context", "late"
 
 
 class Arm(NamedTuple):
-    """A model of the comparison: its `--twin` of `valm train`, the corpus, and the knowledge base in training.
+    """A model of the comparison.
 
-    tests: what its tokens see in each evaluation, first what they saw in training (see `studies.color.conditions`).
+    tests: what its tokens see in each evaluation, first what they saw in training (see `studies.color.conditions`, and
+        CAPTIONS below).
+    twin: its `--twin` of `valm train`, "text" for every model without images.
+    corpus, kb: the text and the knowledge base in training.
+    made: one of BASE, TRAINED, CONTEXT and LATE.
+    cut: trained with a `min_score`, which all its tests have too.
+    colorless: with the CLIP that cannot know colours.
     """
 
-    twin: str | None
-    corpus: str
-    kb: str
     tests: tuple[str, ...]
+    twin: str | None = None
+    corpus: str = "train"
+    kb: str = "kb-others"
+    made: str = TRAINED
+    cut: bool = False
+    colorless: bool = False
+
+    @property
+    def retrieves(self) -> bool:
+        """Whether its images come from a knowledge base."""
+        return self.twin is None
 
 
 # Tests that replace the vectors of the retrieved images; the answers are compared with those to the original ones.
 EXCHANGES = ("exchanged", "other-colors")
+# Tests in which the captions of the retrieved images stand before each question; in the second, with their colours.
+CAPTIONS, COLORED_CAPTIONS = "captions", "colored-captions"
+# Tests of a model that was trained without a cut, with one; the same images and random ones.
+CUTS = {"cut": "retrieved", "cut-random": "random"}
 TEXT, NATURAL = "train", "natural"
 KB, KB_OTHERS, KB_NOISE = "kb", "kb-others", "kb-noise"
+SEEING = ("retrieved", "random", "off")
 ARMS = {
-    "twin": Arm("text", TEXT, KB_OTHERS, ("none",)),
-    "valm": Arm(None, TEXT, KB_OTHERS, ("retrieved", "random", "off", "taken-out", *EXCHANGES)),
-    "blind": Arm("blind", TEXT, KB_OTHERS, ("retrieved", "off")),
-    "random": Arm("random", TEXT, KB_OTHERS, ("random", "off")),
-    "noise": Arm("random", TEXT, KB_NOISE, ("noise", "off")),
-    "natural-twin": Arm("text", NATURAL, KB_OTHERS, ("none",)),
-    "natural-valm": Arm(None, NATURAL, KB_OTHERS, ("retrieved", "random", "off", *EXCHANGES)),
+    "base": Arm(("none", CAPTIONS, COLORED_CAPTIONS), "text", made=BASE),
+    "twin": Arm(("none",), "text"),
+    "valm": Arm((*SEEING, "taken-out", *EXCHANGES, *CUTS)),
+    "cut": Arm((*SEEING, *EXCHANGES), cut=True),
+    "blind": Arm(("retrieved", "off"), "blind"),
+    "context": Arm((CAPTIONS, COLORED_CAPTIONS, "none"), "text", made=CONTEXT),
+    "colored-context": Arm((COLORED_CAPTIONS, CAPTIONS, "none"), "text", made=CONTEXT),
+    "late": Arm((*SEEING, *EXCHANGES), made=LATE),
+    "colorless-valm": Arm((*SEEING, *EXCHANGES), colorless=True),
+    "colorless-blind": Arm(("retrieved", "off"), "blind", colorless=True),
+    "random": Arm(("random", "off"), "random"),
+    "noise": Arm(("noise", "off"), "random", kb=KB_NOISE),
+    "natural-twin": Arm(("none",), "text", NATURAL),
+    "natural-valm": Arm((*SEEING, *EXCHANGES), corpus=NATURAL, cut=True),
 }
 # What is asked: the study's own things, sets of `valm eval`, and held-out text for perplexity.
 VALIDATION, HELDOUT = "validation", "heldout"
@@ -75,7 +104,11 @@ class StudyConfig:
         text: sources of text, each with its options (`studies.color.text.study_text`).
         images: K, images per token.
         training: options of `valm train` for every arm.
+        training_of: other options of some arms, by their names; null leaves an option of `training` out.
+        colorless_clip: other options than `clip` of the CLIP that cannot know colours; `drawn`: how often each picture
+            gets colours drawn at random (default 4).
         arms: names of `ARMS`.
+        some_seeds: of arms that not all seeds have, those that do.
         tests: names of `TESTS`.
         seeds: each draws its own validation things, text and weights.
     """
@@ -86,7 +119,10 @@ class StudyConfig:
     clip: dict[str, Any]
     text: dict[str, Any]
     training: dict[str, Any]
+    training_of: dict[str, Any] = dataclasses.field(default_factory=dict)
+    colorless_clip: dict[str, Any] = dataclasses.field(default_factory=dict)
     arms: tuple[str, ...] = tuple(ARMS)
+    some_seeds: dict[str, Any] = dataclasses.field(default_factory=dict)
     tests: tuple[str, ...] = TESTS
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     images: int = 4
@@ -97,6 +133,15 @@ class StudyConfig:
         """A hash of the fields in RECIPE and of RECIPE_VERSION: results of different recipes are never pooled."""
         settings = {name: getattr(self, name) for name in RECIPE} | {"version": RECIPE_VERSION}
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+    def arms_of(self, seed: int) -> dict[str, Arm]:
+        """The arms of a seed, by name."""
+        return {name: ARMS[name] for name in self.arms if seed in self.some_seeds.get(name, self.seeds)}
+
+    def training_settings(self, arm: str) -> dict[str, Any]:
+        """The options of an arm's training."""
+        settings = self.training | self.training_of.get(arm, {})
+        return {name: value for name, value in settings.items() if value is not None}
 
     def to_json(self) -> dict[str, Any]:
         return json.loads(json.dumps(dataclasses.asdict(self)))
@@ -120,10 +165,21 @@ def read_config(file: str | os.PathLike) -> StudyConfig:
         if one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING and name not in content:
             raise ValmError(f"the study {path} has no {name}: see studies/ for examples")
     given = {name: _typed(path, fields[name], value) for name, value in content.items()}
-    for name, known in (("arms", ARMS), ("tests", TESTS)):
+    for name, what, known in (
+        ("arms", "arm", ARMS),
+        ("tests", "test", TESTS),
+        ("training_of", "arm", ARMS),
+        ("some_seeds", "arm", ARMS),
+    ):
         for one in given.get(name, ()):
             if one not in known:
-                raise ValmError(f"the study {path} names no known {name[:-1]}: {one!r}{nearest(one, known)}")
+                raise ValmError(f"the study {path} names no known {what}: {one!r}{nearest(one, known)}")
+    for name, schema in (("training_of", dict[str, Any]), ("some_seeds", list[Count])):
+        for one, value in given.get(name, {}).items():
+            try:
+                check(value, schema)
+            except SchemaError as error:
+                raise ValmError(f"the study {path}: {name}: {one}: {error}") from error
     config = StudyConfig(**given)
     try:
         config.to_json()

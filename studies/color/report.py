@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from studies.color.config import ARMS, EXCHANGES, VALIDATION
+from studies.color.config import ARMS, EXCHANGES, TRAINED, VALIDATION
 from studies.color.questions import CAPTIONS_KIND, FLICKR_CAPTIONS
 from studies.color.results import CALIBRATED, RAW, Results
 from valm.errors import ValmError
@@ -24,8 +24,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 VALM, TWIN, BLIND = ("valm", "retrieved"), ("twin", "none"), ("blind", "retrieved")
+BASE, CUT, CUT_RANDOM = ("base", "none"), ("valm", "cut"), ("valm", "cut-random")
+CONTEXT, LATE = ("context", "captions"), ("late", "retrieved")
+COLORLESS, COLORLESS_BLIND = ("colorless-valm", "retrieved"), ("colorless-blind", "retrieved")
+NATURAL_VALM, NATURAL_TWIN = ("natural-valm", "retrieved"), ("natural-twin", "none")
 # What the plan calls decisive: five seeds, and ten points.
 SEEDS, POINTS = 5, 0.10
+# Of the second study: seeds of the arms that not all have; points of S7; the share of a gain of S2; and the ratios of
+# perplexities of S3, of which the second is for the upper ends of the intervals.
+SOME_SEEDS, KNOWLEDGE_POINTS, KEPT, RATIO, UPPER_RATIO = 3, 0.05, 0.9, 1.0, 1.05
 PRIMARY, SECONDARY = "memory_color", ("color_terms", "vicomte_color")
 # (set, kind) in the order of the plan: the primary measure, then the secondary ones.
 MEASURES = (
@@ -52,9 +59,25 @@ PAIRS = {
     "trained on random images, images off − twin": (("random", "off"), TWIN),
     "trained on noise − twin": (("noise", "noise"), TWIN),
     "trained on noise, images off − twin": (("noise", "off"), TWIN),
-    NATURAL: (("natural-valm", "retrieved"), ("natural-twin", "none")),
+    NATURAL: (NATURAL_VALM, NATURAL_TWIN),
+    "VaLM − base": (VALM, BASE),
+    "VaLM with the cut − twin": (CUT, TWIN),
+    "VaLM with the cut, random images − twin": (CUT_RANDOM, TWIN),
+    "trained with the cut − twin": (("cut", "retrieved"), TWIN),
+    "VaLM − captions in context": (VALM, CONTEXT),
+    "VaLM − colours in context": (VALM, ("colored-context", "colored-captions")),
+    "VaLM − late fusion": (VALM, LATE),
+    "colourless VaLM − colourless Blind": (COLORLESS, COLORLESS_BLIND),
+    "colourless Blind − twin": (COLORLESS_BLIND, TWIN),
 }
 NAMES = {
+    "base": "base",
+    "cut": "trained with the cut",
+    "context": "captions in context",
+    "colored-context": "colours in context",
+    "late": "late fusion",
+    "colorless-valm": "colourless VaLM",
+    "colorless-blind": "colourless Blind",
     "twin": "twin",
     "valm": "VaLM",
     "blind": "Blind",
@@ -72,6 +95,10 @@ SEEN = {
     "noise": "",
     "exchanged": "red and blue exchanged",
     "other-colors": "images of another colour",
+    "cut": "with the cut",
+    "cut-random": "with the cut, random images",
+    "captions": "given captions",
+    "colored-captions": "given captions with colours",
 }
 # Steps of the learning curves that are averaged.
 WINDOW = 20
@@ -80,23 +107,31 @@ WINDOW = 20
 def write_page(results: Results, page: str | os.PathLike, images: str | os.PathLike) -> None:
     """Writes the tables between the marks of `page`, and the figures into `images`.
 
-    A mark is `<!-- study: NAME -->`, and its table ends at `<!-- end -->`.
+    A mark is `<!-- study: TABLE -->`, and its table ends at `<!-- end -->`. `<!-- study: TABLE of NAME -->` is of the
+    study NAME alone; where a page has such marks of the results' study, only these are written, and its figures are
+    `study-NAME-….png`.
 
     Raises:
         ValmError: the page cannot be read, or has a mark of no table.
     """
     path, folder = Path(page), writable_folder(images)
 
-    def filled(mark: re.Match) -> str:
-        if mark[1] not in TABLES:
-            raise ValmError(f"{path} has the mark of a table {mark[1]!r}, expected one of {', '.join(TABLES)}")
-        return f"<!-- study: {mark[1]} -->\n{TABLES[mark[1]](results)}\n<!-- end -->"
+    study, text = results.seeds[0]["study"], read_text(path)
+    own = f" of {study}" if f" of {study} -->" in text else ""
 
-    text = re.sub(r"<!-- study: ([\w-]+) -->\n.*?<!-- end -->", filled, read_text(path), flags=re.DOTALL)
+    def filled(mark: re.Match) -> str:
+        table, of = mark[1], mark[2] or ""
+        if table not in TABLES:
+            raise ValmError(f"{path} has the mark of a table {table!r}, expected one of {', '.join(TABLES)}")
+        return f"<!-- study: {table}{of} -->\n{TABLES[table](results)}\n<!-- end -->" if of == own else mark[0]
+
+    pattern = r"<!-- study: ([\w-]+)( of [\w-]+)? -->\n.*?<!-- end -->"
+    written = re.sub(pattern, filled, text, flags=re.DOTALL)
     with output_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(written, encoding="utf-8")
+    prefix = f"study-{study}" if own else "study"
     for name, draw in FIGURES.items():
-        with atomic_path(folder / f"study-{name}.png") as temporary:
+        with atomic_path(folder / f"{prefix}-{name}.png") as temporary:
             draw(results).savefig(temporary, dpi=110, format="png", bbox_inches="tight")
 
 
@@ -106,9 +141,14 @@ def state(results: Results) -> str:
     first = results.seeds[0]
     interim = "" if len(results.seeds) >= SEEDS else f" **Interim: the plan decides with {SEEDS} seeds.**"
     versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
+    missing = "".join(
+        f"\n\nNot asked, as the machine had no such file: {_title(of) if of in SETS else of} (seeds "
+        f"{', '.join(map(str, seeds))})."
+        for of, seeds in results.missing().items()
+    )
     return (
         f"Seeds: {seeds}.{interim} Settings `{first['recipe']}` of the study `{first['study']}`; {first['hardware']}, "
-        f"{first['threads']} threads; {versions}."
+        f"{first['threads']} threads; {versions}.{missing}"
     )
 
 
@@ -166,6 +206,172 @@ def hypotheses(results: Results) -> str:
     return "\n".join(["| Hypothesis | Points [95 %] | |", "| --- | --- | --- |", *rows])
 
 
+def claims(results: Results) -> str:
+    """What became of the hypotheses of the second study (docs/study-plan.md); nothing is decided before its seeds are
+    there."""
+    lines = ["| Hypothesis | Found [95 %] | |", "| --- | --- | --- |"]
+
+    def add(name: str, seeds: int, holds: Callable[..., bool], *asked: tuple[str, str, str]) -> None:
+        """A row about differences (pair, set, kind), if there are seeds that have all."""
+        some = results
+        for pair, of, _ in asked:
+            some = some.having(of, *PAIRS[pair])
+        if some.seeds:
+            found = [some.difference(*PAIRS[pair], of, kind) for pair, of, kind in asked]
+            what = "; ".join(f"{_title(one[1])} {points(each)}" for one, each in zip(asked, found, strict=True))
+            row(name, what, holds(*found), some, seeds)
+
+    def row(name: str, what: str, holds: bool, some: Results, seeds: int) -> None:
+        decided = len(some.seeds) >= seeds
+        verdict = ("holds" if holds else "does not hold") if decided else ("so far yes" if holds else "so far no")
+        lines.append(f"| {name} | {what}{_fewer(some, results)} | {verdict} |")
+
+    def two(pair: str) -> list[tuple[str, str, str]]:
+        return [(pair, VALIDATION, RAW), (pair, PRIMARY, RAW)]
+
+    def better(things: Difference, items: Difference) -> bool:
+        return min(things.low, items.low) > 0 and items.value >= POINTS
+
+    cut = "VaLM with the cut − twin"
+    add("S1: VaLM − twin", SEEDS, better, *two("VaLM − twin"))
+    add(
+        f"S2: {cut}, and at least {KEPT:.0%} of VaLM's on validation things",
+        SEEDS,
+        lambda things, items, whole: better(things, items) and things.value >= KEPT * whole.value,
+        *two(cut),
+        ("VaLM − twin", VALIDATION, RAW),
+    )
+    harmless = _harm(results, CUT)
+    if harmless:
+        ratios = [ratio for ratio in harmless if ratio.over == TWIN or ratio.text != CAPTIONS_KIND]
+        holds = all(ratio.value <= RATIO and ratio.high <= UPPER_RATIO for ratio in ratios)
+        what = "; ".join(f"{ratio.text} × the {NAMES[ratio.over[0]]}'s {ratio}" for ratio in ratios)
+        complete = {(ratio.text, ratio.over) for ratio in harmless} >= {(CAPTIONS_KIND, TWIN)}
+        row("S3: perplexity of VaLM with the cut", what, holds and complete, harmless[0].results, SEEDS)
+    add(
+        "S4: VaLM with the cut, random images − twin, calibrated",
+        SEEDS,
+        lambda found: found.high >= 0,
+        ("VaLM with the cut, random images − twin", PRIMARY, CALIBRATED),
+    )
+    add("S5: VaLM − captions in context", SEEDS, _above, ("VaLM − captions in context", VALIDATION, RAW))
+    add("S6: VaLM − late fusion", SOME_SEEDS, _differs, ("VaLM − late fusion", VALIDATION, RAW))
+    add(
+        "S7: colourless VaLM − colourless Blind",
+        SOME_SEEDS,
+        lambda things, items: (
+            min(things.low, items.low) > 0 and things.value >= POINTS and items.value >= KNOWLEDGE_POINTS
+        ),
+        *two("colourless VaLM − colourless Blind"),
+    )
+    add(
+        "S8: colourless Blind − twin",
+        SOME_SEEDS,
+        lambda found: found.low <= 0,
+        ("colourless Blind − twin", VALIDATION, RAW),
+    )
+    add("S9: natural VaLM − natural twin", SOME_SEEDS, _above, (NATURAL, VALIDATION, RAW))
+    return "\n".join(lines)
+
+
+def _above(found: Difference) -> bool:
+    return found.low > 0
+
+
+def _differs(found: Difference) -> bool:
+    return found.low > 0 or found.high < 0
+
+
+class Ratio(NamedTuple):
+    """A perplexity over that of `over` (arm, images) on a text, with its interval, of which seeds."""
+
+    text: str
+    over: tuple[str, str]
+    value: float
+    low: float
+    high: float
+    results: Results
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+def _harm(results: Results, asked: tuple[str, str]) -> list[Ratio]:
+    """The perplexities of `asked` over those of the base and of the twin."""
+    found = []
+    for text in results.texts():
+        for over in (BASE, TWIN):
+            some = results.having(text, asked, over)
+            if over != asked and some.seeds:
+                numbers = (math.exp(nats) for nats in _numbers(some.nats_difference(asked, over, text)))
+                found.append(Ratio(text, over, *numbers, some))
+    return found
+
+
+def harm(results: Results) -> str:
+    """What each arm costs in ordinary text: its perplexities over the base's and over the twin's."""
+    texts = results.texts()
+    heads = [f"{text}, × the {NAMES[arm]}'s" for text in texts for arm, _ in (BASE, TWIN)]
+    lines = [f"| Perplexity [95 %] | {' | '.join(heads)} |", "| --- |" + " --- |" * len(heads)]
+    for arm in results.arms():
+        ratios = {(ratio.text, ratio.over): ratio for ratio in _harm(results, arm)}
+        cells = [ratios.get((text, over)) for text in texts for over in (BASE, TWIN)]
+        if ratios:
+            shown = ["–" if cell is None else f"{cell}{_fewer(cell.results, results)}" for cell in cells]
+            lines.append(f"| {_arm(*arm)} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def harm_row(results: Results) -> str:
+    """A row below `summary`: what images with the cut cost in ordinary text; empty for results without a base."""
+    ratios = [ratio for ratio in _harm(results, CUT) if BASE in results.arms()]
+    cells = [
+        ", ".join(f"{ratio.text} {ratio}{_fewer(ratio.results, results)}" for ratio in ratios if ratio.over == over)
+        for over in (TWIN, BASE)
+    ]
+    row = f"\n| perplexity with the cut, × the twin's | {cells[0]} | × the base's: {cells[1]} |"
+    return row if ratios else ""
+
+
+def pictured(results: Results) -> str:
+    """The differences on the items that have a picture, and on those that have none."""
+    asked = [
+        (of, kind) for of, kind in MEASURES if any("pictured" in seed["sets"].get(of, ()) for seed in results.seeds)
+    ]
+    lines = [
+        "| Points [95 %] | Set | Items with a picture | | Items without | |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for pair, (first, second) in PAIRS.items():
+        for of, kind in asked:
+            some = results.having(of, first, second)
+            if not some.seeds or some.pictured(of).all():  # as all validation things have one
+                continue
+            cells = []
+            for with_picture in (True, False):
+                count = int((some.pictured(of) == with_picture).sum())
+                difference = some.difference(first, second, of, kind, with_picture) if count else None
+                cells += [str(count), "–" if difference is None else points(difference)]
+            lines.append(f"| {pair} | {_title(of)}, {kind}{_fewer(some, results)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def trainings(results: Results) -> str:
+    """Where each arm's training stopped, and how much of the base it was mixed with; a number for each seed."""
+    arms = dict.fromkeys(arm for seed in results.seeds for arm in seed.get("training", {}))
+    lines = [
+        "| Training | best step | share of the base | perplexity on what was held out |",
+        "| --- | --- | --- | --- |",
+    ]
+    for arm in arms:
+        numbers = [seed.get("training", {}).get(arm, {}) for seed in results.seeds]
+        cells = []
+        for name, form in (("steps", ".0f"), ("base_share", ".3f"), ("eval_perplexity", ".1f")):
+            cells.append(", ".join(f"{one[name]:{form}}" for one in numbers if name in one) or "–")
+        lines.append(f"| {NAMES[arm]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def differences(results: Results) -> str:
     """Every pair of arms on every measure."""
     measures = [measure for measure in MEASURES if measure[0] in results.sets()]
@@ -214,7 +420,11 @@ def perplexities(results: Results) -> str:
     lines = [f"| Perplexity per token, × the twin's [95 %] | {' | '.join(texts)} |", "| --- |" + " --- |" * len(texts)]
     for arm, images in results.arms():
         corpus = ARMS[arm].corpus
-        twin = next((name, "none") for name, one in ARMS.items() if (one.twin, one.corpus) == ("text", corpus))
+        twin = next(
+            (name, "none")
+            for name, one in ARMS.items()
+            if (one.twin, one.corpus, one.made) == ("text", corpus, TRAINED)
+        )
         cells = []
         for text in texts:
             some = results.having(text, (arm, images))
@@ -262,8 +472,12 @@ def counts(results: Results) -> str:
 
 TABLES: dict[str, Callable[[Results], str]] = {
     "state": state,
-    "summary": summary,
+    "summary": lambda results: summary(results) + harm_row(results),
     "hypotheses": hypotheses,
+    "claims": claims,
+    "harm": harm,
+    "pictured": pictured,
+    "trainings": trainings,
     "differences": differences,
     "accuracies": accuracies,
     "retrieval": retrieval,

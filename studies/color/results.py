@@ -59,7 +59,14 @@ class _Row(_Answered):
     images: str
 
 
-class _SeedResults(TypedDict):
+class _SecondStudy(TypedDict, total=False):
+    """What results of the first study do not have: what could not be asked, and of each trained model its numbers."""
+
+    missing: list[str]
+    training: dict[str, dict[str, float]]
+
+
+class _SeedResults(_SecondStudy):
     study: str
     recipe: str
     seed: Count
@@ -116,10 +123,34 @@ class Results:
         found = self.hits(arm, images, of, kind)
         return ratio(found, np.full(found.shape, float(self.prompts(of))))
 
-    def difference(self, first: tuple[str, str], second: tuple[str, str], of: str, kind: str = RAW) -> Difference:
-        """The accuracy of `first` (arm, images) minus that of `second`."""
-        hits = self.hits(*first, of, kind)
-        return paired(hits, self.hits(*second, of, kind), np.full(hits.shape[1], float(self.prompts(of))))
+    def difference(
+        self,
+        first: tuple[str, str],
+        second: tuple[str, str],
+        of: str,
+        kind: str = RAW,
+        pictured: bool | None = None,
+    ) -> Difference:
+        """The accuracy of `first` (arm, images) minus that of `second`, on all items, or on those with (`pictured`) or
+        without a picture in the knowledge base."""
+        hits, others = self.hits(*first, of, kind), self.hits(*second, of, kind)
+        if pictured is not None:
+            items = self.pictured(of) == pictured
+            hits, others = hits[:, items], others[:, items]
+        return paired(hits, others, np.full(hits.shape[1], float(self.prompts(of))))
+
+    def pictured(self, of: str) -> np.ndarray:
+        """Whether each item, as in `hits`, has a picture in the knowledge base."""
+        rows = [np.array(seed["sets"][of]["pictured"]) for seed in self.seeds]
+        return _stacked(rows, self._same_items(of))[0]
+
+    def missing(self) -> dict[str, list[int]]:
+        """What could not be asked, with the seeds."""
+        found: dict[str, list[int]] = {}
+        for seed in self.seeds:
+            for name in seed.get("missing", ()):
+                found.setdefault(name, []).append(seed["seed"])
+        return found
 
     def prompts(self, of: str) -> int:
         return len(self.seeds[0]["sets"][of]["right"][0])
@@ -261,6 +292,7 @@ def _together(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     return first | {
         "rows": first["rows"] + second["rows"],
         **{part: second[part] | first[part] for part in ("sets", "losses", "seconds")},
+        "training": second.get("training", {}) | first.get("training", {}),
     }
 
 

@@ -2,7 +2,9 @@
 
 All seeds share OUT/pictures. The files of a seed are in OUT/seed-N, or in OUT itself if the study has one seed:
 
-    text/  clip/  kb-others/  kb/  retrieval-train/  twin/  valm/  blind/ …  results.json
+    text/  clip/  kb-others/  kb/  retrieval-train/  twin/  valm/  blind/ …  scores/  results.json
+
+The CLIP that cannot know colours has its own clip/, kb-others/, kb/ and retrieval-train/ in colorless/.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,18 +26,27 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from studies.color.captions import Captions, captioned
 from studies.color.clip import check, image_tower
 from studies.color.conditions import Conditions
 from studies.color.config import (
     ARMS,
+    BASE,
+    CAPTIONS,
+    COLORED_CAPTIONS,
+    CUTS,
     HELDOUT,
     KB,
     KB_NOISE,
     KB_OTHERS,
+    LATE,
+    NATURAL,
+    TRAINED,
     VALIDATION,
     Arm,
     StudyConfig,
 )
+from studies.color.late_fusion import load_late_fusion
 from studies.color.pictures import Picture, collect_pictures, read_pictures
 from studies.color.questions import (
     CAPTIONS_KIND,
@@ -46,31 +57,47 @@ from studies.color.questions import (
     validation_questions,
 )
 from studies.color.scoring import compact, question_rows, read_from_fusion, score_arm, text_rows
-from studies.color.text import study_text
+from studies.color.text import drawn_captions, read_texts, study_text, write_texts
+from studies.color.training import FUSION_LAYER, train_late_fusion, train_with_captions
 from studies.color.words import Names
 from studies.demo.run import hardware
 from studies.stages import Stages
 from valm.clip.clip import Clip
-from valm.corpus.parts import read_documents
+from valm.clip.tokenizer import own_tokenizer
+from valm.corpus.min_score import AUTO, MinScore
+from valm.corpus.retrieved import CorpusRetrieval
 from valm.errors import ValmError
-from valm.evaluation.color import load_memory_color
+from valm.evaluation.color import ColorItem, load_memory_color
 from valm.evaluation.questions import Questions
 from valm.evaluation.scorers import CausalScorer
+from valm.evaluation.sets import SETS, find_file
 from valm.knowledge_base.store import ImageKnowledgeBase
-from valm.model.checkpoint import load
+from valm.model.augment import augment
+from valm.model.checkpoint import load, load_decoder
 from valm.model.smollm2 import PACKAGE, convert_smollm2
 from valm.retrieval.note import RetrievalNote
 from valm.store.files import read_json, writable_folder, write_json
 from valm.training.image_trainer import STATE_FILE
+from valm.training.run_note import RUN_FILE
 from valm_kernels.atomic_files import remove_folder
 
 RESULTS_FILE = "results.json"
 STUDY_FILE = "study.json"
-LOSSES_FILE = "losses.json"
+# In the folder of a model: the loss of each step, and what was measured of it (`ImageTrainer.numbers`).
+LOSSES_FILE, NUMBERS_FILE = "losses.json", "numbers.json"
+# The folder of the CLIP that cannot know colours; the text with all questions about validation things.
+COLORLESS, QUESTIONS = "colorless", "questions"
+# How often each picture gets colours drawn at random for that CLIP, unless the study says otherwise.
+DRAWN = 4
 # A value of `image_tower` in a study's `clip`; any other value is a CLIP for `valm clip train --image-tower`.
 PACKAGE_TOWER = "efficientnet-lite0"
 # Sets with more items than this are asked only in the first test of each arm.
 LARGE = 300
+# For `estimated_hours`, in processor seconds of a Xeon of 2.5 GHz that others used too, one thread: the CLIP, its
+# knowledge bases and all hidden states below the fusion layer; a step; small sets and texts in a test; large sets.
+PREPARATION_SECONDS, STEP_SECONDS, TEST_SECONDS, LARGE_SECONDS = 700, 0.5, 60, 300
+# Steps of four epochs of the natural text.
+NATURAL_STEPS = 420
 VERSIONS = ("torch", "transformers", "open_clip_torch", "timm", "numpy")
 # Options of `valm train` and `valm clip train`; any other name is a field of TrainingArguments.
 OWN_OPTIONS = {
@@ -78,10 +105,13 @@ OWN_OPTIONS = {
     "cache_images",
     "context",
     "fusion_lr",
+    "image_dropout",
     "image_tower",
     "limit_softmax",
     "logit_bias",
     "max_logit_scale",
+    "patience",
+    "validation",
 }
 # Runs a command line of `valm` and returns its exit status.
 Command = Callable[[list[str]], int]
@@ -119,6 +149,15 @@ class Study:
     def seed_folder(self, seed: int) -> Path:
         return self.out if len(self.config.seeds) == 1 else self.out / f"seed-{seed}"
 
+    def kb_folder(self, seed: int, arm: Arm) -> Path:
+        """The folder with the CLIP, the knowledge bases and the retrieved corpora of an arm."""
+        return self.seed_folder(seed) / COLORLESS if arm.colorless else self.seed_folder(seed)
+
+    def clip(self, folder: Path) -> str:
+        """The CLIP of the knowledge bases in `folder`."""
+        trained = "pretrained" not in self.config.clip or folder.name == COLORLESS
+        return str(folder / "clip" if trained else self.config.clip["pretrained"])
+
     def valm(self, *arguments: object) -> None:
         """Runs `valm arguments`.
 
@@ -130,6 +169,17 @@ class Study:
             print(f"$ valm {shlex.join(line)}", flush=True)
         if self.command(line if self.progress else [*line, "--quiet"]) != 0:
             raise ValmError(f"this stage of the study failed: valm {shlex.join(line)}")
+
+
+def estimated_hours(study: Study, seed: int) -> float:
+    """Hours of one free core that a seed takes, by what its stages took elsewhere."""
+    config, arms = study.config, study.config.arms_of(seed)
+    steps = sum(config.training_settings(name).get("steps", NATURAL_STEPS) for name in arms if name != "base")
+    asked = TEST_SECONDS * sum(len(arm.tests) for arm in arms.values())
+    if set(study.tests) & {"vicomte_color", "relative_size"}:
+        asked += LARGE_SECONDS * len(arms)
+    clips = len({arm.colorless for arm in arms.values()})
+    return (PREPARATION_SECONDS * clips + STEP_SECONDS * steps + asked) / 3600
 
 
 def run_study(study: Study, seeds: Sequence[int] | None = None) -> dict[int, Path]:
@@ -147,7 +197,12 @@ def run_study(study: Study, seeds: Sequence[int] | None = None) -> dict[int, Pat
     shared = Stages(study.out / "stages-shared.json", progress=study.progress)
     shared("pictures", lambda: _make_pictures(study))
     base = _language_model(config.language_model, study.out / "language-model")
-    return {seed: _run_seed(study, seed, base) for seed in seeds or config.seeds}
+    files = {}
+    for seed in seeds or config.seeds:
+        if study.progress:
+            print(f"seed {seed}: about {estimated_hours(study, seed):.1f} hours of one core from its start (estimate)")
+        files[seed] = _run_seed(study, seed, base)
+    return files
 
 
 def _language_model(name: str, out: Path) -> str:
@@ -189,33 +244,54 @@ def _run_seed(study: Study, seed: int, base: str) -> Path:
     config, folder = study.config, writable_folder(study.seed_folder(seed))
     stage = Stages(folder / "stages.json", f"seed {seed}, ", study.progress)
     pictures = read_pictures(study.pictures)
-    clip = str(config.clip.get("pretrained", folder / "clip"))
+    arms = config.arms_of(seed)
     stage("text", lambda: _write_text(study, pictures, seed, folder / "text"))
-    if "pretrained" not in config.clip:
-        stage("clip", lambda: _train_clip(study, seed, folder))
-    others, items = study.pictures / "others.csv", study.pictures / "items.csv"
-    hub = ["--allow-download"] if config.allow_download else []
-    table = ["--format", "csv"]
-    stage("kb-others", lambda: study.valm("kb", "build", others, *table, "--clip", clip, "--out", folder / KB_OTHERS))
-    stage("kb", lambda: study.valm("kb", "add", folder / KB_OTHERS, items, *table, "--out", folder / KB, *hub))
-    arms = {name: ARMS[name] for name in config.arms}
-    if any(arm.kb == KB_NOISE for arm in arms.values()):
-        stage("kb-noise", lambda: _noise(study, folder, clip, seed))
-    for corpus, kb in dict.fromkeys((arm.corpus, arm.kb) for arm in arms.values()):
-        retrieval = folder / retrieval_name(corpus, kb)
-        options = ("--kb", folder / kb, "--tokenizer", base, "-k", config.images, "--out", retrieval, *hub)
-        text = folder / "text" / f"{corpus}.jsonl"
-        stage(retrieval.name, partial(study.valm, "retrieve", text, *options))
+    for colorless in dict.fromkeys(arm.colorless for arm in arms.values()):
+        some = [arm for arm in arms.values() if arm.colorless == colorless]
+        _prepare(study, seed, base, writable_folder(study.kb_folder(seed, some[0])), some, stage)
     for name, arm in arms.items():
-        stage(name, partial(_train, study, name, arm, folder, base, seed))
-    # the stage has the arms and tests in its name, so that other ones are scored again
-    tested = f"scores of {', '.join(config.arms)} on {', '.join(study.tests)}"
+        if arm.made != BASE:
+            stage(name, partial(_train, study, name, arm, base, seed))
+    rows = {name: _scores_file(study, folder, name) for name in arms}
+    scoring = Scoring(study, seed, base, pictures)
+    for name, file in rows.items():
+        # the stage has the tests in its name, so that other ones are asked again
+        stage(f"scores of {name} on {', '.join(study.tests)}", partial(scoring.write, name, file))
     results = folder / (f"{VALIDATION}-{RESULTS_FILE}" if study.validation else RESULTS_FILE)
-    stage(tested, lambda: _score(study, seed, folder, clip, pictures, results))
+    stage(f"results of {', '.join(arms)} on {', '.join(study.tests)}", lambda: scoring.collect(rows, results))
     found = read_json(results, "the results", dict[str, Any], "run the study again")
     found["seconds"] = stage.seconds
     write_json(results, found, indent=None)
     return results
+
+
+def _prepare(study: Study, seed: int, base: str, folder: Path, arms: Sequence[Arm], stage: Stages) -> None:
+    """A CLIP, its knowledge bases, and the images of every text that `arms` read; all in `folder`."""
+    config, name = study.config, f"{COLORLESS}/" if folder.name == COLORLESS else ""
+    clip = study.clip(folder)
+    if clip == str(folder / "clip"):
+        stage(f"{name}clip", lambda: _train_clip(study, seed, folder))
+    others, items = study.pictures / "others.csv", study.pictures / "items.csv"
+    hub = ["--allow-download"] if config.allow_download else []
+    table = ["--format", "csv"]
+    build = ["kb", "build", others, *table, "--clip", clip, "--out", folder / KB_OTHERS]
+    stage(f"{name}kb-others", lambda: study.valm(*build))
+    add = ["kb", "add", folder / KB_OTHERS, items, *table, "--out", folder / KB, *hub]
+    stage(f"{name}kb", lambda: study.valm(*add))
+    if any(arm.kb == KB_NOISE for arm in arms):
+        stage(f"{name}kb-noise", lambda: _noise(study, folder, clip, seed))
+    read = [(arm.corpus, arm.kb) for arm in arms if arm.made != BASE]
+    if any(arm.cut or CUTS.keys() & set(arm.tests) for arm in arms):
+        read.append((QUESTIONS, KB_OTHERS))
+    for corpus, kb in dict.fromkeys(read):
+        retrieval = folder / retrieval_name(corpus, kb)
+        options = ("--kb", folder / kb, "--tokenizer", base, "-k", config.images, "--out", retrieval, *hub)
+        text = study.seed_folder(seed) / "text" / f"{corpus}.jsonl"
+        stage(f"{name}{retrieval.name}", partial(study.valm, "retrieve", text, *options))
+
+
+def _scores_file(study: Study, folder: Path, arm: str) -> Path:
+    return writable_folder(folder / "scores") / f"{f'{VALIDATION}-' if study.validation else ''}{arm}.json"
 
 
 def retrieval_name(corpus: str, kb: str) -> str:
@@ -224,18 +300,28 @@ def retrieval_name(corpus: str, kb: str) -> str:
 
 def _write_text(study: Study, pictures: Sequence[Picture], seed: int, out: Path) -> None:
     names, heads = item_names(COLOR_SETS, study.data), item_names(COLOR_SETS[:2], study.data)
-    study_text(study.config.text, pictures, names, seed=seed, head_noun_items=heads).write(out)
+    text = study_text(study.config.text, pictures, names, seed=seed, head_noun_items=heads)
+    text.write(out)
+    questions = [question for row in validation_questions(text.validation).texts for question in row]
+    write_texts(out / f"{QUESTIONS}.jsonl", questions)
 
 
 def _train_clip(study: Study, seed: int, folder: Path) -> None:
-    options = dict(study.config.clip)
+    options, pictures = dict(study.config.clip), study.pictures
+    text = study.seed_folder(seed) / "text"
+    captions = text / "captions.json"
+    if folder.name == COLORLESS:
+        options |= study.config.colorless_clip
+        pictures, captions = folder / "pictures", folder / "captions.json"
+        drawn = collect_pictures(
+            study.config.pictures, pictures, drawn=(options.pop("drawn", DRAWN), seed), progress=study.progress
+        )
+        write_json(captions, drawn_captions(drawn, read_texts(text / f"{NATURAL}.jsonl"), seed))
     if options.get("image_tower") == PACKAGE_TOWER:
         options["image_tower"] = image_tower(study.out / "tower")
     shutil.rmtree(folder / "clip", ignore_errors=True)  # a killed training begins again
-    captions = ["--captions", folder / "text" / "captions.json"]
-    study.valm(
-        "clip", "train", study.pictures, *captions, "--out", folder / "clip", "--seed", seed, *as_options(options)
-    )
+    where = ["--captions", captions, "--out", folder / "clip", "--seed", seed]
+    study.valm("clip", "train", pictures, *where, *as_options(options))
 
 
 def _noise(study: Study, folder: Path, clip: str, seed: int) -> None:
@@ -251,23 +337,50 @@ def _noise(study: Study, folder: Path, clip: str, seed: int) -> None:
     study.valm("kb", "build", vectors, "--format", "embeddings", "--clip", clip, "--out", folder / KB_NOISE)
 
 
-def _train(study: Study, name: str, arm: Arm, folder: Path, base: str, seed: int) -> None:
+def _train(study: Study, name: str, arm: Arm, base: str, seed: int) -> None:
     """Trains an arm. An arm that retrieves then gets the note that its images are in KB."""
-    kb = folder / arm.kb
+    out, folder = study.seed_folder(seed) / name, study.kb_folder(seed, arm)
+    retrieval, kb = folder / retrieval_name(arm.corpus, arm.kb), folder / arm.kb
+    settings = study.config.training_settings(name)
+    if arm.made != TRAINED:
+        _train_here(study, name, arm, base, seed, settings)
+        return
     study.valm(
-        *("train", "--base", base, "--retrieval", folder / retrieval_name(arm.corpus, arm.kb), "--kb", kb),
+        *("train", "--base", base, "--retrieval", retrieval, "--kb", kb),
         *(["--twin", arm.twin] if arm.twin else []),
-        *("--unfreeze", "block", "--cache-below", study.out / "below", "--out", folder / name, "--resume"),
+        *(["--min-score", "auto", "--questions", folder / retrieval_name(QUESTIONS, KB_OTHERS)] if arm.cut else []),
+        *("--unfreeze", "block", "--cache-below", study.out / "below", "--out", out, "--resume"),
         *("--seed", seed, "--logging_steps", "1"),
-        *as_options(study.config.training),
+        *as_options(settings),
         *(["--allow-download"] if study.config.allow_download else []),
     )
     # the model has the weights; the last checkpoint is as large, and only its losses are needed
-    write_json(folder / name / LOSSES_FILE, losses(folder / name))
-    for checkpoint in (folder / name).glob("checkpoint-*"):
+    write_json(out / LOSSES_FILE, losses(out))
+    measured = read_json(out / RUN_FILE, "the note on a training", dict[str, Any]).get("numbers", {})
+    write_json(out / NUMBERS_FILE, measured | {"steps": best_step(out)})
+    for checkpoint in out.glob("checkpoint-*"):
         remove_folder(checkpoint)
-    if arm.twin is None:
-        RetrievalNote.of_knowledge_base(ImageKnowledgeBase.open(folder / KB), "eot").write(folder / name)
+    if arm.retrieves:
+        RetrievalNote.of_knowledge_base(ImageKnowledgeBase.open(folder / KB), "eot").write(out)
+
+
+def _train_here(study: Study, name: str, arm: Arm, base: str, seed: int, settings: dict[str, Any]) -> None:
+    """Trains an arm that is no `valm train`; one that was killed begins again."""
+    out, folder = study.seed_folder(seed) / name, study.kb_folder(seed, arm)
+    shutil.rmtree(out, ignore_errors=True)
+    retrieval = CorpusRetrieval.open(folder / retrieval_name(arm.corpus, arm.kb))
+    kb = ImageKnowledgeBase.open(folder / arm.kb)
+    same: Any = {"base": base, "retrieval": retrieval, "settings": settings, "seed": seed}
+    same |= {"below": study.out / "below", "progress": study.progress}
+    if arm.made == LATE:
+        done = train_late_fusion(out, kb=kb, **same)
+    else:
+        text = study.seed_folder(seed) / "text"
+        things = {thing.item for thing in load_memory_color(text / "validation.csv")}
+        captions = Captions(kb, read_pictures(study.pictures), arm.tests[0] == COLORED_CAPTIONS, things)
+        done = train_with_captions(out, texts=read_texts(text / f"{arm.corpus}.jsonl"), caption=captions, **same)
+    write_json(out / LOSSES_FILE, [round(loss, 4) for loss in done.losses()])
+    write_json(out / NUMBERS_FILE, done.numbers)
 
 
 def as_options(settings: dict[str, Any]) -> list[str]:
@@ -284,78 +397,178 @@ def as_options(settings: dict[str, Any]) -> list[str]:
 
 def losses(folder: Path) -> list[float]:
     """The loss of every step of the training whose last checkpoint is in `folder`."""
+    return [round(entry["loss"], 4) for entry in _last_state(folder)["log_history"] if "loss" in entry]
+
+
+def best_step(folder: Path) -> int:
+    """The step after which the training in `folder` has its model."""
+    state = _last_state(folder)
+    return state.get("best_global_step") or state["global_step"]
+
+
+def _last_state(folder: Path) -> dict[str, Any]:
     states = sorted(folder.glob(f"checkpoint-*/{STATE_FILE}"), key=lambda file: int(file.parent.name.split("-")[1]))
-    history = read_json(states[-1], "the state of a training", dict[str, Any])["log_history"]
-    return [round(entry["loss"], 4) for entry in history if "loss" in entry]
+    return read_json(states[-1], "the state of a training", dict[str, Any])
 
 
-def _score(study: Study, seed: int, folder: Path, clip_source: str, pictures: Sequence[Picture], results: Path) -> None:
-    config = study.config
-    things = load_memory_color(folder / "text" / "validation.csv")
-    asked: dict[str, Questions] = {
-        name: validation_questions(things) if name == VALIDATION else set_questions(name, study.data)
-        for name in study.tests
-        if name != HELDOUT
-    }
-    texts = _heldout(folder / "text", study.data) if HELDOUT in study.tests else {}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    clip = Clip.load(clip_source, device=device)
-    conditions: Conditions | None = None
-    known: list[list[int]] | None = None
-    rows: list[dict[str, Any]] = []
+class Scoring:
+    """Asks the models of a seed. What several of them need is made once."""
 
-    def say(line: str) -> None:
-        if study.progress:
-            print(f"  {line}", flush=True)
+    def __init__(self, study: Study, seed: int, base: str, pictures: Sequence[Picture]):
+        self.study, self.seed, self.base, self.pictures = study, seed, base, pictures
+        self.folder = study.seed_folder(seed)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._conditions: dict[Path, Conditions] = {}
+        self._with_captions: dict[str, dict[str, Questions]] = {}
 
-    for name in config.arms:
-        arm = ARMS[name]
-        model, tokenizer = load(folder / name, device=device)
-        conditions = conditions or Conditions(folder, clip, tokenizer, config.images, seed, pictures, study.pictures)
-        if known is None:
-            known = [row for one in asked.values() for row in question_rows(tokenizer, one)]
-            known += [row for documents in texts.values() for row in text_rows(tokenizer, documents)]
-        read_from_fusion(model, known, study.out / "below", progress=study.progress)
-        scorer = CausalScorer(model, tokenizer, name)
-        tests = {images: _retriever(conditions, arm, images) for images in arm.tests}
-        rows += score_arm(name, scorer, tests, asked, texts, large=LARGE, say=say)
-        del model, scorer
+    @cached_property
+    def things(self) -> list[ColorItem]:
+        """The validation things."""
+        return load_memory_color(self.folder / "text" / "validation.csv")
+
+    @cached_property
+    def missing(self) -> list[str]:
+        """What is to be asked and the data lack: sets that the text is not filtered by, and the captions."""
+        wanted = [name for name in self.study.tests if name in SETS and name not in COLOR_SETS]
+        return [name for name in wanted if find_file(name, self.study.data) is None] + (
+            [CAPTIONS_KIND] if HELDOUT in self.study.tests and not flickr_captions(self.study.data) else []
+        )
+
+    @cached_property
+    def asked(self) -> dict[str, Questions]:
+        return {
+            name: validation_questions(self.things) if name == VALIDATION else set_questions(name, self.study.data)
+            for name in self.study.tests
+            if name != HELDOUT and name not in self.missing
+        }
+
+    @cached_property
+    def texts(self) -> dict[str, list[str]]:
+        return _heldout(self.folder / "text", self.study.data) if HELDOUT in self.study.tests else {}
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return own_tokenizer(self.base)
+
+    def conditions(self, arm: Arm) -> Conditions:
+        """The retrievers with the CLIP of an arm."""
+        folder = self.study.kb_folder(self.seed, arm)
+        if folder not in self._conditions:
+            clip = Clip.load(self.study.clip(folder), device=self.device)
+            images, pictures = self.study.config.images, self.study.pictures
+            self._conditions[folder] = Conditions(
+                folder, clip, self.tokenizer, images, self.seed, self.pictures, pictures
+            )
+        return self._conditions[folder]
+
+    def with_captions(self, images: str) -> dict[str, Questions]:
+        """The questions, before each the captions of the images that its last token retrieves."""
+        if images not in self._with_captions:
+            conditions = self.conditions(ARMS["base"])
+            caption = Captions(conditions.kb, self.pictures, images == COLORED_CAPTIONS)
+            small = {name: one for name, one in self.asked.items() if len(one.items) <= LARGE}
+            self._with_captions[images] = {
+                name: captioned(one, conditions["retrieved"], caption) for name, one in small.items()
+            }
+        return self._with_captions[images]
+
+    def open(self, name: str) -> Any:
+        """The model of an arm."""
+        arm, config = ARMS[name], self.study.config
+        if arm.made == BASE:  # the twin before its training, which reads the same hidden states
+            return augment(load_decoder(self.base), 1, 0, unfreeze="block").eval().to(self.device)
+        if arm.made == LATE:
+            dim = self.conditions(arm).kb.dim
+            return load_late_fusion(self.folder / name, self.base, dim, config.images).to(self.device)
+        return load(self.folder / name, device=self.device)[0]
+
+    def write(self, name: str, file: Path) -> None:
+        """Writes the result rows of an arm."""
+        arm, study = ARMS[name], self.study
+        scorer = CausalScorer(self.open(name), self.tokenizer, name)
+        given = {images: self.with_captions(images) for images in (CAPTIONS, COLORED_CAPTIONS) if images in arm.tests}
+        read = [row for one in self.asked.values() for row in question_rows(self.tokenizer, one)]
+        read += [row for documents in self.texts.values() for row in text_rows(self.tokenizer, documents)]
+        captions = [one for sets in given.values() for one in sets.values()]
+        behind = [row for one in captions for row in question_rows(self.tokenizer, one)]
+        for rows in filter(None, (read, behind)):  # of which most arms need the first alone
+            layer = FUSION_LAYER if arm.made == LATE else None
+            read_from_fusion(scorer.model, rows, study.out / "below", layer=layer, progress=study.progress)
+        tests = {images: self._retriever(arm, images) for images in arm.tests if images not in given}
+        cuts = {images: self.min_score(arm) for images in CUTS if images in tests}
+        say = partial(print, flush=True) if study.progress else _silent
+        rows = score_arm(name, scorer, tests, self.asked, self.texts, large=LARGE, say=say, cuts=cuts)
+        for images, sets in given.items():
+            rows += score_arm(name, scorer, {images: None}, sets, {}, large=LARGE, say=say)
+        order = list(arm.tests)
+        write_json(file, sorted(rows, key=lambda row: order.index(row["images"])))
+        del scorer
         gc.collect()
-    assert conditions is not None
-    write_json(
-        results,
-        {
-            "study": config.name,
-            "recipe": config.recipe,
-            "config": config.to_json(),
-            "seed": seed,
-            "sets": {name: _about(one, conditions) for name, one in asked.items()},
-            "rows": rows,
-            "losses": {name: read_json(folder / name / LOSSES_FILE, "the losses", list[float]) for name in config.arms},
-            "clip": check(Path(clip_source), conditions.kb, pictures, things),
+
+    def min_score(self, arm: Arm) -> float:
+        """Below it a token sees no images, in the tests with a cut."""
+        folder, conditions = self.study.kb_folder(self.seed, arm), self.conditions(arm)
+        chosen = MinScore(AUTO, questions=folder / retrieval_name(QUESTIONS, KB_OTHERS))
+        found = chosen.find(ImageKnowledgeBase.open(folder / KB_OTHERS), conditions.encoder.query, None)
+        assert found is not None
+        return found
+
+    def _retriever(self, arm: Arm, images: str) -> Any:
+        if images == "none":
+            return None
+        conditions = self.conditions(arm)
+        return conditions.of_blind(images) if arm.twin == "blind" else conditions[CUTS.get(images, images)]
+
+    def collect(self, rows: dict[str, Path], results: Path) -> None:
+        """Writes the results of the seed from the rows of its arms."""
+        study, folder = self.study, self.folder
+        conditions = self.conditions(ARMS["valm"])
+        trained = [name for name in rows if ARMS[name].made != BASE]
+        clips = {ARMS[name].colorless: ARMS[name] for name in rows}
+        found = {
+            "study": study.config.name,
+            "recipe": study.config.recipe,
+            "config": study.config.to_json(),
+            "seed": self.seed,
+            "sets": {name: _about(one, conditions) for name, one in self.asked.items()},
+            "missing": self.missing,
+            "rows": [row for file in rows.values() for row in read_json(file, "the scores", list[dict[str, Any]])],
+            "losses": {name: read_json(folder / name / LOSSES_FILE, "the losses", list[float]) for name in trained},
+            "training": {
+                name: read_json(folder / name / NUMBERS_FILE, "the numbers of a training", dict[str, float])
+                for name in trained
+            },
+            "clip": {
+                f"{COLORLESS} " * colorless + title: value
+                for colorless, arm in clips.items()
+                for title, value in check(
+                    Path(self.study.clip(study.kb_folder(self.seed, arm))),
+                    self.conditions(arm).kb,
+                    self.pictures,
+                    self.things,
+                ).items()
+            },
             "counts": read_json(folder / "text" / "counts.json", "the counts of the text", dict[str, Any]),
             "pictures": {"all": len(conditions.kb), "of items": len(conditions.kb) - _images_in(folder / KB_OTHERS)},
             "versions": {"python": platform.python_version()} | {name: version(name) for name in VERSIONS},
             "hardware": hardware(),
             "threads": torch.get_num_threads(),
-        },
-    )
+        }
+        write_json(results, found)
+
+
+def _silent(line: str) -> None:
+    pass
 
 
 def _images_in(kb: Path) -> int:
     return len(ImageKnowledgeBase.open(kb))
 
 
-def _retriever(conditions: Conditions, arm: Arm, images: str) -> Any:
-    if images == "none":
-        return None
-    return conditions.of_blind(images) if arm.twin == "blind" else conditions[images]
-
-
 def _heldout(folder: Path, data: Path | None) -> dict[str, list[str]]:
     """Texts for perplexity, by kind: those held out of training, and the captions of Flickr8k if `data` has it."""
     files = {file.stem.removeprefix("heldout-"): file for file in sorted(folder.glob("heldout-*.jsonl"))}
-    found = {kind: list(read_documents([file], column="text")) for kind, file in files.items()}
+    found = {kind: read_texts(file) for kind, file in files.items()}
     captions = flickr_captions(data)
     return found | ({CAPTIONS_KIND: captions} if captions else {})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -63,14 +64,16 @@ def text_rows(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return [[begin_id(tokenizer), *ids] for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
 
 
-def read_from_fusion(model: Any, rows: Iterable[Sequence[int]], folder: Path, *, progress: bool = True) -> None:
-    """Makes `model` start at its fusion layer for batches of token sequences in `rows`.
+def read_from_fusion(
+    model: Any, rows: Iterable[Sequence[int]], folder: Path, *, layer: int | None = None, progress: bool = True
+) -> None:
+    """Makes `model` start at its fusion layer, or at `layer`, for batches of token sequences in `rows`.
 
     The layers below are the same in all models, so their output is computed once for each distinct row, in one file
     (`cache_below`): whoever opens it hashes all weights below. Other batches run through all layers.
     """
     known = {row: number for number, row in enumerate(dict.fromkeys(map(tuple, rows)))}
-    cached = cache_below(model, [{"input_ids": np.array(row)} for row in known], folder, progress=progress)
+    cached = cache_below(model, [{"input_ids": np.array(row)} for row in known], folder, layer=layer, progress=progress)
 
     def begin_above(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         ids = args[0] if args else kwargs["input_ids"]
@@ -94,6 +97,7 @@ def score_arm(
     *,
     large: int,
     say: Callable[[str], object],
+    cuts: Mapping[str, float] = MappingProxyType({}),
 ) -> list[dict[str, Any]]:
     """The result rows of one arm, for each of its tests and each set or kind of text.
 
@@ -101,9 +105,12 @@ def score_arm(
         tests: the retriever of each test, by what the tokens see; None for a model without images.
         large: sets with more items than this are asked in the first test only.
         say: called with a line about what is being scored.
+        cuts: of tests with a `min_score` that is not the model's own, that.
     """
     rows = []
     for number, (images, retriever) in enumerate(tests.items()):
+        if images in cuts:
+            scorer.model.set_min_score(cuts[images])
         if retriever is not None:
             scorer.model.set_retriever(retriever)
         row = {"arm": name, "images": images}
@@ -114,4 +121,7 @@ def score_arm(
         for kind, documents in texts.items():
             say(f"{name}, {images}, {kind}")
             rows.append(row | {"text": kind} | predicted(scorer, documents))
+        if images in cuts:
+            scorer.model.set_retriever(None)
+            scorer.model.set_min_score(None)
     return rows

@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from studies.color.definitions import color_definitions
 from studies.color.pictures import Picture, thing_colors
 from studies.color.words import COLOR_WORDS, Names, head_noun, wordnet, words
+from valm.corpus.parts import read_documents
 from valm.errors import ValmError
 from valm.evaluation.color import ColorItem
 from valm.store.files import atomic_path, read_text, writable_folder, write_json
@@ -70,6 +72,7 @@ CAPTION_TEMPLATES = (
 COLOR_CAPTION_TEMPLATES = ("the {c} {x}", "a drawing of the {c} {x}", "the {x} is {c}", "{c} {x}, simple illustration")
 CAPTIONS = 10  # of each picture of a thing
 COLOR_CAPTIONS = 3  # of these, with the colour, for things whose colour may be said
+DRAWN_COLOR_CAPTIONS = 4  # the same, where the colour was drawn and no name says it
 # Of these, with the name in the middle of running text. A CLIP that has read nothing but the templates above does not
 # find the thing of a sentence in other words, as a CLIP from the web does.
 RUNNING_CAPTIONS = 5
@@ -91,7 +94,7 @@ class StudyText:
 
     Attributes:
         training: glosses, templated sentences and prose, in the order of training.
-        natural: the glosses only.
+        natural: glosses and definitions only.
         heldout: texts for perplexity, by kind: glosses, prose, and captions if some pictures show scenes.
         captions: the captions of each picture that the CLIP is trained on.
         validation: the things whose colour no text says.
@@ -115,9 +118,7 @@ class StudyText:
         texts = {"train": self.training, "natural": self.natural}
         texts |= {f"heldout-{kind}": kept for kind, kept in self.heldout.items()}
         for name, lines in texts.items():
-            with atomic_path(folder / f"{name}.jsonl") as temporary:
-                content = [json.dumps({"text": line}, ensure_ascii=False) + "\n" for line in lines]
-                temporary.write_text("".join(content), encoding="utf-8")
+            write_texts(folder / f"{name}.jsonl", lines)
         with (
             atomic_path(folder / "validation.csv") as temporary,
             open(temporary, "w", encoding="utf-8", newline="") as file,
@@ -127,6 +128,18 @@ class StudyText:
             table.writerows([n, item.descriptor, item.item, item.color] for n, item in enumerate(self.validation, 1))
         write_json(folder / "captions.json", self.captions)
         write_json(folder / "counts.json", self.counts)
+
+
+def write_texts(file: Path, texts: Iterable[str]) -> None:
+    """Writes `file`, which has a text in the column "text" of each line."""
+    with atomic_path(file) as temporary:
+        content = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts]
+        temporary.write_text("".join(content), encoding="utf-8")
+
+
+def read_texts(file: Path) -> list[str]:
+    """The texts that `write_texts` wrote."""
+    return list(read_documents([file], column="text"))
 
 
 def study_text(
@@ -140,9 +153,11 @@ def study_text(
     """Draws the text of one seed.
 
     Args:
-        sources: `glosses` of WordNet that have a colour word; `templates`: `count` sentences (default 2,400) that say
-            the colour of a thing, with `balanced` (default true) about as many of each colour; `prose`: `count`
-            paragraphs (default 260) of Python's documentation, or of the text file `file`, with blank lines between.
+        sources: `glosses` of WordNet's nouns that have a colour word; `definitions` with a colour word, of all of
+            WordNet and of GCIDE, in `folder` (`definitions`), for the natural text alone; `templates`: `count`
+            sentences (default 2,400) that say the colour of a thing, with `balanced` (default true) about as many of
+            each colour; `prose`: `count` paragraphs (default 260) of Python's documentation, or of the text file
+            `file`, with blank lines between.
         items: the names in the test sets. A sentence with one of them, its plural or a synonym has no colour word.
         head_noun_items: those of `items` whose last word is treated as a name too.
 
@@ -191,6 +206,12 @@ def study_text(
     if "glosses" in sources:
         natural, heldout["glosses"] = _held_out(kept("glosses", color_glosses()), f"{seed} glosses")
         training += natural
+    if "definitions" in sources:
+        glosses = {one.gloss.lower() for one in wordnet()}  # of which some are held out
+        others = color_definitions(Path(sources["definitions"].get("folder", "definitions")))
+        found = [one for one in others if one.gloss.lower() not in glosses]
+        natural = kept("definitions", map(str, found)) + natural
+        random.Random(f"{seed} natural").shuffle(natural)
     if "templates" in sources:
         training += kept("templates", _templated(spoken, random.Random(f"{seed} templates"), **sources["templates"]))
     if "prose" in sources:
@@ -222,6 +243,17 @@ def color_glosses() -> list[str]:
     return [
         f"{', '.join(synset.names)}: {synset.gloss}." for synset in wordnet() if COLOR_WORDS & set(words(synset.gloss))
     ]
+
+
+def drawn_captions(pictures: Sequence[Picture], texts: Sequence[str], seed: int) -> dict[str, list[str]]:
+    """The captions of pictures whose colours were drawn at random, which they say.
+
+    Args:
+        texts: running text, whose words without colours stand around the name in some captions.
+    """
+    rng = random.Random(f"{seed} drawn captions")
+    running = [word for text in texts for word in words(text) if word not in COLOR_WORDS]
+    return {picture.file: _captions(picture, picture.color, running, rng, DRAWN_COLOR_CAPTIONS) for picture in pictures}
 
 
 def python_prose() -> list[str]:
@@ -256,7 +288,12 @@ def _paragraphs(text: str) -> list[str]:
 
 
 def _check_sources(sources: Mapping[str, Mapping[str, Any]]) -> None:
-    known = {"glosses": set(), "templates": {"count", "balanced"}, "prose": {"count", "file"}}
+    known = {
+        "glosses": set(),
+        "definitions": {"folder"},
+        "templates": {"count", "balanced"},
+        "prose": {"count", "file"},
+    }
     for source, options in sources.items():
         if source not in known:
             raise ValmError(f"there is no text source {source!r}; give {', '.join(known)}")
@@ -311,12 +348,14 @@ def _article(name: str) -> str:
     return "an" if name[0] in "aeiou" else "a"
 
 
-def _captions(picture: Picture, color: str | None, running: Sequence[str], rng: random.Random) -> list[str]:
+def _captions(
+    picture: Picture, color: str | None, running: Sequence[str], rng: random.Random, said: int = COLOR_CAPTIONS
+) -> list[str]:
     """What the CLIP reads of a picture: its captions, or those made for a thing, of which some say `color`, and some
     have the name between words of `running`."""
     if picture.thing is None:
         return picture.caption.split("\n")
-    of_color = 0 if color is None else COLOR_CAPTIONS
+    of_color = 0 if color is None else said
     of_running = RUNNING_CAPTIONS if running else 0
     plain = rng.sample(CAPTION_TEMPLATES, CAPTIONS - of_color - of_running)
     lines = [template.format(x=picture.thing, a=_article(picture.thing)) for template in plain]

@@ -53,6 +53,11 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(_WORD.findall(text.lower()))
 
 
+def word_spans(text: str) -> list[tuple[str, tuple[int, int]]]:
+    """The `words` of a text with their places, (first character, one past the last)."""
+    return [(found.group(), found.span()) for found in _WORD.finditer(text.lower())]
+
+
 def head_noun(name: str) -> str:
     """The last word of a name: "bear" of "polar bear"."""
     return words(name)[-1]

@@ -1,4 +1,5 @@
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -43,9 +44,16 @@ def test_the_recipe_is_of_what_results_depend_on(tmp_path, monkeypatch):
 
 def test_the_first_test_of_an_arm_is_its_own():
     assert {name: arm.tests[0] for name, arm in ARMS.items()} == {
+        "base": "none",
         "twin": "none",
         "valm": "retrieved",
+        "cut": "retrieved",
         "blind": "retrieved",
+        "context": "captions",
+        "colored-context": "colored-captions",
+        "late": "retrieved",
+        "colorless-valm": "retrieved",
+        "colorless-blind": "retrieved",
         "random": "random",
         "noise": "noise",
         "natural-twin": "none",
@@ -53,10 +61,30 @@ def test_the_first_test_of_an_arm_is_its_own():
     }
 
 
+def test_the_arms_of_a_seed_and_their_settings(tmp_path):
+    changed = SMALL.replace(
+        "seeds: [3]", "seeds: [3, 4]\nsome_seeds: {twin: [4]}\ntraining_of: {valm: {steps: , lr: 1}}"
+    )
+    config = config_of(tmp_path, changed)
+    assert [list(config.arms_of(seed)) for seed in (3, 4)] == [["valm"], ["twin", "valm"]]
+    assert config.training_settings("valm") == {"lr": 1}
+    assert config.training_settings("twin") == {"steps": 3}
+    assert config.recipe != config_of(tmp_path).recipe
+
+
+def test_the_studies_of_the_repository_are_read():
+    folder = Path(study_config.__file__).parent
+    full = read_config(folder / "full.yaml")
+    assert (len(full.arms_of(5)), len(full.arms_of(9)), full.seeds) == (12, 6, (5, 6, 7, 8, 9))
+    assert read_config(folder / "small.yaml").arms == ("twin", "valm", "blind")
+
+
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
         ("arms: [twin, valm]", "arms: [twin, valn]", "no known arm: 'valn', did you mean valm?"),
+        ("seeds: [3]", "some_seeds: {twim: [3]}", "no known arm: 'twim', did you mean twin?"),
+        ("seeds: [3]", "training_of: {twin: 3}", "training_of: twin: it is 3"),
         ("seeds: [3]", "seed: [3]", "unknown field 'seed', did you mean seeds?"),
         ("seeds: [3]", "seeds: [a]", "is 'a', expected a whole number"),
         ("clip: {steps: 2}", "clip: 2", "expected an object"),

@@ -4,9 +4,21 @@ import re
 import pytest
 from PIL import Image
 
-from studies.color.report import TABLES, accuracies, hypotheses, perplexities, summary, write_page
+from studies.color.report import (
+    TABLES,
+    accuracies,
+    claims,
+    harm,
+    hypotheses,
+    perplexities,
+    pictured,
+    summary,
+    trainings,
+    write_page,
+)
 from studies.color.results import read_results
-from tests.studies.color.synthetic import result, write
+from studies.color.scoring import expanded
+from tests.studies.color.synthetic import result, second_result, write
 from valm.errors import ValmError
 
 
@@ -90,3 +102,65 @@ def test_perplexity_is_compared_to_the_twin_of_the_same_corpus(tmp_path):
     table = perplexities(read_results([tmp_path / "natural.json"]))
     assert "| natural twin | 1.9 |" in table
     assert "| natural VaLM | 1.9, 1.00 [1.00, 1.00] |" in table
+
+
+def second(folder, seeds):
+    files = []
+    for seed in seeds:
+        files.append(folder / f"second-{seed}.json")
+        files[-1].write_text(json.dumps(second_result(seed)))
+    return read_results(files)
+
+
+def test_the_hypotheses_of_the_second_study(tmp_path):
+    few, all_seeds = (claims(second(tmp_path, seeds)) for seeds in (range(5, 8), range(5, 10)))
+    verdicts = {line[2:4]: line.rsplit("|", 2)[1].strip() for line in all_seeds.splitlines()[2:]}
+    assert verdicts == {
+        "S1": "holds",
+        "S2": "holds",
+        "S3": "does not hold",  # no captions were read
+        "S4": "holds",
+        "S5": "holds",
+        "S7": "holds",
+        "S8": "holds",
+    }
+    assert re.search(r"S1: .* \| so far yes \|", few)
+    assert re.search(r"S7: .* \| holds \|", few)  # three seeds are all that the plan has
+    assert "prose × the base's 0.58 [0.58, 0.58]; prose × the twin's 0.95" in all_seeds
+
+
+def test_harm_is_over_the_base_and_over_the_twin(tmp_path):
+    results = second(tmp_path, (5, 6))
+    rows = {line.split(" | ")[0]: line for line in harm(results).splitlines()}
+    assert rows["| VaLM, with the cut"] == "| VaLM, with the cut | 0.58 [0.58, 0.58] | 0.95 [0.95, 0.95] |"
+    assert rows["| base"] == "| base | – | 1.65 [1.65, 1.65] |"
+    assert TABLES["summary"](results).splitlines()[-1] == (
+        "| perplexity with the cut, × the twin's | prose 0.95 [0.95, 0.95] | × the base's: prose 0.58 [0.58, 0.58] |"
+    )
+    assert TABLES["summary"](read_results(write(tmp_path))) == summary(read_results(write(tmp_path)))
+
+
+def test_items_with_and_without_a_picture_stand_apart(tmp_path):
+    results = second(tmp_path, (5, 6))
+    right = expanded(results.seeds[0]["sets"]["memory_color"]["right"])[:, 0]
+    with_picture, without = (100 * (8 / 9 - (right[first::2] == 0).mean()) for first in (0, 1))
+    line = next(line for line in pictured(results).splitlines() if "VaLM − twin | MemoryColor, raw" in line)
+    assert f"| 15 | +{with_picture:.1f} [" in line
+    assert f"| 15 | +{without:.1f} [" in line
+    assert "validation things" not in pictured(results)  # all have one
+
+
+def test_what_was_missing_and_where_trainings_stopped_is_said(tmp_path):
+    results = second(tmp_path, (5, 6))
+    assert "Not asked, as the machine had no such file: RelativeSize (seeds 5, 6)." in TABLES["state"](results)
+    assert "no such file: captions (seeds 5, 6)." in TABLES["state"](results)
+    assert "| VaLM | 480, 480 | 0.250, 0.250 | 12.5, 12.5 |" in trainings(results)
+
+
+def test_a_page_has_tables_of_two_studies(tmp_path):
+    page = tmp_path / "study.md"
+    page.write_text("<!-- study: state -->\nOLD\n<!-- end -->\n<!-- study: state of synthetic -->\nNEW\n<!-- end -->\n")
+    write_page(read_results(write(tmp_path)), page, tmp_path)
+    assert "OLD" in page.read_text()
+    assert "NEW" not in page.read_text()
+    assert (tmp_path / "study-synthetic-forest.png").is_file()

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import valm
-from studies.color.config import EXCHANGES, read_config
+from studies.color.config import CUTS, EXCHANGES, read_config
 from studies.color.exhibits import write_exhibits
 from studies.color.results import read_results
 from studies.color.run import Study, as_options, losses, run_study
@@ -27,6 +27,8 @@ THINGS = ["kettle", "bucket", "ladder", "hammer", "pencil", "wallet", "banjo", "
 THINGS += ["apple", "sky"]  # items of the test sets
 
 
+# Arms of the second study, and those that they are compared with.
+LATER = ["base", "twin", "valm", "cut", "context", "colored-context", "late", "colorless-valm", "colorless-blind"]
 ASKED = ("valm", "retrieved", "memory_color")
 
 
@@ -56,8 +58,11 @@ def world(tmp_path_factory):
         "pictures": {"things": {"folder": str(root / "pictures")}},
         "clip": {"model": str(root / "clip.json"), "steps": 2, "batch_size": 8},
         "text": {"templates": {"count": 30}},
-        "training": {"steps": 2, "batch_size": 4, "lr": 1e-3, "fusion_lr": 1e-2, "logit_bias": 0},
-        "arms": ["twin", "valm", "blind", "noise"],
+        "colorless_clip": {"drawn": 2},
+        "training": {"steps": 2, "batch_size": 4, "lr": 1e-3, "fusion_lr": 1e-2, "logit_bias": 0, "validation": 0.2},
+        "training_of": {"noise": {"validation": None}},
+        "arms": [*LATER, "blind", "noise"],
+        "some_seeds": {"random": [4]},
         "tests": ["validation", "memory_color", "color_terms", "heldout"],
         "images": 2,
         "seeds": [3],
@@ -74,7 +79,7 @@ def study_of(world, command=main, **options):
 @pytest.mark.timeout(1200)
 def test_a_whole_study(world):
     def killed(line):
-        if "blind" in line:
+        if line[0] == "train" and line[line.index("--out") + 1].endswith("/blind"):
             raise KeyboardInterrupt
         return main(line)
 
@@ -83,13 +88,19 @@ def test_a_whole_study(world):
     lines = []
     files = run_study(study_of(world, lambda line: lines.append(line) or main(line)))
     assert [line[:2] for line in lines] == [["train", "--base"]] * 2  # Blind, and noise: all else was finished
+    assert ("--validation" in lines[0], "--validation" in lines[1]) == (True, False)
     assert list(files) == [3]
     assert run_study(study_of(world, lambda line: pytest.fail("all was finished"))) == files
 
     results = read_results(files.values())
     assert set(results.sets()) == {"validation", "memory_color", "color_terms"}
     seen = {images for arm, images in results.arms() if arm == "valm"}
-    assert seen == {"retrieved", "random", "off", "taken-out", *EXCHANGES}
+    assert seen == {"retrieved", "random", "off", "taken-out", *EXCHANGES, *CUTS}
+    assert {images for arm, images in results.arms() if arm == "base"} == {"none", "captions", "colored-captions"}
+    assert {arm for arm, _ in results.arms()} == {*LATER, "blind", "noise"}
+    # hidden states of what is trained on and of what is held out, once for all arms with the same text, and the same
+    # again for each of the contexts; for noise, which holds nothing out; of questions, without captions and with them
+    assert len(list((world / "out/below").iterdir())) == 9
     row = next(row for row in results.seeds[0]["rows"] if (row["arm"], row["images"], row.get("set")) == ASKED)
     right = expanded(row["raw"]) == expanded(results.seeds[0]["sets"]["memory_color"]["right"])
     assert results.accuracy("valm", "retrieved", "memory_color").value == pytest.approx(right.mean())

@@ -90,3 +90,13 @@ def test_an_arm_is_asked_everything_but_large_sets_only_as_it_is(scorer):
     ]
     assert rows[2]["nats"] != rows[4]["nats"]
     assert said[0] == "valm, retrieved, validation"
+
+
+def test_a_test_may_have_a_cut_that_the_model_has_not(scorer):
+    asked = {"validation": validation_questions(THINGS)}
+    tests = {name: EveryImage() for name in ("retrieved", "cut", "cut-random", "random")}
+    cuts = {"cut": 0.5, "cut-random": -0.5}  # all scores are 0
+    rows = score_arm("valm", scorer, tests, asked, {"prose": TEXTS}, large=3, say=print, cuts=cuts)
+    nats = {row["images"]: row["nats"] for row in rows if "text" in row}
+    assert nats["retrieved"] == nats["cut-random"] == nats["random"] != nats["cut"]
+    assert scorer.model.image_options.min_score is None

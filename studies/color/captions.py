@@ -1,0 +1,54 @@
+"""Captions in context: those of the images that a text retrieves, as text before it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterable, Sequence
+
+from studies.color.pictures import Picture
+from valm.clip.tokenizer import batches_by_length, padded, prompt_ids
+from valm.evaluation.questions import Questions
+from valm.knowledge_base.store import ImageKnowledgeBase
+from valm.retrieval.retriever import Retriever
+
+# Tokens of one call of a retriever.
+BATCH_TOKENS = 4096
+
+
+class Captions:
+    """The caption of each image of a knowledge base.
+
+    Args:
+        colored: with the colour of the pixels before the name of a thing.
+        without: names of things whose colour is not said.
+    """
+
+    def __init__(
+        self, kb: ImageKnowledgeBase, pictures: Sequence[Picture], colored: bool, without: Collection[str] = ()
+    ):
+        self.kb, self.colored, self.without = kb, colored, without
+        self._pictures = {picture.file: picture for picture in pictures}
+
+    def __call__(self, image: int) -> str:
+        picture = self._pictures[self.kb.item(image).uri]
+        caption = picture.caption.split("\n")[0]
+        said = self.colored and picture.color is not None and picture.thing not in self.without
+        return f"{picture.color} {caption}" if said else caption
+
+
+def captions_line(captions: Iterable[str]) -> str:
+    """What stands before a question or a document."""
+    return f"Here are pictures of {', '.join(captions)}.\n"
+
+
+def captioned(asked: Questions, retriever: Retriever, caption: Captions) -> Questions:
+    """`asked` with the captions of the images of its last token before each question."""
+    flat = [text for row in asked.texts for text in row]
+    rows = [prompt_ids(retriever.encoder.tokenizer, text) for text in flat]
+    lines = [""] * len(flat)
+    for batch in batches_by_length(list(map(len, rows)), BATCH_TOKENS):
+        found, _ = retriever.find(*padded([rows[number] for number in batch]))  # (B, T, K)
+        for number, images in zip(batch, found.tolist(), strict=True):
+            lines[number] = captions_line(caption(image) for image in images[len(rows[number]) - 1] if image >= 0)
+    texts = iter(line + text for line, text in zip(lines, flat, strict=True))
+    return dataclasses.replace(asked, texts=tuple(tuple(next(texts) for _ in row) for row in asked.texts))
