@@ -207,7 +207,7 @@ def hypotheses(results: Results) -> str:
 
 
 def claims(results: Results) -> str:
-    """What became of the hypotheses of the second study (docs/study-plan.md); nothing is decided before its seeds are
+    """What became of the hypotheses of the second study (docs/results/study-plan.md); nothing is decided before its seeds are
     there."""
     lines = ["| Hypothesis | Found [95 %] | |", "| --- | --- | --- |"]
 
@@ -303,8 +303,8 @@ def _harm(results: Results, asked: tuple[str, str]) -> list[Ratio]:
         for over in (BASE, TWIN):
             some = results.having(text, asked, over)
             if over != asked and some.seeds:
-                numbers = (math.exp(nats) for nats in _numbers(some.nats_difference(asked, over, text)))
-                found.append(Ratio(text, over, *numbers, some))
+                value, low, high = map(math.exp, _numbers(some.nats_difference(asked, over, text)))
+                found.append(Ratio(text, over, value, low, high, some))
     return found
 
 
@@ -457,7 +457,8 @@ def clips(results: Results) -> str:
     lines = ["| CLIP | " + " | ".join(f"seed {seed['seed']}" for seed in results.seeds) + " |"]
     lines.append("| --- |" + " --- |" * len(results.seeds))
     for name in numbers:
-        lines.append(f"| {name} | " + " | ".join(f"{seed['clip'][name]:.3f}" for seed in results.seeds) + " |")
+        of_seeds = (seed["clip"].get(name) for seed in results.seeds)  # not all have a second CLIP
+        lines.append(f"| {name} | {' | '.join('–' if one is None else f'{one:.3f}' for one in of_seeds)} |")
     return "\n".join(lines)
 
 

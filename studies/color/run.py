@@ -491,9 +491,9 @@ class Scoring:
         read += [row for documents in self.texts.values() for row in text_rows(self.tokenizer, documents)]
         captions = [one for sets in given.values() for one in sets.values()]
         behind = [row for one in captions for row in question_rows(self.tokenizer, one)]
-        for rows in filter(None, (read, behind)):  # of which most arms need the first alone
+        for known in filter(None, (read, behind)):  # of which most arms need the first alone
             layer = FUSION_LAYER if arm.made == LATE else None
-            read_from_fusion(scorer.model, rows, study.out / "below", layer=layer, progress=study.progress)
+            read_from_fusion(scorer.model, known, study.out / "below", layer=layer, progress=study.progress)
         tests = {images: self._retriever(arm, images) for images in arm.tests if images not in given}
         cuts = {images: self.min_score(arm) for images in CUTS if images in tests}
         say = partial(print, flush=True) if study.progress else _silent
@@ -522,7 +522,8 @@ class Scoring:
     def collect(self, rows: dict[str, Path], results: Path) -> None:
         """Writes the results of the seed from the rows of its arms."""
         study, folder = self.study, self.folder
-        conditions = self.conditions(ARMS["valm"])
+        first = ARMS[next(iter(rows))]
+        kbs, conditions = study.kb_folder(self.seed, first), self.conditions(first)
         trained = [name for name in rows if ARMS[name].made != BASE]
         clips = {ARMS[name].colorless: ARMS[name] for name in rows}
         found = {
@@ -542,14 +543,14 @@ class Scoring:
                 f"{COLORLESS} " * colorless + title: value
                 for colorless, arm in clips.items()
                 for title, value in check(
-                    Path(self.study.clip(study.kb_folder(self.seed, arm))),
+                    Path(study.clip(study.kb_folder(self.seed, arm))),
                     self.conditions(arm).kb,
                     self.pictures,
                     self.things,
                 ).items()
             },
             "counts": read_json(folder / "text" / "counts.json", "the counts of the text", dict[str, Any]),
-            "pictures": {"all": len(conditions.kb), "of items": len(conditions.kb) - _images_in(folder / KB_OTHERS)},
+            "pictures": {"all": len(conditions.kb), "of items": len(conditions.kb) - _images_in(kbs / KB_OTHERS)},
             "versions": {"python": platform.python_version()} | {name: version(name) for name in VERSIONS},
             "hardware": hardware(),
             "threads": torch.get_num_threads(),

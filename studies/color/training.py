@@ -21,6 +21,7 @@ from studies.color.late_fusion import add_late_fusion, save_late_fusion
 from studies.color.words import COLOR_WORDS, word_spans
 from valm.clip.tokenizer import own_tokenizer, prompt_ids
 from valm.corpus.retrieved import CorpusRetrieval
+from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model.augment import augment
 from valm.model.checkpoint import load_decoder
@@ -30,7 +31,7 @@ from valm.training.collate import IGNORED
 from valm.training.image_trainer import ImageTrainer
 from valm.training.mix import SHARES, base_weights, mix
 from valm.training.plan import PATIENCE, TrainingPlan
-from valm.training.split import hold_out
+from valm.training.split import hold_out, validation_of
 from valm.training.train import trainer, training_arguments
 
 # Of a document with captions before it, whose tokens are nothing to be predicted.
@@ -155,17 +156,20 @@ def _trainer(
     fields = {name: value for name, value in settings.items() if name not in (*PLAN_FIELDS, *OTHER_OPTIONS)}
     plan = TrainingPlan(out=out, base="base", seed=seed, fields=fields, **plan_fields)
     arguments = training_arguments(out, **plan.training_fields() | NO_CHECKPOINTS)
-    trained, held_out = documents, None
+    trained, evaluated = documents, None
     if plan.validation is not None:
-        trained, held_out = hold_out(documents, float(plan.validation), seed)
-        held_out = cache_below(model, held_out, below, layer=FUSION_LAYER, progress=False)
+        share = validation_of(plan.validation)
+        if not isinstance(share, float):
+            raise ValmError(f"validation in a study is the share of the documents to hold out, not {share}")
+        trained, held_out = hold_out(documents, share, seed)
+        evaluated = cache_below(model, held_out, below, layer=FUSION_LAYER, progress=False)
     training = trainer(
         model,
         cache_below(model, trained, below, layer=FUSION_LAYER, progress=False),
         kb,
         tokenizer=tokenizer,
         arguments=arguments,
-        eval_dataset=held_out,
+        eval_dataset=evaluated,
         fusion_lr=None if kb is None else settings.get("fusion_lr"),
         limit_softmax=settings.get("limit_softmax", False),
         callbacks=[KeepBest(PATIENCE if plan.patience is None else plan.patience)],
@@ -181,5 +185,6 @@ def _train(training: ImageTrainer, name: str, progress: bool) -> None:
     training.train()
     best = next(one for one in training.callback_handler.callbacks if isinstance(one, KeepBest))
     if best.weights:
-        best.restore(training.model)
+        model: Any = training.model
+        best.restore(model)
         training.numbers |= {"eval_loss": best.loss, "eval_perplexity": math.exp(best.loss), "steps": best.step}

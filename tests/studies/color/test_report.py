@@ -16,7 +16,7 @@ from studies.color.report import (
     trainings,
     write_page,
 )
-from studies.color.results import read_results
+from studies.color.results import Results, read_results
 from studies.color.scoring import expanded
 from tests.studies.color.synthetic import result, second_result, write
 from valm.errors import ValmError
@@ -155,6 +155,12 @@ def test_what_was_missing_and_where_trainings_stopped_is_said(tmp_path):
     assert "Not asked, as the machine had no such file: RelativeSize (seeds 5, 6)." in TABLES["state"](results)
     assert "no such file: captions (seeds 5, 6)." in TABLES["state"](results)
     assert "| VaLM | 480, 480 | 0.250, 0.250 | 12.5, 12.5 |" in trainings(results)
+
+
+def test_a_seed_may_lack_the_second_clip():
+    seeds = tuple(second_result(seed) for seed in (5, 8))
+    seeds[0]["clip"]["colorless R@1"] = 0.25
+    assert "| colorless R@1 | 0.250 | – |" in TABLES["clips"](Results(seeds))
 
 
 def test_a_page_has_tables_of_two_studies(tmp_path):

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import valm
+from studies.color.__main__ import build_parser
 from studies.color.config import CUTS, EXCHANGES, read_config
 from studies.color.exhibits import write_exhibits
 from studies.color.results import read_results
@@ -17,7 +18,7 @@ from studies.color.scoring import expanded
 from tests.valm.evaluation.small_sets import write_sets
 from tests.valm.other_tokenizers import gpt2_like
 from tests.valm.tiny_clip import TINY
-from valm.cli import main
+from valm.cli import main, run_command
 from valm.errors import ValmError
 from valm.retrieval.note import RetrievalNote
 from valm.store.files import write_json
@@ -128,7 +129,7 @@ def test_a_whole_study(world):
     assert main(["eval", *folders, "--memory-color", str(table)]) == 0
     figures = ["--figures", str(world)]
     where = ["--out", str(world / "out"), "--data", str(world / "data")]
-    assert main(["study", "pictures", str(world / "study.yaml"), *where, *figures]) == 0
+    assert run_command(build_parser(), ["pictures", str(world / "study.yaml"), *where, *figures]) == 0
     assert Image.open(world / "study-examples.png").size[0] > 400
 
 
