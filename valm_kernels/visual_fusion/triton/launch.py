@@ -55,18 +55,19 @@ def _address_multiple(shape: torch.Size, strides: tuple[int, ...], itemsize: int
 
 def kernel_constants(q: Tensor, k: Tensor, causal: bool) -> dict[str, Any]:
     """The compile-time arguments that all attention kernels share, but for the tiles."""
-    return _constants(q.shape[3], q.shape[1] // k.shape[1], q.dtype, causal)
+    return _constants(q.shape[3], q.shape[1] // k.shape[1], q.dtype, causal, architecture(q.device))
 
 
 @cache
-def _constants(head_dim: int, group: int, dtype: torch.dtype, causal: bool) -> dict[str, Any]:
+def _constants(head_dim: int, group: int, dtype: torch.dtype, causal: bool, arch: int | str) -> dict[str, Any]:
+    # one tf32 term keeps 11 bits of a float32 product, three keep nearly all; AMD's cards multiply in float32
+    tf32 = dtype == torch.float32 and isinstance(arch, int)
     return {
         "D": head_dim,
         "G": group,
         "CAUSAL": causal,
         "ALIGNED": head_dim * dtype.itemsize % VECTOR == 0,
-        # one tf32 term keeps 11 bits of a float32 product, three keep nearly all
-        "INPUT_PRECISION": "tf32x3" if dtype == torch.float32 else "ieee",
+        "INPUT_PRECISION": "tf32x3" if tf32 else "ieee",
         "BLOCK_D": block_d(head_dim),
         "BLOCK_G": triton.next_power_of_2(group),
     }
@@ -111,10 +112,15 @@ def contiguous(x: Tensor | None) -> Tensor | None:
 
 
 @cache
-def architecture(device: torch.device) -> int:
-    """Compute capability as one number, 90 for 9.0; under the interpreter that of the oldest supported card."""
+def architecture(device: torch.device) -> int | str:
+    """Compute capability as one number, 90 for 9.0, or the name of AMD's architecture, such as "gfx942".
+
+    Under the interpreter that of the oldest supported card of NVIDIA's.
+    """
     if device.type != "cuda":
         return 80
+    if torch.version.hip is not None:  # whose devices have a capability too: (9, 4)
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
