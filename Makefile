@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # What an editable install is built from: a change here installs again.
 SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.c*' -o -name '*.h*')
 
-.PHONY: help demo study-small test test-oldest-triton test-all check coverage fuzz sanitize bench gpu-check lint types format docs sdist-check wheel hub-kernel clean
+.PHONY: help demo study-small test test-oldest-triton test-all check check-triton coverage fuzz sanitize bench gpu-check lint types format docs sdist-check wheel hub-kernel clean
 
 help:
 	@echo "make demo       train and evaluate a small VaLM on real pictures, on the CPU, into $(DEMO_OUTPUT)/"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-oldest-triton  the Triton kernels' tests under the oldest Triton that is supported"
 	@echo "make test-all   every test"
 	@echo "make check      the slow checks of a build: model families, fuzz, kills, compile record, barriers (tests/checks/)"
+	@echo "make check-triton  the compile record's checks under another Triton, TRITON=3.6.0"
 	@echo "make coverage   the tests, without the slow ones, and the share of lines that they run"
 	@echo "make fuzz       damaged files for every reader, for MINUTES=10"
 	@echo "make sanitize   the native tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer"
@@ -63,6 +64,13 @@ test-all: $(VENV)/.installed-test,ray
 # What a change rarely breaks and a person does not wait for; .github/workflows/ci.yml runs it every night.
 check: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal tests/checks
+
+# PyTorch 2.9 brings Triton 3.5.0, 2.10 and 2.11 bring 3.6.0. Here it stands ahead of the environment's own on the path.
+TRITON ?= 3.6.0
+check-triton: $(VENV)/.installed-test
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/triton-$(TRITON) 'triton==$(TRITON)'
+	PYTHONPATH=build/triton-$(TRITON) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 \
+	    --dist worksteal tests/checks/triton
 
 coverage: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --cov -m 'not slow'
