@@ -49,6 +49,14 @@ copies of the inputs, together twice the size of the L2 cache. "Arithmetic" is t
 tensor cores, nothing for launches and host.
 """
 
+AMD = """\
+## AMD
+
+**Compiled, never run.** Triton also compiles the kernels of `visual_fusion_attn` for gfx942 (MI300), with tiles of
+their own; `benchmarks/records/triton_compile.csv` has the compiler's figures. Products of float32 are computed in
+float32 there, not in three of tf32.
+"""
+
 
 @dataclass(frozen=True)
 class Aim:
@@ -68,7 +76,7 @@ def page() -> str:
     else:
         measured = [f"Measured on {machine}." for machine in machines]
     parts = [INTRODUCTION, *measured, "", "## Steps", "", *steps(rows), "", "## Aims", "", *aims(rows), ""]
-    return "\n".join([*parts, "## Benchmarks", "", *benchmarks(rows), ""])
+    return "\n".join([*parts, "## Benchmarks", "", *benchmarks(rows), "", AMD])
 
 
 def read() -> Rows:

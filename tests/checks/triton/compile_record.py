@@ -18,10 +18,12 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass, fields
 from functools import cache
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,6 +35,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from tests.checks.triton.loops import Spills, products_in_ptx, products_of_amd, spills_in_sass, spills_of_amd
 from valm_kernels.visual_fusion.inputs import Gradients, Inputs
 from valm_kernels.visual_fusion.layout import empty_image_scores
 from valm_kernels.visual_fusion.triton import (
@@ -44,13 +47,16 @@ from valm_kernels.visual_fusion.triton import (
     forward,
     joined,
 )
+from valm_kernels.visual_fusion.triton import launch as launchers
 
 TABLE = Path(__file__).parents[3] / "benchmarks" / "records" / "triton_compile.csv"
 IMAGES = ("image_k", "image_v", "image_index", "image_mask")
 BIASES = ("image_k_bias", "image_v_bias", "image_logit_bias")
-ARCHITECTURES = (80, 90, 100)
+ARCHITECTURES = (80, 90, 100, "gfx942")
 HEAD_DIMS = (64, 128, 256)
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+# bfloat16 takes float16's tiles: of 126 pairs of kernels none differed in spills or shared memory (Triton 3.9.0).
+RECORDED_DTYPES = ("float16", "float32")
 KERNELS = {
     "forward": (forward, "_forward_kernel"),
     "merge": (forward, "_merge_kernel"),
@@ -63,11 +69,9 @@ KERNELS = {
 # What is compiled, as (kernel, call). Decoding is one query against a cache of 4096 keys.
 CASES = (
     ("forward", "dense"),
-    ("forward", "pooled"),
     ("forward", "decode"),
     ("merge", "decode"),
     ("query", "dense"),
-    ("query", "pooled"),
     ("key", "dense"),
     ("popular", "pooled"),
     ("pool", "pooled"),
@@ -81,8 +85,12 @@ CASES = (
 REGISTERS_PER_SM = 65536
 WARPS_PER_SM = 64
 BLOCKS_PER_SM = 32
-SHARED_PER_BLOCK = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_PER_BLOCK = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, "gfx942": 64 * 1024}
 TENSOR_MEMORY_COLUMNS = 512
+# Of a compute unit of gfx9, each with wavefronts of its own.
+SIMDS = 4
+# Products of tiles at each step of a loop.
+PRODUCTS = {"forward": 2, "query": 3, "key": 4}
 # Registers are handed out per warp in units of 256; a block's shared memory has 1 KiB of the system's beside it.
 REGISTER_UNIT = 256
 SHARED_RESERVED = 1024
@@ -97,6 +105,10 @@ class Report:
     arch: str
     registers: int
     spill_bytes: int
+    # instructions that store or load what did not fit into registers, in loops over keys or queries and over images
+    text_loop_spills: int
+    image_loop_spills: int
+    products: float | None  # multiply-adds issued on tensor cores over those needed
     shared_bytes: int
     block_m: int | None
     block_n: int | None
@@ -132,10 +144,11 @@ class Recorder:
 
 
 @contextmanager
-def recorders(arch: int) -> Iterator[dict[str, Recorder]]:
+def recorders(arch: int | str) -> Iterator[dict[str, Recorder]]:
     """Every kernel replaced by a recorder, on a card of `arch` with the multiprocessors of an H100."""
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(autotune, "architecture", lambda _: arch))
+        for module in (autotune, launchers):
+            stack.enter_context(mock.patch.object(module, "architecture", lambda _: arch))
         stack.enter_context(mock.patch.object(forward, "multiprocessors", lambda _: 132))
         found = {name: Recorder(getattr(*place)) for name, place in KERNELS.items()}
         for name, place in KERNELS.items():
@@ -185,7 +198,7 @@ def without(inputs: Inputs, *names: str) -> Inputs:
 
 
 def record(
-    kernel: str, arch: int, inputs: Inputs, with_lse: bool, with_image_scores: bool, with_flash: bool = False
+    kernel: str, arch: int | str, inputs: Inputs, with_lse: bool, with_image_scores: bool, with_flash: bool = False
 ) -> Launch:
     """The last launch of `kernel` in forward or backward."""
     q = inputs.q
@@ -211,10 +224,17 @@ class Specialisation:
     values: dict[str, Any]  # of the arguments by name
 
 
-def specialise(launch: Launch, arch: int) -> Specialisation:
+def target(arch: int | str) -> GPUTarget:
+    """A card of a compute capability, or of an architecture of AMD's, whose wavefronts have 64 threads up to gfx9."""
+    if isinstance(arch, int):
+        return GPUTarget("cuda", arch, 32)
+    return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
+
+
+def specialise(launch: Launch, arch: int | str) -> Specialisation:
     """What a launch would compile on a card of `arch`, by Triton's own rules."""
     function = launch.kernel
-    backend = make_backend(GPUTarget("cuda", arch, 32))
+    backend = make_backend(target(arch))
     bind = create_function_from_signature(function.signature, function.params, backend)
     keywords = {"debug": False, **launch.keywords}
     values, specialization, options = bind(*launch.arguments, **keywords)
@@ -232,7 +252,7 @@ class Compiled:
 
 
 @cache
-def compile_case(kernel: str, call: str, arch: int, head_dim: int, dtype: str) -> Report:
+def compile_case(kernel: str, call: str, arch: int | str, head_dim: int, dtype: str) -> Report:
     """Compiles one row of the table; raises what Triton raises where that fails."""
     options = {"decode": {"q_len": 1, "k_len": 4096}, "softcap image_q": {"softcap": 50.0, "image_q": True}}
     inputs = meta_inputs(head_dim, DTYPES[dtype], call == "pooled", **options.get(call, {}))
@@ -240,17 +260,18 @@ def compile_case(kernel: str, call: str, arch: int, head_dim: int, dtype: str) -
         inputs, options = without(inputs, "first_key"), {"with_lse": False, "with_flash": True}
     else:
         options = {}
-    return compile_kernel(kernel, variant(call, head_dim, dtype), arch, inputs, **options).report
+    return compile_kernel(*row_key(kernel, call, arch, head_dim, dtype)[:2], arch, inputs, **options).report
 
 
-def variant(call: str, head_dim: int, dtype: str) -> str:
-    return f"{call} D{head_dim} {dtype}"
+def row_key(kernel: str, call: str, arch: int | str, head_dim: int, dtype: str) -> tuple[str, str, str]:
+    """Kernel, variant and architecture of a case, as the table writes them."""
+    return kernel, f"{call} D{head_dim} {dtype}", f"sm_{arch}" if isinstance(arch, int) else arch
 
 
 def compile_kernel(
     kernel: str,
     variant: str,
-    arch: int,
+    arch: int | str,
     inputs: Inputs,
     with_lse: bool = True,
     with_image_scores: bool = False,
@@ -259,11 +280,43 @@ def compile_kernel(
     """Compiles `kernel` as it would be launched for `inputs`, in the backward with the gradients of lse and of the
     image scores or without; with flash attention for the text as impl="flash+triton" launches it."""
     special = specialise(record(kernel, arch, inputs, with_lse, with_image_scores, with_flash), arch)
-    compiled = triton.compile(special.source, target=GPUTarget("cuda", arch, 32), options=special.options)
-
-    registers, spill_bytes = _resource_usage(compiled.asm["cubin"])
+    compiled = triton.compile(special.source, target=target(arch), options=special.options)
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
-    tensor_memory = getattr(compiled.metadata, "tmem_size", 0)
+    values = special.values
+    if isinstance(arch, int):
+        usage = _nvidia_usage(compiled.asm, warps, shared, getattr(compiled.metadata, "tmem_size", 0), arch)
+    else:
+        usage = _amd_usage(compiled.asm["amdgcn"], warps, shared, arch)
+    issued = usage.pop("issued")
+    report = Report(
+        kernel=kernel,
+        variant=variant,
+        arch=f"sm_{arch}" if isinstance(arch, int) else arch,
+        shared_bytes=shared,
+        block_m=values.get("BLOCK_M"),
+        block_n=values.get("BLOCK_N"),
+        warps=warps,
+        stages=compiled.metadata.num_stages,
+        products=round(issued / _products_needed(kernel, values), 2) if issued else None,
+        **usage,
+    )
+    return Compiled(compiled.asm.get("ptx", ""), report)
+
+
+def _products_needed(kernel: str, values: dict[str, Any]) -> int:
+    """Multiply-adds of one step of the loop over tiles; three for each of float32 by tf32x3."""
+    terms = 3 if values["INPUT_PRECISION"] == "tf32x3" else 1
+    return PRODUCTS[kernel] * terms * values["BLOCK_M"] * values["BLOCK_N"] * values["BLOCK_D"]
+
+
+def _nvidia_usage(asm: Any, warps: int, shared: int, tensor_memory: int, arch: int) -> dict[str, Any]:
+    """What ptxas says of a kernel, and what its code shows."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        usage = _cuobjdump("-res-usage", file.name)
+        registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
+        spills = spills_in_sass(_cuobjdump("-sass", file.name)) if stack + local else Spills(0, 0)
     blocks = min(
         BLOCKS_PER_SM,
         WARPS_PER_SM // warps,
@@ -271,39 +324,44 @@ def compile_kernel(
         (SHARED_PER_BLOCK[arch] + SHARED_RESERVED) // (shared + SHARED_RESERVED),
         TENSOR_MEMORY_COLUMNS // max(tensor_memory, 1),
     )
-    mma = sorted(set(re.findall(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", compiled.asm["ptx"])))
-    values = special.values
-    report = Report(
-        kernel=kernel,
-        variant=variant,
-        arch=f"sm_{arch}",
-        registers=registers,
-        spill_bytes=spill_bytes,
-        shared_bytes=shared,
-        block_m=values.get("BLOCK_M"),
-        block_n=values.get("BLOCK_N"),
-        warps=warps,
-        stages=compiled.metadata.num_stages,
-        warps_per_sm=blocks * warps,
-        mma=" ".join(mma),
-    )
-    return Compiled(compiled.asm["ptx"], report)
+    return {
+        "registers": registers,
+        "spill_bytes": stack + local,
+        "text_loop_spills": spills.text,
+        "image_loop_spills": spills.images,
+        "warps_per_sm": blocks * warps,
+        "mma": " ".join(sorted(set(re.findall(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", asm["ptx"])))),
+        "issued": products_in_ptx(asm["ptx"], warps),
+    }
 
 
-def _resource_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers per thread, and bytes of local memory per thread: what did not fit into registers."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
-    return registers, stack + local
+def _amd_usage(assembly: str, warps: int, shared: int, arch: str) -> dict[str, Any]:
+    """The same from AMDGCN assembly: bytes of scratch memory per thread, wavefronts per compute unit."""
+
+    def figure(name: str) -> int:
+        return int(re.search(rf"{name}:\s+(\d+)", assembly)[1])
+
+    spills = spills_of_amd(assembly)
+    blocks = min(figure("; Occupancy") * SIMDS // warps, SHARED_PER_BLOCK[arch] // max(shared, 1))
+    return {
+        "registers": figure(r"\.vgpr_count"),
+        "spill_bytes": figure("; ScratchSize"),
+        "text_loop_spills": spills.text,
+        "image_loop_spills": spills.images,
+        "warps_per_sm": blocks * warps,
+        "mma": " ".join(sorted(set(re.findall(r"\bv_(mfma|wmma)_", assembly)))),
+        "issued": products_of_amd(assembly, warps),
+    }
 
 
-def all_cases() -> Iterator[tuple[str, str, int, int, str]]:
+def _cuobjdump(*arguments: str) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def all_cases() -> Iterator[tuple[str, str, int | str, int, str]]:
     """Arguments of compile_case for every row of the table."""
-    for case, arch, head_dim, dtype in product(CASES, ARCHITECTURES, HEAD_DIMS, DTYPES):
+    for case, arch, head_dim, dtype in product(CASES, ARCHITECTURES, HEAD_DIMS, RECORDED_DTYPES):
         if "joined" not in case or dtype != "float32":  # which flash attention does not take
             yield *case, arch, head_dim, dtype
 
@@ -312,10 +370,10 @@ def all_cases() -> Iterator[tuple[str, str, int, int, str]]:
 def read_table() -> tuple[str, dict[tuple[str, str, str], Report]]:
     """The Triton version of the table, and its rows by (kernel, variant, arch)."""
 
-    def cell(name: str, text: str) -> str | int | None:
+    def cell(name: str, text: str) -> str | int | float | None:
         if name in ("kernel", "variant", "arch", "mma"):
             return text
-        return int(text) if text else None
+        return (float if name == "products" else int)(text) if text else None
 
     with TABLE.open() as file:
         version = file.readline().removeprefix("# Triton ").strip()
@@ -326,7 +384,9 @@ def read_table() -> tuple[str, dict[tuple[str, str, str], Report]]:
 def write_table() -> None:
     from tqdm import tqdm  # which nobody needs who only collects the tests
 
-    rows = [compile_case(*case) for case in tqdm(list(all_cases()), unit="kernel")]
+    cases = list(all_cases())
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        rows = list(tqdm(pool.map(compile_case, *zip(*cases, strict=True)), total=len(cases), unit="kernel"))
     partial = TABLE.with_suffix(".tmp")
     with partial.open("w", newline="") as file:
         file.write(f"# Triton {triton.__version__}\n")

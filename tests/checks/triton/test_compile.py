@@ -23,42 +23,58 @@ from tests.checks.triton.compile_record import (
     compile_kernel,
     meta_inputs,
     read_table,
-    variant,
+    row_key,
     without,
 )
 
 # The tiles of 8.0 also serve 8.6, 8.9 and 12.x, whose blocks have less shared memory.
 SHARED_LIMIT = {**SHARED_PER_BLOCK, 80: 99 * 1024}
-# Bytes of registers that do not fit, with all options together; smaller tiles are too small for tcgen05.
-SPILLS = {("query", "dense", 100, 128): 32}
-# The same among VARIANTS: two registers of 255, beside half of the tile.
-VARIANT_SPILLS = {("query", "group of three"): 8}
-TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+# Instructions that store or load registers in the loop over queries. Tried as well: two stages (20), and 8 warps (none,
+# but half as many products again).
+TEXT_LOOP_SPILLS = {
+    ("key", call, arch, 128, "float32"): 24 for call in ("dense", "softcap image_q") for arch in (80, 90, 100)
+}
+# The same in the loop over images, which waits for memory; half of the tile would take twice the products of the text.
+IMAGE_LOOP_SPILLS = {
+    ("forward", "dense", 90, 128, "float16"): 27,
+    ("query", "dense", 90, 128, "float16"): 178,
+    ("query", "softcap image_q", 90, 128, "float16"): 273,
+    ("query", "dense", 100, 128, "float16"): 269,
+    ("query", "softcap image_q", 100, 128, "float16"): 246,
+    ("query", "dense", "gfx942", 256, "float16"): 94,
+}
+TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", "gfx942": "mfma"}
 
 
 def is_quick(kernel: str, call: str, arch: int, head_dim: int, dtype: str) -> bool:
     quick_kernel = kernel in ("forward", "query", "key") and call == "dense"
-    return quick_kernel and arch == 90 and head_dim in (64, 128) and dtype == "float16"
+    return quick_kernel and arch in (80, 90) and head_dim in (64, 128) and dtype == "float16"
 
 
 def cases():
     for case in all_cases():
-        kernel, call, arch, head_dim, dtype = case
         marks = () if is_quick(*case) else pytest.mark.slow
-        yield pytest.param(*case, marks=marks, id=f"{kernel} {variant(call, head_dim, dtype)} sm_{arch}")
+        yield pytest.param(*case, marks=marks, id=" ".join(row_key(*case)))
 
 
 @pytest.mark.parametrize(("kernel", "call", "arch", "head_dim", "dtype"), list(cases()))
 def test_compiles_within_limits_and_as_on_record(kernel, call, arch, head_dim, dtype):
     """The limits hold under every version of Triton; registers, spills, shared memory and occupancy are those on record
     under the version that the table was written with. One test, so that each variant is compiled once.
+
+    Every entry of the tables of tiles.py is among the cases.
     """
-    report = compile_case(kernel, call, arch, head_dim, dtype)
+    case = kernel, call, arch, head_dim, dtype
+    report = compile_case(*case)
     assert report.shared_bytes <= SHARED_LIMIT[arch]
-    if dtype != "float32" or head_dim <= 128 or kernel in ("merge", "pool", "popular"):
-        assert report.spill_bytes <= SPILLS.get((kernel, call, arch, head_dim), 0)
     if kernel in ("forward", "query", "key"):
         assert bool(report.mma) == (call != "joined")
+    # Float32 at D = 256 is on record alone. With the tiles (16, 16, 8, 2) the forward issues 2.5 times the products and
+    # has 17 spills in its loop over keys; with (16, 32, 4, 1) or (16, 16, 2, 2) it issues each once and has 204 or 224.
+    if (head_dim, dtype) != (256, "float32"):
+        assert report.text_loop_spills <= TEXT_LOOP_SPILLS.get(case, 0)
+        assert report.image_loop_spills <= IMAGE_LOOP_SPILLS.get(case, 0)
+        assert report.products in (None, pytest.approx(1.0, rel=0.02))
     # the tiles of D = 256 are too small for the instructions of a whole warp group
     if dtype != "float32" and head_dim <= 128 and kernel in ("forward", "key") and call not in ("decode", "joined"):
         assert TENSOR_CORES[arch] in report.mma
@@ -120,23 +136,11 @@ def test_every_kind_of_call_compiles(call, kernel):
         pytest.skip("the dense layout has no pool")
     with_image_scores = call.startswith("image weights")
     report = compile_kernel(kernel, call, 90, inputs, with_lse=False, with_image_scores=with_image_scores).report
-    assert report.spill_bytes <= VARIANT_SPILLS.get((kernel, call), 0)
+    assert report.text_loop_spills == report.image_loop_spills == 0
     assert report.shared_bytes <= SHARED_LIMIT[90]
     assert report.mma or kernel == "pool"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("absent", "with_lse"), [(BIASES, True), (("first_key",), False), (("image_mask",), False)])
-def test_fewer_options_spill_nothing(absent, with_lse):
-    """The calls of `SPILLS` as people make them."""
-    for kernel, call, arch, head_dim in SPILLS:
-        assert call == "dense"
-        inputs = without(meta_inputs(head_dim, torch.float16, False), *absent)
-        assert compile_kernel(kernel, call, arch, inputs, with_lse).report.spill_bytes == 0
-
-
 def test_table_has_every_case():
     _, table = read_table()
-    assert list(table) == [
-        (kernel, variant(call, head_dim, dtype), f"sm_{arch}") for kernel, call, arch, head_dim, dtype in all_cases()
-    ]
+    assert list(table) == [row_key(*case) for case in all_cases()]

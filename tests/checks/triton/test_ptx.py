@@ -37,10 +37,8 @@ QUICK = [("forward", "pooled", 64), ("key", "first_key", 64), ("query", "biases"
 # Instructions between the issue of a copy and the wait for it. Shorter ways are those from the end of a loop to its
 # beginning: the copy of the next tile then starts when the work on this one is done.
 LONG = 100
-# By (kernel, arch, head_dim, dtype), tiles of two stages: 99 KiB of shared memory hold no more, or three would spill.
-NOT_AHEAD = {("forward", 80, 256, "float16"), ("query", 90, 64, "float32"), ("query", 100, 64, "float32")}
-# Bytes of registers that do not fit, by (kernel, call, arch, head_dim, group).
-SPILLS = {("key", "first_key", 100, 64, 32): 16}
+# By (kernel, arch, head_dim, dtype), tiles of two stages: 99 KiB of shared memory hold no more, or only one program.
+NOT_AHEAD = {("forward", 80, 256, "float16"), ("key", 80, 256, "float16")}
 
 
 def cases():
@@ -67,7 +65,8 @@ def test_data_moves_in_vectors_and_ahead_of_use(kernel, call, arch, head_dim, gr
     compiled = compile_kernel(kernel, call, arch, inputs, with_lse=False)
     report, code = compiled.report, whole(compiled.ptx)
     itemsize = DTYPES[dtype].itemsize
-    assert report.spill_bytes <= SPILLS.get((kernel, call, arch, head_dim, group), 0)
+    if (kernel, dtype) != ("key", "float32"):  # test_compile.py has what these spill
+        assert report.text_loop_spills == 0
     if itemsize == 2:
         # a program reads each bias once, where that is fewer numbers than it has threads
         assert code.loads[2] <= 4 and not code.stores[2]
