@@ -32,7 +32,10 @@ from .launch import architecture
 from .tiles import Tiles, tiles_for
 
 AUTOTUNE = os.environ.get("VALM_KERNELS_AUTOTUNE") == "1"
-MAX_BLOCK, MAX_STAGES = 128, 4
+# Tile products take blocks from 16 on.
+MIN_BLOCK, MAX_BLOCK = 16, 128
+MIN_WARPS, MAX_WARPS = 4, 8
+MAX_STAGES = 4
 
 _chosen: dict[tuple[Any, ...], Tiles] = {}
 
@@ -66,19 +69,21 @@ def _kind(inputs: Inputs) -> tuple[Any, ...]:
 
 
 def candidates(tiles: Tiles) -> Iterator[Tiles]:
-    """The given tiles, and those that differ from them in one property."""
+    """The given tiles, and some near them.
+
+    A block is halved or doubled alone and together with the warps: half of the rows by as many warps would be the same
+    work done twice, and with half of the warps two such programs share a multiprocessor.
+    """
     yield tiles
-    for block in ("block_m", "block_n"):
-        size = getattr(tiles, block)
-        if size > 16:  # the least that tile products take
-            yield replace(tiles, **{block: size // 2})
-        if size < MAX_BLOCK:
-            yield replace(tiles, **{block: size * 2})
-    yield replace(tiles, num_warps=4 if tiles.num_warps == 8 else 8)
-    if tiles.num_stages > 1:
-        yield replace(tiles, num_stages=tiles.num_stages - 1)
-    if tiles.num_stages < MAX_STAGES:
-        yield replace(tiles, num_stages=tiles.num_stages + 1)
+    for block, size in (("block_m", tiles.block_m), ("block_n", tiles.block_n)):
+        for other, warps in ((size // 2, tiles.num_warps // 2), (size * 2, tiles.num_warps * 2)):
+            if MIN_BLOCK <= other <= MAX_BLOCK:
+                yield replace(tiles, **{block: other})
+                if MIN_WARPS <= warps <= MAX_WARPS:
+                    yield replace(tiles, **{block: other, "num_warps": warps})
+    for stages in (tiles.num_stages - 1, tiles.num_stages + 1):
+        if 1 <= stages <= MAX_STAGES:
+            yield replace(tiles, num_stages=stages)
 
 
 def _fastest(key: tuple[Any, ...], tiles: list[Tiles], launch: Callable[[Tiles], Any]) -> Tiles:
