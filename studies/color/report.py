@@ -207,8 +207,8 @@ def hypotheses(results: Results) -> str:
 
 
 def claims(results: Results) -> str:
-    """What became of the hypotheses of the second study (docs/results/study-plan.md); nothing is decided before its seeds are
-    there."""
+    """What became of the hypotheses of the second study (docs/results/study-plan.md). None is decided before its seeds
+    are there."""
     lines = ["| Hypothesis | Found [95 %] | |", "| --- | --- | --- |"]
 
     def add(name: str, seeds: int, holds: Callable[..., bool], *asked: tuple[str, str, str]) -> None:

@@ -29,8 +29,8 @@ from tests.checks.triton.compile_record import (
 
 # The tiles of 8.0 also serve 8.6, 8.9 and 12.x, whose blocks have less shared memory.
 SHARED_LIMIT = {**SHARED_PER_BLOCK, 80: 99 * 1024}
-# Instructions that store or load registers in the loop over queries. Tried as well: two stages (20 for 24), 8 warps (none,
-# but half as many products again).
+# Instructions that store or load registers in the loop over queries. Tried as well: two stages (20 for 24), 8 warps
+# (none, but half as many products again).
 TEXT_LOOP_SPILLS = {
     ("key", call, arch, 128, "float32"): 28 for call in ("dense", "softcap image_q") for arch in (80, 90, 100)
 }
