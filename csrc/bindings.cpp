@@ -36,8 +36,8 @@ PYBIND11_MODULE(_native, m) {
     // Raise it here and in valm_kernels/native.py whenever a call changes.
     m.attr("interface_version") = 4;
 
-    py::class_<valm::Rows>(m, "Rows", py::module_local()).def(
-        py::init([](uintptr_t data, uintptr_t scale, const std::string& dtype, int64_t count, int64_t dim) {
+    py::class_<valm::Rows>(m, "Rows", py::module_local())
+        .def(py::init([](uintptr_t data, uintptr_t scale, const std::string& dtype, int64_t count, int64_t dim) {
             return valm::Rows{at<void>(data), at<float>(scale), valm::element_of(dtype), count, dim};
         }));
     py::class_<valm::PackedRows>(m, "PackedRows", py::module_local())
