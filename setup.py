@@ -44,8 +44,10 @@ ISA_FLAGS = {
     "_avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
     "_avx512vnni": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c"],
 }
-# Machine code for A100 and H100, and PTX that newer chips compile at load time.
-CUDA_ARCHS = ["arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90", "arch=compute_90,code=compute_90"]
+# Machine code for A100, H100, B200 and RTX 50, of which nvcc knows the last two from 12.8 on, and PTX that other chips
+# compile at load time.
+CUDA_ARCHS = ("80", "90", "100", "120")
+PTX_ARCH = "arch=compute_90,code=compute_90"
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v"]
 
 
@@ -68,11 +70,13 @@ def find_nvcc() -> str | None:
     return nvcc
 
 
-def cuda_archs() -> list[str]:
-    """What nvcc compiles for: VALM_KERNELS_CUDA_ARCH alone, or else CUDA_ARCHS."""
+def cuda_archs(nvcc: str) -> list[str]:
+    """What nvcc compiles for: VALM_KERNELS_CUDA_ARCH alone, or else what it knows of CUDA_ARCHS."""
     arch = os.environ.get("VALM_KERNELS_CUDA_ARCH", "")
     if not arch:
-        return CUDA_ARCHS
+        known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+        archs = [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known]
+        return [*(f"arch=compute_{arch},code=sm_{arch}" for arch in archs), PTX_ARCH]
     if not re.fullmatch(r"\d{2,3}a?", arch):
         raise SystemExit(f"VALM_KERNELS_CUDA_ARCH must be a compute capability such as 90, but is {arch!r}")
     return [f"arch=compute_{arch},code=sm_{arch}"]
@@ -188,7 +192,7 @@ def compiler_rules(nvcc: str | None, openmp: list[str], includes: list) -> dict[
     host = f"{cxx()} -MMD -MF $out.d $flags {more_flags} {defines} {include_flags} -c $in -o $out"
     if nvcc is None:
         return {"host": host, "link": f"{cxx()} {' '.join([*LINK_FLAGS, *openmp, more_flags])} $in -o $out"}
-    gencode = " ".join(f"-gencode {arch}" for arch in cuda_archs())
+    gencode = " ".join(f"-gencode {arch}" for arch in cuda_archs(nvcc))
     cuda = f"{nvcc} -MD -MF $out.d {' '.join(NVCC_FLAGS)} {gencode} {defines} {include_flags} -c $in -o $out"
     link = f"{nvcc} -shared -cudart static -Xcompiler {','.join(openmp)} $in -o $out"
     return {"host": host, "cuda": cuda, "link": link}
