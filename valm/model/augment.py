@@ -534,11 +534,12 @@ class AugmentedCausalLM(ImageModel):
         if limits is None or seen is None:
             return None
         # all of them in every step, so that a compiled graph stays the same
-        options = {"dtype": torch.int32, "device": seen.device}
-        first_key = torch.zeros(seen.shape[:2], **options) if limits.first_key is None else limits.first_key
-        seqlens = limits.cache_seqlens
+        batch, num_queries, num_keys = seen.shape
+        first_key, seqlens = limits.first_key, limits.cache_seqlens
+        if first_key is None:
+            first_key = torch.zeros(batch, num_queries, dtype=torch.int32, device=seen.device)
         if seqlens is None:
-            seqlens = torch.full(seen.shape[:1], seen.shape[2], **options)
+            seqlens = torch.full((batch,), num_keys, dtype=torch.int32, device=seen.device)
         return TextLimits(first_key, seqlens)
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> Any:

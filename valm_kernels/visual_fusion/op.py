@@ -221,9 +221,9 @@ def _backward_autograd(keyset: Any, *inputs: Any) -> tuple[Tensor, ...]:
 
 def _document_starts(cu_seqlens: Tensor, batch: int, num_queries: int, num_keys: int, max_seqlen: int | None) -> Tensor:
     bounds = cu_seqlens.contiguous()
-    options = {"dtype": bounds.dtype, "device": bounds.device}
-    row_start = num_keys * torch.arange(batch, **options)[:, None]  # (B, 1)
-    token = row_start + torch.arange(num_keys - num_queries, num_keys, **options)  # (B, Tq)
+    dtype, device = bounds.dtype, bounds.device
+    row_start = num_keys * torch.arange(batch, dtype=dtype, device=device)[:, None]  # (B, 1)
+    token = row_start + torch.arange(num_keys - num_queries, num_keys, dtype=dtype, device=device)  # (B, Tq)
     document = torch.searchsorted(bounds, token, right=True) - 1
     return (bounds[document] - row_start).int()
 

@@ -24,9 +24,10 @@ ImageStrides = tuple[int, int, int, int]
 
 def kernel_inputs(inputs: Inputs) -> Inputs:
     """The inputs as kernels read them: rows are contiguous and aligned, the small tensors have no gaps."""
-    rows = [None if x is None else aligned_rows(x) for x in inputs[:6]]
-    small = [None if x is None else aligned_rows(x.contiguous()) for x in inputs[6 : len(TENSOR_NAMES)]]
-    return Inputs._make([*rows, *small, *inputs[len(TENSOR_NAMES) :]])
+    given: list[Any] = list(inputs)
+    rows = [None if x is None else aligned_rows(x) for x in given[:6]]
+    small = [None if x is None else aligned_rows(x.contiguous()) for x in given[6 : len(TENSOR_NAMES)]]
+    return Inputs._make([*rows, *small, *given[len(TENSOR_NAMES) :]])
 
 
 def aligned_rows(x: Tensor) -> Tensor:

@@ -126,7 +126,7 @@ class MeasuredTiles(TypedDict):
 
 
 @cache
-def measured_tiles() -> dict[tuple[str, int, int, int], Tiles]:
+def measured_tiles() -> dict[tuple[str, int, int | str, int], Tiles]:
     """Measured tiles by (kernel, bytes of an element, compute capability, largest head dimension).
 
     Raises:
