@@ -116,7 +116,8 @@ def generated(model: Any, tokenizer: Any, text: str, arguments: argparse.Namespa
         "prompt": text,
         "text": tokenizer.decode(tokens[0], skip_special_tokens=True),
         "tokens": [
-            {"token": tokenizer.decode([id]).strip(), "images": seen} for id, seen in zip(new, images, strict=True)
+            {"token": "(end)" if id == tokenizer.eos_token_id else tokenizer.decode([id]).strip(), "images": seen}
+            for id, seen in zip(new, images, strict=True)
         ],
     }
 

@@ -21,8 +21,9 @@ from valm.store.files import atomic_path, check_regular, exists
 from valm.text import one_line
 from valm_kernels.json_files import Sha256, check, short
 
-# Seconds between two checkpoints; more where writing one takes more than a tenth of it.
+# Seconds between two checkpoints, or so many times as long as writing the last one took.
 SAVE_SECONDS = 30.0
+SAVE_RATIO = 10.0
 REMEDY = "delete it to start again"
 
 
@@ -114,7 +115,7 @@ class StepsCheckpoint:
         with atomic_path(self.path) as temporary:
             save_file(tensors, temporary, {"training": json.dumps(note)})
         self.losses = list(losses)
-        self._due = time.monotonic() + max(SAVE_SECONDS, 10 * (time.monotonic() - begin))
+        self._due = time.monotonic() + max(SAVE_SECONDS, SAVE_RATIO * (time.monotonic() - begin))
 
 
 def _read(path: Path) -> tuple[_Note, dict[str, Tensor]]:

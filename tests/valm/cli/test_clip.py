@@ -46,7 +46,7 @@ def test_an_interrupted_training_leaves_no_empty_folder(world, tmp_path, monkeyp
 def killed_training(world, tmp_path, monkeypatch):
     """Runs a training that is killed after its second checkpoint, in {tmp}/small, and returns the command."""
     monkeypatch.setattr(steps_checkpoint, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(steps_checkpoint.time, "monotonic", lambda: 0.0)
+    monkeypatch.setattr(steps_checkpoint, "SAVE_RATIO", 0.0)
     save = StepsCheckpoint.save_if_due
 
     def save_twice(checkpoint, optimizer, losses):

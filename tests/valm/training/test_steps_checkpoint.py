@@ -12,7 +12,7 @@ STEPS = 9
 @pytest.fixture(autouse=True)
 def saved_after_every_step(monkeypatch):
     monkeypatch.setattr(steps_checkpoint, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(steps_checkpoint.time, "monotonic", lambda: 0.0)
+    monkeypatch.setattr(steps_checkpoint, "SAVE_RATIO", 0.0)
 
 
 def new_model():
