@@ -43,6 +43,9 @@ and each test is written as soon as it is measured. Run it again, and it does wh
 code or of another card are moved aside. Where the machine is only lent, take the folder of the results away and use
 `--report` at home.
 
+Measured tiles hold for the compute capability of their card, and take the place of the estimated ones in `tiles.py`
+there. They are written only if the tests pass with them. `VALM_KERNELS_TILES` names another such file.
+
 A call's time is that of its host too, until the result is there. The GPU's own time is that of a CUDA graph of calls on
 copies of the inputs, together twice the size of the L2 cache. "Arithmetic" is the least time that an H100 needs by
 [the roofline](roofline.md), an estimate: bytes once over the memory bus, floating-point operations at the peak of the

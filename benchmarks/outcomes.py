@@ -110,7 +110,7 @@ def reason(report: pytest.TestReport) -> str:
     if report.passed:
         return ""
     if isinstance(report.longrepr, tuple):
-        text = report.longrepr[2]
+        text = report.longrepr[2].removeprefix("Skipped: ")
     else:
         text = getattr(getattr(report.longrepr, "reprcrash", None), "message", report.longreprtext)
     return (text.strip().splitlines() or [""])[0][:300]

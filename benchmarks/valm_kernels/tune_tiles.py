@@ -1,6 +1,6 @@
 """Measures the tiles of the Triton kernels on the card at hand: gpu-check's way to a measured table.
 
-    python -m benchmarks.valm_kernels.tune_tiles compile FOLDER --part 3/16     # needs no card, but its --arch
+    python -m benchmarks.valm_kernels.tune_tiles compile FOLDER --arch 90 --part 3/16    # needs no card
     python -m benchmarks.valm_kernels.tune_tiles measure FOLDER
 
 Each entry of the table (tiles.py) is measured in a call that it is made for (CASES), beside the candidates around it
@@ -340,7 +340,7 @@ def main() -> None:
     parser.add_argument("what", choices=["compile", "measure"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--part", default="0/1", help="I/N: every Nth compilation, beginning with the Ith")
-    parser.add_argument("--arch", type=int, help="the compute capability to compile for, 90 for 9.0; that of the card")
+    parser.add_argument("--arch", type=int, default=90, help="the compute capability to compile for, 90 for 9.0")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     if arguments.what == "measure":
@@ -351,7 +351,7 @@ def main() -> None:
             sys.exit(DEVICE_LOST)
     else:
         part, parts = map(int, arguments.part.split("/"))
-        compile_part(arguments.folder, arguments.arch or architecture(torch.device("cuda")), part, parts)
+        compile_part(arguments.folder, arguments.arch, part, parts)
 
 
 if __name__ == "__main__":

@@ -273,10 +273,16 @@ def test_a_test_that_killed_its_process_fails_the_step(card):
     assert read_steps(card)["tests"].note == "1 passed; not ended: b"
 
 
-def test_no_test_is_no_success(card):
-    step = Step("tests", 9, ((*command("import sys; sys.exit(5)"), "--outcomes", str(card / "tests.outcomes.csv")),))
-    run_steps([replace(step, tests=True)], card, time.monotonic())
-    assert read_steps(card)["tests"].note == "no test ran"
+@pytest.mark.parametrize("skipped", [0, 2])
+def test_no_test_that_passed_is_no_success(card, skipped):
+    """As where the processes find no card, and skip all."""
+    path = card / "tests.outcomes.csv"
+    for test in range(skipped):
+        outcomes.write(path, Ended(1, f"test {test}", "skipped", 0, "needs a CUDA device"))
+    step = Step("tests", 9, ((*command("import sys; sys.exit(5)"), "--outcomes", str(path)),), tests=True)
+    run_steps([step], card, time.monotonic())
+    assert read_steps(card)["tests"].outcome == "failed"
+    assert read_steps(card)["tests"].note == ("2 skipped; no test passed" if skipped else "no test passed")
 
 
 def test_without_a_card_nothing_runs(card, monkeypatch, capfd):
