@@ -44,19 +44,25 @@ def find_documents(begins: Tensor, mask: Tensor | None, *, past: int = 0, first_
     return Documents(first_keys, positions, present)
 
 
-def check_bounds(cu_seqlens: Tensor, documents: Documents) -> None:
+def check_bounds(cu_seqlens: Tensor, max_seqlen: int | None, documents: Documents) -> None:
     """Checks on the CPU that documents begin where cu_seqlens says; elsewhere that would wait for the device.
 
     Args:
         cu_seqlens: (N + 1,), the documents of the B rows, one row behind the other. Padding is of the document before.
+        max_seqlen: at least the tokens of the longest, or None.
 
     Raises:
-        ValueError: one does not.
+        ValueError: one does not, or is longer.
     """
     if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
         return
     first_key, _, present = documents
     batch, length = first_key.shape
+    lengths = cu_seqlens.diff()
+    if int(cu_seqlens[-1]) != batch * length or (lengths < 0).any():
+        raise ValueError(f"cu_seqlens must rise to {batch * length}, the tokens of all rows, got {cu_seqlens.tolist()}")
+    if max_seqlen is not None and int(lengths.max()) > max_seqlen:
+        raise ValueError(f"max_seqlen is {max_seqlen}, but cu_seqlens has a document of {int(lengths.max())} tokens")
     row_start = length * torch.arange(batch)[:, None]  # (B, 1)
     starts = cu_seqlens[:-1].unique()
     token = row_start + torch.arange(length)  # (B, T)

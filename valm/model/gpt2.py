@@ -230,7 +230,7 @@ class VaLMForCausalLM(AugmentedCausalLM, GPT2LMHeadModel):
         if cu_seqlens is not None:
             if cache is not None or embeds is not None:
                 raise ValueError("cu_seqlens is of the documents in input_ids, without a cache: leave it out")
-            check_bounds(cu_seqlens, documents)
+            check_bounds(cu_seqlens, max_seqlen, documents)
             first_key = None if cu_seqlens.shape[0] == len(tokens) + 1 else documents.first_key
         else:
             first_key = documents.first_key if static else unless_all_zero(documents.first_key)

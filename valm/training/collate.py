@@ -34,8 +34,9 @@ class Collator:
     - with a knowledge base: image_pool (U, E) float16, the vectors of the images in this batch, each once, and
       image_index (B, L, K) int64 into it, -1 = none, and image_slots, which saves the backward on CUDA a sort
       (`sort_image_slots`); with `scores`, image_scores (B, L, K) float32, -inf = none;
-    - with `bounds`, cu_seqlens (N + 1,) int32 and max_seqlen, where the N documents begin in the B rows one behind the
-      other, as `visual_fusion_attn` takes them, and how long the longest is; padding is of the document before it;
+    - with `bounds`, cu_seqlens (N + 1,) int32 and max_seqlen, as `visual_fusion_attn` takes them: where documents begin
+      in the rows, one behind the other, which is at each bos, and how long the longest is. Padding is of the document
+      before it;
     - for documents with hidden states (see `cache_below`), fusion_input (B, L, C).
 
     Args:
@@ -105,8 +106,9 @@ class Collator:
                 batch["image_scores"] = self._scores(documents, places, batch["image_index"].shape)
         tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in batch.items()}
         if self.bounds:
-            starts = [row * shape[1] + columns.start for row, columns in places]
-            tensors["cu_seqlens"] = torch.tensor([*starts, ids.size], dtype=torch.int32)
+            begins = (mask == 1) & (ids == self.bos)  # as the model finds them, inside a document too
+            begins[:, 0] = True
+            tensors["cu_seqlens"] = torch.tensor([*np.flatnonzero(begins), ids.size], dtype=torch.int32)
             tensors["max_seqlen"] = int(tensors["cu_seqlens"].diff().max())
         if self.kb is not None:
             tensors["image_slots"] = sort_image_slots(tensors["image_index"], len(tensors["image_pool"]))

@@ -618,6 +618,8 @@ def test_documents_by_bounds_are_those_that_are_found(model, ids, bounds):
         ([0, 5, 10], None, "document of token 3 in row 0 begins elsewhere than at token 3"),
         ([0, 3, 5, 7, 10], None, "document of token 2 in row 1 begins elsewhere than at token 0"),
         ([1, 3, 5, 10], None, "document of token 0 in row 0"),
+        ([0, 3, 5, 11], None, "cu_seqlens must rise to 10, the tokens of all rows"),
+        ([0, 5, 3, 10], None, "cu_seqlens must rise to 10, the tokens of all rows"),
         ([0, 3, 5, 10], [[1, 1, 1, 1, 1], [0, 1, 1, 1, 1]], "document of token 1 in row 1 .* at token 1"),
     ],
 )
@@ -629,6 +631,8 @@ def test_wrong_bounds_are_named(model, bounds, mask, message):
 
 def test_bounds_are_of_whole_rows(model):
     ids, bounds = PACKED
+    with pytest.raises(ValueError, match="max_seqlen is 3, but cu_seqlens has a document of 5 tokens"):
+        model(ids, cu_seqlens=bounds, max_seqlen=3)
     with pytest.raises(ValueError, match="cu_seqlens is of the documents in input_ids, without a cache"):
         model(ids, cu_seqlens=bounds, use_cache=True)
     with pytest.raises(ValueError, match="cu_seqlens is of the documents in input_ids, without a cache"):

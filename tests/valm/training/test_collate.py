@@ -80,7 +80,19 @@ def test_bounds_are_where_documents_begin(lengths, row_length):
     assert [int(real[start:end].sum()) for start, end in pairwise(bounds.tolist())] == lengths
     assert batch["max_seqlen"] == max(end - start for start, end in pairwise(bounds.tolist()))
     begins = (batch["input_ids"] == TOKENIZER.bos_token_id) & batch["attention_mask"].bool()
-    check_bounds(bounds, find_documents(begins, F.pad(batch["attention_mask"], (1, 0))))
+    check_bounds(bounds, batch["max_seqlen"], find_documents(begins, F.pad(batch["attention_mask"], (1, 0))))
+
+
+@pytest.mark.parametrize("row_length", [None, 8])
+def test_bounds_are_those_of_a_model_that_reads_bos_inside_a_document(row_length):
+    tokenizer = gpt2_like()
+    end = tokenizer.eos_token_id  # which is bos too
+    made = [{"input_ids": [end, 5, 6, end]}, {"input_ids": [end, 7, end]}]
+    batch = Collator(tokenizer, None, row_length, bounds=True)(made)
+    model = tiny_model(num_images=0, vocab_size=len(tokenizer), bos_token_id=end)
+    found = model(batch["input_ids"], batch["attention_mask"]).logits
+    bounds = {name: batch[name] for name in ("cu_seqlens", "max_seqlen")}
+    assert model(batch["input_ids"], batch["attention_mask"], **bounds).logits.equal(found)
 
 
 def test_labels_leave_out_padding_and_the_start_of_documents():
