@@ -87,3 +87,8 @@ def test_one_graph_holds_the_operators_of_two_copies(copy, inputs):
     assert namespaces == {"valm_kernels", COPIES[copy.__name__]}
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(*(torch.autograd.grad(f(q).sum(), q)[0] for f in (compiled, both)))
+
+
+def test_no_copy_calls_the_operators_of_another():
+    wrong = [path for path in PACKAGE.rglob("*.py") if "torch.ops.valm_kernels" in path.read_text(encoding="utf-8")]
+    assert not wrong

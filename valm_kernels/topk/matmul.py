@@ -20,7 +20,7 @@ from .result import TopK, merge_topk
 # Scores of one matrix product, at most (64 MiB, of which several copies in float64 exist at a time), and its queries.
 SCORES_PER_CHUNK = 1 << 24
 QUERIES_PER_CHUNK = 1 << 10
-# Numbers that are read at a time to find the norms.
+# Numbers of rows that are float32 at a time.
 VALUES_PER_CHUNK = 1 << 24
 # How much PyTorch may round the operands of a product in float32.
 OPERAND_ERRORS = {"highest": 0.0, "high": 2.0**-11, "medium": 2.0**-8}
@@ -57,12 +57,13 @@ def _search(queries: Tensor, rows: Tensor, row_scale: Tensor | None, norms: Tens
     tiny = rows.shape[1] * 2.0**-125
     query_norm = queries.double().square().sum(1, keepdim=True).sqrt() * (1 + 2**-20)  # [Q, 1]
     best = TopK(queries.new_full((len(queries), k), -torch.inf), queries.new_full((len(queries), k), -1).long())
-    step = max(k, SCORES_PER_CHUNK // max(1, len(queries)))
+    step = max(k, min(SCORES_PER_CHUNK // max(1, len(queries)), VALUES_PER_CHUNK // rows.shape[1]))
     for start in range(0, rows.shape[0], step):
         chunk = slice(start, start + step)
         values = _values(rows, row_scale, chunk)
         norm = norms[chunk].double()
-        product = (queries @ values.T).double()  # [Q, n]
+        with torch.autocast(queries.device.type, enabled=False):
+            product = (queries @ values.T).double()  # [Q, n]
         # a query of zeros has no error, and times a norm that overflowed it would be NaN
         error = torch.where(query_norm > 0, relative * query_norm * norm + tiny, 0)
         unknown = ~product.isfinite()  # it overflowed

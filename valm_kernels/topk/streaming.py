@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._ops import ops
 from .cuda import DIM_MULTIPLE, aligned
 from .result import TopK, merge_topk
 
@@ -28,11 +29,11 @@ class _Buffer:
         dim = sources[0].shape[1]
         shapes = [(chunk_rows, dim + -dim % DIM_MULTIPLE), (chunk_rows,)][: len(sources)]
         pinned = device.type == "cuda"
+        allocate = torch.zeros if dim % DIM_MULTIPLE else torch.empty  # for the padding alone
         self.host = [
-            torch.empty(shape, dtype=source.dtype, pin_memory=pinned)
+            allocate(shape, dtype=source.dtype, pin_memory=pinned)
             for source, shape in zip(sources, shapes, strict=True)
         ]
-        self.host[0][:, dim:] = 0
         self.values = [self.host[0][:, :dim], *self.host[1:]]  # without the padding
         self.device = [torch.empty_like(part, device=device) for part in self.host]
         self.copied, self.searched = streams.Event(), streams.Event()
@@ -76,7 +77,7 @@ def search(
         here = [part[:count] for part in buffer.device]
         scale = None if row_scale is None else here[1]
         some = None if allowed is None else allowed[start : start + count]
-        found = TopK(*torch.ops.valm_kernels.ip_topk(queries, here[0], scale, min(k, count), some))
+        found = TopK(*ops.ip_topk(queries, here[0], scale, min(k, count), some))
         buffer.searched.record(searches)
         if number + 1 < len(chunks):  # while the device is busy
             buffers[(number + 1) % 2].fill(chunks[number + 1], copies, streams)

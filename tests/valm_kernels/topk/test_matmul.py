@@ -88,6 +88,21 @@ def test_rounded_operands(monkeypatch, precision):
     assert_same(found(queries, rows, 8), expected)
 
 
+def test_autocast_does_not_round_the_product():
+    rows, queries = normals(1, DIM, seed=2) + 1e-3 * normals(300, DIM), normals(20, DIM, seed=1)
+    expected = reference.ip_topk(queries, rows, None, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same(found(queries, rows, 8), expected)
+
+
+def test_one_query_reads_the_rows_in_parts(monkeypatch):
+    sizes = []
+    values = matmul._values
+    monkeypatch.setattr(matmul, "_values", lambda *given: sizes.append(values(*given)) or sizes[-1])
+    found(normals(1, DIM), normals(300, DIM), 8)
+    assert max(part.numel() for part in sizes) <= matmul.VALUES_PER_CHUNK
+
+
 def test_a_precision_that_pytorch_cannot_tell_is_the_least(monkeypatch):
     expected = matmul.OPERAND_ERRORS["medium"]
 
