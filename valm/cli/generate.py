@@ -101,14 +101,16 @@ def generated(model: Any, tokenizer: Any, text: str, arguments: argparse.Namespa
         )
     sampling = {"temperature": arguments.temperature, "top_p": arguments.top_p}
     sampling = {name: value for name, value in sampling.items() if value is not None}
+    if arguments.sample or sampling:
+        # transformers would otherwise draw from the 50 likeliest alone
+        sampling |= {"do_sample": True, "top_k": 0}
     torch.manual_seed(arguments.seed)
     tokens = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=min(arguments.max_new_tokens, context - prompt.shape[1]),
         num_beams=arguments.beams,
-        do_sample=arguments.sample or bool(sampling),
-        **sampling,
+        **{"do_sample": False, **sampling},
     )
     images = images_of(model, tokens)[prompt.shape[1] - 1 : -1]
     new = tokens[0, prompt.shape[1] :].tolist()

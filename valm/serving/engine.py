@@ -134,7 +134,8 @@ class Engine:
         prompt = answer.prompt
         sampling: dict[str, Any] = {"do_sample": prompt.temperature > 0}
         if prompt.temperature > 0:
-            sampling |= {"temperature": prompt.temperature, "top_p": prompt.top_p}
+            # transformers would otherwise draw from the 50 likeliest alone
+            sampling |= {"temperature": prompt.temperature, "top_p": prompt.top_p, "top_k": 0}
             if prompt.seed is None:
                 torch.seed()
             else:
@@ -175,6 +176,8 @@ class _Writer(StoppingCriteria):
         self._begin = len(self._decoded(answer.prompt.ids))
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        if self.answer.cancelled:
+            return torch.ones(1, dtype=torch.bool, device=input_ids.device)
         stop = self.answer.prompt.stop
         self._text = self._decoded(input_ids[0].tolist())
         ends = [place for text in stop if (place := self._text.find(text)) >= 0]
@@ -183,7 +186,7 @@ class _Writer(StoppingCriteria):
         elif not BYTE.fullmatch(str(self.tokenizer.convert_ids_to_tokens(int(input_ids[0, -1])))):
             waiting = max((n for text in stop for n in range(len(text)) if self._text.endswith(text[:n])), default=0)
             self._write(self._text[: len(self._text) - waiting].rstrip("\ufffd"))
-        return torch.full((1,), self.stopped or self.answer.cancelled, device=input_ids.device)
+        return torch.full((1,), self.stopped, device=input_ids.device)
 
     def write_rest(self) -> None:
         self._write(self._text)

@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+from transformers import GenerationMixin
 
 from tests.valm.cli.commands import run
 from valm.model.checkpoint import load
@@ -112,6 +113,21 @@ def test_temperature_and_top_p_sample(world, capsys):
     assert len(set(greedy)) == 1 and len(set(hot)) == 4
     assert texts("--temperature", 50) == hot
     assert texts("--top-p", 1e-6) == greedy  # the likeliest token alone
+
+
+def test_sampling_draws_from_all_tokens(world, capsys, monkeypatch):
+    """transformers' own default is the 50 likeliest."""
+    seen = []
+    generate = GenerationMixin.generate
+
+    def recorded(model, *arguments, **options):
+        seen.append(options.get("top_k"))
+        return generate(model, *arguments, **options)
+
+    monkeypatch.setattr(GenerationMixin, "generate", recorded)
+    for options in (("--sample",), ("--temperature", 2), ("--top-p", 1), ()):
+        generate_json(world, capsys, "the sea", "--max-new-tokens", 1, *options)
+    assert seen == [0, 0, 0, None]
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def unserved(model, tokenizer, prompt):
         torch.manual_seed(prompt.seed)
     options = {"do_sample": prompt.temperature > 0}
     if options["do_sample"]:
-        options |= {"temperature": prompt.temperature, "top_p": prompt.top_p}
+        options |= {"temperature": prompt.temperature, "top_p": prompt.top_p, "top_k": 0}
     ids = torch.tensor([prompt.ids])
     found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=prompt.max_new_tokens, **options)
     texts = [tokenizer.decode(each, skip_special_tokens=True) for each in (prompt.ids, found[0])]
@@ -69,7 +69,7 @@ def test_requests_at_once_are_answered_as_each_alone(served, seen, monkeypatch):
     alone = list(seen)
     seen.clear()
     assert served_together(Engine(model, tokenizer, len(prompts)), prompts) == expected
-    assert len(seen) == len(alone) > 50
+    assert len(seen) == len(alone) > 30
     assert all(
         torch.equal(*parts) for one, other in zip(seen, alone, strict=True) for parts in zip(one, other, strict=True)
     )
