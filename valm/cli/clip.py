@@ -201,7 +201,7 @@ def split(records: list[Record], arguments: argparse.Namespace) -> tuple[list[Re
         enough = arguments.model == SMALL and len(records) >= 10 * LEAST_HELD_OUT
         share = min(SMALL_HELD_OUT, MOST_CHECKED / len(records)) if enough else 0.0
     count = round(share * len(records))
-    if count == 1 or len(records) - count < 2:
+    if count == 1 or (count == 0 and share > 0) or len(records) - count < 2:
         raise ValmError(f"--held-out {share:g} of {len(records):,} images is {count}: hold out and keep two or more")
     order = list(records)
     random.Random(arguments.seed).shuffle(order)

@@ -218,7 +218,10 @@ class ImageModel(_Base):
 
         Raises:
             ValmError: the model has no knowledge base, or that has fewer images, or a token cannot see so many.
+            TypeError: the number is no int.
         """
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"the number of images must be an int, got {value!r}")
         retriever = self.retriever
         if not isinstance(retriever, Retriever):
             raise ValmError("this model retrieves no images from a knowledge base, so their number cannot be set")

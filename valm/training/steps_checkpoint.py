@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
@@ -112,8 +112,11 @@ class StepsCheckpoint:
             for name, value in (tensors | {"random": torch.get_rng_state()}).items()
         }
         note: _Note = {"settings": self.settings, "losses": losses, "sha256": _sha256(tensors)}
-        with atomic_path(self.path) as temporary:
-            save_file(tensors, temporary, {"training": json.dumps(note)})
+        try:
+            with atomic_path(self.path) as temporary:
+                save_file(tensors, temporary, {"training": json.dumps(note)})
+        except SafetensorError as error:  # of a full disk too
+            raise ValmError(f"cannot write {self.path}: {one_line(str(error))}") from error
         self.losses = list(losses)
         self._due = time.monotonic() + max(SAVE_SECONDS, SAVE_RATIO * (time.monotonic() - begin))
 

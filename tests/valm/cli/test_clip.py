@@ -113,6 +113,7 @@ def wrong_inputs():
             "--vocabulary is for --model small",
         ),
         "one image held out": ([*train, "--model", "small", "--held-out", "0.1"], "--held-out 0.1 of 6 images is 1"),
+        "no image held out": ([*train, "--model", "small", "--held-out", "0.01"], "--held-out 0.01 of 6 images is 0"),
         "all images held out": ([*train, "--model", "small", "--held-out", "1"], "--held-out 1 of 6 images is 6"),
         "nothing to resume": (
             [*train[:-1], "{world}/clip", "--model", "small", "--resume"],

@@ -59,8 +59,8 @@ def generated(world):
     found = {}
     for prompt in ["the most common color of tomato is", *(f"the color of the {name}" for name in list(THINGS)[:3])]:
         with redirect_stdout(io.StringIO()) as out:
-            assert run("generate", world / "valm", prompt, "--max-new-tokens", NEW) == 0
-        found[prompt] = out.getvalue().removesuffix("\n")
+            assert run("generate", world / "valm", prompt, "--max-new-tokens", NEW, "--json") == 0
+        found[prompt] = json.loads(out.getvalue())[0]["text"]
     return found
 
 

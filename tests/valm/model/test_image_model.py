@@ -79,6 +79,9 @@ def test_the_number_of_images_may_change(retriever, tmp_path, augmented):
         again = pickle.loads(pickle.dumps(model.retriever))
         assert again.k == k and again(ids).image_index.shape[-1] == k
     assert retriever.k == 2 and retriever(ids).image_index.shape[-1] == 2
+    for wrong in (2.5, True):
+        with pytest.raises(TypeError, match="the number of images must be an int, got"):
+            model.set_num_images(wrong)
     save_checkpoint(model, tokenizer, tmp_path / "model")
     torch.testing.assert_close(load(tmp_path / "model")[0](ids).logits, expected)
 

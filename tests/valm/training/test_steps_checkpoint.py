@@ -1,5 +1,6 @@
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from valm.errors import ValmError
 from valm.training import steps_checkpoint
@@ -84,6 +85,17 @@ def test_another_training_does_not_resume(tmp_path):
             progress=None,
             checkpoint=StepsCheckpoint(tmp_path / "state", model, {"lr": 0.1, "seed": 1}),
         )
+
+
+def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(steps_checkpoint, "save_file", full)
+    model = new_model()
+    with pytest.raises(ValmError, match=r"cannot write .*state: No space left on device"):
+        train(model, StepsCheckpoint(tmp_path / "state", model, {"lr": 0.1}))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_damaged_file_is_one_sentence(tmp_path):
