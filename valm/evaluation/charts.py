@@ -66,8 +66,8 @@ class Axis:
     end: float
 
     def place(self, value: float) -> float:
-        """Where a number is, in percent of the axis."""
-        return 100 * (value - self.start) / (self.end - self.start)
+        """Where a number is, in percent of the axis; at an end if it is not finite."""
+        return min(100.0, max(0.0, 100 * (value - self.start) / (self.end - self.start)))
 
 
 def charts(results: Mapping[str, Any]) -> list[Chart]:
@@ -118,8 +118,10 @@ def axes(charts: Sequence[Chart]) -> dict[Quantity, Axis]:
 
 
 def _axis(values: Sequence[float]) -> Axis:
-    """From the round number below the smallest to that above the largest."""
-    low, high = min(values), max(values)
+    """From the round number below the smallest to that above the largest, of those that are finite: the perplexity of a
+    model that has diverged is not."""
+    finite = [value for value in values if math.isfinite(value)] or [0.0]
+    low, high = min(finite), max(finite)
     step = 10.0 ** math.floor(math.log10((high - low) or 1))
     start, end = math.floor(low / step) * step, math.ceil(high / step) * step
     return Axis(start, end if end > start else start + step)

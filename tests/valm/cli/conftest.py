@@ -45,6 +45,14 @@ def copy_of(world, tmp_path):
 
 
 @pytest.fixture
+def alone(copy_of):
+    """A renamed model without the note of what finds its images: {tmp}/alone."""
+    root = copy_of("valm")
+    (root / "valm").rename(root / "alone")
+    (root / "alone" / "retrieval.json").unlink()
+
+
+@pytest.fixture
 def sentence(world, tmp_path, capsys):
     """Checks that a command fails with one sentence and leaves no model or knowledge base behind.
 

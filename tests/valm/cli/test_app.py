@@ -49,10 +49,8 @@ def test_the_app_is_served_on_this_machine_alone(world, tmp_path, monkeypatch):
         (["app", "{world}/valm", "--compare", "{tmp}/none"], "no checkpoint folder {tmp}/none"),
     ],
 )
-def test_wrong_input_is_one_sentence(sentence, copy_of, arguments, expected):
-    root = copy_of("valm")
-    (root / "valm").rename(root / "alone")
-    (root / "alone" / "retrieval.json").unlink()
+@pytest.mark.usefixtures("alone")
+def test_wrong_input_is_one_sentence(sentence, arguments, expected):
     sentence(arguments, expected)
 
 

@@ -153,10 +153,8 @@ def test_a_model_without_images(world):
         (["serve", "{world}/valm", "--port", "70000"], "port 70000"),
     ],
 )
-def test_wrong_input_is_one_sentence(sentence, copy_of, arguments, expected):
-    root = copy_of("valm")
-    (root / "valm").rename(root / "alone")
-    (root / "alone" / "retrieval.json").unlink()
+@pytest.mark.usefixtures("alone")
+def test_wrong_input_is_one_sentence(sentence, arguments, expected):
     sentence(arguments, expected)
 
 

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from valm.evaluation.charts import DIFFERENCES, METRICS, axes, charts
@@ -66,3 +68,17 @@ def test_equal_numbers_have_an_axis_too():
     same["pairs"] = [pair("gpt2", **estimate(0.0, 0.0, 0.0))]
     axis = axes(charts(same))[DIFFERENCES["accuracy"]]
     assert (axis.start, axis.end, axis.place(0)) == (0, 1, 0)
+
+
+@pytest.mark.parametrize("wrong", [math.inf, math.nan])
+def test_a_perplexity_that_is_not_finite_has_a_place(wrong):
+    made = results()
+    made["rows"][3]["metrics"] |= {"word_perplexity": estimate(wrong, 39, wrong)}
+    words = charts(made)[1]
+    axis = axes([words])[words.quantity]
+    assert (axis.start, axis.end) == (38, 44)
+    assert 0 <= axis.place(wrong) <= 100 and axis.place(41) == 50
+    made["rows"][2]["metrics"] |= {"word_perplexity": estimate(wrong, wrong, wrong)}
+    made["rows"][3]["metrics"] |= {"word_perplexity": estimate(wrong, wrong, wrong)}
+    words = charts(made)[1]
+    assert 0 <= axes([words])[words.quantity].place(wrong) <= 100
