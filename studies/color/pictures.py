@@ -81,7 +81,7 @@ def collect_pictures(
             say what they show. `limit`: only so many things or images. `views`: pictures of each drawing, which is
             turned, scaled and lit at random (default 1).
         drawn: instead of the pictures, so many of each, in colours that are drawn at random by a seed
-            (`studies.color.recoloring`); those without transparent ground are left out.
+            (`studies.color.recoloring`); those without transparent ground are skipped.
 
     Raises:
         ValmError: a package is missing, an option is unknown, or a folder has no images.

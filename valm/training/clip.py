@@ -219,7 +219,7 @@ class CaptionedImages(Dataset[tuple[Tensor, str] | None]):
         remainder smaller than a batch.
 
         Args:
-            skip: batches left out at the beginning, which a resumed training has had.
+            skip: batches skipped at the beginning, which a resumed training has had.
             workers: processes that decode.
 
         Raises:
@@ -324,7 +324,7 @@ def shrunk(
     records: list[Record], clip: Clip, *, workers: int | None = None, progress: str | None = "shrink images"
 ) -> list[Record]:
     """The records with their images decoded once and shrunk to what the views of `clip` need (SHRUNK); damaged images
-    are left out, with a warning. The records as they are, with a note, if that would take more than SHRUNK_BYTES.
+    are skipped, with a warning. The records as they are, with a note, if that would take more than SHRUNK_BYTES.
 
     Args:
         workers: processes that decode; None chooses by the number of images and cores.
@@ -359,9 +359,7 @@ def shrunk(
                 kept.append(dataclasses.replace(record, source=image, offset=0, size=None))
             bar.update()
     if damaged:
-        log.warning(
-            f"{len(damaged):,} of {len(records):,} images cannot be read and are left out, such as {damaged[0]}"
-        )
+        log.warning(f"{len(damaged):,} of {len(records):,} images cannot be read and are skipped, such as {damaged[0]}")
     if len(kept) < 2:
         raise ValmError("hardly any image of the source can be read: a CLIP learns from two or more at once")
     return kept

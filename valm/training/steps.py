@@ -68,7 +68,7 @@ class Draws:
     All examples come once before any comes again, except for a remainder smaller than a batch.
 
     Args:
-        skip: batches left out at the beginning, which a resumed training has had.
+        skip: batches skipped at the beginning, which a resumed training has had.
     """
 
     def __init__(self, examples: int, size: int, seed: int, skip: int = 0):

@@ -137,7 +137,7 @@ def test_images_that_cannot_be_read_are_left_out(config, tmp_path, caplog):
     clip = new_clip(config, None, TOKENIZER)
     damaged = Record("broken", "red", b"no picture")
     assert len(shrunk([damaged, *records()], clip, progress=None)) == len(records())
-    assert "1 of 9 images cannot be read and are left out, such as broken (not a picture" in caplog.text
+    assert "1 of 9 images cannot be read and are skipped, such as broken (not a picture" in caplog.text
     with pytest.raises(ValmError, match="hardly any image of the source can be read"):
         shrunk([damaged] * 3, clip, progress=None)
     (tmp_path / "secret.png").write_bytes(png(0))
