@@ -42,6 +42,7 @@ LINK_FLAGS = ["-shared", *(["-undefined", "dynamic_lookup"] if sys.platform == "
 ISA_FLAGS = {
     "_avx2": ["-mavx2", "-mfma", "-mf16c"],
     "_avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
+    "_amxint8": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c"],
     "_avx512vnni": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c"],
 }
 # Machine code for A100, H100, B200 and RTX 50, of which nvcc knows the last two from 12.8 on, and PTX that other chips

@@ -34,7 +34,7 @@ static int64_t interruptible(Function function) {
 PYBIND11_MODULE(_native, m) {
     m.doc() = "Native code of valm_kernels; call it through valm_kernels.";
     // Raise it here and in valm_kernels/native.py whenever a call changes.
-    m.attr("interface_version") = 4;
+    m.attr("interface_version") = 5;
 
     py::class_<valm::Rows>(m, "Rows", py::module_local())
         .def(py::init([](uintptr_t data, uintptr_t scale, const std::string& dtype, int64_t count, int64_t dim) {
@@ -48,6 +48,7 @@ PYBIND11_MODULE(_native, m) {
                 at<int32_t>(row),   at<int32_t>(next_duplicate)};
         }));
     m.def("cpu_isas", &valm::cpu_isas);
+    m.def("amx_obstacle", [] { return valm::amx_obstacle(); });
     m.def("find_duplicates", [](const valm::Rows& rows, int threads, uintptr_t row, uintptr_t next_duplicate) {
         return interruptible([&](const auto& interrupted) {
             return valm::find_duplicates(rows, threads, at<int32_t>(row), at<int32_t>(next_duplicate), interrupted);

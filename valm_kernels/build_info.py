@@ -55,7 +55,10 @@ def _native_module() -> str:
 def _instruction_set() -> str:
     try:
         isa, image_isa = cpu_isa(), native().image_attn_isa(cpu_isa())
-        return f"{isa} in top-K, {image_isa} in image attention, of {', '.join(native().cpu_isas())}"
+        obstacle = native().amx_obstacle()
+        return f"{isa} in top-K, {image_isa} in image attention, of {', '.join(native().cpu_isas())}" + (
+            f"; {obstacle}" if obstacle else ""
+        )
     except ImportError:
         return "not usable: no native module"
     except ValueError as error:

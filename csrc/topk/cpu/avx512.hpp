@@ -12,7 +12,7 @@ namespace {
 struct Integers {
     __m512i v;
 
-    static Integers all(int32_t value) { return {_mm512_set1_epi32(value)}; }
+    static Integers zero() { return {_mm512_setzero_si512()}; }
     void store(int32_t* p) const { _mm512_store_si512(p, v); }
 };
 

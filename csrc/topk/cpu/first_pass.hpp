@@ -47,30 +47,49 @@ constexpr float kMaxReach = 1e24f;
 // A row's four numbers in PackedRows::stats.
 enum Stat { kStep, kAlong, kLength, kError };
 
-// Queries that one call of the kernel serves: the codes interleaved, and per query the coefficients of `upper`.
-constexpr int kMaxTile = 12;
+// How the integers of a tile's queries lie in memory; query.hpp writes them.
+enum class QueryLayout {
+    kWords,   // (steps, count, 4) int16, each four in the order 0 2 1 3
+    kBytes,   // (steps, count, 4) int8: levels is 127
+    kMatrix,  // (matrices, kMaxTile, kMatrixBytes) int8, of matrix.hpp: levels is 127
+};
+
+// Queries that share what a kernel loads of a panel, and per query the coefficients of `upper`.
+constexpr int kMaxTile = 32;
 struct Tile {
-    int count;
-    const void* codes;        // VNNI: (steps, count, 4) int8; else (steps, count, 4) int16, order 0 2 1 3
+    int first, count;         // which queries of the group
+    const void* codes;        // g, at a multiple of 64 bytes
     int32_t start[kMaxTile];  // -128 times the sum of g: the stored codes are c + 128
     float along[kMaxTile];    // A
     float length[kMaxTile];   // L
     float error[kMaxTile];    // R
-    float theta[kMaxTile];
 };
 
-// Rows a panel keeps for a tile: masks of kPanelRows bits, and the upper bounds where a mask is not zero.
-struct Kept {
-    uint32_t mask[kMaxTile];
-    float upper[kMaxTile][kPanelRows];
+// kPanelRows packed rows.
+struct Panel {
+    const uint8_t* codes;  // (steps, kPanelRows, 4)
+    const float* stats;    // (kStats, kPanelRows)
+    int64_t steps;
+};
+
+// A row that a query keeps.
+struct Hit {
+    float upper;
+    uint16_t query;  // of the group
+    uint16_t row;    // of the panel
 };
 
 // What one instruction set provides. Queries come padded with zeros to a multiple of 32 elements.
 struct Kernels {
-    bool byte_queries;  // g in 8 bits (levels 127), else in 16
+    QueryLayout layout;
     int tile_queries;   // at most kMaxTile
-    // Fills `kept` for one panel of `steps` groups of four elements; returns a bit per query that keeps any row.
-    uint32_t (*pass)(const uint8_t* codes, const float* stats, int64_t steps, const Tile& tile, Kept& kept);
+    int group_queries;  // at most kMaxGroup: the integers of so many, at E = 768, stay in the second-level cache
+    // What a thread calls before its first pass and after its last; null where there is nothing to do.
+    void (*begin)(int64_t steps);
+    void (*end)();
+    // Writes to `hits` the rows of a panel that the queries of n_tiles tiles keep, and returns the end of what it
+    // wrote. theta is the group's.
+    Hit* (*pass)(const Panel& panel, const Tile* tiles, size_t n_tiles, const float* theta, Hit* hits);
     // Packs row `row` as row `place` of a panel. False where its numbers, less the centre, are not finite.
     bool (*pack_row)(const Rows& rows, int64_t row, const float* centre, const float* axis, uint8_t* codes,
                      float* stats, int place);
@@ -80,9 +99,11 @@ struct Kernels {
     float (*exact)(const Rows& rows, int64_t row, const float* query);
 };
 
-extern const Kernels kGeneric;
+constexpr int kMaxGroup = 1024;
+
+extern const Kernels kTiles, kGeneric;
 #if defined(__x86_64__)
-extern const Kernels kAvx2, kAvx512, kAvx512Vnni;
+extern const Kernels kAvx2, kAvx512, kAvx512Vnni, kAmxInt8;
 #endif
 
 // The kernels for one of cpu_isas(); throws std::invalid_argument for any other name.

@@ -126,43 +126,46 @@ void dot(const Rows& rows, int64_t index, const float* query, float* product, fl
     });
 }
 
-// The rest of a pass after g.c: first_pass.hpp's `upper` and its test. The sums are passed in memory, so that the loops
-// before can hold theirs in registers.
-uint32_t keep(const int32_t (*sums)[kPanelRows], const float* stats, const Tile& tile, Kept& kept) {
-    uint32_t kept_queries = 0;
-    for (int j = 0; j < tile.count; ++j) {
-        // before the loop, because the compiler must assume that the store in it may change the tile
+// The integer sums of a tile's queries and a panel's rows.
+using Sums = int32_t[kMaxTile][kPanelRows];
+
+// The rest of a pass after g.c, for queries [begin, end) of a tile: first_pass.hpp's `upper` and its test. The sums,
+// which lack `start`, are passed in memory, so that the loops before can hold theirs in registers.
+Hit* keep(const Sums& sums, const float* stats, const Tile& tile, int begin, int end, const float* theta, Hit* hits) {
+    for (int j = begin; j < end; ++j) {
         const FloatVector along = splat(tile.along[j]), length = splat(tile.length[j]);
-        const FloatVector error = splat(tile.error[j]), theta = splat(tile.theta[j]);
+        const FloatVector error = splat(tile.error[j]), bar = splat(theta[tile.first + j]);
+        alignas(64) float upper[kPanelRows];
         uint32_t mask = 0;
         for (int row = 0; row < kPanelRows; row += kWidth) {
-            FloatVector upper =
-                to_float(load_vector<IntVector>(sums[j] + row)) * load_floats(stats + kStep * kPanelRows + row);
-            upper += along * load_floats(stats + kAlong * kPanelRows + row);
-            upper += length * load_floats(stats + kLength * kPanelRows + row);
-            upper += error * load_floats(stats + kError * kPanelRows + row);
-            store_vector(kept.upper[j] + row, upper);
-            mask |= not_below(upper, theta) << row;
+            FloatVector bound = to_float(load_vector<IntVector>(sums[j] + row) + tile.start[j]);
+            bound *= load_floats(stats + kStep * kPanelRows + row);
+            bound += along * load_floats(stats + kAlong * kPanelRows + row);
+            bound += length * load_floats(stats + kLength * kPanelRows + row);
+            bound += error * load_floats(stats + kError * kPanelRows + row);
+            store_vector(upper + row, bound);
+            mask |= not_below(bound, bar) << row;
         }
-        kept.mask[j] = mask;
-        kept_queries |= static_cast<uint32_t>(mask != 0) << j;
+        for (; mask != 0; mask &= mask - 1) {
+            const int row = __builtin_ctz(mask);
+            *hits++ = {upper[row], static_cast<uint16_t>(tile.first + j), static_cast<uint16_t>(row)};
+        }
     }
-    return kept_queries;
+    return hits;
 }
 
-// A panel held against kQueries queries. Codes stands for the codes of Codes::kRows rows at one step, in registers:
+// The sums of a tile of kQueries queries. Codes stands for the codes of Codes::kRows rows at one step, in registers:
 // its add() takes the query's Codes::kWords words of that step and adds the products to a Codes::Sum. Two at a time
 // and all their sums stay in registers, hence the unrolled loops.
 template <class Codes, int kQueries>
-uint32_t pass_tile(const uint8_t* codes, const float* stats, int64_t steps, const Tile& tile, Kept& kept) {
-    alignas(64) int32_t sums[kQueries][kPanelRows];
+void multiply_tile(const Panel& panel, const Tile& tile, Sums& sums) {
     for (int row = 0; row < kPanelRows; row += 2 * Codes::kRows) {
         typename Codes::Sum low_sums[kQueries], high_sums[kQueries];
 #pragma GCC unroll 12
-        for (int j = 0; j < kQueries; ++j) low_sums[j] = high_sums[j] = Codes::Sum::all(tile.start[j]);
+        for (int j = 0; j < kQueries; ++j) low_sums[j] = high_sums[j] = Codes::Sum::zero();
         const int32_t* query = static_cast<const int32_t*>(tile.codes);
-        const uint8_t* at = codes + row * 4;
-        for (int64_t step = 0; step < steps; ++step, at += kPanelRows * 4) {
+        const uint8_t* at = panel.codes + row * 4;
+        for (int64_t step = 0; step < panel.steps; ++step, at += kPanelRows * 4) {
             const Codes low(at), high(at + Codes::kRows * 4);
 #pragma GCC unroll 12
             for (int j = 0; j < kQueries; ++j, query += Codes::kWords) {
@@ -176,16 +179,26 @@ uint32_t pass_tile(const uint8_t* codes, const float* stats, int64_t steps, cons
             high_sums[j].store(sums[j] + row + Codes::kRows);
         }
     }
-    return keep(sums, stats, tile, kept);
 }
 
-// Kernels::pass for tiles of up to kMost queries.
+// The sums of a tile of up to kMost queries.
 template <class Codes, int kMost>
-uint32_t pass(const uint8_t* codes, const float* stats, int64_t steps, const Tile& tile, Kept& kept) {
+void multiply(const Panel& panel, const Tile& tile, Sums& sums) {
     if constexpr (kMost > 1) {
-        if (tile.count < kMost) return pass<Codes, kMost - 1>(codes, stats, steps, tile, kept);
+        if (tile.count < kMost) return multiply<Codes, kMost - 1>(panel, tile, sums);
     }
-    return pass_tile<Codes, kMost>(codes, stats, steps, tile, kept);
+    multiply_tile<Codes, kMost>(panel, tile, sums);
+}
+
+// Kernels::pass, by way of multiply(panel, tile, sums).
+template <void (*multiply)(const Panel&, const Tile&, Sums&)>
+Hit* pass(const Panel& panel, const Tile* tiles, size_t n_tiles, const float* theta, Hit* hits) {
+    alignas(64) Sums sums;
+    for (const Tile* tile = tiles; tile != tiles + n_tiles; ++tile) {
+        multiply(panel, *tile, sums);
+        hits = keep(sums, panel.stats, *tile, 0, tile->count, theta, hits);
+    }
+    return hits;
 }
 
 }  // namespace

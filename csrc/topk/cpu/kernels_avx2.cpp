@@ -12,7 +12,7 @@ struct Codes {
     struct Sum {
         __m256i v;
 
-        static Sum all(int32_t value) { return {_mm256_set1_epi32(value)}; }
+        static Sum zero() { return {_mm256_setzero_si256()}; }
         void store(int32_t* p) const { _mm256_store_si256(reinterpret_cast<__m256i*>(p), v); }
     };
     static constexpr int kRows = 8, kWords = 2;
@@ -31,7 +31,7 @@ struct Codes {
 
 }  // namespace
 
-const Kernels kAvx2 = {false, 4, pass<Codes, 4>, pack_row, dot, exact};
+const Kernels kAvx2 = {QueryLayout::kWords, 4, 256, nullptr, nullptr, pass<multiply<Codes, 4>>, pack_row, dot, exact};
 
 }  // namespace valm
 

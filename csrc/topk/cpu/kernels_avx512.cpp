@@ -24,7 +24,7 @@ struct Codes {
 
 }  // namespace
 
-const Kernels kAvx512 = {false, 8, pass<Codes, 8>, pack_row, dot, exact};
+const Kernels kAvx512 = {QueryLayout::kWords, 8, 256, nullptr, nullptr, pass<multiply<Codes, 8>>, pack_row, dot, exact};
 
 }  // namespace valm
 

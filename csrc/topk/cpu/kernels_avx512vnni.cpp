@@ -19,7 +19,8 @@ struct Codes {
 
 }  // namespace
 
-const Kernels kAvx512Vnni = {true, 12, pass<Codes, 12>, pack_row, dot, exact};
+const Kernels kAvx512Vnni = {QueryLayout::kBytes,       12,       256, nullptr, nullptr,
+                             pass<multiply<Codes, 12>>, pack_row, dot, exact};
 
 }  // namespace valm
 

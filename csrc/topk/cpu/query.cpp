@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 
+#include "topk/cpu/matrix.hpp"
 #include "topk/exact.hpp"
 
 namespace valm {
@@ -22,7 +23,7 @@ double norm(const float* values, int64_t dim) {
 }  // namespace
 
 int query_levels(const Kernels& kernels, int64_t dim) {
-    if (kernels.byte_queries) return 127;
+    if (kernels.layout != QueryLayout::kWords) return 127;
     const int64_t padded = (dim + 3) / 4 * 4;
     return static_cast<int>(std::min<int64_t>(32767, (int64_t{1} << 31) / (256 * padded) - 1));
 }
@@ -90,6 +91,35 @@ Query prepare_float_query(const float* values, int64_t dim) {
     query.unit = 1;
     query.slack = 1e-33 * (1 + query.norm);
     return query;
+}
+
+int64_t tile_bytes(QueryLayout layout, int64_t steps, int count) {
+    const int64_t bytes = layout == QueryLayout::kMatrix  ? matrices(steps) * kMaxTile * kMatrixBytes
+                          : layout == QueryLayout::kBytes ? steps * count * 4
+                                                          : steps * count * 8;
+    return (bytes + 63) / 64 * 64;
+}
+
+void lay_out(QueryLayout layout, const int16_t* g, int64_t steps, int count, int j, void* codes) {
+    int16_t* words = static_cast<int16_t*>(codes);
+    int8_t* bytes = static_cast<int8_t*>(codes);
+    if (layout == QueryLayout::kMatrix) {
+        for (int64_t m = 0; m < matrices(steps); ++m, bytes += kMaxTile * kMatrixBytes) {
+            const int64_t first = m * (kMatrixBytes / 4), skipped = first - first_step(steps, m);
+            const int64_t held = std::min(steps - first, matrix_steps(steps));
+            std::copy_n(g + first * 4, held * 4, bytes + j * kMatrixBytes + skipped * 4);
+        }
+        return;
+    }
+    for (int64_t step = 0; step < steps; ++step, g += 4) {
+        const int64_t at = (step * count + j) * 4;
+        if (layout == QueryLayout::kBytes) {
+            std::copy_n(g, 4, bytes + at);
+        } else {
+            const int16_t ordered[4] = {g[0], g[2], g[1], g[3]};
+            std::copy_n(ordered, 4, words + at);
+        }
+    }
 }
 
 // At least 16 partial sums of at most dim / 16 + 64 roundings each, or up to 64 elements one by one; the exact

@@ -29,6 +29,12 @@ int query_levels(const Kernels& kernels, int64_t dim);
 // Splits a query for a packed first pass and writes its integers g, (dim + 3) / 4 * 4 of them.
 Query prepare_query(const float* values, const PackedRows& packed, int64_t dim, int levels, int16_t* g);
 
+// The bytes of a tile of `count` queries, a multiple of 64.
+int64_t tile_bytes(QueryLayout layout, int64_t steps, int count);
+
+// Writes the integers of a tile's query j to its codes, which held zeros.
+void lay_out(QueryLayout layout, const int16_t* g, int64_t steps, int count, int j, void* codes);
+
 // A query for the float32 pass over unpacked rows: base 0, unit 1.
 Query prepare_float_query(const float* values, int64_t dim);
 

@@ -17,8 +17,6 @@ namespace valm {
 
 namespace {
 
-// Queries of a group: their integers (192 KiB at E = 768) stay in the second-level cache.
-constexpr int64_t kGroup = 256;
 // Bounds the group size times the number of threads, so that their buffers stay below 32 MiB; for k up to kUsualBest,
 // and less above.
 constexpr int64_t kGroupTimesThreads = 8192;
@@ -53,16 +51,21 @@ struct Find {
     uint32_t kept = 0;        // in its heap
     uint64_t kth = 0;         // key that theta was made from
     bool after = false;
-    float theta = -std::numeric_limits<float>::infinity();
 };
 
-// One thread's buffers, and its copy of the tiles with its own thresholds.
+// A cache line of the queries' integers, which tiles begin at.
+struct alignas(64) Line {
+    uint8_t bytes[64];
+};
+
+// One thread's buffers.
 struct Worker {
     std::vector<Find> finds;            // (group)
+    std::vector<float> theta;           // (group)
     std::vector<Candidate> candidates;  // (group, kBuffer)
     std::vector<uint64_t> heaps;        // (group, k) the worst in front
-    std::vector<Tile> tiles;
-    std::vector<uint8_t> codes;  // a block packed in this call
+    std::vector<Hit> hits;              // (group, kPanelRows)
+    std::vector<uint8_t> codes;         // a block packed in this call
     std::vector<float> stats;
 };
 
@@ -99,7 +102,7 @@ class Search {
     bool search_group();  // false: interrupted
     void search_block(Worker& worker, int64_t block, size_t first_tile, size_t last_tile);
     void float_block(Worker& worker, int64_t begin, int64_t end);
-    void collect(Worker& worker, int64_t query, float upper, int64_t position, Tile* tile, int in_tile);
+    void collect(Worker& worker, int64_t query, float upper, int64_t position);
     void settle(Worker& worker, int64_t query);
     void score(Worker& worker, int64_t query, const Candidate* begin, const Candidate* end);
     bool offer(Worker& worker, int64_t query, uint64_t key);
@@ -115,7 +118,7 @@ class Search {
         while (row < first && !broken_.compare_exchange_weak(first, row)) {
         }
     }
-    void refresh(Find& find, int64_t query, uint64_t kth, bool after);
+    void refresh(Worker& worker, int64_t query, uint64_t kth, bool after);
     void finish_group(float* scores, int64_t* indices);
     // The first row of a position; rises with it.
     int64_t row_at(int64_t position) const {
@@ -154,11 +157,11 @@ class Search {
 
     // the current group
     std::vector<Query> group_;
-    std::vector<float> values_;        // (group, dim padded)
-    std::vector<int16_t> integers_;    // (group, steps * 4)
-    std::vector<int16_t> tile_codes_;  // the integers interleaved, in bytes where the kernels take bytes
+    std::vector<float> values_;      // (group, dim padded)
+    std::vector<int16_t> integers_;  // (group, steps * 4)
+    std::vector<Line> tile_codes_;   // the integers, laid out as the kernels read them
     std::vector<Tile> tiles_;
-    std::vector<std::atomic<uint64_t>> kth_ = std::vector<std::atomic<uint64_t>>(kGroup);
+    std::vector<std::atomic<uint64_t>> kth_ = std::vector<std::atomic<uint64_t>>(kMaxGroup);
     std::vector<Worker> workers_;
 };
 
@@ -190,7 +193,7 @@ void Search::run(const float* queries, int64_t n_queries, float* scores, int64_t
     block_rows_ = std::max<int64_t>(1, block_bytes / (row_bytes * kPanelRows)) * kPanelRows;
     n_blocks_ = (packed_rows_.count + block_rows_ - 1) / block_rows_;
     const int64_t group_times_threads = kGroupTimesThreads * kUsualBest / std::max(k_, kUsualBest);
-    const int64_t group = std::clamp<int64_t>(group_times_threads / threads_, kMaxTile, kGroup);
+    const int64_t group = std::clamp<int64_t>(group_times_threads / threads_, kMaxTile, kernels_.group_queries);
 
     std::vector<int64_t> members;
     for (int64_t q = 0; q < n_queries || !members.empty(); ++q) {
@@ -235,40 +238,38 @@ void Search::start_group(const std::vector<int64_t>& members, const float* queri
     }
 
     tiles_.clear();
-    tile_codes_.resize(count * steps_ * 4);
+    tile_codes_.clear();
     const int64_t n_tiles = float_pass_ ? 0 : (count + kernels_.tile_queries - 1) / kernels_.tile_queries;
     for (int64_t t = 0; t < n_tiles; ++t) {
         const int64_t begin = t * count / n_tiles, end = (t + 1) * count / n_tiles;
         Tile tile = {};
+        tile.first = static_cast<int>(begin);
         tile.count = static_cast<int>(end - begin);
-        int16_t* words = tile_codes_.data() + begin * steps_ * 4;
-        int8_t* bytes = reinterpret_cast<int8_t*>(words);
-        tile.codes = words;
+        const size_t at = tile_codes_.size();
+        tile_codes_.resize(at + tile_bytes(kernels_.layout, steps_, tile.count) / sizeof(Line));
         for (int j = 0; j < tile.count; ++j) {
             const Query& query = group_[begin + j];
             tile.start[j] = query.start;
             tile.along[j] = query.along;
             tile.length[j] = query.length;
             tile.error[j] = query.error;
-            const int16_t* g = integers_.data() + (begin + j) * steps_ * 4;
-            for (int64_t step = 0; step < steps_; ++step, g += 4) {
-                const int64_t at = (step * tile.count + j) * 4;
-                if (kernels_.byte_queries) {
-                    for (int i = 0; i < 4; ++i) bytes[at + i] = static_cast<int8_t>(g[i]);
-                } else {
-                    const int16_t ordered[4] = {g[0], g[2], g[1], g[3]};
-                    std::copy_n(ordered, 4, words + at);
-                }
-            }
+            lay_out(kernels_.layout, integers_.data() + (begin + j) * steps_ * 4, steps_, tile.count, j,
+                    &tile_codes_[at]);
         }
         tiles_.push_back(tile);
+    }
+    const Line* codes = tile_codes_.data();
+    for (Tile& tile : tiles_) {
+        tile.codes = codes;
+        codes += tile_bytes(kernels_.layout, steps_, tile.count) / sizeof(Line);
     }
 
     for (Worker& worker : workers_) {
         worker.finds.assign(count, {});
+        worker.theta.assign(count, -std::numeric_limits<float>::infinity());
         worker.candidates.resize(count * kBuffer);
         worker.heaps.resize(count * k_);
-        worker.tiles = tiles_;
+        worker.hits.resize(float_pass_ ? 0 : count * kPanelRows);
         if (!packed_ && !float_pass_) {
             worker.codes.resize(block_rows_ * steps_ * 4);
             worker.stats.resize(block_rows_ * kStats);
@@ -290,11 +291,13 @@ bool Search::search_group() {
     {
         const PlainArithmetic plain;
         Worker& worker = workers_[thread_number()];
+        if (kernels_.begin != nullptr) kernels_.begin(steps_);
         for (int64_t task = next++; task < n_blocks_ * slices && !stopped; task = next++) {
             const int64_t block = task / slices * stride % n_blocks_, slice = task % slices;
             search_block(worker, block, slice * n_tiles / slices, (slice + 1) * n_tiles / slices);
             if (thread_number() == 0 && interruption_.now()) stopped = true;
         }
+        if (kernels_.end != nullptr) kernels_.end();
         for (int64_t query = 0; query < static_cast<int64_t>(group_.size()) && !stopped; ++query) {
             settle(worker, query);
         }
@@ -321,69 +324,54 @@ void Search::search_block(Worker& worker, int64_t block, size_t first_tile, size
         }
     }
 
-    const int64_t first_query = static_cast<int64_t>(first_tile * group_.size() / worker.tiles.size());
-    int64_t query = first_query;
-    for (size_t t = first_tile; t < last_tile; ++t) {
-        Tile& tile = worker.tiles[t];
-        for (int j = 0; j < tile.count; ++j, ++query) {
-            Find& find = worker.finds[query];
-            const uint64_t kth = kth_[query].load(std::memory_order_relaxed);
-            refresh(find, query, kth, row_at(begin) > key_row(kth));
-            tile.theta[j] = find.theta;
-        }
+    const Tile& last = tiles_[last_tile - 1];
+    for (int64_t query = tiles_[first_tile].first; query < last.first + last.count; ++query) {
+        const uint64_t kth = kth_[query].load(std::memory_order_relaxed);
+        refresh(worker, query, kth, row_at(begin) > key_row(kth));
     }
-    Kept kept;
     for (int64_t panel = 0; panel < panels; ++panel) {
-        const uint8_t* codes = here.codes + panel * steps_ * kPanelRows * 4;
-        const float* stats = here.stats + panel * kStats * kPanelRows;
+        const Panel rows = {here.codes + panel * steps_ * kPanelRows * 4, here.stats + panel * kStats * kPanelRows,
+                            steps_};
         const int64_t rows_here = std::min<int64_t>(kPanelRows, end - begin - panel * kPanelRows);
         uint32_t real = rows_here == kPanelRows ? ~0u : (1u << rows_here) - 1;
         if (!allowed_panels_.empty()) real &= allowed_panels_[first_panel + panel];
-        query = first_query;
-        for (size_t t = first_tile; t < last_tile; query += worker.tiles[t].count, ++t) {
-            Tile& tile = worker.tiles[t];
-            uint32_t hits = kernels_.pass(codes, stats, steps_, tile, kept);
-            for (; hits != 0; hits &= hits - 1) {
-                const int j = __builtin_ctz(hits);
-                for (uint32_t mask = kept.mask[j] & real; mask != 0; mask &= mask - 1) {
-                    const int row = __builtin_ctz(mask);
-                    collect(worker, query + j, kept.upper[j][row], begin + panel * kPanelRows + row, &tile, j);
-                }
-            }
+        const Hit* const hits_end =
+            kernels_.pass(rows, &tiles_[first_tile], last_tile - first_tile, worker.theta.data(), worker.hits.data());
+        for (const Hit* hit = worker.hits.data(); hit != hits_end; ++hit) {
+            if (real >> hit->row & 1) collect(worker, hit->query, hit->upper, begin + panel * kPanelRows + hit->row);
         }
     }
 }
 
 void Search::float_block(Worker& worker, int64_t begin, int64_t end) {
     for (int64_t query = 0; query < static_cast<int64_t>(group_.size()); ++query) {
-        Find& find = worker.finds[query];
         const uint64_t kth = kth_[query].load(std::memory_order_relaxed);
-        refresh(find, query, kth, begin > key_row(kth));
+        refresh(worker, query, kth, begin > key_row(kth));
         for (int64_t row = begin; row < end; ++row) {
             const float upper = float_upper(query, row);
             if (allowed_ != nullptr && !allowed_[row]) continue;
-            if (!(upper < find.theta)) collect(worker, query, upper, row, nullptr, 0);
+            if (!(upper < worker.theta[query])) collect(worker, query, upper, row);
         }
     }
 }
 
-void Search::collect(Worker& worker, int64_t query, float upper, int64_t position, Tile* tile, int in_tile) {
+void Search::collect(Worker& worker, int64_t query, float upper, int64_t position) {
     Find& find = worker.finds[query];
-    if (upper < find.theta) return;  // theta rose since the kernel saw it
+    if (upper < worker.theta[query]) return;  // theta rose since the kernel saw it
     worker.candidates[query * kBuffer + find.candidates++] = {upper, static_cast<uint32_t>(position)};
     if (find.candidates < kBuffer) return;
     settle(worker, query);
     const uint64_t kth = kth_[query].load(std::memory_order_relaxed);
-    refresh(find, query, kth, key_row(kth) <= row_at(position));  // of the rows that follow
-    if (tile != nullptr) tile->theta[in_tile] = find.theta;
+    refresh(worker, query, kth, key_row(kth) <= row_at(position));  // of the rows that follow
 }
 
-// Brings find.theta up to date.
-void Search::refresh(Find& find, int64_t query, uint64_t kth, bool after) {
+// Brings a query's theta up to date.
+void Search::refresh(Worker& worker, int64_t query, uint64_t kth, bool after) {
+    Find& find = worker.finds[query];
     if (kth == find.kth && after == find.after) return;
     find.kth = kth;
     find.after = after;
-    find.theta = threshold(group_[query], kth, after);
+    worker.theta[query] = threshold(group_[query], kth, after);
 }
 
 // Scores the collected rows exactly, best bound first, as far as the bounds reach; empties the buffer. Where the

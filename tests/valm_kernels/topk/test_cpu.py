@@ -99,7 +99,8 @@ def test_a_best_row_that_its_own_bound_hardly_saves(isa):
     that the bound allows. Where the bound were a tenth too small it would be lost.
     """
     dim = 2048  # of many elements, 16-bit kernels leave more too
-    levels = 127 if isa == "avx512vnni" else min(32767, 2**31 // (256 * dim) - 1)  # csrc/topk/cpu/query.cpp
+    of_bytes = isa in ("amxint8", "avx512vnni", "tiles")
+    levels = 127 if of_bytes else min(32767, 2**31 // (256 * dim) - 1)  # csrc/topk/cpu/query.cpp
     database, queries = normals(1500, dim), normals(5, dim, seed=1)
     frame = cpu.pack(database, None).frame.double()  # of a sample of the rows, the last not among them
     generator = torch.Generator().manual_seed(2)
