@@ -23,8 +23,10 @@ constexpr int64_t kGroupTimesThreads = 8192;
 constexpr int64_t kUsualBest = 128;
 // Rows collected for a query before they are scored.
 constexpr int kBuffer = 256;
-// Candidates scored exactly before the bounds of the others are tightened, if more than as many remain.
-constexpr int kScoredFirst = 32;
+// Candidates of a full buffer that are scored exactly: k, but no fewer and no more than these.
+constexpr int64_t kFewestScored = 8, kMostScored = 32;
+// The others stay in the buffer, if no more than these are in reach of the kth best then.
+constexpr int64_t kLeft = 192;
 // A block's packed rows: a share of the second-level cache.
 constexpr int64_t kBlockBytes = 256 << 10;
 // Size of a block of rows that are multiplied as float32. They are read once, so long blocks are best.
@@ -103,7 +105,7 @@ class Search {
     void search_block(Worker& worker, int64_t block, size_t first_tile, size_t last_tile);
     void float_block(Worker& worker, int64_t begin, int64_t end);
     void collect(Worker& worker, int64_t query, float upper, int64_t position);
-    void settle(Worker& worker, int64_t query);
+    void settle(Worker& worker, int64_t query, bool last);
     void score(Worker& worker, int64_t query, const Candidate* begin, const Candidate* end);
     bool offer(Worker& worker, int64_t query, uint64_t key);
     float float_upper(int64_t query, int64_t row);
@@ -299,7 +301,7 @@ bool Search::search_group() {
         }
         if (kernels_.end != nullptr) kernels_.end();
         for (int64_t query = 0; query < static_cast<int64_t>(group_.size()) && !stopped; ++query) {
-            settle(worker, query);
+            settle(worker, query, true);
         }
     }
     return !stopped;
@@ -360,7 +362,7 @@ void Search::collect(Worker& worker, int64_t query, float upper, int64_t positio
     if (upper < worker.theta[query]) return;  // theta rose since the kernel saw it
     worker.candidates[query * kBuffer + find.candidates++] = {upper, static_cast<uint32_t>(position)};
     if (find.candidates < kBuffer) return;
-    settle(worker, query);
+    settle(worker, query, false);
     const uint64_t kth = kth_[query].load(std::memory_order_relaxed);
     refresh(worker, query, kth, key_row(kth) <= row_at(position));  // of the rows that follow
 }
@@ -374,19 +376,26 @@ void Search::refresh(Worker& worker, int64_t query, uint64_t kth, bool after) {
     worker.theta[query] = threshold(group_[query], kth, after);
 }
 
-// Scores the collected rows exactly, best bound first, as far as the bounds reach; empties the buffer. Where the
-// first ones leave many, float32 products tighten the others' bounds before.
-void Search::settle(Worker& worker, int64_t query) {
+// Scores the collected rows of the best bounds exactly. Those still in reach of the kth best wait in the buffer,
+// because a better kth best may spare them; where they are many, or the search is at its last, they are scored too, as
+// far as the bounds reach, and float32 products tighten the bounds of many before.
+void Search::settle(Worker& worker, int64_t query, bool last) {
+    Find& find = worker.finds[query];
     Candidate* const begin = worker.candidates.data() + query * kBuffer;
-    Candidate* end = begin + worker.finds[query].candidates;
-    worker.finds[query].candidates = 0;
-    Candidate* const rest = std::min(begin + kScoredFirst, end);
+    Candidate* end = begin + find.candidates;
+    const int64_t scored = std::clamp(k_, kFewestScored, kMostScored);
+    Candidate* const rest = std::min(begin + scored, end);
     std::partial_sort(begin, rest, end, better_bound);
     score(worker, query, begin, rest);
 
     const auto in_reach = [bar = bar_of(query).before](const Candidate& c) { return !(c.upper < bar); };
     end = std::partition(rest, end, in_reach);
-    if (end - rest > kScoredFirst) {
+    find.candidates = 0;
+    if (!last && end - rest <= kLeft) {
+        find.candidates = static_cast<uint32_t>(std::copy(rest, end, begin) - begin);
+        return;
+    }
+    if (end - rest > kMostScored) {
         for (Candidate* c = rest; c != end; ++c) c->upper = std::min(c->upper, float_upper(query, row_at(c->position)));
         end = std::partition(rest, end, in_reach);
     }
