@@ -1,13 +1,10 @@
 // Typed views of what Python hands over, and the choice among the kernels of the instruction sets.
 #include "image_attn/image_attn.hpp"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <stdexcept>
 #include <utility>
 
+#include "huge_pages.hpp"
 #include "image_attn/problem.hpp"
 #include "simd/isa.hpp"
 
@@ -63,24 +60,13 @@ Problem<T, Wide> problem(const std::vector<int64_t>& sizes, double scale, double
     return p;
 }
 
-// Asks for huge pages under a large output that is about to be written for the first time. With pages of 4 KiB the
-// faults cost more than the kernel: two fresh gradients of 100 MB took 126 ms to write, 47 ms with huge pages.
-void use_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
-#if defined(__linux__)
-    constexpr std::uintptr_t kHugePage = std::uintptr_t{1} << 21;
-    const std::uintptr_t address = reinterpret_cast<std::uintptr_t>(data);
-    const std::uintptr_t start = (address + kHugePage - 1) / kHugePage * kHugePage;
-    const std::uintptr_t stop = (address + bytes) / kHugePage * kHugePage;
-    // Only advice: where it is refused, the pages stay small.
-    if (start < stop) madvise(reinterpret_cast<void*>(start), stop - start, MADV_HUGEPAGE);
-#endif
-}
-
 template <typename T, typename Wide>
 void backward(void (*kernel)(const Problem<T, Wide>&), const Problem<T, Wide>& p) {
     const ImageAttnSizes& n = p.sizes;
     if (!p.pooled() && p.grad_image_k) {
         const int64_t bytes = n.batch * n.kv_heads * n.queries * n.images * n.head_dim * int64_t{sizeof(T)};
+        // With pages of 4 KiB the faults cost more than the kernel: two fresh gradients of 100 MB took 126 ms to
+        // write, 47 ms with huge pages.
         use_huge_pages(p.grad_image_k.data, bytes);
         use_huge_pages(p.grad_image_v.data, bytes);
     }

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <stdexcept>
 
+#include "huge_pages.hpp"
 #include "topk/cpu/call.hpp"
 #include "topk/cpu/first_pass.hpp"
 #include "topk/cpu/row.hpp"
@@ -135,6 +136,7 @@ int64_t pack(const Rows& rows, const PackedRows& packed, const std::string& isa,
     find_centre(rows, packed.centre, packed.axis);
     const PaddedCentre padded(packed, rows.dim);
     const int64_t panels = (packed.count + kPanelRows - 1) / kPanelRows;
+    use_huge_pages(packed.codes, panels * kPanelRows * ((rows.dim + 3) / 4 * 4));
     std::atomic<int64_t> broken{rows.count};
 #pragma omp parallel num_threads(threads)
     {
