@@ -43,6 +43,10 @@ def faiss_blas_threshold() -> int:
     return faiss.cvar.distance_compute_blas_threshold
 
 
+# Parts of a row between which Panorama looks whether to read on.
+PANORAMA_LEVELS = 8
+
+
 def _faiss_search(index: object, *, tuned: bool = False) -> Search:
     import faiss
 
@@ -78,6 +82,19 @@ def faiss_float16(database: Tensor) -> Search:
     index = faiss.IndexScalarQuantizer(database.shape[1], quantizer, faiss.METRIC_INNER_PRODUCT)
     index.add(database.numpy())
     return _faiss_search(index)
+
+
+def faiss_panorama(database: Tensor) -> Search:
+    """faiss's exact search that stops reading a row once what is left of it cannot matter (Panorama, arXiv 2510.00566).
+    The rows are turned to their principal axes, so that little is left after the first numbers."""
+    faiss = optional_module("faiss", "faiss")
+    if not hasattr(faiss, "IndexFlatIPPanorama"):
+        pytest.skip("this faiss has no Panorama: install faiss-cpu 1.15 or newer")
+    axes = torch.linalg.eigh(database.T @ database).eigenvectors.flip(1)  # of the largest share first
+    index = faiss.IndexFlatIPPanorama(database.shape[1], PANORAMA_LEVELS)
+    index.add((database @ axes).numpy())
+    search = _faiss_search(index)
+    return lambda queries, k: search(queries @ axes, k)
 
 
 def usearch_exact(database: Tensor) -> Search:
@@ -123,6 +140,7 @@ PEERS: dict[str, Callable[[Tensor], Search]] = {
     "torch bfloat16 mm + topk": torch_bfloat16,
     "faiss IndexFlatIP": faiss_flat,
     "faiss IndexFlatIP, tuned": faiss_flat_tuned,
+    "faiss IndexFlatIPPanorama": faiss_panorama,
     "faiss fp16 quantizer": faiss_float16,
     "usearch exact": usearch_exact,
 }

@@ -23,6 +23,7 @@ class Vectors(NamedTuple):
     rows: int = 200_000
     dim: int = 768
     cosine: float = 0.0  # mean cosine of two rows: CLIP's are far from 0
+    decaying: bool = False  # the spectrum: the n-th principal axis has a share of 1 / n
 
 
 class Case(NamedTuple):
@@ -31,8 +32,8 @@ class Case(NamedTuple):
     k: int = 8
 
     def __str__(self) -> str:
-        rows, dim, cosine = self.vectors
-        suffix = f" mean cosine {cosine}" if cosine else ""
+        rows, dim, cosine, decaying = self.vectors
+        suffix = f" mean cosine {cosine}" if cosine else " decaying" if decaying else ""
         return f"N {rows // 1000}k E {dim} k {self.k} queries {self.n_queries}{suffix}"
 
 
@@ -45,6 +46,7 @@ FULL = [
     *(Case(N_200K, 64, k) for k in (4, 32)),
     *(Case(Vectors(dim=512), n) for n in (1, 64, 1024)),
     *(Case(Vectors(cosine=cosine), n) for cosine in (0.55, 0.8) for n in (1, 16, 64, 256, 1024)),
+    *(Case(Vectors(decaying=True), n) for n in (1, 16, 64, 256, 1024)),
     *(Case(N_1M, n) for n in QUERIES),
 ]
 HARD = ("ascending", "equal", "duplicates", "six decades", "hidden by an offset", "anisotropic", "outlier dimension")
@@ -62,15 +64,19 @@ OURS: dict[str, Callable[[Tensor], Search]] = {
     "ip_topk, packs per call": lambda database: lambda queries, k: ip_topk(queries, database, k).indices,
 }
 IMPLEMENTATIONS = {**OURS, **PEERS, **CUDA_PEERS}
+DECAYING_PEERS = ("faiss IndexFlatIP, tuned", "faiss IndexFlatIPPanorama")
 TORCH_CPU_PEERS = ("torch float32 mm + topk", "torch bfloat16 mm + topk")
 
 
 @lru_cache(maxsize=1)
 def generate(vectors: Vectors, device: torch.device) -> tuple[Tensor, Tensor]:
     """A database and 4096 queries of unit length; float16 on CUDA, the answer is that of the rounded numbers."""
-    rows, dim, cosine = vectors
+    rows, dim, cosine, decaying = vectors
     generator = torch.Generator(device).manual_seed(0)
     both = torch.randn(rows + 4096, dim, generator=generator, device=device)
+    if decaying:
+        both /= torch.arange(1, dim + 1, device=device).sqrt()
+        both = both @ torch.linalg.qr(torch.randn(dim, dim, generator=generator, device=device)).Q
     both /= both.norm(dim=1, keepdim=True)
     if cosine:
         common = torch.randn(dim, generator=generator, device=device)
@@ -105,8 +111,10 @@ def worth_its_time(case: Case, name: str) -> bool:
         return False
     if case.vectors == N_1M and case.n_queries == 4096 and name in TORCH_CPU_PEERS:
         return False  # their score matrix would take 16 GB
+    if case.vectors.decaying and name not in DECAYING_PEERS:
+        return False
     # these take one query at a time, and seconds a call
-    return case.n_queries <= 64 or name not in ("faiss fp16 quantizer", "usearch exact")
+    return case.n_queries <= 64 or name not in ("faiss IndexFlatIPPanorama", "faiss fp16 quantizer", "usearch exact")
 
 
 def parameters() -> list:

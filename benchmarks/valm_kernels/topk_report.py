@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 OURS = "FlatIPIndex"
-FAISS = ("faiss IndexFlatIP", "faiss IndexFlatIP, tuned")
-GROUP = re.compile(r"N (\d+)k E (\d+) k (\d+) queries (\d+)(?: mean cosine (0\.\d+))?$")
+FAISS = ("faiss IndexFlatIP", "faiss IndexFlatIP, tuned", "faiss IndexFlatIPPanorama")
+GROUP = re.compile(r"N (\d+)k E (\d+) k (\d+) queries (\d+)(?: mean cosine (0\.\d+))?( decaying)?$")
 SIZES = {50: "50,000", 200: "200,000", 1000: "1,000,000"}
 # Of the plot: the colour of each line; recall tells which of them may miss a row.
 DRAWN = {
@@ -28,6 +28,7 @@ DRAWN = {
     "torch float32 mm + topk": "#e6b08a",
     "faiss IndexFlatIP": "#a9c99f",
     "faiss IndexFlatIP, tuned": SERIES[2],
+    "faiss IndexFlatIPPanorama": "#7a9e6c",
     "faiss fp16 quantizer": SERIES[3],
     "usearch exact": "#c9b3d9",
 }
@@ -41,6 +42,7 @@ class Key(NamedTuple):
     dim: int = 768
     k: int = 8
     cosine: float = 0.0
+    decaying: bool = False
 
 
 class Measured(NamedTuple):
@@ -59,7 +61,7 @@ def read(path: Path) -> Results:
             match = GROUP.match(row["group"])
             if match:
                 rows, dim, k, queries = map(int, match.groups()[:4])
-                key = Key(rows, queries, dim, k, float(match[5] or 0))
+                key = Key(rows, queries, dim, k, float(match[5] or 0), match[6] is not None)
                 recall = float(row["note"].removeprefix("recall "))
                 results.setdefault(key, {})[row["name"]] = Measured(float(row["min_ms"]), recall)
     return results
@@ -78,6 +80,12 @@ def tables(results: Results) -> str:
         "N 200,000, other sizes\n\n"
         + _table(results, keys, "sizes", lambda key: f"E {key.dim}, k {key.k}, {key.queries} queries")
     )
+    keys = sorted(key for key in results if key.decaying)
+    if keys:
+        parts.append(
+            "N 200,000, E 768, k 8, rows whose n-th principal axis has a share of 1 / n\n\n"
+            + _table(results, keys, "queries", lambda key: str(key.queries))
+        )
     lines = ["| queries | mean cosine 0 | 0.55 | 0.8 |", "| ---: | ---: | ---: | ---: |"]
     for queries in sorted({key.queries for key in results if key.cosine}):
         times = [results[Key(200, queries, cosine=cosine)][OURS].ms for cosine in (0.0, 0.55, 0.8)]
@@ -89,7 +97,7 @@ def tables(results: Results) -> str:
 def _table(results: Results, keys: list[Key], title: str, name: Callable[[Key], str]) -> str:
     names = [name for name in DRAWN if any(name in results[key] for key in keys)]
     lines = [
-        f"| {title} | " + " | ".join(names) + " | better IndexFlatIP / ours |",
+        f"| {title} | " + " | ".join(names) + " | best exact faiss / ours |",
         "| ---: |" + " ---: |" * (len(names) + 1),
     ]
     for key in keys:
@@ -119,6 +127,8 @@ def figure(results: Results) -> Figure:
         keys = sorted(key for key in results if key == Key(rows, key.queries))
         for name, color in DRAWN.items():
             points = [(key.queries, results[key][name].ms) for key in keys if name in results[key]]
+            if not points:  # measured before it was a peer
+                continue
             recall = min(results[key][name].recall for key in keys if name in results[key])
             label = name + (f" (recall {recall:.2f})" if recall < 1 else "")
             width = 2.6 if name == OURS else 1.3
