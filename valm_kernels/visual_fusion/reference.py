@@ -34,7 +34,7 @@ def joint_softmax(inputs: Inputs, text_bias: Tensor | None = None) -> tuple[Tens
     if image_k is not None:
         check_pool(inputs)
         image_q = q if inputs.image_q is None else inputs.image_q
-        images, present = _images(image_k, q.shape[0], inputs.image_index, inputs.image_mask)
+        images, present = _images(image_k, inputs.image_index, inputs.image_mask)
         if inputs.image_k_bias is not None:
             images = images + inputs.image_k_bias[:, None, None].to(images.dtype)
         images = images.repeat_interleave(group, 1)  # (B, Hq, Tq, K, D)
@@ -63,7 +63,7 @@ def reference_attention(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     group = q.shape[1] // v.shape[1]
     out = text_weights.to(q.dtype) @ v.repeat_interleave(group, 1)  # (B, Hq, Tq, D)
     if image_v is not None:
-        images, _ = _images(image_v, q.shape[0], inputs.image_index, inputs.image_mask)
+        images, _ = _images(image_v, inputs.image_index, inputs.image_mask)
         if inputs.image_v_bias is not None:
             images = images + inputs.image_v_bias[:, None, None].to(images.dtype)
         images = images.repeat_interleave(group, 1)  # (B, Hq, Tq, K, D)
@@ -105,9 +105,7 @@ def _capped(scores: Tensor, softcap: float | None) -> Tensor:
     return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
-def _images(
-    image: Tensor, batch: int, image_index: Tensor | None, image_mask: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+def _images(image: Tensor, image_index: Tensor | None, image_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The images of every query, (B, Hkv, Tq, K, D), and which are present, (B, Tq, K) or None for all."""
     if image_index is None:
         if image_mask is not None:  # what is masked may be anything, NaN too
