@@ -542,14 +542,6 @@ class AugmentedCausalLM(ImageModel):
             seqlens = torch.full((batch,), num_keys, dtype=torch.int32, device=seen.device)
         return TextLimits(first_key, seqlens)
 
-    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's. A reentrant checkpoint needs an input that requires a gradient, so frozen embeddings get one."""
-        result = super().activation_checkpointing_enable(*args, **kwargs)
-        options = kwargs.get("activation_checkpointing_kwargs") or (args[0] if args else None) or {}
-        if options.get("use_reentrant"):
-            self.enable_input_require_grads()
-        return result
-
 
 def _padded_pool(pool: Tensor, rows: int) -> Tensor:
     """The pool with at least so many rows, as many as the tokens can have different images."""
