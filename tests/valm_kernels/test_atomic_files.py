@@ -70,6 +70,16 @@ def test_a_folder_appears_whole(tmp_path):
     assert os.listdir(tmp_path) == ["folder"]
 
 
+def test_folders_in_a_folder_stay_open(tmp_path):
+    """Files get the mode of the umask, whatever made them; folders keep what lets one look into them."""
+    with atomic_folder(tmp_path / "folder") as temporary:
+        (temporary / "inner").mkdir()
+        (temporary / "inner" / "file").touch(0o600)
+    mode = (tmp_path / "folder").stat().st_mode
+    assert (tmp_path / "folder" / "inner").stat().st_mode == mode
+    assert (tmp_path / "folder" / "inner" / "file").stat().st_mode & 0o777 == mode & 0o666
+
+
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_only_what_the_killed_left_is_removed(tmp_path, kind):
     command = [sys.executable, "-c", HALF_WRITTEN, tmp_path / "data", kind]

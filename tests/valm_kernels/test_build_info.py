@@ -1,10 +1,11 @@
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from valm_kernels import show_config
+from valm_kernels import build_info, show_config
 
 
 def test_show_config_prints_what_it_returns(capsys):
@@ -26,7 +27,26 @@ def test_show_config_names_the_instruction_sets(monkeypatch, asked, shown):
     monkeypatch.setenv("VALM_KERNELS_ISA", asked)
     (line,) = [line for line in show_config().splitlines() if line.startswith("instruction set")]
     assert line.removeprefix("instruction set").strip().startswith(shown)
-    assert line.endswith("generic")
+    assert "generic, tiles" in line
+
+
+@pytest.mark.parametrize(
+    ("module", "shown"),
+    [
+        ({"built_with_cuda": False}, "not built, as nvcc was not found"),
+        ({"built_with_cuda": True, "cuda_devices": lambda: ["A card", "B card"]}, "A card; B card"),
+    ],
+)
+def test_show_config_names_the_cards(monkeypatch, module, shown):
+    monkeypatch.setattr(build_info, "native", lambda: SimpleNamespace(**module))
+    assert build_info._native_cuda().startswith(shown)
+
+
+@pytest.mark.parametrize("interpreting", [False, True])
+def test_show_config_says_that_triton_interprets(monkeypatch, interpreting):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", str(int(interpreting)))
+    assert ("interpreting (TRITON_INTERPRET=1)" in show_config()) == interpreting
 
 
 def test_native_code_and_torch_share_one_openmp_runtime():

@@ -32,3 +32,10 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "train.yaml")
     with pytest.raises(ValmError, match="is a pipe, not a file"):
         build_parser().parse_args(["train", "corpus.txt", "--config", str(tmp_path / "train.yaml")])
+
+
+def test_its_option_has_no_short_form(tmp_path, capsys):
+    (tmp_path / "train.yaml").write_text("out: a")
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["train", "corpus.txt", "--conf", str(tmp_path / "train.yaml")])
+    assert "--conf" in capsys.readouterr().err

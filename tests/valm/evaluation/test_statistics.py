@@ -62,3 +62,6 @@ def test_p_values_of_equal_models_are_spread_evenly():
 def test_models_with_different_numbers_of_seeds_are_compared_by_their_means():
     first, second = np.array([[1.0, 1.0, 0.0]]), np.array([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
     assert paired(first, second, np.ones(3)).value == pytest.approx(2 / 3 - 1 / 6)
+    first, second = np.ones((1, 100)), np.tile(np.arange(100) % 2.0, (4, 1))
+    found = paired(first, second, np.ones(100))
+    assert found.value == 0.5 and 0.38 < found.low < 0.5 < found.high < 0.62

@@ -55,6 +55,7 @@ def test_every_number_is_on_the_page():
     assert page.texts("h1") == ["the bat …"]
     rows = [text.split() for text in page.texts("tr")]
     assert ["red", "70.0%"] in rows and ["blue", "20.0%"] in rows and ["anything", "else", "10.0%"] in rows
+    assert [text.split()[0] for text in page.texts("tr", **{"class": "best"})] == ["red"]
     # means of the two heads
     attention = [["(start)", "75", "25"], ["the", "13", "63", "25"], ["bat", "20", "20", "60", "0"]]
     assert all(row in rows for row in attention)

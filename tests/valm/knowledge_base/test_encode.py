@@ -47,3 +47,8 @@ def test_a_worker_sends_no_picture_back(clip):
     """The bytes of a row went to it once; back come its pixels, thumbnail and place."""
     decoder = encode._Decoder([encode.Record("x", "", png(0) + bytes(1 << 20))], clip, 64)
     assert len(pickle.dumps(decoder[0])) < 100_000
+
+
+def test_names_and_captions_can_be_written_as_utf8():
+    item = encode.Record("caf\udce9.png", "\ud800 red", None)
+    assert (item.uri, item.caption) == ("caf\ufffd.png", "\ufffd red")

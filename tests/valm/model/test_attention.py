@@ -136,6 +136,16 @@ def test_a_static_cache_goes_through_the_kernel(monkeypatch):
     torch.testing.assert_close(found[0], expected[0])
 
 
+@pytest.mark.parametrize("length", [2, 5])
+def test_a_static_cache_that_is_being_filled_has_no_mask(length):
+    """transformers gives none: each token sees the keys up to its own."""
+    (query, key, value), images = problem(length=length)
+    expected = fusion_attention(Head(), query, key, value, None, images=images)
+    key, value = (torch.nn.functional.pad(x, (0, 0, 0, 5), value=torch.nan) for x in (key, value))
+    found = fusion_attention(Head(), query, key, value, None, images=images)
+    torch.testing.assert_close(found[0], expected[0])
+
+
 def test_float_masks_are_read_and_others_refused():
     mask = interval_mask(torch.tensor([[2]]), 1, past=4)
     floats = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)

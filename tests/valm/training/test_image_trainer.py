@@ -16,6 +16,7 @@ from valm.errors import ValmError
 from valm.evaluation.language import token_log_probs
 from valm.model.checkpoint import load
 from valm.retrieval.note import RetrievalNote
+from valm.training.resumable import STATE_FILE
 from valm_kernels.atomic_files import is_temporary
 
 # More than two epochs of eight documents in threes, with dropout.
@@ -167,6 +168,8 @@ def test_what_a_subclass_measures_can_choose_the_best_checkpoint(tmp_path, monke
     made.train()
     assert [entry["eval_colour"] for entry in made.state.log_history if "eval_colour" in entry] == [0.1, 0.9, 0.5, 0.4]
     assert made.state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
+    written = json.loads((tmp_path / "checkpoint-4" / STATE_FILE).read_text())
+    assert written["best_model_checkpoint"] == str(tmp_path / "checkpoint-4")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-4"]
     assert same(weights(made.model), weights(load(tmp_path / "checkpoint-4")[0]))
 

@@ -74,6 +74,8 @@ def test_a_plan_is_the_training_of_the_command(tmp_path, clip, corpus):
     plan = {"corpus": TextCorpus([corpus]), "clip": str(tmp_path / "clip"), **sizes, "validation": 0.3}
     training = TrainingPlan(out=tmp_path / "plan", **plan).run(command="from Python")
     assert training.state.global_step == 3 and "from Python" in (tmp_path / "plan" / "README.md").read_text()
+    with pytest.raises(ValmError, match="plan"):  # which is there
+        TrainingPlan(out=tmp_path / "plan", **plan).run()
     command = ["train", corpus, "--clip", tmp_path / "clip", *SIZE, "--validation", 0.3]
     assert run(*command, "--out", tmp_path / "command") == 0
     written, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("plan", "command"))

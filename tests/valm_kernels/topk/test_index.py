@@ -235,8 +235,8 @@ def test_save_and_load(tmp_path, dtype, mmap, equal_rows):
     if equal_rows:
         database[30:] = database[:30]
     index = FlatIPIndex(database, dtype)
-    index.save(tmp_path / "index")
-    loaded = FlatIPIndex.load(tmp_path / "index", mmap=mmap)
+    index.save(tmp_path / "new" / "index")
+    loaded = FlatIPIndex.load(tmp_path / "new" / "index", mmap=mmap)
     assert (len(loaded), loaded.dim, loaded.dtype) == (60, 24, dtype)
     assert_same_answers(loaded, index, normals(4, 24, seed=1), 9)
     loaded.add(normals(3, 24, seed=2))

@@ -9,6 +9,7 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton comes for Linux only", allow_module_level=True)
 
+from valm_kernels.visual_fusion.triton import backward_query
 from valm_kernels.visual_fusion.triton.launch import architecture, kernel_constants
 
 CARD = torch.device("cuda", 0)
@@ -47,3 +48,9 @@ def test_products_of_float32_on_amd_are_of_float32(monkeypatch):
     assert precision == {90: "tf32x3", "gfx942": "ieee"}
     half = x.half()
     assert kernel_constants(half, half, causal=True)["INPUT_PRECISION"] == "ieee"
+
+
+def test_partial_sums_are_rounded_once():
+    gradient = torch.empty(3, dtype=torch.bfloat16)
+    backward_query._sum_into(gradient, torch.full((1000, 3), 1.003))
+    assert gradient.tolist() == [1004] * 3
