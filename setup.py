@@ -3,8 +3,8 @@
 The module has no PyTorch headers, so one build serves every torch version and pip's build isolation needs
 only pybind11 and ninja. VALM_KERNELS_CUDA=auto|on|off chooses the CUDA part: "auto" (the default) builds it
 when nvcc is found, "on" without nvcc is an error. The GPU itself is never looked at: VALM_KERNELS_CUDA_ARCH=90 builds
-for compute capability 9.0 alone, which takes less time. VALM_KERNELS_CXXFLAGS has more flags for the host code, behind
-ours (`make sanitize`).
+for compute capability 9.0, and as PTX for newer ones, which takes less time. VALM_KERNELS_CXXFLAGS has more flags for
+the host code, behind ours (`make sanitize`).
 
 `python setup.py build_ext --inplace` also works without pybind11, whose headers PyTorch ships, and without ninja: then
 every source is compiled each time, in as many processes as there are cores.
@@ -71,16 +71,16 @@ def find_nvcc() -> str | None:
     return nvcc
 
 
-def cuda_archs(nvcc: str) -> list[str]:
-    """What nvcc compiles for: VALM_KERNELS_CUDA_ARCH alone, or else what it knows of CUDA_ARCHS."""
+def cuda_archs(nvcc: str) -> tuple[list[str], str]:
+    """What nvcc compiles for, VALM_KERNELS_CUDA_ARCH alone or else what it knows of CUDA_ARCHS, and the oldest."""
     arch = os.environ.get("VALM_KERNELS_CUDA_ARCH", "")
     if not arch:
         known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
         archs = [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known]
-        return [*(f"arch=compute_{arch},code=sm_{arch}" for arch in archs), PTX_ARCH]
-    if not re.fullmatch(r"\d{2,3}a?", arch):
+        return [*(f"arch=compute_{arch},code=sm_{arch}" for arch in archs), PTX_ARCH], archs[0]
+    if not re.fullmatch(r"\d{2,3}", arch):
         raise SystemExit(f"VALM_KERNELS_CUDA_ARCH must be a compute capability such as 90, but is {arch!r}")
-    return [f"arch=compute_{arch},code=sm_{arch}"]
+    return [f"arch=compute_{arch},code=[sm_{arch},compute_{arch}]"], arch
 
 
 def cxx() -> str:
@@ -188,12 +188,13 @@ def find_ninja() -> str | None:
 def compiler_rules(nvcc: str | None, openmp: list[str], includes: list) -> dict[str, str]:
     """Commands by name, with $in, $out and $flags."""
     include_flags = " ".join(f'-I"{path}"' for path in includes)
-    defines = "-DVALM_KERNELS_CUDA" if nvcc else ""
+    archs, oldest = cuda_archs(nvcc) if nvcc else ([], "")
+    defines = f"-DVALM_KERNELS_CUDA={oldest}" if nvcc else ""
     more_flags = os.environ.get("VALM_KERNELS_CXXFLAGS", "")
     host = f"{cxx()} -MMD -MF $out.d $flags {more_flags} {defines} {include_flags} -c $in -o $out"
     if nvcc is None:
         return {"host": host, "link": f"{cxx()} {' '.join([*LINK_FLAGS, *openmp, more_flags])} $in -o $out"}
-    gencode = " ".join(f"-gencode {arch}" for arch in cuda_archs(nvcc))
+    gencode = " ".join(f"-gencode '{arch}'" for arch in archs)
     cuda = f"{nvcc} -MD -MF $out.d {' '.join(NVCC_FLAGS)} {gencode} {defines} {include_flags} -c $in -o $out"
     link = f"{nvcc} -shared -cudart static -Xcompiler {','.join(openmp)} $in -o $out"
     return {"host": host, "cuda": cuda, "link": link}

@@ -92,6 +92,7 @@ PYBIND11_MODULE(_native, m) {
 
 #ifdef VALM_KERNELS_CUDA
     m.attr("built_with_cuda") = true;
+    m.attr("oldest_capability") = VALM_KERNELS_CUDA;  // 80 for 8.0; newer GPUs compile what they have no code for
     m.def("cuda_devices", &valm::cuda_devices);
     m.def("cuda_row_norms", &valm::cuda_row_norms);
     m.def("cuda_topk_workspace", &valm::cuda_topk_workspace);

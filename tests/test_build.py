@@ -90,7 +90,7 @@ def test_nvcc_compiles_for_the_chips_that_it_knows(tmp_path, monkeypatch):
         nvcc.write_text("#!/bin/sh\necho " + " ".join(f"compute_{arch}" for arch in known.split()) + "\n")
         nvcc.chmod(0o755)
         archs = [f"arch=compute_{arch},code=sm_{arch}" for arch in built.split()]
-        assert setup.cuda_archs(str(nvcc)) == [*archs, "arch=compute_90,code=compute_90"]
+        assert setup.cuda_archs(str(nvcc)) == ([*archs, "arch=compute_90,code=compute_90"], "80")
 
 
 def test_one_compute_capability(monkeypatch):
@@ -98,7 +98,9 @@ def test_one_compute_capability(monkeypatch):
     setup = load_setup(monkeypatch)
     monkeypatch.setenv("VALM_KERNELS_CUDA_ARCH", "90")
     rules = setup.compiler_rules("nvcc", [], [])
-    assert rules["cuda"].count("-gencode") == 1 and "-gencode arch=compute_90,code=sm_90 " in rules["cuda"]
+    assert rules["cuda"].count("-gencode") == 1
+    assert "-gencode 'arch=compute_90,code=[sm_90,compute_90]' -DVALM_KERNELS_CUDA=90 " in rules["cuda"]
+    assert " -DVALM_KERNELS_CUDA=90 " in rules["host"]
     monkeypatch.setenv("VALM_KERNELS_CUDA_ARCH", "9.0")
     with pytest.raises(SystemExit, match=r"must be a compute capability such as 90, but is '9\.0'"):
         setup.compiler_rules("nvcc", [], [])

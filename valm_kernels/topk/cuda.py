@@ -21,8 +21,6 @@ from .result import TopK, merge_topk
 
 # The kernels load 16 bytes at once: so many elements of int8 rows, and rows of one length for all dtypes.
 DIM_MULTIPLE = 16
-# Of the oldest GPU that setup.py builds for.
-MIN_CAPABILITY = (8, 0)
 # Bounds the workspace, which grows by about 2 E + 8 KiB bytes a query, and for k above FIRST_PASS_TOPK by 12 KiB more.
 QUERIES_PER_LAUNCH = 1 << 14
 # csrc/topk/cuda/plan.hpp: a search for more rows scores all of them exactly.
@@ -35,11 +33,13 @@ BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 def has_code(device: torch.device) -> bool:
     """Whether the native module is there and has code for this device."""
     try:
-        if not native().built_with_cuda:
-            return False
+        module = native()
     except ImportError:
         return False
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
+    if not module.built_with_cuda or device.type != "cuda":
+        return bool(module.built_with_cuda)
+    major, minor = torch.cuda.get_device_capability(device)
+    return bool(10 * major + minor >= module.oldest_capability)
 
 
 def code() -> ModuleType:

@@ -113,6 +113,14 @@ def test_a_precision_that_pytorch_cannot_tell_is_the_least(monkeypatch):
     assert matmul._relative_error(DIM) > 2 * expected
 
 
+@pytest.mark.parametrize(("capability", "has"), [((7, 5), False), ((8, 9), False), ((9, 0), True), ((12, 0), True)])
+def test_a_card_older_than_the_build_has_no_code(monkeypatch, capability, has):
+    """As where VALM_KERNELS_CUDA_ARCH named one card and another is there."""
+    monkeypatch.setattr(cuda, "native", lambda: SimpleNamespace(built_with_cuda=True, oldest_capability=90))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert cuda.has_code(torch.device("cuda", 0)) == has
+
+
 @pytest.fixture
 def without_code(monkeypatch):
     """On CUDA without native code for it, with the CPU as the device."""
