@@ -67,3 +67,11 @@ def test_a_file_that_is_not_there(measured, monkeypatch, tmp_path):
     monkeypatch.setenv("VALM_KERNELS_TILES", str(tmp_path / "none.json"))
     with pytest.raises(FileNotFoundError, match=r"none\.json"):
         tiles_for("forward", 90, 128, torch.float16)
+
+
+def test_blocks_are_powers_of_two_and_no_smaller_than_a_product():
+    """Triton takes no others; tests/checks/triton compiles each."""
+    for entry in tiles._TILES.values():
+        for tile in entry:
+            assert all(size >= 16 and size & (size - 1) == 0 for size in (tile.block_m, tile.block_n)), tile
+            assert tile.num_warps & (tile.num_warps - 1) == 0, tile
