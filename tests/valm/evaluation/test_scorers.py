@@ -1,6 +1,7 @@
 """Scores of each kind of model, against its own forward pass."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,14 @@ from tests.valm.other_tokenizers import gpt2_like
 from valm.clip.clip import Clip
 from valm.errors import ValmError
 from valm.evaluation.questions import FAIR, PUBLISHED, Documents, Questions
-from valm.evaluation.scorers import CausalScorer, ClipScorer, MaskedScorer, NotApplicable, open_scorer
+from valm.evaluation.scorers import (
+    CausalScorer,
+    ClipScorer,
+    MaskedScorer,
+    NotApplicable,
+    model_fingerprint,
+    open_scorer,
+)
 from valm.knowledge_base.build import build
 from valm.knowledge_base.sources.folder import FolderSource
 from valm.retrieval.context import ContextEncoder
@@ -177,3 +185,14 @@ def test_what_cannot_be_opened_is_named(folders, tmp_path):
     bert = open_scorer(str(folders / "bert"))
     with pytest.raises(ValmError, match="names no mask token"):
         MaskedScorer(bert.model, PreTrainedTokenizerFast(tokenizer_object=plain))
+
+
+def test_the_same_bytes_under_another_name_or_in_another_shape_are_another_model():
+    def printed(**weights):
+        model = SimpleNamespace(config=GPT2Config(), state_dict=lambda: weights)
+        return model_fingerprint(model, gpt2_like())
+
+    values = torch.arange(6.0)
+    others = [{"b": values}, {"a": values.view(2, 3)}, {"a": values.view(torch.int32)}]
+    prints = {printed(a=values), *(printed(**other) for other in others)}
+    assert len(prints) == 4 and printed(a=values.clone()) in prints

@@ -152,6 +152,12 @@ def test_perplexity_is_that_of_valm_eval(tmp_path):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+def test_batches_of_one_length_are_in_a_random_order(tmp_path):
+    made = new_trainer(tmp_path, train_sampling_strategy="group_by_length")
+    order = list(made._get_train_sampler())
+    assert sorted(order) == list(range(len(made.train_dataset))) != order
+
+
 def test_what_a_subclass_measures_can_choose_the_best_checkpoint(tmp_path, monkeypatch):
     colours = iter([0.1, 0.9, 0.5, 0.4])
     fields = {"eval_strategy": "steps", "eval_steps": 2, "save_total_limit": 1, "load_best_model_at_end": True}

@@ -1,4 +1,5 @@
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from valm.model.checkpoint import load
 from valm.model.gpt2 import VaLMForCausalLM
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import Retriever
-from valm.training.callbacks import show_progress
+from valm.training.callbacks import ProgressBar, show_progress
 from valm.training.collate import Collator
 from valm.training.train import trainer, training_arguments
 
@@ -277,3 +278,13 @@ def test_a_resumed_training_follows_the_schedule_of_its_own_steps(tmp_path):
     begun, short = rates(tmp_path / "begun", 6), rates(tmp_path / "more", 3)
     more = rates(tmp_path / "more", 6, resume=True)
     assert more == short + begun[3:] and short[-1] < begun[3]  # it does not go on where the short one ended
+
+
+@pytest.mark.parametrize(("shown", "first", "drawn"), [(True, True, True), (True, False, False), (False, True, False)])
+def test_one_process_draws_the_bar_if_any(monkeypatch, shown, first, drawn):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    bar = ProgressBar("a training", shown)
+    state = SimpleNamespace(is_world_process_zero=first, max_steps=3, global_step=0)
+    bar.on_train_begin(None, state, None)
+    assert bar.training_bar.disable != drawn
+    bar.training_bar.close()
