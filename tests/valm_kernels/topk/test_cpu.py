@@ -80,6 +80,14 @@ def test_partial_sums_that_overflow_lose_no_row(isa):
     assert_same(ip_topk(query, database, 1), expected)
 
 
+@pytest.mark.parametrize(("n_queries", "dim"), [(33, 64), (70, 200), (1030, 132)])
+def test_queries_of_several_tiles_and_groups(isa, n_queries, dim):
+    """A tile is of 4 to 32 queries, a group of 256 or 1,024; AMX's matrices hold 64 numbers of a row."""
+    database, queries = normals(330, dim), normals(n_queries, dim, seed=1)
+    expected = ip_topk(queries, database, 5, impl="reference")
+    assert_same(FlatIPIndex(database).search(queries, 5), expected)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
 @pytest.mark.parametrize("dim", [8, 33, 250, 2048])
 def test_exact_for_every_stored_dtype_and_odd_sizes(isa, dtype, dim):
