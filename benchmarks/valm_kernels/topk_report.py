@@ -96,14 +96,15 @@ def tables(results: Results) -> str:
 
 def _table(results: Results, keys: list[Key], title: str, name: Callable[[Key], str]) -> str:
     names = [name for name in DRAWN if any(name in results[key] for key in keys)]
+    exact = [name for name in FAISS if name in names]  # older results have no Panorama
     lines = [
-        f"| {title} | " + " | ".join(names) + " | best exact faiss / ours |",
+        f"| {title} | " + " | ".join(names) + f" | best of {', '.join(exact)} / ours |",
         "| ---: |" + " ---: |" * (len(names) + 1),
     ]
     for key in keys:
         case = results[key]
         cells = [_cell(case.get(name)) for name in names]
-        best = min((case[name].ms for name in FAISS if name in case), default=None)
+        best = min((case[name].ms for name in exact if name in case), default=None)
         cells.append("" if best is None else f"{best / case[OURS].ms:.1f}")
         lines.append(f"| {name(key)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

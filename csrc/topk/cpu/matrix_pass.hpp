@@ -2,8 +2,6 @@
 // including file.
 #pragma once
 
-#include <algorithm>
-
 #include "topk/cpu/kernels.hpp"
 #include "topk/cpu/matrix.hpp"
 

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import pytest
 
-import valm.serving.app
 from tests.valm.cli.commands import THINGS, run
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("uvicorn") is None, reason="needs the extra [serve]")
@@ -166,6 +165,8 @@ def test_a_taken_port_is_one_sentence(sentence):
 
 
 def test_without_the_extra_it_says_what_is_missing(sentence, monkeypatch):
+    import valm.serving.app
+
     monkeypatch.setattr(valm, "serving", valm.serving)  # what is imported anew takes this name
     for name in [name for name in sys.modules if name.startswith("valm.serving")]:
         monkeypatch.delitem(sys.modules, name)
