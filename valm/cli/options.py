@@ -188,21 +188,27 @@ def add_retrieval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kb", type=Path, help="another knowledge base than the checkpoint was trained with")
     add_min_score(parser, "the model's own")
     add_clip(parser)
-    add_query_dtype(parser)
+    add_query_dtype(parser, auto=True)
     add_device(parser)
 
 
-def add_query_dtype(parser: argparse.ArgumentParser) -> None:
+def add_query_dtype(parser: argparse.ArgumentParser, auto: bool = False) -> None:
+    """--query-dtype; with `auto` for a command that keeps no queries, which another machine would continue."""
     parser.add_argument(
         "--query-dtype",
-        choices=["float32", "bfloat16", "int8"],
-        help="precision of CLIP's text tower (default: float32); int8 needs a CPU with AVX-512 VNNI",
+        choices=["float32", "bfloat16", "int8", *(["auto"] if auto else [])],
+        help="precision of CLIP's text tower (default: float32); int8 needs a CPU with AVX-512 VNNI"
+        + ("; auto is the fastest on this machine" if auto else ""),
     )
 
 
 def chosen_query_dtype(arguments: argparse.Namespace) -> torch.dtype | None:
     import torch
 
+    if arguments.query_dtype == "auto":
+        from valm.clip.text_tower import fastest_dtype
+
+        return fastest_dtype(chosen_device(arguments))
     return None if arguments.query_dtype is None else getattr(torch, arguments.query_dtype)
 
 

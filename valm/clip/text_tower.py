@@ -151,6 +151,13 @@ class TextTower:
         return F.normalize(features, dim=-1).float()
 
 
+def fastest_dtype(device: torch.device) -> torch.dtype:
+    """The precision in which a text tower is likely to be fastest on `device` (docs/results/queries.md)."""
+    if device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_amx_tile_supported()):
+        return torch.bfloat16
+    return torch.int8 if device.type == "cpu" and torch.cpu._is_vnni_supported() else torch.float32
+
+
 def _linear(weight: Tensor, bias: Tensor) -> Linear:
     return partial(F.linear, weight=weight, bias=bias)
 

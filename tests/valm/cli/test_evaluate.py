@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import torch
 from PIL import Image
 
 from tests.valm.cli.commands import run
@@ -109,3 +110,15 @@ def test_a_model_whose_knowledge_base_is_gone_is_one_sentence(copy_of, world, ca
     assert run("eval", root / "valm", "--memory-color", world / "colors.csv", "--out", root / "out") == 1
     assert "nothing says where they are: give a knowledge base" in capsys.readouterr().err
     assert list((root / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("amx", "vnni", "expected"), [(True, True, "bfloat16"), (False, True, "int8"), (False, False, "float32")]
+)
+def test_the_fastest_precision_of_a_processor(amx, vnni, expected, world, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
+    color = ("--memory-color", world / "colors.csv", "--protocol", "fair")
+    out = tmp_path / "report"
+    assert run("eval", world / "valm", *color, "--query-dtype", "auto", "--device", "cpu", "--out", out) == 0
+    assert json.loads((out / "results.json").read_text())["conditions"]["query_dtype"] == expected
