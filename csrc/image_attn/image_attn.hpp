@@ -24,7 +24,8 @@ struct ImageAttnSizes {
 // image_index (int32) and image_mask (bool).
 // softcap caps the scores before image_logit_bias and image_score_bias are added; 0 = no cap.
 //
-// in:      q (B, Hq, T, D); image_k, image_v (B, Hkv, T, K, D) or (Hkv, U, D); image_index or image_mask (B, T, K);
+// in:      q (B, Hq, T, D); image_k, image_v (B, Hkv, T, K, D) or (Hkv, U, D); image_index (B, Hkv, T, K), with a
+//          stride of 0 where all heads have the same images, or image_mask (B, T, K);
 //          wide image_k_bias, image_v_bias (Hkv, D), image_logit_bias (Hq), image_score_bias (B, T, K)
 // in, out: out (B, Hq, T, D), wide lse (B, Hq, T): those of the text come in, the joint ones leave
 // out:     wide image_scores (B, Hq, T, K) or none, -inf where there is no image

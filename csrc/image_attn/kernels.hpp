@@ -94,7 +94,7 @@ struct TokenImages {
     void find_and_prefetch(const Problem<T, Wide>& p, int64_t b, int64_t i, int64_t kv_head) {
         for (int64_t k = 0; k < p.sizes.images; ++k) {
             keys[k] = values[k] = nullptr;
-            if (!p.has_image(b, i, k)) continue;
+            if (!p.has_image(b, kv_head, i, k)) continue;
             keys[k] = p.image_row(p.image_k, b, kv_head, i, k);
             values[k] = p.image_row(p.image_v, b, kv_head, i, k);
             for (int64_t d = 0; d < p.sizes.head_dim; d += kCacheLine / sizeof(T)) {
@@ -268,13 +268,13 @@ struct BiasGradients {
     Buffer<Wide> keys, values, logits;
 };
 
-// The slots (b * queries + i) * images + k that hold each row of the pool, ascending: those of row u are
+// The slots (b * queries + i) * images + k of a head that hold each row of the pool, ascending: those of row u are
 // slots[first[u]] ... slots[first[u + 1] - 1].
 struct PoolSlots {
     Buffer<int64_t> first, slots;
 
     template <typename T, typename Wide>
-    explicit PoolSlots(const Problem<T, Wide>& p)
+    PoolSlots(const Problem<T, Wide>& p, int64_t kv_head)
         : first(p.sizes.pool_rows + 1), slots(p.sizes.batch * p.sizes.queries * p.sizes.images) {
         const ImageAttnSizes& n = p.sizes;
         const auto for_each_slot = [&](auto f) {
@@ -282,7 +282,7 @@ struct PoolSlots {
             for (int64_t b = 0; b < n.batch; ++b)
                 for (int64_t i = 0; i < n.queries; ++i)
                     for (int64_t k = 0; k < n.images; ++k, ++slot)
-                        if (const int64_t row = *p.image_index.at(b, i, k); row >= 0) f(row, slot);
+                        if (const int64_t row = *p.image_index.at(b, kv_head, i, k); row >= 0) f(row, slot);
         };
         for_each_slot([&](int64_t row, int64_t) { ++first[row + 1]; });
         for (int64_t row = 0; row < n.pool_rows; ++row) first[row + 1] += first[row];
@@ -299,32 +299,36 @@ void write_pool_gradients(const Problem<T, Wide>& p, const Buffer<Wide>& weights
     const ImageAttnSizes& n = p.sizes;
     const HeadDim<kHeadDim> dim{n.head_dim};
     const int64_t group = n.query_heads / n.kv_heads;
-    const PoolSlots pool(p);
-#pragma omp parallel for collapse(2) schedule(dynamic, 16) num_threads(p.threads)
-    for (int64_t row = 0; row < n.pool_rows; ++row) {
-        for (int64_t kv_head = 0; kv_head < n.kv_heads; ++kv_head) {
-            Row<Wide> grad_key, grad_value, key_part, value_part;
-            grad_key.clear(dim);
-            grad_value.clear(dim);
-            const int64_t last = pool.first[row + 1];
-            for (int64_t start = pool.first[row]; start < last; start += kSlotsPerPart) {
-                key_part.clear(dim);
-                value_part.clear(dim);
-                for (int64_t at = start; at < std::min(start + kSlotsPerPart, last); ++at) {
-                    const int64_t token = pool.slots[at] / n.images, k = pool.slots[at] % n.images;
-                    const int64_t b = token / n.queries, i = token % n.queries;
-                    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-                        const int64_t entry = (token * n.query_heads + head) * n.images + k;
-                        key_part.add(p.scale * grad_scores[entry], p.q.at(b, head, i), dim);
-                        value_part.add(weights[entry], p.grad_out.at(b, head, i), dim);
-                    }
+    // Of a row of the pool and a head.
+    const auto write = [&](const PoolSlots& pool, int64_t row, int64_t kv_head) {
+        Row<Wide> grad_key, grad_value, key_part, value_part;
+        grad_key.clear(dim);
+        grad_value.clear(dim);
+        const int64_t last = pool.first[row + 1];
+        for (int64_t start = pool.first[row]; start < last; start += kSlotsPerPart) {
+            key_part.clear(dim);
+            value_part.clear(dim);
+            for (int64_t at = start; at < std::min(start + kSlotsPerPart, last); ++at) {
+                const int64_t token = pool.slots[at] / n.images, k = pool.slots[at] % n.images;
+                const int64_t b = token / n.queries, i = token % n.queries;
+                for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+                    const int64_t entry = (token * n.query_heads + head) * n.images + k;
+                    key_part.add(p.scale * grad_scores[entry], p.q.at(b, head, i), dim);
+                    value_part.add(weights[entry], p.grad_out.at(b, head, i), dim);
                 }
-                grad_key.add(1, key_part, dim);
-                grad_value.add(1, value_part, dim);
             }
-            grad_key.write(p.grad_image_k.at(kv_head, row), dim);
-            grad_value.write(p.grad_image_v.at(kv_head, row), dim);
+            grad_key.add(1, key_part, dim);
+            grad_value.add(1, value_part, dim);
         }
+        grad_key.write(p.grad_image_k.at(kv_head, row), dim);
+        grad_value.write(p.grad_image_v.at(kv_head, row), dim);
+    };
+    const int64_t heads_of_slots = p.by_head() ? 1 : n.kv_heads;
+    for (int64_t first = 0; first < n.kv_heads; first += heads_of_slots) {
+        const PoolSlots pool(p, first);
+#pragma omp parallel for collapse(2) schedule(dynamic, 16) num_threads(p.threads)
+        for (int64_t row = 0; row < n.pool_rows; ++row)
+            for (int64_t kv_head = first; kv_head < first + heads_of_slots; ++kv_head) write(pool, row, kv_head);
     }
 }
 

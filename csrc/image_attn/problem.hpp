@@ -58,14 +58,17 @@ struct Problem {
 
     VALM_INLINE bool pooled() const { return sizes.pool_rows >= 0; }
 
-    VALM_INLINE bool has_image(int64_t b, int64_t i, int64_t k) const {
-        if (pooled()) return *image_index.at(b, i, k) >= 0;
+    // Whether each head has images of its own.
+    VALM_INLINE bool by_head() const { return image_index.strides[1] != 0; }
+
+    VALM_INLINE bool has_image(int64_t b, int64_t head, int64_t i, int64_t k) const {
+        if (pooled()) return *image_index.at(b, head, i, k) >= 0;
         return !image_mask || *image_mask.at(b, i, k);
     }
 
     // The row of image k of query i among `images`, which is image_k, image_v or one of their gradients.
     VALM_INLINE T* image_row(const View<T>& images, int64_t b, int64_t head, int64_t i, int64_t k) const {
-        if (pooled()) return images.at(head, static_cast<int64_t>(*image_index.at(b, i, k)));
+        if (pooled()) return images.at(head, static_cast<int64_t>(*image_index.at(b, head, i, k)));
         return images.at(b, head, i, k);
     }
 };

@@ -190,7 +190,7 @@ void check_image_attn(const std::string& isa, int64_t D, bool pooled) {
             {"image_v", tensor(values.data(), image_strides)},
         };
         if (pooled) {
-            tensors["image_index"] = tensor(index.data(), {T * K, K, 1});
+            tensors["image_index"] = tensor(index.data(), {T * K, 0, K, 1});
         } else {
             tensors["image_mask"] = tensor(mask.data(), {T * K, K, 1});
         }

@@ -156,7 +156,8 @@ def visual_fusion_attn(
             before rotation, so that every image is at its token's own position. The gradient of q then comes from the
             text alone.
         softcap: cap of the scores as in Gemma 2, from 2**-60 to 2**60; None means no cap.
-        image_index: (B, Tq, K) int32 or int64 rows of the pool; -1 = no image. Selects the pooled layout.
+        image_index: (B, Tq, K) int32 or int64 rows of the pool; -1 = no image. Selects the pooled layout. With
+            (B, Hkv, Tq, K) each key head has images of its own: head h those rows of image_k[h] and image_v[h].
             On CPU an index outside [-1, U) raises. On CUDA it is undefined behaviour, unless the environment has
             VALM_KERNELS_CHECK_INDEX=1: then every call checks the indices, which waits for the device.
         image_mask: (B, Tq, K) bool, dense layout only; False = no image.
@@ -181,7 +182,8 @@ def visual_fusion_attn(
             on CPU anything else raises, on CUDA it counts as the nearest of these. It limits text only.
         max_seqlen: the longest document of cu_seqlens has at most as many tokens, Tk by default: "flash+triton" then
             starts fewer programs. On CPU a longer document raises, on CUDA it is undefined behaviour.
-        image_slots: (U + 1 + B Tq K,) int32, `sort_image_slots(image_index, U)`, for training on CUDA: the backward of
+        image_slots: (U + 1 + B Tq K,) int32, `sort_image_slots(image_index, U)` (with a row for each key head where
+            image_index has one), for training on CUDA: the backward of
             the pooled layout then sorts nothing. Gradients are the same to the last bit. On CPU it changes nothing,
             and raises if it belongs to another image_index; on CUDA that is undefined behaviour, as for image_index.
         causal: False lets every query see all keys from first_key on.

@@ -171,16 +171,23 @@ def _check_image_shapes(inputs: Inputs) -> int:
         raise ValueError("image_mask belongs to the dense layout; in the pooled layout put -1 into image_index instead")
     slots_name, slots = ("image_index", image_index) if image_index is not None else ("image_mask", image_mask)
     if slots is not None:
-        if slots.dim() != 3:
-            raise ValueError(f"{slots_name} must have 3 dimensions (B, Tq, K), got shape {tuple(slots.shape)}")
-        _check_shape(slots_name, slots, (batch, num_queries, slots.shape[2]), "(B, Tq, K)")
+        if inputs.by_head:
+            by_head = (batch, kv_heads, num_queries, slots.shape[3])
+            _check_shape(slots_name, slots, by_head, "(B, Tq, K) or (B, Hkv, Tq, K)")
+        elif slots.dim() == 3:
+            _check_shape(slots_name, slots, (batch, num_queries, slots.shape[2]), "(B, Tq, K)")
+        else:
+            or_by_head = "" if image_index is None else " or 4, (B, Hkv, Tq, K)"
+            raise ValueError(
+                f"{slots_name} must have 3 dimensions (B, Tq, K){or_by_head}, got shape {tuple(slots.shape)}"
+            )
 
     if (image_k is None) != (image_v is None):
         missing, given = ("image_k", "image_v") if image_k is None else ("image_v", "image_k")
         raise ValueError(f"{missing} must be given together with {given}, got None")
     if image_k is None or image_v is None:
-        if slots is not None and slots.shape[2] > 0:
-            raise ValueError(f"image_k must be given for the {slots.shape[2]} slots of {slots_name}, got None")
+        if slots is not None and slots.shape[-1] > 0:
+            raise ValueError(f"image_k must be given for the {slots.shape[-1]} slots of {slots_name}, got None")
         return 0
 
     if image_index is None:
@@ -198,12 +205,15 @@ def _check_image_shapes(inputs: Inputs) -> int:
             raise ValueError(
                 f"image_k must have 3 dimensions (Hkv, U, D) beside image_index, got shape {tuple(image_k.shape)}"
             )
-        num_images = image_index.shape[2]
+        num_images = image_index.shape[-1]
         _check_shape("image_k", image_k, (kv_heads, image_k.shape[1], head_dim), "(Hkv, U, D)")
     _check_shape("image_v", image_v, image_k.shape, "that of image_k")
     if inputs.image_slots is not None:
         length = image_k.shape[1] + 1 + batch * num_queries * num_images
-        _check_shape("image_slots", inputs.image_slots, (length,), "(U + 1 + B Tq K,)")
+        if inputs.by_head:
+            _check_shape("image_slots", inputs.image_slots, (kv_heads, length), "(Hkv, U + 1 + B Tq K)")
+        else:
+            _check_shape("image_slots", inputs.image_slots, (length,), "(U + 1 + B Tq K,)")
     if num_images > MAX_IMAGES:
         raise ValueError(f"image_k must have at most {MAX_IMAGES} images per token (K), got {num_images}")
     return num_images
@@ -249,8 +259,10 @@ def check_index_on_cpu(image_index: Tensor) -> None:
     if not isinstance(image_index, Tensor) or image_index.dtype not in (torch.int32, torch.int64):
         found = image_index.dtype if isinstance(image_index, Tensor) else type(image_index).__name__
         raise TypeError(f"image_index must be an int32 or int64 tensor, got {found}")
-    if image_index.dim() != 3:
-        raise ValueError(f"image_index must have 3 dimensions (B, Tq, K), got shape {tuple(image_index.shape)}")
+    if image_index.dim() not in (3, 4):
+        raise ValueError(
+            f"image_index must have 3 dimensions (B, Tq, K) or 4, (B, Hkv, Tq, K), got shape {tuple(image_index.shape)}"
+        )
     if image_index.device.type != "cpu":
         raise ValueError(f"image_index must be on the CPU, but is on {image_index.device}; the backward sorts it there")
 

@@ -139,9 +139,11 @@ class _ImageBranch:
         if image_index is None:
             kv_heads, num_images, pool_rows = image_k.shape[1], image_k.shape[3], -1
         else:
-            kv_heads, num_images, pool_rows = image_k.shape[0], image_index.shape[2], image_k.shape[1]
+            kv_heads, num_images, pool_rows = image_k.shape[0], image_index.shape[-1], image_k.shape[1]
             check_pool(inputs)
-            image_index = image_index.int()
+            image_index = image_index.int().contiguous()
+            if not inputs.by_head:  # a stride of 0
+                image_index = image_index[:, None].expand(-1, kv_heads, -1, -1)
         batch, query_heads, num_queries, head_dim = q.shape
         self.dtype = str(q.dtype).removeprefix("torch.")
         self.sizes = (batch, query_heads, kv_heads, num_queries, num_images, head_dim, pool_rows)
@@ -150,7 +152,7 @@ class _ImageBranch:
             "q": q,
             "image_k": whole_rows(image_k),
             "image_v": whole_rows(image_v),
-            "image_index": None if image_index is None else image_index.contiguous(),
+            "image_index": image_index,
             "image_mask": None if image_mask is None else image_mask.contiguous(),
         }
         for name in ("image_k_bias", "image_v_bias", "image_logit_bias", "image_score_bias"):

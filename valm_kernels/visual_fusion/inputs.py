@@ -36,6 +36,11 @@ class Inputs(NamedTuple):
     max_seqlen: int | None = None
 
     @property
+    def by_head(self) -> bool:
+        """Whether each key head has images of its own, image_index (B, Hkv, Tq, K)."""
+        return self.image_index is not None and self.image_index.dim() == 4
+
+    @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """q to cache_seqlens, in order: what the forward reads."""
         return self[:14]
@@ -63,5 +68,5 @@ class Gradients(NamedTuple):
 def num_images(inputs: Inputs) -> int:
     """K of either layout."""
     if inputs.image_index is not None:
-        return inputs.image_index.shape[2]
+        return inputs.image_index.shape[-1]
     return 0 if inputs.image_k is None else inputs.image_k.shape[3]

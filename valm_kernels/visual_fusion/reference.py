@@ -45,7 +45,9 @@ def joint_softmax(inputs: Inputs, text_bias: Tensor | None = None) -> tuple[Tens
         if inputs.image_score_bias is not None:
             image_scores = image_scores + inputs.image_score_bias[:, None]
         if present is not None:
-            image_scores = image_scores.masked_fill(~present[:, None], -torch.inf)
+            if present.shape[1] > 1:
+                present = present.repeat_interleave(group, 1)
+            image_scores = image_scores.masked_fill(~present, -torch.inf)
         scores = torch.cat([scores, image_scores], -1)  # (B, Hq, Tq, Tk + K)
 
     # A query that sees nothing has only -inf scores: its weights are 0 and carry no gradient.
@@ -106,11 +108,13 @@ def _capped(scores: Tensor, softcap: float | None) -> Tensor:
 
 
 def _images(image: Tensor, image_index: Tensor | None, image_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The images of every query, (B, Hkv, Tq, K, D), and which are present, (B, Tq, K) or None for all."""
+    """The images of every query, (B, Hkv, Tq, K, D), and which are present, (B, 1 or Hkv, Tq, K) or None for all."""
     if image_index is None:
-        if image_mask is not None:  # what is masked may be anything, NaN too
-            image = image.masked_fill(~image_mask[:, None, :, :, None], 0)
-        return image, image_mask
+        if image_mask is None:
+            return image, None
+        present = image_mask[:, None]
+        return image.masked_fill(~present.unsqueeze(-1), 0), present  # what is masked may be anything, NaN too
     padded = torch.nn.functional.pad(image, (0, 0, 0, 1))  # (Hkv, U + 1, D): index -1 reads the zero row
-    gathered = padded[:, image_index.long()]  # (Hkv, B, Tq, K, D)
-    return gathered.transpose(0, 1), image_index >= 0
+    index = image_index.long() if image_index.dim() == 4 else image_index.long()[:, None]  # (B, 1 or Hkv, Tq, K)
+    head = torch.arange(len(image), device=image.device)[:, None, None]
+    return padded[head, index], index >= 0

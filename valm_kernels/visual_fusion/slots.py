@@ -16,13 +16,14 @@ def sort_image_slots(image_index: Tensor, pool_size: int) -> Tensor:
     image_index, in each layer that attends to images.
 
     Args:
-        image_index: (B, Tq, K) int32 or int64 on the CPU, rows of the pool; -1 = no image.
+        image_index: (B, Tq, K) or (B, Hkv, Tq, K) int32 or int64 on the CPU, rows of the pool; -1 = no image.
         pool_size: U, images in the pool.
 
     Returns:
         (U + 1 + B Tq K,) int32. First where the slots of each image begin among those that follow, and where those of
         the last one end; then the numbers (b Tq + t) K + k of all slots, sorted by image and rising for each of them.
-        Slots without an image come before those of image 0.
+        Slots without an image come before those of image 0. Of an index by head (Hkv, U + 1 + B Tq K), that of each
+        head.
 
     Raises:
         TypeError: image_index has the wrong type or dtype.
@@ -31,15 +32,20 @@ def sort_image_slots(image_index: Tensor, pool_size: int) -> Tensor:
     check_index_on_cpu(image_index)
     check_image_index(image_index, pool_size)
     order, bounds = sorted_slots(image_index, pool_size)
-    return torch.cat([bounds, order]).int()
+    return torch.cat([bounds, order], -1).int()
 
 
 def sorted_slots(image_index: Tensor, pool_size: int) -> tuple[Tensor, Tensor]:
-    """The slots sorted by image, (B Tq K) int64, and where those of an image begin, (U + 1) int64, on any device."""
+    """The slots sorted by image, (B Tq K) int64, and where those of an image begin, (U + 1) int64, on any device.
+
+    Of an index by head both have Hkv rows.
+    """
     # the sort of a GPU takes time by the bits of its keys
     narrow = torch.int16 if pool_size <= torch.iinfo(torch.int16).max else torch.int32
-    image, order = torch.sort(image_index.flatten().to(narrow), stable=True)
-    bounds = torch.searchsorted(image, torch.arange(pool_size + 1, dtype=narrow, device=image.device))
+    slots = image_index.transpose(0, 1).flatten(1) if image_index.dim() == 4 else image_index.flatten()
+    image, order = torch.sort(slots.to(narrow), stable=True)
+    images = torch.arange(pool_size + 1, dtype=narrow, device=image.device).repeat(*slots.shape[:-1], 1)
+    bounds = torch.searchsorted(image, images.view(*slots.shape[:-1], -1))
     return order, bounds
 
 
@@ -59,7 +65,7 @@ def check_pool(inputs: Inputs) -> None:
     check_image_index(inputs.image_index, pool_size)
     if inputs.image_slots is not None:
         order, bounds = sorted_slots(inputs.image_index, pool_size)
-        if not inputs.image_slots.equal(torch.cat([bounds, order]).int()):
+        if not inputs.image_slots.equal(torch.cat([bounds, order], -1).int()):
             raise ValueError(
                 "image_slots does not belong to this image_index: make it by sort_image_slots, from the same numbers"
             )

@@ -169,6 +169,7 @@ def meta_inputs(
     image_q: bool = False,
     score_bias: bool = False,
     seqlens: bool = False,
+    by_head: bool = False,
 ) -> Inputs:
     """Arguments of forward with all switched on but the options here: B 4, 12 key-value heads, T 1024, K 8."""
     batch, heads = 4, 12
@@ -180,7 +181,8 @@ def meta_inputs(
     k = empty(batch, k_len, heads, head_dim).transpose(1, 2)
     if pooled:
         image = empty(9000, heads, head_dim).transpose(0, 1)
-        index, mask = empty(batch, q_len, images, dtype=index_dtype), None
+        of_heads = (heads,) if by_head else ()
+        index, mask = empty(batch, *of_heads, q_len, images, dtype=index_dtype), None
     else:
         image = empty(batch, q_len, images, heads, head_dim).permute(0, 3, 1, 2, 4)
         index, mask = None, empty(batch, q_len, images, dtype=torch.bool)

@@ -117,6 +117,8 @@ VARIANTS = {
     "group of 128, pooled": lambda: meta_inputs(*POOLED, group=128),
     "head of 80": lambda: meta_inputs(80, torch.float16, False),
     "head of 13": lambda: meta_inputs(13, torch.float16, False),
+    "by head": lambda: meta_inputs(*POOLED, by_head=True),
+    "by head, group of three": lambda: meta_inputs(*POOLED, group=3, by_head=True),
     "int32 index": lambda: meta_inputs(*POOLED, index_dtype=torch.int32),
     "image_q": lambda: meta_inputs(*DENSE, image_q=True),
     "image_q, pooled": lambda: meta_inputs(*POOLED, image_q=True),

@@ -34,6 +34,7 @@ class Problem:
     head_dim: int = 16
     num_images: int = 3
     pool_size: int | None = None  # None: dense layout
+    by_head: bool = False  # each key head has images of its own
     first_key: str | None = None  # a name of FIRST_KEYS
     cu_seqlens: bool = False  # documents, an empty one among them
     seqlens: bool = False  # cache_seqlens: other numbers of keys in each row, fewer than queries in the last
@@ -89,7 +90,8 @@ class Problem:
             for name, mean in (("image_k", 0), ("image_v", 1)):
                 inputs[name] = normal(self.pool_size, self.kv_heads, self.head_dim, mean=mean).transpose(0, 1)
             lowest = -1 if self.gaps else 0
-            inputs["image_index"] = torch.randint(lowest, self.pool_size, slots, generator=generator)
+            of_index = (self.batch, self.kv_heads, *slots[1:]) if self.by_head else slots
+            inputs["image_index"] = torch.randint(lowest, self.pool_size, of_index, generator=generator)
             if self.sorted_slots:
                 inputs["image_slots"] = sort_image_slots(inputs["image_index"], self.pool_size)
         if self.biases:
@@ -114,7 +116,8 @@ class Problem:
             if "image_mask" in inputs:
                 bias[~inputs["image_mask"]] = torch.nan
             elif "image_index" in inputs:
-                bias[inputs["image_index"] < 0] = torch.nan
+                absent = inputs["image_index"] < 0
+                bias[absent.all(1) if self.by_head else absent] = torch.nan
             inputs["image_score_bias"] = bias
         return inputs
 
@@ -264,7 +267,9 @@ def assert_minus_infinity_is_weight_zero(impl: str, problem: Problem, dtype: tor
     if problem.pool_size is None:
         absent["image_mask"] = inputs["image_mask"] & ~excluded
     else:
-        absent["image_index"] = inputs["image_index"].masked_fill(excluded, -1)
+        absent["image_index"] = inputs["image_index"].masked_fill(
+            excluded[:, None] if problem.by_head else excluded, -1
+        )
     found, expected = (solve(case, impl, cotangents(problem)) for case in (by_bias, absent))
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, msg=name)
@@ -388,6 +393,17 @@ PROBLEMS = {
     ),
     "image_score_bias, decode": Problem(score_bias=True, num_queries=1, prefix=100, batch=8, pool_size=5),
     "sorted slots": Problem(pool_size=11, sorted_slots=True, num_queries=20),
+    "by head": Problem(pool_size=11, by_head=True, num_queries=20),
+    "by head, all options": Problem(
+        **{"pool_size": 11, "by_head": True, "query_heads": 6, "num_queries": 35, "first_key": "documents"},
+        **{"image_q": True, "softcap": 1.5, "score_bias": True, "weights": True},
+    ),
+    "by head, popular images": Problem(
+        pool_size=2, by_head=True, query_heads=3, kv_heads=3, num_queries=140, num_images=4, head_dim=13
+    ),
+    "by head, sorted slots": Problem(pool_size=7, by_head=True, sorted_slots=True, num_queries=20, head_dim=64),
+    "by head, decode": Problem(pool_size=5, by_head=True, num_queries=1, prefix=300, batch=8),
+    "by head, one head": Problem(pool_size=7, by_head=True, query_heads=4, kv_heads=1, num_queries=20),
     "softcap": Problem(softcap=1.5),
     "softcap, no images": Problem(softcap=1.5, num_images=0, num_queries=150),
     "softcap, image_q, pooled": Problem(softcap=1.5, image_q=True, pool_size=11, first_key="documents", num_queries=80),

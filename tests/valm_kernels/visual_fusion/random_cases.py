@@ -51,6 +51,7 @@ def random_case(number: int) -> Case:
         head_dim=head_dim,
         num_images=num_images,
         pool_size=draw.choice((None, draw.randint(1, 40))),
+        by_head=random.Random(f"by head {number}").random() < 0.3,
         first_key=draw.choice((None, *FIRST_KEYS)) if chance() < 0.5 else None,
         cu_seqlens=packed,
         seqlens=not packed and chance() < 0.2,

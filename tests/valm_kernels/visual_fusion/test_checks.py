@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.valm_kernels.visual_fusion.problems import Problem
-from valm_kernels import attention_weights, visual_fusion_attn
+from valm_kernels import attention_weights, sort_image_slots, visual_fusion_attn
 
 DENSE = Problem(batch=2, query_heads=4, kv_heads=2, num_queries=5, prefix=2, head_dim=8, num_images=3)
 ONE_ROW = replace(DENSE, batch=1)
@@ -40,6 +40,21 @@ WRONG = {
         {"image_index": zeros(2, 5, dtype=torch.int64)},
         ValueError,
         "image_index must have 3 dimensions",
+    ),
+    "image_index heads": (
+        POOLED,
+        {"image_index": zeros(2, 3, 5, 3, dtype=torch.int64)},
+        ValueError,
+        r"image_index must have shape \(B, Tq, K\) or \(B, Hkv, Tq, K\) = \(2, 2, 5, 3\), got \(2, 3, 5, 3\)",
+    ),
+    "image_slots of all heads": (
+        POOLED,
+        {
+            "image_index": zeros(2, 2, 5, 3, dtype=torch.int64),
+            "image_slots": sort_image_slots(zeros(2, 5, 3, dtype=torch.int64), 6),
+        },
+        ValueError,
+        r"image_slots must have shape \(Hkv, U \+ 1 \+ B Tq K\) = \(2, 37\), got \(37,\)",
     ),
     "image_mask rank": (
         DENSE,

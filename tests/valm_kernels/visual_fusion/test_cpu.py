@@ -300,7 +300,7 @@ def test_cache_seqlens_out_of_range(length, impl):
 
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
-@pytest.mark.parametrize("name", ["dense", "pooled", "random first_key"])
+@pytest.mark.parametrize("name", ["dense", "pooled", "by head", "random first_key"])
 def test_image_score_bias_of_minus_infinity(name, impl):
     assert_minus_infinity_is_weight_zero(impl, PROBLEMS[name], torch.float32)
 

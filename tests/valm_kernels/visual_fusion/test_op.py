@@ -15,7 +15,7 @@ backward_op = torch.ops.valm_kernels.visual_fusion_attn_backward.default
 NAMES = (
     *("dense", "pooled", "no images", "prefix", "documents", "heads first"),
     *("image_q", "softcap, no images", "softcap, image_q, pooled", "image_score_bias", "image_score_bias, pooled"),
-    *("cache_seqlens", "cache_seqlens, random first_key", "sorted slots"),
+    *("cache_seqlens", "cache_seqlens, random first_key", "sorted slots", "by head, sorted slots"),
 )
 
 
@@ -74,6 +74,7 @@ def test_opcheck_backward(name, with_lse):
         ("cache_seqlens, documents", True, "aot_eager"),
         ("cu_seqlens", True, "aot_eager"),
         ("sorted slots", False, "aot_eager"),
+        ("by head, all options", True, "aot_eager"),
     ],
 )
 # a graph that an earlier version of the operator left on disk is found by the operator's name alone

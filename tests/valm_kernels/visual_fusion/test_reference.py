@@ -38,14 +38,15 @@ def by_the_formula(inputs, scale):
                 for j in range(max(first, 0), last + 1):
                     pairs.append((cap(scale * q[b, h, i].dot(k[b, h // group, j])), v[b, h // group, j]))
                 slots = inputs.get("image_index", inputs.get("image_mask"))
-                for n in range(slots.shape[2]):
+                of_query = slots[b, h // group, i] if slots.dim() == 4 else slots[b, i]
+                for n in range(len(of_query)):
                     if "image_index" in inputs:
-                        row = int(slots[b, i, n])
+                        row = int(of_query[n])
                         if row < 0:
                             continue
                         key, value = (inputs[x][h // group, row] for x in ("image_k", "image_v"))
                     else:
-                        if not slots[b, i, n]:
+                        if not of_query[n]:
                             continue
                         key, value = (inputs[x][b, h // group, i, n] for x in ("image_k", "image_v"))
                     key = key + inputs["image_k_bias"][h // group]
@@ -60,13 +61,13 @@ def by_the_formula(inputs, scale):
     return out, lse
 
 
-@pytest.mark.parametrize("pool_size", [None, 3])
+@pytest.mark.parametrize(("pool_size", "by_head"), [(None, False), (3, False), (3, True)])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(
     "problem", [PLAIN, SMALL, CACHE], ids=["plain", "softcap, image_q and image_score_bias", "cache"]
 )
-def test_is_the_formula(problem, pool_size, causal):
-    inputs = replace(problem, pool_size=pool_size, causal=causal).inputs()
+def test_is_the_formula(problem, pool_size, by_head, causal):
+    inputs = replace(problem, pool_size=pool_size, by_head=by_head, causal=causal).inputs()
     out, lse = visual_fusion_attn(**inputs, scale=0.7, return_lse=True, impl="reference")
     expected_out, expected_lse = by_the_formula(inputs, 0.7)
     torch.testing.assert_close(out, expected_out, rtol=1e-13, atol=1e-13)
@@ -107,7 +108,8 @@ def test_without_images_it_is_ordinary_attention():
 
 
 @pytest.mark.parametrize(
-    "name", ["dense", "pooled", "random first_key", "image_score_bias, pooled", "cache_seqlens", "cu_seqlens"]
+    "name",
+    ["dense", "pooled", "by head", "random first_key", "image_score_bias, pooled", "cache_seqlens", "cu_seqlens"],
 )
 def test_attention_weights_are_those_of_the_operation(name):
     inputs = PROBLEMS[name].inputs()
@@ -120,10 +122,12 @@ def test_attention_weights_are_those_of_the_operation(name):
     future = torch.ones(num_queries, num_keys, dtype=torch.bool).triu(1 + num_keys - num_queries)
     assert (text[..., future] == 0).all()
     if "image_mask" in inputs:
-        present = inputs["image_mask"]
+        present = inputs["image_mask"][:, None].expand_as(image)
+    elif name == "by head":
+        present = (inputs["image_index"] >= 0).repeat_interleave(2, 1)
     else:
-        present = inputs["image_index"] >= 0
-    assert (image[~present[:, None].expand_as(image)] == 0).all()
+        present = (inputs["image_index"] >= 0)[:, None].expand_as(image)
+    assert (image[~present] == 0).all()
     # all values equal: the output is that value, whatever the weights
     ones = {**inputs, "v": torch.ones_like(inputs["v"]), "image_v": torch.ones_like(inputs["image_v"])}
     ones["image_v_bias"] = torch.zeros_like(inputs["image_v_bias"])
@@ -131,7 +135,9 @@ def test_attention_weights_are_those_of_the_operation(name):
 
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
-@pytest.mark.parametrize("name", ["dense", "pooled", "random first_key", "image weights, pooled"])
+@pytest.mark.parametrize(
+    "name", ["dense", "pooled", "by head, all options", "random first_key", "image weights, pooled"]
+)
 def test_image_weights_are_attention_weights(name, impl):
     inputs = PROBLEMS[name].inputs()
     arguments = {key: value for key, value in inputs.items() if key not in ("v", "image_v", "image_v_bias")}

@@ -20,6 +20,14 @@ def test_slots_of_every_image_in_rising_order(pool_size, dtype):
     assert bounds[-1] == 60
 
 
+def test_slots_of_each_head():
+    index = torch.randint(-1, 7, (3, 2, 5, 4), generator=torch.Generator().manual_seed(0))
+    slots = sort_image_slots(index, 7)
+    for head in range(2):
+        assert slots[head].equal(sort_image_slots(index[:, head], 7))
+    assert slots.dtype == torch.int32 and slots.shape == (2, 7 + 1 + 60) and not slots[0].equal(slots[1])
+
+
 def test_a_pool_and_an_index_of_nothing():
     assert sort_image_slots(torch.full((1, 2, 1), -1), 0).tolist() == [2, 0, 1]
     assert sort_image_slots(torch.zeros(1, 2, 0, dtype=torch.int64), 2).tolist() == [0, 0, 0]
@@ -30,7 +38,11 @@ def test_a_pool_and_an_index_of_nothing():
     [
         ([[[0]]], TypeError, "image_index must be an int32 or int64 tensor, got list"),
         (torch.zeros(1, 1, 1), TypeError, "int32 or int64 tensor, got torch.float32"),
-        (torch.zeros(1, 1, dtype=torch.int64), ValueError, r"image_index must have 3 dimensions .* got shape \(1, 1\)"),
+        (
+            torch.zeros(1, 1, dtype=torch.int64),
+            ValueError,
+            r"image_index must have 3 dimensions .* or 4, .* got shape \(1, 1\)",
+        ),
         (torch.zeros(1, 1, 1, dtype=torch.int64, device="meta"), ValueError, "must be on the CPU, but is on meta"),
         (torch.full((1, 1, 1), 2), ValueError, "a row of the pool from 0 to 1, got 2"),
         (torch.full((1, 1, 1), -2), ValueError, "a row of the pool from 0 to 1, got -2"),
@@ -42,17 +54,18 @@ def test_wrong_index_raises(index, error, message):
 
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
-def test_slots_change_nothing_on_cpu_and_raise_if_they_belong_to_another_index(impl):
-    inputs = PROBLEMS["sorted slots"].inputs(torch.float32)
+@pytest.mark.parametrize("name", ["sorted slots", "by head, sorted slots"])
+def test_slots_change_nothing_on_cpu_and_raise_if_they_belong_to_another_index(name, impl):
+    inputs = PROBLEMS[name].inputs(torch.float32)
     slots = inputs.pop("image_slots")
     expected = visual_fusion_attn(**inputs, impl=impl)
     assert torch.equal(visual_fusion_attn(**inputs, image_slots=slots, impl=impl), expected)
     twice = slots.clone()
-    twice[-1] = twice[-2]  # not a permutation
+    twice[..., -1] = twice[..., -2]  # not a permutation
     swapped = slots.clone()
-    swapped[[12, -1]] = swapped[[-1, 12]]  # of other images
+    swapped[..., [12, -1]] = swapped[..., [-1, 12]]  # of other images
     moved = slots.clone()
-    moved[3] += 1  # a bound
+    moved[..., 3] += 1  # a bound
     for wrong in (twice, swapped, moved):
         with pytest.raises(ValueError, match="image_slots does not belong to this image_index"):
             visual_fusion_attn(**inputs, image_slots=wrong, impl=impl)

@@ -17,6 +17,7 @@ from valm_kernels import visual_fusion_attn
 PROBLEMS = {
     "dense": Problem(batch=1, num_queries=9, prefix=2, head_dim=8),
     "pooled": Problem(batch=2, num_queries=6, head_dim=8, pool_size=4, image_q=True, score_bias=True, softcap=2.0),
+    "by head": Problem(batch=1, num_queries=6, head_dim=8, pool_size=4, by_head=True),
     "documents": Problem(batch=1, num_queries=9, head_dim=8, num_images=0, cu_seqlens=True),
 }
 

@@ -61,7 +61,12 @@ def _kind(inputs: Inputs) -> tuple[Any, ...]:
     """What the fastest tiles depend on besides the kernel; lengths and the number of heads rounded to powers of two."""
     q, k = inputs.q, inputs.k
     device = torch.cuda.get_device_name(q.device) if q.device.type == "cuda" else q.device.type
-    layout = "none" if inputs.image_k is None else "dense" if inputs.image_index is None else "pooled"
+    if inputs.image_k is None:
+        layout = "none"
+    elif inputs.image_index is None:
+        layout = "dense"
+    else:
+        layout = "pooled by head" if inputs.by_head else "pooled"
     images = num_images(inputs)
     sizes = (triton.next_power_of_2(n) for n in (q.shape[0] * k.shape[1], q.shape[2], k.shape[2]))
     options = (inputs.image_q is not None, inputs.first_key is not None, inputs.softcap is not None, inputs.causal)

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..inputs import Gradients, Inputs
+from ..inputs import Gradients, Inputs, num_images
 from ..layout import empty_rows_like
 from ..slots import sorted_slots
 from .backward_query import ForPool
@@ -84,6 +84,14 @@ def _sum_slots(
 
 
 @triton.jit
+def _of_heads(x, length, BY_HEAD: tl.constexpr):
+    """Where x of the program's heads begins: all share one, or each has its own, of that length."""
+    if BY_HEAD:
+        x += tl.program_id(1).to(tl.int64) * length
+    return x
+
+
+@triton.jit
 def _columns(p_row, BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr):
     """`columns` of rows in two dimensions."""
     p = p_row[:, :, None] + tl.arange(0, BLOCK_D)[None, None, :]
@@ -98,9 +106,9 @@ def _popular_kernel(
     grad_out,
     image_dx,
     image_b,
-    image_index,  # (B, Tq, K)
+    image_index,  # (B Tq K), or (Hkv, B Tq K), as order
     order,
-    segment,  # (U + 1): where the slots of an image begin in `order`
+    segment,  # (U + 1) or (Hkv, U + 1): where the slots of an image begin in `order`
     parts,  # (blocks, 2, 2, Hkv, D) float32: of the image at the beginning and at the end of a block, dk and dv
     stride_iq,
     stride_do,
@@ -108,6 +116,8 @@ def _popular_kernel(
     Tq,
     K,
     n_slots,
+    pool_size,
+    BY_HEAD: tl.constexpr,
     D: tl.constexpr,
     G: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -116,6 +126,9 @@ def _popular_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
 ):
+    image_index = _of_heads(image_index, n_slots, BY_HEAD)
+    order = _of_heads(order, n_slots, BY_HEAD)
+    segment = _of_heads(segment, pool_size + 1, BY_HEAD)
     i_s = tl.program_id(0).to(tl.int64)
     o_h = tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
     first = tl.program_id(0) * BLOCK_SLOTS
@@ -176,7 +189,10 @@ def _pool_kernel(
     Hkv,
     Tq,
     K,
+    n_slots,
+    pool_size,
     scale,
+    BY_HEAD: tl.constexpr,
     D: tl.constexpr,
     G: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -185,6 +201,8 @@ def _pool_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
 ):
+    order = _of_heads(order, n_slots, BY_HEAD)
+    segment = _of_heads(segment, pool_size + 1, BY_HEAD)
     i_u = tl.program_id(0).to(tl.int64)
     o_h = tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
     o_d = tl.arange(0, BLOCK_D)
@@ -240,12 +258,15 @@ def pool_gradients(inputs: Inputs, grad_out: Tensor, for_pool: ForPool, gradient
     if inputs.image_slots is None:
         order, segment = sorted_slots(image_index, pool_size)
     else:
-        segment, order = inputs.image_slots.split((pool_size + 1, image_index.numel()))
-    blocks = cdiv(image_index.numel(), BLOCK_SLOTS)
+        segment, order = inputs.image_slots.tensor_split([pool_size + 1], -1)
+    if inputs.by_head:
+        image_index, order, segment = image_index.transpose(0, 1).contiguous(), order.contiguous(), segment.contiguous()
+    n_slots = order.shape[-1]
+    blocks = cdiv(n_slots, BLOCK_SLOTS)
     parts = for_pool.image_b.new_empty(blocks, 2, 2, kv_heads, head_dim)
-    constants = _constants(kv_heads, inputs.q.shape[1] // kv_heads, head_dim, inputs.q.dtype)
+    constants = _constants(kv_heads, inputs.q.shape[1] // kv_heads, head_dim, inputs.q.dtype, inputs.by_head)
     head_blocks = cdiv(kv_heads, constants["BLOCK_H"])
-    sizes = (kv_heads, image_q.shape[2], image_index.shape[2])
+    sizes = (kv_heads, image_q.shape[2], num_images(inputs), n_slots, pool_size)
     of_slots = (image_q, grad_out, for_pool.image_dx, for_pool.image_b)
     _popular_kernel[(blocks, head_blocks)](
         *of_slots,
@@ -256,7 +277,6 @@ def pool_gradients(inputs: Inputs, grad_out: Tensor, for_pool: ForPool, gradient
         strides(image_q),
         strides(grad_out),
         *sizes,
-        image_index.numel(),
         BLOCK_SLOTS=BLOCK_SLOTS,
         **constants,
     )
@@ -279,16 +299,18 @@ def pool_gradients(inputs: Inputs, grad_out: Tensor, for_pool: ForPool, gradient
 
 
 @cache
-def _constants(kv_heads: int, group: int, head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
+def _constants(kv_heads: int, group: int, head_dim: int, dtype: torch.dtype, by_head: bool) -> dict[str, Any]:
     """The compile-time arguments of both kernels."""
     columns = block_d(head_dim)
+    most = 1 if by_head else max(1, COLUMNS // columns)
     return {
+        "BY_HEAD": by_head,
         "D": head_dim,
         "G": group,
         "ALIGNED": head_dim * dtype.itemsize % VECTOR == 0,
         "BLOCK_D": columns,
         "BLOCK_E": SLOTS,
-        "BLOCK_H": min(1 << (kv_heads - 1).bit_length(), max(1, COLUMNS // columns)),
+        "BLOCK_H": min(1 << (kv_heads - 1).bit_length(), most),
         "num_warps": 4,
         "enable_fp_fusion": True,
     }

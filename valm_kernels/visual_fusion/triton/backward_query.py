@@ -117,6 +117,7 @@ def _query_kernel(
     scale,
     scale_log2,
     softcap_log2,  # None = no cap
+    BY_HEAD: tl.constexpr,  # image_index is (B, Hkv, Tq, K)
     D: tl.constexpr,
     G: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -175,7 +176,7 @@ def _query_kernel(
         m_t1 = (o_t1 < Tq)[:, None] & m_d[None, :]
         o_part = (i_m % (BLOCK_G // BLOCK_H)).to(tl.int64) * stride_part
         for i_k in tl.range(0, K, num_stages=IMAGE_STAGES):
-            o_slot, m_image = image_slots(image_index, image_mask, i_b, o_t, i_k, Tq, K)
+            o_slot, m_image = image_slots(image_index, image_mask, i_b, i_h, o_t, i_k, Hkv, Tq, K, BY_HEAD)
             # [BM, BD]
             b_ik = load_images(image_k, strides.image_k, i_b, i_h, o_t, o_slot, m_image, D, BLOCK_D, ALIGNED)
             b_iv = load_images(image_v, strides.image_v, i_b, i_h, o_t, o_slot, m_image, D, BLOCK_D, ALIGNED)
@@ -361,6 +362,7 @@ def query_gradients(
             inputs.scale,
             inputs.scale * LOG2E.value,
             softcap_log2(inputs),
+            BY_HEAD=inputs.by_head,
             **constants,
             BLOCK_M=tiles.block_m,
             BLOCK_N=tiles.block_n,

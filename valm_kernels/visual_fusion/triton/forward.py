@@ -157,6 +157,7 @@ def _forward_kernel(
     K,
     scale_log2,
     softcap_log2,  # None = no cap
+    BY_HEAD: tl.constexpr,  # image_index is (B, Hkv, Tq, K)
     D: tl.constexpr,
     G: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -191,7 +192,7 @@ def _forward_kernel(
         )
         n_images = tl.where(i_s == tl.num_programs(1) - 1, K, 0)
         for i_k in tl.range(0, n_images, num_stages=IMAGE_STAGES):
-            o_slot, m_image = image_slots(image_index, image_mask, i_b, o_t, i_k, Tq, K)
+            o_slot, m_image = image_slots(image_index, image_mask, i_b, i_h, o_t, i_k, Hkv, Tq, K, BY_HEAD)
             # [BM, BD]
             b_ik = load_images(image_k, strides.image_k, i_b, i_h, o_t, o_slot, m_image, D, BLOCK_D, ALIGNED)
             b_iv = load_images(image_v, strides.image_v, i_b, i_h, o_t, o_slot, m_image, D, BLOCK_D, ALIGNED)
@@ -355,6 +356,7 @@ def forward(
                 num_images(inputs),
                 inputs.scale * LOG2E.value,
                 softcap_log2(inputs),
+                BY_HEAD=inputs.by_head,
                 **constants,
                 BLOCK_M=tiles.block_m,
                 BLOCK_N=tiles.block_n,

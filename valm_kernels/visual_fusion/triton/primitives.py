@@ -201,13 +201,15 @@ def over_key_tiles(
 
 
 @triton.jit
-def image_slots(image_index, image_mask, i_b, o_t, i_k, Tq, K):
+def image_slots(image_index, image_mask, i_b, i_h, o_t, i_k, Hkv, Tq, K, BY_HEAD: tl.constexpr):
     """Slot of the i_k-th image of each row in the image tensor (int64 [BM]) and whether there is one ([BM]).
 
     With image_index the image tensor is a pool and the slot is the index into it; without, the slot is i_k itself.
     """
     o_ik = (i_b * Tq + o_t) * K + i_k
     if image_index is not None:
+        if BY_HEAD:
+            o_ik = ((i_b * Hkv + i_h) * Tq + o_t) * K + i_k
         o_slot = tl.load(image_index + o_ik).to(tl.int64)
         m_image = o_slot >= 0
     else:

@@ -49,6 +49,8 @@ QUICK = {
     "image_score_bias",
     "image weights, pooled",
     "cache_seqlens, documents",
+    "by head, all options",
+    "by head, popular images",
 }
 
 
@@ -121,11 +123,11 @@ def test_popular_images(monkeypatch, pool_size):
         assert_solves("triton", problem, torch.float32)
 
 
-@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
-def test_sorted_slots_save_the_sort(monkeypatch, index_dtype):
+@pytest.mark.parametrize(("index_dtype", "by_head"), [(torch.int32, False), (torch.int64, False), (torch.int32, True)])
+def test_sorted_slots_save_the_sort(monkeypatch, index_dtype, by_head):
     """The gradients are the same to the last bit, also those of popular images."""
     monkeypatch.setattr(backward_pool, "BLOCK_SLOTS", 8)
-    problem = Problem(batch=2, num_queries=11, pool_size=5)
+    problem = Problem(batch=2, num_queries=11, pool_size=5, by_head=by_head)
     use_small_tiles(monkeypatch, problem)
     inputs = problem.inputs(torch.float32)
     inputs["image_index"] = inputs["image_index"].to(index_dtype)
