@@ -59,11 +59,13 @@ PYBIND11_MODULE(_native, m) {
             [&](const auto& interrupted) { return valm::pack(rows, packed, isa, threads, interrupted); });
     });
     m.def("ip_topk_cpu",
-          [](uintptr_t queries, int64_t n_queries, const valm::Rows& rows, const valm::PackedRows* packed, int64_t k,
-             const std::string& isa, int threads, uintptr_t scores, uintptr_t indices, uintptr_t allowed) {
+          [](uintptr_t queries, int64_t n_queries, const valm::Rows& rows, int64_t n_databases,
+             const valm::PackedRows* packed, int64_t k, const std::string& isa, int threads, uintptr_t scores,
+             uintptr_t indices, uintptr_t allowed) {
               return interruptible([&](const auto& interrupted) {
-                  return valm::ip_topk_cpu(at<float>(queries), n_queries, rows, packed, k, at<bool>(allowed), isa,
-                                           threads, interrupted, at<float>(scores), at<int64_t>(indices));
+                  return valm::ip_topk_cpu(at<float>(queries), n_queries, rows, n_databases, packed, k,
+                                           at<bool>(allowed), isa, threads, interrupted, at<float>(scores),
+                                           at<int64_t>(indices));
               });
           });
     m.def("ip_scores_cpu", [](uintptr_t queries, const valm::Rows& rows, int64_t n_pairs, uintptr_t query_ids,

@@ -56,9 +56,11 @@ int64_t pack(const Rows& rows, const PackedRows& packed, const std::string& isa,
 // holds NaN or infinity, or -1.
 // allowed (rows.count): the rows that may be returned, null for all; with fewer than k of them the score is -inf and
 // the index -1 at the end.
-int64_t ip_topk_cpu(const float* queries, int64_t n_queries, const Rows& rows, const PackedRows* packed, int64_t k,
-                    const bool* allowed, const std::string& isa, int threads, const std::function<bool()>& interrupted,
-                    float* scores, int64_t* indices);
+// Several databases of one size follow each other, without packed and allowed: `rows` is the first, and queries, scores
+// and indices have those of each. The first row that is not finite is counted from the first database on.
+int64_t ip_topk_cpu(const float* queries, int64_t n_queries, const Rows& rows, int64_t n_databases,
+                    const PackedRows* packed, int64_t k, const bool* allowed, const std::string& isa, int threads,
+                    const std::function<bool()>& interrupted, float* scores, int64_t* indices);
 
 // The score, as exact.hpp says, of query query_ids[i] and row row_ids[i], for each of n_pairs pairs. queries (any
 // number, rows.dim padded with zeros to a multiple of kExactLanes).

@@ -78,8 +78,8 @@ void check_search(const char* dtype, const std::string& isa, const std::vector<V
                 std::vector<float> scores(n_queries * kBest);
                 std::vector<int64_t> indices(n_queries * kBest);
                 const bool* const filter = n_queries == 1 ? allowed.get() : nullptr;
-                const int64_t broken = valm::ip_topk_cpu(queries.data(), n_queries, stored, first_pass, kBest, filter,
-                                                         isa, 2, never, scores.data(), indices.data());
+                const int64_t broken = valm::ip_topk_cpu(queries.data(), n_queries, stored, 1, first_pass, kBest,
+                                                         filter, isa, 2, never, scores.data(), indices.data());
                 check(broken == -1, "ip_topk_cpu");
                 for (int64_t q = 0; q < n_queries; ++q) {
                     std::vector<float> all(count);

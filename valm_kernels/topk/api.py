@@ -15,6 +15,7 @@ from .checks import (
     check_float,
     check_ids,
     check_queries,
+    check_queries_of_each,
     check_search,
 )
 from .result import NumpyTopK, TopK, check_out, like_queries, written_to
@@ -63,7 +64,8 @@ def ip_topk(
     Args:
         queries: (..., E) float32, float16 or bfloat16; any number, including none.
         database: (N, E), same dtypes, same device; E from 8 to 2048. A row with NaN or infinity raises on the CPU; a
-            CUDA search never returns it.
+            CUDA search never returns it. Or several databases of one size, such as the keys of each head: (..., N, E)
+            with queries (..., Q, E), and results (..., Q, k). On the CPU they are searched at once, each by a thread.
         k: 1 to 1024, at most N; above 128 a CUDA search reads the database again for every 4 queries.
         allowed: the rows that may be returned, on the device of the database: (N,) bool, or their numbers (n,) int64.
             With fewer than k of them results are padded with index −1 and score −inf. On a CUDA device numbers out of
@@ -79,10 +81,12 @@ def ip_topk(
         ImportError: the native code that `impl` needs is not built.
     """
     rows = as_tensor(database, "database")
-    check_database(rows)
+    check_database(rows, several=True)
     check_float(rows, "database")
     flat = as_tensor(queries, "queries")
-    check_search(flat, len(rows), rows.shape[1], rows.device, k)
+    check_search(flat, rows.shape[-2], rows.shape[-1], rows.device, k)
+    if rows.dim() > 2:
+        check_queries_of_each(flat, rows, allowed)
     some = allowed_rows(allowed, len(rows), rows.device)
     if out is not None:
         check_out(out, (*flat.shape[:-1], k), flat.device)
@@ -153,6 +157,8 @@ def search(
     if impl == "cuda":
         cuda.code()  # it never falls back to PyTorch
     flat = queries.reshape(-1, queries.shape[-1])  # [Q, E]
+    if rows.dim() > 2:  # [n, Q, E] of [n, N, E]
+        flat, rows = queries.flatten(0, -3), rows.flatten(0, -3)
     if impl == "reference":
         scores, indices = reference.ip_topk(flat, rows, row_scale, k, allowed)
     elif streamed:

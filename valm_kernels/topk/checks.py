@@ -71,11 +71,13 @@ def check_float(tensor: Tensor, name: str) -> None:
         raise TypeError(f"{name} has dtype {tensor.dtype}, expected one of {expected}; convert it first")
 
 
-def check_database(database: Tensor) -> None:
-    if database.dim() != 2:
-        raise ValueError(f"database must have shape (N, E), but has shape {tuple(database.shape)}")
-    rows, dim = database.shape
-    if rows == 0:
+def check_database(database: Tensor, several: bool = False) -> None:
+    """A database (N, E), or with `several` perhaps (..., N, E)."""
+    if database.dim() != 2 and not (several and database.dim() > 2):
+        expected = "(N, E) or (..., N, E)" if several else "(N, E)"
+        raise ValueError(f"database must have shape {expected}, but has shape {tuple(database.shape)}")
+    rows, dim = database.shape[-2:]
+    if database.shape[:-1].numel() == 0:
         raise ValueError("database is empty: it has no rows to search")
     if rows > MAX_ROWS:
         raise ValueError(f"database has {rows} rows, at most {MAX_ROWS} fit; split it and join by merge_topk")
@@ -99,6 +101,19 @@ def check_search(queries: Tensor, rows: int, dim: int, device: torch.device, k: 
         raise ValueError(f"k is {k}, expected 1 to {MAX_TOPK}")
     if k > rows:
         raise ValueError(f"k is {k}, but the database has only {rows} rows")
+
+
+def check_queries_of_each(queries: Tensor, databases: Tensor, allowed: object) -> None:
+    """Queries (..., Q, E) of databases (..., N, E)."""
+    leading = databases.shape[:-2]
+    if queries.dim() != databases.dim() or queries.shape[:-2] != leading:
+        shape = ", ".join(map(str, (*leading, "Q", databases.shape[-1])))
+        raise ValueError(
+            f"queries must have shape ({shape}), some for each database of {tuple(databases.shape)}, but have "
+            f"{tuple(queries.shape)}"
+        )
+    if allowed is not None:
+        raise ValueError("allowed names the rows of one database (N, E), but there are several")
 
 
 def check_ids(ids: Tensor, count: int, device: torch.device, name: str) -> None:

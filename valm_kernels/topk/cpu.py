@@ -40,7 +40,7 @@ def _pointer(tensor: Tensor | None) -> int:
 
 
 def _native_rows(rows: Tensor, row_scale: Tensor | None) -> object:
-    return native().Rows(rows.data_ptr(), _pointer(row_scale), DTYPE_NAMES[rows.dtype], *rows.shape)
+    return native().Rows(rows.data_ptr(), _pointer(row_scale), DTYPE_NAMES[rows.dtype], *rows.shape[-2:])
 
 
 def _native_packed_rows(packed: PackedRows, count: int) -> object:
@@ -57,9 +57,12 @@ def _native_packed_rows(packed: PackedRows, count: int) -> object:
     )
 
 
-def _refuse(row: int) -> None:
+def _refuse(row: int, rows: Tensor) -> None:
     if row >= 0:
-        raise ValueError(f"database row {row} holds NaN or infinity; every stored number must be finite")
+        of_several = f" of database {row // rows.shape[1]} (of {len(rows)}, from 0)" if rows.dim() == 3 else ""
+        raise ValueError(
+            f"database row {row % rows.shape[-2]}{of_several} holds NaN or infinity; every stored number must be finite"
+        )
 
 
 @survives_fork
@@ -85,7 +88,7 @@ def pack(rows: Tensor, row_scale: Tensor | None) -> PackedRows:
         first_rows=None if distinct else first_rows[:different].clone(),
         next_duplicate=None if distinct else next_duplicate,
     )
-    _refuse(native().pack(native_rows, _native_packed_rows(packed, count), cpu_isa(), torch.get_num_threads()))
+    _refuse(native().pack(native_rows, _native_packed_rows(packed, count), cpu_isa(), torch.get_num_threads()), rows)
     return packed
 
 
@@ -100,16 +103,19 @@ def search(
 ) -> tuple[Tensor, Tensor]:
     """Scores and indices (Q, k) of queries (Q, E) over contiguous rows, or those that allowed (N,) bool names; without
     `packed` the search packs and checks them block by block.
+
+    Of n databases, rows (n, N, E) without `packed` and `allowed`, (n, Q, k) of queries (n, Q, E).
     """
     queries = queries.float().contiguous()
     # a name, because the native code reads it after this expression
     allowed = None if allowed is None else allowed.contiguous()
-    scores = queries.new_empty(queries.shape[0], k)
+    scores = queries.new_empty(*queries.shape[:-1], k)
     indices = scores.new_empty(scores.shape, dtype=torch.int64)
     broken_row = native().ip_topk_cpu(
         queries.data_ptr(),
-        queries.shape[0],
+        queries.shape[-2],
         _native_rows(rows, row_scale),
+        rows.shape[:-2].numel(),
         None if packed is None else _native_packed_rows(packed, rows.shape[0]),
         k,
         cpu_isa(),
@@ -118,7 +124,7 @@ def search(
         indices.data_ptr(),
         _pointer(allowed),
     )
-    _refuse(broken_row)
+    _refuse(broken_row, rows)
     return scores, indices
 
 

@@ -17,7 +17,7 @@ from ..native import native
 from . import matmul
 from .checks import SCAN_VALUES
 from .cpu import DTYPE_NAMES
-from .result import TopK, merge_topk
+from .result import TopK, merge_topk, topk_of_each
 
 # The kernels load 16 bytes at once: so many elements of int8 rows, and rows of one length for all dtypes.
 DIM_MULTIPLE = 16
@@ -150,8 +150,11 @@ def search(
 
     `packed` comes from `pack`; with None the search itself finds the norms, but no equal rows. A row that is not
     finite, or that allowed (N,) bool excludes, is never returned; results are padded with score −inf and index −1. A
-    query that is not finite gets scores NaN and indices −1.
+    query that is not finite gets scores NaN and indices −1. Databases (n, N, E) of float numbers are searched one after
+    the other, for queries (n, Q, E).
     """
+    if rows.dim() == 3:
+        return topk_of_each(lambda some, database: search(some, database, None, None, k), queries, rows)
     queries, rows = aligned(queries.float()), aligned(rows)
     if not has_code(rows.device):
         norms = matmul.row_norms(rows, row_scale) if packed is None else packed.norms

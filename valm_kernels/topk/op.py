@@ -11,7 +11,7 @@ from torch import Tensor
 from .._ops import add_op_namespace_prefix
 from . import cpu, cuda, streaming
 
-# `allowed` (N,) bool names the rows that may be returned.
+# `allowed` (N,) bool names the rows that may be returned. ip_topk also takes databases (n, N, E) and queries (n, Q, E).
 torch.library.define(
     add_op_namespace_prefix("ip_topk"),
     "(Tensor queries, Tensor database, Tensor? row_scale, int k, Tensor? allowed=None) "
@@ -38,7 +38,7 @@ torch.library.define(
 def _ip_topk_fake(
     queries: Tensor, database: Tensor, row_scale: Tensor | None, k: int, allowed: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    shape = (queries.shape[0], k)
+    shape = (*queries.shape[:-1], k)
     return queries.new_empty(shape, dtype=torch.float32), queries.new_empty(shape, dtype=torch.int64)
 
 

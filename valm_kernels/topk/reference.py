@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .result import topk_of_each
+
 EXACT_LANES = 32
 # Float64 partial sums per chunk, at most (64 MiB).
 PARTIAL_SUMS_PER_CHUNK = 1 << 23
@@ -53,7 +55,10 @@ def ip_topk(
 
     queries (Q, E) and database (N, E) in any float dtype, or database int8 with row_scale (N,). With allowed (N,) bool,
     of these rows only, padded with score −inf and index −1. A query that is not finite gets scores NaN and indices −1.
+    Databases (n, N, E) of float numbers have queries (n, Q, E) and results (n, Q, k).
     """
+    if database.dim() == 3:
+        return topk_of_each(lambda some, rows: ip_topk(some, rows, None, k), queries, database)
     if allowed is not None:
         ids = allowed.nonzero()[:, 0]
         found = min(k, len(ids))

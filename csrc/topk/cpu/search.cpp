@@ -23,7 +23,8 @@ constexpr int64_t kGroupTimesThreads = 8192;
 constexpr int64_t kUsualBest = 128;
 // Rows collected for a query before they are scored.
 constexpr int kBuffer = 256;
-// Candidates of a full buffer that are scored exactly: k, but no fewer and no more than these.
+// Candidates that are scored exactly before the kth best is known anew: k, but no fewer and no more than these. So many
+// of a full buffer are.
 constexpr int64_t kFewestScored = 8, kMostScored = 32;
 // The others stay in the buffer, if no more than these are in reach of the kth best then.
 constexpr int64_t kLeft = 192;
@@ -34,23 +35,10 @@ constexpr int64_t kFloatBlockBytes = 2 << 20;
 // Up to this many queries, unpacked rows are multiplied as float32; above it packing them first is cheaper.
 constexpr int64_t kFloatQueries = 3;
 
-struct Candidate {
-    float upper;
-    uint32_t position;
-};
-
-// Orders by the highest bound, then by the lowest row; a NaN bound, from an overflow, comes first.
-bool better_bound(const Candidate& a, const Candidate& b) {
-    constexpr float kInfinity = std::numeric_limits<float>::infinity();
-    const float upper_a = std::isnan(a.upper) ? kInfinity : a.upper;
-    const float upper_b = std::isnan(b.upper) ? kInfinity : b.upper;
-    return upper_a > upper_b || (upper_a == upper_b && a.position < b.position);
-}
-
 // One thread's state for one query.
 struct Find {
     uint32_t candidates = 0;  // in its buffer
-    uint32_t kept = 0;        // in its heap
+    uint32_t kept = 0;        // of its best
     uint64_t kth = 0;         // key that theta was made from
     bool after = false;
 };
@@ -62,12 +50,12 @@ struct alignas(64) Line {
 
 // One thread's buffers.
 struct Worker {
-    std::vector<Find> finds;            // (group)
-    std::vector<float> theta;           // (group)
-    std::vector<Candidate> candidates;  // (group, kBuffer)
-    std::vector<uint64_t> heaps;        // (group, k) the worst in front
-    std::vector<Hit> hits;              // (group, kPanelRows)
-    std::vector<uint8_t> codes;         // a block packed in this call
+    std::vector<Find> finds;           // (group)
+    std::vector<float> theta;          // (group)
+    std::vector<uint64_t> candidates;  // (group, kBuffer) keys of bounds and positions
+    std::vector<uint64_t> best;        // (group, k + scored at once) keys of scored rows
+    std::vector<Hit> hits;             // (group, kPanelRows)
+    std::vector<uint8_t> codes;        // a block packed in this call
     std::vector<float> stats;
 };
 
@@ -78,6 +66,7 @@ class Search {
         : rows_(rows),
           kernels_(kernels),
           k_(k),
+          scored_at_once_(std::clamp(k, kFewestScored, kMostScored)),
           allowed_(allowed),
           threads_(threads),
           steps_((rows.dim + 3) / 4),
@@ -106,8 +95,8 @@ class Search {
     void float_block(Worker& worker, int64_t begin, int64_t end);
     void collect(Worker& worker, int64_t query, float upper, int64_t position);
     void settle(Worker& worker, int64_t query, bool last);
-    void score(Worker& worker, int64_t query, const Candidate* begin, const Candidate* end);
-    bool offer(Worker& worker, int64_t query, uint64_t key);
+    void score(Worker& worker, int64_t query, const uint64_t* begin, const uint64_t* end);
+    void raise_kth(Worker& worker, int64_t query);
     float float_upper(int64_t query, int64_t row);
     // The key of a query's kth best so far, and the thresholds of the rows before and after it.
     struct Bar {
@@ -143,7 +132,7 @@ class Search {
     const Rows rows_;
     PackedRows packed_rows_;
     const Kernels& kernels_;
-    const int64_t k_;
+    const int64_t k_, scored_at_once_;
     const bool* const allowed_;
     std::vector<uint32_t> allowed_panels_;  // a bit for each position; empty: all are allowed
     std::vector<int32_t> allowed_rows_;     // by position, where rows are equal
@@ -270,7 +259,7 @@ void Search::start_group(const std::vector<int64_t>& members, const float* queri
         worker.finds.assign(count, {});
         worker.theta.assign(count, -std::numeric_limits<float>::infinity());
         worker.candidates.resize(count * kBuffer);
-        worker.heaps.resize(count * k_);
+        worker.best.resize(count * (k_ + scored_at_once_));
         worker.hits.resize(float_pass_ ? 0 : count * kPanelRows);
         if (!packed_ && !float_pass_) {
             worker.codes.resize(block_rows_ * steps_ * 4);
@@ -359,8 +348,9 @@ void Search::float_block(Worker& worker, int64_t begin, int64_t end) {
 
 void Search::collect(Worker& worker, int64_t query, float upper, int64_t position) {
     Find& find = worker.finds[query];
-    if (upper < worker.theta[query]) return;  // theta rose since the kernel saw it
-    worker.candidates[query * kBuffer + find.candidates++] = {upper, static_cast<uint32_t>(position)};
+    if (upper < worker.theta[query]) return;                                // theta rose since the kernel saw it
+    if (std::isnan(upper)) upper = std::numeric_limits<float>::infinity();  // of an overflow
+    worker.candidates[query * kBuffer + find.candidates++] = candidate_key(upper, static_cast<uint32_t>(position));
     if (find.candidates < kBuffer) return;
     settle(worker, query, false);
     const uint64_t kth = kth_[query].load(std::memory_order_relaxed);
@@ -381,14 +371,14 @@ void Search::refresh(Worker& worker, int64_t query, uint64_t kth, bool after) {
 // far as the bounds reach, and float32 products tighten the bounds of many before.
 void Search::settle(Worker& worker, int64_t query, bool last) {
     Find& find = worker.finds[query];
-    Candidate* const begin = worker.candidates.data() + query * kBuffer;
-    Candidate* end = begin + find.candidates;
-    const int64_t scored = std::clamp(k_, kFewestScored, kMostScored);
-    Candidate* const rest = std::min(begin + scored, end);
-    std::partial_sort(begin, rest, end, better_bound);
+    uint64_t* const begin = worker.candidates.data() + query * kBuffer;
+    uint64_t* end = begin + find.candidates;
+    uint64_t* const rest = std::min(begin + scored_at_once_, end);
+    if (rest != end) std::nth_element(begin, rest, end, std::greater<>());
+    std::sort(begin, rest, std::greater<>());
     score(worker, query, begin, rest);
 
-    const auto in_reach = [bar = bar_of(query).before](const Candidate& c) { return !(c.upper < bar); };
+    const auto in_reach = [bar = bar_of(query).before](uint64_t key) { return !(key_score(key) < bar); };
     end = std::partition(rest, end, in_reach);
     find.candidates = 0;
     if (!last && end - rest <= kLeft) {
@@ -396,40 +386,48 @@ void Search::settle(Worker& worker, int64_t query, bool last) {
         return;
     }
     if (end - rest > kMostScored) {
-        for (Candidate* c = rest; c != end; ++c) c->upper = std::min(c->upper, float_upper(query, row_at(c->position)));
+        for (uint64_t* key = rest; key != end; ++key) {
+            const float upper = std::min(key_score(*key), float_upper(query, row_at(key_row(*key))));
+            *key = candidate_key(upper, key_row(*key));
+        }
         end = std::partition(rest, end, in_reach);
     }
-    std::sort(rest, end, better_bound);
+    std::sort(rest, end, std::greater<>());
     score(worker, query, rest, end);
 }
 
 // Scores candidates that stand in the order of their bounds, and stops where the bounds fall below the kth best.
-void Search::score(Worker& worker, int64_t query, const Candidate* begin, const Candidate* end) {
+void Search::score(Worker& worker, int64_t query, const uint64_t* begin, const uint64_t* end) {
+    Find& find = worker.finds[query];
+    uint64_t* const best = worker.best.data() + query * (k_ + scored_at_once_);
     Bar bar = bar_of(query);
-    for (const Candidate* c = begin; c != end && !(c->upper < bar.before); ++c) {
-        const int64_t row = allowed_row_at(c->position);
-        if (c->upper < bar.after && row > key_row(bar.kth)) continue;
-        const float score = kernels_.exact(rows_, row, group_[query].values);
-        if (offer(worker, query, candidate_key(score, static_cast<uint32_t>(row)))) bar = bar_of(query);
+    while (begin != end && !(key_score(*begin) < bar.before)) {
+        const uint64_t* const stop = std::min(begin + scored_at_once_, end);
+        const uint32_t before = find.kept;
+        for (; begin != stop; ++begin) {
+            const float upper = key_score(*begin);
+            const int64_t row = allowed_row_at(key_row(*begin));
+            if (upper < bar.before || (upper < bar.after && row > key_row(bar.kth))) continue;
+            const uint64_t key =
+                candidate_key(kernels_.exact(rows_, row, group_[query].values), static_cast<uint32_t>(row));
+            if (key > bar.kth) best[find.kept++] = key;
+        }
+        if (find.kept == before) continue;
+        raise_kth(worker, query);
+        bar = bar_of(query);
     }
 }
 
-// Takes a scored row into the thread's heap; true where that may have raised the query's kth best.
-bool Search::offer(Worker& worker, int64_t query, uint64_t key) {
+// Leaves the k best of a query's scored rows, and tells the other threads of the kth.
+void Search::raise_kth(Worker& worker, int64_t query) {
     Find& find = worker.finds[query];
-    uint64_t* heap = worker.heaps.data() + query * k_;
-    if (find.kept == k_) {
-        if (key < heap[0]) return false;
-        std::pop_heap(heap, heap + k_, std::greater<>());
-        --find.kept;
-    }
-    heap[find.kept++] = key;
-    std::push_heap(heap, heap + find.kept, std::greater<>());
-    if (find.kept < k_) return false;
+    if (find.kept < k_) return;
+    uint64_t* const best = worker.best.data() + query * (k_ + scored_at_once_);
+    std::nth_element(best, best + k_ - 1, best + find.kept, std::greater<>());
+    find.kept = static_cast<uint32_t>(k_);
     uint64_t kth = kth_[query].load(std::memory_order_relaxed);
-    while (heap[0] > kth && !kth_[query].compare_exchange_weak(kth, heap[0], std::memory_order_relaxed)) {
+    while (best[k_ - 1] > kth && !kth_[query].compare_exchange_weak(kth, best[k_ - 1], std::memory_order_relaxed)) {
     }
-    return true;
 }
 
 Search::Bar Search::bar_of(int64_t query) const {
@@ -459,8 +457,8 @@ void Search::finish_group(float* scores, int64_t* indices) {
     for (int64_t query = 0; query < static_cast<int64_t>(group_.size()); ++query) {
         std::vector<uint64_t> keys;
         for (const Worker& worker : workers_) {
-            const uint64_t* heap = worker.heaps.data() + query * k_;
-            keys.insert(keys.end(), heap, heap + worker.finds[query].kept);
+            const uint64_t* best = worker.best.data() + query * (k_ + scored_at_once_);
+            keys.insert(keys.end(), best, best + worker.finds[query].kept);
         }
         std::sort(keys.begin(), keys.end(), std::greater<>());
         if (static_cast<int64_t>(keys.size()) > k_) keys.resize(k_);
@@ -484,13 +482,39 @@ void Search::finish_group(float* scores, int64_t* indices) {
 
 }  // namespace
 
-int64_t ip_topk_cpu(const float* queries, int64_t n_queries, const Rows& rows, const PackedRows* packed, int64_t k,
-                    const bool* allowed, const std::string& isa, int threads, const std::function<bool()>& interrupted,
-                    float* scores, int64_t* indices) {
-    const PlainArithmetic plain;
-    Search search(rows, packed, k, allowed, topk_kernels(isa), threads, interrupted);
-    search.run(queries, n_queries, scores, indices);
-    return search.broken_row();
+int64_t ip_topk_cpu(const float* queries, int64_t n_queries, const Rows& rows, int64_t n_databases,
+                    const PackedRows* packed, int64_t k, const bool* allowed, const std::string& isa, int threads,
+                    const std::function<bool()>& interrupted, float* scores, int64_t* indices) {
+    const Kernels& kernels = topk_kernels(isa);
+    const int64_t bytes = rows.count * rows.dim * element_bytes(rows.element);
+    constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
+    std::atomic<int64_t> broken{kNone};
+    std::atomic<bool> stopped{false};
+    const auto search_one = [&](int64_t database, int threads_of_one, bool asks) {
+        const PlainArithmetic plain;
+        const std::function<bool()> stops = [&] {
+            if (asks && interrupted()) stopped = true;
+            return stopped.load();
+        };
+        Rows here = rows;
+        here.data = static_cast<const uint8_t*>(rows.data) + database * bytes;
+        Search search(here, packed, k, allowed, kernels, threads_of_one, stops);
+        const int64_t first = database * n_queries;
+        search.run(queries + first * rows.dim, n_queries, scores + first * k, indices + first * k);
+        if (search.broken_row() < 0) return;
+        const int64_t row = database * rows.count + search.broken_row();
+        int64_t before = broken;
+        while (row < before && !broken.compare_exchange_weak(before, row)) {
+        }
+    };
+    if (n_databases < threads) {
+        for (int64_t database = 0; database < n_databases && !stopped; ++database) search_one(database, threads, true);
+    } else {  // each thread has databases of its own
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+        for (int64_t database = 0; database < n_databases; ++database)
+            if (!stopped) search_one(database, 1, thread_number() == 0);
+    }
+    return broken == kNone ? -1 : broken.load();
 }
 
 }  // namespace valm
