@@ -54,20 +54,19 @@ PYBIND11_MODULE(_native, m) {
             return valm::find_duplicates(rows, threads, at<int32_t>(row), at<int32_t>(next_duplicate), interrupted);
         });
     });
-    m.def("pack", [](const valm::Rows& rows, const valm::PackedRows& packed, const std::string& isa, int threads) {
+    m.def("pack", [](const valm::Rows& rows, const valm::PackedRows& packed, int64_t first_panel,
+                     const std::string& isa, int threads) {
         return interruptible(
-            [&](const auto& interrupted) { return valm::pack(rows, packed, isa, threads, interrupted); });
+            [&](const auto& interrupted) { return valm::pack(rows, packed, first_panel, isa, threads, interrupted); });
     });
-    m.def("ip_topk_cpu",
-          [](uintptr_t queries, int64_t n_queries, const valm::Rows& rows, int64_t n_databases,
-             const valm::PackedRows* packed, int64_t k, const std::string& isa, int threads, uintptr_t scores,
-             uintptr_t indices, uintptr_t allowed) {
-              return interruptible([&](const auto& interrupted) {
-                  return valm::ip_topk_cpu(at<float>(queries), n_queries, rows, n_databases, packed, k,
-                                           at<bool>(allowed), isa, threads, interrupted, at<float>(scores),
-                                           at<int64_t>(indices));
-              });
-          });
+    m.def("ip_topk_cpu", [](uintptr_t queries, int64_t n_queries, const valm::Rows& rows, int64_t n_databases,
+                            const valm::PackedRows* packed, int64_t k, const std::string& isa, int threads,
+                            uintptr_t scores, uintptr_t indices, uintptr_t allowed) {
+        return interruptible([&](const auto& interrupted) {
+            return valm::ip_topk_cpu(at<float>(queries), n_queries, rows, n_databases, packed, k, at<bool>(allowed),
+                                     isa, threads, interrupted, at<float>(scores), at<int64_t>(indices));
+        });
+    });
     m.def("ip_scores_cpu", [](uintptr_t queries, const valm::Rows& rows, int64_t n_pairs, uintptr_t query_ids,
                               uintptr_t row_ids, const std::string& isa, int threads, uintptr_t scores) {
         const py::gil_scoped_release release;

@@ -46,8 +46,9 @@ constexpr int kStats = 4;
 int64_t find_duplicates(const Rows& rows, int threads, int32_t* row, int32_t* next_duplicate,
                         const std::function<bool()>& interrupted);
 
-// Fills packed.codes, stats, centre and axis. Returns the first row that holds NaN or infinity, or -1.
-int64_t pack(const Rows& rows, const PackedRows& packed, const std::string& isa, int threads,
+// Fills packed.codes, stats, centre and axis; from a later panel than the first on, only these panels, with the centre
+// and axis that are there. Returns the first row that holds NaN or infinity, or -1.
+int64_t pack(const Rows& rows, const PackedRows& packed, int64_t first_panel, const std::string& isa, int threads,
              const std::function<bool()>& interrupted);
 
 // For each query the k best rows by (score falling, row rising), scored as exact.hpp says: scores (n_queries, k),

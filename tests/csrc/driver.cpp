@@ -70,7 +70,7 @@ void check_search(const char* dtype, const std::string& isa, const std::vector<V
     std::vector<float> stats(panels * valm::kStats * valm::kPanelRows), centre(dim), axis(dim);
     const valm::PackedRows packed{codes.data(), stats.data(), centre.data(), axis.data(),
                                   different,    first.data(), next.data()};
-    check(valm::pack(stored, packed, isa, 2, never) == -1, "pack");
+    check(valm::pack(stored, packed, 0, isa, 2, never) == -1, "pack");
 
     at_once([&] {
         for (const valm::PackedRows* first_pass : {&packed, static_cast<const valm::PackedRows*>(nullptr)}) {

@@ -72,24 +72,69 @@ def pack(rows: Tensor, row_scale: Tensor | None) -> PackedRows:
     Raises:
         ValueError: a row is not finite; the message has its number.
     """
-    count, dim = rows.shape
+    first_rows, next_duplicate, different = _equal_rows(rows, row_scale)
+    distinct = different == len(rows)
+    packed = PackedRows(
+        *_empty_panels(different, rows.shape[1]),
+        frame=torch.empty(2, rows.shape[1]),
+        first_rows=None if distinct else first_rows,
+        next_duplicate=None if distinct else next_duplicate,
+    )
+    _pack(rows, row_scale, packed, 0)
+    return packed
+
+
+@survives_fork
+def extend(packed: PackedRows, count: int, rows: Tensor, row_scale: Tensor | None) -> PackedRows:
+    """The packed copy of contiguous rows (N, E), of which `packed` has the first `count`.
+
+    Only the others are packed, around the centre of the first ones. Of these, none is taken as equal to one of the
+    first: that costs time where many are, and changes no answer.
+
+    Raises:
+        ValueError: a row is not finite; the message has its number.
+    """
+    new_rows, new_next, different = _equal_rows(rows[count:], None if row_scale is None else row_scale[count:])
+    first_rows, next_duplicate = packed.first_rows, packed.next_duplicate
+    packed_before = count if first_rows is None else len(first_rows)
+    if first_rows is not None or different < len(rows) - count:
+        old_rows = torch.arange(count, dtype=torch.int32) if first_rows is None else first_rows
+        old_next = torch.zeros(count, dtype=torch.int32) if next_duplicate is None else next_duplicate
+        first_rows = torch.cat([old_rows, new_rows + count])
+        next_duplicate = torch.cat([old_next, torch.where(new_next > 0, new_next + count, 0)])
+    codes, stats = _empty_panels(packed_before + different, rows.shape[1])
+    whole = packed_before // PANEL_ROWS
+    codes[:whole], stats[:whole] = packed.codes[:whole], packed.stats[:whole]
+    extended = PackedRows(codes, stats, packed.frame.clone(), first_rows, next_duplicate)
+    _pack(rows, row_scale, extended, whole)
+    return extended
+
+
+def _equal_rows(rows: Tensor, row_scale: Tensor | None) -> tuple[Tensor, Tensor, int]:
+    """`PackedRows.first_rows` and next_duplicate, and how many different rows there are."""
+    first_rows = torch.empty(len(rows), dtype=torch.int32)
+    next_duplicate = torch.empty(len(rows), dtype=torch.int32)
     native_rows = _native_rows(rows, row_scale)
-    first_rows = torch.empty(count, dtype=torch.int32)
-    next_duplicate = torch.empty(count, dtype=torch.int32)
     different = native().find_duplicates(
         native_rows, torch.get_num_threads(), first_rows.data_ptr(), next_duplicate.data_ptr()
     )
-    distinct = different == count
-    panels = -(-different // PANEL_ROWS)
-    packed = PackedRows(
-        codes=torch.empty(panels, -(-dim // 4), PANEL_ROWS, 4, dtype=torch.uint8),
-        stats=torch.empty(panels, STATS, PANEL_ROWS),
-        frame=torch.empty(2, dim),
-        first_rows=None if distinct else first_rows[:different].clone(),
-        next_duplicate=None if distinct else next_duplicate,
+    return first_rows[:different].clone(), next_duplicate, different
+
+
+def _empty_panels(count: int, dim: int) -> tuple[Tensor, Tensor]:
+    """Codes and stats of so many packed rows."""
+    panels = -(-count // PANEL_ROWS)
+    codes = torch.empty(panels, -(-dim // 4), PANEL_ROWS, 4, dtype=torch.uint8)
+    return codes, torch.empty(panels, STATS, PANEL_ROWS)
+
+
+def _pack(rows: Tensor, row_scale: Tensor | None, packed: PackedRows, first_panel: int) -> None:
+    """Fills the panels from `first_panel` on, and from 0 on the frame."""
+    native_packed = _native_packed_rows(packed, len(rows))
+    broken_row = native().pack(
+        _native_rows(rows, row_scale), native_packed, first_panel, cpu_isa(), torch.get_num_threads()
     )
-    _refuse(native().pack(native_rows, _native_packed_rows(packed, count), cpu_isa(), torch.get_num_threads()), rows)
-    return packed
+    _refuse(broken_row, rows)
 
 
 @survives_fork

@@ -127,13 +127,13 @@ int64_t find_duplicates(const Rows& rows, int threads, int32_t* row, int32_t* ne
     return different;
 }
 
-int64_t pack(const Rows& rows, const PackedRows& packed, const std::string& isa, int threads,
+int64_t pack(const Rows& rows, const PackedRows& packed, int64_t first_panel, const std::string& isa, int threads,
              const std::function<bool()>& interrupted) {
     const PlainArithmetic plain;
     Interruption interruption(interrupted);
     std::atomic<bool> stopped{false};
     const Kernels& kernels = topk_kernels(isa);
-    find_centre(rows, packed.centre, packed.axis);
+    if (first_panel == 0) find_centre(rows, packed.centre, packed.axis);
     const PaddedCentre padded(packed, rows.dim);
     const int64_t panels = (packed.count + kPanelRows - 1) / kPanelRows;
     use_huge_pages(packed.codes, panels * kPanelRows * ((rows.dim + 3) / 4 * 4));
@@ -142,7 +142,7 @@ int64_t pack(const Rows& rows, const PackedRows& packed, const std::string& isa,
     {
         const PlainArithmetic plain_here;
 #pragma omp for schedule(dynamic, 8)
-        for (int64_t panel = 0; panel < panels; ++panel) {
+        for (int64_t panel = first_panel; panel < panels; ++panel) {
             if (stopped) continue;
             const int64_t bad = pack_panel(kernels, rows, packed, padded, panel, panel);
             int64_t first = broken;

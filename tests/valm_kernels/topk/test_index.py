@@ -17,8 +17,8 @@ import torch
 
 from tests.valm_kernels.topk.databases import normals
 from valm_kernels import FlatIPIndex, ip_topk
+from valm_kernels.topk import cpu, storage
 from valm_kernels.topk import index as index_module
-from valm_kernels.topk import storage
 
 DTYPES = ("float32", "float16", "bfloat16", "int8")
 
@@ -68,6 +68,34 @@ def test_add(dtype):
     with pytest.raises(ValueError, match="row 2 holds NaN or infinity"):
         index.add(torch.tensor([[0.0] * 24, [1.0] * 24, [torch.inf] * 24]))
     assert len(index) == 90
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("first", [1, 31, 32, 70, 200])
+def test_added_rows_alone_are_packed(dtype, first, tmp_path, monkeypatch):
+    """Into the free places of the last panel and behind it; with equal rows in a part and in two; far from the rest."""
+    database, queries = normals(400, 24), normals(5, 24, seed=1)
+    database[first // 2] = database[0]
+    database[210:230] = database[205:206]
+    database[300:310] = database[first - 1 : first]
+    database[330:] += 50
+    panels, pack = [], cpu._pack
+    monkeypatch.setattr(cpu, "_pack", lambda *arguments: panels.append(arguments[-1]) or pack(*arguments))
+    index, count = FlatIPIndex(database[:first], dtype), first
+    assert panels == [0]
+    while count < 400:
+        more = min(400, count + max(1, count // 3))
+        first_rows = index._stored.prepared.first_rows
+        index.add(database[count:more])
+        if index._stored.prepared is None:
+            assert more > 2 * index._stored.centred
+        else:
+            assert panels[-1] == (count if first_rows is None else len(first_rows)) // 32
+        count = more
+        assert_same_answers(index, FlatIPIndex(database[:count], dtype, pack=False), queries, min(count, 7))
+        if count > 250:
+            index.save(tmp_path / str(count))
+            index = FlatIPIndex.load(tmp_path / str(count))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -80,8 +80,8 @@ def test_searches_at_once_pack_added_rows_once(monkeypatch):
 
     monkeypatch.setitem(index_module.PACKERS, "cpu", pack)
     database, queries = normals(BASE, DIM), normals(3, DIM, seed=1)
-    index = FlatIPIndex(database[: BASE // 2])
-    index.add(database[BASE // 2 :])
+    index = FlatIPIndex(database[: BASE // 4])
+    index.add(database[BASE // 4 :])  # too many to be packed around the first ones' centre
     found = at_once(*[lambda: index.search(queries, K)] * THREADS)
     assert len(packed) == 2
     expected = FlatIPIndex(database).search(queries, K)
