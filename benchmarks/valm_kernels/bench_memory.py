@@ -1,0 +1,121 @@
+"""A memory of the text (Memorizing Transformers): each head's own search among its past keys, and attention to what it
+found. Beside PyTorch's products and topk, and beside einsum over gathered keys and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.valm_kernels.topk.databases import normals
+from valm_kernels import FlatIPIndex, ip_topk, visual_fusion_attn
+
+HEADS, TOKENS, DIM, ENTRIES = 12, 512, 64, 32
+
+
+class Memory(NamedTuple):
+    """One segment and a memory of `rows` keys a head: (1, H, T, D), (H, N, D), and (1, H, T, K) of the best."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    keys: Tensor
+    values: Tensor
+    index: Tensor
+
+
+@cache
+def memory(rows: int, device: torch.device) -> Memory:
+    q, k, v = (normals(HEADS * TOKENS, DIM, seed=n).view(1, HEADS, TOKENS, DIM).to(device) for n in range(3))
+    keys, values = (normals(HEADS * rows, DIM, seed=n).view(HEADS, rows, DIM).to(device) for n in (3, 4))
+    return Memory(q, k, v, keys, values, torch_topk(q[0], keys)[None])
+
+
+def torch_topk(queries: Tensor, keys: Tensor) -> Tensor:
+    return (queries @ keys.transpose(1, 2)).topk(ENTRIES).indices
+
+
+def all_heads_topk(queries: Tensor, keys: Tensor) -> Tensor:
+    return ip_topk(queries, keys, ENTRIES).indices
+
+
+def index_topk(keys: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    indexes = [FlatIPIndex(of_head) for of_head in keys]
+    return lambda queries, _: torch.stack(
+        [index.search(some, ENTRIES).indices for index, some in zip(indexes, queries, strict=True)]
+    )
+
+
+@pytest.mark.parametrize("rows", [512, 8192, pytest.param(65_536, marks=pytest.mark.full)])
+@pytest.mark.parametrize("name", ["ip_topk, all heads", "a FlatIPIndex for each head", "torch mm + topk"])
+def bench_search(measure, device, name, rows):
+    """float32 products may order near ties otherwise, so they are compared by the keys found."""
+    given = memory(rows, device)
+    functions = {"ip_topk, all heads": all_heads_topk, "torch mm + topk": torch_topk}
+    search = functions[name] if name in functions else index_topk(given.keys)
+
+    def check(indices: Tensor) -> None:
+        assert (indices.sort().values == given.index[0].sort().values).float().mean() > 0.999
+
+    measure(
+        group=f"{ENTRIES} of {rows} keys of each of {HEADS} heads, T {TOKENS} D {DIM} float32",
+        name=name,
+        function=search,
+        inputs=(given.q[0], given.keys),
+        check=check,
+        flop=2.0 * HEADS * TOKENS * rows * DIM,
+        rounds=5,
+    )
+
+
+def einsum_attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, index: Tensor) -> Tensor:
+    """As one would write it: gathered keys and values, all scores side by side, one softmax over them."""
+    heads, tokens = torch.arange(HEADS, device=q.device)[:, None, None], q.shape[2]
+    found_k, found_v = (pool[heads, index[0]][None] for pool in (keys, values))  # (1, H, T, K, D)
+    future = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).triu(1)
+    scores = torch.einsum("bhid,bhjd->bhij", q, k).masked_fill(future, -torch.inf)
+    scores = torch.cat([scores, torch.einsum("bhid,bhikd->bhik", q, found_k)], -1) * DIM**-0.5
+    weights = scores.softmax(-1)
+    of_text = torch.einsum("bhij,bhjd->bhid", weights[..., :tokens], v)
+    return of_text + torch.einsum("bhik,bhikd->bhid", weights[..., tokens:], found_v)
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, index: Tensor) -> Tensor:
+    return visual_fusion_attn(q, k, v, keys, values, image_index=index)
+
+
+@pytest.mark.parametrize("function", [fused_attention, einsum_attention], ids=["ours", "einsum"])
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward + backward"])
+def bench_attention(measure, device, backward, function):
+    """The memory is not trained: gradients are of the segment alone."""
+    q, k, v, *rest = memory(8192, device)
+    leaves = [x.detach().requires_grad_(backward) for x in (q, k, v)]
+
+    def call(*text: Tensor) -> tuple[Tensor, ...]:
+        out = function(*text, *rest)
+        return torch.autograd.grad(out.sum(), text) if backward else (out,)
+
+    expected = einsum_attention(*(x.detach().double() for x in (q, k, v, *rest[:2])), rest[2])
+
+    def check(results: tuple[Tensor, ...]) -> None:
+        if not backward:
+            assert (results[0] - expected).abs().max() < 1e-5
+            return
+        wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+        truth = torch.autograd.grad(einsum_attention(*wide, *(x.double() for x in rest[:2]), rest[2]).sum(), wide)
+        assert all((found - true).abs().max() < 1e-4 for found, true in zip(results, truth, strict=True))
+
+    direction = "forward + backward" if backward else "forward"
+    measure(
+        group=f"a memory of 8192, {direction} H {HEADS} T {TOKENS} K {ENTRIES} D {DIM}",
+        name="ours" if function is fused_attention else "einsum",
+        function=call,
+        inputs=tuple(leaves),
+        check=check,
+        rounds=10,
+    )
