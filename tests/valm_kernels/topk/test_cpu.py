@@ -254,7 +254,7 @@ def test_a_signal_ends_packing(step):
         "find_duplicates": lambda: native().find_duplicates(
             native_rows, 1, numbers[0].data_ptr(), numbers[1].data_ptr()
         ),
-        "pack": lambda: native().pack(native_rows, place, "generic", 1),
+        "pack": lambda: native().pack(native_rows, place, 0, "generic", 1),
     }[step]
 
     def stop(*_) -> None:
