@@ -152,6 +152,7 @@ class _WithoutCaptions:
 def _trainer(
     model: Any, documents: Any, kb: Any, tokenizer: Any, settings: dict[str, Any], out: Path, seed: int, below: Path
 ) -> ImageTrainer:
+    settings = {name: _number(value) for name, value in settings.items()}
     plan_fields = {name: value for name, value in settings.items() if name in PLAN_FIELDS}
     fields = {name: value for name, value in settings.items() if name not in (*PLAN_FIELDS, *OTHER_OPTIONS)}
     plan = TrainingPlan(out=out, base="base", seed=seed, fields=fields, **plan_fields)
@@ -177,6 +178,14 @@ def _trainer(
     if kb is None:
         training.data_collator = _WithoutCaptions(training.data_collator)
     return training
+
+
+def _number(value: Any) -> Any:
+    """A setting as the command line of `valm train` reads it: YAML 1.1 takes 2e-4, without a point, for text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _train(training: ImageTrainer, name: str, progress: bool) -> None:

@@ -60,7 +60,9 @@ def world(tmp_path_factory):
         "clip": {"model": str(root / "clip.json"), "steps": 2, "batch_size": 8},
         "text": {"templates": {"count": 30}},
         "colorless_clip": {"drawn": 2},
-        "training": {"steps": 2, "batch_size": 4, "lr": 1e-3, "fusion_lr": 1e-2, "logit_bias": 0, "validation": 0.2},
+        # numbers as YAML has them
+        "training": {"steps": 2, "batch_size": 4, "lr": "1e-3", "fusion_lr": "1e-2", "logit_bias": 0}
+        | {"validation": 0.2},
         "training_of": {"noise": {"validation": None}},
         "arms": [*LATER, "blind", "noise"],
         "some_seeds": {"random": [4]},
