@@ -21,6 +21,8 @@ namespace {
 // and less above.
 constexpr int64_t kGroupTimesThreads = 8192;
 constexpr int64_t kUsualBest = 128;
+// The dimension that Kernels::group_queries is for.
+constexpr int64_t kUsualDim = 768;
 // Rows collected for a query before they are scored.
 constexpr int kBuffer = 256;
 // Candidates that are scored exactly before the kth best is known anew: k, but no fewer and no more than these. So many
@@ -184,7 +186,10 @@ void Search::run(const float* queries, int64_t n_queries, float* scores, int64_t
     block_rows_ = std::max<int64_t>(1, block_bytes / (row_bytes * kPanelRows)) * kPanelRows;
     n_blocks_ = (packed_rows_.count + block_rows_ - 1) / block_rows_;
     const int64_t group_times_threads = kGroupTimesThreads * kUsualBest / std::max(k_, kUsualBest);
-    const int64_t group = std::clamp<int64_t>(group_times_threads / threads_, kMaxTile, kernels_.group_queries);
+    // Each group packs unpacked rows anew. The integers of more short queries stay in the cache too.
+    const int64_t short_queries = packed_ ? 1 : std::max<int64_t>(1, kUsualDim / dim);
+    const int64_t largest = std::min<int64_t>(kMaxGroup, kernels_.group_queries * short_queries);
+    const int64_t group = std::clamp<int64_t>(group_times_threads / threads_, kMaxTile, largest);
 
     std::vector<int64_t> members;
     for (int64_t q = 0; q < n_queries || !members.empty(); ++q) {
