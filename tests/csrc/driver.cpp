@@ -113,6 +113,37 @@ void check_search(const char* dtype, const std::string& isa, const std::vector<V
     std::printf("top-K of %s rows on %s\n", dtype, isa.c_str());
 }
 
+// Several databases in one call: what each gives alone. One row of the last is not finite.
+void check_several_searches(const std::string& isa) {
+    constexpr int64_t kDatabases = 5, kQueries = 7, kBest = 40, kCount = 90, kDim = 37;
+    std::vector<float> rows = uniforms(kDatabases * kCount * kDim);
+    const std::vector<float> queries = uniforms(kDatabases * kQueries * kDim);
+    const valm::Rows first{rows.data(), nullptr, valm::element_of("float32"), kCount, kDim};
+    for (const int threads : {1, 2, 8}) {
+        std::vector<float> scores(kDatabases * kQueries * kBest), alone(kQueries * kBest);
+        std::vector<int64_t> indices(kDatabases * kQueries * kBest), alone_indices(kQueries * kBest);
+        const auto search = [&] {
+            return valm::ip_topk_cpu(queries.data(), kQueries, first, kDatabases, nullptr, kBest, nullptr, isa, threads,
+                                     never, scores.data(), indices.data());
+        };
+        check(search() == -1, "ip_topk_cpu of several databases");
+        for (int64_t d = 0; d < kDatabases; ++d) {
+            valm::Rows one = first;
+            one.data = rows.data() + d * kCount * kDim;
+            valm::ip_topk_cpu(queries.data() + d * kQueries * kDim, kQueries, one, 1, nullptr, kBest, nullptr, isa, 1,
+                              never, alone.data(), alone_indices.data());
+            check(std::equal(alone.begin(), alone.end(), &scores[d * kQueries * kBest]), "scores of a database");
+            check(std::equal(alone_indices.begin(), alone_indices.end(), &indices[d * kQueries * kBest]),
+                  "rows of a database");
+        }
+        const int64_t bad = (kDatabases - 1) * kCount + 3;
+        rows[bad * kDim + 1] = INFINITY;
+        check(search() == bad, "a row that is not finite, among several databases");
+        rows[bad * kDim + 1] = 0.5f;
+    }
+    std::printf("top-K of several databases on %s\n", isa.c_str());
+}
+
 float same(float value) { return value; }
 float from_byte(int8_t value) { return value; }
 // Conversions by other means than those of simd/half.hpp; to 16 bits by truncation.
@@ -323,6 +354,7 @@ int main() {
     check_amx();
     for (const std::string& isa : valm::cpu_isas()) {
         check_searches(isa);
+        check_several_searches(isa);
         check_int8_rows(isa);
         for (const int64_t head_dim : {24, 64}) {
             check_image_attn(isa, head_dim, false);
