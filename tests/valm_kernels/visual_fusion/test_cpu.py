@@ -107,10 +107,11 @@ def test_unused_lse(name):
         Problem(num_queries=5, head_dim=8, num_images=2, score_bias=True),
         Problem(batch=3, num_queries=4, prefix=3, head_dim=8, num_images=2, seqlens=True),
         Problem(num_queries=4, head_dim=8, num_images=2, pool_size=3, softcap=1.5, image_q=True, score_bias=True),
+        Problem(num_queries=4, head_dim=8, num_images=2, pool_size=3, by_head=True, prefix=2),
     ],
     ids=[
         *("dense", "pooled", "random first_key", "no images", "softcap and image_q", "softcap, pooled"),
-        *("image_score_bias", "cache_seqlens", "image_score_bias, softcap, image_q, pooled"),
+        *("image_score_bias", "cache_seqlens", "image_score_bias, softcap, image_q, pooled", "by head"),
     ],
 )
 def test_gradcheck(problem):
