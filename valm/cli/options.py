@@ -198,7 +198,7 @@ def add_query_dtype(parser: argparse.ArgumentParser, auto: bool = False) -> None
         "--query-dtype",
         choices=["float32", "bfloat16", "int8", *(["auto"] if auto else [])],
         help="precision of CLIP's text tower (default: float32); int8 needs a CPU with AVX-512 VNNI"
-        + ("; auto is the fastest on this machine" if auto else ""),
+        + ("; auto is what this machine has fast instructions for" if auto else ""),
     )
 
 

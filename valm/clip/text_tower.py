@@ -152,8 +152,10 @@ class TextTower:
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:
-    """The precision in which a text tower is likely to be fastest on `device` (docs/results/queries.md)."""
-    if device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_amx_tile_supported()):
+    """The precision whose products `device` has fast instructions for (docs/results/queries.md)."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
+    if device.type == "cpu" and torch.cpu._is_amx_tile_supported():
         return torch.bfloat16
     return torch.int8 if device.type == "cpu" and torch.cpu._is_vnni_supported() else torch.float32
 

@@ -65,7 +65,8 @@ def ip_topk(
         queries: (..., E) float32, float16 or bfloat16; any number, including none.
         database: (N, E), same dtypes, same device; E from 8 to 2048. A row with NaN or infinity raises on the CPU; a
             CUDA search never returns it. Or several databases of one size, such as the keys of each head: (..., N, E)
-            with queries (..., Q, E), and results (..., Q, k). On the CPU they are searched at once, each by a thread.
+            with queries (..., Q, E), and results (..., Q, k). On the CPU each thread
+            searches databases of its own, where there are at least as many as threads.
         k: 1 to 1024, at most N; above 128 a CUDA search reads the database again for every 4 queries.
         allowed: the rows that may be returned, on the device of the database: (N,) bool, or their numbers (n,) int64.
             With fewer than k of them results are padded with index −1 and score −inf. On a CUDA device numbers out of

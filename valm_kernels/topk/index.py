@@ -75,7 +75,7 @@ class FlatIPIndex:
     multiple of 16.
 
     Threads may share an index: any of its methods may run at once. A search returns the result over the rows that it
-    began with, `add` and `remove` run one after the other, and the first search after them prepares the rows for all.
+    began with, `add` and `remove` run one after the other, and the first search after them prepares what they left.
 
     Args:
         database: (N, E) float32, float16 or bfloat16 tensor, or a numpy array, which may be memory-mapped; E from 8

@@ -21,7 +21,7 @@ double norm(const float* values, int64_t dim) {
     return std::sqrt(square);
 }
 
-// The next number above or below, as std::nextafter, in a tenth of its time; an infinity has none beyond it.
+// The next number above or below, as std::nextafter, whose call is slow; an infinity has none beyond it.
 float next_float(float value, bool up) {
     if (value == 0) return up ? kSmallest : -kSmallest;
     const uint64_t key = candidate_key(value, 0), one = uint64_t{1} << 32;

@@ -17,8 +17,8 @@ namespace valm {
 
 namespace {
 
-// Bounds the group size times the number of threads, so that their buffers stay below 32 MiB; for k up to kUsualBest,
-// and less above.
+// Bounds the group size times the number of all threads, so that their buffers stay below 32 MiB; for k up to
+// kUsualBest, and less above.
 constexpr int64_t kGroupTimesThreads = 8192;
 constexpr int64_t kUsualBest = 128;
 // The dimension that Kernels::group_queries is for.
@@ -64,13 +64,14 @@ struct Worker {
 class Search {
   public:
     Search(const Rows& rows, const PackedRows* packed, int64_t k, const bool* allowed, const Kernels& kernels,
-           int threads, const std::function<bool()>& interrupted)
+           int threads, int at_once, const std::function<bool()>& interrupted)
         : rows_(rows),
           kernels_(kernels),
           k_(k),
           scored_at_once_(std::clamp(k, kFewestScored, kMostScored)),
           allowed_(allowed),
           threads_(threads),
+          at_once_(at_once),
           steps_((rows.dim + 3) / 4),
           interruption_(interrupted),
           workers_(threads) {
@@ -138,7 +139,7 @@ class Search {
     const bool* const allowed_;
     std::vector<uint32_t> allowed_panels_;  // a bit for each position; empty: all are allowed
     std::vector<int32_t> allowed_rows_;     // by position, where rows are equal
-    const int threads_;
+    const int threads_, at_once_;           // of this search; searches that run beside each other
     const int64_t steps_;
     bool packed_;
     bool float_pass_ = false;
@@ -189,7 +190,7 @@ void Search::run(const float* queries, int64_t n_queries, float* scores, int64_t
     // Each group packs unpacked rows anew. The integers of more short queries stay in the cache too.
     const int64_t short_queries = packed_ ? 1 : std::max<int64_t>(1, kUsualDim / dim);
     const int64_t largest = std::min<int64_t>(kMaxGroup, kernels_.group_queries * short_queries);
-    const int64_t group = std::clamp<int64_t>(group_times_threads / threads_, kMaxTile, largest);
+    const int64_t group = std::clamp<int64_t>(group_times_threads / (threads_ * at_once_), kMaxTile, largest);
 
     std::vector<int64_t> members;
     for (int64_t q = 0; q < n_queries || !members.empty(); ++q) {
@@ -495,7 +496,7 @@ int64_t ip_topk_cpu(const float* queries, int64_t n_queries, const Rows& rows, i
     constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
     std::atomic<int64_t> broken{kNone};
     std::atomic<bool> stopped{false};
-    const auto search_one = [&](int64_t database, int threads_of_one, bool asks) {
+    const auto search_one = [&](int64_t database, int threads_of_one, int at_once, bool asks) {
         const PlainArithmetic plain;
         const std::function<bool()> stops = [&] {
             if (asks && interrupted()) stopped = true;
@@ -503,7 +504,7 @@ int64_t ip_topk_cpu(const float* queries, int64_t n_queries, const Rows& rows, i
         };
         Rows here = rows;
         here.data = static_cast<const uint8_t*>(rows.data) + database * bytes;
-        Search search(here, packed, k, allowed, kernels, threads_of_one, stops);
+        Search search(here, packed, k, allowed, kernels, threads_of_one, at_once, stops);
         const int64_t first = database * n_queries;
         search.run(queries + first * rows.dim, n_queries, scores + first * k, indices + first * k);
         if (search.broken_row() < 0) return;
@@ -513,11 +514,12 @@ int64_t ip_topk_cpu(const float* queries, int64_t n_queries, const Rows& rows, i
         }
     };
     if (n_databases < threads) {
-        for (int64_t database = 0; database < n_databases && !stopped; ++database) search_one(database, threads, true);
+        for (int64_t database = 0; database < n_databases && !stopped; ++database)
+            search_one(database, threads, 1, true);
     } else {  // each thread has databases of its own
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
         for (int64_t database = 0; database < n_databases; ++database)
-            if (!stopped) search_one(database, 1, thread_number() == 0);
+            if (!stopped) search_one(database, 1, threads, thread_number() == 0);
     }
     return broken == kNone ? -1 : broken.load();
 }

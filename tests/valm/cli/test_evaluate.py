@@ -6,6 +6,7 @@ from PIL import Image
 
 from tests.valm.cli.commands import run
 from tests.valm.evaluation.small_sets import write_sets
+from valm.clip.text_tower import fastest_dtype
 
 
 @pytest.fixture(scope="session")
@@ -122,3 +123,9 @@ def test_the_fastest_precision_of_a_processor(amx, vnni, expected, world, tmp_pa
     out = tmp_path / "report"
     assert run("eval", world / "valm", *color, "--query-dtype", "auto", "--device", "cpu", "--out", out) == 0
     assert json.loads((out / "results.json").read_text())["conditions"]["query_dtype"] == expected
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), torch.float32), ((9, 0), torch.bfloat16)])
+def test_the_fastest_precision_of_a_gpu(capability, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert fastest_dtype(torch.device("cuda", 0)) == expected

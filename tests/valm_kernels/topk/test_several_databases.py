@@ -38,7 +38,6 @@ def test_each_is_searched_as_if_alone(isa, threads, dtype, monkeypatch):
             for at in np.ndindex(leading):
                 alone = ip_topk(queries[at], databases[at], 7, impl="reference")
                 assert torch.equal(found.indices[at], alone.indices)
-                assert found.scores[at].equal(alone.scores) or n_queries
                 torch.testing.assert_close(found.scores[at], alone.scores, rtol=0, atol=0, equal_nan=True)
             by_reference = ip_topk(queries, databases, 7, impl="reference")
             assert torch.equal(found.indices, by_reference.indices)
