@@ -259,22 +259,30 @@ __device__ inline void add_squares(const typename Format::Part* rows, float (&sq
     }
 }
 
-// Copies the block's queries to shared memory, first their words, then their error factors. Returns the latter;
-// behind them the memory is free. By the whole block, before a barrier.
-template <class Format, int kQueryTiles>
-__device__ inline float* load_queries(const Search& s) {
+// The queries of a block.
+struct BlockQueries {
+    const uint4* words;  // (tiles, terms, steps of 16 elements, lanes), in shared or, if streamed, in device memory
+    float* errors;       // factors, in shared memory, which is free behind them
+};
+
+// Copies the block's queries to shared memory, of streamed ones the error factors alone. By the whole block, before a
+// barrier.
+template <class Format, int kQueryTiles, bool kStreamed>
+__device__ inline BlockQueries load_queries(const Search& s) {
     constexpr int kQueries = 16 * kQueryTiles;
     const int thread = threadIdx.x;
     const int chunks = kQueryTiles * kQueryTerms<Format> * s.plan.slabs * kSteps<Format> * kWarp;
-    uint4* const packed = dynamic_shared();
     const uint4* const source = s.packed + static_cast<int64_t>(blockIdx.x) * chunks;
-    for (int i = thread; i < chunks; i += kThreads) packed[i] = source[i];
-    float* const errors = reinterpret_cast<float*>(packed + chunks);
+    uint4* const shared = dynamic_shared();
+    if constexpr (!kStreamed) {
+        for (int i = thread; i < chunks; i += kThreads) shared[i] = source[i];
+    }
+    float* const errors = reinterpret_cast<float*>(shared + (kStreamed ? 0 : chunks));
     if (thread < kQueries) {
         const float error = s.errors[blockIdx.x * kQueries + thread];
         errors[thread] = error == error ? error : 0.0f;
     }
-    return errors;
+    return {kStreamed ? source : shared, errors};
 }
 
 // A warp's 32 rows of a tile, and the queries of its block.
@@ -286,8 +294,8 @@ struct Tile {
 
 // The tile whose rows lie at the warp's places from `place` on, the next of the stream.
 template <class Format, int kQueryTiles, bool kFindsNorms>
-__device__ inline void find_bounds(const Search& s, const float* errors, RowStream<Format>& stream, int64_t place,
-                                   Tile<kQueryTiles>& tile) {
+__device__ inline void find_bounds(const Search& s, const BlockQueries& queries, RowStream<Format>& stream,
+                                   int64_t place, Tile<kQueryTiles>& tile) {
     const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
     const auto row_of = [&](int n, int j) { return (place + 8 * n + 2 * t + j) * stream.stride; };
     if constexpr (!kFindsNorms) {
@@ -304,7 +312,7 @@ __device__ inline void find_bounds(const Search& s, const float* errors, RowStre
     [[maybe_unused]] float squares[kRowTiles][4] = {};
     for (int slab = 0; slab < s.plan.slabs; ++slab) {
         const auto* const rows = stream.wait();
-        multiply<Format, kQueryTiles>(dynamic_shared(), slab, s.plan.slabs, lane, rows, sums);
+        multiply<Format, kQueryTiles>(queries.words, slab, s.plan.slabs, lane, rows, sums);
         if constexpr (kFindsNorms) add_squares<Format>(rows, squares);
         stream.replace();
     }
@@ -328,7 +336,7 @@ __device__ inline void find_bounds(const Search& s, const float* errors, RowStre
             for (int m = 0; m < kQueryTiles; ++m) {
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
-                    const float error = errors[16 * m + 8 * h + g];
+                    const float error = queries.errors[16 * m + 8 * h + g];
                     float sum = static_cast<float>(sums[0][m][n][2 * h + j]);
                     if constexpr (kSums<Format> == 2) {
                         sum = fmaf(kDigitBase, sum, static_cast<float>(sums[1][m][n][2 * h + j])) * scale;
@@ -347,18 +355,18 @@ __device__ inline uint64_t bound_key(float bound, int64_t row) {
 
 // A block takes 16 kQueryTiles queries and a tile of the sample, which is spread evenly over the database. Each warp
 // passes on its best key for each query.
-template <class Format, int kQueryTiles, bool kFindsNorms>
+template <class Format, int kQueryTiles, bool kFindsNorms, bool kStreamsQueries>
 __global__ __launch_bounds__(kThreads, first_pass_residents(kQueryTiles)) void sample_kernel(Search s) {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, t = lane % 4;
-    float* const errors = load_queries<Format, kQueryTiles>(s);
+    const BlockQueries queries = load_queries<Format, kQueryTiles, kStreamsQueries>(s);
     __syncthreads();
 
     const int64_t stride = s.rows.count / (static_cast<int64_t>(s.plan.sample_tiles) * kBlockRows);
     const int64_t place = static_cast<int64_t>(blockIdx.y) * kBlockRows + warp * (kRowTiles * 8);
-    auto* const stages = reinterpret_cast<typename Format::Part*>(errors + 16 * kQueryTiles);
+    auto* const stages = reinterpret_cast<typename Format::Part*>(queries.errors + 16 * kQueryTiles);
     RowStream<Format> stream(s, stages, place, stride);
     Tile<kQueryTiles> tile;
-    find_bounds<Format, kQueryTiles, kFindsNorms>(s, errors, stream, place, tile);
+    find_bounds<Format, kQueryTiles, kFindsNorms>(s, queries, stream, place, tile);
     wait_copies(0);
 #pragma unroll
     for (int m = 0; m < kQueryTiles; ++m) {
@@ -398,15 +406,15 @@ static __global__ __launch_bounds__(kThreads) void sample_thresholds_kernel(Sear
 
 // A block takes 16 kQueryTiles queries and every splits-th tile of 256 rows. Strided, so that the blocks of different
 // queries that run together read the same rows, and sorted databases spread over all blocks.
-template <class Format, int kQueryTiles, bool kFindsNorms>
+template <class Format, int kQueryTiles, bool kFindsNorms, bool kStreamsQueries>
 __global__ __launch_bounds__(kThreads, first_pass_residents(kQueryTiles)) void first_pass_kernel(Search s) {
     constexpr int kQueries = 16 * kQueryTiles;
     const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp, g = lane / 4, t = lane % 4;
     const int first_query = blockIdx.x * kQueries;
     const int split = blockIdx.y;
 
-    float* const errors = load_queries<Format, kQueryTiles>(s);
-    auto* const stages = reinterpret_cast<typename Format::Part*>(errors + kQueries);
+    const BlockQueries queries = load_queries<Format, kQueryTiles, kStreamsQueries>(s);
+    auto* const stages = reinterpret_cast<typename Format::Part*>(queries.errors + kQueries);
     const Pools pools(stages + s.plan.stages * RowStream<Format>::kStageParts, kQueries, s.plan.capacity, s.plan.kept);
     if (thread < kQueries) {
         const int query = first_query + thread;
@@ -427,7 +435,7 @@ __global__ __launch_bounds__(kThreads, first_pass_residents(kQueryTiles)) void f
     for (int64_t row = warp_row; row - warp * (kRowTiles * 8) < s.rows.count;
          row += static_cast<int64_t>(s.plan.splits) * kBlockRows) {
         Tile<kQueryTiles> tile;
-        find_bounds<Format, kQueryTiles, kFindsNorms>(s, errors, stream, row, tile);
+        find_bounds<Format, kQueryTiles, kFindsNorms>(s, queries, stream, row, tile);
         if (kFindsNorms && blockIdx.x == 0 && g == 0) {
 #pragma unroll
             for (int i = 0; i < 2 * kRowTiles; ++i) {

@@ -35,16 +35,18 @@ template <class Format, bool kFindsNorms>
 void launch_first_pass(const Search& search, Stream stream) {
     const Plan& plan = search.plan;
     if (plan.sample_tiles) {
-        const auto sample =
-            plan.query_tiles == 4 ? sample_kernel<Format, 4, kFindsNorms> : sample_kernel<Format, 2, kFindsNorms>;
+        const auto sample = plan.streams_queries    ? sample_kernel<Format, kStreamedQueryTiles, kFindsNorms, true>
+                            : plan.query_tiles == 4 ? sample_kernel<Format, 4, kFindsNorms, false>
+                                                    : sample_kernel<Format, 2, kFindsNorms, false>;
         const dim3 grid(plan.query_blocks, plan.sample_tiles);
         launch(sample, grid, kThreads, plan.first_pass_shared, stream, search);
         launch(sample_thresholds_kernel, dim3(blocks_for(search.n_queries, kWarps)), kThreads,
                kWarps * kSampleKeys * sizeof(uint64_t), stream, search);
     }
-    const auto first_pass = plan.query_tiles == 4   ? first_pass_kernel<Format, 4, kFindsNorms>
-                            : plan.query_tiles == 2 ? first_pass_kernel<Format, 2, kFindsNorms>
-                                                    : first_pass_kernel<Format, 1, kFindsNorms>;
+    const auto first_pass = plan.streams_queries    ? first_pass_kernel<Format, kStreamedQueryTiles, kFindsNorms, true>
+                            : plan.query_tiles == 4 ? first_pass_kernel<Format, 4, kFindsNorms, false>
+                            : plan.query_tiles == 2 ? first_pass_kernel<Format, 2, kFindsNorms, false>
+                                                    : first_pass_kernel<Format, 1, kFindsNorms, false>;
     launch(first_pass, dim3(plan.query_blocks, plan.splits), kThreads, plan.first_pass_shared, stream, search);
 }
 

@@ -42,12 +42,20 @@ constexpr int kFirstPassBest = 128;
 constexpr int kMostCapacity = 256;
 constexpr int kMostKept = 192;
 
+// Tiles of 16 queries in a block whose queries stay in device memory: their largest pools fit beside 2 slabs of rows
+// into 99 KiB, the least of any card since compute capability 8.0.
+constexpr int kStreamedQueryTiles = 2;
+
 // Bytes of shared memory that CUDA takes for itself with every block.
 constexpr int64_t kReservedShared = 1024;
 
 struct Plan {
-    int slabs;         // of a row
-    int query_tiles;   // of 16 queries in a block of the first pass: 4, 2 or 1
+    int slabs;        // of a row
+    int query_tiles;  // of 16 queries in a block of the first pass: 4, 2 or 1
+    // The first pass reads the queries from device memory, as they do not fit into shared memory beside 2 slabs of
+    // rows; kStreamedQueryTiles then. A slab of them is an eighth to a quarter of one of rows, and the block's warps
+    // find it in the first-level cache.
+    bool streams_queries;
     int stages;        // slabs of rows in the shared memory of the first pass
     int query_blocks;  // blocks that share a part of the database
     int splits;        // parts of the database
@@ -56,7 +64,7 @@ struct Plan {
     int capacity;      // of a pool, a power of two
     int scan_blocks;   // of the exact scan
     int64_t lists;     // candidate lists in the workspace
-    bool first_pass;   // false: the queries or pools do not fit into shared memory, the exact scan searches for all
+    bool first_pass;   // false: the pools do not fit into shared memory, the exact scan searches for all
     int64_t first_pass_shared, merge_shared, scan_shared;  // bytes
     // Workspace: offsets and size in bytes.
     int64_t packed, errors, exponents, thresholds, sample, candidates, redo, bytes;
@@ -93,13 +101,16 @@ inline Plan make_plan(int64_t n_queries, const Rows& rows, int k, const DeviceLi
         int64_t{16} * plan.slabs * slab_elements(rows.element) * query_element_bytes(rows.element);
     const auto first_pass_shared = [&](int tiles, int stages) {
         // the packed queries, their error factors, their pools, the rows
-        return tiles * query_bytes + 16 * tiles * 4 + pool_bytes(16 * tiles, plan.capacity) + stages * kStageBytes;
+        return (plan.streams_queries ? 0 : tiles * query_bytes) + 16 * tiles * 4 +
+               pool_bytes(16 * tiles, plan.capacity) + stages * kStageBytes;
     };
     plan.query_tiles = n_queries > 32 ? 4 : n_queries > 16 ? 2 : 1;
     // with fewer than 2 stages a block waits for every slab
     while (plan.query_tiles > 1 && first_pass_shared(plan.query_tiles, 2) > limits.shared_per_block) {
         plan.query_tiles /= 2;
     }
+    plan.streams_queries = first_pass_shared(plan.query_tiles, 2) > limits.shared_per_block;
+    if (plan.streams_queries) plan.query_tiles = kStreamedQueryTiles;
     int residents = first_pass_residents(plan.query_tiles);
     const auto fits = [&](int stages) {
         const int64_t share = limits.shared_per_multiprocessor / residents - kReservedShared;

@@ -8,14 +8,18 @@ import pytest
 
 from tests.checks.cuda.ptxas import ARCHITECTURES, measure, nvcc_version, read_table, source_hash
 
+# Kernels of a first pass, for each type of rows.
+FIRST_PASSES = 3 + 2 + 2
+
 
 @pytest.mark.slow  # the test below holds the table to the sources
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_figures(architecture):
     figures = measure(architecture)
-    # of the 4 types of rows: first pass in 3 tile heights, sample in 2, the others; the former two also with norms
-    assert len(figures) == 4 * (3 + 2 + 4) + 2 + 3 * (3 + 2)
+    # of the 4 types of rows: first pass in 3 tile heights, sample in 2, both with streamed queries, the others; the
+    # former also with norms
+    assert len(figures) == 4 * (FIRST_PASSES + 4) + 2 + 3 * FIRST_PASSES
     assert [row for row in figures if row.spill_bytes or row.stack_bytes] == []
     version, _, table = read_table()
     assert {key for key in table if key[2] == architecture} == {row[:3] for row in figures}
@@ -32,10 +36,13 @@ def test_the_table_is_of_these_sources_and_has_no_spills():
 
 def test_rows_are_copied_ahead_of_their_products():
     """A load to registers in the loop of the products is one that ptxas may put behind the products to hide it: 4 row
-    tiles are 4 copies a slab.
+    tiles are 4 copies a slab. Only streamed queries are loaded.
     """
     _, _, table = read_table()
     loops = [row for row in table.values() if row.mma]
-    assert len(loops) == len(ARCHITECTURES) * (4 + 3) * (3 + 2)
+    assert len(loops) == len(ARCHITECTURES) * (4 + 3) * FIRST_PASSES
     assert {row.kernel for row in loops} == {"first_pass_kernel", "sample_kernel"}
-    assert all((row.copies, row.loads) == (4, 0) for row in loops)
+    assert all(row.copies == 4 for row in loops)
+    streamed = [row for row in loops if row.variant.split()[-1] == "true"]
+    assert len(streamed) == len(ARCHITECTURES) * (4 + 3) * 2
+    assert all((row.loads > 0) == (row in streamed) for row in loops)

@@ -36,13 +36,14 @@ int64_t workspace_bytes(int64_t n_queries, int element, const void* data, const 
     return valm::make_plan(n_queries, rows, k, {multiprocessors, shared_bytes, shared_bytes}).bytes;
 }
 
-// The figures of the first pass: 1 if there is one, queries of a block, stages, bytes of shared memory.
+// The figures of the first pass: 1 if there is one, queries of a block, stages, bytes of shared memory, 1 if the
+// queries stay in device memory.
 void first_pass(int64_t n_queries, int element, const void* data, const float* scale, int64_t count, int64_t dim, int k,
                 int multiprocessors, int64_t shared_bytes, int64_t* figures) {
     const valm::Rows rows{data, scale, static_cast<valm::Element>(element), count, dim};
     const auto plan = valm::make_plan(n_queries, rows, k, {multiprocessors, shared_bytes, shared_bytes + 1024});
     figures[0] = plan.first_pass, figures[1] = 16 * plan.query_tiles, figures[2] = plan.stages;
-    figures[3] = plan.first_pass_shared;
+    figures[3] = plan.first_pass_shared, figures[4] = plan.streams_queries;
 }
 
 // `redone`: how many queries the exact scan answered; `offered`: how many keys the pools were offered, those again that

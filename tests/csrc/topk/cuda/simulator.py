@@ -81,8 +81,10 @@ class Simulator:
         return needed + GUARD_BYTES
 
     def first_pass(self, n_queries: int, rows: Rows, k: int) -> tuple[int, ...]:
-        """Of a search: 1 if it has one, the queries of a block, the stages, the bytes of shared memory."""
-        figures = (ctypes.c_int64 * 4)()
+        """Of a search: 1 if it has one, the queries of a block, the stages, the bytes of shared memory, and
+        1 if the queries stay in device memory.
+        """
+        figures = (ctypes.c_int64 * 5)()
         self._library.first_pass(ctypes.c_int64(n_queries), *rows.arguments, k, *self._limits, figures)
         return tuple(figures)
 

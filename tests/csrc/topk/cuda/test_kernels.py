@@ -102,16 +102,46 @@ H100, A100, CONSUMER = (kib * 1024 for kib in (227, 163, 99))  # shared memory o
         (H100, "float32", 768, 1, 8, 16, 3),  # two blocks share a multiprocessor
         (H100, "float32", 2048, 64, 128, 16, 4),
         (A100, "float16", 768, 64, 8, 64, 2),
-        (A100, "float32", 2048, 1, 16, 16, 1),
         (CONSUMER, "float16", 768, 64, 8, 32, 2),
-        (CONSUMER, "float32", 1024, 1, 8, 16, 1),
     ],
 )
 def test_stages_that_fit(simulate, library, shared_bytes, dtype, dim, n_queries, k, queries, stages):
     simulator = simulate(library, multiprocessors=132, shared_bytes=shared_bytes)
     figures = simulator.first_pass(n_queries, simulator.Rows(0, 0, dtype, 1_000_000, dim), k)
-    assert figures[:3] == (1, queries, stages)
+    assert figures[:3] == (1, queries, stages) and figures[4] == 0
     assert figures[3] <= shared_bytes
+
+
+@pytest.mark.parametrize(
+    ("shared_bytes", "dtype", "dim", "n_queries", "k", "stages"),
+    [
+        (A100, "float32", 2048, 1, 16, 4),
+        (CONSUMER, "float32", 1024, 1, 8, 4),
+        (CONSUMER, "bfloat16", 1280, 64, 64, 4),
+        (CONSUMER, "int8", 2048, 64, 128, 2),
+        (CONSUMER, "float32", 2048, 1000, 128, 2),
+    ],
+)
+def test_queries_that_do_not_fit_stay_in_device_memory(
+    simulate, library, shared_bytes, dtype, dim, n_queries, k, stages
+):
+    simulator = simulate(library, multiprocessors=132, shared_bytes=shared_bytes)
+    figures = simulator.first_pass(n_queries, simulator.Rows(0, 0, dtype, 1_000_000, dim), k)
+    assert figures[:3] == (1, 32, stages) and figures[4] == 1
+    assert figures[3] <= shared_bytes
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n_queries", "n_rows", "dim", "k"), [(40, 300, 2048, 100), (17, 4200, 450, 8)])
+def test_rows_too_wide_for_their_queries_to_fit(simulate, library, prepared, dtype, n_queries, n_rows, dim, k):
+    """Two blocks of queries, the second with one; without and with a sample."""
+    shared_bytes = CONSUMER if k == 100 else 52 * 1024
+    simulator = simulate(library, "random", multiprocessors=2, shared_bytes=shared_bytes)
+    rows, row_scale = store(normals(n_rows, dim, seed=1), dtype, torch.device("cpu"))
+    assert simulator.first_pass(n_queries, simulator.Rows(0, 0, dtype, n_rows, dim), k)[::4] == (1, 1)
+    assert_exact(normals(n_queries, dim), rows, k, row_scale, prepared=prepared)
+    assert simulator.redone == 0
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
