@@ -14,7 +14,7 @@ from tests.checks.triton.compile_record import Launch, recorders, specialise
 from tests.valm_kernels.visual_fusion.problems import PROBLEMS, Problem
 from tests.valm_kernels.visual_fusion.triton.test_gpu import DTYPES, LARGE, WITH_FLASH
 from valm_kernels.visual_fusion import api
-from valm_kernels.visual_fusion.inputs import Gradients, Inputs
+from valm_kernels.visual_fusion.inputs import TENSOR_NAMES, Gradients
 from valm_kernels.visual_fusion.layout import empty_image_scores
 from valm_kernels.visual_fusion.triton import backward, forward, joined
 
@@ -51,7 +51,7 @@ def launches(
 ) -> Iterator[Launch]:
     """Of the forward and backward that a test of a problem runs."""
     given = problem.inputs(dtype)
-    tensors = tuple(given.get(name) for name in Inputs._fields[:-3])
+    tensors = tuple(given.get(name) for name in TENSOR_NAMES)
     inputs = api.checked_inputs(tensors, given.get("causal", True), given.get("scale"), given.get("softcap"))
     if not flash:
         inputs = inputs._replace(cu_seqlens=None)
