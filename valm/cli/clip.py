@@ -63,7 +63,7 @@ def add_to(commands: Commands) -> None:
     train.add_argument("--batch-size", type=positive, default=128, help="images a step, each with one caption")
     train.add_argument("--lr", type=above_zero, default=1e-3, help="learning rate at its highest")
     train.add_argument(
-        "--prefixes", type=portion, default=0.5, help="share of the captions that are cut behind a random word"
+        "--prefixes", type=portion, default=0.5, help="share of the captions that are cut after a random word"
     )
     train.add_argument(
         "--max-logit-scale",

@@ -67,8 +67,8 @@ class TrainingPlan:
             `clip` is the CLIP whose tokenizer the model reads with; None = CLIP's own.
         device: where images are retrieved, as for `open_device`. Training itself takes the GPUs that torch has.
         tokenizer: another tokenizer for the model: folder or Hugging Face name; None = the base's, or CLIP's.
-        images: K, images a token sees; None = IMAGES.
-        query: kind of the retrieval query (`ContextEncoder`); None = QUERY.
+        images: K, images a token sees; None = 4.
+        query: kind of the retrieval query (`ContextEncoder`); None = "eot".
         twin: trains this control of the model with `kb` instead (`valm.training.twins.TWINS`).
         base: augments this pretrained decoder instead of making a new model: folder or Hugging Face name.
         layer, unfreeze, logit_bias: of the base, as in `augment`; None = its defaults.
@@ -79,15 +79,15 @@ class TrainingPlan:
         fusion_lr, cache_below: of the base, as in `trainer`.
         limit_softmax: as in `trainer`.
         image_dropout: as in `trainer`; the text-only twin ignores it.
-        layers, width, heads: of a new model; None = as in SIZES.
+        layers, width, heads: of a new model; None = 12, 768 and 12.
         context: most tokens of a document, or of a part of it.
-        steps: updates; None = STEPS, or what num_train_epochs in `fields` says.
+        steps: updates; None = 1000, or what num_train_epochs in `fields` says.
         batch_size: documents of a step and process.
         lr: learning rate.
         seed: of the weights, the order, the documents held out and dropout.
         validation: what to evaluate on: a text file, a result of `valm retrieve`, or the fraction of the documents to
             hold out. The best checkpoint then becomes the model.
-        patience: stop after so many evaluations that were no better, 0 = never; None = PATIENCE.
+        patience: stop after so many evaluations that were no better, 0 = never; None = 3.
         mix: with `base` and `validation`, mix the trained weights with the base's at the end (`valm.training.mix`).
         resume: resume from the newest checkpoint in `out`, if any.
         fields: fields of transformers' TrainingArguments; they come before `steps`, `batch_size`, `lr` and `seed`.

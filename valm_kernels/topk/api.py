@@ -65,8 +65,8 @@ def ip_topk(
         queries: (..., E) float32, float16 or bfloat16; any number, including none.
         database: (N, E), same dtypes, same device; E from 8 to 2048. A row with NaN or infinity raises on the CPU; a
             CUDA search never returns it. Or several databases of one size, such as the keys of each head: (..., N, E)
-            with queries (..., Q, E), and results (..., Q, k). On the CPU each thread
-            searches databases of its own, where there are at least as many as threads.
+            with queries (..., Q, E), and results (..., Q, k). On the CPU each thread then searches databases of its
+            own, if there are at least as many as threads.
         k: 1 to 1024, at most N; above 128 a CUDA search reads the database again for every 4 queries.
         allowed: the rows that may be returned, on the device of the database: (N,) bool, or their numbers (n,) int64.
             With fewer than k of them results are padded with index −1 and score −inf. On a CUDA device numbers out of
@@ -75,6 +75,10 @@ def ip_topk(
             copied there, 12 bytes for each row found, and `out` returned.
         impl: "auto" (by device; on CUDA without native code for it a matrix product in PyTorch, with exact scores of
             what may be among the best), "cpu", "cuda" or "reference" (plain PyTorch, any device).
+
+    Returns:
+        A `TopK`, or a `NumpyTopK` for arrays: scores (..., k) float32 and indices (..., k) int64, best first; of equal
+        scores the row with the lower number comes first.
 
     Raises:
         TypeError: a wrong type or dtype.

@@ -243,9 +243,9 @@ class FlatIPIndex:
     def add(self, vectors: Tensor | np.ndarray, ids: Tensor | np.ndarray | None = None) -> None:
         """Appends rows (M, E), numbered from `len(index)` on, or by ids (M,) where the rows have their own.
 
-        Each call copies all stored rows. On the CPU it packs the new ones alone, around the centre of those that were
-        there, until there are more than `GROWTH` times as many; else the next search prepares all rows again, which
-        takes about as long as building the index.
+        Each call copies all stored rows. On the CPU it packs the new ones alone, until the index has more than doubled
+        since all were packed; then, and always on other devices, the next search prepares all rows again, which takes
+        about as long as building the index.
 
         Raises:
             TypeError, ValueError: as the constructor; also ids where the rows have none of their own, or none where

@@ -170,7 +170,7 @@ def visual_fusion_attn(
         first_key: (B, Tq) int32, the first text key that each query sees: left padding, packed documents and
             sliding windows. It need not be monotone; values <= 0 mean all keys. It limits text only: mask the
             images of a padding query by image_index or image_mask.
-        cu_seqlens: (N + 1,) int32 or int64: the B rows, one behind the other, are N documents, and document n is the
+        cu_seqlens: (N + 1,) int32 or int64: the B rows, concatenated, are N documents, and document n is the
             keys from cu_seqlens[n] to cu_seqlens[n + 1] - 1 of these B Tk, as in flash-attention. It rises from 0 to
             B Tk, has the bound of each row, and may repeat a number (an empty document); on CPU anything else raises,
             on CUDA it is undefined behaviour, as for image_index. A query sees only text of its own document; with
@@ -191,13 +191,13 @@ def visual_fusion_attn(
         return_lse: return (out, lse) instead of out.
         return_image_weights: return the weights b_ik of the images as well, after the other results. Without a second
             pass over the text: the same kernel writes the scores t_ik, and the weights are exp(t_ik - lse_i).
-        impl: "auto" uses "triton" for CUDA tensors and "cpu" for CPU tensors. For CUDA texts without images, and long
-            ones with them (Tk D >= 2048 * 128, an estimate), it uses "flash+triton" where that serves the call:
-            PyTorch's flash attention for the text and one kernel that joins the images. That takes float16 and
-            bfloat16, D a multiple of 8, with causal as many queries as keys, and none of first_key, cache_seqlens and
-            softcap; where lse or the weights of the images have a gradient, or
-            `torch.use_deterministic_algorithms(True)` is set, its backward is that of "triton". Of documents in
-            cu_seqlens, Tk stands for their mean length here. A named implementation never falls back to another one.
+        impl: "auto" takes "cpu" for CPU tensors. For CUDA tensors it takes "flash+triton" (PyTorch's flash attention
+            for the text, and one kernel that joins the images) if there are no images or the text is long (Tk D >=
+            2048 * 128, an estimate; of documents in cu_seqlens their mean length counts), else "triton".
+            "flash+triton" needs float16 or bfloat16, D a multiple of 8, as many queries as keys if causal, and none of
+            first_key, cache_seqlens and softcap; "auto" takes "triton" where that is not so. Its backward is that of
+            "triton" where lse or the weights of the images have a gradient, or with
+            `torch.use_deterministic_algorithms(True)`. A named implementation never falls back to another one.
             With VALM_KERNELS_AUTOTUNE=1 in the environment, "triton" tunes its tile sizes at the first call of each
             kind (device, dtype, sizes, layout and options), and caches them on disk.
 
@@ -267,7 +267,7 @@ def attention_weights(
 
     Args: as in `visual_fusion_attn`, with any head dimension, and
 
-        text_bias: (B or 1, Hq or 1, Tq, Tk) float, added to the scores of text behind scale and softcap; -inf hides a
+        text_bias: (B or 1, Hq or 1, Tq, Tk) float, added to the scores of text after scale and softcap; -inf hides a
             key. So positions can have a bias (ALiBi), and with causal=False any mask will do.
 
     Returns:

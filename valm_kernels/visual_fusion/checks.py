@@ -249,7 +249,7 @@ def _check_documents(inputs: Inputs, cu_seqlens: Tensor) -> None:
     if max_seqlen is not None and max_seqlen < 1:
         raise ValueError(f"max_seqlen must be at least 1, got {max_seqlen}")
     if not inputs.causal:
-        raise ValueError("cu_seqlens needs causal=True: without it a query would see the documents behind its own")
+        raise ValueError("cu_seqlens needs causal=True: without it a query would see the documents after its own")
     if inputs.cache_seqlens is not None:
         raise ValueError("cu_seqlens cannot be combined with cache_seqlens: give first_key instead")
 
