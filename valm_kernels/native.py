@@ -84,11 +84,14 @@ def _usable_isa(asked: str | None) -> str:
 def survives_fork(function: Callable[P, R]) -> Callable[P, R]:
     """Makes `function` run on one thread in a forked child, both native code and PyTorch's own operations.
 
-    OpenMP's threads do not survive a fork, and a child that used them would wait forever.
+    OpenMP's threads do not survive a fork, and a child that used them would wait forever. A compiled graph has no such
+    guard.
     """
 
     @wraps(function)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
         threads = torch.get_num_threads()
         if os.getpid() == _process or threads == 1:
             return function(*args, **kwargs)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from valm_kernels import int8_rows, ip_scores, ip_topk, visual_fusion_attn
+from valm_kernels import FlatIPIndex, int8_rows, ip_scores, ip_topk, merge_topk, visual_fusion_attn
 from valm_kernels.native import _module, cpu_isa, native
 from valm_kernels.topk import cpu as topk_cpu
 from valm_kernels.visual_fusion import cpu as attention_cpu
@@ -21,6 +21,7 @@ ROWS = torch.arange(5000 * 32).reshape(5000, 32).sin()
 QKV = torch.arange(3 * 4 * 64 * 16).reshape(3, 1, 4, 64, 16).sin()
 IMAGES = torch.arange(4 * 64 * 2 * 16).reshape(1, 4, 64, 2, 16).cos()
 IDS = torch.arange(100)
+NUMBERS = torch.arange(5000)
 PRODUCTS = torch.arange(5000 * 32, dtype=torch.int32).reshape(5000, 32)
 
 
@@ -47,10 +48,26 @@ def scale_int8() -> torch.Tensor:
     return int8_rows.scale_products_(products, *factors)[:100]
 
 
+def search_an_index() -> torch.Tensor:
+    """Also its changes, and the merge of two results; large enough for PyTorch to use threads."""
+    index = FlatIPIndex(ROWS, ids=NUMBERS)
+    found = index.search(ROWS[:600], 100)
+    index.add(ROWS, ids=NUMBERS + len(ROWS))
+    index.remove(NUMBERS[:9])
+    index.dequantised()
+    return merge_topk([found, found], [0, 1], 200).scores[:9]
+
+
+def attend_and_weigh() -> torch.Tensor:
+    return visual_fusion_attn(*QKV, IMAGES, IMAGES, return_image_weights=True)[1]
+
+
 OPERATIONS = {
+    "FlatIPIndex": search_an_index,
     "ip_topk": search,
     "ip_scores": score,
     "visual_fusion_attn": attend,
+    "image weights": attend_and_weigh,
     "round_rows": round_to_int8,
     "scale_products_": scale_int8,
 }

@@ -75,8 +75,8 @@ def pack(rows: Tensor, row_scale: Tensor | None) -> PackedRows:
     first_rows, next_duplicate, different = _equal_rows(rows, row_scale)
     distinct = different == len(rows)
     packed = PackedRows(
-        *_empty_panels(different, rows.shape[1]),
-        frame=torch.empty(2, rows.shape[1]),
+        *_empty_panels(different, rows),
+        frame=rows.new_empty(2, rows.shape[1], dtype=torch.float32),
         first_rows=None if distinct else first_rows,
         next_duplicate=None if distinct else next_duplicate,
     )
@@ -98,11 +98,12 @@ def extend(packed: PackedRows, count: int, rows: Tensor, row_scale: Tensor | Non
     first_rows, next_duplicate = packed.first_rows, packed.next_duplicate
     packed_before = count if first_rows is None else len(first_rows)
     if first_rows is not None or different < len(rows) - count:
-        old_rows = torch.arange(count, dtype=torch.int32) if first_rows is None else first_rows
-        old_next = torch.zeros(count, dtype=torch.int32) if next_duplicate is None else next_duplicate
-        first_rows = torch.cat([old_rows, new_rows + count])
-        next_duplicate = torch.cat([old_next, torch.where(new_next > 0, new_next + count, 0)])
-    codes, stats = _empty_panels(packed_before + different, rows.shape[1])
+        if first_rows is None or next_duplicate is None:
+            first_rows = torch.arange(count, dtype=torch.int32, device=rows.device)
+            next_duplicate = torch.zeros_like(first_rows)
+        first_rows = torch.cat([first_rows, new_rows + count])
+        next_duplicate = torch.cat([next_duplicate, torch.where(new_next > 0, new_next + count, 0)])
+    codes, stats = _empty_panels(packed_before + different, rows)
     whole = packed_before // PANEL_ROWS
     codes[:whole], stats[:whole] = packed.codes[:whole], packed.stats[:whole]
     extended = PackedRows(codes, stats, packed.frame.clone(), first_rows, next_duplicate)
@@ -112,8 +113,8 @@ def extend(packed: PackedRows, count: int, rows: Tensor, row_scale: Tensor | Non
 
 def _equal_rows(rows: Tensor, row_scale: Tensor | None) -> tuple[Tensor, Tensor, int]:
     """`PackedRows.first_rows` and next_duplicate, and how many different rows there are."""
-    first_rows = torch.empty(len(rows), dtype=torch.int32)
-    next_duplicate = torch.empty(len(rows), dtype=torch.int32)
+    first_rows = rows.new_empty(len(rows), dtype=torch.int32)
+    next_duplicate = torch.empty_like(first_rows)
     native_rows = _native_rows(rows, row_scale)
     different = native().find_duplicates(
         native_rows, torch.get_num_threads(), first_rows.data_ptr(), next_duplicate.data_ptr()
@@ -121,11 +122,11 @@ def _equal_rows(rows: Tensor, row_scale: Tensor | None) -> tuple[Tensor, Tensor,
     return first_rows[:different].clone(), next_duplicate, different
 
 
-def _empty_panels(count: int, dim: int) -> tuple[Tensor, Tensor]:
-    """Codes and stats of so many packed rows."""
+def _empty_panels(count: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and stats of so many packed rows of the width of `rows`."""
     panels = -(-count // PANEL_ROWS)
-    codes = torch.empty(panels, -(-dim // 4), PANEL_ROWS, 4, dtype=torch.uint8)
-    return codes, torch.empty(panels, STATS, PANEL_ROWS)
+    codes = rows.new_empty(panels, -(-rows.shape[1] // 4), PANEL_ROWS, 4, dtype=torch.uint8)
+    return codes, rows.new_empty(panels, STATS, PANEL_ROWS, dtype=torch.float32)
 
 
 def _pack(rows: Tensor, row_scale: Tensor | None, packed: PackedRows, first_panel: int) -> None:

@@ -111,8 +111,8 @@ def equal_rows(rows: Tensor, row_scale: Tensor | None) -> Tensor | None:
     count = rows.shape[0]
     bits = rows.contiguous().view(BITS[rows.itemsize])
     scale_bits = None if row_scale is None else row_scale.view(torch.int32)
-    generator = torch.Generator().manual_seed(0)
-    factors = torch.randint(-(2**62), 2**62, (rows.shape[1] + 1,), generator=generator).to(rows.device)
+    generator = torch.Generator("cpu").manual_seed(0)
+    factors = torch.randint(-(2**62), 2**62, (rows.shape[1] + 1,), generator=generator, device="cpu").to(rows.device)
     step = max(1, SCAN_VALUES // rows.shape[1])
     hashes = torch.cat([(part.long() * factors[:-1]).sum(1) for part in bits.split(step)])  # modulo 2^64
     if scale_bits is not None:

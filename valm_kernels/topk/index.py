@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..locks import Lock
+from ..native import survives_fork
 from . import cpu, cuda
 from .api import search
 from .checks import (
@@ -96,6 +97,7 @@ class FlatIPIndex:
             dtype.
     """
 
+    @survives_fork
     def __init__(
         self,
         database: Tensor | np.ndarray,
@@ -182,10 +184,12 @@ class FlatIPIndex:
         arrays = [rows, row_scale, ids, *(prepared or ())]
         return sum(array.nbytes for array in arrays if array is not None) / len(rows)
 
+    @survives_fork
     def dequantised(self) -> Tensor:
-        """The stored rows as the float32 numbers (N, E) that are searched."""
+        """A copy of the stored rows as the float32 numbers (N, E) that are searched."""
         stored = self._stored
-        return dequantise(stored.rows[:, : self._dim], stored.row_scale)
+        rows = stored.rows[:, : self._dim]
+        return rows.clone() if rows.dtype == torch.float32 else dequantise(rows, stored.row_scale)
 
     @overload
     def search(
@@ -195,6 +199,7 @@ class FlatIPIndex:
     def search(
         self, queries: np.ndarray, k: int, *, allowed: Tensor | np.ndarray | None = None, out: NumpyTopK | None = None
     ) -> NumpyTopK: ...
+    @survives_fork
     def search(
         self,
         queries: Tensor | np.ndarray,
@@ -240,6 +245,7 @@ class FlatIPIndex:
                 raise ValueError(f"{what} has the number {int(missing[0])}, which no row of the index has")
         return torch.isin(stored.ids, numbers)
 
+    @survives_fork
     def add(self, vectors: Tensor | np.ndarray, ids: Tensor | np.ndarray | None = None) -> None:
         """Appends rows (M, E), numbered from `len(index)` on, or by ids (M,) where the rows have their own.
 
@@ -282,6 +288,7 @@ class FlatIPIndex:
             prepared = cpu.extend(stored.prepared, count, all_rows, row_scale)
         return _Stored(all_rows, row_scale, all_ids, prepared, stored.centred)
 
+    @survives_fork
     def remove(self, ids: Tensor | np.ndarray) -> None:
         """Removes the rows that have these numbers (n,), or these flags (N,) bool. Rows without ids of their own are
         numbered anew: later ones move up. As with `add`, all rows that stay are copied, and packed again.
@@ -300,6 +307,7 @@ class FlatIPIndex:
             row_scale = None if row_scale is None else row_scale[at_home]
             self._stored = _Stored(rows[at_home], row_scale, row_ids, None)
 
+    @survives_fork
     def save(self, path: str | os.PathLike) -> None:
         """Writes the folder `path`: npy files and a manifest.json with their checksums, all or nothing.
 
@@ -346,7 +354,17 @@ class FlatIPIndex:
         """
         from . import storage
 
-        folder = storage.Folder(Path(path), mmap=mmap, verify=not mmap if verify is None else verify)
+        while True:
+            folder = storage.Folder(Path(path), mmap=mmap, verify=not mmap if verify is None else verify)
+            try:
+                return cls._read(folder, device, streamed)
+            except storage.MissingFile:
+                if not folder.replaced():
+                    raise
+
+    @classmethod
+    @survives_fork
+    def _read(cls, folder: storage.Folder, device: torch.device | str, streamed: bool | None) -> FlatIPIndex:
         dtype, (count, dim) = folder.dtype, folder.shape
         if dtype not in DTYPES:
             raise ValueError(f"{folder.manifest_path} is damaged: it says dtype {dtype!r}")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
+from ..native import survives_fork
 from .checks import as_tensor, is_array
 
 if TYPE_CHECKING:
@@ -84,6 +86,7 @@ def written_to(out: TopK | NumpyTopK, scores: Tensor, indices: Tensor) -> TopK |
 def merge_topk(results: Sequence[TopK], offsets: Sequence[int], k: int) -> TopK: ...
 @overload
 def merge_topk(results: Sequence[NumpyTopK], offsets: Sequence[int], k: int) -> NumpyTopK: ...
+@survives_fork
 def merge_topk(results: Sequence[TopK] | Sequence[NumpyTopK], offsets: Sequence[int], k: int) -> TopK | NumpyTopK:
     """Merges the results of the shards of one database into the result of the whole.
 
@@ -94,10 +97,25 @@ def merge_topk(results: Sequence[TopK] | Sequence[NumpyTopK], offsets: Sequence[
         k: results per query, at most the columns given; padded with index −1 and score −inf.
 
     Raises:
+        TypeError: something else than results, or a wrong dtype; an offset or k that is no int.
         ValueError: no results, shapes that disagree, a wrong k, or not one offset per result.
     """
     if not results or len(results) != len(offsets):
         raise ValueError(f"merge_topk got {len(results)} results and {len(offsets)} offsets, expected one for each")
+    for number in (*offsets, k):
+        if isinstance(number, bool) or not isinstance(number, Integral):
+            raise TypeError(f"offsets and k of merge_topk must be ints, got {number!r}")
+    for number, result in enumerate(results):
+        if not isinstance(result, TopK | NumpyTopK):
+            raise TypeError(f"results[{number}] must be a TopK or NumpyTopK, but is a {type(result).__name__}")
+        parts = [as_tensor(part, f"results[{number}].{name}") for name, part in result._asdict().items()]
+        dtypes = [part.dtype for part in parts]
+        if dtypes != [torch.float32, torch.int64]:
+            raise TypeError(f"results[{number}] has scores and indices in {dtypes}, expected float32 and int64")
+        if parts[0].shape != parts[1].shape:
+            raise ValueError(
+                f"results[{number}] has scores of shape {tuple(parts[0].shape)} and indices of {tuple(parts[1].shape)}"
+            )
     if not 1 <= k <= sum(result.scores.shape[-1] for result in results):
         raise ValueError(f"k is {k}, expected 1 to the {sum(r.scores.shape[-1] for r in results)} columns given")
     leading = {tuple(result.scores.shape[:-1]) for result in results}

@@ -40,16 +40,22 @@ class ShardedIPIndex:
     ) -> None:
         rows = as_tensor(database, "database")
         check_database(rows)
+        if isinstance(devices, str):
+            raise TypeError(f"devices must be a sequence of devices, such as [{devices!r}], but is one string")
         if not 1 <= len(devices) <= len(rows):
             raise ValueError(
                 f"devices names {len(devices)} devices, expected 1 to the {len(rows)} rows of the database"
             )
         ends = [len(rows) * number // len(devices) for number in range(len(devices) + 1)]
         self._bounds = list(pairwise(ends))
-        self._parts = [
-            FlatIPIndex(rows[start:end], dtype, device, pack=pack)
-            for (start, end), device in zip(self._bounds, devices, strict=True)
-        ]
+        self._parts = []
+        for (start, end), device in zip(self._bounds, devices, strict=True):
+            try:
+                self._parts.append(FlatIPIndex(rows[start:end], dtype, device, pack=pack))
+            except ValueError as error:
+                raise ValueError(
+                    f"database[{start}:{end}], whose row 0 is row {start} of the database: {error}"
+                ) from error
 
     def __len__(self) -> int:
         return self._bounds[-1][1]

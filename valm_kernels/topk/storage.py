@@ -73,12 +73,14 @@ def write_folder(path: Path, arrays: dict[str, np.ndarray], properties: dict[str
 
     Raises:
         OSError: writing failed, or another process is writing the folder, which the message names.
+        ValueError: the folder has a manifest of something else, which is left as it is.
     """
     with ExitStack() as lock:
         written: list[Path] = []
         try:
             path.mkdir(parents=True, exist_ok=True)
             lock.enter_context(folder_lock(path, SAVE_WAIT_SECONDS))
+            _check_not_foreign(path / MANIFEST)
             old_files = _referenced_files(path)
             entries = {}
             for name, array in arrays.items():
@@ -138,6 +140,20 @@ def _write_array(path: Path, name: str, array: np.ndarray, written: list[Path]) 
             written.append(final)
         move(temporary, final)
     return final, {"bytes": final.stat().st_size, "sha256": sha256}
+
+
+def _check_not_foreign(manifest: Path) -> None:
+    """Checks that what would be replaced is no manifest of something else, such as a knowledge base.
+
+    Raises:
+        ValueError: it is.
+    """
+    try:
+        found = read_json(manifest, Any)
+    except (OSError, ValueError):  # there is none, or it is damaged, and may be replaced
+        return
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise ValueError(f"{manifest} belongs to something else, not to a {FORMAT}: save it in another folder")
 
 
 def _referenced_files(path: Path) -> set[str]:
@@ -204,6 +220,10 @@ def _read_aligned(file: Path) -> np.ndarray:
         return buffer[start : start + size].view(dtype).reshape(shape)
 
 
+class MissingFile(ValueError):
+    """An array that the manifest lists is not there."""
+
+
 class Folder:
     """A saved folder, opened: its arrays are memory-mapped or read, and with `verify` compared to their checksums.
 
@@ -219,6 +239,10 @@ class Folder:
 
     def __contains__(self, name: str) -> bool:
         return name in self._manifest["arrays"]
+
+    def replaced(self) -> bool:
+        """Whether another index has been saved here since this one was opened, so that its files are gone."""
+        return read_manifest(self.path) != self._manifest
 
     @property
     def dtype(self) -> str:
@@ -238,10 +262,14 @@ class Folder:
         try:
             size = own_file(file).st_size
         except FileNotFoundError:
-            raise ValueError(f"{self.path} is damaged: {file.name} is missing") from None
+            raise MissingFile(f"{self.path} is damaged: {file.name} is missing") from None
         if size != entry["bytes"]:
             raise ValueError(f"{file} is damaged: it has {size} bytes, {entry['bytes']} were saved")
-        if self.verify and file_sha256(file) != entry["sha256"]:
+        try:
+            damaged = self.verify and file_sha256(file) != entry["sha256"]
+        except FileNotFoundError:
+            raise MissingFile(f"{self.path} is damaged: {file.name} is missing") from None
+        if damaged:
             raise ValueError(f"{file} is damaged: its checksum differs from the one saved in {MANIFEST}")
         array = self._load(file)
         fits = len(array.shape) == len(shape) and all(b in (a, None) for a, b in zip(array.shape, shape, strict=True))
@@ -257,6 +285,8 @@ class Folder:
             if self.mmap:  # copy-on-write, since torch needs writable memory
                 return np.lib.format.open_memmap(file, mode="c")
             return _read_aligned(file)
+        except FileNotFoundError:
+            raise MissingFile(f"{self.path} is damaged: {file.name} is missing") from None
         except OSError:
             raise
         except Exception as error:  # a damaged header makes numpy raise more than ValueError

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
+from ..native import survives_fork
 from . import flash
+from .autocast import is_autocast_enabled, outside_autocast
 from .checks import check_bool, check_tensor, check_text_bias, checked_inputs
 from .inputs import Inputs
 from .op import document_starts, fused_attention
@@ -228,17 +229,22 @@ def visual_fusion_attn(
         impl = flash.NAME
     if inputs.cu_seqlens is not None and impl != flash.NAME:
         inputs = inputs._replace(cu_seqlens=None, max_seqlen=None)  # the others read first_key
-    with _outside_autocast(q.device.type):
+    with outside_autocast(q.device.type):
         if impl == "reference":
             out, lse, image_weights = reference_attention(inputs)
         else:
             out, lse, image_scores = fused_attention(inputs, impl, return_image_weights)
             if return_image_weights:
-                # where nothing is seen lse is -inf, as are the scores, and the weights are 0
-                image_weights = torch.exp(image_scores - lse.masked_fill(lse == -torch.inf, 0).unsqueeze(-1))
+                image_weights = _image_weights(image_scores, lse)
     if return_image_weights:
         return (out, lse, image_weights) if return_lse else (out, image_weights)
     return (out, lse) if return_lse else out
+
+
+@survives_fork
+def _image_weights(image_scores: Tensor, lse: Tensor) -> Tensor:
+    # where nothing is seen lse is -inf, as are the scores, and the weights are 0
+    return torch.exp(image_scores - lse.masked_fill(lse == -torch.inf, 0).unsqueeze(-1))
 
 
 def attention_weights(
@@ -285,7 +291,7 @@ def attention_weights(
     inputs = _with_documents(checked_inputs(_cast(tensors), causal, scale, softcap, any_dim=True))
     if text_bias is not None:
         check_text_bias(text_bias, inputs)
-    with _outside_autocast(q.device.type):
+    with outside_autocast(q.device.type):
         return joint_softmax(inputs, text_bias)
 
 
@@ -297,7 +303,7 @@ def _cast(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
     """
     q = tensors[0]
     device_type = q.device.type
-    if not _is_autocast_enabled(device_type) or q.dtype == torch.float64:
+    if not is_autocast_enabled(device_type) or q.dtype == torch.float64:
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return (*(t.to(dtype) if _is_cast(t) else t for t in tensors[:6]), *tensors[6:])
@@ -312,17 +318,6 @@ def _with_documents(inputs: Inputs) -> Inputs:
     if inputs.first_key is None:
         return inputs._replace(first_key=starts)
     return inputs._replace(first_key=torch.maximum(inputs.first_key, starts), cu_seqlens=None, max_seqlen=None)
-
-
-def _outside_autocast(device_type: str) -> AbstractContextManager:
-    if _is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
-
-
-def _is_autocast_enabled(device_type: str) -> bool:
-    # of a device without autocast, such as "meta", PyTorch raises
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _is_cast(tensor: Any) -> bool:

@@ -201,10 +201,10 @@ def text_segments(
             else:
                 keys = slice(int(firsts[start:stop].min()), stop + num_keys - num_queries if causal else num_keys)
                 if keys.start < keys.stop:
-                    key = torch.arange(keys.start, keys.stop)
+                    key = torch.arange(keys.start, keys.stop, device="cpu")
                     visible = key >= firsts[start:stop, None]  # (queries, keys)
                     if causal:
-                        visible &= key <= torch.arange(start, stop)[:, None] + num_keys - num_queries
+                        visible &= key <= torch.arange(start, stop, device="cpu")[:, None] + num_keys - num_queries
                     yield TextSegment(rows, slice(start, stop), keys, visible=visible[None, None])
             at = last
 
@@ -281,12 +281,17 @@ def _text_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = inputs[:3]
     head_dim = q.shape[-1]
+    unit: Tensor | None = None  # of the gradients, a power of two
     if grad_lse is not None:
         # The kernel has no gradient of lse, but computes delta = sum(grad_out * out). A column with -1 in out and
         # grad_lse in grad_out turns that into sum(grad_out * out) - grad_lse. Zeros in q, k and v exclude that column
         # from everything else; eight columns preserve the alignment of rows. Three of them hold grad_lse and its
         # remainders after rounding to 16 bits, so that both parts of the backward use the same value.
         grad_out, out, q, k, v = (torch.nn.functional.pad(t, (0, 8)) for t in (grad_out, out, q, k, v))
+        if q.dtype == torch.float16:  # which ends at 2^16, for the kernel's products with the weights too
+            largest = grad_lse.abs().nan_to_num(posinf=0).amax()
+            unit = torch.exp2(torch.log2(largest / 2**14).ceil().clamp(min=0))
+            grad_out, grad_lse = (grad_out / unit).to(q.dtype), grad_lse / unit
         rest = grad_lse
         for column in range(head_dim, head_dim + 3):
             out[..., column] = -1
@@ -306,6 +311,8 @@ def _text_backward(
             parts = _attend_backward(inputs, segment, grad_out[at], q[at], k[keys], v[keys], out[at], lse[at])
             for gradient, part, where in zip((grad_q, grad_k, grad_v), parts, (at, keys, keys), strict=True):
                 gradient[where] += part
+    if unit is not None:
+        grad_q, grad_k, grad_v = (g * unit for g in (grad_q, grad_k, grad_v))
     grad_q, grad_k, grad_v = (g.to(q.dtype) for g in (grad_q, grad_k, grad_v))
     if grad_lse is not None:
         grad_q, grad_k, grad_v = (

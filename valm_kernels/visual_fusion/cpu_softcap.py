@@ -100,7 +100,7 @@ def _hide(scores: Tensor, queries: slice, causal: bool, visible: Tensor | None, 
     count = queries.stop - queries.start
     scores = scores.unflatten(2, (-1, count))  # (B, Hkv, G, queries, keys)
     if causal:
-        future = torch.ones(count, count, dtype=torch.bool).triu_(1)
+        future = torch.ones(count, count, dtype=torch.bool, device="cpu").triu_(1)
         scores[..., queries].masked_fill_(future, value)
     if visible is not None:
         scores.masked_fill_(~visible[:, :, None, queries], value)

@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 
 from .._ops import add_op_namespace_prefix, ops
 from . import cpu, flash
+from .autocast import outside_autocast
 from .checks import check_cu_seqlens
 from .inputs import Gradients, Inputs
 from .layout import empty_gradients, empty_image_scores, empty_rows_like
@@ -97,7 +98,8 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     *_, impl, needed = inputs
     backward = _implementation(impl)[1]
-    gradients = backward(grad_out, grad_lse, grad_image_scores, out, lse, Inputs(*inputs[:-2]), needed)
+    with outside_autocast(grad_out.device.type):
+        gradients = backward(grad_out, grad_lse, grad_image_scores, out, lse, Inputs(*inputs[:-2]), needed)
     return _present(grad_out, gradients)
 
 

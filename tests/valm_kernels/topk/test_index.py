@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -577,3 +578,66 @@ def test_read_only_folder(tmp_path):
     assert done.returncode == 1
     assert "cannot save the index" in done.stderr and "Permission denied" in done.stderr
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", [torch.bfloat16, torch.float16, torch.float64, "meta"], ids=str)
+def test_the_default_dtype_and_device_are_not_those_of_an_index(tmp_path, place):
+    """A program that loads models sets them; the native code writes float32 on the CPU."""
+    database, queries, more = normals(300, 40), normals(5, 40, seed=1), normals(20, 40, seed=2)
+    database[7] = database[2]
+    expected = FlatIPIndex(torch.cat([database, more])).search(queries, 4)
+    default = torch.get_default_dtype()
+    if place != "meta":
+        torch.set_default_dtype(place)
+    try:
+        with torch.device("meta") if place == "meta" else nullcontext():
+            index = FlatIPIndex(database)
+            index.add(more)
+            index.save(tmp_path / "index")
+            found = [index.search(queries, 4), FlatIPIndex.load(tmp_path / "index").search(queries, 4)]
+            index.remove(torch.tensor([3], device="cpu"))
+            index.search(queries, 4)
+    finally:
+        torch.set_default_dtype(default)
+    for scores, rows in found:
+        assert torch.equal(scores, expected.scores) and torch.equal(rows, expected.indices)
+
+
+def test_a_manifest_of_something_else_is_not_replaced(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"format": "valm image knowledge base"}')
+    with pytest.raises(ValueError, match=r"manifest\.json belongs to something else, not to a valm flat"):
+        FlatIPIndex(normals(9, 8)).save(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["manifest.json"]
+    (tmp_path / "manifest.json").write_text("damaged")
+    FlatIPIndex(normals(9, 8)).save(tmp_path)
+    assert len(FlatIPIndex.load(tmp_path)) == 9
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+@pytest.mark.parametrize("step", ["own_file", "file_sha256", "_load"])
+def test_a_load_while_another_index_is_saved_reads_that(tmp_path, monkeypatch, step, mmap):
+    """Whenever the files of the manifest that it has read go."""
+    first, second = FlatIPIndex(normals(30, 8)), FlatIPIndex(normals(40, 8, seed=1))
+    first.save(tmp_path)
+    where = storage.Folder if step == "_load" else storage
+    original, saved = getattr(where, step), []
+
+    def after_a_save(*arguments):
+        if not saved and arguments[-1].suffix == ".npy":
+            saved.append(second.save(tmp_path))
+        return original(*arguments)
+
+    monkeypatch.setattr(where, step, after_a_save)
+    loaded = FlatIPIndex.load(tmp_path, mmap=mmap, verify=True)
+    assert saved and torch.equal(loaded.dequantised(), second.dequantised())
+    next(file for file in tmp_path.glob("rows-*.npy")).unlink()
+    with pytest.raises(ValueError, match=r"is damaged: rows-\w+\.npy is missing"):
+        FlatIPIndex.load(tmp_path, mmap=mmap)
+
+
+def test_dequantised_rows_are_a_copy():
+    index = FlatIPIndex(normals(30, 8))
+    before = index.search(normals(3, 8, seed=1), 4)
+    index.dequantised().neg_()
+    after = index.search(normals(3, 8, seed=1), 4)
+    assert torch.equal(before.scores, after.scores)

@@ -34,3 +34,38 @@ def test_merge_fills_up_and_refuses():
         merge_topk([one, one], [0, 1], 3)
     with pytest.raises(ValueError, match="different queries"):
         merge_topk([one, ip_topk(torch.ones(2, 8), torch.ones(1, 8), 1)], [0, 1], 1)
+
+
+@pytest.mark.parametrize(
+    ("results", "offsets", "k", "error", "message"),
+    [
+        (
+            [TopK(torch.ones(2, 2), torch.zeros(1, 2).long())],
+            [0],
+            2,
+            ValueError,
+            "scores of shape .2, 2. and indices of",
+        ),
+        (
+            [TopK(torch.ones(1, 3), torch.zeros(1, 2).long())],
+            [0],
+            2,
+            ValueError,
+            "scores of shape .1, 3. and indices of",
+        ),
+        ([TopK(torch.ones(1, 1), torch.zeros(1, 1).int())], [0], 1, TypeError, "expected float32 and int64"),
+        ([TopK(torch.ones(1, 1).double(), torch.zeros(1, 1).long())], [0], 1, TypeError, "expected float32 and int64"),
+        ([TopK(torch.ones(1, 1), torch.zeros(1, 1).long())], [0.5], 1, TypeError, "must be ints, got 0.5"),
+        ([TopK(torch.ones(1, 1), torch.zeros(1, 1).long())], [0], 1.0, TypeError, "must be ints, got 1.0"),
+        (
+            [(torch.ones(1, 1), torch.zeros(1, 1).long())],
+            [0],
+            1,
+            TypeError,
+            "must be a TopK or NumpyTopK, but is a tuple",
+        ),
+    ],
+)
+def test_what_is_no_result_is_refused(results, offsets, k, error, message):
+    with pytest.raises(error, match=message):
+        merge_topk(results, offsets, k)

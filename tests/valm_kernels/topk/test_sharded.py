@@ -51,6 +51,12 @@ def test_wrong_arguments_are_named():
         ShardedIPIndex(database, ["cpu"] * 5)
     with pytest.raises(ValueError, match="devices names 0 devices"):
         ShardedIPIndex(database, [])
+    with pytest.raises(TypeError, match=r"devices must be a sequence of devices, such as \['cpu'\]"):
+        ShardedIPIndex(database, "cpu")
+    with pytest.raises(
+        ValueError, match=r"database\[2:4\], whose row 0 is row 2 of the database: database row 1 holds"
+    ):
+        ShardedIPIndex(torch.cat([database[:3], torch.full((1, 8), torch.nan)]), ["cpu", "cpu"])
     index = ShardedIPIndex(database, ["cpu", "cpu"])
     assert repr(index) == "ShardedIPIndex(4 rows of 8 float32 on cpu, cpu)"
     with pytest.raises(ValueError, match="k is 5, but the database has only 4 rows"):

@@ -212,6 +212,19 @@ def test_autocast_runs_in_its_dtype(impl, dtype):
     assert [g.dtype for g in gradients] == [torch.float32, torch.float32]
 
 
+@pytest.mark.parametrize("softcap", [None, 20.0])
+def test_a_backward_under_autocast_is_as_exact(softcap):
+    """The forward ran without it."""
+    inputs = POOLED.inputs(torch.float32)
+    inputs["q"].requires_grad_()
+    gradients = []
+    for autocast in (False, True):
+        out = visual_fusion_attn(**inputs, softcap=softcap, impl="cpu")
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            gradients += torch.autograd.grad(out.square().sum(), inputs["q"])
+    assert torch.equal(*gradients)
+
+
 @pytest.mark.parametrize("name", ["q", "k", "v", "image_k", "image_v"])
 def test_autocast_hides_no_wrong_dtype(name):
     inputs = DENSE.inputs(torch.float32)

@@ -464,3 +464,16 @@ def test_stock_waits_forever_in_a_forked_child_with_several_threads():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert run.stdout.split() == ["True", "False"]
+
+
+@pytest.mark.parametrize("size", [1.0, 7e4, 1e7])
+def test_a_large_gradient_of_lse_in_float16(size):
+    """A scaler of losses begins at 2^16; float16 ends there. Scores are small, so that the gradients of q and k fit."""
+    tensors = torch.randn(3, 1, 2, 40, 32, generator=torch.Generator().manual_seed(0))
+    found = []
+    for dtype, impl in ((torch.float64, "reference"), (torch.float16, "cpu")):
+        q, k, v = (x.to(dtype).requires_grad_() for x in tensors.half())
+        _, lse = visual_fusion_attn(q, k, v, None, None, scale=1e-4, return_lse=True, impl=impl)
+        found.append(torch.autograd.grad(lse, (q, k), torch.full_like(lse, size)))
+    for expected, gradient in zip(*found, strict=True):
+        assert (gradient - expected).abs().max() <= 2e-3 * expected.abs().max()
