@@ -38,6 +38,8 @@ def as_tensor(value: Tensor | np.ndarray, name: str) -> Tensor:
         return value.detach()
     if not is_array(value):
         raise TypeError(f"{name} must be a torch tensor or a numpy array, but is a {type(value).__name__}")
+    if hasattr(value, "mask"):  # numpy.ma
+        raise TypeError(f"{name} has a mask, which a search does not see: fill it, or name rows by allowed")
     if value.dtype.kind not in "fi" or not value.dtype.isnative:
         raise TypeError(
             f"{name} must hold floating-point numbers (or int64, where they are ids), but has numpy dtype {value.dtype}"

@@ -88,6 +88,8 @@ def checked_inputs(
 
 def check_text_bias(text_bias: Tensor, inputs: Inputs) -> None:
     check_tensor("text_bias", text_bias)
+    if text_bias.device != inputs.q.device:
+        raise ValueError(f"text_bias must be on the device of q, {inputs.q.device}, but is on {text_bias.device}")
     if not text_bias.is_floating_point():
         raise TypeError(f"text_bias must be floating point, got {text_bias.dtype}")
     batch, heads, num_queries, _ = inputs.q.shape

@@ -28,7 +28,7 @@ def joint_softmax(inputs: Inputs, text_bias: Tensor | None = None) -> tuple[Tens
     scores = inputs.scale * (q @ k.repeat_interleave(group, 1).transpose(-1, -2)).to(wide)  # (B, Hq, Tq, Tk)
     scores = _capped(scores, inputs.softcap)
     if text_bias is not None:
-        scores = scores + text_bias
+        scores = scores + text_bias.to(wide)
     visible = text_visible(num_queries, num_keys, inputs.first_key, inputs.cache_seqlens, inputs.causal, q.device)
     scores = scores.masked_fill(~visible, -torch.inf)
     if image_k is not None:

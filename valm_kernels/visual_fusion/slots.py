@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -26,9 +28,11 @@ def sort_image_slots(image_index: Tensor, pool_size: int) -> Tensor:
         head.
 
     Raises:
-        TypeError: image_index has the wrong type or dtype.
+        TypeError: image_index has the wrong type or dtype, or pool_size is no int.
         ValueError: it has the wrong shape, is not on the CPU, or has a number outside [-1, U).
     """
+    if isinstance(pool_size, bool) or not isinstance(pool_size, Integral):
+        raise TypeError(f"pool_size must be an int, got {pool_size!r}")
     check_index_on_cpu(image_index)
     check_image_index(image_index, pool_size)
     order, bounds = sorted_slots(image_index, pool_size)

@@ -217,6 +217,7 @@ def test_numpy_in_numpy_out():
 
 
 Q, D = torch.ones(2, 16), torch.ones(5, 16)
+NAN_ROW = torch.where(torch.arange(5)[:, None] == 1, torch.nan, D)
 REFUSALS = {
     "k 0": (ValueError, r"k is 0, expected 1 to 1024", lambda: ip_topk(Q, D, 0)),
     "k above N": (ValueError, r"k is 6, but the database has only 5 rows", lambda: ip_topk(Q, D, 6)),
@@ -231,6 +232,8 @@ REFUSALS = {
     "integers": (TypeError, r"database has dtype torch.int8", lambda: ip_topk(Q, D.to(torch.int8), 1)),
     "list": (TypeError, r"queries must be a torch tensor or a numpy array, but is a list", lambda: ip_topk([1], D, 1)),
     "strings": (TypeError, r"queries must hold floating-point", lambda: ip_topk(np.array(["a"]), D, 1)),
+    "masked": (TypeError, r"database has a mask", lambda: ip_topk(Q, np.ma.masked_array(D.numpy()), 1)),
+    "NaN row": (ValueError, r"database row 1 holds", lambda: ip_topk(Q, NAN_ROW, 1, impl="reference")),
     "impl": (ValueError, r"impl is 'gpu', expected one of auto, cpu", lambda: ip_topk(Q, D, 1, impl="gpu")),
     "cuda on cpu": (ValueError, r"impl='cuda' needs tensors on cuda", lambda: ip_topk(Q, D, 1, impl="cuda")),
     "device": (ValueError, r"queries are on meta", lambda: ip_topk(Q.to("meta"), D, 1)),

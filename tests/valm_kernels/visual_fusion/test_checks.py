@@ -476,3 +476,7 @@ def test_a_text_bias_that_does_not_fit_is_refused():
         attention_weights(q, k, None, text_bias=torch.zeros(1, 1, q.shape[2], k.shape[2] + 1))
     with pytest.raises(TypeError, match="text_bias must be floating point"):
         attention_weights(q, k, None, text_bias=torch.zeros(1, 1, q.shape[2], k.shape[2], dtype=torch.bool))
+    with pytest.raises(ValueError, match="text_bias must be on the device of q, cpu, but is on meta"):
+        attention_weights(q, k, None, text_bias=torch.zeros(1, 1, q.shape[2], k.shape[2], device="meta"))
+    wide = attention_weights(q, k, None, text_bias=torch.zeros(1, 1, q.shape[2], k.shape[2], dtype=torch.float64))
+    assert {part.dtype for part in wide} == {torch.promote_types(q.dtype, torch.float32)}

@@ -53,6 +53,12 @@ def test_wrong_index_raises(index, error, message):
         sort_image_slots(index, 2)
 
 
+@pytest.mark.parametrize("pool_size", [5.0, True, "5"])
+def test_a_pool_of_no_whole_number_of_images_raises(pool_size):
+    with pytest.raises(TypeError, match="pool_size must be an int"):
+        sort_image_slots(torch.zeros(1, 1, 1, dtype=torch.int64), pool_size)
+
+
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
 @pytest.mark.parametrize("name", ["sorted slots", "by head, sorted slots"])
 def test_slots_change_nothing_on_cpu_and_raise_if_they_belong_to_another_index(name, impl):
