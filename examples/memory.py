@@ -35,9 +35,11 @@ class MemoryAttention(nn.Module):
         pools, options = (None, None), {}
         if self.memory is not None:
             pools = self.memory
-            queries = q[0].unflatten(0, (len(pools[0]), -1)).sum(1)  # (Hkv, T, D): a group of heads shares its entries
+            far = (x[:, -1:] for x in position_embeddings)  # all entries as far away as the segment is long
+            far_q = apply_rotary_pos_emb(q, q, *far)[0]
+            queries = far_q[0].unflatten(0, (len(pools[0]), -1)).sum(1)  # (Hkv, T, D): a group shares its entries
             entries = ip_topk(queries, pools[0], min(ENTRIES, pools[0].shape[1])).indices
-            options = {"image_q": q, "image_index": entries[None], **self.biases}  # (1, Hkv, T, K)
+            options = {"image_q": far_q, "image_index": entries[None], **self.biases}  # (1, Hkv, T, K)
         rotated = apply_rotary_pos_emb(q, k, *position_embeddings)
         out = visual_fusion_attn(*rotated, v, *pools, scale=self.own.scaling, **options)
         return self.own.o_proj(out.transpose(1, 2).flatten(2)), None

@@ -47,8 +47,9 @@ from valm.model.checkpoint import load, save_checkpoint
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.faiss_index import FaissIndex, open_index, verify_index
 from valm.retrieval.index_tuning import build_index
-from valm.retrieval.note import RETRIEVAL_FILE, RetrievalNote
+from valm.retrieval.note import RetrievalNote
 from valm.retrieval.retriever import Retriever
+from valm.store.whole_folder import NOTE
 from valm_kernels import FlatIPIndex
 from valm_kernels.atomic_files import is_temporary, remove_leftovers
 
@@ -205,7 +206,7 @@ def test_note_on_retrieval(tmp_path, old):
             assert note.knowledge_base.name in (("new",) if done or not old else ("old", "new"))
         write(out)
         remove_leftovers(out)
-        assert [file.name for file in out.iterdir()] == [RETRIEVAL_FILE]
+        assert [file.name for file in out.iterdir()] == [NOTE]
 
     assert kill_everywhere(write, check, tmp_path, prepare) >= 2
 

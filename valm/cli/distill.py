@@ -70,6 +70,7 @@ def train(arguments: argparse.Namespace, out: Path) -> None:
         allow_download=arguments.allow_download,
         device=model.device,
         dtype=chosen_query_dtype(arguments) or torch.float32,
+        **corpus.segments,
     )
     agreement = distill_queries(
         model,

@@ -88,6 +88,7 @@ def generated(model: Any, tokenizer: Any, text: str, arguments: argparse.Namespa
 
     from valm.clip.tokenizer import prompt_ids
     from valm.evaluation.scoring import context_length
+    from valm.model.sampling import sampling_options
 
     prompt = torch.tensor([prompt_ids(tokenizer, text)], device=model.device)
     context = context_length(model)
@@ -99,18 +100,15 @@ def generated(model: Any, tokenizer: Any, text: str, arguments: argparse.Namespa
             f"the model reads {context} tokens: the prompt is cut to its first token and its last {room - 1}",
             file=sys.stderr,
         )
-    sampling = {"temperature": arguments.temperature, "top_p": arguments.top_p}
-    sampling = {name: value for name, value in sampling.items() if value is not None}
-    if arguments.sample or sampling:
-        # transformers would otherwise draw from the 50 likeliest alone
-        sampling |= {"do_sample": True, "top_k": 0}
+    drawn = {"temperature": arguments.temperature, "top_p": arguments.top_p}
+    drawn = {name: value for name, value in drawn.items() if value is not None}
     torch.manual_seed(arguments.seed)
     tokens = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=min(arguments.max_new_tokens, context - prompt.shape[1]),
         num_beams=arguments.beams,
-        **{"do_sample": False, **sampling},
+        **sampling_options(bool(arguments.sample or drawn), **drawn),
     )
     images = images_of(model, tokens)[prompt.shape[1] - 1 : -1]
     new = tokens[0, prompt.shape[1] :].tolist()

@@ -177,4 +177,4 @@ def run_train(arguments: argparse.Namespace) -> None:
     if training.is_world_process_zero():
         print_held_out(training)
         losses = training.losses()
-        print(f"loss {losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last; written to {plan.out}")
+        print(f"loss {losses[0]:.3f} at the first step, {losses[-1]:.3f} as last logged; written to {plan.out}")

@@ -187,6 +187,11 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
         return self.manifest["plan"]["query"]
 
     @property
+    def segments(self) -> dict[str, int]:
+        """`overlap` and `min_tokens` of the `ContextEncoder` that they were retrieved with."""
+        return {name: self.manifest["plan"][name] for name in ("overlap", "min_tokens")}
+
+    @property
     def fingerprint(self) -> str:
         """A hash of the manifest, which has the hashes of all files."""
         return file_entry(self.path / MANIFEST_FILE)["sha256"]

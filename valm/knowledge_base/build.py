@@ -9,6 +9,7 @@ from typing import Any
 
 from valm.clip.clip import Clip
 from valm.knowledge_base.encode import Encoding
+from valm.knowledge_base.fingerprint import check_unchanged
 from valm.knowledge_base.format import begin_knowledge_base, clip_entry, finish_knowledge_base, write_shard
 from valm.knowledge_base.sources import Source, SourceShard
 from valm.knowledge_base.store import ImageKnowledgeBase
@@ -41,10 +42,14 @@ def build(
         run: where the shards are encoded: here, or on the machines of a `valm.store.ray.RayRun`.
 
     Raises:
-        ValmError: there is no readable image, or `out` cannot be written or holds something else. Also for a transient
+        ValmError: there is no readable image, or `out` cannot be written or holds something else, such as the images of
+            a file before it was written anew. Also for a transient
             error (disk, permissions) while an image is read; repair that and run the build again.
     """
     build = begin_knowledge_base(out, plan_of(source, clip, encoding))
+    if build.since is not None:
+        done = "was built" if build.finished else "was begun"
+        check_unchanged(source.files(), build.since, f"the knowledge base {out} {done}")
     with build.writing():
         if not build.finished:
             done = build.done()

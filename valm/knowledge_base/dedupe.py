@@ -45,7 +45,7 @@ def dedupe(kb: ImageKnowledgeBase, out: str | os.PathLike, *, progress: bool = T
             shards = [dropped[(dropped >= start) & (dropped < end)] - start for start, end in pairwise(starts)]
             with ProgressBar("copy", " images", len(shards) - len(build.done()), progress) as bar:
                 build.write(partial(_copy_without, kb=kb, out=build.out), shards, run_here, bar)
-            finish_knowledge_base(build, moved_clip(kb, out), kb.dim)
+            finish_knowledge_base(build, moved_clip([kb], out), kb.dim)
     return ImageKnowledgeBase.open(out)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -39,6 +40,30 @@ def fingerprint_records(records: Iterable[Record]) -> str:
     for record in records:
         digest.update(json.dumps([record.uri, record.caption, _size(record.source)]).encode())
     return digest.hexdigest()
+
+
+def record_files(records: Iterable[Record]) -> Iterable[Path]:
+    """The files of the images in `records`."""
+    return (record.source for record in records if isinstance(record.source, Path))
+
+
+def check_unchanged(files: Iterable[Path], since: float, what: str) -> None:
+    """Checks that none of `files` was written after `since`, in seconds since 1970.
+
+    Raises:
+        ValmError: one was; `what` names what began then.
+    """
+    now = time.time()
+    for file in files:
+        try:
+            written = file.stat().st_mtime
+        except OSError:  # a damaged record, as for `_size`
+            continue
+        if since < written <= now:  # a time in the future, as of an archive, says nothing
+            raise ValmError(
+                f"{file} has been written since {what}, which may have its old content: delete that, or choose another "
+                "folder"
+            )
 
 
 def _size(source: Path | bytes | Image.Image | None) -> int | tuple[int, int] | None:

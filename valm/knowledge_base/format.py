@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from valm.errors import ValmError
-from valm.store.files import read_json, write_json
+from valm.store.files import read_json, relative_path, write_json
 from valm.store.manifest import Manifest, ShardRecord, kinds_of
 from valm.store.shards import ShardedBuild, ShardFiles
 from valm_kernels.json_files import Count, PathText, Range, Sha256
@@ -136,7 +136,7 @@ def clip_entry(clip: Clip, out: str | os.PathLike) -> dict[str, Any]:
     entry: dict[str, Any] = {"name": clip.name, "weights_hash": clip.weights_hash, "source": clip.source}
     if clip.source is not None and Path(clip.source).is_dir():
         folder = Path(clip.source)
-        entry |= {"source": Path(os.path.relpath(folder, out)).as_posix(), "weight_files": weight_files(folder)}
+        entry |= {"source": relative_path(folder, out), "weight_files": weight_files(folder)}
     return entry
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from valm.errors import ValmError
 from valm.knowledge_base.format import begin_knowledge_base, finish_knowledge_base, write_shard
 from valm.knowledge_base.store import ImageKnowledgeBase
+from valm.store.files import relative_path
 from valm.store.shard_progress import Progress, ProgressBar
 from valm.store.shards import run_here
 
@@ -40,17 +41,24 @@ def merge(parts: Sequence[str | os.PathLike], out: str | os.PathLike, *, progres
             shards = [(kb, number) for kb in opened for number in range(len(kb.manifest["shards"]))]
             with ProgressBar("merge", " images", len(shards) - len(build.done()), progress) as bar:
                 build.write(partial(_copy_shard, out=build.out), shards, run_here, bar)
-            finish_knowledge_base(build, moved_clip(opened[0], out), opened[0].dim)
+            finish_knowledge_base(build, moved_clip(opened, out), opened[0].dim)
     return ImageKnowledgeBase.open(out)
 
 
-def moved_clip(kb: ImageKnowledgeBase, out: str | os.PathLike) -> dict[str, Any]:
-    """The CLIP entry of `kb` for the manifest of a knowledge base in `out`, to which a folder becomes relative."""
-    clip = kb.manifest["clip"]
-    source = clip["source"]
-    if source is not None and (kb.path / source).is_dir():
-        source = Path(os.path.relpath(kb.path / source, out)).as_posix()
-    return {**clip, "source": source}
+def moved_clip(kbs: Sequence[ImageKnowledgeBase], out: str | os.PathLike) -> dict[str, Any]:
+    """The CLIP entry of `kbs`, all of one CLIP, for the manifest of a knowledge base in `out`, to which a folder
+    becomes relative: that of the first that says where the CLIP is.
+    """
+    entries = []
+    for kb in kbs:
+        clip = kb.manifest["clip"]
+        source = clip["source"]
+        if source is not None and (kb.path / source).is_dir():
+            source = relative_path(kb.path / source, out)
+        elif "weight_files" in clip:
+            source = None
+        entries.append({**clip, "source": source})
+    return next((entry for entry in entries if entry["source"] is not None), entries[0])
 
 
 def _copy_shard(number: int, shard: tuple[ImageKnowledgeBase, int], progress: Progress, *, out: Path) -> None:

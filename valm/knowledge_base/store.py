@@ -51,7 +51,7 @@ class ImageKnowledgeBase:
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any]):
-        self.path = path
+        self.path = path.absolute()  # it stays open wherever the process works later
         self.manifest = manifest
         self._shards = [shard for shard in manifest["shards"] if shard["count"]]
         self._ends = np.cumsum([shard["count"] for shard in self._shards])

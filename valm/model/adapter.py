@@ -21,7 +21,7 @@ from valm.model.config_file import ADAPTER_FILE
 from valm.model.image_model import ImageModel
 from valm.model.probe import decoder_layers
 from valm.model.sketch import fingerprint, other_tensor, other_weight, project, sketch
-from valm.store.files import check_regular, read_json, write_json
+from valm.store.files import check_regular, read_json, relative_path, write_json
 from valm.store.whole_folder import current_files, replaced_files
 from valm.text import one_line
 
@@ -80,7 +80,7 @@ def save_adapter(model: AugmentedCausalLM, folder: str | os.PathLike) -> Path:
     folder = Path(folder)
     base = None if model.opened_whole else model.config.name_or_path
     if base and Path(base).is_dir():
-        base = os.path.relpath(base, folder)
+        base = relative_path(base, folder)
     tensors = {name: tensor.contiguous() for name, tensor in _tensors(model, options).items()}
     description = {"format_version": FORMAT_VERSION, "base": base, "fusion": asdict(options)}
     with replaced_files(folder, "the adapter") as temporary:
@@ -149,7 +149,7 @@ def load_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> Augmented
             raise ValmError(f"{name} in {weights} has shape {shapes[0]}, expected {shapes[1]}")
     for name, tensor in expected.items():
         tensor.copy_(tensors[name])
-    augmented._note_folder = str(folder)
+    augmented.note_in(folder)
     return augmented
 
 

@@ -177,7 +177,8 @@ def _load_whole(folder: Path, files: Path) -> Any:
         ignore_mismatched_sizes=True,
         local_files_only=True,
     )
-    model.config.name_or_path = os.fspath(folder)  # where the note is
+    model.config.name_or_path = os.fspath(folder)
+    model.note_in(folder)  # not in the place of the files
     wrong = [f"{name} {sorted(map(str, found))[0]}" for name, found in report.items() if found]
     if wrong:
         raise ValmError(f"the weights in {folder} are not those of its {CONFIG_FILE}: {'; '.join(wrong)}")

@@ -122,6 +122,7 @@ class VaLMForCausalLM(AugmentedCausalLM, GPT2LMHeadModel):
         found = super().from_pretrained(None, *args, **kwargs)
         model = found[0] if isinstance(found, tuple) else found
         model.config.name_or_path = os.fspath(source)
+        model.note_in(source)
         if (Path(source) / GENERATION_CONFIG_NAME).is_file():
             model.generation_config = GenerationConfig.from_pretrained(source)
         return found

@@ -25,6 +25,7 @@ from valm.retrieval.min_score import cut
 from valm.retrieval.note import RetrievalNote, open_encoder
 from valm.retrieval.retriever import BlindRetriever, ImageRetriever, NoImages, Retriever
 from valm.store.pretrained import CONFIG_FILE, from_pretrained
+from valm.store.whole_folder import ADAPTER, NOTE, finish_save
 from valm_kernels import MAX_IMAGES
 from valm_kernels.atomic_files import set_mode
 
@@ -134,7 +135,7 @@ class ImageModel(_Base):
     # says that the images come from another knowledge base than the model was saved with; None otherwise
     other_images: str | None = None
     _retriever: ImageRetriever | None = None
-    # folder of the note on retrieval; None: the one the model was loaded from
+    # folder of the note on retrieval, absolute: the one the model was loaded from
     _note_folder: str | None = None
     _note_ignored = False
     _warned = False
@@ -264,10 +265,32 @@ class ImageModel(_Base):
             )
         return super().init_continuous_batching(*args, **kwargs)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any) -> Any:
+        """`PreTrainedModel.from_pretrained`; the folder has the note on what finds the images."""
+        found = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = found[0] if isinstance(found, tuple) else found
+        if pretrained_model_name_or_path is not None:
+            model.note_in(Path(pretrained_model_name_or_path) / kwargs.get("subfolder", ""))
+        return found
+
+    def note_in(self, folder: str | os.PathLike) -> None:
+        """Reads the note on what finds the images from `folder`, wherever the process works later. A name on a hub has
+        none."""
+        self._note_folder = os.path.abspath(folder) if os.path.isdir(folder) else None
+
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """`PreTrainedModel.save_pretrained`, the note on what finds the images, and a model card (`write_card`)."""
+        """`PreTrainedModel.save_pretrained`, the note on what finds the images, and a model card (`write_card`).
+
+        An adapter in the folder is removed: it would be loaded in the place of this model.
+        """
+        is_main_process = kwargs.get("is_main_process", args[0] if args else True)
+        if is_main_process:
+            finish_save(save_directory)
         super().save_pretrained(save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", args[0] if args else True):
+        if is_main_process:
+            for adapter in Path(save_directory).glob(ADAPTER):
+                adapter.unlink()
             # as the umask says, not for their owner alone
             mode = stat.S_IMODE((Path(save_directory) / CONFIG_FILE).stat().st_mode)
             for weights in Path(save_directory).glob("model*.safetensors"):
@@ -276,13 +299,16 @@ class ImageModel(_Base):
             write_card(self, save_directory)
 
     def save_note(self, folder: str | os.PathLike, *, place: str | os.PathLike | None = None) -> None:
-        """Writes the note on what finds the images, if a retriever is set that a file can describe.
+        """Writes the note on what finds the images, if a retriever is set that a file can describe. Else the folder has
+        none: an older one is removed.
 
         Args:
             folder, place: as in `RetrievalNote.write`.
         """
         note = RetrievalNote.of_retriever(self._retriever) if self._note_ignored else self._note()
-        if note is not None:
+        if note is None:
+            (Path(folder) / NOTE).unlink(missing_ok=True)
+        else:
             note.completed().write(folder, place=place)
 
     def find_images(
@@ -373,8 +399,7 @@ class ImageModel(_Base):
             )
 
     def _note(self) -> RetrievalNote | None:
-        folder = self._note_folder or self.config.name_or_path
-        return RetrievalNote.read(folder) if folder else None
+        return RetrievalNote.read(self._note_folder) if self._note_folder else None
 
     def open_retriever(
         self,
@@ -397,6 +422,7 @@ class ImageModel(_Base):
         """
         images = self.image_options
         of_clip: Any = {"clip": clip, "allow_download": allow_download}
+        of_tower |= {"overlap": note.overlap, "min_tokens": note.min_tokens}
         if note.query == "self":
             kb = note.open_knowledge_base()
             return SelfRetriever(SelfEncoder(self, tokenizer, kb, **of_clip), kb, images.num_images)
@@ -407,7 +433,8 @@ class ImageModel(_Base):
         return Retriever(open_encoder(kb, note.query, tokenizer, **of_clip, **of_tower), kb, images.num_images)
 
     def _open(self, note: RetrievalNote) -> None:
-        folder = Path(self._note_folder or self.config.name_or_path)
+        assert self._note_folder is not None  # it has the note
+        folder = Path(self._note_folder)
         source = folder if (folder / "tokenizer_config.json").is_file() else self.config.name_or_path
         try:
             tokenizer: Any = from_pretrained(AutoTokenizer, source, f"the tokenizer in {source}", local_files_only=True)

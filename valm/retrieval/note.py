@@ -17,13 +17,14 @@ from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.index_parameters import index_parameters
 from valm.retrieval.retriever import BlindRetriever, Retriever
-from valm.store.files import read_json, write_json
-from valm.store.whole_folder import current_files
-from valm_kernels.json_files import PathText, Sha256
+from valm.store.files import read_json, relative_path, write_json
+from valm.store.whole_folder import NOTE, current_files
+from valm_kernels.json_files import Count, PathText, Sha256
 
-RETRIEVAL_FILE = "retrieval.json"
 # Keys of the file, and attributes of the note, that tell what it names from another of the same name.
 HASHES = ("clip_name", "clip_sha256", "knowledge_base_sha256")
+# Keys and attributes that say how CLIP reads a text longer than it takes.
+SEGMENTS = ("overlap", "min_tokens")
 
 
 class _NoteFields(TypedDict):
@@ -39,10 +40,18 @@ class NoteFile(_NoteFields, total=False):
     clip_name: str
     clip_sha256: Sha256
     index: Any
+    overlap: Count
+    min_tokens: Count
 
 
 def _named(name: object, sha256: str | None) -> str:
     return f"{name} (SHA-256 {str(sha256)[:12]})"
+
+
+def _segments(retriever: Retriever | BlindRetriever) -> dict[str, int]:
+    """SEGMENTS of a retriever; none of one whose queries the model itself makes."""
+    rule = getattr(retriever.encoder, "rule", None)
+    return {} if rule is None else {name: getattr(rule, name) for name in SEGMENTS}
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,7 @@ class RetrievalNote:
         index: the index when the model was saved, for information; opening uses the knowledge base's own.
         clip_name, clip_sha256: of the CLIP's weights (`Clip.weights_hash`).
         knowledge_base_sha256: of its content (`ImageKnowledgeBase.fingerprint`). Earlier versions noted neither.
+        overlap, min_tokens: of the segments that CLIP reads (`ContextEncoder`); None: its defaults.
     """
 
     knowledge_base: Path | None
@@ -67,9 +77,13 @@ class RetrievalNote:
     clip_name: str | None = None
     clip_sha256: str | None = None
     knowledge_base_sha256: str | None = None
+    overlap: int | None = None
+    min_tokens: int | None = None
 
     @classmethod
-    def of_knowledge_base(cls, kb: ImageKnowledgeBase, query: str) -> RetrievalNote:
+    def of_knowledge_base(
+        cls, kb: ImageKnowledgeBase, query: str, *, overlap: int | None = None, min_tokens: int | None = None
+    ) -> RetrievalNote:
         index, clip = index_parameters(kb), kb.manifest["clip"]
         return cls(
             Path(kb.path).absolute(),
@@ -78,20 +92,23 @@ class RetrievalNote:
             clip_name=clip["name"],
             clip_sha256=clip["weights_hash"],
             knowledge_base_sha256=kb.fingerprint,
+            overlap=overlap,
+            min_tokens=min_tokens,
         )
 
     @classmethod
     def of_retriever(cls, retriever: object) -> RetrievalNote | None:
         """The note of `retriever`; None for a retriever of the user's own, which a file cannot describe."""
         if isinstance(retriever, Retriever):
-            return cls.of_knowledge_base(retriever.kb, retriever.encoder.query)
+            return cls.of_knowledge_base(retriever.kb, retriever.encoder.query, **_segments(retriever))
         if isinstance(retriever, BlindRetriever):
             clip = retriever.encoder.clip
             source = clip.source
             if source is not None and Path(source).is_dir():
                 source = str(Path(source).absolute())
             name, sha256 = clip.name, clip.weights_hash
-            return cls(None, retriever.encoder.query, clip=source, clip_name=name, clip_sha256=sha256)
+            hashes = {"clip_name": name, "clip_sha256": sha256}
+            return cls(None, retriever.encoder.query, clip=source, **hashes, **_segments(retriever))
         return None
 
     @classmethod
@@ -103,7 +120,9 @@ class RetrievalNote:
         """
         note = cls.read(folder)
         if kb is not None:
-            return cls(Path(kb).absolute(), "eot" if note is None else note.query)
+            if note is None:
+                return cls(Path(kb).absolute(), "eot")
+            return cls(Path(kb).absolute(), note.query, overlap=note.overlap, min_tokens=note.min_tokens)
         if note is None:
             raise ValmError(f"{folder} names no knowledge base: give it as kb (--kb)")
         return note
@@ -115,9 +134,9 @@ class RetrievalNote:
         Raises:
             ValmError: it is damaged.
         """
-        file = current_files(Path(folder)) / RETRIEVAL_FILE
+        file = current_files(Path(folder)) / NOTE
         if not os.path.lexists(file):
-            file = Path(folder) / RETRIEVAL_FILE
+            file = Path(folder) / NOTE
         if not os.path.lexists(file):
             return None
         note: NoteFile = read_json(file, "the note on retrieval", NoteFile, "delete it and give the kb")
@@ -127,19 +146,19 @@ class RetrievalNote:
         if clip is not None and (Path(folder) / clip).is_dir():
             clip = str((Path(folder) / clip).absolute())
         kb_path = None if kb is None else (Path(folder) / kb).absolute()
-        hashes: Any = {key: note.get(key) for key in HASHES}
-        return cls(kb_path, note["query"], note.get("index"), clip, **hashes)
+        others: Any = {key: note.get(key) for key in (*HASHES, *SEGMENTS)}
+        return cls(kb_path, note["query"], note.get("index"), clip, **others)
 
     def write(self, folder: str | os.PathLike, *, place: str | os.PathLike | None = None) -> None:
         """Writes the note into `folder`, which will be moved to `place` if that is given."""
         note: dict[str, Any] = {"query": self.query}
         place = folder if place is None else place
         if self.knowledge_base is not None:
-            note |= {"knowledge_base": os.path.relpath(self.knowledge_base, place), "index": self.index}
+            note |= {"knowledge_base": relative_path(self.knowledge_base, place), "index": self.index}
         if self.clip is not None:
-            note["clip"] = os.path.relpath(self.clip, place) if os.path.isabs(self.clip) else self.clip
-        note |= {key: getattr(self, key) for key in HASHES if getattr(self, key) is not None}
-        write_json(Path(folder) / RETRIEVAL_FILE, note)
+            note["clip"] = relative_path(self.clip, place) if os.path.isabs(self.clip) else self.clip
+        note |= {key: value for key in (*HASHES, *SEGMENTS) if (value := getattr(self, key)) is not None}
+        write_json(Path(folder) / NOTE, note)
 
     def completed(self) -> RetrievalNote:
         """With the hashes that a note of an earlier version lacks, where the knowledge base or the CLIP is here."""
@@ -148,7 +167,8 @@ class RetrievalNote:
         with suppress(ValmError):
             if self.knowledge_base is not None:
                 found = RetrievalNote.of_knowledge_base(ImageKnowledgeBase.open(self.knowledge_base), self.query)
-                return replace(found, index=self.index, clip=self.clip)
+                hashes: Any = {key: getattr(found, key) for key in HASHES}
+                return replace(self, **hashes)
             if self.clip is not None and os.path.isdir(self.clip):
                 clip = Clip.load(self.clip)
                 return replace(self, clip_name=clip.name, clip_sha256=clip.weights_hash)
@@ -210,12 +230,14 @@ def open_encoder(
     allow_download: bool = False,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    overlap: int | None = None,
+    min_tokens: int | None = None,
 ) -> ContextEncoder:
     """What makes the queries: the CLIP that `place` names, on `device`, for ids of `tokenizer`.
 
     Args:
         place: the knowledge base, or the CLIP of a note without one (`RetrievalNote.clip`).
-        query, tokenizer, dtype: as for `ContextEncoder`.
+        query, tokenizer, dtype, overlap, min_tokens: as for `ContextEncoder`.
         clip: the CLIP, if it has moved from there (see `Clip.load`).
         allow_download: as in `ImageKnowledgeBase.load_clip`.
 
@@ -232,4 +254,5 @@ def open_encoder(
         )
     else:
         loaded = Clip.load(clip or place)
-    return ContextEncoder(loaded.to(device), tokenizer=tokenizer, query=query, dtype=dtype)
+    segments = {"overlap": overlap, "min_tokens": min_tokens}
+    return ContextEncoder(loaded.to(device), tokenizer=tokenizer, query=query, dtype=dtype, **segments)

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, StoppingCriteria, StoppingCriteriaList
 
 from valm.errors import PANIC
+from valm.model.sampling import sampling_options
 
 # A token of byte fallback. What a run of them decodes to depends on all of it.
 BYTE = re.compile("<0x[0-9A-F]{2}>")
@@ -132,10 +133,9 @@ class Engine:
 
     def _generate(self, answer: Answer) -> None:
         prompt = answer.prompt
-        sampling: dict[str, Any] = {"do_sample": prompt.temperature > 0}
+        sampling = sampling_options(False)
         if prompt.temperature > 0:
-            # transformers would otherwise draw from the 50 likeliest alone
-            sampling |= {"temperature": prompt.temperature, "top_p": prompt.top_p, "top_k": 0}
+            sampling = sampling_options(True, prompt.temperature, prompt.top_p)
             if prompt.seed is None:
                 torch.seed()
             else:

@@ -25,6 +25,16 @@ CONTENT_ERRORS = (None, errno.EINVAL, errno.ENAMETOOLONG)
 WAIT_SECONDS = 5.0
 
 
+def relative_path(target: str | os.PathLike, folder: str | os.PathLike) -> str:
+    """`target` as seen from `folder`, also where a link leads to either: the system looks for ".." behind a link."""
+    path = Path(target)
+    if path.name in ("", ".."):
+        place = os.path.realpath(path)
+    else:  # not the name itself, which may be a link that comes to lead elsewhere
+        place = os.path.join(os.path.realpath(path.parent), path.name)
+    return Path(os.path.relpath(place, os.path.realpath(folder))).as_posix()
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """`valm_kernels.atomic_files.atomic_path` with errors for the user.

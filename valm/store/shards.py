@@ -68,7 +68,12 @@ class ShardedBuild:
         self.plan = plan
         self.record = record
         self._manifest: Manifest | None = None
+        # when the plan was written that is there already, finished or not, in seconds since 1970
+        self.since: float | None = None
         with self._lock():
+            for file in (self.out / BUILD_FILE, self.out / MANIFEST_FILE):
+                if file.exists():
+                    self.since = file.stat().st_mtime
             self._look()
 
     @property

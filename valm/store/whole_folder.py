@@ -22,10 +22,11 @@ from valm_kernels.atomic_files import (
 
 # Holds completely written files until they have replaced the old ones; named when only checkpoints had it.
 NEW_FOLDER = "checkpoint.new"
-# Weights of a checkpoint. transformers prefers one file to several, so stale ones are removed; so is an adapter, which
-# would be loaded in the place of the checkpoint.
+# Weights of a checkpoint. transformers prefers one file to several, so stale ones are removed. So are an adapter, which
+# would be loaded in the place of the checkpoint, and the note on retrieval of a model that was there.
 WEIGHTS = "model*.safetensors*"
 ADAPTER = "image_fusion.*"
+NOTE = "retrieval.json"
 
 
 @contextmanager
@@ -59,6 +60,22 @@ def replaced_files(folder: str | os.PathLike, what: str) -> Iterator[Path]:
         raise ValmError(f"cannot write {what} {folder}: {reason}; what it held before is untouched") from error
 
 
+def finish_save(folder: str | os.PathLike) -> None:
+    """Moves what a killed save has left whole in NEW_FOLDER of `folder`, before other files are written there.
+
+    Raises:
+        ValmError: another process is writing the folder, or the files cannot be moved.
+    """
+    folder = Path(folder)
+    if not is_folder(folder / NEW_FOLDER):
+        return
+    try:
+        with folder_lock(folder, SAVE_WAIT_SECONDS):
+            _switch(folder)
+    except TimeoutError as error:
+        raise ValmError(f"cannot write {folder}: another process is writing there") from error
+
+
 def current_files(folder: Path) -> Path:
     """The folder of the model's files: NEW_FOLDER if the writer was killed while linking, as some files in `folder` are
     then old."""
@@ -76,7 +93,7 @@ def _switch(folder: Path) -> None:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             _link(new / name, folder / name)
         if any(new.glob(WEIGHTS)):
-            for file in (*folder.glob(WEIGHTS), *folder.glob(ADAPTER)):
+            for file in (*folder.glob(WEIGHTS), *folder.glob(ADAPTER), *folder.glob(NOTE)):
                 if file.name not in names:
                     file.unlink()
         sync_folder(folder)

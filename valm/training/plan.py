@@ -286,7 +286,7 @@ class TrainingPlan:
             images["min_score"] = None if blind else min_score
         model = self._new(tokenizer, images) if self.base is None else self._augmented(self.base, images)
         if kb is not None and self.twin == "blind":
-            note = RetrievalNote.of_knowledge_base(kb, dataset.query)
+            note = RetrievalNote.of_knowledge_base(kb, dataset.query, **dataset.segments)
             of_clip: Any = {"clip": self.clip, "allow_download": self.allow_download}
             device = open_device(self.device)
             retriever = model.open_retriever(note, dataset.tokenizer, device=device, **of_clip)

@@ -134,7 +134,9 @@ def trainer(
         dataset = with_min_score(dataset, min_score)
         eval_dataset = None if eval_dataset is None else with_min_score(eval_dataset, min_score)
     corpus = _retrieval(dataset)
-    note = None if kb is None or corpus is None else RetrievalNote.of_knowledge_base(kb, corpus.query)
+    note = (
+        None if kb is None or corpus is None else RetrievalNote.of_knowledge_base(kb, corpus.query, **corpus.segments)
+    )
     limit = min((length for length in (positions(inner), row_length) if length), default=None)
 
     def blocks(documents: Any) -> Any:

@@ -15,6 +15,27 @@ def test_generate_continues_the_prompt(world, capsys, options):
     assert capsys.readouterr().out.startswith("the color of the apple")
 
 
+def test_the_likeliest_token_is_the_models_own(copy_of, capsys):
+    """Whatever the generation_config of its base says: only where a text ends is taken from it."""
+    root = copy_of("valm", "kb", "clip")
+    ask = ["generate", root / "valm", "the color of the apple", "--max-new-tokens", 8]
+    texts = []
+    for options in ([], ["--sample", "--seed", "3"], ["--temperature", "1.0", "--seed", "3"]):
+        file = root / "valm" / "generation_config.json"
+        config = json.loads(file.read_text())
+        texts.append([])
+        for changed in (
+            {},
+            {"repetition_penalty": 2.5, "top_p": 0.05, "temperature": 0.6, "top_k": 5, "do_sample": True},
+        ):
+            file.write_text(json.dumps(config | changed))
+            assert run(*ask, *options) == 0
+            texts[-1].append(capsys.readouterr().out)
+        file.write_text(json.dumps(config))
+    assert all(plain == changed for plain, changed in texts)
+    assert texts[1] == texts[2]
+
+
 @pytest.mark.parametrize(("words", "new"), [(60, 4), (29, 4), (60, 1000), (1, 1000)])
 def test_a_prompt_longer_than_the_context_is_shortened(world, capsys, words, new):
     prompt = " ".join(["apple"] * words)

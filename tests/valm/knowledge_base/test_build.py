@@ -19,7 +19,7 @@ from valm.errors import ValmError
 from valm.knowledge_base import encode
 from valm.knowledge_base.build import build, plan_of
 from valm.knowledge_base.encode import Encoding
-from valm.knowledge_base.format import ITEM_SCHEMA, EncodedShard
+from valm.knowledge_base.format import ITEM_SCHEMA, EncodedShard, begin_knowledge_base
 from valm.knowledge_base.sources.folder import FolderSource
 from valm.knowledge_base.sources.huggingface import DatasetSource
 from valm.knowledge_base.sources.webdataset import WebdatasetSource
@@ -33,6 +33,27 @@ def test_opened_again(kb, folder, clip):
     assert np.array_equal(opened.vectors(), kb.vectors())
     assert opened.fingerprint == kb.fingerprint
     assert contents(kb.path) == before
+
+
+def test_a_picture_of_the_same_size_that_was_written_anew_is_no_old_one(clip, tmp_path):
+    """Not in a finished knowledge base, nor in one that was begun; a time in the future says nothing."""
+    for name, color in (("a", "red"), ("b", "blue")):
+        (tmp_path / "pictures").mkdir(exist_ok=True)
+        Image.new("RGB", (32, 32), color).save(tmp_path / "pictures" / f"{name}.bmp")
+    for file in (tmp_path / "pictures").iterdir():
+        os.utime(file, (time.time() + 3600,) * 2)
+    build(FolderSource(tmp_path / "pictures"), tmp_path / "kb", clip, progress=False)
+    build(FolderSource(tmp_path / "pictures"), tmp_path / "kb", clip, progress=False)
+    Image.new("RGB", (32, 32), "green").save(tmp_path / "pictures" / "a.bmp")
+    os.utime(tmp_path / "kb" / "manifest.json", (time.time() - 60,) * 2)
+    with pytest.raises(ValmError, match=r"a\.bmp has been written since the knowledge base .*kb was built, which may"):
+        build(FolderSource(tmp_path / "pictures"), tmp_path / "kb", clip, progress=False)
+    begun = tmp_path / "begun"
+    plan = plan_of(FolderSource(tmp_path / "pictures"), clip, Encoding())
+    begin_knowledge_base(begun, plan)
+    os.utime(begun / "build.json", (time.time() - 60,) * 2)
+    with pytest.raises(ValmError, match=r"a\.bmp has been written since the knowledge base .*begun was begun"):
+        build(FolderSource(tmp_path / "pictures"), begun, clip, progress=False)
 
 
 @needs_fork
@@ -143,6 +164,9 @@ class GivenVectors:
     def plan(self):
         return {"source": "given", "fingerprint": "", "number": 3}
 
+    def files(self):
+        return ()
+
     def shards(self, done):
         return [partial(given_vectors, number) for number in range(2)]
 
@@ -153,7 +177,7 @@ def given_vectors(number, clip, encoding, progress):
 
 
 def test_a_source_is_a_class_of_its_own(clip, tmp_path):
-    """Nothing but plan, count and shards is asked of it; its settings and facts stand in the manifest."""
+    """Nothing but plan, count, files and shards is asked of it; its settings and facts stand in the manifest."""
     kb = build(GivenVectors(), tmp_path, clip, progress=False)
     assert np.array_equal(kb.vectors(), np.eye(2, clip.embed_dim))
     assert list(kb.manifest["plan"]) == ["source", "fingerprint", "clip", "number"]

@@ -160,6 +160,16 @@ def test_the_scale_of_retrieval_scores_is_saved(tmp_path, base_folder):
         assert fusion_module(loaded).score_scale.tolist() == [1.25]
 
 
+def test_a_whole_model_takes_the_place_of_an_adapter(tmp_path, base_folder):
+    model = on_base(base_folder)
+    save_adapter(model, tmp_path / "model")
+    with torch.no_grad():
+        fusion_module(model).logit_bias += 1
+    model.save_pretrained(tmp_path / "model")
+    assert not list((tmp_path / "model").glob("image_fusion.*"))
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()), logits(model))
+
+
 @pytest.mark.parametrize("loader", [AutoModelForCausalLM, AutoModel, AutoConfig, LlamaForCausalLM])
 def test_an_adapter_that_transformers_is_given_names_load(tmp_path, base_folder, loader):
     save_adapter(augmented(lambda seed: AutoModelForCausalLM.from_pretrained(base_folder)), tmp_path / "adapter")

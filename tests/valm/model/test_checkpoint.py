@@ -160,6 +160,15 @@ def change_config(folder, **values):
     (folder / "config.json").write_text(json.dumps(config | values))
 
 
+def test_a_model_saved_by_transformers_takes_the_place_of_a_killed_save(tmp_path):
+    """`save_pretrained` first moves what the killed process left, so that this is not loaded in its place."""
+    save_checkpoint(a_model(0), TOKENIZER, tmp_path)
+    save_checkpoint(a_model(0), TOKENIZER, tmp_path / whole_folder.NEW_FOLDER)
+    a_model(1).save_pretrained(tmp_path)
+    assert weights_of(tmp_path) == 1
+    assert not (tmp_path / whole_folder.NEW_FOLDER).exists()
+
+
 def test_what_is_no_checkpoint_is_said_in_one_sentence(tmp_path):
     with pytest.raises(ValmError, match="there is no checkpoint folder"):
         load(tmp_path / "nowhere")

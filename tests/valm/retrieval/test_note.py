@@ -18,6 +18,7 @@ from valm import Clip, ContextEncoder, ImageKnowledgeBase, Retriever, augment, l
 from valm.clip.tokenizer import prompt_ids
 from valm.errors import ValmError
 from valm.knowledge_base.build import build
+from valm.knowledge_base.merge import merge
 from valm.knowledge_base.sources.folder import FolderSource
 from valm.retrieval.note import RetrievalNote
 from valm.retrieval.retriever import BlindRetriever, NoImages
@@ -125,7 +126,7 @@ def test_a_knowledge_base_rebuilt_in_its_place_is_seen(copy, name):
 
 def test_a_blind_model_keeps_its_clip(copy):
     model, tokenizer = load(copy / "blind")
-    assert set(note(copy / "blind")) == {"query", "clip", "clip_name", "clip_sha256"}
+    assert set(note(copy / "blind")) == {"query", "clip", *HASHES[:2], "overlap", "min_tokens"}
     with pytest.raises(ValmError, match=OTHER_CLIP):
         load(copy / "blind", clip=str(copy / "other"))
     with pytest.raises(ValmError, match=OTHER_CLIP):
@@ -231,3 +232,73 @@ def test_a_note_without_the_knowledge_base_that_its_model_needs(copy, name, quer
         model(torch.tensor([prompt_ids(tokenizer, "a red apple")]))
     with pytest.raises(ValmError, match=r"names no knowledge base, .*: give it as kb \(--kb\)"):
         load(copy / name, clip=str(copy / "clip"))
+
+
+def test_segments_of_ones_own_are_noted(copy):
+    """A model whose CLIP reads a text in other segments does so again after it was opened."""
+    model, tokenizer = load(copy / "valm")
+    kb = ImageKnowledgeBase.open(copy / "kb")
+    model.set_retriever(Retriever(ContextEncoder(kb.load_clip(), tokenizer=tokenizer, overlap=0, min_tokens=2), kb, 1))
+    save_checkpoint(model, tokenizer, copy / "segments")
+    rule = load(copy / "segments", kb=copy / "more")[0].retriever.encoder.rule
+    assert (rule.overlap, rule.min_tokens) == (0, 2)
+    assert load(copy / "segments")[0].retriever.encoder.rule == model.retriever.encoder.rule
+    earlier = note(copy / "valm")
+    del earlier["overlap"], earlier["min_tokens"]
+    (copy / "valm" / "retrieval.json").write_text(json.dumps(earlier))
+    assert load(copy / "valm")[0].retriever.encoder.rule == ContextEncoder(kb.load_clip()).rule
+
+
+@pytest.mark.parametrize("way", ["save_pretrained", "save_checkpoint"])
+def test_a_model_without_a_retriever_leaves_no_note(copy, way):
+    model, tokenizer = load(copy / "valm")
+    model.set_retriever(None)
+    if way == "save_pretrained":
+        model.save_pretrained(copy / "valm")
+    else:
+        save_checkpoint(model, tokenizer, copy / "valm")
+    assert not (copy / "valm" / "retrieval.json").exists()
+    assert load(copy / "valm")[0].retriever is None
+
+
+@pytest.mark.parametrize("name", ["valm", "adapter"])
+def test_a_model_keeps_its_images_when_the_process_goes_elsewhere(copy, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(copy)
+    (tmp_path / "elsewhere").mkdir()
+    model, _ = load(name)
+    plain = AutoModelForCausalLM.from_pretrained("valm")
+    kb = ImageKnowledgeBase.open("kb")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert kb.item(0).uri == "0.png"
+    assert isinstance(model.retriever, Retriever) and isinstance(plain.retriever, Retriever)
+    model.save_pretrained("again")
+    assert (tmp_path / "elsewhere" / "again" / "retrieval.json").is_file()
+
+
+def test_what_is_written_through_a_link_finds_its_clip_and_knowledge_base(copy, tmp_path):
+    (tmp_path / "disk" / "deep").mkdir(parents=True)
+    link = copy / "link"
+    link.symlink_to(tmp_path / "disk" / "deep")
+    built = build(FolderSource(copy / "kb-pictures"), link / "kb", Clip.load(copy / "clip"), progress=False)
+    assert built.load_clip().weights_hash == Clip.load(copy / "clip").weights_hash
+    merged = merge([link / "kb", copy / "more"], link / "merged", progress=False)
+    assert merged.load_clip().weights_hash == built.load_clip().weights_hash
+    model, tokenizer = load(copy / "valm")
+    save_checkpoint(model, tokenizer, link / "valm")
+    assert load(link / "valm")[0].retriever.kb.fingerprint == model.retriever.kb.fingerprint
+    adapter, tokenizer = load(copy / "adapter")
+    save_adapter(adapter, link / "adapter")
+    tokenizer.save_pretrained(link / "adapter")
+    assert load(link / "adapter")[0].retriever.kb.fingerprint == model.retriever.kb.fingerprint
+
+
+def test_a_merge_names_the_clip_that_is_there(copy):
+    """The first part has lost its CLIP; none has it."""
+    (copy / "far").mkdir()
+    shutil.move(copy / "kb", copy / "far" / "kb")
+    merged = merge([copy / "far" / "kb", copy / "more"], copy / "merged", progress=False)
+    assert merged.load_clip().name == "clip"
+    alone = merge([copy / "far" / "kb"], copy / "alone", progress=False)
+    assert alone.manifest["clip"]["source"] is None
+    with pytest.raises(ValmError, match="does not say where its CLIP is"):
+        alone.load_clip()

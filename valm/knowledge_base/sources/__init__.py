@@ -7,6 +7,7 @@ a line in `FORMATS` of `valm/cli/kb.py` makes it a `--format` of `valm kb build`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, Protocol
 
 from valm.clip.clip import Clip
@@ -34,6 +35,10 @@ class Source(Protocol):
     def plan(self) -> dict[str, Any]:
         """What the result depends on, as JSON: `source`, the kind of source; `fingerprint`, a hash of its content; and
         its settings. A build is resumed only with an equal plan."""
+
+    def files(self) -> Iterable[Path]:
+        """The files that it reads. A build is resumed only if none was written since it began: the fingerprint of a
+        large source has their sizes alone."""
 
     def images(self) -> Iterable[Record]:
         """Every image with its caption, in order and undecoded, to train a CLIP on. Records without an image are

@@ -62,7 +62,10 @@ class EmbeddingSource:
         return len(self.pairs)
 
     def plan(self) -> dict[str, Any]:
-        return {"source": "embeddings", "fingerprint": fingerprint_files(file for pair in self.pairs for file in pair)}
+        return {"source": "embeddings", "fingerprint": fingerprint_files(self.files())}
+
+    def files(self) -> Iterable[Path]:
+        return (file for pair in self.pairs for file in pair)
 
     def images(self) -> Iterable[Record]:
         raise ValmError("embeddings have no images: give the images that they were made of")

@@ -10,7 +10,7 @@ from typing import Any
 
 from valm.knowledge_base.captions import CAPTION_SUFFIXES, read_captions
 from valm.knowledge_base.encode import Record, encode_records
-from valm.knowledge_base.fingerprint import fingerprint_records
+from valm.knowledge_base.fingerprint import fingerprint_records, record_files
 from valm.knowledge_base.images import FolderContent, find_images, unread_formats
 from valm.knowledge_base.sources import SourceShard
 
@@ -55,6 +55,9 @@ class FolderSource:
             "fingerprint": fingerprint_records(self.records),
             "shard_size": self.shard_size,
         }
+
+    def files(self) -> Iterable[Path]:
+        return record_files(self.records)
 
     def images(self) -> Iterable[Record]:
         return self.records

@@ -11,7 +11,7 @@ from typing import Any
 from valm.errors import ValmError
 from valm.knowledge_base.captions import join_captions, read_rows
 from valm.knowledge_base.encode import Record, encode_records
-from valm.knowledge_base.fingerprint import fingerprint_records
+from valm.knowledge_base.fingerprint import fingerprint_records, record_files
 from valm.knowledge_base.sources import SourceShard
 
 
@@ -52,6 +52,9 @@ class TableSource:
 
     def plan(self) -> dict[str, Any]:
         return {"source": "table", "fingerprint": fingerprint_records(self.records), "shard_size": self.shard_size}
+
+    def files(self) -> Iterable[Path]:
+        return record_files(self.records)
 
     def images(self) -> Iterable[Record]:
         return self.records

@@ -58,6 +58,9 @@ class WebdatasetSource:
     def plan(self) -> dict[str, Any]:
         return {"source": "webdataset", "fingerprint": fingerprint_files(self.tars)}
 
+    def files(self) -> Iterable[Path]:
+        return self.tars
+
     def images(self) -> Iterable[Record]:
         return (record for tar in self.tars for record in tar_records(tar))
 
