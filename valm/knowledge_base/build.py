@@ -48,8 +48,8 @@ def build(
     """
     build = begin_knowledge_base(out, plan_of(source, clip, encoding))
     if build.since is not None:
-        done = "was built" if build.finished else "was begun"
-        check_unchanged(source.files(), build.since, f"the knowledge base {out} {done}")
+        what = f"the knowledge base {out} was {'built' if build.finished else 'begun'}"
+        check_unchanged(source.files(), build.since, what)
     with build.writing():
         if not build.finished:
             done = build.done()

@@ -48,7 +48,7 @@ def _named(name: object, sha256: str | None) -> str:
     return f"{name} (SHA-256 {str(sha256)[:12]})"
 
 
-def _segments(retriever: Retriever | BlindRetriever) -> dict[str, int]:
+def _segments(retriever: Retriever | BlindRetriever) -> dict[str, Any]:
     """SEGMENTS of a retriever; none of one whose queries the model itself makes."""
     rule = getattr(retriever.encoder, "rule", None)
     return {} if rule is None else {name: getattr(rule, name) for name in SEGMENTS}
@@ -107,8 +107,14 @@ class RetrievalNote:
             if source is not None and Path(source).is_dir():
                 source = str(Path(source).absolute())
             name, sha256 = clip.name, clip.weights_hash
-            hashes = {"clip_name": name, "clip_sha256": sha256}
-            return cls(None, retriever.encoder.query, clip=source, **hashes, **_segments(retriever))
+            return cls(
+                None,
+                retriever.encoder.query,
+                clip=source,
+                clip_name=name,
+                clip_sha256=sha256,
+                **_segments(retriever),
+            )
         return None
 
     @classmethod
