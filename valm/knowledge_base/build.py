@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from valm.clip.clip import Clip
 from valm.knowledge_base.encode import Encoding
-from valm.knowledge_base.fingerprint import check_unchanged
+from valm.knowledge_base.fingerprint import written_since
 from valm.knowledge_base.format import begin_knowledge_base, clip_entry, finish_knowledge_base, write_shard
 from valm.knowledge_base.sources import Source, SourceShard
 from valm.knowledge_base.store import ImageKnowledgeBase
@@ -34,7 +35,8 @@ def build(
     """Encodes the images of `source` and writes a knowledge base to the folder `out`.
 
     A build that was killed resumes after its last complete shard, with the same bytes as in one run. A finished build
-    in `out` is just opened. Damaged images are skipped and listed (`skipped()`).
+    in `out` is just opened; a warning names an image that was written since. Damaged images are skipped and listed
+    (`skipped()`).
 
     Args:
         source: from `valm.knowledge_base.sources`, such as `FolderSource("images")`.
@@ -42,14 +44,17 @@ def build(
         run: where the shards are encoded: here, or on the machines of a `valm.store.ray.RayRun`.
 
     Raises:
-        ValmError: there is no readable image, or `out` cannot be written or holds something else, such as the images of
-            a file before it was written anew. Also for a transient
+        ValmError: there is no readable image, or `out` cannot be written or holds something else. Also for a transient
             error (disk, permissions) while an image is read; repair that and run the build again.
     """
     build = begin_knowledge_base(out, plan_of(source, clip, encoding))
-    if build.since is not None:
-        what = f"the knowledge base {out} was {'built' if build.finished else 'begun'}"
-        check_unchanged(source.files(), build.since, what)
+    # no error: a copy of the images has new times too
+    if build.since is not None and (file := written_since(source.files(), build.since)):
+        warnings.warn(
+            f"{file} has been written since the knowledge base {out} was {'built' if build.finished else 'begun'}. If "
+            "its content is another, delete that folder and build it again: it has the old one",
+            stacklevel=2,
+        )
     with build.writing():
         if not build.finished:
             done = build.done()

@@ -47,12 +47,8 @@ def record_files(records: Iterable[Record]) -> Iterable[Path]:
     return (record.source for record in records if isinstance(record.source, Path))
 
 
-def check_unchanged(files: Iterable[Path], since: float, what: str) -> None:
-    """Checks that none of `files` was written after `since`, in seconds since 1970.
-
-    Raises:
-        ValmError: one was; `what` names what began then.
-    """
+def written_since(files: Iterable[Path], since: float) -> Path | None:
+    """The first of `files` that was written after `since`, in seconds since 1970, if there is one."""
     now = time.time()
     for file in files:
         try:
@@ -60,10 +56,8 @@ def check_unchanged(files: Iterable[Path], since: float, what: str) -> None:
         except OSError:  # a damaged record, as for `_size`
             continue
         if since < written <= now:  # a time in the future, as of an archive, says nothing
-            raise ValmError(
-                f"{file} has been written since {what}, which may have its old content: delete that, or choose another "
-                "folder"
-            )
+            return file
+    return None
 
 
 def _size(source: Path | bytes | Image.Image | None) -> int | tuple[int, int] | None:

@@ -37,8 +37,8 @@ class Source(Protocol):
         its settings. A build is resumed only with an equal plan."""
 
     def files(self) -> Iterable[Path]:
-        """The files that it reads. A build is resumed only if none was written since it began: the fingerprint of a
-        large source has their sizes alone."""
+        """The files that it reads. A build that is resumed warns if one was written since it began: the fingerprint has
+        their sizes alone."""
 
     def images(self) -> Iterable[Record]:
         """Every image with its caption, in order and undecoded, to train a CLIP on. Records without an image are
