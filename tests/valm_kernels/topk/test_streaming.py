@@ -100,7 +100,7 @@ def test_a_device_with_too_little_memory_gets_its_rows_streamed(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     index = FlatIPIndex(database, device="cuda")
     assert index.streamed and index.device == torch.device("cuda", 3)
-    assert index.dequantised().data_ptr() == database.data_ptr()
+    assert index._stored.rows.data_ptr() == database.data_ptr()
     with pytest.raises(ValueError, match="queries are on cpu, the database is on cuda:3"):
         index.search(normals(16), 1)
     allocated["before"] = 5_000
