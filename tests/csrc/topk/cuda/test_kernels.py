@@ -512,7 +512,7 @@ def test_equal_rows_are_gathered_before_they_are_converted():
 
 
 def test_rows_of_one_hash_that_differ_stay_apart(monkeypatch):
-    monkeypatch.setattr(torch, "randint", lambda low, high, shape, generator: torch.zeros(shape, dtype=torch.int64))
+    monkeypatch.setattr(torch, "randint", lambda low, high, shape, **_: torch.zeros(shape, dtype=torch.int64))
     rows = torch.tensor([1.0, 2.0, 2.0, 1.0])[:, None].expand(4, 8).contiguous()
     order, begin, size = cuda.equal_rows(rows, None)
     assert order.tolist() == [0, 1, 2, 3] and begin.tolist() == [0, 1, 1, 3] and size.tolist() == [1, 2, 2, 1]
