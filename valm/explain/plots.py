@@ -29,7 +29,7 @@ def new_figure(width: float, height: float) -> Figure:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValmError(f"figures need the package matplotlib ({error}): pip install -e '.[eval]'") from error
+        raise ValmError(f"figures need the package matplotlib ({error}): pip install matplotlib") from error
     # Saves text as text, so that it can be searched and copied.
     matplotlib.rcParams["svg.fonttype"] = "none"
     matplotlib.rcParams["font.family"] = "sans-serif"
