@@ -271,7 +271,7 @@ class ImageModel(_Base):
         found = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = found[0] if isinstance(found, tuple) else found
         if pretrained_model_name_or_path is not None:
-            model.note_in(Path(pretrained_model_name_or_path) / kwargs.get("subfolder", ""))
+            model.note_in(Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or ""))
         return found
 
     def note_in(self, folder: str | os.PathLike) -> None:

@@ -92,10 +92,11 @@ def _switch(folder: Path) -> None:
         for name in names:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             _link(new / name, folder / name)
-        if any(new.glob(WEIGHTS)):
-            for file in (*folder.glob(WEIGHTS), *folder.glob(ADAPTER), *folder.glob(NOTE)):
-                if file.name not in names:
-                    file.unlink()
+        whole, adapter = any(new.glob(WEIGHTS)), any(new.glob(ADAPTER))
+        stale = [WEIGHTS, ADAPTER, NOTE] if whole else [NOTE] if adapter else []
+        for file in [file for pattern in stale for file in folder.glob(pattern)]:
+            if file.name not in names:
+                file.unlink()
         sync_folder(folder)
         finished = temporary_name(new)
         os.replace(new, finished)

@@ -12,7 +12,6 @@ from .checks import (
     allowed_rows,
     as_tensor,
     check_database,
-    check_finite,
     check_float,
     check_ids,
     check_queries,
@@ -166,8 +165,6 @@ def search(
     if rows.dim() > 2:  # [n, Q, E] of [n, N, E]
         flat, rows = queries.flatten(0, -3), rows.flatten(0, -3)
     if impl == "reference":
-        if rows.is_floating_point():
-            allowed = _finite(rows, allowed)
         scores, indices = reference.ip_topk(flat, rows, row_scale, k, allowed)
     elif streamed:
         scores, indices = ops.streamed_ip_topk(flat, rows, row_scale, k, allowed)
@@ -179,18 +176,3 @@ def search(
         scores, indices = ops.packed_ip_topk(flat, rows, row_scale, *prepared, k, allowed)
     shape = (*queries.shape[:-1], k)
     return scores.reshape(shape), indices.reshape(shape)
-
-
-def _finite(rows: Tensor, allowed: Tensor | None) -> Tensor | None:
-    """The rows (N, E) that `allowed` names and that are finite.
-
-    Raises:
-        ValueError: one is not finite, on the CPU.
-    """
-    for database in rows if rows.dim() == 3 else (rows,):
-        if rows.device.type == "cpu":
-            check_finite(database, "database")
-    if rows.device.type == "cpu" or rows.dim() == 3:
-        return allowed
-    finite = rows.isfinite().all(1)
-    return finite if allowed is None else finite & allowed

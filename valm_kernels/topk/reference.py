@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .checks import check_finite
 from .result import topk_of_each
 
 EXACT_LANES = 32
@@ -55,10 +56,15 @@ def ip_topk(
 
     queries (Q, E) and database (N, E) in any float dtype, or database int8 with row_scale (N,). With allowed (N,) bool,
     of these rows only, padded with score −inf and index −1. A query that is not finite gets scores NaN and indices −1.
+    A row that is not finite raises a ValueError on the CPU, and is not returned elsewhere.
     Databases (n, N, E) of float numbers have queries (n, Q, E) and results (n, Q, k).
     """
     if database.dim() == 3:
         return topk_of_each(lambda some, rows: ip_topk(some, rows, None, k), queries, database)
+    if database.device.type == "cpu" and database.is_floating_point():
+        check_finite(database, "database")
+    elif not (finite := database.isfinite().all(1)).all():
+        allowed = finite if allowed is None else finite & allowed
     if allowed is not None:
         ids = allowed.nonzero()[:, 0]
         found = min(k, len(ids))

@@ -258,18 +258,17 @@ class Folder:
         if name not in self:
             raise ValueError(f"{self.manifest_path} is damaged: it lists no array {name!r}")
         entry = self._manifest["arrays"][name]
-        file = self.path / entry["file"]
         try:
-            size = own_file(file).st_size
-        except FileNotFoundError:
-            raise MissingFile(f"{self.path} is damaged: {file.name} is missing") from None
+            return self._read(entry, dtype, shape)
+        except FileNotFoundError:  # at any step, if another index is saved meanwhile
+            raise MissingFile(f"{self.path} is damaged: {entry['file']} is missing") from None
+
+    def _read(self, entry: _Entry, dtype: str, shape: tuple[int | None, ...]) -> np.ndarray:
+        file = self.path / entry["file"]
+        size = own_file(file).st_size
         if size != entry["bytes"]:
             raise ValueError(f"{file} is damaged: it has {size} bytes, {entry['bytes']} were saved")
-        try:
-            damaged = self.verify and file_sha256(file) != entry["sha256"]
-        except FileNotFoundError:
-            raise MissingFile(f"{self.path} is damaged: {file.name} is missing") from None
-        if damaged:
+        if self.verify and file_sha256(file) != entry["sha256"]:
             raise ValueError(f"{file} is damaged: its checksum differs from the one saved in {MANIFEST}")
         array = self._load(file)
         fits = len(array.shape) == len(shape) and all(b in (a, None) for a, b in zip(array.shape, shape, strict=True))
@@ -285,8 +284,6 @@ class Folder:
             if self.mmap:  # copy-on-write, since torch needs writable memory
                 return np.lib.format.open_memmap(file, mode="c")
             return _read_aligned(file)
-        except FileNotFoundError:
-            raise MissingFile(f"{self.path} is damaged: {file.name} is missing") from None
         except OSError:
             raise
         except Exception as error:  # a damaged header makes numpy raise more than ValueError

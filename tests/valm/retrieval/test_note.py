@@ -249,16 +249,19 @@ def test_segments_of_ones_own_are_noted(copy):
     assert load(copy / "valm")[0].retriever.encoder.rule == ContextEncoder(kb.load_clip()).rule
 
 
-@pytest.mark.parametrize("way", ["save_pretrained", "save_checkpoint"])
+@pytest.mark.parametrize("way", ["save_pretrained", "save_checkpoint", "save_adapter"])
 def test_a_model_without_a_retriever_leaves_no_note(copy, way):
-    model, tokenizer = load(copy / "valm")
+    folder = copy / ("adapter" if way == "save_adapter" else "valm")
+    model, tokenizer = load(folder)
     model.set_retriever(None)
     if way == "save_pretrained":
-        model.save_pretrained(copy / "valm")
+        model.save_pretrained(folder)
+    elif way == "save_checkpoint":
+        save_checkpoint(model, tokenizer, folder)
     else:
-        save_checkpoint(model, tokenizer, copy / "valm")
-    assert not (copy / "valm" / "retrieval.json").exists()
-    assert load(copy / "valm")[0].retriever is None
+        save_adapter(model, folder)
+    assert not (folder / "retrieval.json").exists()
+    assert load(folder)[0].retriever is None
 
 
 @pytest.mark.parametrize("name", ["valm", "adapter"])
