@@ -9,7 +9,7 @@ It runs under the Python that is there, installs nothing and needs no network. A
 side, with logs in the folder of the results (build/gpu-check/). Each has a budget in seconds, and what the steps before
 it have left of theirs; then it is stopped and the next begins. What is measured is written at once, so that a run that
 was killed goes on where it was. From the results come benchmarks/results/gpu.csv, docs/results/gpu.md and, if the tests
-pass with them, the measured tiles of the Triton kernels.
+pass with them, the measured tiles of the Triton kernels, and the length from which on flash attention was faster.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -46,6 +46,7 @@ except ModuleNotFoundError as error:
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "build" / "gpu-check"
 MEASURED_TILES = ROOT / "valm_kernels" / "visual_fusion" / "triton" / "measured_tiles.json"
+MEASURED_CROSSOVER = ROOT / "valm_kernels" / "visual_fusion" / "measured_crossover.json"
 # Seconds of a run: what is left then is done by the next. In ten minutes Python also starts and the summary is written.
 LIMIT_S = 580
 SOURCES = ("valm_kernels", "csrc", "valm", "benchmarks", "tests", "setup.py", "conftest.py", "pyproject.toml")
@@ -66,6 +67,7 @@ SANITIZED = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
 # The tests ask PyTorch for deterministic results, which cuBLAS gives only with this; and they run side by side.
 TESTED = (("CUBLAS_WORKSPACE_CONFIG", ":4096:8"), ("OMP_NUM_THREADS", "1"))
 TILES, TESTS_OF_TILES = "measure tiles", "tests of the measured tiles"
+CROSSOVER = "measure the crossover"
 
 # What may be missing, and what follows. By the name of the module, or of the program.
 OPTIONAL_MODULES = {
@@ -158,7 +160,8 @@ def plan(folder: Path, arch: int, processes: int, run: int = 0) -> list[Step]:
         tests("tests", 105, "-m", "gpu", "tests/valm_kernels"),
         Step("compile tiles", 60, tuple(map(compiling, range(processes))), (("OMP_NUM_THREADS", "1"),)),
         Step(TILES, 45, ((*tune, "measure", str(folder)),)),
-        tests(TESTS_OF_TILES, 40, "-m", "gpu", "-k", "large_problems or flash_attention", "tests/valm_kernels"),
+        tests(TESTS_OF_TILES, 35, "-m", "gpu", "-k", "large_problems or flash_attention", "tests/valm_kernels"),
+        Step(CROSSOVER, 15, ((sys.executable, "-m", "benchmarks.valm_kernels.measure_crossover", str(folder)),)),
         # FlexAttention compiles for as long as all others together take, and loses
         benchmark(
             "attention", 65, "valm_kernels/bench_visual_fusion.py", "-k", "bench_forward and bfloat16 and not Flex"
@@ -172,7 +175,7 @@ def plan(folder: Path, arch: int, processes: int, run: int = 0) -> list[Step]:
         benchmark("generation", 15, "valm/bench_generation.py", skipped=no_model),
         Step(
             "sanitizers",
-            55,
+            50,
             tuple(map(sanitizer, SANITIZERS)),
             (*SANITIZED, *TESTED),
             tests=True,
@@ -411,24 +414,19 @@ def read_steps(folder: Path) -> dict[str, Outcome]:
 
 
 def note_step(folder: Path, name: str, outcome: Outcome) -> None:
-    path = folder / "steps.csv"
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, ["step", *(field.name for field in fields(Outcome))])
-        if not file.tell():
-            writer.writeheader()
-        row = {**asdict(outcome), "seconds": f"{outcome.seconds:.1f}", "machine": machine()}
-        writer.writerow({"step": name, **row})
-        file.flush()
-        os.fsync(file.fileno())
+    row = {**asdict(outcome), "seconds": f"{outcome.seconds:.1f}", "machine": machine()}
+    outcomes.append_row(folder / "steps.csv", {"step": name, **row})
 
 
 def finish(folder: Path) -> int:
     """Writes the repository's files and the summary; 1 if a step failed, else 0."""
     ended = read_steps(folder)
     write_results(folder, ended)
-    if tiles_passed(folder):
-        write_measured_tiles(folder)
-        print(f"written: {MEASURED_TILES}")
+    measured = {"tiles.json": MEASURED_TILES} if tiles_passed(folder) else {}
+    for name, file in (measured | {"crossover.json": MEASURED_CROSSOVER}).items():
+        if (folder / name).exists():
+            write_measured(folder / name, file)
+            print(f"written: {file}")
     with atomic_path(gpu_report.PAGE) as partial:
         partial.write_text(gpu_report.page(), encoding="utf-8")
     print(f"written: {gpu_report.RESULTS}, {gpu_report.PAGE}\n")
@@ -475,14 +473,14 @@ def write_results(folder: Path, ended: Mapping[str, Outcome]) -> None:
             writer.writerows(row for (of, _), row in rows.items() if of == group)
 
 
-def write_measured_tiles(folder: Path) -> None:
-    """The measured tiles in the package, with those of other compute capabilities that it has."""
-    new = json.loads((folder / "tiles.json").read_text())
-    old = json.loads(MEASURED_TILES.read_text()) if MEASURED_TILES.exists() else []
-    measured = {entry["capability"] for entry in new}
-    with atomic_path(MEASURED_TILES) as partial:
+def write_measured(new: Path, file: Path) -> None:
+    """The measured entries in the package's file, with those of other compute capabilities that it has."""
+    entries = json.loads(new.read_text())
+    old = json.loads(file.read_text()) if file.exists() else []
+    measured = {entry["capability"] for entry in entries}
+    with atomic_path(file) as partial:
         kept = [entry for entry in old if entry["capability"] not in measured]
-        partial.write_text(json.dumps([*kept, *new], indent=1) + "\n")
+        partial.write_text(json.dumps([*kept, *entries], indent=1) + "\n")
 
 
 def dry_run(folder: Path) -> int:

@@ -24,7 +24,8 @@ INTRODUCTION = """\
 `make gpu-check` does on a card, within ten minutes, what this project cannot do without one: it builds the native
 module, runs the tests of the GPU code, measures the tiles of the Triton kernels and tests the fastest, runs the
 benchmarks beside their peers, and a small set of the tests under compute-sanitizer. It writes
-`benchmarks/results/gpu.csv`, `valm_kernels/visual_fusion/triton/measured_tiles.json`, and this page.
+`benchmarks/results/gpu.csv`, `measured_tiles.json` and `measured_crossover.json` in `valm_kernels/visual_fusion`, and
+this page.
 
 The machine needs PyTorch 2.9 with CUDA, Triton 3.5, NumPy, packaging and pytest; nothing is installed, and no network
 is used. What else is missing is listed at the start, and skipped with a reason: the model's benchmarks need the
@@ -44,7 +45,9 @@ code or of another card are moved aside. Where the machine is only lent, take th
 `--report` at home.
 
 Measured tiles hold for the compute capability of their card, and take the place of the estimated ones in `tiles.py`
-there. They are written only if the tests pass with them. `VALM_KERNELS_TILES` names another such file.
+there. They are written only if the tests pass with them. `VALM_KERNELS_TILES` names another such file. The crossover is
+the text length from which on flash attention, joined with the images by a second kernel, was faster than one kernel for
+both; on other cards `impl="auto"` goes by an estimate.
 
 A call's time is that of its host too, until the result is there. The GPU's own time is that of a CUDA graph of calls on
 copies of the inputs, together twice the size of the L2 cache. "Arithmetic" is the least time that an H100 needs by

@@ -12,7 +12,8 @@ from __future__ import annotations
 import csv
 import io
 import os
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
@@ -48,14 +49,20 @@ def read(path: Path) -> dict[str, Ended]:
 
 
 def write(path: Path, ended: Ended) -> None:
-    """Adds a row. Several processes may, as each row is one call of the system."""
-    line = io.StringIO()
-    writer = csv.DictWriter(line, [field.name for field in fields(Ended)])
+    append_row(path, asdict(ended))
+
+
+def append_row(path: Path, row: Mapping[str, object]) -> None:
+    """Adds a row to a CSV file, on disk at once. Several processes may, as each row is one call of the system."""
+    lines = io.StringIO()
+    writer = csv.DictWriter(lines, list(row))
     if not path.exists() or not path.stat().st_size:
         writer.writeheader()
-    writer.writerow(asdict(ended))
+    writer.writerow(row)
     with path.open("a", newline="") as file:
-        file.write(line.getvalue())
+        file.write(lines.getvalue())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -28,7 +27,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from benchmarks.outcomes import DEVICE_LOST
+from benchmarks.outcomes import DEVICE_LOST, append_row
 from tests.checks.triton.compile_record import Launch, recorders, specialise
 from valm_kernels.atomic_files import atomic_path
 from valm_kernels.visual_fusion.inputs import Gradients, Inputs
@@ -45,7 +44,6 @@ COMPILED, MEASURED = "compiled", "measured"
 GAIN = 1.03
 # Largest difference over the largest value, by bytes of an element: for wrong results, not for the last bits.
 TOLERANCE = {2: 3e-2, 4: 1e-4}
-COLUMNS = ("case", "kernel", *Tiles.__dataclass_fields__, "ms", "note")
 
 # (ms, note) by case, kernel and tiles.
 Rows = dict[tuple[Any, ...], tuple[float | None, str]]
@@ -312,13 +310,8 @@ def first_line(error: Exception) -> str:
 
 
 def write_row(path: Path, case: Case, kernel: str | None, tiles: Tiles, ms: float | None, note: str) -> None:
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if not file.tell():
-            writer.writerow(COLUMNS)
-        writer.writerow((case, kernel, *astuple(tiles), "" if ms is None else f"{ms:.6g}", note))
-        file.flush()
-        os.fsync(file.fileno())
+    row = {"case": case, "kernel": kernel, **asdict(tiles), "ms": "" if ms is None else f"{ms:.6g}", "note": note}
+    append_row(path, row)
 
 
 def read_rows(path: Path) -> Rows:

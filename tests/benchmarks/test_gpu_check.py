@@ -50,6 +50,8 @@ if rows := value("--results"):
     add(rows, ",".join(row.values()) % name + "\\n", ",".join(row) + "\\n")
 if "measure" in sys.argv:
     pathlib.Path(folder, "tiles.json").write_text(TILES)
+if "benchmarks.valm_kernels.measure_crossover" in sys.argv:
+    pathlib.Path(folder, "crossover.json").write_text(CROSSOVER)
 if dies == "always" or dies == "first" and first:
     os.kill(os.getpid(), 9)
 if ended:
@@ -61,6 +63,8 @@ TILES = [
         **{"block_m": 64, "block_n": 64, "num_warps": 4, "num_stages": 3, "ms": 0.04, "table_ms": 0.05},
     }
 ]
+
+CROSSOVER = [{"capability": 90, "head_dim": 64, "keys": 2048, "device": "a card", "torch": "2.13", "triton": "3.6.0"}]
 
 
 def row_of(group, name, ms, gpu_ms, least):
@@ -74,7 +78,9 @@ def command(code):
 def stand_in(steps, folder, dies="never"):
     """The plan with STAND_IN in the place of every command."""
     row = {name: "" if cell is None else str(cell) for name, cell in asdict(row_of("%s", "ours", 1, 0.5, 0.1)).items()}
-    code = STAND_IN.replace("ROW", repr({**row, "machine": "a card"})).replace("TILES)", f"{json.dumps(TILES)!r})")
+    code = STAND_IN.replace("ROW", repr({**row, "machine": "a card"}))
+    for name, entries in (("TILES", TILES), ("CROSSOVER", CROSSOVER)):
+        code = code.replace(f"{name})", f"{json.dumps(entries)!r})")
     return [
         replace(
             step,
@@ -97,6 +103,7 @@ def card(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "SOURCES", (str(tmp_path / "sources"),))
     monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
     monkeypatch.setattr(gpu_check, "MEASURED_TILES", tmp_path / "measured_tiles.json")
+    monkeypatch.setattr(gpu_check, "MEASURED_CROSSOVER", tmp_path / "measured_crossover.json")
     monkeypatch.setattr(gpu_report, "RESULTS", tmp_path / "gpu.csv")
     monkeypatch.setattr(gpu_report, "PAGE", tmp_path / "gpu.md")
     monkeypatch.setattr(gpu_check.signal, "signal", lambda *_: None)
@@ -149,8 +156,9 @@ def test_the_whole_plan_runs_to_its_end(card, check, capfd):
     assert [name for name, _ in called].count("tests") == 2 and [name for name, _ in called].count("sanitizers") == 4
     # the measured tiles are tested, and used once they have passed
     after = [name for name, tiles in called if tiles]
-    assert set(after) == {gpu_check.TESTS_OF_TILES, *BENCHMARKS, "sanitizers"}
+    assert set(after) == {gpu_check.TESTS_OF_TILES, gpu_check.CROSSOVER, *BENCHMARKS, "sanitizers"}
     assert json.loads(gpu_check.MEASURED_TILES.read_text()) == TILES
+    assert json.loads(gpu_check.MEASURED_CROSSOVER.read_text()) == CROSSOVER
     found = rows()
     assert [row["name"] for row in found] == [*ended, *["ours"] * 3]
     assert [row["group"] for row in found[-3:]] == list(BENCHMARKS)

@@ -50,8 +50,8 @@ def assemble(folder: Path) -> None:
 
 
 def copy_sources(folder: Path) -> None:
-    """The modules of valm_kernels, without this folder: no native code, no bytecode."""
-    for file in PACKAGE.rglob("*.py"):
+    """The modules of valm_kernels and what cards have measured, without this folder: no native code, no bytecode."""
+    for file in [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("measured_*.json")]:
         if HUB not in file.parents:
             target = folder / file.relative_to(PACKAGE)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ def write_variant(folder: Path, backend: str) -> None:
     (folder / MODULE / "__init__.py").write_text(NAMED_FOLDER)
     files = {
         file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).digest()
-        for file in sorted(folder.rglob("*.py"))
+        for file in sorted(file for file in folder.rglob("*") if file.is_file())
     }
     content = hashlib.sha256(b"".join(name.encode() + digest for name, digest in files.items())).hexdigest()
     metadata = {

@@ -1,7 +1,7 @@
 """PyTorch's flash attention on CUDA for the text of a long call, whose images one kernel of ours then joins to it.
 
 The images of a query take registers that a tile of text products could use, so for long texts two passes take less time
-than one. The crossover length is an estimate from the compiler's figures; it has not been measured.
+than one. crossover.py has the length from which on.
 
 The operators are those that `torch.nn.attention.activate_flash_attention_impl` replaces: after "FA3" or "FA4" they are
 FlashAttention-3 or -4.
@@ -17,6 +17,7 @@ import torch
 import torch.nn.attention
 from torch import Tensor
 
+from . import crossover
 from .inputs import Inputs
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention.default
@@ -31,8 +32,6 @@ _cpu_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 # The compute capabilities, rounded down, that other implementations of these operators serve.
 SERVED = {"FA3": (9,), "FA4": (9, 10)}
 
-# Keys times head dimension: 2,048 keys of 128 numbers, or 4,096 of 64.
-LONG = 2048 * 128
 NAME = "flash+triton"
 
 
@@ -44,7 +43,7 @@ def is_faster(inputs: Inputs) -> bool:
         return True
     batch, _, num_keys, head_dim = inputs.k.shape
     documents = batch if inputs.cu_seqlens is None else inputs.cu_seqlens.shape[0] - 1
-    return batch * num_keys * head_dim >= LONG * documents
+    return crossover.is_long(batch * num_keys, documents, head_dim, inputs.k.device)
 
 
 def refusal(inputs: Inputs) -> str | None:

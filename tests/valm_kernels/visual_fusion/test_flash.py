@@ -1,5 +1,6 @@
 """When flash attention takes the text of a CUDA call, and how PyTorch's operators are called, without a card."""
 
+import json
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.valm_kernels.visual_fusion.problems import Problem
 from valm_kernels import visual_fusion_attn
-from valm_kernels.visual_fusion import api, flash
+from valm_kernels.visual_fusion import api, crossover, flash
 from valm_kernels.visual_fusion.checks import checked_inputs
 from valm_kernels.visual_fusion.inputs import TENSOR_NAMES, Inputs
 
@@ -96,6 +97,12 @@ def test_the_longest_document_limits_the_programs(given, longest):
     assert flash._bounds(inputs)[2:] == (longest, longest)
 
 
+@pytest.fixture(autouse=True)
+def nothing_measured(monkeypatch):
+    """Also where a card has."""
+    monkeypatch.setattr(crossover, "MEASURED", {})
+
+
 def impl_for(monkeypatch, q_len, head_dim, dtype=torch.float16, **options):
     """The implementation that impl="auto" takes for CUDA tensors."""
     chosen = []
@@ -130,6 +137,56 @@ def test_long_texts_on_cuda_take_flash_attention(monkeypatch):
     assert impl_for(monkeypatch, 4096, 128, rows=2, documents=5) == "triton"
     assert impl_for(monkeypatch, 4096, 128, impl="triton") == "triton"
     assert impl_for(monkeypatch, 16, 64, impl="flash+triton") == "flash+triton"
+
+
+def test_a_measured_length_takes_the_place_of_the_estimate_on_its_card_alone(monkeypatch):
+    monkeypatch.setattr(crossover, "MEASURED", {(90, 128): 1024, (90, 64): None, (80, 128): 1})
+    monkeypatch.setattr(crossover, "capability", lambda device: 90)
+    assert impl_for(monkeypatch, 1024, 128) == impl_for(monkeypatch, 1024, 96) == "flash+triton"
+    assert impl_for(monkeypatch, 1023, 128) == impl_for(monkeypatch, 1023, 96) == "triton"
+    assert impl_for(monkeypatch, 4096, 128, documents=4) == "flash+triton"
+    assert impl_for(monkeypatch, 4096, 128, documents=5) == "triton"
+    assert impl_for(monkeypatch, 1 << 20, 64) == "triton"  # never faster
+    # not measured: head dimensions above 128
+    assert (impl_for(monkeypatch, 1024, 256), impl_for(monkeypatch, 1023, 256)) == ("flash+triton", "triton")
+    monkeypatch.setattr(crossover, "capability", lambda device: 86)
+    assert (impl_for(monkeypatch, 2048, 128), impl_for(monkeypatch, 2047, 128)) == ("flash+triton", "triton")
+
+
+def test_the_capability_is_that_of_the_card(monkeypatch):
+    assert crossover.capability(torch.device("cpu")) == 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 1))
+    assert crossover.capability(torch.device("cuda")) == 121
+    monkeypatch.setattr(torch.version, "hip", "6.4")  # where (9, 4) is a card of AMD's
+    assert crossover.capability(torch.device("cuda")) == 0
+
+
+def test_torch_compile_asks_for_the_measured_length(monkeypatch):
+    monkeypatch.setattr(crossover, "MEASURED", {(0, 64): 5})
+
+    @torch.compile(fullgraph=True, backend="eager", dynamic=True)
+    def compiled(x):
+        return x + crossover.is_long(x.shape[0], 1, x.shape[1], x.device)
+
+    assert [int(compiled(torch.zeros(keys, 16)).sum()) for keys in (4, 5, 6)] == [0, 80, 96]
+
+
+ENTRY = {"capability": 90, "head_dim": 64, "keys": None, "device": "a card", "torch": "2.13.0", "triton": "3.7.1"}
+
+
+def test_measured_lengths_are_read(tmp_path):
+    file = tmp_path / "crossover.json"
+    file.write_text(json.dumps([ENTRY, ENTRY | {"head_dim": 128, "keys": 512}]))
+    assert crossover.read_measured(file) == {(90, 64): None, (90, 128): 512}
+    for change, message in (
+        ({"keys": -1}, r"\[0\]\.keys is -1"),
+        ({"head_dim": 96}, r"\[0\]\.head_dim is 96"),
+        ({"capability": 9}, r"\[0\]\.capability is 9"),
+    ):
+        file.write_text(json.dumps([ENTRY | change]))
+        with pytest.raises(ValueError, match=f"crossover.json is damaged: {message}"):
+            crossover.read_measured(file)
 
 
 def test_text_alone_on_cuda_takes_flash_attention_at_any_length(monkeypatch):

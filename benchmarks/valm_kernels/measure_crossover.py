@@ -1,0 +1,124 @@
+"""Measures from which text length on flash attention with joined images beats the one kernel: gpu-check's step for it.
+
+    python -m benchmarks.valm_kernels.measure_crossover FOLDER
+
+Both take a forward and a backward of as many tokens at each length. Each time is written to FOLDER/crossover.csv at
+once, so that a run that was stopped goes on, and what follows from them to FOLDER/crossover.json, which crossover.py of
+the package reads. Of a head dimension with a missing time the estimate stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import triton
+
+from benchmarks.outcomes import DEVICE_LOST, append_row
+from benchmarks.valm_kernels.tune_tiles import MEASURED, Case, first_line
+from valm_kernels.atomic_files import atomic_path
+from valm_kernels.visual_fusion.crossover import HEAD_DIMS, capability
+from valm_kernels.visual_fusion.flash import NAME
+
+LENGTHS = (512, 1024, 2048, 4096, 8192)
+TOKENS = 8192
+# Heads, heads of keys and images, by head dimension.
+SIZES = {64: (12, 12, 8), 128: (32, 8, 4), 256: (8, 4, 4)}
+IMPLS = ("triton", NAME)
+
+# Milliseconds by head dimension, length and implementation; None of what failed or was only begun.
+Times = dict[tuple[int, int, str], float | None]
+
+
+def cases() -> Iterator[tuple[int, int, str, Case]]:
+    for head_dim in HEAD_DIMS:
+        heads, kv_heads, images = SIZES[head_dim]
+        for length in LENGTHS:
+            sizes = (TOKENS // length, heads, kv_heads, length, length, images)
+            case = Case(("forward", "query", "key"), torch.bfloat16, head_dim, *sizes)
+            for impl in IMPLS:
+                yield head_dim, length, impl, replace(case, flash=impl == NAME)
+
+
+def measure(folder: Path) -> None:
+    """Measures what has not been, and writes crossover.json after each time."""
+    path = folder / "crossover.csv"
+    for head_dim, length, impl, case in cases():
+        if (head_dim, length, impl) not in read_times(path):
+            row = {"head_dim": head_dim, "keys": length, "impl": impl, "ms": "", "note": "begun"}
+            append_row(path, row)  # so that what kills the process is not tried for ever
+            try:
+                inputs = case.inputs("cuda")
+                ms = triton.testing.do_bench_cudagraph(lambda: case.run(inputs), rep=20, return_mode="median")  # noqa: B023
+            except Exception as error:  # whatever the compiler or CUDA raise
+                append_row(path, row | {"note": first_line(error)})
+            else:
+                append_row(path, row | {"ms": f"{ms:.6g}", "note": MEASURED})
+            torch.cuda.synchronize()  # raises where the card takes no more work from this process
+        write_crossover(folder)
+
+
+def shortest(times: Times, head_dim: int) -> int | None:
+    """The least length from which on flash attention was faster at every length; None where it is not at the longest.
+
+    Raises:
+        KeyError: a time is missing.
+    """
+    found = None
+    for length in reversed(LENGTHS):
+        one, two = (times[head_dim, length, impl] for impl in IMPLS)
+        if one is None or two is None:
+            raise KeyError((head_dim, length))
+        if two >= one:
+            break
+        found = length
+    return found
+
+
+def write_crossover(folder: Path) -> None:
+    """FOLDER/crossover.json, with the head dimensions whose times are all there."""
+    times = read_times(folder / "crossover.csv")
+    entries = []
+    for head_dim in HEAD_DIMS:
+        try:
+            keys = shortest(times, head_dim)
+        except KeyError:
+            continue
+        entry = {"capability": capability(torch.device("cuda")), "head_dim": head_dim, "keys": keys}
+        versions = {"torch": torch.__version__, "triton": triton.__version__}
+        entries.append(entry | {"device": torch.cuda.get_device_name()} | versions)
+    if entries:
+        with atomic_path(folder / "crossover.json") as partial:
+            partial.write_text(json.dumps(entries, indent=1) + "\n")
+
+
+def read_times(path: Path) -> Times:
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        return {
+            (int(row["head_dim"]), int(row["keys"]), row["impl"]): float(row["ms"]) if row["ms"] else None
+            for row in csv.DictReader(file)
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        measure(folder)
+    except RuntimeError as error:  # of `synchronize`
+        print(first_line(error))
+        sys.exit(DEVICE_LOST)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""From which length on flash attention is said to be faster, with a stand-in for the card."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks.outcomes import DEVICE_LOST
+from benchmarks.valm_kernels import measure_crossover
+from benchmarks.valm_kernels.measure_crossover import IMPLS, LENGTHS, TOKENS, cases, measure, read_times, shortest
+from benchmarks.valm_kernels.tune_tiles import Case
+from valm_kernels.visual_fusion import crossover
+
+ONE, TWO = IMPLS
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A card on which both take a time of their own at each length; returns these, and the calls measured."""
+    times, measured = {}, []
+
+    def do_bench_cudagraph(call, rep, return_mode):
+        call()
+        case = measured[-1]
+        time = times.get((case.head_dim, case.keys, TWO if case.flash else ONE), 1.0)
+        if isinstance(time, BaseException):
+            raise time
+        return time
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(measure_crossover, "capability", lambda device: 90)
+    monkeypatch.setattr(measure_crossover.triton.testing, "do_bench_cudagraph", do_bench_cudagraph)
+    monkeypatch.setattr(Case, "inputs", lambda case, device: None)
+    monkeypatch.setattr(Case, "run", lambda case, inputs: measured.append(case))
+    return times, measured
+
+
+def test_each_length_has_the_same_tokens_and_a_backward():
+    found = list(cases())
+    assert len(found) == 3 * len(LENGTHS) * len(IMPLS)
+    for head_dim, length, impl, case in found:
+        assert (case.head_dim, case.queries, case.keys, case.flash) == (head_dim, length, length, impl == TWO)
+        assert case.batch * length == TOKENS and "query" in case.kernels
+
+
+@pytest.mark.parametrize(
+    ("flash", "keys"),
+    [
+        ([2, 2, 0.9, 0.9, 0.9], 2048),
+        ([0.9, 2, 0.9, 0.9, 0.9], 2048),
+        ([0.9] * 5, 512),
+        ([0.9, 0.9, 0.9, 0.9, 1.0], None),
+        ([2, 2, 2, 2, 0.9], 8192),
+    ],
+)
+def test_the_length_is_the_least_from_which_on_flash_attention_was_faster(flash, keys):
+    times = {(64, length, ONE): 1.0 for length in LENGTHS}
+    times |= {(64, length, TWO): time for length, time in zip(LENGTHS, flash, strict=True)}
+    assert shortest(times, 64) == keys
+
+
+def test_the_package_reads_what_was_measured(card, monkeypatch, tmp_path):
+    times, measured = card
+    times |= {(64, 4096, TWO): 0.8, (64, 8192, TWO): 0.7, (256, 8192, TWO): RuntimeError("out of memory")}
+    measure(tmp_path)
+    # at 256 a time is missing
+    assert crossover.read_measured(tmp_path / "crossover.json") == {(90, 64): 4096, (90, 128): None}
+    assert len(measured) == len(list(cases()))
+    entry = json.loads((tmp_path / "crossover.json").read_text())[0]
+    assert (entry["device"], entry["torch"]) == ("a card", torch.__version__)
+    measure(tmp_path)
+    assert len(measured) == len(list(cases())), "measured again"
+
+
+def test_a_lost_card_ends_the_process_and_the_next_goes_on(card, monkeypatch, tmp_path):
+    _, measured = card
+
+    def synchronize():
+        if len(measured) == 3:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr("sys.argv", ["measure_crossover", str(tmp_path)])
+    with pytest.raises(SystemExit) as raised:
+        measure_crossover.main()
+    assert raised.value.code == DEVICE_LOST
+    measure_crossover.main()
+    assert [(case.head_dim, case.keys) for case in measured] == [(dim, keys) for dim, keys, _, _ in cases()]
+
+
+def test_what_kills_the_process_is_not_tried_again(card, tmp_path):
+    times, measured = card
+    times |= {(64, length, TWO): 0.9 for length in LENGTHS} | {(64, 512, TWO): KeyboardInterrupt()}
+    with pytest.raises(KeyboardInterrupt):
+        measure(tmp_path)
+    measure(tmp_path)
+    assert len(measured) == len(list(cases()))
+    assert read_times(tmp_path / "crossover.csv")[64, 512, TWO] is None
+    assert (90, 64) not in crossover.read_measured(tmp_path / "crossover.json")
