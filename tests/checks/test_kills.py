@@ -183,7 +183,7 @@ def test_index(clip, tmp_path, old):
         else:
             assert not done and torch.equal(found.indices, exact.indices)
         write(out)
-        assert not list(out.glob("*.tmp"))
+        assert not list(out.glob("*.tmp")) and not list(out.glob("*.partial"))
 
     assert kill_everywhere(write, check, tmp_path, prepare) >= 3
 

@@ -1,4 +1,4 @@
-"""Makes the faiss index of a knowledge base: trains it, adds vectors, tunes it on real queries, measures its recall.
+"""Makes the faiss index of a knowledge base: has it filled, tunes it on real queries, measures its recall.
 
 How much of the index is searched and how many candidates are reranked exactly are tuned together: of all settings that
 reach the target recall, it takes the one that reads the fewest bytes.
@@ -6,6 +6,7 @@ reach the target recall, it takes the one that reads the fewest bytes.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -22,17 +23,13 @@ from valm.retrieval.context import ContextEncoder
 from valm.retrieval.faiss_gpu import MAX_SELECTED, check_for_gpus
 from valm.retrieval.faiss_index import FaissIndex, read_index
 from valm.retrieval.index_factory import import_faiss, stages
+from valm.retrieval.index_filling import filled_index, partial_folder, write_index
 from valm.retrieval.index_parameters import INDEX_FILE, PARAMETERS_FILE, IndexParameters
 from valm.store.files import write_errors, write_json
 from valm.store.manifest import file_entry
 from valm_kernels import ip_topk, merge_topk
 from valm_kernels.atomic_files import SAVE_WAIT_SECONDS, folder_lock, move, remove_leftovers, temporary_file
 
-# Training vectors per cell (faiss warns below 39), and the least and most training vectors.
-TRAIN_PER_CELL = 40
-MIN_TRAIN, MAX_TRAIN = 1 << 16, 1 << 20
-ITERATIONS = 10  # iterations of k-means
-ADD_ROWS = 1 << 15
 # Queries for tuning, and as many again for measuring recall.
 QUERIES = 1024
 # Standard errors by which the tuning half must beat the target; a setting that only just reaches it misses on about
@@ -68,7 +65,8 @@ def build_index(
 ) -> FaissIndex:
     """Indexes `kb` and writes the index beside it; an old index stays until the new one is complete.
 
-    Memory holds the index, its training vectors (at most MAX_TRAIN, in float32) and the largest shard.
+    Memory holds the index, its training vectors (at most `index_filling.MAX_TRAIN`, in float32, twice) and the largest
+    shard. A build that was killed goes on where it was, given the same factory and seed (`index_filling`).
 
     Args:
         queries: (Q, E) of the kind that will be searched (`context_queries`), with different texts in the two halves:
@@ -82,7 +80,8 @@ def build_index(
         device: where it is tuned, and the index returned searches: as for `FaissIndex`.
 
     Raises:
-        ValmError: faiss does not know the factory, cannot search it on `device`, or no setting reaches the target.
+        ValmError: faiss does not know the factory, cannot search it on `device`, or no setting reaches the target; a
+            vector is not finite; another process makes this index.
         ImportError: faiss is not installed.
     """
     faiss = import_faiss()
@@ -97,45 +96,41 @@ def build_index(
     device = torch.device(device)
     if device.type == "cuda":  # before the training
         check_for_gpus(kb, index, search="", candidates=k)
-    trained_on = _train(index, kb, seed, progress)
-    with progress_bar(total=len(kb), desc="add", unit=" images", unit_scale=True, shown=progress) as bar:
-        for start in range(0, len(kb), ADD_ROWS):
-            rows = np.arange(start, min(start + ADD_ROWS, len(kb)))
-            index.add(kb.gather(rows).astype(np.float32))
-            bar.update(len(rows))
-
-    truth = _exact(kb, queries, k, progress)
-    half = len(queries) // 2
-    remove_leftovers(kb.path)
-    file = kb.path / INDEX_FILE
-    with write_errors(file), temporary_file(file) as temporary:
-        try:
-            faiss.write_index(index, str(temporary))
-        except RuntimeError as error:  # faiss supports no other
-            reason = "the disk is full, or does not let it be written"
-            raise ValmError(f"cannot write {file}: {reason}; what was there is untouched") from error
-        # tune it as it will be used: read back, memory-mapped
-        index = read_index(temporary)
-        untuned = IndexParameters(
-            knowledge_base=kb.fingerprint,
-            factory=factory,
-            trained_on=trained_on,
-            search="",
-            candidates=1,
-            k=k,
-            recall=0.0,
-            target=target_recall,
-            queries=len(queries) - half,
-            asked=asked,
-            file={**file_entry(temporary), "name": INDEX_FILE},
-        )
-        parameters = _tune(kb, index, untuned, queries, truth, device)
-        with folder_lock(kb.path, SAVE_WAIT_SECONDS):
-            # from here until the new parameters are written, the knowledge base has no index
-            (kb.path / PARAMETERS_FILE).unlink(missing_ok=True)
-            move(temporary, file)
-            write_json(kb.path / PARAMETERS_FILE, asdict(parameters))
-            return FaissIndex.open(kb, device)
+    with partial_folder(kb, factory, seed) as folder:
+        index, trained_on = filled_index(kb, index, folder, seed, device, progress)
+        truth = _exact(kb, queries, k, progress)
+        half = len(queries) // 2
+        remove_leftovers(kb.path)
+        file = kb.path / INDEX_FILE
+        with write_errors(file), temporary_file(file) as temporary:
+            write_index(index, temporary, file)
+            # tune it as it will be used: read back, memory-mapped
+            index = read_index(temporary)
+            untuned = IndexParameters(
+                knowledge_base=kb.fingerprint,
+                factory=factory,
+                trained_on=trained_on,
+                search="",
+                candidates=1,
+                k=k,
+                recall=0.0,
+                target=target_recall,
+                queries=len(queries) - half,
+                asked=asked,
+                file={**file_entry(temporary), "name": INDEX_FILE},
+            )
+            try:
+                parameters = _tune(kb, index, untuned, queries, truth, device)
+            except ValmError:  # of other codes nothing of this could be used
+                shutil.rmtree(folder)
+                raise
+            with folder_lock(kb.path, SAVE_WAIT_SECONDS):
+                # from here until the new parameters are written, the knowledge base has no index
+                (kb.path / PARAMETERS_FILE).unlink(missing_ok=True)
+                move(temporary, file)
+                write_json(kb.path / PARAMETERS_FILE, asdict(parameters))
+                shutil.rmtree(folder)
+                return FaissIndex.open(kb, device)
 
 
 def captions(kb: ImageKnowledgeBase, images: int = CAPTIONED, seed: int = 0) -> list[str]:
@@ -196,49 +191,6 @@ def _standard_error(found: Tensor, truth: Tensor) -> float:
     """Standard error of the difference between the recall of these queries and that of as many similar ones."""
     recalls = [recall(*block) for block in zip(found.chunk(BLOCKS), truth.chunk(BLOCKS), strict=True)]
     return (2 / len(recalls)) ** 0.5 * float(np.std(recalls))
-
-
-def _train(index: Any, kb: ImageKnowledgeBase, seed: int, progress: bool) -> int:
-    """Trains `index` on a sample of `kb`: an inverted file's cells here, with a progress bar, the rest by faiss.
-
-    Returns:
-        The size of the sample, 0 for an index without training.
-    """
-    if index.is_trained:
-        return 0
-    faiss = import_faiss()
-    ivf = faiss.try_extract_index_ivf(index)
-    cells = 0 if ivf is None else ivf.nlist
-    if cells > len(kb):
-        raise ValmError(f"an index of {cells:,} cells needs as many images, the knowledge base has {len(kb):,}")
-    count = min(len(kb), MAX_TRAIN, max(MIN_TRAIN, TRAIN_PER_CELL * cells))
-    rows = np.sort(np.random.default_rng(seed).choice(len(kb), count, replace=False))
-    sample = kb.gather(rows).astype(np.float32)
-    transforms, searched = stages(index)
-    for transform in transforms:
-        transform.train(sample)
-        sample = transform.apply(sample)
-    if isinstance(searched, faiss.IndexIVF):
-        _train_cells(searched, sample, progress)
-    searched.train(sample)
-    index.is_trained = True
-    return count
-
-
-def _train_cells(ivf: Any, sample: np.ndarray, progress: bool) -> None:
-    """faiss's k-means, one iteration at a time, on GPUs if faiss has any."""
-    faiss = import_faiss()
-    settings = ivf.cp
-    settings.niter, settings.min_points_per_centroid = 1, 1
-    clustering = faiss.Clustering(ivf.d, ivf.nlist, settings)
-    assigner = faiss.IndexFlatL2(ivf.d)
-    if faiss.get_num_gpus() > 0:
-        assigner = faiss.index_cpu_to_all_gpus(assigner)
-    for _ in progress_bar(range(ITERATIONS), desc=f"train {ivf.nlist:,} cells", unit=" rounds", shown=progress):
-        clustering.train(sample, assigner)
-    centroids = faiss.vector_to_array(clustering.centroids).reshape(ivf.nlist, ivf.d)
-    ivf.quantizer.train(centroids)
-    ivf.quantizer.add(centroids)
 
 
 def _exact(kb: ImageKnowledgeBase, queries: Tensor, k: int, progress: bool) -> Tensor:

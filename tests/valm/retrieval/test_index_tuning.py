@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -12,13 +13,14 @@ from tests.valm.retrieval.indexed import COUNT, K, make_indexed, make_kb_of_dire
 from tests.valm.tiny_clip import TEXTS
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
+from valm.retrieval import index_filling, index_tuning
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.faiss_index import FaissIndex, open_index, remove_index
 from valm.retrieval.index_factory import choose_factory
 from valm.retrieval.index_parameters import index_parameters
 from valm.retrieval.index_tuning import build_index, captions, context_queries, recall
 from valm_kernels import FlatIPIndex
-from valm_kernels.atomic_files import temporary_name
+from valm_kernels.atomic_files import folder_lock
 
 pytest.importorskip("faiss", reason="needs faiss: install valm[faiss]")
 
@@ -105,27 +107,113 @@ def test_what_does_not_reach_the_target_leaves_the_index_that_was_there(kb, monk
 
 
 @needs_fork
-def test_a_killed_build_leaves_the_old_index_or_none(clip, tmp_path):
+def test_a_killed_build_leaves_the_old_index_or_none_and_goes_on(clip, tmp_path):
     kb = make_indexed(clip, tmp_path / "kb", factory="IVF16,Flat")
 
     def build():
         opened = ImageKnowledgeBase.open(kb.path)
-        build_index(opened, queries(opened), k=K, target_recall=0.5, factory="IVF8,Flat", progress=False)
+        build_index(opened, queries(opened), k=K, target_recall=0.5, factory="PCA8,IVF8,PQ8x4", progress=False)
 
-    factories = []
-    for point in range(4):
-        exit_code = exit_code_if_killed(build, point, calls=((os, "replace"), (Path, "unlink")))
+    factories, steps = [], []
+    for _ in range(15):  # each before its second file
+        killed = exit_code_if_killed(build, 1, calls=((os, "replace"), (Path, "unlink")))
+        assert killed == -signal.SIGKILL
         opened = open_index(ImageKnowledgeBase.open(kb.path))
         factories.append(opened.parameters.factory if isinstance(opened, FaissIndex) else None)
-        assert exit_code == (0 if factories[-1] == "IVF8,Flat" else -signal.SIGKILL)
-        left = list(kb.path.glob("*.tmp"))
-        assert len(left) == (exit_code != 0)
-        for file in left:  # the next child is to be killed at its own calls
-            file.unlink()
-    assert factories == ["IVF16,Flat", None, None, "IVF8,Flat"]
-    temporary_name(kb.path / "index.faiss").touch()  # of a killed build
+        steps.append({file.name for folder in kb.path.glob("index-*.partial") for file in folder.glob("*[!p]")})
+    rounds = [f"cells-{number:02d}.npy" for number in range(10)]
+    assert steps[-1] == {"transforms.faiss", *rounds, "trained.faiss", "part-00000.npy"}
+    assert [len(some) for some in steps] == [*range(1, 14), 13, 13], "a step was done again"
+    assert factories == ["IVF16,Flat"] * 13 + [None] * 2  # without its parameters, just before the new file
     build()
-    assert not list(kb.path.glob("*.tmp"))
+    assert not list(kb.path.glob("*.tmp")) and not list(kb.path.glob("*.partial"))
+    other = make_kb_of_directions(clip, tmp_path / "other")
+    build_index(other, queries(other), k=K, target_recall=0.5, factory="PCA8,IVF8,PQ8x4", progress=False)
+    assert (kb.path / "index.faiss").read_bytes() == (other.path / "index.faiss").read_bytes()
+
+
+@pytest.mark.parametrize("factory", ["IVF16,PQ8x4", "OPQ8,IVF16,Flat", "PCA8,IVF32_HNSW8,SQ8"])
+def test_an_interrupted_build_loses_a_round_or_a_part(clip, tmp_path, monkeypatch, factory):
+    """Interrupted at each search for the nearest cells, it does one block of them again at the most."""
+    monkeypatch.setattr(index_filling, "ROWS", 1500)
+    monkeypatch.setattr(index_filling, "PART_ROWS", 1500)
+    arguments = {"k": K, "target_recall": 0.5, "factory": factory, "progress": False}
+    calls, stops = [], set()
+    search = index_filling.NearestCell.__call__
+
+    def interrupted(nearest, vectors):
+        calls.append(len(vectors))
+        if len(calls) in stops:
+            raise KeyboardInterrupt
+        return search(nearest, vectors)
+
+    monkeypatch.setattr(index_filling.NearestCell, "__call__", interrupted)
+    kb = make_kb_of_directions(clip, tmp_path / "kb")
+    build_index(kb, queries(kb), **arguments)
+    assert calls == [1500] * (2 * 10 + 2)  # ten rounds of training, then two parts
+    expected, calls[:] = (kb.path / "index.faiss").read_bytes(), []
+    kb = make_kb_of_directions(clip, tmp_path / "again")
+    stops |= {1, 5, 24, 26}  # in the first round, the second block of another one, each part
+    for _ in stops:
+        with pytest.raises(KeyboardInterrupt):
+            build_index(kb, queries(kb), **arguments)
+    build_index(kb, queries(kb), **arguments)
+    assert len(calls) == 22 + len(stops) + 1  # and the first block of the round that the fifth was in
+    assert (kb.path / "index.faiss").read_bytes() == expected
+
+
+def test_the_nearest_cells_are_those_that_faiss_finds():
+    faiss = pytest.importorskip("faiss")
+    generator = np.random.default_rng(0)
+    centroids = generator.normal(size=(300, 24)).astype(np.float32) * generator.uniform(0.2, 3, (300, 1))
+    vectors = generator.normal(size=(5000, 24)).astype(np.float32)
+    index = faiss.IndexFlatL2(24)
+    index.add(centroids)
+    found = index_filling.NearestCell(centroids.astype(np.float32), torch.device("cpu"))(vectors)
+    assert np.array_equal(found, index.search(vectors, 1)[1][:, 0])
+
+
+@pytest.mark.parametrize("factory", ["IVF16,Flat", "HNSW8"])
+def test_another_build_removes_what_a_killed_one_left(kb, factory):
+    left = kb.path / "index-0123456789abcdef.partial"
+    left.mkdir()
+    (left / "cells-00.npy").touch()
+    with folder_lock(left, 0):  # its process still lives
+        build_index(kb, queries(kb), k=K, target_recall=0.5, factory=factory, progress=False)
+    assert left.exists()
+    build_index(kb, queries(kb), k=K, target_recall=0.5, factory=factory, progress=False)
+    assert not list(kb.path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("name", ["transforms.faiss", "cells-09.npy", "trained.faiss", "part-00000.npy"])
+def test_a_damaged_file_of_a_killed_build_is_named(kb, monkeypatch, name):
+    def build():
+        build_index(kb, queries(kb), "PCA8,IVF16,SQ8", k=K, target_recall=0.5, progress=False)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(index_tuning, "_exact", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            build()
+    (folder,) = kb.path.glob("*.partial")
+    (folder / name).write_bytes((folder / name).read_bytes()[:-1])
+    if name != "part-00000.npy":
+        for later in {"trained.faiss", "cells-09.npy", "part-00000.npy"} - {name}:
+            (folder / later).unlink()
+    with pytest.raises(ValmError, match=f"{name} is damaged: delete its folder"):
+        build()
+    shutil.rmtree(folder)
+    build()
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_a_vector_that_is_no_number_is_not_indexed(kb):
+    for file in sorted(kb.path.glob("vectors-*.npy"))[1:2]:
+        np.lib.format.open_memmap(file, mode="r+")[7] = np.nan
+    with pytest.raises(ValmError, match="is damaged: a vector is not finite; build it again"):
+        build_index(ImageKnowledgeBase.open(kb.path), queries(kb), "IVF16,Flat", progress=False)
 
 
 def test_progress_names_every_step(kb, capfd):
@@ -208,10 +296,10 @@ def test_a_full_disk_leaves_the_old_index(clip, tmp_path):
         try:
             build_index(kb, queries(kb), k=K, target_recall=0.5, factory="IVF8,Flat", progress=False)
         except ValmError as error:
-            os._exit(3 if "cannot write" in str(error) and "index.faiss" in str(error) else 4)
+            os._exit(3 if "cannot write" in str(error) and "index-" in str(error) else 4)
 
     assert exit_code(forked(build)) == 3
-    assert {file.name: file.read_bytes() for file in kb.path.iterdir()} == before
+    assert {file.name: file.read_bytes() for file in kb.path.iterdir() if file.suffix != ".partial"} == before
 
 
 def test_a_vector_that_is_no_number_is_damage(clip, tmp_path):

@@ -1,0 +1,280 @@
+"""Trains the faiss index of a knowledge base and fills it with the vectors, in steps that a later process goes on with.
+
+    index-HASH.partial/        HASH: of the knowledge base, the factory and the seed
+      transforms.faiss         the index, with its transforms trained
+      cells-00.npy, ...        the centroids (C, d) float32 after each round of k-means
+      trained.faiss            the index, without vectors
+      part-00000.npy, ...      cell and code of each of PART_ROWS vectors
+
+`build_index` removes the folder when it has written the index, so a killed one loses a round or a part. Most of the
+time goes into the nearest cell of each vector, for which an exact top-K search is faster than faiss's products.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from valm.errors import ValmError
+from valm.knowledge_base.store import ImageKnowledgeBase
+from valm.progress import progress_bar
+from valm.retrieval.index_factory import import_faiss, stages
+from valm.store.files import atomic_path, write_errors
+from valm_kernels import FlatIPIndex
+from valm_kernels.atomic_files import SAVE_WAIT_SECONDS, folder_lock
+
+# Training vectors per cell (faiss warns below 39), and the least and most training vectors.
+TRAIN_PER_CELL = 40
+MIN_TRAIN, MAX_TRAIN = 1 << 16, 1 << 20
+ITERATIONS = 10  # iterations of k-means
+# Vectors in memory at once, in float32, and those of a part.
+ROWS = 1 << 15
+PART_ROWS = 1 << 19
+
+
+@contextmanager
+def partial_folder(kb: ImageKnowledgeBase, factory: str, seed: int) -> Iterator[Path]:
+    """The folder of what is done of an index, locked; those of other indexes whose processes have ended are removed.
+
+    Raises:
+        ValmError: another process makes this index.
+    """
+    plan = hashlib.sha256(f"{kb.fingerprint} {factory} {seed}".encode()).hexdigest()
+    folder = kb.path / f"index-{plan[:16]}.partial"
+    remove_partial(kb, but=folder)
+    with write_errors(folder):
+        folder.mkdir(exist_ok=True)
+    with folder_lock(folder, SAVE_WAIT_SECONDS):
+        folder.mkdir(exist_ok=True)  # whose lock this was may have removed it
+        yield folder
+
+
+def remove_partial(kb: ImageKnowledgeBase, but: Path | None = None) -> None:
+    """Removes what killed processes have left of indexes of `kb`, except in the folder `but`."""
+    for folder in kb.path.glob("index-*.partial"):
+        if folder != but:
+            with suppress(OSError), folder_lock(folder, 0):
+                shutil.rmtree(folder)
+
+
+def filled_index(
+    kb: ImageKnowledgeBase, index: Any, folder: Path, seed: int, device: torch.device, progress: bool
+) -> tuple[Any, int]:
+    """`index`, an untrained one, trained and with all vectors of `kb`; and on how many it was trained.
+
+    Args:
+        folder: of what is done (`partial_folder`).
+        device: where the nearest cells are searched.
+
+    Raises:
+        ValmError: a vector is not finite, there are more cells than vectors, or a file in the folder is damaged or
+            cannot be written.
+    """
+    faiss = import_faiss()
+    if not torch.cuda.is_available():  # faiss may have a GPU where torch has none
+        device = torch.device("cpu")
+    count = 0 if index.is_trained else _training_rows(kb, index)
+    trained = folder / "trained.faiss"
+    if trained.exists():
+        index = _read_index(trained)
+    elif count:
+        index = _train(kb, index, count, folder, seed, device, progress)
+        _write_index(index, trained)
+    ivf = faiss.try_extract_index_ivf(index)
+    if ivf is None or not isinstance(faiss.downcast_InvertedLists(ivf.invlists), faiss.ArrayInvertedLists):
+        # a graph, or codes of 4 bits packed by the block: only faiss itself adds to them
+        with progress_bar(total=len(kb), desc="add", unit=" images", unit_scale=True, shown=progress) as bar:
+            for rows in _blocks(0, len(kb)):
+                index.add(kb.gather(rows).astype(np.float32))
+                bar.update(len(rows))
+    else:
+        _fill(kb, index, ivf, folder, device, progress)
+    return index, count
+
+
+class NearestCell:
+    """Finds the nearest of `centroids` (C, d) float32, exactly: |x - c|² is least where x·c - |c|² / 2 is largest."""
+
+    def __init__(self, centroids: np.ndarray, device: torch.device):
+        self.dim, self.device = centroids.shape[1], device
+        rows = torch.from_numpy(centroids).to(device)
+        self._index = FlatIPIndex(torch.cat([rows, -0.5 * rows.square().sum(1, keepdim=True)], 1))
+
+    def __call__(self, vectors: np.ndarray) -> np.ndarray:
+        """Cells (n,) int64 of vectors (n, d) float32; -1 of one that is not finite."""
+        queries = torch.ones(len(vectors), self.dim + 1, device=self.device)
+        queries[:, :-1] = torch.from_numpy(vectors)
+        return self._index.search(queries, 1).indices[:, 0].cpu().numpy()
+
+
+def _training_rows(kb: ImageKnowledgeBase, index: Any) -> int:
+    """How many vectors train `index`."""
+    ivf = import_faiss().try_extract_index_ivf(index)
+    cells = 0 if ivf is None else ivf.nlist
+    if cells > len(kb):
+        raise ValmError(f"an index of {cells:,} cells needs as many images, the knowledge base has {len(kb):,}")
+    return min(len(kb), MAX_TRAIN, max(MIN_TRAIN, TRAIN_PER_CELL * cells))
+
+
+def _train(
+    kb: ImageKnowledgeBase, index: Any, count: int, folder: Path, seed: int, device: torch.device, progress: bool
+) -> Any:
+    """`index`, trained on `count` random vectors: an inverted file's cells here, the rest by faiss."""
+    faiss = import_faiss()
+    rows = np.sort(np.random.default_rng(seed).choice(len(kb), count, replace=False))
+    sample = kb.gather(rows).astype(np.float32)
+    if not np.isfinite(sample).all():
+        raise _not_finite(kb)
+    transformed = folder / "transforms.faiss"
+    if transformed.exists():
+        index = _with_transforms(index, _read_index(transformed))
+    transforms, searched = stages(index)
+    for transform in transforms:
+        if not transformed.exists():
+            transform.train(sample)
+        sample = transform.apply(sample)
+    if transforms and not transformed.exists():
+        _write_index(index, transformed)
+    if isinstance(searched, faiss.IndexIVF):
+        centroids = _train_cells(sample, searched.nlist, folder, seed, device, progress)
+        searched.quantizer.train(centroids)
+        searched.quantizer.add(centroids)
+    searched.train(sample)
+    index.is_trained = True
+    return index
+
+
+def _with_transforms(index: Any, other: Any) -> Any:
+    """`other`, an index that was read, with the index behind the transforms of `index`, a new one: how that is to be
+    trained is not in the file."""
+    index.own_fields, other.index = False, index.index
+    return other
+
+
+def _train_cells(
+    sample: np.ndarray, cells: int, folder: Path, seed: int, device: torch.device, progress: bool
+) -> np.ndarray:
+    """Centroids (cells, d) float32 of `sample` (n, d) by k-means. Empty cells take half of a large one, as faiss's."""
+    from faiss.contrib.clustering import reassign_centroids
+
+    done = sorted(folder.glob("cells-*.npy"))
+    if done:
+        centroids = _read_array(done[-1], np.dtype(np.float32), (cells, sample.shape[1]))
+    else:
+        centroids = sample[np.random.default_rng(seed).choice(len(sample), cells, replace=False)]
+    with progress_bar(
+        total=ITERATIONS, initial=len(done), desc=f"train {cells:,} cells", unit=" rounds", shown=progress
+    ) as bar:
+        for number in range(len(done), ITERATIONS):
+            nearest, sums = NearestCell(centroids, device), torch.zeros(centroids.shape)
+            counts = np.zeros(cells, np.int64)
+            for rows in _blocks(0, len(sample)):
+                found = nearest(sample[rows])
+                counts += np.bincount(found, minlength=cells)
+                sums.index_add_(0, torch.from_numpy(found), torch.from_numpy(sample[rows]))
+            centroids = sums.numpy() / np.maximum(counts, 1)[:, None].astype(np.float32)
+            reassign_centroids(counts, centroids, np.random.RandomState([seed, number]))
+            _write_array(centroids, folder / f"cells-{number:02d}.npy")
+            bar.update()
+    return centroids
+
+
+def _fill(kb: ImageKnowledgeBase, index: Any, ivf: Any, folder: Path, device: torch.device, progress: bool) -> None:
+    """Adds the vectors of `kb` to `index`, whose inverted file is `ivf`."""
+    faiss = import_faiss()
+    transforms, _ = stages(index)
+    nearest = NearestCell(ivf.quantizer.reconstruct_n(0, ivf.nlist), device)
+    entry = np.dtype([("cell", np.int32), ("code", np.uint8, (ivf.code_size,))])
+    starts = range(0, len(kb), PART_ROWS)
+    files = [folder / f"part-{number:05d}.npy" for number in range(len(starts))]
+    with progress_bar(total=len(kb), desc="add", unit=" images", unit_scale=True, shown=progress) as bar:
+        for start, file in zip(starts, files, strict=True):
+            end = min(start + PART_ROWS, len(kb))
+            if file.exists():
+                bar.update(end - start)
+                bar.initial = bar.n  # the time left is that of what this process adds
+                continue
+            part = np.empty(end - start, entry)
+            for rows in _blocks(start, end):
+                vectors = kb.gather(rows).astype(np.float32)
+                for transform in transforms:
+                    vectors = transform.apply(vectors)
+                cells = nearest(vectors)
+                if (cells < 0).any():
+                    raise _not_finite(kb)
+                codes = np.empty((len(rows), ivf.code_size), np.uint8)
+                ivf.encode_vectors(
+                    len(rows), faiss.swig_ptr(vectors), faiss.swig_ptr(cells), faiss.swig_ptr(codes), False
+                )
+                part["cell"][rows - start], part["code"][rows - start] = cells, codes
+                bar.update(len(rows))
+            _write_array(part, file)
+    for start, file in zip(starts, files, strict=True):
+        part = _read_array(file, entry, (min(PART_ROWS, len(kb) - start),))
+        order = part["cell"].argsort(kind="stable")
+        cells, begins = np.unique(part["cell"][order], return_index=True)
+        ids, codes = order.astype(np.int64) + start, np.ascontiguousarray(part["code"][order])
+        for cell, begin, end in zip(cells.tolist(), begins.tolist(), [*begins[1:].tolist(), len(order)], strict=True):
+            some = faiss.swig_ptr(ids[begin:end]), faiss.swig_ptr(codes[begin:end])
+            ivf.invlists.add_entries(cell, end - begin, *some)
+    ivf.ntotal = index.ntotal = len(kb)
+
+
+def _blocks(start: int, end: int) -> Iterator[np.ndarray]:
+    for first in range(start, end, ROWS):
+        yield np.arange(first, min(first + ROWS, end))
+
+
+def _not_finite(kb: ImageKnowledgeBase) -> ValmError:
+    return ValmError(f"the knowledge base {kb.path} is damaged: a vector is not finite; build it again")
+
+
+def _read_array(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    try:
+        array = np.load(file, allow_pickle=False)
+    except ValueError as error:
+        raise _damaged(file) from error
+    if not isinstance(array, np.ndarray) or (array.dtype, array.shape) != (dtype, shape):
+        raise _damaged(file)
+    return array
+
+
+def _read_index(file: Path) -> Any:
+    try:
+        return import_faiss().read_index(str(file))
+    except RuntimeError as error:
+        raise _damaged(file) from error
+
+
+def _damaged(file: Path) -> ValmError:
+    return ValmError(f"{file} is damaged: delete its folder, and the index is made from the beginning")
+
+
+def _write_array(array: np.ndarray, file: Path) -> None:
+    with atomic_path(file) as temporary, temporary.open("wb") as opened:
+        np.save(opened, array, allow_pickle=False)
+
+
+def _write_index(index: Any, file: Path) -> None:
+    with atomic_path(file) as temporary:
+        write_index(index, temporary, file)
+
+
+def write_index(index: Any, temporary: Path, file: Path) -> None:
+    """Writes a faiss index to `temporary`, which is to become `file`.
+
+    Raises:
+        ValmError: it cannot be written.
+    """
+    try:
+        import_faiss().write_index(index, str(temporary))
+    except RuntimeError as error:  # faiss supports no other
+        reason = "the disk is full, or does not let it be written"
+        raise ValmError(f"cannot write {file}: {reason}; what was there is untouched") from error
