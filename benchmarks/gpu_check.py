@@ -161,7 +161,7 @@ def plan(folder: Path, arch: int, processes: int, run: int = 0) -> list[Step]:
         Step("compile tiles", 60, tuple(map(compiling, range(processes))), (("OMP_NUM_THREADS", "1"),)),
         Step(TILES, 45, ((*tune, "measure", str(folder)),)),
         tests(TESTS_OF_TILES, 35, "-m", "gpu", "-k", "large_problems or flash_attention", "tests/valm_kernels"),
-        Step(CROSSOVER, 15, ((sys.executable, "-m", "benchmarks.valm_kernels.measure_crossover", str(folder)),)),
+        Step(CROSSOVER, 20, ((sys.executable, "-m", "benchmarks.valm_kernels.measure_crossover", str(folder)),)),
         # FlexAttention compiles for as long as all others together take, and loses
         benchmark(
             "attention", 65, "valm_kernels/bench_visual_fusion.py", "-k", "bench_forward and bfloat16 and not Flex"
@@ -474,13 +474,13 @@ def write_results(folder: Path, ended: Mapping[str, Outcome]) -> None:
 
 
 def write_measured(new: Path, file: Path) -> None:
-    """The measured entries in the package's file, with those of other compute capabilities that it has."""
-    entries = json.loads(new.read_text())
-    old = json.loads(file.read_text()) if file.exists() else []
-    measured = {entry["capability"] for entry in entries}
+    """The measured entries in the package's file, in the place of those of the same kind that it has."""
+    kinds = {}
+    for source in (file, new):
+        for entry in json.loads(source.read_text()) if source.exists() else []:
+            kinds[tuple(entry.get(name) for name in ("capability", "kernel", "bytes", "head_dim"))] = entry
     with atomic_path(file) as partial:
-        kept = [entry for entry in old if entry["capability"] not in measured]
-        partial.write_text(json.dumps([*kept, *entries], indent=1) + "\n")
+        partial.write_text(json.dumps(list(kinds.values()), indent=1) + "\n")
 
 
 def dry_run(folder: Path) -> int:

@@ -46,8 +46,8 @@ code or of another card are moved aside. Where the machine is only lent, take th
 
 Measured tiles hold for the compute capability of their card, and take the place of the estimated ones in `tiles.py`
 there. They are written only if the tests pass with them. `VALM_KERNELS_TILES` names another such file. The crossover is
-the text length from which on flash attention, joined with the images by a second kernel, was faster than one kernel for
-both; on other cards `impl="auto"` goes by an estimate.
+the text length from which on a forward and backward with PyTorch's own flash attention, to which a second kernel joins
+the images, was faster than one kernel for both; on other cards `impl="auto"` goes by an estimate.
 
 A call's time is that of its host too, until the result is there. The GPU's own time is that of a CUDA graph of calls on
 copies of the inputs, together twice the size of the L2 cache. "Arithmetic" is the least time that an H100 needs by

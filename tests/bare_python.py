@@ -16,7 +16,7 @@ import torch
 
 PLUGINS = ("pytest_timeout", "pytest_xdist", "pytest_benchmark", "hypothesis")
 BUILD = ("pybind11", "ninja")
-PACKAGES = ("open_clip_torch", "transformers", "faiss_cpu", "usearch")
+PACKAGES = ("open_clip_torch", "transformers", "faiss_cpu", "usearch", "scipy")
 HIDDEN = (*PLUGINS, *BUILD, *PACKAGES)
 
 

@@ -75,7 +75,7 @@ def training_step(
     model = VaLMForCausalLM(config).train().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     kb: Any = Vectors() if num_images else None
-    collate = Collator(tokenizer, kb, TOKENS)
+    collate = Collator(tokenizer, kb, TOKENS, bounds=True)  # as `valm train`
     batch = BATCH[device.type]
     documents = with_min_score(retrieved_documents(batch, len(tokenizer), tokenizer.bos_token_id), min_score)
     if num_images:

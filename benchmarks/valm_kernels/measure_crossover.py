@@ -4,7 +4,8 @@
 
 Both take a forward and a backward of as many tokens at each length. Each time is written to FOLDER/crossover.csv at
 once, so that a run that was stopped goes on, and what follows from them to FOLDER/crossover.json, which crossover.py of
-the package reads. Of a head dimension with a missing time the estimate stays.
+the package reads. The estimate stays for a head dimension of which a time is missing, and beyond the longest text where
+flash attention was not faster at that.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 import triton
 
 from benchmarks.outcomes import DEVICE_LOST, append_row
-from benchmarks.valm_kernels.tune_tiles import MEASURED, Case, first_line
+from benchmarks.valm_kernels.tune_tiles import BEGUN, BEGUN_AGAIN, GAIN, MEASURED, Case, first_line
 from valm_kernels.atomic_files import atomic_path
 from valm_kernels.visual_fusion.crossover import HEAD_DIMS, capability
 from valm_kernels.visual_fusion.flash import NAME
@@ -32,8 +33,8 @@ TOKENS = 8192
 SIZES = {64: (12, 12, 8), 128: (32, 8, 4), 256: (8, 4, 4)}
 IMPLS = ("triton", NAME)
 
-# Milliseconds by head dimension, length and implementation; None of what failed or was only begun.
-Times = dict[tuple[int, int, str], float | None]
+# Milliseconds, None of what failed or was only begun, and a note, by head dimension, length and implementation.
+Times = dict[tuple[int, int, str], tuple[float | None, str]]
 
 
 def cases() -> Iterator[tuple[int, int, str, Case]]:
@@ -50,9 +51,11 @@ def measure(folder: Path) -> None:
     """Measures what has not been, and writes crossover.json after each time."""
     path = folder / "crossover.csv"
     for head_dim, length, impl, case in cases():
-        if (head_dim, length, impl) not in read_times(path):
-            row = {"head_dim": head_dim, "keys": length, "impl": impl, "ms": "", "note": "begun"}
-            append_row(path, row)  # so that what kills the process is not tried for ever
+        _, before = read_times(path).get((head_dim, length, impl), (None, ""))
+        if before in ("", BEGUN):
+            # noted first, so that what kills the process is tried twice and no more
+            row = {"head_dim": head_dim, "keys": length, "impl": impl, "ms": ""}
+            append_row(path, row | {"note": BEGUN_AGAIN if before else BEGUN})
             try:
                 inputs = case.inputs("cuda")
                 ms = triton.testing.do_bench_cudagraph(lambda: case.run(inputs), rep=20, return_mode="median")  # noqa: B023
@@ -65,17 +68,18 @@ def measure(folder: Path) -> None:
 
 
 def shortest(times: Times, head_dim: int) -> int | None:
-    """The least length from which on flash attention was faster at every length; None where it is not at the longest.
+    """The least length from which on flash attention was faster at every length, by more than chance (GAIN); None where
+    it was not at the longest.
 
     Raises:
         KeyError: a time is missing.
     """
     found = None
     for length in reversed(LENGTHS):
-        one, two = (times[head_dim, length, impl] for impl in IMPLS)
+        one, two = (times[head_dim, length, impl][0] for impl in IMPLS)
         if one is None or two is None:
             raise KeyError((head_dim, length))
-        if two >= one:
+        if GAIN * two > one:
             break
         found = length
     return found
@@ -91,6 +95,7 @@ def write_crossover(folder: Path) -> None:
         except KeyError:
             continue
         entry = {"capability": capability(torch.device("cuda")), "head_dim": head_dim, "keys": keys}
+        entry["longest"] = LENGTHS[-1]
         versions = {"torch": torch.__version__, "triton": triton.__version__}
         entries.append(entry | {"device": torch.cuda.get_device_name()} | versions)
     if entries:
@@ -103,7 +108,10 @@ def read_times(path: Path) -> Times:
         return {}
     with path.open(newline="") as file:
         return {
-            (int(row["head_dim"]), int(row["keys"]), row["impl"]): float(row["ms"]) if row["ms"] else None
+            (int(row["head_dim"]), int(row["keys"]), row["impl"]): (
+                float(row["ms"]) if row["ms"] else None,
+                row["note"],
+            )
             for row in csv.DictReader(file)
         }
 

@@ -64,7 +64,12 @@ TILES = [
     }
 ]
 
-CROSSOVER = [{"capability": 90, "head_dim": 64, "keys": 2048, "device": "a card", "torch": "2.13", "triton": "3.6.0"}]
+CROSSOVER = [
+    {
+        **{"capability": 90, "head_dim": 64, "keys": 2048, "longest": 8192},
+        **{"device": "a card", "torch": "2.13.0", "triton": "3.6.0"},
+    }
+]
 
 
 def row_of(group, name, ms, gpu_ms, least):
@@ -209,12 +214,15 @@ def test_results_that_were_brought_along(card, check, monkeypatch):
     before = gpu_report.RESULTS.read_text()
     for path in (gpu_report.RESULTS, gpu_report.PAGE, gpu_check.MEASURED_TILES):
         path.unlink()
-    other = {**TILES[0], "capability": 80}
-    gpu_check.MEASURED_TILES.write_text(json.dumps([other, TILES[0] | {"num_warps": 8}]))
+    others = [TILES[0] | {"capability": 80}, TILES[0] | {"head_dim": 128}]
+    gpu_check.MEASURED_TILES.write_text(json.dumps([TILES[0] | {"num_warps": 8}, *others]))
+    wider = CROSSOVER[0] | {"head_dim": 128, "keys": None}
+    gpu_check.MEASURED_CROSSOVER.write_text(json.dumps([wider, CROSSOVER[0] | {"keys": 512}]))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert check("never", "--report") == 0
     assert gpu_report.RESULTS.read_text() == before and gpu_report.PAGE.exists()
-    assert json.loads(gpu_check.MEASURED_TILES.read_text()) == [other, *TILES]
+    assert json.loads(gpu_check.MEASURED_TILES.read_text()) == [*TILES, *others]
+    assert json.loads(gpu_check.MEASURED_CROSSOVER.read_text()) == [wider, *CROSSOVER]
 
 
 def test_no_results_to_report(card, capfd):

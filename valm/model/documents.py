@@ -79,11 +79,19 @@ def check_bounds(cu_seqlens: Tensor, max_seqlen: int | None, documents: Document
 
 
 def unless_all_zero(first_key: Tensor) -> Tensor | None:
-    """None if every query sees everything before it, which is faster. Checked on CPU only: elsewhere it would wait for
-    the device, and a compiled graph cannot check."""
-    if first_key.device.type == "cpu" and not torch.compiler.is_compiling() and not first_key.any():
-        return None
-    return first_key
+    """None if every query sees everything before it, which is faster.
+
+    A GPU is waited for where a whole text is read without gradients, in evaluation and before a generation: that costs
+    less than the masks. A step of training or generation does not wait, and a compiled or captured graph cannot look.
+    """
+    if torch.compiler.is_compiling():
+        return first_key
+    if first_key.device.type == "cuda":
+        reads = first_key.shape[1] > 1 and not torch.is_grad_enabled()
+        looks = reads and not torch.cuda.is_current_stream_capturing()
+    else:
+        looks = first_key.device.type == "cpu"
+    return None if looks and not first_key.any() else first_key
 
 
 def text_mask(

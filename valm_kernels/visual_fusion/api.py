@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from functools import cache
 from typing import Any, Literal, overload
 
@@ -355,7 +356,19 @@ def _choose_impl(impl: str, q: Tensor) -> str:
                 f'impl="{impl}" needs a GPU of compute capability 8.0 or newer (Ampere), but {q.device} has '
                 f'{capability}; use impl="reference", or CPU tensors'
             )
+        if on_cuda and torch.version.hip is not None and not torch.compiler.is_compiling():
+            _warn_of_amd()
     return impl
+
+
+@cache
+def _warn_of_amd() -> None:
+    """Once in a process."""
+    warnings.warn(
+        "the Triton kernels of visual_fusion_attn were compiled for AMD GPUs, but have never run on one: compare with "
+        'impl="reference"',
+        stacklevel=4,
+    )
 
 
 @cache

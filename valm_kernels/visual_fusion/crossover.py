@@ -11,7 +11,7 @@ from typing import Annotated, Literal, TypedDict
 
 import torch
 
-from ..json_files import Count, Range, read_json
+from ..json_files import Range, read_json
 
 # Keys times head dimension: 2,048 keys of 128 numbers, or 4,096 of 64.
 ESTIMATE = 2048 * 128
@@ -19,26 +19,30 @@ HEAD_DIMS = (64, 128, 256)
 FILE = Path(__file__).with_name("measured_crossover.json")
 
 
+Length = Annotated[int, Range(1)]
+
+
 class MeasuredCrossover(TypedDict):
     """An entry of measured_crossover.json, for head dimensions up to `head_dim` on the cards of one capability."""
 
     capability: Annotated[int, Range(80)]  # 90 for 9.0
     head_dim: Literal[64, 128, 256]
-    keys: Count | None  # of a text, from which on flash attention was faster; null where it never was
+    keys: Length | None  # of a text, from which on flash attention was faster; null where it was not at the longest
+    longest: Length  # that was measured
     device: str
     torch: str
     triton: str
 
 
-def read_measured(path: Path) -> dict[tuple[int, int], int | None]:
-    """The measured lengths by (compute capability, largest head dimension).
+def read_measured(path: Path) -> dict[tuple[int, int], tuple[int | None, int]]:
+    """The measured lengths, and the longest, by (compute capability, largest head dimension).
 
     Raises:
         OSError: the file cannot be read.
         ValueError: the file is damaged; the message names it.
     """
     entries = read_json(path, list[MeasuredCrossover])
-    return {(entry["capability"], entry["head_dim"]): entry["keys"] for entry in entries}
+    return {(entry["capability"], entry["head_dim"]): (entry["keys"], entry["longest"]) for entry in entries}
 
 
 # Read once, and not while torch.compile looks on, which knows no files.
@@ -47,12 +51,13 @@ MEASURED = read_measured(FILE) if FILE.exists() else {}
 
 def is_long(keys: int, documents: int, head_dim: int, device: torch.device) -> bool:
     """Whether documents of so many keys together are long on average: flash attention takes their text."""
+    shortest, longest = None, 0
     if MEASURED:
-        found = (capability(device), next((most for most in HEAD_DIMS if head_dim <= most), 0))
-        if found in MEASURED:
-            shortest = MEASURED[found]
-            return shortest is not None and keys >= shortest * documents
-    return keys * head_dim >= ESTIMATE * documents
+        most = next((most for most in HEAD_DIMS if head_dim <= most), 0)
+        shortest, longest = MEASURED.get((capability(device), most), (None, 0))
+    if shortest is not None:
+        return keys >= shortest * documents
+    return keys > longest * documents and keys * head_dim >= ESTIMATE * documents
 
 
 @torch.compiler.assume_constant_result

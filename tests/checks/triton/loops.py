@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 # PTX:             @%p1 bra $L__BB0_2;
 _PTX_LABEL = re.compile(r"^(\$L__BB\w+):")
@@ -51,6 +49,10 @@ class _Code:
 
     def loops(self) -> Iterator[str]:
         """The instructions of every loop: those that can be reached from each other."""
+        # gpu-check imports this module where there may be no scipy, and reads no code
+        from scipy.sparse import coo_array
+        from scipy.sparse.csgraph import connected_components
+
         count = len(self.instructions)
         edges = [(n, n + 1) for n in range(count - 1) if n not in self.ends] + list(self.jumps.items())
         first, second = np.array(edges, dtype=np.int64).reshape(-1, 2).T

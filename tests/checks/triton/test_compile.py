@@ -26,6 +26,7 @@ from tests.checks.triton.compile_record import (
     row_key,
     without,
 )
+from valm_kernels.visual_fusion.triton.tiles import _TILES
 
 # The tiles of 8.0 also serve 8.6, 8.9 and 12.x, whose blocks have less shared memory.
 SHARED_LIMIT = {**SHARED_PER_BLOCK, 80: 99 * 1024}
@@ -73,8 +74,6 @@ def cases():
 def test_compiles_within_limits_and_as_on_record(kernel, call, arch, head_dim, dtype):
     """The limits hold under every version of Triton; registers, spills, shared memory and occupancy are those on record
     under the version that the table was written with. One test, so that each variant is compiled once.
-
-    Every entry of the tables of tiles.py is among the cases.
     """
     case = kernel, call, arch, head_dim, dtype
     report = compile_case(*case)
@@ -86,7 +85,8 @@ def test_compiles_within_limits_and_as_on_record(kernel, call, arch, head_dim, d
     if (head_dim, dtype) != (256, "float32"):
         assert report.text_loop_spills <= TEXT_LOOP_SPILLS.get(case, 0)
         assert report.image_loop_spills <= IMAGE_LOOP_SPILLS.get(case, 0)
-        assert report.products in (None, pytest.approx(1.0, rel=0.02))
+        counted = kernel in ("forward", "query", "key") and call != "joined"
+        assert report.products == (pytest.approx(1.0, rel=0.02) if counted else None)
     # the tiles of D = 256 are too small for the instructions of a whole warp group
     if dtype != "float32" and head_dim <= 128 and kernel in ("forward", "key") and call not in ("decode", "joined"):
         assert TENSOR_CORES[arch] in report.mma
@@ -100,6 +100,15 @@ def test_compiles_within_limits_and_as_on_record(kernel, call, arch, head_dim, d
         "the compiler's figures changed; where that is meant, write the table anew with "
         "`python -m tests.checks.triton.compile_record`"
     )
+
+
+def test_every_entry_of_the_table_of_tiles_is_compiled():
+    calls = {"dense": "", "softcap image_q": " softcap", "joined": " joined"}
+    compiled = set()
+    for kernel, call, arch, head_dim, dtype in all_cases():
+        name = "decode" if call == "decode" else kernel + calls.get(call, " other")
+        compiled.add((name, getattr(torch, dtype).itemsize, "AMD" if arch == "gfx942" else arch, head_dim))
+    assert {(*entry, head_dim) for entry in _TILES for head_dim in (64, 128, 256)} <= compiled
 
 
 DENSE, POOLED = (64, torch.float16, False), (64, torch.float16, True)

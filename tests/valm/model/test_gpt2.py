@@ -1,4 +1,5 @@
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from tests.valm.models import (
     tiny_model,
 )
 from valm.errors import ValmError
-from valm.model import attention
+from valm.model import attention, documents
 from valm.model.augment import fusion_module
 from valm.model.gpt2 import VaLMForCausalLM
 from valm_kernels import sort_image_slots
@@ -590,6 +591,18 @@ def test_rows_of_one_document_need_no_mask_on_any_device(monkeypatch):
     mask, arguments = arguments_of_the_operator(monkeypatch, model, **on_meta, cu_seqlens=packed)
     assert mask is not None and arguments["cu_seqlens"] is packed and arguments["max_seqlen"] == 5
     assert arguments["first_key"] is None
+
+
+@pytest.mark.parametrize(
+    "tokens, grad, capturing, looks",
+    [(5, False, False, True), (1, False, False, False), (5, True, False, False), (5, False, True, False)],
+)
+def test_a_gpu_is_waited_for_where_a_whole_text_is_read(monkeypatch, tokens, grad, capturing, looks):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    for zero in (True, False):
+        first_key = SimpleNamespace(device=torch.device("cuda"), shape=(2, tokens), any=lambda: not zero)  # noqa: B023
+        with torch.set_grad_enabled(grad):
+            assert documents.unless_all_zero(first_key) is (None if looks and zero else first_key)
 
 
 def test_padding_makes_no_mask(monkeypatch, model):

@@ -32,6 +32,21 @@ class Recorded(list):
         return super().__getitem__(i)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_training_step_says_where_documents_begin(tmp_path, packed):
+    """So that a GPU needs no mask where each row is one: there is nothing for the operator but the tensors."""
+    arguments = new_trainer(tmp_path, max_steps=1).args
+    length = 32 if packed else None
+    made = trainer(new_model(), documents(), Vectors(), tokenizer=TOKENIZER, arguments=arguments, row_length=length)
+    given = []
+    made.model.register_forward_pre_hook(lambda _, __, inputs: given.append(inputs), with_kwargs=True)
+    made.train()
+    (inputs,) = given
+    rows, width = inputs["input_ids"].shape
+    assert (inputs["cu_seqlens"].shape == (rows + 1,)) != packed
+    assert inputs["cu_seqlens"][-1] == rows * width and inputs["max_seqlen"] <= width
+
+
 def test_the_same_seed_gives_the_same_losses_and_weights(tmp_path):
     runs = []
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):

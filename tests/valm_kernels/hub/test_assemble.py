@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -61,6 +62,19 @@ def run(kernel: Path, code: str, before: str = "", **environment: str) -> str:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
+
+
+def test_what_a_card_has_measured_comes_along(tmp_path, monkeypatch):
+    package = tmp_path / "package"
+    for name in ("__init__.py", "visual_fusion/measured_crossover.json", "visual_fusion/triton/measured_tiles.json"):
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text("[]")
+    monkeypatch.setattr("valm_kernels.hub.assemble.PACKAGE", package)
+    assemble(tmp_path / "hub")
+    variant = tmp_path / "hub" / "build" / f"torch-{BACKENDS[0]}"
+    noted = json.loads((variant / "metadata.json").read_text())["digest"]["files"]
+    for name in ("visual_fusion/measured_crossover.json", "visual_fusion/triton/measured_tiles.json"):
+        assert (variant / name).exists() and name in noted
 
 
 def test_without_numpy_triton_and_native_code(kernel):

@@ -140,13 +140,14 @@ def test_long_texts_on_cuda_take_flash_attention(monkeypatch):
 
 
 def test_a_measured_length_takes_the_place_of_the_estimate_on_its_card_alone(monkeypatch):
-    monkeypatch.setattr(crossover, "MEASURED", {(90, 128): 1024, (90, 64): None, (80, 128): 1})
+    monkeypatch.setattr(crossover, "MEASURED", {(90, 128): (1024, 8192), (90, 64): (None, 8192), (80, 128): (1, 8192)})
     monkeypatch.setattr(crossover, "capability", lambda device: 90)
     assert impl_for(monkeypatch, 1024, 128) == impl_for(monkeypatch, 1024, 96) == "flash+triton"
     assert impl_for(monkeypatch, 1023, 128) == impl_for(monkeypatch, 1023, 96) == "triton"
     assert impl_for(monkeypatch, 4096, 128, documents=4) == "flash+triton"
     assert impl_for(monkeypatch, 4096, 128, documents=5) == "triton"
-    assert impl_for(monkeypatch, 1 << 20, 64) == "triton"  # never faster
+    # not faster as far as was measured, and beyond it the estimate
+    assert (impl_for(monkeypatch, 8192, 64), impl_for(monkeypatch, 8193, 64)) == ("triton", "flash+triton")
     # not measured: head dimensions above 128
     assert (impl_for(monkeypatch, 1024, 256), impl_for(monkeypatch, 1023, 256)) == ("flash+triton", "triton")
     monkeypatch.setattr(crossover, "capability", lambda device: 86)
@@ -163,7 +164,7 @@ def test_the_capability_is_that_of_the_card(monkeypatch):
 
 
 def test_torch_compile_asks_for_the_measured_length(monkeypatch):
-    monkeypatch.setattr(crossover, "MEASURED", {(0, 64): 5})
+    monkeypatch.setattr(crossover, "MEASURED", {(0, 64): (5, 8)})
 
     @torch.compile(fullgraph=True, backend="eager", dynamic=True)
     def compiled(x):
@@ -172,15 +173,23 @@ def test_torch_compile_asks_for_the_measured_length(monkeypatch):
     assert [int(compiled(torch.zeros(keys, 16)).sum()) for keys in (4, 5, 6)] == [0, 80, 96]
 
 
-ENTRY = {"capability": 90, "head_dim": 64, "keys": None, "device": "a card", "torch": "2.13.0", "triton": "3.7.1"}
+ENTRY = {
+    "capability": 90,
+    "head_dim": 64,
+    "keys": None,
+    "longest": 8192,
+    "device": "a card",
+    "torch": "2.13.0",
+    "triton": "3.7.1",
+}
 
 
 def test_measured_lengths_are_read(tmp_path):
     file = tmp_path / "crossover.json"
     file.write_text(json.dumps([ENTRY, ENTRY | {"head_dim": 128, "keys": 512}]))
-    assert crossover.read_measured(file) == {(90, 64): None, (90, 128): 512}
+    assert crossover.read_measured(file) == {(90, 64): (None, 8192), (90, 128): (512, 8192)}
     for change, message in (
-        ({"keys": -1}, r"\[0\]\.keys is -1"),
+        ({"keys": 0}, r"\[0\]\.keys is 0"),
         ({"head_dim": 96}, r"\[0\]\.head_dim is 96"),
         ({"capability": 9}, r"\[0\]\.capability is 9"),
     ):
