@@ -29,8 +29,11 @@ _packed_flash_backward = torch.ops.aten._flash_attention_backward.default
 _cpu_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _cpu_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
-# The compute capabilities, rounded down, that other implementations of these operators serve.
-SERVED = {"FA3": (9,), "FA4": (9, 10)}
+# The compute capabilities, rounded down, and the largest head dimension that other implementations of these operators
+# serve.
+SERVED = {"FA3": ((9,), 256), "FA4": ((9, 10), 128)}
+# PyTorch's own has no backward for these head dimensions where a block has 99 KiB of shared memory.
+NO_BACKWARD, SMALL_BLOCKS = range(193, 225), ((8, 6), (8, 9), (12, 0), (12, 1))
 
 NAME = "flash+triton"
 
@@ -59,10 +62,11 @@ def refusal(inputs: Inputs) -> str | None:
         return "does not take first_key, only documents as cu_seqlens"
     if inputs.causal and q.shape[2] != k.shape[2]:
         return f"needs as many queries as keys with causal=True, not {q.shape[2]} and {k.shape[2]}"
-    if not torch.compiler.is_compiling() and not serves(active := active_implementation(), q.device):
-        return (
-            f"is {active} now, which does not serve {q.device}: call torch.nn.attention.restore_flash_attention_impl()"
-        )
+    if not torch.compiler.is_compiling() and not serves(active := active_implementation(), q.device, q.shape[3]):
+        if active in SERVED:
+            remedy = "call torch.nn.attention.restore_flash_attention_impl()"
+            return f"is {active} now, which does not serve head dimension {q.shape[3]} on {q.device}: {remedy}"
+        return f"does not serve head dimension {q.shape[3]} on {q.device}"
     return None
 
 
@@ -73,11 +77,15 @@ def active_implementation() -> str | None:
 
 
 @cache
-def serves(implementation: str | None, device: torch.device) -> bool:
-    """Whether an implementation of the operators, None for PyTorch's own, serves a device."""
-    if implementation not in SERVED or device.type != "cuda" or not torch.cuda.is_available():
+def serves(implementation: str | None, device: torch.device, head_dim: int) -> bool:
+    """Whether an implementation of the operators, None for PyTorch's own, serves a device, with a backward."""
+    if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip is not None:
         return True
-    return torch.cuda.get_device_capability(device)[0] in SERVED[implementation]
+    capability = torch.cuda.get_device_capability(device)
+    if implementation in SERVED:
+        majors, most = SERVED[implementation]
+        return capability[0] in majors and head_dim <= most
+    return not (head_dim in NO_BACKWARD and capability in SMALL_BLOCKS)
 
 
 def text_forward(inputs: Inputs) -> tuple[Tensor, Tensor]:

@@ -276,21 +276,30 @@ def test_flash_attention_3_and_4_take_the_calls(monkeypatch, name, problem):
 
 
 @pytest.mark.parametrize(
-    ("active", "capability", "chosen"),
+    ("active", "capability", "head_dim", "chosen"),
     [
-        ("FA3", (9, 0), "flash+triton"),
-        ("FA3", (8, 0), "triton"),
-        ("FA4", (10, 0), "flash+triton"),
-        (None, (8, 0), "flash+triton"),
+        ("FA3", (9, 0), 64, "flash+triton"),
+        ("FA3", (9, 0), 256, "flash+triton"),
+        ("FA3", (8, 0), 64, "triton"),
+        ("FA4", (10, 0), 128, "flash+triton"),
+        ("FA4", (10, 0), 136, "triton"),
+        (None, (8, 0), 64, "flash+triton"),
+        (None, (8, 0), 224, "flash+triton"),
+        (None, (8, 9), 224, "triton"),
+        (None, (12, 0), 200, "triton"),
+        (None, (12, 0), 192, "flash+triton"),
     ],
 )
-def test_what_does_not_serve_the_device_is_not_chosen(monkeypatch, active, capability, chosen):
+def test_what_does_not_serve_the_device_is_not_chosen(monkeypatch, active, capability, head_dim, chosen):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: active, raising=False)
     for cached in (flash.serves, api._too_old):
         cached.cache_clear()
-    assert impl_for(monkeypatch, 4096, 64) == chosen
+    assert impl_for(monkeypatch, 4096, head_dim) == chosen
+    if chosen == "triton":
+        with pytest.raises(ValueError, match=f"does not serve head dimension {head_dim} on cuda"):
+            impl_for(monkeypatch, 4096, head_dim, impl="flash+triton")
     for cached in (flash.serves, api._too_old):
         cached.cache_clear()
 

@@ -19,6 +19,8 @@ LARGE = {
     "group of six": Problem(query_heads=6, kv_heads=1, num_queries=400, head_dim=96),
     "documents": Problem(num_queries=1024, head_dim=64, first_key="documents", pool_size=50),
     "widest": Problem(num_queries=300, head_dim=256, num_images=4),
+    "widest softcap": Problem(num_queries=300, head_dim=256, num_images=4, softcap=2.0),
+    "widest decode": Problem(num_queries=1, prefix=3000, head_dim=256, num_images=4),
     "decode": Problem(num_queries=1, prefix=5000, head_dim=64, num_images=4),
     "decode grouped": Problem(query_heads=8, kv_heads=1, num_queries=2, prefix=3000, head_dim=128, pool_size=9),
 }
