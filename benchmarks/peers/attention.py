@@ -6,10 +6,12 @@ text alone and flash_merge take fewer heads of keys and values too (grouped-quer
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -48,6 +50,23 @@ CUDA_TEXT_ONLY: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "text-only cuDNN attention": cudnn_text_only,
     "text-only FlashAttention-3": flash3_text_only,
 }
+
+
+@contextmanager
+def flash_implementation(name: str | None) -> Iterator[None]:
+    """FlashAttention-3 or -4 ("FA3", "FA4") in the place of PyTorch's flash attention; None changes nothing. Skips the
+    benchmark where it is not installed."""
+    if name is None:
+        yield
+        return
+    try:
+        torch.nn.attention.activate_flash_attention_impl(name)
+    except (AttributeError, ImportError, RuntimeError) as error:  # PyTorch before 2.11, no such package, another card
+        pytest.skip(f"{name} cannot take the place of PyTorch's flash attention: {str(error).splitlines()[0]}")
+    try:
+        yield
+    finally:
+        torch.nn.attention.restore_flash_attention_impl()
 
 
 def eager_concat(q: Tensor, k: Tensor, v: Tensor, image_k: Tensor, image_v: Tensor) -> Tensor:

@@ -7,12 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.peers.attention import CUDA_TEXT_ONLY, flash_merge, flash_merge_compiled, text_only
+from benchmarks.peers.attention import (
+    CUDA_TEXT_ONLY,
+    flash_implementation,
+    flash_merge,
+    flash_merge_compiled,
+    text_only,
+)
 from benchmarks.valm_kernels import roofline
 from benchmarks.valm_kernels.bench_visual_fusion import (
     COMPILED_MERGE,
@@ -65,11 +72,15 @@ class Grouped:
 
 
 TEXT_ONLY = "text-only flash attention"
-TEXT_ALONE = {TEXT_ONLY: text_only, **CUDA_TEXT_ONLY}
+# PyTorch's flash attention is another one in these.
+TEXT_ONLY_FA4 = "text-only FlashAttention-4"
+IMPLEMENTATIONS = {"ours with FlashAttention-3": "FA3", "ours with FlashAttention-4": "FA4", TEXT_ONLY_FA4: "FA4"}
+TEXT_ALONE = {TEXT_ONLY: text_only, **CUDA_TEXT_ONLY, TEXT_ONLY_FA4: text_only}
 ONE_KERNEL = "ours, text in Triton too"
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "ours": visual_fusion_attn,
     ONE_KERNEL: lambda *inputs: visual_fusion_attn(*inputs, impl="triton"),
+    **dict.fromkeys(IMPLEMENTATIONS, partial(visual_fusion_attn, impl="flash+triton")),
     **TEXT_ALONE,
     MERGE: flash_merge,
     COMPILED_MERGE: flash_merge_compiled,
@@ -80,8 +91,16 @@ SIZES = {
 }
 
 
+@pytest.fixture
+def flash(device, name):
+    """What PyTorch's flash attention is, for as long as the benchmark runs."""
+    with flash_implementation(IMPLEMENTATIONS.get(name) if device.type == "cuda" else None):
+        yield
+
+
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward + backward"])
 @pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.usefixtures("flash")
 def bench_grouped(measure, device, name, backward):
     if name == ONE_KERNEL and device.type == "cpu":
         pytest.skip("the kernels in Triton are for CUDA")
@@ -89,7 +108,7 @@ def bench_grouped(measure, device, name, backward):
     *inputs, grad_out = case.tensors(device)
     leaves = inputs[:3] if name in TEXT_ALONE else inputs
     function = FUNCTIONS[name]
-    if name in CUDA_TEXT_ONLY or name == COMPILED_MERGE:
+    if name in CUDA_TEXT_ONLY or name in IMPLEMENTATIONS or name == COMPILED_MERGE:
         skip_cuda_peer(name, function, tuple(leaves))
 
     # the whole batch in float32 would need tens of gigabytes of scores; a row of it is independent of the others

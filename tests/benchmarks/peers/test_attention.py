@@ -1,7 +1,14 @@
 import pytest
 import torch
 
-from benchmarks.peers.attention import eager_concat, eager_softcap, flash_merge, flash_merge_compiled, text_only
+from benchmarks.peers.attention import (
+    eager_concat,
+    eager_softcap,
+    flash_implementation,
+    flash_merge,
+    flash_merge_compiled,
+    text_only,
+)
 
 
 def inputs(device="cpu", dtype=torch.float64):
@@ -34,6 +41,28 @@ def test_flash_merge_of_grouped_heads_is_that_of_copied_ones():
     for found, expected in zip(*pairs, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(text_only(q, k, v), text_only(q, *(x.repeat_interleave(2, 1) for x in (k, v))))
+
+
+def test_another_flash_attention_takes_its_place_for_as_long_as_asked(monkeypatch):
+    active = []
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", active.append, raising=False)
+    monkeypatch.setattr(torch.nn.attention, "restore_flash_attention_impl", active.clear, raising=False)
+    with flash_implementation(None):
+        assert active == []
+    with pytest.raises(KeyError), flash_implementation("FA4"):
+        assert active == ["FA4"]
+        raise KeyError
+    assert active == []
+
+
+def test_one_that_is_not_installed_is_skipped(monkeypatch):
+    def activate(name):
+        raise ModuleNotFoundError("No module named 'flash_attn'\nmore")
+
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activate, raising=False)
+    message = r"FA4 cannot take .* No module named 'flash_attn'$"
+    with pytest.raises(pytest.skip.Exception, match=message), flash_implementation("FA4"):
+        pass
 
 
 def test_flash_merge_calls_the_operators_of_cuda_as_they_are_defined():
