@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from valm_kernels import ip_topk, visual_fusion_attn
 
 SEGMENT, ENTRIES, POOL = 512, 32, 65_536  # tokens read at once; entries of a token (K), and of the memory at most
+SINKS = 4  # first tokens of a segment that attention rests on, whatever they say: as entries they would fill all K
 LAYER, TOKENS, TRAINED = 24, 200_000, 100_000  # tokens of each text, the second half scored; learnt from, in both
 
 
@@ -31,7 +32,7 @@ class MemoryAttention(nn.Module):
     def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **_: object) -> tuple:
         states = [p(hidden_states) for p in (self.own.q_proj, self.own.k_proj, self.own.v_proj)]
         q, k, v = (x.unflatten(-1, (-1, self.own.head_dim)).transpose(1, 2) for x in states)
-        self.seen = torch.stack([k[0], v[0]]).detach()  # (2, Hkv, T, D)
+        self.seen = torch.stack([k[0], v[0]])[:, :, SINKS:].detach()  # (2, Hkv, T - SINKS, D)
         pools, options = (None, None), {}
         if self.memory is not None:
             pools = self.memory
@@ -54,7 +55,8 @@ def run(model: nn.Module, states: Tensor, layers: slice) -> Tensor:
 
 def losses(model: nn.Module, ids: Tensor, below: Tensor, start: int, memory: Tensor | None) -> Tensor:
     """Of each token of the segment from `start` on but its first, from the states below the layer with the memory."""
-    before = None if memory is None else memory[:, :, max(0, start - POOL) : start].contiguous()
+    seen = start - start // SEGMENT * SINKS
+    before = None if memory is None else memory[:, :, max(0, seen - POOL) : seen].contiguous()
     model.model.layers[LAYER].self_attn.memory = before
     top = model.model.norm(run(model, below[:, start : start + SEGMENT], slice(LAYER, None)))
     return nn.functional.cross_entropy(

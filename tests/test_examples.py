@@ -57,7 +57,23 @@ def test_without_memory_it_is_the_model(memory, folder):
     attention = model.model.layers[1].self_attn = memory.MemoryAttention(own)
     torch.testing.assert_close(model(ids).logits, expected.logits, rtol=1e-4, atol=1e-5)
     normed = model.model.layers[1].input_layernorm(expected.hidden_states[1])
-    assert attention.seen[0].allclose(own.k_proj(normed)[0].unflatten(-1, (2, 8)).transpose(0, 1), atol=1e-5)
+    keys = own.k_proj(normed)[0].unflatten(-1, (2, 8)).transpose(0, 1)
+    assert attention.seen[0].allclose(keys[:, memory.SINKS :], atol=1e-5)
+
+
+def test_a_segment_reads_what_was_read_before_it(memory, folder):
+    model = LlamaForCausalLM.from_pretrained(folder / "model").eval()
+    attention = model.model.layers[1].self_attn = memory.MemoryAttention(model.model.layers[1].self_attn)
+    ids = torch.arange(5, 21).repeat(6)[None]
+    below = torch.zeros(1, 96, 32)
+    number = torch.arange(6.0).repeat_interleave(16 - memory.SINKS)  # of the segment that each entry is of
+    of_segments = number[None, None, :, None].expand(2, 2, -1, 8)
+    for start in range(16, 96, 16):
+        memory.losses(model, ids, below, start, of_segments)
+        assert attention.memory[0, 0, :, 0].unique().tolist() == list(range(start // 16))
+    memory.POOL = 30  # two segments and a half
+    memory.losses(model, ids, below, 80, of_segments)
+    assert attention.memory.shape[2] == 30 and attention.memory[0, 0, :, 0].unique().tolist() == [2, 3, 4]
 
 
 def test_prints_perplexities_and_the_memory_matters(memory, folder, capsys):
