@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from operator import le
 
 import pytest
 
@@ -56,6 +57,45 @@ IMAGE_LOOP_SPILLS = {
     ("query", "head of 80", 90, 80, "float16"): 182,
     ("pool", "pooled", 100, 128, "float32"): 2,
 }
+# What other versions of Triton store and load beyond that, in loops over keys or queries and over images.
+OTHER_TRITONS: dict[str, tuple[dict, dict]] = {
+    "3.6.0": (
+        {
+            ("query", "dense", "gfx942", 128, "float32"): 6,
+            ("query", "softcap image_q", "gfx942", 128, "float32"): 17,
+            ("query", "dense", "gfx942", 256, "float16"): 30,
+            ("query", "softcap image_q", "gfx942", 256, "float16"): 34,
+            ("key", "dense", 80, 128, "float32"): 32,
+        },
+        {
+            ("forward", "dense", "gfx942", 128, "float16"): 90,
+            ("forward", "softcap image_q", "gfx942", 128, "float16"): 44,
+            ("forward", "dense", "gfx942", 256, "float16"): 96,
+            ("forward", "softcap image_q", "gfx942", 256, "float16"): 40,
+            ("forward", "decode", "gfx942", 256, "float16"): 96,
+            ("forward", "softcap image_q", 100, 128, "float16"): 16,
+            ("query", "softcap image_q", 90, 128, "float16"): 293,
+            ("query", "dense", 100, 128, "float16"): 381,
+            ("query", "softcap image_q", 100, 128, "float16"): 370,
+            ("query", "dense", "gfx942", 256, "float16"): 122,
+            ("query", "softcap image_q", "gfx942", 256, "float16"): 144,
+        },
+    ),
+    "3.9.0": (
+        {
+            ("query", "dense", 90, 64, "float32"): 2,
+            ("query", "dense", "gfx942", 256, "float16"): 32,
+            ("query", "softcap image_q", "gfx942", 256, "float16"): 32,
+            ("key", "dense", 90, 128, "float32"): 64,
+            ("key", "softcap image_q", 90, 128, "float32"): 75,
+        },
+        {
+            ("forward", "softcap image_q", 90, 128, "float16"): 15,
+            ("query", "softcap image_q", 100, 64, "float16"): 4,
+            ("query", "dense", 100, 256, "float16"): 2,
+        },
+    ),
+}
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", "gfx942": "mfma"}
 
 
@@ -83,8 +123,12 @@ def test_compiles_within_limits_and_as_on_record(kernel, call, arch, head_dim, d
     # Float32 at D = 256 is on record alone. With the tiles (16, 16, 8, 2) the forward issues 2.5 times the products and
     # has 17 spills in its loop over keys; with (16, 32, 4, 1) or (16, 16, 2, 2) it issues each once and has 204 or 224.
     if (head_dim, dtype) != (256, "float32"):
-        assert report.text_loop_spills <= TEXT_LOOP_SPILLS.get(case, 0)
-        assert report.image_loop_spills <= IMAGE_LOOP_SPILLS.get(case, 0)
+        found = (report.text_loop_spills, report.image_loop_spills)
+        listed = zip(
+            (TEXT_LOOP_SPILLS, IMAGE_LOOP_SPILLS), OTHER_TRITONS.get(triton.__version__, ({}, {})), strict=True
+        )
+        allowed = [max(spills.get(case, 0) for spills in both) for both in listed]
+        assert all(map(le, found, allowed)), f"{found} spills in loops, {allowed} allowed"
         counted = kernel in ("forward", "query", "key") and call != "joined"
         assert report.products == (pytest.approx(1.0, rel=0.02) if counted else None)
     # the tiles of D = 256 are too small for the instructions of a whole warp group

@@ -38,7 +38,11 @@ QUICK = [("forward", "pooled", 64), ("key", "first_key", 64), ("query", "biases"
 # beginning: the copy of the next tile then starts when the work on this one is done.
 LONG = 100
 # By (kernel, arch, head_dim, dtype), tiles of two stages: 99 KiB of shared memory hold no more, or only one program.
-NOT_AHEAD = {("forward", 80, 256, "float16"), ("key", 80, 256, "float16")}
+NOT_AHEAD = {
+    ("forward", 80, 256, "float16"),
+    ("key", 80, 256, "float16"),
+    *(("forward", 80, head_dim, "float32") for head_dim in (72, 80, 96, 128)),
+}
 
 
 def cases():
