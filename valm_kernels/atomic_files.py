@@ -180,10 +180,11 @@ def remove_leftovers(folder: Path, names: re.Pattern[str] = TEMPORARY_NAME) -> N
     for path in list(folder.iterdir()):
         if is_temporary(path.name) and names.fullmatch(path.name):
             with suppress(OSError):
-                _remove_if_abandoned(path)
+                remove_if_abandoned(path)
 
 
-def _remove_if_abandoned(path: Path) -> None:
+def remove_if_abandoned(path: Path) -> None:
+    """Removes a file or folder that nobody has locked; without locks, one that is ABANDONED_SECONDS old."""
     found = path.lstat()
     is_folder = stat.S_ISDIR(found.st_mode)
     if not (is_folder or stat.S_ISREG(found.st_mode)):

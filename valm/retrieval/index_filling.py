@@ -1,21 +1,25 @@
 """Trains the faiss index of a knowledge base and fills it with the vectors, in steps that a later process goes on with.
 
-    index-HASH.partial/        HASH: of the knowledge base, the factory and the seed
-      transforms.faiss         the index, with its transforms trained
-      cells-00.npy, ...        the centroids (C, d) float32 after each round of k-means
-      trained.faiss            the index, without vectors
-      part-00000.npy, ...      cell and code of each of PART_ROWS vectors
+    index-PLAN.partial/             PLAN: a hash of all that the index follows from
+      transforms.faiss              the index, with its transforms trained
+      cells-00.npy, ...             the centroids (C, d) float32 after each round of k-means
+      trained.faiss                 the index, without vectors
+      part-TRAINED-00000.npy, ...   cell and code of each of PART_ROWS vectors; TRAINED: a hash of trained.faiss
 
-`build_index` removes the folder when it has written the index, so a killed one loses a round or a part. Most of the
-time goes into the nearest cell of each vector, for which an exact top-K search is faster than faiss's products.
+`build_index` removes the folder when it has written the index, so a killed one loses a round or a part, or the training
+of the transforms or of the codes, which faiss does at once. Most of the time goes into the nearest cell of each vector,
+for which an exact top-K search is faster than faiss's products. Only faiss itself adds to graphs, to codes of 4 bits
+packed by the block, and to an index within another one: their vectors are added anew.
 """
 
 from __future__ import annotations
 
 import hashlib
-import shutil
+import itertools
+import os
+import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +30,11 @@ from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.progress import progress_bar
 from valm.retrieval.index_factory import import_faiss, stages
-from valm.store.files import atomic_path, write_errors
+from valm.store.files import atomic_path, only_writer, write_errors
+from valm.store.manifest import file_entry
 from valm_kernels import FlatIPIndex
-from valm_kernels.atomic_files import SAVE_WAIT_SECONDS, folder_lock
+from valm_kernels.atomic_files import remove_folder, remove_if_abandoned, remove_leftovers
+from valm_kernels.json_files import check_own, own_file
 
 # Training vectors per cell (faiss warns below 39), and the least and most training vectors.
 TRAIN_PER_CELL = 40
@@ -37,6 +43,10 @@ ITERATIONS = 10  # iterations of k-means
 # Vectors in memory at once, in float32, and those of a part.
 ROWS = 1 << 15
 PART_ROWS = 1 << 19
+# Counts up when the same plan leads to other files.
+FORMAT = 1
+# Numbers of a vector that FlatIPIndex takes, one of which is that of the centroid's square.
+MIN_DIM, MAX_DIM = 8, 2047
 
 
 @contextmanager
@@ -44,24 +54,39 @@ def partial_folder(kb: ImageKnowledgeBase, factory: str, seed: int) -> Iterator[
     """The folder of what is done of an index, locked; those of other indexes whose processes have ended are removed.
 
     Raises:
-        ValmError: another process makes this index.
+        ValmError: another process makes this index, or the folder is a link or cannot be written.
     """
-    plan = hashlib.sha256(f"{kb.fingerprint} {factory} {seed}".encode()).hexdigest()
+    sizes = (TRAIN_PER_CELL, MIN_TRAIN, MAX_TRAIN, ITERATIONS, ROWS, PART_ROWS, FORMAT, import_faiss().__version__)
+    plan = hashlib.sha256(repr((kb.fingerprint, factory, seed, sizes)).encode()).hexdigest()
     folder = kb.path / f"index-{plan[:16]}.partial"
-    remove_partial(kb, but=folder)
-    with write_errors(folder):
-        folder.mkdir(exist_ok=True)
-    with folder_lock(folder, SAVE_WAIT_SECONDS):
-        folder.mkdir(exist_ok=True)  # whose lock this was may have removed it
-        yield folder
+    for other in kb.path.glob("index-*.partial"):
+        if other != folder:
+            with suppress(OSError):
+                remove_if_abandoned(other)
+    while True:
+        with write_errors(folder):
+            folder.mkdir(exist_ok=True)
+            try:
+                before = check_own(folder).st_ino
+            except ValueError as error:
+                raise ValmError(str(error)) from error
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(only_writer(folder, f"another process makes this index of {kb.path}"))
+                # its last owner may have removed it before this process had the lock
+                if check_own(folder).st_ino != before:
+                    continue
+            except FileNotFoundError:
+                continue
+            remove_leftovers(folder)
+            yield folder
+            return
 
 
-def remove_partial(kb: ImageKnowledgeBase, but: Path | None = None) -> None:
-    """Removes what killed processes have left of indexes of `kb`, except in the folder `but`."""
-    for folder in kb.path.glob("index-*.partial"):
-        if folder != but:
-            with suppress(OSError), folder_lock(folder, 0):
-                shutil.rmtree(folder)
+def remove_partial(folder: Path) -> None:
+    """Removes the folder of an index that is written; if that is killed, nothing of it is taken for whole."""
+    with suppress(OSError):  # the index is there
+        remove_folder(folder)
 
 
 def filled_index(
@@ -82,35 +107,50 @@ def filled_index(
         device = torch.device("cpu")
     count = 0 if index.is_trained else _training_rows(kb, index)
     trained = folder / "trained.faiss"
-    if trained.exists():
+    if os.path.lexists(trained):
         index = _read_index(trained)
     elif count:
         index = _train(kb, index, count, folder, seed, device, progress)
         _write_index(index, trained)
-    ivf = faiss.try_extract_index_ivf(index)
-    if ivf is None or not isinstance(faiss.downcast_InvertedLists(ivf.invlists), faiss.ArrayInvertedLists):
-        # a graph, or codes of 4 bits packed by the block: only faiss itself adds to them
+    ivf = stages(index)[1]
+    if (
+        not isinstance(ivf, faiss.IndexIVF)
+        or isinstance(ivf, faiss.IndexIVFPQR)  # which has codes beside its lists
+        or not isinstance(faiss.downcast_InvertedLists(ivf.invlists), faiss.ArrayInvertedLists)
+    ):
         with progress_bar(total=len(kb), desc="add", unit=" images", unit_scale=True, shown=progress) as bar:
             for rows in _blocks(0, len(kb)):
                 index.add(kb.gather(rows).astype(np.float32))
                 bar.update(len(rows))
     else:
-        _fill(kb, index, ivf, folder, device, progress)
+        files = f"part-{file_entry(trained)['sha256'][:16]}" if count else "part"
+        _fill(kb, index, ivf, folder / files, device, progress)
     return index, count
 
 
 class NearestCell:
-    """Finds the nearest of `centroids` (C, d) float32, exactly: |x - c|² is least where x·c - |c|² / 2 is largest."""
+    """Finds the nearest of `centroids` (C, d) float32, exactly: |x - c|² is least where x·c - |c|² / 2 is largest.
+
+    Raises:
+        ValmError: d is too large.
+    """
 
     def __init__(self, centroids: np.ndarray, device: torch.device):
         self.dim, self.device = centroids.shape[1], device
+        if self.dim > MAX_DIM:
+            reduced = "reduce them first, with a factory such as PCA256,IVF4096,Flat"
+            raise ValmError(f"cells are found for at most {MAX_DIM} numbers, these have {self.dim}: {reduced}")
         rows = torch.from_numpy(centroids).to(device)
-        self._index = FlatIPIndex(torch.cat([rows, -0.5 * rows.square().sum(1, keepdim=True)], 1))
+        self._index = FlatIPIndex(self._with_last(rows, -0.5 * rows.square().sum(1)))
+
+    def _with_last(self, vectors: torch.Tensor, last: torch.Tensor | float) -> torch.Tensor:
+        wider = torch.zeros(len(vectors), max(MIN_DIM, self.dim + 1), device=self.device)
+        wider[:, : self.dim], wider[:, -1] = vectors, last
+        return wider
 
     def __call__(self, vectors: np.ndarray) -> np.ndarray:
         """Cells (n,) int64 of vectors (n, d) float32; -1 of one that is not finite."""
-        queries = torch.ones(len(vectors), self.dim + 1, device=self.device)
-        queries[:, :-1] = torch.from_numpy(vectors)
+        queries = self._with_last(torch.from_numpy(vectors), 1.0)
         return self._index.search(queries, 1).indices[:, 0].cpu().numpy()
 
 
@@ -161,18 +201,19 @@ def _with_transforms(index: Any, other: Any) -> Any:
 def _train_cells(
     sample: np.ndarray, cells: int, folder: Path, seed: int, device: torch.device, progress: bool
 ) -> np.ndarray:
-    """Centroids (cells, d) float32 of `sample` (n, d) by k-means. Empty cells take half of a large one, as faiss's."""
-    from faiss.contrib.clustering import reassign_centroids
-
-    done = sorted(folder.glob("cells-*.npy"))
+    """Centroids (cells, d) float32 of `sample` (n, d) by k-means."""
+    files = [folder / f"cells-{number:02d}.npy" for number in range(ITERATIONS)]
+    done = len(list(itertools.takewhile(os.path.lexists, files)))
     if done:
-        centroids = _read_array(done[-1], np.dtype(np.float32), (cells, sample.shape[1]))
+        centroids = _read_array(files[done - 1], np.dtype(np.float32), (cells, sample.shape[1]))
+        if not np.isfinite(centroids).all():
+            raise _damaged(files[done - 1])
     else:
         centroids = sample[np.random.default_rng(seed).choice(len(sample), cells, replace=False)]
     with progress_bar(
-        total=ITERATIONS, initial=len(done), desc=f"train {cells:,} cells", unit=" rounds", shown=progress
+        total=ITERATIONS, initial=done, desc=f"train {cells:,} cells", unit=" rounds", shown=progress
     ) as bar:
-        for number in range(len(done), ITERATIONS):
+        for file in files[done:]:
             nearest, sums = NearestCell(centroids, device), torch.zeros(centroids.shape)
             counts = np.zeros(cells, np.int64)
             for rows in _blocks(0, len(sample)):
@@ -180,24 +221,35 @@ def _train_cells(
                 counts += np.bincount(found, minlength=cells)
                 sums.index_add_(0, torch.from_numpy(found), torch.from_numpy(sample[rows]))
             centroids = sums.numpy() / np.maximum(counts, 1)[:, None].astype(np.float32)
-            reassign_centroids(counts, centroids, np.random.RandomState([seed, number]))
-            _write_array(centroids, folder / f"cells-{number:02d}.npy")
+            split_largest(counts, centroids)
+            _write_array(centroids, file)
             bar.update()
     return centroids
 
 
-def _fill(kb: ImageKnowledgeBase, index: Any, ivf: Any, folder: Path, device: torch.device, progress: bool) -> None:
-    """Adds the vectors of `kb` to `index`, whose inverted file is `ivf`."""
+def split_largest(counts: np.ndarray, centroids: np.ndarray) -> None:
+    """Gives each cell without vectors half of the largest, in place: its centroid, and that one, a little aside."""
+    aside = np.full(centroids.shape[1], 1 / 1024, np.float32)
+    aside[1::2] *= -1
+    for empty in np.flatnonzero(counts == 0).tolist():
+        largest = int(counts.argmax())
+        centroids[empty], centroids[largest] = centroids[largest] * (1 + aside), centroids[largest] * (1 - aside)
+        counts[empty] = counts[largest] // 2
+        counts[largest] -= counts[empty]
+
+
+def _fill(kb: ImageKnowledgeBase, index: Any, ivf: Any, parts: Path, device: torch.device, progress: bool) -> None:
+    """Adds the vectors of `kb` to `index`, whose inverted file is `ivf`, by files whose names begin with `parts`."""
     faiss = import_faiss()
     transforms, _ = stages(index)
     nearest = NearestCell(ivf.quantizer.reconstruct_n(0, ivf.nlist), device)
     entry = np.dtype([("cell", np.int32), ("code", np.uint8, (ivf.code_size,))])
     starts = range(0, len(kb), PART_ROWS)
-    files = [folder / f"part-{number:05d}.npy" for number in range(len(starts))]
+    files = [parts.with_name(f"{parts.name}-{number:05d}.npy") for number in range(len(starts))]
     with progress_bar(total=len(kb), desc="add", unit=" images", unit_scale=True, shown=progress) as bar:
         for start, file in zip(starts, files, strict=True):
             end = min(start + PART_ROWS, len(kb))
-            if file.exists():
+            if os.path.lexists(file):
                 bar.update(end - start)
                 bar.initial = bar.n  # the time left is that of what this process adds
                 continue
@@ -218,6 +270,8 @@ def _fill(kb: ImageKnowledgeBase, index: Any, ivf: Any, folder: Path, device: to
             _write_array(part, file)
     for start, file in zip(starts, files, strict=True):
         part = _read_array(file, entry, (min(PART_ROWS, len(kb) - start),))
+        if part["cell"].min() < 0 or part["cell"].max() >= ivf.nlist:
+            raise _damaged(file)
         order = part["cell"].argsort(kind="stable")
         cells, begins = np.unique(part["cell"][order], return_index=True)
         ids, codes = order.astype(np.int64) + start, np.ascontiguousarray(part["code"][order])
@@ -238,8 +292,9 @@ def _not_finite(kb: ImageKnowledgeBase) -> ValmError:
 
 def _read_array(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     try:
+        own_file(file)
         array = np.load(file, allow_pickle=False)
-    except ValueError as error:
+    except (ValueError, EOFError, MemoryError, zipfile.BadZipFile) as error:
         raise _damaged(file) from error
     if not isinstance(array, np.ndarray) or (array.dtype, array.shape) != (dtype, shape):
         raise _damaged(file)
@@ -248,8 +303,9 @@ def _read_array(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarr
 
 def _read_index(file: Path) -> Any:
     try:
+        own_file(file)
         return import_faiss().read_index(str(file))
-    except RuntimeError as error:
+    except (ValueError, RuntimeError) as error:
         raise _damaged(file) from error
 
 

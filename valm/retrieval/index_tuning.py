@@ -6,7 +6,6 @@ reach the target recall, it takes the one that reads the fewest bytes.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -23,7 +22,7 @@ from valm.retrieval.context import ContextEncoder
 from valm.retrieval.faiss_gpu import MAX_SELECTED, check_for_gpus
 from valm.retrieval.faiss_index import FaissIndex, read_index
 from valm.retrieval.index_factory import import_faiss, stages
-from valm.retrieval.index_filling import filled_index, partial_folder, write_index
+from valm.retrieval.index_filling import filled_index, partial_folder, remove_partial, write_index
 from valm.retrieval.index_parameters import INDEX_FILE, PARAMETERS_FILE, IndexParameters
 from valm.store.files import write_errors, write_json
 from valm.store.manifest import file_entry
@@ -65,8 +64,9 @@ def build_index(
 ) -> FaissIndex:
     """Indexes `kb` and writes the index beside it; an old index stays until the new one is complete.
 
-    Memory holds the index, its training vectors (at most `index_filling.MAX_TRAIN`, in float32, twice) and the largest
-    shard. A build that was killed goes on where it was, given the same factory and seed (`index_filling`).
+    Memory holds the index, its training vectors (at most `index_filling.MAX_TRAIN`, in float32, up to 2.5 times) and
+    the largest shard; the disk holds the codes a second time until the index is written. A build that was killed, or
+    missed the target, goes on where it was, given the same factory and seed (`index_filling`).
 
     Args:
         queries: (Q, E) of the kind that will be searched (`context_queries`), with different texts in the two halves:
@@ -119,18 +119,15 @@ def build_index(
                 asked=asked,
                 file={**file_entry(temporary), "name": INDEX_FILE},
             )
-            try:
-                parameters = _tune(kb, index, untuned, queries, truth, device)
-            except ValmError:  # of other codes nothing of this could be used
-                shutil.rmtree(folder)
-                raise
+            parameters = _tune(kb, index, untuned, queries, truth, device)
             with folder_lock(kb.path, SAVE_WAIT_SECONDS):
                 # from here until the new parameters are written, the knowledge base has no index
                 (kb.path / PARAMETERS_FILE).unlink(missing_ok=True)
                 move(temporary, file)
                 write_json(kb.path / PARAMETERS_FILE, asdict(parameters))
-                shutil.rmtree(folder)
-                return FaissIndex.open(kb, device)
+                opened = FaissIndex.open(kb, device)
+        remove_partial(folder)
+        return opened
 
 
 def captions(kb: ImageKnowledgeBase, images: int = CAPTIONED, seed: int = 0) -> list[str]:
@@ -240,7 +237,7 @@ def _tune(
         raise ValmError(
             f"{start.factory} finds {tuned:.3f} ± {margin:.3f} of the {start.k} nearest however long it searches, and "
             f"{measured:.3f} for other queries, not surely the {start.target} asked for; use finer codes (a factory "
-            f"with SQ8 or Flat)"
+            f"with SQ8 or Flat), or a lower target, for which the index that is made is kept"
         )
     return best
 

@@ -103,7 +103,11 @@ def test_what_does_not_reach_the_target_leaves_the_index_that_was_there(kb, monk
     monkeypatch.setattr("valm.retrieval.index_tuning.CANDIDATES", (1,))
     with pytest.raises(ValmError, match=r"finds 0\.\d+ ± .* however long it searches, .* not surely the 0\.99"):
         build_index(kb, queries(kb), k=K, factory="IVF16,PQ1x4", target_recall=0.99, progress=False)
-    assert {file.name: file.read_bytes() for file in kb.path.iterdir()} == before
+    assert {file.name: file.read_bytes() for file in kb.path.iterdir() if file.suffix != ".partial"} == before
+    # for a lower target nothing is made again
+    monkeypatch.setattr(index_filling.NearestCell, "__call__", lambda *_: pytest.fail("made again"))
+    build_index(kb, queries(kb), k=K, factory="IVF16,PQ1x4", target_recall=0.01, progress=False)
+    assert not list(kb.path.glob("*.partial"))
 
 
 @needs_fork
@@ -122,7 +126,7 @@ def test_a_killed_build_leaves_the_old_index_or_none_and_goes_on(clip, tmp_path)
         factories.append(opened.parameters.factory if isinstance(opened, FaissIndex) else None)
         steps.append({file.name for folder in kb.path.glob("index-*.partial") for file in folder.glob("*[!p]")})
     rounds = [f"cells-{number:02d}.npy" for number in range(10)]
-    assert steps[-1] == {"transforms.faiss", *rounds, "trained.faiss", "part-00000.npy"}
+    assert {name for name in steps[-1] if not name.startswith("part")} == {"transforms.faiss", *rounds, "trained.faiss"}
     assert [len(some) for some in steps] == [*range(1, 14), 13, 13], "a step was done again"
     assert factories == ["IVF16,Flat"] * 13 + [None] * 2  # without its parameters, just before the new file
     build()
@@ -185,33 +189,152 @@ def test_another_build_removes_what_a_killed_one_left(kb, factory):
     assert not list(kb.path.glob("*.partial"))
 
 
-@pytest.mark.parametrize("name", ["transforms.faiss", "cells-09.npy", "trained.faiss", "part-00000.npy"])
-def test_a_damaged_file_of_a_killed_build_is_named(kb, monkeypatch, name):
+def interrupted(kb, monkeypatch, factory="PCA8,IVF16,SQ8"):
+    """The folder of a build that was interrupted when all vectors had been added, and how to go on."""
+
     def build():
-        build_index(kb, queries(kb), "PCA8,IVF16,SQ8", k=K, target_recall=0.5, progress=False)
+        return build_index(kb, queries(kb), factory, k=K, target_recall=0.5, progress=False)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
         patched.setattr(index_tuning, "_exact", interrupt)
         with pytest.raises(KeyboardInterrupt):
             build()
     (folder,) = kb.path.glob("*.partial")
-    (folder / name).write_bytes((folder / name).read_bytes()[:-1])
-    if name != "part-00000.npy":
-        for later in {"trained.faiss", "cells-09.npy", "part-00000.npy"} - {name}:
-            (folder / later).unlink()
-    with pytest.raises(ValmError, match=f"{name} is damaged: delete its folder"):
+    return folder, build
+
+
+def cell_too_many(file):
+    part = np.load(file)
+    part["cell"][5] = 16
+    np.save(file, part)
+
+
+def link(file):
+    target = file.parents[2] / "elsewhere"
+    shutil.move(file, target)
+    file.symlink_to(target)
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def empty(file):
+    file.write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    "name, damage",
+    [
+        *((name, cut) for name in ("transforms.faiss", "cells-09.npy", "trained.faiss", "part-*-00000.npy")),
+        ("cells-09.npy", empty),
+        ("part-*-00000.npy", cell_too_many),
+        ("part-*-00000.npy", link),
+        ("trained.faiss", link),
+    ],
+)
+def test_a_damaged_file_of_a_killed_build_is_named(kb, monkeypatch, name, damage):
+    folder, build = interrupted(kb, monkeypatch)
+    (file,) = folder.glob(name)
+    damage(file)
+    if name in ("transforms.faiss", "cells-09.npy"):
+        (folder / "trained.faiss").unlink()
+    if name == "transforms.faiss":
+        (folder / "cells-09.npy").unlink()
+    with pytest.raises(ValmError, match=f"{file.name} is damaged: delete its folder"):
         build()
     shutil.rmtree(folder)
     build()
 
 
-def interrupt(*_):
-    raise KeyboardInterrupt
+@pytest.mark.parametrize("factory", ["IVF16,Flat", "OPQ4,IVF16,PQ4x4"])
+def test_what_is_left_of_a_folder_makes_the_same_index(clip, tmp_path, monkeypatch, factory):
+    """A process that was killed while it removed the folder may leave any of its files."""
+    kb = make_indexed(clip, tmp_path / "whole", factory=factory, target_recall=0.5)
+    expected = (kb.path / "index.faiss").read_bytes()
+    draw = np.random.default_rng(0)
+    for number in range(4):
+        kb = make_kb_of_directions(clip, tmp_path / f"{number}")
+        folder, build = interrupted(kb, monkeypatch, factory)
+        for file in sorted(folder.iterdir()):
+            if draw.random() < 0.5:
+                file.unlink()
+        build()
+        assert (kb.path / "index.faiss").read_bytes() == expected
 
 
-def test_a_vector_that_is_no_number_is_not_indexed(kb):
-    for file in sorted(kb.path.glob("vectors-*.npy"))[1:2]:
-        np.lib.format.open_memmap(file, mode="r+")[7] = np.nan
+def test_parts_of_other_cells_are_not_taken(clip, tmp_path, monkeypatch):
+    kb = make_kb_of_directions(clip, tmp_path / "kb")
+    folder, build = interrupted(kb, monkeypatch, "IVF16,Flat")
+    (part,) = folder.glob("part-*")
+    (folder / "trained.faiss").unlink()
+    for file in folder.glob("cells-*"):
+        np.save(file, np.load(file)[::-1])
+    build()
+    searched = FaissIndex.open(kb).search(queries(kb), K)
+    assert recall(searched.indices, FlatIPIndex(kb.vectors()).search(queries(kb), K).indices) > 0.45
+    assert not part.exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"factory": "IVF8,Flat"},
+        {"seed": 1},
+        {"MAX_TRAIN": 2000, "MIN_TRAIN": 2000},
+        {"ITERATIONS": 3},
+    ],
+    ids=str,
+)
+def test_another_plan_has_a_folder_of_its_own(kb, monkeypatch, change):
+    with index_filling.partial_folder(kb, "IVF16,Flat", 0) as one:
+        for name in change.keys() & set(dir(index_filling)):
+            monkeypatch.setattr(index_filling, name, change[name])
+        with index_filling.partial_folder(kb, change.get("factory", "IVF16,Flat"), change.get("seed", 0)) as other:
+            assert one != other and one.exists()
+
+
+def test_one_process_at_a_time_makes_an_index(kb, monkeypatch):
+    monkeypatch.setattr("valm.store.files.WAIT_SECONDS", 0.1)
+    with index_filling.partial_folder(kb, "IVF16,Flat", 0), pytest.raises(ValmError, match="another process makes"):
+        build_index(kb, queries(kb), "IVF16,Flat", k=K, progress=False)
+    folder = next(kb.path.glob("*.partial"))
+    shutil.rmtree(folder)
+    folder.symlink_to(kb.path.parent)
+    with pytest.raises(ValmError, match="is a link that leads out of its folder"):
+        build_index(kb, queries(kb), "IVF16,Flat", k=K, progress=False)
+
+
+@pytest.mark.parametrize("factory", ["IVF16,Flat,RFlat", "IVF16,PQ4+4", "PCA8,IVF16,SQ8,RFlat", "PCA4,IVF16,Flat"])
+def test_all_kinds_are_filled(kb, factory):
+    index = build_index(kb, queries(kb), factory, k=K, target_recall=0.3, progress=False)
+    assert len(index) == COUNT and index.parameters.recall > 0.3
+
+
+def test_cells_of_too_many_numbers_are_refused():
+    with pytest.raises(ValmError, match="at most 2047 numbers, these have 2048: reduce them first"):
+        index_filling.NearestCell(np.zeros((4, 2048), np.float32), torch.device("cpu"))
+
+
+def test_a_cell_without_vectors_takes_half_of_the_largest():
+    counts, centroids = np.array([5, 0, 8, 0]), np.arange(8, dtype=np.float32).reshape(4, 2)
+    index_filling.split_largest(counts, centroids)
+    assert counts.tolist() == [3, 4, 4, 2]
+    np.testing.assert_allclose(centroids, [[0, 1], [4, 5], [4, 5], [0, 1]], atol=0.01)
+    assert len({tuple(row) for row in centroids.tolist()}) == 4
+
+
+@pytest.mark.parametrize("sampled", [True, False])
+def test_a_vector_that_is_no_number_is_not_indexed(kb, monkeypatch, sampled):
+    rows = np.arange(COUNT)
+    if not sampled:
+        monkeypatch.setattr(index_filling, "_training_rows", lambda kb, index: 1000)
+        rows = np.setdiff1d(rows, np.random.default_rng(0).choice(COUNT, 1000, replace=False))
+    first = sorted(kb.path.glob("vectors-*.npy"))[0]
+    np.lib.format.open_memmap(first, mode="r+")[rows[7]] = np.nan
     with pytest.raises(ValmError, match="is damaged: a vector is not finite; build it again"):
         build_index(ImageKnowledgeBase.open(kb.path), queries(kb), "IVF16,Flat", progress=False)
 
