@@ -39,6 +39,7 @@ ROOFLINE = ROOT / "docs" / "results" / "roofline.md"
 PARTS = {
     "Attention: visual_fusion_attn": r"(forward|decode|image side|whole layer|8 packed|softcap)",
     "Exact top-K inner product: FlatIPIndex, ip_topk": r"(N \d+k|adversarial|one query|scores)",
+    "A memory of the text: ip_topk over heads, visual_fusion_attn": r"(\d+ of \d+ keys|a memory of)",
     "Context queries, search and the whole model": "",
 }
 
@@ -101,6 +102,7 @@ TITLES = {
     "cpu-epyc-2-cores.csv": "Attention and small searches, AMD EPYC",
     EPYC_TOPK: "Searches, AMD EPYC",
     EPYC_WHOLE: "The whole model, AMD EPYC",
+    "memory-epyc-2-cores.csv": "A memory of the text, AMD EPYC",
     "query-dtype-epyc-2-cores.csv": "Precision of the queries, AMD EPYC",
     "retrieval-1m-cpu.csv": "Retrieval from a million images, AMD EPYC",
 }
