@@ -32,12 +32,13 @@ from valm_kernels.visual_fusion.triton.tiles import _TILES
 # The tiles of 8.0 also serve 8.6, 8.9 and 12.x, whose blocks have less shared memory.
 SHARED_LIMIT = {**SHARED_PER_BLOCK, 80: 99 * 1024}
 # Instructions that store or load registers in the loop over keys or queries. For the key kernel were tried as well: two
-# stages (20 for 24), and 8 warps (none, but half as many products again).
+# stages (20 for 24), and 8 warps (none, but half as many products again). For the query kernel on gfx942: blocks of 16
+# and one warp, of 32 and two, of 128 and eight (25 to 34 for 30), which share all products too; with more warps to a
+# block there are none, and 1.67 or 3 times the products.
 TEXT_LOOP_SPILLS = {
     **{("key", call, arch, 128, "float32"): 28 for call in ("dense", "softcap image_q") for arch in (80, 90, 100)},
     ("forward", "dense", 100, 128, "float32"): 4,
     ("forward", "softcap image_q", 100, 128, "float32"): 10,
-    ("forward", "decode", "gfx942", 256, "float16"): 14,
     ("query", "softcap image_q", "gfx942", 256, "float16"): 30,
 }
 # The same in the loop over images, which waits for memory; half of the tile would take twice the products of the text.

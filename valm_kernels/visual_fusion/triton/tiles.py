@@ -57,7 +57,7 @@ _TILES: dict[tuple[str, int, int | str], tuple[Tiles, Tiles, Tiles]] = {
     ("decode", 2, 80): (Tiles(16, 128, 4, 3), Tiles(16, 64, 4, 3), Tiles(16, 32, 4, 3)),
     ("decode", 2, 90): (Tiles(16, 128, 4, 3), Tiles(16, 64, 4, 3), Tiles(16, 32, 4, 3)),
     ("decode", 2, 100): (Tiles(16, 128, 4, 3), Tiles(16, 64, 4, 3), Tiles(16, 32, 4, 3)),
-    ("decode", 2, "AMD"): (Tiles(16, 64, 1, 2), Tiles(16, 32, 1, 2), Tiles(16, 16, 1, 2)),
+    ("decode", 2, "AMD"): (Tiles(16, 64, 1, 2), Tiles(16, 32, 1, 2), Tiles(16, 16, 1, 1)),
     ("decode", 4, 80): (Tiles(16, 32, 4, 3), Tiles(16, 32, 4, 3), Tiles(16, 16, 8, 2)),
     ("decode", 4, 90): (Tiles(16, 64, 4, 3), Tiles(16, 32, 4, 3), Tiles(16, 16, 8, 2)),
     ("decode", 4, 100): (Tiles(16, 64, 8, 2), Tiles(16, 32, 4, 3), Tiles(16, 16, 8, 2)),
