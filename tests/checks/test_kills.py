@@ -184,7 +184,11 @@ def test_index(clip, tmp_path, old):
             assert not done and torch.equal(found.indices, exact.indices)
         write(out)
         assert not list(out.glob("*.tmp")) and not list(out.glob("*.partial"))
+        assert (out / "index.faiss").read_bytes() == whole, "what was left of a build changed the next one"
 
+    prepare(tmp_path / "whole")
+    write(tmp_path / "whole")
+    whole = (tmp_path / "whole" / "index.faiss").read_bytes()
     assert kill_everywhere(write, check, tmp_path, prepare) >= 3
 
 
