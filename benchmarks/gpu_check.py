@@ -8,8 +8,8 @@
 It runs under the Python that is there, installs nothing and needs no network. A step is one or more processes side by
 side, with logs in the folder of the results (build/gpu-check/). Each has a budget in seconds, and what the steps before
 it have left of theirs; then it is stopped and the next begins. What is measured is written at once, so that a run that
-was killed goes on where it was. From the results come benchmarks/results/gpu.csv, docs/results/gpu.md and, if the tests
-pass with them, the measured tiles of the Triton kernels, and the length from which on flash attention was faster.
+was killed goes on where it was. From the results come benchmarks/results/gpu.csv, docs/results/gpu.md, the length from
+which on flash attention was faster and, if the tests pass with them, the measured tiles of the Triton kernels.
 """
 
 from __future__ import annotations

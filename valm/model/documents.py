@@ -81,8 +81,8 @@ def check_bounds(cu_seqlens: Tensor, max_seqlen: int | None, documents: Document
 def unless_all_zero(first_key: Tensor) -> Tensor | None:
     """None if every query sees everything before it, which is faster.
 
-    A GPU is waited for where a whole text is read without gradients, in evaluation and before a generation: that costs
-    less than the masks. A step of training or generation does not wait, and a compiled or captured graph cannot look.
+    A GPU is waited for where a whole text is read without gradients, in evaluation and before a generation, which then
+    need no masks. A step of training or generation does not wait, and a compiled or captured graph cannot look.
     """
     if torch.compiler.is_compiling():
         return first_key

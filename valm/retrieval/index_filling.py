@@ -123,8 +123,8 @@ def filled_index(
                 index.add(kb.gather(rows).astype(np.float32))
                 bar.update(len(rows))
     else:
-        files = f"part-{file_entry(trained)['sha256'][:16]}" if count else "part"
-        _fill(kb, index, ivf, folder / files, device, progress)
+        parts = folder / f"part-{file_entry(trained)['sha256'][:16]}"  # of no other cells
+        _fill(kb, index, ivf, parts, device, progress)
     return index, count
 
 
@@ -329,8 +329,11 @@ def write_index(index: Any, temporary: Path, file: Path) -> None:
     Raises:
         ValmError: it cannot be written.
     """
+    faiss = import_faiss()
     try:
-        import_faiss().write_index(index, str(temporary))
-    except RuntimeError as error:  # faiss supports no other
+        # faiss's own file says nothing where its last bytes do not fit
+        with temporary.open("wb") as opened:
+            faiss.write_index(index, faiss.PyCallbackIOWriter(opened.write))
+    except (OSError, RuntimeError) as error:  # the latter from inside faiss
         reason = "the disk is full, or does not let it be written"
         raise ValmError(f"cannot write {file}: {reason}; what was there is untouched") from error

@@ -284,6 +284,7 @@ def test_parts_of_other_cells_are_not_taken(clip, tmp_path, monkeypatch):
     [
         {"factory": "IVF8,Flat"},
         {"seed": 1},
+        {"fingerprint": "of the knowledge base after kb add"},
         {"MAX_TRAIN": 2000, "MIN_TRAIN": 2000},
         {"ITERATIONS": 3},
     ],
@@ -293,6 +294,7 @@ def test_another_plan_has_a_folder_of_its_own(kb, monkeypatch, change):
     with index_filling.partial_folder(kb, "IVF16,Flat", 0) as one:
         for name in change.keys() & set(dir(index_filling)):
             monkeypatch.setattr(index_filling, name, change[name])
+        kb.fingerprint = change.get("fingerprint", kb.fingerprint)
         with index_filling.partial_folder(kb, change.get("factory", "IVF16,Flat"), change.get("seed", 0)) as other:
             assert one != other and one.exists()
 
@@ -408,18 +410,22 @@ def test_an_index_made_again_is_the_same_one(clip, tmp_path):
 
 
 @needs_fork
-def test_a_full_disk_leaves_the_old_index(clip, tmp_path):
+@pytest.mark.parametrize("full_at", ["index-", "index.faiss"])
+def test_a_full_disk_leaves_the_old_index(clip, tmp_path, full_at):
+    """At the first file of what is done, or at the index itself, which is the largest."""
     resource = pytest.importorskip("resource")
+    whole = make_indexed(clip, tmp_path / "whole", factory="IVF8,Flat", target_recall=0.5)
+    limit = 1000 if full_at == "index-" else (whole.path / "index.faiss").stat().st_size - 1
     kb = make_indexed(clip, tmp_path / "kb", factory="IVF16,Flat")
     before = {file.name: file.read_bytes() for file in kb.path.iterdir()}
 
     def build():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that write() reports EFBIG
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         try:
             build_index(kb, queries(kb), k=K, target_recall=0.5, factory="IVF8,Flat", progress=False)
         except ValmError as error:
-            os._exit(3 if "cannot write" in str(error) and "index-" in str(error) else 4)
+            os._exit(3 if f"cannot write {kb.path / full_at}" in str(error) else 4)
 
     assert exit_code(forked(build)) == 3
     assert {file.name: file.read_bytes() for file in kb.path.iterdir() if file.suffix != ".partial"} == before
