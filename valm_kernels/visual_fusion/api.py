@@ -194,12 +194,12 @@ def visual_fusion_attn(
         return_image_weights: return the weights b_ik of the images as well, after the other results. Without a second
             pass over the text: the same kernel writes the scores t_ik, and the weights are exp(t_ik - lse_i).
         impl: "auto" takes "cpu" for CPU tensors. For CUDA tensors it takes "flash+triton" (PyTorch's flash attention
-            for the text, and one kernel that joins the images) if there are no images or the text is long, else
-            "triton". Long is Tk D >= 2048 * 128, an estimate, until `make gpu-check` has measured it on such a card;
-            of documents in cu_seqlens their mean length counts.
-            "flash+triton" needs float16 or bfloat16, D a multiple of 8, as many queries as keys if causal, and none of
-            first_key, cache_seqlens and softcap; "auto" takes "triton" where that is not so. Its backward is that of
-            "triton" where lse or the weights of the images have a gradient, or with
+            for the text, and one kernel that joins the images) if there are no images, or several queries and a long
+            text, else "triton". Long is Tk D >= 2048 * 128, an estimate, until `make gpu-check` has measured it on such
+            a card; of documents in cu_seqlens their mean length counts.
+            "flash+triton" needs float16 or bfloat16, D a multiple of 8, if causal one query or as many as keys, and
+            none of first_key, cache_seqlens and softcap; "auto" takes "triton" where that is not so. Its backward is
+            that of "triton" where lse or the weights of the images have a gradient, or with
             `torch.use_deterministic_algorithms(True)`. A named implementation never falls back to another one.
             Under TRITON_INTERPRET=1 both Triton implementations take CPU tensors; bfloat16 is wrong there, as Triton's
             interpreter multiplies its bits. With VALM_KERNELS_AUTOTUNE=1 in the environment, "triton" tunes its tile

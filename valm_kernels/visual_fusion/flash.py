@@ -44,6 +44,8 @@ def is_faster(inputs: Inputs) -> bool:
         return False
     if inputs.image_k is None:  # there is nothing to join
         return True
+    if inputs.q.shape[2] == 1:  # "triton" spreads its keys over the card, images included
+        return False
     batch, _, num_keys, head_dim = inputs.k.shape
     documents = batch if inputs.cu_seqlens is None else inputs.cu_seqlens.shape[0] - 1
     return crossover.is_long(batch * num_keys, documents, head_dim, inputs.k.device)
@@ -60,14 +62,19 @@ def refusal(inputs: Inputs) -> str | None:
         return "does not take cache_seqlens or softcap"
     if inputs.first_key is not None and inputs.cu_seqlens is None:
         return "does not take first_key, only documents as cu_seqlens"
-    if inputs.causal and q.shape[2] != k.shape[2]:
-        return f"needs as many queries as keys with causal=True, not {q.shape[2]} and {k.shape[2]}"
+    if _is_causal(inputs) and q.shape[2] != k.shape[2]:
+        return f"needs one query, or as many as keys, with causal=True, not {q.shape[2]} and {k.shape[2]}"
     if not torch.compiler.is_compiling() and not serves(active := active_implementation(), q.device, q.shape[3]):
         if active in SERVED:
             remedy = "call torch.nn.attention.restore_flash_attention_impl()"
             return f"is {active} now, which does not serve head dimension {q.shape[3]} on {q.device}: {remedy}"
         return f"does not serve head dimension {q.shape[3]} on {q.device}"
     return None
+
+
+def _is_causal(inputs: Inputs) -> bool:
+    """Whether a query does not see all keys: the last one, which a single query is, does."""
+    return inputs.causal and inputs.q.shape[2] > 1
 
 
 def active_implementation() -> str | None:
@@ -91,7 +98,7 @@ def serves(implementation: str | None, device: torch.device, head_dim: int) -> b
 def text_forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """out (B, Hq, Tq, D) and lse (B, Hq, Tq) float32 of attention to the text alone."""
     text = inputs[:3]
-    options = (0.0, inputs.causal)  # there is no dropout
+    options = (0.0, _is_causal(inputs))  # there is no dropout
     if inputs.cu_seqlens is not None:
         rows = [_one_row(x) for x in text]
         if _on_cpu(inputs):
@@ -116,7 +123,7 @@ def text_backward(grad_out: Tensor, out: Tensor, lse: Tensor, inputs: Inputs) ->
     """
     q, k, v = inputs[:3]
     tensors = (grad_out, q, k, v, out, lse)
-    options: tuple[Any, ...] = (0.0, inputs.causal)
+    options: tuple[Any, ...] = (0.0, _is_causal(inputs))
     # of a dropout that there is not
     random = (lse.new_empty(2, dtype=torch.int64), lse.new_empty((), dtype=torch.int64))
     if inputs.cu_seqlens is not None:

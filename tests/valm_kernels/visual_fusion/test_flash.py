@@ -27,7 +27,9 @@ def checked(problem: Problem, dtype: torch.dtype = torch.float16, **options) -> 
     return api._with_documents(checked_inputs(tensors, *options))
 
 
-@pytest.mark.parametrize("problem", [GROUPED, replace(GROUPED, causal=False), DOCUMENTS, ROWS])
+@pytest.mark.parametrize(
+    "problem", [GROUPED, replace(GROUPED, causal=False), replace(GROUPED, num_queries=1, prefix=15), DOCUMENTS, ROWS]
+)
 def test_operators_are_called_as_pytorch_declares_them(problem):
     """On the meta device, whose operators check the arguments of those of CUDA."""
     inputs = checked(problem)
@@ -115,13 +117,14 @@ def impl_for(monkeypatch, q_len, head_dim, dtype=torch.float16, **options):
     monkeypatch.setattr(api, "HAS_TRITON", True)
     with FakeTensorMode():
         q = torch.empty(options.pop("rows", 1), 2, q_len, head_dim, dtype=dtype, device="cuda")
+        k = torch.empty(*q.shape[:2], options.pop("keys", q_len), head_dim, dtype=dtype, device="cuda")
         image = torch.empty(*q.shape[:3], 1, head_dim, dtype=dtype, device="cuda")
         image = None if options.pop("text_alone", False) else image
         if options.pop("windows", False):
             options["first_key"] = torch.zeros(1, q_len, dtype=torch.int32, device="cuda")
         if documents := options.pop("documents", None):
             options["cu_seqlens"] = torch.zeros(documents + 1, dtype=torch.int32, device="cuda")
-        visual_fusion_attn(q, q, q, image, image, **options)
+        visual_fusion_attn(q, k, k, image, image, **options)
     return chosen[0]
 
 
@@ -213,7 +216,7 @@ def test_text_alone_on_cuda_takes_flash_attention_at_any_length(monkeypatch):
         (replace(DOCUMENTS, first_key="random"), {}, "does not take first_key, only documents as cu_seqlens"),
         (replace(GROUPED, seqlens=True), {}, "cache_seqlens"),
         (replace(GROUPED, softcap=2.0), {}, "softcap"),
-        (replace(GROUPED, prefix=3), {}, "as many queries as keys with causal=True, not 16 and 19"),
+        (replace(GROUPED, prefix=3), {}, "one query, or as many as keys, with causal=True, not 16 and 19"),
     ],
 )
 def test_what_flash_attention_cannot_do_is_refused(monkeypatch, problem, options, message):
@@ -306,3 +309,11 @@ def test_what_does_not_serve_the_device_is_not_chosen(monkeypatch, active, capab
 
 def test_a_prefix_is_taken_without_a_causal_mask():
     assert flash.refusal(checked(replace(GROUPED, prefix=3, causal=False))) is None
+    assert flash.refusal(checked(replace(GROUPED, num_queries=1, prefix=3))) is None  # which a single query needs not
+
+
+def test_a_single_query_takes_flash_attention_for_text_alone(monkeypatch):
+    assert impl_for(monkeypatch, 1, 64, keys=8192, text_alone=True) == "flash+triton"
+    assert impl_for(monkeypatch, 1, 64, keys=8192) == "triton"
+    assert impl_for(monkeypatch, 2, 64, keys=8192, text_alone=True) == "triton"
+    assert impl_for(monkeypatch, 2, 64, keys=8192, causal=False) == "flash+triton"

@@ -22,6 +22,7 @@ QUICK = {
     "no images",
     "not causal",
     "group of three",
+    "decode",
     "image_q",
     "cu_seqlens",
     "cu_seqlens, rows",
@@ -39,9 +40,8 @@ def served() -> list[str]:
 
     def serves(problem: Problem) -> bool:
         options = problem.first_key or problem.seqlens or problem.softcap
-        return (
-            not (options or problem.weights) and problem.head_dim % 8 == 0 and not (problem.causal and problem.prefix)
-        )
+        sees_all = not problem.prefix or not problem.causal or problem.num_queries == 1
+        return not (options or problem.weights) and problem.head_dim % 8 == 0 and sees_all
 
     return [name for name, problem in PROBLEMS.items() if serves(problem)]
 
