@@ -288,6 +288,7 @@ def run_index(arguments: argparse.Namespace) -> None:
     from valm.retrieval.faiss_gpu import faiss_device
     from valm.retrieval.faiss_index import remove_index
     from valm.retrieval.index_factory import EXACT_BELOW, choose_factory
+    from valm.retrieval.index_filling import remove_partials
     from valm.retrieval.index_tuning import build_index, captions, context_queries
     from valm.store.files import read_text
 
@@ -295,6 +296,7 @@ def run_index(arguments: argparse.Namespace) -> None:
     factory = arguments.factory or choose_factory(len(kb), kb.dim)
     if factory is None:
         remove_index(kb)
+        remove_partials(kb)
         print(
             f"no index was built: it would save no time with {len(kb):,} images (from {EXACT_BELOW:,} on it does, and "
             "--factory builds one of any number)"

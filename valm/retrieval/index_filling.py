@@ -59,10 +59,7 @@ def partial_folder(kb: ImageKnowledgeBase, factory: str, seed: int) -> Iterator[
     sizes = (TRAIN_PER_CELL, MIN_TRAIN, MAX_TRAIN, ITERATIONS, ROWS, PART_ROWS, FORMAT, import_faiss().__version__)
     plan = hashlib.sha256(repr((kb.fingerprint, factory, seed, sizes)).encode()).hexdigest()
     folder = kb.path / f"index-{plan[:16]}.partial"
-    for other in kb.path.glob("index-*.partial"):
-        if other != folder:
-            with suppress(OSError):
-                remove_if_abandoned(other)
+    remove_partials(kb, folder)
     while True:
         with write_errors(folder):
             folder.mkdir(exist_ok=True)
@@ -81,6 +78,14 @@ def partial_folder(kb: ImageKnowledgeBase, factory: str, seed: int) -> Iterator[
             remove_leftovers(folder)
             yield folder
             return
+
+
+def remove_partials(kb: ImageKnowledgeBase, keep: Path | None = None) -> None:
+    """Removes the folders of indexes whose processes have ended, but not `keep`."""
+    for folder in kb.path.glob("index-*.partial"):
+        if folder != keep:
+            with suppress(OSError):
+                remove_if_abandoned(folder)
 
 
 def remove_partial(folder: Path) -> None:
