@@ -162,8 +162,8 @@ class ImageKnowledgeBase:
             raise ValmError(f"{file} is damaged, row {row} is no JPEG; build the knowledge base again") from error
 
     def captioned(self) -> int:
-        """Number of images with a caption. Reads all captions."""
-        tables = (self._table(shard, "items") for shard in range(len(self._shards)))
+        """Number of images with a caption. Reads all captions, of one shard at a time."""
+        tables = (self._read_table(shard, "items") for shard in range(len(self._shards)))
         return sum(
             pc.sum(pc.not_equal(table["caption"], ""), min_count=0).as_py() for table in tables if table is not None
         )
