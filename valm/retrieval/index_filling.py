@@ -8,8 +8,8 @@
 
 `build_index` removes the folder when it has written the index, so a killed one loses a round or a part, or the training
 of the transforms or of the codes, which faiss does at once. Most of the time goes into the nearest cell of each vector,
-for which an exact top-K search is faster than faiss's products. Only faiss itself adds to graphs, to codes of 4 bits
-packed by the block, and to an index within another one: their vectors are added anew.
+for which an exact top-K search is faster than faiss's products. Only faiss itself adds to graphs and to an index within
+another one: their vectors are added anew.
 """
 
 from __future__ import annotations
@@ -118,11 +118,7 @@ def filled_index(
         index = _train(kb, index, count, folder, seed, device, progress)
         _write_index(index, trained)
     ivf = stages(index)[1]
-    if (
-        not isinstance(ivf, faiss.IndexIVF)
-        or isinstance(ivf, faiss.IndexIVFPQR)  # which has codes beside its lists
-        or not isinstance(faiss.downcast_InvertedLists(ivf.invlists), faiss.ArrayInvertedLists)
-    ):
+    if not (_has_plain_lists(ivf) or isinstance(ivf, faiss.IndexIVFPQFastScan)):
         with progress_bar(total=len(kb), desc="add", unit=" images", unit_scale=True, shown=progress) as bar:
             for rows in _blocks(0, len(kb)):
                 index.add(kb.gather(rows).astype(np.float32))
@@ -131,6 +127,16 @@ def filled_index(
         parts = folder / f"part-{file_entry(trained)['sha256'][:16]}"  # of no other cells
         _fill(kb, index, ivf, parts, device, progress)
     return index, count
+
+
+def _has_plain_lists(index: Any) -> bool:
+    """Whether it is an inverted file of ids and codes, and of nothing else."""
+    faiss = import_faiss()
+    return (
+        isinstance(index, faiss.IndexIVF)
+        and not isinstance(index, faiss.IndexIVFPQR)  # which has codes beside its lists
+        and isinstance(faiss.downcast_InvertedLists(index.invlists), faiss.ArrayInvertedLists)
+    )
 
 
 class NearestCell:
@@ -273,17 +279,39 @@ def _fill(kb: ImageKnowledgeBase, index: Any, ivf: Any, parts: Path, device: tor
                 part["cell"][rows - start], part["code"][rows - start] = cells, codes
                 bar.update(len(rows))
             _write_array(part, file)
+    filled = ivf if _has_plain_lists(ivf) else _unpacked(ivf)
+    sizes = np.zeros(ivf.nlist, np.int64)
+    for start, file in zip(starts, files, strict=True):
+        cells = _read_array(file, entry, (min(PART_ROWS, len(kb) - start),))["cell"]
+        if cells.min() < 0 or cells.max() >= ivf.nlist:
+            raise _damaged(file)
+        sizes += np.bincount(cells, minlength=ivf.nlist)
+    for cell, size in enumerate(sizes.tolist()):  # a list that grows takes up to twice its memory
+        filled.invlists.resize(cell, size)
+    sizes[:] = 0
     for start, file in zip(starts, files, strict=True):
         part = _read_array(file, entry, (min(PART_ROWS, len(kb) - start),))
-        if part["cell"].min() < 0 or part["cell"].max() >= ivf.nlist:
-            raise _damaged(file)
         order = part["cell"].argsort(kind="stable")
         cells, begins = np.unique(part["cell"][order], return_index=True)
         ids, codes = order.astype(np.int64) + start, np.ascontiguousarray(part["code"][order])
         for cell, begin, end in zip(cells.tolist(), begins.tolist(), [*begins[1:].tolist(), len(order)], strict=True):
             some = faiss.swig_ptr(ids[begin:end]), faiss.swig_ptr(codes[begin:end])
-            ivf.invlists.add_entries(cell, end - begin, *some)
-    ivf.ntotal = index.ntotal = len(kb)
+            filled.invlists.update_entries(cell, int(sizes[cell]), end - begin, *some)
+            sizes[cell] += end - begin
+    filled.ntotal = ivf.ntotal = index.ntotal = len(kb)
+    if filled is not ivf:
+        packed = faiss.IndexIVFPQFastScan(filled, ivf.bbs)
+        packed.own_invlists = False
+        ivf.replace_invlists(packed.invlists, True)
+
+
+def _unpacked(ivf: Any) -> Any:
+    """An empty index of the same cells and codes, not packed by the block as those of IndexIVFPQFastScan are."""
+    faiss = import_faiss()
+    plain = faiss.IndexIVFPQ(ivf.quantizer, ivf.d, ivf.nlist, ivf.pq.M, ivf.pq.nbits)
+    plain.own_fields = False
+    plain.pq, plain.by_residual, plain.is_trained = ivf.pq, ivf.by_residual, True
+    return plain
 
 
 def _blocks(start: int, end: int) -> Iterator[np.ndarray]:

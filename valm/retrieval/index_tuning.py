@@ -64,9 +64,10 @@ def build_index(
 ) -> FaissIndex:
     """Indexes `kb` and writes the index beside it; an old index stays until the new one is complete.
 
-    Memory holds the index, its training vectors (at most `index_filling.MAX_TRAIN`, in float32, up to 2.5 times) and
-    the largest shard; the disk holds the codes a second time until the index is written. A build that was killed, or
-    missed the target, goes on where it was, given the same factory and seed (`index_filling`).
+    Memory holds the index (twice while codes of 4 bits are packed), its training vectors (at most
+    `index_filling.MAX_TRAIN`, in float32, up to 2.5 times) and the largest shard; the disk holds the codes a second
+    time until the index is written. A build that was killed, or missed the target, goes on where it was, given the
+    same factory and seed (`index_filling`).
 
     Args:
         queries: (Q, E) of the kind that will be searched (`context_queries`), with different texts in the two halves:
@@ -104,6 +105,7 @@ def build_index(
         file = kb.path / INDEX_FILE
         with write_errors(file), temporary_file(file) as temporary:
             write_index(index, temporary, file)
+            del index  # before another one is in memory
             # tune it as it will be used: read back, memory-mapped
             index = read_index(temporary)
             untuned = IndexParameters(
@@ -120,6 +122,7 @@ def build_index(
                 file={**file_entry(temporary), "name": INDEX_FILE},
             )
             parameters = _tune(kb, index, untuned, queries, truth, device)
+            del index
             with folder_lock(kb.path, SAVE_WAIT_SECONDS):
                 # from here until the new parameters are written, the knowledge base has no index
                 (kb.path / PARAMETERS_FILE).unlink(missing_ok=True)

@@ -136,7 +136,7 @@ def test_a_killed_build_leaves_the_old_index_or_none_and_goes_on(clip, tmp_path)
     assert (kb.path / "index.faiss").read_bytes() == (other.path / "index.faiss").read_bytes()
 
 
-@pytest.mark.parametrize("factory", ["IVF16,PQ8x4", "OPQ8,IVF16,Flat", "PCA8,IVF32_HNSW8,SQ8"])
+@pytest.mark.parametrize("factory", ["IVF16,PQ8x4", "OPQ8,IVF16,Flat", "PCA8,IVF32_HNSW8,SQ8", "PCA8,IVF32,PQ8x4fs"])
 def test_an_interrupted_build_loses_a_round_or_a_part(clip, tmp_path, monkeypatch, factory):
     """Interrupted at each search for the nearest cells, it does one block of them again at the most."""
     monkeypatch.setattr(index_filling, "ROWS", 1500)
@@ -175,6 +175,16 @@ def test_the_nearest_cells_are_those_that_faiss_finds():
     index.add(centroids)
     found = index_filling.NearestCell(centroids.astype(np.float32), torch.device("cpu"))(vectors)
     assert np.array_equal(found, index.search(vectors, 1)[1][:, 0])
+
+
+@pytest.mark.parametrize("factory", ["IVF16,SQ8", "OPQ8,IVF16,PQ8", "IVF16,PQ8x4fs", "PCA8,IVF32,PQ4x4fsr_64"])
+def test_the_index_is_what_faiss_makes_of_the_cells_and_codes(kb, tmp_path, factory):
+    faiss = pytest.importorskip("faiss")
+    index = faiss.index_factory(kb.dim, factory, faiss.METRIC_L2)
+    filled, _ = index_filling.filled_index(kb, index, tmp_path, 0, torch.device("cpu"), progress=False)
+    added = faiss.read_index(str(tmp_path / "trained.faiss"))
+    added.add(kb.vectors().astype(np.float32))
+    assert np.array_equal(faiss.serialize_index(filled), faiss.serialize_index(added))
 
 
 @pytest.mark.parametrize("factory", ["IVF16,Flat", "HNSW8"])
@@ -250,7 +260,7 @@ def test_a_damaged_file_of_a_killed_build_is_named(kb, monkeypatch, name, damage
     build()
 
 
-@pytest.mark.parametrize("factory", ["IVF16,Flat", "OPQ4,IVF16,PQ4x4"])
+@pytest.mark.parametrize("factory", ["IVF16,Flat", "OPQ4,IVF16,PQ4x4", "IVF16,PQ8x4fs"])
 def test_what_is_left_of_a_folder_makes_the_same_index(clip, tmp_path, monkeypatch, factory):
     """A process that was killed while it removed the folder may leave any of its files."""
     kb = make_indexed(clip, tmp_path / "whole", factory=factory, target_recall=0.5)
