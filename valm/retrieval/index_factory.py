@@ -9,7 +9,9 @@ import numpy as np
 
 # Number of images from which an index is worthwhile.
 EXACT_BELOW = 50_000
-PRODUCT_CODES_FROM = 10_000_000
+# Number of images from which product codes of 64 bytes save memory that is missed, by device: a GPU's, or 15 GB of the
+# machine's. Among 10 M a search takes six times as long through them (docs/results/scale.md).
+PRODUCT_CODES_FROM = {"cpu": 100_000_000, "cuda": 10_000_000}
 # Principal components by which candidates are found. On 1 M vectors of 768 numbers (benchmarks/valm/inputs.py) 16
 # candidates per image then contain 0.97 of the true nearest; scanning all 768 numbers took three times as long.
 PRINCIPAL = 256
@@ -18,9 +20,10 @@ PRINCIPAL = 256
 def choose_factory(count: int, dim: int, device: str = "cpu") -> str | None:
     """The faiss factory string for `count` vectors of width `dim`; None if exact search is as good.
 
-    An inverted file of about 4 sqrt(N) cells with 4 bits for each of PRINCIPAL numbers; for very many vectors 64 bytes
-    a vector, as published, which faiss reads from a memory map. With half as many cells a search has to scan more
-    vectors for the same recall. GPUs of faiss hold no such codes of 4 bits, so there each number has 8.
+    An inverted file of about 4 sqrt(N) cells with 4 bits for each of PRINCIPAL numbers, in memory; for very many
+    vectors (PRODUCT_CODES_FROM) 64 bytes a vector, as published, which faiss reads from a memory map. With half as many
+    cells a search has to scan more vectors for the same recall. GPUs of faiss hold no such codes of 4 bits, so there
+    each number has 8.
 
     Args:
         device: "cpu" or "cuda", where faiss is to search.
@@ -28,7 +31,7 @@ def choose_factory(count: int, dim: int, device: str = "cpu") -> str | None:
     if count < EXACT_BELOW:
         return None
     cells = _power_of_two(4 * count**0.5)
-    if count >= PRODUCT_CODES_FROM and dim % 64 == 0:
+    if count >= PRODUCT_CODES_FROM[device] and dim % 64 == 0:
         return f"OPQ64,IVF{cells},PQ64"
     reduced = f"PCA{PRINCIPAL}," if dim > PRINCIPAL else ""
     codes = "SQ8" if device == "cuda" else f"PQ{min(dim, PRINCIPAL)}x4fs"
