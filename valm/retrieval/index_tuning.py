@@ -205,6 +205,23 @@ def _exact(kb: ImageKnowledgeBase, queries: Tensor, k: int, progress: bool) -> T
     return merge_topk(results, offsets, k).indices
 
 
+class _ScoredOnce(ImageKnowledgeBase):
+    """A knowledge base that scores the same queries again and again, and reads each vector once for each of them."""
+
+    def __init__(self, kb: ImageKnowledgeBase):
+        super().__init__(kb.path, kb.manifest)
+        self._pairs = np.empty(0, np.int64)  # query and image as one number, rising
+        self._known = np.empty(0, np.float32)
+
+    def scores(self, queries: Tensor, query_ids: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        pairs = query_ids * len(self) + ids
+        new = np.setdiff1d(pairs, self._pairs)
+        places = np.searchsorted(self._pairs, new)
+        self._known = np.insert(self._known, places, super().scores(queries, *np.divmod(new, len(self))))
+        self._pairs = np.insert(self._pairs, places, new)
+        return self._known[np.searchsorted(self._pairs, pairs)]
+
+
 def _tune(
     kb: ImageKnowledgeBase,
     index: Any,
@@ -220,7 +237,7 @@ def _tune(
     half = len(queries) // 2
     best, least = None, float("inf")
     candidates = [number for number in CANDIDATES if limit is None or number * start.k <= limit]
-    searcher = FaissIndex(kb, index, start, device)
+    searcher = FaissIndex(_ScoredOnce(kb), index, start, device)
     while searches and candidates:
         tried = replace(start, search=searches[0], candidates=candidates[0])
         searcher.use(tried)

@@ -86,6 +86,29 @@ def test_more_recall_is_a_longer_search(kb):
     assert less.parameters.recall < more.parameters.recall
 
 
+def test_tuning_scores_each_candidate_of_a_query_once(kb, monkeypatch):
+    scored, searches = [], []
+    scores, search = ImageKnowledgeBase.scores, FaissIndex.search
+
+    def noted(kb, queries, query_ids, ids):
+        scored.extend(zip(query_ids.tolist(), ids.tolist(), strict=True))
+        return scores(kb, queries, query_ids, ids)
+
+    def compared(index, queries, k):
+        found = search(index, queries, k)
+        searches.append(search(FaissIndex(kb, index._index, index.parameters), queries, k))
+        assert torch.equal(found.indices, searches[-1].indices) and torch.equal(found.scores, searches[-1].scores)
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FaissIndex, "search", compared)
+        build_index(kb, queries(kb), "IVF32,SQ8", k=K, target_recall=0.9, progress=False)
+    assert len(searches) > 3
+    monkeypatch.setattr(ImageKnowledgeBase, "scores", noted)
+    build_index(kb, queries(kb), "IVF32,SQ8", k=K, target_recall=0.9, progress=False)
+    assert len(scored) == len(set(scored)) > len(queries(kb))
+
+
 def test_what_cannot_be_indexed_is_refused(kb):
     with pytest.raises(ValmError, match="needs queries to be tuned and measured on, got 1"):
         build_index(kb, queries(kb, 1), "IVF8,Flat", progress=False)
