@@ -31,6 +31,7 @@ from valm.knowledge_base.format import (
 )
 from valm.store.files import is_transient
 from valm.store.manifest import MANIFEST_FILE, damaged_files, file_entry, open_array, open_manifest
+from valm.store.memory import memory_limit, read_at_random
 from valm.text import one_line
 
 if TYPE_CHECKING:  # so that opening a knowledge base does not wait for torch
@@ -41,6 +42,9 @@ if TYPE_CHECKING:  # so that opening a knowledge base does not wait for torch
 # Shards mapped at once; a process may have 65,530 maps on Linux.
 OPEN_SHARDS = 1 << 14
 OPEN_TABLES = 16
+# Of vectors that take more than this share of the memory, the pages of rows farther apart than this are read alone.
+# What fits is there sooner if those around it are read too.
+SHARE_OF_MEMORY, APART = 0.5, 1 << 17
 
 
 class ImageKnowledgeBase:
@@ -56,6 +60,7 @@ class ImageKnowledgeBase:
         self._shards = [shard for shard in manifest["shards"] if shard["count"]]
         self._ends = np.cumsum([shard["count"] for shard in self._shards])
         self._vectors = functools.lru_cache(OPEN_SHARDS)(self._open_vectors)
+        self._sparse_vectors = functools.lru_cache(OPEN_SHARDS)(self._open_sparse_vectors)
         self._table = functools.lru_cache(OPEN_TABLES)(self._read_table)
 
     @classmethod
@@ -264,7 +269,17 @@ class ImageKnowledgeBase:
         begins = np.flatnonzero(np.diff(shards, prepend=-1)).tolist()
         for begin, end in pairwise([*begins, len(ids)]):
             shard = int(shards[begin])
-            yield order[begin:end], self._vectors(shard), ids[begin:end] - self._start(shard)
+            sparse = self._exceeds_memory and (end - begin) * APART < self._shards[shard]["count"] * self._row_bytes
+            vectors = (self._sparse_vectors if sparse else self._vectors)(shard)
+            yield order[begin:end], vectors, ids[begin:end] - self._start(shard)
+
+    @property
+    def _row_bytes(self) -> int:
+        return self.dim * np.dtype(np.float16).itemsize
+
+    @functools.cached_property
+    def _exceeds_memory(self) -> bool:
+        return len(self) * self._row_bytes > SHARE_OF_MEMORY * memory_limit()
 
     def _skipped(self, entry: dict[str, Any]) -> Iterator[Skipped]:
         for file in entry["files"]:
@@ -292,6 +307,11 @@ class ImageKnowledgeBase:
         # Python's map holds a file descriptor, and 1,024 is a common limit; Arrow's needs none once it is mapped
         with pa.memory_map(str(file)) as mapped:
             return np.frombuffer(mapped.read_buffer(), np.float16, offset=array.offset).reshape(array.shape)
+
+    def _open_sparse_vectors(self, shard: int) -> np.ndarray:
+        vectors = self._open_vectors(shard)  # a map of their own
+        read_at_random(vectors)
+        return vectors
 
     def _read_table(self, shard: int, kind: str) -> pa.Table | None:
         file = self._file(shard, kind)

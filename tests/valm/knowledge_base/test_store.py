@@ -12,6 +12,7 @@ from tests.valm.knowledge_base.inputs import COUNT, build_folder, contents
 from tests.valm.tiny_clip import make_clip
 from valm.clip.clip import WEIGHTS_FILE, Clip
 from valm.errors import ValmError
+from valm.knowledge_base import store
 from valm.knowledge_base.store import ImageKnowledgeBase
 
 
@@ -220,3 +221,18 @@ def test_a_manifest_alone_reaches_neither_the_network_nor_folders_elsewhere(copi
     else:
         kb.load_clip(allow_download=True)
         assert loaded == [source]
+
+
+def test_rows_far_apart_of_vectors_beyond_memory_are_read_alone(kb, monkeypatch):
+    asked = []
+    monkeypatch.setattr(store, "read_at_random", lambda vectors: asked.append(len(vectors)))
+    monkeypatch.setattr(store, "APART", 2 * kb.dim * 2)
+    everything = kb.gather(np.arange(len(kb)))
+    largest = max(shard["count"] for shard in kb.manifest["shards"])
+    row = next(at for at in range(len(kb)) if len(kb._vectors(kb._locate(at)[0])) == largest)
+    for limit, maps in ((1 << 40, []), (1, [largest])):
+        monkeypatch.setattr(store, "memory_limit", lambda limit=limit: limit)
+        opened = ImageKnowledgeBase.open(kb.path)
+        assert np.array_equal(opened.gather(np.arange(len(kb))), everything) and asked == []
+        for _ in range(2):
+            assert np.array_equal(opened.gather(np.array([row])), everything[[row]]) and asked == maps

@@ -1,0 +1,52 @@
+"""How much memory this process may use, and how its memory maps are read."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+def memory_limit(cgroups: Path = CGROUPS, own: Path = Path("/proc/self/cgroup")) -> int:
+    """Bytes of memory that this process may use, page cache included: the machine's, or less in a container."""
+    if not hasattr(os, "sysconf"):  # Windows
+        return sys.maxsize
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:  # not Linux
+        return limits[0]
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, name = cgroups, "memory.max"
+        elif "memory" in controllers.split(","):
+            root, name = cgroups / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):
+            # a container's own group may be mounted as the root
+            with suppress(OSError, ValueError):  # there is none, or "max"
+                limits.append(int((folder / name).read_text()))
+            if folder == root:
+                break
+    return min(limits)
+
+
+def read_at_random(array: np.ndarray) -> None:
+    """Tells the system that rows of a memory-mapped array are read here and there: it then reads their pages alone, and
+    not up to megabytes behind each. It changes how fast they are read, if anything."""
+    if not hasattr(mmap, "MADV_RANDOM"):  # Windows
+        return
+    start = array.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    madvise(start, array.ctypes.data + array.nbytes - start, mmap.MADV_RANDOM)
