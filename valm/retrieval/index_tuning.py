@@ -149,8 +149,8 @@ def captions(kb: ImageKnowledgeBase, images: int = CAPTIONED, seed: int = 0) -> 
 def context_queries(encoder: ContextEncoder, texts: Sequence[str], count: int = 2 * QUERIES, seed: int = 0) -> Tensor:
     """Up to `count` queries (Q, E) at random tokens of random `texts`, about TOKENS_PER_TEXT tokens of each.
 
-    Each line of a text is read separately. The two halves of the queries are of different texts, as `build_index`
-    needs.
+    Each line of a text is read separately, and its first token has no query. The two halves of the queries are of
+    different texts, as `build_index` needs.
 
     Raises:
         ValmError: there are fewer than two texts.
@@ -174,7 +174,8 @@ def _queries(encoder: ContextEncoder, texts: list[str], count: int, random: np.r
         some = texts[start : start + TEXTS_AT_ONCE]
         lines = [line for text in some for line in text.splitlines() if line.strip()]
         ids, mask = padded([prompt_ids(encoder.tokenizer, line) for line in lines])
-        found = encoder(ids, mask)[mask.bool()]
+        found = encoder(ids, mask)
+        found = found[found.any(-1)]  # neither padding nor first tokens, which nothing is searched for
         drawn = random.permutation(len(found))[: TOKENS_PER_TEXT * len(some)]
         queries.append(found[np.sort(drawn)])
         if sum(map(len, queries)) >= count:
