@@ -31,8 +31,8 @@ from valm.knowledge_base.format import (
 )
 from valm.store.files import is_transient
 from valm.store.manifest import MANIFEST_FILE, damaged_files, file_entry, open_array, open_manifest
-from valm.store.memory import memory_limit, read_at_random
 from valm.text import one_line
+from valm_kernels.memory_maps import exceeds_memory, read_at_random
 
 if TYPE_CHECKING:  # so that opening a knowledge base does not wait for torch
     from torch import Tensor
@@ -42,9 +42,8 @@ if TYPE_CHECKING:  # so that opening a knowledge base does not wait for torch
 # Shards mapped at once; a process may have 65,530 maps on Linux.
 OPEN_SHARDS = 1 << 14
 OPEN_TABLES = 16
-# Of vectors that take more than this share of the memory, the pages of rows farther apart than this are read alone.
-# What fits is there sooner if those around it are read too.
-SHARE_OF_MEMORY, APART = 0.5, 1 << 17
+# Of vectors that exceed the memory, the pages of rows that are farther apart than this many bytes are read alone.
+APART = 1 << 17
 
 
 class ImageKnowledgeBase:
@@ -279,7 +278,7 @@ class ImageKnowledgeBase:
 
     @functools.cached_property
     def _exceeds_memory(self) -> bool:
-        return len(self) * self._row_bytes > SHARE_OF_MEMORY * memory_limit()
+        return exceeds_memory(len(self) * self._row_bytes)
 
     def _skipped(self, entry: dict[str, Any]) -> Iterator[Skipped]:
         for file in entry["files"]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..locks import Lock
+from ..memory_maps import exceeds_memory, read_at_random
 from ..native import survives_fork
 from . import cpu, cuda
 from .api import search
@@ -391,6 +392,8 @@ class FlatIPIndex:
         if index._pack and index._device.type == "cpu":
             index._pack = "codes" in folder
             prepared = _read_packed_rows(folder, count, dim) if index._pack else None
+            if folder.mmap and prepared is not None and exceeds_memory(array.nbytes + prepared.codes.nbytes):
+                read_at_random(array)  # a search reads all codes, and few rows
         index._lock = Lock()
         index._stored = _Stored(index._laid_out(rows.to(index._home)), row_scale, row_ids, prepared, len(rows))
         return index

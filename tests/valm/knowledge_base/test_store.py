@@ -14,6 +14,7 @@ from valm.clip.clip import WEIGHTS_FILE, Clip
 from valm.errors import ValmError
 from valm.knowledge_base import store
 from valm.knowledge_base.store import ImageKnowledgeBase
+from valm_kernels import memory_maps
 
 
 def test_vectors_and_items(kb, folder, clip):
@@ -231,7 +232,7 @@ def test_rows_far_apart_of_vectors_beyond_memory_are_read_alone(kb, monkeypatch)
     largest = max(shard["count"] for shard in kb.manifest["shards"])
     row = next(at for at in range(len(kb)) if len(kb._vectors(kb._locate(at)[0])) == largest)
     for limit, maps in ((1 << 40, []), (1, [largest])):
-        monkeypatch.setattr(store, "memory_limit", lambda limit=limit: limit)
+        monkeypatch.setattr(memory_maps, "memory_limit", lambda limit=limit: limit)
         opened = ImageKnowledgeBase.open(kb.path)
         assert np.array_equal(opened.gather(np.arange(len(kb))), everything) and asked == []
         for _ in range(2):

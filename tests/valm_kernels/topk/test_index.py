@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from tests.valm_kernels.topk.databases import normals
-from valm_kernels import FlatIPIndex, ip_topk
+from valm_kernels import FlatIPIndex, ip_topk, memory_maps
 from valm_kernels.topk import cpu, storage
 from valm_kernels.topk import index as index_module
 
@@ -641,3 +641,19 @@ def test_dequantised_rows_are_a_copy():
     index.dequantised().neg_()
     after = index.search(normals(3, 8, seed=1), 4)
     assert torch.equal(before.scores, after.scores)
+
+
+@pytest.mark.parametrize(("limit", "pack", "alone"), [(1, True, True), (1, False, False), (1 << 40, True, False)])
+def test_rows_of_a_mapped_index_beyond_memory_are_read_alone(tmp_path, monkeypatch, limit, pack, alone):
+    """But not those of one without codes, which a search reads all."""
+    asked = []
+    monkeypatch.setattr(memory_maps, "memory_limit", lambda: limit)
+    monkeypatch.setattr(index_module, "read_at_random", lambda rows: asked.append(rows.shape))
+    rows = torch.randn(100, 16)
+    saved = FlatIPIndex(rows, pack=pack)
+    saved.save(tmp_path)
+    FlatIPIndex.load(tmp_path)
+    assert asked == []
+    loaded = FlatIPIndex.load(tmp_path, mmap=True)
+    assert asked == ([(100, 16)] if alone else [])
+    assert_same_answers(loaded, saved, rows[:3], 4)

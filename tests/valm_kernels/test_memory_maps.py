@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from valm.store.memory import memory_limit, read_at_random
+from valm_kernels.memory_maps import memory_limit, read_at_random
 
 MACHINE = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else sys.maxsize
 V1 = "5:cpu:/jobs\n4:memory:/jobs/one\n0::/\n"

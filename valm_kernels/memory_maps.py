@@ -1,4 +1,4 @@
-"""How much memory this process may use, and how its memory maps are read."""
+"""How memory maps are read that are larger than the memory."""
 
 from __future__ import annotations
 
@@ -12,6 +12,14 @@ from pathlib import Path
 import numpy as np
 
 CGROUPS = Path("/sys/fs/cgroup")
+# A map of more than this share of the memory is not expected to stay in it. What does is there sooner if the pages
+# around those that are asked for are read too.
+SHARE = 0.5
+
+
+def exceeds_memory(nbytes: int) -> bool:
+    """Whether rows of a map of so many bytes, read here and there, are better read alone (`read_at_random`)."""
+    return nbytes > SHARE * memory_limit()
 
 
 def memory_limit(cgroups: Path = CGROUPS, own: Path = Path("/proc/self/cgroup")) -> int:
