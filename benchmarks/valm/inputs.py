@@ -37,6 +37,7 @@ from valm.retrieval.retriever import VectorIndex
 TOWERS = {
     "RN50x16": {"embed_dim": 768, "width": 768, "heads": 12, "layers": 12},
     "ViT-B/32": {"embed_dim": 512, "width": 512, "heads": 8, "layers": 12},
+    "half of ViT-B/32": {"embed_dim": 256, "width": 256, "heads": 4, "layers": 12},
 }
 PICTURES = 1_000_000
 INT8 = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="int8 needs AVX-512 VNNI")
@@ -84,10 +85,10 @@ def token_rows(texts: Iterable[str], rows: int, length: int) -> torch.Tensor:
     return torch.tensor(ids[: rows * length]).reshape(rows, length)
 
 
-def real_vectors(tower: str) -> np.ndarray:
-    """Context queries of DBPedia's descriptions (2 REAL_VECTORS, E) float32, half of each kind: an aligned CLIP has its
+def real_vectors(tower: str, count: int = 2 * REAL_VECTORS) -> np.ndarray:
+    """Context queries of DBPedia's descriptions (count, E) float32, half of each kind: an aligned CLIP has its
     pictures where it has the texts that describe them."""
-    ids = token_rows((item.text for item in evaluation_set("dbpedia")), 2 * REAL_VECTORS // 512, 512)
+    ids = token_rows((item.text for item in evaluation_set("dbpedia")), count // 512, 512)
     queries = [
         ContextEncoder(clip(tower), query=query, dtype=torch.bfloat16)(part).flatten(0, 1)
         for query, part in zip(("eot", "state"), ids.chunk(2), strict=True)
