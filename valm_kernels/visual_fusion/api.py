@@ -197,10 +197,11 @@ def visual_fusion_attn(
             for the text, and one kernel that joins the images) if there are no images, or several queries and a long
             text, else "triton". Long is Tk D >= 2048 * 128, an estimate, until `make gpu-check` has measured it on such
             a card; of documents in cu_seqlens their mean length counts.
-            "flash+triton" needs float16 or bfloat16, D a multiple of 8, if causal one query or as many as keys, and
-            none of first_key, cache_seqlens and softcap; "auto" takes "triton" where that is not so. Its backward is
-            that of "triton" where lse or the weights of the images have a gradient, or with
-            `torch.use_deterministic_algorithms(True)`. A named implementation never falls back to another one.
+            "flash+triton" needs float16 or bfloat16, D a multiple of 8, as many queries as keys (if causal or with
+            cu_seqlens; a single query is causal with any keys), and none of first_key, cache_seqlens and softcap;
+            "auto" takes "triton" where that is not so. Its backward is that of "triton" where lse or the weights of the
+            images have a gradient, or with `torch.use_deterministic_algorithms(True)`. A named implementation never
+            falls back to another one.
             Under TRITON_INTERPRET=1 both Triton implementations take CPU tensors; bfloat16 is wrong there, as Triton's
             interpreter multiplies its bits. With VALM_KERNELS_AUTOTUNE=1 in the environment, "triton" tunes its tile
             sizes at the first call of each kind (device, dtype, sizes, layout and options), and caches them on disk.
