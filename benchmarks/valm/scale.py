@@ -119,7 +119,7 @@ def run(command: Sequence[str | Path], folder: Path | None = None, killed_at: Se
             result.seen |= dict.fromkeys(new, result.seconds + time.perf_counter() - start)
             if left and any(fnmatch(name, left[0]) for name in new):
                 process.kill()
-                killed = True
+                killed = process.wait() == -signal.SIGKILL
         result.output = process.communicate()[0]
         result.seconds += time.perf_counter() - start
         if killed:
@@ -289,9 +289,9 @@ def search(folder: Path, images: int) -> None:
     index = FaissIndex.open(kb)
     index.search(queries, K)
     tuned = int(parameters.search.removeprefix("nprobe="))
-    ladder = _ladder(4 * tuned)
-    place = ladder.index(tuned)
-    for name, cells in zip(("fewer cells", "tuned", "more cells"), ladder[place - 1 : place + 2], strict=True):
+    steps = {"fewer cells": [cells for cells in _ladder(tuned) if cells < tuned][-1:], "tuned": [tuned]}
+    steps["more cells"] = [cells for cells in _ladder(4 * tuned) if cells > tuned][:1]
+    for name, cells in ((name, cells) for name, some in steps.items() for cells in some):
         index.use(replace(parameters, search=f"nprobe={cells}"))
         answer(name, cells=cells, recall=recall(index.search(queries, K).indices, truth))
         for batch in BATCHES:

@@ -39,8 +39,8 @@ if TYPE_CHECKING:  # so that opening a knowledge base does not wait for torch
 
     from valm.clip.clip import Clip
 
-# Shards mapped at once; a process may have 65,530 maps on Linux.
-OPEN_SHARDS = 1 << 14
+# Shards mapped at once, each of them twice at most; a process may have 65,530 maps on Linux.
+OPEN_SHARDS = 1 << 13
 OPEN_TABLES = 16
 # Of vectors that exceed the memory, the pages of rows that are farther apart than this many bytes are read alone.
 APART = 1 << 17

@@ -207,7 +207,7 @@ def _exact(kb: ImageKnowledgeBase, queries: Tensor, k: int, progress: bool) -> T
 
 
 class _ScoredOnce(ImageKnowledgeBase):
-    """A knowledge base that scores the same queries again and again, and reads each vector once for each of them."""
+    """A knowledge base that is given the same queries again and again, and reads each vector once for each of them."""
 
     def __init__(self, kb: ImageKnowledgeBase):
         super().__init__(kb.path, kb.manifest)
