@@ -121,7 +121,7 @@ def private_imports(root: Path) -> set[str]:
     # how files are written and read and threads share an object, in both; and the passes of int8 layers, which are no
     # public operation
     files = ("valm_kernels.atomic_files", "valm_kernels.checksums", "valm_kernels.json_files")
-    shared = (*files, "valm_kernels.locks", "valm_kernels.int8_rows")
+    shared = (*files, "valm_kernels.memory_maps", "valm_kernels.locks", "valm_kernels.int8_rows")
     found = {target for file in modules(root, "valm").values() for target in imports(file)}
     return {t for t in found if t.partition(".")[0] == "valm_kernels" and not t.startswith(shared)} - public
 

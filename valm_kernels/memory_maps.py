@@ -8,8 +8,10 @@ import os
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 CGROUPS = Path("/sys/fs/cgroup")
 # A map of more than this share of the memory is not expected to stay in it. What does is there sooner if the pages
