@@ -26,9 +26,10 @@ def exceeds_memory(nbytes: int) -> bool:
 
 def memory_limit(cgroups: Path = CGROUPS, own: Path = Path("/proc/self/cgroup")) -> int:
     """Bytes of memory that this process may use, page cache included: the machine's, or less in a container."""
-    if not hasattr(os, "sysconf"):  # Windows
+    try:
+        limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    except (AttributeError, ValueError):  # Windows has no sysconf, and not every system knows these names
         return sys.maxsize
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     try:
         lines = own.read_text(errors="surrogateescape").splitlines()
     except OSError:  # not Linux

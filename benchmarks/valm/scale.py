@@ -12,13 +12,20 @@ that users give.
 
 `data` makes the vectors from real context queries (`benchmarks.valm.inputs.perturbed`) in clip-retrieval's layout,
 `build` makes a knowledge base of the first of them, `index` indexes and searches it, `exact` searches it exactly from
-the disk, `nodes` by two nodes of a Ray cluster, and `corpus` retrieves a million tokens and trains on them. `--kill`
-kills each command in the middle and gives it again. Each measurement is a line of FILE as soon as it is there.
+the disk, `nodes` by two nodes of a Ray cluster, and `corpus` retrieves the images of two million tokens, or of the
+first --corpus-bytes of their text, and trains on them. `--kill` kills each command on its way and gives it again. Each
+measurement is a line of FILE as soon as it is there.
 
 Memory is capped from outside, page cache included; as root with version 1 of cgroups:
 
     mkdir /sys/fs/cgroup/memory/8g; echo 8G > /sys/fs/cgroup/memory/8g/memory.limit_in_bytes
     echo $$ > /sys/fs/cgroup/memory/8g/cgroup.procs
+
+The cluster of `nodes` has a head without cores and three nodes, each in a group of its own: two search, and one is
+there for the one that is killed.
+
+    ray start --head --port 6399 --num-cpus 0 --object-store-memory 200000000
+    ray start --address 127.0.0.1:6399 --num-cpus 1 --object-store-memory 200000000      # three times
 
 The memory reported is what the process cannot give back, its anonymous pages, at most. Nothing else should run.
 """
@@ -86,6 +93,12 @@ class Results:
                 shown = f"{value:.4g}" if isinstance(value, float) else str(value)
                 writer.writerow([self.images, step, quantity, shown, machine()])
                 print(f"{self.images:>11,}  {step:24} {quantity:32} {shown}", flush=True)
+
+    def add_answers(self, output: str) -> None:
+        """Adds what a process printed by `answer`."""
+        for line in output.splitlines():
+            step, quantities = json.loads(line)
+            self.add(step, **quantities)
 
 
 @dataclass
@@ -231,9 +244,7 @@ def measure_index(
     size = (kb / "index.faiss").stat().st_size
     results.add("index", **{"bytes of index.faiss": size})
     searched = run([sys.executable, "-m", __spec__.name, "search", folder, "--images", str(images)])
-    for line in searched.output.splitlines():
-        step, quantities = json.loads(line)
-        results.add(step, **quantities)
+    results.add_answers(searched.output)
     results.add("search", peak_mb=searched.peak_mb)
 
 
@@ -263,8 +274,7 @@ def search(folder: Path, images: int) -> None:
 
     from valm.knowledge_base.store import ImageKnowledgeBase
     from valm.retrieval.faiss_index import FaissIndex
-    from valm.retrieval.index_tuning import _ladder, recall
-    from valm_kernels import FlatIPIndex, merge_topk
+    from valm.retrieval.index_tuning import _exact, _ladder, recall
 
     queries = torch.from_numpy(np.load(folder / "queries.npy"))
     for batch in BATCHES:
@@ -277,21 +287,18 @@ def search(folder: Path, images: int) -> None:
         gc.collect()  # a knowledge base holds itself
     kb = ImageKnowledgeBase.open(folder / f"kb-{images}")
     start = time.perf_counter()
-    found, offsets = [], [0]
-    for vectors in kb.shards():
-        found.append(FlatIPIndex(vectors, pack=False).search(queries, K))
-        offsets.append(offsets[-1] + len(vectors))
-    truth = merge_topk(found, offsets[:-1], K).indices
+    truth = _exact(kb, queries, K, progress=False)
     answer("exact answers", seconds=time.perf_counter() - start, queries=len(queries))
-    parameters = FaissIndex.open(kb).parameters
+    index = FaissIndex.open(kb)
+    parameters = index.parameters
     answer("tuned", factory=parameters.factory, search=parameters.search, candidates=parameters.candidates)
     answer("tuned", recall_when_made=parameters.recall, trained_on=parameters.trained_on)
-    index = FaissIndex.open(kb)
     index.search(queries, K)
     tuned = int(parameters.search.removeprefix("nprobe="))
-    steps = {"fewer cells": [cells for cells in _ladder(tuned) if cells < tuned][-1:], "tuned": [tuned]}
-    steps["more cells"] = [cells for cells in _ladder(4 * tuned) if cells > tuned][:1]
-    for name, cells in ((name, cells) for name, some in steps.items() for cells in some):
+    ladder = _ladder(4 * tuned)
+    fewer, more = [cells for cells in ladder if cells < tuned], [cells for cells in ladder if cells > tuned]
+    neighbours = [*(("fewer cells", cells) for cells in fewer[-1:]), *(("more cells", cells) for cells in more[:1])]
+    for name, cells in (("tuned", tuned), *neighbours):
         index.use(replace(parameters, search=f"nprobe={cells}"))
         answer(name, cells=cells, recall=recall(index.search(queries, K).indices, truth))
         for batch in BATCHES:
@@ -319,9 +326,7 @@ def forget(folder: Path) -> None:
 def measure_exact(folder: Path, images: int, results: Results) -> None:
     for step in ("save", "mapped"):
         done = run([sys.executable, "-m", __spec__.name, f"exact-{step}", folder, "--images", str(images)])
-        for line in done.output.splitlines():
-            name, quantities = json.loads(line)
-            results.add(name, **quantities)
+        results.add_answers(done.output)
         results.add(f"exact, {step}", peak_mb=done.peak_mb)
 
 
@@ -385,12 +390,16 @@ def bytes_read() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
 
 
-def measure_corpus(folder: Path, images: int, results: Results, killed_at: Mapping[str, list[str]]) -> None:
-    kb = folder / f"kb-{images}"
+def measure_corpus(
+    folder: Path, images: int, results: Results, killed_at: Mapping[str, list[str]], most_bytes: int
+) -> None:
+    kb, corpus = folder / f"kb-{images}", folder / "corpus-part.txt"
+    whole = (folder / "corpus.txt").read_bytes()
+    corpus.write_bytes(whole[: whole.rfind(b"\n", 0, most_bytes)] if len(whole) > most_bytes else whole)
     retrieval, model = folder / "retrieval", folder / "model"
     for out in (retrieval, model):
         shutil.rmtree(out, ignore_errors=True)
-    command = valm("retrieve", folder / "corpus.txt", "--kb", kb, "--clip", folder / "clip", "--out", retrieval)
+    command = valm("retrieve", corpus, "--kb", kb, "--clip", folder / "clip", "--out", retrieval)
     found = run(command, retrieval, killed_at["retrieve"])
     tokens = json.loads((retrieval / "manifest.json").read_text())["tokens"]
     results.add("retrieve", seconds=found.seconds, peak_mb=found.peak_mb, kills=found.kills, tokens=tokens)
@@ -456,6 +465,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("scale.csv"))
     parser.add_argument("--kill", action="store_true", help="kill each command in the middle, and give it again")
     parser.add_argument("--factory", help="of the index, instead of that which its size chooses")
+    parser.add_argument("--corpus-bytes", type=int, default=1 << 30, help="of the text that `corpus` retrieves for")
     parser.add_argument("--ray", help="HOST:PORT of the cluster of `nodes`")
     given = parser.parse_args()
     folder, images, results = given.folder.absolute(), given.images, Results(given.results, given.images)
@@ -471,7 +481,7 @@ def main() -> None:
     elif given.step == "nodes":
         measure_nodes(folder, images, results, given.ray)
     elif given.step == "corpus":
-        measure_corpus(folder, images, results, killed_at)
+        measure_corpus(folder, images, results, killed_at, given.corpus_bytes)
     elif given.step == "table":
         print(table(given.folder))
     elif given.step == "search":

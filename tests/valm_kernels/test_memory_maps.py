@@ -23,6 +23,7 @@ V2 = "0::/jobs/one\n"
         (V1, {"memory.max": "4096\n"}, 4096),
         (V2, {"jobs/one/memory.max": "max\n", "jobs/memory.max": "4096\n"}, 4096),
         (V2, {"jobs/one/memory.max": "8192\n", "jobs/memory.max": "4096\n"}, 4096),
+        ("0::/caf\udce9\n", {"memory.max": "4096\n"}, 4096),  # not UTF-8
         (V2, {"other/memory.max": "4096\n"}, MACHINE),
         (V2, {}, MACHINE),
         (None, {"memory.max": "4096\n"}, MACHINE),
@@ -34,7 +35,7 @@ def test_the_limit_is_the_least_of_the_machine_and_the_groups(tmp_path, own, fil
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(content)
     if own is not None:
-        (tmp_path / "own").write_text(own)
+        (tmp_path / "own").write_text(own, errors="surrogateescape")
     assert memory_limit(tmp_path / "cgroups", tmp_path / "own") == limit
 
 

@@ -62,9 +62,10 @@ def refusal(inputs: Inputs) -> str | None:
         return "does not take cache_seqlens or softcap"
     if inputs.first_key is not None and inputs.cu_seqlens is None:
         return "does not take first_key, only documents as cu_seqlens"
-    if (_is_causal(inputs) or inputs.cu_seqlens is not None) and q.shape[2] != k.shape[2]:
-        needed = "as many queries as keys with cu_seqlens, or one query or as many with causal=True"
-        return f"needs {needed}, not {q.shape[2]} and {k.shape[2]}"
+    if inputs.cu_seqlens is not None and q.shape[2] != k.shape[2]:
+        return f"needs as many queries as keys with cu_seqlens, not {q.shape[2]} and {k.shape[2]}"
+    if _is_causal(inputs) and q.shape[2] != k.shape[2]:
+        return f"needs one query, or as many as keys, with causal=True, not {q.shape[2]} and {k.shape[2]}"
     if not torch.compiler.is_compiling() and not serves(active := active_implementation(), q.device, q.shape[3]):
         if active in SERVED:
             remedy = "call torch.nn.attention.restore_flash_attention_impl()"

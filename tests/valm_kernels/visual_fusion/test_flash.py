@@ -1,7 +1,6 @@
 """When flash attention takes the text of a CUDA call, and how PyTorch's operators are called, without a card."""
 
 import json
-import re
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -217,14 +216,14 @@ def test_text_alone_on_cuda_takes_flash_attention_at_any_length(monkeypatch):
         (replace(DOCUMENTS, first_key="random"), {}, "does not take first_key, only documents as cu_seqlens"),
         (replace(GROUPED, seqlens=True), {}, "cache_seqlens"),
         (replace(GROUPED, softcap=2.0), {}, "softcap"),
-        (replace(GROUPED, prefix=3), {}, "one query or as many with causal=True, not 16 and 19"),
-        (replace(DOCUMENTS, num_queries=1, prefix=7), {}, "as many queries as keys with cu_seqlens, .*, not 1 and 8"),
+        (replace(GROUPED, prefix=3), {}, "one query, or as many as keys, with causal=True, not 16 and 19"),
+        (replace(DOCUMENTS, num_queries=1, prefix=7), {}, "as many queries as keys with cu_seqlens, not 1 and 8"),
     ],
 )
 def test_what_flash_attention_cannot_do_is_refused(monkeypatch, problem, options, message):
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # CPU tensors are then accepted
     monkeypatch.setattr(api, "HAS_TRITON", True)
-    assert re.search(message, flash.refusal(checked(problem, **options)))
+    assert message in flash.refusal(checked(problem, **options))
     with pytest.raises(ValueError, match=message):
         visual_fusion_attn(**problem.inputs(options.get("dtype", torch.float16)), impl="flash+triton")
 
