@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 import os
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,9 +56,27 @@ def memory_limit(cgroups: Path = CGROUPS, own: Path = Path("/proc/self/cgroup"))
 def read_at_random(array: np.ndarray) -> None:
     """Tells the system that rows of a memory-mapped array are read here and there: it then reads their pages alone, and
     not up to megabytes behind each. It changes how fast they are read, if anything."""
-    if not hasattr(mmap, "MADV_RANDOM"):  # Windows
+    if hasattr(mmap, "MADV_RANDOM"):  # not on Windows
+        start = array.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
+        _madvise()(start, array.ctypes.data + array.nbytes - start, mmap.MADV_RANDOM)
+
+
+def read_ahead(array: np.ndarray, rows: np.ndarray) -> None:
+    """Tells the system that these rows of a memory-mapped array are read next: it begins to read the pages of all of
+    them, where threads that touch them would wait for one after the other."""
+    if not hasattr(mmap, "MADV_WILLNEED"):  # Windows
         return
-    start = array.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
+    import numpy as np
+
+    madvise, size = _madvise(), array.strides[0]
+    starts = array.ctypes.data + np.unique(rows) * size
+    pages = starts & -mmap.PAGESIZE
+    for page, nbytes in zip(pages.tolist(), (starts + size - pages).tolist(), strict=True):
+        madvise(page, nbytes, mmap.MADV_WILLNEED)
+
+
+@functools.cache
+def _madvise() -> Any:
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    madvise(start, array.ctypes.data + array.nbytes - start, mmap.MADV_RANDOM)
+    return madvise

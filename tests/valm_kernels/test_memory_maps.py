@@ -1,12 +1,14 @@
+import ctypes
 import mmap
 import os
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from valm_kernels.memory_maps import memory_limit, read_at_random
+from valm_kernels.memory_maps import memory_limit, read_ahead, read_at_random
 
 MACHINE = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else sys.maxsize
 V1 = "5:cpu:/jobs\n4:memory:/jobs/one\n0::/\n"
@@ -59,3 +61,32 @@ def test_a_map_is_read_at_random(tmp_path):
     array, other = np.memmap(file, np.uint8, "r", offset=100), np.memmap(file, np.uint8, "r")
     read_at_random(array)
     assert advised(array) and not advised(other)
+
+
+def resident(array: np.ndarray) -> list[bool]:
+    """Whether each page of a map is in memory."""
+    found = (ctypes.c_ubyte * (array.nbytes // mmap.PAGESIZE))()
+    mincore = ctypes.CDLL(None).mincore
+    mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+    assert mincore(array.ctypes.data, array.nbytes, found) == 0
+    return [bool(page & 1) for page in found]
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="drops the file from the page cache")
+def test_rows_read_ahead_are_in_memory_soon_and_alone(tmp_path):
+    pages, width = 64, mmap.PAGESIZE // 4
+    file = tmp_path / "rows"
+    with file.open("wb") as opened:
+        opened.write(bytes(pages * mmap.PAGESIZE))
+        opened.flush()
+        os.fsync(opened.fileno())
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    array = np.memmap(file, np.uint8, "r").reshape(-1, width)
+    if any(resident(array)):
+        pytest.skip("a file system in memory")
+    read_at_random(array)
+    read_ahead(array, np.array([0, 1, 4 * 20 + 3, 4 * 63]))
+    end = time.monotonic() + 10
+    while sum(resident(array)) < 3 and time.monotonic() < end:
+        time.sleep(0.01)
+    assert [page for page, there in enumerate(resident(array)) if there] == [0, 20, 63]

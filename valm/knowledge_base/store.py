@@ -32,7 +32,7 @@ from valm.knowledge_base.format import (
 from valm.store.files import is_transient
 from valm.store.manifest import MANIFEST_FILE, damaged_files, file_entry, open_array, open_manifest
 from valm.text import one_line
-from valm_kernels.memory_maps import exceeds_memory, read_at_random
+from valm_kernels.memory_maps import exceeds_memory, read_ahead, read_at_random
 
 if TYPE_CHECKING:  # so that opening a knowledge base does not wait for torch
     from torch import Tensor
@@ -42,8 +42,11 @@ if TYPE_CHECKING:  # so that opening a knowledge base does not wait for torch
 # Shards mapped at once, each of them twice at most; a process may have 65,530 maps on Linux.
 OPEN_SHARDS = 1 << 13
 OPEN_TABLES = 16
-# Of vectors that exceed the memory, the pages of rows that are farther apart than this many bytes are read alone.
-APART = 1 << 17
+# Of vectors that exceed the memory, the pages of rows that are farther apart than this many bytes are read alone: a
+# disk that reads 1.5 GB/s one after the other, and 70,000 pages a second here and there, is as fast at 21 kB.
+APART = 1 << 15
+# Shards whose rows are on their way from the disk at once.
+SHARDS_AHEAD = 256
 
 
 class ImageKnowledgeBase:
@@ -266,11 +269,19 @@ class ImageKnowledgeBase:
         ids = ids[order]
         shards = np.searchsorted(self._ends, ids, side="right")
         begins = np.flatnonzero(np.diff(shards, prepend=-1)).tolist()
-        for begin, end in pairwise([*begins, len(ids)]):
-            shard = int(shards[begin])
-            sparse = self._exceeds_memory and (end - begin) * APART < self._shards[shard]["count"] * self._row_bytes
-            vectors = (self._sparse_vectors if sparse else self._vectors)(shard)
-            yield order[begin:end], vectors, ids[begin:end] - self._start(shard)
+        parts = list(pairwise([*begins, len(ids)]))
+        for first in range(0, len(parts), SHARDS_AHEAD):
+            ahead = []
+            for begin, end in parts[first : first + SHARDS_AHEAD]:
+                shard = int(shards[begin])
+                rows = ids[begin:end] - self._start(shard)
+                if self._exceeds_memory and len(rows) * APART < self._shards[shard]["count"] * self._row_bytes:
+                    vectors = self._sparse_vectors(shard)
+                    read_ahead(vectors, rows)
+                else:
+                    vectors = self._vectors(shard)
+                ahead.append((order[begin:end], vectors, rows))
+            yield from ahead
 
     @property
     def _row_bytes(self) -> int:

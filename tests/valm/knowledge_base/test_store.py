@@ -237,3 +237,22 @@ def test_rows_far_apart_of_vectors_beyond_memory_are_read_alone(kb, monkeypatch)
         assert np.array_equal(opened.gather(np.arange(len(kb))), everything) and asked == []
         for _ in range(2):
             assert np.array_equal(opened.gather(np.array([row])), everything[[row]]) and asked == maps
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 256])
+def test_rows_of_many_shards_are_on_their_way_before_the_first_is_read(kb, monkeypatch, ahead):
+    asked, ids = [], np.random.default_rng(0).permutation(len(kb))
+    everything = kb.gather(ids)
+    monkeypatch.setattr(store, "read_ahead", lambda vectors, rows: asked.append(len(rows)))
+    monkeypatch.setattr(store, "APART", 0)
+    monkeypatch.setattr(store, "SHARDS_AHEAD", ahead)
+    monkeypatch.setattr(memory_maps, "memory_limit", lambda: 1)
+    opened = ImageKnowledgeBase.open(kb.path)
+    counts = [shard["count"] for shard in kb.manifest["shards"] if shard["count"]]
+    seen = []
+    for places, vectors, rows in opened._by_shard(ids):
+        seen.append(len(rows))
+        assert np.array_equal(vectors[rows], everything[places])
+        assert asked == counts[: ahead * -(-len(seen) // ahead)]
+    assert seen == asked == counts and len(counts) > 2
+    assert np.array_equal(opened.gather(ids), everything)
