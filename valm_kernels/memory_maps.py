@@ -62,14 +62,12 @@ def read_at_random(array: np.ndarray) -> None:
 
 
 def read_ahead(array: np.ndarray, rows: np.ndarray) -> None:
-    """Tells the system that these rows of a memory-mapped array are read next: it begins to read the pages of all of
-    them, where threads that touch them would wait for one after the other."""
+    """Tells the system that these rows (n,) int64 of a memory-mapped array are read next: it begins to read the pages
+    of all of them, where threads that touch them would wait for one after the other."""
     if not hasattr(mmap, "MADV_WILLNEED"):  # Windows
         return
-    import numpy as np
-
     madvise, size = _madvise(), array.strides[0]
-    starts = array.ctypes.data + np.unique(rows) * size
+    starts = array.ctypes.data + rows * size
     pages = starts & -mmap.PAGESIZE
     for page, nbytes in zip(pages.tolist(), (starts + size - pages).tolist(), strict=True):
         madvise(page, nbytes, mmap.MADV_WILLNEED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import mmap
 import os
 from collections.abc import Iterator
 from itertools import pairwise
@@ -43,10 +44,11 @@ if TYPE_CHECKING:  # so that opening a knowledge base does not wait for torch
 OPEN_SHARDS = 1 << 13
 OPEN_TABLES = 16
 # Of vectors that exceed the memory, the pages of rows that are farther apart than this many bytes are read alone. A
-# disk that reads 1.5 GB/s one after the other, and 70,000 pages a second here and there, is as fast at 21 kB; but pages
-# that are read alone stay in the cache, from where the next search needs many of them again.
-APART = 1 << 14
-# Shards whose rows are on their way from the disk at once.
+# disk that reads 1.5 GB/s one after the other, and 70,000 pages a second here and there, is as fast at 5 pages; a
+# slower disk at more. But pages that are read alone stay in the cache, and the next search needs many of them again.
+APART = 4 * mmap.PAGESIZE
+# Of such rows, so many are on their way from the disk at once, from no more shards: each is a map.
+ROWS_AHEAD = 1 << 16
 SHARDS_AHEAD = 256
 
 
@@ -258,7 +260,7 @@ class ImageKnowledgeBase:
 
     def _by_shard(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """For each shard that holds some of `ids` (n,): their positions in `ids`, sorted by row; the shard's vectors;
-        and their rows in it.
+        and their rows in it. The next shards are opened before, and what is to be read of them is on its way.
 
         Raises:
             IndexError: an id is out of range.
@@ -270,20 +272,22 @@ class ImageKnowledgeBase:
         ids = ids[order]
         shards = np.searchsorted(self._ends, ids, side="right")
         begins = np.flatnonzero(np.diff(shards, prepend=-1)).tolist()
-        parts = list(pairwise([*begins, len(ids)]))
-        for first in range(0, len(parts), SHARDS_AHEAD):
-            ahead = []
-            for begin, end in parts[first : first + SHARDS_AHEAD]:
-                shard = int(shards[begin])
-                rows = ids[begin:end] - self._start(shard)
-                different = np.count_nonzero(np.diff(rows)) + 1
-                if self._exceeds_memory and different * APART < self._shards[shard]["count"] * self._row_bytes:
-                    vectors = self._sparse_vectors(shard)
-                    read_ahead(vectors, rows)
-                else:
-                    vectors = self._vectors(shard)
-                ahead.append((order[begin:end], vectors, rows))
-            yield from ahead
+        opened, ahead = [], 0
+        for begin, end in pairwise([*begins, len(ids)]):
+            shard = int(shards[begin])
+            rows = ids[begin:end] - self._start(shard)
+            distinct = np.unique(rows)
+            if self._exceeds_memory and len(distinct) * APART < self._shards[shard]["count"] * self._row_bytes:
+                vectors = self._sparse_vectors(shard)
+                read_ahead(vectors, distinct)
+                ahead += len(distinct)
+            else:
+                vectors = self._vectors(shard)
+            opened.append((order[begin:end], vectors, rows))
+            if ahead >= ROWS_AHEAD or len(opened) == SHARDS_AHEAD:
+                yield from opened
+                opened, ahead = [], 0
+        yield from opened
 
     @property
     def _row_bytes(self) -> int:

@@ -235,24 +235,26 @@ def test_rows_far_apart_of_vectors_beyond_memory_are_read_alone(kb, monkeypatch)
         monkeypatch.setattr(memory_maps, "memory_limit", lambda limit=limit: limit)
         opened = ImageKnowledgeBase.open(kb.path)
         assert np.array_equal(opened.gather(np.arange(len(kb))), everything) and asked == []
-        for times in (1, len(kb)):  # a row counts once
+        for times in (len(kb), 1):  # a row counts once
             assert np.array_equal(opened.gather(np.full(times, row)), everything[[row] * times]) and asked == maps
 
 
-@pytest.mark.parametrize("ahead", [1, 2, 256])
-def test_rows_of_many_shards_are_on_their_way_before_the_first_is_read(kb, monkeypatch, ahead):
-    asked, ids = [], np.random.default_rng(0).permutation(len(kb))
+@pytest.mark.parametrize(
+    ("limit", "value", "ahead"), [("SHARDS", 1, 1), ("SHARDS", 2, 2), ("ROWS", 1, 1), ("", 0, 256)]
+)
+def test_rows_of_many_shards_are_on_their_way_before_the_first_is_read(kb, monkeypatch, limit, value, ahead):
+    asked, ids = [], np.random.default_rng(0).permutation(len(kb)).repeat(2)
     everything = kb.gather(ids)
-    monkeypatch.setattr(store, "read_ahead", lambda vectors, rows: asked.append(len(rows)))
+    monkeypatch.setattr(store, "read_ahead", lambda vectors, rows: asked.append(vectors[rows]))
     monkeypatch.setattr(store, "APART", 0)
-    monkeypatch.setattr(store, "SHARDS_AHEAD", ahead)
+    if limit:
+        monkeypatch.setattr(store, f"{limit}_AHEAD", value)
     monkeypatch.setattr(memory_maps, "memory_limit", lambda: 1)
     opened = ImageKnowledgeBase.open(kb.path)
     counts = [shard["count"] for shard in kb.manifest["shards"] if shard["count"]]
-    seen = []
-    for places, vectors, rows in opened._by_shard(ids):
-        seen.append(len(rows))
+    for number, (places, vectors, rows) in enumerate(opened._by_shard(ids)):
         assert np.array_equal(vectors[rows], everything[places])
-        assert asked == counts[: ahead * -(-len(seen) // ahead)]
-    assert seen == asked == counts and len(counts) > 2
+        assert np.array_equal(asked[number], everything[places][::2])  # a row once
+        assert len(asked) == min(len(counts), ahead * (number // ahead + 1))
+    assert [len(rows) for rows in asked] == counts and len(counts) > 2
     assert np.array_equal(opened.gather(ids), everything)
