@@ -12,7 +12,7 @@ that users give.
 
 `data` makes the vectors from real context queries (`benchmarks.valm.inputs.perturbed`) in clip-retrieval's layout,
 `build` makes a knowledge base of the first of them, `index` indexes and searches it, `exact` searches it exactly from
-the disk, `nodes` by two nodes of a Ray cluster, and `corpus` retrieves the images of two million tokens, or of the
+the disk, `nodes` by two nodes of a Ray cluster, and `corpus` retrieves the images of 1.1 million tokens, or of the
 first --corpus-bytes of their text, and trains on them. `--kill` kills each command on its way and gives it again. Each
 measurement is a line of FILE as soon as it is there.
 
