@@ -83,7 +83,10 @@ def training_step(
         assert abs(seeing - (1.0 if min_score is None else 1 - min_score)) < 0.05
 
     def step() -> torch.Tensor:
-        inputs = {name: tensor.to(device) for name, tensor in collate([*documents]).items()}
+        inputs = {
+            name: value.to(device) if isinstance(value, torch.Tensor) else value  # max_seqlen is a number
+            for name, value in collate([*documents]).items()
+        }
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = model(**inputs).loss
         loss.backward()
