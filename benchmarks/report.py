@@ -99,7 +99,7 @@ EPYC_WHOLE = "whole-model-epyc-2-cores.csv"
 # What a file of results has, and where it was measured; a file without a title has its name.
 TITLES = {
     XEON: "All benchmarks, Intel Xeon",
-    "cpu-epyc-2-cores.csv": "Attention and small searches, AMD EPYC",
+    "cpu-epyc-2-cores.csv": "All benchmarks without `--full`, AMD EPYC",
     EPYC_TOPK: "Searches, AMD EPYC",
     EPYC_WHOLE: "The whole model, AMD EPYC",
     "memory-epyc-2-cores.csv": "A memory of the text, AMD EPYC",
