@@ -3,26 +3,27 @@ that users give.
 
     export VALM_EVAL_DATA=...                                       # DBPedia, AG News and LAMBADA
     python -m benchmarks.valm.scale data FOLDER --images 20000000
-    python -m benchmarks.valm.scale build FOLDER --images 1000000 --results FILE     # and again for other sizes
-    python -m benchmarks.valm.scale index FOLDER --images 1000000 --results FILE
-    python -m benchmarks.valm.scale exact FOLDER --images 20000000 --results FILE
-    python -m benchmarks.valm.scale nodes FOLDER --images 20000000 --results FILE --ray HOST:PORT
+    python -m benchmarks.valm.scale build FOLDER --images 20000000 --results FILE --kill     # others without --kill
+    python -m benchmarks.valm.scale index FOLDER --images 20000000 --results FILE --kill
+    python -m benchmarks.valm.scale exact FOLDER --images 20000000 --results FILE --kill
+    python -m benchmarks.valm.scale nodes FOLDER --images 20000000 --results FILE --ray HOST:PORT     # after exact
     python -m benchmarks.valm.scale corpus FOLDER --images 20000000 --results FILE --kill
     python -m benchmarks.valm.scale table FILE
 
 `data` makes the vectors from real context queries (`benchmarks.valm.inputs.perturbed`) in clip-retrieval's layout,
-`build` makes a knowledge base of the first of them, `index` indexes and searches it, `exact` searches it exactly from
-the disk, `nodes` by two nodes of a Ray cluster, and `corpus` retrieves the images of 1.1 million tokens, or of the
-first --corpus-bytes of their text, and trains on them. `--kill` kills each command on its way and gives it again. Each
-measurement is a line of FILE as soon as it is there.
+`build` makes a knowledge base of the first of them, `index` indexes (as --factory says) and searches it, `exact`
+searches it exactly from the disk, `nodes` by two nodes of a Ray cluster, and `corpus` retrieves the images of 1.1
+million tokens, or of the first --corpus-bytes of their text, and trains on them. `--kill` kills each command on its
+way and gives it again; 1 and 5 million images are too few for it. Each measurement is a line of FILE as soon as it is
+there.
 
 Memory is capped from outside, page cache included; as root with version 1 of cgroups:
 
     mkdir /sys/fs/cgroup/memory/8g; echo 8G > /sys/fs/cgroup/memory/8g/memory.limit_in_bytes
     echo $$ > /sys/fs/cgroup/memory/8g/cgroup.procs
 
-The cluster of `nodes` has a head without cores and three nodes, each in a group of its own: two search, and one is
-there for the one that is killed.
+The cluster of `nodes` has a head without cores, where the command runs, and three nodes, each in a group of its own:
+two search, and one is there for the one that is killed.
 
     ray start --head --port 6399 --num-cpus 0 --object-store-memory 200000000
     ray start --address 127.0.0.1:6399 --num-cpus 1 --object-store-memory 200000000      # three times
@@ -71,6 +72,7 @@ POLL_SECONDS = 0.1
 KILLED_AT = {
     "build": ["vectors-00005.npy"],
     "index": ["cells-03.npy", "part-*-00009.npy"],
+    "exact": ["rows-*"],
     "retrieve": ["shard-00000.json"],
     "train": ["checkpoint-50"],
 }
@@ -323,11 +325,12 @@ def forget(folder: Path) -> None:
             os.close(descriptor)
 
 
-def measure_exact(folder: Path, images: int, results: Results) -> None:
-    for step in ("save", "mapped"):
-        done = run([sys.executable, "-m", __spec__.name, f"exact-{step}", folder, "--images", str(images)])
+def measure_exact(folder: Path, images: int, results: Results, killed_at: Mapping[str, list[str]]) -> None:
+    for step, kills in (("save", killed_at["exact"]), ("mapped", [])):
+        command = [sys.executable, "-m", __spec__.name, f"exact-{step}", folder, "--images", str(images)]
+        done = run(command, folder / "exact", kills)
         results.add_answers(done.output)
-        results.add(f"exact, {step}", peak_mb=done.peak_mb)
+        results.add(f"exact, {step}", peak_mb=done.peak_mb, kills=done.kills)
 
 
 def save_exact(folder: Path, images: int) -> None:
@@ -477,7 +480,7 @@ def main() -> None:
     elif given.step == "index":
         measure_index(folder, images, results, killed_at, given.factory)
     elif given.step == "exact":
-        measure_exact(folder, images, results)
+        measure_exact(folder, images, results, killed_at)
     elif given.step == "nodes":
         measure_nodes(folder, images, results, given.ray)
     elif given.step == "corpus":

@@ -10,7 +10,7 @@ import numpy as np
 # Number of images from which an index is worthwhile.
 EXACT_BELOW = 50_000
 # Number of images, by device, from which codes of 64 bytes are taken to save memory: otherwise the codes of so many
-# take 15 GB of the machine's, or 2.6 GB of a GPU's. On CPUs a search among 10 M takes six times as long through them
+# take 14 GB of the machine's, or 2.6 GB of a GPU's. On CPUs a search among 10 M takes six times as long through them
 # (docs/results/scale.md).
 PRODUCT_CODES_FROM = {"cpu": 100_000_000, "cuda": 10_000_000}
 # Principal components by which candidates are found. On 1 M vectors of 768 numbers (benchmarks/valm/inputs.py) 16
