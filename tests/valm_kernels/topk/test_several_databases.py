@@ -109,7 +109,8 @@ def test_rows_of_several_databases_cannot_be_excluded():
 @pytest.mark.parametrize("threads", [1, 2])
 def test_ctrl_c_stops_all_databases(threads):
     code = (
-        "import torch, valm_kernels\n"
+        "import signal, torch, valm_kernels\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background ignores it
         f"torch.set_num_threads({threads})\n"
         "databases = torch.randn(24, 60_000, 64)\n"
         "print('ready', flush=True)\n"
