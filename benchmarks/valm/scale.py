@@ -326,6 +326,7 @@ def forget(folder: Path) -> None:
 
 
 def measure_exact(folder: Path, images: int, results: Results, killed_at: Mapping[str, list[str]]) -> None:
+    shutil.rmtree(folder / "exact", ignore_errors=True)  # its files would have the command killed at once
     for step, kills in (("save", killed_at["exact"]), ("mapped", [])):
         command = [sys.executable, "-m", __spec__.name, f"exact-{step}", folder, "--images", str(images)]
         done = run(command, folder / "exact", kills)

@@ -276,7 +276,7 @@ class ImageKnowledgeBase:
         for begin, end in pairwise([*begins, len(ids)]):
             shard = int(shards[begin])
             rows = ids[begin:end] - self._start(shard)
-            distinct = np.unique(rows)
+            distinct = np.unique(rows) if self._exceeds_memory else rows
             if self._exceeds_memory and len(distinct) * APART < self._shards[shard]["count"] * self._row_bytes:
                 vectors = self._sparse_vectors(shard)
                 read_ahead(vectors, distinct)
