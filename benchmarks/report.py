@@ -76,6 +76,22 @@ itself. A result is checked before it is timed. Ratios are of medians in one run
 The text towers of the retrieval rows have random weights, on which speed does not depend, and their knowledge base is
 of perturbed context queries of real text (`benchmarks/valm/inputs.py`).
 
+## Huge pages
+
+The codes of a search and dense gradients of images lie on huge pages, where Linux grants them. Other tensors do with
+PyTorch's `THP_MEM_ALLOC_ENABLE=1` and `madvise` or `always` in `/sys/kernel/mm/transparent_hugepage/enabled`. Two
+cores of an AMD EPYC, 2026-11-29, B4 H12 T1024 K8 D64, dense, two runs of each in turn (`pytest
+benchmarks/valm_kernels/bench_visual_fusion.py --benchmark-only -k "B4 and ours and not pooled"`):
+
+| ms | medians, without | with | least, without | with |
+| --- | --- | --- | --- | --- |
+| forward, float32 | 71.3, 74.5 | 74.9, 72.2 | 70.2, 71.5 | 72.5, 70.5 |
+| forward, bfloat16 | 82.7, 74.6 | 71.1, 71.5 | 71.9, 70.5 | 70.4, 70.7 |
+| forward + backward, float32 | 262, 301 | 258, 254 | 252, 271 | 251, 251 |
+| forward + backward, bfloat16 | 211, 226 | 208, 213 | 205, 208 | 204, 205 |
+
+The least times hardly change there; slow runs are rarer.
+
 ## All rows
 """
 
