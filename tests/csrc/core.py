@@ -1,13 +1,15 @@
-"""The native CPU code as a program without Python: driver.cpp and the sources that setup.py compiles."""
+"""The native CPU code as a program without Python: a driver and sources that setup.py compiles."""
 
 from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+CSRC = ROOT / "csrc"
 ISA_FLAGS = {
     "_avx2": ["-mavx2", "-mfma", "-mf16c"],
     "_avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
@@ -16,15 +18,17 @@ ISA_FLAGS = {
 }
 
 
-def build(compiler: str, folder: Path, *flags: str, x86: bool) -> Path:
-    """Compiles the driver into `folder` with `flags`, and where `x86` each file with its instruction set's flags."""
-    sources = [path for path in (ROOT / "csrc").rglob("*.cpp") if path.name != "bindings.cpp"]
-    sources.append(ROOT / "tests" / "csrc" / "driver.cpp")
+def build(compiler: str, folder: Path, *flags: str, x86: bool, sources: Sequence[Path] | None = None) -> Path:
+    """Compiles `sources`, by default driver.cpp and all native code, into `folder` with `flags`, and where `x86` each
+    file with its instruction set's flags."""
+    if sources is None:
+        sources = [path for path in CSRC.rglob("*.cpp") if path.name != "bindings.cpp"]
+        sources.append(ROOT / "tests" / "csrc" / "driver.cpp")
 
     def compile_file(source: Path) -> Path:
         target = folder / f"{source.parent.name}_{source.stem}.o"
         isa_flags = ISA_FLAGS.get(f"_{source.stem.rpartition('_')[2]}", []) if x86 else []
-        _run(compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}", *flags, *isa_flags,
+        _run(compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}", *flags, *isa_flags,
              "-pthread", "-c", str(source), "-o", str(target))  # fmt: skip
         return target
 
