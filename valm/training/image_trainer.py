@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Sampler
 from transformers import SchedulerType, Trainer
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, get_last_checkpoint, rotate_checkpoints
 
 from valm.errors import ValmError
@@ -115,8 +116,8 @@ class ImageTrainer(Trainer):
 
         If the best checkpoint became the model, later numbers belong to another one.
         """
-        best = self.state.best_global_step if self.args.load_best_model_at_end else None
-        step = best or self.state.global_step
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        step = self.state.global_step if best is None else int(best.rpartition("-")[2])
         numbers = {"steps": float(step)}
         for entry in self.state.log_history:  # the last of each stays
             if entry["step"] <= step:
@@ -137,8 +138,21 @@ class ImageTrainer(Trainer):
 
     # ---- what the Trainer calls ----
 
-    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        found = super()._init_training_state(max_steps, *args, **kwargs)
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
+    ) -> tuple[int, int]:
+        found = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        if resume_from_checkpoint is not None:
+            # the Trainer forgets a best checkpoint whose folder had another name when it was written
+            noted = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / STATE_FILE))
+            self.state.best_model_checkpoint = self._best_checkpoint(noted.best_model_checkpoint)
         # those of now: the Trainer takes the intervals of saving, evaluating and logging from the checkpoint
         self.state.compute_steps(self.args, max_steps)
         step = self.state.global_step
@@ -321,10 +335,25 @@ class ImageTrainer(Trainer):
         with resume_errors(checkpoint):
             super()._load_rng_state(checkpoint)
 
+    def _best_checkpoint(self, noted: str | None) -> str | None:
+        """The best checkpoint's folder in output_dir, by its name alone: `noted` may be elsewhere, or of before a move.
+
+        Raises:
+            ValmError: it is not there, and is to become the model.
+        """
+        if noted is None:
+            return None
+        found = Path(str(self.args.output_dir)) / Path(noted).name
+        if found.is_dir():
+            return str(found)
+        if self.args.load_best_model_at_end:
+            raise ValmError(
+                f"the best checkpoint so far, {found}, is missing: put it back, or begin a new training elsewhere"
+            )
+        return None
+
     def _load_best_model(self) -> None:
-        # by its name alone: the note may say another folder, or this one before it was moved
-        best = Path(str(self.state.best_model_checkpoint)).name
-        self.state.best_model_checkpoint = str(Path(str(self.args.output_dir)) / best)
+        self.state.best_model_checkpoint = self._best_checkpoint(self.state.best_model_checkpoint)
         super()._load_best_model()
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:

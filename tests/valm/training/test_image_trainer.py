@@ -180,6 +180,55 @@ def test_what_a_subclass_measures_can_choose_the_best_checkpoint(tmp_path, monke
     assert same(weights(made.model), weights(load(tmp_path / "checkpoint-4")[0]))
 
 
+BEST = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
+BEST |= {"load_best_model_at_end": True}
+
+
+def evaluated(folder, losses, **fields):
+    """A trainer that saves the best checkpoints, whose evaluations find these losses."""
+    made = new_trainer(folder, eval_dataset=documents(), **BEST | fields)
+    own, found = made.evaluation_loop, iter(losses)
+
+    def evaluation_loop(*arguments, **options):
+        output = own(*arguments, **options)
+        output.metrics["eval_loss"] = next(found)
+        return output
+
+    made.evaluation_loop = evaluation_loop
+    return made
+
+
+@pytest.mark.parametrize("how", ["renamed", "absolute"])
+def test_the_best_checkpoint_stays_the_model_where_a_training_resumes_under_another_path(tmp_path, how, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = evaluated("first", [3.0, 2.0, 1.0], max_steps=3)
+    first.train()
+    folder = tmp_path / "first"
+    if how == "renamed":
+        folder = folder.rename(tmp_path / "second")
+    resumed = evaluated(folder, [4.0, 5.0, 6.0], max_steps=6)
+    resumed.train(resume_from_checkpoint=True)
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-3", "checkpoint-6"]
+    assert same(weights(resumed.model), weights(first.model))
+    assert resumed.model_numbers()["steps"] == 3 and resumed.model_numbers()["eval_loss"] == 1
+
+
+def test_a_best_checkpoint_that_is_missing_is_named(tmp_path):
+    evaluated(tmp_path, [1.0, 2.0], max_steps=2).train()
+    shutil.rmtree(tmp_path / "checkpoint-1")
+    with pytest.raises(ValmError, match=r"the best checkpoint so far, .*checkpoint-1, is missing: put it back"):
+        evaluated(tmp_path, [3.0], max_steps=3).train(True)
+    evaluated(tmp_path, [3.0], max_steps=3, load_best_model_at_end=False).train(True)
+
+
+def test_the_numbers_are_of_the_checkpoint_that_became_the_model(tmp_path):
+    """The best evaluation was between two checkpoints."""
+    made = evaluated(tmp_path, [3.0, 2.0, 1.0, 4.0], save_steps=2, max_steps=4)
+    made.train()
+    assert same(weights(made.model), weights(load(tmp_path / "checkpoint-2")[0]))
+    assert made.model_numbers()["steps"] == 2 and made.model_numbers()["eval_loss"] == 2
+
+
 def test_training_stops_early_where_nothing_gets_better(tmp_path):
     fields = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "loss", "learning_rate": 0}
     made = new_trainer(tmp_path, eval_dataset=documents(), **(SAVING | fields))
