@@ -209,9 +209,11 @@ class VisualAttention(_Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given, passed_on = getattr(_call, "images", None), getattr(_call, "passed_on", {})
-        if given is None or given[0].shape[0] == 0:
+        if given is None or (given[0].shape[0] == 0 and not self.training):
             return super().forward(*args, **kwargs, **passed_on)
         image_pool, image_index, image_scores, image_slots = given
+        if image_pool.shape[0] == 0:  # a row that no token sees: each step must have gradients of all parameters
+            image_pool, image_slots = image_pool.new_zeros(1, image_pool.shape[1]), None
         arguments = named_arguments(self.forward_names, args, kwargs)
         terms = self.image_fusion(image_pool)
         _, keys, values = self._catch(self._at_no_position(terms.hidden_states, arguments))

@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 
 from tests.valm.training.documents import Vectors, documents, new_model, new_trainer
+from tests.valm.training.test_train import augmented
 from valm.errors import ValmError
+from valm.training.image_trainer import FUSION_NAME
 from valm.training.min_score import WithMinScore, with_min_score
 from valm.training.twins import twin
 
@@ -60,6 +63,26 @@ def test_the_trainer_cuts_by_the_models_min_score(scored, tmp_path):
     uncut = weights("uncut", new_model(), scored)
     assert all((cut[name] == given[name]).all() for name in cut)
     assert any((cut[name] != uncut[name]).any() for name in cut)
+
+
+@pytest.mark.parametrize("unfreeze", [None, "block"])
+def test_a_step_without_any_image_has_gradients_of_all_parameters(scored, tmp_path, unfreeze):
+    """Otherwise one whose other parameters are frozen would have nothing to train, and processes would not agree."""
+    given = {} if unfreeze is None else {"unfreeze": unfreeze}
+    made = new_trainer(tmp_path, model=augmented(min_score=2.0, **given), dataset=scored, weight_decay=0)
+    before = {name: tensor.clone() for name, tensor in made.model.state_dict().items()}
+    batch = made.data_collator([made.train_dataset[index] for index in range(3)])
+    assert len(batch["image_pool"]) == 0
+    made.model.train()
+    made.model(**batch).loss.backward()
+    trained = {name: tensor for name, tensor in made.model.named_parameters() if tensor.requires_grad}
+    assert all(tensor.grad is not None and tensor.grad.isfinite().all() for tensor in trained.values())
+    seen = {name for name, tensor in trained.items() if tensor.grad.any()}
+    assert not any(FUSION_NAME in name for name in seen) and bool(seen) == (unfreeze == "block")
+    made.model.zero_grad()
+    made.train()
+    after = made.model.state_dict()
+    assert {name for name in after if not torch.equal(after[name], before[name])} <= seen
 
 
 def test_ids_that_cannot_say_no_image_are_refused(scored):
