@@ -3,7 +3,6 @@
 // at once with the same inputs, and each call has threads of its own. Prints what it ran and "ok"; exits with 1 at a
 // difference.
 #include <algorithm>
-#include <cerrno>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -334,24 +333,8 @@ void check_halves() {
 
 }  // namespace
 
-int asked = 0;
-
-void check_amx() {
-    using valm::amx_obstacle;
-    const auto refused = [] { return ++asked, ENOSPC; };
-    check(amx_obstacle(false, refused) == "no AMX with 8-bit integers in this processor or build" && asked == 0,
-          "no AMX");
-    check(amx_obstacle(true, refused).find("signal stack is too small") != std::string::npos, "AMX refused");
-    check(asked == 1, "AMX asked for");
-    check(amx_obstacle(true, [] { return EPERM; }).find("Linux refuses AMX: ") == 0, "AMX refused");
-    check(amx_obstacle(true, [] { return 0; }).empty(), "AMX granted");
-    check(amx_obstacle().empty() == (valm::cpu_isas()[0] == "amxint8"), "AMX used");
-    std::printf("AMX\n");
-}
-
 int main() {
     check_halves();
-    check_amx();
     for (const std::string& isa : valm::cpu_isas()) {
         check_searches(isa);
         check_several_searches(isa);

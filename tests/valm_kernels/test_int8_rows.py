@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.optional_hypothesis import given, settings, st
+from tests.valm_kernels.guard_pages import guarded, needs_guard_pages
 from valm_kernels.int8_rows import round_rows, scale_products_
 from valm_kernels.native import native
 
@@ -106,6 +107,19 @@ def test_scaling_is_exact_up_to_float32(isa, count, width, outputs, seed):
         out = scale_products_(products, *factors)
     assert out.dtype == torch.float32 and out.data_ptr() == products.data_ptr()
     assert ((out - expected).abs() <= 4 * torch.finfo(torch.float32).eps * size).all()
+
+
+@needs_guard_pages
+@pytest.mark.parametrize("side", ["before", "after"])
+@pytest.mark.parametrize("width", [1, 19, 131])
+@pytest.mark.parametrize("isa", ISAS)
+def test_nothing_is_read_or_written_beside_a_tensor(isa, width, side, monkeypatch):
+    monkeypatch.setenv("VALM_KERNELS_ISA", isa)
+    rows = torch.randn(3, width, generator=torch.Generator().manual_seed(width))
+    assert_same(round_rows(guarded(rows, side)), round_rows(rows))
+    tensors = drawn(3, 40, width, 0)
+    found = scale_products_(*(guarded(each, side) for each in tensors))
+    assert torch.equal(found, scale_products_(*tensors))
 
 
 def test_threads_do_not_change_a_bit():

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -108,14 +111,35 @@ def test_an_instruction_set_that_is_not_there_is_refused(monkeypatch, operation,
 
 
 def test_native_code_names_what_is_allowed():
-    with pytest.raises(ValueError, match=r"one that this processor runs \(.*generic, tiles\), got avx1024"):
-        native().image_attn_isa("avx1024")
+    others = {"amxint8", "avx512vnni", "avx512", "avx2", "avx1024"} - set(native().cpu_isas())
+    for name in others:
+        with pytest.raises(ValueError, match=rf"one that this processor runs \(.*generic, tiles\), got {name}"):
+            native().image_attn_isa(name)
 
 
 def test_the_best_instruction_set_is_the_default(monkeypatch):
     monkeypatch.delenv("VALM_KERNELS_ISA", raising=False)
     assert cpu_isa() == native().cpu_isas()[0]
-    assert native().image_attn_isa(cpu_isa()) == {"amxint8": "avx512", "avx512vnni": "avx512"}.get(cpu_isa(), cpu_isa())
+
+
+def test_an_operation_runs_on_the_best_that_was_compiled_for_it():
+    instead = {"amxint8": "avx512", "avx512vnni": "avx512", "tiles": "generic"}
+    for isa in native().cpu_isas():
+        assert native().image_attn_isa(isa) == instead.get(isa, isa)
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux") or platform.machine() != "x86_64", reason="/proc/cpuinfo of x86-64"
+)
+def test_every_instruction_set_of_the_processor_is_used():
+    """AMX apart, which Linux has to grant."""
+    flags = set(re.search(r"^flags\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1].split())
+    needed = {"avx512vnni": {"avx512_vnni"}, "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"}}
+    needed |= {"avx2": {"avx2", "fma", "f16c"}, "generic": set(), "tiles": set()}
+    names = list(needed)
+    below = {name: names[place:] for place, name in enumerate(names)}  # each includes those behind it
+    expected = [name for name in names if set().union(*(needed[other] for other in below[name])) <= flags]
+    assert [name for name in native().cpu_isas() if name != "amxint8"] == expected
 
 
 def test_a_tensor_that_the_native_code_does_not_know_is_refused(monkeypatch):

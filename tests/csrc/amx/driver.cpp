@@ -2,6 +2,7 @@
 // and the answers of whole searches. On a processor without AMX its instructions are emulated. Prints how many were,
 // and "ok"; exits with 1 at a difference, with 2 at what AMX forbids, and with 3 where neither the processor nor the
 // emulator can run them.
+#include <cerrno>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -128,9 +129,26 @@ void check_search(int64_t dim, int64_t n_queries) {
     }
 }
 
+int asked = 0;
+
+// What stands in the way of AMX, with stand-ins for Linux's answer.
+void check_obstacles() {
+    using valm::amx_obstacle;
+    const auto refused = [] { return ++asked, ENOSPC; };
+    check(amx_obstacle(false, refused) == "no AMX with 8-bit integers in this processor or build" && asked == 0,
+          "no AMX");
+    check(amx_obstacle(true, refused).find("signal stack is too small") != std::string::npos, "AMX refused");
+    check(asked == 1, "AMX asked for");
+    const std::string forbidden = amx_obstacle(true, [] { return EPERM; });
+    check(forbidden.find("Linux refuses AMX: ") == 0 && forbidden.find("stack") == std::string::npos, "AMX refused");
+    check(amx_obstacle(true, [] { return 0; }).empty(), "AMX granted");
+    check(amx_obstacle().empty() == (valm::cpu_isas()[0] == "amxint8"), "AMX used");
+}
+
 }  // namespace
 
 int main() {
+    check_obstacles();
     const std::string obstacle = valm::amx_obstacle();
     if (obstacle.find("Linux refuses") == 0) {  // then only some of the instructions end in a signal
         std::printf("%s\n", obstacle.c_str());

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.valm_kernels.guard_pages import guarded, needs_guard_pages
 from tests.valm_kernels.topk.databases import ADVERSARIAL, adversarial, normals
 from valm_kernels import FlatIPIndex, ip_scores, ip_topk
 from valm_kernels.native import native
@@ -45,6 +46,20 @@ def test_exact_whatever_the_data(isa, kind):
     assert_same(ip_topk(queries, database, k), expected)
     for i in range(3):
         assert_same(ip_topk(queries[i], database, k), (expected.scores[i], expected.indices[i]))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_equal_scores_in_blocks_that_are_read_out_of_order(isa, threads):
+    """Seven blocks of 3,616 rows; the first rows of a score stand in any of them, often before the k-th best so far."""
+    database, queries = adversarial("nearly equal", 25_000, 72), normals(5, 72)
+    expected = ip_topk(queries, database, 8, impl="reference")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        assert_same(FlatIPIndex(database).search(queries, 8), expected)
+        assert_same(ip_topk(queries[:2], database, 8), (expected.scores[:2], expected.indices[:2]))
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -100,6 +115,20 @@ def test_exact_for_every_stored_dtype_and_odd_sizes(isa, dtype, dim):
     plain = FlatIPIndex(database, dtype, pack=False)
     assert_same(plain.search(queries, 128), expected)
     assert_same(plain.search(queries[:2], 128), (expected.scores[:2], expected.indices[:2]))
+
+
+@needs_guard_pages
+@pytest.mark.parametrize("side", ["before", "after"])
+@pytest.mark.parametrize("dim", [8, 60, 72, 133])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_is_read_beside_rows_and_their_codes(isa, dtype, dim, side):
+    """Of matrices of 16 steps, 2, 15, 18 and 34 steps fill less than one, and not the last."""
+    rows, queries = guarded(normals(70, dim).to(dtype), side), guarded(normals(19, dim, seed=1), side)
+    packed = cpu.PackedRows(*(None if x is None else guarded(x, side) for x in cpu.pack(rows, None)))
+    expected = ip_topk(queries, rows, 5, impl="reference")
+    assert_same(cpu.search(queries, rows, None, packed, 5), expected)
+    assert_same(cpu.search(queries, rows, None, None, 5), expected)
+    assert_same(cpu.search(queries[:2], rows, None, None, 5), (expected.scores[:2], expected.indices[:2]))
 
 
 def test_a_best_row_that_its_own_bound_hardly_saves(isa):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.optional_hypothesis import given, settings, st
+from tests.valm_kernels.guard_pages import guarded, needs_guard_pages
 from tests.valm_kernels.visual_fusion.problems import (
     CACHES,
     PROBLEMS,
@@ -53,6 +54,22 @@ def test_every_instruction_set(isa, name, dtype, monkeypatch):
         assert_is_the_reference(PROBLEMS[name].inputs(), cotangents(PROBLEMS[name]))
     else:
         assert_solves("cpu", PROBLEMS[name], dtype)
+
+
+@needs_guard_pages
+@pytest.mark.parametrize("side", ["before", "after"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["dense", "pooled", "odd head", "head of 64", "image_score_bias"])
+@pytest.mark.parametrize("isa", native().cpu_isas())
+def test_nothing_is_read_beside_a_tensor(isa, name, dtype, side, monkeypatch):
+    monkeypatch.setenv("VALM_KERNELS_ISA", isa)
+    inputs = PROBLEMS[name].inputs(dtype)
+    tensors = {given: x.contiguous() for given, x in inputs.items() if isinstance(x, torch.Tensor)}
+    beside = {given: guarded(x, side) for given, x in tensors.items()}
+    grads = cotangents(PROBLEMS[name])
+    found = solve(inputs | beside, "cpu", grads)
+    for result, tensor in solve(inputs | tensors, "cpu", grads).items():
+        assert tensor.equal(found[result]), result
 
 
 def assert_is_the_reference(inputs, grads):
