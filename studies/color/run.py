@@ -509,7 +509,8 @@ class Scoring:
         """Below it a token sees no images, in the tests with a cut."""
         folder, conditions = self.study.kb_folder(self.seed, arm), self.conditions(arm)
         chosen = MinScore(AUTO, questions=folder / retrieval_name(QUESTIONS, KB_OTHERS))
-        found = chosen.find(ImageKnowledgeBase.open(folder / KB_OTHERS), conditions.encoder.query, None)
+        kb, query = ImageKnowledgeBase.open(folder / KB_OTHERS), conditions.encoder.query
+        found = chosen.find(kb, query, self.tokenizer, None)
         assert found is not None
         return found
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerFast
 
 from valm.clip.tokenizer import batches_by_length, padded, prompt_ids
 from valm.corpus.parts import read_documents
@@ -69,19 +70,21 @@ class MinScore:
             retriever = model.retriever
             if not isinstance(retriever, Retriever):
                 raise ValmError(f"--min-score auto: {name} has no knowledge base: give it as kb (--kb)")
-            value = self.find(retriever.kb, retriever.encoder.query, retriever)
+            value = self.find(retriever.kb, retriever.encoder.query, retriever.encoder.tokenizer, retriever)
         model.set_min_score(value)
 
-    def find(self, kb: ImageKnowledgeBase, query: str, retriever: Retriever | None) -> float | None:
+    def find(
+        self, kb: ImageKnowledgeBase, query: str, tokenizer: PreTrainedTokenizerFast, retriever: Retriever | None
+    ) -> float | None:
         """The number, chosen if it is AUTO.
 
         Args:
-            kb, query: the model's knowledge base and kind of query.
+            kb, query, tokenizer: the model's knowledge base, kind of query and tokenizer.
             retriever: finds the images of texts; None: only results of `valm retrieve` can be read.
 
         Raises:
             ValmError: as `check`; or the texts cannot be read, were retrieved from another knowledge base, with another
-                kind of query or without scores, or have no token with images.
+                kind of query, another tokenizer or without scores, or have no token with images.
         """
         self.check()
         if not isinstance(self.score, str):
@@ -89,14 +92,17 @@ class MinScore:
         source = self.ordinary_text if self.questions is None else self.questions
         assert source is not None  # as `check` found
         path = Path(source)
-        found = _stored_scores(path, kb, query) if path.is_dir() else _scores_of(path, retriever)
+        found = _stored_scores(path, kb, query, tokenizer) if path.is_dir() else _scores_of(path, retriever)
         return choose_min_score(**{"text" if self.questions is None else "questions": found})
 
 
-def _stored_scores(folder: Path, kb: ImageKnowledgeBase, query: str) -> Iterator[np.ndarray]:
+def _stored_scores(
+    folder: Path, kb: ImageKnowledgeBase, query: str, tokenizer: PreTrainedTokenizerFast
+) -> Iterator[np.ndarray]:
     """The retrieval scores (T, K) of each document in `folder`, without the eos behind its text."""
     corpus = CorpusRetrieval.open(folder)
     corpus.check_knowledge_base(kb)
+    corpus.check_tokenizer(tokenizer)
     if corpus.query != query:
         raise ValmError(f"{folder} was retrieved with {corpus.query!r} queries, and the model has {query!r} ones")
     if not corpus.has_scores:

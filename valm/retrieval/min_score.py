@@ -24,7 +24,8 @@ PERCENT = 5.0
 
 def below(scores: Any, min_score: float) -> Any:
     """(..., 1) bool: whether all of the scores (..., K) of a token, an array or a tensor, are below `min_score`."""
-    return (scores < min_score).all(-1)[..., None]
+    # as a number of Python's, which NumPy and PyTorch compare in the type of the scores: NumPy's own widens them
+    return (scores < float(min_score)).all(-1)[..., None]
 
 
 def cut(ids: Tensor, scores: Tensor, min_score: float | None) -> tuple[Tensor, Tensor]:
@@ -39,23 +40,25 @@ def choose_min_score(questions: Iterable[np.ndarray] | None = None, text: Iterab
     """The `min_score` at which nearly all questions keep their images, or nearly no token of a text has any.
 
     Args:
-        questions: the retrieval scores (T, K) of each question, whose last token must see its images. The result is
-            the PERCENTth percentile of their best scores.
-        text: instead, the scores (T, K) of documents that need no images. The result is the (100 - PERCENT)th
-            percentile of the best scores of their tokens.
+        questions: the retrieval scores (T, K) of each question, whose last token must see its images. At most PERCENT
+            of them lose theirs; of fewer than 100 / PERCENT, none.
+        text: instead, the scores (T, K) of documents that need no images. At most PERCENT of their tokens keep theirs.
 
-    It is rounded to four decimals, so that another device chooses the same.
+    It has four decimals, so that another device chooses the same.
 
     Raises:
         ValmError: there is nothing to choose from.
     """
     if questions is not None:
-        best = np.array([scores[-1].max() for scores in questions])
-        percent, what = PERCENT, "questions"
+        best = np.array([scores[-1].max() for scores in questions], np.float64)
+        what = "questions"
     else:
         best = np.concatenate([np.empty(0), *(scores.max(-1) for scores in text or ())])
-        percent, what = 100 - PERCENT, "text"
-    best = best[np.isfinite(best)]  # the first token of a document has no images
+        what = "text"
+    best = np.sort(best[np.isfinite(best)])  # the first token of a document has no images
     if len(best) == 0:
         raise ValmError(f"the {what} to choose min_score from has no token with images")
-    return round(float(np.percentile(best, percent)), 4)
+    few = int(len(best) * PERCENT / 100)
+    # down to a number that the last one to be kept reaches, or up to one that the last one to be cut does not
+    steps = np.floor(best[few] * 1e4) if questions is not None else np.floor(best[-few - 1] * 1e4) + 1
+    return float(steps / 1e4)

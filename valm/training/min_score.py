@@ -39,19 +39,19 @@ class WithMinScore(Twin):
 
 
 def with_min_score(documents: Any, min_score: float | None) -> Any:
-    """`documents` with this `min_score`, unless they have it already; None: as they are.
+    """`documents` with this `min_score`, unless they have it already; None: without one.
 
     Raises:
         ValmError: they have another one, or no image_scores, or no length.
     """
-    if min_score is None:
-        return documents
-    if not hasattr(documents, "__len__"):
-        raise ValmError("a streamed dataset has no min_score: give documents that have a length")
     inner = documents
     while inner is not None and not isinstance(inner, WithMinScore):
         inner = getattr(inner, "documents", None)
     if inner is None:
+        if min_score is None:
+            return documents
+        if not hasattr(documents, "__len__"):
+            raise ValmError("a streamed dataset has no min_score: give documents that have a length")
         made = WithMinScore(documents, min_score)
         if len(made):
             made[0]  # which raises before anything is computed

@@ -152,7 +152,7 @@ class TrainingPlan:
         checkpoint = newest_checkpoint(out, self.resume, settings.should_save)
         kb = None if self.kb is None else ImageKnowledgeBase.open(self.kb)
         dataset, tokenizer = self._open_corpus(kb, "retrieval")
-        min_score = self._min_score(kb, dataset)
+        min_score = self._min_score(kb, dataset, tokenizer)
         documents, held_out = self._split(kb, dataset, min_score, settings.seed)
         torch.manual_seed(settings.seed)
         model = self._model(kb, dataset, tokenizer, min_score)
@@ -260,14 +260,17 @@ class TrainingPlan:
             return self.patience
         return PATIENCE if self.validation is not None and settings.load_best_model_at_end else 0
 
-    def _min_score(self, kb: ImageKnowledgeBase | None, dataset: Any) -> float | None:
+    def _min_score(
+        self, kb: ImageKnowledgeBase | None, dataset: Any, tokenizer: PreTrainedTokenizerFast
+    ) -> float | None:
         """The `min_score` of the documents, also of those of a twin."""
         if kb is None or self.min_score is None:
             return None
         if not isinstance(self.min_score, str):
             return self.min_score
         retriever = None if self.corpus is None else self._retriever(kb)
-        found = MinScore(self.min_score, self.questions, self.ordinary_text).find(kb, dataset.query, retriever)
+        chosen = MinScore(self.min_score, self.questions, self.ordinary_text)
+        found = chosen.find(kb, dataset.query, tokenizer, retriever)
         print(f"min_score {found:.4f}: below it a token sees no images", file=sys.stderr)
         return found
 

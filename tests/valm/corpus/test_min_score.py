@@ -35,16 +35,18 @@ def test_texts_and_what_was_retrieved_of_them_give_the_same(clip, make_kb, tmp_p
     corpus = retrieve_texts(lines, retriever, tmp_path / "corpus", progress=False)
     for source, kind in (("questions", "questions"), ("ordinary_text", "text")):
         expected = choose_min_score(**{kind: rows})
-        live = MinScore("auto", **{source: text_file}).find(retriever.kb, query, retriever.with_min_score(0.9))
-        stored = MinScore("auto", **{source: corpus.path}).find(retriever.kb, query, None)
+        live = MinScore("auto", **{source: text_file}).find(
+            retriever.kb, query, encoder.tokenizer, retriever.with_min_score(0.9)
+        )
+        stored = MinScore("auto", **{source: corpus.path}).find(retriever.kb, query, encoder.tokenizer, None)
         assert live == pytest.approx(expected, abs=1.1e-4) and stored == pytest.approx(expected, abs=1.1e-4)
     other = {"eot": "state", "state": "eot"}[query]
     with pytest.raises(ValmError, match=f"was retrieved with {query!r} queries, and the model has {other!r} ones"):
-        MinScore("auto", questions=corpus.path).find(retriever.kb, other, None)
+        MinScore("auto", questions=corpus.path).find(retriever.kb, other, encoder.tokenizer, None)
 
 
 def test_a_number_is_itself(retriever):
-    assert MinScore(0.25).find(retriever.kb, "eot", None) == 0.25
+    assert MinScore(0.25).find(retriever.kb, "eot", retriever.encoder.tokenizer, None) == 0.25
 
 
 @pytest.mark.parametrize(
@@ -58,17 +60,19 @@ def test_a_number_is_itself(retriever):
 )
 def test_options_that_do_not_go_together(retriever, given, message):
     with pytest.raises(ValmError, match=message):
-        MinScore(**given).find(retriever.kb, "eot", retriever)
+        MinScore(**given).find(retriever.kb, "eot", retriever.encoder.tokenizer, retriever)
 
 
 def test_what_cannot_be_chosen_from_is_named(retriever, make_kb, tmp_path, text_file):
     with pytest.raises(ValmError, match=re.escape(f"retrieve {text_file} too, and give that folder")):
-        MinScore("auto", questions=text_file).find(retriever.kb, "eot", None)
+        MinScore("auto", questions=text_file).find(retriever.kb, "eot", retriever.encoder.tokenizer, None)
     bare = retrieve_texts(TEXTS, retriever, tmp_path / "bare", scores=False, progress=False)
     with pytest.raises(ValmError, match="has no retrieval scores: retrieve it again, `valm retrieve CORPUS --kb KB"):
-        MinScore("auto", ordinary_text=bare.path).find(retriever.kb, "eot", retriever)
+        MinScore("auto", ordinary_text=bare.path).find(retriever.kb, "eot", retriever.encoder.tokenizer, retriever)
+    with pytest.raises(ValmError, match="was read with another tokenizer than the model's"):
+        MinScore("auto", questions=bare.path).find(retriever.kb, "eot", gpt2_like(), retriever)
     with pytest.raises(ValmError, match="was retrieved from another knowledge base"):
-        MinScore("auto", questions=bare.path).find(make_kb(5), "eot", retriever)
+        MinScore("auto", questions=bare.path).find(make_kb(5), "eot", retriever.encoder.tokenizer, retriever)
 
 
 def test_it_is_set_where_a_model_retrieves(retriever):
@@ -94,6 +98,8 @@ def test_it_is_set_where_a_model_retrieves(retriever):
 def test_a_long_text_is_read_whole(retriever, tmp_path):
     """In batches: the documents of one are padded to its longest."""
     (tmp_path / "long.txt").write_text("\n".join([TEXTS[0], " ".join(TEXTS * 4)] * 70))
-    found = MinScore("auto", ordinary_text=tmp_path / "long.txt").find(retriever.kb, "eot", retriever)
+    found = MinScore("auto", ordinary_text=tmp_path / "long.txt").find(
+        retriever.kb, "eot", retriever.encoder.tokenizer, retriever
+    )
     rows = [retriever.find([text])[1][0].numpy() for text in (TEXTS[0], " ".join(TEXTS * 4))] * 70
     assert found == pytest.approx(choose_min_score(text=rows), abs=1.1e-4) and torch.tensor(found).isfinite()
