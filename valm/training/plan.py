@@ -36,7 +36,7 @@ from valm.training.image_trainer import ImageTrainer
 from valm.training.launch import launched_processes
 from valm.training.min_score import with_min_score
 from valm.training.mix import SHARES, base_weights, mix
-from valm.training.run_note import RUN_FILE, newest_checkpoint, note_numbers, note_run
+from valm.training.run_note import RUN_FILE, content_of, newest_checkpoint, note_numbers, note_run
 from valm.training.split import hold_out, validation_of
 from valm.training.train import trainer, training_arguments
 from valm.training.twins import TWINS, twin
@@ -179,7 +179,10 @@ class TrainingPlan:
             base = None
         own: dict[str, Any] = {"twin": self.twin, "limit_softmax": self.limit_softmax or None}
         own["image_dropout"] = self.image_dropout or None
-        own["validation"] = None if self.validation is None else str(validation_of(self.validation))
+        own["context"] = self.context
+        validation = None if self.validation is None else validation_of(self.validation)
+        own["validation"] = None if validation is None else str(validation)
+        own["validation_data"] = content_of(held_out) if isinstance(validation, Path) else None
         note_run(out, training, dataset, own | self.training_fields())
         show_progress(training, "train")
         # saving a model locks the folder itself

@@ -36,6 +36,7 @@ OPTIONS = {
     "fusion_lr": "fusion-lr",
     "limit_softmax": "limit-softmax",
     "image_dropout": "image-dropout",
+    "validation_data": "validation",
     "model.n_layer": "layers",
     "model.n_embd": "width",
     "model.n_head": "heads",
@@ -94,6 +95,10 @@ def note_run(out: Path, training: ImageTrainer, dataset: Any, settings: Mapping[
         before = read_json(file, "the note on a training", dict[str, Any], "choose another folder")
         if isinstance(before.get("validation"), str | float):  # earlier versions noted it as it was written
             before["validation"] = str(validation_of(before["validation"]))
+        if before.get("validation_data") is not None and run.get("validation_data") is not None:
+            before["validation"] = run["validation"]  # its content is compared, wherever it is
+        for name in ("context", "validation_data"):  # earlier versions did not note them
+            before.setdefault(name, run.get(name))
         compare(out, model, before, run)
     elif training.is_world_process_zero():
         with folder_lock(out, SAVE_WAIT_SECONDS):

@@ -126,6 +126,8 @@ def test_a_pretrained_decoder_is_trained_beside_its_text_only_twin(world, base, 
     capsys.readouterr()
     assert run(*train, "--fusion-lr", "1e-3", "--out", tmp_path / "model", "--resume") == 1
     assert "holds another training: its --fusion-lr is 0.01, here it is 0.001" in capsys.readouterr().err
+    assert run(*train, "--context", 8, "--out", tmp_path / "model", "--resume") == 1
+    assert "holds another training: its --context is 512, here it is 8" in capsys.readouterr().err
     shutil.copytree(base, tmp_path / "other")
     weights = load_file(base / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"] *= 1.1
@@ -401,6 +403,26 @@ def test_a_training_goes_on_from_its_newest_checkpoint(world, tmp_path, capsys):
         assert f"holds another training: its {name}" in capsys.readouterr().err
     assert run(*train, "--out", world / "kb", "--resume") == 1
     assert "holds no training that could be resumed" in capsys.readouterr().err
+
+
+def test_a_resumed_training_is_evaluated_on_the_same_text(world, tmp_path, capsys):
+    """Whatever the name of its file."""
+    held_out = tmp_path / "held-out.txt"
+    held_out.write_text("the sea is blue\nthe sun is red")
+    train = ["train", world / "corpus.txt", "--clip", world / "clip", *SIZE, "--out", tmp_path / "model"]
+    assert run(*train, "--validation", held_out) == 0
+    renamed = held_out.rename(tmp_path / "renamed.txt")
+    assert run(*train, "--validation", renamed, "--steps", 4, "--resume") == 0
+    renamed.write_text("the sea is green\nthe sun is red")
+    for other in (renamed, 0.5):
+        capsys.readouterr()
+        assert run(*train, "--validation", other, "--steps", 5, "--resume") == 1
+        assert "holds another training: its --validation is " in capsys.readouterr().err
+    note = json.loads((tmp_path / "model" / "run.json").read_text())
+    before = {name: value for name, value in note.items() if name not in ("context", "validation_data")}
+    (tmp_path / "model" / "run.json").write_text(json.dumps(before))  # of an earlier version
+    renamed.rename(held_out)
+    assert run(*train, "--validation", held_out, "--steps", 5, "--resume") == 0
 
 
 def test_a_resumed_training_takes_more_steps(world, tmp_path, capsys, caplog):
