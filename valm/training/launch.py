@@ -34,8 +34,10 @@ def check_processes(arguments: TrainingArguments) -> None:
     """Compares what the launcher has started with what `arguments` have set up.
 
     Raises:
-        ValmError: the processes would train a model each, and all write it to one folder.
+        ValmError: the processes would train a model each, and all write it to one folder; or fsdp would do nothing.
     """
+    if arguments.fsdp and arguments.device.type == "cpu":  # accelerate leaves it out there without a word
+        raise ValmError("fsdp divides a model among several GPUs, and would do nothing on CPUs: leave it out (--fsdp)")
     launched = launched_processes()
     if launched > 1 and (launched != arguments.world_size or arguments.parallel_mode == ParallelMode.NOT_PARALLEL):
         raise ValmError(

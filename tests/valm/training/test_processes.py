@@ -14,16 +14,17 @@ from valm.model.checkpoint import load
 
 pytestmark = pytest.mark.slow
 
-FSDP = {"fsdp": True}
+
+def launch(*module):
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", *module]
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def run(folder, **fields):
     """What each of two processes found."""
     folder.mkdir(exist_ok=True)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [sys.executable, *launch, "-m", "tests.valm.training.process", folder, json.dumps(fields)]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-4000:]
+    launch("tests.valm.training.process", folder, json.dumps(fields))
     return [json.loads((folder / f"process-{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -35,7 +36,7 @@ def alone(tmp_path_factory):
     return json.loads((folder / "process-0.json").read_text())
 
 
-@pytest.mark.parametrize("fields", [{}, FSDP, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}])
+@pytest.mark.parametrize("fields", [{}, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}])
 def test_two_processes_train_as_one_does(tmp_path, alone, fields):
     expected = alone
     two = run(tmp_path / "two", **({"per_device_train_batch_size": 2} | fields))
@@ -52,12 +53,16 @@ def test_two_processes_train_as_one_does(tmp_path, alone, fields):
     np.testing.assert_allclose(check.evaluate()["eval_loss"], expected["eval_loss"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("fields", [{}, FSDP])
-def test_two_processes_go_on_as_if_they_had_not_stopped(tmp_path, alone, fields):
-    fields = fields | {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 20}
+def test_two_processes_go_on_as_if_they_had_not_stopped(tmp_path, alone):
+    fields = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 20}
     run(tmp_path / "two", **fields)
     assert sorted(path.name for path in (tmp_path / "two").glob("*-*0")) == [f"checkpoint-{n}" for n in (20, 40, 50)]
     for name in ("checkpoint-40", "checkpoint-50"):
         shutil.rmtree(tmp_path / "two" / name)
     for one in run(tmp_path / "two", resume_from_checkpoint=True, **fields):
         np.testing.assert_allclose(one["losses"], alone["losses"], rtol=1e-5)
+
+
+def test_a_sharded_model_has_the_gradients_of_a_whole_one_where_one_process_has_no_image():
+    """accelerate shards on accelerators alone; this is what it shards with."""
+    launch("tests.valm.training.sharded")

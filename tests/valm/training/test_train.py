@@ -144,6 +144,11 @@ def test_arguments_that_cannot_be_are_one_sentence(tmp_path):
         training_arguments(tmp_path, lr_scheduler_type="cosin")
 
 
+def test_fsdp_that_would_do_nothing_is_refused(tmp_path):
+    with pytest.raises(ValmError, match="fsdp divides a model among several GPUs, and would do nothing on CPUs: leave"):
+        new_trainer(tmp_path, fsdp=True)
+
+
 def test_columns_that_a_trainer_removed_are_named(tmp_path):
     arguments = training_arguments(tmp_path, use_cpu=True, max_steps=1)
     plain = Trainer(new_model(), arguments, train_dataset=documents(), data_collator=Collator(TOKENIZER, Vectors()))

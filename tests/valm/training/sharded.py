@@ -1,0 +1,44 @@
+"""The gradients of a step of two processes between which `fully_shard` divides the model; one has no image.
+
+python -m torch.distributed.run --nproc-per-node 2 -m tests.valm.training.sharded
+"""
+
+import datetime
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+
+from tests.valm.training.documents import TOKENIZER, Vectors, documents
+from tests.valm.training.test_train import augmented
+from valm.training.collate import Collator
+
+
+def batch(rank):
+    made = documents(count=2, seed=rank)
+    if rank == 0:
+        made = [document | {"image_ids": np.full_like(document["image_ids"], -1)} for document in made]
+    return Collator(TOKENIZER, Vectors())(made)
+
+
+def main():
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=30))
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    model, whole = (augmented(unfreeze="all").train() for _ in range(2))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    model(**batch(dist.get_rank())).loss.backward()
+    for rank in range(2):
+        (whole(**batch(rank)).loss / 2).backward()
+    expected = dict(whole.named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad.full_tensor(), expected[name].grad, rtol=1e-4, atol=1e-6, msg=name)
+    assert expected[next(name for name in expected if "image_fusion.proj" in name)].grad.any()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
