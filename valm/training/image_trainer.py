@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ class ImageTrainer(Trainer):
     Args:
         note: what finds the images, for a model that is trained on retrieved ones and has no retriever.
         fusion_lr: learning rate of the parameters that only see images; None = that of all others.
+        prepared: makes of documents what eval_dataset is, for those that `evaluate` and `predict` are given.
         options: the Trainer's.
     """
 
@@ -54,12 +56,14 @@ class ImageTrainer(Trainer):
         *,
         note: RetrievalNote | None = None,
         fusion_lr: float | None = None,
+        prepared: Callable[[Any], Any] = lambda documents: documents,
         **options: Any,
     ):
         super().__init__(**options)
         check_processes(self.args)
         self.fusion_lr = fusion_lr
         self.note = note
+        self._prepared = prepared
         self.numbers: dict[str, float] = {}  # for the model card, in place of those that were logged
         self._order: TrainingOrder | None = None
         self._planned: int | None = None  # steps of the training that wrote the checkpoint to resume from
@@ -196,6 +200,13 @@ class ImageTrainer(Trainer):
         seed = int(torch.empty((), dtype=torch.int64).random_()) if kwargs.get("is_training") else 0
         loader.base_dataloader.generator = torch.Generator().manual_seed(seed)
         return loader
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        given = eval_dataset is not None and not isinstance(eval_dataset, str) and eval_dataset is not self.eval_dataset
+        return super().get_eval_dataloader(self._prepared(eval_dataset) if given else eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        return super().get_test_dataloader(self._prepared(test_dataset))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The Trainer's, with separate groups for the parameters that have `fusion_lr`."""

@@ -97,7 +97,8 @@ def trainer(
             then ignored) and for a model with a retriever.
         arguments: see `training_arguments` for those of the paper. per_device_train_batch_size counts documents, or
             blocks of them.
-        eval_dataset: documents to evaluate on, as `dataset`: loss and perplexity over all their tokens.
+        eval_dataset: documents to evaluate on, as `dataset`: loss and perplexity over all their tokens. So are those
+            that the Trainer's `evaluate` and `predict` are given.
         row_length: pack documents into rows of this length (see `Collator`); None pads. A model that does not keep them
             apart (`valm.model.packing`), or that retrieves as it trains, gets padded rows, and the log says so.
         cache_below: folder for the input of the fusion layer, computed once if all layers below are frozen
@@ -114,12 +115,21 @@ def trainer(
     """
     check_processes(arguments)
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # of a PEFT model
-    for documents in (dataset, eval_dataset):
-        if documents is not None:
-            _check(inner, documents, kb, tokenizer)
-            if (retrieved := _retrieval(documents)) is not None:
-                with arguments.main_process_first(desc="verify"):
-                    retrieved.verify_once()
+    limit = min((length for length in (positions(inner), row_length) if length), default=None)
+
+    def ready(documents: Any) -> Any:
+        """`documents` as the model reads them."""
+        _check(inner, documents, kb, tokenizer)
+        if (retrieved := _retrieval(documents)) is not None:
+            with arguments.main_process_first(desc="verify"):
+                retrieved.verify_once()
+        if kb is not None:
+            documents = with_min_score(documents, _image_options(inner).min_score)
+        if limit is None or not hasattr(documents, "__len__"):
+            return documents
+        return Blocks(documents, limit, begin_id(tokenizer))
+
+    trained, evaluated = ready(dataset), None if eval_dataset is None else ready(eval_dataset)
     if fusion_lr is not None and not any(FUSION_NAME in name for name, _ in model.named_parameters()):
         raise ValmError(f"fusion_lr is of the parameters that see images, and this {type(inner).__name__} has none")
     if limit_softmax and arguments.label_smoothing_factor:
@@ -129,21 +139,10 @@ def trainer(
         )
     if image_dropout:
         _check_dropout(image_dropout, model, inner, dataset, kb, arguments)
-    if kb is not None:
-        min_score = _image_options(inner).min_score
-        dataset = with_min_score(dataset, min_score)
-        eval_dataset = None if eval_dataset is None else with_min_score(eval_dataset, min_score)
     corpus = _retrieval(dataset)
     note = (
         None if kb is None or corpus is None else RetrievalNote.of_knowledge_base(kb, corpus.query, **corpus.segments)
     )
-    limit = min((length for length in (positions(inner), row_length) if length), default=None)
-
-    def blocks(documents: Any) -> Any:
-        if limit is None or not hasattr(documents, "__len__"):
-            return documents
-        return Blocks(documents, limit, begin_id(tokenizer))
-
     by_positions = row_length is not None and not isinstance(inner, VaLMForCausalLM)
     if by_positions:
         retrieves = kb is None and _image_options(inner).num_images > 0
@@ -161,7 +160,6 @@ def trainer(
     changed.accelerator_config.dispatch_batches = False  # cut by rows, as image_pool cannot be
     changed.accelerator_config.split_batches = False
     changed._n_gpu = min(1, arguments.n_gpu)  # several GPUs in one process would cut it too
-    trained, evaluated = blocks(dataset), None if eval_dataset is None else blocks(eval_dataset)
     if cache_below is not None:
         with changed.main_process_first(desc="hidden states"):
             trained = with_fusion_input(inner, trained, cache_below, progress=not changed.disable_tqdm)
@@ -172,15 +170,19 @@ def trainer(
     if image_dropout:
         seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
         trained = ImageDropout(trained, image_dropout, seed)
-    if evaluated is not None and changed.world_size > 1:
-        evaluated = Evened(evaluated, changed.eval_batch_size * changed.world_size)
+
+    def evened(documents: Any) -> Any:
+        multiple = changed.eval_batch_size * changed.world_size
+        return documents if documents is None or changed.world_size == 1 else Evened(documents, multiple)
+
     return ImageTrainer(
         note=note,
         fusion_lr=fusion_lr,
         model=model,
         args=changed,
         train_dataset=trained,
-        eval_dataset=evaluated,
+        eval_dataset=evened(evaluated),
+        prepared=lambda documents: evened(ready(documents)),
         data_collator=Collator(
             tokenizer,
             kb,

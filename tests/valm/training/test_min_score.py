@@ -7,6 +7,7 @@ import torch
 from tests.valm.training.documents import Vectors, documents, new_model, new_trainer
 from tests.valm.training.test_train import augmented
 from valm.errors import ValmError
+from valm.retrieval.min_score import below
 from valm.training.image_trainer import FUSION_NAME
 from valm.training.min_score import WithMinScore, with_min_score
 from valm.training.twins import twin
@@ -48,8 +49,9 @@ def test_a_twin_has_images_where_the_model_has(scored, kind):
         assert np.array_equal((document["image_ids"] >= 0).any(-1), (one["image_ids"] >= 0).any(-1))
         assert not np.array_equal(document["image_ids"], one["image_ids"])
     assert with_min_score(made, 0.5) is made
-    with pytest.raises(ValmError, match=r"the documents have the min_score 0\.5, but the model's is 0\.6"):
-        with_min_score(made, 0.6)
+    for other in (0.6, None):
+        with pytest.raises(ValmError, match=rf"the documents have the min_score 0\.5, but the model's is {other}"):
+            with_min_score(made, other)
 
 
 def test_the_trainer_cuts_by_the_models_min_score(scored, tmp_path):
@@ -85,6 +87,13 @@ def test_a_step_without_any_image_has_gradients_of_all_parameters(scored, tmp_pa
     assert {name for name in after if not torch.equal(after[name], before[name])} <= seen
 
 
+def test_a_number_of_numpys_cuts_as_one_of_pythons():
+    """NumPy compares its own 0.7 with float32 scores in float64, where a score that was rounded to 0.7 is below."""
+    scores = np.array([[0.7]], np.float32)
+    for number in (0.7, np.float64(0.7), np.float32(0.7)):
+        assert not below(scores, number).any() and not below(torch.from_numpy(scores), number).any()
+
+
 def test_ids_that_cannot_say_no_image_are_refused(scored):
     unsigned = [document | {"image_ids": document["image_ids"].astype(np.uint32)} for document in scored]
     with pytest.raises(ValmError, match="image_ids of document 0 are uint32, which has no -1"):
@@ -98,6 +107,18 @@ def test_what_is_evaluated_on_is_cut_too(scored, tmp_path):
 
     cut = loss(new_model(min_score=0.5), scored)
     assert cut == loss(new_model(), list(WithMinScore(scored, 0.5))) != loss(new_model(), scored)
+
+
+def test_what_a_trainer_is_given_to_evaluate_is_what_its_own_documents_are(scored, tmp_path):
+    """Cut by the min_score, and into blocks that the model can read."""
+    long = [{name: np.concatenate([values] * 9) for name, values in document.items()} for document in scored]
+    own = new_trainer(tmp_path, model=new_model(min_score=0.5), dataset=scored, eval_dataset=long)
+    other = new_trainer(tmp_path, model=new_model(min_score=0.5), dataset=scored, eval_dataset=scored)
+    expected = own.evaluate()["eval_loss"]
+    assert own.evaluate(own.eval_dataset)["eval_loss"] == other.evaluate(long)["eval_loss"] == expected
+    assert other.predict(long).metrics["test_loss"] == expected
+    with pytest.raises(ValmError, match="for a model with a min_score, has no retrieval scores"):
+        other.evaluate(documents())
 
 
 def test_documents_without_scores_are_refused_before_the_training(tmp_path):
