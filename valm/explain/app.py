@@ -149,11 +149,13 @@ class App:
         of_kb = type(retriever)(retriever.encoder, retriever.kb, k, retriever.index, cache_tokens=0)
         if images == RETRIEVED:
             return f"{self.name}, {k} retrieved images", Reader(self.model, self.tokenizer, of_kb)
+        scored = self.model.image_options.scored
         if images == RANDOM:
-            return f"{self.name}, {k} random images", Reader(self.model, self.tokenizer, ShownRandomImages(of_kb, 0))
+            random = ShownRandomImages(of_kb, 0, scored=scored)
+            return f"{self.name}, {k} random images", Reader(self.model, self.tokenizer, random)
         if not uploads:
             raise ValmError("there are no uploaded images yet: add some in More controls")
-        given = GivenImages([Path(file) for file in uploads], of_kb)
+        given = GivenImages([Path(file) for file in uploads], of_kb, scored=scored)
         return f"{self.name}, uploaded images", Reader(self.model, self.tokenizer, given)
 
     def show(self, head: int, *arguments: Any) -> tuple[str, str]:

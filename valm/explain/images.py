@@ -36,14 +36,21 @@ class ShownImage:
 
 
 class ShownRandomImages(controls.RandomImages):
-    """The control `RandomImages`, with the ids and scores of the images that the model sees."""
+    """The control `RandomImages`, with the ids of the images that the model sees, and their own scores unless `scored`:
+    a model that uses retrieval scores gets those of the control."""
+
+    def __init__(self, retriever: Retriever, seed: int, *, scored: bool):
+        super().__init__(retriever, seed)
+        self.scored = scored
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Retrieved:
         found = self.retriever(input_ids, attention_mask)
         ids = self.other[found.image_ids.cpu()]
         pool = torch.from_numpy(self.retriever.kb.gather(ids.numpy())).to(found.image_pool)
-        queries = self.retriever.encoder(input_ids, attention_mask)
-        return Retrieved(pool, found.image_index, ids, _scores(queries, pool, found.image_index))
+        scores = found.scores
+        if not self.scored:
+            scores = _scores(self.retriever.encoder(input_ids, attention_mask), pool, found.image_index)
+        return Retrieved(pool, found.image_index, ids, scores)
 
 
 class GivenImages(controls.FixedImages):
@@ -52,23 +59,28 @@ class GivenImages(controls.FixedImages):
 
     Args:
         files: at least one; the first K are used, repeated if there are fewer.
+        scored: the model uses retrieval scores, and gets those of the control `FixedImages`; otherwise they are the
+            images' own.
 
     Raises:
         ValmError: a file cannot be read as an image.
     """
 
-    def __init__(self, files: Sequence[Path], retriever: Retriever):
+    def __init__(self, files: Sequence[Path], retriever: Retriever, *, scored: bool):
         images = controls.read_images(files[: retriever.k])
         super().__init__(retriever, retriever.encoder.clip.encode_images(images))
+        self.scored = scored
         self.images = [
             ShownImage(printable(file.name), _small(image)) for file, image in zip(files, images, strict=False)
         ]
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Retrieved:
         found = super().__call__(input_ids, attention_mask)
+        found = found._replace(image_ids=torch.arange(len(self.images)))
+        if self.scored:
+            return found
         queries = self.retriever.encoder(input_ids, attention_mask)
-        ids = torch.arange(len(self.images))
-        return found._replace(image_ids=ids, scores=_scores(queries, found.image_pool, found.image_index))
+        return found._replace(scores=_scores(queries, found.image_pool, found.image_index))
 
 
 def _scores(queries: Tensor, pool: Tensor, index: Tensor) -> Tensor:

@@ -344,7 +344,7 @@ class ImageModel(_Base):
             found = retriever.step(input_ids, _retrieval_state(with_retrieval(cache), retriever, len(input_ids)), mask)
             cache.num_retrieved += input_ids.shape[1]
         options, index, device = self.image_options, found.image_index, input_ids.device
-        if options.min_score is not None:  # again, for a retriever that is no `Retriever`
+        if options.min_score is not None and not hasattr(retriever, "with_min_score"):  # which has cut otherwise
             index, _ = cut(index, found.scores, options.min_score)
         scores = found.scores.to(device) if options.scored else None
         return found.image_pool.to(device), index.to(device), scores
