@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -167,6 +168,8 @@ def print_held_out(training: ImageTrainer) -> None:
     for name, what in lines.items():
         if name in numbers:
             print(f"held-out perplexity {numbers[name]:.2f} {what}")
+    if numbers.get("eval_perplexity_base", math.inf) < numbers.get("eval_perplexity", 0.0):
+        print("the base reads the validation text better than this model: train for fewer steps, or on more text")
 
 
 def run_train(arguments: argparse.Namespace) -> None:

@@ -35,6 +35,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 
 from valm.errors import ValmError
+from valm.model.config import check_min_score
 from valm.model.positions import (
     CACHE_ARGUMENTS,
     Call,
@@ -74,6 +75,9 @@ class FusionOptions:
         norm_eps: of LN_img.
         sketch: of the base model (`valm.model.sketch`), by which an adapter recognises it.
         fingerprint: in what an earlier version saved, instead of the sketch (`valm.model.sketch.fingerprint`).
+
+    Raises:
+        ValmError: min_score is no finite number, or the model retrieves no images.
     """
 
     architecture: str
@@ -93,6 +97,9 @@ class FusionOptions:
     norm_eps: float = 1e-5
     sketch: dict[str, str] | None = None
     fingerprint: dict[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        check_min_score(self.min_score, self.num_images, self.blind)  # a file may have any
 
 
 class FusionTerms(NamedTuple):

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerFast, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from valm.clip.clip import Clip
 from valm.clip.device import open_device
@@ -150,6 +151,9 @@ class TrainingPlan:
 
     def _run(self, out: Path, settings: TrainingArguments, command: str | None) -> ImageTrainer:
         checkpoint = newest_checkpoint(out, self.resume, settings.should_save)
+        for name, source in (("questions", self.questions), ("ordinary-text", self.ordinary_text)):
+            if source is not None and not Path(source).exists():  # read only once the corpus is retrieved
+                raise ValmError(f"--{name}: there is no {source}")
         kb = None if self.kb is None else ImageKnowledgeBase.open(self.kb)
         dataset, tokenizer = self._open_corpus(kb, "retrieval")
         min_score = self._min_score(kb, dataset, tokenizer)
@@ -173,9 +177,11 @@ class TrainingPlan:
             image_dropout=self.image_dropout if sees.num_images > 0 else 0.0,
             callbacks=[Patience(patience)] if patience else None,
         )
-        if base is not None and training.is_fsdp_enabled:
+        if base is not None and (training.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
             if self.mix and base:
-                raise ValmError("weights that FSDP divides among the processes cannot be mixed: give --no-mix")
+                raise ValmError(
+                    "weights that FSDP or DeepSpeed's ZeRO-3 divide among the processes cannot be mixed: give --no-mix"
+                )
             base = None
         own: dict[str, Any] = {"twin": self.twin, "limit_softmax": self.limit_softmax or None}
         own["image_dropout"] = self.image_dropout or None

@@ -84,6 +84,10 @@ def test_images_only_from_a_score_on(world, base, tmp_path, capsys):
     assert "its --min-score is" in capsys.readouterr().err
     assert run(*train, "--out", tmp_path / "other", *auto, questions) == 1
     assert f"retrieve {questions} too, and give that folder" in capsys.readouterr().err
+    early = ["train", "--kb", world / "kb", "--base", base, world / "corpus.txt", "--out", tmp_path / "early"]
+    assert run(*early, *auto, tmp_path / "none") == 1
+    assert f"--questions: there is no {tmp_path / 'none'}" in capsys.readouterr().err
+    assert not list(tmp_path.glob("early*retrieval"))
     assert (
         run("train", world / "corpus.txt", "--clip", world / "clip", "--min-score", "1", "--out", tmp_path / "o") == 1
     )
@@ -165,6 +169,8 @@ def test_what_is_trained_is_mixed_with_the_base(world, base, tmp_path, capsys, t
     assert share > 0 or twin == "blind"
     assert f"{numbers['eval_perplexity']:.2f} mixed with the base, whose share is {share:g}" in said
     assert f"{numbers['eval_perplexity_base']:.2f} of the base\n" in said
+    worse = numbers["eval_perplexity"] > numbers["eval_perplexity_base"]
+    assert ("the base reads the validation text better than this model" in said) == worse
     assert ("the same without images" in said) == ("eval_perplexity_without_images" in numbers) == (twin != "text")
     best = min(evaluations(out), key=lambda entry: entry["eval_loss"])
     assert numbers["eval_perplexity_trained"] == pytest.approx(best["eval_perplexity"], rel=1e-6)
@@ -634,7 +640,10 @@ def test_divided_weights_are_not_mixed(world, base, tmp_path, capsys, monkeypatc
     monkeypatch.setattr("valm.training.plan.trainer", sharded)
     train = ["train", "--retrieval", world / "base-retrieval", "--kb", world / "kb", "--base", base, *STEPS]
     assert run(*train, "--unfreeze", "block", "--validation", 0.3, "--out", tmp_path / "model") == 1
-    assert "weights that FSDP divides among the processes cannot be mixed: give --no-mix" in capsys.readouterr().err
+    assert (
+        "weights that FSDP or DeepSpeed's ZeRO-3 divide among the processes cannot be mixed: give --no-mix"
+        in capsys.readouterr().err
+    )
     assert not list(tmp_path.glob("model/*"))
 
 

@@ -11,7 +11,7 @@ from valm.errors import ValmError
 from valm.evaluation.controls import RandomImages, switch_images
 from valm.explain.explanation import explain
 from valm.model.adapter import load_adapter, save_adapter
-from valm.model.augment import augment
+from valm.model.augment import augment, config_from_dict
 from valm.model.checkpoint import load, save_checkpoint
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.min_score import cut
@@ -164,3 +164,13 @@ def test_what_does_not_fit_is_refused(model, retriever, middle):
     with pytest.raises(ValmError, match="min_score is of retrieved images"):
         valm.augment(tiny_llama(), IMAGE_DIM, 1, blind=True, min_score=0.5)
     assert IMAGES > 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), "0.5", True])
+def test_a_config_that_has_no_number_is_refused(value):
+    """NaN would cut nothing, without a word."""
+    config = augment(tiny_llama(), num_images=IMAGES, image_dim=IMAGE_DIM, min_score=0.5).config.to_diff_dict()
+    assert config["fusion"]["min_score"] == 0.5
+    config["fusion"]["min_score"] = value
+    with pytest.raises(ValmError, match="min_score must be a finite number or None, got"):
+        config_from_dict(config)
