@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
 
 import open_clip
 import torch
@@ -218,16 +218,16 @@ class Clip:
         return F.normalize(self.model.encode_image(images).float(), dim=-1)
 
     @torch.no_grad()
-    def encode_texts(self, texts: list[str]) -> torch.Tensor:
+    def encode_texts(self, texts: list[str], keep: Literal["beginning", "end"] = "beginning") -> torch.Tensor:
         """Text features as CLIP was trained (the state at EOT), (n, E) float32, L2-normalised.
 
-        A text longer than the context is cut to its first `context_length - 2` tokens.
+        A text longer than the context is cut to its first `context_length - 2` tokens, or its last.
         """
-        ids = self.token_ids(texts).to(self.device)
+        ids = self.token_ids(texts, keep).to(self.device)
         parts = [F.normalize(self.model.encode_text(part).float(), dim=-1) for part in ids.split(TEXT_BATCH)]
         return torch.cat(parts)
 
-    def token_ids(self, texts: list[str]) -> torch.Tensor:
+    def token_ids(self, texts: list[str], keep: Literal["beginning", "end"] = "beginning") -> torch.Tensor:
         """SOT, the text and EOT for each text, padded with EOT: (n, context_length) int64.
 
         open_clip pools the first EOT, and a causal text tower never sees the padding after it.
@@ -235,7 +235,8 @@ class Clip:
         rows = torch.full((len(texts), self.context_length), self.tokenizer.eos_token_id, dtype=torch.int64)
         rows[:, 0] = self.tokenizer.bos_token_id
         for row, text in zip(rows, texts, strict=True):
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"][: self.context_length - 2]
+            ids, most = self.tokenizer(text, add_special_tokens=False)["input_ids"], self.context_length - 2
+            ids = ids[:most] if keep == "beginning" else ids[-most:]
             row[1 : 1 + len(ids)] = torch.tensor(ids, dtype=torch.int64)
         return rows
 

@@ -82,7 +82,8 @@ class RandomImages(_OtherVectors):
 
 
 class FixedImages(_OtherVectors):
-    """Every token that has images sees the same K: the first of `vectors` (n, E), repeated if there are fewer."""
+    """Every token that has images sees the same K: the first of `vectors` (n, E), repeated if there are fewer, with the
+    scores of the images that they replace."""
 
     def __init__(self, retriever: Retriever, vectors: Tensor):
         super().__init__(retriever)
@@ -96,7 +97,8 @@ class FixedImages(_OtherVectors):
             self.vectors.to(device),
             slots.expand(index.shape).masked_fill(none, -1),
             torch.full((len(self.vectors),), -1, device=device),
-            torch.ones_like(found.scores).masked_fill(none, -torch.inf),
+            # a slot may have been empty
+            found.scores.where(index >= 0, found.scores.amax(-1, keepdim=True)).masked_fill(none, -torch.inf),
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 
@@ -16,7 +17,8 @@ def read_lines(path: str | os.PathLike) -> list[str]:
     Raises:
         ValmError: the file cannot be read.
     """
-    return [line for line in read_text(path).splitlines() if line.strip()]
+    # at no other sign of Unicode's, which may stand in a text
+    return [line.removesuffix("\r") for line in read_text(path).split("\n") if line.strip()]
 
 
 def read_csv(path: str | os.PathLike, columns: list[str]) -> list[dict[str, str]]:
@@ -25,7 +27,7 @@ def read_csv(path: str | os.PathLike, columns: list[str]) -> list[dict[str, str]
     Raises:
         ValmError: the file cannot be read or has other columns.
     """
-    reader = csv.DictReader(read_lines(path))
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))  # a quoted value may have several lines
     if reader.fieldnames != columns:
         raise ValmError(f"{path} has the columns {reader.fieldnames}, expected {columns}")
     rows = list(reader)
@@ -41,7 +43,7 @@ def read_rows(path: str | os.PathLike) -> list[list[str]]:
     Raises:
         ValmError: the file cannot be read.
     """
-    return list(csv.reader(read_lines(path)))
+    return [row for row in csv.reader(io.StringIO(read_text(path), newline="")) if any(map(str.strip, row))]
 
 
 def read_json_lines(path: str | os.PathLike, keys: set[str]) -> list[dict[str, str]]:

@@ -239,21 +239,25 @@ class MaskedScorer:
     @torch.no_grad()
     def answers(self, asked: Questions, progress: Progress) -> tuple[torch.Tensor, torch.Tensor | None]:
         flat = [text for row in asked.texts for text in row]
-        scores = self._scores([*flat, ""], asked.candidates, progress)
+        scores = self._scores([*flat, ""], asked.candidates, asked.fair, progress)
         return scores[:-1].view(len(asked.texts), -1, len(asked.candidates)), scores[-1]
 
-    def _scores(self, prompts: Sequence[str], candidates: Sequence[str], progress: Progress) -> torch.Tensor:
+    def _scores(
+        self, prompts: Sequence[str], candidates: Sequence[str], fair: bool, progress: Progress
+    ) -> torch.Tensor:
         """(prompts, candidates)"""
         tokenizer = self.tokenizer
         answers = tokenizer([" " + answer for answer in candidates], add_special_tokens=False)["input_ids"]
         try:
             check_writable(tokenizer, candidates, answers)
+            if not fair:
+                check_single_tokens(tokenizer, candidates)
         except ValmError as error:
             raise NotApplicable(str(error)) from error
         stop = tokenizer(".", add_special_tokens=False)["input_ids"]
         frame = tokenizer("")["input_ids"]  # [CLS] [SEP]
         first, last = frame[: len(frame) // 2], frame[len(frame) // 2 :]
-        room = self.model.config.max_position_embeddings - max(map(len, answers)) - len(stop) - len(frame)
+        room = _mask_positions(self.model) - max(map(len, answers)) - len(stop) - len(frame)
         read = [ids[-room:] for ids in tokenizer(list(prompts), add_special_tokens=False)["input_ids"]]
         of_length = defaultdict(list)
         for number, ids in enumerate(answers):
@@ -278,6 +282,13 @@ class MaskedScorer:
 
     def documents(self, asked: Documents, progress: Progress) -> list[DocumentScore]:
         raise NotApplicable("a masked language model has no probability of a text")
+
+
+def _mask_positions(model: Any) -> int:
+    """The most tokens that a masked model reads; those of RoBERTa's kind count positions from behind padding's."""
+    tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
+    offsets = [table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None]
+    return model.config.max_position_embeddings - max(offsets, default=0)
 
 
 class ClipScorer:
@@ -305,7 +316,7 @@ class ClipScorer:
         with counting(progress, len(flat)) as advance:
             for start in range(0, len(flat), BATCH_SIZE):
                 batch = flat[start : start + BATCH_SIZE]
-                rows.append(self.clip.encode_texts(batch) @ answers.T)
+                rows.append(self.clip.encode_texts(batch, keep="end") @ answers.T)
                 advance(len(batch))
         scores = (torch.cat(rows) * self.clip.model.logit_scale.exp()).log_softmax(-1)
         return scores.cpu().view(len(asked.texts), -1, len(asked.candidates)), None
@@ -348,8 +359,17 @@ def open_scorer(
 def _open_transformers(source: str, allow_download: bool, device: str | torch.device) -> Scorer:
     """A causal or masked language model of transformers."""
 
-    def opened(loader: Any) -> Any:
-        return from_pretrained(loader, source, f"the language model {source}", local_files_only=not allow_download)
+    what = f"the language model {source}"
+
+    def opened(loader: Any, **options: Any) -> Any:
+        return from_pretrained(loader, source, what, local_files_only=not allow_download, **options)
+
+    def whole(loader: Any) -> Any:
+        """In float32, as every model is evaluated."""
+        model, report = opened(loader, output_loading_info=True)
+        if missing := sorted(map(str, report["missing_keys"])):
+            raise ValmError(f"{what} has no weights for {missing[0]}: it is no language model, or not all of one")
+        return model.float().to(device)
 
     config = opened(AutoConfig)
     architecture = (config.architectures or [""])[0]
@@ -358,8 +378,8 @@ def _open_transformers(source: str, allow_download: bool, device: str | torch.de
         # VisualBERT predicts its masks only in the class that it was pretrained with
         known = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
         loader: Any = AutoModelForMaskedLM if known else AutoModelForPreTraining
-        return MaskedScorer(opened(loader).float().to(device), tokenizer)
-    model = opened(AutoModelForCausalLM).float().to(device)
+        return MaskedScorer(whole(loader), tokenizer)
+    model = whole(AutoModelForCausalLM)
     return CausalScorer(model, tokenizer, f"causal language model ({type(model).__name__})")
 
 
@@ -375,6 +395,7 @@ def _model_type(folder: Path) -> Any:
 
 def _open_valm(source: str, where: dict[str, Any], min_score: MinScore | None) -> CausalScorer:
     model, tokenizer = load(source, **where)
+    model.float()  # as all others
     if min_score is not None:
         min_score.set(model, source)
     options = model.image_options
@@ -394,7 +415,8 @@ def _open_valm(source: str, where: dict[str, Any], min_score: MinScore | None) -
 def model_fingerprint(model: Any, tokenizer: Any) -> str:
     """SHA-256 over the config, the tokenizer, and the names, types, shapes and bytes of the weights."""
     config = {name: value for name, value in model.config.to_dict().items() if not name.startswith("_")}
-    found = hashlib.sha256(json.dumps([config, tokenizer.backend_tokenizer.to_str()], default=str).encode())
+    roles = tokenizer.special_tokens_map  # which token begins a text is not in the backend
+    found = hashlib.sha256(json.dumps([config, tokenizer.backend_tokenizer.to_str(), roles], default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

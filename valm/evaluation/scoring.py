@@ -82,10 +82,10 @@ def answer_log_probs(
             answer_ids = torch.tensor([tokenized[i] for i in members], device=model.device)  # (answers here, tokens)
             for rows in equal_lengths(texts, batch_size):
                 batch = torch.tensor([texts[row] + list(head) for row in rows], device=model.device)
-                logits = model(batch, logits_to_keep=len(head) + 1).logits.float()  # (b, tokens, V)
-                log_probs = logits.log_softmax(-1)[
-                    :, torch.arange(len(head) + 1), answer_ids
-                ]  # (b, answers here, tokens)
+                # the last ones, as some classes take logits_to_keep and return all
+                logits = model(batch, logits_to_keep=len(head) + 1).logits[:, -(len(head) + 1) :].float()
+                places = torch.arange(len(head) + 1)
+                log_probs = logits.log_softmax(-1)[:, places, answer_ids]  # (b, answers here, tokens)
                 scores[torch.tensor(rows)[:, None], torch.tensor(members)] = log_probs.sum(-1).cpu()
                 advance(len(rows) / len(by_head))
     return scores

@@ -266,6 +266,10 @@ def scores_of(
             found = {"documents": [list(asdict(score).values()) for score in scorer.documents(asked, bar.update)]}
     except NotApplicable as error:
         found = {"not_applicable": str(error)}
+    if not _fits(found, asked):  # the first NaN would be the answer
+        raise ValmError(
+            f"the scores of {asked.task} are NaN: weights of the {scorer.kind} are not finite, or its numbers overflow"
+        )
     bar.update(_size(asked) - (bar.n - done))
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -289,9 +293,9 @@ def _fits(found: Scores, asked: Questions | Documents) -> bool:
 
 
 def _are_numbers(values: list[Any], shape: tuple[int, ...]) -> bool:
-    """Whether nested lists have this shape and hold numbers alone; as floats, numpy would take null for NaN."""
+    """Whether nested lists have this shape and hold numbers alone: no NaN, and no null, which numpy would make one."""
     array = np.array(values)
-    return array.shape == shape and array.dtype.kind in "iuf"
+    return array.shape == shape and array.dtype.kind in "iuf" and not np.isnan(array).any()
 
 
 def _row(

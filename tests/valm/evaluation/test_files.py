@@ -1,7 +1,7 @@
 import pytest
 
 from valm.errors import ValmError
-from valm.evaluation.files import read_csv, read_json_lines, read_lines
+from valm.evaluation.files import read_csv, read_json_lines, read_lines, read_rows
 
 
 def test_lines_columns_and_objects(tmp_path):
@@ -11,6 +11,11 @@ def test_lines_columns_and_objects(tmp_path):
     assert read_csv(path, ["a", "b"]) == [{"a": "x", "b": ""}, {"a": "y", "b": "z"}]
     path.write_bytes(b"\xef\xbb\xbfa,b\r\nx,y\r\n")
     assert read_csv(path, ["a", "b"]) == [{"a": "x", "b": "y"}]
+    path.write_text('a,b\n"two\n\nlines",1\n')
+    assert read_csv(path, ["a", "b"]) == [{"a": "two\n\nlines", "b": "1"}]
+    assert read_rows(path)[1] == ["two\n\nlines", "1"]
+    path.write_text('{"text": "a\u2028b\x85c"}\n')
+    assert read_json_lines(path, {"text"}) == [{"text": "a\u2028b\x85c"}]
     path.write_text('{"text": "one", "more": 1}\n{"text": "two"}\n')
     assert [row["text"] for row in read_json_lines(path, {"text"})] == ["one", "two"]
 

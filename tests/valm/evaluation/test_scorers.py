@@ -1,11 +1,13 @@
 """Scores of each kind of model, against its own forward pass."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
@@ -13,7 +15,10 @@ from transformers import (
     BertTokenizerFast,
     GPT2Config,
     GPT2LMHeadModel,
+    GPT2Model,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForMaskedLM,
     VisualBertConfig,
     VisualBertForPreTraining,
 )
@@ -166,6 +171,64 @@ def test_the_published_protocol_needs_single_tokens(folders):
     scorer = open_scorer(str(folders / "gpt2"))
     with pytest.raises(NotApplicable, match="tokens for this tokenizer"):
         scorer.answers(questions(PUBLISHED, ("grey", "zzz", "blue")), None)
+
+
+def test_the_published_protocol_needs_single_tokens_of_a_masked_model_too(folders):
+    scorer = open_scorer(str(folders / "bert"))
+    with pytest.raises(NotApplicable, match="tokens for this tokenizer"):
+        scorer.answers(questions(PUBLISHED), None)
+    scorer.answers(questions(PUBLISHED, ("yellow", "red", "blue")), None)
+
+
+def test_a_long_prompt_loses_its_beginning(folders):
+    """RoBERTa has fewer positions than its config says, and CLIP cuts the end of other texts."""
+    torch.manual_seed(0)
+    bert = open_scorer(str(folders / "bert"))
+    sizes = {name: getattr(bert.model.config, name) for name in ("vocab_size", "hidden_size", "intermediate_size")}
+    layers = {"num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 20, "pad_token_id": 0}
+    roberta = MaskedScorer(RobertaForMaskedLM(RobertaConfig(**sizes, **layers)), bert.tokenizer)
+    for scorer in (bert, roberta, open_scorer(str(folders / "clip"))):
+        asked = questions()
+        long = dataclasses.replace(
+            asked, texts=tuple(tuple("a red sky " * 90 + text for text in row) for row in asked.texts)
+        )
+        longer = dataclasses.replace(asked, texts=tuple(tuple("blue " + text for text in row) for row in long.texts))
+        found, same = (scorer.answers(one, None)[0] for one in (long, longer))
+        assert torch.equal(found, same) and found.isfinite().all()
+        assert not torch.equal(found[0], found[1])
+
+
+def test_a_model_without_a_head_is_refused(folders, tmp_path):
+    """transformers would give it random weights, and take a BERT for a causal model."""
+    bert = open_scorer(str(folders / "bert"))
+    bert.model.bert.save_pretrained(tmp_path / "bert")
+    bert.tokenizer.save_pretrained(tmp_path / "bert")
+    gpt2 = open_scorer(str(folders / "gpt2"))
+    GPT2Model(gpt2.model.config).save_pretrained(tmp_path / "gpt2")
+    for name in ("h.0.mlp.c_fc.weight",):
+        weights = load_file(tmp_path / "gpt2" / "model.safetensors")
+        del weights[name]
+        save_file(weights, tmp_path / "gpt2" / "model.safetensors", {"format": "pt"})
+    gpt2.tokenizer.save_pretrained(tmp_path / "gpt2")
+    for folder in ("bert", "gpt2"):
+        with pytest.raises(ValmError, match=r"has no weights for .*: it is no language model, or not all of one"):
+            open_scorer(str(tmp_path / folder))
+
+
+def test_the_logits_are_the_last_whatever_a_class_returns(folders):
+    scorer = open_scorer(str(folders / "gpt2"))
+    expected, _ = scorer.answers(questions(), None)
+    own = scorer.model.forward
+    scorer.model.forward = lambda *args, logits_to_keep=0, **kwargs: own(*args, **kwargs)
+    found, _ = scorer.answers(questions(), None)
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_role_of_a_token_is_part_of_what_scores_depend_on(folders):
+    scorer = open_scorer(str(folders / "gpt2"))
+    before = scorer.fingerprint
+    scorer.tokenizer.bos_token = scorer.tokenizer.convert_ids_to_tokens(7)
+    assert scorer.fingerprint != before
 
 
 def test_an_answer_that_the_tokenizer_cannot_write_is_named(folders):

@@ -1,6 +1,7 @@
 """Several models side by side: what is cached, what is scored anew, what is said of wrong input."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from tests.valm.models import tiny_model
 from valm.clip.tokenizer import clip_tokenizer, prune_tokenizer
 from valm.errors import ValmError
 from valm.evaluation import scorers
-from valm.evaluation.questions import FAIR, chosen_tasks
-from valm.evaluation.suite import CACHE, Entry, Settings, entries, evaluate, variants_of
+from valm.evaluation.questions import FAIR, TASKS, chosen_tasks, what_is_asked
+from valm.evaluation.suite import CACHE, Entry, Settings, entries, evaluate, scores_of, variants_of
 from valm.model.checkpoint import save_checkpoint
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import BlindRetriever
@@ -75,6 +76,25 @@ def test_a_killed_run_goes_on_and_a_retrained_model_is_scored_anew(world, tmp_pa
     calls.clear()
     evaluate(model, settings(world, protocols=(FAIR,), fresh=True), tmp_path, progress=False)
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_diverged_model_has_no_answers(world, tmp_path, cached):
+    """The first of several NaN would be its answer, to every question."""
+
+    class Diverged:
+        kind = "causal language model"
+
+        def answers(self, asked, progress):
+            scores = torch.zeros(len(asked.texts), len(asked.texts[0]), len(asked.candidates))
+            scores[-1] = torch.nan
+            return scores, None
+
+    asked = what_is_asked(TASKS["memory_color"], FAIR, settings(world).data)
+    cache = tmp_path if cached else None
+    with pytest.raises(ValmError, match="the scores of memory_color are NaN: weights of the causal language model are"):
+        scores_of(Diverged(), asked, cache, [], False, SimpleNamespace(n=0, update=lambda count: None))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("key, value", [("scores", ...), ("sha256", "0"), ("sha256", None)])
