@@ -70,6 +70,10 @@ PAIRS = {
     "colourless VaLM − colourless Blind": (COLORLESS, COLORLESS_BLIND),
     "colourless Blind − twin": (COLORLESS_BLIND, TWIN),
 }
+OF_EACH_SEED = (
+    *("VaLM − twin", "VaLM − Blind", RANDOM_IMAGES, "VaLM with the cut − twin"),
+    *("VaLM − captions in context", "VaLM − late fusion", "colourless VaLM − colourless Blind"),
+)
 NAMES = {
     "base": "base",
     "cut": "trained with the cut",
@@ -373,20 +377,35 @@ def trainings(results: Results) -> str:
 
 
 def differences(results: Results) -> str:
-    """Every pair of arms on every measure."""
+    """Every pair of arms on every measure; of one seed with the p-value."""
     measures = [measure for measure in MEASURES if measure[0] in results.sets()]
     pairs = {name: pair for name, pair in PAIRS.items() if all(arm in results.arms() for arm in pair)}
-    lines = [f"| Points [95 %], p | {' | '.join(pairs)} |", "| --- |" + " --- |" * len(pairs)]
+    lines = [f"| Points [95 %] | {' | '.join(pairs)} |", "| --- |" + " --- |" * len(pairs)]
     for of, kind in measures:
         cells = []
         for pair in pairs.values():
             some = results.having(of, *pair)
             if some.seeds:
                 difference = some.difference(*pair, of, kind)
-                cells.append(f"{points(difference)}, {difference.p:.3f}{_fewer(some, results)}")
+                cells.append(f"{points(difference)}{_p(difference)}{_fewer(some, results)}")
             else:
                 cells.append("–")
         lines.append(f"| {_title(of)}, {kind} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def by_seed(results: Results) -> str:
+    """The differences that most is said about, seed by seed, as an interval over few seeds is too narrow."""
+    asked = [(pair, of) for of in (PRIMARY, VALIDATION) for pair in OF_EACH_SEED]
+    numbers = [seed["seed"] for seed in results.seeds]
+    lines = [f"| Points | {' | '.join(f'seed {number}' for number in numbers)} |", "| --- |" + " --- |" * len(numbers)]
+    for pair, of in asked:
+        found = {}
+        for seed in results.having(of, *PAIRS[pair]).seeds:
+            found[seed["seed"]] = 100 * Results((seed,)).difference(*PAIRS[pair], of).value
+        if found:
+            cells = [f"{found[number]:+.1f}".replace("-", "−") if number in found else "–" for number in numbers]
+            lines.append(f"| {pair}, {_title(of)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -407,9 +426,9 @@ def accuracies(results: Results) -> str:
 
 def retrieval(results: Results) -> str:
     """The tests that a model without a knowledge base cannot pass."""
-    lines = ["| Test | Things | Points [95 %] | p |", "| --- | --- | --- | --- |"]
+    lines = ["| Test | Things | Points [95 %] |", "| --- | --- | --- |"]
     for test in _retrieval_tests(results):
-        numbers = f"{points(test.difference)}{_fewer(test.results, results)} | {test.difference.p:.3f}"
+        numbers = f"{points(test.difference)}{_p(test.difference)}{_fewer(test.results, results)}"
         lines.append(f"| {test.title} | {test.things} | {numbers} |")
     return "\n".join(lines)
 
@@ -480,6 +499,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "pictured": pictured,
     "trainings": trainings,
     "differences": differences,
+    "seedwise": by_seed,
     "accuracies": accuracies,
     "retrieval": retrieval,
     "perplexities": perplexities,
@@ -559,6 +579,10 @@ FIGURES: dict[str, Callable[[Results], Figure]] = {"forest": forest, "overview":
 def points(difference: Difference) -> str:
     value, low, high = (f"{100 * number:+.1f}".replace("-", "−") for number in _numbers(difference))
     return f"{value} [{low}, {high}]"
+
+
+def _p(difference: Difference) -> str:
+    return "" if difference.p is None else f", p {difference.p:.3f}"
 
 
 def _tested(difference: Difference) -> str:

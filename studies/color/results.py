@@ -13,7 +13,7 @@ import numpy as np
 from studies.color.config import ARMS, SETS, VALIDATION
 from studies.color.scoring import DIGITS, expanded
 from valm.errors import ValmError
-from valm.evaluation.statistics import Difference, Estimate, paired, ratio
+from valm.evaluation.statistics import Counts, Difference, Estimate, paired, ratio
 from valm.store.files import read_json
 from valm_kernels.json_files import Count, Matching, Range, short
 
@@ -107,8 +107,8 @@ class Results:
         """The seeds in which each of `asked` (arm, images) was asked about the set or text `of`."""
         return Results(tuple(seed for seed in self.seeds if all(_row(seed, *one, of) for one in asked)))
 
-    def hits(self, arm: str, images: str, of: str, kind: str = RAW) -> np.ndarray:
-        """The number of right answers per item, (seeds, items), or (1, items of all seeds) if the seeds' items differ.
+    def hits(self, arm: str, images: str, of: str, kind: str = RAW) -> Counts:
+        """The number of right answers per item.
 
         Raises:
             ValmError: a seed has no such row.
@@ -121,7 +121,7 @@ class Results:
 
     def accuracy(self, arm: str, images: str, of: str, kind: str = RAW) -> Estimate:
         found = self.hits(arm, images, of, kind)
-        return ratio(found, np.full(found.shape, float(self.prompts(of))))
+        return ratio(found, self._tries(found, of))
 
     def difference(
         self,
@@ -135,14 +135,16 @@ class Results:
         without a picture in the knowledge base."""
         hits, others = self.hits(*first, of, kind), self.hits(*second, of, kind)
         if pictured is not None:
-            items = self.pictured(of) == pictured
-            hits, others = hits[:, items], others[:, items]
-        return paired(hits, others, np.full(hits.shape[1], float(self.prompts(of))))
+            items = [self.pictured(of) == pictured]
+            if isinstance(hits, list):
+                items = [np.array(seed["sets"][of]["pictured"]) == pictured for seed in self.seeds]
+            hits, others = _of(items, hits), _of(items, others)
+        return self._paired(hits, others, of)
 
     def pictured(self, of: str) -> np.ndarray:
-        """Whether each item, as in `hits`, has a picture in the knowledge base."""
+        """Whether each item has a picture in the knowledge base; seed after seed where their items differ."""
         rows = [np.array(seed["sets"][of]["pictured"]) for seed in self.seeds]
-        return _stacked(rows, self._same_items(of))[0]
+        return rows[0] if self._same_items(of) else np.concatenate(rows)
 
     def missing(self) -> dict[str, list[int]]:
         """What could not be asked, with the seeds."""
@@ -172,7 +174,7 @@ class Results:
         if not any(chosen):
             raise ValmError(f"no item of {of} has a picture whose colour is another in {exchange!r}")
 
-        def now(images: str) -> np.ndarray:
+        def now(images: str) -> Counts:
             rows = []
             for seed, items in zip(self.seeds, chosen, strict=True):
                 about = seed["sets"][of]
@@ -182,8 +184,8 @@ class Results:
             return _stacked(rows, self._same_items(of) and len({tuple(items) for items in chosen}) == 1)
 
         after, before = now(exchange), now("retrieved")
-        tries = np.full(after.shape[1], float(self.prompts(of)))
-        return paired(after, before, tries), after.shape[1]
+        count = after.shape[1] if isinstance(after, np.ndarray) else sum(map(len, after))
+        return self._paired(after, before, of), count
 
     def added(self, arm: str, of: str) -> tuple[Difference, int]:
         """The gain in accuracy from having the items' pictures in the knowledge base.
@@ -193,8 +195,8 @@ class Results:
         """
         about = self.seeds[0]["sets"][of]
         items = np.flatnonzero(about["pictured"])
-        with_them, without = (self.hits(arm, images, of)[:, items] for images in ("retrieved", "taken-out"))
-        return paired(with_them, without, np.full(len(items), float(self.prompts(of)))), len(items)
+        with_them, without = (_of([items], self.hits(arm, images, of)) for images in ("retrieved", "taken-out"))
+        return self._paired(with_them, without, of), len(items)
 
     def perplexity(self, arm: str, images: str, text: str) -> Estimate:
         nats, tokens = self._text(arm, images, text)
@@ -203,12 +205,23 @@ class Results:
     def nats_difference(self, first: tuple[str, str], second: tuple[str, str], text: str) -> Difference:
         """The difference in nats per token; above 0, `first` predicts the text worse."""
         nats, tokens = self._text(*first, text)
-        return paired(nats, self._text(*second, text)[0], tokens[0])
+        return paired(nats, self._text(*second, text)[0], tokens[0] if isinstance(tokens, np.ndarray) else tokens)
 
-    def _text(self, arm: str, images: str, text: str) -> tuple[np.ndarray, np.ndarray]:
+    def _text(self, arm: str, images: str, text: str) -> tuple[Counts, Counts]:
         rows = [_needed(seed, arm, images, text) for seed in self.seeds]
         same = len({tuple(row["tokens"]) for row in rows}) == 1
-        return tuple(_stacked([np.array(row[name], float) for row in rows], same) for name in ("nats", "tokens"))  # type: ignore[return-value]
+        nats, tokens = ([np.array(row[name], float) for row in rows] for name in ("nats", "tokens"))
+        return _stacked(nats, same), _stacked(tokens, same)
+
+    def _tries(self, hits: Counts, of: str) -> Counts:
+        prompts = float(self.prompts(of))
+        if isinstance(hits, np.ndarray):
+            return np.full(hits.shape, prompts)
+        return [np.full(len(one), prompts) for one in hits]
+
+    def _paired(self, first: Counts, second: Counts, of: str) -> Difference:
+        tries = self._tries(first, of)
+        return paired(first, second, tries[0] if isinstance(tries, np.ndarray) else tries)
 
     def _same_items(self, of: str) -> bool:
         return len({tuple(seed["sets"][of]["items"]) for seed in self.seeds}) == 1
@@ -325,5 +338,13 @@ def _changed(about: dict[str, Any], exchange: str) -> list[int]:
     ]
 
 
-def _stacked(rows: Sequence[np.ndarray], same: bool) -> np.ndarray:
-    return np.stack(rows) if same else np.concatenate(rows)[None]
+def _stacked(rows: Sequence[np.ndarray], same: bool) -> Counts:
+    """Of the seeds that have any item."""
+    return np.stack(rows) if same else [row for row in rows if len(row)]
+
+
+def _of(items: Sequence[np.ndarray], counts: Counts) -> Counts:
+    """The counts of these items: of all seeds, or of each where they have items of their own."""
+    if isinstance(counts, np.ndarray):
+        return counts[:, items[0]]
+    return [one[chosen] for one, chosen in zip(counts, items, strict=True)]

@@ -172,6 +172,8 @@ def conditions(results: Mapping[str, Any]) -> list[str]:
     found += [f"{name}: {kind}." for name, kind in kinds.items()]
     pooled = {row["model"]: row["checkpoints"] for row in results["rows"] if row["checkpoints"] > 1}
     found += [f"{name}: {checkpoints} checkpoints together." for name, checkpoints in pooled.items()]
+    if about.get("query_dtype"):
+        found.append(f"Retrieval queries in {about['query_dtype']}.")
     if about.get("knowledge_base"):
         found.append(f"Images from the knowledge base {about['knowledge_base']}.")
     found += [f"{task['title']}: {task['note']}." for task in results["tasks"] if task["note"]]
@@ -300,7 +302,7 @@ def _differences(results: Mapping[str, Any]) -> Table:
             pair["protocol"],
             pair["metric"],
             _signed(pair, 100 if pair["metric"] == "accuracy" else 1),
-            f"{pair['p']:.4f}",
+            MISSING if pair["p"] is None else f"{pair['p']:.4f}",
         )
         for pair in results["pairs"]
     )
@@ -309,8 +311,10 @@ def _differences(results: Mapping[str, Any]) -> Table:
         ("models", "task", "protocol", "of", "difference [95 %]", "p"),
         rows,
         ("ours",) * len(rows),
-        "The first model against each other one: accuracy in points, or nats per byte. Intervals by paired bootstrap "
-        "over items, p by a permutation test, not corrected for how many comparisons there are.",
+        "The first model minus each other one: accuracy in points, of which more is better, or nats per byte, of which "
+        "less is. Intervals by paired bootstrap over items, and over the seeds of pooled checkpoints, of which few "
+        "give too narrow ones; p, of single checkpoints, by a permutation test over items. Neither is corrected for "
+        "how many comparisons there are.",
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +12,9 @@ RESAMPLES = 2000
 PERMUTATIONS = 10_000
 # Bootstrap weights drawn at once, to bound memory for 10,000 items.
 CHUNK = 200
+
+# Numbers of hits or tries, (seeds, items), or where each seed has items of its own an array (items,) of each.
+Counts = np.ndarray | list[np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -27,13 +31,14 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference:
-    """By how much the first of two models is better on the same items, with its 95 % interval, and the p-value of a
-    permutation test: how often a difference as large occurs if the models are swapped at random."""
+    """The first of two models' numbers minus the second's on the same items, with its 95 % interval, and the p-value of
+    a permutation test: how often a difference as large occurs if the models are swapped at random, item by item. None
+    for several seeds, of which such a test knows nothing."""
 
     value: float
     low: float
     high: float
-    p: float
+    p: float | None
 
 
 def _same(ratio: np.ndarray) -> np.ndarray:
@@ -41,15 +46,15 @@ def _same(ratio: np.ndarray) -> np.ndarray:
 
 
 def ratio(
-    hits: np.ndarray, tries: np.ndarray, seed: int = 0, transform: Callable[[np.ndarray], np.ndarray] = _same
+    hits: Counts, tries: Counts, seed: int = 0, transform: Callable[[np.ndarray], np.ndarray] = _same
 ) -> Estimate:
-    """transform(sum of hits / sum of tries), for hits and tries (seeds, items).
+    """transform(sum of hits / sum of tries).
 
     The tries of one item, such as its prompts, are drawn together, as they are not independent.
     """
     drawn = _bootstrap(hits, seed) / _bootstrap(tries, seed)
     low, high = np.quantile(transform(drawn), [0.025, 0.975])
-    return Estimate(float(transform(np.asarray(hits.sum() / tries.sum()))), float(low), float(high))
+    return Estimate(float(transform(np.asarray(_total(hits) / _total(tries)))), float(low), float(high))
 
 
 def accuracy(right: np.ndarray, seed: int = 0) -> Estimate:
@@ -58,36 +63,62 @@ def accuracy(right: np.ndarray, seed: int = 0) -> Estimate:
     return ratio(right.sum(-1)[None].astype(float), np.full((1, len(right)), float(right.shape[1])), seed)
 
 
-def paired(first: np.ndarray, second: np.ndarray, tries: np.ndarray, seed: int = 0) -> Difference:
+def paired(first: Counts, second: Counts, tries: Counts, seed: int = 0) -> Difference:
     """The difference of two models' hits / tries.
 
     Args:
-        first, second: (seeds, items) hits; the numbers of seeds may differ.
-        tries: (items,), of both.
+        first, second: hits. The numbers of seeds may differ where these have the same items.
+        tries: of both: (items,), or a list as theirs.
     """
-    total = tries.sum()
-    each = first.mean(0) - second.mean(0)  # (items,)
-    weights = tries[None].astype(float)
-    drawn = (_bootstrap(first, seed) / len(first) - _bootstrap(second, seed) / len(second)) / _bootstrap(weights, seed)
+    tries = [tries] if isinstance(tries, np.ndarray) else tries
+    if isinstance(first, np.ndarray):
+        tries = np.stack(tries)
+    drawn = (_mean(_bootstrap(first, seed), first) - _mean(_bootstrap(second, seed), second)) / _mean(
+        _bootstrap(tries, seed), tries
+    )
     low, high = np.quantile(drawn, [0.025, 0.975])
+    value = (_mean(_total(first), first) - _mean(_total(second), second)) / _mean(_total(tries), tries)
+    p = _swapped(first[0] - second[0], seed) if len(first) == len(second) == 1 else None
+    return Difference(float(value), float(low), float(high), p)
+
+
+def _swapped(differences: np.ndarray, seed: int) -> float:
+    """The p-value of a permutation test: how often their sum is as large with random signs."""
     generator = np.random.default_rng(seed)
-    observed = abs(each.sum())
+    observed = abs(differences.sum())
     as_large = 0
     for _ in range(PERMUTATIONS // CHUNK):
-        signs = generator.integers(0, 2, (CHUNK, len(each))) * 2 - 1
-        as_large += int((np.abs(signs @ each) >= observed - 1e-12).sum())
-    p = (as_large + 1) / (PERMUTATIONS // CHUNK * CHUNK + 1)
-    return Difference(float(each.sum() / total), float(low), float(high), p)
+        signs = generator.integers(0, 2, (CHUNK, len(differences))) * 2 - 1
+        as_large += int((np.abs(signs @ differences) >= observed - 1e-12).sum())
+    return (as_large + 1) / (PERMUTATIONS // CHUNK * CHUNK + 1)
 
 
-def _bootstrap(values: np.ndarray, seed: int) -> np.ndarray:
-    """(RESAMPLES,): the sum of `values` (seeds, items) over resampled items, and resampled seeds if there are several;
-    the same draws for the same generator seed and numbers of seeds and items."""
-    seeds, items = values.shape
+def _total(values: Counts) -> float:
+    return float(sum(one.sum() for one in values))
+
+
+def _mean(sums: Any, values: Counts) -> Any:
+    """Sums over all seeds of `values` as means over the seeds."""
+    return sums / len(values)
+
+
+def _bootstrap(values: Counts, seed: int) -> np.ndarray:
+    """(RESAMPLES,): the sum of `values` over resampled items, and resampled seeds if there are several; of seeds with
+    items of their own over the items of each that is drawn. The same draws for the same generator seed and numbers of
+    seeds and items."""
     over_items, over_seeds = np.random.default_rng(seed), np.random.default_rng(seed + 1)
+    seeds = len(values)
     sums = []
     for _ in range(RESAMPLES // CHUNK):
-        drawn = over_items.multinomial(items, np.full(items, 1 / items), CHUNK)  # (chunk, items)
         weights = over_seeds.multinomial(seeds, np.full(seeds, 1 / seeds), CHUNK)  # (chunk, seeds)
-        sums.append(np.einsum("ci,si,cs->c", drawn, values, weights, optimize=True))
+        if isinstance(values, np.ndarray):
+            items = values.shape[1]
+            drawn = over_items.multinomial(items, np.full(items, 1 / items), CHUNK)  # (chunk, items)
+            sums.append(np.einsum("ci,si,cs->c", drawn, values, weights, optimize=True))
+        else:
+            own = [
+                over_items.multinomial(n * len(one), np.full(len(one), 1 / len(one)))
+                for n, one in zip(weights.T, values, strict=True)
+            ]
+            sums.append(sum(drawn @ one for drawn, one in zip(own, values, strict=True)))
     return np.concatenate(sums)

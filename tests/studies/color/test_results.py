@@ -24,13 +24,22 @@ def test_accuracy_and_difference(tmp_path):
     found = results.difference(("valm", "retrieved"), ("twin", "none"), "memory_color")
     assert found.value == pytest.approx(expected)
     assert found.low < expected < found.high
-    assert found.p < 0.01
+    assert found.p is None
+    alone = read_results(write(tmp_path, [0]))
+    assert alone.difference(("valm", "retrieved"), ("twin", "none"), "memory_color").p < 0.01
 
 
-def test_things_that_each_seed_drew_anew_are_all_items(tmp_path):
+def test_things_that_each_seed_drew_anew_are_drawn_after_the_seed(tmp_path):
     results = read_results(write(tmp_path))
-    assert results.hits("valm", "retrieved", "validation").shape == (1, 2 * ITEMS)
+    assert [len(one) for one in results.hits("valm", "retrieved", "validation")] == [ITEMS, ITEMS]
     assert results.accuracy("valm", "retrieved", "validation").value == pytest.approx(8 / 9)
+    assert len(results.pictured("validation")) == 2 * ITEMS
+    found = results.difference(("valm", "retrieved"), ("twin", "none"), "validation")
+    alone = [
+        read_results(write(tmp_path, [seed])).difference(("valm", "retrieved"), ("twin", "none"), "validation").value
+        for seed in (0, 1)
+    ]
+    assert found.value == pytest.approx(np.mean(alone)) and found.low <= min(alone) and found.high >= max(alone)
 
 
 def test_follows_counts_answers_with_the_colour_that_the_images_now_have(tmp_path):

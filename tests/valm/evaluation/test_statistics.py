@@ -59,6 +59,22 @@ def test_p_values_of_equal_models_are_spread_evenly():
     assert paired(same, same, np.ones(10)).p == 1
 
 
+def test_seeds_with_items_of_their_own_are_drawn_before_these():
+    """As wide as where the same items disagree by seed, whatever the number of items."""
+    random = np.random.default_rng(0)
+    tries = [np.ones(200) for _ in range(5)]
+    alike = [(random.random(200) < 0.5).astype(float) for _ in range(5)]
+    unlike = [(random.random(200) < share).astype(float) for share in (0.3, 0.4, 0.5, 0.6, 0.7)]
+    narrow, wide = ratio(alike, tries), ratio(unlike, tries)
+    assert narrow.value == pytest.approx(np.mean(alike)) and 0.04 < narrow.high - narrow.low < 0.09
+    assert 0.2 < wide.high - wide.low < 0.3
+    found = paired(unlike, alike, tries)
+    assert found.value == pytest.approx(np.mean(unlike) - np.mean(alike)) and found.p is None
+    assert 0.2 < found.high - found.low < 0.32
+    one = paired(unlike[:1], alike[:1], tries[:1])
+    assert one == paired(np.stack(unlike[:1]), np.stack(alike[:1]), tries[0]) and 0.01 < one.p < 0.05
+
+
 def test_models_with_different_numbers_of_seeds_are_compared_by_their_means():
     first, second = np.array([[1.0, 1.0, 0.0]]), np.array([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
     assert paired(first, second, np.ones(3)).value == pytest.approx(2 / 3 - 1 / 6)
