@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -109,10 +112,23 @@ def adapter_base(folder: str | os.PathLike) -> str:
     return str(beside.resolve()) if beside.is_dir() else base
 
 
+def adapter_dtype(folder: str | os.PathLike) -> torch.dtype | None:
+    """The type in which to load the base of the adapter in `folder`, whose trained layer another one would round; None:
+    any, as the adapter has no weights of the base.
+
+    Raises:
+        ValmError: its weights cannot be read.
+    """
+    if not _description(Path(folder))["fusion"].unfreeze:
+        return None
+    return _main_dtype(_stored_tensors(Path(folder)))
+
+
 def load_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> AugmentedCausalLM:
     """Adds the adapter in `folder` to `model`, the base that it was made with. The model itself is changed.
 
-    A base in another precision is the same; one whose weights differ by more is another.
+    A base in another precision is the same; one whose weights differ by more is another. A warning says where it rounds
+    a trained layer.
 
     Raises:
         ValmError: the adapter is damaged, or belongs to another base; or `model` is no base, as it takes images.
@@ -132,12 +148,7 @@ def load_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> Augmented
     if not -len(layers) <= options.layer < len(layers):
         raise ValmError(f"the adapter {folder} is for layer {options.layer}, but the base model has {len(layers)}")
     options = _of_this_base(model, options, folder)
-    weights = current_files(folder) / WEIGHTS_FILE
-    check_regular(weights)
-    try:
-        tensors = load_file(weights)
-    except (OSError, SafetensorError) as error:
-        raise ValmError(f"the weights {weights} cannot be read: {error}") from error
+    tensors = _stored_tensors(folder)
     try:
         augmented: Any = become_augmented(model, options)
     except (RuntimeError, ValueError, TypeError) as error:  # sizes that no memory has
@@ -146,11 +157,34 @@ def load_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> Augmented
     for name in sorted({*tensors, *expected}):
         shapes = [tuple(some[name].shape) if name in some else None for some in (tensors, expected)]
         if shapes[0] != shapes[1]:
+            weights = current_files(folder) / WEIGHTS_FILE
             raise ValmError(f"{name} in {weights} has shape {shapes[0]}, expected {shapes[1]}")
+    if options.unfreeze and (stored := _main_dtype(tensors)).itemsize > model.dtype.itemsize:
+        warnings.warn(
+            f"the trained layer in {folder} is of {stored} and the base model of {model.dtype}: it is rounded, and "
+            "small changes are lost; load the base in the layer's type",
+            stacklevel=2,
+        )
     for name, tensor in expected.items():
         tensor.copy_(tensors[name])
     augmented.note_in(folder)
     return augmented
+
+
+def _main_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
+    numbers: Counter[torch.dtype] = Counter()
+    for tensor in tensors.values():
+        numbers[tensor.dtype] += tensor.numel()
+    return max(numbers, key=lambda dtype: numbers[dtype], default=torch.float32)
+
+
+def _stored_tensors(folder: Path) -> dict[str, Tensor]:
+    weights = current_files(folder) / WEIGHTS_FILE
+    check_regular(weights)
+    try:
+        return load_file(weights)
+    except (OSError, SafetensorError) as error:
+        raise ValmError(f"the weights {weights} cannot be read: {error}") from error
 
 
 def _of_this_base(model: PreTrainedModel, options: FusionOptions, folder: Path) -> FusionOptions:

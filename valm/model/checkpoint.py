@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from valm.errors import ValmError
-from valm.model.adapter import adapter_base, is_adapter, load_adapter
+from valm.model.adapter import adapter_base, adapter_dtype, is_adapter, load_adapter
 from valm.model.card import CARD_FILE, write_card
 from valm.model.config_file import ADAPTER_FILE, MODEL_TYPE
 from valm.model.gpt2 import VaLMForCausalLM
@@ -135,8 +135,7 @@ def load(
     source: str | os.PathLike
     if is_adapter(folder):
         source = adapter_base(folder) if base is None else base
-        model = _load_base(folder, source, by_user=base is not None)
-        model = load_adapter(model, folder)
+        model = load_adapter(_load_base(folder, source, by_user=base is not None), folder)
         source = folder if is_file(folder / TOKENIZER_FILE) else source
     else:
         if base is not None:
@@ -205,7 +204,11 @@ def load_decoder(source: str | os.PathLike) -> Any:
 
 def _load_base(folder: Path, base: str | os.PathLike, by_user: bool) -> Any:
     what = f"the base model {base} of the adapter {folder}"
-    return from_pretrained(AutoModelForCausalLM, base, what, "; give it as base", local_files_only=not by_user)
+    dtype = adapter_dtype(folder)
+    options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    return from_pretrained(
+        AutoModelForCausalLM, base, what, "; give it as base", local_files_only=not by_user, **options
+    )
 
 
 def _load_tokenizer(source: str | os.PathLike, folder: Path, local: bool) -> Any:

@@ -26,6 +26,7 @@ from tests.valm.other_tokenizers import chat_like
 from valm import VaLMForCausalLM, load, load_adapter, save_adapter
 from valm.errors import ValmError
 from valm.model.augment import augment, fusion_module
+from valm.model.checkpoint import load_decoder
 from valm.model.image_model import ImageModel
 from valm.model.probe import decoder_layers
 from valm.model.sketch import fingerprint
@@ -313,6 +314,26 @@ def test_an_adapter_opens_on_its_base_in_another_precision(tmp_path, base_folder
     for base in (base_folder, tmp_path / "half"):
         wide = load_adapter(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), tmp_path / "of-half")
         save_adapter(wide, tmp_path / "of-wide")  # exact, although the file has the sketch of the half
+
+
+def test_a_trained_layer_is_not_rounded_to_the_type_of_its_stored_base(tmp_path, recwarn):
+    tokenizer, config = chat_like([]), tiny_llama().config
+    config.vocab_size = len(tokenizer)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    trained = augmented(lambda seed: load_decoder(tmp_path / "base"), unfreeze="block")
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            if ".layers.1." in name:
+                parameter *= 1.001
+    save_adapter(trained, tmp_path / "adapter")
+    opened, _ = load(tmp_path / "adapter")
+    assert opened.dtype == torch.float32 and not recwarn.list
+    expected = trained.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in opened.state_dict().items())
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    with pytest.warns(UserWarning, match=r"is of torch.float32 and the base model of torch.bfloat16: it is rounded"):
+        load_adapter(half, tmp_path / "adapter")
 
 
 def test_a_base_with_a_tensor_more_or_less_is_another(tmp_path):
