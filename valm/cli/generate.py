@@ -88,8 +88,9 @@ def generated(model: Any, tokenizer: Any, text: str, arguments: argparse.Namespa
 
     from valm.clip.tokenizer import prompt_ids
     from valm.evaluation.scoring import context_length
-    from valm.model.sampling import sampling_options
+    from valm.model.sampling import keep_ends_alone, sampling_options
 
+    keep_ends_alone(model)
     prompt = torch.tensor([prompt_ids(tokenizer, text)], device=model.device)
     context = context_length(model)
     # in a context too small for both, the prompt gets at least half

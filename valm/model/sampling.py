@@ -4,25 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
-# A base's generation_config may have other values, which would change which token is the likeliest.
-UNCHANGED: dict[str, Any] = {
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "min_p": None,
-    "top_h": None,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-}
+from transformers import GenerationConfig
+
+# What the commands take of a model's generation_config: where texts begin and end.
+KEPT = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def keep_ends_alone(model: Any) -> None:
+    """Leaves nothing in the model's generation_config but KEPT. All else there may change which token is the likeliest,
+    end a text or change what `generate` returns, and options that are not given are taken from it.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig(**{name: getattr(own, name, None) for name in KEPT})
 
 
 def sampling_options(sample: bool, temperature: float = 1.0, top_p: float = 1.0) -> dict[str, Any]:
-    """Options of transformers' `generate`: the likeliest token each time, or one drawn from the model's own
-    probabilities, whatever the generation_config of the model says. Of that only the tokens that end a text count.
-    """
+    """Options of `generate` after `keep_ends_alone`: the likeliest token each time, or one drawn from the model's own
+    probabilities."""
     if not sample:
-        return UNCHANGED | {"do_sample": False}
+        return {"do_sample": False}
     # transformers would otherwise draw from the 50 likeliest alone
-    return UNCHANGED | {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}

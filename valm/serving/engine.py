@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, StoppingCriteria, StoppingCriteriaList
 
 from valm.errors import PANIC
-from valm.model.sampling import sampling_options
+from valm.model.sampling import keep_ends_alone, sampling_options
 
 # A token of byte fallback. What a run of them decodes to depends on all of it.
 BYTE = re.compile("<0x[0-9A-F]{2}>")
@@ -80,6 +80,7 @@ class Engine:
     """
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerFast, max_waiting: int):
+        keep_ends_alone(model)
         self.model, self.tokenizer = model, tokenizer
         self.max_waiting = max_waiting
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="generate")
