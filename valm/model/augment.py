@@ -111,12 +111,7 @@ def augment(
         raise ValmError(f"blind needs num_images = 1 (the query is the one image), got {num_images}")
     check_score_scale("score_scale", score_scale, num_images)
     check_min_score(min_score, num_images, blind)
-    implementation = model.config.get_text_config(decoder=True)._attn_implementation
-    if implementation not in READABLE:
-        raise ValmError(
-            f'the model has attn_implementation="{implementation}", whose masks the fusion layer cannot read: load it '
-            f"with {' or '.join(map(repr, READABLE))}"
-        )
+    check_readable(model.config)
     if layer is None:
         layer = default_layer(model)
         if layer != -2:
@@ -260,6 +255,20 @@ def augmented_config_class(base: Any) -> Any:
     return subclass(AugmentedConfig, base, augmented_config_class)
 
 
+def check_readable(config: Any) -> None:
+    """Checks that the fusion layer can read the masks that the model of this config makes.
+
+    Raises:
+        ValmError: its attention has others, or none, as where a window is an argument.
+    """
+    implementation = config.get_text_config(decoder=True)._attn_implementation
+    if implementation not in READABLE:
+        raise ValmError(
+            f'the model has attn_implementation="{implementation}", whose masks the fusion layer cannot read: load it '
+            f"with {' or '.join(map(repr, READABLE))}, or set_attn_implementation"
+        )
+
+
 def config_from_dict(config: dict[str, Any], **kwargs: Any) -> Any:
     """The config of an augmented model in what `AugmentedConfig` wrote; arguments as in `PreTrainedConfig.from_dict`.
 
@@ -372,6 +381,7 @@ class AugmentedCausalLM(ImageModel):
             ValueError: images that do not fit; `output_attentions`, which has no place for weights of images; or
                 several documents in a row and a cache.
         """
+        check_readable(self.config)
         arguments = dict(zip(self.forward_names, args, strict=False)) | kwargs
         asked = arguments.get("output_attentions")
         if asked or (asked is None and self.config.output_attentions):

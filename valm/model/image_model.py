@@ -167,7 +167,7 @@ class ImageModel(_Base):
 
         Raises:
             ValmError: the retriever differs from the model in kind (blind or not), number or dimension of images, or
-                `min_score`, or from the note in its CLIP.
+                `min_score`, reads more tokens than the model has, or differs from the note in its CLIP.
         """
         other_images = None
         if retriever is not None:
@@ -184,6 +184,13 @@ class ImageModel(_Base):
                         f"retriever.{name} is {found}, but this model was made for {getattr(options, option)} "
                         f"({option} in its config): give it the retriever or knowledge base that it was trained with"
                     )
+            tokens = getattr(getattr(retriever, "encoder", None), "tokenizer", ())
+            vocabulary = self.config.get_text_config(decoder=True).vocab_size
+            if len(tokens) > vocabulary:
+                raise ValmError(
+                    f"the retriever's encoder reads {len(tokens)} tokens, and this model has {vocabulary}: give its "
+                    "ContextEncoder the model's tokenizer"
+                )
             saved = self._note()
             # a note of an earlier version has no hash, and that of a CLIP takes seconds
             given = None if saved is None or saved.clip_sha256 is None else RetrievalNote.of_retriever(retriever)

@@ -6,7 +6,16 @@ import sys
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AttentionInterface,
+    BertConfig,
+    BertLMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import valm
 from tests.checks.families import tiny
@@ -315,6 +324,19 @@ def test_hidden_states_and_embeddings_are_the_bases():
 
 
 @pytest.mark.slow  # half a minute of compilation
+def test_an_attention_without_masks_is_refused_by_the_forward_too():
+    """set_attn_implementation, from_pretrained and load_adapter take it, and a window would be lost."""
+    AttentionInterface.register("without_masks", sdpa_attention_forward)
+    model = augmented(tiny_llama)
+    model.set_attn_implementation("without_masks")
+    with pytest.raises(
+        ValmError, match='attn_implementation="without_masks", whose masks the fusion layer cannot read'
+    ):
+        model(random_ids(1, 5), **random_images(1, 5))
+    model.set_attn_implementation("eager")
+    assert model(random_ids(1, 5), **random_images(1, 5)).logits.isfinite().all()
+
+
 @pytest.mark.parametrize("base", [tiny_llama, tiny_gpt2])
 def test_it_compiles_to_one_graph(base):
     model = augmented(base).train(False)

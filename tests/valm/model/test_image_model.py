@@ -248,3 +248,12 @@ def test_a_note_that_is_no_file_is_not_taken_for_none(tmp_path, kind):
     note.mkdir() if kind == "folder" else note.symlink_to("nowhere")
     with pytest.raises(ValmError, match=r"retrieval\.json"):
         RetrievalNote.read(tmp_path)
+
+
+def test_a_retriever_that_reads_more_tokens_than_the_model_has_is_refused(retriever):
+    """Made without the model's tokenizer, it would read its ids as CLIP's."""
+    model = augment(tiny_llama(), image_dim=retriever.dim, num_images=retriever.k)
+    with pytest.raises(
+        ValmError, match=r"encoder reads \d+ tokens, and this model has 64: give its ContextEncoder the"
+    ):
+        model.set_retriever(retriever)
