@@ -62,6 +62,32 @@ def test_equal_scores_in_blocks_that_are_read_out_of_order(isa, threads):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("seed", [0, 5])
+def test_rows_before_the_kth_best_enter_where_a_buffer_has_filled(isa, seed):
+    """Of seven blocks the first, fifth and second are read in this order. The fifth has k rows of the best score. In
+    the second, 400 rows just below it fill the buffer, and behind them stand rows of that score, which come first.
+    """
+    dim, k, block = 72, 8, 3616
+    pool, query = adversarial("nearly equal", 200_000, dim), normals(1, dim, seed=seed + 10)
+    scores = ip_scores(query, pool, torch.zeros(len(pool), dtype=torch.int64), torch.arange(len(pool)))
+    values, counts = scores.unique(return_counts=True)
+    at = max(at for at in range(2, len(values)) if counts[at] >= 60 and counts[at - 1] >= 400)
+    best, below, rest = (pool[scores == values[at]], pool[scores == values[at - 1]], pool[scores < values[at - 1]])
+    database = rest[torch.arange(7 * block) % len(rest)]
+    database[4 * block :][:k] = best[:k]
+    database[block:][:400] = below[:400]
+    database[block + 400 :][:40] = best[k:][:40]
+    expected = ip_topk(query, database, k, impl="reference")
+    assert expected.indices.tolist() == [[*range(block + 400, block + 400 + k)]]
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            assert_same(FlatIPIndex(database).search(query, k), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_scores_of_pairs_are_those_of_a_search(isa, dtype):
     database, queries = adversarial("six decades", 300, 77).to(dtype), normals(9, 77)
