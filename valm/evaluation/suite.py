@@ -305,7 +305,7 @@ def _row(
     row: dict[str, Any] = {
         "model": entry.name if not variant else f"{entry.name}, {variant}",
         "kind": kind,
-        "checkpoints": len(entry.sources),
+        "checkpoints": len(of_seeds),
         "task": asked.task,
         "protocol": asked.protocol,
         "items": len(asked.texts),

@@ -20,7 +20,7 @@ from valm.errors import ValmError
 from valm.model.attention import FusionOptions, TextLimits
 from valm.model.augment import AugmentedCausalLM
 from valm.model.config import ValmConfig
-from valm.model.documents import Documents, check_bounds, find_documents, text_mask, unless_all_zero
+from valm.model.documents import Documents, check_bounds, find_documents, restarts, text_mask, unless_all_zero
 from valm.model.image_model import ImageOptions, RetrievalCache, with_retrieval
 from valm.model.old_weights import converted_weights
 from valm.model.query_head import QueryHead, QueryState
@@ -197,7 +197,8 @@ class VaLMForCausalLM(AugmentedCausalLM, GPT2LMHeadModel):
         """The arguments of a forward pass with the masks and positions of its documents.
 
         Raises:
-            ValueError: a shape does not fit, or a document is longer than the model's positions.
+            ValueError: a shape does not fit, a document is longer than the model's positions, or position_ids restart
+                where there is a cache.
             TypeError: the cache has tokens of which it does not know where their documents begin.
         """
         cu_seqlens, max_seqlen = arguments.pop("cu_seqlens", None), arguments.pop("max_seqlen", None)
@@ -216,6 +217,13 @@ class VaLMForCausalLM(AugmentedCausalLM, GPT2LMHeadModel):
         documents = self._documents(tokens, mask, past, None if kept is None else kept.first_keys.get(past))
         given = arguments.get("position_ids")
         positions = documents.position_ids if given is None else given
+        if given is not None and kept is not None and given.dim() == 2:
+            seen = None if mask is None else mask[:, -given.shape[1] :]
+            if restarts(given, seen).any:
+                raise ValueError(
+                    "position_ids restart, so there are several documents in a row, which a cache cannot hold: call "
+                    "with use_cache=False"
+                )
         if positions.dim() != 2 or positions.shape[1] != tokens.shape[1]:
             raise ValueError(
                 f"position_ids must have shape (batch, tokens) = {tuple(tokens.shape[:2])}, "
@@ -294,8 +302,11 @@ class VaLMForCausalLM(AugmentedCausalLM, GPT2LMHeadModel):
         """`GenerationMixin.generate`; the retriever finds the images of each new token.
 
         Raises:
-            ValueError: attention_mask has padding on the right, or there are arguments that `forward` takes only.
+            ValueError: attention_mask has padding on the right, or there are position_ids or arguments that `forward`
+                takes only.
         """
+        if arguments.get("position_ids") is not None:  # which would be ignored
+            raise ValueError("generate() counts the positions itself: leave position_ids out")
         mask = arguments.get("attention_mask")
         if mask is not None and not mask[:, -1].all():
             raise ValueError("attention_mask pads on the right; generate() continues the last column: pad on the left")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -127,6 +128,10 @@ class RetrievalNote:
         note = cls.read(folder)
         if kb is not None:
             if note is None:
+                warnings.warn(
+                    f"{folder} does not say how it retrieves (it has no {NOTE}): it is opened with 'eot' queries",
+                    stacklevel=2,
+                )
                 return cls(Path(kb).absolute(), "eot")
             return cls(Path(kb).absolute(), note.query, overlap=note.overlap, min_tokens=note.min_tokens)
         if note is None:

@@ -502,6 +502,14 @@ def test_gpt2_refuses_pictures_and_a_foreign_cache_is_refused(model):
         tiny_model(num_images=0).fusion_attention(random_ids(1, 3), torch.zeros(3, 24), torch.zeros(1, 3, 3).long())
     with pytest.raises(TypeError, match="cache must be a Cache of transformers"):
         model(random_ids(1, 3), cache=((torch.zeros(1, 4, 2, 8),) * 2,))
+    restarting = torch.tensor([[0, 1, 2, 0, 1]])
+    with pytest.raises(ValueError, match=r"position_ids restart, .* which a cache cannot hold: call with use_cache"):
+        model(random_ids(1, 5), position_ids=restarting, use_cache=True)
+    model(random_ids(1, 5), position_ids=restarting, use_cache=False)
+    padded = torch.tensor([[1, 1, 0, 1, 2]])  # as transformers counts behind padding
+    model(random_ids(1, 5), attention_mask=torch.tensor([[0, 0, 1, 1, 1]]), position_ids=padded, use_cache=True)
+    with pytest.raises(ValueError, match="generate\\(\\) counts the positions itself: leave position_ids out"):
+        model.generate(random_ids(1, 5), position_ids=restarting, max_new_tokens=1)
     with pytest.raises(ValueError, match=r"position_ids must have shape \(batch, tokens\)"):
         model(random_ids(1, 3), position_ids=torch.arange(3))
     filled = DynamicCache()
