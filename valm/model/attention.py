@@ -420,8 +420,7 @@ def visible_keys(attention_mask: Tensor | None) -> Tensor | None:
     """(B or 1, Tq, Tk) bool from the mask that transformers prepared, True where a query sees a key.
 
     Raises:
-        ValmError: a mask that is not of four dimensions, which other attention implementations take, or one for each
-            head.
+        ValmError: a mask that is not of four dimensions, which other attention implementations take.
     """
     if attention_mask is None:
         return None
@@ -430,8 +429,6 @@ def visible_keys(attention_mask: Tensor | None) -> Tensor | None:
             f"the fusion layer cannot read an attention mask of type {type(attention_mask).__name__}: load the model "
             'with attn_implementation="sdpa" or "eager"'
         )
-    if attention_mask.shape[1] > 1:
-        raise ValmError("the fusion layer reads one attention mask for all heads, and got one for each")
     mask = attention_mask[:, 0]
     return mask if mask.dtype == torch.bool else mask == 0
 

@@ -378,11 +378,14 @@ class AugmentedCausalLM(ImageModel):
             position_ids: where they restart in a row, another document begins, which sees none before it.
 
         Raises:
-            ValueError: images that do not fit; `output_attentions`, which has no place for weights of images; or
-                several documents in a row and a cache.
+            ValueError: images that do not fit; `output_attentions`, which has no place for weights of images; a mask
+                for each head; or several documents in a row and a cache.
         """
         check_readable(self.config)
         arguments = dict(zip(self.forward_names, args, strict=False)) | kwargs
+        mask: Any = arguments.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] > 1:
+            raise ValueError("the fusion layer reads one attention_mask for all heads, and got one for each")
         asked = arguments.get("output_attentions")
         if asked or (asked is None and self.config.output_attentions):
             raise ValueError(
@@ -393,7 +396,6 @@ class AugmentedCausalLM(ImageModel):
         placed = self.place_text(arguments)
         input_ids: Any = arguments.get("input_ids")
         embeds: Any = arguments.get("inputs_embeds")
-        mask: Any = arguments.get("attention_mask")
         began_here = False  # the retriever's text begins with these tokens, and no cache has its state
         if image_pool is None and image_index is None and image_scores is None:
             cache: Any = arguments.get("cache", arguments.get("past_key_values"))

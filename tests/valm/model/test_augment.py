@@ -310,6 +310,8 @@ def test_wrong_inputs_are_named():
         model(ids, **random_images(2, 4))
     with pytest.raises(ValueError, match="output_attentions"):
         model(ids, **images, output_attentions=True)
+    with pytest.raises(ValueError, match="one attention_mask for all heads, and got one for each"):
+        model(ids, **images, attention_mask=torch.ones(2, 4, 5, 5, dtype=torch.bool).tril())
 
 
 def test_hidden_states_and_embeddings_are_the_bases():
