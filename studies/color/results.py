@@ -135,9 +135,7 @@ class Results:
         without a picture in the knowledge base."""
         hits, others = self.hits(*first, of, kind), self.hits(*second, of, kind)
         if pictured is not None:
-            items = [self.pictured(of) == pictured]
-            if isinstance(hits, list):
-                items = [np.array(seed["sets"][of]["pictured"]) == pictured for seed in self.seeds]
+            items = [np.array(seed["sets"][of]["pictured"]) == pictured for seed in self.seeds]
             hits, others = _of(items, hits), _of(items, others)
         return self._paired(hits, others, of)
 
@@ -344,7 +342,7 @@ def _stacked(rows: Sequence[np.ndarray], same: bool) -> Counts:
 
 
 def _of(items: Sequence[np.ndarray], counts: Counts) -> Counts:
-    """The counts of these items: of all seeds, or of each where they have items of their own."""
+    """The counts of the items that are chosen in each seed, the same in all that have the same items."""
     if isinstance(counts, np.ndarray):
         return counts[:, items[0]]
-    return [one[chosen] for one, chosen in zip(counts, items, strict=True)]
+    return _stacked([one[chosen] for one, chosen in zip(counts, items, strict=True)], same=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -70,16 +69,12 @@ def paired(first: Counts, second: Counts, tries: Counts, seed: int = 0) -> Diffe
         first, second: hits. The numbers of seeds may differ where these have the same items.
         tries: of both: (items,), or a list as theirs.
     """
-    tries = [tries] if isinstance(tries, np.ndarray) else tries
-    if isinstance(first, np.ndarray):
-        tries = np.stack(tries)
-    drawn = (_mean(_bootstrap(first, seed), first) - _mean(_bootstrap(second, seed), second)) / _mean(
-        _bootstrap(tries, seed), tries
-    )
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    value = (_mean(_total(first), first) - _mean(_total(second), second)) / _mean(_total(tries), tries)
+    tries = tries[None] if isinstance(tries, np.ndarray) else tries
+    drawn = [_bootstrap(each, seed) / len(each) for each in (first, second, tries)]
+    low, high = np.quantile((drawn[0] - drawn[1]) / drawn[2], [0.025, 0.975])
+    means = [_total(each) / len(each) for each in (first, second, tries)]
     p = _swapped(first[0] - second[0], seed) if len(first) == len(second) == 1 else None
-    return Difference(float(value), float(low), float(high), p)
+    return Difference((means[0] - means[1]) / means[2], float(low), float(high), p)
 
 
 def _swapped(differences: np.ndarray, seed: int) -> float:
@@ -95,11 +90,6 @@ def _swapped(differences: np.ndarray, seed: int) -> float:
 
 def _total(values: Counts) -> float:
     return float(sum(one.sum() for one in values))
-
-
-def _mean(sums: Any, values: Counts) -> Any:
-    """Sums over all seeds of `values` as means over the seeds."""
-    return sums / len(values)
 
 
 def _bootstrap(values: Counts, seed: int) -> np.ndarray:

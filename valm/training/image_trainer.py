@@ -45,18 +45,18 @@ class ImageTrainer(Trainer):
     - Evaluation weighs every token equally, in any batch, and adds the perplexity.
 
     Args:
+        prepared: makes of documents what eval_dataset is, for those that `evaluate` and `predict` are given.
         note: what finds the images, for a model that is trained on retrieved ones and has no retriever.
         fusion_lr: learning rate of the parameters that only see images; None = that of all others.
-        prepared: makes of documents what eval_dataset is, for those that `evaluate` and `predict` are given.
         options: the Trainer's.
     """
 
     def __init__(
         self,
         *,
+        prepared: Callable[[Any], Any],
         note: RetrievalNote | None = None,
         fusion_lr: float | None = None,
-        prepared: Callable[[Any], Any] = lambda documents: documents,
         **options: Any,
     ):
         super().__init__(**options)

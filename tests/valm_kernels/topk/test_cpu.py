@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.threads import torch_threads
 from tests.valm_kernels.guard_pages import guarded, needs_guard_pages
 from tests.valm_kernels.topk.databases import ADVERSARIAL, adversarial, normals
 from valm_kernels import FlatIPIndex, ip_scores, ip_topk
@@ -53,13 +54,9 @@ def test_equal_scores_in_blocks_that_are_read_out_of_order(isa, threads):
     """Seven blocks of 3,616 rows; the first rows of a score stand in any of them, often before the k-th best so far."""
     database, queries = adversarial("nearly equal", 25_000, 72), normals(5, 72)
     expected = ip_topk(queries, database, 8, impl="reference")
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
+    with torch_threads(threads):
         assert_same(FlatIPIndex(database).search(queries, 8), expected)
         assert_same(ip_topk(queries[:2], database, 8), (expected.scores[:2], expected.indices[:2]))
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("seed", [0, 5])
@@ -79,13 +76,9 @@ def test_rows_before_the_kth_best_enter_where_a_buffer_has_filled(isa, seed):
     database[block + 400 :][:40] = best[k:][:40]
     expected = ip_topk(query, database, k, impl="reference")
     assert expected.indices.tolist() == [[*range(block + 400, block + 400 + k)]]
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
+    for threads in (1, 2):
+        with torch_threads(threads):
             assert_same(FlatIPIndex(database).search(query, k), expected)
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -237,14 +230,10 @@ def test_the_answer_does_not_depend_on_the_threads(threads, kind):
     queries = normals(8, 128).round()
     index = FlatIPIndex(database)
     expected = ip_topk(queries, database, 20, impl="reference")
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
+    with torch_threads(threads):
         assert_same(index.search(queries, 20), expected)
         assert_same(ip_topk(queries, database, 20), expected)
         assert_same(ip_topk(queries[0], database, 20), (expected.scores[0], expected.indices[0]))
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("n_queries", [1, 9])
