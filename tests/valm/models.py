@@ -97,6 +97,14 @@ class HashRetriever:
         return found
 
 
+class WholeTextRetriever(HashRetriever):
+    """Images that depend on all of a row's text so far; only whole rows are read."""
+
+    def _find(self, ids, previous, mask):
+        text = ids if mask is None else ids * mask
+        return super()._find(text.cumsum(1), previous, mask)
+
+
 class HashState:
     def __init__(self, previous):
         self.previous = previous

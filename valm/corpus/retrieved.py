@@ -380,6 +380,8 @@ def _retrieve(
     }
     if scores:
         plan["scores"] = True
+    if encoder.alignment is not None and encoder.alignment.one_document:
+        plan["one_document"] = True
     build = ShardedBuild(out, WHAT, plan, CorpusShard)
     with build.writing():
         done = build.done()

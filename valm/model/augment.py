@@ -399,7 +399,7 @@ class AugmentedCausalLM(ImageModel):
         began_here = False  # the retriever's text begins with these tokens, and no cache has its state
         if image_pool is None and image_index is None and image_scores is None:
             cache: Any = arguments.get("cache", arguments.get("past_key_values"))
-            image_pool, image_index, image_scores = self.find_images(input_ids, mask, cache)
+            image_pool, image_index, image_scores = self.find_images(input_ids, mask, cache, arguments)
             began_here = cache is None and image_index is not None
         else:
             shape = (input_ids if embeds is None else embeds).shape[:2]
@@ -440,7 +440,7 @@ class AugmentedCausalLM(ImageModel):
         if compiling:  # a graph cannot look
             by_default = getattr(self.config.get_text_config(decoder=True), "use_cache", False)
             if mask is not None or cache is not None or (by_default if use_cache is None else use_cache):
-                torch._assert_async(~restarts(positions, mask).any, RESTART_IN_A_GRAPH)
+                torch._assert_async(~restarts(positions, mask).begins.any(), RESTART_IN_A_GRAPH)
             return arguments
         past = 0 if cache is None else int(cache.get_seq_length())
         text_before = None
@@ -448,7 +448,7 @@ class AugmentedCausalLM(ImageModel):
             everywhere = positions.new_ones(len(positions), dtype=torch.bool)
             text_before = everywhere if before is None else before.bool().any(1)
         found = restarts(positions, mask, text_before)
-        restart, odd = torch.stack([found.any, found.odd]).tolist()
+        restart, odd = torch.stack([found.begins.any(), found.odd]).tolist()
         if not restart:
             return arguments
         if cache is not None or use_cache:
@@ -469,6 +469,11 @@ class AugmentedCausalLM(ImageModel):
         if mask is not None:
             positions = padding_apart(positions, mask)
         return arguments | {"position_ids": positions, "attention_mask": None, "use_cache": False}
+
+    def text_positions(self, arguments: dict[str, Any]) -> Tensor | None:
+        """Positions (B or 1, T), in a forward pass, that restart where another document begins; None if none does."""
+        positions = arguments.get("position_ids")
+        return None if positions is None or positions.dim() != 2 else positions
 
     @property
     def keeps_documents_apart(self) -> bool:

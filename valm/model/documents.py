@@ -121,10 +121,10 @@ def text_mask(
 
 
 class Restarts(NamedTuple):
-    """Of positions (B, T): `any` bool tensor, whether another document begins in a row behind one. `odd` bool tensor,
-    whether a document has a gap in its positions, or padding inside it."""
+    """Of positions (B, T): `begins` (B, T) bool, whether another document begins there, behind one in the row. `odd`
+    bool tensor, whether a document has a gap in its positions, or padding inside it."""
 
-    any: Tensor
+    begins: Tensor
     odd: Tensor
 
 
@@ -140,13 +140,37 @@ def restarts(position_ids: Tensor, mask: Tensor | None, text_before: Tensor | No
     goes_on = text[:, 1:] & text[:, :-1]
     behind_padding = text[:, 1:] & ~text[:, :-1] & (text.cumsum(1) > 0)[:, :-1]
     at_start = position_ids[:, 1:] == 0
-    again = (goes_on & (step <= 0)).any() | (behind_padding & at_start).any()
+    first = torch.zeros_like(text[:, :1])
     if text_before is not None:
-        again = again | (text_before & text[:, 0] & (position_ids[:, 0] == 0)).any()
-    return Restarts(again, (goes_on & (step > 1)).any() | (behind_padding & ~at_start).any())
+        first = (text_before & text[:, 0] & (position_ids[:, 0] == 0))[:, None]
+    begins = torch.cat([first, (goes_on & (step <= 0)) | (behind_padding & at_start)], 1)
+    return Restarts(begins, (goes_on & (step > 1)).any() | (behind_padding & ~at_start).any())
 
 
 def padding_apart(position_ids: Tensor, mask: Tensor) -> Tensor:
     """The positions (B, T) with others at padding, 0 in `mask` (B, T), that make each padding token a document of its
     own: transformers sees documents where a position is not the one before it plus 1."""
     return torch.where(mask.bool(), position_ids, position_ids.amax(-1, keepdim=True))
+
+
+class SplitRows(NamedTuple):
+    """ids and mask (N, L) int64: N documents, a row each, padded on the right. row and column (B, T): where the tokens
+    of the rows that they were in are now."""
+
+    ids: Tensor
+    mask: Tensor
+    row: Tensor
+    column: Tensor
+
+
+def split_rows(ids: Tensor, mask: Tensor | None, begins: Tensor) -> SplitRows:
+    """A row for each document of rows (B, T) of several; `begins` (B, T) is as in `Restarts`."""
+    start = begins.index_fill(1, torch.zeros(1, dtype=torch.int64, device=ids.device), True)
+    key = torch.arange(ids.shape[1], device=ids.device)
+    row = start.flatten().cumsum(0).view(ids.shape) - 1
+    column = key - torch.where(start, key, 0).cummax(1).values
+    split = ids.new_zeros(int(row[-1, -1]) + 1, int(column.max()) + 1)
+    real = torch.zeros_like(split)
+    split[row, column] = ids
+    real[row, column] = torch.ones_like(ids) if mask is None else mask.to(ids.dtype)
+    return SplitRows(split, real, row, column)

@@ -219,7 +219,7 @@ class VaLMForCausalLM(AugmentedCausalLM, GPT2LMHeadModel):
         positions = documents.position_ids if given is None else given
         if given is not None and kept is not None and given.dim() == 2:
             seen = None if mask is None else mask[:, -given.shape[1] :]
-            if restarts(given, seen).any:
+            if restarts(given, seen).begins.any():
                 raise ValueError(
                     "position_ids restart, so there are several documents in a row, which a cache cannot hold: call "
                     "with use_cache=False"
@@ -262,6 +262,9 @@ class VaLMForCausalLM(AugmentedCausalLM, GPT2LMHeadModel):
             "use_cache": cache is not None,
             "text_limits": limits,
         }
+
+    def text_positions(self, arguments: dict[str, Any]) -> Tensor | None:
+        return self._documents(arguments["input_ids"], arguments.get("attention_mask"), 0, None).position_ids
 
     def place_in_static_cache(self, inputs: dict[str, Any], mask: Tensor | None) -> dict[str, Any]:
         placed = self.place_text(inputs | {"attention_mask": mask, "position_ids": None})

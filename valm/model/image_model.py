@@ -19,11 +19,12 @@ from transformers.cache_utils import Cache
 from valm.errors import ValmError
 from valm.model.card import write_card
 from valm.model.config import check_min_score
+from valm.model.documents import restarts, split_rows
 from valm.model.query_head import SelfEncoder, SelfRetriever
 from valm.retrieval.context import ContextCache
 from valm.retrieval.min_score import cut
 from valm.retrieval.note import RetrievalNote, open_encoder
-from valm.retrieval.retriever import BlindRetriever, ImageRetriever, NoImages, Retriever
+from valm.retrieval.retriever import BlindRetriever, ImageRetriever, NoImages, Retrieved, Retriever
 from valm.store.pretrained import CONFIG_FILE, from_pretrained
 from valm.store.whole_folder import ADAPTER, NOTE, finish_save
 from valm_kernels import MAX_IMAGES
@@ -318,25 +319,35 @@ class ImageModel(_Base):
         else:
             note.completed().write(folder, place=place)
 
+    def text_positions(self, arguments: dict[str, Any]) -> Tensor | None:
+        """Positions (B or 1, T), in a forward pass, that restart where another document begins; None if none does."""
+        raise NotImplementedError
+
     def find_images(
-        self, input_ids: Tensor | None, attention_mask: Tensor | None, cache: Cache | None
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        cache: Cache | None,
+        arguments: dict[str, Any] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """image_pool (U, E), image_index and image_scores (B, T, K) of the tokens `input_ids` (B, T), by the retriever.
 
         The scores are None for a model that does not use them. All three are None, with a warning, if the model has no
-        retriever. `cache` has the state of the earlier tokens.
+        retriever. `cache` has the state of the earlier tokens. Without one, the retriever reads each document of a row,
+        as the `arguments` of the forward pass tell them apart, by itself.
 
         Raises:
             ValueError: there is no retriever and the model is `strict`; or the retriever did not read all the tokens in
                 the cache.
         """
-        if not finds_images(self):
+        # a compiled graph holds for this value, and is made anew where a retriever is set later
+        if self._retriever is None and not finds_images(self):
             return None, None, None
-        return self._find_images(input_ids, attention_mask, cache)
+        return self._find_images(input_ids, attention_mask, cache, arguments or {})
 
     @torch.compiler.disable
     def _find_images(
-        self, input_ids: Tensor | None, attention_mask: Tensor | None, cache: Any
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, cache: Any, arguments: dict[str, Any]
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         retriever = self.retriever
         assert retriever is not None
@@ -346,7 +357,8 @@ class ImageModel(_Base):
             )
         mask = _mask_of(input_ids, attention_mask)
         if cache is None:
-            found = retriever(input_ids, mask)
+            positions = self.text_positions(arguments)
+            found = _each_document(retriever, input_ids, mask, positions)
         else:
             found = retriever.step(input_ids, _retrieval_state(with_retrieval(cache), retriever, len(input_ids)), mask)
             cache.num_retrieved += input_ids.shape[1]
@@ -486,6 +498,20 @@ def _mask_of(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
             "give image_pool and image_index too"
         )
     return None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
+
+
+def _each_document(
+    retriever: ImageRetriever, input_ids: Tensor, mask: Tensor | None, positions: Tensor | None
+) -> Retrieved:
+    """The images of rows (B, T) in which documents begin where `positions` (B or 1, T) restart."""
+    if positions is not None:
+        begins = restarts(positions.expand_as(input_ids), mask).begins
+        if begins.any():
+            split = split_rows(input_ids, mask, begins)
+            found = retriever(split.ids, split.mask)
+            row, column = split.row.to(found.image_index.device), split.column.to(found.image_index.device)
+            return found._replace(image_index=found.image_index[row, column], scores=found.scores[row, column])
+    return retriever(input_ids, mask)
 
 
 def _retrieval_state(cache: RetrievalCache, retriever: ImageRetriever, batch: int) -> ContextCache:

@@ -59,6 +59,9 @@ class Alignment:
     Its bos begins a document and its eos ends one. If both are one token (GPT-2's) or there is no bos, that token
     begins one. Other special tokens end a word and have no text.
 
+    With a chat template bos and eos may begin and end a turn (SmolLM2-Instruct's, Qwen's, Llama 3's), and an answer's
+    images should depend on the question. So there a row is one document, and they are like other special tokens.
+
     Raises:
         ValmError: the tokenizer has no eos or no tokenizer.json, or a text is not the concatenation of its tokens'
             texts or bytes.
@@ -71,6 +74,7 @@ class Alignment:
                 "tokenizer.json"
             )
         self.bos, self.eos = begin_id(tokenizer), tokenizer.eos_token_id
+        self.one_document = tokenizer.chat_template is not None
         self.sot, self.eot = clip_tokenizer.bos_token_id, clip_tokenizer.eos_token_id
         self.bytes_of = token_bytes(tokenizer)
         self._clip = Tokenizer.from_str(clip_tokenizer.backend_tokenizer.to_str())  # a copy, as the settings change
@@ -87,8 +91,9 @@ class Alignment:
         # for each token but the first of a document: its position, the number of closed tokens, the open word
         prefixes = []
         for position, id in tokens:
-            first = id == self.bos or not text.open
-            if id in (self.bos, self.eos):
+            separates = id in (self.bos, self.eos) and not self.one_document
+            first = not text.open or (separates and id == self.bos)
+            if separates:
                 closed += self.clip_ids(text.word)
                 closed.append(self.sot if id == self.bos else self.eot)
                 text.open, text.undecoded, text.word = id == self.bos, b"", ""

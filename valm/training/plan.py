@@ -17,7 +17,14 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from valm.clip.clip import Clip
 from valm.clip.device import open_device
-from valm.clip.tokenizer import begin_id, clip_tokenizer, load_tokenizer, own_tokenizer, tokenize_documents
+from valm.clip.tokenizer import (
+    begin_id,
+    beginning_with_bos,
+    clip_tokenizer,
+    load_tokenizer,
+    own_tokenizer,
+    tokenize_documents,
+)
 from valm.corpus.min_score import MinScore
 from valm.corpus.retrieved import CorpusRetrieval
 from valm.corpus.text import TextCorpus
@@ -399,8 +406,10 @@ class TrainingPlan:
                 tokenizer = Clip.load(self.clip).tokenizer if self.clip else clip_tokenizer()
             found = tokenize_documents(list(self.corpus.documents()), tokenizer)
             return [{"input_ids": document} for document in found], tokenizer
-        # `trainer` compares the base's own with the corpus'
-        return documents, documents.tokenizer if self.base is None else own_tokenizer(self.tokenizer or self.base)
+        if self.base is not None:  # `trainer` compares the base's own with the corpus'
+            return documents, own_tokenizer(self.tokenizer or self.base)
+        chats = documents.tokenizer.chat_template is not None  # which a model trained from nothing cannot
+        return documents, load_tokenizer(documents.path) if chats else documents.tokenizer
 
     def _open_retrieval(self) -> CorpusRetrieval:
         decided = {"--tokenizer": self.tokenizer, "-k": self.images, "--query": self.query}
@@ -426,11 +435,13 @@ class TrainingPlan:
         return corpus.retrieve(self._retriever(kb), folder, scores=scores)
 
     def _retriever(self, kb: ImageKnowledgeBase) -> Retriever:
-        named = self.tokenizer or self.base
+        named, tokenizer = self.tokenizer or self.base, None
+        if named:
+            tokenizer = load_tokenizer(named) if self.base is None else beginning_with_bos(own_tokenizer(named))
         encoder = open_encoder(
             kb,
             QUERY if self.query is None else self.query,
-            load_tokenizer(named) if named else None,
+            tokenizer,
             clip=self.clip,
             allow_download=self.allow_download,
             device=open_device(self.device),

@@ -237,6 +237,15 @@ def test_the_tokenizer_of_the_base_is_saved(world, base, tmp_path, source, monke
         assert found.shape[:2] == (2, len(own(chat)["input_ids"]))
 
 
+def test_a_model_from_nothing_cannot_chat(world, base, tmp_path):
+    """So its tokenizer has no chat template, also where that of the corpus has one."""
+    assert CorpusRetrieval.open(world / "base-retrieval").tokenizer.chat_template is not None
+    train = ["train", "--retrieval", world / "base-retrieval", "--kb", world / "kb", *STEPS, "--context", 16]
+    assert run(*train, "--out", tmp_path / "model") == 0
+    model, tokenizer = load(tmp_path / "model")
+    assert tokenizer.chat_template is None and not model.retriever.encoder.alignment.one_document
+
+
 def test_a_blind_twin_of_a_pretrained_decoder(world, base, tmp_path):
     options = ["--retrieval", world / "base-retrieval", "--kb", world / "kb", *STEPS, "--context", "8"]
     assert run("train", "--base", base, *options, "--out", tmp_path / "blind", "--twin", "blind") == 0
@@ -620,7 +629,7 @@ def test_the_documented_launches_train_one_model(documented, command, more, tmp_
 @pytest.mark.slow
 def test_all_processes_mix_as_one_does(documented, world, tmp_path):
     folder, _ = documented
-    fields = ["--validation", folder / "retrieval", "--steps", 8, "--lr", 0.1, "--lr_scheduler_type", "constant"]
+    fields = ["--validation", 0.3, "--steps", 8, "--lr", 0.03, "--lr_scheduler_type", "constant"]
     fields += ["--patience", 0, "--logit-bias", 0, "--limit-softmax"]
     done = launch(folder, COMMANDS[0], *fields, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr

@@ -356,6 +356,20 @@ def test_it_compiles_to_one_graph(base):
     assert fusion_module(model).norm.weight.grad.any()
 
 
+@torch.no_grad()
+def test_a_compiled_model_sees_the_images_of_a_retriever_that_is_set_later():
+    model, ids = augmented(), random_ids(2, 9)
+    compiled = torch.compile(model, backend="eager")
+    with pytest.warns(UserWarning, match="has no retriever and was given none"):
+        without = compiled(ids).logits
+    model.set_retriever(HashRetriever())
+    with_images = compiled(ids).logits
+    close(with_images, model(ids).logits)
+    assert (with_images - without).abs().max() > 1e-2
+    model.set_retriever(None)
+    close(compiled(ids).logits, without)
+
+
 def test_lora_trains_with_the_fusion_saved_beside_it():
     peft = pytest.importorskip("peft")
     model = augmented()

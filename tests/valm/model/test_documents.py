@@ -6,6 +6,7 @@ from transformers import DynamicCache
 
 from tests.checks.families import tiny
 from tests.valm.model.decoders import augmented, random_ids, random_images, tiny_gpt2, tiny_llama
+from tests.valm.models import WholeTextRetriever
 
 LENGTHS = (5, 1, 8, 3)
 MODELS = {
@@ -68,6 +69,28 @@ def test_packed_documents_have_the_logits_of_each_alone(name, way):
         for module, rate in zip(dropouts, rates, strict=True):
             module.p = rate
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["by default", "a mask", "padding and a mask", "one row of positions", "compiled"])
+def test_a_retriever_reads_each_document_by_itself(way):
+    model = augmented()
+    model.set_retriever(WholeTextRetriever())
+    batch = packed_rows(padding=3 if "padding" in way else 0)
+    if "mask" in way:
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        batch["attention_mask"][:, sum(LENGTHS) :] = 0
+    orders = [LENGTHS, LENGTHS[::-1]]
+    if way == "one row of positions":
+        batch["position_ids"], orders[1] = batch["position_ids"][:1], LENGTHS
+    ids = batch["input_ids"][:, : sum(LENGTHS)]
+    alone = [
+        torch.cat([model(part).logits for part in row[None].split(order, 1)], 1)
+        for row, order in zip(ids, orders, strict=True)
+    ]
+    read = torch.compile(model, backend="eager") if way == "compiled" else model
+    found = read(**{name: value for name, value in batch.items() if "image" not in name}, use_cache=False).logits
+    torch.testing.assert_close(found[:, : sum(LENGTHS)], torch.cat(alone), rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

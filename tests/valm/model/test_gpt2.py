@@ -11,6 +11,7 @@ from tests.valm.models import (
     EOS,
     VOCAB,
     HashRetriever,
+    WholeTextRetriever,
     random_ids,
     random_images,
     random_scores,
@@ -385,6 +386,17 @@ def test_retrieval_scores_are_part_of_the_model(tmp_path):
     for _ in range(6):
         again = torch.cat([again, model(again).logits[:, -1:].argmax(-1)], 1)
     assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None), again)
+
+
+@torch.no_grad()
+def test_a_retriever_reads_a_document_behind_padding_by_itself():
+    model, ids = tiny_model(), random_ids(2, 11)
+    model.set_retriever(WholeTextRetriever())
+    mask = torch.ones_like(ids)
+    mask[0, 4:6] = mask[1, :3] = mask[1, 9:] = 0
+    found = model(ids, attention_mask=mask).logits
+    for row, place in ((0, slice(0, 4)), (0, slice(6, 11)), (1, slice(3, 9))):
+        close(found[row, place], model(ids[row : row + 1, place]).logits[0])
 
 
 @torch.no_grad()

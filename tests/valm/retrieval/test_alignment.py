@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from tests.valm.other_tokenizers import gpt2_like, llama_like, qwen_like
+from tests.valm.other_tokenizers import chat_like, gpt2_like, llama_like, qwen_like
 from tests.valm.retrieval.test_context import close
 from tests.valm.tiny_clip import TEXTS, make_clip
 from valm.clip.tokenizer import clip_tokenizer, prune_tokenizer, tokenize_documents
@@ -56,7 +56,7 @@ SHORT_WORDS = TEXT.filter(lambda text: all(len(word) < LONGEST_WORD for word in 
 fixed = settings(max_examples=12, deadline=None, derandomize=True)
 
 
-@pytest.fixture(scope="module", params=[gpt2_like, llama_like])
+@pytest.fixture(scope="module", params=[gpt2_like, llama_like, chat_like])
 def other(request):
     """The tokenizer of a language model."""
     return request.param()
@@ -98,8 +98,11 @@ def test_a_query_is_that_of_the_text_so_far(encoder, other, text):
     if other.bos_token_id == other.eos_token_id:
         assert not around[-1].any()  # it begins the next
     else:
-        tokens = [*encoder.clip.tokenizer(text)["input_ids"], encoder.clip.tokenizer.eos_token_id]
-        assert close(around[-1], own(torch.tensor([tokens]))[0, -1])
+        tokens = encoder.clip.tokenizer(text)["input_ids"]
+        if other.chat_template is None:
+            tokens = [*tokens, encoder.clip.tokenizer.eos_token_id]
+        if len(tokens) > 1:
+            assert close(around[-1], own(torch.tensor([tokens]))[0, -1])
 
 
 # Tokens drawn at random are mostly no text: characters that are never whole, words cut anywhere.
@@ -171,11 +174,25 @@ def test_a_word_is_seen_where_it_ends_and_not_before(clip):
     assert torch.allclose(found[[len(ban), -1]], expected, atol=1e-5)
 
 
-def test_documents_do_not_see_each_other(encoder, other):
+def test_documents_do_not_see_each_other_without_a_chat_template(encoder, other):
+    """With one, what begins them may begin each turn of a chat."""
     texts = ["a red apple lies on the wooden table", "the sky is blue"]
     documents = [[other.bos_token_id, *other(text, add_special_tokens=False)["input_ids"]] for text in texts]
     together = encoder(torch.tensor([documents[0] + documents[1]]))[0]
-    assert close(together, torch.cat([encoder(torch.tensor([document]))[0] for document in documents]))
+    alone = torch.cat([encoder(torch.tensor([document]))[0] for document in documents])
+    assert close(together, alone) is (other.chat_template is None)
+
+
+def test_the_images_of_an_answer_depend_on_the_question(clip):
+    other = chat_like()
+    encoder = ContextEncoder(clip, tokenizer=other, dtype=torch.float64)
+    roles = ("a", "the")  # short, as the text tower here sees 18 tokens
+    for texts in (("banana", "is"), ("table", "is")):
+        turns = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+        chat = other.apply_chat_template(turns, tokenize=False)
+        found = encoder(torch.tensor([other(chat, add_special_tokens=False)["input_ids"]]))[0, -1]
+        text = " ".join(word for turn in zip(roles, texts, strict=True) for word in turn)
+        assert torch.allclose(found, clip.encode_texts([text])[0], atol=1e-5)
 
 
 def test_special_tokens_end_words_and_have_no_text(clip):
