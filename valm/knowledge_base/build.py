@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 import warnings
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from valm.clip.clip import Clip
+from valm.errors import ValmError
 from valm.knowledge_base.encode import Encoding
 from valm.knowledge_base.fingerprint import written_since
 from valm.knowledge_base.format import begin_knowledge_base, clip_entry, finish_knowledge_base, write_shard
 from valm.knowledge_base.sources import Source, SourceShard
 from valm.knowledge_base.store import ImageKnowledgeBase
+from valm.progress import progress_bar
 from valm.store.shard_progress import Progress, ProgressBar
-from valm.store.shards import Runner, run_here
+from valm.store.shards import Runner, ShardedBuild, run_here
 
 # The order of the plan's entries in the manifest; a source's own settings come at OWN. This is the order of valm 0.1.0
 # and must not change: the hash of the manifest is the fingerprint of a knowledge base.
@@ -35,8 +38,8 @@ def build(
     """Encodes the images of `source` and writes a knowledge base to the folder `out`.
 
     A build that was killed resumes after its last complete shard, with the same bytes as in one run. A finished build
-    in `out` is just opened; a warning names an image that was written since. Damaged images are skipped and listed
-    (`skipped()`).
+    in `out` is just opened; a warning names an image that was written since, and the rows of a dataset are compared.
+    Damaged images are skipped and listed (`skipped()`).
 
     Args:
         source: from `valm.knowledge_base.sources`, such as `FolderSource("images")`.
@@ -44,8 +47,9 @@ def build(
         run: where the shards are encoded: here, or on the machines of a `valm.store.ray.RayRun`.
 
     Raises:
-        ValmError: there is no readable image, or `out` cannot be written or holds something else. Also for a transient
-            error (disk, permissions) while an image is read; repair that and run the build again.
+        ValmError: there is no readable image, `out` cannot be written or holds something else, or the rows of a dataset
+            are not those of a finished `out`. Also for a transient error (disk, permissions) while an image is read;
+            repair that and run the build again.
     """
     build = begin_knowledge_base(out, plan_of(source, clip, encoding))
     # no error: a copy of the images has new times too
@@ -65,7 +69,22 @@ def build(
             with ProgressBar(name, unit, remaining, progress) as bar:
                 build.write(work, source.shards(done), run, bar)
             finish_knowledge_base(build, clip_entry(clip, out), clip.embed_dim)
+        elif not list(islice(source.files(), 1)):
+            _compare(source, build, progress)
     return ImageKnowledgeBase.open(out)
+
+
+def _compare(source: Source, build: ShardedBuild, progress: bool) -> None:
+    """Compares a source without files with what was built of it.
+
+    Raises:
+        ValmError: it has changed.
+    """
+    done = build.done()
+    parts = progress_bar(source.shards(done), desc="compare", unit=" shards", total=len(done), shown=progress)
+    for number, _ in enumerate(parts):
+        if number not in done:
+            raise ValmError(f"the dataset has become longer since {build.out} was built; choose another folder")
 
 
 def plan_of(source: Source, clip: Clip, encoding: Encoding) -> dict[str, Any]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from valm.errors import ValmError
 from valm.store.files import cannot_read, check_regular, is_transient
@@ -20,6 +22,7 @@ CAPTION_TABLES = ("captions.csv", "captions.txt", "captions.json")
 IMAGE_COLUMNS = ("image", "file", "filename", "file_name", "path", "uri")
 CAPTION_COLUMNS = ("caption", "captions", "text", "sentences", "description")
 
+QUOTE = "quote fields as in RFC 4180, or write a captions.json"
 # A larger file beside an image is not read as a caption.
 MAX_CAPTION_BYTES = 1 << 20
 # Bytes of a table that are read at once to detect its encoding.
@@ -32,14 +35,14 @@ def read_captions(folder: Path, images: list[str], table: Path | None = None) ->
     Captions are looked for in this order: `NAME.txt` beside the image; `caption` in `NAME.json` beside it (as
     img2dataset writes); a table of captions. The table is `table`, or else `captions.csv`, `captions.txt` (as in
     Flickr8k: a CSV with the header `image,caption`) or `captions.json` (an object from file name to caption or list of
-    captions) in the folder. It names images by path or by file name alone.
+    captions) in the folder. It names images by path, or by file name alone where one image has it.
 
     Returns:
         The caption of each image that has one, several captions on a line each; and the damaged caption files beside
         images, each with the reason.
 
     Raises:
-        ValmError: the table cannot be read.
+        ValmError: the table cannot be read, or has a file name alone that several images have.
     """
     tables = [folder / name for name in CAPTION_TABLES]
     if table is None:
@@ -56,6 +59,7 @@ def read_captions(folder: Path, images: list[str], table: Path | None = None) ->
                 by_name.setdefault(name, []).append(caption)
 
     captions, damaged = {}, {}
+    known, number_of = set(images), Counter(PurePosixPath(image).name for image in images)
     for image in images:
         path = folder / image
         caption = ""
@@ -66,7 +70,14 @@ def read_captions(folder: Path, images: list[str], table: Path | None = None) ->
                 raise
             except ValueError as error:
                 damaged[file.relative_to(folder).as_posix()] = str(error)
-        caption = caption or "\n".join(by_name.get(image) or by_name.get(path.name) or [])
+        caption = caption or "\n".join(by_name.get(image, []))
+        if not caption and path.name in by_name and path.name not in known:
+            if number_of[path.name] > 1:
+                raise ValmError(
+                    f"{path.name} in the caption table {table} is the name of {number_of[path.name]} images, such as "
+                    f"{image}: name them by their paths in the folder"
+                )
+            caption = "\n".join(by_name[path.name])
         if caption:
             captions[image] = caption
     return captions, damaged
@@ -116,21 +127,49 @@ def read_rows(
         with open(table, encoding=encoding, newline="") as file:
             header = file.readline()
             file.seek(0)
-            reader = csv.DictReader(file, delimiter="\t" if "\t" in header else ",")
-            columns = {name.strip().lower(): name for name in reader.fieldnames or []}
+            # strict: a quote that is opened by mistake would swallow the rows up to the next one
+            reader = csv.DictReader(file, delimiter=_delimiter(header), strict=True)
             image_names = IMAGE_COLUMNS if image_column is None else (image_column,)
             caption_names = CAPTION_COLUMNS if caption_column is None else (caption_column,)
-            image = next((columns[name.lower()] for name in image_names if name.lower() in columns), None)
-            caption = next((columns[name.lower()] for name in caption_names if name.lower() in columns), None)
+            image, caption = (_first_of(names, reader.fieldnames or []) for names in (image_names, caption_names))
             if image is None or caption is None:
                 raise ValmError(
                     f"the caption table {table} starts with {header.strip()[:60]!r}; expected a header with a column "
                     f"{' or '.join(image_names)} and a column {' or '.join(caption_names)}"
                 )
-            for row in reader:
+            while True:
+                try:
+                    row: dict[Any, Any] | None = next(reader, None)
+                except csv.Error as error:
+                    raise _damaged(table, reader, str(error)) from error
+                if row is None:
+                    return
+                if any(row.get(None, [])):
+                    raise _damaged(table, reader, "more fields than the header names")
                 yield (row[image] or "").strip(), one_line(row[caption] or "")
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValmError(f"cannot read the caption table {table}: {error}") from error
+
+
+def _damaged(table: Path, reader: csv.DictReader[str], what: str) -> ValmError:
+    return ValmError(f"the caption table {table}, line {reader.reader.line_num}: {what}: {QUOTE}")
+
+
+def has_caption_header(head: bytes) -> bool:
+    """Whether a file that begins with `head` is a table with an image and a caption in columns of common names."""
+    header = decoded(head).partition("\n")[0]
+    fields = next(csv.reader([header], delimiter=_delimiter(header)), [])
+    return None not in (_first_of(IMAGE_COLUMNS, fields), _first_of(CAPTION_COLUMNS, fields))
+
+
+def _delimiter(header: str) -> str:
+    return "\t" if "\t" in header else ","
+
+
+def _first_of(names: Iterable[str], fields: Iterable[str]) -> str | None:
+    """The field with the first of `names` that there is, ignoring case and blanks around."""
+    found = {field.strip().lower(): field for field in fields}
+    return next((found[name.lower()] for name in names if name.lower() in found), None)
 
 
 def _read_json_table(table: Path) -> dict[str, list[str]]:

@@ -74,6 +74,18 @@ def test_caption_tables(tmp_path):
         ("t.json", b"[1]", "holds a list; expected an object"),
         ("t.json", b'{"a.png": 3}', "the caption of 'a.png' in .* is neither"),
         ("missing.csv", None, r"cannot read .*missing\.csv: No such file"),
+        (
+            "t.csv",
+            b"image,caption\na.png,A dog, running\n",
+            r"t\.csv, line 2: more fields than the header names: quote",
+        ),
+        ("t.csv", b'image,caption,by\na.png,A dog\nb.png,"a, b",me,\nc.png,a,b,c\n', "line 4: more fields than"),
+        (
+            "t.tsv",
+            b'image\tcaption\na.png\t"Go, he said\nb.png\ta big" bus\n',
+            r"t\.tsv, line 3: .* expected after '\"'",
+        ),
+        ("t.tsv", b'image\tcaption\na.png\t"Go, he said\nb.png\tred\n', "line 3: unexpected end of data: quote fields"),
     ],
 )
 def test_broken_caption_tables(tmp_path, name, content, message):
@@ -81,6 +93,17 @@ def test_broken_caption_tables(tmp_path, name, content, message):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValmError, match=message):
         read_captions(tmp_path, ["a.png"], tmp_path / name)
+
+
+def test_a_file_name_alone_is_of_one_image(tmp_path):
+    (tmp_path / "t.csv").write_text("image,caption\n1.png,a red ball\n2.png,two\nx/3.png,three\n")
+    table = tmp_path / "t.csv"
+    found, _ = read_captions(tmp_path, ["1.png", "b/1.png", "b/2.png", "x/3.png", "y/3.png"], table)
+    assert found == {"1.png": "a red ball", "b/2.png": "two", "x/3.png": "three"}
+    with pytest.raises(
+        ValmError, match=r"2\.png in the caption table .*t\.csv is the name of 2 images, such as a/2\.png"
+    ):
+        read_captions(tmp_path, ["a/2.png", "b/2.png"], table)
 
 
 def test_what_cannot_be_read_now_is_an_error(tmp_path, monkeypatch):

@@ -55,6 +55,9 @@ class EmbeddingSource:
             if number not in metadata:
                 wanted = f"metadata/metadata_{file.stem.split('_')[-1]}.parquet"
                 raise ValmError(f"{file} has no metadata: expected {wanted}")
+        for number, file in metadata.items():
+            if number not in vectors:
+                raise ValmError(f"{file} has no embeddings: expected img_emb/img_emb_{file.stem.split('_')[-1]}.npy")
         self.pairs = [(file, metadata[number]) for number, file in vectors.items()]
 
     @property

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from functools import partial
 from itertools import islice
 from pathlib import Path, PurePath
@@ -20,6 +20,7 @@ from valm.knowledge_base.fingerprint import fingerprint_records
 from valm.knowledge_base.format import EncodedShard
 from valm.knowledge_base.sources import SourceShard
 from valm.store.shard_progress import Progress
+from valm_kernels.json_files import short
 
 
 class DatasetSource:
@@ -110,9 +111,21 @@ class DatasetSource:
         if isinstance(image, str | os.PathLike):
             path = image = Path(image)
         name = PurePath(path).name if path else ""
-        captions = row[self.caption_column] if self.caption_column is not None else None
-        captions = [captions] if isinstance(captions, str) else captions or []
-        return Record(f"{number}/{name}" if name else str(number), join_captions(map(str, captions)), image)
+        return Record(f"{number}/{name}" if name else str(number), self._caption(number, row), image)
+
+    def _caption(self, number: int, row: Mapping[str, Any]) -> str:
+        if self.caption_column is None:
+            return ""
+        value = row[self.caption_column]
+        captions = [value] if isinstance(value, str) or value is None else value
+        if isinstance(captions, Sequence) and not isinstance(captions, bytes):
+            texts = [caption for caption in captions if caption is not None]
+            if all(isinstance(text, str) for text in texts):
+                return join_captions(texts)
+        raise ValmError(
+            f"the dataset, row {number}: {self.caption_column!r} is {short(value)}, expected a text or a list of "
+            "texts; name another column (--caption-column)"
+        )
 
 
 def encode_rows(records: list[Record], clip: Clip, encoding: Encoding, progress: Progress) -> EncodedShard:

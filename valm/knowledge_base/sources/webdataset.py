@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tarfile
+import warnings
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -15,7 +16,7 @@ from valm.knowledge_base.captions import CAPTION_SUFFIXES, MAX_CAPTION_BYTES, pa
 from valm.knowledge_base.encode import Encoding, Record, encode_records
 from valm.knowledge_base.fingerprint import fingerprint_files
 from valm.knowledge_base.format import EncodedShard
-from valm.knowledge_base.images import IMAGE_SUFFIXES
+from valm.knowledge_base.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES, unread_formats
 from valm.knowledge_base.sources import SourceShard
 from valm.store.files import cannot_read, check_regular, is_transient
 from valm.store.shard_progress import Progress
@@ -29,7 +30,8 @@ class WebdatasetSource:
     """The images in tar files; one shard for each file.
 
     Nothing is unpacked, so any names in an archive are safe. A truncated or damaged archive is read up to the damage
-    and listed as skipped. So are damaged images and caption files, and all but the last of several images of one name.
+    and listed as skipped. So are damaged images and caption files, all but the last of several images of one name,
+    links to images, and an image with another dot in its name that belongs to no other.
 
     Args:
         tars: a folder of `*.tar` files, one file, or several. Members whose names agree up to the first dot belong
@@ -47,6 +49,12 @@ class WebdatasetSource:
             tars = [path] if path.is_file() else sorted(path.glob("*.tar"))
             if not tars:
                 raise ValmError(f"no tar files in {path}; looked for files ending in .tar")
+            if path.is_dir() and (others := sorted(path.glob("*.tar.*")) + sorted(path.glob("*.tgz"))):
+                warnings.warn(
+                    f"{path} has {len(others)} archives that do not end in .tar, such as {others[0].name}: they are "
+                    "not read; unpack compressed ones to .tar",
+                    stacklevel=2,
+                )
         self.tars = [Path(tar).absolute() for tar in tars]
         for tar in self.tars:
             check_regular(tar)
@@ -81,6 +89,7 @@ def tar_records(path: Path) -> list[Record]:
     images: dict[str, tarfile.TarInfo] = {}
     captions: dict[tuple[str, str], str] = {}
     damaged: list[Record] = []
+    others: list[tuple[str, str, str]] = []  # such as the mask beside an image, 0.mask.png
 
     def skip(name: str, reason: str) -> None:
         damaged.append(Record(name, "", None, reason=reason))
@@ -94,7 +103,15 @@ def tar_records(path: Path) -> list[Record]:
                 stem, _, extension = name.name.partition(".")
                 key, suffix = str(name.parent / stem), f".{extension.lower()}"
                 uri = f"{path.name}/{member.name}"
+                last = name.suffix.lower()
                 if not member.isfile() or suffix not in (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES):
+                    if member.issym() or member.islnk():
+                        if last in IMAGE_SUFFIXES:
+                            skip(uri, f"a link to {member.linkname}, which is not followed")
+                    elif member.isfile() and last in UNREAD_SUFFIXES:
+                        skip(uri, unread_formats([last])[0])
+                    elif member.isfile() and last in IMAGE_SUFFIXES:
+                        others.append((key, uri, suffix))
                     continue
                 if member.issparse():
                     skip(uri, "stored as a sparse file, which a few bytes make as large as they like")
@@ -118,6 +135,9 @@ def tar_records(path: Path) -> list[Record]:
         if is_transient(error):
             raise cannot_read(path, one_line(str(error))) from error
         skip(path.name, f"the archive ends early: {one_line(str(error))}")
+    for key, uri, suffix in others:
+        if key not in images:
+            skip(uri, f"named {suffix} from the first dot on, expected an image's suffix alone")
     records = []
     for key, member in images.items():
         caption = next(filter(None, (captions.get((key, suffix)) for suffix in CAPTION_SUFFIXES)), "")

@@ -58,6 +58,10 @@ def test_wrong_embeddings(clip, tmp_path):
     (tmp_path / "img_emb" / "img_emb_00.npy").unlink()
     (tmp_path / "metadata" / "metadata_0.parquet").unlink()
     fails(r"img_emb_0\.npy has no metadata: expected metadata/metadata_0\.parquet")
+    write_embeddings(tmp_path, 0, vectors, url=["a", "b"])
+    write_embeddings(tmp_path, 1, vectors, url=["a", "b"])
+    (tmp_path / "img_emb" / "img_emb_1.npy").unlink()
+    fails(r"metadata_1\.parquet has no embeddings: expected img_emb/img_emb_1\.npy")
 
 
 @pytest.mark.parametrize("kind", ["struct", "list", "two of one name"])

@@ -127,6 +127,30 @@ def test_a_dataset_that_has_changed_is_refused(clip, tmp_path):
     assert len(build(DatasetSource(rows, shard_size=2), tmp_path, clip, progress=False)) == 7
     with pytest.raises(ValmError, match="already holds a knowledge base"):
         build(DatasetSource(rows[1:], shard_size=2), tmp_path, clip, progress=False)
+    with pytest.raises(ValmError, match=r"the dataset has changed since .* was begun \(rows 2 to 3\)"):
+        build(DatasetSource(other, shard_size=2), tmp_path, clip, progress=False)
+
+
+def test_a_stream_that_has_become_longer_is_refused(dataset, clip, tmp_path):
+    stream = dataset.to_iterable_dataset()
+    build(DatasetSource(stream.take(4), shard_size=2), tmp_path, clip, progress=False)
+    with pytest.raises(ValmError, match=r"has become longer since .* was built"):
+        build(DatasetSource(stream, shard_size=2), tmp_path, clip, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("value", "caption"), [(["a", None, " b "], "a\nb"), (None, ""), ({"raw": "a"}, None), (b"a", None), ([3], None)]
+)
+def test_captions_are_texts(clip, tmp_path, value, caption):
+    rows = [{"image": PICTURES[0], "caption": "first"}, {"image": PICTURES[1], "caption": value}]
+    source = DatasetSource(rows)
+    if caption is None:
+        with pytest.raises(
+            ValmError, match=r"row 1: 'caption' is .*, expected a text or a list of texts; name another"
+        ):
+            list(source.images())
+    else:
+        assert [record.caption for record in source.images()] == ["first", caption]
 
 
 def test_a_stream_that_has_become_shorter_is_refused(dataset, clip, tmp_path, monkeypatch):

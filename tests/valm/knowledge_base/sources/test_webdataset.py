@@ -50,9 +50,10 @@ def test_archives_lead_nowhere_else(clip, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     kb = build(WebdatasetSource(tars), tmp_path / "kb", clip, Encoding(workers=2), progress=False)
     assert [kb.item(n).uri for n in range(len(kb))] == ["0.tar//absolute.png", "0.tar/../up.png", "0.tar/deep.png"]
-    assert [entry["uri"] for entry in kb.skipped()] == ["0.tar/bomb.png", "0.tar/deep.json"]
-    bomb, deep = (entry["reason"] for entry in kb.skipped())
-    assert "pixels" in bomb and "not JSON" in deep
+    reasons = {entry["uri"]: entry["reason"] for entry in kb.skipped()}
+    assert list(reasons) == ["0.tar/bomb.png", "0.tar/deep.json", "1.tar/soft.png", "1.tar/hard.png"]
+    assert "pixels" in reasons["0.tar/bomb.png"] and "not JSON" in reasons["0.tar/deep.json"]
+    assert reasons["1.tar/soft.png"] == reasons["1.tar/hard.png"] == f"a link to {secret}, which is not followed"
     assert sorted(path for path in tmp_path.rglob("*") if kb.path not in (path, *path.parents)) == before
 
 
@@ -65,6 +66,19 @@ def test_an_archive_that_is_cut_is_listed(tars, clip, tmp_path):
     skipped = {entry["uri"]: entry["reason"] for entry in kb.skipped()}
     assert set(skipped) == {"00000.tar/001.png", "00001.tar/../../escape.png", "00001.tar", "00002.tar"}
     assert skipped["00001.tar"].startswith("the archive ends early")
+
+
+def test_images_that_are_not_read_are_listed(clip, tmp_path):
+    names = ["a.png", "a.mask.png", "photo.v2.png", "2024.05.01.png", "h.heic", "note.md"]
+    write_tar(tmp_path / "0.tar", [(name, png(0)) for name in names])
+    (tmp_path / "1.tar.gz").write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"1 archives that do not end in .tar, such as 1.tar.gz"):
+        source = WebdatasetSource(tmp_path)
+    kb = build(source, tmp_path / "kb", clip, progress=False)
+    assert [kb.item(n).uri for n in range(len(kb))] == ["0.tar/a.png"]
+    reasons = {entry["uri"]: entry["reason"] for entry in kb.skipped()}
+    assert list(reasons) == ["0.tar/h.heic", "0.tar/photo.v2.png", "0.tar/2024.05.01.png"]
+    assert "convert it to JPEG" in reasons["0.tar/h.heic"] and "named .v2.png" in reasons["0.tar/photo.v2.png"]
 
 
 def header(name, size, type=tarfile.REGTYPE):
