@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import random
 import sys
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,13 +117,14 @@ def train(arguments: argparse.Namespace, out: Path) -> None:
 
     from valm.clip.clip import Clip
     from valm.corpus.parts import fingerprint
-    from valm.knowledge_base.fingerprint import fingerprint_records
+    from valm.knowledge_base.fingerprint import fingerprint_records, written_since
     from valm.training.clip import SMALL, CachedImages, CaptionedImages, captioned, new_clip, shrunk, train_clip
     from valm.training.steps_checkpoint import StepsCheckpoint
 
     file = out / TRAINING_FILE
     check_output(out, arguments.resume)
-    records = captioned(open_source(arguments))
+    source = open_source(arguments)
+    records = captioned(source)
     data = fingerprint_records(records)
     device = chosen_device(arguments)
     tower = Clip.load(arguments.image_tower) if arguments.image_tower is not None else None
@@ -137,6 +139,12 @@ def train(arguments: argparse.Namespace, out: Path) -> None:
     checkpoint = StepsCheckpoint(file, clip.model, settings)
     if done := len(checkpoint.losses):
         print(f"{out} has the first {done:,} of {arguments.steps:,} steps: resuming there", file=sys.stderr)
+        if changed := written_since(source.files(), file.stat().st_mtime):  # no error: a copy has new times too
+            warnings.warn(
+                f"{changed} has been written since then: if its content is another, begin the training anew in another "
+                "folder",
+                stacklevel=2,
+            )
     held_out, records = split(records, arguments)
     if not arguments.cache_images:
         records = shrunk(records, clip, workers=arguments.workers)

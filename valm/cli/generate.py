@@ -101,6 +101,9 @@ def generated(model: Any, tokenizer: Any, text: str, arguments: argparse.Namespa
             f"the model reads {context} tokens: the prompt is cut to its first token and its last {room - 1}",
             file=sys.stderr,
         )
+    if prompt.shape[1] + arguments.max_new_tokens > context:
+        room = context - prompt.shape[1]
+        print(f"the model reads {context} tokens: the continuation has {room} at most", file=sys.stderr)
     drawn = {"temperature": arguments.temperature, "top_p": arguments.top_p}
     drawn = {name: value for name, value in drawn.items() if value is not None}
     torch.manual_seed(arguments.seed)

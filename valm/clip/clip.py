@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerFast
 import valm.clip.multilevel_tower  # noqa: F401 - registers the architecture
 from valm.clip.tokenizer import clip_tokenizer, open_tokenizer
 from valm.errors import ValmError
+from valm.knowledge_base.images import read_image
 from valm.store.files import check_all_regular, is_folder, read_json, write_json
 from valm.store.pretrained import check_lists, check_sizes, library_errors, shapes_of
 from valm.store.whole_folder import current_files, replaced_files
@@ -49,6 +50,11 @@ class OpenClipConfig(TypedDict):
     """The keys of open_clip_config.json that are read here."""
 
     model_cfg: ModelConfig
+
+
+def in_own_precision(device: torch.device) -> torch.autocast:
+    """Without an autocast around: image vectors and queries, and what is cached of them, must not depend on one."""
+    return torch.autocast(device.type, enabled=False)
 
 
 class Clip:
@@ -101,7 +107,7 @@ class Clip:
             preprocess_cfg: mean, std, interpolation, ... as in open_clip's config files.
 
         Raises:
-            ValmError: open_clip does not know the architecture.
+            ValmError: open_clip does not know the architecture, or preprocess_cfg has another key.
         """
         if isinstance(model_cfg, str):
             name, config = model_cfg, open_clip.get_model_config(model_cfg)
@@ -115,6 +121,10 @@ class Clip:
             text_cfg |= {"pool_type": "eos", "eos_id": tokenizer.eos_token_id}
         config = {**config, "text_cfg": text_cfg}
         arguments = {key: value for key, value in config.items() if key != "custom_text"}
+        wrong = sorted(set(preprocess_cfg or {}) - {field.name for field in fields(PreprocessCfg)})
+        if wrong:
+            known = ", ".join(field.name for field in fields(PreprocessCfg))
+            raise ValmError(f"preprocess_cfg has {', '.join(wrong)}, expected {known}")
         model = (open_clip.CustomTextCLIP if config.get("custom_text") else open_clip.CLIP)(**arguments)
         size = {"size": model.visual.image_size}
         set_model_preprocess_cfg(model, {**asdict(PreprocessCfg()), **(preprocess_cfg or {}), **size})
@@ -210,21 +220,29 @@ class Clip:
         """Image features, (n, E) float32, L2-normalised, on the model's device.
 
         Args:
-            images: PIL images of any size and mode, or the (n, 3, H, W) tensor that `transform` made of them.
+            images: PIL images of any size and mode, which are read as those of a knowledge base (`read_image`); or the
+                (n, 3, H, W) tensor that `transform` made of RGB images.
         """
         if not isinstance(images, torch.Tensor):
-            images = torch.stack([self.transform(image) for image in images])
+            images = torch.stack([self.transform(read_image(image)) for image in images])
         images = images.to(self.device, self.model.logit_scale.dtype)
-        return F.normalize(self.model.encode_image(images).float(), dim=-1)
+        with in_own_precision(self.device):
+            return F.normalize(self.model.encode_image(images).float(), dim=-1)
 
     @torch.no_grad()
     def encode_texts(self, texts: list[str], keep: Literal["beginning", "end"] = "beginning") -> torch.Tensor:
         """Text features as CLIP was trained (the state at EOT), (n, E) float32, L2-normalised.
 
         A text longer than the context is cut to its first `context_length - 2` tokens, or its last.
+
+        Raises:
+            ValueError: a single text instead of a list.
         """
+        if isinstance(texts, str):
+            raise ValueError(f"texts must be a list of texts, got a text; give [{texts[:20]!r}]")
         ids = self.token_ids(texts, keep).to(self.device)
-        parts = [F.normalize(self.model.encode_text(part).float(), dim=-1) for part in ids.split(TEXT_BATCH)]
+        with in_own_precision(self.device):
+            parts = [F.normalize(self.model.encode_text(part).float(), dim=-1) for part in ids.split(TEXT_BATCH)]
         return torch.cat(parts)
 
     def token_ids(self, texts: list[str], keep: Literal["beginning", "end"] = "beginning") -> torch.Tensor:

@@ -15,6 +15,7 @@ from valm.clip.tokenizer import begin_id, prompt_ids
 from valm.errors import ValmError
 from valm.evaluation.scoring import answer_tokens, check_writable, context_length
 from valm.explain.images import FindsImages, ShownImage, show_images
+from valm.model.probe import in_mode
 from valm.retrieval.min_score import cut
 from valm.retrieval.retriever import BlindRetriever, Retrieved
 
@@ -83,6 +84,9 @@ def explain(
         ValmError: the text is empty or too long for the model or an explanation; the model needs images and has no
             retriever, or `retriever` another min_score; or an answer has no tokens.
     """
+    if model.training:  # with dropout it would be another one each time
+        with in_mode(model, training=False):
+            return explain(model, tokenizer, text, retriever=retriever, with_images=with_images, answers=answers)
     ids = _token_ids(model, tokenizer, text)
     note = _why_no_images(model, with_images)
     finder = model.with_own_min_score(retriever or model.retriever)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from valm.clip.clip import Clip
+from valm.clip.clip import Clip, in_own_precision
 from valm.clip.text_tower import KeyValues, TextTower
 from valm.retrieval.alignment import Alignment, TextState
 from valm.retrieval.segments import Reading, Run, SegmentRule, SegmentState, sentence_end_ids
@@ -136,8 +136,9 @@ class ContextEncoder:
     def encode(self, runs: list[Run], shape: tuple[int, ...]) -> Tensor:
         """Queries (B, T, E) of `shape` (B, T), zeros at positions that `runs` do not ask for."""
         queries = self._zeros(shape)
-        for some in self._together(runs):
-            self._encode(some, queries)
+        with in_own_precision(queries.device):
+            for some in self._together(runs):
+                self._encode(some, queries)
         return queries
 
     def new_cache(self, batch: int) -> ContextCache:
@@ -175,8 +176,9 @@ class ContextEncoder:
             else:  # it has no tokens itself, so its branches continue from the cache
                 going_on += run.branches
         # first those that read the cache, as the others may overwrite it
-        for some in _alike(going_on) + self._together(new):
-            self._encode(some, queries, cache)
+        with in_own_precision(queries.device):
+            for some in _alike(going_on) + self._together(new):
+                self._encode(some, queries, cache)
         return queries
 
     def _read(self, row: int, tokens: list[tuple[int, int]], state: SegmentState, text: TextState) -> Reading:
@@ -219,7 +221,7 @@ class ContextEncoder:
         return tokens
 
     def _zeros(self, shape: tuple[int, ...]) -> Tensor:
-        return torch.zeros(*shape, self.clip.embed_dim, device=self.tower.positions.device)
+        return torch.zeros(*shape, self.clip.embed_dim, dtype=torch.float32, device=self.tower.positions.device)
 
     def _together(self, runs: list[Run]) -> list[list[Run]]:
         """Splits new runs into calls of similar size, of at most a call's tokens and one run more."""

@@ -113,6 +113,7 @@ def train_clip(
     )
     limit_scale()
     model.eval().requires_grad_(False)
+    vars(clip).pop("weights_hash", None)  # that of the weights before
     return losses
 
 
@@ -151,7 +152,7 @@ def new_clip(
     except ValmError:
         raise
     except Exception as error:  # open_clip raises any for odd values
-        raise ValmError(f"open_clip cannot make the CLIP {model}: {error}") from error
+        raise ValmError(f"open_clip cannot make the CLIP {model}: {str(error) or type(error).__name__}") from error
     clip.model.requires_grad_(True)
     if image_tower is not None:
         try:
@@ -160,9 +161,27 @@ def new_clip(
             raise ValmError(
                 f"the image tower of {image_tower.name} does not fit {model}: {str(error).splitlines()[-1].strip()}"
             ) from error
+        _check_same_tower(clip, image_tower, model)
         # freeze_bn_stats would replace timm's BatchNormAct2d by a batch norm without its activation (open_clip 3.3).
         clip.model.lock_image_tower()
     return clip
+
+
+def _check_same_tower(clip: Clip, image_tower: Clip, model: str | Path | None) -> None:
+    """Checks that equal weights make the same function: numbers of heads, pooling and activation have no weights.
+
+    Raises:
+        ValmError: they do not.
+    """
+    size = clip.model.visual.image_size
+    height, width = size if isinstance(size, tuple) else (size, size)
+    pixels = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0))
+    copied, own = (tower.encode_images(pixels) for tower in (clip, image_tower))
+    if not torch.allclose(copied.cpu(), own.cpu(), atol=1e-4):
+        raise ValmError(
+            f"the image tower of {image_tower.name} is another function in {model}: its heads, pooling or activation "
+            "(quick_gelu) differ; leave --model out, or give it the vision_cfg and quick_gelu of the tower"
+        )
 
 
 class CaptionedImages(Dataset[tuple[Tensor, str] | None]):

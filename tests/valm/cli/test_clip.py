@@ -1,4 +1,6 @@
 import json
+import os
+import time
 
 import pytest
 import torch
@@ -72,6 +74,15 @@ def test_a_killed_training_resumes(killed_training, tmp_path, capsys):
     small, whole = (Clip.load(tmp_path / name) for name in ("small", "whole"))
     assert small.weights_hash == whole.weights_hash
     assert len(small.tokenizer) < 1000
+
+
+def test_a_picture_that_was_written_since_is_named(killed_training, world, tmp_path):
+    later = time.time() + 5
+    os.utime(tmp_path / "small" / TRAINING_FILE, (later - 10, later - 10))
+    picture = sorted((world / "pictures").glob("*.png"))[0]
+    os.utime(picture, (later - 7, later - 7))
+    with pytest.warns(UserWarning, match=rf"{picture.name} has been written since then: .* begin the training anew"):
+        assert run(*killed_training, "--out", tmp_path / "small", "--resume") == 0
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,8 @@ def test_a_prompt_longer_than_the_context_is_shortened(world, capsys, words, new
     assert (f"the model reads 32 tokens: the prompt is cut to its first token and its last {room - 1}" in err) == (
         words + 1 > room
     )
+    left = 32 - min(words + 1, room)
+    assert (f"the model reads 32 tokens: the continuation has {left} at most" in err) == (new > left)
 
 
 def test_the_text_tower_in_another_precision(world, capsys, monkeypatch):

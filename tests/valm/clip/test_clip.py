@@ -62,6 +62,11 @@ def test_texts_are_pooled_at_eot(clip):
     assert torch.allclose(clip.encode_texts(["a", "dog", ""]).norm(dim=-1), torch.ones(3))
 
 
+def test_a_single_text_is_no_list(clip):
+    with pytest.raises(ValueError, match=r"texts must be a list of texts, got a text; give \['a dog'\]"):
+        clip.encode_texts("a dog")
+
+
 def test_a_long_text_is_cut(clip):
     ids = clip.token_ids(["apple " * 50])
     assert ids[0, -1] == clip.tokenizer.eos_token_id

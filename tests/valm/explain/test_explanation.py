@@ -36,6 +36,17 @@ def test_an_explanation_holds_what_the_model_computes(model, tokenizer, kb):
     assert list(explanation.probabilities) == sorted(explanation.probabilities, reverse=True)
 
 
+def test_a_model_in_training_mode_is_explained_without_dropout(model, tokenizer):
+    expected = explain(model, tokenizer, TEXT).probabilities
+    model.train()
+    try:
+        found = explain(model, tokenizer, TEXT).probabilities
+        assert model.training and all(module.training for module in model.transformer.h)
+    finally:
+        model.eval()
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_given_answers_may_have_several_tokens(model, tokenizer):
     answers = ["red apple", "blue", "red", "red apple lies"]
     explanation = explain(model, tokenizer, TEXT, answers=answers)

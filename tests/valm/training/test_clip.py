@@ -55,6 +55,15 @@ def test_it_learns_captions_and_their_beginnings(config):
     assert not clip.model.training and not any(parameter.requires_grad for parameter in clip.model.parameters())
 
 
+def test_a_clip_that_trains_again_has_another_hash(config):
+    clip, _ = trained(config, steps=1)
+    before = clip.weights_hash
+    clip.model.requires_grad_(True)
+    images = CaptionedImages(records(), clip, seed=0)
+    train_clip(clip, images.batches(8), steps=1, lr=3e-3, progress=None)
+    assert clip.weights_hash != before
+
+
 def test_a_seed_gives_the_same_weights_whatever_decodes(config):
     first, again = (trained(config, steps=3)[0].weights_hash for _ in range(2))
     assert first == again
@@ -202,6 +211,17 @@ def test_wrong_models_and_sources_are_named(config, clip, tmp_path):
     (tmp_path / "wide.json").write_text(json.dumps({**TINY, "vision_cfg": {**TINY["vision_cfg"], "width": 64}}))
     with pytest.raises(ValmError, match=r"the image tower of tiny does not fit .*wide\.json: size mismatch"):
         new_clip(tmp_path / "wide.json", clip)
+    # of equal weights, but another function
+    for name, vision in (("heads", {"head_width": TINY["vision_cfg"]["width"]}), ("pool", {"pool_type": "avg"})):
+        config = {**TINY, "vision_cfg": {**TINY["vision_cfg"], **vision}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(config))
+        with pytest.raises(
+            ValmError, match=rf"the image tower of tiny is another function in .*{name}\.json: its heads"
+        ):
+            new_clip(tmp_path / f"{name}.json", clip)
+    (tmp_path / "mean.json").write_text(json.dumps({"model_cfg": TINY, "preprocess_cfg": {"image_mean": [0, 0, 0]}}))
+    with pytest.raises(ValmError, match="preprocess_cfg has image_mean, expected size, mode, mean, std"):
+        new_clip(tmp_path / "mean.json")
     with pytest.raises(ValmError, match="give a model, an image tower, or both"):
         new_clip(None)
     with pytest.raises(ValmError, match="the source has 1 images with captions"):
