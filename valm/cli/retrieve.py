@@ -67,6 +67,7 @@ def run_retrieve(arguments: argparse.Namespace) -> None:
     from valm.retrieval.note import open_encoder
     from valm.retrieval.retriever import Retriever
     from valm.training.launch import check_alone
+    from valm_kernels import MAX_IMAGES
 
     if arguments.verify is not None:
         print(verify(arguments.verify))
@@ -77,6 +78,8 @@ def run_retrieve(arguments: argparse.Namespace) -> None:
     missing += [f"--{name}" for name in ("kb", "out") if not getattr(arguments, name)]
     if corpus is None or missing:
         raise ValmError(f"give {', '.join(missing)} too")
+    if arguments.images > MAX_IMAGES:
+        raise ValmError(f"a token sees {MAX_IMAGES} images at most: give -k {MAX_IMAGES} or less")
     if arguments.search_actors is not None and arguments.ray is None:
         raise ValmError("--search-actors are of a Ray cluster: give --ray too")
     kb = ImageKnowledgeBase.open(arguments.kb)

@@ -43,6 +43,7 @@ from valm.corpus.parts import (
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.faiss_index import FaissIndex
+from valm.retrieval.ray_index import ShardedIndex
 from valm.retrieval.retriever import Retriever
 from valm.store.files import read_json, write_json
 from valm.store.manifest import (
@@ -58,6 +59,7 @@ from valm.store.manifest import (
 )
 from valm.store.shard_progress import Progress, ProgressBar
 from valm.store.shards import Runner, ShardedBuild, ShardFiles, run_here
+from valm_kernels import FlatIPIndex
 from valm_kernels.json_files import Count, Range
 
 WHAT = "corpus retrieval"
@@ -90,6 +92,7 @@ class CorpusPlan(_PlanFields, total=False):
     """The keys of the plan that are read here; `_retrieve` writes all of them, and `scores` only where it is true."""
 
     scores: bool
+    eos: Count
 
 
 class CorpusManifest(Manifest):
@@ -116,7 +119,7 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any]):
-        self.path = path
+        self.path = path.absolute()  # shards are opened later, wherever the process works then
         self.manifest = manifest
         # (number in the files' names, record) of those that have documents
         self._shards = [(number, shard) for number, shard in enumerate(manifest["shards"]) if shard["documents"]]
@@ -146,7 +149,7 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
         return cls(path, manifest)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return CorpusRetrieval.open, (self.path.absolute(),)
+        return CorpusRetrieval.open, (self.path,)
 
     def __len__(self) -> int:
         return self.manifest["documents"]
@@ -204,7 +207,7 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
             ValmError: its files are damaged.
         """
         tokenizer = open_tokenizer(self.path)
-        if _tokenizer_hash(tokenizer) != self.manifest["plan"]["tokenizer"]:
+        if _tokenizer_hash(tokenizer) != self.manifest["plan"]["tokenizer"] or not self._has_eos_of(tokenizer):
             raise ValmError(f"the tokenizer in {self.path} is not the one that the corpus was read with")
         return tokenizer
 
@@ -230,6 +233,15 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
         made = (tokenizer, beginning_with_bos(tokenizer))
         if self.manifest["plan"]["tokenizer"] not in map(_tokenizer_hash, made):
             raise ValmError(f"{self.path} was read with another tokenizer than the model's; retrieve it again")
+        if not self._has_eos_of(tokenizer):
+            raise ValmError(
+                f"the documents of {self.path} end in token {self.manifest['plan']['eos']}, the model's in "
+                f"{tokenizer.eos_token_id} ({tokenizer.eos_token!r}); retrieve it again"
+            )
+
+    def _has_eos_of(self, tokenizer: PreTrainedTokenizerFast) -> bool:
+        """Whether documents end in its eos, which its hash does not say. Earlier versions did not note it."""
+        return self.manifest["plan"].get("eos", tokenizer.eos_token_id) == tokenizer.eos_token_id
 
     def verify(self, *, progress: bool = True) -> list[str]:
         """Reads every file and returns the names of those whose content has changed."""
@@ -370,8 +382,9 @@ def _retrieve(
     plan = {
         "corpus": corpus,
         "tokenizer": _tokenizer_hash(encoder.tokenizer),
+        "eos": encoder.tokenizer.eos_token_id,
         "knowledge_base": retriever.kb.fingerprint,
-        "index": asdict(index.parameters) if isinstance(index, FaissIndex) else "exact",
+        "index": _index_entry(index),
         "k": retriever.k,
         "query": encoder.query,
         "overlap": encoder.rule.overlap,
@@ -382,11 +395,13 @@ def _retrieve(
         plan["scores"] = True
     if encoder.alignment is not None and encoder.alignment.one_document:
         plan["one_document"] = True
-    build = ShardedBuild(out, WHAT, plan, CorpusShard)
+    build = ShardedBuild(out, WHAT, plan, CorpusShard, new_keys=("eos",))
     with build.writing():
         done = build.done()
         with ProgressBar("retrieve", " tokens", None if count is None else count - len(done), progress) as bar:
-            work = partial(_retrieve_part, out=build.out.absolute(), retriever=retriever, scores=scores)
+            work = partial(
+                _retrieve_part, out=build.out.absolute(), retriever=retriever, index=plan["index"], scores=scores
+            )
             build.write(work, _unchanged(parts, done, build), run, bar)
         if not build.finished:
             shards = build.done().values()
@@ -394,7 +409,10 @@ def _retrieve(
             if facts["documents"] == 0:
                 build.abandon()
                 raise ValmError("the corpus has no documents: it has no text")
-            encoder.tokenizer.save_pretrained(build.out)
+            try:
+                encoder.tokenizer.save_pretrained(build.out)
+            except Exception as error:  # tokenizers' own for a full disk
+                raise ValmError(f"cannot write the tokenizer into {build.out}: {error}; run the same again") from error
             build.finish({"format": f"valm {WHAT}", "version": VERSION, **facts})
     return CorpusRetrieval.open(build.out)
 
@@ -421,10 +439,24 @@ def _unchanged(parts: Iterable[Part], done: dict[int, dict[str, Any]], build: Sh
         raise ValmError(f"the corpus has become shorter since {build.out} was begun; choose another folder")
 
 
+def _index_entry(index: Any) -> Any:
+    """What the plan says of an index: the parameters of a faiss index, "exact", or the class of one's own."""
+    if isinstance(index, FaissIndex):
+        return asdict(index.parameters)
+    if isinstance(index, FlatIPIndex):
+        return "exact" if index.dtype in ("float16", "float32") else f"exact, {index.dtype}"
+    return "exact" if isinstance(index, ShardedIndex) else f"{type(index).__module__}.{type(index).__qualname__}"
+
+
 def _retrieve_part(
-    number: int, part: Part, progress: Progress, *, out: Path, retriever: Retriever, scores: bool
+    number: int, part: Part, progress: Progress, *, out: Path, retriever: Retriever, index: Any, scores: bool
 ) -> None:
     """Writes shard `number` of the retrieval in `out`."""
+    if _index_entry(retriever.index) != index:  # another process opens it itself
+        raise ValmError(
+            f"the index of {retriever.kb.path} has been made or removed since the retrieval {out} began: run it again "
+            "with the index that it had"
+        )
     # the cache decides which segments are encoded together, which affects rounding
     retriever.cache.clear()
     raw = part.read()

@@ -59,9 +59,12 @@ class ImageKnowledgeBase:
     it, and any of its methods may run at once.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any]):
+    def __init__(self, path: Path, manifest: dict[str, Any], fingerprint: str):
         self.path = path.absolute()  # it stays open wherever the process works later
         self.manifest = manifest
+        # SHA-256 of the manifest, which has the checksums of all other files: identifies the knowledge base
+        self.fingerprint = fingerprint
+        self._of_manifest = _identity(self.path)
         self._shards = [shard for shard in manifest["shards"] if shard["count"]]
         self._ends = np.cumsum([shard["count"] for shard in self._shards])
         self._vectors = functools.lru_cache(OPEN_SHARDS)(self._open_vectors)
@@ -88,10 +91,10 @@ class ImageKnowledgeBase:
                 f"the manifest {path / MANIFEST_FILE} is damaged: it says {manifest['count']} images, but its shards "
                 f"have {total}; make it again"
             )
-        return cls(path, manifest)
+        return cls(path, manifest, file_entry(path / MANIFEST_FILE)["sha256"])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ImageKnowledgeBase.open, (self.path.absolute(),)  # another process opens the folder itself
+        return _open_again, (self.path, self.fingerprint)  # another process opens the folder itself
 
     def __len__(self) -> int:
         return self.manifest["count"]
@@ -100,11 +103,6 @@ class ImageKnowledgeBase:
     def dim(self) -> int:
         """E, the width of the vectors."""
         return self.manifest["dim"]
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 of the manifest, which has the checksums of all other files: identifies the knowledge base."""
-        return file_entry(self.path / MANIFEST_FILE)["sha256"]
 
     def gather(self, ids: np.ndarray) -> np.ndarray:
         """Vectors of the images `ids` (n,) int64: (n, E) float16.
@@ -233,8 +231,18 @@ class ImageKnowledgeBase:
         return damaged_files(self.path, self.manifest, progress)
 
     def encoded_shard(self, number: int) -> EncodedShard:
-        """Shard `number` of the manifest, as `write_shard` takes it."""
+        """Shard `number` of the manifest, as `write_shard` takes it.
+
+        Raises:
+            ValmError: a file of it is damaged.
+        """
         entry = self.manifest["shards"][number]
+        for file in entry["files"]:  # or a copy would give damaged content a good checksum
+            if file_entry(self.path / file["name"]) != file:
+                raise ValmError(
+                    f"{self.path / file['name']} is damaged: it does not match its checksum; build the knowledge base "
+                    "again"
+                )
         skipped = list(self._skipped(entry))
         if not entry["count"]:
             return EncodedShard(np.empty((0, self.dim), np.float16), ITEM_SCHEMA.empty_table(), None, skipped)
@@ -316,6 +324,7 @@ class ImageKnowledgeBase:
         return next((self.path / name for name in names if name.startswith(f"{kind}-")), None)
 
     def _open_vectors(self, shard: int) -> np.ndarray:
+        self._check_same()
         file = self._file(shard, "vectors")
         if file is None:
             raise ValmError(f"{self.path} has no vectors in its shard {shard}; build the knowledge base again")
@@ -324,12 +333,22 @@ class ImageKnowledgeBase:
         with pa.memory_map(str(file)) as mapped:
             return np.frombuffer(mapped.read_buffer(), np.float16, offset=array.offset).reshape(array.shape)
 
+    def _check_same(self) -> None:
+        """Files are opened on use.
+
+        Raises:
+            ValmError: the folder has become another knowledge base since this one was opened.
+        """
+        if _identity(self.path) != self._of_manifest:
+            raise ValmError(f"the knowledge base {self.path} has been replaced since it was opened: open it again")
+
     def _open_sparse_vectors(self, shard: int) -> np.ndarray:
         vectors = self._open_vectors(shard)  # a map of their own
         read_at_random(vectors)
         return vectors
 
     def _read_table(self, shard: int, kind: str) -> pa.Table | None:
+        self._check_same()
         file = self._file(shard, kind)
         if file is None:
             return None
@@ -349,3 +368,19 @@ class ImageKnowledgeBase:
                 f"{self._shards[shard]['count']} of {', '.join(schema.names)}; build the knowledge base again"
             )
         return table
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """Another one if a manifest is written in the place of the one in folder `path`, or a link to it is changed."""
+    try:
+        found = os.stat(path / MANIFEST_FILE)
+    except FileNotFoundError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _open_again(path: Path, fingerprint: str) -> ImageKnowledgeBase:
+    kb = ImageKnowledgeBase.open(path)
+    if kb.fingerprint != fingerprint:
+        raise ValmError(f"the knowledge base {path} is another one than in the process that handed it on")
+    return kb

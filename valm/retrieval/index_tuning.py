@@ -210,7 +210,7 @@ class _ScoredOnce(ImageKnowledgeBase):
     """A knowledge base that is given the same queries again and again, and reads each vector once for each of them."""
 
     def __init__(self, kb: ImageKnowledgeBase):
-        super().__init__(kb.path, kb.manifest)
+        super().__init__(kb.path, kb.manifest, kb.fingerprint)
         self._pairs = np.empty(0, np.int64)  # query and image as one number, rising
         self._known = np.empty(0, np.float32)
 

@@ -91,7 +91,8 @@ class Retriever:
             but the first of a document has K. A model sets its own (`ImageModel.set_retriever`).
 
     Raises:
-        ValmError: the knowledge base was built with another CLIP than the encoder's, or has fewer than `k` images.
+        ValmError: the knowledge base was built with another CLIP than the encoder's, or has fewer than `k` images; or
+            `index` has another number of vectors, or is that of another knowledge base.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class Retriever:
         min_score: float | None = None,
     ) -> None:
         _check_k(k, kb)
+        _check_index(index, kb)
         self._arguments = (encoder, kb, k, index, cache_tokens)
         self.min_score = min_score
         self.device = device
@@ -237,7 +239,7 @@ class Retriever:
         """
         shape = (*queries.shape[:-1], self.k)
         ids = torch.full(shape, -1, dtype=torch.int64, device=queries.device)
-        scores = torch.full(shape, -torch.inf, device=queries.device)
+        scores = torch.full(shape, -torch.inf, dtype=torch.float32, device=queries.device)
         asked = queries.any(-1)
         scores[asked], ids[asked] = self.index.search(queries[asked], self.k)
         return ids, scores
@@ -257,7 +259,7 @@ class Retriever:
         if isinstance(query, str):
             features = clip.encode_texts([query])
         else:
-            features = clip.encode_images(clip.transform(query)[None])
+            features = clip.encode_images([query])
         scores, ids = self.index.search(features, k)
         hits = zip(scores[0].tolist(), ids[0].tolist(), strict=True)
         return [(score, self.kb.item(id)) for score, id in hits if id >= 0]
@@ -328,7 +330,9 @@ class BlindRetriever:
         pool = queries[asked]  # (U, E)
         index = torch.full(asked.shape, -1, device=queries.device)
         index[asked] = torch.arange(len(pool), device=queries.device)
-        ones = torch.ones(asked.shape, device=queries.device)  # the inner product of a normalised query with itself
+        ones = torch.ones(
+            asked.shape, dtype=torch.float32, device=queries.device
+        )  # the inner product of a normalised query with itself
         scores = ones.masked_fill(~asked, -torch.inf)
         return Retrieved(pool, index[..., None], torch.full((len(pool),), -1, device=queries.device), scores[..., None])
 
@@ -365,6 +369,15 @@ class NoImages:
 class _NoState:
     def reorder(self, beam_idx: Tensor) -> None:
         pass
+
+
+def _check_index(index: Any, kb: ImageKnowledgeBase) -> None:
+    """Checks what an index says of itself."""
+    of = getattr(index, "kb", None)
+    if isinstance(of, ImageKnowledgeBase) and of.fingerprint != kb.fingerprint:
+        raise ValmError(f"the index is that of the knowledge base {of.path}, not of {kb.path}")
+    if hasattr(index, "__len__") and len(index) != len(kb):
+        raise ValmError(f"the index has {len(index):,} vectors, but the knowledge base {kb.path} {len(kb):,}")
 
 
 def _check_k(k: int, kb: ImageKnowledgeBase) -> None:

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import logging
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -216,9 +217,9 @@ class Evened(Dataset[dict[str, Any]]):
 
 
 def _retrieval(dataset: Any) -> CorpusRetrieval | None:
-    """The retrieved corpus that `dataset` is, or wraps (`Twin`, `Selected`)."""
+    """The retrieved corpus that `dataset` is, or wraps (`Twin`, `Selected`, PyTorch's `Subset`)."""
     while not isinstance(dataset, CorpusRetrieval | None):
-        dataset = getattr(dataset, "documents", None)
+        dataset = getattr(dataset, "documents", getattr(dataset, "dataset", None))
     return dataset
 
 
@@ -274,6 +275,12 @@ def _check(model: Any, dataset: Any, kb: ImageKnowledgeBase | None, tokenizer: P
         corpus.check_tokenizer(tokenizer)
         if kb is not None:
             corpus.check_knowledge_base(kb)
+    elif kb is not None:
+        warnings.warn(
+            "the documents lead to no retrieved corpus, so nothing says that their images are those of this knowledge "
+            "base",
+            stacklevel=3,
+        )
     if kb is not None and options.scored and sized and "image_scores" not in dataset[0]:
         raise ValmError(NO_SCORES)
     found = dataset[0].get("image_ids") if sized else None

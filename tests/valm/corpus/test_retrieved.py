@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.valm.killed import exit_code_if_killed, needs_fork
-from tests.valm.other_tokenizers import qwen_like
+from tests.valm.other_tokenizers import gpt2_like, qwen_like
 from tests.valm.retrieval.indexed import make_kb_of_directions
 from tests.valm.tiny_clip import TEXTS
 from valm.clip.tokenizer import tokenize_documents
@@ -23,6 +23,7 @@ from valm.corpus.retrieved import CorpusRetrieval, retrieve_corpus, retrieve_fil
 from valm.errors import ValmError
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import Retriever
+from valm_kernels import FlatIPIndex
 
 LINES = [*TEXTS, "a dog.", "a red apple lies on", TEXTS[1] + TEXTS[0], "the sky", "blue grass", TEXTS[0][:30]] * 2
 
@@ -327,6 +328,71 @@ def test_another_file_knowledge_base_or_setting_is_refused(text_file, clip, retr
     file.write_text("\n".join(LINES[1:]))
     with pytest.raises(ValmError, match=r"\(corpus differ\)"):
         retrieve()
+
+
+def test_another_end_of_documents_is_refused(clip, kb, tmp_path):
+    """As those of Llama 3 and of its Instruct, whose tokenizer.json is one."""
+    first, other = gpt2_like(), gpt2_like()
+    other.add_special_tokens({"eos_token": "the"})
+    first.add_tokens([], special_tokens=True)
+    first.backend_tokenizer.add_special_tokens(["the"])
+    assert first.eos_token_id != other.eos_token_id
+
+    def retrieve(tokenizer, name="out"):
+        retriever = Retriever(ContextEncoder(clip, tokenizer=tokenizer), kb, 2)
+        return retrieve_texts(LINES[:3], retriever, tmp_path / name, progress=False)
+
+    corpus = retrieve(first)
+    corpus.check_tokenizer(first)
+    with pytest.raises(ValmError, match=r"\(eos differ\)"):
+        retrieve(other)
+    with pytest.raises(ValmError, match=r"end in token \d+, the model's in \d+ \('the'\); retrieve it again"):
+        corpus.check_tokenizer(other)
+    plan = json.loads((corpus.path / "manifest.json").read_text())
+    del plan["plan"]["eos"]  # of an earlier version, which is opened as it was
+    (corpus.path / "manifest.json").write_text(json.dumps(plan))
+    assert len(retrieve(first)) == 3
+
+
+def test_the_plan_says_what_searched(documents, clip, kb, tmp_path):
+    class Own:
+        def search(self, queries, k):
+            return FlatIPIndex(kb.vectors()).search(queries, k)
+
+    def retrieve(index, name):
+        retriever = Retriever(ContextEncoder(clip), kb, 2, index)
+        return retrieve_corpus(documents[:2], retriever, tmp_path / name, progress=False).manifest["plan"]["index"]
+
+    assert retrieve(None, "exact") == retrieve(FlatIPIndex(kb.vectors()), "exact") == "exact"
+    assert retrieve(FlatIPIndex(kb.vectors(), dtype="int8"), "int8") == "exact, int8"
+    assert retrieve(Own(), "own").endswith(".Own")
+    with pytest.raises(ValmError, match=r"\(index differ\)"):
+        retrieve(Own(), "exact")
+
+
+def test_another_process_searches_with_the_same_index(documents, retriever, tmp_path):
+    """It opens the index of the knowledge base itself, and one may have been made meanwhile."""
+
+    def elsewhere(work, parts, progress):
+        other = pickle.loads(pickle.dumps(work.keywords["retriever"]))
+        other.index = type("Faiss", (), {})()
+        for number, part in parts:
+            work(number, part, progress, retriever=other)
+
+    with pytest.raises(ValmError, match=r"the index of .* has been made or removed since the retrieval .* began"):
+        retrieve_corpus(documents[:2], retriever, tmp_path / "out", progress=False, run=elsewhere)
+
+
+def test_a_corpus_stays_open_wherever_the_process_works_later(corpus, monkeypatch):
+    monkeypatch.chdir(corpus.path.parent)
+    opened = CorpusRetrieval.open(corpus.path.name)
+    monkeypatch.chdir("/")
+    assert opened[0]["input_ids"].tolist() == corpus[0]["input_ids"].tolist()
+
+
+def test_halves_of_characters_in_texts_of_python(retriever, tmp_path):
+    found = retrieve_texts(["a \ud800 b"], retriever, tmp_path / "out", progress=False)
+    assert "\ufffd" in found.tokenizer.decode(found[0]["input_ids"]) or len(found) == 1
 
 
 def test_another_knowledge_base_is_refused_when_it_is_used(corpus, retriever, make_kb):

@@ -5,6 +5,7 @@ from tests.valm.tiny_clip import make_clip
 from valm.errors import ValmError
 from valm.knowledge_base import merge as merging
 from valm.knowledge_base.build import build
+from valm.knowledge_base.dedupe import dedupe
 from valm.knowledge_base.merge import merge
 from valm.knowledge_base.sources.webdataset import WebdatasetSource
 from valm.knowledge_base.store import ImageKnowledgeBase
@@ -29,6 +30,17 @@ def test_merge(tars, clip, tokenizer, make_kb, tmp_path):
     with pytest.raises(ValmError, match="nothing to merge"):
         merge([], tmp_path / "never")
     assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.parametrize("copy", [lambda kb, out: merge([kb.path], out, progress=False), dedupe])
+def test_damage_gets_no_new_checksum(make_kb, tmp_path, copy):
+    kb = make_kb(9)
+    file = kb.path / "vectors-00001.npy"
+    content = bytearray(file.read_bytes())
+    content[-4:] = bytes(4)
+    file.write_bytes(content)
+    with pytest.raises(ValmError, match=r"vectors-00001\.npy is damaged: it does not match its checksum"):
+        copy(kb, tmp_path / "copy")
 
 
 def test_a_merge_goes_on(make_kb, tmp_path, monkeypatch):

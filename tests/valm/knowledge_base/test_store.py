@@ -1,5 +1,6 @@
 import json
 import os
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,23 @@ def copied(kb, tmp_path):
 def edit_manifest(folder, **changes):
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**manifest, **changes}))
+
+
+def test_a_folder_that_has_become_another_is_named(kb, copied):
+    """A running process would give the captions and vectors of one knowledge base for images of the other."""
+    opened, pickled = ImageKnowledgeBase.open(copied), pickle.dumps(ImageKnowledgeBase.open(copied))
+    assert opened.item(0) == kb.item(0) and pickle.loads(pickled).fingerprint == kb.fingerprint
+    manifest = (copied / "manifest.json").read_bytes()
+    (copied / "manifest.json").unlink()
+    (copied / "manifest.json").write_bytes(manifest + b" ")
+    assert opened.item(1) == kb.item(1) and opened.fingerprint == kb.fingerprint  # from the same open file
+    for read in (lambda: opened.item(len(kb) - 1), opened.vectors):
+        with pytest.raises(
+            ValmError, match=r"the knowledge base .* has been replaced since it was opened: open it again"
+        ):
+            read()
+    with pytest.raises(ValmError, match="is another one than in the process that handed it on"):
+        pickle.loads(pickled)
 
 
 def test_damage_is_found_when_opening(copied):

@@ -3,14 +3,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import ExifTags, Image
 
 from tests.valm.retrieval.test_alignment import gpt2_like
 from tests.valm.tiny_clip import TEXTS, make_clip
 from valm.clip.tokenizer import prompt_ids
 from valm.errors import ValmError
+from valm.knowledge_base.build import build
+from valm.knowledge_base.sources.folder import FolderSource
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import BlindRetriever, Retriever
 from valm.retrieval.segment_cache import SegmentCache
+from valm_kernels import FlatIPIndex
 
 K = 3
 
@@ -199,6 +203,49 @@ def test_search(retriever, clip):
     assert [score for score, _ in results] == sorted((score for score, _ in results), reverse=True)
     assert results[0][1] == retriever.kb.item(results[0][1].id)
     assert len(retriever.search("a", 1000)) == len(retriever.kb)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "I;16", "turned"])
+def test_an_image_is_read_as_the_knowledge_base_reads_it(clip, tmp_path, mode):
+    """On white where it is transparent, with all grey levels, and upright."""
+    square = np.zeros((32, 32, 4), np.uint8)
+    square[8:24, 4:12] = 255, 0, 0, 255
+    image, options = Image.fromarray(square, "RGBA"), {}
+    if mode == "I;16":
+        image = Image.fromarray((square[..., 0].astype(np.uint16) + 1) * 100)
+    if mode == "turned":
+        image = image.convert("RGB")
+        exif = image.getexif()
+        exif[ExifTags.Base.Orientation] = 6
+        options = {"exif": exif}
+    image.save(tmp_path / "it.png", **options)
+    for name, colour in (("black", 0), ("white", 255)):
+        Image.new("L", (32, 32), colour).save(tmp_path / f"{name}.png")
+    kb = build(FolderSource(tmp_path), tmp_path / "kb", clip, progress=False)
+    own = Retriever(ContextEncoder(clip), kb, 1)
+    with Image.open(tmp_path / "it.png") as opened:
+        (score, item), *_ = own.search(opened, 3)
+    assert item.uri == "it.png" and score == pytest.approx(1, abs=2e-3)
+
+
+def test_autocast_changes_no_query(clip, make_kb, batch):
+    """It would be cached, and found later without."""
+    fresh = [Retriever(ContextEncoder(clip), make_kb(30), K) for _ in range(2)]
+    with torch.autocast("cpu", torch.bfloat16):
+        under = [fresh[0].find(*batch), fresh[0].step(batch[0], fresh[0].start(2), batch[1])]
+        images = clip.encode_images([Image.new("RGB", (32, 32), "red")])
+        texts = clip.encode_texts(["a red apple"])
+    for ids, scores in (under[0], fresh[0].find(*batch)):
+        expected = fresh[1].find(*batch)
+        assert torch.equal(ids, expected[0]) and torch.equal(scores, expected[1])
+    assert torch.equal(under[1].scores, fresh[1].step(batch[0], fresh[1].start(2), batch[1]).scores)
+    assert torch.equal(images, clip.encode_images([Image.new("RGB", (32, 32), "red")]))
+    assert torch.equal(texts, clip.encode_texts(["a red apple"]))
+
+
+def test_an_index_of_another_knowledge_base_is_refused(retriever):
+    with pytest.raises(ValmError, match=r"the index has 20 vectors, but the knowledge base .* 30"):
+        Retriever(retriever.encoder, retriever.kb, K, FlatIPIndex(retriever.kb.vectors()[:20]))
 
 
 def test_what_does_not_fit_is_refused(retriever, tokenizer, monkeypatch):

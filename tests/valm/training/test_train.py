@@ -4,10 +4,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import Subset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 
 from tests.valm.models import tiny_config
 from tests.valm.training.documents import TOKENIZER, Vectors, documents, new_model, new_trainer
+from valm.clip.tokenizer import tokenize_documents
 from valm.corpus.retrieved import retrieve_corpus
 from valm.errors import ValmError
 from valm.model.augment import augment
@@ -233,6 +235,20 @@ def test_a_retrieved_corpus_of_another_tokenizer_is_refused(tmp_path, clip, make
     corpus = retrieve_corpus([[1, 2, 3]], retriever, tmp_path / "corpus", progress=False)
     with pytest.raises(ValmError, match="was read with another tokenizer than the model's"):
         new_trainer(tmp_path / "run", dataset=corpus, kb=kb, model=new_model(image_dim=kb.dim))
+
+
+def test_a_part_of_a_retrieved_corpus_is_checked_too(tmp_path, clip, make_kb):
+    kb, other = make_kb(4), make_kb(5)
+    encoder = ContextEncoder(clip, tokenizer=TOKENIZER)
+    documents = tokenize_documents(["one two", "three"], TOKENIZER)
+    corpus = retrieve_corpus(documents, Retriever(encoder, kb, 3), tmp_path / "corpus", progress=False)
+    model = new_model(image_dim=kb.dim)
+    for dataset in (corpus, Subset(corpus, [0, 1]), Subset(Subset(corpus, [0, 1]), [1])):
+        with pytest.raises(ValmError, match="was retrieved from another knowledge base"):
+            new_trainer(tmp_path / "run", dataset=dataset, kb=other, model=model)
+        new_trainer(tmp_path / "run", dataset=dataset, kb=kb, model=model)
+    with pytest.warns(UserWarning, match=r"nothing says that their images are those of"):
+        new_trainer(tmp_path / "run", dataset=list(corpus), kb=other, model=model)
 
 
 def test_the_arguments_of_the_user_stay_as_they_are(tmp_path):
