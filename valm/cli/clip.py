@@ -112,6 +112,17 @@ def run_train(arguments: argparse.Namespace) -> None:
         train(arguments, out)
 
 
+def say_what_is_cut(clip: Clip, records: list[Record]) -> None:
+    """Says how many captions are longer than the text tower's context."""
+    captions = [caption for record in records for caption in record.caption.split("\n")]
+    tokens = clip.tokenizer(captions, add_special_tokens=False)["input_ids"]
+    most = clip.context_length - 2
+    if cut := sum(len(ids) > most for ids in tokens):
+        print(
+            f"{cut:,} of {len(captions):,} captions have more than {most} tokens: they are cut there", file=sys.stderr
+        )
+
+
 def train(arguments: argparse.Namespace, out: Path) -> None:
     import torch
 
@@ -136,6 +147,7 @@ def train(arguments: argparse.Namespace, out: Path) -> None:
     settings |= {f"--{name.replace('_', '-')}": getattr(arguments, name) for name in SETTINGS}
     settings |= {"--model": clip.model_cfg, "image transform": clip.preprocess_cfg()}
     settings["--image-tower"] = None if tower is None else tower.weights_hash
+    say_what_is_cut(clip, records)
     checkpoint = StepsCheckpoint(file, clip.model, settings)
     if done := len(checkpoint.losses):
         print(f"{out} has the first {done:,} of {arguments.steps:,} steps: resuming there", file=sys.stderr)

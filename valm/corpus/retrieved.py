@@ -387,8 +387,7 @@ def _retrieve(
         "index": _index_entry(index),
         "k": retriever.k,
         "query": encoder.query,
-        "overlap": encoder.rule.overlap,
-        "min_tokens": encoder.rule.min_tokens,
+        **encoder.segments,
         "precision": str(encoder.tower.dtype).removeprefix("torch."),
     }
     if scores:

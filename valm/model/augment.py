@@ -44,6 +44,8 @@ _Config: Any = object  # for a type checker, the config class behind the mixin
 UNFREEZE = ("", "block", "all")
 # Attention implementations of the other layers whose masks the fusion layer can read.
 READABLE = ("sdpa", "eager")
+# A key is hidden from here on in a mask that is added to the scores; libraries write -inf, the least number or -1e4.
+HIDDEN = -1e3
 RESTART_IN_A_GRAPH = (
     "position_ids restart, so there are several documents in a row, which a compiled model keeps apart only without an "
     "attention_mask and with use_cache=False"
@@ -379,13 +381,16 @@ class AugmentedCausalLM(ImageModel):
 
         Raises:
             ValueError: images that do not fit; `output_attentions`, which has no place for weights of images; a mask
-                for each head; or several documents in a row and a cache.
+                for each head, or with biases; or several documents in a row and a cache.
         """
         check_readable(self.config)
         arguments = dict(zip(self.forward_names, args, strict=False)) | kwargs
         mask: Any = arguments.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] > 1:
             raise ValueError("the fusion layer reads one attention_mask for all heads, and got one for each")
+        added = isinstance(mask, Tensor) and mask.dim() == 4 and mask.is_floating_point()
+        if added and not torch.compiler.is_compiling() and ((mask != 0) & (mask > HIDDEN)).any():
+            raise ValueError("the fusion layer reads an attention_mask of 0 and -inf, and got other biases")
         asked = arguments.get("output_attentions")
         if asked or (asked is None and self.config.output_attentions):
             raise ValueError(

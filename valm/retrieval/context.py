@@ -114,6 +114,11 @@ class ContextEncoder:
             eot_in_segment=query == "state",
         )
 
+    @property
+    def segments(self) -> dict[str, int]:
+        """How a text longer than CLIP takes is read: `overlap` and `min_tokens`."""
+        return {"overlap": self.rule.overlap, "min_tokens": self.rule.min_tokens}
+
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Queries (B, T, E) float32, L2-normalised; zeros where attention_mask (B, T) is 0, and at the first token of a
         document.

@@ -51,8 +51,7 @@ def _named(name: object, sha256: str | None) -> str:
 
 def _segments(retriever: Retriever | BlindRetriever) -> dict[str, Any]:
     """SEGMENTS of a retriever; none of one whose queries the model itself makes."""
-    rule = getattr(retriever.encoder, "rule", None)
-    return {} if rule is None else {name: getattr(rule, name) for name in SEGMENTS}
+    return getattr(retriever.encoder, "segments", {})
 
 
 @dataclass(frozen=True)

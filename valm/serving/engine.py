@@ -173,6 +173,9 @@ class _Writer(StoppingCriteria):
         self.stopped = False
         self._text = ""  # of the continuation so far
         self._written = 0
+        # special tokens, which the text does not have
+        added = tokenizer.added_tokens_decoder.items()
+        self._stop_ids = {id for id, token in added if token.special and token.content in answer.prompt.stop}
         self._begin = 0
         self._begin = len(self._decoded(answer.prompt.ids))
 
@@ -181,6 +184,8 @@ class _Writer(StoppingCriteria):
             return torch.ones(1, dtype=torch.bool, device=input_ids.device)
         stop = self.answer.prompt.stop
         self._text = self._decoded(input_ids[0].tolist())
+        if int(input_ids[0, -1]) in self._stop_ids:
+            self.stopped = True
         ends = [place for text in stop if (place := self._text.find(text)) >= 0]
         if ends:
             self._text, self.stopped = self._text[: min(ends)], True

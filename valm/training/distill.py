@@ -91,6 +91,8 @@ def distill_queries(
         raise ValmError(f"{corpus.path} has {corpus.k} images a token, but the model's num_images is {num_images}")
     if corpus.query != encoder.query:
         raise ValmError(f"{corpus.path} was retrieved with {corpus.query!r} queries, not with {encoder.query!r} ones")
+    if corpus.segments != encoder.segments:
+        raise ValmError(f"{corpus.path} was retrieved with {corpus.segments}, and the encoder has {encoder.segments}")
     if model.image_options.min_score is not None:
         warnings.warn(
             f"the model's min_score, {model.image_options.min_score}, is of CLIP's queries: choose it anew for those "

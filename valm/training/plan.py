@@ -383,8 +383,10 @@ class TrainingPlan:
                     f"--validation {path} is a result of `valm retrieve`, and the corpus is none: give a text file"
                 )
             return found
-        for name in ("tokenizer", "knowledge_base", "k", "query"):
-            here, there = found.manifest["plan"][name], dataset.manifest["plan"][name]
+        for name in ("tokenizer", "eos", "knowledge_base", "k", "query", "overlap", "min_tokens", "precision"):
+            here, there = (corpus.manifest["plan"].get(name) for corpus in (found, dataset))
+            if name == "eos" and None in (here, there):  # of an earlier version
+                continue
             if here != there:
                 raise ValmError(
                     f"--validation {path} was retrieved otherwise than the corpus: its {name.replace('_', ' ')} is "

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import time
 
 import pytest
@@ -74,6 +75,15 @@ def test_a_killed_training_resumes(killed_training, tmp_path, capsys):
     small, whole = (Clip.load(tmp_path / name) for name in ("small", "whole"))
     assert small.weights_hash == whole.weights_hash
     assert len(small.tokenizer) < 1000
+
+
+def test_captions_that_are_cut_are_counted(world, tmp_path, capsys):
+    shutil.copytree(world / "pictures", tmp_path / "pictures")
+    longest = sorted((tmp_path / "pictures").glob("*.png"))[0].with_suffix(".txt")
+    longest.write_text("a red apple " * 40 + "\na short one")
+    train = ["clip", "train", tmp_path / "pictures", "--model", "small", "--steps", 1, "--batch-size", 2]
+    assert run(*train, "--out", tmp_path / "clip") == 0
+    assert "1 of 7 captions have more than 30 tokens: they are cut there" in capsys.readouterr().err
 
 
 def test_a_picture_that_was_written_since_is_named(killed_training, world, tmp_path):

@@ -237,6 +237,22 @@ def test_the_tokenizer_of_the_base_is_saved(world, base, tmp_path, source, monke
         assert found.shape[:2] == (2, len(own(chat)["input_ids"]))
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--query", "state"], "its query is state, not eot"),
+        (["-k", "3"], "its k is 3, not 2"),
+        (["--query-dtype", "bfloat16"], "its precision is bfloat16, not float32"),
+    ],
+)
+def test_a_validation_that_was_retrieved_otherwise_is_refused(world, base, tmp_path, capsys, option, message):
+    retrieve = ["retrieve", world / "corpus.txt", "--kb", world / "kb", "--tokenizer", base, "-k", "2", *option]
+    assert run(*retrieve, "--out", tmp_path / "held-out") == 0
+    train = ["train", "--retrieval", world / "base-retrieval", "--kb", world / "kb", "--base", base, *STEPS]
+    assert run(*train, "--validation", tmp_path / "held-out", "--out", tmp_path / "model") == 1
+    assert f"was retrieved otherwise than the corpus: {message}" in capsys.readouterr().err
+
+
 def test_a_model_from_nothing_cannot_chat(world, base, tmp_path):
     """So its tokenizer has no chat template, also where that of the corpus has one."""
     assert CorpusRetrieval.open(world / "base-retrieval").tokenizer.chat_template is not None

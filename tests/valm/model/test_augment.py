@@ -312,6 +312,12 @@ def test_wrong_inputs_are_named():
         model(ids, **images, output_attentions=True)
     with pytest.raises(ValueError, match="one attention_mask for all heads, and got one for each"):
         model(ids, **images, attention_mask=torch.ones(2, 4, 5, 5, dtype=torch.bool).tril())
+    seen = torch.ones(2, 1, 5, 5, dtype=torch.bool).tril()
+    for hidden in (-torch.inf, torch.finfo(torch.float32).min, -1e4):
+        mask = torch.zeros(seen.shape).masked_fill(~seen, hidden)
+        close(model(ids, **images, attention_mask=mask).logits, model(ids, **images).logits)
+    with pytest.raises(ValueError, match="reads an attention_mask of 0 and -inf, and got other biases"):
+        model(ids, **images, attention_mask=mask.masked_fill(seen, -1.5))
 
 
 def test_hidden_states_and_embeddings_are_the_bases():

@@ -2,6 +2,7 @@
 
 import threading
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -41,6 +42,7 @@ class Letters:
 
     eos_token_id = bos_token_id = 0
     chat_template = None
+    added_tokens_decoder: ClassVar = {}
     device = torch.device("cpu")
     config = SimpleNamespace(get_text_config=lambda decoder: SimpleNamespace(max_position_embeddings=1000))
     generation_config = SimpleNamespace(eos_token_id=0)

@@ -3,7 +3,7 @@ import asyncio
 import pytest
 import torch
 
-from tests.valm.other_tokenizers import gpt2_like, llama_like
+from tests.valm.other_tokenizers import chat_like, gpt2_like, llama_like
 from tests.valm.tiny_clip import TEXTS
 from valm.clip.tokenizer import prompt_ids
 from valm.serving.engine import BusyError, Engine, Prompt, StoppingError, _Writer
@@ -121,6 +121,15 @@ def test_parts_are_whole_characters(make_tokenizer):
     parts, stopped = written(make_tokenizer(), "the sky", " is na\u00efve \u4f60\u597d \U0001f600 blue\ufffd")
     assert "".join(parts) == " is na\u00efve \u4f60\u597d \U0001f600 blue\ufffd" and not stopped
     assert "\ufffd" not in "".join(parts[:-1]) and len(parts) > 5
+
+
+def test_a_special_token_is_a_stop_text_too():
+    """Which is not in the text that is written."""
+    tokenizer = chat_like()
+    parts, stopped = written(tokenizer, "the sky", " is blue<|endoftext|> and green", ("<|endoftext|>",))
+    assert stopped and "".join(parts) == " is blue"
+    parts, stopped = written(tokenizer, "the sky", " is blue<|endoftext|> and green", ("<unk>",))
+    assert not stopped and "".join(parts) == " is blue and green"
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,10 @@ def test_what_does_not_belong_together_is_refused(world, make_kb, tmp_path):
     make_model, tokenizer, corpus, kb, encoder = world
     with pytest.raises(ValmError, match="was retrieved from another knowledge base"):
         distill_queries(make_model(), tokenizer, corpus, make_kb(5), encoder, **SETTINGS)
+    with pytest.raises(
+        ValmError, match=r"was retrieved with \{'overlap': \d+, 'min_tokens': \d+\}, and the encoder has"
+    ):
+        distill_queries(make_model(), tokenizer, corpus, kb, ContextEncoder(encoder.clip, min_tokens=3), **SETTINGS)
     with pytest.raises(ValmError, match="was retrieved with 'eot' queries, not with 'state' ones"):
         distill_queries(make_model(), tokenizer, corpus, kb, ContextEncoder(encoder.clip, query="state"), **SETTINGS)
     with pytest.raises(ValmError, match="was built with the CLIP"):
