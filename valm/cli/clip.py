@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 STEPS, SMALL_STEPS = 1000, 300
 # Share of the images that small holds out, if that makes so many; and how many at most, of both parts, are looked at.
 SMALL_HELD_OUT, LEAST_HELD_OUT, MOST_CHECKED = 0.1, 10, 500
+# Captions that are tokenized at once.
+CUT_BATCH = 4096
 # In the output folder until the training is finished.
 TRAINING_FILE = "training.checkpoint"
 # The options that decide the result, beside the model and the data.
@@ -115,9 +117,13 @@ def run_train(arguments: argparse.Namespace) -> None:
 def say_what_is_cut(clip: Clip, records: list[Record]) -> None:
     """Says how many captions are longer than the text tower's context."""
     captions = [caption for record in records for caption in record.caption.split("\n")]
-    tokens = clip.tokenizer(captions, add_special_tokens=False)["input_ids"]
     most = clip.context_length - 2
-    if cut := sum(len(ids) > most for ids in tokens):
+    long = [caption for caption in captions if len(caption) > most]  # a token has a character at least
+    cut = 0
+    for begin in range(0, len(long), CUT_BATCH):
+        tokens = clip.tokenizer(long[begin : begin + CUT_BATCH], add_special_tokens=False)["input_ids"]
+        cut += sum(len(ids) > most for ids in tokens)
+    if cut:
         print(
             f"{cut:,} of {len(captions):,} captions have more than {most} tokens: they are cut there", file=sys.stderr
         )
@@ -147,7 +153,6 @@ def train(arguments: argparse.Namespace, out: Path) -> None:
     settings |= {f"--{name.replace('_', '-')}": getattr(arguments, name) for name in SETTINGS}
     settings |= {"--model": clip.model_cfg, "image transform": clip.preprocess_cfg()}
     settings["--image-tower"] = None if tower is None else tower.weights_hash
-    say_what_is_cut(clip, records)
     checkpoint = StepsCheckpoint(file, clip.model, settings)
     if done := len(checkpoint.losses):
         print(f"{out} has the first {done:,} of {arguments.steps:,} steps: resuming there", file=sys.stderr)
@@ -157,6 +162,8 @@ def train(arguments: argparse.Namespace, out: Path) -> None:
                 "folder",
                 stacklevel=2,
             )
+    else:
+        say_what_is_cut(clip, records)
     held_out, records = split(records, arguments)
     if not arguments.cache_images:
         records = shrunk(records, clip, workers=arguments.workers)

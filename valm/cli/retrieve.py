@@ -62,7 +62,7 @@ def add_to(commands: Commands) -> None:
 def run_retrieve(arguments: argparse.Namespace) -> None:
     import torch
 
-    from valm.clip.tokenizer import beginning_with_bos, own_tokenizer
+    from valm.clip.tokenizer import load_tokenizer
     from valm.knowledge_base.store import ImageKnowledgeBase
     from valm.retrieval.note import open_encoder
     from valm.retrieval.retriever import Retriever
@@ -83,7 +83,7 @@ def run_retrieve(arguments: argparse.Namespace) -> None:
     if arguments.search_actors is not None and arguments.ray is None:
         raise ValmError("--search-actors are of a Ray cluster: give --ray too")
     kb = ImageKnowledgeBase.open(arguments.kb)
-    tokenizer = beginning_with_bos(own_tokenizer(arguments.tokenizer)) if arguments.tokenizer else None
+    tokenizer = load_tokenizer(arguments.tokenizer, chats=True) if arguments.tokenizer else None
     encoder = open_encoder(
         kb,
         arguments.query,

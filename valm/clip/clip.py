@@ -222,6 +222,9 @@ class Clip:
         Args:
             images: PIL images of any size and mode, which are read as those of a knowledge base (`read_image`); or the
                 (n, 3, H, W) tensor that `transform` made of RGB images.
+
+        Raises:
+            ValueError: an image that `read_image` refuses.
         """
         if not isinstance(images, torch.Tensor):
             images = torch.stack([self.transform(read_image(image)) for image in images])

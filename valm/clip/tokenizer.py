@@ -108,11 +108,12 @@ def prune_tokenizer(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Pre
     return _build([merge for merge in merges if "".join(merge) in needed])
 
 
-def load_tokenizer(source: str | os.PathLike) -> PreTrainedTokenizerFast:
+def load_tokenizer(source: str | os.PathLike, *, chats: bool = False) -> PreTrainedTokenizerFast:
     """The tokenizer of another language model (GPT-2's, Llama's, ...), set up for a new VaLM.
 
     As with CLIP's, `tokenizer(text)` starts with bos and pads on the left. Without a bos, texts begin with eos, as
-    GPT-2 was trained; without a pad token it pads with eos. Arguments and errors as in `own_tokenizer`.
+    GPT-2 was trained; without a pad token it pads with eos. It has no chat template, unless `chats`. Arguments and
+    errors otherwise as in `own_tokenizer`.
     """
     loaded = own_tokenizer(source)
     bos = loaded.bos_token or loaded.eos_token
@@ -125,6 +126,7 @@ def load_tokenizer(source: str | os.PathLike) -> PreTrainedTokenizerFast:
         eos_token=loaded.eos_token,
         pad_token=loaded.pad_token or loaded.eos_token,
         padding_side="left",
+        **({"chat_template": loaded.chat_template} if chats else {}),
     )
 
 

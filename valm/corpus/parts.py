@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 
 from valm.errors import ValmError
 from valm.knowledge_base.captions import CAPTION_TABLES, has_caption_header
-from valm.store.files import cannot_read, check_regular, exists, is_folder
+from valm.store.files import check_regular, exists, files_below, is_folder
 from valm.text import one_line, utf8, why_no_text
 from valm_kernels.json_files import short
 
@@ -266,7 +266,12 @@ def corpus_files(paths: Iterable[str | os.PathLike]) -> list[Path]:
     for path in map(Path, paths):
         path = path.absolute()  # another machine may have another working directory
         if is_folder(path):
-            below = _files_below(path)
+            files_in, links = files_below(path)
+            below = [file for name in files_in if (file := path / name).is_file()]
+            if links:
+                warnings.warn(
+                    f"the folder {path} has {links} linked folders, which are not followed: name them too", stacklevel=2
+                )
             found = [file for file in below if _suffix(file) in SUFFIXES]
             if not found:
                 raise ValmError(f"the folder {path} has no file that ends in {', '.join(SUFFIXES)}, or these and .gz")
@@ -283,29 +288,6 @@ def corpus_files(paths: Iterable[str | os.PathLike]) -> list[Path]:
         else:
             raise ValmError(f"there is no corpus file {path}")
     return files
-
-
-def _files_below(folder: Path) -> list[Path]:
-    """The files below `folder`, sorted by path, without hidden ones. Warns of linked folders, which are not followed.
-
-    Raises:
-        ValmError: a folder cannot be read.
-    """
-
-    def unreadable(error: OSError) -> None:
-        raise cannot_read(f"the folder {error.filename}", error.strerror) from error
-
-    names, links = [], 0
-    for directory, folders, files in os.walk(folder, onerror=unreadable):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        links += sum(os.path.islink(os.path.join(directory, name)) for name in folders)
-        below = [Path(directory, name) for name in files if not name.startswith(".")]
-        names += [file.relative_to(folder).as_posix() for file in below if file.is_file()]
-    if links:
-        warnings.warn(
-            f"the folder {folder} has {links} linked folders, which are not followed: name them too", stacklevel=4
-        )
-    return [folder / name for name in sorted(names)]
 
 
 def file_parts(
@@ -335,14 +317,15 @@ def file_parts(
             raise ValmError(f"the corpus {file} {reason}")
         if file.name in CAPTION_TABLES and suffix == ".txt" and has_caption_header(head):
             raise ValmError(
-                f"the corpus {file} is a table of captions: copy it as .csv and name its column of texts (--column)"
-            )
-        if suffix not in JSON_LINES and b"\r" in head.rstrip(b"\r") and b"\n" not in head:
-            raise ValmError(
-                f"the corpus {file} has lines that end in a carriage return alone: convert them to line feeds, such as "
-                "by `tr '\\r' '\\n'`"
+                f"the corpus {file} is a table of captions: rename it to captions.csv (captions.tsv where tabs part "
+                "its columns) and name its column of texts (--column)"
             )
         if suffix in DELIMITERS:
+            if b"\r" in head.rstrip(b"\r") and b"\n" not in head:
+                raise ValmError(
+                    f"the corpus {file} has rows that end in a carriage return alone: convert them to line feeds, such "
+                    "as by `tr '\\r' '\\n'`"
+                )
             parts += _csv_parts(file, column, part_bytes)
         elif suffix == ".json" and head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
             parts.append(JsonArrayPart(file, column))

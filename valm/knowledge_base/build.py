@@ -59,6 +59,7 @@ def build(
             "its content is another, delete that folder and build it again: it has the old one",
             stacklevel=2,
         )
+    finished = build.finished
     with build.writing():
         if not build.finished:
             done = build.done()
@@ -69,8 +70,8 @@ def build(
             with ProgressBar(name, unit, remaining, progress) as bar:
                 build.write(work, source.shards(done), run, bar)
             finish_knowledge_base(build, clip_entry(clip, out), clip.embed_dim)
-        elif not list(islice(source.files(), 1)):
-            _compare(source, build, progress)
+    if finished and not list(islice(source.files(), 1)):
+        _compare(source, build, progress)
     return ImageKnowledgeBase.open(out)
 
 

@@ -144,7 +144,7 @@ def read_rows(
                     raise _damaged(table, reader, str(error)) from error
                 if row is None:
                     return
-                if any(row.get(None, [])):
+                if any(field.strip() for field in row.get(None, [])):
                     raise _damaged(table, reader, "more fields than the header names")
                 yield (row[image] or "").strip(), one_line(row[caption] or "")
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -157,7 +157,7 @@ def _damaged(table: Path, reader: csv.DictReader[str], what: str) -> ValmError:
 
 def has_caption_header(head: bytes) -> bool:
     """Whether a file that begins with `head` is a table with an image and a caption in columns of common names."""
-    header = decoded(head).partition("\n")[0]
+    header = next(iter(decoded(head).splitlines()), "")
     fields = next(csv.reader([header], delimiter=_delimiter(header)), [])
     return None not in (_first_of(IMAGE_COLUMNS, fields), _first_of(CAPTION_COLUMNS, fields))
 

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from valm.errors import ValmError
-from valm.store.files import cannot_read, exists, is_folder
+from valm.store.files import exists, files_below, is_folder
 
 # The formats that are read, with their suffixes. Pillow detects the format by content, and would run Ghostscript on
 # PostScript.
@@ -72,36 +73,20 @@ def find_images(folder: Path, follow_links: bool = False) -> FolderContent:
     if not is_folder(folder):
         raise ValmError(f"no folder {folder}" if not exists(folder) else f"{folder} is not a folder")
 
-    def unreadable(error: OSError) -> None:
-        raise cannot_read(f"the folder {error.filename}", error.strerror) from error
-
-    found = FolderContent()
-    visited: set[Path] = set()
-    for directory, folders, files in os.walk(folder, onerror=unreadable, followlinks=follow_links):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if follow_links:
-            target = Path(directory).resolve()
-            if target in visited:  # seen through another link, or a cycle
-                folders.clear()
-                continue
-            visited.add(target)
+    files = files_below(folder, follow_links)
+    found = FolderContent(links=files.links)
+    for name in files.names:
+        suffix = Path(name).suffix.lower()
+        if suffix in IMAGE_SUFFIXES:
+            found.images.append(name)
         else:
-            found.links += sum((Path(directory) / name).is_symlink() for name in folders)
-        for name in files:
-            suffix = Path(name).suffix.lower()
-            if name.startswith("."):
-                continue
-            if suffix in IMAGE_SUFFIXES:
-                found.images.append((Path(directory) / name).relative_to(folder).as_posix())
-            else:
-                found.ignored[suffix] += 1
+            found.ignored[suffix] += 1
     if not found.images:
         suffixes = " ".join(sorted(IMAGE_SUFFIXES))
         unread = "".join(f"; {remark}" for remark in unread_formats(found.ignored))
         raise ValmError(
             f"no images in {folder}; looked for files ending in {suffixes}, in folders below it too{unread}"
         )
-    found.images.sort()
     return found
 
 
@@ -129,7 +114,7 @@ def read_image(source: str | os.PathLike | BinaryIO | Image.Image) -> Image.Imag
         except UnidentifiedImageError as error:  # Pillow's message contains an object's address
             remedy = "".join(f": it is {name}, {REMEDIES[name]}" for name in _unread_format(source))
             raise ValueError(f"not a picture in one of the formats {', '.join(IMAGE_FORMATS)}{remedy}") from error
-    with image:
+    with nullcontext() if isinstance(source, Image.Image) else image:
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise ValueError(f"{width} x {height} pixels, more than the {MAX_PIXELS:,} allowed")

@@ -339,7 +339,13 @@ class ImageKnowledgeBase:
         Raises:
             ValmError: the folder has become another knowledge base since this one was opened.
         """
-        if _identity(self.path) != self._of_manifest:
+        found = _identity(self.path)
+        if found == self._of_manifest:
+            return
+        # the same bytes are written anew where a backup is restored
+        if found and file_entry(self.path / MANIFEST_FILE)["sha256"] == self.fingerprint:
+            self._of_manifest = found
+        else:
             raise ValmError(f"the knowledge base {self.path} has been replaced since it was opened: open it again")
 
     def _open_sparse_vectors(self, shard: int) -> np.ndarray:

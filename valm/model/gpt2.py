@@ -264,7 +264,25 @@ class VaLMForCausalLM(AugmentedCausalLM, GPT2LMHeadModel):
         }
 
     def text_positions(self, arguments: dict[str, Any]) -> Tensor | None:
-        return self._documents(arguments["input_ids"], arguments.get("attention_mask"), 0, None).position_ids
+        """Those that restart behind padding; at each bos the retriever itself begins anew."""
+        mask = arguments.get("attention_mask")
+        if mask is None:
+            return None
+        text = nn.functional.pad(mask.bool(), (1, 0))
+        return find_documents(torch.zeros_like(mask, dtype=torch.bool), text).position_ids
+
+    @torch.compiler.disable
+    def _find_images(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, cache: Any, arguments: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        if cache is not None and attention_mask is not None and attention_mask.dim() == 2:
+            text = attention_mask.bool()
+            if (text[:, 1:] & ~text[:, :-1] & (text.cumsum(1) > 0)[:, :-1]).any():  # the retriever would read on
+                raise ValueError(
+                    "there is padding inside a row, behind which another document begins: beside a cache and a "
+                    "retriever, give each document a row"
+                )
+        return super()._find_images(input_ids, attention_mask, cache, arguments)
 
     def place_in_static_cache(self, inputs: dict[str, Any], mask: Tensor | None) -> dict[str, Any]:
         placed = self.place_text(inputs | {"attention_mask": mask, "position_ids": None})

@@ -343,7 +343,8 @@ class ImageModel(_Base):
         # a compiled graph holds for this value, and is made anew where a retriever is set later
         if self._retriever is None and not finds_images(self):
             return None, None, None
-        return self._find_images(input_ids, attention_mask, cache, arguments or {})
+        own = {"input_ids": input_ids, "attention_mask": attention_mask}
+        return self._find_images(input_ids, attention_mask, cache, own | (arguments or {}))
 
     @torch.compiler.disable
     def _find_images(

@@ -19,7 +19,7 @@ from transformers import GPT2Config, PreTrainedTokenizerFast
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
-from valm.clip.clip import Clip
+from valm.clip.clip import Clip, in_own_precision
 from valm.clip.tokenizer import padded, prompt_ids
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
@@ -117,7 +117,8 @@ class SelfEncoder:
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Queries (B, T, E) float32; zeros where attention_mask (B, T) is 0, and at the first token of a document."""
-        return self.model.self_queries(input_ids, attention_mask)
+        with in_own_precision(input_ids.device):
+            return self.model.self_queries(input_ids, attention_mask)
 
     def new_cache(self, batch: int) -> QueryState:
         """The state before the first token."""
@@ -127,7 +128,8 @@ class SelfEncoder:
     def step(self, input_ids: Tensor, state: QueryState, attention_mask: Tensor | None = None) -> Tensor:
         """Queries (B, T, E) of the next tokens (B, T); `state` has the earlier ones, and gets these too."""
         mask = state.mask_with(input_ids, attention_mask)
-        queries = self.model.self_queries(input_ids, mask, state)
+        with in_own_precision(input_ids.device):
+            queries = self.model.self_queries(input_ids, mask, state)
         state.mask = mask  # now that nothing was wrong
         return queries
 

@@ -57,9 +57,9 @@ class ContextEncoder:
     A token's query depends on itself and the tokens before it alone: it is the same (to rounding) in any batch, with
     any padding, at the end of a prefix, and token by token. bos (SOT) in the ids begins a document and eos (EOT) ends
     one; text without bos is read as if it had one. The query at eos is that of the whole text, in both kinds. With a
-    tokenizer that has a chat template a row is one document, as there both may stand between turns. The first token of
-    a document has no query, and so no images: the other tokens rest on it, and an image there took 99 % of its
-    attention (SmolLM2-135M).
+    tokenizer of its own that has a chat template a row is one document, as there both may stand between turns. The
+    first token of a document has no query, and so no images: the other tokens rest on it, and an image there took 99 %
+    of its attention (SmolLM2-135M).
 
     Threads may share an encoder, and any of its methods may run at once. A cache belongs to one thread at a time.
 

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from valm.errors import ValmError
 from valm.text import one_line, why_no_text
@@ -231,6 +231,45 @@ def is_transient(error: BaseException) -> bool:
 def cannot_read(name: object, reason: object) -> ValmError:
     """The error for a source that cannot be read now but may not be damaged (`is_transient`)."""
     return ValmError(f"cannot read {name}: {reason}; once it can be read, run the same command again: it resumes")
+
+
+class FilesBelow(NamedTuple):
+    """names: sorted paths of files in a folder, relative to it, with forward slashes. links: the number of linked
+    folders that were not followed."""
+
+    names: list[str]
+    links: int
+
+
+def files_below(folder: Path, follow_links: bool = False) -> FilesBelow:
+    """All files in `folder` and below, without hidden files and folders.
+
+    Args:
+        follow_links: also look into linked folders, each once.
+
+    Raises:
+        ValmError: a folder cannot be read.
+    """
+
+    def unreadable(error: OSError) -> None:
+        raise cannot_read(f"the folder {error.filename}", error.strerror) from error
+
+    names: list[str] = []
+    links = 0
+    visited: set[Path] = set()
+    for directory, folders, files in os.walk(folder, onerror=unreadable, followlinks=follow_links):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if follow_links:
+            target = Path(directory).resolve()
+            if target in visited:  # seen through another link, or a cycle
+                folders.clear()
+                continue
+            visited.add(target)
+        else:
+            links += sum((Path(directory) / name).is_symlink() for name in folders)
+        below = (Path(directory) / name for name in files if not name.startswith("."))
+        names += (file.relative_to(folder).as_posix() for file in below)
+    return FilesBelow(sorted(names), links)
 
 
 def writable_folder(path: str | os.PathLike) -> Path:

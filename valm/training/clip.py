@@ -87,6 +87,7 @@ def train_clip(
     Raises:
         ValmError: as `take_steps`.
     """
+    vars(clip).pop("weights_hash", None)  # that of the weights before
     model = clip.model.train()
     for module in model.modules():
         parameters = list(module.parameters())
@@ -113,7 +114,6 @@ def train_clip(
     )
     limit_scale()
     model.eval().requires_grad_(False)
-    vars(clip).pop("weights_hash", None)  # that of the weights before
     return losses
 
 

@@ -31,6 +31,10 @@ def wrong_inputs():
         ),
         "retrieval without knowledge base": ([*retrieve[:3], "{world}/clip", *retrieve[4:]], "is not a knowledge base"),
         "more images than there are, retrieved": ([*retrieve, "-k", "7"], "k must be from 1 to the 6"),
+        "more images than a token sees": (
+            [*retrieve, "-k", "65"],
+            "a token sees 64 images at most: give -k 64 or less",
+        ),
         "search actors without ray": ([*retrieve, "--search-actors", "2"], "give --ray too"),
     }
 

@@ -237,6 +237,19 @@ def test_the_tokenizer_of_the_base_is_saved(world, base, tmp_path, source, monke
         assert found.shape[:2] == (2, len(own(chat)["input_ids"]))
 
 
+def test_a_tokenizer_without_a_pad_token_pads_on_the_left(world, tmp_path):
+    tokenizer = gpt2_like(["the color of the coal is black"], vocab_size=300)
+    tokenizer.pad_token, tokenizer.padding_side = None, "right"
+    tokenizer.save_pretrained(tmp_path / "own")
+    retrieve = ["retrieve", world / "corpus.txt", "--kb", world / "kb", "--tokenizer", tmp_path / "own", "-k", "2"]
+    assert run(*retrieve, "--out", tmp_path / "retrieval") == 0
+    train = ["train", "--retrieval", tmp_path / "retrieval", "--kb", world / "kb", *STEPS, "--context", 16]
+    assert run(*train, "--out", tmp_path / "model") == 0
+    model, found = load(tmp_path / "model")
+    assert found.pad_token == found.eos_token and model.config.pad_token_id == found.eos_token_id
+    assert found(["the coal", "the"], padding=True)["attention_mask"][1][0] == 0
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [

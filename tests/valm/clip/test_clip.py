@@ -62,6 +62,17 @@ def test_texts_are_pooled_at_eot(clip):
     assert torch.allclose(clip.encode_texts(["a", "dog", ""]).norm(dim=-1), torch.ones(3))
 
 
+def test_the_frames_of_an_image_that_stays_open(clip, tmp_path):
+    frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "lime", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    with Image.open(tmp_path / "a.gif") as opened:
+        found = []
+        for frame in range(3):
+            opened.seek(frame)
+            found.append(clip.encode_images([opened]))
+    assert torch.allclose(torch.cat(found), clip.encode_images(frames), atol=1e-3)
+
+
 def test_a_single_text_is_no_list(clip):
     with pytest.raises(ValueError, match=r"texts must be a list of texts, got a text; give \['a dog'\]"):
         clip.encode_texts("a dog")

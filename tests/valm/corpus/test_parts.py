@@ -160,10 +160,10 @@ def test_the_byte_behind_a_byte_order_mark_is_named(tmp_path):
         file_parts([tmp_path / "a.csv"])
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.tsv.gz", "a.txt"])
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv.gz"])
 def test_rows_that_end_in_a_carriage_return_alone_are_refused(tmp_path, name):
     file = write(tmp_path / name, "text\rone\rtwo\r")
-    with pytest.raises(ValmError, match=r"has lines that end in a carriage return alone: convert them to line feeds"):
+    with pytest.raises(ValmError, match=r"has rows that end in a carriage return alone: convert them to line feeds"):
         file_parts([file])
     # the head of this file ends between its \r and \n
     file = write(tmp_path / "b.csv", "text," + "n" * (HEAD_BYTES - 6) + "\r\none,1\r\n")
@@ -277,11 +277,11 @@ def test_linked_folders_are_said_and_folders_that_cannot_be_read_refused(tmp_pat
     with pytest.warns(UserWarning, match=r"has 1 linked folders, which are not followed: name them too"):
         assert list(read_documents([tmp_path / "corpus"])) == ["corpus"]
 
-    def denied(folder, onerror):
+    def denied(folder, onerror, **options):
         onerror(PermissionError(13, "Permission denied", str(folder)))
         return iter(())
 
-    monkeypatch.setattr("valm.corpus.parts.os.walk", denied)
+    monkeypatch.setattr("valm.store.files.os.walk", denied)
     with pytest.raises(ValmError, match=r"cannot read the folder .*corpus: Permission denied"):
         list(read_documents([tmp_path / "corpus"]))
 
@@ -289,8 +289,18 @@ def test_linked_folders_are_said_and_folders_that_cannot_be_read_refused(tmp_pat
 def test_a_table_of_captions_is_no_text(tmp_path):
     """As in Flickr8k: a model would learn the names of files."""
     write(tmp_path / "captions.txt", "image,caption\n00.png,a red apple\n")
-    with pytest.raises(ValmError, match=r"captions\.txt is a table of captions: copy it as \.csv and name its column"):
+    with pytest.raises(ValmError, match=r"captions\.txt is a table of captions: rename it to captions\.csv"):
         list(read_documents([tmp_path]))
+    (tmp_path / "captions.txt").rename(tmp_path / "captions.csv")
+    assert list(read_documents([tmp_path], column="caption")) == ["a red apple"]
+    (tmp_path / "captions.csv").unlink()
+    for content in ("one,two\rthree\n second\n", "image,caption\r00.png,a red apple\r"):
+        (tmp_path / "captions.txt").write_bytes(content.encode())
+        if "image" in content:
+            with pytest.raises(ValmError, match="is a table of captions"):
+                list(read_documents([tmp_path]))
+        else:
+            assert len(list(read_documents([tmp_path]))) == 2
     write(tmp_path / "captions.txt", "a red apple\na green one\n")
     assert len(list(read_documents([tmp_path]))) == 2
 

@@ -392,7 +392,7 @@ def test_a_corpus_stays_open_wherever_the_process_works_later(corpus, monkeypatc
 
 def test_halves_of_characters_in_texts_of_python(retriever, tmp_path):
     found = retrieve_texts(["a \ud800 b"], retriever, tmp_path / "out", progress=False)
-    assert "\ufffd" in found.tokenizer.decode(found[0]["input_ids"]) or len(found) == 1
+    assert "\ufffd" in found.tokenizer.decode(found[0]["input_ids"])
 
 
 def test_another_knowledge_base_is_refused_when_it_is_used(corpus, retriever, make_kb):

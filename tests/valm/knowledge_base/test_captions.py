@@ -95,6 +95,11 @@ def test_broken_caption_tables(tmp_path, name, content, message):
         read_captions(tmp_path, ["a.png"], tmp_path / name)
 
 
+def test_blank_fields_at_the_end_of_a_row_are_no_more_fields(tmp_path):
+    (tmp_path / "t.csv").write_text("image,caption\na.png,a dog, ,\n")
+    assert read_captions(tmp_path, ["a.png"], tmp_path / "t.csv")[0] == {"a.png": "a dog"}
+
+
 def test_a_file_name_alone_is_of_one_image(tmp_path):
     (tmp_path / "t.csv").write_text("image,caption\n1.png,a red ball\n2.png,two\nx/3.png,three\n")
     table = tmp_path / "t.csv"

@@ -397,6 +397,28 @@ def test_a_retriever_reads_a_document_behind_padding_by_itself():
     found = model(ids, attention_mask=mask).logits
     for row, place in ((0, slice(0, 4)), (0, slice(6, 11)), (1, slice(3, 9))):
         close(found[row, place], model(ids[row : row + 1, place]).logits[0])
+    with pytest.raises(ValueError, match="padding inside a row, behind which another document begins: beside a cache"):
+        model(ids, attention_mask=mask, cache=DynamicCache())
+    first = model(ids, attention_mask=mask, use_cache=True)
+    with pytest.raises(ValueError, match="padding inside a row, behind which another document begins: beside a cache"):
+        more = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        model(ids[:, :1], attention_mask=more, cache=first.cache)
+
+
+@torch.no_grad()
+def test_a_retriever_gets_rows_of_several_documents_whole():
+    """It begins anew at each bos itself; a row for each would be padded to the longest."""
+    model, ids, shapes = tiny_model(), random_ids(2, 9), []
+    ids[:, [3, 5]] = BOS
+
+    class Seen(HashRetriever):
+        def __call__(self, ids, attention_mask=None):
+            shapes.append(ids.shape)
+            return super().__call__(ids, attention_mask)
+
+    model.set_retriever(Seen(BOS))
+    model(ids, attention_mask=torch.ones_like(ids))
+    assert shapes == [ids.shape]
 
 
 @torch.no_grad()

@@ -93,6 +93,16 @@ def test_a_text_longer_than_the_model_reads_is_refused(model):
         model.retriever(torch.zeros(1, 129, dtype=torch.int64))
 
 
+def test_autocast_changes_no_query(model, text_ids):
+    ids = text_ids(TEXTS[0])["input_ids"]
+    expected = model.retriever(ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.retriever(ids)
+        steps = model.retriever.step(ids, model.retriever.start(1))
+    assert torch.equal(found.scores, expected.scores)
+    torch.testing.assert_close(steps.scores, expected.scores, rtol=1e-4, atol=1e-5)
+
+
 def test_copies_and_pickles_find_the_same_images(model, text_ids):
     ids = text_ids(TEXTS[0])["input_ids"]
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):

@@ -243,7 +243,11 @@ def test_autocast_changes_no_query(clip, make_kb, batch):
     assert torch.equal(texts, clip.encode_texts(["a red apple"]))
 
 
-def test_an_index_of_another_knowledge_base_is_refused(retriever):
+def test_an_index_of_another_knowledge_base_is_refused(retriever, make_kb):
+    index = FlatIPIndex(retriever.kb.vectors())
+    index.kb = make_kb(31)
+    with pytest.raises(ValmError, match=r"the index is that of the knowledge base .*, not of "):
+        Retriever(retriever.encoder, retriever.kb, K, index)
     with pytest.raises(ValmError, match=r"the index has 20 vectors, but the knowledge base .* 30"):
         Retriever(retriever.encoder, retriever.kb, K, FlatIPIndex(retriever.kb.vectors()[:20]))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tarfile
 import warnings
 from collections.abc import Iterable
@@ -24,6 +25,7 @@ from valm.text import one_line
 
 # Bytes after the last member of an archive that are checked to be zero: tar itself pads with a few thousand.
 END_BYTES = 1 << 20
+COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst)|tgz)$", re.IGNORECASE)
 
 
 class WebdatasetSource:
@@ -49,10 +51,10 @@ class WebdatasetSource:
             tars = [path] if path.is_file() else sorted(path.glob("*.tar"))
             if not tars:
                 raise ValmError(f"no tar files in {path}; looked for files ending in .tar")
-            if path.is_dir() and (others := sorted(path.glob("*.tar.*")) + sorted(path.glob("*.tgz"))):
+            if path.is_dir() and (others := sorted(file for file in path.iterdir() if COMPRESSED.search(file.name))):
                 warnings.warn(
-                    f"{path} has {len(others)} archives that do not end in .tar, such as {others[0].name}: they are "
-                    "not read; unpack compressed ones to .tar",
+                    f"{path} has {len(others)} compressed archives, such as {others[0].name}, which are not read: "
+                    "uncompress them to .tar",
                     stacklevel=2,
                 )
         self.tars = [Path(tar).absolute() for tar in tars]
@@ -108,6 +110,8 @@ def tar_records(path: Path) -> list[Record]:
                     if member.issym() or member.islnk():
                         if last in IMAGE_SUFFIXES:
                             skip(uri, f"a link to {member.linkname}, which is not followed")
+                    elif name.name.startswith("."):
+                        pass  # as in a folder
                     elif member.isfile() and last in UNREAD_SUFFIXES:
                         skip(uri, unread_formats([last])[0])
                     elif member.isfile() and last in IMAGE_SUFFIXES:

@@ -131,6 +131,26 @@ def test_a_dataset_that_has_changed_is_refused(clip, tmp_path):
         build(DatasetSource(other, shard_size=2), tmp_path, clip, progress=False)
 
 
+def test_two_may_open_what_is_finished(clip, tmp_path):
+    """Comparing takes as long as reading the rows, and writes nothing."""
+    rows = [{"image": picture, "caption": ""} for picture in PICTURES]
+    build(DatasetSource(rows, shard_size=2), tmp_path, clip, progress=False)
+
+    class Meanwhile(list):
+        opens = False
+
+        def __iter__(self):
+            if self.opens:
+                self.opens = False
+                assert len(build(DatasetSource(rows, shard_size=2), tmp_path, clip, progress=False)) == len(PICTURES)
+            return super().__iter__()
+
+    source = DatasetSource(Meanwhile(rows), shard_size=2)
+    source.dataset.opens = True
+    assert len(build(source, tmp_path, clip, progress=False)) == len(PICTURES)
+    assert not source.dataset.opens
+
+
 def test_a_stream_that_has_become_longer_is_refused(dataset, clip, tmp_path):
     stream = dataset.to_iterable_dataset()
     build(DatasetSource(stream.take(4), shard_size=2), tmp_path, clip, progress=False)

@@ -69,10 +69,11 @@ def test_an_archive_that_is_cut_is_listed(tars, clip, tmp_path):
 
 
 def test_images_that_are_not_read_are_listed(clip, tmp_path):
-    names = ["a.png", "a.mask.png", "photo.v2.png", "2024.05.01.png", "h.heic", "note.md"]
+    names = ["a.png", "a.mask.png", "photo.v2.png", "2024.05.01.png", "h.heic", "note.md", "x/._a.png"]
     write_tar(tmp_path / "0.tar", [(name, png(0)) for name in names])
-    (tmp_path / "1.tar.gz").write_bytes(b"")
-    with pytest.warns(UserWarning, match=r"1 archives that do not end in .tar, such as 1.tar.gz"):
+    for name in ("1.tar.gz", "0.tar.idx"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"has 1 compressed archives, such as 1\.tar\.gz, which are not read"):
         source = WebdatasetSource(tmp_path)
     kb = build(source, tmp_path / "kb", clip, progress=False)
     assert [kb.item(n).uri for n in range(len(kb))] == ["0.tar/a.png"]
