@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PrinterCallback
 
 import valm
@@ -51,6 +51,24 @@ def assert_same_logits(model, folder: Path) -> None:
 def test_a_whole_model_opens(stores, name):
     folder = stores / "models" / name
     assert_same_logits(AutoModelForCausalLM.from_pretrained(folder), folder)
+
+
+def test_a_whole_model_that_lacks_a_file_is_refused(stores):
+    """transformers would draw its weights at random."""
+    folder = stores / "models" / "width"
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    parts = {name: names[number % 2] for number, name in enumerate(sorted(state))}
+    for file in names:
+        save_file({name: state[name] for name in state if parts[name] == file}, folder / file, {"format": "pt"})
+    index = {"metadata": {"total_size": 1}, "weight_map": parts}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_same_logits(AutoModelForCausalLM.from_pretrained(folder), folder)
+    mark = next(file for name, file in parts.items() if name.endswith("image_logit_bias"))
+    (folder / next(file for file in names if file != mark)).unlink()
+    with pytest.raises(ValmError, match=r"names model-0000\d-of-00002\.safetensors, which is not there"):
+        AutoModelForCausalLM.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("name", WHOLE)

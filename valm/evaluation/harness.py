@@ -25,6 +25,7 @@ except ImportError as error:
 
 from valm.clip.tokenizer import beginning_with_bos
 from valm.evaluation.controls import switch_images
+from valm.evaluation.scorers import digest
 from valm.model.checkpoint import load
 from valm.text import nearest
 
@@ -123,7 +124,10 @@ def run(arguments: list[str]) -> None:
     before, sys.argv = sys.argv, ["valm lm-eval", *arguments]
     try:
         cli = HarnessCLI()
-        cli.execute(cli.parse_args())
+        parsed = cli.parse_args()
+        if getattr(parsed, "use_cache", None):  # the harness' has the requests alone, and not the model's arguments
+            parsed.use_cache += f"-{digest([str(parsed.model_args)])[:16]}"
+        cli.execute(parsed)
     except ValueError as error:
         if "Tasks not found" not in str(error):
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,12 +44,13 @@ from valm.evaluation.scoring import (
 )
 from valm.model.adapter import is_adapter
 from valm.model.checkpoint import ModelConfig, load
-from valm.model.config_file import MODEL_TYPE
+from valm.model.config_file import ADAPTER_FILE, MODEL_TYPE
 from valm.model.image_model import ImageModel
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import Retriever
 from valm.store.files import is_file, is_folder, read_json
 from valm.store.pretrained import CONFIG_FILE, from_pretrained
+from valm.store.whole_folder import current_files
 
 # Texts of one batch.
 BATCH_SIZE = 32
@@ -143,7 +145,8 @@ class CausalScorer:
         if encoder is not None:
             settings.append(encoder.query)
         if isinstance(encoder, ContextEncoder):  # that of a query head is in the model's config
-            settings += [encoder.clip.weights_hash, str(encoder.tower.dtype)]
+            settings += [encoder.clip.weights_hash, str(encoder.tower.dtype), encoder.segments]
+            settings.append(encoder.alignment is not None and encoder.alignment.one_document)
         if isinstance(retriever, Retriever):
             index = getattr(retriever.index, "parameters", None)
             settings += [retriever.kb.fingerprint, retriever.k, str(index)]
@@ -394,6 +397,9 @@ def _model_type(folder: Path) -> Any:
 
 
 def _open_valm(source: str, where: dict[str, Any], min_score: MinScore | None) -> CausalScorer:
+    if where.get("kb") is not None and _sees_no_images(Path(source)):
+        warnings.warn(f"{source} sees no images, so the knowledge base (--kb) is not for it", stacklevel=2)
+        where = where | {"kb": None}
     model, tokenizer = load(source, **where)
     model.float()  # as all others
     if min_score is not None:
@@ -410,6 +416,13 @@ def _open_valm(source: str, where: dict[str, Any], min_score: MinScore | None) -
     if options.num_images and model.retriever is not None and model.other_images is not None:
         kind += f"; {model.other_images}"
     return CausalScorer(model, tokenizer, f"{type(model).__name__}, {kind}")
+
+
+def _sees_no_images(folder: Path) -> bool:
+    """Whether a model of `valm` in a folder is a twin without images."""
+    file = current_files(folder) / (ADAPTER_FILE if is_adapter(folder) else CONFIG_FILE)
+    config = read_json(file, "the config", dict[str, Any], "save the model again")
+    return config.get("fusion", config).get("num_images") == 0
 
 
 def model_fingerprint(model: Any, tokenizer: Any) -> str:

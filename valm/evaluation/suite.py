@@ -26,7 +26,7 @@ from valm_kernels import __version__
 from valm_kernels.atomic_files import remove_leftovers
 
 CACHE = "cache"
-CACHE_VERSION = 3  # of its files; those of another are scored again
+CACHE_VERSION = 4  # of its files; those of another are scored again
 # What a model sees that retrieves no images of a knowledge base too: its own, or none.
 UNREPLACED = (("on", None), ("off", None))
 RESULTS = "results.json"

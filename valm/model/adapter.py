@@ -20,11 +20,12 @@ from valm.errors import ValmError
 from valm.model.attention import FusionOptions
 from valm.model.augment import AugmentedCausalLM, become_augmented
 from valm.model.card import write_card
-from valm.model.config_file import ADAPTER_FILE
+from valm.model.config_file import ADAPTER_FILE, MODEL_TYPE
 from valm.model.image_model import ImageModel
 from valm.model.probe import decoder_layers
 from valm.model.sketch import fingerprint, other_tensor, other_weight, project, sketch
-from valm.store.files import check_regular, read_json, relative_path, write_json
+from valm.store.files import check_regular, is_file, read_json, relative_path, write_json
+from valm.store.pretrained import CONFIG_FILE
 from valm.store.whole_folder import current_files, replaced_files
 from valm.text import one_line
 
@@ -54,7 +55,7 @@ def save_adapter(model: AugmentedCausalLM, folder: str | os.PathLike) -> Path:
     Raises:
         ValmError: every weight was trained, or a weight of the base has changed since `augment` (a LoRA was merged into
             it, for one) or may have, in a model of an earlier version, so an adapter would not be the model; or the
-            folder cannot be written.
+            folder cannot be written, or holds a whole model.
     """
     options = model.fusion_options
     if options.unfreeze == "all":
@@ -81,6 +82,12 @@ def save_adapter(model: AugmentedCausalLM, folder: str | os.PathLike) -> Path:
             "whole model by save_pretrained"
         )
     folder = Path(folder)
+    config = current_files(folder) / CONFIG_FILE
+    if is_file(config) and read_json(config, "the config", dict[str, Any], "delete it").get("model_type") == MODEL_TYPE:
+        raise ValmError(
+            f"{folder} holds a whole model, which the classes of transformers would open in the place of the adapter: "
+            "choose another folder"
+        )
     base = None if model.opened_whole else model.config.name_or_path
     if base and Path(base).is_dir():
         base = relative_path(base, folder)

@@ -146,12 +146,20 @@ def become_augmented(model: PreTrainedModel, options: FusionOptions) -> Augmente
 
 def _with_class(model: PreTrainedModel, options: FusionOptions) -> AugmentedCausalLM:
     # the class of this object, as the user holds it, and so do its optimizer, its hooks and PEFT
+    _keep_place(model)
     model.config.valm = asdict(options)
     model.config.__class__ = augmented_config_class(type(model.config))
     model.__class__ = augmented_class(type(model))
     freeze(model, options)
     assert isinstance(model, AugmentedCausalLM)
     return model
+
+
+def _keep_place(model: PreTrainedModel) -> None:
+    """Makes the folder that a model was opened from absolute: the process may work elsewhere when it is saved."""
+    name = model.config.name_or_path
+    if name and os.path.isdir(name):
+        model.config.name_or_path = os.path.abspath(name)
 
 
 def attach(model: PreTrainedModel, options: FusionOptions, found: Probe | None = None) -> None:
@@ -357,6 +365,7 @@ class AugmentedCausalLM(ImageModel):
             )
         freeze(model, model.fusion_options)
         model.opened_whole = True
+        _keep_place(model)
         return (model, info) if with_info else model
 
     def forward(
@@ -581,7 +590,17 @@ def augmented_class(base: Any) -> Any:
         parameters[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
     ordered = sorted(parameters.values(), key=lambda parameter: parameter.kind)
     vars(forward)["__signature__"] = inspect.Signature(ordered)
-    config_class = augmented_config_class(base.config_class)
+
+    def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return AugmentedCausalLM.prepare_inputs_for_generation(self, *args, **kwargs)
+
+    vars(prepare_inputs_for_generation)["__signature__"] = inspect.signature(base.prepare_inputs_for_generation)
     return subclass(
-        AugmentedCausalLM, base, augmented_class, forward=forward, forward_names=names, config_class=config_class
+        AugmentedCausalLM,
+        base,
+        augmented_class,
+        forward=forward,
+        forward_names=names,
+        prepare_inputs_for_generation=prepare_inputs_for_generation,
+        config_class=augmented_config_class(base.config_class),
     )

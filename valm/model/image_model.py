@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import stat
 import warnings
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.cache_utils import Cache
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from valm.errors import ValmError
 from valm.model.card import write_card
@@ -29,6 +31,9 @@ from valm.store.pretrained import CONFIG_FILE, from_pretrained
 from valm.store.whole_folder import ADAPTER, NOTE, finish_save
 from valm_kernels import MAX_IMAGES
 from valm_kernels.atomic_files import set_mode
+
+# Arguments of `save_pretrained` that are for an upload.
+OF_UPLOAD = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
 
 _Base: Any = object  # for a type checker, the model class behind the mixin
 
@@ -290,13 +295,18 @@ class ImageModel(_Base):
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """`PreTrainedModel.save_pretrained`, the note on what finds the images, and a model card (`write_card`).
 
-        An adapter in the folder is removed: it would be loaded in the place of this model.
+        What would be loaded in the place of this model is removed: an adapter, and older weights in another number of
+        files. With push_to_hub the note and the card are uploaded too.
         """
-        is_main_process = kwargs.get("is_main_process", args[0] if args else True)
+        given = inspect.signature(super().save_pretrained).bind(save_directory, *args, **kwargs).arguments
+        options = given | given.pop("kwargs", {})
+        upload = {name: options.pop(name) for name in (*OF_UPLOAD, "push_to_hub") if name in options}
+        is_main_process = options.get("is_main_process", True)
         if is_main_process:
             finish_save(save_directory)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        super().save_pretrained(**options)
         if is_main_process:
+            _remove_older_weights(Path(save_directory))
             for adapter in Path(save_directory).glob(ADAPTER):
                 adapter.unlink()
             # as the umask says, not for their owner alone
@@ -305,6 +315,9 @@ class ImageModel(_Base):
                 set_mode(weights, mode)
             self.save_note(save_directory)
             write_card(self, save_directory)
+            if upload.pop("push_to_hub", False):  # which transformers would do without the note and the card
+                sizes = {name: options[name] for name in ("max_shard_size", "token") if name in options}
+                self.push_to_hub(upload.pop("repo_id", Path(save_directory).name), **upload, **sizes)
 
     def save_note(self, folder: str | os.PathLike, *, place: str | os.PathLike | None = None) -> None:
         """Writes the note on what finds the images, if a retriever is set that a file can describe. Else the folder has
@@ -313,6 +326,12 @@ class ImageModel(_Base):
         Args:
             folder, place: as in `RetrievalNote.write`.
         """
+        if not self._note_ignored and self._note_folder is not None and not os.path.isdir(self._note_folder):
+            warnings.warn(
+                f"{self._note_folder}, from which the model was loaded, is gone, and with it the note on what finds "
+                "its images: set_retriever before it is saved",
+                stacklevel=3,
+            )
         note = RetrievalNote.of_retriever(self._retriever) if self._note_ignored else self._note()
         if note is None:
             (Path(folder) / NOTE).unlink(missing_ok=True)
@@ -489,6 +508,13 @@ class ImageModel(_Base):
         if not self._warned:
             self._warned = True
             warnings.warn(message + ". It reads the text alone now.", stacklevel=5)
+
+
+def _remove_older_weights(folder: Path) -> None:
+    """Of weights in one file and of an index of several, removes the older: the file would be loaded first."""
+    kinds = [folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME]
+    if all(file.is_file() for file in kinds):
+        min(kinds, key=lambda file: file.stat().st_mtime_ns).unlink()
 
 
 def _mask_of(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:

@@ -39,6 +39,7 @@ def converted_weights(source: str | os.PathLike) -> dict[str, Tensor] | None:
     files = [file for file in weight_files(Path(source)) if file.suffix == ".safetensors"]
     if not any(is_old(_names(file)) for file in files):
         return None
+    files = weight_files(Path(source), complete=True)
     state = {name: tensor for file in files for name, tensor in load_file(file).items()}
     return converted(state)
 

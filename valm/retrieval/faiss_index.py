@@ -173,6 +173,8 @@ class FaissIndex:
         broken = ~flat.isfinite().all(1)
         flat = flat.masked_fill(broken[:, None], 0)
         found = self._find(flat.numpy(), min(len(self), k * self.parameters.candidates))
+        if found.size and found.max() >= len(self.kb):
+            raise ValmError(f"{self.kb.path / INDEX_FILE} is damaged, it finds image {found.max()}; {remedy(self.kb)}")
         scores, ids = _rerank(self.kb, flat, torch.from_numpy(found), k)
         if scores.isnan().any():
             raise ValmError(f"the knowledge base {self.kb.path} is damaged: a vector is not finite; build it again")

@@ -87,6 +87,8 @@ def build_index(
     """
     faiss = import_faiss()
     queries = queries.reshape(-1, kb.dim).float().cpu()
+    if not 1 <= k <= len(kb):
+        raise ValmError(f"k must be from 1 to the {len(kb):,} images of {kb.path}, got {k:,}")
     if len(queries) < 2:
         raise ValmError(f"an index needs queries to be tuned and measured on, got {len(queries)}")
     try:
@@ -98,7 +100,11 @@ def build_index(
     if device.type == "cuda":  # before the training
         check_for_gpus(kb, index, search="", candidates=k)
     with partial_folder(kb, factory, seed) as folder:
-        index, trained_on = filled_index(kb, index, folder, seed, device, progress)
+        try:
+            index, trained_on = filled_index(kb, index, folder, seed, device, progress)
+        except RuntimeError as error:  # such as of IDMap, which takes no vectors without ids
+            first = str(error).strip().splitlines()[-1]
+            raise ValmError(f"faiss cannot fill an index of the factory string {factory!r}: {first}") from error
         truth = _exact(kb, queries, k, progress)
         half = len(queries) // 2
         remove_leftovers(kb.path)

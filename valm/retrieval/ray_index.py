@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -42,11 +41,11 @@ class ShardedIndex:
         actor = ray.remote(_Rows).options(num_cpus=cpus, scheduling_strategy="SPREAD", **lasting)
         ends = [len(kb) * number // actors for number in range(actors + 1)]
         self._offsets = ends[:-1]
-        self._actors = [actor.remote(kb.path.absolute(), start, stop) for start, stop in pairwise(ends)]
-        self._count = len(kb)
+        self._actors = [actor.remote(kb, start, stop) for start, stop in pairwise(ends)]
+        self.kb = kb
 
     def __len__(self) -> int:
-        return self._count
+        return len(self.kb)
 
     def search(self, queries: Tensor, k: int) -> TopK:
         """The `k` best rows of each query (..., E), by (score falling, row rising)."""
@@ -62,8 +61,9 @@ class ShardedIndex:
 class _Rows:
     """An actor: rows [start, stop) of a knowledge base, ready for search."""
 
-    def __init__(self, path: Path, start: int, stop: int):
-        self.index = FlatIPIndex(ImageKnowledgeBase.open(path).gather(np.arange(start, stop)))
+    def __init__(self, kb: ImageKnowledgeBase, start: int, stop: int):
+        # opened here from its folder, which must still hold the same: an actor may be started again much later
+        self.index = FlatIPIndex(kb.gather(np.arange(start, stop)))
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Scores and rows, (Q, k), or fewer columns if there are fewer rows."""

@@ -225,7 +225,12 @@ def test_the_harness_own_arguments_reach_it(monkeypatch):
     monkeypatch.setattr(HarnessCLI, "execute", lambda self, arguments: seen.append(vars(arguments)))
     assert main(["lm-eval", "run", "--model", "valm", "--model_args", "pretrained=x,kb=y", "--tasks", "piqa"]) == 0
     assert main(["lm-eval", "ls", "tasks", "--include_path", "mine"]) == 0
-    run, ls = seen
+    for retrieval in ("on", "off", "on"):
+        options = ["--model_args", f"pretrained=x,retrieval={retrieval}", "--tasks", "piqa", "--use_cache", "scores"]
+        assert main(["lm-eval", "run", "--model", "valm", *options]) == 0
+    first, second, third = (arguments["use_cache"] for arguments in seen[2:])
+    assert first == third != second and first.startswith("scores-")
+    run, ls = seen[:2]
     assert run["model_args"] == {"pretrained": "x", "kb": "y"} and run["tasks"] == ["piqa"]
     assert (run["include_path"], ls["include_path"]) == (str(TASK_FILES), "mine")
 

@@ -165,6 +165,18 @@ def test_an_augmented_decoder_without_images_scores_as_the_original(folders, tmp
     other = open_scorer(str(tmp_path / "adapter"), kb=tmp_path / "other")
     assert other.fingerprint != own
     assert open_scorer(str(tmp_path / "adapter"), query_dtype=torch.bfloat16).fingerprint != own
+    shorter = ContextEncoder(kb.load_clip(), tokenizer=original.tokenizer, overlap=0, min_tokens=3)
+    augmented.set_retriever(Retriever(shorter, kb, 2))
+    valm.save_adapter(augmented, tmp_path / "shorter")
+    assert open_scorer(str(tmp_path / "shorter")).fingerprint != own
+    # `valm eval MODEL TWIN --kb KB` is how a model whose knowledge base was moved is compared
+    twin = valm.augment(GPT2LMHeadModel.from_pretrained(folders / "gpt2"), kb.dim, 0, unfreeze="block")
+    valm.save_adapter(twin, tmp_path / "twin-adapter")
+    twin.save_pretrained(tmp_path / "twin")
+    original.tokenizer.save_pretrained(tmp_path / "twin")
+    for name in ("twin", "twin-adapter"):
+        with pytest.warns(UserWarning, match=rf"{name} sees no images, so the knowledge base \(--kb\) is not for it"):
+            assert not open_scorer(str(tmp_path / name), kb=tmp_path / "other").sees_images
 
 
 def test_the_published_protocol_needs_single_tokens(folders):

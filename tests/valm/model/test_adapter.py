@@ -3,6 +3,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from tests.valm.models import tiny_model
 from tests.valm.other_tokenizers import chat_like
 from valm import VaLMForCausalLM, load, load_adapter, save_adapter
 from valm.errors import ValmError
+from valm.model.adapter import adapter_base
 from valm.model.augment import augment, fusion_module
 from valm.model.checkpoint import load_decoder
 from valm.model.image_model import ImageModel
@@ -169,6 +171,34 @@ def test_a_whole_model_takes_the_place_of_an_adapter(tmp_path, base_folder):
     model.save_pretrained(tmp_path / "model")
     assert not list((tmp_path / "model").glob("image_fusion.*"))
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()), logits(model))
+
+
+def test_an_adapter_takes_no_place_of_a_whole_model(tmp_path, base_folder):
+    model = on_base(base_folder)
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(
+        ValmError, match="holds a whole model, which the classes of transformers would open in the place"
+    ):
+        save_adapter(model, tmp_path / "model")
+    save_adapter(model, base_folder)  # beside its base
+
+
+def test_a_base_stays_known_wherever_the_process_works_later(tmp_path, base_folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = on_base("base")
+    model.save_pretrained("whole")
+    whole = AutoModelForCausalLM.from_pretrained("whole")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    save_adapter(model, "adapter")
+    assert json.loads(Path("adapter/image_fusion.json").read_text())["base"] == "../../base"
+    assert torch.equal(
+        logits(load_adapter(AutoModelForCausalLM.from_pretrained(adapter_base("adapter")), "adapter").eval()),
+        logits(model),
+    )
+    whole.save_pretrained("again")
+    assert "base_model" not in Path("again/README.md").read_text()
+    assert "whole" not in Path("again/config.json").read_text()
 
 
 @pytest.mark.parametrize("loader", [AutoModelForCausalLM, AutoModel, AutoConfig, LlamaForCausalLM])

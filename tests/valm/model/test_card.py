@@ -2,13 +2,16 @@ import shutil
 
 import pytest
 from huggingface_hub import ModelCard
+from transformers.utils import PushToHubMixin
 
 import valm
 from tests.valm.model.decoders import augmented
 from tests.valm.models import tiny_model
 from valm.model.card import MARKER, base_name, write_card
 from valm.model.checkpoint import load, save_checkpoint
+from valm.retrieval.context import ContextEncoder
 from valm.retrieval.note import RetrievalNote
+from valm.retrieval.retriever import Retriever
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +83,23 @@ def test_every_way_of_saving_writes_a_card_and_leaves_the_users_own(tmp_path, kb
         (tmp_path / folder / "README.md").write_text("Mine.")
         save(model, tmp_path / folder)
         assert (tmp_path / folder / "README.md").read_text() == "Mine."
+
+
+def test_what_is_uploaded_has_the_note_and_the_card(tmp_path, kb, clip, monkeypatch):
+    uploaded = {}
+
+    def upload(self, repo_id, **options):
+        self.save_pretrained(tmp_path / "upload")
+        uploaded[repo_id] = ({file.name for file in (tmp_path / "upload").iterdir()}, options)
+
+    monkeypatch.setattr(PushToHubMixin, "push_to_hub", upload)
+    model = tiny_model(image_dim=kb.dim, vocab_size=len(clip.tokenizer))
+    model.set_retriever(Retriever(ContextEncoder(clip), kb, model.config.num_images))
+    model.save_pretrained(tmp_path / "mine", push_to_hub=True, private=True)
+    model.save_pretrained(tmp_path / "other", True, None, True, repo_id="me/it")
+    assert uploaded.keys() == {"mine", "me/it"} and uploaded["mine"][1] == {"private": True}
+    for names, _ in uploaded.values():
+        assert {"retrieval.json", "README.md", "model.safetensors"} <= names
 
 
 def test_a_loaded_model_says_what_it_lacks(tmp_path, tokenizer, clip, kb):

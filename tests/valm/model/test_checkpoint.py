@@ -155,6 +155,16 @@ def test_weights_that_the_new_checkpoint_lacks_go(tmp_path):
     assert not (tmp_path / "model-00001-of-00002.safetensors").exists() and (tmp_path / "notes.txt").exists()
 
 
+@pytest.mark.parametrize("sizes", [(None, "20KB"), ("20KB", None)])
+def test_a_model_saved_by_transformers_over_another_number_of_files(tmp_path, sizes):
+    TOKENIZER.save_pretrained(tmp_path)
+    for seed, size in enumerate(sizes):
+        a_model(seed).save_pretrained(tmp_path, **({} if size is None else {"max_shard_size": size}))
+    assert weights_of(tmp_path) == 1
+    assert (tmp_path / "model.safetensors").is_file() == (sizes[1] is None)
+    assert (tmp_path / "model.safetensors.index.json").is_file() == (sizes[1] is not None)
+
+
 def change_config(folder, **values):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | values))

@@ -97,6 +97,17 @@ def collecting_compile_config(graphs):
     return config
 
 
+@torch.no_grad()
+def test_embeddings_generate_what_their_tokens_do():
+    model, ids = augmented(), random_ids(1, 5)
+    greedy = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(ids, **greedy)[:, 5:]
+    assert torch.equal(model.generate(inputs_embeds=model.get_input_embeddings()(ids), **greedy), expected)
+    model.set_retriever(HashRetriever())
+    with pytest.raises(ValueError, match="the retriever reads token ids, got inputs_embeds only"):
+        model.generate(inputs_embeds=model.get_input_embeddings()(ids), **greedy)
+
+
 @pytest.mark.parametrize("base", [tiny_llama, tiny_gpt2])
 @pytest.mark.parametrize("score_scale", [None, 1.0])
 def test_generation_in_a_static_cache_compiles_once(base, score_scale):

@@ -154,6 +154,14 @@ def test_the_model_sees_nothing_in_place_of_a_missing_hit(indexed, clip, tokeniz
     assert not torch.allclose(filled, logits)
 
 
+def test_an_image_that_is_not_there_is_damage(indexed, monkeypatch):
+    """As 4-bit codes find them whose bytes were changed."""
+    index = FaissIndex.open(indexed)
+    monkeypatch.setattr(index, "_find", lambda queries, count: np.full((len(queries), count), 1 << 40))
+    with pytest.raises(ValmError, match=r"index\.faiss is damaged, it finds image \d+; .*valm kb index"):
+        index.search(torch.randn(2, indexed.dim), 3)
+
+
 def test_what_searches_is_decided_in_one_place(copied, clip):
     opened = open_index(copied)
     assert isinstance(opened, FaissIndex) and len(opened) == len(copied)

@@ -264,6 +264,13 @@ def test_a_model_without_a_retriever_leaves_no_note(copy, way):
     assert load(folder)[0].retriever is None
 
 
+def test_a_note_that_is_gone_before_it_was_read_is_missed(copy, tmp_path):
+    model, _ = load(copy / "valm")
+    shutil.rmtree(copy / "valm")
+    with pytest.warns(UserWarning, match=r"valm, from which the model was loaded, is gone, and with it the note on"):
+        model.save_pretrained(tmp_path / "again")
+
+
 @pytest.mark.parametrize("name", ["valm", "adapter"])
 def test_a_model_keeps_its_images_when_the_process_goes_elsewhere(copy, tmp_path, monkeypatch, name):
     monkeypatch.chdir(copy)

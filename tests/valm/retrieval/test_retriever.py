@@ -1,3 +1,5 @@
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from valm.errors import ValmError
 from valm.knowledge_base.build import build
 from valm.knowledge_base.sources.folder import FolderSource
 from valm.retrieval.context import ContextEncoder
+from valm.retrieval.ray_index import _Rows
 from valm.retrieval.retriever import BlindRetriever, Retriever
 from valm.retrieval.segment_cache import SegmentCache
 from valm_kernels import FlatIPIndex
@@ -241,6 +244,17 @@ def test_autocast_changes_no_query(clip, make_kb, batch):
     assert torch.equal(under[1].scores, fresh[1].step(batch[0], fresh[1].start(2), batch[1]).scores)
     assert torch.equal(images, clip.encode_images([Image.new("RGB", (32, 32), "red")]))
     assert torch.equal(texts, clip.encode_texts(["a red apple"]))
+
+
+def test_an_actor_that_is_started_again_searches_the_same_vectors(clip, make_kb):
+    kb = make_kb(5)
+    handed_on = pickle.dumps(kb)
+    rows = _Rows(pickle.loads(handed_on), 1, 4)
+    assert len(rows.index) == 3
+    manifest = kb.path / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes() + b" ")
+    with pytest.raises(ValmError, match="is another one than in the process that handed it on"):
+        _Rows(pickle.loads(handed_on), 1, 4)
 
 
 def test_an_index_of_another_knowledge_base_is_refused(retriever, make_kb):
