@@ -138,13 +138,19 @@ def restarts(position_ids: Tensor, mask: Tensor | None, text_before: Tensor | No
     text = torch.ones_like(position_ids, dtype=torch.bool) if mask is None else mask.bool()
     step = position_ids.diff(dim=1)
     goes_on = text[:, 1:] & text[:, :-1]
-    behind_padding = text[:, 1:] & ~text[:, :-1] & (text.cumsum(1) > 0)[:, :-1]
+    after_gap = behind_gap(text)
     at_start = position_ids[:, 1:] == 0
     first = torch.zeros_like(text[:, :1])
     if text_before is not None:
         first = (text_before & text[:, 0] & (position_ids[:, 0] == 0))[:, None]
-    begins = torch.cat([first, (goes_on & (step <= 0)) | (behind_padding & at_start)], 1)
-    return Restarts(begins, (goes_on & (step > 1)).any() | (behind_padding & ~at_start).any())
+    begins = torch.cat([first, (goes_on & (step <= 0)) | (after_gap & at_start)], 1)
+    return Restarts(begins, (goes_on & (step > 1)).any() | (after_gap & ~at_start).any())
+
+
+def behind_gap(text: Tensor) -> Tensor:
+    """(B, T - 1) bool: of each token but the first, whether it is the first behind padding inside a row; `text` (B, T)
+    is False at padding."""
+    return text[:, 1:] & ~text[:, :-1] & (text.cumsum(1) > 0)[:, :-1]
 
 
 def padding_apart(position_ids: Tensor, mask: Tensor) -> Tensor:

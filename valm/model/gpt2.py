@@ -20,7 +20,15 @@ from valm.errors import ValmError
 from valm.model.attention import FusionOptions, TextLimits
 from valm.model.augment import AugmentedCausalLM
 from valm.model.config import ValmConfig
-from valm.model.documents import Documents, check_bounds, find_documents, restarts, text_mask, unless_all_zero
+from valm.model.documents import (
+    Documents,
+    behind_gap,
+    check_bounds,
+    find_documents,
+    restarts,
+    text_mask,
+    unless_all_zero,
+)
 from valm.model.image_model import ImageOptions, RetrievalCache, with_retrieval
 from valm.model.old_weights import converted_weights
 from valm.model.query_head import QueryHead, QueryState
@@ -275,13 +283,12 @@ class VaLMForCausalLM(AugmentedCausalLM, GPT2LMHeadModel):
     def _find_images(
         self, input_ids: Tensor | None, attention_mask: Tensor | None, cache: Any, arguments: dict[str, Any]
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        if cache is not None and attention_mask is not None and attention_mask.dim() == 2:
-            text = attention_mask.bool()
-            if (text[:, 1:] & ~text[:, :-1] & (text.cumsum(1) > 0)[:, :-1]).any():  # the retriever would read on
-                raise ValueError(
-                    "there is padding inside a row, behind which another document begins: beside a cache and a "
-                    "retriever, give each document a row"
-                )
+        read = None if cache is None or attention_mask is None or attention_mask.dim() != 2 else attention_mask
+        if read is not None and behind_gap(read.bool()).any():  # the retriever would read on
+            raise ValueError(
+                "there is padding inside a row, behind which another document begins: beside a cache and a retriever, "
+                "give each document a row"
+            )
         return super()._find_images(input_ids, attention_mask, cache, arguments)
 
     def place_in_static_cache(self, inputs: dict[str, Any], mask: Tensor | None) -> dict[str, Any]:
