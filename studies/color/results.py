@@ -191,10 +191,10 @@ class Results:
         Returns:
             The difference on the items that have a picture, and their number.
         """
-        about = self.seeds[0]["sets"][of]
-        items = np.flatnonzero(about["pictured"])
-        with_them, without = (_of([items], self.hits(arm, images, of)) for images in ("retrieved", "taken-out"))
-        return self._paired(with_them, without, of), len(items)
+        items = [np.flatnonzero(seed["sets"][of]["pictured"]) for seed in self.seeds]
+        with_them, without = (_of(items, self.hits(arm, images, of)) for images in ("retrieved", "taken-out"))
+        count = with_them.shape[1] if isinstance(with_them, np.ndarray) else sum(map(len, with_them))
+        return self._paired(with_them, without, of), count
 
     def perplexity(self, arm: str, images: str, text: str) -> Estimate:
         nats, tokens = self._text(arm, images, text)

@@ -215,18 +215,19 @@ def run_add(arguments: argparse.Namespace) -> None:
     from valm.knowledge_base.encode import Encoding
     from valm.knowledge_base.merge import merge
     from valm.knowledge_base.store import ImageKnowledgeBase
-    from valm.store.files import writable_folder
+    from valm.store.files import is_folder
     from valm.training.launch import check_alone
     from valm_kernels.atomic_files import remove_folder, remove_leftovers
 
     check_alone("valm kb add")
     kb = ImageKnowledgeBase.open(arguments.kb)
+    added = added_folder(arguments.out)
+    if is_folder(added.parent):
+        remove_leftovers(added.parent, re.compile(re.escape(added.name) + ".*"))
     check_new(arguments.out)
     source = open_source(arguments)
     clip = kb.load_clip(arguments.clip, allow_download=arguments.allow_download).to(chosen_device(arguments))
     encoding = Encoding(batch_size=arguments.batch_size, thumbnails=arguments.thumbnails)
-    added = added_folder(arguments.out)
-    remove_leftovers(writable_folder(added.parent), re.compile(re.escape(added.name) + ".*"))
     build(source, added, clip, encoding, run=chosen_run(arguments))
     print_built(merge([kb.path, added], arguments.out))
     remove_folder(added)
@@ -252,6 +253,8 @@ def check_new(out: Path) -> None:
         return
     if not is_folder(out):
         raise ValmError(f"the output {out} is a file; choose a folder")
+    if exists(out / MANIFEST_FILE):
+        raise ValmError(f"the output {out} is finished already; choose a new folder for other images")
     found = sorted(file.name for file in out.iterdir() if not is_temporary(file.name))
     if found:
         raise ValmError(f"the output folder {out} is not empty (it has {found[0]}); choose a new one")

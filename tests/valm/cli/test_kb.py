@@ -222,7 +222,7 @@ def test_kb_add_looks_at_its_output_before_it_encodes(world, copy_of, capsys, mo
     (root / "file").touch()
     monkeypatch.setattr("valm.knowledge_base.build.build", lambda *arguments, **options: pytest.fail("it encodes"))
     for out, error in (
-        ("kb", "is not empty (it has "),
+        ("kb", "is finished already; choose a new folder"),
         ("clip", "is not empty (it has "),
         ("file", "is a file; choose"),
     ):
