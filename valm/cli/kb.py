@@ -444,7 +444,7 @@ def open_image(path: Path) -> Image.Image:
     Raises:
         ValmError: it is not an image.
     """
-    from valm.knowledge_base.images import read_image
+    from valm.clip.read_image import read_image
     from valm.store.files import check_regular
 
     check_regular(path)

@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast
 
 import valm.clip.multilevel_tower  # noqa: F401 - registers the architecture
+from valm.clip.read_image import read_image
 from valm.clip.tokenizer import clip_tokenizer, open_tokenizer
 from valm.errors import ValmError
-from valm.knowledge_base.images import read_image
 from valm.store.files import check_all_regular, is_folder, read_json, write_json
 from valm.store.pretrained import check_lists, check_sizes, library_errors, shapes_of
 from valm.store.whole_folder import current_files, replaced_files

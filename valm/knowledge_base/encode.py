@@ -14,8 +14,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from valm.clip.clip import Clip
+from valm.clip.read_image import read_image
 from valm.knowledge_base.format import ITEM_SCHEMA, EncodedShard, Skipped
-from valm.knowledge_base.images import read_image, thumbnail_bytes
+from valm.knowledge_base.images import thumbnail_bytes
 from valm.knowledge_base.workers import end_with_parent
 from valm.store.files import cannot_read, is_transient
 from valm.store.shard_progress import Progress

@@ -1,51 +1,17 @@
-"""Image files: listing those of a folder, and reading one."""
+"""Image files: listing those of a folder, and making small ones."""
 
 from __future__ import annotations
 
 import io
-import os
-import warnings
 from collections import Counter
-from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError, features
+from PIL import Image
 
+from valm.clip.read_image import IMAGE_SUFFIXES, unread_formats
 from valm.errors import ValmError
 from valm.store.files import exists, files_below, is_folder
-
-# The formats that are read, with their suffixes. Pillow detects the format by content, and would run Ghostscript on
-# PostScript.
-SUFFIXES_OF = {
-    "JPEG": (".jpg", ".jpeg", ".jfif"),
-    "PNG": (".png",),
-    "WEBP": (".webp",),
-    "BMP": (".bmp",),
-    "GIF": (".gif",),
-    "TIFF": (".tif", ".tiff"),
-    "PPM": (".ppm",),
-    # Pillow may be built without it
-    **({"AVIF": (".avif",)} if features.check("avif") else {}),
-    **({"JPEG2000": (".jp2", ".j2k")} if features.check("jpg_2000") else {}),
-}
-IMAGE_FORMATS = tuple(SUFFIXES_OF)
-IMAGE_SUFFIXES = {suffix for suffixes in SUFFIXES_OF.values() for suffix in suffixes}
-
-# Common formats that are not read, and what to do with them.
-UNREAD_SUFFIXES = {".heic": "HEIC", ".heif": "HEIC", ".hif": "HEIC", ".svg": "SVG", ".svgz": "SVG"}
-REMEDIES = {
-    "HEIC": "convert it to JPEG, such as by ImageMagick: magick NAME.heic NAME.jpg",
-    "SVG": "draw it as PNG, such as by librsvg: rsvg-convert NAME.svg -o NAME.png",
-}
-
-# An image of more pixels is rejected before it is decoded: a file of a few kilobytes can claim gigabytes.
-MAX_PIXELS = 1 << 26
-# So is one with a larger aspect ratio: CLIP enlarges the shorter side to its own size, and the longer side with it.
-MAX_ASPECT = 64
 
 
 @dataclass
@@ -88,80 +54,6 @@ def find_images(folder: Path, follow_links: bool = False) -> FolderContent:
             f"no images in {folder}; looked for files ending in {suffixes}, in folders below it too{unread}"
         )
     return found
-
-
-def unread_formats(suffixes: Iterable[str]) -> list[str]:
-    """What to do with each of the formats that are not read, of those that have one of the `suffixes`."""
-    names = sorted({UNREAD_SUFFIXES[suffix] for suffix in suffixes if suffix in UNREAD_SUFFIXES})
-    return [f"{name} is not read: {REMEDIES[name]}" for name in names]
-
-
-def read_image(source: str | os.PathLike | BinaryIO | Image.Image) -> Image.Image:
-    """The image in RGB, upright (EXIF orientation applied), on white where it is transparent.
-
-    16-bit grey is scaled from 0..65535; float grey from 0..1, or from 0..255 if there are values above 1.
-
-    Raises:
-        ValueError: grey levels of another range, more than MAX_PIXELS, one side more than MAX_ASPECT times the other,
-            or none of IMAGE_FORMATS.
-        Exception: whatever Pillow raises for an image that it cannot read.
-    """
-    with warnings.catch_warnings():
-        # Pillow warns at a limit of its own, after the header; ours is lower and an error.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        try:
-            image = source if isinstance(source, Image.Image) else Image.open(source, formats=IMAGE_FORMATS)
-        except UnidentifiedImageError as error:  # Pillow's message contains an object's address
-            remedy = "".join(f": it is {name}, {REMEDIES[name]}" for name in _unread_format(source))
-            raise ValueError(f"not a picture in one of the formats {', '.join(IMAGE_FORMATS)}{remedy}") from error
-    with nullcontext() if isinstance(source, Image.Image) else image:
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise ValueError(f"{width} x {height} pixels, more than the {MAX_PIXELS:,} allowed")
-        if max(width, height) > MAX_ASPECT * min(width, height):
-            raise ValueError(f"{width} x {height} pixels, one side more than {MAX_ASPECT} times the other")
-        image = ImageOps.exif_transpose(image)
-        if image.mode == "F" or image.mode.startswith("I"):
-            image = _in_8_bits(image)
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image)
-        return image.convert("RGB")
-
-
-def _unread_format(source: Any) -> list[str]:
-    """The one of REMEDIES that the content of a file has, whatever its name."""
-    if isinstance(source, str | os.PathLike):
-        with open(source, "rb") as file:
-            return _unread_format(file)
-    source.seek(0)
-    begin = source.read(1024)
-    if begin[4:8] == b"ftyp" and begin[8:12] in (
-        b"heic",
-        b"heix",
-        b"heim",
-        b"heis",
-        b"hevc",
-        b"hevx",
-        b"mif1",
-        b"msf1",
-    ):
-        return ["HEIC"]
-    return ["SVG"] if b"<svg" in begin else []
-
-
-def _in_8_bits(image: Image.Image) -> Image.Image:
-    """A grey image of 16- or 32-bit integers or floats, scaled to 8 bits. Pillow's own conversion clips."""
-    levels = np.asarray(image).astype(np.float64)
-    low, high = levels.min(), levels.max()
-    if image.mode == "F":
-        white = 1.0 if high <= 1 else 255.0
-    else:
-        white = 65535.0
-    if not (low >= 0 and high <= white):  # false for NaN too
-        raise ValueError(f"grey levels from {low:g} to {high:g}, of no known range")
-    return Image.fromarray(np.rint(levels * (255 / white)).astype(np.uint8))
 
 
 def thumbnail_bytes(image: Image.Image, size: int) -> bytes:

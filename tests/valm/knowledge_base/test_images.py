@@ -4,12 +4,12 @@ import os
 
 import numpy as np
 import pytest
-from PIL import EpsImagePlugin, Image
+from PIL import Image
 
 from tests.valm.knowledge_base.inputs import touch
+from valm.clip.read_image import read_image
 from valm.errors import ValmError
-from valm.knowledge_base import images
-from valm.knowledge_base.images import IMAGE_SUFFIXES, find_images, read_image, thumbnail_bytes
+from valm.knowledge_base.images import find_images, thumbnail_bytes
 
 
 def test_pictures_are_found_in_order(tmp_path):
@@ -44,74 +44,6 @@ def test_links_are_followed_once(tmp_path):
     (tmp_path / "other" / "back").symlink_to(tmp_path / "pictures")
     found = find_images(tmp_path / "pictures", follow_links=True)
     assert found.images == ["1/e.png", "2/other/d.png", "3/c.png", "a.png"] and found.links == 0
-
-
-@pytest.mark.parametrize(("name", "white"), [("x.png", 65535), ("x.tif", 65535), ("f.tif", 1.0), ("g.tif", 255.0)])
-def test_grey_of_more_than_8_bits_is_scaled(tmp_path, name, white):
-    levels = np.array([[0, 0.25], [0.5, 1]]) * white
-    Image.fromarray(levels.astype(np.uint16 if white == 65535 else np.float32)).save(tmp_path / name)
-    read = np.asarray(read_image(tmp_path / name))
-    assert read.shape == (2, 2, 3)
-    assert np.abs(read[..., 0] - np.array([[0, 0.25], [0.5, 1]]) * 255).max() <= 0.5
-
-
-@pytest.mark.parametrize("value", [-0.5, 300.0, np.nan])
-def test_grey_of_no_known_range_is_refused(tmp_path, value):
-    Image.fromarray(np.array([[0.5, value]], np.float32)).save(tmp_path / "x.tif")
-    with pytest.raises(ValueError, match="of no known range"):
-        read_image(tmp_path / "x.tif")
-
-
-def test_transparent_pixels_become_white(tmp_path):
-    for mode, save in (("RGBA", {}), ("P", {"transparency": 0})):
-        picture = Image.new(mode, (4, 4), 0)
-        picture.save(tmp_path / "x.png", **save)
-        assert read_image(tmp_path / "x.png").getpixel((0, 0)) == (255, 255, 255)
-
-
-def test_pictures_stand_upright(tmp_path):
-    picture = Image.new("RGB", (8, 4))
-    exif = picture.getexif()
-    exif[0x0112] = 6  # turned by a quarter
-    picture.save(tmp_path / "x.jpg", exif=exif)
-    assert read_image(tmp_path / "x.jpg").size == (4, 8)
-
-
-def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
-    Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")
-    assert (tmp_path / "bomb.png").stat().st_size < 200_000
-    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
-    with pytest.raises((ValueError, Image.DecompressionBombError), match="pixels"):
-        read_image(tmp_path / "bomb.png")
-
-
-def test_the_limit_counts_pixels(tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "MAX_PIXELS", 100)
-    Image.new("RGB", (10, 10)).save(tmp_path / "x.png")
-    assert read_image(tmp_path / "x.png").size == (10, 10)
-    Image.new("RGB", (10, 11)).save(tmp_path / "x.png")
-    with pytest.raises(ValueError, match="10 x 11 pixels, more than the 100 allowed"):
-        read_image(tmp_path / "x.png")
-
-
-def test_a_thread_of_pixels_is_refused_before_it_is_enlarged(tmp_path):
-    Image.new("1", (64, 1)).save(tmp_path / "x.png")
-    assert read_image(tmp_path / "x.png").size == (64, 1)
-    for size in ((65, 1), (1, 65_000)):
-        Image.new("1", size).save(tmp_path / "x.png")
-        with pytest.raises(ValueError, match=f"{size[0]} x {size[1]} pixels, one side more than 64 times the other"):
-            read_image(tmp_path / "x.png")
-
-
-def test_the_content_must_be_of_a_known_format(tmp_path, monkeypatch):
-    for suffix in IMAGE_SUFFIXES:
-        Image.new("RGB", (8, 8)).save(tmp_path / f"x{suffix}")
-        assert read_image(tmp_path / f"x{suffix}").size == (8, 8)
-    Image.new("RGB", (8, 8)).save(tmp_path / "x.eps")
-    (tmp_path / "x.eps").rename(tmp_path / "x.png")
-    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: pytest.fail("handed to Ghostscript"))
-    with pytest.raises(ValueError, match="not a picture in one of the formats JPEG, PNG"):
-        read_image(tmp_path / "x.png")
 
 
 def test_thumbnails(tmp_path):

@@ -8,10 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from valm.clip.read_image import unread_formats
 from valm.knowledge_base.captions import CAPTION_SUFFIXES, read_captions
 from valm.knowledge_base.encode import Record, encode_records
 from valm.knowledge_base.fingerprint import fingerprint_records, record_files
-from valm.knowledge_base.images import FolderContent, find_images, unread_formats
+from valm.knowledge_base.images import FolderContent, find_images
 from valm.knowledge_base.sources import SourceShard
 
 

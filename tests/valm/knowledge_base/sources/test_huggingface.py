@@ -9,11 +9,11 @@ from PIL import Image
 
 from tests.valm.killed import exit_code_if_killed, needs_fork
 from tests.valm.knowledge_base.inputs import png
+from valm.clip.read_image import IMAGE_FORMATS
 from valm.errors import ValmError
 from valm.knowledge_base import encode
 from valm.knowledge_base.build import build
 from valm.knowledge_base.encode import Encoding
-from valm.knowledge_base.images import IMAGE_FORMATS
 from valm.knowledge_base.sources.huggingface import DatasetSource, open_dataset
 
 PICTURES = [png(seed) for seed in range(7)]
