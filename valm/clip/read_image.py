@@ -50,7 +50,8 @@ def unread_formats(suffixes: Iterable[str]) -> list[str]:
 def read_image(source: str | os.PathLike | BinaryIO | Image.Image) -> Image.Image:
     """The image in RGB, upright (EXIF orientation applied), on white where it is transparent.
 
-    16-bit grey is scaled from 0..65535; float grey from 0..1, or from 0..255 if there are values above 1.
+    16-bit grey is scaled from 0..65535; float grey from 0..1, or from 0..255 if there are values above 1; and grey of
+    32-bit integers from 0..255, or from 0..65535 if there are values above 255.
 
     Raises:
         ValueError: grey levels of another range, more than MAX_PIXELS, one side more than MAX_ASPECT times the other,
@@ -108,8 +109,8 @@ def _in_8_bits(image: Image.Image) -> Image.Image:
     low, high = levels.min(), levels.max()
     if image.mode == "F":
         white = 1.0 if high <= 1 else 255.0
-    else:
-        white = 65535.0
+    else:  # integers of 32 bits say nothing of their range either
+        white = 255.0 if image.mode == "I" and high <= 255 else 65535.0
     if not (low >= 0 and high <= white):  # false for NaN too
         raise ValueError(f"grey levels from {low:g} to {high:g}, of no known range")
     return Image.fromarray(np.rint(levels * (255 / white)).astype(np.uint8))

@@ -6,13 +6,23 @@ from valm.clip import read_image as reading
 from valm.clip.read_image import IMAGE_SUFFIXES, read_image
 
 
-@pytest.mark.parametrize(("name", "white"), [("x.png", 65535), ("x.tif", 65535), ("f.tif", 1.0), ("g.tif", 255.0)])
-def test_grey_of_more_than_8_bits_is_scaled(tmp_path, name, white):
-    levels = np.array([[0, 0.25], [0.5, 1]]) * white
-    Image.fromarray(levels.astype(np.uint16 if white == 65535 else np.float32)).save(tmp_path / name)
+@pytest.mark.parametrize(
+    ("name", "white", "dtype"),
+    [
+        ("x.png", 65535, np.uint16),
+        ("x.tif", 65535, np.uint16),
+        ("i.tif", 65535, np.int32),
+        ("j.tif", 255, np.int32),
+        ("f.tif", 1, np.float32),
+        ("g.tif", 255, np.float32),
+    ],
+)
+def test_grey_of_more_than_8_bits_is_scaled(tmp_path, name, white, dtype):
+    levels = np.array([[0, 0.2], [0.6, 1]])
+    Image.fromarray((levels * white).round(4).astype(dtype)).save(tmp_path / name)
     read = np.asarray(read_image(tmp_path / name))
     assert read.shape == (2, 2, 3)
-    assert np.abs(read[..., 0] - np.array([[0, 0.25], [0.5, 1]]) * 255).max() <= 0.5
+    assert np.abs(read[..., 0] - levels * 255).max() <= 0.5
 
 
 @pytest.mark.parametrize("value", [-0.5, 300.0, np.nan])
