@@ -82,6 +82,7 @@ class ImageKnowledgeBase:
             ValmError: a check failed; the message names the file.
         """
         path = Path(path)
+        before = _identity(path)
         manifest = open_manifest(path, WHAT, VERSION, "valm kb build", KnowledgeBaseManifest)
         for number, shard in enumerate(manifest["shards"]):
             check_kinds(path, number, shard)
@@ -91,7 +92,10 @@ class ImageKnowledgeBase:
                 f"the manifest {path / MANIFEST_FILE} is damaged: it says {manifest['count']} images, but its shards "
                 f"have {total}; make it again"
             )
-        return cls(path, manifest, file_entry(path / MANIFEST_FILE)["sha256"])
+        kb = cls(path, manifest, file_entry(path / MANIFEST_FILE)["sha256"])
+        if kb._of_manifest != before:  # the hash may be that of another manifest than the one read
+            raise ValmError(f"the knowledge base {path} was replaced while it was opened: open it again")
+        return kb
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _open_again, (self.path, self.fingerprint)  # another process opens the folder itself
@@ -380,7 +384,7 @@ def _identity(path: Path) -> tuple[int, ...]:
     """Another one if a manifest is written in the place of the one in folder `path`, or a link to it is changed."""
     try:
         found = os.stat(path / MANIFEST_FILE)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return ()
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 

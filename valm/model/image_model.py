@@ -299,7 +299,8 @@ class ImageModel(_Base):
         files. With push_to_hub the note and the card are uploaded too.
         """
         given = inspect.signature(super().save_pretrained).bind(save_directory, *args, **kwargs).arguments
-        options = given | given.pop("kwargs", {})
+        more = given.pop("kwargs", {})
+        options = given | more
         upload = {name: options.pop(name) for name in (*OF_UPLOAD, "push_to_hub") if name in options}
         is_main_process = options.get("is_main_process", True)
         if is_main_process:

@@ -17,14 +17,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from valm.clip.clip import Clip
 from valm.clip.device import open_device
-from valm.clip.tokenizer import (
-    begin_id,
-    beginning_with_bos,
-    clip_tokenizer,
-    load_tokenizer,
-    own_tokenizer,
-    tokenize_documents,
-)
+from valm.clip.tokenizer import begin_id, clip_tokenizer, load_tokenizer, own_tokenizer, tokenize_documents
 from valm.corpus.min_score import MinScore
 from valm.corpus.retrieved import CorpusRetrieval
 from valm.corpus.text import TextCorpus
@@ -437,13 +430,11 @@ class TrainingPlan:
         return corpus.retrieve(self._retriever(kb), folder, scores=scores)
 
     def _retriever(self, kb: ImageKnowledgeBase) -> Retriever:
-        named, tokenizer = self.tokenizer or self.base, None
-        if named:
-            tokenizer = load_tokenizer(named) if self.base is None else beginning_with_bos(own_tokenizer(named))
+        named = self.tokenizer or self.base
         encoder = open_encoder(
             kb,
             QUERY if self.query is None else self.query,
-            tokenizer,
+            load_tokenizer(named, chats=self.base is not None) if named else None,
             clip=self.clip,
             allow_download=self.allow_download,
             device=open_device(self.device),

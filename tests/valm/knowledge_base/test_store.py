@@ -15,6 +15,7 @@ from valm.clip.clip import WEIGHTS_FILE, Clip
 from valm.errors import ValmError
 from valm.knowledge_base import store
 from valm.knowledge_base.store import ImageKnowledgeBase
+from valm.store.manifest import open_manifest
 from valm_kernels import memory_maps
 
 
@@ -138,6 +139,20 @@ def test_a_folder_that_has_become_another_is_named(kb, copied):
             read()
     with pytest.raises(ValmError, match="is another one than in the process that handed it on"):
         pickle.loads(pickled)
+
+
+def test_a_folder_that_is_replaced_while_it_is_opened_is_named(copied, monkeypatch):
+    """Its manifest and its fingerprint would be those of two knowledge bases."""
+
+    def read_and_replace(path, *arguments):
+        found = open_manifest(path, *arguments)
+        edit_manifest(path, count=found["count"])
+        os.utime(path / "manifest.json", (1, 1))
+        return found
+
+    monkeypatch.setattr(store, "open_manifest", read_and_replace)
+    with pytest.raises(ValmError, match="was replaced while it was opened: open it again"):
+        ImageKnowledgeBase.open(copied)
 
 
 def test_damage_is_found_when_opening(copied):
