@@ -371,11 +371,10 @@ def document_parts(
             raise ValmError(f"the corpus has {TOO_LONG}")
         if isinstance(document, str):
             document = utf8(document)
-        part.append(document)
-        if isinstance(document, str):
             size, limit = size + len(document.encode()), part_bytes
         else:
             size, limit = size + len(document), part_tokens
+        part.append(document)
         if size >= limit:
             yield DocumentsPart(part)
             part, size = [], 0

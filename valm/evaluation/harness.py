@@ -125,7 +125,7 @@ def run(arguments: list[str]) -> None:
     try:
         cli = HarnessCLI()
         parsed = cli.parse_args()
-        if getattr(parsed, "use_cache", None):  # the harness' has the requests alone, and not the model's arguments
+        if getattr(parsed, "use_cache", None):  # the harness would find the scores of other arguments
             parsed.use_cache += f"-{digest([str(parsed.model_args)])[:16]}"
         cli.execute(parsed)
     except ValueError as error:

@@ -26,6 +26,7 @@ from valm.retrieval.index_filling import filled_index, partial_folder, remove_pa
 from valm.retrieval.index_parameters import INDEX_FILE, PARAMETERS_FILE, IndexParameters
 from valm.store.files import write_errors, write_json
 from valm.store.manifest import file_entry
+from valm.text import one_line
 from valm_kernels import ip_topk, merge_topk
 from valm_kernels.atomic_files import SAVE_WAIT_SECONDS, folder_lock, move, remove_leftovers, temporary_file
 
@@ -103,8 +104,8 @@ def build_index(
         try:
             index, trained_on = filled_index(kb, index, folder, seed, device, progress)
         except RuntimeError as error:  # such as of IDMap, which takes no vectors without ids
-            first = str(error).strip().splitlines()[-1]
-            raise ValmError(f"faiss cannot fill an index of the factory string {factory!r}: {first}") from error
+            reason = one_line(str(error))
+            raise ValmError(f"faiss cannot fill an index of the factory string {factory!r}: {reason}") from error
         truth = _exact(kb, queries, k, progress)
         half = len(queries) // 2
         remove_leftovers(kb.path)

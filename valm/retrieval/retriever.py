@@ -330,9 +330,8 @@ class BlindRetriever:
         pool = queries[asked]  # (U, E)
         index = torch.full(asked.shape, -1, device=queries.device)
         index[asked] = torch.arange(len(pool), device=queries.device)
-        ones = torch.ones(
-            asked.shape, dtype=torch.float32, device=queries.device
-        )  # the inner product of a normalised query with itself
+        # the inner product of a normalised query with itself
+        ones = torch.ones(asked.shape, dtype=torch.float32, device=queries.device)
         scores = ones.masked_fill(~asked, -torch.inf)
         return Retrieved(pool, index[..., None], torch.full((len(pool),), -1, device=queries.device), scores[..., None])
 
