@@ -30,7 +30,7 @@ from valm.knowledge_base.format import (
     check_kinds,
     read_skipped,
 )
-from valm.store.files import is_transient
+from valm.store.files import is_transient, status
 from valm.store.manifest import MANIFEST_FILE, damaged_files, file_entry, open_array, open_manifest
 from valm.text import one_line
 from valm_kernels.memory_maps import exceeds_memory, read_ahead, read_at_random
@@ -382,11 +382,8 @@ class ImageKnowledgeBase:
 
 def _identity(path: Path) -> tuple[int, ...]:
     """Another one if a manifest is written in the place of the one in folder `path`, or a link to it is changed."""
-    try:
-        found = os.stat(path / MANIFEST_FILE)
-    except (FileNotFoundError, NotADirectoryError):
-        return ()
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    found = status(path / MANIFEST_FILE)
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns) if found else ()
 
 
 def _open_again(path: Path, fingerprint: str) -> ImageKnowledgeBase:

@@ -183,19 +183,24 @@ def is_file(path: str | os.PathLike) -> bool:
 
 def exists(path: str | os.PathLike) -> bool:
     """Whether there is anything at `path`; errors as in `is_folder`."""
-    return _mode(path) != 0
+    return status(path) is not None
 
 
-def _mode(path: str | os.PathLike) -> int:
-    """st_mode of what is at `path`; 0 if there is nothing."""
+def status(path: str | os.PathLike) -> os.stat_result | None:
+    """What the system knows of what is at `path`; None if there is nothing. Errors as in `is_folder`."""
     try:
-        return os.stat(path).st_mode
+        return os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
-        return 0
+        return None
     except OSError as error:
         raise ValmError(f"cannot look at {short(os.fspath(path))}: {error.strerror}") from error
     except ValueError:  # a NUL in it
-        return 0
+        return None
+
+
+def _mode(path: str | os.PathLike) -> int:
+    found = status(path)
+    return found.st_mode if found else 0
 
 
 def check_regular(path: Path) -> None:
