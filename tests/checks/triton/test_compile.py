@@ -37,9 +37,16 @@ SHARED_LIMIT = {**SHARED_PER_BLOCK, 80: 99 * 1024}
 # block there are none, and 1.67 or 3 times the products.
 TEXT_LOOP_SPILLS = {
     **{("key", call, arch, 128, "float32"): 28 for call in ("dense", "softcap image_q") for arch in (80, 90, 100)},
-    ("forward", "dense", 100, 128, "float32"): 4,
-    ("forward", "softcap image_q", 100, 128, "float32"): 10,
+    ("forward", "dense", 100, 128, "float32"): 7,
+    ("forward", "softcap image_q", 100, 128, "float32"): 1,
+    **{("forward", call, 100, 256, "float32"): 1 for call in ("dense", "decode", "softcap image_q")},
+    ("query", "softcap image_q", 100, 256, "float32"): 3,
+    # beside 384 instructions of each warp for the products of a step
+    **{("key", call, arch, 256, "float32"): 69 for call in ("dense", "softcap image_q") for arch in (80, 90, 100)},
     ("query", "softcap image_q", "gfx942", 256, "float16"): 30,
+    ("forward", "decode", "gfx942", 256, "float32"): 69,
+    ("query", "dense", "gfx942", 256, "float32"): 91,
+    ("query", "softcap image_q", "gfx942", 256, "float32"): 95,
 }
 # The same in the loop over images, which waits for memory; half of the tile would take twice the products of the text.
 IMAGE_LOOP_SPILLS = {
@@ -54,9 +61,14 @@ IMAGE_LOOP_SPILLS = {
     ("query", "softcap image_q", "gfx942", 256, "float16"): 94,
     ("query", "dense", "gfx942", 128, "float32"): 19,
     ("query", "softcap image_q", "gfx942", 128, "float32"): 8,
+    ("forward", "dense", "gfx942", 256, "float32"): 86,
+    ("forward", "decode", "gfx942", 256, "float32"): 85,
+    ("forward", "softcap image_q", "gfx942", 256, "float32"): 64,
+    ("query", "dense", "gfx942", 256, "float32"): 196,
+    ("query", "softcap image_q", "gfx942", 256, "float32"): 201,
     ("forward", "head of 80", 90, 80, "float16"): 27,
     ("query", "head of 80", 90, 80, "float16"): 182,
-    ("pool", "pooled", 100, 128, "float32"): 2,
+    **{("pool", "pooled", 100, head_dim, "float32"): 2 for head_dim in (128, 256)},
 }
 # What other versions of Triton store and load beyond that, in loops over keys or queries and over images.
 OTHER_TRITONS: dict[str, tuple[dict, dict]] = {
@@ -121,17 +133,12 @@ def test_compiles_within_limits_and_as_on_record(kernel, call, arch, head_dim, d
     assert report.shared_bytes <= SHARED_LIMIT[arch]
     if kernel in ("forward", "query", "key"):
         assert bool(report.mma) == (call != "joined")
-    # Float32 at D = 256 is on record alone. With the tiles (16, 16, 8, 2) the forward issues 2.5 times the products and
-    # has 17 spills in its loop over keys; with (16, 32, 4, 1) or (16, 16, 2, 2) it issues each once and has 204 or 224.
-    if (head_dim, dtype) != (256, "float32"):
-        found = (report.text_loop_spills, report.image_loop_spills)
-        listed = zip(
-            (TEXT_LOOP_SPILLS, IMAGE_LOOP_SPILLS), OTHER_TRITONS.get(triton.__version__, ({}, {})), strict=True
-        )
-        allowed = [max(spills.get(case, 0) for spills in both) for both in listed]
-        assert all(map(le, found, allowed)), f"{found} spills in loops, {allowed} allowed"
-        counted = kernel in ("forward", "query", "key") and call != "joined"
-        assert report.products == (pytest.approx(1.0, rel=0.02) if counted else None)
+    found = (report.text_loop_spills, report.image_loop_spills)
+    listed = zip((TEXT_LOOP_SPILLS, IMAGE_LOOP_SPILLS), OTHER_TRITONS.get(triton.__version__, ({}, {})), strict=True)
+    allowed = [max(spills.get(case, 0) for spills in both) for both in listed]
+    assert all(map(le, found, allowed)), f"{found} spills in loops, {allowed} allowed"
+    counted = kernel in ("forward", "query", "key") and call != "joined"
+    assert report.products == (pytest.approx(1.0, rel=0.02) if counted else None)
     # the tiles of D = 256 are too small for the instructions of a whole warp group
     if dtype != "float32" and head_dim <= 128 and kernel in ("forward", "key") and call not in ("decode", "joined"):
         assert TENSOR_CORES[arch] in report.mma

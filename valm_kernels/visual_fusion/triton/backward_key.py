@@ -20,6 +20,7 @@ from .primitives import (
     columns,
     kernel,
     load_lse,
+    products,
     row_pointers,
     tile_rows,
     used_keys,
@@ -88,8 +89,9 @@ def _query_range_kernel(
 def _key_query_tiles(
     b_dk,
     b_dv,
-    b_k,
-    b_v,
+    k,  # rows for `products`
+    v,
+    m_key,
     q,
     grad_out,
     lse,
@@ -116,35 +118,45 @@ def _key_query_tiles(
     BLOCK_M: tl.constexpr,
     MASKED: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    BY_SLABS: tl.constexpr,
 ):
     """Adds the queries of [begin, end) to dk / scale and dv. MASKED: some of them may not see every key."""
     m_d = tl.arange(0, BLOCK_D) < D
     for i_r in range(begin * BLOCK_G, end * BLOCK_G, BLOCK_M):
         o_t, o_h, m_row = tile_rows(i_r, i_h, Tq, G, BLOCK_G, BLOCK_M)
         # [BM, BD]
-        p_q = columns(row_pointers(q, stride_q, i_b, o_h, o_t), BLOCK_D, ALIGNED)
-        p_do = columns(row_pointers(grad_out, stride_do, i_b, o_h, o_t), BLOCK_D, ALIGNED)
-        # both addresses before both loads: the other order spills at D = 128
-        b_q = tl.load(p_q, mask=m_d[None, :], other=0.0)
-        b_do = tl.load(p_do, mask=m_d[None, :], other=0.0)
+        p_q = row_pointers(q, stride_q, i_b, o_h, o_t)
+        p_do = row_pointers(grad_out, stride_do, i_b, o_h, o_t)
+        if not BY_SLABS:
+            p_qd, p_dod = columns(p_q, BLOCK_D, ALIGNED), columns(p_do, BLOCK_D, ALIGNED)
+            # both addresses before both loads: the other order spills at D = 128
+            b_q = tl.load(p_qd, mask=m_d[None, :], other=0.0)
+            b_do = tl.load(p_dod, mask=m_d[None, :], other=0.0)
         # [BM]
         o_row = (i_b * Hkv * G + o_h) * Tq + o_t
         b_lse = load_lse(lse, o_row, m_row)
         b_delta = tl.load(delta + o_row)
         # [BN, BM]
-        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=INPUT_PRECISION) * scale_log2
+        queries = p_q if BY_SLABS else b_q
+        b_s = products(k, queries, m_key, None, i_r, D, BLOCK_D, ALIGNED, INPUT_PRECISION) * scale_log2
         b_s = capped(b_s, softcap_log2)
         b_p = tl.exp2(b_s - b_lse[None, :])
         if MASKED:
             b_first, b_last = visible_keys(first_key, i_b, o_t, Tq, Tk, CAUSAL)
             b_p = tl.where((o_n[:, None] >= b_first[None, :]) & (o_n[:, None] <= b_last[None, :]), b_p, 0.0)
         # [BN, BD]
+        if BY_SLABS:
+            # both at once, as above, are more float32 than there are registers
+            b_do = tl.load(columns(p_do, BLOCK_D, ALIGNED), mask=m_d[None, :], other=0.0)
         b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=INPUT_PRECISION)
         if softcap_log2 is not None:
             # before the next product: after it, b_s is in registers for longer, and D = 128 spills
             b_p *= cap_slope(b_s, softcap_log2)
-        b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=INPUT_PRECISION)
+        gradients = p_do if BY_SLABS else b_do
+        b_dp = products(v, gradients, m_key, None, i_r, D, BLOCK_D, ALIGNED, INPUT_PRECISION)
         b_ds = b_p * (b_dp - b_delta[None, :])
+        if BY_SLABS:
+            b_q = tl.load(columns(p_q, BLOCK_D, ALIGNED), mask=m_d[None, :], other=0.0)
         b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=INPUT_PRECISION)
     return b_dk, b_dv
 
@@ -184,6 +196,7 @@ def _key_kernel(
     G: tl.constexpr,
     CAUSAL: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    BY_SLABS: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -200,9 +213,12 @@ def _key_kernel(
     o_n = n_first + tl.arange(0, BLOCK_N)
     m_n = (o_n < n_keys)[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
     o_row = o_n.to(tl.int64)
-    # [BN, BD]; what is computed for keys past the last is never stored
-    b_k = tl.load(columns(row_pointers(k, strides.k, i_b, i_h, o_row), BLOCK_D, ALIGNED), mask=m_n, other=0.0)
-    b_v = tl.load(columns(row_pointers(v, strides.v, i_b, i_h, o_row), BLOCK_D, ALIGNED), mask=m_n, other=0.0)
+    # [BN], or [BN, BD]; what is computed for keys past the last is never stored
+    k_rows = row_pointers(k, strides.k, i_b, i_h, o_row)
+    v_rows = row_pointers(v, strides.v, i_b, i_h, o_row)
+    if not BY_SLABS:
+        k_rows = tl.load(columns(k_rows, BLOCK_D, ALIGNED), mask=m_n, other=0.0)
+        v_rows = tl.load(columns(v_rows, BLOCK_D, ALIGNED), mask=m_n, other=0.0)
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
@@ -222,8 +238,9 @@ def _key_kernel(
         b_dk, b_dv = _key_query_tiles(
             b_dk,
             b_dv,
-            b_k,
-            b_v,
+            k_rows,
+            v_rows,
+            o_n < n_keys,
             q,
             grad_out,
             lse,
@@ -250,6 +267,7 @@ def _key_kernel(
             BLOCK_M,
             i_part == 0,
             INPUT_PRECISION,
+            BY_SLABS,
         )
     p_dk = columns(row_pointers(dk, strides.dk, i_b, i_h, o_row), BLOCK_D, ALIGNED)
     p_dv = columns(row_pointers(dv, strides.dv, i_b, i_h, o_row), BLOCK_D, ALIGNED)

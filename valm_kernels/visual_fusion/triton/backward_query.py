@@ -46,11 +46,10 @@ from .tiles import Tiles
 
 
 @triton.jit
-def _dq_step(b_dq, row_values, b_s, b_k, b_v, INPUT_PRECISION: tl.constexpr):
+def _dq_step(b_dq, row_values, b_s, b_dp, b_k, b_v, INPUT_PRECISION: tl.constexpr):
     """Adds a key tile to dq / scale."""
-    b_do, b_lse, b_delta, softcap_log2 = row_values
+    b_lse, b_delta, softcap_log2 = row_values
     b_p = tl.exp2(b_s - b_lse[:, None])
-    b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=INPUT_PRECISION)
     b_ds = b_p * (b_dp - b_delta[:, None])
     if softcap_log2 is not None:
         b_ds *= cap_slope(b_s, softcap_log2)
@@ -122,6 +121,7 @@ def _query_kernel(
     G: tl.constexpr,
     CAUSAL: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    BY_SLABS: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -237,8 +237,9 @@ def _query_kernel(
             b_dq = over_key_tiles(
                 _dq_step,
                 b_dq,
-                (b_do, b_lse, b_delta, softcap_log2),
-                b_q,
+                (b_lse, b_delta, softcap_log2),
+                row_pointers(q, strides.q, i_b, o_h, o_t) if BY_SLABS else b_q,
+                row_pointers(grad_out, strides.grad_out, i_b, o_h, o_t) if BY_SLABS else b_do,
                 k + i_b * strides.k[0] + i_h * strides.k[1],
                 v + i_b * strides.v[0] + i_h * strides.v[1],
                 strides.k[2],

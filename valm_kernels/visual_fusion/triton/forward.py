@@ -92,7 +92,7 @@ def splits_of(programs: int, k_len: int, has_images: bool, multiprocessors: int)
 
 
 @triton.jit
-def _softmax_step(carry, row_values, b_s, b_k, b_v, INPUT_PRECISION: tl.constexpr):
+def _softmax_step(carry, row_values, b_s, b_dp, b_k, b_v, INPUT_PRECISION: tl.constexpr):
     """Takes a key tile into the running softmax."""
     b_acc, b_m, b_l = carry
     b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
@@ -162,6 +162,7 @@ def _forward_kernel(
     G: tl.constexpr,
     CAUSAL: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    BY_SLABS: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -228,7 +229,8 @@ def _forward_kernel(
             _softmax_step,
             (b_acc, b_m, b_l),
             None,
-            b_q,
+            row_pointers(q, strides.q, i_b, o_h, o_t) if BY_SLABS else b_q,
+            None,
             k + i_b * strides.k[0] + i_h * strides.k[1],
             v + i_b * strides.v[0] + i_h * strides.v[1],
             strides.k[2],

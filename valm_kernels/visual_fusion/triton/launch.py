@@ -69,6 +69,7 @@ def _constants(head_dim: int, group: int, dtype: torch.dtype, causal: bool, arch
         "CAUSAL": causal,
         "ALIGNED": head_dim * dtype.itemsize % VECTOR == 0,
         "INPUT_PRECISION": "tf32x3" if tf32 else "ieee",
+        "BY_SLABS": tf32 and head_dim > 128,
         "BLOCK_D": block_d(head_dim),
         "BLOCK_G": triton.next_power_of_2(group),
     }

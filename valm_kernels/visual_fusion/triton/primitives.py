@@ -27,6 +27,9 @@ LN2 = tl.constexpr(0.6931471805599453)
 # work on this one is done, and waits for it at once: only a third lets copies and work overlap.
 IMAGE_STAGES = tl.constexpr(3)
 
+# Columns of the slabs in which `products` reads rows.
+SLAB = tl.constexpr(32)
+
 
 def kernel(function: Callable) -> Any:
     """`triton.jit` for a kernel that is compiled once whatever the values of its arguments, but for the strides.
@@ -148,11 +151,46 @@ def cap_slope(b_s, softcap_log2):
 
 
 @triton.jit
+def products(
+    a,
+    b,
+    m_a,
+    m_b,
+    i_step,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """The product of each row of a with each row of b, [BM, BN], in step i_step >= 0 of a loop that keeps a.
+
+    a and b are tiles, [BM, BD] and [BN, BD]; or pointers to rows, [BM] and [BN], which are read SLAB columns at a time.
+    m_a and m_b say which of these rows exist (None: all). Of a tile a each warp holds its rows in registers, for the
+    whole loop, and 256 columns of float32 take all of them.
+    """
+    if len(a.shape) == 2:
+        b_s = tl.dot(a, tl.trans(b), input_precision=INPUT_PRECISION)
+    else:
+        # the compiler does not know that this is 0, and so does not read all of a before the loop
+        zero = tl.minimum(i_step, 0)
+        b_s = tl.zeros([a.shape[0], b.shape[0]], tl.float32)
+        for i_d in tl.static_range(0, BLOCK_D, SLAB):
+            m_d = (i_d + tl.arange(0, SLAB) < D)[None, :]
+            m_ad = m_d if m_a is None else m_d & m_a[:, None]
+            m_bd = m_d if m_b is None else m_d & m_b[:, None]
+            b_a = tl.load(columns(a + (i_d + zero), SLAB, ALIGNED), mask=m_ad, other=0.0)
+            b_b = tl.load(columns(b + i_d, SLAB, ALIGNED), mask=m_bd, other=0.0)
+            b_s = tl.dot(b_a, tl.trans(b_b), b_s, input_precision=INPUT_PRECISION)
+    return b_s
+
+
+@triton.jit
 def over_key_tiles(
-    step: tl.constexpr,  # (carry, row_values, b_s, b_k, b_v, INPUT_PRECISION) -> carry
+    step: tl.constexpr,  # (carry, row_values, b_s, b_dp, b_k, b_v, INPUT_PRECISION) -> carry
     carry,
     row_values,
-    b_q,
+    q,  # rows for `products`
+    do,  # the same, or None
     p_k,  # the first key and value of the batch row and head
     p_v,
     stride_kn,
@@ -171,10 +209,12 @@ def over_key_tiles(
     ALIGNED: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    """Calls `step` on every key tile within keys lo..hi that the rows see, with its scores b_s [BM, BN].
+    """Calls `step` on every key tile within keys lo..hi that the rows see, with its scores b_s and products b_dp of do
+    and the values, [BM, BN] each.
 
     Scores are in units of log 2, and -inf where a row does not see the key.
     """
+    BY_SLABS: tl.constexpr = len(q.shape) == 1
     begin, full_begin, full_end, end = key_tile_range(b_first, b_last, lo, hi, BLOCK_N)
     m_d = tl.arange(0, BLOCK_D) < D
     # without first_key every row sees the keys from lo on, and only the end needs a mask
@@ -187,16 +227,23 @@ def over_key_tiles(
             if i_part != 1:
                 m_n = m_n & (o_n < Tk)[:, None]
             o_row = o_n.to(tl.int64)
+            p_kn, p_vn = p_k + o_row * stride_kn, p_v + o_row * stride_vn
             # [BN, BD]
-            b_k = tl.load(columns(p_k + o_row * stride_kn, BLOCK_D, ALIGNED), mask=m_n, other=0.0)
-            b_v = tl.load(columns(p_v + o_row * stride_vn, BLOCK_D, ALIGNED), mask=m_n, other=0.0)
+            b_k = tl.load(columns(p_kn, BLOCK_D, ALIGNED), mask=m_n, other=0.0)
+            b_v = tl.load(columns(p_vn, BLOCK_D, ALIGNED), mask=m_n, other=0.0)
+            m_key = None if i_part == 1 else o_n < Tk
             # [BM, BN]
-            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=INPUT_PRECISION) * scale_log2
+            keys = p_kn if BY_SLABS else b_k
+            b_s = products(q, keys, None, m_key, i_n, D, BLOCK_D, ALIGNED, INPUT_PRECISION) * scale_log2
             b_s = capped(b_s, softcap_log2)
             if i_part != 1:
                 m_seen = (o_n[None, :] >= b_first[:, None]) & (o_n[None, :] <= b_last[:, None])
                 b_s = tl.where(m_seen, b_s, float("-inf"))
-            carry = step(carry, row_values, b_s, b_k, b_v, INPUT_PRECISION)
+            b_dp = None
+            if do is not None:
+                values = p_vn if BY_SLABS else b_v
+                b_dp = products(do, values, None, m_key, i_n, D, BLOCK_D, ALIGNED, INPUT_PRECISION)
+            carry = step(carry, row_values, b_s, b_dp, b_k, b_v, INPUT_PRECISION)
     return carry
 
 

@@ -4,11 +4,11 @@ Not yet measured on a card. Each entry was chosen from the compiler's report (be
 of the candidates whose warps share the products of a tile, and whose loops over keys or queries keep all in registers,
 the one whose tiles reuse most. Where a block has fewer rows than its warps' instructions, groups of warps compute the
 same products: 8 warps need 128 rows of wgmma, and by mma.sync 128 rows or 64 columns. Registers that are stored before
-those loops, or in the loop over images, whose time is its loads', cost less than smaller tiles. For float32 at D = 256
-without such a candidate it is the one that stores least in its loops. A joined kernel has nothing to reuse, as every
-query has its own images: its tiles keep most copies and warps in flight. There are three stages where they fit: with
-two, the copy of the next tile starts only after the work on this one. On AMD a block of 16 makes Triton take smaller
-instructions, and a second stage takes registers.
+those loops, or in the loop over images, whose time is its loads', cost less than smaller tiles. Float32 at D = 256 is
+read by slabs (`primitives.products`). A joined kernel has nothing to reuse, as every query has its own images: its
+tiles keep most copies and warps in flight. There are three stages where they fit: with two, the copy of the next tile
+starts only after the work on this one. On AMD a block of 16 makes Triton take smaller instructions, and a second stage
+takes registers.
 VALM_KERNELS_AUTOTUNE=1 measures around these entries on the card at hand (autotune.py).
 
 Where measured_tiles.json, which `make gpu-check` writes, or the file named by VALM_KERNELS_TILES has tiles of a compute
@@ -50,17 +50,17 @@ _TILES: dict[tuple[str, int, int | str], tuple[Tiles, Tiles, Tiles]] = {
     ("forward", 2, 90): (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3), Tiles(32, 64, 8, 3)),
     ("forward", 2, 100): (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3), Tiles(32, 64, 8, 3)),
     ("forward", 2, "AMD"): (Tiles(128, 64, 4, 2), Tiles(128, 32, 4, 1), Tiles(64, 16, 4, 1)),
-    ("forward", 4, 80): (Tiles(32, 32, 4, 3), Tiles(32, 32, 4, 2), Tiles(16, 16, 8, 2)),
-    ("forward", 4, 90): (Tiles(128, 32, 8, 3), Tiles(32, 32, 4, 3), Tiles(16, 16, 8, 2)),
-    ("forward", 4, 100): (Tiles(128, 32, 8, 3), Tiles(32, 32, 4, 3), Tiles(16, 16, 8, 2)),
+    ("forward", 4, 80): (Tiles(32, 32, 4, 3), Tiles(32, 32, 4, 2), Tiles(16, 64, 8, 1)),
+    ("forward", 4, 90): (Tiles(128, 32, 8, 3), Tiles(32, 32, 4, 3), Tiles(16, 64, 8, 2)),
+    ("forward", 4, 100): (Tiles(128, 32, 8, 3), Tiles(32, 32, 4, 3), Tiles(16, 64, 8, 2)),
     ("forward", 4, "AMD"): (Tiles(128, 32, 4, 1), Tiles(64, 16, 4, 1), Tiles(64, 16, 4, 1)),
     ("decode", 2, 80): (Tiles(16, 128, 4, 3), Tiles(16, 64, 4, 3), Tiles(16, 32, 4, 3)),
     ("decode", 2, 90): (Tiles(16, 128, 4, 3), Tiles(16, 64, 4, 3), Tiles(16, 32, 4, 3)),
     ("decode", 2, 100): (Tiles(16, 128, 4, 3), Tiles(16, 64, 4, 3), Tiles(16, 32, 4, 3)),
     ("decode", 2, "AMD"): (Tiles(16, 64, 1, 2), Tiles(16, 32, 1, 2), Tiles(16, 16, 1, 1)),
-    ("decode", 4, 80): (Tiles(16, 32, 4, 3), Tiles(16, 32, 4, 3), Tiles(16, 16, 8, 2)),
-    ("decode", 4, 90): (Tiles(16, 64, 4, 3), Tiles(16, 32, 4, 3), Tiles(16, 16, 8, 2)),
-    ("decode", 4, 100): (Tiles(16, 64, 8, 2), Tiles(16, 32, 4, 3), Tiles(16, 16, 8, 2)),
+    ("decode", 4, 80): (Tiles(16, 32, 4, 3), Tiles(16, 32, 4, 3), Tiles(16, 64, 8, 1)),
+    ("decode", 4, 90): (Tiles(16, 64, 4, 3), Tiles(16, 32, 4, 3), Tiles(16, 64, 8, 2)),
+    ("decode", 4, 100): (Tiles(16, 64, 8, 2), Tiles(16, 32, 4, 3), Tiles(16, 64, 8, 2)),
     ("decode", 4, "AMD"): (Tiles(16, 32, 1, 2), Tiles(16, 16, 1, 2), Tiles(16, 16, 1, 1)),
     ("forward joined", 2, 80): (Tiles(32, 16, 4, 3), Tiles(16, 16, 8, 3), Tiles(16, 16, 8, 3)),
     ("forward joined", 2, 90): (Tiles(32, 16, 4, 3), Tiles(16, 16, 8, 3), Tiles(16, 16, 8, 3)),
@@ -70,17 +70,17 @@ _TILES: dict[tuple[str, int, int | str], tuple[Tiles, Tiles, Tiles]] = {
     ("query", 2, 90): (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3), Tiles(16, 32, 4, 3)),
     ("query", 2, 100): (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3), Tiles(16, 32, 4, 3)),
     ("query", 2, "AMD"): (Tiles(128, 32, 4, 2), Tiles(64, 16, 4, 2), Tiles(64, 16, 4, 1)),
-    ("query", 4, 80): (Tiles(32, 32, 4, 3), Tiles(16, 32, 4, 2), Tiles(16, 16, 8, 1)),
-    ("query", 4, 90): (Tiles(32, 32, 4, 3), Tiles(16, 32, 4, 2), Tiles(16, 16, 8, 1)),
-    ("query", 4, 100): (Tiles(32, 32, 4, 3), Tiles(16, 32, 4, 2), Tiles(16, 16, 8, 1)),
+    ("query", 4, 80): (Tiles(32, 32, 4, 3), Tiles(16, 32, 4, 2), Tiles(16, 64, 8, 1)),
+    ("query", 4, 90): (Tiles(32, 32, 4, 3), Tiles(16, 32, 4, 2), Tiles(16, 64, 8, 1)),
+    ("query", 4, 100): (Tiles(32, 32, 4, 3), Tiles(16, 32, 4, 2), Tiles(16, 64, 8, 1)),
     ("query", 4, "AMD"): (Tiles(64, 16, 4, 2), Tiles(64, 16, 4, 1), Tiles(64, 16, 4, 1)),
     ("query softcap", 2, 80): (Tiles(64, 64, 4, 3), Tiles(32, 32, 4, 3), Tiles(16, 32, 4, 3)),
     ("query softcap", 2, 90): (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3), Tiles(16, 32, 4, 3)),
     ("query softcap", 2, 100): (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3), Tiles(16, 32, 4, 3)),
     ("query softcap", 2, "AMD"): (Tiles(128, 32, 4, 2), Tiles(64, 16, 4, 2), Tiles(64, 16, 4, 1)),
-    ("query softcap", 4, 80): (Tiles(32, 32, 4, 3), Tiles(16, 32, 4, 2), Tiles(16, 16, 8, 1)),
-    ("query softcap", 4, 90): (Tiles(32, 32, 4, 3), Tiles(16, 32, 4, 2), Tiles(16, 16, 8, 1)),
-    ("query softcap", 4, 100): (Tiles(32, 32, 4, 3), Tiles(16, 32, 4, 2), Tiles(16, 16, 8, 1)),
+    ("query softcap", 4, 80): (Tiles(32, 32, 4, 3), Tiles(16, 32, 4, 2), Tiles(16, 64, 8, 1)),
+    ("query softcap", 4, 90): (Tiles(32, 32, 4, 3), Tiles(16, 32, 4, 2), Tiles(16, 64, 8, 1)),
+    ("query softcap", 4, 100): (Tiles(32, 32, 4, 3), Tiles(16, 32, 4, 2), Tiles(16, 64, 8, 1)),
     ("query softcap", 4, "AMD"): (Tiles(64, 16, 4, 2), Tiles(64, 16, 4, 1), Tiles(64, 16, 4, 1)),
     ("query joined", 2, 80): (Tiles(32, 16, 8, 3), Tiles(16, 16, 8, 3), Tiles(16, 16, 8, 3)),
     ("query joined", 2, 90): (Tiles(32, 16, 8, 3), Tiles(16, 16, 8, 3), Tiles(16, 16, 8, 3)),
@@ -90,17 +90,17 @@ _TILES: dict[tuple[str, int, int | str], tuple[Tiles, Tiles, Tiles]] = {
     ("key", 2, 90): (Tiles(64, 128, 8, 3), Tiles(32, 128, 8, 3), Tiles(64, 32, 8, 3)),
     ("key", 2, 100): (Tiles(64, 128, 8, 3), Tiles(64, 128, 8, 3), Tiles(64, 32, 8, 3)),
     ("key", 2, "AMD"): (Tiles(32, 128, 4, 2), Tiles(32, 128, 4, 1), Tiles(16, 64, 4, 1)),
-    ("key", 4, 80): (Tiles(32, 32, 4, 3), Tiles(32, 16, 4, 3), Tiles(16, 16, 8, 1)),
-    ("key", 4, 90): (Tiles(32, 32, 4, 3), Tiles(32, 16, 4, 3), Tiles(16, 16, 8, 1)),
-    ("key", 4, 100): (Tiles(32, 32, 4, 3), Tiles(32, 16, 4, 3), Tiles(16, 16, 8, 1)),
+    ("key", 4, 80): (Tiles(32, 32, 4, 3), Tiles(32, 16, 4, 3), Tiles(64, 16, 8, 1)),
+    ("key", 4, 90): (Tiles(32, 32, 4, 3), Tiles(32, 16, 4, 3), Tiles(64, 16, 8, 1)),
+    ("key", 4, 100): (Tiles(32, 32, 4, 3), Tiles(32, 16, 4, 3), Tiles(64, 16, 8, 1)),
     ("key", 4, "AMD"): (Tiles(32, 128, 4, 1), Tiles(16, 64, 4, 1), Tiles(16, 64, 4, 1)),
     ("key softcap", 2, 80): (Tiles(32, 64, 4, 3), Tiles(32, 64, 4, 3), Tiles(32, 16, 4, 2)),
     ("key softcap", 2, 90): (Tiles(64, 128, 8, 3), Tiles(32, 128, 8, 3), Tiles(64, 32, 8, 3)),
     ("key softcap", 2, 100): (Tiles(64, 128, 8, 3), Tiles(32, 128, 8, 3), Tiles(64, 32, 8, 3)),
     ("key softcap", 2, "AMD"): (Tiles(32, 128, 4, 2), Tiles(32, 128, 4, 1), Tiles(16, 64, 4, 1)),
-    ("key softcap", 4, 80): (Tiles(32, 32, 4, 3), Tiles(32, 16, 4, 3), Tiles(16, 16, 8, 1)),
-    ("key softcap", 4, 90): (Tiles(32, 32, 4, 3), Tiles(32, 16, 4, 3), Tiles(16, 16, 8, 1)),
-    ("key softcap", 4, 100): (Tiles(32, 32, 4, 3), Tiles(32, 16, 4, 3), Tiles(16, 16, 8, 1)),
+    ("key softcap", 4, 80): (Tiles(32, 32, 4, 3), Tiles(32, 16, 4, 3), Tiles(64, 16, 8, 1)),
+    ("key softcap", 4, 90): (Tiles(32, 32, 4, 3), Tiles(32, 16, 4, 3), Tiles(64, 16, 8, 1)),
+    ("key softcap", 4, 100): (Tiles(32, 32, 4, 3), Tiles(32, 16, 4, 3), Tiles(64, 16, 8, 1)),
     ("key softcap", 4, "AMD"): (Tiles(32, 128, 4, 1), Tiles(16, 64, 4, 1), Tiles(16, 64, 4, 1)),
 }
 

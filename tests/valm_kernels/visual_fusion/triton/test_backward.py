@@ -39,6 +39,7 @@ QUICK = {
     "not causal",
     "multi-query",
     "odd head",
+    "odd wide head",
     "documents with prefix",
     "random first_key with prefix",
     "group of three",
