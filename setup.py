@@ -6,8 +6,8 @@ when nvcc is found, "on" without nvcc is an error. The GPU itself is never looke
 for compute capability 9.0, and as PTX for newer ones, which takes less time. VALM_KERNELS_CXXFLAGS has more flags for
 the host code, behind ours (`make sanitize`).
 
-`python setup.py build_ext --inplace` also works without pybind11, whose headers PyTorch ships, and without ninja: then
-every source is compiled each time, in as many processes as there are cores.
+`python setup.py build_ext --inplace` also works without pybind11, whose headers PyTorch ships, without ninja (then
+every source is compiled each time, in as many processes as there are cores) and with a setuptools before 77.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
-from setuptools import Extension, setup
+import setuptools
+from setuptools import Distribution, Extension, setup
 from setuptools.command import build as build_command
 from setuptools.command.build_ext import build_ext
 
@@ -120,6 +121,19 @@ class NativeFirst(build_command.build):
     """The native module comes first, so that what stops it does not stand below hundreds of copied files."""
 
     sub_commands = sorted(build_command.build.sub_commands, key=lambda command: command[0] != "build_ext")
+
+
+class NativeAlone(Distribution):
+    """The native module, of which pyproject.toml says nothing."""
+
+    def parse_config_files(self, *arguments: object, **keywords: object) -> None:
+        pass
+
+
+def distribution() -> type[Distribution]:
+    """An older setuptools cannot read the licence in pyproject.toml, and needs not where nothing is packed."""
+    old = int(setuptools.__version__.partition(".")[0]) < 77
+    return NativeAlone if old and sys.argv[1:2] == ["build_ext"] else Distribution
 
 
 @dataclass(frozen=True)
@@ -255,6 +269,7 @@ def ninja_path(path: Path | str) -> str:
 
 
 setup(
+    distclass=distribution(),
     ext_modules=[Extension("valm_kernels._native", sources=["csrc/bindings.cpp"])],
     cmdclass={"build": NativeFirst, "build_ext": NativeBuild},
 )

@@ -116,6 +116,21 @@ def load_setup(monkeypatch):
     return module
 
 
+@pytest.mark.parametrize(
+    ("version", "command", "alone"),
+    [("70.2.0", "build_ext", True), ("77.0.3", "build_ext", False), ("70.2.0", "sdist", False)],
+)
+def test_an_old_setuptools_reads_no_pyproject_for_the_native_module(monkeypatch, version, command, alone):
+    setup = load_setup(monkeypatch)
+    monkeypatch.setattr("setuptools.__version__", version)
+    monkeypatch.setattr(sys, "argv", ["setup.py", command, "--inplace"])
+    assert (setup.distribution() is setup.NativeAlone) == alone
+    if alone:
+        distribution = setup.distribution()({"ext_modules": []})
+        distribution.parse_config_files()
+        assert distribution.metadata.license is None
+
+
 def test_cuda_on_without_nvcc_is_an_error(tmp_path):
     environment = {"VALM_KERNELS_CUDA": "on", "PATH": str(tmp_path), "CUDA_HOME": str(tmp_path), "CUDA_PATH": ""}
     done = build(tmp_path, **environment)
