@@ -17,6 +17,7 @@ from benchmarks.peers.topk import CUDA_PEERS, PEERS, Search
 from benchmarks.valm_kernels import roofline
 from tests.valm_kernels.topk.databases import adversarial, normals
 from valm_kernels import FlatIPIndex, ip_scores, ip_topk
+from valm_kernels.topk import cuda
 
 
 class Vectors(NamedTuple):
@@ -136,6 +137,8 @@ def bench_search(measure, device, case, name):
     elsewhere = PEERS if device.type == "cuda" else CUDA_PEERS
     if name in elsewhere:
         pytest.skip(f"{name} is measured on {'the CPU' if elsewhere is PEERS else 'CUDA'} only")
+    if name in OURS and device.type == "cuda" and not cuda.has_code(device):
+        pytest.skip("the native module has no code for this card, so that PyTorch would search")
     if case.n_queries == 512 and device.type == "cpu":
         pytest.skip("measured on CUDA, beside the estimate of the roofline")
     queries = generate(case.vectors, device)[1][: case.n_queries]
