@@ -5,6 +5,7 @@ import torch
 
 from tests.valm_kernels.visual_fusion.problems import PROBLEMS, Problem, assert_solves, cotangents, solve
 from valm_kernels import visual_fusion_attn
+from valm_kernels.visual_fusion import flash
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,13 +20,17 @@ LARGE = {
     "group of six": Problem(query_heads=6, kv_heads=1, num_queries=400, head_dim=96),
     "documents": Problem(num_queries=1024, head_dim=64, first_key="documents", pool_size=50),
     "widest": Problem(num_queries=300, head_dim=256, num_images=4),
+    "softcap": Problem(num_queries=500, head_dim=64, num_images=4, softcap=2.0),
+    "wide softcap": Problem(num_queries=400, head_dim=128, num_images=4, softcap=2.0),
     "widest softcap": Problem(num_queries=300, head_dim=256, num_images=4, softcap=2.0),
     "widest decode": Problem(num_queries=1, prefix=3000, head_dim=256, num_images=4),
     "decode": Problem(num_queries=1, prefix=5000, head_dim=64, num_images=4),
     "decode grouped": Problem(query_heads=8, kv_heads=1, num_queries=2, prefix=3000, head_dim=128, pool_size=9),
+    "packed": Problem(query_heads=4, kv_heads=2, cu_seqlens=True, batch=3, num_queries=400, head_dim=64, pool_size=50),
+    "packed, no images": Problem(cu_seqlens=True, batch=1, num_queries=700, head_dim=128, num_images=0),
 }
 # Those that flash attention takes.
-WITH_FLASH = ["dense", "pooled", "group of six", "widest"]
+WITH_FLASH = ["dense", "pooled", "group of six", "widest", "packed", "packed, no images"]
 
 
 def on_card(problem, dtype):
@@ -48,8 +53,14 @@ def test_agrees_on_large_problems(name, dtype):
 @pytest.mark.parametrize("with_lse", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("name", WITH_FLASH)
-def test_agrees_with_flash_attention_for_the_text(name, dtype, with_lse):
+def test_agrees_with_flash_attention_for_the_text(monkeypatch, name, dtype, with_lse):
+    """Its backward too, where no gradient of lse is asked for: one that is deterministic would be another."""
+    calls = []
+    text_backward = flash.text_backward
+    monkeypatch.setattr(flash, "text_backward", lambda *tensors: calls.append(1) or text_backward(*tensors))
+    torch.set_deterministic_debug_mode("default")
     assert_solves("flash+triton", LARGE[name], dtype, with_lse, device="cuda")
+    assert bool(calls) == (not with_lse)
 
 
 @pytest.mark.parametrize("name", ["dense", "pooled", "decode"])
