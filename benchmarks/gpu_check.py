@@ -8,14 +8,17 @@
 It runs under the Python that is there, installs nothing and needs no network. A step is one or more processes side by
 side, with logs in the folder of the results (build/gpu-check/). Each has a budget in seconds, and what the steps before
 it have left of theirs; then it is stopped and the next begins. What is measured is written at once, so that a run that
-was killed goes on where it was. From the results come benchmarks/results/gpu.csv, docs/results/gpu.md, the length from
-which on flash attention was faster and, if the tests pass with them, the measured tiles of the Triton kernels.
+was killed goes on where it was; a step is run again where what it reads has changed. From the results come
+benchmarks/results/gpu.csv, docs/results/gpu.md and, if the tests pass with them, the measured tiles of the Triton
+kernels and the length from which on flash attention was faster. No step reads those that an earlier visit has left in
+the package.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import ctypes
 import hashlib
 import importlib.util
 import json
@@ -30,7 +33,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -68,9 +71,14 @@ SANITIZED = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
 TESTED = (("CUBLAS_WORKSPACE_CONFIG", ":4096:8"), ("OMP_NUM_THREADS", "1"))
 TILES, TESTS_OF_TILES = "measure tiles", "tests of the measured tiles"
 CROSSOVER = "measure the crossover"
+FLASH_TESTS = "test_agrees_with_flash_attention_for_the_text"
+# The package's measured files, for those that read none: the table and the estimate.
+NONE_MEASURED = "none-measured.json"
+PR_SET_PDEATHSIG = 1
 
 # What may be missing, and what follows. By the name of the module, or of the program.
 OPTIONAL_MODULES = {
+    "setuptools": "the native module is not built, so the native top-K is not tested",
     "pytest_timeout": "a test that hangs ends with its step",
     "xdist": "nothing is lost: the tests are divided among processes here",
     "pytest_benchmark": "a stopwatch of benchmarks/conftest.py measures",
@@ -91,8 +99,8 @@ OPTIONAL_PROGRAMS = {
 class Step:
     """Commands that run side by side. tests: they are of pytest with the plugin outcomes.py.
 
-    always: also where an earlier run did it, because what it makes does not stay with the results. skipped: why it
-    cannot run here.
+    always: also where an earlier run did it, because what it makes does not stay with the results. reads: files of
+    other steps; where they change, what it did counts no longer. skipped: why it cannot run here.
     """
 
     name: str
@@ -101,6 +109,7 @@ class Step:
     environment: tuple[tuple[str, str], ...] = ()
     tests: bool = False
     always: bool = False
+    reads: tuple[Path, ...] = ()
     skipped: str = ""
 
 
@@ -110,41 +119,52 @@ class Outcome:
     seconds: float
     note: str
     machine: str = ""
+    read: str = ""  # a hash of what the step reads
 
 
 def slug(name: str) -> str:
     return re.sub(r"\W+", "-", name)
 
 
-def tests_of(folder: Path, step: Step) -> list[outcomes.Ended]:
-    """How the tests of a step ended; none where it has no tests."""
+def outcome_files(folder: Path, step: Step) -> list[Path]:
+    """Where the tests of a step are noted; none where it has no tests."""
     files = [command[command.index("--outcomes") + 1] for command in step.commands if "--outcomes" in command]
-    return [ended for file in dict.fromkeys(files) for ended in outcomes.read(folder / Path(file).name).values()]
+    return [folder / Path(file).name for file in dict.fromkeys(files)]
 
 
-def plan(folder: Path, arch: int, processes: int, run: int = 0) -> list[Step]:
+def tests_of(folder: Path, step: Step) -> list[outcomes.Ended]:
+    """How the tests of a step ended."""
+    return [ended for file in outcome_files(folder, step) for ended in outcomes.read(file).values()]
+
+
+def plan(folder: Path, arch: int, processes: int, run: int = 0, state: str = "") -> list[Step]:
     """All steps on a card of compute capability `arch`, with their results in `folder`."""
     rows = ("--results", str(folder / "rows.csv"), "--append", "--device", "cuda")
     tune = (sys.executable, "-m", "benchmarks.valm_kernels.tune_tiles")
+    # beside the compiled kernels: a folder of results may be brought along without them
+    compiled = triton_cache() / f"gpu-check-{state[:16]}.csv"
+    tiles, crossover = folder / "tiles.json", folder / "crossover.json"
 
     def compiling(part: int) -> tuple[str, ...]:
-        return (*tune, "compile", str(folder), "--arch", str(arch), "--part", f"{part}/{processes}")
+        return (*tune, "compile", str(folder), str(compiled), "--arch", str(arch), "--part", f"{part}/{processes}")
 
     def pytest(name: str, *arguments: str) -> tuple[str, ...]:
         noted = ("--outcomes", str(folder / f"{slug(name)}.outcomes.csv"), "--run-number", str(run))
         plugins = ("-p", "no:cacheprovider", "-p", "no:xdist", "-p", "benchmarks.outcomes")
         return (sys.executable, "-m", "pytest", "-q", "--continue-on-collection-errors", *plugins, *noted, *arguments)
 
-    def tests(name: str, budget_s: int, *arguments: str) -> Step:
+    def tests(name: str, budget_s: int, *arguments: str, reads: tuple[Path, ...] = ()) -> Step:
         commands = tuple(pytest(name, "--part", f"{i}/{processes}", *arguments) for i in range(processes))
-        return Step(name, budget_s, commands, TESTED, tests=True)
+        return Step(name, budget_s, commands, TESTED, tests=True, reads=reads)
 
     def benchmark(name: str, budget_s: int, file: str, *arguments: str, skipped: str = "") -> Step:
         command = pytest(name, f"benchmarks/{file}", *rows, *arguments)
-        return Step(name, budget_s, (command,), tests=True, skipped=skipped)
+        return Step(name, budget_s, (command,), tests=True, reads=(tiles, crossover), skipped=skipped)
 
     def sanitizer(tool: str) -> tuple[str, ...]:
         options = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", "--target-processes", "all")
+        if tool == "initcheck":  # the tests fill new memory, which is then never read before it was written
+            options = ("env", "VALM_KERNELS_POISON=0", *options)
         return (*options, *pytest(f"sanitizers {tool}", "-m", "gpu", "-k", SMALL, "tests/valm_kernels"))
 
     no_sanitizer = "" if program("compute-sanitizer") else "there is no compute-sanitizer"
@@ -158,10 +178,18 @@ def plan(folder: Path, arch: int, processes: int, run: int = 0) -> list[Step]:
             always=True,
         ),
         tests("tests", 105, "-m", "gpu", "tests/valm_kernels"),
-        Step("compile tiles", 60, tuple(map(compiling, range(processes))), (("OMP_NUM_THREADS", "1"),)),
-        Step(TILES, 45, ((*tune, "measure", str(folder)),)),
-        tests(TESTS_OF_TILES, 35, "-m", "gpu", "-k", "large_problems or flash_attention", "tests/valm_kernels"),
-        Step(CROSSOVER, 20, ((sys.executable, "-m", "benchmarks.valm_kernels.measure_crossover", str(folder)),)),
+        Step("compile tiles", 60, tuple(map(compiling, range(processes))), (("OMP_NUM_THREADS", "1"),), always=True),
+        Step(TILES, 45, ((*tune, "measure", str(folder), str(compiled)),), reads=(compiled,)),
+        tests(
+            *(TESTS_OF_TILES, 35, "-m", "gpu", "-k", f"large_problems or {FLASH_TESTS}", "tests/valm_kernels"),
+            reads=(tiles,),
+        ),
+        Step(
+            CROSSOVER,
+            20,
+            ((sys.executable, "-m", "benchmarks.valm_kernels.measure_crossover", str(folder)),),
+            reads=(tiles,),
+        ),
         # FlexAttention compiles for as long as all others together take, and loses
         benchmark(
             "attention", 65, "valm_kernels/bench_visual_fusion.py", "-k", "bench_forward and bfloat16 and not Flex"
@@ -182,6 +210,12 @@ def plan(folder: Path, arch: int, processes: int, run: int = 0) -> list[Step]:
             skipped=no_sanitizer,
         ),
     ]
+
+
+def triton_cache() -> Path:
+    from triton import knobs
+
+    return Path(knobs.cache.dir)
 
 
 def program(name: str) -> str | None:
@@ -226,7 +260,7 @@ def why_no_model() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the steps that have not passed yet and writes what follows from them; 1 if a step failed, else 0."""
-    begun = time.monotonic()
+    begun = time.monotonic() - seconds_running()
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of the results (%(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="show the plan and what it compiles")
@@ -244,15 +278,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("gpu-check needs a CUDA device, and torch sees none here (--dry-run shows the plan)", file=sys.stderr)
         return 1
     folder.mkdir(parents=True, exist_ok=True)
-    run = begin(folder, state_of_card_and_code())
+    state = state_of_card_and_code()
+    run = begin(folder, state)
     for name, text in missing().items():
         print(f"missing: {name}: {text}")
     # so that what it has started ends with it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("gpu-check was told to end"))
     major, minor = torch.cuda.get_device_capability()
-    steps = plan(folder, 10 * major + minor, number_of_processes(), run)
+    steps = plan(folder, 10 * major + minor, number_of_processes(), run, state)
     run_steps(steps, folder, begun)
     return finish(folder)
+
+
+def seconds_running() -> float:
+    """Since this process was started: PyTorch's import takes some."""
+    started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # proc(5): starttime
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
 
 
 def number_of_processes() -> int:
@@ -264,18 +305,25 @@ def number_of_processes() -> int:
 
 
 def begin(folder: Path, state: str) -> int:
-    """The number of this run in the folder. Results of another card or of other code are moved into a folder there."""
+    """The number of this run in the folder. Results of another card or of other code are moved into a folder there,
+    from which those of `state` come back."""
     path = folder / "state.json"
     noted = json.loads(path.read_text()) if path.exists() else {"state": state, "run": 0}
     if noted["state"] != state:
-        old = folder / f"before-{noted['state'][:8]}"
-        shutil.rmtree(old, ignore_errors=True)
-        old.mkdir()
-        for file in folder.iterdir():
-            if file.is_file():
-                file.rename(old / file.name)
+        old, own = (folder / f"before-{name[:8]}" for name in (noted["state"], state))
+        old.mkdir(exist_ok=True)
+        # state.json last, so that the next run goes on where this one was killed
+        for file in sorted(filter(Path.is_file, folder.iterdir()), key=lambda file: file == path):
+            file.replace(old / file.name)
         print(f"the results in {folder} are of another card or of other code: moved to {old}")
         noted = {"run": 0}
+        if own.exists():
+            noted = json.loads((own / path.name).read_text())
+            for file in own.iterdir():
+                file.replace(folder / file.name)
+            own.rmdir()
+            print(f"those of this card and code are back from {own}")
+    (folder / NONE_MEASURED).write_text("[]")
     with atomic_path(path) as partial:
         partial.write_text(json.dumps({"state": state, "run": noted["run"] + 1}))
     return noted["run"] + 1
@@ -298,7 +346,10 @@ def run_steps(steps: Sequence[Step], folder: Path, begun: float) -> None:
     before = read_steps(folder)
 
     def is_left(step: Step) -> bool:
-        return not step.skipped and (step.always or step.name not in before or before[step.name].outcome != "passed")
+        if step.skipped:
+            return False
+        ended = before.get(step.name)
+        return step.always or ended is None or ended.outcome != "passed" or ended.read != hash_of(step.reads)
 
     for number, step in enumerate(steps):
         if step.skipped:
@@ -309,9 +360,24 @@ def run_steps(steps: Sequence[Step], folder: Path, begun: float) -> None:
         else:
             # what it may take: its own budget, and what the steps before it have left of theirs
             later = sum(other.budget_s for other in steps[number + 1 :] if is_left(other))
-            outcome = run_step(step, folder, end - time.monotonic() - later)
+            read = hash_of(step.reads)
+            if step.name in before and before[step.name].read != read:
+                for file in outcome_files(folder, step):
+                    file.unlink(missing_ok=True)
+            outcome = replace(run_step(step, folder, end - time.monotonic() - later), read=read)
         note_step(folder, step.name, outcome)
         print(f"{step.name}: {outcome.outcome} in {outcome.seconds:.0f} s {outcome.note}".rstrip(), flush=True)
+
+
+def hash_of(files: Sequence[Path]) -> str:
+    """Of their lines in any order, as several processes write them; empty where there are no files."""
+    lines = [sorted(file.read_bytes().splitlines()) if file.exists() else [] for file in files]
+    return hashlib.sha256(repr(lines).encode()).hexdigest()[:16] if any(lines) else ""
+
+
+def end_with_parent() -> None:
+    """In a new process: it ends where gpu-check is killed, and so does not disturb the next run."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def run_step(step: Step, folder: Path, limit_s: float) -> Outcome:
@@ -321,7 +387,7 @@ def run_step(step: Step, folder: Path, limit_s: float) -> Outcome:
     if step.name == TESTS_OF_TILES and not (folder / "tiles.json").exists():
         return Outcome("failed", 0, "no tiles were measured")
     print(f"{step.name}: {len(step.commands)} x {' '.join(step.commands[0])}, {limit_s:.0f} s", flush=True)
-    environment = os.environ | {"PATH": search_path()} | dict(step.environment) | tiles_for_step(step, folder)
+    environment = os.environ | {"PATH": search_path()} | dict(step.environment) | measured_for(step, folder)
     start = time.monotonic()
     processes: dict[int, subprocess.Popen[bytes]] = {}
     restarts: Counter[int] = Counter()
@@ -342,6 +408,7 @@ def run_step(step: Step, folder: Path, limit_s: float) -> Outcome:
                     stdout=file,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
+                    preexec_fn=end_with_parent,
                 )
         except FileNotFoundError:
             failures.append(f"{step.commands[number][0]} is not installed")
@@ -389,16 +456,28 @@ def run_step(step: Step, folder: Path, limit_s: float) -> Outcome:
     return Outcome("failed" if failed else "passed", seconds, "; ".join(filter(None, notes)))
 
 
-def tiles_for_step(step: Step, folder: Path) -> dict[str, str]:
-    """The measured tiles for their tests, and after these have passed for what follows."""
-    if step.name == TESTS_OF_TILES or (tiles_passed(folder) and step.name not in ("tests", "compile tiles", TILES)):
-        return {"VALM_KERNELS_TILES": str(folder / "tiles.json")}
-    return {}
+def measured_for(step: Step, folder: Path) -> dict[str, str]:
+    """The measured tiles for their tests, and after these have passed for what follows; and the measured crossover."""
+    first = step.name in ("tests", "compile tiles", TILES)
+    tiles = step.name == TESTS_OF_TILES or (tiles_passed(folder) and not first)
+    crossover = crossover_passed(folder) and not first and step.name not in (TESTS_OF_TILES, CROSSOVER)
+    return {
+        "VALM_KERNELS_TILES": str(folder / ("tiles.json" if tiles else NONE_MEASURED)),
+        "VALM_KERNELS_CROSSOVER": str(folder / ("crossover.json" if crossover else NONE_MEASURED)),
+    }
 
 
 def tiles_passed(folder: Path) -> bool:
-    tests = read_steps(folder).get(TESTS_OF_TILES)
-    return tests is not None and tests.outcome == "passed" and (folder / "tiles.json").exists()
+    """Whether the tests have passed with the tiles that are there now."""
+    tests, tiles = read_steps(folder).get(TESTS_OF_TILES), folder / "tiles.json"
+    return tests is not None and tests.outcome == "passed" and tiles.exists() and tests.read == hash_of([tiles])
+
+
+def crossover_passed(folder: Path) -> bool:
+    """Whether there is a measured crossover, and the tests of flash attention have passed."""
+    tests = outcomes.read(folder / f"{slug('tests')}.outcomes.csv").values()
+    of_flash = [test.outcome for test in tests if FLASH_TESTS in test.test]
+    return (folder / "crossover.json").exists() and bool(of_flash) and set(of_flash) == {outcomes.PASSED}
 
 
 def read_steps(folder: Path) -> dict[str, Outcome]:
@@ -408,7 +487,7 @@ def read_steps(folder: Path) -> dict[str, Outcome]:
         return {}
     with path.open(newline="") as file:
         return {
-            row["step"]: Outcome(row["outcome"], float(row["seconds"]), row["note"], row["machine"])
+            row["step"]: Outcome(row["outcome"], float(row["seconds"]), row["note"], row["machine"], row["read"])
             for row in csv.DictReader(file)
         }
 
@@ -422,9 +501,12 @@ def finish(folder: Path) -> int:
     """Writes the repository's files and the summary; 1 if a step failed, else 0."""
     ended = read_steps(folder)
     write_results(folder, ended)
-    measured = {"tiles.json": MEASURED_TILES} if tiles_passed(folder) else {}
-    for name, file in (measured | {"crossover.json": MEASURED_CROSSOVER}).items():
-        if (folder / name).exists():
+    measured = (
+        ("tiles.json", MEASURED_TILES, tiles_passed(folder)),
+        ("crossover.json", MEASURED_CROSSOVER, crossover_passed(folder)),
+    )
+    for name, file, passed in measured:
+        if passed:
             write_measured(folder / name, file)
             print(f"written: {file}")
     with atomic_path(gpu_report.PAGE) as partial:

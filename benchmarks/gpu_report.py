@@ -29,8 +29,8 @@ this page.
 
 The machine needs PyTorch 2.9 with CUDA, Triton 3.5, NumPy, packaging and pytest; nothing is installed, and no network
 is used. What else is missing is listed at the start, and skipped with a reason: the model's benchmarks need the
-packages that valm asks for, the CUDA part of the native module needs nvcc, and rows of faiss-gpu (`valm[gpu]`, in the
-place of faiss-cpu), cuVS and FlashAttention-3 need these.
+packages that valm asks for, the native module needs setuptools and a C++ compiler, its CUDA part nvcc, and rows of
+faiss-gpu (`valm[gpu]`, in the place of faiss-cpu), cuVS and FlashAttention-3 need these.
 
 ```
 python -m benchmarks.gpu_check --dry-run             # the plan, its budgets and what it compiles; needs no card
@@ -40,14 +40,15 @@ python -m benchmarks.gpu_check --results FOLDER --report    # on any machine: wr
 ```
 
 Each step has a budget of seconds. A step that is not done by then is stopped and noted, and the next begins; each row
-and each test is written as soon as it is measured. Run it again, and it does what has not passed yet. Results of other
-code or of another card are moved aside. Where the machine is only lent, take the folder of the results away and use
-`--report` at home.
+and each test is written as soon as it is measured. Run it again, and it does what has not passed yet, and what has read
+tiles that are others now. Results of other code or of another card are moved aside, and are back when that card is.
+Where the machine is only lent, take the folder of the results away and use `--report` at home.
 
 Measured tiles hold for the compute capability of their card, and take the place of the estimated ones in `tiles.py`
-there. They are written only if the tests pass with them. `VALM_KERNELS_TILES` names another such file. The crossover is
-the text length from which on a forward and backward with PyTorch's own flash attention, to which a second kernel joins
-the images, was faster than one kernel for both; on other cards `impl="auto"` goes by an estimate.
+there. They are written only if the tests pass with them, and these launch every one. The crossover is the text length
+from which on a forward and backward with PyTorch's own flash attention, to which a second kernel joins the images, was
+faster than one kernel for both; on other cards `impl="auto"` goes by an estimate. It is written only if the tests of
+flash attention pass. `VALM_KERNELS_TILES` and `VALM_KERNELS_CROSSOVER` name other such files.
 
 A call's time is that of its host too, until the result is there. The GPU's own time is that of a CUDA graph of calls on
 copies of the inputs, together twice the size of the L2 cache. "Arithmetic" is the least time that an H100 needs by

@@ -3,8 +3,8 @@
     python -m pytest -p benchmarks.outcomes --outcomes FILE --run-number 2 --part 3/16 tests/valm_kernels
 
 Tests that passed before are not run again. Neither are those that an earlier process of the same run has begun: one
-that died goes on with what is left. An error after which the GPU takes no more work ends the process, as every later
-test would fail too.
+that died goes on with what is left. A test that did not end in an earlier run comes last, and after a second such run
+no more. An error after which the GPU takes no more work ends the process, as every later test would fail too.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ import torch
 # The process ended itself because the GPU takes no more work from it.
 DEVICE_LOST = 70
 STARTED, PASSED, FAILED, SKIPPED = "started", "passed", "failed", "skipped"
+# In so many runs a test that hangs may take what time there is.
+TRIES = 2
 
 
 @dataclass(frozen=True)
@@ -37,15 +40,24 @@ class Ended:
 
 def read(path: Path) -> dict[str, Ended]:
     """The last that is known of each test."""
+    return {row.test: row for row in read_rows(path)}
+
+
+def read_rows(path: Path) -> list[Ended]:
     if not path.exists():
-        return {}
+        return []
     with path.open(newline="") as file:
-        rows = [
+        return [
             Ended(int(row["run"]), row["test"], row["outcome"], float(row["seconds"]), row["note"])
             for row in csv.DictReader(file)
             if row["run"] != "run"  # two processes may both begin the file
         ]
-    return {row.test: row for row in rows}
+
+
+def runs_without_end(path: Path) -> Counter[str]:
+    """In how many runs each test was started and did not end."""
+    last = {(row.run, row.test): row.outcome for row in read_rows(path)}
+    return Counter(test for (_, test), outcome in last.items() if outcome == STARTED)
 
 
 def write(path: Path, ended: Ended) -> None:
@@ -74,13 +86,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     part, parts = map(int, config.getoption("--part").split("/"))
-    known, run = read(config.getoption("--outcomes")), config.getoption("--run-number")
+    path, run = config.getoption("--outcomes"), config.getoption("--run-number")
+    known, hung = read(path), runs_without_end(path)
 
     def is_left(item: pytest.Item) -> bool:
         before = known.get(item.nodeid)
-        return before is None or (before.outcome != PASSED and before.run != run)
+        if before is None:
+            return True
+        return before.outcome != PASSED and before.run != run and hung[item.nodeid] < TRIES
 
-    left = [item for item in items[part::parts] if is_left(item)]
+    left = sorted(filter(is_left, items[part::parts]), key=lambda item: hung[item.nodeid])
     kept = {id(item) for item in left}
     config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
     items[:] = left

@@ -2,10 +2,10 @@
 
     python -m benchmarks.valm_kernels.measure_crossover FOLDER
 
-Both take a forward and a backward of as many tokens at each length. Each time is written to FOLDER/crossover.csv at
-once, so that a run that was stopped goes on, and what follows from them to FOLDER/crossover.json, which crossover.py of
-the package reads. The estimate stays for a head dimension of which a time is missing, and beyond the longest text where
-flash attention was not faster at that.
+Both take a forward and a backward of as many tokens at each length, and must have the same results. Each time is
+written to FOLDER/crossover.csv at once, so that a run that was stopped goes on, and what follows from them to
+FOLDER/crossover.json, which crossover.py of the package reads. The estimate stays for a head dimension of which a time
+is missing (and the exit status is 1), and beyond the longest text where flash attention was not faster at that.
 """
 
 from __future__ import annotations
@@ -22,10 +22,23 @@ import torch
 import triton
 
 from benchmarks.outcomes import DEVICE_LOST, append_row
-from benchmarks.valm_kernels.tune_tiles import BEGUN, BEGUN_AGAIN, GAIN, MEASURED, Case, first_line
+from benchmarks.valm_kernels.tune_tiles import (
+    BEGUN,
+    BEGUN_AGAIN,
+    DIFFERS,
+    FAILED,
+    FAILED_AGAIN,
+    GAIN,
+    MEASURED,
+    Case,
+    are_close,
+    first_line,
+    has_failed,
+)
 from valm_kernels.atomic_files import atomic_path
 from valm_kernels.visual_fusion.crossover import HEAD_DIMS, capability
 from valm_kernels.visual_fusion.flash import NAME
+from valm_kernels.visual_fusion.inputs import Inputs
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 TOKENS = 8192
@@ -47,24 +60,39 @@ def cases() -> Iterator[tuple[int, int, str, Case]]:
                 yield head_dim, length, impl, replace(case, flash=impl == NAME)
 
 
-def measure(folder: Path) -> None:
-    """Measures what has not been, and writes crossover.json after each time."""
+def measure(folder: Path) -> list[str]:
+    """Measures what has not been, and writes crossover.json after each time.
+
+    Returns:
+        For each time that is missing, why.
+    """
     path = folder / "crossover.csv"
+    missing = []
     for head_dim, length, impl, case in cases():
         _, before = read_times(path).get((head_dim, length, impl), (None, ""))
-        if before in ("", BEGUN):
+        if before in ("", BEGUN) or has_failed(before):
             # noted first, so that what kills the process is tried twice and no more
             row = {"head_dim": head_dim, "keys": length, "impl": impl, "ms": ""}
             append_row(path, row | {"note": BEGUN_AGAIN if before else BEGUN})
             try:
                 inputs = case.inputs("cuda")
+                same = not case.flash or has_results_of_one_kernel(case, inputs)
                 ms = triton.testing.do_bench_cudagraph(lambda: case.run(inputs), rep=20, return_mode="median")  # noqa: B023
             except Exception as error:  # whatever the compiler or CUDA raise
-                append_row(path, row | {"note": first_line(error)})
+                failed = FAILED_AGAIN if has_failed(before) else FAILED
+                append_row(path, row | {"note": f"{failed}: {first_line(error)}"})
             else:
-                append_row(path, row | {"ms": f"{ms:.6g}", "note": MEASURED})
+                append_row(path, row | ({"ms": f"{ms:.6g}", "note": MEASURED} if same else {"note": DIFFERS}))
             torch.cuda.synchronize()  # raises where the card takes no more work from this process
+        ms, note = read_times(path)[head_dim, length, impl]
+        if ms is None:
+            missing.append(f"{impl} at {length} keys of {head_dim}: {note}")
         write_crossover(folder)
+    return missing
+
+
+def has_results_of_one_kernel(case: Case, inputs: Inputs) -> bool:
+    return are_close(replace(case, flash=False).run(inputs), case.run(inputs), case.dtype)
 
 
 def shortest(times: Times, head_dim: int) -> int | None:
@@ -122,10 +150,12 @@ def main() -> None:
     folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        measure(folder)
+        missing = measure(folder)
     except RuntimeError as error:  # of `synchronize`
         print(first_line(error))
         sys.exit(DEVICE_LOST)
+    if missing:
+        sys.exit("\n".join(["these times are missing:", *missing[-4:]]))
 
 
 if __name__ == "__main__":

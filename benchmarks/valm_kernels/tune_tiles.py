@@ -1,12 +1,13 @@
 """Measures the tiles of the Triton kernels on the card at hand: gpu-check's way to a measured table.
 
-    python -m benchmarks.valm_kernels.tune_tiles compile FOLDER --arch 90 --part 3/16    # needs no card
-    python -m benchmarks.valm_kernels.tune_tiles measure FOLDER
+    python -m benchmarks.valm_kernels.tune_tiles compile FOLDER COMPILED --arch 90 --part 3/16    # needs no card
+    python -m benchmarks.valm_kernels.tune_tiles measure FOLDER COMPILED
 
 Each entry of the table (tiles.py) is measured in a call that it is made for (CASES), beside the candidates around it
-(autotune.py). `compile` fills Triton's cache in several processes; `measure` then only loads. Each measurement is
-written to FOLDER/candidates.csv at once, and the fastest tiles so far to FOLDER/tiles.json, which tiles.py reads: a run
-that was stopped goes on. Tiles with which the results of the call are others than with the table's are not taken.
+(autotune.py). `compile` fills Triton's cache in several processes, and notes in the file COMPILED what is in it;
+`measure` then only loads. Each measurement is written to FOLDER/candidates.csv at once, and the fastest tiles so far to
+FOLDER/tiles.json, which tiles.py reads: a run that was stopped goes on. Tiles with which the results of the call are
+others than with the table's are not taken. It ends with exit status 1 where an entry of the table has no time.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ CHOOSING = (forward, backward_query, backward_key)
 # A compiler or card that this one kills. It is tried twice, as the first time the step may just have been stopped.
 BEGUN, BEGUN_AGAIN = "begun", "begun again"
 COMPILED, MEASURED = "compiled", "measured"
+# Tried once more by a later process: the card may have been short of memory.
+FAILED, FAILED_AGAIN = "does not run", "does not run again"
+AGREES, DIFFERS = "agrees", "other results"
 # Tiles take the place of the table's where they are faster by more than two measurements differ.
 GAIN = 1.03
 # Largest difference over the largest value, by bytes of an element: for wrong results, not for the last bits.
@@ -73,14 +77,18 @@ class Case:
     def inputs(self, device: str) -> Inputs:
         """As a projection leaves them: tokens before heads; a pool with 0.3 rows for each image of a token."""
 
+        # of its own: a capture in a CUDA graph that failed leaves the device's unusable
+        generator = None if device == "meta" else torch.Generator(device).manual_seed(0)
+
         def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, dtype=self.dtype, device=device)
+            return torch.randn(shape, dtype=self.dtype, device=device, generator=generator)
 
         q = normal(self.batch, self.queries, self.heads, self.head_dim).transpose(1, 2)
         k, v = (normal(self.batch, self.keys, self.kv_heads, self.head_dim).transpose(1, 2) for _ in range(2))
         rows = max(16, int(0.3 * self.batch * self.queries * self.images))
         pool_k, pool_v = (normal(rows, self.kv_heads, self.head_dim).transpose(0, 1) for _ in range(2))
-        index = torch.randint(rows, (self.batch, self.queries, self.images), device=device)
+        size = (self.batch, self.queries, self.images)
+        index = torch.randint(rows, size, device=device, generator=generator)
         fields = dict.fromkeys(Inputs._fields) | {"q": q, "k": k, "v": v, "image_k": pool_k, "image_v": pool_v}
         options = {"image_index": index, "causal": True, "scale": self.head_dim**-0.5, "softcap": self.softcap}
         return Inputs(**(fields | options))
@@ -152,8 +160,8 @@ def works(arch: int) -> list[tuple[Case, str | None, Tiles | None]]:
     return found
 
 
-def compile_part(folder: Path, arch: int, part: int, parts: int) -> None:
-    path = folder / "compiled.csv"
+def compile_part(path: Path, arch: int, part: int, parts: int) -> None:
+    """Compiles every candidate of a part that is not in the file `path`."""
     for case, kernel, tiles in works(arch)[part::parts]:
         if tiles is not None and not begin(path, case, kernel, tiles):
             continue
@@ -168,32 +176,41 @@ def compile_part(folder: Path, arch: int, part: int, parts: int) -> None:
             write_row(path, case, kernel, tiles, None, note)
 
 
-def measure(folder: Path) -> None:
-    """Measures what has been compiled, and writes tiles.json after each case."""
+def measure(folder: Path, compiled_file: Path) -> list[str]:
+    """Measures what has been compiled, and writes tiles.json after each case.
+
+    Returns:
+        For each entry of the table without a time, why.
+    """
     device = torch.device("cuda")
     arch = architecture(device)
-    compiled = read_rows(folder / "compiled.csv")
+    compiled = read_rows(compiled_file)
     path = folder / "candidates.csv"
+    missing = []
     for case in cases():
         inputs = case.inputs("cuda")
-        found = launchers(case, inputs, arch)
+        found, reason = launchers(case, inputs, arch)
         for kernel, tiles in pairs(case, arch):
             table = tiles == tiles_for(kernel, arch, case.head_dim, case.dtype)
-            if kernel not in found or not (
-                table or compiled.get(key(case, kernel, tiles), (None, ""))[1] == "compiled"
-            ):
+            if kernel not in found or not (table or compiled.get(key(case, kernel, tiles), (None, ""))[1] == COMPILED):
                 continue  # it does not compile, or there was no time for it
+            _, before = read_rows(path).get(key(case, kernel, tiles), (None, ""))
             if begin(path, case, kernel, tiles):
-                ms, note = time_of(found[kernel], tiles)
+                ms, note = time_of(found[kernel], tiles, FAILED_AGAIN if has_failed(before) else FAILED)
                 write_row(path, case, kernel, tiles, ms, note)
                 torch.cuda.synchronize()  # raises where the card takes no more work from this process
-        for kernel in found.keys() & set(case.kernels):
+        for kernel in case.kernels:
             while (best := fastest(case, kernel, arch, read_rows(path))) and not agrees(
-                case, inputs, arch, kernel, best
+                folder / "agreement.csv", case, inputs, arch, kernel, best
             ):
-                write_row(path, case, kernel, best, None, "other results than with the table's tiles")
+                write_row(path, case, kernel, best, None, DIFFERS)
                 torch.cuda.synchronize()
+            if best is None:
+                table = tiles_for(kernel, arch, case.head_dim, case.dtype)
+                _, note = read_rows(path).get(key(case, kernel, table), (None, reason))
+                missing.append(f"{kernel}, {case}: {note}")
         write_tiles(folder, arch)
+    return missing
 
 
 def fastest(case: Case, kernel: str, arch: int, rows: Rows) -> Tiles | None:
@@ -213,36 +230,49 @@ def times_of(case: Case, kernel: str, arch: int, rows: Rows) -> dict[Tiles, floa
     return {tiles: ms for tiles, ms in found.items() if ms is not None}
 
 
-def agrees(case: Case, inputs: Inputs, arch: int, kernel: str, best: Tiles) -> bool:
-    """Whether the results of a call with these tiles are those with the table's."""
+def agrees(path: Path, case: Case, inputs: Inputs, arch: int, kernel: str, best: Tiles) -> bool:
+    """Whether the results of a call with these tiles are those with the table's; noted in the file `path`.
+
+    Not where two processes that began to look have not come to an end.
+    """
+    if not begin(path, case, kernel, best):
+        return read_rows(path)[key(case, kernel, best)][1] == AGREES
     results = []
-    for tiles in (tiles_for(kernel, arch, case.head_dim, case.dtype), best):
-        with chosen(choice(case, arch, kernel, tiles)):
-            try:
+    try:
+        for tiles in (tiles_for(kernel, arch, case.head_dim, case.dtype), best):
+            with chosen(choice(case, arch, kernel, tiles)):
                 results.append(case.run(inputs))
-            except Exception as error:
-                print(f"{case}, {kernel}, {tiles}: {first_line(error)}", flush=True)
-                return False
+        same = are_close(*results, case.dtype)
+    except Exception as error:  # an error of the card shows itself where a result is looked at
+        print(f"{case}, {kernel}, {best}: {first_line(error)}", flush=True)
+        same = False
+    write_row(path, case, kernel, best, None, AGREES if same else DIFFERS)
+    return same
+
+
+def are_close(expected: list[Tensor], found: list[Tensor], dtype: torch.dtype) -> bool:
     return all(
-        (found - expected).abs().max() <= TOLERANCE[case.dtype.itemsize] * expected.abs().max()
-        for expected, found in zip(*results, strict=True)
+        bool((one - other).abs().max() <= TOLERANCE[dtype.itemsize] * one.abs().max())
+        for one, other in zip(expected, found, strict=True)
     )
 
 
-def launchers(case: Case, inputs: Inputs, arch: int) -> dict[str, Callable[[Tiles], Any]]:
-    """What launches each kernel of a case on the card with given tiles."""
+def launchers(case: Case, inputs: Inputs, arch: int) -> tuple[dict[str, Callable[[Tiles], Any]], str]:
+    """What launches each kernel of a case on the card with given tiles, and why some are missing."""
     found: dict[str, Callable[[Tiles], Any]] = {}
 
     def choose(name: str, inputs: Inputs, launch: Callable[[Tiles], Any]) -> Tiles:
         found.setdefault(name, launch)
         return tiles_for(name, arch, case.head_dim, case.dtype)
 
+    reason = ""
     with chosen(choose):
         try:
             case.run(inputs)
         except Exception as error:  # those that were found before it are measured all the same
-            print(f"{case}: {first_line(error)}", flush=True)
-    return found
+            reason = first_line(error)
+            print(f"{case}: {reason}", flush=True)
+    return found, reason
 
 
 def pairs(case: Case, arch: int) -> list[tuple[str, Tiles]]:
@@ -254,12 +284,12 @@ def pairs(case: Case, arch: int) -> list[tuple[str, Tiles]]:
     return found
 
 
-def time_of(launch: Callable[[Tiles], Any], tiles: Tiles) -> tuple[float | None, str]:
+def time_of(launch: Callable[[Tiles], Any], tiles: Tiles, failed: str) -> tuple[float | None, str]:
     """Milliseconds of the GPU, with L2 flushed between calls, or why there are none."""
     try:
         return triton.testing.do_bench(lambda: launch(tiles), warmup=5, rep=30, return_mode="median"), MEASURED
     except Exception as error:  # too much shared memory, or what the compiler or CUDA raise
-        return None, f"does not run: {first_line(error)}"
+        return None, f"{failed}: {first_line(error)}"
 
 
 def write_tiles(folder: Path, arch: int) -> None:
@@ -288,8 +318,9 @@ def write_tiles(folder: Path, arch: int) -> None:
                     "triton": triton.__version__,
                 }
             )
-    with atomic_path(folder / "tiles.json") as partial:
-        partial.write_text(json.dumps(entries, indent=1) + "\n")
+    if entries:
+        with atomic_path(folder / "tiles.json") as partial:
+            partial.write_text(json.dumps(entries, indent=1) + "\n")
 
 
 def key(case: Case, kernel: str, tiles: Tiles) -> tuple[Any, ...]:
@@ -299,10 +330,15 @@ def key(case: Case, kernel: str, tiles: Tiles) -> tuple[Any, ...]:
 def begin(path: Path, case: Case, kernel: str, tiles: Tiles) -> bool:
     """Whether this is still to be done; notes that it is."""
     _, note = read_rows(path).get(key(case, kernel, tiles), (None, ""))
-    if note not in ("", BEGUN):
+    if note not in ("", BEGUN) and not has_failed(note):
         return False
     write_row(path, case, kernel, tiles, None, BEGUN_AGAIN if note else BEGUN)
     return True
+
+
+def has_failed(note: str) -> bool:
+    """Whether it failed once, which an error of the moment may have been."""
+    return note.startswith(f"{FAILED}: ")
 
 
 def first_line(error: Exception) -> str:
@@ -332,19 +368,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["compile", "measure"])
     parser.add_argument("folder", type=Path)
+    parser.add_argument("compiled", type=Path, help="the file that notes what is compiled")
     parser.add_argument("--part", default="0/1", help="I/N: every Nth compilation, beginning with the Ith")
     parser.add_argument("--arch", type=int, default=90, help="the compute capability to compile for, 90 for 9.0")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     if arguments.what == "measure":
         try:
-            measure(arguments.folder)
+            missing = measure(arguments.folder, arguments.compiled)
         except RuntimeError as error:  # of `synchronize`
             print(first_line(error))
             sys.exit(DEVICE_LOST)
+        if missing:
+            sys.exit("\n".join(["these entries of the table have no time:", *missing[-4:]]))
     else:
         part, parts = map(int, arguments.part.split("/"))
-        compile_part(arguments.folder, arguments.arch, part, parts)
+        arguments.compiled.parent.mkdir(parents=True, exist_ok=True)
+        compile_part(arguments.compiled, arguments.arch, part, parts)
 
 
 if __name__ == "__main__":

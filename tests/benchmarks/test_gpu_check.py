@@ -20,8 +20,8 @@ from benchmarks.valm_kernels.bench_long_attention import DECODING, SIZES, TEXT_O
 from benchmarks.valm_kernels.bench_visual_fusion import CASES
 from tests.bare_python import bare_python, path_without
 
-# In the place of what a step runs: notes its call, ends the tests "a" and "b", adds a row to the file of --results, and
-# writes tiles. Where it is told to die it does so in "b", the first time.
+# In the place of what a step runs: notes its call, ends a test of flash attention and the test "b", adds a row to the
+# file of --results, and writes tiles. Where it is told to die it does so in "b", the first time.
 STAND_IN = """
 import json, os, pathlib, sys
 
@@ -37,13 +37,14 @@ name, folder, dies = sys.argv[1:4]
 called = pathlib.Path(folder, "calls.txt")
 calls = called.read_text() if called.exists() else ""
 with called.open("a") as file:
-    file.write(f"{name} {os.environ.get('VALM_KERNELS_TILES', '')}\\n")
+    measured = [pathlib.Path(os.environ[f"VALM_KERNELS_{what}"]) for what in ("TILES", "CROSSOVER")]
+    file.write(f"{name} {','.join(path.stem for path in measured if path.name != NONE)}\\n")
 first = name not in [line.rpartition(" ")[0] for line in calls.splitlines()]
 if ended := value("--outcomes"):
     header = "run,test,outcome,seconds,note\\n"
     run = value("--run-number")
     if first:
-        add(ended, f"{run},a,passed,0.1,\\n", header)
+        add(ended, f"{run},FLASH,passed,0.1,\\n", header)
     add(ended, f"{run},b,started,0,\\n", header)
 if rows := value("--results"):
     row = ROW
@@ -86,6 +87,7 @@ def stand_in(steps, folder, dies="never"):
     code = STAND_IN.replace("ROW", repr({**row, "machine": "a card"}))
     for name, entries in (("TILES", TILES), ("CROSSOVER", CROSSOVER)):
         code = code.replace(f"{name})", f"{json.dumps(entries)!r})")
+    code = code.replace("NONE", repr(gpu_check.NONE_MEASURED)).replace("FLASH", gpu_check.FLASH_TESTS)
     return [
         replace(
             step,
@@ -105,6 +107,8 @@ def card(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "program", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(gpu_check, "why_no_model", lambda: "transformers is 5.17, not >=5.24")
     monkeypatch.setattr(gpu_check, "machine", lambda: "a card; torch")
+    monkeypatch.setattr(gpu_check, "seconds_running", lambda: 0.0)
+    monkeypatch.setattr(gpu_check, "triton_cache", lambda: tmp_path / "triton")
     monkeypatch.setattr(gpu_check, "SOURCES", (str(tmp_path / "sources"),))
     monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
     monkeypatch.setattr(gpu_check, "MEASURED_TILES", tmp_path / "measured_tiles.json")
@@ -159,9 +163,9 @@ def test_the_whole_plan_runs_to_its_end(card, check, capfd):
     )
     called = calls(folder)
     assert [name for name, _ in called].count("tests") == 2 and [name for name, _ in called].count("sanitizers") == 4
-    # the measured tiles are tested, and used once they have passed
-    after = [name for name, tiles in called if tiles]
-    assert set(after) == {gpu_check.TESTS_OF_TILES, gpu_check.CROSSOVER, *BENCHMARKS, "sanitizers"}
+    # what is measured is tested, and used once that has passed
+    assert {name for name, used in called if used == "tiles"} == {gpu_check.TESTS_OF_TILES, gpu_check.CROSSOVER}
+    assert {name for name, used in called if used == "tiles,crossover"} == {*BENCHMARKS, "sanitizers"}
     assert json.loads(gpu_check.MEASURED_TILES.read_text()) == TILES
     assert json.loads(gpu_check.MEASURED_CROSSOVER.read_text()) == CROSSOVER
     found = rows()
@@ -180,7 +184,8 @@ def test_a_rerun_builds_and_repeats_nothing_else(card, check, capfd):
     assert check() == 0
     first = calls(folder)
     assert check() == 0
-    assert [name for name, _ in calls(folder)[len(first) :]] == ["build"]
+    # what they make may be gone; the kernels are compiled in two processes
+    assert [name for name, _ in calls(folder)[len(first) :]] == ["build", "compile tiles", "compile tiles"]
     assert "tests: passed before" in capfd.readouterr().out
     (card / "sources" / "kernel.cu").write_text("2")
     assert check() == 0
@@ -223,6 +228,82 @@ def test_results_that_were_brought_along(card, check, monkeypatch):
     assert gpu_report.RESULTS.read_text() == before and gpu_report.PAGE.exists()
     assert json.loads(gpu_check.MEASURED_TILES.read_text()) == [*TILES, *others]
     assert json.loads(gpu_check.MEASURED_CROSSOVER.read_text()) == [wider, *CROSSOVER]
+
+
+def test_a_run_goes_on_with_the_results_of_its_own_card(tmp_path, capfd):
+    def runs(state):
+        number = gpu_check.begin(tmp_path, state)
+        with (tmp_path / "rows.csv").open("a") as file:
+            file.write(f"{state}\n")
+        return number, (tmp_path / "rows.csv").read_text().split()
+
+    one, other = "1" * 64, "2" * 64
+    assert runs(one) == (1, [one])
+    assert runs(other) == (1, [other])
+    assert runs(one) == (2, [one] * 2)
+    assert "are back from" in capfd.readouterr().out
+    assert runs(other) == (2, [other] * 2)
+    assert runs(other) == (3, [other] * 3)
+
+
+def test_a_step_is_run_again_where_what_it_reads_has_changed(card):
+    """With all of its tests; and tiles that no test has seen are not taken."""
+    tiles, ended = card / "tiles.json", card / "ended.csv"
+    (card / gpu_check.NONE_MEASURED).write_text("[]")
+    passed = "run,test,outcome,seconds,note\n1,a,passed,0,\n"
+    code = (
+        f"import pathlib; assert not pathlib.Path({str(ended)!r}).exists(); "
+        f"open({str(card / 'calls')!r}, 'a').write('x'); open({str(ended)!r}, 'w').write({passed!r})"
+    )
+    step = Step(gpu_check.TESTS_OF_TILES, 5, ((*command(code), "--outcomes", str(ended)),), tests=True, reads=(tiles,))
+
+    def calls_after(text):
+        tiles.write_text(text)
+        run_steps([step], card, time.monotonic())
+        return len((card / "calls").read_text())
+
+    assert calls_after("[1,\n2]") == 1 and gpu_check.tiles_passed(card)
+    assert calls_after("[1,\n2]") == 1
+    tiles.write_text("[3]")
+    assert not gpu_check.tiles_passed(card)
+    assert calls_after("[3]") == 2 and gpu_check.tiles_passed(card)
+
+
+def test_a_crossover_is_not_taken_where_a_test_of_flash_attention_failed(card, check):
+    folder = card / "results"
+    assert check() == 0
+    assert gpu_check.MEASURED_CROSSOVER.exists()
+    gpu_check.MEASURED_CROSSOVER.unlink()
+    failed = Ended(1, f"{gpu_check.FLASH_TESTS}[dense]", "failed", 0.1, "other numbers")
+    outcomes.write(folder / "tests.outcomes.csv", failed)
+    assert check("never", "--report") == 0
+    assert not gpu_check.MEASURED_CROSSOVER.exists() and gpu_check.MEASURED_TILES.exists()
+
+
+def test_seconds_since_the_start_of_the_process():
+    code = "import time; time.sleep(0.3); from benchmarks.gpu_check import seconds_running; print(seconds_running())"
+    start = time.monotonic()
+    found = subprocess.run([*command(code)], cwd=gpu_report.ROOT, capture_output=True, text=True, check=True).stdout
+    assert 0.3 <= float(found) <= time.monotonic() - start + 0.1
+
+
+def test_what_a_killed_run_has_started_ends_with_it(tmp_path):
+    started = tmp_path / "started"
+    sleeper = f"import os, time; open({str(started)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    code = (
+        "import sys, time; from pathlib import Path; from benchmarks.gpu_check import Step, run_step; "
+        f"run_step(Step('slow', 60, ((sys.executable, '-Sc', {sleeper!r}),)), Path({str(tmp_path)!r}), 60)"
+    )
+    running = subprocess.Popen(command(code), cwd=gpu_report.ROOT, stdout=subprocess.DEVNULL)
+    end = time.monotonic() + 60
+    while not (started.exists() and started.read_text()) and time.monotonic() < end:
+        time.sleep(0.1)
+    running.kill()
+    running.wait()
+    pid = int(started.read_text())
+    while is_running(pid) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not is_running(pid)
 
 
 def test_no_results_to_report(card, capfd):

@@ -33,6 +33,7 @@ def card(monkeypatch):
     monkeypatch.setattr(measure_crossover, "capability", lambda device: 90)
     monkeypatch.setattr(measure_crossover.triton.testing, "do_bench_cudagraph", do_bench_cudagraph)
     monkeypatch.setattr(Case, "inputs", lambda case, device: None)
+    monkeypatch.setattr(measure_crossover, "has_results_of_one_kernel", lambda case, inputs: True)
     monkeypatch.setattr(Case, "run", lambda case, inputs: measured.append(case))
     return times, measured
 
@@ -87,8 +88,25 @@ def test_the_package_reads_what_was_measured(card, monkeypatch, tmp_path):
     assert len(measured) == len(list(cases()))
     entry = json.loads((tmp_path / "crossover.json").read_text())[0]
     assert (entry["device"], entry["torch"]) == ("a card", torch.__version__)
-    measure(tmp_path)
-    assert len(measured) == len(list(cases())), "measured again"
+    del times[256, 8192, TWO]  # what failed once may have been short of memory
+    assert measure(tmp_path) == []
+    assert len(measured) == len(list(cases())) + 1, "measured again"
+    assert (90, 256) in crossover.read_measured(tmp_path / "crossover.json")
+
+
+def test_no_length_without_all_times_or_from_other_results(card, monkeypatch, tmp_path):
+    times, measured = card
+    times |= {(64, length, ONE): RuntimeError("CUDA out of memory") for length in LENGTHS}
+    times |= {(128, length, TWO): 0.5 for length in LENGTHS}
+    monkeypatch.setattr(
+        measure_crossover, "has_results_of_one_kernel", lambda case, inputs: (case.head_dim, case.keys) != (128, 512)
+    )
+    monkeypatch.setattr("sys.argv", ["measure_crossover", str(tmp_path)])
+    for _ in range(3):  # twice, and then no more
+        with pytest.raises(SystemExit, match=r"times are missing:\n(.*\n)*flash.* at 512 keys of 128: other results"):
+            measure_crossover.main()
+    assert len(measured) == len(list(cases())) + len(LENGTHS)
+    assert list(crossover.read_measured(tmp_path / "crossover.json")) == [(90, 256)]
 
 
 def test_a_lost_card_ends_the_process_and_the_next_goes_on(card, monkeypatch, tmp_path):

@@ -56,6 +56,16 @@ def test_what_died_goes_on_with_the_next_test_and_is_tried_again_in_the_next_run
     assert code == 1 and ended["d"].outcome == outcomes.PASSED
 
 
+def test_what_hangs_comes_last_and_in_two_runs_at_the_most(run):
+    code, ended = run("--run-number", "1", dies="1")
+    assert code == pytest.ExitCode.INTERRUPTED and "e" not in ended
+    code, ended = run("--run-number", "2", dies="1")
+    assert code == pytest.ExitCode.INTERRUPTED and ended["e"].outcome == outcomes.PASSED
+    code, ended = run("--run-number", "3", dies="1")
+    assert code == 1  # of the test that fails
+    assert ended["d"] == Ended(2, ended["d"].test, outcomes.STARTED) and ended["b"].run == 3
+
+
 def test_parts_divide_the_tests(run):
     assert list(run("--part", "1/3")[1]) == ["b", "e"]
     assert sorted(run("--part", "0/3")[1]) == ["a", "b", "d", "e"]

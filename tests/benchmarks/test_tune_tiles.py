@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from benchmarks.outcomes import DEVICE_LOST
-from benchmarks.valm_kernels import tune_tiles
+from benchmarks.valm_kernels import compilations, tune_tiles
 from benchmarks.valm_kernels.tune_tiles import Case, cases, compile_part, launches, measure, pairs, read_rows
 from tests.checks.triton.compile_record import specialise
+from tests.valm_kernels.visual_fusion.triton.test_gpu import LARGE, WITH_FLASH
 from valm_kernels.visual_fusion.triton import tiles as tiles_module
 from valm_kernels.visual_fusion.triton.tiles import _TILES, Tiles, tiles_for
 
@@ -45,6 +46,7 @@ def test_a_candidate_is_launched_with_its_tiles_and_nothing_else():
 
 # Under the interpreter, on small inputs in an element type that it multiplies.
 INTERPRETED = """
+import pathlib, sys
 from dataclasses import replace
 import torch
 from benchmarks.valm_kernels import tune_tiles
@@ -56,18 +58,18 @@ for case in tune_tiles.cases():
         dtype = torch.float16 if case.dtype == torch.bfloat16 else case.dtype
         small = replace(case, dtype=dtype, **sizes)
         call = small.inputs("cpu")
-        found = tune_tiles.launchers(small, call, 80)
+        found, _ = tune_tiles.launchers(small, call, 80)
         for kernel in case.kernels:
             tiles = Tiles(16, 16, 4, 2)
             found[kernel](tiles)
-            assert tune_tiles.agrees(small, call, 80, kernel, tiles)
+            assert tune_tiles.agrees(pathlib.Path(sys.argv[1]), small, call, 80, kernel, tiles)
             print(kernel, case.dtype.itemsize)
 """
 
 
 @pytest.mark.slow
-def test_every_kernel_is_found_and_launched_again():
-    command = [sys.executable, "-W", "ignore", "-c", INTERPRETED]
+def test_every_kernel_is_found_and_launched_again(tmp_path):
+    command = [sys.executable, "-W", "ignore", "-c", INTERPRETED, str(tmp_path / "agreement.csv")]
     done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == len({(kernel, size) for kernel, size, _ in _TILES})
@@ -92,10 +94,10 @@ def test_a_candidate_that_kills_the_compiler_is_tried_twice(one_case, monkeypatc
     monkeypatch.setattr(tune_tiles.triton, "compile", compile_)
     for _ in range(2):
         with pytest.raises(Killed):
-            compile_part(tmp_path, 90, 0, 1)
+            compile_part(tmp_path / "compiled.csv", 90, 0, 1)
     assert compiled == [(None, None)] * 2  # what the table's tiles launch
-    compile_part(tmp_path, 90, 0, 1)
-    compile_part(tmp_path, 90, 0, 1)
+    compile_part(tmp_path / "compiled.csv", 90, 0, 1)
+    compile_part(tmp_path / "compiled.csv", 90, 0, 1)
     tables = [(kernel, tiles_for(kernel, 90, 64, torch.bfloat16)) for kernel in CASE.kernels]
     assert [one for one in compiled if one[0]] == [one for one in good if one not in tables]
     notes = {key[1:]: note for key, (_, note) in read_rows(tmp_path / "compiled.csv").items()}
@@ -120,7 +122,8 @@ def card(one_case, monkeypatch, tmp_path):
         return time
 
     def launchers(case, inputs, arch):
-        return {kernel: lambda tiles, kernel=kernel: launched.append((kernel, tiles)) for kernel in case.kernels}
+        found = {kernel: lambda tiles, kernel=kernel: launched.append((kernel, tiles)) for kernel in case.kernels}
+        return found, ""
 
     monkeypatch.setattr(tune_tiles.triton.testing, "do_bench", do_bench)
     monkeypatch.setattr(tune_tiles, "launchers", launchers)
@@ -140,7 +143,7 @@ def test_the_fastest_tiles_are_those_that_kernels_take(card, monkeypatch, tmp_pa
         ("query", of_query[1]): RuntimeError("out of resources"),
         ("key", of_key[1]): 0.98,
     }
-    measure(tmp_path)
+    measure(tmp_path, tmp_path / "compiled.csv")
     assert launched == pairs(CASE, 90)
     monkeypatch.setenv("VALM_KERNELS_TILES", str(tmp_path / "tiles.json"))
     tiles_module.measured_tiles.cache_clear()
@@ -152,8 +155,93 @@ def test_the_fastest_tiles_are_those_that_kernels_take(card, monkeypatch, tmp_pa
     assert found == {("query", 2, 90, 64): of_query[2], ("key", 2, 90, 64): of_key[0]}
     entry = json.loads((tmp_path / "tiles.json").read_text())[0]
     assert (entry["ms"], entry["table_ms"], entry["candidates"]) == (0.8, 1.0, len(of_query) - 1)
-    measure(tmp_path)
-    assert len(launched) == len(pairs(CASE, 90))  # nothing again
+    measure(tmp_path, tmp_path / "compiled.csv")
+    assert launched[len(pairs(CASE, 90)) :] == [("query", of_query[1])]  # which failed, once more
+    measure(tmp_path, tmp_path / "compiled.csv")
+    assert len(launched) == len(pairs(CASE, 90)) + 1
+
+
+def test_an_entry_without_a_time_ends_in_an_error(card, monkeypatch, tmp_path, capsys):
+    times, _ = card
+    times |= {pair: RuntimeError("CUDA out of memory") for pair in pairs(CASE, 90) if pair[0] == "key"}
+    monkeypatch.setattr("sys.argv", ["tune_tiles", "measure", str(tmp_path), str(tmp_path / "compiled.csv")])
+    with pytest.raises(SystemExit, match=r"have no time:\nkey, .*: does not run: RuntimeError: CUDA out of memory"):
+        tune_tiles.main()
+    assert [entry["kernel"] for entry in json.loads((tmp_path / "tiles.json").read_text())] == ["query"]
+    times |= {pair: RuntimeError("CUDA out of memory") for pair in pairs(CASE, 90)}
+    (tmp_path / "candidates.csv").unlink()
+    (tmp_path / "tiles.json").unlink()
+    with pytest.raises(SystemExit, match="have no time"):
+        tune_tiles.main()
+    assert not (tmp_path / "tiles.json").exists()
+
+
+def test_an_error_of_the_card_while_results_are_compared(card, monkeypatch, tmp_path):
+    """Those tiles are not taken, and the next process goes on."""
+    times, _ = card
+    _, bad, second, *_ = [tiles for kernel, tiles in pairs(CASE, 90) if kernel == "query"]
+    times |= {("query", bad): 0.5, ("query", second): 0.8}
+    lost = []
+
+    def are_close(*results):
+        best = read_rows(tmp_path / "agreement.csv").keys() & {tune_tiles.key(CASE, "query", bad)}
+        if best and not lost:
+            lost.append(True)
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return True
+
+    def synchronize():
+        if lost == [True]:
+            lost.append(True)
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(tune_tiles, "are_close", are_close)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        measure(tmp_path, tmp_path / "compiled.csv")
+    assert measure(tmp_path, tmp_path / "compiled.csv") == []
+    (entry,) = [entry for entry in json.loads((tmp_path / "tiles.json").read_text()) if entry["kernel"] == "query"]
+    assert entry["ms"] == 0.8
+
+
+def test_tiles_whose_comparison_ends_no_process_are_given_up(card, monkeypatch, tmp_path):
+    times, _ = card
+    hangs = [tiles for kernel, tiles in pairs(CASE, 90) if kernel == "query"][1]
+    times[("query", hangs)] = 0.5
+    begun = []
+
+    def are_close(*results):
+        if tune_tiles.key(CASE, "query", hangs) in read_rows(tmp_path / "agreement.csv") and len(begun) < 2:
+            begun.append(True)
+            raise KeyboardInterrupt
+        return True
+
+    monkeypatch.setattr(tune_tiles, "are_close", are_close)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            measure(tmp_path, tmp_path / "compiled.csv")
+    assert measure(tmp_path, tmp_path / "compiled.csv") == []
+    (entry,) = [entry for entry in json.loads((tmp_path / "tiles.json").read_text()) if entry["kernel"] == "query"]
+    assert entry["ms"] == 1.0
+
+
+def test_the_tests_for_a_card_launch_every_entry_of_the_table(monkeypatch):
+    """Those that gpu-check runs with the measured tiles, so that none is taken untested."""
+    found = set()
+
+    def choose(kernel, inputs, launch):
+        found.add((kernel, inputs.q.dtype.itemsize, min(dim for dim in (64, 128, 256) if inputs.q.shape[3] <= dim)))
+        tiles = tiles_for(kernel, 90, inputs.q.shape[3], inputs.q.dtype)
+        launch(tiles)
+        return tiles
+
+    with tune_tiles.chosen(choose):
+        for name, problem in LARGE.items():
+            for dtype in (torch.bfloat16, torch.float32):
+                list(compilations.launches(problem, dtype, 90))
+                if name in WITH_FLASH and dtype == torch.bfloat16:
+                    list(compilations.launches(problem, dtype, 90, with_lse=False, flash=True))
+    assert found == {(kernel, size, dim) for kernel, size, _ in _TILES for dim in (64, 128, 256)}
 
 
 def test_tiles_with_other_results_are_not_taken(card, monkeypatch, tmp_path):
@@ -166,7 +254,7 @@ def test_tiles_with_other_results_are_not_taken(card, monkeypatch, tmp_path):
         return [torch.ones(2), torch.tensor([1.0, 1.04 if tiles == wrong else 1.0 if tiles == table else 1.02])]
 
     monkeypatch.setattr(Case, "run", run)
-    measure(tmp_path)
+    measure(tmp_path, tmp_path / "compiled.csv")
     (entry,) = [entry for entry in json.loads((tmp_path / "tiles.json").read_text()) if entry["kernel"] == "query"]
     assert (entry["ms"], entry["block_m"], entry["block_n"]) == (0.8, second.block_m, second.block_n)
     assert "other results" in read_rows(tmp_path / "candidates.csv")[tune_tiles.key(CASE, "query", wrong)][1]
@@ -181,7 +269,7 @@ def test_a_lost_card_ends_the_process_and_the_next_goes_on(card, monkeypatch, tm
             raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
 
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    monkeypatch.setattr("sys.argv", ["tune_tiles", "measure", str(tmp_path)])
+    monkeypatch.setattr("sys.argv", ["tune_tiles", "measure", str(tmp_path), str(tmp_path / "compiled.csv")])
     with pytest.raises(SystemExit) as raised:
         tune_tiles.main()
     assert raised.value.code == DEVICE_LOST
@@ -192,7 +280,7 @@ def test_a_lost_card_ends_the_process_and_the_next_goes_on(card, monkeypatch, tm
 def test_only_what_was_compiled_is_measured(card, tmp_path):
     _, launched = card
     (tmp_path / "compiled.csv").unlink()
-    measure(tmp_path)
+    measure(tmp_path, tmp_path / "compiled.csv")
     assert launched == [
         ("query", tiles_for("query", 90, 64, torch.bfloat16)),
         ("key", tiles_for("key", 90, 64, torch.bfloat16)),

@@ -1,11 +1,12 @@
 """From how many keys on flash attention for the text, and a kernel that joins the images, beat one kernel for both.
 
 An estimate from the compiler's figures, until a card has measured it: measured_crossover.json, which `make gpu-check`
-writes, has the lengths of the cards that have.
+writes, has the lengths of the cards that have. VALM_KERNELS_CROSSOVER names another such file.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal, TypedDict
 
@@ -45,8 +46,9 @@ def read_measured(path: Path) -> dict[tuple[int, int], tuple[int | None, int]]:
     return {(entry["capability"], entry["head_dim"]): (entry["keys"], entry["longest"]) for entry in entries}
 
 
+NAMED = os.environ.get("VALM_KERNELS_CROSSOVER")
 # Read once, and not while torch.compile looks on, which knows no files.
-MEASURED = read_measured(FILE) if FILE.exists() else {}
+MEASURED = read_measured(Path(NAMED or FILE)) if NAMED or FILE.exists() else {}
 
 
 def is_long(keys: int, documents: int, head_dim: int, device: torch.device) -> bool:

@@ -1,6 +1,9 @@
 """When flash attention takes the text of a CUDA call, and how PyTorch's operators are called, without a card."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -155,6 +158,16 @@ def test_a_measured_length_takes_the_place_of_the_estimate_on_its_card_alone(mon
     assert (impl_for(monkeypatch, 1024, 256), impl_for(monkeypatch, 1023, 256)) == ("flash+triton", "triton")
     monkeypatch.setattr(crossover, "capability", lambda device: 86)
     assert (impl_for(monkeypatch, 2048, 128), impl_for(monkeypatch, 2047, 128)) == ("flash+triton", "triton")
+
+
+def test_a_file_named_by_the_environment_takes_the_place_of_the_measured_lengths(tmp_path):
+    entry = {"capability": 90, "head_dim": 64, "keys": 512, "longest": 8192}
+    path = tmp_path / "crossover.json"
+    path.write_text(json.dumps([entry | dict.fromkeys(("device", "torch", "triton"), "any")]))
+    code = "from valm_kernels.visual_fusion import crossover; print(crossover.MEASURED)"
+    environment = os.environ | {"VALM_KERNELS_CROSSOVER": str(path)}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout == "{(90, 64): (512, 8192)}\n"
 
 
 def test_the_capability_is_that_of_the_card(monkeypatch):
