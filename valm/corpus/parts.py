@@ -27,6 +27,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from valm.clip.read_image import IMAGE_SUFFIXES
 from valm.errors import ValmError
 from valm.knowledge_base.captions import CAPTION_TABLES, has_caption_header
 from valm.store.files import check_regular, exists, files_below, is_folder
@@ -257,7 +258,7 @@ def read_documents(paths: Iterable[str | os.PathLike], *, column: str = "text") 
 
 def corpus_files(paths: Iterable[str | os.PathLike]) -> list[Path]:
     """The files among `paths`; a folder is replaced by the files with SUFFIXES below it, sorted by path, without hidden
-    ones. Warns of files there in OTHER_FORMATS.
+    ones and metadata of images (`_without_metadata`). Warns of files there in OTHER_FORMATS.
 
     Raises:
         ValmError: a path is missing or is not a regular file, or a folder has no such file.
@@ -272,7 +273,7 @@ def corpus_files(paths: Iterable[str | os.PathLike]) -> list[Path]:
                 warnings.warn(
                     f"the folder {path} has {links} linked folders, which are not followed: name them too", stacklevel=2
                 )
-            found = [file for file in below if _suffix(file) in SUFFIXES]
+            found = [file for file in _without_metadata(below) if _suffix(file) in SUFFIXES]
             if not found:
                 raise ValmError(f"the folder {path} has no file that ends in {', '.join(SUFFIXES)}, or these and .gz")
             if skipped := [_suffix(file) for file in below if _suffix(file) in OTHER_FORMATS]:
@@ -288,6 +289,20 @@ def corpus_files(paths: Iterable[str | os.PathLike]) -> list[Path]:
         else:
             raise ValmError(f"there is no corpus file {path}")
     return files
+
+
+def _without_metadata(files: list[Path]) -> list[Path]:
+    """`files` without each NAME.json that stands beside an image and its NAME.txt: img2dataset writes the caption into
+    both, and as a document of the corpus it would be read twice."""
+    suffixes: dict[tuple[Path, str], set[str]] = {}
+    for file in files:
+        suffixes.setdefault((file.parent, file.stem), set()).add(file.suffix.lower())
+
+    def is_metadata(file: Path) -> bool:
+        beside = suffixes[file.parent, file.stem]
+        return file.suffix.lower() == ".json" and ".txt" in beside and not beside.isdisjoint(IMAGE_SUFFIXES)
+
+    return [file for file in files if not is_metadata(file)]
 
 
 def file_parts(

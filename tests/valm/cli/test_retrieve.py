@@ -17,7 +17,10 @@ def wrong_inputs():
             ["retrieve", "{tmp}/rows.jsonl", *retrieve[2:], "--column", "story"],
             "rows.jsonl, line 1: there is no 'story', only text",
         ),
-        "files and a dataset": ([*retrieve, "--dataset", "wikitext"], "give either corpus files or --dataset"),
+        "files and a dataset": (
+            [*retrieve, "--dataset", "Salesforce/wikitext"],
+            "give either corpus files or --dataset",
+        ),
         "option of a dataset": ([*retrieve, "--dataset-split", "test"], "--dataset-split is of a Hugging Face dataset"),
         "dataset missing": (
             ["retrieve", "--dataset", "{tmp}/none", *retrieve[2:]],

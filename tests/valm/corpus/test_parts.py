@@ -305,6 +305,33 @@ def test_a_table_of_captions_is_no_text(tmp_path):
     assert len(list(read_documents([tmp_path]))) == 2
 
 
+@pytest.mark.parametrize("column", ["text", "caption"])
+def test_metadata_beside_images_is_no_document(tmp_path, column):
+    """As img2dataset writes it: NAME.jpg, NAME.txt and NAME.json, which has the caption again."""
+    captions = [f"a picture of {number}" for number in range(4)]
+    for number, caption in enumerate(captions):
+        shard = tmp_path / f"0000{number % 2}"
+        shard.mkdir(exist_ok=True)
+        image, text, metadata = ("JPG", "TXT", "JSON") if number == 3 else ("jpg", "txt", "json")
+        (shard / f"{number}.{image}").write_bytes(b"no corpus")
+        write(shard / f"{number}.{text}", caption)
+        write(shard / f"{number}.{metadata}", json.dumps({"caption": caption, "status": "success"}))
+    assert sorted(read_documents([tmp_path], column=column)) == captions
+    # a file that is named is read
+    assert list(read_documents([tmp_path / "00000" / "0.json"], column="caption")) == captions[:1]
+
+
+@pytest.mark.parametrize(
+    "others", [["a.txt"], ["a.jpg"], ["a.txt", "b.jpg"], ["a.txt", "b/a.jpg"], ["a.jsonl", "a.jpg"], ["a.txt", "a.mp4"]]
+)
+def test_json_without_both_an_image_and_its_text_is_read(tmp_path, others):
+    (tmp_path / "b").mkdir()
+    for name in others:
+        write(tmp_path / name, json.dumps({"text": "other"}) if name == "a.jsonl" else "other")
+    write(tmp_path / "a.json", json.dumps({"text": "own"}))
+    assert "own" in list(read_documents([tmp_path]))
+
+
 def test_files_of_a_folder_that_are_not_read_are_counted(tmp_path, recwarn):
     for name in ("a.txt", "b.PDF", "deep/c.html.gz", "README.md", ".hidden.pdf", ".git/d.html"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
