@@ -82,6 +82,7 @@ class Scorer(Protocol):
         fingerprint: SHA-256 over everything that its scores depend on, except the questions.
         sees_images: whether `switch` changes something.
         retrieves: whether its images can be replaced by others; those of a blind model cannot.
+        query_dtype: the precision of CLIP's text tower where that writes its queries, else None. Asked before `switch`.
     """
 
     kind: str
@@ -94,6 +95,9 @@ class Scorer(Protocol):
 
     @property
     def retrieves(self) -> bool: ...
+
+    @property
+    def query_dtype(self) -> torch.dtype | None: ...
 
     def switch(self, retrieval: str, replace: str | os.PathLike | None) -> None:
         """Sets which images it sees, as `switch_images`."""
@@ -133,6 +137,11 @@ class CausalScorer:
     @property
     def retrieves(self) -> bool:
         return self.sees_images and not self.model.image_options.blind
+
+    @property
+    def query_dtype(self) -> torch.dtype | None:
+        encoder = getattr(self.model.retriever, "encoder", None) if self.sees_images else None
+        return encoder.tower.dtype if isinstance(encoder, ContextEncoder) else None
 
     @property
     def fingerprint(self) -> str:
@@ -225,6 +234,7 @@ class MaskedScorer:
     kind = "masked language model"
     sees_images = False
     retrieves = False
+    query_dtype = None
 
     def __init__(self, model: Any, tokenizer: Any):
         if tokenizer.mask_token_id is None:
@@ -300,6 +310,7 @@ class ClipScorer:
     kind = "CLIP's text tower"
     sees_images = False
     retrieves = False
+    query_dtype = None
 
     def __init__(self, clip: Clip):
         self.clip = clip

@@ -137,6 +137,7 @@ def evaluate(
     total = sum(map(_size, asked.values())) * sum(map(len, variants.values()))
     rows: list[dict[str, Any]] = []
     compared: list[Any] = []
+    query_dtype: torch.dtype | None = None  # the same for all models that have one, as all are opened alike
     with progress_bar(total=total, unit="text", unit_scale=True, shown=progress) as bar:
         for entry in models:
             scored: dict[tuple[str, str, str], list[Scores]] = {}
@@ -144,6 +145,7 @@ def evaluate(
             for source in entry.sources:
                 scorer = open_with(source, settings)
                 kinds[scorer.kind] = None
+                query_dtype = query_dtype or scorer.query_dtype
                 own = scorer.fingerprint
                 for variant in variants[source]:
                     retrieval, replace = settings.variants[variant]
@@ -168,7 +170,7 @@ def evaluate(
             "python": platform.python_version(),
             "limit": settings.limit,
             "knowledge_base": None if settings.kb is None else str(settings.kb),
-            "query_dtype": None if settings.query_dtype is None else str(settings.query_dtype).removeprefix("torch."),
+            "query_dtype": None if query_dtype is None else str(query_dtype).removeprefix("torch."),
         },
     }
 

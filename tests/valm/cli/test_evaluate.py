@@ -125,6 +125,17 @@ def test_the_fastest_precision_of_a_processor(amx, vnni, expected, world, tmp_pa
     assert json.loads((out / "results.json").read_text())["conditions"]["query_dtype"] == expected
 
 
+def test_the_report_says_the_precision_of_queries_that_there_are(world, tmp_path):
+    color = ("--memory-color", world / "colors.csv", "--protocol", "fair", "--no-images", "--out", tmp_path)
+    line = "Retrieval queries in float32."
+    assert run("eval", world / "gpt2", *color, "--query-dtype", "float32") == 0
+    assert line not in (tmp_path / "results.md").read_text()
+    assert run("eval", world / "gpt2", world / "valm", *color) == 0
+    assert json.loads((tmp_path / "results.json").read_text())["conditions"]["query_dtype"] == "float32"
+    for name in ("results.md", "report.html"):
+        assert line in (tmp_path / name).read_text()
+
+
 @pytest.mark.parametrize(("capability", "expected"), [((7, 5), torch.float32), ((9, 0), torch.bfloat16)])
 def test_the_fastest_precision_of_a_gpu(capability, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)

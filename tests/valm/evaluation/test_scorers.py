@@ -164,7 +164,9 @@ def test_an_augmented_decoder_without_images_scores_as_the_original(folders, tmp
     build(FolderSource(tmp_path / "pictures", shard_size=3), tmp_path / "other", kb.load_clip(), progress=False)
     other = open_scorer(str(tmp_path / "adapter"), kb=tmp_path / "other")
     assert other.fingerprint != own
-    assert open_scorer(str(tmp_path / "adapter"), query_dtype=torch.bfloat16).fingerprint != own
+    half = open_scorer(str(tmp_path / "adapter"), query_dtype=torch.bfloat16)
+    assert half.fingerprint != own
+    assert (scorer.query_dtype, half.query_dtype, original.query_dtype) == (torch.float32, torch.bfloat16, None)
     shorter = ContextEncoder(kb.load_clip(), tokenizer=original.tokenizer, overlap=0, min_tokens=3)
     augmented.set_retriever(Retriever(shorter, kb, 2))
     valm.save_adapter(augmented, tmp_path / "shorter")
