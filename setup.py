@@ -66,7 +66,7 @@ def find_nvcc() -> str | None:
     nvcc = next((c for c in candidates if c and Path(c).exists()), None)
     if nvcc is None and choice == "on":
         raise SystemExit(
-            "VALM_KERNELS_CUDA=on, but nvcc is neither on PATH nor under CUDA_HOME. Install the CUDA "
+            "VALM_KERNELS_CUDA=on, but nvcc is neither on PATH nor under CUDA_HOME or CUDA_PATH. Install the CUDA "
             "toolkit, or build with VALM_KERNELS_CUDA=auto for the CPU only."
         )
     return nvcc

@@ -131,7 +131,7 @@ class ImageModel(_Base):
     """Mixin of a causal language model that takes images, passed to `forward` or found by a retriever.
 
     A model that takes images but gets none and has no retriever warns once; with `strict = True` it raises ValueError
-    each time. Pass an empty `image_pool` to run without images on purpose.
+    each time. Pass an empty `image_pool` and an `image_index` of -1 to run without images on purpose.
 
     Threads may share a model in eval mode: `forward`, `generate` and `fusion_attention` may run at once. Training,
     `augment`, `set_retriever`, `to` and saving need the model alone.

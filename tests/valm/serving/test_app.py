@@ -207,7 +207,7 @@ def test_other_doors_are_shut(server):
     assert status == 404 and answer["error"]["message"] == "POST /reset: Not Found"
     connection, response = server.open("/health", headers={"Host": "attacker.example"})
     with closing(connection):
-        assert response.status == 400
+        assert response.status == 400 and response.read() == b"Invalid host header"
 
 
 def test_more_requests_than_may_wait_are_told_so(of_letters, letters):
