@@ -42,7 +42,8 @@ TEXT_LOOP_SPILLS = {
     **{("forward", call, 100, 256, "float32"): 1 for call in ("dense", "decode", "softcap image_q")},
     ("query", "softcap image_q", 100, 256, "float32"): 3,
     # beside 384 instructions of each warp for the products of a step
-    **{("key", call, arch, 256, "float32"): 69 for call in ("dense", "softcap image_q") for arch in (80, 90, 100)},
+    **{("key", "dense", arch, 256, "float32"): spills for arch, spills in ((80, 68), (90, 68), (100, 43))},
+    **{("key", "softcap image_q", arch, 256, "float32"): spills for arch, spills in ((80, 69), (90, 67), (100, 31))},
     ("query", "softcap image_q", "gfx942", 256, "float16"): 30,
     ("forward", "decode", "gfx942", 256, "float32"): 69,
     ("query", "dense", "gfx942", 256, "float32"): 91,
@@ -74,11 +75,15 @@ IMAGE_LOOP_SPILLS = {
 OTHER_TRITONS: dict[str, tuple[dict, dict]] = {
     "3.6.0": (
         {
-            ("query", "dense", "gfx942", 128, "float32"): 6,
+            ("query", "dense", "gfx942", 128, "float32"): 14,
             ("query", "softcap image_q", "gfx942", 128, "float32"): 17,
             ("query", "dense", "gfx942", 256, "float16"): 30,
             ("query", "softcap image_q", "gfx942", 256, "float16"): 34,
             ("key", "dense", 80, 128, "float32"): 32,
+            **{("forward", call, "gfx942", 256, "float32"): 68 for call in ("dense", "softcap image_q")},
+            ("query", "dense", "gfx942", 256, "float32"): 130,
+            ("query", "softcap image_q", "gfx942", 256, "float32"): 132,
+            ("key", "softcap image_q", 80, 256, "float32"): 70,
         },
         {
             ("forward", "dense", "gfx942", 128, "float16"): 90,
@@ -92,6 +97,11 @@ OTHER_TRITONS: dict[str, tuple[dict, dict]] = {
             ("query", "softcap image_q", 100, 128, "float16"): 370,
             ("query", "dense", "gfx942", 256, "float16"): 122,
             ("query", "softcap image_q", "gfx942", 256, "float16"): 144,
+            ("forward", "dense", "gfx942", 256, "float32"): 217,
+            ("forward", "decode", "gfx942", 256, "float32"): 163,
+            ("forward", "softcap image_q", "gfx942", 256, "float32"): 130,
+            ("query", "dense", "gfx942", 256, "float32"): 228,
+            ("query", "softcap image_q", "gfx942", 256, "float32"): 241,
         },
     ),
     "3.9.0": (
@@ -99,8 +109,14 @@ OTHER_TRITONS: dict[str, tuple[dict, dict]] = {
             ("query", "dense", 90, 64, "float32"): 2,
             ("query", "dense", "gfx942", 256, "float16"): 32,
             ("query", "softcap image_q", "gfx942", 256, "float16"): 32,
+            ("query", "dense", 90, 256, "float32"): 1,
+            ("query", "softcap image_q", 90, 256, "float32"): 5,
+            ("query", "dense", "gfx942", 256, "float32"): 130,
+            ("query", "softcap image_q", "gfx942", 256, "float32"): 102,
             ("key", "dense", 90, 128, "float32"): 64,
             ("key", "softcap image_q", 90, 128, "float32"): 75,
+            ("key", "dense", 90, 256, "float32"): 72,
+            ("key", "softcap image_q", 90, 256, "float32"): 73,
         },
         {
             ("forward", "softcap image_q", 90, 128, "float16"): 15,
@@ -215,6 +231,17 @@ def test_every_kind_of_call_compiles(call, kernel):
     assert report.text_loop_spills == 0 and report.image_loop_spills <= listed
     assert report.shared_bytes <= SHARED_LIMIT[90]
     assert report.mma or kernel == "pool"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["forward", "query", "key"])
+@pytest.mark.parametrize(("head_dim", "seqlens"), [(200, False), (133, True)])
+def test_float32_of_wide_heads_that_fill_no_block(kernel, head_dim, seqlens):
+    """No slab beyond the last column is multiplied. In their loops 50 to 1,000 registers are stored or loaded, as masks
+    take some: these sizes have no tiles of their own."""
+    inputs = meta_inputs(head_dim, torch.float32, True, seqlens=seqlens)
+    report = compile_kernel(kernel, f"head of {head_dim}", 90, inputs).report
+    assert report.products <= {200: 0.94, 133: 0.82}[head_dim] and report.shared_bytes <= SHARED_LIMIT[90]
 
 
 def test_table_has_every_case():

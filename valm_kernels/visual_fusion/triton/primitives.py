@@ -174,7 +174,7 @@ def products(
         # the compiler does not know that this is 0, and so does not read all of a before the loop
         zero = tl.minimum(i_step, 0)
         b_s = tl.zeros([a.shape[0], b.shape[0]], tl.float32)
-        for i_d in tl.static_range(0, BLOCK_D, SLAB):
+        for i_d in tl.static_range(0, D, SLAB):
             m_d = (i_d + tl.arange(0, SLAB) < D)[None, :]
             m_ad = m_d if m_a is None else m_d & m_a[:, None]
             m_bd = m_d if m_b is None else m_d & m_b[:, None]

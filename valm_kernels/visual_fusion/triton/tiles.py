@@ -4,11 +4,11 @@ Not yet measured on a card. Each entry was chosen from the compiler's report (be
 of the candidates whose warps share the products of a tile, and whose loops over keys or queries keep all in registers,
 the one whose tiles reuse most. Where a block has fewer rows than its warps' instructions, groups of warps compute the
 same products: 8 warps need 128 rows of wgmma, and by mma.sync 128 rows or 64 columns. Registers that are stored before
-those loops, or in the loop over images, whose time is its loads', cost less than smaller tiles. Float32 at D = 256 is
-read by slabs (`primitives.products`). A joined kernel has nothing to reuse, as every query has its own images: its
-tiles keep most copies and warps in flight. There are three stages where they fit: with two, the copy of the next tile
-starts only after the work on this one. On AMD a block of 16 makes Triton take smaller instructions, and a second stage
-takes registers.
+those loops, or in the loop over images, whose time is its loads', cost less than smaller tiles. Float32 above D = 128
+is read by slabs (`primitives.products`), with tiles chosen at 256. A joined kernel has nothing to reuse, as every query
+has its own images: its tiles keep most copies and warps in flight. There are three stages where they fit: with two, the
+copy of the next tile starts only after the work on this one. On AMD a block of 16 makes Triton take smaller
+instructions, and a second stage takes registers.
 VALM_KERNELS_AUTOTUNE=1 measures around these entries on the card at hand (autotune.py).
 
 Where measured_tiles.json, which `make gpu-check` writes, or the file named by VALM_KERNELS_TILES has tiles of a compute
