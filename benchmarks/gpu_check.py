@@ -60,9 +60,12 @@ GPU_BYTES_OF_A_PROCESS = 2 << 30
 # How often a process that died is started again, which goes on with what is left.
 RESTARTS = 20
 
-# The small set of the sanitizers: each kind of attention in one dtype ("float16" alone is also in "bfloat16"), and the
-# searches of the public functions.
-SMALL = "(test_agrees_with_float64_reference and torch.float16) or test_public_functions or test_numpy_rows"
+# The small set of the sanitizers: each kind of attention in one dtype ("float16" alone is also in "bfloat16"), the
+# kernels' slabs, which are float32's, and the searches of the public functions.
+SMALL = (
+    "(test_agrees_with_float64_reference and (torch.float16 or (odd and wide and torch.float32))) "
+    "or test_public_functions or test_numpy_rows"
+)
 ATTENTION = "bench_forward and bfloat16 and not Flex"
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 # An access beyond a tensor stays unseen in PyTorch's own memory pool, which CUDA graphs need.
@@ -74,7 +77,9 @@ CROSSOVER = "measure the crossover"
 FLASH_TESTS = "test_agrees_with_flash_attention_for_the_text"
 # The package's measured files, for those that read none: the table and the estimate.
 NONE_MEASURED = "none-measured.json"
-PR_SET_PDEATHSIG = 1
+# What of an entry of tiles.json changes what the kernels do.
+TILES_OF = ("kernel", "bytes", "capability", "head_dim", "block_m", "block_n", "num_warps", "num_stages")
+LIBC, PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
 
 # What may be missing, and what follows. By the name of the module, or of the program.
 OPTIONAL_MODULES = {
@@ -99,8 +104,9 @@ OPTIONAL_PROGRAMS = {
 class Step:
     """Commands that run side by side. tests: they are of pytest with the plugin outcomes.py.
 
-    always: also where an earlier run did it, because what it makes does not stay with the results. reads: files of
-    other steps; where they change, what it did counts no longer. skipped: why it cannot run here.
+    always: also where an earlier run did it, because what it makes does not stay with the results. reads: what other
+    steps have written, in any order of lines. makes: files that count no longer where what it is given has changed
+    (`given_to`), beside those of its tests. skipped: why it cannot run here.
     """
 
     name: str
@@ -110,6 +116,7 @@ class Step:
     tests: bool = False
     always: bool = False
     reads: tuple[Path, ...] = ()
+    makes: tuple[Path, ...] = ()
     skipped: str = ""
 
 
@@ -119,7 +126,7 @@ class Outcome:
     seconds: float
     note: str
     machine: str = ""
-    read: str = ""  # a hash of what the step reads
+    given: str = ""  # `given_to`
 
 
 def slug(name: str) -> str:
@@ -139,11 +146,9 @@ def tests_of(folder: Path, step: Step) -> list[outcomes.Ended]:
 
 def plan(folder: Path, arch: int, processes: int, run: int = 0, state: str = "") -> list[Step]:
     """All steps on a card of compute capability `arch`, with their results in `folder`."""
-    rows = ("--results", str(folder / "rows.csv"), "--append", "--device", "cuda")
     tune = (sys.executable, "-m", "benchmarks.valm_kernels.tune_tiles")
     # beside the compiled kernels: a folder of results may be brought along without them
     compiled = triton_cache() / f"gpu-check-{state[:16]}.csv"
-    tiles, crossover = folder / "tiles.json", folder / "crossover.json"
 
     def compiling(part: int) -> tuple[str, ...]:
         return (*tune, "compile", str(folder), str(compiled), "--arch", str(arch), "--part", f"{part}/{processes}")
@@ -153,13 +158,15 @@ def plan(folder: Path, arch: int, processes: int, run: int = 0, state: str = "")
         plugins = ("-p", "no:cacheprovider", "-p", "no:xdist", "-p", "benchmarks.outcomes")
         return (sys.executable, "-m", "pytest", "-q", "--continue-on-collection-errors", *plugins, *noted, *arguments)
 
-    def tests(name: str, budget_s: int, *arguments: str, reads: tuple[Path, ...] = ()) -> Step:
+    def tests(name: str, budget_s: int, *arguments: str) -> Step:
         commands = tuple(pytest(name, "--part", f"{i}/{processes}", *arguments) for i in range(processes))
-        return Step(name, budget_s, commands, TESTED, tests=True, reads=reads)
+        return Step(name, budget_s, commands, TESTED, tests=True)
 
     def benchmark(name: str, budget_s: int, file: str, *arguments: str, skipped: str = "") -> Step:
-        command = pytest(name, f"benchmarks/{file}", *rows, *arguments)
-        return Step(name, budget_s, (command,), tests=True, reads=(tiles, crossover), skipped=skipped)
+        rows = rows_of(folder, name)
+        options = ("--results", str(rows), "--append", "--device", "cuda")
+        command = pytest(name, f"benchmarks/{file}", *options, *arguments)
+        return Step(name, budget_s, (command,), tests=True, makes=(rows,), skipped=skipped)
 
     def sanitizer(tool: str) -> tuple[str, ...]:
         options = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", "--target-processes", "all")
@@ -180,15 +187,13 @@ def plan(folder: Path, arch: int, processes: int, run: int = 0, state: str = "")
         tests("tests", 105, "-m", "gpu", "tests/valm_kernels"),
         Step("compile tiles", 60, tuple(map(compiling, range(processes))), (("OMP_NUM_THREADS", "1"),), always=True),
         Step(TILES, 45, ((*tune, "measure", str(folder), str(compiled)),), reads=(compiled,)),
-        tests(
-            *(TESTS_OF_TILES, 35, "-m", "gpu", "-k", f"large_problems or {FLASH_TESTS}", "tests/valm_kernels"),
-            reads=(tiles,),
-        ),
+        # the largest of float32 compile for half a minute
+        tests(TESTS_OF_TILES, 45, "-m", "gpu", "-k", f"large_problems or {FLASH_TESTS}", "tests/valm_kernels"),
         Step(
             CROSSOVER,
             20,
             ((sys.executable, "-m", "benchmarks.valm_kernels.measure_crossover", str(folder)),),
-            reads=(tiles,),
+            makes=(folder / "crossover.csv", folder / "crossover.json"),
         ),
         # FlexAttention compiles for as long as all others together take, and loses
         benchmark(
@@ -203,13 +208,18 @@ def plan(folder: Path, arch: int, processes: int, run: int = 0, state: str = "")
         benchmark("generation", 15, "valm/bench_generation.py", skipped=no_model),
         Step(
             "sanitizers",
-            50,
+            40,
             tuple(map(sanitizer, SANITIZERS)),
             (*SANITIZED, *TESTED),
             tests=True,
             skipped=no_sanitizer,
         ),
     ]
+
+
+def rows_of(folder: Path, name: str) -> Path:
+    """Where the rows of a benchmark's step are."""
+    return folder / f"{slug(name)}.rows.csv"
 
 
 def triton_cache() -> Path:
@@ -310,22 +320,26 @@ def begin(folder: Path, state: str) -> int:
     path = folder / "state.json"
     noted = json.loads(path.read_text()) if path.exists() else {"state": state, "run": 0}
     if noted["state"] != state:
-        old, own = (folder / f"before-{name[:8]}" for name in (noted["state"], state))
+        old = folder / f"before-{noted['state'][:8]}"
         old.mkdir(exist_ok=True)
         # state.json last, so that the next run goes on where this one was killed
         for file in sorted(filter(Path.is_file, folder.iterdir()), key=lambda file: file == path):
             file.replace(old / file.name)
         print(f"the results in {folder} are of another card or of other code: moved to {old}")
         noted = {"run": 0}
-        if own.exists():
-            noted = json.loads((own / path.name).read_text())
-            for file in own.iterdir():
-                file.replace(folder / file.name)
-            own.rmdir()
-            print(f"those of this card and code are back from {own}")
-    (folder / NONE_MEASURED).write_text("[]")
+    own = folder / f"before-{state[:8]}"
+    earlier = own / path.name
+    if earlier.exists():
+        noted = json.loads(earlier.read_text())
     with atomic_path(path) as partial:
         partial.write_text(json.dumps({"state": state, "run": noted["run"] + 1}))
+    if own.exists():  # also where a run was killed in here
+        earlier.unlink(missing_ok=True)
+        for file in own.iterdir():
+            file.replace(folder / file.name)
+        own.rmdir()
+        print(f"the results of this card and code are back from {own}")
+    (folder / NONE_MEASURED).write_text("[]")
     return noted["run"] + 1
 
 
@@ -349,7 +363,7 @@ def run_steps(steps: Sequence[Step], folder: Path, begun: float) -> None:
         if step.skipped:
             return False
         ended = before.get(step.name)
-        return step.always or ended is None or ended.outcome != "passed" or ended.read != hash_of(step.reads)
+        return step.always or ended is None or ended.outcome != "passed" or ended.given != given_to(step, folder)
 
     for number, step in enumerate(steps):
         if step.skipped:
@@ -360,24 +374,35 @@ def run_steps(steps: Sequence[Step], folder: Path, begun: float) -> None:
         else:
             # what it may take: its own budget, and what the steps before it have left of theirs
             later = sum(other.budget_s for other in steps[number + 1 :] if is_left(other))
-            read = hash_of(step.reads)
-            if step.name in before and before[step.name].read != read:
-                for file in outcome_files(folder, step):
+            given = given_to(step, folder)
+            if step.name in before and before[step.name].given != given:
+                for file in (*outcome_files(folder, step), *step.makes):
                     file.unlink(missing_ok=True)
-            outcome = replace(run_step(step, folder, end - time.monotonic() - later), read=read)
+            # noted first: a run that is killed in it leaves results of what was given
+            note_step(folder, step.name, Outcome("failed", 0, "was stopped", given=given))
+            outcome = replace(run_step(step, folder, end - time.monotonic() - later), given=given)
         note_step(folder, step.name, outcome)
         print(f"{step.name}: {outcome.outcome} in {outcome.seconds:.0f} s {outcome.note}".rstrip(), flush=True)
 
 
-def hash_of(files: Sequence[Path]) -> str:
-    """Of their lines in any order, as several processes write them; empty where there are no files."""
-    lines = [sorted(file.read_bytes().splitlines()) if file.exists() else [] for file in files]
-    return hashlib.sha256(repr(lines).encode()).hexdigest()[:16] if any(lines) else ""
+def given_to(step: Step, folder: Path) -> str:
+    """A hash of what a step reads, and of the measured tiles and crossover with which it runs."""
+    lines = [sorted(file.read_bytes().splitlines()) if file.exists() else [] for file in step.reads]
+    measured = measured_for(step, folder)
+    return hash_of(lines, *(Path(measured[name]) for name in ("VALM_KERNELS_TILES", "VALM_KERNELS_CROSSOVER")))
+
+
+def hash_of(lines: list[list[bytes]], tiles: Path, crossover: Path) -> str:
+    entries = json.loads(tiles.read_text()) if tiles.exists() else []
+    kinds = sorted(str([entry[name] for name in TILES_OF]) for entry in entries)
+    lengths = json.loads(crossover.read_text()) if crossover.exists() else []
+    return hashlib.sha256(repr((lines, kinds, lengths)).encode()).hexdigest()[:16]
 
 
 def end_with_parent() -> None:
-    """In a new process: it ends where gpu-check is killed, and so does not disturb the next run."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    """In a new process: it ends where gpu-check is killed, and so does not disturb the next run. What it starts in its
+    turn, as compute-sanitizer and the build do, goes on to its own end."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def run_step(step: Step, folder: Path, limit_s: float) -> Outcome:
@@ -470,14 +495,17 @@ def measured_for(step: Step, folder: Path) -> dict[str, str]:
 def tiles_passed(folder: Path) -> bool:
     """Whether the tests have passed with the tiles that are there now."""
     tests, tiles = read_steps(folder).get(TESTS_OF_TILES), folder / "tiles.json"
-    return tests is not None and tests.outcome == "passed" and tiles.exists() and tests.read == hash_of([tiles])
+    given = hash_of([], tiles, folder / NONE_MEASURED)
+    return tests is not None and tests.outcome == "passed" and tiles.exists() and tests.given == given
 
 
 def crossover_passed(folder: Path) -> bool:
-    """Whether there is a measured crossover, and the tests of flash attention have passed."""
+    """Whether there is a measured crossover, and the tests of flash attention have passed, all of them."""
+    steps = read_steps(folder)
+    ended = any(steps[name].outcome == "passed" for name in ("tests", TESTS_OF_TILES) if name in steps)
     tests = outcomes.read(folder / f"{slug('tests')}.outcomes.csv").values()
-    of_flash = [test.outcome for test in tests if FLASH_TESTS in test.test]
-    return (folder / "crossover.json").exists() and bool(of_flash) and set(of_flash) == {outcomes.PASSED}
+    of_flash = {test.outcome for test in tests if FLASH_TESTS in test.test}
+    return (folder / "crossover.json").exists() and ended and of_flash == {outcomes.PASSED}
 
 
 def read_steps(folder: Path) -> dict[str, Outcome]:
@@ -487,7 +515,7 @@ def read_steps(folder: Path) -> dict[str, Outcome]:
         return {}
     with path.open(newline="") as file:
         return {
-            row["step"]: Outcome(row["outcome"], float(row["seconds"]), row["note"], row["machine"], row["read"])
+            row["step"]: Outcome(row["outcome"], float(row["seconds"]), row["note"], row["machine"], row["given"])
             for row in csv.DictReader(file)
         }
 
@@ -539,9 +567,9 @@ def why_skipped_or_failed(folder: Path) -> list[str]:
 def write_results(folder: Path, ended: Mapping[str, Outcome]) -> None:
     """The rows of all benchmarks in one file, after a row for each step."""
     rows: dict[tuple[str, str], dict[str, str]] = {}
-    if (folder / "rows.csv").exists():
-        with (folder / "rows.csv").open(newline="") as file:
-            rows = {(row["group"], row["name"]): row for row in csv.DictReader(file)}
+    for path in filter(Path.exists, (rows_of(folder, name) for name in ended)):
+        with path.open(newline="") as file:
+            rows |= {(row["group"], row["name"]): row for row in csv.DictReader(file)}
     with atomic_path(gpu_report.RESULTS) as partial, partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
@@ -583,8 +611,8 @@ def dry_run(folder: Path) -> int:
         variables = "".join(f"{name}={value} " for name, value in step.environment)
         print(f"  {len(step.commands)} x {variables}{' '.join(step.commands[0])}")
     print(f"\nbudgets: {sum(step.budget_s for step in steps)} s of {LIMIT_S} s in a run")
-    for what, count in (("tests", compilations.of_tests(arch)), ("compile tiles", compilations.of_tiles(arch))):
-        seconds = compilations.SECONDS * count
+    for what, found in (("tests", compilations.of_tests(arch)), ("compile tiles", compilations.of_tiles(arch))):
+        count, seconds = len(found), compilations.seconds(found)
         several = " and ".join(f"{seconds / number:.0f} s in {number} processes" for number in {processes, 16})
         print(f"{what}: {count} compilations of Triton kernels, estimated {seconds:.0f} s on one core, {several}")
     return 0

@@ -18,13 +18,17 @@ from valm_kernels.visual_fusion.inputs import TENSOR_NAMES, Gradients
 from valm_kernels.visual_fusion.layout import empty_image_scores
 from valm_kernels.visual_fusion.triton import backward, forward, joined
 
-# Of one kernel on one core, an estimate: they take 0.3 to 2.4 s under Triton 3.6.0.
-SECONDS = 1.3
+# Of one kernel on one core, an estimate: 0.3 to 2.4 s under Triton 3.6.0. Float32 of head dimensions above 128
+# takes 5 to 19 s (3.7.1), as its loops over slabs are unrolled.
+SECONDS, SECONDS_BY_SLABS = 1.3, 12.0
+
+# The name of a kernel, the key of its specialisation, and whether it reads rows by slabs.
+Compilation = tuple[str, str, bool]
 
 
-def of_tests(arch: int) -> int:
+def of_tests(arch: int) -> set[Compilation]:
     """Of tests/valm_kernels/visual_fusion/triton/test_gpu.py, on a card of compute capability `arch`."""
-    found: set[tuple[str, str]] = set()
+    found: set[Compilation] = set()
     for problem in (*PROBLEMS.values(), *LARGE.values()):
         for dtype in DTYPES:
             found |= {key(launch, arch) for launch in launches(problem, dtype, arch)}
@@ -32,18 +36,23 @@ def of_tests(arch: int) -> int:
         for dtype in DTYPES[1:]:
             for with_lse in (False, True):
                 found |= {key(launch, arch) for launch in launches(LARGE[name], dtype, arch, with_lse, flash=True)}
-    return len(found)
+    return found
 
 
-def of_tiles(arch: int) -> int:
+def of_tiles(arch: int) -> set[Compilation]:
     """Of the candidates that tune_tiles.py measures."""
     works = tune_tiles.works(arch)
-    return len({key(launch, arch) for work in works for launch in tune_tiles.launches(work[0], arch, *work[1:])})
+    return {key(launch, arch) for work in works for launch in tune_tiles.launches(work[0], arch, *work[1:])}
 
 
-def key(launch: Launch, arch: int) -> tuple[str, str]:
+def seconds(found: set[Compilation]) -> float:
+    """On one core, an estimate."""
+    return sum(SECONDS_BY_SLABS if by_slabs else SECONDS for *_, by_slabs in found)
+
+
+def key(launch: Launch, arch: int) -> Compilation:
     """Launches with the same one share a compilation."""
-    return launch.kernel.__name__, specialise(launch, arch).key
+    return launch.kernel.__name__, specialise(launch, arch).key, launch.keywords.get("BY_SLABS", False)
 
 
 def launches(
@@ -66,4 +75,5 @@ def launches(
 
 
 if __name__ == "__main__":
-    print(f"tests: {of_tests(90)}, candidates of tiles: {of_tiles(90)}, at {SECONDS} s each on one core")
+    for what, found in (("tests", of_tests(90)), ("candidates of tiles", of_tiles(90))):
+        print(f"{what}: {len(found)}, {seconds(found):.0f} s on one core")

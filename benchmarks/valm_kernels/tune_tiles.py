@@ -293,13 +293,13 @@ def time_of(launch: Callable[[Tiles], Any], tiles: Tiles, failed: str) -> tuple[
 
 
 def write_tiles(folder: Path, arch: int) -> None:
-    """FOLDER/tiles.json: for each entry that was measured with its table's tiles, the fastest."""
-    rows = read_rows(folder / "candidates.csv")
+    """FOLDER/tiles.json: for each entry that was measured with its table's tiles, the fastest, once it is compared."""
+    rows, compared = read_rows(folder / "candidates.csv"), read_rows(folder / "agreement.csv")
     entries = []
     for case in cases():
         for kernel in case.kernels:
             best = fastest(case, kernel, arch, rows)
-            if best is None:
+            if best is None or compared.get(key(case, kernel, best), (None, ""))[1] != AGREES:
                 continue
             times = times_of(case, kernel, arch, rows)
             table = tiles_for(kernel, arch, case.head_dim, case.dtype)

@@ -244,29 +244,66 @@ def test_a_run_goes_on_with_the_results_of_its_own_card(tmp_path, capfd):
     assert "are back from" in capfd.readouterr().out
     assert runs(other) == (2, [other] * 2)
     assert runs(other) == (3, [other] * 3)
+    # killed while the results of one come back
+    (tmp_path / "state.json").unlink()
+    assert runs(one) == (3, [one] * 3)
 
 
-def test_a_step_is_run_again_where_what_it_reads_has_changed(card):
-    """With all of its tests; and tiles that no test has seen are not taken."""
-    tiles, ended = card / "tiles.json", card / "ended.csv"
+@pytest.fixture
+def steps_of_tiles(card):
+    """Runs the tests of the measured tiles, and a benchmark after them, in the folder of the card; returns how often
+    each has run. The tests note that they passed, or where `dies` names a file, that they began."""
     (card / gpu_check.NONE_MEASURED).write_text("[]")
-    passed = "run,test,outcome,seconds,note\n1,a,passed,0,\n"
+    ended, made, called = (card / name for name in ("ended.csv", "made.csv", "called"))
     code = (
-        f"import pathlib; assert not pathlib.Path({str(ended)!r}).exists(); "
-        f"open({str(card / 'calls')!r}, 'a').write('x'); open({str(ended)!r}, 'w').write({passed!r})"
+        f"import os, pathlib; assert not pathlib.Path({str(ended)!r}).exists(); open({str(called)!r}, 'a').write('t'); "
+        f"open({str(ended)!r}, 'w').write('run,test,outcome,seconds,note\\n1,a,passed,0,\\n'); "
+        f"os.path.exists({str(card / 'fails')!r}) and os._exit(1)"
     )
-    step = Step(gpu_check.TESTS_OF_TILES, 5, ((*command(code), "--outcomes", str(ended)),), tests=True, reads=(tiles,))
+    tests = Step(gpu_check.TESTS_OF_TILES, 5, ((*command(code), "--outcomes", str(ended)),), tests=True)
+    code = f"open({str(made)!r}, 'x').write('row'); open({str(called)!r}, 'a').write('b')"
+    benchmark = Step("attention", 5, (command(code),), makes=(made,))
 
-    def calls_after(text):
-        tiles.write_text(text)
-        run_steps([step], card, time.monotonic())
-        return len((card / "calls").read_text())
+    def run(entries=None):
+        if entries is not None:
+            (card / "tiles.json").write_text(json.dumps(entries))
+        run_steps([tests, benchmark], card, time.monotonic())
+        return [called.read_text().count(which) for which in "tb"]
 
-    assert calls_after("[1,\n2]") == 1 and gpu_check.tiles_passed(card)
-    assert calls_after("[1,\n2]") == 1
-    tiles.write_text("[3]")
+    return run
+
+
+def test_a_step_is_run_again_where_what_it_is_given_has_changed(card, steps_of_tiles):
+    """With all of its tests and rows; and tiles that no test has seen are not taken."""
+    assert steps_of_tiles(TILES) == [1, 1] and gpu_check.tiles_passed(card)
+    assert steps_of_tiles() == [1, 1]
+    assert steps_of_tiles([TILES[0] | {"ms": 0.03}]) == [1, 1]  # the same tiles
+    other = [TILES[0] | {"num_warps": 8}]
+    (card / "tiles.json").write_text(json.dumps(other))
     assert not gpu_check.tiles_passed(card)
-    assert calls_after("[3]") == 2 and gpu_check.tiles_passed(card)
+    assert steps_of_tiles() == [2, 2] and gpu_check.tiles_passed(card)
+
+
+def test_a_benchmark_runs_again_once_its_tiles_are_taken(card, steps_of_tiles):
+    (card / "fails").touch()
+    assert steps_of_tiles(TILES) == [1, 1] and not gpu_check.tiles_passed(card)
+    (card / "fails").unlink()
+    (card / "ended.csv").unlink()
+    assert steps_of_tiles() == [2, 2] and gpu_check.tiles_passed(card)
+
+
+def test_tests_of_a_run_that_was_killed_count_for_their_own_tiles_alone(card, steps_of_tiles, monkeypatch):
+    def killed(*arguments):
+        (card / "ended.csv").write_text("run,test,outcome,seconds,note\n1,a,passed,0,\n")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(gpu_check, "run_step", killed)
+        (card / "tiles.json").write_text(json.dumps(TILES))
+        with pytest.raises(KeyboardInterrupt):
+            steps_of_tiles()
+    assert read_steps(card)[gpu_check.TESTS_OF_TILES].note == "was stopped"
+    assert steps_of_tiles([TILES[0] | {"num_warps": 8}]) == [1, 1]
 
 
 def test_a_crossover_is_not_taken_where_a_test_of_flash_attention_failed(card, check):
@@ -433,7 +470,7 @@ def test_a_benchmark_resumes_on_a_machine_that_has_nothing_but_pytorch(tmp_path)
     def run(number, only):
         (step,) = (step for step in plan(tmp_path, 90, 1) if step.name == "long attention and decoding")
         (command,) = step.commands
-        changed = {"cuda": "cpu", str(tmp_path / "rows.csv"): str(rows), sys.executable: str(python)}
+        changed = {"cuda": "cpu", str(gpu_check.rows_of(tmp_path, step.name)): str(rows), sys.executable: str(python)}
         changed[str(tmp_path / f"{slug(step.name)}.outcomes.csv")] = str(ended)
         command = [changed.get(argument, argument) for argument in command]
         command[command.index("--run-number") + 1] = str(number)
@@ -508,5 +545,7 @@ def test_the_small_set_has_one_dtype_of_each_kind_of_attention():
     found = subprocess.run([*tests, *files], cwd=gpu_report.ROOT, capture_output=True, text=True).stdout
     selected = [line.rpartition("::")[2] for line in found.splitlines() if "::" in line]
     attention = [name for name in selected if name.startswith("test_agrees_with_float64_reference")]
-    assert attention and all(name.endswith("torch.float16]") for name in attention)
+    slabs = [name for name in attention if name.endswith("torch.float32]")]
+    assert slabs == ["test_agrees_with_float64_reference[odd wide head-torch.float32]"]
+    assert all(name.endswith("torch.float16]") for name in attention if name not in slabs) and len(attention) > 50
     assert {"test_public_functions_use_it", "test_numpy_rows_on_a_device"} <= set(selected)
