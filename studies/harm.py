@@ -13,6 +13,7 @@ trained on. docs/results/ordinary-text.md has the table.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import shutil
@@ -30,9 +31,11 @@ from studies.color.text import color_glosses, python_prose
 from studies.smollm2 import nats, perplexity
 from valm.cli import main as command
 from valm.clip.tokenizer import own_tokenizer
+from valm.errors import ValmError
 from valm.evaluation.controls import switch_images
 from valm.evaluation.files import read_csv
 from valm.model.smollm2 import convert_smollm2
+from valm.store.files import read_json, writable_folder, write_json
 
 PICTURES, VALIDATED = 300, 30  # in the knowledge base, and others whose captions are half of the validation documents
 ORDINARY = 60  # paragraphs that the user has: to choose min_score by; some are the other half of those documents
@@ -42,6 +45,24 @@ TRAIN_OPTIONS = (
     *("--unfreeze", "block", "--logit-bias", -3, "--lr", 2e-4, "--fusion-lr", 2e-3, "--steps", 300, "--limit-softmax"),
     *("--min-score", "auto", "--image-dropout", 0.5),
 )
+NOTE_FILE = "harm.json"  # in the folder, with the seed and the settings that all in it was made with
+
+
+def note_settings(base: Path, out: Path, seed: int) -> None:
+    """Notes in `out` what everything there is made with.
+
+    Raises:
+        ValmError: there are files made with something else, or the note cannot be read or written.
+    """
+    numbers = {"pictures": PICTURES, "validated": VALIDATED, "ordinary": ORDINARY}
+    settings = {"clip": CLIP_OPTIONS, "train": TRAIN_OPTIONS, "base": str(base.resolve())}
+    note = json.loads(json.dumps({"seed": seed} | numbers | settings))
+    file = writable_folder(out) / NOTE_FILE
+    if file.exists() or (out / "pictures").exists():
+        before = file.exists() and read_json(file, "the note on the settings", dict[str, Any], "choose another folder")
+        if before != note:
+            raise ValmError(f"{out} was made with another seed or other settings: choose another folder")
+    write_json(file, note)
 
 
 def run(*arguments: Any) -> None:
@@ -141,6 +162,10 @@ def main() -> None:
     data = os.environ.get("VALM_EVAL_DATA")
     if data is None or not (Path(data) / FLICKR_CAPTIONS).is_file():
         raise SystemExit(f"VALM_EVAL_DATA must name a folder that has {FLICKR_CAPTIONS}")
+    try:
+        note_settings(arguments.base, arguments.out, arguments.seed)
+    except ValmError as error:
+        raise SystemExit(str(error)) from error
     if not (arguments.base / "config.json").exists():
         convert_smollm2(arguments.base)
     texts = write_texts(Path(data), arguments.out, arguments.seed)

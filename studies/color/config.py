@@ -8,12 +8,12 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 from valm.errors import ValmError
 from valm.store.files import read_yaml
 from valm.text import nearest
-from valm_kernels.json_files import Count, SchemaError, check
+from valm_kernels.json_files import Count, Range, SchemaError, check
 
 # The fields that a seed's results depend on: results are pooled only where these agree.
 RECIPE = ("language_model", "pictures", "clip", "colorless_clip", "text", "images", "training", "training_of")
@@ -89,6 +89,46 @@ SCHEMAS: dict[str, Any] = {
     "tuple[str, ...]": list[str],
     "tuple[int, ...]": list[Count],
 }
+_Some = Annotated[int, Range(1)]
+
+
+class _PictureSource(TypedDict, total=False):
+    folder: str
+    limit: _Some | None
+    views: _Some
+
+
+class _Definitions(TypedDict, total=False):
+    folder: str
+
+
+class _Templates(TypedDict, total=False):
+    count: Count
+    balanced: bool
+
+
+class _Prose(TypedDict, total=False):
+    count: Count | None
+    file: str | None
+
+
+class _Text(TypedDict, total=False):
+    glosses: dict[str, Any]
+    definitions: _Definitions
+    templates: _Templates
+    prose: _Prose
+
+
+class _DrawnPictures(TypedDict, total=False):
+    drawn: _Some
+
+
+# What the values of options must be, whose names `collect_pictures` and `study_text` check.
+OPTIONS: dict[str, Any] = {
+    "pictures": dict[str, _PictureSource],
+    "text": _Text,
+    "colorless_clip": _DrawnPictures,
+}
 
 
 @dataclass(frozen=True)
@@ -151,7 +191,8 @@ def read_config(file: str | os.PathLike) -> StudyConfig:
     """The study in a YAML file.
 
     Raises:
-        ValmError: it cannot be read, lacks a field, or has an unknown field, arm or test.
+        ValmError: it cannot be read, lacks a field, or has an unknown field, arm or test, or a source of pictures or
+            text with options that are no mapping or of another type.
     """
     path = Path(file)
     content = read_yaml(path, "the study")
@@ -174,12 +215,11 @@ def read_config(file: str | os.PathLike) -> StudyConfig:
         for one in given.get(name, ()):
             if one not in known:
                 raise ValmError(f"the study {path} names no known {what}: {one!r}{nearest(one, known)}")
+    for name, schema in OPTIONS.items():
+        _check(path, name, given.get(name, {}), schema)
     for name, schema in (("training_of", dict[str, Any]), ("some_seeds", list[Count])):
         for one, value in given.get(name, {}).items():
-            try:
-                check(value, schema)
-            except SchemaError as error:
-                raise ValmError(f"the study {path}: {name}: {one}: {error}") from error
+            _check(path, f"{name}: {one}", value, schema)
     config = StudyConfig(**given)
     try:
         config.to_json()
@@ -188,12 +228,16 @@ def read_config(file: str | os.PathLike) -> StudyConfig:
     return config
 
 
+def _check(path: Path, where: str, value: Any, schema: Any) -> None:
+    try:
+        check(value, schema)
+    except SchemaError as error:
+        raise ValmError(f"the study {path}: {where}: {error}") from error
+
+
 def _typed(path: Path, of: dataclasses.Field, value: Any) -> Any:
     """The value of a field, sequences as tuples, and each source without options as an empty mapping."""
-    try:
-        check(value, SCHEMAS[str(of.type)])
-    except SchemaError as error:
-        raise ValmError(f"the study {path}: {of.name}: {error}") from error
+    _check(path, of.name, value, SCHEMAS[str(of.type)])
     if isinstance(value, dict):
         return {name: {} if one is None else one for name, one in value.items()}
     return tuple(value) if isinstance(value, list) else value

@@ -83,6 +83,9 @@ class LateFusionLM(ImageModel):
             input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs | {"use_cache": False}
         )
 
+    def text_positions(self, arguments: dict[str, Any]) -> None:
+        """A row is one document."""
+
     def _fuse(self, norm: nn.Module, args: tuple) -> tuple:
         assert self._seen is not None
         return (self.model.image_fusion(args[0], *self._seen),)

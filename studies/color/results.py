@@ -18,6 +18,8 @@ from valm.store.files import read_json
 from valm_kernels.json_files import Count, Matching, Range, short
 
 RAW, CALIBRATED = "raw", "calibrated"
+# A CLIP trained again on another machine may answer one or two questions otherwise.
+CLIP_TOLERANCE = 0.02
 # What the tokens of a row saw.
 SEEN = {images for arm in ARMS.values() for images in arm.tests}
 _Answers = list[Annotated[str, Matching(f"[{DIGITS}]+", "candidates as digits")]]  # see `scoring.compact`
@@ -230,7 +232,7 @@ def read_results(files: Sequence[str | os.PathLike]) -> Results:
 
     Raises:
         ValmError: there are none, one is damaged, their recipes differ, or two files of a seed have the same row or
-            differ in what was asked.
+            differ in what was asked or in their CLIP.
     """
     if not files:
         raise ValmError("there are no results of a study: run `python -m studies.color run`")
@@ -285,7 +287,7 @@ def _fit(answers: Sequence[str], about: _About, prompts: int) -> bool:
 
 
 def _together(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """Two results of one seed as one. What both tell of the CLIP, the text and the machine is the first's."""
+    """Two results of one seed as one. What both tell of the text and the machine is the first's."""
     seed = first["seed"]
     rows = {(row["arm"], row["images"], row.get("set", row.get("text"))) for row in first["rows"]}
     for row in second["rows"]:
@@ -300,11 +302,23 @@ def _together(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     for row in second["rows"]:
         if "text" in row and row["tokens"] != tokens.get(row["text"], row["tokens"]):
             raise ValmError(f"two of the results of seed {seed} read different texts as {row['text']}")
+    for title in first["clip"].keys() & second["clip"].keys():
+        if not _alike(first["clip"][title], second["clip"][title]):
+            raise ValmError(f"two of the results of seed {seed} are of different CLIPs: see {short(title)}")
+    missing = [name for part in (first, second) for name in part.get("missing", ())]
     return first | {
         "rows": first["rows"] + second["rows"],
-        **{part: second[part] | first[part] for part in ("sets", "losses", "seconds")},
+        **{part: second[part] | first[part] for part in ("sets", "losses", "clip", "seconds")},
+        "missing": list(dict.fromkeys(missing)),
         "training": second.get("training", {}) | first.get("training", {}),
     }
+
+
+def _alike(first: Any, second: Any) -> bool:
+    """Whether two measurements can be of one CLIP, trained once on each of two machines."""
+    if isinstance(first, int | float) and isinstance(second, int | float):
+        return abs(first - second) <= CLIP_TOLERANCE
+    return first == second
 
 
 def _row(seed: dict[str, Any], arm: str, images: str, of: str) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ All seeds share OUT/pictures. The files of a seed are in OUT/seed-N, or in OUT i
 
     text/  clip/  kb-others/  kb/  retrieval-train/  twin/  valm/  blind/ …  scores/  results.json
 
+scores/ has a file for each arm and choice of tests, whose hash is in its name; results.json is of the last run's tests.
 The CLIP that cannot know colours has its own clip/, kb-others/, kb/ and retrieval-train/ in colorless/.
 """
 
@@ -11,10 +12,12 @@ from __future__ import annotations
 
 import csv
 import gc
+import hashlib
 import platform
 import shlex
 import shutil
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -26,6 +29,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+import valm
+import valm_kernels
 from studies.color.captions import Captions, captioned
 from studies.color.clip import check, image_tower
 from studies.color.conditions import Conditions
@@ -214,15 +219,29 @@ def _language_model(name: str, out: Path) -> str:
     return str(out)
 
 
+def sources_hash() -> str:
+    """A hash of the Python files of the studies, of valm and of valm_kernels."""
+    digest = hashlib.sha256()
+    for package in (Path(__file__).parents[1], Path(valm.__file__).parent, Path(valm_kernels.__file__).parent):
+        for file in sorted(package.rglob("*.py")):
+            digest.update(f"{file.relative_to(package.parent)}\0".encode() + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
 def _note_study(study: Study) -> None:
-    file = study.out / STUDY_FILE
+    file, sources = study.out / STUDY_FILE, []
     if file.is_file():
         before = read_json(file, "the note on a study", dict[str, Any], "choose another folder")
         one_seed = [study.config.to_json()["seeds"], before.get("config", {}).get("seeds")]
         # with one seed, the folder's name does not say which
         if before.get("recipe") != study.config.recipe or (1 in map(len, one_seed) and one_seed[0] != one_seed[1]):
             raise ValmError(f"{study.out} holds a study of other settings: choose another folder")
-    write_json(file, {"recipe": study.config.recipe, "config": study.config.to_json()})
+        sources = before.get("sources", ["unknown"])
+    now = sources_hash()
+    if set(sources) - {now}:
+        warnings.warn(f"earlier stages in {study.out} ran with other code than today's: see {STUDY_FILE}", stacklevel=3)
+    note = {"recipe": study.config.recipe, "config": study.config.to_json()}
+    write_json(file, note | {"sources": list(dict.fromkeys([*sources, now]))})
 
 
 def _make_pictures(study: Study) -> None:
@@ -252,17 +271,27 @@ def _run_seed(study: Study, seed: int, base: str) -> Path:
     for name, arm in arms.items():
         if arm.made != BASE:
             stage(name, partial(_train, study, name, arm, base, seed))
-    rows = {name: _scores_file(study, folder, name) for name in arms}
-    scoring = Scoring(study, seed, base, pictures)
-    for name, file in rows.items():
-        # the stage has the tests in its name, so that other ones are asked again
-        stage(f"scores of {name} on {', '.join(study.tests)}", partial(scoring.write, name, file))
+    scoring, rows = Scoring(study, seed, base, pictures), {}
+    for name in arms:
+        rows[name] = scoring.earlier(name, stage.seconds) or scoring.file(name, name)
+        if rows[name] == scoring.file(name, name):
+            work = partial(scoring.write, name, rows[name])
+            _make(stage, f"scores of {name} on {', '.join(scoring.names)}", rows[name], work)
+    collected = scoring.file("results", *arms)
+    work = partial(scoring.collect, rows, collected)
+    _make(stage, f"results of {', '.join(arms)} on {', '.join(scoring.names)}", collected, work)
     results = folder / (f"{VALIDATION}-{RESULTS_FILE}" if study.validation else RESULTS_FILE)
-    stage(f"results of {', '.join(arms)} on {', '.join(study.tests)}", lambda: scoring.collect(rows, results))
-    found = read_json(results, "the results", dict[str, Any], "run the study again")
-    found["seconds"] = stage.seconds
+    found = read_json(collected, "the results", dict[str, Any], f"delete {collected} and run the study again")
+    found |= {"study": config.name, "config": config.to_json(), "seconds": stage.seconds}
     write_json(results, found, indent=None)
     return results
+
+
+def _make(stage: Stages, name: str, file: Path, work: Callable[[], object]) -> None:
+    """Runs a stage that writes `file`, also if it is finished and the file is not there."""
+    if not file.is_file():
+        stage.seconds.pop(name, None)
+    stage(name, work)
 
 
 def _prepare(study: Study, seed: int, base: str, folder: Path, arms: Sequence[Arm], stage: Stages) -> None:
@@ -288,10 +317,6 @@ def _prepare(study: Study, seed: int, base: str, folder: Path, arms: Sequence[Ar
         options = ("--kb", folder / kb, "--tokenizer", base, "-k", config.images, "--out", retrieval, *hub)
         text = study.seed_folder(seed) / "text" / f"{corpus}.jsonl"
         stage(f"{name}{retrieval.name}", partial(study.valm, "retrieve", text, *options))
-
-
-def _scores_file(study: Study, folder: Path, arm: str) -> Path:
-    return writable_folder(folder / "scores") / f"{f'{VALIDATION}-' if study.validation else ''}{arm}.json"
 
 
 def retrieval_name(corpus: str, kb: str) -> str:
@@ -435,6 +460,30 @@ class Scoring:
         )
 
     @cached_property
+    def names(self) -> list[str]:
+        """What is asked: the tests that the data have, and after them the captions."""
+        wanted = [*self.study.tests, *([CAPTIONS_KIND] if HELDOUT in self.study.tests else [])]
+        return [name for name in wanted if name not in self.missing]
+
+    def file(self, title: str, *arms: str) -> Path:
+        """The file in scores/ of what is asked of `arms`."""
+        key = hashlib.sha256(" ".join([*arms, "on", *self.names]).encode()).hexdigest()[:8]
+        return writable_folder(self.folder / "scores") / f"{title}-{key}.json"
+
+    def earlier(self, arm: str, finished: Iterable[str]) -> Path | None:
+        """The rows of an arm under the name that they once had for all tests, if they are of what is asked now."""
+        name = f"{f'{VALIDATION}-' if self.study.validation else ''}{arm}.json"
+        file = self.folder / "scores" / name
+        if f"scores of {arm} on {', '.join(self.study.tests)}" not in finished or not file.is_file():
+            return None
+        rows = read_json(file, "the scores", list[dict[str, Any]], "delete it and run the study again")
+        sets = {row["set"] for row in rows if "set" in row}
+        texts = {row["text"]: len(row["nats"]) for row in rows if "text" in row}
+        asked = {name for name in self.names if name not in (HELDOUT, CAPTIONS_KIND)}
+        whole = sets == asked and texts == {kind: len(documents) for kind, documents in self.texts.items()}
+        return file if whole else None
+
+    @cached_property
     def asked(self) -> dict[str, Questions]:
         return {
             name: validation_questions(self.things) if name == VALIDATION else set_questions(name, self.study.data)
@@ -527,6 +576,7 @@ class Scoring:
         kbs, conditions = study.kb_folder(self.seed, first), self.conditions(first)
         trained = [name for name in rows if ARMS[name].made != BASE]
         clips = {ARMS[name].colorless: ARMS[name] for name in rows}
+        note = read_json(study.out / STUDY_FILE, "the note on a study", dict[str, Any], "run the study again")
         found = {
             "study": study.config.name,
             "recipe": study.config.recipe,
@@ -552,7 +602,9 @@ class Scoring:
             },
             "counts": read_json(folder / "text" / "counts.json", "the counts of the text", dict[str, Any]),
             "pictures": {"all": len(conditions.kb), "of items": len(conditions.kb) - _images_in(kbs / KB_OTHERS)},
-            "versions": {"python": platform.python_version()} | {name: version(name) for name in VERSIONS},
+            "versions": {"python": platform.python_version()}
+            | {name: version(name) for name in VERSIONS}
+            | {"sources": " ".join(note["sources"])},
             "hardware": hardware(),
             "threads": torch.get_num_threads(),
         }

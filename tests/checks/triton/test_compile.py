@@ -84,6 +84,7 @@ OTHER_TRITONS: dict[str, tuple[dict, dict]] = {
             ("query", "dense", "gfx942", 256, "float32"): 130,
             ("query", "softcap image_q", "gfx942", 256, "float32"): 132,
             ("key", "softcap image_q", 80, 256, "float32"): 70,
+            ("key", "softcap image_q", 90, 256, "float32"): 68,
         },
         {
             ("forward", "dense", "gfx942", 128, "float16"): 90,

@@ -106,6 +106,24 @@ def test_two_files_of_a_seed_with_different_arms_are_read_together(tmp_path):
     assert together.difference(*difference) == read_results(write(tmp_path, [0])).difference(*difference)
 
 
+def test_two_files_of_a_seed_say_together_what_is_missing_and_what_their_clips_are(tmp_path):
+    whole, files = result(0), []
+    for name, arms, more in (
+        ("rest", ("twin", "valm"), {"missing": ["relative_size"], "clip": {"R@1": 0.5}}),
+        ("other", ("blind",), {"missing": ["relative_size", "captions"], "clip": {"R@1": 0.51, "colorless R@1": 0.4}}),
+    ):
+        losses = {arm: loss for arm, loss in whole["losses"].items() if arm in arms}
+        rows = [row for row in whole["rows"] if row["arm"] in arms]
+        files.append(tmp_path / f"{name}.json")
+        files[-1].write_text(json.dumps(whole | more | {"rows": rows, "losses": losses}))
+    together = read_results(files)
+    assert together.missing() == {"relative_size": [0], "captions": [0]}
+    assert together.seeds[0]["clip"] == {"R@1": 0.5, "colorless R@1": 0.4}
+    files[1].write_text(json.dumps(json.loads(files[1].read_text()) | {"clip": {"R@1": 0.6}}))
+    with pytest.raises(ValmError, match="seed 0 are of different CLIPs: see 'R@1'"):
+        read_results(files)
+
+
 def test_a_number_can_be_of_the_seeds_that_have_it(tmp_path):
     fewer = result(2)
     fewer["rows"] = [row for row in fewer["rows"] if row["arm"] != "blind"]

@@ -1,6 +1,9 @@
 """A whole study of tiny models: every stage, killed and gone on, and what its results say."""
 
+import dataclasses
 import json
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from PIL import Image, ImageDraw
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import valm
+from studies.color import run
 from studies.color.__main__ import build_parser
 from studies.color.config import CUTS, EXCHANGES, read_config
 from studies.color.exhibits import write_exhibits
@@ -142,6 +146,92 @@ def test_a_folder_with_another_recipe_is_refused(world, tmp_path):
         run_study(Study(study.config, tmp_path, main, study.data))
     with pytest.raises(ValmError, match="no seed 7, only 3"):
         run_study(study, [7])
+
+
+@pytest.fixture
+def asked(world, tmp_path, monkeypatch):
+    """Runs studies of other tests in one folder, whose arms are asked nothing; returns the arms that were asked."""
+    for name in ("_make_pictures", "_language_model", "_write_text", "_prepare", "_train"):
+        monkeypatch.setattr(run, name, lambda *arguments: None)
+    monkeypatch.setattr(run, "read_pictures", lambda folder: [])
+    monkeypatch.setattr(run, "_heldout", lambda folder, data: {})
+    lacking, lines = set(), []
+    monkeypatch.setattr(run, "find_file", lambda name, data: None if name in lacking else name)
+
+    def write(scoring, arm, file):
+        lines.append(arm)
+        sets = [name for name in scoring.study.tests if name not in scoring.missing]
+        write_json(file, [{"arm": arm, "set": name} for name in sets])
+
+    def collect(scoring, rows, file):
+        write_json(file, {"rows": [row for one in rows.values() for row in json.loads(one.read_text())]})
+
+    monkeypatch.setattr(run.Scoring, "write", write)
+    monkeypatch.setattr(run.Scoring, "collect", collect)
+
+    def ask(*tests, arms=("twin", "valm")):
+        config = dataclasses.replace(read_config(world / "study.yaml"), tests=tests, arms=arms)
+        (file,) = run_study(Study(config, tmp_path, main, world / "data", progress=False)).values()
+        rows = json.loads(file.read_text())["rows"]
+        assert [row["arm"] for row in rows] == [arm for arm in arms for _ in range(len(rows) // len(arms))]
+        found = list(lines)
+        lines.clear()
+        return {row["set"] for row in rows}, found
+
+    return SimpleNamespace(ask=ask, lacking=lacking, folder=tmp_path, write=write)
+
+
+def test_results_are_of_the_tests_that_were_asked_for(asked):
+    first, second = ("validation", "memory_color"), ("validation", "color_terms")
+    assert asked.ask(*first) == (set(first), ["twin", "valm"])
+    assert asked.ask(*second) == (set(second), ["twin", "valm"])
+    assert asked.ask(*first) == (set(first), [])
+    assert asked.ask(*first, arms=("twin",)) == (set(first), [])
+    assert asked.ask(*first, arms=("twin", "valm")) == (set(first), [])
+
+
+def test_a_set_that_arrives_later_is_asked_of_every_arm(asked, monkeypatch):
+    asked.lacking.add("object_shape")
+    assert asked.ask("validation", "object_shape")[0] == {"validation"}
+    assert asked.ask("validation", "object_shape")[1] == []
+
+    def killed(scoring, arm, file):
+        asked.write(scoring, arm, file) if arm == "twin" else pytest.fail("killed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run.Scoring, "write", killed)
+        with pytest.raises(pytest.fail.Exception):
+            asked.ask("validation", "memory_color", "object_shape")
+    asked.lacking.clear()
+    both = {"validation", "object_shape"}
+    assert asked.ask(*sorted(both, reverse=True)) == (both, ["twin", "twin", "valm"])
+    sets, arms = asked.ask("validation", "memory_color", "object_shape")
+    assert sets == {*both, "memory_color"} and arms == ["twin", "valm"]
+
+
+def test_scores_of_an_earlier_version_are_read_where_they_are_of_the_same_tests(asked):
+    (asked.folder / "scores").mkdir()
+    asked.lacking.add("object_shape")
+    names, tests = ("twin", "valm"), ("validation", "memory_color", "object_shape")
+    write_json(asked.folder / "stages.json", {f"scores of {name} on {', '.join(tests)}": 1.0 for name in names})
+    for name in names:  # those of VaLM were written again by a run of other tests
+        sets = ("validation", "memory_color" if name == "twin" else "color_terms")
+        write_json(asked.folder / f"scores/{name}.json", [{"arm": name, "set": one} for one in sets])
+    assert asked.ask(*tests) == ({"validation", "memory_color"}, ["valm"])
+
+
+def test_other_code_in_one_folder_is_noted(asked, monkeypatch):
+    def noted():
+        asked.ask("validation")
+        return json.loads((asked.folder / "study.json").read_text())["sources"]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (own,) = noted()
+        assert own == run.sources_hash() and noted() == [own]
+    monkeypatch.setattr(run, "sources_hash", lambda: "other")
+    with pytest.warns(UserWarning, match="other code than today's"):
+        assert noted() == [own, "other"]
 
 
 def test_a_stage_that_fails_is_named(world, tmp_path):
