@@ -30,6 +30,9 @@ def main() -> None:
             FlatIPIndex(part, dtype="float16").save(arguments.folder / name)
 
     halves = [FlatIPIndex.load(arguments.folder / name, mmap=True) for name in ("first", "second")]
+    if [len(index) for index in halves] != [half, len(rows) - half]:
+        stored = sum(map(len, halves))
+        parser.error(f"the index in {arguments.folder} has {stored} rows, not {len(rows)}: choose another folder")
     start = time.perf_counter()
     found = merge_topk([index.search(queries, K) for index in halves], [0, half], K)
     print(f"{QUERIES} queries of {len(rows):,} rows: {1000 * (time.perf_counter() - start):.0f} ms")

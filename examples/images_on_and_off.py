@@ -11,6 +11,7 @@ import argparse
 import torch
 
 import valm
+from valm.errors import ValmError
 from valm.evaluation.controls import switch_images
 
 SHOWN = 3
@@ -32,9 +33,14 @@ def main() -> None:
     parser.add_argument("model", help="a checkpoint with images")
     parser.add_argument("--question", default="the color of the banana is")
     arguments = parser.parse_args()
-    model, tokenizer = valm.load(arguments.model, strict=True)
+    try:
+        model, tokenizer = valm.load(arguments.model, strict=True)
+    except ValmError as error:
+        raise SystemExit(f"error: {error}") from error
     ids = tokenizer(arguments.question, return_tensors="pt").input_ids
     retriever = model.retriever
+    if retriever is None:
+        raise SystemExit(f"error: {arguments.model} retrieves no images")
     found = retriever(ids)
     last = found.image_ids[found.image_index[0, -1]].tolist()  # the images of the last token
     print("images found:", "; ".join(retriever.kb.item(image).caption or "-" for image in last))

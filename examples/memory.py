@@ -4,7 +4,7 @@ of all that was read before, head by head, in one softmax with its segment (Memo
 python examples/memory.py smollm2 moby-dick.txt sotu.txt   # docs/how-to/memory.md has the texts
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import torch
@@ -94,4 +94,11 @@ def main(folder: str, *paths: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder of SmolLM2 in Hugging Face's format")
+    parser.add_argument("text", nargs=2, help="a long text in UTF-8")
+    arguments = parser.parse_args()
+    for path, there in ((arguments.model, Path.is_dir), *((text, Path.is_file) for text in arguments.text)):
+        if not there(Path(path)):
+            parser.error(f"there is no {path}")
+    main(arguments.model, *arguments.text)

@@ -192,6 +192,9 @@ def test_the_search_of_the_examples_is_exact(monkeypatch, tmp_path, capsys):
     for _ in range(2):  # the second time the index is there
         run_example(monkeypatch, "exact_search", str(tmp_path / "index"), "--rows", "2000")
         assert "the rows of a search in float64: True" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run_example(monkeypatch, "exact_search", str(tmp_path / "index"), "--rows", "1000")
+    assert "has 2000 rows, not 1000: choose another folder" in capsys.readouterr().err
 
 
 def test_images_are_switched_on_and_off_in_the_examples(monkeypatch, world, tmp_path, capsys):
@@ -205,6 +208,15 @@ def test_images_are_switched_on_and_off_in_the_examples(monkeypatch, world, tmp_
     found, *answers = capsys.readouterr().out.splitlines()
     assert found.startswith("images found: a ") and len(answers) == 3
     assert len({answer.split(":")[1] for answer in answers}) == 3
+    with pytest.raises(SystemExit, match=r"error: .*nowhere"):
+        run_example(monkeypatch, "images_on_and_off", str(tmp_path / "nowhere"))
+
+
+def test_the_memory_of_the_examples_names_what_is_not_there(monkeypatch, tmp_path, capsys):
+    for arguments, said in (((), "required: model, text"), ((str(tmp_path), "a.txt", "b.txt"), "there is no a.txt")):
+        with pytest.raises(SystemExit):
+            run_example(monkeypatch, "memory", *arguments)
+        assert said in capsys.readouterr().err
 
 
 def test_an_augmented_decoder_agrees_with_its_own_attention_in_the_examples(monkeypatch, tmp_path, capsys):
