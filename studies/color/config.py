@@ -18,7 +18,7 @@ from valm_kernels.json_files import Count, Range, SchemaError, check
 # The fields that a seed's results depend on: results are pooled only where these agree.
 RECIPE = ("language_model", "pictures", "clip", "colorless_clip", "text", "images", "training", "training_of")
 # Counted up where the code draws or trains something else from the same fields.
-RECIPE_VERSION = 5
+RECIPE_VERSION = 6
 
 # How an arm is made: not at all, by `valm train`, or by `studies.color.training`.
 BASE, TRAINED, CONTEXT, LATE = "base", "trained", "context", "late"

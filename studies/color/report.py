@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from studies.color.config import ARMS, EXCHANGES, TRAINED, VALIDATION
+from studies.color.leaks import without_leaks
 from studies.color.questions import CAPTIONS_KIND, FLICKR_CAPTIONS
 from studies.color.results import CALIBRATED, RAW, Results
 from valm.errors import ValmError
@@ -113,12 +114,13 @@ def write_page(results: Results, page: str | os.PathLike, images: str | os.PathL
 
     A mark is `<!-- study: TABLE -->`, and its table ends at `<!-- end -->`. `<!-- study: TABLE of NAME -->` is of the
     study NAME alone; where a page has such marks of the results' study, only these are written, and its figures are
-    `study-NAME-….png`.
+    `study-NAME-….png`. Held-out paragraphs that stand in the training text too are left out (`studies.color.leaks`).
 
     Raises:
         ValmError: the page cannot be read, or has a mark of no table.
     """
     path, folder = Path(page), writable_folder(images)
+    results = without_leaks(results)
 
     study, text = results.seeds[0]["study"], read_text(path)
     own = f" of {study}" if f" of {study} -->" in text else ""
@@ -150,6 +152,10 @@ def state(results: Results) -> str:
         f"{', '.join(map(str, seeds))})."
         for of, seeds in results.missing().items()
     )
+    leaked = [seed["leaked"] for seed in results.seeds if "leaked" in seed]
+    if leaked:
+        numbers, of = ", ".join(str(number) for number, _ in leaked), leaked[0][1]
+        missing += f"\n\nProse is read without the {numbers} of {of} paragraphs that stand in the training text too."
     return (
         f"Seeds: {seeds}.{interim} Settings `{first['recipe']}` of the study `{first['study']}`; {first['hardware']}, "
         f"{first['threads']} threads; {versions}.{missing}"

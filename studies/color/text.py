@@ -1,7 +1,7 @@
 """The text of the study: what is trained on, what is held out, and how much the filter dropped.
 
-No training text has both a colour word and the name of a test item or a validation thing (`Names.beside_color`). All
-random choices depend on the seed.
+No training text has both a colour word and the name of a test item or a validation thing (`Names.beside_color`), and
+none is a text that is held out. All random choices depend on the seed.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ def study_text(
     prose: list[str] = []
     training: list[str] = []
     if "glosses" in sources:
-        natural, heldout["glosses"] = _held_out(kept("glosses", color_glosses()), f"{seed} glosses")
+        natural, heldout["glosses"] = held_out(kept("glosses", color_glosses()), f"{seed} glosses")
         training += natural
     if "definitions" in sources:
         glosses = {one.gloss.lower() for one in wordnet()}  # of which some are held out
@@ -217,7 +217,7 @@ def study_text(
     if "prose" in sources:
         count, file = sources["prose"].get("count", 260), sources["prose"].get("file")
         paragraphs = kept("prose", python_prose() if file is None else file_prose(Path(file)))
-        some, heldout["prose"] = _held_out(paragraphs, f"{seed} prose")
+        some, heldout["prose"] = held_out(paragraphs, f"{seed} prose")
         prose = some[:count]
         training += prose
     random.Random(f"{seed} order").shuffle(training)
@@ -225,6 +225,8 @@ def study_text(
     if scenes:
         random.Random(f"{seed} scenes").shuffle(scenes)
         heldout["captions"] = scenes[:MAX_HELD_OUT_CAPTIONS]
+    read = {line for lines in heldout.values() for line in lines}
+    training, natural, prose = ([line for line in lines if line not in read] for lines in (training, natural, prose))
     captions = {}
     rng = random.Random(f"{seed} captions")
     running = [word for text in natural + prose for word in words(text) if word not in COLOR_WORDS]
@@ -257,7 +259,12 @@ def drawn_captions(pictures: Sequence[Picture], texts: Sequence[str], seed: int)
 
 
 def python_prose() -> list[str]:
-    """Paragraphs of prose in Python's own documentation, as `help()` shows it."""
+    """Paragraphs of prose in Python's own documentation, as `help()` shows it, without repeats."""
+    return list(dict.fromkeys(topic_paragraphs()))
+
+
+def topic_paragraphs() -> list[str]:
+    """The same, with those again that stand in several topics: what `studies.color.leaks` is about."""
     topics = pydoc_data.topics.topics
     return [text for topic in sorted(topics) for text in _paragraphs(topics[topic])]
 
@@ -372,7 +379,7 @@ def _some_words(running: Sequence[str], rng: random.Random) -> Sequence[str]:
     return running[start : start + rng.randint(0, MAX_RUNNING_WORDS)]
 
 
-def _held_out(sentences: list[str], seed: str) -> tuple[list[str], list[str]]:
+def held_out(sentences: list[str], seed: str) -> tuple[list[str], list[str]]:
     """The sentences in a random order, and apart from them HELD_OUT_SHARE."""
     order = random.Random(seed).sample(sentences, len(sentences))
     held = int(HELD_OUT_SHARE * len(order))

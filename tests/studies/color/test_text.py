@@ -152,6 +152,19 @@ def test_nothing_held_out_is_trained_on(pictures, glosses):
     assert set(text.natural) < set(text.training)
 
 
+def test_repeats_do_not_bring_held_out_texts_into_training(pictures, monkeypatch):
+    repeated = [f"zz{n}: a plant with yellow flowers." for n in range(30)] * 3
+    topics = {topic: "\n\n".join(python_prose()[:40]) for topic in "abc"}
+    monkeypatch.setattr(study, "color_glosses", lambda: repeated)
+    monkeypatch.setattr(study.pydoc_data.topics, "topics", topics)
+    text = drawn(pictures)
+    read = {line for lines in text.heldout.values() for line in lines}
+    assert read & set(repeated) and read & set(topics["a"].split("\n\n"))
+    assert not read & {*text.training, *text.natural}
+    assert text.counts["prose: left"] == 40
+    assert text.counts["training"] == len(text.training)
+
+
 def test_files(pictures, glosses, tmp_path):
     text = drawn(pictures)
     text.write(tmp_path / "text")
@@ -172,6 +185,7 @@ def test_glosses_and_prose_are_there():
     prose = python_prose()
     assert len(prose) > 200
     assert all(line[0].isupper() and line.endswith(".") for line in prose)
+    assert len(prose) == len(set(prose))
 
 
 def test_prose_of_a_file(tmp_path):
