@@ -343,9 +343,10 @@ PROBLEMS = {
     "wide head": Problem(head_dim=80, pool_size=9, num_images=8),
     "widest head": Problem(head_dim=256, num_queries=20, num_images=5),
     "head of 200": Problem(
-        head_dim=200, num_queries=33, prefix=5, query_heads=6, first_key="documents", pool_size=11, softcap=1.5
+        **{"head_dim": 200, "num_queries": 33, "prefix": 5, "query_heads": 6, "pool_size": 11},
+        **{"first_key": "documents", "seqlens": True, "softcap": 1.5},
     ),
-    "odd wide head": Problem(head_dim=133, num_queries=33, prefix=20, seqlens=True, batch=3, num_images=2),
+    "odd wide head": Problem(head_dim=133, num_queries=33, prefix=20, batch=3, num_images=2),
     "many images": Problem(num_images=64, num_queries=20, pool_size=40),
     "heads first": Problem(tokens_first=False, num_queries=130),
     "documents": Problem(first_key="documents", num_queries=150, pool_size=11),
