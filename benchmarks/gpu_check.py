@@ -151,7 +151,7 @@ def plan(folder: Path, arch: int, processes: int, run: int = 0, state: str = "")
     compiled = triton_cache() / f"gpu-check-{state[:16]}.csv"
 
     def compiling(part: int) -> tuple[str, ...]:
-        return (*tune, "compile", str(folder), str(compiled), "--arch", str(arch), "--part", f"{part}/{processes}")
+        return (*tune, "compile", str(compiled), "--arch", str(arch), "--part", f"{part}/{processes}")
 
     def pytest(name: str, *arguments: str) -> tuple[str, ...]:
         noted = ("--outcomes", str(folder / f"{slug(name)}.outcomes.csv"), "--run-number", str(run))
@@ -186,7 +186,7 @@ def plan(folder: Path, arch: int, processes: int, run: int = 0, state: str = "")
         ),
         tests("tests", 105, "-m", "gpu", "tests/valm_kernels"),
         Step("compile tiles", 60, tuple(map(compiling, range(processes))), (("OMP_NUM_THREADS", "1"),), always=True),
-        Step(TILES, 45, ((*tune, "measure", str(folder), str(compiled)),), reads=(compiled,)),
+        Step(TILES, 45, ((*tune, "measure", str(compiled), str(folder)),), reads=(compiled,)),
         # the largest of float32 compile for half a minute
         tests(TESTS_OF_TILES, 45, "-m", "gpu", "-k", f"large_problems or {FLASH_TESTS}", "tests/valm_kernels"),
         Step(

@@ -1,7 +1,7 @@
 """Measures the tiles of the Triton kernels on the card at hand: gpu-check's way to a measured table.
 
-    python -m benchmarks.valm_kernels.tune_tiles compile FOLDER COMPILED --arch 90 --part 3/16    # needs no card
-    python -m benchmarks.valm_kernels.tune_tiles measure FOLDER COMPILED
+    python -m benchmarks.valm_kernels.tune_tiles compile COMPILED --arch 90 --part 3/16    # needs no card
+    python -m benchmarks.valm_kernels.tune_tiles measure COMPILED FOLDER
 
 Each entry of the table (tiles.py) is measured in a call that it is made for (CASES), beside the candidates around it
 (autotune.py). `compile` fills Triton's cache in several processes, and notes in the file COMPILED what is in it;
@@ -366,25 +366,27 @@ def read_rows(path: Path) -> Rows:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["compile", "measure"])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("compiled", type=Path, help="the file that notes what is compiled")
-    parser.add_argument("--part", default="0/1", help="I/N: every Nth compilation, beginning with the Ith")
-    parser.add_argument("--arch", type=int, default=90, help="the compute capability to compile for, 90 for 9.0")
+    commands = parser.add_subparsers(dest="command", required=True)
+    compiling, measuring = commands.add_parser("compile"), commands.add_parser("measure")
+    for command in (compiling, measuring):
+        command.add_argument("compiled", type=Path, help="the file that notes what is compiled")
+    compiling.add_argument("--part", default="0/1", help="I/N: every Nth compilation, beginning with the Ith")
+    compiling.add_argument("--arch", type=int, default=90, help="the compute capability to compile for, 90 for 9.0")
+    measuring.add_argument("folder", type=Path, help="where the results go")
     arguments = parser.parse_args()
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    if arguments.what == "measure":
-        try:
-            missing = measure(arguments.folder, arguments.compiled)
-        except RuntimeError as error:  # of `synchronize`
-            print(first_line(error))
-            sys.exit(DEVICE_LOST)
-        if missing:
-            sys.exit("\n".join(["these entries of the table have no time:", *missing[-4:]]))
-    else:
+    if arguments.command == "compile":
         part, parts = map(int, arguments.part.split("/"))
         arguments.compiled.parent.mkdir(parents=True, exist_ok=True)
         compile_part(arguments.compiled, arguments.arch, part, parts)
+        return
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        missing = measure(arguments.folder, arguments.compiled)
+    except RuntimeError as error:  # of `synchronize`
+        print(first_line(error))
+        sys.exit(DEVICE_LOST)
+    if missing:
+        sys.exit("\n".join(["these entries of the table have no time:", *missing[-4:]]))
 
 
 if __name__ == "__main__":

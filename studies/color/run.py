@@ -17,7 +17,7 @@ import platform
 import shlex
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -236,7 +236,7 @@ def _note_study(study: Study) -> None:
         # with one seed, the folder's name does not say which
         if before.get("recipe") != study.config.recipe or (1 in map(len, one_seed) and one_seed[0] != one_seed[1]):
             raise ValmError(f"{study.out} holds a study of other settings: choose another folder")
-        sources = before.get("sources", ["unknown"])
+        sources = before.get("sources", [])
     now = sources_hash()
     if set(sources) - {now}:
         warnings.warn(f"earlier stages in {study.out} ran with other code than today's: see {STUDY_FILE}", stacklevel=3)
@@ -273,10 +273,9 @@ def _run_seed(study: Study, seed: int, base: str) -> Path:
             stage(name, partial(_train, study, name, arm, base, seed))
     scoring, rows = Scoring(study, seed, base, pictures), {}
     for name in arms:
-        rows[name] = scoring.earlier(name, stage.seconds) or scoring.file(name, name)
-        if rows[name] == scoring.file(name, name):
-            work = partial(scoring.write, name, rows[name])
-            _make(stage, f"scores of {name} on {', '.join(scoring.names)}", rows[name], work)
+        rows[name] = scoring.file(name, name)
+        work = partial(scoring.write, name, rows[name])
+        _make(stage, f"scores of {name} on {', '.join(scoring.names)}", rows[name], work)
     collected = scoring.file("results", *arms)
     work = partial(scoring.collect, rows, collected)
     _make(stage, f"results of {', '.join(arms)} on {', '.join(scoring.names)}", collected, work)
@@ -470,25 +469,12 @@ class Scoring:
         key = hashlib.sha256(" ".join([*arms, "on", *self.names]).encode()).hexdigest()[:8]
         return writable_folder(self.folder / "scores") / f"{title}-{key}.json"
 
-    def earlier(self, arm: str, finished: Iterable[str]) -> Path | None:
-        """The rows of an arm under the name that they once had for all tests, if they are of what is asked now."""
-        name = f"{f'{VALIDATION}-' if self.study.validation else ''}{arm}.json"
-        file = self.folder / "scores" / name
-        if f"scores of {arm} on {', '.join(self.study.tests)}" not in finished or not file.is_file():
-            return None
-        rows = read_json(file, "the scores", list[dict[str, Any]], "delete it and run the study again")
-        sets = {row["set"] for row in rows if "set" in row}
-        texts = {row["text"]: len(row["nats"]) for row in rows if "text" in row}
-        asked = {name for name in self.names if name not in (HELDOUT, CAPTIONS_KIND)}
-        whole = sets == asked and texts == {kind: len(documents) for kind, documents in self.texts.items()}
-        return file if whole else None
-
     @cached_property
     def asked(self) -> dict[str, Questions]:
         return {
             name: validation_questions(self.things) if name == VALIDATION else set_questions(name, self.study.data)
-            for name in self.study.tests
-            if name != HELDOUT and name not in self.missing
+            for name in self.names
+            if name not in (HELDOUT, CAPTIONS_KIND)
         }
 
     @cached_property

@@ -164,7 +164,7 @@ def test_the_fastest_tiles_are_those_that_kernels_take(card, monkeypatch, tmp_pa
 def test_an_entry_without_a_time_ends_in_an_error(card, monkeypatch, tmp_path, capsys):
     times, _ = card
     times |= {pair: RuntimeError("CUDA out of memory") for pair in pairs(CASE, 90) if pair[0] == "key"}
-    monkeypatch.setattr("sys.argv", ["tune_tiles", "measure", str(tmp_path), str(tmp_path / "compiled.csv")])
+    monkeypatch.setattr("sys.argv", ["tune_tiles", "measure", str(tmp_path / "compiled.csv"), str(tmp_path)])
     with pytest.raises(SystemExit, match=r"have no time:\nkey, .*: does not run: RuntimeError: CUDA out of memory"):
         tune_tiles.main()
     assert [entry["kernel"] for entry in json.loads((tmp_path / "tiles.json").read_text())] == ["query"]
@@ -269,7 +269,7 @@ def test_a_lost_card_ends_the_process_and_the_next_goes_on(card, monkeypatch, tm
             raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
 
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    monkeypatch.setattr("sys.argv", ["tune_tiles", "measure", str(tmp_path), str(tmp_path / "compiled.csv")])
+    monkeypatch.setattr("sys.argv", ["tune_tiles", "measure", str(tmp_path / "compiled.csv"), str(tmp_path)])
     with pytest.raises(SystemExit) as raised:
         tune_tiles.main()
     assert raised.value.code == DEVICE_LOST

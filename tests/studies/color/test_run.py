@@ -209,17 +209,6 @@ def test_a_set_that_arrives_later_is_asked_of_every_arm(asked, monkeypatch):
     assert sets == {*both, "memory_color"} and arms == ["twin", "valm"]
 
 
-def test_scores_of_an_earlier_version_are_read_where_they_are_of_the_same_tests(asked):
-    (asked.folder / "scores").mkdir()
-    asked.lacking.add("object_shape")
-    names, tests = ("twin", "valm"), ("validation", "memory_color", "object_shape")
-    write_json(asked.folder / "stages.json", {f"scores of {name} on {', '.join(tests)}": 1.0 for name in names})
-    for name in names:  # those of VaLM were written again by a run of other tests
-        sets = ("validation", "memory_color" if name == "twin" else "color_terms")
-        write_json(asked.folder / f"scores/{name}.json", [{"arm": name, "set": one} for one in sets])
-    assert asked.ask(*tests) == ({"validation", "memory_color"}, ["valm"])
-
-
 def test_other_code_in_one_folder_is_noted(asked, monkeypatch):
     def noted():
         asked.ask("validation")
