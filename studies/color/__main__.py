@@ -45,7 +45,8 @@ def run_run(arguments: argparse.Namespace) -> None:
     from studies.color.config import read_config
     from studies.color.report import accuracies, differences, perplexities
     from studies.color.results import read_results
-    from studies.color.run import Study, run_study
+    from studies.color.run import run_study
+    from studies.color.study import Study
     from valm.evaluation.sets import DATA_VARIABLE
     from valm.store.files import output_file, writable_folder
     from valm.training.launch import check_alone
@@ -75,7 +76,7 @@ def run_run(arguments: argparse.Namespace) -> None:
 def run_pictures(arguments: argparse.Namespace) -> None:
     from studies.color.config import read_config
     from studies.color.exhibits import write_exhibits
-    from studies.color.run import Study
+    from studies.color.study import Study
     from valm.evaluation.sets import DATA_VARIABLE
 
     config = read_config(arguments.config)

@@ -13,7 +13,7 @@ import numpy as np
 from studies.color.conditions import Conditions
 from studies.color.pictures import read_pictures
 from studies.color.questions import set_items
-from studies.color.run import Study
+from studies.color.study import Study
 from studies.demo.questions import swap_red_and_blue
 from valm.clip.clip import Clip
 from valm.errors import ValmError

@@ -11,36 +11,26 @@ The CLIP that cannot know colours has its own clip/, kb-others/, kb/ and retriev
 from __future__ import annotations
 
 import csv
-import gc
 import hashlib
-import platform
-import shlex
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 import valm
 import valm_kernels
-from studies.color.captions import Captions, captioned
-from studies.color.clip import check, image_tower
-from studies.color.conditions import Conditions
+from studies.color.captions import Captions
+from studies.color.clip import image_tower
 from studies.color.config import (
-    ARMS,
     BASE,
-    CAPTIONS,
     COLORED_CAPTIONS,
     CUTS,
-    HELDOUT,
     KB,
     KB_NOISE,
     KB_OTHERS,
@@ -49,36 +39,19 @@ from studies.color.config import (
     TRAINED,
     VALIDATION,
     Arm,
-    StudyConfig,
 )
-from studies.color.late_fusion import load_late_fusion
 from studies.color.pictures import Picture, collect_pictures, read_pictures
-from studies.color.questions import (
-    CAPTIONS_KIND,
-    COLOR_SETS,
-    flickr_captions,
-    item_names,
-    set_questions,
-    validation_questions,
-)
-from studies.color.scoring import compact, question_rows, read_from_fusion, score_arm, text_rows
+from studies.color.questions import COLOR_SETS, item_names, validation_questions
+from studies.color.seed_scores import Scoring
+from studies.color.study import COLORLESS, LOSSES_FILE, NUMBERS_FILE, QUESTIONS, STUDY_FILE, Study, retrieval_name
 from studies.color.text import drawn_captions, read_texts, study_text, write_texts
-from studies.color.training import FUSION_LAYER, train_late_fusion, train_with_captions
+from studies.color.training import train_late_fusion, train_with_captions
 from studies.color.words import Names
-from studies.demo.run import hardware
 from studies.stages import Stages
-from valm.clip.clip import Clip
-from valm.clip.tokenizer import own_tokenizer
-from valm.corpus.min_score import AUTO, MinScore
 from valm.corpus.retrieved import CorpusRetrieval
 from valm.errors import ValmError
-from valm.evaluation.color import ColorItem, load_memory_color
-from valm.evaluation.questions import Questions
-from valm.evaluation.scorers import CausalScorer
-from valm.evaluation.sets import SETS, find_file
+from valm.evaluation.color import load_memory_color
 from valm.knowledge_base.store import ImageKnowledgeBase
-from valm.model.augment import augment
-from valm.model.checkpoint import load, load_decoder
 from valm.model.smollm2 import PACKAGE, convert_smollm2
 from valm.retrieval.note import RetrievalNote
 from valm.store.files import read_json, writable_folder, write_json
@@ -87,23 +60,15 @@ from valm.training.run_note import RUN_FILE
 from valm_kernels.atomic_files import remove_folder
 
 RESULTS_FILE = "results.json"
-STUDY_FILE = "study.json"
-# In the folder of a model: the loss of each step, and what was measured of it (`ImageTrainer.numbers`).
-LOSSES_FILE, NUMBERS_FILE = "losses.json", "numbers.json"
-# The folder of the CLIP that cannot know colours; the text with all questions about validation things.
-COLORLESS, QUESTIONS = "colorless", "questions"
 # How often each picture gets colours drawn at random for that CLIP, unless the study says otherwise.
 DRAWN = 4
 # A value of `image_tower` in a study's `clip`; any other value is a CLIP for `valm clip train --image-tower`.
 PACKAGE_TOWER = "efficientnet-lite0"
-# Sets with more items than this are asked only in the first test of each arm.
-LARGE = 300
 # For `estimated_hours`, in processor seconds of a Xeon of 2.5 GHz that others used too, one thread: the CLIP, its
 # knowledge bases and all hidden states below the fusion layer; a step; small sets and texts in a test; large sets.
 PREPARATION_SECONDS, STEP_SECONDS, TEST_SECONDS, LARGE_SECONDS = 700, 0.5, 60, 300
 # Steps of four epochs of the natural text.
 NATURAL_STEPS = 420
-VERSIONS = ("torch", "transformers", "open_clip_torch", "timm", "numpy")
 # Options of `valm train` and `valm clip train`; any other name is a field of TrainingArguments.
 OWN_OPTIONS = {
     "batch_size",
@@ -118,62 +83,6 @@ OWN_OPTIONS = {
     "patience",
     "validation",
 }
-# Runs a command line of `valm` and returns its exit status.
-Command = Callable[[list[str]], int]
-
-
-@dataclass(frozen=True)
-class Study:
-    """A study with its folders and the command that runs its stages.
-
-    Args:
-        config: the study.
-        out: folder of everything that it writes.
-        command: `valm.cli.main`.
-        data: folder of the test sets.
-        validation: ask about validation things only.
-        progress: print the stages and show progress bars.
-    """
-
-    config: StudyConfig
-    out: Path
-    command: Command
-    data: Path | None
-    validation: bool = False
-    progress: bool = True
-
-    @property
-    def pictures(self) -> Path:
-        return self.out / "pictures"
-
-    @property
-    def tests(self) -> list[str]:
-        """The tests of the config, without the test sets if `validation`."""
-        return [name for name in self.config.tests if not self.validation or name in (VALIDATION, HELDOUT)]
-
-    def seed_folder(self, seed: int) -> Path:
-        return self.out if len(self.config.seeds) == 1 else self.out / f"seed-{seed}"
-
-    def kb_folder(self, seed: int, arm: Arm) -> Path:
-        """The folder with the CLIP, the knowledge bases and the retrieved corpora of an arm."""
-        return self.seed_folder(seed) / COLORLESS if arm.colorless else self.seed_folder(seed)
-
-    def clip(self, folder: Path) -> str:
-        """The CLIP of the knowledge bases in `folder`."""
-        trained = "pretrained" not in self.config.clip or folder.name == COLORLESS
-        return str(folder / "clip" if trained else self.config.clip["pretrained"])
-
-    def valm(self, *arguments: object) -> None:
-        """Runs `valm arguments`.
-
-        Raises:
-            ValmError: the command failed; it has printed why.
-        """
-        line = [str(argument) for argument in arguments]
-        if self.progress:
-            print(f"$ valm {shlex.join(line)}", flush=True)
-        if self.command(line if self.progress else [*line, "--quiet"]) != 0:
-            raise ValmError(f"this stage of the study failed: valm {shlex.join(line)}")
 
 
 def estimated_hours(study: Study, seed: int) -> float:
@@ -318,10 +227,6 @@ def _prepare(study: Study, seed: int, base: str, folder: Path, arms: Sequence[Ar
         stage(f"{name}{retrieval.name}", partial(study.valm, "retrieve", text, *options))
 
 
-def retrieval_name(corpus: str, kb: str) -> str:
-    return f"retrieval-{corpus}" + ("-noise" if kb == KB_NOISE else "")
-
-
 def _write_text(study: Study, pictures: Sequence[Picture], seed: int, out: Path) -> None:
     names, heads = item_names(COLOR_SETS, study.data), item_names(COLOR_SETS[:2], study.data)
     text = study_text(study.config.text, pictures, names, seed=seed, head_noun_items=heads)
@@ -433,196 +338,3 @@ def best_step(folder: Path) -> int:
 def _last_state(folder: Path) -> dict[str, Any]:
     states = sorted(folder.glob(f"checkpoint-*/{STATE_FILE}"), key=lambda file: int(file.parent.name.split("-")[1]))
     return read_json(states[-1], "the state of a training", dict[str, Any])
-
-
-class Scoring:
-    """Asks the models of a seed. What several of them need is made once."""
-
-    def __init__(self, study: Study, seed: int, base: str, pictures: Sequence[Picture]):
-        self.study, self.seed, self.base, self.pictures = study, seed, base, pictures
-        self.folder = study.seed_folder(seed)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._conditions: dict[Path, Conditions] = {}
-        self._with_captions: dict[str, dict[str, Questions]] = {}
-
-    @cached_property
-    def things(self) -> list[ColorItem]:
-        """The validation things."""
-        return load_memory_color(self.folder / "text" / "validation.csv")
-
-    @cached_property
-    def missing(self) -> list[str]:
-        """What is to be asked and the data lack: sets that the text is not filtered by, and the captions."""
-        wanted = [name for name in self.study.tests if name in SETS and name not in COLOR_SETS]
-        return [name for name in wanted if find_file(name, self.study.data) is None] + (
-            [CAPTIONS_KIND] if HELDOUT in self.study.tests and not flickr_captions(self.study.data) else []
-        )
-
-    @cached_property
-    def names(self) -> list[str]:
-        """What is asked: the tests that the data have, and after them the captions."""
-        wanted = [*self.study.tests, *([CAPTIONS_KIND] if HELDOUT in self.study.tests else [])]
-        return [name for name in wanted if name not in self.missing]
-
-    def file(self, title: str, *arms: str) -> Path:
-        """The file in scores/ of what is asked of `arms`."""
-        key = hashlib.sha256(" ".join([*arms, "on", *self.names]).encode()).hexdigest()[:8]
-        return writable_folder(self.folder / "scores") / f"{title}-{key}.json"
-
-    @cached_property
-    def asked(self) -> dict[str, Questions]:
-        return {
-            name: validation_questions(self.things) if name == VALIDATION else set_questions(name, self.study.data)
-            for name in self.names
-            if name not in (HELDOUT, CAPTIONS_KIND)
-        }
-
-    @cached_property
-    def texts(self) -> dict[str, list[str]]:
-        return _heldout(self.folder / "text", self.study.data) if HELDOUT in self.study.tests else {}
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        return own_tokenizer(self.base)
-
-    def conditions(self, arm: Arm) -> Conditions:
-        """The retrievers with the CLIP of an arm."""
-        folder = self.study.kb_folder(self.seed, arm)
-        if folder not in self._conditions:
-            clip = Clip.load(self.study.clip(folder), device=self.device)
-            images, pictures = self.study.config.images, self.study.pictures
-            self._conditions[folder] = Conditions(
-                folder, clip, self.tokenizer, images, self.seed, self.pictures, pictures
-            )
-        return self._conditions[folder]
-
-    def with_captions(self, images: str) -> dict[str, Questions]:
-        """The questions, before each the captions of the images that its last token retrieves."""
-        if images not in self._with_captions:
-            conditions = self.conditions(ARMS["base"])
-            caption = Captions(conditions.kb, self.pictures, images == COLORED_CAPTIONS)
-            small = {name: one for name, one in self.asked.items() if len(one.items) <= LARGE}
-            self._with_captions[images] = {
-                name: captioned(one, conditions["retrieved"], caption) for name, one in small.items()
-            }
-        return self._with_captions[images]
-
-    def open(self, name: str) -> Any:
-        """The model of an arm."""
-        arm, config = ARMS[name], self.study.config
-        if arm.made == BASE:  # the twin before its training, which reads the same hidden states
-            return augment(load_decoder(self.base), 1, 0, unfreeze="block").eval().to(self.device)
-        if arm.made == LATE:
-            dim = self.conditions(arm).kb.dim
-            return load_late_fusion(self.folder / name, self.base, dim, config.images).to(self.device)
-        return load(self.folder / name, device=self.device)[0]
-
-    def write(self, name: str, file: Path) -> None:
-        """Writes the result rows of an arm."""
-        arm, study = ARMS[name], self.study
-        scorer = CausalScorer(self.open(name), self.tokenizer, name)
-        given = {images: self.with_captions(images) for images in (CAPTIONS, COLORED_CAPTIONS) if images in arm.tests}
-        read = [row for one in self.asked.values() for row in question_rows(self.tokenizer, one)]
-        read += [row for documents in self.texts.values() for row in text_rows(self.tokenizer, documents)]
-        captions = [one for sets in given.values() for one in sets.values()]
-        behind = [row for one in captions for row in question_rows(self.tokenizer, one)]
-        for known in filter(None, (read, behind)):  # of which most arms need the first alone
-            layer = FUSION_LAYER if arm.made == LATE else None
-            read_from_fusion(scorer.model, known, study.out / "below", layer=layer, progress=study.progress)
-        tests = {images: self._retriever(arm, images) for images in arm.tests if images not in given}
-        cuts = {images: self.min_score(arm) for images in CUTS if images in tests}
-        say = partial(print, flush=True) if study.progress else _silent
-        rows = score_arm(name, scorer, tests, self.asked, self.texts, large=LARGE, say=say, cuts=cuts)
-        for images, sets in given.items():
-            rows += score_arm(name, scorer, {images: None}, sets, {}, large=LARGE, say=say)
-        order = list(arm.tests)
-        write_json(file, sorted(rows, key=lambda row: order.index(row["images"])))
-        del scorer
-        gc.collect()
-
-    def min_score(self, arm: Arm) -> float:
-        """Below it a token sees no images, in the tests with a cut."""
-        folder, conditions = self.study.kb_folder(self.seed, arm), self.conditions(arm)
-        chosen = MinScore(AUTO, questions=folder / retrieval_name(QUESTIONS, KB_OTHERS))
-        kb, query = ImageKnowledgeBase.open(folder / KB_OTHERS), conditions.encoder.query
-        found = chosen.find(kb, query, self.tokenizer, None)
-        assert found is not None
-        return found
-
-    def _retriever(self, arm: Arm, images: str) -> Any:
-        if images == "none":
-            return None
-        conditions = self.conditions(arm)
-        return conditions.of_blind(images) if arm.twin == "blind" else conditions[CUTS.get(images, images)]
-
-    def collect(self, rows: dict[str, Path], results: Path) -> None:
-        """Writes the results of the seed from the rows of its arms."""
-        study, folder = self.study, self.folder
-        first = ARMS[next(iter(rows))]
-        kbs, conditions = study.kb_folder(self.seed, first), self.conditions(first)
-        trained = [name for name in rows if ARMS[name].made != BASE]
-        clips = {ARMS[name].colorless: ARMS[name] for name in rows}
-        note = read_json(study.out / STUDY_FILE, "the note on a study", dict[str, Any], "run the study again")
-        found = {
-            "study": study.config.name,
-            "recipe": study.config.recipe,
-            "config": study.config.to_json(),
-            "seed": self.seed,
-            "sets": {name: _about(one, conditions) for name, one in self.asked.items()},
-            "missing": self.missing,
-            "rows": [row for file in rows.values() for row in read_json(file, "the scores", list[dict[str, Any]])],
-            "losses": {name: read_json(folder / name / LOSSES_FILE, "the losses", list[float]) for name in trained},
-            "training": {
-                name: read_json(folder / name / NUMBERS_FILE, "the numbers of a training", dict[str, float])
-                for name in trained
-            },
-            "clip": {
-                f"{COLORLESS} " * colorless + title: value
-                for colorless, arm in clips.items()
-                for title, value in check(
-                    Path(study.clip(study.kb_folder(self.seed, arm))),
-                    self.conditions(arm).kb,
-                    self.pictures,
-                    self.things,
-                ).items()
-            },
-            "counts": read_json(folder / "text" / "counts.json", "the counts of the text", dict[str, Any]),
-            "pictures": {"all": len(conditions.kb), "of items": len(conditions.kb) - _images_in(kbs / KB_OTHERS)},
-            "versions": {"python": platform.python_version()}
-            | {name: version(name) for name in VERSIONS}
-            | {"sources": " ".join(note["sources"])},
-            "hardware": hardware(),
-            "threads": torch.get_num_threads(),
-        }
-        write_json(results, found)
-
-
-def _silent(line: str) -> None:
-    pass
-
-
-def _images_in(kb: Path) -> int:
-    return len(ImageKnowledgeBase.open(kb))
-
-
-def _heldout(folder: Path, data: Path | None) -> dict[str, list[str]]:
-    """Texts for perplexity, by kind: those held out of training, and the captions of Flickr8k if `data` has it."""
-    files = {file.stem.removeprefix("heldout-"): file for file in sorted(folder.glob("heldout-*.jsonl"))}
-    found = {kind: read_texts(file) for kind, file in files.items()}
-    captions = flickr_captions(data)
-    return found | ({CAPTIONS_KIND: captions} if captions else {})
-
-
-def _about(asked: Questions, conditions: Conditions) -> dict[str, Any]:
-    """Items, candidates and right answers of a set, and for sets about colours the colours of the items' pictures."""
-    found: dict[str, Any] = {
-        "items": list(asked.items),
-        "prompts": list(asked.prompts),
-        "candidates": list(asked.candidates),
-        "right": compact(np.array(asked.right)),
-    }
-    if asked.task in (VALIDATION, *COLOR_SETS):
-        found["pictured"] = [bool(conditions.pictures_of(item)) for item in asked.items]
-    if asked.task in (VALIDATION, *COLOR_SETS[:2]):
-        found["colors"] = [conditions.colors_of(item) for item in asked.items]
-    return found

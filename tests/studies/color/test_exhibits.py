@@ -6,7 +6,7 @@ from PIL import Image
 
 from studies.color.config import StudyConfig
 from studies.color.exhibits import Example, examples, write_exhibits
-from studies.color.run import Study
+from studies.color.study import Study
 from valm.errors import ValmError
 from valm.explain.explanation import Explanation
 from valm.explain.images import ShownImage

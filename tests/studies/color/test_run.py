@@ -12,13 +12,14 @@ from PIL import Image, ImageDraw
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import valm
-from studies.color import run
+from studies.color import run, seed_scores
 from studies.color.__main__ import build_parser
 from studies.color.config import CUTS, EXCHANGES, read_config
 from studies.color.exhibits import write_exhibits
 from studies.color.results import read_results
-from studies.color.run import Study, as_options, losses, run_study
+from studies.color.run import as_options, losses, run_study
 from studies.color.scoring import expanded
+from studies.color.study import Study
 from tests.valm.evaluation.small_sets import write_sets
 from tests.valm.other_tokenizers import gpt2_like
 from tests.valm.tiny_clip import TINY
@@ -154,9 +155,9 @@ def asked(world, tmp_path, monkeypatch):
     for name in ("_make_pictures", "_language_model", "_write_text", "_prepare", "_train"):
         monkeypatch.setattr(run, name, lambda *arguments: None)
     monkeypatch.setattr(run, "read_pictures", lambda folder: [])
-    monkeypatch.setattr(run, "_heldout", lambda folder, data: {})
+    monkeypatch.setattr(seed_scores, "_heldout", lambda folder, data: {})
     lacking, lines = set(), []
-    monkeypatch.setattr(run, "find_file", lambda name, data: None if name in lacking else name)
+    monkeypatch.setattr(seed_scores, "find_file", lambda name, data: None if name in lacking else name)
 
     def write(scoring, arm, file):
         lines.append(arm)
@@ -166,8 +167,8 @@ def asked(world, tmp_path, monkeypatch):
     def collect(scoring, rows, file):
         write_json(file, {"rows": [row for one in rows.values() for row in json.loads(one.read_text())]})
 
-    monkeypatch.setattr(run.Scoring, "write", write)
-    monkeypatch.setattr(run.Scoring, "collect", collect)
+    monkeypatch.setattr(seed_scores.Scoring, "write", write)
+    monkeypatch.setattr(seed_scores.Scoring, "collect", collect)
 
     def ask(*tests, arms=("twin", "valm")):
         config = dataclasses.replace(read_config(world / "study.yaml"), tests=tests, arms=arms)
@@ -199,7 +200,7 @@ def test_a_set_that_arrives_later_is_asked_of_every_arm(asked, monkeypatch):
         asked.write(scoring, arm, file) if arm == "twin" else pytest.fail("killed")
 
     with monkeypatch.context() as patched:
-        patched.setattr(run.Scoring, "write", killed)
+        patched.setattr(seed_scores.Scoring, "write", killed)
         with pytest.raises(pytest.fail.Exception):
             asked.ask("validation", "memory_color", "object_shape")
     asked.lacking.clear()
