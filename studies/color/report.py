@@ -5,108 +5,47 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from studies.color.config import ARMS, EXCHANGES, TRAINED, VALIDATION
+from studies.color.comparisons import (
+    BASE,
+    CUT,
+    MEASURES,
+    NAMES,
+    PAIRS,
+    PRIMARY,
+    RANDOM_IMAGES,
+    TWIN,
+    VALM,
+    arm_title,
+    fewer_seeds,
+    harm_ratios,
+    p_note,
+    percent,
+    points,
+    retrieval_tests,
+    set_title,
+    tested,
+    with_bounds,
+)
+from studies.color.config import ARMS, TRAINED, VALIDATION
+from studies.color.figures import FIGURES
+from studies.color.hypotheses import SEEDS, claims, hypotheses
 from studies.color.leaks import without_leaks
 from studies.color.questions import CAPTIONS_KIND, FLICKR_CAPTIONS
-from studies.color.results import CALIBRATED, RAW, Results
+from studies.color.results import Results
 from valm.errors import ValmError
 from valm.evaluation.sets import SETS
-from valm.evaluation.statistics import Difference, Estimate
-from valm.explain.plots import FAINT, INK, SERIES, new_figure, quiet
 from valm.store.files import atomic_path, output_file, read_text, writable_folder
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-VALM, TWIN, BLIND = ("valm", "retrieved"), ("twin", "none"), ("blind", "retrieved")
-BASE, CUT, CUT_RANDOM = ("base", "none"), ("valm", "cut"), ("valm", "cut-random")
-CONTEXT, LATE = ("context", "captions"), ("late", "retrieved")
-COLORLESS, COLORLESS_BLIND = ("colorless-valm", "retrieved"), ("colorless-blind", "retrieved")
-NATURAL_VALM, NATURAL_TWIN = ("natural-valm", "retrieved"), ("natural-twin", "none")
-# What the plan calls decisive: five seeds, and ten points.
-SEEDS, POINTS = 5, 0.10
-# Of the second study: seeds of the arms that not all have; points of S7; the share of a gain of S2; and the ratios of
-# perplexities of S3, of which the second is for the upper ends of the intervals.
-SOME_SEEDS, KNOWLEDGE_POINTS, KEPT, RATIO, UPPER_RATIO = 3, 0.05, 0.9, 1.0, 1.05
-PRIMARY, SECONDARY = "memory_color", ("color_terms", "vicomte_color")
-# (set, kind) in the order of the plan: the primary measure, then the secondary ones.
-MEASURES = (
-    (PRIMARY, RAW),
-    (PRIMARY, CALIBRATED),
-    ("color_terms", RAW),
-    ("color_terms", CALIBRATED),
-    ("vicomte_color", RAW),
-    ("vicomte_color", CALIBRATED),
-    ("object_shape", RAW),
-    ("relative_size", RAW),
-    (VALIDATION, RAW),
-    (VALIDATION, CALIBRATED),
-)
-RANDOM_IMAGES, NATURAL = "VaLM, random images − twin", "natural VaLM − natural twin"
-PAIRS = {
-    "VaLM − twin": (VALM, TWIN),
-    "VaLM − Blind": (VALM, BLIND),
-    "Blind − twin": (BLIND, TWIN),
-    RANDOM_IMAGES: (("valm", "random"), TWIN),
-    "VaLM, images off − twin": (("valm", "off"), TWIN),
-    "VaLM, items' pictures taken out − twin": (("valm", "taken-out"), TWIN),
-    "trained on random images − twin": (("random", "random"), TWIN),
-    "trained on random images, images off − twin": (("random", "off"), TWIN),
-    "trained on noise − twin": (("noise", "noise"), TWIN),
-    "trained on noise, images off − twin": (("noise", "off"), TWIN),
-    NATURAL: (NATURAL_VALM, NATURAL_TWIN),
-    "VaLM − base": (VALM, BASE),
-    "VaLM with the cut − twin": (CUT, TWIN),
-    "VaLM with the cut, random images − twin": (CUT_RANDOM, TWIN),
-    "trained with the cut − twin": (("cut", "retrieved"), TWIN),
-    "VaLM − captions in context": (VALM, CONTEXT),
-    "VaLM − colours in context": (VALM, ("colored-context", "colored-captions")),
-    "VaLM − late fusion": (VALM, LATE),
-    "colourless VaLM − colourless Blind": (COLORLESS, COLORLESS_BLIND),
-    "colourless Blind − twin": (COLORLESS_BLIND, TWIN),
-}
+# Pairs whose differences are shown seed by seed.
 OF_EACH_SEED = (
     *("VaLM − twin", "VaLM − Blind", RANDOM_IMAGES, "VaLM with the cut − twin"),
     *("VaLM − captions in context", "VaLM − late fusion", "colourless VaLM − colourless Blind"),
 )
-NAMES = {
-    "base": "base",
-    "cut": "trained with the cut",
-    "context": "captions in context",
-    "colored-context": "colours in context",
-    "late": "late fusion",
-    "colorless-valm": "colourless VaLM",
-    "colorless-blind": "colourless Blind",
-    "twin": "twin",
-    "valm": "VaLM",
-    "blind": "Blind",
-    "random": "trained on random images",
-    "noise": "trained on noise",
-    "natural-twin": "natural twin",
-    "natural-valm": "natural VaLM",
-}
-SEEN = {
-    "none": "",
-    "retrieved": "",
-    "random": "random images",
-    "off": "images off",
-    "taken-out": "items' pictures taken out",
-    "noise": "",
-    "exchanged": "red and blue exchanged",
-    "other-colors": "images of another colour",
-    "cut": "with the cut",
-    "cut-random": "with the cut, random images",
-    "captions": "given captions",
-    "colored-captions": "given captions with colours",
-}
-# Steps of the learning curves that are averaged.
-WINDOW = 20
 
 
 def write_page(results: Results, page: str | os.PathLike, images: str | os.PathLike) -> None:
@@ -148,7 +87,7 @@ def state(results: Results) -> str:
     interim = "" if len(results.seeds) >= SEEDS else f" **Interim: the plan decides with {SEEDS} seeds.**"
     versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
     missing = "".join(
-        f"\n\nNot asked, as the machine had no such file: {_title(of) if of in SETS else of} (seeds "
+        f"\n\nNot asked, as the machine had no such file: {set_title(of) if of in SETS else of} (seeds "
         f"{', '.join(map(str, seeds))})."
         for of, seeds in results.missing().items()
     )
@@ -174,148 +113,13 @@ def summary(results: Results) -> str:
         cells = []
         for pair in pairs:
             some = results.having(of, *PAIRS[pair])
-            cells.append(_tested(some.difference(*PAIRS[pair], of)) + _fewer(some, results) if some.seeds else "–")
+            cells.append(tested(some.difference(*PAIRS[pair], of)) + fewer_seeds(some, results) if some.seeds else "–")
         lines.append(f"| right answers, {what} | {' | '.join(cells)} |")
     if (some := results.having(PRIMARY, VALM, ("valm", "exchanged"))).changes("exchanged", PRIMARY):
         follows, _ = some.follows("valm", "exchanged", PRIMARY)
         what = "answers that follow when the images' red and blue are exchanged, MemoryColor"
-        lines.append(f"| {what} | {_tested(follows)}{_fewer(some, results)} | the same: Blind sees no image |")
+        lines.append(f"| {what} | {tested(follows)}{fewer_seeds(some, results)} | the same: Blind sees no image |")
     return "\n".join(lines)
-
-
-def hypotheses(results: Results) -> str:
-    """What became of each hypothesis; nothing is decided before all seeds are there."""
-    rows = []
-
-    def add(name: str, difference: Difference, holds: bool, some: Results) -> None:
-        decided = len(some.seeds) >= SEEDS
-        verdict = ("holds" if holds else "does not hold") if decided else ("so far yes" if holds else "so far no")
-        rows.append(f"| {name} | {points(difference)} | {verdict}{_fewer(some, results)} |")
-
-    def difference(pair: str) -> tuple[Difference | None, Results]:
-        some = results.having(PRIMARY, *PAIRS[pair])
-        return some.difference(*PAIRS[pair], PRIMARY) if some.seeds else None, some
-
-    found, some = difference("VaLM − twin")
-    if found:
-        add("H1: VaLM − twin, MemoryColor, raw", found, found.value >= POINTS and found.low > 0, some)
-    found, some = difference(RANDOM_IMAGES)
-    if found:
-        add("H2: the same with random images at test time", found, found.low <= 0, some)
-    tests = _retrieval_tests(results)
-    if tests:
-        best = max(tests, key=lambda test: test.difference.low)
-        name = f"H3: the clearest of {len(tests)} tests of retrieval: {best.title}"
-        add(name, best.difference, best.difference.low > 0, best.results)
-    found, some = difference("VaLM − Blind")
-    if found:
-        add("H4: VaLM − Blind, MemoryColor, raw", found, found.low > 0 or found.high < 0, some)
-    found, some = difference(NATURAL)
-    if found:
-        add("H5: natural VaLM − natural twin, MemoryColor, raw", found, found.low > 0, some)
-    return "\n".join(["| Hypothesis | Points [95 %] | |", "| --- | --- | --- |", *rows])
-
-
-def claims(results: Results) -> str:
-    """What became of the hypotheses of the second study (docs/results/study-plan.md). None is decided before its seeds
-    are there."""
-    lines = ["| Hypothesis | Found [95 %] | |", "| --- | --- | --- |"]
-
-    def add(name: str, seeds: int, holds: Callable[..., bool], *asked: tuple[str, str, str]) -> None:
-        """A row about differences (pair, set, kind), if there are seeds that have all."""
-        some = results
-        for pair, of, _ in asked:
-            some = some.having(of, *PAIRS[pair])
-        if some.seeds:
-            found = [some.difference(*PAIRS[pair], of, kind) for pair, of, kind in asked]
-            what = "; ".join(f"{_title(one[1])} {points(each)}" for one, each in zip(asked, found, strict=True))
-            row(name, what, holds(*found), some, seeds)
-
-    def row(name: str, what: str, holds: bool, some: Results, seeds: int) -> None:
-        decided = len(some.seeds) >= seeds
-        verdict = ("holds" if holds else "does not hold") if decided else ("so far yes" if holds else "so far no")
-        lines.append(f"| {name} | {what}{_fewer(some, results)} | {verdict} |")
-
-    def two(pair: str) -> list[tuple[str, str, str]]:
-        return [(pair, VALIDATION, RAW), (pair, PRIMARY, RAW)]
-
-    def better(things: Difference, items: Difference) -> bool:
-        return min(things.low, items.low) > 0 and items.value >= POINTS
-
-    cut = "VaLM with the cut − twin"
-    add("S1: VaLM − twin", SEEDS, better, *two("VaLM − twin"))
-    add(
-        f"S2: {cut}, and at least {KEPT:.0%} of VaLM's on validation things",
-        SEEDS,
-        lambda things, items, whole: better(things, items) and things.value >= KEPT * whole.value,
-        *two(cut),
-        ("VaLM − twin", VALIDATION, RAW),
-    )
-    harmless = _harm(results, CUT)
-    if harmless:
-        ratios = [ratio for ratio in harmless if ratio.over == TWIN or ratio.text != CAPTIONS_KIND]
-        holds = all(ratio.value <= RATIO and ratio.high <= UPPER_RATIO for ratio in ratios)
-        what = "; ".join(f"{ratio.text} × the {NAMES[ratio.over[0]]}'s {ratio}" for ratio in ratios)
-        complete = {(ratio.text, ratio.over) for ratio in harmless} >= {(CAPTIONS_KIND, TWIN)}
-        row("S3: perplexity of VaLM with the cut", what, holds and complete, harmless[0].results, SEEDS)
-    add(
-        "S4: VaLM with the cut, random images − twin, calibrated",
-        SEEDS,
-        lambda found: found.high >= 0,
-        ("VaLM with the cut, random images − twin", PRIMARY, CALIBRATED),
-    )
-    add("S5: VaLM − captions in context", SEEDS, _above, ("VaLM − captions in context", VALIDATION, RAW))
-    add("S6: VaLM − late fusion", SOME_SEEDS, _differs, ("VaLM − late fusion", VALIDATION, RAW))
-    add(
-        "S7: colourless VaLM − colourless Blind",
-        SOME_SEEDS,
-        lambda things, items: (
-            min(things.low, items.low) > 0 and things.value >= POINTS and items.value >= KNOWLEDGE_POINTS
-        ),
-        *two("colourless VaLM − colourless Blind"),
-    )
-    add(
-        "S8: colourless Blind − twin",
-        SOME_SEEDS,
-        lambda found: found.low <= 0,
-        ("colourless Blind − twin", VALIDATION, RAW),
-    )
-    add("S9: natural VaLM − natural twin", SOME_SEEDS, _above, (NATURAL, VALIDATION, RAW))
-    return "\n".join(lines)
-
-
-def _above(found: Difference) -> bool:
-    return found.low > 0
-
-
-def _differs(found: Difference) -> bool:
-    return found.low > 0 or found.high < 0
-
-
-class Ratio(NamedTuple):
-    """A perplexity over that of `over` (arm, images) on a text, with its interval, of which seeds."""
-
-    text: str
-    over: tuple[str, str]
-    value: float
-    low: float
-    high: float
-    results: Results
-
-    def __str__(self) -> str:
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
-
-
-def _harm(results: Results, asked: tuple[str, str]) -> list[Ratio]:
-    """The perplexities of `asked` over those of the base and of the twin."""
-    found = []
-    for text in results.texts():
-        for over in (BASE, TWIN):
-            some = results.having(text, asked, over)
-            if over != asked and some.seeds:
-                value, low, high = map(math.exp, _numbers(some.nats_difference(asked, over, text)))
-                found.append(Ratio(text, over, value, low, high, some))
-    return found
 
 
 def harm(results: Results) -> str:
@@ -324,19 +128,21 @@ def harm(results: Results) -> str:
     heads = [f"{text}, × the {NAMES[arm]}'s" for text in texts for arm, _ in (BASE, TWIN)]
     lines = [f"| Perplexity [95 %] | {' | '.join(heads)} |", "| --- |" + " --- |" * len(heads)]
     for arm in results.arms():
-        ratios = {(ratio.text, ratio.over): ratio for ratio in _harm(results, arm)}
+        ratios = {(ratio.text, ratio.over): ratio for ratio in harm_ratios(results, arm)}
         cells = [ratios.get((text, over)) for text in texts for over in (BASE, TWIN)]
         if ratios:
-            shown = ["–" if cell is None else f"{cell}{_fewer(cell.results, results)}" for cell in cells]
-            lines.append(f"| {_arm(*arm)} | {' | '.join(shown)} |")
+            shown = ["–" if cell is None else f"{cell}{fewer_seeds(cell.results, results)}" for cell in cells]
+            lines.append(f"| {arm_title(*arm)} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 
 def harm_row(results: Results) -> str:
     """A row below `summary`: what images with the cut cost in ordinary text; empty for results without a base."""
-    ratios = [ratio for ratio in _harm(results, CUT) if BASE in results.arms()]
+    ratios = [ratio for ratio in harm_ratios(results, CUT) if BASE in results.arms()]
     cells = [
-        ", ".join(f"{ratio.text} {ratio}{_fewer(ratio.results, results)}" for ratio in ratios if ratio.over == over)
+        ", ".join(
+            f"{ratio.text} {ratio}{fewer_seeds(ratio.results, results)}" for ratio in ratios if ratio.over == over
+        )
         for over in (TWIN, BASE)
     ]
     row = f"\n| perplexity with the cut, × the twin's | {cells[0]} | × the base's: {cells[1]} |"
@@ -362,7 +168,7 @@ def pictured(results: Results) -> str:
                 count = int((some.pictured(of) == with_picture).sum())
                 difference = some.difference(first, second, of, kind, with_picture) if count else None
                 cells += [str(count), "–" if difference is None else points(difference)]
-            lines.append(f"| {pair} | {_title(of)}, {kind}{_fewer(some, results)} | {' | '.join(cells)} |")
+            lines.append(f"| {pair} | {set_title(of)}, {kind}{fewer_seeds(some, results)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -393,10 +199,10 @@ def differences(results: Results) -> str:
             some = results.having(of, *pair)
             if some.seeds:
                 difference = some.difference(*pair, of, kind)
-                cells.append(f"{points(difference)}{_p(difference)}{_fewer(some, results)}")
+                cells.append(f"{points(difference)}{p_note(difference)}{fewer_seeds(some, results)}")
             else:
                 cells.append("–")
-        lines.append(f"| {_title(of)}, {kind} | {' | '.join(cells)} |")
+        lines.append(f"| {set_title(of)}, {kind} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -411,30 +217,30 @@ def by_seed(results: Results) -> str:
             found[seed["seed"]] = 100 * Results((seed,)).difference(*PAIRS[pair], of).value
         if found:
             cells = [f"{found[number]:+.1f}".replace("-", "−") if number in found else "–" for number in numbers]
-            lines.append(f"| {pair}, {_title(of)} | {' | '.join(cells)} |")
+            lines.append(f"| {pair}, {set_title(of)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def accuracies(results: Results) -> str:
     """Every arm, with everything that it saw when it was asked."""
     measures = [measure for measure in MEASURES if measure[0] in results.sets()]
-    heads = [f"{_title(of)}, {kind}" for of, kind in measures]
+    heads = [f"{set_title(of)}, {kind}" for of, kind in measures]
     lines = [f"| Accuracy in percent [95 %] | {' | '.join(heads)} |", "| --- |" + " --- |" * len(heads)]
     for arm, images in results.arms():
         cells = []
         for of, kind in measures:
             some = results.having(of, (arm, images))
             asked = percent(some.accuracy(arm, images, of, kind)) if some.seeds else "–"
-            cells.append(asked + _fewer(some, results))
-        lines.append(f"| {_arm(arm, images)} | {' | '.join(cells)} |")
+            cells.append(asked + fewer_seeds(some, results))
+        lines.append(f"| {arm_title(arm, images)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def retrieval(results: Results) -> str:
     """The tests that a model without a knowledge base cannot pass."""
     lines = ["| Test | Things | Points [95 %] |", "| --- | --- | --- |"]
-    for test in _retrieval_tests(results):
-        numbers = f"{points(test.difference)}{_p(test.difference)}{_fewer(test.results, results)}"
+    for test in retrieval_tests(results):
+        numbers = f"{points(test.difference)}{p_note(test.difference)}{fewer_seeds(test.results, results)}"
         lines.append(f"| {test.title} | {test.things} | {numbers} |")
     return "\n".join(lines)
 
@@ -457,10 +263,10 @@ def perplexities(results: Results) -> str:
             both = some.having(text, twin)
             if (arm, images) != twin and both.seeds:
                 difference = both.nats_difference((arm, images), twin, text)
-                value, low, high = (math.exp(nats) for nats in _numbers(difference))
-                cell += f", {value:.2f} [{low:.2f}, {high:.2f}]{_fewer(both, some)}"
-            cells.append(cell + _fewer(some, results))
-        lines.append(f"| {_arm(arm, images)} | {' | '.join(cells)} |")
+                value, low, high = (math.exp(nats) for nats in with_bounds(difference))
+                cell += f", {value:.2f} [{low:.2f}, {high:.2f}]{fewer_seeds(both, some)}"
+            cells.append(cell + fewer_seeds(some, results))
+        lines.append(f"| {arm_title(arm, images)} | {' | '.join(cells)} |")
     if texts and CAPTIONS_KIND not in texts:
         lines.append(f"\nNo captions of Flickr8k were read: VALM_EVAL_DATA names no folder that has {FLICKR_CAPTIONS}.")
     return "\n".join(lines)
@@ -513,136 +319,3 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "clips": clips,
     "counts": counts,
 }
-
-
-def forest(results: Results) -> Figure:
-    """The differences of the plan with their intervals, in points."""
-    rows = []
-    for name, (first, second) in PAIRS.items():
-        for of, kind in MEASURES[:6]:
-            some = results.having(of, first, second)
-            if some.seeds:
-                title = f"{name}: {_title(of)}, {kind}{_fewer(some, results)}"
-                rows.append((title, some.difference(first, second, of, kind)))
-    rows += [(test.title + _fewer(test.results, results), test.difference) for test in _retrieval_tests(results)]
-    return _intervals(rows, 9)
-
-
-def overview(results: Results) -> Figure:
-    """A few of the differences of `forest`, for the README."""
-    asked = [("colours that no text says, VaLM − twin", "VaLM − twin", VALIDATION)]
-    asked += [(f"{_title(of)}, VaLM − twin", "VaLM − twin", of) for of in (PRIMARY, *SECONDARY)]
-    asked += [(f"{_title(PRIMARY)}, {name}", name, PRIMARY) for name in (RANDOM_IMAGES, "VaLM − Blind", NATURAL)]
-    rows = []
-    for title, name, of in asked:
-        some = results.having(of, *PAIRS[name])
-        if some.seeds:
-            rows.append((title + _fewer(some, results), some.difference(*PAIRS[name], of)))
-    tests = [test for test in _retrieval_tests(results) if (test.arm, test.of) == ("valm", PRIMARY)]
-    return _intervals(rows + [(test.title + _fewer(test.results, results), test.difference) for test in tests], 6)
-
-
-def _intervals(rows: Sequence[tuple[str, Difference]], width: float) -> Figure:
-    """A line for each difference: a dot and its interval, coloured where that excludes 0."""
-    figure = new_figure(width, 0.6 + 0.22 * len(rows))
-    axes = figure.subplots()
-    for place, (_, difference) in enumerate(rows):
-        color = SERIES[0] if difference.low > 0 else SERIES[1] if difference.high < 0 else INK
-        axes.plot([100 * difference.low, 100 * difference.high], [place, place], color=color, linewidth=1.4)
-        axes.plot(100 * difference.value, place, "o", color=color, markersize=4)
-    axes.axvline(0, color=FAINT, linewidth=0.8)
-    axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlabel("points, with the 95 % interval over items and seeds")
-    quiet(axes)
-    return figure
-
-
-def curves(results: Results) -> Figure:
-    """The loss of every arm against the step, mean of the seeds and of WINDOW steps."""
-    figure = new_figure(6.4, 3.6)
-    axes = figure.subplots()
-    for number, arm in enumerate(dict.fromkeys(arm for seed in results.seeds for arm in seed["losses"])):
-        runs = [seed["losses"][arm] for seed in results.seeds if seed["losses"].get(arm)]
-        if not runs:
-            continue
-        mean = np.mean([run[: min(map(len, runs))] for run in runs], axis=0)
-        width = min(WINDOW, len(mean))
-        smooth = np.convolve(mean, np.ones(width) / width, mode="valid")
-        line = "-" if number < len(SERIES) else "--"
-        color = SERIES[number % len(SERIES)]
-        axes.plot(np.arange(width, len(mean) + 1), smooth, line, color=color, label=NAMES[arm], linewidth=1.5)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats a token)")
-    axes.legend(frameon=False, fontsize=8)
-    quiet(axes)
-    return figure
-
-
-FIGURES: dict[str, Callable[[Results], Figure]] = {"forest": forest, "overview": overview, "curves": curves}
-
-
-def points(difference: Difference) -> str:
-    value, low, high = (f"{100 * number:+.1f}".replace("-", "−") for number in _numbers(difference))
-    return f"{value} [{low}, {high}]"
-
-
-def _p(difference: Difference) -> str:
-    return "" if difference.p is None else f", p {difference.p:.3f}"
-
-
-def _tested(difference: Difference) -> str:
-    return points(difference) + (", not significant" if difference.low <= 0 <= difference.high else "")
-
-
-def percent(estimate: Estimate) -> str:
-    value, low, high = (f"{100 * number:.1f}" for number in _numbers(estimate))
-    return f"{value} [{low}, {high}]"
-
-
-def _numbers(found: Estimate | Difference) -> tuple[float, float, float]:
-    return found.value, found.low, found.high
-
-
-def _title(of: str) -> str:
-    return SETS[of].title if of in SETS else "validation things"
-
-
-def _arm(arm: str, images: str) -> str:
-    return NAMES[arm] + (f", {SEEN[images]}" if SEEN[images] else "")
-
-
-def _fewer(some: Results, results: Results) -> str:
-    """Which seeds a number is of, where they are not all seeds of the page."""
-    if not some.seeds or len(some.seeds) == len(results.seeds):
-        return ""
-    return f" (seeds {', '.join(str(seed['seed']) for seed in some.seeds)})"
-
-
-class RetrievalTest(NamedTuple):
-    """A test that only a model with a knowledge base can pass: its arm, set and difference, of how many things and
-    which seeds."""
-
-    title: str
-    arm: str
-    of: str
-    difference: Difference
-    things: int
-    results: Results
-
-
-def _retrieval_tests(results: Results) -> list[RetrievalTest]:
-    found = []
-    for arm in (name for name, one in ARMS.items() if one.twin is None):
-        retrieved = (arm, "retrieved")
-        for of in (PRIMARY, "color_terms", VALIDATION):
-            for exchange in EXCHANGES:
-                some = results.having(of, retrieved, (arm, exchange))
-                if some.changes(exchange, of):
-                    title = f"{NAMES[arm]}, {SEEN[exchange]}, {_title(of)}"
-                    found.append(RetrievalTest(title, arm, of, *some.follows(arm, exchange, of), some))
-            some = results.having(of, retrieved, (arm, "taken-out"))
-            if of != VALIDATION and some.seeds and any(some.seeds[0]["sets"][of]["pictured"]):
-                title = f"{NAMES[arm]}, pictures added, {_title(of)}"
-                found.append(RetrievalTest(title, arm, of, *some.added(arm, of), some))
-    return found

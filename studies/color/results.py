@@ -109,6 +109,10 @@ class Results:
         """The seeds in which each of `asked` (arm, images) was asked about the set or text `of`."""
         return Results(tuple(seed for seed in self.seeds if all(_row(seed, *one, of) for one in asked)))
 
+    def without(self, answer: str) -> Results:
+        """The same without the items to which `answer` is right."""
+        return Results(tuple(_without(seed, answer) for seed in self.seeds))
+
     def hits(self, arm: str, images: str, of: str, kind: str = RAW) -> Counts:
         """The number of right answers per item.
 
@@ -330,6 +334,24 @@ def _row(seed: dict[str, Any], arm: str, images: str, of: str) -> dict[str, Any]
         ),
         None,
     )
+
+
+def _without(seed: dict[str, Any], answer: str) -> dict[str, Any]:
+    """A seed without the items to which `answer` is right."""
+    kept: dict[str, list[int]] = {}
+    for name, about in seed["sets"].items():
+        right = expanded(about["right"])
+        place = about["candidates"].index(answer) if answer in about["candidates"] else -1
+        kept[name] = [number for number, one in enumerate(right) if place not in one]
+
+    def chosen(found: dict[str, Any], name: str) -> dict[str, Any]:
+        parts = {"items", "right", "pictured", "colors", RAW, CALIBRATED} & found.keys()
+        return found | {part: [found[part][number] for number in kept[name]] for part in parts}
+
+    return seed | {
+        "sets": {name: chosen(about, name) for name, about in seed["sets"].items()},
+        "rows": [chosen(row, row["set"]) if "set" in row else row for row in seed["rows"]],
+    }
 
 
 def _needed(seed: dict[str, Any], arm: str, images: str, of: str) -> dict[str, Any]:

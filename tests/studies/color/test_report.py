@@ -114,7 +114,7 @@ def second(folder, seeds):
 
 def test_the_hypotheses_of_the_second_study(tmp_path):
     few, all_seeds = (claims(second(tmp_path, seeds)) for seeds in (range(5, 8), range(5, 10)))
-    verdicts = {line[2:4]: line.rsplit("|", 2)[1].strip() for line in all_seeds.splitlines()[2:]}
+    verdicts = {re.match(r"\| (S\d)", line)[1]: line.rsplit("|", 2)[1].strip() for line in all_seeds.splitlines()[2:]}
     assert verdicts == {
         "S1": "holds",
         "S2": "holds",
@@ -127,6 +127,8 @@ def test_the_hypotheses_of_the_second_study(tmp_path):
     assert re.search(r"S1: .* \| so far yes \|", few)
     assert re.search(r"S7: .* \| holds \|", few)  # three seeds are all that the plan has
     assert "prose × the base's 0.58 [0.58, 0.58]; prose × the twin's 0.95" in all_seeds
+    s7, without_black = (line.split(" | ")[1:] for line in all_seeds.splitlines() if "S7" in line)
+    assert s7 == without_black  # no candidate is black
 
 
 def test_harm_is_over_the_base_and_over_the_twin(tmp_path):

@@ -57,6 +57,20 @@ def test_added_pictures_are_judged_by_the_items_that_have_one(tmp_path):
     assert found.value == pytest.approx(8 / 9 - (right == 0).mean())
 
 
+def test_items_are_left_out_by_their_right_answer(tmp_path):
+    whole = read_results(write(tmp_path))
+    right = expanded(result(0)["sets"]["memory_color"]["right"])[:, 0]
+    some = whole.without("red")
+    assert some.hits("twin", "none", "memory_color").shape == (2, (right != 0).sum())
+    assert some.accuracy("twin", "none", "memory_color").value == 0  # it always says "red"
+    assert [len(one) for one in some.hits("twin", "none", "validation")] == [(right != 0).sum()] * 2
+    assert (some.pictured("memory_color") == (np.arange(ITEMS) % 2 == 0)[right != 0]).all()
+    found, count = some.follows("valm", "exchanged", "memory_color")
+    assert found.value == pytest.approx(1.0) and count == (right != 0)[1:].sum()
+    assert some.perplexity("twin", "none", "prose") == whole.perplexity("twin", "none", "prose")
+    assert whole.without("black") == whole
+
+
 def test_perplexity(tmp_path):
     results = read_results(write(tmp_path))
     assert results.perplexity("twin", "none", "prose").value == pytest.approx(math.exp(2))
