@@ -20,12 +20,9 @@ import argparse
 import csv
 import ctypes
 import hashlib
-import importlib.util
 import json
 import os
 import platform
-import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -34,7 +31,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 try:
@@ -42,11 +38,25 @@ try:
 
     from benchmarks import gpu_report, outcomes
     from benchmarks.conftest import COLUMNS, machine
+    from benchmarks.gpu_steps import (
+        CROSSOVER,
+        FLASH_TESTS,
+        NONE_MEASURED,
+        ROOT,
+        TESTS_OF_TILES,
+        TILES,
+        Step,
+        missing,
+        outcome_files,
+        plan,
+        rows_of,
+        search_path,
+        slug,
+    )
     from valm_kernels.atomic_files import atomic_path
 except ModuleNotFoundError as error:
     sys.exit(f"gpu-check needs the package {error.name}, which is not installed for {sys.executable}")
 
-ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "build" / "gpu-check"
 MEASURED_TILES = ROOT / "valm_kernels" / "visual_fusion" / "triton" / "measured_tiles.json"
 MEASURED_CROSSOVER = ROOT / "valm_kernels" / "visual_fusion" / "measured_crossover.json"
@@ -54,70 +64,13 @@ MEASURED_CROSSOVER = ROOT / "valm_kernels" / "visual_fusion" / "measured_crossov
 LIMIT_S = 580
 SOURCES = ("valm_kernels", "csrc", "valm", "benchmarks", "tests", "setup.py", "conftest.py", "pyproject.toml")
 SUFFIXES = {".py", ".cpp", ".hpp", ".cu", ".cuh", ".yaml", ".toml"}
-# Often not on PATH: nvcc and compute-sanitizer.
-CUDA_BIN = Path("/usr/local/cuda/bin")
 GPU_BYTES_OF_A_PROCESS = 2 << 30
 # How often a process that died is started again, which goes on with what is left.
 RESTARTS = 20
 
-# The small set of the sanitizers: each kind of attention in one dtype ("float16" alone is also in "bfloat16"), the
-# kernels' slabs, which are float32's, and the searches of the public functions.
-SMALL = (
-    "(test_agrees_with_float64_reference and (torch.float16 or (odd and wide and torch.float32))) "
-    "or test_public_functions or test_numpy_rows"
-)
-ATTENTION = "bench_forward and bfloat16 and not Flex"
-SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
-# An access beyond a tensor stays unseen in PyTorch's own memory pool, which CUDA graphs need.
-SANITIZED = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
-# The tests ask PyTorch for deterministic results, which cuBLAS gives only with this; and they run side by side.
-TESTED = (("CUBLAS_WORKSPACE_CONFIG", ":4096:8"), ("OMP_NUM_THREADS", "1"))
-TILES, TESTS_OF_TILES = "measure tiles", "tests of the measured tiles"
-CROSSOVER = "measure the crossover"
-FLASH_TESTS = "test_agrees_with_flash_attention_for_the_text"
-# The package's measured files, for those that read none: the table and the estimate.
-NONE_MEASURED = "none-measured.json"
 # What of an entry of tiles.json changes what the kernels do.
 TILES_OF = ("kernel", "bytes", "capability", "head_dim", "block_m", "block_n", "num_warps", "num_stages")
 LIBC, PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
-
-# What may be missing, and what follows. By the name of the module, or of the program.
-OPTIONAL_MODULES = {
-    "setuptools": "the native module is not built, so the native top-K is not tested",
-    "pytest_timeout": "a test that hangs ends with its step",
-    "xdist": "nothing is lost: the tests are divided among processes here",
-    "pytest_benchmark": "a stopwatch of benchmarks/conftest.py measures",
-    "hypothesis": "the tests that it draws examples for are skipped; none of them needs a card",
-    "pybind11": "PyTorch's headers of it are taken",
-    "ninja": "every source is compiled each time",
-    "faiss": "no row of faiss-gpu",
-    "cuvs": "no row of cuVS",
-    "flash_attn_interface": "no row of FlashAttention-3",
-}
-OPTIONAL_PROGRAMS = {
-    "nvcc": "the CUDA part of the native module is not built, so the native top-K of CUDA is not tested",
-    "compute-sanitizer": "no sanitizers",
-}
-
-
-@dataclass(frozen=True)
-class Step:
-    """Commands that run side by side. tests: they are of pytest with the plugin outcomes.py.
-
-    always: also where an earlier run did it, because what it makes does not stay with the results. reads: what other
-    steps have written, in any order of lines. makes: files that count no longer where what it is given has changed
-    (`given_to`), beside those of its tests. skipped: why it cannot run here.
-    """
-
-    name: str
-    budget_s: int
-    commands: tuple[tuple[str, ...], ...]
-    environment: tuple[tuple[str, str], ...] = ()
-    tests: bool = False
-    always: bool = False
-    reads: tuple[Path, ...] = ()
-    makes: tuple[Path, ...] = ()
-    skipped: str = ""
 
 
 @dataclass(frozen=True)
@@ -129,143 +82,9 @@ class Outcome:
     given: str = ""  # `given_to`
 
 
-def slug(name: str) -> str:
-    return re.sub(r"\W+", "-", name)
-
-
-def outcome_files(folder: Path, step: Step) -> list[Path]:
-    """Where the tests of a step are noted; none where it has no tests."""
-    files = [command[command.index("--outcomes") + 1] for command in step.commands if "--outcomes" in command]
-    return [folder / Path(file).name for file in dict.fromkeys(files)]
-
-
 def tests_of(folder: Path, step: Step) -> list[outcomes.Ended]:
     """How the tests of a step ended."""
     return [ended for file in outcome_files(folder, step) for ended in outcomes.read(file).values()]
-
-
-def plan(folder: Path, arch: int, processes: int, run: int = 0, state: str = "") -> list[Step]:
-    """All steps on a card of compute capability `arch`, with their results in `folder`."""
-    tune = (sys.executable, "-m", "benchmarks.valm_kernels.tune_tiles")
-    # beside the compiled kernels: a folder of results may be brought along without them
-    compiled = triton_cache() / f"gpu-check-{state[:16]}.csv"
-
-    def compiling(part: int) -> tuple[str, ...]:
-        return (*tune, "compile", str(compiled), "--arch", str(arch), "--part", f"{part}/{processes}")
-
-    def pytest(name: str, *arguments: str) -> tuple[str, ...]:
-        noted = ("--outcomes", str(folder / f"{slug(name)}.outcomes.csv"), "--run-number", str(run))
-        plugins = ("-p", "no:cacheprovider", "-p", "no:xdist", "-p", "benchmarks.outcomes")
-        return (sys.executable, "-m", "pytest", "-q", "--continue-on-collection-errors", *plugins, *noted, *arguments)
-
-    def tests(name: str, budget_s: int, *arguments: str) -> Step:
-        commands = tuple(pytest(name, "--part", f"{i}/{processes}", *arguments) for i in range(processes))
-        return Step(name, budget_s, commands, TESTED, tests=True)
-
-    def benchmark(name: str, budget_s: int, file: str, *arguments: str, skipped: str = "") -> Step:
-        rows = rows_of(folder, name)
-        options = ("--results", str(rows), "--append", "--device", "cuda")
-        command = pytest(name, f"benchmarks/{file}", *options, *arguments)
-        return Step(name, budget_s, (command,), tests=True, makes=(rows,), skipped=skipped)
-
-    def sanitizer(tool: str) -> tuple[str, ...]:
-        options = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", "--target-processes", "all")
-        if tool == "initcheck":  # the tests fill new memory, which is then never read before it was written
-            options = ("env", "VALM_KERNELS_POISON=0", *options)
-        return (*options, *pytest(f"sanitizers {tool}", "-m", "gpu", "-k", SMALL, "tests/valm_kernels"))
-
-    no_sanitizer = "" if program("compute-sanitizer") else "there is no compute-sanitizer"
-    no_model = why_no_model()
-    return [
-        Step(
-            "build",
-            75,
-            ((sys.executable, "setup.py", "build_ext", "--inplace"),),
-            (("VALM_KERNELS_CUDA_ARCH", str(arch)),),
-            always=True,
-        ),
-        tests("tests", 105, "-m", "gpu", "tests/valm_kernels"),
-        Step("compile tiles", 60, tuple(map(compiling, range(processes))), (("OMP_NUM_THREADS", "1"),), always=True),
-        Step(TILES, 45, ((*tune, "measure", str(compiled), str(folder)),), reads=(compiled,)),
-        # the largest of float32 compile for half a minute
-        tests(TESTS_OF_TILES, 45, "-m", "gpu", "-k", f"large_problems or {FLASH_TESTS}", "tests/valm_kernels"),
-        Step(
-            CROSSOVER,
-            20,
-            ((sys.executable, "-m", "benchmarks.valm_kernels.measure_crossover", str(folder)),),
-            makes=(folder / "crossover.csv", folder / "crossover.json"),
-        ),
-        # FlexAttention compiles for as long as all others together take, and loses
-        benchmark(
-            "attention", 65, "valm_kernels/bench_visual_fusion.py", "-k", "bench_forward and bfloat16 and not Flex"
-        ),
-        benchmark("long attention and decoding", 45, "valm_kernels/bench_long_attention.py"),
-        benchmark("top-K", 35, "valm_kernels/bench_topk.py", "--full", "-k", "1000k and (64 or 512 or 4096)"),
-        benchmark(
-            *("context queries", 15, "valm/bench_retrieval.py", "--full", "-k", "RN50x16-8-bfloat16"), skipped=no_model
-        ),
-        benchmark("training step", 15, "valm/bench_training.py", skipped=no_model),
-        benchmark("generation", 15, "valm/bench_generation.py", skipped=no_model),
-        Step(
-            "sanitizers",
-            40,
-            tuple(map(sanitizer, SANITIZERS)),
-            (*SANITIZED, *TESTED),
-            tests=True,
-            skipped=no_sanitizer,
-        ),
-    ]
-
-
-def rows_of(folder: Path, name: str) -> Path:
-    """Where the rows of a benchmark's step are."""
-    return folder / f"{slug(name)}.rows.csv"
-
-
-def triton_cache() -> Path:
-    from triton import knobs
-
-    return Path(knobs.cache.dir)
-
-
-def program(name: str) -> str | None:
-    return shutil.which(name, path=search_path())
-
-
-def search_path() -> str:
-    return os.pathsep.join([os.environ.get("PATH", os.defpath), str(CUDA_BIN)])
-
-
-def missing() -> dict[str, str]:
-    """What is not here of what may be missing, and what follows."""
-    modules = {name: text for name, text in OPTIONAL_MODULES.items() if importlib.util.find_spec(name) is None}
-    return modules | {name: text for name, text in OPTIONAL_PROGRAMS.items() if program(name) is None}
-
-
-def why_no_model() -> str:
-    """Why the package valm, and with it the benchmarks of the model, cannot run here; empty if it can."""
-    from packaging.requirements import Requirement
-
-    listed = re.search(r"^dependencies = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.M | re.S)
-    assert listed is not None
-    found = []
-    for text in re.findall(r'^\s*"(.+?)"', listed[1], re.M):
-        requirement = Requirement(text)
-        if requirement.marker and not requirement.marker.evaluate():
-            continue
-        try:
-            here = version(requirement.name)
-        except PackageNotFoundError:
-            found.append(f"{requirement.name} is missing")
-        else:
-            if not requirement.specifier.contains(here, prereleases=True):
-                found.append(f"{requirement.name} is {here}, not {requirement.specifier}")
-    if found:
-        return "the package valm cannot run here: " + ", ".join(found)
-    # a package that is there may still not be importable
-    code = "import open_clip, transformers, valm.model.gpt2, valm.clip.clip"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    return (done.returncode and f"the package valm cannot run here: {done.stderr.strip().splitlines()[-1]}") or ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,9 +11,10 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from benchmarks import gpu_check, gpu_report, outcomes
+from benchmarks import gpu_check, gpu_report, gpu_steps, outcomes
 from benchmarks.conftest import Row, write_row
-from benchmarks.gpu_check import Step, main, plan, read_steps, run_steps, slug
+from benchmarks.gpu_check import main, read_steps, run_steps
+from benchmarks.gpu_steps import Step, plan, slug
 from benchmarks.outcomes import Ended
 from benchmarks.valm_kernels import bench_long_attention
 from benchmarks.valm_kernels.bench_long_attention import DECODING, SIZES, TEXT_ONLY
@@ -87,7 +88,7 @@ def stand_in(steps, folder, dies="never"):
     code = STAND_IN.replace("ROW", repr({**row, "machine": "a card"}))
     for name, entries in (("TILES", TILES), ("CROSSOVER", CROSSOVER)):
         code = code.replace(f"{name})", f"{json.dumps(entries)!r})")
-    code = code.replace("NONE", repr(gpu_check.NONE_MEASURED)).replace("FLASH", gpu_check.FLASH_TESTS)
+    code = code.replace("NONE", repr(gpu_steps.NONE_MEASURED)).replace("FLASH", gpu_steps.FLASH_TESTS)
     return [
         replace(
             step,
@@ -104,11 +105,11 @@ def card(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(gpu_check, "number_of_processes", lambda: 2)
-    monkeypatch.setattr(gpu_check, "program", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(gpu_check, "why_no_model", lambda: "transformers is 5.17, not >=5.24")
+    monkeypatch.setattr(gpu_steps, "program", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(gpu_steps, "why_no_model", lambda: "transformers is 5.17, not >=5.24")
     monkeypatch.setattr(gpu_check, "machine", lambda: "a card; torch")
     monkeypatch.setattr(gpu_check, "seconds_running", lambda: 0.0)
-    monkeypatch.setattr(gpu_check, "triton_cache", lambda: tmp_path / "triton")
+    monkeypatch.setattr(gpu_steps, "triton_cache", lambda: tmp_path / "triton")
     monkeypatch.setattr(gpu_check, "SOURCES", (str(tmp_path / "sources"),))
     monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
     monkeypatch.setattr(gpu_check, "MEASURED_TILES", tmp_path / "measured_tiles.json")
@@ -164,7 +165,7 @@ def test_the_whole_plan_runs_to_its_end(card, check, capfd):
     called = calls(folder)
     assert [name for name, _ in called].count("tests") == 2 and [name for name, _ in called].count("sanitizers") == 4
     # what is measured is tested, and used once that has passed
-    assert {name for name, used in called if used == "tiles"} == {gpu_check.TESTS_OF_TILES, gpu_check.CROSSOVER}
+    assert {name for name, used in called if used == "tiles"} == {gpu_steps.TESTS_OF_TILES, gpu_steps.CROSSOVER}
     assert {name for name, used in called if used == "tiles,crossover"} == {*BENCHMARKS, "sanitizers"}
     assert json.loads(gpu_check.MEASURED_TILES.read_text()) == TILES
     assert json.loads(gpu_check.MEASURED_CROSSOVER.read_text()) == CROSSOVER
@@ -253,14 +254,14 @@ def test_a_run_goes_on_with_the_results_of_its_own_card(tmp_path, capfd):
 def steps_of_tiles(card):
     """Runs the tests of the measured tiles, and a benchmark after them, in the folder of the card; returns how often
     each has run. The tests note that they passed, or where `dies` names a file, that they began."""
-    (card / gpu_check.NONE_MEASURED).write_text("[]")
+    (card / gpu_steps.NONE_MEASURED).write_text("[]")
     ended, made, called = (card / name for name in ("ended.csv", "made.csv", "called"))
     code = (
         f"import os, pathlib; assert not pathlib.Path({str(ended)!r}).exists(); open({str(called)!r}, 'a').write('t'); "
         f"open({str(ended)!r}, 'w').write('run,test,outcome,seconds,note\\n1,a,passed,0,\\n'); "
         f"os.path.exists({str(card / 'fails')!r}) and os._exit(1)"
     )
-    tests = Step(gpu_check.TESTS_OF_TILES, 5, ((*command(code), "--outcomes", str(ended)),), tests=True)
+    tests = Step(gpu_steps.TESTS_OF_TILES, 5, ((*command(code), "--outcomes", str(ended)),), tests=True)
     code = f"open({str(made)!r}, 'x').write('row'); open({str(called)!r}, 'a').write('b')"
     benchmark = Step("attention", 5, (command(code),), makes=(made,))
 
@@ -302,7 +303,7 @@ def test_tests_of_a_run_that_was_killed_count_for_their_own_tiles_alone(card, st
         (card / "tiles.json").write_text(json.dumps(TILES))
         with pytest.raises(KeyboardInterrupt):
             steps_of_tiles()
-    assert read_steps(card)[gpu_check.TESTS_OF_TILES].note == "was stopped"
+    assert read_steps(card)[gpu_steps.TESTS_OF_TILES].note == "was stopped"
     assert steps_of_tiles([TILES[0] | {"num_warps": 8}]) == [1, 1]
 
 
@@ -311,7 +312,7 @@ def test_a_crossover_is_not_taken_where_a_test_of_flash_attention_failed(card, c
     assert check() == 0
     assert gpu_check.MEASURED_CROSSOVER.exists()
     gpu_check.MEASURED_CROSSOVER.unlink()
-    failed = Ended(1, f"{gpu_check.FLASH_TESTS}[dense]", "failed", 0.1, "other numbers")
+    failed = Ended(1, f"{gpu_steps.FLASH_TESTS}[dense]", "failed", 0.1, "other numbers")
     outcomes.write(folder / "tests.outcomes.csv", failed)
     assert check("never", "--report") == 0
     assert not gpu_check.MEASURED_CROSSOVER.exists() and gpu_check.MEASURED_TILES.exists()
@@ -328,7 +329,8 @@ def test_what_a_killed_run_has_started_ends_with_it(tmp_path):
     started = tmp_path / "started"
     sleeper = f"import os, time; open({str(started)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     code = (
-        "import sys, time; from pathlib import Path; from benchmarks.gpu_check import Step, run_step; "
+        "import sys, time; from pathlib import Path; "
+        "from benchmarks.gpu_check import run_step; from benchmarks.gpu_steps import Step; "
         f"run_step(Step('slow', 60, ((sys.executable, '-Sc', {sleeper!r}),)), Path({str(tmp_path)!r}), 60)"
     )
     running = subprocess.Popen(command(code), cwd=gpu_report.ROOT, stdout=subprocess.DEVNULL)
@@ -470,7 +472,7 @@ def test_a_benchmark_resumes_on_a_machine_that_has_nothing_but_pytorch(tmp_path)
     def run(number, only):
         (step,) = (step for step in plan(tmp_path, 90, 1) if step.name == "long attention and decoding")
         (command,) = step.commands
-        changed = {"cuda": "cpu", str(gpu_check.rows_of(tmp_path, step.name)): str(rows), sys.executable: str(python)}
+        changed = {"cuda": "cpu", str(gpu_steps.rows_of(tmp_path, step.name)): str(rows), sys.executable: str(python)}
         changed[str(tmp_path / f"{slug(step.name)}.outcomes.csv")] = str(ended)
         command = [changed.get(argument, argument) for argument in command]
         command[command.index("--run-number") + 1] = str(number)
@@ -489,15 +491,15 @@ def test_a_benchmark_resumes_on_a_machine_that_has_nothing_but_pytorch(tmp_path)
 
 def test_model_needs_the_versions_that_valm_asks_for(monkeypatch):
     versions = {"transformers": "5.17.0", "open_clip_torch": "3.3.0"}
-    monkeypatch.setattr(gpu_check, "version", lambda name: versions.get(name, "1000"))
-    assert gpu_check.why_no_model() == "the package valm cannot run here: transformers is 5.17.0, not >=5.24"
+    monkeypatch.setattr(gpu_steps, "version", lambda name: versions.get(name, "1000"))
+    assert gpu_steps.why_no_model() == "the package valm cannot run here: transformers is 5.17.0, not >=5.24"
 
 
 def test_a_model_package_that_cannot_be_imported_is_named(monkeypatch, tmp_path):
     (tmp_path / "open_clip.py").write_text("raise ImportError('libfoo.so is missing')")
-    monkeypatch.setattr(gpu_check, "version", lambda name: "1000")
+    monkeypatch.setattr(gpu_steps, "version", lambda name: "1000")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert gpu_check.why_no_model() == "the package valm cannot run here: ImportError: libfoo.so is missing"
+    assert gpu_steps.why_no_model() == "the package valm cannot run here: ImportError: libfoo.so is missing"
 
 
 def test_page_before_anything_is_measured(monkeypatch, tmp_path):
@@ -540,7 +542,7 @@ def test_arithmetic_of_decoding_without_images_is_less():
 
 def test_the_small_set_has_one_dtype_of_each_kind_of_attention():
     """The selection of the sanitizers' steps, as pytest collects it."""
-    tests = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "gpu", "-k", gpu_check.SMALL]
+    tests = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "gpu", "-k", gpu_steps.SMALL]
     files = ["tests/valm_kernels/visual_fusion/triton/test_gpu.py", "tests/valm_kernels/topk/test_cuda_gpu.py"]
     found = subprocess.run([*tests, *files], cwd=gpu_report.ROOT, capture_output=True, text=True).stdout
     selected = [line.rpartition("::")[2] for line in found.splitlines() if "::" in line]
