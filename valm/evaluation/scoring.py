@@ -77,7 +77,7 @@ def answer_log_probs(
     for i, ids in enumerate(tokenized):
         by_head[tuple(ids[:-1])].append(i)
     scores = torch.empty(len(texts), len(answers))
-    with counting(progress, len(texts)) as advance:
+    with one_product(model), counting(progress, len(texts)) as advance:
         for head, members in by_head.items():
             answer_ids = torch.tensor([tokenized[i] for i in members], device=model.device)  # (answers here, tokens)
             for rows in equal_lengths(texts, batch_size):
@@ -104,6 +104,24 @@ def check_model(model: Any) -> None:
 def context_length(model: Any) -> int:
     """The most tokens that the model reads at once; a large number if its config has no limit."""
     return positions(model) or 1 << 20
+
+
+@contextmanager
+def one_product(model: Any) -> Iterator[None]:
+    """Makes the logits of a batch in one product.
+
+    Of a view, as the last states of each text are one, PyTorch makes a product for each text, which reads all output
+    embeddings anew. So the output layer is given a copy.
+    """
+    layer = model.get_output_embeddings()
+    if layer is None:
+        yield
+        return
+    hook = layer.register_forward_pre_hook(lambda _, inputs: tuple(each.contiguous() for each in inputs))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager

@@ -54,3 +54,20 @@ def test_of_a_long_prompt_the_last_tokens_are_read():
     log_probs = model(torch.tensor([[TOKENIZER.bos_token_id, *ids[-room:]]])).logits[0, -1].log_softmax(-1)
     scores = answer_log_probs(model, TOKENIZER, [long], answers)
     torch.testing.assert_close(scores[0, 0], log_probs[answer_tokens(TOKENIZER, ["red"])[0][0]], rtol=1e-5, atol=1e-5)
+
+
+def test_the_logits_of_a_batch_are_one_product():
+    model, seen = a_model(), []
+    prompts = ["the sea is", "the sea of", "the color is"]
+
+    def see(layer, inputs, logits):
+        seen.append((inputs[0].shape[:2], inputs[0].is_contiguous()))
+
+    model.get_output_embeddings().register_forward_hook(see)
+    answer_log_probs(model, TOKENIZER, prompts, ["red"])
+    assert seen == [((3, 1), True)]
+    model(TOKENIZER(prompts, return_tensors="pt")["input_ids"], logits_to_keep=1)  # the copies have ended
+    assert seen[1:] == [((3, 1), False)]
+    model.get_output_embeddings = lambda: None  # of a class without
+    answer_log_probs(model, TOKENIZER, prompts, ["red"])
+    assert seen[2:] == [((3, 1), False)]
