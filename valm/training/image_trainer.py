@@ -26,6 +26,7 @@ from valm.store.files import writable_folder
 from valm.store.pretrained import quiet_transformers
 from valm.training.image_dropout import ImageDropout
 from valm.training.launch import check_processes
+from valm.training.next_token_loss import NextTokenLoss
 from valm.training.order import TrainingOrder
 from valm.training.resumable import STATE_FILE, check_resumable, resume_errors, write_checksums
 from valm_kernels.atomic_files import move_folder, remove_leftovers, temporary_folder
@@ -247,7 +248,13 @@ class ImageTrainer(Trainer):
         )
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        result = super().prediction_step(model, inputs, *args, **kwargs)
+        trained = self.compute_loss_func
+        if isinstance(trained, NextTokenLoss):  # without what smooths it
+            self.compute_loss_func = NextTokenLoss()
+        try:
+            result = super().prediction_step(model, inputs, *args, **kwargs)
+        finally:
+            self.compute_loss_func = trained
         loss = result[0]
         # the loss is a mean over the tokens of all processes' batches, times their number
         tokens = self._get_num_items_in_batch([inputs], self.args.device)

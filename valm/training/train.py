@@ -32,6 +32,7 @@ from valm.training.image_trainer import FUSION_NAME, ImageTrainer
 from valm.training.launch import check_processes
 from valm.training.limited_softmax import LimitedSoftmax
 from valm.training.min_score import with_min_score
+from valm.training.next_token_loss import NextTokenLoss, has_next_token_loss
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +139,10 @@ def trainer(
             f"label_smoothing_factor is {arguments.label_smoothing_factor}, but limit_softmax computes a part of the "
             "logits: set it to 0, or leave limit_softmax (--limit-softmax) out"
         )
+    if arguments.label_smoothing_factor or not has_next_token_loss(inner):
+        if limit_softmax:
+            raise ValmError(f"limit_softmax needs the loss of next tokens, and {type(inner).__name__} computes another")
+        options.setdefault("compute_loss_func", NextTokenLoss(arguments.label_smoothing_factor))
     if image_dropout:
         _check_dropout(image_dropout, model, inner, dataset, kb, arguments)
     corpus = _retrieval(dataset)

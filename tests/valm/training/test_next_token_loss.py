@@ -1,0 +1,114 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import BartConfig, BartForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from tests.valm.training.documents import TOKENIZER, documents, new_model, new_trainer
+from valm.errors import ValmError
+from valm.evaluation.language import token_log_probs
+from valm.model.augment import augment
+from valm.training.next_token_loss import NextTokenLoss, has_next_token_loss
+from valm.training.train import trainer, training_arguments
+
+SIZES = {"vocab_size": len(TOKENIZER), "max_position_embeddings": 64}
+
+
+def bart():
+    """A decoder whose own loss is of each token with its own logits."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "decoder_layers": 3, "decoder_attention_heads": 2, "decoder_ffn_dim": 32}
+    return BartForCausalLM(BartConfig(**SIZES, **sizes, dropout=0.0))
+
+
+def llama(**more):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    return LlamaForCausalLM(LlamaConfig(**SIZES, **sizes, **more))
+
+
+def of_next_tokens(model, texts):
+    """The mean loss of the tokens of `texts`."""
+    return -torch.cat(token_log_probs(model.eval(), texts, 8)[0]).mean().item()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_the_loss_is_that_of_transformers(smoothing):
+    model, labels = llama(), torch.randint(0, len(TOKENIZER), (2, 9))
+    labels[0, 5:] = -100
+    outputs = model(labels.clamp(min=0), labels=labels)
+    expected = outputs.loss
+    if smoothing:
+        log_probs = outputs.logits[:, :-1].log_softmax(-1)[labels[:, 1:] >= 0]
+        expected = (1 - smoothing) * expected - smoothing * log_probs.mean()
+    torch.testing.assert_close(NextTokenLoss(smoothing)(outputs, labels), expected)
+    summed = NextTokenLoss(smoothing)(tuple(outputs.values())[1:], labels, torch.tensor(3))
+    torch.testing.assert_close(summed, expected * (labels[:, 1:] >= 0).sum() / 3)
+
+
+def test_models_whose_loss_is_another_one_are_found():
+    mixture = MixtralForCausalLM(
+        MixtralConfig(**SIZES, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+                      intermediate_size=32, num_local_experts=2, output_router_logits=True)
+    )  # fmt: skip
+    state = torch.get_rng_state()
+    assert [has_next_token_loss(model) for model in (llama(), new_model(), mixture)] == [True] * 3
+    assert not has_next_token_loss(bart())
+    model = llama().train()
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    has_next_token_loss(model)
+    assert model.training and torch.equal(torch.get_rng_state(), state)
+
+
+def test_smoothed_labels_are_of_the_next_token(tmp_path):
+    """The Trainer shifts them for the classes alone that it knows by name."""
+    made = new_trainer(tmp_path, max_steps=60, eval_dataset=documents(), label_smoothing_factor=0.1)
+    made.train()
+    unsmoothed = new_trainer(tmp_path / "other", model=made.model, eval_dataset=documents())
+    assert made.evaluate()["eval_loss"] == pytest.approx(unsmoothed.evaluate()["eval_loss"], rel=1e-6)
+    assert made.evaluate()["eval_loss"] < 2.2  # 4.0 for what the shift of another class makes of it
+    assert made.losses()[-1] < 0.7 * made.losses()[0]
+
+
+@pytest.mark.parametrize("augmented", [True, False])
+def test_a_decoder_of_barts_kind_learns_the_next_token(tmp_path, augmented):
+    model = augment(bart(), num_images=0, image_dim=1, unfreeze="all") if augmented else bart()
+    texts = [document["input_ids"] for document in documents()]
+    made = new_trainer(
+        tmp_path, model=model, kb=None, eval_dataset=documents(), max_steps=60, per_device_train_batch_size=8
+    )
+    made.train()
+    found = made.evaluate()["eval_loss"]
+    assert found == pytest.approx(of_next_tokens(made.model, texts), rel=1e-4)
+    assert found < 0.6 * of_next_tokens(bart(), texts)
+
+
+def test_its_accumulated_batches_are_as_one(tmp_path):
+    losses = []
+    for size, accumulated in ((4, 1), (1, 4)):
+        made = new_trainer(
+            tmp_path / str(size),
+            model=bart(),
+            kb=None,
+            max_steps=2,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulated,
+        )
+        made.train()
+        losses.append(made.losses())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_its_softmax_is_not_limited(tmp_path):
+    arguments = training_arguments(tmp_path, use_cpu=True)
+    with pytest.raises(ValmError, match="needs the loss of next tokens, and BartForCausalLM computes another"):
+        trainer(bart(), documents(), tokenizer=TOKENIZER, arguments=arguments, limit_softmax=True)
+
+
+def test_a_loss_of_the_user_stays(tmp_path):
+    def zero(outputs, labels, num_items_in_batch=None):
+        return F.mse_loss(outputs.logits, outputs.logits)
+
+    arguments = training_arguments(tmp_path, use_cpu=True)
+    made = trainer(bart(), documents(), tokenizer=TOKENIZER, arguments=arguments, compute_loss_func=zero)
+    assert made.compute_loss_func is zero

@@ -1,0 +1,66 @@
+"""The loss of next tokens, for models and options with which transformers' Trainer would compute another one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from valm.model.probe import in_mode, probe_tokens
+from valm.training.cache_below import no_images
+
+IGNORED = -100
+
+
+class NextTokenLoss:
+    """The cross entropy of each token with the logits before it; a `compute_loss_func` of transformers' Trainer.
+
+    Args:
+        smoothing: share of the target that is spread evenly over the vocabulary (Szegedy et al. 2016).
+    """
+
+    def __init__(self, smoothing: float = 0.0):
+        self.smoothing = smoothing
+
+    def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """The sum over the tokens, divided by num_items_in_batch, or by their number.
+
+        Args:
+            outputs: of the model, with logits (B, T, V).
+            labels: (B, T) int64; -100 is not counted.
+        """
+        logits = (outputs["logits"] if isinstance(outputs, dict) else outputs[0])[:, :-1].float()
+        following = labels[:, 1:].to(logits.device)
+        total = F.cross_entropy(
+            logits.flatten(0, 1),
+            following.flatten(),
+            ignore_index=IGNORED,
+            reduction="sum",
+            label_smoothing=self.smoothing,
+        )
+        count = following.ne(IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        return total / (count.to(total.device) if isinstance(count, Tensor) else count)
+
+
+@torch.no_grad()
+def has_next_token_loss(model: Any) -> bool:
+    """Whether the loss that `model` returns is of next tokens, and divided by num_items_in_batch.
+
+    In transformers, that of BART's kind compares each token with its own logits, and is a mean over the batch.
+    """
+    ids = probe_tokens(model)
+    first_unseen = ids.clone()
+    first_unseen[:, 0] = IGNORED  # nothing predicts it
+
+    def loss(labels: Tensor, count: int) -> Tensor:
+        number = torch.tensor(count, device=ids.device)
+        return model(input_ids=ids, labels=labels, num_items_in_batch=number, **no_images(model, ids)).loss
+
+    with in_mode(model, training=False), torch.random.fork_rng():
+        try:
+            whole, others, halved = loss(ids, 1), loss(first_unseen, 1), loss(ids, 2)
+        except TypeError:  # it takes no num_items_in_batch
+            return False
+    return bool(torch.isclose(whole, others, rtol=1e-4) and halved < 0.9 * whole)
