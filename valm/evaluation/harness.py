@@ -24,17 +24,20 @@ except ImportError as error:
     raise ImportError(f"lm-evaluation-harness is needed for this: pip install -e '.[harness]' ({error})") from error
 
 from valm.clip.tokenizer import beginning_with_bos
-from valm.evaluation.controls import switch_images
-from valm.evaluation.scorers import digest
+from valm.evaluation.controls import images_fingerprint, switch_images
+from valm.evaluation.scorers import CausalScorer, digest
 from valm.model.checkpoint import load
 from valm.text import nearest
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
+    from lm_eval.api.model import CacheHook
 
 TASKS = Path(__file__).parent / "tasks"
 # The commands of the harness that search for tasks.
 WITH_TASKS = ("run", "ls", "validate")
+# A key of the harness's cache that is no hash of a request.
+FINGERPRINT = "fingerprint of valm"
 # Arguments with which the harness's class loads a model, so that they would change nothing of one that is loaded.
 OF_LOADING = (
     *("tokenizer", "revision", "subfolder", "dtype", "use_fast_tokenizer", "peft", "delta", "autogptq", "gptqmodel"),
@@ -85,8 +88,43 @@ class ValmLM(HFLM):
         model, tokenizer = load(pretrained, device=device, **found)
         if min_score is not None:
             model.set_min_score(min_score)
+        self._scorer = CausalScorer(model, tokenizer, "valm")
+        self._own_retriever = model.retriever if self._scorer.sees_images else None
         switch_images(model, retrieval, replace=replace, seed=image_seed)
+        self._replace = replace
         super().__init__(pretrained=model, tokenizer=beginning_with_bos(tokenizer), **arguments)
+
+    def set_cache_hook(self, cache_hook: CacheHook) -> None:
+        """The base's; called with the cache of `--use_cache`, whose answers are found by the requests alone.
+
+        Raises:
+            ValmError: its answers are of other weights, another knowledge base, or other images.
+        """
+        super().set_cache_hook(cache_hook)
+        cache = cache_hook.dbdict
+        if cache is None:
+            return
+        own = self._fingerprint()
+        if cache.get(FINGERPRINT) != own:
+            if len(cache) > 0:
+                raise ValmError(
+                    f"the cache {cache.filename} has answers of other weights, images or settings than this model's: "
+                    "delete it, or name another one (--use_cache)"
+                )
+            cache[FINGERPRINT] = own
+
+    def _fingerprint(self) -> str:
+        """Of all that the answers depend on, beside the arguments of the model, which are in the cache's name."""
+        replaced = None if self._replace is None else images_fingerprint(self._replace)
+        if not self._scorer.sees_images:
+            return digest([self._scorer.fingerprint, replaced])
+        model = self._scorer.model
+        shown = model.retriever
+        model.set_retriever(self._own_retriever)  # which names its knowledge base
+        try:
+            return digest([self._scorer.fingerprint, replaced])
+        finally:
+            model.set_retriever(shown)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """The base's; the text does not begin with bos, which the first window begins with in any case."""

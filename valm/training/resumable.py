@@ -18,7 +18,9 @@ from valm_kernels.checksums import file_sha256
 from valm_kernels.json_files import Count, Matching, Sha256, check_own, own_file
 
 # Written by the Trainer.
-STATE_FILE = "trainer_state.json"
+STATE_FILE, SCHEDULER_FILE = "trainer_state.json", "scheduler.pt"
+# Written by DeepSpeed, whose own files have the optimizer and the learning rates.
+DEEPSPEED_FILE = "latest"
 CHECKSUMS_FILE = "checksums.json"
 REMEDY = "resume from an earlier checkpoint"
 
@@ -66,7 +68,7 @@ def check_resumable(folder: Path) -> int | None:
 
     Raises:
         ValmError: a file is not as it was written or has no checksum, is a pipe, or is a link out of the folder; or so
-            is the folder itself.
+            is the folder itself; or it has the model alone.
     """
     if not is_folder(folder):
         raise ValmError(f"there is no checkpoint {folder}")
@@ -91,6 +93,11 @@ def check_resumable(folder: Path) -> int | None:
     else:
         warnings.warn(
             f"the checkpoint {folder} has no {CHECKSUMS_FILE}: its files were compared with nothing", stacklevel=2
+        )
+    if not files.keys() & {SCHEDULER_FILE, DEEPSPEED_FILE}:  # the Trainer would begin anew with both, without a word
+        raise ValmError(
+            f"the checkpoint {folder} has a model without its optimizer and learning rates ({SCHEDULER_FILE}), as "
+            f"save_only_model makes it: {REMEDY}, or begin a new training"
         )
     state: _State = read_json(folder / STATE_FILE, "the state of the training", _State, REMEDY)
     with resume_errors(folder):

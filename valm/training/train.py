@@ -58,12 +58,14 @@ def training_arguments(output_dir: str | os.PathLike, **fields: Any) -> Training
         if name not in known:
             raise ValmError(f"TrainingArguments has no field {name!r}{nearest(name, known)}")
     # without use_cpu, several processes on CPUs would each train by itself
-    machine: dict[str, Any] = {
+    own: dict[str, Any] = {
         "dataloader_pin_memory": torch.cuda.is_available(),
         "use_cpu": not torch.accelerator.is_available(),
     }
+    if str(fields.get("metric_for_best_model")).endswith("perplexity"):
+        own["greater_is_better"] = False  # which transformers takes to be so for losses only
     try:
-        arguments = TrainingArguments(output_dir=os.fspath(output_dir), **(DEFAULTS | machine | fields))
+        arguments = TrainingArguments(output_dir=os.fspath(output_dir), **(DEFAULTS | own | fields))
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
         raise ValmError(f"the training arguments do not fit: {str(error).splitlines()[0]}") from error
     check_processes(arguments)

@@ -31,6 +31,7 @@ pytest.importorskip("lm_eval", reason="needs the extra [harness]")
 from lm_eval import simple_evaluate
 from lm_eval._cli import HarnessCLI
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import CachingLM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
@@ -218,6 +219,20 @@ def test_a_blind_model_is_evaluated_too(models, tmp_path, clip):
     on = ValmLM(str(tmp_path / "blind")).loglikelihood(asked)
     off = ValmLM(str(tmp_path / "blind"), retrieval="off").loglikelihood(asked)
     assert [score for score, _ in on] != pytest.approx([score for score, _ in off], rel=1e-3)
+
+
+def test_a_cache_of_other_weights_is_refused(models, tmp_path):
+    asked = instances("loglikelihood", [("The colour of", " it"), ("", "The colour")])
+    for retrieval in ("random", "on"):
+        made = ValmLM(str(models / "seeing"), retrieval=retrieval)
+        cached = CachingLM(made, str(tmp_path / f"{retrieval}.db"))
+        assert cached.loglikelihood(asked) == made.loglikelihood(asked)  # and its images are the same as before
+        again = CachingLM(ValmLM(str(models / "seeing"), retrieval=retrieval), str(tmp_path / f"{retrieval}.db"))
+        assert again.loglikelihood(asked) == cached.loglikelihood(asked)
+    fusion = next(weight for name, weight in made.model.named_parameters() if "image_fusion" in name)
+    fusion.data += 1e-3
+    with pytest.raises(ValmError, match=r"on\.db has answers of other weights, .*: delete it, or name another one"):
+        CachingLM(made, str(tmp_path / "on.db"))
 
 
 def test_the_harness_own_arguments_reach_it(monkeypatch):

@@ -17,6 +17,7 @@ from valm.evaluation.language import token_log_probs
 from valm.model.checkpoint import load
 from valm.retrieval.note import RetrievalNote
 from valm.training.resumable import STATE_FILE
+from valm.training.train import training_arguments
 from valm_kernels.atomic_files import is_temporary
 
 # More than two epochs of eight documents in threes, with dropout.
@@ -331,3 +332,13 @@ def test_a_model_finds_the_images_itself_while_it_trains(tmp_path):
     made = new_trainer(tmp_path, model=model, kb=None, dataset=texts)
     made.train()
     assert retriever.called and len(made.losses()) == 6
+
+
+def test_the_lower_perplexity_is_the_better_one(tmp_path):
+    saving = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 2, "eval_steps": 2}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "perplexity"}
+    made = new_trainer(tmp_path, eval_dataset=documents(), **saving, **best)
+    made.train()
+    found = {entry["step"]: entry["eval_perplexity"] for entry in made.state.log_history if "eval_loss" in entry}
+    assert made.state.best_global_step == min(found, key=found.get) != 2
+    assert training_arguments(tmp_path, metric_for_best_model="perplexity", greater_is_better=True).greater_is_better

@@ -45,6 +45,12 @@ def test_a_damaged_file_is_named(checkpoint, name):
         resume(checkpoint)
 
 
+def test_a_model_alone_is_no_checkpoint_to_resume_from(tmp_path):
+    new_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1, save_only_model=True).train()
+    with pytest.raises(ValmError, match=r"checkpoint-1 has a model without its optimizer .* as save_only_model makes"):
+        resume(tmp_path / "checkpoint-1")
+
+
 def test_without_checksums_a_warning_says_that_nothing_was_compared(checkpoint):
     (checkpoint / CHECKSUMS_FILE).unlink()
     with pytest.warns(UserWarning, match=r"checkpoint-1 has no checksums\.json: its files were compared with nothing"):
