@@ -10,7 +10,7 @@ import difflib
 import os
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -309,10 +309,19 @@ def what_is_asked(
     if protocol not in task.protocols:
         raise ValmError(f"{task.name} has no protocol {protocol!r}, only {', '.join(task.protocols)}")
     items = read_set(task.name, data, file=file, allow_download=allow_download)
-    if limit is not None and limit < len(items):
-        chosen = sorted(random.Random(0).sample(range(len(items)), limit))
-        items = [items[number] for number in chosen]
-    return task.build(task.name, items, protocol)
+    asked = task.build(task.name, items, protocol)
+    # after the set as a whole, whose items say which candidates there are, and which items a protocol draws
+    return asked if limit is None or limit >= len(asked.texts) else _some(asked, limit)
+
+
+def _some(asked: Questions | Documents, limit: int) -> Questions | Documents:
+    """`limit` of the items, drawn by a fixed seed, as they are asked among all."""
+    chosen = sorted(random.Random(0).sample(range(len(asked.texts)), limit))
+    texts = tuple(asked.texts[number] for number in chosen)
+    if isinstance(asked, Documents):
+        return replace(asked, texts=texts)
+    items, right = (tuple(each[number] for number in chosen) for each in (asked.items, asked.right))
+    return replace(asked, items=items, texts=texts, right=right)
 
 
 def harness_docs(task: str, protocol: str, data: str | None = None, **_: Any) -> dict[str, Any]:

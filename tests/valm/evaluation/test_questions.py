@@ -92,6 +92,18 @@ def test_published_wikitext_is_its_paragraphs(data):
     )
 
 
+@pytest.mark.parametrize("name, protocol", [("memory_color", PUBLISHED), ("memory_color", FAIR), ("lambada", FAIR)])
+def test_a_limit_asks_items_as_among_all(data, name, protocol):
+    """The candidates of the published MemoryColor are the colours of its items."""
+    whole, some = (what_is_asked(TASKS[name], protocol, data, limit=limit) for limit in (None, 1))
+    assert len(some.texts) == 1 < len(whole.texts) and set(some.texts) < set(whole.texts)
+    if name == "lambada":
+        return
+    assert some.candidates == whole.candidates and len(some.items) == 1
+    for item, right in zip(some.items, some.right, strict=True):
+        assert right == whole.right[whole.items.index(item)]
+
+
 def test_a_limit_draws_the_same_items_again(data):
     one, two = (what_is_asked(TASKS["memory_color"], FAIR, data, limit=2) for _ in range(2))
     assert one == two and len(one.items) == 2
