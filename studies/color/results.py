@@ -13,6 +13,7 @@ import numpy as np
 from studies.color.config import ARMS, SETS, VALIDATION
 from studies.color.scoring import DIGITS, expanded
 from valm.errors import ValmError
+from valm.evaluation.size import objects_of
 from valm.evaluation.statistics import Counts, Difference, Estimate, paired, ratio
 from valm.store.files import read_json
 from valm_kernels.json_files import Count, Matching, Range, short
@@ -127,7 +128,7 @@ class Results:
 
     def accuracy(self, arm: str, images: str, of: str, kind: str = RAW) -> Estimate:
         found = self.hits(arm, images, of, kind)
-        return ratio(found, self._tries(found, of))
+        return ratio(found, self._tries(found, of), objects=self._objects(of))
 
     def difference(
         self,
@@ -225,7 +226,11 @@ class Results:
 
     def _paired(self, first: Counts, second: Counts, of: str) -> Difference:
         tries = self._tries(first, of)
-        return paired(first, second, tries[0] if isinstance(tries, np.ndarray) else tries)
+        same = isinstance(tries, np.ndarray)
+        return paired(first, second, tries[0] if same else tries, objects=self._objects(of) if same else None)
+
+    def _objects(self, of: str) -> np.ndarray | None:
+        return objects_of(self.seeds[0]["sets"][of]["items"])
 
     def _same_items(self, of: str) -> bool:
         return len({tuple(seed["sets"][of]["items"]) for seed in self.seeds}) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from valm.evaluation.choice import log_prior, vote_of_prompts
 from valm.evaluation.questions import FAIR, Documents, Questions
 from valm.evaluation.scorers import DocumentScore
-from valm.evaluation.size import YES_NO
+from valm.evaluation.size import YES_NO, objects_of
 from valm.evaluation.statistics import Estimate, ratio
 
 
@@ -32,11 +33,12 @@ def choice_metrics(asked: Questions, scores: np.ndarray, alone: np.ndarray | Non
         baselines: majority, its answer, and every constant answer.
     """
     right = np.array(asked.right)  # (items, prompts)
+    share = partial(of_prompts, objects=objects_of(asked.items))
     correct = scores.argmax(-1) == right  # (seeds, items, prompts)
     shares = Counter(right.ravel().tolist())
     constants = {asked.candidates[answer]: count / right.size for answer, count in shares.most_common()}
     found: dict[str, Any] = {
-        "accuracy": of_prompts(correct),
+        "accuracy": share(correct),
         "balanced": float(np.mean([correct[:, right == answer].mean() for answer in shares])),
         "baselines": {
             "majority": max(constants.values()),
@@ -50,23 +52,24 @@ def choice_metrics(asked: Questions, scores: np.ndarray, alone: np.ndarray | Non
     if not asked.fair:
         return found
     if alone is not None:
-        found["calibrated"] = of_prompts((scores - alone[:, None, None]).argmax(-1) == right)
+        found["calibrated"] = share((scores - alone[:, None, None]).argmax(-1) == right)
     if (right == right[:, :1]).all():
         without_prior = np.stack([of_seed - log_prior(of_seed) for of_seed in scores])
-        found["calibrated_mean"] = of_prompts(without_prior.argmax(-1) == right)
+        found["calibrated_mean"] = share(without_prior.argmax(-1) == right)
         if right.shape[1] > 1:
             votes = np.stack([vote_of_prompts(of_seed) for of_seed in scores])  # (seeds, items)
-            found["vote"] = of_prompts((votes == right[:, 0])[..., None])
+            found["vote"] = share((votes == right[:, 0])[..., None])
     else:
         margin = (scores[..., 0] - scores[..., 1]).reshape(*correct.shape[:2], -1, 2)  # (seeds, items, prompts, orders)
-        found["both_orders"] = of_prompts(correct.reshape(margin.shape).all(-1))
-        found["preferred"] = of_prompts(margin[..., 0] > margin[..., 1])
+        found["both_orders"] = share(correct.reshape(margin.shape).all(-1))
+        found["preferred"] = share(margin[..., 0] > margin[..., 1])
     return found
 
 
-def of_prompts(correct: np.ndarray) -> dict[str, float]:
-    """The share that is right of (seeds, items, prompts)."""
-    return asdict(ratio(correct.sum(-1).astype(float), np.full(correct.shape[:2], float(correct.shape[2]))))
+def of_prompts(correct: np.ndarray, objects: np.ndarray | None = None) -> dict[str, float]:
+    """The share that is right of (seeds, items, prompts); objects as in `ratio`."""
+    tries = np.full(correct.shape[:2], float(correct.shape[2]))
+    return asdict(ratio(correct.sum(-1).astype(float), tries, objects=objects))
 
 
 def document_metrics(asked: Documents, scores: Sequence[Sequence[DocumentScore]]) -> dict[str, Any]:

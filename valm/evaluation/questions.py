@@ -150,7 +150,7 @@ def _about_sizes(task: str, pairs: list[tuple[str, str]], protocol: str) -> Ques
     texts = [size.fill(prompts, bigger, smaller, fair) for bigger, smaller in pairs]
     answers = [size.YES_NO if fair else size.YES_NO[:1]] * len(prompts)
     row = [answer for both in answers for answer in both]
-    names = [f"{bigger} > {smaller}" for bigger, smaller in pairs]
+    names = [f"{bigger}{size.BIGGER}{smaller}" for bigger, smaller in pairs]
     return _ask(task, protocol, names, prompts, texts, [row] * len(pairs), size.YES_NO)
 
 

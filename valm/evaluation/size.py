@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+import numpy as np
+
 from valm.errors import ValmError
 from valm.evaluation.files import read_lines
 
@@ -24,6 +26,8 @@ PROMPTS = (
 PUBLISHED_PROMPTS = (*PROMPTS[:3], "".join(PROMPTS[3:]))
 
 YES_NO = ("yes", "no")
+# Between the two objects in the name of an item.
+BIGGER = " > "
 
 
 def load_size_pairs(path: str | os.PathLike) -> list[tuple[str, str]]:
@@ -39,6 +43,15 @@ def load_size_pairs(path: str | os.PathLike) -> list[tuple[str, str]]:
             raise ValmError(f"{path}, line {number}: expected two words, got {len(words)}")
         pairs.append((words[0], words[1]))
     return pairs
+
+
+def objects_of(items: Sequence[str]) -> np.ndarray | None:
+    """Numbers (items, 2) of the objects in items "bigger > smaller"; None for items of another kind."""
+    pairs = [item.split(BIGGER) for item in items]
+    if not all(len(pair) == 2 for pair in pairs):
+        return None
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(name for pair in pairs for name in pair))}
+    return np.array([[numbers[name] for name in pair] for pair in pairs])
 
 
 def fill(prompts: Sequence[str], bigger: str, smaller: str, both_orders: bool) -> list[str]:

@@ -32,7 +32,7 @@ class Estimate:
 class Difference:
     """The first of two models' numbers minus the second's on the same items, with its 95 % interval, and the p-value of
     a permutation test: how often a difference as large occurs if the models are swapped at random, item by item. None
-    for several seeds, of which such a test knows nothing."""
+    for several seeds, and for items that are pairs of objects: of both such a test knows nothing."""
 
     value: float
     low: float
@@ -45,13 +45,21 @@ def _same(ratio: np.ndarray) -> np.ndarray:
 
 
 def ratio(
-    hits: Counts, tries: Counts, seed: int = 0, transform: Callable[[np.ndarray], np.ndarray] = _same
+    hits: Counts,
+    tries: Counts,
+    seed: int = 0,
+    transform: Callable[[np.ndarray], np.ndarray] = _same,
+    objects: np.ndarray | None = None,
 ) -> Estimate:
     """transform(sum of hits / sum of tries).
 
     The tries of one item, such as its prompts, are drawn together, as they are not independent.
+
+    Args:
+        objects: numbers (items, 2), if items are pairs of objects. Objects are drawn then, and a pair as often as the
+            product of its two says: what a model thinks of one object decides many pairs.
     """
-    drawn = _bootstrap(hits, seed) / _bootstrap(tries, seed)
+    drawn = _drawn(objects, _bootstrap(hits, seed, objects), _bootstrap(tries, seed, objects))
     low, high = np.quantile(transform(drawn), [0.025, 0.975])
     return Estimate(float(transform(np.asarray(_total(hits) / _total(tries)))), float(low), float(high))
 
@@ -62,18 +70,28 @@ def accuracy(right: np.ndarray, seed: int = 0) -> Estimate:
     return ratio(right.sum(-1)[None].astype(float), np.full((1, len(right)), float(right.shape[1])), seed)
 
 
-def paired(first: Counts, second: Counts, tries: Counts, seed: int = 0) -> Difference:
+def _drawn(objects: np.ndarray | None, hits: np.ndarray, tries: np.ndarray) -> np.ndarray:
+    """hits / tries of each resample, without those of objects none of whose pairs are items."""
+    kept = slice(None) if objects is None else tries > 0
+    return hits[kept] / tries[kept]
+
+
+def paired(
+    first: Counts, second: Counts, tries: Counts, seed: int = 0, objects: np.ndarray | None = None
+) -> Difference:
     """The difference of two models' hits / tries.
 
     Args:
         first, second: hits. The numbers of seeds may differ where these have the same items.
         tries: of both: (items,), or a list as theirs.
+        objects: as in `ratio`.
     """
     tries = tries[None] if isinstance(tries, np.ndarray) else tries
-    drawn = [_bootstrap(each, seed) / len(each) for each in (first, second, tries)]
-    low, high = np.quantile((drawn[0] - drawn[1]) / drawn[2], [0.025, 0.975])
+    drawn = [_bootstrap(each, seed, objects) / len(each) for each in (first, second, tries)]
+    low, high = np.quantile(_drawn(objects, drawn[0] - drawn[1], drawn[2]), [0.025, 0.975])
     means = [_total(each) / len(each) for each in (first, second, tries)]
-    p = _swapped(first[0] - second[0], seed) if len(first) == len(second) == 1 else None
+    one_of_each = len(first) == len(second) == 1 and objects is None
+    p = _swapped(first[0] - second[0], seed) if one_of_each else None
     return Difference((means[0] - means[1]) / means[2], float(low), float(high), p)
 
 
@@ -92,18 +110,20 @@ def _total(values: Counts) -> float:
     return float(sum(one.sum() for one in values))
 
 
-def _bootstrap(values: Counts, seed: int) -> np.ndarray:
+def _bootstrap(values: Counts, seed: int, objects: np.ndarray | None = None) -> np.ndarray:
     """(RESAMPLES,): the sum of `values` over resampled items, and resampled seeds if there are several; of seeds with
     items of their own over the items of each that is drawn. The same draws for the same generator seed and numbers of
-    seeds and items."""
+    seeds and items. objects: see `ratio`; the seeds then have the same items."""
     over_items, over_seeds = np.random.default_rng(seed), np.random.default_rng(seed + 1)
     seeds = len(values)
     sums = []
     for _ in range(RESAMPLES // CHUNK):
         weights = over_seeds.multinomial(seeds, np.full(seeds, 1 / seeds), CHUNK)  # (chunk, seeds)
         if isinstance(values, np.ndarray):
-            items = values.shape[1]
-            drawn = over_items.multinomial(items, np.full(items, 1 / items), CHUNK)  # (chunk, items)
+            count = values.shape[1] if objects is None else objects.max() + 1
+            drawn = over_items.multinomial(count, np.full(count, 1 / count), CHUNK)  # (chunk, items or objects)
+            if objects is not None:
+                drawn = drawn[:, objects[:, 0]] * drawn[:, objects[:, 1]]
             sums.append(np.einsum("ci,si,cs->c", drawn, values, weights, optimize=True))
         else:
             own = [

@@ -19,6 +19,7 @@ from valm.evaluation.controls import images_fingerprint
 from valm.evaluation.metrics import choice_metrics, document_metrics
 from valm.evaluation.questions import FAIR, PUBLISHED, Documents, Questions, Task, what_is_asked
 from valm.evaluation.scorers import DocumentScore, NotApplicable, Scorer, digest, open_scorer
+from valm.evaluation.size import objects_of
 from valm.evaluation.statistics import paired
 from valm.progress import progress_bar
 from valm.store.files import read_json, write_json
@@ -303,7 +304,8 @@ def _are_numbers(values: list[Any], shape: tuple[int, ...]) -> bool:
 def _row(
     entry: Entry, kind: str, variant: str, asked: Questions | Documents, of_seeds: Sequence[Scores]
 ) -> tuple[dict[str, Any], Any]:
-    """A row of the results, and what two rows are compared by: (hits or nats (seeds, items), tries (items,))."""
+    """A row of the results, and what two rows are compared by: (hits or nats (seeds, items), tries (items,), objects
+    as in `paired`)."""
     row: dict[str, Any] = {
         "model": entry.name if not variant else f"{entry.name}, {variant}",
         "kind": kind,
@@ -323,14 +325,14 @@ def _row(
         correct = scores.argmax(-1) == np.array(asked.right)
         tries = np.full(len(asked.items), float(len(asked.texts[0])))
         row |= {"prompts": len(asked.texts[0]), "metrics": choice_metrics(asked, scores, alone)}
-        return row, ("accuracy", correct.sum(-1).astype(float), tries)
+        return row, ("accuracy", correct.sum(-1).astype(float), tries, objects_of(asked.items))
     documents = [[DocumentScore(*fields) for fields in one["documents"]] for one in of_seeds]
     row["metrics"] = document_metrics(asked, documents)
     if asked.last_word:
         known = np.array([[float(score.known) for score in of_seed] for of_seed in documents])
-        return row, ("accuracy", known, np.ones(known.shape[1]))
+        return row, ("accuracy", known, np.ones(known.shape[1]), None)
     nats = np.array([[score.nats for score in of_seed] for of_seed in documents])
-    return row, ("nats per byte", nats, np.array([float(score.bytes) for score in documents[0]]))
+    return row, ("nats per byte", nats, np.array([float(score.bytes) for score in documents[0]]), None)
 
 
 def _pairs(rows: Sequence[Mapping[str, Any]], compared: Sequence[Any]) -> list[dict[str, Any]]:
@@ -340,11 +342,11 @@ def _pairs(rows: Sequence[Mapping[str, Any]], compared: Sequence[Any]) -> list[d
         same = [i for i in range(number) if all(rows[i][key] == row[key] for key in ("task", "protocol"))]
         if not same or compared[same[0]] is None or compared[number] is None:
             continue
-        metric, first, tries = compared[same[0]]
-        _, second, _ = compared[number]
+        metric, first, tries, objects = compared[same[0]]
+        _, second, *_ = compared[number]
         named = {"task": row["task"], "protocol": row["protocol"], "metric": metric}
         models = {"first": rows[same[0]]["model"], "second": row["model"]}
-        found.append(named | models | asdict(paired(first, second, tries)))
+        found.append(named | models | asdict(paired(first, second, tries, objects=objects)))
     return found
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from valm.errors import ValmError
-from valm.evaluation.size import load_size_pairs
+from valm.evaluation.size import load_size_pairs, objects_of
 
 DATA = os.environ.get("VALM_EVAL_DATA")
 
@@ -20,3 +20,8 @@ def test_a_line_that_is_no_pair_is_named(tmp_path):
     (tmp_path / "pairs").write_text("bus cat\nbus\n")
     with pytest.raises(ValmError, match="line 2: expected two words, got 1"):
         load_size_pairs(tmp_path / "pairs")
+
+
+def test_the_objects_of_pairs():
+    assert objects_of(["bus > cat", "polar bear > bus"]).tolist() == [[0, 1], [2, 0]]
+    assert objects_of(["bus", "cat > bus"]) is None
