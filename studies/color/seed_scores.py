@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import platform
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -48,7 +48,7 @@ from valm.clip.tokenizer import own_tokenizer
 from valm.corpus.min_score import AUTO, MinScore
 from valm.evaluation.color import ColorItem, load_memory_color
 from valm.evaluation.questions import Questions
-from valm.evaluation.scorers import CausalScorer
+from valm.evaluation.scorers import CausalScorer, digest
 from valm.evaluation.sets import SETS, find_file
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model.augment import augment
@@ -90,9 +90,13 @@ class Scoring:
         return [name for name in wanted if name not in self.missing]
 
     def file(self, title: str, *arms: str) -> Path:
-        """The file in scores/ of what is asked of `arms`."""
-        key = hashlib.sha256(" ".join([*arms, "on", *self.names]).encode()).hexdigest()[:8]
+        """The file in scores/ of what is asked of `arms`: of other questions, and of others' contents, another one."""
+        key = digest([arms, self.names, self._contents])[:8]
         return writable_folder(self.folder / "scores") / f"{title}-{key}.json"
+
+    @cached_property
+    def _contents(self) -> str:
+        return digest([[asdict(one) for one in self.asked.values()], self.texts])
 
     @cached_property
     def asked(self) -> dict[str, Questions]:

@@ -25,6 +25,7 @@ from tests.valm.other_tokenizers import gpt2_like
 from tests.valm.tiny_clip import TINY
 from valm.cli import main, run_command
 from valm.errors import ValmError
+from valm.evaluation.questions import FAIR, Questions
 from valm.retrieval.note import RetrievalNote
 from valm.store.files import write_json
 
@@ -156,7 +157,14 @@ def asked(world, tmp_path, monkeypatch):
         monkeypatch.setattr(run, name, lambda *arguments: None)
     monkeypatch.setattr(run, "read_pictures", lambda folder: [])
     monkeypatch.setattr(seed_scores, "_heldout", lambda folder, data: {})
-    lacking, lines = set(), []
+    monkeypatch.setattr(seed_scores.Scoring, "things", [])
+    lacking, lines, contents = set(), [], {}
+
+    def questions(name):
+        return Questions(name, FAIR, (contents.get(name, "a thing"),), ("?",), (("?",),), ("red", "blue"), ((0,),))
+
+    monkeypatch.setattr(seed_scores, "validation_questions", lambda things: questions("validation"))
+    monkeypatch.setattr(seed_scores, "set_questions", lambda name, data: questions(name))
     monkeypatch.setattr(seed_scores, "find_file", lambda name, data: None if name in lacking else name)
 
     def write(scoring, arm, file):
@@ -179,7 +187,7 @@ def asked(world, tmp_path, monkeypatch):
         lines.clear()
         return {row["set"] for row in rows}, found
 
-    return SimpleNamespace(ask=ask, lacking=lacking, folder=tmp_path, write=write)
+    return SimpleNamespace(ask=ask, lacking=lacking, contents=contents, folder=tmp_path, write=write)
 
 
 def test_results_are_of_the_tests_that_were_asked_for(asked):
@@ -189,6 +197,15 @@ def test_results_are_of_the_tests_that_were_asked_for(asked):
     assert asked.ask(*first) == (set(first), [])
     assert asked.ask(*first, arms=("twin",)) == (set(first), [])
     assert asked.ask(*first, arms=("twin", "valm")) == (set(first), [])
+
+
+def test_a_set_with_other_contents_is_asked_again(asked):
+    tests = ("validation", "memory_color")
+    assert asked.ask(*tests)[1] == ["twin", "valm"]
+    asked.contents["memory_color"] = "another thing"
+    assert asked.ask(*tests)[1] == ["twin", "valm"]
+    del asked.contents["memory_color"]
+    assert asked.ask(*tests)[1] == []
 
 
 def test_a_set_that_arrives_later_is_asked_of_every_arm(asked, monkeypatch):
