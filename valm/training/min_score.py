@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,9 @@ from valm.corpus.min_score import NO_SCORES
 from valm.errors import ValmError
 from valm.retrieval.min_score import below
 from valm.training.twins import Twin, image_ids
+
+# Documents among which one image is looked for.
+LOOKED_AT = 1000
 
 
 class WithMinScore(Twin):
@@ -53,9 +57,24 @@ def with_min_score(documents: Any, min_score: float | None) -> Any:
         if not hasattr(documents, "__len__"):
             raise ValmError("a streamed dataset has no min_score: give documents that have a length")
         made = WithMinScore(documents, min_score)
-        if len(made):
-            made[0]  # which raises before anything is computed
+        _warn_of_no_image(made)  # which also raises before anything is computed
         return made
     if inner.min_score != min_score:
         raise ValmError(f"the documents have the min_score {inner.min_score}, but the model's is {min_score}")
     return documents
+
+
+def _warn_of_no_image(documents: WithMinScore) -> None:
+    """Warns if no token of the first documents keeps an image."""
+    highest = -np.inf
+    count = min(len(documents), LOOKED_AT)
+    for number in range(count):
+        if (documents[number]["image_ids"] != -1).any():
+            return
+        highest = max(highest, documents.documents[number]["image_scores"].max(initial=-np.inf))
+    if np.isfinite(highest):
+        warnings.warn(
+            f"at min_score {documents.min_score} no token of the first {count} documents sees an image: the highest "
+            f"score is {highest:.3f}",
+            stacklevel=4,
+        )

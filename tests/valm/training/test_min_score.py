@@ -67,6 +67,12 @@ def test_the_trainer_cuts_by_the_models_min_score(scored, tmp_path):
     assert any((cut[name] != uncut[name]).any() for name in cut)
 
 
+def test_a_min_score_that_hides_every_image_is_said(scored):
+    with pytest.warns(UserWarning, match=r"at min_score 7\.0 no token of the first 8 documents .* score is 0\.6\d\d"):
+        with_min_score(scored, 7.0)
+
+
+@pytest.mark.filterwarnings("ignore:at min_score 2.0")
 @pytest.mark.parametrize("unfreeze", [None, "block"])
 def test_a_step_without_any_image_has_gradients_of_all_parameters(scored, tmp_path, unfreeze):
     """Otherwise one whose other parameters are frozen would have nothing to train, and processes would not agree."""
