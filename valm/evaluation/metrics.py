@@ -76,8 +76,9 @@ def document_metrics(asked: Documents, scores: Sequence[Sequence[DocumentScore]]
     """The numbers of one task, of (seeds, texts).
 
     perplexity: per token of the model's own tokenizer. word_perplexity, byte_perplexity: per word and byte of the text,
-    which do not depend on the tokenizer. Where there is a last word, accuracy: how often it is the likeliest, and
-    target_perplexity: per such word (published: per last token).
+    in any vocabulary; a tokenizer that drops case or blanks, as CLIP's does, leaves less to predict. Where there is a
+    last word, accuracy: how often it is the likeliest, and target_perplexity: per such word (published: per last
+    token).
     """
     nats, tokens, words, bytes_, word_nats, known = (
         np.array([[getattr(score, name) for score in of_seed] for of_seed in scores], dtype=float)

@@ -269,7 +269,8 @@ def _perplexities(results: Mapping[str, Any], protocol: str) -> Table:
         tuple(groups),
         "Perplexity per token of each model's own tokenizer; not the same text as the paper's (see the conditions)."
         if protocol == PUBLISHED
-        else "Per word and per byte of the text, which does not depend on the tokenizer.",
+        else "Per word and per byte of the text, in any vocabulary. A tokenizer that drops case or blanks, as CLIP's "
+        "does, leaves less to predict: compare such a model with those of the same tokenizer only.",
     )
 
 
@@ -312,9 +313,9 @@ def _differences(results: Mapping[str, Any]) -> Table:
         rows,
         ("ours",) * len(rows),
         "The first model minus each other one: accuracy in points, of which more is better, or nats per byte, of which "
-        "less is. Intervals by paired bootstrap over items, and over the seeds of pooled checkpoints, of which few "
-        "give too narrow ones; p, of single checkpoints, by a permutation test over items. Neither is corrected for "
-        "how many comparisons there are.",
+        "less is (of models whose tokenizers both keep case and blanks, or neither). Intervals by paired bootstrap over "
+        "items, and over the seeds of pooled checkpoints, of which few give too narrow ones; p, of single "
+        "checkpoints, by a permutation test over items. Neither is corrected for how many comparisons there are.",
     )
 
 
