@@ -7,6 +7,19 @@ import difflib
 import re
 from collections.abc import Iterable
 
+# The handler of decoding errors for `encoding_of`: the five bytes that Windows-1252 does not define are read as in
+# Latin-1, as browsers read them. Other errors stay errors.
+UNDEFINED_AS_LATIN_1 = "valm.undefined_as_latin_1"
+
+
+def _undefined_as_latin_1(error: UnicodeError) -> tuple[str, int]:
+    if isinstance(error, UnicodeDecodeError) and error.encoding == "charmap":  # Python's name of cp1252 in errors
+        return error.object[error.start : error.end].decode("latin-1"), error.end
+    raise error
+
+
+codecs.register_error(UNDEFINED_AS_LATIN_1, _undefined_as_latin_1)
+
 
 def utf8(text: str) -> str:
     """The text with everything replaced that UTF-8 cannot encode: undecodable bytes of file names, and lone surrogates
@@ -16,7 +29,8 @@ def utf8(text: str) -> str:
 
 def encoding_of(chunks: Iterable[bytes]) -> str:
     """The encoding of a text: UTF-8, UTF-16 or UTF-32 by its byte order mark, UTF-8 if all of it is valid, else
-    Latin-1, in which every byte is a character."""
+    Windows-1252, in which every byte is a character if errors are handled by UNDEFINED_AS_LATIN_1. Latin-1 itself
+    would read the ellipsis and the curly quotes of Windows as control characters."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     for number, chunk in enumerate(chunks):
         if number == 0 and (wide := _wide_encoding(chunk)):
@@ -24,14 +38,21 @@ def encoding_of(chunks: Iterable[bytes]) -> str:
         try:
             decoder.decode(chunk)
         except UnicodeDecodeError:
-            return "latin-1"
-    return "latin-1" if decoder.getstate()[0] else "utf-8-sig"
+            return "cp1252"
+    return "cp1252" if decoder.getstate()[0] else "utf-8-sig"
 
 
 def decoded(content: bytes) -> str:
     """The text of `content`, decoded as `encoding_of` says. What is invalid in UTF-16 or UTF-32 is
     replaced."""
-    return content.decode(encoding_of([content]), errors="replace")
+    encoding = encoding_of([content])
+    return content.decode(encoding, errors=UNDEFINED_AS_LATIN_1 if encoding == "cp1252" else "replace")
+
+
+def split_lines(text: str) -> list[str]:
+    """The lines of a text, which end in a line feed, a carriage return or both. `str.splitlines` also splits at form
+    feeds and at the separators of Unicode, which may stand within a text."""
+    return re.split("\r\n|\n|\r", text)
 
 
 def _wide_encoding(content: bytes) -> str | None:

@@ -1,6 +1,6 @@
 import pytest
 
-from valm.text import decoded, encoding_of, printable, why_no_text
+from valm.text import decoded, encoding_of, printable, split_lines, why_no_text
 
 
 @pytest.mark.parametrize(
@@ -22,8 +22,20 @@ def test_nothing_steers_the_terminal(text, shown):
 def test_an_encoding_is_seen_across_chunks():
     content = "a café, 一只狗".encode()
     assert encoding_of([content[i : i + 1] for i in range(len(content))]) == "utf-8-sig"
-    assert encoding_of([content[:-1]]) == encoding_of([b"caf\xe9"]) == "latin-1"
+    assert encoding_of([content[:-1]]) == encoding_of([b"caf\xe9"]) == "cp1252"
     assert encoding_of([]) == "utf-8-sig"
+
+
+def test_what_is_no_utf8_is_read_as_browsers_read_it():
+    text = "the “big” dog… for 3 €, a café"
+    assert decoded(text.encode("cp1252")) == text
+    undefined = bytes([0x81, 0x8D, 0x8F, 0x90, 0x9D])
+    assert decoded(undefined) == undefined.decode("latin-1")
+
+
+def test_lines_end_at_line_breaks_alone():
+    assert split_lines("a\r\nb\rc\n\nd") == ["a", "b", "c", "", "d"]
+    assert split_lines("a\u2028b\x85c\x0cd\x0be\n") == ["a\u2028b\x85c\x0cd\x0be", ""]
 
 
 def test_a_damaged_text_is_decoded():

@@ -21,7 +21,7 @@ from valm.cli.options import (
     share,
 )
 from valm.errors import ValmError
-from valm.text import printable
+from valm.text import printable, split_lines
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,7 +75,7 @@ def chosen_prompts(arguments: argparse.Namespace) -> list[str]:
     if arguments.prompt is not None:
         return [arguments.prompt]
     text = sys.stdin.read() if str(arguments.prompts) == "-" else read_text(arguments.prompts)
-    prompts = [line for line in text.splitlines() if line.strip()]
+    prompts = [line for line in split_lines(text) if line.strip()]
     if not prompts:
         where = "standard input" if str(arguments.prompts) == "-" else arguments.prompts
         raise ValmError(f"{where} has no prompt: give one a line")

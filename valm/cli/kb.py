@@ -29,7 +29,7 @@ from valm.cli.options import (
 )
 from valm.cli.verify import verify
 from valm.errors import ValmError
-from valm.text import printable
+from valm.text import printable, split_lines
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -305,7 +305,7 @@ def run_index(arguments: argparse.Namespace) -> None:
             "--factory builds one of any number)"
         )
     else:
-        texts = captions(kb) if arguments.queries is None else read_text(arguments.queries).splitlines()
+        texts = captions(kb) if arguments.queries is None else split_lines(read_text(arguments.queries))
         source = "captions of the images" if arguments.queries is None else arguments.queries.name
         device = chosen_device(arguments)
         searched_on = faiss_device(device)

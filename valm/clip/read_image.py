@@ -104,7 +104,8 @@ def _unread_format(source: Any) -> list[str]:
 
 
 def _in_8_bits(image: Image.Image) -> Image.Image:
-    """A grey image of 16- or 32-bit integers or floats, scaled to 8 bits. Pillow's own conversion clips."""
+    """A grey image of 16- or 32-bit integers or floats, scaled to 8 bits, on white where it is transparent. Pillow's
+    own conversion clips, and the level that a PNG declares transparent is no level of 8 bits."""
     levels = np.asarray(image).astype(np.float64)
     low, high = levels.min(), levels.max()
     if image.mode == "F":
@@ -113,4 +114,7 @@ def _in_8_bits(image: Image.Image) -> Image.Image:
         white = 255.0 if image.mode == "I" and high <= 255 else 65535.0
     if not (low >= 0 and high <= white):  # false for NaN too
         raise ValueError(f"grey levels from {low:g} to {high:g}, of no known range")
-    return Image.fromarray(np.rint(levels * (255 / white)).astype(np.uint8))
+    grey = np.rint(levels * (255 / white)).astype(np.uint8)
+    if (transparent := image.info.get("transparency")) is not None:
+        grey[levels == transparent] = 255
+    return Image.fromarray(grey)

@@ -335,15 +335,16 @@ def file_parts(
                 f"the corpus {file} is a table of captions: rename it to captions.csv (captions.tsv where tabs part "
                 "its columns) and name its column of texts (--column)"
             )
-        if suffix in DELIMITERS:
-            if b"\r" in head.rstrip(b"\r") and b"\n" not in head:
-                raise ValmError(
-                    f"the corpus {file} has rows that end in a carriage return alone: convert them to line feeds, such "
-                    "as by `tr '\\r' '\\n'`"
-                )
-            parts += _csv_parts(file, column, part_bytes)
-        elif suffix == ".json" and head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        if suffix == ".json" and head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
             parts.append(JsonArrayPart(file, column))
+            continue
+        if b"\r" in head.rstrip(b"\r") and b"\n" not in head:
+            raise ValmError(
+                f"the corpus {file} has {'rows' if suffix in DELIMITERS else 'lines'} that end in a carriage return "
+                "alone: convert them to line feeds, such as by `tr '\\r' '\\n'`"
+            )
+        if suffix in DELIMITERS:
+            parts += _csv_parts(file, column, part_bytes)
         else:
             size = _size(file)
             for start in range(0, size, part_bytes):

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -131,15 +132,19 @@ def images_in(folder: str | os.PathLike, clip: Clip, k: int) -> Tensor:
 
 
 def images_fingerprint(folder: str | os.PathLike) -> str:
-    """SHA-256 over the names and contents of the images under `folder`.
+    """SHA-256 over the names and contents of the images under `folder`. One that cannot be read counts by its name:
+    `switch_images` refuses it where a model sees it.
 
     Raises:
         ValmError: there are none.
     """
     found = hashlib.sha256()
     for name in find_images(Path(folder)).images:
-        check_regular(Path(folder) / name)
-        found.update(name.encode() + (Path(folder) / name).read_bytes())
+        file = Path(folder) / name
+        found.update(os.fsencode(name))
+        with suppress(ValmError, OSError):
+            check_regular(file)
+            found.update(file.read_bytes())
     return found.hexdigest()
 
 

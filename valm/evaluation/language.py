@@ -18,18 +18,24 @@ from transformers import PreTrainedTokenizerFast
 from valm.errors import ValmError
 from valm.evaluation.files import read_json_lines
 from valm.evaluation.scoring import Progress, check_model, context_length, counting, equal_lengths
+from valm_kernels.json_files import short
 
 # Quotation marks in front of a word are text before it; the apostrophe of "don't" belongs to the word.
 LAST_WORD = re.compile(r"\w+(?:['’](?:s|t|re|ve|m|ll|d))?\s*$", re.IGNORECASE)
+NO_LAST_WORD = "a passage must end in a word with text before it"
 
 
 def load_lambada(path: str | os.PathLike) -> list[str]:
     """The passages of a file of lines like {"text": ...}.
 
     Raises:
-        ValmError: the file is missing or has other content.
+        ValmError: the file is missing or has other content, or a passage does not end in a word with text before it.
     """
-    return [row["text"] for row in read_json_lines(path, {"text"})]
+    passages = [row["text"] for row in read_json_lines(path, {"text"})]
+    for number, passage in enumerate(passages, 1):
+        if not _before_last_word(passage):
+            raise ValmError(f"{path}, line {number}: {NO_LAST_WORD}, got {short(passage)}")
+    return passages
 
 
 def last_word(tokenizer: PreTrainedTokenizerFast, passage: str) -> tuple[list[int], int]:
@@ -38,13 +44,18 @@ def last_word(tokenizer: PreTrainedTokenizerFast, passage: str) -> tuple[list[in
     Raises:
         ValmError: it does not end in a word with text before it.
     """
-    word = LAST_WORD.search(passage)
-    before = passage[: word.start()].rstrip() if word else ""
     ids = tokenizer(passage, add_special_tokens=False)["input_ids"]
+    before = _before_last_word(passage)
     context = len(tokenizer(before, add_special_tokens=False)["input_ids"])
     if not 0 < context < len(ids):
-        raise ValmError(f"a passage must end in a word with text before it, got {passage!r}")
+        raise ValmError(f"{NO_LAST_WORD}, got {short(passage)}")
     return ids, len(ids) - context
+
+
+def _before_last_word(passage: str) -> str:
+    """The text before the last word of a passage; empty if it does not end in a word."""
+    word = LAST_WORD.search(passage)
+    return passage[: word.start()].rstrip() if word else ""
 
 
 def windows(length: int, context: int) -> list[tuple[int, int, int]]:

@@ -313,8 +313,8 @@ def _differences(results: Mapping[str, Any]) -> Table:
         rows,
         ("ours",) * len(rows),
         "The first model minus each other one: accuracy in points, of which more is better, or nats per byte, of which "
-        "less is (of models whose tokenizers both keep case and blanks, or neither). Intervals by paired bootstrap over "
-        "items, and over the seeds of pooled checkpoints, of which few give too narrow ones; p, of single "
+        "less is (of models whose tokenizers both keep case and blanks, or neither). Intervals by paired bootstrap "
+        "over items, and over the seeds of pooled checkpoints, of which few give too narrow ones; p, of single "
         "checkpoints, by a permutation test over items. Neither is corrected for how many comparisons there are.",
     )
 

@@ -8,11 +8,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from valm.errors import ValmError
 from valm.store.files import cannot_read, check_regular, is_transient
-from valm.text import decoded, encoding_of, one_line
+from valm.text import UNDEFINED_AS_LATIN_1, decoded, encoding_of, one_line, split_lines
+from valm_kernels.json_files import short
 
 CAPTION_SUFFIXES = (".txt", ".json")
 # Suffixes of captions beside an image, in both cases: a camera or an old program writes IMAGE.TXT beside IMAGE.JPG.
@@ -29,17 +30,29 @@ MAX_CAPTION_BYTES = 1 << 20
 ENCODING_CHUNK = 1 << 20
 
 
-def read_captions(folder: Path, images: list[str], table: Path | None = None) -> tuple[dict[str, str], dict[str, str]]:
+class FolderCaptions(NamedTuple):
+    """The captions of a folder of images.
+
+    Attributes:
+        of_image: the caption of each image that has one, several captions on a line each.
+        damaged: the damaged caption files beside images, each with the reason.
+        table: the table that was read, if there is one.
+        remarks: what of the table was not used.
+    """
+
+    of_image: dict[str, str]
+    damaged: dict[str, str]
+    table: Path | None
+    remarks: list[str]
+
+
+def read_captions(folder: Path, images: list[str], table: Path | None = None) -> FolderCaptions:
     """Finds the captions of images in `folder`.
 
     Captions are looked for in this order: `NAME.txt` beside the image; `caption` in `NAME.json` beside it (as
     img2dataset writes); a table of captions. The table is `table`, or else `captions.csv`, `captions.txt` (as in
     Flickr8k: a CSV with the header `image,caption`) or `captions.json` (an object from file name to caption or list of
     captions) in the folder. It names images by path, or by file name alone where one image has it.
-
-    Returns:
-        The caption of each image that has one, several captions on a line each; and the damaged caption files beside
-        images, each with the reason.
 
     Raises:
         ValmError: the table cannot be read, or has a file name alone that several images have.
@@ -58,7 +71,7 @@ def read_captions(folder: Path, images: list[str], table: Path | None = None) ->
             if name and caption:
                 by_name.setdefault(name, []).append(caption)
 
-    captions, damaged = {}, {}
+    captions, damaged, used = {}, {}, False
     known, number_of = set(images), Counter(PurePosixPath(image).name for image in images)
     for image in images:
         path = folder / image
@@ -70,25 +83,34 @@ def read_captions(folder: Path, images: list[str], table: Path | None = None) ->
                 raise
             except ValueError as error:
                 damaged[file.relative_to(folder).as_posix()] = str(error)
-        caption = caption or "\n".join(by_name.get(image, []))
-        if not caption and path.name in by_name and path.name not in known:
-            if number_of[path.name] > 1:
+        name = image if image in by_name or path.name in known else path.name
+        if not caption and name in by_name:
+            if name != image and number_of[name] > 1:
                 raise ValmError(
-                    f"{path.name} in the caption table {table} is the name of {number_of[path.name]} images, such as "
-                    f"{image}: name them by their paths in the folder"
+                    f"{name} in the caption table {table} is the name of {number_of[name]} images, such as {image}: "
+                    "name them by their paths in the folder"
                 )
-            caption = "\n".join(by_name[path.name])
+            caption = "\n".join(by_name[name])
+            used = True
         if caption:
             captions[image] = caption
-    return captions, damaged
+    remarks = []
+    if elsewhere := [name for name in by_name if name not in known and name not in number_of]:
+        remarks.append(
+            f"{len(elsewhere):,} of the {len(by_name):,} images that {table} names are not in {folder}, such as "
+            f"{elsewhere[0]!r}: paths are relative to {folder}"
+        )
+    if len(elsewhere) < len(by_name) and not used:
+        remarks.append(f"the captions of {table} are not used: the images that it names have captions beside them")
+    return FolderCaptions(captions, damaged, table, remarks)
 
 
 def parse_caption(content: bytes, suffix: str) -> str:
-    """The caption in a `.txt` file, or under `caption` in a `.json` file (where img2dataset writes null for none),
-    without blank lines. The encoding may be any that `valm.text.encoding_of` knows.
+    """The caption in a `.txt` file, or under `caption` in a `.json` file (a text or a list of texts; img2dataset writes
+    null for none), without blank lines. The encoding may be any that `valm.text.encoding_of` knows.
 
     Raises:
-        ValueError: the JSON is damaged, or the file has more than MAX_CAPTION_BYTES.
+        ValueError: the JSON is damaged, its caption is no text, or the file has more than MAX_CAPTION_BYTES.
     """
     if len(content) > MAX_CAPTION_BYTES:
         raise ValueError(f"a caption file of more than {MAX_CAPTION_BYTES:,} bytes, which is skipped")
@@ -99,10 +121,14 @@ def parse_caption(content: bytes, suffix: str) -> str:
         except (ValueError, RecursionError) as error:  # RecursionError for thousands of brackets
             raise ValueError(f"a caption file that is not JSON: {error}") from error
         caption = value.get("caption") if isinstance(value, dict) else None
-        if not isinstance(caption, str):
+        if caption is None:
             return ""
+        if isinstance(caption, list) and all(isinstance(line, str) for line in caption):
+            return join_captions(caption)
+        if not isinstance(caption, str):
+            raise ValueError(f"a caption file whose 'caption' is {short(caption)}, expected a text or a list of texts")
         text = caption
-    return join_captions(text.splitlines())
+    return join_captions(split_lines(text))
 
 
 def join_captions(captions: Iterable[str]) -> str:
@@ -118,25 +144,31 @@ def read_rows(
     By default the columns are the first of IMAGE_COLUMNS and of CAPTION_COLUMNS that the table has, ignoring case.
 
     Raises:
-        ValmError: the table cannot be read or lacks the columns.
+        ValmError: the table cannot be read, lacks the columns or has one of them twice.
     """
     check_regular(table)
     try:
         with open(table, "rb") as opened:
             encoding = encoding_of(iter(partial(opened.read, ENCODING_CHUNK), b""))
-        with open(table, encoding=encoding, newline="") as file:
+        with open(table, encoding=encoding, errors=UNDEFINED_AS_LATIN_1, newline="") as file:
             header = file.readline()
             file.seek(0)
             # strict: a quote that is opened by mistake would swallow the rows up to the next one
             reader = csv.DictReader(file, delimiter=_delimiter(header), strict=True)
             image_names = IMAGE_COLUMNS if image_column is None else (image_column,)
             caption_names = CAPTION_COLUMNS if caption_column is None else (caption_column,)
-            image, caption = (_first_of(names, reader.fieldnames or []) for names in (image_names, caption_names))
+            fields = reader.fieldnames or []
+            image, caption = (_first_of(names, fields) for names in (image_names, caption_names))
             if image is None or caption is None:
                 raise ValmError(
                     f"the caption table {table} starts with {header.strip()[:60]!r}; expected a header with a column "
                     f"{' or '.join(image_names)} and a column {' or '.join(caption_names)}"
                 )
+            for column in (image, caption):
+                if (count := [_plain(field) for field in fields].count(_plain(column))) > 1:
+                    raise ValmError(
+                        f"the caption table {table} has {count} columns {column.strip()!r}; give each its own name"
+                    )
             while True:
                 try:
                     row: dict[Any, Any] | None = next(reader, None)
@@ -157,7 +189,7 @@ def _damaged(table: Path, reader: csv.DictReader[str], what: str) -> ValmError:
 
 def has_caption_header(head: bytes) -> bool:
     """Whether a file that begins with `head` is a table with an image and a caption in columns of common names."""
-    header = next(iter(decoded(head).splitlines()), "")
+    header = split_lines(decoded(head))[0]
     fields = next(csv.reader([header], delimiter=_delimiter(header)), [])
     return None not in (_first_of(IMAGE_COLUMNS, fields), _first_of(CAPTION_COLUMNS, fields))
 
@@ -168,8 +200,12 @@ def _delimiter(header: str) -> str:
 
 def _first_of(names: Iterable[str], fields: Iterable[str]) -> str | None:
     """The field with the first of `names` that there is, ignoring case and blanks around."""
-    found = {field.strip().lower(): field for field in fields}
-    return next((found[name.lower()] for name in names if name.lower() in found), None)
+    found = {_plain(field): field for field in fields}
+    return next((found[_plain(name)] for name in names if _plain(name) in found), None)
+
+
+def _plain(field: str) -> str:
+    return field.strip().lower()
 
 
 def _read_json_table(table: Path) -> dict[str, list[str]]:
@@ -185,7 +221,7 @@ def _read_json_table(table: Path) -> dict[str, list[str]]:
         if not all(isinstance(line, str) for line in lines):
             raise ValmError(f"the caption of {name!r} in {table} is neither a string nor a list of strings")
         captions[name] = [line for line in map(one_line, lines) if line]
-    return captions
+    return {name: lines for name, lines in captions.items() if lines}
 
 
 def _read_caption_beside(file: Path) -> str:

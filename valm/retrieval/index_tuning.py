@@ -26,7 +26,7 @@ from valm.retrieval.index_filling import filled_index, partial_folder, remove_pa
 from valm.retrieval.index_parameters import INDEX_FILE, PARAMETERS_FILE, IndexParameters
 from valm.store.files import write_errors, write_json
 from valm.store.manifest import file_entry
-from valm.text import one_line
+from valm.text import one_line, split_lines
 from valm_kernels import ip_topk, merge_topk
 from valm_kernels.atomic_files import SAVE_WAIT_SECONDS, folder_lock, move, remove_leftovers, temporary_file
 
@@ -179,7 +179,7 @@ def _queries(encoder: ContextEncoder, texts: list[str], count: int, random: np.r
     queries: list[Tensor] = []
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         some = texts[start : start + TEXTS_AT_ONCE]
-        lines = [line for text in some for line in text.splitlines() if line.strip()]
+        lines = [line for text in some for line in split_lines(text) if line.strip()]
         ids, mask = padded([prompt_ids(encoder.tokenizer, line) for line in lines])
         found = encoder(ids, mask)
         found = found[found.any(-1)]  # neither padding nor first tokens, which nothing is searched for

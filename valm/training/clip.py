@@ -31,10 +31,11 @@ from valm.clip.clip import Clip
 from valm.errors import ValmError
 from valm.knowledge_base.encode import Record, decoding_workers
 from valm.knowledge_base.sources import Source
+from valm.knowledge_base.sources.folder import FolderSource
 from valm.knowledge_base.workers import end_with_parent
 from valm.progress import progress_bar
 from valm.store.files import cannot_read, is_transient, read_json
-from valm.text import one_line
+from valm.text import one_line, printable
 from valm.training.steps import Draws, take_steps
 from valm.training.steps_checkpoint import StepsCheckpoint
 
@@ -296,6 +297,12 @@ class CachedImages(CaptionedImages):
                     computed = iter(frozen(batch).cpu())
                 features += [None if image is None else next(computed) for image in pixels]
                 bar.update(len(pixels))
+        damaged = [record.uri for record, found in zip(self.records, features, strict=True) if found is None]
+        if damaged:
+            log.warning(
+                f"{len(damaged):,} of {len(features):,} images cannot be read and are skipped, such as "
+                f"{printable(damaged[0])}"
+            )
         return features
 
     def _pixels(self, index: int, view: int) -> Tensor | None:
@@ -328,12 +335,27 @@ def _stacked(items: list[tuple[Tensor, str] | None]) -> tuple[Tensor, list[str]]
 
 
 def captioned(source: Source) -> list[Record]:
-    """The images of a source that have a caption. Those of a Hugging Face dataset are held in memory, undecoded.
+    """The images of a source that have a caption, with a warning about what is left out. Those of a Hugging Face
+    dataset are held in memory, undecoded.
 
     Raises:
         ValmError: the source has no images, or fewer than two with captions.
     """
-    records = [record for record in source.images() if record.source is not None and record.caption.strip()]
+    records, unreadable, images = [], [], 0
+    for record in source.images():
+        if record.source is None:
+            unreadable.append(f"{record.uri} ({record.reason})")
+            continue
+        images += 1
+        if record.caption.strip():
+            records.append(record)
+    if unreadable:
+        log.warning(
+            f"{len(unreadable):,} images or captions of the source could not be read and are left out, such as "
+            f"{printable(unreadable[0])}"
+        )
+    if len(records) < images and not isinstance(source, FolderSource):  # whose remarks say so
+        log.warning(f"{images - len(records):,} of {images:,} images have no caption and are left out")
     if len(records) < 2:
         raise ValmError(f"the source has {len(records)} images with captions, and a CLIP learns from two or more")
     return records

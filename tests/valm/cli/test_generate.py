@@ -1,11 +1,13 @@
 import io
 import json
+from argparse import Namespace
 
 import pytest
 import torch
 from transformers import GenerationMixin
 
 from tests.valm.cli.commands import run
+from valm.cli.generate import chosen_prompts
 from valm.model.checkpoint import load
 
 
@@ -118,6 +120,12 @@ def test_another_number_of_images(world, capsys):
     for k in (1, 5):
         (result,) = generate_json(world, capsys, "the sea", "-k", k)
         assert [len(token["images"]) for token in result["tokens"]] == [k] * 3
+
+
+def test_a_prompt_ends_at_a_line_break_alone(tmp_path):
+    (tmp_path / "prompts.txt").write_bytes("the\u2028sea\x0cis\r\nthe apple\rred\n".encode())
+    found = chosen_prompts(Namespace(prompt=None, prompts=tmp_path / "prompts.txt"))
+    assert found == ["the\u2028sea\x0cis", "the apple", "red"]
 
 
 def test_prompts_come_from_a_file_or_standard_input(world, tmp_path, capsys, monkeypatch):

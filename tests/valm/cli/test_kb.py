@@ -12,7 +12,9 @@ from PIL import Image
 from tests.valm.cli.commands import THINGS, run
 from tests.valm.tiny_clip import make_clip
 from valm.clip.tokenizer import clip_tokenizer, prune_tokenizer
+from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
+from valm.retrieval import index_tuning
 
 
 def test_kb_info_names_size_and_encoder(world, capsys):
@@ -204,6 +206,17 @@ def test_of_many_corrupt_pictures_some_are_named(world, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "12 images or captions could not be read" in out and "09.png" in out and "10.png" not in out
     assert f"and 2 more, in {tmp_path / 'kb'}/skipped-*.json" in out
+
+
+def test_a_query_ends_at_a_line_break_alone(world, tmp_path, monkeypatch, capsys):
+    def context_queries(encoder, texts):
+        raise ValmError(f"read as {texts}")
+
+    monkeypatch.setattr(index_tuning, "context_queries", context_queries)
+    (tmp_path / "queries.txt").write_text("the\u2028sea\nthe sky")
+    index = ["kb", "index", world / "kb", "--factory", "IVF1,Flat"]
+    assert run(*index, "--queries", tmp_path / "queries.txt") == 1
+    assert "read as ['the\\u2028sea', 'the sky']" in capsys.readouterr().err
 
 
 def test_kb_add_joins_more_pictures(world, tmp_path, capsys):

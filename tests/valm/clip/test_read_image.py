@@ -39,6 +39,13 @@ def test_transparent_pixels_become_white(tmp_path):
         assert read_image(tmp_path / "x.png").getpixel((0, 0)) == (255, 255, 255)
 
 
+def test_a_transparent_level_of_16_bits_becomes_white(tmp_path):
+    """Also where another level has the same 8 bits."""
+    levels = np.array([[30000, 30001], [0, 65535]], np.uint16)
+    Image.fromarray(levels).save(tmp_path / "x.png", transparency=30000)
+    assert np.asarray(read_image(tmp_path / "x.png"))[..., 0].tolist() == [[255, 117], [0, 255]]
+
+
 def test_pictures_stand_upright(tmp_path):
     picture = Image.new("RGB", (8, 4))
     exif = picture.getexif()

@@ -170,6 +170,15 @@ def test_rows_that_end_in_a_carriage_return_alone_are_refused(tmp_path, name):
     assert list(read_documents([file])) == ["one"]
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.md.gz", "a.jsonl", "a.json"])
+def test_lines_that_end_in_a_carriage_return_alone_are_refused(tmp_path, name):
+    file = write(tmp_path / name, '{"text": "one"}\r{"text": "two"}\r')
+    with pytest.raises(ValmError, match=r"has lines that end in a carriage return alone: convert them to line feeds"):
+        file_parts([file])
+    file = write(tmp_path / "b.json", '[{"text": "one"},\r{"text": "two"}]\r')  # blanks there
+    assert list(read_documents([file])) == ["one", "two"]
+
+
 def test_blank_rows_before_the_header_are_skipped(tmp_path):
     for blank in ("\n", "\r\n\r\n", ",,\n", " \n"):
         for part_bytes in (1, 1 << 20):

@@ -7,7 +7,14 @@ from PIL import Image
 
 from tests.valm.models import random_ids, tiny_model
 from valm.errors import ValmError
-from valm.evaluation.controls import FixedImages, RandomImages, Replaced, images_in, switch_images
+from valm.evaluation.controls import (
+    FixedImages,
+    RandomImages,
+    Replaced,
+    images_fingerprint,
+    images_in,
+    switch_images,
+)
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import BlindRetriever, Retrieved, Retriever
 
@@ -120,6 +127,16 @@ def test_a_blind_model_can_be_switched_off_only(clip):
         switch_images(model, "random")
     switch_images(model, "off")
     assert not torch.allclose(model(ids).logits, plain)
+
+
+def test_an_image_that_no_token_sees_may_be_damaged(tmp_path):
+    Image.new("RGB", (32, 32), "green").save(tmp_path / "a.png")
+    one = images_fingerprint(tmp_path)
+    (tmp_path / "z.png").symlink_to(tmp_path / "nowhere.png")
+    assert images_fingerprint(tmp_path) != one
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "a.png")
+    (tmp_path / "z.png").unlink()
+    assert images_fingerprint(tmp_path) != one
 
 
 def test_wrong_switches_are_named(tmp_path):

@@ -1,3 +1,4 @@
+import json
 import math
 import os
 from pathlib import Path
@@ -89,6 +90,13 @@ def test_published_lambada_scores_the_last_token_without_sot(model):
 def test_what_has_no_last_word_is_refused():
     with pytest.raises(ValmError, match="must end in a word"):
         last_word(TOKENIZER, "sea")
+
+
+@pytest.mark.parametrize("passage", ["sea", "the sea is big !"])
+def test_a_passage_without_a_last_word_is_named(tmp_path, passage):
+    (tmp_path / "lambada.jsonl").write_text('{"text": "the sea is big"}\n' + json.dumps({"text": passage}))
+    with pytest.raises(ValmError, match=rf"lambada\.jsonl, line 2: a passage must end in a word .*, got '{passage}'"):
+        load_lambada(tmp_path / "lambada.jsonl")
 
 
 @pytest.mark.skipif(not DATA, reason="VALM_EVAL_DATA does not say where the evaluation sets are")

@@ -7,7 +7,7 @@ import pytest
 from tests.valm.knowledge_base.inputs import touch
 from valm.errors import ValmError
 from valm.knowledge_base import captions
-from valm.knowledge_base.captions import read_captions
+from valm.knowledge_base.captions import has_caption_header, parse_caption, read_captions
 from valm.knowledge_base.images import find_images
 
 
@@ -18,7 +18,7 @@ def test_captions_beside_the_picture(tmp_path):
     (tmp_path / "d.json").write_text(json.dumps({"url": "x"}))
     names = find_images(tmp_path).images
     expected = {"a.png": "a red apple\nan apple", "b/c.png": "a dog"}
-    assert read_captions(tmp_path, names) == (expected, {})
+    assert read_captions(tmp_path, names)[:2] == (expected, {})
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
@@ -30,13 +30,38 @@ def test_captions_of_other_encodings(tmp_path, encoding):
     (tmp_path / "table.json").write_bytes('{"c.png": "a café"}'.encode(encoding))
     for table in (None, tmp_path / "table.json"):
         found = read_captions(tmp_path, find_images(tmp_path).images, table)
-        assert found == (dict.fromkeys(["a.png", "b.png", "c.png"], "a café"), {})
+        assert found[:2] == (dict.fromkeys(["a.png", "b.png", "c.png"], "a café"), {})
+
+
+def test_captions_of_windows(tmp_path):
+    """Its ellipsis is U+0085 in Latin-1, which would cut the caption in two."""
+    touch(tmp_path, "a.png", "b.png")
+    (tmp_path / "a.txt").write_bytes("a “big” dog… barks".encode("cp1252"))
+    (tmp_path / "captions.csv").write_bytes(b"image,caption\nb.png,a \x93big\x94 dog\x85 barks \x81\n")
+    found = read_captions(tmp_path, find_images(tmp_path).images).of_image
+    assert found == {"a.png": "a “big” dog… barks", "b.png": "a “big” dog… barks \x81"}
+
+
+def test_a_caption_ends_at_a_line_break_alone():
+    assert (
+        parse_caption("a dog\u2028runs\x0cfast\r\na cat\rasleep".encode(), ".txt") == "a dog runs fast\na cat\nasleep"
+    )
+    assert has_caption_header(b"image,\x0c,caption\ra.png,,a dog")
+
+
+def test_captions_in_a_json_file_beside_the_picture():
+    for caption, expected in (("one\ntwo", "one\ntwo"), (["one", "two\n more"], "one\ntwo more"), ([], ""), (None, "")):
+        assert parse_caption(json.dumps({"caption": caption}).encode(), ".json") == expected
+    assert parse_caption(b'["caption"]', ".json") == ""
+    for caption in (3, {"en": "one"}, ["one", None]):
+        with pytest.raises(ValueError, match=r"whose 'caption' is .*, expected a text or a list of texts"):
+            parse_caption(json.dumps({"caption": caption}).encode(), ".json")
 
 
 def test_captions_beside_pictures_of_old_programs(tmp_path):
     touch(tmp_path, "UPPER.JPG")
     (tmp_path / "UPPER.TXT").write_text("a cat")
-    assert read_captions(tmp_path, find_images(tmp_path).images) == ({"UPPER.JPG": "a cat"}, {})
+    assert read_captions(tmp_path, find_images(tmp_path).images).of_image == {"UPPER.JPG": "a cat"}
 
 
 def test_damaged_caption_files_are_listed(tmp_path):
@@ -45,7 +70,7 @@ def test_damaged_caption_files_are_listed(tmp_path):
     (tmp_path / "b.txt").write_text("a" * captions.MAX_CAPTION_BYTES)
     (tmp_path / "c.txt").write_text("a" * (captions.MAX_CAPTION_BYTES + 1))
     os.mkfifo(tmp_path / "d.txt")  # opened, it would be waited for
-    found, damaged = read_captions(tmp_path, find_images(tmp_path).images)
+    found, damaged, *_ = read_captions(tmp_path, find_images(tmp_path).images)
     assert list(found) == ["b.png"]
     assert list(damaged) == ["a.json", "c.txt"]
     assert "not JSON" in damaged["a.json"] and "more than 1,048,576 bytes" in damaged["c.txt"]
@@ -62,8 +87,8 @@ def test_caption_tables(tmp_path):
     assert read_captions(tmp_path, names)[0]["images/b.png"] == "a cat"
     assert read_captions(tmp_path, names, tmp_path / "table.csv")[0]["images/a.png"] == "a pear"
     (tmp_path / "table.json").write_text(json.dumps({"a.png": ["x", "y"], "captions.png": "z"}))
-    found, _ = read_captions(tmp_path, names, tmp_path / "table.json")
-    assert found == {"images/a.png": "x\ny", "images/b.png": "a cat", "captions.png": "z"}
+    found = read_captions(tmp_path, names, tmp_path / "table.json")
+    assert found.of_image == {"images/a.png": "x\ny", "images/b.png": "a cat", "captions.png": "z"}
 
 
 @pytest.mark.parametrize(
@@ -85,6 +110,8 @@ def test_caption_tables(tmp_path):
             b'image\tcaption\na.png\t"Go, he said\nb.png\ta big" bus\n',
             r"t\.tsv, line 3: .* expected after '\"'",
         ),
+        ("t.csv", b"image,Caption,caption \na.png,one,two\n", "has 2 columns 'caption'; give each its own name"),
+        ("t.csv", b"path,path,caption\na.png,b.png,two\n", "has 2 columns 'path'; give each its own name"),
         ("t.tsv", b'image\tcaption\na.png\t"Go, he said\nb.png\tred\n', "line 3: unexpected end of data: quote fields"),
     ],
 )
@@ -103,8 +130,8 @@ def test_blank_fields_at_the_end_of_a_row_are_no_more_fields(tmp_path):
 def test_a_file_name_alone_is_of_one_image(tmp_path):
     (tmp_path / "t.csv").write_text("image,caption\n1.png,a red ball\n2.png,two\nx/3.png,three\n")
     table = tmp_path / "t.csv"
-    found, _ = read_captions(tmp_path, ["1.png", "b/1.png", "b/2.png", "x/3.png", "y/3.png"], table)
-    assert found == {"1.png": "a red ball", "b/2.png": "two", "x/3.png": "three"}
+    found = read_captions(tmp_path, ["1.png", "b/1.png", "b/2.png", "x/3.png", "y/3.png"], table)
+    assert found.of_image == {"1.png": "a red ball", "b/2.png": "two", "x/3.png": "three"}
     with pytest.raises(
         ValmError, match=r"2\.png in the caption table .*t\.csv is the name of 2 images, such as a/2\.png"
     ):
@@ -120,3 +147,25 @@ def test_what_cannot_be_read_now_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.open", denied)
     with pytest.raises(ValmError, match=r"cannot read .*a\.txt: Input/output error"):
         read_captions(tmp_path, ["a.png"])
+
+
+def test_what_of_a_table_is_not_used_is_said(tmp_path):
+    touch(tmp_path, "a.png", "b/c.png")
+    names = find_images(tmp_path).images
+    table = tmp_path / "t.csv"
+
+    def remarks(*rows):
+        table.write_text("image,caption\n" + "".join(f"{row},a dog\n" for row in rows))
+        return read_captions(tmp_path, names, table).remarks
+
+    assert remarks("a.png", "c.png", "b/c.png") == remarks() == []
+    relative = f"such as 'pics/a.png': paths are relative to {tmp_path}"
+    assert remarks("pics/a.png") == [f"1 of the 1 images that {table} names are not in {tmp_path}, {relative}"]
+    assert remarks("a.png", "pics/a.png", "x.png") == [
+        f"2 of the 3 images that {table} names are not in {tmp_path}, {relative}"
+    ]
+    (tmp_path / "a.txt").write_text("a cat")
+    assert remarks("a.png", "c.png") == []
+    assert remarks("a.png") == [
+        f"the captions of {table} are not used: the images that it names have captions beside them"
+    ]

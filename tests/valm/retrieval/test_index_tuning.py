@@ -401,6 +401,18 @@ def test_queries_of_texts_are_context_queries(clip, tokenizer, other):
         context_queries(encoder, ["", "a dog"])
 
 
+def test_a_query_ends_at_a_line_break_alone(clip, monkeypatch):
+    read = []
+
+    def prompt_ids(tokenizer, text):
+        read.append(text)
+        return tokenizer(text)["input_ids"]
+
+    monkeypatch.setattr(index_tuning, "prompt_ids", prompt_ids)
+    context_queries(ContextEncoder(clip), ["a\u2028dog\x0cruns\na cat", "the sky"])
+    assert sorted(read) == ["a cat", "a\u2028dog\x0cruns", "the sky"]
+
+
 def test_the_captions_of_a_picture_are_in_one_half_of_the_queries(clip):
     """Each read alone."""
     encoder = ContextEncoder(clip)

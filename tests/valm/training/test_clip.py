@@ -14,6 +14,7 @@ from valm.clip.tokenizer import clip_tokenizer, prune_tokenizer
 from valm.errors import ValmError
 from valm.knowledge_base.encode import Record
 from valm.knowledge_base.sources.embeddings import EmbeddingSource
+from valm.knowledge_base.sources.folder import FolderSource
 from valm.knowledge_base.sources.huggingface import DatasetSource
 from valm.training import clip as clip_training
 from valm.training import steps_checkpoint
@@ -234,13 +235,33 @@ def test_wrong_models_and_sources_are_named(config, clip, tmp_path):
         captioned(EmbeddingSource(tmp_path))
 
 
+def test_what_is_left_out_is_said(tmp_path, caplog):
+    rows = [{"image": png(number), "caption": "one"} for number in range(2)]
+    rows += [{"image": None, "caption": "two"}, {"image": png(2), "caption": None}]
+    assert len(captioned(DatasetSource(rows))) == 2
+    assert caplog.messages == [
+        "1 images or captions of the source could not be read and are left out, such as 2 (there is no picture)",
+        "1 of 3 images have no caption and are left out",
+    ]
+    caplog.clear()
+    for name, caption in (("a", "one"), ("b", "two"), ("c", "")):
+        (tmp_path / f"{name}.png").write_bytes(png(0))
+        (tmp_path / f"{name}.txt").write_text(caption)
+    (tmp_path / "c.json").write_text("cut")
+    source = FolderSource(tmp_path)
+    assert len(captioned(source)) == 2
+    (message,) = caplog.messages  # how many have no caption is among the folder's remarks
+    assert "1 images or captions" in message and "such as c.json (a caption file that is not JSON" in message
+    assert source.remarks == ["1 of 3 images have no caption"]
+
+
 def test_what_was_trained_is_open_clips_own_format(config, tmp_path):
     clip, _ = trained(config, steps=2)
     clip.save(tmp_path)
     assert Clip.load(tmp_path).weights_hash == clip.weights_hash
 
 
-def test_cached_images_train_as_images_without_views_do(config):
+def test_cached_images_train_as_images_without_views_do(config, caplog):
     tower = new_clip(config, None, TOKENIZER)
     damaged = Record("damaged", "no picture", b"none")
     losses = []
@@ -252,6 +273,7 @@ def test_cached_images_train_as_images_without_views_do(config):
         with images.cached() if cache else nullcontext():
             losses.append(train_clip(clip, images.batches(4), steps=8, lr=1e-3, progress=None))
         assert torch.equal(clip.model.visual.proj, tower.model.visual.proj)
+    assert caplog.messages == ["1 of 9 images cannot be read and are skipped, such as damaged"]
     assert images.features[8] is None and images.features[0].shape == (TINY["embed_dim"],)
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)
     assert len(set(losses[0])) == 8

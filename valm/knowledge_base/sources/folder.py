@@ -9,18 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from valm.clip.read_image import unread_formats
-from valm.knowledge_base.captions import CAPTION_SUFFIXES, read_captions
+from valm.knowledge_base.captions import CAPTION_SUFFIXES, FolderCaptions, read_captions
 from valm.knowledge_base.encode import Record, encode_records
 from valm.knowledge_base.fingerprint import fingerprint_records, record_files
 from valm.knowledge_base.images import FolderContent, find_images
 from valm.knowledge_base.sources import SourceShard
+
+# Suffixes of tables that are no captions.csv and may hold captions, such as the metadata.jsonl of Hugging Face.
+TABLE_SUFFIXES = {".csv", ".tsv", ".jsonl"}
 
 
 class FolderSource:
     """Every image under `folder`.
 
     Damaged images and caption files are skipped and listed (`ImageKnowledgeBase.skipped`). `remarks` says which other
-    files were ignored.
+    files were ignored, and what of a table of captions.
 
     Args:
         captions: a table of captions; by default found as in `read_captions`.
@@ -42,8 +45,9 @@ class FolderSource:
         shard_size: int = 16384,
     ):
         content = find_images(Path(folder), follow_links)
-        self.records = folder_records(Path(folder), content.images, None if captions is None else Path(captions))
-        self.remarks = _remarks(content, sum(not record.caption for record in self.records[: len(content.images)]))
+        found = read_captions(Path(folder), content.images, None if captions is None else Path(captions))
+        self.records = _records(Path(folder), content.images, found)
+        self.remarks = _remarks(Path(folder), content, found)
         self.shard_size = shard_size
 
     @property
@@ -75,20 +79,30 @@ def folder_records(folder: Path, images: list[str], captions: Path | None = None
     Raises:
         ValmError: as `read_captions`.
     """
-    caption_of, damaged = read_captions(folder, images, captions)
+    return _records(folder, images, read_captions(folder, images, captions))
+
+
+def _records(folder: Path, images: list[str], captions: FolderCaptions) -> list[Record]:
     where = folder.absolute()  # another machine may have another working directory
-    records = [Record(image, caption_of.get(image, ""), where / image) for image in images]
-    return records + [Record(file, "", None, reason=reason) for file, reason in damaged.items()]
+    records = [Record(image, captions.of_image.get(image, ""), where / image) for image in images]
+    return records + [Record(file, "", None, reason=reason) for file, reason in captions.damaged.items()]
 
 
-def _remarks(content: FolderContent, without_caption: int) -> list[str]:
-    ignored = {suffix: count for suffix, count in content.ignored.items() if suffix not in (*CAPTION_SUFFIXES, ".csv")}
+def _remarks(folder: Path, content: FolderContent, captions: FolderCaptions) -> list[str]:
+    others = content.ignored.copy()
+    if captions.table is not None and captions.table.resolve().is_relative_to(folder.resolve()):
+        others[captions.table.suffix.lower()] -= 1
+    ignored = {suffix: count for suffix, count in others.items() if count > 0 and suffix not in CAPTION_SUFFIXES}
     remarks = []
     if ignored:
         kinds = ", ".join(f"{count:,} {suffix or 'without a suffix'}" for suffix, count in sorted(ignored.items()))
         remarks.append("; ".join([f"files ignored: {kinds}", *unread_formats(ignored)]))
-    if without_caption:
-        remarks.append(f"{without_caption:,} of {len(content.images):,} images have no caption")
+    remarks += captions.remarks
+    if without_caption := len(content.images) - len(captions.of_image):
+        remark = f"{without_caption:,} of {len(content.images):,} images have no caption"
+        if not captions.of_image and not TABLE_SUFFIXES.isdisjoint(ignored):
+            remark += ": if a table in the folder has them, give it as --captions TABLE (CSV, TSV or JSON)"
+        remarks.append(remark)
     if content.links:
         remarks.append(f"{content.links:,} linked folders not followed (--follow-links)")
     return remarks

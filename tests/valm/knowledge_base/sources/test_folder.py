@@ -2,7 +2,7 @@ import os
 
 from PIL import Image
 
-from tests.valm.knowledge_base.inputs import COUNT, build_folder
+from tests.valm.knowledge_base.inputs import COUNT, build_folder, touch
 from valm.knowledge_base.sources.folder import FolderSource
 
 
@@ -32,3 +32,21 @@ def test_a_plan_tells_captions_and_shards_apart(folder, tmp_path):
     assert (plan["source"], plan["shard_size"]) == ("folder", 10)
     assert FolderSource(folder, captions=tmp_path / "captions.csv", shard_size=10).plan() != plan
     assert FolderSource(folder, shard_size=11).plan() == plan | {"shard_size": 11}
+
+
+def test_a_table_that_was_not_read_is_among_the_files_ignored(tmp_path):
+    touch(tmp_path, "train/a.png", "train/b.png", "notes.csv")
+    (tmp_path / "train" / "metadata.csv").write_text("file_name,text\na.png,a dog\n")
+    none = "2 of 2 images have no caption"
+    assert FolderSource(tmp_path).remarks == [
+        "files ignored: 2 .csv",
+        f"{none}: if a table in the folder has them, give it as --captions TABLE (CSV, TSV or JSON)",
+    ]
+    read = FolderSource(tmp_path, captions=tmp_path / "train" / "metadata.csv")
+    assert read.remarks == ["files ignored: 1 .csv", "1 of 2 images have no caption"]
+    (tmp_path / "notes.csv").unlink()
+    (tmp_path / "train" / "metadata.csv").rename(tmp_path / "captions.csv")
+    assert FolderSource(tmp_path).remarks == ["1 of 2 images have no caption"]
+    (tmp_path / "captions.csv").write_text("image,caption\npics/a.png,a dog\n")
+    unused, without = FolderSource(tmp_path).remarks
+    assert "such as 'pics/a.png'" in unused and without == none
