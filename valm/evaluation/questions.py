@@ -317,11 +317,14 @@ def what_is_asked(
 def _some(asked: Questions | Documents, limit: int) -> Questions | Documents:
     """`limit` of the items, drawn by a fixed seed, as they are asked among all."""
     chosen = sorted(random.Random(0).sample(range(len(asked.texts)), limit))
-    texts = tuple(asked.texts[number] for number in chosen)
     if isinstance(asked, Documents):
-        return replace(asked, texts=texts)
-    items, right = (tuple(each[number] for number in chosen) for each in (asked.items, asked.right))
-    return replace(asked, items=items, texts=texts, right=right)
+        return replace(asked, texts=tuple(asked.texts[number] for number in chosen))
+    return replace(
+        asked,
+        items=tuple(asked.items[number] for number in chosen),
+        texts=tuple(asked.texts[number] for number in chosen),
+        right=tuple(asked.right[number] for number in chosen),
+    )
 
 
 def harness_docs(task: str, protocol: str, data: str | None = None, **_: Any) -> dict[str, Any]:
