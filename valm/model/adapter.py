@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from valm.errors import ValmError
 from valm.model.attention import FusionOptions
-from valm.model.augment import AugmentedCausalLM, become_augmented
+from valm.model.augment import AugmentedCausalLM, become_augmented, check_own_forwards
 from valm.model.card import write_card
 from valm.model.config_file import ADAPTER_FILE, MODEL_TYPE
 from valm.model.image_model import ImageModel
@@ -138,7 +138,8 @@ def load_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> Augmented
     a trained layer.
 
     Raises:
-        ValmError: the adapter is damaged, or belongs to another base; or `model` is no base, as it takes images.
+        ValmError: the adapter is damaged, or belongs to another base; or `model` is no base, as it takes images, or it
+            was dispatched, prepared or compiled before, so that it would read none.
     """
     folder = Path(folder)
     if isinstance(model, ImageModel):
@@ -154,6 +155,7 @@ def load_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> Augmented
     layers = decoder_layers(model)
     if not -len(layers) <= options.layer < len(layers):
         raise ValmError(f"the adapter {folder} is for layer {options.layer}, but the base model has {len(layers)}")
+    check_own_forwards(model, options.layer)
     options = _of_this_base(model, options, folder)
     tensors = _stored_tensors(folder)
     try:

@@ -31,7 +31,7 @@ from valm.model.attention import (
 )
 from valm.model.config import check_min_score, check_score_scale
 from valm.model.config_file import MODEL_TYPE, NO_WEIGHTS, WEIGHTS_KEY, reads_images
-from valm.model.documents import padding_apart, restarts
+from valm.model.documents import mask_of_tokens, padding_apart, restarts
 from valm.model.image_model import ImageModel, ImageOptions
 from valm.model.packing import keeps_apart
 from valm.model.probe import Probe, attention_path, decoder_layers, default_layer, in_mode, not_on_images, probe
@@ -91,7 +91,8 @@ def augment(
         The model.
 
     Raises:
-        ValmError: an argument has an invalid value, or the family cannot be augmented; the message says why.
+        ValmError: an argument has an invalid value, or the family cannot be augmented, or the model was dispatched,
+            prepared or compiled before; the message says why.
     """
     if isinstance(model, ImageModel):
         raise ValmError(f"this {type(model).__name__} takes images already")
@@ -114,12 +115,14 @@ def augment(
     check_score_scale("score_scale", score_scale, num_images)
     check_min_score(min_score, num_images, blind)
     check_readable(model.config)
+    check_own_forwards(model)  # before it runs, which the hooks of a base that was offloaded may not let it do here
     if layer is None:
         layer = default_layer(model)
         if layer != -2:
             alone = len(decoder_layers(model)) == 1
             reason = "the model has one layer" if alone else "layer -2 has no attention with keys of its own"
             warnings.warn(f"{reason}, so layer {layer} is the fusion layer", stacklevel=2)
+    check_own_forwards(model, layer)
     found = probe(model, layer)
     options = FusionOptions(
         architecture=type(model).__name__,
@@ -144,15 +147,49 @@ def become_augmented(model: PreTrainedModel, options: FusionOptions) -> Augmente
     return _with_class(model, options)
 
 
+def check_own_forwards(model: PreTrainedModel, layer: int | None = None) -> None:
+    """Checks that the modules whose classes change run the forward of their class: the model and, of `layer` if it is
+    known, the layer and its attention.
+
+    One that the instance has itself, as accelerate's hooks and torch.compile leave it, is bound to the class of before:
+    it would go on without images, in silence.
+
+    Raises:
+        ValmError: one does not, or there is no such layer.
+    """
+    changing: list[nn.Module] = [model]
+    if layer is not None:
+        path = attention_path(model, layer)
+        block = decoder_layers(model)[layer]
+        changing += [block, block.get_submodule(path)]
+    for name, module in model.named_modules():
+        if module in changing and "forward" in vars(module):
+            raise ValmError(
+                f"the forward of {name or 'the model'} ({type(module).__name__}) was replaced, as by a device_map, "
+                "Accelerator.prepare or torch.compile, and would read no images: augment the model first, or load its "
+                "adapter, and then dispatch, prepare or compile it; a whole augmented folder may be loaded with a "
+                "device_map"
+            )
+
+
 def _with_class(model: PreTrainedModel, options: FusionOptions) -> AugmentedCausalLM:
-    # the class of this object, as the user holds it, and so do its optimizer, its hooks and PEFT
+    _own_config(model)
     _keep_place(model)
+    # the class of this object, as the user holds it, and so do its optimizer, its hooks and PEFT
     model.config.valm = asdict(options)
     model.config.__class__ = augmented_config_class(type(model.config))
     model.__class__ = augmented_class(type(model))
     freeze(model, options)
     assert isinstance(model, AugmentedCausalLM)
     return model
+
+
+def _own_config(model: PreTrainedModel) -> None:
+    """Gives a model and its modules a copy of their config: two models made from one share it."""
+    shared, own = model.config, copy.copy(model.config)
+    for module in model.modules():
+        if vars(module).get("config") is shared:
+            vars(module)["config"] = own
 
 
 def _keep_place(model: PreTrainedModel) -> None:
@@ -230,17 +267,19 @@ class AugmentedConfig(_Config):
     """
 
     valm: dict[str, Any]
+    wrapped_class: type  # of the base's config
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
-        """`PreTrainedConfig.from_pretrained`.
+        """`PreTrainedConfig.from_pretrained`, also of the base's own config: PEFT looks up the base's vocabulary there
+        by the class of the config that the augmented model has.
 
         Raises:
             ValmError: it is the config of another model.
         """
         found = AutoConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
         config = found[0] if isinstance(found, tuple) else found
-        if not isinstance(config, cls):
+        if not isinstance(config, cls) and type(config) is not cls.wrapped_class:
             raise ValmError(
                 f"{pretrained_model_name_or_path} holds the config of a {config.model_type}, expected that of an "
                 f"augmented {cls.model_type}"
@@ -319,10 +358,21 @@ class AugmentedCausalLM(ImageModel):
     """Mixin of a causal language model with a layer that sees images; `augment` puts it in front of the class."""
 
     forward_names: tuple[str, ...]  # of the arguments of the class behind
+    config_class: type
     _keeps_apart: bool | None = None  # None: not tried yet
     opened_whole = False  # so that name_or_path is the place of this model, and not of its base
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
+        """As that of the base.
+
+        Raises:
+            ValmError: the config is that of the base, without a fusion.
+        """
+        if not isinstance(config, self.config_class):
+            raise ValmError(
+                f"{config.name_or_path or 'the config'} holds the config of a {config.model_type}, expected that of an "
+                f"augmented {config.model_type}: load it by AutoModelForCausalLM, and augment it"
+            )
         super().__init__(config, *args, **kwargs)
         attach(self, self.fusion_options)
 
@@ -419,7 +469,8 @@ class AugmentedCausalLM(ImageModel):
             shape = (input_ids if embeds is None else embeds).shape[:2]
             self.check_images(shape, image_pool, image_index, image_scores)
             if image_index is not None and isinstance(mask, Tensor) and mask.dim() == 2:  # padding sees none
-                image_index = image_index.masked_fill(mask[:, -shape[1] :, None] == 0, -1)
+                present = mask_of_tokens(mask, arguments.get("cache", arguments.get("past_key_values")), shape[1])
+                image_index = image_index.masked_fill(present[..., None] == 0, -1)
         more = {"image_scores": image_scores, "image_slots": image_slots}
         given = {name: tensor for name, tensor in more.items() if tensor is not None}
         output = super().forward(**placed, **given, image_pool=image_pool, image_index=image_index)
@@ -445,12 +496,12 @@ class AugmentedCausalLM(ImageModel):
         length = positions.shape[1]
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < length):
             return arguments
-        before = None if mask is None else mask[:, :-length]
-        if mask is not None:
-            positions, mask = torch.broadcast_tensors(positions, mask[:, -length:])
         compiling, on_cpu = torch.compiler.is_compiling(), positions.device.type == "cpu"
         if length == 1 and (compiling or cache is None or not on_cpu):  # no step of `generate` waits for a GPU
             return arguments
+        whole = mask
+        if mask is not None:
+            positions, mask = torch.broadcast_tensors(positions, mask_of_tokens(mask, cache, length))
         if compiling:  # a graph cannot look
             by_default = getattr(self.config.get_text_config(decoder=True), "use_cache", False)
             if mask is not None or cache is not None or (by_default if use_cache is None else use_cache):
@@ -460,7 +511,7 @@ class AugmentedCausalLM(ImageModel):
         text_before = None
         if past > 0:
             everywhere = positions.new_ones(len(positions), dtype=torch.bool)
-            text_before = everywhere if before is None else before.bool().any(1)
+            text_before = everywhere if whole is None else whole[:, :past].bool().any(1)
         found = restarts(positions, mask, text_before)
         restart, odd = torch.stack([found.begins.any(), found.odd]).tolist()
         if not restart:

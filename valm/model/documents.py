@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -126,6 +126,28 @@ class Restarts(NamedTuple):
 
     begins: Tensor
     odd: Tensor
+
+
+def mask_of_tokens(mask: Tensor, cache: Any, length: int) -> Tensor:
+    """The part (B, T) of an attention mask (B, S) that is of the T = `length` tokens of a pass, read before it fills
+    `cache` (None if there is none).
+
+    Columns are of keys, as in transformers: a mask may be wider, with columns for tokens that come later.
+
+    Raises:
+        ValueError: it lacks columns for these tokens.
+    """
+    past = 0 if cache is None else cache.get_seq_length()
+    if isinstance(past, Tensor):  # of a static cache
+        if torch.compiler.is_compiling() or past.device.type != "cpu":  # whose value a graph lacks, or a GPU waits for
+            return mask[:, past + torch.arange(length, device=mask.device)]
+        past = int(past)
+    if mask.shape[1] < past + length:
+        raise ValueError(
+            f"attention_mask must have a column for each of the {past} tokens in the cache and of these {length}, got "
+            f"{mask.shape[1]} columns"
+        )
+    return mask[:, past : past + length]
 
 
 def restarts(position_ids: Tensor, mask: Tensor | None, text_before: Tensor | None = None) -> Restarts:

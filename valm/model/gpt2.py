@@ -37,9 +37,9 @@ from valm.model.query_head import QueryHead, QueryState
 class VaLMForCausalLM(AugmentedCausalLM, GPT2LMHeadModel):
     """VaLM with a language-model head, with Hugging Face's interface: `from_pretrained`, `generate`, `Trainer`.
 
-    It is what `valm.augment` makes of a GPT-2, with documents: one begins at every `bos_token_id` (SOT) and after
-    padding. Positions restart there, and no layer lets a token see an earlier document. Padding may be on either side
-    for training and scoring, on the left for `generate()`.
+    It is what `valm.augment` makes of a GPT-2, with documents: one begins at every `bos_token_id` (SOT), after padding,
+    and where given position_ids restart. Positions restart there, and no layer lets a token see an earlier document.
+    Padding may be on either side for training and scoring, on the left for `generate()`.
 
     Images come in one of two ways: as `image_pool` and `image_index`, or from a retriever passed to
     `set_retriever`, which then serves every forward pass and `generate()` token by token. Without either, or
@@ -163,7 +163,8 @@ class VaLMForCausalLM(AugmentedCausalLM, GPT2LMHeadModel):
             image_index: (B, T, K) int32 or int64 rows of the pool, -1 = no image.
             image_scores: (B, T, K) float, the retrieval score of each image; of a model with image_score_scale_init
                 only, which needs it beside images.
-            position_ids: (B, T) int64; by default the distance from the document's first token.
+            position_ids: (B, T) int64; by default the distance from the document's first token. Where given ones
+                restart in a row, another document begins.
             cache: returned by an earlier call with use_cache=True, or an empty one; this call adds to it.
             labels: (B, T) int64, input_ids with -100 at ignored positions; shifted inside.
             use_cache: return the cache too.
@@ -222,21 +223,17 @@ class VaLMForCausalLM(AugmentedCausalLM, GPT2LMHeadModel):
             cache = DynamicCache(config=self.config)
         kept, past = (None, 0) if cache is None else _with_documents(cache)
         tokens = ids if embeds is None else embeds
-        documents = self._documents(tokens, mask, past, None if kept is None else kept.first_keys.get(past))
         given = arguments.get("position_ids")
-        positions = documents.position_ids if given is None else given
-        if given is not None and kept is not None and given.dim() == 2:
-            seen = None if mask is None else mask[:, -given.shape[1] :]
-            if restarts(given, seen).begins.any():
+        restart = None if given is None else self._restarts(given, tokens, mask, past)
+        if restart is not None and kept is not None:
+            if restart.any():
                 raise ValueError(
                     "position_ids restart, so there are several documents in a row, which a cache cannot hold: call "
                     "with use_cache=False"
                 )
-        if positions.dim() != 2 or positions.shape[1] != tokens.shape[1]:
-            raise ValueError(
-                f"position_ids must have shape (batch, tokens) = {tuple(tokens.shape[:2])}, "
-                f"got {tuple(positions.shape)}"
-            )
+            restart = None
+        documents = self._documents(tokens, mask, past, None if kept is None else kept.first_keys.get(past), restart)
+        positions = documents.position_ids if given is None else given
         self._check_positions(positions)
         length = tokens.shape[1]
         if kept is not None:
@@ -272,12 +269,14 @@ class VaLMForCausalLM(AugmentedCausalLM, GPT2LMHeadModel):
         }
 
     def text_positions(self, arguments: dict[str, Any]) -> Tensor | None:
-        """Those that restart behind padding; at each bos the retriever itself begins anew."""
-        mask = arguments.get("attention_mask")
+        """Those that are given, or restart behind padding; at each bos the retriever itself begins anew."""
+        mask, given = arguments.get("attention_mask"), arguments.get("position_ids")
         if mask is None:
-            return None
-        text = nn.functional.pad(mask.bool(), (1, 0))
-        return find_documents(torch.zeros_like(mask, dtype=torch.bool), text).position_ids
+            return given
+        begins = torch.zeros_like(mask, dtype=torch.bool)
+        if given is not None:
+            begins = restarts(given.expand_as(mask), mask).begins
+        return find_documents(begins, nn.functional.pad(mask.bool(), (1, 0))).position_ids
 
     @torch.compiler.disable
     def _find_images(
@@ -350,25 +349,57 @@ class VaLMForCausalLM(AugmentedCausalLM, GPT2LMHeadModel):
             inputs.pop("position_ids", None)  # forward handles documents, generate() does not
         return inputs
 
-    def _documents(self, tokens: Tensor, mask: Tensor | None, past: int, first_key: Tensor | None) -> Documents:
-        """Of ids (B, T) or embeddings (B, T, C) behind `past` tokens, as in `find_documents`; mask (B, P + T)."""
+    def _check_shapes(self, tokens: Tensor, mask: Tensor | None, past: int) -> None:
+        """Checks ids (B, T) or embeddings (B, T, C) behind `past` tokens, and their mask (B, P + T)."""
         embedded = tokens.is_floating_point()
         if tokens.dim() != 2 + embedded or tokens.shape[1] == 0:
             name, shape = ("inputs_embeds", "(batch, tokens, n_embd)") if embedded else ("input_ids", "(batch, tokens)")
             raise ValueError(f"{name} must have shape {shape} with tokens, got {tuple(tokens.shape)}")
         batch, length = tokens.shape[:2]
-        if embedded or self.config.bos_token_id is None:
-            begins = torch.zeros(batch, length, dtype=torch.bool, device=tokens.device)
-        else:
-            begins = tokens == self.config.bos_token_id
+        if mask is not None and mask.shape != (batch, past + length):
+            raise ValueError(
+                f"attention_mask must have shape (batch, past + tokens) = {(batch, past + length)}, "
+                f"got {tuple(mask.shape)}"
+            )
+
+    def _at_bos(self, tokens: Tensor) -> Tensor:
+        """(B, T) bool: whether these ids (B, T) are bos; embeddings (B, T, C) are none."""
+        if tokens.is_floating_point() or self.config.bos_token_id is None:
+            return torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        return tokens == self.config.bos_token_id
+
+    def _documents(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None,
+        past: int,
+        first_key: Tensor | None,
+        restart: Tensor | None = None,
+    ) -> Documents:
+        """Of ids (B, T) or embeddings (B, T, C) behind `past` tokens, as in `find_documents`; mask (B, P + T). They
+        begin where `restart` (B, T) says so too."""
+        self._check_shapes(tokens, mask, past)
+        begins = self._at_bos(tokens)
+        if restart is not None:
+            begins = begins | restart
         if mask is not None:
-            if mask.shape != (batch, past + length):
-                raise ValueError(
-                    f"attention_mask must have shape (batch, past + tokens) = {(batch, past + length)}, "
-                    f"got {tuple(mask.shape)}"
-                )
             mask = nn.functional.pad(mask.bool(), (1, 0))[:, past:]  # (B, 1 + T), from one column earlier
         return find_documents(begins, mask, past=past, first_key=first_key)
+
+    def _restarts(self, position_ids: Tensor, tokens: Tensor, mask: Tensor | None, past: int) -> Tensor:
+        """(B, T) bool: where given position_ids say that another document begins, and no bos does."""
+        self._check_shapes(tokens, mask, past)
+        batch, length = tokens.shape[:2]
+        if position_ids.dim() != 2 or position_ids.shape[1] != length or len(position_ids) not in (1, batch):
+            raise ValueError(
+                f"position_ids must have shape (batch, tokens) = {(batch, length)}, got {tuple(position_ids.shape)}"
+            )
+        text_before = None
+        if past > 0:
+            everywhere = tokens.new_ones(batch, dtype=torch.bool)
+            text_before = everywhere if mask is None else mask[:, :past].bool().any(1)
+        present = None if mask is None else mask[:, past:]
+        return restarts(position_ids.expand(batch, -1), present, text_before).begins & ~self._at_bos(tokens)
 
     def _blocks_mask(self, first_key: Tensor | None, shape: tuple[int, int], past: int) -> Tensor | None:
         """`text_mask`, or None where a text block does the same without."""

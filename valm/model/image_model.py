@@ -21,7 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from valm.errors import ValmError
 from valm.model.card import write_card
 from valm.model.config import check_min_score
-from valm.model.documents import restarts, split_rows
+from valm.model.documents import mask_of_tokens, restarts, split_rows
 from valm.model.query_head import SelfEncoder, SelfRetriever
 from valm.retrieval.context import ContextCache
 from valm.retrieval.min_score import cut
@@ -32,6 +32,8 @@ from valm.store.whole_folder import ADAPTER, NOTE, finish_save
 from valm_kernels import MAX_IMAGES
 from valm_kernels.atomic_files import set_mode
 
+# Rows that a vocabulary may have beyond its tokenizer's tokens, as it is padded to a multiple of 128 at most.
+PADDED_ROWS = 127
 # Arguments of `save_pretrained` that are for an upload.
 OF_UPLOAD = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
 
@@ -173,7 +175,8 @@ class ImageModel(_Base):
 
         Raises:
             ValmError: the retriever differs from the model in kind (blind or not), number or dimension of images, or
-                `min_score`, reads more tokens than the model has, or differs from the note in its CLIP.
+                `min_score`, reads more tokens than the model has, was given no tokenizer though the model's vocabulary
+                is not CLIP's, or differs from the note in its CLIP.
         """
         other_images = None
         if retriever is not None:
@@ -190,12 +193,15 @@ class ImageModel(_Base):
                         f"retriever.{name} is {found}, but this model was made for {getattr(options, option)} "
                         f"({option} in its config): give it the retriever or knowledge base that it was trained with"
                     )
-            tokens = getattr(getattr(retriever, "encoder", None), "tokenizer", ())
+            encoder = getattr(retriever, "encoder", None)
+            tokens = getattr(encoder, "tokenizer", ())
             vocabulary = self.config.get_text_config(decoder=True).vocab_size
-            if len(tokens) > vocabulary:
+            # an encoder that was given none reads ids as CLIP's, and those of another tokenizer would pass for them
+            guessed = getattr(encoder, "own_tokenizer", False) and vocabulary - len(tokens) > PADDED_ROWS
+            if len(tokens) > vocabulary or guessed:
                 raise ValmError(
                     f"the retriever's encoder reads {len(tokens)} tokens, and this model has {vocabulary}: give its "
-                    "ContextEncoder the model's tokenizer"
+                    "ContextEncoder the model's tokenizer (tokenizer=)"
                 )
             saved = self._note()
             # a note of an earlier version has no hash, and that of a CLIP takes seconds
@@ -296,8 +302,12 @@ class ImageModel(_Base):
         """`PreTrainedModel.save_pretrained`, the note on what finds the images, and a model card (`write_card`).
 
         What would be loaded in the place of this model is removed: an adapter, and older weights in another number of
-        files. With push_to_hub the note and the card are uploaded too.
+        files. With push_to_hub the note and the card are uploaded too. Of a model with adapters of transformers' own
+        (`add_adapter`) these alone are saved, as of any model.
         """
+        if getattr(self, "_hf_peft_config_loaded", False):  # there is no model beside them, so nothing is older
+            super().save_pretrained(save_directory, *args, **kwargs)
+            return
         given = inspect.signature(super().save_pretrained).bind(save_directory, *args, **kwargs).arguments
         more = given.pop("kwargs", {})
         options = given | more
@@ -327,7 +337,7 @@ class ImageModel(_Base):
         Args:
             folder, place: as in `RetrievalNote.write`.
         """
-        if not self._note_ignored and self._note_folder is not None and not os.path.isdir(self._note_folder):
+        if self._note_is_gone():
             warnings.warn(
                 f"{self._note_folder}, from which the model was loaded, is gone, and with it the note on what finds "
                 "its images: set_retriever before it is saved",
@@ -376,7 +386,7 @@ class ImageModel(_Base):
             raise ValueError(
                 "the retriever reads token ids, got inputs_embeds only: give image_pool and image_index too"
             )
-        mask = _mask_of(input_ids, attention_mask)
+        mask = _mask_of(input_ids, attention_mask, cache)
         if cache is None:
             positions = self.text_positions(arguments)
             found = _each_document(retriever, input_ids, mask, positions)
@@ -398,7 +408,7 @@ class ImageModel(_Base):
         values = output if isinstance(output, tuple) else output.values()
         for cache in values:
             if isinstance(cache, Cache):
-                with_retrieval(cache).text = input_ids.clone(), _mask_of(input_ids, attention_mask)
+                with_retrieval(cache).text = input_ids.clone(), _mask_of(input_ids, attention_mask, None)
 
     def check_images(self, shape: torch.Size, pool: Tensor | None, index: Tensor | None, scores: Tensor | None) -> None:
         """Checks image_pool, image_index and image_scores against the model and the batch's `shape`.
@@ -437,6 +447,9 @@ class ImageModel(_Base):
                 f"image_scores must be float with the shape of image_index, {tuple(index.shape)}, got {scores.dtype} "
                 f"with {tuple(scores.shape)}"
             )
+
+    def _note_is_gone(self) -> bool:
+        return not self._note_ignored and self._note_folder is not None and not os.path.isdir(self._note_folder)
 
     def _note(self) -> RetrievalNote | None:
         return RetrievalNote.read(self._note_folder) if self._note_folder else None
@@ -504,6 +517,11 @@ class ImageModel(_Base):
             f"this model takes {options.num_images} images a token, but has no retriever and was given none: set one "
             "by set_retriever, or give image_pool and image_index"
         )
+        if self._note_is_gone():
+            message += (
+                f"; {self._note_folder}, from which it was loaded, is gone, and with it any note on what finds its "
+                "images"
+            )
         if self.strict:
             raise ValueError(message)
         if not self._warned:
@@ -518,14 +536,14 @@ def _remove_older_weights(folder: Path) -> None:
         min(kinds, key=lambda file: file.stat().st_mtime_ns).unlink()
 
 
-def _mask_of(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
-    """The attention mask (B, T) of `input_ids` in that of all tokens."""
+def _mask_of(input_ids: Tensor, attention_mask: Tensor | None, cache: Any) -> Tensor | None:
+    """The attention mask (B, T) of `input_ids`, behind the tokens in `cache`, in that of all tokens."""
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(
             f"beside a retriever attention_mask must have two dimensions (B, T), got {attention_mask.dim()}: "
             "give image_pool and image_index too"
         )
-    return None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
+    return None if attention_mask is None else mask_of_tokens(attention_mask, cache, input_ids.shape[1])
 
 
 def _each_document(

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import load_offloaded_parameter
 
+from valm.errors import ValmError
+
 PROJECTIONS = 16
 # Numbers that share their signs up to one sign for all, and how many such blocks are multiplied at once (16 MB).
 BLOCK, SLAB = 1 << 14, 1 << 8
@@ -46,9 +48,18 @@ def project(model: nn.Module, expected: Mapping[str, str] | None = None) -> dict
     """The projections of all parameters and persistent buffers but the fusion's, by name. Reads each once.
 
     expected: a sketch to be compared. Where its tensor has 16 bits, a wider one of the model is rounded to that type.
+
+    Raises:
+        ValmError: a weight is no tensor, as in what torch.ao has quantised.
     """
     expected = expected or {}
     state = {name: tensor for name, tensor in model.state_dict().items() if "image_fusion." not in name}
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ValmError(
+                f"{name} of the model is a {type(value).__name__} and no tensor, as torch.ao's quantisation leaves it: "
+                "augment the model, or load or save its adapter, before it is quantised"
+            )
     return {name: _project(_loaded(model, name, tensor), expected.get(name)) for name, tensor in state.items()}
 
 

@@ -97,6 +97,7 @@ class ContextEncoder:
             raise ValueError(f"min_tokens must be at least 1, got {min_tokens}")
         self.clip = clip
         self.tower = TextTower(clip, dtype)
+        self.own_tokenizer = tokenizer is None  # so the ids are CLIP's because nobody said whose they are
         self.tokenizer = clip.tokenizer if tokenizer is None else tokenizer
         self.query = query
         self.num_ids, self._whose_ids = self.tower.embedding.num_embeddings, f"the CLIP {clip.name}"

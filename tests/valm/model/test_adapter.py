@@ -531,6 +531,22 @@ def test_an_augmented_class_opens_no_other_model(tmp_path):
             type(model).from_pretrained(tmp_path / name)
 
 
+@torch.no_grad()
+def test_what_is_loaded_with_a_device_map(tmp_path, base_folder):
+    """A whole folder gets its hooks behind its fusion; a base has them before, and would read no images."""
+    model = on_base(base_folder)
+    save_adapter(model, tmp_path / "adapter")
+    model.save_pretrained(tmp_path / "whole")
+    names = ("embed_tokens", "layers.0", "layers.1", "norm", "rotary_emb")
+    places = {f"model.{name}": "cpu" for name in names} | {"model.layers.2": "disk", "lm_head": "cpu"}
+    offloaded = {"device_map": places, "offload_folder": tmp_path / "offload"}
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", **offloaded)
+    assert torch.equal(logits(whole), logits(model))
+    base = AutoModelForCausalLM.from_pretrained(base_folder, **offloaded)
+    with pytest.raises(ValmError, match=r"^the forward of the model \(LlamaForCausalLM\) was replaced"):
+        load_adapter(base, tmp_path / "adapter")
+
+
 def test_a_text_only_twin_is_a_model_of_its_family(tmp_path):
     twin = augment(tiny_llama(), 1, 0, unfreeze="all").eval()
     twin.save_pretrained(tmp_path)

@@ -5,9 +5,11 @@ import sys
 
 import pytest
 import torch
-from accelerate import cpu_offload, disk_offload
+from accelerate import cpu_offload, disk_offload, dispatch_model
+from accelerate.hooks import ModelHook, add_hook_to_module
 from transformers import (
     AttentionInterface,
+    AutoModelForCausalLM,
     BertConfig,
     BertLMHeadModel,
     LlamaConfig,
@@ -148,8 +150,6 @@ def test_a_trainer_trains_it_with_its_default_arguments(tmp_path):
 
 
 def valm_class_from(folder):
-    from transformers import AutoModelForCausalLM
-
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
@@ -389,6 +389,28 @@ def test_lora_trains_with_the_fusion_saved_beside_it():
     assert any("image_fusion" in name for name in moved) and any("lora_" in name for name in moved)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT
+def test_lora_of_a_base_from_a_folder_is_saved_and_loaded(tmp_path):
+    """PEFT looks up the base's vocabulary in its folder by the class of the augmented model's config."""
+    peft = pytest.importorskip("peft")
+    tiny_llama().save_pretrained(tmp_path / "base")
+
+    def base():
+        return augment(valm_class_from(tmp_path / "base"), IMAGE_DIM, IMAGES, logit_bias=0.0).eval()
+
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["image_fusion"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(base(), config)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    adapted.save_pretrained(tmp_path / "lora")
+    loaded = peft.PeftModel.from_pretrained(base(), tmp_path / "lora")
+    assert torch.equal(logits(loaded), logits(adapted))
+    assert (logits(loaded) - logits(base())).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize("offload", [cpu_offload, disk_offload])
 def test_offloaded_weights_are_there_when_they_are_read(tmp_path, offload):
     model = augmented()
@@ -397,6 +419,72 @@ def test_offloaded_weights_are_there_when_they_are_read(tmp_path, offload):
     offload(model, execution_device=torch.device("cpu"), **arguments)
     assert fusion_module(model).k_bias.device.type == "meta"
     close(logits(model), expected)
+
+
+def with_hook(path):
+    def replace(model):
+        add_hook_to_module(model.get_submodule(path), ModelHook())
+
+    return replace
+
+
+def compiled_forward(model):  # as Accelerator.prepare of autocast leaves it too
+    model.forward = torch.compile(model.forward, backend="eager")
+
+
+@pytest.mark.parametrize(
+    "replace, named",
+    [
+        (lambda model: dispatch_model(model, {"": "cpu"}, force_hooks=True), "the model"),
+        (lambda model: cpu_offload(model, execution_device=torch.device("cpu")), "the model"),
+        (compiled_forward, "the model"),
+        (with_hook("model.layers.1"), r"model\.layers\.1"),
+        (with_hook("model.layers.1.self_attn"), r"model\.layers\.1\.self_attn"),
+    ],
+)
+def test_a_base_whose_forward_was_replaced_is_refused(replace, named):
+    """It is bound to the class of before, which would read the text alone."""
+    model = tiny_llama()
+    replace(model)
+    with pytest.raises(
+        ValmError, match=rf"the forward of {named} \(Llama\w+\) was replaced, .*: augment the model first"
+    ):
+        augment(model, IMAGE_DIM, IMAGES)
+    assert type(model) is LlamaForCausalLM and not any("image_fusion" in name for name, _ in model.named_modules())
+
+
+@torch.no_grad()
+def test_another_layers_hooks_and_later_ones_change_nothing():
+    model = tiny_llama()
+    with_hook("model.layers.0")(model)
+    model = augment(model, IMAGE_DIM, IMAGES, logit_bias=0.0)
+    expected = logits(augment(tiny_llama(), IMAGE_DIM, IMAGES, logit_bias=0.0))
+    assert torch.equal(logits(model), expected)
+    for path in ("", "model.layers.1", "model.layers.1.self_attn"):
+        with_hook(path)(model)
+    assert torch.equal(logits(model), expected)
+
+
+@torch.no_grad()
+def test_models_made_of_one_config_stay_apart(tmp_path):
+    config = tiny_llama().config
+    first, second = AutoModelForCausalLM.from_config(config), AutoModelForCausalLM.from_config(config)
+    assert first.config is second.config
+    augment(first, IMAGE_DIM, IMAGES)
+    assert type(second.config) is LlamaConfig and not hasattr(second.config, "valm")
+    assert first.model.config is first.model.layers[0].mlp.config is first.config
+    second.save_pretrained(tmp_path)
+    assert type(valm_class_from(tmp_path)) is LlamaForCausalLM
+    assert augment(second, IMAGE_DIM, 1).config.valm["num_images"] == 1 and first.config.valm["num_images"] == IMAGES
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated", "ignore:.*quantized tensor creation")
+def test_a_quantised_base_is_refused():
+    base = torch.ao.quantization.quantize_dynamic(tiny_llama(), {torch.nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(
+        ValmError, match=r"q_proj\..* is a .* and no tensor, .* augment the model, .* before it is quant"
+    ):
+        augment(base, IMAGE_DIM, IMAGES)
 
 
 FSDP2 = """

@@ -301,6 +301,40 @@ def test_a_prompt_read_in_chunks(model):
     assert torch.equal(model.generate(ids, **GREEDY, prefill_chunk_size=3), again_from_the_start(model, ids))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("make", [DynamicCache, lambda: StaticCache(config=tiny_llama().config, max_cache_len=12)])
+@pytest.mark.parametrize("found", [False, True])
+@pytest.mark.parametrize("positions", [False, True])
+def test_a_mask_may_be_wider_than_what_is_read(make, found, positions):
+    """Its columns are of keys: a prompt is read in parts with the mask of all of it, and a static cache has more."""
+    model, ids, images = augmented(), random_ids(2, 9), random_images(2, 9)
+    if found:
+        model.set_retriever(HashRetriever())
+    mask = torch.zeros(2, 12, dtype=torch.int64)
+    mask[:, :9], mask[1, :3] = 1, 0
+    place = (mask.cumsum(1) - 1).clamp(min=0)
+
+    def read(begin, end, mask, cache=None):
+        more = {} if found else images | {"image_index": images["image_index"][:, begin:end]}
+        if positions:
+            more["position_ids"] = place[:, begin:end]
+        return model(ids[:, begin:end], attention_mask=mask, cache=cache, use_cache=True, **more)
+
+    expected = read(0, 9, mask[:, :9]).logits
+    present = mask[:, :9].bool()
+    assert_close(read(0, 9, mask).logits[present], expected[present])
+    own = make()
+    for cache in (None, own):
+        outputs = [read(0, 5, mask, cache)]
+        outputs += [read(begin, end, mask, outputs[0].cache) for begin, end in ((5, 8), (8, 9))]
+        parts = torch.cat([output.logits for output in outputs], 1)
+        assert_close(parts[present], expected[present])
+    with pytest.raises(
+        ValueError, match=r"a column for each of the 9 tokens in the cache and of these 1, got 1 columns"
+    ):
+        read(8, 9, mask[:, :1], own)
+
+
 def test_assisted_decoding_is_refused(model):
     with pytest.raises((NotImplementedError, ValueError)):
         model.generate(random_ids(1, 6), **GREEDY, prompt_lookup_num_tokens=2)

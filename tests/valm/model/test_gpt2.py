@@ -145,6 +145,47 @@ def test_packed_documents_do_not_see_each_other(attention):
         begin = end
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("found", [False, True])
+@pytest.mark.parametrize("way", ["positions", "one row of positions", "a mask", "padding"])
+def test_documents_without_bos_are_told_apart_by_positions(attention, found, way):
+    """As DataCollatorWithFlattening gives them; some begin with bos too, and some do not."""
+    model = tiny_model()
+    model.set_attn_implementation(attention)
+    if found:
+        model.set_retriever(WholeTextRetriever(BOS))
+    lengths, padding = (5, 1, 8, 3), 2 if way == "padding" else 0
+    ids = random_ids(2, 17 + padding)
+    ids[:, 0] = 5
+    ids[:, 6] = BOS
+    pool, index = random_images(model.config, 2, 17 + padding)
+    positions = torch.cat([torch.arange(n) for n in lengths] + [torch.zeros(padding, dtype=torch.int64)]).expand(2, -1)
+    batch = {"input_ids": ids, "position_ids": positions[:1] if way == "one row of positions" else positions}
+    if way in ("a mask", "padding"):
+        batch["attention_mask"] = (torch.arange(17 + padding) < 17).long().expand(2, -1)
+    images = {} if found else {"image_pool": pool, "image_index": index}
+    packed = model(**batch, **images).logits
+    begin = 0
+    for length in lengths:
+        place = slice(begin, begin + length)
+        own = {} if found else {"image_pool": pool, "image_index": index[:, place]}
+        close(packed[:, place], model(ids[:, place], **own).logits)
+        begin += length
+
+
+@torch.no_grad()
+def test_a_document_by_its_positions_behind_a_cache_is_refused(model):
+    ids, positions = random_ids(2, 9), torch.arange(9).expand(2, -1)
+    cache = model(ids[:, :5], use_cache=True).cache
+    with pytest.raises(ValueError, match=r"position_ids restart, .* which a cache cannot hold"):
+        model(ids[:, 5:], position_ids=positions[:, :4], cache=copy.deepcopy(cache))
+    expected = model(ids).logits[:, 5:]
+    close(model(ids[:, 5:], position_ids=positions[:, 5:], cache=copy.deepcopy(cache)).logits, expected)
+    ids[:, 5] = BOS  # which begins one in a cache too
+    close(model(ids[:, 5:], position_ids=positions[:, :4], cache=cache).logits, model(ids).logits[:, 5:])
+
+
 def test_packed_documents_may_be_longer_than_the_positions_together(model):
     assert model(random_ids(1, 20).repeat(1, 3)).logits.shape == (1, 60, VOCAB)
     padded = torch.cat([random_ids(1, 20), torch.full((1, 40), EOS)], 1)

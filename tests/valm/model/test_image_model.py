@@ -7,7 +7,14 @@ import warnings
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForCausalLM, DynamicCache, Trainer, TrainingArguments, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 from transformers.models.minimax.modeling_minimax import MiniMaxCache
 
 from tests.valm.model.decoders import tiny_llama
@@ -150,6 +157,32 @@ def test_a_knowledge_base_that_is_gone_is_named(saved, tmp_path):
         loaded(ids)
 
 
+def test_a_folder_that_is_gone_before_its_note_was_read_is_named(saved):
+    folder, ids, _ = saved
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    folder.rename(folder.with_name("renamed"))
+    with pytest.warns(UserWarning, match=r"has no retriever .*model, from which it was loaded, is gone, and with it"):
+        loaded(ids)
+    loaded.strict = True
+    with pytest.raises(ValueError, match="from which it was loaded, is gone"):
+        loaded(ids)
+    loaded.set_retriever(None)
+    with pytest.raises(ValueError, match=r"give image_pool and image_index$"):
+        loaded(ids)
+
+
+def test_adapters_of_transformers_are_saved_beside_what_is_there(tmp_path, monkeypatch):
+    """transformers writes these alone, without a config."""
+    saved = []
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", lambda self, folder, **options: saved.append(options))
+    (tmp_path / "image_fusion.json").write_text("{}")
+    model = tiny_model()
+    model._hf_peft_config_loaded = True
+    model.save_pretrained(tmp_path, max_shard_size="1GB")
+    assert saved == [{"max_shard_size": "1GB"}]
+    assert [file.name for file in tmp_path.iterdir()] == ["image_fusion.json"]
+
+
 def test_a_model_without_its_images_says_so_once_or_raises():
     model = tiny_model()
     ids = torch.tensor([[1, 2, 3]])
@@ -257,3 +290,17 @@ def test_a_retriever_that_reads_more_tokens_than_the_model_has_is_refused(retrie
         ValmError, match=r"encoder reads \d+ tokens, and this model has 64: give its ContextEncoder the"
     ):
         model.set_retriever(retriever)
+
+
+def test_a_retriever_without_a_tokenizer_is_for_clips_vocabulary_only(retriever):
+    """The ids of a larger one would be read as CLIP's. A padded one has as many tokens as CLIP's tokenizer."""
+    tokenizer, kb = retriever.encoder.tokenizer, retriever.kb
+    for rows, accepted in ((0, True), (127, True), (500, False)):
+        model = augment(tiny_llama(vocab_size=len(tokenizer) + rows), retriever.dim, retriever.k)
+        if accepted:
+            model.set_retriever(retriever)
+            continue
+        for other in (retriever, Retriever(ContextEncoder(kb.load_clip()), kb, retriever.k)):
+            with pytest.raises(ValmError, match=rf"this model has {len(tokenizer) + rows}: give its .* \(tokenizer=\)"):
+                model.set_retriever(other)
+        model.set_retriever(Retriever(ContextEncoder(kb.load_clip(), tokenizer=tokenizer), kb, retriever.k))
