@@ -108,7 +108,8 @@ def summary(results: Results) -> str:
         return "No seed has both models yet."
     pairs = ("VaLM − twin", "VaLM − Blind")
     seeds = ", ".join(str(seed["seed"]) for seed in results.seeds)
-    lines = [f"| Points [95 %], seeds {seeds} of {SEEDS} | {' | '.join(pairs)} |", "| --- |" + " --- |" * len(pairs)]
+    planned = "" if len(results.seeds) >= SEEDS else f" of {SEEDS}"
+    lines = [f"| Points [95 %], seeds {seeds}{planned} | {' | '.join(pairs)} |", "| --- |" + " --- |" * len(pairs)]
     for what, of in (("MemoryColor", PRIMARY), ("things whose colour no text says", VALIDATION)):
         cells = []
         for pair in pairs:
@@ -145,7 +146,7 @@ def harm_row(results: Results) -> str:
         )
         for over in (TWIN, BASE)
     ]
-    row = f"\n| perplexity with the cut, × the twin's | {cells[0]} | × the base's: {cells[1]} |"
+    row = f"\n| perplexity with the cut (`min_score`), × the twin's | {cells[0]} | × the base's: {cells[1]} |"
     return row if ratios else ""
 
 

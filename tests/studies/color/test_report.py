@@ -137,7 +137,8 @@ def test_harm_is_over_the_base_and_over_the_twin(tmp_path):
     assert rows["| VaLM, with the cut"] == "| VaLM, with the cut | 0.58 [0.58, 0.58] | 0.95 [0.95, 0.95] |"
     assert rows["| base"] == "| base | – | 1.65 [1.65, 1.65] |"
     assert TABLES["summary"](results).splitlines()[-1] == (
-        "| perplexity with the cut, × the twin's | prose 0.95 [0.95, 0.95] | × the base's: prose 0.58 [0.58, 0.58] |"
+        "| perplexity with the cut (`min_score`), × the twin's | prose 0.95 [0.95, 0.95] "
+        "| × the base's: prose 0.58 [0.58, 0.58] |"
     )
     assert TABLES["summary"](read_results(write(tmp_path))) == summary(read_results(write(tmp_path)))
 
