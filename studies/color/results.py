@@ -230,7 +230,8 @@ class Results:
         return paired(first, second, tries[0] if same else tries, objects=self._objects(of) if same else None)
 
     def _objects(self, of: str) -> np.ndarray | None:
-        return objects_of(self.seeds[0]["sets"][of]["items"])
+        about = self.seeds[0]["sets"][of]
+        return objects_of(about["items"], about["candidates"])
 
     def _same_items(self, of: str) -> bool:
         return len({tuple(seed["sets"][of]["items"]) for seed in self.seeds}) == 1

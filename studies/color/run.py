@@ -64,9 +64,10 @@ RESULTS_FILE = "results.json"
 DRAWN = 4
 # A value of `image_tower` in a study's `clip`; any other value is a CLIP for `valm clip train --image-tower`.
 PACKAGE_TOWER = "efficientnet-lite0"
-# For `estimated_hours`, in processor seconds of a Xeon of 2.5 GHz that others used too, one thread: the CLIP, its
-# knowledge bases and all hidden states below the fusion layer; a step; small sets and texts in a test; large sets.
-PREPARATION_SECONDS, STEP_SECONDS, TEST_SECONDS, LARGE_SECONDS = 700, 0.5, 60, 300
+# For `estimated_hours`, in processor seconds of a thread of an EPYC (Zen 4) that others used too, seed 7 of full.yaml:
+# the CLIP, its knowledge bases and all hidden states below the fusion layer; a step; small sets and texts in a test;
+# large sets.
+PREPARATION_SECONDS, STEP_SECONDS, TEST_SECONDS, LARGE_SECONDS = 1200, 0.5, 30, 60
 # Steps of four epochs of the natural text.
 NATURAL_STEPS = 420
 # Options of `valm train` and `valm clip train`; any other name is a field of TrainingArguments.

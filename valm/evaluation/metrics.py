@@ -33,7 +33,7 @@ def choice_metrics(asked: Questions, scores: np.ndarray, alone: np.ndarray | Non
         baselines: majority, its answer, and every constant answer.
     """
     right = np.array(asked.right)  # (items, prompts)
-    share = partial(of_prompts, objects=objects_of(asked.items))
+    share = partial(of_prompts, objects=objects_of(asked.items, asked.candidates))
     correct = scores.argmax(-1) == right  # (seeds, items, prompts)
     shares = Counter(right.ravel().tolist())
     constants = {asked.candidates[answer]: count / right.size for answer, count in shares.most_common()}

@@ -45,10 +45,11 @@ def load_size_pairs(path: str | os.PathLike) -> list[tuple[str, str]]:
     return pairs
 
 
-def objects_of(items: Sequence[str]) -> np.ndarray | None:
-    """Numbers (items, 2) of the objects in items "bigger > smaller"; None for items of another kind."""
+def objects_of(items: Sequence[str], candidates: Sequence[str]) -> np.ndarray | None:
+    """Numbers (items, 2) of the objects in items "bigger > smaller"; None where the question is another one, whose
+    items may be any text."""
     pairs = [item.split(BIGGER) for item in items]
-    if not all(len(pair) == 2 for pair in pairs):
+    if tuple(candidates) != YES_NO or any(len(pair) != 2 for pair in pairs):
         return None
     numbers = {name: number for number, name in enumerate(dict.fromkeys(name for pair in pairs for name in pair))}
     return np.array([[numbers[name] for name in pair] for pair in pairs])

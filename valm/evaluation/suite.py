@@ -325,7 +325,7 @@ def _row(
         correct = scores.argmax(-1) == np.array(asked.right)
         tries = np.full(len(asked.items), float(len(asked.texts[0])))
         row |= {"prompts": len(asked.texts[0]), "metrics": choice_metrics(asked, scores, alone)}
-        return row, ("accuracy", correct.sum(-1).astype(float), tries, objects_of(asked.items))
+        return row, ("accuracy", correct.sum(-1).astype(float), tries, objects_of(asked.items, asked.candidates))
     documents = [[DocumentScore(*fields) for fields in one["documents"]] for one in of_seeds]
     row["metrics"] = document_metrics(asked, documents)
     if asked.last_word:

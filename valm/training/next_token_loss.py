@@ -10,8 +10,7 @@ from torch import Tensor
 
 from valm.model.probe import in_mode, probe_tokens
 from valm.training.cache_below import no_images
-
-IGNORED = -100
+from valm.training.collate import IGNORED
 
 
 class NextTokenLoss:
@@ -29,7 +28,7 @@ class NextTokenLoss:
 
         Args:
             outputs: of the model, with logits (B, T, V).
-            labels: (B, T) int64; -100 is not counted.
+            labels: (B, T) int64; IGNORED is not counted.
         """
         logits = (outputs["logits"] if isinstance(outputs, dict) else outputs[0])[:, :-1].float()
         following = labels[:, 1:].to(logits.device)

@@ -223,7 +223,7 @@ def test_a_blind_model_is_evaluated_too(models, tmp_path, clip):
 
 def test_a_cache_of_other_weights_is_refused(models, tmp_path):
     asked = instances("loglikelihood", [("The colour of", " it"), ("", "The colour")])
-    for retrieval in ("random", "on"):
+    for retrieval in ("random", "off", "on"):
         made = ValmLM(str(models / "seeing"), retrieval=retrieval)
         cached = CachingLM(made, str(tmp_path / f"{retrieval}.db"))
         assert cached.loglikelihood(asked) == made.loglikelihood(asked)  # and its images are the same as before

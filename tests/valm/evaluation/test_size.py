@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from valm.errors import ValmError
-from valm.evaluation.size import load_size_pairs, objects_of
+from valm.evaluation.size import YES_NO, load_size_pairs, objects_of
 
 DATA = os.environ.get("VALM_EVAL_DATA")
 
@@ -23,5 +23,5 @@ def test_a_line_that_is_no_pair_is_named(tmp_path):
 
 
 def test_the_objects_of_pairs():
-    assert objects_of(["bus > cat", "polar bear > bus"]).tolist() == [[0, 1], [2, 0]]
-    assert objects_of(["bus", "cat > bus"]) is None
+    assert objects_of(["bus > cat", "polar bear > bus"], YES_NO).tolist() == [[0, 1], [2, 0]]
+    assert objects_of(["a review > the film"], ("Positive", "Negative")) is None
