@@ -2,11 +2,12 @@
 
     python -m tests.checks.mutants draw --seed 1    # writes tests/checks/mutants.json, without the tests
     python -m tests.checks.mutants run              # plants each, and looks for a test that fails; resumes
-    python -m tests.checks.mutants check            # plants each again, and tries the recorded test first
+    python -m tests.checks.mutants check --only valm/model  # plants those that died again; fails where one lives now
 
 A mutant is one changed line. Its tests are those in the file that mirrors the source, then those in its folder, then
 those that name the module, without the slow ones. `killed_by` is the first that fails, "the compiler", the status of a
-process that died, or null. The checkout is changed while this runs, so use one of your own.
+process that died, or null. A line that has moved is looked for in the rest of its package; one that is nowhere, or in
+several places, is gone. The checkout is changed while this runs, so use one of your own.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -121,21 +123,32 @@ def draw(seed: int) -> list[dict[str, Any]]:
     return mutants
 
 
-def place(mutant: dict[str, Any]) -> int:
-    """The number of its line, from 1."""
-    lines = (ROOT / mutant["file"]).read_text(encoding="utf-8").splitlines()
-    places = [number for number, line in enumerate(lines, 1) if line == mutant["line"]]
-    if mutant["occurrence"] >= len(places):
-        raise SystemExit(f"{mutant['file']} has no longer the line {mutant['line']!r}; draw anew, or mend the list")
-    return places[mutant["occurrence"]]
+def place(mutant: dict[str, Any]) -> tuple[Path, int] | None:
+    """Its file and the number of its line, from 1: where it was drawn, or the one place in the package that has it now.
+    None if there is none."""
+    own = ROOT / mutant["file"]
+    found = numbers(own, mutant["line"])
+    if mutant["occurrence"] < len(found):
+        return own, found[mutant["occurrence"]]
+    package = ROOT / Path(mutant["file"]).parts[0]
+    places = [
+        (file, number) for file in sorted(package.rglob(f"*{own.suffix}")) for number in numbers(file, mutant["line"])
+    ]
+    return places[0] if len(places) == 1 else None
 
 
-def plant(mutant: dict[str, Any]) -> str:
-    """Changes the file, and returns what it was."""
-    path, number = ROOT / mutant["file"], place(mutant)
+def numbers(file: Path, line: str) -> list[int]:
+    """The numbers of the lines of `file` that are `line`."""
+    if not file.exists():
+        return []
+    return [number for number, other in enumerate(file.read_text(encoding="utf-8").splitlines(), 1) if other == line]
+
+
+def plant(path: Path, number: int, line: str) -> str:
+    """Changes a line of the file, and returns what the file was."""
     text = path.read_text(encoding="utf-8")
     lines = text.splitlines(keepends=True)
-    lines[number - 1] = mutant["becomes"] + "\n"
+    lines[number - 1] = line + "\n"
     path.write_text("".join(lines), encoding="utf-8")
     return text
 
@@ -206,11 +219,12 @@ def failing(tests: list[str], log: Path) -> str | None:
     return None if code in (0, 5) else f"status {code}"
 
 
-def kill(mutant: dict[str, Any], log: Path, first: str | None = None) -> str | None:
-    """A test that fails with the mutant, `first` tried first, or None."""
-    candidates = [*([[first]] if first else []), *steps(mutant["file"])]
-    before = plant(mutant)
-    native = mutant["file"].startswith("csrc") and "cuda" not in mutant["file"]
+def kill(mutant: dict[str, Any], path: Path, number: int, log: Path) -> str | None:
+    """A test that fails with the mutant in this line, the recorded one tried first, or None."""
+    file = str(path.relative_to(ROOT))
+    candidates = [*recorded(mutant), *steps(file)]
+    before = plant(path, number, mutant["becomes"])
+    native = file.startswith("csrc") and "cuda" not in file
     try:
         if native and not build():
             return "the compiler"
@@ -219,7 +233,15 @@ def kill(mutant: dict[str, Any], log: Path, first: str | None = None) -> str | N
                 return found
         return None
     finally:
-        (ROOT / mutant["file"]).write_text(before, encoding="utf-8")
+        path.write_text(before, encoding="utf-8")
+
+
+def recorded(mutant: dict[str, Any]) -> list[list[str]]:
+    """The recorded test, if it is there still."""
+    file, _, name = (mutant.get("killed_by") or "").partition("::")
+    path = ROOT / file
+    there = path.suffix == ".py" and path.exists() and f"def {name}(" in path.read_text(encoding="utf-8")
+    return [[f"{file}::{name}"]] if there else []
 
 
 def build() -> bool:
@@ -241,7 +263,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["draw", "run", "check"])
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--only", default=":", help="a part of the list, as FROM:TO")
+    parser.add_argument("--only", nargs="*", default=[""], help="folders or files whose mutants are planted")
     parser.add_argument("--out", type=Path, default=LIST, help="where `run` writes the list with its tests")
     arguments = parser.parse_args()
     if arguments.what == "draw":
@@ -252,20 +274,44 @@ def main() -> None:
     sys.dont_write_bytecode = True
     os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     import_heavy()
-    first, last = (int(part) if part else None for part in arguments.only.split(":"))
     mutants = json.loads(LIST.read_text(encoding="utf-8"))
+    chosen = [mutant for mutant in mutants if mutant["file"].startswith(tuple(arguments.only))]
     log = Path(tempfile.gettempdir()) / f"mutant-{os.getpid()}.log"
-    for number, mutant in list(enumerate(mutants))[first:last]:
-        if arguments.what == "run" and "killed_by" in mutant:  # an earlier run came so far
-            continue
-        known = mutant.get("killed_by")
-        mutant["killed_by"] = kill(mutant, log, known if known and "::" in known else None)
-        print(number, mutant["file"], mutant["becomes"].strip(), "->", mutant.get("killed_by"), flush=True)
-        arguments.out.write_text(json.dumps(mutants, indent=1) + "\n", encoding="utf-8")
-    if any(m["file"].startswith("csrc") for m in mutants[first:last]):
+    if arguments.what == "run":
+        run(mutants, chosen, log, arguments.out)
+    living = check(chosen, log) if arguments.what == "check" else []
+    if any(mutant["file"].startswith("csrc") for mutant in chosen):
         build()
-    alive = sum(not mutant.get("killed_by") for mutant in mutants)
-    print(f"{len(mutants) - alive} of {len(mutants)} die")
+    if living:
+        raise SystemExit("these died, and live now:\n" + "\n".join(living))
+
+
+def run(mutants: list[dict[str, Any]], chosen: list[dict[str, Any]], log: Path, out: Path) -> None:
+    """Records what kills each of `chosen`, but those of an earlier run."""
+    for mutant in chosen:
+        found = place(mutant)
+        if "killed_by" not in mutant and found is not None:
+            mutant["killed_by"] = kill(mutant, *found, log)
+            print(mutant["file"], mutant["becomes"].strip(), "->", mutant["killed_by"], flush=True)
+            out.write_text(json.dumps(mutants, indent=1) + "\n", encoding="utf-8")
+    print(f"{sum(bool(mutant.get('killed_by')) for mutant in mutants)} of {len(mutants)} die")
+
+
+def check(chosen: list[dict[str, Any]], log: Path) -> list[str]:
+    """Plants again what died; returns what lives. Prints how many lines are gone, by folder."""
+    living = []
+    gone: Counter[str] = Counter()
+    for mutant in chosen:
+        found = place(mutant)
+        if found is None:
+            gone[str(Path(mutant["file"]).parent)] += 1
+        elif mutant.get("killed_by"):
+            killed_by = kill(mutant, *found, log)
+            name = f"{found[0].relative_to(ROOT)}:{found[1]}: {mutant['becomes'].strip()}"
+            print(name, "->", killed_by, flush=True)
+            living += [] if killed_by else [name]
+    print(f"{gone.total()} of {len(chosen)} lines are gone: {dict(gone)}")
+    return living
 
 
 if __name__ == "__main__":
