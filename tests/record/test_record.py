@@ -1,0 +1,41 @@
+"""Today's code computes what the record holds: floats to 2e-6 of the largest, all else exactly."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.record import cases, retrieval
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    return load_file(cases.OUTPUTS)
+
+
+def check(name, found, expected):
+    found = found.float() if found.is_floating_point() else found
+    assert found.shape == expected.shape and found.dtype == expected.dtype, name
+    if not expected.is_floating_point():
+        assert torch.equal(found, expected), name
+        return
+    none = expected.isinf()
+    assert torch.equal(none, found.isinf()), name
+    largest = expected.masked_fill(none, 0).abs().max()
+    error = (found.masked_fill(none, 0) - expected.masked_fill(none, 0)).abs().max()
+    assert error <= 2e-6 * largest, f"{name}: off by {error / largest:.1e} of the largest"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", cases.MODELS)
+def test_models(recorded, name):
+    expected = {key: tensor for key, tensor in recorded.items() if key.startswith(f"{name}/")}
+    for what, tensor in cases.outputs_of(name):
+        check(f"{name}/{what}", tensor, expected.pop(f"{name}/{what}"))
+    assert not expected
+
+
+def test_retrieval(tmp_path):
+    expected = load_file(retrieval.OUTPUTS)
+    for name, tensor in retrieval.outputs(tmp_path):
+        check(name, tensor, expected.pop(name))
+    assert not expected
