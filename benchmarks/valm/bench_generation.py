@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.valm.inputs import INT8, clip, knowledge_base_of, prose, self_retriever, token_rows
+from benchmarks.valm.inputs import INT8, clip, knowledge_base_of, prose, token_rows
 from benchmarks.valm_kernels import roofline
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model.config import ValmConfig
@@ -32,12 +32,11 @@ def kb(tmp_path_factory: pytest.TempPathFactory) -> ImageKnowledgeBase:
     return knowledge_base_of([vectors], tmp_path_factory.mktemp("generation") / "kb", clip(TOWER))
 
 
-@pytest.mark.parametrize("name", ["GPT-2*", "VaLM", pytest.param("VaLM, tower in int8", marks=INT8), "VaLM, self"])
+@pytest.mark.parametrize("name", ["GPT-2*", "VaLM", pytest.param("VaLM, tower in int8", marks=INT8)])
 @pytest.mark.parametrize(
     "length", [pytest.param(SHORT, id="short"), pytest.param(LONG, id="long", marks=pytest.mark.full)]
 )
 def bench_generate(measure, device, kb: ImageKnowledgeBase, length, name):
-    """The queries of "self" come from a head of the model."""
     if device.type != "cpu" and ("int8" in name or length == LONG):
         pytest.skip("int8 and this length are for CPUs")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -55,13 +54,8 @@ def bench_generate(measure, device, kb: ImageKnowledgeBase, length, name):
     model = VaLMForCausalLM(config).eval().to(device, dtype)
     if name != "GPT-2*":
         index = FlatIPIndex(kb.vectors(), device=device)
-        if name == "VaLM, self":
-            retriever: Retriever = self_retriever(model, kb, TOWER, K, index).read(ids, TOWER)
-            model.to(device, dtype)
-        else:
-            encoder = ContextEncoder(clip(TOWER).to(device), dtype=torch.int8 if "int8" in name else dtype)
-            retriever = Retriever(encoder, kb, K, index, cache_tokens=0)
-        model.set_retriever(retriever)
+        encoder = ContextEncoder(clip(TOWER).to(device), dtype=torch.int8 if "int8" in name else dtype)
+        model.set_retriever(Retriever(encoder, kb, K, index, cache_tokens=0))
 
     def check(tokens: torch.Tensor) -> None:
         assert tokens.shape == (1, prompt + new) and torch.equal(tokens[:, :prompt], ids)

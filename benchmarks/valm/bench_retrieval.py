@@ -26,7 +26,6 @@ from benchmarks.valm.inputs import (
     gpt2,
     large_knowledge_base,
     prose,
-    self_retriever,
     token_rows,
 )
 from benchmarks.valm_kernels import roofline
@@ -247,21 +246,18 @@ RETRIEVING = [
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["GPT-2*", "pictures given", "self", *RETRIEVING])
+@pytest.mark.parametrize("name", ["GPT-2*", "pictures given", *RETRIEVING])
 @pytest.mark.parametrize("tower", list(TOWERS))
 def bench_whole_model(measure, indexed, tower, name):
     """Encode + retrieve + model in float32, the frozen text tower in either precision: which is faster depends on the
-    processor. "given": with pictures found before; "alone": encode + retrieve; "self": by a head of the model."""
+    processor. "given": with pictures found before; "alone": encode + retrieve."""
     ids = passages(2)
     kb = indexed(tower)
     model = language_model(0 if name == "GPT-2*" else K, kb.dim)
     alone = " alone" in name
     pictures: dict[str, torch.Tensor] = {}
     retriever = None
-    if name == "self":
-        model = copy.deepcopy(model)  # `language_model` keeps one without a head
-        retriever = self_retriever(model, kb, tower, K).read(ids, tower)
-    elif name != "GPT-2*":
+    if name != "GPT-2*":
         dtype = getattr(torch, name.rpartition(" ")[2]) if "tower in" in name else torch.float32
         encoder = ContextEncoder(clip(tower), query="eot" if name.startswith("eot") else "state", dtype=dtype)
         retriever = Retriever(encoder, kb, K, cache_tokens=0)

@@ -29,10 +29,7 @@ from valm.knowledge_base.format import (
     write_shard,
 )
 from valm.knowledge_base.store import ImageKnowledgeBase
-from valm.model.gpt2 import VaLMForCausalLM
-from valm.model.query_head import SelfEncoder, SelfRetriever
 from valm.retrieval.context import ContextEncoder
-from valm.retrieval.retriever import VectorIndex
 
 TOWERS = {
     "RN50x16": {"embed_dim": 768, "width": 768, "heads": 12, "layers": 12},
@@ -116,31 +113,6 @@ def perturbed(real: np.ndarray, count: int, seed: int) -> np.ndarray:
     keeps the directions and lengths in which real vectors differ."""
     one, other, another = np.random.default_rng(seed).integers(0, len(real), (3, count))
     return real[one] + PERTURBATION * (real[other] - real[another])
-
-
-class TowerQueries(SelfRetriever):
-    """Searches with the tower's queries of a text, as a trained head's would be near these; those of a random head lie
-    elsewhere, where a search takes longer. Only the time is right."""
-
-    def read(self, ids: torch.Tensor, tower: str) -> TowerQueries:
-        self.queries = ContextEncoder(clip(tower), query="eot")(ids)  # (B, T, E)
-        self.position = 0
-        return self
-
-    def nearest(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the next positions of the text, from the beginning again behind its end."""
-        at = (self.position + torch.arange(queries.shape[1])) % self.queries.shape[1]
-        self.position = int(at[-1]) + 1
-        return super().nearest(self.queries[:, at].to(queries.device))
-
-
-def self_retriever(
-    model: VaLMForCausalLM, kb: ImageKnowledgeBase, tower: str, k: int, index: VectorIndex | None = None
-) -> TowerQueries:
-    """The retriever of a head that `model` gets here, with random weights."""
-    model.add_query_head(kb.manifest["clip"]["weights_hash"])
-    model.eval()
-    return TowerQueries(SelfEncoder(model, clip(tower).tokenizer, kb), kb, k, index)
 
 
 def knowledge_base_of(

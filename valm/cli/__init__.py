@@ -17,7 +17,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 from valm.cli import (
     app,
     clip,
-    distill,
     encoder,
     evaluate,
     explain,
@@ -105,7 +104,7 @@ def build_parser() -> CommandParser:
     parser.add_argument("--version", action="version", version=f"valm {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=CommandParser)
     build = (clip, encoder, kb, retrieve, verify)
-    use = (train, distill, evaluate, lm_eval, generate, explain, app, serve)
+    use = (train, evaluate, lm_eval, generate, explain, app, serve)
     for module in (*build, *use):
         module.add_to(commands)
     return parser

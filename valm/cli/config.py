@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any, NoReturn
 
-from valm.cli.options import CommandParser
+from valm.cli.options import CommandParser, instead
 from valm.errors import ValmError
 from valm.store.files import read_yaml
 from valm.text import nearest
@@ -47,7 +47,7 @@ class TrainingOptions:
             fields |= {name: value for name, value in vars(found).items() if value is not None}
             for name in self.parser.unknown_options(given):
                 known = [*self.parser.option_names(), *(f"--{field}" for field in _fields())]
-                raise ValmError(f"{self.parser.prog} has no option {name}{nearest(name, known)}")
+                raise ValmError(f"{self.parser.prog} has no option {name}{instead(name, known)}")
         return given, {"fields": fields}
 
     def _fail(self, message: str) -> NoReturn:

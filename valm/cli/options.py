@@ -18,12 +18,24 @@ if TYPE_CHECKING:
     from valm.corpus.min_score import MinScore
     from valm.store.shards import Runner
 
+# Commands and options that went, and what took their place.
+GONE = {
+    "distill": "CLIP's text tower in --query-dtype int8 or bfloat16 took the place of a head that predicts its queries",
+}
+
 # NumPy's generators take no seed below 0, and its older one none above this.
 MAX_SEED = 1 << 32
 
 
+def instead(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence: what took the place of the command or option `name`, or else the nearest of those `known`;
+    empty where there is neither."""
+    return f": {GONE[name]}" if name in GONE else nearest(name, known)
+
+
 class CommandParser(argparse.ArgumentParser):
-    """A parser that suggests what was meant by a misspelt command or option, and without a command prints its help.
+    """A parser that says what took the place of a command or option that went, or what was meant by a misspelt one.
+    Without a command it prints its help.
 
     A hook, `prepare`, may change the arguments first: it returns those to be parsed, and attributes of the result.
     """
@@ -63,9 +75,10 @@ class CommandParser(argparse.ArgumentParser):
         return result, more
 
     def error(self, message: str) -> NoReturn:
-        """Prints the usage and exits, unless an option is misspelt: argparse first names required ones it lacks."""
+        """Prints the usage and exits, unless an option is misspelt or gone: argparse first names required ones it
+        lacks."""
         for name in self.unknown_options(self._given):
-            if nearest(name, self.option_names()):
+            if instead(name, self.option_names()):
                 self._fail(name)
         super().error(message)
 
@@ -76,11 +89,11 @@ class CommandParser(argparse.ArgumentParser):
         known = list(self.commands.choices) if self.commands is not None else []
         name = next((text for text in given if not text.startswith("-")), None)
         if name is not None and name not in known:
-            remedy = nearest(name, known) or f": give one of {', '.join(known)}"
+            remedy = instead(name, known) or f": give one of {', '.join(known)}"
             raise ValmError(f"{self.prog} has no command {name}{remedy}")
 
     def _fail(self, option: str) -> NoReturn:
-        raise ValmError(f"{self.prog} has no option {option}{nearest(option, self.option_names())}")
+        raise ValmError(f"{self.prog} has no option {option}{instead(option, self.option_names())}")
 
 
 Commands: TypeAlias = "argparse._SubParsersAction[CommandParser]"

@@ -121,9 +121,6 @@ def _scores_of(file: Path, retriever: Retriever | None) -> Iterator[np.ndarray]:
     while window := list(itertools.islice(texts, WINDOW)):
         rows = [prompt_ids(retriever.encoder.tokenizer, text) for text in window]
         for batch in batches_by_length(list(map(len, rows)), BATCH_TOKENS):
-            try:
-                _, scores = retriever.find(*padded([rows[index] for index in batch]))
-            except ValueError as error:  # longer than a query head can read
-                raise ValmError(f"the images of {file} cannot be found: {error}") from error
+            _, scores = retriever.find(*padded([rows[index] for index in batch]))
             for index, found in zip(batch, scores.cpu().numpy(), strict=True):
                 yield found[: len(rows[index])]

@@ -151,10 +151,8 @@ class CausalScorer:
         retriever: Any = self.model.retriever
         settings: list[Any] = [own, type(retriever).__name__]
         encoder = getattr(retriever, "encoder", None)
-        if encoder is not None:
-            settings.append(encoder.query)
-        if isinstance(encoder, ContextEncoder):  # that of a query head is in the model's config
-            settings += [encoder.clip.weights_hash, str(encoder.tower.dtype), encoder.segments]
+        if isinstance(encoder, ContextEncoder):
+            settings += [encoder.query, encoder.clip.weights_hash, str(encoder.tower.dtype), encoder.segments]
             settings.append(encoder.alignment is not None and encoder.alignment.one_document)
         if isinstance(retriever, Retriever):
             index = getattr(retriever.index, "parameters", None)

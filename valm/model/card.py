@@ -128,11 +128,8 @@ def _needs_of_retrieval(note: RetrievalNote) -> list[str]:
         else:
             clip = kb.manifest["clip"]
             needs.append(f"- The knowledge base `{name}` of {len(kb):,} images, SHA-256 `{kb.fingerprint}`.")
-            weights = f"whose weights have SHA-256 `{clip['weights_hash']}`"
-            if note.query == "self":
-                needs.append(f"- No CLIP: this model predicts the queries of `{Path(clip['name']).name}`, {weights}.")
-            else:
-                needs.append(f"- Its CLIP `{Path(clip['name']).name}`, {weights}.")
+            name, sha256 = Path(clip["name"]).name, clip["weights_hash"]
+            needs.append(f"- Its CLIP `{name}`, whose weights have SHA-256 `{sha256}`.")
     if note.clip is not None:
         needs.append(f"- The CLIP `{Path(note.clip).name if os.path.isabs(note.clip) else note.clip}`.")
     return [*needs, f"- Queries of kind `{note.query}`."]

@@ -70,8 +70,6 @@ class ValmConfig(GPT2Config):
             the image's attention scores. None as published: retrieval scores are not used.
         min_score: a token whose best image has a lower retrieval score sees none (`valm.retrieval.min_score`). None as
             published: every token but the first of a document sees K.
-        query_clip: SHA-256 of the weights of the CLIP whose queries the model's own head predicts (`SelfRetriever`);
-            None is a model without such a head.
 
     Raises:
         ValmError: there is no such argument, or it has an invalid value.
@@ -89,7 +87,6 @@ class ValmConfig(GPT2Config):
         image_logit_bias_init: float = 0.0,
         image_score_scale_init: float | None = None,
         min_score: float | None = None,
-        query_clip: str | None = None,
         **kwargs: Any,
     ):
         # as files and `to_dict` have it, with names that are those of another version of transformers
@@ -104,7 +101,6 @@ class ValmConfig(GPT2Config):
         self.image_logit_bias_init = image_logit_bias_init
         self.image_score_scale_init = image_score_scale_init
         self.min_score = min_score
-        self.query_clip = query_clip
         if image_dim < 1:
             raise ValmError(f"image_dim must be at least 1, got {image_dim}")
         if not 0 <= num_images <= 64:
@@ -117,8 +113,6 @@ class ValmConfig(GPT2Config):
             raise ValmError(f"blind needs num_images = 1 (the query is the one image), got {num_images}")
         check_score_scale("image_score_scale_init", image_score_scale_init, num_images)
         check_min_score(min_score, num_images, blind)
-        if query_clip is not None:
-            self.check_query_head()
         if not self.scale_attn_weights:
             raise ValmError(
                 "scale_attn_weights must be True: earlier versions ignored another value in the fusion layer"
@@ -162,17 +156,6 @@ class ValmConfig(GPT2Config):
     def to_diff_dict(self) -> dict[str, Any]:
         found = super().to_diff_dict()
         return found | {WEIGHTS_KEY: NO_WEIGHTS} if self.num_images > 0 else found
-
-    def check_query_head(self) -> None:
-        """Checks that the model can have a query head.
-
-        Raises:
-            ValmError: it retrieves no images.
-        """
-        if self.num_images == 0 or self.blind:
-            raise ValmError(
-                f"a query head needs retrieved images, got num_images = {self.num_images}, blind = {self.blind}"
-            )
 
     @property
     def transformers_weights(self) -> str | None:

@@ -31,7 +31,6 @@ from valm.model.documents import (
 )
 from valm.model.image_model import ImageOptions, RetrievalCache, with_retrieval
 from valm.model.old_weights import converted_weights
-from valm.model.query_head import QueryHead, QueryState
 
 
 class VaLMForCausalLM(AugmentedCausalLM, GPT2LMHeadModel):
@@ -63,21 +62,6 @@ class VaLMForCausalLM(AugmentedCausalLM, GPT2LMHeadModel):
         if config.fusion_scale == "embed_dim":
             block: Any = self.transformer.h[config.fusion_index]
             block.attn.scaling = config.n_embd**-0.5
-        self.query_head: QueryHead | None = None
-        if config.query_clip is not None:
-            self.query_head = QueryHead(config, config.image_dim)
-
-    def add_query_head(self, clip: str) -> QueryHead:
-        """Gives the model a new query head, with random weights, for the CLIP whose weights have SHA-256 `clip`.
-
-        Raises:
-            ValmError: the model retrieves no images.
-        """
-        config = self.config
-        config.check_query_head()
-        config.query_clip = clip
-        self.query_head = QueryHead(config, config.image_dim)
-        return self.query_head.to(self.device, self.dtype)
 
     @property
     def fusion_options(self) -> FusionOptions:
@@ -293,35 +277,6 @@ class VaLMForCausalLM(AugmentedCausalLM, GPT2LMHeadModel):
     def place_in_static_cache(self, inputs: dict[str, Any], mask: Tensor | None) -> dict[str, Any]:
         placed = self.place_text(inputs | {"attention_mask": mask, "position_ids": None})
         return {name: placed[name] for name in ("attention_mask", "position_ids", "text_limits")}
-
-    def self_queries(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, state: QueryState | None = None
-    ) -> Tensor:
-        """The queries of the model's own head, (B, T, E) float32, 0 at padding and at the first token of a document.
-        Only the head gets a gradient.
-
-        Args:
-            attention_mask: (B, P + T), 0 at padding, with P the tokens in `state`. None = no padding.
-            state: of the tokens before; gets these too.
-
-        Raises:
-            ValmError: the model has no query head.
-            ValueError: a wrong shape, as in `forward`.
-        """
-        if self.query_head is None:
-            raise ValmError('query="self" needs a query head: train one with `valm distill`')
-        past = 0 if state is None else state.length
-        documents = self._documents(input_ids, attention_mask, past, None if state is None else state.first_key)
-        self._check_positions(documents.position_ids)
-        with torch.no_grad():
-            embeddings = self.transformer.wte(input_ids) + self.transformer.wpe(documents.position_ids)
-        length = input_ids.shape[1]
-        mask = self._blocks_mask(unless_all_zero(documents.first_key), (length, past + length), past)
-        queries = self.query_head(embeddings, mask, None if state is None else state.cache)
-        if state is not None:
-            state.first_key = documents.first_key[:, -1]
-            state.length += length
-        return queries.masked_fill(documents.position_ids[..., None] == 0, 0)  # which padding has too
 
     def generate(
         self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **arguments: Any

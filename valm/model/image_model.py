@@ -22,7 +22,6 @@ from valm.errors import ValmError
 from valm.model.card import write_card
 from valm.model.config import check_min_score
 from valm.model.documents import mask_of_tokens, restarts, split_rows
-from valm.model.query_head import SelfEncoder, SelfRetriever
 from valm.retrieval.context import ContextCache
 from valm.retrieval.min_score import cut
 from valm.retrieval.note import RetrievalNote, open_encoder
@@ -467,7 +466,7 @@ class ImageModel(_Base):
 
         Args:
             clip, allow_download: as in `open_encoder`.
-            of_tower: device and dtype, as in `open_encoder`. A query head has those of the model.
+            of_tower: device and dtype, as in `open_encoder`.
 
         Raises:
             ValmError: the knowledge base or the CLIP is missing or damaged, or they do not belong together; or the text
@@ -476,9 +475,6 @@ class ImageModel(_Base):
         images = self.image_options
         of_clip: Any = {"clip": clip, "allow_download": allow_download}
         of_tower |= {"overlap": note.overlap, "min_tokens": note.min_tokens}
-        if note.query == "self":
-            kb = note.open_knowledge_base()
-            return SelfRetriever(SelfEncoder(self, tokenizer, kb, **of_clip), kb, images.num_images)
         if images.blind:
             place = note.open_knowledge_base() if note.clip is None else note.clip
             return BlindRetriever(open_encoder(place, note.query, tokenizer, **of_clip, **of_tower))

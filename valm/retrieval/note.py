@@ -29,7 +29,7 @@ SEGMENTS = ("overlap", "min_tokens")
 
 
 class _NoteFields(TypedDict):
-    query: Literal["eot", "state", "self"]
+    query: Literal["eot", "state"]
 
 
 class NoteFile(_NoteFields, total=False):
@@ -49,11 +49,6 @@ def _named(name: object, sha256: str | None) -> str:
     return f"{name} (SHA-256 {str(sha256)[:12]})"
 
 
-def _segments(retriever: Retriever | BlindRetriever) -> dict[str, Any]:
-    """SEGMENTS of a retriever; none of one whose queries the model itself makes."""
-    return getattr(retriever.encoder, "segments", {})
-
-
 @dataclass(frozen=True)
 class RetrievalNote:
     """How to retrieve the images of a saved model.
@@ -63,7 +58,7 @@ class RetrievalNote:
     Attributes:
         knowledge_base: its folder; None for a blind model, which needs a CLIP only.
         clip: the CLIP of a model without a knowledge base (`Clip.load`); a knowledge base has its own.
-        query: the kind of retrieval query: that of a `ContextEncoder`, or "self" (`SelfRetriever`).
+        query: the kind of retrieval query (`ContextEncoder`).
         index: the index when the model was saved, for information; opening uses the knowledge base's own.
         clip_name, clip_sha256: of the CLIP's weights (`Clip.weights_hash`).
         knowledge_base_sha256: of its content (`ImageKnowledgeBase.fingerprint`). Earlier versions noted neither.
@@ -100,21 +95,14 @@ class RetrievalNote:
     def of_retriever(cls, retriever: object) -> RetrievalNote | None:
         """The note of `retriever`; None for a retriever of the user's own, which a file cannot describe."""
         if isinstance(retriever, Retriever):
-            return cls.of_knowledge_base(retriever.kb, retriever.encoder.query, **_segments(retriever))
+            return cls.of_knowledge_base(retriever.kb, retriever.encoder.query, **retriever.encoder.segments)
         if isinstance(retriever, BlindRetriever):
             clip = retriever.encoder.clip
             source = clip.source
             if source is not None and Path(source).is_dir():
                 source = str(Path(source).absolute())
-            name, sha256 = clip.name, clip.weights_hash
-            return cls(
-                None,
-                retriever.encoder.query,
-                clip=source,
-                clip_name=name,
-                clip_sha256=sha256,
-                **_segments(retriever),
-            )
+            of_clip: Any = {"clip": source, "clip_name": clip.name, "clip_sha256": clip.weights_hash}
+            return cls(None, retriever.encoder.query, **of_clip | retriever.encoder.segments)
         return None
 
     @classmethod

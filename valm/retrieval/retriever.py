@@ -105,27 +105,15 @@ class Retriever:
         min_score: float | None = None,
     ):
         kb.check_encoder(encoder.clip)
-        self._open(encoder, kb, k, index, cache_tokens, encoder.clip.device, min_score)
-
-    def _open(
-        self,
-        encoder: Any,
-        kb: ImageKnowledgeBase,
-        k: int,
-        index: VectorIndex | None,
-        cache_tokens: int,
-        device: torch.device,
-        min_score: float | None = None,
-    ) -> None:
         _check_k(k, kb)
         _check_index(index, kb)
         self._arguments = (encoder, kb, k, index, cache_tokens)
         self.min_score = min_score
-        self.device = device
+        self.device = encoder.clip.device
         self.encoder = encoder
         self.kb = kb
         self.k = k
-        self.index: VectorIndex = open_index(kb, device) if index is None else index
+        self.index: VectorIndex = open_index(kb, self.device) if index is None else index
         self.cache = SegmentCache(cache_tokens)
 
     def __reduce__(self) -> tuple[Any, ...]:

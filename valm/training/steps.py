@@ -1,4 +1,4 @@
-"""The steps of trainings that are not a language model's, and so need no Trainer: a CLIP, a query head."""
+"""The steps of the training of a CLIP, which needs no Trainer."""
 
 from __future__ import annotations
 

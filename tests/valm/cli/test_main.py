@@ -44,7 +44,6 @@ def test_help_does_not_wait_for_torch():
         "kb add kb pictures",
         "clip train pictures --model ViT-B-32",
         "retrieve corpus.txt --kb kb",
-        "distill model --retrieval retrieval",
     ],
 )
 def test_what_one_process_does_is_refused_to_several(command, tmp_path, monkeypatch, capsys):
@@ -176,6 +175,18 @@ def test_an_error_names_the_option(words, capsys):
     ],
 )
 def test_a_misspelt_command_or_option_is_one_sentence(capsys, words, message):
+    assert run(*words.split()) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"valm: error: {message}") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("distill model --retrieval retrieval", "valm has no command distill: CLIP's text tower in --query-dtype int8"),
+    ],
+)
+def test_a_command_or_option_that_went_says_what_took_its_place(capsys, words, message):
     assert run(*words.split()) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"valm: error: {message}") and error.count("\n") == 1

@@ -224,7 +224,7 @@ def test_no_clip_is_downloaded_unless_that_is_allowed(copy, monkeypatch):
         asked.clear()
 
 
-@pytest.mark.parametrize("name, query", [("valm", "eot"), ("adapter", "state"), ("valm", "self"), ("blind", "self")])
+@pytest.mark.parametrize("name, query", [("valm", "eot"), ("adapter", "state")])
 def test_a_note_without_the_knowledge_base_that_its_model_needs(copy, name, query):
     (copy / name / "retrieval.json").write_text(json.dumps({"query": query, "clip": "../clip"}))
     model, tokenizer = load(copy / name)

@@ -38,7 +38,7 @@ def test_without_a_gpu_training_is_on_the_cpu(tmp_path, monkeypatch):
 
 
 def test_a_command_of_one_process_is_refused_to_several(monkeypatch):
-    check_alone("valm distill")
+    check_alone("valm retrieve")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValmError, match="valm distill runs in one process, but 2 were launched: start it without"):
-        check_alone("valm distill")
+    with pytest.raises(ValmError, match="valm retrieve runs in one process, but 2 were launched: start it without"):
+        check_alone("valm retrieve")
