@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-STORES = Path(__file__).parents[2] / "fixtures" / "0.1.0"
+from tests.valm.stores import make_stores
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -13,9 +13,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(3600))
 
 
+@pytest.fixture(scope="session")
+def whole_stores(tmp_path_factory) -> Path:
+    """Not to be changed."""
+    pytest.importorskip("faiss", reason="needs faiss: install valm[faiss]")
+    return make_stores(tmp_path_factory.mktemp("stores"))
+
+
 @pytest.fixture(scope="module")
-def stores(tmp_path_factory) -> Path:
-    return Path(shutil.copytree(STORES, tmp_path_factory.mktemp("fuzz") / "stores"))
+def stores(whole_stores, tmp_path_factory) -> Path:
+    return Path(shutil.copytree(whole_stores, tmp_path_factory.mktemp("fuzz") / "stores"))
 
 
 @pytest.fixture(scope="module")

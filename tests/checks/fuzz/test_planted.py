@@ -3,7 +3,6 @@ that is nested deeply: refused in one sentence, or read as before where the file
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -15,19 +14,15 @@ import pytest
 import torch
 
 from tests.checks.counts import COUNTS
-from tests.checks.fuzz.conftest import STORES
 from tests.checks.fuzz.mutations import REFUSED, files_of, result_of
+from tests.valm.stores import build_kb
 from valm import ImageKnowledgeBase, load
 from valm.clip.clip import Clip
 from valm.corpus.retrieved import CorpusRetrieval
 from valm.errors import ValmError
-from valm.knowledge_base.build import build
-from valm.knowledge_base.encode import Encoding
-from valm.knowledge_base.sources.folder import FolderSource
 from valm.retrieval.faiss_index import open_index
 from valm_kernels import FlatIPIndex
 
-pytest.importorskip("faiss", reason="needs faiss: install valm[faiss]")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:the model's")]
 
 DEPTH = 10_000
@@ -59,15 +54,8 @@ def read_corpus(stores: Path) -> None:
     corpus.verify_once()
 
 
-def finish_knowledge_base(stores: Path) -> None:
-    plan = json.loads((STORES / "kb" / "manifest.json").read_text())["plan"]
-    source = FolderSource(stores / "pictures", shard_size=plan["shard_size"])
-    encoding = Encoding(batch_size=plan["batch_size"], thumbnails=plan["thumbnails"])
-    build(source, stores / "kb-unfinished", Clip.load(stores / "clip"), encoding, progress=False)
-
-
 def search_flat_index(stores: Path) -> None:
-    queries = np.load(STORES / "flat" / "queries.npy", allow_pickle=False)
+    queries = np.load(stores / "flat" / "queries.npy", allow_pickle=False)
     FlatIPIndex.load(stores / "flat" / "int8").search(queries, 3)
 
 
@@ -81,7 +69,7 @@ def load_model(name: str) -> Callable[[Path], Any]:
 
 READERS: dict[str, Callable[[Path], Any]] = {
     "kb": read_knowledge_base,
-    "kb-unfinished": finish_knowledge_base,
+    "kb-unfinished": lambda stores: build_kb(stores, stores / "kb-unfinished"),
     "corpus": read_corpus,
     "flat/int8": search_flat_index,
     "clip": lambda stores: Clip.load(stores / "clip"),
@@ -94,13 +82,13 @@ OPTIONAL = ("generation_config.json", "retrieval.json", "tokenizer_config.json")
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_planted(tmp_path, name):
+def test_planted(whole_stores, tmp_path, name):
     errors = (ValueError, OSError) if name == "flat/int8" else (ValmError,)
-    for file in files_of(STORES / name):
+    for file in files_of(whole_stores / name):
         for how, plant in PLANTED.items():
             if how in ("lists", "objects") and file.suffix != ".json":
                 continue
-            stores = Path(shutil.copytree(STORES, tmp_path / "stores"))
+            stores = Path(shutil.copytree(whole_stores, tmp_path / "stores"))
             (stores / name / file.name).unlink()
             plant(stores / name / file.name)
 

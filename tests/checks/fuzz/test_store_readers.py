@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from tests.checks.fuzz.conftest import STORES
 from tests.checks.fuzz.mutations import REFUSED, check_mutants, files_of, fuzzed
 from valm import ImageKnowledgeBase
 from valm.corpus.retrieved import CorpusRetrieval
@@ -71,9 +70,9 @@ def test_unfinished_builds(stores, outside, data):
     folder = stores / data.draw(st.sampled_from(["kb-unfinished", "corpus-unfinished"]))
     what = "knowledge base" if folder.name.startswith("kb") else "corpus retrieval"
     files = [file for file in files_of(folder) if file.suffix == ".json" or file.name.endswith("00000.npy")]
+    plan = json.loads((folder / "build.json").read_text())["plan"]
 
     def read() -> Any:
-        plan = json.loads((STORES / folder.name / "build.json").read_text())["plan"]
         return ShardedBuild(folder, what, plan).done()
 
     check_mutants(data, files, outside, read, ...)
@@ -82,7 +81,7 @@ def test_unfinished_builds(stores, outside, data):
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 @fuzzed(300)
 def test_flat_index(stores, outside, dtype, data):
-    queries = np.load(STORES / "flat" / "queries.npy", allow_pickle=False)
+    queries = np.load(stores / "flat" / "queries.npy", allow_pickle=False)
 
     def read() -> Any:
         scores, ids = FlatIPIndex.load(stores / "flat" / dtype, verify=True).search(queries, 5)

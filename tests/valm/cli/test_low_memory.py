@@ -12,11 +12,13 @@ import torch
 
 from tests.valm.cli.commands import run
 from tests.valm.killed import exit_code, forked, needs_fork
+from tests.valm.stores import make_stores
 from valm.clip.clip import Clip
 from valm.retrieval.retriever import Retriever
+from valm.training.launch import check_alone
+from valm.training.resumable import check_resumable
 
 resource = pytest.importorskip("resource")
-STORES = Path(__file__).parents[2] / "fixtures" / "0.1.0"
 COMMANDS = {
     "verify": ["kb", "verify", "kb"],
     "search": ["kb", "search", "kb", "a red apple", "-k", "2"],
@@ -24,15 +26,21 @@ COMMANDS = {
     "retrieve": ["retrieve", "corpus.txt", "--kb", "kb", "--out", "new", "-k", "2"],
 }
 # What the commands import: extension modules that are imported without memory crash.
-IMPORTED = (torch, Clip, Retriever)
+IMPORTED = (torch, Clip, Retriever, check_alone, check_resumable)
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory) -> Path:
+    pytest.importorskip("faiss", reason="needs faiss: install valm[faiss]")
+    return make_stores(tmp_path_factory.mktemp("stores"))
 
 
 @needs_fork
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads the size of the process from /proc")
 @pytest.mark.parametrize("command", COMMANDS)
-def test_result_or_sentence(tmp_path, monkeypatch, command):
-    shutil.copytree(STORES, tmp_path / "stores")
+def test_result_or_sentence(stores, tmp_path, monkeypatch, command):
+    shutil.copytree(stores, tmp_path / "stores")
     monkeypatch.chdir(tmp_path / "stores")
     seen = set()
     for megabytes in (0, 1, 2, 4, 8, 16, 32, 256):
