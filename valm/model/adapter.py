@@ -23,7 +23,7 @@ from valm.model.card import write_card
 from valm.model.config_file import ADAPTER_FILE, MODEL_TYPE
 from valm.model.image_model import ImageModel
 from valm.model.probe import decoder_layers
-from valm.model.sketch import fingerprint, other_tensor, other_weight, project, sketch
+from valm.model.sketch import other_tensor, project, sketch
 from valm.store.files import check_regular, is_file, read_json, relative_path, write_json
 from valm.store.pretrained import CONFIG_FILE
 from valm.store.whole_folder import current_files, replaced_files
@@ -54,17 +54,11 @@ def save_adapter(model: AugmentedCausalLM, folder: str | os.PathLike) -> Path:
 
     Raises:
         ValmError: every weight was trained, or a weight of the base has changed since `augment` (a LoRA was merged into
-            it, for one) or may have, in a model of an earlier version, so an adapter would not be the model; or the
-            folder cannot be written, or holds a whole model.
+            it, for one), so an adapter would not be the model; or the folder cannot be written, or holds a whole model.
     """
     options = model.fusion_options
     if options.unfreeze == "all":
         raise ValmError('with unfreeze="all" every weight was trained: save the whole model by save_pretrained')
-    if options.sketch is None:
-        raise ValmError(
-            "this model was saved by an earlier version, so whether its base has changed is not known: save the whole "
-            "model by save_pretrained"
-        )
     found, expected = project(model, options.sketch), options.sketch
     if options.unfreeze == "block":
         layer = f"{_layer_name(model, options)}."
@@ -203,29 +197,17 @@ def _of_this_base(model: PreTrainedModel, options: FusionOptions, folder: Path) 
         ValmError: the adapter in `folder` belongs to another base.
     """
     found = project(model, options.sketch)
-    how = "has other values"
-    if options.sketch is not None:
-        name = other_tensor(found, options.sketch)
+    if name := other_tensor(found, options.sketch):
+        how = "has other values"
         if name not in found:
             how = "is missing"
         elif name not in options.sketch:
             how = "is no tensor of that base"
-    else:
-        layer = decoder_layers(model)[options.layer]
-        name = other_weight(fingerprint(layer), options.fingerprint or {})
-        name = None if name is None else f"{_layer_name(model, options)}.{name}"
-    if name is not None:
         raise ValmError(
             f"the adapter {folder} belongs to another base model than {model.config.name_or_path or 'this one'}: "
             f"{name} {how}"
         )
-    if options.sketch is None:
-        warnings.warn(
-            f"the adapter {folder} was saved by an earlier version: of its base model only layer {options.layer} was "
-            "compared",
-            stacklevel=3,
-        )
-    return replace(options, sketch=sketch(found), fingerprint=None)
+    return replace(options, sketch=sketch(found))
 
 
 def _layer_name(model: PreTrainedModel, options: FusionOptions) -> str:

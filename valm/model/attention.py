@@ -70,11 +70,10 @@ class FusionOptions:
         logit_bias: initial value of the bias that each head adds to its image scores.
         blind: each token sees its own retrieval query as its one image (Blind-VaLM, Ontalvilla et al. 2024).
         unfreeze: what trained besides the fusion: "", "block" or "all".
+        sketch: of the base model (`valm.model.sketch`), by which an adapter recognises it.
         score_scale: initial value of the scale of the retrieval scores; None = they are not used.
         min_score: a token whose best image has a lower retrieval score sees none; None = no cut.
         norm_eps: of LN_img.
-        sketch: of the base model (`valm.model.sketch`), by which an adapter recognises it.
-        fingerprint: in what an earlier version saved, instead of the sketch (`valm.model.sketch.fingerprint`).
 
     Raises:
         ValmError: min_score is no finite number, or the model retrieves no images.
@@ -92,11 +91,10 @@ class FusionOptions:
     logit_bias: float
     blind: bool
     unfreeze: str
-    score_scale: float | None = None
-    min_score: float | None = None
+    sketch: dict[str, str]
+    score_scale: float | None
+    min_score: float | None
     norm_eps: float = 1e-5
-    sketch: dict[str, str] | None = None
-    fingerprint: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
         check_min_score(self.min_score, self.num_images, self.blind)  # a file may have any

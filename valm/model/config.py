@@ -113,10 +113,6 @@ class ValmConfig(GPT2Config):
             raise ValmError(f"blind needs num_images = 1 (the query is the one image), got {num_images}")
         check_score_scale("image_score_scale_init", image_score_scale_init, num_images)
         check_min_score(min_score, num_images, blind)
-        if not self.scale_attn_weights:
-            raise ValmError(
-                "scale_attn_weights must be True: earlier versions ignored another value in the fusion layer"
-            )
         if self.add_cross_attention:
             raise ValmError("add_cross_attention must be False: VaLM is a decoder without an encoder")
         if self.n_embd % self.n_head or not 8 <= self.n_embd // self.n_head <= 256:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -12,7 +10,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2LMHeadModel
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.deprecation import deprecate_kwarg
 
 from valm.clip.tokenizer import ClipBpeTokenizer
@@ -30,7 +27,6 @@ from valm.model.documents import (
     unless_all_zero,
 )
 from valm.model.image_model import ImageOptions, RetrievalCache, with_retrieval
-from valm.model.old_weights import converted_weights
 
 
 class VaLMForCausalLM(AugmentedCausalLM, GPT2LMHeadModel):
@@ -83,6 +79,7 @@ class VaLMForCausalLM(AugmentedCausalLM, GPT2LMHeadModel):
             score_scale=config.image_score_scale_init,
             min_score=config.min_score,
             norm_eps=config.layer_norm_epsilon,
+            sketch={},  # an adapter has one; with unfreeze="all" there is none
         )
 
     @property
@@ -96,28 +93,6 @@ class VaLMForCausalLM(AugmentedCausalLM, GPT2LMHeadModel):
 
     def keep_num_images(self, value: int) -> None:
         self.config.num_images = value
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any) -> Any:
-        """`PreTrainedModel.from_pretrained`, also of what an earlier version saved (`converted_weights`)."""
-        source = pretrained_model_name_or_path
-        weights = None
-        if source is not None and kwargs.get("state_dict") is None:
-            weights = converted_weights(Path(source) / kwargs.get("subfolder", ""))
-        if source is None or weights is None:
-            return super().from_pretrained(source, *args, **kwargs)
-        source = Path(source) / kwargs.pop("subfolder", "")
-        config = kwargs.pop("config", None) or ValmConfig.from_pretrained(source)
-        for name in [name for name in kwargs if hasattr(config, name) and name not in ("dtype", "attn_implementation")]:
-            setattr(config, name, kwargs.pop(name))
-        kwargs |= {"config": config, "state_dict": weights}
-        found = super().from_pretrained(None, *args, **kwargs)
-        model = found[0] if isinstance(found, tuple) else found
-        model.config.name_or_path = os.fspath(source)
-        model.note_in(source)
-        if (Path(source) / GENERATION_CONFIG_NAME).is_file():
-            model.generation_config = GenerationConfig.from_pretrained(source)
-        return found
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")  # as in transformers' own models
     def forward(

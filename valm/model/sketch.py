@@ -31,8 +31,6 @@ BLOCK, SLAB = 1 << 14, 1 << 8
 ROUNDING, EXACT = 0.005, 1e-5
 # The largest error of a number that float16 rounds to a subnormal or to 0.
 SMALLEST = 2.0**-25
-# The same model in another precision has nearly the same mean absolute values; another model does not.
-FINGERPRINT_TOLERANCE = 0.01
 
 
 class Projections(NamedTuple):
@@ -130,24 +128,3 @@ def _random_signs(seed: str, count: int) -> Tensor:
     """From a hash, as the random numbers of PyTorch may be others in another version."""
     drawn = hashlib.shake_128(seed.encode()).digest(-(-count // 8))
     return torch.from_numpy(np.unpackbits(np.frombuffer(drawn, np.uint8), count=count) * 2.0 - 1.0)
-
-
-# ---- earlier versions had means of the fusion layer instead ----
-
-
-def fingerprint(block: nn.Module) -> dict[str, float]:
-    """Mean absolute value of each parameter of the layer, without the fusion's."""
-    return {
-        name: parameter.detach().abs().float().mean().item()
-        for name, parameter in block.named_parameters()
-        if "image_fusion" not in name
-    }
-
-
-def other_weight(found: dict[str, float], expected: dict[str, float]) -> str | None:
-    """The name of a parameter that differs between two fingerprints, None if all agree."""
-    for name in sorted({*found, *expected}):
-        values = (found.get(name, math.inf), expected.get(name, math.inf))
-        if not math.isclose(*values, rel_tol=FINGERPRINT_TOLERANCE, abs_tol=1e-8):
-            return name
-    return None

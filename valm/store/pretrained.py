@@ -107,7 +107,7 @@ def check_folder(folder: Path) -> None:
     """
     check_all_regular(folder)
     for index in folder.glob("*.index.json"):
-        for file in _shards(index, complete=False):
+        for file in _shards(index):
             check_regular(file)
     if is_file(folder / CONFIG_FILE):
         check_lists(folder / CONFIG_FILE, _config(folder), shapes_of(weight_files(folder)))
@@ -172,31 +172,28 @@ def _config(folder: Path) -> dict[str, Any]:
     return read_json(folder / CONFIG_FILE, "the config", dict[str, Any], "save the model again")
 
 
-def weight_files(folder: Path, *, complete: bool = False) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The files that transformers loads the weights in `folder` from.
 
     Raises:
-        ValmError: an index names a file outside of its folder, or, if they are to be `complete`, one that is missing.
+        ValmError: an index names a file outside of its folder.
     """
     named = _config(folder).get("transformers_weights")  # a file, or what a model of our own says to other classes
     for name in (named, *WEIGHTS) if isinstance(named, str) else WEIGHTS:
         file = _named_by(folder / CONFIG_FILE, name)
         index = Path(f"{file}.index.json")
         if is_file(file):
-            return _shards(file, complete) if name.endswith(".index.json") else [file]
+            return _shards(file) if name.endswith(".index.json") else [file]
         if is_file(index):
-            return _shards(index, complete)
+            return _shards(index)
     return []
 
 
-def _shards(index: Path, complete: bool) -> list[Path]:
+def _shards(index: Path) -> list[Path]:
     """The files that an index of weights names and that exist."""
     names = read_json(index, "the index of weights", _Index, "save the model again")["weight_map"].values()
     files = [_named_by(index, name) for name in sorted(set(names))]
-    missing = [file for file in files if not exists(file)]
-    if complete and missing:
-        raise ValmError(f"{index} names {missing[0].name}, which is not there: copy the model again")
-    return [file for file in files if file not in missing]
+    return [file for file in files if exists(file)]
 
 
 def _named_by(file: Path, name: str) -> Path:

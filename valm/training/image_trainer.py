@@ -20,7 +20,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, ge
 
 from valm.errors import ValmError
 from valm.model.checkpoint import save_checkpoint
-from valm.model.old_weights import is_old
 from valm.retrieval.note import RetrievalNote
 from valm.store.files import writable_folder
 from valm.store.pretrained import quiet_transformers
@@ -383,11 +382,6 @@ class ImageTrainer(Trainer):
         model: Any = self.model
         tied = model._tied_weights_keys or ()  # they are saved under one name
         wrong = [name for name in load_result.missing_keys if name not in tied] + load_result.unexpected_keys
-        if is_old(load_result.unexpected_keys):
-            raise ValmError(
-                "the checkpoint is of an earlier version, whose fusion block had other parameters, so its training "
-                "cannot go on: finish it by that version, or begin a new one"
-            )
         if wrong:
             raise ValmError(f"the checkpoint is of another model than this {type(model).__name__}: {wrong[0]}")
 

@@ -13,12 +13,9 @@ from valm.corpus.parts import fingerprint
 from valm.corpus.retrieved import CorpusRetrieval
 from valm.errors import ValmError
 from valm.model.config_file import WEIGHTS_KEY
-from valm.model.probe import decoder_layers
-from valm.model.sketch import fingerprint as layer_fingerprint
-from valm.model.sketch import other_tensor, other_weight, project
+from valm.model.sketch import other_tensor, project
 from valm.store.files import read_json, write_json
 from valm.training.image_trainer import ImageTrainer
-from valm.training.split import validation_of
 from valm_kernels.atomic_files import SAVE_WAIT_SECONDS, folder_lock, is_temporary, remove_leftovers
 from valm_kernels.json_files import short
 
@@ -93,12 +90,8 @@ def note_run(out: Path, training: ImageTrainer, dataset: Any, settings: Mapping[
     run = {name: value for name, value in run.items() if not name.startswith(FREE_FIELDS)}
     if file.is_file():
         before = read_json(file, "the note on a training", dict[str, Any], "choose another folder")
-        if isinstance(before.get("validation"), str | float):  # earlier versions noted it as it was written
-            before["validation"] = str(validation_of(before["validation"]))
         if before.get("validation_data") is not None and run.get("validation_data") is not None:
             before["validation"] = run["validation"]  # its content is compared, wherever it is
-        for name in ("context", "validation_data"):  # earlier versions did not note them
-            before.setdefault(name, run.get(name))
         compare(out, model, before, run)
     elif training.is_world_process_zero():
         with folder_lock(out, SAVE_WAIT_SECONDS):
@@ -129,7 +122,7 @@ def compare(out: Path, model: Any, before: dict[str, Any], run: dict[str, Any]) 
         )
     for name in dict.fromkeys([*run, *before]):
         there, here = before.get(name), json.loads(json.dumps(run.get(name)))
-        if name != "base" and not name.startswith(FREE_FIELDS) and here != there:
+        if name not in ("base", "numbers") and here != there:
             there, here = ("not given" if value is None else short(value) for value in (there, here))
             raise ValmError(
                 f"{out} holds another training: its {option_of(name)} is {there}, here it is {here}; choose another "
@@ -138,15 +131,8 @@ def compare(out: Path, model: Any, before: dict[str, Any], run: dict[str, Any]) 
 
 
 def other_base_tensor(model: Any, noted: Any) -> str | None:
-    """The name of a tensor of the base that is not as RUN_FILE has noted it, None if there is none.
-
-    noted: a sketch; of earlier versions the fingerprint of the fusion layer.
-    """
-    if not isinstance(noted, dict):
-        return "every tensor"
-    if all(isinstance(value, float) for value in noted.values()):
-        return other_weight(layer_fingerprint(decoder_layers(model)[model.fusion_options.layer]), noted)
-    return other_tensor(project(model, noted), noted)
+    """The name of a tensor of the base that is not as RUN_FILE has noted it in a sketch, None if there is none."""
+    return other_tensor(project(model, noted), noted) if isinstance(noted, dict) else "every tensor"
 
 
 def option_of(name: str) -> str:
@@ -161,9 +147,7 @@ def model_settings(config: Any) -> dict[str, Any]:
     found = config.to_diff_dict()
     found |= {**found.pop("base_config", {}), **found.pop("fusion", {})}
     return {
-        f"model.{name}": found[name]
-        for name in found
-        if "version" not in name and name not in ("fingerprint", "sketch", WEIGHTS_KEY)
+        f"model.{name}": found[name] for name in found if "version" not in name and name not in ("sketch", WEIGHTS_KEY)
     }
 
 

@@ -51,11 +51,15 @@ def expected(block, fusion, x, pool, index, retrieval_scores=None):
 
 
 @pytest.mark.parametrize("image_dim", [24, 32])
-@pytest.mark.parametrize("scale", ["head_dim", "embed_dim"])
-def test_equals_the_equations_of_the_paper(image_dim, scale):
-    block, fusion = layer(image_dim=image_dim, fusion_scale=scale, layer_norm_epsilon=1e-3)
+@pytest.mark.parametrize(
+    ("options", "scaling"),
+    [({}, 8**-0.5), ({"fusion_scale": "embed_dim"}, 32**-0.5), ({"scale_attn_weights": False}, 1.0)],
+    ids=str,
+)
+def test_equals_the_equations_of_the_paper(image_dim, options, scaling):
+    block, fusion = layer(image_dim=image_dim, layer_norm_epsilon=1e-3, **options)
     assert (fusion.proj is None) == (image_dim == 32)
-    assert block.attn.scaling == (8 if scale == "head_dim" else 32) ** -0.5
+    assert block.attn.scaling == scaling
     pool, index = random_images(tiny_config(image_dim=image_dim), 2, 5)
     x, pool = torch.randn(2, 5, 32).double(), pool.double()
     found = attended(block, x, image_pool=pool, image_index=index)
