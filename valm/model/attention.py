@@ -191,7 +191,10 @@ class ImageFusion(nn.Module):
         images = image_pool.to(self.norm.weight.dtype)
         if self.proj is not None:
             images = self.proj(images)  # (U, C)
-        return FusionTerms(self.norm(images)[None], self.k_bias, self.v_bias, self.logit_bias, self.score_scale)
+        # copies, because FSDP2 frees the parameters themselves after this forward where it wraps this module alone
+        biases = (self.k_bias.clone(), self.v_bias.clone(), self.logit_bias.clone())
+        scale = None if self.score_scale is None else self.score_scale.clone()
+        return FusionTerms(self.norm(images[None]), *biases, scale)
 
 
 # What a layer hands to its attention for the length of its forward, in each thread that uses the model: `images`

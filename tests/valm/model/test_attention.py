@@ -2,10 +2,11 @@ import pytest
 import torch
 from torch import nn
 
-from tests.valm.model.decoders import augmented, random_ids, random_images
+from tests.valm.model.decoders import IMAGE_DIM, augmented, random_ids, random_images
 from valm.errors import ValmError
 from valm.model import attention as fusion
 from valm.model.attention import FusionTerms, Images, fusion_attention, joint_attention
+from valm.model.augment import fusion_module
 
 
 class Head(nn.Module):
@@ -91,6 +92,14 @@ def test_a_query_that_sees_nothing_gives_zeros_and_no_nan():
     assert not out[1, :, 3].any()
     out.sum().backward()
     assert query.grad.isfinite().all() and not query.grad[1, :, 3].any()
+
+
+def test_the_fusion_returns_no_parameter():
+    """FSDP2 that wraps the fusion by itself frees its parameters after its forward."""
+    module = fusion_module(augmented(score_scale=1.0))
+    terms = module(torch.randn(7, IMAGE_DIM))
+    held = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    assert not held & {term.untyped_storage().data_ptr() for term in terms}
 
 
 def test_reasons_for_the_joint_attention():

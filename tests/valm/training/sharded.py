@@ -12,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 
 from tests.valm.training.documents import TOKENIZER, Vectors, documents
 from tests.valm.training.test_train import augmented
+from valm.model.augment import fusion_module
 from valm.training.collate import Collator
 
 
@@ -22,13 +23,22 @@ def batch(rank):
     return Collator(TOKENIZER, Vectors())(made)
 
 
+def with_biases():
+    model = augmented(unfreeze="all").train()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in fusion_module(model).parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model
+
+
 def main():
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=30))
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
-    model, whole = (augmented(unfreeze="all").train() for _ in range(2))
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh)
+    model, whole = with_biases(), with_biases()
+    for part in (fusion_module(model), *model.model.layers):  # the fusion by itself, as a policy by size does it
+        fully_shard(part, mesh=mesh)
     fully_shard(model, mesh=mesh)
     model(**batch(dist.get_rank())).loss.backward()
     for rank in range(2):
