@@ -71,7 +71,8 @@ def main() -> None:
         log_p, log_q = expected.double().log_softmax(-1), closed.double().log_softmax(-1)
         kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
 
-        fusion_module(model).logit_bias.fill_(0.0)
+        fusion = fusion_module(model)
+        fusion.logit_bias_delta.fill_(-fusion.initial_logit_bias)  # opens the heads: a bias of 0
         block, own = decoder_layers(model)[-2], decoder_layers(original)[-2].self_attn
         calls = []
         hook = block.self_attn.register_forward_hook(
@@ -79,7 +80,7 @@ def main() -> None:
         )
         opened = model(ids, **images).logits
         hook.remove()
-        (call, output), embedded = calls[0], fusion_module(model)(pool).hidden_states[0]
+        (call, output), embedded = calls[0], fusion(pool).hidden_states[0]
         eager = reference(own, call, embedded, index)
     print(
         json.dumps(

@@ -186,7 +186,7 @@ def open_images(model: PreTrainedModel, logit_bias: float = 0.0) -> None:
     with torch.no_grad():
         if module.proj is not None:
             module.proj.weight.normal_(std=0.3, generator=torch.Generator().manual_seed(4))
-        module.logit_bias.fill_(logit_bias)
+        module.logit_bias_delta.fill_(logit_bias - module.initial_logit_bias)
 
 
 @dataclass

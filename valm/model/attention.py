@@ -67,11 +67,12 @@ class FusionOptions:
         layer: index of the fusion layer, as given (negative from the end).
         width: C, dimension of the attention's input.
         heads, kv_heads, key_dim, value_dim: Hq, Hkv, Dk and Dv, as the attention passes them to the interface.
-        logit_bias: initial value of the bias that each head adds to its image scores.
+        logit_bias: initial value of the bias that each head adds to its image scores; the weights have the difference.
         blind: each token sees its own retrieval query as its one image (Blind-VaLM, Ontalvilla et al. 2024).
         unfreeze: what trained besides the fusion: "", "block" or "all".
         sketch: of the base model (`valm.model.sketch`), by which an adapter recognises it.
-        score_scale: initial value of the scale of the retrieval scores; None = they are not used.
+        score_scale: initial value of the scale of the retrieval scores; the weights have the difference. None = they
+            are not used.
         min_score: a token whose best image has a lower retrieval score sees none; None = no cut.
         norm_eps: of LN_img.
 
@@ -102,7 +103,8 @@ class FusionOptions:
 
 class FusionTerms(NamedTuple):
     """hidden_states: (1, U, C), the images as the attention reads text. k_bias: (Hkv, Dk). v_bias: (Hkv, Dv).
-    logit_bias: (Hq,) float32. score_scale: (1,), or None where retrieval scores are not used."""
+    logit_bias: (Hq,). score_scale: (1,), or None where retrieval scores are not used. The last four are float32 or
+    float64."""
 
     hidden_states: Tensor
     k_bias: Tensor
@@ -128,10 +130,9 @@ class Images(NamedTuple):
         """The `image_score_bias` of `visual_fusion_attn`."""
         if self.scores is None or self.terms.score_scale is None:
             return None
-        scale, scores = self.terms.score_scale, self.scores
-        wide = torch.promote_types(scale.dtype, torch.float32)
+        scale = self.terms.score_scale
         # 0 where there is no image, as -inf there would make the gradient of the scale NaN
-        return scale.to(wide) * scores.to(wide).masked_fill(self.image_index < 0, 0)
+        return scale * self.scores.to(scale.dtype).masked_fill(self.image_index < 0, 0)
 
 
 class TextLimits(NamedTuple):
@@ -160,7 +161,9 @@ class ImageFusion(nn.Module):
     """Modules that the fusion adds to an attention: an input projection if the dimensions differ, LN_img, biases, and
     a scale of the retrieval scores if these are used.
 
-    Its parameters are read only in its own forward, where the hooks of offloading and sharding load them.
+    Its parameters are read only in its own forward, where the hooks of offloading and sharding load them. All have the
+    type of the base, as FSDP2 takes one a group. The bias of the scores and the scale are stored as differences from
+    their initial values: near -10 the numbers of bfloat16 are 1/16 apart, which no step of training crosses.
     """
 
     def __init__(self, options: FusionOptions):
@@ -173,28 +176,30 @@ class ImageFusion(nn.Module):
         self.norm = nn.LayerNorm(options.width, eps=options.norm_eps)
         self.k_bias = nn.Parameter(torch.empty(options.kv_heads, options.key_dim))
         self.v_bias = nn.Parameter(torch.empty(options.kv_heads, options.value_dim))
-        self.logit_bias = nn.Parameter(torch.empty(options.heads))
-        self.score_scale = None if options.score_scale is None else nn.Parameter(torch.empty(1))
+        self.logit_bias_delta = nn.Parameter(torch.empty(options.heads))
+        self.score_scale_delta = None if options.score_scale is None else nn.Parameter(torch.empty(1))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Sets the initial values of all but its modules."""
-        init.zeros_(self.k_bias)
-        init.zeros_(self.v_bias)
-        init.constant_(self.logit_bias, self.initial_logit_bias)
-        if self.score_scale is not None and self.initial_score_scale is not None:
-            init.constant_(self.score_scale, self.initial_score_scale)
+        for parameter in (self.k_bias, self.v_bias, self.logit_bias_delta, self.score_scale_delta):
+            if parameter is not None:
+                init.zeros_(parameter)
 
     def forward(self, image_pool: Tensor) -> FusionTerms:
         """image_pool: (U, E)."""
         images = image_pool.to(self.norm.weight.dtype)
         if self.proj is not None:
             images = self.proj(images)  # (U, C)
+        wide = torch.promote_types(self.k_bias.dtype, torch.float32)
         # copies, because FSDP2 frees the parameters themselves after this forward where it wraps this module alone
-        biases = (self.k_bias.clone(), self.v_bias.clone(), self.logit_bias.clone())
-        scale = None if self.score_scale is None else self.score_scale.clone()
-        return FusionTerms(self.norm(images[None]), *biases, scale)
+        k_bias, v_bias = (bias.to(wide, copy=True) for bias in (self.k_bias, self.v_bias))
+        logit_bias = self.initial_logit_bias + self.logit_bias_delta.to(wide)
+        score_scale = None
+        if self.score_scale_delta is not None and self.initial_score_scale is not None:
+            score_scale = self.initial_score_scale + self.score_scale_delta.to(wide)
+        return FusionTerms(self.norm(images[None]), k_bias, v_bias, logit_bias, score_scale)
 
 
 # What a layer hands to its attention for the length of its forward, in each thread that uses the model: `images`

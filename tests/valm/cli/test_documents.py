@@ -200,7 +200,7 @@ def test_the_search_of_the_examples_is_exact(monkeypatch, tmp_path, capsys):
 def test_images_are_switched_on_and_off_in_the_examples(monkeypatch, world, tmp_path, capsys):
     model, tokenizer = valm.load(world / "valm")
     with torch.no_grad():  # so little trained, the model hardly looks at its images
-        fusion_module(model).logit_bias.fill_(4)
+        fusion_module(model).logit_bias_delta.fill_(4)
         model.transformer.h[model.config.fusion_index].attn.c_proj.weight.mul_(20)
         model.transformer.ln_f.weight.mul_(20)
     valm.save_checkpoint(model, tokenizer, tmp_path / "valm", note=RetrievalNote.read(world / "valm"))

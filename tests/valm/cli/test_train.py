@@ -101,7 +101,7 @@ def test_a_pretrained_decoder_is_trained_beside_its_text_only_twin(world, base, 
     assert run(*train, "--out", tmp_path / "twin", "--twin", "text") == 0
     assert len(list((tmp_path / "below").iterdir())) == 1
     before = load_file(base / "model.safetensors")
-    added = {"proj.weight", "norm.weight", "norm.bias", "k_bias", "v_bias", "logit_bias"}
+    added = {"proj.weight", "norm.weight", "norm.bias", "k_bias", "v_bias", "logit_bias_delta"}
     for name, new in (("model", added), ("twin", set())):
         after = load_file(tmp_path / name / "model.safetensors")
         moved = {weight for weight in before if not torch.equal(before[weight], after[weight])}
@@ -303,8 +303,8 @@ def test_retrieval_scores_train_a_scale(world, base, tmp_path, capsys, of):
     train += ["--base", base, *STEPS, "--context", "8"] if of == "base" else SIZE
     assert run(*train, "--out", tmp_path / "model") == 0
     model, tokenizer = load(tmp_path / "model")
-    (scale,) = (value for name, value in model.named_parameters() if name.endswith("score_scale"))
-    assert model.image_options.scored and scale.shape == (1,) and scale.item() != 0.5
+    (delta,) = (value for name, value in model.named_parameters() if name.endswith("score_scale_delta"))
+    assert model.image_options.scored and delta.shape == (1,) and delta.item() != 0
     ids = tokenizer("the color of the apple is", return_tensors="pt")["input_ids"]
     assert model.generate(ids, max_new_tokens=2).shape[1] == ids.shape[1] + 2
     if of == "base":

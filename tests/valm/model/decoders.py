@@ -62,8 +62,8 @@ def augmented(base=tiny_llama, seed=0, **arguments):
     generator = torch.Generator().manual_seed(seed)
     module = fusion_module(model)
     with torch.no_grad():
-        for bias in (module.k_bias, module.v_bias, module.logit_bias):
-            bias.copy_(torch.randn(bias.shape, generator=generator) * 0.3)
+        for bias in (module.k_bias, module.v_bias, module.logit_bias_delta):
+            bias.add_(torch.randn(bias.shape, generator=generator) * 0.3)
     return model
 
 

@@ -21,7 +21,7 @@ from transformers import (
     LlamaModel,
 )
 
-from tests.valm.model.decoders import augmented, random_ids, random_images, tiny_gpt2, tiny_llama
+from tests.valm.model.decoders import IMAGE_DIM, augmented, random_ids, random_images, tiny_gpt2, tiny_llama
 from tests.valm.models import tiny_model
 from tests.valm.other_tokenizers import chat_like
 from valm import VaLMForCausalLM, load, load_adapter, save_adapter
@@ -152,20 +152,20 @@ def test_an_adapter_is_small_and_opens_on_its_base(tmp_path, base_folder, unfree
 def test_the_scale_of_retrieval_scores_is_saved(tmp_path, base_folder):
     model = on_base(base_folder, score_scale=0.5)
     with torch.no_grad():
-        fusion_module(model).score_scale.fill_(1.25)
+        fusion_module(model).score_scale_delta.fill_(0.75)
     save_adapter(model, tmp_path / "adapter")
     model.save_pretrained(tmp_path / "whole")
     adapter = load_adapter(AutoModelForCausalLM.from_pretrained(base_folder), tmp_path / "adapter")
     for loaded in (adapter, AutoModelForCausalLM.from_pretrained(tmp_path / "whole")):
         assert loaded.image_options.scored and loaded.config.valm["score_scale"] == 0.5
-        assert fusion_module(loaded).score_scale.tolist() == [1.25]
+        assert fusion_module(loaded)(torch.zeros(1, IMAGE_DIM)).score_scale.tolist() == [1.25]
 
 
 def test_a_whole_model_takes_the_place_of_an_adapter(tmp_path, base_folder):
     model = on_base(base_folder)
     save_adapter(model, tmp_path / "model")
     with torch.no_grad():
-        fusion_module(model).logit_bias += 1
+        fusion_module(model).logit_bias_delta += 1
     model.save_pretrained(tmp_path / "model")
     assert not list((tmp_path / "model").glob("image_fusion.*"))
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()), logits(model))

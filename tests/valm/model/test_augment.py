@@ -68,8 +68,8 @@ def test_closed_images_leave_the_logits_as_they_were():
         expected = base()(random_ids(2, 9)).logits
         model = augment(base(), IMAGE_DIM, IMAGES)
         with torch.no_grad():
-            assert (fusion_module(model).logit_bias == -10).all()
-            fusion_module(model).logit_bias.fill_(-30.0)
+            assert fusion_module(model)(torch.zeros(1, IMAGE_DIM)).logit_bias.tolist() == [-10] * 4
+            fusion_module(model).logit_bias_delta.fill_(-20.0)
         close(logits(model), expected)
 
 
@@ -182,7 +182,7 @@ def test_copies_are_models_of_their_own(make):
     expected = logits(model)
     assert torch.equal(logits(made), expected)
     with torch.no_grad():
-        fusion_module(made).logit_bias.add_(1.0)
+        fusion_module(made).logit_bias_delta.add_(1.0)
     assert not torch.equal(logits(made), expected)
     assert torch.equal(logits(model), expected)
 
@@ -201,6 +201,26 @@ def test_other_precisions_give_the_same_loss(way, base):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
     # bfloat16 has 8 bits: a relative error of 2^-8 a rounding, in a handful of layers
     assert loss.item() == pytest.approx(expected, rel=1e-5 if way == "float64" else 8 * 2**-8)
+
+
+@pytest.mark.parametrize("name, start", [("logit_bias", -10.0), ("logit_bias", -3.0), ("score_scale", 20.0)])
+def test_what_the_images_count_for_learns_in_16_bits_as_in_32(name, start):
+    """Near -10 the numbers of bfloat16 are 0.0625 apart, near 20 they are 0.125."""
+    options = {"logit_bias": 0.0, name: start}
+    ids, images = random_ids(2, 9), random_images(2, 9)
+    if name == "score_scale":
+        images["image_scores"] = random_scores(images["image_index"])
+    moved = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = augment(tiny_llama().to(dtype), IMAGE_DIM, IMAGES, **options).train()
+        optimizer = torch.optim.AdamW(fusion_module(model).parameters(), lr=1e-3, weight_decay=0)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(ids, **images, labels=ids).loss.backward()
+            optimizer.step()
+        moved.append(getattr(fusion_module(model)(images["image_pool"]), name).detach().float() - start)
+    torch.testing.assert_close(moved[0].abs(), torch.full_like(moved[0], 3e-3), rtol=0.1, atol=0)
+    torch.testing.assert_close(moved[1], moved[0], rtol=0.1, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -228,12 +248,12 @@ def test_retrieval_scores_are_added_to_the_logits_of_images(base):
     model, images = augmented(base, score_scale=1.5), random_images(2, 9)
     index = images["image_index"]
     module = fusion_module(model)
-    assert module.score_scale.tolist() == [1.5]
+    assert module(images["image_pool"]).score_scale.tolist() == [1.5]
     with torch.no_grad():
         flat = model(random_ids(2, 9), **images, image_scores=torch.full(index.shape, 0.6)).logits
         varied = model(random_ids(2, 9), **images, image_scores=random_scores(index)).logits
         without = augmented(base)
-        fusion_module(without).logit_bias.add_(1.5 * 0.6)
+        fusion_module(without).logit_bias_delta.add_(1.5 * 0.6)
         close(without(random_ids(2, 9), **images).logits, flat)
     assert (varied - flat).abs().max() > 1e-2
     ids = random_ids(2, 9)

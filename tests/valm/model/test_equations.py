@@ -31,6 +31,9 @@ def expected(block, fusion, x, pool, index, retrieval_scores=None):
     query_b, key_b, value_b = attention.c_attn.bias.split(width)
     z = pool if fusion.proj is None else pool @ fusion.proj.weight.T
     z = nn.functional.layer_norm(z, (width,), fusion.norm.weight, fusion.norm.bias, fusion.norm.eps)
+    logit_bias = fusion.initial_logit_bias + fusion.logit_bias_delta
+    if retrieval_scores is not None:
+        score_scale = fusion.initial_score_scale + fusion.score_scale_delta
     out = torch.zeros_like(x)
     for b in range(x.shape[0]):
         for i in range(x.shape[1]):
@@ -43,9 +46,9 @@ def expected(block, fusion, x, pool, index, retrieval_scores=None):
                 image_k = z[slots] @ key_w[:, part] + key_b[part] + fusion.k_bias[h]
                 image_v = z[slots] @ value_w[:, part] + value_b[part] + fusion.v_bias[h]
                 scores = torch.cat([text_k @ q, image_k @ q]) * attention.scaling
-                scores[i + 1 :] += fusion.logit_bias[h]
+                scores[i + 1 :] += logit_bias[h]
                 if retrieval_scores is not None:
-                    scores[i + 1 :] += fusion.score_scale * retrieval_scores[b, i][index[b, i] >= 0]
+                    scores[i + 1 :] += score_scale * retrieval_scores[b, i][index[b, i] >= 0]
                 out[b, i, part] = scores.softmax(0) @ torch.cat([text_v, image_v])
     return attention.c_proj(out)
 
@@ -72,7 +75,7 @@ def test_the_scaled_retrieval_scores_are_added_to_the_logits_of_images():
     scores = random_scores(index).double()
     assert (scores == -torch.inf).any()
     x, pool = torch.randn(2, 5, 32).double().requires_grad_(), pool.double()
-    leaves = [fusion.score_scale, x, *block.attn.parameters()]
+    leaves = [fusion.score_scale_delta, x, *block.attn.parameters()]
     found = attended(block, x, image_pool=pool, image_index=index, image_scores=scores)
     truth = expected(block, fusion, x, pool, index, scores)
     torch.testing.assert_close(found, truth)

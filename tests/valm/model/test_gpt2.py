@@ -294,7 +294,7 @@ def test_fusion_attention_gives_the_weights_of_the_forward_pass(model):
     close(text.sum(-1) + images.sum(-1), torch.ones(2, 4, 6))
     with torch.no_grad():  # a closed head gives pictures no weight
         closed = tiny_model()
-        fusion_module(closed).logit_bias.fill_(-1e4)
+        fusion_module(closed).logit_bias_delta.fill_(-1e4)
     assert closed.fusion_attention(ids, pool, index)[1].max() == 0
     assert (images.sum(-1) > 0).any()
 
@@ -413,9 +413,7 @@ def test_retrieval_scores_are_part_of_the_model(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.config.image_score_scale_init == 1.5
-    assert loaded.transformer.h[1].attn.image_fusion.score_scale.equal(
-        model.transformer.h[1].attn.image_fusion.score_scale
-    )
+    assert fusion_module(loaded).score_scale_delta.equal(fusion_module(model).score_scale_delta)
     assert torch.equal(loaded(ids, **images).logits, expected)
 
     retriever = HashRetriever(BOS)
@@ -565,7 +563,7 @@ def test_assisted_decoding_is_refused():
 
 def test_a_new_scale_begins_at_its_initial_value():
     model = VaLMForCausalLM(tiny_config(image_score_scale_init=2.5))
-    assert fusion_module(model).score_scale.tolist() == [2.5]
+    assert fusion_module(model)(torch.zeros(1, model.config.image_dim)).score_scale.tolist() == [2.5]
 
 
 def test_gpt2_refuses_pictures_and_a_foreign_cache_is_refused(model):

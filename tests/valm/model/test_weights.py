@@ -42,7 +42,7 @@ def test_an_augmented_model_shows_its_weights(base):
     assert image[images["image_index"][:, None].expand(-1, 4, -1, -1) == -1].abs().max() == 0
     assert torch.equal(model(ids, **images).logits, before)  # it computes as before
     with torch.no_grad():
-        fusion_module(model).logit_bias[2] = -1e4
+        fusion_module(model).logit_bias_delta[2] = -1e4
     closed = model.fusion_attention(ids, **images)[1]
     assert closed[:, 2].max() == 0 and closed[:, 1].max() > 0
 
