@@ -229,7 +229,8 @@ class VisualAttention(_Module):
             image_pool, image_slots = image_pool.new_zeros(1, image_pool.shape[1]), None
         arguments = named_arguments(self.forward_names, args, kwargs)
         terms = self.image_fusion(image_pool)
-        _, keys, values = self._catch(self._at_no_position(terms.hidden_states, arguments))
+        as_text = terms.hidden_states.to(arguments["hidden_states"].dtype)  # the fusion may be of another type
+        _, keys, values = self._catch(self._at_no_position(as_text, arguments))
         query = self._image_query(arguments)
         images = Images(keys[0], values[0], image_index, query, terms, image_scores, image_slots)
         return super().forward(**arguments, **passed_on, images=images)

@@ -46,9 +46,9 @@ def logits(model, **arguments):
     return model(random_ids(2, 9), **random_images(2, 9), **arguments).logits
 
 
-def loss_of(model):
+def loss_of(model, **scores):
     ids = random_ids(2, 9)
-    return model(ids, labels=ids, **random_images(2, 9)).loss
+    return model(ids, labels=ids, **random_images(2, 9), **scores).loss
 
 
 def trained(model):
@@ -201,6 +201,22 @@ def test_other_precisions_give_the_same_loss(way, base):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
     # bfloat16 has 8 bits: a relative error of 2^-8 a rounding, in a handful of layers
     assert loss.item() == pytest.approx(expected, rel=1e-5 if way == "float64" else 8 * 2**-8)
+
+
+@pytest.mark.parametrize("of_base, of_fusion", [("bfloat16", "float32"), ("float32", "bfloat16")])
+@pytest.mark.parametrize("base", [tiny_llama, tiny_gpt2])
+def test_a_fusion_of_another_type_than_its_base_learns(of_base, of_fusion, base):
+    """Such as float32, to train it in small steps beside a base in bfloat16."""
+    scores = {"image_scores": random_scores(random_images(2, 9)["image_index"])}
+    model = augmented(base, score_scale=1.0)
+    expected = loss_of(model, **scores).item()
+    module = fusion_module(model.to(getattr(torch, of_base))).to(getattr(torch, of_fusion))
+    out = model(random_ids(2, 9), **random_images(2, 9), **scores)
+    assert out.logits.dtype == getattr(torch, of_base)
+    loss = loss_of(model, **scores)
+    loss.backward()
+    assert all(p.grad.any() and p.grad.isfinite().all() for p in module.parameters())
+    assert loss.item() == pytest.approx(expected, rel=8 * 2**-8)
 
 
 @pytest.mark.parametrize("name, start", [("logit_bias", -10.0), ("logit_bias", -3.0), ("score_scale", 20.0)])
