@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from transformers import AttentionInterface
 from transformers import initialization as init
 from transformers.cache_utils import Cache
@@ -232,6 +233,8 @@ class VisualAttention(_Module):
         as_text = terms.hidden_states.to(arguments["hidden_states"].dtype)  # the fusion may be of another type
         _, keys, values = self._catch(self._at_no_position(as_text, arguments))
         query = self._image_query(arguments)
+        if keys.shape[1] < len(terms.k_bias):
+            terms = _of_own_heads(terms, self)
         images = Images(keys[0], values[0], image_index, query, terms, image_scores, image_slots)
         return super().forward(**arguments, **passed_on, images=images)
 
@@ -329,6 +332,24 @@ class VisualAttention(_Module):
                 raise ValmError(
                     f"{type(self).__name__} {why}: with images it would be off by {error:.1e} of its largest value"
                 )
+
+
+def _of_own_heads(terms: FusionTerms, attention: nn.Module) -> FusionTerms:
+    """The terms of the heads that this process computes, where the attention's projections are divided among several
+    (tensor parallel). Every process has all parameters of the fusion, and gets their whole gradients."""
+    (mesh,) = {parameter.device_mesh for parameter in attention.parameters() if isinstance(parameter, DTensor)}
+
+    def everywhere(tensor: Tensor) -> DTensor:
+        return DTensor.from_local(tensor, mesh, [Replicate()], run_check=False)
+
+    k_bias, v_bias, logit_bias = (
+        everywhere(bias).redistribute(placements=[Shard(0)]).to_local()
+        for bias in (terms.k_bias, terms.v_bias, terms.logit_bias)
+    )
+    scale = terms.score_scale
+    if scale is not None:  # of all heads, so its gradient is the sum over processes
+        scale = everywhere(scale).to_local(grad_placements=[Partial()])
+    return FusionTerms(terms.hidden_states, k_bias, v_bias, logit_bias, scale)
 
 
 class VisualLayer(_Module):

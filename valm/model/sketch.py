@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.modeling_utils import load_offloaded_parameter
 
 from valm.errors import ValmError
@@ -48,7 +49,7 @@ def project(model: nn.Module, expected: Mapping[str, str] | None = None) -> dict
     expected: a sketch to be compared. Where its tensor has 16 bits, a wider one of the model is rounded to that type.
 
     Raises:
-        ValmError: a weight is no tensor, as in what torch.ao has quantised.
+        ValmError: a weight is no tensor, as in what torch.ao has quantised, or is divided among processes.
     """
     expected = expected or {}
     state = {name: tensor for name, tensor in model.state_dict().items() if "image_fusion." not in name}
@@ -57,6 +58,11 @@ def project(model: nn.Module, expected: Mapping[str, str] | None = None) -> dict
             raise ValmError(
                 f"{name} of the model is a {type(value).__name__} and no tensor, as torch.ao's quantisation leaves it: "
                 "augment the model, or load or save its adapter, before it is quantised"
+            )
+        if isinstance(value, DTensor):
+            raise ValmError(
+                f"{name} of the model is divided among processes, as by a tp_plan or FSDP2: augment the model, or load "
+                "or save its adapter, before that; a whole augmented folder may be loaded with a tp_plan"
             )
     return {name: _project(_loaded(model, name, tensor), expected.get(name)) for name, tensor in state.items()}
 

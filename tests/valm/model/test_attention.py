@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from tests.valm.model.decoders import IMAGE_DIM, augmented, random_ids, random_images
+from tests.valm.training.test_processes import launch
 from valm.errors import ValmError
 from valm.model import attention as fusion
 from valm.model.attention import FusionTerms, Images, fusion_attention, joint_attention
@@ -100,6 +101,11 @@ def test_the_fusion_returns_no_parameter():
     terms = module(torch.randn(7, IMAGE_DIM))
     held = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
     assert not held & {term.untyped_storage().data_ptr() for term in terms}
+
+
+@pytest.mark.slow  # two processes that import torch
+def test_heads_that_are_divided_among_processes_get_their_own_biases(tmp_path):
+    launch("tests.valm.model.tensor_parallel", tmp_path)
 
 
 def test_reasons_for_the_joint_attention():
