@@ -1,10 +1,13 @@
-"""Checksums of files."""
+"""Checksums of files, and of JSON objects that carry their own."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 BLOCK_BYTES = 1 << 22
 
@@ -17,3 +20,9 @@ def file_sha256(path: Path, size: int = sys.maxsize) -> str:
             digest.update(block)
             size -= len(block)
     return digest.hexdigest()
+
+
+def json_sha256(content: Mapping[str, Any]) -> str:
+    """SHA-256 of a JSON object without its own entry "sha256", whatever the order of its keys."""
+    rest = {name: value for name, value in content.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

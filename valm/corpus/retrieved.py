@@ -47,11 +47,9 @@ from valm.retrieval.ray_index import ShardedIndex
 from valm.retrieval.retriever import Retriever
 from valm.store.files import read_json, write_json
 from valm.store.manifest import (
-    MANIFEST_FILE,
     Manifest,
     ShardRecord,
     damaged_files,
-    file_entry,
     files_of,
     kinds_of,
     open_array,
@@ -196,8 +194,8 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the manifest, which has the hashes of all files."""
-        return file_entry(self.path / MANIFEST_FILE)["sha256"]
+        """The manifest's own checksum, over those of all files."""
+        return self.manifest["sha256"]
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -268,7 +266,7 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
 
     def _state(self) -> dict[str, str]:
         """A hash of the files' metadata; only the system can set a file's ctime."""
-        digest = hashlib.sha256(file_entry(self.path / MANIFEST_FILE)["sha256"].encode())
+        digest = hashlib.sha256(self.fingerprint.encode())
         for entry in files_of(self.manifest):
             found = os.stat(os.path.join(self.path, entry["name"]))
             state = [entry["name"], found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_dev, found.st_ino]

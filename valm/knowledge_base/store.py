@@ -30,8 +30,8 @@ from valm.knowledge_base.format import (
     check_kinds,
     read_skipped,
 )
-from valm.store.files import is_transient, status
-from valm.store.manifest import MANIFEST_FILE, damaged_files, file_entry, open_array, open_manifest
+from valm.store.files import is_transient, read_json, status
+from valm.store.manifest import MANIFEST_FILE, Manifest, damaged_files, file_entry, open_array, open_manifest
 from valm.text import one_line
 from valm_kernels.memory_maps import exceeds_memory, read_ahead, read_at_random
 
@@ -59,11 +59,11 @@ class ImageKnowledgeBase:
     it, and any of its methods may run at once.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any], fingerprint: str):
+    def __init__(self, path: Path, manifest: dict[str, Any]):
         self.path = path.absolute()  # it stays open wherever the process works later
         self.manifest = manifest
-        # SHA-256 of the manifest, which has the checksums of all other files: identifies the knowledge base
-        self.fingerprint = fingerprint
+        # the manifest's own checksum, over those of all other files: identifies the knowledge base
+        self.fingerprint: str = manifest["sha256"]
         self._of_manifest = _identity(self.path)
         self._shards = [shard for shard in manifest["shards"] if shard["count"]]
         self._ends = np.cumsum([shard["count"] for shard in self._shards])
@@ -92,9 +92,8 @@ class ImageKnowledgeBase:
                 f"the manifest {path / MANIFEST_FILE} is damaged: it says {manifest['count']} images, but its shards "
                 f"have {total}; make it again"
             )
-        kb = cls(path, manifest, file_entry(path / MANIFEST_FILE)["sha256"])
-        if kb._of_manifest != before:  # the hash may be that of another manifest than the one read
-            raise ValmError(f"the knowledge base {path} was replaced while it was opened: open it again")
+        kb = cls(path, manifest)
+        kb._of_manifest = before  # if it has been replaced since, the first read says so
         return kb
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -346,8 +345,8 @@ class ImageKnowledgeBase:
         found = _identity(self.path)
         if found == self._of_manifest:
             return
-        # the same bytes are written anew where a backup is restored
-        if found and file_entry(self.path / MANIFEST_FILE)["sha256"] == self.fingerprint:
+        # the same manifest is written anew where a backup is restored
+        if found and read_json(self.path / MANIFEST_FILE, "the manifest", Manifest)["sha256"] == self.fingerprint:
             self._of_manifest = found
         else:
             raise ValmError(f"the knowledge base {self.path} has been replaced since it was opened: open it again")

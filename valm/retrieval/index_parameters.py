@@ -9,6 +9,7 @@ from typing import Annotated, TypedDict
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.store.files import read_json
+from valm.store.manifest import check_seal
 from valm_kernels.json_files import Count, Matching, Range, Sha256
 
 INDEX_FILE = "index.faiss"
@@ -25,7 +26,7 @@ class IndexFile(TypedDict):
 
 @dataclass(frozen=True)
 class IndexParameters:
-    """The content of index.json: how a knowledge base is indexed, and with what recall.
+    """The content of index.json, but its checksum: how a knowledge base is indexed, and with what recall.
 
     Attributes:
         factory: faiss's description of the index.
@@ -69,6 +70,7 @@ def index_parameters(kb: ImageKnowledgeBase) -> IndexParameters | None:
     if not os.path.lexists(path):
         return None
     values = read_json(path, "the index parameters", IndexParameters, remedy(kb))
+    check_seal(values, path, remedy(kb))
     parameters = IndexParameters(**{field.name: values[field.name] for field in fields(IndexParameters)})
     if parameters.knowledge_base != kb.fingerprint:
         raise ValmError(f"the index in {kb.path} is of another state of the knowledge base; {remedy(kb)}")

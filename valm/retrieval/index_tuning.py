@@ -25,7 +25,7 @@ from valm.retrieval.index_factory import import_faiss, stages
 from valm.retrieval.index_filling import filled_index, partial_folder, remove_partial, write_index
 from valm.retrieval.index_parameters import INDEX_FILE, PARAMETERS_FILE, IndexParameters
 from valm.store.files import write_errors, write_json
-from valm.store.manifest import file_entry
+from valm.store.manifest import file_entry, sealed
 from valm.text import one_line, split_lines
 from valm_kernels import ip_topk, merge_topk
 from valm_kernels.atomic_files import SAVE_WAIT_SECONDS, folder_lock, move, remove_leftovers, temporary_file
@@ -134,7 +134,7 @@ def build_index(
                 # from here until the new parameters are written, the knowledge base has no index
                 (kb.path / PARAMETERS_FILE).unlink(missing_ok=True)
                 move(temporary, file)
-                write_json(kb.path / PARAMETERS_FILE, asdict(parameters))
+                write_json(kb.path / PARAMETERS_FILE, sealed(asdict(parameters)))
                 opened = FaissIndex.open(kb, device)
         remove_partial(folder)
         return opened
@@ -217,7 +217,7 @@ class _ScoredOnce(ImageKnowledgeBase):
     """A knowledge base that is given the same queries again and again, and reads each vector once for each of them."""
 
     def __init__(self, kb: ImageKnowledgeBase):
-        super().__init__(kb.path, kb.manifest, kb.fingerprint)
+        super().__init__(kb.path, kb.manifest)
         self._pairs = np.empty(0, np.int64)  # query and image as one number, rising
         self._known = np.empty(0, np.float32)
 

@@ -1,4 +1,4 @@
-"""The manifest of a finished folder of shards: every file with its size and checksum.
+"""The manifest of a finished folder of shards: every file with its size and checksum, and a checksum of its own.
 
 Manifests and records are not trusted: only `check_files` compares the names in them with the names that are written
 here, and the files with their entries.
@@ -7,7 +7,6 @@ here, and the files with their entries.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +19,7 @@ from valm.errors import ValmError
 from valm.progress import progress_bar
 from valm.store.files import exists, is_folder, is_transient, read_json
 from valm.text import one_line
-from valm_kernels.checksums import file_sha256
+from valm_kernels.checksums import file_sha256, json_sha256
 from valm_kernels.json_files import Count, Matching, SchemaError, Sha256, check, own_file, short
 
 MANIFEST_FILE = "manifest.json"
@@ -58,6 +57,22 @@ class Manifest(Plan):
     format: str
     version: int
     shards: list[ShardRecord]
+    sha256: Sha256
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """`content`, a JSON object, with the checksum of its other entries, which `check_seal` compares."""
+    return {**content, "sha256": json_sha256(content)}
+
+
+def check_seal(content: Mapping[str, Any], path: Path, remedy: str = "make it again") -> None:
+    """Checks that `content`, read from `path`, is as `sealed` made it.
+
+    Raises:
+        ValmError: an entry has changed, or the checksum itself.
+    """
+    if content.get("sha256") != json_sha256(content):
+        raise ValmError(f"{path} is damaged: it differs from its own checksum; {remedy}")
 
 
 def file_entry(path: Path) -> FileEntry:
@@ -71,14 +86,9 @@ def files_of(manifest: Mapping[str, Any]) -> Iterator[FileEntry]:
 
 
 def damaged_files(folder: Path, manifest: Mapping[str, Any], progress: bool) -> list[str]:
-    """The names of those files whose content is not what the manifest of `folder` lists, and of those that it does not
-    list, as a damaged manifest may have lost them. Reads all."""
-    files = list(files_of(manifest))
-    bar = progress_bar(files, desc="verify", unit=" files", shown=progress)
-    damaged = [entry["name"] for entry in bar if file_entry(folder / entry["name"]) != entry]
-    listed = {entry["name"] for entry in files}
-    found = sorted(file.name for file in folder.iterdir() if re.fullmatch(FILE_NAME, file.name))
-    return damaged + [name for name in found if name not in listed and not name.startswith("shard-")]
+    """The names of those files whose content is not what the manifest of `folder` lists. Reads all."""
+    bar = progress_bar(list(files_of(manifest)), desc="verify", unit=" files", shown=progress)
+    return [entry["name"] for entry in bar if file_entry(folder / entry["name"]) != entry]
 
 
 def kinds_of(record: ShardRecord) -> set[str]:
@@ -112,7 +122,8 @@ def check_files(folder: Path, shards: Iterable[tuple[int, ShardRecord]]) -> None
 def open_manifest(path: Path, what: str, version: int, command: str, schema: type) -> dict[str, Any]:
     """The manifest of the folder `path`, which is a `what` of format `version` that `command` makes.
 
-    Checks format, version, the rest of `schema` (a `Manifest`), and the name, kind and size of every file.
+    Checks format, version, the rest of `schema` (a `Manifest`), its own checksum, and the name, kind and size of every
+    file.
 
     Raises:
         ValmError: a check failed; the message names the file.
@@ -141,6 +152,7 @@ def open_manifest(path: Path, what: str, version: int, command: str, schema: typ
         raise ValmError(
             f"the manifest {path / MANIFEST_FILE} is damaged, it is not what `{command}` writes: {error}; make it again"
         ) from error
+    check_seal(manifest, path / MANIFEST_FILE)
     try:
         check_files(path, enumerate(manifest["shards"]))
     except OSError as error:

@@ -2,7 +2,8 @@
 
     build.json          the plan: everything the result depends on; only while the folder is unfinished
     shard-00000.json    the record of shard 0, written when its files are complete; only while the folder is unfinished
-    manifest.json       the plan, and every shard with the checksums of its files; only when the folder is finished
+    manifest.json       the plan, every shard with the checksums of its files, and a checksum of all this; only when the
+                        folder is finished
 
 A shard is the unit of work. It depends on the plan and on its own part of the source alone, so shards can be written in
 any order and anywhere that sees the folder, and one that was begun twice is the same shard.
@@ -29,7 +30,9 @@ from valm.store.manifest import (
     Plan,
     ShardRecord,
     check_files,
+    check_seal,
     file_entry,
+    sealed,
 )
 from valm.store.shard_progress import Progress
 from valm_kernels.atomic_files import is_temporary, remove_leftovers
@@ -113,6 +116,7 @@ class ShardedBuild:
             return
         if (self.out / MANIFEST_FILE).exists():
             manifest: Manifest = read_json(self.out / MANIFEST_FILE, "the manifest", Manifest)
+            check_seal(manifest, self.out / MANIFEST_FILE)
             self._check_plan(manifest, f"already holds a {self.what}", "choose another folder")
             self._manifest = manifest
             self._remove_state()  # where it was killed between its last steps
@@ -155,7 +159,7 @@ class ShardedBuild:
     def finish(self, manifest: dict[str, Any]) -> None:
         """Writes `manifest`, with the plan and the shards, which finishes the folder."""
         shards = [record for _, record in sorted(self.done().items())]
-        whole = {**manifest, "plan": self.plan, "shards": shards}
+        whole = sealed({**manifest, "plan": self.plan, "shards": shards})
         write_json(self.out / MANIFEST_FILE, whole)
         self._manifest = cast(Manifest, whole)
         self._remove_state()

@@ -27,7 +27,7 @@ from ..atomic_files import (
     sync_folder,
     temporary_file,
 )
-from ..checksums import file_sha256
+from ..checksums import file_sha256, json_sha256
 from ..json_files import Count, Matching, SchemaError, Sha256, check, own_file, read_json, short
 
 FORMAT = "valm flat inner-product index"
@@ -87,7 +87,7 @@ def write_folder(path: Path, arrays: dict[str, np.ndarray], properties: dict[str
                 file, entry = _write_array(path, name, array, written)
                 entries[name] = {"file": file.name, **entry}
             manifest = {"format": FORMAT, "version": VERSION, **properties, "arrays": entries}
-            manifest["sha256"] = _checksum(manifest)
+            manifest["sha256"] = json_sha256(manifest)
             with temporary_file(path / MANIFEST) as temporary:
                 temporary.write_text(json.dumps(manifest, indent=2), encoding="utf-8")
                 move(temporary, path / MANIFEST)
@@ -165,12 +165,6 @@ def _referenced_files(path: Path) -> set[str]:
     return {entry["file"] for entry in manifest["arrays"].values()}
 
 
-def _checksum(manifest: dict[str, Any]) -> str:
-    """Checksum of a manifest without its own checksum: it shows when an array is no longer listed."""
-    said = {name: value for name, value in manifest.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-
-
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a saved folder.
 
@@ -191,7 +185,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"{file} has format version {short(version)}, this code reads version {VERSION} and {OLD_VERSION}; "
             "save the index again from its vectors"
         )
-    if version == VERSION and manifest.get("sha256") != _checksum(manifest):
+    if version == VERSION and manifest.get("sha256") != json_sha256(manifest):
         raise ValueError(f"{file} is damaged: it differs from its own checksum")
     try:
         check(manifest, _Manifest)

@@ -8,6 +8,8 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.valm.cli.commands import SIZE, run
+from valm.cli.verify import verify
+from valm.errors import ValmError
 from valm.evaluation.questions import Questions
 from valm.evaluation.suite import scores_of
 from valm.training.cache_below import cache_below
@@ -73,6 +75,24 @@ def test_whole_and_damaged(name, world, copy_of, tmp_path, capsys):
     assert run("verify", folder) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("valm: error: ") and str(folder) in error and ("damaged" in error or "checksum" in error)
+
+
+@pytest.mark.parametrize("name", ["kb", "retrieval", "index"])
+def test_a_changed_bit_of_the_manifest_is_damage(name, world, copy_of, tmp_path):
+    make = STORES[name][0]
+    folder = tmp_path / name
+    copy_of(name) if make is None else make(folder, world)
+    file = folder / "manifest.json"
+    whole = file.read_bytes()
+    for bit in np.random.default_rng(0).choice(8 * len(whole), 60, replace=False).tolist():
+        changed = bytearray(whole)
+        changed[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(changed)
+        try:
+            verify(folder)
+        except ValmError:
+            continue
+        assert json.loads(changed) == json.loads(whole), f"bit {bit}: {bytes(changed)!r}"
 
 
 def test_a_damaged_tokenizer_and_an_index_without_parameters(copy_of, capsys):

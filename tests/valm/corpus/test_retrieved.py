@@ -16,6 +16,7 @@ import torch
 from tests.valm.killed import exit_code_if_killed, needs_fork
 from tests.valm.other_tokenizers import gpt2_like, qwen_like
 from tests.valm.retrieval.indexed import make_kb_of_directions
+from tests.valm.store.manifests import edit_manifest
 from tests.valm.tiny_clip import TEXTS
 from valm.clip.tokenizer import tokenize_documents
 from valm.corpus import retrieved
@@ -348,9 +349,8 @@ def test_another_end_of_documents_is_refused(clip, kb, tmp_path):
         retrieve(other)
     with pytest.raises(ValmError, match=r"end in token \d+, the model's in \d+ \('the'\); retrieve it again"):
         corpus.check_tokenizer(other)
-    plan = json.loads((corpus.path / "manifest.json").read_text())
-    del plan["plan"]["eos"]  # of an earlier version, which is opened as it was
-    (corpus.path / "manifest.json").write_text(json.dumps(plan))
+    plan = {name: value for name, value in corpus.manifest["plan"].items() if name != "eos"}
+    edit_manifest(corpus.path, plan=plan)  # of an earlier version, which is opened as it was
     assert len(retrieve(first)) == 3
 
 
@@ -440,11 +440,10 @@ def test_damage_is_named(copied, tmp_path):
     with pytest.raises(ValmError, match=r"the tokenizer in .* cannot be read"):
         _ = CorpusRetrieval.open(copied).tokenizer
     manifest = json.loads((copied / "manifest.json").read_text())
-    plan = manifest["plan"]
-    (copied / "manifest.json").write_text(json.dumps({**manifest, "plan": {**plan, "k": 5}}))
+    edit_manifest(copied, plan={**manifest["plan"], "k": 5})
     with pytest.raises(ValmError, match=r"npy holds uint32 \(\d+, 4\), the manifest says uint32 \(\d+, 5\)"):
         CorpusRetrieval.open(copied)[0]
-    (copied / "manifest.json").write_text(json.dumps({**manifest, "version": 9}))
+    edit_manifest(copied, version=9)
     with pytest.raises(ValmError, match="has format version 9, this valm reads 2"):
         CorpusRetrieval.open(copied)
     (copied / "manifest.json").write_text("[]")
@@ -498,6 +497,6 @@ def test_offsets_that_do_not_part_the_tokens_are_refused_always(corpus, tmp_path
 )
 def test_manifests_that_disagree_with_themselves(corpus, tmp_path, name, values):
     damaged = a_copy(corpus, tmp_path / "damaged")
-    (damaged.path / "manifest.json").write_text(json.dumps({**damaged.manifest, name: values}))
+    edit_manifest(damaged.path, **{name: values})
     with pytest.raises(ValmError, match=r"manifest.* is damaged"):
         CorpusRetrieval.open(damaged.path)

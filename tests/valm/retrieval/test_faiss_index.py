@@ -9,6 +9,7 @@ import torch
 
 from tests.valm.models import tiny_model
 from tests.valm.retrieval.indexed import K, make_indexed, make_kb_of_directions, random_directions
+from tests.valm.store.manifests import edit_manifest
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.context import ContextEncoder
@@ -196,7 +197,7 @@ def test_a_retriever_finds_through_the_index_what_exact_search_finds(indexed, cl
 
 def test_damage_is_named_with_its_remedy(copied):
     file, parameters = copied.path / "index.faiss", copied.path / "index.json"
-    content, values = file.read_bytes(), json.loads(parameters.read_text())
+    content = file.read_bytes()
     remedy = rf"`valm kb index {copied.path}`, or delete index\.json to search exactly"
 
     def refused(match):
@@ -212,7 +213,7 @@ def test_damage_is_named_with_its_remedy(copied):
     refused(r"cannot read .*index\.faiss")
     file.unlink()
     refused(r"index\.faiss is damaged: it is missing")
-    parameters.write_text(json.dumps({**values, "knowledge_base": "another"}))
+    edit_manifest(copied.path, "index.json", knowledge_base="another")
     refused("is of another state of the knowledge base")
     parameters.write_text(json.dumps({"factory": "Flat"}))
     refused(r"index\.json is damaged")
@@ -220,3 +221,17 @@ def test_damage_is_named_with_its_remedy(copied):
     assert index_parameters(copied) is None and verify_index(copied) == []
     with pytest.raises(ValmError, match=r"has no index: it has no index\.json"):
         FaissIndex.open(copied)
+
+
+def test_parameters_with_one_changed_bit_are_refused(copied):
+    file = copied.path / "index.json"
+    whole = file.read_bytes()
+    for bit in np.random.default_rng(0).choice(8 * len(whole), 1000, replace=False).tolist():
+        changed = bytearray(whole)
+        changed[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(changed)
+        try:
+            index_parameters(copied)
+        except ValmError:
+            continue
+        assert json.loads(changed) == json.loads(whole), f"bit {bit}: {bytes(changed)!r}"

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from tests.valm.cli.commands import run
 from tests.valm.model.decoders import tiny_llama
 from tests.valm.models import model_of
+from tests.valm.store.manifests import edit_manifest
 from tests.valm.tiny_clip import make_clip
 from valm import Clip, ContextEncoder, ImageKnowledgeBase, Retriever, augment, load, save_adapter, save_checkpoint
 from valm.clip.tokenizer import prompt_ids
@@ -200,9 +201,8 @@ def test_a_damaged_hash_is_named(world, tmp_path):
 def test_no_clip_is_downloaded_unless_that_is_allowed(copy, monkeypatch):
     """Through every door that opens the CLIP of a note or of a knowledge base."""
     (copy / "blind" / "retrieval.json").write_text(json.dumps(note(copy / "blind") | {"clip": "someone/clip"}))
-    manifest = json.loads((copy / "kb" / "manifest.json").read_text())
-    manifest["clip"]["source"] = "someone/clip"
-    (copy / "kb" / "manifest.json").write_text(json.dumps(manifest))
+    clip = json.loads((copy / "kb" / "manifest.json").read_text())["clip"]
+    edit_manifest(copy / "kb", clip=clip | {"source": "someone/clip"})
     asked = []
     original = Clip.load
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
 from tests.valm.retrieval.test_alignment import gpt2_like
+from tests.valm.store.manifests import edit_manifest
 from tests.valm.tiny_clip import TEXTS, make_clip
 from valm.clip.tokenizer import prompt_ids
 from valm.errors import ValmError
@@ -251,8 +252,7 @@ def test_an_actor_that_is_started_again_searches_the_same_vectors(clip, make_kb)
     handed_on = pickle.dumps(kb)
     rows = _Rows(pickle.loads(handed_on), 1, 4)
     assert len(rows.index) == 3
-    manifest = kb.path / "manifest.json"
-    manifest.write_bytes(manifest.read_bytes() + b" ")
+    edit_manifest(kb.path, normalized=False)
     with pytest.raises(ValmError, match="is another one than in the process that handed it on"):
         _Rows(pickle.loads(handed_on), 1, 4)
 

@@ -6,6 +6,7 @@ import os
 import numpy as np
 import pytest
 
+from tests.valm.store.manifests import edit_manifest
 from valm.errors import ValmError
 from valm.store.manifest import Manifest, file_entry, open_array, open_manifest
 from valm.store.shards import ShardedBuild, ShardFiles
@@ -27,14 +28,30 @@ def finished(folder, **change):
     files.write_array("numbers", np.arange(3))
     files.finish(count=3)
     build.finish({"format": "valm heap", "version": 1})
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["shards"][0]["files"][0] |= change
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (shard,) = json.loads((folder / "manifest.json").read_text())["shards"]
+    shard["files"][0] |= change
+    edit_manifest(folder, shards=[shard])
     return folder
 
 
 def opened(folder):
     return open_manifest(folder, "heap", 1, "make heap", Manifest)
+
+
+def test_a_manifest_with_one_changed_bit_is_refused(tmp_path):
+    """Whatever that bit says."""
+    folder = finished(tmp_path / "finished")
+    file = folder / "manifest.json"
+    whole, meant = file.read_bytes(), opened(folder)
+    for bit in np.random.default_rng(0).choice(8 * len(whole), 250, replace=False).tolist():
+        changed = bytearray(whole)
+        changed[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(changed)
+        try:
+            opened(folder)
+        except ValmError:
+            continue
+        assert json.loads(changed) == meant, f"bit {bit}: {bytes(changed)!r}"
 
 
 @pytest.mark.parametrize(

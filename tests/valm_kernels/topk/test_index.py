@@ -18,6 +18,7 @@ import torch
 
 from tests.valm_kernels.topk.databases import normals
 from valm_kernels import FlatIPIndex, ip_topk, memory_maps
+from valm_kernels.checksums import json_sha256
 from valm_kernels.topk import cpu, storage
 from valm_kernels.topk import index as index_module
 
@@ -315,7 +316,7 @@ def saved(tmp_path):
 def edit_manifest(folder, **changes) -> None:
     """With a checksum that agrees, as an attacker would write it."""
     manifest = json.loads((folder / "manifest.json").read_text()) | changes
-    manifest["sha256"] = storage._checksum(manifest)
+    manifest["sha256"] = json_sha256(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
