@@ -20,11 +20,6 @@ from valm.progress import progress_bar
 from valm.store.shard_progress import Progress, ProgressBar
 from valm.store.shards import Runner, ShardedBuild, run_here
 
-# The order of the plan's entries in the manifest; a source's own settings come at OWN. This is the order of valm 0.1.0
-# and must not change: the hash of the manifest is the fingerprint of a knowledge base.
-ORDER = {"source": 0, "fingerprint": 1, "clip": 2, "batch_size": 4, "shard_size": 5, "thumbnails": 6}
-OWN = 3
-
 
 def build(
     source: Source,
@@ -90,8 +85,7 @@ def _compare(source: Source, build: ShardedBuild, progress: bool) -> None:
 
 def plan_of(source: Source, clip: Clip, encoding: Encoding) -> dict[str, Any]:
     """All settings that a knowledge base depends on, as JSON."""
-    plan = {**source.plan(), "clip": clip.weights_hash, **({} if source.precomputed else encoding.plan())}
-    return dict(sorted(plan.items(), key=lambda entry: ORDER.get(entry[0], OWN)))
+    return {**source.plan(), "clip": clip.weights_hash, **({} if source.precomputed else encoding.plan())}
 
 
 def _write_shard(
