@@ -67,7 +67,7 @@ class ImageTrainer(Trainer):
         self.numbers: dict[str, float] = {}  # for the model card, in place of those that were logged
         self._order: TrainingOrder | None = None
         self._planned: int | None = None  # steps of the training that wrote the checkpoint to resume from
-        self._batch = (0, 0)  # the step that is being done, and which of its batches
+        self._batch = (-1, 0)  # the step that is being done, and which of its batches
         self._scored = (0.0, 0.0)  # of the evaluation so far: sum of the losses of tokens, and how many
         self._saving: Path | None = None  # where a checkpoint is written until it is whole
 
@@ -224,9 +224,9 @@ class ImageTrainer(Trainer):
         return optimizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(*args, **kwargs)
         step, batch = self._batch
         self._batch = (self.state.global_step, batch + 1 if step == self.state.global_step else 0)
+        loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
             raise ValmError(self._not_finite(float(loss)))
         return loss
