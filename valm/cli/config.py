@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
 import re
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from valm.cli.options import CommandParser, instead
 from valm.errors import ValmError
@@ -61,32 +62,38 @@ class TrainingOptions:
         own = {action.dest: action for action in self.parser._actions if action.dest not in ("help", "config")}
         options: list[str] = []
         fields = {}
+        names = set()
         for key, value in content.items():
-            name = _as_text(file, key).replace("-", "_")
+            name = _as_text(file, key, key).replace("-", "_")
             action = own.get(name)
             if action is None and name not in _fields():
                 raise ValmError(f"the config {file} has an unknown field {key!r}{nearest(name, [*own, *_fields()])}")
+            if name in names:
+                raise ValmError(f"the config {file} has {name!r} twice: leave one out")
+            names.add(name)
             if value is None:
                 continue
-            values = [_as_text(file, one) for one in (value if isinstance(value, list) else [value])]
-            if action is None and isinstance(value, list | dict):
+            if action is None and isinstance(value, list | dict) and _holds(name, type(value)):
                 fields[name] = value
             elif action is None:
-                options += [f"--{name}", *values]
+                options.append(f"--{name}={_as_text(file, key, value)}")
             elif not action.option_strings:  # the corpus, which may be on the command line too
                 convert: Any = action.type
-                self.parser.set_defaults(**{name: [convert(one) for one in values]})
+                values = value if isinstance(value, list) else [value]
+                self.parser.set_defaults(**{name: [convert(_as_text(file, key, one)) for one in values]})
             elif action.nargs == 0:
                 if not isinstance(value, bool):
-                    raise ValmError(f"the config {file} has {key}: {values[0]}, expected true or false")
+                    raise ValmError(f"the config {file} has {key}: {short(value)}, expected true or false")
                 options += [action.option_strings[-1]] if value else []
             else:
-                options += [action.option_strings[-1], *values]
+                options.append(f"{action.option_strings[-1]}={_as_text(file, key, value)}")
         return options, fields
 
 
-def _as_text(file: Path, value: Any) -> str:
-    """A value as it would stand on the command line, where no NUL and no half of a character can."""
+def _as_text(file: Path, key: Any, value: Any) -> str:
+    """The value of `key` as it would stand on the command line, where no NUL and no half of a character can."""
+    if not isinstance(value, str | int | float | datetime.date):
+        raise ValmError(f"the config {file} has {key}: {short(value)}, expected one value")
     try:
         text = str(value)
         if not re.search("[\0\ud800-\udfff]", text):
@@ -94,6 +101,14 @@ def _as_text(file: Path, value: Any) -> str:
     except ValueError:  # a number of thousands of digits
         pass
     raise ValmError(f"the config {file} has a value that no option can have: {short(value)}")
+
+
+def _holds(field: str, kind: type) -> bool:
+    """Whether the value of a field of TrainingArguments may be of `kind`, list or dict."""
+    from transformers import TrainingArguments
+
+    hint = get_type_hints(TrainingArguments)[field]
+    return any((get_origin(one) or one) is kind for one in (hint, *get_args(hint)))
 
 
 def _fields() -> list[str]:

@@ -142,11 +142,26 @@ def read_yaml(path: Path, what: str) -> Any:
         # a few lines of aliases of aliases would fill the memory
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
             raise ValmError(f"{what} {path} has an alias (*NAME), which is not read: write the value itself")
+        if (twice := next(_keys_given_twice(yaml.compose(text, yaml.SafeLoader)), None)) is not None:
+            raise ValmError(f"{what} {path} has {short(twice)} twice: leave one out")  # PyYAML would take the last
         return yaml.safe_load(text)
     except ValmError:
         raise
     except Exception as error:  # a value that is none, such as 2026-99-99, makes PyYAML raise anything
         raise ValmError(f"{what} {path} cannot be read: {one_line(str(error))}") from error
+
+
+def _keys_given_twice(node: Any) -> Iterator[Any]:
+    """The keys that are twice in a mapping of a YAML document, given its root node."""
+    if node is None or node.id == "scalar":
+        return
+    nodes = node.value
+    if node.id == "mapping":
+        keys = [key.value for key, _ in nodes]
+        yield from (key for number, key in enumerate(keys) if key in keys[:number])
+        nodes = [value for _, value in nodes]
+    for inner in nodes:
+        yield from _keys_given_twice(inner)
 
 
 def read_text(path: str | os.PathLike) -> str:

@@ -1,9 +1,13 @@
 import os
 
+import numpy as np
 import pytest
 
 from valm.cli import build_parser
+from valm.cli.config import _fields
+from valm.cli.train import chosen_plan
 from valm.errors import ValmError
+from valm.training import training_arguments
 
 
 @pytest.mark.parametrize(
@@ -17,15 +21,69 @@ from valm.errors import ValmError
         ('out: "\\ud800"', "a value that no option can have"),
         ("steps: 0x" + "f" * 9999, "a value that no option can have: a number of more than 60 digits"),
         ("- steps", "is no list of options"),
-        ("resume: off-by-one", "has resume: off-by-one, expected true or false"),
+        ("resume: off-by-one", "has resume: 'off-by-one', expected true or false"),
         ("step: 3", r"unknown field 'step', did you mean steps\?"),
         ("layerz: 3", r"unknown field 'layerz', did you mean layer or layers\?"),
+        ("1: 2", "unknown field 1"),
+        ("lr: [1]", "has lr: a list of 1, expected one value"),
+        ("clip: [a, b]", "has clip: a list of 2, expected one value"),
+        ("kb: {a: 1}", "has kb: an object of 1, expected one value"),
+        ("kb: !!set {a}", "has kb: {'a'}, expected one value"),
+        ("clip: !!binary aGVsbG8=", "has clip: b'hello', expected one value"),
+        ("corpus: [[a.txt]]", "has corpus: a list of 1, expected one value"),
+        ("corpus: {a.txt: 1}", "has corpus: an object of 1, expected one value"),
+        ("resume: []", "has resume: a list of 0, expected true or false"),
+        ("resume: [true]", "has resume: a list of 1, expected true or false"),
+        ("resume: 'true'", "has resume: 'true', expected true or false"),
+        ("learning_rate: [1]", "has learning_rate: a list of 1, expected one value"),
+        ("metric_for_best_model: {}", "has metric_for_best_model: an object of 0, expected one value"),
+        ("report_to: {a: 1}", "has report_to: an object of 1, expected one value"),
+        ("fsdp_config: [1]", "has fsdp_config: a list of 1, expected one value"),
+        ("lr: 1\nsteps: 2\nlr: 1", "has 'lr' twice"),
+        ("batch-size: 1\nbatch_size: 1", "has 'batch_size' twice"),
+        ("gradient_checkpointing_kwargs: {a: 1, a: 2}", "has 'a' twice"),
+        (b"out: caf\xe9", "is not UTF-8 text"),
+        (b"\xff\xfeo\0u\0t\0:\0 \0a\0", "is UTF-16, expected UTF-8"),
+        ("", "is no list of options"),
+        ("lr", "is no list of options"),
+        ("lr: 1\nlr", "cannot be read"),
+        ("? [a]\n: 1", "cannot be read"),
     ],
 )
 def test_what_is_no_config_is_one_sentence(tmp_path, content, message):
-    (tmp_path / "train.yaml").write_text(content)
+    (tmp_path / "train.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValmError, match=message):
         build_parser().parse_args(["train", "corpus.txt", "--config", str(tmp_path / "train.yaml")])
+
+
+def test_values_that_an_option_can_have(tmp_path):
+    lines = ["logit_bias: -1.0e-5", "corpus: [a.txt, b.txt]", "run_name: -x", "report_to: [none]"]
+    lines += ["gradient_checkpointing_kwargs: {use_reentrant: false}", "clip: 2026-01-02", "resume: false", "kb: null"]
+    (tmp_path / "train.yaml").write_text("\n".join(lines))
+    found = build_parser().parse_args(["train", "--out", "out", "--config", str(tmp_path / "train.yaml")])
+    assert (found.logit_bias, found.clip, found.resume, found.kb) == (-1e-5, "2026-01-02", False, None)
+    assert list(map(str, found.corpus)) == ["a.txt", "b.txt"]
+    expected = {"report_to": ["none"], "gradient_checkpointing_kwargs": {"use_reentrant": False}, "run_name": "-x"}
+    assert found.fields == expected
+
+
+def test_any_value_of_any_name_is_taken_or_one_sentence(tmp_path, capsys):
+    """Of a sample. What the parser refuses with its usage, it refuses without a file too."""
+    values = ["[1]", "{a: 1}", "[]", "true", "evil", "-1", ".nan", "1.5", "''", "2020-01-01", "1.0e+999", "--x"]
+    train = ["train", "corpus.txt", "--out", "out"]
+    names = [*vars(build_parser().parse_args(train)), *_fields()]
+    refused = 0
+    for draw in np.random.default_rng(0).choice(len(names) * len(values), 40, replace=False).tolist():
+        name, value = names[draw % len(names)], values[draw // len(names)]
+        (tmp_path / "train.yaml").write_text(f"{name}: {value}")
+        try:
+            plan = chosen_plan(build_parser().parse_args([*train, "--config", str(tmp_path / "train.yaml")]))
+            plan.check()
+            training_arguments(tmp_path, **plan.training_fields())
+        except (ValmError, SystemExit) as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert 10 < refused < 35
 
 
 def test_a_pipe_is_not_waited_for(tmp_path):
