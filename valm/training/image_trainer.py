@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers import SchedulerType, Trainer
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, get_last_checkpoint, rotate_checkpoints
 
-from valm.errors import ValmError
+from valm.errors import ValmError, is_out_of_memory
 from valm.model.checkpoint import save_checkpoint
 from valm.retrieval.note import RetrievalNote
 from valm.store.files import writable_folder
@@ -34,6 +34,23 @@ log = logging.getLogger(__name__)
 
 # A part of the names of the parameters that only see images.
 FUSION_NAME = ".image_fusion."
+
+
+@contextmanager
+def argument_errors(still: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Takes what a library raises in the block, while `still` is true, as said of the training arguments.
+
+    Raises:
+        ValmError: in place of any other error but that of a file, or of too little memory.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ValmError | OSError) or is_out_of_memory(error) or not still():
+            raise
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        reason = str(error).strip().partition("\n")[0]
+        raise ValmError(f"the training arguments do not fit: {kind}{reason}") from error
 
 
 class ImageTrainer(Trainer):
@@ -76,7 +93,8 @@ class ImageTrainer(Trainer):
 
         Raises:
             ValmError: the folder holds another training's checkpoints; the one to resume from is damaged, or has more
-                steps than this training; a loss is not finite; a checkpoint cannot be written.
+                steps than this training; what a library raises before the first step; a loss is not finite; a
+                checkpoint cannot be written.
         """
         folder = writable_folder(str(self.args.output_dir))
         if self.args.should_save:
@@ -93,7 +111,8 @@ class ImageTrainer(Trainer):
         elif last is not None:
             raise ValmError(f"{folder} holds the checkpoints of another training: resume it, or choose another folder")
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            with argument_errors(lambda: self._batch[0] < 0):
+                return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             for callback in self.callback_handler.callbacks:  # otherwise an error would be printed after an open bar
                 bar = getattr(callback, "training_bar", None)

@@ -212,6 +212,9 @@ class TrainingPlan:
         for name in ("images", *SIZES, "context", "steps", "batch_size"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValmError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
+        for name in ("lr", "fusion_lr"):
+            if (value := getattr(self, name)) is not None and not value >= 0:  # NaN neither
+                raise ValmError(f"--{name.replace('_', '-')} is {value}, expected at least 0")
         if self.patience is not None and self.patience < 0:
             raise ValmError(f"--patience is {self.patience}, expected at least 0, which is never")
         for name, kinds in (("twin", TWINS), ("query", QUERIES)):

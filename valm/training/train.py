@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import math
 import os
 import warnings
 from typing import Any
@@ -28,7 +29,7 @@ from valm.training.blocks import Blocks
 from valm.training.cache_below import cache_below as with_fusion_input
 from valm.training.collate import NO_SCORES, Collator
 from valm.training.image_dropout import ImageDropout
-from valm.training.image_trainer import FUSION_NAME, ImageTrainer
+from valm.training.image_trainer import FUSION_NAME, ImageTrainer, argument_errors
 from valm.training.launch import check_processes
 from valm.training.limited_softmax import LimitedSoftmax
 from valm.training.min_score import with_min_score
@@ -44,6 +45,15 @@ DEFAULTS: dict[str, Any] = {
     "weight_decay": 0.01,
     "max_grad_norm": 2.0,
     "seed": 0,
+}
+
+# The least and the most of fields that TrainingArguments does not check. Beyond them a step fails by a division or in a
+# random generator, whose errors do not name the field.
+BOUNDS = {
+    **dict.fromkeys(("learning_rate", "seed", "data_seed", "neftune_noise_alpha"), (0, math.inf)),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), (1, math.inf)),
+    "gradient_accumulation_steps": (1, math.inf),
+    "label_smoothing_factor": (0, 1),
 }
 
 
@@ -64,10 +74,13 @@ def training_arguments(output_dir: str | os.PathLike, **fields: Any) -> Training
     }
     if str(fields.get("metric_for_best_model")).endswith("perplexity"):
         own["greater_is_better"] = False  # which transformers takes to be so for losses only
-    try:
+    with argument_errors():
         arguments = TrainingArguments(output_dir=os.fspath(output_dir), **(DEFAULTS | own | fields))
-    except (ValueError, TypeError, RuntimeError, ImportError) as error:
-        raise ValmError(f"the training arguments do not fit: {str(error).splitlines()[0]}") from error
+        for name, (least, most) in BOUNDS.items():
+            value = getattr(arguments, name)
+            if value is not None and not least <= value <= most:
+                limit = f" and at most {most}" if most < math.inf else ""
+                raise ValueError(f"{name} is {value}, expected at least {least}{limit}")
     check_processes(arguments)
     return arguments
 
@@ -183,25 +196,26 @@ def trainer(
         multiple = changed.eval_batch_size * changed.world_size
         return documents if documents is None or changed.world_size == 1 else Evened(documents, multiple)
 
-    return ImageTrainer(
-        note=note,
-        fusion_lr=fusion_lr,
-        model=model,
-        args=changed,
-        train_dataset=trained,
-        eval_dataset=evened(evaluated),
-        prepared=lambda documents: evened(ready(documents)),
-        data_collator=Collator(
-            tokenizer,
-            kb,
-            row_length,
-            scores=_image_options(inner).scored,
-            by_positions=by_positions,
-            bounds=isinstance(inner, VaLMForCausalLM),
-        ),
-        processing_class=with_length(tokenizer, inner),
-        **options,
-    )
+    with argument_errors():
+        return ImageTrainer(
+            note=note,
+            fusion_lr=fusion_lr,
+            model=model,
+            args=changed,
+            train_dataset=trained,
+            eval_dataset=evened(evaluated),
+            prepared=lambda documents: evened(ready(documents)),
+            data_collator=Collator(
+                tokenizer,
+                kb,
+                row_length,
+                scores=_image_options(inner).scored,
+                by_positions=by_positions,
+                bounds=isinstance(inner, VaLMForCausalLM),
+            ),
+            processing_class=with_length(tokenizer, inner),
+            **options,
+        )
 
 
 class Evened(Dataset[dict[str, Any]]):

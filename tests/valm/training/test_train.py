@@ -1,3 +1,4 @@
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -144,6 +145,40 @@ def test_arguments_that_cannot_be_are_one_sentence(tmp_path):
         training_arguments(tmp_path, lerning_rate=1)
     with pytest.raises(ValmError, match="do not fit: cosin is not a valid SchedulerType"):
         training_arguments(tmp_path, lr_scheduler_type="cosin")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"learning_rate": -1.0}, "learning_rate is -1.0, expected at least 0"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan, expected at least 0"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0, expected at least 1"),
+        ({"per_device_train_batch_size": -1}, "per_device_train_batch_size is -1, expected at least 1"),
+        ({"data_seed": -1}, "data_seed is -1, expected at least 0"),
+        ({"label_smoothing_factor": 2.0}, "label_smoothing_factor is 2.0, expected at least 0 and at most 1"),
+        ({"report_to": "evil"}, "evil is not supported, only "),
+        ({"eval_strategy": "steps"}, "You have set `args.eval_strategy` to IntervalStrategy.STEPS but you didn't pass"),
+        ({"torch_compile_backend": "evil"}, "'EVIL' is not a valid DynamoBackend"),
+        ({"gradient_accumulation_steps": [1]}, "TypeError: "),
+        ({"adam_beta1": 2.0}, "Invalid beta parameter at index 0: 2.0"),
+        ({"optim_args": "x"}, "not enough values to unpack"),
+        ({"lr_scheduler_kwargs": {"x": 1}}, "TypeError: get_cosine_schedule_with_warmup() got an unexpected keyword"),
+        ({"dataloader_num_workers": -1}, "num_workers option should be non-negative"),
+        ({"dataloader_persistent_workers": True}, "persistent_workers option needs num_workers > 0"),
+    ],
+    ids=str,
+)
+def test_what_transformers_refuses_before_the_first_step_is_one_sentence(tmp_path, fields, message):
+    with pytest.raises(ValmError, match=f"^the training arguments do not fit: {re.escape(message)}"):
+        new_trainer(tmp_path, **fields).train()
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_goes_wrong_in_a_step_is_not_taken_for_an_argument(tmp_path):
+    made = new_trainer(tmp_path)
+    made.model.register_forward_pre_hook(lambda *_: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        made.train()
 
 
 def test_fsdp_that_would_do_nothing_is_refused(tmp_path):
