@@ -30,14 +30,14 @@ from valm.model.gpt2 import VaLMForCausalLM
 from valm.retrieval.context import QUERIES
 from valm.retrieval.note import RetrievalNote, open_encoder
 from valm.retrieval.retriever import BlindRetriever, Retriever
-from valm.store.files import only_writer, output_folder
+from valm.store.files import output_folder
 from valm.store.manifest import MANIFEST_FILE
 from valm.training.callbacks import Patience, show_progress
 from valm.training.image_trainer import ImageTrainer
 from valm.training.launch import launched_processes
 from valm.training.min_score import with_min_score
 from valm.training.mix import SHARES, base_weights, mix
-from valm.training.run_note import RUN_FILE, content_of, newest_checkpoint, note_numbers, note_run
+from valm.training.run_note import content_of, newest_checkpoint, note_numbers, note_run, only_training
 from valm.training.split import hold_out, validation_of
 from valm.training.train import trainer, training_arguments
 from valm.training.twins import TWINS, twin
@@ -192,8 +192,7 @@ class TrainingPlan:
         note_run(out, training, dataset, own | self.training_fields())
         show_progress(training, "train")
         # saving a model locks the folder itself
-        lock = only_writer(out / RUN_FILE, f"another process is training in {out}: wait for its end, or choose another")
-        with lock if settings.should_save else nullcontext():
+        with only_training(out) if settings.should_save else nullcontext():
             training.train(resume_from_checkpoint=checkpoint)
             if base is not None:
                 training.numbers = mix(training, base, SHARES if self.mix and base else SHARES[:1])

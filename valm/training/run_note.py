@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from valm.corpus.retrieved import CorpusRetrieval
 from valm.errors import ValmError
 from valm.model.config_file import WEIGHTS_KEY
 from valm.model.sketch import other_tensor, project
-from valm.store.files import read_json, write_json
+from valm.store.files import only_writer, read_json, write_json
 from valm.training.image_trainer import ImageTrainer
 from valm_kernels.atomic_files import SAVE_WAIT_SECONDS, folder_lock, is_temporary, remove_leftovers
 from valm_kernels.json_files import short
 
 RUN_FILE = "run.json"
+LOGS = "runs"  # of TensorBoard
 # Prefixes of fields that a resumed training may change: they change neither the data nor the weights after a step, or
 # say how many steps there are, or which checkpoint becomes the model, or were measured at the end.
 FREE_FIELDS = (
@@ -51,17 +53,33 @@ OPTIONS = {
 def newest_checkpoint(out: Path, resume: bool, writes: bool) -> str | None:
     """The checkpoint in `out` to resume from, None to start; `writes`: whether it is this process that writes to `out`.
 
+    A training that ended before its first checkpoint has nothing to resume or to lose: its note is removed.
+
     Raises:
-        ValmError: `out` holds something, and no training is to be resumed in it; or not that of a training.
+        ValmError: `out` holds something, and no training is to be resumed in it; or not that of a training; or another
+            process trains there.
     """
     if writes:  # the others may find what this one has written
         remove_leftovers(out)
         found = [file.name for file in out.iterdir() if not is_temporary(file.name)]
+        if (out / RUN_FILE).is_file() and {*found} <= {RUN_FILE, LOGS}:
+            with only_training(out):
+                (out / RUN_FILE).unlink()
+            return None
         if found and not resume:
             raise ValmError(f"the output folder {out} is not empty: choose another, or give --resume to continue in it")
         if found and RUN_FILE not in found:
             raise ValmError(f"{out} holds no training that could be resumed (it has no {RUN_FILE}): choose another")
     return get_last_checkpoint(str(out)) if resume else None
+
+
+def only_training(out: Path) -> AbstractContextManager[None]:
+    """Keeps other processes from training in `out`, whose training is noted, until the block ends.
+
+    Raises:
+        ValmError: another process trains there.
+    """
+    return only_writer(out / RUN_FILE, f"another process is training in {out}: wait for its end, or choose another")
 
 
 def note_run(out: Path, training: ImageTrainer, dataset: Any, settings: Mapping[str, Any]) -> None:

@@ -61,7 +61,8 @@ def training_arguments(output_dir: str | os.PathLike, **fields: Any) -> Training
     """`TrainingArguments` with `DEFAULTS` for the fields that are not given; use_cpu is set where torch has no GPU.
 
     Raises:
-        ValmError: there is no such field, transformers rejects a value, or launched processes would not train together.
+        ValmError: there is no such field, transformers rejects a value, one is out of BOUNDS, or launched processes
+            would not train together.
     """
     known = [field.name for field in dataclasses.fields(TrainingArguments)]
     for name in fields:
@@ -128,7 +129,8 @@ def trainer(
         options: more of the Trainer's arguments: callbacks, optimizers, compute_metrics, ...
 
     Raises:
-        ValmError: model, data and knowledge base do not fit together, or launched processes would not train together.
+        ValmError: model, data and knowledge base do not fit together, the Trainer rejects an argument, or launched
+            processes would not train together.
     """
     check_processes(arguments)
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # of a PEFT model

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tests.valm.cli.commands import SIZE, STEPS, run
+from tests.valm.killed import exit_code, forked, needs_fork
 from tests.valm.other_tokenizers import chat_like, gpt2_like
 from valm.corpus.retrieved import CorpusRetrieval
 from valm.knowledge_base.store import ImageKnowledgeBase
@@ -497,7 +498,8 @@ def test_another_training_is_named_by_the_option_that_was_given(world, tmp_path,
     assert "holds another training: its --validation is not given, here it is '0.3'" in capsys.readouterr().err
 
 
-def test_one_process_at_a_time_trains_in_a_folder(world, tmp_path, capsys, monkeypatch):
+@needs_fork
+def test_one_process_at_a_time_trains_in_a_folder(world, tmp_path, capfd, monkeypatch):
     """However they were started, such as by srun, which sets no WORLD_SIZE."""
     train = ["train", world / "corpus.txt", "--clip", world / "clip", *SIZE, "--out", tmp_path / "model"]
     monkeypatch.setattr("valm.store.files.WAIT_SECONDS", 0)
@@ -505,12 +507,13 @@ def test_one_process_at_a_time_trains_in_a_folder(world, tmp_path, capsys, monke
 
     def start_another(self, *arguments, real=ImageTrainer.train, **options):
         monkeypatch.setattr(ImageTrainer, "train", real)
-        statuses.append(run(*train, "--resume"))
+        for more in ([], ["--resume"]):
+            statuses.append(exit_code(forked(lambda more=more: sys.exit(run(*train, "--lr", 1, *more)))))
         return real(self, *arguments, **options)
 
     monkeypatch.setattr(ImageTrainer, "train", start_another)
-    assert run(*train) == 0 and statuses == [1]
-    assert f"another process is training in {tmp_path / 'model'}" in capsys.readouterr().err
+    assert run(*train) == 0 and statuses == [1, 1]
+    assert capfd.readouterr().err.count(f"another process is training in {tmp_path / 'model'}") == 2
     assert run(*train, "--resume") == 0  # it has ended
 
 
@@ -546,6 +549,23 @@ def test_a_training_that_patience_ended_takes_no_further_step(world, tmp_path, c
 def test_a_loss_that_is_not_finite_ends_with_status_1_and_no_model(sentence):
     train = ["train", "{world}/corpus.txt", "--clip", "{world}/clip", "--out", "{tmp}/model", *SIZE]
     sentence([*train, "--lr", "1e30", "--lr_scheduler_type", "constant"], "the loss is nan at step 2 (rows ")
+
+
+@pytest.mark.parametrize("again", [[], ["--resume"]], ids=["anew", "resumed"])
+@pytest.mark.parametrize("wrong", [["--adam_beta1", "2"], ["--lr", "1e30"]], ids=["no step", "no checkpoint"])
+def test_a_training_without_a_checkpoint_binds_nobody(world, tmp_path, capsys, wrong, again):
+    """It has nothing that another one could go on from, or lose."""
+    train = ["train", world / "corpus.txt", "--clip", world / "clip", *SIZE, "--out", tmp_path / "model"]
+    (tmp_path / "model" / "runs").mkdir(parents=True)  # of TensorBoard
+    assert run(*train[:-2], *wrong, "--lr_scheduler_type", "constant", "--out", tmp_path / "other") == 1
+    (tmp_path / "other" / "run.json").rename(tmp_path / "model" / "run.json")
+    assert run(*train, *again) == 0
+    expected = load_file(world / "gpt2" / "model.safetensors")
+    written = load_file(tmp_path / "model" / "model.safetensors")
+    assert all(torch.equal(written[name], weight) for name, weight in expected.items())
+    capsys.readouterr()
+    assert run(*train, "--lr", 1, *again) == 1
+    assert ("its --lr is 0.0005, here it is 1" if again else "is not empty") in capsys.readouterr().err
 
 
 def evaluations(folder):
