@@ -58,7 +58,7 @@ test-oldest-triton:
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -m 'not slow' -n auto --maxprocesses 8 --dist worksteal \
 	    tests/valm_kernels/visual_fusion/triton tests/checks/triton
 
-test-all: $(VENV)/.installed-test,ray
+test-all: $(VENV)/.installed-test,ray,compat
 	$(BIN)/python -m pytest
 
 # What a change rarely breaks and a person does not wait for; .github/workflows/ci.yml runs it every night.

@@ -412,41 +412,6 @@ def test_a_compiled_model_sees_the_images_of_a_retriever_that_is_set_later():
     close(compiled(ids).logits, without)
 
 
-def test_lora_trains_with_the_fusion_saved_beside_it():
-    peft = pytest.importorskip("peft")
-    model = augmented()
-    expected = logits(model)
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["image_fusion"])
-    adapted = peft.get_peft_model(model, config)
-    close(logits(adapted), expected)
-    assert {name.split(".")[-2] for name in trained(adapted)} >= {"default"}
-    loss_of(adapted).backward()
-    moved = [name for name, p in adapted.named_parameters() if p.requires_grad and p.grad is not None and p.grad.any()]
-    assert any("image_fusion" in name for name in moved) and any("lora_" in name for name in moved)
-
-
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT
-def test_lora_of_a_base_from_a_folder_is_saved_and_loaded(tmp_path):
-    """PEFT looks up the base's vocabulary in its folder by the class of the augmented model's config."""
-    peft = pytest.importorskip("peft")
-    tiny_llama().save_pretrained(tmp_path / "base")
-
-    def base():
-        return augment(valm_class_from(tmp_path / "base"), IMAGE_DIM, IMAGES, logit_bias=0.0).eval()
-
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["image_fusion"], task_type="CAUSAL_LM")
-    adapted = peft.get_peft_model(base(), config)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.3)
-    adapted.save_pretrained(tmp_path / "lora")
-    loaded = peft.PeftModel.from_pretrained(base(), tmp_path / "lora")
-    assert torch.equal(logits(loaded), logits(adapted))
-    assert (logits(loaded) - logits(base())).abs().max() > 1e-2
-
-
 @pytest.mark.parametrize("offload", [cpu_offload, disk_offload])
 def test_offloaded_weights_are_there_when_they_are_read(tmp_path, offload):
     model = augmented()

@@ -1,0 +1,64 @@
+"""PEFT's LoRA on an augmented decoder."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.valm.model.decoders import IMAGE_DIM, IMAGES, augmented, random_ids, random_images, tiny_llama
+from valm.errors import ValmError
+from valm.model.adapter import save_adapter
+from valm.model.augment import augment
+
+peft = pytest.importorskip("peft", reason="needs the package peft (extra compat)")
+pytestmark = pytest.mark.slow
+
+
+def logits(model):
+    return model(random_ids(2, 9), **random_images(2, 9)).logits
+
+
+def test_lora_trains_with_the_fusion_saved_beside_it():
+    model, ids = augmented(), random_ids(2, 9)
+    expected = logits(model)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["image_fusion"])
+    adapted = peft.get_peft_model(model, config)
+    torch.testing.assert_close(logits(adapted), expected, rtol=1e-4, atol=1e-4)
+    adapted(ids, labels=ids, **random_images(2, 9)).loss.backward()
+    moved = [name for name, p in adapted.named_parameters() if p.requires_grad and p.grad is not None and p.grad.any()]
+    assert any("image_fusion" in name for name in moved) and any("lora_" in name for name in moved)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT
+def test_lora_of_a_base_from_a_folder_is_saved_and_loaded(tmp_path):
+    """PEFT looks up the base's vocabulary in its folder by the class of the augmented model's config."""
+    tiny_llama().save_pretrained(tmp_path / "base")
+
+    def base():
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        return augment(plain, IMAGE_DIM, IMAGES, logit_bias=0.0).eval()
+
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["image_fusion"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(base(), config)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    adapted.save_pretrained(tmp_path / "lora")
+    loaded = peft.PeftModel.from_pretrained(base(), tmp_path / "lora")
+    assert torch.equal(logits(loaded), logits(adapted))
+    assert (logits(loaded) - logits(base())).abs().max() > 1e-2
+
+
+def test_an_adapter_drops_no_merged_lora(tmp_path):
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj"], layers_to_transform=[0], init_lora_weights=False)
+    merged = peft.get_peft_model(augmented(), lora).merge_and_unload()
+    with pytest.raises(ValmError, match=r"layers\.0\.self_attn\.q_proj\.weight is not what it was .* save_pretrained"):
+        save_adapter(merged, tmp_path / "adapter")
+
+
+def test_an_adapter_with_a_lora_beside_it_is_refused(tmp_path):
+    model = augmented()
+    peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules=["q_proj"]), model)
+    with pytest.raises(ValmError, match=r"q_proj.*base_layer\.weight was added since .*: unload a LoRA"):
+        save_adapter(model, tmp_path / "adapter")
