@@ -225,7 +225,10 @@ def _description(folder: Path) -> AdapterFile:
         raise ValmError(f"{file} has format_version {version}, expected {FORMAT_VERSION}")
     found = read_json(file, what, AdapterFile, remedy)
     known = {field.name for field in fields(FusionOptions)}
-    options = FusionOptions(**{name: value for name, value in found["fusion"].items() if name in known})
+    try:
+        options = FusionOptions(**{name: value for name, value in found["fusion"].items() if name in known})
+    except ValmError as error:
+        raise ValmError(f"{file} does not describe an adapter: {error}; {remedy}") from error
     return {"format_version": version, "base": found["base"], "fusion": options}
 
 

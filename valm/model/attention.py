@@ -22,6 +22,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import math
 import threading
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 
 from valm.errors import ValmError
-from valm.model.config import check_min_score
+from valm.model.config import check_images, check_score_scale
 from valm.model.positions import (
     CACHE_ARGUMENTS,
     Call,
@@ -53,6 +54,8 @@ _Module: Any = object
 # Name of `fusion_attention` in transformers' attention interface.
 IMPLEMENTATION = "valm"
 
+# What trains besides the fusion: nothing, its layer, or everything.
+UNFREEZE = ("", "block", "all")
 # Head dimensions of `visual_fusion_attn`.
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
 
@@ -78,7 +81,7 @@ class FusionOptions:
         norm_eps: of LN_img.
 
     Raises:
-        ValmError: min_score is no finite number, or the model retrieves no images.
+        ValmError: an option has an invalid value, also where it is from a file.
     """
 
     architecture: str
@@ -99,7 +102,17 @@ class FusionOptions:
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        check_min_score(self.min_score, self.num_images, self.blind)  # a file may have any
+        check_images(self.image_dim, self.num_images, self.blind, self.min_score)
+        check_score_scale("score_scale", self.score_scale, self.num_images)
+        if not math.isfinite(self.logit_bias):
+            raise ValmError(f"logit_bias must be finite, got {self.logit_bias}")
+        if self.unfreeze not in UNFREEZE:
+            raise ValmError(f"unfreeze must be one of {', '.join(map(repr, UNFREEZE))}, got {self.unfreeze!r}")
+        if self.num_images == 0 and not self.unfreeze:
+            raise ValmError(
+                "with num_images = 0 (the text-only twin) there are no new parameters: let "
+                'unfreeze="block" or "all" train'
+            )
 
 
 class FusionTerms(NamedTuple):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 import os
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -29,7 +28,6 @@ from valm.model.attention import (
     visual_attention_class,
     visual_layer_class,
 )
-from valm.model.config import check_min_score, check_score_scale
 from valm.model.config_file import MODEL_TYPE, NO_WEIGHTS, WEIGHTS_KEY, reads_images
 from valm.model.documents import mask_of_tokens, padding_apart, restarts
 from valm.model.image_model import ImageModel, ImageOptions
@@ -40,8 +38,6 @@ from valm.model.weights import fusion_weights
 
 _Config: Any = object  # for a type checker, the config class behind the mixin
 
-# What trains besides the fusion: nothing, its layer, or everything.
-UNFREEZE = ("", "block", "all")
 # Attention implementations of the other layers whose masks the fusion layer can read.
 READABLE = ("sdpa", "eager")
 # A key is hidden from here on in a mask that is added to the scores; libraries write -inf, the least number or -1e4.
@@ -98,22 +94,6 @@ def augment(
         raise ValmError(f"this {type(model).__name__} takes images already")
     if getattr(transformers, type(model).__name__, None) is not type(model) or not isinstance(model, GenerationMixin):
         raise ValmError(f"{type(model).__name__} is no causal language model of transformers itself")
-    if image_dim < 1:
-        raise ValmError(f"image_dim must be at least 1, got {image_dim}")
-    if not 0 <= num_images <= 64:
-        raise ValmError(f"num_images must be from 0 to 64, got {num_images}")
-    if not math.isfinite(logit_bias):
-        raise ValmError(f"logit_bias must be finite, got {logit_bias}")
-    if unfreeze not in UNFREEZE:
-        raise ValmError(f"unfreeze must be one of {', '.join(map(repr, UNFREEZE))}, got {unfreeze!r}")
-    if num_images == 0 and not unfreeze:
-        raise ValmError(
-            'with num_images = 0 (the text-only twin) there are no new parameters: let unfreeze="block" or "all" train'
-        )
-    if blind and num_images != 1:
-        raise ValmError(f"blind needs num_images = 1 (the query is the one image), got {num_images}")
-    check_score_scale("score_scale", score_scale, num_images)
-    check_min_score(min_score, num_images, blind)
     check_readable(model.config)
     check_own_forwards(model)  # before it runs, which the hooks of a base that was offloaded may not let it do here
     if layer is None:
@@ -135,8 +115,8 @@ def augment(
         unfreeze=unfreeze,
         score_scale=score_scale,
         min_score=min_score,
-        sketch=sketch(project(model)),
     )
+    options = replace(options, sketch=sketch(project(model)))  # last: it reads every weight
     _attach_checked(model, options, found)
     return _with_class(model, options)
 
@@ -330,7 +310,7 @@ def config_from_dict(config: dict[str, Any], **kwargs: Any) -> Any:
         raise ValmError("the config has no base_config and fusion: it is not that of an augmented model")
     try:
         options = FusionOptions(**fusion)
-    except TypeError as error:
+    except (TypeError, ValmError) as error:
         raise ValmError(f"the config's fusion does not fit: {error}") from error
     model_class = transformers_class(options.architecture)
     base = {key: base[key] for key in base if key != WEIGHTS_KEY}

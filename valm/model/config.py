@@ -14,8 +14,24 @@ from transformers import GPT2Config
 from valm.errors import ValmError
 from valm.model.config_file import MODEL_TYPE, NO_WEIGHTS, WEIGHTS_KEY, reads_images
 from valm.text import nearest
+from valm_kernels import MAX_IMAGES
 
 FUSION_SCALES = ("head_dim", "embed_dim")
+
+
+def check_images(image_dim: int, num_images: int, blind: bool, min_score: float | None) -> None:
+    """Checks which images a model takes: options of `ValmConfig` and of `FusionOptions`.
+
+    Raises:
+        ValmError: one has an invalid value, or they exclude each other.
+    """
+    if image_dim < 1:
+        raise ValmError(f"image_dim must be at least 1, got {image_dim}")
+    if not 0 <= num_images <= MAX_IMAGES:
+        raise ValmError(f"num_images must be from 0 to {MAX_IMAGES}, got {num_images}")
+    if blind and num_images != 1:
+        raise ValmError(f"blind needs num_images = 1 (the query is the one image), got {num_images}")
+    check_min_score(min_score, num_images, blind)
 
 
 def check_score_scale(name: str, value: float | None, num_images: int) -> None:
@@ -101,18 +117,12 @@ class ValmConfig(GPT2Config):
         self.image_logit_bias_init = image_logit_bias_init
         self.image_score_scale_init = image_score_scale_init
         self.min_score = min_score
-        if image_dim < 1:
-            raise ValmError(f"image_dim must be at least 1, got {image_dim}")
-        if not 0 <= num_images <= 64:
-            raise ValmError(f"num_images must be from 0 to 64, got {num_images}")
+        check_images(image_dim, num_images, blind, min_score)
+        check_score_scale("image_score_scale_init", image_score_scale_init, num_images)
         if not -self.n_layer <= fusion_layer < self.n_layer:
             raise ValmError(f"fusion_layer must name one of the {self.n_layer} blocks, got {fusion_layer}")
         if fusion_scale not in FUSION_SCALES:
             raise ValmError(f"fusion_scale must be one of {FUSION_SCALES}, got {fusion_scale!r}")
-        if blind and num_images != 1:
-            raise ValmError(f"blind needs num_images = 1 (the query is the one image), got {num_images}")
-        check_score_scale("image_score_scale_init", image_score_scale_init, num_images)
-        check_min_score(min_score, num_images, blind)
         if self.add_cross_attention:
             raise ValmError("add_cross_attention must be False: VaLM is a decoder without an encoder")
         if self.n_embd % self.n_head or not 8 <= self.n_embd // self.n_head <= 256:

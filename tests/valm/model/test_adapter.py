@@ -124,6 +124,29 @@ def test_a_damaged_config_is_named(tmp_path, change, message):
         AutoConfig.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        ({"image_dim": 0}, "image_dim must be at least 1, got 0"),
+        ({"num_images": 65}, "num_images must be from 0 to 64, got 65"),
+        ({"num_images": 10**12}, "num_images must be from 0 to 64"),
+        ({"blind": True}, "blind needs num_images = 1"),
+        ({"unfreeze": "some"}, "unfreeze must be one of"),
+    ],
+)
+def test_options_that_augment_would_not_take_are_named(tmp_path, option, message):
+    save_adapter(augmented(), tmp_path / "adapter")
+    augmented().save_pretrained(tmp_path / "whole")
+    for file in (tmp_path / "adapter" / "image_fusion.json", tmp_path / "whole" / "config.json"):
+        content = json.loads(file.read_text())
+        content["fusion"] |= option
+        file.write_text(json.dumps(content))
+    with pytest.raises(ValmError, match=rf"image_fusion\.json does not describe an adapter: {message}.*save"):
+        load_adapter(tiny_llama(), tmp_path / "adapter")
+    with pytest.raises(ValmError, match=f"the config's fusion does not fit: {message}"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+
+
 def test_a_config_names_no_class_outside_transformers(tmp_path):
     augmented().save_pretrained(tmp_path)
     file = tmp_path / "config.json"
