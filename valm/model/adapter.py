@@ -24,7 +24,7 @@ from valm.model.config_file import ADAPTER_FILE, MODEL_TYPE
 from valm.model.image_model import ImageModel
 from valm.model.probe import decoder_layers
 from valm.model.sketch import other_tensor, project, sketch
-from valm.store.files import check_regular, is_file, read_json, relative_path, write_json
+from valm.store.files import check_regular, is_file, is_folder, read_json, relative_path, write_json
 from valm.store.pretrained import CONFIG_FILE
 from valm.store.whole_folder import current_files, replaced_files
 from valm.text import one_line
@@ -110,7 +110,7 @@ def adapter_base(folder: str | os.PathLike) -> str:
     if not base:
         raise ValmError(f"the adapter {folder} does not say which base model it belongs to: give it as base")
     beside = Path(folder) / base
-    return str(beside.resolve()) if beside.is_dir() else base
+    return str(beside.resolve()) if is_folder(beside) else base
 
 
 def adapter_dtype(folder: str | os.PathLike) -> torch.dtype | None:

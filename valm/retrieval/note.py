@@ -18,7 +18,7 @@ from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.index_parameters import index_parameters
 from valm.retrieval.retriever import BlindRetriever, Retriever
-from valm.store.files import read_json, relative_path, write_json
+from valm.store.files import is_folder, read_json, relative_path, write_json
 from valm.store.whole_folder import NOTE, current_files
 from valm_kernels.json_files import Count, PathText, Sha256
 
@@ -141,7 +141,7 @@ class RetrievalNote:
         kb, clip = note.get("knowledge_base"), note.get("clip")
         if kb is None and clip is None:
             raise ValmError(f"{file} names neither a knowledge_base nor a clip")
-        if clip is not None and (Path(folder) / clip).is_dir():
+        if clip is not None and is_folder(Path(folder) / clip):
             clip = str((Path(folder) / clip).absolute())
         kb_path = None if kb is None else (Path(folder) / kb).absolute()
         others: Any = {key: note.get(key) for key in (*HASHES, *SEGMENTS)}
@@ -198,7 +198,7 @@ class RetrievalNote:
 
         A CLIP on a hub is assumed to exist.
         """
-        if self.knowledge_base is not None and not self.knowledge_base.is_dir():
+        if self.knowledge_base is not None and not is_folder(self.knowledge_base):
             return f"the model's knowledge base {self.knowledge_base} is not there: give it as kb (--kb)"
         # `read` makes the path of an existing folder absolute
         if self.clip is not None and self.clip.startswith((os.sep, os.pardir)) and not os.path.isdir(self.clip):

@@ -125,6 +125,22 @@ def test_a_knowledge_base_rebuilt_in_its_place_is_seen(copy, name):
         model(ids)
 
 
+@pytest.mark.parametrize(
+    "file, key",
+    [
+        ("valm/retrieval.json", "knowledge_base"),
+        ("adapter/retrieval.json", "knowledge_base"),
+        ("blind/retrieval.json", "clip"),
+        ("adapter/image_fusion.json", "base"),
+    ],
+)
+def test_a_name_that_no_folder_has_is_one_sentence(copy, file, key):
+    content = json.loads((copy / file).read_text())
+    (copy / file).write_text(json.dumps(content | {key: "x" * 256}))
+    with pytest.raises(ValmError, match=r"^cannot look at .*: File name too long$"):
+        load((copy / file).parent)
+
+
 def test_a_blind_model_keeps_its_clip(copy):
     model, tokenizer = load(copy / "blind")
     assert set(note(copy / "blind")) == {"query", "clip", *HASHES[:2], "overlap", "min_tokens"}
