@@ -10,6 +10,7 @@ from pathlib import Path
 
 from valm.errors import ValmError
 from valm.store.files import is_folder, writable_folder
+from valm.text import utf8
 from valm_kernels.atomic_files import (
     SAVE_WAIT_SECONDS,
     atomic_folder,
@@ -40,9 +41,15 @@ def replaced_files(folder: str | os.PathLike, what: str) -> Iterator[Path]:
         what: names what is written in error messages.
 
     Raises:
-        ValmError: the folder cannot be written, not all of it, or another process is writing it; or the block raises
-            any exception. What was there before still loads; if only the last step failed, what is new does.
+        ValmError: the folder's name is not UTF-8; or it cannot be written, not all of it, or another process is writing
+            it; or the block raises any exception. What was there before still loads; if only the last step failed,
+            what is new does.
     """
+    if os.fspath(folder) != utf8(os.fspath(folder)):  # as Python holds bytes that are not UTF-8
+        raise ValmError(
+            f"cannot write {what} {os.fspath(folder)!a}: the name is not UTF-8 text, so safetensors could not open the "
+            "weights again; choose another"
+        )
     folder = writable_folder(folder)
     try:
         with folder_lock(folder, SAVE_WAIT_SECONDS):

@@ -3,6 +3,7 @@
 import errno
 import os
 import stat
+import sys
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -24,6 +25,14 @@ def write(folder, **contents):
 
 def contents(folder):
     return {file.name: file.read_text() for file in folder.iterdir()}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_folder_that_could_not_be_read_again_is_refused(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    with pytest.raises(ValmError, match=r"cannot write the model .*caf.*: the name is not UTF-8.*choose another"):
+        write(folder, a="1")
+    assert not folder.exists()
 
 
 def test_files_take_the_places_of_the_old_ones(tmp_path):
