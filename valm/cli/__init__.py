@@ -6,6 +6,7 @@ The library is imported when a command runs, so that `--help` and option errors 
 from __future__ import annotations
 
 import ctypes
+import io
 import os
 import sys
 
@@ -48,6 +49,8 @@ def run_command(parser: CommandParser, argv: list[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 1 after one sentence on stderr about what was wrong with the input.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error is
     try:
         for argument in sys.argv[1:] if argv is None else argv:
             if argument != utf8(argument):  # as Python holds bytes that are not UTF-8

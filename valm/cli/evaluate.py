@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from valm.cli.options import (
     chosen_query_dtype,
     command,
     positive,
+    print_json,
 )
 from valm.errors import ValmError
 
@@ -114,7 +114,7 @@ def run_eval(arguments: argparse.Namespace) -> None:
     if earlier is not None:
         print(f"the report that was in {arguments.out} is now in {earlier}", file=sys.stderr)
     if arguments.json:
-        print(json.dumps(results, ensure_ascii=False, indent=2))
+        print_json(results)
         return
     print(markdown(results))
     if report is not None:

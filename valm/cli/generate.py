@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from valm.cli.options import (
     command,
     load_model,
     positive,
+    print_json,
     seed,
     share,
 )
@@ -59,7 +59,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
         else:
             print_result(result)
     if arguments.json:
-        print(json.dumps(results, ensure_ascii=False, indent=2))
+        print_json(results)
 
 
 def chosen_prompts(arguments: argparse.Namespace) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from valm.cli.options import (
     command,
     not_negative,
     positive,
+    print_json,
     runs,
     share,
 )
@@ -280,7 +280,7 @@ def run_info(arguments: argparse.Namespace) -> None:
 
     kb = ImageKnowledgeBase.open(arguments.kb)
     if arguments.json:
-        print(json.dumps(kb_facts(kb), ensure_ascii=False, indent=2))
+        print_json(kb_facts(kb))
     else:
         print_kb(kb)
 
@@ -420,7 +420,7 @@ def run_search(arguments: argparse.Namespace) -> None:
     if arguments.k is not None and arguments.k > len(kb):
         print(f"{kb.path} has {len(kb):,} images, fewer than -k {arguments.k:,}", file=sys.stderr)
     if arguments.json:
-        print(json.dumps([{"score": score, **asdict(item)} for score, item in results], ensure_ascii=False, indent=2))
+        print_json([{"score": score, **asdict(item)} for score, item in results])
     else:
         for score, item in results:
             caption = item.caption.splitlines()[0] if item.caption else ""

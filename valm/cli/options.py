@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -297,6 +298,11 @@ def chosen_device(arguments: argparse.Namespace) -> torch.device:
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+
+
+def print_json(value: Any) -> None:
+    """Prints what --json asks for; with escapes of JSON where standard output is not UTF-8."""
+    print(json.dumps(value, ensure_ascii="utf" not in str(sys.stdout.encoding).lower(), indent=2))
 
 
 def add_ray(parser: argparse.ArgumentParser) -> None:

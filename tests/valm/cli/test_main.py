@@ -1,4 +1,5 @@
 import argparse
+import io
 import json
 import os
 import platform
@@ -92,6 +93,19 @@ def test_an_argument_that_is_not_utf8_is_one_sentence(capsys, command):
     assert main(command) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith("valm: error: the argument '") and "is not UTF-8 text" in error
+
+
+def test_what_standard_output_cannot_encode_is_escaped(copy_of, monkeypatch):
+    """As where the locale is C and Python was told not to take UTF-8 for it."""
+    kb = copy_of("kb") / "kb"
+    kb = kb.rename(kb.with_name("caf\u00e9"))
+    printed = []
+    for options in ([], ["--json"]):
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+        assert run("kb", "info", kb, *options) == 0
+        printed.append(sys.stdout.buffer.getvalue().decode("ascii"))
+    assert r"caf\xe9" in printed[0]
+    assert json.loads(printed[1])["path"] == str(kb)
 
 
 def test_a_panic_of_a_tokenizer_is_one_sentence(capfd, monkeypatch, world, tmp_path):
