@@ -56,11 +56,8 @@ class ClipBpeTokenizer(PreTrainedTokenizerFast):
     def _decode(self, token_ids: Any, skip_special_tokens: bool = False, *args: Any, **kwargs: Any) -> str:
         ids = token_ids["input_ids"] if isinstance(token_ids, dict) else token_ids
         ids = [ids] if isinstance(ids, int) else list(ids)
-        special = set(self.all_special_ids) if skip_special_tokens else set()
-        if special.issuperset(ids):  # of no tokens its decoder would panic
-            return ""
         text = super()._decode(ids, skip_special_tokens, *args, **kwargs)
-        return text if ids[0] == self.bos_token_id else f" {text}"
+        return f" {text}" if text and ids[0] != self.bos_token_id else text
 
 
 def open_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
@@ -177,8 +174,9 @@ def _build(merges: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
+    # the last blank by Replace, as Strip panics where there is no text
     tokenizer.decoder = decoders.Sequence(
-        [decoders.ByteLevel(), decoders.Replace("</w>", " "), decoders.Strip(" ", 0, 1)]
+        [decoders.ByteLevel(), decoders.Replace("</w>", " "), decoders.Replace(Regex(r" \z"), "")]
     )
     tokenizer.post_processor = _begin_with(SOT, ids[SOT])
     return ClipBpeTokenizer(

@@ -188,6 +188,19 @@ def test_a_continuation_begins_with_a_blank(tmp_path):
     assert type(open_tokenizer(tmp_path / "gpt2")) is PreTrainedTokenizerFast
 
 
+def test_transformers_alone_decodes_what_was_saved(tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    plain, ours = PreTrainedTokenizerFast.from_pretrained(tmp_path), open_tokenizer(tmp_path)
+    begin, end = plain.bos_token_id, plain.eos_token_id
+    for ids in ([], [begin], [begin, end, end]):
+        assert plain.decode(ids, skip_special_tokens=True) == ours.decode(ids, skip_special_tokens=True) == ""
+    assert plain.decode([begin, begin]) == ours.decode([begin, begin]) == "<|startoftext|><|startoftext|>"
+    for text in TEXTS:
+        ids = plain(text)["input_ids"]
+        assert plain.decode(ids, skip_special_tokens=True) == ours.decode(ids, skip_special_tokens=True)
+        assert plain.decode(ids[1:]) == ours.decode(ids[1:]).removeprefix(" ")
+
+
 def test_a_pipeline_puts_a_blank_between_prompt_and_answer(tmp_path):
     tokenizer = prune_tokenizer(clip_tokenizer(), ["the color is yellow"])
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
