@@ -18,12 +18,12 @@ from transformers import PreTrainedModel
 
 from valm.errors import ValmError
 from valm.model.attention import FusionOptions
-from valm.model.augment import AugmentedCausalLM, become_augmented, check_own_forwards
+from valm.model.augment import AugmentedCausalLM, become_augmented, check_own_forwards, check_trained_weights
 from valm.model.card import write_card
 from valm.model.config_file import ADAPTER_FILE, MODEL_TYPE
 from valm.model.image_model import ImageModel
 from valm.model.probe import decoder_layers
-from valm.model.sketch import other_tensor, project, sketch
+from valm.model.sketch import named_weights, other_tensor, project, sketch
 from valm.store.files import check_regular, is_file, is_folder, read_json, relative_path, write_json
 from valm.store.pretrained import CONFIG_FILE
 from valm.store.whole_folder import current_files, replaced_files
@@ -129,11 +129,12 @@ def load_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> Augmented
     """Adds the adapter in `folder` to `model`, the base that it was made with. The model itself is changed.
 
     A base in another precision is the same; one whose weights differ by more is another. A warning says where it rounds
-    a trained layer.
+    a trained layer, and where weights were compared coarsely, as the base is quantised or that of the adapter was.
 
     Raises:
         ValmError: the adapter is damaged, or belongs to another base; or `model` is no base, as it takes images, or it
-            was dispatched, prepared or compiled before, so that it would read none.
+            was dispatched, prepared or compiled before, so that it would read none; or it is quantised in what the
+            adapter trained.
     """
     folder = Path(folder)
     if isinstance(model, ImageModel):
@@ -150,6 +151,7 @@ def load_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> Augmented
     if not -len(layers) <= options.layer < len(layers):
         raise ValmError(f"the adapter {folder} is for layer {options.layer}, but the base model has {len(layers)}")
     check_own_forwards(model, options.layer)
+    check_trained_weights(model, options)
     options = _of_this_base(model, options, folder)
     tensors = _stored_tensors(folder)
     try:
@@ -197,7 +199,15 @@ def _of_this_base(model: PreTrainedModel, options: FusionOptions, folder: Path) 
         ValmError: the adapter in `folder` belongs to another base.
     """
     found = project(model, options.sketch)
-    if name := other_tensor(found, options.sketch):
+    name = other_tensor(found, options.sketch)
+    if name is not None and other_tensor(found, options.sketch, coarsely=True) is None:
+        warnings.warn(
+            f"the base model of the adapter {folder} is quantised, here or where the adapter was made, so its weights "
+            "were compared coarsely (to within half of their norm)",
+            stacklevel=3,
+        )
+        name = None
+    if name is not None:
         how = "has other values"
         if name not in found:
             how = "is missing"
@@ -234,5 +244,6 @@ def _description(folder: Path) -> AdapterFile:
 
 def _tensors(model: PreTrainedModel, options: FusionOptions) -> dict[str, Tensor]:
     """The adapter's tensors, sharing memory with the model's, by name in the layer."""
-    state = decoder_layers(model)[options.layer].state_dict()
-    return {name: tensor for name, tensor in state.items() if options.unfreeze == "block" or "image_fusion." in name}
+    weights = named_weights(decoder_layers(model)[options.layer])
+    every = options.unfreeze == "block"
+    return {name: tensor.detach() for name, _, tensor in weights if every or "image_fusion." in name}

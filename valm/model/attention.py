@@ -46,6 +46,7 @@ from valm.model.positions import (
     identity_rotation,
     named_arguments,
 )
+from valm.model.sketch import quantisation
 from valm_kernels import attention_weights, visual_fusion_attn
 
 # The class behind a mixin is known only when a model is augmented; this tells type checkers what it has.
@@ -321,6 +322,8 @@ class VisualAttention(_Module):
         index = torch.stack([torch.full_like(image, -1), image], 1)[..., None]  # (T - 1, 2, 1): of each second token
         itself = torch.eye(2, dtype=torch.bool, device=text.device)[None, None]
         cache_names = [name for name in CACHE_ARGUMENTS if name in self.forward_names]
+        # then the projections may round their inputs to 8 bits, the precision of bfloat16
+        is_quantised = any(quantisation(weight) for weight in self.parameters())
         for call, cached, rotated in itertools.product(calls, (False, True), (False, True)):
             cache = TokensBefore(call.position - 1) if cached else None
             placed = alone(pairs, call.arguments) | dict.fromkeys(cache_names, cache)
@@ -336,7 +339,7 @@ class VisualAttention(_Module):
             finally:
                 self.config = config
             error = ((with_image - own).abs().max() / own.abs().max()).item()
-            if not error <= torch.finfo(own.dtype).eps ** 0.5:
+            if not error <= torch.finfo(torch.bfloat16 if is_quantised else own.dtype).eps ** 0.5:
                 why = "is not one softmax over all that a token sees"
                 if call.position >= len(text):
                     why = f"computes something else at position {call.position}"

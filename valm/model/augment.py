@@ -33,7 +33,7 @@ from valm.model.documents import mask_of_tokens, padding_apart, restarts
 from valm.model.image_model import ImageModel, ImageOptions
 from valm.model.packing import keeps_apart
 from valm.model.probe import Probe, attention_path, decoder_layers, default_layer, in_mode, not_on_images, probe
-from valm.model.sketch import project, sketch
+from valm.model.sketch import named_weights, project, quantisation, sketch
 from valm.model.weights import fusion_weights
 
 _Config: Any = object  # for a type checker, the config class behind the mixin
@@ -88,7 +88,7 @@ def augment(
 
     Raises:
         ValmError: an argument has an invalid value, or the family cannot be augmented, or the model was dispatched,
-            prepared or compiled before; the message says why.
+            prepared or compiled before, or what would train is quantised; the message says why.
     """
     if isinstance(model, ImageModel):
         raise ValmError(f"this {type(model).__name__} takes images already")
@@ -116,6 +116,7 @@ def augment(
         score_scale=score_scale,
         min_score=min_score,
     )
+    check_trained_weights(model, options)
     options = replace(options, sketch=sketch(project(model)))  # last: it reads every weight
     _attach_checked(model, options, found)
     return _with_class(model, options)
@@ -149,6 +150,23 @@ def check_own_forwards(model: PreTrainedModel, layer: int | None = None) -> None
                 "Accelerator.prepare or torch.compile, and would read no images: augment the model first, or load its "
                 "adapter, and then dispatch, prepare or compile it; a whole augmented folder may be loaded with a "
                 "device_map"
+            )
+
+
+def check_trained_weights(model: PreTrainedModel, options: FusionOptions) -> None:
+    """Checks that the weights of the base that train besides the fusion, which an adapter of them has too, can.
+
+    Raises:
+        ValmError: one is quantised.
+    """
+    if not options.unfreeze:
+        return
+    for name, _, weight in named_weights(model if options.unfreeze == "all" else decoder_layers(model)[options.layer]):
+        if kind := quantisation(weight):
+            raise ValmError(
+                f"unfreeze={options.unfreeze!r} trains {name}, but that is quantised ({kind}): do not quantise it when "
+                "the base is loaded (llm_int8_skip_modules of bitsandbytes, modules_to_not_convert of torchao), or "
+                'augment with unfreeze=""'
             )
 
 
@@ -226,12 +244,16 @@ def _attach_checked(model: PreTrainedModel, options: FusionOptions, found: Probe
 
 
 def freeze(model: PreTrainedModel, options: FusionOptions) -> None:
-    """Freezes all parameters that do not train according to `options`."""
-    model.requires_grad_(options.unfreeze == "all")
-    if options.unfreeze == "block":
-        decoder_layers(model)[options.layer].requires_grad_(True)
+    """Freezes all parameters that do not train according to `options`, and what is quantised."""
+    model.requires_grad_(False)
+    trained: list[nn.Module] = []
+    if options.unfreeze:
+        trained.append(model if options.unfreeze == "all" else decoder_layers(model)[options.layer])
     if options.num_images > 0:
-        fusion_module(model).requires_grad_(True)
+        trained.append(fusion_module(model))
+    for module in trained:
+        for parameter in module.parameters():
+            parameter.requires_grad_(quantisation(parameter) is None)
 
 
 def fusion_module(model: nn.Module) -> ImageFusion:

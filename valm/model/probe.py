@@ -138,7 +138,7 @@ def _has_keys(attention: nn.Module, arguments: dict[str, Any]) -> bool:
     """
     try:
         fewer = arguments["hidden_states"][:, :-1]
-        with _probing(attention):
+        with _probing(attention), in_mode(attention, training=False):
             attention(**alone(fewer, arguments))
     except _Probed as probed:
         return probed.key[2] == fewer.shape[1]
@@ -250,6 +250,9 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     """The model in training or eval mode; each module's own mode is restored."""
     modes = [(module, module.training) for module in model.modules()]
     model.train(training)
+    for module, _ in modes:
+        if type(module).__name__ == "Linear4bit":  # bitsandbytes would pack its weights for a CPU: without gradients
+            module.training = True
     try:
         yield
     finally:

@@ -3,8 +3,8 @@ import torch
 from accelerate import cpu_offload
 from torch import nn
 
-from tests.valm.model.decoders import tiny_gpt2, tiny_llama
-from valm.model.sketch import other_tensor, project, sketch
+from tests.valm.model.decoders import tiny_gpt2, tiny_llama, tiny_minimax
+from valm.model.sketch import named_weights, other_tensor, project, sketch
 
 SIZE = 576  # of SmolLM2-135M
 
@@ -86,3 +86,45 @@ def test_offloaded_weights_are_read_where_they_are(base):
     offloaded = cpu_offload(model, execution_device=torch.device("cpu"))
     assert {p.device.type for p in offloaded.parameters()} == {"meta"}
     assert other_tensor(project(offloaded), expected) is None
+
+
+@pytest.mark.parametrize("base", [tiny_llama, tiny_gpt2, tiny_minimax, Weights])
+def test_the_weights_are_those_of_the_state(base):
+    model = base()
+    found = {name: tensor for name, _, tensor in named_weights(model)}
+    expected = model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(found[name].data_ptr() == tensor.data_ptr() for name, tensor in expected.items())
+
+
+def with_noise(share, kind):
+    """Projections of Weights whose q_proj is quantised, with an error of this share of its norm."""
+    model = Weights()
+    noise = torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        model.q_proj += noise * (share * model.q_proj.norm() / noise.norm())
+    found = project(model)
+    return found | {"q_proj": found["q_proj"]._replace(kind=kind)}
+
+
+@pytest.mark.parametrize("kinds", [("float32", "Int8Params"), ("Params4bit", "bfloat16"), ("gguf", "Int8Tensor")])
+def test_a_quantised_weight_is_compared_coarsely(kinds):
+    expected = sketch(with_noise(0, kinds[0]))
+    for share, other in ((0.2, None), (1.4, "q_proj")):  # 4 bits, and another model
+        found = with_noise(share, kinds[1])
+        assert other_tensor(found, expected) == "q_proj"
+        assert other_tensor(found, expected, coarsely=True) == other
+    moved = found | {"norm": found["norm"]._replace(values=found["norm"].values * 1.1)}
+    assert other_tensor(moved, expected, coarsely=True) == "norm"  # which is not quantised
+
+
+def test_a_change_of_a_quantised_weight_is_found():
+    expected = sketch(with_noise(0, "Int8Params"))
+    assert other_tensor(with_noise(0, "Int8Params"), expected) is None
+    assert other_tensor(with_noise(1e-4, "Int8Params"), expected) == "q_proj"
+
+
+def test_a_weight_without_numbers_is_none_of_a_model_that_is_not_quantised():
+    found = project(Weights())
+    for kind, other in (("float32", "q_proj"), ("Int4Tensor", None)):
+        assert other_tensor(found, sketch(found) | {"q_proj": f"{kind}:"}, coarsely=True) == other
