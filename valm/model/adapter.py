@@ -23,7 +23,7 @@ from valm.model.card import write_card
 from valm.model.config_file import ADAPTER_FILE, MODEL_TYPE
 from valm.model.image_model import ImageModel
 from valm.model.probe import decoder_layers
-from valm.model.sketch import named_weights, other_tensor, project, sketch
+from valm.model.sketch import gguf_file, named_weights, other_tensor, project, sketch
 from valm.store.files import check_regular, is_file, is_folder, read_json, relative_path, write_json
 from valm.store.pretrained import CONFIG_FILE
 from valm.store.whole_folder import current_files, replaced_files
@@ -38,7 +38,7 @@ class _Version(TypedDict):
 
 
 class AdapterFile(_Version):
-    """The content of ADAPTER_FILE; `base` is relative to the adapter's folder, or a Hugging Face name."""
+    """The content of ADAPTER_FILE; `base` (`adapter_base`) is relative to the adapter's folder, or on a hub."""
 
     base: str | None
     fusion: FusionOptions
@@ -83,7 +83,9 @@ def save_adapter(model: AugmentedCausalLM, folder: str | os.PathLike) -> Path:
             "choose another folder"
         )
     base = None if model.opened_whole else model.config.name_or_path
-    if base and Path(base).is_dir():
+    if base and (file := gguf_file(model)):
+        base = os.path.join(base, file)
+    if base and os.path.exists(base):
         base = relative_path(base, folder)
     tensors = {name: tensor.contiguous() for name, tensor in _tensors(model, options).items()}
     description = {"format_version": FORMAT_VERSION, "base": base, "fusion": asdict(options)}
@@ -101,7 +103,8 @@ def is_adapter(folder: Path) -> bool:
 
 
 def adapter_base(folder: str | os.PathLike) -> str:
-    """Where the adapter in `folder` says that its base model is: a folder or a Hugging Face name.
+    """Where the adapter in `folder` says that its base model is: a folder or a Hugging Face name, or a GGUF file in one
+    of both.
 
     Raises:
         ValmError: it does not say.
@@ -110,7 +113,9 @@ def adapter_base(folder: str | os.PathLike) -> str:
     if not base:
         raise ValmError(f"the adapter {folder} does not say which base model it belongs to: give it as base")
     beside = Path(folder) / base
-    return str(beside.resolve()) if is_folder(beside) else base
+    if is_folder(beside):
+        return str(beside.resolve())
+    return str(beside.absolute()) if is_file(beside) else base  # a GGUF file, which in a cache is a link
 
 
 def adapter_dtype(folder: str | os.PathLike) -> torch.dtype | None:

@@ -22,7 +22,7 @@ from valm.model.image_model import ImageModel
 from valm.model.positions import positions
 from valm.retrieval.note import RetrievalNote
 from valm.store.files import is_file, is_folder, read_json
-from valm.store.pretrained import CONFIG_FILE, from_pretrained, quiet_transformers
+from valm.store.pretrained import CONFIG_FILE, from_pretrained, gguf_option, quiet_transformers
 from valm.store.whole_folder import current_files, replaced_files
 from valm_kernels.json_files import short
 
@@ -113,8 +113,8 @@ def load(
     Args:
         folder: written by `save_checkpoint`, `save_pretrained` or `save_adapter`, with a tokenizer (an adapter's may be
             in the folder of its base model).
-        base: folder or Hugging Face name of an adapter's base model, if it has moved. A name that only the adapter's
-            own file has is never downloaded.
+        base: folder or Hugging Face name of an adapter's base model, or a GGUF file in one of both
+            (`folder/model.gguf`), if it has moved. A name that only the adapter's own file has is never downloaded.
         kb: another knowledge base of the noted CLIP, which is named by a warning.
         clip: the CLIP, if it has moved from where the knowledge base or the note says (see `Clip.load`). Another one is
             an error.
@@ -206,14 +206,16 @@ def _load_base(folder: Path, base: str | os.PathLike, by_user: bool) -> Any:
     what = f"the base model {base} of the adapter {folder}"
     dtype = adapter_dtype(folder)
     options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    base, gguf = gguf_option(base)
     return from_pretrained(
-        AutoModelForCausalLM, base, what, "; give it as base", local_files_only=not by_user, **options
+        AutoModelForCausalLM, base, what, "; give it as base", local_files_only=not by_user, **options, **gguf
     )
 
 
 def _load_tokenizer(source: str | os.PathLike, folder: Path, local: bool) -> Any:
     what, remedy = f"the tokenizer of the checkpoint {folder}", "; save one there by save_pretrained"
-    return from_pretrained(AutoTokenizer, source, what, remedy, local_files_only=local)
+    source, gguf = gguf_option(source)
+    return from_pretrained(AutoTokenizer, source, what, remedy, local_files_only=local, **gguf)
 
 
 def _add_retriever(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path, kb: Any, **options: Any) -> None:

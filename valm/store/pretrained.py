@@ -7,7 +7,7 @@ import math
 import os
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypedDict
@@ -27,6 +27,8 @@ from valm_kernels.json_files import PathText, short
 log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
+# A name on the Hugging Face Hub is cached if one of these files is.
+CACHED = (CONFIG_FILE, "tokenizer_config.json", "tokenizer.json")
 # Files of weights, in the order in which transformers looks for them; with .index.json, their list of shards.
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # A config's keys for the length of a list that is made of them: n_layer, num_hidden_layers, attention_types, ...
@@ -53,23 +55,35 @@ def from_pretrained(loader: Any, source: str | os.PathLike, what: str, remedy: s
     Args:
         source: a folder, which is checked before anything in it is opened, or a name on the Hugging Face Hub.
         what, remedy: name it in the error, and what to do.
+        options: such as gguf_file (`gguf_option`).
 
     Raises:
         ValmError: it cannot be read, needs code of its own, names files outside of its folder, or its config describes
             a model larger than its weights.
     """
     with library_errors(what, remedy), quiet_transformers():
+        gguf = options.get("gguf_file")  # which has a config of its own
         if is_folder(source):
             check_folder(Path(source))
-            if hasattr(loader, "from_config"):
+            if hasattr(loader, "from_config") and gguf is None:
                 _check_size(Path(source), loader)
             return loader.from_pretrained(source, trust_remote_code=False, **options)
-        with _no_folder(os.fspath(source), what, remedy, options.get("local_files_only", False)):
+        files = CACHED if gguf is None else (gguf,)
+        with _no_folder(os.fspath(source), files, what, remedy, options.get("local_files_only", False)):
             return loader.from_pretrained(source, trust_remote_code=False, **options)
+
+
+def gguf_option(source: str | os.PathLike) -> tuple[str | os.PathLike, dict[str, str]]:
+    """`source`, or the folder or the name on the Hugging Face Hub in which it is a GGUF file, and the option of
+    `from_pretrained` that names this."""
+    if not os.fspath(source).endswith(".gguf") or is_folder(source):
+        return source, {}
+    folder, file = os.path.split(source)
+    return folder or os.curdir, {"gguf_file": file}
 
 
 @contextmanager
-def _no_folder(name: str, what: str, remedy: str, only_cache: bool) -> Iterator[None]:
+def _no_folder(name: str, files: Iterable[str], what: str, remedy: str, only_cache: bool) -> Iterator[None]:
     """Says that there is no folder `name` before it is looked for on the Hugging Face Hub, which may take a minute, and
     in the error of the block.
 
@@ -81,9 +95,9 @@ def _no_folder(name: str, what: str, remedy: str, only_cache: bool) -> Iterator[
         validate_repo_id(name)
     except HFValidationError:
         raise ValmError(f"{missing}{remedy}") from None
-    if only_cache and not _is_cached(name):  # transformers would ask the Hub all the same
+    if only_cache and not _is_cached(name, files):  # transformers would ask the Hub all the same
         raise ValmError(f"{missing}, and it is not in the cache of the Hugging Face Hub{remedy}")
-    if not _is_cached(name):
+    if not _is_cached(name, files):
         log.warning("there is no folder %s: looking for it on the Hugging Face Hub", name)
     try:
         yield
@@ -92,9 +106,8 @@ def _no_folder(name: str, what: str, remedy: str, only_cache: bool) -> Iterator[
         raise ValmError(f"{missing}, and {reason}{remedy}") from error
 
 
-def _is_cached(name: str) -> bool:
-    """Whether the cache of the Hugging Face Hub has a model or a tokenizer of this name."""
-    files = (CONFIG_FILE, "tokenizer_config.json", "tokenizer.json")
+def _is_cached(name: str, files: Iterable[str]) -> bool:
+    """Whether the cache of the Hugging Face Hub has one of these files of this name."""
     return any(isinstance(try_to_load_from_cache(name, file), str) for file in files)
 
 

@@ -18,7 +18,8 @@ from valm.clip.tokenizer import clip_tokenizer, load_tokenizer, prune_tokenizer
 from valm.errors import ValmError
 from valm.evaluation.scorers import open_scorer
 from valm.model.checkpoint import load_decoder
-from valm.store.pretrained import from_pretrained, library_errors
+from valm.store import pretrained
+from valm.store.pretrained import from_pretrained, gguf_option, library_errors
 
 PACKAGE = Path(__file__).parents[3] / "valm"
 TOKENIZER = prune_tokenizer(clip_tokenizer(), ["the sea is blue"])
@@ -289,3 +290,30 @@ def test_where_nothing_is_downloaded_the_hub_is_not_blamed(caplog):
     with pytest.raises(ValmError, match="cannot be read: there is no folder nosuchdir, and it is not in the cache of"):
         from_pretrained(AutoModelForCausalLM, "nosuchdir", "the model nosuchdir", local_files_only=True)
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "source, folder, file",
+    [
+        ("{tmp}/model.gguf", "{tmp}", "model.gguf"),
+        ("model.gguf", ".", "model.gguf"),
+        ("maker/model/file.gguf", "maker/model", "file.gguf"),
+        ("{tmp}/folder.gguf", "{tmp}/folder.gguf", None),
+        ("{tmp}", "{tmp}", None),
+    ],
+)
+def test_a_gguf_file_is_an_option(tmp_path, source, folder, file):
+    (tmp_path / "folder.gguf").mkdir()
+    expected = {} if file is None else {"gguf_file": file}
+    assert gguf_option(source.format(tmp=tmp_path)) == (folder.format(tmp=tmp_path), expected)
+
+
+def test_a_gguf_file_of_the_hub_may_be_cached_alone(monkeypatch):
+    monkeypatch.setattr(pretrained, "try_to_load_from_cache", lambda name, file: file if file == "file.gguf" else None)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **options: (args, options))
+    args, options = from_pretrained(
+        AutoModelForCausalLM, "maker/model", "it", gguf_file="file.gguf", local_files_only=True
+    )
+    assert args == ("maker/model",) and options["gguf_file"] == "file.gguf" and not options["trust_remote_code"]
+    with pytest.raises(ValmError, match="is not in the cache"):
+        from_pretrained(AutoModelForCausalLM, "maker/model", "it", local_files_only=True)
