@@ -197,10 +197,10 @@ def test_index(clip, tmp_path, old):
 def test_note_on_retrieval(tmp_path, old):
     def prepare(out: Path) -> None:
         if old:
-            RetrievalNote(tmp_path / "old", "eot").write(out)
+            RetrievalNote(tmp_path / "old", "eot", "clip", "0" * 64).write(out)
 
     def write(out: Path) -> None:
-        RetrievalNote(tmp_path / "new", "state").write(out)
+        RetrievalNote(tmp_path / "new", "state", "clip", "0" * 64).write(out)
 
     def check(out: Path, done: bool) -> None:
         note = RetrievalNote.read(out)

@@ -84,13 +84,13 @@ class _PlanFields(TypedDict):
     knowledge_base: str
     k: Annotated[int, Range(1, 1 << 16)]
     query: Literal["eot", "state"]
+    eos: Count
 
 
 class CorpusPlan(_PlanFields, total=False):
     """The keys of the plan that are read here; `_retrieve` writes all of them, and `scores` only where it is true."""
 
     scores: bool
-    eos: Count
 
 
 class CorpusManifest(Manifest):
@@ -167,10 +167,9 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
         here = slice(shard.offsets[row], shard.offsets[row + 1])
         ids = np.array(shard.image_ids[here], np.int64)
         ids[ids == NO_IMAGE] = -1
-        ids[0] = -1  # of an earlier version, in which the first token had images
         document = {"input_ids": shard.tokens[here], "image_ids": ids}
         if shard.image_scores is not None:
-            document["image_scores"] = np.where(ids == -1, -np.inf, shard.image_scores[here]).astype(np.float32)
+            document["image_scores"] = np.array(shard.image_scores[here])
         return document
 
     @property
@@ -238,8 +237,8 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
             )
 
     def _has_eos_of(self, tokenizer: PreTrainedTokenizerFast) -> bool:
-        """Whether documents end in its eos, which its hash does not say. Earlier versions did not note it."""
-        return self.manifest["plan"].get("eos", tokenizer.eos_token_id) == tokenizer.eos_token_id
+        """Whether documents end in its eos, which its hash does not say."""
+        return self.manifest["plan"]["eos"] == tokenizer.eos_token_id
 
     def verify(self, *, progress: bool = True) -> list[str]:
         """Reads every file and returns the names of those whose content has changed."""
@@ -392,7 +391,7 @@ def _retrieve(
         plan["scores"] = True
     if encoder.alignment is not None and encoder.alignment.one_document:
         plan["one_document"] = True
-    build = ShardedBuild(out, WHAT, plan, CorpusShard, new_keys=("eos",))
+    build = ShardedBuild(out, WHAT, plan, CorpusShard)
     with build.writing():
         done = build.done()
         with ProgressBar("retrieve", " tokens", None if count is None else count - len(done), progress) as bar:

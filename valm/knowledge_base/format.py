@@ -40,18 +40,14 @@ class KnowledgeBaseShard(ShardRecord):
     skipped: Count
 
 
-class ClipWeights(TypedDict, total=False):
-    """The weight files of a CLIP in a folder; missing in knowledge bases of earlier versions."""
-
-    weight_files: dict[str, Sha256]
-
-
-class ClipEntry(ClipWeights):
-    """The CLIP that encoded the images; `source` is where it was, a folder relative to the manifest."""
+class ClipEntry(TypedDict):
+    """The CLIP that encoded the images. `source`: where it was, a folder relative to the manifest; `weight_files`: the
+    files of weights in that folder, none where it is no folder."""
 
     name: str
     weights_hash: str
     source: PathText | None
+    weight_files: dict[str, Sha256]
 
 
 class KnowledgeBaseManifest(Manifest):
@@ -134,6 +130,7 @@ def clip_entry(clip: Clip, out: str | os.PathLike) -> dict[str, Any]:
     from valm.clip.clip import weight_files  # imports torch and open_clip, which few users of this module need
 
     entry: dict[str, Any] = {"name": clip.name, "weights_hash": clip.weights_hash, "source": clip.source}
+    entry["weight_files"] = {}
     if clip.source is not None and Path(clip.source).is_dir():
         folder = Path(clip.source)
         entry |= {"source": relative_path(folder, out), "weight_files": weight_files(folder)}

@@ -55,7 +55,7 @@ def moved_clip(kbs: Sequence[ImageKnowledgeBase], out: str | os.PathLike) -> dic
         source = clip["source"]
         if source is not None and (kb.path / source).is_dir():
             source = relative_path(kb.path / source, out)
-        elif "weight_files" in clip:
+        elif clip["weight_files"]:
             source = None
         entries.append({**clip, "source": source})
     return next((entry for entry in entries if entry["source"] is not None), entries[0])

@@ -260,7 +260,7 @@ class ImageKnowledgeBase:
         Raises:
             ValmError: they differ.
         """
-        noted = self.manifest["clip"].get("weight_files", found)  # an earlier version noted none
+        noted = self.manifest["clip"]["weight_files"]
         changed = sorted(name for name in {*noted, *found} if noted.get(name) != found.get(name))
         if changed:
             raise ValmError(

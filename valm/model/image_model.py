@@ -203,8 +203,7 @@ class ImageModel(_Base):
                     "ContextEncoder the model's tokenizer (tokenizer=)"
                 )
             saved = self._note()
-            # a note of an earlier version has no hash, and that of a CLIP takes seconds
-            given = None if saved is None or saved.clip_sha256 is None else RetrievalNote.of_retriever(retriever)
+            given = None if saved is None else RetrievalNote.of_retriever(retriever)
             if saved is not None and given is not None:
                 other_images = saved.other_images(given)
                 if other_images is not None:
@@ -346,7 +345,7 @@ class ImageModel(_Base):
         if note is None:
             (Path(folder) / NOTE).unlink(missing_ok=True)
         else:
-            note.completed().write(folder, place=place)
+            note.write(folder, place=place)
 
     def text_positions(self, arguments: dict[str, Any]) -> Tensor | None:
         """Positions (B or 1, T), in a forward pass, that restart where another document begins; None if none does."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -22,14 +21,14 @@ from valm.store.files import is_folder, read_json, relative_path, write_json
 from valm.store.whole_folder import NOTE, current_files
 from valm_kernels.json_files import Count, PathText, Sha256
 
-# Keys of the file, and attributes of the note, that tell what it names from another of the same name.
-HASHES = ("clip_name", "clip_sha256", "knowledge_base_sha256")
-# Keys and attributes that say how CLIP reads a text longer than it takes.
-SEGMENTS = ("overlap", "min_tokens")
+# Keys of the file, and attributes of the note, that are left out where they are None.
+OPTIONAL = ("knowledge_base_sha256", "overlap", "min_tokens")
 
 
 class _NoteFields(TypedDict):
     query: Literal["eot", "state"]
+    clip_name: str
+    clip_sha256: Sha256
 
 
 class NoteFile(_NoteFields, total=False):
@@ -38,8 +37,6 @@ class NoteFile(_NoteFields, total=False):
     knowledge_base: PathText
     knowledge_base_sha256: Sha256
     clip: str
-    clip_name: str
-    clip_sha256: Sha256
     index: Any
     overlap: Count
     min_tokens: Count
@@ -57,20 +54,20 @@ class RetrievalNote:
 
     Attributes:
         knowledge_base: its folder; None for a blind model, which needs a CLIP only.
-        clip: the CLIP of a model without a knowledge base (`Clip.load`); a knowledge base has its own.
         query: the kind of retrieval query (`ContextEncoder`).
-        index: the index when the model was saved, for information; opening uses the knowledge base's own.
         clip_name, clip_sha256: of the CLIP's weights (`Clip.weights_hash`).
-        knowledge_base_sha256: of its content (`ImageKnowledgeBase.fingerprint`). Earlier versions noted neither.
+        index: the index when the model was saved, for information; opening uses the knowledge base's own.
+        clip: the CLIP of a model without a knowledge base (`Clip.load`); a knowledge base has its own.
+        knowledge_base_sha256: of its content (`ImageKnowledgeBase.fingerprint`); None without one.
         overlap, min_tokens: of the segments that CLIP reads (`ContextEncoder`); None: its defaults.
     """
 
     knowledge_base: Path | None
     query: str
+    clip_name: str
+    clip_sha256: str
     index: Any = "exact"
     clip: str | None = None
-    clip_name: str | None = None
-    clip_sha256: str | None = None
     knowledge_base_sha256: str | None = None
     overlap: int | None = None
     min_tokens: int | None = None
@@ -83,9 +80,9 @@ class RetrievalNote:
         return cls(
             Path(kb.path).absolute(),
             query,
+            clip["name"],
+            clip["weights_hash"],
             "exact" if index is None else asdict(index),
-            clip_name=clip["name"],
-            clip_sha256=clip["weights_hash"],
             knowledge_base_sha256=kb.fingerprint,
             overlap=overlap,
             min_tokens=min_tokens,
@@ -101,8 +98,8 @@ class RetrievalNote:
             source = clip.source
             if source is not None and Path(source).is_dir():
                 source = str(Path(source).absolute())
-            of_clip: Any = {"clip": source, "clip_name": clip.name, "clip_sha256": clip.weights_hash}
-            return cls(None, retriever.encoder.query, **of_clip | retriever.encoder.segments)
+            segments: Any = retriever.encoder.segments
+            return cls(None, retriever.encoder.query, clip.name, clip.weights_hash, clip=source, **segments)
         return None
 
     @classmethod
@@ -119,8 +116,8 @@ class RetrievalNote:
                     f"{folder} does not say how it retrieves (it has no {NOTE}): it is opened with 'eot' queries",
                     stacklevel=2,
                 )
-                return cls(Path(kb).absolute(), "eot")
-            return cls(Path(kb).absolute(), note.query, overlap=note.overlap, min_tokens=note.min_tokens)
+                return cls.of_knowledge_base(ImageKnowledgeBase.open(kb), "eot")
+            return replace(note, knowledge_base=Path(kb).absolute(), clip=None)
         if note is None:
             raise ValmError(f"{folder} names no knowledge base: give it as kb (--kb)")
         return note
@@ -144,42 +141,28 @@ class RetrievalNote:
         if clip is not None and is_folder(Path(folder) / clip):
             clip = str((Path(folder) / clip).absolute())
         kb_path = None if kb is None else (Path(folder) / kb).absolute()
-        others: Any = {key: note.get(key) for key in (*HASHES, *SEGMENTS)}
-        return cls(kb_path, note["query"], note.get("index"), clip, **others)
+        others: Any = {key: note.get(key) for key in OPTIONAL}
+        return cls(kb_path, note["query"], note["clip_name"], note["clip_sha256"], note.get("index"), clip, **others)
 
     def write(self, folder: str | os.PathLike, *, place: str | os.PathLike | None = None) -> None:
         """Writes the note into `folder`, which will be moved to `place` if that is given."""
-        note: dict[str, Any] = {"query": self.query}
+        note: dict[str, Any] = {name: getattr(self, name) for name in ("query", "clip_name", "clip_sha256")}
         place = folder if place is None else place
         if self.knowledge_base is not None:
             note |= {"knowledge_base": relative_path(self.knowledge_base, place), "index": self.index}
         if self.clip is not None:
             note["clip"] = relative_path(self.clip, place) if os.path.isabs(self.clip) else self.clip
-        note |= {key: value for key in (*HASHES, *SEGMENTS) if (value := getattr(self, key)) is not None}
+        note |= {key: value for key in OPTIONAL if (value := getattr(self, key)) is not None}
         write_json(Path(folder) / NOTE, note)
-
-    def completed(self) -> RetrievalNote:
-        """With the hashes that a note of an earlier version lacks, where the knowledge base or the CLIP is here."""
-        if self.clip_sha256 is not None:
-            return self
-        with suppress(ValmError):
-            if self.knowledge_base is not None:
-                found = RetrievalNote.of_knowledge_base(ImageKnowledgeBase.open(self.knowledge_base), self.query)
-                hashes: Any = {key: getattr(found, key) for key in HASHES}
-                return replace(self, **hashes)
-            if self.clip is not None and os.path.isdir(self.clip):
-                clip = Clip.load(self.clip)
-                return replace(self, clip_name=clip.name, clip_sha256=clip.weights_hash)
-        return self
 
     def other_images(self, found: RetrievalNote) -> str | None:
         """What differs, in a sentence, if the images of `found` come from another knowledge base than these, of the
-        same CLIP; None if they are the same, or if a note of an earlier version does not say.
+        same CLIP; None if they are the same.
 
         Raises:
             ValmError: they come by another CLIP.
         """
-        if None not in (self.clip_sha256, found.clip_sha256) and self.clip_sha256 != found.clip_sha256:
+        if self.clip_sha256 != found.clip_sha256:
             raise ValmError(
                 f"this model was saved with the CLIP {_named(self.clip_name, self.clip_sha256)}, and its images would "
                 f"be found by {_named(found.clip_name, found.clip_sha256)}: give it a knowledge base of its own CLIP"

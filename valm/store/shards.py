@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -60,26 +60,16 @@ class ShardedBuild:
         what: what the folder will be, for errors.
         plan: everything the result depends on, as JSON.
         record: the schema of a shard's record.
-        new_keys: of the plan, that earlier versions did not write, so that theirs are compared without.
 
     Raises:
         ValmError: `out` holds something else, or cannot be written.
     """
 
-    def __init__(
-        self,
-        out: str | os.PathLike,
-        what: str,
-        plan: dict[str, Any],
-        record: type = ShardRecord,
-        *,
-        new_keys: Collection[str] = (),
-    ):
+    def __init__(self, out: str | os.PathLike, what: str, plan: dict[str, Any], record: type = ShardRecord):
         self.out = writable_folder(out)
         self.what = what
         self.plan = plan
         self.record = record
-        self.new_keys = new_keys
         self._manifest: Manifest | None = None
         # when the plan was written that is there already, finished or not, in seconds since 1970
         self.since: float | None = None
@@ -182,8 +172,7 @@ class ShardedBuild:
 
     def _check_plan(self, found: Plan, holds: str, advice: str) -> None:
         before = found["plan"]
-        names = sorted({*before, *self.plan} - {name for name in self.new_keys if name not in before})
-        changed = [name for name in names if before.get(name) != self.plan.get(name)]
+        changed = [name for name in sorted({*before, *self.plan}) if before.get(name) != self.plan.get(name)]
         if changed:
             raise ValmError(
                 f"{self.out} {holds} of another source or other settings ({', '.join(changed)} differ); {advice}"

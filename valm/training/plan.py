@@ -31,7 +31,6 @@ from valm.retrieval.context import QUERIES
 from valm.retrieval.note import RetrievalNote, open_encoder
 from valm.retrieval.retriever import BlindRetriever, Retriever
 from valm.store.files import output_folder
-from valm.store.manifest import MANIFEST_FILE
 from valm.training.callbacks import Patience, show_progress
 from valm.training.image_trainer import ImageTrainer
 from valm.training.launch import launched_processes
@@ -380,8 +379,6 @@ class TrainingPlan:
             return found
         for name in ("tokenizer", "eos", "knowledge_base", "k", "query", "overlap", "min_tokens", "precision"):
             here, there = (corpus.manifest["plan"].get(name) for corpus in (found, dataset))
-            if name == "eos" and None in (here, there):  # of an earlier version
-                continue
             if here != there:
                 raise ValmError(
                     f"--validation {path} was retrieved otherwise than the corpus: its {name.replace('_', ' ')} is "
@@ -425,11 +422,7 @@ class TrainingPlan:
                 "several processes train on what one has retrieved: run `valm retrieve`, and give --retrieval"
             )
         out = Path(self.out).absolute()
-        folder = out.with_name(f"{out.name}-{name}")
-        scores = True
-        if self.min_score is None and self.score_scale is None and (folder / MANIFEST_FILE).is_file():
-            scores = CorpusRetrieval.open(folder).has_scores  # earlier versions wrote none
-        return corpus.retrieve(self._retriever(kb), folder, scores=scores)
+        return corpus.retrieve(self._retriever(kb), out.with_name(f"{out.name}-{name}"))
 
     def _retriever(self, kb: ImageKnowledgeBase) -> Retriever:
         named = self.tokenizer or self.base

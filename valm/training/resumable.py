@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,8 +60,6 @@ def write_checksums(folder: Path) -> None:
 def check_resumable(folder: Path) -> int | None:
     """Reads the whole checkpoint `folder` and compares it with its checksums.
 
-    Checkpoints of earlier versions have none: only the state of the training is checked then, with a warning.
-
     Returns:
         How many steps its training was to have, None if it does not say.
 
@@ -79,21 +76,14 @@ def check_resumable(folder: Path) -> int | None:
             own_file(file)
     except ValueError as error:
         raise ValmError(f"cannot resume from {folder}: {error}") from error
-    if CHECKSUMS_FILE in files:
-        noted = read_json(files[CHECKSUMS_FILE], "the checksums", dict[str, Sha256], REMEDY)
-        damaged = [name for name, sha256 in noted.items() if name not in files or file_sha256(files[name]) != sha256]
-        unknown = sorted(
-            name for name in files if name not in noted and name != CHECKSUMS_FILE and READ.fullmatch(name)
-        )
-        if unknown:
-            found = one_line(unknown[0])
-            raise ValmError(f"the checkpoint {folder} has no checksum of {found} in {CHECKSUMS_FILE}; {REMEDY}")
-        if damaged:
-            raise ValmError(f"the checkpoint {folder} is damaged ({one_line(damaged[0])}); {REMEDY}")
-    else:
-        warnings.warn(
-            f"the checkpoint {folder} has no {CHECKSUMS_FILE}: its files were compared with nothing", stacklevel=2
-        )
+    noted = read_json(folder / CHECKSUMS_FILE, "the checksums", dict[str, Sha256], REMEDY)
+    damaged = [name for name, sha256 in noted.items() if name not in files or file_sha256(files[name]) != sha256]
+    unknown = sorted(name for name in files if name not in noted and name != CHECKSUMS_FILE and READ.fullmatch(name))
+    if unknown:
+        found = one_line(unknown[0])
+        raise ValmError(f"the checkpoint {folder} has no checksum of {found} in {CHECKSUMS_FILE}; {REMEDY}")
+    if damaged:
+        raise ValmError(f"the checkpoint {folder} is damaged ({one_line(damaged[0])}); {REMEDY}")
     if not files.keys() & {SCHEDULER_FILE, DEEPSPEED_FILE}:  # the Trainer would begin anew with both, without a word
         raise ValmError(
             f"the checkpoint {folder} has a model without its optimizer and learning rates ({SCHEDULER_FILE}), as "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from valm.model.adapter import adapter_base, load_adapter, save_adapter
 from valm.model.augment import augment
 from valm.training.cache_below import cache_below
 from valm.training.clip import new_clip
-from valm.training.resumable import CHECKSUMS_FILE
 
 pytestmark = pytest.mark.slow
 
@@ -66,10 +64,8 @@ def training(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("checksums", [True, False])
 @fuzzed(50)
-def test_checkpoint_of_a_training(training, outside, checksums, data):
-    """One of an earlier version, without checksums, goes on to other numbers at worst."""
+def test_checkpoint_of_a_training(training, outside, data):
     checkpoint = training / "checkpoint-2"
 
     def read() -> Any:
@@ -77,14 +73,7 @@ def test_checkpoint_of_a_training(training, outside, checksums, data):
         made.train(resume_from_checkpoint=str(checkpoint))
         return made.losses(), [weight.tolist() for weight in made.model.parameters()]
 
-    aside = training / CHECKSUMS_FILE
-    try:
-        if not checksums:
-            os.rename(checkpoint / CHECKSUMS_FILE, aside)
-        check_mutants(data, files_of(checkpoint), outside, read, read() if checksums else ...)
-    finally:
-        if not checksums:
-            os.rename(aside, checkpoint / CHECKSUMS_FILE)
+    check_mutants(data, files_of(checkpoint), outside, read, read())
 
 
 @fuzzed(100)

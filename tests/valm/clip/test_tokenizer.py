@@ -141,7 +141,7 @@ def test_a_tokenizer_of_its_own_model_stays_as_it_is(make, tmp_path):
     assert beginning.chat_template == original.chat_template and own("the sky") == original("the sky")
     begin = begin_id(original)
     plain = original("the sky", add_special_tokens=False)["input_ids"]
-    # as a document, as a prompt, and as earlier versions set it up
+    # as a document, as a prompt, and as `load_tokenizer` sets it up
     expected = [begin, *plain]
     assert tokenize_documents(["the sky"], own) == [[*expected, own.eos_token_id]]
     for made in (own, beginning, load_tokenizer(tmp_path)):

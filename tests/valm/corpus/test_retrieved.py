@@ -96,18 +96,6 @@ def test_without_scores(documents, retriever, tmp_path):
     assert not found.has_scores and found[0].keys() == {"input_ids", "image_ids"}
 
 
-def test_the_first_token_of_an_earlier_version_has_no_images(documents, retriever, tmp_path):
-    found = retrieve_corpus(documents[:2], retriever, tmp_path / "out", progress=False)
-    for kind, value in (("image_ids", 3), ("image_scores", 0.5)):
-        file = found.path / f"{kind}-00000.npy"
-        stored = np.load(file)
-        stored[[0, len(documents[0])]] = value
-        np.save(file, stored)
-    for document in CorpusRetrieval.open(found.path):
-        assert (document["image_ids"][0] == -1).all() and (document["image_scores"][0] == -np.inf).all()
-        assert (document["image_ids"][1:] >= 0).all() and np.isfinite(document["image_scores"][1:]).all()
-
-
 def test_all_images_are_kept(documents, retriever, tmp_path):
     with pytest.raises(ValmError, match=r"min_score 0.5, but a corpus keeps all images"):
         retrieve_corpus(documents, retriever.with_min_score(0.5), tmp_path / "out", progress=False)
@@ -349,9 +337,6 @@ def test_another_end_of_documents_is_refused(clip, kb, tmp_path):
         retrieve(other)
     with pytest.raises(ValmError, match=r"end in token \d+, the model's in \d+ \('the'\); retrieve it again"):
         corpus.check_tokenizer(other)
-    plan = {name: value for name, value in corpus.manifest["plan"].items() if name != "eos"}
-    edit_manifest(corpus.path, plan=plan)  # of an earlier version, which is opened as it was
-    assert len(retrieve(first)) == 3
 
 
 def test_the_plan_says_what_searched(documents, clip, kb, tmp_path):

@@ -1,4 +1,5 @@
 import shutil
+from dataclasses import replace
 
 import pytest
 from huggingface_hub import ModelCard
@@ -112,6 +113,6 @@ def test_a_loaded_model_says_what_it_lacks(tmp_path, tokenizer, clip, kb):
     shutil.rmtree(tmp_path / "kb")
     with pytest.warns(UserWarning, match=r"knowledge base .*kb is not there: give it as kb \(--kb\)"):
         load(tmp_path / "it")
-    RetrievalNote(None, "eot", clip=str(tmp_path / "clip")).write(tmp_path / "it")
+    replace(note, knowledge_base=None, clip=str(tmp_path / "clip")).write(tmp_path / "it")
     with pytest.warns(UserWarning, match=r"CLIP .*clip is not there: give it as clip \(--clip\)"):
         load(tmp_path / "it")

@@ -3,6 +3,7 @@
 import json
 import pickle
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -148,7 +149,7 @@ def test_a_blind_model_notes_its_clip(retriever, tmp_path):
 def test_a_knowledge_base_that_is_gone_is_named(saved, tmp_path):
     folder, ids, _ = saved
     note = RetrievalNote.read(folder)
-    RetrievalNote(tmp_path / "gone", note.query).write(folder)
+    replace(note, knowledge_base=tmp_path / "gone").write(folder)
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     with pytest.raises(ValmError, match=r"cannot be retrieved: .*gone.*; set another retriever"):
         loaded(ids)
@@ -263,7 +264,7 @@ def test_minimaxs_linear_attention_moves_with_the_rows():
 @pytest.mark.parametrize(
     ("note", "message"),
     [
-        ({"query": "eot"}, "names neither a knowledge_base nor a clip"),
+        ({"query": "eot", "clip_name": "clip", "clip_sha256": "0" * 64}, "names neither a knowledge_base nor a clip"),
         ({"knowledge_base": "../kb"}, "is damaged: it has no 'query'"),
         ({"query": "what"}, "is damaged: query is 'what', expected 'eot' or 'state'"),
         ([], "is damaged: it is a list"),

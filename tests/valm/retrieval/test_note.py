@@ -179,37 +179,15 @@ def test_the_evaluations_report_names_another_knowledge_base(copy):
     assert re.search(OTHER_KB, line.replace("\\", ""))
 
 
-@pytest.mark.parametrize("name", ["valm", "adapter", "whole", "blind"])
-def test_a_note_of_an_earlier_version_opens_and_is_completed(copy, tmp_path, name):
-    whole = note(copy / name)
-    old = {key: value for key, value in whole.items() if key not in HASHES}
-    assert old != whole
-    (copy / name / "retrieval.json").write_text(json.dumps(old))
-    for opened in (False, True):
-        model, tokenizer = load(copy / name)
-        if opened:
-            model(torch.tensor([prompt_ids(tokenizer, "a red apple")]))
-        folder = copy / f"{name}-{opened}"
-        save_adapter(model, folder) if name == "adapter" else save_checkpoint(model, tokenizer, folder)
-        assert note(folder) == whole
-    if name != "blind":
-        rebuild(copy, "foreign")  # an old note does not say which CLIP it was
-        load(copy / name)[0].retriever  # noqa: B018
-        shutil.rmtree(copy / "kb")
-        model, tokenizer = load_without_warning(copy / name)
-        model.save_pretrained(tmp_path / "again")
-        assert set(note(tmp_path / "again")) == set(old)
-
-
-def load_without_warning(folder):
-    with pytest.warns(UserWarning, match="is not there"):
-        return load(folder)
-
-
 def test_a_damaged_hash_is_named(world, tmp_path):
     shutil.copy(world / "valm" / "retrieval.json", tmp_path)
-    (tmp_path / "retrieval.json").write_text(json.dumps(note(tmp_path) | {"clip_sha256": "abc"}))
+    whole = note(tmp_path)
+    (tmp_path / "retrieval.json").write_text(json.dumps(whole | {"clip_sha256": "abc"}))
     with pytest.raises(ValmError, match="clip_sha256 is 'abc', expected a SHA-256"):
+        RetrievalNote.read(tmp_path)
+    del whole["clip_sha256"]
+    (tmp_path / "retrieval.json").write_text(json.dumps(whole))
+    with pytest.raises(ValmError, match="it has no 'clip_sha256'"):
         RetrievalNote.read(tmp_path)
 
 
@@ -242,7 +220,8 @@ def test_no_clip_is_downloaded_unless_that_is_allowed(copy, monkeypatch):
 
 @pytest.mark.parametrize("name, query", [("valm", "eot"), ("adapter", "state")])
 def test_a_note_without_the_knowledge_base_that_its_model_needs(copy, name, query):
-    (copy / name / "retrieval.json").write_text(json.dumps({"query": query, "clip": "../clip"}))
+    hashes = {"clip_name": "clip", "clip_sha256": "0" * 64}
+    (copy / name / "retrieval.json").write_text(json.dumps({"query": query, "clip": "../clip", **hashes}))
     model, tokenizer = load(copy / name)
     with pytest.raises(ValmError, match="cannot be retrieved: the note on retrieval names no knowledge base"):
         model(torch.tensor([prompt_ids(tokenizer, "a red apple")]))
@@ -259,9 +238,9 @@ def test_segments_of_ones_own_are_noted(copy):
     rule = load(copy / "segments", kb=copy / "more")[0].retriever.encoder.rule
     assert (rule.overlap, rule.min_tokens) == (0, 2)
     assert load(copy / "segments")[0].retriever.encoder.rule == model.retriever.encoder.rule
-    earlier = note(copy / "valm")
-    del earlier["overlap"], earlier["min_tokens"]
-    (copy / "valm" / "retrieval.json").write_text(json.dumps(earlier))
+    without = note(copy / "valm")
+    del without["overlap"], without["min_tokens"]
+    (copy / "valm" / "retrieval.json").write_text(json.dumps(without))
     assert load(copy / "valm")[0].retriever.encoder.rule == ContextEncoder(kb.load_clip()).rule
 
 

@@ -120,7 +120,7 @@ def test_a_loss_that_is_not_finite_stops_before_its_step(tmp_path, accumulation,
 
 def test_every_checkpoint_notes_what_finds_its_images(tmp_path):
     made = new_trainer(tmp_path / "run", **SAVING)
-    made.note = RetrievalNote(tmp_path / "kb", "eot")
+    made.note = RetrievalNote(tmp_path / "kb", "eot", "clip", "0" * 64)
     made.train()
     made.write(tmp_path / "run", TOKENIZER)
     for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-2", tmp_path / "run" / "checkpoint-7"):

@@ -11,8 +11,6 @@ from tests.valm.cli.commands import SIZE, run
 from valm import load
 from valm.corpus.text import TextCorpus
 from valm.errors import ValmError
-from valm.retrieval.context import ContextEncoder
-from valm.retrieval.retriever import Retriever
 from valm.training import TrainingPlan, training_arguments
 from valm.training.split import validation_of
 
@@ -151,11 +149,5 @@ def test_a_plan_retrieves_its_corpus(tmp_path, clip, make_kb, corpus):
     }
     model, _ = load(tmp_path / "model", clip=tmp_path / "clip")
     assert model.config.num_images == 2 and model.retriever.encoder.query == "eot"
-    # one that an earlier version retrieved, without scores
-    retriever = Retriever(ContextEncoder(clip), kb, 2)
-    TextCorpus([corpus]).retrieve(retriever, tmp_path / "old-retrieval", scores=False)
-    TrainingPlan(out=tmp_path / "old", **plan).run()
-    with pytest.raises(ValmError, match="scores differ"):
-        TrainingPlan(out=tmp_path / "old", resume=True, min_score=0.1, **plan).run()
     with pytest.raises(ValmError, match="twin must be one of text, random, blind, shuffled, got 'other'"):
         TrainingPlan(out=tmp_path / "other", twin="other", **plan).run()
