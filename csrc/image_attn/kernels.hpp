@@ -17,6 +17,9 @@ constexpr int64_t kTokensPerUnit = 16;
 // A pool row's slots are summed in parts, whose sums are then added up: a popular image has thousands of slots, and
 // one sum over all of them would gather a rounding error each.
 constexpr int64_t kSlotsPerPart = 16;
+// delta = sum(grad_out * out) is as wrong as out is rounded. Where the text has less of the weight than this, far less
+// than 16 bits round, the images' score gradients sum to the gradient of lse, and are corrected to do so.
+constexpr float kNoText = 0x1p-13f;
 constexpr int64_t kMaxImages = 64;
 constexpr int64_t kMaxHeadDim = 256;
 constexpr int64_t kCacheLine = 64;
@@ -383,7 +386,14 @@ void backward(const Problem<T, Wide>& p) {
                     grad_score_sums += grad_score *= weight;
                 }
 
+                const Wide weight_sum = sum_of(weight_sums);
                 Wide grad_logit = sum_of(grad_score_sums);
+                if (sizeof(T) == 2 && 1 - weight_sum < kNoText) {
+                    const Wide error = grad_logit - (p.grad_lse ? *p.grad_lse.at(b, head, i) : 0);
+                    for (int64_t k = 0; k < images; k += kLanes)
+                        grad_scores.vector_at(k) -= error * weights.vector_at(k);
+                    grad_logit -= error;
+                }
                 if (p.grad_image_scores) {
                     const Wide* grad_image_scores = p.grad_image_scores.at(b, head, i);
                     for (int64_t k = 0; k < images; ++k) {
@@ -421,7 +431,7 @@ void backward(const Problem<T, Wide>& p) {
                 if (bias_gradients) {
                     bias.logits[unit * n.query_heads + head] += grad_logit;
                     bias.add(bias.keys, unit, kv_head, p.scale * grad_score_sum, q);
-                    bias.add(bias.values, unit, kv_head, sum_of(weight_sums), grad_out);
+                    bias.add(bias.values, unit, kv_head, weight_sum, grad_out);
                 }
             }
             if (p.pooled() || !p.grad_image_k) return;

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tests.valm_kernels.visual_fusion.problems import (
     assert_masked_images_may_be_anything,
     assert_minus_infinity_is_weight_zero,
     assert_passes_nan_on,
+    assert_result_accurate,
     assert_solves,
     assert_unseen_gradient_of_lse_is_ignored,
     assert_unused_keys_may_be_anything,
@@ -54,6 +56,26 @@ def test_every_instruction_set(isa, name, dtype, monkeypatch):
         assert_is_the_reference(PROBLEMS[name].inputs(), cotangents(PROBLEMS[name]))
     else:
         assert_solves("cpu", PROBLEMS[name], dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["dense", "pooled", "softcap", "image weights, pooled", "one image"])
+@pytest.mark.parametrize("with_lse", [True, False])
+@pytest.mark.parametrize("isa", native().cpu_isas())
+def test_where_images_have_all_of_the_weight(isa, with_lse, name, dtype, monkeypatch):
+    """Then the rounding of `out` does not reach the gradients, which may be 0 in truth."""
+    monkeypatch.setenv("VALM_KERNELS_ISA", isa)
+    problem = replace(Problem(pool_size=1) if name == "one image" else PROBLEMS[name], gaps=False)
+    grads = cotangents(problem, with_lse)
+
+    def solved(impl, dtype):
+        inputs = problem.inputs(dtype)
+        inputs["image_logit_bias"] += 30  # text and images are at most about 10 apart
+        return solve(inputs, impl, grads)
+
+    truth, eager, actual = solved("reference", torch.float64), solved("reference", dtype), solved("cpu", dtype)
+    for result, tensor in actual.items():
+        assert_result_accurate(result, tensor, eager[result], truth[result], dtype)
 
 
 @needs_guard_pages
