@@ -111,7 +111,9 @@ def test_a_signal_loses_no_request(world, generated, number):
             first = next(as_completed(asked))
             process.send_signal(number)
             found = [(each.result(), generated[prompt].removeprefix(prompt)) for each, prompt in asked.items()]
-        assert process.wait(60) == 0 and process.stderr.read() == "stopped\n"
+        assert process.wait(60) == 0
+        said = process.stderr.read()  # before it was ready, what libraries say that are there, such as torchao
+    assert said.splitlines()[-1] == "stopped" and "Traceback" not in said
     assert first.result()[0] == 200
     assert all(got in ((200, text), (503, "server_stopping"), "nobody") for got, text in found)
 
