@@ -79,7 +79,6 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "full: a large size, run with --full only")
     if not config.pluginmanager.hasplugin("benchmark"):
         config.pluginmanager.register(WithoutPytestBenchmark())
     path = config.getoption("--results")

@@ -267,8 +267,9 @@ def bench_whole_model(measure, indexed, tower, name):
     model.set_retriever(retriever)
 
     def check(result):
-        if alone:
-            assert (result.image_index >= 0).all()
+        if alone:  # each token has all of its pictures, but the first of a text, which has none
+            missing = result.image_index < 0
+            assert missing[:, 0].all() and not missing[:, 1:].any()
         else:
             assert result.logits.shape == (*ids.shape, 49408) and result.logits.isfinite().all()
 
