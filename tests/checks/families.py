@@ -10,6 +10,7 @@ import gc
 import inspect
 import signal
 import sys
+import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from unittest import mock
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -30,6 +31,7 @@ from valm.errors import ValmError
 from valm.model import attention as fusion
 from valm.model.augment import augment, fusion_module
 from valm.model.probe import attention_path, decoder_layers
+from valm.store.pretrained import quiet_transformers
 
 TABLE = Path(__file__).parents[2] / "docs" / "reference" / "families.md"
 
@@ -98,7 +100,7 @@ FAR, PARTS = 240, (4, 1, 1, 3)
 
 
 class NotTiny(Exception):
-    """The family has no tiny configuration here, so nothing is known of it."""
+    """The family has no tiny model that runs here, so nothing is known of it."""
 
 
 def tiny_config(family: str) -> PreTrainedConfig:
@@ -197,8 +199,9 @@ class Findings:
     moved: how far open images move the logits. reference, reference_padded, reference_far: the fusion attention's
     output with open images against the family's own attention over the text and the token's images, at the token's
     position; far is beyond all thresholds, None where the family takes no positions. cached: logits with open images
-    and a cache against those without; None where the original's own differ. route: "kernel", or the reason for the
-    eager joint attention.
+    and a cache against those without; saved: those of the model saved whole and opened again; None where the original's
+    own differ. weights: how far the attention weights of a token, over text and images, are above 1. route: "kernel",
+    or the reason for the eager joint attention.
     """
 
     layer: int
@@ -210,12 +213,14 @@ class Findings:
     reference_padded: float
     reference_far: float | None
     cached: float | None
+    saved: float | None
+    weights: float
     route: str
 
     def wrong(self) -> list[str]:
         """The names of what is further off than rounding."""
-        names = ("text", "text_padded", "closed", "reference", "reference_padded", "reference_far", "cached")
-        errors = {name: error for name in names if (error := getattr(self, name)) is not None}
+        names = ("text", "text_padded", "closed", "reference", "reference_padded", "reference_far", "cached", "saved")
+        errors = {name: error for name in (*names, "weights") if (error := getattr(self, name)) is not None}
         wrong = [f"{name} {error:.1e}" for name, error in errors.items() if not error <= TOLERANCE]
         return wrong + ([] if self.moved > 1e-3 else [f"moved {self.moved:.1e}"])
 
@@ -239,14 +244,32 @@ def in_parts(
     return torch.cat(found, 1)
 
 
+def opened_again(model: PreTrainedModel, door: Any) -> PreTrainedModel:
+    """The model saved into a folder and opened by the class `door`."""
+    with tempfile.TemporaryDirectory() as folder, quiet_transformers():
+        model.save_pretrained(folder)
+        return door.from_pretrained(folder).eval()
+
+
+def running(family: str) -> tuple[PreTrainedModel, Tensor]:
+    """A tiny model of the family, and its logits. Raises NotTiny where the family's own code does."""
+    try:
+        model = tiny(family)
+        return model, model(token_ids(), use_cache=False).logits
+    except NotTiny:
+        raise
+    except Exception as error:
+        first_line = (str(error).splitlines() or [""])[0]
+        raise NotTiny(f"its tiny model does not run here ({type(error).__name__}: {first_line[:80]})") from error
+
+
 @torch.no_grad()
 def check(family: str, layer: int | None = None) -> Findings:
     """Augments the family. Raises ValmError where it is refused."""
-    model = tiny(family)
+    model, expected = running(family)
     ids, mask, images = token_ids(), left_padding(), random_images()
     present = mask.bool()
     far = {"position_ids": torch.arange(FAR, FAR + LENGTH).expand(BATCH, -1)}
-    expected = model(ids, use_cache=False).logits
     padded = model(ids, attention_mask=mask, use_cache=False).logits[present]
     original = copy.deepcopy(model)
     with warnings.catch_warnings():
@@ -287,6 +310,11 @@ def check(family: str, layer: int | None = None) -> Findings:
     cached = None
     if of_original is not None and distance(of_original, expected) <= TOLERANCE:
         cached = distance(in_parts(model, ids, **images), opened)
+    saved = distance(opened_again(model, AutoModelForCausalLM)(ids, use_cache=False, **images).logits, opened)
+    if saved > TOLERANCE:
+        own_saved = distance(opened_again(original, type(original))(ids, use_cache=False).logits, expected)
+        saved = saved if own_saved <= TOLERANCE else None
+    text_weights, image_weights = model.fusion_attention(ids, **images)
     return Findings(
         layer,
         text,
@@ -297,6 +325,8 @@ def check(family: str, layer: int | None = None) -> Findings:
         reference(attention_mask=mask)[1],
         reference(**far)[1] if takes_positions else None,
         cached,
+        saved,
+        (text_weights.sum(-1) + image_weights.sum(-1) - 1).max().item(),
         next((r for r in reasons if r is not None), "kernel"),
     )
 
@@ -361,9 +391,6 @@ def describe(family: str) -> tuple[str, str]:
             found = check(family)
     except (ValmError, NotTiny) as error:
         return "refused" if isinstance(error, ValmError) else "not tried", str(error)
-    except Exception as error:  # of the family's own code
-        first_line = (str(error).splitlines() or [""])[0]
-        return "not tried", f"its tiny model does not run here ({type(error).__name__}: {first_line[:80]})"
     if found.wrong():
         return "differs", ", ".join(found.wrong())
     note = "" if found.layer == -2 else f"layer {found.layer}"
@@ -412,7 +439,9 @@ which has all scores in memory. For each of these, to {tolerance} of the largest
 - logits of text alone are the original's, with and without left padding; those of closed images too;
 - open images give what the family's own attention computes over the text and the token's images, at the token's
   position: at the first positions, with left padding, and past every position from which the config changes something;
-- with a cache that is filled in parts the logits are the same, where the original's are.
+- with a cache that is filled in parts the logits are the same, where the original's are;
+- saved whole and opened again the logits are the same, where the original's are;
+- `fusion_attention` gives weights of at most 1 for each token.
 
 A layer is named where the one before the last has no attention with keys of its own.
 

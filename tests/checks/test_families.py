@@ -6,6 +6,8 @@ from tests.checks.families import describe, read_table
 
 QUICK = (
     "llama",
+    "exaone",
+    "hrm_text",
     "gpt2",
     "gemma2",
     "gpt_oss",
@@ -30,6 +32,11 @@ def test_family(family):
 @pytest.mark.parametrize("family", sorted(set(TABLE) - set(QUICK)))
 def test_other_family(family):
     assert describe(family) == TABLE[family] or same_refusal(family)
+
+
+def test_no_refusal_is_an_error_of_the_familys_code():
+    """What `not_on_images` names is for people whose family is not among these."""
+    assert not [family for family, (route, why) in TABLE.items() if route == "refused" and "does not run on" in why]
 
 
 def same_refusal(family):

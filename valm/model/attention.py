@@ -635,33 +635,35 @@ class Swapped(_Module):
     """Mixin of the classes that `subclass` makes, which pickle cannot find by name."""
 
     wrapped_class: type
-    make_class: Any  # the function below that makes this class of the wrapped one
+    make_class: Any  # the function below that makes this class
+    made_of: tuple[Any, ...]  # its arguments, the wrapped class first
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _new, (type(self).make_class, self.wrapped_class), self.__dict__
+        return _new, (type(self).make_class, *type(self).made_of), self.__dict__
 
 
-def _new(make_class: Any, wrapped_class: type) -> Any:
-    made = make_class(wrapped_class)
+def _new(make_class: Any, *made_of: Any) -> Any:
+    made = make_class(*made_of)
     return made.__new__(made)
 
 
 _subclasses: dict[Any, Any] = {}
 
 
-def subclass(mixin: type, base: Any, make_class: Any, **attributes: Any) -> Any:
-    """The class of `mixin` in front of `base`, one for each base, with the base's name: transformers and accelerate
-    look up classes by name.
+def subclass(mixin: type, base: Any, make_class: Any, *more: Any, **attributes: Any) -> Any:
+    """The class of `mixin` in front of `base`, one for each base and `more`, with the base's name: transformers and
+    accelerate look up classes by name.
 
     Args:
-        make_class: the function that makes this class, which pickle calls.
+        make_class: the function that makes this class of `base` and `more`, which pickle calls.
     """
-    if (mixin, base) in _subclasses:
-        return _subclasses[mixin, base]
+    key = (mixin, base, *more)
+    if key in _subclasses:
+        return _subclasses[key]
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
-    made = {"wrapped_class": base, "make_class": staticmethod(make_class)}
+    made = {"wrapped_class": base, "make_class": staticmethod(make_class), "made_of": (base, *more)}
     bases = (mixin, Swapped, base)
-    return _subclasses.setdefault((mixin, base), type(base.__name__, bases, names | made | attributes))
+    return _subclasses.setdefault(key, type(base.__name__, bases, names | made | attributes))
 
 
 def visual_attention_class(base: type[nn.Module]) -> type[VisualAttention]:

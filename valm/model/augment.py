@@ -175,8 +175,9 @@ def _with_class(model: PreTrainedModel, options: FusionOptions) -> AugmentedCaus
     _keep_place(model)
     # the class of this object, as the user holds it, and so do its optimizer, its hooks and PEFT
     model.config.valm = asdict(options)
-    model.config.__class__ = augmented_config_class(type(model.config))
-    model.__class__ = augmented_class(type(model))
+    config_class = type(model.config)
+    model.config.__class__ = augmented_config_class(config_class)
+    model.__class__ = augmented_class(type(model), config_class)
     freeze(model, options)
     assert isinstance(model, AugmentedCausalLM)
     return model
@@ -338,9 +339,10 @@ def config_from_dict(config: dict[str, Any], **kwargs: Any) -> Any:
     base = {key: base[key] for key in base if key != WEIGHTS_KEY}
     result = transformers.CONFIG_MAPPING[base["model_type"]].from_dict(base, **kwargs)
     made = result[0] if isinstance(result, tuple) else result  # beside it the arguments that were not used
-    made.__class__ = augmented_config_class(type(made))
+    config_class = type(made)
+    made.__class__ = augmented_config_class(config_class)
     made.valm = fusion
-    AutoModelForCausalLM.register(type(made), augmented_class(model_class), exist_ok=True)
+    AutoModelForCausalLM.register(type(made), augmented_class(model_class, config_class), exist_ok=True)
     return result
 
 
@@ -561,9 +563,9 @@ class AugmentedCausalLM(ImageModel):
         """The fusion layer's joint attention weights: over text (B, H, T, T) and over images (B, H, T, K).
 
         Both together sum to 1 for every token, or to less where the family has an attention sink. Arguments as in
-        `forward`; without images the weights are those of the text alone. Unlike `forward` this materialises the
-        weights: use it for plots and explanations of short texts.
-
+        `forward`; without images the weights are those of the text alone. A model that goes through its layers several
+        times (HRM) has those of the last time. Unlike `forward` this materialises the weights: use it for plots and
+        explanations of short texts.
         """
         self.check_images(input_ids.shape, image_pool, image_index, image_scores)
         if self.image_options.num_images == 0:
@@ -632,7 +634,10 @@ def _padded_pool(pool: Tensor, rows: int) -> Tensor:
     return F.pad(pool, (0, 0, 0, max(0, rows - pool.shape[0])))
 
 
-def augmented_class(base: Any) -> Any:
+def augmented_class(base: Any, config_class: Any) -> Any:
+    """The augmented class of a model class for configs of `config_class`: families that are another's by their
+    mathematics have a config class of their own, and that one's model class (EXAONE, LlamaForCausalLM)."""
+
     # the Trainer and generate() look for arguments by their names
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return AugmentedCausalLM.forward(self, *args, **kwargs)
@@ -652,8 +657,9 @@ def augmented_class(base: Any) -> Any:
         AugmentedCausalLM,
         base,
         augmented_class,
+        config_class,
         forward=forward,
         forward_names=names,
         prepare_inputs_for_generation=prepare_inputs_for_generation,
-        config_class=augmented_config_class(base.config_class),
+        config_class=augmented_config_class(config_class),
     )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from valm.errors import ValmError
-from valm.model.attention import VisualAttention
+from valm.model.attention import VisualAttention, visible_keys
 from valm.model.positions import Call, alone, named_arguments, positions
 
 PROBE_IMPLEMENTATION = "valm_probe"
@@ -160,8 +160,8 @@ def probe(model: PreTrainedModel, layer: int) -> Probe:
     first positions only.
 
     Raises:
-        ValmError: the images do not reach the layer, the attention is not causal, was not called or takes its keys from
-            another layer.
+        ValmError: the images do not reach the layer, the attention is not causal, is sparse, was not called, has a mask
+            that cannot be read or takes its keys from another layer.
     """
     path = attention_path(model, layer)
     block = decoder_layers(model)[layer]
@@ -206,6 +206,15 @@ def probe(model: PreTrainedModel, layer: int) -> Probe:
                 raise ValmError(f"{type(attention).__name__} did not call transformers' attention interface")
             if not found.causal:
                 raise ValmError(f"{type(attention).__name__} is not causal: only decoders can be augmented")
+            if found.sparse:
+                raise ValmError(
+                    f"{type(attention).__name__} selects the tokens that each token attends to (sparse attention), and "
+                    "has no such selection of images"
+                )
+            mask = read["arguments"].get("attention_mask")
+            if mask is not None and not isinstance(mask, Tensor):
+                kind = type(mask).__name__
+                raise ValmError(f"{type(attention).__name__} reads an attention mask of type {kind}, expected a tensor")
             if "hidden_states" not in read["arguments"]:
                 raise ValmError(f"{type(attention).__name__} has no hidden_states among its arguments")
             count = tokens.shape[1]
@@ -293,13 +302,21 @@ def _affine(norm: nn.Module | None, hidden_states: Tensor) -> tuple[Tensor, Tens
 class _Probed(Exception):
     """Ends the run at the attention: its output is not known, and the layers behind it could not go on without it."""
 
-    def __init__(self, query: torch.Size, key: torch.Size, value: torch.Size, causal: bool):
-        self.query, self.key, self.value, self.causal = query, key, value, causal
+    def __init__(self, query: torch.Size, key: torch.Size, value: torch.Size, causal: bool, sparse: bool):
+        self.query, self.key, self.value, self.causal, self.sparse = query, key, value, causal, sparse
 
 
-def _probe_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-    causal = kwargs.get("is_causal")
-    raise _Probed(query.shape, key.shape, value.shape, getattr(module, "is_causal", True) if causal is None else causal)
+def _probe_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> Any:
+    seen = visible_keys(attention_mask)
+    if seen is not None:
+        causal = not seen.triu(1).any()
+    elif (causal := kwargs.get("is_causal")) is None:
+        causal = getattr(module, "is_causal", True)
+    # DeepSeek's sparse attention: the keys that each query sees, for implementations other than "sdpa" and "eager"
+    sparse = kwargs.get("indices") is not None
+    raise _Probed(query.shape, key.shape, value.shape, bool(causal), sparse)
 
 
 AttentionInterface.register(PROBE_IMPLEMENTATION, _probe_attention)
@@ -311,7 +328,7 @@ def _interface_paths(layer: nn.Module) -> list[str]:
         name: module
         for name, module in layer.named_modules()
         if _uses_interface(type(module))
-        and "cross" not in name.lower()
+        and not any(word in name.lower() for word in ("cross", "encoder"))
         and "cross" not in type(module).__name__.lower()
     }
     causal = [name for name, module in found.items() if getattr(module, "is_causal", True)]

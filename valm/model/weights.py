@@ -10,8 +10,8 @@ from valm.model.attention import joint_weights
 
 
 def fusion_weights(model: nn.Module, **inputs: Any) -> tuple[Tensor, Tensor]:
-    """The weights over text (B, H, T, T) and over images (B, H, T, K) of an augmented model on `inputs`."""
+    """The weights over text (B, H, T, T) and over images (B, H, T, K) of an augmented model on `inputs`; of one that
+    goes through its layers several times, as HRM does, those of the last time."""
     found: list[tuple[Tensor, Tensor]] = []
     model(**inputs, use_cache=False, read_weights=lambda *arguments: found.append(joint_weights(*arguments)))
-    (weights,) = found
-    return weights
+    return found[-1]

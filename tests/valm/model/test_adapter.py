@@ -1,4 +1,5 @@
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -16,11 +17,13 @@ from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
     GPT2LMHeadModel,
+    LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     LlamaModel,
 )
 
+from tests.checks.families import tiny
 from tests.valm.model.decoders import IMAGE_DIM, augmented, random_ids, random_images, tiny_gpt2, tiny_llama
 from tests.valm.models import tiny_model
 from tests.valm.other_tokenizers import chat_like
@@ -500,6 +503,25 @@ def test_a_whole_folder_opens_by_its_own_classes(tmp_path, earlier, sharded):
     opened.save_pretrained(tmp_path / "again")
     with pytest.raises(ValueError, match="this model takes images"):
         LlamaForCausalLM.from_pretrained(tmp_path / "again", config=opened.config)
+
+
+@pytest.mark.parametrize("family", ["exaone", "sarvam_moe"])
+def test_a_config_of_its_own_with_another_familys_model_class_opens(tmp_path, family):
+    base = tiny(family)
+    own, its_models = type(base.config), type(base).config_class
+    assert own is not its_models
+    model = augmented(lambda seed: base)
+    model.save_pretrained(tmp_path / "whole")
+    pickled = pickle.loads(pickle.dumps(model))
+    doors = (AutoModelForCausalLM, type(model))
+    for opened in (*(door.from_pretrained(tmp_path / "whole") for door in doors), pickled):
+        assert type(opened) is type(model) and isinstance(opened.config, own)
+        assert torch.equal(logits(opened), logits(model))
+    if its_models is LlamaConfig:  # a Llama in the same process keeps a class of its own
+        llama = augmented()
+        assert type(llama) is not type(model) and isinstance(llama, LlamaForCausalLM)
+        with pytest.raises(ValmError, match="holds the config of a exaone, expected that of an augmented llama"):
+            type(llama).from_pretrained(tmp_path / "whole")
 
 
 def test_an_augmented_class_opens_no_other_model(tmp_path):

@@ -114,8 +114,29 @@ def test_encoders_are_refused_and_decoders_of_their_classes_are_not():
     assert augment(decoder, IMAGE_DIM, IMAGES).config.valm["layer"] == -2
 
 
+def test_a_mask_makes_an_attention_causal():
+    """BigBirdPegasus says nothing of it in the attention itself; its model gives it a mask in every call."""
+    model = tiny("bigbird_pegasus")
+    assert not decoder_layers(model)[-2].self_attn.is_causal
+    assert augment(model, IMAGE_DIM, IMAGES).config.valm["layer"] == -2
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("deepseek_v32", r"DeepseekV32Attention selects the tokens that each token attends to \(sparse attention\)"),
+        ("hy_v4", r"HYV4Attention selects the tokens that each token attends to \(sparse attention\)"),
+        ("zaya", "ZayaAttention reads an attention mask of type dict, expected a tensor$"),
+    ],
+)
+def test_a_refusal_says_what_the_family_does(family, reason):
+    with pytest.raises(ValmError, match=reason):
+        augment(tiny(family), IMAGE_DIM, IMAGES)
+
+
 def test_the_attention_over_an_encoder_is_none_of_the_texts():
     assert attention_path(tiny("bart"), -2) == "self_attn"
+    assert attention_path(tiny("bigbird_pegasus"), -2) == "self_attn"
     with pytest.raises(ValmError, match="layer -2 of LongcatFlashForCausalLM has 2 attentions"):
         augment(tiny("longcat_flash"), IMAGE_DIM, IMAGES)
 

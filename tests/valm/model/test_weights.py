@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from tests.checks.families import tiny
 from tests.valm.model.decoders import augmented, random_ids, random_images, tiny_gpt2, tiny_llama
 from tests.valm.model.test_attention import Head, interval_mask, problem
 from valm.model.attention import fusion_attention, joint_weights
@@ -45,6 +46,15 @@ def test_an_augmented_model_shows_its_weights(base):
         fusion_module(model).logit_bias_delta[2] = -1e4
     closed = model.fusion_attention(ids, **images)[1]
     assert closed[:, 2].max() == 0 and closed[:, 1].max() > 0
+
+
+def test_a_layer_that_runs_several_times_shows_the_weights_of_the_last():
+    model, ids, images = augmented(lambda seed: tiny("hrm_text")), random_ids(1, 6), random_images(1, 6)
+    read = []
+    model(ids, **images, use_cache=False, read_weights=lambda *arguments: read.append(joint_weights(*arguments)))
+    assert len(read) > 1 and not torch.equal(read[0][1], read[-1][1])
+    for weights, last in zip(model.fusion_attention(ids, **images), read[-1], strict=True):
+        assert torch.equal(weights, last)
 
 
 def test_padding_sees_no_text_but_itself():
