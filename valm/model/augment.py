@@ -298,9 +298,9 @@ class AugmentedConfig(_Config):
     def to_diff_dict(self) -> dict[str, Any]:
         base = super().to_diff_dict()
         fusion = base.pop("valm")
-        if fusion["num_images"] > 0:
-            base[WEIGHTS_KEY] = NO_WEIGHTS
-        return {"model_type": MODEL_TYPE, "base_config": base, "fusion": fusion}
+        # the base's own class reads base_config, any other what stands beside it
+        no_weights = {WEIGHTS_KEY: NO_WEIGHTS} if fusion["num_images"] > 0 else {}
+        return {"model_type": MODEL_TYPE, **no_weights, "base_config": base | no_weights, "fusion": fusion}
 
 
 def augmented_config_class(base: Any) -> Any:

@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from transformers import AutoConfig, LlamaConfig
+from transformers import AutoConfig
 
 from valm.model.config import ValmConfig
 
@@ -21,15 +21,6 @@ def test_save_and_load_keep_every_value(tmp_path):
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert isinstance(loaded, ValmConfig)
     assert loaded.to_dict() | {"_name_or_path": ""} == config.to_dict()
-
-
-def test_configs_are_read_by_the_argument_names_of_transformers(tmp_path):
-    """Also those of other models, whose reader `import valm` wraps."""
-    for config in (LlamaConfig(num_hidden_layers=3), ValmConfig(n_layer=3)):
-        config.save_pretrained(tmp_path)
-        found, _ = type(config).get_config_dict(pretrained_model_name_or_path=tmp_path)
-        assert found["model_type"] == config.model_type
-        assert type(config).from_pretrained(pretrained_model_name_or_path=tmp_path).num_hidden_layers == 3
 
 
 @pytest.mark.parametrize("layer, index", [(-2, 10), (0, 0), (11, 11), (-12, 0)])
