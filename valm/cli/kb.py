@@ -24,10 +24,8 @@ from valm.cli.options import (
     not_negative,
     positive,
     print_json,
-    runs,
     share,
 )
-from valm.cli.verify import verify
 from valm.errors import ValmError
 from valm.text import printable, split_lines
 
@@ -121,8 +119,6 @@ def add_to(commands: Commands) -> None:
     info = command(kb_commands, "info", run_info, "what a knowledge base holds")
     add_kb(info)
     add_json(info)
-    # an alias of `valm verify`, for one version; without help it is not listed
-    add_kb(runs(kb_commands.add_parser("verify"), lambda arguments: print(verify(arguments.kb))))
     index = command(kb_commands, "index", run_index, "choose how a knowledge base is searched, and index a large one")
     add_kb(index)
     index.add_argument(

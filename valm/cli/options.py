@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 # Commands and options that went, and what took their place.
 GONE = {
     "distill": "CLIP's text tower in --query-dtype int8 or bfloat16 took the place of a head that predicts its queries",
+    "verify": "`valm verify FOLDER` reads every kind of store",
+    "--verify": "`valm verify FOLDER` reads every kind of store",
 }
 
 # NumPy's generators take no seed below 0, and its older one none above this.

@@ -19,7 +19,6 @@ from valm.cli.options import (
     command,
     positive,
 )
-from valm.cli.verify import verify
 from valm.errors import ValmError
 
 if TYPE_CHECKING:
@@ -30,11 +29,9 @@ def add_to(commands: Commands) -> None:
     retrieve = command(
         commands, "retrieve", run_retrieve, "find the images of every token of a corpus once, to train on them"
     )
-    # an alias of `valm verify`, for one version
-    retrieve.add_argument("--verify", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)
     add_corpus(retrieve)
-    retrieve.add_argument("--kb", type=Path, help="knowledge base")
-    retrieve.add_argument("--out", type=Path, help="folder of the result; a killed retrieval resumes")
+    retrieve.add_argument("--kb", type=Path, required=True, help="knowledge base")
+    retrieve.add_argument("--out", type=Path, required=True, help="folder of the result; a killed retrieval resumes")
     add_clip(retrieve)
     retrieve.add_argument(
         "--tokenizer",
@@ -69,15 +66,10 @@ def run_retrieve(arguments: argparse.Namespace) -> None:
     from valm.training.launch import check_alone
     from valm_kernels import MAX_IMAGES
 
-    if arguments.verify is not None:
-        print(verify(arguments.verify))
-        return
     check_alone("valm retrieve")
     corpus = chosen_corpus(arguments)
-    missing = [] if corpus else ["corpus"]
-    missing += [f"--{name}" for name in ("kb", "out") if not getattr(arguments, name)]
-    if corpus is None or missing:
-        raise ValmError(f"give {', '.join(missing)} too")
+    if corpus is None:
+        raise ValmError("there is no corpus: give its files, or --dataset")
     if arguments.images > MAX_IMAGES:
         raise ValmError(f"a token sees {MAX_IMAGES} images at most: give -k {MAX_IMAGES} or less")
     if arguments.search_actors is not None and arguments.ray is None:

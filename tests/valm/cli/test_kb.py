@@ -86,15 +86,15 @@ def test_kb_search_draws_a_contact_sheet(world, tmp_path, capsys):
     assert "no font of this machine has \\U0010ffff: " in capsys.readouterr().err
 
 
-def test_kb_verify_and_merge(world, tmp_path, capsys):
-    assert run("kb", "verify", world / "kb") == 0
+def test_kb_merge(world, tmp_path, capsys):
+    assert run("verify", world / "kb") == 0
     assert "all 6 images are as they were written" in capsys.readouterr().out
     assert run("kb", "merge", world / "kb", world / "kb", "--out", tmp_path / "both") == 0
     assert "12 images" in capsys.readouterr().out
     vectors = bytearray((tmp_path / "both" / "vectors-00001.npy").read_bytes())
     vectors[-1] ^= 1
     (tmp_path / "both" / "vectors-00001.npy").write_bytes(vectors)
-    assert run("kb", "verify", tmp_path / "both") == 1
+    assert run("verify", tmp_path / "both") == 1
     assert "is damaged, build it again: vectors-00001.npy" in capsys.readouterr().err
 
 
@@ -121,7 +121,7 @@ def test_kb_index(copy_of, capsys):
     for command in (["kb", "search", root / "kb", "the apple"], ["generate", root / "valm", "the sea"]):
         assert run(*command) == 1
         assert f"make it anew with `valm kb index {root / 'kb'}`" in capsys.readouterr().err.replace("valm/../", "")
-    assert run("kb", "verify", root / "kb") == 1
+    assert run("verify", root / "kb") == 1
     assert "index.faiss" in capsys.readouterr().err
     (root / "kb" / "index-0123456789abcdef.partial").mkdir()  # of a killed build
     assert run("kb", "index", root / "kb") == 0

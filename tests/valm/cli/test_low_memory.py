@@ -20,7 +20,7 @@ from valm.training.resumable import check_resumable
 
 resource = pytest.importorskip("resource")
 COMMANDS = {
-    "verify": ["kb", "verify", "kb"],
+    "verify": ["verify", "kb"],
     "search": ["kb", "search", "kb", "a red apple", "-k", "2"],
     "build": ["kb", "build", "pictures", "--clip", "clip", "--out", "new"],
     "retrieve": ["retrieve", "corpus.txt", "--kb", "kb", "--out", "new", "-k", "2"],

@@ -198,6 +198,8 @@ def test_a_misspelt_command_or_option_is_one_sentence(capsys, words, message):
     ("words", "message"),
     [
         ("distill model --retrieval retrieval", "valm has no command distill: CLIP's text tower in --query-dtype int8"),
+        ("kb verify kb", "valm kb has no command verify: `valm verify FOLDER` reads every kind of store"),
+        ("retrieve --verify retrieval", "valm retrieve has no option --verify: `valm verify FOLDER` reads every"),
     ],
 )
 def test_a_command_or_option_that_went_says_what_took_its_place(capsys, words, message):

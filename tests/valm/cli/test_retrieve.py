@@ -12,7 +12,7 @@ def wrong_inputs():
     return {
         "corpus to retrieve missing": (["retrieve", "{tmp}/none", *retrieve[2:]], "there is no corpus file {tmp}/none"),
         "corpus to retrieve empty": (["retrieve", "{tmp}/empty.txt", *retrieve[2:]], "the corpus has no documents"),
-        "no corpus, and no output": (["retrieve", "--kb", "{world}/kb"], "give corpus, --out too"),
+        "no corpus": (["retrieve", *retrieve[2:]], "there is no corpus: give its files, or --dataset"),
         "corpus to retrieve without such a column": (
             ["retrieve", "{tmp}/rows.jsonl", *retrieve[2:], "--column", "story"],
             "rows.jsonl, line 1: there is no 'story', only text",
@@ -49,14 +49,10 @@ def test_wrong_input_is_one_sentence(sentence, tmp_path, name):
     sentence(arguments, expected)
 
 
-def test_retrieve_verify(copy_of, capsys):
+def test_a_damaged_retrieval_is_not_trained_on(copy_of, capsys):
     root = copy_of("retrieval")
-    assert run("retrieve", "--verify", root / "retrieval") == 0
-    assert "6 documents are as they were written" in capsys.readouterr().out
     file = root / "retrieval" / "tokens-00000.npy"
     file.write_bytes(file.read_bytes()[:-1] + b"\1")
-    assert run("retrieve", "--verify", root / "retrieval") == 1
-    assert "is damaged, retrieve it again: tokens-00000.npy" in capsys.readouterr().err
     assert run("train", "--retrieval", root / "retrieval", "--out", root / "model", *SIZE) == 1
     assert "is damaged, retrieve it again: tokens-00000.npy" in capsys.readouterr().err
 

@@ -132,11 +132,3 @@ def test_what_has_no_checksums_is_named(world, tmp_path, capsys):
     (tmp_path / "manifest.json").write_text('{"format": "another"}')
     assert run("verify", tmp_path) == 1
     assert str(tmp_path / "manifest.json") in capsys.readouterr().err
-
-
-def test_the_names_of_an_earlier_version(world, capsys):
-    assert run("kb", "verify", world / "kb") == 0 == run("retrieve", "--verify", world / "retrieval")
-    assert capsys.readouterr().out.count("as they were written") == 2
-    with pytest.raises(SystemExit):
-        run("kb", "--help")
-    assert "verify" not in capsys.readouterr().out
