@@ -88,7 +88,7 @@ def open_table(source: Path, **options: Any) -> Source:
 
 
 FORMATS = {
-    "pictures": Format(open_folder, ("captions", "follow_links")),
+    "pictures": Format(open_folder, ("captions",)),
     "webdataset": Format(open_webdataset),
     "huggingface": Format(open_huggingface, ("config", "split", "streaming", *COLUMNS)),
     "embeddings": Format(open_embeddings),
@@ -170,9 +170,6 @@ def add_source(parser: argparse.ArgumentParser) -> None:
         "image paths, relative to it, and captions",
     )
     parser.add_argument("--captions", type=Path, help="table of captions, where it is not beside the images")
-    parser.add_argument(
-        "--follow-links", action="store_true", default=None, help="also look into linked folders of images"
-    )
     parser.add_argument("--config", help="of a Hugging Face dataset that has several")
     parser.add_argument("--split", help="of a Hugging Face dataset (default: train)")
     parser.add_argument("--image-column", help="of a Hugging Face dataset (default: image) or a table")

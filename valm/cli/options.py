@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # Commands and options that went, and what took their place.
 GONE = {
+    "--follow-links": "linked folders are always looked into, each once",
     "distill": "CLIP's text tower in --query-dtype int8 or bfloat16 took the place of a head that predicts its queries",
     "verify": "`valm verify FOLDER` reads every kind of store",
     "--verify": "`valm verify FOLDER` reads every kind of store",

@@ -257,8 +257,8 @@ def read_documents(paths: Iterable[str | os.PathLike], *, column: str = "text") 
 
 
 def corpus_files(paths: Iterable[str | os.PathLike]) -> list[Path]:
-    """The files among `paths`; a folder is replaced by the files with SUFFIXES below it, sorted by path, without hidden
-    ones and metadata of images (`_without_metadata`). Warns of files there in OTHER_FORMATS.
+    """The files among `paths`; a folder is replaced by the files with SUFFIXES below it (`files_below`), sorted by path
+    and without metadata of images (`_without_metadata`). Warns of files there in OTHER_FORMATS.
 
     Raises:
         ValmError: a path is missing or is not a regular file, or a folder has no such file.
@@ -267,12 +267,7 @@ def corpus_files(paths: Iterable[str | os.PathLike]) -> list[Path]:
     for path in map(Path, paths):
         path = path.absolute()  # another machine may have another working directory
         if is_folder(path):
-            files_in, links = files_below(path)
-            below = [file for name in files_in if (file := path / name).is_file()]
-            if links:
-                warnings.warn(
-                    f"the folder {path} has {links} linked folders, which are not followed: name them too", stacklevel=2
-                )
+            below = [file for name in files_below(path) if (file := path / name).is_file()]
             found = [file for file in _without_metadata(below) if _suffix(file) in SUFFIXES]
             if not found:
                 raise ValmError(f"the folder {path} has no file that ends in {', '.join(SUFFIXES)}, or these and .gz")

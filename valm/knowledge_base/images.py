@@ -19,19 +19,14 @@ class FolderContent:
     """The content of a folder of images.
 
     images: sorted paths relative to it, with forward slashes. ignored: number of other files, by suffix.
-    links: linked folders that were not followed.
     """
 
     images: list[str] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
-    links: int = 0
 
 
-def find_images(folder: Path, follow_links: bool = False) -> FolderContent:
-    """All images under `folder`: the files with one of IMAGE_SUFFIXES, except hidden files and folders.
-
-    Args:
-        follow_links: also look into linked folders, each once.
+def find_images(folder: Path) -> FolderContent:
+    """All images under `folder`: the files with one of IMAGE_SUFFIXES, as `files_below` finds them.
 
     Raises:
         ValmError: the folder is missing or has no image, or a folder below it cannot be read.
@@ -39,9 +34,8 @@ def find_images(folder: Path, follow_links: bool = False) -> FolderContent:
     if not is_folder(folder):
         raise ValmError(f"no folder {folder}" if not exists(folder) else f"{folder} is not a folder")
 
-    files = files_below(folder, follow_links)
-    found = FolderContent(links=files.links)
-    for name in files.names:
+    found = FolderContent()
+    for name in files_below(folder):
         suffix = Path(name).suffix.lower()
         if suffix in IMAGE_SUFFIXES:
             found.images.append(name)

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from valm.errors import ValmError
 from valm.text import one_line, why_no_text
@@ -253,19 +253,10 @@ def cannot_read(name: object, reason: object) -> ValmError:
     return ValmError(f"cannot read {name}: {reason}; once it can be read, run the same command again: it resumes")
 
 
-class FilesBelow(NamedTuple):
-    """names: sorted paths of files in a folder, relative to it, with forward slashes. links: the number of linked
-    folders that were not followed."""
-
-    names: list[str]
-    links: int
-
-
-def files_below(folder: Path, follow_links: bool = False) -> FilesBelow:
-    """All files in `folder` and below, without hidden files and folders.
-
-    Args:
-        follow_links: also look into linked folders, each once.
+def files_below(folder: Path) -> list[str]:
+    """Sorted paths of all files in `folder` and below, relative to it, with forward slashes; without hidden files and
+    folders. Linked folders are looked into after all others: a folder that several paths lead to is read once, by its
+    own path where that is below `folder`.
 
     Raises:
         ValmError: a folder cannot be read.
@@ -275,21 +266,21 @@ def files_below(folder: Path, follow_links: bool = False) -> FilesBelow:
         raise cannot_read(f"the folder {error.filename}", error.strerror) from error
 
     names: list[str] = []
-    links = 0
-    visited: set[Path] = set()
-    for directory, folders, files in os.walk(folder, onerror=unreadable, followlinks=follow_links):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if follow_links:
-            target = Path(directory).resolve()
-            if target in visited:  # seen through another link, or a cycle
+    visited: set[tuple[int, int]] = set()
+    roots = [folder]
+    for root in roots:  # to which links are added
+        for directory, folders, files in os.walk(root, onerror=unreadable):
+            status = os.stat(directory)
+            if (status.st_dev, status.st_ino) in visited:
                 folders.clear()
                 continue
-            visited.add(target)
-        else:
-            links += sum((Path(directory) / name).is_symlink() for name in folders)
-        below = (Path(directory) / name for name in files if not name.startswith("."))
-        names += (file.relative_to(folder).as_posix() for file in below)
-    return FilesBelow(sorted(names), links)
+            visited.add((status.st_dev, status.st_ino))
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            below = [Path(directory) / name for name in folders]
+            roots += [path for path in below if path.is_symlink()]
+            here = (Path(directory) / name for name in files if not name.startswith("."))
+            names += (file.relative_to(folder).as_posix() for file in here)
+    return sorted(names)
 
 
 def writable_folder(path: str | os.PathLike) -> Path:

@@ -198,6 +198,7 @@ def test_a_misspelt_command_or_option_is_one_sentence(capsys, words, message):
     ("words", "message"),
     [
         ("distill model --retrieval retrieval", "valm has no command distill: CLIP's text tower in --query-dtype int8"),
+        ("kb build pictures --clip clip --out kb --follow-links", "valm kb build has no option --follow-links: linked"),
         ("kb verify kb", "valm kb has no command verify: `valm verify FOLDER` reads every kind of store"),
         ("retrieve --verify retrieval", "valm retrieve has no option --verify: `valm verify FOLDER` reads every"),
     ],

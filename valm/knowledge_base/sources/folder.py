@@ -27,7 +27,6 @@ class FolderSource:
 
     Args:
         captions: a table of captions; by default found as in `read_captions`.
-        follow_links: also look into linked folders.
         shard_size: images per shard. A build that was killed encodes at most one shard again.
 
     Raises:
@@ -41,10 +40,9 @@ class FolderSource:
         folder: str | os.PathLike,
         *,
         captions: str | os.PathLike | None = None,
-        follow_links: bool = False,
         shard_size: int = 16384,
     ):
-        content = find_images(Path(folder), follow_links)
+        content = find_images(Path(folder))
         found = read_captions(Path(folder), content.images, None if captions is None else Path(captions))
         self.records = _records(Path(folder), content.images, found)
         self.remarks = _remarks(Path(folder), content, found)
@@ -103,6 +101,4 @@ def _remarks(folder: Path, content: FolderContent, captions: FolderCaptions) -> 
         if not captions.of_image and not TABLE_SUFFIXES.isdisjoint(ignored):
             remark += ": if a table in the folder has them, give it as --captions TABLE (CSV, TSV or JSON)"
         remarks.append(remark)
-    if content.links:
-        remarks.append(f"{content.links:,} linked folders not followed (--follow-links)")
     return remarks
