@@ -31,17 +31,14 @@ from ..checksums import file_sha256, json_sha256
 from ..json_files import Count, Matching, SchemaError, Sha256, check, own_file, read_json, short
 
 FORMAT = "valm flat inner-product index"
-VERSION = 2  # 1 had no checksum of the manifest
-OLD_VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 # No other name is read or deleted, even if a manifest lists it.
 ARRAY_FILE = re.compile(r"[a-z_]+-[0-9a-f]{16}\.npy")
 # What the native code loads at once.
 ALIGNMENT = 64
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-# Temporary names of this version, and of earlier ones without locks.
 TEMPORARY_FILE = re.compile(r"([a-z_]+|manifest\.json)\.[0-9a-f]{32}\.tmp")
-UNLOCKED_TEMPORARY_FILE = re.compile(r"([a-z_]+|manifest\.json)\.\d+\.tmp")
 
 
 class _Entry(TypedDict):
@@ -121,7 +118,7 @@ def _remove(files: Iterable[Path]) -> None:
 
 def _abandoned(file: Path) -> bool:
     """Whether a file without a lock was left by an interrupted save; a recent one may be in use by another process."""
-    if not (ARRAY_FILE.fullmatch(file.name) or UNLOCKED_TEMPORARY_FILE.fullmatch(file.name)):
+    if not ARRAY_FILE.fullmatch(file.name):
         return False
     try:
         return time.time() - file.stat().st_mtime > ABANDONED_SECONDS
@@ -180,12 +177,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{file} does not describe a {FORMAT}")
     version = manifest.get("version")
-    if version not in (OLD_VERSION, VERSION):
+    if version != VERSION:
         raise ValueError(
-            f"{file} has format version {short(version)}, this code reads version {VERSION} and {OLD_VERSION}; "
-            "save the index again from its vectors"
+            f"{file} has format version {short(version)}, this code reads version {VERSION}; save the index again from "
+            "its vectors"
         )
-    if version == VERSION and manifest.get("sha256") != json_sha256(manifest):
+    if manifest.get("sha256") != json_sha256(manifest):
         raise ValueError(f"{file} is damaged: it differs from its own checksum")
     try:
         check(manifest, _Manifest)
@@ -194,8 +191,6 @@ def read_manifest(path: Path) -> dict[str, Any]:
     for name, entry in manifest["arrays"].items():
         if entry["file"] != f"{name}-{entry['sha256'][:16]}.npy":
             raise ValueError(f"{file} is damaged: its array {name!r} is in {entry['file']}")
-    if ("first_rows" in manifest["arrays"]) != ("next_duplicate" in manifest["arrays"]):
-        raise ValueError(f"{file} is damaged: it lists one of the arrays first_rows and next_duplicate")
     return manifest
 
 

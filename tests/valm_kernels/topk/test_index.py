@@ -320,19 +320,14 @@ def edit_manifest(folder, **changes) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-# version 1 had no checksum of the manifest, so an old one without both says nothing of them
-@pytest.mark.parametrize(
-    "version, missing",
-    [(1, {"first_rows"}), (1, {"next_duplicate"}), (2, {"first_rows"}), (2, {"first_rows", "next_duplicate"})],
-)
-def test_an_array_that_is_not_listed_any_more(tmp_path, version, missing):
+@pytest.mark.parametrize("missing", [{"first_rows"}, {"first_rows", "next_duplicate"}], ids=str)
+def test_an_array_that_is_not_listed_any_more(tmp_path, missing):
     """Without the list of equal rows, their codes are taken for those of the first rows: other rows are found."""
     FlatIPIndex(normals(1, 24).repeat(60, 1)).save(tmp_path)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     manifest["arrays"] = {name: entry for name, entry in manifest["arrays"].items() if name not in missing}
-    manifest["version"] = version
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=r"manifest\.json is damaged: it (differs from its own checksum|lists one of)"):
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged: it differs from its own checksum"):
         FlatIPIndex.load(tmp_path, verify=True)
 
 
@@ -535,7 +530,7 @@ def test_a_folder_that_cannot_be_synced(saved, monkeypatch):
 
 def test_what_killed_saves_left_goes_with_a_later_one(saved):
     """Once it is a day old: younger files may be those of another process that saves."""
-    ours = [saved / name for name in ("rows.17.tmp", "manifest.json.17.tmp", f"rows-{'0' * 16}.npy")]
+    ours = [saved / f"rows-{'0' * 16}.npy"]
     others = [saved / name for name in ("notes.tmp", "rows.npy", "README-0123456789abcdef.npy")]
     for file in (*ours, *others):
         file.touch()
