@@ -310,9 +310,10 @@ def _probe_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> Any:
     seen = visible_keys(attention_mask)
+    causal = kwargs.get("is_causal")
     if seen is not None:
         causal = not seen.triu(1).any()
-    elif (causal := kwargs.get("is_causal")) is None:
+    elif causal is None:
         causal = getattr(module, "is_causal", True)
     # DeepSeek's sparse attention: the keys that each query sees, for implementations other than "sdpa" and "eager"
     sparse = kwargs.get("indices") is not None
