@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 from .._ops import add_op_namespace_prefix, ops
 from . import cpu, flash
@@ -199,13 +200,24 @@ def _records_gradients(inputs: tuple[Any, ...]) -> bool:
     return torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)
 
 
+# The same nodes for one transform of torch.func; inside of it a torch.autograd.Function asks for rules of its own.
+_IN_TRANSFORM: dict[Any, Any] = {
+    function: type(
+        function.__name__,
+        (_SingleLevelFunction,),
+        {"forward": staticmethod(function.forward), "backward": staticmethod(function.backward)},
+    )
+    for function in (_Attention, _Gradients)
+}
+
+
 def _apply(function: Any, *arguments: Any) -> tuple[Tensor, ...]:
     """function.apply, also inside transforms of torch.func: as for PyTorch's own operators, the dispatcher comes here
     once for each of them."""
     if not torch._C._are_functorch_transforms_active():
         return function.apply(*arguments)
     with enable_single_level_autograd_function():
-        return super(torch.autograd.Function, function).apply(*arguments)
+        return _IN_TRANSFORM[function].apply(*arguments)
 
 
 # What torch.library.register_autograd does, in half its time: that reads the operator's schema in every call.
