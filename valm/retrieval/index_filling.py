@@ -65,6 +65,8 @@ def partial_folder(kb: ImageKnowledgeBase, factory: str, seed: int) -> Iterator[
             folder.mkdir(exist_ok=True)
             try:
                 before = check_own(folder).st_ino
+            except FileNotFoundError:  # another build took it for what a killed one has left
+                continue
             except ValueError as error:
                 raise ValmError(str(error)) from error
         with ExitStack() as stack:

@@ -397,6 +397,19 @@ def test_another_plan_has_a_folder_of_its_own(kb, monkeypatch, change):
             assert one != other and one.exists()
 
 
+def test_a_folder_that_another_build_removes_before_it_is_locked_is_made_again(kb, monkeypatch):
+    removed = []
+
+    def mkdir(path, *, make=Path.mkdir, **options):
+        make(path, **options)
+        if not removed:
+            removed.append(path.rmdir())
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with index_filling.partial_folder(kb, "IVF16,Flat", 0) as folder:
+        assert removed and folder.is_dir()
+
+
 def test_one_process_at_a_time_makes_an_index(kb, monkeypatch):
     monkeypatch.setattr("valm.store.files.WAIT_SECONDS", 0.1)
     with index_filling.partial_folder(kb, "IVF16,Flat", 0), pytest.raises(ValmError, match="another process makes"):
