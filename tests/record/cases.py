@@ -167,7 +167,7 @@ def of_training(model: Any) -> Iterator[tuple[str, Tensor]]:
     yield "loss", loss.detach()
     for name, parameter in model.named_parameters():
         if "image_fusion" in name:
-            yield f"gradient of {name.partition('image_fusion.')[2]}", parameter.grad
+            yield f"gradient of {name.partition('image_fusion.')[2].removesuffix('_delta')}", parameter.grad
     norms = [parameter.grad.norm() for _, parameter in sorted(model.named_parameters()) if parameter.grad is not None]
     yield "norms of gradients", torch.stack(norms)
     model.zero_grad()

@@ -23,9 +23,14 @@ def drawn(name: str, shape: torch.Size) -> torch.Tensor:
 
 @torch.no_grad()
 def draw(model: torch.nn.Module) -> None:
-    """Gives every parameter of `model` its drawn value."""
+    """Gives every parameter of `model` its drawn value. What is stored as a difference from its initial value was
+    recorded as the value itself."""
+    options = getattr(model, "fusion_options", None)
     for name, parameter in model.named_parameters():
-        parameter.copy_(drawn(name, parameter.shape))
+        value = drawn(name.removesuffix("_delta"), parameter.shape)
+        if name.endswith("_delta"):
+            value -= getattr(options, name.rpartition(".")[2].removesuffix("_delta"))
+        parameter.copy_(value)
 
 
 def save(outputs: dict[str, torch.Tensor], file: Path) -> None:

@@ -113,6 +113,7 @@ def augment(
         logit_bias=logit_bias,
         blind=blind,
         unfreeze=unfreeze,
+        sketch={},
         score_scale=score_scale,
         min_score=min_score,
     )
