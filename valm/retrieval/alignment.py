@@ -153,7 +153,7 @@ class Alignment:
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
-    """The UTF-8 bytes of each token, a blank for special tokens; a token may be part of a character.
+    """The UTF-8 bytes of each id, a blank for special tokens; a token may be part of a character.
 
     Raises:
         ValmError: a text is not the concatenation of its tokens' texts.
@@ -182,8 +182,9 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
         # between two others, as the decoder may strip blanks at the ends of a text
         return backend.decoder.decode(["x", token, "x"])[1:-1].encode()
 
-    table = [b""] * len(tokenizer)
-    for token, id in tokenizer.get_vocab().items():
+    vocabulary = tokenizer.get_vocab()
+    table = [b""] * (max(vocabulary.values()) + 1)  # ids may have holes
+    for token, id in vocabulary.items():
         table[id] = of(id, token)
 
     ids = [id for id in tokenizer(PROBE, add_special_tokens=False)["input_ids"] if id not in special]

@@ -104,7 +104,7 @@ class ContextEncoder:
         self.alignment: Alignment | None = None
         if self.tokenizer.get_vocab() != clip.tokenizer.get_vocab():
             self.alignment = Alignment(self.tokenizer, clip.tokenizer)
-            self.num_ids, self._whose_ids = len(self.tokenizer), "the tokenizer"
+            self.num_ids, self._whose_ids = len(self.alignment.bytes_of), "the tokenizer"
         self.rule = SegmentRule(
             sot=clip.tokenizer.bos_token_id,
             eot=clip.tokenizer.eos_token_id,

@@ -8,7 +8,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from tests.valm.other_tokenizers import chat_like, gpt2_like, llama_like, qwen_like
 from tests.valm.retrieval.test_context import close
 from tests.valm.tiny_clip import TEXTS, make_clip
-from valm.clip.tokenizer import clip_tokenizer, prune_tokenizer, tokenize_documents
+from valm.clip.tokenizer import clip_tokenizer, prompt_ids, prune_tokenizer, tokenize_documents
 from valm.errors import ValmError
 from valm.retrieval.alignment import BLANKS, LONGEST_WORD, Alignment, TextState, token_bytes
 from valm.retrieval.context import ContextEncoder
@@ -309,3 +309,20 @@ def test_tokenizers_that_cannot_be_followed_are_refused(clip):
     other = gpt2_like()
     with pytest.raises(ValueError, match=f"input_ids has {len(other)}, but the tokenizer has {len(other)} tokens"):
         ContextEncoder(clip, tokenizer=other)(torch.tensor([[len(other)]]))
+
+
+def test_a_vocabulary_may_have_holes_in_its_ids(clip):
+    """As where tokens were removed; the largest id is above the number of tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    ids = {character: number for number, character in enumerate(alphabet)} | {"</s>": 300}
+    backend = Tokenizer(models.BPE(vocab=ids, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    encoder = ContextEncoder(clip, tokenizer=tokenizer)
+    text = "a red apple"
+    queries = encoder(torch.tensor([[300, *tokenizer(text)["input_ids"]]]))
+    expected = ContextEncoder(clip)(torch.tensor([prompt_ids(clip.tokenizer, text)]))
+    torch.testing.assert_close(queries[0, -1], expected[0, -1])
+    with pytest.raises(ValueError, match="input_ids has 301, but the tokenizer has 301 tokens"):
+        encoder(torch.tensor([[301]]))
