@@ -113,13 +113,10 @@ def load_tokenizer(source: str | os.PathLike, *, chats: bool = False) -> PreTrai
     errors otherwise as in `own_tokenizer`.
     """
     loaded = own_tokenizer(source)
-    bos = loaded.bos_token or loaded.eos_token
-    tokenizer = loaded.backend_tokenizer
-    with library_errors(f"the bos token {short(bos)} of the tokenizer {source}"):  # a template takes no : in it
-        tokenizer.post_processor = _begin_with(bos, begin_id(loaded))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=bos,
+    made = beginning_with_bos(loaded)
+    return PreTrainedTokenizerFast(  # the class of its family would build the way it begins anew when it is opened
+        tokenizer_object=made.backend_tokenizer,
+        bos_token=made.bos_token,
         eos_token=loaded.eos_token,
         pad_token=loaded.pad_token or loaded.eos_token,
         padding_side="left",
@@ -148,7 +145,7 @@ def beginning_with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenize
     """A copy whose `tokenizer(text)` starts as a document (`begin_id`)."""
     made = copy.deepcopy(tokenizer)
     made.bos_token = made.bos_token or made.eos_token
-    with library_errors(f"the bos token {short(made.bos_token)} of the tokenizer"):
+    with library_errors(f"the bos token {short(made.bos_token)} of the tokenizer {tokenizer.name_or_path}"):
         made.backend_tokenizer.post_processor = _begin_with(made.bos_token, begin_id(tokenizer))
     return made
 
