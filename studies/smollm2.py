@@ -24,6 +24,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import valm
+from examples.augment_smollm2 import convert_smollm2
 from studies.color.text import color_glosses
 from studies.color.words import COLOR_WORDS, Names, words
 from studies.demo.clip_training import train_demo_clip
@@ -39,7 +40,6 @@ from valm.evaluation.statistics import Estimate, ratio
 from valm.knowledge_base.build import build
 from valm.knowledge_base.encode import Encoding
 from valm.knowledge_base.sources.folder import FolderSource
-from valm.model.smollm2 import convert_smollm2
 from valm.store.files import read_text
 from valm.training import trainer, training_arguments
 from valm.training.callbacks import show_progress

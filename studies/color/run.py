@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 import valm
 import valm_kernels
+from examples.augment_smollm2 import PACKAGE, convert_smollm2
 from studies.color.captions import Captions
 from studies.color.clip import image_tower
 from studies.color.config import (
@@ -52,7 +53,6 @@ from valm.corpus.retrieved import CorpusRetrieval
 from valm.errors import ValmError
 from valm.evaluation.color import load_memory_color
 from valm.knowledge_base.store import ImageKnowledgeBase
-from valm.model.smollm2 import PACKAGE, convert_smollm2
 from valm.retrieval.note import RetrievalNote
 from valm.store.files import read_json, writable_folder, write_json
 from valm.training.image_trainer import STATE_FILE
