@@ -75,7 +75,7 @@ def training_step(
     model = VaLMForCausalLM(config).train().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     kb: Any = Vectors() if num_images else None
-    collate = Collator(tokenizer, kb, TOKENS, bounds=True)  # as `valm train`
+    collate = Collator(tokenizer, kb, TOKENS)  # as `valm train`
     batch = BATCH[device.type]
     documents = with_min_score(retrieved_documents(batch, len(tokenizer), tokenizer.bos_token_id), min_score)
     if num_images:
@@ -83,12 +83,9 @@ def training_step(
         assert abs(seeing - (1.0 if min_score is None else 1 - min_score)) < 0.05
 
     def step() -> torch.Tensor:
-        inputs = {
-            name: value.to(device) if isinstance(value, torch.Tensor) else value  # max_seqlen is a number
-            for name, value in collate([*documents]).items()
-        }
+        inputs = {name: tensor.to(device) for name, tensor in collate([*documents]).items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = model(**inputs).loss
+            loss = model(**inputs, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0)
         optimizer.step()

@@ -44,11 +44,6 @@ class Arm(NamedTuple):
     cut: bool = False
     colorless: bool = False
 
-    @property
-    def retrieves(self) -> bool:
-        """Whether its images come from a knowledge base."""
-        return self.twin is None
-
 
 # Tests that replace the vectors of the retrieved images; the answers are compared with those to the original ones.
 EXCHANGES = ("exchanged", "other-colors")

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from valm.model.augment import augment
 from valm.model.checkpoint import load_decoder
-from valm.model.image_model import ImageModel, ImageOptions
+from valm.model.image_finder import ImageFinder
+from valm.model.image_model import ImageModel
 
 WEIGHTS_FILE = "late_fusion.safetensors"
 
@@ -57,12 +58,7 @@ class LateFusion(nn.Module):
 class LateFusionLM(ImageModel):
     """Mixin of a causal language model whose last norm reads what `LateFusion` made of the last block's output."""
 
-    _options: ImageOptions
     _seen: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def image_options(self) -> ImageOptions:
-        return self._options
 
     def forward(
         self,
@@ -74,17 +70,14 @@ class LateFusionLM(ImageModel):
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The base's forward, without a cache; images as in `AugmentedCausalLM.forward`."""
+        """The base's forward, without a cache; images as in `AugmentedCausalLM.forward`. A row is one document."""
         if image_pool is None:
-            image_pool, image_index, _ = self.find_images(input_ids, attention_mask, None)
+            image_pool, image_index, _ = self.finder.find_images(input_ids, attention_mask, None, None)
         assert image_pool is not None and image_index is not None
         self._seen = image_pool, image_index
         return super().forward(
             input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs | {"use_cache": False}
         )
-
-    def text_positions(self, arguments: dict[str, Any]) -> None:
-        """A row is one document."""
 
     def _fuse(self, norm: nn.Module, args: tuple) -> tuple:
         assert self._seen is not None
@@ -103,7 +96,8 @@ def add_late_fusion(base: str, image_dim: int, num_images: int) -> Any:
     model.requires_grad_(False)
     model.model.image_fusion.requires_grad_(True)
     model.__class__ = type(type(model).__name__, (LateFusionLM, type(model)), {})
-    model._options = ImageOptions(num_images, image_dim, blind=False)
+    model.config.fusion, model.config.retrieval = early.config.fusion, None
+    model.finder = ImageFinder(model.config)
     model.model.norm.register_forward_pre_hook(model._fuse)
     return model
 

@@ -53,7 +53,6 @@ from valm.corpus.retrieved import CorpusRetrieval
 from valm.errors import ValmError
 from valm.evaluation.color import load_memory_color
 from valm.knowledge_base.store import ImageKnowledgeBase
-from valm.retrieval.note import RetrievalNote
 from valm.store.files import read_json, writable_folder, write_json
 from valm.training.image_trainer import STATE_FILE
 from valm.training.run_note import RUN_FILE
@@ -268,7 +267,7 @@ def _noise(study: Study, folder: Path, clip: str, seed: int) -> None:
 
 
 def _train(study: Study, name: str, arm: Arm, base: str, seed: int) -> None:
-    """Trains an arm. An arm that retrieves then gets the note that its images are in KB."""
+    """Trains an arm."""
     out, folder = study.seed_folder(seed) / name, study.kb_folder(seed, arm)
     retrieval, kb = folder / retrieval_name(arm.corpus, arm.kb), folder / arm.kb
     settings = study.config.training_settings(name)
@@ -290,8 +289,6 @@ def _train(study: Study, name: str, arm: Arm, base: str, seed: int) -> None:
     write_json(out / NUMBERS_FILE, measured | {"steps": best_step(out)})
     for checkpoint in out.glob("checkpoint-*"):
         remove_folder(checkpoint)
-    if arm.retrieves:
-        RetrievalNote.of_knowledge_base(ImageKnowledgeBase.open(folder / KB), "eot").write(out)
 
 
 def _train_here(study: Study, name: str, arm: Arm, base: str, seed: int, settings: dict[str, Any]) -> None:

@@ -275,7 +275,7 @@ def check(family: str, layer: int | None = None) -> Findings:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         augment(model, IMAGE_DIM, IMAGES, layer)
-    layer = model.config.valm["layer"]
+    layer = model.fusion_options.layer
     none = {"image_pool": torch.zeros(0, IMAGE_DIM), "image_index": torch.full((BATCH, LENGTH, IMAGES), -1)}
     text = distance(model(ids, use_cache=False, **none).logits, expected)
     text_padded = distance(model(ids, attention_mask=mask, use_cache=False, **none).logits[present], padded)

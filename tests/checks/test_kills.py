@@ -48,9 +48,9 @@ from valm.model.checkpoint import load, save_checkpoint
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.faiss_index import FaissIndex, open_index, verify_index
 from valm.retrieval.index_tuning import build_index
-from valm.retrieval.note import RetrievalNote
 from valm.retrieval.retriever import Retriever
-from valm.store.whole_folder import NOTE
+from valm.retrieval.source import ImageSource, read_places, write_places
+from valm.store.whole_folder import PLACES_FILE
 from valm_kernels import FlatIPIndex
 from valm_kernels.atomic_files import is_temporary, remove_leftovers
 
@@ -194,24 +194,23 @@ def test_index(clip, tmp_path, old):
 
 
 @pytest.mark.parametrize("old", [False, True])
-def test_note_on_retrieval(tmp_path, old):
+def test_places_of_images(tmp_path, old):
     def prepare(out: Path) -> None:
         if old:
-            RetrievalNote(tmp_path / "old", "eot", "clip", "0" * 64).write(out)
+            write_places(ImageSource("eot", knowledge_base=tmp_path / "old"), out)
 
     def write(out: Path) -> None:
-        RetrievalNote(tmp_path / "new", "state", "clip", "0" * 64).write(out)
+        write_places(ImageSource("eot", knowledge_base=tmp_path / "new"), out)
 
     def check(out: Path, done: bool) -> None:
-        note = RetrievalNote.read(out)
-        if note is None:
+        places = read_places(out)
+        if not places:
             assert not old and not done
         else:
-            assert note.knowledge_base is not None
-            assert note.knowledge_base.name in (("new",) if done or not old else ("old", "new"))
+            assert Path(places["knowledge_base"]).name in (("new",) if done or not old else ("old", "new"))
         write(out)
         remove_leftovers(out)
-        assert [file.name for file in out.iterdir()] == [NOTE]
+        assert [file.name for file in out.iterdir()] == [PLACES_FILE]
 
     assert kill_everywhere(write, check, tmp_path, prepare) >= 2
 

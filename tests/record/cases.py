@@ -45,8 +45,8 @@ def augmented(base: Callable[[], Any], **options: Any) -> Any:
 
 MODELS: dict[str, Callable[[], Any]] = {
     "valm": valm,
-    "valm-scored": lambda: valm(image_score_scale_init=2.0),
-    "valm-flat": lambda: valm(fusion_scale="embed_dim", fusion_layer=-1, image_dim=32, image_logit_bias_init=-1.0),
+    "valm-scored": lambda: valm(score_scale=2.0),
+    "valm-flat": lambda: valm(fusion_scale="embed_dim", layer=-1, image_dim=32, logit_bias=-1.0),
     "valm-text": lambda: valm(num_images=0),
     "llama": lambda: augmented(tiny_llama),
     "llama-scored": lambda: augmented(tiny_llama, score_scale=2.0, unfreeze="block", layer=1),
@@ -75,7 +75,7 @@ def model_of(name: str) -> Any:
 
 
 def takes_images(model: Any) -> bool:
-    return model.image_options.num_images > 0
+    return model.fusion_options.num_images > 0
 
 
 def ids_of(seed: int = 0) -> Tensor:
@@ -89,7 +89,7 @@ def images_of(model: Any, shape: torch.Size) -> dict[str, Tensor]:
     if not takes_images(model):
         return {}
     generator = torch.Generator().manual_seed(1)
-    options = model.image_options
+    options = model.fusion_options
     index = torch.randint(-1, POOL, (*shape, options.num_images), generator=generator)
     images = {"image_pool": torch.randn(POOL, options.image_dim, generator=generator), "image_index": index}
     if options.scored:
@@ -129,7 +129,7 @@ def outputs_of(name: str) -> Iterator[tuple[str, Tensor]]:
         if name not in NOT_PACKED:
             yield from of_packed(model)
     yield from of_training(model)
-    if takes_images(model) and model.image_options.image_dim == IMAGE_DIM:
+    if takes_images(model) and model.fusion_options.image_dim == IMAGE_DIM:
         with torch.no_grad():
             yield from retrieved(model, name)
 
@@ -148,7 +148,7 @@ def given_images(model: Any, name: str) -> Iterator[tuple[str, Tensor]]:
 def text_alone(model: Any, ids: Tensor) -> Tensor:
     if not takes_images(model):
         return model(ids).logits
-    options = model.image_options
+    options = model.fusion_options
     index = torch.full((*ids.shape, options.num_images), -1)
     scores = {"image_scores": torch.full(index.shape, -torch.inf)} if options.scored else {}
     return model(ids, image_pool=torch.zeros(0, options.image_dim), image_index=index, **scores).logits

@@ -70,13 +70,13 @@ def logits_of_text(model):
 def test_an_adapter_says_in_which_file_its_base_is(bases):
     model = with_images(opened(bases / "bases", gguf_file="base.gguf"))
     save_adapter(model, bases / "adapter")
-    assert json.loads((bases / "adapter" / "image_fusion.json").read_text())["base"] == "../bases/base.gguf"
+    assert json.loads((bases / "adapter" / "_retrieval.json").read_text())["base"] == "../bases/base.gguf"
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=COARSELY)
         loaded, _ = load(bases / "adapter")
     assert torch.equal(logits(loaded), logits(model))
     save_adapter(loaded, bases / "adapter" / "again")
-    assert json.loads((bases / "adapter/again/image_fusion.json").read_text())["base"] == "../../bases/base.gguf"
+    assert json.loads((bases / "adapter/again/_retrieval.json").read_text())["base"] == "../../bases/base.gguf"
     (bases / "bases" / "base.gguf").unlink()
     with pytest.raises(
         ValmError, match=r"the base model .*base\.gguf of the adapter .* cannot be read: .*; give it as"

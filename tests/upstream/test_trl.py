@@ -34,14 +34,6 @@ def sft(folder, unfreeze):
     return trainer, model, before
 
 
-on_text_alone = pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="TRL calls the decoder inside the model by itself (model.base_model), which finds no images",
-)
-
-
-@on_text_alone
 @pytest.mark.parametrize("unfreeze", ["", "block"])
 def test_training_asks_the_retriever_and_moves_the_fusion(tmp_path, unfreeze):
     trainer, model, before = sft(tmp_path, unfreeze)
@@ -51,7 +43,6 @@ def test_training_asks_the_retriever_and_moves_the_fusion(tmp_path, unfreeze):
     assert model.retriever.asked >= 2
 
 
-@on_text_alone
 def test_evaluation_asks_the_retriever(tmp_path):
     trainer, model, _ = sft(tmp_path, "block")
     trainer.evaluate()

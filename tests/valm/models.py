@@ -3,7 +3,7 @@
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from valm.model.config import ValmConfig
+from valm.model.config import FusionOptions, ValmConfig
 from valm.model.gpt2 import VaLMForCausalLM
 from valm.retrieval.retriever import Retrieved
 
@@ -42,6 +42,11 @@ def model_of(tokenizer: PreTrainedTokenizerFast, **arguments) -> VaLMForCausalLM
     return tiny_model(vocab_size=len(tokenizer), **special, **arguments)
 
 
+def model_for(retriever, **arguments) -> VaLMForCausalLM:
+    """A `model_of` the retriever's tokenizer that takes its images."""
+    return model_of(retriever.encoder.tokenizer, image_dim=retriever.dim, num_images=retriever.k, **arguments)
+
+
 def random_ids(batch: int, length: int, seed: int = 0) -> torch.Tensor:
     """(batch, length) ordinary pieces, SOT first."""
     generator = torch.Generator().manual_seed(seed)
@@ -53,8 +58,9 @@ def random_ids(batch: int, length: int, seed: int = 0) -> torch.Tensor:
 def random_images(config: ValmConfig, batch: int, length: int, pool: int = 10, seed: int = 0):
     """image_pool (pool, E) and image_index (batch, length, K), some slots empty."""
     generator = torch.Generator().manual_seed(seed)
-    index = torch.randint(-1, pool, (batch, length, config.num_images), generator=generator)
-    return torch.randn(pool, config.image_dim, generator=generator), index
+    options = FusionOptions(**config.fusion)
+    index = torch.randint(-1, pool, (batch, length, options.num_images), generator=generator)
+    return torch.randn(pool, options.image_dim, generator=generator), index
 
 
 def random_scores(index: torch.Tensor, seed: int = 0) -> torch.Tensor:

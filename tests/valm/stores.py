@@ -25,8 +25,8 @@ from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model.checkpoint import save_checkpoint
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.index_tuning import build_index, captions, context_queries
-from valm.retrieval.note import RetrievalNote
 from valm.retrieval.retriever import Retriever
+from valm.retrieval.source import ImageSource
 from valm_kernels import FlatIPIndex
 
 PICTURES, K, SHARD = 20, 2, 8
@@ -68,9 +68,9 @@ def make_stores(out: Path) -> Path:
     retriever = Retriever(ContextEncoder(clip, tokenizer=other), kb, K)
     retrieve(out, retriever, out / "corpus")
     killed(lambda: retrieve(out, retriever, out / "corpus-unfinished"))
-    save_model(out / "valm", clip.tokenizer, RetrievalNote.of_knowledge_base(kb, "eot"), num_images=K)
+    save_model(out / "valm", clip.tokenizer, ImageSource.of_knowledge_base(kb, "eot"), num_images=K)
     save_model(out / "gpt2", other, None, num_images=0)
-    save_model(out / "blind", other, RetrievalNote.of_knowledge_base(kb, "state"), num_images=1, blind=True)
+    save_model(out / "blind", other, ImageSource.of_knowledge_base(kb, "state"), num_images=1, blind=True)
     save_flat_indexes(out / "flat")
     return out
 
@@ -100,11 +100,12 @@ def retrieve(stores: Path, retriever: Retriever, out: Path) -> CorpusRetrieval:
     return retrieve_files([stores / "corpus.txt"], retriever, out, part_bytes=100, progress=False)
 
 
-def save_model(out: Path, tokenizer: PreTrainedTokenizerFast, note: RetrievalNote | None, **options: object) -> None:
-    save_checkpoint(model_of(tokenizer, **SIZES, **options), tokenizer, out)
+def save_model(out: Path, tokenizer: PreTrainedTokenizerFast, source: ImageSource | None, **options: object) -> None:
+    model = model_of(tokenizer, **SIZES, **options)
+    if source is not None:
+        model.finder.set_source(source)
+    save_checkpoint(model, tokenizer, out)
     (out / "README.md").unlink()  # the card, which is not read
-    if note is not None:
-        note.write(out)
 
 
 def save_flat_indexes(out: Path) -> None:

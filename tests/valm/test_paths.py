@@ -16,7 +16,7 @@ from valm.knowledge_base.sources.table import TableSource
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model.adapter import load_adapter
 from valm.model.checkpoint import load, load_decoder
-from valm.retrieval.note import RetrievalNote
+from valm.retrieval.source import read_places
 from valm.store.files import read_text, writable_folder
 from valm.training.resumable import check_resumable
 
@@ -31,7 +31,7 @@ DOORS = {
     "knowledge base": ImageKnowledgeBase.open,
     "corpus": lambda path: file_parts([path]),
     "corpus retrieval": CorpusRetrieval.open,
-    "note": RetrievalNote.read,
+    "places": read_places,
     "checkpoint": lambda path: check_resumable(Path(path)),
     "images": lambda path: FolderSource(Path(path)),
     "table": lambda path: TableSource(Path(path)).plan(),

@@ -38,7 +38,7 @@ def run_explain(arguments: argparse.Namespace) -> None:
         if not isinstance(model.retriever, Retriever):
             raise ValmError(f"--replace: the model in {arguments.model} retrieves no images that could be replaced")
         files = [arguments.replace / file for file in find_images(arguments.replace).images]
-        replaced = GivenImages(files, model.retriever, scored=model.image_options.scored)
+        replaced = GivenImages(files, model.retriever, scored=model.fusion_options.scored)
         readers[f"{name}, with images of {arguments.replace.absolute().name}"] = Reader(model, tokenizer, replaced)
     if arguments.compare:
         readers[name_of(arguments.compare, unlike=readers)] = Reader(*load_compared(arguments))

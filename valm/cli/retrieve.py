@@ -61,8 +61,8 @@ def run_retrieve(arguments: argparse.Namespace) -> None:
 
     from valm.clip.tokenizer import load_tokenizer
     from valm.knowledge_base.store import ImageKnowledgeBase
-    from valm.retrieval.note import open_encoder
     from valm.retrieval.retriever import Retriever
+    from valm.retrieval.source import open_encoder
     from valm.training.launch import check_alone
     from valm_kernels import MAX_IMAGES
 

@@ -33,10 +33,10 @@ def run_serve(arguments: argparse.Namespace) -> None:
 
     model, tokenizer = load_model(arguments)
     retriever = model.retriever  # opened now: what it lacks is an error before anyone asks
-    if model.image_options.num_images > 0 and retriever is None:
+    if model.fusion_options.num_images > 0 and retriever is None:
         raise ValmError(
-            f"the model {arguments.model} takes {model.image_options.num_images} images a token, but has no retriever: "
-            "give it a knowledge base (--kb)"
+            f"the model {arguments.model} takes {model.fusion_options.num_images} images a token, but has no "
+            "retriever: give it a knowledge base (--kb)"
         )
     serve(
         name_of(arguments.model),

@@ -61,8 +61,7 @@ class MinScore:
         Raises:
             ValmError: as `find`, or the model's knowledge base is missing.
         """
-        images = model.image_options
-        if images.num_images == 0 or images.blind:
+        if not model.fusion_options.retrieves:
             warnings.warn(f"--min-score changes nothing of {name}, which retrieves no images", stacklevel=2)
             return
         value = self.score
@@ -117,7 +116,7 @@ def _scores_of(file: Path, retriever: Retriever | None) -> Iterator[np.ndarray]:
     """The retrieval scores (T, K) of each document in the text `file`, in any order."""
     if retriever is None:
         raise ValmError(f"the corpus was retrieved: retrieve {file} too, and give that folder")
-    retriever, texts = retriever.with_min_score(None), read_documents([file])
+    texts = read_documents([file])
     while window := list(itertools.islice(texts, WINDOW)):
         rows = [prompt_ids(retriever.encoder.tokenizer, text) for text in window]
         for batch in batches_by_length(list(map(len, rows)), BATCH_TOKENS):

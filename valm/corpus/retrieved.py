@@ -80,6 +80,7 @@ class CorpusShard(ShardRecord):
 
 
 class _PlanFields(TypedDict):
+    precision: str
     tokenizer: str
     knowledge_base: str
     k: Annotated[int, Range(1, 1 << 16)]
@@ -190,6 +191,11 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
     def segments(self) -> dict[str, int]:
         """`overlap` and `min_tokens` of the `ContextEncoder` that they were retrieved with."""
         return {name: self.manifest["plan"][name] for name in ("overlap", "min_tokens")}
+
+    @property
+    def precision(self) -> str:
+        """That of the queries."""
+        return self.manifest["plan"]["precision"]
 
     @property
     def fingerprint(self) -> str:
@@ -308,7 +314,7 @@ def retrieve_corpus(
     Args:
         documents: read once and in order, so they need not fit into memory.
         part_tokens: tokens in a shard; a retrieval that was killed repeats at most one shard.
-        scores: also write the score of each image, which `min_score` and models with `image_score_scale_init` need.
+        scores: also write the score of each image, which `min_score` and models with `score_scale` need.
         run: where it runs: here, or on the machines of a `valm.store.ray.RayRun`.
 
     Raises:
@@ -370,11 +376,6 @@ def _retrieve(
 ) -> CorpusRetrieval:
     if len(retriever.kb) > NO_IMAGE:
         raise ValmError(f"ids of {len(retriever.kb):,} images do not fit into 32 bits")
-    if retriever.min_score is not None:
-        raise ValmError(
-            f"the retriever has min_score {retriever.min_score}, but a corpus keeps all images, so that a training can "
-            "choose: give one without"
-        )
     encoder, index = retriever.encoder, retriever.index
     plan = {
         "corpus": corpus,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import os
 from collections.abc import Sequence
@@ -32,16 +31,6 @@ class _OtherVectors:
     def __init__(self, retriever: Retriever):
         self.retriever = retriever
         self.k, self.dim = retriever.k, retriever.dim
-
-    @property
-    def min_score(self) -> float | None:
-        return self.retriever.min_score
-
-    def with_min_score(self, min_score: float | None) -> Any:
-        """As `Retriever.with_min_score`."""
-        other = copy.copy(self)
-        other.retriever = self.retriever.with_min_score(min_score)
-        return other
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Retrieved:
         return self._replaced(self.retriever(input_ids, attention_mask))
@@ -165,7 +154,7 @@ def switch_images(
         raise ValmError(f"retrieval must be one of {', '.join(RETRIEVAL)}, got {retrieval!r}")
     if replace is not None and retrieval != "on":
         raise ValmError(f"retrieval={retrieval} and images to replace it by exclude each other: give one of the two")
-    options = model.image_options
+    options = model.fusion_options
     if options.num_images == 0:
         if retrieval == "random" or replace is not None:
             raise ValmError("this model sees no images (K = 0), so there are none to replace")

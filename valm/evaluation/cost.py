@@ -152,7 +152,7 @@ def time_forward(scorer: CausalScorer, ids: Tensor) -> dict[str, float]:
     model: Any = scorer.model
     found = model.retriever(ids)
     given = {"image_pool": found.image_pool.to(ids.device), "image_index": found.image_index.to(ids.device)}
-    if model.image_options.scored:
+    if model.fusion_options.scored:
         given["image_scores"] = found.scores.to(ids.device)
     without = given | {"image_pool": given["image_pool"][:0], "image_index": torch.full_like(found.image_index, -1)}
     passes: dict[str, Callable[[], Any]] = {

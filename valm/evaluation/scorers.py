@@ -42,9 +42,9 @@ from valm.evaluation.scoring import (
     counting,
     equal_lengths,
 )
-from valm.model.adapter import is_adapter
+from valm.model.adapter import ADAPTER_FILE, is_adapter
 from valm.model.checkpoint import ModelConfig, load
-from valm.model.config_file import ADAPTER_FILE, MODEL_TYPE
+from valm.model.config import MODEL_TYPE
 from valm.model.image_model import ImageModel
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import Retriever
@@ -132,11 +132,11 @@ class CausalScorer:
 
     @property
     def sees_images(self) -> bool:
-        return isinstance(self.model, ImageModel) and self.model.image_options.num_images > 0
+        return isinstance(self.model, ImageModel) and self.model.fusion_options.num_images > 0
 
     @property
     def retrieves(self) -> bool:
-        return self.sees_images and not self.model.image_options.blind
+        return isinstance(self.model, ImageModel) and self.model.fusion_options.retrieves
 
     @property
     def query_dtype(self) -> torch.dtype | None:
@@ -413,7 +413,7 @@ def _open_valm(source: str, where: dict[str, Any], min_score: MinScore | None) -
     model.float()  # as all others
     if min_score is not None:
         min_score.set(model, source)
-    options = model.image_options
+    options = model.fusion_options
     if options.blind:
         kind = "blind: its own query is each token's image"
     elif options.num_images:
@@ -431,7 +431,7 @@ def _sees_no_images(folder: Path) -> bool:
     """Whether a model of `valm` in a folder is a twin without images."""
     file = current_files(folder) / (ADAPTER_FILE if is_adapter(folder) else CONFIG_FILE)
     config = read_json(file, "the config", dict[str, Any], "save the model again")
-    return config.get("fusion", config).get("num_images") == 0
+    return config.get("fusion", {}).get("num_images") == 0
 
 
 def model_fingerprint(model: Any, tokenizer: Any) -> str:

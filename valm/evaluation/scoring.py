@@ -97,8 +97,8 @@ def check_model(model: Any) -> None:
     Raises:
         ValmError: it takes images but has no retriever.
     """
-    if isinstance(model, ImageModel) and model.image_options.num_images > 0 and model.retriever is None:
-        raise ValmError(f"this model sees {model.image_options.num_images} images a token: give it a retriever first")
+    if isinstance(model, ImageModel) and model.fusion_options.num_images > 0 and model.retriever is None:
+        raise ValmError(f"this model sees {model.fusion_options.num_images} images a token: give it a retriever first")
 
 
 def context_length(model: Any) -> int:

@@ -94,7 +94,7 @@ class App:
         self.name, self.model, self.tokenizer = name, model, tokenizer
         self.other = other
         retriever = model.retriever
-        if model.image_options.num_images == 0:
+        if model.fusion_options.num_images == 0:
             self.choices = [NONE]
         elif isinstance(retriever, Retriever):
             self.choices = [RETRIEVED, RANDOM, UPLOADED, NONE]
@@ -102,7 +102,7 @@ class App:
             self.choices = [QUERY, NONE]
         else:
             raise ValmError(
-                f"the model {name} takes {model.image_options.num_images} images a token, but has no retriever: give "
+                f"the model {name} takes {model.fusion_options.num_images} images a token, but has no retriever: give "
                 "it a knowledge base (--kb)"
             )
 
@@ -149,7 +149,7 @@ class App:
         of_kb = type(retriever)(retriever.encoder, retriever.kb, k, retriever.index, cache_tokens=0)
         if images == RETRIEVED:
             return f"{self.name}, {k} retrieved images", Reader(self.model, self.tokenizer, of_kb)
-        scored = self.model.image_options.scored
+        scored = self.model.fusion_options.scored
         if images == RANDOM:
             random = ShownRandomImages(of_kb, 0, scored=scored)
             return f"{self.name}, {k} random images", Reader(self.model, self.tokenizer, random)
@@ -180,7 +180,7 @@ class App:
             ValmError: Gradio is missing.
         """
         gradio = _gradio()
-        options = self.model.image_options
+        options = self.model.fusion_options
         has_kb = RETRIEVED in self.choices
         stops = [stop for stop in TOUR if stop.images in self.choices]
         beside = [*self.choices[:1], *([self.other[0]] if self.other else [])]
@@ -248,7 +248,7 @@ class App:
 
     def _max_images(self) -> int:
         in_kb = len(self.model.retriever.kb) if RETRIEVED in self.choices else 1
-        return max(1, self.model.image_options.num_images, min(MAX_IMAGES, in_kb))
+        return max(1, self.model.fusion_options.num_images, min(MAX_IMAGES, in_kb))
 
 
 def launch(app: App, port: int | None = None) -> Any:

@@ -82,19 +82,19 @@ def explain(
 
     Raises:
         ValmError: the text is empty or too long for the model or an explanation; the model needs images and has no
-            retriever, or `retriever` another min_score; or an answer has no tokens.
+            retriever; or an answer has no tokens.
     """
     if model.training:  # with dropout it would be another one each time
         with in_mode(model, training=False):
             return explain(model, tokenizer, text, retriever=retriever, with_images=with_images, answers=answers)
     ids = _token_ids(model, tokenizer, text)
     note = _why_no_images(model, with_images)
-    finder = model.with_own_min_score(retriever or model.retriever)
+    finder = retriever or model.retriever
     if note:
         finder = None
     elif finder is None:
         raise ValmError(
-            f"this model takes {model.image_options.num_images} images a token, but has no retriever: give it a "
+            f"this model takes {model.fusion_options.num_images} images a token, but has no retriever: give it a "
             "knowledge base (--kb)"
         )
     elif isinstance(finder, BlindRetriever):
@@ -175,7 +175,7 @@ def _check_length(model: Any, tokens: int, what: str) -> None:
 
 
 def _why_no_images(model: Any, with_images: bool) -> str:
-    if model.image_options.num_images == 0:
+    if model.fusion_options.num_images == 0:
         return "This model takes no images (K = 0): it reads the text alone."
     return "" if with_images else "The images are switched off: the model reads the text alone."
 
@@ -184,18 +184,16 @@ def _find(model: Any, retriever: FindsImages | None, ids: Tensor) -> Retrieved:
     """The images of each token; none at all without a retriever."""
     if retriever is not None:
         found = Retrieved(*(tensor.to(ids.device) for tensor in retriever(ids)))
-        if hasattr(retriever, "with_min_score"):
-            return found
-        index, scores = cut(found.image_index, found.scores, model.image_options.min_score)  # as the model does
+        index, scores = cut(found.image_index, found.scores, model.fusion_options.min_score)  # as the model does
         return found._replace(image_index=index, scores=scores)
     none = torch.empty(*ids.shape, 0, device=ids.device)
-    pool = torch.empty(0, model.image_options.image_dim, device=ids.device)
+    pool = torch.empty(0, model.fusion_options.image_dim, device=ids.device)
     return Retrieved(pool, none.long(), torch.empty(0, dtype=torch.int64), none)
 
 
 def _images(model: Any, found: Retrieved) -> dict[str, Tensor]:
     """The arguments of the model; a model with K = 0 takes none, not even an empty pool."""
-    options = model.image_options
+    options = model.fusion_options
     if options.num_images == 0:
         return {}
     images = {"image_pool": found.image_pool, "image_index": found.image_index}

@@ -1,4 +1,4 @@
-"""Saves an augmented model as an adapter: a small file of the fusion, and a note on the base model."""
+"""Saves an augmented model as an adapter: a small file of the fusion, and what identifies the base model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -17,20 +17,22 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from valm.errors import ValmError
-from valm.model.attention import FusionOptions
-from valm.model.augment import AugmentedCausalLM, become_augmented, check_own_forwards, check_trained_weights
+from valm.model.attention import ImageFusion
+from valm.model.augment import AugmentedCausalLM, become_augmented, check_loaded, check_trained_weights
 from valm.model.card import write_card
-from valm.model.config_file import ADAPTER_FILE, MODEL_TYPE
+from valm.model.config import MODEL_TYPE, FusionOptions
 from valm.model.image_model import ImageModel
-from valm.model.probe import decoder_layers
+from valm.model.probe import attention_path, decoder_layers
 from valm.model.sketch import gguf_file, named_weights, other_tensor, project, sketch
-from valm.store.files import check_regular, is_file, is_folder, read_json, relative_path, write_json
+from valm.retrieval.source import ImageSource, places_folder, read_places, write_places
+from valm.store.files import check_regular, is_file, read_json, write_json
 from valm.store.pretrained import CONFIG_FILE
 from valm.store.whole_folder import current_files, replaced_files
 from valm.text import one_line
 
+ADAPTER_FILE = "image_fusion.json"
 WEIGHTS_FILE = "image_fusion.safetensors"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class _Version(TypedDict):
@@ -38,19 +40,20 @@ class _Version(TypedDict):
 
 
 class AdapterFile(_Version):
-    """The content of ADAPTER_FILE; `base` (`adapter_base`) is relative to the adapter's folder, or on a hub."""
+    """The content of ADAPTER_FILE: `base` is a Hugging Face name, or null for a folder, which is noted beside it
+    (`write_places`). fusion and retrieval are as in the config of a whole model."""
 
     base: str | None
     fusion: FusionOptions
+    retrieval: dict[str, Any] | None
 
 
 def save_adapter(model: AugmentedCausalLM, folder: str | os.PathLike) -> Path:
     """Writes what `augment` added to the base model, and with unfreeze="block" the layer, into `folder`.
 
     The base is named as it was loaded, a folder relative to this one, so that both can be moved together; it is not
-    known where the model was opened from a whole folder. The note on what finds the images (`ImageModel.save_note`) and
-    a model card (`write_card`) are written too. Killed at any point, `load_adapter` loads the old adapter or the new
-    one.
+    known where the model was opened from a whole folder. Where the images are (`write_places`) and a model card
+    (`write_card`) are written too. Killed at any point, `load_adapter` loads the old adapter or the new one.
 
     Raises:
         ValmError: every weight was trained, or a weight of the base has changed since `augment` (a LoRA was merged into
@@ -59,7 +62,7 @@ def save_adapter(model: AugmentedCausalLM, folder: str | os.PathLike) -> Path:
     options = model.fusion_options
     if options.unfreeze == "all":
         raise ValmError('with unfreeze="all" every weight was trained: save the whole model by save_pretrained')
-    found, expected = project(model, options.sketch), options.sketch
+    found, expected = project(model, options.sketch), options.sketch or {}
     if options.unfreeze == "block":
         layer = f"{_layer_name(model, options)}."
         found = {name: found[name] for name in found if not name.startswith(layer)}
@@ -85,14 +88,19 @@ def save_adapter(model: AugmentedCausalLM, folder: str | os.PathLike) -> Path:
     base = None if model.opened_whole else model.config.name_or_path
     if base and (file := gguf_file(model)):
         base = os.path.join(base, file)
-    if base and os.path.exists(base):
-        base = relative_path(base, folder)
+    here = base is not None and os.path.exists(base)
     tensors = {name: tensor.contiguous() for name, tensor in _tensors(model, options).items()}
-    description = {"format_version": FORMAT_VERSION, "base": base, "fusion": asdict(options)}
+    model.finder.note_source()
+    description = {
+        "format_version": FORMAT_VERSION,
+        "base": None if here else base,
+        "fusion": asdict(options),
+        "retrieval": model.config.retrieval,
+    }
     with replaced_files(folder, "the adapter") as temporary:
         save_file(tensors, temporary / WEIGHTS_FILE)
         write_json(temporary / ADAPTER_FILE, description)
-        model.save_note(temporary, place=folder)
+        write_places(model.finder.source, temporary, place=folder, base=base if here else None)
     write_card(model, folder, with_base=False)
     return folder
 
@@ -109,13 +117,13 @@ def adapter_base(folder: str | os.PathLike) -> str:
     Raises:
         ValmError: it does not say.
     """
-    base = _description(Path(folder))["base"]
+    base, place = _description(Path(folder))["base"], read_places(folder).get("base")
+    if place is not None:
+        beside = places_folder(folder) / place
+        return str(beside.absolute() if is_file(beside) else beside.resolve())  # a GGUF file is a link in a cache
     if not base:
         raise ValmError(f"the adapter {folder} does not say which base model it belongs to: give it as base")
-    beside = Path(folder) / base
-    if is_folder(beside):
-        return str(beside.resolve())
-    return str(beside.absolute()) if is_file(beside) else base  # a GGUF file, which in a cache is a link
+    return base
 
 
 def adapter_dtype(folder: str | os.PathLike) -> torch.dtype | None:
@@ -131,15 +139,14 @@ def adapter_dtype(folder: str | os.PathLike) -> torch.dtype | None:
 
 
 def load_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> AugmentedCausalLM:
-    """Adds the adapter in `folder` to `model`, the base that it was made with. The model itself is changed.
+    """Adds the adapter in `folder` to `model`, the base that it was made with. The model itself is changed, unless an
+    error is raised.
 
     A base in another precision is the same; one whose weights differ by more is another. A warning says where it rounds
-    a trained layer, and where weights were compared coarsely, as the base is quantised or that of the adapter was.
+    a trained layer.
 
     Raises:
-        ValmError: the adapter is damaged, or belongs to another base; or `model` is no base, as it takes images, or it
-            was dispatched, prepared or compiled before, so that it would read none; or it is quantised in what the
-            adapter trained.
+        ValmError: the adapter is damaged, or belongs to another base; or `model` is no base, as it takes images.
     """
     folder = Path(folder)
     if isinstance(model, ImageModel):
@@ -147,38 +154,54 @@ def load_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> Augmented
             f"the adapter {folder} is for a base model, but this {type(model).__name__} takes images already: give its "
             "base model"
         )
-    options = _description(folder)["fusion"]
+    described = _description(folder)
+    options = described["fusion"]
     if type(model).__name__ != options.architecture:
         raise ValmError(
             f"the adapter {folder} belongs to a {options.architecture}, but the base model is a {type(model).__name__}"
         )
+    check_loaded(model)
     layers = decoder_layers(model)
     if not -len(layers) <= options.layer < len(layers):
         raise ValmError(f"the adapter {folder} is for layer {options.layer}, but the base model has {len(layers)}")
-    check_own_forwards(model, options.layer)
     check_trained_weights(model, options)
     options = _of_this_base(model, options, folder)
     tensors = _stored_tensors(folder)
-    try:
-        augmented: Any = become_augmented(model, options)
-    except (RuntimeError, ValueError, TypeError) as error:  # sizes that no memory has
-        raise ValmError(f"{folder / ADAPTER_FILE} does not describe an adapter: {one_line(str(error))}") from error
-    expected = _tensors(model, options)
-    for name in sorted({*tensors, *expected}):
-        shapes = [tuple(some[name].shape) if name in some else None for some in (tensors, expected)]
-        if shapes[0] != shapes[1]:
-            weights = current_files(folder) / WEIGHTS_FILE
-            raise ValmError(f"{name} in {weights} has shape {shapes[0]}, expected {shapes[1]}")
+    _check_shapes(model, options, folder, tensors)
     if options.unfreeze and (stored := _main_dtype(tensors)).itemsize > model.dtype.itemsize:
         warnings.warn(
             f"the trained layer in {folder} is of {stored} and the base model of {model.dtype}: it is rounded, and "
             "small changes are lost; load the base in the layer's type",
             stacklevel=2,
         )
-    for name, tensor in expected.items():
-        tensor.copy_(tensors[name])
-    augmented.note_in(folder)
+    ImageSource.of_config(described["retrieval"], folder)  # raises before the model is changed
+    augmented = become_augmented(model, options)
+    with torch.no_grad():
+        for name, tensor in _tensors(augmented, options).items():
+            tensor.copy_(tensors[name])
+    augmented.config.retrieval = described["retrieval"]
+    augmented.read_places(folder)
     return augmented
+
+
+def _check_shapes(model: PreTrainedModel, options: FusionOptions, folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Checks the tensors of an adapter before they change the model.
+
+    Raises:
+        ValmError: they are not those that it describes.
+    """
+    try:
+        with torch.device("meta"):
+            fusion = ImageFusion(options).state_dict() if options.num_images > 0 else {}
+    except (RuntimeError, TypeError) as error:  # sizes beyond 64 bits
+        raise ValmError(f"{folder / ADAPTER_FILE} does not describe an adapter: {one_line(str(error))}") from error
+    path = attention_path(model, options.layer)
+    expected = {f"{path}.image_fusion.{name}": tensor for name, tensor in fusion.items()} | _tensors(model, options)
+    for name in sorted({*tensors, *expected}):
+        shapes = [tuple(some[name].shape) if name in some else None for some in (tensors, expected)]
+        if shapes[0] != shapes[1]:
+            weights = current_files(folder) / WEIGHTS_FILE
+            raise ValmError(f"{name} in {weights} has shape {shapes[0]}, expected {shapes[1]}")
 
 
 def _main_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
@@ -203,9 +226,10 @@ def _of_this_base(model: PreTrainedModel, options: FusionOptions, folder: Path) 
     Raises:
         ValmError: the adapter in `folder` belongs to another base.
     """
-    found = project(model, options.sketch)
-    name = other_tensor(found, options.sketch)
-    if name is not None and other_tensor(found, options.sketch, coarsely=True) is None:
+    expected = options.sketch or {}
+    found = project(model, expected)
+    name = other_tensor(found, expected)
+    if name is not None and other_tensor(found, expected, coarsely=True) is None:
         warnings.warn(
             f"the base model of the adapter {folder} is quantised, here or where the adapter was made, so its weights "
             "were compared coarsely (to within half of their norm)",
@@ -216,7 +240,7 @@ def _of_this_base(model: PreTrainedModel, options: FusionOptions, folder: Path) 
         how = "has other values"
         if name not in found:
             how = "is missing"
-        elif name not in options.sketch:
+        elif name not in expected:
             how = "is no tensor of that base"
         raise ValmError(
             f"the adapter {folder} belongs to another base model than {model.config.name_or_path or 'this one'}: "
@@ -239,12 +263,11 @@ def _description(folder: Path) -> AdapterFile:
     if version != FORMAT_VERSION:
         raise ValmError(f"{file} has format_version {version}, expected {FORMAT_VERSION}")
     found = read_json(file, what, AdapterFile, remedy)
-    known = {field.name for field in fields(FusionOptions)}
     try:
-        options = FusionOptions(**{name: value for name, value in found["fusion"].items() if name in known})
-    except ValmError as error:
+        found["fusion"] = FusionOptions(**found["fusion"])
+    except (TypeError, ValmError) as error:
         raise ValmError(f"{file} does not describe an adapter: {error}; {remedy}") from error
-    return {"format_version": version, "base": found["base"], "fusion": options}
+    return found
 
 
 def _tensors(model: PreTrainedModel, options: FusionOptions) -> dict[str, Tensor]:

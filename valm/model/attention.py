@@ -22,10 +22,8 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-import math
 import threading
 from collections.abc import Callable, MutableMapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +35,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 
 from valm.errors import ValmError
-from valm.model.config import check_images, check_score_scale
+from valm.model.config import FusionOptions
 from valm.model.positions import (
     CACHE_ARGUMENTS,
     Call,
@@ -47,6 +45,7 @@ from valm.model.positions import (
     named_arguments,
 )
 from valm.model.sketch import quantisation
+from valm.model.subclasses import subclass
 from valm_kernels import attention_weights, visual_fusion_attn
 
 # The class behind a mixin is known only when a model is augmented; this tells type checkers what it has.
@@ -55,65 +54,13 @@ _Module: Any = object
 # Name of `fusion_attention` in transformers' attention interface.
 IMPLEMENTATION = "valm"
 
-# What trains besides the fusion: nothing, its layer, or everything.
-UNFREEZE = ("", "block", "all")
 # Head dimensions of `visual_fusion_attn`.
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
 
 
-@dataclass(frozen=True)
-class FusionOptions:
-    """Options that rebuild the fusion of a saved model: the `valm` entry of its config.
-
-    Args:
-        architecture: class of the model in transformers.
-        image_dim: E, dimension of an image vector.
-        num_images: K, images per token; 0 in a text-only twin, which has no fusion.
-        layer: index of the fusion layer, as given (negative from the end).
-        width: C, dimension of the attention's input.
-        heads, kv_heads, key_dim, value_dim: Hq, Hkv, Dk and Dv, as the attention passes them to the interface.
-        logit_bias: initial value of the bias that each head adds to its image scores; the weights have the difference.
-        blind: each token sees its own retrieval query as its one image (Blind-VaLM, Ontalvilla et al. 2024).
-        unfreeze: what trained besides the fusion: "", "block" or "all".
-        sketch: of the base model (`valm.model.sketch`), by which an adapter recognises it.
-        score_scale: initial value of the scale of the retrieval scores; the weights have the difference. None = they
-            are not used.
-        min_score: a token whose best image has a lower retrieval score sees none; None = no cut.
-        norm_eps: of LN_img.
-
-    Raises:
-        ValmError: an option has an invalid value, also where it is from a file.
-    """
-
-    architecture: str
-    image_dim: int
-    num_images: int
-    layer: int
-    width: int
-    heads: int
-    kv_heads: int
-    key_dim: int
-    value_dim: int
-    logit_bias: float
-    blind: bool
-    unfreeze: str
-    sketch: dict[str, str]
-    score_scale: float | None
-    min_score: float | None
-    norm_eps: float = 1e-5
-
-    def __post_init__(self) -> None:
-        check_images(self.image_dim, self.num_images, self.blind, self.min_score)
-        check_score_scale("score_scale", self.score_scale, self.num_images)
-        if not math.isfinite(self.logit_bias):
-            raise ValmError(f"logit_bias must be finite, got {self.logit_bias}")
-        if self.unfreeze not in UNFREEZE:
-            raise ValmError(f"unfreeze must be one of {', '.join(map(repr, UNFREEZE))}, got {self.unfreeze!r}")
-        if self.num_images == 0 and not self.unfreeze:
-            raise ValmError(
-                "with num_images = 0 (the text-only twin) there are no new parameters: let "
-                'unfreeze="block" or "all" train'
-            )
+# Arguments of a forward that are for the fusion layer alone. The other layers' attentions ignore them.
+IMAGE_ARGUMENTS = ("image_pool", "image_index", "image_scores", "image_slots")
+FUSION_ARGUMENTS = (*IMAGE_ARGUMENTS, "text_limits", "read_weights")
 
 
 class FusionTerms(NamedTuple):
@@ -152,13 +99,10 @@ class Images(NamedTuple):
 
 class TextLimits(NamedTuple):
     """What each query sees of the text, as `visual_fusion_attn` takes it: first_key (B or 1, Tq) int32 or None for all
-    keys before it, cache_seqlens (B or 1,) int32 or None for all keys, and documents by cu_seqlens (N + 1,) int32 and
-    max_seqlen."""
+    keys before it, and cache_seqlens (B or 1,) int32 or None for all keys."""
 
     first_key: Tensor | None = None
     cache_seqlens: Tensor | None = None
-    cu_seqlens: Tensor | None = None
-    max_seqlen: int | None = None
 
 
 class ImageProjection(nn.Linear):
@@ -217,64 +161,46 @@ class ImageFusion(nn.Module):
         return FusionTerms(self.norm(images[None]), k_bias, v_bias, logit_bias, score_scale)
 
 
-# What a layer hands to its attention for the length of its forward, in each thread that uses the model: `images`
-# (image_pool, image_index, image_scores and image_slots) or None, and `passed_on`, arguments of `fusion_attention`.
-_call = threading.local()
+class ImageHook:
+    """A forward pre-hook of the fusion layer's attention, which turns the images of a call into `Images`.
 
+    It is on the attention, as gradient checkpointing reruns the forward of the layer, which calls it.
+    """
 
-class _Caught(Exception):
-    """Ends the run of an attention once its queries, keys and values are known: the rest, its output projection, would
-    be computed for nothing, and there is no other way out of a family's forward."""
+    def __init__(self, attention: nn.Module):
+        self.names = tuple(inspect.signature(type(attention).forward).parameters)[1:]  # without self
+        # of its own, by which it rotates queries and keys
+        self.has_tables = any("rotary" in name or "embed_positions" in name for name, _ in attention.named_buffers())
 
-
-class VisualAttention(_Module):
-    """Mixin of an attention class that uses transformers' attention interface."""
-
-    image_fusion: ImageFusion
-    has_tables: bool  # of its own, by which it rotates queries and keys
-    forward_names: tuple[str, ...]  # of the arguments of the class behind
-    config: Any
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        given, passed_on = getattr(_call, "images", None), getattr(_call, "passed_on", {})
-        if given is None or (given[0].shape[0] == 0 and not self.training):
-            return super().forward(*args, **kwargs, **passed_on)
-        image_pool, image_index, image_scores, image_slots = given
-        if image_pool.shape[0] == 0:  # a row that no token sees: each step must have gradients of all parameters
-            image_pool, image_slots = image_pool.new_zeros(1, image_pool.shape[1]), None
-        arguments = named_arguments(self.forward_names, args, kwargs)
-        terms = self.image_fusion(image_pool)
+    def __call__(self, attention: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        arguments = named_arguments(self.names, args, kwargs) | getattr(_call, "images", {})
+        pool, index, scores, slots = (arguments.pop(name, None) for name in IMAGE_ARGUMENTS)
+        if pool is None or (pool.shape[0] == 0 and not attention.training):
+            return (), arguments
+        if pool.shape[0] == 0:  # a row that no token sees: each step must have gradients of all parameters
+            pool, slots = pool.new_zeros(1, pool.shape[1]), None
+        terms = attention.image_fusion(pool)
         as_text = terms.hidden_states.to(arguments["hidden_states"].dtype)  # the fusion may be of another type
-        _, keys, values = self._catch(self._at_no_position(as_text, arguments))
-        query = self._image_query(arguments)
+        _, keys, values = catch(attention, self.at_no_position(attention, as_text, arguments))
+        query = self.image_query(attention, arguments)
         if keys.shape[1] < len(terms.k_bias):
-            terms = _of_own_heads(terms, self)
-        images = Images(keys[0], values[0], image_index, query, terms, image_scores, image_slots)
-        return super().forward(**arguments, **passed_on, images=images)
+            terms = _of_own_heads(terms, attention)
+        return (), arguments | {"images": Images(keys[0], values[0], index, query, terms, scores, slots)}
 
-    def _catch(self, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """The query (B, Hq, T, Dk), key and value of this attention in a call with `arguments`."""
-        caught: list[tuple[Tensor, Tensor, Tensor]] = []
-        try:  # noqa: SIM105 - torch.compile knows no contextlib.suppress
-            super().forward(**arguments, caught=caught)
-        except _Caught:
-            pass
-        return caught[0]
-
-    def _image_query(self, arguments: dict[str, Any]) -> Tensor | None:
+    def image_query(self, attention: Any, arguments: dict[str, Any]) -> Tensor | None:
         """The unrotated query of a call, (B, Hq, T, Dk); None where neither an argument nor the attention's own tables
         rotate it."""
         if arguments.get("position_embeddings") is None and not self.has_tables:
             return None
-        return self._catch(self._unrotated(arguments))[0]
+        return catch(attention, self.unrotated(attention, arguments))[0]
 
-    def _unrotated(self, arguments: dict[str, Any]) -> dict[str, Any]:
+    def unrotated(self, attention: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call for the same tokens, unrotated, without mask and with a cache that stays unchanged.
 
         Their positions stay where the attention does not rotate by them itself: some families scale the query by them.
         """
         replaced = {}
-        layer = arguments.get("layer_idx", getattr(self, "layer_idx", 0))  # an argument in Zamba, which shares layers
+        layer = arguments.get("layer_idx", getattr(attention, "layer_idx", 0))  # an argument in Zamba
         for name, value in arguments.items():
             if isinstance(value, Cache):
                 value = TokensBefore(value.get_seq_length(layer))
@@ -291,63 +217,34 @@ class VisualAttention(_Module):
             replaced[name] = value
         return replaced
 
-    def _at_no_position(self, hidden_states: Tensor, arguments: dict[str, Any]) -> dict[str, Any]:
+    def at_no_position(self, attention: Any, hidden_states: Tensor, arguments: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call for other `hidden_states` (B, T, C), alone, unrotated and unscaled."""
-        replaced = self._unrotated(alone(hidden_states, arguments))
+        replaced = self.unrotated(attention, alone(hidden_states, arguments))
         if replaced.get("position_ids") is not None:
             replaced["position_ids"] = torch.zeros_like(replaced["position_ids"])
         return replaced
 
-    @torch.no_grad()
-    def check_mathematics(self, own_config: Any, calls: list[Call]) -> None:
-        """Checks that a token with one image gets the class's own attention over two tokens, the image and itself.
 
-        This is done unrotated and at the last position of each call, with and without a cache, and for several tokens:
-        for a single one, all of the softmax may be on the image or on the token.
+class _Caught:
+    """tensors: query, key and value of a call. No list or tuple, of which offloading would make a copy."""
 
-        Args:
-            own_config: config with the class's own attention implementation.
-            calls: at positions near and far, without a cache.
+    tensors: Any = None
 
-        Raises:
-            ValmError: the two differ, because the family computes more than one softmax over all that a token sees,
-                changes queries or keys after their rotation, or scales keys by their position.
-        """
-        text = calls[0].arguments["hidden_states"][0]  # (T, C)
-        pairs = torch.stack([text[:-1], text[1:]], 1)  # (T - 1, 2, C)
-        query, keys, values = self._catch(self._at_no_position(pairs[None, :, 0], calls[0].arguments))
-        logit_bias = text.new_zeros(query.shape[1])
-        k_bias, v_bias = (text.new_zeros(x.shape[1], x.shape[3]) for x in (keys, values))
-        image = torch.arange(len(pairs), device=text.device)
-        index = torch.stack([torch.full_like(image, -1), image], 1)[..., None]  # (T - 1, 2, 1): of each second token
-        itself = torch.eye(2, dtype=torch.bool, device=text.device)[None, None]
-        cache_names = [name for name in CACHE_ARGUMENTS if name in self.forward_names]
-        # then the projections may round their inputs to 8 bits, the precision of bfloat16
-        is_quantised = any(quantisation(weight) for weight in self.parameters())
-        for call, cached, rotated in itertools.product(calls, (False, True), (False, True)):
-            cache = TokensBefore(call.position - 1) if cached else None
-            placed = alone(pairs, call.arguments) | dict.fromkeys(cache_names, cache)
-            image_query = self._image_query(placed)
-            if not rotated:
-                placed = self._unrotated(placed)
-            terms = FusionTerms(text, k_bias, v_bias, logit_bias)
-            images = Images(keys[0], values[0], index, image_query, terms)
-            with_image = super().forward(**placed | {"attention_mask": itself}, images=images)[0][:, -1]
-            config, self.config = self.config, own_config
-            try:
-                own = super().forward(**placed)[0][:, -1]
-            finally:
-                self.config = config
-            error = ((with_image - own).abs().max() / own.abs().max()).item()
-            if not error <= torch.finfo(torch.bfloat16 if is_quantised else own.dtype).eps ** 0.5:
-                why = "is not one softmax over all that a token sees"
-                if call.position >= len(text):
-                    why = f"computes something else at position {call.position}"
-                elif rotated:
-                    why = "changes queries or keys after their rotation"
-                raise ValmError(
-                    f"{type(self).__name__} {why}: with images it would be off by {error:.1e} of its largest value"
-                )
+
+class _Ended(Exception):
+    """Ends a call whose query, key and value are known: the rest, an output projection, would be computed for nothing,
+    and its dropout would draw random numbers. There is no other way out of a family's forward."""
+
+
+def catch(attention: Any, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """The query (B, Hq, T, Dk), key and value of an attention whose implementation is ours, in a call with
+    `arguments`."""
+    caught = _Caught()
+    try:  # noqa: SIM105 - torch.compile knows no contextlib.suppress
+        attention.forward(**arguments, caught=caught)
+    except _Ended:
+        pass
+    return caught.tensors
 
 
 def _of_own_heads(terms: FusionTerms, attention: nn.Module) -> FusionTerms:
@@ -368,29 +265,77 @@ def _of_own_heads(terms: FusionTerms, attention: nn.Module) -> FusionTerms:
     return FusionTerms(terms.hidden_states, k_bias, v_bias, logit_bias, scale)
 
 
+# Images of a layer that does not hand them on, for the length of its forward, in each thread that uses the model.
+_call = threading.local()
+
+
 class VisualLayer(_Module):
-    """Mixin of a decoder layer: passes the images to its attention.
+    """Mixin of a decoder layer whose forward drops unknown arguments (Nemotron, StableLM): it leaves them where the
+    hook of its attention finds them. A hook of the layer could not, as gradient checkpointing does not rerun it."""
 
-    Some layers drop unknown arguments. This is done in the layer because gradient checkpointing reruns its forward.
-    """
-
-    def forward(
-        self,
-        *args: Any,
-        image_pool: Tensor | None = None,
-        image_index: Tensor | None = None,
-        image_scores: Tensor | None = None,
-        image_slots: Tensor | None = None,
-        text_limits: TextLimits | None = None,
-        read_weights: Callable[..., None] | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        _call.images = None if image_pool is None else (image_pool, image_index, image_scores, image_slots)
-        _call.passed_on = {"text_limits": text_limits, "read_weights": read_weights}
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        _call.images = {name: kwargs.pop(name) for name in FUSION_ARGUMENTS if name in kwargs}
         try:
             return super().forward(*args, **kwargs)
         finally:
-            _call.images, _call.passed_on = None, {}
+            _call.images = {}
+
+
+def visual_layer_class(base: Any) -> Any:
+    return subclass(VisualLayer, base, visual_layer_class)
+
+
+@torch.no_grad()
+def check_mathematics(attention: Any, own_config: Any, calls: list[Call]) -> None:
+    """Checks that a token with one image gets the class's own attention over two tokens, the image and itself.
+
+    This is done unrotated and at the last position of each call, with and without a cache, and for several tokens: for
+    a single one, all of the softmax may be on the image or on the token.
+
+    Args:
+        attention: one whose implementation is ours.
+        own_config: config with the class's own implementation.
+        calls: at positions near and far, without a cache.
+
+    Raises:
+        ValmError: the two differ, because the family computes more than one softmax over all that a token sees,
+            changes queries or keys after their rotation, or scales keys by their position.
+    """
+    hook = ImageHook(attention)
+    text = calls[0].arguments["hidden_states"][0]  # (T, C)
+    pairs = torch.stack([text[:-1], text[1:]], 1)  # (T - 1, 2, C)
+    query, keys, values = catch(attention, hook.at_no_position(attention, pairs[None, :, 0], calls[0].arguments))
+    logit_bias = text.new_zeros(query.shape[1])
+    k_bias, v_bias = (text.new_zeros(x.shape[1], x.shape[3]) for x in (keys, values))
+    terms = FusionTerms(text, k_bias, v_bias, logit_bias)
+    image = torch.arange(len(pairs), device=text.device)
+    index = torch.stack([torch.full_like(image, -1), image], 1)[..., None]  # (T - 1, 2, 1): of each second token
+    itself = torch.eye(2, dtype=torch.bool, device=text.device)[None, None]
+    cache_names = [name for name in CACHE_ARGUMENTS if name in hook.names]
+    # quantised projections may round their inputs to 8 bits, the precision of bfloat16
+    is_quantised = any(quantisation(weight) for weight in attention.parameters())
+    for call, cached, rotated in itertools.product(calls, (False, True), (False, True)):
+        cache = TokensBefore(call.position - 1) if cached else None
+        placed = alone(pairs, call.arguments) | dict.fromkeys(cache_names, cache)
+        images = Images(keys[0], values[0], index, hook.image_query(attention, placed), terms)
+        if not rotated:
+            placed = hook.unrotated(attention, placed)
+        with_image = attention.forward(**placed | {"attention_mask": itself}, images=images)[0][:, -1]
+        config, attention.config = attention.config, own_config
+        try:
+            own = attention.forward(**placed)[0][:, -1]
+        finally:
+            attention.config = config
+        error = ((with_image - own).abs().max() / own.abs().max()).item()
+        if not error <= torch.finfo(torch.bfloat16 if is_quantised else own.dtype).eps ** 0.5:
+            why = "is not one softmax over all that a token sees"
+            if call.position >= len(text):
+                why = f"computes something else at position {call.position}"
+            elif rotated:
+                why = "changes queries or keys after their rotation"
+            raise ValmError(
+                f"{type(attention).__name__} {why}: with images it would be off by {error:.1e} of its largest value"
+            )
 
 
 def fusion_attention(
@@ -402,7 +347,7 @@ def fusion_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     images: Images | None = None,
-    caught: list | None = None,
+    caught: _Caught | None = None,
     softcap: float | None = None,
     position_bias: Tensor | None = None,
     s_aux: Tensor | None = None,
@@ -417,10 +362,10 @@ def fusion_attention(
     softcap, position_bias and s_aux (a sink: one more score per head, without a value) come from the families.
     """
     if caught is not None:
-        caught.append((query, key, value))
+        caught.tensors = query, key, value
         if not torch.compiler.is_compiling():  # a compiler drops unused results by itself
-            raise _Caught
-        return query.transpose(1, 2)[..., : value.shape[-1]], None
+            raise _Ended
+        return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     num_queries, num_keys = query.shape[2], key.shape[2]
     seen = visible_keys(attention_mask)
@@ -550,13 +495,11 @@ def limit_arguments(query: Tensor, text_limits: TextLimits | None) -> dict[str, 
     """The arguments of `visual_fusion_attn` that limit the text."""
     if text_limits is None:
         return {}
-    first_key, seqlens, cu_seqlens, max_seqlen = text_limits
+    first_key, seqlens = text_limits
     batch = query.shape[0]
     return {
         "first_key": None if first_key is None else first_key.expand(batch, -1),
         "cache_seqlens": None if seqlens is None else seqlens.expand(batch),
-        "cu_seqlens": cu_seqlens,
-        "max_seqlen": max_seqlen,
     }
 
 
@@ -629,47 +572,3 @@ def joint_weights(
 
 
 AttentionInterface.register(IMPLEMENTATION, fusion_attention)
-
-
-class Swapped(_Module):
-    """Mixin of the classes that `subclass` makes, which pickle cannot find by name."""
-
-    wrapped_class: type
-    make_class: Any  # the function below that makes this class
-    made_of: tuple[Any, ...]  # its arguments, the wrapped class first
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _new, (type(self).make_class, *type(self).made_of), self.__dict__
-
-
-def _new(make_class: Any, *made_of: Any) -> Any:
-    made = make_class(*made_of)
-    return made.__new__(made)
-
-
-_subclasses: dict[Any, Any] = {}
-
-
-def subclass(mixin: type, base: Any, make_class: Any, *more: Any, **attributes: Any) -> Any:
-    """The class of `mixin` in front of `base`, one for each base and `more`, with the base's name: transformers and
-    accelerate look up classes by name.
-
-    Args:
-        make_class: the function that makes this class of `base` and `more`, which pickle calls.
-    """
-    key = (mixin, base, *more)
-    if key in _subclasses:
-        return _subclasses[key]
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
-    made = {"wrapped_class": base, "make_class": staticmethod(make_class), "made_of": (base, *more)}
-    bases = (mixin, Swapped, base)
-    return _subclasses.setdefault(key, type(base.__name__, bases, names | made | attributes))
-
-
-def visual_attention_class(base: type[nn.Module]) -> type[VisualAttention]:
-    names = tuple(inspect.signature(base.forward).parameters)[1:]  # without self
-    return subclass(VisualAttention, base, visual_attention_class, forward_names=names)
-
-
-def visual_layer_class(base: type[nn.Module]) -> type[VisualLayer]:
-    return subclass(VisualLayer, base, visual_layer_class)

@@ -6,15 +6,15 @@ It says what the model is, what it needs besides its weights, what was measured,
 from __future__ import annotations
 
 import os
+import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from valm.errors import ValmError
-from valm.knowledge_base.store import ImageKnowledgeBase
-from valm.retrieval.note import RetrievalNote
+from valm.retrieval.source import ImageSource
 from valm.store.files import atomic_path
 from valm_kernels import __version__
 
@@ -36,16 +36,16 @@ def write_card(
     Args:
         model: one that takes images (`ImageModel`).
         numbers: measurements by name.
-        command: the command that made the model.
+        command: the command that made the model; of each path in it the card has the last part.
         with_base: whether the folder has all weights; those of an adapter were added to its base model.
 
     Raises:
-        ValmError: the folder's note is damaged, or the card cannot be written.
+        ValmError: the card cannot be written.
     """
     file = Path(folder) / CARD_FILE
     if os.path.lexists(file) and not (file.is_file() and MARKER in file.read_text("utf-8", errors="replace")):
         return None
-    note = RetrievalNote.read(folder)
+    source = model.finder.source
     data = ModelCardData(
         library_name="valm",
         pipeline_tag="text-generation",
@@ -59,12 +59,12 @@ def write_card(
         _what(model),
         "## What it needs",
     ]
-    lines += [*_needs(model, note, with_base), "## How to load it", _how(model, note)]
+    lines += [*_needs(model, source, with_base), "## How to load it", _how(source)]
     if numbers:
         rows = [f"| {name} | {value:.4g} |" for name, value in numbers.items()]
         lines += ["## Numbers", "\n".join(["| | |", "| --- | --- |", *rows])]
     if command:
-        lines += ["## How it was made", f"```bash\n{command}\n```"]
+        lines += ["## How it was made", f"```bash\n{_without_folders(command)}\n```"]
     with atomic_path(file) as temporary:
         ModelCard("\n\n".join(lines) + "\n").save(temporary)
     return file
@@ -74,17 +74,22 @@ def base_name(model: Any) -> str | None:
     """The Hugging Face name of the model that was augmented; None for a VaLM, and for a base in a folder, whose path is
     private."""
     name = getattr(model.config, "name_or_path", "")
-    augmented = getattr(model.config, "valm", None) is not None
-    return name if augmented and name and not os.path.isdir(name) and name.count("/") <= 1 else None
+    return name if _architecture(model) and name and not os.path.isdir(name) and name.count("/") <= 1 else None
+
+
+def _without_folders(command: str) -> str:
+    """The command with the last part of each path."""
+    return shlex.join(re.sub(r"[^=]*/(?=[^/=])", "", word.rstrip("/")) for word in shlex.split(command))
 
 
 def _architecture(model: Any) -> str | None:
     """The class of the model that was augmented; None for a VaLM."""
-    return getattr(model.config, "valm", {}).get("architecture")
+    name = model.fusion_options.architecture
+    return None if name == "VaLMForCausalLM" else name
 
 
 def _what(model: Any) -> str:
-    options = model.image_options
+    options = model.fusion_options
     base = _architecture(model)
     if options.num_images == 0:
         kind = f"{base}, trained" if base else "GPT-2"
@@ -100,42 +105,28 @@ def _what(model: Any) -> str:
     )
 
 
-def _needs(model: Any, note: RetrievalNote | None, with_base: bool) -> list[str]:
+def _needs(model: Any, source: ImageSource | None, with_base: bool) -> list[str]:
     needs = []
     if not with_base:
         named = base_name(model)
         needs.append(f"- The base model `{named}`." if named else f"- The {_architecture(model)} that it was made of.")
-    if model.image_options.num_images == 0:
+    if model.fusion_options.num_images == 0:
         needs = needs or ["Nothing beside this folder."]
-    elif note is None:
+    elif source is None:
         given = "`image_pool` and `image_index`"
-        if model.image_options.scored:
+        if model.fusion_options.scored:
             given = "`image_pool`, `image_index` and `image_scores`"
         needs.append(f"- Images, given in each call as {given}, or found by a retriever.")
     else:
-        needs += _needs_of_retrieval(note)
+        if source.knowledge_base_sha256 is not None:
+            name, sha256 = source.knowledge_base_name, source.knowledge_base_sha256
+            needs.append(f"- The knowledge base `{name}`, SHA-256 `{sha256}`.")
+        clip = Path(source.clip_name or "").name
+        needs.append(f"- Its CLIP `{clip}`, whose weights have SHA-256 `{source.clip_sha256}`.")
+        needs.append(f"- Queries of kind `{source.query}`.")
     return ["\n".join(needs)]
 
 
-def _needs_of_retrieval(note: RetrievalNote) -> list[str]:
-    needs = []
-    if note.knowledge_base is not None:
-        name = note.knowledge_base.name
-        try:
-            kb = ImageKnowledgeBase.open(note.knowledge_base)
-        except ValmError:
-            needs.append(f"- The knowledge base `{name}`.")
-        else:
-            clip = kb.manifest["clip"]
-            needs.append(f"- The knowledge base `{name}` of {len(kb):,} images, SHA-256 `{kb.fingerprint}`.")
-            name, sha256 = Path(clip["name"]).name, clip["weights_hash"]
-            needs.append(f"- Its CLIP `{name}`, whose weights have SHA-256 `{sha256}`.")
-    if note.clip is not None:
-        needs.append(f"- The CLIP `{Path(note.clip).name if os.path.isabs(note.clip) else note.clip}`.")
-    return [*needs, f"- Queries of kind `{note.query}`."]
-
-
-def _how(model: Any, note: RetrievalNote | None) -> str:
-    with_kb = note is not None and note.knowledge_base is not None and model.image_options.num_images > 0
-    arguments = ', kb="KNOWLEDGE_BASE"' if with_kb else ""
+def _how(source: ImageSource | None) -> str:
+    arguments = ', kb="KNOWLEDGE_BASE"' if source is not None and source.knowledge_base_sha256 is not None else ""
     return f'```python\nimport valm\n\nmodel, tokenizer = valm.load("FOLDER"{arguments})\n```'

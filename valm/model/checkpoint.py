@@ -1,4 +1,4 @@
-"""A checkpoint folder: config, weights and tokenizer in Hugging Face's format, and a note on how to retrieve images."""
+"""A checkpoint folder: config, weights and tokenizer in Hugging Face's format, and where its images are."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import os
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -14,13 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from valm.errors import ValmError
-from valm.model.adapter import adapter_base, adapter_dtype, is_adapter, load_adapter
+from valm.model.adapter import ADAPTER_FILE, adapter_base, adapter_dtype, is_adapter, load_adapter
 from valm.model.card import CARD_FILE, write_card
-from valm.model.config_file import ADAPTER_FILE, MODEL_TYPE
+from valm.model.config import MODEL_TYPE
 from valm.model.gpt2 import VaLMForCausalLM
 from valm.model.image_model import ImageModel
 from valm.model.positions import positions
-from valm.retrieval.note import RetrievalNote
+from valm.retrieval.source import ImageSource, write_places
 from valm.store.files import is_file, is_folder, read_json
 from valm.store.pretrained import CONFIG_FILE, from_pretrained, gguf_option, quiet_transformers
 from valm.store.whole_folder import current_files, replaced_files
@@ -41,7 +42,6 @@ def save_checkpoint(
     folder: str | os.PathLike,
     *,
     state_dict: dict[str, torch.Tensor] | None = None,
-    note: RetrievalNote | None = None,
     numbers: Mapping[str, float] | None = None,
     command: str | None = None,
 ) -> Path:
@@ -53,7 +53,6 @@ def save_checkpoint(
     Args:
         model: a transformers model, one that takes images or its text-only twin.
         state_dict: the weights, if they are not in the model itself (it is sharded).
-        note: what finds the images, for a model without a retriever.
         numbers, command: for the model card (`write_card`), which never replaces the user's own.
 
     Raises:
@@ -65,10 +64,8 @@ def save_checkpoint(
         model.save_pretrained(temporary, state_dict=state_dict)
         (temporary / CARD_FILE).unlink(missing_ok=True)  # save_pretrained wrote it, and would replace the user's own
         saved.save_pretrained(temporary)
-        if note is not None:
-            note.write(temporary, place=folder)
-        elif isinstance(model, ImageModel):
-            model.save_note(temporary, place=folder)
+        if isinstance(model, ImageModel):
+            write_places(model.finder.source, temporary, place=folder)
     if isinstance(model, ImageModel):
         write_card(model, folder, numbers=numbers, command=command)
     return folder
@@ -106,18 +103,18 @@ def load(
 ) -> tuple[Any, PreTrainedTokenizerFast]:
     """Loads a model that takes images: a VaLM, or an augmented decoder saved whole or as an adapter.
 
-    The folder's note names the knowledge base and CLIP. They are opened on first use, or now if `kb`, `clip` or
-    `query_dtype` is given; a warning names what is missing. Without a knowledge base the model needs `image_pool` in
-    each call.
+    The knowledge base and CLIP are where the folder notes them. They are opened on first use, or now if `kb`, `clip`,
+    `query_dtype` or `allow_download` is given; a warning names what is missing. Without a knowledge base the model
+    needs `image_pool` in each call.
 
     Args:
         folder: written by `save_checkpoint`, `save_pretrained` or `save_adapter`, with a tokenizer (an adapter's may be
             in the folder of its base model).
         base: folder or Hugging Face name of an adapter's base model, or a GGUF file in one of both
             (`folder/model.gguf`), if it has moved. A name that only the adapter's own file has is never downloaded.
-        kb: another knowledge base of the noted CLIP, which is named by a warning.
-        clip: the CLIP, if it has moved from where the knowledge base or the note says (see `Clip.load`). Another one is
-            an error.
+        kb: where the knowledge base is. Another one of the same CLIP is named by a warning.
+        clip: the CLIP, if it has moved from where the knowledge base or the folder notes it (see `Clip.load`). Another
+            one is an error.
         allow_download: of the CLIP, as in `open_encoder`.
         query_dtype: precision of CLIP's text tower, as for `ContextEncoder`; by default float32.
         strict: raise an error instead of a warning when the model needs images and has none.
@@ -144,19 +141,17 @@ def load(
         model = _load_whole(folder, source)
     tokenizer = _load_tokenizer(source, folder, local=base is None)
     check_vocabulary(model, tokenizer, f"the tokenizer in {source}")
-    if model.image_options.num_images == 0 and kb is not None:
+    sees, of_images = model.fusion_options.num_images > 0, model.finder.source
+    if not sees and kb is not None:
         raise ValmError(f"the model in {folder} sees no images (GPT-2*), so it takes no knowledge base")
     model = model.eval().to(device)
     model.strict = strict
-    given = any(option is not None for option in (kb, clip, query_dtype)) or allow_download
-    if model.image_options.num_images > 0 and given:
+    asked = any(option is not None for option in (kb, clip, query_dtype)) or (allow_download and of_images is not None)
+    if sees and asked:
         options = {"clip": clip, "allow_download": allow_download, "device": device}
         _add_retriever(model, tokenizer, folder, kb, dtype=query_dtype or torch.float32, **options)
-    elif model.image_options.num_images > 0:
-        note = RetrievalNote.read(folder)
-        missing = None if note is None else note.missing()
-        if missing is not None:
-            warnings.warn(missing, stacklevel=2)
+    elif sees and of_images is not None and (missing := of_images.missing()):
+        warnings.warn(missing, stacklevel=2)
     return model, tokenizer
 
 
@@ -177,7 +172,7 @@ def _load_whole(folder: Path, files: Path) -> Any:
         local_files_only=True,
     )
     model.config.name_or_path = os.fspath(folder)
-    model.note_in(folder)  # not in the place of the files
+    model.read_places(folder)  # not in the place of the files
     wrong = [f"{name} {sorted(map(str, found))[0]}" for name, found in report.items() if found]
     if wrong:
         raise ValmError(f"the weights in {folder} are not those of its {CONFIG_FILE}: {'; '.join(wrong)}")
@@ -219,11 +214,17 @@ def _load_tokenizer(source: str | os.PathLike, folder: Path, local: bool) -> Any
 
 
 def _add_retriever(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path, kb: Any, **options: Any) -> None:
-    note = RetrievalNote.chosen(folder, kb)
-    retriever = model.open_retriever(note, tokenizer, **options)
+    source = model.finder.source
+    if kb is None and source is None:
+        raise ValmError(f"{folder} names no knowledge base: give it as kb (--kb)")
+    if source is None:
+        warnings.warn(f"{folder} does not say how it retrieves: it is opened with 'eot' queries", stacklevel=3)
+        source = ImageSource("eot")
+    if kb is not None:
+        source = replace(source, knowledge_base=Path(kb).absolute(), clip=None)
+    retriever = model.finder.open(source, tokenizer, **options)
     try:
         model.set_retriever(retriever)
     except ValmError as error:
-        raise ValmError(
-            f"the model in {folder} and the knowledge base {note.knowledge_base} do not fit: {error}"
-        ) from error
+        place = source.knowledge_base or source.clip
+        raise ValmError(f"the model in {folder} and the knowledge base {place} do not fit: {error}") from error

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from valm.errors import ValmError
-from valm.model.attention import VisualAttention, visible_keys
+from valm.model.attention import visible_keys
 from valm.model.positions import Call, alone, named_arguments, positions
 
 PROBE_IMPLEMENTATION = "valm_probe"
@@ -27,12 +28,15 @@ class Probe(NamedTuple):
     """Properties of a layer's attention.
 
     Attributes:
+        layer: its index, negative from the end.
         width: C, dimension of its input.
         heads, kv_heads, key_dim, value_dim: Hq, Hkv, Dk, Dv.
         norm_weight, norm_bias: (C,), of the norm before it; without one, the scale of its input, and 0.
         calls: of the attention, at the first positions and at the last ones.
+        layer_drops_images: the layer does not hand them on to its attention.
     """
 
+    layer: int
     width: int
     heads: int
     kv_heads: int
@@ -41,6 +45,7 @@ class Probe(NamedTuple):
     norm_weight: Tensor
     norm_bias: Tensor
     calls: list[Call]
+    layer_drops_images: bool
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -77,59 +82,157 @@ def attention_path(model: PreTrainedModel, layer: int) -> str:
     paths = _interface_paths(layers[layer])
     if len(paths) == 1:
         return paths[0]
-    others = [number for number, other in enumerate(layers) if len(_interface_paths(other)) == 1]
     how_many = "no attention" if not paths else f"{len(paths)} attentions"
+    others = [number for number, other in enumerate(layers) if len(_interface_paths(other)) == 1]
     remedy = f"; those that have one: {', '.join(map(str, others))}" if others else ""
     raise ValmError(
         f"layer {layer} of {type(model).__name__} has {how_many} on transformers' attention interface{remedy}"
     )
 
 
-def default_layer(model: PreTrainedModel) -> int:
-    """-2, the layer before the last; where that has no attention with keys of its own, the last layer that has one."""
-    count = len(decoder_layers(model))
-    if layers_with_keys(model, [count - 2]):
-        return -2
-    serving = layers_with_keys(model)
-    return serving[-1] - count if serving else -2
+@dataclass
+class _Run:
+    """What a run of the model showed of a layer that has one attention.
 
-
-def layers_with_keys(model: PreTrainedModel, among: Sequence[int] | None = None) -> list[int]:
-    """The numbers of the layers that have one attention, which runs on images and makes keys and values of its input.
-
-    In some families, such as Gemma 4, the last layers attend to the keys of a layer before them.
-
-    among: the numbers that are looked at; None for all.
+    arguments: of the last call of the attention; images: whether these had an image_pool. reached: whether the layer
+    had. outputs: of the layer's children.
     """
-    attentions = {
-        number: layer.get_submodule(paths[0])
+
+    attention: nn.Module
+    arguments: dict[str, Any] | None = None
+    images: bool = False
+    reached: bool = False
+    outputs: list[tuple[nn.Module, Any]] = field(default_factory=list)
+
+
+def probe(model: PreTrainedModel, layer: int | None = None) -> Probe:
+    """Runs the model on a few tokens with images, which nothing sees yet, and reads the arguments of an attention.
+
+    A model whose forward has no position_ids, or whose config does not say how many positions there are, runs at the
+    first positions only.
+
+    Args:
+        layer: None is -2, or where that has no attention with keys of its own, the last layer that has one. In some
+            families, such as Gemma 4, the last layers attend to the keys of a layer before them.
+
+    Raises:
+        ValmError: no layer can see images, or not this one; the message says why.
+    """
+    layers = decoder_layers(model)
+    if layer is not None:
+        attention_path(model, layer)  # raises where there is none, or several
+    runs = _record(model)
+    name, count = type(model).__name__, len(layers)
+    serving = partial(_layers_with_keys, runs)
+    if layer is None:
+        found = serving([count - 2]) or serving()[-1:]
+        layer = found[0] - count if found else -2
+        attention_path(model, layer)
+    run = runs[layer % count]
+    if run.arguments is None:
+        raise ValmError(f"{name} does not run layer {layer} in every pass, so it cannot see images")
+    if not run.reached:
+        raise ValmError(f"{name} does not pass images on to its layers")
+    if "hidden_states" not in run.arguments:
+        raise ValmError(f"{type(run.attention).__name__} has no hidden_states among its arguments")
+    sizes = _attend(run.attention, run.arguments)
+    attention = type(run.attention).__name__
+    if not sizes.causal:
+        raise ValmError(f"{attention} is not causal: only decoders can be augmented")
+    if sizes.sparse:
+        raise ValmError(
+            f"{attention} selects the tokens that each token attends to (sparse attention), and has no such selection "
+            "of images"
+        )
+    mask = run.arguments.get("attention_mask")
+    if mask is not None and not isinstance(mask, Tensor):
+        raise ValmError(f"{attention} reads an attention mask of type {type(mask).__name__}, expected a tensor")
+    if not _has_keys(run.attention, run.arguments):
+        others = serving()
+        remedy = f"; those that make their own: {', '.join(map(str, others))}" if others else ""
+        raise ValmError(
+            f"layer {layer} of {name} takes its keys and values from another layer, so it can make none of "
+            f"images{remedy}"
+        )
+    hidden_states = run.arguments["hidden_states"]
+    norm = next((module for module, output in run.outputs if output is hidden_states), None)
+    with torch.no_grad(), in_mode(model, training=False):
+        weight, bias = _affine(norm, hidden_states)
+    tokens = hidden_states.shape[1]
+    calls = [Call(run.arguments, tokens - 1)]
+    # position by position, as what depends on them may do so only from some position on
+    last = positions(model) or 0
+    if last > tokens and "position_ids" in inspect.signature(model.forward).parameters:
+        far = _record(model, position_ids=torch.arange(last - tokens, last, device=model.device)[None])
+        calls.append(Call(far[layer % count].arguments or {}, last - 1))
+    return Probe(
+        layer,
+        hidden_states.shape[-1],
+        sizes.query[1],
+        sizes.key[1],
+        sizes.key[-1],
+        sizes.value[-1],
+        weight,
+        bias,
+        calls,
+        layer_drops_images=not run.images,
+    )
+
+
+def _record(model: PreTrainedModel, **inputs: Any) -> dict[int, _Run]:
+    """Runs the model on a few tokens; what it shows of each layer that has one attention.
+
+    Raises:
+        ValmError: the model's layers take no images.
+    """
+    runs = {
+        number: _Run(layer.get_submodule(paths[0]))
         for number, layer in enumerate(decoder_layers(model))
-        if (among is None or number in among) and len(paths := _interface_paths(layer)) == 1
+        if len(paths := _interface_paths(layer)) == 1
     }
-    calls: dict[int, dict[str, Any]] = {}
-    found = []
 
-    def read(number: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        calls[number] = named_arguments(_forward_names(module), args, kwargs)
+    def at_layer(run: _Run, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        run.reached, run.outputs = "image_pool" in kwargs, []
 
-    hooks = [
-        attention.register_forward_pre_hook(partial(read, number), with_kwargs=True)
-        for number, attention in attentions.items()
-    ]
+    def at_child(run: _Run, module: nn.Module, args: tuple, output: Any) -> None:
+        run.outputs.append((module, output))
+
+    def at_attention(run: _Run, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        arguments = named_arguments(_forward_names(module), args, kwargs)
+        run.images = arguments.pop("image_pool", None) is not None
+        arguments.pop("image_index", None)
+        run.arguments = arguments
+        return (), arguments
+
+    tokens = probe_tokens(model)
+    images = {"image_pool": torch.zeros(1, 1, device=model.device), "image_index": torch.zeros_like(tokens)[..., None]}
+    layers, hooks = decoder_layers(model), []
+    for number, run in runs.items():
+        hooks.append(layers[number].register_forward_pre_hook(partial(at_layer, run), with_kwargs=True))
+        hooks.append(run.attention.register_forward_pre_hook(partial(at_attention, run), with_kwargs=True))
+        hooks += [child.register_forward_hook(partial(at_child, run)) for child in layers[number].children()]
     try:
         with torch.no_grad(), in_mode(model, training=False):
-            model(probe_tokens(model), use_cache=False)
-            for number in calls:
-                with suppress(ValmError):
-                    if _has_keys(attentions[number], calls[number]):
-                        found.append(number)
-        return found
+            model(tokens, use_cache=False, **images, **inputs)
+    except TypeError as error:
+        raise ValmError(f"{type(model).__name__} cannot pass images on to its layers: {error}") from error
     finally:
         for hook in hooks:
             hook.remove()
+    return runs
 
 
-@torch.no_grad()
+def _layers_with_keys(runs: dict[int, _Run], among: list[int] | None = None) -> list[int]:
+    """The numbers of the layers whose attention makes keys and values of its input; None looks at all."""
+    found = []
+    for number, run in runs.items():
+        if run.arguments is not None and (among is None or number in among):
+            with suppress(ValmError):
+                if _has_keys(run.attention, run.arguments):
+                    found.append(number)
+    return found
+
+
 def _has_keys(attention: nn.Module, arguments: dict[str, Any]) -> bool:
     """Whether the attention makes keys of its input, by a call as that with `arguments` but of one token less.
 
@@ -138,108 +241,15 @@ def _has_keys(attention: nn.Module, arguments: dict[str, Any]) -> bool:
     """
     try:
         fewer = arguments["hidden_states"][:, :-1]
-        with _probing(attention), in_mode(attention, training=False):
-            attention(**alone(fewer, arguments))
-    except _Probed as probed:
-        return probed.key[2] == fewer.shape[1]
+        return _attend(attention, alone(fewer, arguments)).key[2] == fewer.shape[1]
     except Exception as error:  # of the family's own code
         raise not_on_images(attention, error) from error
-    return False
 
 
 def not_on_images(attention: nn.Module, error: Exception) -> ValmError:
     """What to raise where the family's own code raised `error` when its attention ran on images."""
     reason = f"{type(error).__name__}: {error}".splitlines()[0]
     return ValmError(f"{type(attention).__name__} does not run on images, without the text's mask: {reason}")
-
-
-def probe(model: PreTrainedModel, layer: int) -> Probe:
-    """Runs the model on a few tokens up to the attention of `layer` and reads its arguments.
-
-    A model whose forward has no position_ids, or whose config does not say how many positions there are, runs at the
-    first positions only.
-
-    Raises:
-        ValmError: the images do not reach the layer, the attention is not causal, is sparse, was not called, has a mask
-            that cannot be read or takes its keys from another layer.
-    """
-    path = attention_path(model, layer)
-    block = decoder_layers(model)[layer]
-    attention: Any = block.get_submodule(path)
-    outputs: list[tuple[nn.Module, Any]] = []
-    read: dict[str, Any] = {}
-
-    def at_layer(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        read["reached"] = kwargs.pop("image_pool", None) is not None
-        kwargs.pop("image_index", None)
-        return args, kwargs
-
-    def at_attention(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        read["arguments"] = named_arguments(_forward_names(attention), args, kwargs)
-
-    def run(**inputs: Any) -> _Probed | None:
-        try:
-            with _probing(attention):
-                model(tokens, use_cache=False, **images, **inputs)
-        except _Probed as probed:
-            return probed
-        except TypeError as error:
-            raise ValmError(f"{type(model).__name__} cannot pass images on to its layers: {error}") from error
-        return None
-
-    tokens = probe_tokens(model)
-    images = {"image_pool": torch.zeros(1, 1, device=model.device), "image_index": torch.zeros_like(tokens)[..., None]}
-    hooks = [
-        block.register_forward_pre_hook(at_layer, with_kwargs=True),
-        attention.register_forward_pre_hook(at_attention, with_kwargs=True),
-        *(
-            child.register_forward_hook(lambda module, args, output: outputs.append((module, output)))
-            for child in block.children()
-        ),
-    ]
-    try:
-        with torch.no_grad(), in_mode(model, training=False):
-            found = run()
-            if not read.get("reached"):
-                raise ValmError(f"{type(model).__name__} does not pass images on to its layers")
-            if found is None:
-                raise ValmError(f"{type(attention).__name__} did not call transformers' attention interface")
-            if not found.causal:
-                raise ValmError(f"{type(attention).__name__} is not causal: only decoders can be augmented")
-            if found.sparse:
-                raise ValmError(
-                    f"{type(attention).__name__} selects the tokens that each token attends to (sparse attention), and "
-                    "has no such selection of images"
-                )
-            mask = read["arguments"].get("attention_mask")
-            if mask is not None and not isinstance(mask, Tensor):
-                kind = type(mask).__name__
-                raise ValmError(f"{type(attention).__name__} reads an attention mask of type {kind}, expected a tensor")
-            if "hidden_states" not in read["arguments"]:
-                raise ValmError(f"{type(attention).__name__} has no hidden_states among its arguments")
-            count = tokens.shape[1]
-            calls = [Call(read["arguments"], count - 1)]
-            hidden_states = calls[0].arguments["hidden_states"]
-            norm = next((module for module, output in outputs if output is hidden_states), None)
-            weight, bias = _affine(norm, hidden_states)
-            # position by position, as what depends on them may do so only from some position on
-            last = positions(model) or 0
-            if last > count and "position_ids" in inspect.signature(model.forward).parameters:
-                run(position_ids=torch.arange(last - count, last, device=model.device)[None])
-                calls.append(Call(read["arguments"], last - 1))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not _has_keys(attention, calls[0].arguments):
-        others = layers_with_keys(model)
-        remedy = f"; those that make their own: {', '.join(map(str, others))}" if others else ""
-        raise ValmError(
-            f"layer {layer} of {type(model).__name__} takes its keys and values from another layer, so it can make "
-            f"none of images{remedy}"
-        )
-    return Probe(
-        hidden_states.shape[-1], found.query[1], found.key[1], found.key[-1], found.value[-1], weight, bias, calls
-    )
 
 
 def probe_tokens(model: Any) -> Tensor:
@@ -252,6 +262,42 @@ def probe_tokens(model: Any) -> Tensor:
     if count < 2:
         raise ValmError(f"{type(model).__name__} reads texts of {count} token: it must read at least 2")
     return torch.arange(count, device=model.device)[None] % model.config.get_text_config(decoder=True).vocab_size
+
+
+@torch.no_grad()
+def keeps_apart(model: Any, forward: Callable[..., Any]) -> bool:
+    """Whether two documents in a row, whose positions restart, do not see each other.
+
+    Some families do not look at positions to tell documents apart, such as those with a state that goes on.
+
+    Args:
+        forward: of `model` or of its decoder: what it returns first is compared.
+    """
+    if "position_ids" not in inspect.signature(forward).parameters:
+        return False
+    ids = probe_tokens(model)
+    half = ids.shape[1] // 2
+    parts = ids[:, :half], ids[:, half:]
+    restarting = torch.cat([torch.arange(part.shape[1], device=ids.device) for part in parts])[None]
+    other = ids.clone()
+    other[:, :half] = (ids[:, :half] + 1) % model.config.get_text_config(decoder=True).vocab_size
+
+    def outputs(tokens: Tensor, **arguments: Any) -> Tensor:
+        return forward(input_ids=tokens, use_cache=False, **arguments)[0]
+
+    with in_mode(model, training=False):
+        try:
+            packed, changed = outputs(ids, position_ids=restarting), outputs(other, position_ids=restarting)
+            single = torch.cat([outputs(part) for part in parts], 1)
+        except (TypeError, ValueError, RuntimeError):  # of the family's own code
+            return False
+    largest, eps = packed.abs().max().item(), torch.finfo(packed.dtype).eps
+    # The second document is the same whatever the first is. In 16 bits what little it sees of that may be as small as
+    # the rounding, so there it must be the same to the bit.
+    moved = (packed - changed)[:, half:].abs().max().item()
+    if moved > (8 * eps * largest if packed.dtype.itemsize >= 4 else 0):
+        return False
+    return (packed - single).abs().max().item() <= eps**0.5 * largest
 
 
 @contextmanager
@@ -269,19 +315,8 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = training
 
 
-@contextmanager
-def _probing(attention: Any) -> Iterator[None]:
-    """The attention raises _Probed where it would call its implementation."""
-    config, attention.config = attention.config, copy.copy(attention.config)
-    attention.config._attn_implementation_internal = PROBE_IMPLEMENTATION
-    try:
-        yield
-    finally:
-        attention.config = config
-
-
 def _forward_names(attention: nn.Module) -> tuple[str, ...]:
-    return tuple(inspect.signature(attention.forward).parameters)
+    return tuple(inspect.signature(type(attention).forward).parameters)[1:]
 
 
 def _affine(norm: nn.Module | None, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -294,16 +329,34 @@ def _affine(norm: nn.Module | None, hidden_states: Tensor) -> tuple[Tensor, Tens
         return scale.expand(hidden_states.shape[-1]), torch.zeros_like(scale).expand(hidden_states.shape[-1])
     signs = torch.ones_like(hidden_states[:1, :1])
     signs[..., 1::2] = -1
-    with torch.no_grad():
-        plus, minus = norm(signs)[0, 0], norm(-signs)[0, 0]
+    plus, minus = norm(signs)[0, 0], norm(-signs)[0, 0]
     return (plus - minus) / 2 * signs[0, 0], (plus + minus) / 2
 
 
-class _Probed(Exception):
-    """Ends the run at the attention: its output is not known, and the layers behind it could not go on without it."""
+class _Sizes(Exception):
+    """Ends a call of an attention where it would call its implementation; the shapes of what it would attend to."""
 
     def __init__(self, query: torch.Size, key: torch.Size, value: torch.Size, causal: bool, sparse: bool):
         self.query, self.key, self.value, self.causal, self.sparse = query, key, value, causal, sparse
+
+
+@torch.no_grad()
+def _attend(attention: Any, arguments: dict[str, Any]) -> _Sizes:
+    """The sizes in a call of the attention.
+
+    Raises:
+        ValmError: it did not call transformers' attention interface.
+    """
+    config, attention.config = attention.config, copy.copy(attention.config)
+    attention.config._attn_implementation_internal = PROBE_IMPLEMENTATION
+    try:
+        with in_mode(attention, training=False):
+            attention.forward(**arguments)
+    except _Sizes as sizes:
+        return sizes
+    finally:
+        attention.config = config
+    raise ValmError(f"{type(attention).__name__} did not call transformers' attention interface")
 
 
 def _probe_attention(
@@ -317,7 +370,7 @@ def _probe_attention(
         causal = getattr(module, "is_causal", True)
     # DeepSeek's sparse attention: the keys that each query sees, for implementations other than "sdpa" and "eager"
     sparse = kwargs.get("indices") is not None
-    raise _Probed(query.shape, key.shape, value.shape, bool(causal), sparse)
+    raise _Sizes(query.shape, key.shape, value.shape, bool(causal), sparse)
 
 
 AttentionInterface.register(PROBE_IMPLEMENTATION, _probe_attention)
@@ -337,7 +390,7 @@ def _interface_paths(layer: nn.Module) -> list[str]:
 
 
 def _uses_interface(cls: type) -> bool:
-    """Whether the forward of an attention class, or that behind the mixin, calls transformers' attention interface."""
-    owner = next((base for base in cls.__mro__ if "forward" in vars(base) and base is not VisualAttention), None)
-    code = getattr(inspect.unwrap(vars(owner)["forward"]), "__code__", None) if owner is not None else None
+    """Whether the forward of an attention class calls transformers' attention interface."""
+    forward = getattr(cls, "forward", None)
+    code = getattr(inspect.unwrap(forward), "__code__", None) if forward is not None else None
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names

@@ -1,4 +1,4 @@
-"""Registers VaLM with transformers' `AutoConfig` as soon as that is imported.
+"""Registers the configs of models with images with transformers' `AutoConfig` as soon as that is imported.
 
 `import valm` alone must be enough for `AutoModelForCausalLM.from_pretrained`. But importing transformers, and with it
 torch, takes seconds, which `valm --help` should not, and the command line sets up the process before torch.
@@ -7,19 +7,19 @@ transformers has no entry points for packages like this one, so we wait for the 
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
+from typing import Any
 
-# The module of AutoConfig, and ours that registers with it.
-CONFIGS, OURS = "transformers.models.auto.configuration_auto", "valm.model.auto_config"
+# The module of AutoConfig.
+CONFIGS = "transformers.models.auto.configuration_auto"
 
 
 class _Loader(Loader):
-    """Runs the module's own loader, then imports ours."""
+    """Runs the module's own loader, then registers."""
 
     def __init__(self, loader: Loader):
         self.loader = loader
@@ -29,7 +29,7 @@ class _Loader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        importlib.import_module(OURS)
+        _register()
 
 
 class _Finder(MetaPathFinder):
@@ -46,4 +46,29 @@ def register_when_imported() -> None:
     """Registers with `AutoConfig`: now if it is imported, or else as soon as it is."""
     sys.meta_path.insert(0, _Finder())
     if CONFIGS in sys.modules:
-        importlib.import_module(OURS)
+        _register()
+
+
+def _register() -> None:
+    """The modules of configs and models import that of AutoConfig, so they may be half imported now: ours, which need
+    them, are imported where a config is read."""
+    from transformers.configuration_utils import PreTrainedConfig
+    from transformers.models.auto.configuration_auto import AutoConfig
+
+    class SavedConfig(PreTrainedConfig):
+        """The config in a file of model_type "valm"."""
+
+        model_type = "valm"
+
+        def __new__(cls, *args: Any, **kwargs: Any) -> Any:  # of `AutoConfig.for_model`
+            from valm.model.config import ValmConfig
+
+            return ValmConfig(*args, **kwargs)
+
+        @classmethod
+        def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+            from valm.model.gpt2 import open_config
+
+            return open_config(config_dict, **kwargs)
+
+    AutoConfig.register(SavedConfig.model_type, SavedConfig)

@@ -9,7 +9,6 @@ about colours stayed.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,17 +21,11 @@ from valm.errors import ValmError
 PERCENT = 5.0
 
 
-def below(scores: Any, min_score: float) -> Any:
-    """(..., 1) bool: whether all of the scores (..., K) of a token, an array or a tensor, are below `min_score`."""
-    # as a number of Python's, which NumPy and PyTorch compare in the type of the scores: NumPy's own widens them
-    return (scores < float(min_score)).all(-1)[..., None]
-
-
 def cut(ids: Tensor, scores: Tensor, min_score: float | None) -> tuple[Tensor, Tensor]:
     """Ids or rows, and scores, (..., K) each, with none (-1 and -inf) where the token's are all below `min_score`."""
     if min_score is None:
         return ids, scores
-    none = below(scores, min_score)
+    none = (scores < min_score).all(-1, keepdim=True)
     return ids.masked_fill(none, -1), scores.masked_fill(none, -torch.inf)
 
 

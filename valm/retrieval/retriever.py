@@ -15,7 +15,6 @@ from valm.knowledge_base.format import Item
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.context import ContextCache, ContextEncoder
 from valm.retrieval.faiss_index import open_index
-from valm.retrieval.min_score import cut
 from valm.retrieval.segment_cache import Nearest, SegmentCache
 from valm.retrieval.segments import Run
 from valm_kernels import MAX_TOPK, TopK
@@ -87,8 +86,6 @@ class Retriever:
         index: what searches; by default the faiss index of the knowledge base if it has one, else exact search
             (`valm.retrieval.faiss_index.open_index`).
         cache_tokens: results cached across batches, in tokens; 0 deduplicates within a batch only. `cache` counts hits.
-        min_score: a token whose best image has a lower score has none (`valm.retrieval.min_score`). None: each token
-            but the first of a document has K. A model sets its own (`ImageModel.set_retriever`).
 
     Raises:
         ValmError: the knowledge base was built with another CLIP than the encoder's, or has fewer than `k` images; or
@@ -102,13 +99,11 @@ class Retriever:
         k: int,
         index: VectorIndex | None = None,
         cache_tokens: int = CACHE_TOKENS,
-        min_score: float | None = None,
     ):
         kb.check_encoder(encoder.clip)
         _check_k(k, kb)
         _check_index(index, kb)
         self._arguments = (encoder, kb, k, index, cache_tokens)
-        self.min_score = min_score
         self.device = encoder.clip.device
         self.encoder = encoder
         self.kb = kb
@@ -117,14 +112,7 @@ class Retriever:
         self.cache = SegmentCache(cache_tokens)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (*self._arguments, self.min_score)  # another process opens the knowledge base itself
-
-    def with_min_score(self, min_score: float | None) -> Retriever:
-        """The same with another `min_score`; both share the index and the cache."""
-        other = object.__new__(type(self))
-        vars(other).update(vars(self))
-        other.min_score = min_score
-        return other
+        return type(self), self._arguments  # another process opens the knowledge base itself
 
     def with_k(self, k: int) -> Retriever:
         """The same for another number of images, without what is cached.
@@ -151,7 +139,7 @@ class Retriever:
 
     def retrieve(self, queries: Tensor) -> Retrieved:
         """Images for queries (B, T, E); a query of zeros has none."""
-        return self._pooled(*cut(*self.nearest(queries), self.min_score))
+        return self._pooled(*self.nearest(queries))
 
     def find(self, input_ids: Tensor | Sequence[str], attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Ids in the knowledge base (B, T, K) int64, -1 = none, and scores (B, T, K) float32 of a batch of tokens.
@@ -187,7 +175,7 @@ class Retriever:
             else:
                 hits += len(places)
         self.cache.count(hits, misses)
-        return cut(ids, scores, self.min_score)
+        return ids, scores
 
     def start(self, batch: int) -> ContextCache:
         """The state that `step` continues from, for `batch` rows of text; it has `reorder(beam_idx)`."""
@@ -208,7 +196,7 @@ class Retriever:
         for run in runs:
             if run.whole:
                 ids[0, run.positions()], scores[0, run.positions()] = self._of_segment(run, input_ids.shape[1])
-        return self._pooled(*cut(ids, scores, self.min_score))
+        return self._pooled(ids, scores)
 
     def _of_segment(self, run: Run, length: int) -> Nearest:
         """The images of the n positions of a whole run, in a row of `length` tokens."""
@@ -223,7 +211,7 @@ class Retriever:
     def nearest(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Ids in the knowledge base (..., K) int64 and scores (..., K) float32 for queries (..., E).
 
-        A query of zeros, as of padding, has no images: ids -1 and scores -inf. `min_score` does not matter here.
+        A query of zeros, as of padding, has no images: ids -1 and scores -inf.
         """
         shape = (*queries.shape[:-1], self.k)
         ids = torch.full(shape, -1, dtype=torch.int64, device=queries.device)
@@ -289,6 +277,7 @@ class BlindRetriever:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if self.cache_tokens == 0 or mask.shape != input_ids.shape:  # which the encoder refuses
             return self._pooled(self.encoder(input_ids, attention_mask))
+        input_ids, mask = (tensor.to(self.encoder.clip.device) for tensor in (input_ids, mask))
         real = mask.bool()
         texts = [tuple(ids[here].tolist()) for ids, here in zip(input_ids, real, strict=True)]
         new = [row for row, ids in enumerate(texts) if ids not in self._rows]

@@ -24,10 +24,11 @@ from valm_kernels.atomic_files import (
 # Holds completely written files until they have replaced the old ones; named when only checkpoints had it.
 NEW_FOLDER = "checkpoint.new"
 # Weights of a checkpoint. transformers prefers one file to several, so stale ones are removed. So are an adapter, which
-# would be loaded in the place of the checkpoint, and the note on retrieval of a model that was there.
+# would be loaded in the place of the checkpoint, and the places of the images of a model that was there.
 WEIGHTS = "model*.safetensors*"
 ADAPTER = "image_fusion.*"
-NOTE = "retrieval.json"
+# Where the images are. Uploads ignore names that begin so.
+PLACES_FILE = "_retrieval.json"
 
 
 @contextmanager
@@ -100,7 +101,7 @@ def _switch(folder: Path) -> None:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             _link(new / name, folder / name)
         whole, adapter = any(new.glob(WEIGHTS)), any(new.glob(ADAPTER))
-        stale = [WEIGHTS, ADAPTER, NOTE] if whole else [NOTE] if adapter else []
+        stale = [WEIGHTS, ADAPTER, PLACES_FILE] if whole else [PLACES_FILE] if adapter else []
         for file in [file for pattern in stale for file in folder.glob(pattern)]:
             if file.name not in names:
                 file.unlink()

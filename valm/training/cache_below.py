@@ -22,7 +22,8 @@ from torch.utils.data import Dataset
 from valm.clip.tokenizer import batches_by_length, padded
 from valm.errors import ValmError
 from valm.model.augment import AugmentedCausalLM
-from valm.model.config_file import WEIGHTS_KEY
+from valm.model.config import WEIGHTS_KEY
+from valm.model.image_model import ImageModel
 from valm.model.probe import decoder_layers, in_mode, probe_tokens
 from valm.progress import progress_bar
 from valm.store.files import atomic_path, writable_folder
@@ -210,7 +211,7 @@ def _input_of(model: Any, layer: int, ids: Tensor, mask: Tensor) -> Tensor:
 
 def no_images(model: Any, ids: Tensor) -> dict[str, Tensor]:
     """The arguments of a call of `model` on `ids` (B, T) without images."""
-    options = getattr(model, "image_options", None)
+    options = getattr(model, "fusion_options", None)
     if options is None or options.num_images == 0:
         return {}
     return {
@@ -313,6 +314,8 @@ def _install(model: Any, layer: int) -> None:
     """
     if (installed := getattr(model, "_fusion_input", None)) is not None:  # perhaps for another layer
         installed.remove()
+    if isinstance(model, ImageModel):
+        model.finder.tells_apart(model.base_model)  # tried while no layer is skipped
     ids, mask = _probe_tokens(model)
     call = {"input_ids": ids, "attention_mask": mask, "use_cache": False, **no_images(model, ids)}
     installed = FusionInput(model, layer)

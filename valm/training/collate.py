@@ -23,31 +23,27 @@ NO_SCORES = (
 
 
 class Collator:
-    """Turns a list of documents into the arguments of `VaLMForCausalLM.forward`.
+    """Turns a list of documents into the arguments of a model with images, or of any decoder of transformers.
 
     A document is a dict with `input_ids` (T,) and, if images were retrieved, `image_ids` (T, K): ids in the knowledge
     base, -1 = none; for a model that uses them also `image_scores` (T, K). The batch has
 
-    - input_ids, attention_mask, labels (B, L) int64; labels ignore padding and bos (if bos is also eos, only the bos
-      that opens a document). With `by_positions` no attention_mask, but position_ids (B, L) int64, which restart at
-      each document; each token of padding is a document of its own;
+    - input_ids, labels (B, L) int64; labels ignore padding and bos (if bos is also eos, only the bos that opens a
+      document);
+    - in packed rows, position_ids (B, L) int64, which restart at each document; each token of padding is a document of
+      its own. In padded rows padding is on the right, where no token sees it;
     - with a knowledge base: image_pool (U, E) float16, the vectors of the images in this batch, each once, and
       image_index (B, L, K) int64 into it, -1 = none, and image_slots, which saves the backward on CUDA a sort
       (`sort_image_slots`); with `scores`, image_scores (B, L, K) float32, -inf = none;
-    - with `bounds`, cu_seqlens (N + 1,) int32 and max_seqlen, as `visual_fusion_attn` takes them: where documents begin
-      in the rows, one behind the other, which is at each bos, and how long the longest is. Padding is of the document
-      before it;
     - for documents with hidden states (see `cache_below`), fusion_input (B, L, C).
 
     Args:
         kb: has the vectors; None for a model without images, or with a retriever (`set_retriever`).
         scores: the model uses retrieval scores.
         row_length: None puts each document into its own row, padded to the longest. A number packs as many documents
-            as fit, in order, into rows of at most that length.
-        by_positions: the model keeps packed documents apart by their positions (`valm.model.packing`), and not at
-            each SOT, as a `VaLMForCausalLM` does.
-        bounds: say where documents begin. A model on a GPU otherwise expects several in any row, as looking would wait
-            for the device.
+            as fit, in order, into rows of at most that length, for a model that keeps them apart by their positions
+            (`valm.model.probe.keeps_apart`).
+        mask: also attention_mask (B, L) int64, 0 at padding: for a retriever, which reads padding otherwise.
     """
 
     def __init__(
@@ -57,8 +53,7 @@ class Collator:
         row_length: int | None = None,
         *,
         scores: bool = False,
-        by_positions: bool = False,
-        bounds: bool = False,
+        mask: bool = False,
     ):
         self.vocabulary = len(tokenizer)
         self.bos = begin_id(tokenizer)
@@ -68,20 +63,15 @@ class Collator:
         self.kb = kb
         self.row_length = row_length
         self.scores = scores
-        self.by_positions = by_positions
-        self.bounds = bounds
+        self.mask = mask
 
     def __call__(self, documents: list[dict[str, Any]]) -> dict[str, Any]:
         """The batch of `documents`.
 
         Raises:
             ValmError: with a knowledge base, a document lacks image_ids, or image_scores that the model uses, or has an
-                image that is not in it; a token is not in the tokenizer; or a document to be packed does not begin with
-                bos, where the model separates documents at that.
+                image that is not in it; or a token is not in the tokenizer.
         """
-        begins = self.row_length is not None and not self.by_positions
-        if begins and any(document["input_ids"][0] != self.bos for document in documents):
-            raise ValmError("a document does not begin with bos: packed, it would be read on from the one before it")
         places, shape = self._places([len(document["input_ids"]) for document in documents])
         ids = np.full(shape, self.pad, dtype=np.int64)
         mask = np.zeros(shape, dtype=np.int64)
@@ -99,17 +89,15 @@ class Collator:
         for row, columns in places:
             labels[row, columns.start] = IGNORED
         batch = {"input_ids": ids, "labels": labels}
-        batch |= {"position_ids": positions} if self.by_positions else {"attention_mask": mask}
+        if self.row_length is not None:
+            batch["position_ids"] = positions
+        if self.mask:
+            batch["attention_mask"] = mask
         if self.kb is not None:
             batch |= self._images(self.kb, documents, places, shape)
             if self.scores:
                 batch["image_scores"] = self._scores(documents, places, batch["image_index"].shape)
-        tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in batch.items()}
-        if self.bounds:
-            begins = (mask == 1) & (ids == self.bos)  # as the model finds them, inside a document too
-            begins[:, 0] = True
-            tensors["cu_seqlens"] = torch.tensor([*np.flatnonzero(begins), ids.size], dtype=torch.int32)
-            tensors["max_seqlen"] = int(tensors["cu_seqlens"].diff().max())
+        tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
         if self.kb is not None:
             tensors["image_slots"] = sort_image_slots(tensors["image_index"], len(tensors["image_pool"]))
         if FUSION_INPUT in documents[0]:

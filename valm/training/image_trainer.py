@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,8 +21,10 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, get_last_checkpoint, rotate_checkpoints
 
 from valm.errors import ValmError, is_out_of_memory
+from valm.model.card import write_card
 from valm.model.checkpoint import save_checkpoint
-from valm.retrieval.note import RetrievalNote
+from valm.model.image_model import ImageModel
+from valm.retrieval.source import write_places
 from valm.store.files import writable_folder
 from valm.store.pretrained import quiet_transformers
 from valm.training.image_dropout import ImageDropout
@@ -34,6 +38,8 @@ log = logging.getLogger(__name__)
 
 # A part of the names of the parameters that only see images.
 FUSION_NAME = ".image_fusion."
+
+_Arguments: Any = object  # for a type checker, the class behind the mixin
 
 
 @contextmanager
@@ -58,12 +64,11 @@ class ImageTrainer(Trainer):
 
     - Data are read in a `TrainingOrder` (with train_sampling_strategy "random"; other strategies are the Trainer's).
     - A loss that is not finite stops the training before its step is taken.
-    - A checkpoint is whole or absent, and notes what finds the model's images.
+    - A checkpoint is whole or absent. Nothing in it or in an upload names a folder of this machine.
     - Evaluation weighs every token equally, in any batch, and adds the perplexity.
 
     Args:
         prepared: makes of documents what eval_dataset is, for those that `evaluate` and `predict` are given.
-        note: what finds the images, for a model that is trained on retrieved ones and has no retriever.
         fusion_lr: learning rate of the parameters that only see images; None = that of all others.
         options: the Trainer's.
     """
@@ -72,14 +77,14 @@ class ImageTrainer(Trainer):
         self,
         *,
         prepared: Callable[[Any], Any],
-        note: RetrievalNote | None = None,
         fusion_lr: float | None = None,
         **options: Any,
     ):
         super().__init__(**options)
+        if not isinstance(self.args, _WithoutFolders):  # as those of another trainer are
+            self.args.__class__ = type(type(self.args).__name__, (_WithoutFolders, type(self.args)), {})
         check_processes(self.args)
         self.fusion_lr = fusion_lr
-        self.note = note
         self._prepared = prepared
         self.numbers: dict[str, float] = {}  # for the model card, in place of those that were logged
         self._order: TrainingOrder | None = None
@@ -154,9 +159,7 @@ class ImageTrainer(Trainer):
         if self.args.should_save:
             model = self.accelerator.unwrap_model(self.model)
             numbers = self.model_numbers()
-            save_checkpoint(
-                model, tokenizer, folder, state_dict=state, note=self.note, numbers=numbers, command=command
-            )
+            save_checkpoint(model, tokenizer, folder, state_dict=state, numbers=numbers, command=command)
         self.accelerator.wait_for_everyone()
 
     # ---- what the Trainer calls ----
@@ -322,7 +325,10 @@ class ImageTrainer(Trainer):
             if self.state.best_model_checkpoint == str(written):
                 self.state.best_model_checkpoint = str(final)
             if self.args.should_save:
+                best = self.state.best_model_checkpoint
+                self.state.best_model_checkpoint = None if best is None else Path(best).name
                 self.state.save_to_json(str(written / STATE_FILE))
+                self.state.best_model_checkpoint = best
                 write_checksums(written)
                 move_folder(written, final)
         except Exception as error:  # torch and safetensors raise their own types for a full disk
@@ -335,18 +341,22 @@ class ImageTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._saving is None:  # otherwise it is still in the temporary folder
+            if self.args.should_save and isinstance(self.model, ImageModel):
+                self.create_model_card()
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         with quiet_transformers():
             super()._save(output_dir, state_dict)
-        if not self.args.should_save:
-            return
-        folder = Path(str(self.args.output_dir) if output_dir is None else output_dir)
-        note = RetrievalNote.read(folder) or self.note
-        if note is not None:
-            # a checkpoint that is being written is one folder deeper than in the end
-            note.write(folder, place=folder if self._saving is None else self._saving.parent / folder.name)
+        if self.args.should_save and isinstance(self.model, ImageModel):
+            write_places(self.model.finder.source, str(self.args.output_dir))  # where each checkpoint looks for them
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """That of a model with images says what it needs."""
+        if isinstance(self.model, ImageModel):
+            write_card(self.model, str(self.args.output_dir), numbers=self.model_numbers())
+        else:
+            super().create_model_card(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         with resume_errors(resume_from_checkpoint):
@@ -403,6 +413,32 @@ class ImageTrainer(Trainer):
         wrong = [name for name in load_result.missing_keys if name not in tied] + load_result.unexpected_keys
         if wrong:
             raise ValmError(f"the checkpoint is of another model than this {type(model).__name__}: {wrong[0]}")
+
+
+class _WithoutFolders(_Arguments):
+    """Mixin of TrainingArguments, which the Trainer saves, reports and uploads: as a dict, also in a pickle, they have
+    the last part of each path."""
+
+    def __copy__(self) -> Any:
+        made: Any = object.__new__(type(self))
+        vars(made).update(vars(self))
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        made: Any = copy.copy(self)
+        vars(made).update(copy.deepcopy(vars(self), memo))
+        return made
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = super().to_dict().items()
+        return {name: Path(value).name if _is_path(value) else value for name, value in fields}
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return dict, (self.to_dict(),)
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, str) and os.sep in value
 
 
 def _is_of_model(name: str) -> bool:

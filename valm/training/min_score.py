@@ -6,10 +6,11 @@ import warnings
 from typing import Any
 
 import numpy as np
+import torch
 
 from valm.corpus.min_score import NO_SCORES
 from valm.errors import ValmError
-from valm.retrieval.min_score import below
+from valm.retrieval.min_score import cut
 from valm.training.twins import Twin, image_ids
 
 # Documents among which one image is looked for.
@@ -35,11 +36,9 @@ class WithMinScore(Twin):
         document = self.documents[index]
         if "image_scores" not in document:
             raise ValmError(f"document {index}, for a model with a min_score, {NO_SCORES}")
-        none = below(document["image_scores"], self.min_score)  # (T, 1)
-        return document | {
-            "image_ids": np.where(none, -1, image_ids(document, index)),
-            "image_scores": np.where(none, np.float32(-np.inf), document["image_scores"]),
-        }
+        scores = torch.from_numpy(document["image_scores"])
+        ids, scores = cut(torch.from_numpy(image_ids(document, index)), scores, self.min_score)
+        return document | {"image_ids": ids.numpy(), "image_scores": scores.numpy()}
 
 
 def with_min_score(documents: Any, min_score: float | None) -> Any:

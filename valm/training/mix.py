@@ -57,7 +57,7 @@ def mix(training: ImageTrainer, base: Mapping[str, Tensor], shares: Sequence[flo
         "eval_perplexity_base": of_base,
         "eval_perplexity_trained": losses[0.0],
     }
-    if model.image_options.num_images > 0:
+    if model.fusion_options.num_images > 0:
         perplexities["eval_perplexity_without_images"] = without_images
     found = {"base_share": chosen} if len(shares) > 1 else {}
     found["eval_loss"] = losses[chosen]

@@ -28,8 +28,8 @@ from valm.model.checkpoint import load_decoder
 from valm.model.config import ValmConfig
 from valm.model.gpt2 import VaLMForCausalLM
 from valm.retrieval.context import QUERIES
-from valm.retrieval.note import RetrievalNote, open_encoder
 from valm.retrieval.retriever import BlindRetriever, Retriever
+from valm.retrieval.source import ImageSource, open_encoder
 from valm.store.files import output_folder
 from valm.training.callbacks import Patience, show_progress
 from valm.training.image_trainer import ImageTrainer
@@ -159,13 +159,13 @@ class TrainingPlan:
         documents, held_out = self._split(kb, dataset, min_score, settings.seed)
         torch.manual_seed(settings.seed)
         model = self._model(kb, dataset, tokenizer, min_score)
-        sees = model.image_options
+        sees = model.fusion_options
         base = None if self.base is None or held_out is None else base_weights(model)
         patience = self._patience(settings)
         training = trainer(
             model,
             documents,
-            kb if sees.num_images > 0 and not sees.blind else None,  # a blind model retrieves as it trains
+            kb if sees.retrieves else None,  # a blind model makes its queries as it trains
             tokenizer=tokenizer,
             arguments=settings,
             eval_dataset=held_out,
@@ -299,10 +299,9 @@ class TrainingPlan:
             images["min_score"] = None if blind else min_score
         model = self._new(tokenizer, images) if self.base is None else self._augmented(self.base, images)
         if kb is not None and self.twin == "blind":
-            note = RetrievalNote.of_knowledge_base(kb, dataset.query, **dataset.segments)
+            source = ImageSource.of_knowledge_base(kb, dataset.query, **dataset.segments)
             of_clip: Any = {"clip": self.clip, "allow_download": self.allow_download}
-            device = open_device(self.device)
-            retriever = model.open_retriever(note, dataset.tokenizer, device=device, **of_clip)
+            retriever = model.finder.open(source, dataset.tokenizer, device=open_device(self.device), **of_clip)
             model.set_retriever(BlindRetriever(retriever.encoder, CACHED_QUERIES))
         return model
 
@@ -318,7 +317,7 @@ class TrainingPlan:
             bos_token_id=begin_id(tokenizer),
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
-            image_score_scale_init=self.score_scale if images else None,
+            score_scale=self.score_scale if images else None,
             **(images or {"num_images": 0, "image_dim": sizes["width"]}),
         )
         return VaLMForCausalLM(config)

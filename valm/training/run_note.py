@@ -1,4 +1,4 @@
-"""What a training is, noted in its folder: `run.json`, which a resumed one compares."""
+"""What a training is, noted in its folder: `_run.json`, which a resumed one compares."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from transformers.trainer_utils import get_last_checkpoint
 from valm.corpus.parts import fingerprint
 from valm.corpus.retrieved import CorpusRetrieval
 from valm.errors import ValmError
-from valm.model.config_file import WEIGHTS_KEY
+from valm.model.config import WEIGHTS_KEY
 from valm.model.sketch import other_tensor, project
 from valm.store.files import only_writer, read_json, write_json
 from valm.training.image_trainer import ImageTrainer
 from valm_kernels.atomic_files import SAVE_WAIT_SECONDS, folder_lock, is_temporary, remove_leftovers
 from valm_kernels.json_files import short
 
-RUN_FILE = "run.json"
+RUN_FILE = "_run.json"  # uploads ignore names that begin so
 LOGS = "runs"  # of TensorBoard
 # Prefixes of fields that a resumed training may change: they change neither the data nor the weights after a step, or
 # say how many steps there are, or which checkpoint becomes the model, or were measured at the end.
@@ -41,7 +41,6 @@ OPTIONS = {
     "model.n_head": "heads",
     "model.n_positions": "context",
     "model.num_images": "images",
-    "model.image_score_scale_init": "score-scale",
     "model.layer": "layer",
     "model.unfreeze": "unfreeze",
     "model.logit_bias": "logit-bias",
@@ -99,7 +98,7 @@ def note_run(out: Path, training: ImageTrainer, dataset: Any, settings: Mapping[
     batches = ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size")
     run = {
         **{name: value for name, value in settings.items() if name not in batches},
-        "base": getattr(model.config, "valm", {}).get("sketch"),
+        "base": getattr(model.config, "fusion", {}).get("sketch"),
         "fusion_lr": training.fusion_lr,
         "step_rows": training.get_total_train_batch_size(training.args),
         **model_settings(model.config),
@@ -163,6 +162,7 @@ def option_of(name: str) -> str:
 def model_settings(config: Any) -> dict[str, Any]:
     """All that the config says of the model, of an augmented one its base's and the fusion's together."""
     found = config.to_diff_dict()
+    found.pop("retrieval", None)  # the data have its hashes
     found |= {**found.pop("base_config", {}), **found.pop("fusion", {})}
     return {
         f"model.{name}": found[name] for name in found if "version" not in name and name not in ("sketch", WEIGHTS_KEY)

@@ -18,12 +18,10 @@ from valm.clip.tokenizer import begin_id
 from valm.corpus.retrieved import CorpusRetrieval
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
-from valm.model.augment import AugmentedCausalLM
 from valm.model.checkpoint import check_vocabulary, positions, with_length
-from valm.model.gpt2 import VaLMForCausalLM
-from valm.model.image_model import ImageOptions
-from valm.model.packing import keeps_apart
-from valm.retrieval.note import RetrievalNote
+from valm.model.image_model import ImageModel
+from valm.model.probe import keeps_apart
+from valm.retrieval.source import ImageSource
 from valm.text import nearest
 from valm.training.blocks import Blocks
 from valm.training.cache_below import cache_below as with_fusion_input
@@ -118,7 +116,8 @@ def trainer(
         eval_dataset: documents to evaluate on, as `dataset`: loss and perplexity over all their tokens. So are those
             that the Trainer's `evaluate` and `predict` are given.
         row_length: pack documents into rows of this length (see `Collator`); None pads. A model that does not keep them
-            apart (`valm.model.packing`), or that retrieves as it trains, gets padded rows, and the log says so.
+            apart (`valm.model.probe.keeps_apart`), or that retrieves as it trains, gets padded rows, and the log says
+            so.
         cache_below: folder for the input of the fusion layer, computed once if all layers below are frozen
             (`valm.training.cache_below`); None computes it in every step.
         fusion_lr: learning rate of the parameters that only see images; None uses that of `arguments`.
@@ -134,6 +133,8 @@ def trainer(
     """
     check_processes(arguments)
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # of a PEFT model
+    sees: Any = getattr(inner, "fusion_options", None)
+    retrieves = kb is None and sees is not None and sees.num_images > 0
     limit = min((length for length in (positions(inner), row_length) if length), default=None)
 
     def ready(documents: Any) -> Any:
@@ -143,7 +144,7 @@ def trainer(
             with arguments.main_process_first(desc="verify"):
                 retrieved.verify_once()
         if kb is not None:
-            documents = with_min_score(documents, _image_options(inner).min_score)
+            documents = with_min_score(documents, sees.min_score)
         if limit is None or not hasattr(documents, "__len__"):
             return documents
         return Blocks(documents, limit, begin_id(tokenizer))
@@ -163,19 +164,15 @@ def trainer(
     if image_dropout:
         _check_dropout(image_dropout, model, inner, dataset, kb, arguments)
     corpus = _retrieval(dataset)
-    note = (
-        None if kb is None or corpus is None else RetrievalNote.of_knowledge_base(kb, corpus.query, **corpus.segments)
-    )
-    by_positions = row_length is not None and not isinstance(inner, VaLMForCausalLM)
-    if by_positions:
-        retrieves = kb is None and _image_options(inner).num_images > 0
-        augmented = isinstance(inner, AugmentedCausalLM)
-        if retrieves or not (inner.keeps_documents_apart if augmented else keeps_apart(inner, inner)):
-            why = "retrieves as it trains" if retrieves else "does not keep documents apart by their positions"
-            log.warning(f"this {type(inner).__name__} {why}: each document gets a row of its own")
-            row_length, by_positions = None, False
+    if kb is not None and corpus is not None:  # of what is saved from now on
+        of_queries = {**corpus.segments, "precision": corpus.precision}
+        inner.finder.set_source(ImageSource.of_knowledge_base(kb, corpus.query, **of_queries))
+    if row_length is not None and (retrieves or not _tells_apart(inner)):
+        why = "retrieves as it trains" if retrieves else "does not keep documents apart by their positions"
+        log.warning(f"this {type(inner).__name__} {why}: each document gets a row of its own")
+        row_length = None
     changed: Any = copy.copy(arguments)
-    if by_positions:
+    if row_length is not None:
         changed.use_cache = False  # with a cache transformers does not look for documents
     changed.remove_unused_columns = False  # the collator makes the model's arguments of others
     changed.logging_nan_inf_filter = False
@@ -200,21 +197,13 @@ def trainer(
 
     with argument_errors():
         return ImageTrainer(
-            note=note,
             fusion_lr=fusion_lr,
             model=model,
             args=changed,
             train_dataset=trained,
             eval_dataset=evened(evaluated),
             prepared=lambda documents: evened(ready(documents)),
-            data_collator=Collator(
-                tokenizer,
-                kb,
-                row_length,
-                scores=_image_options(inner).scored,
-                by_positions=by_positions,
-                bounds=isinstance(inner, VaLMForCausalLM),
-            ),
+            data_collator=Collator(tokenizer, kb, row_length, scores=sees is not None and sees.scored, mask=retrieves),
             processing_class=with_length(tokenizer, inner),
             **options,
         )
@@ -246,8 +235,15 @@ def _retrieval(dataset: Any) -> CorpusRetrieval | None:
     return dataset
 
 
-def _image_options(model: Any) -> ImageOptions:
-    return getattr(model, "image_options", ImageOptions(0, 0, False))
+def _tells_apart(model: Any) -> bool:
+    """Whether the model keeps documents in a row apart by their positions."""
+    if isinstance(model, ImageModel):
+        return model.finder.tells_apart(model.base_model)
+    return keeps_apart(model, model.base_model.forward)
+
+
+def _number_of_images(model: Any) -> int:
+    return model.fusion_options.num_images if isinstance(model, ImageModel) else 0
 
 
 def _check_dropout(
@@ -260,7 +256,7 @@ def _check_dropout(
     """
     if not 0 <= share < 1:
         raise ValmError(f"image_dropout (--image-dropout) is {share}, expected at least 0 and below 1")
-    if _image_options(inner).num_images == 0:
+    if _number_of_images(inner) == 0:
         raise ValmError(f"image_dropout is of a model with images, and this {type(inner).__name__} sees none: drop it")
     if kb is None:
         raise ValmError(
@@ -280,34 +276,38 @@ def _check_dropout(
 
 
 def _check(model: Any, dataset: Any, kb: ImageKnowledgeBase | None, tokenizer: PreTrainedTokenizerFast) -> None:
-    options = _image_options(model)
+    num_images = _number_of_images(model)
     sized = hasattr(dataset, "__len__")
     if sized and len(dataset) == 0:
         raise ValmError("there are no documents to train on: the corpus has no text")
     check_vocabulary(model, tokenizer)
-    if kb is not None and options.num_images == 0:
+    if kb is not None and num_images == 0:
         raise ValmError("a model with num_images = 0 (GPT-2*) sees no images: train it without a knowledge base")
-    if kb is None and options.num_images > 0 and model.retriever is None:
-        raise ValmError(f"this model sees {options.num_images} images a token: give a knowledge base or a retriever")
-    if kb is not None and kb.dim != options.image_dim:
+    if kb is None:
+        if num_images > 0 and model.retriever is None:
+            raise ValmError(f"this model sees {num_images} images a token: give a knowledge base or a retriever")
+        if (corpus := _retrieval(dataset)) is not None:
+            corpus.check_tokenizer(tokenizer)
+        return
+    options = model.fusion_options
+    if kb.dim != options.image_dim:
         raise ValmError(
             f"the knowledge base has vectors of dimension {kb.dim}, but the model's image_dim is {options.image_dim}"
         )
     corpus = _retrieval(dataset)
     if corpus is not None:
         corpus.check_tokenizer(tokenizer)
-        if kb is not None:
-            corpus.check_knowledge_base(kb)
-    elif kb is not None:
+        corpus.check_knowledge_base(kb)
+    else:
         warnings.warn(
             "the documents lead to no retrieved corpus, so nothing says that their images are those of this knowledge "
             "base",
             stacklevel=3,
         )
-    if kb is not None and options.scored and sized and "image_scores" not in dataset[0]:
+    if options.scored and sized and "image_scores" not in dataset[0]:
         raise ValmError(NO_SCORES)
     found = dataset[0].get("image_ids") if sized else None
-    if kb is not None and found is not None and found.shape[1] != options.num_images:
+    if found is not None and found.shape[1] != num_images:
         raise ValmError(
-            f"the documents have {found.shape[1]} images a token, but the model's num_images is {options.num_images}"
+            f"the documents have {found.shape[1]} images a token, but the model's num_images is {num_images}"
         )

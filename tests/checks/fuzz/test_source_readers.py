@@ -190,7 +190,7 @@ def test_config_of_a_training(tmp_path_factory, monkeypatch, linked, data):
 
 @fuzzed(100)
 def test_note_on_a_training(tmp_path_factory, outside, data):
-    """What `valm train --resume` compares: `run.json`."""
+    """What `valm train --resume` compares: `_run.json`."""
     folder = tmp_path_factory.mktemp("run")
     made = new_trainer(folder)
 

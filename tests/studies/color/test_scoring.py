@@ -99,4 +99,4 @@ def test_a_test_may_have_a_cut_that_the_model_has_not(scorer):
     rows = score_arm("valm", scorer, tests, asked, {"prose": TEXTS}, large=3, say=print, cuts=cuts)
     nats = {row["images"]: row["nats"] for row in rows if "text" in row}
     assert nats["retrieved"] == nats["cut-random"] == nats["random"] != nats["cut"]
-    assert scorer.model.image_options.min_score is None
+    assert scorer.model.fusion_options.min_score is None

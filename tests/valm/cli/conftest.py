@@ -46,10 +46,10 @@ def copy_of(world, tmp_path):
 
 @pytest.fixture
 def alone(copy_of):
-    """A renamed model without the note of what finds its images: {tmp}/alone."""
+    """A renamed model of which nothing says where its images are: {tmp}/alone."""
     root = copy_of("valm")
     (root / "valm").rename(root / "alone")
-    (root / "alone" / "retrieval.json").unlink()
+    (root / "alone" / "_retrieval.json").unlink()
 
 
 @pytest.fixture

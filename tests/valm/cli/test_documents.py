@@ -29,7 +29,6 @@ from tests.valm.other_tokenizers import gpt2_like
 from valm.cli import build_parser, main
 from valm.evaluation.files import read_csv
 from valm.model.augment import fusion_module
-from valm.retrieval.note import RetrievalNote
 from valm.training import TrainingPlan, training_arguments
 
 ROOT = Path(__file__).parents[3]
@@ -201,9 +200,9 @@ def test_images_are_switched_on_and_off_in_the_examples(monkeypatch, world, tmp_
     model, tokenizer = valm.load(world / "valm")
     with torch.no_grad():  # so little trained, the model hardly looks at its images
         fusion_module(model).logit_bias_delta.fill_(4)
-        model.transformer.h[model.config.fusion_index].attn.c_proj.weight.mul_(20)
+        model.transformer.h[model.fusion_options.layer].attn.c_proj.weight.mul_(20)
         model.transformer.ln_f.weight.mul_(20)
-    valm.save_checkpoint(model, tokenizer, tmp_path / "valm", note=RetrievalNote.read(world / "valm"))
+    valm.save_checkpoint(model, tokenizer, tmp_path / "valm")
     run_example(monkeypatch, "images_on_and_off", str(tmp_path / "valm"), "--question", "the color of the sea is")
     found, *answers = capsys.readouterr().out.splitlines()
     assert found.startswith("images found: a ") and len(answers) == 3

@@ -107,7 +107,7 @@ def test_wrong_input_is_one_sentence(sentence, name):
 
 def test_a_model_whose_knowledge_base_is_gone_is_one_sentence(copy_of, world, capsys):
     root = copy_of("valm")  # without the knowledge base that it notes
-    (root / "valm" / "retrieval.json").unlink()
+    (root / "valm" / "_retrieval.json").unlink()
     assert run("eval", root / "valm", "--memory-color", world / "colors.csv", "--out", root / "out") == 1
     assert "nothing says where they are: give a knowledge base" in capsys.readouterr().err
     assert list((root / "out").iterdir()) == []

@@ -67,7 +67,7 @@ def test_images_only_from_a_score_on(world, base, tmp_path, capsys):
     assert run(*retrieve) == 0
     train += ["--retrieval", world / "base-retrieval"]
     assert run(*train, "--out", tmp_path / "stored", *auto, tmp_path / "asked") == 0
-    scores = [load(tmp_path / name)[0].image_options.min_score for name in ("live", "stored")]
+    scores = [load(tmp_path / name)[0].fusion_options.min_score for name in ("live", "stored")]
     assert scores[0] == pytest.approx(scores[1], abs=1e-5) and scores[0] == pytest.approx(printed, abs=1e-4)
     expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("live", "stored"))
     for name in expected:
@@ -76,7 +76,7 @@ def test_images_only_from_a_score_on(world, base, tmp_path, capsys):
         more = ["--clip", world / "clip"] if twin == "blind" else []
         more += ["--unfreeze", "block"] if twin == "text" else []
         assert run(*train, "--out", tmp_path / twin, "--twin", twin, "--min-score", scores[1], *more) == 0
-    kept = {twin: load(tmp_path / twin)[0].image_options.min_score for twin in ("random", "shuffled", "blind", "text")}
+    kept = {twin: load(tmp_path / twin)[0].fusion_options.min_score for twin in ("random", "shuffled", "blind", "text")}
     assert kept == {"random": scores[1], "shuffled": scores[1], "blind": None, "text": None}
     capsys.readouterr()
     assert run(*train, "--out", tmp_path / "stored", "--min-score", "0.9", "--resume") == 1
@@ -109,11 +109,11 @@ def test_a_pretrained_decoder_is_trained_beside_its_text_only_twin(world, base, 
         assert moved == {weight for weight in before if ".layers.1." in weight}
         assert {weight.partition(".image_fusion.")[2] for weight in set(after) - set(before)} == new
     model, tokenizer = load(tmp_path / "model")
-    assert model.config.valm["layer"] == -2 and model.config.valm["logit_bias"] == -1
+    assert model.config.fusion["layer"] == -2 and model.config.fusion["logit_bias"] == -1
     ids = tokenizer("the color of the apple is", return_tensors="pt")["input_ids"]
     assert model.generate(ids, max_new_tokens=2).shape[1] == ids.shape[1] + 2
     twin, _ = load(tmp_path / "twin")
-    assert twin.image_options.num_images == 0 and twin.retriever is None
+    assert twin.fusion_options.num_images == 0 and twin.retriever is None
     assert "trained by" in (tmp_path / "twin" / "README.md").read_text()
     # from the text itself, and going on
     shutil.rmtree(tmp_path / "twin" / "checkpoint-3")
@@ -149,7 +149,7 @@ def test_a_pretrained_decoder_is_trained_beside_its_text_only_twin(world, base, 
 
 @pytest.mark.parametrize("twin", [None, "text", "blind"])
 def test_what_is_trained_is_mixed_with_the_base(world, base, tmp_path, capsys, twin):
-    """As the terminal, run.json and the card say; again where all steps are done; and not with --no-mix."""
+    """As the terminal, _run.json and the card say; again where all steps are done; and not with --no-mix."""
     out = tmp_path / "model"
     train = ["train", "--retrieval", world / "base-retrieval", "--kb", world / "kb", "--base", base, "--out", out]
     train += [] if twin is None else ["--twin", twin]
@@ -158,7 +158,7 @@ def test_what_is_trained_is_mixed_with_the_base(world, base, tmp_path, capsys, t
     train += ["--validation", world / "base-retrieval"]
     assert run(*train) == 0
     said = capsys.readouterr().out
-    numbers = json.loads((out / "run.json").read_text())["numbers"]
+    numbers = json.loads((out / "_run.json").read_text())["numbers"]
     share = numbers["base_share"]
     assert share > 0 or twin == "blind"
     assert f"{numbers['eval_perplexity']:.2f} mixed with the base, whose share is {share:g}" in said
@@ -200,7 +200,7 @@ def test_a_frozen_base_is_evaluated_and_nothing_is_mixed(world, base, tmp_path, 
     assert run(*train, "--validation", 0.3, "--out", tmp_path / "model") == 0
     said = re.findall(r"held-out perplexity \d+\.\d\d (.*)", capsys.readouterr().out)
     assert said == ["of the base", "after the training", "the same without images"]
-    assert "base_share" not in json.loads((tmp_path / "model" / "run.json").read_text())["numbers"]
+    assert "base_share" not in json.loads((tmp_path / "model" / "_run.json").read_text())["numbers"]
 
 
 @pytest.mark.parametrize("source", ["corpus", "retrieval", "images"])
@@ -273,7 +273,7 @@ def test_a_blind_twin_of_a_pretrained_decoder(world, base, tmp_path):
     options = ["--retrieval", world / "base-retrieval", "--kb", world / "kb", *STEPS, "--context", "8"]
     assert run("train", "--base", base, *options, "--out", tmp_path / "blind", "--twin", "blind") == 0
     blind, _ = load(tmp_path / "blind")
-    assert blind.image_options.blind and isinstance(blind.retriever, BlindRetriever)
+    assert blind.fusion_options.blind and isinstance(blind.retriever, BlindRetriever)
 
 
 def test_image_dropout_is_of_models_that_are_given_images(world, base, tmp_path, capsys):
@@ -305,7 +305,7 @@ def test_retrieval_scores_train_a_scale(world, base, tmp_path, capsys, of):
     assert run(*train, "--out", tmp_path / "model") == 0
     model, tokenizer = load(tmp_path / "model")
     (delta,) = (value for name, value in model.named_parameters() if name.endswith("score_scale_delta"))
-    assert model.image_options.scored and delta.shape == (1,) and delta.item() != 0
+    assert model.fusion_options.scored and delta.shape == (1,) and delta.item() != 0
     ids = tokenizer("the color of the apple is", return_tensors="pt")["input_ids"]
     assert model.generate(ids, max_new_tokens=2).shape[1] == ids.shape[1] + 2
     if of == "base":
@@ -391,7 +391,7 @@ def test_twins_see_the_same_tokens_with_other_images(world, tmp_path, monkeypatc
     for one, other in itertools.combinations(weights.values(), 2):
         assert not torch.equal(one["transformer.wte.weight"], other["transformer.wte.weight"])
     blind, tokenizer = load(tmp_path / "blind")
-    assert blind.config.blind and isinstance(blind.retriever, BlindRetriever)
+    assert blind.fusion_options.blind and isinstance(blind.retriever, BlindRetriever)
     ids = tokenizer("the color of the apple is", return_tensors="pt")["input_ids"]
     assert blind.generate(ids, max_new_tokens=2).shape[1] == ids.shape[1] + 2
     # a run goes on as the twin that it was only
@@ -413,7 +413,7 @@ def test_a_config_file_says_what_the_command_line_does(world, tmp_path):
 def test_nothing_of_the_corpus_is_in_the_folder_of_the_model(world):
     """Which may be published."""
     assert {path.name for path in (world / "valm").iterdir()} == {
-        *("checkpoint-3", "config.json", "generation_config.json", "model.safetensors", "retrieval.json", "run.json"),
+        *("checkpoint-3", "config.json", "generation_config.json", "model.safetensors", "_retrieval.json", "_run.json"),
         *("README.md", "tokenizer.json", "tokenizer_config.json"),
     }
     assert (world / "valm-retrieval" / "manifest.json").is_file()
@@ -558,7 +558,7 @@ def test_a_training_without_a_checkpoint_binds_nobody(world, tmp_path, capsys, w
     train = ["train", world / "corpus.txt", "--clip", world / "clip", *SIZE, "--out", tmp_path / "model"]
     (tmp_path / "model" / "runs").mkdir(parents=True)  # of TensorBoard
     assert run(*train[:-2], *wrong, "--lr_scheduler_type", "constant", "--out", tmp_path / "other") == 1
-    (tmp_path / "other" / "run.json").rename(tmp_path / "model" / "run.json")
+    (tmp_path / "other" / "_run.json").rename(tmp_path / "model" / "_run.json")
     assert run(*train, *again) == 0
     expected = load_file(world / "gpt2" / "model.safetensors")
     written = load_file(tmp_path / "model" / "model.safetensors")
@@ -650,7 +650,7 @@ def test_the_documented_launches_train_one_model(documented, command, more, tmp_
     done = launch(folder, command, more, "--out", tmp_path / "model")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("written to") == 1
-    assert json.loads((tmp_path / "model" / "run.json").read_text())["step_rows"] == 4
+    assert json.loads((tmp_path / "model" / "_run.json").read_text())["step_rows"] == 4
     assert losses(tmp_path / "model") == pytest.approx(expected, rel=1e-5)
 
 
@@ -664,7 +664,7 @@ def test_all_processes_mix_as_one_does(documented, world, tmp_path):
     assert done.stdout.count("mixed with the base") == 1
     options = ["--retrieval", world / "base-retrieval", "--kb", world / "kb", "--config", folder / "run.yaml"]
     assert run("train", *options, "--batch-size", 4, *fields, "--out", tmp_path / "one") == 0
-    one, two = (json.loads((tmp_path / name / "run.json").read_text())["numbers"] for name in ("one", "two"))
+    one, two = (json.loads((tmp_path / name / "_run.json").read_text())["numbers"] for name in ("one", "two"))
     assert one["base_share"] > 0 and two == pytest.approx(one, rel=1e-4)
 
 

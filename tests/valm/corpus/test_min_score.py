@@ -1,4 +1,5 @@
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,9 +36,7 @@ def test_texts_and_what_was_retrieved_of_them_give_the_same(clip, make_kb, tmp_p
     corpus = retrieve_texts(lines, retriever, tmp_path / "corpus", progress=False)
     for source, kind in (("questions", "questions"), ("ordinary_text", "text")):
         expected = choose_min_score(**{kind: rows})
-        live = MinScore("auto", **{source: text_file}).find(
-            retriever.kb, query, encoder.tokenizer, retriever.with_min_score(0.9)
-        )
+        live = MinScore("auto", **{source: text_file}).find(retriever.kb, query, encoder.tokenizer, retriever)
         stored = MinScore("auto", **{source: corpus.path}).find(retriever.kb, query, encoder.tokenizer, None)
         assert live == pytest.approx(expected, abs=1.1e-4) and stored == pytest.approx(expected, abs=1.1e-4)
     other = {"eot": "state", "state": "eot"}[query]
@@ -77,22 +76,22 @@ def test_what_cannot_be_chosen_from_is_named(retriever, make_kb, tmp_path, text_
 
 def test_it_is_set_where_a_model_retrieves(retriever):
     class Model:
-        def __init__(self, num_images, blind=False, retriever=None):
-            self.image_options = type("Options", (), {"num_images": num_images, "blind": blind})
+        def __init__(self, retrieves, retriever=None):
+            self.fusion_options = SimpleNamespace(retrieves=retrieves)
             self.retriever, self.found = retriever, []
 
         def set_min_score(self, value):
             self.found.append(value)
 
-    seeing = Model(2, retriever=retriever)
+    seeing = Model(True, retriever)
     MinScore(0.5).set(seeing, "model")
     assert seeing.found == [0.5]
-    for without in (Model(0), Model(1, blind=True)):
-        with pytest.warns(UserWarning, match="--min-score changes nothing of twin, which retrieves no images"):
-            MinScore(0.5).set(without, "twin")
-        assert without.found == []
+    without = Model(False)
+    with pytest.warns(UserWarning, match="--min-score changes nothing of twin, which retrieves no images"):
+        MinScore(0.5).set(without, "twin")
+    assert without.found == []
     with pytest.raises(ValmError, match="lost has no knowledge base"):
-        MinScore("auto", questions="a.txt").set(Model(2), "lost")
+        MinScore("auto", questions="a.txt").set(Model(True), "lost")
 
 
 def test_a_long_text_is_read_whole(retriever, tmp_path):

@@ -96,11 +96,6 @@ def test_without_scores(documents, retriever, tmp_path):
     assert not found.has_scores and found[0].keys() == {"input_ids", "image_ids"}
 
 
-def test_all_images_are_kept(documents, retriever, tmp_path):
-    with pytest.raises(ValmError, match=r"min_score 0.5, but a corpus keeps all images"):
-        retrieve_corpus(documents, retriever.with_min_score(0.5), tmp_path / "out", progress=False)
-
-
 def test_slices_are_lists_of_documents(corpus):
     some = corpus[-2:]
     assert isinstance(some, list) and len(some) == 2

@@ -37,8 +37,8 @@ def make_model(tokenizer, clip, kb):
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.2)
         if num_images:
-            encoder = ContextEncoder(clip)
-            model.set_retriever(BlindRetriever(encoder) if model.config.blind else Retriever(encoder, kb, num_images))
+            encoder, blind = ContextEncoder(clip), model.fusion_options.blind
+            model.set_retriever(BlindRetriever(encoder) if blind else Retriever(encoder, kb, num_images))
         return model
 
     return make

@@ -64,7 +64,7 @@ def test_a_model_with_k_0_says_so(make_model, tokenizer):
 def test_images_can_be_switched_off(model, tokenizer):
     explanation = explain(model, tokenizer, TEXT, with_images=False)
     assert "switched off" in explanation.note and explanation.image_index.shape == (7, 0)
-    pool, index = torch.zeros(0, model.config.image_dim), torch.zeros(1, 7, 0, dtype=torch.int64)
+    pool, index = torch.zeros(0, model.fusion_options.image_dim), torch.zeros(1, 7, 0, dtype=torch.int64)
     ids = tokenizer(TEXT, return_tensors="pt").input_ids
     probability = model(ids, image_pool=pool, image_index=index).logits[0, -1].softmax(-1).max()
     assert explanation.probabilities.max() <= probability.item() * (1 + 1e-5)

@@ -70,7 +70,7 @@ def test_images_in_place_of_others_are_not_cut_by_their_own_scores(model, ids):
     cut.set_min_score(float(best.median()))
     for retriever in (cut.retriever, ShownRandomImages(cut.retriever, 0, scored=False)):
         cut.set_retriever(retriever)
-        assert (cut.find_images(ids, None, None)[1] >= 0).any(-1).sum() == (best >= best.median()).sum()
+        assert (cut.finder.find_images(ids, None, None, None)[1] >= 0).any(-1).sum() == (best >= best.median()).sum()
 
 
 def test_only_the_first_k_are_read(model, ids, tmp_path):

@@ -1,9 +1,7 @@
 import json
 import pickle
-import shutil
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    AutoTokenizer,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
@@ -67,7 +64,7 @@ def test_a_whole_folder_opens_as_it_was(tmp_path, base):
     loaded.save_pretrained(tmp_path / "again")
     again = json.loads((tmp_path / "again" / "config.json").read_text())
     assert again == config
-    assert AutoConfig.from_pretrained(tmp_path).valm == model.config.valm
+    assert AutoConfig.from_pretrained(tmp_path).fusion == model.config.fusion
 
 
 @pytest.mark.parametrize("model", [augmented, tiny_model])
@@ -183,7 +180,7 @@ def test_the_scale_of_retrieval_scores_is_saved(tmp_path, base_folder):
     model.save_pretrained(tmp_path / "whole")
     adapter = load_adapter(AutoModelForCausalLM.from_pretrained(base_folder), tmp_path / "adapter")
     for loaded in (adapter, AutoModelForCausalLM.from_pretrained(tmp_path / "whole")):
-        assert loaded.image_options.scored and loaded.config.valm["score_scale"] == 0.5
+        assert loaded.fusion_options.scored and loaded.config.fusion["score_scale"] == 0.5
         assert fusion_module(loaded)(torch.zeros(1, IMAGE_DIM)).score_scale.tolist() == [1.25]
 
 
@@ -215,7 +212,8 @@ def test_a_base_stays_known_wherever_the_process_works_later(tmp_path, base_fold
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     save_adapter(model, "adapter")
-    assert json.loads(Path("adapter/image_fusion.json").read_text())["base"] == "../../base"
+    assert json.loads(Path("adapter/image_fusion.json").read_text())["base"] is None
+    assert json.loads(Path("adapter/_retrieval.json").read_text()) == {"base": "../../base"}
     assert torch.equal(
         logits(load_adapter(AutoModelForCausalLM.from_pretrained(adapter_base("adapter")), "adapter").eval()),
         logits(model),
@@ -223,22 +221,6 @@ def test_a_base_stays_known_wherever_the_process_works_later(tmp_path, base_fold
     whole.save_pretrained("again")
     assert "base_model" not in Path("again/README.md").read_text()
     assert "whole" not in Path("again/config.json").read_text()
-
-
-@pytest.mark.parametrize("loader", [AutoModelForCausalLM, AutoModel, AutoConfig, LlamaForCausalLM])
-def test_transformers_opens_no_adapter(tmp_path, base_folder, loader):
-    save_adapter(augmented(lambda seed: AutoModelForCausalLM.from_pretrained(base_folder)), tmp_path / "adapter")
-    with pytest.raises(
-        (OSError, ValueError), match=r"no file named model\.safetensors|Unrecognized model in .*adapter"
-    ):
-        loader.from_pretrained(tmp_path / "adapter")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        chat_like(["the sea"], vocab_size=260).save_pretrained(tmp_path / "adapter")
-        assert len(AutoTokenizer.from_pretrained(tmp_path / "adapter"))  # a tokenizer beside it opens
-    shutil.copytree(base_folder, tmp_path / "both")
-    shutil.copy(tmp_path / "adapter" / "image_fusion.json", tmp_path / "both")
-    AutoConfig.from_pretrained(tmp_path / "both")  # a base beside its adapter
 
 
 def test_load_finds_base_tokenizer_and_images_of_an_adapter(tmp_path, clip, make_kb):
@@ -263,7 +245,7 @@ def test_load_finds_base_tokenizer_and_images_of_an_adapter(tmp_path, clip, make
     ids = clip.tokenizer("a red apple", return_tensors="pt")["input_ids"]
     expected = model(ids).logits
     save_adapter(model, tmp_path / "adapter")
-    assert json.loads((tmp_path / "adapter" / "image_fusion.json").read_text())["base"] == "../base"
+    assert json.loads((tmp_path / "adapter" / "_retrieval.json").read_text())["base"] == "../base"
     loaded, tokenizer = load(tmp_path / "adapter", clip=str(tmp_path / "clip"))
     torch.testing.assert_close(loaded(ids).logits, expected)
     assert len(tokenizer) == len(clip.tokenizer)
@@ -426,9 +408,9 @@ def test_a_damaged_adapter_is_named(tmp_path):
         load_adapter(tiny_llama(), tmp_path)
     no_sketch = {name: value for name, value in description["fusion"].items() if name != "sketch"}
     for change, message in (
-        ({"format_version": 9}, "format_version 9, expected 1"),
+        ({"format_version": 9}, "format_version 9, expected 2"),
         ({"fusion": {"layer": -2}}, "fusion has no 'architecture'"),
-        ({"fusion": no_sketch}, "fusion has no 'sketch'"),
+        ({"fusion": no_sketch}, r"belongs to another base model .*: lm_head\.weight is no tensor of that base"),
     ):
         (tmp_path / "image_fusion.json").write_text(json.dumps(description | change))
         with pytest.raises(ValmError, match=message):
@@ -436,6 +418,24 @@ def test_a_damaged_adapter_is_named(tmp_path):
     (tmp_path / "image_fusion.json").unlink()
     with pytest.raises(ValmError, match="is no adapter"):
         load_adapter(tiny_llama(), tmp_path)
+
+
+def test_an_adapter_that_fails_leaves_its_base_for_the_next(tmp_path):
+    """Whatever of it is damaged."""
+    model = augmented()
+    save_adapter(model, tmp_path)
+    base, fused = tiny_llama(), tmp_path / "image_fusion.json"
+    whole = json.loads(fused.read_text())
+    (tmp_path / "_retrieval.json").write_text("[]")
+    for damage in ({"fusion": {}}, {"retrieval": {"index": 1}}, {"retrieval": {"query": "eot"}}):
+        fused.write_text(json.dumps(whole | damage))
+        for _ in range(2):
+            with pytest.raises(ValmError, match=r"does not describe an adapter|retrieval does not fit|is damaged"):
+                load_adapter(base, tmp_path)
+        assert type(base) is LlamaForCausalLM and base.state_dict().keys() == tiny_llama().state_dict().keys()
+    fused.write_text(json.dumps(whole))
+    (tmp_path / "_retrieval.json").unlink()
+    assert torch.equal(logits(load_adapter(base, tmp_path)), logits(model))
 
 
 def load_file_of(content, folder):
@@ -483,7 +483,7 @@ def test_a_whole_folder_opens_by_its_own_classes(tmp_path, sharded):
         type(model).from_pretrained(tmp_path, config=model.config, dtype=torch.float32),
         type(model).from_pretrained(tmp_path, use_cache=False),
     ):
-        assert type(opened) is type(model) and opened.config.valm == model.config.valm
+        assert type(opened) is type(model) and opened.config.fusion == model.config.fusion
         assert torch.equal(logits(opened), logits(model))
     assert not opened.config.use_cache
     opened.save_pretrained(tmp_path / "again")
@@ -521,7 +521,7 @@ def test_an_augmented_class_opens_no_other_model(tmp_path):
 
 @torch.no_grad()
 def test_what_is_loaded_with_a_device_map(tmp_path, base_folder):
-    """A whole folder gets its hooks behind its fusion; a base has them before, and would read no images."""
+    """The adapter of an offloaded base is an error, and its base stays as it was."""
     model = on_base(base_folder)
     save_adapter(model, tmp_path / "adapter")
     model.save_pretrained(tmp_path / "whole")
@@ -531,8 +531,11 @@ def test_what_is_loaded_with_a_device_map(tmp_path, base_folder):
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", **offloaded)
     assert torch.equal(logits(whole), logits(model))
     base = AutoModelForCausalLM.from_pretrained(base_folder, **offloaded)
-    with pytest.raises(ValmError, match=r"^the forward of the model \(LlamaForCausalLM\) was replaced"):
+    with pytest.raises(ValmError, match=r"^weights of this LlamaForCausalLM are offloaded: .* before it is dispatched"):
         load_adapter(base, tmp_path / "adapter")
+    assert type(base) is LlamaForCausalLM and torch.equal(
+        base(random_ids(2, 9)).logits, tiny_llama()(random_ids(2, 9)).logits
+    )
 
 
 def test_a_text_only_twin_is_a_model_of_its_family(tmp_path):

@@ -125,7 +125,7 @@ def test_the_text_only_twin_is_the_base_of_which_a_part_trains(unfreeze, count, 
     torch.testing.assert_close(text.sum(-1), torch.ones(2, 4, 9))
     twin.save_pretrained(tmp_path)
     loaded = valm_class_from(tmp_path)
-    assert loaded.image_options.num_images == 0 and trained(loaded) == trained(twin)
+    assert loaded.fusion_options.num_images == 0 and trained(loaded) == trained(twin)
     assert torch.equal(loaded(random_ids(2, 9)).logits, expected)
 
 
@@ -247,9 +247,9 @@ def test_what_the_images_count_for_learns_in_16_bits_as_in_32(name, start):
         ({"num_images": 0}, "with num_images = 0 .* there are no new parameters"),
         ({"layer": 3}, "layer must be one of the 3 layers"),
         ({"unfreeze": "some"}, "unfreeze must be one of"),
-        ({"logit_bias": float("nan")}, "logit_bias must be finite"),
+        ({"logit_bias": float("nan")}, "logit_bias must be a finite number, got nan"),
         ({"blind": True}, "blind needs num_images = 1"),
-        ({"score_scale": float("nan")}, "score_scale must be a finite number or None, got nan"),
+        ({"score_scale": float("nan")}, "score_scale must be a finite number, got nan"),
         ({"score_scale": 1.0, "num_images": 0, "unfreeze": "all"}, "with num_images = 0 there are none"),
     ],
 )
@@ -433,22 +433,28 @@ def compiled_forward(model):  # as Accelerator.prepare of autocast leaves it too
     model.forward = torch.compile(model.forward, backend="eager")
 
 
+@torch.no_grad()
 @pytest.mark.parametrize(
-    "replace, named",
+    "replace",
     [
-        (lambda model: dispatch_model(model, {"": "cpu"}, force_hooks=True), "the model"),
-        (lambda model: cpu_offload(model, execution_device=torch.device("cpu")), "the model"),
-        (compiled_forward, "the model"),
-        (with_hook("model.layers.1"), r"model\.layers\.1"),
-        (with_hook("model.layers.1.self_attn"), r"model\.layers\.1\.self_attn"),
+        lambda model: dispatch_model(model, {"": "cpu"}, force_hooks=True),
+        compiled_forward,
+        with_hook("model.layers.1"),
+        with_hook("model.layers.1.self_attn"),
     ],
 )
-def test_a_base_whose_forward_was_replaced_is_refused(replace, named):
-    """It is bound to the class of before, which would read the text alone."""
+def test_a_base_whose_forward_was_replaced_sees_images(replace):
     model = tiny_llama()
     replace(model)
+    augment(model, IMAGE_DIM, IMAGES, logit_bias=0.0)
+    assert torch.equal(logits(model), logits(augment(tiny_llama(), IMAGE_DIM, IMAGES, logit_bias=0.0)))
+
+
+def test_an_offloaded_base_is_refused():
+    model = tiny_llama()
+    cpu_offload(model, execution_device=torch.device("cpu"))
     with pytest.raises(
-        ValmError, match=rf"the forward of {named} \(Llama\w+\) was replaced, .*: augment the model first"
+        ValmError, match=r"weights of this LlamaForCausalLM are offloaded: augment the model, .* before"
     ):
         augment(model, IMAGE_DIM, IMAGES)
     assert type(model) is LlamaForCausalLM and not any("image_fusion" in name for name, _ in model.named_modules())
@@ -472,11 +478,13 @@ def test_models_made_of_one_config_stay_apart(tmp_path):
     first, second = AutoModelForCausalLM.from_config(config), AutoModelForCausalLM.from_config(config)
     assert first.config is second.config
     augment(first, IMAGE_DIM, IMAGES)
-    assert type(second.config) is LlamaConfig and not hasattr(second.config, "valm")
+    assert type(second.config) is LlamaConfig and not hasattr(second.config, "fusion")
     assert first.model.config is first.model.layers[0].mlp.config is first.config
     second.save_pretrained(tmp_path)
     assert type(valm_class_from(tmp_path)) is LlamaForCausalLM
-    assert augment(second, IMAGE_DIM, 1).config.valm["num_images"] == 1 and first.config.valm["num_images"] == IMAGES
+    assert (
+        augment(second, IMAGE_DIM, 1).config.fusion["num_images"] == 1 and first.config.fusion["num_images"] == IMAGES
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated", "ignore:.*quantized tensor creation")

@@ -1,18 +1,14 @@
 import shutil
-from dataclasses import replace
 
 import pytest
 from huggingface_hub import ModelCard
-from transformers.utils import PushToHubMixin
 
 import valm
 from tests.valm.model.decoders import augmented
 from tests.valm.models import tiny_model
 from valm.model.card import MARKER, base_name, write_card
 from valm.model.checkpoint import load, save_checkpoint
-from valm.retrieval.context import ContextEncoder
-from valm.retrieval.note import RetrievalNote
-from valm.retrieval.retriever import Retriever
+from valm.retrieval.source import ImageSource
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +23,15 @@ def card_of(folder):
 def test_a_checkpoint_has_a_card(tmp_path, tokenizer, kb):
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     model = tiny_model(vocab_size=len(tokenizer), image_dim=kb.dim, **ids)
-    note = RetrievalNote.of_knowledge_base(kb, "eot")
+    model.finder.set_source(ImageSource.of_knowledge_base(kb, "eot"))
     numbers = {"loss": 1.23456, "eval_perplexity": 17.0}
-    save_checkpoint(model, tokenizer, tmp_path / "it", note=note, numbers=numbers, command="valm train x --seed 1")
+    command = "valm train /home/me/x --seed 1 --kb=secret/kb/"
+    save_checkpoint(model, tokenizer, tmp_path / "it", numbers=numbers, command=command)
     card = card_of(tmp_path / "it")
     assert card.data.library_name == "valm" and card.data.pipeline_tag == "text-generation"
     assert kb.fingerprint in card.text and kb.manifest["clip"]["weights_hash"] in card.text
     assert "| loss | 1.235 |" in card.text and "| eval_perplexity | 17 |" in card.text
-    assert "valm train x --seed 1" in card.text and 'valm.load("FOLDER", kb="KNOWLEDGE_BASE")' in card.text
+    assert "valm train x --seed 1 --kb=kb\n" in card.text and 'valm.load("FOLDER", kb="KNOWLEDGE_BASE")' in card.text
     assert str(kb.path.parent) not in card.text  # folders are nobody else's business
     load(tmp_path / "it")
 
@@ -62,7 +59,7 @@ def test_an_augmented_model_names_its_base(tmp_path):
 
 @pytest.mark.parametrize("scale", [None, 1.0])
 def test_a_card_names_the_arguments_of_images(tmp_path, scale):
-    write_card(tiny_model(image_score_scale_init=scale), tmp_path)
+    write_card(tiny_model(score_scale=scale), tmp_path)
     assert "`image_index`" in card_of(tmp_path).text
     assert ("`image_scores`" in card_of(tmp_path).text) == (scale is not None)
 
@@ -86,33 +83,24 @@ def test_every_way_of_saving_writes_a_card_and_leaves_the_users_own(tmp_path, kb
         assert (tmp_path / folder / "README.md").read_text() == "Mine."
 
 
-def test_what_is_uploaded_has_the_note_and_the_card(tmp_path, kb, clip, monkeypatch):
-    uploaded = {}
-
-    def upload(self, repo_id, **options):
-        self.save_pretrained(tmp_path / "upload")
-        uploaded[repo_id] = ({file.name for file in (tmp_path / "upload").iterdir()}, options)
-
-    monkeypatch.setattr(PushToHubMixin, "push_to_hub", upload)
-    model = tiny_model(image_dim=kb.dim, vocab_size=len(clip.tokenizer))
-    model.set_retriever(Retriever(ContextEncoder(clip), kb, model.config.num_images))
-    model.save_pretrained(tmp_path / "mine", push_to_hub=True, private=True)
-    model.save_pretrained(tmp_path / "other", True, None, True, repo_id="me/it")
-    assert uploaded.keys() == {"mine", "me/it"} and uploaded["mine"][1] == {"private": True}
-    for names, _ in uploaded.values():
-        assert {"retrieval.json", "README.md", "model.safetensors"} <= names
-
-
 def test_a_loaded_model_says_what_it_lacks(tmp_path, tokenizer, clip, kb):
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     model = tiny_model(vocab_size=len(tokenizer), image_dim=kb.dim, **ids)
     shutil.copytree(kb.path, tmp_path / "kb")
-    note = RetrievalNote.of_knowledge_base(valm.ImageKnowledgeBase.open(tmp_path / "kb"), "eot")
-    save_checkpoint(model, tokenizer, tmp_path / "it", note=note)
+    source = ImageSource.of_knowledge_base(valm.ImageKnowledgeBase.open(tmp_path / "kb"), "eot")
+    model.finder.set_source(source)
+    save_checkpoint(model, tokenizer, tmp_path / "it")
     load(tmp_path / "it")
     shutil.rmtree(tmp_path / "kb")
     with pytest.warns(UserWarning, match=r"knowledge base .*kb is not there: give it as kb \(--kb\)"):
         load(tmp_path / "it")
-    replace(note, knowledge_base=None, clip=str(tmp_path / "clip")).write(tmp_path / "it")
-    with pytest.warns(UserWarning, match=r"CLIP .*clip is not there: give it as clip \(--clip\)"):
+    (tmp_path / "it" / "_retrieval.json").unlink()
+    with pytest.warns(
+        UserWarning, match=r"nothing says where the model's knowledge base kb \(SHA-256 \w{12}\) is: give"
+    ):
         load(tmp_path / "it")
+    blind = tiny_model(vocab_size=len(tokenizer), image_dim=kb.dim, num_images=1, blind=True, **ids)
+    blind.finder.set_source(ImageSource("eot", "clip", "0" * 64, clip=str(tmp_path / "clip")))
+    save_checkpoint(blind, tokenizer, tmp_path / "blind")
+    with pytest.warns(UserWarning, match=r"CLIP .*clip is not there: give it as clip \(--clip\)"):
+        load(tmp_path / "blind")

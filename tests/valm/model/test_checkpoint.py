@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from tests.valm.hub_cache import as_in_the_hub_cache
 from tests.valm.killed import exit_code, exit_code_if_killed_at, forked, needs_fork
-from tests.valm.models import tiny_model
+from tests.valm.models import model_for, tiny_model
 from valm.clip.clip import Clip
 from valm.clip.tokenizer import clip_tokenizer, prune_tokenizer
 from valm.errors import ValmError
@@ -18,7 +18,6 @@ from valm.knowledge_base.build import build
 from valm.knowledge_base.sources.folder import FolderSource
 from valm.model.checkpoint import load, save_checkpoint
 from valm.retrieval.context import ContextEncoder
-from valm.retrieval.note import RetrievalNote
 from valm.retrieval.retriever import BlindRetriever, Retriever
 from valm.store import whole_folder
 from valm_kernels.atomic_files import is_temporary
@@ -165,9 +164,11 @@ def test_a_model_saved_by_transformers_over_another_number_of_files(tmp_path, si
     assert (tmp_path / "model.safetensors.index.json").is_file() == (sizes[1] is not None)
 
 
-def change_config(folder, **values):
+def change_config(folder, change):
+    """change: other values, by the part of the config that has them."""
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | values))
+    config |= {part: config[part] | values for part, values in change.items()}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def test_a_model_saved_by_transformers_takes_the_place_of_a_killed_save(tmp_path):
@@ -194,16 +195,16 @@ def test_what_is_no_checkpoint_is_said_in_one_sentence(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"n_layer": 4}, "have no transformer.h.2.attn.image_fusion"),
-        ({"n_layer": 2}, "have no transformer.h.0.attn.image_fusion"),
-        ({"image_dim": 25}, "mismatched_keys"),
-        ({"num_images": 0}, "unexpected_keys transformer.h.1.attn.image"),
-        ({"fusion_layer": 5}, "fusion_layer must name one of the 3 blocks"),
+        ({"base_config": {"n_layer": 4}}, "have no transformer.h.2.attn.image_fusion"),
+        ({"base_config": {"n_layer": 2}}, "have no transformer.h.0.attn.image_fusion"),
+        ({"fusion": {"image_dim": 25}}, "mismatched_keys"),
+        ({"fusion": {"num_images": 0}}, "unexpected_keys transformer.h.1.attn.image"),
+        ({"fusion": {"layer": 5}}, "cannot be read: index 5 is out of range"),
     ],
 )
 def test_weights_of_another_config_are_refused(tmp_path, change, message, capfd):
     save_checkpoint(a_model(), TOKENIZER, tmp_path)
-    change_config(tmp_path, **change)
+    change_config(tmp_path, change)
     with pytest.raises(ValmError, match=message):
         load(tmp_path)
     assert capfd.readouterr() == ("", "")
@@ -239,17 +240,42 @@ def test_a_checkpoint_finds_its_pictures_again(tmp_path, clip, blind):
     seeing = Retriever(encoder, kb, 1 if blind else 2)
     model.set_retriever(BlindRetriever(encoder) if blind else seeing)
     save_checkpoint(model, tokenizer, tmp_path / "model")
-    RetrievalNote.of_knowledge_base(seeing.kb, seeing.encoder.query).write(tmp_path / "model")
     ids = tokenizer("a red apple", return_tensors="pt")["input_ids"]
     expected = model(ids).logits
     moved = tmp_path / "moved"
     moved.mkdir()
     for name in ("model", "kb", "clip"):  # all of it together
         (tmp_path / name).rename(moved / name)
-    assert json.loads((moved / "model" / "retrieval.json").read_text())["index"] == "exact"
     loaded, _ = load(moved / "model")
     torch.testing.assert_close(loaded(ids).logits, expected)
     assert load(moved / "model", clip=moved / "clip")[0].retriever.encoder.query == "state"
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_killed_save_finds_its_images(retriever, tmp_path, monkeypatch, old):
+    """What is whole in checkpoint.new: the places there are as seen from the folder itself."""
+    model, tokenizer = model_for(retriever), retriever.encoder.tokenizer
+    if old:
+        save_checkpoint(model, tokenizer, tmp_path)
+    model.set_retriever(retriever)
+
+    def fail(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(whole_folder, "move", fail)
+        with pytest.raises(ValmError, match=r"is whole in .*checkpoint\.new and loads from there"):
+            save_checkpoint(model, tokenizer, tmp_path)
+    assert (tmp_path / whole_folder.NEW_FOLDER / "_retrieval.json").is_file()
+    assert not (tmp_path / "_retrieval.json").exists()
+    ids = tokenizer("a red apple", return_tensors="pt")["input_ids"]
+    torch.testing.assert_close(load(tmp_path)[0](ids).logits, model(ids).logits)
+
+
+def test_a_download_may_be_allowed_of_a_model_that_names_no_clip(tmp_path):
+    save_checkpoint(a_model(), TOKENIZER, tmp_path)
+    model, _ = load(tmp_path, allow_download=True)
+    assert model.retriever is None
 
 
 def test_pictures_that_do_not_fit_are_refused(tmp_path, clip, make_kb):

@@ -152,7 +152,7 @@ def test_a_document_behind_a_filled_cache_is_refused(positions, masked):
 def test_a_family_that_mixes_documents_is_refused():
     model = augmented(lambda seed: tiny("jamba"), layer=0)
     ids, positions = random_ids(1, 6), torch.tensor([[0, 1, 2, 0, 1, 2]])
-    with pytest.raises(ValueError, match="JambaForCausalLM does not keep documents in a row apart"):
+    with pytest.raises(ValueError, match="JambaModel does not keep documents in a row apart"):
         model(input_ids=ids, position_ids=positions, **random_images(1, 6))
 
 

@@ -70,7 +70,7 @@ def test_equals_the_equations_of_the_paper(image_dim, options, scaling):
 
 
 def test_the_scaled_retrieval_scores_are_added_to_the_logits_of_images():
-    block, fusion = layer(image_score_scale_init=0.5)
+    block, fusion = layer(score_scale=0.5)
     pool, index = random_images(tiny_config(), 2, 5)
     scores = random_scores(index).double()
     assert (scores == -torch.inf).any()

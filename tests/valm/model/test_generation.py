@@ -26,7 +26,7 @@ from tests.valm.model.decoders import (
 )
 from tests.valm.models import HashRetriever
 from valm.errors import ValmError
-from valm.model.image_model import RetrievalCache
+from valm.model.retrieval_cache import RetrievalCache
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 8}
 

@@ -97,6 +97,6 @@ def test_the_pictures_matter(model, text_ids):
 
 def test_blind_and_seeing_models_take_their_own_kind_of_retriever(model, clip, make_kb):
     encoder = ContextEncoder(clip)
-    wrong = Retriever(encoder, make_kb(3), 1) if model.config.blind else BlindRetriever(encoder)
+    wrong = Retriever(encoder, make_kb(3), 1) if model.fusion_options.blind else BlindRetriever(encoder)
     with pytest.raises(ValueError, match=r"this model needs a (Blind)?Retriever"):
         model.set_retriever(wrong)

@@ -11,8 +11,9 @@ from valm.errors import ValmError
 from valm.evaluation.controls import RandomImages, switch_images
 from valm.explain.explanation import explain
 from valm.model.adapter import load_adapter, save_adapter
-from valm.model.augment import augment, config_from_dict
+from valm.model.augment import augment
 from valm.model.checkpoint import load, save_checkpoint
+from valm.model.config import config_from_dict
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.min_score import cut
 from valm.retrieval.retriever import NoImages, Retriever
@@ -56,7 +57,7 @@ def test_a_token_below_it_sees_no_images_however_it_is_read(model, retriever, id
         cache = out.cache
         rows.append(out.logits)
     torch.testing.assert_close(torch.cat(rows, 1), expected)
-    _, weights = model.fusion_attention(ids, found.image_pool, model.retriever(ids).image_index)
+    _, weights = model.fusion_attention(ids, found.image_pool, index)
     assert (weights[0, :, none] == 0).all()
 
 
@@ -64,8 +65,8 @@ def test_generation_sees_what_forward_sees(model, ids):
     generated = model.generate(ids[:, :9], max_new_tokens=12, do_sample=False)
     expected = model(generated).logits[:, 8:-1].argmax(-1)
     assert torch.equal(generated[:, 9:], expected)
-    uncut = model_of(model.retriever.encoder.tokenizer, image_dim=model.config.image_dim, n_positions=128)
-    uncut.set_retriever(model.retriever.with_min_score(None))
+    uncut = model_of(model.retriever.encoder.tokenizer, image_dim=model.fusion_options.image_dim, n_positions=128)
+    uncut.set_retriever(model.retriever)
     assert not torch.equal(uncut(generated).logits, model(generated).logits)
 
 
@@ -73,7 +74,7 @@ def test_a_retriever_of_ones_own_is_cut_by_the_model():
     found = HashRetriever()(ids := random_ids(2, 9))
     index, scores = cut(found.image_index, found.scores, 0.8)
     assert (index < 0).any() and (index >= 0).any()
-    for options in ({}, {"image_score_scale_init": 0.5}):
+    for options in ({}, {"score_scale": 0.5}):
         model = tiny_model(min_score=0.8, **options)
         model.set_retriever(HashRetriever())
         given = {"image_scores": scores} if options else {}
@@ -95,7 +96,7 @@ def test_an_augmented_decoder_has_it_too(tmp_path):
     model.set_retriever(None)
     save_adapter(model, tmp_path / "adapter")
     loaded = load_adapter(type(tiny_llama()).from_pretrained(tmp_path / "base"), tmp_path / "adapter")
-    assert loaded.image_options.min_score == 0.8
+    assert loaded.fusion_options.min_score == 0.8
     loaded.set_min_score(None)
     loaded.set_retriever(HashRetriever())
     assert not torch.allclose(loaded(ids).logits, expected)
@@ -119,18 +120,18 @@ def test_it_is_saved_and_can_be_set_without_retrieving_again(model, retriever, i
     )
     before = loaded.retriever
     loaded.set_min_score(None)
-    assert loaded.retriever.index is before.index and loaded.config.min_score is None
+    assert loaded.retriever.index is before.index and loaded.fusion_options.min_score is None
 
 
 def test_controls_and_explanations_see_the_same_tokens(model, retriever, ids, middle, clip):
-    none = (model.retriever(ids).image_index < 0).all(-1)
+    found = retriever(ids)
+    none = (cut(found.image_index, found.scores, middle)[0] < 0).all(-1)
     switch_images(model, "random")
     assert isinstance(model.retriever, RandomImages)
-    assert torch.equal((model.retriever(ids).image_index < 0).all(-1), none)
-    model.set_min_score(None)  # of the retriever behind it too
-    assert (model.retriever(ids).image_index[:, 1:] >= 0).all()
-    model.set_min_score(middle)
-    for finder in (None, retriever):  # the model's own, and one without a cut
+    random = model.retriever(ids)
+    expected = model(ids, image_pool=random.image_pool, image_index=random.image_index.masked_fill(none[..., None], -1))
+    torch.testing.assert_close(model(ids).logits, expected.logits)
+    for finder in (None, retriever):
         model.set_retriever(retriever)
         page = explain(model, clip.tokenizer, TEXTS[0], retriever=finder)
         assert ((page.image_index < 0).all(-1) == none[0].numpy()).all()
@@ -148,13 +149,11 @@ def test_controls_and_explanations_see_the_same_tokens(model, retriever, ids, mi
     assert isinstance(model.retriever, NoImages)
 
 
-def test_what_does_not_fit_is_refused(model, retriever, middle):
-    with pytest.raises(ValmError, match=rf"the retriever's min_score is 0\.9, but the model's is {middle}: call"):
-        model.set_retriever(retriever.with_min_score(0.9))
+def test_what_does_not_fit_is_refused(model):
     for wrong in (float("nan"), "auto", True):
-        with pytest.raises(ValmError, match="min_score must be a finite number or None"):
+        with pytest.raises(ValmError, match="min_score must be a finite number"):
             model.set_min_score(wrong)
-        with pytest.raises(ValmError, match="min_score must be a finite number or None"):
+        with pytest.raises(ValmError, match="min_score must be a finite number"):
             tiny_config(min_score=wrong)
     for without in ({"num_images": 0}, {"num_images": 1, "blind": True}):
         with pytest.raises(ValmError, match="min_score is of retrieved images, got num_images = "):
@@ -172,5 +171,5 @@ def test_a_config_that_has_no_number_is_refused(value):
     config = augment(tiny_llama(), num_images=IMAGES, image_dim=IMAGE_DIM, min_score=0.5).config.to_diff_dict()
     assert config["fusion"]["min_score"] == 0.5
     config["fusion"]["min_score"] = value
-    with pytest.raises(ValmError, match="min_score must be a finite number or None, got"):
+    with pytest.raises(ValmError, match="min_score must be a finite number, got"):
         config_from_dict(config)

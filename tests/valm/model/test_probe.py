@@ -10,7 +10,7 @@ from tests.checks.families import VISION, tiny
 from tests.valm.model.decoders import IMAGE_DIM, IMAGES, tiny_gpt2, tiny_llama
 from valm.errors import ValmError
 from valm.model.augment import augment
-from valm.model.probe import attention_path, decoder_layers, layers_with_keys
+from valm.model.probe import attention_path, decoder_layers
 from valm.training.limited_softmax import LimitedSoftmax
 
 
@@ -26,21 +26,20 @@ def test_the_layers_are_those_of_the_text_and_not_of_a_vision_tower(family):
 @pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
 def test_layers_without_keys_of_their_own(family, tmp_path):
     """The last two layers of four attend to the keys of layers before them."""
-    assert layers_with_keys(tiny(family)) == [0, 1]
     with pytest.warns(UserWarning, match="layer -2 has no attention with keys of its own.*layer -3"):
         model = augment(tiny(family), IMAGE_DIM, IMAGES)
-    assert model.config.valm["layer"] == -3
+    assert model.config.fusion["layer"] == -3
     for layer in (-1, 2):
         with pytest.raises(ValmError, match=f"layer {layer} .* takes its keys and values from another .*: 0, 1$"):
             augment(tiny(family), IMAGE_DIM, IMAGES, layer)
     model.save_pretrained(tmp_path)
-    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.valm["layer"] == -3
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.fusion["layer"] == -3
 
 
 def test_the_default_is_the_layer_before_the_last_without_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert augment(tiny_llama(), IMAGE_DIM, IMAGES).config.valm["layer"] == -2
+        assert augment(tiny_llama(), IMAGE_DIM, IMAGES).config.fusion["layer"] == -2
 
 
 def test_a_layer_that_nobody_asked_for_need_not_run_on_images():
@@ -57,8 +56,8 @@ def test_a_layer_that_nobody_asked_for_need_not_run_on_images():
         attention.forward = forward
         return model
 
-    assert augment(broken(tiny_llama(), 0), IMAGE_DIM, IMAGES).config.valm["layer"] == -2
-    assert layers_with_keys(broken(tiny("gemma3n_text"), 0)) == [1]
+    assert augment(broken(tiny_llama(), 0), IMAGE_DIM, IMAGES).config.fusion["layer"] == -2
+
     with pytest.raises(ValmError, match=r"those that make their own: 1$"):
         augment(broken(tiny("gemma3n_text"), 0), IMAGE_DIM, IMAGES, -1)
 
@@ -85,7 +84,7 @@ def tiny_gpt2_of(n_positions):
 
 def test_a_hybrid_sees_images_in_its_last_layer_with_attention():
     with pytest.warns(UserWarning, match="layer -1"):
-        assert augment(tiny("qwen3_next"), IMAGE_DIM, IMAGES).config.valm["layer"] == -1
+        assert augment(tiny("qwen3_next"), IMAGE_DIM, IMAGES).config.fusion["layer"] == -1
 
 
 @pytest.mark.parametrize("base", [tiny_llama, tiny_gpt2])
@@ -111,14 +110,14 @@ def test_encoders_are_refused_and_decoders_of_their_classes_are_not():
     with pytest.raises(ValmError, match="BertSelfAttention is not causal: only decoders can be augmented"):
         augment(encoder, IMAGE_DIM, IMAGES)
     decoder = BertLMHeadModel(BertConfig(**sizes, intermediate_size=32, is_decoder=True, add_cross_attention=True))
-    assert augment(decoder, IMAGE_DIM, IMAGES).config.valm["layer"] == -2
+    assert augment(decoder, IMAGE_DIM, IMAGES).config.fusion["layer"] == -2
 
 
 def test_a_mask_makes_an_attention_causal():
     """BigBirdPegasus says nothing of it in the attention itself; its model gives it a mask in every call."""
     model = tiny("bigbird_pegasus")
     assert not decoder_layers(model)[-2].self_attn.is_causal
-    assert augment(model, IMAGE_DIM, IMAGES).config.valm["layer"] == -2
+    assert augment(model, IMAGE_DIM, IMAGES).config.fusion["layer"] == -2
 
 
 @pytest.mark.parametrize(

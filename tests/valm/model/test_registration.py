@@ -14,7 +14,7 @@ def test_importing_valm_registers_with_the_auto_classes(first):
     code = (
         f"{first}\n"
         "from transformers import AutoConfig, AutoModelForCausalLM\n"
-        "assert AutoConfig.for_model('valm').image_dim == 768\n"
+        "assert AutoConfig.for_model('valm').fusion['image_dim'] == 768\n"
         f"assert type(AutoModelForCausalLM.from_config({CONFIG})) is valm.VaLMForCausalLM\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -41,15 +41,15 @@ def unserved(model, tokenizer, prompt):
 @pytest.fixture
 def seen(served, monkeypatch):
     """The images of every forward pass, in order."""
-    model, found = served[0], []
-    find = model.find_images
+    finder, found = served[0].finder, []
+    find = finder.find_images
 
     def recorded(*arguments):
         pool, index, scores = find(*arguments)
         found.append((pool[index], index < 0))
         return pool, index, scores
 
-    monkeypatch.setattr(model, "find_images", recorded)
+    monkeypatch.setattr(finder, "find_images", recorded)
     return found
 
 

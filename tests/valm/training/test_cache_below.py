@@ -39,7 +39,7 @@ def documents(count=12, images=IMAGES):
 def frozen_valm(**arguments):
     """A VaLM of which the fusion block and what is above it train; its embeddings are tied to its head, and frozen."""
     model = tiny_model(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **arguments).requires_grad_(False)
-    for block in model.transformer.h[model.config.fusion_index :]:
+    for block in model.transformer.h[model.fusion_options.layer :]:
         block.requires_grad_(True)
     return model
 

@@ -146,6 +146,6 @@ def test_where_it_could_do_nothing_it_is_refused(tmp_path, model, more, message)
 
 def test_a_model_that_retrieves_as_it_trains_is_refused(tmp_path):
     model = new_model()
-    model._retriever, model._note_ignored = type("Retriever", (), {"k": 3, "dim": 24})(), True
+    model.set_retriever(type("Retriever", (), {"k": 3, "dim": 24})())
     with pytest.raises(ValmError, match="retrieves as it trains: leave --image-dropout out"):
         new_trainer(tmp_path, model=model, kb=None, image_dropout=0.5)

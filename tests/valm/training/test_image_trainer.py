@@ -15,7 +15,8 @@ from tests.valm.training.documents import TOKENIZER, Vectors, documents, new_mod
 from valm.errors import ValmError
 from valm.evaluation.language import token_log_probs
 from valm.model.checkpoint import load
-from valm.retrieval.note import RetrievalNote
+from valm.retrieval.retriever import Retrieved
+from valm.retrieval.source import ImageSource
 from valm.training.resumable import STATE_FILE
 from valm.training.train import training_arguments
 from valm_kernels.atomic_files import is_temporary
@@ -120,15 +121,20 @@ def test_a_loss_that_is_not_finite_stops_before_its_step(tmp_path, accumulation,
 
 def test_every_checkpoint_notes_what_finds_its_images(tmp_path):
     made = new_trainer(tmp_path / "run", **SAVING)
-    made.note = RetrievalNote(tmp_path / "kb", "eot", "clip", "0" * 64)
+    (tmp_path / "kb").mkdir()
+    source = ImageSource("eot", "clip", "0" * 64, "kb", "1" * 64, knowledge_base=tmp_path / "kb")
+    made.model.finder.set_source(source)
     made.train()
-    made.write(tmp_path / "run", TOKENIZER)
-    for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-2", tmp_path / "run" / "checkpoint-7"):
-        note = RetrievalNote.read(folder)
-        assert note.query == "eot" and note.knowledge_base.resolve() == (tmp_path / "kb").resolve()
-        assert not json.loads((folder / "retrieval.json").read_text())["knowledge_base"].startswith("/")
-        _, tokenizer = load(folder)
+    run = tmp_path / "run"
+    for folder in (run / "checkpoint-2", run / "checkpoint-7"):
+        assert load(folder)[0].finder.source == source
+    made.write(run, TOKENIZER)
+    for folder in (run, run / "checkpoint-2", run / "checkpoint-7"):
+        model, tokenizer = load(folder)
+        assert model.finder.source == source
         assert tokenizer.model_max_length == 32
+    assert list(tmp_path.rglob("_retrieval.json")) == [run / "_retrieval.json"]  # no upload of a checkpoint has it
+    assert json.loads((run / "_retrieval.json").read_text()) == {"knowledge_base": "../kb"}
 
 
 def test_evaluation_is_the_perplexity_of_all_tokens_and_changes_no_step(tmp_path, uninterrupted):
@@ -179,7 +185,7 @@ def test_what_a_subclass_measures_can_choose_the_best_checkpoint(tmp_path, monke
     assert [entry["eval_colour"] for entry in made.state.log_history if "eval_colour" in entry] == [0.1, 0.9, 0.5, 0.4]
     assert made.state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
     written = json.loads((tmp_path / "checkpoint-4" / STATE_FILE).read_text())
-    assert written["best_model_checkpoint"] == str(tmp_path / "checkpoint-4")
+    assert written["best_model_checkpoint"] == "checkpoint-4"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-4"]
     assert same(weights(made.model), weights(load(tmp_path / "checkpoint-4")[0]))
 
@@ -323,14 +329,16 @@ def test_a_model_finds_the_images_itself_while_it_trains(tmp_path):
         k, dim = 3, 24
 
         def __call__(self, input_ids, attention_mask=None):
+            padding = TOKENIZER.eos_token_id
+            assert (input_ids == padding).any(1).all() and not input_ids[attention_mask == 0].ne(padding).any()
             self.called = True
             pool = torch.from_numpy(Vectors().vectors).float()
             index = input_ids[..., None].expand(*input_ids.shape, 3) % len(pool)
-            return type("Found", (), {"image_pool": pool, "image_index": index})
+            return Retrieved(pool, index, torch.arange(len(pool)), torch.ones(index.shape))
 
     model = new_model()
     retriever = Retriever()
-    model._retriever, model._note_ignored = retriever, True
+    model.set_retriever(retriever)
     texts = [{"input_ids": document["input_ids"]} for document in documents()]
     made = new_trainer(tmp_path, model=model, kb=None, dataset=texts)
     made.train()

@@ -7,7 +7,7 @@ import torch
 from tests.valm.training.documents import Vectors, documents, new_model, new_trainer
 from tests.valm.training.test_train import augmented
 from valm.errors import ValmError
-from valm.retrieval.min_score import below
+from valm.retrieval.min_score import cut
 from valm.training.image_trainer import FUSION_NAME
 from valm.training.min_score import WithMinScore, with_min_score
 from valm.training.twins import twin
@@ -95,9 +95,9 @@ def test_a_step_without_any_image_has_gradients_of_all_parameters(scored, tmp_pa
 
 def test_a_number_of_numpys_cuts_as_one_of_pythons():
     """NumPy compares its own 0.7 with float32 scores in float64, where a score that was rounded to 0.7 is below."""
-    scores = np.array([[0.7]], np.float32)
+    ids, scores = torch.tensor([[3]]), torch.tensor([[0.7]])
     for number in (0.7, np.float64(0.7), np.float32(0.7)):
-        assert not below(scores, number).any() and not below(torch.from_numpy(scores), number).any()
+        assert cut(ids, scores, number)[0].equal(ids)
 
 
 def test_ids_that_cannot_say_no_image_are_refused(scored):

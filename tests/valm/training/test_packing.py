@@ -10,8 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from tests.checks.families import tiny
 from tests.valm.training.documents import TOKENIZER, Vectors, documents
 from valm.model.augment import augment
-from valm.model.packing import keeps_apart
-from valm.training.collate import Collator
+from valm.model.probe import keeps_apart
 from valm.training.train import trainer, training_arguments
 
 SIZES = {"vocab_size": len(TOKENIZER), "pad_token_id": TOKENIZER.eos_token_id}
@@ -58,7 +57,7 @@ def test_a_packed_training_has_the_losses_of_a_padded_one(kind, images, tmp_path
         found[row_length], collator = losses(
             tmp_path / str(row_length), model, row_length, Vectors() if images else None
         )
-        assert collator.by_positions == (row_length is not None)
+        assert collator.row_length == row_length
     np.testing.assert_allclose(found[24], found[None], rtol=1e-5)
 
 
@@ -80,7 +79,7 @@ def test_a_family_that_mixes_documents_is_padded(tmp_path, caplog):
         found = {
             family: tiny(family).to(dtype) for family in ("jamba", "opt", "gpt_oss", "llama", "gemma3_text", "gpt2")
         }
-        apart = [family for family, model in found.items() if keeps_apart(model, model)]
+        apart = [family for family, model in found.items() if keeps_apart(model, model.forward)]
         assert apart == ["llama", "gemma3_text", "gpt2"], dtype
 
 
@@ -88,19 +87,5 @@ def test_the_log_says_who_is_padded(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr("valm.training.train.keeps_apart", lambda model, forward: False)
     with caplog.at_level(logging.WARNING):
         _, collator = losses(tmp_path, decoder("llama"), 24, None)
-    assert collator.row_length is None and not collator.by_positions
+    assert collator.row_length is None
     assert "LlamaForCausalLM does not keep documents apart by their positions" in caplog.text
-
-
-def test_a_batch_with_positions_has_no_mask():
-    made = documents(count=5)
-    batch = Collator(TOKENIZER, Vectors(), 24, by_positions=True)(made)
-    assert "attention_mask" not in batch
-    lengths, begun = [len(document["input_ids"]) for document in made], batch["position_ids"] == 0
-    assert batch["position_ids"].max() == max(lengths) - 1
-    padding = batch["input_ids"].numel() - sum(lengths)
-    assert padding > 0 and begun.sum() == len(made) + padding
-    assert (batch["labels"][begun] == -100).all()
-    plain = Collator(TOKENIZER, Vectors(), 24)(made)
-    for name in ("input_ids", "labels", "image_index", "image_pool"):
-        assert batch[name].equal(plain[name])

@@ -82,10 +82,10 @@ def test_a_plan_is_the_training_of_the_command(tmp_path, clip, corpus):
     written, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("plan", "command"))
     assert written.keys() == expected.keys()
     assert all(torch.equal(written[name], expected[name]) for name in expected)
-    notes = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("plan", "command")]
+    notes = [json.loads((tmp_path / name / "_run.json").read_text()) for name in ("plan", "command")]
     assert notes[0] == notes[1] and notes[0]["validation"] == "0.3"
     assert run(*command, "--out", tmp_path / "plan", "--resume") == 0
-    run_file = tmp_path / "plan" / "run.json"
+    run_file = tmp_path / "plan" / "_run.json"
     for damaged in (True, [0.3], {}):
         run_file.write_text(json.dumps(notes[0] | {"validation": damaged}))
         with pytest.raises(ValmError, match="holds another training: its --validation is"):
@@ -148,6 +148,6 @@ def test_a_plan_retrieves_its_corpus(tmp_path, clip, make_kb, corpus):
         *("model", "model-retrieval", "model-validation-retrieval"),
     }
     model, _ = load(tmp_path / "model", clip=tmp_path / "clip")
-    assert model.config.num_images == 2 and model.retriever.encoder.query == "eot"
+    assert model.fusion_options.num_images == 2 and model.retriever.encoder.query == "eot"
     with pytest.raises(ValmError, match="twin must be one of text, random, blind, shuffled, got 'other'"):
         TrainingPlan(out=tmp_path / "other", twin="other", **plan).run()

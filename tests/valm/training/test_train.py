@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import Subset
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, modeling_utils
 
 from tests.valm.models import tiny_config
 from tests.valm.training.documents import TOKENIZER, Vectors, documents, new_model, new_trainer
@@ -37,17 +37,26 @@ class Recorded(list):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_training_step_says_where_documents_begin(tmp_path, packed):
-    """So that a GPU needs no mask where each row is one: there is nothing for the operator but the tensors."""
+    """By positions, and without a mask, which would be one of all pairs of tokens."""
     arguments = new_trainer(tmp_path, max_steps=1).args
     length = 32 if packed else None
     made = trainer(new_model(), documents(), Vectors(), tokenizer=TOKENIZER, arguments=arguments, row_length=length)
-    given = []
+    given, inside = [], []
     made.model.register_forward_pre_hook(lambda _, __, inputs: given.append(inputs), with_kwargs=True)
+    block = made.model.transformer.h[0]
+    block.register_forward_pre_hook(lambda _, args, inputs: inside.append((args, inputs)), with_kwargs=True)
     made.train()
-    (inputs,) = given
-    rows, width = inputs["input_ids"].shape
-    assert (inputs["cu_seqlens"].shape == (rows + 1,)) != packed
-    assert inputs["cu_seqlens"][-1] == rows * width and inputs["max_seqlen"] <= width
+    (inputs,), ((args, further),) = given, inside
+    assert "attention_mask" not in inputs and ("position_ids" in inputs) == packed
+    masks = [value for value in (*args, *further.values()) if isinstance(value, torch.Tensor) and value.dim() == 4]
+    assert bool(masks) == packed
+
+
+def test_nothing_is_said_of_padding_that_no_token_sees(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(modeling_utils.logger, "warning_once", said.append)
+    new_trainer(tmp_path, model=new_model(pad_token_id=Collator(TOKENIZER, None).pad), max_steps=1).train()
+    assert said == []
 
 
 def test_the_same_seed_gives_the_same_losses_and_weights(tmp_path):
@@ -120,7 +129,7 @@ def test_accumulation_changes_no_loss_and_no_weight(tmp_path, accumulation):
         ({"num_images": 0}, Vectors(), "sees no images: train it without"),
         ({"image_dim": 7}, Vectors(), "vectors of dimension 24, but the model's image_dim is 7"),
         (
-            {"image_score_scale_init": 1.0},
+            {"score_scale": 1.0},
             Vectors(),
             r"have none: retrieve them again \(`valm retrieve` writes scores\)",
         ),
@@ -221,7 +230,7 @@ def test_an_augmented_decoder_trains_what_was_added_and_goes_on(tmp_path):
     made.write(tmp_path / "model", TOKENIZER)
     assert type(load(tmp_path / "model")[0]).__name__ == "LlamaForCausalLM"
     packed = trainer(augmented(), documents(), Vectors(), tokenizer=TOKENIZER, arguments=made.args, row_length=16)
-    assert packed.data_collator.by_positions and packed.data_collator.row_length == 16
+    assert packed.data_collator.row_length == 16
 
 
 @pytest.mark.parametrize(

@@ -21,12 +21,11 @@ from valm.errors import ValmError
 from valm.knowledge_base.build import build
 from valm.knowledge_base.merge import merge
 from valm.knowledge_base.sources.folder import FolderSource
-from valm.retrieval.note import RetrievalNote
 from valm.retrieval.retriever import BlindRetriever, NoImages
+from valm.retrieval.source import read_places
 
 OTHER_CLIP = r"saved with the CLIP clip \(SHA-256 \w{12}\), and its images would be found by other \(SHA-256 \w{12}\)"
 OTHER_KB = r"saved with the knowledge base .*kb \(SHA-256 \w{12}\), and its images are now those of .*\)"
-HASHES = ("clip_name", "clip_sha256", "knowledge_base_sha256")
 
 
 def knowledge_base(root, name, clip_name, colors):
@@ -75,8 +74,19 @@ def retriever(folder, kb_name):
     return Retriever(ContextEncoder(kb.load_clip()), kb, 1)
 
 
-def note(folder):
-    return json.loads((folder / "retrieval.json").read_text())
+def identity(folder):
+    """What identifies the images of the model in `folder`."""
+    file = "image_fusion.json" if (folder / "image_fusion.json").exists() else "config.json"
+    return json.loads((folder / file).read_text())["retrieval"]
+
+
+def set_identity(folder, found):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"retrieval": found}))
+
+
+def set_places(folder, places):
+    (folder / "_retrieval.json").write_text(json.dumps(places))
 
 
 def rebuild(folder, name):
@@ -108,7 +118,7 @@ def test_another_knowledge_base_of_the_same_clip_is_named(world, name):
         warnings.simplefilter("error")
         model.set_retriever(retriever(world, "kb"))
         assert model.other_images is None
-        model.set_retriever(NoImages(1, model.image_options.image_dim))
+        model.set_retriever(NoImages(1, model.fusion_options.image_dim))
         model.set_retriever(None)
 
 
@@ -126,24 +136,18 @@ def test_a_knowledge_base_rebuilt_in_its_place_is_seen(copy, name):
 
 
 @pytest.mark.parametrize(
-    "file, key",
-    [
-        ("valm/retrieval.json", "knowledge_base"),
-        ("adapter/retrieval.json", "knowledge_base"),
-        ("blind/retrieval.json", "clip"),
-        ("adapter/image_fusion.json", "base"),
-    ],
+    "name, key", [("valm", "knowledge_base"), ("adapter", "knowledge_base"), ("blind", "clip"), ("adapter", "base")]
 )
-def test_a_name_that_no_folder_has_is_one_sentence(copy, file, key):
-    content = json.loads((copy / file).read_text())
-    (copy / file).write_text(json.dumps(content | {key: "x" * 256}))
+def test_a_name_that_no_folder_has_is_one_sentence(copy, name, key):
+    set_places(copy / name, read_places(copy / name) | {key: "x" * 256})
     with pytest.raises(ValmError, match=r"^cannot look at .*: File name too long$"):
-        load((copy / file).parent)
+        load(copy / name)
 
 
 def test_a_blind_model_keeps_its_clip(copy):
     model, tokenizer = load(copy / "blind")
-    assert set(note(copy / "blind")) == {"query", "clip", *HASHES[:2], "overlap", "min_tokens"}
+    assert set(identity(copy / "blind")) == {"query", "clip_name", "clip_sha256", "overlap", "min_tokens"}
+    assert read_places(copy / "blind") == {"clip": "../clip"}
     with pytest.raises(ValmError, match=OTHER_CLIP):
         load(copy / "blind", clip=str(copy / "other"))
     with pytest.raises(ValmError, match=OTHER_CLIP):
@@ -179,22 +183,32 @@ def test_the_evaluations_report_names_another_knowledge_base(copy):
     assert re.search(OTHER_KB, line.replace("\\", ""))
 
 
-def test_a_damaged_hash_is_named(world, tmp_path):
-    shutil.copy(world / "valm" / "retrieval.json", tmp_path)
-    whole = note(tmp_path)
-    (tmp_path / "retrieval.json").write_text(json.dumps(whole | {"clip_sha256": "abc"}))
-    with pytest.raises(ValmError, match="clip_sha256 is 'abc', expected a SHA-256"):
-        RetrievalNote.read(tmp_path)
-    del whole["clip_sha256"]
-    (tmp_path / "retrieval.json").write_text(json.dumps(whole))
-    with pytest.raises(ValmError, match="it has no 'clip_sha256'"):
-        RetrievalNote.read(tmp_path)
+@pytest.mark.parametrize("found", [{"query": "eot", "clip": 1, "index": "exact"}, {"overlap": 1}, ["eot"]])
+def test_a_damaged_identity_is_named(copy, found):
+    set_identity(copy / "valm", found)
+    with pytest.raises(ValmError, match="the config's retrieval does not fit"):
+        load(copy / "valm")
+
+
+@pytest.mark.parametrize("places", [[], {"knowledge_base": 1}, {"clip": "a\0b"}])
+def test_damaged_places_are_named(copy, places):
+    set_places(copy / "valm", places)
+    with pytest.raises(ValmError, match=r"_retrieval\.json is damaged"):
+        load(copy / "valm")
+
+
+@pytest.mark.parametrize("kind", ["folder", "dead link"])
+def test_places_that_are_no_file_are_not_taken_for_none(tmp_path, kind):
+    file = tmp_path / "_retrieval.json"
+    file.mkdir() if kind == "folder" else file.symlink_to("nowhere")
+    with pytest.raises(ValmError, match=r"_retrieval\.json"):
+        read_places(tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:this model was saved with the knowledge base")  # as its manifest is edited
 def test_no_clip_is_downloaded_unless_that_is_allowed(copy, monkeypatch):
     """Through every door that opens the CLIP of a note or of a knowledge base."""
-    (copy / "blind" / "retrieval.json").write_text(json.dumps(note(copy / "blind") | {"clip": "someone/clip"}))
+    set_places(copy / "blind", {"clip": "someone/clip"})
     clip = json.loads((copy / "kb" / "manifest.json").read_text())["clip"]
     edit_manifest(copy / "kb", clip=clip | {"source": "someone/clip"})
     asked = []
@@ -207,7 +221,7 @@ def test_no_clip_is_downloaded_unless_that_is_allowed(copy, monkeypatch):
     monkeypatch.setattr(Clip, "load", loaded)
     for name in ("blind", "valm", "adapter", "whole"):
         model, tokenizer = load(copy / name)
-        with pytest.raises(ValmError, match=r"says that (the|its) CLIP is 'someone/clip', which is no folder"):
+        with pytest.raises(ValmError, match=r"CLIP is (noted as )?'someone/clip', which is no folder"):
             model(torch.tensor([prompt_ids(tokenizer, "a red apple")]))
         with pytest.raises(ValmError, match=r"give its folder or name \(--clip\), or allow its download"):
             load(copy / name, query_dtype=torch.float32)
@@ -218,15 +232,14 @@ def test_no_clip_is_downloaded_unless_that_is_allowed(copy, monkeypatch):
         asked.clear()
 
 
-@pytest.mark.parametrize("name, query", [("valm", "eot"), ("adapter", "state")])
-def test_a_note_without_the_knowledge_base_that_its_model_needs(copy, name, query):
-    hashes = {"clip_name": "clip", "clip_sha256": "0" * 64}
-    (copy / name / "retrieval.json").write_text(json.dumps({"query": query, "clip": "../clip", **hashes}))
-    model, tokenizer = load(copy / name)
-    with pytest.raises(ValmError, match="cannot be retrieved: the note on retrieval names no knowledge base"):
+def test_a_clip_alone_where_the_model_needs_a_knowledge_base(copy):
+    set_identity(copy / "valm", identity(copy / "blind"))
+    set_places(copy / "valm", read_places(copy / "blind"))
+    model, tokenizer = load(copy / "valm")
+    with pytest.raises(ValmError, match=r"cannot be retrieved: a model that is not blind needs a knowledge base"):
         model(torch.tensor([prompt_ids(tokenizer, "a red apple")]))
-    with pytest.raises(ValmError, match=r"names no knowledge base, .*: give it as kb \(--kb\)"):
-        load(copy / name, clip=str(copy / "clip"))
+    with pytest.raises(ValmError, match=r"^a model that is not blind needs a knowledge base: give it as kb \(--kb\)"):
+        load(copy / "valm", clip=str(copy / "clip"))
 
 
 def test_segments_of_ones_own_are_noted(copy):
@@ -238,16 +251,18 @@ def test_segments_of_ones_own_are_noted(copy):
     rule = load(copy / "segments", kb=copy / "more")[0].retriever.encoder.rule
     assert (rule.overlap, rule.min_tokens) == (0, 2)
     assert load(copy / "segments")[0].retriever.encoder.rule == model.retriever.encoder.rule
-    without = note(copy / "valm")
+    without = identity(copy / "valm")
     del without["overlap"], without["min_tokens"]
-    (copy / "valm" / "retrieval.json").write_text(json.dumps(without))
+    set_identity(copy / "valm", without)
     assert load(copy / "valm")[0].retriever.encoder.rule == ContextEncoder(kb.load_clip()).rule
 
 
 @pytest.mark.parametrize("way", ["save_pretrained", "save_checkpoint", "save_adapter"])
-def test_a_model_without_a_retriever_leaves_no_note(copy, way):
+def test_a_model_that_reads_the_text_alone_keeps_what_finds_its_images(copy, way):
+    """As one whose retriever was removed, or exchanged for a control's."""
     folder = copy / ("adapter" if way == "save_adapter" else "valm")
     model, tokenizer = load(folder)
+    found, places = identity(folder), read_places(folder)
     model.set_retriever(None)
     if way == "save_pretrained":
         model.save_pretrained(folder)
@@ -255,15 +270,15 @@ def test_a_model_without_a_retriever_leaves_no_note(copy, way):
         save_checkpoint(model, tokenizer, folder)
     else:
         save_adapter(model, folder)
-    assert not (folder / "retrieval.json").exists()
-    assert load(folder)[0].retriever is None
+    assert (identity(folder), read_places(folder)) == (found, places)
+    assert isinstance(load(folder)[0].retriever, Retriever)
 
 
-def test_a_note_that_is_gone_before_it_was_read_is_missed(copy, tmp_path):
-    model, _ = load(copy / "valm")
+def test_a_model_whose_folder_is_gone_is_saved_with_its_images(copy, tmp_path):
+    model, tokenizer = load(copy / "valm")
     shutil.rmtree(copy / "valm")
-    with pytest.warns(UserWarning, match=r"valm, from which the model was loaded, is gone, and with it the note on"):
-        model.save_pretrained(tmp_path / "again")
+    save_checkpoint(model, tokenizer, tmp_path / "again")
+    assert load(tmp_path / "again")[0].retriever.kb.path.samefile(copy / "kb")
 
 
 @pytest.mark.parametrize("name", ["valm", "adapter"])
@@ -277,7 +292,7 @@ def test_a_model_keeps_its_images_when_the_process_goes_elsewhere(copy, tmp_path
     assert kb.item(0).uri == "0.png"
     assert isinstance(model.retriever, Retriever) and isinstance(plain.retriever, Retriever)
     model.save_pretrained("again")
-    assert (tmp_path / "elsewhere" / "again" / "retrieval.json").is_file()
+    assert (tmp_path / "elsewhere" / "again" / "_retrieval.json").is_file()
 
 
 def test_what_is_written_through_a_link_finds_its_clip_and_knowledge_base(copy, tmp_path):

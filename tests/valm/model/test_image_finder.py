@@ -1,0 +1,115 @@
+"""Every way of loading a model finds its images, or says that they are missing."""
+
+import warnings
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.valm.model.decoders import tiny_llama
+from tests.valm.models import model_for, tiny_model
+from tests.valm.three_images import retriever_in
+from tests.valm.tiny_clip import make_clip
+from valm.errors import ValmError
+from valm.model.augment import augment
+from valm.retrieval.context import ContextEncoder
+from valm.retrieval.retriever import Retriever
+from valm.retrieval.source import ImageSource, write_places
+
+
+def test_auto_model_finds_the_images_of_a_checkpoint(saved):
+    folder, ids, expected = saved
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert loaded.finder._retriever is None  # nothing is opened before it is needed
+    torch.testing.assert_close(loaded(ids).logits, expected)
+    assert loaded.retriever.encoder.query == "state"
+
+
+def test_a_folder_without_a_tokenizer_is_named(saved, tmp_path):
+    folder, ids, _ = saved
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "copy")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "copy")
+    with pytest.raises(ValmError, match=r"no tokenizer can be loaded from .*copy; save one there"):
+        loaded(ids)
+
+
+def test_a_knowledge_base_that_is_gone_is_named(saved, tmp_path):
+    folder, ids, _ = saved
+    write_places(ImageSource("eot", knowledge_base=tmp_path / "gone"), folder)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(ValmError, match=r"cannot be retrieved: .*gone.*; set another retriever"):
+        loaded(ids)
+    loaded.set_retriever(None)
+    with pytest.warns(UserWarning, match="has no retriever"):
+        loaded(ids)
+
+
+def test_a_folder_that_is_gone_with_the_tokenizer_is_named(saved):
+    folder, ids, _ = saved
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    folder.rename(folder.with_name("renamed"))
+    with pytest.raises(ValmError, match=r"images of the model in .*model cannot be retrieved: no tokenizer can be"):
+        loaded(ids)
+    loaded.strict = True
+    loaded.set_retriever(None)
+    with pytest.raises(ValueError, match=r"give image_pool and image_index$"):
+        loaded(ids)
+
+
+def test_a_model_that_is_in_no_folder_opens_nothing(retriever):
+    """As one that trains on a retrieved corpus, and was made from nothing."""
+    model = model_for(retriever)
+    model.finder.set_source(ImageSource.of_retriever(retriever))
+    with pytest.warns(UserWarning, match="has no retriever"):
+        model(torch.tensor([[1, 2]]))
+
+
+def test_a_retriever_is_compared_with_that_of_the_saved_model(retriever, tmp_path):
+    """One that was never saved may have any."""
+    model, other = model_for(retriever), retriever_in(tmp_path, make_clip(retriever.encoder.tokenizer, seed=1))
+    for each in (retriever, other, retriever):
+        model.set_retriever(each)
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValmError, match="this model was saved with the CLIP"):
+        model.set_retriever(other)
+    assert model.retriever is retriever
+
+
+def test_a_model_without_its_images_says_so_once_or_raises():
+    model = tiny_model()
+    ids = torch.tensor([[1, 2, 3]])
+    with pytest.warns(UserWarning, match="takes 3 images a token, but has no retriever"):
+        model(ids)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(ids)  # said already
+        none = {"image_pool": torch.zeros(0, 24), "image_index": torch.full((1, 3, 3), -1)}
+        tiny_model()(ids, **none)  # there are none, and that is known
+        tiny_model(num_images=0)(ids)  # takes none
+    model.strict = True
+    with pytest.raises(ValueError, match="has no retriever and was given none"):
+        model(ids)
+    model(ids, **none)
+
+
+def test_a_retriever_that_reads_more_tokens_than_the_model_has_is_refused(retriever):
+    """Made without the model's tokenizer, it would read its ids as CLIP's."""
+    model = augment(tiny_llama(), image_dim=retriever.dim, num_images=retriever.k)
+    with pytest.raises(
+        ValmError, match=r"encoder reads \d+ tokens, and this model has 64: give its ContextEncoder the"
+    ):
+        model.set_retriever(retriever)
+
+
+def test_a_retriever_without_a_tokenizer_is_for_clips_vocabulary_only(retriever):
+    """The ids of a larger one would be read as CLIP's. A padded one has as many tokens as CLIP's tokenizer."""
+    tokenizer, kb = retriever.encoder.tokenizer, retriever.kb
+    for rows, accepted in ((0, True), (127, True), (500, False)):
+        model = augment(tiny_llama(vocab_size=len(tokenizer) + rows), retriever.dim, retriever.k)
+        if accepted:
+            model.set_retriever(retriever)
+            continue
+        for other in (retriever, Retriever(ContextEncoder(kb.load_clip()), kb, retriever.k)):
+            with pytest.raises(ValmError, match=rf"this model has {len(tokenizer) + rows}: give its .* \(tokenizer=\)"):
+                model.set_retriever(other)
+        model.set_retriever(Retriever(ContextEncoder(kb.load_clip(), tokenizer=tokenizer), kb, retriever.k))

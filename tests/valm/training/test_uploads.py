@@ -1,0 +1,48 @@
+"""Nothing that a training uploads says where its base, its texts or its images are on the user's disk."""
+
+import copy
+import pickle
+
+import pytest
+
+from tests.valm.cli.commands import SIZE, run
+from tests.valm.model.decoders import tiny_llama
+from tests.valm.three_images import retriever_in
+from tests.valm.tiny_clip import TEXTS
+from tests.valm.training.documents import new_trainer
+from tests.valm.uploads import SECRET, Uploads
+from valm.retrieval.source import ImageSource, read_places
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint"])
+@pytest.mark.parametrize("base", [False, True])
+def test_a_training(tmp_path, monkeypatch, clip, strategy, base):
+    root = tmp_path / SECRET
+    root.mkdir()
+    retriever = retriever_in(root, clip)
+    (root / "corpus.txt").write_text("\n".join(TEXTS * 3))
+    options = SIZE
+    if base:
+        tokenizer = retriever.encoder.tokenizer
+        tiny_llama(vocab_size=len(tokenizer)).save_pretrained(root / "base")
+        tokenizer.save_pretrained(root / "base")
+        options = ["--base", root / "base", "--unfreeze", "block", "--steps", "3", "--batch-size", "2"]
+    uploads = Uploads(monkeypatch)
+    data = [root / "corpus.txt", "--kb", root / "kb", "-k", "2", "--validation", "0.3", "--out", tmp_path / "out"]
+    hub = ["--push_to_hub", "--hub_model_id", "me/it", "--hub_strategy", strategy, "--save_steps", "1"]
+    assert run("train", *data, *options, *hub) == 0
+    source = ImageSource.of_knowledge_base(retriever.kb, "eot")
+    uploads.check("me/it", source, str(tmp_path))
+    assert {"me/it/training_args.bin", "me/it/tokenizer.json"} <= uploads.keys()
+    if strategy == "checkpoint":
+        uploads.check("me/it/last-checkpoint", source, str(tmp_path))
+        assert "me/it/last-checkpoint/trainer_state.json" in uploads
+    assert read_places(tmp_path / "out" / "checkpoint-3") == {"knowledge_base": f"../{SECRET}/kb"}
+
+
+def test_what_is_reported_of_a_training(tmp_path):
+    """As to TensorBoard, whose files the Trainer uploads."""
+    arguments = new_trainer(tmp_path / SECRET / "out").args
+    assert arguments.output_dir == copy.deepcopy(arguments).output_dir == str(tmp_path / SECRET / "out")
+    for reported in (arguments.to_json_string(), arguments.to_sanitized_dict(), pickle.loads(pickle.dumps(arguments))):
+        assert SECRET not in str(reported) and "output_dir" in reported

@@ -1,0 +1,94 @@
+"""A cache of transformers that also has the retriever's state, which moves with its rows."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from valm.model.subclasses import subclass
+from valm.retrieval.context import ContextCache
+from valm.retrieval.retriever import ImageRetriever
+
+
+class RetrievalCache(Cache):
+    """Mixin of a cache that also has the retriever's state."""
+
+    retrieval: ContextCache | None = None
+    # ids and mask (B, T) of the text that a model read before it returned this cache; `retrieval` begins with it
+    text: tuple[Tensor, Tensor | None] | None = None
+    num_retrieved = 0  # tokens that `retrieval` has read
+    is_croppable = False
+
+    def crop(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Always raises: the retriever's state cannot be rolled back."""
+        raise NotImplementedError(
+            f"a {type(self).__name__} with a retriever's state cannot be cropped, so assisted decoding does not work"
+        )
+
+    def reset(self) -> None:
+        super().reset()
+        self.retrieval = self.text = None
+        self.num_retrieved = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes a copy of row beam_idx[i]."""
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]  # any tensor of integers will do
+        # MiniMax's states of linear attention, which its class reorders in batch_select_indices only; [] is none
+        states: list[Any] = getattr(self, "linear_cache", [])
+        for layer, state in enumerate(states):
+            if isinstance(state, Tensor):
+                states[layer] = state[beam_idx.to(state.device)]
+        self.select_state(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.select_state(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> NoReturn:
+        """Always raises: a cache does not know how many rows it has."""
+        raise NotImplementedError("a cache with a retriever's state repeats its rows by reorder_cache only")
+
+    def select_state(self, rows: Tensor) -> None:
+        """What `reorder_cache` does beside the keys and values."""
+        if self.retrieval is not None:
+            self.retrieval.reorder(rows)
+        if self.text is not None:
+            ids, mask = self.text
+            at = rows.to(ids.device)
+            self.text = ids[at], None if mask is None else mask[at]
+
+
+def retrieval_cache_class(base: Any) -> Any:
+    return subclass(RetrievalCache, base, retrieval_cache_class)
+
+
+def with_retrieval(cache: Any) -> RetrievalCache:
+    """`cache` itself, whose class becomes one with a retriever's state: `generate` and the user hold this object, and
+    reorder it by its methods. Attributes of the object in their place would refer to it, and a cache in a circle stays
+    in memory until Python looks for circles."""
+    if not isinstance(cache, RetrievalCache):
+        cache.__class__ = retrieval_cache_class(type(cache))
+    return cache
+
+
+def retrieval_state(cache: Any, retriever: ImageRetriever, batch: int) -> ContextCache:
+    """The retriever's state after the tokens in the cache.
+
+    Raises:
+        ValueError: the retriever has not read them.
+    """
+    cache = with_retrieval(cache)
+    if cache.retrieval is None:
+        cache.retrieval = retriever.start(batch)
+        if cache.text is not None:
+            ids, mask = cache.text
+            retriever.step(ids, cache.retrieval, mask)
+            cache.text, cache.num_retrieved = None, ids.shape[1]
+    if cache.num_retrieved != cache.get_seq_length():
+        raise ValueError(
+            f"the cache has {cache.get_seq_length()} tokens, but the retriever has read {cache.num_retrieved} of them: "
+            "the others were read without a retriever or with images that were given; start with an empty cache"
+        )
+    return cache.retrieval

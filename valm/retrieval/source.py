@@ -1,0 +1,242 @@
+"""What finds a model's images: which knowledge base, CLIP and queries, and where they are on this machine.
+
+What identifies them is part of the model's config, and goes wherever the model goes. Where they are is in PLACES_FILE
+beside it, which is not published.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from valm.clip.clip import Clip
+from valm.errors import ValmError
+from valm.knowledge_base.store import ImageKnowledgeBase
+from valm.retrieval.context import ContextEncoder
+from valm.retrieval.retriever import BlindRetriever, Retriever
+from valm.store.files import is_folder, read_json, relative_path, write_json
+from valm.store.whole_folder import PLACES_FILE, current_files
+from valm_kernels.json_files import PathText
+
+# The Trainer uploads such a folder whole, so `save_pretrained` notes its places in the folder above.
+CHECKPOINT = re.compile(r"checkpoint-\d+")
+
+
+class Places(TypedDict, total=False):
+    """The content of PLACES_FILE. A path is relative to the file's folder; clip may be a name on a hub. base: that of
+    an adapter, if it is a folder."""
+
+    knowledge_base: PathText
+    clip: PathText
+    base: PathText
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """What finds the images of a model.
+
+    Attributes:
+        query: the kind of retrieval query of a `ContextEncoder`.
+        clip_name, clip_sha256: of the CLIP's weights (`Clip.weights_hash`).
+        knowledge_base_name, knowledge_base_sha256: of its folder and its content (`ImageKnowledgeBase.fingerprint`);
+            None for a blind model, which needs a CLIP only.
+        overlap, min_tokens: of the segments that CLIP reads (`ContextEncoder`); None: its defaults.
+        precision: of the queries that the model was trained with, for information.
+        knowledge_base, clip: where they are, absolute, or a name on a hub; clip only where there is no knowledge base,
+            which has its own. None: not known here.
+    """
+
+    query: str
+    clip_name: str | None = None
+    clip_sha256: str | None = None
+    knowledge_base_name: str | None = None
+    knowledge_base_sha256: str | None = None
+    overlap: int | None = None
+    min_tokens: int | None = None
+    precision: str | None = None
+    knowledge_base: Path | None = None
+    clip: str | None = None
+
+    @classmethod
+    def of_knowledge_base(cls, kb: ImageKnowledgeBase, query: str, **of_queries: Any) -> ImageSource:
+        """of_queries: overlap, min_tokens and precision."""
+        path, clip = Path(kb.path).absolute(), kb.manifest["clip"]
+        names = {"clip_name": clip["name"], "clip_sha256": clip["weights_hash"], "knowledge_base_name": path.name}
+        return cls(query, **names, knowledge_base_sha256=kb.fingerprint, knowledge_base=path, **of_queries)
+
+    @classmethod
+    def of_retriever(cls, retriever: object) -> ImageSource | None:
+        """That of `retriever`; None for a retriever of the user's own, which a file cannot describe."""
+        if isinstance(retriever, Retriever):
+            return cls.of_knowledge_base(retriever.kb, retriever.encoder.query, **retriever.encoder.segments)
+        if isinstance(retriever, BlindRetriever):
+            encoder, clip = retriever.encoder, retriever.encoder.clip
+            place = clip.source
+            if place is not None and os.path.isdir(place):
+                place = os.path.abspath(place)
+            of_queries: Any = encoder.segments
+            return cls(encoder.query, clip.name, clip.weights_hash, clip=place, **of_queries)
+        return None
+
+    @classmethod
+    def of_config(cls, identity: Any, folder: str | os.PathLike | None = None) -> ImageSource | None:
+        """That in a model's config, with the places beside the model in `folder`; None if the config has none.
+
+        Raises:
+            ValmError: either is damaged.
+        """
+        if identity is None:
+            return None
+        try:
+            source = cls(**identity)
+        except TypeError as error:
+            raise ValmError(f"the config's retrieval does not fit: {error}") from error
+        return source if folder is None else source.in_places(folder)
+
+    def identity(self) -> dict[str, Any]:
+        """What the config has."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: found[name] for name in found if name not in Places.__annotations__ and found[name] is not None}
+
+    def in_places(self, folder: str | os.PathLike) -> ImageSource:
+        """With the places that are noted beside the model in `folder`."""
+        places, beside = read_places(folder), os.path.realpath(places_folder(folder))
+        kb, clip = places.get("knowledge_base"), places.get("clip")
+        if clip is not None and is_folder(place := os.path.normpath(os.path.join(beside, clip))):
+            clip = place
+        kb = None if kb is None else Path(os.path.normpath(os.path.join(beside, kb)))
+        return replace(self, knowledge_base=kb, clip=clip)
+
+    def same_images(self, found: ImageSource) -> str | None:
+        """What differs, in a sentence, if the images of `found` come from another knowledge base than these, of the
+        same CLIP; None if they are the same.
+
+        Raises:
+            ValmError: they come by another CLIP.
+        """
+        if self.clip_sha256 != found.clip_sha256:
+            raise ValmError(
+                f"this model was saved with the CLIP {_named(self.clip_name, self.clip_sha256)}, and its images would "
+                f"be found by {_named(found.clip_name, found.clip_sha256)}: give it a knowledge base of its own CLIP"
+            )
+        hashes = self.knowledge_base_sha256, found.knowledge_base_sha256
+        if hashes[0] == hashes[1]:
+            return None
+        return (
+            f"this model was saved with the knowledge base {_named(self.knowledge_base_name, hashes[0])}, and its "
+            f"images are now those of {_named(found.knowledge_base or found.knowledge_base_name, hashes[1])}"
+        )
+
+    def missing(self) -> str | None:
+        """What does not exist here, in a sentence with the remedy; None if all does. A CLIP on a hub is assumed to."""
+        if self.knowledge_base_sha256 is not None or self.knowledge_base is not None:
+            if self.knowledge_base is None:
+                named = _named(self.knowledge_base_name, self.knowledge_base_sha256)
+                return f"nothing says where the model's knowledge base {named} is: give it as kb (--kb)"
+            if not is_folder(self.knowledge_base):
+                return f"the model's knowledge base {self.knowledge_base} is not there: give it as kb (--kb)"
+            return None
+        if self.clip is None:
+            named = _named(self.clip_name, self.clip_sha256)
+            return f"nothing says where the model's CLIP {named} is: give it as clip (--clip)"
+        if self.clip.startswith((os.sep, os.pardir)) and not os.path.isdir(self.clip):
+            return f"the model's CLIP {self.clip} is not there: give it as clip (--clip)"
+        return None
+
+
+def _named(name: object, sha256: str | None) -> str:
+    return f"{name} (SHA-256 {str(sha256)[:12]})"
+
+
+def places_folder(folder: str | os.PathLike) -> Path:
+    """Where the places of the model in `folder` are noted: there, or in the folder above a checkpoint of a training."""
+    folder = Path(folder)
+    own = current_files(folder) / PLACES_FILE
+    return folder if os.path.lexists(own) or not _is_of_training(folder) else folder.resolve().parent
+
+
+def _is_of_training(folder: Path) -> bool:
+    return CHECKPOINT.fullmatch(folder.resolve().name) is not None
+
+
+def read_places(folder: str | os.PathLike) -> Places:
+    """The places noted for the model in `folder`, empty if none are.
+
+    Raises:
+        ValmError: the file is damaged.
+    """
+    file = current_files(places_folder(folder)) / PLACES_FILE
+    if not os.path.lexists(file):
+        return {}
+    return read_json(file, "the note on where the images are", Places, "delete it and give the kb")
+
+
+def write_places(
+    source: ImageSource | None,
+    folder: str | os.PathLike,
+    *,
+    place: str | os.PathLike | None = None,
+    base: str | os.PathLike | None = None,
+) -> None:
+    """Notes where the images of the model in `folder` are, and the folder of its `base`; nothing if nothing is known.
+
+    place: where `folder` will be moved.
+    """
+    folder = Path(folder)
+    if _is_of_training(folder):
+        folder = folder.resolve().parent
+    place = folder if place is None else place
+    named = {} if source is None else {"knowledge_base": source.knowledge_base, "clip": source.clip}
+    places = {
+        name: relative_path(path, place) if os.path.isabs(path) else str(path)
+        for name, path in {**named, "base": base}.items()
+        if path is not None
+    }
+    file = folder / PLACES_FILE
+    if places:
+        write_json(file, places)
+    else:
+        file.unlink(missing_ok=True)
+
+
+def open_encoder(
+    place: ImageKnowledgeBase | str,
+    query: str,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    *,
+    clip: str | None = None,
+    allow_download: bool = False,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    overlap: int | None = None,
+    min_tokens: int | None = None,
+) -> ContextEncoder:
+    """What makes the queries: the CLIP that `place` names, on `device`, for ids of `tokenizer`.
+
+    Args:
+        place: the knowledge base, or the CLIP of a source without one (`ImageSource.clip`).
+        query, tokenizer, dtype, overlap, min_tokens: as for `ContextEncoder`.
+        clip: the CLIP, if it has moved from there (see `Clip.load`).
+        allow_download: as in `ImageKnowledgeBase.load_clip`.
+
+    Raises:
+        ValmError: the CLIP is missing, damaged or not that of the knowledge base, or would have to be downloaded; or
+            the text tower cannot have this precision.
+    """
+    if isinstance(place, ImageKnowledgeBase):
+        loaded = place.load_clip(clip, allow_download=allow_download)
+    elif clip is None and not os.path.isdir(place) and not allow_download:
+        raise ValmError(
+            f"the model's CLIP is noted as {place!r}, which is no folder here: give its folder or name (--clip), or "
+            "allow its download (--allow-download) if you trust both"
+        )
+    else:
+        loaded = Clip.load(clip or place)
+    segments = {"overlap": overlap, "min_tokens": min_tokens}
+    return ContextEncoder(loaded.to(device), tokenizer=tokenizer, query=query, dtype=dtype, **segments)
