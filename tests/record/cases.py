@@ -3,7 +3,8 @@
     python -m tests.record.cases    # writes tests/record/outputs.safetensors, with the code as it is
 
 Recorded at commit ad5fab6. Documents in a row of a VaLM were told apart by each bos then; `packed` gives the positions,
-which are the same documents.
+which are the same documents. A folder that ad5fab6 wrote (the demo's, a study's) is turned into today's format by
+tests/record/convert.py of the commit "Convert folders of ad5fab6 to today's format, once".
 """
 
 from collections.abc import Callable, Iterator
