@@ -51,8 +51,7 @@ class VaLMFinder(ImageFinder):
             positions = mask_of_tokens((mask.cumsum(1) - 1).clamp(min=0), cache, tokens.shape[1])
             arguments = arguments | {"position_ids": positions}
         if looks:
-            past = 0 if cache is None else int(cache.get_seq_length())
-            self._check_length(past + tokens.shape[1] if positions is None else int(positions.max()) + 1)
+            self._check_length(_seen(cache) + tokens.shape[1] if positions is None else int(positions.max()) + 1)
         return super().place_text(decoder, arguments)
 
     def _say_that_rows_are_documents(self, tokens: Tensor, mask: Tensor | None, cache: Any) -> None:
@@ -66,7 +65,7 @@ class VaLMFinder(ImageFinder):
             what = "text behind padding"
         elif bos is not None and not tokens.is_floating_point():
             text = torch.ones_like(tokens) if mask is None else mask_of_tokens(mask, cache, tokens.shape[1])
-            before = text.cumsum(1) - text + (0 if cache is None else int(cache.get_seq_length()))
+            before = text.cumsum(1) - text + _seen(cache)
             again = (tokens == bos) & (text != 0) & (before > 0)
             if bos == self.config.eos_token_id:  # which may end the document, and pad behind it
                 again = again[:, :-1] & (tokens[:, 1:] != bos)
@@ -85,6 +84,11 @@ class VaLMFinder(ImageFinder):
                 f"input_ids has a document of at least {length} tokens, but this model has {self.config.n_positions} "
                 "positions; split it"
             )
+
+
+def _seen(cache: Any) -> int:
+    """How many tokens are in the cache, which that of continuous batching cannot say: positions are given there."""
+    return 0 if cache is None else int(cache.get_seq_length())
 
 
 def _says_nothing(ids: Tensor, mask: Tensor | None) -> None:

@@ -24,7 +24,7 @@ from tests.valm.model.decoders import (
     tiny_minimax,
     tiny_phi3_longrope,
 )
-from tests.valm.models import HashRetriever
+from tests.valm.models import HashRetriever, tiny_model
 from valm.errors import ValmError
 from valm.model.retrieval_cache import RetrievalCache
 
@@ -346,8 +346,9 @@ CONTINUOUS = {
 }
 
 
-def test_continuous_batching_is_refused_with_a_retriever_only():
-    model = augmented()
+@pytest.mark.parametrize("make", [augmented, tiny_model])
+def test_continuous_batching_is_refused_with_a_retriever_only(make):
+    model = make()
     model.set_retriever(HashRetriever())
     ids = random_ids(2, 6)
     with pytest.raises(ValmError, match="which a retriever cannot follow"):
