@@ -65,8 +65,11 @@ def behind_gap(text: Tensor) -> Tensor:
 
 def padding_apart(position_ids: Tensor, mask: Tensor) -> Tensor:
     """The positions (B, T) with others at padding, 0 in `mask` (B, T), that make each padding token a document of its
-    own: transformers sees documents where a position is not the one before it plus 1."""
-    return torch.where(mask.bool(), position_ids, position_ids.amax(-1, keepdim=True))
+    own: transformers sees documents where a position is not the one before it plus 1, and `restarts` where it is not
+    greater. Before the text the positions are large, as the text may begin at any."""
+    text = mask.bool()
+    before = text.cumsum(1) == 0
+    return torch.where(text, position_ids, torch.where(before, position_ids.amax(-1, keepdim=True), 0))
 
 
 class SplitRows(NamedTuple):

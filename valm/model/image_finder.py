@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -176,8 +177,22 @@ class ImageFinder:
     def tells_apart(self, decoder: Any) -> bool:
         """Whether the decoder keeps documents in a row apart by their positions, which is tried once."""
         if self._keeps_apart is None:
-            self._keeps_apart = keeps_apart(decoder, decoder.forward)
+            self._keeps_apart = keeps_apart(decoder, self._without_images(decoder.forward))
         return self._keeps_apart
+
+    def _without_images(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """`forward` of a decoder, with no images on purpose: inside it may be another one that would look for them."""
+        options = self.options
+
+        @wraps(forward)
+        def read(input_ids: Tensor, **arguments: Any) -> Any:
+            none = {
+                "image_pool": torch.zeros(0, options.image_dim, device=input_ids.device),
+                "image_index": input_ids.new_full((*input_ids.shape, options.num_images), -1),
+            }
+            return forward(input_ids=input_ids, **arguments, **(none if options.num_images > 0 else {}))
+
+        return read
 
     # ---- images that are given ----
 

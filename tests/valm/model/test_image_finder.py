@@ -4,10 +4,10 @@ import warnings
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from tests.valm.model.decoders import tiny_llama
-from tests.valm.models import model_for, tiny_model
+from tests.valm.model.decoders import augmented, tiny_llama
+from tests.valm.models import HashRetriever, model_for, random_ids, tiny_model
 from tests.valm.three_images import retriever_in
 from tests.valm.tiny_clip import make_clip
 from valm.errors import ValmError
@@ -113,3 +113,26 @@ def test_a_retriever_without_a_tokenizer_is_for_clips_vocabulary_only(retriever)
             with pytest.raises(ValmError, match=rf"this model has {len(tokenizer) + rows}: give its .* \(tokenizer=\)"):
                 model.set_retriever(other)
         model.set_retriever(Retriever(ContextEncoder(kb.load_clip(), tokenizer=tokenizer), kb, retriever.k))
+
+
+def tiny_llava(seed):
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision_config = CLIPVisionConfig(**vision, image_size=28, patch_size=14)
+    config = LlavaConfig(vision_config=vision_config, text_config=tiny_llama(seed).config, image_token_id=63)
+    torch.manual_seed(seed)
+    return LlavaForConditionalGeneration(config).eval()
+
+
+@torch.no_grad()
+def test_documents_in_a_row_of_a_decoder_inside_another():
+    """Both have a finder: the outer one finds the images, and the inner one takes what it is given."""
+    model = augmented(tiny_llava)
+    model.set_retriever(HashRetriever())
+    model.strict = True
+    first, second = random_ids(1, 6), random_ids(1, 4, seed=1)
+    ids = torch.cat([first, second, second[:, :2]], 1)
+    mask = torch.tensor([[1] * 10 + [0] * 2])
+    positions = torch.tensor([[*range(6), *range(4), 4, 5]])
+    expected = torch.cat([model(part).logits for part in (first, second)], 1)
+    found = model(ids, attention_mask=mask, position_ids=positions).logits[:, :10]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
