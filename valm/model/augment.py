@@ -258,6 +258,7 @@ class AugmentedCausalLM(ImageModel):
                 f"{config.name_or_path or 'the config'} holds the config of a {config.model_type}, expected that of an "
                 f"augmented {config.model_type}: load it by AutoModelForCausalLM, and augment it"
             )
+        config = copy.copy(config)  # of its own, as `set_min_score` and saving change it
         super().__init__(config, *args, **kwargs)
         attach(self, FusionOptions(**config.fusion))
         self.add_finder()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments, pipeline
 
-from tests.valm.model.decoders import tiny_llama
+from tests.valm.model.decoders import augmented, tiny_llama
 from tests.valm.models import model_for, tiny_model
 from valm import load
 from valm.model.adapter import save_adapter
@@ -17,11 +17,11 @@ from valm.model.checkpoint import save_checkpoint
 from valm.retrieval.retriever import BlindRetriever, Retriever
 
 
-@pytest.mark.parametrize("augmented", [False, True])
-def test_the_number_of_images_may_change(retriever, tmp_path, augmented):
+@pytest.mark.parametrize("of_llama", [False, True])
+def test_the_number_of_images_may_change(retriever, tmp_path, of_llama):
     tokenizer = retriever.encoder.tokenizer
     model = model_for(retriever)
-    if augmented:
+    if of_llama:
         model = augment(tiny_llama(vocab_size=len(tokenizer)), retriever.dim, retriever.k, logit_bias=0.0)
     model.set_retriever(retriever)
     ids = tokenizer("a red apple", return_tensors="pt")["input_ids"]
@@ -40,6 +40,15 @@ def test_the_number_of_images_may_change(retriever, tmp_path, augmented):
             model.set_num_images(wrong)
     save_checkpoint(model, tokenizer, tmp_path / "model")
     torch.testing.assert_close(load(tmp_path / "model")[0](ids).logits, expected)
+
+
+@pytest.mark.parametrize("make", [tiny_model, augmented])
+def test_models_of_one_config_change_apart(make):
+    first = make()
+    second = type(first)(first.config)
+    first.set_min_score(0.5)
+    assert first.fusion_options.min_score == 0.5 and second.fusion_options.min_score is None
+    assert second.config is second.base_model.config is second.finder.config
 
 
 def test_a_pipeline_generates_with_images(saved, retriever):
