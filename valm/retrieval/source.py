@@ -190,6 +190,7 @@ def write_places(
     """
     folder = Path(folder)
     if _is_of_training(folder):
+        (folder / PLACES_FILE).unlink(missing_ok=True)  # which would be read first
         folder = folder.resolve().parent
     place = folder if place is None else place
     named = {} if source is None else {"knowledge_base": source.knowledge_base, "clip": source.clip}

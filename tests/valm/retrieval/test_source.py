@@ -322,3 +322,15 @@ def test_a_merge_names_the_clip_that_is_there(copy):
     assert alone.manifest["clip"]["source"] is None
     with pytest.raises(ValmError, match="does not say where its CLIP is"):
         alone.load_clip()
+
+
+def test_a_training_saves_over_a_folder_with_places_of_its_own(copy):
+    model, tokenizer = load(copy / "whole")
+    save_checkpoint(model, tokenizer, copy / "checkpoint-1")
+    model.set_retriever(None)
+    with pytest.warns(UserWarning, match=OTHER_KB):
+        model.set_retriever(retriever(copy, "more"))
+    model.save_pretrained(copy / "checkpoint-1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load(copy / "checkpoint-1", strict=True)[0].retriever.kb.path.name == "more"
