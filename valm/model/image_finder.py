@@ -39,6 +39,7 @@ RESTART_IN_A_GRAPH = (
     "position_ids restart, so there are several documents in a row, which a compiled model keeps apart only without an "
     "attention_mask and with use_cache=False"
 )
+MIXED = "position_ids restart, but this {decoder} does not keep documents in a row apart by them: give each a row of its own"
 
 
 class ImageFinder:
@@ -145,6 +146,9 @@ class ImageFinder:
             by_default = getattr(self.config.get_text_config(decoder=True), "use_cache", False)
             if mask is not None or cache is not None or (by_default if use_cache is None else use_cache):
                 torch._assert_async(~restarts(positions, mask).begins.any(), RESTART_IN_A_GRAPH)
+            elif not tells_apart(self, decoder):
+                mixed = MIXED.format(decoder=type(decoder).__name__)
+                torch._assert_async(~restarts(positions, mask).begins.any(), mixed)
             return arguments
         past = 0 if cache is None else int(cache.get_seq_length())
         text_before = None
@@ -166,10 +170,7 @@ class ImageFinder:
                 "padding inside it, where it would be split: give it a row of its own"
             )
         if not self.tells_apart(decoder):
-            raise ValueError(
-                f"position_ids restart, but this {type(decoder).__name__} does not keep documents in a row apart by "
-                "them: give each a row of its own"
-            )
+            raise ValueError(MIXED.format(decoder=type(decoder).__name__))
         if mask is not None:
             positions = padding_apart(positions, mask)
         return arguments | {"position_ids": positions, "attention_mask": None, "use_cache": False}
@@ -326,7 +327,8 @@ class ImageFinder:
                 given = replace(given, precision=saved.precision)
             if other_images is not None:
                 warnings.warn(other_images, stacklevel=3)
-            self.source = given or self.source
+            if not isinstance(retriever, NoImages):
+                self.source = given
         self._retriever, self.other_images, self._is_set = retriever, other_images, True
 
     def set_source(self, source: ImageSource) -> None:
@@ -458,6 +460,12 @@ def finds_images(finder: ImageFinder, device: torch.device | None) -> bool:
         return True
     finder.say_that_images_are_missing()
     return False
+
+
+@torch.compiler.assume_constant_result
+def tells_apart(finder: ImageFinder, decoder: Any) -> bool:
+    """`ImageFinder.tells_apart`, while a graph is traced."""
+    return finder.tells_apart(decoder)
 
 
 @torch.compiler.disable

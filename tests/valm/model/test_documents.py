@@ -152,8 +152,13 @@ def test_a_document_behind_a_filled_cache_is_refused(positions, masked):
 def test_a_family_that_mixes_documents_is_refused():
     model = augmented(lambda seed: tiny("jamba"), layer=0)
     ids, positions = random_ids(1, 6), torch.tensor([[0, 1, 2, 0, 1, 2]])
+    batch = {"input_ids": ids, "position_ids": positions, **random_images(1, 6)}
     with pytest.raises(ValueError, match="JambaModel does not keep documents in a row apart"):
-        model(input_ids=ids, position_ids=positions, **random_images(1, 6))
+        model(**batch)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    with pytest.raises(RuntimeError, match="JambaModel does not keep documents in a row apart"):
+        compiled(**batch, use_cache=False)
 
 
 @torch.no_grad()
