@@ -106,9 +106,9 @@ def main() -> None:
 
         fusion = fusion_module(model)
         fusion.logit_bias_delta.fill_(-fusion.initial_logit_bias)  # opens the heads: a bias of 0
-        block, own = decoder_layers(model)[-2], decoder_layers(original)[-2].self_attn
+        attention, own = (decoder_layers(each)[-2].get_submodule("self_attn") for each in (model, original))
         calls = []
-        hook = block.self_attn.register_forward_hook(
+        hook = attention.register_forward_hook(
             lambda module, args, kwargs, output: calls.append(((args, kwargs), output[0])), with_kwargs=True
         )
         opened = model(ids, **images).logits

@@ -110,8 +110,8 @@ class ImageSource:
         kb, clip = places.get("knowledge_base"), places.get("clip")
         if clip is not None and is_folder(place := os.path.normpath(os.path.join(beside, clip))):
             clip = place
-        kb = None if kb is None else Path(os.path.normpath(os.path.join(beside, kb)))
-        return replace(self, knowledge_base=kb, clip=clip)
+        found = None if kb is None else Path(os.path.normpath(os.path.join(beside, kb)))
+        return replace(self, knowledge_base=found, clip=clip)
 
     def same_images(self, found: ImageSource) -> str | None:
         """What differs, in a sentence, if the images of `found` come from another knowledge base than these, of the
@@ -189,7 +189,8 @@ def write_places(
     place: where `folder` will be moved.
     """
     folder = Path(folder)
-    if _is_of_training(folder):
+    of_training = _is_of_training(folder)
+    if of_training:
         (folder / PLACES_FILE).unlink(missing_ok=True)  # which would be read first
         folder = folder.resolve().parent
     place = folder if place is None else place
@@ -202,7 +203,7 @@ def write_places(
     file = folder / PLACES_FILE
     if places:
         write_json(file, places)
-    else:
+    elif not of_training:  # there it is that of other checkpoints too
         file.unlink(missing_ok=True)
 
 

@@ -28,6 +28,13 @@ OTHER_CLIP = r"saved with the CLIP clip \(SHA-256 \w{12}\), and its images would
 OTHER_KB = r"saved with the knowledge base .*kb \(SHA-256 \w{12}\), and its images are now those of .*\)"
 
 
+class OwnRetriever:
+    """A class of the user's, which finds nothing."""
+
+    def __init__(self, k, dim):
+        self.k, self.dim = k, dim
+
+
 def knowledge_base(root, name, clip_name, colors):
     for number, color in enumerate(colors):
         (root / f"{name}-pictures").mkdir(exist_ok=True)
@@ -334,3 +341,23 @@ def test_a_training_saves_over_a_folder_with_places_of_its_own(copy):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert load(copy / "checkpoint-1", strict=True)[0].retriever.kb.path.name == "more"
+
+
+def test_what_a_retriever_of_ones_own_found_is_not_found_elsewhere(copy):
+    """A folder cannot describe it, so its model does not open the knowledge base of before in silence."""
+    model, tokenizer = load(copy / "whole")
+    model.set_retriever(NoImages(1, model.fusion_options.image_dim))  # text alone: the images stay known
+    save_checkpoint(model, tokenizer, copy / "saved")
+    assert load(copy / "saved", strict=True)[0].retriever.kb.path.name == "kb"
+    model.set_retriever(OwnRetriever(1, model.fusion_options.image_dim))
+    save_checkpoint(model, tokenizer, copy / "saved")
+    assert load(copy / "saved")[0].retriever is None
+
+
+def test_a_save_of_one_checkpoint_keeps_the_places_of_the_others(copy):
+    model, tokenizer = load(copy / "whole")
+    model.save_pretrained(copy / "run" / "checkpoint-1")
+    tokenizer.save_pretrained(copy / "run" / "checkpoint-1")
+    other = augment(AutoModelForCausalLM.from_pretrained(copy / "base"), model.fusion_options.image_dim, 1)
+    save_checkpoint(other, tokenizer, copy / "run" / "checkpoint-2")
+    assert load(copy / "run" / "checkpoint-1", strict=True)[0].retriever.kb.path.name == "kb"
