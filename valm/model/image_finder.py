@@ -39,7 +39,7 @@ RESTART_IN_A_GRAPH = (
     "position_ids restart, so there are several documents in a row, which a compiled model keeps apart only without an "
     "attention_mask and with use_cache=False"
 )
-MIXED = "position_ids restart, but this {decoder} does not keep documents in a row apart by them: give each a row of its own"
+MIXED = "position_ids restart, but this {decoder} does not keep documents in a row apart: give each a row of its own"
 
 
 class ImageFinder:
