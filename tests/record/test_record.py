@@ -1,10 +1,12 @@
 """Today's code computes what the record holds: floats to 2e-6 of the largest, all else exactly."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.record import cases, retrieval
+from tests.record import cases, retrieval, texts
 
 
 @pytest.fixture(scope="module")
@@ -39,3 +41,11 @@ def test_retrieval(tmp_path):
     for name, tensor in retrieval.outputs(tmp_path):
         check(name, tensor, expected.pop(name))
     assert not expected
+
+
+def test_texts(tmp_path):
+    expected = json.loads(texts.DOCUMENTS.read_text())
+    found = dict(texts.outputs(tmp_path))
+    assert found.keys() == expected.keys()
+    for name, documents in found.items():
+        assert documents == expected[name], name
