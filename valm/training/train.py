@@ -142,7 +142,8 @@ def trainer(
         _check(inner, documents, kb, tokenizer)
         if (retrieved := _retrieval(documents)) is not None:
             with arguments.main_process_first(desc="verify"):
-                retrieved.verify_once()
+                if arguments.local_process_index == 0:
+                    retrieved.verify_once()
         if kb is not None:
             documents = with_min_score(documents, sees.min_score)
         if limit is None or not hasattr(documents, "__len__"):
