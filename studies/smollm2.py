@@ -32,7 +32,7 @@ from studies.demo.run import write_pictures
 from studies.demo.split import Split, find_memory_color, split_things
 from studies.demo.things import load_things
 from valm.clip.tokenizer import clip_tokenizer, own_tokenizer, prune_tokenizer, tokenize_documents
-from valm.corpus.retrieved import CorpusRetrieval, retrieve_texts
+from valm.corpus.retrieved import CorpusRetrieval, retrieve_corpus
 from valm.evaluation.color import PROMPTS, evaluate_color
 from valm.evaluation.controls import switch_images
 from valm.evaluation.language import token_log_probs
@@ -172,7 +172,7 @@ def main() -> None:
 
     kb = new_knowledge_base(parts, texts, seed, out)
     retriever = valm.Retriever(valm.ContextEncoder(kb.load_clip(), tokenizer=tokenizer), kb, k=IMAGES)
-    corpus = retrieve_texts(texts, retriever, out / "retrieval")
+    corpus = retrieve_corpus(texts, retriever, out / "retrieval")
     twin = train(folder, corpus, None, seed, out)
     seeing = train(folder, corpus, kb, seed, out)
     seeing.set_retriever(retriever)

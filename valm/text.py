@@ -24,7 +24,11 @@ codecs.register_error(UNDEFINED_AS_LATIN_1, _undefined_as_latin_1)
 def utf8(text: str) -> str:
     """The text with everything replaced that UTF-8 cannot encode: undecodable bytes of file names, and lone surrogates
     from JSON."""
-    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # rare, and slower to look for than to meet
+        return re.sub("[\ud800-\udfff]", "\ufffd", text)
+    return text
 
 
 def encoding_of(chunks: Iterable[bytes]) -> str:

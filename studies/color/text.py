@@ -20,7 +20,7 @@ from typing import Any
 from studies.color.definitions import color_definitions
 from studies.color.pictures import Picture, thing_colors
 from studies.color.words import COLOR_WORDS, Names, head_noun, wordnet, words
-from valm.corpus.parts import read_documents
+from valm.corpus.texts import read_documents
 from valm.errors import ValmError
 from valm.evaluation.color import ColorItem
 from valm.store.files import atomic_path, read_text, writable_folder, write_json

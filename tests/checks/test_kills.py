@@ -31,7 +31,8 @@ from tests.valm.tiny_clip import TEXTS, TINY, make_clip
 from tests.valm.training.documents import TOKENIZER, new_trainer
 from valm.cli.kb import added_folder
 from valm.clip.clip import Clip
-from valm.corpus.retrieved import CorpusRetrieval, retrieve_files
+from valm.corpus.retrieved import CorpusRetrieval, retrieve_corpus
+from valm.corpus.texts import read_documents
 from valm.errors import ValmError
 from valm.evaluation.questions import chosen_tasks
 from valm.evaluation.report import write_report
@@ -221,7 +222,7 @@ def test_corpus_retrieval(clip, make_kb, tmp_path):
     retriever = Retriever(ContextEncoder(clip), make_kb(6), 2)
 
     def write(out: Path) -> CorpusRetrieval:
-        return retrieve_files([text], retriever, out, part_bytes=60, progress=False)
+        return retrieve_corpus(read_documents([text]), retriever, out, part_bytes=60, progress=False)
 
     whole = contents(write(tmp_path / "whole").path)
 
@@ -420,7 +421,9 @@ def test_two_builds_at_once(pictures, clip, make_kb, tmp_path):
         return build(FolderSource(pictures, shard_size=3), out, clip, Encoding(batch_size=2), progress=False)
 
     def retrieve(out: Path, k: int = 2) -> CorpusRetrieval:
-        return retrieve_files([text], Retriever(ContextEncoder(clip), kb, k), out, part_bytes=60, progress=False)
+        return retrieve_corpus(
+            read_documents([text]), Retriever(ContextEncoder(clip), kb, k), out, part_bytes=60, progress=False
+        )
 
     for name, write, other in (
         ("kb", build_kb, lambda out: merge([kb.path], out, progress=False)),

@@ -21,7 +21,7 @@ from tests.valm.other_tokenizers import chat_like, gpt2_like, llama_like
 from tests.valm.tiny_clip import TEXTS, TINY
 from valm.clip.clip import Clip
 from valm.clip.tokenizer import clip_tokenizer, padded, prompt_ids, prune_tokenizer
-from valm.corpus.retrieved import retrieve_texts
+from valm.corpus.retrieved import retrieve_corpus
 from valm.knowledge_base.build import build
 from valm.knowledge_base.sources.embeddings import EmbeddingSource
 from valm.retrieval.context import ContextEncoder
@@ -69,7 +69,7 @@ def outputs(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 f"{name}/{query}/own queries",
                 blind.image_pool[blind.image_index.clamp(min=0)] * mask[..., None, None],
             )
-        corpus = retrieve_texts(LINES, Retriever(encoder, kb, K), folder / f"corpus-{name}", progress=False)
+        corpus = retrieve_corpus(LINES, Retriever(encoder, kb, K), folder / f"corpus-{name}", progress=False)
         for document in range(len(corpus)):
             for key, values in corpus[document].items():
                 yield f"{name}/document {document}/{key}", torch.from_numpy(np.array(values))

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tests.valm.stores import CORPUS
-from valm.corpus.parts import read_documents
+from valm.corpus.texts import read_documents
 
 DOCUMENTS = Path(__file__).with_suffix(".json")
 PROSE = Path(__file__).parents[1] / "fixtures" / "prose.txt"
@@ -76,9 +76,8 @@ def write(folder: Path) -> None:
     for number, (name, content) in enumerate(contents().items()):
         data = content.encode()
         (folder / name).write_bytes(data)
-        ((folder, folder / "deep", folder / "deep" / "er")[number % 3] / f"{name}.gz").write_bytes(
-            gzip.compress(data, 1)
-        )
+        below = folder.joinpath(*["deep", "er"][: number % 3])
+        (below / f"{name}.gz").write_bytes(gzip.compress(data, 1))
     for name, kind, rows in (("small.parquet", pa.string(), 4), ("large.parquet", pa.large_string(), 100)):
         others = [str(other) for _, other in [*ROWS, ("", "")]]
         columns = pa.table({"other": others, "text": pa.array([*TEXTS, LONG], kind), "text2": others})

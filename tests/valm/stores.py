@@ -17,7 +17,8 @@ from tests.valm.models import model_of
 from tests.valm.other_tokenizers import gpt2_like
 from valm.clip.clip import Clip
 from valm.clip.tokenizer import clip_tokenizer, prune_tokenizer
-from valm.corpus.retrieved import CorpusRetrieval, retrieve_files
+from valm.corpus.retrieved import CorpusRetrieval, retrieve_corpus
+from valm.corpus.texts import read_documents
 from valm.knowledge_base.build import build
 from valm.knowledge_base.encode import Encoding
 from valm.knowledge_base.sources.folder import FolderSource
@@ -97,7 +98,7 @@ def make_pictures(out: Path) -> None:
 
 
 def retrieve(stores: Path, retriever: Retriever, out: Path) -> CorpusRetrieval:
-    return retrieve_files([stores / "corpus.txt"], retriever, out, part_bytes=100, progress=False)
+    return retrieve_corpus(read_documents([stores / "corpus.txt"]), retriever, out, part_bytes=100, progress=False)
 
 
 def save_model(out: Path, tokenizer: PreTrainedTokenizerFast, source: ImageSource | None, **options: object) -> None:

@@ -7,8 +7,8 @@ import pytest
 
 from valm.clip.clip import Clip
 from valm.clip.tokenizer import load_tokenizer, open_tokenizer
-from valm.corpus.parts import file_parts
 from valm.corpus.retrieved import CorpusRetrieval
+from valm.corpus.texts import read_documents
 from valm.errors import ValmError
 from valm.evaluation.scorers import open_scorer
 from valm.knowledge_base.sources.folder import FolderSource
@@ -29,7 +29,7 @@ DOORS = {
     "evaluation": open_scorer,
     "CLIP": Clip.load,
     "knowledge base": ImageKnowledgeBase.open,
-    "corpus": lambda path: file_parts([path]),
+    "corpus": lambda path: read_documents([path]),
     "corpus retrieval": CorpusRetrieval.open,
     "places": read_places,
     "checkpoint": lambda path: check_resumable(Path(path)),

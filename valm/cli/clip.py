@@ -133,7 +133,7 @@ def train(arguments: argparse.Namespace, out: Path) -> None:
     import torch
 
     from valm.clip.clip import Clip
-    from valm.corpus.parts import fingerprint
+    from valm.corpus.texts import fingerprint
     from valm.knowledge_base.fingerprint import fingerprint_records, written_since
     from valm.training.clip import SMALL, CachedImages, CaptionedImages, captioned, new_clip, shrunk, train_clip
     from valm.training.steps_checkpoint import StepsCheckpoint
@@ -209,7 +209,7 @@ def check_output(out: Path, resume: bool) -> None:
 def small_tokenizer(arguments: argparse.Namespace, records: list[Record]) -> PreTrainedTokenizerFast:
     """CLIP's tokenizer, pruned to the captions and --vocabulary: most of its 49,408 tokens would never be trained."""
     from valm.clip.tokenizer import clip_tokenizer, prune_tokenizer
-    from valm.corpus.text import TextCorpus
+    from valm.corpus.texts import TextCorpus
 
     more = [] if arguments.vocabulary is None else TextCorpus([arguments.vocabulary]).documents()
     return prune_tokenizer(clip_tokenizer(), [*(record.caption for record in records), *more])

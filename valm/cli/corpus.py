@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from valm.corpus.text import TextCorpus
+    from valm.corpus.texts import TextCorpus
 
 
 def add_corpus(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +32,7 @@ def chosen_corpus(arguments: argparse.Namespace) -> TextCorpus | None:
     Raises:
         ValmError: they do not go together.
     """
-    from valm.corpus.text import TextCorpus
+    from valm.corpus.texts import TextCorpus
 
     found = TextCorpus(
         files=arguments.corpus,

@@ -60,6 +60,7 @@ def run_retrieve(arguments: argparse.Namespace) -> None:
     import torch
 
     from valm.clip.tokenizer import load_tokenizer
+    from valm.corpus.retrieved import retrieve_corpus
     from valm.knowledge_base.store import ImageKnowledgeBase
     from valm.retrieval.retriever import Retriever
     from valm.retrieval.source import open_encoder
@@ -92,5 +93,5 @@ def run_retrieve(arguments: argparse.Namespace) -> None:
 
         index = ShardedIndex(kb, arguments.search_actors, arguments.ray, cpus=arguments.cpus)
     retriever = Retriever(encoder, kb, arguments.images, index)
-    found = corpus.retrieve(retriever, arguments.out, scores=arguments.scores, run=run)
+    found = retrieve_corpus(corpus.documents(), retriever, arguments.out, scores=arguments.scores, run=run)
     print(f"{found.path}: {len(found):,} documents, {found.manifest['tokens']:,} tokens, {found.k} images a token")

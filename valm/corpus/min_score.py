@@ -14,8 +14,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from valm.clip.tokenizer import batches_by_length, padded, prompt_ids
-from valm.corpus.parts import read_documents
 from valm.corpus.retrieved import BATCH_TOKENS, CorpusRetrieval
+from valm.corpus.texts import read_documents
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.min_score import choose_min_score

@@ -22,22 +22,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypedDict, cast, overload
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict, overload
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from valm.clip.tokenizer import batches_by_length, beginning_with_bos, open_tokenizer, padded, tokenize_documents
-from valm.corpus.parts import (
-    PART_BYTES,
-    PART_TOKENS,
-    Part,
-    corpus_files,
-    document_parts,
-    file_parts,
-    fingerprint,
-)
+from valm.corpus.texts import MAX_DOCUMENT, TOO_LONG, FileDocuments, fingerprint
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.faiss_index import FaissIndex
@@ -47,17 +39,20 @@ from valm.store.manifest import (
     Manifest,
     ShardRecord,
     damaged_files,
-    kinds_of,
     open_array,
     open_manifest,
 )
 from valm.store.shard_progress import Progress, ProgressBar
 from valm.store.shards import Runner, ShardedBuild, ShardFiles, run_here
+from valm.text import utf8
 from valm_kernels import FlatIPIndex
 from valm_kernels.json_files import Count, Range
 
 WHAT = "corpus retrieval"
 VERSION = 2
+# Size of a shard, of text or of token ids in 32 bits: about a million tokens either way. A retrieval that was killed
+# repeats at most one.
+PART_BYTES = 4 << 20
 # How a file, whose image ids have no sign, holds the -1 of a document.
 NO_IMAGE = 2**32 - 1
 # Tokens retrieved at once.
@@ -67,25 +62,22 @@ OPEN_SHARDS = 128
 
 
 class CorpusShard(ShardRecord):
-    """The record of a shard; without documents it has no files."""
+    """The record of a shard; `content` is the fingerprint of what it was read from."""
 
-    documents: Count
+    documents: Annotated[int, Range(1)]
     tokens: Count
     content: str
 
 
-class _PlanFields(TypedDict):
+class CorpusPlan(TypedDict):
+    """The keys of the plan that are read here; `retrieve_corpus` writes all of them."""
+
     precision: str
     tokenizer: str
     knowledge_base: str
     k: Annotated[int, Range(1, 1 << 16)]
     query: Literal["eot", "state"]
     eos: Count
-
-
-class CorpusPlan(_PlanFields, total=False):
-    """The keys of the plan that are read here; `_retrieve` writes all of them, and `scores` only where it is true."""
-
     scores: bool
 
 
@@ -115,9 +107,7 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
     def __init__(self, path: Path, manifest: dict[str, Any]):
         self.path = path.absolute()  # shards are opened later, wherever the process works then
         self.manifest = manifest
-        # (number in the files' names, record) of those that have documents
-        self._shards = [(number, shard) for number, shard in enumerate(manifest["shards"]) if shard["documents"]]
-        self._ends = np.cumsum([shard["documents"] for _, shard in self._shards]).tolist()
+        self._ends = np.cumsum([shard["documents"] for shard in manifest["shards"]]).tolist()
         self._shard = functools.lru_cache(OPEN_SHARDS)(self._open_shard)
         self._verified = False
 
@@ -129,19 +119,7 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
             ValmError: it is missing, something else, unfinished, damaged or of another version.
         """
         path = Path(path)
-        manifest = open_manifest(path, WHAT, VERSION, "valm retrieve", CorpusManifest)
-        for number, shard in enumerate(manifest["shards"]):
-            kinds = {*_Shard._fields} if manifest["plan"].get("scores") else {*_Shard._fields} - {"image_scores"}
-            if kinds_of(shard) != (kinds if shard["documents"] else set()):
-                raise ValmError(f"the manifest of {path} is damaged: its shard {number} lacks files; do it again")
-        for name in ("documents", "tokens"):
-            total = sum(shard[name] for shard in manifest["shards"])
-            if total != manifest[name]:
-                raise ValmError(
-                    f"the manifest of {path} is damaged: it says {manifest[name]} {name}, but its shards have {total}; "
-                    "do it again"
-                )
-        return cls(path, manifest)
+        return cls(path, open_manifest(path, WHAT, VERSION, "valm retrieve", CorpusManifest))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CorpusRetrieval.open, (self.path,)
@@ -158,9 +136,9 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
             return [self[number] for number in range(*index.indices(len(self)))]
         if not 0 <= index < len(self):
             raise IndexError(f"documents go from 0 to {len(self) - 1}, got {index}")
-        place = bisect.bisect_right(self._ends, index)
-        shard = self._shard(place)
-        row = index - self._ends[place] + len(shard.offsets) - 1
+        number = bisect.bisect_right(self._ends, index)
+        shard = self._shard(number)
+        row = index - self._ends[number] + len(shard.offsets) - 1
         here = slice(shard.offsets[row], shard.offsets[row + 1])
         ids = np.array(shard.image_ids[here], np.int64)
         ids[ids == NO_IMAGE] = -1
@@ -176,7 +154,7 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
 
     @property
     def has_scores(self) -> bool:
-        return self.manifest["plan"].get("scores", False)
+        return self.manifest["plan"]["scores"]
 
     @property
     def query(self) -> str:
@@ -212,7 +190,7 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
 
     def lengths(self) -> np.ndarray:
         """Tokens of each document, (documents,) int64."""
-        return np.concatenate([np.diff(self._shard(place).offsets) for place in range(len(self._shards))])
+        return np.concatenate([np.diff(self._shard(number).offsets) for number in range(len(self._ends))])
 
     def check_knowledge_base(self, kb: ImageKnowledgeBase) -> None:
         """Checks that the image ids are those of `kb`.
@@ -258,107 +236,51 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
                 raise ValmError(f"{self.path} is damaged, retrieve it again: {', '.join(damaged)}")
             self._verified = True
 
-    def _open_shard(self, place: int) -> _Shard:
-        number, record = self._shards[place]
+    def _open_shard(self, number: int) -> _Shard:
+        record = self.manifest["shards"][number]
 
         def array(kind: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
             return open_array(self.path / f"{kind}-{number:05d}.npy", shape, dtype)
 
-        shard = _Shard(
+        return _Shard(
             tokens=array("tokens", (record["tokens"],), np.int32),
             offsets=array("offsets", (record["documents"] + 1,), np.int64),
             image_ids=array("image_ids", (record["tokens"], self.k), np.uint32),
             image_scores=array("image_scores", (record["tokens"], self.k), np.float32) if self.has_scores else None,
         )
-        ends = shard.offsets
-        if ends[0] != 0 or ends[-1] != record["tokens"] or (np.diff(ends) <= 0).any():
-            file = self.path / f"offsets-{number:05d}.npy"
-            raise ValmError(f"{file} is damaged: its numbers do not rise from 0 to {record['tokens']}; do it again")
-        return shard
 
 
 def retrieve_corpus(
-    documents: Iterable[Sequence[int]],
+    documents: Iterable[str] | Iterable[Sequence[int]],
     retriever: Retriever,
     out: str | os.PathLike,
     *,
-    part_tokens: int = PART_TOKENS,
+    part_bytes: int = PART_BYTES,
     scores: bool = True,
     progress: bool = True,
     run: Runner = run_here,
 ) -> CorpusRetrieval:
-    """Retrieves the images of every token of `documents` (token ids) and writes the folder `out`.
+    """Retrieves the images of every token of `documents` and writes the folder `out`.
 
-    A retrieval that was killed resumes, with the same bytes as in one run. A finished one in `out` is just opened.
+    A retrieval that was killed resumes, with the same bytes as in one run: it reads over the documents of finished
+    shards, which must be the same. A finished one in `out` is just opened.
 
     Args:
-        documents: read once and in order, so they need not fit into memory.
-        part_tokens: tokens in a shard; a retrieval that was killed repeats at most one shard.
+        documents: texts, which the retriever's tokenizer reads (`valm.corpus.texts`), or token ids. They are read once,
+            in order and by the calling thread, so they need not fit into memory.
+        part_bytes: of a shard's texts, or of its token ids in 32 bits.
         scores: also write the score of each image, which `min_score` and models with `score_scale` need.
-        run: where it runs: here, or on the machines of a `valm.store.ray.RayRun`.
+        run: where it runs: here, or on the machines of a `valm.store.ray.RayRun`, which get the documents.
 
     Raises:
-        ValmError: there are no documents, one is empty, or `out` holds something else or was begun with other
-            documents, another knowledge base or other settings; or the retriever has a `min_score`.
+        ValmError: there are no documents, one is empty or too long, or `out` holds something else or was begun with
+            other documents, another knowledge base or other settings; or the retriever has a `min_score`.
     """
-    parts = document_parts(documents, part_tokens=part_tokens)
-    return _retrieve(parts, None, {"part_tokens": part_tokens}, retriever, out, scores, progress, run)
-
-
-def retrieve_texts(
-    texts: Iterable[str],
-    retriever: Retriever,
-    out: str | os.PathLike,
-    *,
-    part_bytes: int = PART_BYTES,
-    scores: bool = True,
-    progress: bool = True,
-    run: Runner = run_here,
-) -> CorpusRetrieval:
-    """`retrieve_corpus` for documents that the retriever's tokenizer has to read, such as the rows of a dataset
-    (`row_documents`). part_bytes: bytes of text in a shard.
-    """
-    parts = document_parts(texts, part_bytes=part_bytes)
-    return _retrieve(parts, None, {"part_bytes": part_bytes}, retriever, out, scores, progress, run)
-
-
-def retrieve_files(
-    files: Sequence[str | os.PathLike],
-    retriever: Retriever,
-    out: str | os.PathLike,
-    *,
-    column: str = "text",
-    part_bytes: int = PART_BYTES,
-    scores: bool = True,
-    progress: bool = True,
-    run: Runner = run_here,
-) -> CorpusRetrieval:
-    """`retrieve_texts` for files and folders of them, in order; `column` and errors as in `file_parts`."""
-    files = corpus_files(files)
-    parts = file_parts(files, column=column, part_bytes=part_bytes)
-    corpus = {
-        "files": [[file.name, file.stat().st_size] for file in files],
-        "column": column,
-        "part_bytes": part_bytes,
-    }
-    return _retrieve(parts, len(parts), corpus, retriever, out, scores, progress, run)
-
-
-def _retrieve(
-    parts: Iterable[Part],
-    count: int | None,
-    corpus: dict[str, Any],
-    retriever: Retriever,
-    out: str | os.PathLike,
-    scores: bool,
-    progress: bool,
-    run: Runner,
-) -> CorpusRetrieval:
     if len(retriever.kb) > NO_IMAGE:
         raise ValmError(f"ids of {len(retriever.kb):,} images do not fit into 32 bits")
     encoder, index = retriever.encoder, retriever.index
     plan = {
-        "corpus": corpus,
+        "part_bytes": part_bytes,
         "tokenizer": _tokenizer_hash(encoder.tokenizer),
         "eos": encoder.tokenizer.eos_token_id,
         "knowledge_base": retriever.kb.fingerprint,
@@ -367,19 +289,20 @@ def _retrieve(
         "query": encoder.query,
         **encoder.segments,
         "precision": str(encoder.tower.dtype).removeprefix("torch."),
+        "scores": scores,
     }
-    if scores:
-        plan["scores"] = True
     if encoder.alignment is not None and encoder.alignment.one_document:
         plan["one_document"] = True
     build = ShardedBuild(out, WHAT, plan, CorpusShard)
     with build.writing():
-        done = build.done()
-        with ProgressBar("retrieve", " tokens", None if count is None else count - len(done), progress) as bar:
+        with ProgressBar("retrieve", " tokens", None, progress) as bar:
+            parts = _unchanged(_parts(documents, part_bytes), build)
+            if isinstance(documents, FileDocuments):
+                parts = _estimated(parts, documents, len(build.done()), bar)
             work = partial(
                 _retrieve_part, out=build.out.absolute(), retriever=retriever, index=plan["index"], scores=scores
             )
-            build.write(work, _unchanged(parts, done, build), run, bar)
+            build.write(work, parts, run, bar)
         if not build.finished:
             shards = build.done().values()
             facts = {name: sum(shard[name] for shard in shards) for name in ("documents", "tokens")}
@@ -394,15 +317,41 @@ def _retrieve(
     return CorpusRetrieval.open(build.out)
 
 
-def _unchanged(parts: Iterable[Part], done: dict[int, dict[str, Any]], build: ShardedBuild) -> Iterator[Part]:
-    """Yields `parts`, comparing finished ones.
+def _parts(documents: Iterable[Any], part_bytes: int) -> Iterator[list[Any]]:
+    """`documents` in lists of `part_bytes`, read as they are asked for."""
+    part: list[Any] = []
+    size = 0
+    for document in documents:
+        if not len(document):
+            raise ValmError("the corpus has an empty document")
+        if isinstance(document, str):
+            if len(document) > MAX_DOCUMENT:
+                raise ValmError(f"the corpus has {TOO_LONG}")
+            try:
+                size += len(document.encode())
+            except UnicodeEncodeError:
+                document = utf8(document)
+                size += len(document)
+        else:
+            size += 4 * len(document)
+        part.append(document)
+        if size >= part_bytes:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+def _unchanged(parts: Iterable[list[Any]], build: ShardedBuild) -> Iterator[list[Any]]:
+    """Yields `parts`, comparing those that are done.
 
     Raises:
-        ValmError: a part that is `done` has changed or is gone, or a finished `build` lacks one.
+        ValmError: one has changed or is gone, or a finished `build` lacks one.
     """
+    done = build.done()
     number = -1
     for number, part in enumerate(parts):
-        if number in done and done[number].get("content") != fingerprint(part.read()):
+        if number in done and done[number]["content"] != fingerprint(part):
             raise ValmError(
                 f"the corpus has changed since {build.out} was begun (its part {number}); choose another folder"
             )
@@ -416,6 +365,15 @@ def _unchanged(parts: Iterable[Part], done: dict[int, dict[str, Any]], build: Sh
         raise ValmError(f"the corpus has become shorter since {build.out} was begun; choose another folder")
 
 
+def _estimated(
+    parts: Iterable[list[Any]], documents: FileDocuments, done: int, bar: ProgressBar
+) -> Iterator[list[Any]]:
+    """Yields `parts` and tells the `bar` how many there will be, from how much of the files they were read from."""
+    for count, part in enumerate(parts, 1):
+        bar.shards = round(count / documents.share) - done
+        yield part
+
+
 def _index_entry(index: Any) -> Any:
     """What the plan says of an index: the parameters of a faiss index, "exact", or the class of one's own."""
     if isinstance(index, FaissIndex):
@@ -426,7 +384,14 @@ def _index_entry(index: Any) -> Any:
 
 
 def _retrieve_part(
-    number: int, part: Part, progress: Progress, *, out: Path, retriever: Retriever, index: Any, scores: bool
+    number: int,
+    part: list[str] | list[Sequence[int]],
+    progress: Progress,
+    *,
+    out: Path,
+    retriever: Retriever,
+    index: Any,
+    scores: bool,
 ) -> None:
     """Writes shard `number` of the retrieval in `out`."""
     if _index_entry(retriever.index) != index:  # another process opens it itself
@@ -436,34 +401,28 @@ def _retrieve_part(
         )
     # the cache decides which segments are encoded together, which affects rounding
     retriever.cache.clear()
-    raw = part.read()
-    documents: Sequence[Sequence[int]]
-    if raw and isinstance(raw[0], str):
-        documents = tokenize_documents(raw, retriever.encoder.tokenizer)
-    else:
-        documents = cast("list[Sequence[int]]", raw)
+    documents: Any = tokenize_documents(part, retriever.encoder.tokenizer) if isinstance(part[0], str) else part
     offsets = np.cumsum([0, *map(len, documents)], dtype=np.int64)
     count = int(offsets[-1])
     progress.begin(count)
+    image_ids = np.empty((count, retriever.k), np.uint32)
+    image_scores = np.empty((count, retriever.k), np.float32)
+    for batch in batches_by_length(list(map(len, documents)), BATCH_TOKENS):
+        ids, mask = padded([documents[index] for index in batch])
+        found, score = (tensor.cpu() for tensor in retriever.find(ids, mask))  # (B, T, K)
+        images = torch.where(found < 0, NO_IMAGE, found)
+        for row, index in enumerate(batch):
+            here, length = slice(offsets[index], offsets[index + 1]), len(documents[index])
+            image_ids[here] = images[row, :length].numpy()
+            image_scores[here] = score[row, :length].numpy()
+        progress.advance(int(mask.sum()))
     files = ShardFiles(out, number)
-    if documents:
-        image_ids = np.empty((count, retriever.k), np.uint32)
-        image_scores = np.empty((count, retriever.k), np.float32)
-        for batch in batches_by_length(list(map(len, documents)), BATCH_TOKENS):
-            ids, mask = padded([documents[index] for index in batch])
-            found, score = (tensor.cpu() for tensor in retriever.find(ids, mask))  # (B, T, K)
-            images = torch.where(found < 0, NO_IMAGE, found)
-            for row, index in enumerate(batch):
-                here, length = slice(offsets[index], offsets[index + 1]), len(documents[index])
-                image_ids[here] = images[row, :length].numpy()
-                image_scores[here] = score[row, :length].numpy()
-            progress.advance(int(mask.sum()))
-        files.write_array("tokens", np.concatenate(documents).astype(np.int32))
-        files.write_array("offsets", offsets)
-        files.write_array("image_ids", image_ids)
-        if scores:
-            files.write_array("image_scores", image_scores)
-    files.finish(documents=len(documents), tokens=count, content=fingerprint(raw))
+    files.write_array("tokens", np.concatenate(documents).astype(np.int32))
+    files.write_array("offsets", offsets)
+    files.write_array("image_ids", image_ids)
+    if scores:
+        files.write_array("image_scores", image_scores)
+    files.finish(documents=len(documents), tokens=count, content=fingerprint(part))
 
 
 def _tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -19,8 +19,8 @@ from valm.clip.clip import Clip
 from valm.clip.device import open_device
 from valm.clip.tokenizer import begin_id, clip_tokenizer, load_tokenizer, own_tokenizer, tokenize_documents
 from valm.corpus.min_score import MinScore
-from valm.corpus.retrieved import CorpusRetrieval
-from valm.corpus.text import TextCorpus
+from valm.corpus.retrieved import CorpusRetrieval, retrieve_corpus
+from valm.corpus.texts import TextCorpus
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model.augment import augment
@@ -421,7 +421,7 @@ class TrainingPlan:
                 "several processes train on what one has retrieved: run `valm retrieve`, and give --retrieval"
             )
         out = Path(self.out).absolute()
-        return corpus.retrieve(self._retriever(kb), out.with_name(f"{out.name}-{name}"))
+        return retrieve_corpus(corpus.documents(), self._retriever(kb), out.with_name(f"{out.name}-{name}"))
 
     def _retriever(self, kb: ImageKnowledgeBase) -> Retriever:
         named = self.tokenizer or self.base

@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers.trainer_utils import get_last_checkpoint
 
-from valm.corpus.parts import fingerprint
 from valm.corpus.retrieved import CorpusRetrieval
+from valm.corpus.texts import fingerprint
 from valm.errors import ValmError
 from valm.model.config import WEIGHTS_KEY
 from valm.model.sketch import other_tensor, project

@@ -26,7 +26,7 @@ from tests.valm.evaluation.small_sets import write_sets
 from tests.valm.training.documents import documents, new_trainer
 from valm.cli import build_parser
 from valm.cli.train import chosen_plan
-from valm.corpus.parts import file_parts
+from valm.corpus.texts import read_documents
 from valm.evaluation.controls import read_images
 from valm.evaluation.questions import Documents, Questions, chosen_tasks
 from valm.evaluation.scorers import DocumentScore
@@ -128,7 +128,7 @@ def test_corpus_files(tmp_path_factory, linked, data):
     (folder / "a.json").write_text(f"[{', '.join(rows)}]")
     (folder / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(rows).encode()))
     file = folder / data.draw(st.sampled_from(["a.txt", "a.parquet", "a.jsonl", "a.json", "a.jsonl.gz"]))
-    check_mutants(data, [file], linked, lambda: [part.read() for part in file_parts([file])], ...)
+    check_mutants(data, [file], linked, lambda: list(read_documents([file])), ...)
 
 
 @fuzzed(300)

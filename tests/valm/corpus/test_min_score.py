@@ -7,7 +7,7 @@ import torch
 from tests.valm.other_tokenizers import gpt2_like, qwen_like
 from tests.valm.tiny_clip import TEXTS
 from valm.corpus.min_score import MinScore
-from valm.corpus.retrieved import retrieve_texts
+from valm.corpus.retrieved import retrieve_corpus
 from valm.errors import ValmError
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.min_score import choose_min_score
@@ -33,7 +33,7 @@ def test_texts_and_what_was_retrieved_of_them_give_the_same(clip, make_kb, tmp_p
     retriever = Retriever(encoder, make_kb(30), 2)
     lines = text_file.read_text().split("\n")
     rows = [retriever.find([line])[1][0].numpy() for line in lines]
-    corpus = retrieve_texts(lines, retriever, tmp_path / "corpus", progress=False)
+    corpus = retrieve_corpus(lines, retriever, tmp_path / "corpus", progress=False)
     for source, kind in (("questions", "questions"), ("ordinary_text", "text")):
         expected = choose_min_score(**{kind: rows})
         live = MinScore("auto", **{source: text_file}).find(retriever.kb, query, encoder.tokenizer, retriever)
@@ -65,7 +65,7 @@ def test_options_that_do_not_go_together(retriever, given, message):
 def test_what_cannot_be_chosen_from_is_named(retriever, make_kb, tmp_path, text_file):
     with pytest.raises(ValmError, match=re.escape(f"retrieve {text_file} too, and give that folder")):
         MinScore("auto", questions=text_file).find(retriever.kb, "eot", retriever.encoder.tokenizer, None)
-    bare = retrieve_texts(TEXTS, retriever, tmp_path / "bare", scores=False, progress=False)
+    bare = retrieve_corpus(TEXTS, retriever, tmp_path / "bare", scores=False, progress=False)
     with pytest.raises(ValmError, match="has no retrieval scores: retrieve it again, `valm retrieve CORPUS --kb KB"):
         MinScore("auto", ordinary_text=bare.path).find(retriever.kb, "eot", retriever.encoder.tokenizer, retriever)
     with pytest.raises(ValmError, match="was read with another tokenizer than the model's"):

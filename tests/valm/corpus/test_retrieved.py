@@ -1,5 +1,6 @@
 import csv
 import gzip
+import itertools
 import json
 import os
 import pickle
@@ -20,10 +21,12 @@ from tests.valm.store.manifests import edit_manifest
 from tests.valm.tiny_clip import TEXTS
 from valm.clip.tokenizer import tokenize_documents
 from valm.corpus import retrieved
-from valm.corpus.retrieved import CorpusRetrieval, retrieve_corpus, retrieve_files, retrieve_texts
+from valm.corpus.retrieved import CorpusRetrieval, retrieve_corpus
+from valm.corpus.texts import MAX_DOCUMENT, read_documents
 from valm.errors import ValmError
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import Retriever
+from valm.store.shards import run_here
 from valm_kernels import FlatIPIndex
 
 LINES = [*TEXTS, "a dog.", "a red apple lies on", TEXTS[1] + TEXTS[0], "the sky", "blue grass", TEXTS[0][:30]] * 2
@@ -48,7 +51,7 @@ def documents(tokenizer):
 def corpus(documents, retriever, tmp_path_factory):
     """In several shards."""
     out = tmp_path_factory.mktemp("corpus")
-    return retrieve_corpus(iter(documents), retriever, out, part_tokens=50, progress=False)
+    return retrieve_corpus(iter(documents), retriever, out, part_bytes=200, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +66,7 @@ def contents(folder):
 
 
 def test_scores_are_those_of_the_search(documents, retriever, tmp_path):
-    found = retrieve_corpus(documents, retriever, tmp_path / "scored", part_tokens=50, progress=False)
+    found = retrieve_corpus(documents, retriever, tmp_path / "scored", part_bytes=200, progress=False)
     assert found.has_scores and len(found.manifest["shards"]) > 1
     for index, document in enumerate(documents):
         ids, scores = retriever.find(torch.tensor([document]))
@@ -71,7 +74,7 @@ def test_scores_are_those_of_the_search(documents, retriever, tmp_path):
         assert found[index]["image_scores"].dtype == np.float32
         np.testing.assert_allclose(found[index]["image_scores"], scores[0].numpy(), rtol=0, atol=1e-5)
     with pytest.raises(ValmError, match=r"\(scores differ\)"):
-        retrieve_corpus(documents, retriever, tmp_path / "scored", scores=False, part_tokens=50, progress=False)
+        retrieve_corpus(documents, retriever, tmp_path / "scored", scores=False, part_bytes=200, progress=False)
     (found.path / "image_scores-00000.npy").unlink()
     with pytest.raises(ValmError, match="image_scores-00000"):
         CorpusRetrieval.open(found.path)
@@ -114,18 +117,18 @@ def test_batching_changes_nothing(corpus, documents, retriever, tmp_path, monkey
 
 
 def test_texts_as_they_come(corpus, retriever, tmp_path):
-    found = retrieve_texts(iter(LINES), retriever, tmp_path / "out", part_bytes=150, progress=False)
+    found = retrieve_corpus(iter(LINES), retriever, tmp_path / "out", part_bytes=150, progress=False)
     assert len(found.manifest["shards"]) > 3
     for one, other in zip(found, corpus, strict=True):
         assert np.array_equal(one["image_ids"], other["image_ids"])
     with pytest.raises(ValmError, match="the corpus has changed since"):
-        retrieve_texts(iter(["new", *LINES]), retriever, tmp_path / "out", part_bytes=150, progress=False)
+        retrieve_corpus(iter(["new", *LINES]), retriever, tmp_path / "out", part_bytes=150, progress=False)
 
 
 def test_a_tokenizer_without_bos(clip, kb, tmp_path):
     tokenizer = qwen_like()
     retriever = Retriever(ContextEncoder(clip, tokenizer=tokenizer), kb, 2)
-    found = retrieve_texts(TEXTS, retriever, tmp_path, progress=False)
+    found = retrieve_corpus(TEXTS, retriever, tmp_path, progress=False)
     assert found.tokenizer.get_vocab() == tokenizer.get_vocab() and found.tokenizer.bos_token is None
     document = found[0]
     assert document["input_ids"][0] == document["input_ids"][-1] == tokenizer.eos_token_id
@@ -148,7 +151,9 @@ def test_a_corpus_in_files(corpus, retriever, tmp_path, suffix):
         file.write_bytes(gzip.compress("\n".join(json.dumps({"story": line}) for line in LINES).encode()))
     else:
         pq.write_table(pa.table({"story": [*LINES, "", " "]}), file, row_group_size=5)
-    found = retrieve_files([file], retriever, tmp_path / "out", column="story", part_bytes=150, progress=False)
+    found = retrieve_corpus(
+        read_documents([file], column="story"), retriever, tmp_path / "out", part_bytes=150, progress=False
+    )
     assert len(found.manifest["shards"]) > 3
     for one, other in zip(found, corpus, strict=True):
         assert np.array_equal(one["input_ids"], other["input_ids"])
@@ -205,7 +210,7 @@ def test_a_part_does_not_depend_on_what_came_before_it(clip, tokenizer, tmp_path
 
     def retrieve(documents, out):
         retriever = Retriever(ContextEncoder(clip, dtype=torch.bfloat16), kb, 4)
-        return retrieve_corpus(documents, retriever, tmp_path / out, part_tokens=1000, progress=False)
+        return retrieve_corpus(documents, retriever, tmp_path / out, part_bytes=4000, progress=False)
 
     def interrupted():
         yield from documents[:200]
@@ -221,7 +226,7 @@ def test_a_part_does_not_depend_on_what_came_before_it(clip, tokenizer, tmp_path
 @needs_fork
 def test_a_killed_retrieval_goes_on_to_the_same_bytes(text_file, retriever, tmp_path):
     def retrieve(out=tmp_path / "killed"):
-        return retrieve_files([text_file], retriever, out, part_bytes=150, progress=False)
+        return retrieve_corpus(read_documents([text_file]), retriever, out, part_bytes=150, progress=False)
 
     whole = retrieve(tmp_path / "whole")
     for finished in (0, 1, 2, 5, 4, 12, 9):
@@ -235,7 +240,7 @@ def test_a_killed_retrieval_goes_on_to_the_same_bytes(text_file, retriever, tmp_
 
 def test_what_is_there_is_not_retrieved_again(documents, retriever, tmp_path, monkeypatch):
     def retrieve(documents, out):
-        return retrieve_corpus(iter(documents), retriever, out, part_tokens=50, progress=False)
+        return retrieve_corpus(iter(documents), retriever, out, part_bytes=200, progress=False)
 
     def interrupted():
         yield from documents[:9]
@@ -258,7 +263,7 @@ def test_what_is_there_is_not_retrieved_again(documents, retriever, tmp_path, mo
 
 def test_another_corpus_is_refused(documents, retriever, tmp_path):
     def retrieve(documents):
-        return retrieve_corpus(documents, retriever, tmp_path / "out", part_tokens=50, progress=False)
+        return retrieve_corpus(documents, retriever, tmp_path / "out", part_bytes=200, progress=False)
 
     def interrupted():
         yield from documents[:9]
@@ -280,7 +285,7 @@ def test_more_documents_than_a_finished_retrieval_has_are_refused(documents, ret
     """Also where its last part was full, so that all of its parts are as they were."""
 
     def retrieve(documents):
-        return retrieve_corpus(documents, retriever, tmp_path / "out", part_tokens=1, progress=False)
+        return retrieve_corpus(documents, retriever, tmp_path / "out", part_bytes=1, progress=False)
 
     before = contents(retrieve(documents[:3]).path)
     with pytest.raises(ValmError, match=r"become longer since .*out was finished with 3 parts; choose another folder"):
@@ -294,7 +299,7 @@ def test_another_file_knowledge_base_or_setting_is_refused(text_file, clip, retr
     shutil.copy(text_file, file)
 
     def retrieve(retriever=retriever, **options):
-        return retrieve_files([file], retriever, out, progress=False, **options)
+        return retrieve_corpus(read_documents([file]), retriever, out, progress=False, **options)
 
     retrieve()
     state = Retriever(ContextEncoder(clip, query="state"), retriever.kb, 4)
@@ -304,13 +309,13 @@ def test_another_file_knowledge_base_or_setting_is_refused(text_file, clip, retr
         retrieve(Retriever(ContextEncoder(clip), make_kb(21), 4))
     with pytest.raises(ValmError, match=r"\(k differ\)"):
         retrieve(Retriever(ContextEncoder(clip), retriever.kb, 3))
-    with pytest.raises(ValmError, match=r"\(corpus differ\)"):
+    with pytest.raises(ValmError, match=r"\(part_bytes differ\)"):
         retrieve(part_bytes=100)
     file.write_text("\n".join(LINES).replace("sky", "sea"))  # as long as before
     with pytest.raises(ValmError, match="the corpus has changed"):
         retrieve()
     file.write_text("\n".join(LINES[1:]))
-    with pytest.raises(ValmError, match=r"\(corpus differ\)"):
+    with pytest.raises(ValmError, match="the corpus has changed"):
         retrieve()
 
 
@@ -324,7 +329,7 @@ def test_another_end_of_documents_is_refused(clip, kb, tmp_path):
 
     def retrieve(tokenizer, name="out"):
         retriever = Retriever(ContextEncoder(clip, tokenizer=tokenizer), kb, 2)
-        return retrieve_texts(LINES[:3], retriever, tmp_path / name, progress=False)
+        return retrieve_corpus(LINES[:3], retriever, tmp_path / name, progress=False)
 
     corpus = retrieve(first)
     corpus.check_tokenizer(first)
@@ -371,7 +376,7 @@ def test_a_corpus_stays_open_wherever_the_process_works_later(corpus, monkeypatc
 
 
 def test_halves_of_characters_in_texts_of_python(retriever, tmp_path):
-    found = retrieve_texts(["a \ud800 b"], retriever, tmp_path / "out", progress=False)
+    found = retrieve_corpus(["a \ud800 b"], retriever, tmp_path / "out", progress=False)
     assert "\ufffd" in found.tokenizer.decode(found[0]["input_ids"])
 
 
@@ -379,6 +384,49 @@ def test_another_knowledge_base_is_refused_when_it_is_used(corpus, retriever, ma
     corpus.check_knowledge_base(retriever.kb)
     with pytest.raises(ValmError, match="was retrieved from another knowledge base"):
         corpus.check_knowledge_base(make_kb(21))
+
+
+def test_parts_are_read_as_they_are_asked_for():
+    asked = []
+
+    def documents():
+        for number in range(10):
+            asked.append(number)
+            yield [number] * 4
+
+    parts = retrieved._parts(documents(), 40)
+    assert next(parts) == [[0] * 4, [1] * 4, [2] * 4]
+    assert asked == [0, 1, 2]
+    assert [len(part) for part in parts] == [3, 3, 1]
+    assert list(retrieved._parts(iter(["ab", "cd", "\u20ac", "e"]), 3)) == [["ab", "cd"], ["\u20ac"], ["e"]]
+    with pytest.raises(ValmError, match="a document or line of more than 16 MiB"):
+        list(retrieved._parts(["short", "a" * (MAX_DOCUMENT + 1)], 1 << 20))
+
+
+@pytest.mark.parametrize("finished", [0, 3])
+def test_the_bar_knows_how_many_parts_the_files_have(text_file, retriever, tmp_path, monkeypatch, finished):
+    """From how much of their bytes was read, less those that are done."""
+    (tmp_path / "corpus.txt").write_text((text_file.read_text() + "\n") * 100)
+    estimates = []
+
+    def some(work, shards, bar):
+        run_here(work, itertools.islice(shards, finished), bar)
+        raise KeyboardInterrupt
+
+    def watched(work, shards, bar):
+        for shard in shards:
+            estimates.append(bar.shards)
+            work(*shard, bar)
+
+    def retrieve(run):
+        documents = read_documents([tmp_path / "corpus.txt"])
+        return retrieve_corpus(documents, retriever, tmp_path / "out", part_bytes=16000, progress=False, run=run)
+
+    with pytest.raises(KeyboardInterrupt):
+        retrieve(some)
+    count = len(retrieve(watched).manifest["shards"])
+    assert count > 4 and len(estimates) == count - finished
+    assert estimates == pytest.approx([count - finished] * len(estimates), abs=1) and estimates[-1] == count - finished
 
 
 def test_wrong_input(documents, retriever, tmp_path):
@@ -389,7 +437,7 @@ def test_wrong_input(documents, retriever, tmp_path):
         retrieve_corpus([[1], []], retriever, tmp_path / "out", progress=False)
     (tmp_path / "blank.txt").write_text("\n \n")
     with pytest.raises(ValmError, match="the corpus has no documents"):
-        retrieve_files([tmp_path / "blank.txt"], retriever, tmp_path / "blank", progress=False)
+        retrieve_corpus(read_documents([tmp_path / "blank.txt"]), retriever, tmp_path / "blank", progress=False)
     with pytest.raises(ValmError, match="is not empty"):
         retrieve_corpus(documents, retriever, tmp_path)
 
@@ -450,26 +498,3 @@ def test_damage_is_found_before_each_training(corpus, tmp_path, monkeypatch):
         opened.verify_once()
     monkeypatch.setattr(CorpusRetrieval, "verify", lambda self: pytest.fail("verified again"))
     damaged.verify_once()  # as the same trainer asks for its other parts
-
-
-@pytest.mark.parametrize("change", [{0: 1}, {-1: 10**12}, {1: 0}, {1: -(2**62)}, {1: 2**62}])
-def test_offsets_that_do_not_part_the_tokens_are_refused_always(corpus, tmp_path, change):
-    damaged = a_copy(corpus, tmp_path / "damaged")
-    file = damaged.path / "offsets-00000.npy"
-    offsets = np.load(file)
-    for place, value in change.items():
-        offsets[place] = value
-    np.save(file, offsets)
-    for use in (lambda: damaged[0], damaged.lengths):
-        with pytest.raises(ValmError, match=r"offsets-00000\.npy is damaged: its numbers do not rise from 0 to"):
-            use()
-
-
-@pytest.mark.parametrize(
-    "name, values", [("tokens", 0), ("documents", 0), ("shards", []), ("plan", {"k": 10**9}), ("documents", True)]
-)
-def test_manifests_that_disagree_with_themselves(corpus, tmp_path, name, values):
-    damaged = a_copy(corpus, tmp_path / "damaged")
-    edit_manifest(damaged.path, **{name: values})
-    with pytest.raises(ValmError, match=r"manifest.* is damaged"):
-        CorpusRetrieval.open(damaged.path)

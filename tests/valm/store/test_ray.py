@@ -18,7 +18,8 @@ from PIL import Image
 
 from tests.valm.tiny_clip import TEXTS
 from valm.cli import main
-from valm.corpus.retrieved import retrieve_files
+from valm.corpus.retrieved import retrieve_corpus
+from valm.corpus.texts import read_documents
 from valm.errors import ValmError
 from valm.knowledge_base.build import build
 from valm.knowledge_base.sources.folder import FolderSource
@@ -202,8 +203,8 @@ def test_a_corpus_retrieval_and_its_search_while_a_node_is_killed(cluster, add_n
 
     def retrieve(name, index=None, **options):
         retriever = Retriever(ContextEncoder(clip), kb, 4, index)
-        files = [tmp_path / "corpus.txt"]
-        return retrieve_files(files, retriever, tmp_path / name, part_bytes=1000, progress=False, **options)
+        documents = read_documents([tmp_path / "corpus.txt"])
+        return retrieve_corpus(documents, retriever, tmp_path / name, part_bytes=1000, progress=False, **options)
 
     here = retrieve("here")
     nodes = {node.node_id: node for node in (add_node(num_cpus=2), add_node(), add_node())}

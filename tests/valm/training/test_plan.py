@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from tests.valm.cli.commands import SIZE, run
 from valm import load
-from valm.corpus.text import TextCorpus
+from valm.corpus.texts import TextCorpus
 from valm.errors import ValmError
 from valm.training import TrainingPlan, training_arguments
 from valm.training.split import validation_of

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from valm.corpus.parts import HEAD_BYTES, document_parts, file_parts, fingerprint, read_documents, row_documents
+from valm.corpus import texts
+from valm.corpus.texts import HEAD_BYTES, fingerprint, read_documents, row_documents
 from valm.errors import ValmError
 
 LINES = st.lists(
@@ -21,23 +22,20 @@ LINES = st.lists(
 
 
 @settings(max_examples=60, deadline=None)
-@given(LINES, st.integers(1, 40), st.booleans(), st.sampled_from(["\n", "\r\n"]))
-def test_lines_of_a_text_file(tmp_path_factory, lines, part_bytes, ended, newline):
-    """However the file is cut, every line is in one part, in order."""
-    file = tmp_path_factory.mktemp("text") / "corpus.txt"
-    file.write_bytes((newline.join(lines) + newline * ended).encode())
-    found = [text for part in file_parts([file], part_bytes=part_bytes) for text in part.read()]
-    assert found == [line.strip() for line in lines if line.strip()]
+@given(LINES, st.booleans(), st.sampled_from(["\n", "\r\n"]), st.sampled_from(["", ".gz"]))
+def test_lines_of_a_text_file(tmp_path_factory, lines, ended, newline, ending):
+    file = tmp_path_factory.mktemp("text") / f"corpus.txt{ending}"
+    write(file, newline.join(lines) + newline * ended)
+    assert list(read_documents([file])) == [line.strip() for line in lines if line.strip()]
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.text(max_size=8), max_size=60), st.integers(1, 40), st.integers(1, 20))
-def test_rows_of_a_parquet_file(tmp_path_factory, texts, part_bytes, rows):
+@given(st.lists(st.text(max_size=8), max_size=60), st.integers(1, 20))
+def test_rows_of_a_parquet_file(tmp_path_factory, texts, rows):
     file = tmp_path_factory.mktemp("table") / "corpus.parquet"
     table = pa.table({"number": range(len(texts)), "text": pa.array(texts, pa.string())})
     pq.write_table(table, file, row_group_size=rows)
-    found = [text for part in file_parts([file], part_bytes=part_bytes) for text in part.read()]
-    assert found == [text for text in texts if text.strip()]
+    assert list(read_documents([file])) == [text for text in texts if text.strip()]
 
 
 FIELDS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=8)
@@ -46,18 +44,16 @@ FIELDS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.tuples(FIELDS, FIELDS), max_size=20),
-    st.integers(1, 60),
     st.sampled_from(["csv", "tsv", "tab"]),
     st.booleans(),
 )
-def test_rows_of_a_csv_file(tmp_path_factory, rows, part_bytes, kind, marked):
-    """However the file is cut, every row is in one part, also one of several lines."""
+def test_rows_of_a_csv_file(tmp_path_factory, rows, kind, marked):
+    """Also those of several lines."""
     file = tmp_path_factory.mktemp("table") / f"corpus.{kind}"
     with open(file, "w", newline="", encoding="utf-8-sig" if marked else "utf-8") as opened:
         writer = csv.writer(opened, delimiter="," if kind == "csv" else "\t", quoting=csv.QUOTE_ALL)
         writer.writerows([("story", "label"), *rows])
-    parts = file_parts([file], column="story", part_bytes=part_bytes)
-    assert [text for part in parts for text in part.read()] == [text for text, _ in rows if text.strip()]
+    assert list(read_documents([file], column="story")) == [text for text, _ in rows if text.strip()]
 
 
 def test_a_csv_file_with_a_long_field_blank_lines_and_gz(tmp_path):
@@ -71,50 +67,56 @@ def test_a_csv_file_with_a_long_field_blank_lines_and_gz(tmp_path):
     assert list(read_documents([write(tmp_path / "header.csv", "text\n"), write(tmp_path / "empty.csv", "")])) == []
 
 
-def test_a_row_group_larger_than_a_batch(tmp_path, monkeypatch):
-    """A part reads up to its end and no further."""
-    batches, iterate = [], pq.ParquetFile.iter_batches
-
-    def counted(table, *arguments, **options):
-        for batch in iterate(table, *arguments, **options):
-            batches.append(len(batch))
-            yield batch
-
-    monkeypatch.setattr(pq.ParquetFile, "iter_batches", counted)
-    monkeypatch.setattr("valm.corpus.parts.READ_ROWS", 7)
-    texts = [f"text {row}" for row in range(100)]
-    pq.write_table(pa.table({"story": texts}), tmp_path / "a.parquet")
-    parts = file_parts([tmp_path / "a.parquet"], column="story", part_bytes=200)
-    assert len(parts) > 3
-    for part in parts:
-        batches.clear()
-        assert part.read() == texts[part.start : part.stop]
-        assert len(batches) == -(-part.stop // 7)
-    assert parts[-1].stop == len(texts)
-
-
 def test_files_in_their_order(tmp_path):
     (tmp_path / "b.txt").write_text("one\ntwo\n")
     (tmp_path / "a.txt").write_text("three")
     (tmp_path / "empty.txt").write_text("")
-    parts = file_parts([tmp_path / "b.txt", tmp_path / "empty.txt", tmp_path / "a.txt"])
-    assert [part.read() for part in parts] == [["one", "two"], ["three"]]
+    files = [tmp_path / "b.txt", tmp_path / "empty.txt", tmp_path / "a.txt"]
+    assert list(read_documents(files)) == ["one", "two", "three"]
 
 
-def test_token_documents_are_read_as_they_are_asked_for():
-    asked = []
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl.gz", "a.csv", "a.parquet"])
+def test_how_much_has_been_read(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(texts, "READ_ROWS", 50)
+    lines = [json.dumps({"text": f"{number} " + "".join(map(chr, range(33, 300)))}) for number in range(4000)]
+    for file in (tmp_path / name, tmp_path / f"b{name}"):
+        if name.endswith(".parquet"):
+            pq.write_table(pa.table({"text": lines}), file, row_group_size=500)
+        elif name.endswith(".csv"):
+            write(file, "text,n\n" + "\n".join(f"{number},1" for number in range(len(lines))))
+        else:
+            write(file, "\n".join(lines))
+    documents = read_documents([tmp_path / name, tmp_path / f"b{name}"])
+    shares = [documents.share for _ in documents]
+    assert shares == sorted(shares) and len(shares) == 2 * len(lines)
+    for number in (2000, 4000, 6000):
+        assert shares[number] == pytest.approx(number / 8000, abs=0.15)
+    assert documents.share == 1
 
-    def documents():
-        for number in range(10):
-            asked.append(number)
-            yield [number] * 4
 
-    parts = document_parts(documents(), part_tokens=10)
-    assert next(parts).documents == [[0] * 4, [1] * 4, [2] * 4]
-    assert asked == [0, 1, 2]
-    assert [len(part.documents) for part in parts] == [3, 3, 1]
-    with pytest.raises(ValmError, match="has an empty document"):
-        list(document_parts([[1], []]))
+def test_a_file_is_read_once(tmp_path, monkeypatch):
+    """But for its beginning."""
+    read = []
+
+    class Counted(gzip.GzipFile):
+        def read(self, size=-1):
+            found = super().read(size)
+            read.append(len(found))
+            return found
+
+    monkeypatch.setattr(texts.gzip, "GzipFile", Counted)
+    content = "a line of text\n" * 100_000
+    assert len(list(read_documents([write(tmp_path / "a.txt.gz", content)]))) == 100_000
+    assert len(content) <= sum(read) <= len(content) + texts.BUFFER
+
+
+def test_a_wrong_file_is_refused_before_those_ahead_of_it_are_read(tmp_path):
+    write(tmp_path / "a.txt", "text")
+    for name, content in (("b.txt", "<html>"), ("b.csv", "story\n"), ("b.jsonl", "{}"), ("b.txt.gz", None)):
+        file = tmp_path / name
+        file.write_bytes(b"no gzip") if content is None else write(file, content)
+        with pytest.raises(ValmError, match=re.escape(name)):
+            read_documents([tmp_path / "a.txt", file])
 
 
 def test_the_fingerprint_is_of_every_document_and_where_it_ends():
@@ -134,7 +136,7 @@ def test_wrong_files_are_named(tmp_path):
         ("a.parquet", "number", r"the column 'number' of the corpus .*a\.parquet holds int64, expected text"),
     ):
         with pytest.raises(ValmError, match=message):
-            file_parts([tmp_path / name], column=column)
+            read_documents([tmp_path / name], column=column)
 
 
 @pytest.mark.parametrize(
@@ -157,14 +159,14 @@ def test_the_byte_that_is_not_utf8_is_named(tmp_path, name, content):
 def test_the_byte_behind_a_byte_order_mark_is_named(tmp_path):
     (tmp_path / "a.csv").write_bytes(codecs.BOM_UTF8 + b"caf\xe9")
     with pytest.raises(ValmError, match="in line 1, at byte 6"):
-        file_parts([tmp_path / "a.csv"])
+        read_documents([tmp_path / "a.csv"])
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv.gz"])
 def test_rows_that_end_in_a_carriage_return_alone_are_refused(tmp_path, name):
     file = write(tmp_path / name, "text\rone\rtwo\r")
     with pytest.raises(ValmError, match=r"has rows that end in a carriage return alone: convert them to line feeds"):
-        file_parts([file])
+        read_documents([file])
     # the head of this file ends between its \r and \n
     file = write(tmp_path / "b.csv", "text," + "n" * (HEAD_BYTES - 6) + "\r\none,1\r\n")
     assert list(read_documents([file])) == ["one"]
@@ -174,23 +176,21 @@ def test_rows_that_end_in_a_carriage_return_alone_are_refused(tmp_path, name):
 def test_lines_that_end_in_a_carriage_return_alone_are_refused(tmp_path, name):
     file = write(tmp_path / name, '{"text": "one"}\r{"text": "two"}\r')
     with pytest.raises(ValmError, match=r"has lines that end in a carriage return alone: convert them to line feeds"):
-        file_parts([file])
+        read_documents([file])
     file = write(tmp_path / "b.json", '[{"text": "one"},\r{"text": "two"}]\r')  # blanks there
     assert list(read_documents([file])) == ["one", "two"]
 
 
 def test_blank_rows_before_the_header_are_skipped(tmp_path):
     for blank in ("\n", "\r\n\r\n", ",,\n", " \n"):
-        for part_bytes in (1, 1 << 20):
-            parts = file_parts([write(tmp_path / "a.csv", blank + "text,n,\none,1,\n")], part_bytes=part_bytes)
-            assert [text for part in parts for text in part.read()] == ["one"]
+        assert list(read_documents([write(tmp_path / "a.csv", blank + "text,n,\none,1,\n")])) == ["one"]
 
 
 def test_two_columns_of_one_name_are_refused(tmp_path):
     column = pa.array(["a", "b"])
     pq.write_table(pa.Table.from_arrays([column, column], names=["text", "text"]), tmp_path / "a.parquet")
     with pytest.raises(ValmError, match="has 2 columns 'text'; give each its own name"):
-        file_parts([tmp_path / "a.parquet"])
+        read_documents([tmp_path / "a.parquet"])
 
 
 def test_damaged_pages_are_named(tmp_path):
@@ -199,9 +199,8 @@ def test_damaged_pages_are_named(tmp_path):
     content = bytearray(file.read_bytes())
     content[4:600] = bytes(596)
     file.write_bytes(content)
-    (part,) = file_parts([file])
     with pytest.raises(ValmError, match=r"cannot read the corpus .*a\.parquet: "):
-        part.read()
+        read_documents([file])
 
 
 ROWS = [
@@ -230,15 +229,11 @@ def test_a_name_in_a_parquet_file_that_is_no_text(tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["", ".gz"])
-@pytest.mark.parametrize("part_bytes", [1, 7, 40, 1 << 20])
-def test_json_lines(tmp_path, ending, part_bytes):
-    """However a file is cut, each row is one document, and is never read as text."""
+def test_json_lines(tmp_path, ending):
+    """Each row is one document, and is never read as text."""
     content = "\ufeff" + "\n\n".join(map(json.dumps, ROWS))
     for name in ("a.jsonl", "a.ndjson", "a.json", "a.JSONL", "a.jsonlines"):
-        file = write(tmp_path / (name + ending), content)
-        parts = file_parts([file], part_bytes=part_bytes)
-        assert [text for part in parts for text in part.read()] == TEXTS
-        assert list(read_documents([file])) == TEXTS
+        assert list(read_documents([write(tmp_path / (name + ending), content)])) == TEXTS
 
 
 def test_a_json_array_and_another_column(tmp_path):
@@ -254,14 +249,6 @@ def test_halves_of_characters_are_replaced(tmp_path):
     assert text == "a\ufffdb" and fingerprint([text])
 
 
-def test_text_that_is_compressed(tmp_path):
-    lines = [f"line {number}" for number in range(50)]
-    file = write(tmp_path / "a.txt.gz", "\n".join(lines))
-    parts = file_parts([file], part_bytes=30)
-    assert len(parts) > 5
-    assert [text for part in parts for text in part.read()] == lines
-
-
 def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / ".hidden").mkdir()
@@ -275,7 +262,7 @@ def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path):
     assert list(read_documents([tmp_path / "d.parquet", tmp_path / "b"])) == ["five", "three"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValmError, match=r"the folder .*empty has no file that ends in \.txt, .*\.parquet"):
-        file_parts([tmp_path / "empty"])
+        read_documents([tmp_path / "empty"])
 
 
 def test_linked_folders_are_read_and_folders_that_cannot_be_read_refused(tmp_path, monkeypatch):
@@ -379,11 +366,10 @@ def test_a_table_of_a_folder_without_the_column_can_be_avoided(tmp_path):
         ("a.json", '{\n"text": "x"\n}', r"a\.json, line 1: not JSON"),
     ],
 )
-@pytest.mark.parametrize("part_bytes", [5, 1 << 20])
-def test_a_wrong_row_is_named_with_its_line(tmp_path, name, content, message, part_bytes):
+def test_a_wrong_row_is_named_with_its_line(tmp_path, name, content, message):
     file = write(tmp_path / name, content)
     with pytest.raises(ValmError, match=message):
-        [part.read() for part in file_parts([file], part_bytes=part_bytes)]
+        list(read_documents([file]))
 
 
 @pytest.mark.parametrize("column", [pa.array(["x", None]), pa.array(["x"] * 5000 + [None])])
@@ -413,7 +399,7 @@ def test_what_is_no_text_is_refused(tmp_path, name, content, message):
     file = tmp_path / name
     file.write_bytes(gzip.compress(content) if file.suffix == ".gz" else content)
     with pytest.raises(ValmError, match=re.escape(f"the corpus {file} {message}")):
-        file_parts([file])
+        read_documents([file])
 
 
 @pytest.mark.parametrize(
@@ -424,8 +410,10 @@ def test_what_is_no_text_is_refused(tmp_path, name, content, message):
     ],
 )
 def test_formats_that_are_not_read_are_named(tmp_path, name):
-    with pytest.raises(ValmError, match=rf"the corpus .*{re.escape(name)} is .*: (save|unpack|name)"):
-        file_parts([write(tmp_path / name, "x")])
+    with pytest.raises(
+        ValmError, match=rf"the corpus .*{re.escape(name)} is of a format that is not read: save its text"
+    ):
+        read_documents([write(tmp_path / name, "x")])
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.csv"])
@@ -444,12 +432,12 @@ def test_damaged_and_doubly_compressed_files_are_named(tmp_path):
     file = write(tmp_path / "a.txt.gz", "some text " * 1000)
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(ValmError, match=r"cannot read the corpus .*a\.txt\.gz: Compressed file ended"):
-        file_parts([file])
+        read_documents([file])
     write(tmp_path / "b.txt.gz", "x").write_bytes(b"no gzip")
     with pytest.raises(ValmError, match=r"cannot read the corpus .*b\.txt\.gz: Not a gzipped file"):
-        file_parts([tmp_path / "b.txt.gz"])
+        read_documents([tmp_path / "b.txt.gz"])
     with pytest.raises(ValmError, match=r"a\.parquet\.gz is a compressed parquet file"):
-        file_parts([write(tmp_path / "a.parquet.gz", "x")])
+        read_documents([write(tmp_path / "a.parquet.gz", "x")])
 
 
 LONG = "a " * (8 << 20) + "b"
@@ -482,16 +470,7 @@ def test_documents_have_a_limit(tmp_path, name, content):
         list(read_documents([file]))
 
 
-def test_the_parts_of_a_file_meet_behind_a_long_line(tmp_path):
-    lines = ["a" * (3 << 20), "b", "c" * (2 << 20), "d"]
-    (tmp_path / "a.txt").write_text("\n".join(lines))
-    found = [text for part in file_parts([tmp_path / "a.txt"], part_bytes=1 << 20) for text in part.read()]
-    assert found == lines
-
-
 def test_documents_of_python_have_a_limit():
-    with pytest.raises(ValmError, match="a document or line of more than 16 MiB"):
-        list(document_parts(["short", LONG]))
     with pytest.raises(ValmError, match=r"row 1: a document or line of more than 16 MiB"):
         list(row_documents([{"text": "short"}, {"text": LONG}]))
 
@@ -513,8 +492,3 @@ def test_rows_of_a_dataset(streamed):
         list(row_documents([{"text": "x"}, {"text": None}]))
     with pytest.raises(ValmError, match="the dataset, row 0: 'n' is 0, expected a text"):
         list(row_documents(rows, "n"))
-
-
-def test_texts_in_parts_as_they_are_asked_for():
-    parts = list(document_parts(iter(["ab", "cd", "\u20ac", "e"]), part_bytes=3))
-    assert [part.read() for part in parts] == [["ab", "cd"], ["\u20ac"], ["e"]]

@@ -1,0 +1,371 @@
+"""The texts of a corpus: of text, JSON, CSV, TSV and parquet files, of folders of them, and of rows of a dataset.
+
+The suffix decides the format: JSON_LINES (one object a line; a `.json` may be one array), DELIMITERS (CSV and TSV) and
+`.parquet` have a text in a column. OTHER_FORMATS are not read. Anything else is UTF-8 text with one document a line.
+All but parquet, which is compressed itself, may end in `.gz`. A file is read once, as a stream; a JSON array is in
+memory as a whole.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import os
+import warnings
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from valm.clip.read_image import IMAGE_SUFFIXES
+from valm.errors import ValmError
+from valm.knowledge_base.captions import has_caption_header
+from valm.store.files import check_regular, exists, files_below, is_folder
+from valm.text import one_line, utf8, why_no_text
+from valm_kernels.json_files import short
+
+READ_ROWS = 4096
+HEAD_BYTES = 1 << 12
+BUFFER = 1 << 16
+# Length of a document and of its line. Tokenizers take 140 times the memory, and abort where there is not as much.
+MAX_DOCUMENT = 16 << 20
+TOO_LONG = f"a document or line of more than {MAX_DOCUMENT >> 20} MiB: split it into several"
+JSON_LINES = (".jsonl", ".jsonlines", ".ndjson", ".json")
+DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
+# Suffixes of the files that are read in a folder; all but parquet also with `.gz`.
+SUFFIXES = (".txt", ".text", *JSON_LINES, *DELIMITERS, ".parquet")
+# Of what is no text: an error where it is named, counted in a warning where it is in a folder.
+OTHER_FORMATS = (
+    *(".html", ".htm", ".xhtml", ".xml", ".pdf", ".doc", ".docx", ".odt", ".rtf", ".epub", ".ipynb"),
+    *(".xls", ".xlsx", ".ods", ".arrow", ".feather", ".parq", ".pq", ".orc"),
+    *(".zip", ".tar", ".tgz", ".7z", ".bz2", ".xz", ".zst"),
+)
+QUOTE = "quote fields as in RFC 4180, or save the texts as .jsonl"
+# The fields of a dataset, and their names in `open_dataset`.
+DATASET_FIELDS = {"dataset_config": "config", "dataset_split": "split", "streaming": "streaming"}
+
+
+@dataclass(frozen=True)
+class TextCorpus:
+    """The texts that `valm retrieve` and `valm train` read; nothing is opened before they are asked for.
+
+    Attributes:
+        files: of texts, and folders of them, as for `read_documents`.
+        dataset: a Hugging Face dataset, by its name or folder, instead of files.
+        dataset_config, dataset_split, streaming: of the dataset; None = as `open_dataset` does by itself.
+        column: where the text is in all but text files.
+
+    Raises:
+        ValmError: both files and a dataset are given, or fields of a dataset without one.
+    """
+
+    files: Sequence[str | os.PathLike] = ()
+    dataset: str | None = None
+    dataset_config: str | None = None
+    dataset_split: str | None = None
+    streaming: bool | None = None
+    column: str = "text"
+
+    def __post_init__(self) -> None:
+        if self.dataset is not None and self.files:
+            raise ValmError("give either corpus files or --dataset")
+        if self.dataset is None:
+            for name in DATASET_FIELDS:
+                if getattr(self, name) is not None:
+                    raise ValmError(f"--{name.replace('_', '-')} is of a Hugging Face dataset: give --dataset too")
+
+    def documents(self) -> Iterator[str]:
+        """Every document, in order.
+
+        Raises:
+            ValmError: the corpus cannot be read.
+            ImportError: a dataset is given, and the package `datasets` is not installed.
+        """
+        if self.dataset is None:
+            return read_documents(self.files, column=self.column)
+        from valm.knowledge_base.sources.huggingface import open_dataset  # with the encoding of images
+
+        given = {name: getattr(self, field) for field, name in DATASET_FIELDS.items()}
+        options = {name: value for name, value in given.items() if value is not None}
+        return row_documents(open_dataset(self.dataset, **options), self.column)
+
+
+def read_documents(paths: Iterable[str | os.PathLike], *, column: str = "text") -> FileDocuments:
+    """The documents of files and folders (see `corpus_files`), in order. Blank ones are skipped.
+
+    Args:
+        column: of the text in JSON, CSV, TSV and parquet files.
+
+    Raises:
+        ValmError: a file is missing, is no text, has another format than its suffix, or its first document cannot be
+            read. Iterating raises it for any other; the message names the file and the line.
+    """
+    return FileDocuments(corpus_files(paths), column)
+
+
+def row_documents(rows: Iterable[Mapping[str, Any]], column: str = "text") -> Iterator[str]:
+    """The text in `column` of each row of a dataset (`open_dataset`, or any iterable of rows); blank ones are skipped.
+
+    Raises:
+        ValmError: a row has no text there; the message names the row.
+    """
+    return (text for number, row in enumerate(rows) if (text := _text_of(row, column, f"the dataset, row {number}")))
+
+
+def corpus_files(paths: Iterable[str | os.PathLike]) -> list[Path]:
+    """The files among `paths`; a folder is replaced by the files with SUFFIXES below it (`files_below`), sorted by path
+    and without metadata of images (`_without_metadata`). Warns of files there in OTHER_FORMATS.
+
+    Raises:
+        ValmError: a path is missing or is not a regular file, or a folder has no such file.
+    """
+    files = []
+    for path in map(Path, paths):
+        if is_folder(path):
+            below = [file for name in files_below(path) if (file := path / name).is_file()]
+            found = [file for file in _without_metadata(below) if _suffix(file) in SUFFIXES]
+            if not found:
+                raise ValmError(f"the folder {path} has no file that ends in {', '.join(SUFFIXES)}, or these and .gz")
+            if skipped := [_suffix(file) for file in below if _suffix(file) in OTHER_FORMATS]:
+                warnings.warn(
+                    f"the folder {path} has {len(skipped)} files in formats that are not read "
+                    f"({', '.join(sorted(set(skipped)))}): they are skipped",
+                    stacklevel=2,
+                )
+            files += found
+        elif exists(path):
+            check_regular(path)
+            files.append(path)
+        else:
+            raise ValmError(f"there is no corpus file {path}")
+    return files
+
+
+def fingerprint(documents: Iterable[str | Sequence[int]]) -> str:
+    """SHA-256 over documents, as texts or as token ids."""
+    digest = hashlib.sha256()
+    for document in documents:
+        data = document.encode() if isinstance(document, str) else np.asarray(document, np.int32).tobytes()
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()
+
+
+class FileDocuments(Iterator[str]):
+    """The documents of `files`, in order; arguments and errors as in `read_documents`."""
+
+    def __init__(self, files: Sequence[Path], column: str) -> None:
+        for file in files:  # which would else be refused only after the hours that those before it take
+            with open(file, "rb") as raw:
+                next(_documents(file, raw, column), None)
+        self._total = sum(file.stat().st_size for file in files)
+        self._before = 0
+        self._raw: BinaryIO | None = None
+        self._iterator = self._read(files, column)
+
+    def __next__(self) -> str:
+        return next(self._iterator)
+
+    @property
+    def share(self) -> float:
+        """How much of the files' bytes has been read, from 0 to 1."""
+        return (self._before + (self._raw.tell() if self._raw is not None else 0)) / max(1, self._total)
+
+    def _read(self, files: Sequence[Path], column: str) -> Iterator[str]:
+        for file in files:
+            with open(file, "rb") as self._raw:
+                yield from _documents(file, self._raw, column)
+            self._raw = None
+            self._before += file.stat().st_size
+
+
+def _without_metadata(files: list[Path]) -> list[Path]:
+    """`files` without each NAME.json that stands beside an image and its NAME.txt: img2dataset writes the caption into
+    both, and as a document of the corpus it would be read twice."""
+    suffixes: dict[tuple[Path, str], set[str]] = {}
+    for file in files:
+        suffixes.setdefault((file.parent, file.stem), set()).add(file.suffix.lower())
+
+    def is_metadata(file: Path) -> bool:
+        beside = suffixes[file.parent, file.stem]
+        return file.suffix.lower() == ".json" and ".txt" in beside and not beside.isdisjoint(IMAGE_SUFFIXES)
+
+    return [file for file in files if not is_metadata(file)]
+
+
+def _suffix(file: Path) -> str:
+    """The suffix that tells a file's format: the one before `.gz`, in lower case."""
+    return os.path.splitext(file.name.lower().removesuffix(".gz"))[1]
+
+
+def _documents(file: Path, raw: BinaryIO, column: str) -> Iterator[str]:
+    """The documents in `raw`, the content of `file`."""
+    suffix, packed = _suffix(file), file.suffix.lower() == ".gz"
+    if suffix in OTHER_FORMATS:
+        raise ValmError(
+            f"the corpus {file} is of a format that is not read: save its text as .txt, one document a line, and a "
+            "table as .csv or .parquet; unpack an archive, or use .gz"
+        )
+    if suffix == ".parquet" and packed:
+        raise ValmError(f"{file} is a compressed parquet file, which is compressed itself: gunzip it first")
+    try:
+        if suffix == ".parquet":
+            yield from _of_parquet(file, raw, column)
+            return
+        content: Any = io.BufferedReader(gzip.GzipFile(fileobj=raw), BUFFER) if packed else raw
+        head = content.peek(HEAD_BYTES)[:HEAD_BYTES]
+        array = suffix == ".json" and head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+        _check_head(file, head, array)
+        if array:
+            yield from _of_json_array(file, content, column)
+        elif suffix in JSON_LINES:
+            yield from _of_json_lines(file, content, column)
+        elif suffix in DELIMITERS:
+            yield from _of_csv(file, content, column)
+        else:
+            yield from _of_text(file, content)
+    except (OSError, EOFError, zlib.error, pa.ArrowException, UnicodeDecodeError) as error:
+        raise ValmError(f"cannot read the corpus {file}: {one_line(str(error))}") from error
+
+
+def _check_head(file: Path, head: bytes, array: bool) -> None:
+    """Raises ValmError if a file that begins with `head` is no text, or would be read as another one than it is."""
+    if reason := why_no_text(head):
+        raise ValmError(f"the corpus {file} {reason}")
+    if file.name == "captions.txt" and has_caption_header(head):
+        raise ValmError(
+            f"the corpus {file} is a table of captions: rename it to captions.csv (captions.tsv where tabs part "
+            "its columns) and name its column of texts (--column)"
+        )
+    if b"\r" in head.rstrip(b"\r") and b"\n" not in head and not array:  # which may have blanks of any kind
+        raise ValmError(
+            f"the corpus {file} has {'rows' if _suffix(file) in DELIMITERS else 'lines'} that end in a carriage return "
+            "alone: convert them to line feeds, such as by `tr '\\r' '\\n'`"
+        )
+
+
+def _lines(file: Path, content: BinaryIO, most: int = MAX_DOCUMENT) -> Iterator[tuple[int, str]]:
+    """The lines of `file`, of `most` bytes at most, with their numbers from 1."""
+    begin = 0
+    for number in itertools.count(1):
+        line = content.readline(most + 1)
+        if not line:
+            return
+        if b"\0" in line:
+            raise ValmError(f"the corpus {file}, line {number}: it has a NUL byte, so it is no text")
+        if len(line) > most:
+            raise ValmError(f"the corpus {file}, line {number}: {TOO_LONG}")
+        try:
+            text = line.decode()
+        except UnicodeDecodeError as error:
+            raise ValmError(
+                f"the corpus {file} is not UTF-8 text: {error.reason} in line {number}, at byte {begin + error.start}: "
+                "convert it to UTF-8"
+            ) from error
+        yield number, text
+        begin += len(line)
+
+
+def _of_text(file: Path, content: BinaryIO) -> Iterator[str]:
+    for _, line in _lines(file, content):
+        if text := line.removeprefix("\ufeff").strip():
+            yield text
+
+
+def _of_json_lines(file: Path, content: BinaryIO, column: str) -> Iterator[str]:
+    for number, line in _lines(file, content):
+        if line := line.removeprefix("\ufeff").strip():
+            where = f"the corpus {file}, line {number}"
+            if text := _text_of(_parsed(line, where), column, where):
+                yield text
+
+
+def _of_json_array(file: Path, content: BinaryIO, column: str) -> Iterator[str]:
+    whole = "".join(line for _, line in _lines(file, content, 1 << 62))
+    for number, row in enumerate(_parsed(whole.removeprefix("\ufeff"), f"the corpus {file}"), 1):
+        if text := _text_of(row, column, f"the corpus {file}, element {number} of its array"):
+            yield text
+
+
+def _of_csv(file: Path, content: BinaryIO, column: str) -> Iterator[str]:
+    csv.field_size_limit(MAX_DOCUMENT)
+    lines = (line.removeprefix("\ufeff") if number == 1 else line for number, line in _lines(file, content))
+    rows = csv.reader(lines, delimiter=DELIMITERS[_suffix(file)], strict=True)
+    header: list[str] = []
+    place = 0
+    try:
+        for row in rows:
+            if not header:
+                if "".join(row).strip():  # a row before it may be blank
+                    header = [name.strip() for name in row]
+                    place = _place_of(column, header, file)
+            elif row and len(row) != len(header):
+                raise ValmError(
+                    f"the corpus {file}, line {rows.line_num}: the row has {len(row)} fields, but the header "
+                    f"{len(header)}: {QUOTE}"
+                )
+            elif row and row[place].strip():
+                yield row[place]
+    except csv.Error as error:
+        reason = TOO_LONG if "field limit" in str(error) else f"{error}: {QUOTE}"
+        raise ValmError(f"the corpus {file}, line {rows.line_num}: {reason}") from error
+
+
+def _of_parquet(file: Path, raw: BinaryIO, column: str) -> Iterator[str]:
+    with pq.ParquetFile(raw) as table:
+        _place_of(column, table.schema_arrow.names, file)
+        kind = table.schema_arrow.field(column).type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            raise ValmError(f"the column {column!r} of the corpus {file} holds {kind}, expected text")
+        # of one group after the other: pyarrow reads ahead all that it is asked for
+        groups = (table.iter_batches(READ_ROWS, [group], [column]) for group in range(table.num_row_groups))
+        texts = (text for batches in groups for batch in batches for text in batch[0].to_pylist())
+        for number, text in enumerate(texts):
+            if text is None or len(text) > MAX_DOCUMENT:
+                wrong = TOO_LONG if text else f"{column!r} is null, expected a text"
+                raise ValmError(f"the corpus {file}, row {number}: {wrong}")
+            if text.strip():
+                yield text
+
+
+def _place_of(column: str, names: list[str], file: Path) -> int:
+    """The place of the column of this name, of which there must be one."""
+    if column not in names:
+        raise ValmError(
+            f"the corpus {file} has no column {column!r}; it has {', '.join(names)}: name one by --column, or name the "
+            "files instead of the folder"
+        )
+    if names.count(column) > 1:
+        raise ValmError(f"the corpus {file} has {names.count(column)} columns {column!r}; give each its own name")
+    return names.index(column)
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValmError(f"{where}: not JSON: {error}") from error
+
+
+def _text_of(row: Any, column: str, where: str) -> str | None:
+    """The text in `column` of a row; None if it is blank."""
+    if not isinstance(row, Mapping):
+        raise ValmError(f"{where}: expected an object with a text in {column!r}, got {short(row)}")
+    if column not in row:
+        raise ValmError(f"{where}: there is no {column!r}, only {', '.join(map(str, row)) or 'an empty object'}")
+    text = row[column]
+    if not isinstance(text, str):
+        raise ValmError(f"{where}: {column!r} is {'null' if text is None else short(text)}, expected a text")
+    if len(text) > MAX_DOCUMENT:
+        raise ValmError(f"{where}: {TOO_LONG}")
+    return utf8(text) if text.strip() else None
