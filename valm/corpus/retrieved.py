@@ -35,13 +35,7 @@ from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.faiss_index import FaissIndex
 from valm.retrieval.ray_index import ShardedIndex
 from valm.retrieval.retriever import Retriever
-from valm.store.manifest import (
-    Manifest,
-    ShardRecord,
-    damaged_files,
-    open_array,
-    open_manifest,
-)
+from valm.store.manifest import Manifest, ShardRecord, damaged_files, open_array, open_manifest
 from valm.store.shard_progress import Progress, ProgressBar
 from valm.store.shards import Runner, ShardedBuild, ShardFiles, run_here
 from valm.text import utf8
@@ -296,13 +290,10 @@ def retrieve_corpus(
     build = ShardedBuild(out, WHAT, plan, CorpusShard)
     with build.writing():
         with ProgressBar("retrieve", " tokens", None, progress) as bar:
-            parts = _unchanged(_parts(documents, part_bytes), build)
-            if isinstance(documents, FileDocuments):
-                parts = _estimated(parts, documents, len(build.done()), bar)
             work = partial(
                 _retrieve_part, out=build.out.absolute(), retriever=retriever, index=plan["index"], scores=scores
             )
-            build.write(work, parts, run, bar)
+            build.write(work, _unchanged(documents, part_bytes, build, bar), run, bar)
         if not build.finished:
             shards = build.done().values()
             facts = {name: sum(shard[name] for shard in shards) for name in ("documents", "tokens")}
@@ -342,36 +333,31 @@ def _parts(documents: Iterable[Any], part_bytes: int) -> Iterator[list[Any]]:
         yield part
 
 
-def _unchanged(parts: Iterable[list[Any]], build: ShardedBuild) -> Iterator[list[Any]]:
-    """Yields `parts`, comparing those that are done.
+def _unchanged(documents: Iterable[Any], part_bytes: int, build: ShardedBuild, bar: ProgressBar) -> Iterator[list[Any]]:
+    """The parts of `documents`, those of finished shards compared with what these were made from. Of files the `bar`
+    is told how many parts there will be, from how much of their bytes was read.
 
     Raises:
-        ValmError: one has changed or is gone, or a finished `build` lacks one.
+        ValmError: a part has changed or is gone, or a finished `build` lacks one.
     """
     done = build.done()
     number = -1
-    for number, part in enumerate(parts):
-        if number in done and done[number]["content"] != fingerprint(part):
-            raise ValmError(
-                f"the corpus has changed since {build.out} was begun (its part {number}); choose another folder"
-            )
-        if build.finished and number not in done:
-            raise ValmError(
-                f"the corpus has become longer since {build.out} was finished with {len(done)} parts; choose another "
-                f"folder"
-            )
-        yield part
-    if max(done, default=-1) > number:
-        raise ValmError(f"the corpus has become shorter since {build.out} was begun; choose another folder")
 
+    def changed() -> ValmError:
+        return ValmError(
+            f"the corpus has changed since {build.out} was begun (its part {number}); choose another folder"
+        )
 
-def _estimated(
-    parts: Iterable[list[Any]], documents: FileDocuments, done: int, bar: ProgressBar
-) -> Iterator[list[Any]]:
-    """Yields `parts` and tells the `bar` how many there will be, from how much of the files they were read from."""
-    for count, part in enumerate(parts, 1):
-        bar.shards = round(count / documents.share) - done
+    for number, part in enumerate(_parts(documents, part_bytes)):
+        same = done[number]["content"] == fingerprint(part) if number in done else not build.finished
+        if not same:
+            raise changed()
+        if isinstance(documents, FileDocuments):
+            bar.shards = round((number + 1) / documents.share) - len(done)
         yield part
+    if number < max(done, default=-1):
+        number += 1
+        raise changed()
 
 
 def _index_entry(index: Any) -> Any:

@@ -51,8 +51,6 @@ OTHER_FORMATS = (
     *(".zip", ".tar", ".tgz", ".7z", ".bz2", ".xz", ".zst"),
 )
 QUOTE = "quote fields as in RFC 4180, or save the texts as .jsonl"
-# The fields of a dataset, and their names in `open_dataset`.
-DATASET_FIELDS = {"dataset_config": "config", "dataset_split": "split", "streaming": "streaming"}
 
 
 @dataclass(frozen=True)
@@ -79,10 +77,9 @@ class TextCorpus:
     def __post_init__(self) -> None:
         if self.dataset is not None and self.files:
             raise ValmError("give either corpus files or --dataset")
-        if self.dataset is None:
-            for name in DATASET_FIELDS:
-                if getattr(self, name) is not None:
-                    raise ValmError(f"--{name.replace('_', '-')} is of a Hugging Face dataset: give --dataset too")
+        for name in ("dataset_config", "dataset_split", "streaming"):
+            if self.dataset is None and getattr(self, name) is not None:
+                raise ValmError(f"--{name.replace('_', '-')} is of a Hugging Face dataset: give --dataset too")
 
     def documents(self) -> Iterator[str]:
         """Every document, in order.
@@ -95,8 +92,8 @@ class TextCorpus:
             return read_documents(self.files, column=self.column)
         from valm.knowledge_base.sources.huggingface import open_dataset  # with the encoding of images
 
-        given = {name: getattr(self, field) for field, name in DATASET_FIELDS.items()}
-        options = {name: value for name, value in given.items() if value is not None}
+        given = {"config": self.dataset_config, "split": self.dataset_split, "streaming": self.streaming}
+        options: Any = {name: value for name, value in given.items() if value is not None}
         return row_documents(open_dataset(self.dataset, **options), self.column)
 
 
